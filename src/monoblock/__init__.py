@@ -1,0 +1,1 @@
+"""monoblock: one transformer block, six model families, three frameworks."""
