@@ -1,0 +1,79 @@
+# Two commands do all set-up: `make demo` and `make test`. They need Python 3.11 or newer, pip and make.
+# `make PYTHON=/path/to/python3.12 ...` chooses the Python; pip reads its usual settings (PIP_INDEX_URL, pip.conf, ...).
+
+VENV      := .venv
+CORE_VENV := .venv-core
+PYTHON    ?= $(shell for p in python3.11 python3.12 python3.13 python3.14 python3 python; do \
+	if $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then command -v $$p; break; fi; done)
+PIP       := -m pip --disable-pip-version-check --quiet install -c constraints.txt
+SOURCES   := src tests tools bench
+PROMPT    ?= def fibonacci(n):
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format types test-core test-all clean
+# A stamp whose recipe failed half-way must not count as done.
+.DELETE_ON_ERROR:
+
+help: ## this list
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1@\2/p' Makefile | awk -F@ '{ printf "%-16s%s\n", $$1, $$2 }'
+
+demo: $(VENV)/.installed-torch ## install, then stream a completion from the embedded model
+	@$(VENV)/bin/monoblock generate --echo "$(PROMPT)"
+
+test: lint types test-core test-all ## lint, types, the core without any framework, then every test
+
+lint: $(VENV)/.installed-test ## ruff: rules and format
+	@echo "== ruff"
+	@$(VENV)/bin/ruff check $(SOURCES)
+	@$(VENV)/bin/ruff format --check $(SOURCES)
+
+format: $(VENV)/.installed-test ## rewrite the sources as ruff wants them
+	@$(VENV)/bin/ruff check --fix $(SOURCES)
+	@$(VENV)/bin/ruff format $(SOURCES)
+
+types: $(VENV)/.installed-test ## pyright (it brings its own node)
+	@echo "== pyright"
+	@$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
+
+test-core: $(CORE_VENV)/.installed ## the core's tests where no framework is installed
+	@echo "== the core, in an environment with no framework"
+	@MONOBLOCK_TEST_NO_FRAMEWORK=1 $(CORE_VENV)/bin/python -m pytest tests/core
+
+test-all: $(VENV)/.installed-test ## every test
+	@echo "== every test"
+	@$(VENV)/bin/python -m pytest
+
+clean: ## remove both environments and all caches
+	rm -rf $(VENV) $(CORE_VENV) .pytest_cache .ruff_cache .hypothesis build dist
+	find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Some systems ship Python without ensurepip: then the system's own pip fills the environment.
+define make_venv
+	@if [ -z "$(PYTHON)" ]; then \
+		echo "monoblock needs Python 3.11 or newer, and none was found; try: make PYTHON=/path/to/python3" >&2; exit 1; fi
+	@echo "== $(1): a virtual environment of $(PYTHON)"
+	@"$(PYTHON)" -m venv $(1) >/dev/null 2>&1 || { \
+		"$(PYTHON)" -m venv --clear --without-pip $(1) && \
+		"$(PYTHON)" -m pip --quiet --python $(1)/bin/python install pip; }
+endef
+
+$(VENV)/bin/python:
+	$(call make_venv,$(VENV))
+
+$(CORE_VENV)/bin/python:
+	$(call make_venv,$(CORE_VENV))
+
+$(VENV)/.installed-torch: pyproject.toml constraints.txt | $(VENV)/bin/python
+	@echo "== installing monoblock with PyTorch into $(VENV)"
+	@$(VENV)/bin/python $(PIP) -e ".[torch]"
+	@touch $@
+
+$(VENV)/.installed-test: pyproject.toml constraints.txt | $(VENV)/bin/python
+	@echo "== installing monoblock with the tests' tools into $(VENV)"
+	@$(VENV)/bin/python $(PIP) -e ".[test]"
+	@touch $@ $(VENV)/.installed-torch
+
+$(CORE_VENV)/.installed: pyproject.toml constraints.txt | $(CORE_VENV)/bin/python
+	@echo "== installing monoblock without a framework into $(CORE_VENV)"
+	@$(CORE_VENV)/bin/python $(PIP) -e . pytest hypothesis
+	@touch $@
