@@ -1,0 +1,149 @@
+"""What all commands say and how they end: notes and errors on stderr, results on stdout, exit codes."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
+from typing import Annotated, Any, TextIO, get_type_hints
+
+import typer
+
+FAILURE, INTERRUPTED, BROKEN_PIPE = 1, 130, 141  # the last two as shells report SIGINT and SIGPIPE
+
+# Errors that a model, a file, a network or a missing package can cause; any other is a fault of ours.
+DEBUG = Annotated[bool, typer.Option("--debug", help="Show the whole traceback of an error.")]
+
+EXPECTED = (OSError, ValueError, ImportError, MemoryError, RuntimeError)
+
+# A model's text may hold control characters, and a terminal obeys them; tab and newline may stay.
+_CONTROLS = {
+    code: "\N{REPLACEMENT CHARACTER}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"
+}
+
+
+def styled(text: str, code: str, stream: TextIO) -> str:
+    """The text in an ANSI style ("2" dim, "31" red) where the stream is a terminal that wants it."""
+    if stream.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb":
+        return f"\x1b[{code}m{text}\x1b[0m"
+    return text
+
+
+def note(text: str) -> None:
+    """A remark to the user, on stderr."""
+    print(styled(text, "2", sys.stderr), file=sys.stderr, flush=True)
+
+
+def complain(error: BaseException) -> None:
+    """One sentence about an error, on stderr."""
+    print(styled("monoblock:", "31", sys.stderr), sentence(error), file=sys.stderr, flush=True)
+
+
+def sentence(error: BaseException) -> str:
+    """What went wrong, in one line; a fault of the program itself is named as such."""
+    if isinstance(error, OSError) and error.strerror:
+        text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    else:
+        text = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, EXPECTED):
+        return text
+    kind = type(error).__name__
+    return f"unexpected {kind}: {text}; run again with --debug for the traceback, and please report it"
+
+
+def write(text: str) -> None:
+    """Result text to stdout, at once; at a terminal its control characters are made harmless."""
+    sys.stdout.write(text.translate(_CONTROLS) if sys.stdout.isatty() else text)
+    sys.stdout.flush()
+
+
+def rows(title: str, pairs: Iterable[tuple[str, str]]) -> None:
+    """Names and values, aligned: a table at a terminal, `name: value` lines elsewhere."""
+    if not sys.stdout.isatty():
+        print(f"# {title}")
+        for name, value in pairs:
+            print(f"{name}: {value}")
+        return
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(
+        title=title, title_justify="left", title_style="bold", show_header=False, box=None, pad_edge=False
+    )
+    for name, value in pairs:
+        table.add_row(Text(name, style="cyan"), Text(value))
+    Console(highlight=False).print(table)
+
+
+@contextmanager
+def exit_codes(debug: bool) -> Iterator[None]:
+    """Turns what goes wrong inside into a sentence and an exit code; with `debug`, errors stay errors."""
+    try:
+        yield
+        sys.stdout.flush()
+    except (typer.Exit, typer.Abort, typer.BadParameter):
+        raise
+    except BrokenPipeError:
+        # The interpreter flushes stdout once more at exit; give it somewhere to go.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(BROKEN_PIPE) from None
+    except KeyboardInterrupt:
+        if debug:
+            raise
+        raise typer.Exit(INTERRUPTED) from None
+    except Exception as error:
+        if debug:
+            raise
+        complain(error)
+        raise typer.Exit(FAILURE) from None
+
+
+def command(function: Callable[..., None]) -> Callable[..., None]:
+    """Makes a function a typer command: errors become exit codes, dataclass arguments one option per field.
+
+    It gets one more option, --debug.
+    """
+    signature = inspect.signature(function)
+    hints = get_type_hints(function, include_extras=True)
+    groups: dict[str, Any] = {name: hint for name, hint in hints.items() if is_dataclass(hint)}
+    flat: list[inspect.Parameter] = []
+    for name in signature.parameters:
+        if name in groups:
+            types = get_type_hints(groups[name], include_extras=True)
+            flat += [
+                inspect.Parameter(
+                    f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=types[f.name]
+                )
+                for f in fields(groups[name])
+            ]
+        else:
+            flat.append(
+                signature.parameters[name].replace(
+                    kind=inspect.Parameter.KEYWORD_ONLY, annotation=hints[name]
+                )
+            )
+
+    flat.append(inspect.Parameter("debug", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=DEBUG))
+
+    @functools.wraps(function)
+    def run(*, debug: bool, **values: Any) -> None:
+        for name, group in groups.items():
+            values[name] = group(**{f.name: values.pop(f.name) for f in fields(group)})
+        warnings.showwarning = _show_warning
+        with exit_codes(debug):
+            function(**values)
+
+    # What typer reads.
+    run.__signature__ = signature.replace(parameters=flat, return_annotation=None)  # type: ignore[attr-defined]
+    run.__annotations__ = {p.name: p.annotation for p in flat}
+    return run
+
+
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    note(f"warning: {' '.join(str(message).split())}")

@@ -1,0 +1,129 @@
+"""`monoblock env`: what a bug report needs to know about this machine; imports no framework."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from monoblock.cli import console
+from monoblock.cli.app import EXIT_CODES, sub_app
+from monoblock.cli.options import Json
+
+app = sub_app()
+
+FRAMEWORKS = {
+    "PyTorch": ("torch",),
+    "JAX": ("jax", "flax"),
+    "TensorFlow": ("tensorflow", "tensorflow-cpu", "keras"),
+}
+PACKAGES = ("numpy", "safetensors", "tokenizers", "huggingface_hub", "jinja2", "accelerate", "transformers")
+
+# The vector and matrix units that decide how fast a CPU runs a model, as Linux names them.
+CPU_UNITS = (
+    *("sse4_2", "avx", "avx2", "fma", "f16c", "avx_vnni"),
+    *("avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16"),
+    *("amx_tile", "amx_bf16", "amx_int8"),
+    *("asimd", "asimddp", "bf16", "i8mm", "sve", "sve2"),
+)
+
+
+@app.command(epilog=EXIT_CODES)
+@console.command
+def env(*, as_json: Json = False) -> None:
+    """Show versions, frameworks, CPU, memory and GPUs; for bug reports."""
+    found = describe()
+    if as_json:
+        print(json.dumps(found, indent=1))
+        return
+    console.rows("monoblock env", [(name, _text(value)) for name, value in found.items()])
+
+
+def describe() -> dict[str, Any]:
+    """Everything `monoblock env` shows, by name. Sizes are in bytes; None: not installed, or not known."""
+    frameworks = {
+        name: {p: v for p in packages if (v := _version(p))} or None for name, packages in FRAMEWORKS.items()
+    }
+    return {
+        "monoblock": _version("monoblock"),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        **frameworks,
+        **{name: _version(name) for name in PACKAGES},
+        "cpu": _cpu_info("model name") or platform.processor() or platform.machine(),
+        "cpu_units": [unit for unit in CPU_UNITS if unit in _cpu_units()],
+        "threads": _threads(),
+        "memory": _memory() or "not known",
+        "gpus": _gpus(),
+    }
+
+
+def _text(value: Any) -> str:
+    match value:
+        case None:
+            return "not installed"
+        case dict():
+            return ", ".join(f"{name} {number}" for name, number in value.items())
+        case []:
+            return "none found"
+        case list():
+            return ", ".join(value)
+        case int() if value > 1 << 20:
+            return f"{value / 2**30:.1f} GiB"
+        case _:
+            return str(value)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _cpu_info(name: str) -> str:
+    """A field of Linux' /proc/cpuinfo, of the first CPU; empty elsewhere."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return ""
+    return next((line.partition(":")[2].strip() for line in lines if line.split(":")[0].strip() == name), "")
+
+
+def _cpu_units() -> set[str]:
+    return set((_cpu_info("flags") or _cpu_info("Features")).split())
+
+
+def _threads() -> int:
+    """CPUs that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _memory() -> int | None:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return None
+
+
+def _gpus() -> list[str]:
+    """NVIDIA GPUs as their driver's own tool lists them, and Apple's."""
+    if sys.platform == "darwin" and platform.machine() == "arm64":
+        return ["Apple GPU (mps)"]
+    tool = shutil.which("nvidia-smi")
+    if not tool:
+        return []
+    query = [tool, "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
+    try:
+        result = subprocess.run(query, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return [line.strip().replace(",", ";") for line in result.stdout.splitlines() if line.strip()]

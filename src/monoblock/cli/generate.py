@@ -1,0 +1,86 @@
+"""`monoblock generate`: continues a text."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from monoblock.cli import console
+from monoblock.cli.app import EXIT_CODES, sub_app
+from monoblock.cli.options import Hub, Sampling, Source
+
+app = sub_app()
+MAX_NEW_TOKENS = 128
+
+
+@app.command(epilog=EXIT_CODES)
+@console.command
+def generate(
+    *,
+    prompt: Annotated[
+        str | None, typer.Argument(help="The text to continue; - or nothing: read it from standard input.")
+    ] = None,
+    file: Annotated[
+        Path | None, typer.Option("--file", "-f", help="Read the text to continue from a file.")
+    ] = None,
+    source: Source,
+    hub: Hub,
+    sampling: Sampling,
+    stream: Annotated[
+        bool, typer.Option("--stream/--no-stream", help="Print text as it comes, or at the end.")
+    ] = True,
+    echo: Annotated[
+        bool | None, typer.Option("--echo/--no-echo", help="Print the prompt first; default: at a terminal.")
+    ] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No counts and speeds on stderr.")] = False,
+) -> None:
+    """Continue a text with a model; without --model, with the embedded demo, a tiny completer of Python code.
+
+    The completion goes to standard output, all else to standard error. From a file or standard input, one
+    line end at the end of the prompt is dropped. Without --max-new-tokens, it stops after 128 tokens.
+    """
+    text = read_prompt(prompt, file)
+    options = sampling.kwargs(max_new_tokens=MAX_NEW_TOKENS)
+    from monoblock.cli import engine
+
+    loaded = engine.load(source, hub)
+    if sys.stdout.isatty() if echo is None else echo:
+        console.write(text)
+    reply = loaded.complete(text, options, console.write if stream else _hold)
+    if not stream:
+        console.write(reply.text)
+    if not reply.text.endswith("\n"):
+        console.write("\n")
+    if not quiet:
+        console.note(reply.summary())
+    if reply.interrupted:
+        raise typer.Exit(console.INTERRUPTED)
+
+
+def read_prompt(prompt: str | None, file: Path | None) -> str:
+    """The text to continue, from the one source that was given; a usage error if it is missing or empty."""
+    if prompt is not None and file is not None:
+        raise typer.BadParameter("give the prompt as an argument or with --file, not both")
+    if file is not None:
+        text = _drop_line_end(file.read_text(encoding="utf-8"))
+    elif prompt is not None and prompt != "-":
+        text = prompt
+    elif prompt is None and sys.stdin.isatty():
+        raise typer.BadParameter('a prompt is needed: monoblock generate "def fibonacci(n):"')
+    else:
+        text = _drop_line_end(sys.stdin.read())
+    if not text:
+        raise typer.BadParameter("the prompt is empty; a model needs at least one character to continue")
+    return text
+
+
+def _drop_line_end(text: str) -> str:
+    return text.removesuffix("\n").removesuffix("\r")
+
+
+def _hold(text: str) -> None:
+    """Takes streamed text that is printed later, from the reply."""
+    del text

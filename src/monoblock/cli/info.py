@@ -1,0 +1,163 @@
+"""`monoblock info`: what a model is and needs, from its config and its files' headers; loads no weights."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from monoblock.cli import console
+from monoblock.cli.app import EXIT_CODES, sub_app
+from monoblock.cli.options import Hub, Json
+
+if TYPE_CHECKING:
+    from monoblock.config import PretrainedConfig
+    from monoblock.spec import ArchSpec
+
+app = sub_app()
+
+# Bits per weight. The scales of the integer types add one to three per cent, which is not counted.
+DTYPE_BITS = {"float32": 32, "bfloat16": 16, "int8": 8, "int4": 4}
+CACHE_BYTES = {"float32": 4, "bfloat16": 2}
+
+
+@app.command(epilog=EXIT_CODES)
+@console.command
+def info(
+    *,
+    model: Annotated[
+        str | None, typer.Argument(help="Folder, or name on the hub; default: the embedded demo model.")
+    ] = None,
+    hub: Hub,
+    as_json: Json = False,
+) -> None:
+    """Show a model's family, architecture, size, and the memory that its weights and its cache need.
+
+    Reads config.json and the headers of safetensors files; of a model on the hub, no more is downloaded.
+    """
+    from monoblock.cli.engine import locate
+
+    path, name = locate(model)
+    found = describe(path, hub if model else Hub())
+    if as_json:
+        print(json.dumps(found | {"model": name}, indent=1))
+    else:
+        _show(found, name)
+
+
+@dataclass(frozen=True)
+class Contents:
+    """A model's files with their sizes in bytes (None: not known), and its stored tensors by dtype:
+    how many numbers; None where no file has a header that can be read without loading it."""
+
+    files: dict[str, int | None]
+    stored: dict[str, int] | None
+
+
+def describe(path: str, hub: Hub) -> dict[str, Any]:
+    """Everything `monoblock info` shows, by name, ready for JSON. Sizes are in bytes."""
+    from monoblock import AutoConfig
+
+    config = AutoConfig.from_pretrained(path, **hub.kwargs())
+    spec = config.to_spec()
+    contents = _local(Path(path)) if Path(path).is_dir() else _remote(path, hub)
+    count = _parameters(config, spec)
+    per_token = {name: _cache_per_token(spec, width) for name, width in CACHE_BYTES.items()}
+    return {
+        "family": config.model_type,
+        "architectures": config.architectures or [],
+        "spec": asdict(spec),
+        "spec_text": str(spec),
+        "parameters": count,
+        "stored": contents.stored,
+        "memory": {name: count * bits // 8 for name, bits in DTYPE_BITS.items()},
+        "cache_per_token": per_token,
+        "files": contents.files,
+    }
+
+
+def _parameters(config: PretrainedConfig, spec: ArchSpec) -> int:
+    """How many numbers the model of the config's architecture has; without one, the bare model's."""
+    from monoblock.families import family
+    from monoblock.tree import parameters
+
+    wanted = {name.lower() for name in config.architectures or []}  # the makers' files say MPTForCausalLM
+    heads = [c.head for c in family(config.model_type).classes if c.name.lower() in wanted and c.head]
+    head = config.to_head(heads[0]) if heads else None
+    return sum(prod(shape) for shape in parameters(spec, head).values())
+
+
+def _cache_per_token(spec: ArchSpec, item_bytes: int) -> int:
+    """Keys and values of one token in all layers; a layer with a window stops growing when that is full."""
+    return 2 * spec.attention.kv_heads * spec.attention.head_dim * spec.layers * item_bytes
+
+
+def _local(folder: Path) -> Contents:
+    from monoblock.checkpoint.header import read_header
+
+    files = {p.name: p.stat().st_size for p in sorted(folder.iterdir()) if p.is_file()}
+    headers = [read_header(folder / name) for name in files if name.endswith(".safetensors")]
+    if not headers:
+        return Contents(dict(files), None)
+    stored: dict[str, int] = {}
+    for entry in (entry for header in headers for entry in header.entries.values()):
+        stored[entry.dtype] = stored.get(entry.dtype, 0) + prod(entry.shape)
+    return Contents(dict(files), stored)
+
+
+def _remote(name: str, hub: Hub) -> Contents:
+    """The files of a model on the hub; headers are fetched alone. Offline, there is nothing to list."""
+    if hub.offline:
+        return Contents({}, None)
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import NotASafetensorsRepoError
+
+    api = HfApi(token=hub.token)
+    info = api.model_info(name, revision=hub.revision, files_metadata=True)
+    files = {file.rfilename: file.size for file in info.siblings or []}
+    try:
+        counts = api.get_safetensors_metadata(name, revision=hub.revision).parameter_count
+        stored = {str(dtype): count for dtype, count in counts.items()}
+    except NotASafetensorsRepoError:
+        stored = None
+    return Contents(files, stored)
+
+
+def _show(found: dict[str, Any], name: str) -> None:
+    count, stored = found["parameters"], found["stored"]
+    lines = [
+        ("family", found["family"]),
+        ("architectures", ", ".join(found["architectures"]) or "none named"),
+        ("parameters", f"{count:,} ({_short(count)})"),
+        (
+            "stored",
+            ", ".join(f"{n:,} {d}" for d, n in stored.items()) if stored else "no safetensors header to read",
+        ),
+        *((f"weights in {dtype}", _size(size)) for dtype, size in found["memory"].items()),
+        *((f"cache per token in {dtype}", _size(size)) for dtype, size in found["cache_per_token"].items()),
+        *(
+            (f"file {file}", "size not known" if size is None else _size(size))
+            for file, size in found["files"].items()
+        ),
+    ]
+    console.rows(name, lines)
+    print()
+    print(found["spec_text"])
+
+
+def _short(count: int) -> str:
+    for unit, scale in (("B", 1e9), ("M", 1e6), ("K", 1e3)):
+        if count >= scale:
+            return f"{count / scale:.3g} {unit}"
+    return str(count)
+
+
+def _size(size: int) -> str:
+    for unit, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if size >= scale:
+            return f"{size / scale:.2f} {unit}"
+    return f"{size} bytes"

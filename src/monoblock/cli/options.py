@@ -1,0 +1,107 @@
+"""Options that several commands share. A group of options is a dataclass: each field is one option."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Annotated, Any
+
+import typer
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+
+class Dtype(StrEnum):
+    """The types that weights may be loaded in."""
+
+    AUTO = "auto"
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hub:
+    """Where a model's files come from."""
+
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a model on the hub.")] = None
+    token: Annotated[
+        str | None,
+        typer.Option(help="Access token of the hub; default: the one of HF_TOKEN or `hf auth login`."),
+    ] = None
+    offline: Annotated[bool, typer.Option("--offline", help="Use only files that are on this machine.")] = (
+        False
+    )
+
+    def kwargs(self) -> dict[str, Any]:
+        """The arguments of `from_pretrained` and of `HubOptions`."""
+        given: dict[str, Any] = {"revision": self.revision, "token": self.token}
+        return {k: v for k, v in given.items() if v is not None} | {"local_files_only": self.offline}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Which model is loaded, and how."""
+
+    model: Annotated[
+        str | None,
+        typer.Option("--model", "-m", help="Folder, or name on the hub; default: the embedded demo model."),
+    ] = None
+    dtype: Annotated[Dtype, typer.Option(help="Type of the weights; auto: as stored.")] = Dtype.AUTO
+    device: Annotated[str, typer.Option(help="auto (a GPU if there is one), cpu, cuda, cuda:1, mps, ...")] = (
+        "auto"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How the next token is chosen. What is not given is as the model's generation_config.json says."""
+
+    max_new_tokens: Annotated[
+        int | None, typer.Option("--max-new-tokens", "-n", min=1, help="Stop after this many tokens.")
+    ] = None
+    temperature: Annotated[
+        float | None,
+        typer.Option("--temperature", "-t", min=0, help="0: always the likeliest token; 1: as trained."),
+    ] = None
+    top_k: Annotated[
+        int | None, typer.Option(min=0, help="Sample from the K likeliest tokens; 0: from all.")
+    ] = None
+    top_p: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Sample from the likeliest tokens that sum up to P.")
+    ] = None
+    min_p: Annotated[
+        float | None,
+        typer.Option(min=0, max=1, help="Sample from tokens at least P times as likely as the likeliest."),
+    ] = None
+    repetition_penalty: Annotated[
+        float | None, typer.Option(min=0, help="Above 1: tokens that are in the text become less likely.")
+    ] = None
+    seed: Annotated[int | None, typer.Option(min=0, help="The same seed samples the same text.")] = None
+    stop: Annotated[
+        list[str] | None, typer.Option(help="Stop after this text; may be given several times.")
+    ] = None
+
+    def kwargs(self, *, max_new_tokens: int, retry: int = 0) -> dict[str, Any]:
+        """The arguments of `generate`; `retry` counts up from the seed so that another try differs.
+
+        An option that greedy choice would ignore is a usage error.
+        """
+        choice = {name: getattr(self, name) for name in ("temperature", "top_k", "top_p", "min_p")}
+        choice = {name: value for name, value in choice.items() if value is not None}
+        if choice.get("temperature") == 0:
+            if len(choice) > 1:
+                others = ", ".join("--" + name.replace("_", "-") for name in choice if name != "temperature")
+                raise typer.BadParameter(
+                    f"--temperature 0 always takes the likeliest token; drop it or {others}"
+                )
+            choice = {"do_sample": False}
+        elif choice:
+            choice["do_sample"] = True
+        rest = {
+            "max_new_tokens": self.max_new_tokens or max_new_tokens,
+            "repetition_penalty": self.repetition_penalty,
+            "seed": None if self.seed is None else self.seed + retry,
+            "stop_strings": self.stop or None,
+        }
+        return choice | {name: value for name, value in rest.items() if value is not None}
