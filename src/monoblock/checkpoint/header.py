@@ -1,0 +1,199 @@
+"""The safetensors format: an 8-byte little-endian length, a JSON header of that length, then the tensors'
+bytes.
+
+The header maps each name to `{"dtype", "shape", "data_offsets": [begin, end]}`; offsets count from the
+header's end and must cover the rest of the file without holes or overlaps. `__metadata__` maps strings to
+strings. Source: https://github.com/huggingface/safetensors#format
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any, cast
+
+from monoblock.errors import CheckpointError
+
+# Bytes per element, in the order in which the reference writer ranks them (larger ranks are written first).
+ITEM_BYTES = {
+    "BOOL": 1,
+    "U8": 1,
+    "I8": 1,
+    "F8_E5M2": 1,
+    "F8_E4M3": 1,
+    "F8_E8M0": 1,
+    "F8_E4M3FNUZ": 1,
+    "F8_E5M2FNUZ": 1,
+    "I16": 2,
+    "U16": 2,
+    "F16": 2,
+    "BF16": 2,
+    "I32": 4,
+    "U32": 4,
+    "F32": 4,
+    "C64": 8,
+    "F64": 8,
+    "I64": 8,
+    "U64": 8,
+}
+_RANK = {name: rank for rank, name in enumerate(ITEM_BYTES)}
+_MAX_HEADER = (
+    100_000_000  # bytes; the reference reader's limit, which keeps a garbage length from eating the memory
+)
+
+# What people find in a folder in place of weights.
+_NOT_WEIGHTS = (
+    (b"version https://git-lfs", "is a Git LFS pointer, not the weights: run `git lfs pull` in its folder"),
+    (b"<!doctype html", "is a web page, not the weights: download the file itself"),
+    (b"<html", "is a web page, not the weights: download the file itself"),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One tensor of a file: the hub's dtype name, its shape, and its bytes' place counted from the file's
+    start."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Header:
+    """A file's tensors by name, in the order of their bytes, and its free-text metadata."""
+
+    entries: Mapping[str, Entry]
+    metadata: Mapping[str, str]
+
+
+def check_weight_file(path: Path) -> int:
+    """The size in bytes of a file that may hold weights; absent, empty and placeholder files are refused."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(32)
+        size = path.stat().st_size
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"{path} does not exist: the checkpoint is incomplete, fetch it again"
+        ) from error
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+    if not size:
+        raise CheckpointError(f"{path} is empty: the download or save was cut off, fetch it again")
+    for prefix, meaning in _NOT_WEIGHTS:
+        if head.lower().startswith(prefix):
+            raise CheckpointError(f"{path} {meaning}")
+    return size
+
+
+def read_header(path: Path) -> Header:
+    """The checked header of a safetensors file; `CheckpointError` names the file and what is wrong with
+    it."""
+    size = check_weight_file(path)
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > min(size - 8, _MAX_HEADER):
+            if 8 <= size and length <= _MAX_HEADER:
+                raise _cut_off(path, 8 + length, size)
+            raise CheckpointError(
+                f"{path} is not a safetensors file: its first 8 bytes give no sensible header length"
+            )
+        raw = file.read(length)
+    try:
+        table: object = json.loads(raw, object_pairs_hook=_no_duplicates)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"{path} is not a safetensors file: its header is no valid JSON ({error})"
+        ) from error
+    if not isinstance(table, dict):
+        raise CheckpointError(
+            f"{path} is not a safetensors file: its header is a JSON {type(table).__name__}"
+        )
+    fields = cast(dict[str, Any], table)
+    metadata = fields.pop("__metadata__", None) or {}
+    if not isinstance(metadata, dict) or not all(
+        isinstance(v, str) for v in cast(dict[str, Any], metadata).values()
+    ):
+        raise CheckpointError(f"{path} has a broken header: __metadata__ must map strings to strings")
+    entries = [(name, _entry(path, name, field, 8 + length)) for name, field in fields.items()]
+    entries.sort(key=lambda item: (item[1].begin, item[1].end))
+    _check_layout(path, entries, 8 + length, size)
+    return Header(entries=dict(entries), metadata=cast(dict[str, str], metadata))
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    if len(table) != len(pairs):
+        raise ValueError("a name occurs twice")
+    return table
+
+
+def _entry(path: Path, name: str, field: object, start: int) -> Entry:
+    values = cast(dict[str, Any], field) if isinstance(field, dict) else {}
+    dtype, shape, offsets = values.get("dtype"), values.get("shape"), values.get("data_offsets")
+    if (
+        not isinstance(dtype, str)
+        or not _counts(shape)
+        or not _counts(offsets)
+        or len(cast(list[int], offsets)) != 2
+    ):
+        raise CheckpointError(
+            f"{path} has a broken header: tensor '{name}' lacks a proper dtype, shape or data_offsets"
+        )
+    if dtype not in ITEM_BYTES:
+        raise CheckpointError(
+            f"{path}: tensor '{name}' has dtype '{dtype}', which is not supported; known are {', '.join(ITEM_BYTES)}"
+        )
+    begin, end = cast(tuple[int, int], offsets)
+    expected = prod(cast(list[int], shape)) * ITEM_BYTES[dtype]
+    if end - begin != expected:
+        raise CheckpointError(
+            f"{path} has a broken header: tensor '{name}' of {dtype} {shape} needs {expected} bytes, "
+            f"its data_offsets {offsets} give {end - begin}"
+        )
+    return Entry(dtype=dtype, shape=tuple(cast(list[int], shape)), begin=start + begin, end=start + end)
+
+
+def _counts(value: object) -> bool:
+    """Whether `value` is a list of whole numbers from zero up (JSON's true is not one)."""
+    return isinstance(value, list) and all(type(n) is int and n >= 0 for n in cast(list[object], value))
+
+
+def _check_layout(path: Path, entries: list[tuple[str, Entry]], start: int, size: int) -> None:
+    place = start
+    for name, entry in entries:
+        if entry.begin != place:
+            fault = "overlaps the tensor before it" if entry.begin < place else "leaves a hole before it"
+            raise CheckpointError(f"{path} has a broken header: tensor '{name}' {fault}")
+        place = entry.end
+    if place > size:
+        raise _cut_off(path, place, size)
+    if place < size:
+        raise CheckpointError(f"{path} has {size - place} bytes after its last tensor: the file is corrupt")
+
+
+def _cut_off(path: Path, expected: int, size: int) -> CheckpointError:
+    return CheckpointError(f"{path} is cut off: {size} bytes of {expected} are there, fetch it again")
+
+
+def make_header(
+    tensors: Iterable[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str] | None
+) -> tuple[bytes, list[str]]:
+    """The bytes that open a file holding `(name, dtype, shape)` tensors, and the order to write the tensors
+    in.
+
+    Wide dtypes come first, so that every tensor is aligned to its element without padding.
+    """
+    table: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    place, order = 0, []
+    for name, dtype, shape in sorted(tensors, key=lambda tensor: (-_RANK[tensor[1]], tensor[0])):
+        end = place + prod(shape) * ITEM_BYTES[dtype]
+        table[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [place, end]}
+        order.append(name)
+        place = end
+    raw = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
+    raw += b" " * (-len(raw) % 8)
+    return len(raw).to_bytes(8, "little") + raw, order

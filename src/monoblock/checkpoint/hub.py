@@ -1,0 +1,210 @@
+"""A model's files, from a local folder or from the hub.
+
+The hub is reached through huggingface_hub, whose environment (HF_ENDPOINT, HF_HUB_OFFLINE, HF_TOKEN, HF_HOME,
+...) is honoured. A local folder needs none of it, and does not import huggingface_hub.
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal, Protocol, cast
+
+from monoblock.checkpoint.files import read_json
+from monoblock.checkpoint.options import HubOptions
+from monoblock.checkpoint.remote import Remote
+from monoblock.errors import CheckpointError, HubError
+
+__all__ = ["HubOptions", "WeightFiles", "find_file", "find_weights", "read_json"]
+
+Kind = Literal["safetensors", "bin"]
+
+# In the order in which they are looked for; a single file goes before an index of the same kind.
+_FORMATS: tuple[tuple[Kind, str], ...] = (("safetensors", "model.safetensors"), ("bin", "pytorch_model.bin"))
+
+# Weights that are known and not read yet.
+_UNREAD = {"tf_model.h5": "TensorFlow", "flax_model.msgpack": "Flax"}
+
+_LISTED = 12  # names that an error shows of what a place holds
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightFiles:
+    """The local files that hold a model's weights.
+
+    `weight_map` says for each tensor that the index lists which of `paths` holds it; None for a single file.
+    """
+
+    kind: Kind
+    paths: tuple[Path, ...]
+    weight_map: Mapping[str, Path] | None = None
+
+
+class _Place(Protocol):
+    """Somewhere that files are; `str()` of it names it in an error."""
+
+    def get(self, filename: str) -> Path | None: ...
+    def get_all(self, filenames: Sequence[str]) -> list[Path | None]: ...
+    def names(self) -> list[str]: ...
+
+
+class _Folder:
+    """A local folder."""
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+
+    def __str__(self) -> str:
+        return f"the folder {self._folder}"
+
+    def get(self, filename: str) -> Path | None:
+        path = self._folder / filename
+        return path if path.is_file() else None
+
+    def get_all(self, filenames: Sequence[str]) -> list[Path | None]:
+        return [self.get(filename) for filename in filenames]
+
+    def names(self) -> list[str]:
+        return sorted(path.name + "/" * path.is_dir() for path in self._folder.iterdir())
+
+
+def find_file(
+    name_or_path: str | os.PathLike[str],
+    filename: str,
+    options: HubOptions | None = None,
+    *,
+    required: bool = True,
+) -> Path | None:
+    """The local path of one file of a model, fetched from the hub if need be.
+
+    `name_or_path` is a folder, or a name on the hub such as "mosaicml/mpt-7b". Without such a file: None, or
+    `HubError` if it is `required`. `HubError` too if the model, the revision or the network is not there.
+    """
+    place = _place(name_or_path, options or HubOptions())
+    path = place.get(filename)
+    if path is None and required:
+        raise HubError(f"{place} has no {filename}; {_content(place)}")
+    return path
+
+
+def find_weights(
+    name_or_path: str | os.PathLike[str],
+    options: HubOptions | None = None,
+    *,
+    variant: str | None = None,
+    use_safetensors: bool | None = None,
+) -> WeightFiles:
+    """The files with a model's weights; those on the hub are fetched, several at once, with progress bars.
+
+    The first of these that is there: model.safetensors, its index, pytorch_model.bin, its index.
+    `variant="fp16"` looks for model.fp16.safetensors and so on; `use_safetensors` True or False keeps to one
+    kind. `HubError` if there is none, or the files cannot be had; `CheckpointError` if an index is broken or
+    names a file that is not there.
+    """
+    place = _place(name_or_path, options or HubOptions())
+    for kind, filename in _FORMATS:
+        if use_safetensors is not None and use_safetensors != (kind == "safetensors"):
+            continue
+        path = place.get(_with_variant(filename, variant))
+        if path is not None:
+            return WeightFiles(kind=kind, paths=(path,))
+        index = place.get(_with_variant(f"{filename}.index.json", variant))
+        if index is not None:
+            return _sharded(place, kind, index)
+    raise _no_weights(place, variant, use_safetensors)
+
+
+def _place(name_or_path: str | os.PathLike[str], options: HubOptions) -> _Place:
+    name = os.fspath(name_or_path)
+    if not name:
+        raise HubError(
+            "the model's name is empty: give a folder or a name on the hub, such as 'mosaicml/mpt-7b'"
+        )
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        if folder.is_file():
+            raise HubError(f"{name} is a file: give the folder that it is in, with its config.json")
+        if not isinstance(name_or_path, str) or _looks_local(name):
+            raise HubError(f"there is no folder {name}: check the path (the current folder is {Path.cwd()})")
+        return Remote(name, options)
+    if options.revision not in (None, "main"):
+        raise HubError(
+            f"revision={options.revision!r} is for models on the hub, but {name} is a local folder: leave it out"
+        )
+    if not (folder / options.subfolder).is_dir():
+        raise HubError(f"the folder {name} has no subfolder '{options.subfolder}'")
+    return _Folder(folder / options.subfolder)
+
+
+def _looks_local(name: str) -> bool:
+    """Whether a name can only be meant as a path: the hub's have one slash at most and start with a letter or
+    digit."""
+    return name.startswith((".", "~", "/")) or "\\" in name or name.count("/") > 1 or Path(name).is_absolute()
+
+
+def _with_variant(filename: str, variant: str | None) -> str:
+    """`model.safetensors` -> `model.fp16.safetensors`; an index gets it before `.json`."""
+    if variant is None:
+        return filename
+    stem, suffix = filename.rsplit(".", 1)
+    return f"{stem}.{variant}.{suffix}"
+
+
+def _sharded(place: _Place, kind: Kind, index: Path) -> WeightFiles:
+    listed = _read_index(index)
+    names = sorted(set(listed.values()))
+    paths: dict[str, Path] = {}
+    for name, path in zip(names, place.get_all(names), strict=True):
+        if path is None:
+            raise CheckpointError(f"{place} has no {name}, which {index.name} lists: fetch the model again")
+        paths[name] = path
+    weight_map = {tensor: paths[name] for tensor, name in listed.items()}
+    return WeightFiles(kind=kind, paths=tuple(paths.values()), weight_map=weight_map)
+
+
+def _read_index(index: Path) -> dict[str, str]:
+    """Tensor name -> file name, checked: an index from the net may name no file outside its folder."""
+    listed = read_json(index).get("weight_map")
+    if not isinstance(listed, dict) or not listed:
+        raise CheckpointError(
+            f"{index} is no index of weights: it lacks a weight_map of tensor names to file names"
+        )
+    for tensor, name in cast(dict[str, Any], listed).items():
+        if not isinstance(name, str) or not _is_inside(name):
+            raise CheckpointError(
+                f"{index} is refused: it places '{tensor}' in {name!r}, which is no file of its folder"
+            )
+    return cast(dict[str, str], listed)
+
+
+def _is_inside(name: str) -> bool:
+    parts = PurePosixPath(name)
+    return (
+        bool(parts.name)
+        and not parts.is_absolute()
+        and ".." not in parts.parts
+        and not set(name) & set("\\:\0")
+    )
+
+
+def _no_weights(place: _Place, variant: str | None, use_safetensors: bool | None) -> HubError:
+    names = place.names()
+    for filename, framework in _UNREAD.items():
+        if filename in names or f"{filename}.index.json" in names:
+            return HubError(
+                f"{place} has its weights in {filename} only; {framework} weights are not read yet: "
+                "convert them to safetensors"
+            )
+    wanted = [f for kind, f in _FORMATS if use_safetensors in (None, kind == "safetensors")]
+    wanted = [_with_variant(filename, variant) for filename in wanted]
+    return HubError(
+        f"{place} has no weights: expected {' or '.join(wanted)} (or its index); {_content(place)}"
+    )
+
+
+def _content(place: _Place) -> str:
+    names = place.names()
+    if not names:
+        return "nothing else is known to be there"
+    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return f"it holds {', '.join(names[:_LISTED])}{more}"

@@ -1,0 +1,81 @@
+"""Failures of huggingface_hub as one sentence each: what failed, why, what to do.
+
+Errors are told apart by the names of their classes: the HTTP library under huggingface_hub changed between
+its versions, the names did not.
+"""
+
+import errno
+import os
+from typing import Any
+
+from monoblock.errors import HubError
+
+_ACCESS = "give a token that may read it (token=..., HF_TOKEN or `hf auth login`)"
+_OUTAGE = "check the connection and HF_ENDPOINT, or use a local folder"
+
+# The first class that an error has decides. {reason} is the error's own first line.
+_BY_CLASS = {
+    "GatedRepoError": f"'{{repo}}' is gated: accept its terms at {{endpoint}}/{{repo}}, then {_ACCESS}",
+    "DisabledRepoError": "'{repo}' has been disabled on {endpoint}: use another model",
+    "RepositoryNotFoundError": (
+        f"'{{repo}}' is neither a folder here nor a model that {{endpoint}} shows: check the name, or, "
+        f"if it is private, {_ACCESS}"
+    ),
+    "RevisionNotFoundError": "'{repo}' has no revision '{revision}': name one of its branches, tags or commit hashes",
+    "HFValidationError": "'{repo}' is neither a folder here nor a possible name on the hub ({reason})",
+    "LocalTokenNotFoundError": "token=True, but no token is stored: run `hf auth login` or pass the token itself",
+    "ProxyError": "the proxy refused the way to {endpoint} ({reason}): check HTTPS_PROXY and HTTP_PROXY",
+    "TimeoutException": (
+        "{endpoint} did not answer in time about {file} of '{repo}': try again later, or raise HF_HUB_ETAG_TIMEOUT and "
+        "HF_HUB_DOWNLOAD_TIMEOUT (seconds)"
+    ),
+    "ConnectError": f"{{endpoint}} cannot be reached for {{file}} of '{{repo}}' ({{reason}}): {_OUTAGE}",
+    "NetworkError": f"the connection to {{endpoint}} broke during {{file}} of '{{repo}}' ({{reason}}): {_OUTAGE}",
+    "RemoteProtocolError": f"the connection to {{endpoint}} broke during {{file}} of '{{repo}}' ({{reason}}): {_OUTAGE}",
+}
+_BY_STATUS = {
+    401: f"{{endpoint}} does not accept the token for '{{repo}}' (401): renew it, or {_ACCESS}",
+    403: f"access to {{file}} of '{{repo}}' is forbidden on {{endpoint}} (403): {_ACCESS}",
+    429: "{endpoint} refuses more requests for now (429): wait a few minutes, or use a token for a higher limit",
+}
+_BY_ERRNO = {
+    errno.ENOSPC: "the disk is full: {file} of '{repo}' does not fit into {cache}; make room or set cache_dir=",
+    errno.EDQUOT: "the disk quota is used up: {file} of '{repo}' does not fit into {cache}; make room or set cache_dir=",
+    errno.EACCES: "{cache} is not writable: {file} of '{repo}' cannot be kept there; set cache_dir= to another folder",
+    errno.EROFS: "{cache} is read-only: {file} of '{repo}' cannot be kept there; set cache_dir= to another folder",
+}
+
+
+def names_of(error: BaseException) -> set[str]:
+    """The names of an error's classes."""
+    return {kind.__name__ for kind in type(error).__mro__}
+
+
+def status_of(error: BaseException) -> int | None:
+    """The HTTP status behind an error, if there is one."""
+    status: Any = getattr(getattr(error, "response", None), "status_code", None)
+    return status if isinstance(status, int) else None
+
+
+def explain(error: Exception, **facts: object) -> HubError:
+    """The sentence for an error; `facts` are repo, revision, file, endpoint and cache."""
+    reason = str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
+    return HubError(_template(error).format(reason=reason, status=status_of(error), **facts))
+
+
+def _template(error: Exception) -> str:
+    names, status = names_of(error), status_of(error)
+    for name, template in _BY_CLASS.items():
+        if name in names:
+            return template
+    if status in _BY_STATUS:
+        return _BY_STATUS[status]
+    if status is not None:
+        return f"{{endpoint}} answered {{status}} about {{file}} of '{{repo}}': try again later; {_OUTAGE}"
+    if isinstance(error, OSError) and error.errno in _BY_ERRNO:
+        return _BY_ERRNO[error.errno]
+    if isinstance(error, OSError) and error.errno is not None:
+        return (
+            f"{{file}} of '{{repo}}' cannot be kept in {{cache}} ({os.strerror(error.errno)}): set cache_dir="
+        )
+    return "{file} of '{repo}' could not be fetched from {endpoint} ({reason}): try again, with force_download=True"

@@ -1,0 +1,147 @@
+"""Writing safetensors checkpoints: one file or shards with an index, whole or not at all."""
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from monoblock.checkpoint.files import staged
+from monoblock.checkpoint.header import ITEM_BYTES, make_header
+from monoblock.checkpoint.views import Adapter, Description, Framework, adapter
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+# Weight files of an earlier save, which would speak against the new ones. Variants and other files stay.
+_STALE = re.compile(
+    r"(model(-\d{5}-of-\d{5})?\.safetensors|pytorch_model(-\d{5}-of-\d{5})?\.bin)(\.index\.json)?"
+)
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+_UNITS |= {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]i?)?b", re.IGNORECASE)
+
+_CHUNK = 64 * 2**20  # bytes handed to the disk at once, so that Ctrl-C is heard between two
+
+
+def parse_size(size: int | str) -> int:
+    """Bytes in `size`: an int, or a string such as "5GB" (10^9), "200MB" or "1GiB" (2^30). `ValueError`
+    otherwise."""
+    if isinstance(size, str) and (match := _SIZE.fullmatch(size.strip())):
+        bytes_ = int(float(match[1]) * _UNITS[(match[2] or "").lower()])
+    elif isinstance(size, int) and not isinstance(size, bool):
+        bytes_ = size
+    else:
+        raise ValueError(
+            f'max_shard_size={size!r}: expected bytes as an int, or a string such as "5GB" or "200MiB"'
+        )
+    if bytes_ <= 0:
+        raise ValueError(f"max_shard_size={size!r}: expected at least one byte")
+    return bytes_
+
+
+@dataclass
+class _Shard:
+    tensors: dict[str, Description] = field(default_factory=dict[str, Description])
+    bytes: int = 0
+
+
+def _plan(tensors: Mapping[str, Description], limit: int) -> list[_Shard]:
+    """Fill shards in the tensors' order; one that is larger than the limit gets a shard to itself."""
+    shards = [_Shard()]
+    for name, tensor in tensors.items():
+        size = prod(tensor.shape) * ITEM_BYTES[tensor.dtype]
+        if shards[-1].tensors and shards[-1].bytes + size > limit:
+            shards.append(_Shard())
+        shards[-1].tensors[name] = tensor
+        shards[-1].bytes += size
+    return shards
+
+
+def save_tensors(
+    folder: str | Path,
+    tensors: Mapping[str, Any],
+    *,
+    framework: Framework,
+    max_shard_size: int | str = "50GB",
+    metadata: Mapping[str, str] | None = None,
+) -> list[Path]:
+    """Write `tensors` under the hub's file names; returns the files, the index last if there is one.
+
+    A value is a tensor (torch for "pt", NumPy for "np"), or a function of no arguments that makes it; such a
+    function is called twice and its tensor is dropped at once, so no more than one made tensor exists at a
+    time. Memory beyond the tensors given is one tensor at most: none for what lies contiguous on the CPU.
+
+    Tensors that are the same memory (tied weights) are written once, under the first of their names; the
+    file's metadata maps the other names to it. `metadata` defaults to `{"format": "pt"}`, which transformers asks for.
+
+    Everything is written under temporary names in `folder`, made durable, then renamed, the index last;
+    weight files of an earlier save that are not part of this one go after that. Until then they stay as they
+    are, whatever happens. `CheckpointError`: the folder cannot be written, the disk is full, a value is no
+    tensor or has a dtype that the format lacks. `ValueError`: `max_shard_size` makes no sense.
+    """
+    side = adapter(framework)
+    described, ties = _describe(side, tensors)
+    shards = _plan(described, parse_size(max_shard_size))
+    notes = {**ties, **(metadata if metadata is not None else {"format": "pt"})}
+    names = [SINGLE] if len(shards) == 1 else [_shard_name(i, len(shards)) for i in range(1, len(shards) + 1)]
+    with staged(folder) as stage:
+        for name, shard in zip(names, shards, strict=True):
+            with stage.path(name).open("wb") as file:
+                _write(file, side, {key: tensors[key] for key in shard.tensors}, shard, notes)
+        if len(shards) > 1:
+            stage.path(INDEX).write_text(_index(names, shards), encoding="utf-8")
+            names.append(INDEX)
+    _remove_stale(Path(folder), keep=set(names))
+    return [Path(folder) / name for name in names]
+
+
+def _shard_name(number: int, count: int) -> str:
+    return f"model-{number:05}-of-{count:05}.safetensors"
+
+
+def _describe(side: Adapter, tensors: Mapping[str, Any]) -> tuple[dict[str, Description], dict[str, str]]:
+    """What to write, and for each name that is tied to an earlier one, that one."""
+    described: dict[str, Description] = {}
+    ties: dict[str, str] = {}
+    first: dict[tuple[object, ...], str] = {}
+    for name, value in tensors.items():
+        description = side.describe(name, _made(value))
+        # A made tensor is gone by now and its address may come again: only tensors that stay can be tied.
+        identity = None if callable(value) else description.identity
+        owner = first.setdefault(identity, name) if identity else name
+        if owner == name:
+            described[name] = description
+        else:
+            ties[name] = owner
+    return described, ties
+
+
+def _made(value: Any | Callable[[], Any]) -> Any:
+    return value() if callable(value) else value
+
+
+def _write(
+    file: BinaryIO, side: Adapter, tensors: Mapping[str, Any], shard: _Shard, notes: Mapping[str, str]
+) -> None:
+    head, order = make_header([(n, d.dtype, d.shape) for n, d in shard.tensors.items()], notes)
+    file.write(head)
+    for name in order:
+        raw = side.raw(_made(tensors[name]))
+        for start in range(0, len(raw), _CHUNK):
+            file.write(raw[start : start + _CHUNK])
+
+
+def _index(names: list[str], shards: list[_Shard]) -> str:
+    weight_map = {key: name for name, shard in zip(names, shards, strict=True) for key in shard.tensors}
+    index = {"metadata": {"total_size": sum(shard.bytes for shard in shards)}, "weight_map": weight_map}
+    return json.dumps(index, indent=2, sort_keys=True) + "\n"
+
+
+def _remove_stale(folder: Path, keep: set[str]) -> None:
+    for path in folder.iterdir():
+        if path.name not in keep and _STALE.fullmatch(path.name):
+            path.unlink(missing_ok=True)

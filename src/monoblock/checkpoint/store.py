@@ -1,0 +1,216 @@
+"""Reading checkpoints: tensors by the hub's names, laid over the files' own memory."""
+
+import ctypes
+import mmap
+import pickle
+import re
+import weakref
+import zipfile
+from collections.abc import Iterator, KeysView, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+from monoblock.checkpoint.header import ITEM_BYTES, Entry, check_weight_file, read_header
+from monoblock.checkpoint.hub import WeightFiles
+from monoblock.checkpoint.save import parse_size, save_tensors
+from monoblock.checkpoint.views import Adapter, Framework, adapter, import_torch
+from monoblock.errors import CheckpointError
+
+__all__ = ["Store", "open_store", "parse_size", "save_tensors"]
+
+
+class _Shard(Protocol):
+    """One weight file."""
+
+    path: Path
+    metadata: Mapping[str, str]
+
+    def names(self) -> KeysView[str]: ...
+    def shape(self, name: str) -> tuple[int, ...]: ...
+    def dtype(self, name: str) -> str: ...
+    def tensor(self, name: str) -> Any: ...
+
+
+class Store:
+    """A checkpoint's tensors by name; nothing is read from the disk before a tensor is used.
+
+    A tensor is laid over the file's memory map. It may be changed in place: the file does not change, but
+    other tensors of the same name from this store do, while it lives. Its memory goes back to the system with
+    it, so copying a model out of a store, tensor by tensor, takes the copy and one tensor at a time.
+    """
+
+    def __init__(self, shards: Sequence[_Shard], homes: Mapping[str, _Shard]):
+        self._shards = shards
+        self._homes = homes
+
+    def keys(self) -> KeysView[str]:
+        """The tensors' names, as the files have them."""
+        return self._homes.keys()
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._homes
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._homes)
+
+    def __len__(self) -> int:
+        return len(self._homes)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor."""
+        return self._homes[name].shape(name)
+
+    def dtype(self, name: str) -> str:
+        """The hub's name of a tensor's dtype: "F32", "BF16", "F8_E4M3", ..."""
+        return self._homes[name].dtype(name)
+
+    def path(self, name: str) -> Path:
+        """The file that holds a tensor."""
+        return self._homes[name].path
+
+    def tensor(self, name: str) -> Any:
+        """The tensor itself, in its own dtype, over the file's memory."""
+        return self._homes[name].tensor(name)
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """The files' free-text metadata, merged."""
+        return {key: value for shard in self._shards for key, value in shard.metadata.items()}
+
+
+def open_store(files: WeightFiles, framework: Framework) -> Store:
+    """The tensors of a checkpoint's files, for "pt" (PyTorch) or "np" (NumPy).
+
+    `CheckpointError`: a file is missing, cut off, corrupt or no weights, a pickle holds code, or the index
+    names a tensor that its shard lacks. `ImportError`: PyTorch is needed (for "pt", and for any .bin file)
+    and absent.
+    """
+    make = _Safetensors if files.kind == "safetensors" else _Pickle
+    side = adapter(framework)
+    shards: dict[Path, _Shard] = {path: make(path, side) for path in files.paths}
+    listed = files.weight_map or {}
+    homes: dict[str, _Shard] = {}
+    for path, shard in shards.items():
+        for name in shard.names():
+            if name not in listed and name in homes:
+                raise CheckpointError(f"tensor '{name}' is both in {homes[name].path} and in {path}")
+            homes[name] = shard
+    for name, path in listed.items():
+        if name not in shards[path].names():
+            raise CheckpointError(
+                f"{path} lacks tensor '{name}', which the index says it holds: fetch the checkpoint again"
+            )
+        homes[name] = shards[path]
+    return Store(list(shards.values()), homes)
+
+
+class _Safetensors:
+    """A safetensors file as a private memory map, opened once."""
+
+    def __init__(self, path: Path, side: Adapter):
+        header = read_header(path)
+        self.path = path
+        self.metadata = header.metadata
+        self._entries = header.entries
+        self._side = side
+        self._live: weakref.WeakValueDictionary[str, ctypes.Array[ctypes.c_char]] = (
+            weakref.WeakValueDictionary()
+        )
+        with path.open("rb") as file:
+            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+
+    def names(self) -> KeysView[str]:
+        return self._entries.keys()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._entries[name].shape
+
+    def dtype(self, name: str) -> str:
+        return self._entries[name].dtype
+
+    def tensor(self, name: str) -> Any:
+        entry = self._entries[name]
+        if entry.begin % ITEM_BYTES[entry.dtype]:  # only old writers' files; frameworks want aligned elements
+            return self._side.lay(bytearray(self._map[entry.begin : entry.end]), entry.dtype, entry.shape)
+        return self._side.lay(self._buffer(name, entry), entry.dtype, entry.shape)
+
+    def _buffer(self, name: str, entry: Entry) -> ctypes.Array[ctypes.c_char]:
+        """The entry's part of the map, as an object of its own, whose end frees the pages that only it
+        covers.
+
+        While it lives it is the only one for its name: freeing pages undoes changes made to them.
+        """
+        buffer = self._live.get(name)
+        if buffer is None:
+            buffer = (ctypes.c_char * (entry.end - entry.begin)).from_buffer(self._map, entry.begin)
+            self._live[name] = buffer
+            begin = -(-entry.begin // mmap.PAGESIZE) * mmap.PAGESIZE
+            length = entry.end // mmap.PAGESIZE * mmap.PAGESIZE - begin
+            if length > 0 and hasattr(mmap, "MADV_DONTNEED"):  # not on Windows
+                weakref.finalize(buffer, self._map.madvise, mmap.MADV_DONTNEED, begin, length).atexit = False
+        return buffer
+
+
+# What `torch.load` may say about a pickle that asks for more than tensors.
+_CODE = re.compile(
+    r"(?:Unsupported global: )?GLOBAL ([\w.]+)|(?:Unsupported class|Trying to \w+ \w+) ([\w.]+)"
+)
+
+
+class _Pickle:
+    """A PyTorch .bin file; mapped into memory if it is of the zip kind (torch 1.6 and later), else read
+    whole."""
+
+    def __init__(self, path: Path, side: Adapter):
+        self.path = path
+        self.metadata: Mapping[str, str] = {}
+        self._side = side
+        self._torch_side = adapter("pt")
+        self._tensors = _load_pickle(path)
+
+    def names(self) -> KeysView[str]:
+        return self._tensors.keys()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._tensors[name].shape)
+
+    def dtype(self, name: str) -> str:
+        return self._torch_side.describe(name, self._tensors[name]).dtype
+
+    def tensor(self, name: str) -> Any:
+        tensor = self._tensors[name]
+        if self._side is self._torch_side:
+            return tensor
+        return self._side.lay(self._torch_side.raw(tensor), self.dtype(name), self.shape(name))
+
+
+def _load_pickle(path: Path) -> dict[str, Any]:
+    """The tensors of a .bin file: a dict of tensors, or a training checkpoint with one under "state_dict"."""
+    torch = import_torch(f"reading {path.name}")
+    check_weight_file(path)
+    try:
+        content: object = torch.load(
+            path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
+        )
+    except pickle.UnpicklingError as error:
+        asked = _CODE.search(str(error))
+        what = f" ({asked[1] or asked[2]})" if asked else ""
+        raise CheckpointError(
+            f"{path} is refused: it is no plain file of tensors but holds code or foreign objects{what}; "
+            "ask its maker for safetensors"
+        ) from error
+    except Exception as error:  # torch raises RuntimeError, EOFError, KeyError, ... for a damaged file
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise CheckpointError(
+            f"{path} cannot be read as PyTorch weights ({reason}): fetch it again"
+        ) from error
+    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
+        content = cast(dict[object, Any], content)["state_dict"]
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds a {type(content).__name__}; expected a dict of tensors")
+    for name, value in cast(dict[object, Any], content).items():
+        if not isinstance(name, str) or not isinstance(value, torch.Tensor):
+            raise CheckpointError(
+                f"{path}: entry {name!r} is a {type(value).__name__}; expected tensors by name only"
+            )
+    return cast(dict[str, Any], content)
