@@ -60,6 +60,8 @@ class Conversation:
         try:
             messages: list[Message] = json.loads(path.read_text(encoding="utf-8"))
             pairs = [(message["role"], message["content"]) for message in messages]
+            if not isinstance(messages, list):  # an empty object gets this far
+                raise wrong
         except (ValueError, TypeError, KeyError):
             raise wrong from None
         system = pairs.pop(0)[1] if pairs and pairs[0][0] == "system" else None

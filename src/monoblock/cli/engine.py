@@ -111,9 +111,7 @@ def _streamer(tokenizer: Any, reply: Reply, write: Callable[[str], None]) -> Any
 
     class Recorder(TextStreamer):
         def put(self, value: Any) -> None:
-            count = int(
-                value.size if hasattr(value, "ndim") and isinstance(value.size, int) else value.numel()
-            )
+            count = len(value.reshape(-1))
             if not reply.prompt_tokens:  # the prompt comes first, and is not shown
                 reply.prompt_tokens = count
             else:
