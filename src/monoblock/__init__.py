@@ -1,1 +1,91 @@
-"""monoblock: one transformer block, six model families, three frameworks."""
+"""monoblock: one transformer block, six model families, three frameworks.
+
+Every public name is imported when it is first used: `from monoblock import MptForCausalLM` loads PyTorch then,
+and `import monoblock` loads nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+# Where each public name is, but for the model classes, which are made from the families' tables.
+_HOME: dict[str, str] = {
+    "AutoConfig": "monoblock.auto",
+    "AutoTokenizer": "monoblock.tokenization",
+    "BatchEncoding": "monoblock.tokenization",
+    "GPTNeoXTokenizerFast": "monoblock.tokenization",
+    "PreTrainedTokenizerFast": "monoblock.tokenization",
+    "AsyncTextIteratorStreamer": "monoblock.generation",
+    "GenerationConfig": "monoblock.generation",
+    "LogitsProcessorList": "monoblock.generation",
+    "StoppingCriteria": "monoblock.generation",
+    "StoppingCriteriaList": "monoblock.generation",
+    "TextIteratorStreamer": "monoblock.generation",
+    "TextStreamer": "monoblock.generation",
+    "ModelOutput": "monoblock.outputs",
+    "MptAttentionConfig": "monoblock.families.mpt",
+    "MptConfig": "monoblock.families.mpt",
+    "PretrainedConfig": "monoblock.config",
+    "CheckpointError": "monoblock.errors",
+    "HubError": "monoblock.errors",
+    "MissingKeys": "monoblock.errors",
+    "ShapeMismatch": "monoblock.errors",
+    "UnexpectedKeys": "monoblock.errors",
+    "UnreadKeys": "monoblock.errors",
+    "UnsupportedConfig": "monoblock.errors",
+    "Cache": "monoblock.backends.pytorch.cache",
+    "DynamicCache": "monoblock.backends.pytorch.cache",
+    "StaticCache": "monoblock.backends.pytorch.cache",
+    "PreTrainedModel": "monoblock.backends.pytorch.pretrained",
+    "AutoModel": "monoblock.auto",
+    "AutoModelForCausalLM": "monoblock.auto",
+    "AutoModelForQuestionAnswering": "monoblock.auto",
+    "AutoModelForSequenceClassification": "monoblock.auto",
+    "AutoModelForTokenClassification": "monoblock.auto",
+}
+
+# The model classes of each framework: module -> names.
+_MODELS: dict[str, tuple[str, ...]] = {
+    "monoblock.backends.pytorch.pretrained": (
+        "MptForCausalLM",
+        "MptForQuestionAnswering",
+        "MptForSequenceClassification",
+        "MptForTokenClassification",
+        "MptModel",
+    ),
+}
+
+# What to install when a framework is missing.
+_EXTRAS = {"torch": "torch", "jax": "jax", "flax": "jax", "tensorflow": "tf", "keras": "tf"}
+
+__all__ = sorted([*_HOME, *(name for names in _MODELS.values() for name in names)])  # noqa: PLE0605
+
+
+def __getattr__(name: str) -> Any:
+    if (home := _HOME.get(name)) is not None:
+        value = getattr(_load(home, name), name)
+    elif home := next((module for module, names in _MODELS.items() if name in names), None):
+        value = _load(home, name).make_class(name)
+    else:
+        raise AttributeError(f"module 'monoblock' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+def _load(module: str, name: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").partition(".")[0]
+        if missing not in _EXTRAS:
+            raise
+        raise ImportError(
+            f'monoblock.{name} needs {missing}, which is not installed: pip install "monoblock[{_EXTRAS[missing]}]"'
+        ) from error

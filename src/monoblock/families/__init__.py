@@ -1,0 +1,90 @@
+"""The registry of families. A family is a module that holds data; it is imported when first asked for."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from monoblock.checkpoint.keymap import KeyMap
+from monoblock.config import PretrainedConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelClass:
+    """A public model class: the kind of its head (None: bare), its forward's arguments in the hub's order
+    (words), and the class of its output."""
+
+    name: str
+    head: str | None
+    forward: str
+    output: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """A family as data: its config class, key map and public classes. `prefix` is the hub's attribute name of
+    the bare model inside a model with a head."""
+
+    config: type[PretrainedConfig]
+    prefix: str
+    keymap: Callable[[Any, str | None], KeyMap]
+    classes: tuple[ModelClass, ...]
+    architectures: dict[str, str]
+
+    @property
+    def name(self) -> str:
+        """The hub's `model_type`."""
+        return self.config.model_type
+
+    def model_class(self, name: str) -> ModelClass:
+        """The class of that public name (without a framework's prefix)."""
+        return next(c for c in self.classes if c.name == name)
+
+
+# model_type -> the stem of the public class names, and what follows the stem.
+FAMILIES: dict[str, tuple[str, str]] = {
+    "mpt": ("Mpt", "Model ForCausalLM ForSequenceClassification ForTokenClassification ForQuestionAnswering"),
+}
+
+# The config classes, by family.
+CONFIGS: dict[str, tuple[str, ...]] = {
+    "mpt": ("MptConfig", "MptAttentionConfig"),
+}
+
+# AutoModelFor... -> the endings of the classes that it chooses from.
+AUTO: dict[str, tuple[str, ...]] = {
+    "AutoModel": ("Model",),
+    "AutoModelForCausalLM": ("ForCausalLM", "LMHeadModel"),
+    "AutoModelForSequenceClassification": ("ForSequenceClassification",),
+    "AutoModelForTokenClassification": ("ForTokenClassification",),
+    "AutoModelForQuestionAnswering": ("ForQuestionAnswering",),
+}
+
+
+def family(model_type: str) -> Family:
+    """The family of a `model_type`; ValueError with the known ones if there is none."""
+    if model_type not in FAMILIES:
+        raise ValueError(f"monoblock has no family {model_type!r}; it has: {', '.join(sorted(FAMILIES))}")
+    return importlib.import_module(f"monoblock.families.{model_type.replace('-', '_')}").FAMILY
+
+
+def class_names(model_type: str) -> tuple[str, ...]:
+    """The public model classes of a family, without a framework's prefix."""
+    stem, endings = FAMILIES[model_type]
+    return tuple(stem + ending for ending in endings.split())
+
+
+def family_of(class_name: str) -> Family | None:
+    """The family that has a public model class of that name."""
+    return next((family(name) for name in FAMILIES if class_name in class_names(name)), None)
+
+
+def auto_class(auto: str, config: PretrainedConfig) -> str:
+    """The class that an `AutoModel...` chooses for a config."""
+    names = class_names(family(config.model_type).name)
+    stem = FAMILIES[config.model_type][0]
+    if chosen := next((stem + ending for ending in AUTO[auto] if stem + ending in names), None):
+        return chosen
+    raise ValueError(f"{auto} has no class for {config.model_type!r}; that family has: {', '.join(names)}")

@@ -1,0 +1,93 @@
+"""The `Auto...` classes: they read a checkpoint's config and choose the class that fits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from monoblock import families
+from monoblock.config import PretrainedConfig
+
+
+class AutoConfig:
+    """Chooses the config class by a checkpoint's `model_type`."""
+
+    def __init__(self) -> None:
+        raise TypeError(
+            "AutoConfig is not made directly: use AutoConfig.from_pretrained(name) or for_model(type)"
+        )
+
+    @staticmethod
+    def from_pretrained(pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Any:
+        """The config of a checkpoint, of the class of its family; keywords as in `PretrainedConfig`'s."""
+        kwargs.pop("trust_remote_code", None)  # no remote code is ever run
+        data, kwargs = PretrainedConfig.get_config_dict(pretrained_model_name_or_path, **kwargs)
+        model_type = data.get("model_type")
+        if not model_type:
+            raise ValueError(
+                f"{pretrained_model_name_or_path}: config.json names no model_type; monoblock has: "
+                + ", ".join(sorted(families.FAMILIES))
+            )
+        return families.family(model_type).config.from_dict(data, **kwargs)
+
+    @staticmethod
+    def for_model(model_type: str, **kwargs: Any) -> PretrainedConfig:
+        """A config of that family with these fields."""
+        return families.family(model_type).config(**kwargs)
+
+
+class _AutoModel:
+    """Chooses a model class by the checkpoint's config."""
+
+    def __init__(self) -> None:
+        name = type(self).__name__
+        raise TypeError(
+            f"{name} is not made directly: use {name}.from_pretrained(name) or from_config(config)"
+        )
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | Path, *model_args: Any, **kwargs: Any
+    ) -> Any:
+        """The model of a checkpoint; arguments as in the classes' own `from_pretrained`."""
+        config = kwargs.get("config")
+        if not isinstance(config, PretrainedConfig):
+            hub = {k: kwargs[k] for k in _HUB if k in kwargs}
+            source = pretrained_model_name_or_path if config is None else config
+            config = AutoConfig.from_pretrained(source, **hub)
+        chosen = cls._class(config)
+        return chosen.from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+
+    @classmethod
+    def from_config(cls, config: PretrainedConfig) -> Any:
+        """A model of that config with random weights."""
+        return cls._class(config)(config)
+
+    @classmethod
+    def _class(cls, config: PretrainedConfig) -> Any:
+        from monoblock.backends.pytorch.pretrained import make_class
+
+        return make_class(families.auto_class(cls.__name__, config))
+
+
+_HUB = ("revision", "token", "cache_dir", "local_files_only", "force_download", "subfolder")
+
+
+class AutoModel(_AutoModel):
+    """The bare model."""
+
+
+class AutoModelForCausalLM(_AutoModel):
+    """A model that predicts the next token."""
+
+
+class AutoModelForSequenceClassification(_AutoModel):
+    """A model that labels texts."""
+
+
+class AutoModelForTokenClassification(_AutoModel):
+    """A model that labels tokens."""
+
+
+class AutoModelForQuestionAnswering(_AutoModel):
+    """A model that finds a span."""

@@ -1,0 +1,227 @@
+"""The attention kernels: one function for each `attn_implementation`, all with the same signature and result.
+
+Shape suffixes: b batch, q queries, k keys, h heads, g key/value heads (h / g heads share one), d head width.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from monoblock.backends.pytorch.ops import Scope
+
+# Queries of one block of the block-wise kernel: their mask of QUERY_BLOCK x keys stays in the processor's cache.
+QUERY_BLOCK = 256
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """What the kernels need to know of a layer: the factor on q·k, the cap on scores, the dropout."""
+
+    scale: float
+    softcap: float | None = None
+    dropout: float = 0.0
+
+
+def attend(q_bhqd: Tensor, k_bgkd: Tensor, v_bgkd: Tensor, scope: Scope, kernel: Kernel) -> Tensor:
+    """Attention without a heads x queries x keys array; (b, h, q, d).
+
+    One query: one fused call. Queries that line up with the keys, on a CPU: one call of the flash kernel, with
+    ALiBi and padding as a bias on the keys. Everything else: the fused kernel for one block of queries after
+    the other, each with its own mask; in training the mask is made again for the backward pass.
+    """
+    if q_bhqd.shape[2] == 1 and kernel.softcap is None:
+        return _one_query(q_bhqd, k_bgkd, v_bgkd, scope, kernel)
+    k_bhkd, v_bhkd = repeat_groups(k_bgkd, q_bhqd.shape[1]), repeat_groups(v_bgkd, q_bhqd.shape[1])
+    if scope.aligned and scope.by_key and not kernel.dropout and kernel.softcap is None:
+        bias = scope.key_bias()
+        if bias is None:
+            return F.scaled_dot_product_attention(
+                q_bhqd, k_bhkd, v_bhkd, is_causal=scope.causal, scale=kernel.scale
+            )
+        if q_bhqd.device.type == "cpu":
+            return _flash_cpu(q_bhqd, k_bhkd, v_bhkd, bias, scope.causal, kernel.scale)
+    return _by_blocks(q_bhqd, k_bhkd, v_bhkd, scope, kernel)
+
+
+def _one_query(q_bhqd: Tensor, k_bgkd: Tensor, v_bgkd: Tensor, scope: Scope, kernel: Kernel) -> Tensor:
+    """The heads of a group become queries of one key/value head: no key or value is repeated."""
+    b, h, _, d = q_bhqd.shape
+    g, keys = k_bgkd.shape[1], k_bgkd.shape[2]
+    bias = scope.memo.get("one_query")
+    if bias is None:
+        bias = scope.memo["one_query"] = scope.bias(0, 1, 0, keys, mask_dtype(q_bhqd))
+    rows = bias.reshape(bias.shape[0], g, h // g, keys) if bias.shape[1] == h else bias
+    out = F.scaled_dot_product_attention(
+        q_bhqd.reshape(b, g, h // g, d),
+        k_bgkd,
+        v_bgkd,
+        attn_mask=rows,
+        dropout_p=kernel.dropout,
+        scale=kernel.scale,
+    )
+    return out.reshape(b, h, 1, d)
+
+
+def _flash_cpu(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, causal: bool, scale: float) -> Tensor:
+    """PyTorch's CPU flash kernel, called by its own name: the public function refuses a bias beside is_causal."""
+    bias = bias.expand(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
+    out, _ = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        q, k, v, 0.0, causal, attn_mask=bias, scale=scale
+    )
+    return out
+
+
+def _by_blocks(q_bhqd: Tensor, k_bhkd: Tensor, v_bhkd: Tensor, scope: Scope, kernel: Kernel) -> Tensor:
+    def block(start: int, stop: int) -> Tensor:
+        first, last = scope.keys_of(start, stop)
+        q, k, v = q_bhqd[:, :, start:stop], k_bhkd[:, :, first:last], v_bhkd[:, :, first:last]
+        bias = scope.bias(start, stop, first, last, mask_dtype(q))
+        if kernel.softcap is not None:
+            return _weights(q, k, bias, kernel).to(v.dtype) @ v
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=bias, dropout_p=kernel.dropout, scale=kernel.scale
+        )
+
+    length = q_bhqd.shape[2]
+    training = torch.is_grad_enabled() and q_bhqd.requires_grad and length > QUERY_BLOCK
+    blocks = []
+    for start in range(0, length, QUERY_BLOCK):
+        stop = min(start + QUERY_BLOCK, length)
+        if training:
+            blocks.append(checkpoint(block, start, stop, use_reentrant=False))
+        else:
+            blocks.append(block(start, stop))
+    return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=2)
+
+
+def attend_eager(
+    q_bhqd: Tensor, k_bgkd: Tensor, v_bgkd: Tensor, scope: Scope, kernel: Kernel
+) -> tuple[Tensor, Tensor]:
+    """Attention by its formula, softmax in fp32; the output and the weights (b, h, q, k) after dropout."""
+    k_bhkd, v_bhkd = repeat_groups(k_bgkd, q_bhqd.shape[1]), repeat_groups(v_bgkd, q_bhqd.shape[1])
+    bias = scope.bias(0, q_bhqd.shape[2], 0, k_bhkd.shape[2], torch.float32)
+    weights = _weights(q_bhqd, k_bhkd, bias, kernel).to(v_bhkd.dtype)
+    return weights @ v_bhkd, weights
+
+
+def _weights(q_bhqd: Tensor, k_bhkd: Tensor, bias: Tensor, kernel: Kernel) -> Tensor:
+    scores = (q_bhqd @ k_bhkd.mT).float() * kernel.scale
+    if kernel.softcap is not None:
+        scores = kernel.softcap * torch.tanh(scores / kernel.softcap)
+    weights = (scores + bias).softmax(dim=-1)
+    return F.dropout(weights, kernel.dropout) if kernel.dropout else weights
+
+
+def repeat_groups(x_bgkd: Tensor, heads: int) -> Tensor:
+    """Keys or values of `g` groups as those of `heads` heads, neighbours sharing one."""
+    groups = x_bgkd.shape[1]
+    return x_bgkd if groups == heads else x_bgkd.repeat_interleave(heads // groups, dim=1)
+
+
+def mask_dtype(q: Tensor) -> torch.dtype:
+    """float32 where the fused kernel takes it beside narrower queries (CPU), else the queries' own."""
+    return torch.float32 if q.device.type == "cpu" and q.dtype != torch.float64 else q.dtype
+
+
+# ---------------------------------------------------------------------------- chosen by name
+
+
+def attend_flex(q_bhqd: Tensor, k_bgkd: Tensor, v_bgkd: Tensor, scope: Scope, kernel: Kernel) -> Tensor:
+    """PyTorch's flex attention, compiled: the mask, ALiBi and the cap are fused into one kernel."""
+    if kernel.dropout:
+        raise ValueError(
+            "flex_attention has no attention dropout: set it to 0 or use attn_implementation='sdpa'"
+        )
+    seen, slopes = _flex_mask(scope), scope.slopes_h
+    index_q, index_k = scope.index_q, scope.index_k
+
+    def score(s: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        if kernel.softcap is not None:
+            s = kernel.softcap * torch.tanh(s / kernel.softcap)
+        if slopes is not None:
+            s = s + slopes[h] * (index_k[k] - index_q[q])
+        return torch.where(seen(b, h, q, k), s, torch.finfo(torch.float32).min)
+
+    return _flex()(
+        q_bhqd,
+        k_bgkd,
+        v_bgkd,
+        score_mod=score,
+        scale=kernel.scale,
+        enable_gqa=q_bhqd.shape[1] != k_bgkd.shape[1],
+    )
+
+
+def _flex_mask(scope: Scope) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    def seen(b: Tensor, _: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        distance = scope.index_q[q] - scope.index_k[k]
+        inside = distance >= 0 if scope.causal else distance == distance
+        if scope.window is not None:
+            inside = inside & (distance.abs() < scope.window)
+        if scope.valid_bk is not None:
+            inside = inside & scope.valid_bk[b, k]
+        if scope.segment_bk is not None:
+            inside = inside & (scope.segment_bk[b, scope.index_q[q]] == scope.segment_bk[b, k])
+        return inside
+
+    return seen
+
+
+@functools.cache
+def _flex() -> Callable[..., Any]:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=True)
+
+
+def attend_flash2(q_bhqd: Tensor, k_bgkd: Tensor, v_bgkd: Tensor, scope: Scope, kernel: Kernel) -> Tensor:
+    """The flash-attn package (GPU, fp16 or bf16). What it cannot do (padding, packed rows) goes to `attend`."""
+    from flash_attn import flash_attn_func  # pyright: ignore[reportMissingImports]
+
+    if scope.valid_bk is not None or scope.segment_bk is not None:
+        return attend(q_bhqd, k_bgkd, v_bgkd, scope, kernel)
+    span = (-1, -1) if scope.window is None else (scope.window - 1, 0 if scope.causal else scope.window - 1)
+    out = flash_attn_func(
+        *(x.transpose(1, 2) for x in (q_bhqd, k_bgkd, v_bgkd)),
+        dropout_p=kernel.dropout,
+        softmax_scale=kernel.scale,
+        causal=scope.causal,
+        window_size=span,
+        softcap=kernel.softcap or 0.0,
+        alibi_slopes=None if scope.slopes_h is None else scope.slopes_h.float(),
+    )
+    return out.transpose(1, 2)
+
+
+IMPLEMENTATIONS: dict[str, Callable[[Tensor, Tensor, Tensor, Scope, Kernel], Tensor]] = {
+    "eager": lambda q, k, v, scope, kernel: attend_eager(q, k, v, scope, kernel)[0],
+    "sdpa": attend,
+    "flex_attention": attend_flex,
+    "flash_attention_2": attend_flash2,
+}
+
+
+def implementation(name: str | None) -> str:
+    """A checked `attn_implementation`; None is sdpa. ValueError or ImportError say what is missing."""
+    name = name or "sdpa"
+    if name not in IMPLEMENTATIONS:
+        raise ValueError(f"attn_implementation must be one of {', '.join(IMPLEMENTATIONS)}, got {name!r}")
+    if name == "flash_attention_2":
+        if not torch.cuda.is_available():
+            raise ImportError(
+                "attn_implementation='flash_attention_2' needs a CUDA GPU; use 'sdpa' on this machine"
+            )
+        if importlib.util.find_spec("flash_attn") is None:
+            raise ImportError(
+                "attn_implementation='flash_attention_2' needs a package: pip install flash-attn"
+            )
+    return name

@@ -1,0 +1,111 @@
+"""Where weights go: one device, or several through accelerate."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from monoblock.checkpoint.keymap import KeyMap
+
+
+class Placement:
+    """The device of each parameter by a `device_map`: None, "auto", a device, or module name -> device.
+
+    Names in a dict may be the hub's or this library's; accelerate moves the activations between devices.
+    """
+
+    def __init__(self, model: nn.Module, device_map: Any, names: Mapping[str, str], keymap: KeyMap) -> None:
+        self.map: dict[str, torch.device] = {}
+        self.default = torch.device("cpu")
+        match device_map:
+            case None:
+                self.default = torch.get_default_device()
+            case "auto" | "balanced" | "balanced_low_0" | "sequential":
+                self.map = self._read(_inferred(model, device_map))
+            case str() | int() | torch.device():
+                self.default = _device(device_map)
+            case {}:
+                raise ValueError("device_map must name at least one module, got an empty dict")
+            case Mapping():
+                self.map = self._read(_own_names(device_map, names, keymap))
+            case _:
+                raise ValueError(f"device_map must be 'auto', a device or a dict, got {device_map!r}")
+
+    @staticmethod
+    def _read(device_map: Mapping[str, Any]) -> dict[str, torch.device]:
+        return {name: _device(device) for name, device in device_map.items()}
+
+    def device(self, path: str) -> torch.device:
+        """Where the parameter of that name in the model goes."""
+        if not self.map:
+            return self.default
+        fits = [name for name in self.map if name == "" or path == name or path.startswith(name + ".")]
+        if not fits:
+            raise ValueError(
+                f"device_map gives no device to {path}; add the key '' for all that is not named"
+            )
+        return self.map[max(fits, key=len)]
+
+    def dispatch(self, model: nn.Module) -> None:
+        """Let accelerate move activations, if the weights are on several devices."""
+        if len(set(self.map.values())) > 1:
+            accelerate = _accelerate()
+            accelerate.dispatch_model(model, {name: str(device) for name, device in self.map.items()})
+        if self.map:
+            model.hf_device_map = {name: str(device) for name, device in self.map.items()}  # pyright: ignore
+
+
+def _device(device: Any) -> torch.device:
+    if device == "disk":
+        raise ValueError(
+            "device_map: 'disk' is not supported; give the module a device, or load a smaller dtype"
+        )
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"device_map names {device!r}, which is no device; try 'cpu', 'cuda:0' or 'auto'"
+        ) from error
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device_map asks for {found}, but no CUDA GPU is there; use 'cpu' or 'auto'")
+    return found
+
+
+def _inferred(model: nn.Module, strategy: str) -> dict[str, Any]:
+    if not torch.cuda.is_available():
+        return {"": "cpu"}
+    accelerate = _accelerate()
+    memory = accelerate.utils.get_balanced_memory(
+        model, no_split_module_classes=["Block"], low_zero=strategy == "balanced_low_0"
+    )
+    return accelerate.infer_auto_device_map(model, max_memory=memory, no_split_module_classes=["Block"])
+
+
+def _own_names(device_map: Mapping[str, Any], names: Mapping[str, str], keymap: KeyMap) -> dict[str, Any]:
+    """The dict with module names of this library: each parameter's hub name is matched, then its module taken."""
+    own: dict[str, Any] = {}
+    for canonical, path in names.items():
+        spelled = {keymap.source(canonical).names[0], path}
+        fits = [
+            key for key in device_map if key == "" or any((n + ".").startswith(key + ".") for n in spelled)
+        ]
+        if fits:
+            parts = path.split(".")
+            whole = ".".join(parts[:3]) if parts[1:2] == ["blocks"] else path.rpartition(".")[0]
+            own[whole] = device_map[max(fits, key=len)]
+    if not own:
+        raise ValueError(f"device_map names no module of this model: {', '.join(device_map)}")
+    return own
+
+
+def _accelerate() -> Any:
+    try:
+        import accelerate
+    except ImportError as error:
+        raise ImportError(
+            'device_map over several devices needs accelerate: pip install "monoblock[torch]"'
+        ) from error
+    return accelerate

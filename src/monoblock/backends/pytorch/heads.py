@@ -1,0 +1,154 @@
+"""Every head kind and its loss, once. Shape suffixes: b batch, s tokens, w width, v outputs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from monoblock.heads import KINDS, HeadSpec
+from monoblock.spec import ArchSpec
+
+IGNORED = -100
+Count = Tensor | int | None
+
+
+class Head(nn.Module):
+    """Dropout and a projection; for a tied head the matrix is the embedding's."""
+
+    def __init__(self, spec: ArchSpec, head: HeadSpec) -> None:
+        super().__init__()
+        self.spec = head
+        self.vocabulary = KINDS[head.kind].size == "vocab"
+        self.scale, self.softcap = spec.logit_scale, spec.logit_softcap
+        self.dropout = nn.Dropout(head.dropout)
+        self.out = nn.Linear(spec.width, head.size(spec.vocab), bias=KINDS[head.kind].bias)
+
+    def forward(self, hidden_bsw: Tensor) -> Tensor:
+        """Logits (b, s, v); those over the vocabulary are scaled and capped as the spec says."""
+        logits = self.out(self.dropout(hidden_bsw))
+        if self.vocabulary and self.scale != 1.0:
+            logits = logits * self.scale
+        if self.vocabulary and self.softcap is not None:
+            logits = self.softcap * torch.tanh(logits / self.softcap)
+        return logits
+
+
+def last_tokens(
+    hidden_bsw: Tensor, input_ids: Tensor | None, attention_mask: Tensor | None, pad_id: int | None
+) -> Tensor:
+    """The hidden state (b, w) of each row's last token that is not padding.
+
+    An attention mask tells padding from a real token of the same id; without one the pad id does. With neither,
+    or with embeddings as input, it is the last place.
+    """
+    b, s = hidden_bsw.shape[:2]
+    if attention_mask is not None:
+        real = attention_mask[:, -s:] != 0
+    elif input_ids is not None and pad_id is not None:
+        real = input_ids != pad_id
+    else:
+        return hidden_bsw[:, -1]
+    places = torch.arange(s, device=hidden_bsw.device)
+    last = (places * real.to(places.device)).argmax(-1)
+    return hidden_bsw[torch.arange(b, device=last.device), last]
+
+
+def cross_entropy(logits: Tensor, labels: Tensor, count: Count = None) -> Tensor:
+    """Mean over the labels that are not -100, or their sum over `count` (for accumulated gradients). Without any
+    label the loss is 0, with a zero gradient."""
+    logits, labels = logits.float().flatten(0, -2), labels.long().flatten().to(logits.device)
+    total = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
+    if count is None:
+        count = (labels != IGNORED).sum().clamp(min=1)
+    return total / count
+
+
+def causal_loss(logits_bsv: Tensor, labels_bs: Tensor, count: Count = None) -> Tensor:
+    """Each token predicts the next one: labels are the input ids, shifted here."""
+    if logits_bsv.shape[1] != labels_bs.shape[1]:
+        raise ValueError(
+            f"labels of {labels_bs.shape[1]} tokens came with logits of {logits_bsv.shape[1]}: "
+            "leave logits_to_keep at 0 when labels are given"
+        )
+    return cross_entropy(logits_bsv[:, :-1], labels_bs[:, 1:], count)
+
+
+def sequence_loss(logits_bv: Tensor, labels: Tensor, problem_type: str | None, count: Count = None) -> Tensor:
+    """Regression (mean square), one class (cross-entropy) or several (binary cross-entropy); the type is inferred
+    from the labels of this call when None is given."""
+    labels = labels.to(logits_bv.device)
+    if problem_type is None:
+        whole = not labels.is_floating_point()
+        problem_type = "single_label_classification" if whole else "multi_label_classification"
+        if logits_bv.shape[-1] == 1:
+            problem_type = "regression"
+    if problem_type == "single_label_classification":
+        return cross_entropy(logits_bv, labels, count)
+    logits_bv = logits_bv.float()
+    labels = labels.to(logits_bv.dtype).reshape(logits_bv.shape)
+    loss = F.mse_loss if problem_type == "regression" else F.binary_cross_entropy_with_logits
+    if count is None:
+        return loss(logits_bv, labels)
+    return loss(logits_bv, labels, reduction="sum") / (count * logits_bv.shape[-1])
+
+
+def span_loss(start_bs: Tensor, end_bs: Tensor, starts: Tensor, ends: Tensor, count: Count = None) -> Tensor:
+    """The mean of two cross-entropies over the tokens; positions outside the text are ignored."""
+    length = start_bs.shape[1]
+
+    def one(logits: Tensor, positions: Tensor) -> Tensor:
+        positions = positions.to(logits.device).long().reshape(-1)
+        outside = (positions < 0) | (positions >= length)
+        return cross_entropy(logits, positions.masked_fill(outside, IGNORED), count)
+
+    return (one(start_bs, starts) + one(end_bs, ends)) / 2
+
+
+def outputs(head: Head, hidden_bsw: Tensor, given: dict[str, Any]) -> dict[str, Any]:
+    """The logits and, with labels, the loss, by the names of the head kind's output."""
+    return _OUTPUTS[head.spec.kind](head, hidden_bsw, given)
+
+
+def _causal(head: Head, hidden: Tensor, given: dict[str, Any]) -> dict[str, Any]:
+    keep = given.get("logits_to_keep") or 0
+    if isinstance(keep, Tensor):
+        hidden = hidden[:, keep]
+    elif keep:
+        hidden = hidden[:, -keep:]
+    logits, labels = head(hidden), given.get("labels")
+    loss = None if labels is None else causal_loss(logits, labels, given.get("num_items_in_batch"))
+    return {"loss": loss, "logits": logits}
+
+
+def _sequence(head: Head, hidden: Tensor, given: dict[str, Any]) -> dict[str, Any]:
+    ids, labels, pad_id = given.get("input_ids"), given.get("labels"), head.spec.pad_id
+    if pad_id is None and hidden.shape[0] > 1:
+        raise ValueError(
+            "Cannot handle batch sizes > 1 if no padding token is defined: set model.config.pad_token_id"
+        )
+    logits = head(last_tokens(hidden, ids, given.get("attention_mask"), pad_id)[:, None])[:, 0]
+    loss = None
+    if labels is not None:
+        loss = sequence_loss(logits, labels, head.spec.problem_type, given.get("num_items_in_batch"))
+    return {"loss": loss, "logits": logits}
+
+
+def _token(head: Head, hidden: Tensor, given: dict[str, Any]) -> dict[str, Any]:
+    logits, labels = head(hidden), given.get("labels")
+    loss = None if labels is None else cross_entropy(logits, labels, given.get("num_items_in_batch"))
+    return {"loss": loss, "logits": logits}
+
+
+def _span(head: Head, hidden: Tensor, given: dict[str, Any]) -> dict[str, Any]:
+    start, end = (x.contiguous() for x in head(hidden).unbind(-1))
+    starts, ends = given.get("start_positions"), given.get("end_positions")
+    loss = None
+    if starts is not None and ends is not None:
+        loss = span_loss(start, end, starts, ends, given.get("num_items_in_batch"))
+    return {"loss": loss, "start_logits": start, "end_logits": end}
+
+
+_OUTPUTS = {"causal": _causal, "sequence": _sequence, "token": _token, "span": _span}

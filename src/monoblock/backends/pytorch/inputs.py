@@ -1,0 +1,158 @@
+"""From a forward's arguments to what the backbone needs: checked ids, masks, positions and the cache."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from monoblock.backends.pytorch.cache import Cache, DynamicCache, from_tuples, to_tuples
+from monoblock.backends.pytorch.model import Call
+from monoblock.backends.pytorch.ops import Scope
+from monoblock.spec import ArchSpec, Learned, Rotary
+
+
+@dataclass
+class Inputs:
+    """A checked call: the tokens' shape, the call for the blocks, and the form of the cache that came in."""
+
+    call: Call
+    form: str | None
+
+    def past(self) -> Any:
+        """The cache in the form that it came in."""
+        cache = self.call.cache
+        return to_tuples(cache, self.form) if cache is not None and self.form else cache
+
+
+def check_tokens(spec: ArchSpec, ids: Tensor | None, embeds: Tensor | None) -> tuple[int, int, torch.device]:
+    """Batch, tokens and device; ValueError for anything that is not a batch of ids or of embeddings."""
+    if ids is not None and embeds is not None:
+        raise ValueError(
+            "You cannot specify both input_ids and inputs_embeds at the same time: give one of them"
+        )
+    if ids is None and embeds is None:
+        raise ValueError("You have to specify either input_ids or inputs_embeds")
+    tokens = ids if embeds is None else embeds
+    assert tokens is not None
+    if embeds is not None and (embeds.dim() != 3 or embeds.shape[2] != spec.width):
+        raise ValueError(f"inputs_embeds must be (batch, tokens, {spec.width}), got {tuple(embeds.shape)}")
+    if ids is not None and (ids.dim() != 2 or ids.is_floating_point()):
+        raise ValueError(
+            f"input_ids must be whole numbers (batch, tokens), got {ids.dtype} {tuple(ids.shape)}"
+        )
+    if tokens.shape[1] == 0:
+        raise ValueError("the input has no tokens: give at least one (the bos token, if the text is empty)")
+    if ids is not None and ids.device.type == "cpu" and not torch.compiler.is_compiling():
+        low, high = (int(x) for x in ids.aminmax())
+        if low < 0 or high >= spec.vocab:
+            raise ValueError(
+                f"input_ids hold the token {low if low < 0 else high}, but the model's vocabulary has the ids "
+                f"0 to {spec.vocab - 1}: is this the tokenizer of this model?"
+            )
+    return tokens.shape[0], tokens.shape[1], tokens.device
+
+
+def prepare(
+    spec: ArchSpec, shape: tuple[int, int, torch.device], given: dict[str, Any], use_cache: bool
+) -> Inputs:
+    """The call for the blocks. `given` holds the forward's arguments by name."""
+    batch, count, device = shape
+    cache, form = _cache(spec, given.get("past_key_values"), batch, use_cache)
+    past = cache.get_seq_length() if cache is not None else 0
+    total = past + count
+    index_k = torch.arange(total, device=device)
+    _check_cache_position(given.get("cache_position"), past, count)
+    valid = _valid(given.get("attention_mask"), batch, past, count)
+    key_positions = index_k[None] if valid is None else (valid.cumsum(-1) - 1).clamp(min=0)
+    positions = given.get("position_ids")
+    if positions is None:
+        positions = key_positions[:, past:]
+    elif positions.shape[-1] != count:
+        raise ValueError(f"position_ids must be (batch, {count}), got {tuple(positions.shape)}")
+    _check_length(spec, positions)
+    scope = Scope(
+        index_q=index_k[past:],
+        index_k=index_k,
+        causal=spec.causal,
+        aligned=past == 0,
+        valid_bk=valid,
+        segment_bk=_segments(spec, given.get("sequence_id"), batch, total),
+    )
+    call = Call(
+        scope=scope,
+        positions_bs=positions,
+        key_positions_bk=key_positions,
+        cache=cache,
+        attentions=bool(given.get("output_attentions")),
+    )
+    return Inputs(call, form)
+
+
+def _cache(spec: ArchSpec, past: Any, batch: int, use_cache: bool) -> tuple[Cache | None, str | None]:
+    if past is None:
+        return (DynamicCache() if use_cache else None), None
+    if isinstance(past, Cache):
+        return past, None
+    if not isinstance(past, Sequence):
+        raise ValueError(f"past_key_values must be a Cache or a tuple of layers, got {type(past).__name__}")
+    if len(past) != spec.layers:
+        raise ValueError(f"past_key_values must hold {spec.layers} layers, got {len(past)}")
+    return from_tuples(past, batch)
+
+
+def _check_cache_position(position: Tensor | None, past: int, count: int) -> None:
+    """Positions must follow the cache; anything else would be written to one place and seen from another."""
+    if position is None:
+        return
+    if position.shape != (count,) or int(position[0]) != past or int(position[-1]) != past + count - 1:
+        raise ValueError(
+            f"cache_position must be {past} to {past + count - 1}, the places after the {past} cached tokens, got "
+            f"{position.tolist()}; crop() the cache to write at an earlier place"
+        )
+
+
+def _valid(mask: Tensor | None, batch: int, past: int, count: int) -> Tensor | None:
+    """The mask as booleans (b, past + count), None if nothing is masked."""
+    if mask is None:
+        return None
+    if mask.dim() != 2 or mask.shape != (batch, past + count):
+        raise ValueError(
+            f"attention_mask must be (batch, tokens) = ({batch}, {past + count}), the {past} cached tokens included, "
+            f"got {tuple(mask.shape)}"
+        )
+    valid = mask != 0
+    return None if bool(valid.all()) else valid
+
+
+def _check_length(spec: ArchSpec, positions: Tensor) -> None:
+    learned = spec.position(Learned)
+    if learned is None:
+        return
+    longest, room = int(positions.max()) + 1, learned.size - learned.offset
+    if longest > room:
+        raise ValueError(
+            f"the model has {room} learned positions, but the text with its past has {longest} tokens"
+        )
+
+
+def _segments(spec: ArchSpec, segments: Tensor | None, batch: int, total: int) -> Tensor | None:
+    if segments is None:
+        return None
+    if not spec.attention.by_segment:
+        raise ValueError(
+            "sequence_id would have no effect: the config does not set attn_uses_sequence_id=True"
+        )
+    if segments.shape != (batch, total):
+        raise ValueError(
+            f"sequence_id must be (batch, tokens) = ({batch}, {total}), got {tuple(segments.shape)}"
+        )
+    return segments
+
+
+def has_positions(spec: ArchSpec) -> bool:
+    """Whether position ids act on this model."""
+    return any(isinstance(p, Learned | Rotary) for p in spec.positions)

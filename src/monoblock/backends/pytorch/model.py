@@ -1,0 +1,222 @@
+"""One attention, one MLP, one block, one backbone, for every family: they interpret an `ArchSpec`.
+
+    x -> norm1 -> attention -> + -> norm2 -> MLP -> +      (placement "pre")
+    x -> attention -> + -> norm1 -> MLP -> + -> norm2      (placement "post")
+
+Shape suffixes: b batch, s tokens, w width, h heads, g key/value heads, d head width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from monoblock.backends.pytorch import attention
+from monoblock.backends.pytorch.cache import Cache
+from monoblock.backends.pytorch.ops import ACT, Scope, rotate, rotations
+from monoblock.spec import Alibi, ArchSpec, Learned, Norm, Rotary
+
+
+@dataclass
+class Call:
+    """What one forward pass gives to every block.
+
+    Positions, of the tokens that come in and of all keys, count tokens without padding; a first axis of 1 stands
+    for all rows.
+    """
+
+    scope: Scope
+    positions_bs: Tensor
+    key_positions_bk: Tensor
+    cache: Cache | None = None
+    attentions: bool = False
+    cos: Tensor | None = None
+    sin: Tensor | None = None
+
+
+@dataclass
+class BackboneOutput:
+    """The hidden state after the last norm, and what was asked for besides."""
+
+    hidden: Tensor
+    cache: Cache | None
+    hidden_states: tuple[Tensor, ...] | None
+    attentions: tuple[Tensor, ...] | None
+
+
+def make_norm(norm: Norm, width: int) -> nn.Module:
+    """The norm as PyTorch's own module."""
+    if norm.kind == "rms":
+        return nn.RMSNorm(width, eps=norm.eps)
+    return nn.LayerNorm(width, eps=norm.eps, bias=norm.bias)
+
+
+class Attention(nn.Module):
+    """Self-attention over fused `[q|k|v]`, with grouped heads, clipping, q/k norms, RoPE, ALiBi and windows."""
+
+    def __init__(self, spec: ArchSpec, layer: int) -> None:
+        super().__init__()
+        self.spec, self.layer, self.window = spec.attention, layer, spec.windows[layer]
+        att = spec.attention
+        self.sizes = [att.heads * att.head_dim, att.kv_heads * att.head_dim, att.kv_heads * att.head_dim]
+        self.qkv = nn.Linear(spec.width, sum(self.sizes), bias=att.qkv_bias)
+        self.out = nn.Linear(self.sizes[0], spec.width, bias=att.out_bias)
+        self.by_head = att.qk_norm is not None and att.qk_norm.span == "head"
+        if att.qk_norm is not None:
+            q, k = (att.head_dim, att.head_dim) if self.by_head else self.sizes[:2]
+            self.q_norm, self.k_norm = make_norm(att.qk_norm.norm, q), make_norm(att.qk_norm.norm, k)
+        rotary = spec.position(Rotary)
+        # Dynamic scaling turns all keys by angles that change with the length: such keys are cached unturned.
+        self.late_rotary = rotary if rotary and rotary.scaling and rotary.scaling.kind == "dynamic" else None
+        self.kernel = attention.Kernel(scale=att.scale, softcap=att.softcap, dropout=spec.dropout.attention)
+        self.kernel_at_rest = replace(self.kernel, dropout=0.0)
+        self.implementation = "sdpa"
+
+    def forward(self, x_bsw: Tensor, call: Call) -> tuple[Tensor, Tensor | None]:
+        q, k, v = self.heads(self.qkv(x_bsw))
+        if call.cos is not None and call.sin is not None:
+            q = rotate(q, call.cos, call.sin)
+            k = k if self.late_rotary else rotate(k, call.cos, call.sin)
+        if call.cache is not None:
+            k, v = call.cache.update(k, v, self.layer)
+        if self.late_rotary:
+            k = self.turned(k, call)
+        scope = self.scoped(call.scope)
+        kernel = self.kernel if self.training else self.kernel_at_rest
+        if call.attentions:
+            out, weights = attention.attend_eager(q, k, v, scope, kernel)
+        else:
+            out, weights = attention.IMPLEMENTATIONS[self.implementation](q, k, v, scope, kernel), None
+        return self.out(out.transpose(1, 2).flatten(2)), weights
+
+    def heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (b, h, s, d), keys and values (b, g, s, d), clipped and normed."""
+        if self.spec.clip is not None:
+            qkv = qkv.clamp(-self.spec.clip, self.spec.clip)
+        q, k, v = qkv.split(self.sizes, dim=-1)
+        if self.spec.qk_norm is not None and not self.by_head:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = (x.unflatten(-1, (-1, self.spec.head_dim)).transpose(1, 2) for x in (q, k, v))
+        if self.by_head:
+            q, k = self.q_norm(q), self.k_norm(k)
+        return q, k, v
+
+    def scoped(self, scope: Scope) -> Scope:
+        """The scope with this layer's window; layers of equal windows share what is computed from it."""
+        return scope if self.window is None else scope.narrowed(self.window)
+
+    def turned(self, k: Tensor, call: Call) -> Tensor:
+        """All cached keys turned by the angles of today's length."""
+        assert self.late_rotary is not None
+        cos, sin = rotations(call.key_positions_bk[:, : k.shape[2]], self.late_rotary, k.dtype)
+        return rotate(k, cos, sin)
+
+
+class Mlp(nn.Module):
+    """`down(act(up(x)))`, or gated; gate and up are one fused `[gate|up]` matrix."""
+
+    def __init__(self, spec: ArchSpec) -> None:
+        super().__init__()
+        mlp = spec.mlp
+        if mlp.gated:
+            self.gate_up = nn.Linear(spec.width, 2 * mlp.width, bias=mlp.bias)
+        else:
+            self.up = nn.Linear(spec.width, mlp.width, bias=mlp.bias)
+        self.down = nn.Linear(mlp.width, spec.width, bias=mlp.bias)
+        self.act, self.gated = ACT[mlp.act], mlp.gated
+
+    def forward(self, x_bsw: Tensor) -> Tensor:
+        if self.gated:
+            gate, up = self.gate_up(x_bsw).chunk(2, dim=-1)
+            return self.down(self.act(gate) * up)
+        return self.down(self.act(self.up(x_bsw)))
+
+
+class Block(nn.Module):
+    """Attention and MLP, each with its residual; the norm before the sub-layer or after the sum."""
+
+    def __init__(self, spec: ArchSpec, layer: int) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = make_norm(spec.norm, spec.width), make_norm(spec.norm, spec.width)
+        self.attn, self.mlp = Attention(spec, layer), Mlp(spec)
+        self.dropout = nn.Dropout(spec.dropout.residual)
+        self.pre = spec.placement == "pre"
+
+    def forward(self, x: Tensor, call: Call) -> tuple[Tensor, Tensor | None]:
+        if self.pre:
+            y, weights = self.attn(self.norm1(x), call)
+            x = x + self.dropout(y)
+            return x + self.dropout(self.mlp(self.norm2(x))), weights
+        y, weights = self.attn(x, call)
+        x = self.norm1(x + self.dropout(y))
+        return self.norm2(x + self.dropout(self.mlp(x))), weights
+
+
+class Backbone(nn.Module):
+    """Embeddings, blocks, final norm."""
+
+    def __init__(self, spec: ArchSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        self.embed = nn.Embedding(spec.vocab, spec.width)
+        self.learned, self.rotary, self.alibi = (
+            spec.position(Learned),
+            spec.position(Rotary),
+            spec.position(Alibi),
+        )
+        if self.learned:
+            self.pos_embed = nn.Embedding(self.learned.size, spec.width)
+        self.embed_norm = make_norm(spec.embed_norm, spec.width) if spec.embed_norm else nn.Identity()
+        self.dropout = nn.Dropout(spec.dropout.embed)
+        self.blocks = nn.ModuleList(Block(spec, i) for i in range(spec.layers))
+        self.final_norm = make_norm(spec.final_norm, spec.width) if spec.final_norm else nn.Identity()
+        self.gradient_checkpointing = False
+
+    def forward(
+        self,
+        x_bsw: Tensor,
+        call: Call,
+        *,
+        hidden_states: bool = False,
+    ) -> BackboneOutput:
+        """Run the blocks on embedded tokens (b, s, w)."""
+        x = self.embedded(x_bsw, call)
+        if self.alibi:
+            slopes = torch.tensor(self.alibi.slopes(self.spec.attention.heads), dtype=torch.float32)
+            call.scope.slopes_h = slopes.to(x.device)
+        if self.rotary:
+            call.cos, call.sin = rotations(call.positions_bs, self.rotary, x.dtype)
+        states, weights = [x], []
+        for block in self.blocks:
+            if self.gradient_checkpointing and self.training:
+                x, weight = checkpoint(block, x, call, use_reentrant=False)  # pyright: ignore
+            else:
+                x, weight = block(x, call)
+            if hidden_states:
+                states.append(x)
+            if call.attentions:
+                weights.append(weight)
+        x = states[-1] = self.final_norm(x)
+        return BackboneOutput(
+            hidden=x,
+            cache=call.cache,
+            hidden_states=tuple(states) if hidden_states else None,
+            attentions=tuple(weights) if call.attentions else None,
+        )
+
+    def embedded(self, x: Tensor, call: Call) -> Tensor:
+        """Tokens with their positions, norm and dropout; a share of the gradient if the spec says so."""
+        if self.learned:
+            x = x + self.pos_embed(call.positions_bs + self.learned.offset)
+        x = self.embed_norm(x)
+        if (share := self.spec.embed_gradient) != 1.0:
+            x = x * share + x.detach() * (1 - share)
+        return self.dropout(x)
+
+    def lookup(self, input_ids: Tensor) -> Tensor:
+        """Token ids (b, s) as vectors (b, s, w)."""
+        return F.embedding(input_ids, self.embed.weight)

@@ -1,0 +1,190 @@
+"""Pure functions on PyTorch tensors: activations, rotary positions, and which key each query sees.
+
+Shape suffixes: b batch, q queries, k keys, h heads, d head width.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from monoblock.spec import RopeScaling, Rotary
+
+ACT: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "relu": F.relu,
+    "relu2": lambda x: F.relu(x).square(),
+    "silu": F.silu,
+}
+
+# ---------------------------------------------------------------------------- positions
+
+
+@functools.lru_cache(maxsize=16)
+def inverse_frequencies(rotary: Rotary, length: int) -> tuple[Tensor, float]:
+    """Rotary frequencies in radians per token, (dim / 2,), and the factor on cos and sin, for texts of `length`.
+
+    Sources: RoPE arXiv:2104.09864; linear arXiv:2306.15595; dynamic and yarn arXiv:2309.00071; llama3 as in
+    Meta's code for Llama 3.1.
+    """
+    theta, scaling = rotary.theta, rotary.scaling
+    steps = torch.arange(0, rotary.dim, 2, dtype=torch.float64) / rotary.dim
+    if scaling is None:
+        return (1.0 / theta**steps).float(), 1.0
+    return _SCALINGS[scaling.kind](rotary, scaling, steps, length)
+
+
+def _linear(rotary: Rotary, scaling: RopeScaling, steps: Tensor, _: int) -> tuple[Tensor, float]:
+    return (1.0 / rotary.theta**steps / scaling.factor).float(), 1.0
+
+
+def _dynamic(rotary: Rotary, scaling: RopeScaling, steps: Tensor, length: int) -> tuple[Tensor, float]:
+    ratio = max(length, scaling.original_length) / scaling.original_length
+    stretch = (scaling.factor * ratio - (scaling.factor - 1)) ** (rotary.dim / (rotary.dim - 2))
+    return (1.0 / (rotary.theta * stretch) ** steps).float(), 1.0
+
+
+def _llama3(rotary: Rotary, scaling: RopeScaling, steps: Tensor, _: int) -> tuple[Tensor, float]:
+    inverse = 1.0 / rotary.theta**steps
+    turns = scaling.original_length * inverse / (2 * math.pi)
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    smooth = ((turns - low) / (high - low)).clamp(0, 1)
+    return (inverse / scaling.factor * (1 - smooth) + inverse * smooth).float(), 1.0
+
+
+def _yarn(rotary: Rotary, scaling: RopeScaling, steps: Tensor, _: int) -> tuple[Tensor, float]:
+    inverse = 1.0 / rotary.theta**steps
+
+    def channel(turns: float) -> float:
+        log = math.log(scaling.original_length / (turns * 2 * math.pi))
+        return rotary.dim * log / (2 * math.log(rotary.theta))
+
+    low = max(math.floor(channel(scaling.beta_fast)), 0)
+    high = min(math.ceil(channel(scaling.beta_slow)), rotary.dim - 1)
+    ramp = (torch.arange(rotary.dim // 2, dtype=torch.float64) - low) / max(high - low, 1e-3)
+    kept = 1 - ramp.clamp(0, 1)
+    factor = scaling.attention_factor
+    if factor is None:
+        factor = 0.1 * math.log(scaling.factor) + 1.0 if scaling.factor > 1 else 1.0
+    return (inverse / scaling.factor * (1 - kept) + inverse * kept).float(), factor
+
+
+_SCALINGS = {"linear": _linear, "dynamic": _dynamic, "llama3": _llama3, "yarn": _yarn}
+
+
+def rotations(positions_bq: Tensor, rotary: Rotary, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin of the rotary angles, each (b, 1, q, dim)."""
+    dynamic = rotary.scaling is not None and rotary.scaling.kind == "dynamic"
+    inverse, factor = inverse_frequencies(rotary, int(positions_bq.max()) + 1 if dynamic else 0)
+    angles = positions_bq[:, None, :, None].float() * inverse.to(positions_bq.device)
+    angles = torch.cat((angles, angles), dim=-1)
+    return (angles.cos() * factor).to(dtype), (angles.sin() * factor).to(dtype)
+
+
+def rotate(x_bhqd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the first `dim` channels by half-rotation: (a, b) -> (a cos - b sin, b cos + a sin)."""
+    dim = cos.shape[-1]
+    turned, kept = x_bhqd[..., :dim], x_bhqd[..., dim:]
+    a, b = turned.chunk(2, dim=-1)
+    turned = turned * cos + torch.cat((-b, a), dim=-1) * sin
+    return torch.cat((turned, kept), dim=-1) if kept.shape[-1] else turned
+
+
+# ---------------------------------------------------------------------------- who sees whom
+
+
+@dataclass
+class Scope:
+    """Which keys each query may see, from indices alone: `valid_k & (k <= q or not causal) & (q - k < window)`.
+
+    `index_q` (q,) and `index_k` (k,) are places in the sequence; `valid_bk` is False for padding (None: there is
+    none); `segment_bk` numbers the parts of a packed row (None: one part). `aligned`: queries and keys are the
+    same tokens, so that the kernels' own causal mask fits. `slopes_h` are ALiBi's.
+    """
+
+    index_q: Tensor
+    index_k: Tensor
+    causal: bool
+    aligned: bool
+    valid_bk: Tensor | None = None
+    segment_bk: Tensor | None = None
+    slopes_h: Tensor | None = None
+    window: int | None = None
+    memo: dict[str, Tensor] = field(default_factory=dict)
+    narrow: dict[int, Scope] = field(default_factory=dict)
+
+    def narrowed(self, window: int) -> Scope:
+        """The same scope with a window; equal windows share one."""
+        if window not in self.narrow:
+            self.narrow[window] = replace(self, window=window, memo={}, narrow={})
+        return self.narrow[window]
+
+    def visible(self, start: int, stop: int, first: int, last: int) -> Tensor:
+        """(b or 1, 1, stop - start, last - first), True where the query may see the key."""
+        distance = self.index_q[start:stop, None] - self.index_k[None, first:last]
+        seen = torch.ones_like(distance, dtype=torch.bool)
+        if self.causal:
+            seen = distance >= 0
+        if self.window is not None:
+            seen = seen & (distance < self.window)
+            if not self.causal:
+                seen = seen & (distance > -self.window)
+        seen = seen[None, None]
+        if self.valid_bk is not None:
+            seen = seen & self.valid_bk[:, None, None, first:last]
+        if self.segment_bk is not None:
+            own = self.segment_bk[:, self.index_q[start:stop]]
+            seen = seen & (own[:, None, :, None] == self.segment_bk[:, None, None, first:last])
+        return seen
+
+    def bias(self, start: int, stop: int, first: int, last: int, dtype: torch.dtype) -> Tensor:
+        """What is added to the scores, (b or 1, h or 1, stop - start, last - first): 0 or ALiBi, and a finite
+        minimum where the key may not be seen (a row without any key must not become NaN)."""
+        lowest = torch.finfo(dtype).min
+        seen = self.visible(start, stop, first, last)
+        if self.slopes_h is None:
+            return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, lowest)
+        # Softmax ignores what is the same for all keys, so the distance may be taken from any place; the first
+        # query of the block keeps the numbers small where the weights are large.
+        away = (self.index_k[first:last] - self.index_q[start]).to(torch.float32)
+        ramp = self.slopes_h[None, :, None, None] * away
+        return ramp.to(dtype).expand(seen.shape[0], -1, stop - start, -1).masked_fill(~seen, lowest)
+
+    def keys_of(self, start: int, stop: int) -> tuple[int, int]:
+        """The range of keys that any of these queries may see; all of them unless keys and queries line up."""
+        if not self.aligned:
+            return 0, self.index_k.shape[0]
+        last = stop if self.causal else self.index_k.shape[0]
+        first = 0 if self.window is None else max(0, start - self.window + 1)
+        if self.window is not None and not self.causal:
+            last = min(last, stop + self.window - 1)
+        return first, last
+
+    @property
+    def by_key(self) -> bool:
+        """Whether, beside the kernel's causal mask, what is added to a score depends on its key alone."""
+        length = self.index_k.shape[0]
+        return self.segment_bk is None and (self.window is None or (self.causal and self.window >= length))
+
+    def key_bias(self) -> Tensor | None:
+        """For `by_key` scopes: (b or 1, h or 1, 1, k) of ALiBi and padding, or None if there is neither."""
+        if self.valid_bk is None and self.slopes_h is None:
+            return None
+        if "key_bias" not in self.memo:
+            bias = torch.zeros((), device=self.index_k.device)
+            if self.slopes_h is not None:
+                # From the middle, so that the largest sum that is rounded is half as large.
+                away = (self.index_k - self.index_k[-1] // 2).to(torch.float32)
+                bias = self.slopes_h[None, :, None, None] * away
+            if self.valid_bk is not None:
+                bias = bias.masked_fill(~self.valid_bk[:, None, None, :], torch.finfo(torch.float32).min)
+            self.memo["key_bias"] = bias
+        return self.memo["key_bias"]

@@ -1,0 +1,386 @@
+"""Configs: the hub's `config.json`, name for name, and the way from there to an `ArchSpec`.
+
+A family's config is a subclass whose annotated class attributes are its fields and defaults; nothing else
+is needed for its constructor, its signature, its JSON round trip and its aliases.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Self, cast
+
+from monoblock.checkpoint.files import read_json, write_atomically
+from monoblock.checkpoint.hub import find_file
+from monoblock.checkpoint.options import HubOptions
+from monoblock.errors import UnsupportedConfig
+from monoblock.heads import HeadSpec
+from monoblock.spec import ArchSpec
+
+CONFIG_NAME = "config.json"
+PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
+
+log = logging.getLogger("monoblock")
+
+# Fields that every config of the hub has, with the hub's defaults.
+COMMON: dict[str, Any] = {
+    "return_dict": True,
+    "output_hidden_states": False,
+    "output_attentions": False,
+    "dtype": None,
+    "tie_word_embeddings": True,
+    "problem_type": None,
+    "architectures": None,
+    "pad_token_id": None,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "is_encoder_decoder": False,
+    "chunk_size_feed_forward": 0,
+}
+
+# Fields of old files that say nothing about the model, or that a generation config takes over. They are
+# kept and written back; no warning is due.
+QUIET = frozenset(
+    [
+        "transformers_version",
+        "auto_map",
+        "tokenizer_class",
+        "finetuning_task",
+        "task_specific_params",
+        "prefix",
+        "is_decoder",
+        "add_cross_attention",
+        "cross_attention_hidden_size",
+        "tie_encoder_decoder",
+        "pruned_heads",
+        "torchscript",
+        "use_bfloat16",
+        "sep_token_id",
+        "decoder_start_token_id",
+        "max_length",
+        "min_length",
+        "do_sample",
+        "early_stopping",
+        "num_beams",
+        "num_beam_groups",
+        "diversity_penalty",
+        "temperature",
+        "top_k",
+        "top_p",
+        "typical_p",
+        "repetition_penalty",
+        "length_penalty",
+        "no_repeat_ngram_size",
+        "encoder_no_repeat_ngram_size",
+        "bad_words_ids",
+        "num_return_sequences",
+        "output_scores",
+        "return_dict_in_generate",
+        "forced_bos_token_id",
+        "forced_eos_token_id",
+        "remove_invalid_values",
+        "suppress_tokens",
+        "begin_suppress_tokens",
+        "exponential_decay_length_penalty",
+        "tf_legacy_loss",
+        "classifier_dropout",
+        "hidden_dropout",
+    ]
+)
+
+# Values that no family here can honour; any other value of these fields is fine.
+REFUSED: dict[str, tuple[Any, str]] = {
+    "is_encoder_decoder": (False, "all families here are single-stack models"),
+    "add_cross_attention": (False, "no family here has cross-attention"),
+    "torchscript": (False, "use torch.compile or torch.export on the model"),
+    "pruned_heads": ({}, "save the checkpoint with its heads in place"),
+    "chunk_size_feed_forward": (0, "feed-forward chunking is not implemented"),
+    "quantization_config": (None, "load the checkpoint's unquantised weights"),
+}
+
+
+class PretrainedConfig:
+    """The configuration of a model: attributes by the hub's names, one `config.json`.
+
+    Subclasses declare `field: type = default`. Positional arguments follow the order of declaration. Unknown
+    keywords are kept as attributes, written back, and warned about once.
+    """
+
+    model_type: ClassVar[str] = ""
+    attribute_map: ClassVar[Mapping[str, str]] = {}
+    sub_configs: ClassVar[Mapping[str, type[PretrainedConfig]]] = {}
+    # Declared fields that are written only when they differ from their default: other libraries do not know them.
+    written_if_set: ClassVar[frozenset[str]] = frozenset()
+    fields: ClassVar[dict[str, Any]] = {}
+
+    _warned: ClassVar[set[tuple[str, str]]] = set()
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        own = [name for name in cls.__annotations__ if "ClassVar" not in str(cls.__annotations__[name])]
+        cls.fields = {**cls.fields, **{name: cls.__dict__[name] for name in own}}
+        keyword = inspect.Parameter.POSITIONAL_OR_KEYWORD
+        parameters = [
+            inspect.Parameter(name, keyword, default=default) for name, default in cls.fields.items()
+        ]
+        extra = inspect.Parameter("kwargs", inspect.Parameter.VAR_KEYWORD)
+        cls.__signature__ = inspect.Signature([*parameters, extra])
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        if len(args) > len(self.fields):
+            raise TypeError(
+                f"{type(self).__name__} takes at most {len(self.fields)} positional arguments, got {len(args)}"
+            )
+        given = dict(zip(self.fields, args, strict=False))
+        if twice := given.keys() & kwargs.keys():
+            raise TypeError(f"{type(self).__name__} got {', '.join(sorted(twice))} twice")
+        given |= kwargs
+        self.name_or_path: str = str(given.pop("name_or_path", given.pop("_name_or_path", "")))
+        self._attn_implementation: str | None = given.pop(
+            "attn_implementation", given.pop("_attn_implementation", None)
+        )
+        given.pop("model_type", None)
+        self.num_labels = given.pop("num_labels", 2)
+        for name, value in self._labels(given).items():
+            setattr(self, name, value)
+        for name, default in {**COMMON, **self.fields}.items():
+            setattr(self, name, copy.deepcopy(default))
+        for name, value in given.items():
+            setattr(self, name, value)
+            self._warn_unknown(name)
+        for name, kind in self.sub_configs.items():
+            value = getattr(self, name)
+            if not isinstance(value, kind):
+                setattr(self, name, kind(**self._as_mapping(name, value)))
+        self.finish(frozenset(given))
+        self._refuse()
+
+    def finish(self, given: frozenset[str]) -> None:
+        """A family's own defaults that depend on which fields were `given`; nothing here."""
+
+    # ------------------------------------------------------------------ attributes and aliases
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        name = self.attribute_map.get(name, name)
+        if name == "torch_dtype":
+            name = "dtype"
+        if name == "dtype" and value is not None:
+            value = str(value).removeprefix("torch.")
+        object.__setattr__(self, name, value)
+
+    def __getattr__(self, name: str) -> Any:
+        target = "dtype" if name == "torch_dtype" else type(self).attribute_map.get(name)
+        if target is None or target == name:
+            raise AttributeError(f"{type(self).__name__} has no field {name!r}")
+        return getattr(self, target)
+
+    @property
+    def num_labels(self) -> int:
+        """How many labels the classification heads have: the length of `id2label`."""
+        return len(self.id2label)
+
+    @num_labels.setter
+    def num_labels(self, count: int) -> None:
+        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+            raise ValueError(
+                f"{type(self).__name__}.num_labels must be a whole number of at least 1, got {count!r}"
+            )
+        if len(getattr(self, "id2label", None) or {}) != count:
+            self.id2label = {i: f"LABEL_{i}" for i in range(count)}
+            self.label2id = {label: i for i, label in self.id2label.items()}
+
+    @property
+    def use_return_dict(self) -> bool:
+        """The hub's older name of `return_dict`."""
+        return bool(self.return_dict)
+
+    def _labels(self, given: dict[str, Any]) -> dict[str, Any]:
+        labels: dict[str, Any] = {}
+        if (id2label := given.pop("id2label", None)) is not None:
+            labels["id2label"] = {int(i): str(label) for i, label in dict(id2label).items()}
+        if (label2id := given.pop("label2id", None)) is not None:
+            labels["label2id"] = {str(label): int(i) for label, i in dict(label2id).items()}
+        if "id2label" in labels and "label2id" not in labels:
+            labels["label2id"] = {label: i for i, label in labels["id2label"].items()}
+        return labels
+
+    def _as_mapping(self, name: str, value: Any) -> dict[str, Any]:
+        if value is None:
+            return {}
+        if isinstance(value, Mapping):
+            return dict(cast("Mapping[str, Any]", value))
+        raise ValueError(f"{type(self).__name__}.{name} must be a mapping, got {type(value).__name__}")
+
+    def _warn_unknown(self, name: str) -> None:
+        known = (
+            self.fields.keys()
+            | COMMON.keys()
+            | QUIET
+            | REFUSED.keys()
+            | self.attribute_map.keys()
+            | {"torch_dtype"}
+        )
+        if name in known or name.startswith("_") or (type(self).__name__, name) in self._warned:
+            return
+        self._warned.add((type(self).__name__, name))
+        log.warning(
+            "%s does not know the field %r: it is kept and written back, but has no effect",
+            type(self).__name__,
+            name,
+        )
+
+    def _refuse(self) -> None:
+        for name, (allowed, hint) in REFUSED.items():
+            value = getattr(self, name, allowed)
+            if value is not None and value != allowed:
+                raise UnsupportedConfig(f"{type(self).__name__}.{name}={value!r} cannot be honoured: {hint}")
+        if self.problem_type is not None and self.problem_type not in PROBLEM_TYPES:
+            raise ValueError(
+                f"problem_type must be one of {', '.join(PROBLEM_TYPES)} or None, got {self.problem_type!r}"
+            )
+
+    # ------------------------------------------------------------------ what the backends get
+
+    def to_spec(self) -> ArchSpec:
+        """The architecture with every number explicit; ValueError or UnsupportedConfig if there is none."""
+        raise NotImplementedError(f"{type(self).__name__} is not the config of a model")
+
+    def to_head(self, kind: str) -> HeadSpec:
+        """The head of that kind as this config describes it."""
+        return HeadSpec(
+            kind=kind,
+            labels=self.num_labels,
+            problem_type=self.problem_type,
+            pad_id=self.pad_token_id,
+        )
+
+    # ------------------------------------------------------------------ dicts and files
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every field as JSON-ready values, nested configs as dicts."""
+        out: dict[str, Any] = {"model_type": self.model_type} if self.model_type else {}
+        for name, value in vars(self).items():
+            if name in ("name_or_path", "_attn_implementation"):
+                continue
+            if name in self.written_if_set and value == self.fields[name]:
+                continue
+            out[name] = _plain(value)
+        if "id2label" in out:
+            out["id2label"] = {str(i): label for i, label in out["id2label"].items()}
+        return out
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """What goes into config.json: the family's fields, and the common ones that are not at their default."""
+        plain = {
+            **COMMON,
+            "id2label": {"0": "LABEL_0", "1": "LABEL_1"},
+            "label2id": {"LABEL_0": 0, "LABEL_1": 1},
+        }
+        return {
+            name: value
+            for name, value in self.to_dict().items()
+            if name in self.fields or name not in plain or value != plain[name]
+        }
+
+    def to_json_string(self, use_diff: bool = True) -> str:
+        """config.json's text: sorted keys, two spaces, a final newline."""
+        data = self.to_diff_dict() if use_diff else self.to_dict()
+        return json.dumps(data, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+
+    def to_json_file(self, json_file_path: str | Path, use_diff: bool = True) -> None:
+        """Write `to_json_string()` to that file, whole or not at all."""
+        text = self.to_json_string(use_diff)
+        write_atomically(Path(json_file_path), lambda path: path.write_text(text, encoding="utf-8"))
+
+    def save_pretrained(self, save_directory: str | Path) -> None:
+        """Write config.json into that folder, which is made if need be."""
+        folder = Path(save_directory)
+        if folder.is_file():
+            raise ValueError(f"save_pretrained needs a folder, but {folder} is a file")
+        folder.mkdir(parents=True, exist_ok=True)
+        self.to_json_file(folder / CONFIG_NAME)
+
+    @classmethod
+    def from_dict(cls, config_dict: Mapping[str, Any], **kwargs: Any) -> Any:
+        """A config from a dict; keywords override its fields.
+
+        With `return_unused_kwargs=True` the keywords that are no fields come back beside the config.
+        """
+        unused = kwargs.pop("return_unused_kwargs", False)
+        known = cls.known_fields() | config_dict.keys()
+        fields = kwargs if not unused else {k: v for k, v in kwargs.items() if k in known}
+        merged = {**config_dict, **fields}
+        if "num_labels" in fields and "id2label" not in fields:
+            merged = {k: v for k, v in merged.items() if k not in ("id2label", "label2id")}
+        config = cls(**merged)
+        return (config, {k: v for k, v in kwargs.items() if k not in fields}) if unused else config
+
+    @classmethod
+    def known_fields(cls) -> frozenset[str]:
+        """The names that this config's constructor understands."""
+        labels = {"num_labels", "id2label", "label2id", "torch_dtype"}
+        return frozenset({*cls.fields, *COMMON, *cls.attribute_map, *labels, *QUIET, "attn_implementation"})
+
+    @classmethod
+    def from_json_file(cls, json_file: str | Path) -> Self:
+        """A config from a JSON file."""
+        return cls.from_dict(read_json(Path(json_file)))
+
+    @classmethod
+    def get_config_dict(
+        cls, pretrained_model_name_or_path: str | Path, **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """config.json as a dict, and the keywords that do not say where it comes from."""
+        options = HubOptions.pop(kwargs)
+        path = Path(pretrained_model_name_or_path)
+        if not path.is_file():
+            found = find_file(pretrained_model_name_or_path, CONFIG_NAME, options)
+            assert found is not None
+            path = found
+        data = read_json(path)
+        data["_name_or_path"] = str(pretrained_model_name_or_path)
+        return data, kwargs
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Any:
+        """The config of a checkpoint: a folder, a config file, or a name on the hub.
+
+        Keywords that name fields override the file's; the hub's options are `revision`, `token`, `cache_dir`,
+        `local_files_only`, `force_download`, `subfolder`.
+        """
+        data, kwargs = cls.get_config_dict(pretrained_model_name_or_path, **kwargs)
+        found = data.get("model_type", cls.model_type)
+        if cls.model_type and found != cls.model_type:
+            raise ValueError(
+                f"{cls.__name__} reads checkpoints of type {cls.model_type!r}, but {pretrained_model_name_or_path} "
+                f"is of type {found!r}; use AutoConfig to choose by type"
+            )
+        return cls.from_dict(data, **kwargs)
+
+    def update(self, config_dict: Mapping[str, Any]) -> None:
+        """Set the given fields."""
+        for name, value in config_dict.items():
+            setattr(self, name, value)
+
+    def __eq__(self, other: object) -> bool:
+        return type(other) is type(self) and cast("PretrainedConfig", other).to_dict() == self.to_dict()
+
+    __hash__ = None  # pyright: ignore[reportAssignmentType]
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__} {self.to_json_string()}"
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, PretrainedConfig):
+        # Nested configs of the hub's files hold their own fields only.
+        return {
+            k: v
+            for k, v in value.to_dict().items()
+            if k in value.fields or k not in {*COMMON, "id2label", "label2id"}
+        }
+    return copy.deepcopy(value)

@@ -1,0 +1,381 @@
+"""MPT (MosaicML, 2023): pre-norm, ALiBi, no biases, a fused qkv; and all that its makers' code adds to it.
+
+Source: https://github.com/mosaicml/llm-foundry, configs of both the hub's MptConfig and the makers' MPTConfig.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+from monoblock.checkpoint.keymap import KeyMap, Same, Spelling, Split, row
+from monoblock.config import PretrainedConfig
+from monoblock.errors import UnsupportedConfig
+from monoblock.families import Family, ModelClass
+from monoblock.heads import HeadSpec
+from monoblock.spec import (
+    Alibi,
+    ArchSpec,
+    Attention,
+    Dropout,
+    Learned,
+    Mlp,
+    Norm,
+    Position,
+    QkNorm,
+    RopeScaling,
+    Rotary,
+)
+
+NORMS = {
+    "layernorm": "layer",
+    "low_precision_layernorm": "layer",
+    "rmsnorm": "rms",
+    "low_precision_rmsnorm": "rms",
+    "triton_rmsnorm": "rms",
+}
+HEADS = {"causal": "lm_head", "sequence": "score", "token": "classifier", "span": "qa_outputs"}
+ATTENTIONS = ("multihead_attention", "multiquery_attention", "grouped_query_attention")
+ACTIVATIONS = {
+    ("gelu", "none"): "gelu",
+    ("gelu", "tanh"): "gelu_tanh",
+    ("quick_gelu", "none"): "quick_gelu",
+    ("relu", "none"): "relu",
+    ("silu", "none"): "silu",
+}
+
+
+class MptAttentionConfig(PretrainedConfig):
+    """The `attn_config` of an `MptConfig`; from `qk_gn` on, the options of the makers' own code."""
+
+    attn_type: str = "multihead_attention"
+    attn_pdrop: float = 0.0
+    attn_impl: str = "torch"
+    clip_qkv: float | None = None
+    softmax_scale: float | None = None
+    prefix_lm: bool = False
+    qk_ln: bool = False
+    attn_uses_sequence_id: bool = False
+    alibi: bool = True
+    alibi_bias_max: int = 8
+    qk_gn: bool = False
+    kv_n_heads: int | None = None
+    fused_qkv: bool = True
+    sliding_window_size: int = -1
+    attn_logit_softcapping: float | None = None
+    rope: bool = False
+    rope_theta: float = 10000
+    rope_impl: str = "dail"
+    rope_dail_config: dict[str, Any] | None = None
+    rope_hf_config: dict[str, Any] | None = None
+    nope: bool = False
+    kv_dim: int | None = None
+    attn_temperature_tuning: dict[str, Any] | None = None
+    seq_parallel_world_size: int | None = None
+
+    written_if_set = frozenset(
+        "qk_gn kv_n_heads fused_qkv sliding_window_size attn_logit_softcapping rope rope_theta rope_impl "
+        "rope_dail_config rope_hf_config nope kv_dim attn_temperature_tuning seq_parallel_world_size".split()
+    )
+
+    def finish(self, given: frozenset[str]) -> None:
+        """The makers' default of `alibi` is False; the hub's True holds unless rope is asked for."""
+        if self.rope and "alibi" not in given:
+            self.alibi = False
+
+
+class MptConfig(PretrainedConfig):
+    """The config of an MPT model; from `head_dim` on, the options of the makers' own code.
+
+    Defaults are the hub's. `head_dim=None` means d_model / n_heads; `attention_bias=None` means not `no_bias`.
+    """
+
+    model_type = "mpt"
+    sub_configs = {"attn_config": MptAttentionConfig}  # noqa: RUF012
+    attribute_map = {  # noqa: RUF012
+        "hidden_size": "d_model",
+        "num_attention_heads": "n_heads",
+        "num_hidden_layers": "n_layers",
+        "max_position_embeddings": "max_seq_len",
+        "norm_eps": "layer_norm_epsilon",
+    }
+
+    d_model: int = 2048
+    n_heads: int = 16
+    n_layers: int = 24
+    expansion_ratio: int | float = 4
+    max_seq_len: int = 2048
+    vocab_size: int = 50368
+    resid_pdrop: float = 0.0
+    layer_norm_epsilon: float = 1e-5
+    emb_pdrop: float = 0.0
+    learned_pos_emb: bool = True
+    attn_config: Any = None
+    init_device: str = "cpu"
+    logit_scale: float | str | None = None
+    no_bias: bool = True
+    verbose: int = 0
+    embedding_fraction: float = 1.0
+    norm_type: str = "low_precision_layernorm"
+    use_cache: bool = False
+    initializer_range: float = 0.02
+    head_dim: int | None = None
+    attention_bias: bool | None = None
+    ffn_config: dict[str, Any] | None = None
+    final_logit_softcapping: float | None = None
+    init_config: dict[str, Any] | None = None
+    fc_type: str | dict[str, Any] = "torch"
+    use_pad_tok_in_ffn: bool = True
+    block_overrides: dict[str, Any] | None = None
+    fuse_norm_attn_norm: bool = False
+
+    written_if_set = frozenset(
+        "head_dim attention_bias ffn_config final_logit_softcapping init_config fc_type use_pad_tok_in_ffn "
+        "block_overrides fuse_norm_attn_norm".split()
+    )
+
+    def to_spec(self) -> ArchSpec:
+        """The architecture; UnsupportedConfig or ValueError names the field that cannot be honoured."""
+        _refuse(self)
+        att, bias = self.attn_config, not self.no_bias
+        head_dim = self.head_dim or _quotient(self)
+        kv_heads = dict(zip(ATTENTIONS, (self.n_heads, 1, att.kv_n_heads), strict=True))[att.attn_type]
+        norm = Norm(kind=NORMS[self.norm_type.lower()], eps=self.layer_norm_epsilon, bias=bias)
+        if norm.kind == "rms":
+            norm = Norm(kind="rms", eps=norm.eps, bias=False)
+        scale = self.logit_scale
+        if scale == "inv_sqrt_d_model":
+            scale = 1 / math.sqrt(self.d_model)
+        return ArchSpec(
+            vocab=self.vocab_size,
+            width=self.d_model,
+            attention=Attention(
+                heads=self.n_heads,
+                kv_heads=kv_heads,
+                head_dim=head_dim,
+                scale=att.softmax_scale or 1 / math.sqrt(max(head_dim, 1)),
+                qkv_bias=bias if self.attention_bias is None else self.attention_bias,
+                out_bias=bias,
+                clip=att.clip_qkv or None,
+                softcap=att.attn_logit_softcapping,
+                qk_norm=_qk_norm(self, norm),
+                by_segment=att.attn_uses_sequence_id,
+            ),
+            mlp=_mlp(self, bias),
+            norm=norm,
+            # The makers count the keys before the query, a spec's window counts the query's own too.
+            windows=(None if att.sliding_window_size < 0 else att.sliding_window_size + 1,) * self.n_layers,
+            positions=_positions(self, head_dim),
+            final_norm=norm,
+            dropout=Dropout(embed=self.emb_pdrop, attention=att.attn_pdrop, residual=self.resid_pdrop),
+            tie_head=self.tie_word_embeddings,
+            logit_scale=1.0 if scale is None else scale,
+            logit_softcap=self.final_logit_softcapping,
+            embed_gradient=self.embedding_fraction,
+            init_std=self.initializer_range,
+        ).validate("MptConfig")
+
+    def to_head(self, kind: str) -> HeadSpec:
+        """The head; a token head drops out by `classifier_dropout`, else `hidden_dropout`, else 0.1."""
+        given = (getattr(self, name, None) for name in ("classifier_dropout", "hidden_dropout"))
+        dropout = next((p for p in given if p is not None), 0.1) if kind == "token" else 0.0
+        return replace(super().to_head(kind), dropout=dropout)
+
+
+def _quotient(config: MptConfig) -> int:
+    if config.n_heads < 1 or config.d_model % config.n_heads:
+        raise ValueError(
+            f"MptConfig.d_model ({config.d_model}) must be a multiple of n_heads ({config.n_heads}), or give head_dim"
+        )
+    return config.d_model // config.n_heads
+
+
+def _qk_norm(config: MptConfig, norm: Norm) -> QkNorm | None:
+    att = config.attn_config
+    if not (att.qk_ln or att.qk_gn):
+        return None
+    return QkNorm(norm=norm, span="head" if att.qk_gn else "width")
+
+
+def _mlp(config: MptConfig, bias: bool) -> Mlp:
+    ffn = config.ffn_config or {}
+    width = ffn.get("ffn_hidden_size") or config.d_model * config.expansion_ratio
+    if width != int(width):
+        raise ValueError(
+            f"MptConfig.d_model * expansion_ratio must be a whole number, got {config.d_model} * {config.expansion_ratio}"
+        )
+    act = ffn.get("ffn_act_fn") or {"name": "gelu"}
+    name = ACTIVATIONS.get((act.get("name"), act.get("approximate", "none")))
+    if name is None:
+        raise UnsupportedConfig(f"MptConfig.ffn_config.ffn_act_fn={act!r}: not among {sorted(ACTIVATIONS)}")
+    return Mlp(width=int(width), act=name, gated=ffn.get("ffn_type") == "mptglu", bias=bias)
+
+
+def _positions(config: MptConfig, head_dim: int) -> tuple[Position, ...]:
+    att = config.attn_config
+    found: list[Position] = []
+    if att.alibi:
+        found.append(Alibi(bias_max=att.alibi_bias_max))
+    if att.rope:
+        found.append(Rotary(dim=head_dim, theta=att.rope_theta, scaling=_rope_scaling(config)))
+    if config.learned_pos_emb and not found:
+        found.append(Learned(size=config.max_seq_len))
+    return tuple(found)
+
+
+def _rope_scaling(config: MptConfig) -> RopeScaling | None:
+    att = config.attn_config
+    rope = dict(att.rope_hf_config or {}) if att.rope_impl == "hf" else {}
+    kind = rope.get("type", "no_scaling")
+    if kind == "no_scaling":
+        return None
+    return RopeScaling(
+        kind=kind,
+        factor=rope.get("factor", 1.0),
+        original_length=rope.get("original_max_position_embeddings", config.max_seq_len),
+        low_freq_factor=rope.get("low_freq_factor", 1.0),
+        high_freq_factor=rope.get("high_freq_factor", 4.0),
+    )
+
+
+def _refuse(config: MptConfig) -> None:
+    """Everything documented that is not honoured, by name; and words that nobody documented."""
+    att, ffn = config.attn_config, config.ffn_config or {}
+    fc_type = config.fc_type if isinstance(config.fc_type, str) else config.fc_type.get("name", "torch")
+    dail = att.rope_dail_config or {}
+    tuning = att.attn_temperature_tuning or {}
+    unsupported = {
+        "attn_config.prefix_lm": (att.prefix_lm, bool(att.prefix_lm), "its makers removed it"),
+        "attn_config.nope": (att.nope, bool(att.nope), "per-layer overrides are not implemented"),
+        "attn_config.kv_dim": (att.kv_dim, att.kv_dim is not None, "there is no cross-attention"),
+        "attn_config.attn_temperature_tuning": (tuning, bool(tuning.get("attn_scale")), "not implemented"),
+        "attn_config.seq_parallel_world_size": (
+            att.seq_parallel_world_size,
+            (att.seq_parallel_world_size or 1) > 1,
+            "not implemented",
+        ),
+        "attn_config.rope_dail_config": (
+            dail,
+            dail.get("type", "original") != "original",
+            "xPos is not implemented",
+        ),
+        "block_overrides": (config.block_overrides, bool(config.block_overrides), "not implemented"),
+        "fc_type": (fc_type, fc_type != "torch", "only plain linear layers are"),
+        "ffn_config.ffn_type": (
+            ffn.get("ffn_type"),
+            ffn.get("ffn_type", "mptmlp") not in ("mptmlp", "mptglu"),
+            "mptmlp and mptglu are",
+        ),
+    }
+    for name, (value, refused, hint) in unsupported.items():
+        if refused:
+            raise UnsupportedConfig(f"MptConfig.{name}={value!r} is not supported: {hint}")
+    words = {
+        "attn_config.attn_type": (att.attn_type, ATTENTIONS),
+        "attn_config.attn_impl": (att.attn_impl, ("torch", "flash", "triton")),
+        "attn_config.rope_impl": (att.rope_impl, ("dail", "hf")),
+        "attn_config.rope_hf_config.type": (
+            (att.rope_hf_config or {}).get("type", "no_scaling"),
+            ("no_scaling", "linear", "dynamic", "llama3"),
+        ),
+        "norm_type": (str(config.norm_type).lower(), NORMS),
+    }
+    for name, (value, known) in words.items():
+        if value not in known:
+            raise UnsupportedConfig(
+                f"MptConfig.{name}={value!r} is not supported: it must be one of {', '.join(known)}"
+            )
+    if isinstance(config.logit_scale, str) and config.logit_scale != "inv_sqrt_d_model":
+        raise ValueError(
+            f"MptConfig.logit_scale must be a number or 'inv_sqrt_d_model', got {config.logit_scale!r}"
+        )
+    if att.attn_type == "grouped_query_attention" and not att.kv_n_heads:
+        raise ValueError("MptConfig.attn_config.kv_n_heads must be given for grouped_query_attention")
+    if att.qk_ln and att.qk_gn:
+        raise ValueError("MptConfig.attn_config: qk_ln and qk_gn exclude each other; set one of them")
+
+
+def keymap(config: MptConfig, head: str | None) -> KeyMap:
+    """The hub's and the makers' names. Reads q, k and v fused or apart; writes as `fused_qkv` says."""
+    att = config.to_spec().attention
+    kv = att.kv_heads * att.head_dim
+    apart = Split((att.heads * att.head_dim, kv, kv))
+    width = config.to_spec().mlp.width
+    block, fused = "blocks.{i}.", "blocks.{i}.norm_attn_norm."
+    qkv = [
+        Spelling((block + "attn.Wqkv.{p}",), Same()),
+        Spelling(tuple(f"{block}attn.W{x}.{{p}}" for x in "qkv"), apart),
+        Spelling((fused + "attn.Wqkv.{p}",), Same()),
+        Spelling(tuple(f"{fused}attn.W{x}.{{p}}" for x in "qkv"), apart),
+    ]
+    if not config.attn_config.fused_qkv:
+        qkv.insert(0, qkv.pop(1))
+    return KeyMap(
+        rows=(
+            row("embed.{p}", "wte.{p}"),
+            row("pos_embed.{p}", "wpe.{p}"),
+            row(block + "norm1.{p}", block + "norm_1.{p}", fused + "norm_1.{p}"),
+            row(block + "attn.qkv.{p}", *qkv),
+            row(block + "attn.q_norm.{p}", block + "attn.q_ln.{p}", fused + "attn.q_ln.{p}"),
+            row(block + "attn.k_norm.{p}", block + "attn.k_ln.{p}", fused + "attn.k_ln.{p}"),
+            row(block + "attn.out.{p}", block + "attn.out_proj.{p}", fused + "attn.out_proj.{p}"),
+            row(block + "norm2.{p}", block + "norm_2.{p}", fused + "norm_2.{p}"),
+            row(block + "mlp.up.{p}", block + "ffn.up_proj.{p}"),
+            row(
+                block + "mlp.gate_up.{p}",
+                Spelling((block + "ffn.gate_proj.{p}", block + "ffn.up_proj.{p}"), Split((width, width))),
+            ),
+            row(block + "mlp.down.{p}", block + "ffn.down_proj.{p}"),
+            row("final_norm.{p}", "norm_f.{p}"),
+        ),
+        heads={kind: (row("head.out.{p}", name + ".{p}"),) for kind, name in HEADS.items()},
+        head=head,
+        prefix="transformer.",
+        other_prefixes=("model.transformer.",),
+        ignored=(r"rotary_embedding\.inv_freq$",),
+    )
+
+
+_BASE = "input_ids past_key_values attention_mask inputs_embeds"
+_OUT = "use_cache output_attentions output_hidden_states return_dict"
+_SPAN = "input_ids attention_mask inputs_embeds start_positions end_positions"
+
+FAMILY = Family(
+    config=MptConfig,
+    prefix="transformer",
+    keymap=keymap,
+    architectures={"MPTForCausalLM": "MptForCausalLM", "MPTModel": "MptModel"},
+    classes=(
+        ModelClass(
+            name="MptModel",
+            head=None,
+            forward=f"{_BASE} {_OUT} cache_position",
+            output="BaseModelOutputWithPastAndCrossAttentions",
+        ),
+        ModelClass(
+            name="MptForCausalLM",
+            head="causal",
+            forward=f"{_BASE} labels {_OUT} cache_position logits_to_keep",
+            output="CausalLMOutputWithCrossAttentions",
+        ),
+        ModelClass(
+            name="MptForSequenceClassification",
+            head="sequence",
+            forward=f"{_BASE} labels {_OUT}",
+            output="SequenceClassifierOutputWithPast",
+        ),
+        ModelClass(
+            name="MptForTokenClassification",
+            head="token",
+            forward=f"{_BASE} labels {_OUT}",
+            output="TokenClassifierOutput",
+        ),
+        ModelClass(
+            name="MptForQuestionAnswering",
+            head="span",
+            forward=f"{_SPAN} output_attentions output_hidden_states return_dict",
+            output="QuestionAnsweringModelOutput",
+        ),
+    ),
+)
