@@ -60,8 +60,15 @@ class Staging:
         for name in self._names:
             _sync(self.path(name))
         final = [self.folder / name for name in self._names]
-        for name, target in zip(self._names, final, strict=True):
-            self.path(name).replace(target)
+        for done, target in enumerate(final):
+            try:
+                self.path(target.name).replace(target)
+            except OSError as error:
+                if not done:
+                    raise
+                raise CheckpointError(
+                    f"{target} could not be replaced ({_reason(error)}) after other files were: save again"
+                ) from error
         _sync(self.folder)
         return final
 

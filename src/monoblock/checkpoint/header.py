@@ -96,7 +96,7 @@ def read_header(path: Path) -> Header:
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > min(size - 8, _MAX_HEADER):
-            if 8 <= size and length <= _MAX_HEADER:
+            if size >= 8 and length <= _MAX_HEADER:
                 raise _cut_off(path, 8 + length, size)
             raise CheckpointError(
                 f"{path} is not a safetensors file: its first 8 bytes give no sensible header length"
@@ -113,7 +113,7 @@ def read_header(path: Path) -> Header:
             f"{path} is not a safetensors file: its header is a JSON {type(table).__name__}"
         )
     fields = cast(dict[str, Any], table)
-    metadata = fields.pop("__metadata__", None) or {}
+    metadata: object = fields.pop("__metadata__", None) or {}
     if not isinstance(metadata, dict) or not all(
         isinstance(v, str) for v in cast(dict[str, Any], metadata).values()
     ):
@@ -145,7 +145,8 @@ def _entry(path: Path, name: str, field: object, start: int) -> Entry:
         )
     if dtype not in ITEM_BYTES:
         raise CheckpointError(
-            f"{path}: tensor '{name}' has dtype '{dtype}', which is not supported; known are {', '.join(ITEM_BYTES)}"
+            f"{path}: tensor '{name}' has dtype '{dtype}', which is not supported; known are "
+            f"{', '.join(ITEM_BYTES)}"
         )
     begin, end = cast(tuple[int, int], offsets)
     expected = prod(cast(list[int], shape)) * ITEM_BYTES[dtype]
@@ -188,7 +189,8 @@ def make_header(
     Wide dtypes come first, so that every tensor is aligned to its element without padding.
     """
     table: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
-    place, order = 0, []
+    place = 0
+    order: list[str] = []
     for name, dtype, shape in sorted(tensors, key=lambda tensor: (-_RANK[tensor[1]], tensor[0])):
         end = place + prod(shape) * ITEM_BYTES[dtype]
         table[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [place, end]}

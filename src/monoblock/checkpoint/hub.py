@@ -129,7 +129,8 @@ def _place(name_or_path: str | os.PathLike[str], options: HubOptions) -> _Place:
         return Remote(name, options)
     if options.revision not in (None, "main"):
         raise HubError(
-            f"revision={options.revision!r} is for models on the hub, but {name} is a local folder: leave it out"
+            f"revision={options.revision!r} is for models on the hub, but {name} is a local folder: "
+            "leave it out"
         )
     if not (folder / options.subfolder).is_dir():
         raise HubError(f"the folder {name} has no subfolder '{options.subfolder}'")

@@ -12,8 +12,9 @@ import re
 import threading
 import time
 from collections.abc import Generator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -25,9 +26,8 @@ _log = logging.getLogger("monoblock")
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _ON = {"1", "ON", "YES", "TRUE"}  # huggingface_hub's spellings of a switch that is on
-_LOOKS = 2  # times a file's metadata is asked for before the server counts as unreachable
 _DOWNLOADS = 3  # times a download that was reset is started; one that was cut, huggingface_hub resumes itself
-_PAUSE = 1.0  # seconds between two of either
+_PAUSE = 1.0  # seconds before another try
 _PARALLEL = 4  # files fetched at once: enough to fill a line, few enough progress bars to read
 
 # Failures that say nothing about the model: another try may do.
@@ -43,8 +43,10 @@ class Remote:
         self._options = options
         self._revision = options.revision or "main"
         self._hub: Any = importlib.import_module("huggingface_hub")
-        self._endpoint = (os.environ.get("HF_ENDPOINT") or self._hub.constants.ENDPOINT).rstrip("/")
-        self._cache = Path(options.cache_dir or self._hub.constants.HF_HUB_CACHE).expanduser()
+        self._constants: Any = importlib.import_module("huggingface_hub.constants")
+        self._endpoint = (os.environ.get("HF_ENDPOINT") or self._constants.ENDPOINT).rstrip("/")
+        self._cache = Path(options.cache_dir or self._constants.HF_HUB_CACHE).expanduser()
+        self._home = self._cache / f"models--{repo.replace('/', '--')}"  # huggingface_hub's layout
         self._offline = options.local_files_only or self._switched_off()
         if self._offline and options.force_download:
             raise HubError(
@@ -81,12 +83,15 @@ class Remote:
                 return self._fetched(name, bar)
 
         with ThreadPoolExecutor(_PARALLEL) as pool:
+            jobs = [pool.submit(fetch, name) for name in names]
             try:
-                return list(pool.map(fetch, names))
+                for job in as_completed(jobs):
+                    job.result()
             except BaseException:
                 stop.set()
                 pool.shutdown(cancel_futures=True)
                 raise
+        return [job.result() for job in jobs]
 
     def names(self) -> list[str]:
         """The files there, as far as they can be listed."""
@@ -99,16 +104,15 @@ class Remote:
             )
         with suppress(Exception):  # only ever part of an error that is about something else
             api = self._hub.HfApi(endpoint=self._endpoint, token=self._options.token)
-            info = api.model_info(
-                self._repo, revision=self._revision, timeout=self._hub.constants.HF_HUB_ETAG_TIMEOUT
-            )
-            return sorted(sibling.rfilename for sibling in info.siblings or [])
+            timeout = self._constants.HF_HUB_ETAG_TIMEOUT
+            files: list[Any] = api.model_info(self._repo, revision=self._revision, timeout=timeout).siblings
+            return sorted(str(file.rfilename) for file in files)
         return []
 
     def _switched_off(self) -> bool:
         # The environment is read again: huggingface_hub read it when it was imported, maybe by someone else.
         values = (os.environ.get("HF_HUB_OFFLINE"), os.environ.get("TRANSFORMERS_OFFLINE"))
-        return bool(self._hub.constants.HF_HUB_OFFLINE) or any((v or "").upper() in _ON for v in values)
+        return bool(self._constants.HF_HUB_OFFLINE) or any((v or "").upper() in _ON for v in values)
 
     @contextmanager
     def _explained(self, name: str) -> Generator[None, None, None]:
@@ -129,17 +133,16 @@ class Remote:
 
     def _snapshot(self) -> Path | None:
         """The folder of the cache that holds this revision, if any of it is there."""
-        home = self._cache / self._hub.file_download.repo_folder_name(repo_id=self._repo, repo_type="model")
-        ref = home / "refs" / self._revision
-        folder = home / "snapshots" / (ref.read_text().strip() if ref.is_file() else self._revision)
+        ref = self._home / "refs" / self._revision
+        folder = self._home / "snapshots" / (ref.read_text().strip() if ref.is_file() else self._revision)
         return folder if folder.is_dir() else None
 
     def _cached_only(self, name: str) -> Path | None:
         path, _ = self._from_cache(name)
         if path is None and self._snapshot() is None:
             raise HubError(
-                f"'{self._repo}' (revision '{self._revision}') is not in the cache {self._cache} and offline mode is "
-                "on: fetch it once with the network, or give a local folder"
+                f"'{self._repo}' (revision '{self._revision}') is not in the cache {self._cache} and offline "
+                "mode is on: fetch it once with the network, or give a local folder"
             )
         return path
 
@@ -168,22 +171,24 @@ class Remote:
     def _look(self, name: str) -> str:
         """The commit that the server has for a file."""
         url = self._hub.hf_hub_url(self._repo, name, revision=self._revision, endpoint=self._endpoint)
-        timeout = self._hub.constants.HF_HUB_ETAG_TIMEOUT
-        for look in range(_LOOKS):
-            try:
-                seen = self._hub.get_hf_file_metadata(
-                    url, token=self._options.token, timeout=timeout, endpoint=self._endpoint
-                )
-                break
-            except Exception as error:
-                passing = names_of(error) & _PASSING or status_of(error) in _PASSING_STATUS
-                if look == _LOOKS - 1 or not passing:
-                    raise
+        ask = partial(
+            self._hub.get_hf_file_metadata,
+            url,
+            token=self._options.token,
+            timeout=self._constants.HF_HUB_ETAG_TIMEOUT,
+            endpoint=self._endpoint,
+        )
+        try:
+            seen = ask()
+        except Exception as error:
+            if not (names_of(error) & _PASSING or status_of(error) in _PASSING_STATUS):
+                raise
             time.sleep(_PAUSE)
+            seen = ask()
         if not seen.commit_hash or not seen.etag:
             raise HubError(
-                f"{self._endpoint} does not answer like a model hub (no commit or ETag for {name} of '{self._repo}'): "
-                "check HF_ENDPOINT and proxy settings"
+                f"{self._endpoint} does not answer like a model hub (no commit or ETag for {name} of "
+                f"'{self._repo}'): check HF_ENDPOINT and proxy settings"
             )
         return seen.commit_hash
 
@@ -208,7 +213,7 @@ class Remote:
                 cache_dir=self._cache,
                 force_download=self._options.force_download,
                 endpoint=self._endpoint,
-                etag_timeout=self._hub.constants.HF_HUB_ETAG_TIMEOUT,
+                etag_timeout=self._constants.HF_HUB_ETAG_TIMEOUT,
                 tqdm_class=bar,
             )
         )
@@ -216,16 +221,15 @@ class Remote:
     def _note_absence(self, name: str, error: Any) -> None:
         """Tell the cache, in huggingface_hub's own way, that this commit has no such file."""
         commit = error.response.headers.get("X-Repo-Commit")
-        folder = self._hub.file_download.repo_folder_name(repo_id=self._repo, repo_type="model")
         if commit and _COMMIT.fullmatch(commit):
-            note = self._cache / folder / ".no_exist" / commit / name
+            note = self._home / ".no_exist" / commit / name
             with suppress(OSError):  # a cache that is read-only still serves
                 note.parent.mkdir(parents=True, exist_ok=True)
                 note.touch()
 
     def _stoppable_bar(self, stop: threading.Event) -> Any:
         """huggingface_hub's progress bar, which ends its download soon after `stop` is set."""
-        base: Any = self._hub.utils.tqdm
+        base: Any = importlib.import_module("huggingface_hub.utils").tqdm
 
         def update(bar: Any, n: float | None = 1) -> Any:
             if stop.is_set():

@@ -12,37 +12,44 @@ from monoblock.errors import HubError
 
 _ACCESS = "give a token that may read it (token=..., HF_TOKEN or `hf auth login`)"
 _OUTAGE = "check the connection and HF_ENDPOINT, or use a local folder"
+_BROKE = f"the connection to {{endpoint}} broke during {{file}} of '{{repo}}' ({{reason}}): {_OUTAGE}"
+_UNFIT = "{file} of '{repo}' does not fit into {cache}; make room or set cache_dir="
+_UNKEPT = "{file} of '{repo}' cannot be kept there; set cache_dir= to another folder"
 
 # The first class that an error has decides. {reason} is the error's own first line.
 _BY_CLASS = {
     "GatedRepoError": f"'{{repo}}' is gated: accept its terms at {{endpoint}}/{{repo}}, then {_ACCESS}",
     "DisabledRepoError": "'{repo}' has been disabled on {endpoint}: use another model",
     "RepositoryNotFoundError": (
-        f"'{{repo}}' is neither a folder here nor a model that {{endpoint}} shows: check the name, or, "
+        "'{repo}' is neither a folder here nor a model that {endpoint} shows: check the name, or, "
         f"if it is private, {_ACCESS}"
     ),
-    "RevisionNotFoundError": "'{repo}' has no revision '{revision}': name one of its branches, tags or commit hashes",
+    "RevisionNotFoundError": (
+        "'{repo}' has no revision '{revision}': name one of its branches, tags or commit hashes"
+    ),
     "HFValidationError": "'{repo}' is neither a folder here nor a possible name on the hub ({reason})",
-    "LocalTokenNotFoundError": "token=True, but no token is stored: run `hf auth login` or pass the token itself",
+    "LocalTokenNotFoundError": (
+        "token=True, but no token is stored: run `hf auth login` or pass the token itself"
+    ),
     "ProxyError": "the proxy refused the way to {endpoint} ({reason}): check HTTPS_PROXY and HTTP_PROXY",
     "TimeoutException": (
-        "{endpoint} did not answer in time about {file} of '{repo}': try again later, or raise HF_HUB_ETAG_TIMEOUT and "
-        "HF_HUB_DOWNLOAD_TIMEOUT (seconds)"
+        "{endpoint} did not answer in time about {file} of '{repo}': try again later, or raise "
+        "HF_HUB_ETAG_TIMEOUT and HF_HUB_DOWNLOAD_TIMEOUT (seconds)"
     ),
     "ConnectError": f"{{endpoint}} cannot be reached for {{file}} of '{{repo}}' ({{reason}}): {_OUTAGE}",
-    "NetworkError": f"the connection to {{endpoint}} broke during {{file}} of '{{repo}}' ({{reason}}): {_OUTAGE}",
-    "RemoteProtocolError": f"the connection to {{endpoint}} broke during {{file}} of '{{repo}}' ({{reason}}): {_OUTAGE}",
+    "NetworkError": _BROKE,
+    "RemoteProtocolError": _BROKE,
 }
 _BY_STATUS = {
     401: f"{{endpoint}} does not accept the token for '{{repo}}' (401): renew it, or {_ACCESS}",
     403: f"access to {{file}} of '{{repo}}' is forbidden on {{endpoint}} (403): {_ACCESS}",
-    429: "{endpoint} refuses more requests for now (429): wait a few minutes, or use a token for a higher limit",
+    429: "{endpoint} refuses more requests for now (429): wait a few minutes, or use a token",
 }
 _BY_ERRNO = {
-    errno.ENOSPC: "the disk is full: {file} of '{repo}' does not fit into {cache}; make room or set cache_dir=",
-    errno.EDQUOT: "the disk quota is used up: {file} of '{repo}' does not fit into {cache}; make room or set cache_dir=",
-    errno.EACCES: "{cache} is not writable: {file} of '{repo}' cannot be kept there; set cache_dir= to another folder",
-    errno.EROFS: "{cache} is read-only: {file} of '{repo}' cannot be kept there; set cache_dir= to another folder",
+    errno.ENOSPC: f"the disk is full: {_UNFIT}",
+    errno.EDQUOT: f"the disk quota is used up: {_UNFIT}",
+    errno.EACCES: f"{{cache}} is not writable: {_UNKEPT}",
+    errno.EROFS: f"{{cache}} is read-only: {_UNKEPT}",
 }
 
 
@@ -78,4 +85,4 @@ def _template(error: Exception) -> str:
         return (
             f"{{file}} of '{{repo}}' cannot be kept in {{cache}} ({os.strerror(error.errno)}): set cache_dir="
         )
-    return "{file} of '{repo}' could not be fetched from {endpoint} ({reason}): try again, with force_download=True"
+    return "{file} of '{repo}' could not be fetched from {endpoint} ({reason}): try again"

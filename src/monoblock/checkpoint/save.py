@@ -11,6 +11,7 @@ from typing import Any, BinaryIO
 from monoblock.checkpoint.files import staged
 from monoblock.checkpoint.header import ITEM_BYTES, make_header
 from monoblock.checkpoint.views import Adapter, Description, Framework, adapter
+from monoblock.errors import CheckpointError
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -21,7 +22,7 @@ _STALE = re.compile(
 )
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
-_UNITS |= {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+_BINARY_UNITS = {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]i?)?b", re.IGNORECASE)
 
 _CHUNK = 64 * 2**20  # bytes handed to the disk at once, so that Ctrl-C is heard between two
@@ -31,7 +32,7 @@ def parse_size(size: int | str) -> int:
     """Bytes in `size`: an int, or a string such as "5GB" (10^9), "200MB" or "1GiB" (2^30). `ValueError`
     otherwise."""
     if isinstance(size, str) and (match := _SIZE.fullmatch(size.strip())):
-        bytes_ = int(float(match[1]) * _UNITS[(match[2] or "").lower()])
+        bytes_ = int(float(match[1]) * (_UNITS | _BINARY_UNITS)[(match[2] or "").lower()])
     elif isinstance(size, int) and not isinstance(size, bool):
         bytes_ = size
     else:
@@ -76,27 +77,37 @@ def save_tensors(
     time. Memory beyond the tensors given is one tensor at most: none for what lies contiguous on the CPU.
 
     Tensors that are the same memory (tied weights) are written once, under the first of their names; the
-    file's metadata maps the other names to it. `metadata` defaults to `{"format": "pt"}`, which transformers asks for.
+    file's metadata maps the other names to it. `metadata` defaults to `{"format": "pt"}`, which transformers
+    asks for.
 
     Everything is written under temporary names in `folder`, made durable, then renamed, the index last;
     weight files of an earlier save that are not part of this one go after that. Until then they stay as they
     are, whatever happens. `CheckpointError`: the folder cannot be written, the disk is full, a value is no
     tensor or has a dtype that the format lacks. `ValueError`: `max_shard_size` makes no sense.
     """
+    notes = _checked(metadata if metadata is not None else {"format": "pt"})
     side = adapter(framework)
     described, ties = _describe(side, tensors)
     shards = _plan(described, parse_size(max_shard_size))
-    notes = {**ties, **(metadata if metadata is not None else {"format": "pt"})}
     names = [SINGLE] if len(shards) == 1 else [_shard_name(i, len(shards)) for i in range(1, len(shards) + 1)]
     with staged(folder) as stage:
         for name, shard in zip(names, shards, strict=True):
             with stage.path(name).open("wb") as file:
-                _write(file, side, {key: tensors[key] for key in shard.tensors}, shard, notes)
+                _write(file, side, tensors, shard, {**ties, **notes})
         if len(shards) > 1:
             stage.path(INDEX).write_text(_index(names, shards), encoding="utf-8")
             names.append(INDEX)
     _remove_stale(Path(folder), keep=set(names))
     return [Path(folder) / name for name in names]
+
+
+def _checked(metadata: Mapping[str, Any]) -> dict[str, str]:
+    for key, value in metadata.items():
+        if not isinstance(value, str):
+            raise TypeError(
+                f"metadata['{key}'] is a {type(value).__name__}: safetensors metadata are strings"
+            )
+    return dict(metadata)
 
 
 def _shard_name(number: int, count: int) -> str:
@@ -108,10 +119,13 @@ def _describe(side: Adapter, tensors: Mapping[str, Any]) -> tuple[dict[str, Desc
     described: dict[str, Description] = {}
     ties: dict[str, str] = {}
     first: dict[tuple[object, ...], str] = {}
+    kept: list[Any] = []  # an address names a tensor only while the tensor lives
     for name, value in tensors.items():
+        if name == "__metadata__":
+            raise CheckpointError("a tensor cannot be called '__metadata__': safetensors keep that name")
         description = side.describe(name, _made(value))
-        # A made tensor is gone by now and its address may come again: only tensors that stay can be tied.
         identity = None if callable(value) else description.identity
+        kept.append(value)
         owner = first.setdefault(identity, name) if identity else name
         if owner == name:
             described[name] = description
@@ -142,6 +156,12 @@ def _index(names: list[str], shards: list[_Shard]) -> str:
 
 
 def _remove_stale(folder: Path, keep: set[str]) -> None:
-    for path in folder.iterdir():
+    for path in sorted(folder.iterdir()):
         if path.name not in keep and _STALE.fullmatch(path.name):
-            path.unlink(missing_ok=True)
+            try:
+                path.unlink(missing_ok=True)
+            except OSError as error:
+                raise CheckpointError(
+                    f"the weights are saved, but {path} of an earlier save cannot be removed "
+                    f"({error.strerror}) and may be read in their place: remove it"
+                ) from error

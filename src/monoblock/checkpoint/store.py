@@ -204,8 +204,9 @@ def _load_pickle(path: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{path} cannot be read as PyTorch weights ({reason}): fetch it again"
         ) from error
-    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
-        content = cast(dict[object, Any], content)["state_dict"]
+    if isinstance(content, dict):
+        nested = cast(dict[object, Any], content).get("state_dict")
+        content = cast(object, nested) if isinstance(nested, dict) else cast(object, content)
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds a {type(content).__name__}; expected a dict of tensors")
     for name, value in cast(dict[object, Any], content).items():

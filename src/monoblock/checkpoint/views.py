@@ -98,12 +98,10 @@ class _NumpyAdapter:
 
     def describe(self, name: str, tensor: Any) -> Description:
         array = self._numpy.asarray(tensor)
-        names = array.dtype.names
-        dtype = names[0] if names else HUB_NAMES.get(array.dtype.name)
-        if dtype not in ITEM_BYTES:
-            raise CheckpointError(
-                f"tensor '{name}' has dtype {array.dtype}, which safetensors files cannot hold"
-            )
+        kind = array.dtype
+        dtype: str = kind.names[0] if kind.names else HUB_NAMES.get(kind.name, "")
+        if ITEM_BYTES.get(dtype) != kind.itemsize:
+            raise CheckpointError(f"tensor '{name}' has dtype {kind}, which safetensors files cannot hold")
         identity = (array.ctypes.data, array.strides, array.shape, dtype) if array.nbytes else None
         return Description(dtype=dtype, shape=tuple(array.shape), identity=identity)
 
@@ -112,7 +110,10 @@ class _NumpyAdapter:
         return memoryview(array.reshape(-1).view(self._numpy.uint8))
 
     def lay(self, buffer: Any, dtype: str, shape: tuple[int, ...]) -> Any:
-        return self._numpy.frombuffer(buffer, dtype=self._numpy.uint8).view(numpy_dtype(dtype)).reshape(shape)
+        kind = numpy_dtype(dtype)
+        if not len(buffer):  # numpy and torch refuse an empty buffer
+            return self._numpy.empty(shape, dtype=kind)
+        return self._numpy.frombuffer(buffer, dtype=self._numpy.uint8).view(kind).reshape(shape)
 
 
 @cache
@@ -164,7 +165,7 @@ class _TorchAdapter:
         kind = getattr(self._torch, DTYPE_NAMES[dtype], None)
         if kind is None:
             raise CheckpointError(f"this PyTorch has no dtype for {dtype}: upgrade it")
-        if not len(buffer):  # torch refuses an empty buffer
+        if not len(buffer):
             return self._torch.empty(shape, dtype=kind)
         return self._torch.frombuffer(buffer, dtype=self._torch.uint8).view(kind).reshape(shape)
 
