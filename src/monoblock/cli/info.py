@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -44,7 +44,7 @@ def info(
     path, name = locate(model)
     found = describe(path, hub if model else Hub())
     if as_json:
-        print(json.dumps(found | {"model": name}, indent=1))
+        print(json.dumps({"model": name} | found | {"spec": _plain(found["spec"])}, indent=1))
     else:
         _show(found, name)
 
@@ -59,7 +59,7 @@ class Contents:
 
 
 def describe(path: str, hub: Hub) -> dict[str, Any]:
-    """Everything `monoblock info` shows, by name, ready for JSON. Sizes are in bytes."""
+    """Everything `monoblock info` shows, by name; all but the spec is ready for JSON. Sizes are in bytes."""
     from monoblock import AutoConfig
 
     config = AutoConfig.from_pretrained(path, **hub.kwargs())
@@ -70,8 +70,7 @@ def describe(path: str, hub: Hub) -> dict[str, Any]:
     return {
         "family": config.model_type,
         "architectures": config.architectures or [],
-        "spec": asdict(spec),
-        "spec_text": str(spec),
+        "spec": spec,
         "parameters": count,
         "stored": contents.stored,
         "memory": {name: count * bits // 8 for name, bits in DTYPE_BITS.items()},
@@ -110,15 +109,22 @@ def _local(folder: Path) -> Contents:
 
 
 def _remote(name: str, hub: Hub) -> Contents:
-    """The files of a model on the hub; headers are fetched alone. Offline, there is nothing to list."""
-    if hub.offline:
-        return Contents({}, None)
+    """The files of a model on the hub; of their content, only headers are fetched.
+
+    Without the network there is nothing to list; the rest is known from config.json, so a note is enough.
+    """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import NotASafetensorsRepoError
 
     api = HfApi(token=hub.token)
-    info = api.model_info(name, revision=hub.revision, files_metadata=True)
-    files = {file.rfilename: file.size for file in info.siblings or []}
+    try:
+        if hub.offline:
+            raise ValueError("--offline")
+        found = api.model_info(name, revision=hub.revision, files_metadata=True)
+    except Exception as error:  # the classes depend on the HTTP library that huggingface_hub uses
+        console.note(f"The files of {name} cannot be listed: {console.sentence(error)}")
+        return Contents({}, None)
+    files = {file.rfilename: file.size for file in found.siblings or []}
     try:
         counts = api.get_safetensors_metadata(name, revision=hub.revision).parameter_count
         stored = {str(dtype): count for dtype, count in counts.items()}
@@ -146,7 +152,15 @@ def _show(found: dict[str, Any], name: str) -> None:
     ]
     console.rows(name, lines)
     print()
-    print(found["spec_text"])
+    print(found["spec"])
+
+
+def _plain(value: Any) -> Any:
+    """A spec as JSON-ready values; what may be one of several types says which."""
+    if is_dataclass(value):
+        parts = {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
+        return {"type": type(value).__name__} | parts
+    return [_plain(item) for item in value] if isinstance(value, tuple) else value
 
 
 def _short(count: int) -> str:

@@ -1,0 +1,140 @@
+"""`monoblock info`: from a config and headers alone, with no framework."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from monoblock.checkpoint.header import make_header
+from monoblock.cli import info
+from monoblock.cli.options import Hub
+
+CONFIG = {
+    "model_type": "mpt",
+    "architectures": ["MPTForCausalLM"],  # as the makers' own files spell it
+    "d_model": 64,
+    "n_heads": 4,
+    "n_layers": 3,
+    "vocab_size": 100,
+    "max_seq_len": 128,
+}
+# embedding + 3 * (qkv + out + up + down + two norms) + final norm
+PARAMETERS = 100 * 64 + 3 * (3 * 64 * 64 + 64 * 64 + 2 * 4 * 64 * 64 + 2 * 64) + 64
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    header, _ = make_header([("transformer.wte.weight", "BF16", (100, 64))], {"format": "pt"})
+    (tmp_path / "model.safetensors").write_bytes(header + bytes(2 * 100 * 64))
+    return tmp_path
+
+
+def run(*args: str, options: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, *options, "-m", "monoblock.cli", "info", *args]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+
+def test_json(folder: Path) -> None:
+    found = json.loads(run(str(folder), "--json").stdout)
+    assert found["family"] == "mpt"
+    assert found["parameters"] == PARAMETERS
+    assert found["memory"] == {
+        "float32": PARAMETERS * 4,
+        "bfloat16": PARAMETERS * 2,
+        "int8": PARAMETERS,
+        "int4": PARAMETERS // 2,
+    }
+    assert found["cache_per_token"] == {"float32": 2 * 64 * 3 * 4, "bfloat16": 2 * 64 * 3 * 2}
+    assert found["stored"] == {"BF16": 6400}
+    assert set(found["files"]) == {"config.json", "model.safetensors"}
+    assert found["spec"]["attention"]["head_dim"] == 16
+    assert found["spec"]["positions"] == [{"type": "Alibi", "bias_max": 8}]
+
+
+def test_plain_lines_in_a_pipe(folder: Path) -> None:
+    result = run(str(folder))
+    assert result.returncode == 0
+    assert f"parameters: {PARAMETERS:,} (154 K)" in result.stdout
+    assert "weights in bfloat16: 301.38 KiB" in result.stdout
+    assert "  head_dim: 16" in result.stdout
+    assert "\x1b" not in result.stdout
+
+
+def test_loads_no_framework(folder: Path) -> None:
+    report = run(str(folder), options=("-X", "importtime")).stderr
+    imported = {line.rpartition("|")[2].strip() for line in report.splitlines()}
+    assert "monoblock.config" in imported  # the report was read right
+    assert not imported & {"torch", "jax", "tensorflow", "numpy", "huggingface_hub"}
+
+
+def test_grouped_heads_need_less_cache(folder: Path) -> None:
+    attn = {"attn_type": "grouped_query_attention", "kv_n_heads": 2}
+    (folder / "config.json").write_text(json.dumps(CONFIG | {"attn_config": attn}))
+    assert info.describe(str(folder), Hub())["cache_per_token"]["float32"] == 2 * 2 * 16 * 3 * 4
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda folder: (folder / "config.json").unlink(), "config.json"),
+        (lambda folder: (folder / "config.json").write_text("{"), "not valid JSON"),
+        (lambda folder: (folder / "config.json").write_text('{"model_type": "abc"}'), "'abc'"),
+        (lambda folder: (folder / "model.safetensors").write_bytes(b"\x10" + bytes(20)), "model.safetensors"),
+    ],
+)
+def test_bad_folders_get_one_sentence(folder: Path, spoil: Any, words: str) -> None:
+    spoil(folder)
+    result = run(str(folder))
+    assert result.returncode == 1
+    assert result.stderr.startswith("monoblock: ")
+    assert result.stderr.count("\n") == 1
+    assert words in result.stderr
+    assert result.stdout == ""
+
+
+class Api:
+    """Answers in place of the hub."""
+
+    def __init__(self, token: str | None) -> None:
+        assert token == "secret"
+
+    def model_info(self, name: str, revision: str, files_metadata: bool) -> Any:
+        assert (name, revision, files_metadata) == ("someone/model", "v1", True)
+        return SimpleNamespace(siblings=[SimpleNamespace(rfilename="model.safetensors", size=12800)])
+
+    def get_safetensors_metadata(self, name: str, revision: str) -> Any:
+        assert (name, revision) == ("someone/model", "v1")
+        return SimpleNamespace(parameter_count={"BF16": 6400})
+
+
+def test_on_the_hub_headers_are_enough(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    import monoblock
+
+    config = monoblock.AutoConfig.from_pretrained(folder)
+    monkeypatch.setattr(monoblock.AutoConfig, "from_pretrained", staticmethod(lambda *_, **__: config))
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    found = info.describe("someone/model", Hub(revision="v1", token="secret"))
+    assert found["files"] == {"model.safetensors": 12800}
+    assert found["stored"] == {"BF16": 6400}
+    assert found["parameters"] == PARAMETERS
+
+
+def test_offline_the_config_is_enough(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import monoblock
+
+    config = monoblock.AutoConfig.from_pretrained(folder)
+    monkeypatch.setattr(monoblock.AutoConfig, "from_pretrained", staticmethod(lambda *_, **__: config))
+    found = info.describe("someone/model", Hub(offline=True))
+    assert (found["files"], found["stored"], found["parameters"]) == ({}, None, PARAMETERS)
+    assert "cannot be listed" in capsys.readouterr().err
