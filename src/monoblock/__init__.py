@@ -61,7 +61,8 @@ _MODELS: dict[str, tuple[str, ...]] = {
 # What to install when a framework is missing.
 _EXTRAS = {"torch": "torch", "jax": "jax", "flax": "jax", "tensorflow": "tf", "keras": "tf"}
 
-__all__ = sorted([*_HOME, *(name for names in _MODELS.values() for name in names)])  # noqa: PLE0605
+_NAMES = frozenset([*_HOME, *(name for names in _MODELS.values() for name in names)])
+__all__ = [*_NAMES]  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:
@@ -76,7 +77,7 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *_NAMES})
 
 
 def _load(module: str, name: str) -> Any:

@@ -113,8 +113,8 @@ class PretrainedConfig:
     model_type: ClassVar[str] = ""
     attribute_map: ClassVar[Mapping[str, str]] = {}
     sub_configs: ClassVar[Mapping[str, type[PretrainedConfig]]] = {}
-    # Declared fields that are written only when they differ from their default: other libraries do not know them.
-    written_if_set: ClassVar[frozenset[str]] = frozenset()
+    # From this field on, fields are written only when they differ from their default: the hub's class has none of them.
+    makers_from: ClassVar[str] = ""
     fields: ClassVar[dict[str, Any]] = {}
 
     _warned: ClassVar[set[tuple[str, str]]] = set()
@@ -185,7 +185,7 @@ class PretrainedConfig:
 
     @num_labels.setter
     def num_labels(self, count: int) -> None:
-        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+        if count < 1:
             raise ValueError(
                 f"{type(self).__name__}.num_labels must be a whole number of at least 1, got {count!r}"
             )
@@ -243,6 +243,21 @@ class PretrainedConfig:
                 f"problem_type must be one of {', '.join(PROBLEM_TYPES)} or None, got {self.problem_type!r}"
             )
 
+    def check(self, supported: Mapping[str, tuple[Any, ...]]) -> None:
+        """UnsupportedConfig for the first field whose value is not among the supported ones.
+
+        A dotted name leads into nested configs and dicts; what is not there counts as None.
+        """
+        for name, values in supported.items():
+            found: Any = self
+            for part in name.split("."):
+                found = _member(found, part)
+            if not any(found == value for value in values):
+                known = " or ".join(repr(value) for value in values if value is not None or len(values) == 1)
+                raise UnsupportedConfig(
+                    f"{type(self).__name__}.{name}={found!r} is not supported: it must be {known}"
+                )
+
     # ------------------------------------------------------------------ what the backends get
 
     def to_spec(self) -> ArchSpec:
@@ -263,10 +278,12 @@ class PretrainedConfig:
     def to_dict(self) -> dict[str, Any]:
         """Every field as JSON-ready values, nested configs as dicts."""
         out: dict[str, Any] = {"model_type": self.model_type} if self.model_type else {}
+        names = list(self.fields)
+        makers = names[names.index(self.makers_from) :] if self.makers_from else []
         for name, value in vars(self).items():
             if name in ("name_or_path", "_attn_implementation"):
                 continue
-            if name in self.written_if_set and value == self.fields[name]:
+            if name in makers and value == self.fields[name]:
                 continue
             out[name] = _plain(value)
         if "id2label" in out:
@@ -384,3 +401,8 @@ def _plain(value: Any) -> Any:
             if k in value.fields or k not in {*COMMON, "id2label", "label2id"}
         }
     return copy.deepcopy(value)
+
+
+def _member(value: Any, name: str) -> Any:
+    """A dict's entry or an object's attribute, None if there is none."""
+    return cast("dict[str, Any]", value).get(name) if isinstance(value, dict) else getattr(value, name, None)

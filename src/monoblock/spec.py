@@ -236,7 +236,7 @@ def _position_gaps(spec: ArchSpec) -> Iterator[str]:
             case Buckets(count=count, max_distance=distance) if (
                 count < 4 or count % 2 or distance <= count // 4
             ):
-                yield f"buckets must be even, at least 4, with max_distance over a quarter of it; got {count}, {distance}"
+                yield f"bucket count must be even, 4 or more, its max_distance over a quarter; got {count}, {distance}"
             case _:
                 pass
 

@@ -11,7 +11,7 @@ from monoblock.checkpoint.keymap import KeyMap
 from monoblock.config import PretrainedConfig
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class ModelClass:
     """A public model class: the kind of its head (None: bare), its forward's arguments in the hub's order
     (words), and the class of its output."""
@@ -31,7 +31,6 @@ class Family:
     prefix: str
     keymap: Callable[[Any, str | None], KeyMap]
     classes: tuple[ModelClass, ...]
-    architectures: dict[str, str]
 
     @property
     def name(self) -> str:

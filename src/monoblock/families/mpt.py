@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 from monoblock.checkpoint.keymap import KeyMap, Same, Spelling, Split, row
 from monoblock.config import PretrainedConfig
@@ -28,21 +28,40 @@ from monoblock.spec import (
     Rotary,
 )
 
-NORMS = {
+NORMS: dict[str, Literal["layer", "rms"]] = {
     "layernorm": "layer",
     "low_precision_layernorm": "layer",
     "rmsnorm": "rms",
     "low_precision_rmsnorm": "rms",
     "triton_rmsnorm": "rms",
 }
-HEADS = {"causal": "lm_head", "sequence": "score", "token": "classifier", "span": "qa_outputs"}
 ATTENTIONS = ("multihead_attention", "multiquery_attention", "grouped_query_attention")
+HEADS = {"causal": "lm_head", "sequence": "score", "token": "classifier", "span": "qa_outputs"}
+# ffn_act_fn's (name, approximate) -> the spec's activation
 ACTIVATIONS = {
     ("gelu", "none"): "gelu",
     ("gelu", "tanh"): "gelu_tanh",
     ("quick_gelu", "none"): "quick_gelu",
     ("relu", "none"): "relu",
     ("silu", "none"): "silu",
+}
+
+# What is honoured of the options that have a few values; any other value is refused by name.
+SUPPORTED: dict[str, tuple[Any, ...]] = {
+    "attn_config.attn_type": ATTENTIONS,
+    "attn_config.attn_impl": ("torch", "flash", "triton"),
+    "attn_config.prefix_lm": (False,),
+    "attn_config.nope": (False,),
+    "attn_config.kv_dim": (None,),
+    "attn_config.attn_temperature_tuning.attn_scale": (None, 0.0),
+    "attn_config.seq_parallel_world_size": (None, 1),
+    "attn_config.rope_impl": ("dail", "hf"),
+    "attn_config.rope_dail_config.type": (None, "original"),
+    "attn_config.rope_hf_config.type": (None, "no_scaling", "linear", "dynamic", "llama3"),
+    "block_overrides": (None, {}),
+    "fc_type.name": (None, "torch"),
+    "ffn_config.ffn_type": (None, "mptmlp", "mptglu"),
+    "norm_type": tuple(NORMS),
 }
 
 
@@ -74,10 +93,7 @@ class MptAttentionConfig(PretrainedConfig):
     attn_temperature_tuning: dict[str, Any] | None = None
     seq_parallel_world_size: int | None = None
 
-    written_if_set = frozenset(
-        "qk_gn kv_n_heads fused_qkv sliding_window_size attn_logit_softcapping rope rope_theta rope_impl "
-        "rope_dail_config rope_hf_config nope kv_dim attn_temperature_tuning seq_parallel_world_size".split()
-    )
+    makers_from = "qk_gn"
 
     def finish(self, given: frozenset[str]) -> None:
         """The makers' default of `alibi` is False; the hub's True holds unless rope is asked for."""
@@ -125,28 +141,30 @@ class MptConfig(PretrainedConfig):
     ffn_config: dict[str, Any] | None = None
     final_logit_softcapping: float | None = None
     init_config: dict[str, Any] | None = None
-    fc_type: str | dict[str, Any] = "torch"
+    fc_type: str | dict[str, Any] | None = None
     use_pad_tok_in_ffn: bool = True
     block_overrides: dict[str, Any] | None = None
     fuse_norm_attn_norm: bool = False
 
-    written_if_set = frozenset(
-        "head_dim attention_bias ffn_config final_logit_softcapping init_config fc_type use_pad_tok_in_ffn "
-        "block_overrides fuse_norm_attn_norm".split()
-    )
+    makers_from = "head_dim"
+
+    def finish(self, given: frozenset[str]) -> None:
+        """The makers give `fc_type` as a word or as a dict with a name."""
+        if "fc_type" in given and isinstance(self.fc_type, str):
+            self.fc_type = {"name": self.fc_type}
 
     def to_spec(self) -> ArchSpec:
         """The architecture; UnsupportedConfig or ValueError names the field that cannot be honoured."""
-        _refuse(self)
+        self.check(SUPPORTED)
         att, bias = self.attn_config, not self.no_bias
+        if att.attn_type == "grouped_query_attention" and not att.kv_n_heads:
+            raise ValueError("MptConfig.attn_config.kv_n_heads must be given for grouped_query_attention")
+        if att.qk_ln and att.qk_gn:
+            raise ValueError("MptConfig.attn_config: qk_ln and qk_gn exclude each other; set one of them")
         head_dim = self.head_dim or _quotient(self)
         kv_heads = dict(zip(ATTENTIONS, (self.n_heads, 1, att.kv_n_heads), strict=True))[att.attn_type]
-        norm = Norm(kind=NORMS[self.norm_type.lower()], eps=self.layer_norm_epsilon, bias=bias)
-        if norm.kind == "rms":
-            norm = Norm(kind="rms", eps=norm.eps, bias=False)
-        scale = self.logit_scale
-        if scale == "inv_sqrt_d_model":
-            scale = 1 / math.sqrt(self.d_model)
+        kind = NORMS[self.norm_type]
+        norm = Norm(kind=kind, eps=self.layer_norm_epsilon, bias=bias and kind == "layer")
         return ArchSpec(
             vocab=self.vocab_size,
             width=self.d_model,
@@ -170,7 +188,7 @@ class MptConfig(PretrainedConfig):
             final_norm=norm,
             dropout=Dropout(embed=self.emb_pdrop, attention=att.attn_pdrop, residual=self.resid_pdrop),
             tie_head=self.tie_word_embeddings,
-            logit_scale=1.0 if scale is None else scale,
+            logit_scale=_logit_scale(self),
             logit_softcap=self.final_logit_softcapping,
             embed_gradient=self.embedding_fraction,
             init_std=self.initializer_range,
@@ -203,10 +221,10 @@ def _mlp(config: MptConfig, bias: bool) -> Mlp:
     width = ffn.get("ffn_hidden_size") or config.d_model * config.expansion_ratio
     if width != int(width):
         raise ValueError(
-            f"MptConfig.d_model * expansion_ratio must be a whole number, got {config.d_model} * {config.expansion_ratio}"
+            f"MptConfig.expansion_ratio={config.expansion_ratio} times d_model={config.d_model} must be a whole number"
         )
-    act = ffn.get("ffn_act_fn") or {"name": "gelu"}
-    name = ACTIVATIONS.get((act.get("name"), act.get("approximate", "none")))
+    act: dict[str, str] = ffn.get("ffn_act_fn") or {"name": "gelu"}
+    name = ACTIVATIONS.get((act.get("name", ""), act.get("approximate", "none")))
     if name is None:
         raise UnsupportedConfig(f"MptConfig.ffn_config.ffn_act_fn={act!r}: not among {sorted(ACTIVATIONS)}")
     return Mlp(width=int(width), act=name, gated=ffn.get("ffn_type") == "mptglu", bias=bias)
@@ -239,61 +257,13 @@ def _rope_scaling(config: MptConfig) -> RopeScaling | None:
     )
 
 
-def _refuse(config: MptConfig) -> None:
-    """Everything documented that is not honoured, by name; and words that nobody documented."""
-    att, ffn = config.attn_config, config.ffn_config or {}
-    fc_type = config.fc_type if isinstance(config.fc_type, str) else config.fc_type.get("name", "torch")
-    dail = att.rope_dail_config or {}
-    tuning = att.attn_temperature_tuning or {}
-    unsupported = {
-        "attn_config.prefix_lm": (att.prefix_lm, bool(att.prefix_lm), "its makers removed it"),
-        "attn_config.nope": (att.nope, bool(att.nope), "per-layer overrides are not implemented"),
-        "attn_config.kv_dim": (att.kv_dim, att.kv_dim is not None, "there is no cross-attention"),
-        "attn_config.attn_temperature_tuning": (tuning, bool(tuning.get("attn_scale")), "not implemented"),
-        "attn_config.seq_parallel_world_size": (
-            att.seq_parallel_world_size,
-            (att.seq_parallel_world_size or 1) > 1,
-            "not implemented",
-        ),
-        "attn_config.rope_dail_config": (
-            dail,
-            dail.get("type", "original") != "original",
-            "xPos is not implemented",
-        ),
-        "block_overrides": (config.block_overrides, bool(config.block_overrides), "not implemented"),
-        "fc_type": (fc_type, fc_type != "torch", "only plain linear layers are"),
-        "ffn_config.ffn_type": (
-            ffn.get("ffn_type"),
-            ffn.get("ffn_type", "mptmlp") not in ("mptmlp", "mptglu"),
-            "mptmlp and mptglu are",
-        ),
-    }
-    for name, (value, refused, hint) in unsupported.items():
-        if refused:
-            raise UnsupportedConfig(f"MptConfig.{name}={value!r} is not supported: {hint}")
-    words = {
-        "attn_config.attn_type": (att.attn_type, ATTENTIONS),
-        "attn_config.attn_impl": (att.attn_impl, ("torch", "flash", "triton")),
-        "attn_config.rope_impl": (att.rope_impl, ("dail", "hf")),
-        "attn_config.rope_hf_config.type": (
-            (att.rope_hf_config or {}).get("type", "no_scaling"),
-            ("no_scaling", "linear", "dynamic", "llama3"),
-        ),
-        "norm_type": (str(config.norm_type).lower(), NORMS),
-    }
-    for name, (value, known) in words.items():
-        if value not in known:
-            raise UnsupportedConfig(
-                f"MptConfig.{name}={value!r} is not supported: it must be one of {', '.join(known)}"
-            )
-    if isinstance(config.logit_scale, str) and config.logit_scale != "inv_sqrt_d_model":
-        raise ValueError(
-            f"MptConfig.logit_scale must be a number or 'inv_sqrt_d_model', got {config.logit_scale!r}"
-        )
-    if att.attn_type == "grouped_query_attention" and not att.kv_n_heads:
-        raise ValueError("MptConfig.attn_config.kv_n_heads must be given for grouped_query_attention")
-    if att.qk_ln and att.qk_gn:
-        raise ValueError("MptConfig.attn_config: qk_ln and qk_gn exclude each other; set one of them")
+def _logit_scale(config: MptConfig) -> float:
+    scale = config.logit_scale
+    if isinstance(scale, str):
+        if scale != "inv_sqrt_d_model":
+            raise ValueError(f"MptConfig.logit_scale must be a number or 'inv_sqrt_d_model', got {scale!r}")
+        return 1 / math.sqrt(config.d_model)
+    return 1.0 if scale is None else scale
 
 
 def keymap(config: MptConfig, head: str | None) -> KeyMap:
@@ -337,45 +307,36 @@ def keymap(config: MptConfig, head: str | None) -> KeyMap:
     )
 
 
-_BASE = "input_ids past_key_values attention_mask inputs_embeds"
-_OUT = "use_cache output_attentions output_hidden_states return_dict"
+_IN = "input_ids past_key_values attention_mask inputs_embeds"
+_OUT = "output_attentions output_hidden_states return_dict"
 _SPAN = "input_ids attention_mask inputs_embeds start_positions end_positions"
 
 FAMILY = Family(
     config=MptConfig,
     prefix="transformer",
     keymap=keymap,
-    architectures={"MPTForCausalLM": "MptForCausalLM", "MPTModel": "MptModel"},
     classes=(
         ModelClass(
-            name="MptModel",
-            head=None,
-            forward=f"{_BASE} {_OUT} cache_position",
-            output="BaseModelOutputWithPastAndCrossAttentions",
+            "MptModel",
+            None,
+            f"{_IN} use_cache {_OUT} cache_position",
+            "BaseModelOutputWithPastAndCrossAttentions",
         ),
         ModelClass(
-            name="MptForCausalLM",
-            head="causal",
-            forward=f"{_BASE} labels {_OUT} cache_position logits_to_keep",
-            output="CausalLMOutputWithCrossAttentions",
+            "MptForCausalLM",
+            "causal",
+            f"{_IN} labels use_cache {_OUT} cache_position logits_to_keep",
+            "CausalLMOutputWithCrossAttentions",
         ),
         ModelClass(
-            name="MptForSequenceClassification",
-            head="sequence",
-            forward=f"{_BASE} labels {_OUT}",
-            output="SequenceClassifierOutputWithPast",
+            "MptForSequenceClassification",
+            "sequence",
+            f"{_IN} labels use_cache {_OUT}",
+            "SequenceClassifierOutputWithPast",
         ),
         ModelClass(
-            name="MptForTokenClassification",
-            head="token",
-            forward=f"{_BASE} labels {_OUT}",
-            output="TokenClassifierOutput",
+            "MptForTokenClassification", "token", f"{_IN} labels use_cache {_OUT}", "TokenClassifierOutput"
         ),
-        ModelClass(
-            name="MptForQuestionAnswering",
-            head="span",
-            forward=f"{_SPAN} output_attentions output_hidden_states return_dict",
-            output="QuestionAnsweringModelOutput",
-        ),
+        ModelClass("MptForQuestionAnswering", "span", f"{_SPAN} {_OUT}", "QuestionAnsweringModelOutput"),
     ),
 )

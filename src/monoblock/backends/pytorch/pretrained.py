@@ -6,8 +6,8 @@ import functools
 import inspect
 import logging
 import types
-from dataclasses import asdict
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -76,7 +76,7 @@ class PreTrainedModel(nn.Module, Generation):
         ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
         shape = check_tokens(self.spec, ids, embeds)
         inputs = prepare(self.spec, shape, given, self._uses_cache(given))
-        x = self.backbone.lookup(ids) if embeds is None else embeds
+        x = embeds if ids is None else self.backbone.lookup(ids)
         wanted = self._option(given, "output_hidden_states")
         inputs.call.attentions = self._option(given, "output_attentions")
         out = self.backbone(x, inputs.call, hidden_states=wanted)
@@ -151,7 +151,7 @@ class PreTrainedModel(nn.Module, Generation):
                 f"{cls.__name__}.from_pretrained takes one positional argument, got {1 + len(model_args)}"
             )
         options = LoadOptions(kwargs)
-        config, unused = cls._config_for(pretrained_model_name_or_path, config, options.hub, kwargs)
+        settings, unused = cls._config_for(pretrained_model_name_or_path, config, options.hub, kwargs)
         if unused:
             raise TypeError(f"from_pretrained does not know the argument {next(iter(unused))!r}")
         files = find_weights(
@@ -161,11 +161,11 @@ class PreTrainedModel(nn.Module, Generation):
             use_safetensors=options.use_safetensors,
         )
         store = open_store(files, "pt")
-        dtype = loading.chosen_dtype(options.dtype, config.dtype, store)
+        dtype = loading.chosen_dtype(options.dtype, settings.dtype, store)
         with torch.device("meta"):
-            model = cls(config)
+            model = cls(settings)
         model._load(store, dtype, options)
-        config.dtype = dtype
+        settings.dtype = dtype
         model.generation_config = model.file_generation_config(pretrained_model_name_or_path, options.hub)
         return model.eval()
 
