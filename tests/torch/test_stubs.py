@@ -1,0 +1,35 @@
+"""The generated static view must say what the package does."""
+
+import importlib.util
+from pathlib import Path
+
+import monoblock
+from monoblock import families
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def _tool():
+    spec = importlib.util.spec_from_file_location("make_stubs", ROOT / "tools" / "make_stubs.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_stub_is_up_to_date():
+    tool = _tool()
+    assert tool.STUB.read_text(encoding="utf-8") == tool.stub(), "run python tools/make_stubs.py"
+
+
+def test_every_public_name_can_be_had():
+    for name in monoblock.__all__:
+        assert getattr(monoblock, name) is not None, name
+
+
+def test_public_model_names_are_the_registry():
+    listed = {name for names in monoblock._MODELS.values() for name in names}
+    assert listed == {name for kind in families.FAMILIES for name in families.class_names(kind)}
+    for kind in families.FAMILIES:
+        family = families.family(kind)
+        assert tuple(row.name for row in family.classes) == families.class_names(kind)
+        assert family.name == kind
