@@ -1,0 +1,46 @@
+"""Tokenizers and chat templates. Names are loaded when first asked for: only then is `tokenizers` imported."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from monoblock.tokenization.auto import AutoTokenizer
+    from monoblock.tokenization.classes import GPTNeoXTokenizerFast
+    from monoblock.tokenization.encoding import BatchEncoding, CharSpan, TokenSpan
+    from monoblock.tokenization.fast import PreTrainedTokenizerFast
+    from monoblock.tokenization.schema import get_json_schema
+    from monoblock.tokenization.template import ChatTemplateError
+
+_MODULES = {
+    "AutoTokenizer": "auto",
+    "BatchEncoding": "encoding",
+    "CharSpan": "encoding",
+    "ChatTemplateError": "template",
+    "GPTNeoXTokenizerFast": "classes",
+    "PreTrainedTokenizerFast": "fast",
+    "TokenSpan": "encoding",
+    "get_json_schema": "schema",
+}
+
+__all__ = [
+    "AutoTokenizer",
+    "BatchEncoding",
+    "CharSpan",
+    "ChatTemplateError",
+    "GPTNeoXTokenizerFast",
+    "PreTrainedTokenizerFast",
+    "TokenSpan",
+    "get_json_schema",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_MODULES})

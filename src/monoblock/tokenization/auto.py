@@ -1,0 +1,78 @@
+"""`AutoTokenizer`: the tokenizer class that a model's files ask for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from monoblock.checkpoint.hub import HubOptions, find_file, read_json
+from monoblock.tokenization.classes import CLASSES, by_model_type, by_name
+from monoblock.tokenization.fast import PreTrainedTokenizerFast
+from monoblock.tokenization.files import BACKEND_FILE, read_config
+
+
+class AutoTokenizer:
+    """Chooses the tokenizer class: by `tokenizer_config.json`, then by `config.json`, then the generic one."""
+
+    def __init__(self) -> None:
+        raise OSError(
+            "AutoTokenizer is not made by its constructor: call AutoTokenizer.from_pretrained(name)"
+        )
+
+    @staticmethod
+    def from_pretrained(
+        pretrained_model_name_or_path: str | Path,
+        *,
+        config: Any = None,
+        tokenizer_type: str | None = None,
+        **kwargs: Any,
+    ) -> PreTrainedTokenizerFast:
+        """The tokenizer of a folder, of a model on the hub, or of one `tokenizer.json`.
+
+        Args:
+            config: a model config; its `model_type` then counts instead of the one in `config.json`.
+            tokenizer_type: a `model_type`; overrules the files.
+            kwargs: as in `PreTrainedTokenizerFast.from_pretrained`.
+        """
+        chosen = _choose(pretrained_model_name_or_path, config, tokenizer_type, kwargs)
+        return chosen.from_pretrained(pretrained_model_name_or_path, **kwargs)
+
+
+def _choose(
+    name: str | Path, config: Any, tokenizer_type: str | None, kwargs: dict[str, Any]
+) -> type[PreTrainedTokenizerFast]:
+    if tokenizer_type is not None:
+        if (chosen := by_model_type(tokenizer_type)) is not None:
+            return chosen
+        raise ValueError(f"tokenizer_type={tokenizer_type!r} is not known; {_known()}")
+    if Path(name).is_file():
+        return PreTrainedTokenizerFast
+    options = HubOptions.pop(dict(kwargs))
+    class_name, model_type = (
+        read_config(name, options).get("tokenizer_class"),
+        getattr(config, "model_type", None),
+    )
+    if class_name is None or model_type is None:
+        path = find_file(name, "config.json", options, required=False) if config is None else None
+        content = {} if path is None else read_json(path)
+        class_name, model_type = (
+            class_name or content.get("tokenizer_class"),
+            model_type or content.get("model_type"),
+        )
+    chosen = by_name(class_name) if class_name else by_model_type(model_type) if model_type else None
+    if chosen is not None:
+        return chosen
+    if kwargs.keys() & {"tokenizer_object", "tokenizer_file"} or find_file(
+        name, BACKEND_FILE, options, required=False
+    ):
+        return PreTrainedTokenizerFast
+    asked = f"tokenizer_class={class_name!r}" if class_name else f"model_type={model_type!r}"
+    raise ValueError(
+        f"{name} asks for {asked}, which is not known, and has no {BACKEND_FILE} to read instead; {_known()}"
+    )
+
+
+def _known() -> str:
+    classes = ", ".join(name for cls in CLASSES for name in cls.family.names)
+    types = ", ".join(name for cls in CLASSES for name in cls.family.model_types)
+    return f"known classes: {classes}; known model types: {types}"

@@ -1,0 +1,282 @@
+"""Conversations to prompts: `apply_chat_template` and what it needs to know of a tokenizer."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, cast
+
+from tokenizers import Encoding
+
+from monoblock.tokenization.call import Encode
+
+if TYPE_CHECKING:
+    from monoblock.tokenization.template import Rendered
+
+# The names under which messages carry a model's reasoning; templates read the first, gpt-oss's the second.
+REASONING = ("reasoning_content", "thinking", "reasoning")
+# Put after a message that is to be continued, to find where it ends; the space shows whether it is trimmed.
+TAG = "\ue000CONTINUE\ue000 "
+
+ChatTemplate = str | dict[str, str] | None
+
+
+def named_templates(template: Any) -> ChatTemplate:
+    """A template, or several by name; files write those as a list of `{"name": ..., "template": ...}`."""
+    if isinstance(template, list | tuple):
+        return {row["name"]: row["template"] for row in cast(Sequence[dict[str, str]], template)}
+    return template
+
+
+class Chat(Encode):
+    """The part of a tokenizer that turns conversations into prompts."""
+
+    chat_template: ChatTemplate
+
+    def get_chat_template(self, chat_template: str | None = None, tools: Sequence[Any] | None = None) -> str:
+        """The template that a conversation would use: the one given (or named), else the tokenizer's own."""
+        from monoblock.tokenization.template import ChatTemplateError
+
+        own = self.chat_template
+        if isinstance(own, dict):
+            if chat_template is not None:
+                return own.get(chat_template, chat_template)
+            for name in ("tool_use", "default") if tools is not None else ("default",):
+                if name in own:
+                    return own[name]
+            raise ChatTemplateError(
+                f"this tokenizer has several chat templates and no default: pass chat_template= one of {sorted(own)}"
+            )
+        if chat_template is None and own is None:
+            raise ChatTemplateError(
+                "this tokenizer has no chat template, as base models have none: pass chat_template=, set "
+                "tokenizer.chat_template, or give the model a plain text"
+            )
+        return cast(str, own if chat_template is None else chat_template)
+
+    def apply_chat_template(
+        self,
+        conversation: Any,
+        tools: Sequence[Any] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = False,
+        continue_final_message: bool | str = False,
+        tokenize: bool = True,
+        sanitize_control_tokens: bool = False,
+        padding: bool | str = False,
+        truncation: bool | str = False,
+        max_length: int | None = None,
+        return_tensors: str | None = None,
+        return_dict: bool = True,
+        return_assistant_tokens_mask: bool = False,
+        tokenizer_kwargs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The prompt of a conversation, in the form that the model was trained on.
+
+        Args:
+            conversation: a list of messages, `{"role": ..., "content": ...}`, or a list of such lists.
+            tools: JSON schemas, or Python functions (their schema is made by `get_json_schema`).
+            documents: texts for the model to draw on, `{"title": ..., "text": ...}`.
+            chat_template: a template, or the name of one of the tokenizer's.
+            add_generation_prompt: end with what begins a reply.
+            continue_final_message: end inside the last message, for the model to go on (its `content`, or the field
+                that a string names).
+            tokenize: False for the text itself.
+            padding, truncation, max_length, return_tensors: as in the tokenizer's call; `tokenizer_kwargs` has more.
+            return_dict: False for the ids alone.
+            return_assistant_tokens_mask: add `assistant_masks`, 1 for tokens inside `{% generation %}` blocks.
+            kwargs: further variables of the template.
+
+        Returns:
+            `BatchEncoding`, ids, or text; lists of those for a list of conversations.
+
+        Raises:
+            ChatTemplateError: no template, a broken or refused one, or one that refuses this conversation.
+        """
+        if sanitize_control_tokens:
+            raise ValueError(
+                "sanitize_control_tokens=True is not supported: check the messages for special tokens instead"
+            )
+        if return_assistant_tokens_mask and not (return_dict and tokenize):
+            raise ValueError("return_assistant_tokens_mask=True needs tokenize=True and return_dict=True")
+        if continue_final_message and (add_generation_prompt or return_assistant_tokens_mask):
+            other = "add_generation_prompt" if add_generation_prompt else "return_assistant_tokens_mask"
+            raise ValueError(
+                f"continue_final_message and {other} exclude each other: one continues a message, use only one"
+            )
+        source = self.get_chat_template(chat_template, tools)
+        chats, batched = _conversations(conversation)
+        if "messages" in kwargs:
+            raise TypeError("messages= is the conversation itself: give it as the first argument")
+        variables = {
+            **self.special_tokens_map,
+            **plain(kwargs),
+            "tools": _tools(tools),
+            "documents": _documents(documents),
+            "add_generation_prompt": add_generation_prompt,
+        }
+        rendered = [
+            _render(source, chat, variables, continue_final_message, return_assistant_tokens_mask)
+            for chat in chats
+        ]
+        texts = [one.text for one in rendered]
+        if not tokenize:
+            return texts if batched else texts[0]
+        encoded = self(
+            texts if batched else texts[0],
+            padding=padding,
+            truncation=truncation,
+            max_length=max_length,
+            return_tensors=return_tensors,
+            **{"add_special_tokens": False, **(tokenizer_kwargs or {})},
+        )
+        if return_assistant_tokens_mask:
+            masks = [
+                _mask(row, one.generated) for row, one in zip(encoded.encodings or (), rendered, strict=True)
+            ]
+            encoded["assistant_masks"] = masks if batched or return_tensors is not None else masks[0]
+            encoded.convert_to_tensors(return_tensors)
+        return encoded if return_dict else encoded["input_ids"]
+
+    def encode_message_with_chat_template(
+        self,
+        message: Mapping[str, Any],
+        conversation_history: Sequence[Mapping[str, Any]] | None = None,
+        **kwargs: Any,
+    ) -> list[int]:
+        """The ids that one more message adds to a conversation, from the first that differs on."""
+        if "add_generation_prompt" in kwargs:
+            raise ValueError(
+                "add_generation_prompt is no part of a message: add it to the whole conversation"
+            )
+        history = list(conversation_history or [])
+        ids = self.apply_chat_template([*history, message], return_dict=False, **kwargs)
+        before = self.apply_chat_template(history, return_dict=False, **kwargs) if history else []
+        same = 0
+        while same < min(len(ids), len(before)) and ids[same] == before[same]:
+            same += 1
+        return ids[same:]
+
+
+def _conversations(conversation: Any) -> tuple[list[list[dict[str, Any]]], bool]:
+    """The conversations as plain messages, and whether there is a list of them."""
+    if hasattr(conversation, "messages"):
+        conversation = conversation.messages
+    if not isinstance(conversation, list | tuple) or not conversation:
+        got = "an empty one" if isinstance(conversation, list | tuple) else type(conversation).__name__
+        raise ValueError(
+            f'a conversation is a list of messages such as {{"role": "user", "content": "Hi"}}; got {got}'
+        )
+    items = cast(Sequence[Any], conversation)
+    batched = isinstance(items[0], list | tuple) or hasattr(items[0], "messages")
+    return [_messages(getattr(chat, "messages", chat)) for chat in (items if batched else [items])], batched
+
+
+def _messages(chat: Any) -> list[dict[str, Any]]:
+    messages: list[dict[str, Any]] = []
+    for index, item in enumerate(cast(Sequence[Any], chat)):
+        message = plain(item)
+        if not isinstance(message, dict):
+            raise TypeError(
+                f'message {index} is {type(item).__name__}; expected {{"role": ..., "content": ...}}'
+            )
+        # None is "nothing", which templates know as a missing key; many would write "None".
+        kept = {key: value for key, value in cast(dict[str, Any], message).items() if value is not None}
+        reasoning = next((kept[name] for name in REASONING if name in kept), None)
+        if reasoning is not None:
+            kept = {"thinking": reasoning, **kept, "reasoning_content": reasoning}
+        messages.append(kept)
+    return messages
+
+
+def plain(value: Any) -> Any:
+    """A copy made of JSON's types alone: objects with methods of their own have no place in a template."""
+    if value is None or type(value) in (str, int, float, bool):
+        return value
+    for kind in (str, int, float):  # their subclasses, enums of strings for one
+        if isinstance(value, kind):
+            return kind.__new__(kind, value) if kind is not str else str.__str__(value)
+    if isinstance(value, Mapping):
+        return {plain(key): plain(item) for key, item in cast(Mapping[Any, Any], value).items()}
+    if isinstance(value, list | tuple):
+        items = [plain(item) for item in cast(Sequence[Any], value)]
+        return tuple(items) if isinstance(value, tuple) else items
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if callable(dump := getattr(value, "model_dump", None)):  # pydantic
+        return plain(dump())
+    if type(value).__module__ == "numpy" and getattr(value, "shape", None) == ():
+        return plain(value.item())
+    return f"<{type(value).__name__}>"
+
+
+def _tools(tools: Sequence[Any] | None) -> Any:
+    if tools is None:
+        return None
+    from monoblock.tokenization.schema import tool_schema
+
+    return [plain(tool_schema(tool)) for tool in tools]
+
+
+def _documents(documents: Any) -> Any:
+    for document in documents or ():
+        if not isinstance(document, dict):
+            raise TypeError(f'a document is {{"title": ..., "text": ...}}; got {type(document).__name__}')
+    return plain(documents)
+
+
+def _render(
+    source: str, chat: list[dict[str, Any]], variables: dict[str, Any], carry_on: bool | str, track: bool
+) -> Rendered:
+    from monoblock.tokenization.template import render
+
+    ending = _open_ending(source, chat, carry_on) if carry_on else None
+    rendered = render(source, {**variables, "messages": chat}, track=track)
+    return rendered if ending is None else rendered._replace(text=_cut(rendered.text, ending))
+
+
+def _open_ending(source: str, chat: list[dict[str, Any]], carry_on: bool | str) -> str:
+    """Tag the end of the last message, in place; returns its text."""
+    name = carry_on if isinstance(carry_on, str) else "content"
+    last = chat[-1]
+    ending = last.get(name)
+    if ending is None:
+        raise ValueError(f"continue_final_message: the last message has no {name!r} to continue")
+    names = [field for field in REASONING if last.get(field) == ending] if name in REASONING else [name]
+    if not any(field in source for field in names):
+        raise ValueError(
+            f"continue_final_message={name!r}: the chat template does not read that field of a message"
+        )
+    if isinstance(ending, list | tuple):
+        blocks = [
+            block for block in cast(Sequence[Any], ending) if isinstance(block, dict) and "text" in block
+        ]
+        if not blocks:
+            raise ValueError("continue_final_message: the last message holds no text to continue")
+        ending, blocks[-1]["text"] = blocks[-1]["text"], blocks[-1]["text"] + TAG
+        return ending
+    for field in names:
+        last[field] = ending + TAG
+    return ending
+
+
+def _cut(text: str, ending: str) -> str:
+    """The text up to the tag."""
+    at = text.rfind(TAG.strip())
+    if at < 0 or ending.strip() not in text:
+        raise ValueError("continue_final_message: the chat template does not write the last message as it is")
+    return (
+        text[:at] if text[at : at + len(TAG)] == TAG else text[:at].rstrip()
+    )  # a trimming template trims here too
+
+
+def _mask(row: Encoding, spans: Sequence[tuple[int, int]]) -> list[int]:
+    """1 for each token of a row that holds a character of one of the spans."""
+    mask = [0] * len(row)
+    for index, ((first, end), sequence) in enumerate(zip(row.offsets, row.sequence_ids, strict=True)):
+        end = max(end, first + 1)  # a token whose characters were all trimmed still stands somewhere
+        if sequence is not None and any(first < stop and start < end for start, stop in spans):
+            mask[index] = 1
+    return mask

@@ -1,0 +1,337 @@
+"""The tokenizer: one class over the `tokenizers` library, with the hub's names."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Self, cast
+
+from tokenizers import AddedToken, Tokenizer
+
+from monoblock.tokenization.chat import Chat, named_templates
+from monoblock.tokenization.families import GENERIC, TokenizerFamily
+from monoblock.tokenization.files import load, read_backend, save
+from monoblock.tokenization.inputs import SIDES, one_of
+from monoblock.tokenization.padding import Pad
+from monoblock.tokenization.template_tokens import Around, around, bos_eos_template
+from monoblock.tokenization.tensors import as_list
+
+log = logging.getLogger("monoblock")
+
+NO_LENGTH = int(1e30)  # the hub's model_max_length where the files name none
+
+# What is cleaned from decoded text when `clean_up_tokenization_spaces` asks for it: the hub's list, in its order.
+CLEAN_UP = (
+    (" .", "."), (" ?", "?"), (" !", "!"), (" ,", ","), (" ' ", "'"),
+    (" n't", "n't"), (" 'm", "'m"), (" 's", "'s"), (" 've", "'ve"), (" 're", "'re"),
+)  # fmt: skip
+
+
+class PreTrainedTokenizerFast(Chat, Pad):
+    """A tokenizer of the hub: `from_pretrained(name)`, then call it with texts.
+
+    Args:
+        tokenizer_object: a `tokenizers.Tokenizer`; it is copied.
+        tokenizer_file: the path of a `tokenizer.json`.
+        vocab_file, merges_file, vocab, merges: for families that are built from vocabulary files or their content.
+        kwargs: special tokens (`eos_token="</s>"`), `model_max_length`, `padding_side`, `truncation_side`,
+            `model_input_names`, `chat_template`, `add_bos_token`, `clean_up_tokenization_spaces`, ...; what is not
+            known is kept in `init_kwargs` and written back.
+    """
+
+    family: ClassVar[TokenizerFamily] = GENERIC
+    is_fast = True
+    pad_token_type_id = 0
+    _backend_options = ("tokenizer_object", "tokenizer_file", "vocab_file", "merges_file", "vocab", "merges")
+
+    def __init__(self, **kwargs: Any):
+        kwargs = {**self.family.defaults, **kwargs}
+        source = {name: kwargs.pop(name) for name in self._backend_options if kwargs.get(name) is not None}
+        self._tokenizer = read_backend(source, self.family, kwargs)
+        self._take_backend_settings(kwargs)
+        self.init_kwargs = copy.deepcopy(kwargs)
+        self.name_or_path: str = kwargs.pop("name_or_path", "")
+        self._lock = threading.RLock()
+        self._warned_of_length = False
+        self._init_special_tokens(kwargs)
+        length = kwargs.pop("model_max_length", kwargs.pop("max_len", None))
+        self.model_max_length = NO_LENGTH if length is None else length
+        self.padding_side = one_of("padding_side", kwargs.pop("padding_side", "right"), SIDES)
+        self.truncation_side = one_of("truncation_side", kwargs.pop("truncation_side", "right"), SIDES)
+        self.model_input_names = list(kwargs.pop("model_input_names", self.family.model_input_names))
+        self.clean_up_tokenization_spaces: bool = kwargs.pop("clean_up_tokenization_spaces", False)
+        self.split_special_tokens = kwargs.pop("split_special_tokens", False)
+        self.chat_template = named_templates(kwargs.pop("chat_template", None))
+        self._add_added_tokens(kwargs.pop("added_tokens_decoder", None) or {})
+        self._register_special_tokens()
+        self._bos_eos = (bool(kwargs.get("add_bos_token")), bool(kwargs.get("add_eos_token")))
+        asked = "add_bos_token" in kwargs or "add_eos_token" in kwargs
+        if asked or self.family.owns_template or self._tokenizer.post_processor is None:
+            self._update_template()
+
+    def _take_backend_settings(self, kwargs: dict[str, Any]) -> None:
+        """Padding and truncation that a tokenizer.json carries become defaults; each call sets its own."""
+        if padding := cast(dict[str, Any] | None, self._tokenizer.padding):
+            kwargs.setdefault("pad_token", padding["pad_token"])
+            kwargs.setdefault("padding_side", padding["direction"])
+            self.pad_token_type_id = padding["pad_type_id"]
+        if truncation := cast(dict[str, Any] | None, self._tokenizer.truncation):
+            kwargs.setdefault("truncation_side", truncation["direction"])
+        self._tokenizer.no_padding()
+        self._tokenizer.no_truncation()
+
+    def _add_added_tokens(self, decoder: dict[int, AddedToken]) -> None:
+        # By their representation: a token that is there with other flags takes those of the config.
+        known = {repr(token) for token in self._tokenizer.get_added_tokens_decoder().values()}
+        self._tokenizer.add_tokens(
+            [token for _, token in sorted(decoder.items()) if repr(token) not in known]
+        )
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Self:
+        """The tokenizer of a local folder, of a model on the hub, or of one `tokenizer.json`.
+
+        Args:
+            kwargs: `revision`, `token`, `cache_dir`, `local_files_only`, `force_download`, `subfolder` say where the
+                files come from; everything else overrides what the files say. `use_fast` and `trust_remote_code`
+                are accepted and change nothing: there is one class, and no code from the hub is run.
+        """
+        return cls(**load(pretrained_model_name_or_path, cls.family, kwargs))
+
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        legacy_format: bool | None = None,
+        filename_prefix: str | None = None,
+        push_to_hub: bool = False,
+        *,
+        save_jinja_files: bool = True,
+    ) -> tuple[str, ...]:
+        """Write tokenizer.json, tokenizer_config.json and the chat templates; returns their paths.
+
+        Every file is complete or absent: it is written under a temporary name and renamed.
+        """
+        if legacy_format:
+            raise ValueError("legacy_format=True is not supported: a tokenizer is saved as tokenizer.json")
+        if push_to_hub:
+            raise ValueError(
+                "push_to_hub=True is not supported: save to a folder, then `hf upload REPO FOLDER`"
+            )
+        return save(
+            self, Path(save_directory), f"{filename_prefix}-" if filename_prefix else "", save_jinja_files
+        )
+
+    def push_to_hub(self, repo_id: str, **_: Any) -> None:
+        """Refused: uploading is huggingface_hub's work."""
+        raise NotImplementedError(
+            f"push_to_hub is not supported: save_pretrained(folder), then `hf upload {repo_id} folder`"
+        )
+
+    # --- the vocabulary
+
+    @property
+    def backend_tokenizer(self) -> Tokenizer:
+        """The `tokenizers.Tokenizer` that does the work."""
+        return self._tokenizer
+
+    @property
+    def decoder(self) -> Any:
+        """The backend's decoder."""
+        return self._tokenizer.decoder
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens in the vocabulary without the added ones; `len(tokenizer)` counts all."""
+        return self._tokenizer.get_vocab_size(with_added_tokens=False)
+
+    def get_vocab(self) -> dict[str, int]:
+        """Token -> id, the added ones included."""
+        return self._tokenizer.get_vocab(with_added_tokens=True)
+
+    @property
+    def vocab(self) -> dict[str, int]:
+        """The same as `get_vocab()`."""
+        return self.get_vocab()
+
+    def convert_ids_to_tokens(self, ids: Any, skip_special_tokens: bool = False) -> Any:
+        """The token of an id, or the tokens of a list of ids; None for an id that the vocabulary lacks."""
+        ids = _ids(ids)
+        if isinstance(ids, int):
+            return self._tokenizer.id_to_token(ids)
+        skipped = set(self.all_special_ids) if skip_special_tokens else set[int]()
+        return [self._tokenizer.id_to_token(index) for index in ids if index not in skipped]
+
+    def convert_tokens_to_string(self, tokens: Sequence[str]) -> str:
+        """The text of tokens, as the decoder joins them."""
+        decoder = self._tokenizer.decoder
+        return " ".join(tokens) if decoder is None else decoder.decode(list(tokens))
+
+    # --- ids to text
+
+    def decode(
+        self,
+        token_ids: Any,
+        skip_special_tokens: bool = False,
+        clean_up_tokenization_spaces: bool | None = None,
+    ) -> Any:
+        """The text of an id, a list or array of ids, or the dictionary of a call; a list of texts for a batch.
+
+        Args:
+            token_ids: ids; those that the vocabulary lacks are left out, negative ones refused.
+            skip_special_tokens: leave the special tokens out of the text.
+            clean_up_tokenization_spaces: remove the spaces before punctuation that word-piece vocabularies leave;
+                ignored for BPE, whose text has its own spaces.
+        """
+        ids = _ids(token_ids)
+        if isinstance(ids, list) and ids and isinstance(ids[0], list):
+            return [self._decode(row, skip_special_tokens, clean_up_tokenization_spaces) for row in ids]
+        row = cast(list[int], [ids] if isinstance(ids, int) else ids)
+        return self._decode(row, skip_special_tokens, clean_up_tokenization_spaces)
+
+    def batch_decode(
+        self,
+        sequences: Any,
+        skip_special_tokens: bool = False,
+        clean_up_tokenization_spaces: bool | None = None,
+    ) -> list[str]:
+        """The texts of a batch of ids."""
+        text = self.decode(sequences, skip_special_tokens, clean_up_tokenization_spaces)
+        return [text] if isinstance(text, str) else text
+
+    def _decode(self, ids: list[int], skip: bool, clean: bool | None) -> str:
+        if (least := min(ids, default=0)) < 0:
+            raise ValueError(
+                f"{least} is no token id: replace it before decoding (labels hold -100 where there is none)"
+            )
+        text = self._tokenizer.decode(ids, skip_special_tokens=skip)
+        if self.clean_up_tokenization_spaces if clean is None else clean:
+            if type(self._tokenizer.model).__name__ == "BPE":
+                log.debug("clean_up_tokenization_spaces is for word-piece vocabularies; ignored for BPE")
+            else:
+                text = self.clean_up_tokenization(text)
+        return text
+
+    @staticmethod
+    def clean_up_tokenization(text: str) -> str:
+        """Remove the spaces that joining word pieces leaves before punctuation and contractions."""
+        for spaced, joined in CLEAN_UP:
+            text = text.replace(spaced, joined)
+        return text
+
+    # --- the template of special tokens
+
+    @property
+    def add_bos_token(self) -> bool:
+        """Whether this class puts `bos_token` before each text (a tokenizer.json may do so by itself)."""
+        return self._bos_eos[0]
+
+    @add_bos_token.setter
+    def add_bos_token(self, value: bool) -> None:
+        self._bos_eos = (bool(value), self._bos_eos[1])
+        self._update_template()
+
+    @property
+    def add_eos_token(self) -> bool:
+        """Whether this class puts `eos_token` after each text."""
+        return self._bos_eos[1]
+
+    @add_eos_token.setter
+    def add_eos_token(self, value: bool) -> None:
+        self._bos_eos = (self._bos_eos[0], bool(value))
+        self._update_template()
+
+    def update_post_processor(self) -> None:
+        """Make the template anew, after `bos_token` or `eos_token` has changed."""
+        self._update_template()
+
+    def _update_template(self) -> None:
+        bos, eos = (
+            (token, index) if wanted else None
+            for wanted, token, index in (
+                (self.add_bos_token, self.bos_token, self.bos_token_id),
+                (self.add_eos_token, self.eos_token, self.eos_token_id),
+            )
+        )
+        self._tokenizer.post_processor = bos_eos_template(bos, eos)
+
+    def _around(self, first: Sequence[int], second: Sequence[int] | None) -> Around:
+        with self._lock:
+            self._tokenizer.no_padding()
+            self._tokenizer.no_truncation()
+            return around(self._tokenizer, first, second)
+
+    def build_inputs_with_special_tokens(
+        self, token_ids_0: Sequence[int], token_ids_1: Sequence[int] | None = None
+    ) -> list[int]:
+        """Ids with the special tokens that a call would put around them."""
+        return self._around(token_ids_0, token_ids_1).ids
+
+    def create_token_type_ids_from_sequences(
+        self, token_ids_0: Sequence[int], token_ids_1: Sequence[int] | None = None
+    ) -> list[int]:
+        """The token types of `build_inputs_with_special_tokens`."""
+        return self._around(token_ids_0, token_ids_1).types
+
+    def get_special_tokens_mask(
+        self,
+        token_ids_0: Sequence[int],
+        token_ids_1: Sequence[int] | None = None,
+        already_has_special_tokens: bool = False,
+    ) -> list[int]:
+        """1 for each special token, 0 for text; of ids that have their special tokens, or are to get them."""
+        if not already_has_special_tokens:
+            return self._around(token_ids_0, token_ids_1).mask
+        if token_ids_1 is not None:
+            raise ValueError(
+                "token_ids_1 must be None with already_has_special_tokens=True: one row holds both texts"
+            )
+        special = set(self.all_special_ids)
+        return [int(index in special) for index in _ids(token_ids_0)]
+
+    # --- the object itself
+
+    def backend_json(self) -> str:
+        """The content of a tokenizer.json, without what single calls have set."""
+        with self._lock:
+            self._tokenizer.no_padding()
+            self._tokenizer.no_truncation()
+            return self._tokenizer.to_str(pretty=True)
+
+    def __repr__(self) -> str:
+        added = "".join(
+            f"\n\t{index}: {token!r}," for index, token in sorted(self.added_tokens_decoder.items())
+        )
+        return (
+            f"{type(self).__name__}(name_or_path={self.name_or_path!r}, vocab_size={self.vocab_size}, "
+            f"model_max_length={self.model_max_length}, padding_side={self.padding_side!r}, "
+            f"truncation_side={self.truncation_side!r}, special_tokens={self.special_tokens_map}, "
+            f"added_tokens_decoder={{{added}\n}})"
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != "_lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _lock=threading.RLock())
+
+
+def _ids(ids: Any) -> Any:
+    """Ids of any kind as an integer, a list of them, or a list of lists."""
+    if isinstance(ids, str):
+        raise TypeError(f"expected token ids; got the text {ids[:40]!r}")
+    if hasattr(ids, "keys"):
+        ids = ids["input_ids"]
+    ids = as_list(ids)
+    if isinstance(ids, bool | float) or ids is None:
+        raise TypeError(f"expected token ids (integers); got {ids!r}")
+    if isinstance(ids, list):
+        return [_ids(item) if not isinstance(item, int) else item for item in cast(list[Any], ids)]
+    if not hasattr(ids, "__index__"):
+        try:
+            return [_ids(item) for item in ids]  # any other sequence, a range for one
+        except TypeError:
+            raise TypeError(f"expected token ids (integers); got {type(ids).__name__}") from None
+    return ids.__index__()
