@@ -14,6 +14,7 @@ import huggingface_hub
 import huggingface_hub.constants
 import pytest
 from hub_server import HubServer
+
 from monoblock.checkpoint import remote
 from monoblock.checkpoint.hub import HubOptions, find_file, find_weights
 from monoblock.errors import CheckpointError, HubError
@@ -316,7 +317,7 @@ def test_server_error_is_tried_twice(server, cache):
 def test_endpoint_that_is_no_hub(server, cache):
     server.commits[NAME, ""] = {"config.json": b"{}"}  # answers without a commit
     server.branches[NAME, "main"] = ""
-    server.find = lambda repo, revision: ""
+    server.find = lambda *_: ""
     refusal(lambda: find_file(NAME, "config.json", HubOptions(cache_dir=cache)), "HF_ENDPOINT", server.url)
 
 

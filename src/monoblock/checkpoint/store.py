@@ -34,9 +34,10 @@ class _Shard(Protocol):
 class Store:
     """A checkpoint's tensors by name; nothing is read from the disk before a tensor is used.
 
-    A tensor is laid over the file's memory map. It may be changed in place: the file does not change, but
-    other tensors of the same name from this store do, while it lives. Its memory goes back to the system with
-    it, so copying a model out of a store, tensor by tensor, takes the copy and one tensor at a time.
+    A tensor is laid over the file's memory map, and its memory goes back to the system with it: copying a
+    model out of a store, tensor by tensor, takes the copy and one tensor at a time. It may be changed in
+    place; the file does not change. From safetensors each call of `tensor` gives the file's values again; a
+    .bin file is unpickled once, and its tensors are the same objects at every call.
     """
 
     def __init__(self, shards: Sequence[_Shard], homes: Mapping[str, _Shard]):
@@ -113,11 +114,12 @@ class _Safetensors:
         self.metadata = header.metadata
         self._entries = header.entries
         self._side = side
-        self._live: weakref.WeakValueDictionary[str, ctypes.Array[ctypes.c_char]] = (
-            weakref.WeakValueDictionary()
-        )
-        with path.open("rb") as file:
-            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        self._map = self._open()
+        self._given: set[str] = set()  # the names whose part of the present map was handed out
+
+    def _open(self) -> mmap.mmap:
+        with self.path.open("rb") as file:
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
 
     def names(self) -> KeysView[str]:
         return self._entries.keys()
@@ -135,19 +137,20 @@ class _Safetensors:
         return self._side.lay(self._buffer(name, entry), entry.dtype, entry.shape)
 
     def _buffer(self, name: str, entry: Entry) -> ctypes.Array[ctypes.c_char]:
-        """The entry's part of the map, as an object of its own, whose end frees the pages that only it
-        covers.
+        """The entry's part of the map, as an object whose end frees the pages that only it covers.
 
-        While it lives it is the only one for its name: freeing pages undoes changes made to them.
+        Each part of a map is handed out once. A second tensor of a name gets a new map: it must not see what
+        was changed in the first, nor lose its own changes when the first one's pages are freed.
         """
-        buffer = self._live.get(name)
-        if buffer is None:
-            buffer = (ctypes.c_char * (entry.end - entry.begin)).from_buffer(self._map, entry.begin)
-            self._live[name] = buffer
-            begin = -(-entry.begin // mmap.PAGESIZE) * mmap.PAGESIZE
-            length = entry.end // mmap.PAGESIZE * mmap.PAGESIZE - begin
-            if length > 0 and hasattr(mmap, "MADV_DONTNEED"):  # not on Windows
-                weakref.finalize(buffer, self._map.madvise, mmap.MADV_DONTNEED, begin, length).atexit = False
+        if name in self._given:
+            self._map = self._open()
+            self._given.clear()
+        self._given.add(name)
+        buffer = (ctypes.c_char * (entry.end - entry.begin)).from_buffer(self._map, entry.begin)
+        begin = -(-entry.begin // mmap.PAGESIZE) * mmap.PAGESIZE
+        length = entry.end // mmap.PAGESIZE * mmap.PAGESIZE - begin
+        if length > 0 and hasattr(mmap, "MADV_DONTNEED"):  # not on Windows
+            weakref.finalize(buffer, self._map.madvise, mmap.MADV_DONTNEED, begin, length).atexit = False
         return buffer
 
 
@@ -165,8 +168,8 @@ class _Pickle:
         self.path = path
         self.metadata: Mapping[str, str] = {}
         self._side = side
-        self._torch_side = adapter("pt")
         self._tensors = _load_pickle(path)
+        self._torch_side = adapter("pt")
 
     def names(self) -> KeysView[str]:
         return self._tensors.keys()

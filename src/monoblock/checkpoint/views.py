@@ -79,7 +79,6 @@ def adapter(framework: str) -> Adapter:
     return _ADAPTERS[framework]()
 
 
-@cache
 def import_torch(why: str) -> Any:
     """The torch module, or an ImportError that says what needed it and how to get it."""
     try:
