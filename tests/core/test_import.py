@@ -1,0 +1,82 @@
+"""What importing costs: nothing third-party for the package, a framework only for the names that need it."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+import monoblock
+
+FRAMEWORKS = ("torch", "jax", "flax", "tensorflow", "keras")
+
+# The public names that need no framework.
+CORE = (
+    "AutoConfig",
+    "AutoTokenizer",
+    "BatchEncoding",
+    "CheckpointError",
+    "GenerationConfig",
+    "GPTNeoXTokenizerFast",
+    "HubError",
+    "ModelOutput",
+    "MptConfig",
+    "PretrainedConfig",
+    "PreTrainedTokenizerFast",
+    "TextIteratorStreamer",
+    "TextStreamer",
+    "UnsupportedConfig",
+)
+
+
+def python(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+
+
+def added_by(statement: str) -> set[str]:
+    """The top-level modules that a statement imports in a fresh interpreter."""
+    result = python(
+        f"import json, sys; before = set(sys.modules); {statement}; "
+        "print(json.dumps(sorted(set(sys.modules) - before)))"
+    )
+    assert result.returncode == 0, result.stderr
+    return {name.partition(".")[0] for name in json.loads(result.stdout)}
+
+
+def test_the_package_imports_nothing_but_the_standard_library() -> None:
+    assert added_by("import monoblock") - sys.stdlib_module_names == {"monoblock"}
+
+
+def test_the_package_imports_at_once() -> None:
+    code = "import time; start = time.perf_counter(); import monoblock; print(time.perf_counter() - start)"
+    # 50 ms is the promise; the best of three, because other work on the machine is no fault of the import
+    assert min(float(python(code).stdout) for _ in range(3)) < 0.05
+
+
+@pytest.mark.parametrize("name", CORE)
+def test_core_names_load_no_framework(name: str) -> None:
+    assert added_by(f"from monoblock import {name}").isdisjoint(FRAMEWORKS)
+
+
+def test_all_names_exist_and_are_listed() -> None:
+    assert set(CORE) <= set(monoblock.__all__) <= set(dir(monoblock))
+    with pytest.raises(AttributeError, match="MptForEverything"):
+        _ = monoblock.MptForEverything
+
+
+@pytest.mark.parametrize("name", ["MptForCausalLM", "MptModel", "DynamicCache", "PreTrainedModel"])
+def test_a_missing_framework_is_named_with_its_pip_line(name: str) -> None:
+    # None in sys.modules makes Python treat a module as not installed
+    result = python(f"import sys; sys.modules['torch'] = None; from monoblock import {name}")
+    error = result.stderr.splitlines()[-1]
+    assert error.startswith("ImportError: ")
+    assert f'{name} needs torch, which is not installed: pip install "monoblock[torch]"' in error
+
+
+@pytest.mark.skipif("MONOBLOCK_TEST_NO_FRAMEWORK" not in os.environ, reason="`make test-core` runs this")
+def test_no_framework_is_installed_here() -> None:
+    assert [name for name in FRAMEWORKS if importlib.util.find_spec(name)] == []
