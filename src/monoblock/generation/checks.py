@@ -1,0 +1,126 @@
+"""Which values the fields of a `GenerationConfig` can have."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
+
+
+def as_ids(value: int | Sequence[int] | None) -> tuple[int, ...]:
+    """One id, several or none, as a tuple."""
+    if value is None:
+        return ()
+    return (int(value),) if not isinstance(value, Sequence) else tuple(int(id) for id in value)
+
+
+Check = tuple[Callable[[Any], bool], str]
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _whole(least: int) -> Check:
+    return lambda v: _is_whole(v) and v >= least, f"a whole number of at least {least}"
+
+
+def _number(low: float, high: float = math.inf, *, open_low: bool = False) -> Check:
+    def fits(value: Any) -> bool:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            return False
+        return (low < value if open_low else low <= value) and value <= high
+
+    edge = "more than" if open_low else "at least"
+    return fits, f"a number of {edge} {low:g}" + ("" if high == math.inf else f" and at most {high:g}")
+
+
+def _all(value: Any, fits: Callable[[Any], bool]) -> bool:
+    return isinstance(value, list | tuple) and all(fits(item) for item in cast(Sequence[Any], value))
+
+
+def _is_id(value: Any) -> bool:
+    return _is_whole(value) and value >= 0
+
+
+_FLAG: Check = (lambda v: isinstance(v, bool), "True or False")
+_IDS: Check = (lambda v: _is_whole(v) or _all(v, _is_whole), "a token id or a list of them")
+_ID_LIST: Check = (lambda v: _all(v, _is_id), "a list of token ids")
+_POSITIVE = _number(0, open_low=True)
+
+
+def _is_bias(value: Any) -> bool:
+    pairs = list(cast(Mapping[Any, Any], value).items()) if isinstance(value, Mapping) else value
+    return (
+        _all(pairs, lambda pair: isinstance(pair, list | tuple) and len(cast(Sequence[Any], pair)) == 2)
+        and len(pairs) > 0
+        and all(_all(ids, _is_id) and len(ids) > 0 and isinstance(bias, int | float) for ids, bias in pairs)
+    )
+
+
+def _is_decay(value: Any) -> bool:
+    return _all(value, lambda item: isinstance(item, int | float)) and len(value) == 2 and _is_whole(value[0])
+
+
+CHECKS: dict[str, Check] = {
+    "max_length": _whole(1),
+    "max_new_tokens": _whole(1),
+    "min_length": _whole(0),
+    "min_new_tokens": _whole(0),
+    "max_time": _POSITIVE,
+    "stop_strings": (
+        lambda v: (isinstance(v, str) and v != "") or _all(v, lambda s: isinstance(s, str) and s != ""),
+        "a string or a list of strings, none of them empty",
+    ),
+    "early_stopping": (lambda v: isinstance(v, bool) or v == "never", "True, False or 'never'"),
+    "num_beams": _whole(1),
+    "num_return_sequences": _whole(1),
+    "max_cache_len": _whole(1),
+    "temperature": (
+        _POSITIVE[0],
+        "a number of more than 0 for sampling; for greedy decoding say do_sample=False",
+    ),
+    "top_k": (_whole(0)[0], "a whole number of at least 0 (0 keeps all tokens)"),
+    "top_p": _number(0, 1),
+    "min_p": _number(0, 1),
+    "top_h": _number(0, 1, open_low=True),
+    "typical_p": _number(0, 1, open_low=True),
+    "epsilon_cutoff": (lambda v: _number(0, 1)[0](v) and v < 1, "a number of at least 0 and less than 1"),
+    "eta_cutoff": (lambda v: _number(0, 1)[0](v) and v < 1, "a number of at least 0 and less than 1"),
+    "repetition_penalty": _POSITIVE,
+    "encoder_repetition_penalty": _POSITIVE,
+    "no_repeat_ngram_size": _whole(0),
+    "encoder_no_repeat_ngram_size": _whole(0),
+    "bad_words_ids": (
+        lambda v: _all(v, lambda word: _all(word, _is_id) and len(word) > 0) and len(v) > 0,
+        "a list of lists of token ids, none of them empty",
+    ),
+    "sequence_bias": (_is_bias, "{(id, ...): bias} or [[[id, ...], bias], ...] with at least one entry"),
+    "exponential_decay_length_penalty": (_is_decay, "(start, factor): a whole number and a number"),
+    "forced_bos_token_id": (_is_id, "a token id"),
+    "forced_eos_token_id": _IDS,
+    "suppress_tokens": _ID_LIST,
+    "begin_suppress_tokens": _ID_LIST,
+    "eos_token_id": _IDS,
+    "pad_token_id": (_is_whole, "a token id"),
+    "bos_token_id": (_is_whole, "a token id"),
+    **dict.fromkeys(
+        (
+            "do_sample",
+            "use_cache",
+            "renormalize_logits",
+            "remove_invalid_values",
+            "output_attentions",
+            "output_hidden_states",
+            "output_scores",
+            "output_logits",
+            "return_dict_in_generate",
+        ),
+        _FLAG,
+    ),
+}
+
+# Fields that act on sampling only.
+SAMPLING_FIELDS = frozenset(
+    {"temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff"}
+)

@@ -1,0 +1,199 @@
+"""Processors: from the fields of a `GenerationConfig` to the functions of `scores.py`, in transformers' order.
+
+First those that always apply, then the caller's own, then those of sampling, then normalisation. A new processor is
+a pure function in `scores.py`, a row here, and a check in `checks.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+from monoblock.generation import scores as sc
+from monoblock.generation.arrays import Array, ArrayOps
+from monoblock.generation.checks import as_ids
+from monoblock.generation.config import GenerationConfig
+
+Processor = Callable[[Array, Array], Array]
+
+
+class LogitsProcessor:
+    """Base of user-made processors; any callable `(ids_bn, scores_bv) -> scores_bv` will do as well."""
+
+    def __call__(self, input_ids: Array, scores: Array) -> Array:
+        raise NotImplementedError(f"{type(self).__name__} does not say what it does to the scores")
+
+
+class LogitsProcessorList(list[Any]):
+    """Processors that are applied one after the other."""
+
+    def __call__(self, input_ids: Array, scores: Array, **kwargs: Any) -> Array:
+        for processor in self:
+            scores = processor(input_ids, scores, **kwargs)
+        return scores
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """What a processor may need besides its own field. Lengths count the columns of `ids`."""
+
+    ops: ArrayOps
+    config: GenerationConfig
+    prompt_bn: Array
+    valid_bn: Array | None  # where the prompt is no padding; None: everywhere
+    max_length: int
+    copies: int = 1  # consecutive rows that continue the same prompt
+
+    @property
+    def prompt_length(self) -> int:
+        return self.prompt_bn.shape[1]
+
+    def valid(self, ids_bn: Array) -> Array | None:
+        """Where `ids` is no padding of the prompt."""
+        if self.valid_bn is None:
+            return None
+        new = self.ops.mask(ids_bn.shape[0], ids_bn.shape[1] - self.prompt_length)
+        return self.ops.concat([self.valid_bn, ~new])
+
+
+# Makes a field's processor from its value; None if there is nothing to do.
+Build = Callable[[Any, Setting], Processor | None]
+# A field, the value at which it does nothing, and its Build.
+Row = tuple[str, Any, Build]
+
+
+def _simple(function: Callable[..., Array]) -> Build:
+    """For functions of (ops, scores, value)."""
+    return lambda value, s: lambda _ids, scores: function(s.ops, scores, value)
+
+
+def _repetition(penalty: float, s: Setting) -> Processor:
+    return lambda ids, scores: sc.repetition_penalty(s.ops, scores, ids, penalty, s.valid(ids))
+
+
+def _prompt_repetition(penalty: float, s: Setting) -> Processor:
+    return lambda _ids, scores: sc.repetition_penalty(s.ops, scores, s.prompt_bn, 1 / penalty, s.valid_bn)
+
+
+def _ngrams(size: int, s: Setting) -> Processor:
+    return lambda ids, scores: sc.ban_ngrams(s.ops, scores, ids, size, ids, s.valid(ids))
+
+
+def _prompt_ngrams(size: int, s: Setting) -> Processor:
+    return lambda ids, scores: sc.ban_ngrams(s.ops, scores, ids, size, s.prompt_bn, s.valid_bn)
+
+
+def _bias(value: Mapping[tuple[int, ...], float] | Sequence[Any], s: Setting) -> Processor:
+    pairs: Iterable[Any] = cast(Any, value.items()) if isinstance(value, Mapping) else value
+    return sc.SequenceBias(s.ops, {tuple(ids): float(bias) for ids, bias in pairs})
+
+
+def _bad_words(words: Sequence[Sequence[int]], s: Setting) -> Processor | None:
+    # A ban of an eos token alone is dropped, as on the hub: it would make every sequence run to its limit.
+    kept = {tuple(word): sc.NEVER for word in words if len(word) > 1 or word[0] not in s.config.eos_ids}
+    return sc.SequenceBias(s.ops, kept) if kept else None
+
+
+def _ban_while(s: Setting, tokens: Sequence[int], when: Callable[[int], bool]) -> Processor | None:
+    """-inf for these tokens while `when(length so far)`."""
+    if not tokens:
+        return None
+    index_k = s.ops.array(list(tokens))
+    return lambda ids, scores: s.ops.fill_columns(scores, index_k, sc.NEVER) if when(ids.shape[1]) else scores
+
+
+def _force_at(s: Setting, tokens: Sequence[int], length: int) -> Processor:
+    index_k = s.ops.array(list(tokens))
+    return lambda ids, scores: sc.only(s.ops, scores, index_k) if ids.shape[1] == length else scores
+
+
+def _first_choice(s: Setting) -> int:
+    """The length at which the first free choice is made."""
+    forced = s.config.forced_bos_token_id is not None and s.prompt_length <= 1
+    return s.prompt_length + 1 if forced else s.prompt_length
+
+
+def _decay(value: tuple[int, float], s: Setting) -> Processor | None:
+    if not s.config.eos_ids:
+        return None
+    start, factor = value[0] + s.prompt_length, float(value[1])
+    index_k = s.ops.array(list(s.config.eos_ids))
+
+    def grow(ids: Array, scores: Array) -> Array:
+        past = ids.shape[1] - start
+        return sc.raise_columns(s.ops, scores, index_k, factor**past - 1) if past > 0 else scores
+
+    return grow
+
+
+ALWAYS: tuple[Row, ...] = (
+    ("sequence_bias", None, _bias),
+    ("encoder_repetition_penalty", 1.0, _prompt_repetition),
+    ("repetition_penalty", 1.0, _repetition),
+    ("no_repeat_ngram_size", 0, _ngrams),
+    ("encoder_no_repeat_ngram_size", 0, _prompt_ngrams),
+    ("bad_words_ids", None, _bad_words),
+    ("min_length", 0, lambda v, s: _ban_while(s, s.config.eos_ids, lambda n: n < v)),
+    (
+        "min_new_tokens",
+        0,
+        lambda v, s: _ban_while(s, s.config.eos_ids, lambda n: n < s.prompt_length + v),
+    ),
+    ("prefix_allowed_tokens_fn", None, lambda v, s: lambda i, x: sc.allowed_only(s.ops, x, i, v, s.copies)),
+    ("forced_bos_token_id", None, lambda v, s: _force_at(s, [v], 1)),
+    ("forced_eos_token_id", None, lambda v, s: _force_at(s, as_ids(v), s.max_length - 1)),
+    ("remove_invalid_values", False, lambda _, s: lambda _i, x: sc.remove_invalid(s.ops, x)),
+    ("exponential_decay_length_penalty", None, _decay),
+    ("suppress_tokens", None, lambda v, s: _ban_while(s, v, lambda _: True)),
+    ("begin_suppress_tokens", None, lambda v, s: _ban_while(s, v, lambda n: n == _first_choice(s))),
+)
+SAMPLING: tuple[Row, ...] = (
+    ("temperature", 1.0, lambda v, _: lambda _i, x: x / v),
+    ("top_h", None, _simple(sc.top_h)),
+    ("top_k", 0, _simple(sc.top_k)),
+    ("top_p", 1.0, _simple(sc.top_p)),
+    ("min_p", None, _simple(sc.min_p)),
+    ("typical_p", 1.0, _simple(sc.typical_p)),
+    ("epsilon_cutoff", 0.0, _simple(sc.epsilon_cutoff)),
+    ("eta_cutoff", 0.0, _simple(sc.eta_cutoff)),
+)
+LAST: tuple[Row, ...] = (("renormalize_logits", False, lambda _, s: lambda _i, x: s.ops.log_softmax(x)),)
+
+
+def _rows(table: Iterable[Row], values: Mapping[str, Any], setting: Setting) -> list[Processor]:
+    wanted = ((values.get(name), off, build) for name, off, build in table)
+    built = (build(value, setting) for value, off, build in wanted if value is not None and value != off)
+    return [processor for processor in built if processor is not None]
+
+
+def build(setting: Setting, own: Iterable[Processor] = (), allowed: Any = None) -> list[Processor]:
+    """Every processor that a call needs, in order; `own` are the caller's, `allowed` its prefix function."""
+    values = {**setting.config.set_fields(), "prefix_allowed_tokens_fn": allowed}
+    processors = _rows(ALWAYS, values, setting)
+    processors += [_checked(processor) for processor in own]
+    if setting.config.do_sample:
+        processors += _rows(SAMPLING, values, setting)
+    return processors + _rows(LAST, values, setting)
+
+
+def _checked(processor: Any) -> Processor:
+    """The caller's processor, whose result is checked before the loop trusts it."""
+    if not callable(processor):
+        raise TypeError(
+            f"logits_processor holds {type(processor).__name__}; expected callables (input_ids, scores) -> scores"
+        )
+
+    def run(ids: Array, scores: Array) -> Array:
+        changed = processor(ids, scores)
+        if getattr(changed, "shape", None) != scores.shape:
+            got = (
+                "nothing" if changed is None else f"shape {getattr(changed, 'shape', type(changed).__name__)}"
+            )
+            raise ValueError(
+                f"the logits processor {type(processor).__name__} must return scores of shape "
+                f"{tuple(scores.shape)}, got {got}"
+            )
+        return changed
+
+    return run

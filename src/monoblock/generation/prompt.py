@@ -1,0 +1,132 @@
+"""The arguments of one call, and the prompt they hold: token ids and where they are padding."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+
+from monoblock.generation.arrays import Array, ArrayOps
+from monoblock.generation.config import GenerationConfig
+
+log = logging.getLogger("monoblock")
+
+
+@dataclass(kw_only=True)
+class Call:
+    """The arguments of `generate` that are neither fields of a config nor inputs of the model."""
+
+    inputs: Any = None
+    input_ids: Any = None
+    attention_mask: Any = None
+    generation_config: GenerationConfig | None = None
+    logits_processor: Any = None
+    stopping_criteria: Any = None
+    prefix_allowed_tokens_fn: Callable[[int, Array], Any] | None = None
+    streamer: Any = None
+    tokenizer: Any = None
+    seed: int | None = None
+    generator: Any = None
+
+
+CALL_NAMES = frozenset(field.name for field in fields(Call))
+
+
+def embedded_length(inputs: Mapping[str, Any]) -> int:
+    """Positions of a prompt that is given as embeddings (rows, positions, width); 0 if it is not."""
+    embeds = inputs.get("inputs_embeds")
+    return 0 if embeds is None else int(embeds.shape[1])
+
+
+def prompt_ids(ops: ArrayOps, call: Call, config: GenerationConfig, inputs: Mapping[str, Any]) -> Array:
+    """The prompts' ids (rows, tokens), on the device; without any, one row of the bos token.
+
+    A prompt that is given as embeddings alone has no tokens. ValueError if there is nothing to start from.
+    """
+    if call.inputs is not None and call.input_ids is not None:
+        raise ValueError("generate() got both inputs and input_ids: they are the same argument, give one")
+    given = call.input_ids if call.inputs is None else call.inputs
+    embeds = inputs.get("inputs_embeds")
+    if given is None and embeds is not None:
+        return ops.array(np.zeros((int(embeds.shape[0]), 0), dtype=np.int64))
+    if given is None:
+        if config.bos_token_id is None or config.bos_token_id < 0:
+            raise ValueError("generate() has nothing to start from: give input_ids, or set bos_token_id")
+        return ops.array([[config.bos_token_id]])
+    if isinstance(given, str):
+        raise TypeError(
+            "generate() takes token ids, got text: give it tokenizer(text, return_tensors=...) first"
+        )
+    try:
+        ids_bn = ops.array(given)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"input_ids must be token ids of shape (rows, tokens), rows of equal length: {error}"
+        ) from error
+    if len(ids_bn.shape) != 2 or ids_bn.shape[0] == 0:
+        raise ValueError(f"input_ids must have the shape (rows, tokens), got {tuple(ids_bn.shape)}")
+    if ids_bn.shape[1] == 0 and embeds is None:
+        raise ValueError("the prompt is empty: give at least one token, such as the bos token")
+    if "int" not in str(ids_bn.dtype):
+        raise ValueError(f"input_ids must be whole numbers, got {ids_bn.dtype}")
+    return ids_bn
+
+
+def prompt_mask(
+    ops: ArrayOps, ids_bn: Array, call: Call, config: GenerationConfig, inputs: Mapping[str, Any]
+) -> Array | None:
+    """1 for tokens and 0 for padding (rows, positions); None if nothing is padding.
+
+    Without an `attention_mask`, pad tokens in the prompt are padding unless the pad token also ends sequences.
+    """
+    columns = embedded_length(inputs) or int(ids_bn.shape[1])
+    if call.attention_mask is not None:
+        mask = ops.to_numpy(ops.array(call.attention_mask)) != 0
+        _check_shape(mask.shape, int(ids_bn.shape[0]), columns, longer="past_key_values" in inputs)
+    elif config.pad_token_id is not None and ids_bn.shape[1] > 0:
+        ids = ops.to_numpy(ids_bn)
+        if config.pad_token_id in config.eos_ids:
+            if len(ids) > 1 and (ids[:, 0] == config.pad_token_id).any():
+                log.warning(
+                    "the prompts begin with the pad token %d, which also ends sequences: give attention_mask to say "
+                    "which tokens are padding",
+                    config.pad_token_id,
+                )
+            return None
+        mask = ids != config.pad_token_id
+    else:
+        return None
+    if not mask.any(axis=1).all():
+        raise ValueError(
+            f"row {int(mask.any(axis=1).argmin())} of the prompt is all padding; give it a token"
+        )
+    if mask.all() and mask.shape[1] == columns:
+        return None
+    if not mask[:, -1].all():
+        log.warning(
+            "the prompts are padded on the right; generation continues after the padding: pad on the left"
+        )
+    return ops.array(mask.astype(np.int64))
+
+
+def _check_shape(shape: tuple[int, ...], rows: int, columns: int, longer: bool) -> None:
+    fits = len(shape) == 2 and shape[0] == rows and (shape[1] == columns or (longer and shape[1] > columns))
+    if not fits:
+        raise ValueError(
+            f"attention_mask must have the prompt's shape ({rows}, {columns}), or more columns for the tokens in "
+            f"past_key_values; got {tuple(shape)}"
+        )
+
+
+def random_source(ops: ArrayOps, call: Call) -> Any:
+    """What sampling draws from: the call's generator, a new one for its seed, or None (the global one)."""
+    if call.seed is None:
+        return call.generator
+    if call.generator is not None:
+        raise ValueError("generate() got both seed and generator: give one")
+    if isinstance(call.seed, bool) or not isinstance(call.seed, int):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise ValueError(f"seed must be a whole number, got {call.seed!r}")
+    return ops.generator(call.seed)

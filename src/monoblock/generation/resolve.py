@@ -1,0 +1,181 @@
+"""One config for one call: call > passed config > the model's file > the library's defaults; the rest is refused."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import logging
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+from monoblock.errors import UnsupportedConfig
+from monoblock.generation.checks import SAMPLING_FIELDS
+from monoblock.generation.config import GenerationConfig
+
+log = logging.getLogger("monoblock")
+
+# The hub's defaults, for what nobody has set.
+DEFAULTS: dict[str, Any] = {
+    "do_sample": False,
+    "use_cache": True,
+    "num_beams": 1,
+    "num_return_sequences": 1,
+    "min_length": 0,
+    "temperature": 1.0,
+    "top_k": 50,
+    "top_p": 1.0,
+    "return_dict_in_generate": False,
+    "output_scores": False,
+    "output_logits": False,
+    "output_attentions": False,
+    "output_hidden_states": False,
+}
+DEFAULT_NEW_TOKENS = 20
+
+# Fields of which only these values (and None) can be honoured today, and why.
+UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "num_beams": ((1,), "beam search is not built"),
+    "num_beam_groups": ((1,), "diverse beam search is not built"),
+    "diversity_penalty": ((0,), "diverse beam search is not built"),
+    "constraints": ((), "constrained beam search is not built"),
+    "force_words_ids": ((), "constrained beam search is not built"),
+    "penalty_alpha": ((0,), "contrastive search is not built"),
+    "low_memory": ((False,), "contrastive search is not built"),
+    "dola_layers": ((), "DoLa decoding is not built"),
+    "guidance_scale": ((1,), "classifier-free guidance is not built"),
+    "watermarking_config": ((), "watermarks are not built"),
+    "token_healing": ((False,), "token healing is not built"),
+    "is_assistant": ((False,), "assisted decoding is not built"),
+    "prompt_lookup_num_tokens": ((), "prompt-lookup decoding is not built"),
+    "assistant_early_exit": ((), "assisted decoding is not built"),
+    "assistant_ensemble_weight": ((), "assisted decoding is not built"),
+    "speculation_type": ((), "assisted decoding is not built"),
+    "use_mtp": ((False,), "no family here predicts several tokens at once"),
+    "cache_implementation": (("dynamic", "static"), "the caches here are 'dynamic' and 'static'"),
+    "cache_config": (({},), "the caches here have no settings"),
+    "prefill_chunk_size": ((), "prompts are processed whole"),
+    "compile_config": ((), "nothing is compiled behind your back; compile the model yourself"),
+    "continuous_batching_config": ((), "continuous batching is not built"),
+}
+# The same for arguments of the call that are no fields.
+UNSUPPORTED_ARGUMENTS: dict[str, tuple[tuple[Any, ...], str]] = {
+    "assistant_model": ((), "assisted decoding is not built"),
+    "assistant_tokenizer": ((), "assisted decoding is not built"),
+    "negative_prompt_ids": ((), "classifier-free guidance is not built"),
+    "negative_prompt_attention_mask": ((), "classifier-free guidance is not built"),
+    "custom_generate": ((), "code from the hub is never run"),
+    "trust_remote_code": ((False,), "code from the hub is never run"),
+    "synced_gpus": ((False,), "generation across sharded processes is not built"),
+}
+
+
+# A condition in words, and whether a resolved config fulfils it.
+Condition = tuple[str, Callable[[GenerationConfig], Any]]
+
+_SAMPLES: Condition = ("do_sample=True", lambda c: c.do_sample)
+_BEAMS: Condition = ("num_beams > 1", lambda c: c.num_beams != 1)
+_ASSISTED: Condition = ("assisted decoding", lambda c: c.prompt_lookup_num_tokens or c.is_assistant)
+_AS_DICT: Condition = ("return_dict_in_generate=True", lambda c: c.return_dict_in_generate)
+_STATIC: Condition = ("cache_implementation='static'", lambda c: c.cache_implementation == "static")
+
+# Fields that act only together with another one, and the values at which they ask for nothing.
+NEEDS: dict[str, tuple[Condition, tuple[Any, ...]]] = {
+    **dict.fromkeys(SAMPLING_FIELDS, (_SAMPLES, (1.0, 0.0))),
+    "top_k": (_SAMPLES, (50, 0)),
+    "length_penalty": (_BEAMS, (1.0,)),
+    "early_stopping": (_BEAMS, (False,)),
+    "num_assistant_tokens": (_ASSISTED, (20,)),
+    "num_assistant_tokens_schedule": (_ASSISTED, ("constant",)),
+    "assistant_confidence_threshold": (_ASSISTED, (0.4,)),
+    "max_matching_ngram_size": (_ASSISTED, ()),
+    "assistant_lookbehind": (_ASSISTED, (10,)),
+    "target_lookbehind": (_ASSISTED, (10,)),
+    "max_cache_len": (_STATIC, ()),
+    **dict.fromkeys(
+        ("output_scores", "output_logits", "output_attentions", "output_hidden_states"), (_AS_DICT, (False,))
+    ),
+}
+# Fields that say one thing in two ways; a source that sets one overrules what weaker sources say by the other.
+TWINS = (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens"))
+
+
+def resolve(
+    arguments: Mapping[str, Any],
+    passed: GenerationConfig | None,
+    model: GenerationConfig | None,
+) -> GenerationConfig:
+    """The config of one call, with the defaults filled in, checked.
+
+    `arguments` are the call's keywords that are fields, `passed` its `generation_config`, `model` the one that came
+    with the model. Lengths stay as they were set: see `new_tokens`. UnsupportedConfig (a ValueError) names a field
+    that cannot be honoured; ValueError an impossible value.
+    """
+    stated = {name: value for name, value in arguments.items() if value is not None}
+    sources = [stated, passed.set_fields() if passed else {}, model.set_fields() if model else {}]
+    values: dict[str, Any] = {}
+    for source in sources:
+        taken = {name: value for name, value in source.items() if name not in values}
+        for pair in TWINS:
+            if values.keys() & set(pair):
+                taken = {name: value for name, value in taken.items() if name not in pair}
+        values |= taken
+    # A model's file does not switch the cache off: the hub's files do so for models that had none.
+    own = (passed.own_fields() if passed else {}) | stated
+    values["use_cache"] = own.get("use_cache", True)
+    config = GenerationConfig()
+    for name, value in (DEFAULTS | values).items():
+        setattr(config, name, copy.copy(value))
+    refuse_unsupported(config.set_fields(), UNSUPPORTED, "GenerationConfig.")
+    config.validate()
+    _warn_of_no_effect(config, own)
+    return config
+
+
+def refuse_unsupported(
+    given: Mapping[str, Any], table: Mapping[str, tuple[tuple[Any, ...], str]], prefix: str = ""
+) -> None:
+    """UnsupportedConfig for the first given value that its row of the table does not allow."""
+    for name, (allowed, reason) in table.items():
+        value = given.get(name)
+        if value is not None and not any(value is fine or value == fine for fine in allowed):
+            raise UnsupportedConfig(f"{prefix}{name}={value!r}: {reason}")
+
+
+def _warn_of_no_effect(config: GenerationConfig, own: Mapping[str, Any]) -> None:
+    for name in own.keys() & NEEDS.keys():
+        (condition, holds), harmless = NEEDS[name]
+        if own[name] not in harmless and not holds(config):
+            log.warning("%s=%r has no effect without %s", name, own[name], condition)
+    for total, new in TWINS:
+        if total in own and new in own and own[total] != DEFAULTS.get(total):
+            log.warning("both %s and %s are set: %s=%r decides", total, new, new, own[new])
+
+
+def new_tokens(config: GenerationConfig, prompt_length: int, max_positions: int | None = None) -> int:
+    """How many tokens may be generated after a prompt of that length; ValueError if the prompt is too long."""
+    if config.max_new_tokens is not None:
+        return config.max_new_tokens
+    if config.max_length is not None:
+        if prompt_length >= config.max_length:
+            raise ValueError(
+                f"the prompt has {prompt_length} tokens and max_length={config.max_length} counts them too: "
+                "nothing could be generated; raise max_length, or say max_new_tokens"
+            )
+        return config.max_length - prompt_length
+    log.warning(
+        "no length was set: at most %d new tokens are generated; say max_new_tokens", DEFAULT_NEW_TOKENS
+    )
+    room = DEFAULT_NEW_TOKENS if max_positions is None else max_positions - prompt_length
+    return max(1, min(DEFAULT_NEW_TOKENS, room))
+
+
+def refuse_unknown(names: Collection[str], known: Collection[str]) -> None:
+    """ValueError for the first name that is not known, with the nearest one that is."""
+    for name in names:
+        if name in known:
+            continue
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = (
+            f"did you mean {near[0]!r}?" if near else "it is no field of GenerationConfig and no model input"
+        )
+        raise ValueError(f"generate() got an unknown argument {name!r}: {hint}")
