@@ -1,15 +1,194 @@
-"""Generation on PyTorch."""
+"""Generation on PyTorch: the decoder that the framework-free loop drives, and the `generate` of the models."""
 
 from __future__ import annotations
 
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from monoblock.backends.pytorch.arrays import TorchOps
+from monoblock.backends.pytorch.cache import Cache, DynamicCache, StaticCache, from_tuples, to_tuples
+from monoblock.checkpoint.hub import find_file
+from monoblock.checkpoint.options import HubOptions
+from monoblock.generation import loop
+from monoblock.generation.config import GENERATION_CONFIG_NAME, GenerationConfig
+from monoblock.spec import Learned
+
+if TYPE_CHECKING:
+    from monoblock.backends.pytorch.pretrained import PreTrainedModel
+
+INPUTS = frozenset({"past_key_values", "position_ids", "inputs_embeds"})
 
 
 class Generation:
-    """Adds `generate` to models that predict the next token."""
+    """Adds `generate` to the models that predict the next token."""
 
-    def default_generation_config(self) -> Any:
-        return None
+    generation_config: GenerationConfig | None
 
-    def file_generation_config(self, name: Any, hub: Any) -> Any:
-        return None
+    def generate(
+        self: PreTrainedModel,  # pyright: ignore[reportGeneralTypeIssues]
+        inputs: Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Continue prompts (batch, tokens): ids (batch, prompt + new), or a GenerateDecoderOnlyOutput with
+        `return_dict_in_generate=True`.
+
+        Keywords are the hub's: the fields of `GenerationConfig` (`max_new_tokens`, `do_sample`, `temperature`, ...),
+        `attention_mask`, `logits_processor`, `stopping_criteria`, `streamer`, `tokenizer` (for `stop_strings`),
+        `past_key_values` (the cache of the prompt's beginning), `inputs_embeds`; and `seed` or `generator`. ValueError
+        for what is unknown or not supported.
+        """
+        if not self.can_generate():
+            raise TypeError(
+                f"{type(self).__name__} predicts no next token: generate with a ...ForCausalLM class"
+            )
+        training = self.training
+        self.eval()
+        try:
+            with torch.inference_mode():
+                return loop.generate(Runner(self), inputs, generation_config, **kwargs)
+        finally:
+            self.train(training)
+
+    def default_generation_config(self: PreTrainedModel) -> GenerationConfig:  # pyright: ignore[reportGeneralTypeIssues]
+        """What the model's config says about generation."""
+        return GenerationConfig.from_model_config(self.config)
+
+    def file_generation_config(
+        self: PreTrainedModel,  # pyright: ignore[reportGeneralTypeIssues]
+        name: str | Path,
+        hub: HubOptions,
+    ) -> GenerationConfig | None:
+        """The checkpoint's generation_config.json; without one, what config.json says."""
+        if not self.can_generate():
+            return None
+        path = find_file(name, GENERATION_CONFIG_NAME, hub, required=False)
+        return GenerationConfig.from_json_file(path) if path else self.default_generation_config()
+
+
+class Runner:
+    """What `loop.generate` needs to know of a model."""
+
+    input_names = INPUTS
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self.ops = TorchOps(model.device)
+        self.generation_config = model.generation_config
+        learned = model.spec.position(Learned)
+        self.max_positions = learned.size - learned.offset if learned else None
+
+    def decoder(self, plan: loop.Plan, inputs: dict[str, Any]) -> Decoder:
+        """A decoder for one call."""
+        return Decoder(self.model, plan, inputs)
+
+
+class Decoder:
+    """A model in the middle of one generation: its cache, positions and mask."""
+
+    def __init__(self, model: PreTrainedModel, plan: loop.Plan, inputs: dict[str, Any]) -> None:
+        self.model, config = model, plan.config
+        self.embeds: Tensor | None = inputs.get("inputs_embeds")
+        self.positions: Tensor | None = inputs.get("position_ids")
+        self.cache, self.form = self._cache(plan, inputs.get("past_key_values"))
+        self.attentions = self.hidden_states = None
+        self.wanted = {
+            "output_attentions": bool(config.return_dict_in_generate and config.output_attentions),
+            "output_hidden_states": bool(config.return_dict_in_generate and config.output_hidden_states),
+        }
+        self.mask: Tensor | None = None
+        self.ids: Tensor | None = None
+
+    @staticmethod
+    def _cache(plan: loop.Plan, past: Any) -> tuple[Cache | None, str | None]:
+        if isinstance(past, Cache):
+            return past, None
+        if past is not None:
+            return from_tuples(past, plan.batch)
+        if not plan.config.use_cache:
+            return None, None
+        if plan.config.cache_implementation == "static":
+            return StaticCache(max_cache_len=plan.config.max_cache_len or plan.max_length), None
+        return DynamicCache(), None
+
+    @property
+    def past_key_values(self) -> Any:
+        """The cache, in the form in which it came."""
+        return to_tuples(self.cache, self.form) if self.cache is not None and self.form else self.cache
+
+    def prefill(self, ids_bn: Tensor, mask_bm: Tensor | None) -> Tensor:
+        """Take the prompts, without the part of them that a given cache already holds."""
+        seen = self.cache.get_seq_length() if self.cache is not None else 0
+        length = ids_bn.shape[1] if self.embeds is None else self.embeds.shape[1]
+        if 0 < length <= seen:
+            raise ValueError(
+                f"past_key_values hold {seen} tokens and the prompt has {length}: give the whole prompt, of which the "
+                "cache is the beginning, or crop() the cache"
+            )
+        self.mask = None if mask_bm is None or bool((mask_bm != 0).all()) else mask_bm
+        if self.embeds is None:
+            return self._forward({"input_ids": ids_bn[:, seen:]})[:, -1]
+        return self._forward({"inputs_embeds": self.embeds[:, seen:]})[:, -1]
+
+    def step(self, ids_b1: Tensor) -> Tensor:
+        """Take one token for each row."""
+        return self.extend(ids_b1)[:, -1]
+
+    def extend(self, ids_bk: Tensor) -> Tensor:
+        """Take k tokens for each row; scores after each."""
+        count = ids_bk.shape[1]
+        if self.mask is not None:
+            self.mask = torch.cat((self.mask, self.mask.new_ones(ids_bk.shape)), dim=1)
+        if self.positions is not None:
+            steps = torch.arange(1, count + 1, device=self.positions.device)
+            self.positions = self.positions[:, -1:] + steps
+        return self._forward({"input_ids": ids_bk}, keep=count)
+
+    def reorder(self, index_b: Tensor) -> None:
+        """Row i becomes what row index[i] was."""
+        if self.cache is not None:
+            self.cache.reorder_cache(index_b)
+        for name in ("mask", "positions", "ids", "embeds"):
+            value = getattr(self, name)
+            if value is not None and value.shape[0] > 1:
+                setattr(self, name, value[index_b])
+            elif value is not None:
+                setattr(self, name, value.expand(len(index_b), *value.shape[1:]))
+
+    def crop(self, length: int) -> None:
+        """Forget everything after the first `length` positions."""
+        if self.cache is not None:
+            self.cache.crop(length)
+        for name in ("mask", "ids"):
+            if (value := getattr(self, name)) is not None:
+                setattr(self, name, value[:, :length])
+
+    def _forward(self, tokens: dict[str, Tensor], keep: int = 1) -> Tensor:
+        if self.cache is None:
+            tokens = self._all(tokens)
+        out = self.model(
+            **tokens,
+            attention_mask=self.mask,
+            position_ids=self.positions,
+            past_key_values=self.cache,
+            use_cache=self.cache is not None,
+            logits_to_keep=keep,
+            return_dict=True,
+            **self.wanted,
+        )
+        self.attentions, self.hidden_states = out.attentions, out.hidden_states
+        return out.logits.float()
+
+    def _all(self, tokens: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Without a cache: everything so far, once more."""
+        if (ids := tokens.get("input_ids")) is None:
+            self.embeds = tokens["inputs_embeds"]
+            return tokens
+        if self.embeds is not None:
+            self.embeds = torch.cat((self.embeds, self.model.backbone.lookup(ids)), dim=1)
+            return {"inputs_embeds": self.embeds}
+        self.ids = ids if self.ids is None else torch.cat((self.ids, ids), dim=1)
+        return {"input_ids": self.ids}
