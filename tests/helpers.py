@@ -1,0 +1,138 @@
+"""Tiny PyTorch models and inputs that reach every feature."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import oracle
+import torch
+
+import monoblock
+from monoblock import MptConfig
+from monoblock.spec import ArchSpec
+
+torch.set_num_threads(2)
+
+CLASSES = (
+    "MptModel",
+    "MptForCausalLM",
+    "MptForSequenceClassification",
+    "MptForTokenClassification",
+    "MptForQuestionAnswering",
+)
+KIND = dict(zip(CLASSES, (None, "causal", "sequence", "token", "span"), strict=True))
+PAD = 3
+PADDINGS = ("none", "left", "right")
+
+# Odd sizes throughout: 6 heads of 6, a vocabulary that is no round number, a length beyond the default of nothing.
+SIZES: dict[str, Any] = {"d_model": 36, "n_heads": 6, "n_layers": 2, "vocab_size": 89, "max_seq_len": 48}
+
+
+def config(attn: dict[str, Any] | None = None, **fields: Any) -> MptConfig:
+    """A tiny MPT config; `attn` is its attn_config."""
+    return MptConfig(**{**SIZES, "pad_token_id": PAD, **fields, "attn_config": attn or {}})
+
+
+def model(
+    name: str = "MptForCausalLM", attn: dict[str, Any] | None = None, seed: int = 0, **fields: Any
+) -> Any:
+    """A tiny model of that class with random weights, norms and biases among them, in evaluation mode."""
+    made = getattr(monoblock, name)(config(attn, **fields))
+    return randomised(made, seed).eval()
+
+
+@torch.no_grad()
+def randomised(module: Any, seed: int = 0, std: float = 0.2) -> Any:
+    """Every parameter from a normal distribution; the weights of norms around 1."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in module.named_parameters():
+        scale = parameter.dim() == 1 and name.endswith("weight")
+        noise = torch.randn(parameter.shape, generator=generator)
+        parameter.copy_(1 + 0.3 * noise if scale else std * noise)
+    return module
+
+
+def batch(
+    padding: str = "left", lengths: tuple[int, ...] = (23, 9, 17), vocab: int = 89, seed: int = 1
+) -> Any:
+    """Ids and mask (batch, tokens) of texts of unequal lengths; "none": equal lengths and no mask."""
+    generator = torch.Generator().manual_seed(seed)
+    longest = max(lengths)
+    ids = torch.randint(PAD + 1, vocab, (len(lengths), longest), generator=generator)
+    if padding == "none":
+        return ids, None
+    mask = torch.zeros_like(ids)
+    for row, length in zip(mask, lengths, strict=True):
+        row[longest - length :] = 1 if padding == "left" else 0
+        row[:length] = 1 if padding == "right" else row[:length]
+    return ids.masked_fill(mask == 0, PAD), mask
+
+
+def parameters(module: Any) -> dict[str, np.ndarray]:
+    """The canonical parameters as NumPy float64, tied ones once."""
+    names = module.parameter_names()
+    return {name: module.get_parameter(path).detach().double().numpy() for name, path in names.items()}
+
+
+def expected(module: Any, ids: Any = None, mask: Any = None, **given: Any) -> oracle.Run:
+    """The oracle's hidden states and attentions for that model."""
+    as_numpy = {
+        name: None if x is None else np.asarray(x) for name, x in {"ids": ids, "mask": mask, **given}.items()
+    }
+    return oracle.run(module.spec, parameters(module), **as_numpy)
+
+
+def expected_logits(module: Any, run: oracle.Run) -> np.ndarray:
+    """The oracle's logits at every token."""
+    return oracle.logits(module.spec, parameters(module), run.hidden, KIND[type(module).__name__])
+
+
+class SpecConfig(MptConfig):
+    """A config that stands for a spec of any family: tests of the block need no family for that."""
+
+    def to_spec(self) -> ArchSpec:
+        return self.__dict__["spec"].validate()
+
+
+def from_spec(spec: ArchSpec, name: str = "MptForCausalLM", seed: int = 0) -> Any:
+    """A model of that spec, whatever it describes."""
+    made = SpecConfig.__new__(SpecConfig)
+    made.__dict__["spec"] = spec
+    SpecConfig.__init__(made, vocab_size=spec.vocab, pad_token_id=PAD)
+    return randomised(getattr(monoblock, name)(made), seed).eval()
+
+
+@functools.cache
+def has_compiler() -> bool:
+    """Whether torch.compile can make C++ code here."""
+    import shutil
+
+    return any(shutil.which(name) for name in ("g++", "clang++", "c++"))
+
+
+def chunks(
+    module: Any, ids: torch.Tensor, mask: Any, sizes: tuple[int, ...], past: Any = None, **given: Any
+) -> Any:
+    """Logits (or last hidden states) of a text given piece by piece, each piece with the cache of the last."""
+    start, outs = 0, []
+    for size in sizes:
+        stop = start + size
+        seen = None if mask is None else mask[:, :stop]
+        more = {k: v[:, :stop] if k == "sequence_id" else v for k, v in given.items()}
+        out = module(ids[:, start:stop], attention_mask=seen, past_key_values=past, use_cache=True, **more)
+        past = out.past_key_values
+        outs.append(out[0])
+        start = stop
+    assert start == ids.shape[1]
+    return torch.cat(outs, dim=1)
+
+
+def one_by_one(count: int, prefill: int) -> tuple[int, ...]:
+    """Sizes of pieces: `prefill` tokens at once, the others one after the other."""
+    return (prefill, *[1] * (count - prefill))
+
+
+Check = Callable[..., None]

@@ -1,0 +1,343 @@
+"""The maths of every model once more, in NumPy float64: the definition that the backends must agree with.
+
+Written from the papers and the spec's own words, with explicit indices and no thought of speed: one row of the
+batch, one head, one formula at a time. It shares no code with the backends. Names of parameters are canonical.
+
+Sources: ALiBi arXiv:2108.12409 with the slopes of MPT's makers; RoPE arXiv:2104.09864, its stretching
+arXiv:2306.15595 (linear), arXiv:2309.00071 (dynamic, yarn), Llama 3.1's code (llama3); buckets arXiv:1910.10683;
+grouped queries arXiv:2305.13245; RMS norm arXiv:1910.07467; gated MLP arXiv:2002.05202.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from monoblock.spec import Alibi, ArchSpec, Buckets, Learned, Norm, RopeScaling, Rotary
+
+Array = np.ndarray
+Params = Mapping[str, Array]
+IGNORED = -100
+
+
+@dataclass
+class Run:
+    """hidden_states: the embedding and each block's output (layers + 1 of (batch, tokens, width)), the last one
+    after the final norm. attentions: for each layer (batch, heads, tokens, tokens)."""
+
+    hidden_states: list[Array]
+    attentions: list[Array]
+
+    @property
+    def hidden(self) -> Array:
+        return self.hidden_states[-1]
+
+
+def run(
+    spec: ArchSpec,
+    params: Params,
+    ids: Array | None = None,
+    mask: Array | None = None,
+    *,
+    embeds: Array | None = None,
+    segments: Array | None = None,
+    position_ids: Array | None = None,
+) -> Run:
+    """The backbone on whole texts, without a cache. What stands where `mask` is 0 means nothing."""
+    table = np.asarray(params["embed.weight"], np.float64)
+    x_bsw = table[ids] if embeds is None else np.asarray(embeds, np.float64)
+    rows = []
+    for b, x in enumerate(x_bsw):
+        valid = np.ones(len(x), bool) if mask is None else np.asarray(mask[b]) != 0
+        segment = np.zeros(len(x), int) if segments is None else np.asarray(segments[b])
+        position = counted(valid) if position_ids is None else np.asarray(position_ids)[b % len(position_ids)]
+        if learned := spec.position(Learned):
+            places = position
+            if learned.from_padding and ids is not None and position_ids is None:
+                real = (
+                    np.asarray(ids[b]) != learned.offset - 1
+                )  # the padding's id is just below the first place
+                places = np.where(real, np.cumsum(real) - 1, -1)
+            x = x + params["pos_embed.weight"][places + learned.offset]
+        rows.append(
+            _blocks(spec, params, norm(x, spec.embed_norm, params, "embed_norm"), valid, segment, position)
+        )
+    return Run(
+        [np.stack([states[i] for states, _ in rows]) for i in range(spec.layers + 1)],
+        [np.stack([weights[i] for _, weights in rows]) for i in range(spec.layers)],
+    )
+
+
+def _blocks(
+    spec: ArchSpec, params: Params, x: Array, valid: Array, segment: Array, position: Array
+) -> tuple[list[Array], list[Array]]:
+    states, attentions = [x], []
+    for i in range(spec.layers):
+        seen = visible(valid, segment, spec.causal, spec.windows[i])
+        x, weights = block(spec, params, f"blocks.{i}", x, seen, position)
+        states.append(x)
+        attentions.append(weights)
+    states[-1] = norm(x, spec.final_norm, params, "final_norm")
+    return states, attentions
+
+
+def counted(valid: Array) -> Array:
+    """Positions that count the tokens which are no padding, from 0."""
+    return np.maximum(np.cumsum(valid) - 1, 0)
+
+
+def visible(valid: Array, segment: Array, causal: bool, window: int | None) -> Array:
+    """`valid_k & (k <= q or not causal) & (q - k < window)`, within one segment; (queries, keys)."""
+    n = len(valid)
+    seen = np.zeros((n, n), bool)
+    for q in range(n):
+        for_k = np.arange(n)
+        near = np.ones(n, bool) if window is None else q - for_k < window
+        seen[q] = valid & ((for_k <= q) | (not causal)) & near & (segment == segment[q])
+    return seen
+
+
+def block(
+    spec: ArchSpec, params: Params, name: str, x: Array, seen: Array, position: Array
+) -> tuple[Array, Array]:
+    """A block on one row (tokens, width), and its attention weights."""
+    if spec.placement == "pre":
+        y, weights = attention(
+            spec, params, f"{name}.attn", norm(x, spec.norm, params, f"{name}.norm1"), seen, position
+        )
+        x = x + y
+        return x + mlp(spec, params, f"{name}.mlp", norm(x, spec.norm, params, f"{name}.norm2")), weights
+    y, weights = attention(spec, params, f"{name}.attn", x, seen, position)
+    x = norm(x + y, spec.norm, params, f"{name}.norm1")
+    return norm(x + mlp(spec, params, f"{name}.mlp", x), spec.norm, params, f"{name}.norm2"), weights
+
+
+def attention(
+    spec: ArchSpec, params: Params, name: str, x: Array, seen: Array, position: Array
+) -> tuple[Array, Array]:
+    att, n = spec.attention, len(x)
+    qkv = linear(x, params, f"{name}.qkv")
+    if att.clip is not None:
+        qkv = np.clip(qkv, -att.clip, att.clip)
+    q_end = att.heads * att.head_dim
+    k_end = q_end + att.kv_heads * att.head_dim
+    q, k, v = qkv[:, :q_end], qkv[:, q_end:k_end], qkv[:, k_end:]
+    if att.qk_norm is not None and att.qk_norm.span == "width":
+        q = norm(q, att.qk_norm.norm, params, f"{name}.q_norm")
+        k = norm(k, att.qk_norm.norm, params, f"{name}.k_norm")
+    out, weights = np.zeros((n, q_end)), np.zeros((att.heads, n, n))
+    for h in range(att.heads):
+        own = slice(h * att.head_dim, (h + 1) * att.head_dim)
+        g = h // (att.heads // att.kv_heads)
+        shared = slice(g * att.head_dim, (g + 1) * att.head_dim)
+        qh, kh, vh = q[:, own], k[:, shared], v[:, shared]
+        if att.qk_norm is not None and att.qk_norm.span == "head":
+            qh = norm(qh, att.qk_norm.norm, params, f"{name}.q_norm")
+            kh = norm(kh, att.qk_norm.norm, params, f"{name}.k_norm")
+        if rotary := spec.position(Rotary):
+            qh, kh = turn(qh, position, rotary), turn(kh, position, rotary)
+        scores = att.scale * (qh @ kh.T)
+        if att.softcap is not None:
+            scores = att.softcap * np.tanh(scores / att.softcap)
+        weights[h] = softmax(scores + position_bias(spec, params, h, n), seen)
+        out[:, own] = weights[h] @ vh
+    return linear(out, params, f"{name}.out"), weights
+
+
+def position_bias(spec: ArchSpec, params: Params, head: int, n: int) -> Array:
+    """What ALiBi and buckets add to the scores of a head, (queries, keys), by the distance of the indices."""
+    distance = np.arange(n)[None, :] - np.arange(n)[:, None]  # k - q
+    bias = np.zeros((n, n))
+    if alibi := spec.position(Alibi):
+        bias += slope(head, spec.attention.heads, alibi.bias_max) * distance
+    if buckets := spec.position(Buckets):
+        bias += params["rel_bias.weight"][
+            np.vectorize(bucket)(distance, buckets.count, buckets.max_distance), head
+        ]
+    return bias
+
+
+def slope(head: int, heads: int, bias_max: float) -> float:
+    """ALiBi's slope of a head: 2 ** (-bias_max * i / n), i counting 1, 2, .. n if the heads are n = 2^m; else n is
+    the next power of two and the heads take i = 2, 4, .. n, then 1, 3, .. until there are enough."""
+    n = 1
+    while n < heads:
+        n *= 2
+    order = list(range(1, n + 1)) if n == heads else [*range(2, n + 1, 2), *range(1, n + 1, 2)]
+    return 2.0 ** (-bias_max * order[head] / n)
+
+
+def bucket(distance: int, count: int, max_distance: int) -> int:
+    """T5's bucket both ways: half of them for keys behind the query (and itself), half for keys ahead."""
+    half, near = count // 2, count // 4
+    first = half if distance > 0 else 0
+    away = abs(distance)
+    if away < near:
+        return first + away
+    far = near + int(math.log(away / near) / math.log(max_distance / near) * (half - near))
+    return first + min(far, half - 1)
+
+
+def turn(x: Array, position: Array, rotary: Rotary) -> Array:
+    """RoPE by half-rotation: channel c pairs with c + dim / 2; the channels from `dim` on stay."""
+    half, out = rotary.dim // 2, x.copy()
+    frequencies, factor = rope_frequencies(rotary, int(position.max()) + 1)
+    for c in range(half):
+        cos, sin = np.cos(position * frequencies[c]) * factor, np.sin(position * frequencies[c]) * factor
+        a, b = x[:, c], x[:, c + half]
+        out[:, c], out[:, c + half] = a * cos - b * sin, b * cos + a * sin
+    return out
+
+
+def rope_frequencies(rotary: Rotary, length: int) -> tuple[list[float], float]:
+    """Radians per token of each pair of channels for a text of `length` tokens, and the factor on cos and sin."""
+    plain = [rotary.theta ** (-2 * c / rotary.dim) for c in range(rotary.dim // 2)]
+    s = rotary.scaling
+    if s is None:
+        return plain, 1.0
+    if s.kind == "linear":
+        return [f / s.factor for f in plain], 1.0
+    if s.kind == "dynamic":
+        length = max(length, s.original_length)
+        grown = s.factor * length / s.original_length - (s.factor - 1)
+        theta = rotary.theta * grown ** (rotary.dim / (rotary.dim - 2))
+        return [theta ** (-2 * c / rotary.dim) for c in range(rotary.dim // 2)], 1.0
+    if s.kind == "llama3":
+        return [_llama3(f, s) for f in plain], 1.0
+    factor = s.attention_factor
+    if factor is None:
+        factor = 0.1 * math.log(s.factor) + 1 if s.factor > 1 else 1.0
+    return [_yarn(f, c, rotary, s) for c, f in enumerate(plain)], factor
+
+
+def _llama3(frequency: float, s: RopeScaling) -> float:
+    wave = 2 * math.pi / frequency
+    if wave < s.original_length / s.high_freq_factor:
+        return frequency
+    if wave > s.original_length / s.low_freq_factor:
+        return frequency / s.factor
+    smooth = (s.original_length / wave - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor)
+    return (1 - smooth) * frequency / s.factor + smooth * frequency
+
+
+def _yarn(frequency: float, c: int, rotary: Rotary, s: RopeScaling) -> float:
+    def channel(turns: float) -> float:
+        """The channel that makes that many turns within the original length."""
+        return rotary.dim * math.log(s.original_length / (turns * 2 * math.pi)) / (2 * math.log(rotary.theta))
+
+    low = max(math.floor(channel(s.beta_fast)), 0)
+    high = min(math.ceil(channel(s.beta_slow)), rotary.dim - 1)
+    share = min(max((c - low) / max(high - low, 0.001), 0.0), 1.0)  # 0: kept, 1: stretched
+    return frequency * (1 - share) + frequency / s.factor * share
+
+
+def softmax(scores: Array, seen: Array) -> Array:
+    """Along the keys, over those that are seen; a query that sees none gives zeros."""
+    out = np.zeros_like(scores)
+    for q in range(len(scores)):
+        if seen[q].any():
+            e = np.exp(scores[q, seen[q]] - scores[q, seen[q]].max())
+            out[q, seen[q]] = e / e.sum()
+    return out
+
+
+def mlp(spec: ArchSpec, params: Params, name: str, x: Array) -> Array:
+    act = ACTIVATIONS[spec.mlp.act]
+    if spec.mlp.gated:
+        both = linear(x, params, f"{name}.gate_up")
+        inner = act(both[:, : spec.mlp.width]) * both[:, spec.mlp.width :]
+    else:
+        inner = act(linear(x, params, f"{name}.up"))
+    return linear(inner, params, f"{name}.down")
+
+
+ACTIVATIONS = {
+    "gelu": lambda x: x * 0.5 * (1 + np.vectorize(math.erf)(x / math.sqrt(2))),
+    "gelu_tanh": lambda x: 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
+    "quick_gelu": lambda x: x / (1 + np.exp(-1.702 * x)),
+    "relu": lambda x: np.maximum(x, 0),
+    "relu2": lambda x: np.maximum(x, 0) ** 2,
+    "silu": lambda x: x / (1 + np.exp(-x)),
+}
+
+
+def linear(x: Array, params: Params, name: str) -> Array:
+    y = x @ np.asarray(params[f"{name}.weight"], np.float64).T
+    return y + params[f"{name}.bias"] if f"{name}.bias" in params else y
+
+
+def norm(x: Array, kind: Norm | None, params: Params, name: str) -> Array:
+    if kind is None:
+        return x
+    if kind.kind == "layer":
+        x = x - x.mean(-1, keepdims=True)
+    x = x / np.sqrt((x**2).mean(-1, keepdims=True) + kind.eps) * params[f"{name}.weight"]
+    return x + params[f"{name}.bias"] if kind.bias else x
+
+
+# ---------------------------------------------------------------------------- heads and losses
+
+
+def logits(spec: ArchSpec, params: Params, hidden: Array, kind: str) -> Array:
+    """A head of that kind on hidden states (.., width); the one over the vocabulary is scaled, then capped."""
+    tied = kind == "causal" and spec.tie_head
+    y = linear(hidden, {**params, "head.out.weight": params["embed.weight"]} if tied else params, "head.out")
+    if kind == "causal":
+        y = y * spec.logit_scale
+        if spec.logit_softcap is not None:
+            y = spec.logit_softcap * np.tanh(y / spec.logit_softcap)
+    return y
+
+
+def pooled(hidden: Array, ids: Array | None, mask: Array | None, pad_id: int | None) -> Array:
+    """The hidden state of each row's rightmost real token: real by the mask, else by the pad id, else all are."""
+    picked = []
+    for b, row in enumerate(hidden):
+        real = np.ones(len(row), bool)
+        if mask is not None:
+            real = np.asarray(mask[b]) != 0
+        elif ids is not None and pad_id is not None:
+            real = np.asarray(ids[b]) != pad_id
+        picked.append(row[max(np.flatnonzero(real), default=0)])
+    return np.stack(picked)
+
+
+def cross_entropy(scores: Array, labels: Array, count: float | None = None) -> float:
+    """-log of the label's probability, summed over the labels that are not -100, over their number or `count`."""
+    scores, labels = scores.reshape(-1, scores.shape[-1]), np.asarray(labels).reshape(-1)
+    losses = []
+    for row, label in zip(scores, labels, strict=True):
+        if label != IGNORED:
+            top = row.max()
+            losses.append(top + math.log(np.exp(row - top).sum()) - row[label])
+    return sum(losses) / (max(len(losses), 1) if count is None else count)
+
+
+def causal_loss(scores: Array, labels: Array, count: float | None = None) -> float:
+    """Token t is scored against label t + 1."""
+    return cross_entropy(scores[:, :-1], np.asarray(labels)[:, 1:], count)
+
+
+def sequence_loss(scores: Array, labels: Array, problem: str, count: float | None = None) -> float:
+    """Per text: cross-entropy, or the mean over the labels of the square or of binary cross-entropy."""
+    if problem == "single_label_classification":
+        return cross_entropy(scores, labels, count)
+    labels = np.asarray(labels, np.float64).reshape(scores.shape)
+    if problem == "regression":
+        each = (scores - labels) ** 2
+    else:
+        each = np.log1p(np.exp(-np.abs(scores))) + np.maximum(scores, 0) - scores * labels
+    return float(each.mean(-1).sum() / (len(scores) if count is None else count))
+
+
+def span_loss(start: Array, end: Array, starts: Array, ends: Array, count: float | None = None) -> float:
+    """The mean of both cross-entropies over the tokens; places outside the text do not count."""
+    total = 0.0
+    for scores, places in ((start, starts), (end, ends)):
+        places = np.asarray(places).reshape(-1)
+        inside = (places >= 0) & (places < scores.shape[1])
+        total += cross_entropy(scores, np.where(inside, places, IGNORED), count)
+    return total / 2
