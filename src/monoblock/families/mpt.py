@@ -69,7 +69,7 @@ class MptAttentionConfig(PretrainedConfig):
     """The `attn_config` of an `MptConfig`; from `qk_gn` on, the options of the makers' own code."""
 
     attn_type: str = "multihead_attention"
-    attn_pdrop: float = 0.0
+    attn_pdrop: float = 0
     attn_impl: str = "torch"
     clip_qkv: float | None = None
     softmax_scale: float | None = None
@@ -99,6 +99,9 @@ class MptAttentionConfig(PretrainedConfig):
         """The makers' default of `alibi` is False; the hub's True holds unless rope is asked for."""
         if self.rope and "alibi" not in given:
             self.alibi = False
+        # transformers 5 takes whole numbers only, and 0.0 is what most files hold.
+        if self.attn_pdrop == int(self.attn_pdrop):
+            self.attn_pdrop = int(self.attn_pdrop)
 
 
 class MptConfig(PretrainedConfig):

@@ -13,6 +13,7 @@ from monoblock.backends.pytorch.cache import Cache, DynamicCache, StaticCache, f
 from monoblock.checkpoint.hub import find_file
 from monoblock.checkpoint.options import HubOptions
 from monoblock.generation import loop
+from monoblock.generation.arrays import ArrayOps
 from monoblock.generation.config import GENERATION_CONFIG_NAME, GenerationConfig
 from monoblock.spec import Learned
 
@@ -73,6 +74,7 @@ class Runner:
     """What `loop.generate` needs to know of a model."""
 
     input_names = INPUTS
+    ops: ArrayOps
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
