@@ -113,7 +113,7 @@ def outputs(head: Head, hidden_bsw: Tensor, given: dict[str, Any]) -> dict[str, 
 
 
 def _causal(head: Head, hidden: Tensor, given: dict[str, Any]) -> dict[str, Any]:
-    keep = given.get("logits_to_keep") or 0
+    keep = given.get("logits_to_keep")
     if isinstance(keep, Tensor):
         hidden = hidden[:, keep]
     elif keep:
