@@ -6,7 +6,7 @@ import logging
 import threading
 from typing import Any
 
-from tokenizers import Encoding, Tokenizer
+from tokenizers import Encoding
 
 from monoblock.tokenization.encoding import BatchEncoding
 from monoblock.tokenization.inputs import Plan, as_batch, check_stride, plan
@@ -177,7 +177,10 @@ class Encode(SpecialTokens):
         if decided.max_length is None and options["verbose"]:
             self._warn_of_length(flat)
         if not batched and options["return_tensors"] is None and not overflow:
-            data = {key: value[0] if isinstance(value[0], list) else value for key, value in data.items()}
+            single: dict[str, Any] = {
+                key: value[0] for key, value in data.items() if isinstance(value[0], list)
+            }
+            return BatchEncoding({**data, **single}, flat)
         return BatchEncoding(data, flat, tensor_type=options["return_tensors"])
 
     def _fields(self, rows: list[Encoding], options: dict[str, Any]) -> dict[str, list[Any]]:
@@ -236,7 +239,7 @@ class Encode(SpecialTokens):
             )
 
 
-def _set_up(backend: Tokenizer, plan: Plan, stride: int, owner: Encode) -> None:
+def _set_up(backend: Any, plan: Plan, stride: int, owner: Encode) -> None:
     """Give the backend the plan; unchanged settings are left, since setting them costs more than a short text."""
     truncation = padding = None
     if plan.truncates:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 from tokenizers import Encoding
@@ -130,7 +130,8 @@ class Chat(Encode):
             truncation=truncation,
             max_length=max_length,
             return_tensors=return_tensors,
-            **{"add_special_tokens": False, **(tokenizer_kwargs or {})},
+            add_special_tokens=False,
+            tokenizer_kwargs=tokenizer_kwargs,
         )
         if return_assistant_tokens_mask:
             masks = [
@@ -153,7 +154,7 @@ class Chat(Encode):
             )
         history = list(conversation_history or [])
         ids = self.apply_chat_template([*history, message], return_dict=False, **kwargs)
-        before = self.apply_chat_template(history, return_dict=False, **kwargs) if history else []
+        before: list[int] = self.apply_chat_template(history, return_dict=False, **kwargs) if history else []
         same = 0
         while same < min(len(ids), len(before)) and ids[same] == before[same]:
             same += 1
@@ -191,13 +192,21 @@ def _messages(chat: Any) -> list[dict[str, Any]]:
     return messages
 
 
+# Subclasses, enums of strings for one, are taken for what they hold.
+_SCALARS: tuple[tuple[type, Callable[[Any], Any]], ...] = (
+    (str, str.__str__),
+    (int, int.__int__),
+    (float, float.__float__),
+)
+
+
 def plain(value: Any) -> Any:
     """A copy made of JSON's types alone: objects with methods of their own have no place in a template."""
     if value is None or type(value) in (str, int, float, bool):
         return value
-    for kind in (str, int, float):  # their subclasses, enums of strings for one
+    for kind, base in _SCALARS:
         if isinstance(value, kind):
-            return kind.__new__(kind, value) if kind is not str else str.__str__(value)
+            return base(value)
     if isinstance(value, Mapping):
         return {plain(key): plain(item) for key, item in cast(Mapping[Any, Any], value).items()}
     if isinstance(value, list | tuple):
@@ -207,8 +216,8 @@ def plain(value: Any) -> Any:
         return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
     if callable(dump := getattr(value, "model_dump", None)):  # pydantic
         return plain(dump())
-    if type(value).__module__ == "numpy" and getattr(value, "shape", None) == ():
-        return plain(value.item())
+    if type(value).__module__ == "numpy" and getattr(cast(Any, value), "shape", None) == ():
+        return plain(cast(Any, value).item())
     return f"<{type(value).__name__}>"
 
 
@@ -251,12 +260,14 @@ def _open_ending(source: str, chat: list[dict[str, Any]], carry_on: bool | str) 
         )
     if isinstance(ending, list | tuple):
         blocks = [
-            block for block in cast(Sequence[Any], ending) if isinstance(block, dict) and "text" in block
+            cast(dict[str, Any], block) for block in cast(Sequence[Any], ending) if isinstance(block, dict)
         ]
-        if not blocks:
+        block = next((block for block in reversed(blocks) if "text" in block), None)
+        if block is None:
             raise ValueError("continue_final_message: the last message holds no text to continue")
-        ending, blocks[-1]["text"] = blocks[-1]["text"], blocks[-1]["text"] + TAG
-        return ending
+        text: str = block["text"]
+        block["text"] = text + TAG
+        return text
     for field in names:
         last[field] = ending + TAG
     return ending

@@ -48,7 +48,7 @@ class BatchEncoding(UserDict[str, Any]):
         n_sequences: int | None = None,
     ):
         super().__init__(data)
-        self._encodings = (
+        self._encodings: list[Any] | None = (
             [encoding] if isinstance(encoding, Encoding) else None if encoding is None else list(encoding)
         )
         self._n_sequences = n_sequences
@@ -139,7 +139,7 @@ class BatchEncoding(UserDict[str, Any]):
         """Where in its text a token stands; None for special tokens."""
         row, index = self._token_at(batch_or_token_index, token_index)
         span = row.token_to_chars(index)
-        return None if span is None else CharSpan(*cast(tuple[int, int], span))
+        return None if span is None else CharSpan(*span)
 
     def char_to_token(
         self, batch_or_char_index: int, char_index: int | None = None, sequence_index: int = 0

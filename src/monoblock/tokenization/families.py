@@ -64,7 +64,7 @@ def _merges(merges: Any) -> list[tuple[str, str]]:
     if isinstance(merges, str | Path):
         lines = Path(merges).read_text(encoding="utf-8").split("\n")
         merges = [line for line in lines if line and not line.startswith("#version")]
-    pairs = [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in merges]
+    pairs: list[Any] = [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in merges]
     if wrong := [pair for pair in pairs if len(pair) != 2]:
         raise CheckpointError(f"a merge is two tokens with a space between; got {' '.join(wrong[0])!r}")
     return pairs

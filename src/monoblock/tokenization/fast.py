@@ -13,15 +13,18 @@ from tokenizers import AddedToken, Tokenizer
 
 from monoblock.tokenization.chat import Chat, named_templates
 from monoblock.tokenization.families import GENERIC, TokenizerFamily
-from monoblock.tokenization.files import load, read_backend, save
+from monoblock.tokenization.files import load, read_backend
 from monoblock.tokenization.inputs import SIDES, one_of
 from monoblock.tokenization.padding import Pad
+from monoblock.tokenization.saving import save
 from monoblock.tokenization.template_tokens import Around, around, bos_eos_template
 from monoblock.tokenization.tensors import as_list
 
 log = logging.getLogger("monoblock")
 
 NO_LENGTH = int(1e30)  # the hub's model_max_length where the files name none
+
+CLEAN_BPE = "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output"
 
 # What is cleaned from decoded text when `clean_up_tokenization_spaces` asks for it: the hub's list, in its order.
 CLEAN_UP = (
@@ -55,7 +58,7 @@ class PreTrainedTokenizerFast(Chat, Pad):
         self.init_kwargs = copy.deepcopy(kwargs)
         self.name_or_path: str = kwargs.pop("name_or_path", "")
         self._lock = threading.RLock()
-        self._warned_of_length = False
+        self._warned_of_length = self._warned_of_cleaning = False
         self._init_special_tokens(kwargs)
         length = kwargs.pop("model_max_length", kwargs.pop("max_len", None))
         self.model_max_length = NO_LENGTH if length is None else length
@@ -74,11 +77,11 @@ class PreTrainedTokenizerFast(Chat, Pad):
 
     def _take_backend_settings(self, kwargs: dict[str, Any]) -> None:
         """Padding and truncation that a tokenizer.json carries become defaults; each call sets its own."""
-        if padding := cast(dict[str, Any] | None, self._tokenizer.padding):
+        if padding := self._tokenizer.padding:
             kwargs.setdefault("pad_token", padding["pad_token"])
             kwargs.setdefault("padding_side", padding["direction"])
             self.pad_token_type_id = padding["pad_type_id"]
-        if truncation := cast(dict[str, Any] | None, self._tokenizer.truncation):
+        if truncation := self._tokenizer.truncation:
             kwargs.setdefault("truncation_side", truncation["direction"])
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
@@ -186,10 +189,11 @@ class PreTrainedTokenizerFast(Chat, Pad):
                 ignored for BPE, whose text has its own spaces.
         """
         ids = _ids(token_ids)
-        if isinstance(ids, list) and ids and isinstance(ids[0], list):
+        if isinstance(ids, list) and any(isinstance(row, list) for row in ids):
             return [self._decode(row, skip_special_tokens, clean_up_tokenization_spaces) for row in ids]
-        row = cast(list[int], [ids] if isinstance(ids, int) else ids)
-        return self._decode(row, skip_special_tokens, clean_up_tokenization_spaces)
+        return self._decode(
+            [ids] if isinstance(ids, int) else ids, skip_special_tokens, clean_up_tokenization_spaces
+        )
 
     def batch_decode(
         self,
@@ -198,7 +202,10 @@ class PreTrainedTokenizerFast(Chat, Pad):
         clean_up_tokenization_spaces: bool | None = None,
     ) -> list[str]:
         """The texts of a batch of ids."""
-        text = self.decode(sequences, skip_special_tokens, clean_up_tokenization_spaces)
+        ids = _ids(sequences)
+        if ids == []:
+            return []
+        text = self.decode(ids, skip_special_tokens, clean_up_tokenization_spaces)
         return [text] if isinstance(text, str) else text
 
     def _decode(self, ids: list[int], skip: bool, clean: bool | None) -> str:
@@ -208,10 +215,13 @@ class PreTrainedTokenizerFast(Chat, Pad):
             )
         text = self._tokenizer.decode(ids, skip_special_tokens=skip)
         if self.clean_up_tokenization_spaces if clean is None else clean:
-            if type(self._tokenizer.model).__name__ == "BPE":
-                log.debug("clean_up_tokenization_spaces is for word-piece vocabularies; ignored for BPE")
-            else:
-                text = self.clean_up_tokenization(text)
+            if self.init_kwargs.get(CLEAN_BPE) or type(self._tokenizer.model).__name__ != "BPE":
+                return self.clean_up_tokenization(text)
+            if clean and not self._warned_of_cleaning:
+                self._warned_of_cleaning = True
+                log.warning(
+                    "clean_up_tokenization_spaces is for word pieces, and ignored: this is a BPE vocabulary"
+                )
         return text
 
     @staticmethod
@@ -289,7 +299,7 @@ class PreTrainedTokenizerFast(Chat, Pad):
                 "token_ids_1 must be None with already_has_special_tokens=True: one row holds both texts"
             )
         special = set(self.all_special_ids)
-        return [int(index in special) for index in _ids(token_ids_0)]
+        return [int(int(index) in special) for index in token_ids_0]
 
     # --- the object itself
 
@@ -318,7 +328,7 @@ class PreTrainedTokenizerFast(Chat, Pad):
         self.__dict__.update(state, _lock=threading.RLock())
 
 
-def _ids(ids: Any) -> Any:
+def _ids(ids: Any) -> int | list[Any]:
     """Ids of any kind as an integer, a list of them, or a list of lists."""
     if isinstance(ids, str):
         raise TypeError(f"expected token ids; got the text {ids[:40]!r}")

@@ -1,22 +1,17 @@
-"""A tokenizer's files: read into the constructor's arguments, and written."""
+"""A tokenizer's files, read into the constructor's arguments."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 from tokenizers import AddedToken, Tokenizer
 
-from monoblock.checkpoint.files import staged
 from monoblock.checkpoint.hub import HubOptions, find_file, read_json
 from monoblock.errors import CheckpointError, HubError
 from monoblock.tokenization.families import TokenizerFamily
 from monoblock.tokenization.special import EXTRA, NAMES
-
-if TYPE_CHECKING:
-    from monoblock.tokenization.fast import PreTrainedTokenizerFast
 
 BACKEND_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
@@ -117,7 +112,8 @@ def _added_tokens(
     options: HubOptions,
 ) -> dict[int, AddedToken]:
     """Id -> added token, by the newest of the places where files say it; special tokens go into `config`."""
-    if (decoder := config.pop("added_tokens_decoder", None)) is not None:
+    decoder = overrides.get("added_tokens_decoder", config.pop("added_tokens_decoder", None))
+    if decoder is not None:
         return {int(index): _as_added(token) for index, token in decoder.items()}
     if (path := find_file(name, "special_tokens_map.json", options, required=False)) is not None:
         for key, value in read_json(path).items():
@@ -129,29 +125,30 @@ def _added_tokens(
         special |= {str(token) for token in config.get("extra_special_tokens") or config.get(EXTRA[1]) or ()}
         for content, index in read_json(path).items():
             added[index] = AddedToken(content, normalized=content not in special, special=content in special)
-    if backend is not None:
-        for token in read_json(backend).get("added_tokens") or []:
-            added[token["id"]] = AddedToken(**{key: value for key, value in token.items() if key != "id"})
+        for token in cast(
+            list[dict[str, Any]], read_json(backend).get("added_tokens") or [] if backend else []
+        ):
+            added[token["id"]] = _as_added({key: value for key, value in token.items() if key != "id"})
     return added
 
 
 def _as_added(token: Any) -> AddedToken:
+    """An added token, or its fields as files write them."""
     if isinstance(token, AddedToken):
         return token
     if isinstance(token, dict) and "content" in token:
         return AddedToken(**cast(dict[str, Any], token))
     raise CheckpointError(
-        f"added_tokens_decoder in {CONFIG_FILE} holds {token!r}; expected an object with a content"
+        f"an added token in the tokenizer's files is {token!r}; expected an object with a content"
     )
 
 
 def _special(value: Any) -> Any:
-    """A token of special_tokens_map.json: a string, or an object of an AddedToken's fields."""
+    """What special_tokens_map.json holds: strings, objects with an AddedToken's fields, lists of those."""
     if isinstance(value, list):
         return [_special(item) for item in cast(list[Any], value)]
-    if isinstance(value, dict) and "content" in value:
-        return AddedToken(**{**cast(dict[str, Any], value), "special": True})
-    return value
+    fields = cast(dict[str, Any], value) if isinstance(value, dict) else {}
+    return _as_added({**fields, "special": True}) if "content" in fields else cast(Any, value)
 
 
 def read_backend(source: Mapping[str, Any], family: TokenizerFamily, options: Mapping[str, Any]) -> Tokenizer:
@@ -179,75 +176,3 @@ def _parse(path: Path) -> Tokenizer:
         return Tokenizer.from_file(str(path))
     except Exception as error:  # the backend raises plain exceptions
         raise CheckpointError(f"{path} is not a tokenizer file ({error}): fetch or write it again") from error
-
-
-def save(tokenizer: PreTrainedTokenizerFast, folder: Path, prefix: str, jinja_files: bool) -> tuple[str, ...]:
-    """Write a tokenizer's files and return their paths: the config, the chat templates, tokenizer.json."""
-    if folder.is_file():
-        raise ValueError(f"{folder} is a file; save_pretrained needs a folder")
-    config = _config(tokenizer)
-    template = tokenizer.chat_template
-    templates: dict[str, str] = {}
-    if jinja_files and template:
-        templates = dict(template) if isinstance(template, dict) else {"default": template}
-    elif isinstance(template, dict):
-        config["chat_template"] = [{"name": name, "template": text} for name, text in template.items()]
-    elif template:
-        config["chat_template"] = template
-    if wrong := [name for name in templates if Path(name).name != name or name in (".", "..")]:
-        raise ValueError(f"the chat template {wrong[0]!r} cannot be saved: its name is no file name")
-    default, more = templates.pop("default", None), templates
-    paths: list[Path] = []
-    with staged(folder) as stage:
-        names = [
-            prefix + CONFIG_FILE,
-            *([prefix + TEMPLATE_FILE] if default is not None else []),
-            prefix + BACKEND_FILE,
-        ]
-        texts = [
-            json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n",
-            *([default] if default else []),
-        ]
-        for name, text in zip(names, texts, strict=False):
-            stage.path(name).write_text(text, encoding="utf-8", newline="")
-        stage.path(names[-1]).write_text(tokenizer.backend_json(), encoding="utf-8", newline="")
-        if more:
-            with staged(folder / (prefix + TEMPLATE_FOLDER)) as extra:
-                for name, text in more.items():
-                    extra.path(f"{name}.jinja").write_text(text, encoding="utf-8", newline="")
-        paths = [folder / name for name in names]
-        paths[-1:-1] = [folder / (prefix + TEMPLATE_FOLDER) / f"{name}.jinja" for name in more]
-    return tuple(map(str, paths))
-
-
-# Constructor arguments that belong to this process or to other files, not to tokenizer_config.json.
-_UNSAVED = ("name_or_path", "added_tokens_decoder", "chat_template", "files_loaded", "device_map", *EXTRA)
-
-
-def _config(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
-    config = {key: value for key, value in tokenizer.init_kwargs.items() if key not in _UNSAVED}
-    config |= {key: None for key in tokenizer.init_kwargs if key in NAMES}
-    config.pop("model_specific_special_tokens", None)
-    for key in ("model_max_length", "padding_side", "truncation_side", "clean_up_tokenization_spaces"):
-        config[key] = getattr(tokenizer, key)
-    config |= tokenizer.special_tokens_map
-    # The older name of the list: every version of the hub's libraries reads it, as a list.
-    if tokenizer.extra_special_tokens:
-        config[EXTRA[1]] = tokenizer.extra_special_tokens
-    family, name = tokenizer.family, tokenizer.family.names[0]
-    config.pop("add_bos_token", None)
-    config.pop("add_eos_token", None)
-    if tokenizer.add_bos_token or tokenizer.add_eos_token:
-        # transformers rebuilds the template of these families without what the config says, so the class is
-        # the generic one, which keeps the template in tokenizer.json.
-        name = "PreTrainedTokenizerFast" if family.owns_template else name
-    config["tokenizer_class"] = name
-    return {key: _as_json(value) for key, value in config.items()}
-
-
-def _as_json(value: Any) -> Any:
-    if isinstance(value, AddedToken):
-        return {**value.__getstate__(), "__type": "AddedToken"}
-    if isinstance(value, dict):
-        return {key: _as_json(item) for key, item in cast(dict[str, Any], value).items()}
-    return [_as_json(item) for item in cast(list[Any], value)] if isinstance(value, list | tuple) else value

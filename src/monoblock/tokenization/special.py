@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
-from tokenizers import AddedToken, Tokenizer
+from tokenizers import AddedToken
 
 # The named special tokens that every tokenizer may have; each is an attribute, and `<name>_id` its id.
 NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -50,7 +50,7 @@ class SpecialTokens:
     additional_special_tokens: list[str]
     additional_special_tokens_ids: list[int | None]
 
-    _tokenizer: Tokenizer
+    _tokenizer: Any  # a tokenizers.Tokenizer, whose stubs leave too much untyped
     _named: dict[str, Token | None]
     _extra: list[Token]
 
@@ -110,15 +110,13 @@ class SpecialTokens:
         else:
             named[stem] = _checked(stem, value)
 
-    def _tokens_of_ids(self, name: str, ids: Any) -> str | list[str]:
-        tokens = [
-            (index, self._tokenizer.id_to_token(int(index)))
-            for index in (ids if isinstance(ids, list | tuple) else [ids])
-        ]
-        if unknown := [index for index, token in tokens if token is None]:
-            raise ValueError(f"{name}={unknown[0]}: the vocabulary has no such id; it has {len(self)} tokens")
-        found = [cast(str, token) for _, token in tokens]
-        return found if isinstance(ids, list | tuple) else found[0]
+    def _tokens_of_ids(self, name: str, ids: Any) -> Any:
+        if isinstance(ids, list | tuple):
+            return [self._tokens_of_ids(name, index) for index in cast(Sequence[Any], ids)]
+        token = self._tokenizer.id_to_token(int(ids))
+        if token is None:
+            raise ValueError(f"{name}={ids}: the vocabulary has no such id; it has {len(self)} tokens")
+        return token
 
     def __len__(self) -> int:
         """Tokens in the vocabulary, the added ones included."""

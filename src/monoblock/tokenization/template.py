@@ -17,9 +17,10 @@ from functools import lru_cache
 from typing import Any, NamedTuple, NoReturn, cast
 
 from jinja2 import Template, TemplateError, TemplateSyntaxError, nodes
+from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 MAX_STEPS = 5_000_000  # loop turns and calls; a conversation of 10,000 messages takes some 200,000
 MAX_TEXT = 64 * 2**20  # characters, of the result and of any string or list on the way
@@ -55,11 +56,21 @@ class _Run:
 _run: ContextVar[_Run] = ContextVar("monoblock_template_run")
 
 
-def _sized(value: Any, factor: int = 1) -> Any:
-    if isinstance(value, str | list | tuple) and len(cast(str, value)) * factor > MAX_TEXT:
+def _check_size(size: int) -> None:
+    if size > MAX_TEXT:
         raise ChatTemplateError(
             f"the chat template was stopped: it makes a text of over {MAX_TEXT:,} characters"
         )
+
+
+def _size(value: Any, times: Any = 1) -> int:
+    """How long a string or a list would be, `times` repeated."""
+    repeated = times if isinstance(times, int) else 1
+    return len(cast(str, value)) * repeated if isinstance(value, str | list | tuple) else 0
+
+
+def _sized(value: Any) -> Any:
+    _check_size(_size(value))
     return value
 
 
@@ -84,10 +95,9 @@ class _Sandbox(ImmutableSandboxedEnvironment):
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         if operator == "+":
-            _sized(left, 2), _sized(right, 2)
+            _check_size(_size(left) + _size(right))
         elif operator == "*":
-            for value, times in ((left, right), (right, left)):
-                _sized(value, times if isinstance(times, int) else 1)
+            _check_size(max(_size(left, right), _size(right, left)))
         elif operator == "%" and isinstance(left, str) and re.search(r"\d{7}", left):
             raise SecurityError("it formats to a width of millions")
         if operator in ("*", "**") and isinstance(left, int) and isinstance(right, int):
@@ -152,7 +162,7 @@ def _now(form: str) -> str:
 
 
 def _environment() -> _Sandbox:
-    sandbox = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
+    sandbox: Any = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
     sandbox.filters.update(tojson=_to_json, metered=_metered, sized=_sized)
     sandbox.globals.pop("lipsum")
     sandbox.globals.update(raise_exception=_raise, strftime_now=_now, dict=_Dict())
@@ -199,8 +209,7 @@ def _execute(source: str, variables: Mapping[str, Any], marks: tuple[str, str] |
         for piece in _compile(source).generate(variables):
             pieces.append(piece)
             length += len(piece)
-            if length > MAX_TEXT:
-                _sized(piece, MAX_TEXT)
+            _check_size(length)
         return "".join(pieces)
     except ChatTemplateError:
         raise

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 
 
@@ -40,15 +39,17 @@ class Around(NamedTuple):
     mask: list[int]
 
 
-def around(backend: Tokenizer, first: Sequence[int], second: Sequence[int] | None = None) -> Around:
+def around(backend: Any, first: Sequence[int], second: Sequence[int] | None = None) -> Around:
     """What the backend's post-processor puts around ids.
 
     The backend takes texts only, so a sample text shows where the texts stand among the special tokens; the
     ids then take the samples' places.
     """
-    sample = backend.encode("a") if second is None else backend.encode("a", "a")
+    # A vocabulary that knows no "a" still knows its own tokens.
+    text = "a" if backend.encode("a", add_special_tokens=False).ids else next(iter(backend.get_vocab(False)))
+    sample = backend.encode(text) if second is None else backend.encode(text, text)
     made = Around([], [], [])
-    texts = (first, second or ())
+    texts: tuple[Sequence[int], Sequence[int]] = (first, second or ())
     done: set[int] = set()
     for index, kind, sequence in zip(sample.ids, sample.type_ids, sample.sequence_ids, strict=True):
         if sequence is None:
@@ -57,7 +58,8 @@ def around(backend: Tokenizer, first: Sequence[int], second: Sequence[int] | Non
             made.mask.append(1)
         elif sequence not in done:
             done.add(sequence)
-            made.ids.extend(texts[sequence])
-            made.types.extend([kind] * len(texts[sequence]))
-            made.mask.extend([0] * len(texts[sequence]))
+            ids = texts[int(sequence)]
+            made.ids.extend(ids)
+            made.types.extend([kind] * len(ids))
+            made.mask.extend([0] * len(ids))
     return made

@@ -78,7 +78,8 @@ def converter(tensor_type: Any) -> Callable[[str, Any], Any]:
         module = importlib.import_module(row.module)
     except ImportError as error:
         raise ImportError(
-            f'return_tensors={name!r} needs {row.module.partition(".")[0]}, which is not installed: pip install "{row.install}"'
+            f"return_tensors={name!r} needs {row.module.partition('.')[0]}, which is not installed: "
+            f'pip install "{row.install}"'
         ) from error
     array = getattr(module, row.array)
 
@@ -120,12 +121,12 @@ def _why(key: str, value: Any) -> str:
     if len(set(lengths)) > 1:
         if key == "labels":
             return (
-                f"labels has rows of {min(lengths)} to {max(lengths)} values, and tensors need one length: the tokenizer "
-                "does not pad labels, pad them (with -100) first or leave them out"
+                f"labels has rows of {min(lengths)} to {max(lengths)} values, and tensors need one length: the "
+                "tokenizer does not pad labels, pad them (with -100) first or leave them out"
             )
         return (
-            f"{key} has rows of {min(lengths)} to {max(lengths)} values, and tensors need one length: pass padding=True, "
-            "and truncation=True where texts may be too long"
+            f"{key} has rows of {min(lengths)} to {max(lengths)} values, and tensors need one length: pass "
+            "padding=True, and truncation=True where texts may be too long"
         )
     return f"{key} cannot become a tensor: expected lists of integers, got {_shown(value)}"
 

@@ -1,0 +1,107 @@
+"""A tokenizer's files, written: each complete or not at all, and readable by the hub's other libraries."""
+
+from __future__ import annotations
+
+import json
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from tokenizers import AddedToken
+
+from monoblock.checkpoint.files import staged
+from monoblock.tokenization.files import BACKEND_FILE, CONFIG_FILE, TEMPLATE_FILE, TEMPLATE_FOLDER
+from monoblock.tokenization.special import EXTRA, NAMES
+
+if TYPE_CHECKING:
+    from monoblock.tokenization.fast import PreTrainedTokenizerFast
+
+# Constructor arguments that belong to this process or to other files, not to tokenizer_config.json.
+_UNSAVED = (
+    "name_or_path",
+    "added_tokens_decoder",
+    "chat_template",
+    "files_loaded",
+    "device_map",
+    "model_specific_special_tokens",
+    "add_bos_token",
+    "add_eos_token",
+    *EXTRA,
+)
+_ALWAYS = ("model_max_length", "padding_side", "truncation_side", "clean_up_tokenization_spaces")
+
+
+def save(tokenizer: PreTrainedTokenizerFast, folder: Path, prefix: str, jinja_files: bool) -> tuple[str, ...]:
+    """Write a tokenizer's files and return their paths: the config, the chat templates, tokenizer.json.
+
+    `prefix` begins each name; `jinja_files=False` puts the chat templates into the config.
+    """
+    if folder.is_file():
+        raise ValueError(f"{folder} is a file; save_pretrained needs a folder")
+    config = _config(tokenizer)
+    template = tokenizer.chat_template
+    templates: dict[str, str] = {}
+    if jinja_files and template is not None:
+        templates = dict(template) if isinstance(template, dict) else {"default": template}
+    elif isinstance(template, dict):
+        config["chat_template"] = [{"name": name, "template": text} for name, text in template.items()]
+    elif template is not None:
+        config["chat_template"] = template
+    if wrong := [name for name in templates if Path(name).name != name]:
+        raise ValueError(f"the chat template {wrong[0]!r} cannot be saved: its name is not a file's name")
+    texts = {prefix + CONFIG_FILE: _json(config)}
+    if "default" in templates:
+        texts[prefix + TEMPLATE_FILE] = templates.pop("default")
+    more = {f"{name}.jinja": text for name, text in templates.items()}
+    texts |= {prefix + BACKEND_FILE: tokenizer.backend_json(), **_refreshed(tokenizer, folder)}
+    more_folder = folder / (prefix + TEMPLATE_FOLDER)
+    with ExitStack() as stack:
+        for place, content in ((folder, texts), *([(more_folder, more)] if more else [])):
+            stage = stack.enter_context(staged(place))
+            for name, text in content.items():
+                stage.path(name).write_text(text, encoding="utf-8", newline="")
+    return tuple(str(path) for path in (*map(folder.joinpath, texts), *map(more_folder.joinpath, more)))
+
+
+def _json(content: dict[str, Any]) -> str:
+    return json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+
+
+def _refreshed(tokenizer: PreTrainedTokenizerFast, folder: Path) -> dict[str, str]:
+    """New content for the files of older formats in the folder: left as they are, they would overrule ours."""
+    added = {
+        token: index for token, index in tokenizer.get_added_vocab().items() if index >= tokenizer.vocab_size
+    }
+    current: dict[str, dict[str, Any]] = {
+        "special_tokens_map.json": dict(tokenizer.special_tokens_map),
+        "added_tokens.json": dict(added),
+    }
+    return {name: _json(content) for name, content in current.items() if (folder / name).is_file()}
+
+
+def _config(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+    # What was set on the object since it was made counts, not what it was made with.
+    config = {
+        key: getattr(tokenizer, key, value)
+        for key, value in tokenizer.init_kwargs.items()
+        if key not in _UNSAVED
+    }
+    config |= {key: getattr(tokenizer, key) for key in _ALWAYS}
+    config |= {key: None for key in NAMES if key in config} | tokenizer.special_tokens_map
+    if (
+        tokenizer.extra_special_tokens
+    ):  # under the older name, which every version of the hub's libraries reads
+        config["additional_special_tokens"] = tokenizer.extra_special_tokens
+    # transformers makes the template of some families anew, without bos and eos; as a generic tokenizer it keeps
+    # the one in tokenizer.json.
+    generic = tokenizer.family.owns_template and (tokenizer.add_bos_token or tokenizer.add_eos_token)
+    config["tokenizer_class"] = "PreTrainedTokenizerFast" if generic else tokenizer.family.names[0]
+    return {key: _as_json(value) for key, value in config.items()}
+
+
+def _as_json(value: Any) -> Any:
+    if isinstance(value, AddedToken):
+        return {**cast(Any, value).__getstate__(), "__type": "AddedToken"}
+    if isinstance(value, dict):
+        return {key: _as_json(item) for key, item in cast(dict[str, Any], value).items()}
+    return [_as_json(item) for item in cast(list[Any], value)] if isinstance(value, list | tuple) else value
