@@ -97,6 +97,7 @@ def prompt_mask(
                 )
             return None
         mask = ids != config.pad_token_id
+        mask[~mask.any(axis=1), -1] = True  # a prompt that is one pad token is that token: some models start so
     else:
         return None
     if not mask.any(axis=1).all():

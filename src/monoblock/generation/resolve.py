@@ -73,7 +73,7 @@ UNSUPPORTED_ARGUMENTS: dict[str, tuple[tuple[Any, ...], str]] = {
 Condition = tuple[str, Callable[[GenerationConfig], Any]]
 
 _SAMPLES: Condition = ("do_sample=True", lambda c: c.do_sample)
-_BEAMS: Condition = ("num_beams > 1", lambda c: c.num_beams != 1)
+_BEAMS: Condition = ("num_beams > 1", lambda c: (c.num_beams or 1) > 1)
 _ASSISTED: Condition = ("assisted decoding", lambda c: c.prompt_lookup_num_tokens or c.is_assistant)
 _AS_DICT: Condition = ("return_dict_in_generate=True", lambda c: c.return_dict_in_generate)
 _STATIC: Condition = ("cache_implementation='static'", lambda c: c.cache_implementation == "static")
@@ -107,20 +107,20 @@ def resolve(
     """The config of one call, with the defaults filled in, checked.
 
     `arguments` are the call's keywords that are fields, `passed` its `generation_config`, `model` the one that came
-    with the model. Lengths stay as they were set: see `new_tokens`. UnsupportedConfig (a ValueError) names a field
-    that cannot be honoured; ValueError an impossible value.
+    with the model. A keyword that is None switches its field off, as on the hub. Lengths stay as they were set: see
+    `new_tokens`. UnsupportedConfig (a ValueError) names a field that cannot be honoured; ValueError an impossible
+    value.
     """
-    stated = {name: value for name, value in arguments.items() if value is not None}
-    sources = [stated, passed.set_fields() if passed else {}, model.set_fields() if model else {}]
+    sources = [arguments, passed.set_fields() if passed else {}, model.set_fields() if model else {}]
     values: dict[str, Any] = {}
     for source in sources:
-        taken = {name: value for name, value in source.items() if name not in values}
+        settled = set(values)
         for pair in TWINS:
-            if values.keys() & set(pair):
-                taken = {name: value for name, value in taken.items() if name not in pair}
-        values |= taken
+            if any(values.get(name) is not None for name in pair):
+                settled |= set(pair)
+        values |= {name: value for name, value in source.items() if name not in settled}
     # A model's file does not switch the cache off: the hub's files do so for models that had none.
-    own = (passed.own_fields() if passed else {}) | stated
+    own = (passed.own_fields() if passed else {}) | {n: v for n, v in arguments.items() if v is not None}
     values["use_cache"] = own.get("use_cache", True)
     config = GenerationConfig()
     for name, value in (DEFAULTS | values).items():
