@@ -167,7 +167,8 @@ def test_shard_missing_on_the_hub_is_named(server, cache):
 
 
 def test_a_failed_shard_stops_the_others(server, cache):
-    server.add(NAME, {"model.safetensors.index.json": INDEX, **dict.fromkeys(SHARDS, BIG * 4)})
+    parts = {name: name.encode() + BIG * 4 for name in SHARDS}
+    server.add(NAME, {"model.safetensors.index.json": INDEX, **parts})
     server.faults.status[f"GET {SHARDS[1]}"] = 500
     server.faults.slow = {SHARDS[0], SHARDS[2]}  # each takes 64 pieces x 0.05 s = 3.2 s
     start = time.monotonic()

@@ -51,15 +51,20 @@ class _Shard:
 
 
 def _plan(tensors: Mapping[str, Description], limit: int) -> list[_Shard]:
-    """Fill shards in the tensors' order; one that is larger than the limit gets a shard to itself."""
-    shards = [_Shard()]
+    """Fill shards in the tensors' order, as the hub's libraries do; a tensor beyond the limit goes alone."""
+    full: list[_Shard] = []
+    filling = _Shard()
     for name, tensor in tensors.items():
         size = prod(tensor.shape) * ITEM_BYTES[tensor.dtype]
-        if shards[-1].tensors and shards[-1].bytes + size > limit:
-            shards.append(_Shard())
-        shards[-1].tensors[name] = tensor
-        shards[-1].bytes += size
-    return shards
+        if size > limit:
+            full.append(_Shard({name: tensor}, size))
+            continue
+        if filling.bytes + size > limit:
+            full.append(filling)
+            filling = _Shard()
+        filling.tensors[name] = tensor
+        filling.bytes += size
+    return full if full and not filling.tensors else [*full, filling]
 
 
 def save_tensors(
@@ -147,6 +152,7 @@ def _write(
         raw = side.raw(_made(tensors[name]))
         for start in range(0, len(raw), _CHUNK):
             file.write(raw[start : start + _CHUNK])
+        del raw  # before the next tensor is made
 
 
 def _index(names: list[str], shards: list[_Shard]) -> str:

@@ -154,10 +154,8 @@ class _Safetensors:
         return buffer
 
 
-# What `torch.load` may say about a pickle that asks for more than tensors.
-_CODE = re.compile(
-    r"(?:Unsupported global: )?GLOBAL ([\w.]+)|(?:Unsupported class|Trying to \w+ \w+) ([\w.]+)"
-)
+# How `torch.load` names what a pickle wants to call.
+_FOREIGN = re.compile(r"GLOBAL ([\w.]+)")
 
 
 class _Pickle:
@@ -195,15 +193,16 @@ def _load_pickle(path: Path) -> dict[str, Any]:
         content: object = torch.load(
             path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
         )
-    except pickle.UnpicklingError as error:
-        asked = _CODE.search(str(error))
-        what = f" ({asked[1] or asked[2]})" if asked else ""
-        raise CheckpointError(
-            f"{path} is refused: it is no plain file of tensors but holds code or foreign objects{what}; "
-            "ask its maker for safetensors"
-        ) from error
     except Exception as error:  # torch raises RuntimeError, EOFError, KeyError, ... for a damaged file
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        foreign = _FOREIGN.search(str(error)) if isinstance(error, pickle.UnpicklingError) else None
+        if foreign:
+            raise CheckpointError(
+                f"{path} is refused: it holds code or foreign objects ({foreign[1]}), not just tensors; "
+                "ask its maker for safetensors, or fetch it again if it may be damaged"
+            ) from error
+        # the last line that is no link: torch puts advice before its reason
+        lines = [line for line in str(error).splitlines() if line.strip() and "torch.load" not in line]
+        reason = lines[-1].strip() if lines else type(error).__name__
         raise CheckpointError(
             f"{path} cannot be read as PyTorch weights ({reason}): fetch it again"
         ) from error
