@@ -14,7 +14,7 @@ import monoblock
 from monoblock import MptConfig
 from monoblock.spec import ArchSpec
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)
 
 CLASSES = (
     "MptModel",
