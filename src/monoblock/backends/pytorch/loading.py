@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from monoblock.checkpoint.keymap import KeyMap, Same, Source, nearest
 from monoblock.checkpoint.store import Store
@@ -25,6 +26,20 @@ DTYPES = {
     for name in ("float32", "float16", "bfloat16", "float64", "float8_e4m3fn", "float8_e5m2")
 }
 STORED = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+class Uninitialised(TorchFunctionMode):
+    """Skips `torch.nn.init`, whose results are thrown away where parameters have no memory yet.
+
+    Not only to save work: on the meta device, `normal_` makes PyTorch import its compiler, which takes a second.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        del types
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return func(*args, **kwargs)
 
 
 @dataclass

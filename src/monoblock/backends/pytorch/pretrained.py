@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from monoblock import families, outputs, tree
 from monoblock.backends.pytorch import attention, devices, heads, loading
 from monoblock.backends.pytorch.decode import Generation
-from monoblock.backends.pytorch.inputs import check_tokens, has_positions, prepare
+from monoblock.backends.pytorch.inputs import check_tokens, flattened, has_positions, prepare
 from monoblock.backends.pytorch.model import Attention, Backbone
 from monoblock.checkpoint.hub import find_weights
 from monoblock.checkpoint.keymap import KeyMap
@@ -30,7 +30,15 @@ from monoblock.families import Family, ModelClass
 log = logging.getLogger("monoblock")
 
 # Arguments that every forward takes by keyword beside those of its own signature.
-EXTRA = ("position_ids", "sequence_id", "num_items_in_batch", "cache_position")
+EXTRA = (
+    "position_ids",
+    "past_key_values",
+    "use_cache",
+    "return_dict",
+    "cache_position",
+    "sequence_id",
+    "num_items_in_batch",
+)
 
 
 class PreTrainedModel(nn.Module, Generation):
@@ -42,6 +50,7 @@ class PreTrainedModel(nn.Module, Generation):
 
     family: ClassVar[Family]
     row: ClassVar[ModelClass]
+    extra: ClassVar[tuple[str, ...]]
     framework: ClassVar[str] = "pt"
     supports_gradient_checkpointing: ClassVar[bool] = True
     main_input_name: ClassVar[str] = "input_ids"
@@ -57,7 +66,7 @@ class PreTrainedModel(nn.Module, Generation):
         self.name_or_path = config.name_or_path
         self.hf_device_map: dict[str, Any] | None = None
         device = torch.get_default_device()
-        with torch.device("meta"):
+        with torch.device("meta"), loading.Uninitialised():
             self.backbone = Backbone(self.spec)
             head = config.to_head(self.row.head) if self.row.head else None
             self.head = heads.Head(self.spec, head) if head else None
@@ -73,25 +82,38 @@ class PreTrainedModel(nn.Module, Generation):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model; arguments, defaults and outputs are in the class's docstring."""
         given = self._bind(args, kwargs)
+        if self.row.head in ("choice", "double"):
+            given = flattened(given)
         ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
         shape = check_tokens(self.spec, ids, embeds)
         inputs = prepare(self.spec, shape, given, self._uses_cache(given))
-        x = embeds if ids is None else self.backbone.lookup(ids)
-        wanted = self._option(given, "output_hidden_states")
+        x = embeds if ids is None else self.embed(ids, given)
+        if (types := given.get("token_type_ids")) is not None:
+            x = x + self.backbone.lookup(types)
         inputs.call.attentions = self._option(given, "output_attentions")
+        wanted = self._option(given, "output_hidden_states")
         out = self.backbone(x, inputs.call, hidden_states=wanted)
         values = {
+            "last_hidden_state": out.hidden,
             "past_key_values": inputs.past(),
             "hidden_states": out.hidden_states,
             "attentions": out.attentions,
         }
-        if self.head is None:
-            values["last_hidden_state"] = out.hidden
-        else:
+        if self.head is not None:
             values |= heads.outputs(self.head, out.hidden, given)
         kind = getattr(outputs, self.row.output)
         result = kind(**{name: value for name, value in values.items() if name in kind.__dataclass_fields__})
         return result if self._option(given, "return_dict") else result.to_tuple()
+
+    def embed(self, input_ids: Tensor, given: Mapping[str, Any]) -> Tensor:
+        """Token ids as vectors (b, s, w), with image patches in their places where the call brings any."""
+        x = self.backbone.lookup(input_ids)
+        patches = given.get("image_patches")
+        if patches is None:
+            patches = given.get("pixel_values")
+        if patches is None:
+            return x
+        return self.backbone.with_patches(x, input_ids, patches, given.get("image_patches_indices"))
 
     def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         names = self.row.forward.split()
@@ -103,7 +125,7 @@ class PreTrainedModel(nn.Module, Generation):
         for name, value in kwargs.items():
             if name in given:
                 raise TypeError(f"{self.row.name} got {name!r} twice")
-            if name not in names and name not in EXTRA:
+            if name not in names and name not in self.extra:
                 raise TypeError(
                     f"{self.row.name} has no argument {name!r}; it takes: {', '.join((*names, *EXTRA))}"
                 )
@@ -117,8 +139,6 @@ class PreTrainedModel(nn.Module, Generation):
         return bool(getattr(self.config, name) if value is None else value)
 
     def _uses_cache(self, given: Mapping[str, Any]) -> bool:
-        if "use_cache" not in self.row.forward:
-            return False
         wanted = given.get("use_cache")
         if self.training and self.backbone.gradient_checkpointing:
             if wanted:
@@ -486,14 +506,21 @@ def make_class(name: str) -> type[PreTrainedModel]:
     body: dict[str, Any] = {
         "family": family,
         "row": row,
+        "extra": extra_arguments(family, row),
         "config_class": family.config,
         "base_model_prefix": family.prefix,
         "__module__": "monoblock",
-        "__doc__": _document(row),
+        "__doc__": _document(row, extra_arguments(family, row)),
         "forward": _forward(row),
         family.prefix: property(lambda self: self.backbone),
     }
     return types.new_class(name, (PreTrainedModel,), exec_body=lambda namespace: namespace.update(body))
+
+
+def extra_arguments(family: Family, row: ModelClass) -> tuple[str, ...]:
+    """The keywords that a class's forward takes beyond its signature."""
+    own = row.forward.split()
+    return tuple(name for name in (*EXTRA, *family.extra) if name not in own)
 
 
 def _forward(row: ModelClass) -> Callable[..., Any]:
@@ -513,10 +540,10 @@ def _forward(row: ModelClass) -> Callable[..., Any]:
     return forward
 
 
-def _document(row: ModelClass) -> str:
+def _document(row: ModelClass, extra: tuple[str, ...]) -> str:
     what = f"the model with a head of the kind {row.head!r}" if row.head else "the bare model"
     return (
         f"{row.name}: {what}.\n\nArguments, in order: {', '.join(row.forward.split())}; by keyword also "
-        f"{', '.join(EXTRA)}. Shapes: input_ids, attention_mask and token labels (batch, tokens); inputs_embeds "
+        f"{', '.join(extra)}. Shapes: input_ids, attention_mask and token labels (batch, tokens); inputs_embeds "
         f"(batch, tokens, width). Returns `{row.output}`."
     )
