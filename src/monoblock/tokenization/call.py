@@ -205,13 +205,12 @@ class Encode(SpecialTokens):
                 return backend.encode_batch(
                     items, is_pretokenized=options["is_split_into_words"], add_special_tokens=special
                 )
-            except Exception as error:
-                if (
-                    type(error) is not Exception
-                ):  # the backend raises plain ones for what a user can get wrong
+            except BaseException as error:
+                # What a user can get wrong, the backend raises as plain exceptions, or panics: no class of Exception.
+                if type(error) is not Exception and type(error).__name__ != "PanicException":
                     raise
                 raise ValueError(
-                    f"the texts cannot be encoded: {error}; choose another truncation or max_length"
+                    f"the texts cannot be cut this way: {error}; choose another truncation, max_length or stride"
                 ) from error
 
     def num_special_tokens_to_add(self, pair: bool = False) -> int:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 # The names under which messages carry a model's reasoning; templates read the first, gpt-oss's the second.
 REASONING = ("reasoning_content", "thinking", "reasoning")
 # Put after a message that is to be continued, to find where it ends; the space shows whether it is trimmed.
-TAG = "\ue000CONTINUE\ue000 "
+TAG = "MESSAGE-GOES-ON-HERE "
 
 ChatTemplate = str | dict[str, str] | None
 
@@ -278,9 +278,8 @@ def _cut(text: str, ending: str) -> str:
     at = text.rfind(TAG.strip())
     if at < 0 or ending.strip() not in text:
         raise ValueError("continue_final_message: the chat template does not write the last message as it is")
-    return (
-        text[:at] if text[at : at + len(TAG)] == TAG else text[:at].rstrip()
-    )  # a trimming template trims here too
+    kept = text[:at] if text[at : at + len(TAG)] == TAG else text[:at].rstrip()  # what the template trims
+    return kept.replace(TAG, "").replace(TAG.strip(), "")  # a template may write the message more than once
 
 
 def _mask(row: Encoding, spans: Sequence[tuple[int, int]]) -> list[int]:

@@ -31,7 +31,8 @@ class Pad(Encode):
             encoded_inputs: a dictionary of lists (one text, or one list per text), or a list of dictionaries. Ids,
                 attention masks, token types and special-token masks are padded; other keys (labels) are passed on.
             padding, max_length, pad_to_multiple_of, padding_side, return_tensors: as in the call.
-            return_attention_mask: whether the result has a mask; default by `model_input_names`.
+            return_attention_mask: whether the result has a mask (False removes one that came in); default by
+                `model_input_names`.
 
         Returns:
             `BatchEncoding`, arrays of the framework that came in unless `return_tensors` says otherwise. The input is
@@ -51,6 +52,8 @@ class Pad(Encode):
             if return_attention_mask is None
             else return_attention_mask
         )
+        if return_attention_mask is False:
+            data.pop("attention_mask", None)
         if not ids:
             return BatchEncoding(
                 {**data, "attention_mask": []} if with_mask else data, tensor_type=return_tensors
