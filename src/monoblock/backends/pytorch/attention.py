@@ -48,8 +48,16 @@ def attend(q_bhqd: Tensor, k_bgkd: Tensor, v_bgkd: Tensor, scope: Scope, kernel:
                 q_bhqd, k_bhkd, v_bhkd, is_causal=scope.causal, scale=kernel.scale
             )
         if q_bhqd.device.type == "cpu":
-            return _flash_cpu(q_bhqd, k_bhkd, v_bhkd, bias, scope.causal, kernel.scale)
-    return _by_blocks(q_bhqd, k_bhkd, v_bhkd, scope, kernel)
+            out = _flash_cpu(q_bhqd, k_bhkd, v_bhkd, bias, scope.causal, kernel.scale)
+            return _evened(out, v_bhkd, scope)
+    return _evened(_by_blocks(q_bhqd, k_bhkd, v_bhkd, scope, kernel), v_bhkd, scope)
+
+
+def _evened(out_bhqd: Tensor, v_bhkd: Tensor, scope: Scope) -> Tensor:
+    """Queries that see no key get the mean of all values, as from a softmax of equal scores: the kernels agree on
+    padding too, which a loss over all places of a row (a span's) takes in."""
+    blind = scope.blind()
+    return out_bhqd if blind is None else torch.where(blind, v_bhkd.mean(dim=2, keepdim=True), out_bhqd)
 
 
 def _one_query(q_bhqd: Tensor, k_bgkd: Tensor, v_bgkd: Tensor, scope: Scope, kernel: Kernel) -> Tensor:

@@ -158,6 +158,15 @@ class Scope:
         ramp = self.slopes_h[None, :, None, None] * away
         return ramp.to(dtype).expand(seen.shape[0], -1, stop - start, -1).masked_fill(~seen, lowest)
 
+    def blind(self) -> Tensor | None:
+        """(b, 1, q, 1), True for queries before the first real token of a row, which see no key; None if no padding
+        can make such."""
+        if self.valid_bk is None or not self.causal:
+            return None
+        if "blind" not in self.memo:
+            self.memo["blind"] = self.valid_bk.cumsum(-1)[:, None, self.index_q, None] == 0
+        return self.memo["blind"]
+
     def keys_of(self, start: int, stop: int) -> tuple[int, int]:
         """The range of keys that any of these queries may see; all of them unless keys and queries line up."""
         if not self.aligned:
