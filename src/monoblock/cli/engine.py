@@ -26,12 +26,13 @@ class Reply:
 
     def summary(self) -> str:
         """Counts and speeds in one line. The first token's time is the prompt's; the others are the speed."""
+        prompt = f"prompt: {_tokens(self.prompt_tokens)}"
         if not self.tokens:
-            return f"[no tokens; prompt: {self.prompt_tokens} tokens]"
-        line = f"[{self.tokens} tokens in {self.last - self.started:.2f} s"
+            return f"[no tokens; {prompt}]"
+        line = f"[{_tokens(self.tokens)} in {self.last - self.started:.2f} s"
         if self.tokens > 1 and self.last > self.first:
             line += f": {(self.tokens - 1) / (self.last - self.first):.1f} tokens/s"
-        return f"{line}; prompt: {self.prompt_tokens} tokens, {self.first - self.started:.2f} s]"
+        return f"{line}; {prompt}, {self.first - self.started:.2f} s]"
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,10 @@ class Engine:
             reply.interrupted = True
             streamer.end()  # the streamer holds back the last word until it knows where that ends
         return reply
+
+
+def _tokens(count: int) -> str:
+    return "1 token" if count == 1 else f"{count} tokens"
 
 
 def load(source: Source, hub: Hub) -> Engine:

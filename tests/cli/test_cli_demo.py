@@ -1,0 +1,76 @@
+"""The command line with the embedded model, from end to end."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+from terminal import CTRL_C, Terminal
+
+pytest.importorskip("torch")
+
+CLI = ("-m", "monoblock.cli")
+
+
+def run(*args: str, text: str = "") -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, *CLI, *args]
+    return subprocess.run(command, capture_output=True, text=True, input=text, timeout=120)
+
+
+def test_generate_completes_python() -> None:
+    first = run("generate", "def fibonacci(n):", "--max-new-tokens", "24", "--seed", "1")
+    assert first.returncode == 0, first.stderr
+    assert first.stdout.startswith("\n    ")  # a body, indented
+    assert "24 tokens in" in first.stderr
+    assert (
+        run("generate", "def fibonacci(n):", "--max-new-tokens", "24", "--seed", "1").stdout == first.stdout
+    )
+
+
+def test_greedy_options_do_what_they_say() -> None:
+    greedy = run("generate", "import ", "-n", "8", "-t", "0", "--quiet")
+    assert greedy.returncode == 0, greedy.stderr
+    assert greedy.stderr == ""
+    assert run("generate", "import ", "-n", "8", "--top-k", "1", "--quiet").stdout == greedy.stdout
+    stopped = run("generate", "def f(x):", "-n", "200", "-t", "0", "--stop", "\n", "--quiet").stdout
+    assert stopped.count("\n") == 1
+
+
+def test_chat_in_a_pipe() -> None:
+    result = run("chat", "-n", "12", "--seed", "3", text="def add(a, b):\n/retry\n")
+    assert result.returncode == 0, result.stderr
+    assert "the embedded demo has no chat template" in result.stderr
+    assert result.stderr.count("12 tokens in") == 2
+
+
+def test_chat_at_a_terminal_stops_a_reply() -> None:
+    with Terminal([*CLI, "chat", "--temperature", "1", "-n", "2000"]) as terminal:
+        terminal.expect("\n> ", seconds=60)
+        terminal.type("class Stack:\n")
+        terminal.expect("class Stack:\n")  # the terminal's echo
+        terminal.expect("self", seconds=60)
+        terminal.type(CTRL_C)
+        assert "stopped" in terminal.expect("\n> ")
+        terminal.type("/exit\n")
+        assert terminal.end() == 0
+
+
+def test_info_counts_what_the_model_has() -> None:
+    from monoblock import AutoModelForCausalLM, demo
+
+    found = json.loads(run("info", "--json").stdout)
+    model = AutoModelForCausalLM.from_pretrained(demo.path())
+    assert found["model"] == "the embedded demo"
+    assert found["parameters"] == model.num_parameters()
+    assert sum(found["stored"].values()) == found["parameters"]
+    assert sum(size for size in found["files"].values()) < 12 * 2**20  # what the package may weigh
+
+
+def test_a_model_that_is_not_there() -> None:
+    result = run("generate", "x", "--model", "/no/such/folder")
+    assert result.returncode == 1
+    assert result.stderr.startswith("monoblock: ")
+    assert result.stderr.count("\n") == 1
+    assert result.stdout == ""
