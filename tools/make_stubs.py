@@ -1,6 +1,6 @@
 """Write `src/monoblock/__init__.pyi`, the static view of the lazy public names. `--check`: only compare.
 
-    python tools/make_stubs.py [--check]
+python tools/make_stubs.py [--check]
 """
 
 from __future__ import annotations
@@ -58,12 +58,12 @@ def _row(name: str) -> tuple[Family, ModelClass]:
 
 
 def _class(family: Family, row: ModelClass) -> str:
-    extra = importlib.import_module("monoblock.backends.pytorch.pretrained").EXTRA
+    extra = importlib.import_module("monoblock.backends.pytorch.classes").extra_arguments(family, row)
     names = row.forward.split()
     arguments = [_argument(name) for name in names]
-    arguments += ["*", *(_argument(name) for name in extra if name not in names)]
+    arguments += ["*", *(_argument(name) for name in extra)]
     lines = "".join(f"        {argument},\n" for argument in arguments)
-    return f'''
+    return f"""
 class {row.name}(PreTrainedModel):
     config: {family.config.__name__}
     def __init__(self, config: {family.config.__name__}) -> None: ...
@@ -71,7 +71,7 @@ class {row.name}(PreTrainedModel):
         self,
 {lines}    ) -> {row.output} | tuple[Any, ...]: ...
     __call__ = forward
-'''
+"""
 
 
 def _argument(name: str) -> str:

@@ -49,7 +49,7 @@ _HOME: dict[str, str] = {
 
 # The model classes of each framework: module -> names.
 _MODELS: dict[str, tuple[str, ...]] = {
-    "monoblock.backends.pytorch.pretrained": (
+    "monoblock.backends.pytorch.classes": (
         "MptForCausalLM",
         "MptForQuestionAnswering",
         "MptForSequenceClassification",

@@ -102,9 +102,11 @@ class MptForQuestionAnswering(PreTrainedModel):
         return_dict: bool | None = None,
         *,
         position_ids: Tensor | None = None,
+        past_key_values: Cache | tuple[tuple[Tensor, Tensor], ...] | None = None,
+        use_cache: bool | None = None,
+        cache_position: Tensor | None = None,
         sequence_id: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
-        cache_position: Tensor | None = None,
     ) -> QuestionAnsweringModelOutput | tuple[Any, ...]: ...
     __call__ = forward
 
@@ -124,9 +126,9 @@ class MptForSequenceClassification(PreTrainedModel):
         return_dict: bool | None = None,
         *,
         position_ids: Tensor | None = None,
+        cache_position: Tensor | None = None,
         sequence_id: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
-        cache_position: Tensor | None = None,
     ) -> SequenceClassifierOutputWithPast | tuple[Any, ...]: ...
     __call__ = forward
 
@@ -146,9 +148,9 @@ class MptForTokenClassification(PreTrainedModel):
         return_dict: bool | None = None,
         *,
         position_ids: Tensor | None = None,
+        cache_position: Tensor | None = None,
         sequence_id: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
-        cache_position: Tensor | None = None,
     ) -> TokenClassifierOutput | tuple[Any, ...]: ...
     __call__ = forward
 

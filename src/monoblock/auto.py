@@ -65,7 +65,7 @@ class _AutoModel:
 
     @classmethod
     def _class(cls, config: PretrainedConfig) -> Any:
-        from monoblock.backends.pytorch.pretrained import make_class
+        from monoblock.backends.pytorch.classes import make_class
 
         return make_class(families.auto_class(cls.__name__, config))
 

@@ -5,40 +5,59 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from monoblock.spec import Norm
+
+Pool = Literal["all", "last", "first"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class HeadKind:
-    """A kind of head. `output` names its class in `outputs`; `labels` its label arguments, in order.
+    """A kind of head.
 
-    `pool`: which hidden state is classified: each one, or the last that is not padding. `size`: the width of
-    the projection.
+    `labels`: its label arguments. `pool`: which hidden states are projected: all, the last that is not padding,
+    or the first. `dense`: the activation of a square layer before the projection (None: there is none), whose
+    input drops out too if `drop_in`. `size`: the outputs of the projection (None: there is none).
     """
 
-    output: str
-    labels: tuple[str, ...]
-    size: Literal["vocab", "labels", "two"]
-    pool: Literal["none", "last"] = "none"
+    labels: tuple[str, ...] = ("labels",)
+    pool: Pool = "all"
+    dense: Literal["tanh", "gelu"] | None = None
+    drop_in: bool = True
+    size: Literal["vocab", "labels", "two", "one"] | None = "labels"
     bias: bool = True
 
 
 KINDS: dict[str, HeadKind] = {
-    "causal": HeadKind(output="CausalLMOutputWithPast", labels=("labels",), size="vocab", bias=False),
-    "sequence": HeadKind(
-        output="SequenceClassifierOutputWithPast", labels=("labels",), size="labels", pool="last", bias=False
-    ),
-    "token": HeadKind(output="TokenClassifierOutput", labels=("labels",), size="labels"),
-    "span": HeadKind(
-        output="QuestionAnsweringModelOutput", labels=("start_positions", "end_positions"), size="two"
-    ),
+    "causal": HeadKind(size="vocab", bias=False),
+    "masked": HeadKind(size="vocab", dense="gelu"),
+    "double": HeadKind(labels=("labels", "mc_labels"), size="vocab", bias=False),
+    "sequence": HeadKind(pool="last", bias=False),
+    "first": HeadKind(pool="first", dense="tanh"),
+    "choice": HeadKind(pool="first", dense="tanh", drop_in=False, size="one"),
+    "pooler": HeadKind(labels=(), pool="first", dense="tanh", drop_in=False, size=None),
+    "token": HeadKind(),
+    "span": HeadKind(labels=("start_positions", "end_positions"), size="two"),
 }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summary:
+    """The choice head of a double head: which hidden state, the projection's width (None: no projection), the
+    activation after it, and the dropouts before and after."""
+
+    pool: Literal["last", "first", "mean", "cls_index"]
+    size: int | None
+    tanh: bool
+    dropout_in: float
+    dropout_out: float
 
 
 @dataclass(frozen=True, kw_only=True)
 class HeadSpec:
     """A head as one model has it: its kind, and the numbers that the config gives.
 
-    `dropout` acts on the hidden states before the projection. `pad_id` tells where a row ends. `problem_type`
-    fixes the loss of a sequence head; None infers it from the labels of each call.
+    `dropout` acts on what is projected. `norm` follows the dense layer. `pad_id` tells where a row ends.
+    `problem_type` fixes the loss of a head over sequences; None infers it from the labels of each call.
     """
 
     kind: str
@@ -46,7 +65,10 @@ class HeadSpec:
     dropout: float = 0.0
     problem_type: str | None = None
     pad_id: int | None = None
+    norm: Norm | None = None
+    summary: Summary | None = None
 
-    def size(self, vocab: int) -> int:
-        """The number of outputs of the projection."""
-        return {"vocab": vocab, "labels": self.labels, "two": 2}[KINDS[self.kind].size]
+    def size(self, vocab: int) -> int | None:
+        """The number of outputs of the projection; None if there is no projection."""
+        size = KINDS[self.kind].size
+        return None if size is None else {"vocab": vocab, "labels": self.labels, "two": 2, "one": 1}[size]

@@ -119,3 +119,78 @@ class QuestionAnsweringModelOutput(ModelOutput):
     end_logits: Any = None
     hidden_states: tuple[Any, ...] | None = None
     attentions: tuple[Any, ...] | None = None
+
+
+@dataclass
+class BaseModelOutput(ModelOutput):
+    """Shapes: last_hidden_state (batch, tokens, width); hidden_states layers + 1 of it. The hub's class of this name
+    has no cache; here one comes last if it was asked for."""
+
+    last_hidden_state: Any = None
+    hidden_states: tuple[Any, ...] | None = None
+    attentions: tuple[Any, ...] | None = None
+    past_key_values: Any = None
+
+
+@dataclass
+class BaseModelOutputWithPooling(ModelOutput):
+    """Shapes: last_hidden_state (batch, tokens, width); pooler_output (batch, width)."""
+
+    last_hidden_state: Any = None
+    pooler_output: Any = None
+    hidden_states: tuple[Any, ...] | None = None
+    attentions: tuple[Any, ...] | None = None
+
+
+@dataclass
+class CausalLMOutput(ModelOutput):
+    """Shapes: loss (); logits (batch, tokens, vocab). The hub's class of this name has no cache; here one comes last
+    if it was asked for."""
+
+    loss: Any = None
+    logits: Any = None
+    hidden_states: tuple[Any, ...] | None = None
+    attentions: tuple[Any, ...] | None = None
+    past_key_values: Any = None
+
+
+@dataclass
+class MaskedLMOutput(ModelOutput):
+    """Shapes: loss (); logits (batch, tokens, vocab)."""
+
+    loss: Any = None
+    logits: Any = None
+    hidden_states: tuple[Any, ...] | None = None
+    attentions: tuple[Any, ...] | None = None
+
+
+@dataclass
+class SequenceClassifierOutput(ModelOutput):
+    """Shapes: loss (); logits (batch, labels)."""
+
+    loss: Any = None
+    logits: Any = None
+    hidden_states: tuple[Any, ...] | None = None
+    attentions: tuple[Any, ...] | None = None
+
+
+@dataclass
+class MultipleChoiceModelOutput(ModelOutput):
+    """Shapes: loss (); logits (batch, choices)."""
+
+    loss: Any = None
+    logits: Any = None
+    hidden_states: tuple[Any, ...] | None = None
+    attentions: tuple[Any, ...] | None = None
+
+
+@dataclass
+class OpenAIGPTDoubleHeadsModelOutput(ModelOutput):
+    """Shapes: loss and mc_loss (); logits (batch, choices, tokens, vocab); mc_logits (batch, choices)."""
+
+    loss: Any = None
+    mc_loss: Any = None
+    logits: Any = None
+    mc_logits: Any = None
+    hidden_states: tuple[Any, ...] | None = None
+    attentions: tuple[Any, ...] | None = None

@@ -34,12 +34,13 @@ class QkNorm:
 class Learned:
     """A table of `size` positions; the first token has position `offset`.
 
-    `from_padding`: positions count the tokens that are not padding (MPNet), instead of all tokens.
+    `pad_id`: where token ids are given, positions count the tokens that are not this one, which has position
+    `offset - 1` (MPNet); None: they count the tokens that the attention mask leaves.
     """
 
     size: int
     offset: int = 0
-    from_padding: bool = False
+    pad_id: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,8 +135,20 @@ class Dropout:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Patches:
+    """Image patches of `size` numbers, projected into the places of the tokens `token_id` (Fuyu)."""
+
+    size: int
+    token_id: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class ArchSpec:
-    """A transformer, whole. `windows[i]` is how many keys layer i sees, the query's own included; None: all."""
+    """A transformer, whole. `windows[i]` is how many keys layer i sees, the query's own included; None: all.
+
+    `token_types`: token type ids are looked up in the word embedding. `embed_gradient`: the share of the gradient
+    that reaches the embedding.
+    """
 
     vocab: int
     width: int
@@ -153,6 +166,8 @@ class ArchSpec:
     logit_scale: float = 1.0
     logit_softcap: float | None = None
     embed_gradient: float = 1.0
+    token_types: bool = False
+    patches: Patches | None = None
     init_std: float = 0.02
 
     @property

@@ -15,14 +15,21 @@ def parameters(spec: ArchSpec, head: HeadSpec | None = None) -> dict[str, Shape]
 
     A tied head has no matrix of its own here: its name is in `tied()`.
     """
-    tree = dict(_backbone(spec))
-    if head is not None:
-        size = head.size(spec.vocab)
+    return dict([*_backbone(spec), *(_head(spec, head) if head else ())])
+
+
+def _head(spec: ArchSpec, head: HeadSpec) -> Iterator[tuple[str, Shape]]:
+    kind, size = KINDS[head.kind], head.size(spec.vocab)
+    if kind.dense:
+        yield from _linear("head.dense", spec.width, spec.width, True)
+    yield from _norm("head.norm", head.norm, spec.width)
+    if size is not None:
         if not tied(spec, head):
-            tree["head.out.weight"] = (size, spec.width)
-        if KINDS[head.kind].bias:
-            tree["head.out.bias"] = (size,)
-    return tree
+            yield "head.out.weight", (size, spec.width)
+        if kind.bias:
+            yield "head.out.bias", (size,)
+    if head.summary and head.summary.size is not None:
+        yield from _linear("head.summary", head.summary.size, spec.width, True)
 
 
 def tied(spec: ArchSpec, head: HeadSpec | None) -> dict[str, str]:
@@ -38,6 +45,8 @@ def _backbone(spec: ArchSpec) -> Iterator[tuple[str, Shape]]:
         yield "pos_embed.weight", (learned.size, spec.width)
     if buckets := spec.position(Buckets):
         yield "rel_bias.weight", (buckets.count, spec.attention.heads)
+    if spec.patches:
+        yield from _linear("patch_embed", spec.width, spec.patches.size, True)
     yield from _norm("embed_norm", spec.embed_norm, spec.width)
     for i in range(spec.layers):
         yield from _block(f"blocks.{i}", spec)

@@ -116,6 +116,11 @@ class KeyMap:
     ignored: tuple[str, ...] = ()
     other_prefixes: tuple[str, ...] = ()
 
+    @property
+    def inside(self) -> bool:
+        """Whether the bare model is a part of this one, and so its names carry the prefix. A pooler is its own."""
+        return self.head not in (None, "pooler")
+
     def source(self, canonical: str) -> Source:
         """The spelling under which a canonical parameter is written."""
         return self._candidates(canonical)[0]
@@ -149,7 +154,7 @@ class KeyMap:
     def _candidates(self, canonical: str) -> list[Source]:
         if canonical.startswith("head."):
             return _spelled(self.heads[self.head or ""], canonical, ("",))
-        first, second = (self.prefix, "") if self.head else ("", self.prefix)
+        first, second = (self.prefix, "") if self.inside else ("", self.prefix)
         return _spelled(self.rows, canonical, (first, second, *self.other_prefixes))
 
     def _is_known(self, key: str) -> bool:

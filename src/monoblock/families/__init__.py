@@ -25,12 +25,13 @@ class ModelClass:
 @dataclass(frozen=True, kw_only=True)
 class Family:
     """A family as data: its config class, key map and public classes. `prefix` is the hub's attribute name of
-    the bare model inside a model with a head."""
+    the bare model inside a model with a head. `extra`: keywords of every forward beyond the signatures."""
 
     config: type[PretrainedConfig]
     prefix: str
     keymap: Callable[[Any, str | None], KeyMap]
     classes: tuple[ModelClass, ...]
+    extra: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:

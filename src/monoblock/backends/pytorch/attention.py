@@ -114,7 +114,7 @@ def _by_blocks(q_bhqd: Tensor, k_bhkd: Tensor, v_bhkd: Tensor, scope: Scope, ker
 def attend_eager(
     q_bhqd: Tensor, k_bgkd: Tensor, v_bgkd: Tensor, scope: Scope, kernel: Kernel
 ) -> tuple[Tensor, Tensor]:
-    """Attention by its formula, softmax in fp32; the output and the weights (b, h, q, k) after dropout."""
+    """Attention by its formula, scores and softmax in fp32; the output and the weights (b, h, q, k) after dropout."""
     k_bhkd, v_bhkd = repeat_groups(k_bgkd, q_bhqd.shape[1]), repeat_groups(v_bgkd, q_bhqd.shape[1])
     bias = scope.bias(0, q_bhqd.shape[2], 0, k_bhkd.shape[2], torch.float32)
     weights = _weights(q_bhqd, k_bhkd, bias, kernel).to(v_bhkd.dtype)
@@ -122,7 +122,7 @@ def attend_eager(
 
 
 def _weights(q_bhqd: Tensor, k_bhkd: Tensor, bias: Tensor, kernel: Kernel) -> Tensor:
-    scores = (q_bhqd @ k_bhkd.mT).float() * kernel.scale
+    scores = (q_bhqd.float() @ k_bhkd.float().mT) * kernel.scale
     if kernel.softcap is not None:
         scores = kernel.softcap * torch.tanh(scores / kernel.softcap)
     weights = (scores + bias).softmax(dim=-1)
@@ -148,6 +148,10 @@ def attend_flex(q_bhqd: Tensor, k_bgkd: Tensor, v_bgkd: Tensor, scope: Scope, ke
     if kernel.dropout:
         raise ValueError(
             "flex_attention has no attention dropout: set it to 0 or use attn_implementation='sdpa'"
+        )
+    if scope.relative is not None:
+        raise ValueError(
+            "flex_attention has no relative position buckets here: use attn_implementation='sdpa'"
         )
     seen, slopes = _flex_mask(scope), scope.slopes_h
     index_q, index_k = scope.index_q, scope.index_k
@@ -178,7 +182,9 @@ def _flex_mask(scope: Scope) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tenso
         if scope.valid_bk is not None:
             inside = inside & scope.valid_bk[b, k]
         if scope.segment_bk is not None:
-            inside = inside & (scope.segment_bk[b, scope.index_q[q]] == scope.segment_bk[b, k])
+            inside = inside & (
+                scope.segment_bk[b, scope.index_q[q] - scope.index_k[0]] == scope.segment_bk[b, k]
+            )
         return inside
 
     return seen
@@ -192,10 +198,11 @@ def _flex() -> Callable[..., Any]:
 
 
 def attend_flash2(q_bhqd: Tensor, k_bgkd: Tensor, v_bgkd: Tensor, scope: Scope, kernel: Kernel) -> Tensor:
-    """The flash-attn package (GPU, fp16 or bf16). What it cannot do (padding, packed rows) goes to `attend`."""
+    """The flash-attn package (GPU, fp16 or bf16). What it cannot do (padding, packed
+    rows, buckets) goes to `attend`."""
     from flash_attn import flash_attn_func  # pyright: ignore[reportMissingImports]
 
-    if scope.valid_bk is not None or scope.segment_bk is not None:
+    if any(x is not None for x in (scope.valid_bk, scope.segment_bk, scope.relative)):
         return attend(q_bhqd, k_bgkd, v_bgkd, scope, kernel)
     span = (-1, -1) if scope.window is None else (scope.window - 1, 0 if scope.causal else scope.window - 1)
     out = flash_attn_func(

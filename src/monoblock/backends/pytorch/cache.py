@@ -78,8 +78,12 @@ class Cache:
 
     def to_legacy_cache(self) -> Legacy:
         """For each layer a tuple of the keys and the values of the tokens seen so far."""
-        layers = zip(self.keys, self.values, self.lengths, strict=True)
-        return tuple((k[:, :, :length], v[:, :, :length]) for k, v, length in layers)
+        held = [self.held(i) for i in range(len(self))]
+        return tuple((k[:, :, :n], v[:, :, :n]) for k, v, n in zip(self.keys, self.values, held, strict=True))
+
+    def held(self, layer_idx: int) -> int:
+        """How many tokens that layer still has: all, or the last ones of a windowed layer."""
+        return self.lengths[layer_idx]
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -94,15 +98,20 @@ class Cache:
 class DynamicCache(Cache):
     """A cache that grows; room is made in steps, so that the cost of a token does not grow with the text.
 
-    `ddp_cache_data`: (keys, values) of each layer to begin with. `config` stands in the hub's signature; the
-    cache learns its sizes from the first tokens.
+    `ddp_cache_data`: (keys, values) of each layer to begin with. `config`: a model's config or spec; layers whose
+    window it gives keep only the tokens of the window and `SLACK` more.
     """
+
+    # Tokens that a layer keeps beyond its window, so that a few may be taken back.
+    SLACK = 64
 
     def __init__(
         self, ddp_cache_data: Sequence[tuple[Tensor, Tensor]] | None = None, config: Any = None
     ) -> None:
         super().__init__()
-        self.config = config
+        spec = config.to_spec() if hasattr(config, "to_spec") else config
+        self.windows: tuple[int | None, ...] = spec.windows if spec is not None else ()
+        self.dropped: list[int] = []
         for i, (keys, values) in enumerate(ddp_cache_data or ()):
             self.update(keys, values, i)
 
@@ -113,10 +122,55 @@ class DynamicCache(Cache):
         """A cache that begins with (keys, values) of each layer, (batch, kv_heads, tokens, head_dim)."""
         return cls(past_key_values)
 
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
+        if layer_idx >= len(self.windows) or (window := self.windows[layer_idx]) is None:
+            return super().update(key_states, value_states, layer_idx)
+        return self._roll(key_states, value_states, layer_idx, window)
+
+    def _roll(self, keys: Tensor, values: Tensor, layer_idx: int, window: int) -> tuple[Tensor, Tensor]:
+        """Append, and return the keys that the new tokens may see; drop those that no later token will."""
+        if layer_idx == len(self.keys):
+            self._begin(keys, values)
+        past, held, count = self.lengths[layer_idx], self.held(layer_idx), keys.shape[2]
+        if past == 0:
+            self.keys[layer_idx], self.values[layer_idx] = keys, values
+        else:
+            self._make_room(layer_idx, held, held + count)
+            self.keys[layer_idx][:, :, held : held + count] = keys
+            self.values[layer_idx][:, :, held : held + count] = values
+        seen = slice(max(0, held - window + 1), held + count)
+        result = self.keys[layer_idx][:, :, seen], self.values[layer_idx][:, :, seen]
+        self.lengths[layer_idx] = past + count
+        kept = window - 1 + self.SLACK
+        if held + count > 2 * kept:
+            for tensors in (self.keys, self.values):
+                tensors[layer_idx] = tensors[layer_idx][:, :, held + count - kept : held + count].clone()
+            self.dropped[layer_idx] = past + count - kept
+        return result
+
+    def crop(self, max_length: int) -> None:
+        before = self.get_seq_length()
+        super().crop(max_length)
+        after = self.get_seq_length()
+        for dropped, window in zip(self.dropped, self.windows, strict=False):
+            if dropped and window is not None and after - dropped < window - 1:
+                self.lengths = [before] * len(self.lengths)
+                raise ValueError(
+                    f"a windowed layer has dropped the first {dropped} tokens: it cannot go back to {after} tokens"
+                )
+
+    def reset(self) -> None:
+        super().reset()
+        self.dropped = [0] * len(self.dropped)
+
+    def held(self, layer_idx: int) -> int:
+        return self.lengths[layer_idx] - self.dropped[layer_idx]
+
     def _begin(self, keys: Tensor, values: Tensor) -> None:
         self.keys.append(keys)
         self.values.append(values)
         self.lengths.append(0)
+        self.dropped.append(0)
 
     def _make_room(self, layer_idx: int, past: int, total: int) -> None:
         """A buffer that holds `total` tokens; a new one as well where the old one is part of a gradient's graph."""

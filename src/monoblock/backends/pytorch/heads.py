@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from monoblock.backends.pytorch.model import make_norm
 from monoblock.heads import KINDS, HeadSpec
 from monoblock.spec import ArchSpec
 
@@ -16,19 +18,32 @@ Count = Tensor | int | None
 
 
 class Head(nn.Module):
-    """Dropout and a projection; for a tied head the matrix is the embedding's."""
+    """Dropout, a dense layer where the kind has one, and a projection; a tied one's matrix is the embedding's."""
 
     def __init__(self, spec: ArchSpec, head: HeadSpec) -> None:
         super().__init__()
-        self.spec = head
-        self.vocabulary = KINDS[head.kind].size == "vocab"
+        self.spec, kind = head, KINDS[head.kind]
+        self.vocabulary = kind.size == "vocab"
         self.scale, self.softcap = spec.logit_scale, spec.logit_softcap
         self.dropout = nn.Dropout(head.dropout)
-        self.out = nn.Linear(spec.width, head.size(spec.vocab), bias=KINDS[head.kind].bias)
+        self.dense = nn.Linear(spec.width, spec.width) if kind.dense else None
+        self.act = _DENSE_ACT[kind.dense] if kind.dense else None
+        self.drop_in = kind.drop_in
+        self.norm = make_norm(head.norm, spec.width) if head.norm else nn.Identity()
+        size = head.size(spec.vocab)
+        self.out = None if size is None else nn.Linear(spec.width, size, bias=kind.bias)
+        summary = head.summary
+        self.summary = nn.Linear(spec.width, summary.size) if summary and summary.size is not None else None
 
-    def forward(self, hidden_bsw: Tensor) -> Tensor:
-        """Logits (b, s, v); those over the vocabulary are scaled and capped as the spec says."""
-        logits = self.out(self.dropout(hidden_bsw))
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Logits (..., v) of hidden states (..., w); those over the vocabulary are scaled and capped as the spec says.
+        Without a projection, the dense layer's output."""
+        if self.dense is not None and self.act is not None:
+            hidden = self.dropout(hidden) if self.drop_in else hidden
+            hidden = self.norm(self.act(self.dense(hidden)))
+        if self.out is None:
+            return hidden
+        logits = self.out(self.dropout(hidden))
         if self.vocabulary and self.scale != 1.0:
             logits = logits * self.scale
         if self.vocabulary and self.softcap is not None:
@@ -124,16 +139,66 @@ def _causal(head: Head, hidden: Tensor, given: dict[str, Any]) -> dict[str, Any]
 
 
 def _sequence(head: Head, hidden: Tensor, given: dict[str, Any]) -> dict[str, Any]:
-    ids, labels, pad_id = given.get("input_ids"), given.get("labels"), head.spec.pad_id
+    pad_id = head.spec.pad_id
     if pad_id is None and hidden.shape[0] > 1:
         raise ValueError(
             "Cannot handle batch sizes > 1 if no padding token is defined: set model.config.pad_token_id"
         )
-    logits = head(last_tokens(hidden, ids, given.get("attention_mask"), pad_id)[:, None])[:, 0]
-    loss = None
+    ids, mask = given.get("input_ids"), given.get("attention_mask")
+    return _classified(head, head(last_tokens(hidden, ids, mask, pad_id)), given)
+
+
+def _first(head: Head, hidden: Tensor, given: dict[str, Any]) -> dict[str, Any]:
+    return _classified(head, head(hidden[:, 0]), given)
+
+
+def _classified(head: Head, logits: Tensor, given: dict[str, Any]) -> dict[str, Any]:
+    labels, loss = given.get("labels"), None
     if labels is not None:
         loss = sequence_loss(logits, labels, head.spec.problem_type, given.get("num_items_in_batch"))
     return {"loss": loss, "logits": logits}
+
+
+def _pooler(head: Head, hidden: Tensor, _: dict[str, Any]) -> dict[str, Any]:
+    return {"last_hidden_state": hidden, "pooler_output": head(hidden[:, 0])}
+
+
+def _choice(head: Head, hidden: Tensor, given: dict[str, Any]) -> dict[str, Any]:
+    labels, count = given.get("labels"), given.get("num_items_in_batch")
+    logits = head(hidden[:, 0]).view(-1, given["choices"])
+    return {"loss": None if labels is None else cross_entropy(logits, labels, count), "logits": logits}
+
+
+def _double(head: Head, hidden: Tensor, given: dict[str, Any]) -> dict[str, Any]:
+    """Language model and multiple choice over hidden states of (batch * choices, s, w)."""
+    count, choices = given.get("num_items_in_batch"), given["choices"]
+    logits = head(hidden)
+    scores = summarised(head, hidden, given.get("mc_token_ids"))
+    loss = mc_loss = None
+    if (labels := given.get("labels")) is not None:
+        loss = causal_loss(logits, labels.reshape(-1, labels.shape[-1]), count)
+    scores = (scores.view(-1, choices, *scores.shape[1:]) if given["nested"] else scores).squeeze(-1)
+    if (mc_labels := given.get("mc_labels")) is not None:
+        mc_loss = cross_entropy(scores, mc_labels, count)
+    logits = logits.view(-1, choices, *logits.shape[1:]) if given["nested"] else logits
+    return {"loss": loss, "mc_loss": mc_loss, "logits": logits, "mc_logits": scores}
+
+
+def summarised(head: Head, hidden_bsw: Tensor, places: Tensor | None) -> Tensor:
+    """One vector a row, (b, labels) or (b, w): of the place asked for (the last one by default), projected."""
+    summary = head.spec.summary
+    assert summary is not None
+    if summary.pool == "mean":
+        x = hidden_bsw.mean(dim=1)
+    elif summary.pool == "cls_index" and places is not None:
+        rows = torch.arange(hidden_bsw.shape[0], device=hidden_bsw.device)
+        x = hidden_bsw[rows, places.reshape(-1).to(hidden_bsw.device)]
+    else:
+        x = hidden_bsw[:, 0 if summary.pool == "first" else -1]
+    x = F.dropout(x, summary.dropout_in, head.training)
+    x = head.summary(x) if head.summary is not None else x
+    x = torch.tanh(x) if summary.tanh else x
+    return F.dropout(x, summary.dropout_out, head.training)
 
 
 def _token(head: Head, hidden: Tensor, given: dict[str, Any]) -> dict[str, Any]:
@@ -151,4 +216,16 @@ def _span(head: Head, hidden: Tensor, given: dict[str, Any]) -> dict[str, Any]:
     return {"loss": loss, "start_logits": start, "end_logits": end}
 
 
-_OUTPUTS = {"causal": _causal, "sequence": _sequence, "token": _token, "span": _span}
+_DENSE_ACT: dict[str, Callable[[Tensor], Tensor]] = {"tanh": torch.tanh, "gelu": F.gelu}
+
+_OUTPUTS = {
+    "causal": _causal,
+    "masked": _token,
+    "double": _double,
+    "sequence": _sequence,
+    "first": _first,
+    "choice": _choice,
+    "pooler": _pooler,
+    "token": _token,
+    "span": _span,
+}

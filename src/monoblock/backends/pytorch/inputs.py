@@ -68,12 +68,6 @@ def prepare(
     _check_cache_position(given.get("cache_position"), past, count)
     valid = _valid(given.get("attention_mask"), batch, past, count)
     key_positions = index_k[None] if valid is None else (valid.cumsum(-1) - 1).clamp(min=0)
-    positions = given.get("position_ids")
-    if positions is None:
-        positions = key_positions[:, past:]
-    elif positions.shape[-1] != count:
-        raise ValueError(f"position_ids must be (batch, {count}), got {tuple(positions.shape)}")
-    _check_length(spec, positions)
     scope = Scope(
         index_q=index_k[past:],
         index_k=index_k,
@@ -84,17 +78,57 @@ def prepare(
     )
     call = Call(
         scope=scope,
-        positions_bs=positions,
+        positions_bs=_positions(spec, given, key_positions[:, past:]),
         key_positions_bk=key_positions,
         cache=cache,
         attentions=bool(given.get("output_attentions")),
+        head_mask=_head_mask(spec, given.get("head_mask")),
     )
     return Inputs(call, form)
 
 
+def _positions(spec: ArchSpec, given: dict[str, Any], counted_bs: Tensor) -> Tensor:
+    """The position of each token that comes in: as given, else counted; an index of the table if there is one."""
+    learned, ids = spec.position(Learned), given.get("input_ids")
+    positions = given.get("position_ids")
+    if positions is not None:
+        if positions.shape[-1] != counted_bs.shape[1]:
+            raise ValueError(
+                f"position_ids must be (batch, {counted_bs.shape[1]}), got {tuple(positions.shape)}"
+            )
+        positions = positions.reshape(-1, positions.shape[-1])
+    elif learned is None:
+        positions = counted_bs
+    elif learned.pad_id is not None and ids is not None:
+        real = ids != learned.pad_id
+        positions = torch.where(real, real.cumsum(-1), 0) + learned.offset - 1
+    else:
+        positions = counted_bs + learned.offset
+    if learned is not None and int(positions.max()) >= learned.size:
+        room, needed = learned.size - learned.offset, int(positions.max()) + 1 - learned.offset
+        raise ValueError(
+            f"the model has {room} learned positions, but the text with its past has {needed} tokens: shorten it"
+        )
+    return positions
+
+
+def _head_mask(spec: ArchSpec, mask: Tensor | None) -> Tensor | None:
+    """(layers, 1, h, 1, 1) from the hub's (heads,) or (layers, heads)."""
+    if mask is None:
+        return None
+    heads = spec.attention.heads
+    if mask.shape not in ((heads,), (spec.layers, heads)):
+        raise ValueError(
+            f"head_mask must be ({heads},) or ({spec.layers}, {heads}), a factor for each head, got {tuple(mask.shape)}"
+        )
+    return mask.expand(spec.layers, heads)[:, None, :, None, None]
+
+
 def _cache(spec: ArchSpec, past: Any, batch: int, use_cache: bool) -> tuple[Cache | None, str | None]:
+    if not spec.causal and (use_cache or past is not None):
+        raise ValueError("a model that looks both ways has no cache: leave out use_cache and past_key_values")
     if past is None:
-        return (DynamicCache() if use_cache else None), None
+        return (DynamicCache(config=spec) if use_cache else None), None
     if isinstance(past, Cache):
         return past, None
     if not isinstance(past, Sequence):
@@ -128,17 +162,6 @@ def _valid(mask: Tensor | None, batch: int, past: int, count: int) -> Tensor | N
     return None if bool(valid.all()) else valid
 
 
-def _check_length(spec: ArchSpec, positions: Tensor) -> None:
-    learned = spec.position(Learned)
-    if learned is None:
-        return
-    longest, room = int(positions.max()) + 1, learned.size - learned.offset
-    if longest > room:
-        raise ValueError(
-            f"the model has {room} learned positions, but the text with its past has {longest} tokens"
-        )
-
-
 def _segments(spec: ArchSpec, segments: Tensor | None, batch: int, total: int) -> Tensor | None:
     if segments is None:
         return None
@@ -156,3 +179,16 @@ def _segments(spec: ArchSpec, segments: Tensor | None, batch: int, total: int) -
 def has_positions(spec: ArchSpec) -> bool:
     """Whether position ids act on this model."""
     return any(isinstance(p, Learned | Rotary) for p in spec.positions)
+
+
+def flattened(given: dict[str, Any]) -> dict[str, Any]:
+    """Choices as rows: (batch, choices, tokens) becomes (batch * choices, tokens). Adds "choices" and "nested"."""
+    ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
+    tokens, dims = (ids, 3) if embeds is None else (embeds, 4)
+    nested = tokens is not None and tokens.dim() == dims
+    flat = dict(given, choices=tokens.shape[1] if nested and tokens is not None else 1, nested=nested)
+    if nested:
+        for name in ("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds"):
+            if (value := flat.get(name)) is not None:
+                flat[name] = value.flatten(0, 1)
+    return flat

@@ -17,8 +17,8 @@ from torch.utils.checkpoint import checkpoint
 
 from monoblock.backends.pytorch import attention
 from monoblock.backends.pytorch.cache import Cache
-from monoblock.backends.pytorch.ops import ACT, Scope, rotate, rotations
-from monoblock.spec import Alibi, ArchSpec, Learned, Norm, Rotary
+from monoblock.backends.pytorch.ops import ACT, Scope, bucketed, rotate, rotations
+from monoblock.spec import Alibi, ArchSpec, Buckets, Learned, Norm, Rotary
 
 
 @dataclass
@@ -26,7 +26,7 @@ class Call:
     """What one forward pass gives to every block.
 
     Positions, of the tokens that come in and of all keys, count tokens without padding; a first axis of 1 stands
-    for all rows.
+    for all rows. `head_mask` (layers, 1, h, 1, 1) scales each head's weights.
     """
 
     scope: Scope
@@ -34,6 +34,7 @@ class Call:
     key_positions_bk: Tensor
     cache: Cache | None = None
     attentions: bool = False
+    head_mask: Tensor | None = None
     cos: Tensor | None = None
     sin: Tensor | None = None
 
@@ -85,12 +86,16 @@ class Attention(nn.Module):
             k, v = call.cache.update(k, v, self.layer)
         if self.late_rotary:
             k = self.turned(k, call)
-        scope = self.scoped(call.scope)
+        scope = call.scope if self.window is None else call.scope.narrowed(self.window, k.shape[2])
         kernel = self.kernel if self.training else self.kernel_at_rest
         if call.attentions:
             out, weights = attention.attend_eager(q, k, v, scope, kernel)
         else:
             out, weights = attention.IMPLEMENTATIONS[self.implementation](q, k, v, scope, kernel), None
+        if call.head_mask is not None:
+            # A factor on a head's weights is one on its output.
+            out = out * call.head_mask[self.layer]
+            weights = None if weights is None else weights * call.head_mask[self.layer]
         return self.out(out.transpose(1, 2).flatten(2)), weights
 
     def heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -105,14 +110,10 @@ class Attention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         return q, k, v
 
-    def scoped(self, scope: Scope) -> Scope:
-        """The scope with this layer's window; layers of equal windows share what is computed from it."""
-        return scope if self.window is None else scope.narrowed(self.window)
-
     def turned(self, k: Tensor, call: Call) -> Tensor:
         """All cached keys turned by the angles of today's length."""
         assert self.late_rotary is not None
-        cos, sin = rotations(call.key_positions_bk[:, : k.shape[2]], self.late_rotary, k.dtype)
+        cos, sin = rotations(call.key_positions_bk[:, -k.shape[2] :], self.late_rotary, k.dtype)
         return rotate(k, cos, sin)
 
 
@@ -170,6 +171,11 @@ class Backbone(nn.Module):
         )
         if self.learned:
             self.pos_embed = nn.Embedding(self.learned.size, spec.width)
+        self.buckets = spec.position(Buckets)
+        if self.buckets:
+            self.rel_bias = nn.Embedding(self.buckets.count, spec.attention.heads)
+        if spec.patches:
+            self.patch_embed = nn.Linear(spec.patches.size, spec.width)
         self.embed_norm = make_norm(spec.embed_norm, spec.width) if spec.embed_norm else nn.Identity()
         self.dropout = nn.Dropout(spec.dropout.embed)
         self.blocks = nn.ModuleList(Block(spec, i) for i in range(spec.layers))
@@ -188,6 +194,8 @@ class Backbone(nn.Module):
         if self.alibi:
             slopes = torch.tensor(self.alibi.slopes(self.spec.attention.heads), dtype=torch.float32)
             call.scope.slopes_h = slopes.to(x.device)
+        if self.buckets:
+            call.scope.relative = self.relative
         if self.rotary:
             call.cos, call.sin = rotations(call.positions_bs, self.rotary, x.dtype)
         states, weights = [x], []
@@ -211,11 +219,49 @@ class Backbone(nn.Module):
     def embedded(self, x: Tensor, call: Call) -> Tensor:
         """Tokens with their positions, norm and dropout; a share of the gradient if the spec says so."""
         if self.learned:
-            x = x + self.pos_embed(call.positions_bs + self.learned.offset)
+            x = x + self.pos_embed(call.positions_bs)
         x = self.embed_norm(x)
         if (share := self.spec.embed_gradient) != 1.0:
             x = x * share + x.detach() * (1 - share)
         return self.dropout(x)
+
+    def with_patches(
+        self, x_bsw: Tensor, input_ids: Tensor, patches: Tensor | list[Tensor], indices_bs: Tensor | None
+    ) -> Tensor:
+        """The tokens with projected image patches in the places that are theirs.
+
+        `patches`: (n, size) for each row, or (b, n, size). `indices_bs`: which of its row's patches a token is, -1 for
+        none; without it, each token of the patch id takes the next patch.
+        """
+        layout = self.spec.patches
+        if layout is None:
+            raise ValueError("image patches were given, but the model takes text alone")
+        if len(patches) not in (1, x_bsw.shape[0]):
+            raise ValueError(
+                f"image_patches must hold one set for each of the {x_bsw.shape[0]} rows, got {len(patches)}"
+            )
+        rows = []
+        for row, x_sw in enumerate(x_bsw):
+            own = patches[row if len(patches) > 1 else 0].reshape(-1, layout.size)
+            if indices_bs is None:
+                places = (input_ids[row] == layout.token_id).nonzero()[:, 0]
+                taken = torch.arange(len(places), device=places.device)
+            else:
+                places = (indices_bs[row, -len(x_sw) :] >= 0).nonzero()[:, 0]
+                taken = indices_bs[row, -len(x_sw) :][places]
+            if len(places) and int(taken.max()) >= len(own):
+                raise ValueError(
+                    f"row {row} has places for {int(taken.max()) + 1} image patches, but {len(own)} came"
+                )
+            vectors = self.patch_embed(own[taken].to(self.patch_embed.weight.dtype))
+            rows.append(x_sw.index_copy(0, places, vectors.to(x_sw.dtype)))
+        return torch.stack(rows)
+
+    def relative(self, distance_qk: Tensor) -> Tensor:
+        """The bias (h, q, k) of distances (q, k) between keys and queries."""
+        assert self.buckets is not None
+        buckets = bucketed(distance_qk, self.buckets.count, self.buckets.max_distance)
+        return F.embedding(buckets, self.rel_bias.weight).permute(2, 0, 1)
 
     def lookup(self, input_ids: Tensor) -> Tensor:
         """Token ids (b, s) as vectors (b, s, w)."""

@@ -98,6 +98,17 @@ def rotate(x_bhqd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((turned, kept), dim=-1) if kept.shape[-1] else turned
 
 
+def bucketed(distance: Tensor, count: int, max_distance: int) -> Tensor:
+    """T5's bucket of each distance (key - query): half of the buckets look ahead; in each half, half are exact and the
+    rest grow with the logarithm up to `max_distance`."""
+    half = count // 2
+    exact = half // 2
+    far = distance.abs()
+    grown = torch.log(far.clamp(min=1).float() / exact) / math.log(max_distance / exact) * (half - exact)
+    grown = (exact + grown.to(torch.long)).clamp(max=half - 1)
+    return torch.where(distance > 0, half, 0) + torch.where(far < exact, far, grown)
+
+
 # ---------------------------------------------------------------------------- who sees whom
 
 
@@ -107,7 +118,8 @@ class Scope:
 
     `index_q` (q,) and `index_k` (k,) are places in the sequence; `valid_bk` is False for padding (None: there is
     none); `segment_bk` numbers the parts of a packed row (None: one part). `aligned`: queries and keys are the
-    same tokens, so that the kernels' own causal mask fits. `slopes_h` are ALiBi's.
+    same tokens, so that the kernels' own causal mask fits. `slopes_h` are ALiBi's; `relative` makes the bias (h, q, k)
+    of distances (q, k).
     """
 
     index_q: Tensor
@@ -117,15 +129,27 @@ class Scope:
     valid_bk: Tensor | None = None
     segment_bk: Tensor | None = None
     slopes_h: Tensor | None = None
+    relative: Callable[[Tensor], Tensor] | None = None
     window: int | None = None
     memo: dict[str, Tensor] = field(default_factory=dict)
-    narrow: dict[int, Scope] = field(default_factory=dict)
+    narrow: dict[tuple[int, int], Scope] = field(default_factory=dict)
 
-    def narrowed(self, window: int) -> Scope:
-        """The same scope with a window; equal windows share one."""
-        if window not in self.narrow:
-            self.narrow[window] = replace(self, window=window, memo={}, narrow={})
-        return self.narrow[window]
+    def narrowed(self, window: int, kept: int) -> Scope:
+        """The same scope with a window, over the last `kept` keys; equal windows share one."""
+        if (window, kept) not in self.narrow:
+            cut = slice(self.index_k.shape[0] - kept, None)
+            valid = None if self.valid_bk is None else self.valid_bk[:, cut]
+            segment = None if self.segment_bk is None else self.segment_bk[:, cut]
+            self.narrow[window, kept] = replace(
+                self,
+                window=window,
+                index_k=self.index_k[cut],
+                valid_bk=valid,
+                segment_bk=segment,
+                memo={},
+                narrow={},
+            )
+        return self.narrow[window, kept]
 
     def visible(self, start: int, stop: int, first: int, last: int) -> Tensor:
         """(b or 1, 1, stop - start, last - first), True where the query may see the key."""
@@ -141,7 +165,7 @@ class Scope:
         if self.valid_bk is not None:
             seen = seen & self.valid_bk[:, None, None, first:last]
         if self.segment_bk is not None:
-            own = self.segment_bk[:, self.index_q[start:stop]]
+            own = self.segment_bk[:, self.index_q[start:stop] - self.index_k[0]]
             seen = seen & (own[:, None, :, None] == self.segment_bk[:, None, None, first:last])
         return seen
 
@@ -150,6 +174,9 @@ class Scope:
         minimum where the key may not be seen (a row without any key must not become NaN)."""
         lowest = torch.finfo(dtype).min
         seen = self.visible(start, stop, first, last)
+        if self.relative is not None:
+            distance = self.index_k[None, first:last] - self.index_q[start:stop, None]
+            return self.relative(distance)[None].to(dtype).masked_fill(~seen, lowest)
         if self.slopes_h is None:
             return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, lowest)
         # Softmax ignores what is the same for all keys, so the distance may be taken from any place; the first
@@ -181,7 +208,11 @@ class Scope:
     def by_key(self) -> bool:
         """Whether, beside the kernel's causal mask, what is added to a score depends on its key alone."""
         length = self.index_k.shape[0]
-        return self.segment_bk is None and (self.window is None or (self.causal and self.window >= length))
+        return (
+            self.segment_bk is None
+            and self.relative is None
+            and (self.window is None or (self.causal and self.window >= length))
+        )
 
     def key_bias(self) -> Tensor | None:
         """For `by_key` scopes: (b or 1, h or 1, 1, k) of ALiBi and padding, or None if there is neither."""

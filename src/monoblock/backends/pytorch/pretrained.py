@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
 import logging
-import types
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -14,42 +11,28 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from monoblock import families, outputs, tree
+from monoblock import outputs
 from monoblock.backends.pytorch import attention, devices, heads, loading
 from monoblock.backends.pytorch.decode import Generation
 from monoblock.backends.pytorch.inputs import check_tokens, flattened, has_positions, prepare
 from monoblock.backends.pytorch.model import Attention, Backbone
+from monoblock.backends.pytorch.parameters import Parameters
 from monoblock.checkpoint.hub import find_weights
-from monoblock.checkpoint.keymap import KeyMap
 from monoblock.checkpoint.options import HubOptions
 from monoblock.checkpoint.save import save_tensors
 from monoblock.checkpoint.store import open_store
 from monoblock.config import PretrainedConfig
-from monoblock.families import Family, ModelClass
 
 log = logging.getLogger("monoblock")
 
-# Arguments that every forward takes by keyword beside those of its own signature.
-EXTRA = (
-    "position_ids",
-    "past_key_values",
-    "use_cache",
-    "return_dict",
-    "cache_position",
-    "sequence_id",
-    "num_items_in_batch",
-)
 
-
-class PreTrainedModel(nn.Module, Generation):
+class PreTrainedModel(Parameters, Generation):
     """The base of all PyTorch models: `backbone`, and `head` where the class has one.
 
     Public classes are made by `make_class` from a family's table; their names, signatures, defaults and outputs
     are the hub's.
     """
 
-    family: ClassVar[Family]
-    row: ClassVar[ModelClass]
     extra: ClassVar[tuple[str, ...]]
     framework: ClassVar[str] = "pt"
     supports_gradient_checkpointing: ClassVar[bool] = True
@@ -87,7 +70,7 @@ class PreTrainedModel(nn.Module, Generation):
         ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
         shape = check_tokens(self.spec, ids, embeds)
         inputs = prepare(self.spec, shape, given, self._uses_cache(given))
-        x = embeds if ids is None else self.embed(ids, given)
+        x: Any = embeds if ids is None else self.embed(ids, given)
         if (types := given.get("token_type_ids")) is not None:
             x = x + self.backbone.lookup(types)
         inputs.call.attentions = self._option(given, "output_attentions")
@@ -127,7 +110,7 @@ class PreTrainedModel(nn.Module, Generation):
                 raise TypeError(f"{self.row.name} got {name!r} twice")
             if name not in names and name not in self.extra:
                 raise TypeError(
-                    f"{self.row.name} has no argument {name!r}; it takes: {', '.join((*names, *EXTRA))}"
+                    f"{self.row.name} has no argument {name!r}; it takes: {', '.join((*names, *self.extra))}"
                 )
             given[name] = value
         if given.get("position_ids") is not None and not has_positions(self.spec):
@@ -269,131 +252,6 @@ class PreTrainedModel(nn.Module, Generation):
         if self.generation_config is not None:
             self.generation_config.save_pretrained(folder)
 
-    def keymap(self) -> KeyMap:
-        """The map between canonical names and the hub's, for this class and config."""
-        return self.family.keymap(self.config, self.row.head)
-
-    def parameter_names(self) -> dict[str, str]:
-        """Canonical name -> name of the parameter in this module, tied ones left out."""
-        head = self.head.spec if self.head else None
-        return {name: _path(name) for name in tree.parameters(self.spec, head)}
-
-    def tied(self) -> dict[str, str]:
-        """Second names: canonical name -> the canonical parameter that it shares."""
-        return tree.tied(self.spec, self.head.spec if self.head else None)
-
-    def hub_state_dict(self) -> dict[str, Tensor]:
-        """The weights by the hub's names, tied ones once; views of the parameters wherever that is possible."""
-        keymap, state = self.keymap(), {}
-        for canonical, path in self.parameter_names().items():
-            source, tensor = keymap.source(canonical), self.get_parameter(path).detach()
-            for name, view in zip(source.names, source.op.views(tensor), strict=True):
-                state[name] = view if view.dim() <= 2 else view.reshape(tensor.shape)
-        return state
-
-    def load_state_dict(
-        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
-    ) -> Any:
-        """As `torch.nn.Module`'s; a dict of the hub's names is understood too."""
-        own = self.state_dict()
-        if not any(name in own for name in state_dict):
-            names = self.parameter_names()
-            parameters = {name: own[path] for name, path in names.items()}
-            canonical = loading.split_state(self.keymap(), parameters, dict(state_dict), self.tied())
-            state_dict = {names[name]: tensor for name, tensor in canonical.items()}
-            for second, first in self.tied().items():
-                if first in canonical:
-                    state_dict[_path(second)] = canonical[first]
-        return super().load_state_dict(state_dict, strict=strict, assign=assign)
-
-    # ------------------------------------------------------------------ weights
-
-    def init_weights(self) -> None:
-        """Matrices and tables from a normal distribution of the spec's deviation, biases 0, norms 1."""
-        for path in self.parameter_names().values():
-            self._init_parameter(path)
-        if getattr(self.config, "init_config", None):
-            log.warning(
-                "init_config is not used: weights come from a normal distribution of initializer_range"
-            )
-
-    @torch.no_grad()
-    def _init_parameter(self, path: str) -> None:
-        parameter = self.get_parameter(path)
-        if path.endswith(".bias"):
-            parameter.zero_()
-        elif parameter.dim() == 1:
-            parameter.fill_(1.0)
-        else:
-            parameter.normal_(0.0, self.spec.init_std)
-
-    def tie_weights(self) -> None:
-        """Make the head's matrix the embedding's, where the spec ties them."""
-        if self.tied():
-            assert self.head is not None
-            self.head.out.weight = self.backbone.embed.weight
-
-    def get_input_embeddings(self) -> nn.Embedding:
-        """The token embedding."""
-        return self.backbone.embed
-
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
-        """Replace the token embedding (and with it a tied head's matrix)."""
-        self.backbone.embed = value
-        self.tie_weights()
-
-    def get_output_embeddings(self) -> nn.Linear | None:
-        """The projection to the vocabulary, or None."""
-        return self.head.out if self.head is not None and self.head.vocabulary else None
-
-    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
-        """Replace the projection to the vocabulary."""
-        if self.get_output_embeddings() is None or self.head is None:
-            raise ValueError(f"{self.row.name} has no projection to the vocabulary")
-        self.head.out = new_embeddings
-
-    def resize_token_embeddings(
-        self,
-        new_num_tokens: int | None = None,
-        pad_to_multiple_of: int | None = None,
-        mean_resizing: bool = True,
-    ) -> nn.Embedding:
-        """Change the vocabulary's size in the embedding, the head and the config.
-
-        New rows are the mean of the old ones, so that new tokens begin as an average token
-        (`mean_resizing=False`: from the initial distribution).
-        """
-        old = self.spec.vocab
-        new = old if new_num_tokens is None else new_num_tokens
-        if pad_to_multiple_of:
-            new = -(-new // pad_to_multiple_of) * pad_to_multiple_of
-        if new < 1:
-            raise ValueError(f"new_num_tokens must be at least 1, got {new}")
-        if new == old:
-            return self.backbone.embed
-        self.config.vocab_size = new
-        self.spec = self.backbone.spec = self.config.to_spec()
-        self._resize(self.backbone.embed, new, mean_resizing)
-        self.backbone.embed.num_embeddings = new
-        if (out := self.get_output_embeddings()) is not None:
-            if not self.tied():
-                self._resize(out, new, mean_resizing)
-            out.out_features = new
-        self.tie_weights()
-        return self.backbone.embed
-
-    @torch.no_grad()
-    def _resize(self, module: nn.Embedding | nn.Linear, rows: int, mean: bool) -> None:
-        old = module.weight
-        new = old.new_empty(rows, old.shape[1])
-        kept = min(rows, old.shape[0])
-        new[:kept] = old[:kept]
-        if mean:
-            new[kept:] = old.float().mean(0).to(old.dtype)
-        else:
-            new[kept:].normal_(0.0, self.spec.init_std)
-        module.weight = nn.Parameter(new, requires_grad=old.requires_grad)
-
     # ------------------------------------------------------------------ switches and facts
 
     def gradient_checkpointing_enable(
@@ -438,37 +296,6 @@ class PreTrainedModel(nn.Module, Generation):
         """The backbone: what the hub's classes call by the family's prefix."""
         return self.backbone
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of the weights."""
-        return next(p.dtype for p in self.parameters() if p.is_floating_point())
-
-    @property
-    def device(self) -> torch.device:
-        """Where the weights are (the first ones, if they are spread)."""
-        return self.backbone.embed.weight.device
-
-    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
-        """How many numbers the model has, tied ones once."""
-        tables = (
-            {id(m.weight) for m in self.modules() if isinstance(m, nn.Embedding)}
-            if exclude_embeddings
-            else set()
-        )
-        return sum(
-            p.numel()
-            for p in self.parameters()
-            if (p.requires_grad or not only_trainable) and id(p) not in tables
-        )
-
-    def get_memory_footprint(self) -> int:
-        """Bytes of the weights."""
-        return sum(p.numel() * p.element_size() for p in self.parameters())
-
-
-def _path(canonical: str) -> str:
-    return canonical if canonical.startswith("head.") else "backbone." + canonical
-
 
 class LoadOptions:
     """What from_pretrained takes out of its keywords before the rest goes to the config."""
@@ -494,56 +321,3 @@ class LoadOptions:
             if kwargs.get(name):
                 raise ValueError(f"from_pretrained does not support {name}={kwargs[name]!r}")
             kwargs.pop(name, None)
-
-
-@functools.cache
-def make_class(name: str) -> type[PreTrainedModel]:
-    """The public class of that name, from its family's table."""
-    family = families.family_of(name)
-    if family is None:
-        raise AttributeError(f"monoblock has no class {name!r}")
-    row = family.model_class(name)
-    body: dict[str, Any] = {
-        "family": family,
-        "row": row,
-        "extra": extra_arguments(family, row),
-        "config_class": family.config,
-        "base_model_prefix": family.prefix,
-        "__module__": "monoblock",
-        "__doc__": _document(row, extra_arguments(family, row)),
-        "forward": _forward(row),
-        family.prefix: property(lambda self: self.backbone),
-    }
-    return types.new_class(name, (PreTrainedModel,), exec_body=lambda namespace: namespace.update(body))
-
-
-def extra_arguments(family: Family, row: ModelClass) -> tuple[str, ...]:
-    """The keywords that a class's forward takes beyond its signature."""
-    own = row.forward.split()
-    return tuple(name for name in (*EXTRA, *family.extra) if name not in own)
-
-
-def _forward(row: ModelClass) -> Callable[..., Any]:
-    """The common forward under the class's own signature."""
-
-    def forward(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
-        return PreTrainedModel.forward(self, *args, **kwargs)
-
-    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-    names = [inspect.Parameter("self", kind)]
-    names += [
-        inspect.Parameter(n, kind, default=0 if n == "logits_to_keep" else None) for n in row.forward.split()
-    ]
-    extra = inspect.Parameter("kwargs", inspect.Parameter.VAR_KEYWORD)
-    forward.__signature__ = inspect.Signature([*names, extra])  # pyright: ignore
-    forward.__doc__ = f"Returns {row.output}, or its tuple with return_dict=False."
-    return forward
-
-
-def _document(row: ModelClass, extra: tuple[str, ...]) -> str:
-    what = f"the model with a head of the kind {row.head!r}" if row.head else "the bare model"
-    return (
-        f"{row.name}: {what}.\n\nArguments, in order: {', '.join(row.forward.split())}; by keyword also "
-        f"{', '.join(extra)}. Shapes: input_ids, attention_mask and token labels (batch, tokens); inputs_embeds "
-        f"(batch, tokens, width). Returns `{row.output}`."
-    )

@@ -1,0 +1,77 @@
+"""The public PyTorch classes, made from the families' tables."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import types
+from collections.abc import Callable
+from typing import Any
+
+from monoblock import families
+from monoblock.backends.pytorch.pretrained import PreTrainedModel
+from monoblock.families import Family, ModelClass
+
+# Arguments that every forward takes by keyword beside those of its own signature.
+EXTRA = (
+    "position_ids",
+    "past_key_values",
+    "use_cache",
+    "return_dict",
+    "cache_position",
+    "sequence_id",
+    "num_items_in_batch",
+)
+
+
+@functools.cache
+def make_class(name: str) -> type[PreTrainedModel]:
+    """The public class of that name, from its family's table."""
+    family = families.family_of(name)
+    if family is None:
+        raise AttributeError(f"monoblock has no class {name!r}")
+    row = family.model_class(name)
+    body: dict[str, Any] = {
+        "family": family,
+        "row": row,
+        "extra": extra_arguments(family, row),
+        "config_class": family.config,
+        "base_model_prefix": family.prefix,
+        "__module__": "monoblock",
+        "__doc__": _document(row, extra_arguments(family, row)),
+        "forward": _forward(row),
+        family.prefix: property(lambda self: self.backbone),
+    }
+    return types.new_class(name, (PreTrainedModel,), exec_body=lambda namespace: namespace.update(body))
+
+
+def extra_arguments(family: Family, row: ModelClass) -> tuple[str, ...]:
+    """The keywords that a class's forward takes beyond its signature."""
+    own = row.forward.split()
+    return tuple(name for name in (*EXTRA, *family.extra) if name not in own)
+
+
+def _forward(row: ModelClass) -> Callable[..., Any]:
+    """The common forward under the class's own signature."""
+
+    def forward(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+        return PreTrainedModel.forward(self, *args, **kwargs)
+
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    names = [inspect.Parameter("self", kind)]
+    names += [
+        inspect.Parameter(n, kind, default=0 if n == "logits_to_keep" else None) for n in row.forward.split()
+    ]
+    extra = inspect.Parameter("kwargs", inspect.Parameter.VAR_KEYWORD)
+    forward.__signature__ = inspect.Signature([*names, extra])  # pyright: ignore
+    forward.__doc__ = f"Returns {row.output}, or its tuple with return_dict=False."
+    return forward
+
+
+def _document(row: ModelClass, extra: tuple[str, ...]) -> str:
+    what = f"the model with a head of the kind {row.head!r}" if row.head else "the bare model"
+    return (
+        f"{row.name}: {what}.\n\nArguments, in order: {', '.join(row.forward.split())}; by keyword also "
+        f"{', '.join(extra)}. Shapes: input_ids, attention_mask and token labels (batch, tokens); inputs_embeds "
+        f"(batch, tokens, width). Returns `{row.output}`."
+    )
