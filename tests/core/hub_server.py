@@ -181,5 +181,4 @@ class _Handler(BaseHTTPRequestHandler):
         if reset is not None:
             time.sleep(0.1)  # let the client read what came before
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            self.connection.shutdown  # noqa: B018
             self.connection.close()

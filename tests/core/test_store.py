@@ -93,7 +93,7 @@ def test_every_dtype_comes_back_bit_for_bit(tmp_path, tensors):
 
 
 def test_file_equals_the_reference_writers(tmp_path, tensors):
-    plain = {name: tensor for name, tensor in tensors.items() if tensor.dtype.names is None}
+    plain = {name: tensor for name, tensor in tensors.items() if name not in PACKED}
     save_tensors(tmp_path, plain, framework="np")
     save_file(plain, tmp_path / "reference", metadata={"format": "pt"})
     assert (tmp_path / "model.safetensors").read_bytes() == (tmp_path / "reference").read_bytes()

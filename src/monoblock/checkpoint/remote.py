@@ -26,12 +26,13 @@ _log = logging.getLogger("monoblock")
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _ON = {"1", "ON", "YES", "TRUE"}  # huggingface_hub's spellings of a switch that is on
-_DOWNLOADS = 3  # times a download that was reset is started; one that was cut, huggingface_hub resumes itself
+_DOWNLOADS = 3  # times a download is started whose breaks huggingface_hub does not mend itself
 _PAUSE = 1.0  # seconds before another try
 _PARALLEL = 4  # files fetched at once: enough to fill a line, few enough progress bars to read
 
 # Failures that say nothing about the model: another try may do.
 _PASSING = {"TimeoutException", "NetworkError", "RemoteProtocolError"}
+_BROKEN = {"ReadError", "RemoteProtocolError"}  # a TCP reset, an answer that ends too early
 _PASSING_STATUS = {408, 500, 502, 503, 504}
 
 
@@ -197,9 +198,9 @@ class Remote:
             try:
                 return self._download_once(name, bar)
             except Exception as error:
-                if "ReadError" not in names_of(error):
+                if not names_of(error) & _BROKEN:
                     raise
-                _log.warning("the connection was reset during %s of '%s': starting it over", name, self._repo)
+                _log.warning("the connection broke during %s of '%s': trying again", name, self._repo)
             time.sleep(_PAUSE)
         return self._download_once(name, bar)
 

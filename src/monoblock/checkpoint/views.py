@@ -120,7 +120,7 @@ def numpy_dtype(hub_name: str) -> Any:
     """The NumPy dtype for the hub's name: NumPy's own, `ml_dtypes`' if installed, else a one-field record."""
     numpy: Any = importlib.import_module("numpy")
     name = DTYPE_NAMES[hub_name]
-    if hasattr(numpy, name):
+    if not name.startswith(("bfloat", "float8")):
         return numpy.dtype(name).newbyteorder("<")
     try:
         return numpy.dtype(getattr(importlib.import_module("ml_dtypes"), name))
