@@ -86,9 +86,10 @@ def save_tensors(
     asks for.
 
     Everything is written under temporary names in `folder`, made durable, then renamed, the index last;
-    weight files of an earlier save that are not part of this one go after that. Until then they stay as they
-    are, whatever happens. `CheckpointError`: the folder cannot be written, the disk is full, a value is no
-    tensor or has a dtype that the format lacks. `ValueError`: `max_shard_size` makes no sense.
+    weight files of an earlier save that are not part of this one go after that. Until the renames an earlier
+    save stays as it is, whatever happens; being killed between two renames can harm it only if it has just as
+    many shards. `CheckpointError`: the folder cannot be written, the disk is full, a value is no tensor or
+    has a dtype that the format lacks. `ValueError`: `max_shard_size` makes no sense.
     """
     notes = _checked(metadata if metadata is not None else {"format": "pt"})
     side = adapter(framework)
