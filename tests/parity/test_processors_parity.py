@@ -252,7 +252,7 @@ CALLS = [
 ]
 
 
-@pytest.mark.parametrize("arguments", CALLS, ids=str)
+@pytest.mark.parametrize("arguments", CALLS, ids=lambda call: "-".join(call))
 @pytest.mark.parametrize("padded", [False, True])
 def test_generate_equals_transformers_token_for_token(peer, arguments, padded):
     ids = token_ids(4, PROMPT, vocab=300)

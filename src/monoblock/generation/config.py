@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any, ClassVar, Self, cast
 
 from monoblock.checkpoint.files import read_json, write_atomically
-from monoblock.checkpoint.hub import HubOptions, find_file
+from monoblock.checkpoint.hub import find_file
+from monoblock.checkpoint.options import HubOptions
 from monoblock.generation.checks import CHECKS, SAMPLING_FIELDS, as_ids
 
 GENERATION_CONFIG_NAME = "generation_config.json"

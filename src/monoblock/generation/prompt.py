@@ -97,7 +97,9 @@ def prompt_mask(
                 )
             return None
         mask = ids != config.pad_token_id
-        mask[~mask.any(axis=1), -1] = True  # a prompt that is one pad token is that token: some models start so
+        mask[~mask.any(axis=1), -1] = (
+            True  # a prompt that is one pad token is that token: some models start so
+        )
     else:
         return None
     if not mask.any(axis=1).all():

@@ -16,6 +16,7 @@ from monoblock.generation.arrays import Array, ArrayOps
 NEVER = -math.inf
 FLOAT32_MAX = 3.4028234663852886e38
 TOP_H_CANDIDATES = 100  # the method's authors look at no more tokens than this
+TINY = 1e-30  # above 0 in float32
 WINDOW = 256  # tokens that top_p looks at before it sorts a whole vocabulary (40 times the work at 50k)
 
 # ---------------------------------------------------------------------- scaling and cutting a distribution
@@ -41,8 +42,11 @@ def top_p(ops: ArrayOps, scores_bv: Array, p: float, keep: int = 1) -> Array:
         mass_bk = ops.cumsum(probs_bk)
         # Decided inside the window, unless a row is so flat that the set is larger.
         if all(ops.to_list(mass_bk[:, -1] >= p)):
-            remove_bk = mass_bk - probs_bk >= p
-            kept_bk = ops.where(_spare_first(ops, remove_bk, keep), NEVER, best_bk)
+            # The mass before the likeliest token is exactly 0: any positive limit spares it, whatever p is.
+            remove_bk = mass_bk - probs_bk >= max(p, TINY)
+            if keep > 1:
+                remove_bk = _spare_first(ops, remove_bk, keep)
+            kept_bk = ops.where(remove_bk, NEVER, best_bk)
             return ops.put_along(ops.full_like(scores_bv, NEVER), index_bk, kept_bk)
     rising_bv, index_bv = ops.sort(scores_bv)
     remove_bv = ops.cumsum(ops.softmax(rising_bv)) <= 1 - p

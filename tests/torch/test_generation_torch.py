@@ -1,0 +1,149 @@
+"""PyTorch's array operations against NumPy's, one by one; then the whole loop on both."""
+
+import numpy as np
+import pytest
+import torch
+from fakes import TableModel
+
+from monoblock.backends.pytorch.arrays import TorchOps
+from monoblock.generation import GenerationConfig, loop
+from monoblock.generation.arrays import NumpyOps
+
+TORCH, NUMPY = TorchOps(), NumpyOps()
+RNG = np.random.default_rng(0)
+X = RNG.normal(size=(3, 40)).astype(np.float32)
+INDEX = RNG.permuted(np.tile(np.arange(40), (3, 1)), axis=1)[:, :5]
+VALUES = RNG.normal(size=(3, 5)).astype(np.float32)
+B = X > 0
+
+CALLS = [
+    ("argmax", X),
+    ("softmax", X),
+    ("log_softmax", X),
+    ("exp", X),
+    ("abs", X),
+    ("max", X),
+    ("sum", X),
+    ("sum", B),
+    ("cumsum", X),
+    ("all", B),
+    ("all", X > -9),
+    ("sort", X),
+    ("top_k", X, 7),
+    ("take_along", X, INDEX),
+    ("put_along", X, INDEX, VALUES),
+    ("put_along", X, INDEX, 2.5),
+    ("put_along", B, INDEX, True),
+    ("add_along", X, INDEX[:, [0, 1, 1, 2, 0]], VALUES),
+    ("fill_columns", X, np.array([0, 39, 7]), -np.inf),
+    ("where", B, X, 0.0),
+    ("where", B, -np.inf, X),
+    ("where", B, X, -X),
+    ("full_like", X, -np.inf),
+    ("mask", 2, 3),
+    ("take_rows", X, np.array([2, 2, 0, 1])),
+    ("concat", [X, X[:, :1]]),
+    ("array", [[1, 2], [3, 4]]),
+    ("array", [[1.5]]),
+    ("array", [[True, False]]),
+    ("array", np.array([1, 2], dtype=np.int32)),
+]
+
+
+def converted(value):
+    if isinstance(value, np.ndarray):
+        return torch.from_numpy(value.copy())
+    return [converted(item) for item in value] if isinstance(value, list) else value
+
+
+@pytest.mark.parametrize("call", CALLS, ids=[call[0] for call in CALLS])
+def test_the_same_as_numpy(call):
+    name, *arguments = call
+    theirs = [converted(argument) for argument in arguments]
+    expected, got = getattr(NUMPY, name)(*arguments), getattr(TORCH, name)(*theirs)
+    pairs = zip(got, expected, strict=True) if isinstance(expected, tuple) else [(got, expected)]
+    for mine, reference in pairs:
+        assert str(mine.dtype).removeprefix("torch.") == str(reference.dtype)
+        # float32 sums of 40 terms in another order
+        np.testing.assert_allclose(TORCH.to_numpy(mine), reference, rtol=1e-5, atol=1e-6)
+        assert TORCH.to_list(mine) == TORCH.to_numpy(mine).tolist()
+    for before, after in zip(arguments, theirs, strict=True):
+        if isinstance(before, np.ndarray):
+            assert np.array_equal(before, after.numpy())  # nothing is changed in place
+
+
+def test_sampling_is_torchs_own_and_seeded():
+    scores = torch.randn(4, 50, generator=torch.Generator().manual_seed(1))
+    torch.manual_seed(3)
+    expected = torch.multinomial(scores.softmax(-1), 1)[:, 0]
+    torch.manual_seed(3)
+    assert TORCH.sample(scores, None).tolist() == expected.tolist()
+    assert (
+        TORCH.sample(scores, TORCH.generator(5)).tolist() == TORCH.sample(scores, TORCH.generator(5)).tolist()
+    )
+    with pytest.raises(ValueError, match="no token can be drawn"):
+        TORCH.sample(torch.full((1, 5), -torch.inf), None)
+
+
+class OnTorch(TableModel):
+    """The fake model with its scores and ids as tensors."""
+
+    ops = TORCH
+
+    def decoder(self, plan, inputs):
+        inner = super().decoder(plan, inputs)
+
+        class Wrapped:
+            attentions = hidden_states = past_key_values = None
+
+            def prefill(self, ids, mask):
+                return torch.from_numpy(inner.prefill(ids.numpy(), None if mask is None else mask.numpy()))
+
+            def step(self, ids):
+                return torch.from_numpy(inner.step(ids.numpy()))
+
+            def reorder(self, index):
+                inner.reorder(index.numpy())
+
+        return Wrapped()
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"repetition_penalty": 1.5, "no_repeat_ngram_size": 3},
+        {"bad_words_ids": [[3], [4, 5]], "sequence_bias": [[[6], 0.5]], "min_new_tokens": 3},
+        {"forced_bos_token_id": 4, "forced_eos_token_id": 9, "suppress_tokens": [1]},
+        {"encoder_repetition_penalty": 1.4, "exponential_decay_length_penalty": (2, 1.1)},
+    ],
+    ids=str,
+)
+def test_the_loop_gives_the_same_tokens_on_both(fields):
+    table = RNG.normal(size=(31, 31))
+    prompts = [[30, 30, 5, 8], [1, 2, 3, 4], [30, 7, 7, 7]]
+    config = GenerationConfig(max_new_tokens=12, eos_token_id=[9, 10], pad_token_id=30, **fields)
+    results = [
+        kind(lambda ids: table[(7 * sum(ids) + len(ids)) % 31]).generate(prompts, config).tolist()
+        for kind in (TableModel, OnTorch)
+    ]
+    assert results[0] == results[1]
+
+
+def test_streamers_get_tensors_on_the_host():
+    got = []
+
+    class Streamer:
+        def put(self, value):
+            got.append(value)
+
+        def end(self):
+            got.append(None)
+
+    loop.generate(OnTorch(lambda ids: np.arange(5.0)), [[1, 2]], max_new_tokens=2, streamer=Streamer())
+    assert [None if v is None else (v.device.type, tuple(v.shape)) for v in got] == [
+        ("cpu", (1, 2)),
+        ("cpu", (1,)),
+        ("cpu", (1,)),
+        None,
+    ]
