@@ -1,10 +1,8 @@
-"""The embedded demo: a tiny MPT that completes Python code, trained by this project's own script; see docs/demo.md."""
-
-from __future__ import annotations
+"""The embedded demo: a tiny MPT, trained from scratch on the standard library's source (docs/demo.md)."""
 
 from pathlib import Path
 
 
 def path() -> Path:
-    """The folder of the model, as `from_pretrained` takes it."""
+    """The folder with the demo's config, weights and tokenizer; any `from_pretrained` takes it."""
     return Path(__file__).parent

@@ -1,0 +1,165 @@
+"""The text the embedded demo model is trained on: the standard library of the Python that runs this script.
+
+`collect()` gives the files in a fixed order, cleaned; `dialogues()` cuts request/reply pairs out of them (the
+first line of a docstring, and the function it describes), which is what `monoblock chat` needs;
+`train_tokenizer()` makes the byte-level BPE. Nothing here depends on time, locale or hash seeds.
+"""
+
+import ast
+import hashlib
+import re
+import sysconfig
+import warnings
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+ENDOFTEXT, PADDING, USER, ASSISTANT = SPECIALS = ("<|endoftext|>", "<|padding|>", "<|user|>", "<|assistant|>")
+
+# Tables and reference text that are Python files only by their name.
+SKIPPED = re.compile(r"site-packages|encodings/|pydoc_data/|/data/|encoded_modules/|(^|/)config-")
+TEST_PARTS = {"test", "tests", "idle_test"}
+TEST_FILE_LIMIT = 60_000  # characters; the largest test modules repeat one pattern for 300 kB
+# A file with more of these per character than ordinary code is a table. The corpus keeps 97% of its bytes.
+LIMITS = {"digits": 0.08, "backslashes": 0.02, "not ASCII": 0.005}
+
+# A line break takes the blank lines and the indentation that follow it, so that a line starts with one token.
+# Words keep one leading space and their leading underscores, digits stand alone; the last three alternatives
+# are runs of spaces inside a line.
+SPLIT = (
+    r"(?:\r?\n)+[ \t]*|'(?:s|t|re|ve|m|ll|d)\b| ?_*\p{L}+| ?\p{N}|"
+    r" ?[^\s\p{L}\p{N}]+|[^\S\n]+(?=\n|$)|[^\S\n]+(?!\S)|\s+"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Document:
+    """One source file: its path inside the library, its cleaned text, and whether it tests something."""
+
+    name: str
+    text: str
+    is_test: bool
+
+    @property
+    def held_out(self) -> bool:
+        """True for the 2% of files that no training step sees; a property of the name alone."""
+        return int.from_bytes(hashlib.sha256(self.name.encode()).digest()[:4], "big") % 50 == 0
+
+
+def collect(root: Path | None = None) -> list[Document]:
+    """Every file below `root` (the standard library) that parses and reads like code, sorted by name."""
+    root = root or Path(sysconfig.get_path("stdlib"))
+    documents: list[Document] = []
+    seen: set[str] = set()
+    for path in sorted(root.rglob("*.py"), key=lambda found: found.relative_to(root).as_posix()):
+        name = path.relative_to(root).as_posix()
+        text = None if SKIPPED.search(name) else _read(path)
+        if text is None or text in seen:
+            continue
+        seen.add(text)
+        is_test = not TEST_PARTS.isdisjoint(name.split("/"))
+        documents.append(Document(name=name, text=_cut(text) if is_test else text, is_test=is_test))
+    return documents
+
+
+def digest(documents: Iterable[Document]) -> str:
+    """SHA-256 of names and texts: two runs with the same digest trained on the same corpus."""
+    state = hashlib.sha256()
+    for document in documents:
+        state.update(f"{document.name}\0{document.text}\0".encode())
+    return state.hexdigest()
+
+
+def _read(path: Path) -> str | None:
+    """The cleaned text, or None when the file is not UTF-8, does not parse, is a stub or is a table."""
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", SyntaxWarning)
+            warnings.simplefilter("ignore", DeprecationWarning)
+            ast.parse(text)
+    except (UnicodeDecodeError, SyntaxError, ValueError):
+        return None
+    text = clean(text)
+    if len(text) < 200 or any(share > LIMITS[what] for what, share in _shares(text).items()):
+        return None
+    return text
+
+
+def clean(text: str) -> str:
+    """One line break, no form feeds, tabs as 8 columns, no trailing blanks, at most two empty lines running."""
+    lines = text.replace("\r\n", "\n").replace("\r", "\n").replace("\f", "").split("\n")
+    text = "\n".join(line.expandtabs(8).rstrip() for line in lines)
+    return re.sub(r"\n{4,}", "\n\n\n", text).strip("\n") + "\n"
+
+
+def _shares(text: str) -> dict[str, float]:
+    counts = {
+        "digits": sum(map(str.isdigit, text)),
+        "backslashes": text.count("\\"),
+        "not ASCII": sum(not char.isascii() for char in text),
+    }
+    return {what: count / len(text) for what, count in counts.items()}
+
+
+def _cut(text: str) -> str:
+    """As many whole top-level statements as fit into TEST_FILE_LIMIT characters."""
+    if len(text) <= TEST_FILE_LIMIT:
+        return text
+    lines = text.split("\n")
+    room = len(text[:TEST_FILE_LIMIT].split("\n")) - 1
+    ends = [node.end_lineno for node in ast.parse(text).body if node.end_lineno and node.end_lineno <= room]
+    return "\n".join(lines[: ends[-1]]) + "\n" if ends else text
+
+
+def dialogues(document: Document) -> Iterator[tuple[str, str]]:
+    """Request and reply pairs cut out of one file, for functions of at most 60 lines.
+
+    A documented function answers to the first sentence of its docstring, and is given without it. A top-level
+    function that has none answers to its own first line. Replies are dedented to column 0.
+    """
+    lines = document.text.split("\n")
+    for node in ast.walk(ast.parse(document.text)):
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) or node.end_lineno is None:
+            continue
+        docstring = ast.get_docstring(node)
+        kept = lines[node.lineno - 1 : node.end_lineno]
+        if docstring is None:
+            request = kept[0] if node.col_offset == 0 and kept[0].endswith(":") else ""
+        else:
+            request = _first_sentence(docstring) if len(node.body) > 1 else ""
+            first, last = node.body[0].lineno, node.body[0].end_lineno or node.body[0].lineno
+            kept = lines[node.lineno - 1 : first - 1] + lines[last : node.end_lineno]
+        indent = " " * node.col_offset
+        if request and 1 < len(kept) <= 60 and all(not line or line.startswith(indent) for line in kept):
+            yield request, "\n".join(line[len(indent) :] for line in kept).strip("\n") + "\n"
+
+
+def _first_sentence(docstring: str) -> str:
+    """The docstring's first sentence if it is one (10 to 160 characters, starts with a capital), else ""."""
+    paragraph = " ".join(docstring.strip().split("\n\n")[0].split())
+    sentence = re.split(r"(?<=[.!?])\s", paragraph)[0]
+    return sentence if 10 <= len(sentence) <= 160 and sentence[0].isupper() and " " in sentence else ""
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """A byte-level BPE that gives back any text exactly; the special tokens take the first ids."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(SPLIT), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(SPECIALS),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
