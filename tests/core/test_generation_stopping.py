@@ -111,8 +111,9 @@ def test_criteria_of_the_hub_work_on_their_own():
 
 def test_criteria_of_the_hub_in_a_call():
     model = TableModel(lambda row: one_hot(row[-1] + 1, 50))
-    options = {"stopping_criteria": [MaxLengthCriteria(4)], "pad_token_id": 0}
-    assert model.generate([[1], [2]], **options).shape == (2, 4)
+    assert model.generate(
+        [[1], [2]], stopping_criteria=[MaxLengthCriteria(4), MaxTimeCriteria(99)]
+    ).shape == (2, 4)
     out = model.generate(
         [[1], [2]], stopping_criteria=[EosTokenCriteria([4])], max_new_tokens=4, pad_token_id=0
     )

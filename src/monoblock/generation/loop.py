@@ -135,7 +135,8 @@ class _Generation:
             return self.config.pad_token_id
         if self.config.eos_ids:
             return self.config.eos_ids[0]
-        if self.plan.rows > 1 and (self.config.stop_strings or self.own_criteria):
+        apart = any(not isinstance(own, stopping.ENDS_ALL_ROWS) for own in self.own_criteria)
+        if self.plan.rows > 1 and (self.config.stop_strings or apart):
             raise ValueError(
                 "rows of a batch can finish at different times, and there is no token to fill them with: say "
                 "pad_token_id"

@@ -85,6 +85,9 @@ class MaxTimeCriteria(HostCriteria):
         return [time.time() - self.initial_timestamp > self.max_time] * len(rows)
 
 
+ENDS_ALL_ROWS = (MaxLengthCriteria, MaxTimeCriteria)  # at the same step
+
+
 class EosTokenCriteria(HostCriteria):
     """Ends rows whose last token is one of these."""
 
