@@ -21,7 +21,8 @@ class TokenizerFamily:
     Attributes:
         names: the names of the class in `tokenizer_config.json`; the first is written.
         model_types: the `model_type`s of `config.json` that mean this family.
-        vocab_files: constructor argument -> file, for folders without a tokenizer.json.
+        vocab_files: for folders without a tokenizer.json: sets of files to look for in turn, each as constructor
+            argument -> file.
         defaults: constructor arguments where neither the files nor the user say otherwise.
         build: (vocabulary arguments, all arguments) -> backend, from the vocabulary files or their content.
         owns_template: bos and eos are written as `add_bos_token` and `add_eos_token` say, also where the
@@ -30,7 +31,7 @@ class TokenizerFamily:
 
     names: tuple[str, ...]
     model_types: tuple[str, ...] = ()
-    vocab_files: Mapping[str, str] = field(default_factory=dict[str, str])
+    vocab_files: tuple[Mapping[str, str], ...] = ()
     defaults: Mapping[str, Any] = field(default_factory=dict[str, Any])
     model_input_names: tuple[str, ...] = ("input_ids", "attention_mask")
     build: Callable[[Mapping[str, Any], Mapping[str, Any]], Tokenizer] | None = None
@@ -79,7 +80,7 @@ GENERIC = TokenizerFamily(names=("PreTrainedTokenizerFast", "PreTrainedTokenizer
 GPT_NEOX = TokenizerFamily(
     names=("GPTNeoXTokenizer", "GPTNeoXTokenizerFast"),
     model_types=("gpt_neox", "mpt"),
-    vocab_files={"vocab_file": "vocab.json", "merges_file": "merges.txt"},
+    vocab_files=({"vocab_file": "vocab.json", "merges_file": "merges.txt"},),
     defaults={
         "unk_token": "<|endoftext|>",
         "bos_token": "<|endoftext|>",

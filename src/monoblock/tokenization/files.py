@@ -81,10 +81,11 @@ def _token(value: Any) -> Any:
 
 
 def _vocab_files(name: str | Path, family: TokenizerFamily, options: HubOptions) -> dict[str, str]:
-    found = {key: find_file(name, file, options, required=False) for key, file in family.vocab_files.items()}
-    if found and all(found.values()):
-        return {key: str(path) for key, path in found.items()}
-    also = f", nor {' and '.join(family.vocab_files.values())}" if family.vocab_files else ""
+    for files in family.vocab_files:
+        found = {key: find_file(name, file, options, required=False) for key, file in files.items()}
+        if all(found.values()):
+            return {key: str(path) for key, path in found.items()}
+    also = "".join(f", nor {' and '.join(files.values())}" for files in family.vocab_files)
     raise HubError(f"{name} has no {BACKEND_FILE}{also}: give a folder or a model that has a tokenizer")
 
 

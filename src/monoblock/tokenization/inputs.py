@@ -75,7 +75,7 @@ def plan(
         warnings.warn(
             "max_length has no effect with padding=True and no truncation: pass padding='max_length' to pad to it, "
             "or truncation=True to cut to it",
-            stacklevel=4,
+            stacklevel=5,
         )
     fill = one_of("padding", _named(padding, "longest", "do_not_pad"), PADDING)
     if max_length is None and model_max_length > UNLIMITED:
