@@ -119,7 +119,7 @@ class _Generation:
             )
         if self.streamer is not None and self.plan.rows > 1:
             raise ValueError(f"a streamer takes one sequence at a time, got {self.plan.rows} rows")
-        self.own_criteria = list(call.stopping_criteria or ())
+        self.own_criteria: list[Any] = list(call.stopping_criteria or ())
         self.eos = frozenset(config.eos_ids)
         self.pad = self._pad()
         self.generator = random_source(ops, call)
