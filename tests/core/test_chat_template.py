@@ -1,0 +1,377 @@
+"""Chat templates: what they give, and what they are kept from."""
+
+from __future__ import annotations
+
+import copy
+import time
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any, Literal
+
+import numpy as np
+import pytest
+from tokenizers_made import tokenizer
+
+from monoblock.tokenization import ChatTemplateError, get_json_schema, template
+from monoblock.tokenization.chat import plain
+
+CHAT = [{"role": "user", "content": "the fox?"}, {"role": "assistant", "content": " jumps "}]
+MARKED = (
+    "{% for m in messages %}[{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{% endgeneration %}"
+    "{% else %}{{ m.content }}{% endif %}]{% endfor %}"
+)
+
+
+def render(source: str, chat: Any = CHAT, **options: Any) -> Any:
+    return tokenizer().apply_chat_template(chat, chat_template=source, tokenize=False, **options)
+
+
+# --- what a template must not do
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ ''.__class__ }}",
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+        "{{ ''['__class__'] }}",
+        "{{ '' | attr('__class__') }}",
+        "{{ cycler.__init__.__globals__.os.system('true') }}",
+        "{{ joiner.__init__.__globals__ }}",
+        "{{ namespace.__init__.__globals__ }}",
+        "{{ raise_exception.__globals__ }}",
+        "{{ strftime_now.__code__ }}",
+        "{{ dict.__call__.__globals__ }}",
+        "{{ dict.__class__.__init__ }}",
+        "{{ self.__init__ }}",
+        "{{ self._TemplateReference__context }}",
+        "{{ messages.__class__ }}",
+        "{{ messages.append('x') }}",
+        "{{ messages[0].update(role='system') }}",
+        "{{ '{0.__class__}'.format(messages) }}",
+        "{{ '%9999999d' % 1 }}",
+        "{{ 10 ** 100000 }}",
+    ],
+)
+def test_reaching_out_is_refused(source: str) -> None:
+    with pytest.raises(ChatTemplateError) as caught:
+        render(source)
+    message = str(caught.value)
+    assert message.startswith("the chat template is refused: it ") or "is not safely callable" in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    "source", ["{{ lipsum() }}", "{% include '/etc/passwd' %}", "{% import 'os' as os %}"]
+)
+def test_there_is_nothing_to_reach(source: str) -> None:
+    with pytest.raises(ChatTemplateError, match="failed on this conversation"):
+        render(source)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+        "{% for a in range(99999) %}{% for b in range(99999) %}{% if false %}x{% endif %}{% endfor %}{% endfor %}",
+        "{% for a in range(10 ** 9) %}{% endfor %}",
+        "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+        "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
+        "{% for a in [1] recursive %}{{ loop([1]) }}{% endfor %}",
+        "{{ 'x' * 10 ** 9 }}",
+        "{{ 10 ** 9 * 'x' }}",
+        "{{ [1] * 10 ** 9 }}",
+        "{% set n = namespace(s='x' * 999) %}{% for i in range(99) %}{% set n.s = n.s + n.s %}{% endfor %}",
+        "{% set n = namespace(s='x' * 999) %}{% for i in range(99) %}{% set n.s = n.s ~ n.s %}{% endfor %}",
+        "{% for a in range(9999) %}{{ 'x' * 99999 }}{% endfor %}",
+    ],
+)
+def test_an_endless_template_is_stopped(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(template, "MAX_STEPS", 200_000)  # so that the test is quick; the rule is the same
+    began = time.perf_counter()
+    with pytest.raises(ChatTemplateError, match=r"stopped|range|Range"):
+        render(source)
+    assert time.perf_counter() - began < 10  # seconds; without the bound these run for hours
+
+
+def test_a_long_conversation_is_not_stopped() -> None:
+    chat = [{"role": "user", "content": "word " * 100}] * 5_000
+    assert len(render("{% for m in messages %}{{ m.content | trim }}{% endfor %}", chat)) == 5_000 * 499
+
+
+def test_the_conversation_is_left_as_it_is() -> None:
+    chat = copy.deepcopy(CHAT)
+    render("{{ messages[-1].content }}", chat, continue_final_message=True)
+    assert chat == CHAT
+
+
+# --- errors
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ("{% for x in %}", "syntax error on line 1"),
+        ("ok\n{{ 1 +", "syntax error on line 2"),
+        ("{{ raise_exception('only users, please') }}", r"^only users, please$"),
+        ("{{ messages[0].content + 3 }}", "failed on this conversation: TypeError"),
+        ("{{ messages.nothing.at_all }}", "failed on this conversation: UndefinedError"),
+        ("{{ 1 / 0 }}", "ZeroDivisionError"),
+    ],
+)
+def test_broken_templates(source: str, words: str) -> None:
+    with pytest.raises(ChatTemplateError, match=words) as caught:
+        render(source)
+    assert isinstance(caught.value, ValueError)
+
+
+def test_no_template_says_what_to_do() -> None:
+    with pytest.raises(ChatTemplateError, match=r"pass chat_template=, set tokenizer\.chat_template"):
+        tokenizer().apply_chat_template(CHAT)
+    named = tokenizer(chat_template=[{"name": "rag", "template": "x"}, {"name": "short", "template": "y"}])
+    with pytest.raises(ChatTemplateError, match=r"pass chat_template= one of \['rag', 'short'\]"):
+        named.get_chat_template()
+    assert named.apply_chat_template(CHAT, chat_template="short", tokenize=False) == "y"
+
+
+@pytest.mark.parametrize(
+    ("chat", "options", "words"),
+    [
+        ("text", {}, "a conversation is a list of messages"),
+        ([], {}, "got an empty one"),
+        (["text"], {}, "message 0 is str"),
+        ([CHAT[0], 3], {}, "message 1 is int"),
+        (CHAT, {"add_generation_prompt": True, "continue_final_message": True}, "exclude each other"),
+        (CHAT, {"return_assistant_tokens_mask": True}, "needs tokenize=True"),
+        (CHAT, {"sanitize_control_tokens": True}, "sanitize_control_tokens=True is not supported"),
+        (CHAT, {"messages": CHAT}, "messages="),
+        (CHAT, {"documents": ["x"]}, "a document is"),
+        (CHAT, {"tools": ["x"]}, "a tool is"),
+        (CHAT, {"continue_final_message": "thinking"}, "has no 'thinking' to continue"),
+        ([{"role": "user"}], {"continue_final_message": True}, "has no 'content' to continue"),
+        (
+            [{"role": "user", "content": [{"type": "image"}]}],
+            {"continue_final_message": True},
+            "no text to continue",
+        ),
+    ],
+)
+def test_refused_arguments(chat: Any, options: dict[str, Any], words: str) -> None:
+    with pytest.raises((ValueError, TypeError)) as caught:
+        render("{{ messages[0].content }}", chat, **options)
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+# --- what a template gets
+
+
+def test_variables_filters_and_functions() -> None:
+    t = tokenizer(
+        chat_template="{{ bos_token }}{{ pad_token }}{{ mood }}|{{ tools }}|{{ add_generation_prompt }}"
+    )
+    assert t.apply_chat_template(CHAT, tokenize=False, mood="glad") == "<s><pad>glad|None|False"
+    assert t.apply_chat_template(CHAT, tokenize=False, bos_token="B", tools=[]) == "B<pad>|[]|False"
+    assert render("{{ {'b': '<é>', 'a': 1} | tojson }}") == '{"b": "<é>", "a": 1}'
+    assert render("{{ [1, 2] | tojson(separators=(',', ':')) }}") == "[1,2]"
+    assert render("{{ strftime_now('%Y') }}") == time.strftime("%Y")
+    assert (
+        render("a\n  {% if true %}\nb\n  {% endif %}\nc") == "a\nb\nc"
+    )  # blocks take their own lines with them
+    assert render("{% for i in range(9) %}{% if i == 2 %}{% break %}{% endif %}{{ i }}{% endfor %}") == "01"
+
+
+def test_none_is_a_missing_key() -> None:
+    chat = [{"role": "user", "content": "x", "name": None}]
+    assert render("{{ 'name' in messages[0] }}{{ messages[0].name }}", chat) == "False"
+
+
+def test_data_is_made_plain() -> None:
+    class Role(StrEnum):
+        USER = "user"
+
+    @dataclass
+    class Message:
+        role: Role
+        content: Any
+
+    class Image:
+        def save(self, path: str) -> None:
+            raise AssertionError(path)
+
+    class Conversation:
+        messages = [Message(Role.USER, [{"type": "image", "image": Image()}])]  # noqa: RUF012
+
+    assert (
+        render("{{ messages[0].role }} {{ messages[0].content[0].image }}", Conversation()) == "user <Image>"
+    )
+    assert render("{{ messages[0].role }}", [Conversation(), Conversation()]) == ["user", "user"]
+    assert plain((np.float32(0.5), np.bool_(False), {1: np.int64(3)}, True)) == (0.5, False, {1: 3}, True)
+    with pytest.raises(ChatTemplateError, match="no attribute 'save'"):
+        render("{{ messages[0].content[0].image.save('x') }}", Conversation())
+
+
+def test_batches() -> None:
+    t = tokenizer(chat_template="{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}")
+    out = t.apply_chat_template([CHAT, CHAT[:1]], padding=True, return_tensors="np")
+    assert out["input_ids"].shape == out["attention_mask"].shape and out["input_ids"].shape[0] == 2
+    assert t.batch_decode(out, skip_special_tokens=True) == ["the fox? jumps ", "the fox?"]
+    assert t.apply_chat_template(CHAT, return_dict=False) == t.encode("the fox?</s> jumps </s>")
+
+
+# --- the tokens that the model itself wrote
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_masks_of_generated_tokens(side: str) -> None:
+    t = tokenizer(chat_template=MARKED, padding_side=side)
+    out = t.apply_chat_template(
+        [CHAT, CHAT * 2], padding=True, return_assistant_tokens_mask=True, return_tensors="np"
+    )
+    for ids, mask, expected in zip(
+        out["input_ids"], out["assistant_masks"], (" jumps ", " jumps  jumps "), strict=True
+    ):
+        assert t.decode(ids[mask == 1]) == expected
+    flat = t.apply_chat_template(CHAT, return_assistant_tokens_mask=True)
+    assert t.decode(np.array(flat["input_ids"])[np.array(flat["assistant_masks"]) == 1]) == " jumps "
+
+
+@pytest.mark.parametrize(("side", "kept"), [("right", "the quick"), ("left", " brown fox")])
+def test_masks_survive_truncation_on_either_side(side: str, kept: str) -> None:
+    t = tokenizer(chat_template=MARKED, truncation_side=side)
+    chat = [{"role": "assistant", "content": "the quick brown fox"}]
+    length = 1 + len(t.encode(kept))
+    out = t.apply_chat_template(chat, truncation=True, max_length=length, return_assistant_tokens_mask=True)
+    ids = [i for i, m in zip(out["input_ids"], out["assistant_masks"], strict=True) if m]
+    assert len(out["input_ids"]) == length and t.decode(ids) == kept
+
+
+def test_masks_inside_macros_are_right_and_inside_filters_refused() -> None:
+    macro = "{% macro show(m) %}<{% generation %}{{ m.content }}{% endgeneration %}>{% endmacro %}"
+    macro += "{{ show(messages[1]) }}"
+    t = tokenizer(chat_template=macro)
+    out = t.apply_chat_template(CHAT, return_assistant_tokens_mask=True)
+    assert (
+        t.decode([i for i, m in zip(out["input_ids"], out["assistant_masks"], strict=True) if m]) == " jumps "
+    )
+    t.chat_template = macro.replace("show(messages[1])", "(show(messages[1])) | replace('> ', '') | length")
+    with pytest.raises(ChatTemplateError, match="a filter around"):
+        t.apply_chat_template(CHAT, return_assistant_tokens_mask=True)
+
+
+# --- going on with a message
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("{% for m in messages %}[{{ m.content }}]{% endfor %}", "[the fox?][ jumps "),
+        ("{% for m in messages %}[{{ m.content | trim }}]{% endfor %}", "[the fox?][jumps"),
+        (
+            "{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}{{ messages[-1].content }}!",
+            "the fox?</s> jumps </s> jumps ",
+        ),
+    ],
+)
+def test_continuing_the_last_message(source: str, expected: str) -> None:
+    assert render(source, continue_final_message=True) == expected
+
+
+def test_continuing_another_field_or_a_block() -> None:
+    chat = [{"role": "assistant", "reasoning": "Hm", "content": "x"}]
+    source = "{{ messages[0].reasoning_content }}|{{ messages[0].content }}"
+    assert render(source, chat, continue_final_message="reasoning_content") == "Hm"
+    blocks = [
+        {"role": "assistant", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}
+    ]
+    source = "{% for b in messages[0].content %}<{{ b.text }}>{% endfor %}"
+    assert render(source, blocks, continue_final_message=True) == "<a><b"
+    with pytest.raises(ValueError, match="does not write the last message"):
+        render("{{ messages[0].content }}", continue_final_message=True)
+
+
+def test_one_message_more() -> None:
+    t = tokenizer(chat_template="{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}")
+    assert t.decode(t.encode_message_with_chat_template(CHAT[1], CHAT[:1])) == " jumps </s>"
+    assert t.decode(t.encode_message_with_chat_template(CHAT[0])) == "the fox?</s>"
+    with pytest.raises(ValueError, match="add_generation_prompt"):
+        t.encode_message_with_chat_template(CHAT[0], add_generation_prompt=True)
+
+
+# --- tools
+
+
+def weather(city: str, unit: Literal["C", "K"] = "C", days: list[int] | None = None) -> str:
+    """Forecast the weather.
+
+    Args:
+        city: Where,
+            as "Köln"
+        unit: The unit
+        days: Which days
+    """
+    return f"{city} {unit} {days}"
+
+
+def test_functions_become_tools() -> None:
+    schema = get_json_schema(weather)
+    assert schema == {
+        "type": "function",
+        "function": {
+            "name": "weather",
+            "description": "Forecast the weather.",
+            "parameters": {
+                "type": "object",
+                "properties": {
+                    "city": {"type": "string", "description": 'Where, as "Köln"'},
+                    "unit": {"type": "string", "enum": ["C", "K"], "description": "The unit"},
+                    "days": {
+                        "type": "array",
+                        "items": {"type": "integer"},
+                        "nullable": True,
+                        "description": "Which days",
+                    },
+                },
+                "required": ["city"],
+            },
+            "return": {"type": "string"},
+        },
+    }
+    assert render("{{ tools[0].function.name }}{{ tools | length }}", tools=[weather, schema]) == "weather2"
+
+
+def test_functions_that_cannot_be_tools() -> None:
+    def bare(x: int) -> None: ...
+
+    def unhinted(x) -> None:
+        """Do.
+
+        Args:
+            x: it
+        """
+
+    def undescribed(x: int) -> None:
+        """Do."""
+
+    def strange(x: object) -> None:
+        """Do.
+
+        Args:
+            x: it
+        """
+
+    def chosen(x: str) -> None:
+        """Do.
+
+        Args:
+            x: it (choices: a, b)
+        """
+
+    for function, words in (
+        (bare, "the tool bare has no docstring"),
+        (unhinted, "'x' of the tool unhinted has no type hint"),
+        (undescribed, "does not describe its argument 'x'"),
+        (strange, "'x' of the tool strange has no JSON schema"),
+        (chosen, "no JSON list"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            get_json_schema(function)
