@@ -5,9 +5,18 @@ from typing import Any
 from torch import Tensor
 
 from monoblock.outputs import (
+    BaseModelOutput,
+    BaseModelOutputWithPast,
     BaseModelOutputWithPastAndCrossAttentions,
+    BaseModelOutputWithPooling,
+    CausalLMOutput,
     CausalLMOutputWithCrossAttentions,
+    CausalLMOutputWithPast,
+    MaskedLMOutput,
+    MultipleChoiceModelOutput,
+    OpenAIGPTDoubleHeadsModelOutput,
     QuestionAnsweringModelOutput,
+    SequenceClassifierOutput,
     SequenceClassifierOutputWithPast,
     TokenClassifierOutput,
 )
@@ -15,6 +24,9 @@ from monoblock.auto import (
     AutoConfig as AutoConfig,
     AutoModel as AutoModel,
     AutoModelForCausalLM as AutoModelForCausalLM,
+    AutoModelForImageTextToText as AutoModelForImageTextToText,
+    AutoModelForMaskedLM as AutoModelForMaskedLM,
+    AutoModelForMultipleChoice as AutoModelForMultipleChoice,
     AutoModelForQuestionAnswering as AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification as AutoModelForSequenceClassification,
     AutoModelForTokenClassification as AutoModelForTokenClassification,
@@ -39,9 +51,24 @@ from monoblock.errors import (
     UnreadKeys as UnreadKeys,
     UnsupportedConfig as UnsupportedConfig,
 )
+from monoblock.families.fuyu import (
+    FuyuConfig as FuyuConfig,
+)
+from monoblock.families.gpt_neo import (
+    GPTNeoConfig as GPTNeoConfig,
+)
+from monoblock.families.mistral import (
+    MistralConfig as MistralConfig,
+)
+from monoblock.families.mpnet import (
+    MPNetConfig as MPNetConfig,
+)
 from monoblock.families.mpt import (
     MptAttentionConfig as MptAttentionConfig,
     MptConfig as MptConfig,
+)
+from monoblock.families.openai_gpt import (
+    OpenAIGPTConfig as OpenAIGPTConfig,
 )
 from monoblock.generation import (
     AsyncTextIteratorStreamer as AsyncTextIteratorStreamer,
@@ -63,6 +90,402 @@ from monoblock.tokenization import (
 )
 
 __version__: str
+
+class FuyuForCausalLM(PreTrainedModel):
+    config: FuyuConfig
+    def __init__(self, config: FuyuConfig) -> None: ...
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        image_patches: Tensor | None = None,
+        image_patches_indices: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | tuple[tuple[Tensor, Tensor], ...] | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        labels: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        *,
+        cache_position: Tensor | None = None,
+        sequence_id: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        pixel_values: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
+        cache_position: Tensor | None = None,
+    ) -> CausalLMOutputWithPast | tuple[Any, ...]: ...
+    __call__ = forward
+
+class GPTNeoForCausalLM(PreTrainedModel):
+    config: GPTNeoConfig
+    def __init__(self, config: GPTNeoConfig) -> None: ...
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        past_key_values: Cache | tuple[tuple[Tensor, Tensor], ...] | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        head_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        *,
+        cache_position: Tensor | None = None,
+        sequence_id: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> CausalLMOutputWithCrossAttentions | tuple[Any, ...]: ...
+    __call__ = forward
+
+class GPTNeoForQuestionAnswering(PreTrainedModel):
+    config: GPTNeoConfig
+    def __init__(self, config: GPTNeoConfig) -> None: ...
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        head_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        start_positions: Tensor | None = None,
+        end_positions: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        *,
+        past_key_values: Cache | tuple[tuple[Tensor, Tensor], ...] | None = None,
+        use_cache: bool | None = None,
+        cache_position: Tensor | None = None,
+        sequence_id: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> QuestionAnsweringModelOutput | tuple[Any, ...]: ...
+    __call__ = forward
+
+class GPTNeoForSequenceClassification(PreTrainedModel):
+    config: GPTNeoConfig
+    def __init__(self, config: GPTNeoConfig) -> None: ...
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        past_key_values: Cache | tuple[tuple[Tensor, Tensor], ...] | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        head_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        *,
+        cache_position: Tensor | None = None,
+        sequence_id: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> SequenceClassifierOutputWithPast | tuple[Any, ...]: ...
+    __call__ = forward
+
+class GPTNeoForTokenClassification(PreTrainedModel):
+    config: GPTNeoConfig
+    def __init__(self, config: GPTNeoConfig) -> None: ...
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        past_key_values: Cache | tuple[tuple[Tensor, Tensor], ...] | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        head_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        *,
+        cache_position: Tensor | None = None,
+        sequence_id: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> TokenClassifierOutput | tuple[Any, ...]: ...
+    __call__ = forward
+
+class GPTNeoModel(PreTrainedModel):
+    config: GPTNeoConfig
+    def __init__(self, config: GPTNeoConfig) -> None: ...
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        past_key_values: Cache | tuple[tuple[Tensor, Tensor], ...] | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        head_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        *,
+        cache_position: Tensor | None = None,
+        sequence_id: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> BaseModelOutputWithPastAndCrossAttentions | tuple[Any, ...]: ...
+    __call__ = forward
+
+class MPNetForMaskedLM(PreTrainedModel):
+    config: MPNetConfig
+    def __init__(self, config: MPNetConfig) -> None: ...
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        head_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        *,
+        past_key_values: Cache | tuple[tuple[Tensor, Tensor], ...] | None = None,
+        use_cache: bool | None = None,
+        cache_position: Tensor | None = None,
+        sequence_id: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> MaskedLMOutput | tuple[Any, ...]: ...
+    __call__ = forward
+
+class MPNetForMultipleChoice(PreTrainedModel):
+    config: MPNetConfig
+    def __init__(self, config: MPNetConfig) -> None: ...
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        head_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        *,
+        past_key_values: Cache | tuple[tuple[Tensor, Tensor], ...] | None = None,
+        use_cache: bool | None = None,
+        cache_position: Tensor | None = None,
+        sequence_id: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> MultipleChoiceModelOutput | tuple[Any, ...]: ...
+    __call__ = forward
+
+class MPNetForQuestionAnswering(PreTrainedModel):
+    config: MPNetConfig
+    def __init__(self, config: MPNetConfig) -> None: ...
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        head_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        start_positions: Tensor | None = None,
+        end_positions: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        *,
+        past_key_values: Cache | tuple[tuple[Tensor, Tensor], ...] | None = None,
+        use_cache: bool | None = None,
+        cache_position: Tensor | None = None,
+        sequence_id: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> QuestionAnsweringModelOutput | tuple[Any, ...]: ...
+    __call__ = forward
+
+class MPNetForSequenceClassification(PreTrainedModel):
+    config: MPNetConfig
+    def __init__(self, config: MPNetConfig) -> None: ...
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        head_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        *,
+        past_key_values: Cache | tuple[tuple[Tensor, Tensor], ...] | None = None,
+        use_cache: bool | None = None,
+        cache_position: Tensor | None = None,
+        sequence_id: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> SequenceClassifierOutput | tuple[Any, ...]: ...
+    __call__ = forward
+
+class MPNetForTokenClassification(PreTrainedModel):
+    config: MPNetConfig
+    def __init__(self, config: MPNetConfig) -> None: ...
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        head_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        *,
+        past_key_values: Cache | tuple[tuple[Tensor, Tensor], ...] | None = None,
+        use_cache: bool | None = None,
+        cache_position: Tensor | None = None,
+        sequence_id: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> TokenClassifierOutput | tuple[Any, ...]: ...
+    __call__ = forward
+
+class MPNetModel(PreTrainedModel):
+    config: MPNetConfig
+    def __init__(self, config: MPNetConfig) -> None: ...
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        head_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        *,
+        past_key_values: Cache | tuple[tuple[Tensor, Tensor], ...] | None = None,
+        use_cache: bool | None = None,
+        cache_position: Tensor | None = None,
+        sequence_id: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> BaseModelOutputWithPooling | tuple[Any, ...]: ...
+    __call__ = forward
+
+class MistralForCausalLM(PreTrainedModel):
+    config: MistralConfig
+    def __init__(self, config: MistralConfig) -> None: ...
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | tuple[tuple[Tensor, Tensor], ...] | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        cache_position: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
+        *,
+        return_dict: bool | None = None,
+        sequence_id: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> CausalLMOutputWithPast | tuple[Any, ...]: ...
+    __call__ = forward
+
+class MistralForQuestionAnswering(PreTrainedModel):
+    config: MistralConfig
+    def __init__(self, config: MistralConfig) -> None: ...
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | tuple[tuple[Tensor, Tensor], ...] | None = None,
+        inputs_embeds: Tensor | None = None,
+        start_positions: Tensor | None = None,
+        end_positions: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        *,
+        use_cache: bool | None = None,
+        return_dict: bool | None = None,
+        cache_position: Tensor | None = None,
+        sequence_id: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> QuestionAnsweringModelOutput | tuple[Any, ...]: ...
+    __call__ = forward
+
+class MistralForSequenceClassification(PreTrainedModel):
+    config: MistralConfig
+    def __init__(self, config: MistralConfig) -> None: ...
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | tuple[tuple[Tensor, Tensor], ...] | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        *,
+        return_dict: bool | None = None,
+        cache_position: Tensor | None = None,
+        sequence_id: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> SequenceClassifierOutputWithPast | tuple[Any, ...]: ...
+    __call__ = forward
+
+class MistralForTokenClassification(PreTrainedModel):
+    config: MistralConfig
+    def __init__(self, config: MistralConfig) -> None: ...
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | tuple[tuple[Tensor, Tensor], ...] | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        *,
+        return_dict: bool | None = None,
+        cache_position: Tensor | None = None,
+        sequence_id: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> TokenClassifierOutput | tuple[Any, ...]: ...
+    __call__ = forward
+
+class MistralModel(PreTrainedModel):
+    config: MistralConfig
+    def __init__(self, config: MistralConfig) -> None: ...
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | tuple[tuple[Tensor, Tensor], ...] | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        cache_position: Tensor | None = None,
+        *,
+        return_dict: bool | None = None,
+        sequence_id: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> BaseModelOutputWithPast | tuple[Any, ...]: ...
+    __call__ = forward
 
 class MptForCausalLM(PreTrainedModel):
     config: MptConfig
@@ -173,4 +596,101 @@ class MptModel(PreTrainedModel):
         sequence_id: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
     ) -> BaseModelOutputWithPastAndCrossAttentions | tuple[Any, ...]: ...
+    __call__ = forward
+
+class OpenAIGPTDoubleHeadsModel(PreTrainedModel):
+    config: OpenAIGPTConfig
+    def __init__(self, config: OpenAIGPTConfig) -> None: ...
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        head_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        mc_token_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        mc_labels: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        *,
+        past_key_values: Cache | tuple[tuple[Tensor, Tensor], ...] | None = None,
+        use_cache: bool | None = None,
+        cache_position: Tensor | None = None,
+        sequence_id: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> OpenAIGPTDoubleHeadsModelOutput | tuple[Any, ...]: ...
+    __call__ = forward
+
+class OpenAIGPTForSequenceClassification(PreTrainedModel):
+    config: OpenAIGPTConfig
+    def __init__(self, config: OpenAIGPTConfig) -> None: ...
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        head_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        *,
+        past_key_values: Cache | tuple[tuple[Tensor, Tensor], ...] | None = None,
+        use_cache: bool | None = None,
+        cache_position: Tensor | None = None,
+        sequence_id: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> SequenceClassifierOutput | tuple[Any, ...]: ...
+    __call__ = forward
+
+class OpenAIGPTLMHeadModel(PreTrainedModel):
+    config: OpenAIGPTConfig
+    def __init__(self, config: OpenAIGPTConfig) -> None: ...
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        head_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        *,
+        past_key_values: Cache | tuple[tuple[Tensor, Tensor], ...] | None = None,
+        use_cache: bool | None = None,
+        cache_position: Tensor | None = None,
+        sequence_id: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> CausalLMOutput | tuple[Any, ...]: ...
+    __call__ = forward
+
+class OpenAIGPTModel(PreTrainedModel):
+    config: OpenAIGPTConfig
+    def __init__(self, config: OpenAIGPTConfig) -> None: ...
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        head_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        *,
+        past_key_values: Cache | tuple[tuple[Tensor, Tensor], ...] | None = None,
+        use_cache: bool | None = None,
+        cache_position: Tensor | None = None,
+        sequence_id: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> BaseModelOutput | tuple[Any, ...]: ...
     __call__ = forward

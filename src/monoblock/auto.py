@@ -91,3 +91,15 @@ class AutoModelForTokenClassification(_AutoModel):
 
 class AutoModelForQuestionAnswering(_AutoModel):
     """A model that finds a span."""
+
+
+class AutoModelForMaskedLM(_AutoModel):
+    """A model that fills in masked tokens."""
+
+
+class AutoModelForMultipleChoice(_AutoModel):
+    """A model that chooses among texts."""
+
+
+class AutoModelForImageTextToText(_AutoModel):
+    """A model that continues text about images."""

@@ -159,7 +159,7 @@ class PretrainedConfig:
         self.finish(frozenset(given))
         self._refuse()
 
-    def finish(self, given: frozenset[str]) -> None:
+    def finish(self, given: frozenset[str], /) -> None:
         """A family's own defaults that depend on which fields were `given`; nothing here."""
 
     # ------------------------------------------------------------------ attributes and aliases
@@ -265,10 +265,13 @@ class PretrainedConfig:
         raise NotImplementedError(f"{type(self).__name__} is not the config of a model")
 
     def to_head(self, kind: str) -> HeadSpec:
-        """The head of that kind as this config describes it."""
+        """The head of that kind. A token head drops out by `classifier_dropout`, else `hidden_dropout`, else 0.1."""
+        given = (getattr(self, name, None) for name in ("classifier_dropout", "hidden_dropout"))
+        dropout = next((p for p in given if p is not None), 0.1) if kind == "token" else 0.0
         return HeadSpec(
             kind=kind,
             labels=self.num_labels,
+            dropout=dropout,
             problem_type=self.problem_type,
             pad_id=self.pad_token_id,
         )

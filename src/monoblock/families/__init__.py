@@ -46,20 +46,32 @@ class Family:
 # model_type -> the stem of the public class names, and what follows the stem.
 FAMILIES: dict[str, tuple[str, str]] = {
     "mpt": ("Mpt", "Model ForCausalLM ForSequenceClassification ForTokenClassification ForQuestionAnswering"),
-}
-
-# The config classes, by family.
-CONFIGS: dict[str, tuple[str, ...]] = {
-    "mpt": ("MptConfig", "MptAttentionConfig"),
+    "mistral": (
+        "Mistral",
+        "Model ForCausalLM ForSequenceClassification ForTokenClassification ForQuestionAnswering",
+    ),
+    "fuyu": ("Fuyu", "ForCausalLM"),
+    "openai-gpt": ("OpenAIGPT", "Model LMHeadModel DoubleHeadsModel ForSequenceClassification"),
+    "gpt_neo": (
+        "GPTNeo",
+        "Model ForCausalLM ForSequenceClassification ForTokenClassification ForQuestionAnswering",
+    ),
+    "mpnet": (
+        "MPNet",
+        "Model ForMaskedLM ForSequenceClassification ForMultipleChoice ForTokenClassification ForQuestionAnswering",
+    ),
 }
 
 # AutoModelFor... -> the endings of the classes that it chooses from.
 AUTO: dict[str, tuple[str, ...]] = {
     "AutoModel": ("Model",),
     "AutoModelForCausalLM": ("ForCausalLM", "LMHeadModel"),
+    "AutoModelForMaskedLM": ("ForMaskedLM",),
+    "AutoModelForMultipleChoice": ("ForMultipleChoice",),
     "AutoModelForSequenceClassification": ("ForSequenceClassification",),
     "AutoModelForTokenClassification": ("ForTokenClassification",),
     "AutoModelForQuestionAnswering": ("ForQuestionAnswering",),
+    "AutoModelForImageTextToText": ("FuyuForCausalLM",),
 }
 
 
@@ -85,6 +97,8 @@ def auto_class(auto: str, config: PretrainedConfig) -> str:
     """The class that an `AutoModel...` chooses for a config."""
     names = class_names(family(config.model_type).name)
     stem = FAMILIES[config.model_type][0]
-    if chosen := next((stem + ending for ending in AUTO[auto] if stem + ending in names), None):
-        return chosen
+    for ending in AUTO[auto]:
+        for name in (stem + ending, ending):
+            if name in names:
+                return name
     raise ValueError(f"{auto} has no class for {config.model_type!r}; that family has: {', '.join(names)}")

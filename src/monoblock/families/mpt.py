@@ -6,14 +6,13 @@ Source: https://github.com/mosaicml/llm-foundry, configs of both the hub's MptCo
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from typing import Any, Literal
 
 from monoblock.checkpoint.keymap import KeyMap, Same, Spelling, Split, row
 from monoblock.config import PretrainedConfig
 from monoblock.errors import UnsupportedConfig
 from monoblock.families import Family, ModelClass
-from monoblock.heads import HeadSpec
+from monoblock.families.common import head_rows, quotient
 from monoblock.spec import (
     Alibi,
     ArchSpec,
@@ -36,7 +35,6 @@ NORMS: dict[str, Literal["layer", "rms"]] = {
     "triton_rmsnorm": "rms",
 }
 ATTENTIONS = ("multihead_attention", "multiquery_attention", "grouped_query_attention")
-HEADS = {"causal": "lm_head", "sequence": "score", "token": "classifier", "span": "qa_outputs"}
 # ffn_act_fn's (name, approximate) -> the spec's activation
 ACTIVATIONS = {
     ("gelu", "none"): "gelu",
@@ -95,7 +93,7 @@ class MptAttentionConfig(PretrainedConfig):
 
     makers_from = "qk_gn"
 
-    def finish(self, given: frozenset[str]) -> None:
+    def finish(self, given: frozenset[str], /) -> None:
         """The makers' default of `alibi` is False; the hub's True holds unless rope is asked for."""
         if self.rope and "alibi" not in given:
             self.alibi = False
@@ -151,7 +149,7 @@ class MptConfig(PretrainedConfig):
 
     makers_from = "head_dim"
 
-    def finish(self, given: frozenset[str]) -> None:
+    def finish(self, given: frozenset[str], /) -> None:
         """The makers give `fc_type` as a word or as a dict with a name."""
         if "fc_type" in given and isinstance(self.fc_type, str):
             self.fc_type = {"name": self.fc_type}
@@ -164,7 +162,7 @@ class MptConfig(PretrainedConfig):
             raise ValueError("MptConfig.attn_config.kv_n_heads must be given for grouped_query_attention")
         if att.qk_ln and att.qk_gn:
             raise ValueError("MptConfig.attn_config: qk_ln and qk_gn exclude each other; set one of them")
-        head_dim = self.head_dim or _quotient(self)
+        head_dim = self.head_dim or quotient(self, "d_model", "n_heads")
         kv_heads = dict(zip(ATTENTIONS, (self.n_heads, 1, att.kv_n_heads), strict=True))[att.attn_type]
         kind = NORMS[self.norm_type]
         norm = Norm(kind=kind, eps=self.layer_norm_epsilon, bias=bias and kind == "layer")
@@ -196,20 +194,6 @@ class MptConfig(PretrainedConfig):
             embed_gradient=self.embedding_fraction,
             init_std=self.initializer_range,
         ).validate("MptConfig")
-
-    def to_head(self, kind: str) -> HeadSpec:
-        """The head; a token head drops out by `classifier_dropout`, else `hidden_dropout`, else 0.1."""
-        given = (getattr(self, name, None) for name in ("classifier_dropout", "hidden_dropout"))
-        dropout = next((p for p in given if p is not None), 0.1) if kind == "token" else 0.0
-        return replace(super().to_head(kind), dropout=dropout)
-
-
-def _quotient(config: MptConfig) -> int:
-    if config.n_heads < 1 or config.d_model % config.n_heads:
-        raise ValueError(
-            f"MptConfig.d_model ({config.d_model}) must be a multiple of n_heads ({config.n_heads}), or give head_dim"
-        )
-    return config.d_model // config.n_heads
 
 
 def _qk_norm(config: MptConfig, norm: Norm) -> QkNorm | None:
@@ -302,7 +286,7 @@ def keymap(config: MptConfig, head: str | None) -> KeyMap:
             row(block + "mlp.down.{p}", block + "ffn.down_proj.{p}"),
             row("final_norm.{p}", "norm_f.{p}"),
         ),
-        heads={kind: (row("head.out.{p}", name + ".{p}"),) for kind, name in HEADS.items()},
+        heads=head_rows(causal="lm_head", sequence="score", token="classifier", span="qa_outputs"),
         head=head,
         prefix="transformer.",
         other_prefixes=("model.transformer.",),

@@ -1,0 +1,90 @@
+"""What several families' configs share: activation names, and rotary positions in all their spellings."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from monoblock.checkpoint.keymap import Row, row
+from monoblock.config import PretrainedConfig
+from monoblock.errors import UnsupportedConfig
+from monoblock.spec import RopeScaling, Rotary
+
+# The hub's names of activations -> the spec's.
+ACTIVATIONS = {
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "quick_gelu": "quick_gelu",
+    "relu": "relu",
+    "relu2": "relu2",
+    "silu": "silu",
+    "swish": "silu",
+}
+
+# RoPE types -> the spec's kinds; None: no scaling.
+ROPE_TYPES = {"default": None, "linear": "linear", "dynamic": "dynamic", "yarn": "yarn", "llama3": "llama3"}
+
+
+def activation(config: PretrainedConfig, field: str) -> str:
+    """The spec's activation for a field of a config."""
+    config.check({field: tuple(ACTIVATIONS)})
+    return ACTIVATIONS[getattr(config, field)]
+
+
+def quotient(config: PretrainedConfig, width: str, heads: str) -> int:
+    """width / heads; ValueError if it is no whole number."""
+    w, h = getattr(config, width), getattr(config, heads)
+    if h < 1 or w % h:
+        raise ValueError(f"{type(config).__name__}.{width} ({w}) must be a multiple of {heads} ({h})")
+    return w // h
+
+
+def head_rows(**names: str) -> dict[str, tuple[Row, ...]]:
+    """Rows of heads that are one projection each: kind -> its name in files."""
+    return {kind: (row("head.out.{p}", name + ".{p}"),) for kind, name in names.items()}
+
+
+class RopeConfig(PretrainedConfig):
+    """Reads `rope_parameters` (newer files) as well as `rope_theta` and `rope_scaling`; writes the latter."""
+
+    def finish(self, _given: frozenset[str], /) -> None:
+        """Newer files' one dict becomes the two fields, whichever was given."""
+        parameters = dict(vars(self).pop("rope_parameters", None) or {})
+        for name in ("rope_theta", "partial_rotary_factor"):
+            if name in parameters:
+                setattr(self, name, parameters.pop(name))
+        scaling = parameters or dict(getattr(self, "rope_scaling", None) or {})
+        if "type" in scaling:
+            scaling.setdefault("rope_type", scaling.pop("type"))
+        self.rope_scaling = scaling if scaling.get("rope_type", "default") != "default" else None
+
+    def rotary(self, dim: int) -> Rotary:
+        """RoPE on the first `dim` channels as this config has it."""
+        return Rotary(dim=dim, theta=self.rope_theta, scaling=self._scaling())
+
+    def _scaling(self) -> RopeScaling | None:
+        rope: dict[str, Any] = self.rope_scaling or {}
+        self.check({"rope_scaling.rope_type": (None, *ROPE_TYPES), "rope_scaling.truncate": (None, True)})
+        kind = ROPE_TYPES[rope.get("rope_type", "default")]
+        if kind is None:
+            return None
+        if "factor" not in rope:
+            raise UnsupportedConfig(f"{type(self).__name__}.rope_scaling={rope} lacks its factor")
+        defaults = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "beta_fast": 32.0, "beta_slow": 1.0}
+        return RopeScaling(
+            kind=kind,  # pyright: ignore[reportArgumentType]
+            factor=rope["factor"],
+            original_length=rope.get("original_max_position_embeddings") or self.max_position_embeddings,
+            attention_factor=_attention_factor(rope),
+            **{name: rope.get(name) or default for name, default in defaults.items()},
+        )
+
+
+def _attention_factor(rope: dict[str, Any]) -> float | None:
+    """YaRN's factor on cos and sin: as given, or of the two `mscale`s; None: by its own formula."""
+    if rope.get("mscale") and rope.get("mscale_all_dim"):
+        log = 0.1 * math.log(max(rope["factor"], 1.0))
+        return (log * rope["mscale"] + 1) / (log * rope["mscale_all_dim"] + 1)
+    return rope.get("attention_factor")

@@ -1,0 +1,132 @@
+"""Fuyu (Adept, 2023): Persimmon's decoder, into which image patches are projected directly; no image encoder.
+
+Source: https://www.adept.ai/blog/fuyu-8b and the hub's FuyuConfig.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from monoblock.checkpoint.keymap import KeyMap, PerHead, Spelling, row
+from monoblock.families import Family, ModelClass
+from monoblock.families.common import RopeConfig, activation, quotient
+from monoblock.spec import ArchSpec, Attention, Dropout, Mlp, Norm, Patches, QkNorm
+
+
+class FuyuConfig(RopeConfig):
+    """The config of a Fuyu model, flat as the hub's files are; a `text_config` is taken apart."""
+
+    model_type = "fuyu"
+
+    vocab_size: int = 262144
+    hidden_size: int = 4096
+    intermediate_size: int = 16384
+    num_hidden_layers: int = 36
+    num_attention_heads: int = 64
+    hidden_act: str = "relu2"
+    max_position_embeddings: int = 16384
+    image_size: int = 300
+    patch_size: int = 30
+    num_channels: int = 3
+    initializer_range: float = 0.02
+    layer_norm_eps: float = 1e-5
+    use_cache: bool = True
+    tie_word_embeddings: bool = False
+    rope_theta: float = 25000.0
+    rope_scaling: dict[str, Any] | None = None
+    qk_layernorm: bool = True
+    hidden_dropout: float = 0.0
+    attention_dropout: float = 0.0
+    partial_rotary_factor: float = 0.5
+    pad_token_id: int | None = None
+    bos_token_id: int | None = 1
+    eos_token_id: Any = 2
+    text_config: dict[str, Any] | None = None
+    image_token_id: int = 71011
+    rope_parameters: dict[str, Any] | None = None
+
+    makers_from = "text_config"
+
+    def finish(self, given: frozenset[str], /) -> None:
+        """Newer files nest the language model's fields; they stand beside the others here."""
+        nested = self.text_config
+        if nested is not None:
+            for name, value in nested.items():
+                if name in self.fields and name not in given:
+                    setattr(self, name, value)
+            self.text_config = None
+        super().finish(given)
+
+    def to_spec(self) -> ArchSpec:
+        """The architecture; UnsupportedConfig or ValueError names the field that cannot be honoured."""
+        head_dim = quotient(self, "hidden_size", "num_attention_heads")
+        norm = Norm(kind="layer", eps=self.layer_norm_eps, bias=True)
+        return ArchSpec(
+            vocab=self.vocab_size,
+            width=self.hidden_size,
+            attention=Attention(
+                heads=self.num_attention_heads,
+                kv_heads=self.num_attention_heads,
+                head_dim=head_dim,
+                scale=head_dim**-0.5,
+                qkv_bias=True,
+                out_bias=True,
+                qk_norm=QkNorm(norm=norm, span="head") if self.qk_layernorm else None,
+            ),
+            mlp=Mlp(width=self.intermediate_size, act=activation(self, "hidden_act"), gated=False, bias=True),
+            norm=norm,
+            windows=(None,) * self.num_hidden_layers,
+            positions=(self.rotary(int(head_dim * self.partial_rotary_factor)),),
+            final_norm=norm,
+            dropout=Dropout(attention=self.attention_dropout, residual=self.hidden_dropout),
+            tie_head=self.tie_word_embeddings,
+            patches=Patches(size=self.patch_size**2 * self.num_channels, token_id=self.image_token_id),
+            init_std=self.initializer_range,
+        ).validate("FuyuConfig")
+
+
+def keymap(config: FuyuConfig, head: str | None) -> KeyMap:
+    """The hub's names, newer and older."""
+    new, old = "model.language_model.", "language_model.model."
+
+    def both(name: str) -> tuple[str, str]:
+        return f"{new}{name}.{{p}}", f"{old}{name}.{{p}}"
+
+    per_head = PerHead(config.num_attention_heads)
+    qkv = [Spelling((name,), per_head) for name in both("layers.{i}.self_attn.query_key_value")]
+    return KeyMap(
+        rows=(
+            row("embed.{p}", *both("embed_tokens")),
+            row("patch_embed.{p}", "model.vision_embed_tokens.{p}", "vision_embed_tokens.{p}"),
+            row("blocks.{i}.norm1.{p}", *both("layers.{i}.input_layernorm")),
+            row("blocks.{i}.attn.qkv.{p}", *qkv),
+            row("blocks.{i}.attn.q_norm.{p}", *both("layers.{i}.self_attn.q_layernorm")),
+            row("blocks.{i}.attn.k_norm.{p}", *both("layers.{i}.self_attn.k_layernorm")),
+            row("blocks.{i}.attn.out.{p}", *both("layers.{i}.self_attn.dense")),
+            row("blocks.{i}.norm2.{p}", *both("layers.{i}.post_attention_layernorm")),
+            row("blocks.{i}.mlp.up.{p}", *both("layers.{i}.mlp.dense_h_to_4h")),
+            row("blocks.{i}.mlp.down.{p}", *both("layers.{i}.mlp.dense_4h_to_h")),
+            row("final_norm.{p}", *both("final_layernorm")),
+        ),
+        heads={"causal": (row("head.out.{p}", "lm_head.{p}", "language_model.lm_head.{p}"),)},
+        head=head,
+        prefix="",
+        ignored=(r"rotary_emb\.inv_freq$",),
+    )
+
+
+FAMILY = Family(
+    config=FuyuConfig,
+    prefix="model",
+    keymap=keymap,
+    extra=("pixel_values", "logits_to_keep", "cache_position"),
+    classes=(
+        ModelClass(
+            "FuyuForCausalLM",
+            "causal",
+            "input_ids image_patches image_patches_indices attention_mask position_ids past_key_values inputs_embeds "
+            "use_cache labels output_attentions output_hidden_states return_dict",
+            "CausalLMOutputWithPast",
+        ),
+    ),
+)

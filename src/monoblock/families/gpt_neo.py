@@ -1,0 +1,138 @@
+"""GPT Neo (EleutherAI, 2021): GPT-3 as published, layers alternating between all tokens and the last 256.
+
+Scores are not divided by the root of the head's width. Source: https://github.com/EleutherAI/gpt-neo and the hub's
+GPTNeoConfig.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from monoblock.checkpoint.keymap import KeyMap, Spelling, Split, row
+from monoblock.config import PretrainedConfig
+from monoblock.families import Family, ModelClass
+from monoblock.families.common import activation, head_rows, quotient
+from monoblock.spec import ArchSpec, Attention, Dropout, Learned, Mlp, Norm
+
+
+class GPTNeoConfig(PretrainedConfig):
+    """The config of a GPT Neo model. `attention_types` [[["global", "local"], 12]] means 12 times the pair;
+    `intermediate_size=None` means 4 * hidden_size."""
+
+    model_type = "gpt_neo"
+    attribute_map = {"num_attention_heads": "num_heads", "num_hidden_layers": "num_layers"}  # noqa: RUF012
+
+    vocab_size: int = 50257
+    max_position_embeddings: int = 2048
+    hidden_size: int = 2048
+    num_layers: int = 24
+    attention_types: Any = [[["global", "local"], 12]]  # noqa: RUF012
+    num_heads: int = 16
+    intermediate_size: int | None = None
+    window_size: int = 256
+    activation_function: str = "gelu_new"
+    resid_dropout: float = 0.0
+    embed_dropout: float = 0.0
+    attention_dropout: float = 0.0
+    classifier_dropout: float = 0.1
+    layer_norm_epsilon: float = 1e-5
+    initializer_range: float = 0.02
+    use_cache: bool = True
+    bos_token_id: int | None = 50256
+    eos_token_id: Any = 50256
+    attention_layers: Any = None
+
+    def finish(self, _given: frozenset[str], /) -> None:
+        """`attention_layers` spells `attention_types` out, a word for each layer."""
+        self.attention_layers = [
+            kind for kinds, count in self.attention_types for _ in range(count) for kind in kinds
+        ]
+
+    def to_spec(self) -> ArchSpec:
+        """The architecture; UnsupportedConfig or ValueError names the field that cannot be honoured."""
+        kinds: list[str] = self.attention_layers
+        if len(kinds) != self.num_layers or not set(kinds) <= {"global", "local"}:
+            raise ValueError(
+                f"GPTNeoConfig.attention_types={self.attention_types} names {len(kinds)} layers, num_layers is "
+                f"{self.num_layers}: they must be equal, and each global or local"
+            )
+        norm = Norm(kind="layer", eps=self.layer_norm_epsilon, bias=True)
+        width = self.intermediate_size or 4 * self.hidden_size
+        return ArchSpec(
+            vocab=self.vocab_size,
+            width=self.hidden_size,
+            attention=Attention(
+                heads=self.num_heads,
+                kv_heads=self.num_heads,
+                head_dim=quotient(self, "hidden_size", "num_heads"),
+                scale=1.0,
+                qkv_bias=False,
+                out_bias=True,
+            ),
+            mlp=Mlp(width=width, act=activation(self, "activation_function"), gated=False, bias=True),
+            norm=norm,
+            windows=tuple(self.window_size if kind == "local" else None for kind in kinds),
+            positions=(Learned(size=self.max_position_embeddings),),
+            final_norm=norm,
+            dropout=Dropout(
+                embed=self.embed_dropout, attention=self.attention_dropout, residual=self.resid_dropout
+            ),
+            tie_head=self.tie_word_embeddings,
+            token_types=True,
+            init_std=self.initializer_range,
+        ).validate("GPTNeoConfig")
+
+
+def keymap(config: GPTNeoConfig, head: str | None) -> KeyMap:
+    """The hub's names; old files also hold the causal masks as buffers."""
+    width, layer = config.hidden_size, "h.{i}."
+    qkv = tuple(f"{layer}attn.attention.{x}_proj.{{p}}" for x in "qkv")
+    return KeyMap(
+        rows=(
+            row("embed.{p}", "wte.{p}"),
+            row("pos_embed.{p}", "wpe.{p}"),
+            row("blocks.{i}.norm1.{p}", layer + "ln_1.{p}"),
+            row("blocks.{i}.attn.qkv.{p}", Spelling(qkv, Split((width, width, width)))),
+            row("blocks.{i}.attn.out.{p}", layer + "attn.attention.out_proj.{p}"),
+            row("blocks.{i}.norm2.{p}", layer + "ln_2.{p}"),
+            row("blocks.{i}.mlp.up.{p}", layer + "mlp.c_fc.{p}"),
+            row("blocks.{i}.mlp.down.{p}", layer + "mlp.c_proj.{p}"),
+            row("final_norm.{p}", "ln_f.{p}"),
+        ),
+        heads=head_rows(causal="lm_head", sequence="score", token="classifier", span="qa_outputs"),
+        head=head,
+        prefix="transformer.",
+        ignored=(r"attn\.attention\.(masked_)?bias$",),
+    )
+
+
+_IN = "input_ids past_key_values attention_mask token_type_ids position_ids head_mask inputs_embeds"
+_OUT = "output_attentions output_hidden_states return_dict"
+_SPAN = "input_ids attention_mask token_type_ids position_ids head_mask inputs_embeds start_positions end_positions"
+
+FAMILY = Family(
+    config=GPTNeoConfig,
+    prefix="transformer",
+    keymap=keymap,
+    classes=(
+        ModelClass(
+            "GPTNeoModel", None, f"{_IN} use_cache {_OUT}", "BaseModelOutputWithPastAndCrossAttentions"
+        ),
+        ModelClass(
+            "GPTNeoForCausalLM",
+            "causal",
+            f"{_IN} labels use_cache {_OUT}",
+            "CausalLMOutputWithCrossAttentions",
+        ),
+        ModelClass(
+            "GPTNeoForSequenceClassification",
+            "sequence",
+            f"{_IN} labels use_cache {_OUT}",
+            "SequenceClassifierOutputWithPast",
+        ),
+        ModelClass(
+            "GPTNeoForTokenClassification", "token", f"{_IN} labels use_cache {_OUT}", "TokenClassifierOutput"
+        ),
+        ModelClass("GPTNeoForQuestionAnswering", "span", f"{_SPAN} {_OUT}", "QuestionAnsweringModelOutput"),
+    ),
+)

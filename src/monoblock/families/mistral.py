@@ -1,0 +1,122 @@
+"""Mistral (2023): pre-norm RMS, RoPE, grouped heads, SwiGLU, a sliding window in the first version.
+
+Source: arXiv:2310.06825 and the hub's MistralConfig.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from monoblock.checkpoint.keymap import KeyMap, Spelling, Split, row
+from monoblock.families import Family, ModelClass
+from monoblock.families.common import RopeConfig, activation, head_rows, quotient
+from monoblock.spec import ArchSpec, Attention, Dropout, Mlp, Norm
+
+
+class MistralConfig(RopeConfig):
+    """The config of a Mistral model. `head_dim=None` means hidden_size / heads, which newer models differ from;
+    `sliding_window=None` means that every token sees all before it."""
+
+    model_type = "mistral"
+
+    vocab_size: int = 32000
+    hidden_size: int = 4096
+    intermediate_size: int = 14336
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    num_key_value_heads: int | None = 8
+    head_dim: int | None = None
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 4096 * 32
+    initializer_range: float = 0.02
+    rms_norm_eps: float = 1e-6
+    use_cache: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = 1
+    eos_token_id: Any = 2
+    tie_word_embeddings: bool = False
+    rope_theta: float = 10000.0
+    sliding_window: int | None = 4096
+    attention_dropout: float = 0.0
+    rope_scaling: dict[str, Any] | None = None
+    rope_parameters: dict[str, Any] | None = None
+
+    makers_from = "rope_scaling"
+
+    def to_spec(self) -> ArchSpec:
+        """The architecture; UnsupportedConfig or ValueError names the field that cannot be honoured."""
+        head_dim = self.head_dim or quotient(self, "hidden_size", "num_attention_heads")
+        norm = Norm(kind="rms", eps=self.rms_norm_eps, bias=False)
+        return ArchSpec(
+            vocab=self.vocab_size,
+            width=self.hidden_size,
+            attention=Attention(
+                heads=self.num_attention_heads,
+                kv_heads=self.num_key_value_heads or self.num_attention_heads,
+                head_dim=head_dim,
+                scale=head_dim**-0.5,
+                qkv_bias=False,
+                out_bias=False,
+            ),
+            mlp=Mlp(width=self.intermediate_size, act=activation(self, "hidden_act"), gated=True, bias=False),
+            norm=norm,
+            windows=(self.sliding_window,) * self.num_hidden_layers,
+            positions=(self.rotary(head_dim),),
+            final_norm=norm,
+            dropout=Dropout(attention=self.attention_dropout),
+            tie_head=self.tie_word_embeddings,
+            init_std=self.initializer_range,
+        ).validate("MistralConfig")
+
+
+def keymap(config: MistralConfig, head: str | None) -> KeyMap:
+    """The hub's names."""
+    spec = config.to_spec()
+    att, layer = spec.attention, "layers.{i}."
+    kv = att.kv_heads * att.head_dim
+    qkv = tuple(f"{layer}self_attn.{x}_proj.{{p}}" for x in "qkv")
+    gate_up = tuple(f"{layer}mlp.{x}_proj.{{p}}" for x in ("gate", "up"))
+    return KeyMap(
+        rows=(
+            row("embed.{p}", "embed_tokens.{p}"),
+            row("blocks.{i}.norm1.{p}", layer + "input_layernorm.{p}"),
+            row("blocks.{i}.attn.qkv.{p}", Spelling(qkv, Split((att.heads * att.head_dim, kv, kv)))),
+            row("blocks.{i}.attn.out.{p}", layer + "self_attn.o_proj.{p}"),
+            row("blocks.{i}.norm2.{p}", layer + "post_attention_layernorm.{p}"),
+            row("blocks.{i}.mlp.gate_up.{p}", Spelling(gate_up, Split((spec.mlp.width, spec.mlp.width)))),
+            row("blocks.{i}.mlp.down.{p}", layer + "mlp.down_proj.{p}"),
+            row("final_norm.{p}", "norm.{p}"),
+        ),
+        heads=head_rows(causal="lm_head", sequence="score", token="score", span="qa_outputs"),
+        head=head,
+        prefix="model.",
+        ignored=(r"rotary_emb\.inv_freq$",),
+    )
+
+
+_IN = "input_ids attention_mask position_ids past_key_values inputs_embeds"
+_OUT = "use_cache output_attentions output_hidden_states"
+_SPAN = f"{_IN} start_positions end_positions output_attentions output_hidden_states"
+
+FAMILY = Family(
+    config=MistralConfig,
+    prefix="model",
+    keymap=keymap,
+    classes=(
+        ModelClass("MistralModel", None, f"{_IN} {_OUT} cache_position", "BaseModelOutputWithPast"),
+        ModelClass(
+            "MistralForCausalLM",
+            "causal",
+            f"{_IN} labels {_OUT} cache_position logits_to_keep",
+            "CausalLMOutputWithPast",
+        ),
+        ModelClass(
+            "MistralForSequenceClassification",
+            "sequence",
+            f"{_IN} labels {_OUT}",
+            "SequenceClassifierOutputWithPast",
+        ),
+        ModelClass("MistralForTokenClassification", "token", f"{_IN} labels {_OUT}", "TokenClassifierOutput"),
+        ModelClass("MistralForQuestionAnswering", "span", _SPAN, "QuestionAnsweringModelOutput"),
+    ),
+)

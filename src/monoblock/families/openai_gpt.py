@@ -1,0 +1,144 @@
+"""OpenAI GPT, "GPT-1" (2018): post-norm, learned positions, everything with a bias.
+
+Source: https://github.com/openai/finetune-transformer-lm and the hub's OpenAIGPTConfig.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from monoblock.checkpoint.keymap import KeyMap, Spelling, Transposed, row
+from monoblock.config import PretrainedConfig
+from monoblock.families import Family, ModelClass
+from monoblock.families.common import head_rows, quotient
+from monoblock.heads import HeadSpec, Summary
+from monoblock.spec import ArchSpec, Attention, Dropout, Learned, Mlp, Norm
+
+# GPT-1's "gelu" is the tanh form.
+ACTIVATIONS = {"gelu": "gelu_tanh", "gelu_new": "gelu_tanh", "relu": "relu", "silu": "silu", "swish": "silu"}
+
+
+class OpenAIGPTConfig(PretrainedConfig):
+    """The config of a GPT-1 model; the `summary_` fields are those of the double-heads model's choice head."""
+
+    model_type = "openai-gpt"
+    attribute_map = {  # noqa: RUF012
+        "max_position_embeddings": "n_positions",
+        "hidden_size": "n_embd",
+        "num_attention_heads": "n_head",
+        "num_hidden_layers": "n_layer",
+    }
+
+    vocab_size: int = 40478
+    n_positions: int = 512
+    n_embd: int = 768
+    n_layer: int = 12
+    n_head: int = 12
+    afn: str = "gelu"
+    resid_pdrop: float = 0.1
+    embd_pdrop: float = 0.1
+    attn_pdrop: float = 0.1
+    layer_norm_epsilon: float = 1e-5
+    initializer_range: float = 0.02
+    summary_type: str = "cls_index"
+    summary_use_proj: bool = True
+    summary_activation: str | None = None
+    summary_proj_to_labels: bool = True
+    summary_first_dropout: float = 0.1
+    summary_last_dropout: float = 0.0
+
+    makers_from = "summary_last_dropout"
+
+    def to_spec(self) -> ArchSpec:
+        """The architecture; UnsupportedConfig or ValueError names the field that cannot be honoured."""
+        self.check({"afn": tuple(ACTIVATIONS)})
+        head_dim = quotient(self, "n_embd", "n_head")
+        return ArchSpec(
+            vocab=self.vocab_size,
+            width=self.n_embd,
+            attention=Attention(
+                heads=self.n_head,
+                kv_heads=self.n_head,
+                head_dim=head_dim,
+                scale=head_dim**-0.5,
+                qkv_bias=True,
+                out_bias=True,
+            ),
+            mlp=Mlp(width=4 * self.n_embd, act=ACTIVATIONS[self.afn], gated=False, bias=True),
+            norm=Norm(kind="layer", eps=self.layer_norm_epsilon, bias=True),
+            placement="post",
+            windows=(None,) * self.n_layer,
+            positions=(Learned(size=self.n_positions),),
+            dropout=Dropout(embed=self.embd_pdrop, attention=self.attn_pdrop, residual=self.resid_pdrop),
+            tie_head=self.tie_word_embeddings,
+            token_types=True,
+            init_std=self.initializer_range,
+        ).validate("OpenAIGPTConfig")
+
+    def to_head(self, kind: str) -> HeadSpec:
+        """The head; a double head has a choice head beside it, of one score."""
+        if kind != "double":
+            return super().to_head(kind)
+        self.check({"summary_type": ("cls_index", "last", "first", "mean")})
+        size = 1 if self.summary_proj_to_labels else self.n_embd
+        summary = Summary(
+            pool=self.summary_type,  # pyright: ignore[reportArgumentType]
+            size=size if self.summary_use_proj else None,
+            tanh=self.summary_activation == "tanh",
+            dropout_in=self.summary_first_dropout,
+            dropout_out=self.summary_last_dropout,
+        )
+        return replace(super().to_head(kind), labels=1, summary=summary)
+
+
+def keymap(config: OpenAIGPTConfig, head: str | None) -> KeyMap:
+    """The hub's names; matrices are stored inputs x outputs. Some files have the tied matrix under the head's name."""
+    _ = config
+
+    def conv(name: str) -> Spelling:
+        return Spelling((f"h.{{i}}.{name}.{{p}}",), Transposed())
+
+    heads = head_rows(causal="lm_head", sequence="score")
+    summary = row("head.summary.{p}", "multiple_choice_head.summary.{p}")
+    return KeyMap(
+        rows=(
+            row("embed.{p}", "tokens_embed.{p}", "lm_head.{p}"),
+            row("pos_embed.{p}", "positions_embed.{p}"),
+            row("blocks.{i}.attn.qkv.{p}", conv("attn.c_attn")),
+            row("blocks.{i}.attn.out.{p}", conv("attn.c_proj")),
+            row("blocks.{i}.norm1.{p}", "h.{i}.ln_1.{p}"),
+            row("blocks.{i}.mlp.up.{p}", conv("mlp.c_fc")),
+            row("blocks.{i}.mlp.down.{p}", conv("mlp.c_proj")),
+            row("blocks.{i}.norm2.{p}", "h.{i}.ln_2.{p}"),
+        ),
+        heads=heads | {"double": (*heads["causal"], summary)},
+        head=head,
+        prefix="transformer.",
+        ignored=(r"attn\.bias$", r"position_ids$"),
+    )
+
+
+_IN = "input_ids attention_mask token_type_ids position_ids head_mask inputs_embeds"
+_OUT = "output_attentions output_hidden_states return_dict"
+
+FAMILY = Family(
+    config=OpenAIGPTConfig,
+    prefix="transformer",
+    keymap=keymap,
+    classes=(
+        ModelClass("OpenAIGPTModel", None, f"{_IN} {_OUT}", "BaseModelOutput"),
+        ModelClass("OpenAIGPTLMHeadModel", "causal", f"{_IN} labels {_OUT}", "CausalLMOutput"),
+        ModelClass(
+            "OpenAIGPTDoubleHeadsModel",
+            "double",
+            f"{_IN} mc_token_ids labels mc_labels {_OUT}",
+            "OpenAIGPTDoubleHeadsModelOutput",
+        ),
+        ModelClass(
+            "OpenAIGPTForSequenceClassification",
+            "sequence",
+            f"{_IN} labels {_OUT}",
+            "SequenceClassifierOutput",
+        ),
+    ),
+)
