@@ -51,7 +51,6 @@ GENERATION = {
     "do_sample": True,
     "temperature": 0.6,
     "top_p": 0.9,
-    "repetition_penalty": 1.1,
     "max_new_tokens": 200,
 }
 
