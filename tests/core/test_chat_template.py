@@ -139,6 +139,8 @@ def test_no_template_says_what_to_do() -> None:
     [
         ("text", {}, "a conversation is a list of messages"),
         ([], {}, "got an empty one"),
+        ([[]], {}, "got an empty one"),
+        ([CHAT, 3], {}, "got int"),
         (["text"], {}, "message 0 is str"),
         ([CHAT[0], 3], {}, "message 1 is int"),
         (CHAT, {"add_generation_prompt": True, "continue_final_message": True}, "exclude each other"),

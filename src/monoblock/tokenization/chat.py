@@ -163,19 +163,18 @@ class Chat(Encode):
 
 def _conversations(conversation: Any) -> tuple[list[list[dict[str, Any]]], bool]:
     """The conversations as plain messages, and whether there is a list of them."""
-    if hasattr(conversation, "messages"):
-        conversation = conversation.messages
-    if not isinstance(conversation, list | tuple) or not conversation:
-        got = "an empty one" if isinstance(conversation, list | tuple) else type(conversation).__name__
-        raise ValueError(
-            f'a conversation is a list of messages such as {{"role": "user", "content": "Hi"}}; got {got}'
-        )
-    items = cast(Sequence[Any], conversation)
-    batched = isinstance(items[0], list | tuple) or hasattr(items[0], "messages")
-    return [_messages(getattr(chat, "messages", chat)) for chat in (items if batched else [items])], batched
+    given: Any = getattr(conversation, "messages", conversation)
+    items: Sequence[Any] = given if isinstance(given, list | tuple) else ()
+    batched = bool(items) and (isinstance(items[0], list | tuple) or hasattr(items[0], "messages"))
+    return [_messages(getattr(chat, "messages", chat)) for chat in (items if batched else [given])], batched
 
 
 def _messages(chat: Any) -> list[dict[str, Any]]:
+    if not isinstance(chat, list | tuple) or not chat:
+        got = "an empty one" if isinstance(chat, list | tuple) else type(chat).__name__
+        raise ValueError(
+            f'a conversation is a list of messages such as {{"role": "user", "content": "Hi"}}; got {got}'
+        )
     messages: list[dict[str, Any]] = []
     for index, item in enumerate(cast(Sequence[Any], chat)):
         message = plain(item)

@@ -1,0 +1,302 @@
+"""A tokenizer's files: which class they ask for, what is refused, and what is left when writing fails."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hub_server import HubServer
+from tokenizers_made import TEXT, backend, tokenizer
+
+from monoblock.errors import CheckpointError, HubError
+from monoblock.tokenization import AutoTokenizer, GPTNeoXTokenizerFast, PreTrainedTokenizerFast
+
+
+def write(folder: Path, **files: Any) -> Path:
+    """A folder with tokenizer.json and JSON files of those names."""
+    folder.mkdir(exist_ok=True)
+    backend().save(str(folder / "tokenizer.json"))
+    for name, content in files.items():
+        text = content if isinstance(content, str) else json.dumps(content)
+        (folder / f"{name}.json").write_text(text)
+    return folder
+
+
+# --- which class
+
+
+@pytest.mark.parametrize(
+    ("files", "options", "expected"),
+    [
+        ({}, {}, PreTrainedTokenizerFast),
+        ({"tokenizer_config": {"tokenizer_class": "GPTNeoXTokenizer"}}, {}, GPTNeoXTokenizerFast),
+        ({"tokenizer_config": {"tokenizer_class": "GPTNeoXTokenizerFast"}}, {}, GPTNeoXTokenizerFast),
+        ({"tokenizer_config": {"tokenizer_class": "TokenizersBackend"}}, {}, PreTrainedTokenizerFast),
+        ({"tokenizer_config": {"tokenizer_class": "NobodysTokenizer"}}, {}, PreTrainedTokenizerFast),
+        ({"config": {"model_type": "mpt"}}, {}, GPTNeoXTokenizerFast),
+        ({"config": {"model_type": "nobodys"}}, {}, PreTrainedTokenizerFast),
+        (
+            {"config": {"model_type": "nobodys", "tokenizer_class": "GPTNeoXTokenizer"}},
+            {},
+            GPTNeoXTokenizerFast,
+        ),
+        (
+            {
+                "config": {"model_type": "mpt"},
+                "tokenizer_config": {"tokenizer_class": "PreTrainedTokenizerFast"},
+            },
+            {},
+            PreTrainedTokenizerFast,
+        ),
+        ({}, {"tokenizer_type": "mpt"}, GPTNeoXTokenizerFast),
+        ({}, {"use_fast": False, "trust_remote_code": True}, PreTrainedTokenizerFast),
+    ],
+)
+def test_auto_tokenizer_chooses(
+    tmp_path: Path, files: dict[str, Any], options: dict[str, Any], expected: type
+) -> None:
+    made = AutoTokenizer.from_pretrained(write(tmp_path, **files), **options)
+    assert type(made) is expected
+    assert made.batch_decode(made(TEXT)["input_ids"]) == TEXT
+
+
+def test_a_config_object_says_the_model_type(tmp_path: Path) -> None:
+    class Config:
+        model_type = "mpt"
+
+    assert type(AutoTokenizer.from_pretrained(write(tmp_path), config=Config())) is GPTNeoXTokenizerFast
+
+
+@pytest.mark.parametrize(
+    ("files", "options", "words"),
+    [
+        (
+            {"tokenizer_config": {"tokenizer_class": "NobodysTokenizer"}},
+            {},
+            "tokenizer_class='NobodysTokenizer', which",
+        ),
+        ({"config": {"model_type": "nobodys"}}, {}, "model_type='nobodys', which is not known"),
+        ({}, {"tokenizer_type": "nobodys"}, "tokenizer_type='nobodys' is not known"),
+    ],
+)
+def test_an_unknown_tokenizer_says_what_is_known(
+    tmp_path: Path, files: dict[str, Any], options: dict[str, Any], words: str
+) -> None:
+    (write(tmp_path, **files) / "tokenizer.json").unlink()
+    with pytest.raises(
+        ValueError, match=r"known classes: PreTrainedTokenizerFast, .*GPTNeoXTokenizer"
+    ) as caught:
+        AutoTokenizer.from_pretrained(tmp_path, **options)
+    assert words in str(caught.value)
+
+
+def test_auto_tokenizer_is_no_class_to_make() -> None:
+    with pytest.raises(OSError, match="from_pretrained"):
+        AutoTokenizer()
+
+
+# --- reading
+
+
+def test_one_file_is_enough(tmp_path: Path) -> None:
+    write(tmp_path)
+    for made in (
+        AutoTokenizer.from_pretrained(tmp_path / "tokenizer.json", eos_token="</s>"),
+        PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"), eos_token="</s>"),
+    ):
+        assert made.eos_token_id == 1 and made.name_or_path in ("", str(tmp_path / "tokenizer.json"))
+
+
+def test_subfolder_and_overrides(tmp_path: Path) -> None:
+    write(
+        tmp_path / "inner",
+        tokenizer_config={"pad_token": "<pad>", "padding_side": "right", "model_max_length": 9},
+    )
+    made = AutoTokenizer.from_pretrained(
+        tmp_path, subfolder="inner", padding_side="left", pad_token="</s>", odd=3
+    )
+    assert (made.padding_side, made.pad_token_id, made.model_max_length) == ("left", 1, 9)
+    assert made.init_kwargs["odd"] == 3 and made.name_or_path == str(tmp_path)
+
+
+def test_settings_inside_tokenizer_json_become_defaults(tmp_path: Path) -> None:
+    inner = backend()
+    inner.enable_padding(direction="left", pad_id=2, pad_token="<pad>", length=8)
+    inner.enable_truncation(4, direction="left")
+    inner.save(str(tmp_path / "tokenizer.json"))
+    made = AutoTokenizer.from_pretrained(tmp_path)
+    assert (made.padding_side, made.truncation_side, made.pad_token) == ("left", "left", "<pad>")
+    assert len(made(TEXT[0])["input_ids"]) > 4  # a call pads and truncates when it is asked to
+
+
+def test_templates_of_a_folder(tmp_path: Path) -> None:
+    write(tmp_path, tokenizer_config={"chat_template": "old"})
+    assert AutoTokenizer.from_pretrained(tmp_path).chat_template == "old"
+    (tmp_path / "chat_template.jinja").write_text("new\n")
+    assert AutoTokenizer.from_pretrained(tmp_path).chat_template == "new\n"
+    (tmp_path / "additional_chat_templates").mkdir()
+    (tmp_path / "additional_chat_templates/tool_use.jinja").write_text("tools")
+    assert AutoTokenizer.from_pretrained(tmp_path).chat_template == {"default": "new\n", "tool_use": "tools"}
+
+
+@pytest.mark.parametrize(
+    ("files", "error", "words"),
+    [
+        ({"tokenizer": "{"}, CheckpointError, "tokenizer.json is not a tokenizer file"),
+        ({"tokenizer": '{"version": "1.0"}'}, CheckpointError, "tokenizer.json is not a tokenizer file"),
+        ({"tokenizer_config": "{"}, CheckpointError, "tokenizer_config.json is not valid JSON"),
+        ({"tokenizer_config": "[]"}, CheckpointError, "expected an object"),
+        ({"tokenizer_config": {"added_tokens_decoder": {"3": "x"}}}, CheckpointError, "an added token"),
+        ({"tokenizer_config": {"padding_side": "top"}}, ValueError, "padding_side='top'"),
+        ({"tokenizer_config": {"pad_token": 3}}, ValueError, "pad_token must be a string"),
+    ],
+)
+def test_broken_files(tmp_path: Path, files: dict[str, Any], error: type[Exception], words: str) -> None:
+    with pytest.raises(error) as caught:
+        AutoTokenizer.from_pretrained(write(tmp_path, **files))
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_missing_files(tmp_path: Path) -> None:
+    with pytest.raises(HubError, match=r"has no tokenizer\.json: "):
+        PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    with pytest.raises(HubError, match=r"has no tokenizer\.json, nor vocab\.json and merges\.txt"):
+        GPTNeoXTokenizerFast.from_pretrained(tmp_path)
+    with pytest.raises(HubError, match="does not exist"):
+        PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"))
+    with pytest.raises((HubError, ValueError)):
+        AutoTokenizer.from_pretrained(tmp_path / "nowhere")
+
+
+def test_vocabulary_files(tmp_path: Path) -> None:
+    model = json.loads(backend().to_str())["model"]
+    (tmp_path / "vocab.json").write_text(json.dumps(model["vocab"]))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n" + "\n".join(map(" ".join, model["merges"])) + "\n")
+    made = GPTNeoXTokenizerFast.from_pretrained(tmp_path)
+    assert made.batch_decode(made(TEXT)["input_ids"]) == TEXT
+    assert made.pad_token == "<|padding|>" and made.eos_token_id == made.bos_token_id == len(model["vocab"])
+    same = GPTNeoXTokenizerFast(vocab=model["vocab"], merges=[tuple(pair) for pair in model["merges"]])
+    assert same(TEXT) == made(TEXT)
+    made.save_pretrained(tmp_path / "saved")
+    assert AutoTokenizer.from_pretrained(tmp_path / "saved")(TEXT) == made(TEXT)
+    (tmp_path / "merges.txt").write_text("a b c\n")
+    with pytest.raises(CheckpointError, match="a merge is two tokens"):
+        GPTNeoXTokenizerFast.from_pretrained(tmp_path)
+    (tmp_path / "vocab.json").write_text("{")
+    with pytest.raises(CheckpointError, match="not valid JSON"):
+        GPTNeoXTokenizerFast.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="needs both vocab"):
+        GPTNeoXTokenizerFast(vocab={"a": 0})
+
+
+# --- writing
+
+
+def test_saving_and_loading_keeps_everything(tmp_path: Path) -> None:
+    t = tokenizer(template=True, odd=[1, {"a": None}], image_token="<image>", model_max_length=50)
+    t.add_special_tokens({"sep_token": "<sep>", "extra_special_tokens": ["<x>"]})
+    t.add_tokens(["foxdog"])
+    t.pad_token, t.bos_token, t.padding_side, t.truncation_side = t.eos_token, None, "left", "left"
+    t.chat_template = "{{ messages }}"
+    t(TEXT, padding=True, truncation=True, max_length=3)  # leaves its settings in the backend
+    paths = t.save_pretrained(tmp_path, filename_prefix=None)
+    assert [Path(path).name for path in paths] == [
+        "tokenizer_config.json",
+        "chat_template.jinja",
+        "tokenizer.json",
+    ]
+    again = AutoTokenizer.from_pretrained(tmp_path)
+    for name in (
+        "special_tokens_map",
+        "extra_special_tokens",
+        "image_token",
+        "padding_side",
+        "truncation_side",
+    ):
+        assert getattr(again, name) == getattr(t, name), name
+    assert again.chat_template == t.chat_template and again.init_kwargs["odd"] == t.init_kwargs["odd"]
+    assert again.model_max_length == 50 and again.bos_token is None and len(again) == len(t)
+    assert again("foxdog <x><sep>") == t("foxdog <x><sep>")
+    written = json.loads((tmp_path / "tokenizer.json").read_text())
+    assert written["padding"] is None and written["truncation"] is None
+    assert "name_or_path" not in (tmp_path / "tokenizer_config.json").read_text()
+
+
+def test_older_files_in_the_folder_do_not_overrule(tmp_path: Path) -> None:
+    write(tmp_path, special_tokens_map={"pad_token": "<old>"}, added_tokens={"<older>": 999})
+    t = tokenizer()
+    t.add_tokens(["<new>"])
+    t.save_pretrained(tmp_path)
+    again = AutoTokenizer.from_pretrained(tmp_path)
+    assert again.pad_token == "<pad>" and len(again) == len(t) and again.get_vocab() == t.get_vocab()
+
+
+def test_a_failure_leaves_the_folder_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    t = tokenizer(chat_template={"default": "a", "tool_use": "b"})
+    t.save_pretrained(tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    t.chat_template = {"default": "c", "tool_use": "d"}
+    t.add_tokens(["more"])
+    wrote = Path.write_text
+
+    def full(self: Path, text: str, **options: Any) -> int:
+        if "tool_use" in self.name:
+            raise OSError(28, "No space left on device")
+        return wrote(self, text, **options)
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(CheckpointError, match="No space left"):
+        t.save_pretrained(tmp_path)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_refused_ways_of_saving(tmp_path: Path) -> None:
+    t = tokenizer()
+    (tmp_path / "file").write_text("")
+    for call, words in (
+        (lambda: t.save_pretrained(tmp_path / "file"), "is a file"),
+        (lambda: t.save_pretrained(tmp_path, legacy_format=True), "legacy_format"),
+        (lambda: t.save_pretrained(tmp_path, push_to_hub=True), "push_to_hub"),
+        (lambda: t.push_to_hub("me/model"), "hf upload me/model"),
+    ):
+        with pytest.raises((ValueError, NotImplementedError), match=words):
+            call()
+    t.chat_template = {"../escape": "x"}
+    with pytest.raises(ValueError, match="not a file's name"):
+        t.save_pretrained(tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+# --- the hub
+
+
+def test_from_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    folder = write(
+        tmp_path / "here", tokenizer_config={"tokenizer_class": "GPTNeoXTokenizer", "pad_token": "<pad>"}
+    )
+    (folder / "chat_template.jinja").write_text("hub")
+    with HubServer() as hub:
+        hub.add("me/model", {path.name: path.read_bytes() for path in folder.iterdir()})
+        hub.add("me/model", {"tokenizer.json": (folder / "tokenizer.json").read_bytes()}, branch="bare")
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+        monkeypatch.setenv("HF_ENDPOINT", hub.url)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+        huggingface_hub.close_session()  # one made earlier knows nothing of NO_PROXY
+        made = AutoTokenizer.from_pretrained("me/model", cache_dir=tmp_path / "cache")
+        assert (
+            type(made) is GPTNeoXTokenizerFast and made.pad_token == "<pad>" and made.chat_template == "hub"
+        )
+        assert made.name_or_path == "me/model"
+        bare = AutoTokenizer.from_pretrained("me/model", revision="bare", cache_dir=tmp_path / "cache")
+        assert type(bare) is PreTrainedTokenizerFast and bare.chat_template is None
+    huggingface_hub.close_session()
+    again = AutoTokenizer.from_pretrained("me/model", cache_dir=tmp_path / "cache", local_files_only=True)
+    assert again(TEXT) == made(TEXT)
+    with pytest.raises(HubError):
+        AutoTokenizer.from_pretrained("me/other", cache_dir=tmp_path / "cache", local_files_only=True)
+    with pytest.raises((TypeError, ValueError), match="proxies"):
+        AutoTokenizer.from_pretrained("me/model", proxies={"http": "x"})
