@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -32,6 +33,18 @@ class Family:
     keymap: Callable[[Any, str | None], KeyMap]
     classes: tuple[ModelClass, ...]
     extra: tuple[str, ...] = ()
+
+    @functools.cached_property
+    def projections(self) -> dict[str, str]:
+        """The hub's attribute names of the heads' projections: kind -> name, where it is one of the model's own."""
+        heads = self.keymap(self.config(), None).heads
+        names = {
+            k: r.spellings[0].names[0]
+            for k, rows in heads.items()
+            for r in rows
+            if r.canonical == "head.out.{p}"
+        }
+        return {kind: name.removesuffix(".{p}") for kind, name in names.items() if name.count(".") == 1}
 
     @property
     def name(self) -> str:

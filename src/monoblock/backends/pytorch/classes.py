@@ -42,6 +42,8 @@ def make_class(name: str) -> type[PreTrainedModel]:
         "forward": _forward(row),
         family.prefix: property(lambda self: self.backbone),
     }
+    if projection := family.projections.get(row.head or ""):
+        body[projection] = property(lambda self: self.head.out)
     return types.new_class(name, (PreTrainedModel,), exec_body=lambda namespace: namespace.update(body))
 
 

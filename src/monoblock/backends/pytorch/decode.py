@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,13 +48,8 @@ class Generation:
             raise TypeError(
                 f"{type(self).__name__} predicts no next token: generate with a ...ForCausalLM class"
             )
-        training = self.training
-        self.eval()
-        try:
-            with torch.inference_mode():
-                return loop.generate(Runner(self), inputs, generation_config, **kwargs)
-        finally:
-            self.train(training)
+        with torch.inference_mode(), _at_rest(self):
+            return loop.generate(Runner(self), inputs, generation_config, **kwargs)
 
     def default_generation_config(self: PreTrainedModel) -> GenerationConfig:  # pyright: ignore[reportGeneralTypeIssues]
         """What the model's config says about generation."""
@@ -68,6 +65,19 @@ class Generation:
             return None
         path = find_file(name, GENERATION_CONFIG_NAME, hub, required=False)
         return GenerationConfig.from_json_file(path) if path else self.default_generation_config()
+
+
+@contextlib.contextmanager
+def _at_rest(model: PreTrainedModel) -> Iterator[None]:
+    """The model without dropout, in whatever mode it was before."""
+    if not model.training:
+        yield
+        return
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train()
 
 
 class Runner:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -213,6 +214,7 @@ class PreTrainedModel(Parameters, Generation):
         cls, name: str | Path, config: Any, hub: HubOptions, kwargs: dict[str, Any]
     ) -> tuple[Any, dict[str, Any]]:
         if isinstance(config, PretrainedConfig):
+            config = copy.deepcopy(config)
             for key in [key for key in kwargs if key in config.known_fields()]:
                 setattr(config, key, kwargs.pop(key))
             return config, kwargs
