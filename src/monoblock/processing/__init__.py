@@ -1,0 +1,32 @@
+"""Images and prompts for Fuyu. Names are loaded when first asked for; Pillow only when an image needs it."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from monoblock.processing.auto import AutoImageProcessor, AutoProcessor
+    from monoblock.processing.batch import FuyuBatchEncoding
+    from monoblock.processing.image import FuyuImageProcessor
+    from monoblock.processing.processor import FuyuProcessor
+
+_MODULES = {
+    "AutoImageProcessor": "auto",
+    "AutoProcessor": "auto",
+    "FuyuBatchEncoding": "batch",
+    "FuyuImageProcessor": "image",
+    "FuyuProcessor": "processor",
+}
+
+__all__ = ["AutoImageProcessor", "AutoProcessor", "FuyuBatchEncoding", "FuyuImageProcessor", "FuyuProcessor"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_MODULES})

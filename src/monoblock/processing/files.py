@@ -1,0 +1,66 @@
+"""The files of processors: read from a folder or the hub, written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+from monoblock.checkpoint.files import staged
+from monoblock.checkpoint.hub import HubOptions, find_file, read_json
+from monoblock.errors import HubError
+
+IMAGE_FILE = "preprocessor_config.json"
+PROCESSOR_FILE = "processor_config.json"  # newer; may hold the image processor's settings as well
+
+# Arguments of the hub's that have no effect here.
+_NO_EFFECT = ("trust_remote_code", "use_fast", "backend", "code_revision", "_from_auto", "_commit_hash")
+
+
+def pop_options(kwargs: dict[str, Any]) -> HubOptions:
+    """The hub's options out of `kwargs`, which is changed, and away with what has no effect."""
+    for name in _NO_EFFECT:
+        kwargs.pop(name, None)
+    return HubOptions.pop(kwargs)
+
+
+def read_image_config(
+    name: str | Path, kwargs: Mapping[str, Any], options: HubOptions | None = None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The image processor's settings in a folder, on the hub or in a JSON file, and the rest of the keywords.
+
+    `HubError` where neither `preprocessor_config.json` nor `processor_config.json` holds any.
+    """
+    rest = dict(kwargs)
+    options = pop_options(rest) if options is None else options
+    if Path(name).is_file():
+        return read_json(Path(name)), rest
+    nested = read_processor_config(name, options).get("image_processor")
+    if isinstance(
+        nested, dict
+    ):  # newer than a preprocessor_config.json beside it, as the hub's libraries read it
+        return cast("dict[str, Any]", nested), rest
+    path = find_file(name, IMAGE_FILE, options, required=False)
+    if path is None:
+        raise HubError(
+            f"{name} has no image processor: expected {IMAGE_FILE}, or settings in {PROCESSOR_FILE}"
+        )
+    return read_json(path), rest
+
+
+def read_processor_config(name: str | Path, options: HubOptions) -> dict[str, Any]:
+    """The content of `processor_config.json`, {} without one."""
+    path = find_file(name, PROCESSOR_FILE, options, required=False)
+    return {} if path is None else read_json(path)
+
+
+def write_json(folder: str | Path, files: Mapping[str, Mapping[str, Any]]) -> list[Path]:
+    """Write JSON files, all of them or none; returns their paths."""
+    if Path(folder).is_file():
+        raise ValueError(f"{folder} is a file; save_pretrained needs a folder")
+    with staged(folder) as stage:
+        for name, content in files.items():
+            text = json.dumps(content, indent=2, sort_keys=True) + "\n"
+            stage.path(name).write_text(text, encoding="utf-8")
+    return [Path(folder) / name for name in files]

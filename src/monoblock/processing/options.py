@@ -1,0 +1,138 @@
+"""The settings of Fuyu's image processor: checked values, and arguments of other processors that it refuses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+from monoblock.processing.pixels import PAD_MODES
+
+# Arguments that the hub's processors share and Fuyu has no use for: the value that is harmless, and what to do.
+_REFUSED: dict[str, tuple[Any, str]] = {
+    "do_center_crop": (False, "Fuyu pads its images, it does not crop them"),
+    "crop_size": (None, "Fuyu pads its images, it does not crop them"),
+    "pad_size": (None, "images are padded to size"),
+    "size_divisor": (None, "images are padded to whole patches of patch_size"),
+    "default_to_square": (True, "give size as a dictionary"),
+    "image_seq_length": (None, "the number of patches follows from the image"),
+    "device": (None, "images are read on the CPU: call .to(device) on the result"),
+}
+_NO_EFFECT = ("disable_grouping",)  # how another implementation batches its work
+_LAYOUTS = ("channels_first", "channels_last")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageOptions:
+    """One call's settings; ValueError or TypeError names the one that makes no sense."""
+
+    do_resize: bool
+    size: tuple[int, int]
+    resample: int
+    do_pad: bool
+    padding_value: float
+    padding_mode: str
+    do_normalize: bool
+    image_mean: float | tuple[float, ...]
+    image_std: float | tuple[float, ...]
+    do_rescale: bool
+    rescale_factor: float
+    patch_size: tuple[int, int]
+
+    @classmethod
+    def check(cls, values: Mapping[str, Any]) -> ImageOptions:
+        """The settings of a dictionary in the hub's spelling."""
+        return cls(**{name: check(name, values[name]) for name, check in _CHECKS.items()})
+
+
+def height_width(name: str, value: Any) -> tuple[int, int]:
+    """(height, width) of `{"height": 1080, "width": 1920}`, of a pair, or of one number for a square."""
+    pair: Any = value
+    if isinstance(value, Mapping):
+        mapping = dict(cast("Mapping[str, Any]", value))
+        extra = [key for key, item in mapping.items() if key not in ("height", "width") and item is not None]
+        pair = (mapping.get("height"), mapping.get("width")) if not extra else None
+    elif isinstance(value, int):
+        pair = (value, value)
+    if isinstance(pair, list | tuple):
+        numbers = list(cast("Sequence[Any]", pair))
+        if len(numbers) == 2 and all(isinstance(n, int) and n > 0 for n in numbers):
+            return numbers[0], numbers[1]
+    raise ValueError(f'{name} must look like {{"height": 30, "width": 30}}, in pixels; got {value!r}')
+
+
+def layout(name: str, value: Any) -> Any:
+    """ "channels_first", "channels_last" or None, also from the hub's enumeration of them."""
+    text = getattr(value, "value", value)
+    if text is not None and text not in _LAYOUTS:
+        raise ValueError(f"{name}={text!r}: expected one of {', '.join(map(repr, _LAYOUTS))}")
+    return text
+
+
+def refuse(name: str, value: Any) -> bool:
+    """Whether `name` is an argument of the hub's that is taken and has no effect; TypeError if it would have one."""
+    if name in _NO_EFFECT or (name in _REFUSED and value in (None, _REFUSED[name][0])):
+        return True
+    if name in _REFUSED:
+        raise TypeError(f"FuyuImageProcessor cannot honour {name}={value!r}: {_REFUSED[name][1]}")
+    if name == "do_convert_rgb":
+        if value in (None, True):
+            return True
+        raise TypeError("FuyuImageProcessor cannot honour do_convert_rgb=False: Fuyu reads RGB images only")
+    return False
+
+
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    raise TypeError(f"{name} must be a number; got {value!r}")
+
+
+def _per_channel(name: str, value: Any) -> float | tuple[float, ...]:
+    if not isinstance(value, list | tuple):
+        value = _number(name, value)
+        zero = value == 0
+    else:
+        value = tuple(_number(name, item) for item in cast("Sequence[Any]", value))
+        if len(value) != 3:
+            raise ValueError(f"{name} must be one number, or three for red, green and blue; got {len(value)}")
+        zero = 0 in value
+    if name == "image_std" and zero:
+        raise ValueError("image_std must not be 0: pixels are divided by it")
+    return value
+
+
+def _flag(name: str, value: Any) -> bool:
+    if isinstance(value, bool):
+        return value
+    raise TypeError(f"{name} must be True or False; got {value!r}")
+
+
+def _pad_mode(name: str, value: Any) -> str:
+    mode = str(getattr(value, "value", value))
+    if mode in PAD_MODES:
+        return mode
+    raise ValueError(f"{name}={mode!r}: expected one of {', '.join(map(repr, PAD_MODES))}")
+
+
+def _resample(name: str, value: Any) -> int:
+    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= 5:
+        return int(value)
+    raise ValueError(f"{name} must be one of Pillow's filters, PIL.Image.Resampling or 0 to 5; got {value!r}")
+
+
+_CHECKS: dict[str, Callable[[str, Any], Any]] = {
+    "do_resize": _flag,
+    "size": height_width,
+    "resample": _resample,
+    "do_pad": _flag,
+    "padding_value": _number,
+    "padding_mode": _pad_mode,
+    "do_normalize": _flag,
+    "image_mean": _per_channel,
+    "image_std": _per_channel,
+    "do_rescale": _flag,
+    "rescale_factor": _number,
+    "patch_size": height_width,
+}
+SETTINGS = tuple(_CHECKS)
