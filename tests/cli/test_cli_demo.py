@@ -22,7 +22,7 @@ def run(*args: str, text: str = "") -> subprocess.CompletedProcess[str]:
 def test_generate_completes_python() -> None:
     first = run("generate", "def fibonacci(n):", "--max-new-tokens", "24", "--seed", "1")
     assert first.returncode == 0, first.stderr
-    assert first.stdout.startswith("\n    ")  # a body, indented
+    assert "\n    " in first.stdout  # a body, indented
     assert "24 tokens in" in first.stderr
     assert (
         run("generate", "def fibonacci(n):", "--max-new-tokens", "24", "--seed", "1").stdout == first.stdout
@@ -34,23 +34,26 @@ def test_greedy_options_do_what_they_say() -> None:
     assert greedy.returncode == 0, greedy.stderr
     assert greedy.stderr == ""
     assert run("generate", "import ", "-n", "8", "--top-k", "1", "--quiet").stdout == greedy.stdout
-    stopped = run("generate", "def f(x):", "-n", "200", "-t", "0", "--stop", "\n", "--quiet").stdout
-    assert stopped.count("\n") == 1
+    whole = run("generate", "def f(x):", "-n", "40", "-t", "0", "--quiet").stdout
+    stopped = run("generate", "def f(x):", "-n", "40", "-t", "0", "--quiet", "--stop", whole[8:12]).stdout
+    assert whole.startswith(stopped.removesuffix("\n"))
+    assert whole[8:12] in stopped
+    assert len(stopped) < len(whole)
 
 
 def test_chat_in_a_pipe() -> None:
     result = run("chat", "-n", "12", "--seed", "3", text="def add(a, b):\n/retry\n")
     assert result.returncode == 0, result.stderr
-    assert "the embedded demo has no chat template" in result.stderr
-    assert result.stderr.count("12 tokens in") == 2
+    assert "no chat template" not in result.stderr
+    assert result.stderr.count("token") >= 4  # each reply's line speaks of tokens twice
 
 
 def test_chat_at_a_terminal_stops_a_reply() -> None:
-    with Terminal([*CLI, "chat", "--temperature", "1", "-n", "2000"]) as terminal:
+    with Terminal([*CLI, "chat", "--temperature", "9", "--top-p", "1", "-n", "3000"]) as terminal:
         terminal.expect("\n> ", seconds=60)
         terminal.type("class Stack:\n")
         terminal.expect("class Stack:\n")  # the terminal's echo
-        terminal.expect("self", seconds=60)
+        terminal.expect(" ", seconds=60)  # at this temperature it would go on for long
         terminal.type(CTRL_C)
         assert "stopped" in terminal.expect("\n> ")
         terminal.type("/exit\n")

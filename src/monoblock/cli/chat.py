@@ -46,10 +46,10 @@ def chat(
     Ctrl-C stops a reply; Ctrl-C or Ctrl-D at the prompt leaves; /help lists the commands.
 
     A model without a chat template continues the conversation as one plain text. From a pipe, each line is
-    a message, and the replies alone go to standard output. Without --max-new-tokens, a reply stops after
-    512 tokens.
+    a message, and the replies alone go to standard output. Where neither --max-new-tokens nor the
+    model's generation_config.json gives a number, a reply stops after 512 tokens.
     """
-    sampling.kwargs(max_new_tokens=MAX_NEW_TOKENS)  # usage errors before the model is loaded
+    sampling.kwargs()  # usage errors before the model is loaded
     conversation = Conversation.load(history) if history and history.exists() else Conversation()
     if system is not None:
         conversation.system = system
@@ -112,7 +112,7 @@ class Session:
 
     def _reply(self) -> None:
         """Streams the answer to the last message; a message that gets no answer is taken back."""
-        options = self.sampling.kwargs(max_new_tokens=MAX_NEW_TOKENS, retry=self.replies)
+        options = self.engine.limits(MAX_NEW_TOKENS) | self.sampling.kwargs(retry=self.replies)
         self.replies += 1
         try:
             reply = self.engine.answer(self.conversation.messages(), options, console.write)

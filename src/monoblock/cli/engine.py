@@ -48,6 +48,11 @@ class Engine:
         """Whether the model was made for conversations."""
         return getattr(self.tokenizer, "chat_template", None) is not None
 
+    def limits(self, fallback: int) -> dict[str, int]:
+        """How long a text may get if the user does not say: as the model's file says, else `fallback` tokens."""
+        config = getattr(self.model, "generation_config", None)
+        return {"max_new_tokens": getattr(config, "max_new_tokens", None) or fallback}
+
     def complete(self, prompt: str, options: dict[str, Any], write: Callable[[str], None]) -> Reply:
         """Continues a text; `write` gets the pieces as they come. Ctrl-C ends it early."""
         return self._generate(self.tokenizer(prompt, return_tensors="pt"), options, write)

@@ -40,16 +40,17 @@ def generate(
     """Continue a text with a model; without --model, with the embedded demo, a tiny completer of Python code.
 
     The completion goes to standard output, all else to standard error. From a file or standard input, one
-    line end at the end of the prompt is dropped. Without --max-new-tokens, it stops after 128 tokens.
+    line end at the end of the prompt is dropped. Where neither --max-new-tokens nor
+    the model's generation_config.json gives a number, it stops after 128 tokens.
     """
     text = read_prompt(prompt, file)
-    options = sampling.kwargs(max_new_tokens=MAX_NEW_TOKENS)
+    options = sampling.kwargs()
     from monoblock.cli import engine
 
     loaded = engine.load(source, hub)
     if sys.stdout.isatty() if echo is None else echo:
         console.write(text)
-    reply = loaded.complete(text, options, console.write if stream else _hold)
+    reply = loaded.complete(text, loaded.limits(MAX_NEW_TOKENS) | options, console.write if stream else _hold)
     if not stream:
         console.write(reply.text)
     if not reply.text.endswith("\n"):

@@ -82,7 +82,7 @@ class Sampling:
         list[str] | None, typer.Option(help="Stop after this text; may be given several times.")
     ] = None
 
-    def kwargs(self, *, max_new_tokens: int, retry: int = 0) -> dict[str, Any]:
+    def kwargs(self, *, retry: int = 0) -> dict[str, Any]:
         """The arguments of `generate`; `retry` counts up from the seed so that another try differs.
 
         An option that greedy choice would ignore is a usage error.
@@ -99,7 +99,7 @@ class Sampling:
         elif choice:
             choice["do_sample"] = True
         rest = {
-            "max_new_tokens": self.max_new_tokens or max_new_tokens,
+            "max_new_tokens": self.max_new_tokens,
             "repetition_penalty": self.repetition_penalty,
             "seed": None if self.seed is None else self.seed + retry,
             "stop_strings": self.stop or None,
