@@ -118,6 +118,9 @@ def attend_eager(
     k_bhkd, v_bhkd = repeat_groups(k_bgkd, q_bhqd.shape[1]), repeat_groups(v_bgkd, q_bhqd.shape[1])
     bias = scope.bias(0, q_bhqd.shape[2], 0, k_bhkd.shape[2], torch.float32)
     weights = _weights(q_bhqd, k_bhkd, bias, kernel).to(v_bhkd.dtype)
+    if (blind := scope.blind()) is not None:
+        # Equal weights they have already; scores that nobody looks at must not get a gradient.
+        weights = torch.where(blind, 1 / weights.shape[-1], weights)
     return weights @ v_bhkd, weights
 
 
@@ -144,7 +147,8 @@ def mask_dtype(q: Tensor) -> torch.dtype:
 
 
 def attend_flex(q_bhqd: Tensor, k_bgkd: Tensor, v_bgkd: Tensor, scope: Scope, kernel: Kernel) -> Tensor:
-    """PyTorch's flex attention, compiled: the mask, ALiBi and the cap are fused into one kernel."""
+    """PyTorch's flex attention, compiled: the mask, ALiBi and the cap are fused into one kernel. A single query is
+    not worth that: it goes to `attend`."""
     if kernel.dropout:
         raise ValueError(
             "flex_attention has no attention dropout: set it to 0 or use attn_implementation='sdpa'"
@@ -153,17 +157,21 @@ def attend_flex(q_bhqd: Tensor, k_bgkd: Tensor, v_bgkd: Tensor, scope: Scope, ke
         raise ValueError(
             "flex_attention has no relative position buckets here: use attn_implementation='sdpa'"
         )
+    if q_bhqd.shape[2] == 1:
+        return attend(q_bhqd, k_bgkd, v_bgkd, scope, kernel)
     seen, slopes = _flex_mask(scope), scope.slopes_h
     index_q, index_k = scope.index_q, scope.index_k
+    # As a tensor, since PyTorch 2.13 cannot compile a number that it takes for a variable.
+    cap = None if kernel.softcap is None else torch.tensor(kernel.softcap, device=q_bhqd.device)
 
     def score(s: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        if kernel.softcap is not None:
-            s = kernel.softcap * torch.tanh(s / kernel.softcap)
+        if cap is not None:
+            s = cap * torch.tanh(s / cap)
         if slopes is not None:
             s = s + slopes[h] * (index_k[k] - index_q[q])
         return torch.where(seen(b, h, q, k), s, torch.finfo(torch.float32).min)
 
-    return _flex()(
+    return _flex(q_bhqd.device.type)(
         q_bhqd,
         k_bgkd,
         v_bgkd,
@@ -191,10 +199,11 @@ def _flex_mask(scope: Scope) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tenso
 
 
 @functools.cache
-def _flex() -> Callable[..., Any]:
+def _flex(device: str) -> Callable[..., Any]:
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention, dynamic=True)
+    # For CPUs PyTorch 2.13 writes C++ that does not compile if lengths are variables: there each has a kernel.
+    return torch.compile(flex_attention, dynamic=device != "cpu")
 
 
 def attend_flash2(q_bhqd: Tensor, k_bgkd: Tensor, v_bgkd: Tensor, scope: Scope, kernel: Kernel) -> Tensor:

@@ -81,9 +81,11 @@ _SCALINGS = {"linear": _linear, "dynamic": _dynamic, "llama3": _llama3, "yarn": 
 
 
 def rotations(positions_bq: Tensor, rotary: Rotary, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin of the rotary angles, each (b, 1, q, dim)."""
+    """cos and sin of the rotary angles, each (b, 1, q, dim). Dynamic scaling goes by each row's own length."""
     dynamic = rotary.scaling is not None and rotary.scaling.kind == "dynamic"
-    inverse, factor = inverse_frequencies(rotary, int(positions_bq.max()) + 1 if dynamic else 0)
+    lengths = (positions_bq.amax(-1) + 1).tolist() if dynamic else [0]
+    found = [inverse_frequencies(rotary, int(length)) for length in lengths]
+    inverse, factor = torch.stack([each for each, _ in found])[:, None, None], found[0][1]
     angles = positions_bq[:, None, :, None].float() * inverse.to(positions_bq.device)
     angles = torch.cat((angles, angles), dim=-1)
     return (angles.cos() * factor).to(dtype), (angles.sin() * factor).to(dtype)
@@ -179,11 +181,9 @@ class Scope:
             return self.relative(distance)[None].to(dtype).masked_fill(~seen, lowest)
         if self.slopes_h is None:
             return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, lowest)
-        # Softmax ignores what is the same for all keys, so the distance may be taken from any place; the first
-        # query of the block keeps the numbers small where the weights are large.
-        away = (self.index_k[first:last] - self.index_q[start]).to(torch.float32)
+        away = (self.index_k[None, first:last] - self.index_q[start:stop, None]).to(torch.float32)
         ramp = self.slopes_h[None, :, None, None] * away
-        return ramp.to(dtype).expand(seen.shape[0], -1, stop - start, -1).masked_fill(~seen, lowest)
+        return ramp.to(dtype).expand(seen.shape[0], -1, -1, -1).masked_fill(~seen, lowest)
 
     def blind(self) -> Tensor | None:
         """(b, 1, q, 1), True for queries before the first real token of a row, which see no key; None if no padding
@@ -191,7 +191,8 @@ class Scope:
         if self.valid_bk is None or not self.causal:
             return None
         if "blind" not in self.memo:
-            self.memo["blind"] = self.valid_bk.cumsum(-1)[:, None, self.index_q, None] == 0
+            places = self.index_q - self.index_k[0]
+            self.memo["blind"] = self.valid_bk.cumsum(-1)[:, None, places, None] == 0
         return self.memo["blind"]
 
     def keys_of(self, start: int, stop: int) -> tuple[int, int]:
