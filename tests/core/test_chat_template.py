@@ -50,6 +50,8 @@ def render(source: str, chat: Any = CHAT, **options: Any) -> Any:
         "{{ messages[0].update(role='system') }}",
         "{{ '{0.__class__}'.format(messages) }}",
         "{{ '%9999999d' % 1 }}",
+        "{{ '%9999999d' | format(1) }}",
+        "{{ '{:9999999999}'.format(1) }}",
         "{{ 10 ** 100000 }}",
     ],
 )
@@ -80,6 +82,9 @@ def test_there_is_nothing_to_reach(source: str) -> None:
         "{% for a in [1] recursive %}{{ loop([1]) }}{% endfor %}",
         "{{ 'x' * 10 ** 9 }}",
         "{{ 10 ** 9 * 'x' }}",
+        "{{ 'x' | center(10 ** 9) }}",
+        "{{ 'x'.ljust(10 ** 9) }}",
+        "{{ 'x' | indent(width=10 ** 9, first=true) }}",
         "{{ [1] * 10 ** 9 }}",
         "{% set n = namespace(s='x' * 999) %}{% for i in range(99) %}{% set n.s = n.s + n.s %}{% endfor %}",
         "{% set n = namespace(s='x' * 999) %}{% for i in range(99) %}{% set n.s = n.s ~ n.s %}{% endfor %}",

@@ -164,9 +164,12 @@ class Chat(Encode):
 def _conversations(conversation: Any) -> tuple[list[list[dict[str, Any]]], bool]:
     """The conversations as plain messages, and whether there is a list of them."""
     given: Any = getattr(conversation, "messages", conversation)
-    items: Sequence[Any] = given if isinstance(given, list | tuple) else ()
+    items = cast(Sequence[Any], given if isinstance(given, list | tuple) else ())
     batched = bool(items) and (isinstance(items[0], list | tuple) or hasattr(items[0], "messages"))
-    return [_messages(getattr(chat, "messages", chat)) for chat in (items if batched else [given])], batched
+    return [
+        _messages(getattr(chat, "messages", chat))
+        for chat in (items if batched else cast(Sequence[Any], [given]))
+    ], batched
 
 
 def _messages(chat: Any) -> list[dict[str, Any]]:

@@ -338,7 +338,8 @@ def _ids(ids: Any) -> int | list[Any]:
     if isinstance(ids, bool | float) or ids is None:
         raise TypeError(f"expected token ids (integers); got {ids!r}")
     if isinstance(ids, list):
-        return [_ids(item) if not isinstance(item, int) else item for item in cast(list[Any], ids)]
+        items = cast(list[Any], ids)
+        return items if all(isinstance(item, int) for item in items) else [_ids(item) for item in items]
     if not hasattr(ids, "__index__"):
         try:
             return [_ids(item) for item in ids]  # any other sequence, a range for one

@@ -1,7 +1,8 @@
 """Chat templates: Jinja from a model's files, which is somebody else's program, run where it can do no harm.
 
 The sandbox refuses attributes that lead to Python's internals, gives the template plain copies of the data, and
-bounds its loop turns, its calls, its numbers and the text it makes.
+bounds its loop turns, its calls, its numbers and the text it makes. (Not everything: `replace` may still square
+the length of a text.)
 """
 
 from __future__ import annotations
@@ -9,11 +10,11 @@ from __future__ import annotations
 import json
 import re
 import secrets
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from datetime import datetime
-from functools import lru_cache
+from functools import lru_cache, wraps
 from typing import Any, NamedTuple, NoReturn, cast
 
 from jinja2 import Template, TemplateError, TemplateSyntaxError, nodes
@@ -74,6 +75,24 @@ def _sized(value: Any) -> Any:
     return value
 
 
+def _check_widths(form: Any, args: Iterable[Any], kwargs: Mapping[str, Any]) -> None:
+    """Refuse to fill a text up to a width that no prompt has: the numbers of a call, and those in a format."""
+    _check_size(max((value for value in (*args, *kwargs.values()) if isinstance(value, int)), default=0))
+    if isinstance(form, str) and re.search(r"\d{7}", form):
+        raise SecurityError("it formats to a width of millions")
+
+
+def _bounded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """A filter that fills its text up, with its widths checked."""
+
+    @wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        _check_widths(args[0] if name == "format" else "", args, kwargs)
+        return function(*args, **kwargs)
+
+    return call
+
+
 def _metered(values: Iterable[Any]) -> Iterator[Any]:
     run = _run.get()
     for value in values:
@@ -91,6 +110,9 @@ class _Sandbox(ImmutableSandboxedEnvironment):
 
     def call(self, *args: Any, **kwargs: Any) -> Any:
         _run.get().step()
+        function = getattr(args[1], "__wrapped__", args[1])  # the sandbox wraps str.format in its own
+        if isinstance(owner := getattr(function, "__self__", None), str):
+            _check_widths(owner if function.__name__.startswith("format") else "", args[2:], kwargs)
         return super().call(*args, **kwargs)
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
@@ -98,8 +120,8 @@ class _Sandbox(ImmutableSandboxedEnvironment):
             _check_size(_size(left) + _size(right))
         elif operator == "*":
             _check_size(max(_size(left, right), _size(right, left)))
-        elif operator == "%" and isinstance(left, str) and re.search(r"\d{7}", left):
-            raise SecurityError("it formats to a width of millions")
+        elif operator == "%":
+            _check_widths(left, (), {})
         if operator in ("*", "**") and isinstance(left, int) and isinstance(right, int):
             bits = left.bit_length() * right if operator == "**" else left.bit_length() + right.bit_length()
             if bits > MAX_POWER:
@@ -164,6 +186,8 @@ def _now(form: str) -> str:
 def _environment() -> _Sandbox:
     sandbox: Any = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
     sandbox.filters.update(tojson=_to_json, metered=_metered, sized=_sized)
+    for name in ("center", "format", "indent"):
+        sandbox.filters[name] = _bounded(name, sandbox.filters[name])
     sandbox.globals.pop("lipsum")
     sandbox.globals.update(raise_exception=_raise, strftime_now=_now, dict=_Dict())
     return sandbox
