@@ -45,23 +45,31 @@ def run(
     embeds: Array | None = None,
     segments: Array | None = None,
     position_ids: Array | None = None,
+    token_types: Array | None = None,
+    patches: Array | None = None,
 ) -> Run:
-    """The backbone on whole texts, without a cache. What stands where `mask` is 0 means nothing."""
+    """The backbone on whole texts, without a cache. What stands where `mask` is 0 means nothing.
+
+    `position_ids` are angles' positions or places of the table. `patches` (batch, n, size) go to the tokens of the
+    patch id, in order.
+    """
     table = np.asarray(params["embed.weight"], np.float64)
     x_bsw = table[ids] if embeds is None else np.asarray(embeds, np.float64)
+    if patches is not None:
+        x_bsw = _with_patches(spec, params, x_bsw.copy(), ids, patches)
     rows = []
     for b, x in enumerate(x_bsw):
         valid = np.ones(len(x), bool) if mask is None else np.asarray(mask[b]) != 0
         segment = np.zeros(len(x), int) if segments is None else np.asarray(segments[b])
         position = counted(valid) if position_ids is None else np.asarray(position_ids)[b % len(position_ids)]
+        if token_types is not None:
+            x = x + table[np.asarray(token_types[b])]
         if learned := spec.position(Learned):
-            places = position
-            if learned.from_padding and ids is not None and position_ids is None:
-                real = (
-                    np.asarray(ids[b]) != learned.offset - 1
-                )  # the padding's id is just below the first place
-                places = np.where(real, np.cumsum(real) - 1, -1)
-            x = x + params["pos_embed.weight"][places + learned.offset]
+            places = position if position_ids is not None else position + learned.offset
+            if learned.pad_id is not None and ids is not None and position_ids is None:
+                real = np.asarray(ids[b]) != learned.pad_id
+                places = np.where(real, np.cumsum(real), 0) + learned.offset - 1
+            x = x + params["pos_embed.weight"][places]
         rows.append(
             _blocks(spec, params, norm(x, spec.embed_norm, params, "embed_norm"), valid, segment, position)
         )
@@ -69,6 +77,13 @@ def run(
         [np.stack([states[i] for states, _ in rows]) for i in range(spec.layers + 1)],
         [np.stack([weights[i] for _, weights in rows]) for i in range(spec.layers)],
     )
+
+
+def _with_patches(spec: ArchSpec, params: Params, x_bsw: Array, ids: Array, patches: Array) -> Array:
+    for b, row in enumerate(ids):
+        for i, place in enumerate(np.flatnonzero(np.asarray(row) == spec.patches.token_id)):
+            x_bsw[b, place] = linear(patches[b, i], params, "patch_embed")
+    return x_bsw
 
 
 def _blocks(
@@ -94,9 +109,9 @@ def visible(valid: Array, segment: Array, causal: bool, window: int | None) -> A
     n = len(valid)
     seen = np.zeros((n, n), bool)
     for q in range(n):
-        for_k = np.arange(n)
-        near = np.ones(n, bool) if window is None else q - for_k < window
-        seen[q] = valid & ((for_k <= q) | (not causal)) & near & (segment == segment[q])
+        k = np.arange(n)
+        near = np.ones(n, bool) if window is None else q - k < window
+        seen[q] = valid & ((k <= q) | (not causal)) & near & (segment == segment[q])
     return seen
 
 
@@ -235,10 +250,12 @@ def _yarn(frequency: float, c: int, rotary: Rotary, s: RopeScaling) -> float:
 
 
 def softmax(scores: Array, seen: Array) -> Array:
-    """Along the keys, over those that are seen; a query that sees none gives zeros."""
+    """Along the keys, over those that are seen; a query that sees none (padding) gives all keys the same."""
     out = np.zeros_like(scores)
     for q in range(len(scores)):
-        if seen[q].any():
+        if not seen[q].any():
+            out[q] = 1 / len(scores)
+        else:
             e = np.exp(scores[q, seen[q]] - scores[q, seen[q]].max())
             out[q, seen[q]] = e / e.sum()
     return out
