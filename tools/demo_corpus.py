@@ -115,14 +115,14 @@ def _cut(text: str) -> str:
 
 
 def dialogues(document: Document) -> Iterator[tuple[str, str]]:
-    """Request and reply pairs cut out of one file, for functions of at most 60 lines.
+    """Request and reply pairs cut out of one file, for functions and classes of at most 60 lines.
 
-    A documented function answers to the first sentence of its docstring, and is given without it. A top-level
-    function that has none answers to its own first line. Replies are dedented to column 0.
+    What is documented answers to the first sentence of its docstring, and is given without it. A top-level
+    function or class that has none answers to its own first line. Replies are dedented to column 0.
     """
     lines = document.text.split("\n")
     for node in ast.walk(ast.parse(document.text)):
-        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) or node.end_lineno is None:
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             continue
         docstring = ast.get_docstring(node)
         kept = lines[node.lineno - 1 : node.end_lineno]
@@ -130,7 +130,7 @@ def dialogues(document: Document) -> Iterator[tuple[str, str]]:
             request = kept[0] if node.col_offset == 0 and kept[0].endswith(":") else ""
         else:
             request = _first_sentence(docstring) if len(node.body) > 1 else ""
-            first, last = node.body[0].lineno, node.body[0].end_lineno or node.body[0].lineno
+            first, last = node.body[0].lineno, node.body[0].end_lineno or 0
             kept = lines[node.lineno - 1 : first - 1] + lines[last : node.end_lineno]
         indent = " " * node.col_offset
         if request and 1 < len(kept) <= 60 and all(not line or line.startswith(indent) for line in kept):

@@ -39,17 +39,44 @@ def pieces(documents: Sequence[corpus.Document], tokenizer: Tokenizer) -> list[P
     ]
 
 
-def batches(pieces: Sequence[Piece], *, seed: int, length: int, batch: int) -> Iterator[Tensor]:
+def line_breaks(tokenizer: Tokenizer) -> np.ndarray:
+    """What each id (vocab,) does to a line: 0 nothing, 1 begins a new one indented, 2 begins one at column 0."""
+    kinds = np.zeros(tokenizer.get_vocab_size(), dtype=np.int8)
+    for token, number in tokenizer.get_vocab().items():
+        if token.startswith("Ċ"):  # byte-level BPE's letter for a line feed; a space is Ġ
+            kinds[number] = 1 if token.endswith("Ġ") else 2
+        elif token in (corpus.ENDOFTEXT, corpus.ASSISTANT):
+            kinds[number] = 2
+    return kinds
+
+
+def line_starts(stream: np.ndarray, kinds: np.ndarray) -> np.ndarray:
+    """For each place of the stream, the next one where a window may begin.
+
+    That is a line break with its indentation, or the first word of a line at column 0. So a window that begins
+    with a word begins at column 0, as every prompt does; cut anywhere, a `def` in front could be a method's.
+    """
+    breaks = kinds[stream]
+    allowed = breaks == 1
+    allowed[1:] |= breaks[:-1] == 2
+    places = np.where(allowed, np.arange(len(stream)), len(stream))
+    return np.minimum.accumulate(places[::-1])[::-1]
+
+
+def batches(
+    pieces: Sequence[Piece], kinds: np.ndarray, *, seed: int, length: int, batch: int
+) -> Iterator[Tensor]:
     """Endless (batch, length) int64 windows. Epoch e is shuffled and offset by a generator seeded [seed, e]."""
     epoch = 0
     while True:
         rng = np.random.default_rng([seed, epoch])
         order = rng.permutation(np.repeat(np.arange(len(pieces)), [piece.repeats for piece in pieces]))
-        stream = np.concatenate([pieces[index].ids for index in order])[rng.integers(length) :]
-        windows = stream[: len(stream) // length * length].reshape(-1, length)
-        windows = windows[rng.permutation(len(windows))]
-        for start in range(0, len(windows) - batch + 1, batch):
-            yield torch.from_numpy(windows[start : start + batch].astype(np.int64))
+        stream = np.concatenate([pieces[index].ids for index in order])
+        starts = line_starts(stream, kinds)[rng.integers(length) :: length]
+        starts = rng.permutation(starts[starts + length <= len(stream)])
+        for first in range(0, len(starts) - batch + 1, batch):
+            windows = stream[starts[first : first + batch, None] + np.arange(length)]
+            yield torch.from_numpy(windows.astype(np.int64))
         epoch += 1
 
 

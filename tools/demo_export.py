@@ -57,7 +57,7 @@ GENERATION = {
 
 def write(trainer: Trainer, documents: Sequence[corpus.Document], tokenizer: Tokenizer) -> None:
     """Write the model folder, read it back, measure what was read, and write the report from that."""
-    save_folder(trainer.model, tokenizer, trainer.options.length)
+    save_folder(trainer.model, tokenizer)
     size = sum(path.stat().st_size for path in FOLDER.iterdir() if path.is_file())
     if size > SIZE_LIMIT:
         raise SystemExit(f"{FOLDER} has {size:,} bytes; it may have {SIZE_LIMIT:,}: make the model smaller")
@@ -83,7 +83,7 @@ def write(trainer: Trainer, documents: Sequence[corpus.Document], tokenizer: Tok
     print(f"{size:,} bytes in {FOLDER}; held-out loss by window: {held_out}")
 
 
-def save_folder(model: MptForCausalLM, tokenizer: Tokenizer, length: int) -> None:
+def save_folder(model: MptForCausalLM, tokenizer: Tokenizer) -> None:
     """bf16 weights, config, generation defaults and tokenizer, in the hub's files."""
     model.to(torch.bfloat16).save_pretrained(FOLDER)
     tokenizer.save(str(FOLDER / "tokenizer.json"))
@@ -98,7 +98,7 @@ def save_folder(model: MptForCausalLM, tokenizer: Tokenizer, length: int) -> Non
         "pad_token": padding,
         "additional_special_tokens": talk,
         "clean_up_tokenization_spaces": False,
-        "model_max_length": length,
+        "model_max_length": model.config.max_seq_len,
         "chat_template": CHAT_TEMPLATE,
     }
     write_json(FOLDER / "tokenizer_config.json", settings)

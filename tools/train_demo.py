@@ -32,10 +32,10 @@ from monoblock import MptConfig, MptForCausalLM
 
 BUILD = Path(__file__).resolve().parent.parent / "build" / "demo"
 VOCAB = 4096
-SHAPE = {"d_model": 288, "n_heads": 6, "n_layers": 4, "expansion_ratio": 4, "max_seq_len": 512}
+SHAPE = {"d_model": 288, "n_heads": 6, "n_layers": 4, "expansion_ratio": 4, "max_seq_len": 1024}
 WARMUP_STEPS = 100
 CHECKPOINT_SECONDS = 180
-EVALUATE_EVERY = 100  # steps
+EVALUATE_EVERY = 150  # steps
 QUICK_WINDOWS = 64  # of the held-out text, for the curve; the final figure uses all of it
 
 
@@ -55,6 +55,7 @@ class Trainer:
         torch.manual_seed(options.seed)
         self.options = options
         self.pieces = data.pieces(documents, tokenizer)
+        self.line_breaks = data.line_breaks(tokenizer)
         self.held_out = data.held_out(documents, tokenizer, options.length)
         self.model = MptForCausalLM(model_config(tokenizer))
         embedding = self.model.get_input_embeddings().weight
@@ -109,7 +110,8 @@ class Trainer:
     def run(self) -> None:
         """Train to the end of the schedule, with a checkpoint every few minutes and at an interrupt."""
         options = self.options
-        source = data.batches(self.pieces, seed=options.seed, length=options.length, batch=options.batch)
+        sizes = {"length": options.length, "batch": options.batch}
+        source = data.batches(self.pieces, self.line_breaks, seed=options.seed, **sizes)
         source = islice(source, self.state.step, None)
         started, saved = time.monotonic() - self.state.seconds, time.monotonic()
         self.model.train()
@@ -220,7 +222,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=20, help="of the weights and of the order of the text")
     parser.add_argument("--steps", type=int, default=8000)
     parser.add_argument("--minutes", type=float, default=None, help="end the schedule after this time")
-    parser.add_argument("--batch", type=int, default=24, help="windows per step")
+    parser.add_argument("--batch", type=int, default=16, help="windows per step")
     parser.add_argument(
         "--length", type=int, default=256, help="tokens per window; ALiBi needs no longer ones"
     )

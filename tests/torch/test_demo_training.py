@@ -80,6 +80,7 @@ def test_dialogues_are_docstrings_and_what_they_describe():
             'def first(items):\n    if not items:\n        raise ValueError("no items")\n    return items[0]\n',
         ),
         ("def second(items):", "def second(items):\n    return items[1]\n"),
+        ("class Box:", CODE[CODE.index("class") :]),
         ("Return the volume in litres.", "def volume(self):\n    return self.a * self.b * self.c\n"),
     ]
 
@@ -90,20 +91,24 @@ def test_held_out_is_a_property_of_the_name():
     assert corpus.Document(name="ast.py", text="", is_test=True).held_out
 
 
-def test_an_epoch_shows_every_piece_as_often_as_it_says():
-    pieces = [data.Piece(ids=np.full(64, i, dtype=np.uint16), repeats=1 + i % 2) for i in range(20)]
-    windows = torch.cat(
-        [w for w, _ in zip(data.batches(pieces, seed=1, length=8, batch=4), range(59), strict=False)]
-    )
-    counts = windows.flatten().bincount(minlength=20)
-    # 30 pieces of 64 are 240 windows; less than one window is cut off in front, and less than a batch at the end.
-    assert (counts <= torch.tensor([64 * (1 + i % 2) for i in range(20)])).all()
-    assert counts.sum() == 59 * 32
+def test_windows_begin_where_a_line_does():
+    """With its line break and indentation, or at column 0: every prompt begins at column 0."""
+    documents = [corpus.Document(name=f"m{i}.py", text=CODE, is_test=False) for i in (0, 1, 3)]
+    assert not any(document.held_out for document in documents)
+    tokenizer = corpus.train_tokenizer((document.text for document in documents), 300)
+    pieces, kinds = data.pieces(documents, tokenizer), data.line_breaks(tokenizer)
+    batches = data.batches(pieces, kinds, seed=1, length=16, batch=4)
+    windows = torch.cat([next(batches) for _ in range(40)])
+    texts = {tokenizer.decode(ids, skip_special_tokens=False) for ids in windows.tolist()}
+    for text in texts:
+        assert text.lstrip("\n").startswith(("    ", "def ", "class ", corpus.ENDOFTEXT, corpus.USER)), text
+    assert len(texts) > 20
 
 
 def test_the_order_of_the_text_follows_the_seed():
-    pieces = [data.Piece(ids=np.arange(i, i + 50, dtype=np.uint16), repeats=1) for i in range(9)]
-    one, same, other = (next(data.batches(pieces, seed=seed, length=10, batch=8)) for seed in (1, 1, 2))
+    kinds = np.full(64, 2, dtype=np.int8)  # as if every token were a line: a window may begin anywhere
+    pieces = [data.Piece(ids=np.arange(i, i + 50, dtype=np.uint16), repeats=1 + i % 2) for i in range(9)]
+    one, same, other = (next(data.batches(pieces, kinds, seed=s, length=10, batch=8)) for s in (1, 1, 2))
     assert torch.equal(one, same)
     assert not torch.equal(one, other)
 
