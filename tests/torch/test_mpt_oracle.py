@@ -352,14 +352,14 @@ def test_learned_positions_end() -> None:
 
 @torch.no_grad()
 def test_a_long_text_keeps_its_precision() -> None:
-    """ALiBi's largest slope reaches 1,000 here, where fp32 has steps of 6e-5: what a query adds to all keys alike must
-    not cost that precision."""
+    """ALiBi's steepest slope reaches 1,000 here, where fp32 has steps of 6e-5. The eager and the block-wise kernel use
+    distances and lose nothing; the flash kernel has one bias for all queries, from the middle: measured 7e-5."""
     module = model("MptModel", n_layers=1)
     ids = torch.randint(4, 89, (1, 2000), generator=torch.Generator().manual_seed(0))
     exact = expected(module, ids).hidden
-    assert_close("2,000 tokens", module(ids)[0], exact, 1e-4)
+    assert_close("2,000 tokens, flash", module(ids)[0], exact, 1e-4)
     module.set_attn_implementation("eager")
-    assert_close("2,000 tokens, eager", module(ids)[0], exact, 1e-4)
+    assert_close("2,000 tokens, eager", module(ids)[0], exact, ATOL)
 
 
 @pytest.mark.parametrize(
