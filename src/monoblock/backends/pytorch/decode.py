@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,11 +32,11 @@ class Generation:
 
     def generate(
         self: PreTrainedModel,  # pyright: ignore[reportGeneralTypeIssues]
-        inputs: Tensor | None = None,
+        inputs: Tensor | Mapping[str, Any] | None = None,
         generation_config: GenerationConfig | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Continue prompts (batch, tokens): ids (batch, prompt + new), or a GenerateDecoderOnlyOutput with
+        """Continue prompts, (batch, tokens) or what a tokenizer returns: ids (batch, prompt + new), or a GenerateDecoderOnlyOutput with
         `return_dict_in_generate=True`.
 
         Keywords are the hub's: the fields of `GenerationConfig` (`max_new_tokens`, `do_sample`, `temperature`, ...),
@@ -48,6 +48,10 @@ class Generation:
             raise TypeError(
                 f"{type(self).__name__} predicts no next token: generate with a ...ForCausalLM class"
             )
+        if isinstance(inputs, Mapping):
+            if twice := inputs.keys() & kwargs.keys():
+                raise TypeError(f"generate got {', '.join(sorted(twice))} twice")
+            kwargs, inputs = {**inputs, **kwargs}, None
         with torch.inference_mode(), _at_rest(self):
             return loop.generate(Runner(self), inputs, generation_config, **kwargs)
 
