@@ -138,3 +138,15 @@ def test_offline_the_config_is_enough(
     found = info.describe("someone/model", Hub(offline=True))
     assert (found["files"], found["stored"], found["parameters"]) == ({}, None, PARAMETERS)
     assert "cannot be listed" in capsys.readouterr().err
+
+
+def test_a_model_that_looks_both_ways_keeps_no_cache(tmp_path: Path) -> None:
+    config = {"model_type": "mpnet", "architectures": ["MPNetForMaskedLM"]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    found = info.describe(str(tmp_path), Hub())
+    assert found["cache_per_token"] == {}
+    layer = 4 * (768 * 768 + 768) + 2 * 768 * 3072 + 3072 + 768 + 2 * 2 * 768  # attention, MLP, two norms
+    body = 30527 * 768 + 512 * 768 + 2 * 768 + 32 * 12 + 12 * layer  # and tokens, positions, norm, buckets
+    assert (
+        found["parameters"] == body + 768 * 768 + 3 * 768 + 30527
+    )  # and dense, norm, the tied matrix's bias

@@ -66,7 +66,9 @@ def describe(path: str, hub: Hub) -> dict[str, Any]:
     spec = config.to_spec()
     contents = _local(Path(path)) if Path(path).is_dir() else _remote(path, hub)
     count = _parameters(config, spec)
-    per_token = {name: _cache_per_token(spec, width) for name, width in CACHE_BYTES.items()}
+    # A model that looks both ways keeps no cache.
+    widths = CACHE_BYTES if spec.causal else {}
+    per_token = {name: _cache_per_token(spec, width) for name, width in widths.items()}
     return {
         "family": config.model_type,
         "architectures": config.architectures or [],

@@ -4,7 +4,24 @@ Public names are found where they live when they are first asked for, so that im
 """
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from monoblock.generation.config import GenerationConfig as GenerationConfig
+    from monoblock.generation.loop import GenerateDecoderOnlyOutput as GenerateDecoderOnlyOutput
+    from monoblock.generation.loop import generate as generate
+    from monoblock.generation.processors import LogitsProcessor as LogitsProcessor
+    from monoblock.generation.processors import LogitsProcessorList as LogitsProcessorList
+    from monoblock.generation.stopping import EosTokenCriteria as EosTokenCriteria
+    from monoblock.generation.stopping import MaxLengthCriteria as MaxLengthCriteria
+    from monoblock.generation.stopping import MaxTimeCriteria as MaxTimeCriteria
+    from monoblock.generation.stopping import StoppingCriteria as StoppingCriteria
+    from monoblock.generation.stopping import StoppingCriteriaList as StoppingCriteriaList
+    from monoblock.generation.stopping import StopStringCriteria as StopStringCriteria
+    from monoblock.generation.streamers import AsyncTextIteratorStreamer as AsyncTextIteratorStreamer
+    from monoblock.generation.streamers import BaseStreamer as BaseStreamer
+    from monoblock.generation.streamers import TextIteratorStreamer as TextIteratorStreamer
+    from monoblock.generation.streamers import TextStreamer as TextStreamer
 
 _WHERE = {
     "config": ("GenerationConfig",),
