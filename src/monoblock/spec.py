@@ -216,10 +216,17 @@ def _gaps(spec: ArchSpec) -> Iterator[str]:
     for what, value in positives.items():
         if value is not None and not value > 0:
             yield f"{what} must be above 0, got {value}"
-    norms = {"norm": spec.norm, "embed_norm": spec.embed_norm, "final_norm": spec.final_norm}
+    norms = {
+        "norm": spec.norm,
+        "embed_norm": spec.embed_norm,
+        "final_norm": spec.final_norm,
+        "qk_norm": att.qk_norm and att.qk_norm.norm,
+    }
     for what, norm in norms.items():
         if norm is not None and not norm.eps > 0:
             yield f"{what} eps must be above 0, got {norm.eps}"
+        if norm is not None and norm.kind == "rms" and norm.bias:
+            yield f"{what} is an RMS norm, which has no bias"
     for what, p in (
         ("embed", spec.dropout.embed),
         ("attention", spec.dropout.attention),
@@ -232,6 +239,8 @@ def _gaps(spec: ArchSpec) -> Iterator[str]:
     for i, window in enumerate(spec.windows):
         if window is not None and window < 1:
             yield f"window of layer {i} must be at least 1 key, got {window}"
+        if window is not None and not spec.causal:
+            yield f"window of layer {i} needs causal=True: it has no meaning for keys ahead of the query"
     yield from _position_gaps(spec)
 
 
@@ -246,6 +255,15 @@ def _position_gaps(spec: ArchSpec) -> Iterator[str]:
                 yield f"rotary dim must be even and at most head_dim ({spec.attention.head_dim}), got {dim}"
             case Rotary(theta=theta) if not theta > 0:
                 yield f"rotary theta must be above 0, got {theta}"
+            case Rotary(scaling=RopeScaling() as scaling) if not (
+                scaling.factor > 0 and scaling.original_length > 0
+            ):
+                yield (
+                    f"rotary scaling needs a factor and an original length above 0, got {scaling.factor} and "
+                    f"{scaling.original_length}"
+                )
+            case Rotary(dim=2, scaling=RopeScaling(kind="dynamic")):
+                yield "dynamic rotary scaling needs a rotary dim above 2"
             case Alibi(bias_max=bias_max) if not bias_max > 0:
                 yield f"alibi bias_max must be above 0, got {bias_max}"
             case Buckets(count=count, max_distance=distance) if (

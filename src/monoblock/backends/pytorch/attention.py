@@ -186,7 +186,7 @@ def _flex_mask(scope: Scope) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tenso
         distance = scope.index_q[q] - scope.index_k[k]
         inside = distance >= 0 if scope.causal else distance == distance
         if scope.window is not None:
-            inside = inside & (distance.abs() < scope.window)
+            inside = inside & (distance < scope.window)
         if scope.valid_bk is not None:
             inside = inside & scope.valid_bk[b, k]
         if scope.segment_bk is not None:
@@ -213,7 +213,7 @@ def attend_flash2(q_bhqd: Tensor, k_bgkd: Tensor, v_bgkd: Tensor, scope: Scope, 
 
     if any(x is not None for x in (scope.valid_bk, scope.segment_bk, scope.relative)):
         return attend(q_bhqd, k_bgkd, v_bgkd, scope, kernel)
-    span = (-1, -1) if scope.window is None else (scope.window - 1, 0 if scope.causal else scope.window - 1)
+    span = (-1, -1) if scope.window is None else (scope.window - 1, 0)
     out = flash_attn_func(
         *(x.transpose(1, 2) for x in (q_bhqd, k_bgkd, v_bgkd)),
         dropout_p=kernel.dropout,

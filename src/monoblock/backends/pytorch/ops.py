@@ -161,8 +161,6 @@ class Scope:
             seen = distance >= 0
         if self.window is not None:
             seen = seen & (distance < self.window)
-            if not self.causal:
-                seen = seen & (distance > -self.window)
         seen = seen[None, None]
         if self.valid_bk is not None:
             seen = seen & self.valid_bk[:, None, None, first:last]
@@ -200,10 +198,7 @@ class Scope:
         if not self.aligned:
             return 0, self.index_k.shape[0]
         last = stop if self.causal else self.index_k.shape[0]
-        first = 0 if self.window is None else max(0, start - self.window + 1)
-        if self.window is not None and not self.causal:
-            last = min(last, stop + self.window - 1)
-        return first, last
+        return 0 if self.window is None else max(0, start - self.window + 1), last
 
     @property
     def by_key(self) -> bool:
