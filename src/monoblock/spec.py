@@ -146,8 +146,7 @@ class Patches:
 class ArchSpec:
     """A transformer, whole. `windows[i]` is how many keys layer i sees, the query's own included; None: all.
 
-    `token_types`: token type ids are looked up in the word embedding. `embed_gradient`: the share of the gradient
-    that reaches the embedding.
+    `embed_gradient`: the share of the gradient that reaches the embedding.
     """
 
     vocab: int
@@ -166,7 +165,6 @@ class ArchSpec:
     logit_scale: float = 1.0
     logit_softcap: float | None = None
     embed_gradient: float = 1.0
-    token_types: bool = False
     patches: Patches | None = None
     init_std: float = 0.02
 

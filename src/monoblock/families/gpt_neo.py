@@ -78,7 +78,6 @@ class GPTNeoConfig(PretrainedConfig):
                 embed=self.embed_dropout, attention=self.attention_dropout, residual=self.resid_dropout
             ),
             tie_head=self.tie_word_embeddings,
-            token_types=True,
             init_std=self.initializer_range,
         ).validate("GPTNeoConfig")
 

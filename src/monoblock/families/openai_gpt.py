@@ -71,7 +71,6 @@ class OpenAIGPTConfig(PretrainedConfig):
             positions=(Learned(size=self.n_positions),),
             dropout=Dropout(embed=self.embd_pdrop, attention=self.attn_pdrop, residual=self.resid_pdrop),
             tie_head=self.tie_word_embeddings,
-            token_types=True,
             init_std=self.initializer_range,
         ).validate("OpenAIGPTConfig")
 
