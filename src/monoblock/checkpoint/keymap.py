@@ -62,6 +62,30 @@ class PerHead:
 
 
 @dataclass(frozen=True)
+class Interleaved:
+    """Rotary channels are stored in neighbouring pairs, and here half a head apart: within each of `heads` heads,
+    rows 0, 1, 2, 3, ... of the file are rows 0, d/2, 1, d/2 + 1, ... here."""
+
+    heads: int
+
+    def views(self, tensor: Any) -> tuple[Any, ...]:
+        half = tensor.shape[0] // (2 * self.heads)
+        return (tensor.reshape(self.heads, 2, half, *tensor.shape[1:]).swapaxes(1, 2),)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Stored as several tensors of these many rows, as `Split`, each then in its own way (an op of one tensor)."""
+
+    sizes: tuple[int, ...]
+    ops: tuple[Op, ...]
+
+    def views(self, tensor: Any) -> tuple[Any, ...]:
+        parts = Split(self.sizes).views(tensor)
+        return tuple(op.views(part)[0] for op, part in zip(self.ops, parts, strict=True))
+
+
+@dataclass(frozen=True)
 class Spelling:
     """One way in which files name (and store) a parameter. `{i}` is a layer, `{p}` weight or bias."""
 
@@ -140,7 +164,8 @@ class KeyMap:
             else:
                 sources[canonical] = found
                 left.difference_update(found.names)
-        for canonical in tied:
+        # Second names: of tied parameters, and further spellings of what was found (old files hold a bias twice).
+        for canonical in (*tied, *sources):
             for source in self._candidates(canonical):
                 left.difference_update(source.names)
         left = {key for key in left if not any(re.search(pattern, key) for pattern in self.ignored)}
