@@ -182,13 +182,17 @@ def has_positions(spec: ArchSpec) -> bool:
 
 
 def flattened(given: dict[str, Any]) -> dict[str, Any]:
-    """Choices as rows: (batch, choices, tokens) becomes (batch * choices, tokens). Adds "choices" and "nested"."""
+    """Choices as rows: (batch, choices, tokens) becomes (batch * choices, tokens); what has rows already stays.
+
+    Adds "choices" and "nested".
+    """
     ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
     tokens, dims = (ids, 3) if embeds is None else (embeds, 4)
     nested = tokens is not None and tokens.dim() == dims
     flat = dict(given, choices=tokens.shape[1] if nested and tokens is not None else 1, nested=nested)
     if nested:
         for name in ("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds"):
-            if (value := flat.get(name)) is not None:
+            value = flat.get(name)
+            if value is not None and value.dim() == (4 if name == "inputs_embeds" else 3):
                 flat[name] = value.flatten(0, 1)
     return flat
