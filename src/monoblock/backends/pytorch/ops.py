@@ -184,13 +184,17 @@ class Scope:
         return ramp.to(dtype).expand(seen.shape[0], -1, -1, -1).masked_fill(~seen, lowest)
 
     def blind(self) -> Tensor | None:
-        """(b, 1, q, 1), True for queries before the first real token of a row, which see no key; None if no padding
-        can make such."""
+        """(b, 1, q, 1), True for queries that see no key: before a row's first real token, or with nothing but padding
+        in their window. None if no padding can make such."""
         if self.valid_bk is None or not self.causal:
             return None
         if "blind" not in self.memo:
-            places = self.index_q - self.index_k[0]
-            self.memo["blind"] = self.valid_bk.cumsum(-1)[:, None, places, None] == 0
+            seen = F.pad(self.valid_bk.cumsum(-1), (1, 0))  # how many real tokens come before each key
+            place = self.index_q - self.index_k[0] + 1
+            count = seen[:, place]
+            if self.window is not None:
+                count = count - seen[:, (place - self.window).clamp(min=0)]
+            self.memo["blind"] = count[:, None, :, None] == 0
         return self.memo["blind"]
 
     def keys_of(self, start: int, stop: int) -> tuple[int, int]:
