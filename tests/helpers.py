@@ -56,19 +56,25 @@ def randomised(module: Any, seed: int = 0, std: float = 0.2) -> Any:
 
 
 def batch(
-    padding: str = "left", lengths: tuple[int, ...] = (23, 9, 17), vocab: int = 89, seed: int = 1
+    padding: str = "left",
+    lengths: tuple[int, ...] = (23, 9, 17),
+    vocab: int = 89,
+    seed: int = 1,
+    *,
+    low: int = PAD + 1,
+    pad: int = PAD,
 ) -> Any:
     """Ids and mask (batch, tokens) of texts of unequal lengths; "none": equal lengths and no mask."""
     generator = torch.Generator().manual_seed(seed)
     longest = max(lengths)
-    ids = torch.randint(PAD + 1, vocab, (len(lengths), longest), generator=generator)
+    ids = torch.randint(low, vocab, (len(lengths), longest), generator=generator)
     if padding == "none":
         return ids, None
     mask = torch.zeros_like(ids)
     for row, length in zip(mask, lengths, strict=True):
         row[longest - length :] = 1 if padding == "left" else 0
         row[:length] = 1 if padding == "right" else row[:length]
-    return ids.masked_fill(mask == 0, PAD), mask
+    return ids.masked_fill(mask == 0, pad), mask
 
 
 def parameters(module: Any) -> dict[str, np.ndarray]:

@@ -1,0 +1,474 @@
+"""Every class of Mistral, Fuyu, GPT-1, GPT Neo and MPNet against transformers', on tiny random models."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import oracle
+import pytest
+import torch
+from families_made import (
+    CLASSES,
+    GENERATING,
+    KIND,
+    LABELS,
+    LEARNED,
+    PADS,
+    TOKENS,
+    VOCAB,
+    by_token,
+    fields,
+    labels_of,
+    logits_of,
+    made_pair,
+    ours_of,
+    pair,
+    places,
+    texts,
+    theirs_inputs,
+)
+from helpers import PADDINGS, parameters
+from helpers import expected as defined
+from measure import assert_close
+
+import monoblock
+from monoblock.heads import HeadSpec
+
+ATOL = 1e-5  # fp32, 3 layers, values of the order of 1 to 10: measured 5e-6
+FUSED = 2e-5  # through the fused kernels, which sum in another order
+GRADIENT = 1e-5  # gradients of a mean loss are below 1
+
+ACTING = [name for name in CLASSES if KIND[name] not in (None, "pooler")]
+SEQUENCE = [name for name in CLASSES if KIND[name] in ("sequence", "first")]
+
+
+def flat(mask: torch.Tensor | None) -> torch.Tensor | None:
+    """A mask of rows, where choices are rows too."""
+    return mask if mask is None or mask.dim() == 2 else mask.flatten(0, 1)
+
+
+# ---------------------------------------------------------------------------- forward
+
+
+@pytest.mark.parametrize("padding", PADDINGS)
+@pytest.mark.parametrize("heads", [3, 6, 8])
+@pytest.mark.parametrize("name", CLASSES)
+@torch.no_grad()
+def test_states_attentions_and_logits(name: str, heads: int, padding: str) -> None:
+    theirs, ours = pair(name, heads)
+    ids, mask = texts(name, padding)
+    asked = {"output_hidden_states": True, "output_attentions": True}
+    expected = theirs(**theirs_inputs(name, ids, mask), **asked)
+    at, rows = (mask if by_token(name) else None), flat(mask)
+    for kernel, bound in (("sdpa", FUSED), ("eager", ATOL)):
+        ours.set_attn_implementation(kernel)
+        out = ours(ids, attention_mask=mask, output_hidden_states=True)
+        assert_close(f"{name} logits, {kernel}", logits_of(out), logits_of(expected), bound, at)
+        assert len(out.hidden_states) == len(expected.hidden_states) == 4
+        for a, b in zip(out.hidden_states, expected.hidden_states, strict=True):
+            # transformers' double heads give the last state, and no other, by choices.
+            assert_close(f"{name} states, {kernel}", a, b.reshape(a.shape), bound, rows)
+    ours.set_attn_implementation(None)
+    out = ours(ids, attention_mask=mask, **asked)
+    assert_close(f"{name} logits with attentions", logits_of(out), logits_of(expected), ATOL, at)
+    assert len(out.attentions) == len(expected.attentions) == 3
+    for a, b in zip(out.attentions, expected.attentions, strict=True):
+        assert_close(f"{name} attentions", a.transpose(1, 2), b.transpose(1, 2), ATOL, rows)
+    for other in ("mc_logits", "pooler_output"):
+        if other in expected:
+            assert_close(f"{name} {other}", out[other], expected[other], ATOL)
+
+
+@pytest.mark.parametrize("name", CLASSES)
+@torch.no_grad()
+def test_inputs_embeds(name: str) -> None:
+    theirs, ours = pair(name)
+    nested = KIND[name] in ("choice", "double")
+    shape = (1, 2, TOKENS) if nested else (1, TOKENS)
+    embeds = torch.randn(*shape, ours.spec.width, generator=torch.Generator().manual_seed(3))
+    expected = theirs(inputs_embeds=embeds if KIND[name] != "double" else embeds[0])
+    found = ours(inputs_embeds=embeds)
+    assert_close(
+        f"{name} from embeddings",
+        logits_of(found).reshape(logits_of(expected).shape),
+        logits_of(expected),
+        ATOL,
+    )
+
+
+@pytest.mark.parametrize("name", [name for name in CLASSES if CLASSES[name] != "fuyu"])
+@torch.no_grad()
+def test_position_ids(name: str) -> None:
+    """Places that jump; equal steps leave RoPE as it is, so these do not."""
+    theirs, ours = pair(name)
+    ids, _ = texts(name, "none")
+    positions = (torch.arange(TOKENS) * 2 + 3).expand(ids.shape).clone()
+    positions[..., 5:] += 4
+    expected = theirs(ids, position_ids=positions.flatten(0, -2) if KIND[name] == "double" else positions)
+    assert_close(
+        f"{name} position_ids", logits_of(ours(ids, position_ids=positions)), logits_of(expected), ATOL
+    )
+    assert (logits_of(ours(ids)) - logits_of(expected)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", [name for name in CLASSES if CLASSES[name] in ("openai-gpt", "gpt_neo")])
+@torch.no_grad()
+def test_token_type_ids(name: str) -> None:
+    theirs, ours = pair(name)
+    ids, mask = texts(name, "left")
+    types = (ids * 3 + 1) % VOCAB
+    expected = theirs(**theirs_inputs(name, ids, mask), token_type_ids=types)
+    found = ours(ids, attention_mask=mask, token_type_ids=types)
+    assert_close(
+        f"{name} token types", logits_of(found), logits_of(expected), FUSED, mask if by_token(name) else None
+    )
+
+
+@pytest.mark.parametrize(
+    "name", [n for n in CLASSES if "head_mask" in monoblock.families.family_of(n).model_class(n).forward]
+)
+@torch.no_grad()
+def test_head_mask(name: str) -> None:
+    """A factor on a head's weights is one on the columns of the output projection that read it. transformers 5 has
+    dropped the argument; the pages have it."""
+    _, ours = pair(name)
+    heads, layers, width = 6, 3, ours.spec.attention.head_dim
+    ids, mask = texts(name, "left")
+    factors = torch.rand(layers, heads, generator=torch.Generator().manual_seed(4)).round(decimals=1)
+    factors[1, 2], factors[0, 0] = 0, 1
+    for given in (factors, factors[1]):
+        found = ours(ids, attention_mask=mask, head_mask=given, output_attentions=True)
+        plain = ours(ids, attention_mask=mask, output_attentions=True)
+        changed = [
+            (b.attn.out.weight, f) for b, f in zip(ours.backbone.blocks, given.expand(3, 6), strict=True)
+        ]
+        before = [weight.clone() for weight, _ in changed]
+        for weight, factor in changed:
+            weight *= factor.repeat_interleave(width)
+        expected = ours(ids, attention_mask=mask, output_attentions=True)
+        for (weight, _), old in zip(changed, before, strict=True):
+            weight.copy_(old)
+        assert_close(f"{name} head_mask", logits_of(found), logits_of(expected), ATOL)
+        fused = ours(ids, attention_mask=mask, head_mask=given)
+        assert_close(f"{name} head_mask, fused", logits_of(fused), logits_of(expected), FUSED)
+        assert_close(
+            "masked weights",
+            found.attentions[0],
+            plain.attentions[0] * given.expand(3, 6)[0][:, None, None],
+            ATOL,
+        )
+    with pytest.raises(ValueError, match=r"head_mask must be \(6,\) or \(3, 6\)"):
+        ours(ids, head_mask=torch.ones(3))
+
+
+@pytest.mark.parametrize("keep", [1, 5, torch.tensor([0, 7, -1])], ids=["1", "5", "places"])
+@pytest.mark.parametrize("name", ["MistralForCausalLM", "FuyuForCausalLM"])
+@torch.no_grad()
+def test_logits_to_keep(name: str, keep: Any) -> None:
+    theirs, ours = pair(name)
+    ids, _ = texts(name, "none")
+    found, expected = ours(ids, logits_to_keep=keep), theirs(ids, logits_to_keep=keep)
+    assert_close("logits_to_keep", found.logits, expected.logits, ATOL)
+
+
+# ---------------------------------------------------------------------------- losses and gradients
+
+
+def compared(what: str, name: str, models: Any, ids: Any, mask: Any, **labels: torch.Tensor) -> None:
+    """The losses, and their gradients with respect to every parameter, the embedding's among them."""
+    theirs, ours = models
+    for module in models:
+        module.zero_grad()
+    expected = theirs(**theirs_inputs(name, ids, mask), **labels)
+    found = ours(ids, attention_mask=mask, **labels)
+    for loss in ("loss", "mc_loss"):
+        assert (loss in found) == (loss in expected)
+        if loss in expected:
+            assert_close(f"{what} {loss}", found[loss], expected[loss], ATOL)
+    (expected.loss + expected.get("mc_loss", 0)).backward()
+    (found.loss + found.get("mc_loss", 0)).backward()
+    grads = {n: p.grad for n, p in theirs.named_parameters(remove_duplicate=False)}
+    keymap, compared = ours.keymap(), 0
+    for canonical, path in ours.parameter_names().items():
+        grad, source = ours.get_parameter(path).grad, keymap.source(canonical)
+        if grad is None:  # patches, of which there are none
+            assert canonical.startswith("patch_embed")
+            continue
+        for view, key in zip(source.op.views(grad), source.names, strict=True):
+            key = key if key in grads else {"lm_head.bias": "lm_head.decoder.bias"}[key]
+            view = view.reshape(grads[key].shape).clone()
+            if canonical in ("embed.weight", "pos_embed.weight"):
+                # transformers never trains the row of the padding; here it is a row like any other.
+                view[PADS[CLASSES[name]]] = grads[key][PADS[CLASSES[name]]]
+            bound = GRADIENT * max(1.0, float(grads[key].abs().max()))
+            assert_close(f"{what} gradients", view, grads[key], bound)
+            compared += grads[key].abs().max() > 1e-6
+    assert compared > 10, "gradients that say nothing"
+
+
+# A span's loss takes in what stands at padding, which transformers' additive masks leave to rounding: see below.
+PADDED = [n for n in ACTING if KIND[n] != "span" or CLASSES[n] == "mpnet"]
+
+
+@pytest.mark.parametrize(
+    ("name", "padding"), [(n, p) for n in ACTING for p in PADDINGS if p == "none" or n in PADDED]
+)
+def test_losses_and_gradients(name: str, padding: str) -> None:
+    ids, mask = texts(name, padding)
+    compared(name, name, pair(name), ids, mask, **labels_of(name, ids, mask))
+
+
+@pytest.mark.parametrize("padding", ["left", "right"])
+@pytest.mark.parametrize("name", [n for n in ACTING if n not in PADDED])
+def test_padded_span_losses(name: str, padding: str) -> None:
+    """Queries that see no key, before a text or with only padding in their window, weigh all keys the same."""
+    _, ours = pair(name)
+    ids, mask = texts(name, padding)
+    run = defined(ours, ids, mask)
+    scores = oracle.logits(ours.spec, parameters(ours), run.hidden, "span")
+    labels = labels_of(name, ids, mask)
+    loss = oracle.span_loss(
+        scores[..., 0], scores[..., 1], labels["start_positions"], labels["end_positions"]
+    )
+    for kernel in ("sdpa", "eager", None):
+        ours.set_attn_implementation(kernel)
+        out = ours(ids, attention_mask=mask, **labels)
+        assert_close(f"{name} at padding, {kernel}", logits_of(out), scores, FUSED)
+        assert_close(f"{name} padded loss", out.loss, loss, ATOL)
+
+
+SEQUENCE_LABELS = {
+    "multi-hot": (LABELS, None, torch.tensor([[1.0, 0, 0, 1], [0, 0, 1, 0], [1, 1, 1, 0]])),
+    "a number": (1, None, torch.tensor([0.3, -1.7, 2.5])),
+    "several numbers": (LABELS, "regression", torch.linspace(-1, 2, 12).reshape(3, LABELS)),
+    "said: one class": (LABELS, "single_label_classification", torch.tensor([1, 1, 2])),
+    "said: multi-hot": (LABELS, "multi_label_classification", torch.ones(3, LABELS)),
+}
+
+
+@pytest.mark.parametrize("case", SEQUENCE_LABELS)
+@pytest.mark.parametrize("name", SEQUENCE)
+def test_sequence_losses_and_gradients(name: str, case: str) -> None:
+    count, problem, labels = SEQUENCE_LABELS[case]
+    theirs, ours = pair(name, labels=count)
+    ids, mask = texts(name, "left")
+    theirs.config.problem_type, spec = problem, ours.head.spec
+    ours.head.spec = HeadSpec(**{**vars(spec), "problem_type": problem})
+    try:
+        compared(f"{name}, {case}", name, (theirs, ours), ids, mask, labels=labels)
+    finally:
+        theirs.config.problem_type, ours.head.spec = None, spec
+    assert ours.config.problem_type is None, "the type is inferred for one call only"
+
+
+@pytest.mark.parametrize("name", GENERATING)
+def test_causal_losses_with_a_count(name: str) -> None:
+    theirs, ours = pair(name)
+    ids, mask = texts(name, "left")
+    labels = labels_of(name, ids, mask)
+    expected = theirs(**theirs_inputs(name, ids, mask), **labels, num_items_in_batch=77).loss
+    found = ours(ids, attention_mask=mask, **labels, num_items_in_batch=torch.tensor(77)).loss
+    assert_close(f"{name} counted loss", found, expected, ATOL)
+
+
+@pytest.mark.parametrize("count", [None, 5, torch.tensor(7)], ids=["mean", "5", "7"])
+@pytest.mark.parametrize("name", ACTING)
+def test_every_loss_is_divided_by_the_count(name: str, count: Any) -> None:
+    """transformers takes num_items_in_batch for the causal heads only; accumulation needs it for all."""
+    _, ours = pair(name)
+    ids, mask = texts(name, "right")
+    labels = labels_of(name, ids, mask)
+    out = ours(ids, attention_mask=mask, **labels, num_items_in_batch=count)
+    scores, number = logits_of(out).detach().double().numpy(), None if count is None else int(count)
+    asked = {k: v.numpy() for k, v in labels.items()}
+    if KIND[name] == "span":
+        expected = oracle.span_loss(
+            scores[..., 0], scores[..., 1], asked["start_positions"], asked["end_positions"], number
+        )
+    elif KIND[name] in ("causal", "double"):
+        rows = scores.reshape(-1, *scores.shape[-2:])
+        expected = oracle.causal_loss(rows, asked["labels"].reshape(len(rows), -1), number)
+    else:
+        expected = oracle.cross_entropy(scores, asked["labels"], number)
+    assert_close(f"{name} counted loss", out.loss, expected, ATOL)
+    if "mc_labels" in asked:
+        mc = oracle.cross_entropy(out.mc_logits.detach().double().numpy(), asked["mc_labels"], number)
+        assert_close("counted loss of choices", out.mc_loss, mc, ATOL)
+
+
+@pytest.mark.parametrize("name", [n for n in ACTING if KIND[n] not in ("sequence", "first", "choice")])
+def test_no_label_at_all_is_a_loss_of_zero(name: str) -> None:
+    """transformers gives NaN, which ends a training run."""
+    _, ours = pair(name)
+    ids, _ = texts(name, "none")
+    outside = {"start_positions": torch.tensor([-1, TOKENS, 500]), "end_positions": torch.full((3,), 99)}
+    given = outside if KIND[name] == "span" else {"labels": torch.full_like(ids, -100)}
+    ours.zero_grad()
+    loss = ours(ids, **given).loss
+    loss.backward()
+    assert loss.item() == 0
+    assert all(p.grad is None or not p.grad.any() for p in ours.parameters())
+
+
+@pytest.mark.parametrize("name", [n for n in SEQUENCE if KIND[n] == "sequence"])
+@torch.no_grad()
+def test_a_row_is_classified_at_its_last_real_token(name: str) -> None:
+    theirs, ours = pair(name)
+    pad = PADS[CLASSES[name]]
+    ids, mask = texts(name, "right")
+    ids[0, 4] = pad  # a pad id within the text
+    expected = theirs(**theirs_inputs(name, ids, mask)).logits
+    assert_close("classified by mask", ours(ids, attention_mask=mask).logits, expected, FUSED)
+    assert_close("classified by pad id", ours(ids).logits, theirs(ids).logits, FUSED)
+    # With pad == eos, transformers classifies at the token before a final eos; the mask says that it is real.
+    ids[torch.arange(3), mask.sum(1) - 1] = pad
+    out = ours(ids, attention_mask=mask, output_hidden_states=True)
+    hidden = out.hidden_states[-1].double().numpy()
+    picked = oracle.pooled(hidden, ids.numpy(), mask.numpy(), pad)
+    assert_close(
+        "the final eos", out.logits, oracle.logits(ours.spec, parameters(ours), picked, "sequence"), ATOL
+    )
+    without = ours_of(name, **fields(CLASSES[name], pad_token_id=None))
+    with pytest.raises(ValueError, match="Cannot handle batch sizes > 1 if no padding token is defined"):
+        without(ids)
+    assert without(ids[:1]).logits.shape == (1, LABELS)
+
+
+# ---------------------------------------------------------------------------- outputs
+
+FLAGS = {"output_hidden_states": True, "output_attentions": True}
+CACHED = [
+    n
+    for n in CLASSES
+    if CLASSES[n] in ("mistral", "gpt_neo", "fuyu") and KIND[n] in (None, "causal", "sequence")
+]
+# transformers gives these two classes of GPT Neo an output without the field that the pages show, always None.
+CROSS = {"BaseModelOutputWithPastAndCrossAttentions", "CausalLMOutputWithCrossAttentions"}
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_output_types_and_fields(name: str) -> None:
+    theirs, ours = pair(name)
+    ids, _ = texts(name, "none")
+    cached = {"use_cache": True} if name in CACHED else {}
+    for given in ({}, FLAGS, cached, {**(labels_of(name, ids, None) if name in ACTING else {}), **FLAGS}):
+        found, expected = ours(ids, **given), theirs(ids, **given)
+        if type(found).__name__ not in CROSS:
+            assert type(found).__name__ == type(expected).__name__
+        assert list(found.keys()) == list(expected.keys()), "the same fields, in the same order"
+        assert isinstance(found, monoblock.ModelOutput)
+        as_tuple = ours(ids, **given, return_dict=False)
+        assert type(as_tuple) is tuple
+        assert len(as_tuple) == len(found.keys())
+        for x, y in zip(as_tuple, found.to_tuple(), strict=True):
+            if isinstance(x, torch.Tensor):
+                assert torch.equal(x, y)
+    documented = monoblock.families.family_of(name).model_class(name).output
+    assert type(found).__name__ == documented
+
+
+@pytest.mark.parametrize("name", CLASSES)
+@torch.no_grad()
+def test_flags_from_the_config(name: str) -> None:
+    _, ours = pair(name)
+    ids, _ = texts(name, "none")
+    keys = ours(ids, **FLAGS).keys()
+    before = vars(ours.config).copy()
+    try:
+        ours.config.output_hidden_states = ours.config.output_attentions = True
+        assert ours(ids).keys() == keys
+        assert "attentions" not in ours(ids, output_attentions=False)
+        ours.config.return_dict = False
+        assert type(ours(ids)) is tuple
+        assert not isinstance(ours(ids, return_dict=True), tuple)
+    finally:
+        vars(ours.config).clear()
+        vars(ours.config).update(before)
+
+
+@pytest.mark.parametrize("name", CACHED)
+@torch.no_grad()
+def test_the_cache_is_given_by_default_and_not_if_unwanted(name: str) -> None:
+    """These families' configs say use_cache=True."""
+    theirs, ours = pair(name)
+    ids, _ = texts(name, "none")
+    assert "past_key_values" in ours(ids)
+    assert "past_key_values" in theirs(ids)
+    assert "past_key_values" not in ours(ids, use_cache=False)
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_errors(name: str) -> None:
+    _, ours = pair(name)
+    ids, _ = texts(name, "none")
+    with pytest.raises(ValueError, match="either input_ids or inputs_embeds"):
+        ours()
+    with pytest.raises(ValueError, match="both input_ids and inputs_embeds"):
+        ours(input_ids=ids, inputs_embeds=torch.zeros(1, TOKENS, ours.spec.width))
+    with pytest.raises(TypeError, match="has no argument 'token_types'"):
+        ours(ids, token_types=ids)
+    with pytest.raises(ValueError, match="input_ids hold the token 89"):
+        ours(torch.full_like(ids, 89))
+    if KIND[name] in ("masked", "pooler") or CLASSES[name] == "mpnet":
+        for given in ({"use_cache": True}, {"past_key_values": monoblock.DynamicCache()}):
+            with pytest.raises(ValueError, match="a model that looks both ways has no cache"):
+                ours(ids, **given)
+        with pytest.raises(TypeError, match="has no argument 'token_type_ids'"):
+            ours(ids, token_type_ids=torch.zeros_like(ids))
+
+
+@pytest.mark.parametrize("name", CLASSES)
+@torch.no_grad()
+def test_masks_of_any_number_type(name: str) -> None:
+    _, ours = pair(name)
+    ids, mask = texts(name, "left")
+    expected = logits_of(ours(ids, attention_mask=mask))
+    for dtype in (torch.bool, torch.float32, torch.int32, torch.bfloat16):
+        assert torch.equal(logits_of(ours(ids, attention_mask=mask.to(dtype))), expected)
+    assert torch.equal(logits_of(ours(ids.int(), attention_mask=mask)), expected), "int32 ids"
+    if mask.dim() == 3:
+        flat_mask = mask.flatten(0, 1)
+        assert torch.equal(logits_of(ours(ids, attention_mask=flat_mask)), expected), (
+            "as transformers needs it"
+        )
+
+
+@pytest.mark.parametrize("name", [n for n in CLASSES if CLASSES[n] in LEARNED and KIND[n] == "causal"])
+@torch.no_grad()
+def test_positions_count_what_is_no_padding(name: str) -> None:
+    """transformers' forward counts padding too: a left-padded row there differs from the row alone."""
+    theirs, ours = pair(name)
+    ids, mask = texts(name, "left")
+    for row, real in enumerate(mask == 1):
+        alone = ours(ids[row, real][None]).logits[0]
+        assert_close(f"{name} alone", ours(ids, attention_mask=mask).logits[row, real], alone, FUSED)
+    off = (
+        theirs(ids, attention_mask=mask).logits
+        - theirs(ids, attention_mask=mask, **places(CLASSES[name], mask)).logits
+    )
+    assert off[mask == 1].abs().max() > 0.05
+
+
+@pytest.mark.parametrize("name", GENERATING)
+@pytest.mark.parametrize("tied", [True, False])
+@torch.no_grad()
+def test_tied_and_untied_heads(name: str, tied: bool) -> None:
+    theirs, ours = made_pair(name, **fields(CLASSES[name], tie_word_embeddings=tied))
+    ids, _ = texts(name, "none")
+    assert (ours.head.out.weight is ours.backbone.embed.weight) == tied
+    assert_close(f"{name} tied {tied}", ours(ids).logits, theirs(ids).logits, FUSED)
+
+
+@pytest.mark.parametrize("name", CLASSES)
+@torch.no_grad()
+def test_half_precision_is_near(name: str) -> None:
+    """bf16 has 8 bits: errors of 3 layers stay below 5 % of values of the order of 10."""
+    import copy
+
+    theirs, ours = pair(name)
+    ids, mask = texts(name, "left")
+    expected = logits_of(theirs(**theirs_inputs(name, ids, mask)))
+    half = copy.deepcopy(ours).to(torch.bfloat16)
+    at = mask if by_token(name) else None
+    scale = 0.05 * float(expected.abs().max())
+    assert_close("bf16 logits", logits_of(half(ids, attention_mask=mask)), expected, max(scale, 0.3), at)
