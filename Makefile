@@ -13,6 +13,8 @@ PROMPT    ?= def fibonacci(n):
 .PHONY: help demo test lint format types test-core test-all clean
 # A stamp whose recipe failed half-way must not count as done.
 .DELETE_ON_ERROR:
+# The steps of `test` share the cores, and pytest's summary is to come last.
+.NOTPARALLEL:
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1@\2/p' Makefile | awk -F@ '{ printf "%-16s%s\n", $$1, $$2 }'
