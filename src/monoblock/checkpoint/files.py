@@ -82,12 +82,13 @@ class Staging:
         # Only those of this machine's dead processes: another rank or host may be writing here right now.
         for path in self.folder.glob(f".*{self._SUFFIX}"):
             host, _, pid = path.name.removesuffix(self._SUFFIX).rpartition("-")
-            if host.endswith(f".{socket.gethostname()}") and pid.isdigit() and not _alive(int(pid)):
+            if host.endswith(f".{socket.gethostname()}") and pid.isdigit() and not alive(int(pid)):
                 with suppress(OSError):
                     path.unlink()
 
 
-def _alive(pid: int) -> bool:
+def alive(pid: int) -> bool:
+    """Whether a process of that number runs on this machine (yes, where that cannot be asked)."""
     if os.name == "nt":  # there os.kill(pid, 0) would end the process instead of asking after it
         return True
     try:

@@ -2,16 +2,14 @@
 
 import ctypes
 import mmap
-import pickle
-import re
 import weakref
-import zipfile
 from collections.abc import Iterator, KeysView, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, cast
 
-from monoblock.checkpoint.header import ITEM_BYTES, Entry, check_weight_file, read_header
+from monoblock.checkpoint.header import ITEM_BYTES, Entry, read_header
 from monoblock.checkpoint.hub import WeightFiles
+from monoblock.checkpoint.pickles import unpickled
 from monoblock.checkpoint.save import parse_size, save_tensors
 from monoblock.checkpoint.views import Adapter, Framework, adapter, import_torch
 from monoblock.errors import CheckpointError
@@ -154,10 +152,6 @@ class _Safetensors:
         return buffer
 
 
-# How `torch.load` names what a pickle wants to call.
-_FOREIGN = re.compile(r"GLOBAL ([\w.]+)")
-
-
 class _Pickle:
     """A PyTorch .bin file; mapped into memory if it is of the zip kind (torch 1.6 and later), else read
     whole."""
@@ -188,24 +182,7 @@ class _Pickle:
 def _load_pickle(path: Path) -> dict[str, Any]:
     """The tensors of a .bin file: a dict of tensors, or a training checkpoint with one under "state_dict"."""
     torch = import_torch(f"reading {path.name}")
-    check_weight_file(path)
-    try:
-        content: object = torch.load(
-            path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
-        )
-    except Exception as error:  # torch raises RuntimeError, EOFError, KeyError, ... for a damaged file
-        foreign = _FOREIGN.search(str(error)) if isinstance(error, pickle.UnpicklingError) else None
-        if foreign:
-            raise CheckpointError(
-                f"{path} is refused: it holds code or foreign objects ({foreign[1]}), not just tensors; "
-                "ask its maker for safetensors, or fetch it again if it may be damaged"
-            ) from error
-        # the last line that is no link: torch puts advice before its reason
-        lines = [line for line in str(error).splitlines() if line.strip() and "torch.load" not in line]
-        reason = lines[-1].strip() if lines else type(error).__name__
-        raise CheckpointError(
-            f"{path} cannot be read as PyTorch weights ({reason}): fetch it again"
-        ) from error
+    content = unpickled(path)
     if isinstance(content, dict):
         nested = cast(dict[object, Any], content).get("state_dict")
         content = cast(object, nested) if isinstance(nested, dict) else cast(object, content)
