@@ -18,9 +18,7 @@ class AutoImageProcessor:
     """Chooses the image processor class by `preprocessor_config.json` or `processor_config.json`."""
 
     def __init__(self) -> None:
-        raise OSError(
-            "AutoImageProcessor is not made by its constructor: call AutoImageProcessor.from_pretrained(name)"
-        )
+        raise OSError("AutoImageProcessor has no constructor: call AutoImageProcessor.from_pretrained(name)")
 
     @staticmethod
     def from_pretrained(pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Any:
@@ -50,9 +48,7 @@ class AutoProcessor:
     """Chooses what turns a user's inputs into a model's: a processor, or the tokenizer of a model of text alone."""
 
     def __init__(self) -> None:
-        raise OSError(
-            "AutoProcessor is not made by its constructor: call AutoProcessor.from_pretrained(name)"
-        )
+        raise OSError("AutoProcessor has no constructor: call AutoProcessor.from_pretrained(name)")
 
     @staticmethod
     def from_pretrained(pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Any:

@@ -55,6 +55,15 @@ def read_processor_config(name: str | Path, options: HubOptions) -> dict[str, An
     return {} if path is None else read_json(path)
 
 
+def image_files(folder: str | Path, settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """What to write into a folder for an image processor: file name -> content."""
+    files = {IMAGE_FILE: settings}
+    other = Path(folder) / PROCESSOR_FILE
+    if other.is_file() and "image_processor" in (content := read_json(other)):
+        files[PROCESSOR_FILE] = {**content, "image_processor": settings}
+    return files
+
+
 def write_json(folder: str | Path, files: Mapping[str, Mapping[str, Any]]) -> list[Path]:
     """Write JSON files, all of them or none; returns their paths."""
     if Path(folder).is_file():

@@ -13,7 +13,7 @@ import numpy as np
 
 from monoblock.processing import pixels
 from monoblock.processing.batch import FuyuBatchEncoding, stacked
-from monoblock.processing.files import IMAGE_FILE, read_image_config, write_json
+from monoblock.processing.files import image_files, read_image_config, write_json
 from monoblock.processing.options import SETTINGS, ImageOptions, height_width, layout, refuse
 from monoblock.processing.patching import OUTPUTS, grid, like, to_numpy, tokenizer_info, whole
 from monoblock.processing.pixels import Pixels
@@ -291,7 +291,13 @@ class FuyuImageProcessor:
         cls, image_processor_dict: Mapping[str, Any], kwargs: Mapping[str, Any] | None = None
     ) -> Self:
         """A processor with the settings of a `preprocessor_config.json`; `kwargs` override them."""
-        settings = {**image_processor_dict, **(kwargs or {})}
+        settings = dict(image_processor_dict)
+        first = [
+            settings.pop(f"target_{side}", None) for side in ("height", "width")
+        ]  # as Fuyu's first files say it
+        if None not in first:
+            settings.setdefault("size", first)
+        settings |= kwargs or {}
         return cls(**{k: v for k, v in settings.items() if v is not None and k not in _ABOUT and k[0] != "_"})
 
     def to_dict(self) -> dict[str, Any]:
@@ -305,12 +311,15 @@ class FuyuImageProcessor:
         return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
 
     def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False) -> list[Path]:
-        """Write `preprocessor_config.json`, whole or not at all; returns its path in a list."""
+        """Write `preprocessor_config.json`, whole or not at all; returns the paths of what was written.
+
+        A `processor_config.json` in the folder that holds settings of images too, and overrules, is brought up to date.
+        """
         if push_to_hub:
             raise ValueError(
                 "push_to_hub=True is not supported: save to a folder, then `hf upload REPO FOLDER`"
             )
-        return write_json(save_directory, {IMAGE_FILE: self.to_dict()})
+        return write_json(save_directory, image_files(save_directory, self.to_dict()))
 
     def __repr__(self) -> str:
         return f"FuyuImageProcessor {self.to_json_string()}"

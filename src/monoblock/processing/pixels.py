@@ -139,15 +139,21 @@ def _from_array(array: Pixels, layout: Layout | None) -> Pixels:
 
 def _layout_of(array: Pixels) -> Layout:
     first, last = array.shape[0], array.shape[-1]
-    if first in (1, 3) and last in (1, 3):
-        log.warning(
-            "an image of shape %s is read as channels first: input_data_format says otherwise", array.shape
+    if first not in _CHANNELS and last not in _CHANNELS:
+        raise ValueError(
+            f"an image has 1, 3 or 4 channels, first or last; got an array of shape {array.shape}"
         )
-    if first in (1, 3) or (first == 4 and last not in _CHANNELS):
-        return "channels_first"
-    if last in _CHANNELS:
-        return "channels_last"
-    raise ValueError(f"an image has 1, 3 or 4 channels, first or last; got an array of shape {array.shape}")
+    # Both may be: three channels are likelier than an image three pixels wide or high.
+    likely = [
+        length == 3 if first in _CHANNELS and last in _CHANNELS else length in _CHANNELS
+        for length in (first, last)
+    ]
+    found: Layout = "channels_last" if likely == [False, True] else "channels_first"
+    if first in _CHANNELS and last in _CHANNELS:
+        log.warning(
+            "an image of shape %s is read as %s: input_data_format says otherwise", array.shape, found
+        )
+    return found
 
 
 def _as_values(array: Pixels) -> Pixels:
