@@ -1,0 +1,219 @@
+"""The map of names: every op is a bijection, every spelling is found, and what does not fit is told apart."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from monoblock import MptConfig, tree
+from monoblock.checkpoint.keymap import (
+    Interleaved,
+    KeyMap,
+    Op,
+    Parts,
+    PerHead,
+    Same,
+    Spelling,
+    Split,
+    Transposed,
+    nearest,
+    row,
+)
+from monoblock.families import FAMILIES, family
+
+sizes = st.integers(1, 5)
+
+
+@st.composite
+def ops_and_tensors(draw: st.DrawFn) -> tuple[Op, np.ndarray]:
+    """An op and a tensor that fits it, a matrix or a bias, of distinct numbers."""
+    heads, half, columns = draw(sizes), draw(sizes), draw(st.none() | sizes)
+    parts = tuple(draw(st.lists(sizes, min_size=1, max_size=4)))
+    op, rows = draw(
+        st.sampled_from(
+            [
+                (Same(), heads),
+                (Transposed(), heads),
+                (Split(parts), sum(parts)),
+                (PerHead(heads), 3 * heads * half),
+                (Interleaved(heads), 2 * heads * half),
+                (Parts((2 * heads * half, heads), (Interleaved(heads), Same())), 2 * heads * half + heads),
+            ]
+        )
+    )
+    shape = (rows,) if columns is None else (rows, columns)
+    return op, np.arange(np.prod(shape)).reshape(shape)
+
+
+@settings(deadline=None)
+@given(ops_and_tensors())
+def test_views_hold_every_element_once(case: tuple[Op, np.ndarray]) -> None:
+    op, tensor = case
+    views = op.views(tensor)
+    assert sorted(x for view in views for x in view.ravel().tolist()) == tensor.ravel().tolist()
+    assert all(np.shares_memory(view, tensor) for view in views), "a copy"
+
+
+@settings(deadline=None)
+@given(ops_and_tensors())
+def test_saving_and_loading_are_each_others_inverse(case: tuple[Op, np.ndarray]) -> None:
+    op, tensor = case
+    stored = [view.copy() for view in op.views(tensor)]  # what a file gets
+    loaded = np.full_like(tensor, -1)
+    for view, from_file in zip(op.views(loaded), stored, strict=True):
+        view[...] = from_file
+    assert np.array_equal(loaded, tensor)
+
+
+def test_per_head_is_heads_of_q_k_v() -> None:
+    q, k, v = np.arange(4) + 10, np.arange(4) + 20, np.arange(4) + 30
+    (stored,) = PerHead(2).views(np.concatenate((q, k, v)))
+    assert stored.reshape(-1).tolist() == [10, 11, 20, 21, 30, 31, 12, 13, 22, 23, 32, 33]
+
+
+def test_interleaved_is_neighbouring_pairs() -> None:
+    (stored,) = Interleaved(2).views(np.array([0, 2, 1, 3, 10, 12, 11, 13]))
+    assert stored.reshape(-1).tolist() == [0, 1, 2, 3, 10, 11, 12, 13]
+
+
+# ---------------------------------------------------------------------------- MPT's map
+
+HEADS = (None, "causal", "sequence", "token", "span")
+CONFIGS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "untied": {"tie_word_embeddings": False},
+    "biases": {"no_bias": False},
+    "learned": {"attn_config": {"alibi": False}},
+    "qk_ln": {"attn_config": {"qk_ln": True}, "no_bias": False},
+    "grouped": {"attn_config": {"attn_type": "grouped_query_attention", "kv_n_heads": 2, "fused_qkv": False}},
+    "gated": {"ffn_config": {"ffn_type": "mptglu"}},
+}
+
+
+def described(
+    fields: dict[str, Any], head: str | None
+) -> tuple[KeyMap, dict[str, tuple[int, ...]], dict[str, str]]:
+    """The key map, the canonical parameters and the tied names of a tiny MPT."""
+    config = MptConfig(d_model=24, n_heads=4, n_layers=2, vocab_size=50, num_labels=3, **fields)
+    mpt = family("mpt")
+    spec, kind = config.to_spec(), config.to_head(head) if head else None
+    return mpt.keymap(config, head), tree.parameters(spec, kind), tree.tied(spec, kind)
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("case", CONFIGS)
+def test_what_is_written_is_read(case: str, head: str | None) -> None:
+    keymap, parameters, tied = described(CONFIGS[case], head)
+    keys = [name for canonical in parameters for name in keymap.source(canonical).names]
+    assert len(set(keys)) == len(keys), "two parameters under one name"
+    plan = keymap.plan(parameters, keys, tied)
+    assert plan.sources == {name: keymap.source(name) for name in parameters}
+    assert not (plan.missing or plan.unread or plan.unknown)
+
+
+def test_the_hubs_names() -> None:
+    keymap, parameters, _ = described({}, "causal")
+    keys = [name for canonical in parameters for name in keymap.source(canonical).names]
+    block = ["norm_1", "attn.Wqkv", "attn.out_proj", "norm_2", "ffn.up_proj", "ffn.down_proj"]
+    blocks = [f"transformer.blocks.{i}.{name}.weight" for i in (0, 1) for name in block]
+    assert keys == ["transformer.wte.weight", *blocks, "transformer.norm_f.weight"]
+    bare, parameters, _ = described({}, None)
+    assert bare.source("embed.weight").names == ("wte.weight",)
+    for head, name in (("sequence", "score"), ("token", "classifier"), ("span", "qa_outputs")):
+        assert described({}, head)[0].source("head.out.weight").names == (f"{name}.weight",)
+
+
+def spelled(keymap: KeyMap, parameters: Any, prefix: str, apart: bool, fused: bool) -> set[str]:
+    """The backbone's names in one of the files' manners."""
+    names = set()
+    for canonical in parameters:
+        (name, *_) = (n.removeprefix("transformer.") for n in keymap.source(canonical).names)
+        if apart and ".attn.qkv." in canonical:
+            end = canonical.rpartition(".")[2]
+            stem = name.partition("attn.")[0] + "attn."
+            parts = [f"{stem}W{x}.{end}" for x in "qkv"]
+        else:
+            parts = list(keymap.source(canonical).names)
+        for part in parts:
+            part = part.removeprefix("transformer.")
+            moved = (
+                any(x in part for x in ("attn.", "norm_1", "norm_2")) and fused and part.startswith("blocks.")
+            )
+            if moved:
+                head, _, rest = part[len("blocks.") :].partition(".")
+                part = f"blocks.{head}.norm_attn_norm.{rest}"
+            names.add(prefix + part)
+    return names
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["", "norm_attn_norm"])
+@pytest.mark.parametrize("apart", [False, True], ids=["Wqkv", "Wq Wk Wv"])
+@pytest.mark.parametrize("prefix", ["", "transformer.", "model.transformer."])
+@pytest.mark.parametrize("case", ["plain", "qk_ln", "biases"])
+def test_every_spelling_is_found(case: str, prefix: str, apart: bool, fused: bool) -> None:
+    for head in (None, "causal"):
+        keymap, parameters, tied = described(CONFIGS[case], head)
+        keys = spelled(keymap, parameters, prefix, apart, fused)
+        plan = keymap.plan(parameters, keys, tied)
+        assert not (plan.missing or plan.unread or plan.unknown)
+        assert {name for source in plan.sources.values() for name in source.names} == keys
+        if apart:
+            assert plan.sources["blocks.0.attn.qkv.weight"].op == Split((24, 24, 24))
+
+
+def test_missing_unread_and_unknown_are_three_things() -> None:
+    keymap, parameters, tied = described({}, "causal")
+    keys = {name for canonical in parameters for name in keymap.source(canonical).names}
+    keys -= {"transformer.blocks.1.attn.out_proj.weight"}
+    keys |= {
+        "transformer.blocks.2.norm_1.weight",  # a layer too many
+        "score.weight",  # another class's head
+        "transformer.blocks.0.attn.Wqvk.weight",  # no name of the family
+        "lm_head.weight",  # the embedding's second name
+        "transformer.blocks.0.attn.rotary_embedding.inv_freq",  # a buffer
+    }
+    plan = keymap.plan(parameters, keys, tied)
+    assert plan.missing == ["blocks.1.attn.out.weight"]
+    assert plan.unread == ["score.weight", "transformer.blocks.2.norm_1.weight"]
+    assert plan.unknown == ["transformer.blocks.0.attn.Wqvk.weight"]
+    assert [keymap.is_head(key) for key in plan.unread] == [True, False]
+
+
+def test_an_untied_heads_matrix_is_not_ignored() -> None:
+    keymap, parameters, tied = described({"tie_word_embeddings": False}, "causal")
+    assert "head.out.weight" in parameters
+    plan = keymap.plan(parameters, ["lm_head.weight"], tied)
+    assert plan.sources.keys() == {"head.out.weight"}
+
+
+def test_the_nearest_name() -> None:
+    assert nearest("transformer.wte.weight", ["transformer.wte.wieght", "x"]) == "transformer.wte.wieght"
+    assert nearest("transformer.wte.weight", ["x"]) is None
+
+
+def test_a_parameter_without_a_row_is_a_mistake_of_the_family() -> None:
+    with pytest.raises(KeyError, match=r"no row for 'pooler\.weight'"):
+        described({}, None)[0].source("pooler.weight")
+
+
+def test_rows_are_made_of_names_and_spellings() -> None:
+    made = row("embed.{p}", "wte.{p}", Spelling(("a.{p}", "b.{p}"), Split((1, 2))))
+    assert made.spellings[0] == Spelling(("wte.{p}",), Same())
+    assert made.spellings[1].names == ("a.{p}", "b.{p}")
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_every_family_maps_each_of_its_parameters_to_names_of_its_own(model_type: str) -> None:
+    found = family(model_type)
+    config = found.config()
+    for public in found.classes:
+        keymap = found.keymap(config, public.head)
+        parameters = tree.parameters(config.to_spec(), config.to_head(public.head) if public.head else None)
+        keys = [name for canonical in parameters for name in keymap.source(canonical).names]
+        assert len(set(keys)) == len(keys), public.name
+        plan = keymap.plan(parameters, keys, ())
+        assert not (plan.missing or plan.unread or plan.unknown), public.name
