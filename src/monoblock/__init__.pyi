@@ -112,9 +112,8 @@ class FuyuForCausalLM(PreTrainedModel):
         cache_position: Tensor | None = None,
         sequence_id: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
-        pixel_values: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
-        cache_position: Tensor | None = None,
+        pixel_values: Tensor | None = None,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]: ...
     __call__ = forward
 
@@ -139,6 +138,7 @@ class GPTNeoForCausalLM(PreTrainedModel):
         cache_position: Tensor | None = None,
         sequence_id: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
+        logits_to_keep: int | Tensor = 0,
     ) -> CausalLMOutputWithCrossAttentions | tuple[Any, ...]: ...
     __call__ = forward
 
@@ -669,6 +669,7 @@ class OpenAIGPTLMHeadModel(PreTrainedModel):
         cache_position: Tensor | None = None,
         sequence_id: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
+        logits_to_keep: int | Tensor = 0,
     ) -> CausalLMOutput | tuple[Any, ...]: ...
     __call__ = forward
 

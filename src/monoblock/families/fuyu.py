@@ -119,7 +119,7 @@ FAMILY = Family(
     config=FuyuConfig,
     prefix="model",
     keymap=keymap,
-    extra=("pixel_values", "logits_to_keep", "cache_position"),
+    extra=("pixel_values",),
     classes=(
         ModelClass(
             "FuyuForCausalLM",

@@ -50,7 +50,8 @@ def make_class(name: str) -> type[PreTrainedModel]:
 def extra_arguments(family: Family, row: ModelClass) -> tuple[str, ...]:
     """The keywords that a class's forward takes beyond its signature."""
     own = row.forward.split()
-    return tuple(name for name in (*EXTRA, *family.extra) if name not in own)
+    causal = ("logits_to_keep",) if row.head == "causal" else ()
+    return tuple(name for name in (*EXTRA, *causal, *family.extra) if name not in own)
 
 
 def _forward(row: ModelClass) -> Callable[..., Any]:

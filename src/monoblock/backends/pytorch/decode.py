@@ -36,8 +36,9 @@ class Generation:
         generation_config: GenerationConfig | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Continue prompts, (batch, tokens) or what a tokenizer returns: ids (batch, prompt + new), or a GenerateDecoderOnlyOutput with
-        `return_dict_in_generate=True`.
+        """Continue prompts, (batch, tokens) or what a tokenizer returns.
+
+        Gives ids (batch, prompt + new), or a GenerateDecoderOnlyOutput with `return_dict_in_generate=True`.
 
         Keywords are the hub's: the fields of `GenerationConfig` (`max_new_tokens`, `do_sample`, `temperature`, ...),
         `attention_mask`, `logits_processor`, `stopping_criteria`, `streamer`, `tokenizer` (for `stop_strings`),
