@@ -230,32 +230,33 @@ class Backbone(nn.Module):
     ) -> Tensor:
         """The tokens with projected image patches in the places that are theirs.
 
-        `patches`: (n, size) for each row, or (b, n, size). `indices_bs`: which of its row's patches a token is, -1 for
-        none; without it, each token of the patch id takes the next patch.
+        `patches`: with `indices_bs`, (n, size) for each row, and which of its row's patches each token is, -1 for none.
+        Without, all patches of the batch in order: the tokens of the patch id take one after the other.
         """
         layout = self.spec.patches
         if layout is None:
             raise ValueError("image patches were given, but the model takes text alone")
-        if len(patches) not in (1, x_bsw.shape[0]):
-            raise ValueError(
-                f"image_patches must hold one set for each of the {x_bsw.shape[0]} rows, got {len(patches)}"
-            )
-        rows = []
-        for row, x_sw in enumerate(x_bsw):
-            own = patches[row if len(patches) > 1 else 0].reshape(-1, layout.size)
-            if indices_bs is None:
-                places = (input_ids[row] == layout.token_id).nonzero()[:, 0]
-                taken = torch.arange(len(places), device=places.device)
-            else:
-                places = (indices_bs[row, -len(x_sw) :] >= 0).nonzero()[:, 0]
-                taken = indices_bs[row, -len(x_sw) :][places]
-            if len(places) and int(taken.max()) >= len(own):
+        one_set = isinstance(patches, Tensor) and patches.dim() == 2
+        sets: list[Tensor] = [patches] if one_set else list(patches)  # pyright: ignore[reportAssignmentType]
+        for own in sets:
+            if own.shape[-1] != layout.size:
+                raise ValueError(f"image patches must be (.., {layout.size}), got {tuple(own.shape)}")
+        sets = [own.reshape(-1, layout.size).to(x_bsw.device) for own in sets]
+        if indices_bs is None:
+            places = (input_ids == layout.token_id).flatten()
+            taken = torch.cat(sets)
+            if len(taken) != (count := int(places.sum())):
                 raise ValueError(
-                    f"row {row} has places for {int(taken.max()) + 1} image patches, but {len(own)} came"
+                    f"{len(taken)} image patches came for {count} tokens of the id {layout.token_id}: without "
+                    "image_patches_indices there must be as many"
                 )
-            vectors = self.patch_embed(own[taken].to(self.patch_embed.weight.dtype))
-            rows.append(x_sw.index_copy(0, places, vectors.to(x_sw.dtype)))
-        return torch.stack(rows)
+        else:
+            indices = indices_bs[:, -x_bsw.shape[1] :]
+            _check_patches(sets, indices, x_bsw.shape[0])
+            places = (indices >= 0).flatten()
+            taken = torch.cat([own[i[i >= 0]] for own, i in zip(sets, indices, strict=True)])
+        vectors = self.patch_embed(taken.to(self.patch_embed.weight.dtype)).to(x_bsw.dtype)
+        return x_bsw.flatten(0, 1).index_copy(0, places.nonzero()[:, 0], vectors).view_as(x_bsw)
 
     def relative(self, distance_qk: Tensor) -> Tensor:
         """The bias (h, q, k) of distances (q, k) between keys and queries."""
@@ -266,3 +267,11 @@ class Backbone(nn.Module):
     def lookup(self, input_ids: Tensor) -> Tensor:
         """Token ids (b, s) as vectors (b, s, w)."""
         return F.embedding(input_ids, self.embed.weight)
+
+
+def _check_patches(sets: list[Tensor], indices_bs: Tensor, batch: int) -> None:
+    if len(sets) != batch:
+        raise ValueError(f"image_patches must hold one set for each of the {batch} rows, got {len(sets)}")
+    for row, (own, indices) in enumerate(zip(sets, indices_bs, strict=True)):
+        if (needed := int(indices.max()) + 1) > len(own):
+            raise ValueError(f"row {row} has places for {needed} image patches, but {len(own)} came")

@@ -71,6 +71,8 @@ class PreTrainedModel(Parameters, Generation):
         ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
         shape = check_tokens(self.spec, ids, embeds)
         inputs = prepare(self.spec, shape, given, self._uses_cache(given))
+        if ids is None and (given.get("image_patches") is not None or given.get("pixel_values") is not None):
+            raise ValueError("image patches go to the places of their ids: give input_ids, not inputs_embeds")
         x: Any = embeds if ids is None else self.embed(ids, given)
         if (types := given.get("token_type_ids")) is not None:
             x = x + self.backbone.lookup(types)
@@ -92,12 +94,16 @@ class PreTrainedModel(Parameters, Generation):
     def embed(self, input_ids: Tensor, given: Mapping[str, Any]) -> Tensor:
         """Token ids as vectors (b, s, w), with image patches in their places where the call brings any."""
         x = self.backbone.lookup(input_ids)
-        patches = given.get("image_patches")
-        if patches is None:
-            patches = given.get("pixel_values")
-        if patches is None:
+        both = (given.get("image_patches"), given.get("pixel_values"))
+        named = [patches for patches in both if patches is not None]
+        indices = given.get("image_patches_indices")
+        if len(named) > 1:
+            raise ValueError("image_patches and pixel_values are two names of the same patches: give one")
+        if not named:
+            if indices is not None:
+                raise ValueError("image_patches_indices say where image_patches go, but none came")
             return x
-        return self.backbone.with_patches(x, input_ids, patches, given.get("image_patches_indices"))
+        return self.backbone.with_patches(x, input_ids, named[0], indices)
 
     def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         names = self.row.forward.split()
