@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from monoblock.backends.pytorch.pretrained import PreTrainedModel
 
 INPUTS = frozenset({"past_key_values", "position_ids", "inputs_embeds"})
+# Inputs that only some models take. Images are embedded with the prompt; new tokens get the last token type.
+IMAGES = ("image_patches", "image_patches_indices", "pixel_values")
+MORE = frozenset({"token_type_ids", *IMAGES})
 
 
 class Generation:
@@ -42,8 +45,8 @@ class Generation:
 
         Keywords are the hub's: the fields of `GenerationConfig` (`max_new_tokens`, `do_sample`, `temperature`, ...),
         `attention_mask`, `logits_processor`, `stopping_criteria`, `streamer`, `tokenizer` (for `stop_strings`),
-        `past_key_values` (the cache of the prompt's beginning), `inputs_embeds`; and `seed` or `generator`. ValueError
-        for what is unknown or not supported.
+        `past_key_values` (the cache of the prompt's beginning), `inputs_embeds`, the model's other inputs; and `seed`
+        or `generator`. ValueError for what is unknown or not supported.
         """
         if not self.can_generate():
             raise TypeError(
@@ -88,11 +91,11 @@ def _at_rest(model: PreTrainedModel) -> Iterator[None]:
 class Runner:
     """What `loop.generate` needs to know of a model."""
 
-    input_names = INPUTS
     ops: ArrayOps
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
+        self.input_names = INPUTS | MORE.intersection((*model.row.forward.split(), *model.extra))
         self.ops = TorchOps(model.device)
         self.generation_config = model.generation_config
         learned = model.spec.position(Learned)
@@ -110,6 +113,8 @@ class Decoder:
         self.model, config = model, plan.config
         self.embeds: Tensor | None = inputs.get("inputs_embeds")
         self.positions: Tensor | None = inputs.get("position_ids")
+        self.types: Tensor | None = inputs.get("token_type_ids")
+        self.images = {name: inputs[name] for name in IMAGES if name in inputs}
         self.cache, self.form = self._cache(plan, inputs.get("past_key_values"))
         self.attentions = self.hidden_states = None
         self.wanted = {
@@ -119,8 +124,7 @@ class Decoder:
         self.mask: Tensor | None = None
         self.ids: Tensor | None = None
 
-    @staticmethod
-    def _cache(plan: loop.Plan, past: Any) -> tuple[Cache | None, str | None]:
+    def _cache(self, plan: loop.Plan, past: Any) -> tuple[Cache | None, str | None]:
         if isinstance(past, Cache):
             return past, None
         if past is not None:
@@ -129,7 +133,7 @@ class Decoder:
             return None, None
         if plan.config.cache_implementation == "static":
             return StaticCache(max_cache_len=plan.config.max_cache_len or plan.max_length), None
-        return DynamicCache(), None
+        return DynamicCache(config=self.model.spec), None
 
     @property
     def past_key_values(self) -> Any:
@@ -146,6 +150,8 @@ class Decoder:
                 "cache is the beginning, or crop() the cache"
             )
         self.mask = None if mask_bm is None or bool((mask_bm != 0).all()) else mask_bm
+        if self.images:
+            self.embeds = self.model.embed(ids_bn, self.images)
         if self.embeds is None:
             return self._forward({"input_ids": ids_bn[:, seen:]})[:, -1]
         return self._forward({"inputs_embeds": self.embeds[:, seen:]})[:, -1]
@@ -161,14 +167,16 @@ class Decoder:
             self.mask = torch.cat((self.mask, self.mask.new_ones(ids_bk.shape)), dim=1)
         if self.positions is not None:
             steps = torch.arange(1, count + 1, device=self.positions.device)
-            self.positions = self.positions[:, -1:] + steps
+            self.positions = torch.cat((self.positions, self.positions[:, -1:] + steps), dim=1)
+        if self.types is not None:
+            self.types = torch.cat((self.types, self.types[:, -1:].expand(-1, count)), dim=1)
         return self._forward({"input_ids": ids_bk}, keep=count)
 
     def reorder(self, index_b: Tensor) -> None:
         """Row i becomes what row index[i] was."""
         if self.cache is not None:
             self.cache.reorder_cache(index_b)
-        for name in ("mask", "positions", "ids", "embeds"):
+        for name in ("mask", "positions", "types", "ids", "embeds"):
             value = getattr(self, name)
             if value is not None and value.shape[0] > 1:
                 setattr(self, name, value[index_b])
@@ -179,17 +187,20 @@ class Decoder:
         """Forget everything after the first `length` positions."""
         if self.cache is not None:
             self.cache.crop(length)
-        for name in ("mask", "ids"):
+        for name in ("mask", "positions", "types", "ids", "embeds"):
             if (value := getattr(self, name)) is not None:
                 setattr(self, name, value[:, :length])
 
     def _forward(self, tokens: dict[str, Tensor], keep: int = 1) -> Tensor:
         if self.cache is None:
             tokens = self._all(tokens)
+        count = next(iter(tokens.values())).shape[1]
+        if self.types is not None:
+            tokens["token_type_ids"] = self.types[:, -count:]
         out = self.model(
             **tokens,
             attention_mask=self.mask,
-            position_ids=self.positions,
+            position_ids=None if self.positions is None else self.positions[:, -count:],
             past_key_values=self.cache,
             use_cache=self.cache is not None,
             logits_to_keep=keep,
