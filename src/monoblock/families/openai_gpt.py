@@ -78,7 +78,12 @@ class OpenAIGPTConfig(PretrainedConfig):
         """The head; a double head has a choice head beside it, of one score."""
         if kind != "double":
             return super().to_head(kind)
-        self.check({"summary_type": ("cls_index", "last", "first", "mean")})
+        self.check(
+            {
+                "summary_type": ("cls_index", "last", "first", "mean"),
+                "summary_activation": (None, "", "tanh"),
+            }
+        )
         size = 1 if self.summary_proj_to_labels else self.n_embd
         summary = Summary(
             pool=self.summary_type,  # pyright: ignore[reportArgumentType]
