@@ -93,7 +93,7 @@ def expected(module: Any, ids: Any = None, mask: Any = None, **given: Any) -> or
 
 def expected_logits(module: Any, run: oracle.Run) -> np.ndarray:
     """The oracle's logits at every token."""
-    return oracle.logits(module.spec, parameters(module), run.hidden, KIND[type(module).__name__])
+    return oracle.logits(module.spec, parameters(module), run.hidden, module.row.head)
 
 
 class SpecConfig(MptConfig):

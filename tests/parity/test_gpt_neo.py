@@ -1,0 +1,101 @@
+"""GPT Neo: layers by their types, scores that are not divided, and positions that count tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from families_made import PADS, fields, made_pair, texts, theirs_inputs
+from helpers import PADDINGS, expected, expected_logits
+from measure import assert_close
+
+from monoblock import GPTNeoConfig
+
+ATOL = 2e-5  # fp32 through the fused kernels
+NAME = "GPTNeoForCausalLM"
+
+TYPES = {
+    "pairs": [[["global", "local"], 2]],
+    "all local": [[["local"], 3]],
+    "all global": [[["global"], 2]],
+    "in turn": [[["global"], 1], [["local", "global"], 1]],
+}
+
+
+@pytest.mark.parametrize("window", [1, 4, 11, 256])
+@pytest.mark.parametrize("case", TYPES)
+@torch.no_grad()
+def test_layers_and_windows(case: str, window: int) -> None:
+    layers = sum(len(kinds) * count for kinds, count in TYPES[case])
+    given = fields("gpt_neo", attention_types=TYPES[case], num_layers=layers, window_size=window)
+    theirs, ours = made_pair(NAME, **given)
+    for padding in PADDINGS:
+        ids, mask = texts(NAME, padding)
+        there = theirs(**theirs_inputs(NAME, ids, mask)).logits
+        for kernel in ("sdpa", "eager"):
+            ours.set_attn_implementation(kernel)
+            found = ours(ids, attention_mask=mask).logits
+            # With nothing but padding in a local layer's window transformers sees whatever rounding leaves.
+            assert_close(f"GPT Neo, {case}, window {window}", found, there, ATOL, mask)
+            defined = expected_logits(ours, expected(ours, ids, mask))
+            assert_close("GPT Neo, by definition", found, defined, ATOL, mask)
+
+
+@torch.no_grad()
+def test_scores_are_not_divided() -> None:
+    theirs, ours = made_pair(NAME, **fields("gpt_neo"))
+    assert ours.spec.attention.scale == 1.0
+    ids, _ = texts(NAME, "none")
+    assert_close("scores", ours(ids).logits, theirs(ids).logits, ATOL)
+
+
+@torch.no_grad()
+def test_scores_that_half_precision_cannot_hold() -> None:
+    """Scores without a divisor grow large: they are kept in fp32, as by the makers."""
+    _, ours = made_pair(NAME, **fields("gpt_neo"))
+    ids, mask = texts(NAME, "left")
+    for block in ours.backbone.blocks:
+        block.attn.qkv.weight[: 2 * 36] *= 60
+    block = ours.backbone.blocks[0]
+    q, k, _ = block.attn.heads(block.attn.qkv(block.norm1(ours.get_input_embeddings()(ids))))
+    assert (q @ k.mT).abs().max() > torch.finfo(torch.float16).max
+    half = ours.to(torch.float16)
+    for kernel in ("sdpa", "eager"):
+        half.set_attn_implementation(kernel)
+        assert torch.isfinite(half(ids, attention_mask=mask).logits).all()
+
+
+@pytest.mark.parametrize("inner", [None, 20])
+@torch.no_grad()
+def test_intermediate_size(inner: int | None) -> None:
+    theirs, ours = made_pair(NAME, **fields("gpt_neo", intermediate_size=inner))
+    assert ours.spec.mlp.width == (inner or 4 * 36)
+    ids, _ = texts(NAME, "none")
+    assert_close("intermediate_size", ours(ids).logits, theirs(ids).logits, ATOL)
+
+
+def test_types_and_layers_must_agree() -> None:
+    with pytest.raises(
+        ValueError, match="names 4 layers, num_layers is 3: they must be equal, and each global or"
+    ):
+        GPTNeoConfig(**fields("gpt_neo", attention_types=[[["global", "local"], 2]], num_layers=3)).to_spec()
+    with pytest.raises(ValueError, match="each global or local"):
+        GPTNeoConfig(attention_types=[[["global", "sparse"], 12]]).to_spec()
+
+
+@torch.no_grad()
+def test_past_the_table_is_a_clear_error() -> None:
+    _, ours = made_pair(NAME, **fields("gpt_neo"))
+    long = torch.randint(10, 80, (1, 65))
+    with pytest.raises(ValueError, match="64 learned positions, but the text with its past has 65 tokens"):
+        ours(long)
+    mask = torch.ones_like(long)
+    mask[:, :2] = 0
+    assert ours(long.masked_fill(mask == 0, PADS["gpt_neo"]), attention_mask=mask).logits.shape == (1, 65, 89)
+
+
+def test_attention_layers_follow_the_types() -> None:
+    config: Any = GPTNeoConfig()
+    assert config.attention_layers == ["global", "local"] * 12
+    assert config.to_spec().windows == (None, 256) * 12
