@@ -74,6 +74,7 @@ def save_tensors(
     framework: Framework,
     max_shard_size: int | str = "50GB",
     metadata: Mapping[str, str] | None = None,
+    beside: Mapping[str, str] | None = None,
 ) -> list[Path]:
     """Write `tensors` under the hub's file names; returns the files, the index last if there is one.
 
@@ -84,6 +85,8 @@ def save_tensors(
     Tensors that are the same memory (tied weights) are written once, under the first of their names; the
     file's metadata maps the other names to it. `metadata` defaults to `{"format": "pt"}`, which transformers
     asks for.
+
+    `beside`: further files of the checkpoint, name -> text (config.json), put in place together with the weights.
 
     Everything is written under temporary names in `folder`, made durable, then renamed, the index last;
     weight files of an earlier save that are not part of this one go after that. Until the renames an earlier
@@ -103,6 +106,8 @@ def save_tensors(
         if len(shards) > 1:
             stage.path(INDEX).write_text(_index(names, shards), encoding="utf-8")
             names.append(INDEX)
+        for name, text in (beside or {}).items():
+            stage.path(name).write_text(text, encoding="utf-8")
     _remove_stale(Path(folder), keep=set(names))
     return [Path(folder) / name for name in names]
 

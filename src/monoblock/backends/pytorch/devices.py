@@ -27,9 +27,9 @@ class Placement:
                 self.map = self._read(_inferred(model, device_map))
             case str() | int() | torch.device():
                 self.default = _device(device_map)
-            case {}:
-                raise ValueError("device_map must name at least one module, got an empty dict")
             case Mapping():
+                if not device_map:
+                    raise ValueError("device_map must name at least one module, got an empty dict")
                 self.map = self._read(_own_names(device_map, names, keymap))
             case _:
                 raise ValueError(f"device_map must be 'auto', a device or a dict, got {device_map!r}")

@@ -266,7 +266,7 @@ class Backbone(nn.Module):
 
     def lookup(self, input_ids: Tensor) -> Tensor:
         """Token ids (b, s) as vectors (b, s, w)."""
-        return F.embedding(input_ids, self.embed.weight)
+        return self.embed(input_ids)
 
 
 def _check_patches(sets: list[Tensor], indices_bs: Tensor, batch: int) -> None:

@@ -22,7 +22,8 @@ from monoblock.checkpoint.hub import find_weights
 from monoblock.checkpoint.options import HubOptions
 from monoblock.checkpoint.save import save_tensors
 from monoblock.checkpoint.store import open_store
-from monoblock.config import PretrainedConfig
+from monoblock.config import CONFIG_NAME, PretrainedConfig
+from monoblock.generation.config import GENERATION_CONFIG_NAME
 
 log = logging.getLogger("monoblock")
 
@@ -253,12 +254,13 @@ class PreTrainedModel(Parameters, Generation):
             raise ValueError(f"save_pretrained needs a folder, but {folder} is a file")
         folder.mkdir(parents=True, exist_ok=True)
         tensors = self.hub_state_dict() if state_dict is None else dict(state_dict)
-        save_tensors(folder, tensors, framework="pt", max_shard_size=max_shard_size)
         self.config.architectures = [self.row.name]
         self.config.dtype = self.dtype
-        self.config.save_pretrained(folder)
+        texts = {CONFIG_NAME: self.config.to_json_string()}
         if self.generation_config is not None:
-            self.generation_config.save_pretrained(folder)
+            self.generation_config.validate()
+            texts[GENERATION_CONFIG_NAME] = self.generation_config.to_json_string()
+        save_tensors(folder, tensors, framework="pt", max_shard_size=max_shard_size, beside=texts)
 
     # ------------------------------------------------------------------ switches and facts
 
