@@ -34,7 +34,9 @@ def unpickled(path: Path, *, stand_ins: bool = False) -> object:
     check_weight_file(path)
     zipped = zipfile.is_zipfile(path)
     try:
-        names = torch.serialization.get_unsafe_globals_in_checkpoint(path) if stand_ins and zipped else []
+        names: list[str] = (
+            torch.serialization.get_unsafe_globals_in_checkpoint(path) if stand_ins and zipped else []
+        )
         with torch.serialization.safe_globals([(StandIn, name) for name in names]):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except Exception as error:  # torch raises RuntimeError, EOFError, KeyError, ... for a damaged file

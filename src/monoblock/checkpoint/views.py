@@ -18,6 +18,7 @@ from monoblock.checkpoint.header import ITEM_BYTES
 from monoblock.errors import CheckpointError
 
 Framework = Literal["pt", "np"]
+Array = Any  # a NumPy array, whose type the core does not import
 
 # The hub's dtype names -> the names that torch, NumPy and ml_dtypes share.
 DTYPE_NAMES = {

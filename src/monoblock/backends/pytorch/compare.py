@@ -1,0 +1,69 @@
+"""Two checkpoints as PyTorch models, on the same random prompts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from monoblock.backends.pytorch import loading
+from monoblock.backends.pytorch.classes import make_class
+from monoblock.checkpoint.compare import LogitComparison
+from monoblock.checkpoint.sources import Checkpoint
+from monoblock.checkpoint.views import adapter
+from monoblock.heads import KINDS
+from monoblock.spec import Learned
+
+PROMPTS, LENGTH = 3, 24
+
+
+def compare(one: Checkpoint, two: Checkpoint) -> LogitComparison:
+    """Run both, one after the other, in the type of the first one's weights."""
+    first = next(iter(one.weights.shapes()))
+    dtype = getattr(torch, loading.STORED.get(one.weights.dtype(first), "float32"))
+    prompts = _prompts(one)
+    a, b = (_run(checkpoint, prompts, dtype) for checkpoint in (one, two))
+    return LogitComparison(
+        prompts=PROMPTS,
+        length=prompts.shape[-1],
+        difference=float((a - b).abs().max()),
+        magnitude=float(a.abs().max()),
+        agreement=float((a.argmax(-1) == b.argmax(-1)).float().mean()),
+    )
+
+
+def _prompts(checkpoint: Checkpoint) -> Tensor:
+    """Random token ids (prompts, tokens), of the same seed every time; (prompts, 1, tokens) for a choice head."""
+    spec, head = checkpoint.config.to_spec(), checkpoint.row.head
+    learned = spec.position(Learned)
+    length = min(LENGTH, learned.size - learned.offset) if learned else LENGTH
+    ids = torch.randint(0, spec.vocab, (PROMPTS, length), generator=torch.Generator().manual_seed(0))
+    pooled = head in KINDS and KINDS[head].pool == "last"
+    if pooled and (pad := checkpoint.config.pad_token_id) is not None:
+        ids[ids == pad] = (pad + 1) % spec.vocab
+    return ids[:, None] if head in ("choice", "double") else ids
+
+
+@torch.no_grad()
+def _run(checkpoint: Checkpoint, prompts: Tensor, dtype: torch.dtype) -> Tensor:
+    """The first output of the model, in float32."""
+    model = _loaded(checkpoint, dtype)
+    rows = [model(ids[None], return_dict=True) for ids in prompts]
+    return torch.cat([next(iter(row.values())).float() for row in rows])
+
+
+def _loaded(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
+    """The model: by `from_pretrained` where the checkpoint is the hub's, else of its weights one by one."""
+    made = make_class(checkpoint.row.name)
+    if checkpoint.hub is not None:
+        return made.from_pretrained(**checkpoint.hub, config=checkpoint.config, dtype=dtype)
+    with torch.device("meta"):
+        model = made(checkpoint.config)
+    for canonical, path in model.parameter_names().items():
+        array = checkpoint.weights.read(canonical)
+        name = checkpoint.weights.dtype(canonical)
+        tensor = adapter("pt").lay(bytearray(adapter("np").raw(array)), name, array.shape)
+        loading.assign(model, path, tensor.to(dtype))
+    model.tie_weights()
+    return model.eval()

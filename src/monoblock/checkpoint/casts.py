@@ -1,0 +1,71 @@
+"""Floating-point types of NumPy arrays, bfloat16 included, which NumPy itself has none of.
+
+Arrays are as `views.numpy_dtype` describes them: without `ml_dtypes`, bfloat16 travels as one-field records.
+"""
+
+import numpy as np
+
+from monoblock.checkpoint.views import DTYPE_NAMES, HUB_NAMES, Array, numpy_dtype
+from monoblock.errors import CheckpointError
+
+FLOATS = ("F64", "F32", "F16", "BF16")
+
+# How far a value may move when it is rounded: a share of it, and (below the normal numbers) at least this.
+ROUNDING = {"F64": (0.0, 0.0), "F32": (2**-24, 2**-150), "F16": (2**-11, 2**-25), "BF16": (2**-8, 2**-134)}
+
+
+def hub_dtype(name: str) -> str:
+    """The hub's name of a type that weights can be converted to; ValueError for any other."""
+    found = HUB_NAMES.get(name.removeprefix("torch."), "")
+    if found not in ("F32", "F16", "BF16"):
+        raise ValueError(
+            f"dtype={name!r}: expected 'float32', 'float16' or 'bfloat16', or None to keep the stored one"
+        )
+    return found
+
+
+def dtype_of(array: Array) -> str:
+    """The hub's name of an array's dtype; "" if it has none."""
+    kind = array.dtype
+    return kind.names[0] if kind.names else HUB_NAMES.get(kind.name, "")
+
+
+def widened(array: Array) -> Array:
+    """The values as float32 (float64 stays); exact for every float type of two bytes."""
+    kind = dtype_of(array)
+    if kind not in FLOATS:
+        raise CheckpointError(
+            f"{DTYPE_NAMES.get(kind, kind)} weights cannot be converted: they are no plain floats"
+        )
+    if kind != "BF16":
+        return array if kind == "F64" else array.astype(np.float32, copy=False)
+    bits = np.ascontiguousarray(array).view("<u2").astype("<u4")
+    bits <<= 16
+    return bits.view("<f4")
+
+
+def cast(array: Array, dtype: str, name: str) -> Array:
+    """The array in another type, rounded to nearest, ties to even.
+
+    `CheckpointError` names the tensor (`name`) if a finite number would become infinite.
+    """
+    if dtype_of(array) == dtype:
+        return array
+    wide = widened(array)
+    with np.errstate(over="ignore"):
+        new = _to_bfloat16(wide) if dtype == "BF16" else wide.astype(numpy_dtype(dtype))
+    if np.isinf(widened(new)).sum() != np.isinf(wide).sum():
+        raise CheckpointError(
+            f"{name} holds numbers up to {np.abs(wide[np.isfinite(wide)]).max():.4g}, which {DTYPE_NAMES[dtype]} "
+            "cannot hold: convert to bfloat16 or float32 instead"
+        )
+    return new
+
+
+def _to_bfloat16(wide: Array) -> Array:
+    bits = np.ascontiguousarray(wide.astype("<f4", copy=False)).view("<u4")
+    # Half of the last kept bit, less one where that bit is even; it carries into the exponent by itself.
+    rounded = (bits + (0x7FFF + ((bits >> 16) & 1))) >> 16
+    nan = np.isnan(wide)
+    rounded[nan] = (bits[nan] >> 16) | 0x40  # rounding could turn a NaN into an infinity
+    return rounded.astype("<u2").view(numpy_dtype("BF16"))

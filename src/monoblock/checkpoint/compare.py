@@ -1,0 +1,88 @@
+"""Whether a checkpoint that was written holds what it should: tensor by tensor, and by the logits of both sides."""
+
+import importlib
+import importlib.util
+from dataclasses import dataclass
+
+import numpy as np
+
+from monoblock.checkpoint import casts
+from monoblock.checkpoint.sources import Checkpoint
+from monoblock.checkpoint.views import DTYPE_NAMES, Array
+from monoblock.errors import CheckpointError
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogitComparison:
+    """Two models on the same random prompts: `prompts` of `length` tokens; the largest absolute difference of their
+    first outputs (logits, or hidden states of a bare model), the largest magnitude among them, and the share of
+    positions with the same largest entry."""
+
+    prompts: int
+    length: int
+    difference: float
+    magnitude: float
+    agreement: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """`tensors` were compared, `equal` of them bit by bit the same; the others differ by `difference` at most, by
+    rounding alone. `logits` is None where the models were not run, and `why` says so."""
+
+    tensors: int
+    equal: int
+    difference: float
+    logits: LogitComparison | None
+    why: str = ""
+
+
+def compare(source: Checkpoint, expected: Checkpoint, written: Checkpoint) -> Comparison:
+    """Compare what was `written` with what was `expected`, and its logits with the `source`'s.
+
+    CheckpointError if a tensor differs by more than rounding to its type explains, if the specs differ, or if the
+    models disagree though all tensors are the same.
+    """
+    if written.config.to_spec() != expected.config.to_spec():
+        raise CheckpointError("the check failed: the written config describes another architecture")
+    equal, difference, names = 0, 0.0, expected.weights.shapes()
+    for name in names:
+        moved = _distance(name, expected.weights.read(name), written.weights.read(name))
+        equal += moved is None
+        difference = max(difference, moved or 0.0)
+    logits, why = None, "PyTorch is not installed"
+    if importlib.util.find_spec("torch"):
+        run = importlib.import_module("monoblock.backends.pytorch.compare")
+        logits, why = run.compare(source, written), ""
+        same_model = equal == len(names) and source.weights.shapes() == written.weights.shapes()
+        if same_model and not logits.difference <= 0.01 * logits.magnitude:
+            raise CheckpointError(
+                f"the check failed: the tensors are the same, but logits differ by {logits.difference:.3g}"
+            )
+    return Comparison(tensors=len(names), equal=equal, difference=difference, logits=logits, why=why)
+
+
+def _distance(name: str, expected: Array, found: Array) -> float | None:
+    """None if the bits are the same, else the largest absolute difference."""
+    kind = casts.dtype_of(found)
+    if casts.dtype_of(expected) == kind and expected.shape == found.shape:
+        if np.array_equal(_bits(expected), _bits(found)):
+            return None
+        raise CheckpointError(f"the check failed: {name} was not written as it was read; is the disk sound?")
+    if expected.shape != found.shape:
+        raise CheckpointError(f"the check failed: {name} is {found.shape}, expected {expected.shape}")
+    a, b = casts.widened(expected), casts.widened(found)
+    with np.errstate(invalid="ignore"):
+        gap = np.abs(a - b)
+    share, least = casts.ROUNDING[kind]
+    allowed = np.maximum(np.abs(a) * share, least)
+    same = np.isnan(a) & np.isnan(b) | (a == b)
+    if not np.all(same | (gap <= allowed)):
+        raise CheckpointError(
+            f"the check failed: {name} differs by more than rounding to {DTYPE_NAMES[kind]} explains"
+        )
+    return float(np.max(gap, where=~same, initial=0.0))
+
+
+def _bits(array: Array) -> Array:
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)

@@ -1,0 +1,171 @@
+"""`monoblock convert`: checkpoints of the makers into hub folders and back, and hub folders into others."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from monoblock.cli import console
+from monoblock.cli.app import EXIT_CODES, sub_app
+from monoblock.cli.options import Dtype, Hub
+
+if TYPE_CHECKING:
+    from monoblock.checkpoint.compare import Comparison
+    from monoblock.checkpoint.convert import Progress, Result
+
+app = sub_app()
+
+LISTED = 3  # names of tensors that are shown of those left out
+
+
+class From(StrEnum):
+    """The formats that are read."""
+
+    AUTO = "auto"
+    HUB = "hub"
+    LLM_FOUNDRY = "llm-foundry"
+    MISTRAL = "mistral"
+    FUYU = "fuyu"
+    OPENAI_GPT = "openai-gpt"
+
+
+class To(StrEnum):
+    """The formats that are written."""
+
+    HUB = "hub"
+    MISTRAL = "mistral"
+    FUYU = "fuyu"
+    OPENAI_GPT = "openai-gpt"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Changes:
+    """What becomes of the weights."""
+
+    source_format: Annotated[From, typer.Option("--from", help="Format of the source.")] = From.AUTO
+    target_format: Annotated[To, typer.Option("--to", help="Format of the target.")] = To.HUB
+    dtype: Annotated[Dtype, typer.Option(help="Type of the weights; auto: as stored.")] = Dtype.AUTO
+    max_shard_size: Annotated[
+        str | None, typer.Option(help='Split the weights into files of this size at most, such as "5GB".')
+    ] = None
+    kv_heads: Annotated[
+        int | None,
+        typer.Option(min=1, help="Pool the key and value heads to this many, each the mean of a group."),
+    ] = None
+
+
+@app.command(epilog=EXIT_CODES)
+@console.command
+def convert(
+    *,
+    source: Annotated[str, typer.Argument(help="Folder, .tar or .pt file, or name on the hub.")],
+    target: Annotated[str, typer.Argument(help="The folder to make.")],
+    changes: Changes,
+    check: Annotated[
+        bool, typer.Option("--check", help="Read the result back; compare its tensors and its logits.")
+    ] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace the target folder; the files in it are deleted.")
+    ] = False,
+    hub: Hub,
+) -> None:
+    """Convert a checkpoint into a new folder: another format, type, shard size, or number of key and value heads.
+
+    The folder appears when it is complete, or not at all.
+    """
+    from monoblock.checkpoint.convert import Options
+    from monoblock.checkpoint.convert import convert as run
+    from monoblock.checkpoint.options import HubOptions
+
+    options = Options(
+        source_format=changes.source_format.value,
+        target_format=changes.target_format.value,
+        dtype=None if changes.dtype is Dtype.AUTO else changes.dtype.value,
+        max_shard_size=_size(changes.max_shard_size),
+        kv_heads=changes.kv_heads,
+        check=check,
+        force=force,
+        hub=HubOptions(**hub.kwargs()),
+    )
+    with _progress() as progress:
+        result = run(source, target, options, progress)
+    _show(result, target)
+
+
+def _size(text: str | None) -> str | None:
+    """A size that makes sense; wrong usage otherwise."""
+    from monoblock.checkpoint.save import parse_size
+
+    try:
+        if text is not None:
+            parse_size(text)
+    except ValueError as error:
+        raise typer.BadParameter(
+            str(error).replace("max_shard_size=", ""), param_hint="--max-shard-size"
+        ) from None
+    return text
+
+
+@contextmanager
+def _progress() -> Iterator[Progress]:
+    """A bar at a terminal; elsewhere a line at the begin and at the end of each step, all on stderr."""
+    if not sys.stderr.isatty():
+        yield _line
+        return
+    from rich.console import Console
+    from rich.progress import Progress as Bars
+
+    with Bars(console=Console(stderr=True), transient=True) as bars:
+        steps: dict[str, Any] = {}
+
+        def show(done: int, of: int, what: str) -> None:
+            if what not in steps:
+                steps[what] = bars.add_task(what, total=of)
+            bars.update(steps[what], completed=done)
+
+        yield show
+
+
+def _line(done: int, of: int, what: str) -> None:
+    if done in (0, of):
+        console.note(f"{what}: done" if done else f"{what} ...")
+
+
+def _show(result: Result, target: str) -> None:
+    lines = [
+        ("from", result.source_format),
+        ("to", result.target_format),
+        ("class", result.architecture),
+        ("dtype", result.dtype),
+        ("parameters", f"{result.parameters:,}"),
+        ("files", ", ".join(result.files)),
+    ]
+    if result.left_out:
+        more = len(result.left_out) - LISTED
+        names = ", ".join(result.left_out[:LISTED]) + (f" and {more} more" if more > 0 else "")
+        lines.append(("left out", f"{names}: {result.architecture} has no place for them"))
+    if result.comparison:
+        lines += _check_lines(result.comparison)
+    console.rows(target, lines)
+
+
+def _check_lines(found: Comparison) -> list[tuple[str, str]]:
+    others = found.tensors - found.equal
+    text = f"{found.equal} of {found.tensors} are the same bit by bit"
+    if others:
+        text += f"; the others differ by {found.difference:.3g} at most, which is rounding"
+    lines = [("tensors", text)]
+    if found.logits is None:
+        return [*lines, ("logits", f"not compared: {found.why}")]
+    run = found.logits
+    text = (
+        f"differ by {run.difference:.3g} at most (the largest is {run.magnitude:.3g}); the same token is the likeliest "
+        f"at {run.agreement:.1%} of places, in {run.prompts} random prompts of {run.length} tokens"
+    )
+    return [*lines, ("logits", text)]
