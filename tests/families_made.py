@@ -16,7 +16,7 @@ from monoblock.families import FAMILIES, class_names, family, family_of
 VOCAB, LABELS, TOKENS = 89, 4, 23
 LENGTHS = (23, 9, 17)  # of a batch's texts; more than twice the windows
 CHOICES = 2
-PATCH = 7  # Fuyu's id of a patch, here
+PATCH, PATCH_SIZE = 7, 4 * 4 * 3  # Fuyu's id of a patch, and its numbers, here
 
 FAMILY_NAMES = tuple(name for name in FAMILIES if name != "mpt")
 CLASSES = {name: model_type for model_type in FAMILY_NAMES for name in class_names(model_type)}
@@ -162,3 +162,27 @@ def labels_of(name: str, ids: torch.Tensor, mask: torch.Tensor | None) -> dict[s
     if mask is not None:
         labels[(mask == 0) | (mask.roll(1, -1) == 0)] = -100
     return {"labels": labels} | ({"mc_labels": torch.tensor([1, 0, 0])} if kind == "double" else {})
+
+
+def with_images(counts: tuple[int, ...], newline: int = 8, columns: int = 3) -> tuple[Any, ...]:
+    """Left-padded ids, mask, each row's patches (counts[i], 48) and the index of each place's patch, or -1; rows of
+    patches end with a newline, as the processor makes them."""
+    generator = torch.Generator().manual_seed(9)
+    rows, indices = [], []
+    for i, count in enumerate(counts):
+        row: list[int] = []
+        index: list[int] = []
+        for n in range(count):
+            row.append(PATCH)
+            index.append(n)
+            if n % columns == columns - 1:
+                row.append(newline)
+                index.append(-1)
+        text = torch.randint(10, VOCAB, (9 + 4 * i,), generator=generator).tolist()
+        rows.append(row + text)
+        indices.append(index + [-1] * len(text))
+    length = max(map(len, rows))
+    ids = torch.tensor([[PADS["fuyu"]] * (length - len(row)) + row for row in rows])
+    mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows])
+    places = torch.tensor([[-1] * (length - len(index)) + index for index in indices])
+    return ids, mask, [torch.randn(count, PATCH_SIZE, generator=generator) for count in counts], places

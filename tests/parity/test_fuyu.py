@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from families_made import PADS, PATCH, VOCAB, fields, made_pair, ours_of, pair, texts
+from families_made import PADS, PATCH, PATCH_SIZE, VOCAB, fields, made_pair, ours_of, pair, texts, with_images
 from helpers import PADDINGS, expected, expected_logits
 from measure import assert_close
 
@@ -14,31 +14,6 @@ from monoblock import FuyuConfig
 
 ATOL = 2e-5  # fp32 through the fused kernels
 NAME = "FuyuForCausalLM"
-SIZE = 4 * 4 * 3
-
-
-def with_images(counts: tuple[int, ...], newline: int = 8, columns: int = 3) -> tuple[Any, ...]:
-    """Left-padded ids, mask, each row's patches (counts[i], 48) and the index of each place's patch, or -1; rows of
-    patches end with a newline, as the processor makes them."""
-    generator = torch.Generator().manual_seed(9)
-    rows, indices = [], []
-    for i, count in enumerate(counts):
-        row: list[int] = []
-        index: list[int] = []
-        for n in range(count):
-            row.append(PATCH)
-            index.append(n)
-            if n % columns == columns - 1:
-                row.append(newline)
-                index.append(-1)
-        text = torch.randint(10, VOCAB, (9 + 4 * i,), generator=generator).tolist()
-        rows.append(row + text)
-        indices.append(index + [-1] * len(text))
-    length = max(map(len, rows))
-    ids = torch.tensor([[PADS["fuyu"]] * (length - len(row)) + row for row in rows])
-    mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows])
-    places = torch.tensor([[-1] * (length - len(index)) + index for index in indices])
-    return ids, mask, [torch.randn(count, SIZE, generator=generator) for count in counts], places
 
 
 @torch.no_grad()
@@ -94,7 +69,7 @@ def test_indices_choose_the_patches() -> None:
     plain = ours(ids, image_patches=patches, image_patches_indices=places, **asked).logits
     found = ours(ids, image_patches=shuffled, image_patches_indices=back, **asked).logits
     assert_close("Fuyu, shuffled", found, plain, 1e-6)
-    more = [torch.cat((own, torch.ones(2, SIZE))) for own in patches]
+    more = [torch.cat((own, torch.ones(2, PATCH_SIZE))) for own in patches]
     assert torch.equal(ours(ids, image_patches=more, image_patches_indices=places, **asked).logits, plain)
 
 
