@@ -85,7 +85,15 @@ from monoblock.outputs import (
 from monoblock.tokenization import (
     AutoTokenizer as AutoTokenizer,
     BatchEncoding as BatchEncoding,
+    GPT2Tokenizer as GPT2Tokenizer,
+    GPT2TokenizerFast as GPT2TokenizerFast,
     GPTNeoXTokenizerFast as GPTNeoXTokenizerFast,
+    LlamaTokenizer as LlamaTokenizer,
+    LlamaTokenizerFast as LlamaTokenizerFast,
+    MPNetTokenizer as MPNetTokenizer,
+    MPNetTokenizerFast as MPNetTokenizerFast,
+    OpenAIGPTTokenizer as OpenAIGPTTokenizer,
+    OpenAIGPTTokenizerFast as OpenAIGPTTokenizerFast,
     PreTrainedTokenizerFast as PreTrainedTokenizerFast,
 )
 

@@ -7,7 +7,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from monoblock.tokenization.auto import AutoTokenizer
-    from monoblock.tokenization.classes import GPTNeoXTokenizerFast
+    from monoblock.tokenization.classes import (
+        GPT2Tokenizer,
+        GPT2TokenizerFast,
+        GPTNeoXTokenizerFast,
+        LlamaTokenizer,
+        LlamaTokenizerFast,
+        MPNetTokenizer,
+        MPNetTokenizerFast,
+        OpenAIGPTTokenizer,
+        OpenAIGPTTokenizerFast,
+    )
     from monoblock.tokenization.encoding import BatchEncoding, CharSpan, TokenSpan
     from monoblock.tokenization.fast import PreTrainedTokenizerFast
     from monoblock.tokenization.schema import get_json_schema
@@ -18,7 +28,15 @@ _MODULES = {
     "BatchEncoding": "encoding",
     "CharSpan": "encoding",
     "ChatTemplateError": "template",
+    "GPT2Tokenizer": "classes",
+    "GPT2TokenizerFast": "classes",
     "GPTNeoXTokenizerFast": "classes",
+    "LlamaTokenizer": "classes",
+    "LlamaTokenizerFast": "classes",
+    "MPNetTokenizer": "classes",
+    "MPNetTokenizerFast": "classes",
+    "OpenAIGPTTokenizer": "classes",
+    "OpenAIGPTTokenizerFast": "classes",
     "PreTrainedTokenizerFast": "fast",
     "TokenSpan": "encoding",
     "get_json_schema": "schema",
@@ -29,7 +47,15 @@ __all__ = [
     "BatchEncoding",
     "CharSpan",
     "ChatTemplateError",
+    "GPT2Tokenizer",
+    "GPT2TokenizerFast",
     "GPTNeoXTokenizerFast",
+    "LlamaTokenizer",
+    "LlamaTokenizerFast",
+    "MPNetTokenizer",
+    "MPNetTokenizerFast",
+    "OpenAIGPTTokenizer",
+    "OpenAIGPTTokenizerFast",
     "PreTrainedTokenizerFast",
     "TokenSpan",
     "get_json_schema",

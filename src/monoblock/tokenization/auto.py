@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from monoblock.checkpoint.hub import HubOptions, find_file, read_json
-from monoblock.tokenization.classes import CLASSES, by_model_type, by_name
+from monoblock.tokenization.classes import CLASSES, LlamaTokenizer, by_model_type, by_name
 from monoblock.tokenization.fast import PreTrainedTokenizerFast
-from monoblock.tokenization.files import BACKEND_FILE, read_config
+from monoblock.tokenization.files import BACKEND_FILE, is_vocabulary, read_config
+from monoblock.tokenization.llama import FILES
 
 
 class AutoTokenizer:
@@ -27,7 +28,7 @@ class AutoTokenizer:
         tokenizer_type: str | None = None,
         **kwargs: Any,
     ) -> PreTrainedTokenizerFast:
-        """The tokenizer of a folder, of a model on the hub, or of one `tokenizer.json`.
+        """The tokenizer of a folder, of a model on the hub, or of one file (`tokenizer.json`, `.model`, `tekken.json`).
 
         Args:
             config: a model config; its `model_type` then counts instead of the one in `config.json`.
@@ -46,7 +47,7 @@ def _choose(
             return chosen
         raise ValueError(f"tokenizer_type={tokenizer_type!r} is not known; {_known()}")
     if Path(name).is_file():
-        return PreTrainedTokenizerFast
+        return LlamaTokenizer if is_vocabulary(name) else PreTrainedTokenizerFast
     options = HubOptions.pop(dict(kwargs))
     class_name, model_type = (
         read_config(name, options).get("tokenizer_class"),
@@ -66,6 +67,8 @@ def _choose(
         name, BACKEND_FILE, options, required=False
     ):
         return PreTrainedTokenizerFast
+    if any(find_file(name, file, options, required=False) for file in FILES):
+        return LlamaTokenizer  # of these files there is one kind of reader, whatever the model
     asked = f"tokenizer_class={class_name!r}" if class_name else f"model_type={model_type!r}"
     raise ValueError(
         f"{name} asks for {asked}, which is not known, and has no {BACKEND_FILE} to read instead; {_known()}"

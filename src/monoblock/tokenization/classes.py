@@ -1,9 +1,17 @@
-"""The public tokenizer classes: each is `PreTrainedTokenizerFast` with one row of `families`."""
+"""The public tokenizer classes: each is `PreTrainedTokenizerFast` with one row of its family's table."""
 
 from __future__ import annotations
 
-from monoblock.tokenization.families import GPT_NEOX
+from collections.abc import Sequence
+from typing import Any
+
+from tokenizers import AddedToken
+
+from monoblock.tokenization.families import GPT2, GPT_NEOX, MPNET
 from monoblock.tokenization.fast import PreTrainedTokenizerFast
+from monoblock.tokenization.llama import LLAMA
+from monoblock.tokenization.openai_gpt import OpenAIGPTTokenizer
+from monoblock.tokenization.sentencepiece import doubles_first_space
 
 
 class GPTNeoXTokenizerFast(PreTrainedTokenizerFast):
@@ -16,7 +24,71 @@ class GPTNeoXTokenizerFast(PreTrainedTokenizerFast):
     family = GPT_NEOX
 
 
-CLASSES: tuple[type[PreTrainedTokenizerFast], ...] = (PreTrainedTokenizerFast, GPTNeoXTokenizerFast)
+class GPT2Tokenizer(PreTrainedTokenizerFast):
+    """The byte-level BPE of GPT-2, which GPT Neo uses: `<|endoftext|>` begins and ends; there is no padding token.
+
+    `add_prefix_space` and `add_bos_token` as for `GPTNeoXTokenizerFast`.
+    """
+
+    family = GPT2
+
+
+class LlamaTokenizer(PreTrainedTokenizerFast):
+    """Llama's, Mistral's, Fuyu's and Persimmon's: SentencePiece (`tokenizer.model`) or Tekken (`tekken.json`).
+
+    Args:
+        vocab_file: the path of a `tokenizer.model` (of any version, `.v3` too) or of a `tekken.json`.
+        vocab, merges: token -> id and pairs, or (piece, score) pairs alone for Unigram, instead of a file.
+        add_bos_token, add_eos_token: whether `<s>` and `</s>` stand around a text; `<s>` does, unless a
+            tokenizer.json says otherwise.
+        add_prefix_space: whether a text is read as if a space stood before it; default as the files say.
+        legacy: whether that space also comes after each special token, as in the first versions of this class. It
+            counts where the backend is made from a vocabulary; a tokenizer.json has it written down.
+    """
+
+    family = LLAMA
+
+    def _add(self, tokens: Sequence[str | AddedToken], special: bool = False) -> int:
+        if doubles_first_space(self._tokenizer):
+            tokens = [_after_normalizing(token, special) for token in tokens]
+        return super()._add(tokens, special)
+
+
+def _after_normalizing(token: str | AddedToken, special: bool) -> AddedToken:
+    """The token, looked for in the normalised text: see `sentencepiece.FIRST_SPACE`."""
+    if isinstance(token, str):
+        return AddedToken(token, normalized=True, special=special)
+    kept: dict[str, Any] = {
+        name: getattr(token, name) for name in ("single_word", "lstrip", "rstrip", "special")
+    }
+    return AddedToken(token.content, normalized=True, **kept)
+
+
+class MPNetTokenizer(PreTrainedTokenizerFast):
+    """MPNet's lower-case word pieces: `<s> A </s>`, and `<s> A </s></s> B </s>` for a pair; the unknown is `[UNK]`.
+
+    Args:
+        vocab_file: a `vocab.txt`, or the `dict.txt` of MPNet's makers.
+        do_lower_case, strip_accents, tokenize_chinese_chars: as BERT's; accents go with the lower case by default.
+    """
+
+    family = MPNET
+
+
+# The slow and the fast name of a tokenizer are one class.
+GPT2TokenizerFast = GPT2Tokenizer
+LlamaTokenizerFast = LlamaTokenizer
+MPNetTokenizerFast = MPNetTokenizer
+OpenAIGPTTokenizerFast = OpenAIGPTTokenizer
+
+CLASSES: tuple[type[PreTrainedTokenizerFast], ...] = (
+    PreTrainedTokenizerFast,
+    GPTNeoXTokenizerFast,
+    GPT2Tokenizer,
+    LlamaTokenizer,
+    MPNetTokenizer,
+    OpenAIGPTTokenizer,
+)
 
 
 def by_name(name: str) -> type[PreTrainedTokenizerFast] | None:

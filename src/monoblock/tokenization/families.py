@@ -6,12 +6,19 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, cast
 
-from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers
-from tokenizers.models import BPE
+from tokenizers import AddedToken, Tokenizer, decoders, normalizers, pre_tokenizers, processors
+from tokenizers.models import BPE, WordPiece
 
 from monoblock.errors import CheckpointError
+
+
+class Built(NamedTuple):
+    """A backend that was made from vocabulary files, and the constructor arguments that those files imply."""
+
+    backend: Tokenizer
+    defaults: Mapping[str, Any] = {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,8 +32,11 @@ class TokenizerFamily:
             argument -> file.
         defaults: constructor arguments where neither the files nor the user say otherwise.
         build: (vocabulary arguments, all arguments) -> backend, from the vocabulary files or their content.
+        adjust: (backend, all arguments); makes a backend from a tokenizer.json as the arguments say.
         owns_template: bos and eos are written as `add_bos_token` and `add_eos_token` say, also where the
             tokenizer.json has a template of its own.
+        saved_as: the class to write into tokenizer_config.json, where other libraries' class of the first of `names`
+            would not read the tokenizer.json as it is.
     """
 
     names: tuple[str, ...]
@@ -34,36 +44,59 @@ class TokenizerFamily:
     vocab_files: tuple[Mapping[str, str], ...] = ()
     defaults: Mapping[str, Any] = field(default_factory=dict[str, Any])
     model_input_names: tuple[str, ...] = ("input_ids", "attention_mask")
-    build: Callable[[Mapping[str, Any], Mapping[str, Any]], Tokenizer] | None = None
+    build: Callable[[Mapping[str, Any], Mapping[str, Any]], Built] | None = None
+    adjust: Callable[[Tokenizer, Mapping[str, Any]], None] | None = None
     owns_template: bool = False
+    saved_as: str | None = None
 
 
-def byte_level_bpe(
-    source: Mapping[str, Any], options: Mapping[str, Any], *, normalizer: Any = None
-) -> Tokenizer:
+def byte_level_bpe(source: Mapping[str, Any], options: Mapping[str, Any], *, normalizer: Any = None) -> Built:
     """Byte-level BPE from `vocab` and `merges`: each a path (`vocab.json`, `merges.txt`) or the content itself."""
-    vocab, merges = (source.get(name, source.get(f"{name}_file")) for name in ("vocab", "merges"))
-    if vocab is None or merges is None:
-        raise ValueError("byte-level BPE needs both vocab (vocab.json) and merges (merges.txt)")
-    backend = Tokenizer(BPE(vocab=_vocab(vocab), merges=_merges(merges)))
+    backend = Tokenizer(bpe(source, "byte-level BPE"))
     backend.normalizer = normalizer
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=bool(options.get("add_prefix_space")))
     backend.decoder = decoders.ByteLevel()
-    return backend
+    return Built(backend)
+
+
+def bpe(source: Mapping[str, Any], what: str, **options: Any) -> BPE:
+    """The BPE model of `vocab` (or `vocab_file`) and `merges` (or `merges_file`).
+
+    Raises:
+        ValueError: one of them is missing; `what` names what needs them.
+        CheckpointError: one is damaged, or they are not of the same tokenizer.
+    """
+    vocab, merges = (source.get(name, source.get(f"{name}_file")) for name in ("vocab", "merges"))
+    if vocab is None or merges is None:
+        raise ValueError(f"{what} needs both vocab (vocab.json) and merges (merges.txt)")
+    tokens, pairs = _vocab(vocab), merge_pairs(merges)
+    try:
+        return BPE(vocab=tokens, merges=pairs, **options)
+    except Exception as error:  # the backend raises plain exceptions
+        names = [str(item) if isinstance(item, str | Path) else "those given" for item in (merges, vocab)]
+        raise CheckpointError(
+            f"the merges ({names[0]}) do not fit the vocabulary ({names[1]}): {error}; take both from one model"
+        ) from error
 
 
 def _vocab(vocab: Any) -> dict[str, int]:
     if not isinstance(vocab, str | Path):
         return dict(vocab)
     try:
-        return json.loads(Path(vocab).read_text(encoding="utf-8"))
+        content = json.loads(read_text(vocab))
     except ValueError as error:
         raise CheckpointError(f"{vocab} is not valid JSON ({error}): fetch it again") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(
+            f"{vocab} holds a JSON {type(content).__name__}; a vocabulary maps tokens to ids"
+        )
+    return cast(dict[str, int], content)
 
 
-def _merges(merges: Any) -> list[tuple[str, str]]:
+def merge_pairs(merges: Any) -> list[tuple[str, str]]:
+    """Merges as pairs, from a `merges.txt` or from a list of pairs or of "left right"."""
     if isinstance(merges, str | Path):
-        lines = Path(merges).read_text(encoding="utf-8").split("\n")
+        lines = read_text(merges).split("\n")
         merges = [line for line in lines if line and not line.startswith("#version")]
     pairs: list[Any] = [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in merges]
     if wrong := [pair for pair in pairs if len(pair) != 2]:
@@ -71,8 +104,73 @@ def _merges(merges: Any) -> list[tuple[str, str]]:
     return pairs
 
 
-def _gpt_neox(source: Mapping[str, Any], options: Mapping[str, Any]) -> Tokenizer:
+def read_text(path: str | Path) -> str:
+    """The text of a vocabulary file; CheckpointError if it is none."""
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{path} is not a text file in UTF-8 ({error}): fetch it again") from error
+
+
+def _gpt_neox(source: Mapping[str, Any], options: Mapping[str, Any]) -> Built:
     return byte_level_bpe(source, options, normalizer=normalizers.NFC())
+
+
+def _check_errors(_: Tokenizer, options: Mapping[str, Any]) -> None:
+    if (errors := options.get("errors", "replace")) != "replace":
+        raise ValueError(
+            f"errors={errors!r} is not supported: bytes that are no text are always decoded as U+FFFD ('replace')"
+        )
+
+
+# What stands around the word pieces of BERT in MPNet's vocabulary, when it is read from fairseq's dict.txt.
+MPNET_BEFORE, MPNET_AFTER = ("<s>", "<pad>", "</s>", "<unk>"), ("<mask>",)
+
+
+def _word_pieces(vocab: Any) -> dict[str, int]:
+    """Token -> id of a vocab.txt (a token per line), of a dict.txt ("token count" per line), or as given."""
+    if not isinstance(vocab, str | Path):
+        return dict(vocab)
+    lines = read_text(vocab).removesuffix("\n").split("\n")
+    if lines and " " in lines[0]:
+        lines = [*MPNET_BEFORE, *(line.rpartition(" ")[0] for line in lines), *MPNET_AFTER]
+    tokens = {line.rstrip("\r"): index for index, line in enumerate(lines)}
+    if len(tokens) < len(lines):
+        raise CheckpointError(f"{vocab} has tokens that occur twice: fetch it again")
+    return tokens
+
+
+def _mpnet(source: Mapping[str, Any], options: Mapping[str, Any]) -> Built:
+    given = source.get("vocab", source.get("vocab_file"))
+    if given is None:
+        raise ValueError("MPNet's tokenizer needs a vocabulary: vocab_file (vocab.txt) or vocab")
+    vocab = _word_pieces(given)
+    ends = [str(options[f"{name}_token"]) for name in ("sep", "cls")]
+    if missing := [token for token in [*ends, str(options["unk_token"])] if token not in vocab]:
+        name = given if isinstance(given, str | Path) else "the vocabulary given"
+        raise CheckpointError(f"{name} lacks the special token {missing[0]!r}, so it is not one of MPNet's")
+    backend = Tokenizer(WordPiece(vocab, unk_token=str(options["unk_token"])))
+    backend.normalizer = normalizers.BertNormalizer()
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    backend.decoder = decoders.WordPiece(prefix="##")
+    sep, cls = ((token, vocab[token]) for token in ends)
+    backend.post_processor = processors.RobertaProcessing(sep, cls, trim_offsets=True, add_prefix_space=False)
+    return Built(backend)
+
+
+def _bert_text(backend: Tokenizer, options: Mapping[str, Any]) -> None:
+    names = {
+        "do_lower_case": "lowercase",
+        "strip_accents": "strip_accents",
+        "tokenize_chinese_chars": "handle_chinese_chars",
+    }
+    asked = {names[key]: value for key, value in options.items() if key in names}
+    normalizer: Any = backend.normalizer
+    if not asked or not isinstance(normalizer, normalizers.BertNormalizer):
+        return
+    for name in names.values():
+        asked.setdefault(name, getattr(normalizer, name))
+    backend.normalizer = normalizers.BertNormalizer(clean_text=normalizer.clean_text, **asked)
 
 
 GENERIC = TokenizerFamily(names=("PreTrainedTokenizerFast", "PreTrainedTokenizer", "TokenizersBackend"))
@@ -90,4 +188,36 @@ GPT_NEOX = TokenizerFamily(
     },
     build=_gpt_neox,
     owns_template=True,
+)
+
+GPT2 = TokenizerFamily(
+    names=("GPT2Tokenizer", "GPT2TokenizerFast"),
+    model_types=("gpt2", "gpt_neo"),
+    vocab_files=({"vocab_file": "vocab.json", "merges_file": "merges.txt"},),
+    defaults={
+        "unk_token": "<|endoftext|>",
+        "bos_token": "<|endoftext|>",
+        "eos_token": "<|endoftext|>",
+        "add_prefix_space": False,
+    },
+    build=byte_level_bpe,
+    adjust=_check_errors,
+)
+
+MPNET = TokenizerFamily(
+    names=("MPNetTokenizer", "MPNetTokenizerFast"),
+    model_types=("mpnet",),
+    vocab_files=({"vocab_file": "vocab.txt"}, {"vocab_file": "dict.txt"}),
+    defaults={
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "sep_token": "</s>",
+        "cls_token": "<s>",
+        "unk_token": "[UNK]",
+        "pad_token": "<pad>",
+        # The mask stands for a word and takes the space before it.
+        "mask_token": AddedToken("<mask>", lstrip=True, normalized=False, special=True),
+    },
+    build=_mpnet,
+    adjust=_bert_text,
 )

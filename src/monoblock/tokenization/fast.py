@@ -16,7 +16,7 @@ from monoblock.tokenization.families import GENERIC, TokenizerFamily
 from monoblock.tokenization.files import load, read_backend
 from monoblock.tokenization.inputs import SIDES, one_of
 from monoblock.tokenization.padding import Pad
-from monoblock.tokenization.saving import save
+from monoblock.tokenization.saving import save, save_vocabulary
 from monoblock.tokenization.template_tokens import Around, around, bos_eos_template
 from monoblock.tokenization.tensors import as_list
 
@@ -51,9 +51,10 @@ class PreTrainedTokenizerFast(Chat, Pad):
     _backend_options = ("tokenizer_object", "tokenizer_file", "vocab_file", "merges_file", "vocab", "merges")
 
     def __init__(self, **kwargs: Any):
-        kwargs = {**self.family.defaults, **kwargs}
         source = {name: kwargs.pop(name) for name in self._backend_options if kwargs.get(name) is not None}
-        self._tokenizer = read_backend(source, self.family, kwargs)
+        self._tokenizer, implied = read_backend(source, self.family, {**self.family.defaults, **kwargs})
+        kwargs = {**self.family.defaults, **implied, **kwargs}
+        self.vocab_file: str | None = str(source["vocab_file"]) if "vocab_file" in source else None
         self._take_backend_settings(kwargs)
         self.init_kwargs = copy.deepcopy(kwargs)
         self.name_or_path: str = kwargs.pop("name_or_path", "")
@@ -89,9 +90,7 @@ class PreTrainedTokenizerFast(Chat, Pad):
     def _add_added_tokens(self, decoder: dict[int, AddedToken]) -> None:
         # By their representation: a token that is there with other flags takes those of the config.
         known = {repr(token) for token in self._tokenizer.get_added_tokens_decoder().values()}
-        self._tokenizer.add_tokens(
-            [token for _, token in sorted(decoder.items()) if repr(token) not in known]
-        )
+        self._add([token for _, token in sorted(decoder.items()) if repr(token) not in known])
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Self:
@@ -126,6 +125,12 @@ class PreTrainedTokenizerFast(Chat, Pad):
         return save(
             self, Path(save_directory), f"{filename_prefix}-" if filename_prefix else "", save_jinja_files
         )
+
+    def save_vocabulary(
+        self, save_directory: str | Path, filename_prefix: str | None = None
+    ) -> tuple[str, ...]:
+        """Write the vocabulary files alone (vocab.json and merges.txt, vocab.txt, tokenizer.model); returns paths."""
+        return save_vocabulary(self, Path(save_directory), f"{filename_prefix}-" if filename_prefix else "")
 
     def push_to_hub(self, repo_id: str, **_: Any) -> None:
         """Refused: uploading is huggingface_hub's work."""

@@ -10,7 +10,7 @@ from tokenizers import AddedToken, Tokenizer
 
 from monoblock.checkpoint.hub import HubOptions, find_file, read_json
 from monoblock.errors import CheckpointError, HubError
-from monoblock.tokenization.families import TokenizerFamily
+from monoblock.tokenization.families import Built, TokenizerFamily
 from monoblock.tokenization.special import EXTRA, NAMES
 
 BACKEND_FILE = "tokenizer.json"
@@ -42,7 +42,8 @@ def load(name: str | Path, family: TokenizerFamily, overrides: Mapping[str, Any]
     for key in _NO_EFFECT:
         overrides.pop(key, None)
     if Path(name).is_file():
-        return {"tokenizer_file": str(name), "name_or_path": str(name), **overrides}
+        key = "vocab_file" if is_vocabulary(name) else "tokenizer_file"
+        return {key: str(name), "name_or_path": str(name), **overrides}
     backend = find_file(name, BACKEND_FILE, options, required=False)
     config = read_config(name, options)
     for key in _NOT_ARGUMENTS:
@@ -62,6 +63,12 @@ def load(name: str | Path, family: TokenizerFamily, overrides: Mapping[str, Any]
     for key in [key for key in kwargs if key in NAMES and kwargs[key] is not None]:
         kwargs[key] = flags.get(str(kwargs[key]), kwargs[key])
     return {**kwargs, "added_tokens_decoder": added}
+
+
+def is_vocabulary(path: str | Path) -> bool:
+    """Whether a file is a vocabulary by itself: SentencePiece's `tokenizer.model`, `tekken.json`."""
+    name = Path(path).name
+    return ".model" in name or name.endswith(".spm") or name.startswith("tekken")
 
 
 def read_config(name: str | Path, options: HubOptions) -> dict[str, Any]:
@@ -152,8 +159,8 @@ def _special(value: Any) -> Any:
     return _as_added({**fields, "special": True}) if "content" in fields else cast(Any, value)
 
 
-def read_backend(source: Mapping[str, Any], family: TokenizerFamily, options: Mapping[str, Any]) -> Tokenizer:
-    """The `tokenizers.Tokenizer` of the constructor's arguments: an object, a tokenizer.json, or vocabulary files."""
+def read_backend(source: Mapping[str, Any], family: TokenizerFamily, options: Mapping[str, Any]) -> Built:
+    """The backend of the constructor's arguments: an object, a tokenizer.json, or vocabulary files."""
     if (given := source.get("tokenizer_object")) is not None:
         if not isinstance(given, Tokenizer):
             raise TypeError(f"tokenizer_object must be a tokenizers.Tokenizer; got {type(given).__name__}")
@@ -161,13 +168,21 @@ def read_backend(source: Mapping[str, Any], family: TokenizerFamily, options: Ma
     elif (path := source.get("tokenizer_file")) is not None:
         backend = _parse(Path(path))
     elif family.build is not None and source:
-        return family.build(source, options)
+        for key in ("vocab_file", "merges_file"):
+            if key in source and not Path(source[key]).is_file():
+                raise HubError(f"{key}={str(source[key])!r} does not exist; give the path of a file")
+        built = family.build(source, options)
+        if family.adjust is not None:
+            family.adjust(built.backend, options)
+        return built
     else:
         raise ValueError("a tokenizer needs tokenizer_object or tokenizer_file, or use from_pretrained(name)")
     prefix = options.get("add_prefix_space")
     if prefix is not None and getattr(backend.pre_tokenizer, "add_prefix_space", prefix) != prefix:
         backend.pre_tokenizer.add_prefix_space = prefix  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue]
-    return backend
+    if family.adjust is not None:
+        family.adjust(backend, options)
+    return Built(backend)
 
 
 def _parse(path: Path) -> Tokenizer:

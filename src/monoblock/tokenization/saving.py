@@ -5,12 +5,19 @@ from __future__ import annotations
 import json
 from contextlib import ExitStack
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, cast
 
 from tokenizers import AddedToken
 
 from monoblock.checkpoint.files import staged
-from monoblock.tokenization.files import BACKEND_FILE, CONFIG_FILE, TEMPLATE_FILE, TEMPLATE_FOLDER
+from monoblock.tokenization.files import (
+    BACKEND_FILE,
+    CONFIG_FILE,
+    TEMPLATE_FILE,
+    TEMPLATE_FOLDER,
+    is_vocabulary,
+)
 from monoblock.tokenization.special import EXTRA, NAMES
 
 if TYPE_CHECKING:
@@ -63,6 +70,33 @@ def save(tokenizer: PreTrainedTokenizerFast, folder: Path, prefix: str, jinja_fi
     return tuple(str(path) for path in (*map(folder.joinpath, texts), *map(more_folder.joinpath, more)))
 
 
+def save_vocabulary(tokenizer: PreTrainedTokenizerFast, folder: Path, prefix: str) -> tuple[str, ...]:
+    """Write the vocabulary files: a copy of the file it was read from, or what the backend's model writes."""
+    if folder.is_file():
+        raise ValueError(f"{folder} is a file; save_vocabulary needs a folder")
+    source = Path(tokenizer.vocab_file) if tokenizer.vocab_file is not None else None
+    with staged(folder) as stage:
+        if source is not None and is_vocabulary(source):
+            if not source.is_file():
+                raise ValueError(
+                    f"{source} is gone, so it cannot be copied; save_pretrained needs no such file"
+                )
+            names = [prefix + ("tekken.json" if source.suffix == ".json" else "tokenizer.model")]
+            stage.path(names[0]).write_bytes(source.read_bytes())
+        elif tokenizer.family.saved_as is not None:
+            raise ValueError(
+                f"{tokenizer.name_or_path or 'this tokenizer'} was not read from a tokenizer.model, so there is none "
+                "to write: save_pretrained writes the same vocabulary as tokenizer.json"
+            )
+        else:
+            with TemporaryDirectory() as scratch:
+                written = [Path(name) for name in tokenizer.backend_tokenizer.model.save(scratch)]
+                names = [prefix + path.name for path in written]
+                for name, path in zip(names, written, strict=True):
+                    stage.path(name).write_bytes(path.read_bytes())
+    return tuple(str(folder / name) for name in names)
+
+
 def _json(content: dict[str, Any]) -> str:
     return json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
 
@@ -95,7 +129,8 @@ def _config(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
     # transformers makes the template of some families anew, without bos and eos; as a generic tokenizer it keeps
     # the one in tokenizer.json.
     generic = tokenizer.family.owns_template and (tokenizer.add_bos_token or tokenizer.add_eos_token)
-    config["tokenizer_class"] = "PreTrainedTokenizerFast" if generic else tokenizer.family.names[0]
+    own = tokenizer.family.saved_as or tokenizer.family.names[0]
+    config["tokenizer_class"] = "PreTrainedTokenizerFast" if generic else own
     return {key: _as_json(value) for key, value in config.items()}
 
 

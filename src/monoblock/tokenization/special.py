@@ -80,9 +80,13 @@ class SpecialTokens:
                 known.add(str(token))
                 if isinstance(token, AddedToken):
                     token.special = True
-                    self._tokenizer.add_tokens([token])
+                    self._add([token])
                 else:
-                    self._tokenizer.add_tokens([AddedToken(token, special=True)])
+                    self._add([AddedToken(token, special=True)])
+
+    def _add(self, tokens: Sequence[Token], special: bool = False) -> int:
+        """Add tokens to the backend; returns how many were new."""
+        return (self._tokenizer.add_special_tokens if special else self._tokenizer.add_tokens)(list(tokens))
 
     def __getattr__(self, name: str) -> Any:
         # Reached only for names that are not ordinary attributes; `__dict__` because a copy starts out empty.
@@ -171,8 +175,7 @@ class SpecialTokens:
         tokens = _checked_list(
             "new_tokens", [new_tokens] if isinstance(new_tokens, str | AddedToken) else new_tokens
         )
-        add = self._tokenizer.add_special_tokens if special_tokens else self._tokenizer.add_tokens
-        return add(tokens) if tokens else 0
+        return self._add(tokens, special_tokens) if tokens else 0
 
     def add_special_tokens(
         self, special_tokens_dict: Mapping[str, Any], replace_extra_special_tokens: bool = True

@@ -179,13 +179,21 @@ def _to_json(
     )
 
 
+def _from_json(text: str) -> Any:
+    """What a JSON text says; other texts as they are. A template asks `'from_json' is filter`, as others lack it."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
 def _now(form: str) -> str:
     return datetime.now().strftime(form)
 
 
 def _environment() -> _Sandbox:
     sandbox: Any = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
-    sandbox.filters.update(tojson=_to_json, metered=_metered, sized=_sized)
+    sandbox.filters.update(tojson=_to_json, from_json=_from_json, metered=_metered, sized=_sized)
     for name in ("center", "format", "indent"):
         sandbox.filters[name] = _bounded(name, sandbox.filters[name])
     sandbox.globals.pop("lipsum")

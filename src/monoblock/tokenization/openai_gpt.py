@@ -1,0 +1,157 @@
+"""GPT-1's tokenizer: lower-case BPE whose words end in `</w>`, after one of two ways to cut a text into words.
+
+The paper's way repairs the text with ftfy and cuts it with spaCy; it keeps accents, and line breaks as `\n</w>`.
+The other is BERT's, which removes accents and has no line breaks. Their ids differ.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import logging
+import re
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+from typing import Any, cast
+
+from tokenizers import Encoding, Tokenizer, decoders, normalizers, pre_tokenizers
+
+from monoblock.tokenization.encoding import BatchEncoding
+from monoblock.tokenization.families import Built, TokenizerFamily, bpe
+from monoblock.tokenization.fast import PreTrainedTokenizerFast
+from monoblock.tokenization.inputs import Plan
+
+log = logging.getLogger("monoblock")
+
+# The paper's own clean-up of a text, after ftfy: some signs by plainer ones, spaces around runs of punctuation,
+# and one space or one line break where there are several.
+_PLAINER = str.maketrans(dict.fromkeys("\u2013\u2014\u2015", "-") | {"\u2026": "...", "\u00b4": "'"})
+_RUNS = re.compile(r"(-+|~+|!+|\"+|;+|\?+|\++|,+|\)+|\(+|\\+|/+|\*+|\[+|\]+|}+|{+|\|+|_+)")
+_BREAK = re.compile(r"\s*\n\s*")
+_SPACES = re.compile(r"[^\S\n]+")
+
+
+def standardized(text: str) -> str:
+    """The paper's clean-up of a text."""
+    text = _RUNS.sub(r" \1 ", text.translate(_PLAINER))
+    return _SPACES.sub(" ", _BREAK.sub(" \n ", text)).strip()
+
+
+def _has_packages() -> bool:
+    return all(importlib.util.find_spec(name) is not None for name in ("ftfy", "spacy"))
+
+
+@lru_cache(maxsize=1)
+def _packages() -> tuple[Callable[[str], str], Callable[[str], Any]]:
+    """ftfy's repair of a text, and spaCy's cutting of English into words."""
+    try:
+        ftfy, english = (importlib.import_module(name) for name in ("ftfy", "spacy.lang.en"))
+    except ImportError as error:
+        raise ImportError(
+            f"original=True needs {error.name}, which is not installed: pip install ftfy spacy"
+        ) from error
+    return ftfy.fix_text, english.English().tokenizer
+
+
+@lru_cache(maxsize=2)
+def _say(original: bool) -> None:
+    way = "the paper's way (ftfy and spaCy)" if original else "BERT's way, as ftfy or spaCy is not installed"
+    log.warning(
+        "OpenAIGPTTokenizer cuts words %s; ids differ between the two: original=%s fixes the choice",
+        way,
+        original,
+    )
+
+
+def _build(source: Mapping[str, Any], options: Mapping[str, Any]) -> Built:
+    unk = str(options["unk_token"])
+    model = bpe(source, "OpenAI GPT's tokenizer", unk_token=unk, end_of_word_suffix="</w>")
+    backend = Tokenizer(model)
+    backend.normalizer = normalizers.BertNormalizer(lowercase=True)
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    backend.decoder = decoders.BPEDecoder(suffix="</w>")
+    return Built(backend)
+
+
+OPENAI_GPT = TokenizerFamily(
+    names=("OpenAIGPTTokenizer", "OpenAIGPTTokenizerFast"),
+    model_types=("openai-gpt",),
+    vocab_files=({"vocab_file": "vocab.json", "merges_file": "merges.txt"},),
+    defaults={"unk_token": "<unk>"},
+    build=_build,
+)
+
+
+class OpenAIGPTTokenizer(PreTrainedTokenizerFast):
+    """The tokenizer of GPT-1: lower-case BPE, whose words end in `</w>`.
+
+    Args:
+        original: True cuts words as the paper did, with ftfy and spaCy, which must be installed; False as BERT does;
+            None the paper's way if both are there. Which it is, is logged once. Offsets exist for BERT's way alone.
+    """
+
+    family = OPENAI_GPT
+
+    def __init__(self, **kwargs: Any):
+        super().__init__(**kwargs)
+        asked = self.init_kwargs.get("original")
+        self._original = _has_packages() if asked is None else bool(asked)
+        if self._original:
+            _packages()
+        if asked is None:
+            _say(self._original)
+
+    @property
+    def do_lower_case(self) -> bool:
+        """Always true."""
+        return True
+
+    @property
+    def original(self) -> bool:
+        """Whether words are cut as the paper did."""
+        return self._original
+
+    def _encode(self, text: Any, pair: Any, name: str, options: dict[str, Any]) -> BatchEncoding:
+        if self._original and options["return_offsets_mapping"]:
+            raise ValueError(
+                "return_offsets_mapping=True needs original=False: ftfy changes the text, so there is no telling where "
+                "in it a token stood"
+            )
+        return super()._encode(text, pair, name, options)
+
+    def _run(self, items: list[Any], plan: Plan, options: dict[str, Any]) -> list[Encoding]:
+        if not self._original:
+            return super()._run(items, plan, options)
+        split = options["split_special_tokens"]
+        known = () if (self.split_special_tokens if split is None else split) else self.added_tokens_encoder
+        words = [self._item(item, options["is_split_into_words"], tuple(known)) for item in items]
+        with self._lock:  # the words are cut already: the backend is to leave them as they are
+            backend: Any = self._tokenizer
+            kept = backend.normalizer, backend.pre_tokenizer
+            backend.normalizer, backend.pre_tokenizer = None, None
+            try:
+                return super()._run(words, plan, {**options, "is_split_into_words": True})
+            finally:
+                backend.normalizer, backend.pre_tokenizer = kept
+
+    def _item(self, item: Any, split: bool, known: tuple[str, ...]) -> Any:
+        """The words of a text, or a pair of lists of words."""
+        if isinstance(item, tuple):
+            return tuple(self._words(text, split, known) for text in cast(tuple[Any, Any], item))
+        return self._words(item, split, known)
+
+    def _words(self, text: Any, split: bool, known: tuple[str, ...]) -> list[str]:
+        pieces: list[str] = list(text) if split else [text]
+        if known:
+            pattern = "|".join(re.escape(token) for token in sorted(known, key=len, reverse=True))
+            pieces = [part for piece in pieces for part in re.split(f"({pattern})", piece)]
+        repair, cut = _packages()
+        words: list[str] = []
+        for piece in pieces:
+            if piece in known:
+                words.append(piece)
+            elif piece:
+                # spaCy's word for a line break has the space after it.
+                found = (str(word.text).lower() for word in cut(standardized(repair(piece))))
+                words += ["\n" if word.strip(" ") == "\n" else word for word in found]
+        return words

@@ -1,0 +1,162 @@
+"""SentencePiece's `tokenizer.model`, read: the few fields of its protocol buffer that an encoder needs.
+
+The format: a message is a row of fields, each a number and a wire type in one variable-length integer, then the
+value; numbers and types are those of sentencepiece_model.proto.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from monoblock.errors import CheckpointError
+
+# The types of pieces.
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
+MODEL_TYPES = {1: "unigram", 2: "bpe", 3: "word", 4: "char"}
+
+
+class _Broken(Exception):
+    """The bytes are no message."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SentencePieceModel:
+    """What a `tokenizer.model` says.
+
+    Attributes:
+        pieces, scores, types: one of each per id; a type is one of `NORMAL`, `UNKNOWN`, ....
+        kind: "unigram", "bpe", "word" or "char".
+        charsmap: the compiled table of the normaliser's replacements; empty for none.
+        dummy_prefix: whether a space is put before each text.
+        strip: whether spaces at the ends are removed, and runs of them made one.
+        escape: whether spaces are written as "▁".
+        suffix: whether spaces belong to the word before them.
+        denormalizes: whether decoded text is changed by a table of its own.
+    """
+
+    pieces: list[str]
+    scores: list[float]
+    types: list[int]
+    kind: str
+    unk_id: int
+    charsmap: bytes
+    dummy_prefix: bool
+    strip: bool
+    escape: bool
+    suffix: bool
+    denormalizes: bool
+
+    def of_type(self, *kinds: int) -> list[int]:
+        """The ids of the pieces of some types."""
+        return [index for index, kind in enumerate(self.types) if kind in kinds]
+
+
+def read_model(path: str | Path) -> SentencePieceModel:
+    """Read a `tokenizer.model`.
+
+    Raises:
+        CheckpointError: the file is empty, cut off, or no SentencePiece model.
+    """
+    data = Path(path).read_bytes()
+    try:
+        model = _model(data)
+    except (_Broken, UnicodeDecodeError, struct.error) as error:
+        raise CheckpointError(
+            f"{path} is not a SentencePiece model, or is damaged ({error}): fetch it again"
+        ) from error
+    if not model.pieces:
+        raise CheckpointError(f"{path} holds no vocabulary: it is empty or no SentencePiece model")
+    return model
+
+
+def _model(data: bytes) -> SentencePieceModel:
+    pieces: list[str] = []
+    scores: list[float] = []
+    types: list[int] = []
+    specs: dict[int, bytes] = {}
+    for number, value in _fields(data):
+        if number != 1 or not isinstance(value, bytes):
+            specs |= {number: value} if isinstance(value, bytes) else {}
+            continue
+        piece, score, kind = _piece(value)
+        pieces.append(piece)
+        scores.append(score)
+        types.append(kind)
+    trainer = dict(_fields(specs.get(2, b"")))
+    normalizer = dict(_fields(specs.get(3, b"")))
+    denormalizer = dict(_fields(specs.get(5, b"")))
+    charsmap = normalizer.get(2, b"")
+    unk_id = trainer.get(40, 0)
+    return SentencePieceModel(
+        pieces=pieces,
+        scores=scores,
+        types=types,
+        kind=MODEL_TYPES.get(_number(trainer.get(3, 1)), "unknown"),
+        unk_id=_number(unk_id),
+        charsmap=charsmap if isinstance(charsmap, bytes) else b"",
+        dummy_prefix=bool(normalizer.get(3, 1)),
+        strip=bool(normalizer.get(4, 1)),
+        escape=bool(normalizer.get(5, 1)),
+        suffix=bool(trainer.get(24, 0)),
+        denormalizes=bool(denormalizer.get(2)),
+    )
+
+
+def _number(value: int | bytes) -> int:
+    if isinstance(value, bytes):
+        raise _Broken("a number is stored as text")
+    return value
+
+
+def _piece(data: bytes) -> tuple[str, float, int]:
+    """A vocabulary entry: its text, its score and its type."""
+    # Nearly all are: field 1 (text), field 2 (32 bits), and field 3 (one byte) unless it is a normal piece.
+    if len(data) > 1 and data[0] == 0x0A and data[1] < 0x80:
+        end = 2 + data[1]
+        rest = data[end:]
+        if len(rest) in (5, 7) and rest[0] == 0x15 and (len(rest) == 5 or rest[5] == 0x18):
+            kind = NORMAL if len(rest) == 5 else rest[6]
+            return data[2:end].decode("utf-8"), struct.unpack_from("<f", rest, 1)[0], kind
+    fields = dict(_fields(data))
+    text, score = fields.get(1, b""), fields.get(2, b"\0\0\0\0")
+    if not isinstance(text, bytes) or not isinstance(score, bytes):
+        raise _Broken("a vocabulary entry has fields of the wrong type")
+    return text.decode("utf-8"), struct.unpack("<f", score)[0], _number(fields.get(3, NORMAL))
+
+
+def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
+    """The fields of a message: (number, value); integers as such, everything else as its bytes."""
+    at = 0
+    while at < len(data):
+        tag, at = _varint(data, at)
+        number, wire = tag >> 3, tag & 7
+        if wire == 0:
+            value, at = _varint(data, at)
+            yield number, value
+            continue
+        if wire == 2:
+            size, at = _varint(data, at)
+        elif wire in (1, 5):
+            size = 8 if wire == 1 else 4
+        else:
+            raise _Broken(f"there is no field of wire type {wire}")
+        if at + size > len(data):
+            raise _Broken(f"it ends {at + size - len(data)} bytes too early")
+        yield number, data[at : at + size]
+        at += size
+
+
+def _varint(data: bytes, at: int) -> tuple[int, int]:
+    value = shift = 0
+    while at < len(data) and shift < 70:
+        byte = data[at]
+        at += 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            # Negative numbers are written in 64 bits.
+            return value - (1 << 64) if value >> 63 else value, at
+        shift += 7
+    raise _Broken("a number has no end")

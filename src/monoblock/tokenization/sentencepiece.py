@@ -1,0 +1,225 @@
+"""SentencePiece vocabularies as `tokenizers` backends: BPE, Unigram and word models, with byte fallback.
+
+SentencePiece puts one space before the whole text and writes spaces as "▁"; texts that begin with a space then
+begin with two. The backend's own component for this leaves such texts with one, so a normaliser doubles it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, cast
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
+from tokenizers.models import BPE, Unigram, WordLevel
+
+from monoblock.errors import UnsupportedConfig
+from monoblock.tokenization.protobuf import BYTE, CONTROL, UNKNOWN, UNUSED, USER_DEFINED, SentencePieceModel
+
+SPACE = "▁"
+# A space at the very start of a text gets the prefix too. Special tokens are found after this (`normalized=True`),
+# so that the space after one of them is not taken for the start of the text.
+FIRST_SPACE = rf"\A[ {SPACE}]"
+
+
+def from_model(model: SentencePieceModel, options: Mapping[str, Any], path: str) -> Tokenizer:
+    """The backend of a `tokenizer.model`.
+
+    Options: `add_prefix_space` (default: as the model says); `legacy=True` puts the prefix after each special token
+    too, as early versions of the hub's LlamaTokenizer did.
+    """
+    _check(model, path)
+    if model.kind == "bpe":
+        backend = Tokenizer(_bpe(model))
+    elif model.kind == "unigram":
+        backend = Tokenizer(_unigram(model))
+    else:
+        vocab = {piece: index for index, piece in enumerate(model.pieces)}
+        backend = Tokenizer(WordLevel(vocab, unk_token=model.pieces[model.unk_id]))
+    prefix = options.get("add_prefix_space")
+    prefix = model.dummy_prefix if prefix is None else bool(prefix)
+    doubled = set_up_spaces(
+        backend, prefix, legacy=bool(options.get("legacy")), before=_clean(model), splits=_splits(model)
+    )
+    names = [model.pieces[index] for index in model.of_type(UNKNOWN, CONTROL)]
+    added = [AddedToken(name, special=True, normalized=doubled) for name in names]
+    cast(Any, backend).add_special_tokens(added)
+    return backend
+
+
+def from_vocab(
+    vocab: Any, merges: Iterable[tuple[str, str]] | None, unk: str, options: Mapping[str, Any]
+) -> Tokenizer:
+    """The backend of a vocabulary in memory: token -> id with merges, or (piece, score) pairs for Unigram."""
+    if isinstance(vocab, Mapping):
+        ids = dict(cast(Mapping[str, int], vocab))
+        pairs = list(merges or ())
+        backend = Tokenizer(BPE(ids, pairs, unk_token=unk, fuse_unk=True, byte_fallback="<0x00>" in ids))
+    else:
+        scored = [(str(piece), float(score)) for piece, score in vocab]
+        pieces = [piece for piece, _ in scored]
+        unk_id = pieces.index(unk) if unk in pieces else None
+        backend = Tokenizer(Unigram(scored, unk_id, "<0x00>" in pieces))
+    prefix = options.get("add_prefix_space")
+    set_up_spaces(backend, True if prefix is None else bool(prefix), legacy=bool(options.get("legacy")))
+    return backend
+
+
+def set_up_spaces(
+    backend: Tokenizer,
+    prefix: bool,
+    *,
+    legacy: bool = False,
+    before: Iterable[Any] = (),
+    splits: Iterable[Any] = (),
+) -> bool:
+    """Give a backend the components that turn spaces into "▁" and back; whether it has `FIRST_SPACE`.
+
+    `before` are normalisers that run first, `splits` pre-tokenizers that run last.
+    """
+    normal: list[Any] = list(before)
+    # "first" looks for the text's first character, which the normalisers of `before` may have removed.
+    doubled = prefix and not legacy and not normal
+    if doubled:
+        normal.append(normalizers.Replace(Regex(FIRST_SPACE), SPACE * 2))
+    elif prefix:
+        normal.append(normalizers.Prepend(SPACE))
+    if not doubled:
+        normal.append(normalizers.Replace(" ", SPACE))
+    backend.normalizer = _sequence(normal, normalizers.Sequence)
+    spaces = [pre_tokenizers.Metaspace(SPACE, "first", split=False)] if doubled else []
+    backend.pre_tokenizer = _sequence([*spaces, *splits], pre_tokenizers.Sequence)
+    parts: list[Any] = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    backend.decoder = decoders.Sequence([*parts, *([decoders.Strip(" ", 1, 0)] if prefix else [])])
+    return doubled
+
+
+def doubles_first_space(backend: Tokenizer) -> bool:
+    """Whether a backend, of this module or read from a file, has `FIRST_SPACE` alone."""
+    return FIRST_SPACE in repr(backend.normalizer) if backend.normalizer is not None else False
+
+
+def _sequence(parts: list[Any], many: Callable[[list[Any]], Any]) -> Any:
+    return many(parts) if len(parts) > 1 else parts[0] if parts else None
+
+
+def _check(model: SentencePieceModel, path: str) -> None:
+    """Refuse what would be encoded otherwise than SentencePiece does."""
+    what = None
+    if model.kind not in ("bpe", "unigram", "word"):
+        what = f"its model type is {model.kind!r}"
+    elif model.suffix:
+        what = "it writes spaces after words (treat_whitespace_as_suffix)"
+    elif not model.escape:
+        what = "it does not write spaces as '▁' (escape_whitespaces=False)"
+    elif model.denormalizes:
+        what = "it changes decoded text (denormalizer_spec)"
+    elif UNUSED in model.types:
+        what = f"it has unused pieces, {model.pieces[model.types.index(UNUSED)]!r} for one"
+    if what is not None:
+        raise UnsupportedConfig(
+            f"{path}: {what}, which is not supported: give a tokenizer.json made from it instead"
+        )
+
+
+def _clean(model: SentencePieceModel) -> list[Any]:
+    """The normalisers of the model: its table of replacements, and the removal of superfluous spaces."""
+    parts: list[Any] = [normalizers.Precompiled(model.charsmap)] if model.charsmap else []
+    if model.strip:
+        parts += [
+            normalizers.Replace(Regex(" {2,}"), " "),
+            normalizers.Replace(Regex(r"\A | \z"), ""),
+        ]
+    return parts
+
+
+def _splits(model: SentencePieceModel) -> list[Any]:
+    """Where the text is cut: around user-defined pieces, known words, and inside what only looks like a piece."""
+    parts: list[Any] = []
+    if user := model.of_type(USER_DEFINED):
+        longest = sorted((model.pieces[index] for index in user), key=len, reverse=True)
+        parts.append(pre_tokenizers.Split(Regex("|".join(map(_escape, longest))), "isolated"))
+    if model.kind == "unigram" or parts:
+        # Either would take "</s>" and "<0x0A>" in a text for the pieces of those names: they are cut where they would
+        # be anyway. BPE does so only where one stands alone, after a user-defined piece.
+        start, end = ("", "") if model.kind == "unigram" else (r"\A", r"\z")
+        cuts = [f"{start}{_escape(a)}(?={_escape(b)}{end})" for a, b in _look_alikes(model)]
+        parts.append(pre_tokenizers.Split(Regex("|".join(cuts)), "merged_with_previous"))
+    elif model.kind == "word":
+        # SentencePiece makes one unknown token of unknown words in a row: cut only around the known ones.
+        words = _trie_pattern([piece for piece in model.pieces if piece.startswith(SPACE)])
+        parts.append(pre_tokenizers.Split(Regex(f"{words}(?={SPACE}|\\z)"), "isolated"))
+    return parts
+
+
+def _look_alikes(model: SentencePieceModel) -> list[tuple[str, str]]:
+    """The names of the pieces that no text gives, each cut after the first token of its text."""
+    hidden = [model.pieces[index] for index in model.of_type(UNKNOWN, CONTROL, BYTE)]
+    backend = Tokenizer(_bpe(model, whole=False) if model.kind == "bpe" else _unigram(model, hide=True))
+    first = [encoding.offsets[0][1] for encoding in backend.encode_batch(hidden)]
+    return [(name[:cut], name[cut:]) for name, cut in zip(hidden, first, strict=True) if cut < len(name)]
+
+
+def _escape(text: str) -> str:
+    return re.sub(r"([^\w\s])", r"\\\1", text)
+
+
+def _trie_pattern(words: Iterable[str]) -> str:
+    """A regular expression for any of the words that reads each character once."""
+    trie: dict[str, Any] = {}
+    for word in words:
+        node = trie
+        for character in word:
+            node = node.setdefault(character, {})
+        node[""] = {}
+
+    def pattern(node: dict[str, Any]) -> str:
+        branches = [_escape(character) + pattern(child) for character, child in node.items() if character]
+        if not branches:
+            return ""
+        return f"(?:{'|'.join(branches)}){'?' if '' in node else ''}"
+
+    return pattern(trie)
+
+
+def _bpe(model: SentencePieceModel, whole: bool = True) -> BPE:
+    vocab = {piece: index for index, piece in enumerate(model.pieces)}
+    # What SentencePiece merges: any two neighbours that are a piece together, the best piece first.
+    hidden = {model.pieces[index] for index in model.of_type(UNKNOWN, CONTROL, BYTE)}
+    scores = {
+        piece: score for piece, score in zip(model.pieces, model.scores, strict=True) if piece not in hidden
+    }
+    return BPE(
+        vocab,
+        ranked_merges(scores, lambda piece: -scores[piece]),
+        unk_token=model.pieces[model.unk_id],
+        fuse_unk=True,
+        byte_fallback=BYTE in model.types,
+        ignore_merges=whole
+        and USER_DEFINED in model.types,  # those are cut out of the text, and have no merges
+    )
+
+
+def ranked_merges(pieces: Iterable[Any], rank: Callable[[Any], float]) -> list[tuple[Any, Any]]:
+    """Every way to make a piece of two others, in the order in which they are merged.
+
+    Where pieces have the same rank, as Llama's runs of spaces have, the leftmost pair is merged first: the longest
+    piece, that is, since it is the one on the left that has grown.
+    """
+    known = set(pieces)
+    found: list[tuple[float, int, int, Any, Any]] = []
+    for piece in known:
+        key = (rank(piece), -len(piece))
+        for cut in range(1, len(piece)):
+            left, right = piece[:cut], piece[cut:]
+            if left in known and right in known:
+                found.append((*key, -cut, left, right))
+    found.sort()
+    return [(left, right) for *_, left, right in found]
+
+
+def _unigram(model: SentencePieceModel, hide: bool = False) -> Unigram:
+    hidden = model.of_type(UNKNOWN, CONTROL, BYTE) if hide else []
+    scores = {**dict(enumerate(model.scores)), **dict.fromkeys(hidden, -1e6)}
+    scored = [(piece, scores[index]) for index, piece in enumerate(model.pieces)]
+    return Unigram(scored, model.unk_id, BYTE in model.types)
