@@ -533,6 +533,38 @@ def test_a_final_eos_that_is_also_the_padding_is_classified() -> None:
 
 
 @torch.no_grad()
+def test_embeddings_are_classified_where_the_mask_ends() -> None:
+    """transformers takes the last place, be it padding."""
+    _, ours = pair("MptForSequenceClassification")
+    ids, mask = batch("right")
+    embeds = ours.get_input_embeddings()(ids)
+    a, b = ours(inputs_embeds=embeds, attention_mask=mask), ours(ids, attention_mask=mask)
+    assert_close("classified from embeddings", a.logits, b.logits, 1e-6)
+    assert_close("last place", ours(inputs_embeds=embeds[:1]).logits, ours(ids[:1]).logits, 1e-6)
+
+
+@pytest.mark.parametrize("name", [name for name in CLASSES if KIND[name]])
+def test_int32_labels(name: str) -> None:
+    """transformers' losses refuse some of them."""
+    _, ours = pair(name)
+    ids = torch.arange(10, 22).reshape(2, 6)
+    narrow = {key: value.int() for key, value in LABELLED[KIND[name]].items()}
+    assert torch.equal(ours(ids, **narrow).loss, ours(ids, **LABELLED[KIND[name]]).loss)
+
+
+def test_the_problem_type_is_inferred_for_each_call() -> None:
+    """transformers writes it into the config at the first call."""
+    _, ours = pair("MptForSequenceClassification")
+    ids = torch.arange(10, 22).reshape(2, 6)
+    hot = torch.tensor([[1.0, 0, 0, 1], [0, 1, 0, 0]])
+    first = ours(ids, labels=hot).loss
+    ours(ids, labels=torch.tensor([1, 2]))
+    assert torch.equal(ours(ids, labels=hot).loss, first)
+    scores = ours(ids).logits.detach().double().numpy()
+    assert_close("multi-hot", first, oracle.sequence_loss(scores, hot, "multi_label_classification"), 1e-6)
+
+
+@torch.no_grad()
 def test_longer_than_max_seq_len() -> None:
     """transformers' ALiBi table ends at max_seq_len; one with a longer table is what ours must equal."""
     _, ours = pair("MptForCausalLM", 3)
