@@ -27,8 +27,9 @@ class LogitComparison:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """`tensors` were compared, `equal` of them bit by bit the same; the others differ by `difference` at most, by
-    rounding alone. `logits` is None where the models were not run, and `why` says so."""
+    """`tensors` were compared, `equal` of them hold the same numbers (where the type is the same: bit by bit); the
+    others differ by `difference` at most, by rounding alone. `logits` is None where the models were not run, and
+    `why` says so."""
 
     tensors: int
     equal: int
@@ -38,7 +39,7 @@ class Comparison:
 
 
 def compare(source: Checkpoint, expected: Checkpoint, written: Checkpoint) -> Comparison:
-    """Compare what was `written` with what was `expected`, and its logits with the `source`'s.
+    """Compare what was `written` with what was `expected` (before it was rounded), and its logits with the `source`'s.
 
     CheckpointError if a tensor differs by more than rounding to its type explains, if the specs differ, or if the
     models disagree though all tensors are the same.
@@ -48,8 +49,8 @@ def compare(source: Checkpoint, expected: Checkpoint, written: Checkpoint) -> Co
     equal, difference, names = 0, 0.0, expected.weights.shapes()
     for name in names:
         moved = _distance(name, expected.weights.read(name), written.weights.read(name))
-        equal += moved is None
-        difference = max(difference, moved or 0.0)
+        equal += moved == 0
+        difference = max(difference, moved)
     logits, why = None, "PyTorch is not installed"
     if importlib.util.find_spec("torch"):
         run = importlib.import_module("monoblock.backends.pytorch.compare")
@@ -62,12 +63,12 @@ def compare(source: Checkpoint, expected: Checkpoint, written: Checkpoint) -> Co
     return Comparison(tensors=len(names), equal=equal, difference=difference, logits=logits, why=why)
 
 
-def _distance(name: str, expected: Array, found: Array) -> float | None:
-    """None if the bits are the same, else the largest absolute difference."""
+def _distance(name: str, expected: Array, found: Array) -> float:
+    """The largest absolute difference; CheckpointError if rounding does not explain it."""
     kind = casts.dtype_of(found)
     if casts.dtype_of(expected) == kind and expected.shape == found.shape:
         if np.array_equal(_bits(expected), _bits(found)):
-            return None
+            return 0.0
         raise CheckpointError(f"the check failed: {name} was not written as it was read; is the disk sound?")
     if expected.shape != found.shape:
         raise CheckpointError(f"the check failed: {name} is {found.shape}, expected {expected.shape}")

@@ -68,14 +68,15 @@ def convert(
         place = stack.enter_context(unpacked(given, target)) if isinstance(given, Path) else given
         found = _format(place, options)
         original = found.read(place, options.hub)
-        expected = _changed(original, options)
+        exact = original if options.kv_heads is None else _pooled(original, options.kv_heads)
+        expected = exact if options.dtype is None else _cast(exact, options.dtype)
         _check_target_format(expected, to)
         folder = stack.enter_context(new_folder(target, replace=options.force))
         watched = _Watched(expected.weights, to.passes, progress or _silent)
         assert to.write is not None
         to.write(folder, replace(expected, weights=watched), options)
         watched.finish()
-        comparison = _checked(original, expected, folder, to, progress or _silent) if options.check else None
+        comparison = _checked(original, exact, folder, to, progress or _silent) if options.check else None
         files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     dtypes = {expected.weights.dtype(name) for name in expected.weights.shapes()}
     return Result(
@@ -156,16 +157,13 @@ def _check_target_format(checkpoint: Checkpoint, to: Format) -> None:
         )
 
 
-def _changed(checkpoint: Checkpoint, options: Options) -> Checkpoint:
-    """The checkpoint with pooled heads, then in another type."""
-    config, weights = checkpoint.config, checkpoint.weights
-    if options.kv_heads is not None:
-        spec = config.to_spec()
-        config = _with_kv_heads(config, options.kv_heads)
-        weights = Pooled(weights, spec, options.kv_heads)
-    if options.dtype is not None:
-        weights = Cast(weights, casts.hub_dtype(options.dtype))
-    return replace(checkpoint, config=config, weights=weights)
+def _cast(checkpoint: Checkpoint, dtype: str) -> Checkpoint:
+    return replace(checkpoint, weights=Cast(checkpoint.weights, casts.hub_dtype(dtype)))
+
+
+def _pooled(checkpoint: Checkpoint, heads: int) -> Checkpoint:
+    weights = Pooled(checkpoint.weights, checkpoint.config.to_spec(), heads)
+    return replace(checkpoint, config=_with_kv_heads(checkpoint.config, heads), weights=weights)
 
 
 def _mistral_kv_heads(config: Any, heads: int) -> None:

@@ -135,26 +135,26 @@ def read_hub(name: Path | str, options: HubOptions) -> Checkpoint:
 
 
 def class_of(config: PretrainedConfig, keys: Iterable[str]) -> ModelClass:
-    """The class that a config's `architectures` name; without one, the first that needs just these tensors."""
+    """The class that a config's `architectures` name; without one, of those that need just these tensors the one that
+    would write most of these names."""
     family = families.family(config.model_type)
     wanted = {name.lower() for name in config.architectures or ()}  # MPT's makers write MPTForCausalLM
     if named := [row for row in family.classes if row.name.lower() in wanted]:
         return named[0]
-    keys = list(keys)
-    # Bare models last: their tensors are in every other class's files too.
-    rows = sorted(family.classes, key=lambda row: row.head is None)
-    return next((row for row in rows if _fits(family, config, row, keys)), causal_or_first(family))
+    keys = frozenset(keys)
+    # Where several are as good, or none fits, the one whose errors say most.
+    rows = sorted(family.classes, key=lambda row: row.head not in ("causal", "masked"))
+    return max(rows, key=lambda row: _fit(family, config, row, keys))
 
 
-def causal_or_first(family: Family) -> ModelClass:
-    """The class to speak of when none fits."""
-    return next((row for row in family.classes if row.head in ("causal", "masked")), family.classes[0])
-
-
-def _fits(family: Family, config: PretrainedConfig, row: ModelClass, keys: list[str]) -> bool:
+def _fit(family: Family, config: PretrainedConfig, row: ModelClass, keys: frozenset[str]) -> int:
+    """How many of the names a class would write itself; -1 if it needs other tensors."""
     spec, head = config.to_spec(), config.to_head(row.head) if row.head else None
-    plan = family.keymap(config, row.head).plan(tree.parameters(spec, head), keys, tree.tied(spec, head))
-    return not (plan.missing or plan.unread or plan.unknown)
+    keymap, parameters = family.keymap(config, row.head), tree.parameters(spec, head)
+    plan = keymap.plan(parameters, keys, tree.tied(spec, head))
+    if plan.missing or plan.unread or plan.unknown:
+        return -1
+    return sum(name in keys for canonical in parameters for name in keymap.source(canonical).names)
 
 
 def companions(name: Path | str, options: HubOptions | None = None) -> dict[str, Path]:

@@ -157,7 +157,7 @@ def _show(result: Result, target: str) -> None:
 
 def _check_lines(found: Comparison) -> list[tuple[str, str]]:
     others = found.tensors - found.equal
-    text = f"{found.equal} of {found.tensors} are the same bit by bit"
+    text = f"{found.equal} of {found.tensors} hold the same numbers"
     if others:
         text += f"; the others differ by {found.difference:.3g} at most, which is rounding"
     lines = [("tensors", text)]

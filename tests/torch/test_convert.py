@@ -1,0 +1,458 @@
+"""Conversion between the hub's own folders: types, shards, spellings, pooled heads; what is refused; what is left."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import checkpoints_made as made
+import numpy as np
+import pytest
+import torch
+from helpers import model, randomised
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+import monoblock
+from monoblock.checkpoint import casts
+from monoblock.checkpoint.convert import FORMATS, Options, convert
+from monoblock.checkpoint.keymap import Interleaved, Parts, PerHead, Same, Split, Transposed
+from monoblock.checkpoint.views import numpy_dtype
+
+IDS = torch.randint(0, 61, (2, 21), generator=torch.Generator().manual_seed(1))
+
+
+def mistral(**fields: Any) -> Any:
+    sizes = {
+        "vocab_size": 61,
+        "hidden_size": 24,
+        "intermediate_size": 40,
+        "num_hidden_layers": 2,
+        "head_dim": 6,
+    }
+    config = monoblock.MistralConfig(
+        **{**sizes, "num_attention_heads": 4, "num_key_value_heads": 4, **fields}
+    )
+    return randomised(monoblock.MistralForCausalLM(config)).eval()
+
+
+def saved(made_model: Any, folder: Path) -> Path:
+    made_model.save_pretrained(folder)
+    return folder
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def left_behind(folder: Path) -> list[str]:
+    return [name for name in names(folder) if name.startswith(".")]
+
+
+# ------------------------------------------------------------------ types
+
+
+def test_bfloat16_of_every_pattern_is_torchs() -> None:
+    bits = np.arange(2**16, dtype="<u2")
+    array = bits.view(numpy_dtype("BF16"))
+    theirs = torch.from_numpy(bits.view("<i2")).view(torch.bfloat16).float().numpy()
+    np.testing.assert_array_equal(casts.widened(array), theirs)
+
+
+@given(st.lists(st.floats(width=32), min_size=1, max_size=50))
+def test_rounding_to_bfloat16_is_torchs(numbers: list[float]) -> None:
+    array = np.array(numbers, np.float32)
+    theirs = torch.from_numpy(array).bfloat16().float().numpy()
+    if np.isinf(theirs).sum() != np.isinf(array).sum():
+        with pytest.raises(monoblock.CheckpointError, match="cannot hold"):
+            casts.cast(array, "BF16", "x")
+    else:
+        np.testing.assert_array_equal(casts.widened(casts.cast(array, "BF16", "x")), theirs)
+
+
+def test_rounding_to_bfloat16_is_to_even() -> None:
+    bits = np.array([0x3F808000, 0x3F818000, 0x3F808001, 0x3F807FFF], "<u4")
+    found = casts.cast(bits.view("<f4"), "BF16", "x").view("<u2")
+    assert [hex(n) for n in found] == ["0x3f80", "0x3f82", "0x3f81", "0x3f80"]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("stored", [torch.float32, torch.float16, torch.bfloat16])
+def test_dtype(tmp_path: Path, dtype: str, stored: torch.dtype) -> None:
+    source = saved(mistral().to(stored), tmp_path / "a")
+    result = convert(source, tmp_path / "b", Options(dtype=dtype, check=True))
+    a, b = (load_file(tmp_path / x / "model.safetensors") for x in "ab")
+    assert all(torch.equal(b[name], a[name].to(getattr(torch, dtype))) for name in a)
+    assert monoblock.AutoConfig.from_pretrained(tmp_path / "b").dtype == result.dtype == dtype
+    assert result.comparison is not None
+    exact = all(torch.equal(b[name].double(), a[name].double()) for name in a)
+    assert (
+        (result.comparison.difference == 0) == (result.comparison.equal == result.comparison.tensors) == exact
+    )
+
+
+def test_dtype_that_cannot_hold_the_numbers(tmp_path: Path) -> None:
+    big = mistral()
+    with torch.no_grad():
+        big.backbone.embed.weight[3, 4] = 7e4
+    source = saved(big, tmp_path / "a")
+    with pytest.raises(
+        monoblock.CheckpointError, match=r"embed\.weight holds numbers up to 7e\+04, which float16"
+    ):
+        convert(source, tmp_path / "b", Options(dtype="float16"))
+    assert names(tmp_path) == ["a"]
+
+
+# ------------------------------------------------------------------ files and spellings
+
+
+def test_bin_becomes_safetensors_with_its_files(tmp_path: Path) -> None:
+    source = saved(model(), tmp_path / "a")
+    state = load_file(source / "model.safetensors")
+    state["lm_head.weight"] = state["transformer.wte.weight"]  # .bin files hold tied weights twice
+    torch.save(state, source / "pytorch_model.bin")
+    (source / "model.safetensors").unlink()
+    for name in (
+        "tokenizer.json",
+        "chat_template.jinja",
+        "tokenizer_config.json",
+        "additional_chat_templates/rag.jinja",
+    ):
+        (source / name).parent.mkdir(exist_ok=True)
+        (source / name).write_text(name)
+    (source / "generation_config.json").write_text('{"eos_token_id": [0, 7]}')
+    (source / "notes.txt").write_text("not part of the model")
+    result = convert(source, tmp_path / "b")
+    assert result.files == (
+        "additional_chat_templates/rag.jinja",
+        "chat_template.jinja",
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    )
+    assert (tmp_path / "b" / "generation_config.json").read_text() == '{"eos_token_id": [0, 7]}'
+    del state["lm_head.weight"]
+    found = load_file(tmp_path / "b" / "model.safetensors")
+    assert found.keys() == state.keys() and all(torch.equal(found[name], state[name]) for name in state)
+
+
+def test_shards(tmp_path: Path) -> None:
+    source = saved(mistral(), tmp_path / "a")
+    result = convert(source, tmp_path / "b", Options(max_shard_size="20kB", check=True))
+    assert "model.safetensors.index.json" in result.files and len(result.files) > 4
+    one = monoblock.MistralForCausalLM.from_pretrained(source).state_dict()
+    two = monoblock.MistralForCausalLM.from_pretrained(tmp_path / "b").state_dict()
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_old_spellings_become_todays(tmp_path: Path) -> None:
+    config = monoblock.GPTNeoConfig(
+        vocab_size=61, hidden_size=24, num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]]
+    )
+    source = saved(randomised(monoblock.GPTNeoForCausalLM(config)), tmp_path / "a")
+    state = load_file(source / "model.safetensors")
+    buffers = {"transformer.h.0.attn.attention.bias": torch.ones(1, 1, 8, 8, dtype=torch.bool)}
+    save_file(state | buffers, source / "model.safetensors", {"format": "pt"})
+    convert(source, tmp_path / "b")
+    assert load_file(tmp_path / "b" / "model.safetensors").keys() == state.keys()
+
+
+def test_a_head_without_a_place_is_named(tmp_path: Path) -> None:
+    source = saved(mistral(), tmp_path / "a")
+    content = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(content | {"architectures": ["MistralModel"]}))
+    result = convert(source, tmp_path / "b")
+    assert result.architecture == "MistralModel" and result.left_out == ("lm_head.weight",)
+
+
+@pytest.mark.parametrize("name", ["MptForTokenClassification", "MptForSequenceClassification", "MptModel"])
+def test_the_class_is_found_by_the_tensors(tmp_path: Path, name: str) -> None:
+    source = saved(model(name), tmp_path / "a")
+    content = json.loads((source / "config.json").read_text())
+    del content["architectures"]
+    (source / "config.json").write_text(json.dumps(content))
+    assert convert(source, tmp_path / "b").architecture == name
+
+
+# ------------------------------------------------------------------ pooled heads
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2])
+def test_pooled_heads_are_means(tmp_path: Path, kv_heads: int) -> None:
+    source = saved(mistral(), tmp_path / "a")
+    result = convert(source, tmp_path / "b", Options(kv_heads=kv_heads, check=True))
+    a, b = (load_file(tmp_path / x / "model.safetensors") for x in "ab")
+    group = 4 // kv_heads
+    for name in a:
+        if "k_proj" in name or "v_proj" in name:
+            for head in range(kv_heads):
+                members = [a[name][6 * (head * group + i) :][:6] for i in range(group)]
+                # Sums of four numbers: the order of summation matters in the last bit.
+                torch.testing.assert_close(
+                    b[name][6 * head :][:6], sum(members) / group, atol=1e-7, rtol=1e-6
+                )
+        else:
+            assert torch.equal(a[name], b[name])
+    assert monoblock.AutoConfig.from_pretrained(tmp_path / "b").num_key_value_heads == kv_heads
+    assert result.comparison is not None and result.comparison.logits is not None
+    assert result.comparison.logits.difference > 0  # another model
+
+
+def test_pooling_equal_heads_changes_nothing(tmp_path: Path) -> None:
+    """MPT with biases, whose heads of a group are the same: pooled, it must compute what it did."""
+    twin = model(no_bias=False, n_heads=6)
+    with torch.no_grad():
+        for block in twin.backbone.blocks:
+            for parameter in block.attn.qkv.parameters():
+                heads = parameter[36:].unflatten(0, (6, 2, 6))  # k and v: groups of two heads of six channels
+                heads[:, 1] = heads[:, 0]
+    source = saved(twin, tmp_path / "a")
+    result = convert(source, tmp_path / "b", Options(kv_heads=3, check=True))
+    config = monoblock.AutoConfig.from_pretrained(tmp_path / "b")
+    assert (config.attn_config.attn_type, config.attn_config.kv_n_heads) == ("grouped_query_attention", 3)
+    assert result.comparison is not None and result.comparison.logits is not None
+    assert result.comparison.logits.difference < 1e-4  # fp32, another order of summation; logits reach 30
+    assert result.comparison.logits.agreement == 1
+
+
+@pytest.mark.parametrize(
+    ("made_model", "kv_heads", "words"),
+    [
+        (lambda: mistral(), 3, "does not divide"),
+        (lambda: mistral(num_key_value_heads=2), 4, "does not divide"),
+        (lambda: model(attn={"qk_ln": True}), 3, "qk_ln"),
+        (lambda: monoblock.MPNetModel(monoblock.MPNetConfig(vocab_size=61, hidden_size=24, num_hidden_layers=1,
+            num_attention_heads=4, intermediate_size=30)), 2, "mpnet"),
+    ],
+)  # fmt: skip
+def test_pooling_refused(tmp_path: Path, made_model: Any, kv_heads: int, words: str) -> None:
+    source = saved(made_model(), tmp_path / "a")
+    with pytest.raises(ValueError, match=words):
+        convert(source, tmp_path / "b", Options(kv_heads=kv_heads))
+    assert names(tmp_path) == ["a"]
+
+
+# ------------------------------------------------------------------ whole or not at all
+
+
+def test_interrupted_leaves_nothing(tmp_path: Path) -> None:
+    source = saved(mistral(), tmp_path / "a")
+
+    def stop(done: int, of: int, what: str) -> None:
+        if done > of // 2:
+            raise KeyboardInterrupt(what)
+
+    with pytest.raises(KeyboardInterrupt):
+        convert(source, tmp_path / "b", Options(), stop)
+    assert names(tmp_path) == ["a"]
+
+
+def test_failed_check_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from monoblock.checkpoint import convert as module
+
+    source = saved(mistral(), tmp_path / "a")
+    write = FORMATS["hub"].write
+    assert write is not None
+
+    def damaged(folder: Path, checkpoint: Any, options: Any) -> None:
+        write(folder, checkpoint, options)
+        state = load_file(folder / "model.safetensors")
+        state["model.norm.weight"][3] += 1e-7
+        save_file(state, folder / "model.safetensors", {"format": "pt"})
+
+    from dataclasses import replace
+
+    monkeypatch.setattr(module, "FORMATS", {**FORMATS, "hub": replace(FORMATS["hub"], write=damaged)})
+    with pytest.raises(monoblock.CheckpointError, match="final_norm"):
+        convert(source, tmp_path / "b", Options(check=True))
+    assert names(tmp_path) == ["a"]
+
+
+def test_existing_target(tmp_path: Path) -> None:
+    source = saved(mistral(), tmp_path / "a")
+    target = tmp_path / "b"
+    target.mkdir()
+    convert(source, target)  # an empty folder is no obstacle
+    (target / "old.txt").write_text("old")
+    with pytest.raises(monoblock.CheckpointError, match="--force"):
+        convert(source, target)
+    assert (target / "old.txt").exists()
+    convert(source, target, Options(force=True))
+    assert not (target / "old.txt").exists() and (target / "model.safetensors").exists()
+    (target / "photographs").mkdir()
+    with pytest.raises(monoblock.CheckpointError, match="photographs"):
+        convert(source, target, Options(force=True))
+    assert left_behind(tmp_path) == []
+
+
+def test_source_is_never_the_target(tmp_path: Path) -> None:
+    source = saved(mistral(), tmp_path / "x" / "a")
+    for target in (source, source.parent):
+        with pytest.raises(monoblock.CheckpointError):
+            convert(source, target, Options(force=True))
+    assert (source / "model.safetensors").exists()
+
+
+def test_leftovers_of_a_killed_process_go(tmp_path: Path) -> None:
+    import socket
+
+    source = saved(mistral(), tmp_path / "a")
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    leftover = tmp_path / f".b.new-{socket.gethostname()}-{gone.pid}.monoblock-tmp"
+    leftover.mkdir()
+    (leftover / "model.safetensors").write_bytes(b"half")
+    convert(source, tmp_path / "b")
+    assert left_behind(tmp_path) == []
+
+
+# ------------------------------------------------------------------ wrong input
+
+
+def test_wrong_sources(tmp_path: Path) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with pytest.raises(monoblock.HubError, match="of no format"):
+        convert(empty, tmp_path / "b")
+    for form, words in (
+        ("fuyu", "model_optim_rng"),
+        ("mistral", "params.json"),
+        ("openai-gpt", "params_shapes"),
+    ):
+        with pytest.raises(monoblock.HubError, match=words):
+            convert(empty, tmp_path / "b", Options(source_format=form))
+    with pytest.raises(monoblock.HubError):
+        convert(tmp_path / "nowhere", tmp_path / "b", Options(source_format="mistral"))
+    assert names(tmp_path) == ["empty"]
+
+
+def test_wrong_options(tmp_path: Path) -> None:
+    source = saved(model(), tmp_path / "a")
+    for options, words in (
+        (Options(dtype="int8"), "int8"),
+        (Options(dtype="float64"), "float64"),
+        (Options(source_format="gguf"), "gguf"),
+        (Options(target_format="llm-foundry"), "llm-foundry"),
+        (Options(max_shard_size="much"), "much"),
+        (Options(target_format="mistral"), "MptForCausalLM cannot be written"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            convert(source, tmp_path / "b", options)
+
+
+def test_damaged_openai_files(tmp_path: Path) -> None:
+    config = monoblock.OpenAIGPTConfig(vocab_size=61, n_positions=16, n_embd=64, n_layer=1, n_head=1)
+    folder = made.openai_release(tmp_path / "a", randomised(monoblock.OpenAIGPTLMHeadModel(config)))
+    piece = folder / "params_4.npy"
+    whole = piece.read_bytes()
+    for content, words in (
+        (whole[:-40], "params_4"),
+        (b"no array", "params_4"),
+        (pickle.dumps({"code": print}), "params_4"),
+    ):
+        piece.write_bytes(content)
+        with pytest.raises(monoblock.CheckpointError, match=words):
+            convert(folder, tmp_path / "b")
+    np.save(piece, np.zeros(7, np.float32))
+    with pytest.raises(monoblock.CheckpointError, match="numbers, but"):
+        convert(folder, tmp_path / "b")
+    piece.unlink()
+    with pytest.raises(monoblock.CheckpointError, match="does not exist"):
+        convert(folder, tmp_path / "b")
+    (folder / "params_shapes.json").write_text("[[1, 2], 3]")
+    with pytest.raises(monoblock.CheckpointError, match="shapes"):
+        convert(folder, tmp_path / "b")
+
+
+def test_tensors_that_do_not_fit(tmp_path: Path) -> None:
+    state = made.mistral_state()
+    del state["layers.1.attention.wk.weight"]
+    with pytest.raises(monoblock.MissingKeys, match=r"layers\.1\.attention"):
+        convert(made.mistral_release(tmp_path / "a", state), tmp_path / "b")
+    state = made.mistral_state() | {"vision_encoder.patch.weight": torch.ones(2)}
+    with pytest.raises(monoblock.UnexpectedKeys, match="vision_encoder"):
+        convert(made.mistral_release(tmp_path / "a", state), tmp_path / "b")
+    with pytest.raises(monoblock.ShapeMismatch, match="attention"):
+        convert(made.mistral_release(tmp_path / "a", n_kv_heads=4), tmp_path / "b")
+    with pytest.raises(monoblock.UnreadKeys, match=r"layers\.1"):
+        convert(made.mistral_release(tmp_path / "a", n_layers=1), tmp_path / "b")
+    assert names(tmp_path) == ["a"]
+
+
+class Bomb:
+    """What a malicious pickle holds."""
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, ("exploded",)
+
+
+def test_pickled_code_does_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = made.mistral_release(tmp_path / "a", {**made.mistral_state(), "x": Bomb()})  # type: ignore[dict-item]
+    with pytest.raises(monoblock.CheckpointError, match="refused"):
+        convert(folder, tmp_path / "b")
+    (tmp_path / "f").mkdir()
+    torch.save({"model": {"language_model": {}}, "args": Bomb()}, tmp_path / "f" / "model_optim_rng.pt")
+    with pytest.raises(monoblock.CheckpointError):
+        convert(tmp_path / "f", tmp_path / "b")
+    assert names(tmp_path) == ["a", "f"]
+
+
+# ------------------------------------------------------------------ without PyTorch
+
+
+def test_without_pytorch(tmp_path: Path) -> None:
+    saved(mistral().bfloat16(), tmp_path / "a")
+    made.mistral_release(tmp_path / "p")
+    code = f"""
+import sys
+sys.modules["torch"] = None
+sys.modules["ml_dtypes"] = None
+import importlib.util
+found = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *a: None if name == "torch" else found(name, *a)
+from monoblock.checkpoint.convert import convert, Options
+result = convert({str(tmp_path / "a")!r}, {str(tmp_path / "b")!r}, Options(dtype="float32", kv_heads=2, check=True))
+assert result.comparison.equal == result.comparison.tensors and result.comparison.logits is None
+convert({str(tmp_path / "b")!r}, {str(tmp_path / "c")!r}, Options(target_format="mistral", dtype="bfloat16"))
+try:
+    convert({str(tmp_path / "p")!r}, {str(tmp_path / "d")!r})
+except ImportError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stderr == "" and done.returncode == 0
+    assert 'pip install "monoblock[torch]"' in done.stdout
+    found = load_file(tmp_path / "c" / "consolidated.safetensors")
+    assert found["layers.0.attention.wk.weight"].dtype == torch.bfloat16
+
+
+# ------------------------------------------------------------------ the new ops
+
+
+@given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 3), st.integers(1, 3))
+def test_every_op_moves_each_number_once(heads: int, kv: int, half: int, width: int) -> None:
+    """Writing through the views fills the tensor, and every number is read back from where it was written."""
+    q, k = 2 * half * heads, 2 * half * kv
+    parts = Parts((q, k, k), (Interleaved(heads), Interleaved(kv), Same()))
+    cases = [(parts, q + 2 * k), (Split((q, k, k)), q + 2 * k), (Interleaved(heads), q), (Transposed(), q)]
+    for op, rows in [*cases, (PerHead(heads), 3 * q)]:
+        for shape in ((rows, width), (rows,)):
+            target = np.full(shape, -1)
+            views = op.views(target)
+            assert all(np.shares_memory(view, target) for view in views)
+            start = 0
+            for view in views:
+                view[...] = np.arange(start, start + view.size).reshape(view.shape)
+                start += view.size
+            assert Counter(target.reshape(-1).tolist()) == Counter(range(target.size))
+            assert [n for view in op.views(target) for n in view.reshape(-1)] == list(range(target.size))
