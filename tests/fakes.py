@@ -38,6 +38,13 @@ class TableDecoder:
             row.append(int(token))
         return self._scores()
 
+    def extend(self, ids_bk: np.ndarray) -> np.ndarray:
+        return np.stack([self.step(ids_bk[:, [k]]) for k in range(ids_bk.shape[1])], axis=1)
+
+    def crop(self, length: int) -> None:
+        """Rows that are left-padded cannot be cropped here: their columns are not kept."""
+        self.rows = [row[:length] for row in self.rows]
+
     def reorder(self, index_b: np.ndarray) -> None:
         self.log.append(("reorder", index_b.tolist()))
         self.rows = [list(self.rows[i]) for i in index_b]

@@ -174,9 +174,10 @@ def test_text_instead_of_ids_is_refused():
     ("name", "value"),
     [
         ("num_beams", 4),
-        ("assistant_model", object()),
+        ("assistant_tokenizer", object()),
         ("guidance_scale", 1.5),
-        ("prompt_lookup_num_tokens", 10),
+        ("assistant_early_exit", 2),
+        ("target_lookbehind", 5),
         ("cache_implementation", "quantized"),
         ("custom_generate", "someone/code"),
         ("watermarking_config", {}),

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from monoblock.generation.config import GenerationConfig as GenerationConfig
-    from monoblock.generation.loop import GenerateDecoderOnlyOutput as GenerateDecoderOnlyOutput
     from monoblock.generation.loop import generate as generate
     from monoblock.generation.processors import LogitsProcessor as LogitsProcessor
     from monoblock.generation.processors import LogitsProcessorList as LogitsProcessorList
+    from monoblock.generation.record import GenerateBeamDecoderOnlyOutput as GenerateBeamDecoderOnlyOutput
+    from monoblock.generation.record import GenerateDecoderOnlyOutput as GenerateDecoderOnlyOutput
     from monoblock.generation.stopping import EosTokenCriteria as EosTokenCriteria
     from monoblock.generation.stopping import MaxLengthCriteria as MaxLengthCriteria
     from monoblock.generation.stopping import MaxTimeCriteria as MaxTimeCriteria
@@ -25,8 +26,9 @@ if TYPE_CHECKING:
 
 _WHERE = {
     "config": ("GenerationConfig",),
-    "loop": ("GenerateDecoderOnlyOutput", "generate"),
+    "loop": ("generate",),
     "processors": ("LogitsProcessor", "LogitsProcessorList"),
+    "record": ("GenerateBeamDecoderOnlyOutput", "GenerateDecoderOnlyOutput"),
     "stopping": (
         "EosTokenCriteria",
         "MaxLengthCriteria",

@@ -56,6 +56,10 @@ class ArrayOps(Protocol):
         """e to the power of every value."""
         ...
 
+    def log(self, x: Array) -> Array:
+        """The natural logarithm of every value; -inf of 0."""
+        ...
+
     def abs(self, x: Array) -> Array:
         """Every value without its sign."""
         ...
@@ -164,6 +168,10 @@ class NumpyOps:
 
     def exp(self, x: Array) -> Array:
         return np.exp(x)
+
+    def log(self, x: Array) -> Array:
+        with np.errstate(divide="ignore"):
+            return np.log(x)
 
     def abs(self, x: Array) -> Array:
         return np.abs(x)

@@ -76,6 +76,14 @@ CHECKS: dict[str, Check] = {
     "num_beams": _whole(1),
     "num_return_sequences": _whole(1),
     "max_cache_len": _whole(1),
+    "prompt_lookup_num_tokens": _whole(1),
+    "max_matching_ngram_size": _whole(1),
+    "num_assistant_tokens": _whole(1),
+    "num_assistant_tokens_schedule": (
+        lambda v: v in ("constant", "heuristic_transient"),
+        "'constant' or 'heuristic_transient' ('heuristic' would keep its count from call to call)",
+    ),
+    "assistant_confidence_threshold": _number(0, 1),
     "temperature": (
         _POSITIVE[0],
         "a number of more than 0 for sampling; for greedy decoding say do_sample=False",

@@ -24,13 +24,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
 from typing import Any
 
-from monoblock.generation import processors, stopping
-from monoblock.generation.arrays import Array, ArrayOps
+from monoblock.generation import processors, speculative, stopping
+from monoblock.generation.arrays import Array
 from monoblock.generation.config import GenerationConfig
-from monoblock.generation.decoder import Decoder, Model, Plan
+from monoblock.generation.decoder import Model, Plan
 from monoblock.generation.prompt import (
     CALL_NAMES,
     Call,
@@ -39,6 +38,8 @@ from monoblock.generation.prompt import (
     prompt_mask,
     random_source,
 )
+from monoblock.generation.record import GenerateDecoderOnlyOutput as GenerateDecoderOnlyOutput
+from monoblock.generation.record import Record, Text
 from monoblock.generation.resolve import (
     UNSUPPORTED_ARGUMENTS,
     new_tokens,
@@ -47,23 +48,6 @@ from monoblock.generation.resolve import (
     resolve,
 )
 from monoblock.generation.streamers import streaming
-from monoblock.outputs import ModelOutput
-
-
-@dataclass
-class GenerateDecoderOnlyOutput(ModelOutput):
-    """What `return_dict_in_generate=True` gives.
-
-    sequences (rows, prompt + new); scores and logits one (rows, vocab) for each new token, after and before the
-    processors; attentions and hidden_states one tuple over layers for each forward pass.
-    """
-
-    sequences: Any = None
-    scores: tuple[Any, ...] | None = None
-    logits: tuple[Any, ...] | None = None
-    attentions: tuple[Any, ...] | None = None
-    hidden_states: tuple[Any, ...] | None = None
-    past_key_values: Any = None
 
 
 def generate(
@@ -72,9 +56,9 @@ def generate(
     """Continue prompts: token ids (rows, prompt + new), or a GenerateDecoderOnlyOutput if the config says so.
 
     `arguments` are the hub's: `input_ids`, `attention_mask`, `logits_processor`, `stopping_criteria`,
-    `prefix_allowed_tokens_fn`, `streamer`, `tokenizer` (for stop strings), the model's own inputs, and every field
-    of `GenerationConfig`; besides, `seed` or `generator` for sampling. Rows that are finished are filled with
-    `pad_token_id`. ValueError for what is unknown, impossible or not supported.
+    `prefix_allowed_tokens_fn`, `streamer`, `tokenizer` (for stop strings), `assistant_model` (a `Model` here), the
+    model's own inputs, and every field of `GenerationConfig`; besides, `seed` or `generator` for sampling. Rows that
+    are finished are filled with `pad_token_id`. ValueError for what is unknown, impossible or not supported.
     """
     streamer = arguments.get("streamer")
     with streaming(streamer) if streamer is not None else nullcontext():
@@ -88,11 +72,18 @@ def generate(
             {name: value for name, value in given.items() if name in GenerationConfig.FIELDS},
             call.generation_config,
             model.generation_config,
+            assisted=call.assistant_model is not None,
         )
-        return _Generation(model, call, config, model_inputs).run()
+        return _strategy(call, config)(Generation(model, call, config, model_inputs))
 
 
-class _Generation:
+def _strategy(call: Call, config: GenerationConfig) -> Callable[[Generation], Any]:
+    if call.assistant_model is not None or config.prompt_lookup_num_tokens is not None:
+        return speculative.run
+    return one_by_one
+
+
+class Generation:
     """One call, prepared: everything is checked here, before the model computes anything."""
 
     def __init__(self, model: Model, call: Call, config: GenerationConfig, inputs: dict[str, Any]):
@@ -124,10 +115,15 @@ class _Generation:
         self.pad = self._pad()
         self.generator = random_source(ops, call)
         self.copy_of = ops.array([row // self.plan.copies for row in range(self.plan.rows)])
-        self.processors = self._processors(call)
+        self.setting = self._setting()
+        self.processors = processors.build(
+            self.setting, call.logits_processor or (), call.prefix_allowed_tokens_fn
+        )
         self.criteria = stopping.build(
             config.max_time, config.stop_strings, self.own_criteria, call.tokenizer
         )
+        self.assistant = call.assistant_model
+        self.vocab = 0  # known from the first scores on
         self.decoder = model.decoder(self.plan, inputs)
 
     def _pad(self) -> int:
@@ -143,146 +139,84 @@ class _Generation:
             )
         return 0  # never used: all rows finish together
 
-    def _processors(self, call: Call) -> list[processors.Processor]:
+    def _setting(self) -> processors.Setting:
         columns = int(self.prompt_bn.shape[1])
         if self.config.min_length:  # it counts embedded positions; the ids that processors see do not
             self.config.min_length = max(0, self.config.min_length - max(0, self.embedded - columns))
         is_mask = self.mask_bm is not None and self.mask_bm.shape == self.prompt_bn.shape
-        setting = processors.Setting(
+        return processors.Setting(
             ops=self.ops,
             config=self.config,
-            prompt_bn=self._copied(self.prompt_bn),
-            valid_bn=self._copied(self.mask_bm != 0) if is_mask else None,
+            prompt_bn=self.copied(self.prompt_bn),
+            valid_bn=self.copied(self.mask_bm != 0) if is_mask else None,
             max_length=columns + self.plan.new_tokens,
             copies=self.plan.copies,
         )
-        return processors.build(setting, call.logits_processor or (), call.prefix_allowed_tokens_fn)
 
-    def _copied(self, x: Array) -> Array:
+    def copied(self, x: Array) -> Array:
+        """An array with a row for each prompt as one with a row for each copy."""
         return x if self.plan.copies == 1 else self.ops.take_rows(x, self.copy_of)
 
-    # ------------------------------------------------------------------ the loop itself
+    # ------------------------------------------------------------------ what every strategy does
 
-    def run(self) -> Any:
-        """Prefill, then one token after the other until every row is finished."""
-        ops, decoder, plan = self.ops, self.decoder, self.plan
-        text = _Text(ops, self._copied(self.prompt_bn), wants_rows=bool(self.criteria))
-        record = _Record(self.config)
+    def begin(self) -> tuple[Text, Record, Array]:
+        """The prompt run through the model: text, record, and the scores (rows, vocab) of the first new token."""
+        text = Text(self.ops, self.copied(self.prompt_bn), wants_rows=bool(self.criteria))
+        record = Record(self.config)
         if self.streamer is not None:
-            self.streamer.put(ops.host(self.prompt_bn))
-        finished = [False] * plan.rows
-        scores_bv = decoder.prefill(self.prompt_bn, self.mask_bm)
-        record.forward(decoder)
-        if plan.copies > 1:
-            scores_bv = self._copied(scores_bv)
-            decoder.reorder(self.copy_of)
-            record.repeat(self._copied)
-        for left in range(plan.new_tokens - 1, -1, -1):
-            token_b, tokens = self._choose(scores_bv, text, record, finished)
-            text.append(token_b, tokens)
-            if self.streamer is not None:
-                self.streamer.put(ops.host(token_b))
-            self._finish(finished, tokens, text, record)
-            if left == 0 or all(finished):
-                break
-            scores_bv = decoder.step(token_b[:, None])
-            record.forward(decoder)
-        return record.output(text.ids(), decoder)
+            self.streamer.put(self.ops.host(self.prompt_bn))
+        scores_bv = self.decoder.prefill(self.prompt_bn, self.mask_bm)
+        self.vocab = int(scores_bv.shape[-1])
+        record.forward(self.decoder)
+        if self.plan.copies > 1:
+            scores_bv = self.copied(scores_bv)
+            self.decoder.reorder(self.copy_of)
+            record.repeat(self.copied)
+        return text, record, scores_bv
 
-    def _choose(
-        self, scores_bv: Array, text: _Text, record: _Record, finished: list[bool]
-    ) -> tuple[Array, list[int]]:
-        """The next token of each row, on the device and on the host."""
-        ops = self.ops
-        chosen_bv = scores_bv
+    def processed(self, scores_bv: Array, ids: Callable[[], Array]) -> Array:
+        """The scores after all processors; `ids` gives the text so far."""
         if self.processors:
-            ids_bn = text.ids()
+            ids_bn = ids()
             for processor in self.processors:
-                chosen_bv = processor(ids_bn, chosen_bv)
-        record.choice(scores_bv, chosen_bv)
-        token_b = ops.sample(chosen_bv, self.generator) if self.config.do_sample else ops.argmax(chosen_bv)
-        tokens: list[int] = ops.to_list(token_b)
-        if True in finished:
-            tokens = [self.pad if done else token for done, token in zip(finished, tokens, strict=True)]
-            token_b = ops.array(tokens)
-        return token_b, tokens
+                scores_bv = processor(ids_bn, scores_bv)
+        return scores_bv
 
-    def _finish(self, finished: list[bool], tokens: list[int], text: _Text, record: _Record) -> None:
-        if self.eos:
-            for row, token in enumerate(tokens):
-                if token in self.eos:
-                    finished[row] = True
+    def ended(
+        self, tokens: list[int], rows: stopping.Rows, ids: Callable[[], Array], record: Record
+    ) -> list[bool]:
+        """Whether each row ends with its last token; `rows` and `ids` are the texts with it."""
+        done = [token in self.eos for token in tokens]
         for criterion in self.criteria:
             if isinstance(criterion, stopping.HostCriteria):
-                verdict = criterion.after(text.rows)
+                verdict = criterion.after(rows)
             else:
-                verdict = criterion(text.ids(), _tuple(record.scores))
-            for row, done in enumerate(stopping.per_row(verdict, len(finished), criterion)):
-                finished[row] = finished[row] or done
+                verdict = criterion(ids(), record.all_scores())
+            answers = stopping.per_row(verdict, len(done), criterion)
+            done = [before or now for before, now in zip(done, answers, strict=True)]
+        return done
 
 
-class _Text:
-    """All token ids so far: on the device, joined only when someone looks, and on the host if criteria want."""
-
-    def __init__(self, ops: ArrayOps, prompt_bn: Array, wants_rows: bool):
-        self._ops = ops
-        self._ids = prompt_bn
-        self._new: list[Array] = []
-        self.rows: stopping.Rows = ops.to_list(prompt_bn) if wants_rows else []
-
-    def append(self, token_b: Array, tokens: list[int]) -> None:
-        self._new.append(token_b[:, None])
-        for row, token in zip(self.rows, tokens, strict=False):
-            row.append(token)
-
-    def ids(self) -> Array:
-        if self._new:
-            self._ids = self._ops.concat([self._ids, *self._new])
-            self._new = []
-        return self._ids
-
-
-class _Record:
-    """What the call wants back besides the sequences."""
-
-    def __init__(self, config: GenerationConfig):
-        wanted = bool(config.return_dict_in_generate)
-        self.as_dict = wanted
-        self.scores: list[Array] | None = [] if wanted and config.output_scores else None
-        self.logits: list[Array] | None = [] if wanted and config.output_logits else None
-        self.attentions: list[Any] | None = [] if wanted and config.output_attentions else None
-        self.hidden_states: list[Any] | None = [] if wanted and config.output_hidden_states else None
-
-    def forward(self, decoder: Decoder) -> None:
-        if self.attentions is not None:
-            self.attentions.append(decoder.attentions)
-        if self.hidden_states is not None:
-            self.hidden_states.append(decoder.hidden_states)
-
-    def repeat(self, copied: Callable[[Array], Array]) -> None:
-        """The prompt's forward pass, as if it had been run on every copy."""
-        for kept in (self.attentions, self.hidden_states):
-            if kept:
-                kept[0] = tuple(copied(layer) for layer in kept[0])
-
-    def choice(self, logits_bv: Array, scores_bv: Array) -> None:
-        if self.scores is not None:
-            self.scores.append(scores_bv)
-        if self.logits is not None:
-            self.logits.append(logits_bv)
-
-    def output(self, ids_bn: Array, decoder: Decoder) -> Any:
-        if not self.as_dict:
-            return ids_bn
-        return GenerateDecoderOnlyOutput(
-            sequences=ids_bn,
-            scores=_tuple(self.scores),
-            logits=_tuple(self.logits),
-            attentions=_tuple(self.attentions),
-            hidden_states=_tuple(self.hidden_states),
-            past_key_values=decoder.past_key_values,
-        )
-
-
-def _tuple(kept: list[Any] | None) -> tuple[Any, ...] | None:
-    return None if kept is None else tuple(kept)
+def one_by_one(run: Generation) -> Any:
+    """Greedy decoding and sampling: one token after the other until every row is finished."""
+    ops, decoder = run.ops, run.decoder
+    text, record, scores_bv = run.begin()
+    finished = [False] * run.plan.rows
+    for left in range(run.plan.new_tokens - 1, -1, -1):
+        chosen_bv = run.processed(scores_bv, text.ids)
+        record.choice(scores_bv, chosen_bv)
+        token_b = ops.sample(chosen_bv, run.generator) if run.config.do_sample else ops.argmax(chosen_bv)
+        tokens: list[int] = ops.to_list(token_b)
+        if True in finished:
+            tokens = [run.pad if done else token for done, token in zip(finished, tokens, strict=True)]
+            token_b = ops.array(tokens)
+        text.append(token_b, tokens)
+        if run.streamer is not None:
+            run.streamer.put(ops.host(token_b))
+        now = run.ended(tokens, text.rows, text.ids, record)
+        finished = [before or ends for before, ends in zip(finished, now, strict=True)]
+        if left == 0 or all(finished):
+            break
+        scores_bv = decoder.step(token_b[:, None])
+        record.forward(decoder)
+    return record.output(text.ids(), decoder)

@@ -28,6 +28,7 @@ class Call:
     prefix_allowed_tokens_fn: Callable[[int, Array], Any] | None = None
     streamer: Any = None
     tokenizer: Any = None
+    assistant_model: Any = None
     seed: int | None = None
     generator: Any = None
 

@@ -45,11 +45,15 @@ UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
     "guidance_scale": ((1,), "classifier-free guidance is not built"),
     "watermarking_config": ((), "watermarks are not built"),
     "token_healing": ((False,), "token healing is not built"),
-    "is_assistant": ((False,), "assisted decoding is not built"),
-    "prompt_lookup_num_tokens": ((), "prompt-lookup decoding is not built"),
-    "assistant_early_exit": ((), "assisted decoding is not built"),
-    "assistant_ensemble_weight": ((), "assisted decoding is not built"),
-    "speculation_type": ((), "assisted decoding is not built"),
+    "is_assistant": ((False,), "a draft model is given to the call: generate(..., assistant_model=model)"),
+    "assistant_early_exit": ((), "no family here can stop at an earlier layer"),
+    "assistant_ensemble_weight": (
+        (),
+        "speculation here keeps the model's distribution, and a weight would not",
+    ),
+    "assistant_lookbehind": ((10,), "an assistant with another tokenizer is not built"),
+    "target_lookbehind": ((10,), "an assistant with another tokenizer is not built"),
+    "speculation_type": ((), "speculation is chosen by assistant_model or prompt_lookup_num_tokens"),
     "use_mtp": ((False,), "no family here predicts several tokens at once"),
     "cache_implementation": (("dynamic", "static"), "the caches here are 'dynamic' and 'static'"),
     "cache_config": (({},), "the caches here have no settings"),
@@ -59,8 +63,7 @@ UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
 }
 # The same for arguments of the call that are no fields.
 UNSUPPORTED_ARGUMENTS: dict[str, tuple[tuple[Any, ...], str]] = {
-    "assistant_model": ((), "assisted decoding is not built"),
-    "assistant_tokenizer": ((), "assisted decoding is not built"),
+    "assistant_tokenizer": ((), "an assistant with another tokenizer is not built"),
     "negative_prompt_ids": ((), "classifier-free guidance is not built"),
     "negative_prompt_attention_mask": ((), "classifier-free guidance is not built"),
     "custom_generate": ((), "code from the hub is never run"),
@@ -74,7 +77,8 @@ Condition = tuple[str, Callable[[GenerationConfig], Any]]
 
 _SAMPLES: Condition = ("do_sample=True", lambda c: c.do_sample)
 _BEAMS: Condition = ("num_beams > 1", lambda c: (c.num_beams or 1) > 1)
-_ASSISTED: Condition = ("assisted decoding", lambda c: c.prompt_lookup_num_tokens or c.is_assistant)
+_LOOKUP: Condition = ("prompt_lookup_num_tokens", lambda c: c.prompt_lookup_num_tokens)
+_ASSISTED: Condition = ("assistant_model", lambda _: False)  # an argument of the call
 _AS_DICT: Condition = ("return_dict_in_generate=True", lambda c: c.return_dict_in_generate)
 _STATIC: Condition = ("cache_implementation='static'", lambda c: c.cache_implementation == "static")
 
@@ -87,9 +91,7 @@ NEEDS: dict[str, tuple[Condition, tuple[Any, ...]]] = {
     "num_assistant_tokens": (_ASSISTED, (20,)),
     "num_assistant_tokens_schedule": (_ASSISTED, ("constant",)),
     "assistant_confidence_threshold": (_ASSISTED, (0.4,)),
-    "max_matching_ngram_size": (_ASSISTED, ()),
-    "assistant_lookbehind": (_ASSISTED, (10,)),
-    "target_lookbehind": (_ASSISTED, (10,)),
+    "max_matching_ngram_size": (_LOOKUP, ()),
     "max_cache_len": (_STATIC, ()),
     **dict.fromkeys(
         ("output_scores", "output_logits", "output_attentions", "output_hidden_states"), (_AS_DICT, (False,))
@@ -103,13 +105,15 @@ def resolve(
     arguments: Mapping[str, Any],
     passed: GenerationConfig | None,
     model: GenerationConfig | None,
+    *,
+    assisted: bool = False,
 ) -> GenerationConfig:
     """The config of one call, with the defaults filled in, checked.
 
     `arguments` are the call's keywords that are fields, `passed` its `generation_config`, `model` the one that came
-    with the model. A keyword that is None switches its field off, as on the hub. Lengths stay as they were set: see
-    `new_tokens`. UnsupportedConfig (a ValueError) names a field that cannot be honoured; ValueError an impossible
-    value.
+    with the model; `assisted`: the call has an assistant_model. A keyword that is None switches its field off, as on
+    the hub. Lengths stay as they were set: see `new_tokens`. UnsupportedConfig (a ValueError) names a field that
+    cannot be honoured; ValueError an impossible value.
     """
     sources = [arguments, passed.set_fields() if passed else {}, model.set_fields() if model else {}]
     values: dict[str, Any] = {}
@@ -127,7 +131,7 @@ def resolve(
         setattr(config, name, copy.copy(value))
     refuse_unsupported(config.set_fields(), UNSUPPORTED, "GenerationConfig.")
     config.validate()
-    _warn_of_no_effect(config, own)
+    _warn_of_no_effect(config, own, assisted)
     return config
 
 
@@ -141,10 +145,11 @@ def refuse_unsupported(
             raise UnsupportedConfig(f"{prefix}{name}={value!r}: {reason}")
 
 
-def _warn_of_no_effect(config: GenerationConfig, own: Mapping[str, Any]) -> None:
+def _warn_of_no_effect(config: GenerationConfig, own: Mapping[str, Any], assisted: bool) -> None:
     for name in own.keys() & NEEDS.keys():
-        (condition, holds), harmless = NEEDS[name]
-        if own[name] not in harmless and not holds(config):
+        needed, harmless = NEEDS[name]
+        condition, holds = needed
+        if own[name] not in harmless and not (holds(config) or (assisted and needed is _ASSISTED)):
             log.warning("%s=%r has no effect without %s", name, own[name], condition)
     for total, new in TWINS:
         if total in own and new in own and own[total] != DEFAULTS.get(total):

@@ -47,6 +47,9 @@ class TorchOps:
     def exp(self, x: Tensor) -> Tensor:
         return x.exp()
 
+    def log(self, x: Tensor) -> Tensor:
+        return x.log()
+
     def abs(self, x: Tensor) -> Tensor:
         return x.abs()
 

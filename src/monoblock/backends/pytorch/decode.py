@@ -45,8 +45,9 @@ class Generation:
 
         Keywords are the hub's: the fields of `GenerationConfig` (`max_new_tokens`, `do_sample`, `temperature`, ...),
         `attention_mask`, `logits_processor`, `stopping_criteria`, `streamer`, `tokenizer` (for `stop_strings`),
-        `past_key_values` (the cache of the prompt's beginning), `inputs_embeds`, the model's other inputs; and `seed`
-        or `generator`. ValueError for what is unknown or not supported.
+        `assistant_model` (a smaller model with the same tokenizer), `past_key_values` (the cache of the prompt's
+        beginning), `inputs_embeds`, the model's other inputs; and `seed` or `generator`. ValueError for what is
+        unknown or not supported.
         """
         if not self.can_generate():
             raise TypeError(
@@ -56,7 +57,7 @@ class Generation:
             if twice := inputs.keys() & kwargs.keys():
                 raise TypeError(f"generate got {', '.join(sorted(twice))} twice")
             kwargs, inputs = {**inputs, **kwargs}, None
-        with torch.inference_mode(), _at_rest(self):
+        with torch.inference_mode(), _at_rest(self), _assisting(kwargs):
             return loop.generate(Runner(self), inputs, generation_config, **kwargs)
 
     def default_generation_config(self: PreTrainedModel) -> GenerationConfig:  # pyright: ignore[reportGeneralTypeIssues]
@@ -86,6 +87,22 @@ def _at_rest(model: PreTrainedModel) -> Iterator[None]:
         yield
     finally:
         model.train()
+
+
+@contextlib.contextmanager
+def _assisting(kwargs: dict[str, Any]) -> Iterator[None]:
+    """Makes a model that is given as `assistant_model` one that the loop can drive."""
+    helper = kwargs.get("assistant_model")
+    if helper is None:
+        yield
+        return
+    if not (isinstance(helper, Generation) and helper.can_generate()):  # pyright: ignore[reportAttributeAccessIssue]
+        raise TypeError(
+            f"assistant_model must be one of monoblock's ...ForCausalLM models, got {type(helper).__name__}"
+        )
+    kwargs["assistant_model"] = Runner(helper)  # pyright: ignore[reportArgumentType]
+    with _at_rest(helper):  # pyright: ignore[reportArgumentType]
+        yield
 
 
 class Runner:
