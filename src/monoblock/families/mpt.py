@@ -164,6 +164,11 @@ class MptConfig(PretrainedConfig):
             raise ValueError("MptConfig.attn_config: qk_ln and qk_gn exclude each other; set one of them")
         head_dim = self.head_dim or quotient(self, "d_model", "n_heads")
         kv_heads = dict(zip(ATTENTIONS, (self.n_heads, 1, att.kv_n_heads), strict=True))[att.attn_type]
+        if att.kv_n_heads not in (None, kv_heads):
+            raise ValueError(
+                f"MptConfig.attn_config.kv_n_heads={att.kv_n_heads} does not go with attn_type={att.attn_type!r}, which "
+                f"has {kv_heads}; use grouped_query_attention"
+            )
         kind = NORMS[self.norm_type]
         norm = Norm(kind=kind, eps=self.layer_norm_epsilon, bias=bias and kind == "layer")
         return ArchSpec(
