@@ -382,6 +382,12 @@ IMPOSSIBLE: dict[str, dict[str, Any]] = {
     r"heads \(4\) must be a multiple of kv_heads \(3\)": {
         "attn_config": {"attn_type": "grouped_query_attention", "kv_n_heads": 3}
     },
+    r"kv_n_heads=2 does not go with attn_type='multihead_attention', which has 4": {
+        "attn_config": {"kv_n_heads": 2}
+    },
+    r"kv_n_heads=2 does not go with attn_type='multiquery_attention', which has 1": {
+        "attn_config": {"kv_n_heads": 2, "attn_type": "multiquery_attention"}
+    },
     r"logit_scale must be a number or 'inv_sqrt_d_model', got 'half'": {"logit_scale": "half"},
     r"expansion_ratio.*whole number": {"expansion_ratio": 2.3},
     r"scale must be above 0": {"attn_config": {"softmax_scale": -1.0}},
