@@ -130,7 +130,7 @@ def test_sampling_from_an_assistant_has_the_models_distribution():
     counts = np.zeros(81)
     generator = torch.Generator().manual_seed(2)
     options = {
-        "max_new_tokens": 2,
+        "max_new_tokens": 3,
         "do_sample": True,
         "top_k": 0,
         "eos_token_id": None,
