@@ -8,7 +8,31 @@ from typing import Any
 
 import numpy as np
 import torch
+from helpers import randomised
 
+import monoblock
+
+
+def mistral(**fields: Any) -> Any:
+    """A tiny MistralForCausalLM with random weights."""
+    sizes = {"vocab_size": 61, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2}
+    heads = {"head_dim": 6, "num_attention_heads": 4, "num_key_value_heads": 4}
+    config = monoblock.MistralConfig(**{**sizes, **heads, **fields})
+    return randomised(monoblock.MistralForCausalLM(config)).eval()
+
+
+def saved(model: Any, folder: Path) -> Path:
+    """The folder, with the model in it."""
+    model.save_pretrained(folder)
+    return folder
+
+
+def names(folder: Path) -> list[str]:
+    """What is in a folder, hidden things too."""
+    return sorted(path.name for path in folder.iterdir())
+
+
+# params.json of the release below
 MISTRAL = {
     "dim": 24,
     "n_layers": 2,

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import monoblock
 from monoblock.checkpoint.convert import Options, convert
+from monoblock.processing import FuyuImageProcessor
 
 transformers: Any = pytest.importorskip("transformers")
 
@@ -251,6 +252,8 @@ def test_fuyu_from_the_makers_checkpoint(tmp_path: Path, form: str) -> None:
         assert torch.equal(logits(tmp_path / "b", "FuyuForCausalLM"), model(IDS).logits)
     config = monoblock.FuyuConfig.from_pretrained(tmp_path / "b")
     assert (config.num_attention_heads, config.patch_size, config.num_hidden_layers) == (3, 4, 2)
+    images = FuyuImageProcessor.from_pretrained(tmp_path / "b")
+    assert images.patch_size == {"height": 4, "width": 4}
     if form != "file":
         assert (tmp_path / "b" / "tokenizer.model").read_bytes() == b"unigrams"
     assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith(".")) == []

@@ -52,6 +52,8 @@ def cast(array: Array, dtype: str, name: str) -> Array:
     if dtype_of(array) == dtype:
         return array
     wide = widened(array)
+    if dtype_of(wide) == dtype:
+        return wide
     with np.errstate(over="ignore"):
         new = _to_bfloat16(wide) if dtype == "BF16" else wide.astype(numpy_dtype(dtype))
     if np.isinf(widened(new)).sum() != np.isinf(wide).sum():

@@ -72,7 +72,7 @@ def convert(
         expected = exact if options.dtype is None else _cast(exact, options.dtype)
         _check_target_format(expected, to)
         folder = stack.enter_context(new_folder(target, replace=options.force))
-        watched = _Watched(expected.weights, to.passes, progress or _silent)
+        watched = _Watched(expected.weights, progress or _silent)
         assert to.write is not None
         to.write(folder, replace(expected, weights=watched), options)
         watched.finish()
@@ -260,10 +260,10 @@ def _silent(done: int, of: int, what: str) -> None:
 class _Watched:
     """Weights that tell how many of them were read."""
 
-    def __init__(self, weights: Weights, passes: int, progress: Progress):
+    def __init__(self, weights: Weights, progress: Progress):
         self._weights = weights
         self._progress = progress
-        self._done, self._of = 0, passes * len(weights.shapes())
+        self._done, self._of = 0, len(weights.shapes())
         self.parameters = sum(prod(shape) for shape in weights.shapes().values())
 
     def shapes(self) -> Mapping[str, Shape]:

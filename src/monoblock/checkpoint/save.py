@@ -44,6 +44,18 @@ def parse_size(size: int | str) -> int:
     return bytes_
 
 
+@dataclass(frozen=True, kw_only=True)
+class Made:
+    """A tensor that is made when it is written, and whose dtype (the hub's name) and shape are known before."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    make: Callable[[], Any]
+
+    def __call__(self) -> Any:
+        return self.make()
+
+
 @dataclass
 class _Shard:
     tensors: dict[str, Description] = field(default_factory=dict[str, Description])
@@ -79,8 +91,8 @@ def save_tensors(
     """Write `tensors` under the hub's file names; returns the files, the index last if there is one.
 
     A value is a tensor (torch for "pt", NumPy for "np"), or a function of no arguments that makes it; such a
-    function is called twice and its tensor is dropped at once, so no more than one made tensor exists at a
-    time. Memory beyond the tensors given is one tensor at most: none for what lies contiguous on the CPU.
+    function is called twice (a `Made` once) and its tensor is dropped at once, so no more than one made tensor
+    exists at a time. Memory beyond the tensors given is one tensor at most: none for what lies contiguous on the CPU.
 
     Tensors that are the same memory (tied weights) are written once, under the first of their names; the
     file's metadata maps the other names to it. `metadata` defaults to `{"format": "pt"}`, which transformers
@@ -134,7 +146,10 @@ def _describe(side: Adapter, tensors: Mapping[str, Any]) -> tuple[dict[str, Desc
     for name, value in tensors.items():
         if name == "__metadata__":
             raise CheckpointError("a tensor cannot be called '__metadata__': safetensors keep that name")
-        description = side.describe(name, _made(value))
+        if isinstance(value, Made):
+            description = Description(dtype=value.dtype, shape=value.shape, identity=None)
+        else:
+            description = side.describe(name, _made(value))
         identity = None if callable(value) else description.identity
         kept.append(value)
         owner = first.setdefault(identity, name) if identity else name
@@ -156,6 +171,11 @@ def _write(
     file.write(head)
     for name in order:
         raw = side.raw(_made(tensors[name]))
+        expected = prod(shard.tensors[name].shape) * ITEM_BYTES[shard.tensors[name].dtype]
+        if len(raw) != expected:
+            raise CheckpointError(
+                f"tensor '{name}' was made with {len(raw)} bytes, but announced with {expected}"
+            )
         for start in range(0, len(raw), _CHUNK):
             file.write(raw[start : start + _CHUNK])
         del raw  # before the next tensor is made

@@ -75,8 +75,8 @@ class Format:
     """A way in which checkpoints are published.
 
     `recognise` says whether a local file or folder is of that format; `read` opens one; `write` writes one into an
-    empty folder (None: this format is only read), reading each weight `passes` times. `model_type`: the family
-    whose causal model it can hold (None: any).
+    empty folder (None: this format is only read), each weight once. `model_type`: the family whose causal model
+    it can hold (None: any).
     """
 
     name: str
@@ -85,7 +85,6 @@ class Format:
     read: Callable[[Path | str, HubOptions], Checkpoint]
     write: Callable[[Path, Checkpoint, Options], None] | None = None
     model_type: str | None = None
-    passes: int = 2
 
 
 def assembled(

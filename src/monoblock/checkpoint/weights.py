@@ -12,6 +12,7 @@ import numpy as np
 
 from monoblock.checkpoint import casts
 from monoblock.checkpoint.keymap import KeyMap, Op, Plan, Source, nearest
+from monoblock.checkpoint.save import Made
 from monoblock.checkpoint.views import Array
 from monoblock.errors import MissingKeys, ShapeMismatch, UnexpectedKeys, UnreadKeys
 from monoblock.spec import ArchSpec
@@ -232,14 +233,17 @@ class Pooled:
         return np.concatenate([array[:rows], casts.cast(means, casts.dtype_of(array), canonical)])
 
 
-def laid_out(weights: Weights, keymap: KeyMap) -> dict[str, Callable[[], Array]]:
-    """What a file by that key map holds: its names, each with a function that makes the tensor."""
+def laid_out(weights: Weights, keymap: KeyMap) -> dict[str, Made]:
+    """What a file by that key map holds: its names, and each tensor as it is made when its turn comes."""
     recent = _Recent(weights)
-    made: dict[str, Callable[[], Array]] = {}
-    for canonical in weights.shapes():
+    made: dict[str, Made] = {}
+    for canonical, shape in weights.shapes().items():
         source = keymap.source(canonical)
+        reader = recent if len(source.names) > 1 else weights
+        stored = stored_shapes(source.op, shape)
         for place, name in enumerate(source.names):
-            made[name] = _maker(recent if len(source.names) > 1 else weights, canonical, source.op, place)
+            make = _maker(reader, canonical, source.op, place)
+            made[name] = Made(dtype=weights.dtype(canonical), shape=stored[place], make=make)
     return made
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -57,7 +58,8 @@ def _loaded(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
     """The model: by `from_pretrained` where the checkpoint is the hub's, else of its weights one by one."""
     made = make_class(checkpoint.row.name)
     if checkpoint.hub is not None:
-        return made.from_pretrained(**checkpoint.hub, config=checkpoint.config, dtype=dtype)
+        # A copy: from_pretrained notes the type in its config.
+        return made.from_pretrained(**checkpoint.hub, config=copy.deepcopy(checkpoint.config), dtype=dtype)
     with torch.device("meta"):
         model = made(checkpoint.config)
     for canonical, path in model.parameter_names().items():

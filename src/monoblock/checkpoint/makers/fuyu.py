@@ -3,6 +3,7 @@
 Source: https://github.com/persimmon-ai-labs/adept-inference and the names in the hub's own conversion of it.
 """
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -36,9 +37,11 @@ ENCODER = "vit_encoder.linear_encoder.weight"
 HEAD_DIM = 64  # of the published model; a file with query norms says it itself
 
 # Both ends of a text are the same token in the makers' vocabulary, which does not say so itself.
-TOKENIZER_CONFIG = (
-    '{"tokenizer_class": "LlamaTokenizer", "bos_token": "|ENDOFTEXT|", "eos_token": "|ENDOFTEXT|"}\n'
-)
+TOKENIZER_CONFIG = {
+    "tokenizer_class": "LlamaTokenizer",
+    "bos_token": "|ENDOFTEXT|",
+    "eos_token": "|ENDOFTEXT|",
+}
 
 
 def keymap(config: FuyuConfig) -> KeyMap:
@@ -106,8 +109,23 @@ def read(path: Path) -> Checkpoint:
     found = companions(folder)
     if vocabulary := next(iter(sorted(folder.rglob(VOCABULARY))), None):
         found["tokenizer.model"] = vocabulary
-    texts = {"tokenizer_config.json": TOKENIZER_CONFIG} if "tokenizer.model" in found else {}
+    texts = {"preprocessor_config.json": _json(_image_config(config))}
+    if "tokenizer.model" in found:
+        texts["tokenizer_config.json"] = _json(TOKENIZER_CONFIG)
     return assembled(config, causal_class(config), tensors, keymap(config), found, texts=texts)
+
+
+def _image_config(config: FuyuConfig) -> dict[str, Any]:
+    """The hub's settings of the image processor; those that are not named have their defaults."""
+    return {
+        "image_processor_type": "FuyuImageProcessor",
+        "processor_class": "FuyuProcessor",
+        "patch_size": {"height": config.patch_size, "width": config.patch_size},
+    }
+
+
+def _json(content: dict[str, Any]) -> str:
+    return json.dumps(content, indent=2) + "\n"
 
 
 def config_of(tensors: Tensors) -> FuyuConfig:

@@ -238,5 +238,4 @@ FORMAT = Format(
     read=local(read),
     write=write,
     model_type="openai-gpt",
-    passes=1,
 )
