@@ -51,11 +51,16 @@ class RopeConfig(PretrainedConfig):
 
     def finish(self, _given: frozenset[str], /) -> None:
         """Newer files' one dict becomes the two fields, whichever was given."""
-        parameters = dict(vars(self).pop("rope_parameters", None) or {})
+        scaling: dict[str, Any] = dict(
+            vars(self).pop("rope_parameters", None) or getattr(self, "rope_scaling", None) or {}
+        )
         for name in ("rope_theta", "partial_rotary_factor"):
-            if name in parameters:
-                setattr(self, name, parameters.pop(name))
-        scaling = parameters or dict(getattr(self, "rope_scaling", None) or {})
+            if name in scaling and name in self.fields:
+                setattr(self, name, scaling.pop(name))
+        if scaling.get("partial_rotary_factor", 1.0) != 1.0:
+            raise UnsupportedConfig(
+                f"{type(self).__name__} turns whole heads, got partial_rotary_factor in {scaling}"
+            )
         if "type" in scaling:
             scaling.setdefault("rope_type", scaling.pop("type"))
         self.rope_scaling = scaling if scaling.get("rope_type", "default") != "default" else None

@@ -57,6 +57,15 @@ class FuyuConfig(RopeConfig):
             self.text_config = None
         super().finish(given)
 
+    def to_dict(self) -> dict[str, Any]:
+        """Every field as JSON-ready values. The share of turned channels stands in the scaling too, unless it is a
+        half: transformers reads it nowhere else in a flat file."""
+        data = super().to_dict()
+        if self.partial_rotary_factor != 0.5:
+            scaling = data.get("rope_scaling") or {"rope_type": "default"}
+            data["rope_scaling"] = {**scaling, "partial_rotary_factor": self.partial_rotary_factor}
+        return data
+
     def to_spec(self) -> ArchSpec:
         """The architecture; UnsupportedConfig or ValueError names the field that cannot be honoured."""
         head_dim = quotient(self, "hidden_size", "num_attention_heads")
