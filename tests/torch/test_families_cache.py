@@ -58,10 +58,7 @@ VARIED: dict[str, Any] = {**ASKED, "no_repeat_ngram_size": 2}
 @pytest.mark.parametrize("name", [MPT, *GENERATING])
 def test_the_same_tokens_with_every_cache(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(DynamicCache, "SLACK", 4)  # windowed layers drop tokens within these lengths
-    # Weights for which greedy tokens do not soon repeat: tied ones do, and small ones after a last norm.
-    model = randomised(
-        made(name, tie_word_embeddings=False), std=0.8 if CLASSES.get(name) == "openai-gpt" else 0.2
-    )
+    model = made(name)
     ids, mask = prompts(name)
     out = model.generate(ids, attention_mask=mask, **VARIED, return_dict_in_generate=True)
     rolling, cache = out.sequences, out.past_key_values
