@@ -82,6 +82,13 @@ from monoblock.generation import (
 from monoblock.outputs import (
     ModelOutput as ModelOutput,
 )
+from monoblock.processing import (
+    AutoImageProcessor as AutoImageProcessor,
+    AutoProcessor as AutoProcessor,
+    FuyuBatchEncoding as FuyuBatchEncoding,
+    FuyuImageProcessor as FuyuImageProcessor,
+    FuyuProcessor as FuyuProcessor,
+)
 from monoblock.tokenization import (
     AutoTokenizer as AutoTokenizer,
     BatchEncoding as BatchEncoding,

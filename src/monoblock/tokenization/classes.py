@@ -32,6 +32,13 @@ class GPT2Tokenizer(PreTrainedTokenizerFast):
 
     family = GPT2
 
+    def __init__(
+        self, vocab_file: Any = None, merges_file: Any = None, tokenizer_file: Any = None, **kwargs: Any
+    ):
+        super().__init__(
+            vocab_file=vocab_file, merges_file=merges_file, tokenizer_file=tokenizer_file, **kwargs
+        )
+
 
 class LlamaTokenizer(PreTrainedTokenizerFast):
     """Llama's, Mistral's, Fuyu's and Persimmon's: SentencePiece (`tokenizer.model`) or Tekken (`tekken.json`).
@@ -47,6 +54,9 @@ class LlamaTokenizer(PreTrainedTokenizerFast):
     """
 
     family = LLAMA
+
+    def __init__(self, vocab_file: Any = None, tokenizer_file: Any = None, **kwargs: Any):
+        super().__init__(vocab_file=vocab_file, tokenizer_file=tokenizer_file, **kwargs)
 
     def _add(self, tokens: Sequence[str | AddedToken], special: bool = False) -> int:
         if doubles_first_space(self._tokenizer):
@@ -73,6 +83,9 @@ class MPNetTokenizer(PreTrainedTokenizerFast):
     """
 
     family = MPNET
+
+    def __init__(self, vocab_file: Any = None, tokenizer_file: Any = None, **kwargs: Any):
+        super().__init__(vocab_file=vocab_file, tokenizer_file=tokenizer_file, **kwargs)
 
 
 # The slow and the fast name of a tokenizer are one class.

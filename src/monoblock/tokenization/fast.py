@@ -51,7 +51,8 @@ class PreTrainedTokenizerFast(Chat, Pad):
     _backend_options = ("tokenizer_object", "tokenizer_file", "vocab_file", "merges_file", "vocab", "merges")
 
     def __init__(self, **kwargs: Any):
-        source = {name: kwargs.pop(name) for name in self._backend_options if kwargs.get(name) is not None}
+        given = {name: kwargs.pop(name, None) for name in self._backend_options}
+        source = {name: value for name, value in given.items() if value is not None}
         self._tokenizer, implied = read_backend(source, self.family, {**self.family.defaults, **kwargs})
         kwargs = {**self.family.defaults, **implied, **kwargs}
         self.vocab_file: str | None = str(source["vocab_file"]) if "vocab_file" in source else None

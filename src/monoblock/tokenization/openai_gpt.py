@@ -92,8 +92,16 @@ class OpenAIGPTTokenizer(PreTrainedTokenizerFast):
 
     family = OPENAI_GPT
 
-    def __init__(self, **kwargs: Any):
-        super().__init__(**kwargs)
+    def __init__(
+        self,
+        vocab_file: Any = None,
+        merges_file: Any = None,
+        tokenizer_file: Any = None,
+        unk_token: Any = "<unk>",
+        **kwargs: Any,
+    ):
+        files = {"vocab_file": vocab_file, "merges_file": merges_file, "tokenizer_file": tokenizer_file}
+        super().__init__(**files, unk_token=unk_token, **kwargs)
         asked = self.init_kwargs.get("original")
         self._original = _has_packages() if asked is None else bool(asked)
         if self._original:
