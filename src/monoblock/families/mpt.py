@@ -166,8 +166,8 @@ class MptConfig(PretrainedConfig):
         kv_heads = dict(zip(ATTENTIONS, (self.n_heads, 1, att.kv_n_heads), strict=True))[att.attn_type]
         if att.kv_n_heads not in (None, kv_heads):
             raise ValueError(
-                f"MptConfig.attn_config.kv_n_heads={att.kv_n_heads} does not go with attn_type={att.attn_type!r}, which "
-                f"has {kv_heads}; use grouped_query_attention"
+                f"MptConfig.attn_config.kv_n_heads={att.kv_n_heads} does not go with attn_type={att.attn_type!r}, "
+                f"which has {kv_heads}; use grouped_query_attention"
             )
         kind = NORMS[self.norm_type]
         norm = Norm(kind=kind, eps=self.layer_norm_epsilon, bias=bias and kind == "layer")
