@@ -90,7 +90,7 @@ def load(source: Source, hub: Hub) -> Engine:
     path, name = locate(source.model)
     where = hub.kwargs() if source.model else {}
     tokenizer = AutoTokenizer.from_pretrained(path, **where)
-    if device := _device(source.device):
+    if device := device_map(source.device):
         where = where | {"device_map": device}
     model = AutoModelForCausalLM.from_pretrained(path, dtype=source.dtype.value, **where)
     model.eval()
@@ -106,7 +106,7 @@ def locate(model: str | None) -> tuple[str, str]:
     return model, model
 
 
-def _device(wanted: str) -> str | None:
+def device_map(wanted: str) -> str | None:
     """The device map to load with; None leaves the model on the CPU, with no need for accelerate."""
     if wanted != "auto":
         return None if wanted == "cpu" else wanted

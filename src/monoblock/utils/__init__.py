@@ -1,0 +1,1 @@
+"""What the hub's libraries keep under this name: `monoblock.utils.attention_visualizer`."""

@@ -1,0 +1,108 @@
+"""From a model and its tokens to squares: who may see whom, and who looked at whom."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from monoblock.spec import Alibi, ArchSpec, Buckets
+from monoblock.utils import visibility
+from monoblock.utils.heatmap import Panel
+from monoblock.utils.tokens import Tokens, ranges
+from monoblock.utils.visibility import Bools, Floats
+
+
+def mask_panels(spec: ArchSpec, tokens: Tokens, head: int | None) -> list[Panel]:
+    """A square for each kind of layer and each text; the shades of ALiBi are `head`'s, or the mean of all."""
+    strength = visibility.strength(spec, tokens.length, head)
+    legend = _legend(spec, head)
+    made: list[Panel] = []
+    for window, layers in visibility.layer_kinds(spec).items():
+        seen = visibility.mask(spec, layers[0], tokens.batch)
+        shades = np.where(seen, strength, np.float32(np.nan))
+        name = f"{_layers(layers, spec.layers)}: {_sight(spec, window, tokens.length)}"
+        made += _squares(tokens, name, [legend] * len(seen), shades)
+    return made
+
+
+def weight_panels(
+    spec: ArchSpec, tokens: Tokens, attentions: Sequence[Any], layer: int | None, head: int | str
+) -> list[Panel]:
+    """A square for each text, layer (None: every) and head (a number, "mean" or "all")."""
+    if len(attentions) != spec.layers:
+        raise ValueError(f"attentions must hold {spec.layers} layers, got {len(attentions)}")
+    shape = (len(tokens.labels), spec.attention.heads, tokens.length, tokens.length)
+    made: list[Panel] = []
+    for index in range(spec.layers) if layer is None else [check_layer(spec, layer)]:
+        weights = np.asarray(attentions[index], np.float32)
+        if weights.shape != shape:
+            raise ValueError(f"attentions of layer {index} must be {shape}, got {weights.shape}")
+        seen = visibility.mask(spec, index, tokens.batch)
+        if head == "mean":
+            made += _heat(tokens, f"layer {index}, mean of all heads", weights.mean(axis=1), seen)
+            continue
+        heads = range(spec.attention.heads) if head == "all" else [check_head(spec, head)]
+        for number in heads:
+            made += _heat(tokens, f"layer {index}, head {number}", weights[:, number], seen)
+    return made
+
+
+def check_layer(spec: ArchSpec, layer: int) -> int:
+    """The layer; ValueError if the model has none of that number."""
+    if not 0 <= layer < spec.layers:
+        raise ValueError(f"layer must be 0 to {spec.layers - 1}, got {layer}")
+    return layer
+
+
+def check_head(spec: ArchSpec, head: int | str) -> int:
+    """The head; ValueError if it is no number of one."""
+    if not isinstance(head, int) or not 0 <= head < spec.attention.heads:
+        raise ValueError(f"head must be 0 to {spec.attention.heads - 1}, 'mean' or 'all', got {head!r}")
+    return head
+
+
+def _heat(tokens: Tokens, name: str, weights: Floats, seen: Bools) -> list[Panel]:
+    """Weights as shades, the largest of each picture the strongest."""
+    largest = np.where(seen, weights, 0).max(axis=(1, 2), keepdims=True)
+    shades = np.where(seen, weights / np.maximum(largest, np.float32(1e-12)), np.float32(np.nan))
+    legends = [f"weight: {{weak}} 0 to {{strong}} {most:.3g}" for most in largest.ravel().tolist()]
+    return _squares(tokens, name, legends, shades)
+
+
+def _squares(tokens: Tokens, name: str, legends: list[str], shades: Floats) -> list[Panel]:
+    return [
+        Panel(
+            title=name if len(shades) == 1 else f"text {row}, {name}",
+            legend=legends[row],
+            labels=tokens.labels[row],
+            shade=shades[row],
+            image=tokens.image_bk[row],
+            padding=~tokens.batch.valid_bk[row],
+        )
+        for row in range(len(shades))
+    ]
+
+
+def _layers(layers: Sequence[int], count: int) -> str:
+    if len(layers) == count:
+        return f"all {count} layers" if count > 1 else "the only layer"
+    return f"{'layers' if len(layers) > 1 else 'layer'} {ranges(layers)}"
+
+
+def _sight(spec: ArchSpec, window: int | None, length: int) -> str:
+    if not spec.causal:
+        return "both ways"
+    if window is None:
+        return "causal"
+    return f"causal, window of {window}" + (", wider than the text" if window >= length else "")
+
+
+def _legend(spec: ArchSpec, head: int | None) -> str:
+    if spec.position(Alibi):
+        whose = f"head {head}" if head is not None else f"mean of {spec.attention.heads} heads"
+        return f"ALiBi's factor, {whose}: {{weak}} near 0, {{strong}} 1"
+    if spec.position(Buckets):
+        return "relative bucket: {weak} farthest, {strong} nearest"
+    return "{strong} may be seen"
