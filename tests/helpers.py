@@ -142,3 +142,9 @@ def one_by_one(count: int, prefill: int) -> tuple[int, ...]:
 
 
 Check = Callable[..., None]
+
+
+def same(a: Any, b: Any) -> bool:
+    """Whether two models hold the same names and bits."""
+    one, two = a.state_dict(), b.state_dict()
+    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)

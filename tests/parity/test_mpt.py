@@ -3,59 +3,20 @@ transformers honours."""
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import oracle
 import pytest
 import torch
 import transformers
-from helpers import CLASSES, KIND, PAD, PADDINGS, batch, chunks, one_by_one, parameters, randomised
+from helpers import CLASSES, KIND, PAD, PADDINGS, batch, chunks, one_by_one, parameters
 from measure import assert_close
+from mpt_pairs import LABELLED, TOKENS, VOCAB, fields, logits_of, pair
 
 import monoblock
 from monoblock import DynamicCache, StaticCache
 
 ATOL = 1e-5  # fp32; states and logits are of the order of 1 to 10, measured 6e-6 at most
-GRADIENT_ATOL = 1e-5  # gradients of a mean loss are below 1, measured 2e-6
-VOCAB, LABELS, TOKENS = 89, 4, 23
-
-
-def fields(heads: int, **more: Any) -> dict[str, Any]:
-    # The clip bites: projections have a deviation of about 1.2.
-    attn = {"clip_qkv": 0.9, "softmax_scale": 0.23}
-    sizes = {"d_model": 6 * heads, "n_heads": heads, "n_layers": 3, "vocab_size": VOCAB, "max_seq_len": 64}
-    ids = {"pad_token_id": PAD, "bos_token_id": 1, "eos_token_id": 2}
-    return {**sizes, **ids, "layer_norm_epsilon": 1e-3, "num_labels": LABELS, "attn_config": attn, **more}
-
-
-@functools.cache
-def pair(name: str, heads: int = 6, tied: bool = True, labels: int = LABELS) -> tuple[Any, Any]:
-    """The same random model in transformers and here."""
-    kwargs = fields(heads, tie_word_embeddings=tied, num_labels=labels)
-    theirs = randomised(getattr(transformers, name)(transformers.MptConfig(**kwargs)), seed=heads).eval()
-    ours = getattr(monoblock, name)(monoblock.MptConfig(**kwargs)).eval()
-    ours.load_state_dict(
-        {k: v.clone() for k, v in theirs.state_dict().items() if k != "lm_head.weight" or not tied}
-    )
-    return theirs, ours
-
-
-def logits_of(out: Any) -> torch.Tensor:
-    """All that a head says, (batch, [tokens,] outputs)."""
-    if "start_logits" in out:
-        return torch.stack((out.start_logits, out.end_logits), dim=-1)
-    return out.logits if "logits" in out else out.last_hidden_state
-
-
-def labels_of(ids: torch.Tensor, mask: torch.Tensor | None, high: int) -> torch.Tensor:
-    """Labels with -100 at padding, after it (what a padding predicts means nothing), and here and there."""
-    labels = (ids * 7 + 1) % high
-    labels[:, 5::6] = -100
-    if mask is not None:
-        labels[(mask == 0) | (mask.roll(1, 1) == 0)] = -100
-    return labels
-
 
 # ---------------------------------------------------------------------------- forward
 
@@ -140,102 +101,6 @@ def test_half_precision_is_near(name: str) -> None:
     half = copy.deepcopy(ours).to(torch.bfloat16)
     where = None if KIND[name] == "sequence" else mask
     assert_close("bf16 logits", logits_of(half(ids, attention_mask=mask)), expected, 0.3, where)
-
-
-# ---------------------------------------------------------------------------- losses and gradients
-
-
-@pytest.mark.parametrize("padding", PADDINGS)
-@pytest.mark.parametrize("name", ["MptForCausalLM", "MptForTokenClassification"])
-def test_token_losses_and_gradients(name: str, padding: str) -> None:
-    theirs, ours = pair(name)
-    ids, mask = batch(padding)
-    labels = labels_of(ids, mask, VOCAB if name == "MptForCausalLM" else LABELS)
-    check_gradients(name, theirs, ours, ids, mask, labels=labels)
-
-
-def test_causal_loss_with_a_count() -> None:
-    theirs, ours = pair("MptForCausalLM")
-    ids, mask = batch("left")
-    check_gradients(
-        "counted", theirs, ours, ids, mask, labels=labels_of(ids, mask, VOCAB), num_items_in_batch=77
-    )
-
-
-SEQUENCE_LABELS = {
-    "one class": (LABELS, None, torch.tensor([2, 0, 3])),
-    "multi-hot": (LABELS, None, torch.tensor([[1.0, 0, 0, 1], [0, 0, 1, 0], [1, 1, 1, 0]])),
-    "a number": (1, None, torch.tensor([0.3, -1.7, 2.5])),
-    "several numbers": (
-        LABELS,
-        "regression",
-        torch.randn(3, LABELS, generator=torch.Generator().manual_seed(0)),
-    ),
-    "said: one class": (LABELS, "single_label_classification", torch.tensor([1, 1, 2])),
-    "said: multi-hot": (LABELS, "multi_label_classification", torch.ones(3, LABELS)),
-}
-
-
-@pytest.mark.parametrize("case", SEQUENCE_LABELS)
-@pytest.mark.parametrize("padding", PADDINGS)
-def test_sequence_losses_and_gradients(case: str, padding: str) -> None:
-    count, problem, labels = SEQUENCE_LABELS[case]
-    theirs, ours = pair("MptForSequenceClassification", labels=count)
-    ids, mask = batch(padding)
-    theirs.config.problem_type, spec = problem, ours.head.spec
-    ours.head.spec = monoblock.heads.HeadSpec(kind="sequence", labels=count, problem_type=problem, pad_id=PAD)
-    try:
-        check_gradients(f"sequence, {case}", theirs, ours, ids, mask, labels=labels)
-    finally:
-        theirs.config.problem_type, ours.head.spec = None, spec
-    assert ours.config.problem_type is None, "the type is inferred for one call only"
-
-
-@pytest.mark.parametrize("padding", PADDINGS)
-@pytest.mark.parametrize(
-    "ends", [[7, 16, 12], [7, TOKENS, 999], [[7], [16], [12]]], ids=["in", "outside", "column"]
-)
-def test_span_losses_and_gradients(ends: list[Any], padding: str) -> None:
-    theirs, ours = pair("MptForQuestionAnswering")
-    ids, mask = batch(padding)
-    check_gradients(
-        "span",
-        theirs,
-        ours,
-        ids,
-        mask,
-        start_positions=torch.tensor([4, 15, 8]),
-        end_positions=torch.tensor(ends),
-    )
-
-
-def check_gradients(what: str, theirs: Any, ours: Any, ids: Any, mask: Any, **labels: Any) -> None:
-    """The loss, and its gradients with respect to the inputs and to every parameter."""
-    results = []
-    for module in (theirs, ours):
-        module.zero_grad()
-        embeds = module.get_input_embeddings().weight.detach()[ids].requires_grad_()
-        # Through ids for the table's gradient, through embeddings for the inputs'; a row is classified at the
-        # same place in both, as only one of them knows the pad id.
-        loss = module(ids, attention_mask=mask, **labels).loss
-        loss.backward()
-        by_embeds = None
-        if "sequence" not in what:
-            other = module(inputs_embeds=embeds, attention_mask=mask, **labels).loss
-            other.backward()
-            by_embeds = embeds.grad
-            assert_close(f"{what} loss from embeddings", other, loss, 1e-6)
-        grads = {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
-        results.append((loss, by_embeds, grads))
-    (loss_t, embeds_t, grads_t), (loss_o, embeds_o, grads_o) = results
-    assert_close(f"{what} loss", loss_o, loss_t, ATOL)
-    if embeds_t is not None:
-        assert_close(f"{what} gradient of inputs", embeds_o, embeds_t, GRADIENT_ATOL, mask)
-        assert embeds_t.abs().max() > 1e-4, "a gradient that says nothing"
-    keymap = ours.keymap()
-    for canonical, path in ours.parameter_names().items():
-        (hub,) = keymap.source(canonical).names
-        assert_close(f"{what} gradients of parameters", grads_o[path], grads_t[hub], GRADIENT_ATOL)
 
 
 # ---------------------------------------------------------------------------- caches
@@ -344,13 +209,6 @@ def test_greedy_tokens_of_a_row_do_not_depend_on_the_batch() -> None:
 
 
 FLAGS = {"output_hidden_states": True, "output_attentions": True}
-LABELLED = {
-    None: {},
-    "causal": {"labels": torch.ones(2, 6, dtype=torch.long)},
-    "sequence": {"labels": torch.tensor([1, 2])},
-    "token": {"labels": torch.ones(2, 6, dtype=torch.long)},
-    "span": {"start_positions": torch.tensor([1, 2]), "end_positions": torch.tensor([3, 4])},
-}
 
 
 @pytest.mark.parametrize("name", CLASSES)
@@ -440,85 +298,6 @@ def test_masks_of_any_number_type() -> None:
 # ---------------------------------------------------------------------------- where the definition decides
 
 
-COUNTED = {
-    "MptForTokenClassification": lambda ids: {"labels": labels_of(ids, None, LABELS)},
-    "MptForQuestionAnswering": lambda _: {
-        "start_positions": torch.tensor([1, 2, 3]),
-        "end_positions": torch.tensor([9, 99, 4]),
-    },
-    "MptForSequenceClassification": lambda _: {"labels": torch.tensor([1, 2, 3])},
-}
-
-
-@pytest.mark.parametrize("count", [None, 5, torch.tensor(7)], ids=["mean", "5", "7"])
-@pytest.mark.parametrize("name", COUNTED)
-def test_every_loss_is_divided_by_the_count(name: str, count: Any) -> None:
-    """transformers takes num_items_in_batch for the causal head only; accumulation needs it for all."""
-    _, ours = pair(name)
-    ids, _ = batch("none")
-    given = COUNTED[name](ids)
-    out = ours(ids, **given, num_items_in_batch=count)
-    scores = logits_of(out).detach().double().numpy()
-    number = None if count is None else int(count)
-    if KIND[name] == "span":
-        expected = oracle.span_loss(
-            scores[..., 0], scores[..., 1], given["start_positions"], given["end_positions"], number
-        )
-    else:
-        expected = oracle.cross_entropy(scores, given["labels"], number)
-    assert_close("counted loss", out.loss, expected, ATOL)
-
-
-@pytest.mark.parametrize(
-    "problem", ["regression", "multi_label_classification", "single_label_classification"]
-)
-@pytest.mark.parametrize("count", [None, 10])
-def test_sequence_losses_are_the_definition(problem: str, count: int | None) -> None:
-    config = monoblock.MptConfig(**fields(6, problem_type=problem))
-    ours = randomised(monoblock.MptForSequenceClassification(config)).eval()
-    ids, mask = batch("right")
-    labels = torch.tensor([[0.0, 1, 0, 1], [1, 1, 0, 0], [0, 0, 1, 0]])
-    labels = torch.tensor([3, 0, 1], dtype=torch.int32) if problem.startswith("single") else labels
-    out = ours(ids, attention_mask=mask, labels=labels, num_items_in_batch=count)
-    scores = out.logits.detach().double().numpy()
-    assert_close(
-        "sequence loss", out.loss, oracle.sequence_loss(scores, labels.numpy(), problem, count), 1e-6
-    )
-
-
-@pytest.mark.parametrize("name", [name for name in CLASSES if KIND[name] in ("causal", "token", "span")])
-def test_no_label_at_all_is_a_loss_of_zero(name: str) -> None:
-    """transformers gives NaN, which ends a training run."""
-    _, ours = pair(name)
-    ids, _ = batch("none")
-    nothing = torch.full_like(ids, -100)
-    outside = torch.tensor([-1, TOKENS, 500])
-    given = (
-        {"start_positions": outside, "end_positions": outside}
-        if KIND[name] == "span"
-        else {"labels": nothing}
-    )
-    ours.zero_grad()
-    loss = ours(ids, **given).loss
-    loss.backward()
-    assert loss.item() == 0
-    assert all(p.grad is None or not p.grad.any() for p in ours.parameters())
-
-
-def test_negative_span_positions_are_outside() -> None:
-    """The page: positions outside the text are not taken into account. transformers takes -1 for the first token."""
-    _, ours = pair("MptForQuestionAnswering")
-    ids, _ = batch("none")
-    out = ours(ids, start_positions=torch.tensor([-1, 4, 2]), end_positions=torch.tensor([3, 5, -100]))
-    two = oracle.span_loss(
-        out.start_logits.detach().numpy(),
-        out.end_logits.detach().numpy(),
-        torch.tensor([-1, 4, 2]),
-        torch.tensor([3, 5, -100]),
-    )
-    assert_close("span loss", out.loss, two, 1e-6)
-
-
 def test_a_final_eos_that_is_also_the_padding_is_classified() -> None:
     """With pad == eos transformers classifies at the token before the final eos."""
     _, ours = pair("MptForSequenceClassification")
@@ -541,27 +320,6 @@ def test_embeddings_are_classified_where_the_mask_ends() -> None:
     a, b = ours(inputs_embeds=embeds, attention_mask=mask), ours(ids, attention_mask=mask)
     assert_close("classified from embeddings", a.logits, b.logits, 1e-6)
     assert_close("last place", ours(inputs_embeds=embeds[:1]).logits, ours(ids[:1]).logits, 1e-6)
-
-
-@pytest.mark.parametrize("name", [name for name in CLASSES if KIND[name]])
-def test_int32_labels(name: str) -> None:
-    """transformers' losses refuse some of them."""
-    _, ours = pair(name)
-    ids = torch.arange(10, 22).reshape(2, 6)
-    narrow = {key: value.int() for key, value in LABELLED[KIND[name]].items()}
-    assert torch.equal(ours(ids, **narrow).loss, ours(ids, **LABELLED[KIND[name]]).loss)
-
-
-def test_the_problem_type_is_inferred_for_each_call() -> None:
-    """transformers writes it into the config at the first call."""
-    _, ours = pair("MptForSequenceClassification")
-    ids = torch.arange(10, 22).reshape(2, 6)
-    hot = torch.tensor([[1.0, 0, 0, 1], [0, 1, 0, 0]])
-    first = ours(ids, labels=hot).loss
-    ours(ids, labels=torch.tensor([1, 2]))
-    assert torch.equal(ours(ids, labels=hot).loss, first)
-    scores = ours(ids).logits.detach().double().numpy()
-    assert_close("multi-hot", first, oracle.sequence_loss(scores, hot, "multi_label_classification"), 1e-6)
 
 
 @torch.no_grad()

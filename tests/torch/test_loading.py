@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 import json
-import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import CLASSES, KIND, batch, config, model
+from helpers import CLASSES, KIND, batch, config, model, same
 from safetensors.torch import load_file, save_file
 
 import monoblock
@@ -47,11 +45,6 @@ def rewritten(folder: Path, change: Any) -> None:
     tensors = {name: tensor.clone() for name, tensor in load_file(folder / WEIGHTS).items()}
     change(tensors)
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-
-
-def same(a: Any, b: Any) -> bool:
-    one, two = a.state_dict(), b.state_dict()
-    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
 
 
 # ---------------------------------------------------------------------------- round trips and classes
@@ -404,137 +397,6 @@ def test_tied_weights_are_saved_once(saved: Path) -> None:
     )
 
 
-# ---------------------------------------------------------------------------- weights as they are held
-
-
-def test_state_dicts_by_either_name() -> None:
-    one, two = model(seed=1), model(seed=2)
-    two.load_state_dict(one.hub_state_dict())
-    assert same(one, two)
-    three = model(seed=3)
-    three.load_state_dict(one.state_dict())
-    assert same(one, three)
-    bare = model("MptModel", seed=4)
-    bare.load_state_dict({name.removeprefix("transformer."): t for name, t in one.hub_state_dict().items()})
-    assert same(one.backbone, bare.backbone)
-    with pytest.raises(CheckpointError, match=r"blocks\.7\.norm_1\.weight"):
-        one.load_state_dict({**one.hub_state_dict(), "transformer.blocks.7.norm_1.weight": torch.zeros(36)})
-    partial = one.hub_state_dict()
-    del partial["transformer.norm_f.weight"]
-    with pytest.raises(RuntimeError, match="final_norm"):
-        two.load_state_dict(partial)
-    assert two.load_state_dict(partial, strict=False).missing_keys == ["backbone.final_norm.weight"]
-    wrong = {**one.hub_state_dict(), "transformer.norm_f.weight": torch.zeros(35)}
-    with pytest.raises((ShapeMismatch, RuntimeError), match=r"35"):
-        two.load_state_dict(wrong)
-
-
-def test_hub_state_dict_shares_the_parameters_memory() -> None:
-    made = model(attn={"attn_type": "multiquery_attention", "fused_qkv": False})
-    state = made.hub_state_dict()
-    assert state["transformer.blocks.0.attn.Wk.weight"].shape == (6, 36)
-    pointers = {p.untyped_storage().data_ptr() for p in made.parameters()}
-    assert {t.untyped_storage().data_ptr() for t in state.values()} == pointers
-    assert not any(t.requires_grad for t in state.values())
-
-
-def test_models_can_be_pickled_and_copied() -> None:
-    made = model(attn={"clip_qkv": 0.7})
-    ids, _ = batch("none")
-    expected = made(ids).logits
-    for again in (copy.deepcopy(made), pickle.loads(pickle.dumps(made))):
-        assert type(again) is MptForCausalLM
-        assert torch.equal(again(ids).logits, expected)
-        assert again.head.out.weight is again.backbone.embed.weight
-        assert again.config == made.config
-        again.backbone.embed.weight.data.zero_()
-    assert torch.equal(made(ids).logits, expected)
-
-
-def test_a_saved_state_dict_comes_back(tmp_path: Path) -> None:
-    made, other = model(seed=1), model(seed=2)
-    torch.save(made.state_dict(), tmp_path / "state.pt")
-    other.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
-    assert same(made, other)
-    assert other.head.out.weight is other.backbone.embed.weight
-
-
-def test_ties_and_embeddings() -> None:
-    made = model()
-    assert made.get_output_embeddings().weight is made.get_input_embeddings().weight
-    table = torch.nn.Embedding(89, 36)
-    made.set_input_embeddings(table)
-    assert made.get_input_embeddings() is table
-    assert made.get_output_embeddings().weight is table.weight
-    untied = model(tie_word_embeddings=False)
-    assert untied.get_output_embeddings().weight is not untied.get_input_embeddings().weight
-    head = torch.nn.Linear(36, 89, bias=False)
-    untied.set_output_embeddings(head)
-    ids, _ = batch("none")
-    assert torch.equal(untied(ids).logits, head(untied(ids, output_hidden_states=True).hidden_states[-1]))
-    bare = model("MptModel")
-    assert bare.get_output_embeddings() is None
-    with pytest.raises(ValueError, match="MptModel has no projection to the vocabulary"):
-        bare.set_output_embeddings(head)
-
-
-def test_hooks_on_the_embedding_act() -> None:
-    made = model()
-    for p in made.parameters():
-        p.requires_grad_(False)
-    made.enable_input_require_grads()
-    ids, _ = batch("none")
-    assert made(ids).logits.requires_grad
-    made.get_input_embeddings().register_forward_hook(lambda *_: torch.zeros(3, 23, 36))
-    assert not made(ids, output_hidden_states=True).hidden_states[0].any()
-
-
-@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-def test_resizing_the_vocabulary(tied: bool, tmp_path: Path) -> None:
-    made = model(tie_word_embeddings=tied)
-    before = made.backbone.embed.weight.detach().clone()
-    ids, _ = batch("none")
-    logits = made(ids).logits
-    table = made.resize_token_embeddings(95)
-    assert table is made.get_input_embeddings()
-    assert table.weight.shape == (95, 36)
-    assert (
-        made.config.vocab_size
-        == made.spec.vocab
-        == table.num_embeddings
-        == made.get_output_embeddings().out_features
-        == 95
-    )
-    assert torch.equal(table.weight[:89], before)
-    assert torch.allclose(table.weight[89:], before.mean(0).expand(6, -1), atol=1e-6)
-    assert (made.get_output_embeddings().weight is table.weight) == tied
-    assert torch.equal(made(ids).logits[..., :89], logits)
-    assert made(torch.tensor([[94]])).logits.shape == (1, 1, 95)
-    made.save_pretrained(tmp_path)
-    assert MptForCausalLM.from_pretrained(tmp_path).config.vocab_size == 95
-    made.resize_token_embeddings(50)
-    assert torch.equal(made.backbone.embed.weight, before[:50])
-    assert made.resize_token_embeddings(pad_to_multiple_of=64).weight.shape[0] == 64
-    assert made.resize_token_embeddings().weight.shape[0] == 64
-    random = made.resize_token_embeddings(200, mean_resizing=False).weight[64:]
-    assert 0.01 < random.std() < 0.03
-    with pytest.raises(ValueError, match="at least 1"):
-        made.resize_token_embeddings(0)
-
-
-def test_facts_about_a_model() -> None:
-    made = model()
-    assert made.num_parameters() == sum({p: p.numel() for p in made.parameters()}.values())
-    assert made.num_parameters() - made.num_parameters(exclude_embeddings=True) == 89 * 36
-    made.backbone.embed.weight.requires_grad_(False)
-    assert made.num_parameters(only_trainable=True) == made.num_parameters() - 89 * 36
-    assert made.get_memory_footprint() == 4 * made.num_parameters()
-    assert made.device.type == "cpu"
-    assert made.can_generate()
-    assert not model("MptModel").can_generate()
-    assert made.base_model is made.transformer is made.backbone
-
-
 # ---------------------------------------------------------------------------- memory
 
 MEMORY = """
@@ -589,97 +451,3 @@ def test_loaded_parameters_lie_in_the_mapped_file(saved: Path) -> None:
     with torch.no_grad():
         made.backbone.embed.weight.zero_()
     assert MptForCausalLM.from_pretrained(saved).backbone.embed.weight.any(), "the file is not written to"
-
-
-# ---------------------------------------------------------------------------- inputs that are wrong
-
-IDS = torch.arange(10, 22).reshape(2, 6)
-WRONG: dict[str, tuple[type[Exception], dict[str, Any]]] = {
-    r"hold the token 89, but the model's vocabulary has the ids 0 to 88": (
-        ValueError,
-        {"input_ids": IDS + 68},
-    ),
-    r"hold the token -100": (ValueError, {"input_ids": torch.full((1, 3), -100)}),
-    r"the input has no tokens": (ValueError, {"input_ids": torch.zeros(1, 0, dtype=torch.long)}),
-    r"input_ids must be whole numbers \(batch, tokens\), got torch.float32": (
-        ValueError,
-        {"input_ids": IDS.float()},
-    ),
-    r"input_ids must be whole numbers \(batch, tokens\), got torch.int64 \(6,\)": (
-        ValueError,
-        {"input_ids": IDS[0]},
-    ),
-    r"inputs_embeds must be \(batch, tokens, 36\), got \(2, 6, 35\)": (
-        ValueError,
-        {"inputs_embeds": torch.zeros(2, 6, 35)},
-    ),
-    r"attention_mask must be \(batch, tokens\) = \(2, 6\), .* got \(2, 5\)": (
-        ValueError,
-        {"input_ids": IDS, "attention_mask": torch.ones(2, 5)},
-    ),
-    r"attention_mask must be .* got \(2, 1, 6, 6\)": (
-        ValueError,
-        {"input_ids": IDS, "attention_mask": torch.ones(2, 1, 6, 6)},
-    ),
-    r"cache_position must be 0 to 5": (ValueError, {"input_ids": IDS, "cache_position": torch.arange(1, 7)}),
-    r"position_ids must be \(batch, 6\), got \(1, 7\)": (
-        ValueError,
-        {"input_ids": IDS, "position_ids": torch.arange(7)[None]},
-    ),
-    r"past_key_values must hold 2 layers, got 1": (
-        ValueError,
-        {"input_ids": IDS, "past_key_values": ((IDS, IDS),)},
-    ),
-    r"past_key_values must hold keys of \(batch, heads, tokens, head_dim\) or .* got \(5, 6, 7\) for a batch of 2": (
-        ValueError,
-        {"input_ids": IDS, "past_key_values": ((torch.zeros(5, 6, 7),) * 2,) * 2},
-    ),
-    r"past_key_values must be a Cache or a tuple of layers, got dict": (
-        ValueError,
-        {"input_ids": IDS, "past_key_values": {}},
-    ),
-    r"labels of 5 tokens came with logits of 6": (ValueError, {"input_ids": IDS, "labels": IDS[:, :5]}),
-    r"MptForCausalLM has no argument 'attn_mask'; it takes: input_ids": (
-        TypeError,
-        {"input_ids": IDS, "attn_mask": IDS},
-    ),
-}
-
-
-@pytest.mark.parametrize("text", WRONG)
-def test_wrong_inputs_get_one_clear_sentence(text: str) -> None:
-    error, given = WRONG[text]
-    with pytest.raises(error, match=text) as caught:
-        model()(**given)
-    assert "\n" not in str(caught.value)
-
-
-def test_wrong_inputs_by_position() -> None:
-    with pytest.raises(TypeError, match="takes at most 11 positional arguments, got 12"):
-        model()(*[None] * 12)
-    with pytest.raises(TypeError, match="got 'input_ids' twice"):
-        model()(IDS, input_ids=IDS)
-
-
-def test_a_static_cache_that_is_too_small() -> None:
-    cache = monoblock.StaticCache(max_cache_len=8)
-    out = model()(IDS, past_key_values=cache, use_cache=True)
-    with pytest.raises(ValueError, match="the static cache holds 8 tokens: 6 are in it and 6 more came"):
-        model()(IDS, past_key_values=out.past_key_values)
-    with pytest.raises(ValueError, match="max_cache_len of at least 1"):
-        monoblock.StaticCache(max_cache_len=0)
-
-
-def test_an_empty_prompt_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"no tokens|empty"):
-        model().generate(torch.zeros(1, 0, dtype=torch.long), max_new_tokens=3)
-
-
-def test_a_class_that_predicts_nothing_does_not_generate() -> None:
-    with pytest.raises(TypeError, match=r"generate with a \.\.\.ForCausalLM class"):
-        model("MptForTokenClassification").generate(IDS)
-
-
-def test_position_ids_without_positions_are_told(logs: pytest.LogCaptureFixture) -> None:
-    model()(IDS, position_ids=torch.arange(6)[None])
-    assert any("position_ids have no effect" in message for message in logs.messages)

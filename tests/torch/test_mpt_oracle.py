@@ -5,9 +5,6 @@ cache."""
 from __future__ import annotations
 
 import copy
-import importlib.machinery
-import sys
-import types
 from typing import Any
 
 import numpy as np
@@ -22,106 +19,17 @@ from helpers import (
     config,
     expected,
     expected_logits,
-    has_compiler,
     model,
     one_by_one,
     parameters,
 )
 from measure import assert_close
+from mpt_cases import CASES, LENGTHS, ROPE, made
 
-from monoblock import DynamicCache, MptForCausalLM, MptModel, StaticCache
+from monoblock import DynamicCache, StaticCache
 from monoblock.backends.pytorch import attention
 
 ATOL = 1e-5  # fp32, 2 layers, values of the order of 1 to 10: measured 7e-6
-LENGTHS = (23, 9, 17)
-
-ROPE = {"alibi": False, "rope": True}
-HF_ROPE = {**ROPE, "rope_impl": "hf"}
-LLAMA3 = {"type": "llama3", "factor": 4.0, "original_max_position_embeddings": 16, "high_freq_factor": 3.0}
-
-# name -> (attn_config, other fields). The sequence (23) is longer than twice each window.
-CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "alibi_bias_max": ({"alibi_bias_max": 16}, {}),
-    "storywriter": ({"alibi_bias_max": 16, "clip_qkv": 6}, {"n_heads": 3}),
-    "learned positions": ({"alibi": False}, {"learned_pos_emb": True}),
-    "no positions": ({"alibi": False}, {"learned_pos_emb": False}),
-    "qk_ln": ({"qk_ln": True, "clip_qkv": 0.8}, {}),
-    "qk_ln with bias": ({"qk_ln": True}, {"no_bias": False}),
-    "qk_gn": ({"qk_gn": True}, {"no_bias": False}),
-    "qk_gn, grouped": ({"qk_gn": True, "attn_type": "grouped_query_attention", "kv_n_heads": 2}, {}),
-    "qk_ln, grouped": ({"qk_ln": True, "attn_type": "grouped_query_attention", "kv_n_heads": 2}, {}),
-    "multiquery": ({"attn_type": "multiquery_attention"}, {}),
-    "grouped": ({"attn_type": "grouped_query_attention", "kv_n_heads": 3, "fused_qkv": False}, {}),
-    "biases": ({}, {"no_bias": False}),
-    "attention_bias": ({}, {"attention_bias": True}),
-    "no attention_bias": ({}, {"attention_bias": False, "no_bias": False}),
-    "logit_scale": ({}, {"logit_scale": 0.37}),
-    "inv_sqrt_d_model": ({}, {"logit_scale": "inv_sqrt_d_model"}),
-    "expansion_ratio": ({}, {"expansion_ratio": 2.5}),
-    "embedding_fraction": ({}, {"embedding_fraction": 0.3}),
-    "rope": (ROPE, {}),
-    "rope_theta": ({**ROPE, "rope_theta": 300.0}, {}),
-    "rope, hf": (HF_ROPE, {}),
-    "rope, linear": ({**HF_ROPE, "rope_hf_config": {"type": "linear", "factor": 3.0}}, {}),
-    "rope, dynamic": ({**HF_ROPE, "rope_hf_config": {"type": "dynamic", "factor": 2.5}}, {"max_seq_len": 8}),
-    "rope, llama3": ({**HF_ROPE, "rope_hf_config": LLAMA3}, {}),
-    "rope beside alibi": ({"rope": True, "alibi": True}, {}),
-    "rmsnorm": ({}, {"norm_type": "rmsnorm"}),
-    "norm_eps": ({}, {"norm_eps": 0.1}),
-    "mptglu": ({}, {"ffn_config": {"ffn_type": "mptglu"}, "no_bias": False}),
-    "ffn_hidden_size": ({}, {"ffn_config": {"ffn_hidden_size": 50}}),
-    "sliding window": ({"sliding_window_size": 5}, {}),
-    "sliding window of one": ({"sliding_window_size": 0}, {}),
-    "sliding window, rope": ({**ROPE, "sliding_window_size": 7}, {}),
-    "score cap": ({"attn_logit_softcapping": 0.9}, {}),
-    "logit cap": ({}, {"final_logit_softcapping": 1.5}),
-    "logit cap and scale": ({}, {"final_logit_softcapping": 1.5, "logit_scale": 3.0}),
-    "untied": ({}, {"tie_word_embeddings": False}),
-    "head_dim": ({}, {"head_dim": 10}),
-    "head_dim, odd width": ({}, {"head_dim": 4, "d_model": 35}),
-    "all at once": (
-        {
-            "alibi_bias_max": 5,
-            "clip_qkv": 1.1,
-            "qk_gn": True,
-            "attn_type": "grouped_query_attention",
-            "kv_n_heads": 2,
-            "sliding_window_size": 6,
-            "attn_logit_softcapping": 2.0,
-            "softmax_scale": 0.4,
-        },
-        {
-            "no_bias": False,
-            "norm_type": "rmsnorm",
-            "ffn_config": {"ffn_type": "mptglu", "ffn_hidden_size": 44, "ffn_act_fn": {"name": "silu"}},
-            "logit_scale": 0.7,
-            "final_logit_softcapping": 4.0,
-            "tie_word_embeddings": False,
-            "head_dim": 8,
-            "layer_norm_epsilon": 1e-3,
-        },
-    ),
-    **{
-        f"activation {act}": ({}, {"ffn_config": {"ffn_act_fn": act}})
-        for act in (
-            {"name": "gelu", "approximate": "tanh"},
-            {"name": "quick_gelu"},
-            {"name": "relu"},
-            {"name": "silu"},
-        )
-    },
-}
-
-
-def made(case: str) -> Any:
-    attn, fields = CASES[case]
-    module = model(attn=attn, **fields)
-    if case == "storywriter":  # projections large enough for a clip of 6 to bite
-        with torch.no_grad():
-            for block in module.backbone.blocks:
-                block.attn.qkv.weight *= 2
-                block.attn.out.weight /= 2
-    return module
 
 
 @pytest.fixture
@@ -377,104 +285,3 @@ def test_bf16_is_near(case: str) -> None:
         out = half(ids, attention_mask=mask).logits
         assert out.dtype == torch.bfloat16
         assert_close("bf16", out, expected_logits(module, run), 0.3, mask)
-
-
-# ---------------------------------------------------------------------------- kernels by name
-
-
-@pytest.mark.skipif(not has_compiler(), reason="flex attention is compiled, and no C++ compiler is here")
-@torch.no_grad()
-def test_flex_attention() -> None:
-    attn = {"attn_type": "grouped_query_attention", "kv_n_heads": 2, "sliding_window_size": 9}
-    module = model("MptModel", attn={**attn, "attn_logit_softcapping": 3.0}, head_dim=16, n_layers=1)
-    module.set_attn_implementation("flex_attention")
-    ids, mask = batch("left", LENGTHS)
-    assert_close("flex", module(ids, attention_mask=mask)[0], expected(module, ids, mask).hidden, ATOL, mask)
-
-
-def test_flex_attention_has_no_dropout() -> None:
-    module = model(attn={"attn_pdrop": 0.1}).train()
-    module.set_attn_implementation("flex_attention")
-    with pytest.raises(ValueError, match="flex_attention has no attention dropout"):
-        module(batch("none")[0])
-
-
-def test_unknown_implementations() -> None:
-    with pytest.raises(ValueError, match="eager, sdpa, flex_attention, flash_attention_2, got 'fast'"):
-        MptForCausalLM(config(attn_implementation="fast"))
-    module = model()
-    with pytest.raises(ValueError, match="got 'xformers'"):
-        module.set_attn_implementation("xformers")
-
-
-def test_flash_attention_needs_a_gpu_and_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
-    module = model()
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ImportError, match="needs a CUDA GPU"):
-        module.set_attn_implementation("flash_attention_2")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
-    with pytest.raises(ImportError, match="pip install flash-attn"):
-        module.set_attn_implementation("flash_attention_2")
-    assert module.config._attn_implementation == "sdpa"
-
-
-def flash_attn_func(q: Any, k: Any, v: Any, **given: Any) -> torch.Tensor:
-    """What the package documents: (batch, tokens, heads, dim), the last query lines up with the last key, ALiBi is
-    `-slope * |distance|`, a window of (left, right) keys, the cap on scaled scores."""
-    flash_attn_func.calls.append(given)
-    queries, keys, groups = q.shape[1], k.shape[1], q.shape[2] // k.shape[2]
-    k, v = k.repeat_interleave(groups, 2), v.repeat_interleave(groups, 2)
-    scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * given["softmax_scale"]
-    if given["softcap"]:
-        scores = given["softcap"] * torch.tanh(scores / given["softcap"])
-    distance = torch.arange(queries)[:, None] + keys - queries - torch.arange(keys)
-    if given["alibi_slopes"] is not None:
-        scores = scores - given["alibi_slopes"][None, :, None, None] * distance.abs()
-    left, right = given["window_size"]
-    hidden = torch.zeros_like(distance, dtype=torch.bool)
-    if given["causal"]:
-        hidden |= distance < 0
-    if left >= 0:
-        hidden |= distance > left
-    if right >= 0:
-        hidden |= -distance > right
-    return torch.einsum("bhqk,bkhd->bqhd", scores.masked_fill(hidden, -torch.inf).softmax(-1), v)
-
-
-@pytest.mark.parametrize(
-    "case",
-    ["alibi_bias_max", "multiquery", "sliding window", "sliding window, rope", "score cap", "all at once"],
-)
-@torch.no_grad()
-def test_flash_attentions_arguments(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    package = types.ModuleType("flash_attn")
-    package.__spec__ = importlib.machinery.ModuleSpec("flash_attn", None)
-    package.flash_attn_func, flash_attn_func.calls = flash_attn_func, []
-    monkeypatch.setitem(sys.modules, "flash_attn", package)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    module = made(case)
-    module.set_attn_implementation("flash_attention_2")
-    monkeypatch.undo()
-    monkeypatch.setitem(sys.modules, "flash_attn", package)
-    ids, mask = batch("left", LENGTHS)
-    run = expected(module, ids)
-    assert_close("flash", module(ids).logits, expected_logits(module, run), ATOL)
-    assert len(flash_attn_func.calls) == 2
-    assert flash_attn_func.calls[0]["dropout_p"] == 0
-    logits = chunks(module, ids, None, (9, 13, 1))
-    assert_close("flash, cached", logits, expected_logits(module, run), ATOL)
-    count = len(flash_attn_func.calls)
-    padded = module(ids, attention_mask=mask).logits
-    assert_close("flash, padded", padded, expected_logits(module, expected(module, ids, mask)), ATOL, mask)
-    assert len(flash_attn_func.calls) == count, "padding is for the fused kernel"
-
-
-def test_no_scores_array_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Unless attentions are asked for, nothing of heads x queries x keys is materialised."""
-    monkeypatch.setattr(attention, "attend_eager", None)
-    monkeypatch.setattr(attention, "_weights", None)
-    module = model("MptModel")
-    ids, mask = batch("left")
-    assert isinstance(module, MptModel)
-    module(ids, attention_mask=mask, output_hidden_states=True)

@@ -1,0 +1,102 @@
+"""What a call can get wrong: each is one clear sentence that says what was expected and what came."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from helpers import model
+
+import monoblock
+
+IDS = torch.arange(10, 22).reshape(2, 6)
+WRONG: dict[str, tuple[type[Exception], dict[str, Any]]] = {
+    r"hold the token 89, but the model's vocabulary has the ids 0 to 88": (
+        ValueError,
+        {"input_ids": IDS + 68},
+    ),
+    r"hold the token -100": (ValueError, {"input_ids": torch.full((1, 3), -100)}),
+    r"the input has no tokens": (ValueError, {"input_ids": torch.zeros(1, 0, dtype=torch.long)}),
+    r"input_ids must be whole numbers \(batch, tokens\), got torch.float32": (
+        ValueError,
+        {"input_ids": IDS.float()},
+    ),
+    r"input_ids must be whole numbers \(batch, tokens\), got torch.int64 \(6,\)": (
+        ValueError,
+        {"input_ids": IDS[0]},
+    ),
+    r"inputs_embeds must be \(batch, tokens, 36\), got \(2, 6, 35\)": (
+        ValueError,
+        {"inputs_embeds": torch.zeros(2, 6, 35)},
+    ),
+    r"attention_mask must be \(batch, tokens\) = \(2, 6\), .* got \(2, 5\)": (
+        ValueError,
+        {"input_ids": IDS, "attention_mask": torch.ones(2, 5)},
+    ),
+    r"attention_mask must be .* got \(2, 1, 6, 6\)": (
+        ValueError,
+        {"input_ids": IDS, "attention_mask": torch.ones(2, 1, 6, 6)},
+    ),
+    r"cache_position must be 0 to 5": (ValueError, {"input_ids": IDS, "cache_position": torch.arange(1, 7)}),
+    r"position_ids must be \(batch, 6\), got \(1, 7\)": (
+        ValueError,
+        {"input_ids": IDS, "position_ids": torch.arange(7)[None]},
+    ),
+    r"past_key_values must hold 2 layers, got 1": (
+        ValueError,
+        {"input_ids": IDS, "past_key_values": ((IDS, IDS),)},
+    ),
+    r"past_key_values must hold keys of \(batch, heads, tokens, head_dim\) or .* got \(5, 6, 7\) for a batch of 2": (
+        ValueError,
+        {"input_ids": IDS, "past_key_values": ((torch.zeros(5, 6, 7),) * 2,) * 2},
+    ),
+    r"past_key_values must be a Cache or a tuple of layers, got dict": (
+        ValueError,
+        {"input_ids": IDS, "past_key_values": {}},
+    ),
+    r"labels of 5 tokens came with logits of 6": (ValueError, {"input_ids": IDS, "labels": IDS[:, :5]}),
+    r"MptForCausalLM has no argument 'attn_mask'; it takes: input_ids": (
+        TypeError,
+        {"input_ids": IDS, "attn_mask": IDS},
+    ),
+}
+
+
+@pytest.mark.parametrize("text", WRONG)
+def test_wrong_inputs_get_one_clear_sentence(text: str) -> None:
+    error, given = WRONG[text]
+    with pytest.raises(error, match=text) as caught:
+        model()(**given)
+    assert "\n" not in str(caught.value)
+
+
+def test_wrong_inputs_by_position() -> None:
+    with pytest.raises(TypeError, match="takes at most 11 positional arguments, got 12"):
+        model()(*[None] * 12)
+    with pytest.raises(TypeError, match="got 'input_ids' twice"):
+        model()(IDS, input_ids=IDS)
+
+
+def test_a_static_cache_that_is_too_small() -> None:
+    cache = monoblock.StaticCache(max_cache_len=8)
+    out = model()(IDS, past_key_values=cache, use_cache=True)
+    with pytest.raises(ValueError, match="the static cache holds 8 tokens: 6 are in it and 6 more came"):
+        model()(IDS, past_key_values=out.past_key_values)
+    with pytest.raises(ValueError, match="max_cache_len of at least 1"):
+        monoblock.StaticCache(max_cache_len=0)
+
+
+def test_an_empty_prompt_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"no tokens|empty"):
+        model().generate(torch.zeros(1, 0, dtype=torch.long), max_new_tokens=3)
+
+
+def test_a_class_that_predicts_nothing_does_not_generate() -> None:
+    with pytest.raises(TypeError, match=r"generate with a \.\.\.ForCausalLM class"):
+        model("MptForTokenClassification").generate(IDS)
+
+
+def test_position_ids_without_positions_are_told(logs: pytest.LogCaptureFixture) -> None:
+    model()(IDS, position_ids=torch.arange(6)[None])
+    assert any("position_ids have no effect" in message for message in logs.messages)
