@@ -114,6 +114,8 @@ def _check(model: SentencePieceModel, path: str) -> None:
         what = "it does not write spaces as '▁' (escape_whitespaces=False)"
     elif model.denormalizes:
         what = "it changes decoded text (denormalizer_spec)"
+    elif not 0 <= model.unk_id < len(model.pieces):
+        what = f"it has no unknown piece (unk_id={model.unk_id})"
     elif UNUSED in model.types:
         what = f"it has unused pieces, {model.pieces[model.types.index(UNUSED)]!r} for one"
     if what is not None:
@@ -157,7 +159,8 @@ def _look_alikes(model: SentencePieceModel) -> list[tuple[str, str]]:
     hidden = [model.pieces[index] for index in model.of_type(UNKNOWN, CONTROL, BYTE)]
     backend = Tokenizer(_bpe(model, whole=False) if model.kind == "bpe" else _unigram(model, hide=True))
     first = [encoding.offsets[0][1] for encoding in backend.encode_batch(hidden)]
-    return [(name[:cut], name[cut:]) for name, cut in zip(hidden, first, strict=True) if cut < len(name)]
+    cuts = [(name, cut if cut < len(name) else 1) for name, cut in zip(hidden, first, strict=True)]
+    return [(name[:cut], name[cut:]) for name, cut in cuts if cut < len(name)]
 
 
 def _escape(text: str) -> str:
@@ -219,7 +222,9 @@ def ranked_merges(pieces: Iterable[Any], rank: Callable[[Any], float]) -> list[t
 
 
 def _unigram(model: SentencePieceModel, hide: bool = False) -> Unigram:
-    hidden = model.of_type(UNKNOWN, CONTROL, BYTE) if hide else []
-    scores = {**dict(enumerate(model.scores)), **dict.fromkeys(hidden, -1e6)}
-    scored = [(piece, scores[index]) for index, piece in enumerate(model.pieces)]
-    return Unigram(scored, model.unk_id, BYTE in model.types)
+    """The model; with `hide` one that no text gives the special pieces of."""
+    hidden = set(model.of_type(UNKNOWN, CONTROL, BYTE)) if hide else set[int]()
+    names = [f"\0{index}" if index in hidden else piece for index, piece in enumerate(model.pieces)]
+    return Unigram(
+        list(zip(names, model.scores, strict=True)), model.unk_id, BYTE in model.types and not hide
+    )
