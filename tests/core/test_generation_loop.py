@@ -173,7 +173,8 @@ def test_text_instead_of_ids_is_refused():
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("num_beams", 4),
+        ("num_beam_groups", 2),
+        ("diversity_penalty", 0.5),
         ("assistant_tokenizer", object()),
         ("guidance_scale", 1.5),
         ("assistant_early_exit", 2),

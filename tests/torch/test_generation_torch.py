@@ -42,6 +42,8 @@ CALLS = [
     ("full_like", X, -np.inf),
     ("mask", 2, 3),
     ("take_rows", X, np.array([2, 2, 0, 1])),
+    ("reshape", X, (2, 60)),
+    ("log", np.abs(X)),
     ("concat", [X, X[:, :1]]),
     ("array", [[1, 2], [3, 4]]),
     ("array", [[1.5]]),

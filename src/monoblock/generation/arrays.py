@@ -120,6 +120,10 @@ class ArrayOps(Protocol):
         """`x[index]` along the first axis: selects, repeats and reorders rows."""
         ...
 
+    def reshape(self, x: Array, shape: tuple[int, ...]) -> Array:
+        """The same values in the same order, in another shape."""
+        ...
+
     def concat(self, parts: Sequence[Array]) -> Array:
         """The parts joined along axis 1."""
         ...
@@ -133,6 +137,10 @@ class ArrayOps(Protocol):
 
         ValueError when a row has no token that can be drawn.
         """
+        ...
+
+    def draw(self, scores_bk: Array, count: int, generator: Any) -> Array:
+        """Indices (rows, count) drawn without replacement from softmax(scores), in the order of the draws."""
         ...
 
 
@@ -229,6 +237,9 @@ class NumpyOps:
     def take_rows(self, x: Array, index_b: Array) -> Array:
         return np.asarray(x)[index_b]
 
+    def reshape(self, x: Array, shape: tuple[int, ...]) -> Array:
+        return np.reshape(x, shape)
+
     def concat(self, parts: Sequence[Array]) -> Array:
         return np.concatenate(list(parts), axis=1)
 
@@ -243,6 +254,13 @@ class NumpyOps:
         edges = np.cumsum(probabilities, axis=-1)
         # The last edge is 1 but for rounding; scaling by it keeps a draw near 1 inside the table.
         return (edges > uniform * edges[:, -1:]).argmax(axis=-1)
+
+    def draw(self, scores_bk: Array, count: int, generator: Any) -> Array:
+        # The largest of score + Gumbel noise is a draw from the softmax, the next largest one from the rest, ...
+        scores = np.asarray(scores_bk, dtype=np.float64)
+        if not np.isfinite(self.softmax(scores)).all():
+            raise ValueError(NOTHING_TO_DRAW)
+        return self.top_k(scores + (generator or np.random).gumbel(size=scores.shape), count)[1]
 
 
 NOTHING_TO_DRAW = (

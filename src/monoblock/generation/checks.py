@@ -31,6 +31,8 @@ def _number(low: float, high: float = math.inf, *, open_low: bool = False) -> Ch
             return False
         return (low < value if open_low else low <= value) and value <= high
 
+    if low == -math.inf and high == math.inf:
+        return fits, "a number"
     edge = "more than" if open_low else "at least"
     return fits, f"a number of {edge} {low:g}" + ("" if high == math.inf else f" and at most {high:g}")
 
@@ -75,6 +77,7 @@ CHECKS: dict[str, Check] = {
     "early_stopping": (lambda v: isinstance(v, bool) or v == "never", "True, False or 'never'"),
     "num_beams": _whole(1),
     "num_return_sequences": _whole(1),
+    "length_penalty": _number(-math.inf),
     "max_cache_len": _whole(1),
     "prompt_lookup_num_tokens": _whole(1),
     "max_matching_ngram_size": _whole(1),

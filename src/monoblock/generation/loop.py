@@ -26,7 +26,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
-from monoblock.generation import processors, speculative, stopping
+from monoblock.generation import beams, processors, speculative, stopping
 from monoblock.generation.arrays import Array
 from monoblock.generation.config import GenerationConfig
 from monoblock.generation.decoder import Model, Plan
@@ -53,7 +53,7 @@ from monoblock.generation.streamers import streaming
 def generate(
     model: Model, inputs: Any = None, generation_config: GenerationConfig | None = None, **arguments: Any
 ) -> Any:
-    """Continue prompts: token ids (rows, prompt + new), or a GenerateDecoderOnlyOutput if the config says so.
+    """Continue prompts: token ids (rows, prompt + new), or an output object if the config says so.
 
     `arguments` are the hub's: `input_ids`, `attention_mask`, `logits_processor`, `stopping_criteria`,
     `prefix_allowed_tokens_fn`, `streamer`, `tokenizer` (for stop strings), `assistant_model` (a `Model` here), the
@@ -78,9 +78,28 @@ def generate(
 
 
 def _strategy(call: Call, config: GenerationConfig) -> Callable[[Generation], Any]:
-    if call.assistant_model is not None or config.prompt_lookup_num_tokens is not None:
-        return speculative.run
-    return one_by_one
+    guesses = call.assistant_model is not None or config.prompt_lookup_num_tokens is not None
+    if (config.num_beams or 1) == 1:
+        return speculative.run if guesses else one_by_one
+    if guesses:
+        raise ValueError(
+            "speculative decoding and beam search do not go together: leave out num_beams, or assistant_model and "
+            "prompt_lookup_num_tokens"
+        )
+    return beams.run
+
+
+def _copies(config: GenerationConfig) -> int:
+    """Rows for each prompt."""
+    beams, wanted = config.num_beams or 1, config.num_return_sequences or 1
+    if beams > 1 and wanted > beams:
+        raise ValueError(f"num_return_sequences={wanted} is more than num_beams={beams}: search more beams")
+    if beams == 1 and wanted > 1 and not config.do_sample:
+        raise ValueError(
+            f"num_return_sequences={wanted} without sampling would give equal sequences: say do_sample=True or "
+            "num_beams"
+        )
+    return max(beams, wanted)
 
 
 class Generation:
@@ -101,13 +120,8 @@ class Generation:
             prompt_length=given if self.mask_bm is None else max(given, int(self.mask_bm.shape[1])),
             new_tokens=new_tokens(config, given, model.max_positions),
             batch=batch,
-            copies=config.num_return_sequences or 1,
+            copies=_copies(config),
         )
-        if self.plan.copies > 1 and not config.do_sample:
-            raise ValueError(
-                f"num_return_sequences={self.plan.copies} without sampling would give equal sequences: say "
-                "do_sample=True"
-            )
         if self.streamer is not None and self.plan.rows > 1:
             raise ValueError(f"a streamer takes one sequence at a time, got {self.plan.rows} rows")
         self.own_criteria: list[Any] = list(call.stopping_criteria or ())
@@ -132,7 +146,8 @@ class Generation:
         if self.config.eos_ids:
             return self.config.eos_ids[0]
         apart = any(not isinstance(own, stopping.ENDS_ALL_ROWS) for own in self.own_criteria)
-        if self.plan.rows > 1 and (self.config.stop_strings or apart):
+        returned = self.plan.batch * (self.config.num_return_sequences or 1)
+        if returned > 1 and (self.config.stop_strings or apart):
             raise ValueError(
                 "rows of a batch can finish at different times, and there is no token to fill them with: say "
                 "pad_token_id"
@@ -151,6 +166,7 @@ class Generation:
             valid_bn=self.copied(self.mask_bm != 0) if is_mask else None,
             max_length=columns + self.plan.new_tokens,
             copies=self.plan.copies,
+            keep=1 if (self.config.num_beams or 1) == 1 else 1 + max(1, len(self.eos)),
         )
 
     def copied(self, x: Array) -> Array:
@@ -173,6 +189,11 @@ class Generation:
             self.decoder.reorder(self.copy_of)
             record.repeat(self.copied)
         return text, record, scores_bv
+
+    def reorder(self, rows: list[int]) -> None:
+        """Let row i go on from what row rows[i] was."""
+        if rows != list(range(len(rows))):
+            self.decoder.reorder(self.ops.array(rows))
 
     def processed(self, scores_bv: Array, ids: Callable[[], Array]) -> Array:
         """The scores after all processors; `ids` gives the text so far."""

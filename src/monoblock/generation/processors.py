@@ -44,6 +44,7 @@ class Setting:
     valid_bn: Array | None  # where the prompt is no padding; None: everywhere
     max_length: int
     copies: int = 1  # consecutive rows that continue the same prompt
+    keep: int = 1  # tokens that sampling's limits leave at least
 
     @property
     def prompt_length(self) -> int:
@@ -66,6 +67,11 @@ Row = tuple[str, Any, Build]
 def _simple(function: Callable[..., Array]) -> Build:
     """For functions of (ops, scores, value)."""
     return lambda value, s: lambda _ids, scores: function(s.ops, scores, value)
+
+
+def _limit(function: Callable[..., Array]) -> Build:
+    """The same for limits, which take how many tokens they must leave."""
+    return lambda value, s: lambda _ids, scores: function(s.ops, scores, value, s.keep)
 
 
 def _repetition(penalty: float, s: Setting) -> Processor:
@@ -151,12 +157,12 @@ ALWAYS: tuple[Row, ...] = (
 SAMPLING: tuple[Row, ...] = (
     ("temperature", 1.0, lambda v, _: lambda _i, x: x / v),
     ("top_h", None, _simple(sc.top_h)),
-    ("top_k", 0, _simple(sc.top_k)),
-    ("top_p", 1.0, _simple(sc.top_p)),
-    ("min_p", None, _simple(sc.min_p)),
-    ("typical_p", 1.0, _simple(sc.typical_p)),
-    ("epsilon_cutoff", 0.0, _simple(sc.epsilon_cutoff)),
-    ("eta_cutoff", 0.0, _simple(sc.eta_cutoff)),
+    ("top_k", 0, _limit(sc.top_k)),
+    ("top_p", 1.0, _limit(sc.top_p)),
+    ("min_p", None, _limit(sc.min_p)),
+    ("typical_p", 1.0, _limit(sc.typical_p)),
+    ("epsilon_cutoff", 0.0, _limit(sc.epsilon_cutoff)),
+    ("eta_cutoff", 0.0, _limit(sc.eta_cutoff)),
 )
 LAST: tuple[Row, ...] = (("renormalize_logits", False, lambda _, s: lambda _i, x: s.ops.log_softmax(x)),)
 

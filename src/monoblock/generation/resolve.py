@@ -34,7 +34,6 @@ DEFAULT_NEW_TOKENS = 20
 
 # Fields of which only these values (and None) can be honoured today, and why.
 UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
-    "num_beams": ((1,), "beam search is not built"),
     "num_beam_groups": ((1,), "diverse beam search is not built"),
     "diversity_penalty": ((0,), "diverse beam search is not built"),
     "constraints": ((), "constrained beam search is not built"),

@@ -99,6 +99,9 @@ class TorchOps:
     def take_rows(self, x: Tensor, index_b: Tensor) -> Tensor:
         return x.index_select(0, index_b.to(x.device))
 
+    def reshape(self, x: Tensor, shape: tuple[int, ...]) -> Tensor:
+        return x.reshape(shape)
+
     def concat(self, parts: Sequence[Tensor]) -> Tensor:
         return torch.cat(list(parts), dim=1)
 
@@ -106,9 +109,12 @@ class TorchOps:
         return torch.Generator(self.device).manual_seed(seed)
 
     def sample(self, scores_bv: Tensor, generator: torch.Generator | None) -> Tensor:
+        return self.draw(scores_bv, 1, generator).squeeze(1)
+
+    def draw(self, scores_bk: Tensor, count: int, generator: torch.Generator | None) -> Tensor:
         # One multinomial call on float32 probabilities: the same draws as transformers' for the same torch seed.
         try:
-            return torch.multinomial(scores_bv.softmax(-1), 1, generator=generator).squeeze(1)
+            return torch.multinomial(scores_bk.softmax(-1), count, generator=generator)
         except RuntimeError as error:
             if "probability" not in str(error) and "multinomial" not in str(error):
                 raise
