@@ -80,7 +80,7 @@ def vocabulary(fallback: bool = True) -> list[Piece]:
     lines = [
         line for line in mixed_lines(300, seed=1) if line.isprintable() and not set(line) & set("好文🎉")
     ]
-    merged = list(dict.fromkeys([*learned(lines, 250), "aa", "aaa", "aaaa"]))
+    merged = list(dict.fromkeys(["▁a", *learned(lines, 250), "aa", "aaa", "aaaa"]))
     letters = sorted(set("▁" + "".join(lines).replace(" ", "▁")))
     ranked = [*merged, *letters]
     spaces = [("▁" * n, -1e9, NORMAL) for n in range(2, 9) if "▁" * n not in ranked and n != 7]
