@@ -45,7 +45,7 @@ FIELDS: dict[str, dict[str, Any]] = {
         "relative_attention_num_buckets": 12,
     },
 }
-WORDS = ("the", " the", " quick", " brown", " fox", " jumps", " over", " lazy", " dog", "def", " return")
+WORDS = (" the", "the", " quick", " brown", " fox", " jumps", " over", " lazy", " dog", "def", " return")
 TEXTS = ["the quick brown fox jumps over the lazy dog", "def f(n): return n + 1", "fox"]
 
 
