@@ -1,0 +1,103 @@
+"""A family is data, a backend knows no family: proved on the source, without importing any of it."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+from monoblock.families import FAMILIES, class_names
+
+PACKAGE = Path(__file__).parents[2] / "src" / "monoblock"
+BACKENDS = sorted((PACKAGE / "backends").rglob("*.py"))
+# What interprets a spec, in each framework; the other files load, save and generate, and meet the user's config.
+MACHINE = ("ops", "attention", "model", "heads", "cache", "inputs")
+NAMES = {"mpt", "mistral", "fuyu", "persimmon", "openai", "gpt", "gpt1", "gpt2", "neo", "mpnet"}
+
+FAMILY_LINES = 180
+BACKEND_LINES = 350
+LONGER = {"mpt.py": 350}  # the options of its makers, each documented, and two vocabularies of names
+
+
+def name(path: Path) -> str:
+    return str(path.relative_to(PACKAGE))
+
+
+def words(text: str) -> set[str]:
+    """The words of a text and of the names in it: `GPTNeoModel` and `gpt_neo` both hold gpt and neo."""
+    apart = re.sub(r"([a-z0-9])([A-Z])|([A-Z]+)([A-Z][a-z])", r"\1\3 \2\4", text)
+    return set(re.findall(r"[a-z0-9]+", apart.lower()))
+
+
+def identifiers(tree: ast.AST) -> set[str]:
+    """Every name that is read, written, bound, imported or taken as an argument."""
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        match node:
+            case ast.Name(id=word) | ast.Attribute(attr=word) | ast.arg(arg=word):
+                found.add(word)
+            case ast.ClassDef(name=word) | ast.FunctionDef(name=word):
+                found.add(word)
+            case ast.alias(name=word):
+                found |= set(word.split("."))
+            case _:
+                pass
+    return found
+
+
+def without_constructors(tree: ast.Module) -> ast.Module:
+    """The hub's cache classes take a `config` when they are made; nothing else of them may."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ClassDef):
+            node.body = [part for part in node.body if getattr(part, "name", "") != "__init__"] or [
+                ast.Pass()
+            ]
+    return tree
+
+
+@pytest.mark.parametrize("path", BACKENDS, ids=name)
+def test_no_family_below_the_backends(path: Path) -> None:
+    """Not in code, not in strings, not in comments."""
+    text = path.read_text(encoding="utf-8")
+    assert words(text) & NAMES == set()
+    assert not [c for family in FAMILIES for c in class_names(family) if c in text]
+    assert "model_type" not in text
+
+
+@pytest.mark.parametrize("path", [path for path in BACKENDS if path.stem in MACHINE], ids=name)
+def test_the_machine_sees_a_spec_and_no_config(path: Path) -> None:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    if path.stem == "cache":
+        tree = without_constructors(tree)
+    assert "config" not in identifiers(tree)
+    imported = {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.module}
+    assert not imported & {"monoblock.config", "monoblock.families"}
+
+
+@pytest.mark.parametrize("path", sorted((PACKAGE / "families").glob("*.py")), ids=name)
+def test_a_family_is_data(path: Path) -> None:
+    """It imports no framework, and the backends not at all; a loop over arrays has nothing to do there."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    imported = {n.module or "" for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
+    imported |= {alias.name for n in ast.walk(tree) if isinstance(n, ast.Import) for alias in n.names}
+    roots = {module.partition(".")[0] for module in imported}
+    assert not roots & {"torch", "jax", "flax", "tensorflow", "keras", "numpy", "transformers"}
+    assert not [module for module in imported if module.startswith("monoblock.backends")]
+    assert not [n for n in ast.walk(tree) if isinstance(n, ast.MatMult | ast.While)]
+
+
+@pytest.mark.parametrize("path", [*BACKENDS, *sorted((PACKAGE / "families").glob("*.py"))], ids=name)
+def test_files_are_read_in_one_sitting(path: Path) -> None:
+    limit = LONGER.get(path.name, FAMILY_LINES) if path.parent.name == "families" else BACKEND_LINES
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= limit
+
+
+def test_the_test_finds_what_it_looks_for() -> None:
+    assert words("class GPTNeoThing:") & NAMES == {"gpt", "neo"}
+    assert words('if name == "openai-gpt"') & NAMES == {"openai", "gpt"}
+    assert words("prompts of an attempt") & NAMES == set()
+    assert "config" in identifiers(ast.parse("x = self.config.vocab_size"))
+    assert "config" in identifiers(without_constructors(ast.parse("class A:\n def f(self, config): pass")))
+    assert len(BACKENDS) > 8
