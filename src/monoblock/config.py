@@ -7,6 +7,7 @@ is needed for its constructor, its signature, its JSON round trip and its aliase
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import json
 import logging
@@ -249,13 +250,21 @@ class PretrainedConfig:
         A dotted name leads into nested configs and dicts; what is not there counts as None.
         """
         for name, values in supported.items():
-            found: Any = self
-            for part in name.split("."):
-                found = _member(found, part)
+            found = functools.reduce(_member, name.split("."), cast("Any", self))
             if not any(found == value for value in values):
                 known = " or ".join(repr(value) for value in values if value is not None or len(values) == 1)
                 raise UnsupportedConfig(
                     f"{type(self).__name__}.{name}={found!r} is not supported: it must be {known}"
+                )
+
+    def check_keys(self, known: Mapping[str, frozenset[str]]) -> None:
+        """UnsupportedConfig for the first key of a field that is a dict which is not among the known ones."""
+        for name, keys in known.items():
+            given: Any = functools.reduce(_member, name.split("."), cast("Any", self))
+            if unknown := sorted(set(given or ()) - keys):
+                field = f"{type(self).__name__}.{name}"
+                raise UnsupportedConfig(
+                    f"{field}.{unknown[0]} is not supported; it may hold {', '.join(sorted(keys))}"
                 )
 
     # ------------------------------------------------------------------ what the backends get

@@ -364,6 +364,8 @@ REFUSED: dict[str, dict[str, Any]] = {
     "MptConfig.fc_type": {"fc_type": "te"},
     "MptConfig.ffn_config.ffn_type='mb_moe'": {"ffn_config": {"ffn_type": "mb_moe"}},
     "MptConfig.ffn_config.ffn_act_fn": {"ffn_config": {"ffn_act_fn": {"name": "mish"}}},
+    "MptConfig.ffn_config.moe_top_k": {"ffn_config": {"moe_top_k": 2}},
+    "MptConfig.attn_config.rope_hf_config.beta_fast": {"attn_config": {"rope_hf_config": {"beta_fast": 8}}},
     "MptConfig.norm_type='batchnorm'": {"norm_type": "batchnorm"},
 }
 ALWAYS_REFUSED: dict[str, dict[str, Any]] = {

@@ -9,6 +9,7 @@ import torch
 from helpers import model
 
 import monoblock
+from monoblock.backends.pytorch import pretrained
 
 IDS = torch.arange(10, 22).reshape(2, 6)
 WRONG: dict[str, tuple[type[Exception], dict[str, Any]]] = {
@@ -97,6 +98,17 @@ def test_a_class_that_predicts_nothing_does_not_generate() -> None:
         model("MptForTokenClassification").generate(IDS)
 
 
-def test_position_ids_without_positions_are_told(logs: pytest.LogCaptureFixture) -> None:
-    model()(IDS, position_ids=torch.arange(6)[None])
-    assert any("position_ids have no effect" in message for message in logs.messages)
+def test_position_ids_without_positions_are_told_once(logs: pytest.LogCaptureFixture) -> None:
+    pretrained._warn_once.cache_clear()
+    for _ in range(2):
+        model()(IDS, position_ids=torch.arange(6)[None])
+    assert sum("position_ids have no effect" in message for message in logs.messages) == 1
+
+
+def test_packed_training_needs_its_segments() -> None:
+    packed = model(attn={"attn_uses_sequence_id": True})
+    packed(IDS)  # one text a row, as in generation
+    packed.train()
+    with pytest.raises(ValueError, match="training needs sequence_id"):
+        packed(IDS)
+    packed(IDS, sequence_id=torch.zeros_like(IDS))

@@ -62,6 +62,16 @@ SUPPORTED: dict[str, tuple[Any, ...]] = {
     "norm_type": tuple(NORMS),
 }
 
+# The keys of the options that are dicts; one more is a wish that would go unheard.
+KEYS: dict[str, frozenset[str]] = {
+    "ffn_config": frozenset({"ffn_type", "ffn_hidden_size", "ffn_act_fn", "fc_type"}),
+    "attn_config.rope_dail_config": frozenset({"type", "pos_idx_in_fp32", "xpos_scale_base"}),
+    "attn_config.rope_hf_config": frozenset(
+        {"type", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
+    ),
+    "attn_config.attn_temperature_tuning": frozenset({"floor_scale", "attn_scale"}),
+}
+
 
 class MptAttentionConfig(PretrainedConfig):
     """The `attn_config` of an `MptConfig`; from `qk_gn` on, the options of the makers' own code."""
@@ -157,6 +167,7 @@ class MptConfig(PretrainedConfig):
     def to_spec(self) -> ArchSpec:
         """The architecture; UnsupportedConfig or ValueError names the field that cannot be honoured."""
         self.check(SUPPORTED)
+        self.check_keys(KEYS)
         att, bias = self.attn_config, not self.no_bias
         if att.attn_type == "grouped_query_attention" and not att.kv_n_heads:
             raise ValueError("MptConfig.attn_config.kv_n_heads must be given for grouped_query_attention")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ from monoblock.checkpoint.options import HubOptions
 from monoblock.generation import loop
 from monoblock.generation.arrays import ArrayOps
 from monoblock.generation.config import GENERATION_CONFIG_NAME, GenerationConfig
+from monoblock.generation.transitions import transition_scores
 from monoblock.spec import Learned
 
 if TYPE_CHECKING:
@@ -45,8 +46,8 @@ class Generation:
 
         Keywords are the hub's: the fields of `GenerationConfig` (`max_new_tokens`, `do_sample`, `temperature`, ...),
         `attention_mask`, `logits_processor`, `stopping_criteria`, `streamer`, `tokenizer` (for `stop_strings`),
-        `assistant_model` (a smaller model with the same tokenizer), `past_key_values` (the cache of the prompt's
-        beginning), `inputs_embeds`, the model's other inputs; and `seed` or `generator`. ValueError for what is
+        `assistant_model` (a smaller model with the same tokenizer), `negative_prompt_ids` (for `guidance_scale`),
+        `past_key_values` (the cache of the prompt's beginning), `inputs_embeds`, the model's other inputs; and `seed` or `generator`. ValueError for what is
         unknown or not supported.
         """
         if not self.can_generate():
@@ -59,6 +60,21 @@ class Generation:
             kwargs, inputs = {**inputs, **kwargs}, None
         with torch.inference_mode(), _at_rest(self), _assisting(kwargs):
             return loop.generate(Runner(self), inputs, generation_config, **kwargs)
+
+    def compute_transition_scores(
+        self: PreTrainedModel,  # pyright: ignore[reportGeneralTypeIssues]
+        sequences: Tensor,
+        scores: Sequence[Tensor],
+        beam_indices: Tensor | None = None,
+        normalize_logits: bool = False,
+    ) -> Tensor:
+        """(rows, new tokens) scores of the chosen tokens, from an output of `generate(..., output_scores=True)`.
+
+        Beam search's scores need its `beam_indices`. `normalize_logits`: log-probabilities instead of raw scores.
+        """
+        return transition_scores(
+            TorchOps(sequences.device), sequences, scores, beam_indices, normalize_logits
+        )
 
     def default_generation_config(self: PreTrainedModel) -> GenerationConfig:  # pyright: ignore[reportGeneralTypeIssues]
         """What the model's config says about generation."""

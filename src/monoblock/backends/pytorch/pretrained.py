@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -69,6 +70,10 @@ class PreTrainedModel(Parameters, Generation):
         given = self._bind(args, kwargs)
         if self.row.head in ("choice", "double"):
             given = flattened(given)
+        if self.training and self.spec.attention.by_segment and given.get("sequence_id") is None:
+            raise ValueError(
+                "the config sets attn_uses_sequence_id=True: training needs sequence_id (batch, tokens)"
+            )
         ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
         shape = check_tokens(self.spec, ids, embeds)
         inputs = prepare(self.spec, shape, given, self._uses_cache(given))
@@ -122,7 +127,7 @@ class PreTrainedModel(Parameters, Generation):
                 )
             given[name] = value
         if given.get("position_ids") is not None and not has_positions(self.spec):
-            log.warning("position_ids have no effect: %s encodes positions as distances", self.row.name)
+            _warn_once(f"position_ids have no effect: {self.row.name} encodes positions as distances")
         return given
 
     def _option(self, given: Mapping[str, Any], name: str) -> bool:
@@ -305,6 +310,11 @@ class PreTrainedModel(Parameters, Generation):
     def base_model(self) -> nn.Module:
         """The backbone: what the hub's classes call by the family's prefix."""
         return self.backbone
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    log.warning(message)
 
 
 class LoadOptions:
