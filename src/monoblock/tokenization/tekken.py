@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import json
-import re
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -53,7 +52,7 @@ def read_tekken(path: str | Path) -> Tekken:
         special = _special(content.get("special_tokens"), int(config["default_num_special_tokens"]))
         size = int(config["default_vocab_size"]) - len(special)
         ranked = _bytes_by_rank(content["vocab"], size)
-        splits = Regex(_pattern(config["pattern"]))
+        splits = _pattern(config["pattern"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         what = f"it has no {error}" if isinstance(error, KeyError) else str(error)
         raise CheckpointError(
@@ -94,10 +93,11 @@ def _bytes_by_rank(vocab: list[dict[str, Any]], size: int) -> list[bytes]:
     return ranked
 
 
-def _pattern(pattern: str) -> str:
-    # The backend's engine knows Unicode's classes by the same names; only "(?i:" and possessive signs would differ.
-    re.compile(re.sub(r"\\p\{\w+\}", "a", pattern))  # a ValueError of its own for a broken pattern
-    return pattern
+def _pattern(pattern: str) -> Regex:
+    try:
+        return Regex(pattern)
+    except Exception as error:  # the backend raises plain exceptions
+        raise ValueError(f"its pattern is broken: {error}") from error
 
 
 def _bpe(ranked: list[bytes], special: list[str]) -> BPE:
