@@ -78,6 +78,7 @@ CHECKS: dict[str, Check] = {
     "num_beams": _whole(1),
     "num_return_sequences": _whole(1),
     "length_penalty": _number(-math.inf),
+    "guidance_scale": _number(-math.inf),
     "max_cache_len": _whole(1),
     "prompt_lookup_num_tokens": _whole(1),
     "max_matching_ngram_size": _whole(1),

@@ -26,7 +26,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
-from monoblock.generation import beams, processors, speculative, stopping
+from monoblock.generation import beams, guidance, processors, speculative, stopping
 from monoblock.generation.arrays import Array
 from monoblock.generation.config import GenerationConfig
 from monoblock.generation.decoder import Model, Plan
@@ -130,7 +130,9 @@ class Generation:
         self.generator = random_source(ops, call)
         self.copy_of = ops.array([row // self.plan.copies for row in range(self.plan.rows)])
         self.setting = self._setting()
-        self.processors = processors.build(
+        self.guidance = guidance.build(model, call, self.plan, self.prompt_bn, self.copied)
+        self.processors = [self.guidance] if self.guidance else []
+        self.processors += processors.build(
             self.setting, call.logits_processor or (), call.prefix_allowed_tokens_fn
         )
         self.criteria = stopping.build(
@@ -193,7 +195,10 @@ class Generation:
     def reorder(self, rows: list[int]) -> None:
         """Let row i go on from what row rows[i] was."""
         if rows != list(range(len(rows))):
-            self.decoder.reorder(self.ops.array(rows))
+            index_b = self.ops.array(rows)
+            self.decoder.reorder(index_b)
+            if self.guidance is not None:
+                self.guidance.reorder(index_b)
 
     def processed(self, scores_bv: Array, ids: Callable[[], Array]) -> Array:
         """The scores after all processors; `ids` gives the text so far."""

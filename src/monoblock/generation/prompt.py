@@ -29,6 +29,8 @@ class Call:
     streamer: Any = None
     tokenizer: Any = None
     assistant_model: Any = None
+    negative_prompt_ids: Any = None
+    negative_prompt_attention_mask: Any = None
     seed: int | None = None
     generator: Any = None
 

@@ -41,7 +41,6 @@ UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
     "penalty_alpha": ((0,), "contrastive search is not built"),
     "low_memory": ((False,), "contrastive search is not built"),
     "dola_layers": ((), "DoLa decoding is not built"),
-    "guidance_scale": ((1,), "classifier-free guidance is not built"),
     "watermarking_config": ((), "watermarks are not built"),
     "token_healing": ((False,), "token healing is not built"),
     "is_assistant": ((False,), "a draft model is given to the call: generate(..., assistant_model=model)"),
@@ -63,8 +62,6 @@ UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
 # The same for arguments of the call that are no fields.
 UNSUPPORTED_ARGUMENTS: dict[str, tuple[tuple[Any, ...], str]] = {
     "assistant_tokenizer": ((), "an assistant with another tokenizer is not built"),
-    "negative_prompt_ids": ((), "classifier-free guidance is not built"),
-    "negative_prompt_attention_mask": ((), "classifier-free guidance is not built"),
     "custom_generate": ((), "code from the hub is never run"),
     "trust_remote_code": ((False,), "code from the hub is never run"),
     "synced_gpus": ((False,), "generation across sharded processes is not built"),

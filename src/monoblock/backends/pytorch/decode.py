@@ -47,8 +47,8 @@ class Generation:
         Keywords are the hub's: the fields of `GenerationConfig` (`max_new_tokens`, `do_sample`, `temperature`, ...),
         `attention_mask`, `logits_processor`, `stopping_criteria`, `streamer`, `tokenizer` (for `stop_strings`),
         `assistant_model` (a smaller model with the same tokenizer), `negative_prompt_ids` (for `guidance_scale`),
-        `past_key_values` (the cache of the prompt's beginning), `inputs_embeds`, the model's other inputs; and `seed` or `generator`. ValueError for what is
-        unknown or not supported.
+        `past_key_values` (the cache of the prompt's beginning), `inputs_embeds`, the model's other inputs; and `seed`
+        or `generator`. ValueError for what is unknown or not supported.
         """
         if not self.can_generate():
             raise TypeError(

@@ -1,0 +1,96 @@
+"""Classifier-free guidance (arXiv 2306.17806): the model's text drawn away from what another prompt would give."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from monoblock.generation.arrays import Array, ArrayOps
+from monoblock.generation.decoder import Decoder, Model, Plan
+from monoblock.generation.prompt import Call
+
+
+class Guidance:
+    """A processor: log p' + scale * (log p - log p'), where p' continues the negative prompt by the same text.
+
+    It runs the model once more for each token, on a cache of its own, so that it must see every step once and in
+    order, and must be told when rows change places.
+    """
+
+    def __init__(
+        self,
+        ops: ArrayOps,
+        scale: float,
+        decoder: Decoder,
+        prompt: tuple[Array, Array | None],
+        copied: Callable[[Array], Array],
+    ):
+        self.ops, self.scale, self.decoder = ops, scale, decoder
+        self.prompt, self.copied = prompt, copied
+        self.begun = False
+
+    def __call__(self, ids_bn: Array, scores_bv: Array) -> Array:
+        logs_bv = self.ops.log_softmax(scores_bv)
+        other_bv = self.ops.log_softmax(self._other(ids_bn))
+        return self.scale * (logs_bv - other_bv) + other_bv
+
+    def _other(self, ids_bn: Array) -> Array:
+        if self.begun:
+            return self.decoder.step(ids_bn[:, -1:])
+        self.begun = True
+        first_bv = self.decoder.prefill(*self.prompt)
+        if first_bv.shape[0] == ids_bn.shape[0]:
+            return first_bv
+        self.decoder.reorder(self.copied(self.ops.array(list(range(int(first_bv.shape[0]))))))
+        return self.copied(first_bv)
+
+    def reorder(self, index_b: Array) -> None:
+        """Row i becomes what row index[i] was."""
+        self.decoder.reorder(index_b)
+
+
+def build(
+    model: Model, call: Call, plan: Plan, prompt_bn: Array, copied: Callable[[Array], Array]
+) -> Guidance | None:
+    """The guidance that a call asks for; ValueError if its negative prompt does not fit."""
+    scale, ops = plan.config.guidance_scale, model.ops
+    if scale is None or scale == 1:
+        if call.negative_prompt_ids is not None or call.negative_prompt_attention_mask is not None:
+            raise ValueError(
+                "negative_prompt_ids have no effect without guidance_scale: say how much, such as 1.5"
+            )
+        return None
+    ids_bm, mask_bm = _negative_prompt(ops, call, prompt_bn)
+    config = copy.copy(plan.config)
+    config.return_dict_in_generate = False
+    own = dataclasses.replace(plan, config=config, prompt_length=int(ids_bm.shape[1]))
+    return Guidance(ops, scale, model.decoder(own, {}), (ids_bm, mask_bm), copied)
+
+
+def _negative_prompt(ops: ArrayOps, call: Call, prompt_bn: Array) -> tuple[Array, Array | None]:
+    """Ids and mask; without ids the last token of each prompt, as on the hub."""
+    if call.negative_prompt_ids is None:
+        if call.negative_prompt_attention_mask is not None:
+            raise ValueError("negative_prompt_attention_mask came without negative_prompt_ids: give both")
+        if prompt_bn.shape[1] == 0:
+            raise ValueError("guidance of a prompt that is given as inputs_embeds needs negative_prompt_ids")
+        return prompt_bn[:, -1:], None
+    ids_bm: Any = ops.array(call.negative_prompt_ids)
+    if len(ids_bm.shape) != 2 or ids_bm.shape[0] != prompt_bn.shape[0] or ids_bm.shape[1] == 0:
+        raise ValueError(
+            f"negative_prompt_ids must have the shape ({prompt_bn.shape[0]}, tokens), one row for each prompt, got "
+            f"{tuple(ids_bm.shape)}"
+        )
+    if call.negative_prompt_attention_mask is None:
+        return ids_bm, None
+    mask = ops.to_numpy(ops.array(call.negative_prompt_attention_mask)) != 0
+    if mask.shape != tuple(ids_bm.shape):
+        raise ValueError(
+            f"negative_prompt_attention_mask must have the shape of negative_prompt_ids, {tuple(ids_bm.shape)}, got "
+            f"{mask.shape}"
+        )
+    return ids_bm, None if mask.all() else ops.array(mask.astype(np.int64))
