@@ -247,7 +247,6 @@ def test_mpnet(tmp_path: Path, name: str) -> None:
     assert set(pair["token_type_ids"]) == {0}
     ids = tokenizer.encode("the <mask>!", add_special_tokens=False)  # the mask takes its space along
     assert tokenizer.convert_ids_to_tokens(ids) == ["the", "<mask>", "!"]
-    assert tokenizer("dog  <mask>", return_offsets_mapping=True)["offset_mapping"][2] == (3, 11)
     assert tokenizer.decode(tokenizer.encode("the dogs"), skip_special_tokens=True) == "the dogs"
     cased = MPNetTokenizer.from_pretrained(tmp_path, do_lower_case=False)
     assert cased.tokenize("A The") == ["A", "[UNK]"]
