@@ -157,6 +157,10 @@ WHOLE = json.dumps(content())
         (json.dumps(content(default_num_special_tokens=5)), "lists 20 special tokens and has room for 5"),
         (json.dumps(content(pattern="(")), "is damaged"),
         (json.dumps({**content(), "special_tokens": [{"rank": 3, "token_str": "<s>"}]}), "have gaps"),
+        (
+            json.dumps({**content(), "special_tokens": [{"rank": 0, "token_str": "a"}]}),
+            "'a' is a special token and",
+        ),
         (WHOLE.replace('"token_bytes": "AA=="', '"token_bytes": "A"', 1), "is damaged"),
     ],
 )

@@ -50,15 +50,14 @@ def read_tekken(path: str | Path) -> Tekken:
         config = content["config"]
         version = str(config.get("version"))
         special = _special(content.get("special_tokens"), int(config["default_num_special_tokens"]))
-        size = int(config["default_vocab_size"]) - len(special)
-        ranked = _bytes_by_rank(content["vocab"], size)
+        ranked = _bytes_by_rank(content["vocab"], int(config["default_vocab_size"]) - len(special))
         splits = _pattern(config["pattern"])
+        backend = Tokenizer(_bpe(ranked, special))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         what = f"it has no {error}" if isinstance(error, KeyError) else str(error)
         raise CheckpointError(
             f"{path} is not a Tekken vocabulary, or is damaged ({what}): fetch it again"
         ) from error
-    backend = Tokenizer(_bpe(ranked, special))
     # Texts are cut first; then each byte stands for a character, as in every byte-level BPE.
     cut = pre_tokenizers.Split(splits, "isolated")
     as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -101,17 +100,13 @@ def _pattern(pattern: str) -> Regex:
 
 
 def _bpe(ranked: list[bytes], special: list[str]) -> BPE:
-    letters = byte_letters()
-
-    def spelled(token: bytes) -> str:
-        return "".join([letters[byte] for byte in token])
-
-    order = {token: rank for rank, token in enumerate(ranked)}
+    letters = dict(enumerate(byte_letters()))
+    order = {token.decode("latin-1").translate(letters): rank for rank, token in enumerate(ranked)}
     vocab = {token: index for index, token in enumerate(special)}
     for token, rank in order.items():
-        vocab[spelled(token)] = len(special) + rank
-    merges = ranked_merges(order, lambda token: order[token])
-    return BPE(vocab, [(spelled(a), spelled(b)) for a, b in merges], ignore_merges=True)
+        if vocab.setdefault(token, len(special) + rank) != len(special) + rank:
+            raise ValueError(f"{token!r} is a special token and a token of texts")
+    return BPE(vocab, ranked_merges(order, order.__getitem__), ignore_merges=True)
 
 
 def byte_letters() -> list[str]:
