@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import itertools
 import os
@@ -17,6 +18,7 @@ import pytest
 import text_tokenizers
 import visualized
 
+from monoblock.families import FAMILIES
 from monoblock.tokenization import PreTrainedTokenizerFast
 from monoblock.utils import visibility
 from monoblock.utils.attention_visualizer import AttentionMaskVisualizer, show
@@ -425,3 +427,34 @@ def test_no_framework_and_no_pillow_is_loaded(folder: Path) -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"COLUMNS": "60"}
     )
     assert result.stdout.endswith("[]\n"), result.stderr
+
+
+# ---------------------------------------------------------------------------- the document
+
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_document_s_pictures_are_of_today() -> None:
+    file = ROOT / "tools" / "make_attention_pictures.py"
+    spec = importlib.util.spec_from_file_location("make_attention_pictures", file)
+    assert spec and spec.loader
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    text = (ROOT / "docs" / "attention.md").read_text(encoding="utf-8")
+    assert set(tool.PICTURES) == set(FAMILIES)
+    for name in FAMILIES:
+        stored = tool.path(name).read_text(encoding="utf-8")
+        assert tool.picture(name) == stored, "run: python tools/make_attention_pictures.py"
+        assert f"](attention/{name}.svg)" in text
+
+
+def test_the_document_s_example_runs(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = (ROOT / "docs" / "attention.md").read_text(encoding="utf-8")
+    example = text.partition("```python\n")[2].partition("```")[0]
+    monkeypatch.chdir(folder)
+    exec(example.replace("mistralai/Mistral-7B-v0.1", str(folder)), {})
+    assert "text 1, all 3 layers: causal, window of 4" in capsys.readouterr().out
+    assert (folder / "mask.svg").exists()

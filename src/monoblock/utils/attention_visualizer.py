@@ -114,19 +114,13 @@ class AttentionMaskVisualizer:
             raise ValueError("there is no text: give one, or a list with at least one")
         pictures = self._images(images, patches, len(texts))
         pictured = any(picture is not None for picture in pictures)
-        if pictured and self._processor is None:
-            self._processor = self._load_processor()
         # Batches with images are padded on the left, as their processor does it.
         side = padding_side or ("left" if pictured else self.tokenizer.padding_side)
         if side not in SIDES:
             raise ValueError(f"padding_side must be 'left' or 'right', got {padding_side!r}")
         segments = [sequence_id] if sequence_id is not None and isinstance(text, str) else sequence_id
-        reader = Reader(self.spec, self.tokenizer, self._processor)
+        reader = Reader(self.spec, self.tokenizer, self._with_processor() if pictured else None)
         self._tokens, self._head = reader.read(texts, pictures, side, segments), None
-        if patches is not None and self._tokens.image_bk[0].sum() != patches[0] * patches[1]:
-            raise ValueError(
-                f"patches={patches!r} are more than the model's images have: they would be shrunk"
-            )
         return self._tokens
 
     def _images(self, images: Any, patches: tuple[int, int] | None, count: int) -> list[Any]:
@@ -137,31 +131,41 @@ class AttentionMaskVisualizer:
         if patches is not None:
             if images is not None:
                 raise ValueError("give images or patches, not both: patches stands for a blank image")
-            if min(patches) < 1:
+            if len(patches) != 2 or min(patches) < 1:
                 raise ValueError(f"patches must be (rows, columns), each 1 or more, got {patches!r}")
-            side = self._patch_side
-            return [np.zeros((patches[0] * side, patches[1] * side, 3), np.uint8)] * count
+            return [self._blank(patches)] * count
         several = isinstance(images, list | tuple)
         given: list[Any] = list(cast("Sequence[Any]", images)) if several else [images] * count
         if len(given) != count:
             raise ValueError(f"images must be one, or one per text: got {len(given)} for {count} texts")
         return given
 
-    @property
-    def _patch_side(self) -> int:
-        return self.config.to_dict()["patch_size"]
+    def _blank(self, patches: tuple[int, int]) -> Any:
+        """An image of that many rows and columns of patches; ValueError if the model would shrink it."""
+        images = self._with_processor().image_processor
+        height, width = (
+            n * images.patch_size[side] for n, side in zip(patches, ("height", "width"), strict=True)
+        )
+        if images.fitted_size(height, width) != (height, width):
+            raise ValueError(
+                f"patches={patches!r} are more than the model's images have: they would be shrunk"
+            )
+        return np.zeros((height, width, 3), np.uint8)
 
-    def _load_processor(self) -> Any:
-        from monoblock.processing import AutoImageProcessor, FuyuImageProcessor, FuyuProcessor
+    def _with_processor(self) -> Any:
+        """The model's processor, made when an image first needs it."""
+        if self._processor is None:
+            from monoblock.processing import AutoImageProcessor, FuyuImageProcessor, FuyuProcessor
 
-        side = self._patch_side
-        images: Any = FuyuImageProcessor(patch_size={"height": side, "width": side})
-        files = ("preprocessor_config.json", "processor_config.json")
-        if (name := self._name) is not None and any(
-            find_file(name, file, self._hub, required=False) for file in files
-        ):
-            images = AutoImageProcessor.from_pretrained(name, **self._options)
-        return FuyuProcessor(images, self.tokenizer)
+            side: int = self.config.to_dict()["patch_size"]
+            images: Any = FuyuImageProcessor(patch_size={"height": side, "width": side})
+            files = ("preprocessor_config.json", "processor_config.json")
+            if (name := self._name) is not None and any(
+                find_file(name, file, self._hub, required=False) for file in files
+            ):
+                images = AutoImageProcessor.from_pretrained(name, **self._options)
+            self._processor = FuyuProcessor(images, self.tokenizer)
+        return self._processor
 
     @property
     def tokens(self) -> Tokens:
