@@ -1,0 +1,150 @@
+"""Writes docs/families.md's table from the specs of the default configs: `python tools/make_family_table.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from monoblock import tree
+from monoblock.checkpoint.keymap import Op, PerHead, Same, Split, Transposed
+from monoblock.families import FAMILIES, family
+from monoblock.spec import Alibi, ArchSpec, Buckets, Learned, Norm, Position, Rotary
+
+DOCUMENT = Path(__file__).parents[1] / "docs" / "families.md"
+BEGIN, END = "<!-- made by tools/make_family_table.py -->\n", "<!-- end -->\n"
+TITLES = {
+    "mpt": "MPT",
+    "mistral": "Mistral",
+    "fuyu": "Fuyu",
+    "openai-gpt": "GPT-1",
+    "gpt_neo": "GPT Neo",
+    "mpnet": "MPNet",
+}
+ACTIVATIONS = {
+    "gelu": "exact gelu",
+    "gelu_tanh": "tanh gelu",
+    "relu2": "relu squared",
+    "silu": "silu",
+}
+STORED: dict[type[Op], str] = {
+    Same: "fused",
+    Split: "three matrices",
+    PerHead: "fused, head by head",
+    Transposed: "fused, transposed",
+}
+
+
+def _norm(norm: Norm) -> str:
+    name = "RMS" if norm.kind == "rms" else "layer norm"
+    return name if norm.bias or norm.kind == "rms" else f"{name} without bias"
+
+
+def _outside(spec: ArchSpec) -> str:
+    named = {"on the embedding": spec.embed_norm, "at the end": spec.final_norm}
+    return ", ".join(where for where, norm in named.items() if norm) or "none"
+
+
+def _position(position: Position, spec: ArchSpec) -> str:
+    match position:
+        case Learned(size=size, offset=offset):
+            return f"table of {size}" + (f", the first token at {offset}" if offset else "")
+        case Rotary(dim=dim, theta=theta):
+            share = dim / spec.attention.head_dim
+            return f"RoPE, theta {theta:g}" + ("" if share == 1 else f", on {share:g} of each head")
+        case Alibi(bias_max=bias_max):
+            return f"ALiBi, up to 2^-{bias_max:g}"
+        case Buckets(count=count, max_distance=distance):
+            return f"{count} relative buckets up to {distance}"
+
+
+def _sees(spec: ArchSpec) -> str:
+    direction = "all before it" if spec.causal else "all, both ways"
+    windows = set(spec.windows)
+    if windows == {None}:
+        return direction
+    sizes = sorted(window for window in windows if window is not None)
+    text = f"the last {sizes[0]}"
+    return text if len(windows) == 1 else f"by layer: {direction}, {text}"
+
+
+def _biases(spec: ArchSpec) -> str:
+    named = {"q, k, v": spec.attention.qkv_bias, "output": spec.attention.out_bias, "MLP": spec.mlp.bias}
+    if len(set(named.values())) == 1:
+        return "all" if spec.mlp.bias else "none"
+    return ", ".join(name for name, there in named.items() if there)
+
+
+def _scale(spec: ArchSpec) -> str:
+    return "1" if spec.attention.scale == 1 else "1 / sqrt(head width)"
+
+
+def _mlp(spec: ArchSpec) -> str:
+    kind = ACTIVATIONS[spec.mlp.act] + (", gated" if spec.mlp.gated else "")
+    return f"{kind}, {spec.mlp.width / spec.width:g} x width"
+
+
+def _kv(spec: ArchSpec) -> str:
+    att = spec.attention
+    return "as heads" if att.kv_heads == att.heads else f"{att.kv_heads} for {att.heads} heads"
+
+
+def _qk(spec: ArchSpec) -> str:
+    qk = spec.attention.qk_norm
+    return "-" if qk is None else f"{_norm(qk.norm)} over each {'head' if qk.span == 'head' else 'row'}"
+
+
+AXES: dict[str, Callable[[ArchSpec], str]] = {
+    "norm": lambda spec: f"{_norm(spec.norm)}, {spec.placement}",
+    "norm outside the blocks": _outside,
+    "position": lambda spec: "; ".join(_position(p, spec) for p in spec.positions),
+    "a token sees": _sees,
+    "key heads": _kv,
+    "on q and k": _qk,
+    "scores times": _scale,
+    "MLP": _mlp,
+    "biases": _biases,
+    "images": lambda spec: f"patches of {spec.patches.size} numbers" if spec.patches else "-",
+    "head over the vocabulary": lambda spec: "tied" if spec.tie_head else "its own",
+}
+
+
+def _stored(model_type: str) -> str:
+    """How files hold q, k and v."""
+    config = family(model_type).config()
+    source = family(model_type).keymap(config, None).source("blocks.0.attn.qkv.weight")
+    return STORED[type(source.op)]
+
+
+def _size(model_type: str) -> str:
+    numbers = 0
+    for shape in tree.parameters(family(model_type).config().to_spec()).values():
+        count = 1
+        for side in shape:
+            count *= side
+        numbers += count
+    return f"{numbers / 1e9:.1f} billion" if numbers >= 1e9 else f"{numbers / 1e6:.0f} million"
+
+
+def table() -> str:
+    """A row for each axis, a column for each family."""
+    specs = {name: family(name).config().to_spec() for name in FAMILIES}
+    rows = [["", *(TITLES[name] for name in specs)]]
+    rows += [[axis, *(describe(spec) for spec in specs.values())] for axis, describe in AXES.items()]
+    rows += [
+        ["q, k, v in files", *map(_stored, specs)],
+        ["weights of the default config, without a head", *map(_size, specs)],
+    ]
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    lines.insert(1, "|---" * (1 + len(specs)) + "|")
+    return "\n".join(lines) + "\n"
+
+
+def updated(text: str) -> str:
+    """The document's text with the table of today."""
+    before, _, rest = text.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    return f"{before}{BEGIN}\n{table()}\n{END}{after}"
+
+
+if __name__ == "__main__":
+    DOCUMENT.write_text(updated(DOCUMENT.read_text(encoding="utf-8")), encoding="utf-8")
