@@ -68,7 +68,8 @@ def lines(panel: Panel, style: Style) -> Iterator[str]:
     indent = " " * (widest + digits + 2)
     yield _painted(panel.title, "1", style)
     yield from (indent + line for line in _header(labels, shown, style))
-    cells = _cells(panel, style)
+    kept = [index for index in shown if index is not None]
+    cells = dict(zip(kept, _cells(panel, kept, style), strict=True))
     for query in shown:
         if query is None:
             yield " " * (widest - 1) + _mark("⋮", style)
@@ -77,7 +78,8 @@ def lines(panel: Panel, style: Style) -> Iterator[str]:
         label = label.replace("…", "~") if style.ascii else label
         name = label + " " * (widest - width(label))
         name = _painted(name, "2", style) if panel.padding[query] else name
-        row = [("… ", "2") if key is None else cells[query][key] for key in shown]
+        left = iter(cells[query])
+        row = [("… ", "2") if key is None else next(left) for key in shown]
         yield f"{name} {query:>{digits}} " + _joined(row, style)
     yield from _remarks(panel, shown, style)
 
@@ -105,16 +107,16 @@ def _downwards(label: str, style: Style) -> list[str]:
     return signs if len(signs) <= _HEADER else [*signs[: _HEADER - 1], "~" if style.ascii else "⋮"]
 
 
-def _cells(panel: Panel, style: Style) -> list[list[tuple[str, str]]]:
-    """What each cell looks like, two columns wide, and its colour."""
+def _cells(panel: Panel, kept: Sequence[int], style: Style) -> list[list[tuple[str, str]]]:
+    """What each cell between tokens that are kept looks like, two columns wide, and its colour."""
     unseen = ("· ", "2")
     blocks = _ASCII if style.ascii else _BLOCKS
     ramps = [[(block + " ", "0") for block in blocks] + [unseen]] * 2
     if style.colour:
         solid = blocks[-1] * 2
         ramps = [[(solid, f"38;5;{code}") for code in codes] + [unseen] for codes in _COLOURS]
-    rows = levels(panel.shade, len(ramps[0]) - 1).tolist()
-    by_key = [ramps[int(image)] for image in panel.image]
+    rows = levels(panel.shade[np.ix_(kept, kept)], len(ramps[0]) - 1).tolist()
+    by_key = [ramps[int(panel.image[key])] for key in kept]
     return [[ramp[level] for ramp, level in zip(by_key, row, strict=True)] for row in rows]
 
 
@@ -164,7 +166,7 @@ def _painted(text: str, code: str, style: Style) -> str:
 def drawing(panels: Sequence[Panel], title: str) -> Drawing:
     """All panels in one drawing, side by side where they are small; no token is left out."""
     count = len(panels[0].labels)
-    cell = max(2, min(_CELL, 1600 // count))
+    cell = max(1, min(_CELL, 1600 // count))
     letter = min(_LETTER, max(cell, 8))
     margin = (
         math.ceil(max(width(clipped(label, 24)) for p in panels for label in p.labels) * letter * 0.62) + 10
@@ -199,14 +201,13 @@ def _draw(made: Drawing, panel: Panel, corner: tuple[int, int], sizes: tuple[int
     gap = 1 if cell >= 6 else 0
     rows = levels(panel.shade, LEVELS)
     codes = np.where(rows < 0, -1, rows + LEVELS * panel.image[None, :])
-    for query, row in enumerate(codes.tolist()):
-        start = 0
-        for code, run in itertools.groupby(row):
-            length = len(list(run))
+    for query, row in enumerate(codes):
+        starts = np.flatnonzero(np.diff(row, prepend=-2))
+        runs = zip(starts.tolist(), np.diff(starts, append=count).tolist(), row[starts].tolist(), strict=True)
+        for start, length, code in runs:
             if code >= 0:
-                y, height = top + query * cell, cell - gap
-                made.box(shade_colour(code), left + start * cell, y, length * cell - gap, height)
-            start += length
+                x, y = left + start * cell, top + query * cell
+                made.box(shade_colour(code), x, y, length * cell - gap, cell - gap)
     if gap:
         for key in range(1, count):
             made.gaps.append((left + key * cell - 1, top, 1, count * cell))
