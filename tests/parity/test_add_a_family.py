@@ -50,7 +50,6 @@ def gpt2() -> Iterator[types.ModuleType]:
     families.FAMILIES.clear()
     families.FAMILIES.update(known)
     del sys.modules[module.__name__]
-    classes.make_class.cache_clear()
 
 
 def pair(gpt2: Any, name: str, **more: Any) -> tuple[Any, Any]:
