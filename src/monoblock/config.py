@@ -90,6 +90,15 @@ QUIET = frozenset(
         "tf_legacy_loss",
         "classifier_dropout",
         "hidden_dropout",
+        "gradient_checkpointing",
+        "n_ctx",
+        "n_special",
+        "predict_special_tokens",
+        "summary_activation",
+        "summary_first_dropout",
+        "summary_proj_to_labels",
+        "summary_type",
+        "summary_use_proj",
     ]
 )
 

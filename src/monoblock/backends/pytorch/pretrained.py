@@ -54,6 +54,7 @@ class PreTrainedModel(Parameters, Generation):
         device = torch.get_default_device()
         with torch.device("meta"), loading.Uninitialised():
             self.backbone = Backbone(self.spec)
+            self.backbone.gradient_checkpointing = bool(getattr(config, "gradient_checkpointing", False))
             head = config.to_head(self.row.head) if self.row.head else None
             self.head = heads.Head(self.spec, head) if head else None
         self.set_attn_implementation(config._attn_implementation)
