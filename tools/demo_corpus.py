@@ -22,7 +22,7 @@ ENDOFTEXT, PADDING, USER, ASSISTANT = SPECIALS = ("<|endoftext|>", "<|padding|>"
 SKIPPED = re.compile(r"site-packages|encodings/|pydoc_data/|/data/|encoded_modules/|(^|/)config-")
 TEST_PARTS = {"test", "tests", "idle_test"}
 TEST_FILE_LIMIT = 60_000  # characters; the largest test modules repeat one pattern for 300 kB
-# A file with more of these per character than ordinary code is a table. The corpus keeps 97% of its bytes.
+# A file with more of these per character than ordinary code is a table.
 LIMITS = {"digits": 0.08, "backslashes": 0.02, "not ASCII": 0.005}
 
 # A line break takes the blank lines and the indentation that follow it, so that a line starts with one token.

@@ -22,12 +22,8 @@ if TYPE_CHECKING:
 REPOSITORY = Path(__file__).resolve().parent.parent
 FOLDER = REPOSITORY / "src" / "monoblock" / "demo"
 SIZE_LIMIT = 12_000_000  # bytes, of everything in the folder
-PROMPTS = (
-    "def fibonacci(n):",
-    "class Stack:",
-    'def read_lines(path):\n    """Return the lines of the file."""\n',
-)
-REQUESTS = ("Return the absolute value of x.", "Return True if the stack is empty.")
+PROMPTS = ("def fibonacci(n):", "class Stack:", "for line in lines:")
+REQUESTS = ("Return True if the stack is empty.", "def add(a, b):")
 LENGTHS = (256, 512, 1024)  # windows in which the held-out text is measured
 
 # A message that a system message precedes carries it; the model has seen requests and replies, no third voice.
@@ -49,8 +45,9 @@ GENERATION = {
     "eos_token_id": 0,
     "pad_token_id": 1,
     "do_sample": True,
-    "temperature": 0.6,
+    "temperature": 0.8,
     "top_p": 0.9,
+    "repetition_penalty": 1.05,  # more would also forbid indentation, which repeats by its nature
     "max_new_tokens": 200,
 }
 
@@ -98,6 +95,7 @@ def save_folder(model: MptForCausalLM, tokenizer: Tokenizer) -> None:
         "pad_token": padding,
         "additional_special_tokens": talk,
         "clean_up_tokenization_spaces": False,
+        "padding_side": "left",  # what generation needs in a batch
         "model_max_length": model.config.max_seq_len,
         "chat_template": CHAT_TEMPLATE,
     }
@@ -112,7 +110,7 @@ def write_json(path: Path, content: dict[str, object]) -> None:
 
 def samples() -> list[tuple[str, str, str]]:
     """Title, text shown before the reply, and reply: completions of PROMPTS and chat replies to REQUESTS."""
-    model = MptForCausalLM.from_pretrained(FOLDER, dtype=torch.float32)
+    model = MptForCausalLM.from_pretrained(FOLDER)
     tokenizer = AutoTokenizer.from_pretrained(FOLDER)
 
     def reply(text: str) -> str:

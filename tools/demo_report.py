@@ -59,8 +59,9 @@ def page(facts: Facts) -> str:
             *texts(facts),
             TRAINING,
             "```\n" + command(facts) + "\n```\n",
+            clock(facts) + "\n",
             "## What it says\n",
-            "Taken as they came, with the folder's own sampling settings, 120 tokens at most and seed 0:\n",
+            "Taken as they came, with the folder's own sampling settings, in bfloat16, 120 tokens at most, seed 0:\n",
             *(
                 f"**{title}**\n\n```python\n{prompt}{reply.rstrip()}\n```\n"
                 for title, prompt, reply in facts.samples
@@ -134,6 +135,15 @@ def command(facts: Facts) -> str:
     return f"python tools/train_demo.py --seed {run.seed} {sizes}"
 
 
+def clock(facts: Facts) -> str:
+    if facts.run.minutes is None:
+        return "The same seed, corpus and machine give the same run, up to the rounding of threads."
+    return (
+        f"The learning rate of this run followed the clock (`--minutes {facts.run.minutes:g}`), which on another\n"
+        "machine is another number of steps; with `--steps` it follows the steps, and seed and corpus alone decide the run."
+    )
+
+
 INTRODUCTION = """# The embedded demo
 
 The package carries one tiny MPT, so that `monoblock generate` and `monoblock chat` do something real on a fresh
@@ -160,24 +170,27 @@ This page is written by `tools/train_demo.py`.
 CORPUS = """Every `.py` file of the standard library, sorted by name, that parses, that is no copy of another and
 that reads like code: codec tables, the help topics and test data are left out, and so is any file with more digits,
 backslashes or characters beyond ASCII than code has. Test modules are cut to whole statements within 60,000
-characters. One file
-in fifty, chosen by the SHA-256 of its name, is held out: no weight and no token was learned from it.
+characters. One file in fifty, chosen by the SHA-256 of its name, is held out: no weight and no token was learned
+from it.
 
-For the chat, functions are cut out of the same files: the first sentence of the docstring is the request, the code
-without it the reply; a top-level function without a docstring answers to its own first line.
+For the chat, functions and classes are cut out of the same files: the first sentence of the docstring is the
+request, the code without it the reply; what is at the top level and has no docstring answers to its own first line.
 """
 
 TRAINING = """## How
 
-Next-token loss on packed windows; Muon for the matrices of the blocks and AdamW for the embedding and the norms;
-linear warm-up over 100 steps, then a straight line to a learning rate of zero; bfloat16 products over float32
-weights. The weights were rounded to bfloat16 once, at the end; the figures above are those of the rounded weights,
-in float32 arithmetic. To do it again (the same seed and corpus give the same run up to the rounding of the machine's
-kernels):
+Next-token loss on windows of one stream of files in random order; a window begins where a line does, with the line's
+indentation, so that a text that begins with a word begins at column 0, as prompts do. Muon for the matrices of the
+blocks and AdamW for the embedding and the norms; linear warm-up over 100 steps, then a straight line to a learning
+rate of zero; bfloat16 products over float32 weights. The weights were rounded to bfloat16 once, at the end; the
+figures above are those of the rounded weights, in float32 arithmetic. To do it again:
 """
 
 LIMITS = """## What it is not
 
 It has seen some twenty megabytes of one style of code. It knows the look of Python, common names and idioms and the
 manners of the standard library; it does not know what a Fibonacci number is, and what it writes is not meant to be run.
+
+Give it prompts without a line break at the end: a break and the indentation after it are one token, and a bare break
+says that the next line begins at column 0.
 """

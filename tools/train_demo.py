@@ -36,6 +36,15 @@ SHAPE = {"d_model": 288, "n_heads": 6, "n_layers": 4, "expansion_ratio": 4, "max
 WARMUP_STEPS = 100
 CHECKPOINT_SECONDS = 180
 EVALUATE_EVERY = 150  # steps
+SETTINGS = (
+    "seed",
+    "steps",
+    "minutes",
+    "batch",
+    "length",
+    "lr",
+    "muon_lr",
+)  # what decides a run; kept with it
 QUICK_WINDOWS = 64  # of the held-out text, for the curve; the final figure uses all of it
 
 
@@ -89,7 +98,7 @@ class Trainer:
         return loss.item()
 
     def loss(self, windows: Tensor) -> Tensor:
-        """The mean next-token loss, in bf16 where that is exact enough: five times fp32's speed on a new CPU."""
+        """The mean next-token loss, its products in bf16: twice fp32's speed where the CPU has such instructions."""
         dtype = torch.bfloat16 if self.options.bf16 else torch.float32
         with torch.autocast("cpu", torch.bfloat16, enabled=self.options.bf16):
             out = self.model(input_ids=windows, output_hidden_states=True, logits_to_keep=1, use_cache=False)
@@ -146,25 +155,32 @@ class Trainer:
             "model": self.model.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "state": vars(self.state),
+            "settings": {name: getattr(self.options, name) for name in SETTINGS},
         }
         torch.save(everything, part)
         os.replace(part, self.options.build / "checkpoint.pt")  # noqa: PTH105
 
-    def load(self) -> None:
-        """Take up the last checkpoint, and cut the log's file back to it."""
-        path = self.options.build / "checkpoint.pt"
-        if not path.exists():
-            raise SystemExit(f"no checkpoint at {path}: start a run without --resume or --export first")
-        found: dict[str, Any] = torch.load(path, weights_only=True)
-        self.model.load_state_dict(found["model"])
-        for optimizer, state in zip(self.optimizers, found["optimizers"], strict=True):
+    def load(self, checkpoint: dict[str, Any]) -> None:
+        """Take up a run where its checkpoint left it."""
+        self.model.load_state_dict(checkpoint["model"])
+        for optimizer, state in zip(self.optimizers, checkpoint["optimizers"], strict=True):
             optimizer.load_state_dict(state)
-        self.state = State(**found["state"])
+        self.state = State(**checkpoint["state"])
 
     def rewrite_log(self) -> None:
         """Make the log's file say what the state says: nothing in a new run, less after a crash."""
         lines = (json.dumps(entry) + "\n" for entry in self.state.log)
         (self.options.build / "log.jsonl").write_text("".join(lines))
+
+
+def read_checkpoint(options: argparse.Namespace) -> dict[str, Any]:
+    """The last checkpoint; `options` become those of its run."""
+    path = options.build / "checkpoint.pt"
+    if not path.exists():
+        raise SystemExit(f"no checkpoint at {path}: start a run without --resume or --export first")
+    checkpoint: dict[str, Any] = torch.load(path, weights_only=True)
+    vars(options).update(checkpoint["settings"])
+    return checkpoint
 
 
 def model_config(tokenizer: Tokenizer) -> MptConfig:
@@ -220,7 +236,7 @@ def parse() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--seed", type=int, default=20, help="of the weights and of the order of the text")
-    parser.add_argument("--steps", type=int, default=8000)
+    parser.add_argument("--steps", type=int, default=4119)
     parser.add_argument("--minutes", type=float, default=None, help="end the schedule after this time")
     parser.add_argument("--batch", type=int, default=16, help="windows per step")
     parser.add_argument(
@@ -231,8 +247,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--build", type=Path, default=BUILD, help="folder of checkpoint, tokenizer and log")
-    parser.add_argument("--resume", action="store_true")
-    parser.add_argument("--export", action="store_true")
+    parser.add_argument("--resume", action="store_true", help="go on, with the settings of the run")
+    parser.add_argument(
+        "--export", action="store_true", help="write the last checkpoint out, without training"
+    )
     return parser.parse_args()
 
 
@@ -240,12 +258,13 @@ def main() -> None:
     options = parse()
     torch.set_num_threads(options.threads)
     options.build.mkdir(parents=True, exist_ok=True)
+    checkpoint = read_checkpoint(options) if options.resume or options.export else None
     documents = corpus.collect()
     shown = [document for document in documents if not document.held_out]
     tokenizer = corpus.train_tokenizer((document.text for document in shown), VOCAB)
     trainer = Trainer(options, documents, tokenizer)
-    if options.resume or options.export:
-        trainer.load()
+    if checkpoint:
+        trainer.load(checkpoint)
     if not options.export:
         trainer.rewrite_log()
         trainer.run()

@@ -194,8 +194,11 @@ def test_an_interrupted_run_goes_on_as_it_was(trainer):
     cut.step = interrupted
     with pytest.raises(SystemExit, match="--resume"):
         cut.run()
+    options = argparse.Namespace(build=cut.options.build, steps=100)
+    checkpoint = train_demo.read_checkpoint(options)
+    assert (options.steps, options.seed) == (8, 3)
     resumed = trainer(8)
-    resumed.load()
+    resumed.load(checkpoint)
     assert resumed.state.step == 5
     resumed.run()
     for one, other in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
@@ -211,9 +214,9 @@ def test_a_short_run_learns(trainer):
     assert run.evaluate() < before - 0.5
 
 
-def test_resuming_without_a_checkpoint_says_so(trainer):
+def test_resuming_without_a_checkpoint_says_so(tmp_path):
     with pytest.raises(SystemExit, match="no checkpoint"):
-        trainer(8).load()
+        train_demo.read_checkpoint(argparse.Namespace(build=tmp_path))
 
 
 def test_ticks_are_round_and_few():
