@@ -26,7 +26,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
-from monoblock.generation import beams, guidance, processors, speculative, stopping
+from monoblock.generation import beams, guidance, processors, speculative, stopping, structured
 from monoblock.generation.arrays import Array
 from monoblock.generation.config import GenerationConfig
 from monoblock.generation.decoder import Model, Plan
@@ -56,9 +56,10 @@ def generate(
     """Continue prompts: token ids (rows, prompt + new), or an output object if the config says so.
 
     `arguments` are the hub's: `input_ids`, `attention_mask`, `logits_processor`, `stopping_criteria`,
-    `prefix_allowed_tokens_fn`, `streamer`, `tokenizer` (for stop strings), `assistant_model` (a `Model` here), the
-    model's own inputs, and every field of `GenerationConfig`; besides, `seed` or `generator` for sampling. Rows that
-    are finished are filled with `pad_token_id`. ValueError for what is unknown, impossible or not supported.
+    `prefix_allowed_tokens_fn`, `streamer`, `tokenizer` (for stop strings), `assistant_model` (a `Model` here),
+    `negative_prompt_ids`, the model's own inputs, and every field of `GenerationConfig`; besides, `seed` or
+    `generator` for sampling, and `response_format`. Rows that are finished are filled with `pad_token_id`.
+    ValueError for what is unknown, impossible or not supported.
     """
     streamer = arguments.get("streamer")
     with streaming(streamer) if streamer is not None else nullcontext():
@@ -132,9 +133,9 @@ class Generation:
         self.setting = self._setting()
         self.guidance = guidance.build(model, call, self.plan, self.prompt_bn, self.copied)
         self.processors = [self.guidance] if self.guidance else []
-        self.processors += processors.build(
-            self.setting, call.logits_processor or (), call.prefix_allowed_tokens_fn
-        )
+        shape = structured.build(ops, columns, call.response_format, call.tokenizer, config)
+        own = [*(call.logits_processor or ()), *([shape] if shape else [])]
+        self.processors += processors.build(self.setting, own, call.prefix_allowed_tokens_fn)
         self.criteria = stopping.build(
             config.max_time, config.stop_strings, self.own_criteria, call.tokenizer
         )

@@ -28,6 +28,7 @@ class Call:
     prefix_allowed_tokens_fn: Callable[[int, Array], Any] | None = None
     streamer: Any = None
     tokenizer: Any = None
+    response_format: Any = None
     assistant_model: Any = None
     negative_prompt_ids: Any = None
     negative_prompt_attention_mask: Any = None

@@ -45,10 +45,11 @@ class Generation:
         Gives ids (batch, prompt + new), or a GenerateDecoderOnlyOutput with `return_dict_in_generate=True`.
 
         Keywords are the hub's: the fields of `GenerationConfig` (`max_new_tokens`, `do_sample`, `temperature`, ...),
-        `attention_mask`, `logits_processor`, `stopping_criteria`, `streamer`, `tokenizer` (for `stop_strings`),
-        `assistant_model` (a smaller model with the same tokenizer), `negative_prompt_ids` (for `guidance_scale`),
-        `past_key_values` (the cache of the prompt's beginning), `inputs_embeds`, the model's other inputs; and `seed`
-        or `generator`. ValueError for what is unknown or not supported.
+        `attention_mask`, `logits_processor`, `stopping_criteria`, `streamer`, `tokenizer` (for `stop_strings` and
+        `response_format`), `assistant_model` (a smaller model with the same tokenizer), `negative_prompt_ids` (for
+        `guidance_scale`), `past_key_values` (the cache of the prompt's beginning), `inputs_embeds`, the model's other
+        inputs; besides, `seed` or `generator`, and `response_format` (a JSON schema or a regular expression that the
+        new text keeps to). ValueError for what is unknown or not supported.
         """
         if not self.can_generate():
             raise TypeError(

@@ -1,0 +1,154 @@
+"""Structured output: only tokens that keep the new text inside a JSON schema or a regular expression.
+
+The grammars are llguidance's (a Rust library without dependencies): for each row a matcher says which tokens may come
+next. It is loaded when a call asks for `response_format`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
+from weakref import WeakKeyDictionary
+
+import numpy as np
+
+from monoblock.generation.arrays import Array, ArrayOps
+from monoblock.generation.config import GenerationConfig
+
+FORMS = (
+    '{"type": "json_schema", "schema": {...}}, {"type": "json_object"} or {"type": "regex", "pattern": "..."}'
+)
+# Without these a text may go on for ever between two tokens of JSON.
+COMPACT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+
+# Tokenizers as llguidance wants them take a second to make for large vocabularies.
+_made: WeakKeyDictionary[Any, dict[tuple[int, tuple[int, ...]], Any]] = WeakKeyDictionary()
+
+
+class Structured:
+    """A processor that bars every token with which the new text could no longer become one that fits.
+
+    A row's matcher is found by the row's text, so that rows may change places, and be tried twice.
+    """
+
+    def __init__(self, ops: ArrayOps, start: int, eos: Sequence[int], matcher: Callable[[int], Any]):
+        self.ops, self.start, self.eos, self.matcher = ops, start, list(eos), matcher
+        self.matchers: dict[tuple[int, ...], Any] = {}
+
+    def __call__(self, ids_bn: Array, scores_bv: Array) -> Array:
+        ops, vocab = self.ops, int(scores_bv.shape[-1])
+        if not self.matchers:
+            self.matchers = {(): self.matcher(vocab)}
+        rows: list[list[int]] = ops.to_list(ids_bn[:, self.start :])
+        known = {tuple(row): self._matcher(tuple(row)) for row in rows}
+        allowed_bv = np.stack([self._allowed(known[tuple(row)], vocab) for row in rows])
+        self.matchers = known
+        kept_bv = ops.where(ops.array(allowed_bv), scores_bv, -np.inf)
+        for row, [best] in zip(rows, ops.to_list(ops.max(kept_bv)), strict=True):
+            if best == -np.inf and not known[tuple(row)].is_error():
+                raise ValueError(
+                    "response_format leaves no token: all that may come next is barred by other settings, such as "
+                    "bad_words_ids, suppress_tokens or min_new_tokens"
+                )
+        return kept_bv
+
+    def _matcher(self, text: tuple[int, ...]) -> Any:
+        if text in self.matchers:
+            return self.matchers[text]
+        before = self.matchers[text[:-1]]
+        if before.is_stopped():
+            return before  # the text is complete: what follows is the eos token and padding
+        after = before.deep_copy()
+        after.consume_token(text[-1])
+        return after
+
+    def _allowed(self, matcher: Any, vocab: int) -> np.ndarray[Any, np.dtype[np.bool_]]:
+        if matcher.is_stopped():
+            allowed = np.zeros(vocab, dtype=np.bool_)
+            # A beam that has no possible continuation left comes here in error.
+            allowed[[] if matcher.is_error() else self.eos] = True
+            return allowed
+        bits = np.frombuffer(matcher.compute_bitmask(), dtype=np.uint8)
+        return np.unpackbits(bits, count=vocab, bitorder="little").astype(np.bool_)
+
+
+def build(
+    ops: ArrayOps, start: int, wanted: Any, tokenizer: Any, config: GenerationConfig
+) -> Structured | None:
+    """The processor for a `response_format`; `start` is where the new text begins.
+
+    ValueError for a format, schema or expression that is wrong or not supported; ImportError without llguidance.
+    """
+    if wanted is None:
+        return None
+    library = _library()
+    grammar = _grammar(library, wanted)
+    failed, messages = library.LLMatcher.validate_grammar_with_warnings(grammar)
+    if failed:
+        raise ValueError(f"response_format cannot be used: {' '.join(str(messages[0]).split())}")
+    if getattr(tokenizer, "backend_tokenizer", None) is None:
+        raise ValueError("response_format needs the model's tokenizer: generate(..., tokenizer=tokenizer)")
+    if not config.eos_ids:
+        raise ValueError("response_format needs a token that ends the text: say eos_token_id")
+    eos = config.eos_ids
+    return Structured(
+        ops, start, eos, lambda vocab: library.LLMatcher(_tokenizer(library, tokenizer, vocab, eos), grammar)
+    )
+
+
+def _library() -> Any:
+    try:
+        return importlib.import_module("llguidance")
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            'response_format needs a grammar library: pip install "monoblock[structured]"'
+        ) from error
+
+
+def _grammar(library: Any, wanted: Any) -> str:
+    """The grammar of a response format, in its short form or in that of chat APIs."""
+    form: Mapping[str, Any] = cast(Mapping[str, Any], wanted) if isinstance(wanted, Mapping) else {}
+    kind: Any = form.get("type")
+    names: dict[Any, tuple[str, ...]] = {
+        "json_schema": ("schema", "json_schema"),
+        "json_object": (),
+        "regex": ("pattern", "regex"),
+    }
+    given = {name for name in form if name != "type"}
+    if kind not in names or len(given) != bool(names[kind]) or not given <= set(names[kind]):
+        raise ValueError(f"response_format must be {FORMS}, got {wanted!r}")
+    if kind == "json_object":
+        return library.LLMatcher.grammar_from_json_schema({"type": "object"}, COMPACT)
+    value: Any = form[next(iter(given))]
+    if kind == "regex":
+        if not isinstance(value, str) or not value:
+            raise ValueError(f"response_format's regular expression must be a text, got {value!r}")
+        return library.LLMatcher.grammar_from_regex(value)
+    if isinstance(value, Mapping) and "schema" in value and "json_schema" in given:
+        value = cast(Mapping[str, Any], value)["schema"]  # {"json_schema": {"name": ..., "schema": {...}}}
+    if not isinstance(value, Mapping | str):
+        raise ValueError(
+            f"response_format's schema must be a dict or a JSON text, got {type(value).__name__}"
+        )
+    try:
+        schema: Any = json.loads(value) if isinstance(value, str) else dict(cast(Mapping[str, Any], value))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"response_format's schema is no JSON: {error}") from error
+    return library.LLMatcher.grammar_from_json_schema(schema, COMPACT)
+
+
+def _tokenizer(library: Any, tokenizer: Any, vocab: int, eos: tuple[int, ...]) -> Any:
+    made = _made.setdefault(tokenizer, {})
+    if (vocab, eos) not in made:
+        try:
+            text = tokenizer.backend_tokenizer.to_str()
+            made[vocab, eos] = library.LLTokenizer(text, n_vocab=vocab, eos_token=list(eos))
+        except (
+            Exception
+        ) as error:  # whatever the library's Rust side raises for a tokenizer that it cannot read
+            raise ValueError(
+                f"response_format cannot work with this tokenizer and a model of {vocab} tokens: {error}"
+            ) from error
+    return made[vocab, eos]
