@@ -140,7 +140,8 @@ def clock(facts: Facts) -> str:
         return "The same seed, corpus and machine give the same run, up to the rounding of threads."
     return (
         f"The learning rate of this run followed the clock (`--minutes {facts.run.minutes:g}`), which on another\n"
-        "machine is another number of steps; with `--steps` it follows the steps, and seed and corpus alone decide the run."
+        "machine is another number of steps; with `--steps` it follows the steps, and seed and corpus alone decide\n"
+        "the run."
     )
 
 
