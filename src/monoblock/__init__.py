@@ -47,6 +47,7 @@ _HOME: dict[str, str] = {
     "MistralConfig": "monoblock.families.mistral",
     "OpenAIGPTConfig": "monoblock.families.openai_gpt",
     "PretrainedConfig": "monoblock.config",
+    "pipeline": "monoblock.pipelines",
     "CheckpointError": "monoblock.errors",
     "HubError": "monoblock.errors",
     "MissingKeys": "monoblock.errors",

@@ -82,6 +82,9 @@ from monoblock.generation import (
 from monoblock.outputs import (
     ModelOutput as ModelOutput,
 )
+from monoblock.pipelines import (
+    pipeline as pipeline,
+)
 from monoblock.processing import (
     AutoImageProcessor as AutoImageProcessor,
     AutoProcessor as AutoProcessor,

@@ -1,0 +1,188 @@
+"""`pipeline`: the task, the model and what goes with it, from names, folders or objects."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from pathlib import Path
+from typing import Any
+
+# task -> the class, in the module of the task's name, and the Auto class that loads its model.
+TASKS: dict[str, tuple[str, str]] = {
+    "text-generation": ("TextGenerationPipeline", "AutoModelForCausalLM"),
+    "text-classification": ("TextClassificationPipeline", "AutoModelForSequenceClassification"),
+    "token-classification": ("TokenClassificationPipeline", "AutoModelForTokenClassification"),
+    "question-answering": ("QuestionAnsweringPipeline", "AutoModelForQuestionAnswering"),
+    "fill-mask": ("FillMaskPipeline", "AutoModelForMaskedLM"),
+    "feature-extraction": ("FeatureExtractionPipeline", "AutoModel"),
+    "zero-shot-classification": ("ZeroShotClassificationPipeline", "AutoModelForSequenceClassification"),
+    "image-text-to-text": ("ImageTextToTextPipeline", "AutoModelForImageTextToText"),
+}
+ALIASES = {"sentiment-analysis": "text-classification", "ner": "token-classification"}
+# Endings of the class names in a config's `architectures` -> their task, the longer ones first.
+DEFAULTS = {
+    "FuyuForCausalLM": "image-text-to-text",
+    "ForSequenceClassification": "text-classification",
+    "ForTokenClassification": "token-classification",
+    "ForQuestionAnswering": "question-answering",
+    "ForMaskedLM": "fill-mask",
+    "ForCausalLM": "text-generation",
+    "LMHeadModel": "text-generation",
+    "DoubleHeadsModel": "",
+    "Model": "feature-extraction",
+}
+HUB = ("revision", "token", "cache_dir", "local_files_only", "force_download", "subfolder")
+# The hub's arguments that ask for what is not here, and the values that ask for nothing.
+REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "framework": (("pt",), "pipelines run PyTorch models"),
+    "feature_extractor": ((), "no model here takes audio"),
+    "video_processor": ((), "no model here takes videos"),
+    "pipeline_class": ((), "make an object of your own class instead"),
+    "use_fast": ((True,), "all tokenizers here are fast"),
+    "trust_remote_code": ((False, True), "no code from the hub is ever run"),
+}
+
+
+def pipeline(
+    task: str | None = None,
+    model: Any = None,
+    config: Any = None,
+    tokenizer: Any = None,
+    *,
+    image_processor: Any = None,
+    processor: Any = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    device: Any = None,
+    device_map: Any = None,
+    dtype: Any = None,
+    torch_dtype: Any = None,
+    model_kwargs: dict[str, Any] | None = None,
+    **kwargs: Any,
+) -> Any:
+    """A pipeline: a model with what prepares its inputs and reads its outputs.
+
+    Args:
+        task: one of `monoblock.pipelines.TASKS` ("sentiment-analysis" and "ner" are other names of two); by default
+            the one that the model was made for.
+        model: a name on the hub, a folder, or a model object. Without one, "text-generation" has the embedded demo
+            model.
+        config, tokenizer, image_processor, processor: names, folders or objects; by default those of the model.
+        revision, token: which version on the hub, and what to log in with.
+        device: "cpu", "cuda:0", a number, or -1 for the CPU; by default the first accelerator, if there is one.
+        device_map, dtype (or torch_dtype), model_kwargs: for the model's `from_pretrained`; dtype is "auto" by
+            default, the checkpoint's own.
+        kwargs: `batch_size`, and the task's own arguments for all calls.
+
+    Returns:
+        A `Pipeline`, to be called with inputs. ValueError or TypeError for what is unknown, with the nearest name.
+    """
+    _refuse(kwargs)
+    loading = dict(model_kwargs or {})
+    if torch_dtype is not None and dtype is not None:
+        raise ValueError("dtype and torch_dtype are two names of the same: give one")
+    if device is not None and device_map is not None:
+        raise ValueError("device and device_map exclude each other: give one")
+    given = {"revision": revision, "token": token, "device_map": device_map}
+    given["dtype"] = torch_dtype if dtype is None else dtype
+    for name, value in given.items():
+        if value is not None and name in loading:
+            raise ValueError(f"{name} is given twice: as an argument and in model_kwargs")
+        if value is not None:
+            loading[name] = value
+    if task is not None:
+        task = known_task(task)
+    if model is None:
+        model = _default(task, tokenizer)
+    hub = {name: loading[name] for name in HUB if name in loading}
+    source = model if isinstance(model, str | Path) else None
+    if source is None:
+        if config is not None or loading:
+            extra = "config" if config is not None else next(iter(loading))
+            raise ValueError(f"{extra} has no effect on a model object: give the model's name or folder")
+        task = task or default_task([type(model).__name__])
+        made = model
+    else:
+        made, task = _load(task, source, config, loading, hub)
+    parts = _parts(task, source, hub, tokenizer, image_processor, processor)
+    module = importlib.import_module(f"monoblock.pipelines.{task.replace('-', '_')}")
+    return getattr(module, TASKS[task][0])(made, device=device, **parts, **kwargs)
+
+
+def known_task(task: str) -> str:
+    """The task of that name; ValueError with the nearest one if there is none."""
+    task = ALIASES.get(task, task)
+    if task in TASKS:
+        return task
+    names = [*TASKS, *ALIASES]
+    near = difflib.get_close_matches(str(task), names, 1, cutoff=0.5)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    raise ValueError(f"there is no task {task!r}; {hint}The tasks are: {', '.join(names)}")
+
+
+def default_task(architectures: Any) -> str:
+    """The task that a model of these classes was made for."""
+    for name in architectures or ():
+        for ending, task in DEFAULTS.items():
+            if name.endswith(ending) and task:
+                return task
+    found = ", ".join(architectures or ()) or "no class"
+    raise ValueError(f"the config names {found}, which says no task: give task=, one of {', '.join(TASKS)}")
+
+
+def _refuse(kwargs: dict[str, Any]) -> None:
+    for name, (fine, why) in REFUSED.items():
+        value = kwargs.pop(name, None)
+        if value is not None and value not in fine:
+            raise ValueError(f"pipeline does not support {name}={value!r}: {why}")
+
+
+def _default(task: str | None, tokenizer: Any) -> str:
+    if tokenizer is not None:
+        raise ValueError("a tokenizer without its model: give model= too")
+    if task is None:
+        raise ValueError("give a task, a model, or both")
+    if task != "text-generation":
+        raise ValueError(f"{task!r} has no default model: give model=, a name on the hub or a folder")
+    return str(Path(__file__).parents[1] / "demo")
+
+
+def _load(
+    task: str | None, source: Any, config: Any, loading: dict[str, Any], hub: dict[str, Any]
+) -> tuple[Any, str]:
+    """The model of a name or folder, and its task."""
+    import monoblock
+
+    if config is None or isinstance(config, str | Path):
+        config = monoblock.AutoConfig.from_pretrained(source if config is None else config, **hub)
+    task = task or default_task(config.architectures)
+    auto = getattr(monoblock, TASKS[task][1])
+    return auto.from_pretrained(source, config=config, **loading), task
+
+
+def _parts(
+    task: str, source: Any, hub: dict[str, Any], tokenizer: Any, image_processor: Any, processor: Any
+) -> dict[str, Any]:
+    """The tokenizer, and the processor of a task with images; names are loaded."""
+    import monoblock
+
+    def loaded(what: Any, auto: str) -> Any:
+        named = source if what is None else what
+        return (
+            getattr(monoblock, auto).from_pretrained(named, **hub) if isinstance(named, str | Path) else what
+        )
+
+    if task != "image-text-to-text":
+        if image_processor is not None:
+            raise ValueError(f"{task!r} takes no images: leave image_processor out")
+        if processor is not None and tokenizer is None:
+            processor = loaded(processor, "AutoProcessor")
+            return {"processor": processor}
+        return {"tokenizer": loaded(tokenizer, "AutoTokenizer"), "processor": processor}
+    if processor is None and tokenizer is not None and image_processor is not None:
+        pictures = loaded(image_processor, "AutoImageProcessor")
+        return {"processor": monoblock.FuyuProcessor(pictures, loaded(tokenizer, "AutoTokenizer"))}
+    processor = loaded(processor, "AutoProcessor")
+    if tokenizer is not None or image_processor is not None:
+        raise ValueError("give processor=, or both image_processor= and tokenizer=")
+    return {"processor": processor}

@@ -1,0 +1,94 @@
+"""What the generating pipelines share: the arguments of `generate`, its defaults here, and chats."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from monoblock.generation.config import GenerationConfig
+from monoblock.pipelines.base import Pipeline
+
+FIELDS = GenerationConfig.FIELDS
+# Arguments of the call that are no fields.
+CALL = frozenset(
+    {
+        "generation_config",
+        "logits_processor",
+        "stopping_criteria",
+        "prefix_allowed_tokens_fn",
+        "streamer",
+        "assistant_model",
+        "negative_prompt_ids",
+        "negative_prompt_attention_mask",
+        "seed",
+        "generator",
+    }
+)
+SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
+
+
+class Generating(Pipeline):
+    """A pipeline that calls `generate`.
+
+    What neither the user nor the model's generation_config.json says is taken from `generation_defaults`, sampling
+    settings only when sampling.
+    """
+
+    heads = ("causal",)
+    more = FIELDS | CALL
+    generation_defaults: ClassVar[dict[str, Any]] = {}
+
+    def merged(self, call: dict[str, Any]) -> dict[str, Any]:
+        given = super().merged(call)
+        if call.get("generation_config") is not None:  # it replaces what the constructor said of generation
+            given = {k: v for k, v in given.items() if k in call or k not in self.more}
+        return given
+
+    def checked(self, options: dict[str, Any]) -> dict[str, Any]:
+        if options.get("return_dict_in_generate"):
+            raise ValueError(
+                "return_dict_in_generate=True is not supported in a pipeline: call model.generate for scores"
+            )
+        if (stop := options.get("stop_sequence")) is not None:
+            options = options | {"stop_strings": [stop] if isinstance(stop, str) else stop}
+        return options
+
+    def generation(self, options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The keywords of `generate` for this call, and all that is set about generation, by whomever."""
+        given = {name: value for name, value in options.items() if name in self.more}
+        said: dict[str, Any] = {}
+        for config in (self.model.generation_config, given.get("generation_config")):
+            said |= config.set_fields() if config is not None else {}
+        said |= given
+        defaults = dict(self.generation_defaults)
+        if self.tokenizer.pad_token_id is not None:
+            defaults["pad_token_id"] = self.tokenizer.pad_token_id
+        missing = {name: value for name, value in defaults.items() if name not in said}
+        if "max_length" in said:
+            missing.pop("max_new_tokens", None)
+        if not {**missing, **said}.get("do_sample"):
+            missing = {name: value for name, value in missing.items() if name not in SAMPLING}
+        if said.get("stop_strings"):
+            given["tokenizer"] = self.tokenizer
+        return {**given, **missing}, {**said, **missing}
+
+
+def is_chat(item: Any) -> bool:
+    """Whether it is one conversation: messages with a role and a content."""
+    return isinstance(item, list | tuple) and bool(item) and is_message(item[0])
+
+
+def is_message(item: Any) -> bool:
+    """Whether it is a message of a conversation."""
+    return isinstance(item, Mapping) and "role" in item
+
+
+def carries_on(chat: Any, wanted: bool | None) -> bool:
+    """Whether the model goes on with the last message: so by default where that is the assistant's."""
+    return chat[-1]["role"] == "assistant" if wanted is None else wanted
+
+
+def split(sequences: list[list[int]], rows: int) -> list[list[list[int]]]:
+    """The sequences of each row."""
+    each = len(sequences) // rows
+    return [sequences[i * each : (i + 1) * each] for i in range(rows)]

@@ -1,0 +1,362 @@
+"""Pipelines: what users give and get, batches, streams, long texts, images, and what is refused."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import families_made
+import fuyu_tokenizer
+import numpy as np
+import pytest
+import torch
+from families_made import ours_of
+from PIL import Image
+from pipelines_made import LONG, TEXT, folder
+
+import monoblock
+from monoblock import AutoTokenizer, FuyuImageProcessor, FuyuProcessor, PreTrainedTokenizerFast, pipeline
+from monoblock.pipelines import TASKS, KeyDataset
+from monoblock.pipelines.entities import Piece, by_word, groups, without_overlaps
+
+TINY = ours_of("MPNetModel", **families_made.fields("mpnet"))
+GREEDY = {"do_sample": False, "max_new_tokens": 5}
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    names = ("SequenceClassification", "TokenClassification", "QuestionAnswering", "MaskedLM")
+    made = {f"MPNetFor{name}": {"num_labels": 2} if name.startswith("Q") else {} for name in names}
+    made |= {"MistralForCausalLM": {}, "MPNetModel": {}}
+    return {name: str(folder(tmp_path_factory.mktemp(name), name, **fields)) for name, fields in made.items()}
+
+
+# ---------------------------------------------------------------------- making a pipeline
+
+
+def test_the_task_is_the_models_by_default(places: dict[str, str]) -> None:
+    tasks = {name: pipeline(model=place, device="cpu").task for name, place in places.items()}
+    assert tasks == {
+        "MPNetForSequenceClassification": "text-classification",
+        "MPNetForTokenClassification": "token-classification",
+        "MPNetForQuestionAnswering": "question-answering",
+        "MPNetForMaskedLM": "fill-mask",
+        "MistralForCausalLM": "text-generation",
+        "MPNetModel": "feature-extraction",
+    }
+
+
+def test_objects_dtypes_and_settings(places: dict[str, str]) -> None:
+    place = places["MistralForCausalLM"]
+    named = pipeline("text-generation", place, torch_dtype=torch.bfloat16, device=-1, **GREEDY)
+    assert named.dtype == torch.bfloat16
+    assert named.device == torch.device("cpu")
+    model = monoblock.MistralForCausalLM.from_pretrained(place)
+    tokenizer = AutoTokenizer.from_pretrained(place)
+    given = pipeline(model=model, tokenizer=tokenizer, device="cpu", **GREEDY)
+    assert given.model is model
+    assert given("the fox") == pipeline(model=place, device="cpu")("the fox", **GREEDY)
+    assert given("the fox", max_new_tokens=1) != given("the fox")
+
+
+def test_it_is_saved_and_loaded(places: dict[str, str], tmp_path: Path) -> None:
+    pipe = pipeline("ner", places["MPNetForTokenClassification"], device=-1)
+    pipe.save_pretrained(tmp_path)
+    assert pipeline(model=tmp_path, device=-1)(TEXT) == pipe(TEXT)
+
+
+def test_what_is_refused(places: dict[str, str]) -> None:
+    place = places["MistralForCausalLM"]
+    cases: tuple[tuple[type[Exception], str, dict[str, Any]], ...] = (
+        (ValueError, "did you mean 'text-generation'", {"task": "text-generatoin"}),
+        (ValueError, "did you mean 'ner'", {"task": "nerr", "model": place}),
+        (ValueError, "no default model", {"task": "fill-mask"}),
+        (ValueError, "give a task", {}),
+        (ValueError, "without its model", {"task": "ner", "tokenizer": place}),
+        (TypeError, "did you mean 'max_new_tokens'", {"model": place, "max_new_token": 3}),
+        (TypeError, "did you mean 'batch_size'", {"model": place, "batchsize": 3}),
+        (ValueError, "batch_size=0", {"model": place, "batch_size": 0}),
+        (ValueError, "framework='tf'", {"model": place, "framework": "tf"}),
+        (ValueError, "exclude each other", {"model": place, "device": 0, "device_map": "auto"}),
+        (ValueError, "is no device", {"model": place, "device": "nowhere"}),
+        (ValueError, "two names", {"model": place, "dtype": "float32", "torch_dtype": "float32"}),
+        (ValueError, "given twice", {"model": place, "revision": "a", "model_kwargs": {"revision": "b"}}),
+        (
+            TypeError,
+            "one of monoblock's models",
+            {"task": "ner", "model": torch.nn.Linear(1, 1), "tokenizer": place},
+        ),
+        (
+            ValueError,
+            "'causal'",
+            {"task": "text-generation", "model": TINY, "tokenizer": place},
+        ),
+        (ValueError, "needs a tokenizer", {"model": TINY}),
+        (ValueError, "no effect", {"model": TINY, "tokenizer": place, "revision": "a"}),
+    )
+    for error, message, arguments in cases:
+        with pytest.raises(error, match=re.escape(message)):
+            pipeline(**arguments)
+
+
+def test_every_task_is_there() -> None:
+    import importlib
+
+    for task, (name, auto) in TASKS.items():
+        found = getattr(importlib.import_module(f"monoblock.pipelines.{task.replace('-', '_')}"), name)
+        assert found.task == task
+        assert hasattr(monoblock, auto)
+
+
+# ---------------------------------------------------------------------- many inputs
+
+
+def alike(ours: Any, theirs: Any) -> None:
+    """Equal; numbers that are not whole to 2e-5, float32 with padding and without."""
+    if isinstance(theirs, float):
+        assert ours == pytest.approx(theirs, abs=2e-5)
+    elif isinstance(theirs, dict):
+        assert list(ours) == list(theirs)
+        alike(list(ours.values()), list(theirs.values()))
+    elif isinstance(theirs, list):
+        assert len(ours) == len(theirs)
+        for one, other in zip(ours, theirs, strict=True):
+            alike(one, other)
+    else:
+        assert ours == theirs
+
+
+class Data:
+    """A dataset as PyTorch's are: a length, and items that do not end by themselves."""
+
+    def __init__(self, *items: Any) -> None:
+        self.items, self.read = items, 0
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> Any:
+        self.read += 1
+        return {"text": self.items[index % len(self.items)]}
+
+
+def test_datasets_are_read_as_answers_are_asked_for(places: dict[str, str]) -> None:
+    pipe = pipeline(model=places["MPNetForSequenceClassification"], device=-1)
+    data = Data(TEXT, "the dog", "a fox", "over", "who?")
+    answers = pipe(KeyDataset(data, "text"), batch_size=2)
+    assert data.read == 0
+    first = next(answers)
+    assert data.read == 2
+    alike([first, *answers], [pipe(text)[0] for text in data.items])
+
+
+@pytest.mark.parametrize("size", [1, 2, 7])
+def test_answers_do_not_depend_on_the_batch(places: dict[str, str], size: int) -> None:
+    texts = [TEXT, "the dog", "a lazy fox jumps"]
+    for name in ("MPNetForTokenClassification", "MPNetModel", "MistralForCausalLM"):
+        pipe = pipeline(model=places[name], device=-1, **(GREEDY if name.startswith("Mistral") else {}))
+        texts = [TEXT[:20], "the dog", "a lazy fox"] if name.startswith("Mistral") else texts
+        for one, other in zip(pipe(texts, batch_size=size), map(pipe, texts), strict=True):
+            alike(one, other)
+
+
+def test_a_bar_is_shown_on_a_terminal_only(
+    places: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    pipe = pipeline(model=places["MPNetForSequenceClassification"], device=-1)
+    pipe(["the dog", "a fox"])
+    assert capsys.readouterr() == ("", "")
+    shown = list(pipe((t for t in ("the dog", "a fox")), progress=True))
+    assert shown == pipe(["the dog", "a fox"])
+    assert capsys.readouterr().out == ""
+
+
+def test_conversations_from_a_generator(places: dict[str, str]) -> None:
+    pipe = pipeline(model=places["MistralForCausalLM"], device=-1, **GREEDY)
+    chat = [{"role": "user", "content": "who?"}]
+    assert pipe(message for message in chat) == pipe(chat)
+    assert list(pipe(chat for chat in [chat, chat])) == [pipe(chat)] * 2
+    assert list(pipe(tuple(chat))) == pipe(chat)
+    assert list(pipe(iter([]))) == []
+
+
+def test_sampling_settings_of_generation(places: dict[str, str]) -> None:
+    pipe = pipeline(model=places["MistralForCausalLM"], device=-1)
+    keywords, said = pipe.generation({})
+    assert keywords == {"max_new_tokens": 256, "do_sample": True, "temperature": 0.7}
+    assert "max_new_tokens" not in pipe.generation({"max_length": 9})[1]
+    assert "temperature" not in pipe.generation({"do_sample": False})[1]
+    assert said["do_sample"] is True
+    config = monoblock.GenerationConfig(max_new_tokens=2, do_sample=False)
+    held = pipeline(model=places["MistralForCausalLM"], device=-1, max_new_tokens=9)
+    [short] = held("the", generation_config=config, return_tensors=True)
+    assert len(short["generated_token_ids"]) == 3 + 2
+    assert held("the", seed=1) == held("the", seed=1)
+    with pytest.raises(ValueError, match="exclude each other"):
+        held("the", return_full_text=True, return_tensors=True)
+    with pytest.raises(ValueError, match="return_dict_in_generate"):
+        held("the", return_dict_in_generate=True)
+    assert isinstance(held("", **GREEDY)[0]["generated_text"], str)
+
+
+# ---------------------------------------------------------------------- questions
+
+
+def test_questions_in_all_forms(places: dict[str, str]) -> None:
+    pipe = pipeline(model=places["MPNetForQuestionAnswering"], device=-1)
+    one = {"question": "who jumps?", "context": LONG}
+    found = pipe(one)
+    assert LONG[found["start"] : found["end"]] == found["answer"]
+    assert pipe(**one) == pipe([one]) == found
+    two = [one, {"question": "the dog?", "context": TEXT}]
+    both = pipe(two)
+    assert both[0] == found
+    assert both == pipe(question=["who jumps?", "the dog?"], context=[LONG, TEXT])
+    assert pipe(question=["who jumps?", "the dog?"], context=TEXT)[1] == both[1]
+    streamed = list(pipe((item for item in two), batch_size=4))
+    for a, b in zip(streamed, both, strict=True):
+        assert a["answer"] == b["answer"]
+        assert a["score"] == pytest.approx(b["score"], abs=1e-5)
+
+
+def test_answers_keep_to_their_settings(places: dict[str, str]) -> None:
+    pipe = pipeline(model=places["MPNetForQuestionAnswering"], device=-1)
+    ask = {"question": "who jumps over the lazy dog?", "context": TEXT}
+    answers = pipe(**ask, top_k=30, max_answer_len=1, align_to_words=False)
+    assert all(TEXT[a["start"] : a["end"]] == a["answer"] for a in answers)
+    assert {len(a["answer"]) for a in answers} - {1} <= {len(w) for w in re.findall(r"\w+", TEXT)}
+    assert [a["score"] for a in answers] == sorted((a["score"] for a in answers), reverse=True)
+    words = pipe(**ask, top_k=30)
+    assert all(re.fullmatch(r"(\W|\b).*(\W|\b)", a["answer"], re.DOTALL) for a in words)
+    # Read from the left, the same characters count.
+    pipe.tokenizer.padding_side = "left"
+    left = pipe(**ask)
+    assert TEXT[left["start"] : left["end"]] == left["answer"]
+    for arguments, message in (
+        ({"top_k": 0}, "top_k=0"),
+        ({"doc_stride": 30, "max_seq_len": 20}, "doc_stride=30"),
+        ({"doc_stride": 15}, "doc_stride=15 must be less than"),
+        ({"max_seq_len": 9}, "max_question_len"),
+        ({"max_answer_len": 0}, "max_answer_len=0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            pipe(**ask, **arguments)
+    with pytest.raises(ValueError, match="needs a 'context'"):
+        pipe(question="who?", context="")
+    with pytest.raises(ValueError, match="give question= and context="):
+        pipe(question="who?")
+
+
+# ---------------------------------------------------------------------- entities
+
+
+def piece(best: int, start: int, end: int, continues: bool = False, score: float = 0.9) -> Piece:
+    scores = np.full(3, (1 - score) / 2)
+    scores[best] = score
+    return Piece(scores, [f"t{start}"], start, end, start, continues)
+
+
+def test_entities_of_tags() -> None:
+    labels = {0: "B-A", 1: "I-A", 2: "I-B"}
+    pieces = [piece(0, 0, 1), piece(1, 1, 2), piece(0, 2, 3), piece(2, 3, 4), piece(2, 4, 5)]
+    found = groups(pieces, labels, " ".join, words=False)
+    assert [(e["entity_group"], e["start"], e["end"], e["word"]) for e in found] == [
+        ("A", 0, 2, "t0 t1"),
+        ("A", 2, 3, "t2"),
+        ("B", 3, 5, "t3 t4"),
+    ]
+    word = [piece(0, 0, 1, score=0.6), piece(2, 1, 2, continues=True, score=0.8)]
+    assert {s: by_word(word, s)[0].best for s in ("first", "max", "average")} == {
+        "first": 0,
+        "max": 2,
+        "average": 2,
+    }
+
+
+def test_of_entities_that_overlap_the_longer_stays() -> None:
+    spans = [(0, 4, 0.5), (2, 9, 0.4), (9, 12, 0.3), (9, 12, 0.9)]
+    kept = without_overlaps([{"start": a, "end": b, "score": s} for a, b, s in spans])
+    assert [(e["start"], e["end"], e["score"]) for e in kept] == [(2, 9, 0.4), (9, 12, 0.9)]
+
+
+def test_what_calls_are_refused(places: dict[str, str]) -> None:
+    tokens = pipeline(model=places["MPNetForTokenClassification"], device=-1)
+    labels = pipeline(model=places["MPNetForSequenceClassification"], device=-1)
+    masks = pipeline(model=places["MPNetForMaskedLM"], device=-1)
+    for pipe, arguments, message in (
+        (tokens, {"aggregation_strategy": "best"}, "aggregation_strategy='best'"),
+        (tokens, {"stride": 3}, "other than 'none'"),
+        (tokens, {"stride": 24, "aggregation_strategy": "simple"}, "stride=24"),
+        (tokens, {"num_workers": 2}, "num_workers=2"),
+        (labels, {"top_k": 0}, "top_k=0"),
+        (labels, {"function_to_apply": "relu"}, "function_to_apply='relu'"),
+        (masks, {}, "no mask"),
+        (masks, {"targets": []}, "targets"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            pipe("the dog", **arguments)
+    with pytest.raises(TypeError, match="takes texts"):
+        labels(3)
+    zero = pipeline("zero-shot-classification", places["MPNetForSequenceClassification"], device=-1)
+    with pytest.raises(ValueError, match="at least one label"):
+        zero("the dog")
+    with pytest.raises(ValueError, match=r"no \{\}"):
+        zero("the dog", "fox", hypothesis_template="none")
+
+
+# ---------------------------------------------------------------------- images
+
+
+@pytest.fixture(scope="module")
+def seeing() -> Any:
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=fuyu_tokenizer.backend(), **fuyu_tokenizer.SPECIAL)
+    images = FuyuImageProcessor(patch_size={"height": 4, "width": 4}, size={"height": 20, "width": 24})
+    processor = FuyuProcessor(images, tokenizer)
+    fields = families_made.fields("fuyu", vocab_size=len(tokenizer), eos_token_id=None)
+    fields["image_token_id"] = tokenizer.convert_tokens_to_ids("|SPEAKER|")
+    model = ours_of("FuyuForCausalLM", **fields)
+    return pipeline("image-text-to-text", model, processor=processor, device=-1, max_new_tokens=4)
+
+
+def picture(height: int, width: int) -> Image.Image:
+    pixels = np.random.default_rng(height).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def test_texts_about_images(seeing: Any) -> None:
+    """What the model says by hand; and the same in a batch with an image of another size, and a text without."""
+    image, text = picture(12, 16), "what is in the box"
+    inputs = seeing.processor(text=[text], images=[image], return_tensors="pt")
+    ids = seeing.model.generate(**inputs, max_new_tokens=4)
+    [said] = seeing.processor.post_process_image_text_to_text(ids)
+    alone = seeing(images=image, text=text)
+    assert alone == [{"input_text": text, "generated_text": text + said}]
+    new = seeing(images=image, text=text, return_full_text=False)
+    assert new == [{"input_text": text, "generated_text": said}]
+    other = seeing({"images": picture(20, 8), "text": "a cat"})
+    batch = seeing(
+        [{"images": image, "text": text}, {"images": picture(20, 8), "text": "a cat"}], batch_size=2
+    )
+    assert batch == [alone, other]
+    assert seeing(images=[image, picture(20, 8)], text=[text, "a cat"]) == [*alone, *other]
+    plain = seeing("the dog")
+    assert plain[0]["generated_text"].startswith("the dog")
+    assert seeing([{"images": image, "text": text}, "the dog"], batch_size=2) == [alone, plain]
+    [tensors] = seeing(images=image, text=text, return_tensors=True)
+    assert tensors["generated_token_ids"] == ids[0].tolist()
+    twice = seeing(images=image, text=text, num_beams=2, num_return_sequences=2)
+    assert len(twice) == 2
+
+
+def test_images_that_are_refused(seeing: Any) -> None:
+    with pytest.raises(ValueError, match="as many images"):
+        seeing(images=[picture(4, 4)], text=["a", "b"])
+    with pytest.raises(ValueError, match="text="):
+        seeing(images=picture(4, 4))
+    with pytest.raises(TypeError, match="no conversations"):
+        seeing(text=[[{"role": "user", "content": "who?"}]])
+    with pytest.raises(ValueError, match="given twice"):
+        seeing("a", generate_kwargs={"max_new_tokens": 2})
+    with pytest.raises(TypeError, match="does not take"):
+        seeing("a", generate_kwargs={"max_tokens": 2})
