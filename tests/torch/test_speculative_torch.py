@@ -152,3 +152,14 @@ def test_an_assistant_of_another_library_is_refused():
     model, _ = pair("MptForCausalLM")
     with pytest.raises(TypeError, match=r"one of monoblock's \.\.\.ForCausalLM models, got Linear"):
         model.generate(torch.tensor([[5]]), assistant_model=torch.nn.Linear(2, 2))
+
+
+def test_long_drafts_are_taken_back_from_windowed_caches():
+    """A window of 9: the cache drops what is older than 8 + 64 tokens once it holds twice as many."""
+    model, helper = pair("MistralForCausalLM")
+    ids = next(iter(prompts(model.spec.vocab)))
+    options = {"max_new_tokens": 250, "eos_token_id": None, "no_repeat_ngram_size": 4}
+    plain = model.generate(ids, **options).tolist()
+    assert model.generate(ids, **options, prompt_lookup_num_tokens=100).tolist() == plain
+    drafted = {"assistant_model": helper, **DRAFTED, "num_assistant_tokens": 100}
+    assert model.generate(ids, **options, **drafted).tolist() == plain
