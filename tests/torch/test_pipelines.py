@@ -7,16 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import families_made
-import fuyu_tokenizer
 import numpy as np
 import pytest
 import torch
 from families_made import ours_of
-from PIL import Image
 from pipelines_made import LONG, TEXT, folder
 
 import monoblock
-from monoblock import AutoTokenizer, FuyuImageProcessor, FuyuProcessor, PreTrainedTokenizerFast, pipeline
+from monoblock import AutoTokenizer, pipeline
 from monoblock.pipelines import TASKS, KeyDataset
 from monoblock.pipelines.entities import Piece, by_word, groups, without_overlaps
 
@@ -93,7 +91,7 @@ def test_what_is_refused(places: dict[str, str]) -> None:
             {"task": "text-generation", "model": TINY, "tokenizer": place},
         ),
         (ValueError, "needs a tokenizer", {"model": TINY}),
-        (ValueError, "no effect", {"model": TINY, "tokenizer": place, "revision": "a"}),
+        (ValueError, "no effect", {"model": TINY, "tokenizer": place, "dtype": "float16"}),
     )
     for error, message, arguments in cases:
         with pytest.raises(error, match=re.escape(message)):
@@ -305,58 +303,39 @@ def test_what_calls_are_refused(places: dict[str, str]) -> None:
         zero("the dog", "fox", hypothesis_template="none")
 
 
-# ---------------------------------------------------------------------- images
+def test_messages_in_half_precision(places: dict[str, str]) -> None:
+    """The example that Mistral's page opens with."""
+    messages = [
+        {"role": "user", "content": "what is your favourite condiment?"},
+        {"role": "assistant", "content": "fresh lemon juice"},
+        {"role": "user", "content": "do you have mayonnaise recipes?"},
+    ]
+    place = places["MistralForCausalLM"]
+    chatbot = pipeline("text-generation", model=place, torch_dtype=torch.bfloat16, device=0)
+    [answer] = chatbot(messages, max_new_tokens=5)
+    assert answer["generated_text"][:3] == messages
+    assert answer["generated_text"][3].keys() == {"role", "content"}
+    assert answer["generated_text"][3]["role"] == "assistant"
 
 
-@pytest.fixture(scope="module")
-def seeing() -> Any:
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=fuyu_tokenizer.backend(), **fuyu_tokenizer.SPECIAL)
-    images = FuyuImageProcessor(patch_size={"height": 4, "width": 4}, size={"height": 20, "width": 24})
-    processor = FuyuProcessor(images, tokenizer)
-    fields = families_made.fields("fuyu", vocab_size=len(tokenizer), eos_token_id=None)
-    fields["image_token_id"] = tokenizer.convert_tokens_to_ids("|SPEAKER|")
-    model = ours_of("FuyuForCausalLM", **fields)
-    return pipeline("image-text-to-text", model, processor=processor, device=-1, max_new_tokens=4)
+def test_offsets_of_the_users_own(places: dict[str, str]) -> None:
+    pipe = pipeline(model=places["MPNetForTokenClassification"], device=-1, ignore_labels=[])
+    given = [(0, 0), (10, 13), (14, 17), (0, 0)]
+    assert [(e["start"], e["end"]) for e in pipe("the dog", offset_mapping=given)] == given[1:3]
+    both = pipe(["the dog", "the fox"], offset_mapping=[given, given])
+    assert [[e["start"] for e in one] for one in both] == [[10, 14]] * 2
+    for offsets, message in (([given] * 2, "2 lists for 1 texts"), (given[:2], "2 places for 4 tokens")):
+        with pytest.raises(ValueError, match=message):
+            pipe("the dog", offset_mapping=offsets)
+    with pytest.raises(ValueError, match="give one of both"):
+        pipe("the dog", offset_mapping=given, stride=1, aggregation_strategy="max")
 
 
-def picture(height: int, width: int) -> Image.Image:
-    pixels = np.random.default_rng(height).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    return Image.fromarray(pixels)
-
-
-def test_texts_about_images(seeing: Any) -> None:
-    """What the model says by hand; and the same in a batch with an image of another size, and a text without."""
-    image, text = picture(12, 16), "what is in the box"
-    inputs = seeing.processor(text=[text], images=[image], return_tensors="pt")
-    ids = seeing.model.generate(**inputs, max_new_tokens=4)
-    [said] = seeing.processor.post_process_image_text_to_text(ids)
-    alone = seeing(images=image, text=text)
-    assert alone == [{"input_text": text, "generated_text": text + said}]
-    new = seeing(images=image, text=text, return_full_text=False)
-    assert new == [{"input_text": text, "generated_text": said}]
-    other = seeing({"images": picture(20, 8), "text": "a cat"})
-    batch = seeing(
-        [{"images": image, "text": text}, {"images": picture(20, 8), "text": "a cat"}], batch_size=2
+def test_what_is_streamed_while_it_is_made(
+    places: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    pipe = pipeline(model=places["MistralForCausalLM"], device=-1, **GREEDY)
+    [whole] = pipe(
+        "the fox", streamer=monoblock.TextStreamer(pipe.tokenizer, skip_prompt=True), return_full_text=False
     )
-    assert batch == [alone, other]
-    assert seeing(images=[image, picture(20, 8)], text=[text, "a cat"]) == [*alone, *other]
-    plain = seeing("the dog")
-    assert plain[0]["generated_text"].startswith("the dog")
-    assert seeing([{"images": image, "text": text}, "the dog"], batch_size=2) == [alone, plain]
-    [tensors] = seeing(images=image, text=text, return_tensors=True)
-    assert tensors["generated_token_ids"] == ids[0].tolist()
-    twice = seeing(images=image, text=text, num_beams=2, num_return_sequences=2)
-    assert len(twice) == 2
-
-
-def test_images_that_are_refused(seeing: Any) -> None:
-    with pytest.raises(ValueError, match="as many images"):
-        seeing(images=[picture(4, 4)], text=["a", "b"])
-    with pytest.raises(ValueError, match="text="):
-        seeing(images=picture(4, 4))
-    with pytest.raises(TypeError, match="no conversations"):
-        seeing(text=[[{"role": "user", "content": "who?"}]])
-    with pytest.raises(ValueError, match="given twice"):
-        seeing("a", generate_kwargs={"max_new_tokens": 2})
-    with pytest.raises(TypeError, match="does not take"):
-        seeing("a", generate_kwargs={"max_tokens": 2})
+    assert capsys.readouterr().out.strip("\n") == whole["generated_text"].strip("\n")

@@ -7,6 +7,8 @@ import importlib
 from pathlib import Path
 from typing import Any
 
+from monoblock import demo
+
 # task -> the class, in the module of the task's name, and the Auto class that loads its model.
 TASKS: dict[str, tuple[str, str]] = {
     "text-generation": ("TextGenerationPipeline", "AutoModelForCausalLM"),
@@ -78,18 +80,12 @@ def pipeline(
         A `Pipeline`, to be called with inputs. ValueError or TypeError for what is unknown, with the nearest name.
     """
     _refuse(kwargs)
-    loading = dict(model_kwargs or {})
-    if torch_dtype is not None and dtype is not None:
-        raise ValueError("dtype and torch_dtype are two names of the same: give one")
     if device is not None and device_map is not None:
         raise ValueError("device and device_map exclude each other: give one")
-    given = {"revision": revision, "token": token, "device_map": device_map}
-    given["dtype"] = torch_dtype if dtype is None else dtype
-    for name, value in given.items():
-        if value is not None and name in loading:
-            raise ValueError(f"{name} is given twice: as an argument and in model_kwargs")
-        if value is not None:
-            loading[name] = value
+    if torch_dtype is not None and dtype is not None:
+        raise ValueError("dtype and torch_dtype are two names of the same: give one")
+    dtype = torch_dtype if dtype is None else dtype
+    loading = _loading(model_kwargs, revision=revision, token=token, device_map=device_map, dtype=dtype)
     if task is not None:
         task = known_task(task)
     if model is None:
@@ -97,9 +93,8 @@ def pipeline(
     hub = {name: loading[name] for name in HUB if name in loading}
     source = model if isinstance(model, str | Path) else None
     if source is None:
-        if config is not None or loading:
-            extra = "config" if config is not None else next(iter(loading))
-            raise ValueError(f"{extra} has no effect on a model object: give the model's name or folder")
+        named = any(isinstance(part, str | Path) for part in (tokenizer, image_processor, processor))
+        _check_object(config, {k: v for k, v in loading.items() if not (named and k in HUB)})
         task = task or default_task([type(model).__name__])
         made = model
     else:
@@ -137,6 +132,24 @@ def _refuse(kwargs: dict[str, Any]) -> None:
             raise ValueError(f"pipeline does not support {name}={value!r}: {why}")
 
 
+def _loading(model_kwargs: dict[str, Any] | None, **given: Any) -> dict[str, Any]:
+    """The keywords of the model's `from_pretrained`, each said once."""
+    loading = dict(model_kwargs or {})
+    for name, value in given.items():
+        if value is not None and name in loading:
+            raise ValueError(f"{name} is given twice: as an argument and in model_kwargs")
+        if value is not None:
+            loading[name] = value
+    return loading
+
+
+def _check_object(config: Any, loading: dict[str, Any]) -> None:
+    """That nothing is said about loading, where the model is there already."""
+    said = [*(["config"] if config is not None else []), *(k for k, v in loading.items() if v != "auto")]
+    if said:
+        raise ValueError(f"{said[0]} has no effect on a model object: give the model's name or folder")
+
+
 def _default(task: str | None, tokenizer: Any) -> str:
     if tokenizer is not None:
         raise ValueError("a tokenizer without its model: give model= too")
@@ -144,7 +157,7 @@ def _default(task: str | None, tokenizer: Any) -> str:
         raise ValueError("give a task, a model, or both")
     if task != "text-generation":
         raise ValueError(f"{task!r} has no default model: give model=, a name on the hub or a folder")
-    return str(Path(__file__).parents[1] / "demo")
+    return str(demo.path())
 
 
 def _load(
@@ -175,9 +188,10 @@ def _parts(
     if task != "image-text-to-text":
         if image_processor is not None:
             raise ValueError(f"{task!r} takes no images: leave image_processor out")
-        if processor is not None and tokenizer is None:
+        if processor is not None:
             processor = loaded(processor, "AutoProcessor")
-            return {"processor": processor}
+            if tokenizer is None:
+                return {"processor": processor}
         return {"tokenizer": loaded(tokenizer, "AutoTokenizer"), "processor": processor}
     if processor is None and tokenizer is not None and image_processor is not None:
         pictures = loaded(image_processor, "AutoImageProcessor")

@@ -59,9 +59,14 @@ class TokenClassificationPipeline(Pipeline):
                 )
             if not isinstance(stride, int) or not 0 <= stride < self.limit:
                 raise ValueError(f"stride={stride!r}: expected tokens, fewer than the model's {self.limit}")
+            if options["offset_mapping"] is not None:
+                raise ValueError(
+                    "offset_mapping is of whole texts, and stride reads them in chunks: give one of both"
+                )
         if options["ignore_labels"] is None:
             options = options | {"ignore_labels": ("O",)}
-        return options | {"aggregation_strategy": strategy, "delimiter": options["delimiter"] or " "}
+        delimiter = " " if options["delimiter"] is None else options["delimiter"]
+        return options | {"aggregation_strategy": strategy, "delimiter": delimiter}
 
     def items(self, inputs: Any, options: dict[str, Any]) -> Any:
         inputs = super().items(inputs, options)
@@ -111,6 +116,10 @@ class TokenClassificationPipeline(Pipeline):
                 words = encoded.word_ids(i)
                 shifts = [0 if word is None else starts[word] for word in words]
                 offsets = [(a + by, b + by) for (a, b), by in zip(offsets, shifts, strict=True)]
+            if len(offsets) < len(row["input_ids"]):
+                raise ValueError(
+                    f"offset_mapping has {len(offsets)} places for {len(row['input_ids'])} tokens: give one for each"
+                )
             chunk = _Chunk(sentence, encoded.tokens(i), row["special_tokens_mask"], offsets)
             found.append(Row(self.model_inputs(row), chunk))
         return found

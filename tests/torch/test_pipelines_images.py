@@ -1,0 +1,68 @@
+"""The pipeline of texts about images."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import families_made
+import fuyu_tokenizer
+import numpy as np
+import pytest
+from families_made import ours_of
+from PIL import Image
+
+from monoblock import FuyuImageProcessor, FuyuProcessor, PreTrainedTokenizerFast, pipeline
+
+
+@pytest.fixture(scope="module")
+def seeing() -> Any:
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=fuyu_tokenizer.backend(), **fuyu_tokenizer.SPECIAL)
+    images = FuyuImageProcessor(patch_size={"height": 4, "width": 4}, size={"height": 20, "width": 24})
+    processor = FuyuProcessor(images, tokenizer)
+    fields = families_made.fields("fuyu", vocab_size=len(tokenizer), eos_token_id=None)
+    fields["image_token_id"] = tokenizer.convert_tokens_to_ids("|SPEAKER|")
+    model = ours_of("FuyuForCausalLM", **fields)
+    return pipeline("image-text-to-text", model, processor=processor, device=-1, max_new_tokens=4)
+
+
+def picture(height: int, width: int) -> Image.Image:
+    pixels = np.random.default_rng(height).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def test_texts_about_images(seeing: Any) -> None:
+    """What the model says by hand; and the same in a batch with an image of another size, and a text without."""
+    image, text = picture(12, 16), "what is in the box"
+    inputs = seeing.processor(text=[text], images=[image], return_tensors="pt")
+    ids = seeing.model.generate(**inputs, max_new_tokens=4)
+    [said] = seeing.processor.post_process_image_text_to_text(ids)
+    alone = seeing(images=image, text=text)
+    assert alone == [{"input_text": text, "generated_text": text + said}]
+    new = seeing(images=image, text=text, return_full_text=False)
+    assert new == [{"input_text": text, "generated_text": said}]
+    other = seeing({"images": picture(20, 8), "text": "a cat"})
+    batch = seeing(
+        [{"images": image, "text": text}, {"images": picture(20, 8), "text": "a cat"}], batch_size=2
+    )
+    assert batch == [alone, other]
+    assert seeing(images=[image, picture(20, 8)], text=[text, "a cat"]) == [*alone, *other]
+    plain = seeing("the dog")
+    assert plain[0]["generated_text"].startswith("the dog")
+    assert seeing([{"images": image, "text": text}, "the dog"], batch_size=2) == [alone, plain]
+    [tensors] = seeing(images=image, text=text, return_tensors=True)
+    assert tensors["generated_token_ids"] == ids[0].tolist()
+    twice = seeing(images=image, text=text, num_beams=2, num_return_sequences=2)
+    assert len(twice) == 2
+
+
+def test_images_that_are_refused(seeing: Any) -> None:
+    with pytest.raises(ValueError, match="as many images"):
+        seeing(images=[picture(4, 4)], text=["a", "b"])
+    with pytest.raises(ValueError, match="text="):
+        seeing(images=picture(4, 4))
+    with pytest.raises(TypeError, match="no conversations"):
+        seeing(text=[[{"role": "user", "content": "who?"}]])
+    with pytest.raises(ValueError, match="given twice"):
+        seeing("a", generate_kwargs={"max_new_tokens": 2})
+    with pytest.raises(TypeError, match="does not take"):
+        seeing("a", generate_kwargs={"max_tokens": 2})
