@@ -74,6 +74,7 @@ def test_what_is_refused(places: dict[str, str]) -> None:
         (ValueError, "without its model", {"task": "ner", "tokenizer": place}),
         (TypeError, "did you mean 'max_new_tokens'", {"model": place, "max_new_token": 3}),
         (TypeError, "did you mean 'batch_size'", {"model": place, "batchsize": 3}),
+        (TypeError, "no argument 'input_ids'", {"model": place, "input_ids": []}),
         (ValueError, "batch_size=0", {"model": place, "batch_size": 0}),
         (ValueError, "framework='tf'", {"model": place, "framework": "tf"}),
         (ValueError, "exclude each other", {"model": place, "device": 0, "device_map": "auto"}),
@@ -329,6 +330,13 @@ def test_offsets_of_the_users_own(places: dict[str, str]) -> None:
             pipe("the dog", offset_mapping=offsets)
     with pytest.raises(ValueError, match="give one of both"):
         pipe("the dog", offset_mapping=given, stride=1, aggregation_strategy="max")
+
+
+def test_replies_of_a_form(places: dict[str, str]) -> None:
+    pytest.importorskip("llguidance")
+    pipe = pipeline(model=places["MistralForCausalLM"], device=-1, **GREEDY)
+    [answer] = pipe("the fox", response_format={"regex": "[ab]{3}c"}, return_full_text=False)
+    assert re.fullmatch("[ab]{3}c", answer["generated_text"])
 
 
 def test_what_is_streamed_while_it_is_made(
