@@ -335,7 +335,9 @@ def test_offsets_of_the_users_own(places: dict[str, str]) -> None:
 def test_replies_of_a_form(places: dict[str, str]) -> None:
     pytest.importorskip("llguidance")
     pipe = pipeline(model=places["MistralForCausalLM"], device=-1, **GREEDY)
-    [answer] = pipe("the fox", response_format={"regex": "[ab]{3}c"}, return_full_text=False)
+    [answer] = pipe(
+        "the fox", response_format={"type": "regex", "pattern": "[ab]{3}c"}, return_full_text=False
+    )
     assert re.fullmatch("[ab]{3}c", answer["generated_text"])
 
 

@@ -6,24 +6,13 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from monoblock.generation.config import GenerationConfig
+from monoblock.generation.prompt import CALL_NAMES
+from monoblock.generation.resolve import UNSUPPORTED_ARGUMENTS
 from monoblock.pipelines.base import Pipeline
 
 FIELDS = GenerationConfig.FIELDS
-# Arguments of the call that are no fields.
-CALL = frozenset(
-    {
-        "generation_config",
-        "logits_processor",
-        "stopping_criteria",
-        "prefix_allowed_tokens_fn",
-        "streamer",
-        "assistant_model",
-        "negative_prompt_ids",
-        "negative_prompt_attention_mask",
-        "seed",
-        "generator",
-    }
-)
+# Arguments of the call that are no fields, but for those that the pipeline makes; what is refused, `generate` refuses.
+CALL = (CALL_NAMES | UNSUPPORTED_ARGUMENTS.keys()) - {"inputs", "input_ids", "attention_mask", "tokenizer"}
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
 
 
@@ -68,7 +57,7 @@ class Generating(Pipeline):
             missing.pop("max_new_tokens", None)
         if not {**missing, **said}.get("do_sample"):
             missing = {name: value for name, value in missing.items() if name not in SAMPLING}
-        if said.get("stop_strings"):
+        if said.get("stop_strings") or said.get("response_format") is not None:
             given["tokenizer"] = self.tokenizer
         return {**given, **missing}, {**said, **missing}
 
