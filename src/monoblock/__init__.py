@@ -39,7 +39,7 @@ _HOME: dict[str, str] = {
     "TextIteratorStreamer": "monoblock.generation",
     "TextStreamer": "monoblock.generation",
     "ModelOutput": "monoblock.outputs",
-    "MptAttentionConfig": "monoblock.families.mpt",
+    "MptAttentionConfig": "monoblock.families.mpt_options",
     "MptConfig": "monoblock.families.mpt",
     "FuyuConfig": "monoblock.families.fuyu",
     "GPTNeoConfig": "monoblock.families.gpt_neo",

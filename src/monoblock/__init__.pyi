@@ -64,8 +64,10 @@ from monoblock.families.mpnet import (
     MPNetConfig as MPNetConfig,
 )
 from monoblock.families.mpt import (
-    MptAttentionConfig as MptAttentionConfig,
     MptConfig as MptConfig,
+)
+from monoblock.families.mpt_options import (
+    MptAttentionConfig as MptAttentionConfig,
 )
 from monoblock.families.openai_gpt import (
     OpenAIGPTConfig as OpenAIGPTConfig,
