@@ -10,6 +10,7 @@ import json
 import os
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -55,10 +56,11 @@ class Model:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
 
-    def generate(self, input_ids: Any, streamer: Any, **options: Any) -> None:
+    def generate(self, input_ids: Any, streamer: Any, **options: Any) -> SimpleNamespace:
         prompt = self.tokenizer.decode(input_ids[0], skip_special_tokens=True)
         if log := os.environ.get("FAKE_LOG"):
             options.pop("tokenizer", None)
+            options.pop("past_key_values", None)
             with Path(log).open("a") as file:
                 file.write(json.dumps({"prompt": prompt} | options) + "\n")
         if "fail" in prompt:
@@ -68,11 +70,12 @@ class Model:
             streamer.put(np.array([ord(character)]))
             time.sleep(0.2 if "slow" in prompt.rpartition("|")[2] else 0)
         streamer.end()
+        return SimpleNamespace(past_key_values=None)
 
 
-def load(source: Source, hub: Hub) -> engine.Engine:
+def load(source: Source, hub: Hub, attention: str | None = None) -> engine.Engine:
     """In place of `engine.load`."""
-    del hub
+    del hub, attention
     if source.model == "missing":
         raise OSError("missing is not a folder, and the hub has no model of that name")
     tokenizer = Tokenizer(template=source.model == "with-template")

@@ -100,14 +100,19 @@ def test_save_and_go_on(tmp_path: Path) -> None:
         terminal.expect("\n> ")
         terminal.type(f"/save {file}\n")
         assert "Saved 2 messages" in terminal.expect("\n> ")
-    assert json.loads(file.read_text()) == [
-        {"role": "system", "content": "s"},
-        {"role": "user", "content": "hi"},
-        {"role": "assistant", "content": "re: system=s|user=hi"},
-    ]
+    assert json.loads(file.read_text()) == {
+        "settings": {},
+        "messages": [
+            {"role": "system", "content": "s"},
+            {"role": "user", "content": "hi"},
+            {"role": "assistant", "content": "re: system=s|user=hi"},
+        ],
+    }
     result = pipe("more\n", *TEMPLATE, "--history", str(file), "--quiet")
     assert result.stdout == "re: system=s|user=hi|assistant=re: system=s|user=hi|user=more\n"
-    assert [m["content"] for m in json.loads(file.read_text())][3] == "more"  # --history writes as it goes
+    assert [m["content"] for m in json.loads(file.read_text())["messages"]][
+        3
+    ] == "more"  # --history writes as it goes
 
 
 def test_a_failing_reply_does_not_end_a_chat() -> None:

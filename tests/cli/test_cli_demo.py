@@ -45,7 +45,7 @@ def test_chat_in_a_pipe() -> None:
     result = run("chat", "-n", "12", "--seed", "3", text="def add(a, b):\n/retry\n")
     assert result.returncode == 0, result.stderr
     assert "no chat template" not in result.stderr
-    assert result.stderr.count("token") >= 4  # each reply's line speaks of tokens twice
+    assert "tokens/s" not in result.stderr  # speeds are for terminals
 
 
 def test_chat_at_a_terminal_stops_a_reply() -> None:

@@ -54,7 +54,13 @@ def test_version() -> None:
         (("generate", "x", "--file", "y"), "not both"),
         (("generate", ""), "empty"),
         (("generate",), "empty"),
-        (("chat", "stray"), "stray"),
+        (("chat", "model", "stray"), "stray"),
+        (("chat", "model", "--model", "other"), "two models"),
+        (("chat", "model", "http://localhost:8000"), "runs the model itself"),
+        (("chat", "model", "max_new_token=3"), "did you mean max_new_tokens"),
+        (("chat", "model", "top_p=7"), "at most 1"),
+        (("chat", "temperature=0.5", "do_sample=False"), "drop it or temperature"),
+        (("chat", "temperature=0.5", "-t", "0.5"), "given twice"),
     ],
 )
 def test_wrong_usage_exits_with_2(args: tuple[str, ...], words: str) -> None:

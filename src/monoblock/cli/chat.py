@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+import re
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -16,26 +15,44 @@ from monoblock.cli.conversation import Conversation
 from monoblock.cli.options import Hub, Sampling, Source
 
 if TYPE_CHECKING:
-    from monoblock.cli.engine import Engine
+    from monoblock.cli.settings import Settings
 
 app = sub_app()
-MAX_NEW_TOKENS = 512
-PROMPT = "> "
 
 
-@app.command(epilog=EXIT_CODES)
+def _dashes(name: str) -> str:
+    """The hub's command spells some options with underscores."""
+    return name.replace("_", "-")
+
+
+@app.command(epilog=EXIT_CODES, context_settings={"token_normalize_func": _dashes})
 @console.command
 def chat(
     *,
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[MODEL] [NAME=VALUE]...",
+            help="The model, as --model; and settings, such as max_new_tokens=64 do_sample=False.",
+            show_default=False,
+        ),
+    ] = None,
     source: Source,
     hub: Hub,
     sampling: Sampling,
     system: Annotated[
-        str | None, typer.Option(help="What the model is told before the conversation.")
+        str | None,
+        typer.Option("--system", "--system-prompt", help="What the model is told before the conversation."),
     ] = None,
     history: Annotated[
         Path | None,
         typer.Option(help="JSON file of a conversation: continued if it exists, written after each reply."),
+    ] = None,
+    template: Annotated[
+        Path | None, typer.Option(help="File with a chat template (Jinja) to use instead of the model's.")
+    ] = None,
+    attn_implementation: Annotated[
+        str | None, typer.Option(help="sdpa, eager, flex_attention or flash_attention_2.")
     ] = None,
     quiet: Annotated[
         bool, typer.Option("--quiet", "-q", help="No notes, counts and speeds on stderr.")
@@ -50,144 +67,43 @@ def chat(
     model's generation_config.json gives a number, a reply stops after 512 tokens.
     """
     sampling.kwargs()  # usage errors before the model is loaded
-    conversation = Conversation.load(history) if history and history.exists() else Conversation()
+    source, flags = _sorted_words(words or [], source)
+    settings = _settings(sampling, flags)
+    conversation = Conversation()
+    if history and history.exists():
+        conversation, saved = Conversation.load(history)
+        settings.change(saved | settings.values)
     if system is not None:
         conversation.system = system
+    text = template.read_text(encoding="utf-8") if template else None
     from monoblock.cli import engine
+    from monoblock.cli.session import Session
 
-    session = Session(engine.load(source, hub), sampling, conversation, autosave=history, quiet=quiet)
-    session.run()
-
-
-class Session:
-    """A running conversation: reads lines, obeys commands, streams replies."""
-
-    def __init__(
-        self,
-        engine: Engine,
-        sampling: Sampling,
-        conversation: Conversation,
-        *,
-        autosave: Path | None = None,
-        quiet: bool = False,
-    ) -> None:
-        self.engine = engine
-        self.sampling = sampling
-        self.conversation = conversation
-        self.autosave = autosave
-        self.quiet = quiet
-        self.interactive = sys.stdin.isatty()
-        self.replies = 0
-
-    def run(self) -> None:
-        """Until /exit, the end of the input, or Ctrl-C at the prompt (then KeyboardInterrupt comes out)."""
-        self._greet()
-        for line in _lines(self.interactive):
-            text = line.strip()
-            if not text:
-                continue
-            name, _, argument = text.partition(" ")
-            if name == "/exit":
-                return
-            try:
-                if name in self.COMMANDS:
-                    self.COMMANDS[name][1](self, argument.strip())
-                elif text.startswith("/"):
-                    raise ValueError(f"{name} is not a command; /help lists them")
-                else:
-                    self.conversation.say(line)
-                    self._reply()
-            except console.EXPECTED as error:
-                if not self.interactive:
-                    raise
-                console.complain(error)
-
-    def _greet(self) -> None:
-        if not self.engine.has_template and not self.quiet:
-            console.note(
-                f"{self.engine.name} has no chat template: replies continue the talk as one plain text."
-            )
-        if self.interactive and not self.quiet:
-            console.note("Ctrl-C stops a reply, Ctrl-D leaves, /help lists the commands.")
-
-    def _reply(self) -> None:
-        """Streams the answer to the last message; a message that gets no answer is taken back."""
-        options = self.engine.limits(MAX_NEW_TOKENS) | self.sampling.kwargs(retry=self.replies)
-        self.replies += 1
-        try:
-            reply = self.engine.answer(self.conversation.messages(), options, console.write)
-        except BaseException:
-            self.conversation.take_back()
-            raise
-        if not reply.text.endswith("\n"):
-            console.write("\n")
-        if reply.text or not reply.interrupted:
-            self.conversation.answer(reply.text)
-        else:
-            self.conversation.take_back()
-        if not self.quiet:
-            console.note(reply.summary() + (" stopped" if reply.interrupted else ""))
-        if reply.interrupted and not self.interactive:
-            raise KeyboardInterrupt
-        if self.autosave:
-            self.conversation.save(self.autosave)
-
-    def _help(self, argument: str) -> None:
-        _no_argument("/help", argument)
-        for name, (text, _) in self.COMMANDS.items():
-            console.note(f"  {name:<8} {text}")
-        console.note("  /exit    leave (as Ctrl-D)")
-
-    def _clear(self, argument: str) -> None:
-        _no_argument("/clear", argument)
-        self.conversation.clear()
-        console.note("The conversation is empty; the system prompt stays.")
-
-    def _save(self, argument: str) -> None:
-        if not argument:
-            raise ValueError("/save needs a file name: /save talk.json")
-        self.conversation.save(Path(argument).expanduser())
-        console.note(f"Saved {len(self.conversation.turns)} messages to {argument}.")
-
-    def _system(self, argument: str) -> None:
-        self.conversation.system = argument or None
-        console.note("The system prompt is set." if argument else "There is no system prompt now.")
-
-    def _retry(self, argument: str) -> None:
-        _no_argument("/retry", argument)
-        self.conversation.reopen()
-        self._reply()
-
-    COMMANDS: ClassVar[dict[str, tuple[str, Callable[[Session, str], None]]]] = {
-        "/help": ("this list", _help),
-        "/clear": ("forget the conversation", _clear),
-        "/save": ("FILE: write the conversation as JSON", _save),
-        "/system": ("TEXT: set the system prompt (nothing: remove it)", _system),
-        "/retry": ("answer the last message again", _retry),
-    }
+    loaded = engine.load(source, hub, attn_implementation)
+    if text is not None:
+        loaded.tokenizer.chat_template = text
+    Session(loaded, settings, conversation, autosave=history, quiet=quiet).run()
 
 
-def _no_argument(name: str, argument: str) -> None:
-    if argument:
-        raise ValueError(f"{name} takes nothing after it, got {argument!r}")
+def _sorted_words(words: list[str], source: Source) -> tuple[Source, list[str]]:
+    """The source with the model that the words name, and the settings among them."""
+    flags = [word for word in words if re.match(r"[a-z_0-9]+=", word)]
+    names = [word for word in words if word not in flags]
+    if any(name.startswith(("http://", "https://")) for name in names):
+        raise typer.BadParameter("monoblock chat runs the model itself: drop the server's address")
+    if len(names) > 1:
+        raise typer.BadParameter(
+            f"one model is expected, got {', '.join(names)}; settings are NAME=VALUE, as in max_new_tokens=64"
+        )
+    if names and source.model is not None:
+        raise typer.BadParameter(f"two models are given, {names[0]} and --model {source.model}; drop one")
+    return (replace(source, model=names[0]) if names else source), flags
 
 
-def _lines(interactive: bool) -> Iterator[str]:
-    """The user's lines until the end of the input; at a terminal with editing and recall."""
-    if not interactive:
-        yield from (line.rstrip("\r\n") for line in sys.stdin)
-        return
-    with suppress(ImportError):
-        import readline  # noqa: F401  # its import gives input() editing and recall
-    while True:
-        try:
-            if sys.stdout.isatty():
-                line = input(PROMPT)
-            else:  # the prompt is no part of the result
-                sys.stderr.write(PROMPT)
-                sys.stderr.flush()
-                line = input()
-        except EOFError:
-            sys.stderr.write("\n")
-            return
-        yield line
+def _settings(sampling: Sampling, flags: list[str]) -> Settings:
+    from monoblock.cli.settings import Settings
+
+    try:
+        return Settings.of(sampling, flags)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None

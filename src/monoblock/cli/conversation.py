@@ -1,10 +1,12 @@
-"""A conversation: a system prompt and turns, in memory and as a JSON file."""
+"""A conversation: a system prompt and turns, in memory and, with its settings, as a JSON file."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, cast
 
 from monoblock.cli.engine import Message
 
@@ -21,13 +23,17 @@ class Conversation:
         first = [] if self.system is None else [{"role": "system", "content": self.system}]
         return first + self.turns
 
-    def say(self, text: str) -> None:
-        """Adds a message of the user."""
-        self.turns.append({"role": "user", "content": text})
+    def say(self, text: str, image: str | None = None) -> None:
+        """Adds a message of the user, perhaps with the path of an image."""
+        self.turns.append({"role": "user", "content": text} | ({} if image is None else {"image": image}))
 
     def answer(self, text: str) -> None:
         """Adds a reply of the model."""
         self.turns.append({"role": "assistant", "content": text})
+
+    def image(self) -> str | None:
+        """The path of the image that the conversation is about, if there is one."""
+        return next((turn["image"] for turn in self.turns if "image" in turn), None)
 
     def take_back(self) -> None:
         """Removes the last message, which got no answer."""
@@ -39,35 +45,51 @@ class Conversation:
             raise ValueError("there is no message to answer again yet")
         self.turns.pop()
 
+    def undo(self) -> None:
+        """Removes the last message and its reply; ValueError if there is none."""
+        if not self.turns:
+            raise ValueError("there is no message to take back")
+        del self.turns[-2:]
+
     def clear(self) -> None:
         """Removes all turns; the system prompt stays."""
         self.turns.clear()
 
-    def save(self, path: Path) -> None:
-        """Writes all messages as a JSON list, whole or not at all."""
+    def save(self, path: Path, settings: Mapping[str, Any]) -> None:
+        """Writes messages and settings as a JSON object, whole or not at all."""
         from monoblock.checkpoint.files import write_atomically
 
-        text = json.dumps(self.messages(), ensure_ascii=False, indent=1) + "\n"
+        content = {"settings": settings, "messages": self.messages()}
+        text = json.dumps(content, ensure_ascii=False, indent=1) + "\n"
         write_atomically(path, lambda staged: staged.write_text(text, encoding="utf-8"))
 
     @classmethod
-    def load(cls, path: Path) -> Conversation:
-        """Reads what `save` wrote; ValueError names the file and what is wrong with it."""
-        wrong = ValueError(
-            f'{path} is not a conversation: expected a JSON list of {{"role": ..., "content": ...}}, '
-            'an optional system message first, then "user" and "assistant" in turn'
-        )
+    def load(cls, path: Path) -> tuple[Conversation, dict[str, Any]]:
+        """What `save` wrote, or a list of messages alone; ValueError names the file and what is wrong with it."""
+        text = path.read_bytes()
         try:
-            messages: list[Message] = json.loads(path.read_text(encoding="utf-8"))
-            pairs = [(message["role"], message["content"]) for message in messages]
-            if not isinstance(messages, list):  # an empty object gets this far
-                raise wrong
-        except (ValueError, TypeError, KeyError):
-            raise wrong from None
-        system = pairs.pop(0)[1] if pairs and pairs[0][0] == "system" else None
-        roles = [role for role, _ in pairs]
-        if roles != ["user", "assistant"] * (len(pairs) // 2) or not all(
-            isinstance(text, str) for _, text in pairs
-        ):
-            raise wrong
-        return cls(system, [{"role": role, "content": text} for role, text in pairs])
+            content: object = json.loads(text)
+            settings: object = {}
+            if isinstance(content, dict):
+                fields = cast(dict[str, Any], content)
+                content, settings = fields["messages"], fields.get("settings", {})
+            if not isinstance(content, list) or not isinstance(settings, dict):
+                raise TypeError
+            turns = [_message(item) for item in cast(list[Any], content)]
+            system = turns.pop(0)["content"] if turns and turns[0]["role"] == "system" else None
+            if [turn["role"] for turn in turns] != ["user", "assistant"] * (len(turns) // 2):
+                raise ValueError
+        except (ValueError, TypeError, KeyError, RecursionError):
+            raise ValueError(
+                f'{path} is not a conversation: expected JSON, {{"settings": {{...}}, "messages": [...]}} or the list '
+                'alone, of {"role": ..., "content": ...}, an optional system message first, then "user" and '
+                '"assistant" in turn'
+            ) from None
+        return cls(system, turns), cast(dict[str, Any], settings)
+
+
+def _message(item: Mapping[str, Any]) -> Message:
+    message = {name: item[name] for name in ("role", "content", "image") if name in item}
+    if not isinstance(message["content"], str) or not isinstance(message.get("image", ""), str):
+        raise TypeError
+    return message

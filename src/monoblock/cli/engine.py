@@ -9,7 +9,18 @@ from typing import Any
 
 from monoblock.cli.options import Hub, Source
 
-Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": ...}
+# {"role": "system" | "user" | "assistant", "content": ...}, and "image": PATH where a user shows one.
+Message = dict[str, str]
+
+# Settings with which a call does more with a cache than to go on, so that it starts with none.
+NO_REUSE = (
+    "use_cache",
+    "cache_implementation",
+    "prompt_lookup_num_tokens",
+    "guidance_scale",
+    "num_beams",
+    "num_return_sequences",
+)
 
 
 @dataclass
@@ -35,13 +46,36 @@ class Reply:
         return f"{line}; {prompt}, {self.first - self.started:.2f} s]"
 
 
+@dataclass
+class Past:
+    """The cache of the last answer, and the ids of the tokens that it holds."""
+
+    cache: Any = None
+    ids: list[int] = field(default_factory=list[int])
+
+    def take(self, prompt: list[int]) -> Any:
+        """The cache, if a longer prompt begins with what it holds, else None. What is taken is not kept."""
+        cache, held = self.cache, len(self.ids)
+        fits = cache is not None and 0 < held < len(prompt) and prompt[:held] == self.ids
+        self.cache, self.ids = None, []
+        return cache if fits else None
+
+    def keep(self, output: Any) -> None:
+        """Remembers what a `generate` call gave back."""
+        self.cache = output.past_key_values
+        if self.cache is not None:
+            self.ids = output.sequences[0, : self.cache.get_seq_length()].tolist()
+
+
 @dataclass(frozen=True)
 class Engine:
-    """A model with its tokenizer."""
+    """A model with its tokenizer, its processor if it sees images, and what it computed of a conversation."""
 
     model: Any
     tokenizer: Any
     name: str
+    processor: Any = None
+    past: Past = field(default_factory=Past)
 
     @property
     def has_template(self) -> bool:
@@ -50,41 +84,77 @@ class Engine:
 
     def limits(self, fallback: int) -> dict[str, int]:
         """How long a text may get if the user does not say: as the model's file says, else `fallback` tokens."""
-        config = getattr(self.model, "generation_config", None)
-        return {"max_new_tokens": getattr(config, "max_new_tokens", None) or fallback}
+        return {"max_new_tokens": getattr(self.config, "max_new_tokens", None) or fallback}
+
+    @property
+    def config(self) -> Any:
+        """What the model's generation_config.json says, or None."""
+        return getattr(self.model, "generation_config", None)
 
     def complete(self, prompt: str, options: dict[str, Any], write: Callable[[str], None]) -> Reply:
         """Continues a text; `write` gets the pieces as they come. Ctrl-C ends it early."""
         return self._generate(self.tokenizer(prompt, return_tensors="pt"), options, write)
 
     def answer(self, messages: list[Message], options: dict[str, Any], write: Callable[[str], None]) -> Reply:
-        """Answers the last message: by the model's chat template, or by continuing all as one text."""
-        if not self.has_template:
-            return self.complete("\n".join(message["content"] for message in messages), options, write)
-        inputs = self.tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"
-        )
-        return self._generate(inputs, options, write)
+        """Answers the last message: by the model's chat template, or by continuing all as one text.
 
-    def _generate(self, inputs: Any, options: dict[str, Any], write: Callable[[str], None]) -> Reply:
+        What the model has computed of the conversation's beginning is used again.
+        """
+        image = next((message["image"] for message in messages if "image" in message), None)
+        if image is not None:
+            return self._generate(self._seen(image, messages), options, write)
+        if self.has_template:
+            inputs = self.tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+            )
+        else:
+            inputs = self.tokenizer(_plain(messages), return_tensors="pt")
+        if any(options.get(n) or getattr(self.config, n, None) for n in NO_REUSE):
+            return self._generate(inputs, options, write)
+        return self._generate(inputs, options, write, self.past)
+
+    def _seen(self, image: str, messages: list[Message]) -> Any:
+        """The processor's inputs for an image and the conversation about it."""
+        self.need_images()
+        return self.processor(text=[_plain(messages)], images=[image], return_tensors="pt")
+
+    def need_images(self) -> None:
+        """ValueError for a model that takes no images."""
+        if self.processor is None:
+            raise ValueError(f"{self.name} takes no images: chat with an image-text model, such as Fuyu")
+
+    def _generate(
+        self, inputs: Any, options: dict[str, Any], write: Callable[[str], None], past: Past | None = None
+    ) -> Reply:
         reply = Reply()
         streamer = _streamer(self.tokenizer, reply, write)
         if "stop_strings" in options:
             options = options | {"tokenizer": self.tokenizer}
+        if past is not None:
+            options = options | {"return_dict_in_generate": True}
+            if (cache := past.take(inputs["input_ids"][0].tolist())) is not None:
+                options["past_key_values"] = cache
         try:
-            self.model.generate(**inputs.to(self.model.device), streamer=streamer, **options)
-        except KeyboardInterrupt:
+            output = self.model.generate(**inputs.to(self.model.device), streamer=streamer, **options)
+        except KeyboardInterrupt:  # in the middle of a layer, perhaps: then a cache is of no more use
             reply.interrupted = True
             streamer.end()  # the streamer holds back the last word until it knows where that ends
+        else:
+            if past is not None:
+                past.keep(output)
         return reply
+
+
+def _plain(messages: list[Message]) -> str:
+    return "\n".join(message["content"] for message in messages)
 
 
 def _tokens(count: int) -> str:
     return "1 token" if count == 1 else f"{count} tokens"
 
 
-def load(source: Source, hub: Hub) -> Engine:
-    """The model and tokenizer of these options."""
+def load(source: Source, hub: Hub, attention: str | None = None) -> Engine:
+    """The model and tokenizer of these options; `attention` is from_pretrained's `attn_implementation`."""
     from monoblock import AutoModelForCausalLM, AutoTokenizer
 
     path, name = locate(source.model)
@@ -92,9 +162,22 @@ def load(source: Source, hub: Hub) -> Engine:
     tokenizer = AutoTokenizer.from_pretrained(path, **where)
     if device := device_map(source.device):
         where = where | {"device_map": device}
+    if attention is not None:
+        where = where | {"attn_implementation": attention}
     model = AutoModelForCausalLM.from_pretrained(path, dtype=source.dtype.value, **where)
     model.eval()
-    return Engine(model, tokenizer, name)
+    return Engine(model, tokenizer, name, _processor(model, path, hub.kwargs() if source.model else {}))
+
+
+def _processor(model: Any, path: str, where: dict[str, Any]) -> Any:
+    """The processor of a model that takes images and texts, else None."""
+    from monoblock.families import AUTO
+
+    if type(model).__name__ not in AUTO["AutoModelForImageTextToText"]:
+        return None
+    from monoblock import AutoProcessor
+
+    return AutoProcessor.from_pretrained(path, **where)
 
 
 def locate(model: str | None) -> tuple[str, str]:
@@ -108,6 +191,8 @@ def locate(model: str | None) -> tuple[str, str]:
 
 def device_map(wanted: str) -> str | None:
     """The device map to load with; None leaves the model on the CPU, with no need for accelerate."""
+    if wanted.isdecimal():  # as the hub's commands name a GPU
+        return f"cuda:{wanted}"
     if wanted != "auto":
         return None if wanted == "cpu" else wanted
     import torch

@@ -1,0 +1,93 @@
+"""The chat's engine with real models: what was computed is used again, and Fuyu sees images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import families_made
+import fuyu_tokenizer
+import numpy as np
+import pytest
+from families_made import ours_of
+from PIL import Image
+
+from monoblock import FuyuImageProcessor, FuyuProcessor, PreTrainedTokenizerFast
+from monoblock.cli import engine
+from monoblock.cli.conversation import Conversation
+from monoblock.cli.options import Hub, Source
+
+GREEDY = {"do_sample": False, "max_new_tokens": 24}
+
+
+def nowhere(text: str) -> None:
+    del text
+
+
+@pytest.fixture(scope="module")
+def demo() -> engine.Engine:
+    return engine.load(Source(device="cpu"), Hub())
+
+
+def talk(
+    loaded: engine.Engine, monkeypatch: pytest.MonkeyPatch, *, reuse: bool
+) -> tuple[list[str], list[int]]:
+    conversation, replies, fed = Conversation(), [], []
+    real = type(loaded.model).forward
+
+    def counting(self: Any, input_ids: Any = None, **more: Any) -> Any:
+        fed.append(input_ids.shape[1])
+        return real(self, input_ids, **more)
+
+    monkeypatch.setattr(type(loaded.model), "forward", counting)
+    for text in ("def add(a, b):", "def sub(a, b):", "Return True if the stack is empty."):
+        conversation.say(text)
+        if not reuse:
+            loaded.past.cache = None
+        reply = loaded.answer(conversation.messages(), GREEDY, nowhere)
+        conversation.answer(reply.text)
+        replies.append(reply.text)
+    monkeypatch.undo()
+    return replies, [count for count in fed if count > 1]
+
+
+def test_greedy_replies_are_the_same_with_and_without_reuse(
+    demo: engine.Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, whole = talk(demo, monkeypatch, reuse=False)
+    again, parts = talk(demo, monkeypatch, reuse=True)
+    assert again == plain
+    assert parts[0] == whole[0]
+    assert sum(parts) < sum(whole)  # something was used again
+
+
+def test_another_beginning_is_computed_anew(demo: engine.Engine) -> None:
+    demo.past.cache, demo.past.ids = object(), [1, 2, 3]
+    assert demo.past.take([1, 2, 4, 5]) is None
+    demo.past.cache, demo.past.ids = object(), [1, 2, 3]
+    assert demo.past.take([1, 2, 3]) is None  # nothing new to feed
+    assert demo.past.cache is None
+
+
+def test_fuyu_answers_about_an_image(tmp_path: Path) -> None:
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=fuyu_tokenizer.backend(), **fuyu_tokenizer.SPECIAL)
+    images = FuyuImageProcessor(patch_size={"height": 4, "width": 4}, size={"height": 20, "width": 24})
+    processor = FuyuProcessor(images, tokenizer)
+    fields = families_made.fields("fuyu", vocab_size=len(tokenizer), eos_token_id=None)
+    fields["image_token_id"] = tokenizer.convert_tokens_to_ids("|SPEAKER|")
+    folder = tmp_path / "fuyu"
+    ours_of("FuyuForCausalLM", **fields).save_pretrained(folder)
+    processor.save_pretrained(folder)
+    path = tmp_path / "cat.png"
+    pixels = np.random.default_rng(0).integers(0, 256, (12, 16, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+    loaded = engine.load(Source(model=str(folder), device="cpu"), Hub())
+    conversation = Conversation()
+    conversation.say("what is in the box", str(path))
+    options = {"do_sample": False, "max_new_tokens": 4}
+    reply = loaded.answer(conversation.messages(), options, nowhere)
+    inputs = loaded.processor(text=["what is in the box"], images=[str(path)], return_tensors="pt")
+    ids = loaded.model.generate(**inputs, **options)[0, inputs["input_ids"].shape[1] :]
+    assert reply.tokens == 4
+    assert reply.text == loaded.tokenizer.decode(ids, skip_special_tokens=True)
+    assert reply.prompt_tokens == inputs["input_ids"].shape[1]
