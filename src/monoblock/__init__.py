@@ -58,6 +58,7 @@ _HOME: dict[str, str] = {
     "Cache": "monoblock.backends.pytorch.cache",
     "DynamicCache": "monoblock.backends.pytorch.cache",
     "StaticCache": "monoblock.backends.pytorch.cache",
+    "QuantizedCache": "monoblock.backends.pytorch.quantized",
     "PreTrainedModel": "monoblock.backends.pytorch.pretrained",
     "AutoModel": "monoblock.auto",
     "AutoModelForCausalLM": "monoblock.auto",

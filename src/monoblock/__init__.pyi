@@ -39,6 +39,9 @@ from monoblock.backends.pytorch.cache import (
 from monoblock.backends.pytorch.pretrained import (
     PreTrainedModel as PreTrainedModel,
 )
+from monoblock.backends.pytorch.quantized import (
+    QuantizedCache as QuantizedCache,
+)
 from monoblock.config import (
     PretrainedConfig as PretrainedConfig,
 )

@@ -180,7 +180,7 @@ def test_text_instead_of_ids_is_refused():
         ("dola_layers", "high"),
         ("assistant_early_exit", 2),
         ("target_lookbehind", 5),
-        ("cache_implementation", "quantized"),
+        ("cache_implementation", "offloaded"),
         ("custom_generate", "someone/code"),
         ("watermarking_config", {}),
         ("penalty_alpha", 0.6),

@@ -53,8 +53,10 @@ UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
     "target_lookbehind": ((10,), "an assistant with another tokenizer is not built"),
     "speculation_type": ((), "speculation is chosen by assistant_model or prompt_lookup_num_tokens"),
     "use_mtp": ((False,), "no family here predicts several tokens at once"),
-    "cache_implementation": (("dynamic", "static"), "the caches here are 'dynamic' and 'static'"),
-    "cache_config": (({},), "the caches here have no settings"),
+    "cache_implementation": (
+        ("dynamic", "static", "quantized"),
+        "the caches here are 'dynamic', 'static' and 'quantized'",
+    ),
     "prefill_chunk_size": ((), "prompts are processed whole"),
     "compile_config": ((), "nothing is compiled behind your back; compile the model yourself"),
     "continuous_batching_config": ((), "continuous batching is not built"),
@@ -77,6 +79,7 @@ _LOOKUP: Condition = ("prompt_lookup_num_tokens", lambda c: c.prompt_lookup_num_
 _ASSISTED: Condition = ("assistant_model", lambda _: False)  # an argument of the call
 _AS_DICT: Condition = ("return_dict_in_generate=True", lambda c: c.return_dict_in_generate)
 _STATIC: Condition = ("cache_implementation='static'", lambda c: c.cache_implementation == "static")
+_QUANTIZED: Condition = ("cache_implementation='quantized'", lambda c: c.cache_implementation == "quantized")
 
 # Fields that act only together with another one, and the values at which they ask for nothing.
 NEEDS: dict[str, tuple[Condition, tuple[Any, ...]]] = {
@@ -89,6 +92,7 @@ NEEDS: dict[str, tuple[Condition, tuple[Any, ...]]] = {
     "assistant_confidence_threshold": (_ASSISTED, (0.4,)),
     "max_matching_ngram_size": (_LOOKUP, ()),
     "max_cache_len": (_STATIC, ()),
+    "cache_config": (_QUANTIZED, ({},)),
     **dict.fromkeys(
         ("output_scores", "output_logits", "output_attentions", "output_hidden_states"), (_AS_DICT, (False,))
     ),

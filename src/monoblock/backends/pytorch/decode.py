@@ -12,6 +12,7 @@ from torch import Tensor
 
 from monoblock.backends.pytorch.arrays import TorchOps
 from monoblock.backends.pytorch.cache import Cache, DynamicCache, StaticCache, from_tuples, to_tuples
+from monoblock.backends.pytorch.quantized import quantized
 from monoblock.checkpoint.hub import find_file
 from monoblock.checkpoint.options import HubOptions
 from monoblock.generation import loop
@@ -167,6 +168,8 @@ class Decoder:
             return None, None
         if plan.config.cache_implementation == "static":
             return StaticCache(max_cache_len=plan.config.max_cache_len or plan.max_length), None
+        if plan.config.cache_implementation == "quantized":
+            return quantized(plan.config.cache_config or {}), None
         return DynamicCache(config=self.model.spec), None
 
     @property

@@ -1,0 +1,152 @@
+"""A key/value cache in 8 or 4 bits: the newest tokens as they are, all older ones as codes of groups of channels.
+
+A group of channels of one token keeps its smallest number and a step: `x ~ low + step * code`, `code` a whole number
+below 2 ** bits; no number is off by more than half a step. A layer is unpacked when it is used, one at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from monoblock.backends.pytorch.cache import Cache, Legacy
+
+
+@dataclass
+class Packed:
+    """Codes (b, g, n, d * bits / 8) in bytes; steps and lows (b, g, n, groups, 1) in float32."""
+
+    codes: Tensor
+    step: Tensor
+    low: Tensor
+
+    @classmethod
+    def of(cls, x_bgnd: Tensor, bits: int, group: int) -> Packed:
+        """The keys or values of n tokens, packed."""
+        grouped = x_bgnd.float().unflatten(-1, (-1, group))
+        low, high = grouped.amin(-1, keepdim=True), grouped.amax(-1, keepdim=True)
+        # A group of equal numbers is its low alone; any step will do.
+        step = ((high - low) / (2**bits - 1)).clamp(min=torch.finfo(torch.float32).tiny)
+        codes = ((grouped - low) / step).round().clamp(0, 2**bits - 1).to(torch.uint8).flatten(-2)
+        if bits == 4:
+            codes = codes[..., ::2] | (codes[..., 1::2] << 4)
+        return cls(codes, step, low)
+
+    def unpacked(self, bits: int, dtype: torch.dtype) -> Tensor:
+        """The numbers again, (b, g, n, d)."""
+        codes = self.codes
+        if bits == 4:
+            codes = torch.stack((codes & 15, codes >> 4), dim=-1).flatten(-2)
+        groups = self.step.shape[-2]
+        return (codes.float().unflatten(-1, (groups, -1)) * self.step + self.low).flatten(-2).to(dtype)
+
+    def joined(self, newer: Packed) -> Packed:
+        """These tokens and then those."""
+        return Packed(*(torch.cat(pair, dim=2) for pair in zip(self.parts(), newer.parts(), strict=True)))
+
+    def first(self, tokens: int) -> Packed:
+        """The first tokens alone."""
+        return Packed(*(part[:, :, :tokens] for part in self.parts()))
+
+    def rows(self, index: Tensor) -> Packed:
+        """Rows of the batch, in that order."""
+        return Packed(*(part.index_select(0, index.to(part.device)) for part in self.parts()))
+
+    def parts(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Codes, steps, lows."""
+        return self.codes, self.step, self.low
+
+
+class QuantizedCache(Cache):
+    """A growing cache that keeps the last `residual_length` tokens (or up to twice as many) as they are, and older ones
+    in `nbits` (8 or 4) by groups of `q_group_size` channels (of the whole head, where that does not divide it)."""
+
+    def __init__(self, nbits: int = 4, q_group_size: int = 64, residual_length: int = 128) -> None:
+        super().__init__()
+        if nbits not in (4, 8):
+            raise ValueError(f"QuantizedCache.nbits must be 8 or 4, got {nbits!r}")
+        if q_group_size < 2 or residual_length < 1:
+            raise ValueError(
+                f"QuantizedCache needs q_group_size of 2 or more and residual_length of 1 or more, got {q_group_size}, "
+                f"{residual_length}"
+            )
+        self.bits, self.group, self.residual = nbits, q_group_size, residual_length
+        self.packed: list[tuple[Packed, Packed] | None] = []
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
+        if layer_idx == len(self.keys):
+            self.keys.append(key_states)
+            self.values.append(value_states)
+            self.lengths.append(0)
+            self.packed.append(None)
+        else:
+            self.keys[layer_idx] = torch.cat((self.keys[layer_idx], key_states), dim=2)
+            self.values[layer_idx] = torch.cat((self.values[layer_idx], value_states), dim=2)
+        self.lengths[layer_idx] += key_states.shape[2]
+        result = self._layer(layer_idx)
+        if self.keys[layer_idx].shape[2] > 2 * self.residual:
+            self._pack(layer_idx)
+        return result
+
+    def _pack(self, layer_idx: int) -> None:
+        """All but the newest tokens of a layer become codes."""
+        head_dim = self.keys[layer_idx].shape[-1]
+        group = self.group if head_dim % self.group == 0 else head_dim
+        halves: list[Packed] = []
+        for tensors in (self.keys, self.values):
+            old, tensors[layer_idx] = tensors[layer_idx].split(
+                (tensors[layer_idx].shape[2] - self.residual, self.residual), dim=2
+            )
+            tensors[layer_idx] = tensors[layer_idx].clone()
+            halves.append(Packed.of(old, self.bits, group))
+        before = self.packed[layer_idx]
+        if before is not None:
+            halves = [old.joined(new) for old, new in zip(before, halves, strict=True)]
+        self.packed[layer_idx] = (halves[0], halves[1])
+
+    def _layer(self, layer_idx: int) -> tuple[Tensor, Tensor]:
+        keys, values = self.keys[layer_idx], self.values[layer_idx]
+        if (packed := self.packed[layer_idx]) is None:
+            return keys, values
+        return (
+            torch.cat((packed[0].unpacked(self.bits, keys.dtype), keys), dim=2),
+            torch.cat((packed[1].unpacked(self.bits, values.dtype), values), dim=2),
+        )
+
+    def crop(self, max_length: int) -> None:
+        super().crop(max_length)
+        for i, length in enumerate(self.lengths):
+            packed = self.packed[i]
+            old = 0 if packed is None else packed[0].codes.shape[2]
+            if packed is not None and length < old:
+                self.packed[i] = (packed[0].first(length), packed[1].first(length))
+            for tensors in (self.keys, self.values):
+                tensors[i] = tensors[i][:, :, : max(0, length - old)]
+
+    def reset(self) -> None:
+        self.crop(0)
+        self.packed = [None] * len(self.packed)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)
+        self.packed = [None if p is None else (p[0].rows(beam_idx), p[1].rows(beam_idx)) for p in self.packed]
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self.keys:
+            rows = torch.arange(self.keys[0].shape[0], device=self.keys[0].device)
+            self.reorder_cache(rows.repeat_interleave(repeats))
+
+    def to_legacy_cache(self) -> Legacy:
+        return tuple(self._layer(i) for i in range(len(self)))
+
+
+def quantized(settings: Mapping[str, Any]) -> QuantizedCache:
+    """The cache of a `cache_config`; ValueError names a setting that it does not have."""
+    known = ("nbits", "q_group_size", "residual_length")
+    if unknown := sorted(set(settings) - set(known)):
+        raise ValueError(f"cache_config has no {unknown[0]!r} here; it takes {', '.join(known)}")
+    return QuantizedCache(**settings)
