@@ -32,7 +32,7 @@ def chat(
     words: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[MODEL] [NAME=VALUE]...",
+            metavar="MODEL NAME=VALUE",
             help="The model, as --model; and settings, such as max_new_tokens=64 do_sample=False.",
             show_default=False,
         ),
