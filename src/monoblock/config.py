@@ -18,6 +18,7 @@ from typing import Any, ClassVar, Self, cast
 from monoblock.checkpoint.files import read_json, write_atomically
 from monoblock.checkpoint.hub import find_file
 from monoblock.checkpoint.options import HubOptions
+from monoblock.config_fields import COMMON, QUIET, REFUSED
 from monoblock.errors import UnsupportedConfig
 from monoblock.heads import HeadSpec
 from monoblock.spec import ArchSpec
@@ -26,91 +27,6 @@ CONFIG_NAME = "config.json"
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 
 log = logging.getLogger("monoblock")
-
-# Fields that every config of the hub has, with the hub's defaults.
-COMMON: dict[str, Any] = {
-    "return_dict": True,
-    "output_hidden_states": False,
-    "output_attentions": False,
-    "dtype": None,
-    "tie_word_embeddings": True,
-    "problem_type": None,
-    "architectures": None,
-    "pad_token_id": None,
-    "bos_token_id": None,
-    "eos_token_id": None,
-    "is_encoder_decoder": False,
-    "chunk_size_feed_forward": 0,
-}
-
-# Fields of old files that say nothing about the model, or that a generation config takes over. They are
-# kept and written back; no warning is due.
-QUIET = frozenset(
-    [
-        "transformers_version",
-        "auto_map",
-        "tokenizer_class",
-        "finetuning_task",
-        "task_specific_params",
-        "prefix",
-        "is_decoder",
-        "add_cross_attention",
-        "cross_attention_hidden_size",
-        "tie_encoder_decoder",
-        "pruned_heads",
-        "torchscript",
-        "use_bfloat16",
-        "sep_token_id",
-        "decoder_start_token_id",
-        "max_length",
-        "min_length",
-        "do_sample",
-        "early_stopping",
-        "num_beams",
-        "num_beam_groups",
-        "diversity_penalty",
-        "temperature",
-        "top_k",
-        "top_p",
-        "typical_p",
-        "repetition_penalty",
-        "length_penalty",
-        "no_repeat_ngram_size",
-        "encoder_no_repeat_ngram_size",
-        "bad_words_ids",
-        "num_return_sequences",
-        "output_scores",
-        "return_dict_in_generate",
-        "forced_bos_token_id",
-        "forced_eos_token_id",
-        "remove_invalid_values",
-        "suppress_tokens",
-        "begin_suppress_tokens",
-        "exponential_decay_length_penalty",
-        "tf_legacy_loss",
-        "classifier_dropout",
-        "hidden_dropout",
-        "gradient_checkpointing",
-        "n_ctx",
-        "n_special",
-        "predict_special_tokens",
-        "summary_activation",
-        "summary_first_dropout",
-        "summary_proj_to_labels",
-        "summary_type",
-        "summary_use_proj",
-    ]
-)
-
-# Values that no family here can honour; any other value of these fields is fine.
-REFUSED: dict[str, tuple[Any, str]] = {
-    "is_encoder_decoder": (False, "all families here are single-stack models"),
-    "add_cross_attention": (False, "no family here has cross-attention"),
-    "torchscript": (False, "use torch.compile or torch.export on the model"),
-    "pruned_heads": ({}, "save the checkpoint with its heads in place"),
-    "chunk_size_feed_forward": (0, "feed-forward chunking is not implemented"),
-    "quantization_config": (None, "load the checkpoint's unquantised weights"),
-}
 
 
 class PretrainedConfig:

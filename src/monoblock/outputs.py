@@ -101,13 +101,16 @@ class SequenceClassifierOutputWithPast(ModelOutput):
 
 
 @dataclass
-class TokenClassifierOutput(ModelOutput):
-    """Shapes: loss (); logits (batch, tokens, labels)."""
-
+class _Logits(ModelOutput):
     loss: Any = None
     logits: Any = None
     hidden_states: tuple[Any, ...] | None = None
     attentions: tuple[Any, ...] | None = None
+
+
+@dataclass
+class TokenClassifierOutput(_Logits):
+    """Shapes: loss (); logits (batch, tokens, labels)."""
 
 
 @dataclass
@@ -143,45 +146,26 @@ class BaseModelOutputWithPooling(ModelOutput):
 
 
 @dataclass
-class CausalLMOutput(ModelOutput):
+class CausalLMOutput(_Logits):
     """Shapes: loss (); logits (batch, tokens, vocab). The hub's class of this name has no cache; here one comes last
     if it was asked for."""
 
-    loss: Any = None
-    logits: Any = None
-    hidden_states: tuple[Any, ...] | None = None
-    attentions: tuple[Any, ...] | None = None
     past_key_values: Any = None
 
 
 @dataclass
-class MaskedLMOutput(ModelOutput):
+class MaskedLMOutput(_Logits):
     """Shapes: loss (); logits (batch, tokens, vocab)."""
 
-    loss: Any = None
-    logits: Any = None
-    hidden_states: tuple[Any, ...] | None = None
-    attentions: tuple[Any, ...] | None = None
-
 
 @dataclass
-class SequenceClassifierOutput(ModelOutput):
+class SequenceClassifierOutput(_Logits):
     """Shapes: loss (); logits (batch, labels)."""
 
-    loss: Any = None
-    logits: Any = None
-    hidden_states: tuple[Any, ...] | None = None
-    attentions: tuple[Any, ...] | None = None
-
 
 @dataclass
-class MultipleChoiceModelOutput(ModelOutput):
+class MultipleChoiceModelOutput(_Logits):
     """Shapes: loss (); logits (batch, choices)."""
-
-    loss: Any = None
-    logits: Any = None
-    hidden_states: tuple[Any, ...] | None = None
-    attentions: tuple[Any, ...] | None = None
 
 
 @dataclass
