@@ -21,6 +21,7 @@ _HOME: dict[str, str] = {
     "FuyuProcessor": "monoblock.processing",
     "AutoTokenizer": "monoblock.tokenization",
     "BatchEncoding": "monoblock.tokenization",
+    "BitsAndBytesConfig": "monoblock.quantization",
     "GPT2Tokenizer": "monoblock.tokenization",
     "GPT2TokenizerFast": "monoblock.tokenization",
     "GPTNeoXTokenizerFast": "monoblock.tokenization",

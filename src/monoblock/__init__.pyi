@@ -97,6 +97,9 @@ from monoblock.processing import (
     FuyuImageProcessor as FuyuImageProcessor,
     FuyuProcessor as FuyuProcessor,
 )
+from monoblock.quantization import (
+    BitsAndBytesConfig as BitsAndBytesConfig,
+)
 from monoblock.tokenization import (
     AutoTokenizer as AutoTokenizer,
     BatchEncoding as BatchEncoding,

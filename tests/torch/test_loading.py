@@ -270,7 +270,7 @@ def test_attn_implementation_is_chosen_while_loading(saved: Path) -> None:
 @pytest.mark.parametrize(
     ("given", "error", "text"),
     [
-        ({"load_in_4bit": True}, ValueError, "does not support load_in_4bit=True"),
+        ({"tp_plan": "auto"}, ValueError, "does not support tp_plan='auto'"),
         ({"gguf_file": "x.gguf"}, TypeError, "gguf_file= is not supported"),
         ({"no_such_argument": 1}, TypeError, "does not know the argument 'no_such_argument'"),
     ],

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from monoblock.backends.pytorch.heads import Head
     from monoblock.backends.pytorch.model import Backbone
     from monoblock.families import Family, ModelClass
+    from monoblock.quantization import BitsAndBytesConfig
     from monoblock.spec import ArchSpec
 
 log = logging.getLogger("monoblock")
@@ -31,6 +32,7 @@ class Parameters(nn.Module):
     spec: ArchSpec
     backbone: Backbone
     head: Head | None
+    quantization_config: BitsAndBytesConfig | None = None
 
     def keymap(self) -> KeyMap:
         """The map between canonical names and the hub's, for this class and config."""
@@ -47,6 +49,10 @@ class Parameters(nn.Module):
 
     def hub_state_dict(self) -> dict[str, Tensor]:
         """The weights by the hub's names, tied ones once; views of the parameters wherever that is possible."""
+        if self.quantization_config is not None:
+            raise ValueError(
+                "quantised weights have no form in the hub's files here: save the model before quantising"
+            )
         keymap, state = self.keymap(), {}
         for canonical, path in self.parameter_names().items():
             source, tensor = keymap.source(canonical), self.get_parameter(path).detach()

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from monoblock import outputs
-from monoblock.backends.pytorch import attention, devices, heads, loading
+from monoblock.backends.pytorch import attention, devices, heads, loading, quantize
 from monoblock.backends.pytorch.decode import Generation
 from monoblock.backends.pytorch.inputs import check_tokens, flattened, has_positions, prepare
 from monoblock.backends.pytorch.model import Attention, Backbone
@@ -158,6 +158,7 @@ class PreTrainedModel(Parameters, Generation):
         The checkpoint is a folder or a name on the hub. `dtype` (or `torch_dtype`): "auto" (the default: the
         checkpoint's own), a torch dtype or its name. `device_map`: "auto", a device, or a dict (through accelerate).
         `ignore_mismatched_sizes=True` makes tensors of other shapes anew instead of raising ShapeMismatch.
+        `quantization_config`: a BitsAndBytesConfig, or `load_in_4bit`, `load_in_8bit`.
         `attn_implementation`: "sdpa", "eager", "flex_attention" or "flash_attention_2". `revision`, `token`,
         `cache_dir`, `local_files_only`, `force_download`, `subfolder`, `variant`, `use_safetensors` say which files.
         Other keywords set fields of the config (`num_labels=3`). HubError: the files cannot be had. CheckpointError:
@@ -182,6 +183,8 @@ class PreTrainedModel(Parameters, Generation):
         with torch.device("meta"):
             model = cls(settings)
         model._load(store, dtype, options)
+        if options.quantization is not None:
+            quantize.quantize(model, options.quantization)
         settings.dtype = dtype
         model.generation_config = model.file_generation_config(pretrained_model_name_or_path, options.hub)
         return model.eval()
@@ -326,15 +329,14 @@ class LoadOptions:
         self.dtype = kwargs.pop("dtype", kwargs.pop("torch_dtype", None))
         self.device_map = kwargs.pop("device_map", None)
         self.ignore_mismatched_sizes = bool(kwargs.pop("ignore_mismatched_sizes", False))
+        bits = {f"in_{n}bit": bool(kwargs.pop(f"load_in_{n}bit", False)) for n in (4, 8)}
+        self.quantization = quantize.wanted(kwargs.pop("quantization_config", None), **bits)
         self.variant = kwargs.pop("variant", None)
         self.use_safetensors = kwargs.pop("use_safetensors", None)
         if kwargs.pop("trust_remote_code", False):
             log.info("trust_remote_code=True: no remote code is run here; the makers' options work natively")
         kwargs.pop("low_cpu_mem_usage", None)  # always so
         for name in (
-            "quantization_config",
-            "load_in_8bit",
-            "load_in_4bit",
             "gguf_file",
             "tp_plan",
             "offload_folder",
