@@ -54,7 +54,7 @@ class _AutoModel:
         if not isinstance(config, PretrainedConfig):
             hub = {k: kwargs[k] for k in _HUB if k in kwargs}
             source = pretrained_model_name_or_path if config is None else config
-            config = AutoConfig.from_pretrained(source, **hub)
+            config = kwargs["config"] = AutoConfig.from_pretrained(source, **hub)
         chosen = cls._class(config)
         return chosen.from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
 

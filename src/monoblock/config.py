@@ -315,6 +315,11 @@ class PretrainedConfig:
             )
         return cls.from_dict(data, **kwargs)
 
+    def changed(self, **fields: Any) -> tuple[Self, dict[str, Any]]:
+        """A copy with these fields, read as a constructor reads them; and the keywords that are no fields."""
+        own = {"_name_or_path": self.name_or_path, "_attn_implementation": self._attn_implementation}
+        return self.from_dict({**self.to_dict(), **own}, return_unused_kwargs=True, **fields)
+
     def update(self, config_dict: Mapping[str, Any]) -> None:
         """Set the given fields."""
         for name, value in config_dict.items():

@@ -451,3 +451,13 @@ def test_loaded_parameters_lie_in_the_mapped_file(saved: Path) -> None:
     with torch.no_grad():
         made.backbone.embed.weight.zero_()
     assert MptForCausalLM.from_pretrained(saved).backbone.embed.weight.any(), "the file is not written to"
+
+
+def test_a_passed_config_takes_fields_as_a_constructor_does(saved: Path) -> None:
+    config = monoblock.MptConfig.from_pretrained(saved)
+    before = config.to_dict()
+    made = monoblock.MptForCausalLM.from_pretrained(saved, config=config, attn_config={"clip_qkv": 0.25})
+    assert made.spec.attention.clip == 0.25
+    assert config.to_dict() == before
+    with pytest.raises(TypeError, match="does not know the argument 'no_such'"):
+        monoblock.MptForCausalLM.from_pretrained(saved, config=config, no_such=1)

@@ -19,6 +19,8 @@ SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "v
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
 IDS = torch.randint(0, 300, (2, 12), generator=torch.Generator().manual_seed(0))
 
+EIGHT = BitsAndBytesConfig(load_in_8bit=True)
+SKIPPING = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=["lm_head", "q_proj"])
 UNKNOWN_DTYPE = {"load_in_4bit": True, "bnb_4bit_compute_dtype": "f"}
 
 
@@ -61,7 +63,7 @@ def test_quantised_logits_are_near(folder: Path, how: dict[str, Any], bound: flo
 
 def test_the_blocks_are_packed_and_nothing_else(folder: Path) -> None:
     how = BitsAndBytesConfig(
-        load_in_4bit=True, llm_int8_skip_modules=["down"], bnb_4bit_compute_dtype="float32"
+        load_in_4bit=True, llm_int8_skip_modules=["down", "lm_head"], bnb_4bit_compute_dtype="float32"
     )
     model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=how)
     packed = {n for n, m in model.named_modules() if isinstance(m, bitsandbytes.nn.Linear4bit)}
@@ -101,6 +103,11 @@ def test_the_page_s_example(folder: Path) -> None:
         (
             lambda _: BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="int4"),
             "'fp4' or 'nf4', got 'int4'",
+        ),
+        (lambda folder: logits(folder, quantization_config=EIGHT, load_in_8bit=True), "not both"),
+        (
+            lambda folder: logits(folder, quantization_config=SKIPPING),
+            "'q_proj', which is no module of this model",
         ),
         (lambda folder: logits(folder, quantization_config=True), "must be a BitsAndBytesConfig, got True"),
         (

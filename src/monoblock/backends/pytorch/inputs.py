@@ -81,7 +81,6 @@ def prepare(
         positions_bs=_positions(spec, given, key_positions[:, past:]),
         key_positions_bk=key_positions,
         cache=cache,
-        attentions=bool(given.get("output_attentions")),
         head_mask=_head_mask(spec, given.get("head_mask")),
     )
     return Inputs(call, form)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import logging
 from collections.abc import Mapping
@@ -139,7 +138,7 @@ class PreTrainedModel(Parameters, Generation):
         wanted = given.get("use_cache")
         if self.training and self.backbone.gradient_checkpointing:
             if wanted:
-                log.warning("use_cache=True cannot go with gradient checkpointing: no cache is kept")
+                _warn_once("use_cache=True cannot go with gradient checkpointing: no cache is kept")
             return False
         return bool(getattr(self.config, "use_cache", False) if wanted is None else wanted)
 
@@ -183,19 +182,17 @@ class PreTrainedModel(Parameters, Generation):
         with torch.device("meta"):
             model = cls(settings)
         model._load(store, dtype, options)
-        if options.quantization is not None:
-            quantize.quantize(model, options.quantization)
         settings.dtype = dtype
         model.generation_config = model.file_generation_config(pretrained_model_name_or_path, options.hub)
         return model.eval()
 
     def _load(self, store: Any, dtype: torch.dtype, options: LoadOptions) -> None:
-        names = self.parameter_names()
-        placed = devices.Placement(self, options.device_map, names, self.keymap())
+        names, keymap = self.parameter_names(), self.keymap()
+        placed = devices.Placement(self, options.device_map, names, keymap)
         report = loading.load(
             self,
             names,
-            self.keymap(),
+            keymap,
             store,
             dtype=dtype,
             device=placed.device,
@@ -212,10 +209,12 @@ class PreTrainedModel(Parameters, Generation):
             )
             self._init_parameter(names[canonical])
         self.tie_weights()
+        if options.quantization is not None:
+            quantize.quantize(self, options.quantization)
         placed.dispatch(self)
         where = self.name_or_path or "the checkpoint"
         if made:
-            hub = ", ".join(self.keymap().source(name).names[0] for name in made)
+            hub = ", ".join(keymap.source(name).names[0] for name in made)
             log.warning(
                 "%s: newly initialised, because %s has none that fits: %s. Train it.",
                 self.row.name,
@@ -230,10 +229,7 @@ class PreTrainedModel(Parameters, Generation):
         cls, name: str | Path, config: Any, hub: HubOptions, kwargs: dict[str, Any]
     ) -> tuple[Any, dict[str, Any]]:
         if isinstance(config, PretrainedConfig):
-            config = copy.deepcopy(config)
-            for key in [key for key in kwargs if key in config.known_fields()]:
-                setattr(config, key, kwargs.pop(key))
-            return config, kwargs
+            return config.changed(**kwargs)
         source = name if config is None else config
         return cls.family.config.from_pretrained(source, return_unused_kwargs=True, **asdict(hub), **kwargs)
 

@@ -17,13 +17,17 @@ def quantize(model: Any, how: BitsAndBytesConfig) -> None:
         import bitsandbytes
     except ImportError as error:
         raise ImportError('quantised weights need bitsandbytes: pip install "monoblock[quant]"') from error
+    blocks = model.backbone.blocks
+    linears = {name: module for name, module in blocks.named_modules() if isinstance(module, nn.Linear)}
     skipped = set(how.llm_int8_skip_modules or ())
-    for name, module in list(model.backbone.blocks.named_modules()):
-        path = f"backbone.blocks.{name}"
-        if not isinstance(module, nn.Linear) or path in skipped or path.rpartition(".")[2] in skipped:
-            continue
+    names = {known for name, _ in model.named_modules() for known in (name, name.rpartition(".")[2])}
+    # What lies outside the blocks, the head by the hub's name among it, is never packed.
+    if unknown := sorted(skipped - names - set(model.family.projections.values())):
+        raise ValueError(f"llm_int8_skip_modules names {unknown[0]!r}, which is no module of this model")
+    for name, module in linears.items():
         owner, _, last = name.rpartition(".")
-        setattr(model.backbone.blocks.get_submodule(owner), last, _layer(bitsandbytes.nn, module, how))
+        if not skipped & {f"backbone.blocks.{name}", last}:
+            setattr(blocks.get_submodule(owner), last, _layer(bitsandbytes.nn, module, how))
     model.quantization_config = how
 
 
@@ -55,6 +59,8 @@ def _dtype(asked: Any, weight: torch.Tensor) -> torch.dtype:
 
 def wanted(config: Any, in_4bit: bool, in_8bit: bool) -> BitsAndBytesConfig | None:
     """The quantisation that from_pretrained's arguments ask for, if any."""
+    if config is not None and (in_4bit or in_8bit):
+        raise ValueError("give quantization_config, or load_in_4bit or load_in_8bit, not both")
     if config is None:
         return BitsAndBytesConfig(load_in_4bit=in_4bit, load_in_8bit=in_8bit) if in_4bit or in_8bit else None
     if isinstance(config, dict):
