@@ -44,6 +44,12 @@ class Terminal:
         """Keys, as a user presses them."""
         os.write(self.screen, text.encode())
 
+    def interrupt_prompt(self) -> None:
+        """Ctrl-C at a prompt. Between printing one and waiting for a key, readline can miss a signal; no user is that
+        quick."""
+        time.sleep(0.3)
+        self.type(CTRL_C)
+
     def expect(self, text: str, seconds: float = 20) -> str:
         """Waits until `text` is printed; what came before it, since the last call."""
         deadline = time.monotonic() + seconds

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from terminal import CTRL_C, Terminal
+from terminal import Terminal
 from test_cli_chat import TEMPLATE, chat, pipe
 
 
@@ -65,7 +65,7 @@ def test_texts_of_many_lines() -> None:
         ask(terminal, "/undo")
         terminal.type('"""dropped\n')
         terminal.expect(". ")
-        terminal.type(CTRL_C)
+        terminal.interrupt_prompt()
         terminal.expect("\n> ")
         assert "re: user=next\n" in ask(terminal, "next")
     result = pipe('"""a\nb"""\nc\\\nd\n', *TEMPLATE)
