@@ -1,0 +1,155 @@
+"""The attention kernels, which never build a heads x queries x keys array unless the weights are asked for.
+
+Shape suffixes: b batch, q queries, k keys, h heads, g key/value heads (h / g heads share one), d head width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from monoblock.backends.flax.ops import LOWEST, Scope
+
+# Queries of one block of the block-wise kernel, and into how many parts a long causal text is cut: each part sees the
+# keys up to its own end, so that with four parts five eighths of the square are computed.
+QUERY_BLOCK = 256
+PARTS = 4
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """What the kernels need to know of a layer: the factor on q·k, the cap on scores, the dropout."""
+
+    scale: float
+    softcap: float | None = None
+    dropout: float = 0.0
+
+
+def attend(
+    q_bhqd: Array, k_bgkd: Array, v_bgkd: Array, scope: Scope, kernel: Kernel, key: Array | None = None
+) -> Array:
+    """Attention, (b, h, q, d), in blocks of queries where there are many. `key` is the dropout's."""
+    if q_bhqd.shape[2] <= QUERY_BLOCK:
+        out = _block(q_bhqd, k_bgkd, v_bgkd, scope, kernel, key)
+    else:
+        out = _by_blocks(q_bhqd, k_bgkd, v_bgkd, scope, kernel, key)
+    return _evened(out, v_bgkd, scope)
+
+
+def _evened(out_bhqd: Array, v_bgkd: Array, scope: Scope) -> Array:
+    """Queries that see no key get the mean of all values, as from a softmax of equal scores: kernels agree on
+    padding too, which a loss over all places of a row (a span's) takes in."""
+    if (blind := scope.blind()) is None:
+        return out_bhqd
+    mean = repeat_groups(v_bgkd.mean(axis=2, keepdims=True), out_bhqd.shape[1])
+    return jnp.where(blind, mean, out_bhqd)
+
+
+def _block(
+    q_bhqd: Array, k_bgkd: Array, v_bgkd: Array, scope: Scope, kernel: Kernel, key: Array | None
+) -> Array:
+    if q_bhqd.shape[2] > 1 and kernel.softcap is None and not kernel.dropout:
+        out = jax.nn.dot_product_attention(
+            *(x.swapaxes(1, 2) for x in (q_bhqd, k_bgkd, v_bgkd)),
+            bias=scope.bias(),
+            mask=scope.visible(),
+            scale=kernel.scale,
+        )
+        return out.swapaxes(1, 2)
+    return _weighted(weights(q_bhqd, k_bgkd, scope, kernel, key), v_bgkd)
+
+
+def _by_blocks(
+    q_bhqd: Array, k_bgkd: Array, v_bgkd: Array, scope: Scope, kernel: Kernel, key: Array | None
+) -> Array:
+    """One block of queries after the other; the backward pass computes each block's weights again."""
+    length = q_bhqd.shape[2]
+    blocks = -(-length // QUERY_BLOCK)
+    padding = blocks * QUERY_BLOCK - length
+    q_bhqd = jnp.pad(q_bhqd, ((0, 0), (0, 0), (0, padding), (0, 0)))
+    scope = replace(
+        scope,
+        index_q=jnp.pad(scope.index_q, (0, padding), mode="edge"),
+        segment_bq=None if scope.segment_bq is None else jnp.pad(scope.segment_bq, ((0, 0), (0, padding))),
+    )
+    parts = PARTS if scope.aligned and scope.causal and scope.window is None and blocks >= PARTS else 1
+    ends = [-(-blocks * (i + 1) // parts) for i in range(parts)]
+    out = []
+    for begin, end in zip([0, *ends], ends, strict=False):
+        keys = min(end * QUERY_BLOCK, k_bgkd.shape[2]) if parts > 1 else k_bgkd.shape[2]
+
+        @jax.checkpoint
+        def block(index: Array, keys: int = keys) -> Array:
+            return _one_of(index, keys, (q_bhqd, k_bgkd, v_bgkd), scope, kernel, key)
+
+        out.append(lax.map(block, jnp.arange(begin, end)))
+    joined = jnp.concatenate(out) if len(out) > 1 else out[0]  # (blocks, b, h, q, d)
+    return joined.transpose(1, 2, 0, 3, 4).reshape(q_bhqd.shape)[:, :, :length]
+
+
+def _one_of(
+    index: Array, keys: int, qkv: tuple[Array, Array, Array], scope: Scope, kernel: Kernel, key: Array | None
+) -> Array:
+    """The block of queries of that number over the first `keys` keys, or over those of its window."""
+    q_bhqd, k_bgkd, v_bgkd = qkv
+    start, first = index * QUERY_BLOCK, 0
+    if scope.aligned and scope.window is not None and scope.window + QUERY_BLOCK - 1 < keys:
+        first = jnp.clip(start - scope.window + 1, 0, keys - (scope.window + QUERY_BLOCK - 1))
+        keys = scope.window + QUERY_BLOCK - 1
+    return _block(
+        lax.dynamic_slice_in_dim(q_bhqd, start, QUERY_BLOCK, axis=2),
+        lax.dynamic_slice_in_dim(k_bgkd, first, keys, axis=2),
+        lax.dynamic_slice_in_dim(v_bgkd, first, keys, axis=2),
+        scope.part(start, QUERY_BLOCK, first, keys),
+        kernel,
+        None if key is None else jax.random.fold_in(key, index),
+    )
+
+
+def attend_eager(
+    q_bhqd: Array, k_bgkd: Array, v_bgkd: Array, scope: Scope, kernel: Kernel, key: Array | None = None
+) -> tuple[Array, Array]:
+    """Attention by its formula, scores and softmax in fp32; the output and the weights (b, h, q, k) after dropout."""
+    found = weights(q_bhqd, k_bgkd, scope, kernel, key)
+    if (blind := scope.blind()) is not None:
+        # Equal weights they have already; scores that nobody looks at must not get a gradient.
+        found = jnp.where(blind, 1 / found.shape[-1], found)
+    return _weighted(found, v_bgkd), found
+
+
+def weights(q_bhqd: Array, k_bgkd: Array, scope: Scope, kernel: Kernel, key: Array | None) -> Array:
+    """The attention weights (b, h, q, k) in the queries' dtype; the heads of a group share its keys unrepeated."""
+    b, h, q, d = q_bhqd.shape
+    g, k = k_bgkd.shape[1:3]
+    scores = jnp.einsum(
+        "bgrqd,bgkd->bgrqk",
+        q_bhqd.reshape(b, g, h // g, q, d),
+        k_bgkd,
+        preferred_element_type=jnp.float32,
+    ).reshape(b, h, q, k)
+    scores = scores * kernel.scale
+    if kernel.softcap is not None:
+        scores = kernel.softcap * jnp.tanh(scores / kernel.softcap)
+    if (bias := scope.bias()) is not None:
+        scores = scores + bias
+    found = jax.nn.softmax(jnp.where(scope.visible(), scores, LOWEST), axis=-1)
+    if kernel.dropout and key is not None:
+        kept = jax.random.bernoulli(key, 1 - kernel.dropout, found.shape)
+        found = jnp.where(kept, found / (1 - kernel.dropout), 0.0)
+    return found.astype(q_bhqd.dtype)
+
+
+def _weighted(weights_bhqk: Array, v_bgkd: Array) -> Array:
+    b, h, q, k = weights_bhqk.shape
+    g, d = v_bgkd.shape[1], v_bgkd.shape[3]
+    out = jnp.einsum("bgrqk,bgkd->bgrqd", weights_bhqk.reshape(b, g, h // g, q, k), v_bgkd)
+    return out.reshape(b, h, q, d)
+
+
+def repeat_groups(x_bgkd: Array, heads: int) -> Array:
+    """Keys or values of `g` groups as those of `heads` heads, neighbours sharing one."""
+    groups = x_bgkd.shape[1]
+    return x_bgkd if groups == heads else jnp.repeat(x_bgkd, heads // groups, axis=1)
