@@ -53,12 +53,13 @@ _NOT_WEIGHTS = (
 @dataclass(frozen=True, kw_only=True)
 class Entry:
     """One tensor of a file: the hub's dtype name, its shape, and its bytes' place counted from the file's
-    start."""
+    start. `rest`: the places of further pieces, where a format stores a large tensor in several."""
 
     dtype: str
     shape: tuple[int, ...]
     begin: int
     end: int
+    rest: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

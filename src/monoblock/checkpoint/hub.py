@@ -15,15 +15,18 @@ from monoblock.checkpoint.options import HubOptions
 from monoblock.checkpoint.remote import Remote
 from monoblock.errors import CheckpointError, HubError
 
-__all__ = ["HubOptions", "WeightFiles", "find_file", "find_weights", "read_json"]
+__all__ = ["HubOptions", "WeightFiles", "find_file", "find_weights", "kind_of", "read_json"]
 
-Kind = Literal["safetensors", "bin"]
+Kind = Literal["safetensors", "bin", "msgpack", "h5"]
 
-# In the order in which they are looked for; a single file goes before an index of the same kind.
-_FORMATS: tuple[tuple[Kind, str], ...] = (("safetensors", "model.safetensors"), ("bin", "pytorch_model.bin"))
-
-# Weights that are known and not read yet.
-_UNREAD = {"tf_model.h5": "TensorFlow", "flax_model.msgpack": "Flax"}
+# In the order in which they are looked for; a single file goes before an index of the same kind. The last two are
+# those of transformers 4's Flax and TensorFlow classes.
+_FORMATS: dict[Kind, str] = {
+    "safetensors": "model.safetensors",
+    "bin": "pytorch_model.bin",
+    "msgpack": "flax_model.msgpack",
+    "h5": "tf_model.h5",
+}
 
 _LISTED = 12  # names that an error shows of what a place holds
 
@@ -68,6 +71,12 @@ class _Folder:
         return sorted(path.name + "/" * path.is_dir() for path in self._folder.iterdir())
 
 
+def kind_of(path: Path) -> Kind:
+    """The kind of a file with weights, by its ending; a pickle may have any."""
+    kinds: dict[str, Kind] = {".safetensors": "safetensors", ".msgpack": "msgpack", ".h5": "h5"}
+    return kinds.get(path.suffix, "bin")
+
+
 def find_file(
     name_or_path: str | os.PathLike[str],
     filename: str,
@@ -93,18 +102,19 @@ def find_weights(
     *,
     variant: str | None = None,
     use_safetensors: bool | None = None,
+    prefer: Kind | Sequence[Kind] = (),
 ) -> WeightFiles:
     """The files with a model's weights; those on the hub are fetched, several at once, with progress bars.
 
-    The first of these that is there: model.safetensors, its index, pytorch_model.bin, its index.
-    `variant="fp16"` looks for model.fp16.safetensors and so on; `use_safetensors` True or False keeps to one
-    kind. `HubError` if there is none, or the files cannot be had; `CheckpointError` if an index is broken or
-    names a file that is not there.
+    The first of these that is there: model.safetensors, pytorch_model.bin, flax_model.msgpack, tf_model.h5, each
+    before its index. `prefer` names the kinds that go before all others, in its order: "msgpack", or
+    ("safetensors", "h5"). `variant="fp16"` looks for model.fp16.safetensors and so on; `use_safetensors` True or
+    False keeps to that kind or to the others. `HubError` if there is none, or the files cannot be had;
+    `CheckpointError` if an index is broken or names a file that is not there.
     """
     place = _place(name_or_path, options or HubOptions())
-    for kind, filename in _FORMATS:
-        if use_safetensors is not None and use_safetensors != (kind == "safetensors"):
-            continue
+    for kind in _order(prefer, use_safetensors):
+        filename = _FORMATS[kind]
         path = place.get(_with_variant(filename, variant))
         if path is not None:
             return WeightFiles(kind=kind, paths=(path,))
@@ -112,6 +122,15 @@ def find_weights(
         if index is not None:
             return _sharded(place, kind, index)
     raise _no_weights(place, variant, use_safetensors)
+
+
+def _order(prefer: Kind | Sequence[Kind], use_safetensors: bool | None) -> list[Kind]:
+    """The kinds to look for."""
+    first: tuple[Kind, ...] = (prefer,) if isinstance(prefer, str) else tuple(prefer)
+    if unknown := set(first) - set(_FORMATS):
+        raise ValueError(f"prefer={prefer!r}: expected kinds among {', '.join(_FORMATS)}, got {unknown}")
+    kinds = dict.fromkeys((*first, *_FORMATS))
+    return [kind for kind in kinds if use_safetensors in (None, kind == "safetensors")]
 
 
 def _place(name_or_path: str | os.PathLike[str], options: HubOptions) -> _Place:
@@ -189,15 +208,7 @@ def _is_inside(name: str) -> bool:
 
 
 def _no_weights(place: _Place, variant: str | None, use_safetensors: bool | None) -> HubError:
-    names = place.names()
-    for filename, framework in _UNREAD.items():
-        if filename in names or f"{filename}.index.json" in names:
-            return HubError(
-                f"{place} has its weights in {filename} only; {framework} weights are not read yet: "
-                "convert them to safetensors"
-            )
-    wanted = [f for kind, f in _FORMATS if use_safetensors in (None, kind == "safetensors")]
-    wanted = [_with_variant(filename, variant) for filename in wanted]
+    wanted = [_with_variant(_FORMATS[kind], variant) for kind in _order((), use_safetensors)]
     return HubError(
         f"{place} has no weights: expected {' or '.join(wanted)} (or its index); {_content(place)}"
     )

@@ -14,7 +14,6 @@ from monoblock.checkpoint.views import Adapter, Description, Framework, adapter
 from monoblock.errors import CheckpointError
 
 SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 
 # Weight files of an earlier save, which would speak against the new ones. Variants and other files stay.
 _STALE = re.compile(
@@ -25,7 +24,7 @@ _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _BINARY_UNITS = {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]i?)?b", re.IGNORECASE)
 
-_CHUNK = 64 * 2**20  # bytes handed to the disk at once, so that Ctrl-C is heard between two
+_CHUNK = 64 * 2**20  # bytes handed to the disk at once
 
 
 def parse_size(size: int | str) -> int:
@@ -109,18 +108,50 @@ def save_tensors(
     notes = _checked(metadata if metadata is not None else {"format": "pt"})
     side = adapter(framework)
     described, ties = _describe(side, tensors)
+
+    def write(file: BinaryIO, part: Mapping[str, Description]) -> None:
+        _write(file, side, tensors, part, {**ties, **notes})
+
+    return save_shards(
+        folder,
+        described,
+        write,
+        single=SINGLE,
+        stale=_STALE,
+        max_shard_size=max_shard_size,
+        beside=beside,
+    )
+
+
+def save_shards(
+    folder: str | Path,
+    described: Mapping[str, Description],
+    write: Callable[[BinaryIO, Mapping[str, Description]], None],
+    *,
+    single: str,
+    stale: re.Pattern[str],
+    max_shard_size: int | str,
+    beside: Mapping[str, str] | None,
+) -> list[Path]:
+    """What `save_tensors` does, in any format: `write` puts tensors of these descriptions into a file.
+
+    `single` is the name of a file that holds all; those of shards and their index follow from it. `stale` matches
+    the names of such files as go when the new ones are in place.
+    """
     shards = _plan(described, parse_size(max_shard_size))
-    names = [SINGLE] if len(shards) == 1 else [_shard_name(i, len(shards)) for i in range(1, len(shards) + 1)]
+    count = len(shards)
+    names = [single] if count == 1 else [_shard_name(single, i, count) for i in range(1, count + 1)]
     with staged(folder) as stage:
         for name, shard in zip(names, shards, strict=True):
             with stage.path(name).open("wb") as file:
-                _write(file, side, tensors, shard, {**ties, **notes})
-        if len(shards) > 1:
-            stage.path(INDEX).write_text(_index(names, shards), encoding="utf-8")
-            names.append(INDEX)
+                write(file, shard.tensors)
+        if count > 1:
+            index = f"{single}.index.json"
+            stage.path(index).write_text(_index(names, shards), encoding="utf-8")
+            names.append(index)
         for name, text in (beside or {}).items():
             stage.path(name).write_text(text, encoding="utf-8")
-    _remove_stale(Path(folder), keep=set(names))
+    _remove_stale(Path(folder), stale, keep=set(names))
     return [Path(folder) / name for name in names]
 
 
@@ -133,8 +164,9 @@ def _checked(metadata: Mapping[str, Any]) -> dict[str, str]:
     return dict(metadata)
 
 
-def _shard_name(number: int, count: int) -> str:
-    return f"model-{number:05}-of-{count:05}.safetensors"
+def _shard_name(single: str, number: int, count: int) -> str:
+    stem, suffix = single.rsplit(".", 1)
+    return f"{stem}-{number:05}-of-{count:05}.{suffix}"
 
 
 def _describe(side: Adapter, tensors: Mapping[str, Any]) -> tuple[dict[str, Description], dict[str, str]]:
@@ -149,7 +181,7 @@ def _describe(side: Adapter, tensors: Mapping[str, Any]) -> tuple[dict[str, Desc
         if isinstance(value, Made):
             description = Description(dtype=value.dtype, shape=value.shape, identity=None)
         else:
-            description = side.describe(name, _made(value))
+            description = side.describe(name, made(value))
         identity = None if callable(value) else description.identity
         kept.append(value)
         owner = first.setdefault(identity, name) if identity else name
@@ -160,25 +192,35 @@ def _describe(side: Adapter, tensors: Mapping[str, Any]) -> tuple[dict[str, Desc
     return described, ties
 
 
-def _made(value: Any | Callable[[], Any]) -> Any:
+def made(value: Any | Callable[[], Any]) -> Any:
+    """A tensor, or what makes it, as the tensor."""
     return value() if callable(value) else value
 
 
 def _write(
-    file: BinaryIO, side: Adapter, tensors: Mapping[str, Any], shard: _Shard, notes: Mapping[str, str]
+    file: BinaryIO,
+    side: Adapter,
+    tensors: Mapping[str, Any],
+    part: Mapping[str, Description],
+    notes: Mapping[str, str],
 ) -> None:
-    head, order = make_header([(n, d.dtype, d.shape) for n, d in shard.tensors.items()], notes)
+    head, order = make_header([(n, d.dtype, d.shape) for n, d in part.items()], notes)
     file.write(head)
     for name in order:
-        raw = side.raw(_made(tensors[name]))
-        expected = prod(shard.tensors[name].shape) * ITEM_BYTES[shard.tensors[name].dtype]
+        raw = side.raw(made(tensors[name]))
+        expected = prod(part[name].shape) * ITEM_BYTES[part[name].dtype]
         if len(raw) != expected:
             raise CheckpointError(
                 f"tensor '{name}' was made with {len(raw)} bytes, but announced with {expected}"
             )
-        for start in range(0, len(raw), _CHUNK):
-            file.write(raw[start : start + _CHUNK])
+        write_bytes(file, raw)
         del raw  # before the next tensor is made
+
+
+def write_bytes(file: BinaryIO, raw: memoryview) -> None:
+    """Write a tensor's bytes so that Ctrl-C is heard on the way."""
+    for start in range(0, len(raw), _CHUNK):
+        file.write(raw[start : start + _CHUNK])
 
 
 def _index(names: list[str], shards: list[_Shard]) -> str:
@@ -187,9 +229,9 @@ def _index(names: list[str], shards: list[_Shard]) -> str:
     return json.dumps(index, indent=2, sort_keys=True) + "\n"
 
 
-def _remove_stale(folder: Path, keep: set[str]) -> None:
+def _remove_stale(folder: Path, stale: re.Pattern[str], keep: set[str]) -> None:
     for path in sorted(folder.iterdir()):
-        if path.name not in keep and _STALE.fullmatch(path.name):
+        if path.name not in keep and stale.fullmatch(path.name):
             try:
                 path.unlink(missing_ok=True)
             except OSError as error:

@@ -8,7 +8,7 @@ from typing import Any
 
 from monoblock import families, tree
 from monoblock.auto import AutoConfig
-from monoblock.checkpoint.hub import HubOptions, WeightFiles, find_file, find_weights
+from monoblock.checkpoint.hub import HubOptions, WeightFiles, find_file, find_weights, kind_of
 from monoblock.checkpoint.keymap import KeyMap
 from monoblock.checkpoint.store import Store, open_store
 from monoblock.checkpoint.weights import Tensors, Weights, opened
@@ -168,10 +168,9 @@ def companions(name: Path | str, options: HubOptions | None = None) -> dict[str,
 
 
 def local_store(paths: Iterable[Path]) -> Store:
-    """The tensors of local files, all safetensors or all pickles."""
+    """The tensors of local files, all of one kind; what has no ending of another kind is a pickle."""
     paths = tuple(paths)
-    kind = "safetensors" if paths[0].suffix == ".safetensors" else "bin"
-    return open_store(WeightFiles(kind=kind, paths=paths), "np")
+    return open_store(WeightFiles(kind=kind_of(paths[0]), paths=paths), "np")
 
 
 def hub_config(config: PretrainedConfig, row: ModelClass, dtype: str | None) -> PretrainedConfig:

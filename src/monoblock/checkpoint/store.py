@@ -3,12 +3,15 @@
 import ctypes
 import mmap
 import weakref
-from collections.abc import Iterator, KeysView, Mapping, Sequence
+from collections.abc import Callable, Iterator, KeysView, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
-from monoblock.checkpoint.header import ITEM_BYTES, Entry, read_header
-from monoblock.checkpoint.hub import WeightFiles
+from monoblock.checkpoint.hdf5 import Hdf5
+from monoblock.checkpoint.header import ITEM_BYTES, Entry, Header, read_header
+from monoblock.checkpoint.hub import Kind, WeightFiles
+from monoblock.checkpoint.msgpack import read_msgpack
+from monoblock.checkpoint.naming import Naming, Renamed, Shard, flax_name, tensorflow_name
 from monoblock.checkpoint.pickles import unpickled
 from monoblock.checkpoint.save import parse_size, save_tensors
 from monoblock.checkpoint.views import Adapter, Framework, adapter, import_torch
@@ -17,28 +20,19 @@ from monoblock.errors import CheckpointError
 __all__ = ["Store", "open_store", "parse_size", "save_tensors"]
 
 
-class _Shard(Protocol):
-    """One weight file."""
-
-    path: Path
-    metadata: Mapping[str, str]
-
-    def names(self) -> KeysView[str]: ...
-    def shape(self, name: str) -> tuple[int, ...]: ...
-    def dtype(self, name: str) -> str: ...
-    def tensor(self, name: str) -> Any: ...
-
-
 class Store:
     """A checkpoint's tensors by name; nothing is read from the disk before a tensor is used.
 
     A tensor is laid over the file's memory map, and its memory goes back to the system with it: copying a
     model out of a store, tensor by tensor, takes the copy and one tensor at a time. It may be changed in
-    place; the file does not change. From safetensors each call of `tensor` gives the file's values again; a
-    .bin file is unpickled once, and its tensors are the same objects at every call.
+    place; the file does not change. Each call of `tensor` gives the file's values again; but a .bin file is
+    unpickled once, and its tensors are the same objects at every call.
+
+    Files of transformers 4's Flax and TensorFlow classes have the hub's PyTorch names and layouts here. Their
+    tensors are copies of the file's bytes, and where a layout differs, transposed views of such copies.
     """
 
-    def __init__(self, shards: Sequence[_Shard], homes: Mapping[str, _Shard]):
+    def __init__(self, shards: Sequence[Shard], homes: Mapping[str, Shard]):
         self._shards = shards
         self._homes = homes
 
@@ -81,20 +75,21 @@ def open_store(files: WeightFiles, framework: Framework) -> Store:
     """The tensors of a checkpoint's files, for "pt" (PyTorch) or "np" (NumPy).
 
     `CheckpointError`: a file is missing, cut off, corrupt or no weights, a pickle holds code, or the index
-    names a tensor that its shard lacks. `ImportError`: PyTorch is needed (for "pt", and for any .bin file)
-    and absent.
+    names a tensor that its shard lacks. `ImportError`: PyTorch is needed (for "pt", and for any .bin file), or
+    h5py (for .h5 files), and absent.
     """
-    make = _Safetensors if files.kind == "safetensors" else _Pickle
     side = adapter(framework)
-    shards: dict[Path, _Shard] = {path: make(path, side) for path in files.paths}
+    shards: dict[Path, Shard] = {path: _OPENERS[files.kind](path, side) for path in files.paths}
     listed = files.weight_map or {}
-    homes: dict[str, _Shard] = {}
+    homes: dict[str, Shard] = {}
     for path, shard in shards.items():
         for name in shard.names():
             if name not in listed and name in homes:
                 raise CheckpointError(f"tensor '{name}' is both in {homes[name].path} and in {path}")
             homes[name] = shard
     for name, path in listed.items():
+        if isinstance(shards[path], Renamed):
+            continue  # the index has the framework's own names; what is missing shows when a model is loaded
         if name not in shards[path].names():
             raise CheckpointError(
                 f"{path} lacks tensor '{name}', which the index says it holds: fetch the checkpoint again"
@@ -103,11 +98,10 @@ def open_store(files: WeightFiles, framework: Framework) -> Store:
     return Store(list(shards.values()), homes)
 
 
-class _Safetensors:
-    """A safetensors file as a private memory map, opened once."""
+class _Mapped:
+    """A file whose tensors' places are known, as a private memory map, opened once."""
 
-    def __init__(self, path: Path, side: Adapter):
-        header = read_header(path)
+    def __init__(self, path: Path, side: Adapter, header: Header):
         self.path = path
         self.metadata = header.metadata
         self._entries = header.entries
@@ -130,9 +124,18 @@ class _Safetensors:
 
     def tensor(self, name: str) -> Any:
         entry = self._entries[name]
-        if entry.begin % ITEM_BYTES[entry.dtype]:  # only old writers' files; frameworks want aligned elements
-            return self._side.lay(bytearray(self._map[entry.begin : entry.end]), entry.dtype, entry.shape)
-        return self._side.lay(self._buffer(name, entry), entry.dtype, entry.shape)
+        # Frameworks want elements that are aligned, and in one piece.
+        direct = not entry.rest and not entry.begin % ITEM_BYTES[entry.dtype]
+        buffer = self._buffer(name, entry) if direct else self._copied(entry)
+        return self._side.lay(buffer, entry.dtype, entry.shape)
+
+    def _copied(self, entry: Entry) -> bytearray:
+        """The entry's bytes, as a copy; what reading them brought into memory goes back at once."""
+        pieces = ((entry.begin, entry.end), *entry.rest)
+        copy = bytearray().join(memoryview(self._map)[begin:end] for begin, end in pieces)
+        for begin, end in pieces:
+            _release(self._map, *_inner_pages(begin, end))
+        return copy
 
     def _buffer(self, name: str, entry: Entry) -> ctypes.Array[ctypes.c_char]:
         """The entry's part of the map, as an object whose end frees the pages that only it covers.
@@ -145,11 +148,27 @@ class _Safetensors:
             self._given.clear()
         self._given.add(name)
         buffer = (ctypes.c_char * (entry.end - entry.begin)).from_buffer(self._map, entry.begin)
-        begin = -(-entry.begin // mmap.PAGESIZE) * mmap.PAGESIZE
-        length = entry.end // mmap.PAGESIZE * mmap.PAGESIZE - begin
-        if length > 0 and hasattr(mmap, "MADV_DONTNEED"):  # not on Windows
-            weakref.finalize(buffer, self._map.madvise, mmap.MADV_DONTNEED, begin, length).atexit = False
+        pages = _inner_pages(entry.begin, entry.end)
+        weakref.finalize(buffer, _release, self._map, *pages).atexit = False
         return buffer
+
+
+def _inner_pages(begin: int, end: int) -> tuple[int, int]:
+    """Begin and length of the pages that lie within a span whole."""
+    first = -(-begin // mmap.PAGESIZE) * mmap.PAGESIZE
+    return first, end // mmap.PAGESIZE * mmap.PAGESIZE - first
+
+
+def _release(pages: mmap.mmap, begin: int, length: int) -> None:
+    if length > 0 and hasattr(mmap, "MADV_DONTNEED"):  # not on Windows
+        pages.madvise(mmap.MADV_DONTNEED, begin, length)
+
+
+def _safetensors(path: Path, side: Adapter) -> Shard:
+    """A safetensors file; what transformers 4's other classes wrote says so, and has their names."""
+    shard = _Mapped(path, side, read_header(path))
+    naming = _NAMINGS.get(shard.metadata.get("format", ""))
+    return Renamed(shard, naming) if naming else shard
 
 
 class _Pickle:
@@ -194,3 +213,13 @@ def _load_pickle(path: Path) -> dict[str, Any]:
                 f"{path}: entry {name!r} is a {type(value).__name__}; expected tensors by name only"
             )
     return cast(dict[str, Any], content)
+
+
+_NAMINGS: dict[str, Naming] = {"flax": flax_name, "tf": tensorflow_name}
+
+_OPENERS: dict[Kind, Callable[[Path, Adapter], Shard]] = {
+    "safetensors": _safetensors,
+    "bin": _Pickle,
+    "msgpack": lambda path, side: Renamed(_Mapped(path, side, read_msgpack(path)), flax_name),
+    "h5": lambda path, side: Renamed(Hdf5(path, side), tensorflow_name),
+}

@@ -114,7 +114,8 @@ def _read(
     source: Source, store: Store, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
 ) -> Tensor:
     if isinstance(source.op, Same):
-        return store.tensor(source.names[0]).to(device=device, dtype=dtype)
+        # A transposed view, of another framework's file, becomes an ordinary parameter.
+        return store.tensor(source.names[0]).to(device=device, dtype=dtype).contiguous()
     target = torch.empty(shape, dtype=dtype, device=device)
     for view, name in zip(source.op.views(target), source.names, strict=True):
         view.copy_(store.tensor(name).reshape(view.shape))

@@ -18,7 +18,7 @@ from monoblock.backends.pytorch.decode import Generation
 from monoblock.backends.pytorch.inputs import check_tokens, flattened, has_positions, prepare
 from monoblock.backends.pytorch.model import Attention, Backbone
 from monoblock.backends.pytorch.parameters import Parameters
-from monoblock.checkpoint.hub import find_weights
+from monoblock.checkpoint.hub import Kind, find_weights
 from monoblock.checkpoint.options import HubOptions
 from monoblock.checkpoint.save import save_tensors
 from monoblock.checkpoint.store import open_store
@@ -159,7 +159,8 @@ class PreTrainedModel(Parameters, Generation):
         `ignore_mismatched_sizes=True` makes tensors of other shapes anew instead of raising ShapeMismatch.
         `quantization_config`: a BitsAndBytesConfig, or `load_in_4bit`, `load_in_8bit`.
         `attn_implementation`: "sdpa", "eager", "flex_attention" or "flash_attention_2". `revision`, `token`,
-        `cache_dir`, `local_files_only`, `force_download`, `subfolder`, `variant`, `use_safetensors` say which files.
+        `cache_dir`, `local_files_only`, `force_download`, `subfolder`, `variant`, `use_safetensors` say which files;
+        `from_flax=True` and `from_tf=True` prefer transformers 4's flax_model.msgpack and tf_model.h5 to others.
         Other keywords set fields of the config (`num_labels=3`). HubError: the files cannot be had. CheckpointError:
         they do not fit. ValueError: an argument is wrong.
         """
@@ -176,6 +177,7 @@ class PreTrainedModel(Parameters, Generation):
             options.hub,
             variant=options.variant,
             use_safetensors=options.use_safetensors,
+            prefer=options.prefer,
         )
         store = open_store(files, "pt")
         dtype = loading.chosen_dtype(options.dtype, settings.dtype, store)
@@ -329,6 +331,10 @@ class LoadOptions:
         self.quantization = quantize.wanted(kwargs.pop("quantization_config", None), **bits)
         self.variant = kwargs.pop("variant", None)
         self.use_safetensors = kwargs.pop("use_safetensors", None)
+        sources: dict[str, Kind] = {"from_flax": "msgpack", "from_tf": "h5"}
+        self.prefer = [kind for name, kind in sources.items() if kwargs.pop(name, False)]
+        if len(self.prefer) > 1:
+            raise ValueError("from_flax=True and from_tf=True exclude each other: choose one")
         if kwargs.pop("trust_remote_code", False):
             log.info("trust_remote_code=True: no remote code is run here; the makers' options work natively")
         kwargs.pop("low_cpu_mem_usage", None)  # always so

@@ -1,0 +1,84 @@
+"""TensorFlow's .h5 files, as transformers 4 wrote them, read with h5py."""
+
+import importlib
+from collections.abc import KeysView, Mapping
+from pathlib import Path
+from typing import Any
+
+from monoblock.checkpoint.header import check_weight_file
+from monoblock.checkpoint.views import HUB_NAMES, Adapter, adapter
+from monoblock.errors import CheckpointError
+
+
+class Hdf5:
+    """One .h5 file; a tensor is read from it whenever it is asked for.
+
+    A whole model's file has a group for each part of the model, and in it that part's weights by their full names;
+    a shard has weights only, mostly without the outer model's name. Here all are without it.
+    """
+
+    def __init__(self, path: Path, side: Adapter):
+        check_weight_file(path)
+        h5py = _import_h5py(path)
+        self.path = path
+        self.metadata: Mapping[str, str] = {}
+        self._side = side
+        self._datasets: dict[str, Any] = {}
+        try:
+            self._file: Any = h5py.File(path, "r")
+            # What the file itself holds: neither its soft links nor those to other files are followed.
+            self._file.visititems(self._add)
+        except (OSError, RuntimeError, KeyError) as error:
+            raise CheckpointError(
+                f"{path} cannot be read as HDF5 ({_line(error)}): fetch it again"
+            ) from error
+        if not self._datasets:
+            raise CheckpointError(f"{path} is an HDF5 file without weights: fetch it again")
+
+    def _add(self, key: str, new: Any) -> None:
+        if not hasattr(new, "dtype"):
+            return  # a group
+        name = self._without_model(key)
+        if new.external or new.is_virtual:
+            raise CheckpointError(f"{self.path} is refused: '{name}' has its numbers in other files")
+        if new.shape is None or new.dtype.name not in HUB_NAMES:
+            raise CheckpointError(f"{self.path}: '{name}' has dtype {new.dtype}, which is no tensor's")
+        known = self._datasets.setdefault(name, new)  # what two parts of a model share is stored in both
+        if (known.shape, known.dtype) != (new.shape, new.dtype):
+            raise CheckpointError(f"{self.path} holds '{name}' twice, and with different shapes or dtypes")
+
+    def _without_model(self, key: str) -> str:
+        """`part/model/part/layer/kernel:0` -> `part/layer/kernel:0`; a shard's key stays as it is."""
+        part, _, name = key.partition("/")
+        if not any(attribute.startswith("weight_names") for attribute in self._file[part].attrs):
+            return key
+        return name.partition("/")[2] or name
+
+    def names(self) -> KeysView[str]:
+        return self._datasets.keys()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._datasets[name].shape
+
+    def dtype(self, name: str) -> str:
+        return HUB_NAMES[self._datasets[name].dtype.name]
+
+    def tensor(self, name: str) -> Any:
+        try:
+            array = self._datasets[name][()]
+        except OSError as error:
+            raise CheckpointError(
+                f"{self.path} is damaged at '{name}' ({_line(error)}): fetch it again"
+            ) from error
+        return self._side.lay(adapter("np").raw(array), self.dtype(name), self.shape(name))
+
+
+def _line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+def _import_h5py(path: Path) -> Any:
+    try:
+        return importlib.import_module("h5py")
+    except ImportError as error:
+        raise ImportError(f"reading {path.name} needs h5py: pip install h5py") from error

@@ -1,0 +1,222 @@
+"""Flax's msgpack files, read: a tree of maps whose leaves are arrays, found where they lie.
+
+An array is an extension of type 1 (a scalar one of type 3) that holds, packed again, its shape, the name of its
+dtype, and its bytes. One of more than 2^30 bytes is a map with `__msgpack_chunked_array__`, its `shape` and its flat
+`chunks`, the two as maps from "0" on. The format: https://github.com/msgpack/msgpack/blob/master/spec.md.
+"""
+
+import mmap
+import struct
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import cast
+
+from monoblock.checkpoint.header import ITEM_BYTES, Entry, Header, check_weight_file
+from monoblock.checkpoint.views import HUB_NAMES
+from monoblock.errors import CheckpointError
+
+CHUNKED = "__msgpack_chunked_array__"
+
+_ARRAYS = (1, 3)  # Flax's extension types of an array and of a NumPy scalar
+_DEPTH = 64  # no tree of parameters is as deep; garbage may be
+
+
+@dataclass(frozen=True)
+class _Span:
+    """Bytes of the file, not read."""
+
+    begin: int
+    end: int
+
+
+def read_msgpack(path: Path) -> Header:
+    """The arrays of a msgpack file by their path in its tree, joined with dots; nothing of them is read.
+
+    `CheckpointError` names the file and what is wrong with it.
+    """
+    check_weight_file(path)
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        reader = _Reader(data)
+        try:
+            tree = reader.value()
+            if reader.at != len(data):
+                raise ValueError(f"{len(data) - reader.at} bytes follow its end")
+            entries = dict(_no_duplicates(_flat(tree, "")))
+        except ValueError as error:
+            raise CheckpointError(
+                f"{path} cannot be read as Flax's msgpack weights ({error}): fetch it again"
+            ) from error
+    if not entries:
+        raise CheckpointError(f"{path} holds no arrays: fetch it again")
+    return Header(entries=entries, metadata={})
+
+
+class _Reader:
+    """A cursor over msgpack bytes. ValueError: they are not msgpack, or end too early."""
+
+    def __init__(self, data: mmap.mmap):
+        self.at = 0
+        self._data = data
+        self._depth = 0
+
+    def value(self) -> object:
+        """The next value: text, numbers, lists and dicts as they are, byte strings as spans, arrays as entries."""
+        tag = self.number(1)
+        if tag < 0x80:
+            return tag
+        if tag < 0x90:
+            return self.table(tag & 0x0F)
+        if tag < 0xA0:
+            return self.values(tag & 0x0F)
+        if tag < 0xC0:
+            return self.text(tag & 0x1F)
+        if tag >= 0xE0:
+            return tag - 0x100
+        if tag not in _TAGS:
+            raise ValueError(f"byte {self.at - 1} begins no value")
+        return _TAGS[tag](self)
+
+    def span(self, length: int) -> _Span:
+        """The place of the next bytes, which are skipped."""
+        begin, self.at = self.at, self.at + length
+        if self.at > len(self._data):
+            raise ValueError(f"it is cut off: {len(self._data)} bytes of at least {self.at} are there")
+        return _Span(begin, self.at)
+
+    def raw(self, length: int) -> bytes:
+        """The next bytes."""
+        span = self.span(length)
+        return self._data[span.begin : span.end]
+
+    def number(self, length: int, *, signed: bool = False) -> int:
+        """A big-endian whole number of that many bytes."""
+        return int.from_bytes(self.raw(length), "big", signed=signed)
+
+    def text(self, length: int) -> str:
+        """UTF-8 text; UnicodeDecodeError is a ValueError."""
+        return self.raw(length).decode()
+
+    def values(self, count: int) -> list[object]:
+        """So many values."""
+        return [self._inner() for _ in range(count)]
+
+    def table(self, count: int) -> dict[str, object]:
+        """So many pairs of text and value."""
+        found: dict[str, object] = {}
+        for _ in range(count):
+            key = self._inner()
+            if not isinstance(key, str) or key in found:
+                raise ValueError(f"a map before byte {self.at} has the key {key!r} twice, or it is no text")
+            found[key] = self._inner()
+        return found
+
+    def extension(self, length: int) -> object:
+        """An array's entry; an extension of another type as a span."""
+        kind = self.number(1)
+        if kind not in _ARRAYS:
+            return self.span(length)
+        end = self.at + length
+        parts = self._inner()
+        if isinstance(parts, list) and self.at == end and len(cast(list[object], parts)) == 3:
+            shape, dtype, span = cast(list[object], parts)
+            if isinstance(shape, list) and isinstance(dtype, str) and isinstance(span, _Span):
+                return _entry(cast(list[object], shape), dtype, span)
+        raise ValueError(f"the extension before byte {end} is no array of Flax")
+
+    def _inner(self) -> object:
+        self._depth += 1
+        if self._depth > _DEPTH:
+            raise ValueError(f"its tree is more than {_DEPTH} levels deep")
+        value = self.value()
+        self._depth -= 1
+        return value
+
+
+def _sized(read: Callable[[_Reader, int], object], length: int) -> Callable[[_Reader], object]:
+    """What reads a value whose size stands before it, in so many bytes."""
+    return lambda reader: read(reader, reader.number(length))
+
+
+def _number(length: int, *, signed: bool = False) -> Callable[[_Reader], object]:
+    return lambda reader: reader.number(length, signed=signed)
+
+
+def _float(code: str) -> Callable[[_Reader], object]:
+    return lambda reader: struct.unpack(code, reader.raw(struct.calcsize(code)))[0]
+
+
+def _extension(length: int) -> Callable[[_Reader], object]:
+    return lambda reader: reader.extension(length)
+
+
+# What the first byte of a value says of the rest, where it does not hold the value or its size itself.
+_TAGS: dict[int, Callable[[_Reader], object]] = {
+    0xC0: lambda _: None,
+    0xC2: lambda _: False,
+    0xC3: lambda _: True,
+    0xCA: _float(">f"),
+    0xCB: _float(">d"),
+    **{0xCC + i: _number(1 << i) for i in range(4)},
+    **{0xD0 + i: _number(1 << i, signed=True) for i in range(4)},
+    **{0xD4 + i: _extension(1 << i) for i in range(5)},
+    **{0xC4 + i: _sized(_Reader.span, 1 << i) for i in range(3)},
+    **{0xC7 + i: _sized(_Reader.extension, 1 << i) for i in range(3)},
+    **{0xD9 + i: _sized(_Reader.text, 1 << i) for i in range(3)},
+    **{0xDC + i: _sized(_Reader.values, 2 << i) for i in range(2)},
+    **{0xDE + i: _sized(_Reader.table, 2 << i) for i in range(2)},
+}
+
+
+def _entry(shape: list[object], dtype: str, span: _Span) -> Entry:
+    if dtype not in HUB_NAMES:
+        raise ValueError(f"an array has dtype {dtype!r}, which is not supported")
+    sizes = tuple(n for n in shape if type(n) is int and n >= 0)
+    expected = prod(sizes) * ITEM_BYTES[HUB_NAMES[dtype]]
+    if len(sizes) != len(shape) or span.end - span.begin != expected:
+        raise ValueError(f"an array of {dtype} {shape} has {span.end - span.begin} bytes")
+    return Entry(dtype=HUB_NAMES[dtype], shape=sizes, begin=span.begin, end=span.end)
+
+
+def _flat(node: object, name: str) -> Iterator[tuple[str, Entry]]:
+    """The arrays at and below a node of the tree."""
+    if isinstance(node, Entry):
+        yield name or "array", node
+    elif not isinstance(node, dict):
+        raise ValueError(f"'{name}' is no array, but {type(node).__name__}")
+    elif CHUNKED in node:
+        yield name, _joined(cast(dict[str, object], node), name)
+    else:
+        for key, inner in cast(dict[str, object], node).items():
+            yield from _flat(inner, f"{name}.{key}".lstrip("."))
+
+
+def _joined(node: Mapping[str, object], name: str) -> Entry:
+    """The array that lies in the chunks of such a node."""
+    chunks, shape = _counted(node.get("chunks")), _counted(node.get("shape"))
+    pieces = [chunk for chunk in chunks if isinstance(chunk, Entry)]
+    sizes = tuple(n for n in shape if type(n) is int and n >= 0)
+    whole = len(pieces) == len(chunks) and len(sizes) == len(shape)
+    if not pieces or not whole or len({piece.dtype for piece in pieces}) > 1:
+        raise ValueError(f"the chunks of '{name}' make no array")
+    if sum(prod(piece.shape) for piece in pieces) != prod(sizes):
+        raise ValueError(f"the chunks of '{name}' do not fill the shape {list(sizes)}")
+    first, *rest = pieces
+    places = tuple((piece.begin, piece.end) for piece in rest)
+    return Entry(dtype=first.dtype, shape=sizes, begin=first.begin, end=first.end, rest=places)
+
+
+def _counted(node: object) -> list[object]:
+    """The values of a map from "0" on, in that order."""
+    table = cast(dict[str, object], node) if isinstance(node, dict) else {}
+    return [table.get(str(i)) for i in range(len(table))]
+
+
+def _no_duplicates(pairs: Iterator[tuple[str, Entry]]) -> Iterator[tuple[str, Entry]]:
+    seen: set[str] = set()
+    for name, entry in pairs:
+        if name in seen:
+            raise ValueError(f"'{name}' occurs twice")
+        seen.add(name)
+        yield name, entry

@@ -1,0 +1,137 @@
+"""Flax's msgpack files, written array by array, in whatever size; `msgpack.py` describes them."""
+
+import re
+import struct
+from collections.abc import Callable, Collection, Mapping
+from functools import partial
+from math import prod
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+from monoblock.checkpoint.header import ITEM_BYTES
+from monoblock.checkpoint.msgpack import CHUNKED
+from monoblock.checkpoint.naming import flax_path
+from monoblock.checkpoint.save import Made, made, save_shards, write_bytes
+from monoblock.checkpoint.views import DTYPE_NAMES, Adapter, Array, Description, adapter
+from monoblock.errors import CheckpointError
+
+CHUNK = 2**30  # bytes of an array's piece: what Flax cuts off, well below the format's 2^32
+
+# Such files of an earlier save. Variants and other kinds of weights stay.
+_STALE = re.compile(r"flax_model(-\d{5}-of-\d{5})?\.msgpack(\.index\.json)?")
+
+
+def save_msgpack(
+    folder: str | Path,
+    tensors: Mapping[str, Any],
+    *,
+    embeddings: Collection[str],
+    max_shard_size: int | str = "50GB",
+    beside: Mapping[str, str] | None = None,
+) -> list[Path]:
+    """Write `tensors` as flax_model.msgpack, or as shards and their index; returns the files, the index last.
+
+    `tensors`: the hub's names -> NumPy arrays in PyTorch's layouts, or what makes one (see `save_tensors`), each
+    weight once; `embeddings`: which of the names are tables. The file has the tree and the layouts of transformers'
+    Flax classes, and Flax itself reads it. `beside` and all else is as `save_tensors` has it; at most two copies of
+    one tensor are made at a time. Weights of other kinds that are in the folder stay there.
+    """
+    side = adapter("np")
+    described: dict[str, Description] = {}
+    makers: dict[str, Callable[[], Array]] = {}
+    for name, value in tensors.items():
+        found = value if isinstance(value, Made) else side.describe(name, made(value))
+        path = flax_path(name, len(found.shape), tensors.keys(), embeddings)
+        transposed = path.endswith("kernel")
+        shape = found.shape[::-1] if transposed else found.shape
+        described[path] = Description(dtype=found.dtype, shape=shape, identity=None)
+        makers[path] = partial(_laid_out, value, transposed)
+
+    def write(file: BinaryIO, part: Mapping[str, Description]) -> None:
+        _write_tree(file, side, _tree(part), makers)
+
+    return save_shards(
+        folder,
+        described,
+        write,
+        single="flax_model.msgpack",
+        stale=_STALE,
+        max_shard_size=max_shard_size,
+        beside=beside,
+    )
+
+
+def _laid_out(value: Any, transposed: bool) -> Array:
+    array = made(value)
+    return array.T if transposed else array
+
+
+_Tree = dict[str, Any]  # text -> such a tree, or the path and the description of an array
+
+
+def _tree(part: Mapping[str, Description]) -> _Tree:
+    root: _Tree = {}
+    for path, description in part.items():
+        *parents, leaf = path.split("/")
+        node = root
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[leaf] = path, description
+    return root
+
+
+def _write_tree(
+    file: BinaryIO, side: Adapter, tree: _Tree, makers: Mapping[str, Callable[[], Array]]
+) -> None:
+    file.write(_head(_MAP, len(tree)))
+    for key, node in tree.items():
+        file.write(_text(key))
+        if isinstance(node, dict):
+            _write_tree(file, side, cast(_Tree, node), makers)
+        else:
+            path, description = cast(tuple[str, Description], node)
+            raw = side.raw(makers[path]())
+            if len(raw) != prod(description.shape) * ITEM_BYTES[description.dtype]:
+                raise CheckpointError(f"tensor '{path}' was made with another size than announced")
+            _write_array(file, raw, description)
+
+
+def _write_array(file: BinaryIO, raw: memoryview, description: Description) -> None:
+    """An array's extension; a map of its chunks if it is larger than one may be."""
+    if len(raw) <= CHUNK:
+        _write_piece(file, raw, description.dtype, description.shape)
+        return
+    width = ITEM_BYTES[description.dtype]
+    step = CHUNK // width * width
+    starts = range(0, len(raw), step)
+    file.write(_head(_MAP, 3) + _text(CHUNKED) + b"\xc3" + _text("shape"))
+    sizes = b"".join(_text(str(i)) + _size(n) for i, n in enumerate(description.shape))
+    file.write(_head(_MAP, len(description.shape)) + sizes + _text("chunks") + _head(_MAP, len(starts)))
+    for i, start in enumerate(starts):
+        piece = raw[start : start + step]
+        file.write(_text(str(i)))
+        _write_piece(file, piece, description.dtype, (len(piece) // width,))
+
+
+def _write_piece(file: BinaryIO, raw: memoryview, dtype: str, shape: tuple[int, ...]) -> None:
+    sizes = b"".join(map(_size, shape))
+    head = b"\x93" + _head(_LIST, len(shape)) + sizes + _text(DTYPE_NAMES[dtype]) + _head(_BYTES, len(raw))
+    file.write(_head(_EXTENSION, len(head) + len(raw)) + b"\x01" + head)
+    write_bytes(file, raw)
+
+
+# Always the widest form of a size: any reader takes it, and it costs a few bytes.
+_BYTES, _EXTENSION, _TEXT, _LIST, _MAP = 0xC6, 0xC9, 0xDB, 0xDD, 0xDF
+
+
+def _head(tag: int, count: int) -> bytes:
+    return struct.pack(">BI", tag, count)
+
+
+def _size(number: int) -> bytes:
+    return struct.pack(">BQ", 0xCF, number)
+
+
+def _text(text: str) -> bytes:
+    raw = text.encode()
+    return _head(_TEXT, len(raw)) + raw
