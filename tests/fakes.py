@@ -58,6 +58,7 @@ class TableModel:
     """`loop.Model` over a `TableDecoder`; `log` tells what the loop asked for."""
 
     ops = NumpyOps()
+    compiled = None
     input_names = frozenset({"past_key_values", "inputs_embeds"})
 
     def __init__(self, scores: Callable[[list[int]], np.ndarray], generation_config: Any = None):

@@ -53,9 +53,10 @@ def our_processors(fields, ids, mask, allowed=None):
         config=resolve(fields, None, None),
         prompt_bn=ids[:, :PROMPT],
         valid_bn=None if mask is None or bool(mask.all()) else mask != 0,
+        prompt_length=PROMPT,
         max_length=PROMPT + 4,
     )
-    return processors.build(setting, (), allowed)
+    return processors.build(setting, processors.wanted(setting.config, allowed))
 
 
 def scores(seed, spread=3.0):
@@ -227,6 +228,7 @@ def ours(peer, ids, **arguments):
         generation_config=None,
         input_names=frozenset(),
         max_positions=None,
+        compiled=None,
         decoder=lambda plan, inputs: Recomputing(peer, plan.config),
     )
     with torch.no_grad():

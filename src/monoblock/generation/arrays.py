@@ -7,7 +7,7 @@ from the arrays themselves. Shape suffixes: `b` rows, `n` tokens so far, `v` voc
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, cast
 
 import numpy as np
@@ -106,6 +106,13 @@ class ArrayOps(Protocol):
 
     def where(self, condition: Array, x: Array, y: Array) -> Array:
         """Values of x where the condition holds, else of y; either may be a number."""
+        ...
+
+    def choose(self, condition: Any, yes: Callable[[], Array], no: Callable[[], Array]) -> Array:
+        """`yes()` if the one truth value holds, else `no()`; both have the same shape and kind.
+
+        In a loop that is compiled the condition may be the device's, and both are compiled.
+        """
         ...
 
     def full_like(self, x: Array, value: float) -> Array:
@@ -227,6 +234,9 @@ class NumpyOps:
         # A Python number takes the other side's type, as in the frameworks, instead of making it float64.
         kind: Any = next((side.dtype for side in (x, y) if hasattr(side, "dtype")), None)
         return np.asarray(cast(Any, np.where(condition, x, y)), dtype=kind)
+
+    def choose(self, condition: Any, yes: Callable[[], Array], no: Callable[[], Array]) -> Array:
+        return yes() if condition else no()
 
     def full_like(self, x: Array, value: float) -> Array:
         return np.full_like(x, value)

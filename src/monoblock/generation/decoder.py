@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -18,6 +19,7 @@ class Plan:
     new_tokens: int
     batch: int  # prompts
     copies: int  # rows that continue each prompt; consecutive
+    rewinds: bool = False  # whether tokens are taken back: the cache must not drop any
 
     @property
     def rows(self) -> int:
@@ -74,6 +76,12 @@ class Model(Protocol):
     generation_config: GenerationConfig | None
     input_names: frozenset[str]
     max_positions: int | None
+
+    @property
+    def compiled(self) -> Callable[[Any, Any], Any] | None:
+        """Runs a call (`loop.Generation`) that does not need the host between tokens as one `programs.Program`; None
+        where tokens are always made one by one."""
+        ...
 
     def decoder(self, plan: Plan, inputs: dict[str, Any]) -> Decoder:
         """A decoder for one call."""

@@ -7,6 +7,7 @@ A backend plugs in with two objects. A `Model` describes what `generate` runs on
         generation_config = ...                # the model's own GenerationConfig, or None
         input_names = frozenset({"past_key_values", "position_ids", "inputs_embeds"})
         max_positions = None                   # the length of a position table, if there is one
+        compiled = None                        # what runs a whole call as one program, if the backend can
         def decoder(self, plan, inputs): ...   # a Decoder for one call; `inputs` hold some of input_names
 
 and a `Decoder` computes scores: `prefill(ids, mask)` once, then `step(ids)` for each new token. It owns the cache,
@@ -26,7 +27,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
-from monoblock.generation import beams, guidance, processors, speculative, stopping, structured
+from monoblock.generation import beams, guidance, processors, programs, speculative, stopping, structured
 from monoblock.generation.arrays import Array
 from monoblock.generation.config import GenerationConfig
 from monoblock.generation.decoder import Model, Plan
@@ -75,11 +76,19 @@ def generate(
             model.generation_config,
             assisted=call.assistant_model is not None,
         )
-        return _strategy(call, config)(Generation(model, call, config, model_inputs))
+        run = _strategy(call, config)
+        generation = Generation(model, call, config, model_inputs)
+        if model.compiled is not None and (program := programs.of(generation)) is not None:
+            return model.compiled(generation, program)
+        return run(generation)
+
+
+def _guesses(call: Call, config: GenerationConfig) -> bool:
+    return call.assistant_model is not None or config.prompt_lookup_num_tokens is not None
 
 
 def _strategy(call: Call, config: GenerationConfig) -> Callable[[Generation], Any]:
-    guesses = call.assistant_model is not None or config.prompt_lookup_num_tokens is not None
+    guesses = _guesses(call, config)
     if (config.num_beams or 1) == 1:
         return speculative.run if guesses else one_by_one
     if guesses:
@@ -122,6 +131,7 @@ class Generation:
             new_tokens=new_tokens(config, given, model.max_positions),
             batch=batch,
             copies=_copies(config),
+            rewinds=_guesses(call, config),
         )
         if self.streamer is not None and self.plan.rows > 1:
             raise ValueError(f"a streamer takes one sequence at a time, got {self.plan.rows} rows")
@@ -134,8 +144,9 @@ class Generation:
         self.guidance = guidance.build(model, call, self.plan, self.prompt_bn, self.copied)
         self.processors = [self.guidance] if self.guidance else []
         shape = structured.build(ops, columns, call.response_format, call.tokenizer, config)
-        own = [*(call.logits_processor or ()), *([shape] if shape else [])]
-        self.processors += processors.build(self.setting, own, call.prefix_allowed_tokens_fn)
+        self.own_processors = [*(call.logits_processor or ()), *([shape] if shape else [])]
+        self.fields = processors.wanted(config, call.prefix_allowed_tokens_fn)
+        self.processors += processors.build(self.setting, self.fields, self.own_processors)
         self.criteria = stopping.build(
             config.max_time, config.stop_strings, self.own_criteria, call.tokenizer
         )
@@ -167,6 +178,7 @@ class Generation:
             config=self.config,
             prompt_bn=self.copied(self.prompt_bn),
             valid_bn=self.copied(self.mask_bm != 0) if is_mask else None,
+            prompt_length=columns,
             max_length=columns + self.plan.new_tokens,
             copies=self.plan.copies,
             keep=1 if (self.config.num_beams or 1) == 1 else 1 + max(1, len(self.eos)),

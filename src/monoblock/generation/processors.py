@@ -42,18 +42,23 @@ class Setting:
     config: GenerationConfig
     prompt_bn: Array
     valid_bn: Array | None  # where the prompt is no padding; None: everywhere
+    prompt_length: int
     max_length: int
     copies: int = 1  # consecutive rows that continue the same prompt
     keep: int = 1  # tokens that sampling's limits leave at least
+    # In a compiled loop `ids` have a fixed number of columns, the text at their end: how long it is and where. The
+    # lengths may be the device's there, and so may numbers that fields hold.
+    text_length: Any = None
+    text_valid_bn: Array | None = None
 
-    @property
-    def prompt_length(self) -> int:
-        return self.prompt_bn.shape[1]
+    def length(self, ids_bn: Array) -> Any:
+        """How long the text is."""
+        return ids_bn.shape[1] if self.text_length is None else self.text_length
 
     def valid(self, ids_bn: Array) -> Array | None:
         """Where `ids` is no padding of the prompt."""
-        if self.valid_bn is None:
-            return None
+        if self.text_valid_bn is not None or self.valid_bn is None:
+            return self.text_valid_bn
         new = self.ops.mask(ids_bn.shape[0], ids_bn.shape[1] - self.prompt_length)
         return self.ops.concat([self.valid_bn, ~new])
 
@@ -101,23 +106,28 @@ def _bad_words(words: Sequence[Sequence[int]], s: Setting) -> Processor | None:
     return sc.SequenceBias(s.ops, kept) if kept else None
 
 
-def _ban_while(s: Setting, tokens: Sequence[int], when: Callable[[int], bool]) -> Processor | None:
+def _at(s: Setting, when: Callable[[Any], Any], change: Callable[[Array], Array]) -> Processor:
+    """A change of the scores at the lengths for which `when` holds."""
+    return lambda ids, scores: s.ops.choose(when(s.length(ids)), lambda: change(scores), lambda: scores)
+
+
+def _ban_while(s: Setting, tokens: Sequence[int], when: Callable[[Any], Any]) -> Processor | None:
     """-inf for these tokens while `when(length so far)`."""
     if not tokens:
         return None
     index_k = s.ops.array(list(tokens))
-    return lambda ids, scores: s.ops.fill_columns(scores, index_k, sc.NEVER) if when(ids.shape[1]) else scores
+    return _at(s, when, lambda scores: s.ops.fill_columns(scores, index_k, sc.NEVER))
 
 
 def _force_at(s: Setting, tokens: Sequence[int], length: int) -> Processor:
     index_k = s.ops.array(list(tokens))
-    return lambda ids, scores: sc.only(s.ops, scores, index_k) if ids.shape[1] == length else scores
+    return _at(s, lambda n: n == length, lambda scores: sc.only(s.ops, scores, index_k))
 
 
 def _first_choice(s: Setting) -> int:
     """The length at which the first free choice is made."""
-    forced = s.config.forced_bos_token_id is not None and s.prompt_length <= 1
-    return s.prompt_length + 1 if forced else s.prompt_length
+    forced = s.config.forced_bos_token_id is not None
+    return s.prompt_length + (s.prompt_length <= 1) if forced else s.prompt_length
 
 
 def _decay(value: tuple[int, float], s: Setting) -> Processor | None:
@@ -127,8 +137,10 @@ def _decay(value: tuple[int, float], s: Setting) -> Processor | None:
     index_k = s.ops.array(list(s.config.eos_ids))
 
     def grow(ids: Array, scores: Array) -> Array:
-        past = ids.shape[1] - start
-        return sc.raise_columns(s.ops, scores, index_k, factor**past - 1) if past > 0 else scores
+        past = s.length(ids) - start
+        return s.ops.choose(
+            past > 0, lambda: sc.raise_columns(s.ops, scores, index_k, factor**past - 1), lambda: scores
+        )
 
     return grow
 
@@ -167,20 +179,34 @@ SAMPLING: tuple[Row, ...] = (
 LAST: tuple[Row, ...] = (("renormalize_logits", False, lambda _, s: lambda _i, x: s.ops.log_softmax(x)),)
 
 
-def _rows(table: Iterable[Row], values: Mapping[str, Any], setting: Setting) -> list[Processor]:
-    wanted = ((values.get(name), off, build) for name, off, build in table)
-    built = (build(value, setting) for value, off, build in wanted if value is not None and value != off)
-    return [processor for processor in built if processor is not None]
+# Processors that look at the text, not at its length alone.
+READERS = frozenset(
+    {
+        "sequence_bias",
+        "repetition_penalty",
+        "no_repeat_ngram_size",
+        "encoder_no_repeat_ngram_size",
+        "bad_words_ids",
+    }
+)
 
 
-def build(setting: Setting, own: Iterable[Processor] = (), allowed: Any = None) -> list[Processor]:
-    """Every processor that a call needs, in order; `own` are the caller's, `allowed` its prefix function."""
-    values = {**setting.config.set_fields(), "prefix_allowed_tokens_fn": allowed}
-    processors = _rows(ALWAYS, values, setting)
-    processors += [_checked(processor) for processor in own]
-    if setting.config.do_sample:
-        processors += _rows(SAMPLING, values, setting)
-    return processors + _rows(LAST, values, setting)
+def wanted(config: GenerationConfig, allowed: Any = None) -> dict[str, Any]:
+    """The fields that do something to the scores of a call, and their values; `allowed`: its prefix function."""
+    values = {**config.set_fields(), "prefix_allowed_tokens_fn": allowed}
+    tables = (*ALWAYS, *(SAMPLING if config.do_sample else ()), *LAST)
+    given = ((name, values.get(name), off) for name, off, _ in tables)
+    return {name: value for name, value, off in given if value is not None and value != off}
+
+
+def build(setting: Setting, values: Mapping[str, Any], own: Iterable[Processor] = ()) -> list[Processor]:
+    """The processors of these fields (see `wanted`), in order; `own` are the caller's."""
+
+    def of(table: Iterable[Row]) -> list[Processor]:
+        built = (build(values[name], setting) for name, _, build in table if name in values)
+        return [processor for processor in built if processor is not None]
+
+    return [*of(ALWAYS), *(_checked(processor) for processor in own), *of(SAMPLING), *of(LAST)]
 
 
 def _checked(processor: Any) -> Processor:

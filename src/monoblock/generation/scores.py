@@ -40,14 +40,24 @@ def top_p(ops: ArrayOps, scores_bv: Array, p: float, keep: int = 1) -> Array:
         top_b1 = best_bk[:, :1]
         probs_bk = ops.exp(best_bk - top_b1) / ops.sum(ops.exp(scores_bv - top_b1))
         mass_bk = ops.cumsum(probs_bk)
+        # The mass before the likeliest token is exactly 0: any positive limit spares it, whatever p is.
+        before_bk = mass_bk - probs_bk
+        remove_bk = (before_bk >= p) & (before_bk >= TINY)
+        if keep > 1:
+            remove_bk = _spare_first(ops, remove_bk, keep)
         # Decided inside the window, unless a row is so flat that the set is larger.
-        if all(ops.to_list(mass_bk[:, -1] >= p)):
-            # The mass before the likeliest token is exactly 0: any positive limit spares it, whatever p is.
-            remove_bk = mass_bk - probs_bk >= max(p, TINY)
-            if keep > 1:
-                remove_bk = _spare_first(ops, remove_bk, keep)
-            kept_bk = ops.where(remove_bk, NEVER, best_bk)
-            return ops.put_along(ops.full_like(scores_bv, NEVER), index_bk, kept_bk)
+        return ops.choose(
+            ops.all(mass_bk[:, -1] >= p),
+            lambda: ops.put_along(
+                ops.full_like(scores_bv, NEVER), index_bk, ops.where(remove_bk, NEVER, best_bk)
+            ),
+            lambda: _top_p_sorted(ops, scores_bv, p, keep),
+        )
+    return _top_p_sorted(ops, scores_bv, p, keep)
+
+
+def _top_p_sorted(ops: ArrayOps, scores_bv: Array, p: float, keep: int) -> Array:
+    vocab = scores_bv.shape[-1]
     rising_bv, index_bv = ops.sort(scores_bv)
     remove_bv = ops.cumsum(ops.softmax(rising_bv)) <= 1 - p
     remove_bv = ops.concat([remove_bv[:, :-keep], ops.mask(remove_bv.shape[0], min(keep, vocab))])

@@ -189,7 +189,7 @@ class Assistant:
         plan = dataclasses.replace(generation.plan, config=config)
         self.decoder = cast(RewindableDecoder, model.decoder(plan, {}))
         # The caller's own processors see only texts that are real; q may be any distribution.
-        self.processors = processors.build(generation.setting)
+        self.processors = processors.build(generation.setting, processors.wanted(generation.config))
         self.fed = 0  # tokens of the text that the assistant's cache holds
         self.last = (0, 0)  # length of the text before the last draft, and the draft's
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -89,6 +89,9 @@ class TorchOps:
 
     def where(self, condition: Tensor, x: Tensor | float, y: Tensor | float) -> Tensor:
         return torch.where(condition, x, y)
+
+    def choose(self, condition: Any, yes: Callable[[], Tensor], no: Callable[[], Tensor]) -> Tensor:
+        return yes() if condition else no()
 
     def full_like(self, x: Tensor, value: float) -> Tensor:
         return torch.full_like(x, value)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,11 +12,10 @@ from torch import Tensor
 from monoblock.backends.pytorch.arrays import TorchOps
 from monoblock.backends.pytorch.cache import Cache, DynamicCache, StaticCache, from_tuples, to_tuples
 from monoblock.backends.pytorch.quantized import quantized
-from monoblock.checkpoint.hub import find_file
-from monoblock.checkpoint.options import HubOptions
 from monoblock.generation import loop
 from monoblock.generation.arrays import ArrayOps
-from monoblock.generation.config import GENERATION_CONFIG_NAME, GenerationConfig
+from monoblock.generation.config import GenerationConfig
+from monoblock.generation.mixin import GenerationMixin, check_assistant
 from monoblock.generation.transitions import transition_scores
 from monoblock.spec import Learned
 
@@ -30,10 +28,8 @@ IMAGES = ("image_patches", "image_patches_indices", "pixel_values")
 MORE = frozenset({"token_type_ids", *IMAGES})
 
 
-class Generation:
+class Generation(GenerationMixin):
     """Adds `generate` to the models that predict the next token."""
-
-    generation_config: GenerationConfig | None
 
     def generate(
         self: PreTrainedModel,  # pyright: ignore[reportGeneralTypeIssues]
@@ -52,14 +48,7 @@ class Generation:
         inputs; besides, `seed` or `generator`, and `response_format` (a JSON schema or a regular expression that the
         new text keeps to). ValueError for what is unknown or not supported.
         """
-        if not self.can_generate():
-            raise TypeError(
-                f"{type(self).__name__} predicts no next token: generate with a ...ForCausalLM class"
-            )
-        if isinstance(inputs, Mapping):
-            if twice := inputs.keys() & kwargs.keys():
-                raise TypeError(f"generate got {', '.join(sorted(twice))} twice")
-            kwargs, inputs = {**inputs, **kwargs}, None
+        inputs, kwargs = self.generate_arguments(inputs, kwargs)
         with torch.inference_mode(), _at_rest(self), _assisting(kwargs):
             return loop.generate(Runner(self), inputs, generation_config, **kwargs)
 
@@ -77,21 +66,6 @@ class Generation:
         return transition_scores(
             TorchOps(sequences.device), sequences, scores, beam_indices, normalize_logits
         )
-
-    def default_generation_config(self: PreTrainedModel) -> GenerationConfig:  # pyright: ignore[reportGeneralTypeIssues]
-        """What the model's config says about generation."""
-        return GenerationConfig.from_model_config(self.config)
-
-    def file_generation_config(
-        self: PreTrainedModel,  # pyright: ignore[reportGeneralTypeIssues]
-        name: str | Path,
-        hub: HubOptions,
-    ) -> GenerationConfig | None:
-        """The checkpoint's generation_config.json; without one, what config.json says."""
-        if not self.can_generate():
-            return None
-        path = find_file(name, GENERATION_CONFIG_NAME, hub, required=False)
-        return GenerationConfig.from_json_file(path) if path else self.default_generation_config()
 
 
 @contextlib.contextmanager
@@ -114,12 +88,9 @@ def _assisting(kwargs: dict[str, Any]) -> Iterator[None]:
     if helper is None:
         yield
         return
-    if not (isinstance(helper, Generation) and helper.can_generate()):  # pyright: ignore[reportAttributeAccessIssue]
-        raise TypeError(
-            f"assistant_model must be one of monoblock's ...ForCausalLM models, got {type(helper).__name__}"
-        )
-    kwargs["assistant_model"] = Runner(helper)  # pyright: ignore[reportArgumentType]
-    with _at_rest(helper):  # pyright: ignore[reportArgumentType]
+    check_assistant(helper, Generation)
+    kwargs["assistant_model"] = Runner(helper)
+    with _at_rest(helper):
         yield
 
 
@@ -127,6 +98,7 @@ class Runner:
     """What `loop.generate` needs to know of a model."""
 
     ops: ArrayOps
+    compiled = None
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model

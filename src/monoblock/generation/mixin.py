@@ -1,0 +1,57 @@
+"""What the models of all frameworks share of `generate`: which config they have, and how a call's arguments come."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+from monoblock.checkpoint.hub import find_file
+from monoblock.checkpoint.options import HubOptions
+from monoblock.generation.config import GENERATION_CONFIG_NAME, GenerationConfig
+
+
+class GenerationMixin:
+    """The part of `generate` that has no framework."""
+
+    config: Any
+    generation_config: GenerationConfig | None
+
+    def can_generate(self) -> bool:
+        """Whether the model predicts the next token."""
+        raise NotImplementedError
+
+    def default_generation_config(self) -> GenerationConfig:
+        """What the model's config says about generation."""
+        return GenerationConfig.from_model_config(self.config)
+
+    def file_generation_config(self, name: str | Path, hub: HubOptions) -> GenerationConfig | None:
+        """The checkpoint's generation_config.json; without one, what config.json says."""
+        if not self.can_generate():
+            return None
+        path = find_file(name, GENERATION_CONFIG_NAME, hub, required=False)
+        return GenerationConfig.from_json_file(path) if path else self.default_generation_config()
+
+    def generate_arguments(self, inputs: Any, arguments: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """The prompts and the other arguments of `generate`, of which a tokenizer's output holds several.
+
+        TypeError for a model that predicts no next token, or an argument that is given twice.
+        """
+        if not self.can_generate():
+            raise TypeError(
+                f"{type(self).__name__} predicts no next token: generate with a ...ForCausalLM class"
+            )
+        if not isinstance(inputs, Mapping):
+            return inputs, dict(arguments)
+        given = cast(Mapping[str, Any], inputs)
+        if twice := given.keys() & arguments.keys():
+            raise TypeError(f"generate got {', '.join(sorted(twice))} twice")
+        return None, {**given, **arguments}
+
+
+def check_assistant(helper: Any, kind: type[GenerationMixin]) -> None:
+    """TypeError unless `helper` is a model of that kind that generates."""
+    if not (isinstance(helper, kind) and helper.can_generate()):
+        raise TypeError(
+            f"assistant_model must be one of monoblock's ...ForCausalLM models, got {type(helper).__name__}"
+        )
