@@ -349,11 +349,10 @@ class Always(dict):
         return self.get(key, default)
 
 
-def test_weights_that_are_not_read_yet(server, cache):
+def test_weights_of_another_framework(server, cache):
     server.add(NAME, {"config.json": b"{}", "flax_model.msgpack": b"x"})
-    refusal(
-        lambda: find_weights(NAME, HubOptions(cache_dir=cache)), "flax_model.msgpack", "Flax", "not read yet"
-    )
+    files = find_weights(NAME, HubOptions(cache_dir=cache))
+    assert (files.kind, [path.read_bytes() for path in files.paths]) == ("msgpack", [b"x"])
 
 
 def test_endpoint_and_home_of_a_real_user(server, tmp_path):
@@ -410,14 +409,19 @@ ORDER = [
     "model.safetensors.index.json",
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
+    "flax_model.msgpack",
+    "flax_model.msgpack.index.json",
+    "tf_model.h5",
+    "tf_model.h5.index.json",
 ]
+KINDS = ["safetensors", "bin", "msgpack", "h5"]
 
 
-@pytest.mark.parametrize("first", range(4))
+@pytest.mark.parametrize("first", range(8))
 def test_precedence(tmp_path, first):
     make(tmp_path, *SHARDS, *ORDER[first:])
     files = find_weights(tmp_path)
-    assert files.kind == ("safetensors" if first < 2 else "bin")
+    assert files.kind == KINDS[first // 2]
     assert [p.name for p in files.paths] == ([ORDER[first]] if first % 2 == 0 else SHARDS)
     assert (files.weight_map is None) == (first % 2 == 0)
 
@@ -462,15 +466,26 @@ def test_broken_index(tmp_path, text):
     refusal(lambda: find_weights(tmp_path), "pytorch_model.bin.index.json", error=CheckpointError)
 
 
-@pytest.mark.parametrize("name", ["tf_model.h5", "flax_model.msgpack"])
-def test_local_weights_that_are_not_read_yet(tmp_path, name):
-    make(tmp_path, "config.json", name)
-    refusal(lambda: find_weights(tmp_path), name, "not read yet", "safetensors")
+def test_a_kind_that_is_preferred_goes_first(tmp_path):
+    make(tmp_path, "model.safetensors", "pytorch_model.bin", "flax_model.msgpack")
+    assert find_weights(tmp_path, prefer="msgpack").kind == "msgpack"
+    assert find_weights(tmp_path, prefer=("safetensors", "msgpack")).kind == "safetensors"
+    assert find_weights(tmp_path, prefer=("h5", "bin")).kind == "bin"
+    assert find_weights(tmp_path, prefer="h5").kind == "safetensors"
+    assert find_weights(tmp_path, prefer="msgpack", use_safetensors=True).kind == "safetensors"
+    assert find_weights(tmp_path, prefer="h5", use_safetensors=False).kind == "bin"
+    refusal(
+        lambda: find_weights(tmp_path, prefer="pt"), "'pt'", "safetensors, bin, msgpack, h5", error=ValueError
+    )
 
 
 def test_folder_without_a_model(tmp_path):
     make(tmp_path / "src")
-    refusal(lambda: find_weights(tmp_path), "model.safetensors or pytorch_model.bin", "it holds src/")
+    refusal(
+        lambda: find_weights(tmp_path),
+        "model.safetensors or pytorch_model.bin or flax_model.msgpack or tf_model.h5",
+        "it holds src/",
+    )
     refusal(lambda: find_weights(tmp_path / "src"), "nothing else is known to be there")
     make(tmp_path, *(f"f{i}" for i in range(30)))
     assert "and 19 more" in refusal(lambda: find_weights(tmp_path), "f0")

@@ -26,14 +26,24 @@ class Hdf5:
         self._datasets: dict[str, Any] = {}
         try:
             self._file: Any = h5py.File(path, "r")
-            # What the file itself holds: neither its soft links nor those to other files are followed.
-            self._file.visititems(self._add)
-        except (OSError, RuntimeError, KeyError) as error:
+        except OSError as error:
             raise CheckpointError(
                 f"{path} cannot be read as HDF5 ({_line(error)}): fetch it again"
             ) from error
+        try:
+            self._find()
+        except BaseException:
+            self._file.close()  # HDF5 refuses to write to what is open
+            raise
+
+    def _find(self) -> None:
+        """Note all weights: what the file itself holds, neither by soft links nor by those to other files."""
+        try:
+            self._file.visititems(self._add)
+        except (OSError, RuntimeError, KeyError) as error:
+            raise CheckpointError(f"{self.path} is damaged ({_line(error)}): fetch it again") from error
         if not self._datasets:
-            raise CheckpointError(f"{path} is an HDF5 file without weights: fetch it again")
+            raise CheckpointError(f"{self.path} is an HDF5 file without weights: fetch it again")
 
     def _add(self, key: str, new: Any) -> None:
         if not hasattr(new, "dtype"):

@@ -332,7 +332,7 @@ class LoadOptions:
         self.variant = kwargs.pop("variant", None)
         self.use_safetensors = kwargs.pop("use_safetensors", None)
         sources: dict[str, Kind] = {"from_flax": "msgpack", "from_tf": "h5"}
-        self.prefer = [kind for name, kind in sources.items() if kwargs.pop(name, False)]
+        self.prefer: list[Kind] = [kind for name, kind in sources.items() if kwargs.pop(name, False)]
         if len(self.prefer) > 1:
             raise ValueError("from_flax=True and from_tf=True exclude each other: choose one")
         if kwargs.pop("trust_remote_code", False):
