@@ -6,8 +6,10 @@ python tools/make_stubs.py [--check]
 from __future__ import annotations
 
 import importlib
+import inspect
 import sys
 from pathlib import Path
+from typing import Any
 
 import monoblock
 from monoblock import families
@@ -23,6 +25,14 @@ TYPES = {
     "logits_to_keep": "int | Tensor",
     "num_items_in_batch": "Tensor | int | None",
 }
+# The inputs of the Flax classes are NumPy or JAX arrays, or nested lists.
+FLAX_TYPES = {
+    "train": "bool",
+    "output_attentions": "bool | None",
+    "output_hidden_states": "bool | None",
+    "return_dict": "bool | None",
+    "logits_to_keep": "int",
+}
 HEAD = '''"""Static view of monoblock's public names; written by tools/make_stubs.py."""
 
 from typing import Any
@@ -37,8 +47,7 @@ from monoblock.outputs import (
 
 def stub() -> str:
     """The text of the stub file."""
-    models = [name for names in monoblock._MODELS.values() for name in names]
-    rows = {name: _row(name) for name in sorted(models)}
+    rows = {name: _row(name) for name in sorted(monoblock._CLASSES)}
     outputs = sorted({row.output for _, row in rows.values()})
     parts = [HEAD.format(outputs="\n".join(f"    {name}," for name in outputs))]
     homes: dict[str, list[str]] = {}
@@ -47,7 +56,8 @@ def stub() -> str:
     for home, names in sorted(homes.items()):
         parts.append(f"from {home} import (\n" + "".join(f"    {n} as {n},\n" for n in sorted(names)) + ")\n")
     parts.append("\n__version__: str\n")
-    parts += [_class(family, row) for family, row in rows.values()]
+    for module in monoblock._MODELS:
+        parts += [WRITERS[module](importlib.import_module(module), *row) for row in rows.values()]
     return "".join(parts)
 
 
@@ -57,26 +67,48 @@ def _row(name: str) -> tuple[Family, ModelClass]:
     return family, family.model_class(name)
 
 
-def _class(family: Family, row: ModelClass) -> str:
-    extra = importlib.import_module("monoblock.backends.pytorch.classes").extra_arguments(family, row)
-    names = row.forward.split()
-    arguments = [_argument(name) for name in names]
-    arguments += ["*", *(_argument(name) for name in extra)]
-    lines = "".join(f"        {argument},\n" for argument in arguments)
+def _torch_class(module: Any, family: Family, row: ModelClass) -> str:
+    arguments = [_argument(name) for name in row.forward.split()]
+    arguments += ["*", *(_argument(name) for name in module.extra_arguments(family, row))]
     return f"""
 class {row.name}(PreTrainedModel):
     config: {family.config.__name__}
     def __init__(self, config: {family.config.__name__}) -> None: ...
     def forward(
         self,
-{lines}    ) -> {row.output} | tuple[Any, ...]: ...
+{_lines(arguments)}    ) -> {row.output} | tuple[Any, ...]: ...
     __call__ = forward
 """
+
+
+def _flax_class(module: Any, family: Family, row: ModelClass) -> str:
+    cls = module.make_class(module.PREFIX + row.name)
+    _, *parameters = inspect.signature(cls.__call__).parameters.values()
+    arguments = [f"{p.name}: {FLAX_TYPES.get(p.name, 'Any')} = {p.default!r}" for p in parameters]
+    first = next(i for i, p in enumerate(parameters) if p.kind is p.KEYWORD_ONLY)
+    arguments.insert(first, "*")
+    return f"""
+class {cls.__name__}(FlaxPreTrainedModel):
+    config: {family.config.__name__}
+    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+{_lines(arguments)}    ) -> {module.output_class(row.output).__name__} | tuple[Any, ...]: ...
+"""
+
+
+def _lines(arguments: list[str]) -> str:
+    return "".join(f"        {argument},\n" for argument in arguments)
 
 
 def _argument(name: str) -> str:
     default = "0" if name == "logits_to_keep" else "None"
     return f"{name}: {TYPES.get(name, 'Tensor | None')} = {default}"
+
+
+WRITERS = {
+    "monoblock.backends.pytorch.classes": _torch_class,
+    "monoblock.backends.flax.classes": _flax_class,
+}
 
 
 def main() -> int:

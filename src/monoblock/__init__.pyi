@@ -30,6 +30,31 @@ from monoblock.auto import (
     AutoModelForQuestionAnswering as AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification as AutoModelForSequenceClassification,
     AutoModelForTokenClassification as AutoModelForTokenClassification,
+    FlaxAutoModel as FlaxAutoModel,
+    FlaxAutoModelForCausalLM as FlaxAutoModelForCausalLM,
+    FlaxAutoModelForImageTextToText as FlaxAutoModelForImageTextToText,
+    FlaxAutoModelForMaskedLM as FlaxAutoModelForMaskedLM,
+    FlaxAutoModelForMultipleChoice as FlaxAutoModelForMultipleChoice,
+    FlaxAutoModelForQuestionAnswering as FlaxAutoModelForQuestionAnswering,
+    FlaxAutoModelForSequenceClassification as FlaxAutoModelForSequenceClassification,
+    FlaxAutoModelForTokenClassification as FlaxAutoModelForTokenClassification,
+)
+from monoblock.backends.flax.outputs import (
+    FlaxBaseModelOutput as FlaxBaseModelOutput,
+    FlaxBaseModelOutputWithPast as FlaxBaseModelOutputWithPast,
+    FlaxBaseModelOutputWithPastAndCrossAttentions as FlaxBaseModelOutputWithPastAndCrossAttentions,
+    FlaxBaseModelOutputWithPooling as FlaxBaseModelOutputWithPooling,
+    FlaxCausalLMOutput as FlaxCausalLMOutput,
+    FlaxCausalLMOutputWithCrossAttentions as FlaxCausalLMOutputWithCrossAttentions,
+    FlaxDoubleHeadsModelOutput as FlaxDoubleHeadsModelOutput,
+    FlaxMaskedLMOutput as FlaxMaskedLMOutput,
+    FlaxMultipleChoiceModelOutput as FlaxMultipleChoiceModelOutput,
+    FlaxQuestionAnsweringModelOutput as FlaxQuestionAnsweringModelOutput,
+    FlaxSequenceClassifierOutput as FlaxSequenceClassifierOutput,
+    FlaxTokenClassifierOutput as FlaxTokenClassifierOutput,
+)
+from monoblock.backends.flax.pretrained import (
+    FlaxPreTrainedModel as FlaxPreTrainedModel,
 )
 from monoblock.backends.pytorch.cache import (
     Cache as Cache,
@@ -721,3 +746,515 @@ class OpenAIGPTModel(PreTrainedModel):
         num_items_in_batch: Tensor | int | None = None,
     ) -> BaseModelOutput | tuple[Any, ...]: ...
     __call__ = forward
+
+class FlaxFuyuForCausalLM(FlaxPreTrainedModel):
+    config: FuyuConfig
+    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        input_ids: Any = None,
+        attention_mask: Any = None,
+        position_ids: Any = None,
+        params: Any = None,
+        past_key_values: Any = None,
+        dropout_rng: Any = None,
+        train: bool = False,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        *,
+        inputs_embeds: Any = None,
+        image_patches: Any = None,
+        image_patches_indices: Any = None,
+        pixel_values: Any = None,
+        sequence_id: Any = None,
+        logits_to_keep: int = 0,
+    ) -> FlaxCausalLMOutputWithCrossAttentions | tuple[Any, ...]: ...
+
+class FlaxGPTNeoForCausalLM(FlaxPreTrainedModel):
+    config: GPTNeoConfig
+    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        input_ids: Any = None,
+        attention_mask: Any = None,
+        position_ids: Any = None,
+        params: Any = None,
+        past_key_values: Any = None,
+        dropout_rng: Any = None,
+        train: bool = False,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        *,
+        inputs_embeds: Any = None,
+        token_type_ids: Any = None,
+        sequence_id: Any = None,
+        logits_to_keep: int = 0,
+    ) -> FlaxCausalLMOutputWithCrossAttentions | tuple[Any, ...]: ...
+
+class FlaxGPTNeoForQuestionAnswering(FlaxPreTrainedModel):
+    config: GPTNeoConfig
+    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        input_ids: Any = None,
+        attention_mask: Any = None,
+        position_ids: Any = None,
+        params: Any = None,
+        past_key_values: Any = None,
+        dropout_rng: Any = None,
+        train: bool = False,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        *,
+        inputs_embeds: Any = None,
+        token_type_ids: Any = None,
+        sequence_id: Any = None,
+    ) -> FlaxQuestionAnsweringModelOutput | tuple[Any, ...]: ...
+
+class FlaxGPTNeoForSequenceClassification(FlaxPreTrainedModel):
+    config: GPTNeoConfig
+    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        input_ids: Any = None,
+        attention_mask: Any = None,
+        position_ids: Any = None,
+        params: Any = None,
+        past_key_values: Any = None,
+        dropout_rng: Any = None,
+        train: bool = False,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        *,
+        inputs_embeds: Any = None,
+        token_type_ids: Any = None,
+        sequence_id: Any = None,
+    ) -> FlaxSequenceClassifierOutput | tuple[Any, ...]: ...
+
+class FlaxGPTNeoForTokenClassification(FlaxPreTrainedModel):
+    config: GPTNeoConfig
+    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        input_ids: Any = None,
+        attention_mask: Any = None,
+        position_ids: Any = None,
+        params: Any = None,
+        past_key_values: Any = None,
+        dropout_rng: Any = None,
+        train: bool = False,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        *,
+        inputs_embeds: Any = None,
+        token_type_ids: Any = None,
+        sequence_id: Any = None,
+    ) -> FlaxTokenClassifierOutput | tuple[Any, ...]: ...
+
+class FlaxGPTNeoModel(FlaxPreTrainedModel):
+    config: GPTNeoConfig
+    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        input_ids: Any = None,
+        attention_mask: Any = None,
+        position_ids: Any = None,
+        params: Any = None,
+        past_key_values: Any = None,
+        dropout_rng: Any = None,
+        train: bool = False,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        *,
+        inputs_embeds: Any = None,
+        token_type_ids: Any = None,
+        sequence_id: Any = None,
+    ) -> FlaxBaseModelOutputWithPastAndCrossAttentions | tuple[Any, ...]: ...
+
+class FlaxMPNetForMaskedLM(FlaxPreTrainedModel):
+    config: MPNetConfig
+    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        input_ids: Any = None,
+        attention_mask: Any = None,
+        position_ids: Any = None,
+        params: Any = None,
+        past_key_values: Any = None,
+        dropout_rng: Any = None,
+        train: bool = False,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        *,
+        inputs_embeds: Any = None,
+        sequence_id: Any = None,
+    ) -> FlaxMaskedLMOutput | tuple[Any, ...]: ...
+
+class FlaxMPNetForMultipleChoice(FlaxPreTrainedModel):
+    config: MPNetConfig
+    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        input_ids: Any = None,
+        attention_mask: Any = None,
+        position_ids: Any = None,
+        params: Any = None,
+        past_key_values: Any = None,
+        dropout_rng: Any = None,
+        train: bool = False,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        *,
+        inputs_embeds: Any = None,
+        sequence_id: Any = None,
+    ) -> FlaxMultipleChoiceModelOutput | tuple[Any, ...]: ...
+
+class FlaxMPNetForQuestionAnswering(FlaxPreTrainedModel):
+    config: MPNetConfig
+    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        input_ids: Any = None,
+        attention_mask: Any = None,
+        position_ids: Any = None,
+        params: Any = None,
+        past_key_values: Any = None,
+        dropout_rng: Any = None,
+        train: bool = False,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        *,
+        inputs_embeds: Any = None,
+        sequence_id: Any = None,
+    ) -> FlaxQuestionAnsweringModelOutput | tuple[Any, ...]: ...
+
+class FlaxMPNetForSequenceClassification(FlaxPreTrainedModel):
+    config: MPNetConfig
+    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        input_ids: Any = None,
+        attention_mask: Any = None,
+        position_ids: Any = None,
+        params: Any = None,
+        past_key_values: Any = None,
+        dropout_rng: Any = None,
+        train: bool = False,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        *,
+        inputs_embeds: Any = None,
+        sequence_id: Any = None,
+    ) -> FlaxSequenceClassifierOutput | tuple[Any, ...]: ...
+
+class FlaxMPNetForTokenClassification(FlaxPreTrainedModel):
+    config: MPNetConfig
+    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        input_ids: Any = None,
+        attention_mask: Any = None,
+        position_ids: Any = None,
+        params: Any = None,
+        past_key_values: Any = None,
+        dropout_rng: Any = None,
+        train: bool = False,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        *,
+        inputs_embeds: Any = None,
+        sequence_id: Any = None,
+    ) -> FlaxTokenClassifierOutput | tuple[Any, ...]: ...
+
+class FlaxMPNetModel(FlaxPreTrainedModel):
+    config: MPNetConfig
+    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        input_ids: Any = None,
+        attention_mask: Any = None,
+        position_ids: Any = None,
+        params: Any = None,
+        past_key_values: Any = None,
+        dropout_rng: Any = None,
+        train: bool = False,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        *,
+        inputs_embeds: Any = None,
+        sequence_id: Any = None,
+    ) -> FlaxBaseModelOutputWithPooling | tuple[Any, ...]: ...
+
+class FlaxMistralForCausalLM(FlaxPreTrainedModel):
+    config: MistralConfig
+    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        input_ids: Any = None,
+        attention_mask: Any = None,
+        position_ids: Any = None,
+        params: Any = None,
+        past_key_values: Any = None,
+        dropout_rng: Any = None,
+        train: bool = False,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        *,
+        inputs_embeds: Any = None,
+        sequence_id: Any = None,
+        logits_to_keep: int = 0,
+    ) -> FlaxCausalLMOutputWithCrossAttentions | tuple[Any, ...]: ...
+
+class FlaxMistralForQuestionAnswering(FlaxPreTrainedModel):
+    config: MistralConfig
+    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        input_ids: Any = None,
+        attention_mask: Any = None,
+        position_ids: Any = None,
+        params: Any = None,
+        past_key_values: Any = None,
+        dropout_rng: Any = None,
+        train: bool = False,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        *,
+        inputs_embeds: Any = None,
+        sequence_id: Any = None,
+    ) -> FlaxQuestionAnsweringModelOutput | tuple[Any, ...]: ...
+
+class FlaxMistralForSequenceClassification(FlaxPreTrainedModel):
+    config: MistralConfig
+    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        input_ids: Any = None,
+        attention_mask: Any = None,
+        position_ids: Any = None,
+        params: Any = None,
+        past_key_values: Any = None,
+        dropout_rng: Any = None,
+        train: bool = False,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        *,
+        inputs_embeds: Any = None,
+        sequence_id: Any = None,
+    ) -> FlaxSequenceClassifierOutput | tuple[Any, ...]: ...
+
+class FlaxMistralForTokenClassification(FlaxPreTrainedModel):
+    config: MistralConfig
+    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        input_ids: Any = None,
+        attention_mask: Any = None,
+        position_ids: Any = None,
+        params: Any = None,
+        past_key_values: Any = None,
+        dropout_rng: Any = None,
+        train: bool = False,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        *,
+        inputs_embeds: Any = None,
+        sequence_id: Any = None,
+    ) -> FlaxTokenClassifierOutput | tuple[Any, ...]: ...
+
+class FlaxMistralModel(FlaxPreTrainedModel):
+    config: MistralConfig
+    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        input_ids: Any = None,
+        attention_mask: Any = None,
+        position_ids: Any = None,
+        params: Any = None,
+        past_key_values: Any = None,
+        dropout_rng: Any = None,
+        train: bool = False,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        *,
+        inputs_embeds: Any = None,
+        sequence_id: Any = None,
+    ) -> FlaxBaseModelOutputWithPast | tuple[Any, ...]: ...
+
+class FlaxMptForCausalLM(FlaxPreTrainedModel):
+    config: MptConfig
+    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        input_ids: Any = None,
+        attention_mask: Any = None,
+        position_ids: Any = None,
+        params: Any = None,
+        past_key_values: Any = None,
+        dropout_rng: Any = None,
+        train: bool = False,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        *,
+        inputs_embeds: Any = None,
+        sequence_id: Any = None,
+        logits_to_keep: int = 0,
+    ) -> FlaxCausalLMOutputWithCrossAttentions | tuple[Any, ...]: ...
+
+class FlaxMptForQuestionAnswering(FlaxPreTrainedModel):
+    config: MptConfig
+    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        input_ids: Any = None,
+        attention_mask: Any = None,
+        position_ids: Any = None,
+        params: Any = None,
+        past_key_values: Any = None,
+        dropout_rng: Any = None,
+        train: bool = False,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        *,
+        inputs_embeds: Any = None,
+        sequence_id: Any = None,
+    ) -> FlaxQuestionAnsweringModelOutput | tuple[Any, ...]: ...
+
+class FlaxMptForSequenceClassification(FlaxPreTrainedModel):
+    config: MptConfig
+    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        input_ids: Any = None,
+        attention_mask: Any = None,
+        position_ids: Any = None,
+        params: Any = None,
+        past_key_values: Any = None,
+        dropout_rng: Any = None,
+        train: bool = False,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        *,
+        inputs_embeds: Any = None,
+        sequence_id: Any = None,
+    ) -> FlaxSequenceClassifierOutput | tuple[Any, ...]: ...
+
+class FlaxMptForTokenClassification(FlaxPreTrainedModel):
+    config: MptConfig
+    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        input_ids: Any = None,
+        attention_mask: Any = None,
+        position_ids: Any = None,
+        params: Any = None,
+        past_key_values: Any = None,
+        dropout_rng: Any = None,
+        train: bool = False,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        *,
+        inputs_embeds: Any = None,
+        sequence_id: Any = None,
+    ) -> FlaxTokenClassifierOutput | tuple[Any, ...]: ...
+
+class FlaxMptModel(FlaxPreTrainedModel):
+    config: MptConfig
+    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        input_ids: Any = None,
+        attention_mask: Any = None,
+        position_ids: Any = None,
+        params: Any = None,
+        past_key_values: Any = None,
+        dropout_rng: Any = None,
+        train: bool = False,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        *,
+        inputs_embeds: Any = None,
+        sequence_id: Any = None,
+    ) -> FlaxBaseModelOutputWithPastAndCrossAttentions | tuple[Any, ...]: ...
+
+class FlaxOpenAIGPTDoubleHeadsModel(FlaxPreTrainedModel):
+    config: OpenAIGPTConfig
+    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        input_ids: Any = None,
+        attention_mask: Any = None,
+        position_ids: Any = None,
+        params: Any = None,
+        past_key_values: Any = None,
+        dropout_rng: Any = None,
+        train: bool = False,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        *,
+        inputs_embeds: Any = None,
+        token_type_ids: Any = None,
+        mc_token_ids: Any = None,
+        sequence_id: Any = None,
+    ) -> FlaxDoubleHeadsModelOutput | tuple[Any, ...]: ...
+
+class FlaxOpenAIGPTForSequenceClassification(FlaxPreTrainedModel):
+    config: OpenAIGPTConfig
+    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        input_ids: Any = None,
+        attention_mask: Any = None,
+        position_ids: Any = None,
+        params: Any = None,
+        past_key_values: Any = None,
+        dropout_rng: Any = None,
+        train: bool = False,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        *,
+        inputs_embeds: Any = None,
+        token_type_ids: Any = None,
+        sequence_id: Any = None,
+    ) -> FlaxSequenceClassifierOutput | tuple[Any, ...]: ...
+
+class FlaxOpenAIGPTLMHeadModel(FlaxPreTrainedModel):
+    config: OpenAIGPTConfig
+    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        input_ids: Any = None,
+        attention_mask: Any = None,
+        position_ids: Any = None,
+        params: Any = None,
+        past_key_values: Any = None,
+        dropout_rng: Any = None,
+        train: bool = False,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        *,
+        inputs_embeds: Any = None,
+        token_type_ids: Any = None,
+        sequence_id: Any = None,
+        logits_to_keep: int = 0,
+    ) -> FlaxMaskedLMOutput | tuple[Any, ...]: ...
+
+class FlaxOpenAIGPTModel(FlaxPreTrainedModel):
+    config: OpenAIGPTConfig
+    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        input_ids: Any = None,
+        attention_mask: Any = None,
+        position_ids: Any = None,
+        params: Any = None,
+        past_key_values: Any = None,
+        dropout_rng: Any = None,
+        train: bool = False,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        *,
+        inputs_embeds: Any = None,
+        token_type_ids: Any = None,
+        sequence_id: Any = None,
+    ) -> FlaxBaseModelOutput | tuple[Any, ...]: ...

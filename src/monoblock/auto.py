@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from monoblock import families
 from monoblock.config import PretrainedConfig
@@ -39,6 +40,9 @@ class AutoConfig:
 class _AutoModel:
     """Chooses a model class by the checkpoint's config."""
 
+    _prefix: ClassVar[str] = ""  # of this framework's class names
+    _module: ClassVar[str] = "monoblock.backends.pytorch.classes"
+
     def __init__(self) -> None:
         name = type(self).__name__
         raise TypeError(
@@ -59,15 +63,14 @@ class _AutoModel:
         return chosen.from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
 
     @classmethod
-    def from_config(cls, config: PretrainedConfig) -> Any:
-        """A model of that config with random weights."""
-        return cls._class(config)(config)
+    def from_config(cls, config: PretrainedConfig, **kwargs: Any) -> Any:
+        """A model of that config with random weights; keywords are those of the class's constructor."""
+        return cls._class(config)(config, **kwargs)
 
     @classmethod
     def _class(cls, config: PretrainedConfig) -> Any:
-        from monoblock.backends.pytorch.classes import make_class
-
-        return make_class(families.auto_class(cls.__name__, config))
+        chosen = families.auto_class(cls.__name__.removeprefix(cls._prefix), config)
+        return importlib.import_module(cls._module).make_class(cls._prefix + chosen)
 
 
 _HUB = ("revision", "token", "cache_dir", "local_files_only", "force_download", "subfolder")
@@ -103,3 +106,40 @@ class AutoModelForMultipleChoice(_AutoModel):
 
 class AutoModelForImageTextToText(_AutoModel):
     """A model that continues text about images."""
+
+
+class _Flax(_AutoModel):
+    _prefix = "Flax"
+    _module = "monoblock.backends.flax.classes"
+
+
+class FlaxAutoModel(_Flax):
+    """The bare Flax model."""
+
+
+class FlaxAutoModelForCausalLM(_Flax):
+    """A Flax model that predicts the next token."""
+
+
+class FlaxAutoModelForSequenceClassification(_Flax):
+    """A Flax model that labels texts."""
+
+
+class FlaxAutoModelForTokenClassification(_Flax):
+    """A Flax model that labels tokens."""
+
+
+class FlaxAutoModelForQuestionAnswering(_Flax):
+    """A Flax model that finds a span."""
+
+
+class FlaxAutoModelForMaskedLM(_Flax):
+    """A Flax model that fills in masked tokens."""
+
+
+class FlaxAutoModelForMultipleChoice(_Flax):
+    """A Flax model that chooses among texts."""
+
+
+class FlaxAutoModelForImageTextToText(_Flax):
+    """A Flax model that continues text about images."""

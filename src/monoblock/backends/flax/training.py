@@ -1,0 +1,75 @@
+"""What training needs of a Flax model beside its call: losses, keys for dropout, and less memory for activations."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+
+from monoblock.backends.flax import heads
+from monoblock.backends.flax.checked import as_array, dropouts
+from monoblock.backends.flax.outputs import FlaxModelOutput
+
+if TYPE_CHECKING:
+    from monoblock.backends.flax.network import Network
+    from monoblock.spec import ArchSpec
+
+
+class Training:
+    """The part of a model that only training uses."""
+
+    spec: ArchSpec
+    module: Network
+
+    def compute_losses(self, outputs: FlaxModelOutput, **labels: Any) -> dict[str, jax.Array]:
+        """The losses of a call's outputs by name: `loss`, and `mc_loss` of a double head.
+
+        `labels`: as the hub's PyTorch classes take them: labels (batch, tokens), -100 where there is none, or (batch,),
+        or floats (batch, labels); start_positions and end_positions; mc_labels; and num_items_in_batch, by which the
+        sum is divided instead of its own count. Differentiable, and works under `jit`.
+        """
+        head = self.module.head_spec
+        if head is None:
+            raise ValueError(f"{type(self).__name__} has no head, so no loss")
+        known = (*heads.KINDS[head.kind].labels, "num_items_in_batch")
+        if unknown := [name for name in labels if name not in known]:
+            raise TypeError(
+                f"the losses of {type(self).__name__} take {', '.join(known)}, got {unknown[0]!r}"
+            )
+        given = {
+            name: jnp.asarray(as_array(name, value)) for name, value in labels.items() if value is not None
+        }
+        return heads.losses(head, dict(outputs.items()), given)
+
+    def compute_loss(self, outputs: FlaxModelOutput, **labels: Any) -> jax.Array:
+        """The sum of `compute_losses`: one number to differentiate.
+
+        def loss(params):
+            return model.compute_loss(model(input_ids, params=params), labels=input_ids)
+        """
+        return jnp.asarray(sum(self.compute_losses(outputs, **labels).values()))
+
+    def dropout_key(self, key: jax.Array | None) -> jax.Array | None:
+        """The key of a training step; ValueError if the model drops out and none came."""
+        if key is None and any(dropouts(self.spec, self.module.head_spec)):
+            raise ValueError(
+                "train=True drops out at random: give dropout_rng, a new key for each step (jax.random.split)"
+            )
+        return key
+
+    def enable_gradient_checkpointing(self) -> None:
+        """While training, keep only each block's input and compute the rest again in the backward pass."""
+        self.module = self.module.clone(remat=True)
+
+    # The same, by the PyTorch classes' name.
+    gradient_checkpointing_enable = enable_gradient_checkpointing
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Keep all activations again."""
+        self.module = self.module.clone(remat=False)
+
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        """Whether activations are computed again in the backward pass."""
+        return self.module.remat

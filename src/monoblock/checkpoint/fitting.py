@@ -1,0 +1,89 @@
+"""A checkpoint's weights for a model that may have other heads, or labels, than the one that was saved."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from monoblock.checkpoint.keymap import KeyMap, Plan, nearest
+from monoblock.checkpoint.weights import FileWeights, Shape, Tensors, stored_shapes
+from monoblock.errors import MissingKeys, ShapeMismatch, UnexpectedKeys, UnreadKeys
+
+
+@dataclass
+class Report:
+    """What the files lack or have in another shape (both are to be made anew), and what was not used of them."""
+
+    missing: list[str] = field(default_factory=list[str])
+    mismatched: list[str] = field(default_factory=list[str])
+    unused: list[str] = field(default_factory=list[str])
+
+    @property
+    def made(self) -> list[str]:
+        """The canonical names of what must be made anew."""
+        return [*self.missing, *self.mismatched]
+
+
+def fitted(
+    tensors: Tensors,
+    keymap: KeyMap,
+    shapes: Mapping[str, Shape],
+    tied: Iterable[str],
+    *,
+    ignore_mismatched_sizes: bool = False,
+) -> tuple[FileWeights, Report]:
+    """The weights of a model with parameters of these `shapes`, as far as the files have them.
+
+    A head may be missing, and heads of other kinds may be there. MissingKeys, UnexpectedKeys, UnreadKeys and
+    ShapeMismatch (unless sizes may differ) name the first other tensor that does not fit.
+    """
+    plan = keymap.plan(shapes, tensors, tied)
+    unused = [name for name in plan.unread if keymap.is_head(name)]
+    _check_names(tensors, keymap, plan, [name for name in plan.unread if name not in unused])
+    report = Report(missing=plan.missing, unused=unused)
+    for canonical in plan.sources:
+        if problem := _misfit(tensors, plan, canonical, shapes[canonical]):
+            if not ignore_mismatched_sizes:
+                raise ShapeMismatch(problem)
+            report.mismatched.append(canonical)
+    found = {name: shapes[name] for name in plan.sources if name not in report.mismatched}
+    return FileWeights(tensors, found, plan), report
+
+
+def _check_names(tensors: Tensors, keymap: KeyMap, plan: Plan, unread: list[str]) -> None:
+    if needed := [name for name in plan.missing if not name.startswith("head.")]:
+        name = keymap.source(needed[0]).names[0]
+        close = nearest(name, plan.unknown)
+        raise MissingKeys(
+            f"the checkpoint lacks {name}{_others(needed)}"
+            + (f"; the nearest name in it is {close}" if close else "")
+            + ": is it of this model class, and complete?"
+        )
+    if plan.unknown:
+        name = plan.unknown[0]
+        close = nearest(name, (known for known in tensors if known not in plan.unknown))
+        raise UnexpectedKeys(
+            f"{tensors.path(name).name} holds {name}{_others(plan.unknown)}, which is no name of this family"
+            + (f"; the nearest is {close}" if close else "")
+        )
+    if unread:
+        raise UnreadKeys(
+            f"{tensors.path(unread[0]).name} holds {unread[0]}{_others(unread)}, for which the config has no place: "
+            "it describes a smaller or differently built model"
+        )
+
+
+def _misfit(tensors: Tensors, plan: Plan, canonical: str, shape: Shape) -> str | None:
+    """What is wrong with the shapes of a parameter's tensors in the files, if anything."""
+    source = plan.sources[canonical]
+    for name, expected in zip(source.names, stored_shapes(source.op, shape), strict=True):
+        if (found := tensors.shape(name)) != expected:
+            return (
+                f"{name} ({canonical}) is {list(found)} in {tensors.path(name).name}, but the config implies "
+                f"{list(expected)}: do config.json and the weights belong together?"
+            )
+    return None
+
+
+def _others(names: list[str]) -> str:
+    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
