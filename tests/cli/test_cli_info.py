@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from old_files import FOLDER
 
 from monoblock.checkpoint.header import make_header
 from monoblock.cli import info
@@ -150,3 +151,8 @@ def test_a_model_that_looks_both_ways_keeps_no_cache(tmp_path: Path) -> None:
     assert (
         found["parameters"] == body + 768 * 768 + 3 * 768 + 30527
     )  # and dense, norm, the tied matrix's bias
+
+
+def test_what_flax_stored_is_counted_too() -> None:
+    found = info.describe(str(FOLDER / "FlaxMistralForCausalLM"), Hub())
+    assert found["stored"] == {"F32": found["parameters"]}

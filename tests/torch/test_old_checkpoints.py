@@ -23,6 +23,7 @@ from old_files import (
 )
 
 import monoblock
+from monoblock.checkpoint.convert import Options, convert
 from monoblock.errors import HubError
 from monoblock.families import openai_gpt
 
@@ -130,3 +131,12 @@ def test_another_dtype(dtype: torch.dtype) -> None:
     exact = loaded(FLAX[0])
     pairs = zip(model.parameters(), exact.parameters(), strict=True)
     assert all(torch.equal(a, b.to(dtype)) for a, b in pairs)
+
+
+@pytest.mark.parametrize("name", ["FlaxGPTNeoModel", "TFMPNetForMaskedLM", "TFOpenAIGPTDoubleHeadsModel"])
+def test_they_convert_to_the_hub_s_format(name: str, tmp_path: Any) -> None:
+    """The number of tensors and of equal ones, and the logits, are compared by the conversion itself."""
+    convert(FOLDER / name, tmp_path / "hub", Options(check=True))
+    old, new = loaded(name), getattr(monoblock, class_name(name)).from_pretrained(tmp_path / "hub")
+    state = old.state_dict()
+    assert all(torch.equal(state[key], value) for key, value in new.state_dict().items())

@@ -14,7 +14,7 @@ from monoblock.checkpoint import casts
 from monoblock.checkpoint.compare import Comparison, compare
 from monoblock.checkpoint.files import write_atomically
 from monoblock.checkpoint.folder import check_target, copy_files, new_folder, unpacked
-from monoblock.checkpoint.hub import find_file, read_json
+from monoblock.checkpoint.hub import WEIGHT_NAMES, find_file, read_json
 from monoblock.checkpoint.makers import fuyu, llm_foundry, mistral, openai_gpt
 from monoblock.checkpoint.save import parse_size, save_tensors
 from monoblock.checkpoint.sources import Checkpoint, Format, Options, hub_config, read_hub
@@ -203,14 +203,10 @@ def _with_kv_heads(config: PretrainedConfig, heads: int) -> PretrainedConfig:
 
 
 def _is_hub(path: Path) -> bool:
-    names = (
-        "model.safetensors",
-        "model.safetensors.index.json",
-        "pytorch_model.bin",
-        "pytorch_model.bin.index.json",
-    )
     return (
-        path.is_dir() and (path / "config.json").is_file() and any((path / name).is_file() for name in names)
+        path.is_dir()
+        and (path / "config.json").is_file()
+        and any((path / name).is_file() for name in WEIGHT_NAMES)
     )
 
 

@@ -28,6 +28,9 @@ _FORMATS: dict[Kind, str] = {
     "h5": "tf_model.h5",
 }
 
+# Their names, and those of their indexes.
+WEIGHT_NAMES = tuple(name + end for name in _FORMATS.values() for end in ("", ".index.json"))
+
 _LISTED = 12  # names that an error shows of what a place holds
 
 

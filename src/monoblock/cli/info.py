@@ -99,9 +99,11 @@ def _cache_per_token(spec: ArchSpec, item_bytes: int) -> int:
 
 def _local(folder: Path) -> Contents:
     from monoblock.checkpoint.header import read_header
+    from monoblock.checkpoint.msgpack import read_msgpack
 
     files = {p.name: p.stat().st_size for p in sorted(folder.iterdir()) if p.is_file()}
     headers = [read_header(folder / name) for name in files if name.endswith(".safetensors")]
+    headers = headers or [read_msgpack(path) for path in sorted(folder.glob("flax_model*.msgpack"))]
     if not headers:
         return Contents(dict(files), None)
     stored: dict[str, int] = {}
