@@ -1,0 +1,116 @@
+"""Every option of MPT equals the definition in tests/oracle.py on JAX too: padded and not, in one block of queries and
+in several, fused and by the formula, at once and piece by piece with a cache."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax_made import given, network_of, run
+from helpers import batch, expected, expected_logits, model
+from measure import assert_close
+from mpt_cases import CASES, LENGTHS, ROPE, made
+
+from monoblock.backends.flax import attention
+from monoblock.backends.flax.cache import init_cache
+from monoblock.backends.flax.inputs import Wanted
+
+# What acts on keys, values or places, and so on a cache.
+CACHED = (
+    "alibi_bias_max",
+    "learned positions",
+    "qk_gn, grouped",
+    "multiquery",
+    "rope",
+    "rope, dynamic",
+    "sliding window",
+    "sliding window of one",
+    "sliding window, rope",
+    "score cap",
+    "all at once",
+)
+ATOL = 1e-5  # fp32, 2 layers, values of the order of 1 to 10: the PyTorch backend measures 7e-6
+WHOLE = Wanted(hidden_states=True)
+NEXT = Wanted(fresh=False)
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three blocks of queries where a text would fit in one."""
+    monkeypatch.setattr(attention, "QUERY_BLOCK", 8)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_option(case: str) -> None:
+    module = made(case)
+    network, params = network_of(module)
+    for padding in ("none", "left", "right"):
+        ids, mask = batch(padding, LENGTHS)
+        expect = expected(module, ids, mask)
+        inputs = given(input_ids=ids, attention_mask=mask)
+        out = run(network, params, inputs, None, WHOLE)
+        for a, b in zip(out["hidden_states"], expect.hidden_states, strict=True):
+            assert_close(f"{case}, states", a, b, ATOL, mask)
+        assert_close(f"{case}, logits", out["logits"], expected_logits(module, expect), ATOL, mask)
+    out = run(network, params, inputs, None, Wanted(attentions=True))
+    for a, b in zip(out["attentions"], expect.attentions, strict=True):
+        assert_close(f"{case}, attentions", a.swapaxes(1, 2), b.swapaxes(1, 2), ATOL, mask)
+    assert_close(f"{case}, eager", out["logits"], expected_logits(module, expect), ATOL, mask)
+
+
+@pytest.mark.parametrize("case", CACHED)
+def test_option_cached(case: str) -> None:
+    """A text in pieces, some of one token and some of several, past every window and round a rolling cache."""
+    dynamic = case == "rope, dynamic"
+    # Its angles change as the text grows: what deeper layers keep is of a shorter text, so there is one layer.
+    module = model(attn=CASES[case][0], **CASES[case][1], n_layers=1) if dynamic else made(case)
+    network, params = network_of(module)
+    ids, mask = batch("left", LENGTHS)
+    assert mask is not None
+    whole = run(network, params, given(input_ids=ids, attention_mask=mask))["logits"]
+    seen = jnp.pad(jnp.asarray(mask.numpy()), ((0, 0), (0, 7)), constant_values=1)
+    cache, logits, start = init_cache(module.spec, 3, 30), [], 0
+    for size in (12, 1, 1, 4, 1, 4):
+        inputs = {"input_ids": jnp.asarray(ids[:, start : start + size].numpy()), "attention_mask": seen}
+        out = run(network, params, inputs, cache, NEXT if start else Wanted())
+        cache, start = out["past_key_values"], start + size
+        logits.append(out["logits"])
+    assert int(cache.length) == 23
+    found, real = np.concatenate(logits, axis=1), mask.numpy().astype(bool)
+    if dynamic:  # earlier pieces were seen by a shorter text's angles
+        found, whole, real = found[:, -1:], whole[:, -1:], real[:, -1:]
+    np.testing.assert_allclose(found[real], np.asarray(whole)[real], atol=ATOL, rtol=0)
+
+
+@pytest.mark.parametrize("window", [3, None])
+@pytest.mark.parametrize("positions", [{}, ROPE])
+def test_longer_than_a_block(window: int | None, positions: dict[str, bool]) -> None:
+    """Blocks that do not divide the text, in parts or with keys cut to the window, equal one block."""
+    module = model(attn={**positions, **({"sliding_window_size": window} if window else {})})
+    network, params = network_of(module)
+    ids, mask = batch("left", (61, 30, 44))
+    inputs = given(input_ids=ids, attention_mask=mask)
+    blocks = run(network, params, inputs)["logits"]
+    run.clear_cache()
+    attention.QUERY_BLOCK = 64  # the fixture puts it back
+    one = run(network, params, inputs)["logits"]
+    run.clear_cache()
+    assert_close("blocks", blocks, one, ATOL, mask)
+
+
+def test_rows_of_several_texts() -> None:
+    """`sequence_id` keeps the texts of a packed row apart, with a cache too."""
+    module = model(attn={"attn_uses_sequence_id": True})
+    network, params = network_of(module)
+    ids, _ = batch("none", (23, 23, 23))
+    parts = jnp.asarray(np.repeat([[0] * 9 + [1] * 14], 3, axis=0))
+    inputs = {"input_ids": jnp.asarray(ids.numpy()), "sequence_id": parts}
+    packed = run(network, params, inputs)["logits"]
+    for start, stop in ((0, 9), (9, 23)):
+        alone = run(network, params, {"input_ids": inputs["input_ids"][:, start:stop]})["logits"]
+        np.testing.assert_allclose(packed[:, start:stop], alone, atol=ATOL)
+    cache = init_cache(module.spec, 3, 23)
+    out = run(network, params, {k: v[:, :11] for k, v in inputs.items()}, cache, Wanted())
+    rest = {"input_ids": inputs["input_ids"][:, 11:], "sequence_id": parts}
+    out = run(network, params, rest, out["past_key_values"], NEXT)
+    np.testing.assert_allclose(out["logits"], packed[:, 11:], atol=ATOL)
