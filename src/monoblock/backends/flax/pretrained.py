@@ -44,7 +44,7 @@ ELSEWHERE = {
 }
 
 
-class FlaxPreTrainedModel(Parameters, Sharded):
+class FlaxPreTrainedModel(Parameters, Sharded, Training):
     """The base of all Flax models: a Linen network (`module`) and its parameters (`params`, nested dicts).
 
     `dtype` is the computation's type and leaves the parameters' alone. `input_shape` is the hub's argument; no
