@@ -23,6 +23,7 @@ from monoblock.backends.flax.options import LoadOptions, computation
 from monoblock.backends.flax.outputs import output_class
 from monoblock.backends.flax.parameters import Parameters
 from monoblock.backends.flax.sharding import Sharded
+from monoblock.backends.flax.training import Training
 from monoblock.checkpoint.hub import find_file, find_weights
 from monoblock.checkpoint.msgpack_save import save_msgpack
 from monoblock.checkpoint.options import HubOptions
