@@ -1,0 +1,1 @@
+from monoblock.backends.tf import framework as framework

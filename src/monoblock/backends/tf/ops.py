@@ -1,0 +1,254 @@
+"""Pure functions on TensorFlow tensors: activations, rotary positions, and which key each query sees.
+
+Shape suffixes: b batch, q queries, k keys, h heads, d head width.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from monoblock.spec import Buckets, RopeScaling, Rotary
+
+Tensor = Any  # tf.Tensor, for which TensorFlow ships no types
+Size = Any  # an int, or a scalar tensor where a graph leaves an axis open
+
+ACT: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": lambda x: tf.nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: tf.nn.gelu(x, approximate=True),
+    "quick_gelu": lambda x: x * tf.sigmoid(1.702 * x),
+    "relu": tf.nn.relu,
+    "relu2": lambda x: tf.square(tf.nn.relu(x)),
+    "silu": tf.nn.silu,
+}
+
+# Finite, so that a row that may see nothing becomes a mean and not NaN.
+LOWEST = float(np.finfo(np.float32).min)
+
+
+def size(x: Tensor, axis: int) -> Size:
+    """The size of an axis: an int where it is known, else a scalar tensor."""
+    known = x.shape[axis]
+    return tf.shape(x)[axis] if known is None else known
+
+
+def dropped(x: Tensor, rate: float, seed: Tensor | None, place: int) -> Tensor:
+    """Dropout whose mask depends on the call's seed and the place alone, so that a backward pass that computes a block
+    again draws the same one. Without a seed, or at rate 0, nothing drops."""
+    if seed is None or not rate:
+        return x
+    own = tf.random.experimental.stateless_fold_in(seed, place)
+    return tf.nn.experimental.stateless_dropout(x, rate, seed=own)
+
+
+# ---------------------------------------------------------------------------- positions
+
+
+@functools.lru_cache(maxsize=16)
+def inverse_frequencies(rotary: Rotary) -> tuple[np.ndarray[Any, Any], float]:
+    """Rotary frequencies in radians per token, (dim / 2,), and the factor on cos and sin; those of dynamic scaling
+    are before the stretch, which goes by a text's length (`stretched`).
+
+    Sources: RoPE arXiv:2104.09864; linear arXiv:2306.15595; dynamic and yarn arXiv:2309.00071; llama3 as in
+    Meta's code for Llama 3.1.
+    """
+    inverse, scaling = 1.0 / rotary.theta ** _steps(rotary), rotary.scaling
+    found, factor = (inverse, 1.0) if scaling is None else _SCALINGS[scaling.kind](rotary, scaling, inverse)
+    return found.astype(np.float32), factor
+
+
+def _steps(rotary: Rotary) -> np.ndarray[Any, Any]:
+    return np.arange(0, rotary.dim, 2, dtype=np.float64) / rotary.dim
+
+
+def _linear(_: Rotary, scaling: RopeScaling, inverse: Any) -> tuple[Any, float]:
+    return inverse / scaling.factor, 1.0
+
+
+def _dynamic(_: Rotary, __: RopeScaling, inverse: Any) -> tuple[Any, float]:
+    return inverse, 1.0
+
+
+def _llama3(_: Rotary, scaling: RopeScaling, inverse: Any) -> tuple[Any, float]:
+    turns = scaling.original_length * inverse / (2 * math.pi)
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    smooth = np.clip((turns - low) / (high - low), 0, 1)
+    return inverse / scaling.factor * (1 - smooth) + inverse * smooth, 1.0
+
+
+def _yarn(rotary: Rotary, scaling: RopeScaling, inverse: Any) -> tuple[Any, float]:
+    def channel(turns: float) -> float:
+        log = math.log(scaling.original_length / (turns * 2 * math.pi))
+        return rotary.dim * log / (2 * math.log(rotary.theta))
+
+    low = max(math.floor(channel(scaling.beta_fast)), 0)
+    high = min(math.ceil(channel(scaling.beta_slow)), rotary.dim - 1)
+    ramp = (np.arange(rotary.dim // 2, dtype=np.float64) - low) / max(high - low, 1e-3)
+    kept = 1 - np.clip(ramp, 0, 1)
+    factor = scaling.attention_factor
+    if factor is None:
+        factor = 0.1 * math.log(scaling.factor) + 1.0 if scaling.factor > 1 else 1.0
+    return inverse / scaling.factor * (1 - kept) + inverse * kept, factor
+
+
+_SCALINGS = {"linear": _linear, "dynamic": _dynamic, "llama3": _llama3, "yarn": _yarn}
+
+
+def stretched(rotary: Rotary, scaling: RopeScaling, length_b: Tensor) -> Tensor:
+    """The factor (b, dim / 2) of dynamic scaling on the frequencies of texts of these lengths."""
+    original = scaling.original_length
+    ratio = tf.cast(tf.maximum(length_b, original), tf.float64) / original
+    growth = tf.math.log(scaling.factor * ratio - (scaling.factor - 1)) * (rotary.dim / (rotary.dim - 2))
+    return tf.cast(tf.exp(-growth[:, None] * tf.constant(_steps(rotary))), tf.float32)
+
+
+def rotations(
+    positions_bq: Tensor, rotary: Rotary, dtype: Any, length_b: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """cos and sin of the rotary angles, each (b, 1, q, dim). Dynamic scaling goes by each row's own length: the given
+    one, else the last position's."""
+    inverse, factor = inverse_frequencies(rotary)
+    inverse_b = tf.constant(inverse)[None]
+    if is_dynamic(rotary):
+        assert rotary.scaling is not None
+        length_b = tf.reduce_max(positions_bq, axis=-1) + 1 if length_b is None else length_b
+        inverse_b = inverse_b * stretched(rotary, rotary.scaling, length_b)
+    angles = tf.cast(positions_bq[:, None, :, None], tf.float32) * inverse_b[:, None, None]
+    angles = tf.concat((angles, angles), axis=-1)
+    return tf.cast(tf.cos(angles) * factor, dtype), tf.cast(tf.sin(angles) * factor, dtype)
+
+
+def is_dynamic(rotary: Rotary | None) -> bool:
+    """Whether the angles change with the length of the text."""
+    return rotary is not None and rotary.scaling is not None and rotary.scaling.kind == "dynamic"
+
+
+def rotate(x_bhqd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the first `dim` channels by half-rotation: (a, b) -> (a cos - b sin, b cos + a sin)."""
+    dim = cos.shape[-1]
+    turned, kept = x_bhqd[..., :dim], x_bhqd[..., dim:]
+    a, b = tf.split(turned, 2, axis=-1)
+    turned = turned * cos + tf.concat((-b, a), axis=-1) * sin
+    return tf.concat((turned, kept), axis=-1) if kept.shape[-1] else turned
+
+
+@functools.lru_cache(maxsize=16)
+def _grown(count: int, max_distance: int) -> np.ndarray[Any, Any]:
+    """The bucket of each distance from 0 to `max_distance`, within one half: made once, as a compiler's logarithm may
+    round a distance on the edge of two buckets either way."""
+    exact = count // 4
+    far = np.arange(max_distance + 1)
+    steps = np.log(np.maximum(far, 1).astype(np.float32) / np.float32(exact)) / np.float32(
+        math.log(max_distance / exact)
+    )
+    grown = np.minimum(exact + (steps * np.float32(count // 2 - exact)).astype(np.int32), count // 2 - 1)
+    return np.where(far < exact, far, grown).astype(np.int32)
+
+
+def bucketed(distance: Tensor, count: int, max_distance: int) -> Tensor:
+    """T5's bucket of each distance (key - query): half of the buckets look ahead; in each half, half are exact and the
+    rest grow with the logarithm up to `max_distance`."""
+    far = tf.minimum(tf.abs(distance), max_distance)
+    return tf.where(distance > 0, count // 2, 0) + tf.gather(_grown(count, max_distance), far)
+
+
+# ---------------------------------------------------------------------------- who sees whom
+
+
+@dataclass(frozen=True)
+class Scope:
+    """Which keys each query may see, from indices alone: `valid_k & (k <= q or not causal) & (q - k < window)`.
+
+    `index_q` (q,) and `index_k` (k,) are places in the sequence, negative where nothing is; `valid_bk` is False for
+    padding (None: there is none); `segment_bq` and `segment_bk` number the parts of a packed row (None: one part).
+    `aligned`: queries and keys are the same tokens. `slopes_h` are ALiBi's; `table` (count, h) is the bias of the
+    `buckets` of distances.
+    """
+
+    index_q: Tensor
+    index_k: Tensor
+    valid_bk: Tensor | None = None
+    segment_bq: Tensor | None = None
+    segment_bk: Tensor | None = None
+    slopes_h: Tensor | None = None
+    table: Tensor | None = None
+    causal: bool = True
+    aligned: bool = True
+    window: int | None = None
+    buckets: Buckets | None = None
+
+    def of_keys(self, index_k: Tensor) -> Scope:
+        """The same scope over keys at these places of the sequence, of which negative ones hold nothing."""
+
+        def placed(x_bk: Tensor | None) -> Tensor | None:
+            return None if x_bk is None else tf.gather(x_bk, tf.maximum(index_k, 0), axis=1)
+
+        return replace(
+            self,
+            index_k=index_k,
+            valid_bk=placed(self.valid_bk),
+            segment_bk=placed(self.segment_bk),
+            aligned=False,
+        )
+
+    def part(self, first_q: Size, queries: Size, first_k: Size, keys: Size) -> Scope:
+        """The scope of a range of queries and one of keys."""
+        return replace(
+            self,
+            index_q=cut(self.index_q, first_q, queries, -1),
+            index_k=cut(self.index_k, first_k, keys, -1),
+            valid_bk=cut(self.valid_bk, first_k, keys, -1),
+            segment_bq=cut(self.segment_bq, first_q, queries, -1),
+            segment_bk=cut(self.segment_bk, first_k, keys, -1),
+        )
+
+    def visible(self) -> Tensor:
+        """(b or 1, 1, q, k), True where the query may see the key."""
+        distance = self.index_q[:, None] - self.index_k[None, :]
+        seen = tf.broadcast_to(self.index_k >= 0, tf.shape(distance))
+        if self.causal:
+            seen = seen & (distance >= 0)
+        if self.window is not None:
+            seen = seen & (distance < self.window)
+        seen = seen[None, None]
+        if self.valid_bk is not None:
+            seen = seen & self.valid_bk[:, None, None, :]
+        if self.segment_bq is not None and self.segment_bk is not None:
+            seen = seen & (self.segment_bq[:, None, :, None] == self.segment_bk[:, None, None, :])
+        return seen
+
+    def bias(self) -> Tensor | None:
+        """What is added to the scores, (1, h, q, k) of ALiBi or of the buckets; None if there is nothing."""
+        distance = self.index_k[None, :] - self.index_q[:, None]
+        if self.table is not None and self.buckets is not None:
+            buckets = bucketed(distance, self.buckets.count, self.buckets.max_distance)
+            return tf.transpose(tf.gather(tf.cast(self.table, tf.float32), buckets), (2, 0, 1))[None]
+        if self.slopes_h is not None:
+            return (self.slopes_h[:, None, None] * tf.cast(distance, tf.float32))[None]
+        return None
+
+    def blind(self) -> Tensor | None:
+        """(b, 1, q, 1), True for queries that see no key: before a row's first real token, or with nothing but padding
+        in their window. None if no padding can make such, or if keys and queries do not line up."""
+        if self.valid_bk is None or not self.causal or not self.aligned:
+            return None
+        count = tf.cumsum(tf.cast(self.valid_bk, tf.int32), axis=-1)
+        if self.window is not None:
+            before = tf.pad(count, ((0, 0), (self.window, 0)))
+            count = count - before[:, : tf.shape(count)[1]]
+        return (count == 0)[:, None, :, None]
+
+
+def cut(x: Tensor | None, first: Size, count: Size, axis: int) -> Tensor | None:
+    """`count` entries of an axis from `first` on, either of which a graph may leave open."""
+    if x is None:
+        return None
+    axis %= len(x.shape)
+    begin = [first if i == axis else 0 for i in range(len(x.shape))]
+    return tf.slice(x, begin, [count if i == axis else -1 for i in range(len(x.shape))])

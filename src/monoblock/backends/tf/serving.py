@@ -1,0 +1,92 @@
+"""Keras's own formats: a model's entry in `.keras` files, and the SavedModel that serves it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+import keras
+import tensorflow as tf
+
+from monoblock.outputs import ModelOutput
+
+if TYPE_CHECKING:
+    from monoblock.families import Family, ModelClass
+
+SAVED_MODEL = "tf_saved_model"
+
+
+class Serving(keras.Model):
+    """Adds `get_config` and `from_config` (by which `model.save` and `keras.saving.load_model` work) and `export`."""
+
+    family: ClassVar[Family]
+    row: ClassVar[ModelClass]
+    config: Any
+
+    def get_config(self) -> dict[str, Any]:
+        """The model's config and Keras's own fields."""
+        own = {"name": self.name, "trainable": self.trainable}
+        policy = keras.dtype_policies.serialize(self.dtype_policy)
+        return {**own, "dtype": policy, "config": self.config.to_dict()}
+
+    @classmethod
+    def from_config(cls, config: Any, custom_objects: Any = None) -> Self:
+        """A model with new weights, from what `get_config` gave, or from a config of the hub's (as the old classes
+        took)."""
+        del custom_objects  # nothing in the entry is an object of the user's
+        if isinstance(config, cls.family.config):
+            return cls(config)  # pyright: ignore[reportCallIssue, reportArgumentType]
+        fields = dict(config)
+        made = cls.family.config.from_dict(fields.pop("config"))
+        if isinstance(fields.get("dtype"), dict):
+            fields["dtype"] = keras.dtype_policies.deserialize(fields["dtype"])
+        return cls(made, **fields)  # pyright: ignore[reportCallIssue, reportArgumentType]
+
+    def export(
+        self,
+        filepath: str | Path,
+        format: str = SAVED_MODEL,
+        verbose: bool | None = None,
+        input_signature: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Write a SavedModel whose signature `serving_default` takes input_ids and attention_mask, and gives the
+        outputs by name. It needs no monoblock to run.
+
+        `input_signature`: a dict of `tf.TensorSpec`s by argument, instead; lengths left open (None) stay open. Other
+        formats are Keras's own.
+        """
+        signature = self.serving_signature() if input_signature is None else input_signature
+        if isinstance(signature, Sequence) and len(signature) == 1:
+            signature = signature[0]
+        if not isinstance(signature, dict):
+            raise ValueError(
+                f"input_signature must be a dict of tf.TensorSpec by argument, got {type(signature).__name__}"
+            )
+        if format != SAVED_MODEL:
+            super().export(
+                str(filepath), format=format, verbose=verbose, input_signature=[signature], **kwargs
+            )
+            return
+        if kwargs:
+            raise TypeError(f"export has no argument {next(iter(kwargs))!r} for the format {format!r}")
+        archive = keras.export.ExportArchive()
+        archive.track(self)
+        archive.add_endpoint("serve", self.serve, input_signature=[signature])
+        archive.write_out(str(filepath), verbose=bool(verbose))
+
+    def serve(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """The outputs of a dict of inputs as a flat dict of tensors, numbered where there is one for each layer."""
+        out: ModelOutput = self(inputs, training=False, use_cache=False, return_dict=True)
+        flat: dict[str, Any] = {}
+        for name, value in out.items():
+            many = enumerate(value) if isinstance(value, tuple) else ()
+            flat |= {f"{name}_{i}": x for i, x in many} if isinstance(value, tuple) else {name: value}
+        return flat
+
+    def serving_signature(self) -> dict[str, tf.TensorSpec]:
+        """The inputs of the exported model: batch and lengths are open."""
+        shape = (None,) * (3 if self.row.head in ("choice", "double") else 2)
+        names = ("input_ids", "attention_mask")
+        return {name: tf.TensorSpec(shape, tf.int32, name=name) for name in names}

@@ -1,0 +1,127 @@
+"""Keras's own loops over the models: without a compiled loss they train on the model's, with labels in x or as y."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from monoblock.heads import KINDS
+from monoblock.outputs import ModelOutput
+
+# Which scores of an output a label speaks of.
+SCORES = {
+    "labels": "logits",
+    "mc_labels": "mc_logits",
+    "start_positions": "start_logits",
+    "end_positions": "end_logits",
+}
+# What older code gave to compile() for the model's own loss.
+OWN = (None, "passthrough", "auto_with_warning")
+
+
+class Training(keras.Model):
+    """Adds the model's own loss to `compile`, `fit`, `evaluate` and `predict`."""
+
+    own_loss = True
+
+    def compile(self, optimizer: Any = "rmsprop", loss: Any = None, *args: Any, **kwargs: Any) -> None:
+        """As Keras's; without a `loss` the model's own is used, and labels come in x by their names, or as y."""
+        self.own_loss = isinstance(loss, str | None) and loss in OWN
+        super().compile(optimizer, None if self.own_loss else loss, *args, **kwargs)
+
+    def train_step(self, data: Any) -> Any:
+        return super().train_step(self._arranged(data))
+
+    def test_step(self, data: Any) -> Any:
+        return super().test_step(self._arranged(data))
+
+    def predict_step(self, data: Any) -> Any:
+        given, _, _ = self._arranged((keras.utils.unpack_x_y_sample_weight(data)[0],))
+        return super().predict_step((given,))
+
+    def _arranged(self, data: Any) -> tuple[dict[str, Any], Any, Any]:
+        """x by names, with the labels in it if the loss is the model's own; y as the metrics take it; weights."""
+        x, y, weights = keras.utils.unpack_x_y_sample_weight(data)
+        given = {"use_cache": False, **self.bound((x,), {})}  # pyright: ignore[reportAttributeAccessIssue]
+        names = self._label_names()
+        inside = {name: given.pop(name) for name in names if given.get(name) is not None}
+        if y is None and inside:
+            y = inside if len(inside) > 1 else next(iter(inside.values()))
+        if self.own_loss:
+            given |= {**inside, **({} if y is None else self._labels(y))}
+        return given, y, weights
+
+    def _label_names(self) -> tuple[str, ...]:
+        head = self.row.head  # pyright: ignore[reportAttributeAccessIssue]
+        return KINDS[head].labels if head else ()
+
+    def _labels(self, y: Any) -> dict[str, Any]:
+        """y by the names of the head's labels."""
+        names = self._label_names()
+        if isinstance(y, Mapping):
+            found = dict(y)
+        elif isinstance(y, list | tuple):
+            found = dict(zip(names, y, strict=False))
+        else:
+            found = dict(zip(names[:1], (y,), strict=False))
+        if not found or not set(found) <= set(names):
+            name = type(self).__name__
+            raise ValueError(
+                f"{name}'s own loss takes the labels {', '.join(names) or '(none: it has no head)'}, got "
+                f"{', '.join(found) or type(y).__name__}: name them so, or compile(loss=...)"
+            )
+        return found
+
+    def compute_loss(
+        self,
+        x: Any = None,
+        y: Any = None,
+        y_pred: Any = None,
+        sample_weight: Any = None,
+        training: bool = True,
+    ) -> Any:
+        """The mean of the model's own losses, or Keras's of the compiled loss on the scores that y speaks of."""
+        if not self.own_loss:
+            return super().compute_loss(x, y, self.scores(y, y_pred), sample_weight, training)
+        found = [loss for loss in (y_pred.get("loss"), y_pred.get("mc_loss")) if loss is not None]
+        if not found:
+            raise ValueError(
+                f"no labels came ({', '.join(self._label_names())}): give them in x by name or as y, or "
+                "compile(loss=...)"
+            )
+        total = sum(_mean(loss, sample_weight) for loss in found) + sum(self.losses)
+        replicas = tf.distribute.get_strategy().num_replicas_in_sync
+        return total / replicas if replicas > 1 else total  # gradients are summed over replicas
+
+    def compute_metrics(self, x: Any, y: Any, y_pred: Any, sample_weight: Any = None) -> Any:
+        """Keras's metrics of the scores that y speaks of."""
+        return super().compute_metrics(x, y, self.scores(y, y_pred), sample_weight)
+
+    def scores(self, y: Any, y_pred: Any) -> Any:
+        """Of an output, what a loss or a metric compares with y: in y's structure, or the one tensor of scores."""
+        if not isinstance(y_pred, ModelOutput):
+            return y_pred
+        if isinstance(y, Mapping):
+            return {name: y_pred[SCORES.get(name, name)] for name in y}
+        if isinstance(y, list | tuple):
+            return type(y)(y_pred[SCORES[name]] for name, _ in zip(self._label_names(), y, strict=False))
+        return next(y_pred[name] for name in _FIRST if name in y_pred)
+
+
+# What stands for an output whose y is one tensor: the first of these that it has.
+_FIRST = ("logits", "start_logits", "pooler_output", "last_hidden_state")
+
+
+def _mean(loss: Any, weights: Any) -> Any:
+    if weights is None:
+        return tf.reduce_mean(loss)
+    weights = tf.cast(tf.reshape(weights, (-1,)), loss.dtype)
+    if loss.shape[0] == 1 and weights.shape[0] != 1:
+        raise ValueError(
+            "sample_weight weighs rows, but the model's own loss is a mean over tokens: set labels to -100 where they "
+            "should not count, or compile(loss=...)"
+        )
+    return tf.reduce_mean(loss * weights)
