@@ -18,11 +18,12 @@ from safetensors.numpy import save_file
 from monoblock import families, tree
 from monoblock.auto import AutoConfig
 from monoblock.checkpoint import msgpack_save
+from monoblock.checkpoint import store as store_module
 from monoblock.checkpoint.hub import WeightFiles, find_weights
 from monoblock.checkpoint.msgpack import read_msgpack
 from monoblock.checkpoint.msgpack_save import save_msgpack
 from monoblock.checkpoint.naming import flax_name, flax_path, tensorflow_name
-from monoblock.checkpoint.save import Made
+from monoblock.checkpoint.save import Made, save_tensors
 from monoblock.checkpoint.store import open_store
 from monoblock.checkpoint.views import DTYPE_NAMES, numpy_dtype
 from monoblock.errors import CheckpointError
@@ -227,7 +228,9 @@ def chunked(pieces: list[Any], shape: tuple[int, ...]) -> bytes:
     return b"\x83" + mark + text("shape") + table(**sizes) + text("chunks") + table(**chunks)
 
 
-def test_an_array_in_chunks(tmp_path: Path) -> None:
+@pytest.mark.parametrize("slab", [2**26, 7])
+def test_an_array_in_chunks(slab: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store_module, "_SLAB", slab)
     flat = np.arange(15, dtype=np.float32)
     raw = chunked([flat[:4], flat[4:8], flat[8:]], (5, 3))
     store = opened(written(tmp_path, table(wte=table(embedding=raw), head=table(kernel=raw))))
@@ -277,6 +280,16 @@ def test_shards_and_their_index(tmp_path: Path) -> None:
     assert contents(opened(tmp_path)) == contents(store)
     save_msgpack(tmp_path, tensors, embeddings=tables)  # one file again: the shards go
     assert {path.name for path in tmp_path.iterdir()} == {"config.json", "flax_model.msgpack"}
+
+
+def test_what_would_be_read_in_its_place_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    save_msgpack(tmp_path, {"a": SMALL}, embeddings=())
+    assert not caplog.records
+    save_tensors(tmp_path, {"a": SMALL + 1}, framework="np")
+    save_msgpack(tmp_path, {"a": SMALL}, embeddings=())
+    assert "model.safetensors, which is read before flax_model.msgpack" in caplog.text
+    assert find_weights(tmp_path).kind == "safetensors"
+    assert find_weights(tmp_path, prefer="msgpack").kind == "msgpack"
 
 
 def test_what_makes_arrays_is_called_when_needed(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Flax's msgpack files, written array by array, in whatever size; `msgpack.py` describes them."""
 
+import logging
 import re
 import struct
 from collections.abc import Callable, Collection, Mapping
@@ -11,10 +12,14 @@ from typing import Any, BinaryIO, cast
 from monoblock.checkpoint.header import ITEM_BYTES
 from monoblock.checkpoint.msgpack import CHUNKED
 from monoblock.checkpoint.naming import flax_path
+from monoblock.checkpoint.save import SINGLE as SAFETENSORS
 from monoblock.checkpoint.save import Made, made, save_shards, write_bytes
 from monoblock.checkpoint.views import DTYPE_NAMES, Adapter, Array, Description, adapter
 from monoblock.errors import CheckpointError
 
+log = logging.getLogger("monoblock")
+
+SINGLE = "flax_model.msgpack"
 CHUNK = 2**30  # bytes of an array's piece: what Flax cuts off, well below the format's 2^32
 
 # Such files of an earlier save. Variants and other kinds of weights stay.
@@ -34,7 +39,8 @@ def save_msgpack(
     `tensors`: the hub's names -> NumPy arrays in PyTorch's layouts, or what makes one (see `save_tensors`), each
     weight once; `embeddings`: which of the names are tables. The file has the tree and the layouts of transformers'
     Flax classes, and Flax itself reads it. `beside` and all else is as `save_tensors` has it; at most two copies of
-    one tensor are made at a time. Weights of other kinds that are in the folder stay there.
+    one tensor are made at a time. Weights of other kinds that are in the folder stay there; a warning names such as
+    `find_weights` would find first.
     """
     side = adapter("np")
     described: dict[str, Description] = {}
@@ -50,15 +56,20 @@ def save_msgpack(
     def write(file: BinaryIO, part: Mapping[str, Description]) -> None:
         _write_tree(file, side, _tree(part), makers)
 
-    return save_shards(
+    files = save_shards(
         folder,
         described,
         write,
-        single="flax_model.msgpack",
+        single=SINGLE,
         stale=_STALE,
         max_shard_size=max_shard_size,
         beside=beside,
     )
+    if first := [
+        name for name in (SAFETENSORS, f"{SAFETENSORS}.index.json") if (Path(folder) / name).is_file()
+    ]:
+        log.warning("%s also holds %s, which is read before %s: remove what is old", folder, first[0], SINGLE)
+    return files
 
 
 def _laid_out(value: Any, transposed: bool) -> Array:

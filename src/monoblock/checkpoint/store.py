@@ -20,6 +20,9 @@ from monoblock.errors import CheckpointError
 __all__ = ["Store", "open_store", "parse_size", "save_tensors"]
 
 
+_SLAB = 64 * 2**20  # bytes that are copied at once
+
+
 class Store:
     """A checkpoint's tensors by name; nothing is read from the disk before a tensor is used.
 
@@ -130,11 +133,16 @@ class _Mapped:
         return self._side.lay(buffer, entry.dtype, entry.shape)
 
     def _copied(self, entry: Entry) -> bytearray:
-        """The entry's bytes, as a copy; what reading them brought into memory goes back at once."""
+        """The entry's bytes, as a copy; what reading them brings into memory goes back on the way."""
         pieces = ((entry.begin, entry.end), *entry.rest)
-        copy = bytearray().join(memoryview(self._map)[begin:end] for begin, end in pieces)
+        copy = bytearray(sum(end - begin for begin, end in pieces))
+        at = 0
         for begin, end in pieces:
-            _release(self._map, *_inner_pages(begin, end))
+            for start in range(begin, end, _SLAB):
+                stop = min(start + _SLAB, end)
+                copy[at : at + stop - start] = memoryview(self._map)[start:stop]
+                at += stop - start
+                _release(self._map, *_inner_pages(start, stop))
         return copy
 
     def _buffer(self, name: str, entry: Entry) -> ctypes.Array[ctypes.c_char]:
