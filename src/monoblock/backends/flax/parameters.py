@@ -112,7 +112,7 @@ class Parameters:
             name = "/".join(path)
             if path not in shapes:
                 raise ValueError(
-                    f"params hold {name}{_others(leaves.keys() - shapes.keys())}, which {self.row.name} does not have"
+                    f"params hold {name}{_others(leaves.keys() - shapes.keys())}, which {type(self).__name__} does not have"
                 )
             if tuple(np.shape(leaf)) != shapes[path]:
                 raise ShapeMismatch(f"{name} is {list(np.shape(leaf))}, expected {list(shapes[path])}")

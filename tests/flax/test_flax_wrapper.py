@@ -1,0 +1,414 @@
+"""The wrapper around the Linen networks: signatures, parameters, dtypes, caches, errors, and JAX's transformations."""
+
+from __future__ import annotations
+
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import flax.core
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax_models import CLASSES, config_of, flax_model, ids_of
+from jax.sharding import Mesh, PartitionSpec
+from measure import assert_close
+
+import monoblock
+from monoblock.backends.flax import loading, pretrained
+from monoblock.errors import ShapeMismatch
+
+NAME = "GPTNeoForCausalLM"
+CALL = {
+    "input_ids": None,
+    "attention_mask": None,
+    "position_ids": None,
+    "params": None,
+    "past_key_values": None,
+    "dropout_rng": None,
+    "train": False,
+    "output_attentions": None,
+    "output_hidden_states": None,
+    "return_dict": None,
+}
+ATOL = 1e-5  # fp32, 3 layers, logits of about 10; measured 4e-6
+
+
+def defaults(function: Any) -> dict[str, Any]:
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD,)
+    return {p.name: p.default for p in inspect.signature(function).parameters.values() if p.kind in kinds}
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_signatures_are_those_of_the_pages(name: str) -> None:
+    cls = getattr(monoblock, "Flax" + name)
+    _, *made = inspect.signature(cls.__init__).parameters.values()
+    assert [(p.name, p.default) for p in made[1:5]] == [
+        ("input_shape", (1, 1)),
+        ("seed", 0),
+        ("dtype", jnp.float32),
+        ("_do_init", True),
+    ]
+    assert made[0].name == "config" and made[5].kind is inspect.Parameter.VAR_KEYWORD
+    called = defaults(cls.__call__)
+    assert called.pop("self") is inspect.Parameter.empty
+    assert list(called.items()) == list(CALL.items())
+    assert cls.framework == "flax" and cls.__module__ == "monoblock" and cls.__name__ == "Flax" + name
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_the_tree_is_the_networks_own(name: str) -> None:
+    model = getattr(monoblock, "Flax" + name)(config_of(name), _do_init=False)
+    given = {"input_ids": jnp.zeros((1, 3), jnp.int32)}
+    made = jax.eval_shape(lambda key: model.module.init(key, given)["params"], jax.random.PRNGKey(0))
+    shapes = {path: leaf.shape for path, leaf in loading.flat(made).items()}
+    assert shapes == {path: leaf.shape for path, leaf in loading.flat(model.params_shape_tree).items()}
+    assert model.required_params == set(shapes)
+    assert model.num_params() == sum(int(np.prod(shape)) for shape in shapes.values())
+
+
+# ---------------------------------------------------------------------------- parameters
+
+
+def test_random_parameters_are_those_of_the_seed() -> None:
+    cls, config = monoblock.FlaxGPTNeoForCausalLM, config_of(NAME)
+    one, two, other = cls(config), cls(config, seed=0), cls(config, seed=1)
+    assert one._params is None  # made when first used
+    kernel, same, different = (m.params["blocks"]["1"]["attn"]["qkv"]["kernel"] for m in (one, two, other))
+    assert np.array_equal(kernel, same) and not np.allclose(kernel, different)
+    assert abs(float(kernel.std()) - config.initializer_range) < 2e-3  # of 3,888 draws, 9 standard errors
+    assert not np.allclose(kernel, one.params["blocks"]["0"]["attn"]["qkv"]["kernel"])
+    leaves = loading.flat(one.params)
+    assert {float(x.max()) for p, x in leaves.items() if p[-1] == "bias"} == {0.0}
+    assert {float(x.min()) for p, x in leaves.items() if p[-1] == "scale"} == {1.0}
+    assert {x.dtype for x in leaves.values()} == {jnp.dtype("float32")}
+
+
+def test_init_weights_under_jit_and_for_what_lacks() -> None:
+    model = monoblock.FlaxGPTNeoForTokenClassification(config_of("GPTNeoForTokenClassification"))
+    plain = model.init_weights(model.key, (1, 1))
+    traced = jax.jit(model.init_weights, static_argnames=["input_shape"])(model.key, (1, 1))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), plain, traced)
+    body = {name: value for name, value in plain.items() if name != "head"}
+    body["embed"] = {"embedding": plain["embed"]["embedding"] + 1}
+    whole = model.init_weights(model.key, params=flax.core.freeze(body))
+    assert np.array_equal(whole["embed"]["embedding"], body["embed"]["embedding"])
+    assert np.array_equal(whole["head"]["out"]["kernel"], plain["head"]["out"]["kernel"])
+
+
+def test_params_asked_for_first_inside_a_trace_can_be_kept() -> None:
+    model = monoblock.FlaxGPTNeoModel(config_of("GPTNeoModel"))
+    total = jax.jit(lambda: sum(x.sum() for x in jax.tree.leaves(model.params)))()
+    assert np.isfinite(float(total))
+    assert not isinstance(model.params["embed"]["embedding"], jax.core.Tracer)
+
+
+def test_without_parameters_of_its_own() -> None:
+    kept = flax_model(NAME)
+    model = monoblock.FlaxGPTNeoForCausalLM(config_of(NAME), _do_init=False)
+    for use in (lambda: model.params, lambda: model(ids_of())):
+        with pytest.raises(ValueError, match=r"_do_init=False: keep them yourself.* pass them"):
+            use()
+    with pytest.raises(ValueError, match="holds no params"):
+        model.params = kept.params
+    assert np.array_equal(model(ids_of(), params=kept.params).logits, kept(ids_of()).logits)
+    assert model.init_weights(jax.random.PRNGKey(1)).keys() == kept.params.keys()
+
+
+def test_params_that_do_not_fit_are_named() -> None:
+    model = monoblock.FlaxGPTNeoForCausalLM(config_of(NAME))
+    tree = flax_model(NAME).params
+    model.params = flax.core.freeze(tree)
+    assert type(model.params) is dict
+    with pytest.raises(ValueError, match=r"params lack embed/embedding$"):
+        model.params = {name: value for name, value in tree.items() if name != "embed"}
+    with pytest.raises(
+        ValueError, match="params hold transformer/wte, which FlaxGPTNeoForCausalLM does not have"
+    ):
+        model.params = tree | {"transformer": {"wte": np.zeros(3)}}
+    with pytest.raises(ShapeMismatch, match=r"embed/embedding is \[3, 36\], expected \[89, 36\]"):
+        model.params = tree | {"embed": {"embedding": np.zeros((3, 36))}}
+
+
+def test_dtype_is_the_computations() -> None:
+    params = flax_model(NAME).params
+    for dtype in (jnp.bfloat16, "bfloat16"):
+        model = monoblock.FlaxGPTNeoForCausalLM(config_of(NAME), dtype=dtype, _do_init=False)
+        assert model(ids_of(), params=params).logits.dtype == jnp.bfloat16
+        assert model.init_cache(2, 9).keys[0].dtype == jnp.bfloat16
+    for wrong in (jnp.int32, "double trouble"):
+        with pytest.raises(ValueError, match=r"dtype must be jnp.float32, float16 or bfloat16, got "):
+            monoblock.FlaxGPTNeoForCausalLM(config_of(NAME), dtype=wrong)
+
+
+def test_casts() -> None:
+    model = flax_model(NAME)
+    for cast, dtype in (
+        (model.to_bf16, jnp.bfloat16),
+        (model.to_fp16, jnp.float16),
+        (model.to_fp32, jnp.float32),
+    ):
+        assert {x.dtype for x in jax.tree.leaves(cast(model.params))} == {jnp.dtype(dtype)}
+    mask = loading.nested({p: p[-1] != "scale" for p in loading.flat(model.params)})
+    cast = loading.flat(model.to_bf16(model.params, mask))
+    assert {p[-1] for p, x in cast.items() if x.dtype == jnp.float32} == {"scale"}
+    assert model.params["embed"]["embedding"].dtype == jnp.float32  # the model's own stay
+
+
+# ---------------------------------------------------------------------------- calls
+
+
+def test_inputs_of_many_kinds_give_the_same() -> None:
+    model, ids = flax_model(NAME), ids_of()
+    expected = model(ids).logits
+    for given in (ids.tolist(), jnp.asarray(ids), ids.astype(np.int32), ids.astype(np.uint8)):
+        assert np.array_equal(model(given).logits, expected)
+    ones = np.ones_like(ids)
+    for mask in (ones, ones.astype(bool), ones.astype(np.float32), ones.tolist(), jnp.asarray(ones)):
+        assert np.array_equal(model(ids, mask).logits, expected)
+    before = pretrained.forward._cache_size()
+    model(ids, ones)
+    assert pretrained.forward._cache_size() == before
+
+
+def test_outputs_are_pytrees_dicts_and_tuples() -> None:
+    model, ids = flax_model(NAME), ids_of()
+    out = model(ids, output_hidden_states=True, output_attentions=True)
+    assert type(out) is monoblock.FlaxCausalLMOutputWithCrossAttentions
+    assert isinstance(out, monoblock.FlaxMaskedLMOutput)  # what the pages of this family say
+    assert out.keys() == ["logits", "hidden_states", "attentions"]
+    assert out[0] is out.logits is out["logits"] and "loss" not in out
+    assert [x.shape for x in out.hidden_states] == [(2, 7, 36)] * 4
+    assert [x.shape for x in out.attentions] == [(2, 6, 7, 7)] * 3
+    doubled = jax.tree.map(lambda x: 2 * x, out)
+    assert type(doubled) is type(out) and np.array_equal(doubled.logits, 2 * out.logits)
+    assert out.replace(logits=None).keys() == ["hidden_states", "attentions"]
+    flat = model(ids, output_hidden_states=True, output_attentions=True, return_dict=False)
+    assert isinstance(flat, tuple) and len(flat) == 3
+
+
+def test_each_class_returns_the_hubs_output() -> None:
+    kinds = {
+        "MistralModel": "FlaxBaseModelOutputWithPast",
+        "MistralForCausalLM": "FlaxCausalLMOutputWithCrossAttentions",
+        "GPTNeoModel": "FlaxBaseModelOutput",
+        "MPNetModel": "FlaxBaseModelOutputWithPooling",
+        "OpenAIGPTLMHeadModel": "FlaxCausalLMOutput",
+    }
+    for name, kind in kinds.items():
+        cls = getattr(monoblock, "Flax" + name)
+        assert issubclass(pretrained.output_class(cls.row.output), getattr(monoblock, kind))
+
+
+def pieces(model: Any, ids: np.ndarray, mask: Any, whole_mask: bool) -> Any:
+    """Logits of a text taken in three pieces with a cache of 10 places."""
+    past, start, logits = model.init_cache(2, 10), 0, []
+    for stop in (4, 5, ids.shape[1]):
+        seen = mask
+        if mask is not None:
+            seen = mask[:, :stop]
+            seen = np.pad(seen, ((0, 0), (0, 10 - stop)), constant_values=1) if whole_mask else seen
+        out = model(ids[:, start:stop], attention_mask=seen, past_key_values=past)
+        assert out.keys() == ["logits", "past_key_values"]
+        past, start = out.past_key_values, stop
+        logits.append(out.logits)
+    assert int(past.get_seq_length()) == ids.shape[1]
+    return jnp.concatenate(logits, axis=1)
+
+
+def test_a_cache_gives_what_the_whole_gives() -> None:
+    model, ids = flax_model(NAME), ids_of(tokens=9)
+    mask = np.ones_like(ids)
+    mask[0, :3] = 0
+    for seen in (None, mask):
+        expected = np.asarray(model(ids, seen).logits)
+        for whole_mask in (False, True) if seen is not None else (False,):
+            got = pieces(model, ids, seen, whole_mask)
+            assert_close("flax: in pieces", got, expected, ATOL, None if seen is None else mask)
+
+
+def test_logits_to_keep() -> None:
+    model, ids = flax_model(NAME), ids_of()
+    assert_close("flax: kept logits", model(ids, logits_to_keep=2).logits, model(ids).logits[:, -2:], ATOL)
+
+
+IDS = ids_of(2, 6)
+EMBEDS = np.zeros((2, 6, 36), np.float32)
+WRONG: dict[str, tuple[type[Exception], dict[str, Any]]] = {
+    r"input_ids hold the token 99, but the model's vocabulary has the ids 0 to 88": (
+        ValueError,
+        {"input_ids": np.full((1, 2), 99)},
+    ),
+    r"input_ids must be whole numbers \(batch, tokens\), got float32 \(2, 6\)": (
+        ValueError,
+        {"input_ids": IDS.astype(np.float32)},
+    ),
+    r"got int64 \(6,\)": (ValueError, {"input_ids": IDS[0]}),
+    r"input_ids must be an array, or nested lists of equal lengths": (
+        ValueError,
+        {"input_ids": [[1], [1, 2]]},
+    ),
+    r"the input has no tokens": (ValueError, {"input_ids": [[], []]}),
+    r"You have to specify either input_ids or inputs_embeds": (ValueError, {}),
+    r"cannot specify both": (ValueError, {"input_ids": IDS, "inputs_embeds": EMBEDS}),
+    r"inputs_embeds must be \(batch, tokens, 36\), got float32 \(2, 6, 35\)": (
+        ValueError,
+        {"inputs_embeds": EMBEDS[..., 1:]},
+    ),
+    r"attention_mask must be \(batch, tokens\) = \(2, 6\), got \(2, 5\)": (
+        ValueError,
+        {"input_ids": IDS, "attention_mask": np.ones((2, 5))},
+    ),
+    r"position_ids must be whole numbers \(batch, 6\), got int64 \(1, 7\)": (
+        ValueError,
+        {"input_ids": IDS, "position_ids": np.arange(7)[None]},
+    ),
+    r"the model has 64 learned positions, but the text with its past has 65 tokens": (
+        ValueError,
+        {"input_ids": ids_of(1, 65)},
+    ),
+    r"past_key_values must be what init_cache\(batch, max_length\) or an output holds, got dict": (
+        ValueError,
+        {"input_ids": IDS, "past_key_values": {}},
+    ),
+    r"sequence_id would have no effect": (ValueError, {"input_ids": IDS, "sequence_id": IDS}),
+    r"logits_to_keep must be how many": (ValueError, {"input_ids": IDS, "logits_to_keep": -1}),
+    r"no argument 'labels': model.compute_loss\(outputs, labels=...\) gives the loss": (
+        TypeError,
+        {"input_ids": IDS, "labels": IDS},
+    ),
+    r"no argument 'use_cache': .*init_cache": (TypeError, {"input_ids": IDS, "use_cache": True}),
+    r"no argument 'attn_mask'; beside those of its signature it takes: inputs_embeds": (
+        TypeError,
+        {"input_ids": IDS, "attn_mask": IDS},
+    ),
+    r"train=True drops out at random: give dropout_rng": (ValueError, {"input_ids": IDS, "train": True}),
+}
+
+
+@pytest.mark.parametrize("text", WRONG)
+def test_wrong_inputs_get_one_clear_sentence(text: str) -> None:
+    error, given = WRONG[text]
+    model = flax_model(NAME)
+    if given.get("train"):
+        model = monoblock.FlaxGPTNeoForCausalLM(config_of(NAME, embed_dropout=0.1))
+    with pytest.raises(error, match=text) as caught:
+        model(**given)
+    assert "\n" not in str(caught.value)
+
+
+def test_caches_that_do_not_fit_are_refused() -> None:
+    model = flax_model(NAME)
+    past = model(IDS, past_key_values=model.init_cache(2, 8)).past_key_values
+    with pytest.raises(ValueError, match="the cache holds 8 tokens: 6 are in it and 6 more came"):
+        model(IDS, past_key_values=past)
+    with pytest.raises(ValueError, match="past_key_values hold 2 rows, and the input has 1"):
+        model(IDS[:1], past_key_values=past)
+    with pytest.raises(ValueError, match=r"\(2, 7\) or \(2, 8\), the cached tokens included, got \(2, 1\)"):
+        model(IDS[:, :1], past_key_values=past, attention_mask=np.ones((2, 1)))
+    with pytest.raises(ValueError, match="past_key_values must hold 3 layers, got 1"):
+        model(IDS[:, :1], past_key_values=past.replace(keys=past.keys[:1]))
+    both_ways = flax_model("MPNetModel")
+    with pytest.raises(ValueError, match="both ways has no cache"):
+        both_ways(IDS, past_key_values=past)
+    with pytest.raises(ValueError, match="both ways has no cache"):
+        both_ways.init_cache(2, 8)
+
+
+def test_a_constructor_refuses_what_it_does_not_know() -> None:
+    with pytest.raises(ValueError, match="FlaxGPTNeoModel takes a GPTNeoConfig, got MptConfig"):
+        monoblock.FlaxGPTNeoModel(config_of("MptModel"))
+    with pytest.raises(TypeError, match="FlaxGPTNeoModel has no argument 'dtyp'"):
+        monoblock.FlaxGPTNeoModel(config_of("GPTNeoModel"), dtyp=jnp.float32)
+
+
+# ---------------------------------------------------------------------------- JAX
+
+
+def test_under_jit_grad_vmap_checkpoint_and_shard_map() -> None:
+    model, ids = flax_model(NAME), jnp.asarray(IDS)
+
+    def loss(params: Any, ids: Any) -> jax.Array:
+        return model.compute_loss(model(ids, params=params), labels=ids)
+
+    value, gradient = jax.jit(jax.value_and_grad(loss))(model.params, ids)
+    assert jax.tree.structure(gradient) == jax.tree.structure(model.params)
+    assert all(float(jnp.abs(leaf).max()) > 0 for leaf in jax.tree.leaves(gradient["blocks"]["0"]))
+    expected = np.asarray(model(ids).logits)
+    by_row = jax.vmap(lambda row: model(row[None]).logits[0])(ids)
+    assert_close("flax: under vmap", by_row, expected, ATOL)
+    again = jax.grad(jax.checkpoint(loss))(model.params, ids)
+    jax.tree.map(lambda a, b: assert_close("flax: under checkpoint", a, b, 1e-5), again, gradient)
+    mesh = Mesh(np.array(jax.devices()[:1]), ("data",))
+    rows = PartitionSpec("data")
+    apply = jax.shard_map(
+        lambda p, x: model(x, params=p), mesh=mesh, in_specs=(PartitionSpec(), rows), out_specs=rows
+    )
+    assert_close("flax: under shard_map", apply(model.params, ids).logits, expected, ATOL)
+    assert np.isfinite(float(value))
+
+
+def test_a_step_with_a_traced_cache() -> None:
+    model, ids = flax_model(NAME), ids_of(tokens=9)
+
+    @jax.jit
+    def step(past: Any, token: Any, mask: Any) -> Any:
+        out = model(token, attention_mask=mask, past_key_values=past)
+        return out.past_key_values, out.logits
+
+    past = model(ids[:, :7], past_key_values=model.init_cache(2, 9)).past_key_values
+    logits = []
+    for i in (7, 8):
+        past, out = step(past, ids[:, i : i + 1], np.ones((2, 9)))
+        logits.append(out)
+    assert_close("flax: a traced cache", jnp.concatenate(logits, 1), model(ids).logits[:, 7:], ATOL)
+    with pytest.raises(ValueError, match=r"attention_mask must be \(batch, tokens\) = \(2, 9\)"):
+        step(past, ids[:, :1], np.ones((2, 8)))
+
+
+def test_dropout_takes_its_key() -> None:
+    config = config_of(NAME, embed_dropout=0.5, resid_dropout=0.5, attention_dropout=0.5)
+    model = monoblock.FlaxGPTNeoForCausalLM(config, seed=3)
+    one, two = jax.random.split(jax.random.PRNGKey(0))
+    a, b, c = (model(IDS, train=True, dropout_rng=key).logits for key in (one, one, two))
+    assert np.array_equal(a, b) and not np.allclose(a, c)
+    rest = model(IDS, dropout_rng=one).logits  # not training: the key changes nothing
+    assert np.array_equal(rest, model(IDS).logits) and not np.allclose(rest, a)
+
+
+def test_gradient_checkpointing_gives_the_same_gradients() -> None:
+    model = monoblock.FlaxGPTNeoForCausalLM(config_of(NAME), _do_init=False)
+    params = flax_model(NAME).params
+
+    def gradient() -> Any:
+        def loss(params: Any) -> jax.Array:
+            return model.compute_loss(model(IDS, params=params, train=True), labels=IDS)
+
+        return jax.grad(loss)(params)
+
+    plain = gradient()
+    model.gradient_checkpointing_enable()
+    assert model.is_gradient_checkpointing
+    jax.tree.map(lambda a, b: assert_close("flax: remat", a, b, 1e-6), gradient(), plain)
+    model.gradient_checkpointing_disable()
+    assert not model.is_gradient_checkpointing
+    model.enable_gradient_checkpointing()
+    assert model.module.remat
+
+
+# ---------------------------------------------------------------------------- imports
+
+
+def test_loading_and_calling_imports_no_other_framework(tmp_path: Path) -> None:
+    flax_model(NAME).save_pretrained(tmp_path)
+    code = (
+        "import sys, monoblock, numpy as np\n"
+        f"model = monoblock.FlaxAutoModelForCausalLM.from_pretrained({str(tmp_path)!r})\n"
+        "model(np.ones((1, 3), int))\n"
+        "print(sorted({'torch', 'tensorflow', 'keras', 'transformers', 'h5py'} & set(sys.modules)))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert result.stdout.strip() == "[]", result.stderr

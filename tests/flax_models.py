@@ -1,0 +1,57 @@
+"""Tiny models of every class in PyTorch and Flax, with the same weights."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import families_made
+import helpers
+import jax.numpy as jnp
+import numpy as np
+from families_made import LABELS
+
+import monoblock
+from monoblock.families import FAMILIES, class_names, family_of
+
+CLASSES = tuple(name for model_type in FAMILIES for name in class_names(model_type))
+
+
+def config_of(name: str, **more: Any) -> Any:
+    """A tiny config for a class, with a value of its own in each field."""
+    if name.startswith("Mpt"):
+        return helpers.config(num_labels=LABELS, **more)
+    return family_of(name).config(**families_made.fields(families_made.CLASSES[name], **more))
+
+
+@functools.cache
+def torch_model(name: str) -> Any:
+    """A random PyTorch model of that class."""
+    return helpers.randomised(getattr(monoblock, name)(config_of(name))).eval()
+
+
+@functools.cache
+def flax_model(name: str) -> Any:
+    """The same model in Flax."""
+    theirs = torch_model(name)
+    model = getattr(monoblock, "Flax" + name)(config_of(name))
+    state = {key: tensor.detach().numpy() for key, tensor in theirs.hub_state_dict().items()}
+    model.params = model.params_from_hub(state)
+    return model
+
+
+def ids_of(rows: int = 2, tokens: int = 7, seed: int = 0) -> np.ndarray:
+    """Random ids beyond the special ones."""
+    return np.random.default_rng(seed).integers(10, families_made.VOCAB, (rows, tokens))
+
+
+def same_bits(one: dict[str, Any], two: dict[str, Any]) -> bool:
+    """Whether two dicts of arrays hold the same names, dtypes and bytes."""
+    return one.keys() == two.keys() and all(
+        one[name].dtype == two[name].dtype and np.array_equal(one[name], two[name]) for name in one
+    )
+
+
+def as_float(x: Any) -> np.ndarray:
+    """Any JAX array as NumPy float32."""
+    return np.asarray(jnp.asarray(x, jnp.float32))
