@@ -40,7 +40,7 @@ from monoblock.generation.prompt import (
     random_source,
 )
 from monoblock.generation.record import GenerateDecoderOnlyOutput as GenerateDecoderOnlyOutput
-from monoblock.generation.record import Record, Text
+from monoblock.generation.record import Plain, Record, Text, ids_alone
 from monoblock.generation.resolve import (
     UNSUPPORTED_ARGUMENTS,
     new_tokens,
@@ -52,14 +52,20 @@ from monoblock.generation.streamers import streaming
 
 
 def generate(
-    model: Model, inputs: Any = None, generation_config: GenerationConfig | None = None, **arguments: Any
+    model: Model,
+    inputs: Any = None,
+    generation_config: GenerationConfig | None = None,
+    *,
+    plain: Plain = ids_alone,
+    **arguments: Any,
 ) -> Any:
     """Continue prompts: token ids (rows, prompt + new), or an output object if the config says so.
 
     `arguments` are the hub's: `input_ids`, `attention_mask`, `logits_processor`, `stopping_criteria`,
     `prefix_allowed_tokens_fn`, `streamer`, `tokenizer` (for stop strings), `assistant_model` (a `Model` here),
     `negative_prompt_ids`, the model's own inputs, and every field of `GenerationConfig`; besides, `seed` or
-    `generator` for sampling, and `response_format`. Rows that are finished are filled with `pad_token_id`.
+    `generator` for sampling, and `response_format`. Rows that are finished are filled with `pad_token_id`. `plain`
+    makes the result where no output object is asked for.
     ValueError for what is unknown, impossible or not supported.
     """
     streamer = arguments.get("streamer")
@@ -77,7 +83,7 @@ def generate(
             assisted=call.assistant_model is not None,
         )
         run = _strategy(call, config)
-        generation = Generation(model, call, config, model_inputs)
+        generation = Generation(model, call, config, model_inputs, plain)
         if model.compiled is not None and (program := programs.of(generation)) is not None:
             return model.compiled(generation, program)
         return run(generation)
@@ -115,9 +121,16 @@ def _copies(config: GenerationConfig) -> int:
 class Generation:
     """One call, prepared: everything is checked here, before the model computes anything."""
 
-    def __init__(self, model: Model, call: Call, config: GenerationConfig, inputs: dict[str, Any]):
+    def __init__(
+        self,
+        model: Model,
+        call: Call,
+        config: GenerationConfig,
+        inputs: dict[str, Any],
+        plain: Plain = ids_alone,
+    ):
         self.ops = ops = model.ops
-        self.config = config
+        self.config, self.plain = config, plain
         self.streamer = call.streamer
         self.prompt_bn = prompt_ids(ops, call, config, inputs)
         self.mask_bm = prompt_mask(ops, self.prompt_bn, call, config, inputs)
@@ -193,7 +206,7 @@ class Generation:
     def begin(self) -> tuple[Text, Record, Array]:
         """The prompt run through the model: text, record, and the scores (rows, vocab) of the first new token."""
         text = Text(self.ops, self.copied(self.prompt_bn), wants_rows=bool(self.criteria))
-        record = Record(self.config)
+        record = Record(self.config, self.plain)
         if self.streamer is not None:
             self.streamer.put(self.ops.host(self.prompt_bn))
         scores_bv = self.decoder.prefill(self.prompt_bn, self.mask_bm)
@@ -230,7 +243,7 @@ class Generation:
             if isinstance(criterion, stopping.HostCriteria):
                 verdict = criterion.after(rows)
             else:
-                verdict = criterion(ids(), record.all_scores())
+                verdict = criterion(self.ops.shown(ids()), record.all_scores())
             answers = stopping.per_row(verdict, len(done), criterion)
             done = [before or now for before, now in zip(done, answers, strict=True)]
         return done

@@ -206,10 +206,10 @@ def build(setting: Setting, values: Mapping[str, Any], own: Iterable[Processor] 
         built = (build(values[name], setting) for name, _, build in table if name in values)
         return [processor for processor in built if processor is not None]
 
-    return [*of(ALWAYS), *(_checked(processor) for processor in own), *of(SAMPLING), *of(LAST)]
+    return [*of(ALWAYS), *(_checked(setting.ops, processor) for processor in own), *of(SAMPLING), *of(LAST)]
 
 
-def _checked(processor: Any) -> Processor:
+def _checked(ops: ArrayOps, processor: Any) -> Processor:
     """The caller's processor, whose result is checked before the loop trusts it."""
     if not callable(processor):
         raise TypeError(
@@ -217,7 +217,7 @@ def _checked(processor: Any) -> Processor:
         )
 
     def run(ids: Array, scores: Array) -> Array:
-        changed = processor(ids, scores)
+        changed = processor(ops.shown(ids), ops.shown(scores))
         if getattr(changed, "shape", None) != scores.shape:
             got = (
                 "nothing" if changed is None else f"shape {getattr(changed, 'shape', type(changed).__name__)}"

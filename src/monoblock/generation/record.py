@@ -63,6 +63,10 @@ class Text:
         for row, token in zip(self.rows, tokens, strict=False):
             row.append(token)
 
+    def extend(self, tokens_bk: Array) -> None:
+        """Several tokens more, after which nobody looks at the host's rows."""
+        self._new.append(tokens_bk)
+
     def ids(self) -> Array:
         """(rows, tokens) on the device."""
         if self._new:
@@ -71,10 +75,21 @@ class Text:
         return self._ids
 
 
+# What a call gets that asks for no output object, from the ids and the scores of beams (None of others).
+Plain = Callable[[Array, Array | None], Any]
+
+
+def ids_alone(ids_bn: Array, scores_b: Array | None) -> Any:
+    """The ids."""
+    del scores_b
+    return ids_bn
+
+
 class Record:
     """What the call wants back besides the sequences."""
 
-    def __init__(self, config: GenerationConfig):
+    def __init__(self, config: GenerationConfig, plain: Plain = ids_alone):
+        self.plain = plain
         wanted = bool(config.return_dict_in_generate)
         self.as_dict = wanted
         self.scores: list[Array] | None = [] if wanted and config.output_scores else None
@@ -118,13 +133,13 @@ class Record:
     def output(self, ids_bn: Array, decoder: Decoder) -> Any:
         """The ids, or all that was asked for."""
         if not self.as_dict:
-            return ids_bn
+            return self.plain(ids_bn, None)
         return GenerateDecoderOnlyOutput(sequences=ids_bn, **self._kept(decoder))
 
     def beam_output(self, ids_bn: Array, scores_b: Array, beam_indices_bn: Array, decoder: Decoder) -> Any:
         """The same for beam search."""
         if not self.as_dict:
-            return ids_bn
+            return self.plain(ids_bn, scores_b)
         return GenerateBeamDecoderOnlyOutput(
             sequences=ids_bn,
             sequences_scores=None if self.scores is None else scores_b,

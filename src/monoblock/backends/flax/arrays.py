@@ -64,6 +64,9 @@ class JaxOps(NumpyOps):
     def array(self, values: Any) -> Any:
         return values if _traced(values) else super().array(values)
 
+    def shown(self, x: Any) -> Any:
+        return jnp.asarray(x)
+
     def argmax(self, x_bk: Any) -> Any:
         found = super().argmax(x_bk) if _here(x_bk) else jnp.argmax(x_bk, axis=-1)
         return found if _traced(found) else np.asarray(found)

@@ -16,6 +16,7 @@ from monoblock.backends.flax import cache as caches
 from monoblock.backends.flax import loading
 from monoblock.backends.flax.cache import Cache
 from monoblock.backends.flax.checked import checked, has_positions
+from monoblock.backends.flax.decode import Generation
 from monoblock.backends.flax.inputs import Wanted
 from monoblock.backends.flax.loading import Tree
 from monoblock.backends.flax.network import Network
@@ -24,13 +25,13 @@ from monoblock.backends.flax.outputs import output_class
 from monoblock.backends.flax.parameters import Parameters
 from monoblock.backends.flax.sharding import Sharded
 from monoblock.backends.flax.training import Training
-from monoblock.checkpoint.hub import find_file, find_weights
+from monoblock.checkpoint.hub import find_weights
 from monoblock.checkpoint.msgpack_save import save_msgpack
 from monoblock.checkpoint.options import HubOptions
 from monoblock.checkpoint.save import save_tensors
 from monoblock.checkpoint.store import open_store
 from monoblock.config import CONFIG_NAME, PretrainedConfig
-from monoblock.generation.config import GENERATION_CONFIG_NAME, GenerationConfig
+from monoblock.generation.config import GENERATION_CONFIG_NAME
 
 log = logging.getLogger("monoblock")
 
@@ -45,7 +46,7 @@ ELSEWHERE = {
 }
 
 
-class FlaxPreTrainedModel(Parameters, Sharded, Training):
+class FlaxPreTrainedModel(Parameters, Sharded, Training, Generation):
     """The base of all Flax models: a Linen network (`module`) and its parameters (`params`, nested dicts).
 
     `dtype` is the computation's type and leaves the parameters' alone. `input_shape` is the hub's argument; no
@@ -257,17 +258,6 @@ class FlaxPreTrainedModel(Parameters, Sharded, Training):
         tables = [f"{name}.weight" for name in loading.TABLES if f"{name}.weight" in self.canonical_shapes()]
         names = [name for table in tables for name in keymap.source(table).names]
         save_msgpack(folder, tensors, embeddings=names, max_shard_size=max_shard_size, beside=texts)
-
-    def default_generation_config(self) -> GenerationConfig:
-        """What the model's config says about generation."""
-        return GenerationConfig.from_model_config(self.config)
-
-    def file_generation_config(self, name: str | Path, hub: HubOptions) -> GenerationConfig | None:
-        """The checkpoint's generation_config.json; without one, what config.json says."""
-        if not self.can_generate():
-            return None
-        path = find_file(name, GENERATION_CONFIG_NAME, hub, required=False)
-        return GenerationConfig.from_json_file(path) if path else self.default_generation_config()
 
     def can_generate(self) -> bool:
         """Whether the class predicts the next token."""

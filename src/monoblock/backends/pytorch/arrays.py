@@ -35,6 +35,9 @@ class TorchOps:
     def host(self, x: Tensor) -> Tensor:
         return x.cpu()
 
+    def shown(self, x: Tensor) -> Tensor:
+        return x
+
     def argmax(self, x_bk: Tensor) -> Tensor:
         return x_bk.argmax(-1)
 

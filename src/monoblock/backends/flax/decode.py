@@ -1,0 +1,156 @@
+"""Generation on JAX: the `generate` of the models, and what the framework-free loop knows of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from monoblock.backends.flax import compiled
+from monoblock.backends.flax.arrays import JaxOps, Keys
+from monoblock.backends.flax.decoder import Decoder, Rereader, Source
+from monoblock.backends.flax.network import Network
+from monoblock.backends.flax.outputs import FlaxModelOutput, pytree
+from monoblock.errors import UnsupportedConfig
+from monoblock.generation import loop
+from monoblock.generation.arrays import ArrayOps
+from monoblock.generation.config import GenerationConfig
+from monoblock.generation.mixin import GenerationMixin, check_assistant
+from monoblock.generation.transitions import transition_scores
+from monoblock.spec import Learned
+
+INPUTS = frozenset({"past_key_values", "position_ids", "inputs_embeds"})
+# Inputs that only some models take; new tokens get the last token type.
+MORE = frozenset({"token_type_ids", "image_patches", "image_patches_indices", "pixel_values"})
+
+
+@pytree
+class FlaxGenerateOutput(FlaxModelOutput):
+    """What `generate` gives, as transformers' Flax classes did: `sequences` (rows, prompt + new), and of beam search
+    `scores` (rows,), log-probability / new tokens ** length_penalty."""
+
+    sequences: Any = None
+    scores: Any = None
+
+
+class Generation(GenerationMixin):
+    """Adds `generate` to the models that predict the next token."""
+
+    module: Network
+    params: Any
+    inputs: ClassVar[tuple[str, ...]]
+
+    def generate(
+        self,
+        inputs: Any = None,
+        generation_config: GenerationConfig | None = None,
+        prng_key: jax.Array | None = None,
+        trace: bool = True,
+        params: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Continue prompts, (batch, tokens) or what a tokenizer returns.
+
+        Gives a FlaxGenerateOutput, whose `sequences` are the ids (batch, prompt + new); with
+        `return_dict_in_generate=True` a GenerateDecoderOnlyOutput, with False the ids alone.
+
+        Greedy decoding and sampling run as one compiled program for each bucket of lengths; what needs the host
+        between tokens (streamers, criteria and processors of one's own, recorded scores), beams, and `trace=False`
+        run a compiled step for each token. Draws come from `prng_key`, or from `seed`; without, from key 0, as JAX
+        has no global source of random numbers: give a new key for each call. Other keywords are those of the PyTorch
+        classes' `generate`. `params` stand in for the model's own. ValueError for what is unknown or not supported.
+        """
+        inputs, arguments = self.generate_arguments(inputs, kwargs)
+        if not trace:
+            arguments["disable_compile"] = True
+        arguments |= _random(prng_key, arguments)
+        if (helper := arguments.get("assistant_model")) is not None:
+            check_assistant(helper, Generation)
+            arguments["assistant_model"] = Runner(helper, helper.params)
+        runner = Runner(self, self.params if params is None else params)
+        alone = arguments.get("return_dict_in_generate") is False
+        result = loop.generate(
+            runner, inputs, generation_config, plain=_ids if alone else FlaxGenerateOutput, **arguments
+        )
+        return jax.tree.map(_shown, result) if alone else _all_shown(result)
+
+    def compute_transition_scores(
+        self,
+        sequences: Any,
+        scores: Sequence[Any],
+        beam_indices: Any = None,
+        normalize_logits: bool = False,
+    ) -> jax.Array:
+        """(rows, new tokens) scores of the chosen tokens, from an output of `generate(..., output_scores=True)`.
+
+        Beam search's scores need its `beam_indices`. `normalize_logits`: log-probabilities instead of raw scores.
+        """
+        found = transition_scores(
+            JaxOps(), np.asarray(sequences), scores, _host(beam_indices), normalize_logits
+        )
+        return jnp.asarray(found)
+
+
+def _random(key: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments that say what draws come from."""
+    given = {"prng_key": key} | {name: arguments.get(name) for name in ("seed", "generator")}
+    if len(named := [name for name, value in given.items() if value is not None]) > 1:
+        raise ValueError(f"generate() got {' and '.join(named)}: give one of them")
+    if not named:
+        return {"seed": 0}
+    if named == ["seed"]:
+        return {}
+    key = given[named[0]]
+    return {"generator": key if isinstance(key, Keys) else Keys(jnp.asarray(key))}
+
+
+def _ids(ids_bn: Any, scores_b: Any) -> Any:
+    del scores_b
+    return ids_bn
+
+
+def _shown(value: Any) -> Any:
+    return jnp.asarray(value) if isinstance(value, np.ndarray) else value
+
+
+def _all_shown(output: Any) -> Any:
+    """The output with JAX's arrays in place of NumPy's."""
+    for name, value in output.items():
+        setattr(output, name, _shown(value))
+    return output
+
+
+class Runner:
+    """What `loop.generate` needs to know of a model."""
+
+    ops: ArrayOps
+
+    def __init__(self, model: Any, params: Any) -> None:
+        self.input_names = INPUTS | MORE.intersection(model.inputs)
+        self.ops = JaxOps()
+        self.generation_config: GenerationConfig | None = model.generation_config
+        learned = model.spec.position(Learned)
+        self.max_positions = learned.size - learned.offset if learned else None
+        self.source = Source(model.module, params, self.max_positions)
+
+    @property
+    def compiled(self) -> Callable[[Any, Any], Any]:
+        """What runs a call as one program."""
+        return compiled.run
+
+    def decoder(self, plan: loop.Plan, inputs: dict[str, Any]) -> Decoder | Rereader:
+        """A decoder for one call."""
+        if plan.config.cache_implementation == "quantized":
+            raise UnsupportedConfig(
+                "GenerationConfig.cache_implementation='quantized': the JAX classes keep their caches in the "
+                "computation's type"
+            )
+        cached = plan.config.use_cache or "past_key_values" in inputs
+        return (Decoder if cached else Rereader)(self.source, plan, inputs)
+
+
+def _host(value: Any) -> Any:
+    return None if value is None else np.asarray(value)
