@@ -69,8 +69,8 @@ class _AutoModel:
 
     @classmethod
     def _class(cls, config: PretrainedConfig) -> Any:
-        chosen = families.auto_class(cls.__name__.removeprefix(cls._prefix), config)
-        return importlib.import_module(cls._module).make_class(cls._prefix + chosen)
+        chosen = families.auto_class(cls.__name__, config, cls._prefix)
+        return importlib.import_module(cls._module).make_class(chosen)
 
 
 _HUB = ("revision", "token", "cache_dir", "local_files_only", "force_download", "subfolder")

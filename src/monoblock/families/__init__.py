@@ -106,12 +106,13 @@ def family_of(class_name: str) -> Family | None:
     return next((family(name) for name in FAMILIES if class_name in class_names(name)), None)
 
 
-def auto_class(auto: str, config: PretrainedConfig) -> str:
-    """The class that an `AutoModel...` chooses for a config."""
+def auto_class(auto: str, config: PretrainedConfig, prefix: str = "") -> str:
+    """The class that an `AutoModel...` chooses for a config; both names carry the framework's prefix."""
     names = class_names(family(config.model_type).name)
     stem = FAMILIES[config.model_type][0]
-    for ending in AUTO[auto]:
+    for ending in AUTO[auto.removeprefix(prefix)]:
         for name in (stem + ending, ending):
             if name in names:
-                return name
-    raise ValueError(f"{auto} has no class for {config.model_type!r}; that family has: {', '.join(names)}")
+                return prefix + name
+    known = ", ".join(prefix + name for name in names)
+    raise ValueError(f"{auto} has no class for {config.model_type!r}; that family has: {known}")

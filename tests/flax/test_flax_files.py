@@ -1,0 +1,249 @@
+"""One checkpoint serves PyTorch and Flax: bits, dtypes, heads that are not there, shards, and both file formats."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import flax.serialization
+import jax
+import jax.numpy as jnp
+import numpy as np
+import old_files
+import pytest
+import torch
+from flax_models import CLASSES, config_of, flax_model, ids_of, same_bits, torch_model
+from helpers import same
+from measure import assert_close
+
+import monoblock
+from monoblock.backends.flax import loading
+from monoblock.errors import HubError, ShapeMismatch, UnexpectedKeys
+
+NAME = "GPTNeoForCausalLM"
+
+
+def bits(model: Any) -> dict[str, np.ndarray]:
+    """The weights by the hub's names; PyTorch's bfloat16 as JAX's."""
+    state = model.hub_state_dict()
+    if not isinstance(next(iter(state.values())), torch.Tensor):
+        return state
+    whole = {name: tensor.float().numpy() for name, tensor in state.items()}
+    return {n: x.astype(jnp.bfloat16) if state[n].dtype == torch.bfloat16 else x for n, x in whole.items()}
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_the_same_bits_from_pytorch_to_flax_and_back(name: str, tmp_path: Path) -> None:
+    theirs = torch_model(name)
+    theirs.save_pretrained(tmp_path / "torch")
+    cls = getattr(monoblock, "Flax" + name)
+    model = cls.from_pretrained(tmp_path / "torch")
+    assert same_bits(bits(model), bits(theirs))
+    model.save_pretrained(tmp_path / "flax")
+    assert same(getattr(monoblock, name).from_pretrained(tmp_path / "flax"), theirs)
+    files = ("model.safetensors", "config.json")
+    for file in files:
+        assert (tmp_path / "flax" / file).read_bytes() == (tmp_path / "torch" / file).read_bytes()
+    assert {p.name for p in (tmp_path / "flax").iterdir()} == {p.name for p in (tmp_path / "torch").iterdir()}
+
+
+@pytest.mark.parametrize("name", [NAME, "MPNetForMaskedLM", "OpenAIGPTDoubleHeadsModel"])
+def test_msgpack_on_request(name: str, tmp_path: Path) -> None:
+    model = flax_model(name)
+    model.save_pretrained(tmp_path, safe_serialization=False)
+    assert not (tmp_path / "model.safetensors").exists()
+    tree = flax.serialization.msgpack_restore((tmp_path / "flax_model.msgpack").read_bytes())
+    assert {path[-1] for path in loading.flat(tree)} <= {"kernel", "embedding", "scale", "bias"}
+    again = type(model).from_pretrained(tmp_path)
+    assert same_bits(bits(again), bits(model))
+
+
+def test_old_classes_trees_are_laid_out_as_they_were() -> None:
+    """What transformers 4's own class reads: the same paths and shapes as the recorded file has."""
+    folder = old_files.FOLDER / "FlaxGPTNeoForCausalLM"
+    model = monoblock.FlaxGPTNeoForCausalLM.from_pretrained(folder)
+    recorded = flax.serialization.msgpack_restore((folder / "flax_model.msgpack").read_bytes())
+    shapes = {path: leaf.shape for path, leaf in loading.flat(recorded).items()}
+    assert ("transformer", "wte", "embedding") in shapes
+    assert model.num_params() == sum(int(np.prod(shape)) for shape in shapes.values())
+
+
+@pytest.mark.parametrize("name", old_files.FLAX)
+def test_recorded_checkpoints_give_their_outputs(name: str) -> None:
+    model = getattr(monoblock, name).from_pretrained(old_files.FOLDER / name, from_pt=True)
+    given = old_files.inputs(name)
+    out = model(**given, output_hidden_states=True, output_attentions=True)
+    for (field, layer), wanted in old_files.outputs(name).items():
+        got = np.asarray(out[field] if layer is None else out[field][layer])
+        assert old_files.difference(name, field, got, wanted) <= old_files.atol(name), (field, layer)
+
+
+def test_dtypes_are_the_files(tmp_path: Path) -> None:
+    half = torch_model(NAME).to(torch.bfloat16)
+    try:
+        half.save_pretrained(tmp_path)
+    finally:
+        half.to(torch.float32)
+    model = monoblock.FlaxGPTNeoForCausalLM.from_pretrained(tmp_path, dtype=jnp.float32)
+    assert {x.dtype for x in jax.tree.leaves(model.params)} == {jnp.dtype(jnp.bfloat16)}
+    assert model.dtype == jnp.float32 and model(ids_of()).logits.dtype == jnp.float32
+    model.save_pretrained(tmp_path / "again")
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (
+        tmp_path / "model.safetensors"
+    ).read_bytes()
+    assert json.loads((tmp_path / "again" / "config.json").read_text())["dtype"] == "bfloat16"
+    model.save_pretrained(tmp_path / "whole", params=model.to_fp32(model.params))
+    again = monoblock.GPTNeoForCausalLM.from_pretrained(tmp_path / "whole")
+    assert again.dtype == torch.float32
+    positional = monoblock.FlaxGPTNeoForCausalLM.from_pretrained(tmp_path, jnp.bfloat16)
+    assert positional.dtype == jnp.bfloat16
+
+
+def test_a_model_and_its_parameters_apart(tmp_path: Path) -> None:
+    flax_model(NAME).save_pretrained(tmp_path)
+    model, params = monoblock.FlaxGPTNeoForCausalLM.from_pretrained(tmp_path, _do_init=False, seed=5)
+    assert model.seed == 5
+    assert np.array_equal(model(ids_of(), params=params).logits, flax_model(NAME)(ids_of()).logits)
+    with pytest.raises(ValueError, match="_do_init=False"):
+        model.save_pretrained(tmp_path / "none")
+    model.save_pretrained(tmp_path / "given", params=params)
+    assert (tmp_path / "given" / "model.safetensors").read_bytes() == (
+        tmp_path / "model.safetensors"
+    ).read_bytes()
+
+
+def test_a_head_that_is_not_there_is_made(tmp_path: Path, logs: pytest.LogCaptureFixture) -> None:
+    flax_model(NAME).save_pretrained(tmp_path)
+    cls = monoblock.FlaxGPTNeoForTokenClassification
+    model = cls.from_pretrained(tmp_path, num_labels=5)
+    assert any("newly initialised" in text and "classifier.weight" in text for text in logs.messages)
+    assert model.params["head"]["out"]["kernel"].shape == (36, 5)
+    assert np.array_equal(model.params["embed"]["embedding"], flax_model(NAME).params["embed"]["embedding"])
+    apart, params = cls.from_pretrained(tmp_path, num_labels=5, _do_init=False)
+    assert "head" not in params
+    assert any("not in params" in text for text in logs.messages)
+    whole = apart.init_weights(jax.random.PRNGKey(0), params=params)
+    assert whole["head"]["out"]["kernel"].shape == (36, 5)
+    base = monoblock.FlaxAutoModel.from_pretrained(tmp_path)
+    assert type(base) is monoblock.FlaxGPTNeoModel
+
+
+def test_sizes_that_differ(tmp_path: Path) -> None:
+    flax_model("GPTNeoForTokenClassification").save_pretrained(tmp_path)
+    cls = monoblock.FlaxGPTNeoForTokenClassification
+    with pytest.raises(ShapeMismatch, match=r"classifier.weight .* is \[4, 36\] .* implies \[7, 36\]"):
+        cls.from_pretrained(tmp_path, num_labels=7)
+    model = cls.from_pretrained(tmp_path, num_labels=7, ignore_mismatched_sizes=True)
+    assert model.params["head"]["out"]["kernel"].shape == (36, 7)
+
+
+def test_shards(tmp_path: Path) -> None:
+    model = flax_model(NAME)
+    for safe, index in ((True, "model.safetensors.index.json"), (False, "flax_model.msgpack.index.json")):
+        folder = tmp_path / str(safe)
+        model.save_pretrained(folder, max_shard_size="40kB", safe_serialization=safe)
+        assert (folder / index).exists()
+        assert same_bits(bits(type(model).from_pretrained(folder)), bits(model))
+
+
+def test_what_from_pretrained_refuses(tmp_path: Path) -> None:
+    cls = monoblock.FlaxGPTNeoForCausalLM
+    flax_model(NAME).save_pretrained(tmp_path)
+    for name, value in (
+        ("torch_dtype", "bfloat16"),
+        ("device_map", "auto"),
+        ("load_in_4bit", True),
+        ("attn_implementation", "eager"),
+    ):
+        with pytest.raises(ValueError, match=f"from_pretrained of a Flax class does not take {name}: "):
+            cls.from_pretrained(tmp_path, **{name: value})
+    with pytest.raises(TypeError, match="does not know the argument 'dtyp'"):
+        cls.from_pretrained(tmp_path, dtyp=jnp.float32)
+    with pytest.raises(TypeError, match="two positional arguments"):
+        cls.from_pretrained(tmp_path, jnp.float32, 1)
+    with pytest.raises(ValueError, match="use AutoConfig"):
+        monoblock.FlaxMistralForCausalLM.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="push_to_hub"):
+        flax_model(NAME).save_pretrained(tmp_path, push_to_hub=True)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="needs a folder"):
+        flax_model(NAME).save_pretrained(tmp_path / "file")
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(HubError, match="has no weights"):
+        cls.from_pretrained(tmp_path)
+
+
+def test_a_foreign_name_is_named(tmp_path: Path) -> None:
+    model = flax_model(NAME)
+    state = model.hub_state_dict() | {"transformer.wte.weigth": np.zeros(3, np.float32)}
+    with pytest.raises(
+        UnexpectedKeys, match=r"transformer\.wte\.weigth, which is no name .* nearest is transf"
+    ):
+        model.params_from_hub(state)
+    del state["transformer.wte.weigth"], state["transformer.wpe.weight"]
+    with pytest.raises(monoblock.MissingKeys, match=r"transformer\.wpe\.weight"):
+        model.params_from_hub(state)
+
+
+def test_auto_classes(tmp_path: Path) -> None:
+    flax_model("MPNetForMaskedLM").save_pretrained(tmp_path)
+    model = monoblock.FlaxAutoModelForMaskedLM.from_pretrained(tmp_path, dtype=jnp.bfloat16)
+    assert type(model) is monoblock.FlaxMPNetForMaskedLM and model.dtype == jnp.bfloat16
+    made = monoblock.FlaxAutoModelForMultipleChoice.from_config(config_of("MPNetModel"), seed=3)
+    assert type(made) is monoblock.FlaxMPNetForMultipleChoice and made.seed == 3
+    with pytest.raises(ValueError, match="FlaxAutoModelForCausalLM has no class for 'mpnet'"):
+        monoblock.FlaxAutoModelForCausalLM.from_pretrained(tmp_path)
+    with pytest.raises(TypeError, match="FlaxAutoModel is not made directly"):
+        monoblock.FlaxAutoModel()
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_losses_equal_pytorchs(name: str) -> None:
+    """From the same logits, so that nothing is compiled but the losses."""
+    rng = np.random.default_rng(0)
+    model, theirs = flax_model(name), torch_model(name)
+    kind = model.row.head
+    labels = LABELLED.get(kind or "")
+    if labels is None:
+        with pytest.raises(ValueError, match=r"no head, so no loss|no labels"):
+            model.compute_loss(monoblock.FlaxBaseModelOutput())
+        return
+    shape = (2, 2, 7) if kind in ("choice", "double") else (2, 7)
+    ids = torch.as_tensor(rng.integers(10, 80, shape))
+    given = {key: torch.as_tensor(value) for key, value in labels.items()}
+    for count in (None, 5):
+        with torch.no_grad():
+            out = theirs(ids, **given, num_items_in_batch=count)
+        found = {k: v.numpy() for k, v in out.items() if k.endswith("logits")}
+        ours = model.compute_losses(_output(found), **labels, num_items_in_batch=count)
+        for key in ("loss", "mc_loss"):
+            if key in out:
+                assert_close(f"flax: {key}", ours[key], out[key], 1e-5)  # fp32, losses of 2 to 5
+        total = model.compute_loss(_output(found), **labels, num_items_in_batch=count)
+        assert_close("flax: compute_loss", total, sum(ours.values()), 1e-6)
+    with pytest.raises(TypeError, match=r"take .*num_items_in_batch, got 'label'"):
+        model.compute_loss(_output(found), label=1)
+
+
+def _output(found: dict[str, Any]) -> Any:
+    kinds = (
+        monoblock.FlaxQuestionAnsweringModelOutput,
+        monoblock.FlaxDoubleHeadsModelOutput,
+        monoblock.FlaxMaskedLMOutput,
+    )
+    return next(kind(**found) for kind in kinds if found.keys() <= kind.__dataclass_fields__.keys())
+
+
+TOKENS = np.random.default_rng(1).integers(0, 4, (2, 7))
+TOKENS[:, 2] = -100
+LABELLED: dict[str, dict[str, Any]] = {
+    "causal": {"labels": TOKENS},
+    "masked": {"labels": TOKENS.tolist()},
+    "token": {"labels": TOKENS.astype(np.int32)},
+    "sequence": {"labels": np.array([3, 1])},
+    "first": {"labels": np.eye(4, dtype=np.float32)[[1, 2]]},
+    "choice": {"labels": [1, 0]},
+    "span": {"start_positions": np.array([1, 9]), "end_positions": np.array([3, 6])},
+    "double": {"labels": np.stack([TOKENS, TOKENS], 1), "mc_labels": np.array([0, 1])},
+}
