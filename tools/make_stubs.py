@@ -96,6 +96,20 @@ class {cls.__name__}(FlaxPreTrainedModel):
 """
 
 
+def _tf_class(module: Any, family: Family, row: ModelClass) -> str:
+    cls = module.make_class(module.PREFIX + row.name)
+    _, *parameters = inspect.signature(cls.call).parameters.values()
+    arguments = [f"{p.name}: Any = None" for p in parameters]
+    return f"""
+class {cls.__name__}(TFPreTrainedModel):
+    config: {family.config.__name__}
+    def call(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+{_lines(arguments)}    ) -> TF{row.output} | tuple[Any, ...]: ...
+    def __call__(self, inputs: Any = None, *args: Any, **kwargs: Any) -> TF{row.output} | tuple[Any, ...]: ...
+"""
+
+
 def _lines(arguments: list[str]) -> str:
     return "".join(f"        {argument},\n" for argument in arguments)
 
@@ -108,6 +122,7 @@ def _argument(name: str) -> str:
 WRITERS = {
     "monoblock.backends.pytorch.classes": _torch_class,
     "monoblock.backends.flax.classes": _flax_class,
+    "monoblock.backends.tf.classes": _tf_class,
 }
 
 

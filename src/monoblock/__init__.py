@@ -76,7 +76,7 @@ _HOME: dict[str, str] = {
     "FlaxBaseModelOutputWithPooling": "monoblock.backends.flax.outputs",
     "FlaxCausalLMOutput": "monoblock.backends.flax.outputs",
     "FlaxCausalLMOutputWithCrossAttentions": "monoblock.backends.flax.outputs",
-    "FlaxDoubleHeadsModelOutput": "monoblock.backends.flax.outputs",
+    "FlaxOpenAIGPTDoubleHeadsModelOutput": "monoblock.backends.flax.outputs",
     "FlaxMaskedLMOutput": "monoblock.backends.flax.outputs",
     "FlaxMultipleChoiceModelOutput": "monoblock.backends.flax.outputs",
     "FlaxQuestionAnsweringModelOutput": "monoblock.backends.flax.outputs",
@@ -90,6 +90,29 @@ _HOME: dict[str, str] = {
     "FlaxAutoModelForQuestionAnswering": "monoblock.auto",
     "FlaxAutoModelForSequenceClassification": "monoblock.auto",
     "FlaxAutoModelForTokenClassification": "monoblock.auto",
+    "TFPreTrainedModel": "monoblock.backends.tf.pretrained",
+    "TFBaseModelOutput": "monoblock.backends.tf.outputs",
+    "TFBaseModelOutputWithPast": "monoblock.backends.tf.outputs",
+    "TFBaseModelOutputWithPastAndCrossAttentions": "monoblock.backends.tf.outputs",
+    "TFBaseModelOutputWithPooling": "monoblock.backends.tf.outputs",
+    "TFCausalLMOutput": "monoblock.backends.tf.outputs",
+    "TFCausalLMOutputWithCrossAttentions": "monoblock.backends.tf.outputs",
+    "TFCausalLMOutputWithPast": "monoblock.backends.tf.outputs",
+    "TFMaskedLMOutput": "monoblock.backends.tf.outputs",
+    "TFMultipleChoiceModelOutput": "monoblock.backends.tf.outputs",
+    "TFOpenAIGPTDoubleHeadsModelOutput": "monoblock.backends.tf.outputs",
+    "TFQuestionAnsweringModelOutput": "monoblock.backends.tf.outputs",
+    "TFSequenceClassifierOutput": "monoblock.backends.tf.outputs",
+    "TFSequenceClassifierOutputWithPast": "monoblock.backends.tf.outputs",
+    "TFTokenClassifierOutput": "monoblock.backends.tf.outputs",
+    "TFAutoModel": "monoblock.auto",
+    "TFAutoModelForCausalLM": "monoblock.auto",
+    "TFAutoModelForImageTextToText": "monoblock.auto",
+    "TFAutoModelForMaskedLM": "monoblock.auto",
+    "TFAutoModelForMultipleChoice": "monoblock.auto",
+    "TFAutoModelForQuestionAnswering": "monoblock.auto",
+    "TFAutoModelForSequenceClassification": "monoblock.auto",
+    "TFAutoModelForTokenClassification": "monoblock.auto",
 }
 
 # The model classes, without a framework's prefix.
@@ -126,6 +149,7 @@ _CLASSES = (
 _MODELS: dict[str, tuple[str, ...]] = {
     "monoblock.backends.pytorch.classes": _CLASSES,
     "monoblock.backends.flax.classes": tuple(f"Flax{name}" for name in _CLASSES),
+    "monoblock.backends.tf.classes": tuple(f"TF{name}" for name in _CLASSES),
 }
 
 # What to install when a framework is missing.

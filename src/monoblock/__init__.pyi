@@ -38,6 +38,14 @@ from monoblock.auto import (
     FlaxAutoModelForQuestionAnswering as FlaxAutoModelForQuestionAnswering,
     FlaxAutoModelForSequenceClassification as FlaxAutoModelForSequenceClassification,
     FlaxAutoModelForTokenClassification as FlaxAutoModelForTokenClassification,
+    TFAutoModel as TFAutoModel,
+    TFAutoModelForCausalLM as TFAutoModelForCausalLM,
+    TFAutoModelForImageTextToText as TFAutoModelForImageTextToText,
+    TFAutoModelForMaskedLM as TFAutoModelForMaskedLM,
+    TFAutoModelForMultipleChoice as TFAutoModelForMultipleChoice,
+    TFAutoModelForQuestionAnswering as TFAutoModelForQuestionAnswering,
+    TFAutoModelForSequenceClassification as TFAutoModelForSequenceClassification,
+    TFAutoModelForTokenClassification as TFAutoModelForTokenClassification,
 )
 from monoblock.backends.flax.outputs import (
     FlaxBaseModelOutput as FlaxBaseModelOutput,
@@ -46,9 +54,9 @@ from monoblock.backends.flax.outputs import (
     FlaxBaseModelOutputWithPooling as FlaxBaseModelOutputWithPooling,
     FlaxCausalLMOutput as FlaxCausalLMOutput,
     FlaxCausalLMOutputWithCrossAttentions as FlaxCausalLMOutputWithCrossAttentions,
-    FlaxDoubleHeadsModelOutput as FlaxDoubleHeadsModelOutput,
     FlaxMaskedLMOutput as FlaxMaskedLMOutput,
     FlaxMultipleChoiceModelOutput as FlaxMultipleChoiceModelOutput,
+    FlaxOpenAIGPTDoubleHeadsModelOutput as FlaxOpenAIGPTDoubleHeadsModelOutput,
     FlaxQuestionAnsweringModelOutput as FlaxQuestionAnsweringModelOutput,
     FlaxSequenceClassifierOutput as FlaxSequenceClassifierOutput,
     FlaxTokenClassifierOutput as FlaxTokenClassifierOutput,
@@ -66,6 +74,25 @@ from monoblock.backends.pytorch.pretrained import (
 )
 from monoblock.backends.pytorch.quantized import (
     QuantizedCache as QuantizedCache,
+)
+from monoblock.backends.tf.outputs import (
+    TFBaseModelOutput as TFBaseModelOutput,
+    TFBaseModelOutputWithPast as TFBaseModelOutputWithPast,
+    TFBaseModelOutputWithPastAndCrossAttentions as TFBaseModelOutputWithPastAndCrossAttentions,
+    TFBaseModelOutputWithPooling as TFBaseModelOutputWithPooling,
+    TFCausalLMOutput as TFCausalLMOutput,
+    TFCausalLMOutputWithCrossAttentions as TFCausalLMOutputWithCrossAttentions,
+    TFCausalLMOutputWithPast as TFCausalLMOutputWithPast,
+    TFMaskedLMOutput as TFMaskedLMOutput,
+    TFMultipleChoiceModelOutput as TFMultipleChoiceModelOutput,
+    TFOpenAIGPTDoubleHeadsModelOutput as TFOpenAIGPTDoubleHeadsModelOutput,
+    TFQuestionAnsweringModelOutput as TFQuestionAnsweringModelOutput,
+    TFSequenceClassifierOutput as TFSequenceClassifierOutput,
+    TFSequenceClassifierOutputWithPast as TFSequenceClassifierOutputWithPast,
+    TFTokenClassifierOutput as TFTokenClassifierOutput,
+)
+from monoblock.backends.tf.pretrained import (
+    TFPreTrainedModel as TFPreTrainedModel,
 )
 from monoblock.config import (
     PretrainedConfig as PretrainedConfig,
@@ -1196,7 +1223,7 @@ class FlaxOpenAIGPTDoubleHeadsModel(FlaxPreTrainedModel):
         token_type_ids: Any = None,
         mc_token_ids: Any = None,
         sequence_id: Any = None,
-    ) -> FlaxDoubleHeadsModelOutput | tuple[Any, ...]: ...
+    ) -> FlaxOpenAIGPTDoubleHeadsModelOutput | tuple[Any, ...]: ...
 
 class FlaxOpenAIGPTForSequenceClassification(FlaxPreTrainedModel):
     config: OpenAIGPTConfig
@@ -1258,3 +1285,582 @@ class FlaxOpenAIGPTModel(FlaxPreTrainedModel):
         token_type_ids: Any = None,
         sequence_id: Any = None,
     ) -> FlaxBaseModelOutput | tuple[Any, ...]: ...
+
+class TFFuyuForCausalLM(TFPreTrainedModel):
+    config: FuyuConfig
+    def call(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        input_ids: Any = None,
+        image_patches: Any = None,
+        image_patches_indices: Any = None,
+        attention_mask: Any = None,
+        position_ids: Any = None,
+        past_key_values: Any = None,
+        inputs_embeds: Any = None,
+        use_cache: Any = None,
+        output_attentions: Any = None,
+        output_hidden_states: Any = None,
+        return_dict: Any = None,
+        labels: Any = None,
+        training: Any = None,
+        cache_position: Any = None,
+        sequence_id: Any = None,
+        num_items_in_batch: Any = None,
+        logits_to_keep: Any = None,
+        pixel_values: Any = None,
+    ) -> TFCausalLMOutputWithPast | tuple[Any, ...]: ...
+    def __call__(self, inputs: Any = None, *args: Any, **kwargs: Any) -> TFCausalLMOutputWithPast | tuple[Any, ...]: ...
+
+class TFGPTNeoForCausalLM(TFPreTrainedModel):
+    config: GPTNeoConfig
+    def call(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        input_ids: Any = None,
+        past_key_values: Any = None,
+        attention_mask: Any = None,
+        token_type_ids: Any = None,
+        position_ids: Any = None,
+        head_mask: Any = None,
+        inputs_embeds: Any = None,
+        use_cache: Any = None,
+        output_attentions: Any = None,
+        output_hidden_states: Any = None,
+        return_dict: Any = None,
+        labels: Any = None,
+        training: Any = None,
+        cache_position: Any = None,
+        sequence_id: Any = None,
+        num_items_in_batch: Any = None,
+        logits_to_keep: Any = None,
+    ) -> TFCausalLMOutputWithCrossAttentions | tuple[Any, ...]: ...
+    def __call__(self, inputs: Any = None, *args: Any, **kwargs: Any) -> TFCausalLMOutputWithCrossAttentions | tuple[Any, ...]: ...
+
+class TFGPTNeoForQuestionAnswering(TFPreTrainedModel):
+    config: GPTNeoConfig
+    def call(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        input_ids: Any = None,
+        attention_mask: Any = None,
+        token_type_ids: Any = None,
+        position_ids: Any = None,
+        head_mask: Any = None,
+        inputs_embeds: Any = None,
+        output_attentions: Any = None,
+        output_hidden_states: Any = None,
+        return_dict: Any = None,
+        start_positions: Any = None,
+        end_positions: Any = None,
+        training: Any = None,
+        past_key_values: Any = None,
+        use_cache: Any = None,
+        cache_position: Any = None,
+        sequence_id: Any = None,
+        num_items_in_batch: Any = None,
+    ) -> TFQuestionAnsweringModelOutput | tuple[Any, ...]: ...
+    def __call__(self, inputs: Any = None, *args: Any, **kwargs: Any) -> TFQuestionAnsweringModelOutput | tuple[Any, ...]: ...
+
+class TFGPTNeoForSequenceClassification(TFPreTrainedModel):
+    config: GPTNeoConfig
+    def call(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        input_ids: Any = None,
+        past_key_values: Any = None,
+        attention_mask: Any = None,
+        token_type_ids: Any = None,
+        position_ids: Any = None,
+        head_mask: Any = None,
+        inputs_embeds: Any = None,
+        use_cache: Any = None,
+        output_attentions: Any = None,
+        output_hidden_states: Any = None,
+        return_dict: Any = None,
+        labels: Any = None,
+        training: Any = None,
+        cache_position: Any = None,
+        sequence_id: Any = None,
+        num_items_in_batch: Any = None,
+    ) -> TFSequenceClassifierOutputWithPast | tuple[Any, ...]: ...
+    def __call__(self, inputs: Any = None, *args: Any, **kwargs: Any) -> TFSequenceClassifierOutputWithPast | tuple[Any, ...]: ...
+
+class TFGPTNeoForTokenClassification(TFPreTrainedModel):
+    config: GPTNeoConfig
+    def call(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        input_ids: Any = None,
+        past_key_values: Any = None,
+        attention_mask: Any = None,
+        token_type_ids: Any = None,
+        position_ids: Any = None,
+        head_mask: Any = None,
+        inputs_embeds: Any = None,
+        use_cache: Any = None,
+        output_attentions: Any = None,
+        output_hidden_states: Any = None,
+        return_dict: Any = None,
+        labels: Any = None,
+        training: Any = None,
+        cache_position: Any = None,
+        sequence_id: Any = None,
+        num_items_in_batch: Any = None,
+    ) -> TFTokenClassifierOutput | tuple[Any, ...]: ...
+    def __call__(self, inputs: Any = None, *args: Any, **kwargs: Any) -> TFTokenClassifierOutput | tuple[Any, ...]: ...
+
+class TFGPTNeoModel(TFPreTrainedModel):
+    config: GPTNeoConfig
+    def call(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        input_ids: Any = None,
+        past_key_values: Any = None,
+        attention_mask: Any = None,
+        token_type_ids: Any = None,
+        position_ids: Any = None,
+        head_mask: Any = None,
+        inputs_embeds: Any = None,
+        use_cache: Any = None,
+        output_attentions: Any = None,
+        output_hidden_states: Any = None,
+        return_dict: Any = None,
+        training: Any = None,
+        cache_position: Any = None,
+        sequence_id: Any = None,
+        num_items_in_batch: Any = None,
+    ) -> TFBaseModelOutputWithPastAndCrossAttentions | tuple[Any, ...]: ...
+    def __call__(self, inputs: Any = None, *args: Any, **kwargs: Any) -> TFBaseModelOutputWithPastAndCrossAttentions | tuple[Any, ...]: ...
+
+class TFMPNetForMaskedLM(TFPreTrainedModel):
+    config: MPNetConfig
+    def call(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        input_ids: Any = None,
+        attention_mask: Any = None,
+        position_ids: Any = None,
+        head_mask: Any = None,
+        inputs_embeds: Any = None,
+        output_attentions: Any = None,
+        output_hidden_states: Any = None,
+        return_dict: Any = None,
+        labels: Any = None,
+        training: Any = None,
+        past_key_values: Any = None,
+        use_cache: Any = None,
+        cache_position: Any = None,
+        sequence_id: Any = None,
+        num_items_in_batch: Any = None,
+    ) -> TFMaskedLMOutput | tuple[Any, ...]: ...
+    def __call__(self, inputs: Any = None, *args: Any, **kwargs: Any) -> TFMaskedLMOutput | tuple[Any, ...]: ...
+
+class TFMPNetForMultipleChoice(TFPreTrainedModel):
+    config: MPNetConfig
+    def call(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        input_ids: Any = None,
+        attention_mask: Any = None,
+        position_ids: Any = None,
+        head_mask: Any = None,
+        inputs_embeds: Any = None,
+        output_attentions: Any = None,
+        output_hidden_states: Any = None,
+        return_dict: Any = None,
+        labels: Any = None,
+        training: Any = None,
+        past_key_values: Any = None,
+        use_cache: Any = None,
+        cache_position: Any = None,
+        sequence_id: Any = None,
+        num_items_in_batch: Any = None,
+    ) -> TFMultipleChoiceModelOutput | tuple[Any, ...]: ...
+    def __call__(self, inputs: Any = None, *args: Any, **kwargs: Any) -> TFMultipleChoiceModelOutput | tuple[Any, ...]: ...
+
+class TFMPNetForQuestionAnswering(TFPreTrainedModel):
+    config: MPNetConfig
+    def call(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        input_ids: Any = None,
+        attention_mask: Any = None,
+        position_ids: Any = None,
+        head_mask: Any = None,
+        inputs_embeds: Any = None,
+        output_attentions: Any = None,
+        output_hidden_states: Any = None,
+        return_dict: Any = None,
+        start_positions: Any = None,
+        end_positions: Any = None,
+        training: Any = None,
+        past_key_values: Any = None,
+        use_cache: Any = None,
+        cache_position: Any = None,
+        sequence_id: Any = None,
+        num_items_in_batch: Any = None,
+    ) -> TFQuestionAnsweringModelOutput | tuple[Any, ...]: ...
+    def __call__(self, inputs: Any = None, *args: Any, **kwargs: Any) -> TFQuestionAnsweringModelOutput | tuple[Any, ...]: ...
+
+class TFMPNetForSequenceClassification(TFPreTrainedModel):
+    config: MPNetConfig
+    def call(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        input_ids: Any = None,
+        attention_mask: Any = None,
+        position_ids: Any = None,
+        head_mask: Any = None,
+        inputs_embeds: Any = None,
+        output_attentions: Any = None,
+        output_hidden_states: Any = None,
+        return_dict: Any = None,
+        labels: Any = None,
+        training: Any = None,
+        past_key_values: Any = None,
+        use_cache: Any = None,
+        cache_position: Any = None,
+        sequence_id: Any = None,
+        num_items_in_batch: Any = None,
+    ) -> TFSequenceClassifierOutput | tuple[Any, ...]: ...
+    def __call__(self, inputs: Any = None, *args: Any, **kwargs: Any) -> TFSequenceClassifierOutput | tuple[Any, ...]: ...
+
+class TFMPNetForTokenClassification(TFPreTrainedModel):
+    config: MPNetConfig
+    def call(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        input_ids: Any = None,
+        attention_mask: Any = None,
+        position_ids: Any = None,
+        head_mask: Any = None,
+        inputs_embeds: Any = None,
+        output_attentions: Any = None,
+        output_hidden_states: Any = None,
+        return_dict: Any = None,
+        labels: Any = None,
+        training: Any = None,
+        past_key_values: Any = None,
+        use_cache: Any = None,
+        cache_position: Any = None,
+        sequence_id: Any = None,
+        num_items_in_batch: Any = None,
+    ) -> TFTokenClassifierOutput | tuple[Any, ...]: ...
+    def __call__(self, inputs: Any = None, *args: Any, **kwargs: Any) -> TFTokenClassifierOutput | tuple[Any, ...]: ...
+
+class TFMPNetModel(TFPreTrainedModel):
+    config: MPNetConfig
+    def call(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        input_ids: Any = None,
+        attention_mask: Any = None,
+        position_ids: Any = None,
+        head_mask: Any = None,
+        inputs_embeds: Any = None,
+        output_attentions: Any = None,
+        output_hidden_states: Any = None,
+        return_dict: Any = None,
+        training: Any = None,
+        past_key_values: Any = None,
+        use_cache: Any = None,
+        cache_position: Any = None,
+        sequence_id: Any = None,
+        num_items_in_batch: Any = None,
+    ) -> TFBaseModelOutputWithPooling | tuple[Any, ...]: ...
+    def __call__(self, inputs: Any = None, *args: Any, **kwargs: Any) -> TFBaseModelOutputWithPooling | tuple[Any, ...]: ...
+
+class TFMistralForCausalLM(TFPreTrainedModel):
+    config: MistralConfig
+    def call(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        input_ids: Any = None,
+        attention_mask: Any = None,
+        position_ids: Any = None,
+        past_key_values: Any = None,
+        inputs_embeds: Any = None,
+        labels: Any = None,
+        use_cache: Any = None,
+        output_attentions: Any = None,
+        output_hidden_states: Any = None,
+        return_dict: Any = None,
+        training: Any = None,
+        cache_position: Any = None,
+        sequence_id: Any = None,
+        num_items_in_batch: Any = None,
+        logits_to_keep: Any = None,
+    ) -> TFCausalLMOutputWithPast | tuple[Any, ...]: ...
+    def __call__(self, inputs: Any = None, *args: Any, **kwargs: Any) -> TFCausalLMOutputWithPast | tuple[Any, ...]: ...
+
+class TFMistralForQuestionAnswering(TFPreTrainedModel):
+    config: MistralConfig
+    def call(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        input_ids: Any = None,
+        attention_mask: Any = None,
+        position_ids: Any = None,
+        past_key_values: Any = None,
+        inputs_embeds: Any = None,
+        start_positions: Any = None,
+        end_positions: Any = None,
+        output_attentions: Any = None,
+        output_hidden_states: Any = None,
+        return_dict: Any = None,
+        training: Any = None,
+        use_cache: Any = None,
+        cache_position: Any = None,
+        sequence_id: Any = None,
+        num_items_in_batch: Any = None,
+    ) -> TFQuestionAnsweringModelOutput | tuple[Any, ...]: ...
+    def __call__(self, inputs: Any = None, *args: Any, **kwargs: Any) -> TFQuestionAnsweringModelOutput | tuple[Any, ...]: ...
+
+class TFMistralForSequenceClassification(TFPreTrainedModel):
+    config: MistralConfig
+    def call(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        input_ids: Any = None,
+        attention_mask: Any = None,
+        position_ids: Any = None,
+        past_key_values: Any = None,
+        inputs_embeds: Any = None,
+        labels: Any = None,
+        use_cache: Any = None,
+        output_attentions: Any = None,
+        output_hidden_states: Any = None,
+        return_dict: Any = None,
+        training: Any = None,
+        cache_position: Any = None,
+        sequence_id: Any = None,
+        num_items_in_batch: Any = None,
+    ) -> TFSequenceClassifierOutputWithPast | tuple[Any, ...]: ...
+    def __call__(self, inputs: Any = None, *args: Any, **kwargs: Any) -> TFSequenceClassifierOutputWithPast | tuple[Any, ...]: ...
+
+class TFMistralForTokenClassification(TFPreTrainedModel):
+    config: MistralConfig
+    def call(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        input_ids: Any = None,
+        attention_mask: Any = None,
+        position_ids: Any = None,
+        past_key_values: Any = None,
+        inputs_embeds: Any = None,
+        labels: Any = None,
+        use_cache: Any = None,
+        output_attentions: Any = None,
+        output_hidden_states: Any = None,
+        return_dict: Any = None,
+        training: Any = None,
+        cache_position: Any = None,
+        sequence_id: Any = None,
+        num_items_in_batch: Any = None,
+    ) -> TFTokenClassifierOutput | tuple[Any, ...]: ...
+    def __call__(self, inputs: Any = None, *args: Any, **kwargs: Any) -> TFTokenClassifierOutput | tuple[Any, ...]: ...
+
+class TFMistralModel(TFPreTrainedModel):
+    config: MistralConfig
+    def call(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        input_ids: Any = None,
+        attention_mask: Any = None,
+        position_ids: Any = None,
+        past_key_values: Any = None,
+        inputs_embeds: Any = None,
+        use_cache: Any = None,
+        output_attentions: Any = None,
+        output_hidden_states: Any = None,
+        return_dict: Any = None,
+        training: Any = None,
+        cache_position: Any = None,
+        sequence_id: Any = None,
+        num_items_in_batch: Any = None,
+    ) -> TFBaseModelOutputWithPast | tuple[Any, ...]: ...
+    def __call__(self, inputs: Any = None, *args: Any, **kwargs: Any) -> TFBaseModelOutputWithPast | tuple[Any, ...]: ...
+
+class TFMptForCausalLM(TFPreTrainedModel):
+    config: MptConfig
+    def call(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        input_ids: Any = None,
+        past_key_values: Any = None,
+        attention_mask: Any = None,
+        inputs_embeds: Any = None,
+        use_cache: Any = None,
+        output_attentions: Any = None,
+        output_hidden_states: Any = None,
+        return_dict: Any = None,
+        labels: Any = None,
+        training: Any = None,
+        position_ids: Any = None,
+        cache_position: Any = None,
+        sequence_id: Any = None,
+        num_items_in_batch: Any = None,
+        logits_to_keep: Any = None,
+    ) -> TFCausalLMOutputWithCrossAttentions | tuple[Any, ...]: ...
+    def __call__(self, inputs: Any = None, *args: Any, **kwargs: Any) -> TFCausalLMOutputWithCrossAttentions | tuple[Any, ...]: ...
+
+class TFMptForQuestionAnswering(TFPreTrainedModel):
+    config: MptConfig
+    def call(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        input_ids: Any = None,
+        attention_mask: Any = None,
+        inputs_embeds: Any = None,
+        output_attentions: Any = None,
+        output_hidden_states: Any = None,
+        return_dict: Any = None,
+        start_positions: Any = None,
+        end_positions: Any = None,
+        training: Any = None,
+        position_ids: Any = None,
+        past_key_values: Any = None,
+        use_cache: Any = None,
+        cache_position: Any = None,
+        sequence_id: Any = None,
+        num_items_in_batch: Any = None,
+    ) -> TFQuestionAnsweringModelOutput | tuple[Any, ...]: ...
+    def __call__(self, inputs: Any = None, *args: Any, **kwargs: Any) -> TFQuestionAnsweringModelOutput | tuple[Any, ...]: ...
+
+class TFMptForSequenceClassification(TFPreTrainedModel):
+    config: MptConfig
+    def call(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        input_ids: Any = None,
+        past_key_values: Any = None,
+        attention_mask: Any = None,
+        inputs_embeds: Any = None,
+        use_cache: Any = None,
+        output_attentions: Any = None,
+        output_hidden_states: Any = None,
+        return_dict: Any = None,
+        labels: Any = None,
+        training: Any = None,
+        position_ids: Any = None,
+        cache_position: Any = None,
+        sequence_id: Any = None,
+        num_items_in_batch: Any = None,
+    ) -> TFSequenceClassifierOutputWithPast | tuple[Any, ...]: ...
+    def __call__(self, inputs: Any = None, *args: Any, **kwargs: Any) -> TFSequenceClassifierOutputWithPast | tuple[Any, ...]: ...
+
+class TFMptForTokenClassification(TFPreTrainedModel):
+    config: MptConfig
+    def call(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        input_ids: Any = None,
+        past_key_values: Any = None,
+        attention_mask: Any = None,
+        inputs_embeds: Any = None,
+        use_cache: Any = None,
+        output_attentions: Any = None,
+        output_hidden_states: Any = None,
+        return_dict: Any = None,
+        labels: Any = None,
+        training: Any = None,
+        position_ids: Any = None,
+        cache_position: Any = None,
+        sequence_id: Any = None,
+        num_items_in_batch: Any = None,
+    ) -> TFTokenClassifierOutput | tuple[Any, ...]: ...
+    def __call__(self, inputs: Any = None, *args: Any, **kwargs: Any) -> TFTokenClassifierOutput | tuple[Any, ...]: ...
+
+class TFMptModel(TFPreTrainedModel):
+    config: MptConfig
+    def call(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        input_ids: Any = None,
+        past_key_values: Any = None,
+        attention_mask: Any = None,
+        inputs_embeds: Any = None,
+        use_cache: Any = None,
+        output_attentions: Any = None,
+        output_hidden_states: Any = None,
+        return_dict: Any = None,
+        training: Any = None,
+        position_ids: Any = None,
+        cache_position: Any = None,
+        sequence_id: Any = None,
+        num_items_in_batch: Any = None,
+    ) -> TFBaseModelOutputWithPastAndCrossAttentions | tuple[Any, ...]: ...
+    def __call__(self, inputs: Any = None, *args: Any, **kwargs: Any) -> TFBaseModelOutputWithPastAndCrossAttentions | tuple[Any, ...]: ...
+
+class TFOpenAIGPTDoubleHeadsModel(TFPreTrainedModel):
+    config: OpenAIGPTConfig
+    def call(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        input_ids: Any = None,
+        attention_mask: Any = None,
+        token_type_ids: Any = None,
+        position_ids: Any = None,
+        head_mask: Any = None,
+        inputs_embeds: Any = None,
+        mc_token_ids: Any = None,
+        output_attentions: Any = None,
+        output_hidden_states: Any = None,
+        return_dict: Any = None,
+        labels: Any = None,
+        mc_labels: Any = None,
+        training: Any = None,
+        past_key_values: Any = None,
+        use_cache: Any = None,
+        cache_position: Any = None,
+        sequence_id: Any = None,
+        num_items_in_batch: Any = None,
+    ) -> TFOpenAIGPTDoubleHeadsModelOutput | tuple[Any, ...]: ...
+    def __call__(self, inputs: Any = None, *args: Any, **kwargs: Any) -> TFOpenAIGPTDoubleHeadsModelOutput | tuple[Any, ...]: ...
+
+class TFOpenAIGPTForSequenceClassification(TFPreTrainedModel):
+    config: OpenAIGPTConfig
+    def call(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        input_ids: Any = None,
+        attention_mask: Any = None,
+        token_type_ids: Any = None,
+        position_ids: Any = None,
+        head_mask: Any = None,
+        inputs_embeds: Any = None,
+        output_attentions: Any = None,
+        output_hidden_states: Any = None,
+        return_dict: Any = None,
+        labels: Any = None,
+        training: Any = None,
+        past_key_values: Any = None,
+        use_cache: Any = None,
+        cache_position: Any = None,
+        sequence_id: Any = None,
+        num_items_in_batch: Any = None,
+    ) -> TFSequenceClassifierOutput | tuple[Any, ...]: ...
+    def __call__(self, inputs: Any = None, *args: Any, **kwargs: Any) -> TFSequenceClassifierOutput | tuple[Any, ...]: ...
+
+class TFOpenAIGPTLMHeadModel(TFPreTrainedModel):
+    config: OpenAIGPTConfig
+    def call(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        input_ids: Any = None,
+        attention_mask: Any = None,
+        token_type_ids: Any = None,
+        position_ids: Any = None,
+        head_mask: Any = None,
+        inputs_embeds: Any = None,
+        output_attentions: Any = None,
+        output_hidden_states: Any = None,
+        return_dict: Any = None,
+        labels: Any = None,
+        training: Any = None,
+        past_key_values: Any = None,
+        use_cache: Any = None,
+        cache_position: Any = None,
+        sequence_id: Any = None,
+        num_items_in_batch: Any = None,
+        logits_to_keep: Any = None,
+    ) -> TFCausalLMOutput | tuple[Any, ...]: ...
+    def __call__(self, inputs: Any = None, *args: Any, **kwargs: Any) -> TFCausalLMOutput | tuple[Any, ...]: ...
+
+class TFOpenAIGPTModel(TFPreTrainedModel):
+    config: OpenAIGPTConfig
+    def call(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        input_ids: Any = None,
+        attention_mask: Any = None,
+        token_type_ids: Any = None,
+        position_ids: Any = None,
+        head_mask: Any = None,
+        inputs_embeds: Any = None,
+        output_attentions: Any = None,
+        output_hidden_states: Any = None,
+        return_dict: Any = None,
+        training: Any = None,
+        past_key_values: Any = None,
+        use_cache: Any = None,
+        cache_position: Any = None,
+        sequence_id: Any = None,
+        num_items_in_batch: Any = None,
+    ) -> TFBaseModelOutput | tuple[Any, ...]: ...
+    def __call__(self, inputs: Any = None, *args: Any, **kwargs: Any) -> TFBaseModelOutput | tuple[Any, ...]: ...

@@ -143,3 +143,40 @@ class FlaxAutoModelForMultipleChoice(_Flax):
 
 class FlaxAutoModelForImageTextToText(_Flax):
     """A Flax model that continues text about images."""
+
+
+class _TF(_AutoModel):
+    _prefix = "TF"
+    _module = "monoblock.backends.tf.classes"
+
+
+class TFAutoModel(_TF):
+    """The bare TensorFlow model."""
+
+
+class TFAutoModelForCausalLM(_TF):
+    """A TensorFlow model that predicts the next token."""
+
+
+class TFAutoModelForSequenceClassification(_TF):
+    """A TensorFlow model that labels texts."""
+
+
+class TFAutoModelForTokenClassification(_TF):
+    """A TensorFlow model that labels tokens."""
+
+
+class TFAutoModelForQuestionAnswering(_TF):
+    """A TensorFlow model that finds a span."""
+
+
+class TFAutoModelForMaskedLM(_TF):
+    """A TensorFlow model that fills in masked tokens."""
+
+
+class TFAutoModelForMultipleChoice(_TF):
+    """A TensorFlow model that chooses among texts."""
+
+
+class TFAutoModelForImageTextToText(_TF):
+    """A TensorFlow model that continues text about images."""

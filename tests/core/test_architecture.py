@@ -13,7 +13,7 @@ from monoblock.families import FAMILIES, class_names
 PACKAGE = Path(__file__).parents[2] / "src" / "monoblock"
 BACKENDS = sorted((PACKAGE / "backends").rglob("*.py"))
 # What interprets a spec, in each framework; the other files load, save and generate, and meet the user's config.
-MACHINE = ("ops", "attention", "model", "heads", "cache", "inputs")
+MACHINE = ("ops", "attention", "model", "heads", "cache", "inputs", "network", "patches", "layers", "steps")
 NAMES = {"mpt", "mistral", "fuyu", "persimmon", "openai", "gpt", "gpt1", "gpt2", "neo", "mpnet"}
 
 FAMILY_LINES = 180

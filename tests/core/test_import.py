@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -68,13 +69,43 @@ def test_all_names_exist_and_are_listed() -> None:
         _ = monoblock.MptForEverything
 
 
-@pytest.mark.parametrize("name", ["MptForCausalLM", "MptModel", "DynamicCache", "PreTrainedModel"])
-def test_a_missing_framework_is_named_with_its_pip_line(name: str) -> None:
+MISSING = {
+    "torch": ("MptForCausalLM", "MptModel", "DynamicCache", "PreTrainedModel"),
+    "jax": ("FlaxMptForCausalLM", "FlaxPreTrainedModel", "FlaxMaskedLMOutput"),
+    "tensorflow": ("TFMPNetModel", "TFPreTrainedModel"),
+}
+EXTRA = {"torch": "torch", "jax": "jax", "tensorflow": "tf"}
+
+
+@pytest.mark.parametrize(
+    ("framework", "name"), [(framework, name) for framework, names in MISSING.items() for name in names]
+)
+def test_a_missing_framework_is_named_with_its_pip_line(framework: str, name: str) -> None:
     # None in sys.modules makes Python treat a module as not installed
-    result = python(f"import sys; sys.modules['torch'] = None; from monoblock import {name}")
+    result = python(f"import sys; sys.modules[{framework!r}] = None; from monoblock import {name}")
     error = result.stderr.splitlines()[-1]
     assert error.startswith("ImportError: ")
-    assert f'{name} needs torch, which is not installed: pip install "monoblock[torch]"' in error
+    needed = f"{name} needs (torch|jax|flax|tensorflow|keras), which is not installed: "
+    assert re.search(needed + re.escape(f'pip install "monoblock[{EXTRA[framework]}]"'), error), error
+
+
+# A public name -> the frameworks that it may load.
+OWN = {
+    "GPTNeoForCausalLM": {"torch"},
+    "FlaxGPTNeoForCausalLM": {"jax", "flax"},
+    "FlaxAutoModel": set(),
+    "FlaxCausalLMOutputWithCrossAttentions": {"jax", "flax"},
+    "TFMPNetForMaskedLM": {"tensorflow", "keras"},
+    "TFBaseModelOutput": {"tensorflow", "keras"},
+    "TFAutoModel": set(),
+}
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_a_name_loads_its_own_framework_alone(name: str) -> None:
+    if missing := [module for module in OWN[name] if importlib.util.find_spec(module) is None]:
+        pytest.skip(f"{missing[0]} is not installed")
+    assert added_by(f"from monoblock import {name}") & {*FRAMEWORKS, "transformers"} <= OWN[name]
 
 
 @pytest.mark.skipif("MONOBLOCK_TEST_NO_FRAMEWORK" not in os.environ, reason="`make test-core` runs this")

@@ -6,6 +6,7 @@ is no loss: `model.compute_loss(outputs, labels=...)` makes it.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, fields, replace
 from typing import Any, Self, TypeVar, dataclass_transform
 
@@ -144,7 +145,18 @@ _SHARED = {
 }
 
 
+@functools.cache
 def output_class(name: str) -> type[FlaxModelOutput]:
-    """The Flax class for the output that a family's table names."""
-    name = "DoubleHeadsModelOutput" if name.endswith("DoubleHeadsModelOutput") else _SHARED.get(name, name)
-    return globals()["Flax" + name]
+    """The Flax class for the output that a family's table names; AttributeError if there is none."""
+    name = "Flax" + _SHARED.get(name, name)
+    if (found := globals().get(name)) is not None:
+        return found
+    if not name.endswith("DoubleHeadsModelOutput"):
+        raise AttributeError(f"monoblock has no output class {name!r}")
+    # The hub names it for the family that has double heads.
+    body = {"__module__": __name__, "__doc__": FlaxDoubleHeadsModelOutput.__doc__}
+    return pytree(type(name, (FlaxDoubleHeadsModelOutput,), body))
+
+
+def __getattr__(name: str) -> type[FlaxModelOutput]:
+    return output_class(name.removeprefix("Flax"))

@@ -52,10 +52,14 @@ def output_class(name: str) -> type[TFModelOutput]:
         raise AttributeError(f"monoblock has no output class 'TF{name}'")
     body = {"__module__": "monoblock", "__qualname__": "TF" + name, "__doc__": base.__doc__}
     made = type("TF" + name, (TFModelOutput, base), body)
-    return tree.register_tree_node_class(dataclass(made))
+    return tree.register_tree_node_class(dataclass(made))  # pyright: ignore[reportReturnType]
 
 
 def named(kind: type[TFModelOutput], values: dict[str, Any]) -> TFModelOutput:
     """The output with those of the values that it has a field for."""
     names = {field.name for field in fields(kind)}  # pyright: ignore[reportArgumentType]
     return kind(**{name: value for name, value in values.items() if name in names})
+
+
+def __getattr__(name: str) -> type[TFModelOutput]:
+    return output_class(name.removeprefix("TF"))
