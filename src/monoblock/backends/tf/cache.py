@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import tensorflow as tf
+from tensorflow.compiler.tf2xla.python.xla import dynamic_update_slice
 
 from monoblock.backends.tf.ops import Size, Tensor, size
 from monoblock.spec import ArchSpec
@@ -22,12 +23,14 @@ Legacy = tuple[tuple[Tensor, Tensor], ...]
 @dataclass(frozen=True)
 class Cache:
     """The keys and values of the tokens that a model has seen: `keys[i]` and `values[i]` are layer i's, `length` (an
-    int32 scalar) counts the tokens, of which `max_length` fit (None: the cache grows)."""
+    int32 scalar) counts the tokens, of which `max_length` fit (None: the cache grows). `compiled`: only code that XLA
+    compiles uses it, and writes a token in place."""
 
     keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
     length: Tensor
     max_length: int | None = None
+    compiled: bool = False
 
     def get_seq_length(self, layer_idx: int = 0) -> Tensor:
         """How many tokens the layers have seen; the same for all."""
@@ -46,7 +49,8 @@ class Cache:
 
     def layer(self, layer: int) -> Layer:
         """One layer's part."""
-        return Layer(self.keys[layer], self.values[layer], self.length, self.max_length is None)
+        grows = self.max_length is None
+        return Layer(self.keys[layer], self.values[layer], self.length, grows, self.compiled)
 
     def tensors(self) -> list[Tensor]:
         """All tensors, in the order that `with_tensors` takes: what a loop carries."""
@@ -78,14 +82,13 @@ class Cache:
     # TensorFlow's own protocol, by which a cache may go into and out of a tf.function.
 
     def __tf_flatten__(self) -> tuple[Any, Any]:
-        return (len(self.keys), self.max_length), tuple(self.tensors())
+        return (len(self.keys), self.max_length, self.compiled), tuple(self.tensors())
 
     @classmethod
     def __tf_unflatten__(cls, metadata: Any, components: Any) -> Cache:
-        layers, max_length = metadata
-        return cls(
-            tuple(components[:layers]), tuple(components[layers : 2 * layers]), components[-1], max_length
-        )
+        layers, max_length, compiled = metadata
+        keys, values = components[:layers], components[layers : 2 * layers]
+        return cls(tuple(keys), tuple(values), components[-1], max_length, compiled)
 
 
 @dataclass(frozen=True)
@@ -96,6 +99,7 @@ class Layer:
     values: Tensor
     length: Tensor
     grows: bool = False
+    compiled: bool = False
 
     @property
     def slots(self) -> Size:
@@ -117,9 +121,10 @@ class Layer:
         if self.grows:
             keys, values = tf.concat((self.keys, keys), axis=2), tf.concat((self.values, values), axis=2)
             return replace(self, keys=keys, values=values)
-        if keys.shape[2] == 1:
-            slot = self.length % self.slots
-            return replace(self, keys=_put(self.keys, keys, slot), values=_put(self.values, values, slot))
+        if self.compiled and keys.shape[2] == 1:
+            slot = tf.stack((0, 0, self.length % self.slots, 0))
+            keys = dynamic_update_slice(self.keys, keys, slot)
+            return replace(self, keys=keys, values=dynamic_update_slice(self.values, values, slot))
         count = size(keys, 2)
         places = self.places(self.length + count)
         taken = tf.clip_by_value(places - self.length, 0, count - 1)
@@ -131,22 +136,11 @@ class Layer:
         )
 
 
-def _put(held: Tensor, new: Tensor, slot: Tensor) -> Tensor:
-    """One token's keys or values in the slot that is theirs; in a compiled loop this writes in place."""
-    return tf.raw_ops.TensorStridedSliceUpdate(
-        input=held,
-        begin=tf.stack((0, 0, slot, 0)),
-        end=tf.stack((0, 0, slot + 1, 0)),
-        strides=(1, 1, 1, 1),
-        value=new,
-        begin_mask=0b1011,
-        end_mask=0b1011,
-    )
-
-
-def init_cache(spec: ArchSpec, batch: Size, max_length: int | None, dtype: Any = "float32") -> Cache:
-    """An empty cache for `batch` rows of up to `max_length` tokens (None: it grows). ValueError for a model that looks
-    both ways."""
+def init_cache(
+    spec: ArchSpec, batch: Size, max_length: int | None, dtype: Any = "float32", *, compiled: bool = False
+) -> Cache:
+    """An empty cache for `batch` rows of up to `max_length` tokens (None: it grows), `compiled` if XLA alone uses it.
+    ValueError for a model that looks both ways."""
     if not spec.causal:
         raise ValueError("a model that looks both ways has no cache: leave out use_cache and past_key_values")
     if max_length is not None and max_length < 1:
@@ -158,6 +152,7 @@ def init_cache(spec: ArchSpec, batch: Size, max_length: int | None, dtype: Any =
         values=tuple(tf.zeros((batch, att.kv_heads, n, att.head_dim), dtype) for n in slots),
         length=tf.zeros((), tf.int32),
         max_length=max_length,
+        compiled=compiled,
     )
 
 

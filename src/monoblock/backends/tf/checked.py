@@ -24,12 +24,14 @@ LABELS = ("labels", "mc_labels", "start_positions", "end_positions", "num_items_
 
 @dataclass
 class Checked:
-    """What the network gets: tensors by name, whether the cache is empty, and the choices that the rows are of."""
+    """What the network gets: tensors by name, whether the cache is empty, and the choices that the rows are of. `legacy`:
+    the cache goes out as tuples."""
 
     given: dict[str, Any] = field(default_factory=dict[str, Any])
     fresh: bool = True
     choices: Size = 1
     nested: bool = False
+    legacy: bool = False
 
 
 def on_host(x: Tensor) -> np.ndarray[Any, Any] | None:

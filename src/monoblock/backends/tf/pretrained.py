@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -89,16 +90,25 @@ class TFPreTrainedModel(Training, Serving, Parameters, Generation):
     def run(self, arguments: dict[str, Any]) -> Any:
         """The output of arguments that `bound` has made."""
         given = {name: value for name, value in arguments.items() if value is not None}
-        train = bool(given.pop("training", False))
         options = {name: given.pop(name) for name in OPTIONS if name in given}
-        cache, legacy = self._cache(given, given.pop("past_key_values", None), options, train)
-        head = self.head.spec if self.head is not None else None
-        made = checked(self.spec, head, given, cache, train)
-        values = self.network(made.given, cache, self._wanted(made, options, train))
-        if legacy and "past_key_values" in values:
+        with _plainly():
+            made, cache, wanted = self._checked(given, options)
+        values = self.network(made.given, cache, wanted)
+        if made.legacy and "past_key_values" in values:
             values["past_key_values"] = values["past_key_values"].to_legacy_cache()
         result = named(output_class(self.row.output), values)
         return result if self._option(options, "return_dict") else result.to_tuple()
+
+    def _checked(
+        self, given: dict[str, Any], options: Mapping[str, Any]
+    ) -> tuple[Checked, Cache | None, Wanted]:
+        """What the network takes: tensors, the cache and what is wanted; ValueError says what is wrong."""
+        train = bool(given.pop("training", False))
+        cache, legacy = self._cache(given, given.pop("past_key_values", None), options, train)
+        head = self.head.spec if self.head is not None else None
+        made = checked(self.spec, head, given, cache, train)
+        made.legacy = legacy
+        return made, cache, self._wanted(made, options, train)
 
     def network(
         self, given: Mapping[str, Tensor], cache: Cache | None = None, wanted: Wanted = AT_REST
@@ -177,7 +187,7 @@ class TFPreTrainedModel(Training, Serving, Parameters, Generation):
         }
 
     def _cache(
-        self, given: Mapping[str, Any], past: Any, options: dict[str, Any], train: bool
+        self, given: Mapping[str, Any], past: Any, options: Mapping[str, Any], train: bool
     ) -> tuple[Cache | None, bool]:
         """The cache, and whether it goes out as tuples (the form in which it came, or the hub's when none did)."""
         asked = options.get("use_cache")
@@ -369,6 +379,16 @@ def _tensors(name: str, value: Any) -> Any:
     if array.dtype == object or array.dtype.kind not in "biuf":
         raise ValueError(f"{name} must be a tensor or array of numbers, got {type(value).__name__}")
     return tf.convert_to_tensor(array.astype(np.float32) if array.dtype == np.float64 else array)
+
+
+@contextlib.contextmanager
+def _plainly() -> Iterator[None]:
+    """Errors as they are, without the listing of all arguments that Keras adds to what it has not marked so."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        error._keras_call_info_injected = True  # pyright: ignore[reportAttributeAccessIssue]
+        raise
 
 
 @functools.cache

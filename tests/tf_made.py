@@ -1,0 +1,90 @@
+"""TensorFlow models with the weights of PyTorch ones, and inputs for both."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import families_made
+import mpt_pairs
+import numpy as np
+import tensorflow as tf
+import torch
+from families_made import labels_of, texts
+from helpers import randomised
+from measure import assert_close
+
+import monoblock
+from monoblock.backends.tf.classes import make_class
+from monoblock.families import FAMILIES, class_names, family_of
+
+torch.set_num_threads(1)
+
+ATOL = 1e-5  # fp32, 3 layers; hidden states reach 10, where the backends differ by 1e-6 of it
+RTOL = 1e-6
+CLASSES = tuple(name for model_type in FAMILIES for name in class_names(model_type))
+HEADS = {name: 3 if "QuestionAnswering" in name or "Token" in name else 6 for name in CLASSES}
+
+
+def fields(name: str) -> dict[str, Any]:
+    """The fields of a tiny config of that class."""
+    if name.startswith("Mpt"):
+        return mpt_pairs.fields(HEADS[name])
+    return families_made.fields(families_made.CLASSES[name], HEADS[name])
+
+
+def pair(name: str, folder: Path, **more: Any) -> tuple[Any, Any]:
+    """A random model on PyTorch, and on TensorFlow from its files."""
+    theirs = getattr(monoblock, name)(family_of(name).config(**{**fields(name), **more})).eval()
+    return theirs, twin(randomised(theirs), folder)
+
+
+def twin(theirs: Any, folder: Path) -> Any:
+    """A PyTorch model's files, read by the TF class."""
+    theirs.save_pretrained(folder)
+    return make_class("TF" + theirs.row.name).from_pretrained(folder)
+
+
+def model(name: str, **more: Any) -> Any:
+    """A random TF model; weights as wide as the others', so that everything acts."""
+    made = make_class("TF" + name)(family_of(name).config(**{**fields(name), **more}))
+    generator = np.random.default_rng(0)
+    for variable in made.trainable_variables:
+        noise = generator.standard_normal(variable.shape)
+        variable.assign(1 + 0.3 * noise if variable.name == "gamma" else 0.2 * noise)
+    return made
+
+
+def inputs(name: str, padding: str = "none") -> dict[str, torch.Tensor]:
+    """Ids and mask for a class, past the windows."""
+    ids, mask = texts(name.replace("Mpt", "Mistral"), padding)  # the same kinds of heads
+    return {"input_ids": ids} if mask is None else {"input_ids": ids, "attention_mask": mask}
+
+
+def labels(name: str, given: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Labels for the class's loss."""
+    return labels_of(name.replace("Mpt", "Mistral"), given["input_ids"], given.get("attention_mask"))
+
+
+def numpy(tensors: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
+    return {key: x.numpy() for key, x in tensors.items()}
+
+
+def close(
+    what: str, ours: Any, theirs: torch.Tensor, where: torch.Tensor | None = None, atol: float = ATOL
+) -> None:
+    largest = float(theirs.detach().abs().max())
+    assert_close(what, ours, theirs, atol + RTOL * largest, where)
+
+
+def canonical_gradients(model: Any, gradients: list[Any]) -> dict[str, np.ndarray]:
+    """Gradients of `model.trainable_variables` by canonical name, laid as PyTorch has them; without those of what the
+    call did not use."""
+    found = {id(v): g for v, g in zip(model.trainable_variables, gradients, strict=True) if g is not None}
+    made = {}
+    for canonical, variable in model.parameter_variables().items():
+        if id(variable) not in found:
+            continue
+        gradient = tf.convert_to_tensor(found[id(variable)]).numpy()
+        made[canonical] = gradient.T if variable.name == "kernel" else gradient
+    return made
