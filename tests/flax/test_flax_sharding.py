@@ -1,0 +1,124 @@
+"""Eight devices give what one gives, with the parameters really split over them; and meshes that do not fit are
+explained."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from flax_tiny import MODELS, batch, tiny
+from jax.sharding import Mesh, PartitionSpec
+
+TESTS = Path(__file__).parents[1]
+LOGITS, GRADIENTS = 1e-5, 5e-5  # fp32, 2 layers; sums of four parts round otherwise: measured 3e-6 and 4e-7
+
+
+@pytest.fixture(scope="module")
+def found() -> dict[str, Any]:
+    """What eight virtual devices gave beside one, in one process for all families (about 20 s, all compilation)."""
+    env = os.environ | {
+        "PYTHONPATH": str(TESTS),
+        "JAX_PLATFORMS": "cpu",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+    }
+    script = TESTS / "flax_sharded.py"
+    result = subprocess.run(
+        [sys.executable, str(script)], env=env, capture_output=True, text=True, timeout=300
+    )
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_mesh_gives_what_one_device_gives(name: str, found: dict[str, Any]) -> None:
+    assert found[name]["logits"] <= LOGITS
+    assert found[name]["gradients"] <= GRADIENTS
+    assert found[name]["rows"][0] == 2  # of 4, over two devices
+
+
+def test_generation_under_sharded_parameters(found: dict[str, Any]) -> None:
+    tokens = {name: result["tokens"] for name, result in found.items() if "tokens" in result}
+    assert tokens == {"FlaxMistralForCausalLM": True, "FlaxOpenAIGPTLMHeadModel": True}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_parameters_and_gradients_are_split(name: str, found: dict[str, Any]) -> None:
+    """Four devices hold a quarter each of every matrix of the blocks and of the vocabulary."""
+    for shapes in (found[name]["shapes"], found[name]["gradient_shapes"]):
+        for leaf, (whole, part) in shapes.items():
+            if leaf.endswith(("qkv.kernel", "up.kernel", "head.out.kernel")):
+                assert part[1] * 4 == whole[1], leaf
+            if leaf.endswith(("attn.out.kernel", "down.kernel")) or leaf == "embed.embedding":
+                assert part[0] * 4 == whole[0], leaf
+            if leaf.endswith("scale"):
+                assert part == whole, leaf
+
+
+def test_shard_map_over_the_data(found: dict[str, Any]) -> None:
+    assert found["shard_map"]["loss"] <= LOGITS
+    assert found["shard_map"]["gradients"] <= GRADIENTS
+
+
+# ---------------------------------------------------------------------------- what one device can tell
+
+
+def mesh(*names: str) -> Mesh:
+    return Mesh(np.array(jax.devices()[:1]).reshape((1,) * len(names)), names)
+
+
+def test_specs_are_a_tree_like_the_parameters() -> None:
+    model = tiny("FlaxMistralForCausalLM")
+    specs = model.partition_specs(mesh("data", "tensor"))
+    assert jax.tree.structure(specs) == jax.tree.structure(model.params)
+    assert specs["blocks"]["0"]["attn"]["qkv"]["kernel"] == PartitionSpec(None, "tensor")
+    assert specs["blocks"]["0"]["mlp"]["down"]["kernel"] == PartitionSpec("tensor", None)
+    assert specs["embed"]["embedding"] == PartitionSpec("tensor", None)
+    assert specs["blocks"]["0"]["norm1"]["scale"] == PartitionSpec()
+
+
+def test_axes_may_have_other_names_or_be_absent() -> None:
+    model = tiny("FlaxMistralForCausalLM")
+    specs = model.partition_specs(mesh("x", "model"), tensor_axis="model")
+    assert specs["embed"]["embedding"] == PartitionSpec("model", None)
+    whole = model.partition_specs(mesh("data"), tensor_axis=None)
+    assert set(jax.tree.leaves(whole)) == {PartitionSpec()}
+    assert model.shard_batch(batch(), mesh("rows"), data_axis="rows")["input_ids"].shape == (4, 14)
+
+
+def test_params_of_the_callers_are_laid_out_too() -> None:
+    model = tiny("FlaxMistralForCausalLM")
+    params, model._params = model.params, None
+    placed = model.shard_params(mesh("data", "tensor"), params)
+    assert model._params is None
+    assert placed["embed"]["embedding"].sharding.spec == PartitionSpec("tensor", None)
+
+
+def test_shard_lays_the_models_own() -> None:
+    model = tiny("FlaxMistralForCausalLM")
+    assert model.shard(mesh("data", "tensor")) is model
+    shardings = model.param_shardings(mesh("data", "tensor"))
+    assert jax.tree.map(lambda leaf: leaf.sharding, model.params) == shardings
+
+
+def test_a_mesh_without_the_axis_is_explained() -> None:
+    model = tiny("FlaxMistralForCausalLM")
+    with pytest.raises(
+        ValueError, match=r"no axis 'tensor' \(it has 'data'\): name one with tensor_axis= or None"
+    ):
+        model.partition_specs(mesh("data"))
+    with pytest.raises(ValueError, match=r"no axis 'data' \(it has 'x', 'y'\): name one with data_axis="):
+        model.shard_batch(batch(), mesh("x", "y"))
+
+
+def test_rows_that_do_not_divide_are_explained() -> None:
+    with pytest.raises(
+        ValueError, match=r"\['count'\] of shape \(\).* axis 'data': give a multiple of 1 rows"
+    ):
+        tiny("FlaxMistralForCausalLM").shard_batch({"count": np.array(3)}, mesh("data"))
