@@ -197,10 +197,14 @@ def test_each_class_returns_the_hubs_output() -> None:
         "GPTNeoModel": "FlaxBaseModelOutput",
         "MPNetModel": "FlaxBaseModelOutputWithPooling",
         "OpenAIGPTLMHeadModel": "FlaxCausalLMOutput",
+        "OpenAIGPTDoubleHeadsModel": "FlaxOpenAIGPTDoubleHeadsModelOutput",
     }
     for name, kind in kinds.items():
         cls = getattr(monoblock, "Flax" + name)
-        assert issubclass(pretrained.output_class(cls.row.output), getattr(monoblock, kind))
+        made = pretrained.output_class(cls.row.output)
+        assert issubclass(made, getattr(monoblock, kind)) and made.__name__.startswith("Flax")
+        first, *_ = made.__dataclass_fields__
+        assert jax.tree.leaves(made(**{first: 1})) == [1]
 
 
 def pieces(model: Any, ids: np.ndarray, mask: Any, whole_mask: bool) -> Any:
