@@ -10,7 +10,8 @@ from typing import Any, cast
 
 @dataclass(frozen=True, kw_only=True)
 class Converter:
-    """How one framework makes its arrays of integers: `make(module, nested_lists)`, int64 where it has it."""
+    """How one framework makes its arrays of integers: `make(module, nested_lists)`. NumPy and PyTorch have int64, the
+    others int32, which is what their models take."""
 
     module: str
     array: str  # the name of the array class inside the module
@@ -35,7 +36,7 @@ CONVERTERS: dict[str, Converter] = {
         module="jax.numpy",
         array="ndarray",
         install="monoblock[jax]",
-        make=lambda jnp, rows: jnp.asarray(rows, **_dtype(jnp, rows, "int32")),
+        make=lambda jnp, rows: jnp.asarray(_narrow(rows)),
     ),
     "tf": Converter(
         module="tensorflow",
@@ -49,6 +50,18 @@ CONVERTERS: dict[str, Converter] = {
 def _dtype(module: Any, rows: Any, integer: str = "int64") -> dict[str, Any]:
     """Frameworks take a list without numbers for floats; ids of an empty text are integers all the same."""
     return {} if _has_leaf(rows) else {"dtype": getattr(module, integer)}
+
+
+def _narrow(rows: Any) -> Any:
+    """A NumPy array with integers as int32: JAX takes it in one piece, and nested lists number by number."""
+    numpy: Any = importlib.import_module("numpy")
+    array = numpy.asarray(rows, **_dtype(numpy, rows))
+    if array.dtype != numpy.int64:
+        return array
+    small = array.astype(numpy.int32)
+    if (small != array).any():
+        raise ValueError("a number does not fit into 32 bits")
+    return small
 
 
 def _has_leaf(rows: Any) -> bool:
