@@ -1,0 +1,156 @@
+"""JAX's transformations of every family: compiled gradients row by row, other parameters at once, recomputation,
+forward-mode derivatives, and dropout as a function of its key."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax_tiny import MODELS, batch, tiny
+from measure import assert_close
+
+GRADIENTS = 1e-5  # fp32, 2 layers, gradients of order 1; sums in another order: measured 6e-7
+
+# What drops out, in each family's own words.
+DROPOUTS: dict[str, dict[str, Any]] = {
+    "FlaxMptForCausalLM": {"resid_pdrop": 0.4, "emb_pdrop": 0.4, "attn_config": {"attn_pdrop": 0.4}},
+    "FlaxMistralForCausalLM": {"attention_dropout": 0.4},
+    "FlaxFuyuForCausalLM": {"attention_dropout": 0.4, "hidden_dropout": 0.4},
+    "FlaxOpenAIGPTLMHeadModel": {"resid_pdrop": 0.4, "embd_pdrop": 0.4, "attn_pdrop": 0.4},
+    "FlaxGPTNeoForCausalLM": {"embed_dropout": 0.4, "resid_dropout": 0.4, "attention_dropout": 0.4},
+    "FlaxMPNetForMaskedLM": {"hidden_dropout_prob": 0.4, "attention_probs_dropout_prob": 0.4},
+}
+
+
+def loss(model: Any, params: Any, ids: Any, key: Any = None, **inputs: Any) -> Any:
+    """The loss whose labels are the ids; with a key, as in training."""
+    out = model(ids, params=params, dropout_rng=key, train=key is not None, **inputs)
+    return model.compute_loss(out, labels=ids)
+
+
+def assert_trees(what: str, ours: Any, theirs: Any, bound: float = GRADIENTS) -> None:
+    jax.tree.map(lambda a, b: assert_close(what, a, b, bound), ours, theirs)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_compiled_gradients_row_by_row(name: str) -> None:
+    """`jit` of `vmap` of `grad`: the mean over rows of equal length is the gradient of the whole batch."""
+    model, ids = tiny(name), batch(padded=False)["input_ids"]
+    by_row = jax.jit(jax.vmap(jax.value_and_grad(lambda p, row: loss(model, p, row[None])), (None, 0)))
+    values, gradients = by_row(model.params, ids)
+    value, gradient = jax.jit(jax.value_and_grad(lambda p: loss(model, p, ids)))(model.params)
+    assert values.shape == (len(ids),)
+    assert_close(f"{name}: vmap, loss", values.mean(), value, 1e-5)
+    assert_trees(f"{name}: vmap of grad", jax.tree.map(lambda g: g.mean(0), gradients), gradient)
+    assert max(float(jnp.abs(g).max()) for g in jax.tree.leaves(gradient)) > 1e-3
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_recomputation_gives_the_same_gradients_under_dropout(name: str) -> None:
+    """The backward pass draws the same masks again, for padded texts too."""
+    ids, mask = batch().values()
+    model, key, found = tiny(name, **DROPOUTS[name]), jax.random.key(3), []
+    for _ in range(2):
+        step = jax.jit(jax.grad(lambda p: loss(model, p, ids, key, attention_mask=mask)))
+        found.append(step(model.params))
+        model.enable_gradient_checkpointing()
+    assert_trees(f"{name}: remat", found[1], found[0], 1e-6)
+
+
+def test_checkpoint_around_a_call() -> None:
+    model, inputs = tiny("FlaxMistralForCausalLM"), batch()
+
+    def step(params: Any) -> Any:
+        return loss(model, params, inputs["input_ids"], attention_mask=inputs["attention_mask"])
+
+    saved = jax.checkpoint(step, policy=jax.checkpoint_policies.nothing_saveable)
+    assert_trees("checkpoint", jax.jit(jax.grad(saved))(model.params), jax.grad(step)(model.params), 1e-6)
+
+
+def test_vmap_over_parameters() -> None:
+    """Several models of one shape in one call."""
+    models = [tiny("FlaxGPTNeoForCausalLM", seed) for seed in range(3)]
+    ids = batch(padded=False)["input_ids"]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(model.params for model in models))
+    logits = jax.vmap(lambda params: models[0](ids, params=params).logits)(stacked)
+    expected = np.stack([model(ids).logits for model in models])
+    assert_close("vmap over parameters", logits, expected, 1e-5)
+
+
+def test_forward_mode_agrees_with_reverse_mode() -> None:
+    model, ids = tiny("FlaxMptForCausalLM"), batch(padded=False)["input_ids"]
+    direction = jax.tree.map(lambda leaf: jnp.cos(jnp.arange(leaf.size)).reshape(leaf.shape), model.params)
+    step = lambda params: loss(model, params, ids)  # noqa: E731
+    _, forward = jax.jvp(step, (model.params,), (direction,))
+    products = jax.tree.map(jnp.vdot, jax.grad(step)(model.params), direction)
+    assert_close("jvp", forward, sum(jax.tree.leaves(products)), 1e-4)  # a sum of 20,000 products
+
+
+def test_pmap() -> None:
+    """The old way over devices, which the hub's pages name."""
+    model, ids = tiny("FlaxMistralForCausalLM"), batch(padded=False)["input_ids"]
+    one = ids[None, :2]  # (devices, rows, tokens)
+    logits = jax.pmap(lambda params, rows: model(rows, params=params).logits, in_axes=(None, 0))(
+        model.params, one
+    )
+    assert_close("pmap", logits[0], model(ids[:2]).logits, 1e-5)
+
+
+# ---------------------------------------------------------------------------- dropout
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_dropout_is_a_function_of_its_key(name: str) -> None:
+    model, ids = tiny(name, **DROPOUTS[name]), batch(padded=False)["input_ids"]
+    one, two = jax.random.split(jax.random.key(0))
+    run = jax.jit(lambda key: model(ids, params=model.params, dropout_rng=key, train=True).logits)
+    first, again, other = run(one), run(one), run(two)
+    np.testing.assert_array_equal(first, again)
+    assert float(jnp.abs(first - other).max()) > 1e-2
+    assert float(jnp.abs(first - model(ids).logits).max()) > 1e-2
+
+
+def test_what_is_kept_of_the_embedding_is_scaled() -> None:
+    """With probability p an entry is 0, else it is 1 / (1 - p) times itself."""
+    model, ids = tiny("FlaxGPTNeoForCausalLM", embed_dropout=0.25), batch(padded=False)["input_ids"]
+    first = model(ids, output_hidden_states=True).hidden_states[0]
+    dropped = model(ids, output_hidden_states=True, train=True, dropout_rng=jax.random.key(1)).hidden_states[
+        0
+    ]
+    kept = np.asarray(dropped != 0)
+    np.testing.assert_allclose(dropped, np.where(kept, first / 0.75, 0), rtol=1e-5)
+    # 1792 draws: one standard deviation is 0.0102.
+    assert abs(1 - kept.mean() - 0.25) < 0.04
+
+
+def test_attention_weights_drop_out_by_head_and_key() -> None:
+    model, ids = tiny("FlaxMistralForCausalLM", attention_dropout=0.25), batch(padded=False)["input_ids"]
+    whole = np.asarray(model(ids, output_attentions=True).attentions[0])
+    dropped = np.asarray(
+        model(ids, output_attentions=True, train=True, dropout_rng=jax.random.key(1)).attentions[0]
+    )
+    kept = dropped != 0
+    np.testing.assert_allclose(dropped, np.where(kept, whole / 0.75, 0), rtol=1e-5, atol=1e-7)
+    seen = whole > 0
+    assert abs((seen & ~kept).sum() / seen.sum() - 0.25) < 0.04  # 1,104 of them: a deviation of 0.013
+    assert np.unique(kept.sum((-1, -2))).size > 1  # not one mask for all rows and heads
+
+
+def test_the_mean_over_keys_is_the_output_at_rest() -> None:
+    """Where what follows the dropout is linear."""
+    model = tiny("FlaxMptForTokenClassification", num_labels=3, classifier_dropout=0.5)
+    ids = batch(padded=False)["input_ids"]
+    keys = jax.random.split(jax.random.key(0), 4096)
+    draw = jax.vmap(lambda key: model(ids, train=True, dropout_rng=key).logits)
+    logits = np.asarray(jax.jit(draw)(keys))
+    rest, deviation = np.asarray(model(ids).logits), logits.std(0) / 64
+    assert (np.abs(logits.mean(0) - rest) < 5 * deviation).all()  # of 168 means
+    assert deviation.min() > 0
+
+
+def test_train_without_dropout_needs_no_key() -> None:
+    model, ids = tiny("FlaxMistralForCausalLM"), batch(padded=False)["input_ids"]
+    assert_close("train at rest", model(ids, train=True).logits, model(ids).logits, 1e-6)
