@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import inspect
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,7 +10,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from monoblock.pipelines.arrays import seam
+from monoblock.pipelines import frameworks
+from monoblock.pipelines.arrays import Seam
 from monoblock.pipelines.progress import shown
 
 NO_LIMIT = 10**20  # a tokenizer's model_max_length above this means that its files name none
@@ -68,7 +68,7 @@ class Pipeline:
         self.image_processor: Any = (
             getattr(processor, "image_processor", None) if image_processor is None else image_processor
         )
-        self.seam = seam(model, device)
+        self.seam: Seam = frameworks.of_model(model).seam.Seam(model, device)
         if self.heads and model.row.head not in self.heads:
             raise ValueError(
                 f"{model.row.name} cannot do {self.task!r}: that needs a head of the kind "
@@ -77,7 +77,6 @@ class Pipeline:
         if self.tokenizer is None:
             raise ValueError(f"{self.task!r} needs a tokenizer: give tokenizer= beside a model object")
         self.batch_size = _count("batch_size", batch_size)
-        self.accepts = {*inspect.signature(model.forward).parameters, *getattr(model, "extra", ())}
         self.given: dict[str, Any] = {}
         self.given = self.merged(settings)
 
@@ -110,7 +109,7 @@ class Pipeline:
 
     @property
     def dtype(self) -> Any:
-        """The type of the model's weights."""
+        """The type that the model computes in."""
         return self.seam.dtype
 
     @property
@@ -203,13 +202,9 @@ class Pipeline:
         """What the model takes of what the tokenizer gave: some tokenizers' files name token types for models that
         have none."""
         names = [
-            name for name in encoded if name in self.tokenizer.model_input_names and name in self.accepts
+            name for name in encoded if name in self.tokenizer.model_input_names and name in self.seam.accepts
         ]
         return {name: encoded[name] if row is None else encoded[name][row] for name in names}
-
-    def run_model(self, batch: dict[str, Any]) -> Any:
-        """The model's output; no cache is kept where one could be."""
-        return self.seam.run(batch | ({"use_cache": False} if "use_cache" in self.accepts else {}))
 
     def save_pretrained(self, save_directory: Any) -> None:
         """Write the model, and its tokenizer or processor, into a folder."""

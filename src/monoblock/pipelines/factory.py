@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from monoblock import demo
+from monoblock.pipelines import frameworks
+from monoblock.pipelines.frameworks import Framework
 
 # task -> the class, in the module of the task's name, and the Auto class that loads its model.
 TASKS: dict[str, tuple[str, str]] = {
@@ -36,7 +38,6 @@ DEFAULTS = {
 HUB = ("revision", "token", "cache_dir", "local_files_only", "force_download", "subfolder")
 # The hub's arguments that ask for what is not here, and the values that ask for nothing.
 REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
-    "framework": (("pt",), "pipelines run PyTorch models"),
     "feature_extractor": ((), "no model here takes audio"),
     "video_processor": ((), "no model here takes videos"),
     "pipeline_class": ((), "make an object of your own class instead"),
@@ -53,6 +54,7 @@ def pipeline(
     *,
     image_processor: Any = None,
     processor: Any = None,
+    framework: str | None = None,
     revision: str | None = None,
     token: str | bool | None = None,
     device: Any = None,
@@ -70,22 +72,30 @@ def pipeline(
         model: a name on the hub, a folder, or a model object. Without one, "text-generation" has the embedded demo
             model.
         config, tokenizer, image_processor, processor: names, folders or objects; by default those of the model.
+        framework: "pt", "flax" or "tf", whose classes load the model; by default a model object's own, else the first
+            that is installed, in this order.
         revision, token: which version on the hub, and what to log in with.
-        device: "cpu", "cuda:0", a number, or -1 for the CPU; by default the first accelerator, if there is one.
-        device_map, dtype (or torch_dtype), model_kwargs: for the model's `from_pretrained`; dtype is "auto" by
-            default, the checkpoint's own.
+        device: the framework's name of one ("cpu", "cuda:0", "gpu:0"), the number of an accelerator, or -1 for the CPU;
+            by default the first accelerator, if there is one.
+        dtype (or torch_dtype): the type of weights and computation, by default ("auto") the checkpoint's own.
+        device_map, model_kwargs: for the model's `from_pretrained`.
         kwargs: `batch_size`, and the task's own arguments for all calls.
 
     Returns:
-        A `Pipeline`, to be called with inputs. ValueError or TypeError for what is unknown, with the nearest name.
+        A `Pipeline`, to be called with inputs. ValueError or TypeError for what is unknown, with the nearest name;
+        ImportError with what to install for a framework that is not there.
     """
     _refuse(kwargs)
     if device is not None and device_map is not None:
         raise ValueError("device and device_map exclude each other: give one")
-    if torch_dtype is not None and dtype is not None:
-        raise ValueError("dtype and torch_dtype are two names of the same: give one")
-    dtype = torch_dtype if dtype is None else dtype
-    loading = _loading(model_kwargs, revision=revision, token=token, device_map=device_map, dtype=dtype)
+    loading = _loading(
+        model_kwargs,
+        revision=revision,
+        token=token,
+        device_map=device_map,
+        dtype=dtype,
+        torch_dtype=torch_dtype,
+    )
     if task is not None:
         task = known_task(task)
     if model is None:
@@ -94,11 +104,12 @@ def pipeline(
     source = model if isinstance(model, str | Path) else None
     if source is None:
         named = any(isinstance(part, str | Path) for part in (tokenizer, image_processor, processor))
+        frameworks.of_model(model, framework)
         _check_object(config, {k: v for k, v in loading.items() if not (named and k in HUB)})
         task = task or default_task([type(model).__name__])
         made = model
     else:
-        made, task = _load(task, source, config, loading, hub)
+        made, task = _load(frameworks.chosen(framework), task, source, config, device, loading)
     parts = _parts(task, source, hub, tokenizer, image_processor, processor)
     module = importlib.import_module(f"monoblock.pipelines.{task.replace('-', '_')}")
     return getattr(module, TASKS[task][0])(made, device=device, **parts, **kwargs)
@@ -140,6 +151,10 @@ def _loading(model_kwargs: dict[str, Any] | None, **given: Any) -> dict[str, Any
             raise ValueError(f"{name} is given twice: as an argument and in model_kwargs")
         if value is not None:
             loading[name] = value
+    if "torch_dtype" in loading:
+        if "dtype" in loading:
+            raise ValueError("dtype and torch_dtype are two names of the same: give one")
+        loading["dtype"] = loading.pop("torch_dtype")
     return loading
 
 
@@ -161,16 +176,17 @@ def _default(task: str | None, tokenizer: Any) -> str:
 
 
 def _load(
-    task: str | None, source: Any, config: Any, loading: dict[str, Any], hub: dict[str, Any]
+    framework: Framework, task: str | None, source: Any, config: Any, device: Any, loading: dict[str, Any]
 ) -> tuple[Any, str]:
     """The model of a name or folder, and its task."""
     import monoblock
 
     if config is None or isinstance(config, str | Path):
+        hub = {name: loading[name] for name in HUB if name in loading}
         config = monoblock.AutoConfig.from_pretrained(source if config is None else config, **hub)
     task = task or default_task(config.architectures)
-    auto = getattr(monoblock, TASKS[task][1])
-    return auto.from_pretrained(source, config=config, **loading), task
+    auto = getattr(monoblock, framework.prefix + TASKS[task][1])
+    return framework.seam.load(auto, source, device, config=config, **loading), task
 
 
 def _parts(

@@ -37,7 +37,7 @@ class ImageTextToTextPipeline(Generating):
         super().__init__(*args, **kwargs)
         if self.processor is None:
             raise ValueError("'image-text-to-text' needs a processor: give processor= beside a model object")
-        if PATCHES not in self.accepts:
+        if PATCHES not in self.seam.accepts:
             raise ValueError(f"{self.model.row.name} takes no images: use the task 'text-generation'")
 
     def __call__(self, images: Any = None, text: Any = None, **options: Any) -> Any:
@@ -90,7 +90,7 @@ class ImageTextToTextPipeline(Generating):
         if images is None:
             encoded = self.processor(text=text, **more)
             return [Row(self.model_inputs(encoded), text)]
-        encoded = self.processor(text=[text], images=[images], return_tensors=self.seam.framework, **more)
+        encoded = self.processor(text=[text], images=[images], return_tensors="np", **more)
         inputs = {name: encoded[name][0].tolist() for name in ("input_ids", "attention_mask", INDICES)}
         return [Row({**inputs, PATCHES: encoded[PATCHES][0]}, text)]
 

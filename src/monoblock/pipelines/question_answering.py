@@ -133,7 +133,7 @@ class QuestionAnsweringPipeline(Pipeline):
 
     def forward(self, batch: dict[str, Any], options: dict[str, Any]) -> dict[str, np.ndarray]:
         del options
-        out = self.run_model(batch)
+        out = self.seam.run(batch)
         return {"start": self.seam.numpy(out.start_logits), "end": self.seam.numpy(out.end_logits)}
 
     def answer(self, rows: list[Row], options: dict[str, Any]) -> Any:
