@@ -132,7 +132,7 @@ class Program:
         names = {*dict(self.fields), *self.numbers}
         columns = 0 if PROMPT_READERS.isdisjoint(names) else bucket(prompt_bn.shape[1])
         return Given(
-            numbers={name: np.asarray(fields[name], NUMBERS[name]) for name in self.numbers},
+            numbers={name: np.asarray(fields.get(name, 1), NUMBERS[name]) for name in self.numbers},
             prompt=_at_the_end(prompt_bn, valid_bn, columns),
             max_length=np.asarray(prompt_bn.shape[1] + new, np.int32),
         )
@@ -165,9 +165,11 @@ def of(generation: Generation) -> Program | None:
     )
     if any(host):
         return None
+    # Sampling divides by a temperature always: to come back to 1 compiles nothing.
+    tempered = ("temperature",) if config.do_sample and "temperature" not in generation.fields else ()
     return Program(
         fields=tuple((n, _frozen(v)) for n, v in generation.fields.items() if n not in NUMBERS),
-        numbers=tuple(name for name in generation.fields if name in NUMBERS),
+        numbers=tuple(sorted((*tempered, *(name for name in generation.fields if name in NUMBERS)))),
         eos=tuple(config.eos_ids),
         pad=generation.pad,
         do_sample=bool(config.do_sample),

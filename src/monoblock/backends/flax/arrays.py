@@ -49,6 +49,13 @@ def noisy(key: Array, scores_bk: Array) -> Array:
     return scores_bk + jax.random.gumbel(key, scores_bk.shape, scores_bk.dtype)
 
 
+def on_device(x: Any) -> Any:
+    """NumPy's arrays as JAX's; cut to 32 bits on the host, where that compiles nothing."""
+    if not isinstance(x, np.ndarray):
+        return x
+    return jax.device_put(x.astype(jax.dtypes.canonicalize_dtype(x.dtype), copy=False))
+
+
 def _here(*values: Any) -> bool:
     """Whether all of it is on the host."""
     return not any(isinstance(value, jax.Array) for value in values)
@@ -65,7 +72,7 @@ class JaxOps(NumpyOps):
         return values if _traced(values) else super().array(values)
 
     def shown(self, x: Any) -> Any:
-        return jnp.asarray(x)
+        return on_device(x)
 
     def argmax(self, x_bk: Any) -> Any:
         found = super().argmax(x_bk) if _here(x_bk) else jnp.argmax(x_bk, axis=-1)

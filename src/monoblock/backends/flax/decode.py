@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from monoblock.backends.flax import compiled
-from monoblock.backends.flax.arrays import JaxOps, Keys
+from monoblock.backends.flax.arrays import JaxOps, Keys, on_device
 from monoblock.backends.flax.decoder import Decoder, Rereader, Source
 from monoblock.backends.flax.network import Network
 from monoblock.backends.flax.outputs import FlaxModelOutput, pytree
@@ -75,7 +75,7 @@ class Generation(GenerationMixin):
         result = loop.generate(
             runner, inputs, generation_config, plain=_ids if alone else FlaxGenerateOutput, **arguments
         )
-        return jax.tree.map(_shown, result) if alone else _all_shown(result)
+        return on_device(result) if alone else _all_shown(result)
 
     def compute_transition_scores(
         self,
@@ -91,7 +91,7 @@ class Generation(GenerationMixin):
         found = transition_scores(
             JaxOps(), np.asarray(sequences), scores, _host(beam_indices), normalize_logits
         )
-        return jnp.asarray(found)
+        return on_device(found)
 
 
 def _random(key: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -112,14 +112,10 @@ def _ids(ids_bn: Any, scores_b: Any) -> Any:
     return ids_bn
 
 
-def _shown(value: Any) -> Any:
-    return jnp.asarray(value) if isinstance(value, np.ndarray) else value
-
-
 def _all_shown(output: Any) -> Any:
     """The output with JAX's arrays in place of NumPy's."""
     for name, value in output.items():
-        setattr(output, name, _shown(value))
+        setattr(output, name, on_device(value))
     return output
 
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from monoblock.backends.flax import steps
+from monoblock.backends.flax.arrays import on_device
 from monoblock.backends.flax.cache import Cache
 from monoblock.backends.flax.checked import checked
 from monoblock.backends.flax.inputs import Wanted
@@ -271,7 +272,7 @@ class Decoder:
 
     def _set_length(self) -> None:
         assert self.cache is not None
-        self.cache = replace(self.cache, length=jnp.asarray(np.int32(self.length)))
+        self.cache = replace(self.cache, length=on_device(np.array(self.length, np.int32)))
 
 
 class Rereader:
@@ -338,4 +339,4 @@ class Rereader:
 
 def _cut(arrays: Sequence[Any], where: tuple[Any, ...]) -> tuple[Any, ...]:
     """A part of each array; cut on the host, where new lengths compile nothing."""
-    return tuple(jnp.asarray(np.asarray(array)[where]) for array in arrays)
+    return tuple(on_device(np.asarray(array)[where]) for array in arrays)
