@@ -1,4 +1,4 @@
-"""Caches of TF models: tuples and `Cache`s that grow, static ones with windows that roll, in eager mode and compiled."""
+"""Caches of TF models: tuples and `Cache`s that grow, static ones with windows that roll, eagerly and compiled."""
 
 from __future__ import annotations
 

@@ -24,8 +24,8 @@ LABELS = ("labels", "mc_labels", "start_positions", "end_positions", "num_items_
 
 @dataclass
 class Checked:
-    """What the network gets: tensors by name, whether the cache is empty, and the choices that the rows are of. `legacy`:
-    the cache goes out as tuples."""
+    """What the network gets: tensors by name, whether the cache is empty, and the choices that the rows are of.
+    `legacy`: the cache goes out as tuples."""
 
     given: dict[str, Any] = field(default_factory=dict[str, Any])
     fresh: bool = True
@@ -221,14 +221,14 @@ def _positions(spec: ArchSpec, made: Checked, positions: Tensor | None, places: 
     """Position ids as int32 (batch or 1, tokens); ValueError if the table of positions has no such row."""
     learned = spec.position(Learned)
     if positions is not None:
-        positions = tf.reshape(positions, (-1, size(positions, -1))) if len(positions.shape) else positions
-        rows = fits(positions.shape, 1, places.count) or fits(positions.shape, places.batch, places.count)
-        if not (whole(positions) and rows):
+        given: Any = tf.reshape(positions, (-1, size(positions, -1))) if len(positions.shape) else positions
+        rows = fits(given.shape, 1, places.count) or fits(given.shape, places.batch, places.count)
+        if not (whole(given) and rows):
             raise ValueError(
-                f"position_ids must be whole numbers {shown(places.batch, places.count)}, got {positions.dtype.name} "
-                f"{tuple(positions.shape)}"
+                f"position_ids must be whole numbers {shown(places.batch, places.count)}, got {given.dtype.name} "
+                f"{tuple(given.shape)}"
             )
-        made.given["position_ids"] = tf.cast(positions, tf.int32)
+        made.given["position_ids"] = tf.cast(given, tf.int32)
     if learned is None:
         return
     needed = _needed(learned, made.given, places)

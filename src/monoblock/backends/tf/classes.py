@@ -52,8 +52,11 @@ def make_class(name: str) -> type[TFPreTrainedModel]:
     }
     if projection := family.projections.get(row.head or ""):
         body[projection] = property(lambda self: self.head.out)
-    made = types.new_class(name, (TFPreTrainedModel,), exec_body=lambda namespace: namespace.update(body))
-    return keras.saving.register_keras_serializable("monoblock")(made)
+    made: Any = types.new_class(
+        name, (TFPreTrainedModel,), exec_body=lambda namespace: namespace.update(body)
+    )
+    keras.saving.register_keras_serializable("monoblock")(made)
+    return made
 
 
 def arguments(row: ModelClass) -> tuple[str, ...]:

@@ -9,11 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import keras
 import tensorflow as tf
 
 from monoblock.backends.tf.inputs import Wanted
-from monoblock.backends.tf.layers import NormLayer, Tied, make_linear
+from monoblock.backends.tf.layers import NormLayer, Part, Tied, make_linear
 from monoblock.backends.tf.model import HEAD
 from monoblock.backends.tf.ops import Tensor, dropped, size
 from monoblock.heads import KINDS, HeadSpec
@@ -23,7 +22,7 @@ IGNORED = -100
 Given = Mapping[str, Any]
 
 
-class Head(keras.layers.Layer):
+class Head(Part):
     """Dropout, a dense layer where the kind has one, and a projection; a tied one's matrix is the embedding's."""
 
     def __init__(self, spec: ArchSpec, head: HeadSpec, tied: bool, **kwargs: Any) -> None:
@@ -43,8 +42,7 @@ class Head(keras.layers.Layer):
         if summary and summary.size is not None:
             self.summary = make_linear(spec, summary.size, True, "summary", policy)
 
-    def build(self) -> None:
-        """Make the weights."""
+    def make(self) -> None:
         for part in (self.dense, self.norm, self.summary):
             if part is not None:
                 part.build((None, None, self.arch.width))

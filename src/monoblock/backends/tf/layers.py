@@ -31,6 +31,19 @@ def initial(spec: ArchSpec) -> Any:
     return "zeros" if _EMPTY.get() else keras.initializers.RandomNormal(stddev=spec.init_std)
 
 
+class Part(keras.layers.Layer):
+    """A layer that knows the shapes of its weights, and so needs no input to build them."""
+
+    def build(self, input_shape: Any = None) -> None:
+        """Make the weights."""
+        del input_shape
+        self.make()
+
+    def make(self) -> None:
+        """Make the weights of the layer and of its parts."""
+        raise NotImplementedError
+
+
 class NormLayer(keras.layers.Layer):
     """Layer norm or RMS norm; the statistics are computed in float32 at least, in two passes."""
 

@@ -12,12 +12,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-import keras
 import tensorflow as tf
 
 from monoblock.backends.tf import attention
 from monoblock.backends.tf.cache import Layer
-from monoblock.backends.tf.layers import NormLayer, make_linear, make_table
+from monoblock.backends.tf.layers import NormLayer, Part, make_linear, make_table
 from monoblock.backends.tf.ops import ACT, Scope, Tensor, dropped, is_dynamic, rotate, rotations, size
 from monoblock.spec import Alibi, ArchSpec, Buckets, Learned, Rotary
 
@@ -57,7 +56,7 @@ class BackboneOutput:
     attentions: tuple[Tensor, ...] | None
 
 
-class Attention(keras.layers.Layer):
+class Attention(Part):
     """Self-attention over fused `[q|k|v]`, with grouped heads, clipping, q/k norms, RoPE, ALiBi and windows."""
 
     def __init__(self, spec: ArchSpec, index: int, **kwargs: Any) -> None:
@@ -75,8 +74,7 @@ class Attention(keras.layers.Layer):
         rotary = spec.position(Rotary)
         self.late_rotary = rotary if is_dynamic(rotary) else None
 
-    def build(self) -> None:
-        """Make the weights."""
+    def make(self) -> None:
         self.qkv.build((None, None, self.spec.width))
         self.out.build((None, None, self.q_size))
         if self.spec.attention.qk_norm is not None:
@@ -110,7 +108,7 @@ class Attention(keras.layers.Layer):
         """The attention's output (b, h, s, d), and its weights if they are asked for."""
         att, rate, seed = self.spec.attention, self.spec.dropout.attention, None
         if call.seed is not None and rate:
-            seed = tf.random.experimental.stateless_fold_in(call.seed, OF_BLOCK * (self.index + 1) + 2)
+            seed = tf.random.fold_in(call.seed, OF_BLOCK * (self.index + 1) + 2)
         kernel = attention.Kernel(att.scale, att.softcap, rate, seed, again=call.train)
         if call.attentions:
             return attention.attend_eager(q, k, v, scope, kernel)
@@ -127,7 +125,7 @@ class Attention(keras.layers.Layer):
         batch, count = size(qkv, 0), size(qkv, 1)
         q, k, v = (
             tf.transpose(
-                tf.reshape(x, (batch, count, x.shape[-1] // att.head_dim, att.head_dim)), (0, 2, 1, 3)
+                tf.reshape(x, (batch, count, (x.shape[-1] or 0) // att.head_dim, att.head_dim)), (0, 2, 1, 3)
             )
             for x in (q, k, v)
         )
@@ -163,7 +161,7 @@ class Attention(keras.layers.Layer):
         return rotate(k, cos, sin)
 
 
-class Mlp(keras.layers.Layer):
+class Mlp(Part):
     """`down(act(up(x)))`, or gated; gate and up are one fused `[gate|up]` matrix."""
 
     def __init__(self, spec: ArchSpec, **kwargs: Any) -> None:
@@ -175,8 +173,7 @@ class Mlp(keras.layers.Layer):
             self.up = make_linear(spec, mlp.width, mlp.bias, "up", policy)
         self.down = make_linear(spec, spec.width, mlp.bias, "down", policy)
 
-    def build(self) -> None:
-        """Make the weights."""
+    def make(self) -> None:
         (self.gate_up if self.spec.mlp.gated else self.up).build((None, None, self.spec.width))
         self.down.build((None, None, self.spec.mlp.width))
 
@@ -188,7 +185,7 @@ class Mlp(keras.layers.Layer):
         return self.down(act(self.up(x_bsw)))
 
 
-class Block(keras.layers.Layer):
+class Block(Part):
     """Attention and MLP, each with its residual; the norm before the sub-layer or after the sum."""
 
     def __init__(self, spec: ArchSpec, index: int, **kwargs: Any) -> None:
@@ -199,8 +196,7 @@ class Block(keras.layers.Layer):
         self.norm2 = NormLayer(spec.norm, name="norm2", dtype=policy)
         self.mlp = Mlp(spec, name="mlp", dtype=policy)
 
-    def build(self) -> None:
-        """Make the weights."""
+    def make(self) -> None:
         self.norm1.build((None, None, self.spec.width))
         self.attn.build()
         self.norm2.build((None, None, self.spec.width))
@@ -222,7 +218,7 @@ class Block(keras.layers.Layer):
         return dropped(x, self.spec.dropout.residual, call.seed, OF_BLOCK * (self.index + 1) + place)
 
 
-class Backbone(keras.layers.Layer):
+class Backbone(Part):
     """Embeddings, blocks, final norm."""
 
     def __init__(self, spec: ArchSpec, **kwargs: Any) -> None:
@@ -242,8 +238,7 @@ class Backbone(keras.layers.Layer):
             self.final_norm = NormLayer(spec.final_norm, name="final_norm", dtype=policy)
         self.gradient_checkpointing = False
 
-    def build(self) -> None:
-        """Make the weights."""
+    def make(self) -> None:
         for name in ("embed", "pos_embed", "rel_bias"):
             if hasattr(self, name):
                 getattr(self, name).build(None)

@@ -43,7 +43,7 @@ def dropped(x: Tensor, rate: float, seed: Tensor | None, place: int) -> Tensor:
     again draws the same one. Without a seed, or at rate 0, nothing drops."""
     if seed is None or not rate:
         return x
-    own = tf.random.experimental.stateless_fold_in(seed, place)
+    own = tf.random.fold_in(seed, place)
     return tf.nn.experimental.stateless_dropout(x, rate, seed=own)
 
 

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import keras
-import numpy as np
 import tensorflow as tf
 
 from monoblock import tree
 from monoblock.backends.tf import heads, layers, loading
+from monoblock.backends.tf.binding import OPTIONS, bound, plainly, warn_once
 from monoblock.backends.tf.cache import Cache, from_tuples, init_cache
 from monoblock.backends.tf.checked import Checked, checked, dropouts, has_positions
 from monoblock.backends.tf.decode import Generation
@@ -35,9 +33,6 @@ from monoblock.config import CONFIG_NAME, PretrainedConfig
 from monoblock.generation.config import GENERATION_CONFIG_NAME
 
 log = logging.getLogger("monoblock")
-
-# Arguments that are no tensors: they say what to do.
-OPTIONS = ("use_cache", "output_attentions", "output_hidden_states", "return_dict", "logits_to_keep")
 
 
 class TFPreTrainedModel(Training, Serving, Parameters, Generation):
@@ -83,6 +78,7 @@ class TFPreTrainedModel(Training, Serving, Parameters, Generation):
 
     # ------------------------------------------------------------------ forward
 
+    @tf.autograph.experimental.do_not_convert
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model; arguments, defaults and outputs are in the class's docstring."""
         return super().__call__(**self.bound(args, kwargs))
@@ -91,7 +87,7 @@ class TFPreTrainedModel(Training, Serving, Parameters, Generation):
         """The output of arguments that `bound` has made."""
         given = {name: value for name, value in arguments.items() if value is not None}
         options = {name: given.pop(name) for name in OPTIONS if name in given}
-        with _plainly():
+        with plainly():
             made, cache, wanted = self._checked(given, options)
         values = self.network(made.given, cache, wanted)
         if made.legacy and "past_key_values" in values:
@@ -110,6 +106,7 @@ class TFPreTrainedModel(Training, Serving, Parameters, Generation):
         made.legacy = legacy
         return made, cache, self._wanted(made, options, train)
 
+    @tf.autograph.experimental.do_not_convert
     def network(
         self, given: Mapping[str, Tensor], cache: Cache | None = None, wanted: Wanted = AT_REST
     ) -> dict[str, Any]:
@@ -153,38 +150,11 @@ class TFPreTrainedModel(Training, Serving, Parameters, Generation):
         return found
 
     def bound(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Every way of giving arguments as keywords of tensors: one tensor, a list or tuple in the documented order, a
-        dict, or names; TypeError for what the class does not take."""
-        given: dict[str, Any] = {}
-        if args and isinstance(args[0], Mapping):
-            given, args = dict(args[0]), args[1:]
-            if args:
-                raise TypeError(
-                    f"{self.name} takes a dict alone or names beside it, got {len(args)} more arguments"
-                )
-        elif args and isinstance(args[0], list | tuple) and any(hasattr(x, "shape") for x in args[0]):
-            args = (*args[0], *args[1:])
-        if len(args) > len(self.arguments):
-            raise TypeError(
-                f"{type(self).__name__} takes at most {len(self.arguments)} inputs in a row, got {len(args)}"
-            )
-        for names in (dict(zip(self.arguments, args, strict=False)), kwargs):
-            for name, value in names.items():
-                if name in given:
-                    raise TypeError(f"{type(self).__name__} got {name!r} twice")
-                given[name] = value
-        known = (*self.arguments, *self.extra, "training")
-        if unknown := [name for name in given if name not in known]:
-            raise TypeError(
-                f"{type(self).__name__} has no argument {unknown[0]!r}; it takes: {', '.join(known)}"
-            )
-        if given.get("position_ids") is not None and not has_positions(self.spec):
-            _warn_once(f"position_ids have no effect: {self.row.name} encodes positions as distances")
-        return {
-            name: value if name in OPTIONS or name == "training" else _tensors(name, value)
-            for name, value in given.items()
-            if value is not None
-        }
+        """Every way of giving arguments as keywords of tensors; TypeError for what the class does not take."""
+        given = bound(type(self).__name__, (self.arguments, self.extra), args, kwargs)
+        if "position_ids" in given and not has_positions(self.spec):
+            warn_once(f"position_ids have no effect: {self.row.name} encodes positions as distances")
+        return given
 
     def _cache(
         self, given: Mapping[str, Any], past: Any, options: Mapping[str, Any], train: bool
@@ -365,32 +335,3 @@ class TFPreTrainedModel(Training, Serving, Parameters, Generation):
     def base_model(self) -> Backbone:
         """The backbone: what the hub's classes call by the family's prefix."""
         return self.backbone
-
-
-def _tensors(name: str, value: Any) -> Any:
-    """A tensor, a list of them or a cache; ValueError for what cannot be one."""
-    if isinstance(value, Cache) or tf.is_tensor(value):
-        return value
-    if isinstance(value, keras.KerasTensor | keras.Variable):
-        return value
-    if isinstance(value, list | tuple) and any(hasattr(x, "shape") or isinstance(x, tuple) for x in value):
-        return tuple(_tensors(name, x) for x in value)
-    array = np.asarray(value)
-    if array.dtype == object or array.dtype.kind not in "biuf":
-        raise ValueError(f"{name} must be a tensor or array of numbers, got {type(value).__name__}")
-    return tf.convert_to_tensor(array.astype(np.float32) if array.dtype == np.float64 else array)
-
-
-@contextlib.contextmanager
-def _plainly() -> Iterator[None]:
-    """Errors as they are, without the listing of all arguments that Keras adds to what it has not marked so."""
-    try:
-        yield
-    except (TypeError, ValueError) as error:
-        error._keras_call_info_injected = True  # pyright: ignore[reportAttributeAccessIssue]
-        raise
-
-
-@functools.cache
-def _warn_once(message: str) -> None:
-    log.warning(message)

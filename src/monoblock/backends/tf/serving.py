@@ -71,11 +71,12 @@ class Serving(keras.Model):
             return
         if kwargs:
             raise TypeError(f"export has no argument {next(iter(kwargs))!r} for the format {format!r}")
-        archive = keras.export.ExportArchive()
+        archive: Any = keras.export.ExportArchive()
         archive.track(self)
         archive.add_endpoint("serve", self.serve, input_signature=[signature])
         archive.write_out(str(filepath), verbose=bool(verbose))
 
+    @tf.autograph.experimental.do_not_convert
     def serve(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """The outputs of a dict of inputs as a flat dict of tensors, numbered where there is one for each layer."""
         out: ModelOutput = self(inputs, training=False, use_cache=False, return_dict=True)

@@ -21,6 +21,8 @@ SCORES = {
 # What older code gave to compile() for the model's own loss.
 OWN = (None, "passthrough", "auto_with_warning")
 
+plain = tf.autograph.experimental.do_not_convert
+
 
 class Training(keras.Model):
     """Adds the model's own loss to `compile`, `fit`, `evaluate` and `predict`."""
@@ -32,12 +34,23 @@ class Training(keras.Model):
         self.own_loss = isinstance(loss, str | None) and loss in OWN
         super().compile(optimizer, None if self.own_loss else loss, *args, **kwargs)
 
+    def compile_from_config(self, config: dict[str, Any]) -> None:
+        """Compile as a saved model was; Keras does this for classes that leave `compile` as it is."""
+        self.compile(**keras.saving.deserialize_keras_object(config))
+        if self.optimizer is not None and self.built:
+            self.optimizer.build(self.trainable_variables)
+
+    # What runs in graphs is written for them: AutoGraph would only translate it again, slowly.
+
+    @plain
     def train_step(self, data: Any) -> Any:
         return super().train_step(self._arranged(data))
 
+    @plain
     def test_step(self, data: Any) -> Any:
         return super().test_step(self._arranged(data))
 
+    @plain
     def predict_step(self, data: Any) -> Any:
         given, _, _ = self._arranged((keras.utils.unpack_x_y_sample_weight(data)[0],))
         return super().predict_step((given,))
@@ -75,6 +88,7 @@ class Training(keras.Model):
             )
         return found
 
+    @plain
     def compute_loss(
         self,
         x: Any = None,
@@ -96,6 +110,7 @@ class Training(keras.Model):
         replicas = tf.distribute.get_strategy().num_replicas_in_sync
         return total / replicas if replicas > 1 else total  # gradients are summed over replicas
 
+    @plain
     def compute_metrics(self, x: Any, y: Any, y_pred: Any, sample_weight: Any = None) -> Any:
         """Keras's metrics of the scores that y speaks of."""
         return super().compute_metrics(x, y, self.scores(y, y_pred), sample_weight)
@@ -105,9 +120,9 @@ class Training(keras.Model):
         if not isinstance(y_pred, ModelOutput):
             return y_pred
         if isinstance(y, Mapping):
-            return {name: y_pred[SCORES.get(name, name)] for name in y}
+            return {name: y_pred[SCORES[name]] for name in self._label_names() if name in y}
         if isinstance(y, list | tuple):
-            return type(y)(y_pred[SCORES[name]] for name, _ in zip(self._label_names(), y, strict=False))
+            return type(y)(y_pred[SCORES[name]] for name in self._label_names()[: len(y)])
         return next(y_pred[name] for name in _FIRST if name in y_pred)
 
 
