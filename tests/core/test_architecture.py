@@ -13,7 +13,7 @@ from monoblock.families import FAMILIES, class_names
 PACKAGE = Path(__file__).parents[2] / "src" / "monoblock"
 BACKENDS = sorted((PACKAGE / "backends").rglob("*.py"))
 # What interprets a spec, in each framework; the other files load, save and generate, and meet the user's config.
-MACHINE = ("ops", "attention", "model", "heads", "cache", "inputs", "network", "patches", "layers", "steps")
+MACHINE = ("ops", "attention", "model", "heads", "cache", "inputs", "network", "patches", "layers")
 NAMES = {"mpt", "mistral", "fuyu", "persimmon", "openai", "gpt", "gpt1", "gpt2", "neo", "mpnet"}
 
 FAMILY_LINES = 180
@@ -73,6 +73,32 @@ def test_the_machine_sees_a_spec_and_no_config(path: Path) -> None:
     assert "config" not in identifiers(tree)
     imported = {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.module}
     assert not imported & {"monoblock.config", "monoblock.families"}
+
+
+FRAMEWORKS = {"pytorch": {"torch"}, "flax": {"jax", "flax"}, "tf": {"tensorflow", "keras"}}
+ANY = {"torch", "jax", "flax", "tensorflow", "keras", "transformers"}
+
+
+def loaded_at_once(tree: ast.Module) -> set[str]:
+    """The top-level names of what a module imports when it is imported itself."""
+    found: set[str] = set()
+    for node in tree.body:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            found.add(node.module or "")
+    return {module.partition(".")[0] for module in found}
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=name)
+def test_a_framework_is_imported_by_its_own_backend_alone(path: Path) -> None:
+    area, *rest = path.relative_to(PACKAGE).parts
+    own = rest[0] if area == "backends" and len(rest) > 1 else None
+    text = path.read_text(encoding="utf-8")
+    assert loaded_at_once(ast.parse(text)) & ANY <= (FRAMEWORKS[own] if own else set())
+    if own:  # a backend does not reach into another one, not even later
+        others = FRAMEWORKS.keys() - {own}
+        assert [other for other in others if f"monoblock.backends.{other}" in text] == []
 
 
 @pytest.mark.parametrize("path", sorted((PACKAGE / "families").glob("*.py")), ids=name)

@@ -131,6 +131,11 @@ def test_params_that_do_not_fit_are_named() -> None:
         model.params = tree | {"transformer": {"wte": np.zeros(3)}}
     with pytest.raises(ShapeMismatch, match=r"embed/embedding is \[3, 36\], expected \[89, 36\]"):
         model.params = tree | {"embed": {"embedding": np.zeros((3, 36))}}
+    with pytest.raises(ValueError, match="params lack embed/embedding"):  # in a call too
+        model(ids_of(), params={"transformer": {"wte": np.zeros(3)}})
+    assert np.array_equal(
+        model(ids_of(), params=flax.core.freeze(tree)).logits, flax_model(NAME)(ids_of()).logits
+    )
 
 
 def test_dtype_is_the_computations() -> None:

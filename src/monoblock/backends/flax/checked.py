@@ -46,14 +46,14 @@ def as_array(name: str, value: Any) -> Any:
     return array
 
 
-def on_host(array: Any) -> np.ndarray | None:
-    """The values, if they can be had without waiting for another device; else None."""
+def on_host(array: Any, *, wait: bool = False) -> np.ndarray | None:
+    """The values, if they can be had without waiting for another device (unless `wait`); else None."""
     if isinstance(array, np.ndarray):
         return array
     if isinstance(array, Tracer) or not array.is_fully_addressable:
         return None
-    cpu = all(device.platform == "cpu" for device in array.devices())
-    return np.asarray(array) if cpu else None
+    near = wait or all(device.platform == "cpu" for device in array.devices())
+    return np.asarray(array) if near else None
 
 
 def checked(
@@ -171,7 +171,8 @@ def _seen(spec: ArchSpec, cache: Any, batch: int, count: int) -> int | None:
         raise ValueError(f"past_key_values must hold {spec.layers} layers, got {len(cache.keys)}")
     if cache.keys[0].shape[0] != batch:
         raise ValueError(f"past_key_values hold {cache.keys[0].shape[0]} rows, and the input has {batch}")
-    seen = None if isinstance(cache.length, Tracer) else int(cache.length)
+    length = on_host(cache.length, wait=True)
+    seen = None if length is None else int(length)
     if (seen or 0) + count > cache.max_length:
         raise ValueError(
             f"the cache holds {cache.max_length} tokens: {seen or 0} are in it and {count} more came; make it "

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+from flax.errors import FlaxError
 
 from monoblock.backends.flax import cache as caches
 from monoblock.backends.flax import loading
@@ -125,7 +126,12 @@ class FlaxPreTrainedModel(Parameters, Sharded, Training, Generation):
         kept = self.params if params is None else params
         key = self.dropout_key(dropout_rng) if train else None
         kind = output_class(self.row.output)
-        result = kind(**forward(self.module, wanted, _names(kind), kept, call.given, past_key_values, key))
+        try:
+            found = forward(self.module, wanted, _names(kind), kept, call.given, past_key_values, key)
+        except FlaxError:
+            self.checked_params(kept)  # says in words which leaf does not fit
+            raise
+        result = kind(**found)
         return result if self._option(return_dict, "return_dict") else result.to_tuple()
 
     def _check_names(self, inputs: Mapping[str, Any]) -> None:
