@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import jax
@@ -114,14 +115,10 @@ def test_what_is_recorded(model: Any, cached: bool) -> None:
     for name in ("scores", "logits"):
         for ours, other in zip(getattr(found, name), getattr(theirs, name), strict=True):
             np.testing.assert_allclose(ours, other, atol=ATOL, err_msg=name)
-    real = mask.bool()
     for step, (ours, other) in enumerate(zip(found.hidden_states, theirs.hidden_states, strict=True)):
+        real = torch.nn.functional.pad(mask, (0, step), value=1)[:, -other[0].shape[1] :]
         for a, b in zip(ours, other, strict=True):
-            assert a.shape == b.shape
-            if step == 0:
-                assert_close("prompt's hidden states", torch.tensor(np.asarray(a)), b, ATOL, real)
-            else:
-                assert_close("hidden states", torch.tensor(np.asarray(a)), b, ATOL)
+            assert_close("hidden states", torch.tensor(np.asarray(a)), b, ATOL, real)
     for step, layers in enumerate(found.attentions):
         for weights in layers:
             assert weights.shape == (3, 6, 1 if step and cached else 23 + step, 23 + step)
@@ -202,11 +199,10 @@ def test_what_is_wrong_is_told(model: Any) -> None:
         ({"bad_words_ids": [[5], [9999]]}, "token 9999, but the vocabulary ends at"),
     ]
     for more, sentence in wrong:
-        with pytest.raises(ValueError, match="(?s).*") as caught:
+        with pytest.raises(ValueError, match=re.escape(sentence)):
             model.generate(ids, **{**ASKED, **more})
-        assert sentence in str(caught.value)
-    with pytest.raises(ValueError, match="the token 1000, but the model's vocabulary has the ids 0 to"):
-        model.generate(ids + 1000, **ASKED)
+    with pytest.raises(ValueError, match="input_ids hold the token 1000, but the model's vocabulary has"):
+        model.generate([[1000]], **ASKED)
     with pytest.raises(
         TypeError, match=r"FlaxMistralModel predicts no next token: generate with a \.\.\.ForCausalLM"
     ):
