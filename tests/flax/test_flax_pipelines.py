@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 import torch
 from families_made import fields
@@ -124,8 +123,3 @@ def test_what_is_refused(labelling: str) -> None:
     for message, arguments in cases:
         with pytest.raises(ValueError, match=re.escape(message)):
             pipeline(**{**given, **arguments})
-
-
-def test_half_precision_features_are_arrays_of_numpy(labelling: str) -> None:
-    pipe = pipeline("feature-extraction", labelling, framework="flax", dtype="bfloat16")
-    assert np.asarray(pipe("the dog")).dtype == np.float64

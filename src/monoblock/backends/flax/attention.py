@@ -51,7 +51,9 @@ def _evened(out_bhqd: Array, v_bgkd: Array, scope: Scope) -> Array:
 def _block(
     q_bhqd: Array, k_bgkd: Array, v_bgkd: Array, scope: Scope, kernel: Kernel, key: Array | None
 ) -> Array:
-    if q_bhqd.shape[2] > 1 and kernel.softcap is None and not kernel.dropout:
+    # JAX's own kernel asks for products of float16 that XLA does not have on CPUs, nor on TPUs.
+    fused = kernel.softcap is None and not kernel.dropout and q_bhqd.dtype != jnp.float16
+    if fused and q_bhqd.shape[2] > 1:
         out = jax.nn.dot_product_attention(
             *(x.swapaxes(1, 2) for x in (q_bhqd, k_bgkd, v_bgkd)),
             bias=scope.bias(),
