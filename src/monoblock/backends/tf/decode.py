@@ -1,36 +1,196 @@
-"""What a model says about generation."""
+"""Generation on TensorFlow: the `generate` of the models, and what the framework-free loop knows of them."""
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from monoblock.checkpoint.hub import find_file
-from monoblock.checkpoint.options import HubOptions
-from monoblock.generation.config import GENERATION_CONFIG_NAME, GenerationConfig
+import numpy as np
+import tensorflow as tf
+
+from monoblock.backends.tf import compiled, graph
+from monoblock.backends.tf.arrays import Seeds, TfOps, shown
+from monoblock.backends.tf.decoder import Decoder, Rereader, Source
+from monoblock.backends.tf.outputs import TFModelOutput
+from monoblock.backends.tf.steps import steps_of
+from monoblock.errors import UnsupportedConfig
+from monoblock.generation import loop
+from monoblock.generation.arrays import ArrayOps
+from monoblock.generation.config import GenerationConfig
+from monoblock.generation.mixin import GenerationMixin, check_assistant
+from monoblock.generation.record import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput
+from monoblock.generation.transitions import transition_scores
+from monoblock.spec import Learned
 
 if TYPE_CHECKING:
     from monoblock.families import ModelClass
 
+INPUTS = frozenset({"past_key_values", "position_ids", "inputs_embeds"})
+# Inputs that only some models take; new tokens get the last token type.
+MORE = frozenset({"token_type_ids", "image_patches", "image_patches_indices", "pixel_values"})
 
-class Generation:
-    """What concerns the models that predict the next token."""
+
+@dataclass
+class TFGreedySearchDecoderOnlyOutput(TFModelOutput, GenerateDecoderOnlyOutput):
+    """What greedy decoding gives with `return_dict_in_generate=True`."""
+
+
+@dataclass
+class TFSampleDecoderOnlyOutput(TFModelOutput, GenerateDecoderOnlyOutput):
+    """What sampling gives with `return_dict_in_generate=True`."""
+
+
+@dataclass
+class TFBeamSearchDecoderOnlyOutput(TFModelOutput, GenerateBeamDecoderOnlyOutput):
+    """What beam search gives with `return_dict_in_generate=True`."""
+
+
+@dataclass
+class TFBeamSampleDecoderOnlyOutput(TFModelOutput, GenerateBeamDecoderOnlyOutput):
+    """What sampled beam search gives with `return_dict_in_generate=True`."""
+
+
+# By the framework-free output, and whether tokens are drawn.
+OUTPUTS: dict[tuple[type, bool], type[TFModelOutput]] = {
+    (GenerateDecoderOnlyOutput, False): TFGreedySearchDecoderOnlyOutput,
+    (GenerateDecoderOnlyOutput, True): TFSampleDecoderOnlyOutput,
+    (GenerateBeamDecoderOnlyOutput, False): TFBeamSearchDecoderOnlyOutput,
+    (GenerateBeamDecoderOnlyOutput, True): TFBeamSampleDecoderOnlyOutput,
+}
+
+
+class Generation(GenerationMixin):
+    """Adds `generate` to the models that predict the next token."""
 
     row: ModelClass
-    config: Any
-    generation_config: GenerationConfig | None
 
     def can_generate(self) -> bool:
         """Whether the class predicts the next token."""
         return self.row.head == "causal"
 
-    def default_generation_config(self) -> GenerationConfig:
-        """What the model's config says about generation."""
-        return GenerationConfig.from_model_config(self.config)
+    def generate(
+        self,
+        inputs: Any = None,
+        generation_config: GenerationConfig | None = None,
+        logits_processor: Any = None,
+        seed: Any = None,
+        jit_compile: bool = True,
+        **kwargs: Any,
+    ) -> tf.Tensor | TFModelOutput:
+        """Continue prompts, (batch, tokens) or what a tokenizer returns.
 
-    def file_generation_config(self, name: str | Path, hub: HubOptions) -> GenerationConfig | None:
-        """The checkpoint's generation_config.json; without one, what config.json says."""
-        if not self.can_generate():
-            return None
-        path = find_file(name, GENERATION_CONFIG_NAME, hub, required=False)
-        return GenerationConfig.from_json_file(path) if path else self.default_generation_config()
+        Gives ids (batch, prompt + new), or with `return_dict_in_generate=True` a TFGreedySearchDecoderOnlyOutput
+        (TFSample..., TFBeamSearch..., TFBeamSample...).
+
+        Greedy decoding and sampling run as one graph for each bucket of lengths, which XLA compiles unless
+        `jit_compile=False`; what needs the host between tokens (streamers, criteria and processors of one's own,
+        recorded scores), and beams, run a graph for each token. `disable_compile=True`: all of it runs eagerly, as
+        with `tf.config.run_functions_eagerly(True)`. Inside a `tf.function` the prompt and all new tokens become part
+        of its graph (see `graph.py`).
+
+        Draws come from `seed` (an integer, or two), or `generator` (a `tf.random.Generator`), or TensorFlow's global
+        source. Other keywords are those of the PyTorch classes' `generate`. ValueError for what is unknown or not
+        supported.
+        """
+        more = {} if logits_processor is None else {"logits_processor": logits_processor}
+        inputs, arguments = self.generate_arguments(inputs, kwargs | more)
+        arguments |= _random(seed, arguments.pop("generator", None))
+        if (helper := arguments.get("assistant_model")) is not None:
+            check_assistant(helper, Generation)
+            arguments["assistant_model"] = Runner(helper, jit_compile)
+        if tf.executing_eagerly():
+            runner = Runner(self, jit_compile)
+            return runner.shown(loop.generate(runner, inputs, generation_config, **arguments))
+        traced = InGraph(self, inputs, arguments)
+        return traced.shown(loop.generate(traced, None, generation_config, **traced.stand_ins()))
+
+    def compute_transition_scores(
+        self,
+        sequences: Any,
+        scores: Sequence[Any],
+        beam_indices: Any = None,
+        normalize_logits: bool = False,
+    ) -> tf.Tensor:
+        """(rows, new tokens) scores of the chosen tokens, from an output of `generate(..., output_scores=True)`.
+
+        Beam search's scores need its `beam_indices`. `normalize_logits`: log-probabilities instead of raw scores.
+        """
+        rows = None if beam_indices is None else np.asarray(beam_indices)
+        return shown(transition_scores(TfOps(), np.asarray(sequences), scores, rows, normalize_logits))
+
+
+def _random(seed: Any, generator: Any) -> dict[str, Any]:
+    """The arguments that say what draws come from."""
+    if seed is not None and generator is not None:
+        raise ValueError("generate() got both seed and generator: give one")
+    if isinstance(generator, tf.random.Generator):
+        return {"generator": Seeds(generator.make_seeds(1)[:, 0])}
+    if generator is not None and not isinstance(generator, Seeds):
+        raise TypeError(f"generator must be a tf.random.Generator, got {type(generator).__name__}")
+    if seed is None or isinstance(seed, int):
+        return {"generator": generator} if seed is None else {"seed": seed}
+    if np.shape(seed) == (2,):
+        return {"generator": Seeds(seed)}
+    raise ValueError(f"seed must be a whole number or two of them, got {seed!r}")
+
+
+class Runner:
+    """What `loop.generate` needs to know of a model."""
+
+    ops: ArrayOps
+
+    def __init__(self, model: Any, jit_compile: bool) -> None:
+        self.model, self.jit_compile = model, jit_compile
+        self.input_names = INPUTS | MORE.intersection((*model.arguments, *model.extra))
+        self.ops = TfOps()
+        self.generation_config: GenerationConfig | None = model.generation_config
+        learned = model.spec.position(Learned)
+        self.max_positions = learned.size - learned.offset if learned else None
+        self.samples = False
+
+    @property
+    def compiled(self) -> Callable[[Any, Any], Any]:
+        """What runs a call as one program."""
+        return compiled.run
+
+    def decoder(self, plan: loop.Plan, inputs: dict[str, Any]) -> Any:
+        """A decoder for one call."""
+        if plan.config.cache_implementation == "quantized":
+            raise UnsupportedConfig(
+                "GenerationConfig.cache_implementation='quantized': the TF classes keep their caches in the "
+                "computation's type"
+            )
+        self.samples = bool(plan.config.do_sample)
+        traced = not plan.config.disable_compile
+        steps = steps_of(self.model, compiled=self.jit_compile and traced, traced=traced)
+        source = Source(self.model, steps, self.max_positions)
+        cached = plan.config.use_cache or "past_key_values" in inputs
+        return (Decoder if cached else Rereader)(source, plan, inputs)
+
+    def shown(self, found: Any) -> Any:
+        """A result with TensorFlow's arrays in place of NumPy's, and its class."""
+        if (kind := OUTPUTS.get((type(found), self.samples))) is None:
+            return shown(found)
+        return kind(**{name: tf.nest.map_structure(shown, value) for name, value in found.items()})
+
+
+class InGraph(Runner):
+    """The same inside a `tf.function`, where the prompts have shapes and no values yet."""
+
+    def __init__(self, model: Any, inputs: Any, arguments: Mapping[str, Any]) -> None:
+        super().__init__(model, jit_compile=False)
+        self.arguments = dict(arguments)
+        self.prompt = graph.prompt(inputs, self.arguments)
+
+    def stand_ins(self) -> dict[str, Any]:
+        """The arguments of the call, with prompts of the same shape that have values."""
+        return self.arguments | self.prompt.stand_ins()
+
+    @property
+    def compiled(self) -> Callable[[Any, Any], Any]:
+        return lambda generation, program: graph.run(self.prompt, generation, program)
+
+    def decoder(self, plan: loop.Plan, inputs: dict[str, Any]) -> Any:
+        self.samples = bool(plan.config.do_sample)
+        return graph.Decoder(self.model, plan, inputs, self.max_positions)

@@ -1,0 +1,203 @@
+"""`monoblock.generation`'s array operations on TensorFlow: what lies on the host stays there.
+
+Token ids and masks are NumPy arrays in the host loop; scores are TensorFlow's. Each operation goes by its operands:
+NumPy's on NumPy arrays alone, else TensorFlow's, eagerly or into a graph (compiled loops run the same processors).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from monoblock.backends.tf.ops import Tensor, size
+from monoblock.generation.arrays import NOTHING_TO_DRAW, NumpyOps
+
+# The same numbers on every device, compiled or not: what TensorFlow would choose goes by the device.
+ALGORITHM = "philox"
+
+
+class Seeds:
+    """A source of random numbers: each draw takes a seed of its own, made from the first one (two integers) and the
+    count of draws. `fine`: whether every row so far had a token to draw; None before the first."""
+
+    def __init__(self, seed: Any, count: Any = 0, fine: Any = None) -> None:
+        self.seed = tf.cast(tf.convert_to_tensor(seed), tf.int32)
+        self.count, self.fine = count, fine
+
+    def next(self) -> Tensor:
+        """A seed for one draw."""
+        own = tf.random.experimental.stateless_fold_in(self.seed, self.count, alg=ALGORITHM)
+        self.count = self.count + 1
+        return own
+
+
+def fresh_seeds() -> Seeds:
+    """Seeds from TensorFlow's global source, which `tf.random.set_seed` begins."""
+    return Seeds(tf.random.uniform((2,), tf.int32.min, tf.int32.max, tf.int32))
+
+
+def drawable(scores_bk: Tensor) -> Tensor:
+    """Whether each row has something to draw: no NaN or +inf, and not -inf alone; one truth value for all."""
+    # Compared with itself, as a maximum may pass over a NaN.
+    return tf.reduce_all(tf.math.is_finite(tf.reduce_max(scores_bk, axis=-1))) & tf.reduce_all(
+        scores_bk == scores_bk
+    )
+
+
+def noisy(seed: Tensor, scores_bk: Tensor) -> Tensor:
+    """Scores whose largest is a draw from the softmax, the next largest one from the rest, and so on."""
+    shape, tiny = tf.shape(scores_bk), np.finfo(np.float32).tiny
+    uniform = tf.random.stateless_uniform(shape, seed, tiny, 1.0, scores_bk.dtype, alg=ALGORITHM)
+    return scores_bk - tf.math.log(-tf.math.log(uniform))
+
+
+def shown(x: Any) -> Any:
+    """NumPy's arrays as TensorFlow's; whole numbers as int32, as tokenizers give them."""
+    if not isinstance(x, np.ndarray):
+        return x
+    return tf.convert_to_tensor(x.astype(np.int32) if x.dtype.kind in "iu" else x)
+
+
+def has_values(x: Any) -> bool:
+    """Whether an array's values can be read: those of a graph's tensors cannot."""
+    return not tf.is_tensor(x) or hasattr(x, "numpy")
+
+
+def _here(*values: Any) -> bool:
+    """Whether all of it is on the host."""
+    return not any(tf.is_tensor(value) for value in values)
+
+
+class TfOps(NumpyOps):
+    """`ArrayOps` for TensorFlow; each method is the protocol's. Draws take `Seeds`, or None: the global source."""
+
+    def array(self, values: Any) -> Any:
+        return super().array(values) if has_values(values) else values
+
+    def shown(self, x: Any) -> Any:
+        return shown(x)
+
+    def argmax(self, x_bk: Any) -> Any:
+        if _here(x_bk):
+            return super().argmax(x_bk)
+        return _read(tf.argmax(x_bk, axis=-1, output_type=tf.int32))
+
+    def softmax(self, x_bk: Any) -> Any:
+        return super().softmax(x_bk) if _here(x_bk) else tf.nn.softmax(x_bk, axis=-1)
+
+    def log_softmax(self, x_bk: Any) -> Any:
+        return super().log_softmax(x_bk) if _here(x_bk) else tf.nn.log_softmax(x_bk, axis=-1)
+
+    def exp(self, x: Any) -> Any:
+        return super().exp(x) if _here(x) else tf.exp(x)
+
+    def log(self, x: Any) -> Any:
+        return super().log(x) if _here(x) else tf.math.log(x)
+
+    def abs(self, x: Any) -> Any:
+        return super().abs(x) if _here(x) else tf.abs(x)
+
+    def max(self, x_bk: Any) -> Any:
+        return super().max(x_bk) if _here(x_bk) else tf.reduce_max(x_bk, axis=-1, keepdims=True)
+
+    def sum(self, x_bk: Any) -> Any:
+        if _here(x_bk):
+            return super().sum(x_bk)
+        x_bk = tf.cast(x_bk, tf.int64) if x_bk.dtype == tf.bool else x_bk
+        return tf.reduce_sum(x_bk, axis=-1, keepdims=True)
+
+    def cumsum(self, x_bk: Any) -> Any:
+        return super().cumsum(x_bk) if _here(x_bk) else tf.cumsum(x_bk, axis=-1)
+
+    def all(self, x: Any) -> Any:
+        return super().all(x) if _here(x) else tf.reduce_all(x, axis=-1)
+
+    def sort(self, x_bk: Any) -> tuple[Any, Any]:
+        if _here(x_bk):
+            return super().sort(x_bk)
+        falling, index = tf.math.top_k(-x_bk, x_bk.shape[-1])
+        return -falling, index
+
+    def top_k(self, x_bk: Any, k: int) -> tuple[Any, Any]:
+        if _here(x_bk):
+            return super().top_k(x_bk, k)
+        values, index = tf.math.top_k(x_bk, k)
+        return values, index
+
+    def take_along(self, x_bv: Any, index_bk: Any) -> Any:
+        if _here(x_bv, index_bk):
+            return super().take_along(x_bv, index_bk)
+        return tf.gather(x_bv, index_bk, batch_dims=len(x_bv.shape) - 1)
+
+    def put_along(self, x_bv: Any, index_bk: Any, values: Any) -> Any:
+        if _here(x_bv, index_bk, values):
+            return super().put_along(x_bv, index_bk, values)
+        x_bv = tf.convert_to_tensor(x_bv)
+        values = tf.broadcast_to(tf.cast(values, x_bv.dtype), tf.shape(index_bk))
+        return tf.tensor_scatter_nd_update(x_bv, _places(index_bk), values)
+
+    def add_along(self, x_bv: Any, index_bk: Any, values_bk: Any) -> Any:
+        if _here(x_bv, index_bk, values_bk):
+            return super().add_along(x_bv, index_bk, values_bk)
+        x_bv = tf.convert_to_tensor(x_bv)
+        return tf.tensor_scatter_nd_add(x_bv, _places(index_bk), tf.cast(values_bk, x_bv.dtype))
+
+    def fill_columns(self, x_bv: Any, index_k: Any, value: float) -> Any:
+        if _here(x_bv, index_k):
+            return super().fill_columns(x_bv, index_k, value)
+        columns = tf.range(x_bv.shape[-1])[:, None] == tf.cast(index_k, tf.int32)[None]
+        return self.where(tf.reduce_any(columns, axis=-1)[None], value, x_bv)
+
+    def where(self, condition: Any, x: Any, y: Any) -> Any:
+        if _here(condition, x, y):
+            return super().where(condition, x, y)
+        # A Python number takes the other side's type.
+        kind = next(side.dtype for side in (x, y) if hasattr(side, "dtype"))
+        return tf.where(condition, tf.cast(x, kind), tf.cast(y, kind))
+
+    def choose(self, condition: Any, yes: Callable[[], Any], no: Callable[[], Any]) -> Any:
+        return super().choose(condition, yes, no) if has_values(condition) else tf.cond(condition, yes, no)
+
+    def full_like(self, x: Any, value: float) -> Any:
+        return super().full_like(x, value) if _here(x) else tf.fill(tf.shape(x), tf.cast(value, x.dtype))
+
+    def take_rows(self, x: Any, index_b: Any) -> Any:
+        return super().take_rows(x, index_b) if _here(x, index_b) else tf.gather(x, index_b)
+
+    def reshape(self, x: Any, shape: tuple[int, ...]) -> Any:
+        return super().reshape(x, shape) if _here(x) else tf.reshape(x, shape)
+
+    def concat(self, parts: Sequence[Any]) -> Any:
+        return super().concat(parts) if _here(*parts) else tf.concat(list(parts), axis=1)
+
+    def generator(self, seed: int) -> Seeds:
+        # Two 32-bit numbers, of which the seed's lower bits are the second.
+        return Seeds(np.array([seed >> 32, seed], np.int64).astype(np.int32))
+
+    def sample(self, scores_bv: Any, generator: Seeds | None) -> Any:
+        return self.draw(scores_bv, 1, generator)[:, 0]
+
+    def draw(self, scores_bk: Any, count: int, generator: Seeds | None) -> Any:
+        scores_bk, generator = tf.convert_to_tensor(scores_bk), generator or fresh_seeds()
+        _, index_bk = tf.math.top_k(noisy(generator.next(), scores_bk), count)
+        fine = drawable(scores_bk)
+        if not has_values(fine):  # in a graph the generator keeps whether it could be drawn
+            generator.fine = fine if generator.fine is None else generator.fine & fine
+        elif not fine:
+            raise ValueError(NOTHING_TO_DRAW)
+        return _read(index_bk)
+
+
+def _read(index: Tensor) -> Any:
+    """Indices on the host, where they have values."""
+    return index.numpy().astype(np.int64) if has_values(index) else index
+
+
+def _places(index_bk: Any) -> Tensor:
+    """Where the entries of `index` lie in an array: (rows, k, 2), each a row and a column."""
+    index_bk = tf.cast(index_bk, tf.int32)
+    rows_bk = tf.broadcast_to(tf.range(size(index_bk, 0))[:, None], tf.shape(index_bk))
+    return tf.stack((rows_bk, index_bk), axis=-1)

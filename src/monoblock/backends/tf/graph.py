@@ -1,0 +1,171 @@
+"""`generate` inside a user's `tf.function`: the prompt's pass and the loop over tokens become part of its graph.
+
+Prompts have shapes there and no values. Their length must be known, and all rows get the room for all new tokens: rows
+that end before are filled with the pad token. Nothing can be raised for a value: where a row has no token that can be
+drawn, the texts end.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from monoblock.backends.tf.arrays import fresh_seeds, shown
+from monoblock.backends.tf.binding import tensors
+from monoblock.backends.tf.cache import Cache, init_cache
+from monoblock.backends.tf.checked import checked
+from monoblock.backends.tf.compiled import Start, looped
+from monoblock.backends.tf.inputs import Wanted
+from monoblock.backends.tf.ops import Tensor, size
+from monoblock.backends.tf.steps import passed
+from monoblock.generation.config import GenerationConfig
+from monoblock.generation.decoder import Plan
+from monoblock.generation.programs import OUTSIDE, Program, Text
+from monoblock.generation.record import Record
+
+HOST = (
+    "generate() inside a tf.function is one graph, and this call needs Python between two tokens (beams, streamers, "
+    "criteria or processors of your own, recorded scores, guidance, an assistant, use_cache=False or "
+    "disable_compile=True): call it outside, where it compiles by itself"
+)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """The prompts of a call: ids (rows, tokens), of which the rows may be open, and their mask (None: no padding but
+    pad tokens). Prompts that are embeddings have no ids."""
+
+    ids_bn: Tensor | None
+    mask_bn: Tensor | None
+
+    def stand_ins(self) -> dict[str, Any]:
+        """What has the same shape, and values."""
+        if self.ids_bn is None:
+            return {}
+        shape = (self.ids_bn.shape[0] or 1, self.ids_bn.shape[1])
+        return {"input_ids": np.zeros(shape, np.int64), "attention_mask": np.ones(shape, np.int64)}
+
+    def mask(self, config: GenerationConfig) -> Tensor | None:
+        """1 for tokens; without a mask, pad tokens are padding unless they also end texts. A row of pad tokens alone
+        has its last one."""
+        pad, ids_bn = config.pad_token_id, self.ids_bn
+        if self.mask_bn is not None or ids_bn is None or pad is None or pad < 0 or pad in config.eos_ids:
+            return self.mask_bn
+        real_bn = ids_bn != pad
+        last_n = tf.range(ids_bn.shape[1]) == ids_bn.shape[1] - 1
+        none_b1 = ~tf.reduce_any(real_bn, axis=1, keepdims=True)
+        return tf.cast(real_bn | (none_b1 & last_n), tf.int32)
+
+
+def prompt(inputs: Any, arguments: dict[str, Any]) -> Prompt:
+    """The prompts, taken out of the arguments. ValueError unless their length is known."""
+    given = arguments.pop("input_ids", None) if inputs is None else inputs
+    mask = arguments.pop("attention_mask", None)
+    if given is None:
+        if mask is not None:
+            arguments["attention_mask"] = mask
+        return Prompt(None, None)
+    ids = tf.cast(tensors("input_ids", given), tf.int32)
+    if len(ids.shape) != 2 or ids.shape[1] is None:
+        raise ValueError(
+            f"inside a tf.function the prompts must be (rows, tokens) of a known length, got {ids.shape}: pad them to "
+            "one length, and give the tf.function an input_signature that says it"
+        )
+    return Prompt(ids, None if mask is None else tf.cast(tensors("attention_mask", mask), tf.int32))
+
+
+class Decoder:
+    """What the framework-free loop asks for; the tokens are made by `run`."""
+
+    attentions = hidden_states = None
+
+    def __init__(self, model: Any, plan: Plan, inputs: dict[str, Any], max_positions: int | None) -> None:
+        self.model, self.plan, self.inputs = model, plan, inputs
+        self.past_key_values: Cache | None = None
+        last = plan.max_length - 1
+        if max_positions is not None and last > max_positions:
+            raise ValueError(
+                f"the model has {max_positions} learned positions, but the text may come to {last} tokens (inside a "
+                "tf.function, padding counts): shorten the prompts, or say a smaller max_new_tokens"
+            )
+        if "past_key_values" in inputs:
+            raise ValueError("past_key_values go into generate() outside of a tf.function")
+
+    def prefill(self, ids_bn: Any, mask_bm: Any) -> Any:
+        """ValueError: what asks for it needs the host."""
+        del ids_bn, mask_bm
+        raise ValueError(HOST)
+
+    step = extend = reorder = crop = prefill
+
+
+def run(prompt: Prompt, generation: Any, program: Program) -> Any:
+    """A whole call as a part of the graph."""
+    decoder, plan = generation.decoder, generation.plan
+    given, count = _given(prompt, decoder, plan.config)
+    tokens = given.get("input_ids", given.get("inputs_embeds"))
+    rows, new = size(tokens, 0), plan.new_tokens
+    if not isinstance(rows, int) and (program.fields or program.numbers):
+        raise ValueError(
+            f"{', '.join((*dict(program.fields), *program.numbers))} inside a tf.function need a known number of rows: "
+            "say it in the input_signature"
+        )
+    mask = given.get("attention_mask", tf.ones((rows, count), tf.int32))
+    mask = tf.concat((mask, tf.ones((rows, new), mask.dtype)), axis=1)
+    cache = init_cache(decoder.model.spec, rows, count + new, decoder.model.compute_dtype)
+    found = passed(decoder.model, {**given, "attention_mask": mask}, cache, Wanted(keep=1))
+    assert found.cache is not None
+    copy_of = tf.repeat(tf.range(rows), plan.copies)
+    ids = tf.zeros((rows, 0), tf.int32) if prompt.ids_bn is None else prompt.ids_bn
+    ids, mask, scores = (tf.gather(x, copy_of) for x in (ids, mask, found.scores))
+    constant = {"attention_mask": mask} | {
+        name: tf.gather(given[name][:, -1:], copy_of) if given[name].shape[0] != 1 else given[name][:, -1:]
+        for name in ("token_type_ids", "position_ids")
+        if name in given
+    }
+    seeds = generation.generator or fresh_seeds()
+    valid = mask[:, : ids.shape[1]] != 0
+    setting = generation.setting
+    numbers = program.given(generation.fields, setting.prompt_bn, None, new)
+    start = Start(
+        scores_bv=scores,
+        cache=found.cache if plan.copies == 1 else found.cache.reorder(copy_of),
+        constant=constant,
+        text=_placed(program.text(setting.prompt_bn, None), ids, valid),
+        given=numbers._replace(prompt=_placed(numbers.prompt, ids, valid)),
+        limit=tf.constant(new),
+        seed=seeds.seed,
+        draws=tf.constant(0),
+    )
+    end = looped(decoder.model, program, start)
+    decoder.past_key_values = end.cache
+    ids = tf.concat((ids, end.new_br[:, :new]), axis=1)
+    return Record(plan.config, generation.plain).output(ids, decoder)
+
+
+def _given(prompt: Prompt, decoder: Decoder, config: GenerationConfig) -> tuple[dict[str, Any], int]:
+    """The prompt's inputs as the network takes them, and how many tokens they are."""
+    arguments = dict(decoder.inputs)
+    if prompt.ids_bn is not None and "inputs_embeds" not in arguments:
+        arguments["input_ids"] = prompt.ids_bn
+    if (mask := prompt.mask(config)) is not None:
+        arguments["attention_mask"] = mask
+    arguments = {name: tensors(name, value) for name, value in arguments.items()}
+    given = checked(decoder.model.spec, decoder.model.head.spec, arguments, None, False).given
+    tokens = given.get("input_ids", given.get("inputs_embeds"))
+    assert tokens is not None
+    return given, tokens.shape[1]
+
+
+def _placed(text: Text, ids_bn: Tensor, valid_bn: Tensor) -> Text:
+    """A stand-in's text with the real prompts in it."""
+    text = Text(*(shown(np.asarray(part)) for part in text))
+    if not (columns := text.ids_bt.shape[1]):
+        return text
+    before = ((0, 0), (columns - ids_bn.shape[1], 0))
+    return text._replace(
+        ids_bt=tf.pad(ids_bn, before, constant_values=OUTSIDE), valid_bt=tf.pad(valid_bn, before)
+    )
