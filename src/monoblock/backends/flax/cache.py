@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import struct
 from jax import Array, lax
@@ -101,9 +102,11 @@ def init_cache(spec: ArchSpec, batch: int, max_length: int, dtype: Any = jnp.flo
     shapes = [
         (batch, att.kv_heads, min(max_length, window or max_length), att.head_dim) for window in spec.windows
     ]
+    with jax.ensure_compile_time_eval():  # a cache made inside a trace is known to be empty
+        length = jnp.zeros((), jnp.int32)
     return Cache(
         keys=tuple(jnp.zeros(shape, dtype) for shape in shapes),
         values=tuple(jnp.zeros(shape, dtype) for shape in shapes),
-        length=jnp.zeros((), jnp.int32),
+        length=length,
         max_length=max_length,
     )
