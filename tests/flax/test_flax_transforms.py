@@ -12,7 +12,7 @@ import pytest
 from flax_tiny import MODELS, batch, tiny
 from measure import assert_close
 
-GRADIENTS = 1e-5  # fp32, 2 layers, gradients of order 1; sums in another order: measured 6e-7
+GRADIENTS = 1e-6  # fp32, 2 layers, gradients of order 1; sums in another order: measured 6e-8
 
 # What drops out, in each family's own words.
 DROPOUTS: dict[str, dict[str, Any]] = {
@@ -143,10 +143,10 @@ def test_the_mean_over_keys_is_the_output_at_rest() -> None:
     """Where what follows the dropout is linear."""
     model = tiny("FlaxMptForTokenClassification", num_labels=3, classifier_dropout=0.5)
     ids = batch(padded=False)["input_ids"]
-    keys = jax.random.split(jax.random.key(0), 4096)
+    keys = jax.random.split(jax.random.key(0), 1024)
     draw = jax.vmap(lambda key: model(ids, train=True, dropout_rng=key).logits)
     logits = np.asarray(jax.jit(draw)(keys))
-    rest, deviation = np.asarray(model(ids).logits), logits.std(0) / 64
+    rest, deviation = np.asarray(model(ids).logits), logits.std(0) / 32
     assert (np.abs(logits.mean(0) - rest) < 5 * deviation).all()  # of 168 means
     assert deviation.min() > 0
 

@@ -1,0 +1,102 @@
+"""Memory beyond weights and cache, as XLA plans it: masks and scores never grow with the longest text that a config
+allows, nor with the square of a text's length."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import monoblock
+
+MB = 2**20
+# The default config, of 131,072 positions, 32 heads and a window of 4,096, with few and narrow layers.
+NARROW = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "vocab_size": 1000}
+
+
+@pytest.fixture(autouse=True)
+def optimised() -> Iterator[None]:
+    """Compile as users do: without XLA's optimisers nothing is fused, and each step has an array of its own."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+def mistral(**fields: Any) -> Any:
+    config = monoblock.MistralConfig(**NARROW, **fields)
+    assert config.max_position_embeddings == 131072
+    assert config.num_attention_heads == 32
+    return monoblock.FlaxMistralForCausalLM(config, _do_init=False)
+
+
+def tokens(count: int) -> Any:
+    return jax.ShapeDtypeStruct((1, count), jnp.int32)
+
+
+def planned(function: Any, *arguments: Any) -> Any:
+    """XLA's plan of the memory of a call, without running it."""
+    return jax.jit(function).lower(*arguments).compile().memory_analysis()
+
+
+def size(tree: Any) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+@pytest.mark.parametrize("window", [4096, None])
+def test_a_prompt_at_the_default_configs_length(window: int | None) -> None:
+    """512 tokens, with a cache and a mask for all 131,072 positions: under 100 MB beyond weights and cache."""
+    model = mistral(sliding_window=window)
+
+    def start(params: Any, ids: Any, mask: Any) -> Any:
+        cache = model.init_cache(1, model.config.max_position_embeddings)
+        out = model(ids, attention_mask=mask, params=params, past_key_values=cache)
+        return out.logits[:, -1], out.past_key_values
+
+    arguments = (model.params_shape_tree, tokens(512), tokens(131072))
+    plan = planned(start, *arguments)
+    _, cache = jax.eval_shape(start, *arguments)
+    assert cache.keys[0].shape == (1, 8, window or 131072, 8)
+    beyond = plan.temp_size_in_bytes + plan.output_size_in_bytes - size(cache)
+    assert beyond < 100 * MB  # measured 50 MB, three times the scores of 256 queries in 32 heads
+
+
+def test_a_step_at_the_default_configs_length() -> None:
+    model = mistral()
+    cache = jax.eval_shape(lambda: model.init_cache(1, model.config.max_position_embeddings))
+
+    def step(params: Any, cache: Any, token: Any, mask: Any) -> Any:
+        return model(token, attention_mask=mask, params=params, past_key_values=cache).logits
+
+    plan = planned(step, model.params_shape_tree, cache, tokens(1), tokens(131072))
+    assert plan.temp_size_in_bytes < 16 * MB  # measured 4 MB
+
+
+@pytest.mark.parametrize("window", [4096, None])
+def test_long_texts_grow_in_proportion(window: int | None) -> None:
+    """Twice the tokens take at most twice the memory, and never heads x tokens x tokens."""
+    model, plans = mistral(sliding_window=window), {}
+    for count in (8192, 16384):
+        plan = planned(
+            lambda params, ids: model(ids, params=params, logits_to_keep=1).logits,
+            model.params_shape_tree,
+            tokens(count),
+        )
+        plans[count] = plan.temp_size_in_bytes
+        square = 32 * count * count * 4
+        assert plans[count] < square / 8
+    # A window's keys do not grow; hidden states do.
+    assert plans[16384] < plans[8192] * (1.3 if window else 2.2)
+
+
+def test_gradients_of_long_texts_keep_no_scores() -> None:
+    model, count = mistral(), 8192
+
+    def loss(params: Any, ids: Any) -> Any:
+        return model.compute_loss(model(ids, params=params), labels=ids)
+
+    plan = planned(jax.grad(loss), model.params_shape_tree, tokens(count))
+    assert plan.temp_size_in_bytes < 32 * count * count * 4 / 8
