@@ -136,7 +136,8 @@ def run(generation: Generation) -> Any:
             ops.array([[beam.tokens[-1]] for search in searches for beam in search.running])
         )
         record.forward(decoder)
-    return _output(generation, searches, record)
+    count = generation.config.num_return_sequences or 1
+    return output(generation, [beam for search in searches for beam in search.best(count)], record)
 
 
 def _ids_of(generation: Generation, text: Text, beams: list[Beam]) -> Callable[[], Array]:
@@ -183,17 +184,15 @@ class _Candidates:
         ]
 
 
-def _output(generation: Generation, searches: list[Search], record: Any) -> Any:
+def output(generation: Generation, best: list[Beam], record: Any) -> Any:
+    """What the call gets: of each prompt as many of the best texts as it asks for."""
     ops, count = generation.ops, generation.config.num_return_sequences or 1
-    best = [beam for search in searches for beam in search.best(count)]
     longest = max(len(beam.tokens) for beam in best)
 
     def filled(values: tuple[int, ...], fill: int) -> list[int]:
         return [*values, *[fill] * (longest - len(values))]
 
-    prompts_bn = ops.take_rows(
-        generation.prompt_bn, ops.array([row // count for row in range(len(searches) * count)])
-    )
+    prompts_bn = ops.take_rows(generation.prompt_bn, ops.array([row // count for row in range(len(best))]))
     ids_bn = prompts_bn
     if longest:
         new = [filled(beam.tokens, generation.pad) for beam in best]

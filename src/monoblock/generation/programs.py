@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 
 from monoblock.generation import processors
 from monoblock.generation.arrays import Array, ArrayOps
+from monoblock.generation.beam_program import Width
+from monoblock.generation.beams import Rules
 from monoblock.generation.buckets import bucket
 from monoblock.generation.config import GenerationConfig
 
@@ -76,7 +78,8 @@ class Program:
     """All that decides what is compiled, besides shapes; hashable.
 
     `fields`: what acts on the scores, with the values that are compiled in. `numbers`: the names of what acts on them
-    by a number of the call. `room`: new tokens that fit, at least as many as any call may ask for.
+    by a number of the call. `room`: new tokens that fit, at least as many as any call may ask for. `width`: of a beam
+    search.
     """
 
     fields: tuple[tuple[str, Any], ...]
@@ -87,6 +90,7 @@ class Program:
     keep: int
     room: int
     forced_bos: int | None
+    width: Width | None
 
     def processed(self, ops: ArrayOps, scores_bv: Array, text: Text, given: Given) -> Array:
         """The scores after all processors; inside the program."""
@@ -161,7 +165,6 @@ def of(generation: Generation) -> Program | None:
         not config.use_cache,
         config.disable_compile,
         config.return_dict_in_generate and _recorded(config),
-        (config.num_beams or 1) > 1,
     )
     if any(host):
         return None
@@ -176,7 +179,13 @@ def of(generation: Generation) -> Program | None:
         keep=generation.setting.keep,
         room=bucket(plan.new_tokens),
         forced_bos=config.forced_bos_token_id,
+        width=_width(config, plan.new_tokens),
     )
+
+
+def _width(config: GenerationConfig, new: int) -> Width | None:
+    """Of a search; None without one."""
+    return None if (config.num_beams or 1) == 1 else Width.of(Rules.of(config, new), len(config.eos_ids))
 
 
 def _recorded(config: GenerationConfig) -> Any:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from monoblock.backends.flax import compiled
+from monoblock.backends.flax import compiled, compiled_beams
 from monoblock.backends.flax.arrays import JaxOps, Keys, on_device
 from monoblock.backends.flax.decoder import Decoder, Rereader, Source
 from monoblock.backends.flax.network import Network
@@ -19,6 +19,7 @@ from monoblock.generation import loop
 from monoblock.generation.arrays import ArrayOps
 from monoblock.generation.config import GenerationConfig
 from monoblock.generation.mixin import GenerationMixin, check_assistant
+from monoblock.generation.programs import Program
 from monoblock.generation.transitions import transition_scores
 from monoblock.spec import Learned
 
@@ -132,10 +133,9 @@ class Runner:
         self.max_positions = learned.size - learned.offset if learned else None
         self.source = Source(model.module, params, self.max_positions)
 
-    @property
-    def compiled(self) -> Callable[[Any, Any], Any]:
-        """What runs a call as one program."""
-        return compiled.run
+    def compiled(self, generation: Any, program: Program) -> Any:
+        """Run a call as one program."""
+        return (compiled if program.width is None else compiled_beams).run(generation, program)
 
     def decoder(self, plan: loop.Plan, inputs: dict[str, Any]) -> Decoder | Rereader:
         """A decoder for one call."""
