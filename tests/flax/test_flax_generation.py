@@ -142,6 +142,19 @@ def test_the_rules_of_beams(rules: dict[str, Any]) -> None:
     assert tokens(ours, prompts(MISTRAL), **asked) == tokens(theirs, prompts(MISTRAL), **asked)
 
 
+def test_sampled_beams_draw_the_same_in_either_loop() -> None:
+    model, given = flax_model(MISTRAL), prompts(MISTRAL)
+    asked = {**ASKED, **BEAMS, "do_sample": True, "top_p": 0.9, "return_dict_in_generate": True}
+    found = [model.generate(**numpy(given), **asked, seed=3, disable_compile=host) for host in (False, True)]
+    for name in ("sequences", "beam_indices"):
+        assert found[0][name].tolist() == found[1][name].tolist()
+    assert found[0].beam_indices.shape == (9, found[0].sequences.shape[1] - 23)
+    assert (
+        tokens(model, given, **{**asked, "return_dict_in_generate": None}, seed=4)
+        != found[0].sequences.tolist()
+    )
+
+
 PROCESSORS = [
     {"repetition_penalty": 1.4, "min_new_tokens": 5, "eos_token_id": [9, 2], "suppress_tokens": [40, 41]},
     {"encoder_repetition_penalty": 1.5, "encoder_no_repeat_ngram_size": 2, "forced_eos_token_id": 2},

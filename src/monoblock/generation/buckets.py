@@ -8,7 +8,7 @@ SMALLEST = 16
 def bucket(length: int) -> int:
     """The smallest of 16, 32, 64, 96, 128, 192, 256, 384, ... that is not below `length`.
 
-    Powers of two, and from 64 on half-way between them: at most half as many again is computed in vain.
+    Powers of two, and from 64 on half-way between them: less than half as much again is computed in vain there.
     """
     power = SMALLEST
     while power < length:

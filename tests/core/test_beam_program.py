@@ -1,0 +1,65 @@
+"""The rules of beam search on arrays, for compiled programs, against those of the host's search, step by step."""
+
+import numpy as np
+import pytest
+from numpy.testing import assert_array_equal
+
+from monoblock.generation import beam_program
+from monoblock.generation.arrays import NumpyOps
+from monoblock.generation.beams import HOPELESS, Beam, Rules, Search
+
+OPS = NumpyOps()
+PROMPTS, VOCAB, ROOM = 3, 7, 9
+RULES = [
+    Rules(width, penalty, early, ROOM)
+    for width in (2, 3)
+    for penalty in (1.0, 0.0, -2.0, 1.5)
+    for early in (False, True, "never")
+]
+
+
+def candidates(running, rng, width, last):
+    """Scores of all continuations of each prompt, some of them impossible, and the likeliest of them."""
+    logs = rng.normal(size=(PROMPTS, width.beams, VOCAB)).astype(np.float32) - 2
+    logs[rng.random(logs.shape) < 0.2] = -np.inf
+    total = (running.scores_pw[..., None] + logs).reshape(PROMPTS, -1)
+    scores, index = OPS.top_k(total, min(width.candidates, total.shape[1]))
+    tokens = index % VOCAB
+    return beam_program.Candidates(scores, index // VOCAB, tokens, (tokens < 2) | last)
+
+
+@pytest.mark.parametrize("rules", RULES, ids=str)
+def test_the_same_texts_as_the_hosts_search(rules):
+    width = beam_program.Width.of(rules, eos=2)
+    for seed in range(8):
+        rng = np.random.default_rng(seed)
+        searches = [Search(rules, prompt * rules.width) for prompt in range(PROMPTS)]
+        running = beam_program.begun(PROMPTS, width, ROOM)
+        norms = beam_program.norms(rules, ROOM)
+        for made in range(ROOM):
+            found = candidates(running, rng, width, made == ROOM - 1)
+            for prompt, search in enumerate(searches):
+                scores, ends = found.scores_pk[prompt], found.ends_pk[prompt]
+                search.advance(
+                    scores, found.parents_pk[prompt].tolist(), found.tokens_pk[prompt].tolist(), ends
+                )
+            running = beam_program.advanced(OPS, width, running, found, np.array(made), norms)
+            beams = [beam for search in searches for beam in search.running]
+            assert_array_equal(running.scores_pw.reshape(-1), np.float32([beam.score for beam in beams]))
+            assert_array_equal(running.tokens_rn[:, : made + 1], [beam.tokens for beam in beams])
+            assert_array_equal(running.rows_rn[:, : made + 1], [beam.rows for beam in beams])
+            assert running.open_p1[:, 0].tolist() == [search.open for search in searches]
+            enough = rules.early_stopping is True and all(search.full for search in searches)
+            stops = found.ends_pk.all() or enough or not any(search.open for search in searches)
+            assert bool(beam_program.goes_on(OPS, width, running, found.ends_pk)) == (not stops)
+            if stops:
+                break
+        expected = [beam for search in searches for beam in search.best(rules.width)]
+        for mine, theirs in zip(beam_program.best(running, rules.width), expected, strict=True):
+            assert (mine.tokens, mine.rows) == (theirs.tokens, theirs.rows)
+            assert mine.score == np.float32(theirs.score)
+
+
+def test_texts_of_nothing_possible_are_empty():
+    width = beam_program.Width.of(RULES[0], eos=1)
+    assert beam_program.best(beam_program.begun(2, width, ROOM), 2) == [Beam(HOPELESS)] * 4
