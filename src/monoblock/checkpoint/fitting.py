@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from monoblock.checkpoint.keymap import KeyMap, Plan, nearest
+from monoblock.checkpoint.keymap import KeyMap, Plan, Source, nearest
 from monoblock.checkpoint.weights import FileWeights, Shape, Tensors, stored_shapes
 from monoblock.errors import MissingKeys, ShapeMismatch, UnexpectedKeys, UnreadKeys
 
@@ -24,15 +24,15 @@ class Report:
         return [*self.missing, *self.mismatched]
 
 
-def fitted(
+def matched(
     tensors: Tensors,
     keymap: KeyMap,
     shapes: Mapping[str, Shape],
     tied: Iterable[str],
     *,
     ignore_mismatched_sizes: bool = False,
-) -> tuple[FileWeights, Report]:
-    """The weights of a model with parameters of these `shapes`, as far as the files have them.
+) -> tuple[dict[str, Source], Report]:
+    """Where a model with parameters of these `shapes` finds them, as far as the files have them: by canonical name.
 
     A head may be missing, and heads of other kinds may be there. MissingKeys, UnexpectedKeys, UnreadKeys and
     ShapeMismatch (unless sizes may differ) name the first other tensor that does not fit.
@@ -46,8 +46,21 @@ def fitted(
             if not ignore_mismatched_sizes:
                 raise ShapeMismatch(problem)
             report.mismatched.append(canonical)
-    found = {name: shapes[name] for name in plan.sources if name not in report.mismatched}
-    return FileWeights(tensors, found, plan), report
+    found = {name: source for name, source in plan.sources.items() if name not in report.mismatched}
+    return found, report
+
+
+def fitted(
+    tensors: Tensors,
+    keymap: KeyMap,
+    shapes: Mapping[str, Shape],
+    tied: Iterable[str],
+    *,
+    ignore_mismatched_sizes: bool = False,
+) -> tuple[FileWeights, Report]:
+    """What `matched` finds, as weights to read; the same errors."""
+    sources, report = matched(tensors, keymap, shapes, tied, ignore_mismatched_sizes=ignore_mismatched_sizes)
+    return FileWeights(tensors, {name: shapes[name] for name in sources}, sources), report
 
 
 def _check_names(tensors: Tensors, keymap: KeyMap, plan: Plan, unread: list[str]) -> None:

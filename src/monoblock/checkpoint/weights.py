@@ -102,10 +102,10 @@ class Joined:
 class FileWeights:
     """The weights that a key map finds in tensors; made by `opened`, which checks that they fit."""
 
-    def __init__(self, tensors: Tensors, shapes: Mapping[str, Shape], plan: Plan):
+    def __init__(self, tensors: Tensors, shapes: Mapping[str, Shape], sources: Mapping[str, Source]):
         self._tensors = tensors
         self._shapes = shapes
-        self._sources = plan.sources
+        self._sources = sources
 
     def shapes(self) -> Mapping[str, Shape]:
         return self._shapes
@@ -156,7 +156,7 @@ def opened(
         )
     for canonical, source in plan.sources.items():
         _check_shapes(tensors, source, canonical, shapes[canonical])
-    return FileWeights(tensors, shapes, plan), plan
+    return FileWeights(tensors, shapes, plan.sources), plan
 
 
 def _check_shapes(tensors: Tensors, source: Source, canonical: str, shape: Shape) -> None:

@@ -22,12 +22,12 @@ from monoblock.checkpoint.weights import Tensors
 from monoblock.errors import CheckpointError
 
 Tree = dict[str, Any]
-Path_ = tuple[str, ...]
+Place = tuple[str, ...]
 
 TABLES = ("embed", "pos_embed", "rel_bias")  # of which the weight is called `embedding`, and lies as it is
 
 
-def place(canonical: str, ndim: int) -> Path_:
+def place(canonical: str, ndim: int) -> Place:
     """Where a canonical parameter is in the tree."""
     *modules, leaf = canonical.split(".")
     if leaf == "weight":
@@ -35,17 +35,17 @@ def place(canonical: str, ndim: int) -> Path_:
     return (*modules, leaf)
 
 
-def transposed(path: Path_) -> bool:
+def transposed(path: Place) -> bool:
     """Whether the tree has the other axis first."""
     return path[-1] == "kernel"
 
 
-def leaf_shape(path: Path_, shape: tuple[int, ...]) -> tuple[int, ...]:
+def leaf_shape(path: Place, shape: tuple[int, ...]) -> tuple[int, ...]:
     """The shape of a leaf whose canonical parameter has that shape."""
     return shape[::-1] if transposed(path) else shape
 
 
-def nested(leaves: Mapping[Path_, Any]) -> Tree:
+def nested(leaves: Mapping[Place, Any]) -> Tree:
     """A tree of dicts from leaves by their paths."""
     tree: Tree = {}
     for path, leaf in leaves.items():
@@ -56,9 +56,9 @@ def nested(leaves: Mapping[Path_, Any]) -> Tree:
     return tree
 
 
-def flat(tree: Mapping[str, Any], above: Path_ = ()) -> dict[Path_, Any]:
+def flat(tree: Mapping[str, Any], above: Place = ()) -> dict[Place, Any]:
     """The leaves of a tree of dicts by their paths."""
-    found: dict[Path_, Any] = {}
+    found: dict[Place, Any] = {}
     for name, node in tree.items():
         path = (*above, str(name))
         found |= flat(node, path) if isinstance(node, Mapping) else {path: node}
@@ -67,7 +67,7 @@ def flat(tree: Mapping[str, Any], above: Path_ = ()) -> dict[Path_, Any]:
 
 def from_canonical(parameters: Mapping[str, Any]) -> Tree:
     """Flax's tree of canonical parameters (arrays in the canonical layout, outputs x inputs), in their own dtypes."""
-    leaves: dict[Path_, Any] = {}
+    leaves: dict[Place, Any] = {}
     for name, array in parameters.items():
         path = place(name, array.ndim)
         leaves[path] = jnp.asarray(array.T if transposed(path) else array)
@@ -87,7 +87,7 @@ def load(
     MissingKeys, UnexpectedKeys, UnreadKeys and ShapeMismatch name the first tensor that does not fit.
     """
     weights, report = fitted(tensors, keymap, shapes, tied, ignore_mismatched_sizes=ignore_mismatched_sizes)
-    leaves: dict[Path_, Any] = {}
+    leaves: dict[Place, Any] = {}
     for canonical, shape in weights.shapes().items():
         if (kind := weights.dtype(canonical)) not in FLOATS:
             raise CheckpointError(f"{canonical} has the dtype {kind}: a Flax model takes plain floats")
@@ -114,7 +114,7 @@ class TreeWeights:
         array = np.asarray(jax.device_get(self._leaf(canonical)))
         return array.T if transposed(self._path(canonical)) else array
 
-    def _path(self, canonical: str) -> Path_:
+    def _path(self, canonical: str) -> Place:
         return place(canonical, len(self.canonical[canonical]))
 
     def _leaf(self, canonical: str) -> Any:

@@ -13,7 +13,7 @@ from jax.core import Tracer
 
 from monoblock import tree
 from monoblock.backends.flax import loading
-from monoblock.backends.flax.loading import Path_, Tree
+from monoblock.backends.flax.loading import Place, Tree
 from monoblock.checkpoint.keymap import KeyMap
 from monoblock.checkpoint.save import Made
 from monoblock.checkpoint.weights import laid_out
@@ -51,12 +51,12 @@ class Parameters:
         """Second names: canonical name -> the canonical parameter that it shares."""
         return tree.tied(self.spec, self.module.head_spec)
 
-    def _leaf_shapes(self) -> dict[Path_, tuple[int, ...]]:
+    def _leaf_shapes(self) -> dict[Place, tuple[int, ...]]:
         places = ((loading.place(name, len(shape)), shape) for name, shape in self.canonical_shapes().items())
         return {path: loading.leaf_shape(path, shape) for path, shape in places}
 
     @property
-    def required_params(self) -> set[Path_]:
+    def required_params(self) -> set[Place]:
         """The paths of all leaves."""
         return set(self._leaf_shapes())
 
@@ -111,9 +111,8 @@ class Parameters:
         for path, leaf in leaves.items():
             name = "/".join(path)
             if path not in shapes:
-                raise ValueError(
-                    f"params hold {name}{_others(leaves.keys() - shapes.keys())}, which {type(self).__name__} does not have"
-                )
+                more = _others(leaves.keys() - shapes.keys())
+                raise ValueError(f"params hold {name}{more}, which {type(self).__name__} does not have")
             if tuple(np.shape(leaf)) != shapes[path]:
                 raise ShapeMismatch(f"{name} is {list(np.shape(leaf))}, expected {list(shapes[path])}")
         return loading.nested(leaves)
@@ -131,12 +130,12 @@ class Parameters:
         """
         del input_shape
         given = loading.flat(params or {})
-        leaves: dict[Path_, Any] = {}
+        leaves: dict[Place, Any] = {}
         for number, (path, shape) in enumerate(self._leaf_shapes().items()):
             leaves[path] = given[path] if path in given else self._begin(rng, number, path, shape)
         return self.checked_params(loading.nested({**given, **leaves}))
 
-    def _begin(self, rng: jax.Array, number: int, path: Path_, shape: tuple[int, ...]) -> jax.Array:
+    def _begin(self, rng: jax.Array, number: int, path: Place, shape: tuple[int, ...]) -> jax.Array:
         if len(shape) == 1:
             return jnp.full(shape, 0.0 if path[-1] == "bias" else 1.0, jnp.float32)
         count = int(np.prod(shape))

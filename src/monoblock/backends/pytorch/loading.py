@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from monoblock.checkpoint.keymap import KeyMap, Same, Source, nearest
+from monoblock.checkpoint.fitting import Report, matched
+from monoblock.checkpoint.keymap import KeyMap, Same, Source
 from monoblock.checkpoint.store import Store
-from monoblock.errors import CheckpointError, MissingKeys, ShapeMismatch, UnexpectedKeys, UnreadKeys
+from monoblock.errors import CheckpointError, ShapeMismatch
 
 log = logging.getLogger("monoblock")
 
@@ -40,15 +40,6 @@ class Uninitialised(TorchFunctionMode):
         if getattr(func, "__module__", None) == "torch.nn.init":
             return kwargs["tensor"] if "tensor" in kwargs else args[0]
         return func(*args, **kwargs)
-
-
-@dataclass
-class Report:
-    """What a load did not find in the files (`missing`, made anew), did not use, or could not fit."""
-
-    missing: list[str] = field(default_factory=list)
-    unused: list[str] = field(default_factory=list)
-    mismatched: list[str] = field(default_factory=list)
 
 
 def chosen_dtype(asked: str | torch.dtype | None, configured: str | None, store: Store) -> torch.dtype:
@@ -84,21 +75,11 @@ def load(
     MissingKeys, UnexpectedKeys, UnreadKeys and ShapeMismatch name the first offender and the nearest known name.
     A head that the files lack is left to be made anew, and reported.
     """
-    plan = keymap.plan(parameters, store, tied)
-    report = Report(unused=[key for key in plan.unread if keymap.is_head(key)])
-    _check_names(
-        keymap, store, plan.missing, [k for k in plan.unread if k not in report.unused], plan.unknown
-    )
-    report.missing = plan.missing
-    for canonical, source in plan.sources.items():
+    shapes = {name: tuple(model.get_parameter(path).shape) for name, path in parameters.items()}
+    sources, report = matched(store, keymap, shapes, tied, ignore_mismatched_sizes=ignore_mismatched_sizes)
+    for canonical, source in sources.items():
         path = parameters[canonical]
-        shape = tuple(model.get_parameter(path).shape)
-        if problem := _misfit(canonical, shape, source, store):
-            if not ignore_mismatched_sizes:
-                raise ShapeMismatch(problem)
-            report.mismatched.append(canonical)
-            continue
-        assign(model, path, _read(source, store, shape, dtype, device(path)))
+        assign(model, path, _read(source, store, shapes[canonical], dtype, device(path)))
     return report
 
 
@@ -120,44 +101,6 @@ def _read(
     for view, name in zip(source.op.views(target), source.names, strict=True):
         view.copy_(store.tensor(name).reshape(view.shape))
     return target
-
-
-def _misfit(canonical: str, shape: tuple[int, ...], source: Source, store: Store) -> str | None:
-    """What is wrong with the shapes of a parameter's tensors in the files, if anything."""
-    ghost = torch.empty(shape, device="meta")
-    for view, name in zip(source.op.views(ghost), source.names, strict=True):
-        expected, found = tuple(view.shape), tuple(store.shape(name))
-        same_size = len(expected) > len(shape) and found == shape
-        if found != expected and not same_size:
-            return (
-                f"{name} ({canonical}) is {list(found)} in {store.path(name).name}, but the config implies "
-                f"{list(expected)}: do config.json and the weights belong together?"
-            )
-    return None
-
-
-def _check_names(
-    keymap: KeyMap, store: Store, missing: list[str], unread: list[str], unknown: list[str]
-) -> None:
-    if needed := [name for name in missing if not name.startswith("head.")]:
-        name = keymap.source(needed[0]).names[0]
-        close = nearest(name, unknown)
-        raise MissingKeys(
-            f"the checkpoint lacks {name}{_others(needed)}"
-            + (f"; the nearest name in it is {close}" if close else "")
-            + ": is it of this model class, and complete?"
-        )
-    if unknown:
-        close = nearest(unknown[0], (n for s in store for n in (s,) if s not in unknown))
-        raise UnexpectedKeys(
-            f"{store.path(unknown[0]).name} holds {unknown[0]}{_others(unknown)}, which is no name of this family"
-            + (f"; the nearest is {close}" if close else "")
-        )
-    if unread:
-        raise UnreadKeys(
-            f"{store.path(unread[0]).name} holds {unread[0]}{_others(unread)}, for which the config has no place: "
-            "it describes a smaller or differently built model"
-        )
 
 
 def _others(names: list[str]) -> str:
