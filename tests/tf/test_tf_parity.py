@@ -189,13 +189,30 @@ def test_embeddings_as_inputs(name: str, tmp_path: Path) -> None:
     close(f"{name}, embeddings", found.attentions[1], expected.attentions[1])
 
 
-@pytest.mark.parametrize("name", ["GPTNeoForCausalLM", "MptForCausalLM", "MPNetForMaskedLM"])
+ONE_LAYER: dict[str, dict[str, Any]] = {
+    "MptForCausalLM": {"n_layers": 1},
+    "MPNetForMaskedLM": {
+        "num_hidden_layers": 1,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+    },
+    "GPTNeoForCausalLM": {
+        "num_layers": 1,
+        "attention_types": [[["local"], 1]],
+        "attention_dropout": 0.0,
+        "embed_dropout": 0.0,
+        "resid_dropout": 0.0,
+    },
+}
+
+
+@pytest.mark.parametrize("name", ONE_LAYER)
 def test_blocks_of_queries(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Texts of several blocks, written out and in a loop, known and open lengths, at rest and in training, compiled."""
     from monoblock.backends.tf import attention
 
     monkeypatch.setattr(attention, "QUERY_BLOCK", 8)
-    theirs, ours = pair(name, tmp_path, **_no_dropout(name))
+    theirs, ours = pair(name, tmp_path, **ONE_LAYER[name])
     given = inputs(name, "right" if name.startswith("MPNet") else "left")
     ids, mask = given["input_ids"], given["attention_mask"]
     wanted = labels(name, given)["labels"]
@@ -219,11 +236,3 @@ def test_blocks_of_queries(name: str, tmp_path: Path, monkeypatch: pytest.Monkey
             logits, found = run(*(tf.constant(x) for x in arrays))
             close(f"{name} in blocks, {what}", logits, expected.logits, mask, 5e-5)
             assert_close(f"{name} in blocks, {what}: gradient", found, gradient, 5e-5)
-
-
-def _no_dropout(name: str) -> dict[str, Any]:
-    names = {
-        "GPTNeo": ("attention_dropout", "embed_dropout", "resid_dropout"),
-        "MPNet": ("hidden_dropout_prob", "attention_probs_dropout_prob"),
-    }
-    return {field: 0.0 for stem, all_ in names.items() if name.startswith(stem) for field in all_}

@@ -25,26 +25,25 @@ def _without_jax() -> Any:
         del sys.modules["jax"]
 
 
-def _keras() -> Any:
-    asked = os.environ.get("KERAS_BACKEND")
-    if "keras" not in sys.modules and asked is None:
-        os.environ["KERAS_BACKEND"] = BACKEND
-    elif "keras" not in sys.modules and asked != BACKEND:
+def _choose_backend() -> None:
+    """Tell Keras, before TensorFlow imports it, to run on TensorFlow; ImportError if it is told otherwise."""
+    if "keras" in sys.modules:
+        return
+    asked = os.environ.setdefault("KERAS_BACKEND", BACKEND)
+    if asked != BACKEND:
         raise ImportError(_wrong(f"KERAS_BACKEND={asked!r}", f"set it to {BACKEND!r}, or unset it"))
-    keras = importlib.import_module("keras")
-    if (found := keras.backend.backend()) != BACKEND:
-        raise ImportError(
-            _wrong(
-                f"Keras runs on {found!r} in this process",
-                f"set KERAS_BACKEND={BACKEND} before Keras is imported",
-            )
-        )
-    return keras
+
+
+def _check_backend() -> None:
+    if (found := importlib.import_module("keras").backend.backend()) != BACKEND:
+        what, instead = f"Keras runs on {found!r} in this process", "before Keras is imported"
+        raise ImportError(_wrong(what, f"set KERAS_BACKEND={BACKEND} {instead}"))
 
 
 def _wrong(what: str, instead: str) -> str:
     return f"monoblock's TF classes need Keras on TensorFlow, but {what}: {instead}"
 
 
+_choose_backend()
 _without_jax()
-_keras()
+_check_backend()

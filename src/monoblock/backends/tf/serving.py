@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from monoblock.outputs import ModelOutput
@@ -23,6 +24,7 @@ class Serving(keras.Model):
     family: ClassVar[Family]
     row: ClassVar[ModelClass]
     config: Any
+    seeds: keras.random.SeedGenerator | None
 
     def get_config(self) -> dict[str, Any]:
         """The model's config and Keras's own fields."""
@@ -42,6 +44,16 @@ class Serving(keras.Model):
         if isinstance(fields.get("dtype"), dict):
             fields["dtype"] = keras.dtype_policies.deserialize(fields["dtype"])
         return cls(made, **fields)  # pyright: ignore[reportCallIssue, reportArgumentType]
+
+    def save_own_variables(self, store: Any) -> None:
+        """Beside the layers' weights, the state of the dropouts: training goes on as if it had not been cut."""
+        if self.seeds is not None:
+            store["seeds"] = self.seeds.state.numpy()
+
+    def load_own_variables(self, store: Any) -> None:
+        """What `save_own_variables` kept; files without it are fine."""
+        if self.seeds is not None and "seeds" in store.keys():  # noqa: SIM118, as it is no dict
+            self.seeds.state.assign(np.asarray(store["seeds"]))
 
     def export(
         self,

@@ -1,0 +1,335 @@
+"""TF models as objects: calls in every form, files in both directions, dtypes, sizes, gradients that are computed
+again, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import old_files
+import pytest
+import tensorflow as tf
+import torch
+from measure import assert_close
+from tf_made import CLASSES, close, inputs, labels, model, numpy, pair
+
+import monoblock
+from monoblock.backends.tf.classes import make_class
+from monoblock.backends.tf.ops import bucketed
+from monoblock.backends.tf.outputs import TFModelOutput, output_class
+from monoblock.errors import CheckpointError, ShapeMismatch
+
+IDS = np.array([[5, 9, 11, 20], [7, 30, 31, 32]])
+MASK = np.array([[1, 1, 1, 1], [1, 1, 1, 0]])
+
+
+# ---------------------------------------------------------------------------- calls
+
+
+def test_arguments_in_every_form() -> None:
+    ours = model("OpenAIGPTLMHeadModel")
+    types = IDS % 3
+    expected = ours(input_ids=IDS, attention_mask=MASK, token_type_ids=types).logits
+    forms: dict[str, Any] = {
+        "list": ours([IDS, MASK, types]),
+        "tuple of tensors": ours(tuple(tf.constant(x) for x in (IDS, MASK, types))),
+        "in a row": ours(IDS, MASK, types),
+        "dict": ours({"input_ids": IDS, "attention_mask": MASK, "token_type_ids": types}),
+        "dict and keywords": ours({"input_ids": IDS, "attention_mask": MASK}, token_type_ids=types),
+        "int32": ours([x.astype(np.int32) for x in (IDS, MASK, types)]),
+        "graph": tf.function(ours, autograph=False)([tf.constant(x) for x in (IDS, MASK, types)]),
+    }
+    for form, out in forms.items():
+        assert_close(form, out.logits, expected, 1e-5)
+    assert_close("one tensor", ours(IDS).logits, ours(input_ids=IDS.tolist()).logits, 0.0)
+
+
+def test_signatures_are_the_old_ones() -> None:
+    """The arguments of the old TF classes in their order; where those had none, the family's."""
+    tail = ("output_attentions", "output_hidden_states", "return_dict")
+    mistral = ("input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds")
+    gpt = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "head_mask", "inputs_embeds")
+    mpnet = ("input_ids", "attention_mask", "position_ids", "head_mask", "inputs_embeds")
+    orders = {
+        "MistralModel": (*mistral, "use_cache", *tail),
+        "MistralForCausalLM": (*mistral, "labels", "use_cache", *tail),
+        "MistralForSequenceClassification": (*mistral, "labels", "use_cache", *tail),
+        "OpenAIGPTModel": (*gpt, *tail),
+        "OpenAIGPTLMHeadModel": (*gpt, *tail, "labels"),
+        "OpenAIGPTForSequenceClassification": (*gpt, *tail, "labels"),
+        "OpenAIGPTDoubleHeadsModel": (*gpt, "mc_token_ids", *tail, "labels", "mc_labels"),
+        "MPNetForTokenClassification": (*mpnet, *tail, "labels"),
+        "MPNetForQuestionAnswering": (*mpnet, *tail, "start_positions", "end_positions"),
+    }
+    for name, order in orders.items():
+        assert make_class("TF" + name).arguments == order
+
+
+def test_outputs() -> None:
+    ours = model("OpenAIGPTDoubleHeadsModel")
+    out = ours(IDS[None], mc_token_ids=[[3, 2]], output_hidden_states=True)
+    assert type(out).__name__ == "TFOpenAIGPTDoubleHeadsModelOutput"
+    assert isinstance(out, TFModelOutput)
+    lm, choice = out[:2]
+    assert lm.shape == (1, 2, 4, 89)
+    assert choice.shape == (1, 2)
+    assert isinstance(ours(IDS[None], return_dict=False), tuple)
+    assert len(tf.nest.flatten(out)) == 6
+    kept = tf.nest.map_structure(lambda x: x, out)
+    assert kept.keys() == out.keys()
+    assert output_class("CausalLMOutput") is output_class("CausalLMOutput")
+    ours.config.return_dict = False
+    assert isinstance(ours(IDS[None]), tuple)
+
+
+def test_values_are_the_same_whatever_the_mode() -> None:
+    """Eager, in a graph of open lengths, and compiled."""
+    ours = model("MistralForCausalLM")
+    given = numpy(inputs("MistralForCausalLM", "left"))
+    expected = ours(**given, use_cache=False).logits
+
+    def run(ids: Any, mask: Any) -> Any:
+        return ours(input_ids=ids, attention_mask=mask, use_cache=False).logits
+
+    spec = tf.TensorSpec((None, None), tf.int64)
+    open_ = tf.function(run, input_signature=[spec, spec], autograph=False)
+    compiled = tf.function(run, jit_compile=True, autograph=False)
+    assert_close("open", open_(*given.values()), expected, 1e-5)
+    assert_close("compiled", compiled(*given.values()), expected, 5e-5)
+
+
+WRONG: dict[str, tuple[Any, dict[str, Any], type[Exception], str]] = {
+    "none": ((), {}, ValueError, "either input_ids or inputs_embeds"),
+    "both": ((IDS,), {"inputs_embeds": np.zeros((2, 4, 36), np.float32)}, ValueError, "at the same time"),
+    "floats": ((IDS / 2,), {}, ValueError, "whole numbers"),
+    "flat": ((IDS[0],), {}, ValueError, r"\(batch, tokens\), got int64 \(4,\)"),
+    "too large": ((IDS + 80,), {}, ValueError, "0 to 88: is this the tokenizer"),
+    "empty": ((IDS[:, :0],), {}, ValueError, "has no tokens"),
+    "width": ((), {"inputs_embeds": np.zeros((2, 4, 7), np.float32)}, ValueError, r"\(batch, tokens, 36\)"),
+    "mask": ((IDS, MASK[:, :3]), {}, ValueError, r"\(2, 4\), got \(2, 3\)"),
+    "unknown": ((IDS,), {"attention": MASK}, TypeError, "has no argument 'attention'"),
+    "twice": ((IDS,), {"input_ids": IDS}, TypeError, "'input_ids' twice"),
+    "head_mask": ((IDS,), {"head_mask": np.ones(5)}, ValueError, r"\(6,\) or \(3, 6\)"),
+    "positions": ((IDS,), {"position_ids": np.array([[1, 2]])}, ValueError, r"\(2, 4\), got int64 \(1, 2\)"),
+    "far": ((IDS,), {"position_ids": np.full((2, 4), 64)}, ValueError, "64 learned positions"),
+    "segments": ((IDS,), {"sequence_id": IDS}, ValueError, "attn_uses_sequence_id"),
+    "ragged": (([[1, 2], [3]],), {}, ValueError, "nested lists of equal lengths"),
+    "words": (("text",), {}, ValueError, "must be a tensor or array of numbers, got str"),
+    "labels": ((IDS,), {"labels": IDS[:, :2]}, ValueError, "labels of 2 tokens"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_inputs(case: str) -> None:
+    """One sentence, without Keras's listing of all arguments."""
+    args, kwargs, kind, message = WRONG[case]
+    with pytest.raises(kind, match=message) as caught:
+        model("OpenAIGPTLMHeadModel")(*args, **kwargs)
+    if case != "labels":
+        assert "Arguments received" not in str(caught.value)
+
+
+def test_batches_need_a_padding_id() -> None:
+    ours = model("MistralForSequenceClassification", pad_token_id=None)
+    with pytest.raises(ValueError, match="no padding token is defined"):
+        ours(IDS)
+    assert ours(IDS[:1]).logits.shape == (1, 4)
+
+
+@pytest.mark.parametrize("kind", ["regression", "multi_label_classification"])
+def test_other_losses_of_sequences(kind: str, tmp_path: Path) -> None:
+    size = 1 if kind == "regression" else 4
+    theirs, ours = pair("MistralForSequenceClassification", tmp_path, num_labels=size)
+    given = inputs("MistralForSequenceClassification", "left")
+    wanted = torch.rand(3, size, generator=torch.Generator().manual_seed(0))
+    expected = theirs(**given, labels=wanted).loss
+    found = ours(**numpy(given), labels=wanted.numpy()).loss
+    assert found.shape == (3,)
+    assert_close(f"{kind} loss", tf.reduce_mean(found), expected.detach(), 1e-5)
+
+
+def test_accumulated_gradients(tmp_path: Path) -> None:
+    theirs, ours = pair("MistralForCausalLM", tmp_path)
+    given = inputs("MistralForCausalLM")
+    wanted = labels("MistralForCausalLM", given)
+    expected = theirs(**given, **wanted, num_items_in_batch=100).loss
+    found = ours(**numpy(given), **numpy(wanted), num_items_in_batch=100).loss
+    assert_close("loss over a count", found[0], expected.detach(), 1e-5)
+
+
+def test_buckets_are_pytorchs() -> None:
+    from monoblock.backends.pytorch.ops import bucketed as theirs
+
+    for count, far in ((32, 128), (8, 20), (12, 90)):
+        distance = np.arange(-3 * far, 3 * far, dtype=np.int32)
+        expected = theirs(torch.from_numpy(distance), count, far).numpy()
+        np.testing.assert_array_equal(bucketed(tf.constant(distance), count, far), expected)
+
+
+# ---------------------------------------------------------------------------- files
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_saved_files_are_the_hubs(name: str, tmp_path: Path) -> None:
+    """What is written here, PyTorch's class reads: the same names, shapes and bits."""
+    ours = model(name)
+    ours.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["architectures"] == [name]
+    theirs = getattr(monoblock, name).from_pretrained(tmp_path)
+    for canonical, path in theirs.parameter_names().items():
+        values = theirs.get_parameter(path).detach().numpy()
+        np.testing.assert_array_equal(ours.parameter(canonical), values)
+    assert ours.num_parameters() == theirs.num_parameters()
+
+
+@pytest.mark.parametrize("name", old_files.TENSORFLOW)
+def test_old_files(name: str) -> None:
+    """`tf_model.h5` of transformers 4, and what its classes gave."""
+    ours = make_class(name).from_pretrained(old_files.FOLDER / name)
+    out = ours(old_files.inputs(name), output_hidden_states=True, output_attentions=True)
+    for (field, layer), wanted in old_files.outputs(name).items():
+        got = out[field] if layer is None else out[field][layer]
+        assert old_files.difference(name, field, np.asarray(got), wanted) <= old_files.atol(name)
+
+
+def test_dtypes(tmp_path: Path) -> None:
+    theirs, ours = pair("MistralForCausalLM", tmp_path / "a")
+    given = numpy(inputs("MistralForCausalLM"))
+    theirs.to(torch.bfloat16).save_pretrained(tmp_path / "b")
+    load = make_class("TFMistralForCausalLM").from_pretrained
+    half = load(tmp_path / "b")
+    assert {v.dtype for v in half.weights} == {"bfloat16"}
+    assert half(**given).logits.dtype == tf.bfloat16
+    half.save_pretrained(tmp_path / "c")
+    again = load(tmp_path / "c", dtype="float32")
+    assert {v.dtype for v in again.weights} == {"float32"}
+    close(
+        "bfloat16 read as float32",
+        again(**given).logits,
+        theirs.float()(torch.tensor(given["input_ids"])).logits,
+    )
+    mixed = load(tmp_path / "a", dtype="mixed_bfloat16")
+    assert {v.dtype for v in mixed.weights} == {"float32"}
+    expected = ours(**given).logits
+    # Eight bits of mantissa over three layers, on logits of up to 7.
+    assert_close("mixed_bfloat16", mixed(**given).logits, expected, 0.4)
+    with pytest.raises(ValueError, match="dtype must be"):
+        load(tmp_path / "a", dtype="int8")
+
+
+def test_what_does_not_fit(tmp_path: Path, logs: pytest.LogCaptureFixture) -> None:
+    model("MistralModel").save_pretrained(tmp_path)
+    make_class("TFMistralForTokenClassification").from_pretrained(tmp_path, num_labels=7)
+    assert any("newly initialised" in m and "score.weight" in m for m in logs.messages)
+    load = make_class("TFMistralModel").from_pretrained
+    with pytest.raises(ShapeMismatch, match="and the weights belong together"):
+        load(tmp_path, intermediate_size=51)
+    with pytest.raises(CheckpointError):
+        load(tmp_path, num_hidden_layers=2)
+    assert (
+        load(tmp_path, intermediate_size=51, ignore_mismatched_sizes=True)(IDS).last_hidden_state.shape[2]
+        == 36
+    )
+    for name, value in {"device_map": "auto", "load_in_8bit": True, "attn_implementation": "eager"}.items():
+        with pytest.raises(ValueError, match=f"does not take {name}"):
+            load(tmp_path, **{name: value})
+    with pytest.raises(TypeError, match="does not know the argument 'nonsense'"):
+        load(tmp_path, nonsense=1)
+    with pytest.raises(ValueError, match="takes a MistralConfig"):
+        make_class("TFMistralModel")(monoblock.GPTNeoConfig())
+
+
+# ---------------------------------------------------------------------------- sizes and gradients
+
+
+@pytest.mark.parametrize("name", ["OpenAIGPTDoubleHeadsModel", "MistralForCausalLM", "MPNetForMaskedLM"])
+def test_resized_embeddings(name: str, tmp_path: Path) -> None:
+    ours = model(name)
+    ids = IDS[None] if "Double" in name else IDS
+    before = ours(ids).logits
+    assert ours.resize_token_embeddings(91).input_dim == 91
+    after = ours(ids).logits
+    assert after.shape[-1] == ours.config.vocab_size == 91
+    assert_close("resized", after[..., :89], before, 1e-6)
+    ours.resize_token_embeddings(pad_to_multiple_of=16)
+    ours.save_pretrained(tmp_path)
+    assert type(ours).from_pretrained(tmp_path)(ids).logits.shape[-1] == 96
+    with tf.GradientTape() as tape:
+        loss = ours(ids, labels=ids, training=True).loss
+    assert all(g is not None for g in tape.gradient(loss, [ours.backbone.embed.embeddings.value]))
+
+
+def test_dropout_and_blocks_that_are_computed_again() -> None:
+    """The same seed drops the same, whether or not a block is run again in the backward pass."""
+    dropouts = {"hidden_dropout_prob": 0.3, "attention_probs_dropout_prob": 0.3}
+    ours = model("MPNetForSequenceClassification", **dropouts)
+    wanted = np.array([1, 0])
+    assert_close("at rest", ours(IDS).logits, ours(IDS).logits, 0.0)
+
+    def gradients(again: bool) -> list[Any]:
+        ours.backbone.gradient_checkpointing = again
+        ours.seeds.state.assign([3, 7])
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_mean(ours(IDS, labels=wanted, training=True).loss)
+        return [loss, *map(tf.convert_to_tensor, tape.gradient(loss, ours.trainable_variables))]
+
+    kept, again = gradients(False), gradients(True)
+    for a, b in zip(kept, again, strict=True):
+        assert_close("again", b, a, 1e-6)
+    other = ours(IDS, labels=wanted, training=True).loss
+    assert abs(float(tf.reduce_mean(other)) - float(kept[0])) > 1e-4
+
+
+def test_names_are_the_canonical_tree() -> None:
+    ours = model("MPNetForMaskedLM")
+    assert ours.variable("blocks.1.attn.qkv.weight").path.endswith("/backbone/blocks.1/attn/qkv/kernel")
+    assert ours.variable("head.out.bias").path.endswith("/head/out/bias")
+    assert ours.mpnet is ours.backbone
+    assert ours.parameter("blocks.0.mlp.up.weight").shape == (50, 36)
+
+
+# ---------------------------------------------------------------------------- processes
+
+
+def ran(code: str, **environment: str) -> str:
+    """What a new process prints, errors included."""
+    env = (
+        {k: v for k, v in os.environ.items() if k != "KERAS_BACKEND"}
+        | environment
+        | {"TF_CPP_MIN_LOG_LEVEL": "3"}
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=False)
+    return done.stdout + done.stderr
+
+
+def test_neither_torch_nor_jax_is_loaded(tmp_path: Path) -> None:
+    """Not by the import, nor by a model that is read, run and trained."""
+    model("MPNetForSequenceClassification").save_pretrained(tmp_path)
+    found = ran(
+        "import sys, numpy as np\n"
+        "from monoblock.backends.tf.classes import make_class\n"
+        f"m = make_class('TFMPNetForSequenceClassification').from_pretrained({str(tmp_path)!r})\n"
+        "m.compile('sgd', run_eagerly=True)\n"
+        "m.fit(np.full((2, 5), 7), np.array([0, 1]), verbose=0)\n"
+        "print('loaded:', [n for n in ('torch', 'jax', 'transformers') if n in sys.modules])"
+    )
+    assert "loaded: []" in found
+
+
+def test_other_backends_of_keras_are_refused() -> None:
+    code = "import monoblock.backends.tf.classes"
+    message = "need Keras on TensorFlow, but KERAS_BACKEND='torch': set it to 'tensorflow', or unset it"
+    assert message in ran(code, KERAS_BACKEND="torch")
+    running = ran("import os; os.environ['KERAS_BACKEND'] = 'numpy'; import keras\n" + code)
+    assert "Keras runs on 'numpy' in this process" in running
+
+
+def test_keras_names_the_layers() -> None:
+    assert [layer.name for layer in model("MistralForCausalLM").layers] == ["backbone", "head"]
+    assert keras.backend.backend() == "tensorflow"
