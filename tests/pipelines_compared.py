@@ -109,7 +109,6 @@ CASES: tuple[tuple[str, str, dict[str, Any], Calls], ...] = (
         (
             lambda pipe: pipe("the fox"),
             lambda pipe: pipe(MANY, batch_size=3, truncation=True),
-            lambda pipe: np.asarray(pipe(LONG, truncation=True, return_tensors=True)).tolist(),
         ),
     ),
     (

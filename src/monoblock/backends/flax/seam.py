@@ -22,7 +22,7 @@ class Seam:
     """Runs a Flax model on lists of ids: puts its parameters on their device, and gives NumPy back.
 
     What is compiled for one shape serves its neighbours: `run` rounds the number of tokens up to a bucket and the
-    number of rows to a power of two. `generate` does so by itself.
+    number of rows to 1, 2, 3, 4, 6, 8, 12, ... `generate` has buckets of its own for tokens.
     """
 
     def __init__(self, model: Any, device: Any) -> None:
@@ -30,14 +30,15 @@ class Seam:
             raise ValueError("a pipeline needs a model that holds its params: make it without _do_init=False")
         self.model = model
         self.accepts = frozenset(inspect.signature(type(model).__call__).parameters)
-        if device is not None:
-            held = self._devices()
+        held = self._devices()
+        if device is not None or not held:
             if len(held) > 1:
                 raise ValueError(
                     f"device={device!r}, but the parameters lie on {len(held)} devices already: leave device out"
                 )
-            # Put there even where they are, as only what was put on a device keeps a call on it.
-            model.params = jax.device_put(model.params, found_device(device))
+            # Put there even where they are, as only what was put on a device keeps a call on it; and NumPy's arrays
+            # would go there anew for each call.
+            model.params = jax.device_put(model.params, None if device is None else found_device(device))
 
     def _devices(self) -> set[Any]:
         first = jax.tree.leaves(self.model.params)[0]
@@ -92,7 +93,7 @@ class Seam:
         learned = self.model.spec.position(Learned)
         # Tables that tell padding by its id have no rows for more tokens than they hold.
         fills = {"input_ids": learned.pad_id if learned and learned.pad_id is not None else 0}
-        more, places = (1 << (rows - 1).bit_length()) - rows, bucket(count) - count
+        more, places = rounded(rows) - rows, bucket(count) - count
         return {
             name: np.pad(
                 np.pad(value, ((0, 0), (0, places)), constant_values=fills.get(name, 0)),
@@ -143,6 +144,12 @@ def found_device(device: Any) -> Any:
         raise ValueError(
             f"device={device!r} is no device here ({here}); use one of them, 'cpu', a number or -1 for the CPU"
         ) from error
+
+
+def rounded(rows: int) -> int:
+    """The smallest of 1, 2, 3, 4, 6, 8, 12, 16, 24, ... that is not below `rows`."""
+    power = 1 << (rows - 1).bit_length()
+    return power // 4 * 3 if power // 4 * 3 >= rows else power
 
 
 def _plain(dtype: Any) -> Any:
