@@ -6,7 +6,7 @@ CORE_VENV := .venv-core
 PYTHON    ?= $(shell for p in python3.11 python3.12 python3.13 python3.14 python3 python; do \
 	if $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then command -v $$p; break; fi; done)
 PIP       := -m pip --disable-pip-version-check --quiet install -c constraints.txt
-SOURCES   := $(wildcard src tests tools bench)
+SOURCES   := $(wildcard src tests tools bench examples)
 PROMPT    ?= def fibonacci(n):
 
 .DEFAULT_GOAL := help
