@@ -294,6 +294,42 @@ def test_names_are_the_canonical_tree() -> None:
     assert ours.parameter("blocks.0.mlp.up.weight").shape == (50, 36)
 
 
+def every_op(graph: Any) -> Any:
+    """The operations of a graph and of the functions that it calls."""
+    yield from graph.get_operations()
+    for function in graph.as_graph_def().library.function:
+        yield from graph._get_function(function.signature.name).graph.get_operations()
+
+
+@pytest.mark.parametrize("tokens", [2048, None])
+@pytest.mark.parametrize("name", ["MptForCausalLM", "MPNetForMaskedLM"])
+def test_no_array_of_heads_by_queries_by_keys(name: str, tokens: int | None) -> None:
+    """Whatever a training step's graph holds is of the order of one block of queries, or of the logits."""
+    small = (
+        {"n_layers": 1}
+        if name.startswith("Mpt")
+        else {"num_hidden_layers": 1, "max_position_embeddings": 2050}
+    )
+    ours = model(name, **small)
+
+    @tf.function(autograph=False, input_signature=[tf.TensorSpec((1, tokens), tf.int32)])
+    def step(ids: Any) -> Any:
+        with tf.GradientTape() as tape:
+            loss = ours(ids, labels=ids, training=True).loss
+        return tape.gradient(loss, [v.value for v in ours.trainable_variables])
+
+    ops = list(every_op(step.get_concrete_function().graph))
+    shapes = [out.shape for op in ops for out in op.outputs]
+    known = [shape for shape in shapes if shape.rank and shape.rank >= 3]
+    assert any(shape.rank == 4 and shape[1] == 6 for shape in known)
+    if tokens is None:  # an open length may be long, a block of queries is not
+        assert not [s for s in known if s.rank == 4 and s[1] == 6 and s[2] is None and s[3] is None]
+    else:
+        assert max(s.num_elements() or 0 for s in known) <= 6 * 256 * tokens
+        # Each of the eight blocks once forward, and once more in the backward pass, which so keeps none of them.
+        assert len({op.name for op in ops if op.type == "Softmax"}) == 16
+
+
 # ---------------------------------------------------------------------------- processes
 
 

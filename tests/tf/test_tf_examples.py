@@ -1,0 +1,177 @@
+"""The TensorFlow examples of the pages of OpenAI GPT and MPNet, as they stand there (https://huggingface.co/docs/transformers,
+v4.37.2; Apache License 2.0): only the import line and the checkpoint's name differ."""
+
+from __future__ import annotations
+
+import doctest
+import json
+import re
+import string
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from tf_made import model
+
+import monoblock
+
+EXAMPLES: dict[str, str] = {
+    "OpenAIGPTModel": r"""
+>>> from transformers import AutoTokenizer, TFOpenAIGPTModel
+>>> import tensorflow as tf
+
+>>> tokenizer = AutoTokenizer.from_pretrained("openai-gpt")
+>>> model = TFOpenAIGPTModel.from_pretrained("openai-gpt")
+
+>>> inputs = tokenizer("Hello, my dog is cute", return_tensors="tf")
+>>> outputs = model(inputs)
+
+>>> last_hidden_states = outputs.last_hidden_state
+""",
+    "OpenAIGPTLMHeadModel": r"""
+>>> from transformers import AutoTokenizer, TFOpenAIGPTLMHeadModel
+>>> import tensorflow as tf
+
+>>> tokenizer = AutoTokenizer.from_pretrained("openai-gpt")
+>>> model = TFOpenAIGPTLMHeadModel.from_pretrained("openai-gpt")
+
+>>> inputs = tokenizer("Hello, my dog is cute", return_tensors="tf")
+>>> outputs = model(inputs)
+>>> logits = outputs.logits
+""",
+    "OpenAIGPTDoubleHeadsModel": r"""
+>>> import tensorflow as tf
+>>> from transformers import AutoTokenizer, TFOpenAIGPTDoubleHeadsModel
+
+>>> tokenizer = AutoTokenizer.from_pretrained("openai-gpt")
+>>> model = TFOpenAIGPTDoubleHeadsModel.from_pretrained("openai-gpt")
+
+>>> # Add a [CLS] to the vocabulary (we should train it also!)
+>>> tokenizer.add_special_tokens({"cls_token": "[CLS]"})
+>>> model.resize_token_embeddings(len(tokenizer))  # Update the model embeddings with the new vocabulary size
+>>> print(tokenizer.cls_token_id, len(tokenizer))  # The newly token the last token of the vocabulary
+
+>>> choices = ["Hello, my dog is cute [CLS]", "Hello, my cat is cute [CLS]"]
+>>> encoding = tokenizer(choices, return_tensors="tf")
+>>> inputs = {k: tf.expand_dims(v, 0) for k, v in encoding.items()}
+>>> inputs["mc_token_ids"] = tf.constant(
+...     [inputs["input_ids"].shape[-1] - 1, inputs["input_ids"].shape[-1] - 1]
+... )[
+...     None, :
+... ]  # Batch size 1
+>>> outputs = model(inputs)
+>>> lm_prediction_scores, mc_prediction_scores = outputs[:2]
+""",
+    "OpenAIGPTForSequenceClassification": r"""
+>>> from transformers import AutoTokenizer, TFOpenAIGPTForSequenceClassification
+>>> import tensorflow as tf
+
+>>> tokenizer = AutoTokenizer.from_pretrained("openai-gpt")
+>>> model = TFOpenAIGPTForSequenceClassification.from_pretrained("openai-gpt")
+
+>>> inputs = tokenizer("Hello, my dog is cute", return_tensors="tf")
+
+>>> logits = model(**inputs).logits
+
+>>> predicted_class_id = int(tf.math.argmax(logits, axis=-1)[0])
+
+>>> # To train a model on `num_labels` classes, you can pass `num_labels=num_labels` to `.from_pretrained(...)`
+>>> num_labels = len(model.config.id2label)
+>>> model = TFOpenAIGPTForSequenceClassification.from_pretrained("openai-gpt", num_labels=num_labels)
+
+>>> labels = tf.constant(1)
+>>> loss = model(**inputs, labels=labels).loss
+""",
+    "MPNetForTokenClassification": r"""
+>>> from transformers import AutoTokenizer, TFMPNetForTokenClassification
+>>> import tensorflow as tf
+
+>>> tokenizer = AutoTokenizer.from_pretrained("microsoft/mpnet-base")
+>>> model = TFMPNetForTokenClassification.from_pretrained("microsoft/mpnet-base")
+
+>>> inputs = tokenizer(
+...     "HuggingFace is a company based in Paris and New York", add_special_tokens=False, return_tensors="tf"
+... )
+
+>>> logits = model(**inputs).logits
+>>> predicted_token_class_ids = tf.math.argmax(logits, axis=-1)
+
+>>> # Note that tokens are classified rather then input words which means that
+>>> # there might be more predicted token classes than words.
+>>> # Multiple token classes might account for the same word
+>>> predicted_tokens_classes = [model.config.id2label[t] for t in predicted_token_class_ids[0].numpy().tolist()]
+
+>>> labels = predicted_token_class_ids
+>>> loss = tf.math.reduce_mean(model(**inputs, labels=labels).loss)
+""",
+    "MPNetForQuestionAnswering": r"""
+>>> from transformers import AutoTokenizer, TFMPNetForQuestionAnswering
+>>> import tensorflow as tf
+
+>>> tokenizer = AutoTokenizer.from_pretrained("microsoft/mpnet-base")
+>>> model = TFMPNetForQuestionAnswering.from_pretrained("microsoft/mpnet-base")
+
+>>> question, text = "Who was Jim Henson?", "Jim Henson was a nice puppet"
+
+>>> inputs = tokenizer(question, text, return_tensors="tf")
+>>> outputs = model(**inputs)
+
+>>> answer_start_index = int(tf.math.argmax(outputs.start_logits, axis=-1)[0])
+>>> answer_end_index = int(tf.math.argmax(outputs.end_logits, axis=-1)[0])
+
+>>> predict_answer_tokens = inputs.input_ids[0, answer_start_index : answer_end_index + 1]
+
+>>> # target is "nice puppet"
+>>> target_start_index = tf.constant([14])
+>>> target_end_index = tf.constant([15])
+
+>>> outputs = model(**inputs, start_positions=target_start_index, end_positions=target_end_index)
+>>> loss = tf.math.reduce_mean(outputs.loss)
+""",
+}
+LETTERS = [*string.ascii_lowercase, *string.punctuation]
+
+
+def tokenizer(folder: Path, name: str) -> None:
+    """Of letters: as pairs could be merged, or as pieces of words."""
+    if name.startswith("MPNet"):
+        pieces = ["<s>", "<pad>", "</s>", "[UNK]", "<mask>", *LETTERS, *("##" + c for c in LETTERS)]
+        (folder / "vocab.txt").write_text("\n".join(pieces))
+        monoblock.MPNetTokenizer(str(folder / "vocab.txt")).save_pretrained(folder)
+        return
+    letters = LETTERS[:32]
+    pieces = ["<unk>", *letters, *(letter + "</w>" for letter in letters), "do", "ca"]
+    (folder / "vocab.json").write_text(json.dumps({piece: i for i, piece in enumerate(pieces)}))
+    (folder / "merges.txt").write_text("#version: 0.2\nd o\nc a\n")
+    files = (str(folder / "vocab.json"), str(folder / "merges.txt"))
+    monoblock.OpenAIGPTTokenizer(*files).save_pretrained(folder)
+
+
+def run(code: str, checkpoint: Path) -> dict[str, Any]:
+    """The names that an example has defined in the end."""
+    names: dict[str, Any] = {}
+    for example in doctest.DocTestParser().get_examples(code):
+        line = example.source.replace("from transformers import", "from monoblock import")
+        line = re.sub(r"""from_pretrained\(\s*["'][^"']*["']""", f"from_pretrained({str(checkpoint)!r}", line)
+        exec(line, names)
+    return names
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_example(name: str, tmp_path: Path) -> None:
+    model(name, **({"vocab_size": 130} if name.startswith("MPNet") else {})).save_pretrained(tmp_path)
+    tokenizer(tmp_path, name)
+    names = run(EXAMPLES[name], tmp_path)
+    results = [
+        names[key] for key in ("last_hidden_states", "logits", "lm_prediction_scores", "loss") if key in names
+    ]
+    assert results
+    for result in results:
+        assert tf.is_tensor(result)
+        assert np.isfinite(result).all()
+    if name == "OpenAIGPTDoubleHeadsModel":
+        assert names["lm_prediction_scores"].shape[:2] == names["mc_prediction_scores"].shape == (1, 2)
+    if name == "MPNetForTokenClassification":
+        assert set(names["predicted_tokens_classes"]) <= set(names["model"].config.id2label.values())
