@@ -135,14 +135,14 @@ def test_what_is_recorded(model: Any, cached: bool) -> None:
 
 def test_a_given_cache_is_the_beginning_of_the_prompt(model: Any) -> None:
     """Its windows have rolled, and its places are too few: it grows, and stays as it was."""
-    ids = ids_of(1, 40)
+    ids = ids_of(1, 31)
     first = model.generate(ids[:, :20], return_dict_in_generate=True, **VARIED)
     cache = first.past_key_values
     assert int(cache.length) == 27
     text = np.concatenate((np.asarray(first.sequences)[:, :28], ids[:, 27:]), axis=1)
     for _ in range(2):
-        found = model.generate(text, past_key_values=cache, **{**VARIED, "max_new_tokens": 30})
-        assert found.sequences.tolist() == expected(text, max_new_tokens=30)
+        found = model.generate(text, past_key_values=cache, **{**VARIED, "max_new_tokens": 24})
+        assert found.sequences.tolist() == expected(text, max_new_tokens=24)
     with pytest.raises(ValueError, match="past_key_values hold 27 tokens and the prompt has 20"):
         model.generate(ids[:, :20], past_key_values=cache, **VARIED)
 
