@@ -15,7 +15,7 @@ from monoblock.backends.tf.decoder import Decoder, Rereader, Source
 from monoblock.backends.tf.outputs import TFModelOutput
 from monoblock.backends.tf.steps import steps_of
 from monoblock.errors import UnsupportedConfig
-from monoblock.generation import loop
+from monoblock.generation import beams, loop
 from monoblock.generation.arrays import ArrayOps
 from monoblock.generation.config import GenerationConfig
 from monoblock.generation.mixin import GenerationMixin, check_assistant
@@ -135,6 +135,13 @@ def _random(seed: Any, generator: Any) -> dict[str, Any]:
     raise ValueError(f"seed must be a whole number or two of them, got {seed!r}")
 
 
+def _with_beams(run: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    """The same for programs without beams; a search of those with them on the host."""
+    return lambda generation, program: (
+        run(generation, program) if program.width is None else beams.run(generation)
+    )
+
+
 class Runner:
     """What `loop.generate` needs to know of a model."""
 
@@ -151,8 +158,8 @@ class Runner:
 
     @property
     def compiled(self) -> Callable[[Any, Any], Any]:
-        """What runs a call as one program."""
-        return compiled.run
+        """What runs a call as one program; beams go token by token."""
+        return _with_beams(compiled.run)
 
     def decoder(self, plan: loop.Plan, inputs: dict[str, Any]) -> Any:
         """A decoder for one call."""
@@ -189,7 +196,7 @@ class InGraph(Runner):
 
     @property
     def compiled(self) -> Callable[[Any, Any], Any]:
-        return lambda generation, program: graph.run(self.prompt, generation, program)
+        return _with_beams(lambda generation, program: graph.run(self.prompt, generation, program))
 
     def decoder(self, plan: loop.Plan, inputs: dict[str, Any]) -> Any:
         self.samples = bool(plan.config.do_sample)
