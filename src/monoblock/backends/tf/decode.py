@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import tensorflow as tf
 
-from monoblock.backends.tf import compiled, graph
+from monoblock.backends.tf import compiled, compiled_beams, graph
 from monoblock.backends.tf.arrays import Seeds, TfOps, shown
 from monoblock.backends.tf.decoder import Decoder, Rereader, Source
 from monoblock.backends.tf.outputs import TFModelOutput
 from monoblock.backends.tf.steps import steps_of
 from monoblock.errors import UnsupportedConfig
-from monoblock.generation import beams, loop
+from monoblock.generation import loop
 from monoblock.generation.arrays import ArrayOps
 from monoblock.generation.config import GenerationConfig
 from monoblock.generation.mixin import GenerationMixin, check_assistant
+from monoblock.generation.programs import Program
 from monoblock.generation.record import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput
 from monoblock.generation.transitions import transition_scores
 from monoblock.spec import Learned
@@ -83,9 +84,9 @@ class Generation(GenerationMixin):
         Gives ids (batch, prompt + new), or with `return_dict_in_generate=True` a TFGreedySearchDecoderOnlyOutput
         (TFSample..., TFBeamSearch..., TFBeamSample...).
 
-        Greedy decoding and sampling run as one graph for each bucket of lengths, which XLA compiles unless
+        Greedy decoding, sampling and beam search run as one graph for each bucket of lengths, which XLA compiles unless
         `jit_compile=False`; what needs the host between tokens (streamers, criteria and processors of one's own,
-        recorded scores), and beams, run a graph for each token. `disable_compile=True`: all of it runs eagerly, as
+        recorded scores) runs a graph for each token. `disable_compile=True`: all of it runs eagerly, as
         with `tf.config.run_functions_eagerly(True)`. Inside a `tf.function` the prompt and all new tokens become part
         of its graph (see `graph.py`).
 
@@ -135,13 +136,6 @@ def _random(seed: Any, generator: Any) -> dict[str, Any]:
     raise ValueError(f"seed must be a whole number or two of them, got {seed!r}")
 
 
-def _with_beams(run: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
-    """The same for programs without beams; a search of those with them on the host."""
-    return lambda generation, program: (
-        run(generation, program) if program.width is None else beams.run(generation)
-    )
-
-
 class Runner:
     """What `loop.generate` needs to know of a model."""
 
@@ -156,10 +150,9 @@ class Runner:
         self.max_positions = learned.size - learned.offset if learned else None
         self.samples = False
 
-    @property
-    def compiled(self) -> Callable[[Any, Any], Any]:
-        """What runs a call as one program; beams go token by token."""
-        return _with_beams(compiled.run)
+    def compiled(self, generation: Any, program: Program) -> Any:
+        """Run a call as one program."""
+        return (compiled if program.width is None else compiled_beams).run(generation, program)
 
     def decoder(self, plan: loop.Plan, inputs: dict[str, Any]) -> Any:
         """A decoder for one call."""
@@ -194,9 +187,8 @@ class InGraph(Runner):
         """The arguments of the call, with prompts of the same shape that have values."""
         return self.arguments | self.prompt.stand_ins()
 
-    @property
-    def compiled(self) -> Callable[[Any, Any], Any]:
-        return _with_beams(lambda generation, program: graph.run(self.prompt, generation, program))
+    def compiled(self, generation: Any, program: Program) -> Any:
+        return graph.run(self.prompt, generation, program)
 
     def decoder(self, plan: loop.Plan, inputs: dict[str, Any]) -> Any:
         self.samples = bool(plan.config.do_sample)

@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from monoblock.backends.tf import compiled, compiled_beams
 from monoblock.backends.tf.arrays import fresh_seeds, shown
 from monoblock.backends.tf.binding import tensors
 from monoblock.backends.tf.cache import Cache, init_cache
 from monoblock.backends.tf.checked import checked
-from monoblock.backends.tf.compiled import Start, looped
+from monoblock.backends.tf.compiled import Start
 from monoblock.backends.tf.inputs import Wanted
 from monoblock.backends.tf.ops import Tensor, size
 from monoblock.backends.tf.steps import passed
@@ -27,7 +28,7 @@ from monoblock.generation.programs import OUTSIDE, Program, Text
 from monoblock.generation.record import Record
 
 HOST = (
-    "generate() inside a tf.function is one graph, and this call needs Python between two tokens (beams, streamers, "
+    "generate() inside a tf.function is one graph, and this call needs Python between two tokens (streamers, "
     "criteria or processors of your own, recorded scores, guidance, an assistant, use_cache=False or "
     "disable_compile=True): call it outside, where it compiles by itself"
 )
@@ -108,10 +109,9 @@ def run(prompt: Prompt, generation: Any, program: Program) -> Any:
     given, count = _given(prompt, decoder, plan.config)
     tokens = given.get("input_ids", given.get("inputs_embeds"))
     rows, new = size(tokens, 0), plan.new_tokens
-    if not isinstance(rows, int) and (program.fields or program.numbers):
+    if not isinstance(rows, int) and (names := _of_known_rows(program)):
         raise ValueError(
-            f"{', '.join((*dict(program.fields), *program.numbers))} inside a tf.function need a known number of rows: "
-            "say it in the input_signature"
+            f"{', '.join(names)}: inside a tf.function this needs a known number of rows: say it in the input_signature"
         )
     mask = given.get("attention_mask", tf.ones((rows, count), tf.int32))
     mask = tf.concat((mask, tf.ones((rows, new), mask.dtype)), axis=1)
@@ -136,14 +136,34 @@ def run(prompt: Prompt, generation: Any, program: Program) -> Any:
         constant=constant,
         text=_placed(program.text(setting.prompt_bn, None), ids, valid),
         given=numbers._replace(prompt=_placed(numbers.prompt, ids, valid)),
-        limit=tf.constant(new),
+        limits=tf.constant((new, new)),
         seed=seeds.seed,
-        draws=tf.constant(0),
+        draws=tf.constant(seeds.count),
     )
-    end = looped(decoder.model, program, start)
+    record = Record(plan.config, generation.plain)
+    if program.width is not None:
+        return _searched(generation, program, start, ids, record)
+    end = compiled.looped(decoder.model, program, start)
     decoder.past_key_values = end.cache
-    ids = tf.concat((ids, end.new_br[:, :new]), axis=1)
-    return Record(plan.config, generation.plain).output(ids, decoder)
+    return record.output(tf.concat((ids, end.new_br[:, :new]), axis=1), decoder)
+
+
+def _searched(generation: Any, program: Program, start: Start, ids: Tensor, record: Record) -> Any:
+    """The best texts of a search; `ids` have a row for each beam."""
+    decoder, plan = generation.decoder, generation.plan
+    count = plan.config.num_return_sequences or 1
+    search = tf.nest.map_structure(shown, compiled_beams.begun(generation, program))
+    end = compiled_beams.looped(decoder.model, program, start._replace(search=search))
+    decoder.past_key_values = end.cache
+    new, scores, rows = compiled_beams.texts(end.running, count, program.pad, plan.new_tokens)
+    prompts = tf.repeat(ids[:: plan.copies], count, axis=0)
+    return record.beam_output(tf.concat((prompts, new), axis=1), scores, rows, decoder)
+
+
+def _of_known_rows(program: Program) -> list[str]:
+    """What of a call cannot be without the number of its rows."""
+    beams = ["num_beams"] if program.width else []
+    return [*beams, *dict(program.fields), *(name for name in program.numbers if name != "temperature")]
 
 
 def _given(prompt: Prompt, decoder: Decoder, config: GenerationConfig) -> tuple[dict[str, Any], int]:

@@ -9,7 +9,7 @@ import tensorflow as tf
 
 from monoblock.backends.tf.cache import Cache
 from monoblock.backends.tf.model import Call
-from monoblock.backends.tf.ops import Scope, Size, Tensor, cut, size
+from monoblock.backends.tf.ops import Scope, Size, Tensor, after, size
 from monoblock.spec import ArchSpec, Learned
 
 
@@ -45,9 +45,9 @@ def prepare(
     mask, segments = given.get("attention_mask"), given.get("sequence_id")
     valid = None if mask is None else mask[:, :total] != 0
     key_positions = index_k[None] if valid is None else _counted(valid)
-    counted = key_positions if fresh else cut(key_positions, past, count, 1)
+    counted = key_positions if fresh else after(key_positions, past, count, 1)
     segment_bk = None if segments is None else segments[:, :total]
-    segment_bq = segment_bk if fresh else cut(segment_bk, past, count, 1)
+    segment_bq = segment_bk if fresh else after(segment_bk, past, count, 1)
     scope = Scope(
         index_q=index_q,
         index_k=index_k,

@@ -252,3 +252,10 @@ def cut(x: Tensor | None, first: Size, count: Size, axis: int) -> Tensor | None:
     axis %= len(x.shape)
     begin = [first if i == axis else 0 for i in range(len(x.shape))]
     return tf.slice(x, begin, [count if i == axis else -1 for i in range(len(x.shape))])
+
+
+def after(x: Tensor | None, first: Size, count: Size, axis: int) -> Tensor | None:
+    """`cut` for a `first` that the call brings: XLA would compile a slice anew for each, and a gathering once."""
+    if x is None or isinstance(first, int):
+        return cut(x, first, count, axis)
+    return tf.gather(x, first + tf.range(count), axis=axis)

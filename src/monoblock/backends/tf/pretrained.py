@@ -19,7 +19,7 @@ from monoblock.backends.tf.checked import Checked, checked, dropouts, has_positi
 from monoblock.backends.tf.decode import Generation
 from monoblock.backends.tf.inputs import AT_REST, Wanted, prepare
 from monoblock.backends.tf.model import Backbone
-from monoblock.backends.tf.ops import Tensor, cut, size
+from monoblock.backends.tf.ops import Tensor, after, size
 from monoblock.backends.tf.options import LoadOptions
 from monoblock.backends.tf.outputs import named, output_class
 from monoblock.backends.tf.parameters import Parameters
@@ -144,7 +144,7 @@ class TFPreTrainedModel(Training, Serving, Parameters, Generation):
             )
         if self.head is not None:
             if (mask := given.get("attention_mask")) is not None:
-                given = {**given, "attention_mask": cut(mask, seen, count, 1)}
+                given = {**given, "attention_mask": after(mask, seen, count, 1)}
             table = tf.convert_to_tensor(backbone.embed.embeddings) if self.tied() else None
             found |= heads.outputs(heads.Projection(self.head, table, call.seed), out.hidden, given, wanted)
         return found
