@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 
@@ -65,13 +66,19 @@ class Generation(GenerationMixin):
         classes' `generate`. `params` stand in for the model's own. ValueError for what is unknown or not supported.
         """
         inputs, arguments = self.generate_arguments(inputs, kwargs)
+        params = self.params if params is None else params
+        if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((inputs, arguments, params))):
+            raise TypeError(
+                "generate() compiles itself and looks at its prompts: call it outside jit, vmap and pmap; sharded "
+                "params= spread it over devices"
+            )
         if not trace:
             arguments["disable_compile"] = True
         arguments |= _random(prng_key, arguments)
         if (helper := arguments.get("assistant_model")) is not None:
             check_assistant(helper, Generation)
             arguments["assistant_model"] = Runner(helper, helper.params)
-        runner = Runner(self, self.params if params is None else params)
+        runner = Runner(self, params)
         alone = arguments.get("return_dict_in_generate") is False
         result = loop.generate(
             runner, inputs, generation_config, plain=_ids if alone else FlaxGenerateOutput, **arguments
