@@ -83,6 +83,13 @@ def make_table(spec: ArchSpec, rows: int, columns: int, name: str, policy: Any) 
     )
 
 
+def rows_of(table: keras.layers.Embedding) -> Tensor:
+    """All rows of a table (rows, columns), as numbers again where Keras has quantised them."""
+    if table.quantization_mode is None:
+        return tf.convert_to_tensor(table.embeddings)
+    return table(tf.range(table.input_dim))
+
+
 class Tied(keras.layers.Layer):
     """A projection to the vocabulary by the embedding's matrix (v, w), with a bias of its own or none."""
 

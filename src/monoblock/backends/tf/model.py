@@ -16,7 +16,7 @@ import tensorflow as tf
 
 from monoblock.backends.tf import attention
 from monoblock.backends.tf.cache import Layer
-from monoblock.backends.tf.layers import NormLayer, Part, make_linear, make_table
+from monoblock.backends.tf.layers import NormLayer, Part, make_linear, make_table, rows_of
 from monoblock.backends.tf.ops import ACT, Scope, Tensor, dropped, is_dynamic, rotate, rotations, size
 from monoblock.spec import Alibi, ArchSpec, Buckets, Learned, Rotary
 
@@ -263,7 +263,7 @@ class Backbone(Part):
         if alibi := spec.position(Alibi):
             scope = replace(scope, slopes_h=tf.constant(alibi.slopes(spec.attention.heads), tf.float32))
         if buckets := spec.position(Buckets):
-            scope = replace(scope, table=tf.convert_to_tensor(self.rel_bias.embeddings), buckets=buckets)
+            scope = replace(scope, table=rows_of(self.rel_bias), buckets=buckets)
         if rotary := spec.position(Rotary):
             cos, sin = rotations(call.positions_bs, rotary, x.dtype)
             call = replace(call, cos=cos, sin=sin)

@@ -70,7 +70,13 @@ class Parameters:
 
     def hub_state_dict(self) -> dict[str, Made]:
         """The weights by the hub's names, tied ones once, each made when it is called for (`made()`, a NumPy array)."""
+        self._check_not_quantized("saved by the hub's names")
         return laid_out(_Held(self), self.keymap())
+
+    def _check_not_quantized(self, what: str) -> None:
+        for name in self.parameter_shapes():
+            if self._owner(name)[0].quantization_mode is not None:
+                raise ValueError(f"quantised weights cannot be {what}: do that before model.quantize()")
 
     # ------------------------------------------------------------------ weights
 
@@ -118,6 +124,7 @@ class Parameters:
             raise ValueError(f"new_num_tokens must be at least 1, got {new}")
         if new == old:
             return self.backbone.embed
+        self._check_not_quantized("resized")
         self.config.vocab_size = new
         self.spec = self.backbone.spec = self.config.to_spec()
         self._resize(self.backbone.embed, "embeddings", new, mean_resizing)

@@ -145,7 +145,7 @@ class TFPreTrainedModel(Training, Serving, Parameters, Generation):
         if self.head is not None:
             if (mask := given.get("attention_mask")) is not None:
                 given = {**given, "attention_mask": after(mask, seen, count, 1)}
-            table = tf.convert_to_tensor(backbone.embed.embeddings) if self.tied() else None
+            table = layers.rows_of(backbone.embed) if self.tied() else None
             found |= heads.outputs(heads.Projection(self.head, table, call.seed), out.hidden, given, wanted)
         return found
 
