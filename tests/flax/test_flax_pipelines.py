@@ -122,6 +122,7 @@ def test_what_is_refused(labelling: str) -> None:
         ("device='gpu:3' is no device here", {"device": "gpu:3"}),
         ("there are 0 accelerators", {"device": 1}),
         ("dtype must be", {"dtype": "int8"}),
+        ("holds its params", {"model_kwargs": {"_do_init": False}}),
         ("holds its params", {"model": model, "tokenizer": labelling, "framework": None}),
         ("of framework='flax'", {"model": model, "tokenizer": labelling, "framework": "pt"}),
     )

@@ -18,6 +18,9 @@ from monoblock.heads import KINDS
 from monoblock.spec import Learned
 
 
+NO_PARAMS = "a pipeline needs a model that holds its params: make it without _do_init=False"
+
+
 class Seam:
     """Runs a Flax model on lists of ids: puts its parameters on their device, and gives NumPy back.
 
@@ -27,7 +30,7 @@ class Seam:
 
     def __init__(self, model: Any, device: Any) -> None:
         if not model._do_init:
-            raise ValueError("a pipeline needs a model that holds its params: make it without _do_init=False")
+            raise ValueError(NO_PARAMS)
         self.model = model
         self.accepts = frozenset(inspect.signature(type(model).__call__).parameters)
         held = self._devices()
@@ -109,6 +112,8 @@ def load(auto: Any, source: Any, device: Any, *, config: Any, dtype: Any = None,
 
     dtype: "auto" and None are the config's, else that of the first parameter in the files.
     """
+    if options.get("_do_init") is False:
+        raise ValueError(NO_PARAMS)
     kind = config.dtype if dtype in (None, "auto") else _plain(dtype)
     place = contextlib.nullcontext() if device is None else jax.default_device(found_device(device))
     with place:
