@@ -17,7 +17,6 @@ from monoblock.generation.buckets import bucket
 from monoblock.heads import KINDS
 from monoblock.spec import Learned
 
-
 NO_PARAMS = "a pipeline needs a model that holds its params: make it without _do_init=False"
 
 
