@@ -40,52 +40,63 @@ class State(NamedTuple):
     cache: Cache
 
 
-def run(generation: Any, program: Program) -> Any:
-    """A whole call: the prompt's pass, then the loop."""
-    decoder, setting = generation.decoder, generation.setting
-    text, record, scores_bv = generation.begin()
-    prompt_bn, valid_bn = setting.prompt_bn, setting.valid_bn
-    new = generation.plan.new_tokens
-    # The last token takes no position: nothing comes after it.
-    limit = min(new, decoder.room + 1)
+class Inputs(NamedTuple):
+    """What a loop takes besides scores and cache: what every pass is given, the text and the numbers for the
+    processors, how many tokens there are positions for and how many are wanted, and the source of draws."""
+
+    constant: dict[str, Any]
+    text: Text
+    given: Given
+    limits: Any
+    key: Any
+
+
+def inputs_of(generation: Any, program: Program) -> Inputs:
+    """A call's inputs, after the prompt's pass."""
+    decoder, setting, new = generation.decoder, generation.setting, generation.plan.new_tokens
     keys: Keys | None = generation.generator
-    state, decoder.cache = _loop(
-        decoder.network,
-        program,
-        decoder.params,
-        decoder.cache,
-        decoder.constants(),
-        scores_bv,
-        program.text(prompt_bn, valid_bn),
-        program.given(generation.fields, prompt_bn, valid_bn, new),
-        np.int32(limit),
-        keys.key if program.do_sample and keys is not None else np.zeros(2, np.uint32),
+    return Inputs(
+        constant=decoder.constants(),
+        text=program.text(setting.prompt_bn, setting.valid_bn),
+        given=program.given(generation.fields, setting.prompt_bn, setting.valid_bn, new),
+        # The last token takes no position: nothing comes after it.
+        limits=np.array([min(new, decoder.room + 1), new], np.int32),
+        key=keys.key if program.do_sample and keys is not None else np.zeros(2, np.uint32),
     )
-    made, new_br, finished_b, fine, key = jax.device_get(state)
+
+
+def settle(generation: Any, program: Program, made: int, unfinished: bool, fine: bool, key: Any) -> None:
+    """Count what a loop has made, and keep the key that its draws left; ValueError if there was nothing to draw, or no
+    position for the next token of an unfinished text."""
     if not fine:
         raise ValueError(NOTHING_TO_DRAW)
-    if program.do_sample and keys is not None:
-        keys.key = jnp.asarray(key)
-    count = int(made)
-    decoder.advance(count - 1 + (count == limit < new and not finished_b.all()))
-    text.extend(new_br[:, :count])
+    if program.do_sample and generation.generator is not None:
+        generation.generator.key = key
+    generation.decoder.advance(made - 1 + unfinished)
+
+
+def run(generation: Any, program: Program) -> Any:
+    """A whole call: the prompt's pass, then the loop."""
+    decoder = generation.decoder
+    text, record, scores_bv = generation.begin()
+    inputs = inputs_of(generation, program)
+    state, key, decoder.cache = _loop(
+        decoder.network, program, decoder.params, decoder.cache, scores_bv, inputs
+    )
+    made, new_br, finished_b, fine = jax.device_get(state)
+    unfinished = made < inputs.limits[1] and not finished_b.all()
+    settle(generation, program, int(made), bool(unfinished), fine, key)
+    text.extend(new_br[:, :made])
     return record.output(text.ids(), decoder)
 
 
 @partial(jax.jit, static_argnames=("network", "program"), donate_argnames=("cache",))
 def _loop(
-    network: Network,
-    program: Program,
-    params: Any,
-    cache: Cache,
-    constant: dict[str, Any],
-    scores_bv: Array,
-    text: Text,
-    given: Given,
-    limit: Array,
-    key: Array,
-) -> tuple[Any, Cache]:
-    """The count of new tokens, the tokens, who is finished, whether all could be drawn, the key; and the cache."""
+    network: Network, program: Program, params: Any, cache: Cache, scores_bv: Array, inputs: Inputs
+) -> tuple[Any, Array, Cache]:
+    """The count of new tokens, the tokens, who is finished and whether all could be drawn; the key that is left; the
+    cache."""
+    constant, given = inputs.constant, inputs.given
     rows = scores_bv.shape[0]
 
     def chosen(scores_bv: Array, state: State) -> State:
@@ -104,7 +115,7 @@ def _loop(
         )
 
     def goes_on(state: State) -> Array:
-        return (state.made < limit) & ~state.finished_b.all() & state.fine
+        return (state.made < inputs.limits[0]) & ~state.finished_b.all() & state.fine
 
     def step(state: State) -> State:
         tokens = dict(constant) | {"input_ids": state.token_b[:, None]}
@@ -119,10 +130,10 @@ def _loop(
         new_br=jnp.full((rows, program.room), program.pad, jnp.int32),
         token_b=jnp.zeros(rows, jnp.int32),
         finished_b=jnp.zeros(rows, jnp.bool_),
-        text=Text(*(jnp.asarray(part) for part in text)),
-        key=key,
+        text=Text(*(jnp.asarray(part) for part in inputs.text)),
+        key=jnp.asarray(inputs.key),
         fine=jnp.ones((), jnp.bool_),
         cache=cache,
     )
     end = lax.while_loop(goes_on, step, chosen(scores_bv, start))
-    return (end.made, end.new_br, end.finished_b, end.fine, end.key), end.cache
+    return (end.made, end.new_br, end.finished_b, end.fine), end.key, end.cache

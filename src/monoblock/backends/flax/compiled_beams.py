@@ -7,21 +7,16 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array, lax
 
-from monoblock.backends.flax.arrays import JaxOps, Keys
+from monoblock.backends.flax.arrays import Keys
 from monoblock.backends.flax.cache import Cache
-from monoblock.backends.flax.inputs import Wanted
+from monoblock.backends.flax.compiled import NEXT, OPS, Inputs, inputs_of, settle
 from monoblock.backends.flax.network import Network
 from monoblock.backends.flax.steps import passed
 from monoblock.generation import beam_program as search
 from monoblock.generation import beams
-from monoblock.generation.arrays import NOTHING_TO_DRAW
-from monoblock.generation.programs import Given, Program, Text
-
-OPS = JaxOps()
-NEXT = Wanted(fresh=False, keep=1)
+from monoblock.generation.programs import Program, Text
 
 
 class State(NamedTuple):
@@ -39,34 +34,17 @@ class State(NamedTuple):
 
 def run(generation: Any, program: Program) -> Any:
     """A whole call: the prompt's pass, then the loop."""
-    decoder, setting, plan = generation.decoder, generation.setting, generation.plan
+    decoder, plan = generation.decoder, generation.plan
     _, record, scores_bv = generation.begin()
-    prompt_bn, valid_bn = setting.prompt_bn, setting.valid_bn
+    inputs = inputs_of(generation, program)
     assert program.width is not None
     rules = beams.Rules.of(generation.config, plan.new_tokens)
-    # The last token takes no position: nothing comes after it.
-    limit = min(plan.new_tokens, decoder.room + 1)
-    keys: Keys | None = generation.generator
-    state, decoder.cache = _loop(
-        decoder.network,
-        program,
-        decoder.params,
-        decoder.cache,
-        decoder.constants(),
-        scores_bv,
-        search.begun(plan.batch, program.width, program.room),
-        program.text(prompt_bn, valid_bn),
-        program.given(generation.fields, prompt_bn, valid_bn, plan.new_tokens),
-        np.array([limit, plan.new_tokens], np.int32),
-        search.norms(rules, program.room),
-        keys.key if program.do_sample and keys is not None else np.zeros(2, np.uint32),
+    start = (search.begun(plan.batch, program.width, program.room), search.norms(rules, program.room))
+    state, key, decoder.cache = _loop(
+        decoder.network, program, decoder.params, decoder.cache, scores_bv, inputs, start
     )
-    made, going, running, fine, key = jax.device_get(state)
-    if not fine:
-        raise ValueError(NOTHING_TO_DRAW)
-    if program.do_sample and keys is not None:
-        keys.key = jnp.asarray(key)
-    decoder.advance(int(made) - 1 + bool(going))
+    made, unfinished, running, fine = jax.device_get(state)
+    settle(generation, program, int(made), bool(unfinished), fine, key)
     return beams.output(generation, search.best(running, generation.config.num_return_sequences or 1), record)
 
 
@@ -76,17 +54,14 @@ def _loop(
     program: Program,
     params: Any,
     cache: Cache,
-    constant: dict[str, Any],
     scores_bv: Array,
-    running: search.Running,
-    text: Text,
-    given: Given,
-    limits: Array,
-    norms_n: Array,
-    key: Array,
-) -> tuple[Any, Cache]:
-    """The count of new tokens, whether the search would go on, the beams, whether all could be drawn, the key; and
-    the cache. `limits`: the tokens that there are positions for, and those that are wanted."""
+    inputs: Inputs,
+    begun: tuple[search.Running, Any],
+) -> tuple[Any, Array, Cache]:
+    """The count of new tokens, whether the search would go on, the beams and whether all could be drawn; the key that
+    is left; the cache. `begun`: the first beams, and `beam_program.norms`."""
+    constant, given, limits = inputs.constant, inputs.given, inputs.limits
+    running, norms_n = begun
     width = program.width
     assert width is not None
     rows, vocab = scores_bv.shape
@@ -135,11 +110,11 @@ def _loop(
     start = State(
         made=jnp.zeros((), jnp.int32),
         running=jax.tree.map(jnp.asarray, running),
-        text=jax.tree.map(jnp.asarray, text),
+        text=jax.tree.map(jnp.asarray, inputs.text),
         going=jnp.ones((), jnp.bool_),
-        key=key,
+        key=jnp.asarray(inputs.key),
         fine=jnp.ones((), jnp.bool_),
         cache=cache,
     )
     end = lax.while_loop(goes_on, step, chosen(scores_bv, start))
-    return (end.made, end.going, end.running, end.fine, end.key), end.cache
+    return (end.made, end.going, end.running, end.fine), end.key, end.cache
