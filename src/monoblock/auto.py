@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
 from pathlib import Path
 from typing import Any, ClassVar
 
+import monoblock
 from monoblock import families
 from monoblock.config import PretrainedConfig
 
@@ -41,7 +41,6 @@ class _AutoModel:
     """Chooses a model class by the checkpoint's config."""
 
     _prefix: ClassVar[str] = ""  # of this framework's class names
-    _module: ClassVar[str] = "monoblock.backends.pytorch.classes"
 
     def __init__(self) -> None:
         name = type(self).__name__
@@ -69,8 +68,8 @@ class _AutoModel:
 
     @classmethod
     def _class(cls, config: PretrainedConfig) -> Any:
-        chosen = families.auto_class(cls.__name__, config, cls._prefix)
-        return importlib.import_module(cls._module).make_class(chosen)
+        # The package's own attribute, which says what to install where a framework is missing.
+        return getattr(monoblock, families.auto_class(cls.__name__, config, cls._prefix))
 
 
 _HUB = ("revision", "token", "cache_dir", "local_files_only", "force_download", "subfolder")
@@ -110,7 +109,6 @@ class AutoModelForImageTextToText(_AutoModel):
 
 class _Flax(_AutoModel):
     _prefix = "Flax"
-    _module = "monoblock.backends.flax.classes"
 
 
 class FlaxAutoModel(_Flax):
@@ -147,7 +145,6 @@ class FlaxAutoModelForImageTextToText(_Flax):
 
 class _TF(_AutoModel):
     _prefix = "TF"
-    _module = "monoblock.backends.tf.classes"
 
 
 class TFAutoModel(_TF):

@@ -89,6 +89,15 @@ def test_a_missing_framework_is_named_with_its_pip_line(framework: str, name: st
     assert re.search(needed + re.escape(f'pip install "monoblock[{EXTRA[framework]}]"'), error), error
 
 
+@pytest.mark.parametrize(("framework", "prefix"), [("torch", ""), ("jax", "Flax"), ("tensorflow", "TF")])
+def test_an_automatic_class_names_the_missing_framework_too(framework: str, prefix: str) -> None:
+    chosen = f"monoblock.{prefix}AutoModelForCausalLM.from_config(monoblock.MptConfig())"
+    result = python(f"import sys, monoblock; sys.modules[{framework!r}] = None; {chosen}")
+    error = result.stderr.splitlines()[-1]
+    assert f"monoblock.{prefix}MptForCausalLM needs " in error, error
+    assert error.endswith(f'pip install "monoblock[{EXTRA[framework]}]"'), error
+
+
 # A public name -> the frameworks that it may load.
 OWN = {
     "GPTNeoForCausalLM": {"torch"},
