@@ -124,10 +124,12 @@ def _force_at(s: Setting, tokens: Sequence[int], length: int) -> Processor:
     return _at(s, lambda n: n == length, lambda scores: sc.only(s.ops, scores, index_k))
 
 
-def _first_choice(s: Setting) -> int:
+def _first_choice(s: Setting) -> Any:
     """The length at which the first free choice is made."""
-    forced = s.config.forced_bos_token_id is not None
-    return s.prompt_length + (s.prompt_length <= 1) if forced else s.prompt_length
+    start = s.prompt_length
+    if s.config.forced_bos_token_id is None:
+        return start
+    return s.ops.choose(start <= 1, lambda: start + 1, lambda: start)
 
 
 def _decay(value: tuple[int, float], s: Setting) -> Processor | None:

@@ -29,7 +29,7 @@ class Seeds:
 
     def next(self) -> Tensor:
         """A seed for one draw."""
-        own = tf.random.experimental.stateless_fold_in(self.seed, self.count, alg=ALGORITHM)
+        own = tf.random.fold_in(self.seed, self.count, alg=ALGORITHM)
         self.count = self.count + 1
         return own
 
@@ -49,8 +49,10 @@ def drawable(scores_bk: Tensor) -> Tensor:
 
 def noisy(seed: Tensor, scores_bk: Tensor) -> Tensor:
     """Scores whose largest is a draw from the softmax, the next largest one from the rest, and so on."""
-    shape, tiny = tf.shape(scores_bk), np.finfo(np.float32).tiny
-    uniform = tf.random.stateless_uniform(shape, seed, tiny, 1.0, scores_bk.dtype, alg=ALGORITHM)
+    # Whole random bits, of which the same numbers are made everywhere; floats that TensorFlow and XLA draw differ.
+    bits = tf.random.stateless_uniform(tf.shape(scores_bk), seed, None, None, tf.uint32, alg=ALGORITHM)
+    high = tf.bitwise.right_shift(bits, tf.constant(9, tf.uint32))  # with a half they still fit a float32
+    uniform = (tf.cast(high, scores_bk.dtype) + 0.5) * 2.0**-23
     return scores_bk - tf.math.log(-tf.math.log(uniform))
 
 

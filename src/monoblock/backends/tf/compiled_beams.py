@@ -118,7 +118,7 @@ def texts(running: search.Running, count: int, pad: int, new: int) -> tuple[Tens
     scores_pc = running.ended_pw[:, :count]
     possible_pc = scores_pc > -np.inf
     lengths_pc = tf.where(possible_pc, running.lengths_pw[:, :count], 0)
-    real = tf.reshape(tf.range(new) < lengths_pc[..., None], (prompts * count, new))
+    real = tf.reshape(tf.range(new) < lengths_pc[:, :, None], (prompts * count, new))
 
     def best(held_rn: Tensor, fill: int) -> Tensor:
         held = tf.reshape(held_rn, (prompts, beams, room))[:, :count, :new]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -94,8 +95,9 @@ class Generation(GenerationMixin):
         source. Other keywords are those of the PyTorch classes' `generate`. ValueError for what is unknown or not
         supported.
         """
-        more = {} if logits_processor is None else {"logits_processor": logits_processor}
-        inputs, arguments = self.generate_arguments(inputs, kwargs | more)
+        inputs, arguments = self.generate_arguments(inputs, kwargs)
+        if logits_processor is not None:
+            arguments["logits_processor"] = [_of_two(own) for own in logits_processor]
         arguments |= _random(seed, arguments.pop("generator", None))
         if (helper := arguments.get("assistant_model")) is not None:
             check_assistant(helper, Generation)
@@ -119,6 +121,13 @@ class Generation(GenerationMixin):
         """
         rows = None if beam_indices is None else np.asarray(beam_indices)
         return shown(transition_scores(TfOps(), np.asarray(sequences), scores, rows, normalize_logits))
+
+
+def _of_two(processor: Any) -> Any:
+    """A processor as a function of ids and scores; transformers' TF processors took the text's length besides."""
+    if not callable(processor) or "cur_len" not in inspect.signature(processor).parameters:
+        return processor
+    return lambda ids, scores: processor(ids, scores, cur_len=ids.shape[1])
 
 
 def _random(seed: Any, generator: Any) -> dict[str, Any]:

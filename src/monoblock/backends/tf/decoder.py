@@ -83,7 +83,7 @@ class Decoder:
     @property
     def past_key_values(self) -> Cache | None:
         """The cache without the bucket's padding."""
-        if self.cache is None:
+        if self.cache is None or self.cache.max_length is None:
             return None
         return steps.moved(self.cache, self.pad, self.spec, self.cache.max_length)
 
@@ -104,7 +104,7 @@ class Decoder:
         mask[:, : self.length] = given["attention_mask"]
         self._keep(given, mask)
         given["attention_mask"] = mask
-        if not seen:
+        if self.past is None or not seen:
             wanted = replace(self.wanted, fresh=True)
             found = self.steps.first(given, wanted, self._windows(), places)
             return self._taken(found, slice(self.pad, None))
