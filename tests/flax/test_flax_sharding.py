@@ -17,7 +17,7 @@ from flax_tiny import MODELS, batch, tiny
 from jax.sharding import Mesh, PartitionSpec
 
 TESTS = Path(__file__).parents[1]
-LOGITS, GRADIENTS = 1e-5, 5e-5  # fp32, 2 layers; sums of four parts round otherwise: measured 3e-6 and 4e-7
+LOGITS, GRADIENTS = 1e-5, 5e-5  # fp32; sums of four parts round otherwise: measured 3e-6 and 4e-7
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ import pytest
 from flax_tiny import MODELS, batch, tiny
 from measure import assert_close
 
-GRADIENTS = 1e-6  # fp32, 2 layers, gradients of order 1; sums in another order: measured 6e-8
+GRADIENTS = 1e-6  # fp32, gradients of order 1; sums in another order: measured 6e-8
 
 # What drops out, in each family's own words.
 DROPOUTS: dict[str, dict[str, Any]] = {
@@ -38,7 +38,7 @@ def assert_trees(what: str, ours: Any, theirs: Any, bound: float = GRADIENTS) ->
 @pytest.mark.parametrize("name", MODELS)
 def test_compiled_gradients_row_by_row(name: str) -> None:
     """`jit` of `vmap` of `grad`: the mean over rows of equal length is the gradient of the whole batch."""
-    model, ids = tiny(name), batch(padded=False)["input_ids"]
+    model, ids = tiny(name, shallow=True), batch(padded=False)["input_ids"]
     by_row = jax.jit(jax.vmap(jax.value_and_grad(lambda p, row: loss(model, p, row[None])), (None, 0)))
     values, gradients = by_row(model.params, ids)
     value, gradient = jax.jit(jax.value_and_grad(lambda p: loss(model, p, ids)))(model.params)
@@ -52,7 +52,7 @@ def test_compiled_gradients_row_by_row(name: str) -> None:
 def test_recomputation_gives_the_same_gradients_under_dropout(name: str) -> None:
     """The backward pass draws the same masks again, for padded texts too."""
     ids, mask = batch().values()
-    model, key, found = tiny(name, **DROPOUTS[name]), jax.random.key(3), []
+    model, key, found = tiny(name, shallow=True, **DROPOUTS[name]), jax.random.key(3), []
     for _ in range(2):
         step = jax.jit(jax.grad(lambda p: loss(model, p, ids, key, attention_mask=mask)))
         found.append(step(model.params))
@@ -104,7 +104,7 @@ def test_pmap() -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_dropout_is_a_function_of_its_key(name: str) -> None:
-    model, ids = tiny(name, **DROPOUTS[name]), batch(padded=False)["input_ids"]
+    model, ids = tiny(name, shallow=True, **DROPOUTS[name]), batch(padded=False)["input_ids"]
     one, two = jax.random.split(jax.random.key(0))
     run = jax.jit(lambda key: model(ids, params=model.params, dropout_rng=key, train=True).logits)
     first, again, other = run(one), run(one), run(two)
