@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import re
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -249,6 +250,22 @@ def test_ten_prompts_of_ten_lengths_are_traced_once(
         out = model.generate(ids[:, :length], **{**ASKED, **asked, "max_new_tokens": length - 15}, **GRAPH)
         assert out.shape == (1, 2 * length - 15)
     assert steps_of(model, compiled=False).traces() == before
+
+
+def test_xla_compiles_a_step_once(pair: Callable[[str], Pair]) -> None:
+    """Not for each length of the cache, which a slice in the step would have it do."""
+    _, model = pair(GPT_NEO)
+    ids = prompts(GPT_NEO, "none")["input_ids"].numpy()[:1]
+    asked = {**ASKED, "logits_processor": [lambda ids, scores: scores]}
+
+    def seconds(length: int, new: int) -> float:
+        before = time.process_time()
+        model.generate(ids[:, :length], **{**asked, "max_new_tokens": new})
+        return time.process_time() - before
+
+    compiling = seconds(17, 2)
+    # Ten lengths more: hundredths of a second, or ten times as long as it took to compile one.
+    assert seconds(18, 12) < compiling / 2
 
 
 def test_other_weights_need_no_trace_and_other_variables_do() -> None:

@@ -79,7 +79,7 @@ class Generation(GenerationMixin):
         seed: Any = None,
         jit_compile: bool = True,
         **kwargs: Any,
-    ) -> tf.Tensor | TFModelOutput:
+    ) -> Any:
         """Continue prompts, (batch, tokens) or what a tokenizer returns.
 
         Gives ids (batch, prompt + new), or with `return_dict_in_generate=True` a TFGreedySearchDecoderOnlyOutput

@@ -47,10 +47,12 @@ class Steps:
         self.functions: dict[Any, Any] = {}
 
     def run(self, key: Any, function: Callable[..., Any], *tensors: Any) -> Any:
-        """`function(*tensors)`, which is traced when `key` is met for the first time."""
+        """`function(*tensors)`, which is traced when `key` is met for the first time with these shapes."""
         tensors = tf.nest.map_structure(shown, tensors)
         if not self.traced:
             return function(*tensors)
+        # A function of its own for each: TensorFlow warns of one that is traced often.
+        key = (key, *(tuple(x.shape) for x in tf.nest.flatten(tensors)))
         if key not in self.functions:
             self.functions[key] = tf.function(function, jit_compile=self.compiled or None, autograph=False)
         return self.functions[key](*tensors)
