@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -70,11 +71,8 @@ def test_old_classes_trees_are_laid_out_as_they_were() -> None:
 
 
 def test_dtypes_are_the_files(tmp_path: Path) -> None:
-    half = torch_model(NAME).to(torch.bfloat16)
-    try:
-        half.save_pretrained(tmp_path)
-    finally:
-        half.to(torch.float32)
+    half = copy.deepcopy(torch_model(NAME)).to(torch.bfloat16)
+    half.save_pretrained(tmp_path)
     model = monoblock.FlaxGPTNeoForCausalLM.from_pretrained(tmp_path, dtype=jnp.float32)
     assert {x.dtype for x in jax.tree.leaves(model.params)} == {jnp.dtype(jnp.bfloat16)}
     assert model.dtype == jnp.float32 and model(ids_of()).logits.dtype == jnp.float32

@@ -320,10 +320,7 @@ def test_texts_end_with_the_table_of_positions(how: dict[str, Any]) -> None:
     theirs, ours = pair("GPTNeoForCausalLM")
     given = {"input_ids": families_made.texts("GPTNeoForCausalLM", "none")[0][:1, :20]}
     asked = {**VARIED, "max_new_tokens": 64 - 20 + 1}
-    expected, found = tokens(theirs, given, **asked)[0], tokens(ours, given, **asked, **how)[0]
-    # So long a text comes upon two tokens with scores as good as equal: there the backends may part.
-    assert len(found) == len(expected) == 65
-    assert found[:40] == expected[:40]
+    assert tokens(ours, given, **asked, **how) == tokens(theirs, given, **asked)
     with pytest.raises(
         ValueError, match="the model has 64 learned positions, but the text with its past has 65"
     ):
