@@ -77,9 +77,14 @@ class Layer:
 
         return replace(self, keys=put(self.keys, keys_bgnd), values=put(self.values, values_bgnd))
 
-    def appended(self, keys_bgnd: Array, values_bgnd: Array) -> Layer:
-        """The layer with n more tokens after `length` ones."""
+    def appended(self, keys_bgnd: Array, values_bgnd: Array, read_bhnd: Array | None = None) -> Layer:
+        """The layer with n more tokens after `length` ones. `read_bhnd` is what was computed from the layer as it was:
+        a loop can write where it lies only after that, and XLA must be told, or it copies the whole layer."""
         n, slots = keys_bgnd.shape[2], self.slots
+        if read_bhnd is not None:
+            # Never true, which XLA does not know: what is written now depends on what was read.
+            late = read_bhnd.reshape(*keys_bgnd.shape[:2], -1, keys_bgnd.shape[3])[:, :, :n] > jnp.inf
+            keys_bgnd, values_bgnd = (jnp.where(late, 0, new) for new in (keys_bgnd, values_bgnd))
         kept = min(n, slots)
         slot = (self.length + jnp.arange(n - kept, n)) % slots
 

@@ -99,19 +99,34 @@ class Attention(nn.Module):
         if call.cos is not None and call.sin is not None:
             q = rotate(q, call.cos, call.sin)
             k = k if self.late_rotary else rotate(k, call.cos, call.sin)
-        k, v, scope, layer = self.remembered(k, v, call, layer)
-        if self.late_rotary:
-            k = self.turned(k, call, scope)
-        scope = replace(scope, window=self.window)
         att, p = self.spec.attention, self.spec.dropout.attention if call.train else 0.0
-        kernel = attention.Kernel(scale=att.scale, softcap=att.softcap, dropout=p)
-        key = self.make_rng("dropout") if p else None
-        if call.attentions:
-            out, weights = attention.attend_eager(q, k, v, scope, kernel, key)
+        kernel, weights = attention.Kernel(scale=att.scale, softcap=att.softcap, dropout=p), None
+        if layer is not None and self.steps(q, call):
+            out, layer = self.next(q, k, v, call, layer, kernel)
         else:
-            out, weights = attention.attend(q, k, v, scope, kernel, key), None
+            k, v, scope, layer = self.remembered(k, v, call, layer)
+            k, scope = self.turned(k, call, scope), replace(scope, window=self.window)
+            key = self.make_rng("dropout") if p else None
+            if call.attentions:
+                out, weights = attention.attend_eager(q, k, v, scope, kernel, key)
+            else:
+                out = attention.attend(q, k, v, scope, kernel, key)
         out = out.swapaxes(1, 2).reshape(*x_bsw.shape[:2], self.sizes[0])
         return self.out(out), weights, layer
+
+    def steps(self, q: Array, call: Call) -> bool:
+        """Whether this is one token after others, with nothing that needs its key among theirs."""
+        return q.shape[2] == 1 and not (call.fresh or call.train or call.attentions or self.late_rotary)
+
+    def next(
+        self, q: Array, k: Array, v: Array, call: Call, layer: Layer, kernel: attention.Kernel
+    ) -> tuple[Array, Layer]:
+        """One token over the cache and itself, and the layer with it."""
+        places = jnp.concatenate((layer.places(layer.length), call.scope.index_q))
+        scope = replace(call.scope.of_keys(places), window=self.window)
+        held = (layer.keys.astype(k.dtype), layer.values.astype(v.dtype))
+        out = attention.attend_next(q, (k, v), held, scope, kernel)
+        return out, layer.appended(k, v, read_bhnd=out)
 
     def heads(self, qkv: Array) -> tuple[Array, Array, Array]:
         """Queries (b, h, s, d), keys and values (b, g, s, d), clipped and normed."""
@@ -145,8 +160,9 @@ class Attention(nn.Module):
         return k, v, call.scope.of_keys(places), after
 
     def turned(self, k: Array, call: Call, scope: Scope) -> Array:
-        """All cached keys turned by the angles of today's length."""
-        assert self.late_rotary is not None
+        """The keys; those that were cached unturned are turned by the angles of today's length."""
+        if self.late_rotary is None:
+            return k
         last = scope.index_q[-1:]
         length_b = jnp.take(call.key_positions_bk, last, axis=1)[:, 0] + 1
         positions = jnp.take(call.key_positions_bk, jnp.maximum(scope.index_k, 0), axis=1)
