@@ -2,42 +2,23 @@
 
 from __future__ import annotations
 
-import os
-import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from documents import DOCS, ROOT, blocks, run, run_python
 
-ROOT = Path(__file__).parents[2]
 # docs/demo.md quotes what the model writes, which is not always Python. The examples of the others name checkpoints
-# that are not here: tests of their own run them on tiny ones (test_convert_docs.py, test_visualizer.py).
-ELSEWHERE = {"demo.md", "convert.md", "attention.md"}
-DOCUMENTS = [ROOT / "README.md", *sorted(p for p in (ROOT / "docs").glob("*.md") if p.name not in ELSEWHERE)]
-BLOCK = re.compile(r"^```(python|sh)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-
-
-def blocks(document: Path, language: str) -> list[str]:
-    found = BLOCK.findall(document.read_text(encoding="utf-8"))
-    return [code for kind, code in found if kind == language]
-
-
-def run(command: list[str], folder: Path) -> None:
-    # Commands of the documents are those of this environment.
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    env = os.environ | {"PATH": path, "HF_HUB_OFFLINE": "1"}
-    result = subprocess.run(
-        command, cwd=folder, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
+# that are not here: tests of their own run them on tiny ones (test_convert_docs.py, test_visualizer.py). The page of
+# TensorFlow has its test in tests/tf.
+ELSEWHERE = {"demo.md", "convert.md", "attention.md", "tensorflow.md"}
+DOCUMENTS = [ROOT / "README.md", *sorted(path for path in DOCS.glob("*.md") if path.name not in ELSEWHERE)]
 
 
 @pytest.mark.parametrize(
     "document", [d for d in DOCUMENTS if blocks(d, "python")], ids=lambda path: path.name
 )
 def test_python_examples(document: Path, tmp_path: Path) -> None:
-    run([sys.executable, "-c", "\n".join(blocks(document, "python"))], tmp_path)
+    run_python(document, tmp_path)
 
 
 COMMANDS = [

@@ -1,0 +1,35 @@
+"""The examples of README and docs: found in a document, and run as a reader would, in a new process."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+BLOCK = re.compile(r"^```(python|sh)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def blocks(document: Path, language: str) -> list[str]:
+    """The examples of a document in one language, in its order."""
+    found = BLOCK.findall(document.read_text(encoding="utf-8"))
+    return [code for kind, code in found if kind == language]
+
+
+def run(command: list[str], folder: Path) -> None:
+    """Run a command in a folder of its own, off the network; it must succeed."""
+    # Commands of the documents are those of this environment.
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    env = os.environ | {"PATH": path, "HF_HUB_OFFLINE": "1"}
+    result = subprocess.run(
+        command, cwd=folder, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=240
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def run_python(document: Path, folder: Path) -> None:
+    """Run a document's Python, one example after the other in one process."""
+    run([sys.executable, "-c", "\n".join(blocks(document, "python"))], folder)

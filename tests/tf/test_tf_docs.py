@@ -1,0 +1,11 @@
+"""The examples of the page of TensorFlow run on the embedded model, in their order."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from documents import DOCS, run_python
+
+
+def test_examples(tmp_path: Path) -> None:
+    run_python(DOCS / "tensorflow.md", tmp_path)
