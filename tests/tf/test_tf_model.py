@@ -23,7 +23,7 @@ import monoblock
 from monoblock.backends.tf.classes import make_class
 from monoblock.backends.tf.ops import bucketed
 from monoblock.backends.tf.outputs import TFModelOutput, output_class
-from monoblock.errors import CheckpointError, ShapeMismatch
+from monoblock.errors import CheckpointError, ShapeMismatch, UnsupportedConfig
 
 IDS = np.array([[5, 9, 11, 20], [7, 30, 31, 32]])
 MASK = np.array([[1, 1, 1, 1], [1, 1, 1, 0]])
@@ -398,3 +398,8 @@ def test_other_backends_of_keras_are_refused() -> None:
 def test_keras_names_the_layers() -> None:
     assert [layer.name for layer in model("MistralForCausalLM").layers] == ["backbone", "head"]
     assert keras.backend.backend() == "tensorflow"
+
+
+def test_a_loss_for_each_token_is_refused() -> None:
+    with pytest.raises(UnsupportedConfig, match="tf_legacy_loss=True: losses are a mean"):
+        monoblock.TFMPNetForTokenClassification(monoblock.MPNetConfig(tf_legacy_loss=True))

@@ -30,6 +30,7 @@ from monoblock.checkpoint.options import HubOptions
 from monoblock.checkpoint.save import save_tensors
 from monoblock.checkpoint.store import open_store
 from monoblock.config import CONFIG_NAME, PretrainedConfig
+from monoblock.errors import UnsupportedConfig
 from monoblock.generation.config import GENERATION_CONFIG_NAME
 
 log = logging.getLogger("monoblock")
@@ -53,6 +54,10 @@ class TFPreTrainedModel(Training, Serving, Parameters, Generation):
         if inputs or not isinstance(config, self.family.config):
             wanted, got = self.family.config.__name__, type(inputs[0] if inputs else config).__name__
             raise ValueError(f"{self.row.name} takes a {wanted} and keywords, got {got}")
+        if getattr(config, "tf_legacy_loss", False):
+            raise UnsupportedConfig(
+                "tf_legacy_loss=True: losses are a mean over the labels here; set it to False"
+            )
         # Labels and masks keep their dtypes: what computes in another one casts for itself.
         super().__init__(autocast=False, **kwargs)
         self.config = config
@@ -178,6 +183,10 @@ class TFPreTrainedModel(Training, Serving, Parameters, Generation):
         nested = tokens is not None and len(tokens.shape) == (3 if "input_ids" in given else 4)
         rows = 0 if tokens is None else size(tokens, 0) * (size(tokens, 1) if nested else 1)
         return init_cache(self.spec, rows, None, self.compute_dtype), True
+
+    def init_cache(self, batch_size: int, max_length: int) -> Cache:
+        """An empty cache for so many rows of up to `max_length` tokens, to be given as `past_key_values`."""
+        return init_cache(self.spec, batch_size, max_length, self.compute_dtype)
 
     def _wanted(self, made: Checked, options: Mapping[str, Any], train: bool) -> Wanted:
         keep = options.get("logits_to_keep") or 0
