@@ -106,7 +106,12 @@ class {cls.__name__}(TFPreTrainedModel):
     def call(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
 {_lines(arguments)}    ) -> TF{row.output} | tuple[Any, ...]: ...
-    def __call__(self, inputs: Any = None, *args: Any, **kwargs: Any) -> TF{row.output} | tuple[Any, ...]: ...
+    def __call__(
+        self,
+        inputs: Any = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> TF{row.output} | tuple[Any, ...]: ...
 """
 
 

@@ -1309,7 +1309,12 @@ class TFFuyuForCausalLM(TFPreTrainedModel):
         logits_to_keep: Any = None,
         pixel_values: Any = None,
     ) -> TFCausalLMOutputWithPast | tuple[Any, ...]: ...
-    def __call__(self, inputs: Any = None, *args: Any, **kwargs: Any) -> TFCausalLMOutputWithPast | tuple[Any, ...]: ...
+    def __call__(
+        self,
+        inputs: Any = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> TFCausalLMOutputWithPast | tuple[Any, ...]: ...
 
 class TFGPTNeoForCausalLM(TFPreTrainedModel):
     config: GPTNeoConfig
@@ -1333,7 +1338,12 @@ class TFGPTNeoForCausalLM(TFPreTrainedModel):
         num_items_in_batch: Any = None,
         logits_to_keep: Any = None,
     ) -> TFCausalLMOutputWithCrossAttentions | tuple[Any, ...]: ...
-    def __call__(self, inputs: Any = None, *args: Any, **kwargs: Any) -> TFCausalLMOutputWithCrossAttentions | tuple[Any, ...]: ...
+    def __call__(
+        self,
+        inputs: Any = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> TFCausalLMOutputWithCrossAttentions | tuple[Any, ...]: ...
 
 class TFGPTNeoForQuestionAnswering(TFPreTrainedModel):
     config: GPTNeoConfig
@@ -1357,7 +1367,12 @@ class TFGPTNeoForQuestionAnswering(TFPreTrainedModel):
         sequence_id: Any = None,
         num_items_in_batch: Any = None,
     ) -> TFQuestionAnsweringModelOutput | tuple[Any, ...]: ...
-    def __call__(self, inputs: Any = None, *args: Any, **kwargs: Any) -> TFQuestionAnsweringModelOutput | tuple[Any, ...]: ...
+    def __call__(
+        self,
+        inputs: Any = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> TFQuestionAnsweringModelOutput | tuple[Any, ...]: ...
 
 class TFGPTNeoForSequenceClassification(TFPreTrainedModel):
     config: GPTNeoConfig
@@ -1380,7 +1395,12 @@ class TFGPTNeoForSequenceClassification(TFPreTrainedModel):
         sequence_id: Any = None,
         num_items_in_batch: Any = None,
     ) -> TFSequenceClassifierOutputWithPast | tuple[Any, ...]: ...
-    def __call__(self, inputs: Any = None, *args: Any, **kwargs: Any) -> TFSequenceClassifierOutputWithPast | tuple[Any, ...]: ...
+    def __call__(
+        self,
+        inputs: Any = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> TFSequenceClassifierOutputWithPast | tuple[Any, ...]: ...
 
 class TFGPTNeoForTokenClassification(TFPreTrainedModel):
     config: GPTNeoConfig
@@ -1403,7 +1423,12 @@ class TFGPTNeoForTokenClassification(TFPreTrainedModel):
         sequence_id: Any = None,
         num_items_in_batch: Any = None,
     ) -> TFTokenClassifierOutput | tuple[Any, ...]: ...
-    def __call__(self, inputs: Any = None, *args: Any, **kwargs: Any) -> TFTokenClassifierOutput | tuple[Any, ...]: ...
+    def __call__(
+        self,
+        inputs: Any = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> TFTokenClassifierOutput | tuple[Any, ...]: ...
 
 class TFGPTNeoModel(TFPreTrainedModel):
     config: GPTNeoConfig
@@ -1425,7 +1450,12 @@ class TFGPTNeoModel(TFPreTrainedModel):
         sequence_id: Any = None,
         num_items_in_batch: Any = None,
     ) -> TFBaseModelOutputWithPastAndCrossAttentions | tuple[Any, ...]: ...
-    def __call__(self, inputs: Any = None, *args: Any, **kwargs: Any) -> TFBaseModelOutputWithPastAndCrossAttentions | tuple[Any, ...]: ...
+    def __call__(
+        self,
+        inputs: Any = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> TFBaseModelOutputWithPastAndCrossAttentions | tuple[Any, ...]: ...
 
 class TFMPNetForMaskedLM(TFPreTrainedModel):
     config: MPNetConfig
@@ -1447,7 +1477,12 @@ class TFMPNetForMaskedLM(TFPreTrainedModel):
         sequence_id: Any = None,
         num_items_in_batch: Any = None,
     ) -> TFMaskedLMOutput | tuple[Any, ...]: ...
-    def __call__(self, inputs: Any = None, *args: Any, **kwargs: Any) -> TFMaskedLMOutput | tuple[Any, ...]: ...
+    def __call__(
+        self,
+        inputs: Any = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> TFMaskedLMOutput | tuple[Any, ...]: ...
 
 class TFMPNetForMultipleChoice(TFPreTrainedModel):
     config: MPNetConfig
@@ -1469,7 +1504,12 @@ class TFMPNetForMultipleChoice(TFPreTrainedModel):
         sequence_id: Any = None,
         num_items_in_batch: Any = None,
     ) -> TFMultipleChoiceModelOutput | tuple[Any, ...]: ...
-    def __call__(self, inputs: Any = None, *args: Any, **kwargs: Any) -> TFMultipleChoiceModelOutput | tuple[Any, ...]: ...
+    def __call__(
+        self,
+        inputs: Any = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> TFMultipleChoiceModelOutput | tuple[Any, ...]: ...
 
 class TFMPNetForQuestionAnswering(TFPreTrainedModel):
     config: MPNetConfig
@@ -1492,7 +1532,12 @@ class TFMPNetForQuestionAnswering(TFPreTrainedModel):
         sequence_id: Any = None,
         num_items_in_batch: Any = None,
     ) -> TFQuestionAnsweringModelOutput | tuple[Any, ...]: ...
-    def __call__(self, inputs: Any = None, *args: Any, **kwargs: Any) -> TFQuestionAnsweringModelOutput | tuple[Any, ...]: ...
+    def __call__(
+        self,
+        inputs: Any = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> TFQuestionAnsweringModelOutput | tuple[Any, ...]: ...
 
 class TFMPNetForSequenceClassification(TFPreTrainedModel):
     config: MPNetConfig
@@ -1514,7 +1559,12 @@ class TFMPNetForSequenceClassification(TFPreTrainedModel):
         sequence_id: Any = None,
         num_items_in_batch: Any = None,
     ) -> TFSequenceClassifierOutput | tuple[Any, ...]: ...
-    def __call__(self, inputs: Any = None, *args: Any, **kwargs: Any) -> TFSequenceClassifierOutput | tuple[Any, ...]: ...
+    def __call__(
+        self,
+        inputs: Any = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> TFSequenceClassifierOutput | tuple[Any, ...]: ...
 
 class TFMPNetForTokenClassification(TFPreTrainedModel):
     config: MPNetConfig
@@ -1536,7 +1586,12 @@ class TFMPNetForTokenClassification(TFPreTrainedModel):
         sequence_id: Any = None,
         num_items_in_batch: Any = None,
     ) -> TFTokenClassifierOutput | tuple[Any, ...]: ...
-    def __call__(self, inputs: Any = None, *args: Any, **kwargs: Any) -> TFTokenClassifierOutput | tuple[Any, ...]: ...
+    def __call__(
+        self,
+        inputs: Any = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> TFTokenClassifierOutput | tuple[Any, ...]: ...
 
 class TFMPNetModel(TFPreTrainedModel):
     config: MPNetConfig
@@ -1557,7 +1612,12 @@ class TFMPNetModel(TFPreTrainedModel):
         sequence_id: Any = None,
         num_items_in_batch: Any = None,
     ) -> TFBaseModelOutputWithPooling | tuple[Any, ...]: ...
-    def __call__(self, inputs: Any = None, *args: Any, **kwargs: Any) -> TFBaseModelOutputWithPooling | tuple[Any, ...]: ...
+    def __call__(
+        self,
+        inputs: Any = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> TFBaseModelOutputWithPooling | tuple[Any, ...]: ...
 
 class TFMistralForCausalLM(TFPreTrainedModel):
     config: MistralConfig
@@ -1579,7 +1639,12 @@ class TFMistralForCausalLM(TFPreTrainedModel):
         num_items_in_batch: Any = None,
         logits_to_keep: Any = None,
     ) -> TFCausalLMOutputWithPast | tuple[Any, ...]: ...
-    def __call__(self, inputs: Any = None, *args: Any, **kwargs: Any) -> TFCausalLMOutputWithPast | tuple[Any, ...]: ...
+    def __call__(
+        self,
+        inputs: Any = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> TFCausalLMOutputWithPast | tuple[Any, ...]: ...
 
 class TFMistralForQuestionAnswering(TFPreTrainedModel):
     config: MistralConfig
@@ -1601,7 +1666,12 @@ class TFMistralForQuestionAnswering(TFPreTrainedModel):
         sequence_id: Any = None,
         num_items_in_batch: Any = None,
     ) -> TFQuestionAnsweringModelOutput | tuple[Any, ...]: ...
-    def __call__(self, inputs: Any = None, *args: Any, **kwargs: Any) -> TFQuestionAnsweringModelOutput | tuple[Any, ...]: ...
+    def __call__(
+        self,
+        inputs: Any = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> TFQuestionAnsweringModelOutput | tuple[Any, ...]: ...
 
 class TFMistralForSequenceClassification(TFPreTrainedModel):
     config: MistralConfig
@@ -1622,7 +1692,12 @@ class TFMistralForSequenceClassification(TFPreTrainedModel):
         sequence_id: Any = None,
         num_items_in_batch: Any = None,
     ) -> TFSequenceClassifierOutputWithPast | tuple[Any, ...]: ...
-    def __call__(self, inputs: Any = None, *args: Any, **kwargs: Any) -> TFSequenceClassifierOutputWithPast | tuple[Any, ...]: ...
+    def __call__(
+        self,
+        inputs: Any = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> TFSequenceClassifierOutputWithPast | tuple[Any, ...]: ...
 
 class TFMistralForTokenClassification(TFPreTrainedModel):
     config: MistralConfig
@@ -1643,7 +1718,12 @@ class TFMistralForTokenClassification(TFPreTrainedModel):
         sequence_id: Any = None,
         num_items_in_batch: Any = None,
     ) -> TFTokenClassifierOutput | tuple[Any, ...]: ...
-    def __call__(self, inputs: Any = None, *args: Any, **kwargs: Any) -> TFTokenClassifierOutput | tuple[Any, ...]: ...
+    def __call__(
+        self,
+        inputs: Any = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> TFTokenClassifierOutput | tuple[Any, ...]: ...
 
 class TFMistralModel(TFPreTrainedModel):
     config: MistralConfig
@@ -1663,7 +1743,12 @@ class TFMistralModel(TFPreTrainedModel):
         sequence_id: Any = None,
         num_items_in_batch: Any = None,
     ) -> TFBaseModelOutputWithPast | tuple[Any, ...]: ...
-    def __call__(self, inputs: Any = None, *args: Any, **kwargs: Any) -> TFBaseModelOutputWithPast | tuple[Any, ...]: ...
+    def __call__(
+        self,
+        inputs: Any = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> TFBaseModelOutputWithPast | tuple[Any, ...]: ...
 
 class TFMptForCausalLM(TFPreTrainedModel):
     config: MptConfig
@@ -1685,7 +1770,12 @@ class TFMptForCausalLM(TFPreTrainedModel):
         num_items_in_batch: Any = None,
         logits_to_keep: Any = None,
     ) -> TFCausalLMOutputWithCrossAttentions | tuple[Any, ...]: ...
-    def __call__(self, inputs: Any = None, *args: Any, **kwargs: Any) -> TFCausalLMOutputWithCrossAttentions | tuple[Any, ...]: ...
+    def __call__(
+        self,
+        inputs: Any = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> TFCausalLMOutputWithCrossAttentions | tuple[Any, ...]: ...
 
 class TFMptForQuestionAnswering(TFPreTrainedModel):
     config: MptConfig
@@ -1707,7 +1797,12 @@ class TFMptForQuestionAnswering(TFPreTrainedModel):
         sequence_id: Any = None,
         num_items_in_batch: Any = None,
     ) -> TFQuestionAnsweringModelOutput | tuple[Any, ...]: ...
-    def __call__(self, inputs: Any = None, *args: Any, **kwargs: Any) -> TFQuestionAnsweringModelOutput | tuple[Any, ...]: ...
+    def __call__(
+        self,
+        inputs: Any = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> TFQuestionAnsweringModelOutput | tuple[Any, ...]: ...
 
 class TFMptForSequenceClassification(TFPreTrainedModel):
     config: MptConfig
@@ -1728,7 +1823,12 @@ class TFMptForSequenceClassification(TFPreTrainedModel):
         sequence_id: Any = None,
         num_items_in_batch: Any = None,
     ) -> TFSequenceClassifierOutputWithPast | tuple[Any, ...]: ...
-    def __call__(self, inputs: Any = None, *args: Any, **kwargs: Any) -> TFSequenceClassifierOutputWithPast | tuple[Any, ...]: ...
+    def __call__(
+        self,
+        inputs: Any = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> TFSequenceClassifierOutputWithPast | tuple[Any, ...]: ...
 
 class TFMptForTokenClassification(TFPreTrainedModel):
     config: MptConfig
@@ -1749,7 +1849,12 @@ class TFMptForTokenClassification(TFPreTrainedModel):
         sequence_id: Any = None,
         num_items_in_batch: Any = None,
     ) -> TFTokenClassifierOutput | tuple[Any, ...]: ...
-    def __call__(self, inputs: Any = None, *args: Any, **kwargs: Any) -> TFTokenClassifierOutput | tuple[Any, ...]: ...
+    def __call__(
+        self,
+        inputs: Any = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> TFTokenClassifierOutput | tuple[Any, ...]: ...
 
 class TFMptModel(TFPreTrainedModel):
     config: MptConfig
@@ -1769,7 +1874,12 @@ class TFMptModel(TFPreTrainedModel):
         sequence_id: Any = None,
         num_items_in_batch: Any = None,
     ) -> TFBaseModelOutputWithPastAndCrossAttentions | tuple[Any, ...]: ...
-    def __call__(self, inputs: Any = None, *args: Any, **kwargs: Any) -> TFBaseModelOutputWithPastAndCrossAttentions | tuple[Any, ...]: ...
+    def __call__(
+        self,
+        inputs: Any = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> TFBaseModelOutputWithPastAndCrossAttentions | tuple[Any, ...]: ...
 
 class TFOpenAIGPTDoubleHeadsModel(TFPreTrainedModel):
     config: OpenAIGPTConfig
@@ -1794,7 +1904,12 @@ class TFOpenAIGPTDoubleHeadsModel(TFPreTrainedModel):
         sequence_id: Any = None,
         num_items_in_batch: Any = None,
     ) -> TFOpenAIGPTDoubleHeadsModelOutput | tuple[Any, ...]: ...
-    def __call__(self, inputs: Any = None, *args: Any, **kwargs: Any) -> TFOpenAIGPTDoubleHeadsModelOutput | tuple[Any, ...]: ...
+    def __call__(
+        self,
+        inputs: Any = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> TFOpenAIGPTDoubleHeadsModelOutput | tuple[Any, ...]: ...
 
 class TFOpenAIGPTForSequenceClassification(TFPreTrainedModel):
     config: OpenAIGPTConfig
@@ -1817,7 +1932,12 @@ class TFOpenAIGPTForSequenceClassification(TFPreTrainedModel):
         sequence_id: Any = None,
         num_items_in_batch: Any = None,
     ) -> TFSequenceClassifierOutput | tuple[Any, ...]: ...
-    def __call__(self, inputs: Any = None, *args: Any, **kwargs: Any) -> TFSequenceClassifierOutput | tuple[Any, ...]: ...
+    def __call__(
+        self,
+        inputs: Any = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> TFSequenceClassifierOutput | tuple[Any, ...]: ...
 
 class TFOpenAIGPTLMHeadModel(TFPreTrainedModel):
     config: OpenAIGPTConfig
@@ -1841,7 +1961,12 @@ class TFOpenAIGPTLMHeadModel(TFPreTrainedModel):
         num_items_in_batch: Any = None,
         logits_to_keep: Any = None,
     ) -> TFCausalLMOutput | tuple[Any, ...]: ...
-    def __call__(self, inputs: Any = None, *args: Any, **kwargs: Any) -> TFCausalLMOutput | tuple[Any, ...]: ...
+    def __call__(
+        self,
+        inputs: Any = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> TFCausalLMOutput | tuple[Any, ...]: ...
 
 class TFOpenAIGPTModel(TFPreTrainedModel):
     config: OpenAIGPTConfig
@@ -1863,4 +1988,9 @@ class TFOpenAIGPTModel(TFPreTrainedModel):
         sequence_id: Any = None,
         num_items_in_batch: Any = None,
     ) -> TFBaseModelOutput | tuple[Any, ...]: ...
-    def __call__(self, inputs: Any = None, *args: Any, **kwargs: Any) -> TFBaseModelOutput | tuple[Any, ...]: ...
+    def __call__(
+        self,
+        inputs: Any = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> TFBaseModelOutput | tuple[Any, ...]: ...
