@@ -13,9 +13,11 @@ from jax import Array, lax
 
 from monoblock.backends.flax.ops import LOWEST, Scope
 
-# Queries of one block of the block-wise kernel, and into how many parts a long causal text is cut: each part sees the
-# keys up to its own end, so that with four parts five eighths of the square are computed.
+# Queries of one block of the block-wise kernel, fewer where its scores would take more bytes than that; and into how
+# many parts a long causal text is cut: each sees the keys up to its own end, so that with four parts five eighths of
+# the square are computed.
 QUERY_BLOCK = 128
+SCORES = 128 * 2**20
 PARTS = 4
 
 
@@ -32,11 +34,22 @@ def attend(
     q_bhqd: Array, k_bgkd: Array, v_bgkd: Array, scope: Scope, kernel: Kernel, key: Array | None = None
 ) -> Array:
     """Attention, (b, h, q, d), in blocks of queries where there are many. `key` is the dropout's."""
-    if q_bhqd.shape[2] <= QUERY_BLOCK:
+    if q_bhqd.shape[2] <= _block_size(q_bhqd, k_bgkd, scope):
         out = _block(q_bhqd, k_bgkd, v_bgkd, scope, kernel, key)
     else:
         out = _by_blocks(q_bhqd, k_bgkd, v_bgkd, scope, kernel, key)
     return _evened(out, v_bgkd, scope)
+
+
+def _block_size(q_bhqd: Array, k_bgkd: Array, scope: Scope) -> int:
+    """How many queries one block has: a power of two below `QUERY_BLOCK` if many keys ask for it."""
+    keys = k_bgkd.shape[2]
+    if scope.aligned and scope.window is not None:
+        keys = min(keys, scope.window + QUERY_BLOCK)
+    size, row = QUERY_BLOCK, 4 * q_bhqd.shape[0] * q_bhqd.shape[1] * keys
+    while size > 1 and size * row > SCORES:
+        size //= 2
+    return size
 
 
 def _evened(out_bhqd: Array, v_bgkd: Array, scope: Scope) -> Array:
@@ -80,9 +93,9 @@ def _by_blocks(
     q_bhqd: Array, k_bgkd: Array, v_bgkd: Array, scope: Scope, kernel: Kernel, key: Array | None
 ) -> Array:
     """One block of queries after the other; the backward pass computes each block's weights again."""
-    length = q_bhqd.shape[2]
-    blocks = -(-length // QUERY_BLOCK)
-    padding = blocks * QUERY_BLOCK - length
+    length, size = q_bhqd.shape[2], _block_size(q_bhqd, k_bgkd, scope)
+    blocks = -(-length // size)
+    padding = blocks * size - length
     q_bhqd = jnp.pad(q_bhqd, ((0, 0), (0, 0), (0, padding), (0, 0)))
     scope = replace(
         scope,
@@ -94,11 +107,11 @@ def _by_blocks(
     ends = [-(-blocks * (i + 1) // parts) for i in range(parts)]
     out = []
     for begin, end in zip([0, *ends], ends, strict=False):
-        keys = min(end * QUERY_BLOCK, k_bgkd.shape[2]) if parts > 1 else k_bgkd.shape[2]
+        keys = min(end * size, k_bgkd.shape[2]) if parts > 1 else k_bgkd.shape[2]
 
         @jax.checkpoint
         def block(index: Array, keys: int = keys) -> Array:
-            return _one_of(index, keys, (q_bhqd, k_bgkd, v_bgkd), scope, kernel, key)
+            return _one_of(index, size, keys, (q_bhqd, k_bgkd, v_bgkd), scope, kernel, key)
 
         out.append(lax.map(block, jnp.arange(begin, end)))
     joined = jnp.concatenate(out) if len(out) > 1 else out[0]  # (blocks, b, h, q, d)
@@ -106,19 +119,25 @@ def _by_blocks(
 
 
 def _one_of(
-    index: Array, keys: int, qkv: tuple[Array, Array, Array], scope: Scope, kernel: Kernel, key: Array | None
+    index: Array,
+    size: int,
+    keys: int,
+    qkv: tuple[Array, Array, Array],
+    scope: Scope,
+    kernel: Kernel,
+    key: Array | None,
 ) -> Array:
-    """The block of queries of that number over the first `keys` keys, or over those of its window."""
+    """The block of that number, of `size` queries, over the first `keys` keys, or over those of its window."""
     q_bhqd, k_bgkd, v_bgkd = qkv
-    start, first = index * QUERY_BLOCK, 0
-    if scope.aligned and scope.window is not None and scope.window + QUERY_BLOCK - 1 < keys:
-        first = jnp.clip(start - scope.window + 1, 0, keys - (scope.window + QUERY_BLOCK - 1))
-        keys = scope.window + QUERY_BLOCK - 1
+    start, first = index * size, 0
+    if scope.aligned and scope.window is not None and scope.window + size - 1 < keys:
+        first = jnp.clip(start - scope.window + 1, 0, keys - (scope.window + size - 1))
+        keys = scope.window + size - 1
     return _block(
-        lax.dynamic_slice_in_dim(q_bhqd, start, QUERY_BLOCK, axis=2),
+        lax.dynamic_slice_in_dim(q_bhqd, start, size, axis=2),
         lax.dynamic_slice_in_dim(k_bgkd, first, keys, axis=2),
         lax.dynamic_slice_in_dim(v_bgkd, first, keys, axis=2),
-        scope.part(start, QUERY_BLOCK, first, keys),
+        scope.part(start, size, first, keys),
         kernel,
         None if key is None else jax.random.fold_in(key, index),
     )
