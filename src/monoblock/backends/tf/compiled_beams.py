@@ -68,10 +68,10 @@ def looped(model: Any, program: Program, start: Start) -> State:
         total_pw = tf.reshape(total_bv, (prompts, width.beams * vocab))
         seeds = Seeds(start.seed, state.draws, state.fine)
         if program.do_sample:
-            index_pk = tf.cast(OPS.draw(total_pw, count, seeds), tf.int32)
+            index_pk = tf.cast(OPS.draw(total_pw, count, seeds), tf.int32)  # the host's are int64, eagerly
             values_pk = OPS.take_along(total_pw, index_pk)
         else:
-            values_pk, index_pk = tf.math.top_k(total_pw, count)
+            values_pk, index_pk = OPS.top_k(total_pw, count)
         token_pk = index_pk % vocab
         ends_pk = program.ends(token_pk) | (state.made + 1 == start.limits[1])
         found = search.Candidates(values_pk, index_pk // vocab, token_pk, ends_pk)
