@@ -33,7 +33,8 @@ class Kernel:
 def attend(q_bhqd: Tensor, k_bgkd: Tensor, v_bgkd: Tensor, scope: Scope, kernel: Kernel) -> Tensor:
     """Attention, (b, h, q, d), in blocks of queries where there are many."""
     count = q_bhqd.shape[2]
-    if count is not None and count <= QUERY_BLOCK:
+    # Halves of a text that looks both ways are no less work than the whole.
+    if count is not None and count <= QUERY_BLOCK * (1 if scope.causal else 2):
         out = _weighted(weights(q_bhqd, k_bgkd, scope, kernel, 0), v_bgkd)
     elif count is not None and count <= QUERY_BLOCK * UNROLLED:
         out = _written_out(q_bhqd, k_bgkd, v_bgkd, scope, kernel)

@@ -21,7 +21,8 @@ Size = Any  # an int, or a scalar tensor where a graph leaves an axis open
 
 ACT: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": lambda x: tf.nn.gelu(x, approximate=False),
-    "gelu_tanh": lambda x: tf.nn.gelu(x, approximate=True),
+    # TensorFlow's own takes eight times as long on CPUs: it has pow(x, 3).
+    "gelu_tanh": lambda x: 0.5 * x * (1.0 + tf.tanh(math.sqrt(2 / math.pi) * x * (1.0 + 0.044715 * x * x))),
     "quick_gelu": lambda x: x * tf.sigmoid(1.702 * x),
     "relu": tf.nn.relu,
     "relu2": lambda x: tf.square(tf.nn.relu(x)),
