@@ -1,0 +1,298 @@
+"""Forward and generate of the JAX or TensorFlow classes beside those of transformers 4, which had them last.
+
+    python bench/peers.py --framework flax|tf [--peer-python PATH] [--cases mistral,gpt_neo] [--runs 5] [--small]
+
+PATH is the Python of an environment with transformers 4.53, and Flax, or TensorFlow and tf-keras, in it. Both sides are
+processes that live through the whole run and take turns, pass by pass, in float32 with random weights of equal shapes.
+Without PATH our own side runs alone.
+
+forward: one pass over the tokens, `model(ids)` inside the framework's own `jit` (TensorFlow: `tf.function`, with XLA).
+as called: the same without it, as most code calls a model.
+generate, new lengths: greedy, after one warm-up call, prompts of lengths that this process has not seen yet.
+generate, same length: prompts of the warm-up's length.
+generate, compiled: the same, with the user's own `jit` (or XLA's `tf.function`) around the peer's `generate`; ours
+compiles by itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import platform
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+PROMPT, NEW = 32, 64
+FULL = {
+    "mistral": {
+        "hidden_size": 768,
+        "intermediate_size": 2048,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 4,
+        # The peers build a square of it.
+        "max_position_embeddings": 2048,
+    },
+    "gpt_neo": {
+        "hidden_size": 768,
+        "num_layers": 12,
+        "num_heads": 12,
+        "attention_types": [[["global", "local"], 6]],
+    },
+    "openai_gpt": {},
+    "mpnet": {"vocab_size": 30527},
+}
+SMALL = {
+    "mistral": {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 1024,
+    },
+    "gpt_neo": {
+        "hidden_size": 64,
+        "num_layers": 2,
+        "num_heads": 4,
+        "attention_types": [[["global", "local"], 1]],
+    },
+    "openai_gpt": {"n_embd": 64, "n_layer": 2, "n_head": 4},
+    "mpnet": {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128},
+}
+# Config, class without its prefix, tokens of a forward pass.
+CLASSES = {
+    "mistral": ("MistralConfig", "MistralForCausalLM", 512),
+    "gpt_neo": ("GPTNeoConfig", "GPTNeoForCausalLM", 512),
+    "openai_gpt": ("OpenAIGPTConfig", "OpenAIGPTLMHeadModel", 512),
+    "mpnet": ("MPNetConfig", "MPNetModel", 384),
+}
+CASES = {"flax": ("mistral", "gpt_neo"), "tf": ("mistral", "openai_gpt", "mpnet")}
+OPTIONS: dict[str, Any] = {
+    "max_new_tokens": NEW,
+    "do_sample": False,
+    "num_beams": 1,
+    "pad_token_id": 0,
+    "eos_token_id": None,
+}
+
+# ---------------------------------------------------------------------------- one side, in a process of its own
+
+
+def worker(who: str, framework: str) -> None:
+    """Answer the lines of stdin: `{"case": name, "small": false}` makes a model, `{"task": name, "ids": [tokens,
+    seed]}` times one call of it. What libraries print goes to stderr."""
+    answers, sys.stdout = sys.stdout, sys.stderr
+    tasks: dict[str, Callable[[Any], Any]] = {}
+    for line in sys.stdin:
+        asked = json.loads(line)
+        if "versions" in asked:
+            keras = "keras" if who == "monoblock" else "tf-keras"
+            names = {"flax": (who, "jax", "flax"), "tf": (who, "tensorflow-cpu", keras)}[framework]
+            answer: Any = {"versions": ", ".join(f"{name} {version(name)}" for name in names)}
+        elif "case" in asked:
+            tasks = {}  # lets the last model go before the next one is made
+            tasks = _SIDES[framework](who, _model(who, framework, asked["case"], asked["small"]))
+            answer = {"tasks": list(tasks)}
+        else:
+            ids = _ids(*asked["ids"])
+            start = time.perf_counter()
+            tasks[asked["task"]](ids)
+            answer = {"seconds": time.perf_counter() - start}
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+def _ids(tokens: int, seed: int) -> Any:
+    import numpy as np
+
+    return np.random.default_rng(seed).integers(3, 10_000, (1, tokens)).astype(np.int32)
+
+
+def _model(who: str, framework: str, case: str, small: bool) -> Any:
+    library: Any = __import__(who)
+    config, cls, _ = CLASSES[case]
+    made = getattr(library, config)(**(SMALL if small else FULL)[case])
+    return getattr(library, {"flax": "Flax", "tf": "TF"}[framework] + cls)(made)
+
+
+def _flax(who: str, model: Any) -> dict[str, Callable[[Any], Any]]:
+    import jax
+
+    def whole(params: Any, ids: Any) -> Any:
+        return model(ids, params=params)[0]
+
+    def generate(params: Any, ids: Any) -> Any:
+        return model.generate(ids, params=params, **OPTIONS).sequences
+
+    params, forward, compiled = model.params, jax.jit(whole), jax.jit(generate)
+    ready = jax.block_until_ready
+    tasks = {
+        "forward": lambda ids: ready(forward(params, ids)),
+        "as called": lambda ids: ready(model(ids)[0]),
+    }
+    if not model.can_generate():
+        return tasks
+    tasks["generate"] = lambda ids: ready(model.generate(ids, **OPTIONS).sequences)
+    if who != "monoblock":
+        tasks["compiled"] = lambda ids: ready(compiled(params, ids))
+    return tasks
+
+
+def _tf(who: str, model: Any) -> dict[str, Callable[[Any], Any]]:
+    import tensorflow as tf
+
+    model(tf.constant(_ids(4, 0)))
+    forward = tf.function(lambda ids: model(ids, training=False)[0], jit_compile=True)
+    tasks = {
+        "forward": lambda ids: forward(tf.constant(ids)).numpy(),
+        "as called": lambda ids: model(tf.constant(ids), training=False)[0].numpy(),
+    }
+    if not model.can_generate():
+        return tasks
+    tasks["generate"] = lambda ids: model.generate(tf.constant(ids), **OPTIONS).numpy()
+    if who != "monoblock" and model.supports_xla_generation:
+        compiled = tf.function(model.generate, jit_compile=True)
+        tasks["compiled"] = lambda ids: compiled(tf.constant(ids), **OPTIONS).numpy()
+    return tasks
+
+
+_SIDES = {"flax": _flax, "tf": _tf}
+
+# ---------------------------------------------------------------------------- both, in turn
+
+
+class Side:
+    """A worker process; what it prints besides answers is in `log`."""
+
+    def __init__(self, who: str, python: str, framework: str, log: Path) -> None:
+        self.who, self.log = who, log
+        # The peer's TensorFlow classes are Keras 2; ours are Keras 3.
+        legacy = {"TF_USE_LEGACY_KERAS": "0" if who == "monoblock" else "1", "TF_CPP_MIN_LOG_LEVEL": "2"}
+        self.process = subprocess.Popen(
+            [python, __file__, "--framework", framework, "--worker", who],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log.open("w"),
+            text=True,
+            env=os.environ | legacy,
+        )
+
+    def ask(self, **question: Any) -> dict[str, Any]:
+        """Send one line, wait for the answer."""
+        assert self.process.stdin and self.process.stdout
+        print(json.dumps(question), file=self.process.stdin, flush=True)
+        if not (answer := self.process.stdout.readline()):
+            raise SystemExit(f"{self.who} failed:\n{self.log.read_text()[-3000:]}")
+        return json.loads(answer)
+
+    def end(self) -> None:
+        """Let it go."""
+        assert self.process.stdin
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def lengths(new: bool) -> Iterator[int]:
+    """Tokens of one prompt after the other; new ones are all different, in one bucket of 32."""
+    order = list(range(PROMPT - 15, PROMPT))
+    random.Random(0).shuffle(order)
+    return iter(order) if new else itertools.repeat(PROMPT)
+
+
+def in_turn(sides: list[Side], task: dict[str, str], sizes: Iterator[int], runs: int) -> list[list[float]]:
+    """Seconds of each side's calls, after one that warms up unless `sizes` are new ones."""
+    took: list[list[float]] = [[] for _ in sides]
+    for run, tokens in zip(range(runs), sizes, strict=False):
+        for side, times in zip(sides, took, strict=True):
+            times.append(side.ask(task=task[side.who], ids=[tokens, run])["seconds"])
+    return took
+
+
+def rows_of(case: str, sides: list[Side], args: argparse.Namespace) -> Iterator[list[str]]:
+    """The table's rows of one model."""
+    known = [set(side.ask(case=case, small=args.small)["tasks"]) for side in sides]
+    shared, tokens = set.intersection(*known), CLASSES[case][2]
+    same = [("forward", "forward", tokens), ("as called", "as called", tokens)]
+    for name, task, length in same:
+        one = {side.who: task for side in sides}
+        in_turn(sides, one, itertools.repeat(length), 1)
+        yield row(case, name, length, sides, in_turn(sides, one, itertools.repeat(length), args.runs))
+    if "generate" not in shared:
+        return
+    one = {side.who: "generate" for side in sides}
+    in_turn(sides, one, lengths(False), 1)
+    yield row(case, "generate, new lengths", NEW, sides, in_turn(sides, one, lengths(True), args.runs))
+    yield row(case, "generate, same length", NEW, sides, in_turn(sides, one, lengths(False), args.runs))
+    if len(sides) > 1 and "compiled" in known[1]:
+        one[sides[1].who] = "compiled"
+        in_turn(sides, one, lengths(False), 1)
+        yield row(case, "generate, compiled", NEW, sides, in_turn(sides, one, lengths(False), args.runs))
+
+
+def row(case: str, name: str, tokens: int, sides: list[Side], took: list[list[float]]) -> list[str]:
+    """Tokens per second, each side's median and range, and the median ratio of neighbours in time."""
+    cells = [
+        f"{tokens / statistics.median(times):.1f} ({tokens / max(times):.1f}-{tokens / min(times):.1f})"
+        for times in took
+    ]
+    if len(sides) > 1:
+        ratios = [peer / ours for ours, peer in zip(*took, strict=True)]
+        cells.append(f"{statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})")
+    return [case, name, *cells]
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--framework", choices=tuple(CASES), required=True)
+    parser.add_argument("--peer-python", help="the Python of the peer's environment")
+    parser.add_argument("--cases", help="some of the models, with commas")
+    parser.add_argument("--runs", type=int, default=5, help="at most 15")
+    parser.add_argument("--small", action="store_true", help="tiny models, to try the script")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Start both sides, let them take turns, print one table."""
+    args = _arguments()
+    if args.worker:
+        worker(args.worker, args.framework)
+        return
+    pythons = {"monoblock": sys.executable}
+    if args.peer_python:
+        pythons["transformers"] = args.peer_python
+    else:
+        print("no --peer-python: our own side alone")
+    with tempfile.TemporaryDirectory() as folder:
+        sides = [Side(who, python, args.framework, Path(folder, who)) for who, python in pythons.items()]
+        print(f"{_machine()}; tokens per second: median (range) of {args.runs}")
+        for side in sides:
+            print(f"{side.who}: {side.ask(versions=True)['versions']}")
+        titles = ["model", "what", *pythons, *(["ratio"] if len(sides) > 1 else [])]
+        print("| " + " | ".join(titles) + " |\n" + "|---" * len(titles) + "|")
+        for case in args.cases.split(",") if args.cases else CASES[args.framework]:
+            for cells in rows_of(case, sides, args):
+                print("| " + " | ".join(cells) + " |", flush=True)
+        for side in sides:
+            side.end()
+
+
+def _machine() -> str:
+    names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    return f"{names[0].split(':')[1].strip() if names else platform.processor()}, {os.cpu_count()} cores"
+
+
+if __name__ == "__main__":
+    main()
