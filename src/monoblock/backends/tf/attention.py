@@ -33,14 +33,19 @@ class Kernel:
 def attend(q_bhqd: Tensor, k_bgkd: Tensor, v_bgkd: Tensor, scope: Scope, kernel: Kernel) -> Tensor:
     """Attention, (b, h, q, d), in blocks of queries where there are many."""
     count = q_bhqd.shape[2]
-    # Halves of a text that looks both ways are no less work than the whole.
-    if count is not None and count <= QUERY_BLOCK * (1 if scope.causal else 2):
+    if in_one_block(count, scope.causal):
         out = _weighted(weights(q_bhqd, k_bgkd, scope, kernel, 0), v_bgkd)
     elif count is not None and count <= QUERY_BLOCK * UNROLLED:
         out = _written_out(q_bhqd, k_bgkd, v_bgkd, scope, kernel)
     else:
         out = _looped(q_bhqd, k_bgkd, v_bgkd, scope, kernel)
     return _evened(out, v_bgkd, scope)
+
+
+def in_one_block(count: int | None, causal: bool) -> bool:
+    """Whether so many queries (None: it is open) go at once. Halves of a text that looks both ways are no less work
+    than the whole."""
+    return count is not None and count <= QUERY_BLOCK * (1 if causal else 2)
 
 
 def _evened(out_bhqd: Tensor, v_bgkd: Tensor, scope: Scope) -> Tensor:

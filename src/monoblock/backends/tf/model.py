@@ -264,6 +264,8 @@ class Backbone(Part):
             scope = replace(scope, slopes_h=tf.constant(alibi.slopes(spec.attention.heads), tf.float32))
         if buckets := spec.position(Buckets):
             scope = replace(scope, table=rows_of(self.rel_bias), buckets=buckets)
+            if layers is None and attention.in_one_block(x.shape[1], scope.causal):
+                scope = replace(scope, table=scope.bias(), buckets=None)  # once for all layers
         if rotary := spec.position(Rotary):
             cos, sin = rotations(call.positions_bs, rotary, x.dtype)
             call = replace(call, cos=cos, sin=sin)

@@ -169,7 +169,7 @@ class Scope:
     `index_q` (q,) and `index_k` (k,) are places in the sequence, negative where nothing is; `valid_bk` is False for
     padding (None: there is none); `segment_bq` and `segment_bk` number the parts of a packed row (None: one part).
     `aligned`: queries and keys are the same tokens. `slopes_h` are ALiBi's; `table` (count, h) is the bias of the
-    `buckets` of distances.
+    `buckets` of distances or, without `buckets`, what `bias` has made of it for these queries and keys.
     """
 
     index_q: Tensor
@@ -226,6 +226,8 @@ class Scope:
 
     def bias(self) -> Tensor | None:
         """What is added to the scores, (1, h, q, k) of ALiBi or of the buckets; None if there is nothing."""
+        if self.buckets is None and self.table is not None:
+            return self.table
         distance = self.index_k[None, :] - self.index_q[:, None]
         if self.table is not None and self.buckets is not None:
             buckets = bucketed(distance, self.buckets.count, self.buckets.max_distance)
