@@ -110,15 +110,20 @@ OWN = {
 }
 
 
+def installed(module: str) -> bool:
+    """Whether there is code of that name: tests/torch looks like a package without any, as pytest puts tests/ on the
+    path."""
+    spec = importlib.util.find_spec(module)
+    return spec is not None and spec.origin is not None
+
+
 @pytest.mark.parametrize("name", OWN)
 def test_a_name_loads_its_own_framework_alone(name: str) -> None:
-    if missing := [module for module in OWN[name] if importlib.util.find_spec(module) is None]:
+    if missing := [module for module in OWN[name] if not installed(module)]:
         pytest.skip(f"{missing[0]} is not installed")
     assert added_by(f"from monoblock import {name}") & {*FRAMEWORKS, "transformers"} <= OWN[name]
 
 
 @pytest.mark.skipif("MONOBLOCK_TEST_NO_FRAMEWORK" not in os.environ, reason="`make test-core` runs this")
 def test_no_framework_is_installed_here() -> None:
-    found = {name: importlib.util.find_spec(name) for name in FRAMEWORKS}
-    # tests/torch looks like a package without code, because pytest puts tests/ on the path
-    assert [name for name, spec in found.items() if spec and spec.origin] == []
+    assert [name for name in FRAMEWORKS if installed(name)] == []
