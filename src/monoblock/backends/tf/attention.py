@@ -148,7 +148,9 @@ def weights(q_bhqd: Tensor, k_bgkd: Tensor, scope: Scope, kernel: Kernel, number
         scores = kernel.softcap * tf.tanh(scores / kernel.softcap)
     if (bias := scope.bias()) is not None:
         scores = scores + tf.cast(bias, exact)
-    found = tf.nn.softmax(tf.where(scope.visible(), scores, LOWEST), axis=-1)
+    if not scope.all_seen:
+        scores = tf.where(scope.visible(), scores, LOWEST)
+    found = tf.nn.softmax(scores, axis=-1)
     return tf.cast(dropped(found, kernel.dropout, kernel.seed, number), q_bhqd.dtype)
 
 

@@ -17,7 +17,18 @@ import tensorflow as tf
 from monoblock.backends.tf import attention
 from monoblock.backends.tf.cache import Layer
 from monoblock.backends.tf.layers import NormLayer, Part, make_linear, make_table, rows_of
-from monoblock.backends.tf.ops import ACT, Scope, Tensor, dropped, is_dynamic, rotate, rotations, size
+from monoblock.backends.tf.ops import (
+    ACT,
+    Scope,
+    Tensor,
+    biases,
+    buckets_of,
+    dropped,
+    is_dynamic,
+    rotate,
+    rotations,
+    size,
+)
 from monoblock.spec import Alibi, ArchSpec, Buckets, Learned, Rotary
 
 # Places of dropout, which numbers tell apart: that of the embedding, and those of each block.
@@ -264,8 +275,9 @@ class Backbone(Part):
             scope = replace(scope, slopes_h=tf.constant(alibi.slopes(spec.attention.heads), tf.float32))
         if buckets := spec.position(Buckets):
             scope = replace(scope, table=rows_of(self.rel_bias), buckets=buckets)
-            if layers is None and attention.in_one_block(x.shape[1], scope.causal):
-                scope = replace(scope, table=scope.bias(), buckets=None)  # once for all layers
+            if layers is None and attention.in_one_block(x.shape[1], scope.causal):  # once for all layers
+                ready = biases(rows_of(self.rel_bias), buckets_of(x.shape[1], buckets))
+                scope = replace(scope, table=ready, buckets=None)
         if rotary := spec.position(Rotary):
             cos, sin = rotations(call.positions_bs, rotary, x.dtype)
             call = replace(call, cos=cos, sin=sin)

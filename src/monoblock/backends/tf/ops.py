@@ -159,6 +159,20 @@ def bucketed(distance: Tensor, count: int, max_distance: int) -> Tensor:
     return tf.where(distance > 0, count // 2, 0) + tf.gather(_grown(count, max_distance), far)
 
 
+@functools.lru_cache(maxsize=8)
+def buckets_of(count: int, buckets: Buckets) -> np.ndarray[Any, Any]:
+    """The buckets (count, count) of the distances in a text, as a constant: XLA would compute a logarithm for each
+    query and key of every head in every layer."""
+    with tf.init_scope():
+        place = tf.range(count)
+        return bucketed(place[None, :] - place[:, None], buckets.count, buckets.max_distance).numpy()
+
+
+def biases(table: Tensor, buckets_qk: Any) -> Tensor:
+    """The biases (1, h, q, k) of buckets, from their table (count, h)."""
+    return tf.transpose(tf.gather(tf.cast(table, tf.float32), buckets_qk), (2, 0, 1))[None]
+
+
 # ---------------------------------------------------------------------------- who sees whom
 
 
@@ -209,6 +223,12 @@ class Scope:
             segment_bk=cut(self.segment_bk, first_k, keys, -1),
         )
 
+    @property
+    def all_seen(self) -> bool:
+        """Whether it is known that every query sees every key."""
+        open_ends = self.aligned and not self.causal and self.window is None
+        return open_ends and self.valid_bk is None and self.segment_bk is None
+
     def visible(self) -> Tensor:
         """(b or 1, 1, q, k), True where the query may see the key."""
         distance = self.index_q[:, None] - self.index_k[None, :]
@@ -230,8 +250,7 @@ class Scope:
             return self.table
         distance = self.index_k[None, :] - self.index_q[:, None]
         if self.table is not None and self.buckets is not None:
-            buckets = bucketed(distance, self.buckets.count, self.buckets.max_distance)
-            return tf.transpose(tf.gather(tf.cast(self.table, tf.float32), buckets), (2, 0, 1))[None]
+            return biases(self.table, bucketed(distance, self.buckets.count, self.buckets.max_distance))
         if self.slopes_h is not None:
             return (self.slopes_h[:, None, None] * tf.cast(distance, tf.float32))[None]
         return None
