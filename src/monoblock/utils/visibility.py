@@ -5,13 +5,13 @@ Shape suffixes: b batch, h heads, q queries, k keys. A query is the token that l
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from monoblock.positions import bucketed
 from monoblock.spec import Alibi, ArchSpec, Buckets
 
 Bools = NDArray[np.bool_]
@@ -75,19 +75,6 @@ def _bucket_bias(layout: Buckets, heads: int, table: Any, distance: Ints) -> Flo
     if rows.shape != expected:
         raise ValueError(f"table must be (buckets, heads) = {expected}, got {rows.shape}")
     return rows[bucketed(distance, layout)].transpose(2, 0, 1)
-
-
-def bucketed(distance: Ints, layout: Buckets) -> Ints:
-    """T5's bucket of each distance (key - query): one half looks back, the other ahead; in each, half are exact and the
-    rest grow with the logarithm up to `max_distance` (arXiv:1910.10683)."""
-    half = layout.count // 2
-    exact = half // 2
-    far = np.abs(distance)
-    # In fp32, as the backends do it: on the edge between two buckets the rounding decides.
-    steps = np.log(np.maximum(far, 1).astype(np.float32) / np.float32(exact))
-    grown = steps / np.float32(math.log(layout.max_distance / exact)) * np.float32(half - exact)
-    grown = np.minimum(exact + grown.astype(np.int64), half - 1)
-    return np.where(distance > 0, half, 0) + np.where(far < exact, far, grown)
 
 
 def _distance(length: int) -> Ints:

@@ -19,10 +19,10 @@ from monoblock.backends.flax.cache import Cache
 from monoblock.backends.flax.checked import checked
 from monoblock.backends.flax.inputs import Wanted
 from monoblock.backends.flax.network import Network
-from monoblock.backends.flax.ops import is_dynamic
 from monoblock.generation.buckets import bucket
 from monoblock.generation.config import GenerationConfig
 from monoblock.generation.decoder import Plan
+from monoblock.positions import is_dynamic
 from monoblock.spec import ArchSpec, Learned, Rotary
 
 # What lies in an input's places of padding; 0 in those of others.

@@ -5,8 +5,6 @@ Shape suffixes: b batch, q queries, k keys, h heads, d head width.
 
 from __future__ import annotations
 
-import functools
-import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -17,6 +15,7 @@ import numpy as np
 from flax import struct
 from jax import Array
 
+from monoblock.positions import buckets_behind, inverse_frequencies, is_dynamic, steps
 from monoblock.spec import Buckets, RopeScaling, Rotary
 
 ACT: dict[str, Callable[[Array], Array]] = {
@@ -34,62 +33,12 @@ LOWEST = float(np.finfo(np.float32).min)
 # ---------------------------------------------------------------------------- positions
 
 
-@functools.lru_cache(maxsize=16)
-def inverse_frequencies(rotary: Rotary) -> tuple[np.ndarray[Any, Any], float]:
-    """Rotary frequencies in radians per token, (dim / 2,), and the factor on cos and sin; those of dynamic scaling
-    are before the stretch, which goes by a text's length (`stretched`).
-
-    Sources: RoPE arXiv:2104.09864; linear arXiv:2306.15595; dynamic and yarn arXiv:2309.00071; llama3 as in
-    Meta's code for Llama 3.1.
-    """
-    inverse, scaling = 1.0 / rotary.theta ** _steps(rotary), rotary.scaling
-    found, factor = (inverse, 1.0) if scaling is None else _SCALINGS[scaling.kind](rotary, scaling, inverse)
-    return found.astype(np.float32), factor
-
-
-def _steps(rotary: Rotary) -> np.ndarray[Any, Any]:
-    return np.arange(0, rotary.dim, 2, dtype=np.float64) / rotary.dim
-
-
-def _linear(_: Rotary, scaling: RopeScaling, inverse: Any) -> tuple[Any, float]:
-    return inverse / scaling.factor, 1.0
-
-
-def _dynamic(_: Rotary, __: RopeScaling, inverse: Any) -> tuple[Any, float]:
-    return inverse, 1.0
-
-
-def _llama3(_: Rotary, scaling: RopeScaling, inverse: Any) -> tuple[Any, float]:
-    turns = scaling.original_length * inverse / (2 * math.pi)
-    low, high = scaling.low_freq_factor, scaling.high_freq_factor
-    smooth = np.clip((turns - low) / (high - low), 0, 1)
-    return inverse / scaling.factor * (1 - smooth) + inverse * smooth, 1.0
-
-
-def _yarn(rotary: Rotary, scaling: RopeScaling, inverse: Any) -> tuple[Any, float]:
-    def channel(turns: float) -> float:
-        log = math.log(scaling.original_length / (turns * 2 * math.pi))
-        return rotary.dim * log / (2 * math.log(rotary.theta))
-
-    low = max(math.floor(channel(scaling.beta_fast)), 0)
-    high = min(math.ceil(channel(scaling.beta_slow)), rotary.dim - 1)
-    ramp = (np.arange(rotary.dim // 2, dtype=np.float64) - low) / max(high - low, 1e-3)
-    kept = 1 - np.clip(ramp, 0, 1)
-    factor = scaling.attention_factor
-    if factor is None:
-        factor = 0.1 * math.log(scaling.factor) + 1.0 if scaling.factor > 1 else 1.0
-    return inverse / scaling.factor * (1 - kept) + inverse * kept, factor
-
-
-_SCALINGS = {"linear": _linear, "dynamic": _dynamic, "llama3": _llama3, "yarn": _yarn}
-
-
 def stretched(rotary: Rotary, scaling: RopeScaling, length_b: Array) -> Array:
     """The factor (b, dim / 2) of dynamic scaling on the frequencies of texts of these lengths."""
     original = scaling.original_length
     ratio = jnp.maximum(length_b, original).astype(jnp.float32) / original
     growth = jnp.log(scaling.factor * ratio - (scaling.factor - 1)) * (rotary.dim / (rotary.dim - 2))
-    return jnp.exp(-growth[:, None] * jnp.asarray(_steps(rotary), jnp.float32))
+    return jnp.exp(-growth[:, None] * jnp.asarray(steps(rotary), jnp.float32))
 
 
 def rotations(
@@ -108,11 +57,6 @@ def rotations(
     return (jnp.cos(angles) * factor).astype(dtype), (jnp.sin(angles) * factor).astype(dtype)
 
 
-def is_dynamic(rotary: Rotary | None) -> bool:
-    """Whether the angles change with the length of the text."""
-    return rotary is not None and rotary.scaling is not None and rotary.scaling.kind == "dynamic"
-
-
 def rotate(x_bhqd: Array, cos: Array, sin: Array) -> Array:
     """Rotate the first `dim` channels by half-rotation: (a, b) -> (a cos - b sin, b cos + a sin)."""
     dim = cos.shape[-1]
@@ -125,12 +69,8 @@ def rotate(x_bhqd: Array, cos: Array, sin: Array) -> Array:
 def bucketed(distance: Array, count: int, max_distance: int) -> Array:
     """T5's bucket of each distance (key - query): half of the buckets look ahead; in each half, half are exact and the
     rest grow with the logarithm up to `max_distance`."""
-    half = count // 2
-    exact = half // 2
-    far = jnp.abs(distance)
-    grown = jnp.log(jnp.maximum(far, 1).astype(jnp.float32) / exact) / math.log(max_distance / exact)
-    grown = jnp.minimum(exact + (grown * (half - exact)).astype(jnp.int32), half - 1)
-    return jnp.where(distance > 0, half, 0) + jnp.where(far < exact, far, grown)
+    far = jnp.minimum(jnp.abs(distance), max_distance)
+    return jnp.where(distance > 0, count // 2, 0) + jnp.asarray(buckets_behind(count, max_distance))[far]
 
 
 # ---------------------------------------------------------------------------- who sees whom

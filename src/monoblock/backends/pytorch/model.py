@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from monoblock.backends.pytorch import attention
 from monoblock.backends.pytorch.cache import Cache
 from monoblock.backends.pytorch.ops import ACT, Scope, bucketed, rotate, rotations
+from monoblock.positions import is_dynamic
 from monoblock.spec import Alibi, ArchSpec, Buckets, Learned, Norm, Rotary
 
 
@@ -72,7 +73,7 @@ class Attention(nn.Module):
             self.q_norm, self.k_norm = make_norm(att.qk_norm.norm, q), make_norm(att.qk_norm.norm, k)
         rotary = spec.position(Rotary)
         # Dynamic scaling turns all keys by angles that change with the length: such keys are cached unturned.
-        self.late_rotary = rotary if rotary and rotary.scaling and rotary.scaling.kind == "dynamic" else None
+        self.late_rotary = rotary if is_dynamic(rotary) else None
         self.kernel = attention.Kernel(scale=att.scale, softcap=att.softcap, dropout=spec.dropout.attention)
         self.kernel_at_rest = replace(self.kernel, dropout=0.0)
         self.implementation = "sdpa"

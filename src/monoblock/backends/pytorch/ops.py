@@ -5,7 +5,6 @@ Shape suffixes: b batch, q queries, k keys, h heads, d head width.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -14,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from monoblock.spec import RopeScaling, Rotary
+from monoblock.positions import inverse_frequencies, is_dynamic
+from monoblock.spec import Rotary
 
 ACT: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
@@ -28,64 +28,11 @@ ACT: dict[str, Callable[[Tensor], Tensor]] = {
 # ---------------------------------------------------------------------------- positions
 
 
-@functools.lru_cache(maxsize=16)
-def inverse_frequencies(rotary: Rotary, length: int) -> tuple[Tensor, float]:
-    """Rotary frequencies in radians per token, (dim / 2,), and the factor on cos and sin, for texts of `length`.
-
-    Sources: RoPE arXiv:2104.09864; linear arXiv:2306.15595; dynamic and yarn arXiv:2309.00071; llama3 as in
-    Meta's code for Llama 3.1.
-    """
-    theta, scaling = rotary.theta, rotary.scaling
-    steps = torch.arange(0, rotary.dim, 2, dtype=torch.float64) / rotary.dim
-    if scaling is None:
-        return (1.0 / theta**steps).float(), 1.0
-    return _SCALINGS[scaling.kind](rotary, scaling, steps, length)
-
-
-def _linear(rotary: Rotary, scaling: RopeScaling, steps: Tensor, _: int) -> tuple[Tensor, float]:
-    return (1.0 / rotary.theta**steps / scaling.factor).float(), 1.0
-
-
-def _dynamic(rotary: Rotary, scaling: RopeScaling, steps: Tensor, length: int) -> tuple[Tensor, float]:
-    ratio = max(length, scaling.original_length) / scaling.original_length
-    stretch = (scaling.factor * ratio - (scaling.factor - 1)) ** (rotary.dim / (rotary.dim - 2))
-    return (1.0 / (rotary.theta * stretch) ** steps).float(), 1.0
-
-
-def _llama3(rotary: Rotary, scaling: RopeScaling, steps: Tensor, _: int) -> tuple[Tensor, float]:
-    inverse = 1.0 / rotary.theta**steps
-    turns = scaling.original_length * inverse / (2 * math.pi)
-    low, high = scaling.low_freq_factor, scaling.high_freq_factor
-    smooth = ((turns - low) / (high - low)).clamp(0, 1)
-    return (inverse / scaling.factor * (1 - smooth) + inverse * smooth).float(), 1.0
-
-
-def _yarn(rotary: Rotary, scaling: RopeScaling, steps: Tensor, _: int) -> tuple[Tensor, float]:
-    inverse = 1.0 / rotary.theta**steps
-
-    def channel(turns: float) -> float:
-        log = math.log(scaling.original_length / (turns * 2 * math.pi))
-        return rotary.dim * log / (2 * math.log(rotary.theta))
-
-    low = max(math.floor(channel(scaling.beta_fast)), 0)
-    high = min(math.ceil(channel(scaling.beta_slow)), rotary.dim - 1)
-    ramp = (torch.arange(rotary.dim // 2, dtype=torch.float64) - low) / max(high - low, 1e-3)
-    kept = 1 - ramp.clamp(0, 1)
-    factor = scaling.attention_factor
-    if factor is None:
-        factor = 0.1 * math.log(scaling.factor) + 1.0 if scaling.factor > 1 else 1.0
-    return (inverse / scaling.factor * (1 - kept) + inverse * kept).float(), factor
-
-
-_SCALINGS = {"linear": _linear, "dynamic": _dynamic, "llama3": _llama3, "yarn": _yarn}
-
-
 def rotations(positions_bq: Tensor, rotary: Rotary, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """cos and sin of the rotary angles, each (b, 1, q, dim). Dynamic scaling goes by each row's own length."""
-    dynamic = rotary.scaling is not None and rotary.scaling.kind == "dynamic"
-    lengths = (positions_bq.amax(-1) + 1).tolist() if dynamic else [0]
+    lengths = (positions_bq.amax(-1) + 1).tolist() if is_dynamic(rotary) else [0]
     found = [inverse_frequencies(rotary, int(length)) for length in lengths]
-    inverse, factor = torch.stack([each for each, _ in found])[:, None, None], found[0][1]
+    inverse, factor = torch.stack([torch.tensor(each) for each, _ in found])[:, None, None], found[0][1]
     angles = positions_bq[:, None, :, None].float() * inverse.to(positions_bq.device)
     angles = torch.cat((angles, angles), dim=-1)
     return (angles.cos() * factor).to(dtype), (angles.sin() * factor).to(dtype)

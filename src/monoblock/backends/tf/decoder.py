@@ -18,11 +18,11 @@ from monoblock.backends.tf.binding import tensors
 from monoblock.backends.tf.cache import Cache, from_tuples
 from monoblock.backends.tf.checked import checked
 from monoblock.backends.tf.inputs import Wanted
-from monoblock.backends.tf.ops import is_dynamic
 from monoblock.backends.tf.steps import Steps
 from monoblock.generation.buckets import bucket
 from monoblock.generation.config import GenerationConfig
 from monoblock.generation.decoder import Plan
+from monoblock.positions import is_dynamic
 from monoblock.spec import ArchSpec, Learned, Rotary
 
 # What lies in an input's places of padding; 0 in those of others.

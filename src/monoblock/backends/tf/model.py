@@ -24,11 +24,11 @@ from monoblock.backends.tf.ops import (
     biases,
     buckets_of,
     dropped,
-    is_dynamic,
     rotate,
     rotations,
     size,
 )
+from monoblock.positions import is_dynamic
 from monoblock.spec import Alibi, ArchSpec, Buckets, Learned, Rotary
 
 # Places of dropout, which numbers tell apart: that of the embedding, and those of each block.

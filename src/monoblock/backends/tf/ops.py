@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from monoblock import positions
+from monoblock.positions import buckets_behind, inverse_frequencies, is_dynamic, steps
 from monoblock.spec import Buckets, RopeScaling, Rotary
 
 Tensor = Any  # tf.Tensor, for which TensorFlow ships no types
@@ -51,62 +53,12 @@ def dropped(x: Tensor, rate: float, seed: Tensor | None, place: int) -> Tensor:
 # ---------------------------------------------------------------------------- positions
 
 
-@functools.lru_cache(maxsize=16)
-def inverse_frequencies(rotary: Rotary) -> tuple[np.ndarray[Any, Any], float]:
-    """Rotary frequencies in radians per token, (dim / 2,), and the factor on cos and sin; those of dynamic scaling
-    are before the stretch, which goes by a text's length (`stretched`).
-
-    Sources: RoPE arXiv:2104.09864; linear arXiv:2306.15595; dynamic and yarn arXiv:2309.00071; llama3 as in
-    Meta's code for Llama 3.1.
-    """
-    inverse, scaling = 1.0 / rotary.theta ** _steps(rotary), rotary.scaling
-    found, factor = (inverse, 1.0) if scaling is None else _SCALINGS[scaling.kind](rotary, scaling, inverse)
-    return found.astype(np.float32), factor
-
-
-def _steps(rotary: Rotary) -> np.ndarray[Any, Any]:
-    return np.arange(0, rotary.dim, 2, dtype=np.float64) / rotary.dim
-
-
-def _linear(_: Rotary, scaling: RopeScaling, inverse: Any) -> tuple[Any, float]:
-    return inverse / scaling.factor, 1.0
-
-
-def _dynamic(_: Rotary, __: RopeScaling, inverse: Any) -> tuple[Any, float]:
-    return inverse, 1.0
-
-
-def _llama3(_: Rotary, scaling: RopeScaling, inverse: Any) -> tuple[Any, float]:
-    turns = scaling.original_length * inverse / (2 * math.pi)
-    low, high = scaling.low_freq_factor, scaling.high_freq_factor
-    smooth = np.clip((turns - low) / (high - low), 0, 1)
-    return inverse / scaling.factor * (1 - smooth) + inverse * smooth, 1.0
-
-
-def _yarn(rotary: Rotary, scaling: RopeScaling, inverse: Any) -> tuple[Any, float]:
-    def channel(turns: float) -> float:
-        log = math.log(scaling.original_length / (turns * 2 * math.pi))
-        return rotary.dim * log / (2 * math.log(rotary.theta))
-
-    low = max(math.floor(channel(scaling.beta_fast)), 0)
-    high = min(math.ceil(channel(scaling.beta_slow)), rotary.dim - 1)
-    ramp = (np.arange(rotary.dim // 2, dtype=np.float64) - low) / max(high - low, 1e-3)
-    kept = 1 - np.clip(ramp, 0, 1)
-    factor = scaling.attention_factor
-    if factor is None:
-        factor = 0.1 * math.log(scaling.factor) + 1.0 if scaling.factor > 1 else 1.0
-    return inverse / scaling.factor * (1 - kept) + inverse * kept, factor
-
-
-_SCALINGS = {"linear": _linear, "dynamic": _dynamic, "llama3": _llama3, "yarn": _yarn}
-
-
 def stretched(rotary: Rotary, scaling: RopeScaling, length_b: Tensor) -> Tensor:
     """The factor (b, dim / 2) of dynamic scaling on the frequencies of texts of these lengths."""
     original = scaling.original_length
     ratio = tf.cast(tf.maximum(length_b, original), tf.float64) / original
     growth = tf.math.log(scaling.factor * ratio - (scaling.factor - 1)) * (rotary.dim / (rotary.dim - 2))
-    return tf.cast(tf.exp(-growth[:, None] * tf.constant(_steps(rotary))), tf.float32)
+    return tf.cast(tf.exp(-growth[:, None] * tf.constant(steps(rotary))), tf.float32)
 
 
 def rotations(
@@ -125,11 +77,6 @@ def rotations(
     return tf.cast(tf.cos(angles) * factor, dtype), tf.cast(tf.sin(angles) * factor, dtype)
 
 
-def is_dynamic(rotary: Rotary | None) -> bool:
-    """Whether the angles change with the length of the text."""
-    return rotary is not None and rotary.scaling is not None and rotary.scaling.kind == "dynamic"
-
-
 def rotate(x_bhqd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate the first `dim` channels by half-rotation: (a, b) -> (a cos - b sin, b cos + a sin)."""
     dim = cos.shape[-1]
@@ -139,33 +86,19 @@ def rotate(x_bhqd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return tf.concat((turned, kept), axis=-1) if kept.shape[-1] else turned
 
 
-@functools.lru_cache(maxsize=16)
-def _grown(count: int, max_distance: int) -> np.ndarray[Any, Any]:
-    """The bucket of each distance from 0 to `max_distance`, within one half: made once, as a compiler's logarithm may
-    round a distance on the edge of two buckets either way."""
-    exact = count // 4
-    far = np.arange(max_distance + 1)
-    steps = np.log(np.maximum(far, 1).astype(np.float32) / np.float32(exact)) / np.float32(
-        math.log(max_distance / exact)
-    )
-    grown = np.minimum(exact + (steps * np.float32(count // 2 - exact)).astype(np.int32), count // 2 - 1)
-    return np.where(far < exact, far, grown).astype(np.int32)
-
-
 def bucketed(distance: Tensor, count: int, max_distance: int) -> Tensor:
     """T5's bucket of each distance (key - query): half of the buckets look ahead; in each half, half are exact and the
     rest grow with the logarithm up to `max_distance`."""
     far = tf.minimum(tf.abs(distance), max_distance)
-    return tf.where(distance > 0, count // 2, 0) + tf.gather(_grown(count, max_distance), far)
+    return tf.where(distance > 0, count // 2, 0) + tf.gather(buckets_behind(count, max_distance), far)
 
 
 @functools.lru_cache(maxsize=8)
 def buckets_of(count: int, buckets: Buckets) -> np.ndarray[Any, Any]:
-    """The buckets (count, count) of the distances in a text, as a constant: XLA would compute a logarithm for each
-    query and key of every head in every layer."""
-    with tf.init_scope():
-        place = tf.range(count)
-        return bucketed(place[None, :] - place[:, None], buckets.count, buckets.max_distance).numpy()
+    """The buckets (count, count) of the distances in a text, as a constant: XLA would look them up for each query
+    and key of every head in every layer."""
+    place = np.arange(count)
+    return positions.bucketed(place[None, :] - place[:, None], buckets)
 
 
 def biases(table: Tensor, buckets_qk: Any) -> Tensor:

@@ -1,0 +1,96 @@
+"""What position encodings are made of: constants in NumPy, which every backend turns into its own arrays."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import numpy as np
+
+from monoblock.spec import Buckets, RopeScaling, Rotary
+
+Floats = np.ndarray[Any, np.dtype[Any]]
+Ints = np.ndarray[Any, np.dtype[Any]]
+
+
+@functools.lru_cache(maxsize=16)
+def inverse_frequencies(rotary: Rotary, length: int = 0) -> tuple[Floats, float]:
+    """Rotary frequencies in radians per token, float32 (dim / 2,), and the factor on cos and sin.
+
+    Those of dynamic scaling are for a text of `length` tokens; without one, as they are before they stretch.
+
+    Sources: RoPE arXiv:2104.09864; linear arXiv:2306.15595; dynamic and yarn arXiv:2309.00071; llama3 as in
+    Meta's code for Llama 3.1.
+    """
+    theta, scaling, factor = rotary.theta, rotary.scaling, 1.0
+    if scaling is not None and scaling.kind == "dynamic":
+        ratio = max(length, scaling.original_length) / scaling.original_length
+        stretch = scaling.factor * ratio - (scaling.factor - 1)
+        theta *= stretch ** (rotary.dim / (rotary.dim - 2))
+    found: Floats = 1.0 / theta ** steps(rotary)
+    if scaling is not None and scaling.kind != "dynamic":
+        found, factor = _SCALINGS[scaling.kind](rotary, scaling, found)
+    return found.astype(np.float32), factor
+
+
+def steps(rotary: Rotary) -> Floats:
+    """The powers of theta, float64 (dim / 2,)."""
+    return np.arange(0, rotary.dim, 2, dtype=np.float64) / rotary.dim
+
+
+def is_dynamic(rotary: Rotary | None) -> bool:
+    """Whether the angles change with the length of the text."""
+    return rotary is not None and rotary.scaling is not None and rotary.scaling.kind == "dynamic"
+
+
+def _linear(_: Rotary, scaling: RopeScaling, inverse: Floats) -> tuple[Floats, float]:
+    return inverse / scaling.factor, 1.0
+
+
+def _llama3(_: Rotary, scaling: RopeScaling, inverse: Floats) -> tuple[Floats, float]:
+    turns = scaling.original_length * inverse / (2 * math.pi)
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    smooth = np.clip((turns - low) / (high - low), 0, 1)
+    return inverse / scaling.factor * (1 - smooth) + inverse * smooth, 1.0
+
+
+def _yarn(rotary: Rotary, scaling: RopeScaling, inverse: Floats) -> tuple[Floats, float]:
+    def channel(turns: float) -> float:
+        log = math.log(scaling.original_length / (turns * 2 * math.pi))
+        return rotary.dim * log / (2 * math.log(rotary.theta))
+
+    low = max(math.floor(channel(scaling.beta_fast)), 0)
+    high = min(math.ceil(channel(scaling.beta_slow)), rotary.dim - 1)
+    ramp = (np.arange(rotary.dim // 2, dtype=np.float64) - low) / max(high - low, 1e-3)
+    kept = 1 - np.clip(ramp, 0, 1)
+    factor = scaling.attention_factor
+    if factor is None:
+        factor = 0.1 * math.log(scaling.factor) + 1.0 if scaling.factor > 1 else 1.0
+    return inverse / scaling.factor * (1 - kept) + inverse * kept, factor
+
+
+_SCALINGS = {"linear": _linear, "llama3": _llama3, "yarn": _yarn}
+
+
+def bucketed(distance: Ints, layout: Buckets) -> Ints:
+    """T5's bucket of each distance (key - query): one half looks back, the other ahead; in each, half are exact and the
+    rest grow with the logarithm up to `max_distance` (arXiv:1910.10683)."""
+    half = layout.count // 2
+    exact = half // 2
+    far = np.abs(distance)
+    # In fp32, as the models were trained: on the edge between two buckets the rounding decides.
+    grown = np.log(np.maximum(far, 1).astype(np.float32) / np.float32(exact))
+    grown = grown / np.float32(math.log(layout.max_distance / exact)) * np.float32(half - exact)
+    grown = np.minimum(exact + grown.astype(np.int64), half - 1)
+    return np.where(distance > 0, half, 0) + np.where(far < exact, far, grown)
+
+
+@functools.lru_cache(maxsize=16)
+def buckets_behind(count: int, max_distance: int) -> Ints:
+    """The buckets of keys 0 to `max_distance` places before the query, int32; farther ones have the last.
+
+    For compilers: their logarithm may round a distance on the edge of two buckets either way, so it stays here.
+    """
+    layout = Buckets(count=count, max_distance=max_distance)
+    return bucketed(-np.arange(max_distance + 1), layout).astype(np.int32)
