@@ -27,7 +27,8 @@ class Call:
     """What one forward pass gives to every block.
 
     Positions, of the tokens that come in and of all keys, count tokens without padding; a first axis of 1 stands
-    for all rows. `head_mask` (layers, 1, h, 1, 1) scales each head's weights.
+    for all rows. `head_mask` (layers, 1, h, 1, 1) scales each head's weights. What does not come (the rotary `cos`
+    and `sin`, ALiBi's slopes of the scope) is made from the spec.
     """
 
     scope: Scope
@@ -192,12 +193,12 @@ class Backbone(nn.Module):
     ) -> BackboneOutput:
         """Run the blocks on embedded tokens (b, s, w)."""
         x = self.embedded(x_bsw, call)
-        if self.alibi:
+        if self.alibi and call.scope.slopes_h is None:
             slopes = torch.tensor(self.alibi.slopes(self.spec.attention.heads), dtype=torch.float32)
             call.scope.slopes_h = slopes.to(x.device)
         if self.buckets:
             call.scope.relative = self.relative
-        if self.rotary:
+        if self.rotary and call.cos is None:
             call.cos, call.sin = rotations(call.positions_bs, self.rotary, x.dtype)
         states, weights = [x], []
         for block in self.blocks:

@@ -33,7 +33,12 @@ def rotations(positions_bq: Tensor, rotary: Rotary, dtype: torch.dtype) -> tuple
     lengths = (positions_bq.amax(-1) + 1).tolist() if is_dynamic(rotary) else [0]
     found = [inverse_frequencies(rotary, int(length)) for length in lengths]
     inverse, factor = torch.stack([torch.tensor(each) for each, _ in found])[:, None, None], found[0][1]
-    angles = positions_bq[:, None, :, None].float() * inverse.to(positions_bq.device)
+    return turns(positions_bq, inverse.to(positions_bq.device), factor, dtype)
+
+
+def turns(positions_bq: Tensor, inverse: Tensor, factor: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin of positions times frequencies (b or 1, 1, 1, dim / 2), each (b, 1, q, dim)."""
+    angles = positions_bq[:, None, :, None].float() * inverse
     angles = torch.cat((angles, angles), dim=-1)
     return (angles.cos() * factor).to(dtype), (angles.sin() * factor).to(dtype)
 
