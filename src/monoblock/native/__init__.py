@@ -1,0 +1,105 @@
+"""The native kernels: which of them this machine can run, and how to call them. Imports no framework.
+
+A library is opened when it is first asked for. `MONOBLOCK_NATIVE` chooses: `0` for none, or the name of a level
+(`base`, `avx2`, `avx512`, `avx512_vnni_bf16`) for no higher one; by default the highest that the machine has.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+from ctypes import c_char_p, c_int, c_int32, c_int64, c_void_p
+from pathlib import Path
+from typing import Any
+
+FORMATS = {"float32": 0, "bfloat16": 1, "int8": 2, "int4": 3}
+VARIABLE = "MONOBLOCK_NATIVE"
+
+
+class Matrix(ctypes.Structure):
+    """`struct Matrix` of matrix.hpp, where its fields are explained."""
+
+    _fields_ = [
+        ("data", c_void_p),
+        ("scale", c_void_p),
+        ("low", c_void_p),
+        ("bias", c_void_p),
+        ("outputs", c_int64),
+        ("inputs", c_int64),
+        ("format", c_int32),
+        ("group", c_int32),
+        ("bias_format", c_int32),
+        ("reserved", c_int32),
+    ]
+
+
+# Argument types by function; all of them give an int.
+SIGNATURES: dict[str, tuple[Any, ...]] = {
+    "mb_linear": (
+        *(ctypes.POINTER(Matrix), c_void_p, c_int32, c_int64, c_int64),
+        *(c_void_p, c_int32, c_int64, c_int),
+    ),
+}
+
+
+def library() -> Any:
+    """The opened library (a `ctypes.CDLL`), or None: then the work is the framework's."""
+    return _opened()[0]
+
+
+def level() -> str | None:
+    """The instruction set in use, or None."""
+    return _opened()[1]
+
+
+def status() -> str:
+    """One sentence: which kernels are in use, or why there are none."""
+    return _opened()[2]
+
+
+@functools.cache
+def _opened() -> tuple[Any, str | None, str]:
+    return choose(os.environ.get(VARIABLE, ""))
+
+
+def choose(wish: str) -> tuple[Any, str | None, str]:
+    """The library, its level and the status for a value of `MONOBLOCK_NATIVE`."""
+    from monoblock.native import (
+        build,
+    )  # here, so that it can be run as a script without being imported before
+
+    wish = wish.strip().lower()
+    if wish in ("0", "off", "no", "false"):
+        return None, None, f"off: {VARIABLE} is {wish}"
+    names = list(build.LEVELS)
+    if wish and wish not in (*names, "1", "on"):
+        return None, None, f"off: {VARIABLE} is {wish!r}, which is none of 0, {', '.join(names)}"
+    if not build.path_of("base").exists():
+        return None, None, "none: not built; python -m monoblock.native.build does, with a C++ compiler"
+    try:
+        highest = _open(build.path_of("base")).mb_level()
+        limit = min(highest, names.index(wish)) if wish in names else highest
+        best = next(name for name in reversed(names[: limit + 1]) if build.path_of(name).exists())
+        found = _open(build.path_of(best))
+    except (OSError, AttributeError) as error:
+        return None, None, f"none: {error}"
+    if found.mb_sources().decode() != build.digest():
+        return (
+            None,
+            None,
+            "none: built from other sources; python -m monoblock.native.build builds them again",
+        )
+    return (
+        found,
+        best,
+        best if best == names[highest] or wish in names else f"{best}; {names[highest]} was not built",
+    )
+
+
+def _open(path: Path) -> Any:
+    found = ctypes.CDLL(str(path))
+    found.mb_sources.restype = c_char_p
+    for function, types in SIGNATURES.items():
+        getattr(found, function).argtypes = types
+    return found

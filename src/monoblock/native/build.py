@@ -1,0 +1,152 @@
+"""Compiles the native kernels, once for each instruction set that this kind of machine may have.
+
+`pip install` runs it through the build hook; after a change of the sources, `python -m monoblock.native.build` does.
+It needs nothing but Python and a C++ compiler: `CXX`, or the first of c++, g++ and clang++ that is there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+HERE = Path(__file__).parent
+
+_AVX2 = ("-mavx2", "-mfma")
+_AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq")
+
+# From the lowest to the highest, in the order that `mb_level` counts them; other machines have the first alone.
+LEVELS: dict[str, tuple[str, ...]] = {
+    "base": (),
+    "avx2": _AVX2,
+    "avx512": _AVX512,
+    "avx512_vnni_bf16": (*_AVX512, "-mavx512vnni", "-mavx512bf16"),
+}
+
+# No -march=native: what is built here may run elsewhere. Contraction lets a product and a sum become one instruction.
+FLAGS = (
+    "-std=c++17",
+    "-O3",
+    "-ffp-contract=fast",
+    "-fno-math-errno",
+    "-fvisibility=hidden",
+    "-fPIC",
+    "-shared",
+)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a build made: the levels that are there now, and one line for people."""
+
+    levels: tuple[str, ...]
+    line: str
+
+
+def path_of(level: str, folder: Path = HERE) -> Path:
+    """Where a level's library lies."""
+    return folder / f"kernels_{level}.so"
+
+
+def sources() -> list[Path]:
+    """What the kernels are made of."""
+    return [HERE / "kernels.cpp", *sorted(HERE.glob("*.hpp"))]
+
+
+def digest() -> str:
+    """A name for the sources as they are now; a library knows the one that it was built from."""
+    found = hashlib.sha256()
+    for path in sources():
+        found.update(path.name.encode() + b"\0" + path.read_bytes())
+    return found.hexdigest()[:16]
+
+
+def levels() -> dict[str, tuple[str, ...]]:
+    """The levels worth building on this kind of machine, with their flags."""
+    return LEVELS if platform.machine().lower() in ("x86_64", "amd64") else {"base": ()}
+
+
+def compiler(environ: Mapping[str, str] = os.environ) -> list[str] | None:
+    """The C++ compiler's command: CXX, or the first one found."""
+    if chosen := shlex.split(environ.get("CXX", "")):
+        return chosen if shutil.which(chosen[0]) else None
+    return next(([name] for name in ("c++", "g++", "clang++") if shutil.which(name)), None)
+
+
+def build(folder: Path = HERE) -> Outcome:
+    """Compile every level into `folder`; what cannot be compiled is left out, and the line says why."""
+    for level in LEVELS:
+        path_of(level, folder).unlink(missing_ok=True)
+    command = compiler()
+    if command is None:
+        wish = os.environ.get("CXX")
+        missing = (
+            f"CXX is {wish!r}, which is no program" if wish else "no C++ compiler (g++ or clang++) was found"
+        )
+        return Outcome(
+            (), f"monoblock is installed without its native kernels: {missing}; PyTorch does the work."
+        )
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".build-") as scratch:
+        flags = (*FLAGS, f'-DMB_SOURCES="{digest()}"', *_openmp(command, Path(scratch)))
+
+        def one(level: str, extra: tuple[str, ...]) -> str:
+            made = Path(scratch) / path_of(level).name
+            errors = _run([*command, *flags, *extra, str(HERE / "kernels.cpp"), "-o", str(made)])
+            if not errors:
+                made.replace(path_of(level, folder))  # whole or not at all
+            return errors
+
+        with ThreadPoolExecutor(
+            len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2
+        ) as pool:
+            # The highest levels take the longest.
+            errors = dict(
+                zip(
+                    wanted := [*reversed(levels())],
+                    pool.map(one, wanted, map(LEVELS.get, wanted)),
+                    strict=True,
+                )
+            )
+    built = tuple(level for level in levels() if not errors[level])
+    if not built:
+        return Outcome((), f"monoblock is installed without its native kernels: {_last(errors['base'])}")
+    line = f"monoblock's native kernels were built by {command[0]}: {', '.join(built)}"
+    failed = [f"{level} ({_last(text)})" for level, text in errors.items() if text]
+    return Outcome(built, f"{line}; not {', '.join(failed)}" if failed else line)
+
+
+def _openmp(command: list[str], scratch: Path) -> tuple[str, ...]:
+    """The flag for several threads, where the compiler and its run-time have them."""
+    probe = scratch / "probe.cpp"
+    probe.write_text("#include <omp.h>\nint main() { return omp_get_max_threads() < 1; }\n", encoding="utf-8")
+    return () if _run([*command, "-fopenmp", str(probe), "-o", str(scratch / "probe")]) else ("-fopenmp",)
+
+
+def _run(command: list[str]) -> str:
+    """What went wrong, or nothing."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    except (OSError, subprocess.SubprocessError) as error:
+        return str(error)
+    return "" if done.returncode == 0 else done.stderr.strip() or f"{command[0]} gave {done.returncode}"
+
+
+def _last(errors: str) -> str:
+    """The line of a compiler's complaint that says most."""
+    lines = [line.strip() for line in errors.splitlines() if "error" in line.lower()]
+    return (lines or errors.splitlines() or ["unknown error"])[0]
+
+
+if __name__ == "__main__":
+    outcome = build()
+    print(outcome.line)
+    sys.exit(not outcome.levels)

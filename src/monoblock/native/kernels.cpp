@@ -1,0 +1,27 @@
+// monoblock's native kernels: one unit, compiled once for each instruction set (see build.py), with a plain C interface
+// that ctypes can call. Everything is written over vector extensions; only a few dot products are spelled out.
+#include "matrix.hpp"
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+// The highest of build.py's levels that this machine can run; asked of the base library.
+EXPORT int mb_level() {
+#if defined(__x86_64__) || defined(_M_X64)
+  __builtin_cpu_init();
+  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return 0;
+  if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
+      !__builtin_cpu_supports("avx512vl") || !__builtin_cpu_supports("avx512dq"))
+    return 1;
+  return __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16") ? 3 : 2;
+#else
+  return 0;
+#endif
+}
+
+// What the library was built from: build.py's digest of the sources.
+EXPORT const char* mb_sources() { return MB_SOURCES; }
+
+EXPORT int mb_linear(const Matrix* m, const void* x, int32_t x_format, int64_t ldx, int64_t rows, void* y,
+                     int32_t y_format, int64_t ldy, int threads) {
+  return matrices::linear(*m, x, x_format, ldx, rows, y, y_format, ldy, threads);
+}

@@ -1,0 +1,84 @@
+// The plain function over a matrix: inputs and outputs in float or bf16, any number of rows, several threads.
+// Part of matrix.hpp.
+#pragma once
+
+#include <stdlib.h>
+
+#if defined(_OPENMP)
+#include <omp.h>
+#else
+inline int omp_get_thread_num() { return 0; }
+#endif
+
+namespace matrices {
+
+constexpr int AT_ONCE = 16;  // rows of inputs that are prepared together
+constexpr int STRIP = 64;    // outputs that a thread keeps as floats before it rounds them
+
+// One buffer for each calling thread, which grows and is kept: a call must not ask the system for memory.
+inline void* scratch_of(int64_t bytes) {
+  static thread_local void* buffer = nullptr;
+  static thread_local int64_t size = 0;
+  if (bytes > size) {
+    free(buffer);
+    size = round_up(bytes, 1 << 16);
+    buffer = malloc(size);
+    if (!buffer) size = 0;
+  }
+  return buffer;
+}
+
+
+inline void widen(const uint16_t* x, int64_t inputs, float* to) {
+  int64_t k = 0;
+  for (; k + LANES <= inputs; k += LANES) store(to + k, from_bf16(load<Halves>(x + k)));
+  for (; k < inputs; ++k) to[k] = from_bf16(x[k]);
+}
+
+// Outputs [first, last) of up to AT_ONCE rows, rounded once where the result is bf16.
+inline void outputs_of(const Matrix& m, const Prepared& p, int rows, void* y, int32_t y_format, int64_t ldy,
+                       int64_t first, int64_t last) {
+  if (y_format == F32) return multiply(m, p, rows, (float*)y, ldy, first, last);
+  float strip[AT_ONCE * STRIP];
+  uint16_t* to = (uint16_t*)y;
+  for (; first < last; first += STRIP) {
+    int64_t end = first + STRIP < last ? first + STRIP : last;
+    multiply(m, p, rows, strip - first, STRIP, first, end);
+    for (int row = 0; row < rows; ++row)
+      for (int64_t o = first; o < end; ++o) to[row * ldy + o] = to_bf16(strip[row * STRIP + o - first]);
+  }
+}
+
+// y (rows, outputs) = x (rows, inputs) W^T + bias; `ldx`, `ldy`: elements from row to row; formats F32 or BF16.
+// Returns 0, or 1 if there was no memory.
+inline int linear(const Matrix& m, const void* x, int32_t x_format, int64_t ldx, int64_t rows, void* y,
+                  int32_t y_format, int64_t ldy, int threads) {
+  int64_t need = prepared_bytes(m.inputs, AT_ONCE), floats = AT_ONCE * m.inputs * 4;
+  char* scratch = (char*)scratch_of(need + floats);
+  if (!scratch) return 1;
+  Prepared p = prepared_in(scratch, m.inputs, AT_ONCE);
+  float* wide = (float*)(scratch + need);
+  for (int64_t row = 0; row < rows; row += AT_ONCE) {
+    int count = rows - row < AT_ONCE ? int(rows - row) : AT_ONCE;
+    if (x_format == BF16) {
+      for (int i = 0; i < count; ++i) widen((const uint16_t*)x + (row + i) * ldx, m.inputs, wide + i * m.inputs);
+      prepare(m, wide, m.inputs, count, p);
+    } else {
+      prepare(m, (const float*)x + row * ldx, ldx, count, p);
+    }
+    void* to = (char*)y + row * ldy * (y_format == BF16 ? 2 : 4);
+    int64_t each = round_up((m.outputs + threads - 1) / threads, 8);
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+      // As many turns as there are threads, whatever number the run-time really gave.
+#pragma omp for schedule(static, 1)
+      for (int part = 0; part < threads; ++part) {
+        int64_t first = part * each, last = first + each < m.outputs ? first + each : m.outputs;
+        if (first < last) outputs_of(m, p, count, to, y_format, ldy, first, last);
+      }
+    }
+  }
+  return 0;
+}
+
+}  // namespace matrices

@@ -1,0 +1,103 @@
+// Weight matrices in four formats, and their product with a few rows of inputs: y[row] = W x[row] + bias.
+//
+// One row of inputs costs one pass over the weights, so what counts is that they stream in at the memory's rate: each
+// thread takes several rows of weights at once (several streams), and its arithmetic hides behind the loads.
+#pragma once
+
+#include <type_traits>
+
+#include "numbers.hpp"
+
+#if defined(__AVX512VNNI__) || defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
+
+namespace matrices {
+
+enum Format : int32_t { F32 = 0, BF16 = 1, INT8 = 2, INT4 = 3 };
+
+// W is (outputs, inputs), row by row. Packed formats count inputs up to the next multiple of 128 ("padded"); `scale` and
+// `low` are half precision (outputs, padded / group), `group` being 64 or 128.
+//   INT8: a byte for each weight; value = scale * (code - 128).
+//   INT4: 64 bytes for each run of 128 weights, byte j = code[j] | code[j + 64] << 4; value = scale * code + low.
+struct Matrix {
+  const void* data;
+  const uint16_t* scale;  // packed formats, else null
+  const uint16_t* low;    // INT4, else null
+  const void* bias;       // (outputs,) or null
+  int64_t outputs, inputs;
+  int32_t format, group;
+  int32_t bias_format;  // F32 or BF16
+  int32_t reserved;
+};
+
+constexpr int RUN = 128;    // inputs that packed formats are padded to
+constexpr int BLOCK = 64;   // inputs that share one scale when they are quantised
+constexpr int FEW = 8;      // rows of inputs that one pass takes at once
+constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+// Rows of inputs in the form that `multiply` reads. `prepare` fills what the matrix needs and no more.
+struct Prepared {
+  float* f;        // (rows, padded)
+  uint16_t* bf;    // (rows, padded)
+  int8_t* q;       // (rows, padded), whole numbers of -127..127
+  float* q_scale;  // (rows, blocks): x = q * q_scale
+  float* q_sum;    // (rows, blocks): the sum of the inputs of each block, as far as `q` holds them
+  int64_t padded, blocks;
+  const float* x;  // floats that are read where they lie: the inputs themselves, or `f`
+  int64_t ldx;
+};
+
+// Bytes of scratch for `rows` rows of up to `inputs` inputs.
+inline int64_t prepared_bytes(int64_t inputs, int64_t rows) {
+  int64_t padded = round_up(inputs, RUN), blocks = round_up(padded / BLOCK, 16);
+  return 64 + rows * (padded * (4 + 2 + 1) + blocks * 8);
+}
+
+// Scratch of `prepared_bytes(inputs, rows)`, divided up.
+inline Prepared prepared_in(void* scratch, int64_t inputs, int64_t rows) {
+  char* at = (char*)round_up((int64_t)scratch, 64);
+  Prepared p = {};
+  p.padded = round_up(inputs, RUN), p.blocks = round_up(p.padded / BLOCK, 16);
+  p.f = (float*)at, at += rows * p.padded * 4;
+  p.q_scale = (float*)at, at += rows * p.blocks * 4;
+  p.q_sum = (float*)at, at += rows * p.blocks * 4;
+  p.bf = (uint16_t*)at, at += rows * p.padded * 2;
+  p.q = (int8_t*)at;
+  return p;
+}
+
+INLINE int64_t groups_of(const Matrix& m) { return round_up(m.inputs, RUN) / m.group; }
+
+INLINE float bias_of(const Matrix& m, int64_t output) {
+  if (!m.bias) return 0;
+  return m.bias_format == BF16 ? from_bf16(((const uint16_t*)m.bias)[output]) : ((const float*)m.bias)[output];
+}
+
+}  // namespace matrices
+
+#include "prepare.hpp"
+#include "tiles.hpp"
+
+namespace matrices {
+
+// y[row * ldy + output] for all rows and the outputs [first, last); one thread's work.
+inline void multiply(const Matrix& m, const Prepared& x, int rows, float* y, int64_t ldy, int64_t first, int64_t last) {
+  switch (m.format) {
+    case F32: return over_tiles<FloatTile<F32>>(m, x, rows, y, ldy, first, last);
+    case BF16:
+#if defined(__AVX512BF16__)
+      if (by_pairs(rows)) return over_tiles<PairTile>(m, x, rows, y, ldy, first, last);
+#endif
+      return over_tiles<FloatTile<BF16>>(m, x, rows, y, ldy, first, last);
+    case INT8: return over_tiles<CodeTile<INT8>>(m, x, rows, y, ldy, first, last);
+    case INT4: return over_tiles<CodeTile<INT4>>(m, x, rows, y, ldy, first, last);
+  }
+}
+
+}  // namespace matrices
+
+#include "linear.hpp"
+
+using matrices::Matrix;
+using matrices::Prepared;

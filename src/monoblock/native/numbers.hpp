@@ -1,0 +1,100 @@
+// Vectors as wide as the instruction set at hand has them, and the small number formats, without intrinsics: GCC's and
+// Clang's vector extensions become SSE2, AVX2, AVX-512 or NEON. Part of matrix.hpp.
+#pragma once
+
+#include <stdint.h>
+#include <string.h>
+
+#define INLINE inline __attribute__((always_inline))
+#define UNROLL _Pragma("GCC unroll 16")
+
+namespace matrices {
+
+#if defined(__AVX512F__)
+constexpr int LANES = 16;
+#elif defined(__AVX2__)
+constexpr int LANES = 8;
+#else
+constexpr int LANES = 4;
+#endif
+
+typedef float Floats __attribute__((vector_size(LANES * 4)));
+typedef int32_t Ints __attribute__((vector_size(LANES * 4)));
+typedef uint32_t Words __attribute__((vector_size(LANES * 4)));
+typedef uint16_t Halves __attribute__((vector_size(LANES * 2)));
+typedef uint8_t Bytes __attribute__((vector_size(LANES)));
+typedef int8_t SignedBytes __attribute__((vector_size(LANES)));
+
+template <class Vector, class Scalar>
+INLINE Vector load(const Scalar* from) {
+  Vector v;
+  memcpy(&v, from, sizeof v);
+  return v;
+}
+
+template <class Vector, class Scalar>
+INLINE void store(Scalar* to, Vector v) {
+  memcpy(to, &v, sizeof v);
+}
+
+// The same bits as another type.
+template <class To, class From>
+INLINE To bits(From from) {
+  static_assert(sizeof(To) == sizeof(From), "as many bits");
+  To to;
+  memcpy(&to, &from, sizeof to);
+  return to;
+}
+
+// The sum of all lanes; halving keeps it in registers, where a loop over lanes would be a chain of scalar sums.
+INLINE float sum(Floats v) {
+  typedef float Four __attribute__((vector_size(16)));
+  Four four[LANES / 4];
+  memcpy(four, &v, sizeof v);
+  for (int half = LANES / 8; half; half /= 2)
+    for (int i = 0; i < half; ++i) four[i] += four[i + half];
+  return (four[0][0] + four[0][2]) + (four[0][1] + four[0][3]);
+}
+
+INLINE Floats largest(Floats a, Floats b) { return a > b ? a : b; }
+
+INLINE float largest(Floats v) {
+  float m = v[0];
+  for (int i = 1; i < LANES; ++i) m = v[i] > m ? v[i] : m;
+  return m;
+}
+
+INLINE Floats magnitude(Floats v) { return bits<Floats>(bits<Words>(v) & 0x7fffffffu); }
+
+// bf16 is the upper half of a float.
+INLINE Floats from_bf16(Halves v) { return bits<Floats>(__builtin_convertvector(v, Words) << 16); }
+
+INLINE float from_bf16(uint16_t v) { return bits<float>(uint32_t(v) << 16); }
+
+// To the nearest bf16, ties to even; NaN stays NaN (rounding up could make it infinite).
+INLINE uint16_t to_bf16(float v) {
+  uint32_t u = bits<uint32_t>(v);
+  if ((u & 0x7fffffffu) > 0x7f800000u) return uint16_t(u >> 16 | 0x40);
+  return uint16_t((u + 0x7fff + (u >> 16 & 1)) >> 16);
+}
+
+INLINE Halves to_bf16(Floats v) {
+  Words u = bits<Words>(v);
+  Words rounded = (u + 0x7fffu + (u >> 16 & 1u)) >> 16;
+  Words nan = bits<Words>((u & 0x7fffffffu) > 0x7f800000u);
+  return __builtin_convertvector((nan & (u >> 16 | 0x40u)) | (~nan & rounded), Halves);
+}
+
+// IEEE half precision: exponent and mantissa move into a float's place, and 2^112 makes up for the bias.
+INLINE float from_half(uint16_t v) {
+  float size = bits<float>(uint32_t(v & 0x7fff) << 13) * 0x1p112f;
+  return bits<float>(bits<uint32_t>(size) | uint32_t(v & 0x8000) << 16);
+}
+
+// To the nearest whole number, ties to even, for |v| < 2^22: the sum has no bits left for a fraction.
+INLINE Ints nearest(Floats v) {
+  const float magic = 0x1.8p23f;
+  return bits<Ints>(v + magic) - bits<int32_t>(magic);
+}
+
+}  // namespace matrices

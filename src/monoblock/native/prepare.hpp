@@ -1,0 +1,92 @@
+// Inputs in the form that the kernels read: as they are, padded, in bf16, or quantised. Part of matrix.hpp.
+#pragma once
+
+namespace matrices {
+
+// Whether rows of inputs meet bf16 weights as bf16 pairs. Up to four rows floats cost nothing, the memory being slower.
+INLINE bool by_pairs(int rows) {
+#if defined(__AVX512BF16__)
+  return rows > 4;
+#else
+  return rows < 0;
+#endif
+}
+
+// Copies a row and pads it with zeros.
+inline void pad(const float* x, int64_t inputs, float* to, int64_t padded) {
+  memcpy(to, x, inputs * sizeof(float));
+  memset(to + inputs, 0, (padded - inputs) * sizeof(float));
+}
+
+inline void narrow(const float* x, int64_t inputs, uint16_t* to, int64_t padded) {
+  int64_t k = 0;
+  for (; k + LANES <= inputs; k += LANES) store(to + k, to_bf16(load<Floats>(x + k)));
+  for (; k < padded; ++k) to[k] = k < inputs ? to_bf16(x[k]) : 0;
+}
+
+// One block: q = round(x * 127 / max|x|). NaN and infinity reach the scale, so that they are not lost.
+INLINE void quantise(const float* x, int8_t* q, float* scale, float* total) {
+  Floats top = {}, strange = {};
+  for (int k = 0; k < BLOCK; k += LANES) {
+    Floats v = load<Floats>(x + k);
+    top = largest(magnitude(v), top);
+    strange += v * 0.0f;
+  }
+  float most = largest(top), inverse = most > 0 ? 127 / most : 0;
+  Ints whole = {};
+  for (int k = 0; k < BLOCK; k += LANES) {
+    Ints n = nearest(load<Floats>(x + k) * inverse);
+    store(q + k, __builtin_convertvector(n, SignedBytes));
+    whole += n;
+  }
+  *scale = most / 127 + sum(strange);
+  *total = sum(__builtin_convertvector(whole, Floats)) * *scale;
+}
+
+inline void quantise_row(const float* x, int64_t row, int64_t inputs, Prepared& p) {
+  float rest[BLOCK];
+  float *scale = p.q_scale + row * p.blocks, *total = p.q_sum + row * p.blocks;
+  for (int64_t b = 0; b < p.blocks; ++b) {
+    int64_t k = b * BLOCK;
+    if (k >= p.padded) {
+      scale[b] = total[b] = 0;
+      continue;
+    }
+    const float* from = x + k;
+    if (k + BLOCK > inputs) {
+      pad(from, inputs > k ? inputs - k : 0, rest, BLOCK);
+      from = rest;
+    }
+    quantise(from, p.q + row * p.padded + k, scale + b, total + b);
+  }
+}
+
+// Exact inputs for packed weights: only the sums of the blocks are needed beside them.
+inline void block_sums(const float* x, float* to, int64_t blocks) {
+  for (int64_t b = 0; b < blocks; ++b) {
+    Floats s = {};
+    for (int k = 0; k < BLOCK; k += LANES) s += load<Floats>(x + b * BLOCK + k);
+    to[b] = sum(s);
+  }
+}
+
+// Fills what a product of `m` with these rows (row i at x + i * ldx) needs; one thread's work. The rows must stay
+// where they are until the product is done.
+inline void prepare(const Matrix& m, const float* x, int64_t ldx, int rows, Prepared& p) {
+  p.padded = round_up(m.inputs, RUN), p.blocks = round_up(p.padded / BLOCK, 16);
+  p.x = x, p.ldx = ldx;
+  if (m.format == BF16 && by_pairs(rows))
+    for (int row = 0; row < rows; ++row) narrow(x + row * ldx, m.inputs, p.bf + row * p.padded, p.padded);
+  if (m.format == F32 || m.format == BF16) return;
+#if defined(__AVX512VNNI__)
+  for (int row = 0; row < rows; ++row) quantise_row(x + row * ldx, row, m.inputs, p);
+#else
+  if (m.inputs != p.padded) {
+    for (int row = 0; row < rows; ++row) pad(x + row * ldx, m.inputs, p.f + row * p.padded, p.padded);
+    p.x = p.f, p.ldx = p.padded;
+  }
+  for (int row = 0; row < rows; ++row) block_sums(p.x + row * p.ldx, p.q_sum + row * p.blocks, p.padded / BLOCK);
+#endif
+}
+
+}  // namespace matrices

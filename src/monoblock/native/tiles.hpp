@@ -1,0 +1,229 @@
+// The products of R rows of weights with T rows of inputs, for each format. Part of matrix.hpp.
+#pragma once
+
+namespace matrices {
+
+// How many rows of weights a tile takes: the sums, R * T vectors, must stay in registers (32 with AVX-512, else 16).
+template <int T>
+constexpr int rows_of() {
+  return LANES == 16 ? (T == 1 ? 8 : T == 2 ? 8 : T <= 4 ? 4 : 2) : (T == 1 ? 8 : T == 2 ? 4 : T <= 4 ? 2 : 1);
+}
+
+// Weights that are floats or become floats.
+template <int FORMAT>
+struct FloatTile {
+  using Weight = typename std::conditional<FORMAT == F32, float, uint16_t>::type;
+
+  static INLINE Floats floats(const float* from) { return load<Floats>(from); }
+  static INLINE Floats floats(const uint16_t* from) { return from_bf16(load<Halves>(from)); }
+
+  template <int R, int T>
+  static INLINE void run(const Matrix& m, const Prepared& p, int64_t output, int row, float (&out)[R][T]) {
+    const Weight* w = (const Weight*)m.data + output * m.inputs;
+    const float* x = p.x + row * p.ldx;
+    Floats sums[R][T] = {};
+    int64_t k = 0;
+    for (; k + LANES <= m.inputs; k += LANES) step<R, T>(w + k, m.inputs, x + k, p.ldx, sums);
+    if (int64_t rest = m.inputs - k) {
+      Weight last_w[R][LANES] = {};
+      float last_x[T][LANES] = {};
+      for (int r = 0; r < R; ++r) memcpy(last_w[r], w + r * m.inputs + k, rest * sizeof(Weight));
+      for (int t = 0; t < T; ++t) memcpy(last_x[t], x + t * p.ldx + k, rest * sizeof(float));
+      step<R, T>(last_w[0], LANES, last_x[0], LANES, sums);
+    }
+    for (int r = 0; r < R; ++r)
+      for (int t = 0; t < T; ++t) out[r][t] = sum(sums[r][t]);
+  }
+
+  template <int R, int T>
+  static INLINE void step(const Weight* w, int64_t ldw, const float* x, int64_t ldx, Floats (&sums)[R][T]) {
+    Floats v[T];
+    UNROLL for (int t = 0; t < T; ++t) v[t] = load<Floats>(x + t * ldx);
+    UNROLL for (int r = 0; r < R; ++r) {
+      Floats weights = floats(w + r * ldw);
+      UNROLL for (int t = 0; t < T; ++t) sums[r][t] += weights * v[t];
+    }
+  }
+};
+
+#if defined(__AVX512BF16__)
+// bf16 weights and inputs: one instruction multiplies 32 pairs and sums them two by two, in floats.
+struct PairTile {
+  typedef short Pairs __attribute__((vector_size(64)));
+
+  template <int R, int T>
+  static INLINE void run(const Matrix& m, const Prepared& p, int64_t output, int row, float (&out)[R][T]) {
+    const uint16_t* w = (const uint16_t*)m.data + output * m.inputs;
+    const uint16_t* x = p.bf + row * p.padded;
+    Floats sums[R][T] = {};
+    int64_t k = 0;
+    for (; k + 32 <= m.inputs; k += 32) step<R, T>(w + k, m.inputs, x + k, p.padded, sums);
+    if (int64_t rest = m.inputs - k) {
+      uint16_t last[R][32] = {};
+      for (int r = 0; r < R; ++r) memcpy(last[r], w + r * m.inputs + k, rest * 2);
+      step<R, T>(last[0], 32, x + k, p.padded, sums);
+    }
+    for (int r = 0; r < R; ++r)
+      for (int t = 0; t < T; ++t) out[r][t] = sum(sums[r][t]);
+  }
+
+  template <int R, int T>
+  static INLINE void step(const uint16_t* w, int64_t ldw, const uint16_t* x, int64_t ldx, Floats (&sums)[R][T]) {
+    Pairs v[T];
+    UNROLL for (int t = 0; t < T; ++t) v[t] = load<Pairs>(x + t * ldx);
+    UNROLL for (int r = 0; r < R; ++r) {
+      Pairs weights = load<Pairs>(w + r * ldw);
+      UNROLL for (int t = 0; t < T; ++t)
+        sums[r][t] = (Floats)_mm512_dpbf16_ps((__m512)sums[r][t], (__m512bh)v[t], (__m512bh)weights);
+    }
+  }
+};
+#endif
+
+#if defined(__AVX512VNNI__)
+// Packed weights with quantised inputs: one instruction multiplies 64 codes with 64 inputs and sums them four by four,
+// in whole numbers. With x = q * q_scale in a block,
+//   sum(w x) = scale * q_scale * sum(code * q) + low * q_scale * sum(q),   where INT8's low is -128 * scale.
+template <int FORMAT>
+struct CodeTile {
+  typedef uint8_t Codes __attribute__((vector_size(64)));
+  static constexpr int PANEL = 64;  // blocks whose scales are made at once
+
+  template <int R, int T>
+  static INLINE void run(const Matrix& m, const Prepared& p, int64_t output, int row, float (&out)[R][T]) {
+    const int64_t bytes = FORMAT == INT8 ? p.padded : p.padded / 2, blocks = p.padded / BLOCK;
+    const uint8_t* w = (const uint8_t*)m.data + output * bytes;
+    const int8_t* x = p.q + row * p.padded;
+    Floats sums[R][T] = {};
+    for (int64_t first = 0; first < blocks; first += PANEL) {
+      const int count = blocks - first < PANEL ? int(blocks - first) : PANEL;
+      float scales[R][T][PANEL];
+      scale<R, T>(m, p, output, row, first, count, scales, sums);
+      for (int b = 0; b < count; b += 2) {
+        const int64_t k = (first + b) * BLOCK;
+        UNROLL for (int r = 0; r < R; ++r) {
+          Codes codes[2];
+          unpack(w + r * bytes + (FORMAT == INT8 ? k : k / 2), codes);
+          UNROLL for (int t = 0; t < T; ++t) UNROLL for (int half = 0; half < 2; ++half)
+            sums[r][t] += dot(codes[half], x + t * p.padded + k + half * BLOCK) * scales[r][t][b + half];
+        }
+      }
+    }
+    for (int r = 0; r < R; ++r)
+      for (int t = 0; t < T; ++t) out[r][t] = sum(sums[r][t]);
+  }
+
+  // The codes of 128 weights.
+  static INLINE void unpack(const uint8_t* from, Codes (&codes)[2]) {
+    codes[0] = load<Codes>(from);
+    if (FORMAT == INT8) {
+      codes[1] = load<Codes>(from + 64);
+    } else {
+      codes[1] = codes[0] >> 4;
+      codes[0] &= 15;
+    }
+  }
+
+  static INLINE Floats dot(Codes codes, const int8_t* x) {
+    __m512i found = _mm512_dpbusd_epi32(_mm512_setzero_si512(), (__m512i)codes, _mm512_loadu_si512(x));
+    return (Floats)_mm512_cvtepi32_ps(found);
+  }
+
+  // scale * q_scale of each block, and the share of `low` in the sums.
+  template <int R, int T>
+  static INLINE void scale(const Matrix& m, const Prepared& p, int64_t output, int row, int64_t first, int count,
+                           float (&scales)[R][T][PANEL], Floats (&sums)[R][T]) {
+    const int64_t groups = groups_of(m);
+    for (int b = 0; b < count; b += 16)
+      for (int r = 0; r < R; ++r) {
+        const int64_t line = (output + r) * groups;
+        Floats scale = by_block(m.scale + line, groups, first + b, m.group);
+        Floats low = FORMAT == INT8 ? scale * -128.0f : by_block(m.low + line, groups, first + b, m.group);
+        UNROLL for (int t = 0; t < T; ++t) {
+          const int64_t at = (row + t) * p.blocks + first + b;
+          store(scales[r][t] + b, scale * load<Floats>(p.q_scale + at));
+          sums[r][t] += low * load<Floats>(p.q_sum + at);
+        }
+      }
+  }
+
+  // The numbers of 16 blocks from `block` on, of a row of `groups` numbers; zeros after the row's end.
+  static INLINE Floats by_block(const uint16_t* line, int64_t groups, int64_t block, int group) {
+    const int64_t at = group == RUN ? block / 2 : block, left = groups - at;
+    const __mmask16 there = left >= 16 ? 0xffff : (1u << left) - 1;
+    Floats v = (Floats)_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(there, line + at));
+    if (group != RUN) return v;
+    return __builtin_shufflevector(v, v, 0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7);
+  }
+};
+#else
+// Packed weights with inputs that stay exact: codes become floats, each group's sum is scaled once.
+template <int FORMAT>
+struct CodeTile {
+  template <int R, int T>
+  static INLINE void run(const Matrix& m, const Prepared& p, int64_t output, int row, float (&out)[R][T]) {
+    const int64_t groups = groups_of(m), bytes = FORMAT == INT8 ? p.padded : p.padded / 2;
+    const uint8_t* w = (const uint8_t*)m.data + output * bytes;
+    const float *x = p.x + row * p.ldx, *block = p.q_sum + row * p.blocks;
+    Floats sums[R][T] = {};
+    float lows[R][T] = {};
+    for (int64_t b = 0; b < p.padded / BLOCK; ++b) {
+      int64_t group = output * groups + b * BLOCK / m.group;
+      int64_t at = FORMAT == INT8 ? b * BLOCK : b / 2 * BLOCK;
+      int shift = FORMAT == INT8 ? 0 : b % 2 * 4;
+      for (int r = 0; r < R; ++r) {
+        float scale = from_half(m.scale[group + r * groups]);
+        float low = FORMAT == INT8 ? -128 * scale : from_half(m.low[group + r * groups]);
+        Floats part[T] = {};
+        for (int k = 0; k < BLOCK; k += LANES) {
+          Words codes = __builtin_convertvector(load<Bytes>(w + r * bytes + at + k), Words);
+          if (FORMAT == INT4) codes = codes >> shift & 15;
+          Floats weights = __builtin_convertvector(bits<Ints>(codes), Floats);
+          UNROLL for (int t = 0; t < T; ++t) part[t] += weights * load<Floats>(x + t * p.ldx + b * BLOCK + k);
+        }
+        UNROLL for (int t = 0; t < T; ++t) {
+          sums[r][t] += part[t] * scale;
+          lows[r][t] += low * block[t * p.blocks + b];
+        }
+      }
+    }
+    for (int r = 0; r < R; ++r)
+      for (int t = 0; t < T; ++t) out[r][t] = sum(sums[r][t]) + lows[r][t];
+  }
+};
+#endif
+
+template <class Tile, int R, int T>
+INLINE void tile(const Matrix& m, const Prepared& x, int64_t output, int row, float* y, int64_t ldy) {
+  float out[R][T];
+  Tile::template run<R, T>(m, x, output, row, out);
+  for (int r = 0; r < R; ++r) {
+    float bias = bias_of(m, output + r);
+    for (int t = 0; t < T; ++t) y[(row + t) * ldy + output + r] = out[r][t] + bias;
+  }
+}
+
+template <class Tile, int T>
+inline void strip(const Matrix& m, const Prepared& x, int row, float* y, int64_t ldy, int64_t first, int64_t last) {
+  constexpr int R = rows_of<T>();
+  for (; first + R <= last; first += R) tile<Tile, R, T>(m, x, first, row, y, ldy);
+  for (; first < last; ++first) tile<Tile, 1, T>(m, x, first, row, y, ldy);
+}
+
+// All rows of inputs meet a strip of 8 rows of weights before the next, so that only the first pass reads the memory.
+template <class Tile>
+inline void over_tiles(const Matrix& m, const Prepared& x, int rows, float* y, int64_t ldy, int64_t first, int64_t last) {
+  for (int64_t next; first < last; first = next) {
+    next = first + 8 < last ? first + 8 : last;
+    int row = 0;
+    for (; row + FEW <= rows; row += FEW) strip<Tile, FEW>(m, x, row, y, ldy, first, next);
+    if (row + 4 <= rows) strip<Tile, 4>(m, x, row, y, ldy, first, next), row += 4;
+    switch (rows - row) {
+      case 3: strip<Tile, 3>(m, x, row, y, ldy, first, next); break;
+      case 2: strip<Tile, 2>(m, x, row, y, ldy, first, next); break;
+      case 1: strip<Tile, 1>(m, x, row, y, ldy, first, next); break;
+    }
+  }
+}
+
+}  // namespace matrices
