@@ -23,20 +23,37 @@ class Cache:
         self.lengths: list[int] = []
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
-        """Append (b, g, n, d) keys and values of layer `layer_idx`; all keys and values of that layer."""
+        """Append (b, g, n, d) keys and values of layer `layer_idx`; the keys and values of that layer that the new
+        tokens may see."""
         if layer_idx == len(self.keys):
             self._begin(key_states, value_states)
-        past = self.lengths[layer_idx]
-        total = past + key_states.shape[2]
-        if past == 0 and self.keys[layer_idx] is key_states:
-            self.lengths[layer_idx] = total
+        count = key_states.shape[2]
+        if self.lengths[layer_idx] == 0 and self.keys[layer_idx] is key_states:
+            self.advance(layer_idx, count)
             return key_states, value_states
-        self._make_room(layer_idx, past, total)
+        place = self.place(layer_idx, count)
         keys, values = self.keys[layer_idx], self.values[layer_idx]
-        keys[:, :, past:total] = key_states
-        values[:, :, past:total] = value_states
-        self.lengths[layer_idx] = total
-        return keys[:, :, :total], values[:, :, :total]
+        keys[:, :, place : place + count] = key_states
+        values[:, :, place : place + count] = value_states
+        self.advance(layer_idx, count)
+        seen = slice(self._oldest(layer_idx, place), place + count)
+        return keys[:, :, seen], values[:, :, seen]
+
+    def place(self, layer_idx: int, count: int) -> int:
+        """Make room for `count` more tokens in a layer's buffers; the index there of the first of them. Who writes them
+        says so by `advance`."""
+        held = self.held(layer_idx)
+        self._make_room(layer_idx, held, held + count)
+        return held
+
+    def advance(self, layer_idx: int, count: int) -> None:
+        """A layer's buffers hold `count` tokens more; what no later token will see may go."""
+        self.lengths[layer_idx] += count
+
+    def _oldest(self, layer_idx: int, place: int) -> int:
+        """The index of the first token that tokens from `place` on may see."""
+        del layer_idx, place
+        return 0
 
     def _begin(self, keys: Tensor, values: Tensor) -> None:
         raise NotImplementedError
@@ -122,31 +139,23 @@ class DynamicCache(Cache):
         """A cache that begins with (keys, values) of each layer, (batch, kv_heads, tokens, head_dim)."""
         return cls(past_key_values)
 
-    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
-        if layer_idx >= len(self.windows) or (window := self.windows[layer_idx]) is None:
-            return super().update(key_states, value_states, layer_idx)
-        return self._roll(key_states, value_states, layer_idx, window)
+    def window(self, layer_idx: int) -> int | None:
+        """How many keys a token of that layer sees; None: all."""
+        return self.windows[layer_idx] if layer_idx < len(self.windows) else None
 
-    def _roll(self, keys: Tensor, values: Tensor, layer_idx: int, window: int) -> tuple[Tensor, Tensor]:
-        """Append, and return the keys that the new tokens may see; drop those that no later token will."""
-        if layer_idx == len(self.keys):
-            self._begin(keys, values)
-        past, held, count = self.lengths[layer_idx], self.held(layer_idx), keys.shape[2]
-        if past == 0:
-            self.keys[layer_idx], self.values[layer_idx] = keys, values
-        else:
-            self._make_room(layer_idx, held, held + count)
-            self.keys[layer_idx][:, :, held : held + count] = keys
-            self.values[layer_idx][:, :, held : held + count] = values
-        seen = slice(max(0, held - window + 1), held + count)
-        result = self.keys[layer_idx][:, :, seen], self.values[layer_idx][:, :, seen]
-        self.lengths[layer_idx] = past + count
-        kept = window - 1 + self.SLACK
-        if held + count > 2 * kept:
+    def advance(self, layer_idx: int, count: int) -> None:
+        super().advance(layer_idx, count)
+        if (window := self.window(layer_idx)) is None:
+            return
+        held, kept = self.held(layer_idx), window - 1 + self.SLACK
+        if held > 2 * kept:
             for tensors in (self.keys, self.values):
-                tensors[layer_idx] = tensors[layer_idx][:, :, held + count - kept : held + count].clone()
-            self.dropped[layer_idx] = past + count - kept
-        return result
+                tensors[layer_idx] = tensors[layer_idx][:, :, held - kept : held].clone()
+            self.dropped[layer_idx] = self.lengths[layer_idx] - kept
+
+    def _oldest(self, layer_idx: int, place: int) -> int:
+        window = self.window(layer_idx)
+        return 0 if window is None else max(0, place - window + 1)
 
     def crop(self, max_length: int) -> None:
         before = self.get_seq_length()
