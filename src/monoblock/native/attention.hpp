@@ -1,0 +1,312 @@
+// Attention of a prompt: softmax(scale * q.k + bias) v, over blocks of queries and keys with a running softmax.
+//
+// A task is some queries of all heads that share a key/value head. For one block of keys after the other it packs the
+// keys (turned, so that vectors run along keys) and the values once, and takes small tiles of queries through
+// scores -> weights -> sums while everything is in the processor's cache. Scores are in units of log2, so that the
+// softmax needs 2^x alone. A word is what one multiply-add takes from a lane: a float, or a pair of bfloat16.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <vector>
+
+#include "prompt.hpp"
+
+namespace prompt {
+
+// Strides (batch, head, token) are in elements; head channels lie side by side. The queries are the last of the keys.
+struct Attention {
+  const void *q, *k, *v;
+  void* out;
+  int64_t q_stride[3], k_stride[3], v_stride[3], out_stride[3];
+  const float* slopes;      // of ALiBi for each head, or null
+  const uint8_t* valid;     // (batch, keys), 0 for padding, or null
+  const int32_t* segments;  // (batch, keys), a query sees keys of its own number, or null
+  int64_t valid_stride, segments_stride;
+  int64_t batch, heads, groups, queries, keys, dim;
+  int64_t window;  // 0: none
+  float scale, softcap;  // softcap 0: none
+  int32_t bf16, causal, threads;
+};
+
+constexpr int ROWS = 6, COLUMNS = LANES == 4 || LANES == 8 ? 2 : 4;  // one tile of sums, in registers; in vectors
+constexpr int PANEL = COLUMNS * LANES;                                // keys side by side in a packed panel
+constexpr int TILE = 24, KEYS = 256;                                  // queries and keys of one tile of scores
+constexpr float NOTHING = -INFINITY;
+
+struct Plain {  // float32; also bfloat16 where the processor cannot multiply it
+  static constexpr int PER_WORD = 1;
+  static Floats dot(Floats sum, float a, Floats b) { return sum + a * b; }
+};
+
+#if defined(__AVX512BF16__)
+struct Pairs {
+  static constexpr int PER_WORD = 2;
+  static Floats dot(Floats sum, float a, Floats b) {
+    return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)all(a), (__m512bh)b);
+  }
+};
+#else
+typedef Plain Pairs;
+#endif
+
+// c (ROWS, N vectors) = factor of the row * c + a (ROWS, depth words) b (depth, N vectors).
+template <class Dot, int N>
+inline void tile(const float* a, int64_t lda, const float* b, int64_t ldb, int depth, float* c, int64_t ldc,
+        const float* factor) {
+  Floats sums[ROWS][N];
+  for (int i = 0; i < ROWS; ++i)
+    for (int j = 0; j < N; ++j)
+      sums[i][j] = factor ? load<Floats>(c + i * ldc + j * LANES) * factor[i] : Floats{};
+  for (int w = 0; w < depth; ++w) {
+    Floats row[N];
+    for (int j = 0; j < N; ++j) row[j] = load<Floats>(b + w * ldb + j * LANES);
+    for (int i = 0; i < ROWS; ++i)
+      for (int j = 0; j < N; ++j) sums[i][j] = Dot::dot(sums[i][j], a[i * lda + w], row[j]);
+  }
+  for (int i = 0; i < ROWS; ++i)
+    for (int j = 0; j < N; ++j) store(c + i * ldc + j * LANES, sums[i][j]);
+}
+
+template <class Dot>
+inline void tiles(const float* a, int64_t lda, const float* b, int64_t ldb, int depth, float* c, int64_t ldc,
+         int vectors, const float* factor) {
+  int done = 0;
+  for (; vectors - done >= COLUMNS; done += COLUMNS)
+    tile<Dot, COLUMNS>(a, lda, b + done * LANES, ldb, depth, c + done * LANES, ldc, factor);
+  for (; done < vectors; ++done)
+    tile<Dot, 1>(a, lda, b + done * LANES, ldb, depth, c + done * LANES, ldc, factor);
+}
+
+// ---------------------------------------------------------------------------- packing
+
+template <class Dot, class T>
+inline float word(const T* x, int64_t at, int64_t step, bool second) {
+  if constexpr (Dot::PER_WORD == 1) return read_one(x + at);
+  const uint32_t low = x[at], high = second ? x[at + step] : 0, both = low | high << 16;
+  return bits<float>(both);
+}
+
+inline int64_t up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+// Rows of channels as rows of words.
+template <class Dot, class T>
+void pack_rows(const T* from, int64_t stride, int rows, int dim, int words, float* to) {
+  for (int r = 0; r < rows; ++r)
+    for (int w = 0; w < words; ++w) {
+      const int c = w * Dot::PER_WORD;
+      to[r * words + w] = word<Dot>(from + r * stride, c, 1, c + 1 < dim);
+    }
+}
+
+// Keys as panels (words, PANEL keys), zeros behind the last key.
+template <class Dot, class T>
+void pack_keys(const T* from, int64_t stride, int keys, int dim, int words, float* to) {
+  for (int first = 0; first < keys; first += PANEL, to += words * PANEL)
+    for (int j = 0; j < PANEL; ++j) {
+      const bool there = first + j < keys;
+      const T* key = from + (first + j) * stride;
+      for (int w = 0; w < words; ++w) {
+        const int c = w * Dot::PER_WORD;
+        to[w * PANEL + j] = there ? word<Dot>(key, c, 1, c + 1 < dim) : 0.0f;
+      }
+    }
+}
+
+// Values as rows of words, each of the same channel of PER_WORD keys, zeros behind the last key.
+template <class Dot, class T>
+void pack_values(const T* from, int64_t stride, int keys, int dim, int padded, float* to) {
+  for (int key = 0; key < up(keys, Dot::PER_WORD); key += Dot::PER_WORD, to += padded) {
+    for (int c = 0; c < dim; ++c) to[c] = word<Dot>(from + key * stride, c, stride, key + 1 < keys);
+    for (int c = dim; c < padded; ++c) to[c] = 0.0f;
+  }
+}
+
+// ---------------------------------------------------------------------------- scores to weights
+
+inline Floats tanh(Floats x) {
+  // Near 0, where the quotient cancels, the series.
+  const Floats s = x * x, a = x < 0.0f ? -x : x;
+  const Floats near = x * (1.0f + s * (-1.0f / 3 + s * (2.0f / 15 - s * (17.0f / 315))));
+  const Floats e = exp2((a > 20.0f ? all(20.0f) : a) * (2 * LOG2E));
+  const Floats far = 1.0f - 2.0f / (e + 1.0f);
+  return a < 0.25f ? near : (x < 0.0f ? -far : far);
+}
+
+// One row of scores against keys; places are those of its query and of the row's first key in the text.
+struct Row {
+  float* scores;
+  int count;              // keys, a multiple of LANES
+  int64_t place, first;
+  int seen_from, seen_to;  // what causality, the window and the end of the text leave
+};
+
+inline void shape(const Row& row, const Attention& a, float slope, const uint8_t* valid, const int32_t* segments) {
+  const float scale = (a.softcap ? 1.0f : a.scale) * LOG2E, ramp = slope * LOG2E;
+  for (int c = 0; c < row.count; c += LANES) {
+    Floats s = load<Floats>(row.scores + c);
+    if (a.softcap) s = a.softcap * tanh(s * (a.scale / a.softcap));
+    const Floats away = float(row.first + c - row.place) + iota();
+    store(row.scores + c, s * scale + away * ramp);
+  }
+  for (int c = 0; c < row.seen_from; ++c) row.scores[c] = NOTHING;
+  for (int c = row.seen_to; c < row.count; ++c) row.scores[c] = NOTHING;
+  for (int c = row.seen_from; valid && c < row.seen_to; ++c)
+    if (!valid[row.first + c]) row.scores[c] = NOTHING;
+  for (int c = row.seen_from; segments && c < row.seen_to; ++c)
+    if (segments[row.first + c] != segments[row.place]) row.scores[c] = NOTHING;
+}
+
+// Scores become weights relative to the largest score so far; returns the factor for everything summed before.
+template <class Dot>
+float weigh(const Row& row, float& most, float& total) {
+  Floats highest = all(NOTHING);
+  for (int c = 0; c < row.count; c += LANES) highest = matrices::largest(highest, load<Floats>(row.scores + c));
+  const float now = std::max(most, matrices::largest(highest));
+  if (now == NOTHING) {
+    std::fill(row.scores, row.scores + row.count, 0.0f);
+    return 1.0f;
+  }
+  const float factor = exp2(all(most - now))[0];
+  Floats sums{};
+  for (int c = 0; c < row.count; c += LANES) {
+    const Floats weight = exp2(load<Floats>(row.scores + c) - now);
+    sums += weight;
+    // Pairs are written over scores that have been read: they need half the room.
+    if constexpr (Dot::PER_WORD == 2)
+      write((uint16_t*)row.scores + c, weight);
+    else
+      store(row.scores + c, weight);
+  }
+  most = now;
+  total = total * factor + sum(sums);
+  return factor;
+}
+
+// ---------------------------------------------------------------------------- one task
+
+template <class Dot, class T>
+class Task {
+ public:
+  Task(const Attention& a, int64_t block)
+    : a(a),
+     words(int(up(a.dim, Dot::PER_WORD) / Dot::PER_WORD)),
+     padded(int(up(a.dim, LANES))),
+     rows(int(up(block, TILE))),
+     queries(rows * (a.heads / a.groups) * words),
+     keys(KEYS * words),
+     values(KEYS * padded),
+     scores(TILE * KEYS),
+     sums(rows * (a.heads / a.groups) * padded),
+     most(rows * (a.heads / a.groups)),
+     total(most.size()) {}
+
+  // Queries [begin, end) of batch row b and the heads of group g.
+  void run(int64_t b, int64_t g, int64_t begin, int64_t end) {
+    const int64_t shared = a.heads / a.groups, past = a.keys - a.queries;
+    for (int64_t h = 0; h < shared; ++h)
+      pack_rows<Dot>(at<const T>(a.q, a.q_stride, b, g * shared + h, begin), a.q_stride[2], int(end - begin),
+             int(a.dim), words, queries.data() + h * rows * words);
+    std::fill(sums.begin(), sums.end(), 0.0f);
+    std::fill(most.begin(), most.end(), NOTHING);
+    std::fill(total.begin(), total.end(), 0.0f);
+    const int64_t last = a.causal ? past + end : a.keys;
+    int64_t first = a.window ? std::max<int64_t>(0, past + begin - a.window + 1) : 0;
+    for (; first < last; first += KEYS) {
+      const int count = int(std::min<int64_t>(KEYS, last - first));
+      pack_keys<Dot>(at<const T>(a.k, a.k_stride, b, g, first), a.k_stride[2], count, int(a.dim), words,
+             keys.data());
+      pack_values<Dot>(at<const T>(a.v, a.v_stride, b, g, first), a.v_stride[2], count, int(a.dim), padded,
+              values.data());
+      for (int64_t h = 0; h < shared; ++h)
+        for (int64_t q = begin; q < end; q += TILE)
+          take(b, g * shared + h, h * rows + q - begin, q, int(std::min<int64_t>(TILE, end - q)), first,
+            count);
+    }
+    for (int64_t h = 0; h < shared; ++h)
+      for (int64_t q = begin; q < end; ++q) finish(b, g, g * shared + h, q, h * rows + q - begin);
+  }
+
+ private:
+  template <class P>
+  static P* at(const void* data, const int64_t* stride, int64_t b, int64_t h, int64_t t) {
+    return (P*)data + b * stride[0] + h * stride[1] + t * stride[2];
+  }
+
+  // A tile of queries (their packed rows begin at `row`) against the packed keys [first, first + count).
+  void take(int64_t b, int64_t head, int64_t row, int64_t q, int queries_here, int64_t first, int count) {
+    const int64_t place = a.keys - a.queries + q;
+    int from = 0, to = count;
+    if (a.causal) to = int(std::min<int64_t>(to, place + queries_here - first));
+    if (a.window) from = int(std::max<int64_t>(0, place - a.window + 1 - first));
+    if (from >= to) return;
+    from = from / PANEL * PANEL;
+    const int width = int(up(to - from, LANES)), used = int(up(queries_here, ROWS));
+    float factors[TILE];
+    for (int c = from; c < to; c += PANEL)
+      for (int r = 0; r < used; r += ROWS)
+        tiles<Dot>(queries.data() + (row + r) * words, words, keys.data() + c * words, PANEL, words,
+             scores.data() + r * KEYS + c - from, KEYS,
+             std::min(COLUMNS, (width - (c - from)) / LANES), nullptr);
+    for (int r = 0; r < used; ++r) {
+      const int64_t mine = place + std::min(r, queries_here - 1);
+      Row line{scores.data() + r * KEYS, width, mine, first + from, 0, to - from};
+      if (a.causal) line.seen_to = int(std::min<int64_t>(line.seen_to, mine + 1 - line.first));
+      if (a.window) line.seen_from = int(std::max<int64_t>(0, mine - a.window + 1 - line.first));
+      line.seen_to = std::max(line.seen_to, 0);
+      line.seen_from = std::min(line.seen_from, line.seen_to);
+      shape(line, a, a.slopes ? a.slopes[head] : 0.0f, a.valid ? a.valid + b * a.valid_stride : nullptr,
+         a.segments ? a.segments + b * a.segments_stride : nullptr);
+      factors[r] = weigh<Dot>(line, most[row + r], total[row + r]);
+    }
+    for (int r = 0; r < used; r += ROWS)
+      tiles<Dot>(scores.data() + r * KEYS, KEYS, values.data() + from / Dot::PER_WORD * padded, padded,
+           int(up(to - from, Dot::PER_WORD)) / Dot::PER_WORD, sums.data() + (row + r) * padded, padded,
+           padded / LANES, factors + r);
+  }
+
+  // A query that saw nothing gets the mean of all values, as from equal scores.
+  void finish(int64_t b, int64_t g, int64_t head, int64_t q, int64_t row) {
+    T* out = at<T>(a.out, a.out_stride, b, head, q);
+    float* of = sums.data() + row * padded;
+    float all = total[row];
+    if (all == 0.0f) {
+      all = float(a.keys);
+      for (int64_t k = 0; k < a.keys; ++k)
+        for (int64_t c = 0; c < a.dim; ++c) of[c] += read_one(at<const T>(a.v, a.v_stride, b, g, k) + c);
+    }
+    for (int64_t c = 0; c < a.dim; ++c) write_one(out + c, of[c] / all);
+  }
+
+  const Attention& a;
+  const int words, padded, rows;
+  std::vector<float> queries, keys, values, scores, sums, most, total;
+};
+
+template <class Dot, class T>
+void by_tasks(const Attention& a) {
+  const int64_t shared = a.heads / a.groups, pairs = a.batch * a.groups;
+  // About 384 packed rows share the packing of a block of keys, fewer where that would leave a thread without work.
+  int64_t block = std::max<int64_t>(TILE, 384 / shared / TILE * TILE);
+  while (block > TILE && pairs * ((a.queries + block - 1) / block) < 4 * a.threads)
+    block = up(block / 2, TILE);
+  const int64_t blocks = (a.queries + block - 1) / block;
+#pragma omp parallel num_threads(a.threads)
+  {
+    Task<Dot, T> task(a, block);
+    // The last queries have the most keys: they begin, so that no thread ends with a long task.
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t i = 0; i < pairs * blocks; ++i) {
+      const int64_t begin = (blocks - 1 - i / pairs) * block, pair = i % pairs;
+      task.run(pair / a.groups, pair % a.groups, begin, std::min(begin + block, a.queries));
+    }
+  }
+}
+
+inline int attention(const Attention& a) {
+  a.bf16 ? by_tasks<Pairs, uint16_t>(a) : by_tasks<Plain, float>(a);
+  return 0;
+}
+
+}  // namespace prompt

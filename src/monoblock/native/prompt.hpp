@@ -1,0 +1,196 @@
+// What a prompt needs between its matrix products, each in one pass over memory: norms, rotary positions, and the
+// gated activation. x may be float32 or bfloat16; all sums are float32.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "numbers.hpp"
+
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
+
+namespace prompt {
+
+using namespace matrices;
+
+constexpr float LOG2E = 1.44269504f;
+
+INLINE Floats all(float x) { return Floats{} + x; }
+
+INLINE Floats iota() {
+  Floats x;
+  for (int i = 0; i < LANES; ++i) x[i] = float(i);
+  return x;
+}
+
+// Floats from, and to, either type.
+INLINE Floats read(const float* from) { return load<Floats>(from); }
+INLINE Floats read(const uint16_t* from) { return from_bf16(load<Halves>(from)); }
+INLINE void write(float* to, Floats x) { store(to, x); }
+INLINE void write(uint16_t* to, Floats x) {
+#if defined(__AVX512BF16__)
+  store(to, _mm512_cvtneps_pbh((__m512)x));
+#else
+  store(to, to_bf16(x));
+#endif
+}
+INLINE float read_one(const float* from) { return *from; }
+INLINE float read_one(const uint16_t* from) { return from_bf16(*from); }
+INLINE void write_one(float* to, float x) { *to = x; }
+INLINE void write_one(uint16_t* to, float x) { *to = to_bf16(x); }
+
+// The first `count` lanes, the others 0.
+template <class T>
+INLINE Floats read_some(const T* from, int count) {
+  Floats x{};
+  for (int i = 0; i < count; ++i) x[i] = read_one(from + i);
+  return x;
+}
+
+template <class T>
+INLINE void write_some(T* to, Floats x, int count) {
+  for (int i = 0; i < count; ++i) write_one(to + i, x[i]);
+}
+
+// f(place, lanes) for each vector of `count` numbers; the last one may have fewer lanes.
+template <class F>
+INLINE void over(int64_t count, F f) {
+  int64_t i = 0;
+  for (; i + LANES <= count; i += LANES) f(i, LANES);
+  if (i < count) f(i, int(count - i));
+}
+
+template <class T>
+INLINE Floats read_up_to(const T* from, int count) {
+  return count == LANES ? read(from) : read_some(from, count);
+}
+
+template <class T>
+INLINE void write_up_to(T* to, Floats x, int count) {
+  count == LANES ? write(to, x) : write_some(to, x, count);
+}
+
+// 2^x to 1e-7 of itself; 0 below 2^-125, so that nothing denormal is made. x is at most 127.
+INLINE Floats exp2(Floats x) {
+  const Floats least = all(-125.0f), kept = matrices::largest(x, least);
+  // Adding 1.5 * 2^23 leaves no bit for a fraction: the sum's low bits are x, rounded.
+  const Floats big = all(0x1.8p23f), rounded = kept + big;
+  const Floats r = kept - (rounded - big);
+  // The polynomial of degree 6 whose largest relative error on [-1/2, 1/2] is least: 2e-9.
+  Floats p = all(1.53458008e-4f);
+  UNROLL for (float c : {1.33999309e-3f, 9.61848907e-3f, 5.55032864e-2f, 2.40226462e-1f, 6.93147182e-1f, 1.0f})
+    p = p * r + c;
+  const Floats scaled = (Floats)((Ints)p + ((Ints)rounded << 23));
+  return x < least ? Floats{} : scaled;
+}
+
+// ---------------------------------------------------------------------------- norms
+
+// The norm of rows, times the weight, plus the bias if there is one.
+struct Norm {
+  const void *x, *weight, *bias;
+  void* out;
+  int64_t rows, width;
+  float eps;
+  int32_t bf16, rms, threads;
+};
+
+template <class T>
+void norm_row(const Norm& n, int64_t row) {
+  const T *x = (const T*)n.x + row * n.width, *weight = (const T*)n.weight, *bias = (const T*)n.bias;
+  T* out = (T*)n.out + row * n.width;
+  Floats total{}, squares{};
+  float mean = 0.0f;
+  if (!n.rms) {
+    over(n.width, [&](int64_t i, int lanes) { total += read_up_to(x + i, lanes); });
+    mean = sum(total) / n.width;
+  }
+  over(n.width, [&](int64_t i, int lanes) {
+    Floats a = read_up_to(x + i, lanes) - mean;
+    for (int j = lanes; j < LANES; ++j) a[j] = 0.0f;
+    squares += a * a;
+  });
+  const float factor = 1.0f / std::sqrt(sum(squares) / n.width + n.eps);
+  over(n.width, [&](int64_t i, int lanes) {
+    Floats a = (read_up_to(x + i, lanes) - mean) * factor;
+    a *= read_up_to(weight + i, lanes);
+    if (bias) a += read_up_to(bias + i, lanes);
+    write_up_to(out + i, a, lanes);
+  });
+}
+
+inline int norm(const Norm& n) {
+#pragma omp parallel for num_threads(n.threads) if (n.threads > 1)
+  for (int64_t row = 0; row < n.rows; ++row) n.bf16 ? norm_row<uint16_t>(n, row) : norm_row<float>(n, row);
+  return 0;
+}
+
+// ---------------------------------------------------------------------------- rotary positions
+
+// Strides (batch, head, token) in elements; cos and sin are (batch or 1, token, turned), the first stride 0 for 1.
+// The first `turned` channels turn by halves, (a, b) -> (a cos - b sin, b cos + a sin); the others are copied.
+struct Turn {
+  const void *x, *cos, *sin;
+  void* out;
+  int64_t x_stride[3], out_stride[3], angle_stride[3];  // the angles have no heads
+  int64_t batch, heads, tokens, dim, turned;
+  int32_t bf16, threads;
+};
+
+template <class T>
+void turn_token(const Turn& t, int64_t b, int64_t s) {
+  const int64_t half = t.turned / 2, angle = b * t.angle_stride[0] + s * t.angle_stride[2];
+  const T *cos = (const T*)t.cos + angle, *sin = (const T*)t.sin + angle;
+  for (int64_t h = 0; h < t.heads; ++h) {
+    const T* x = (const T*)t.x + b * t.x_stride[0] + h * t.x_stride[1] + s * t.x_stride[2];
+    T* out = (T*)t.out + b * t.out_stride[0] + h * t.out_stride[1] + s * t.out_stride[2];
+    over(half, [&](int64_t i, int lanes) {
+      const Floats one = read_up_to(x + i, lanes), other = read_up_to(x + half + i, lanes);
+      write_up_to(out + i, one * read_up_to(cos + i, lanes) - other * read_up_to(sin + i, lanes), lanes);
+      write_up_to(out + half + i,
+            other * read_up_to(cos + half + i, lanes) + one * read_up_to(sin + half + i, lanes), lanes);
+    });
+    for (int64_t i = t.turned; i < t.dim; ++i) out[i] = x[i];
+  }
+}
+
+inline int turn(const Turn& t) {
+#pragma omp parallel for num_threads(t.threads) if (t.threads > 1)
+  for (int64_t i = 0; i < t.batch * t.tokens; ++i) {
+    const int64_t b = i / t.tokens, s = i % t.tokens;
+    t.bf16 ? turn_token<uint16_t>(t, b, s) : turn_token<float>(t, b, s);
+  }
+  return 0;
+}
+
+// ---------------------------------------------------------------------------- the gated activation
+
+// out (rows, width) = silu(gate) * up of x (rows, [gate | up]).
+struct Gate {
+  const void* x;
+  void* out;
+  int64_t rows, width;
+  int32_t bf16, threads;
+};
+
+template <class T>
+void gate_row(const Gate& g, int64_t row) {
+  const T *gate = (const T*)g.x + row * 2 * g.width, *up = gate + g.width;
+  T* out = (T*)g.out + row * g.width;
+  over(g.width, [&](int64_t i, int lanes) {
+    const Floats a = read_up_to(gate + i, lanes), b = read_up_to(up + i, lanes);
+    // 2^x takes no more than 127; beyond, the quotient is 0 in float32 anyway.
+    const Floats power = -a * LOG2E;
+    write_up_to(out + i, a / (1.0f + exp2(power < 127.0f ? power : all(127.0f))) * b, lanes);
+  });
+}
+
+inline int gate(const Gate& g) {
+#pragma omp parallel for num_threads(g.threads) if (g.threads > 1)
+  for (int64_t row = 0; row < g.rows; ++row) g.bf16 ? gate_row<uint16_t>(g, row) : gate_row<float>(g, row);
+  return 0;
+}
+
+}  // namespace prompt
