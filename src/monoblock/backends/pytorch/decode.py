@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from monoblock.backends.pytorch import graphs
 from monoblock.backends.pytorch.arrays import TorchOps
 from monoblock.backends.pytorch.cache import Cache, DynamicCache, StaticCache, from_tuples, to_tuples
 from monoblock.backends.pytorch.quantized import quantized
@@ -49,8 +50,13 @@ class Generation(GenerationMixin):
         new text keeps to). ValueError for what is unknown or not supported.
         """
         inputs, kwargs = self.generate_arguments(inputs, kwargs)
-        with torch.inference_mode(), _at_rest(self), _assisting(kwargs):
-            return loop.generate(Runner(self), inputs, generation_config, **kwargs)
+        with (
+            torch.inference_mode(),
+            _at_rest(self),
+            _assisting(kwargs),
+            contextlib.closing(Runner(self)) as runner,
+        ):
+            return loop.generate(runner, inputs, generation_config, **kwargs)
 
     def compute_transition_scores(
         self: PreTrainedModel,  # pyright: ignore[reportGeneralTypeIssues]
@@ -107,10 +113,20 @@ class Runner:
         self.generation_config = model.generation_config
         learned = model.spec.position(Learned)
         self.max_positions = learned.size - learned.offset if learned else None
+        self.graphed: list[graphs.Graphed] = []
 
-    def decoder(self, plan: loop.Plan, inputs: dict[str, Any]) -> Decoder:
+    def decoder(self, plan: loop.Plan, inputs: dict[str, Any]) -> Decoder | graphs.Graphed:
         """A decoder for one call."""
-        return Decoder(self.model, plan, inputs)
+        decoder = Decoder(self.model, plan, inputs)
+        if not graphs.fits(decoder, plan):
+            return decoder
+        self.graphed.append(graphs.Graphed(decoder, plan, given="past_key_values" in inputs))
+        return self.graphed[-1]
+
+    def close(self) -> None:
+        """The call is over."""
+        for decoder in self.graphed:
+            decoder.close()
 
 
 class Decoder:

@@ -1,0 +1,293 @@
+"""Decoding through CUDA graphs: a step is recorded once for each model, batch and length, and played for each token.
+
+`Graphed` takes the place of a call's decoder. The prompt runs as everywhere; its keys and values then move into the
+state of a static step (see static_step.py), whose recording is played until the text is complete or outgrows it.
+Recordings are kept for later calls, and released with their model.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Hashable
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from monoblock.backends.pytorch.cache import DynamicCache, StaticCache
+from monoblock.backends.pytorch.static_step import Shape, State, static_step
+from monoblock.positions import is_dynamic
+from monoblock.spec import ArchSpec, Buckets, Learned, Rotary
+
+if TYPE_CHECKING:
+    from monoblock.backends.pytorch.decode import Decoder
+    from monoblock.backends.pytorch.pretrained import PreTrainedModel
+    from monoblock.generation.decoder import Plan
+
+log = logging.getLogger("monoblock")
+
+Replay = Callable[[], Tensor]
+
+# Lengths are powers of two from SHORTEST on, at least ROOM beyond the text, so that few recordings serve all texts.
+SHORTEST, ROOM = 256, 256
+WORTH = 16  # new tokens from which on a recording, which costs about five steps, is made
+ALIGN = 64  # the slots of a window are a multiple of this, as the kernels like it
+KEPT = 8  # recordings that a model keeps, the latest: lengths up to 32,768 at one batch size
+WARM = 3  # runs before the recording: libraries choose and load their kernels in the first ones
+
+
+def cuda_graph(run: Callable[[], Tensor], device: torch.device) -> Replay:
+    """What plays the CUDA kernels of `run` again, on the same memory; gives the tensor that `run` gave."""
+    with torch.cuda.device(device):
+        here, aside = torch.cuda.current_stream(), torch.cuda.Stream()
+        aside.wait_stream(here)
+        with torch.cuda.stream(aside):
+            for _ in range(WARM):
+                run()
+        here.wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        # Other threads may go on allocating while this one records.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            out = run()
+
+    def replay() -> Tensor:
+        graph.replay()
+        return out
+
+    return replay
+
+
+RECORDERS: dict[str, Callable[[Callable[[], Tensor], torch.device], Replay]] = {"cuda": cuda_graph}
+
+
+class Recorded:
+    """A step's state and recording. It holds no reference to the model, with which it is released."""
+
+    def __init__(self, model: PreTrainedModel, shape: Shape, weights: Hashable) -> None:
+        self.shape, self.weights = shape, weights
+        self.state = state = State(model.spec, shape)
+        self.replay = RECORDERS[shape.device.type](lambda: static_step(model, state), shape.device)
+
+    def __call__(self, ids_b1: Tensor) -> Tensor:
+        """Scores (b, v) of the token after these, in memory of their own."""
+        self.state.ids_b1.copy_(ids_b1)
+        return self.replay().clone()
+
+
+_kept: WeakKeyDictionary[nn.Module, list[Recorded]] = WeakKeyDictionary()
+_lock = threading.Lock()
+
+
+def take(model: PreTrainedModel, shape: Shape) -> Recorded:
+    """A recording that nobody else uses: a kept one, if the weights lie where they lay then, else a new one."""
+    now = weights(model)
+    with _lock:
+        kept = _kept.setdefault(model, [])
+        kept[:] = [recorded for recorded in kept if recorded.weights == now]
+        for recorded in kept:
+            if recorded.shape == shape:
+                kept.remove(recorded)
+                return recorded
+    return Recorded(model, shape, now)
+
+
+def give_back(model: nn.Module, recorded: Recorded) -> None:
+    """Keep a recording for the next call; the oldest beyond KEPT is released."""
+    with _lock:
+        kept = _kept.setdefault(model, [])
+        kept.append(recorded)
+        del kept[:-KEPT]
+
+
+def release(model: nn.Module) -> None:
+    """Release the memory of a model's recordings; the next call makes new ones."""
+    with _lock:
+        _kept.pop(model, None)
+
+
+def weights(model: PreTrainedModel) -> Hashable:
+    """Where the weights lie and what they are. A recording reads them there: new numbers in the same place are seen,
+    tensors in another place are not."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return tuple((x.data_ptr(), x.dtype, x.shape) for x in tensors), *sorted(_kernels(model))
+
+
+def _kernels(model: PreTrainedModel) -> set[str]:
+    return {block.attn.implementation for block in model.backbone.blocks}  # pyright: ignore
+
+
+# ---------------------------------------------------------------------------- which calls
+
+
+def fits(decoder: Decoder, plan: Plan) -> bool:
+    """Whether a call's tokens can come from a recording: a device that records, a cache that keeps its keys in order,
+    nothing asked for beside scores, and a model made of plain parts on that one device."""
+    model = decoder.model
+    return (
+        model.device.type in RECORDERS
+        and not plan.rewinds
+        and plan.new_tokens >= WORTH
+        and plan.config.cache_implementation != "dynamic"
+        and type(decoder.cache) in (DynamicCache, StaticCache)
+        and decoder.positions is None
+        and decoder.types is None
+        and not any(decoder.wanted.values())
+        and not torch.is_autocast_enabled(model.device.type)
+        and _is_static(model.spec)
+        and _is_plain(model)
+    )
+
+
+def _is_static(spec: ArchSpec) -> bool:
+    """Whether the work for a token is the same for all: angles of dynamic scaling change with the length."""
+    learned = spec.position(Learned)
+    return (
+        spec.causal
+        and spec.position(Buckets) is None
+        and not is_dynamic(spec.position(Rotary))
+        and (learned is None or learned.pad_id is None)
+    )
+
+
+def _is_plain(model: PreTrainedModel) -> bool:
+    """Whether every part is PyTorch's or this library's, runs its own forward and lies on the model's device. Hooks and
+    parts of other packages may do what a recording cannot repeat."""
+    device = model.device
+    return (
+        all(type(part).__module__.startswith(("torch.nn.modules.", "monoblock")) for part in model.modules())
+        and not any(
+            part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part)
+            for part in model.modules()
+        )
+        and all(p.device == device for p in model.parameters())
+        and _kernels(model) <= {"sdpa", "eager", "flex_attention"}
+    )
+
+
+# ---------------------------------------------------------------------------- in the place of a decoder
+
+
+class Graphed:
+    """A decoder whose tokens after the prompt come from recordings. `inner` runs the prompt and keeps the cache."""
+
+    attentions = hidden_states = None
+
+    def __init__(self, inner: Decoder, plan: Plan, *, given: bool) -> None:
+        """`given`: the cache is the caller's, who finds all tokens in it after `close`."""
+        self.inner, self.plan, self.given = inner, plan, given
+        self.running: Recorded | None = None
+        self.failed = False
+        self.place = self.room = 0
+
+    @property
+    def past_key_values(self) -> Any:
+        """The cache with all tokens, in the form in which it came."""
+        self.settle()
+        return self.inner.past_key_values
+
+    def prefill(self, ids_bn: Tensor, mask_bm: Tensor | None) -> Tensor:
+        """Take the prompts."""
+        return self.inner.prefill(ids_bn, mask_bm)
+
+    def step(self, ids_b1: Tensor) -> Tensor:
+        """Take one token for each row."""
+        if self.running is not None and self.place == self.room:
+            self.settle()
+        if self.running is None:
+            self._begin()
+        if self.running is None:
+            return self.inner.step(ids_b1)
+        self.place += 1
+        return self.running(ids_b1)
+
+    def reorder(self, index_b: Tensor) -> None:
+        """Row i becomes what row index[i] was."""
+        if self.running is not None and len(index_b) == self.running.shape.rows:
+            self.running.state.reorder(index_b)
+            return
+        self.settle()
+        self.inner.reorder(index_b)
+
+    def close(self) -> None:
+        """The call is over: the recording is free for the next, and a cache that was given holds all tokens."""
+        if self.given:
+            self.settle()
+        elif self.running is not None:
+            give_back(self.inner.model, self.running)
+            self.running = None
+
+    # ------------------------------------------------------------------ between cache and recording
+
+    def _begin(self) -> None:
+        """Move what the cache holds into a recording with room for more; none where the cache is full (which `inner`
+        says) or recording fails."""
+        cache = self.inner.cache
+        assert cache is not None
+        self.place = cache.get_seq_length()
+        limit = cache.get_max_cache_shape()
+        if self.failed or (limit is not None and self.place >= limit):
+            return
+        try:
+            running = take(self.inner.model, self._shape(limit))
+        except RuntimeError as error:
+            self.failed = True
+            log.warning(
+                "%s: decoding goes on without CUDA graphs, because recording one failed: %s",
+                self.inner.model.row.name,
+                error,
+            )
+            return
+        running.state.load(cache, self.inner.mask)
+        if isinstance(cache, DynamicCache):
+            # It would be a second copy; `settle` puts everything back.
+            for tensors in (cache.keys, cache.values):
+                tensors[:] = [x.new_empty(*x.shape[:2], 0, x.shape[3]) for x in tensors]
+        self.running = running
+        self.room = min(running.shape.length, limit or running.shape.length)
+
+    def _shape(self, limit: int | None) -> Shape:
+        """The shape for the text so far and some more, where the call has as much to come."""
+        cache = self.inner.cache
+        assert cache is not None
+        needed = max(self.place + 1, min(self.place + ROOM, self.plan.max_length, limit or 1 << 62))
+        length = max(SHORTEST, 1 << (needed - 1).bit_length())
+        layers = self.inner.model.spec.layers
+        windows = cache.windows if isinstance(cache, DynamicCache) else ()
+        # A layer's keys may be overwritten only where the cache would drop them too.
+        slots = [_slots(window, length) for window in windows or (None,) * layers]
+        first = cache.keys[0]
+        return Shape(
+            rows=first.shape[0],
+            length=length,
+            slots=tuple(slots),
+            padded=self.inner.mask is not None,
+            dtype=first.dtype,
+            device=first.device,
+        )
+
+    def settle(self) -> None:
+        """Put all tokens back into the cache and the mask, and give the recording back."""
+        if (running := self.running) is None:
+            return
+        cache, mask, state = self.inner.cache, self.inner.mask, running.state
+        assert cache is not None
+        for i in range(len(cache.keys)):
+            keys, values = state.tokens(i, self.place)
+            if isinstance(cache, DynamicCache):
+                cache.keys[i], cache.values[i] = keys, values
+                cache.lengths[i] = self.place
+                cache.dropped[i] = self.place - keys.shape[2]
+            else:
+                cache.lengths[i] = 0
+                cache.update(keys, values, i)
+        if mask is not None and state.valid_bl is not None:
+            self.inner.mask = state.valid_bl[:, : self.place].to(mask.dtype)
+        self.running = None
+        give_back(self.inner.model, running)
+
+
+def _slots(window: int | None, length: int) -> int:
+    """How many slots a layer needs: its window's keys, rounded up."""
+    return length if window is None else min(length, -(-window // ALIGN) * ALIGN)

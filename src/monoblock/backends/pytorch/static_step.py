@@ -1,0 +1,182 @@
+"""One new token as a function of tensors that never move: what a CUDA graph can record and play again.
+
+Nothing here depends on what is in the tensors: no number is read back, no shape and no branch changes from token to
+token. The place of the token is a tensor too; which key lies in which slot, and who may see it, follows from it.
+
+Shape suffixes: b batch, k slots, l places, g key/value heads, d head width, v vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from monoblock.backends.pytorch.cache import Cache
+from monoblock.backends.pytorch.model import Call
+from monoblock.backends.pytorch.ops import Scope, turns
+from monoblock.positions import inverse_frequencies
+from monoblock.spec import Alibi, ArchSpec, Learned, Rotary
+
+if TYPE_CHECKING:
+    from monoblock.backends.pytorch.pretrained import PreTrainedModel
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """What a step is made for; all else about a text is in its tensors.
+
+    `slots` of each layer: `length`, or less where a window lets old keys be overwritten. `padded`: whether rows have
+    padding.
+    """
+
+    rows: int
+    length: int
+    slots: tuple[int, ...]
+    padded: bool
+    dtype: torch.dtype
+    device: torch.device
+
+
+def held(place_1: Tensor, slots: int) -> Tensor:
+    """(slots,) whose key each slot holds when the token of `place` has been written to slot `place % slots`: the
+    newest place that falls on it. A slot not yet written gets the place after the token's, which nobody may see."""
+    slot = torch.arange(slots, device=place_1.device)
+    at = place_1 - (place_1 - slot).remainder(slots)
+    return torch.where(at < 0, place_1 + 1, at)
+
+
+@dataclass
+class Slots(Scope):
+    """The scope of one token over slots; `valid_bl` is False for padding, by place."""
+
+    valid_bl: Tensor | None = None
+
+    @classmethod
+    def of(cls, state: State) -> Slots:
+        """Over a layer that keeps all keys."""
+        whole = cls(
+            index_q=state.place_1,
+            index_k=state.place_1,
+            causal=True,
+            aligned=False,
+            slopes_h=state.slopes_h,
+            valid_bl=state.valid_bl,
+        )
+        return whole._over(state.shape.length, None)
+
+    def narrowed(self, window: int, kept: int) -> Scope:
+        """Over a layer of that window and that many slots; equal ones share one."""
+        if (window, kept) not in self.narrow:
+            self.narrow[window, kept] = self._over(kept, window)
+        return self.narrow[window, kept]
+
+    def blind(self) -> Tensor | None:
+        """None: a new token sees itself."""
+        return None
+
+    def _over(self, slots: int, window: int | None) -> Slots:
+        at = held(self.index_q, slots)
+        valid = self.valid_bl
+        if valid is not None:
+            # The place after the last token's may lie outside; it is seen by nobody.
+            valid = valid.index_select(1, at.clamp(max=valid.shape[1] - 1))
+        return replace(self, index_k=at, valid_bk=valid, window=window, memo={}, narrow={})
+
+
+class Rings(Cache):
+    """The slots of all layers, written at a place that is a tensor."""
+
+    def __init__(self, state: State) -> None:
+        super().__init__()
+        self.keys, self.values = state.keys, state.values
+        self.slot = {slots: state.place_1.remainder(slots) for slots in set(state.shape.slots)}
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
+        keys, values = self.keys[layer_idx], self.values[layer_idx]
+        slot = self.slot[keys.shape[2]]
+        keys.index_copy_(2, slot, key_states)
+        values.index_copy_(2, slot, value_states)
+        return keys, values
+
+
+class State:
+    """All that a step reads and writes beside the weights: the tokens `ids_b1`, their place and positions, which places
+    are padding, the keys and values, and the constants of the position encodings."""
+
+    def __init__(self, spec: ArchSpec, shape: Shape) -> None:
+        self.shape, device = shape, shape.device
+        self.ids_b1 = torch.zeros(shape.rows, 1, dtype=torch.int64, device=device)
+        self.place_1 = torch.zeros(1, dtype=torch.int64, device=device)
+        self.positions_b1 = torch.zeros(
+            shape.rows if shape.padded else 1, 1, dtype=torch.int64, device=device
+        )
+        self.valid_bl: Tensor | None = None
+        if shape.padded:
+            self.valid_bl = torch.ones(shape.rows, shape.length, dtype=torch.bool, device=device)
+        att = spec.attention
+        sizes = [(shape.rows, att.kv_heads, slots, att.head_dim) for slots in shape.slots]
+        self.keys = [torch.zeros(size, dtype=shape.dtype, device=device) for size in sizes]
+        self.values = [torch.zeros(size, dtype=shape.dtype, device=device) for size in sizes]
+        learned, alibi, rotary = spec.position(Learned), spec.position(Alibi), spec.position(Rotary)
+        self.offset = learned.offset if learned else 0
+        self.slopes_h = torch.tensor(alibi.slopes(att.heads), device=device) if alibi else None
+        self.inverse: Tensor | None = None
+        self.factor = 1.0
+        if rotary:
+            inverse, self.factor = inverse_frequencies(rotary)
+            self.inverse = torch.tensor(inverse, device=device)[None, None, None]
+
+    def load(self, cache: Cache, mask_bl: Tensor | None) -> None:
+        """Begin after the tokens of a cache; `mask_bl` is 0 for padding among them (None: there is none)."""
+        place = cache.get_seq_length()
+        for i, slots in enumerate(self.shape.slots):
+            kept = min(cache.held(i), slots)
+            at = torch.arange(place - kept, place, device=self.shape.device) % slots
+            for own, theirs in ((self.keys[i], cache.keys[i]), (self.values[i], cache.values[i])):
+                # What an earlier text left is not seen, but 0 times infinity is no number.
+                own.zero_()
+                own.index_copy_(2, at, theirs[:, :, cache.held(i) - kept : cache.held(i)])
+        self.place_1.fill_(place)
+        self.positions_b1.fill_(place + self.offset)
+        if self.valid_bl is not None:
+            assert mask_bl is not None
+            self.valid_bl.fill_(True)
+            self.valid_bl[:, :place] = mask_bl != 0
+            self.positions_b1.copy_((mask_bl != 0).sum(1, keepdim=True) + self.offset)
+
+    def tokens(self, layer: int, place: int) -> tuple[Tensor, Tensor]:
+        """The keys and values before `place` that a layer still holds, in their order; copies."""
+        slots = self.shape.slots[layer]
+        at = torch.arange(max(0, place - slots), place, device=self.shape.device) % slots
+        return self.keys[layer].index_select(2, at), self.values[layer].index_select(2, at)
+
+    def reorder(self, index_b: Tensor) -> None:
+        """Row i becomes what row index[i] was; there are as many as before."""
+        rows = [*self.keys, *self.values]
+        if self.valid_bl is not None:
+            rows += [self.valid_bl, self.positions_b1]
+        for tensor in rows:
+            tensor.copy_(tensor.index_select(0, index_b))
+
+
+def static_step(model: PreTrainedModel, state: State) -> Tensor:
+    """Scores (b, v), float32, of the token after `state.ids_b1`; the state moves on to the next place."""
+    x = model.backbone.lookup(state.ids_b1)
+    scope = Slots.of(state)
+    call = Call(
+        scope=scope,
+        positions_bs=state.positions_b1,
+        key_positions_bk=state.positions_b1,
+        cache=Rings(state),
+    )
+    if state.inverse is not None:
+        call.cos, call.sin = turns(state.positions_b1, state.inverse, state.factor, x.dtype)
+    hidden = model.backbone(x, call).hidden
+    assert model.head is not None
+    scores = model.head(hidden[:, -1]).float()
+    state.place_1.add_(1)
+    state.positions_b1.add_(1)
+    return scores

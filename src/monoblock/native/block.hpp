@@ -1,0 +1,412 @@
+// A whole step of a transformer: a few new tokens through embedding, blocks and head, over caches of keys and values.
+// What the model is like is data; activations are floats from the embedding to the logits.
+//
+// One parallel region runs the step. Its phases are loops whose turns are dealt out to the threads, with a barrier
+// after each: qkv | turn and cache | attend | out + residual | up with activation | down + residual. What all threads
+// need and is quickly made (norms of a few rows, inputs in the weights' format) each makes for itself, in its own memory.
+#pragma once
+
+#include <algorithm>
+
+#include "cached.hpp"
+#include "matrix.hpp"
+
+namespace decode {
+
+// A norm's weights, float32 or bfloat16 as the model's.
+struct Norm {
+  const void *weight, *bias;  // bias: or null
+  float eps;
+  int32_t kind;  // 0: there is none; 1: layer norm; 2: RMS norm
+};
+
+struct Layer {
+  Matrix qkv, out, up, down;  // qkv: [q|k|v]; up: [gate|up] where gated
+  Norm norm1, norm2, q_norm, k_norm;
+  int64_t window;  // keys that a query sees; 0: all
+};
+
+struct Model {
+  const Layer* blocks;
+  Matrix embed, head;
+  const void* positions;  // the table (size, width), or null
+  const float* turns;     // rotary frequencies (rotary / 2,), or null
+  const float* slopes;    // ALiBi's (heads,), or null
+  Norm embed_norm, final_norm;
+  int64_t layers, width, heads, groups, dim, inner, size, offset;  // groups: key/value heads; size and
+                                                                         // first used row of the table of positions
+  int32_t activation, gated, before, by_head, bf16, rotary;  // before: norms come before sub-layers; rotary: channels
+  float scale, clip, softcap, turn_scale, logit_scale, logit_softcap;  // clip and caps: 0 for none
+};
+
+// Where a layer's keys and values go: at index `place` of buffers whose strides count elements (batch, head, token).
+struct Slot {
+  void *keys, *values;
+  int64_t key_steps[3], value_steps[3];
+  int64_t place;
+};
+
+struct Step {
+  const Slot* slots;
+  const int64_t *ids, *types;  // (rows, tokens); types: rows of the embedding that are added, or null
+  const int64_t* positions;    // (rows or 1, tokens) as given, or null: counted
+  const uint8_t* valid;        // (rows, past + tokens), 0 for padding; or null
+  float* logits;               // (rows, tokens, vocabulary)
+  void* scratch;
+  int64_t scratch_bytes, rows, tokens, past, position_step, valid_step;
+  int32_t threads, cache_bf16;
+};
+
+constexpr int PARTS = 16;  // stretches that one row's keys may be divided into
+
+// Memory for a step: first measured with no memory at all, then given out.
+class Arena {
+ public:
+  explicit Arena(void* memory) : base((char*)memory) {}
+  template <class T>
+  T* take(int64_t count) {
+    T* given = (T*)(base + used);
+    used += round_up(count * sizeof(T), 64);
+    return given;
+  }
+  char* base;
+  int64_t used = 0;
+};
+
+template <class F>
+INLINE void typed(int32_t bf16, const void* data, F f) {
+  bf16 ? f((const uint16_t*)data) : f((const float*)data);
+}
+
+template <class W>
+INLINE void scaled(const float* x, int64_t width, const W* weight, float shift, float factor, float* y) {
+  for (int64_t i = 0; i < width; ++i) y[i] = (x[i] - shift) * factor * read1(weight + i);
+}
+
+// y = norm(x); they may be the same.
+inline void normed(const Norm& n, int32_t bf16, const float* x, int64_t width, float* y) {
+  if (!n.kind) {
+    if (x != y) memcpy(y, x, width * sizeof(float));
+    return;
+  }
+  float mean = 0, square = 0;
+  if (n.kind == 1) {
+#pragma omp simd reduction(+ : mean)
+    for (int64_t i = 0; i < width; ++i) mean += x[i];
+    mean /= width;
+  }
+#pragma omp simd reduction(+ : square)
+  for (int64_t i = 0; i < width; ++i) square += (x[i] - mean) * (x[i] - mean);
+  const float factor = 1 / sqrtf(square / width + n.eps);
+  typed(bf16, n.weight, [&](auto* weight) { scaled(x, width, weight, mean, factor, y); });
+  if (n.bias)
+    typed(bf16, n.bias, [&](auto* bias) {
+      for (int64_t i = 0; i < width; ++i) y[i] += read1(bias + i);
+    });
+}
+
+// y += row `index` of a matrix in any of the formats.
+inline void add_row(const Matrix& m, int64_t index, float* y) {
+  const int64_t n = m.inputs, padded = round_up(n, RUN);
+  if (m.format == F32 || m.format == BF16) {
+    typed(m.format == BF16, m.data, [&](auto* table) {
+      for (int64_t i = 0; i < n; ++i) y[i] += read1(table + index * n + i);
+    });
+    return;
+  }
+  const uint8_t* codes = (const uint8_t*)m.data + index * (m.format == INT8 ? padded : padded / 2);
+  for (int64_t i = 0; i < n; ++i) {
+    const int64_t group = (index * padded + i) / m.group;
+    if (m.format == INT8) {
+      y[i] += from_half(m.scale[group]) * (codes[i] - 128);
+    } else {
+      const int code = codes[i / RUN * BLOCK + i % BLOCK] >> (i % RUN / BLOCK * 4) & 15;
+      y[i] += from_half(m.scale[group]) * code + from_half(m.low[group]);
+    }
+  }
+}
+
+class Run {
+ public:
+  Run(const Model& model, const Step& step, Arena& arena) : m(model), s(step), count(step.rows * step.tokens) {
+    const int64_t qkv_width = (m.heads + 2 * m.groups) * m.dim;
+    qkv = arena.take<float>(count * (qkv_size = qkv_width));
+    x = arena.take<float>(count * m.width);
+    y = arena.take<float>(count * m.width);
+    inner = arena.take<float>(count * (inner_size = m.inner * (m.gated ? 2 : 1)));
+    cos = arena.take<float>(count * m.rotary);
+    divide();
+    parts = arena.take<float>(s.rows * m.groups * stretches * part_size);
+    mine = arena.take<char>(s.threads * own_bytes());
+  }
+
+  // Whether the tables have all tokens and positions.
+  bool inside() const {
+    for (int64_t t = 0; t < count; ++t) {
+      if (s.ids[t] < 0 || s.ids[t] >= m.embed.outputs) return false;
+      if (s.types && (s.types[t] < 0 || s.types[t] >= m.embed.outputs)) return false;
+      if (m.positions && (place_of(t) < 0 || place_of(t) >= m.size)) return false;
+    }
+    return true;
+  }
+
+  // One thread's way through the step; all threads of the region take it together.
+  void go(int thread) {
+    Arena arena(mine + thread * own_bytes());
+    Own own(*this, arena);
+    begin();
+    const Norm none = {};
+    for (int64_t i = 0; i < m.layers; ++i) {
+      const Layer& layer = m.blocks[i];
+      enter(m.before ? layer.norm1 : i ? m.blocks[i - 1].norm2 : none, own);
+      linear(layer.qkv, own.h, m.width, qkv, qkv_size, own);
+      cache(layer, s.slots[i]);
+      s.cache_bf16 ? look<uint16_t>(layer, s.slots[i], own) : look<float>(layer, s.slots[i], own);
+      gather(own);
+      residual(layer.out, own.wide, m.heads * m.dim, own);
+      enter(m.before ? layer.norm2 : layer.norm1, own);
+      m.gated ? gate(layer.up, own) : raise(layer.up, own);
+      residual(layer.down, inner, inner_size, own);
+    }
+    enter(m.before ? none : m.blocks[m.layers - 1].norm2, own);
+    for (int64_t t = 0; t < count; ++t) normed(m.final_norm, m.bf16, own.h + t * m.width, m.width, own.h + t * m.width);
+    logits(own);
+  }
+
+ private:
+  // One thread's own memory: the state that enters a sub-layer, what a matrix reads, and attention's blocks.
+  struct Own {
+    Own(const Run& run, Arena& arena) {
+      const Model& m = run.m;
+      h = arena.take<float>(run.count * m.width);
+      wide = arena.take<float>(run.count * m.heads * m.dim);
+      const int64_t queries = run.queries();
+      query = arena.take<float>(queries * run.padded());
+      scores = arena.take<float>(queries * KEYS);
+      block = arena.take<float>(KEYS * run.padded());
+      const int64_t most = std::max(std::max(m.width, m.inner), m.heads * m.dim);
+      char* room = arena.take<char>(prepared_bytes(most, run.count));
+      if (arena.base) prepared = prepared_in(room, most, run.count);
+    }
+    float *h, *wide, *query, *scores, *block;
+    Prepared prepared;
+  };
+
+  int64_t own_bytes() const {
+    Arena measure(nullptr);
+    Own own(*this, measure);
+    return measure.used;
+  }
+  int64_t padded() const { return round_up(m.dim, 16); }
+  int64_t queries() const { return s.tokens * (m.heads / m.groups); }
+
+  // Rows and heads alone may leave threads without work, or with unequal work: then the keys are divided too.
+  void divide() {
+    const int64_t tasks = s.rows * m.groups, keys = s.past + s.tokens;
+    stretches = 1;
+    if (tasks % s.threads && tasks < 4 * s.threads)
+      stretches = std::min<int64_t>({PARTS, (4 * s.threads + tasks - 1) / tasks, 1 + keys / (2 * KEYS)});
+    part_size = queries() * (2 + padded());
+  }
+
+  // Embedded tokens, and the angles by which their heads turn.
+  void begin() {
+#pragma omp for schedule(static)
+    for (int64_t t = 0; t < count; ++t) {
+      float* to = x + t * m.width;
+      memset(to, 0, m.width * sizeof(float));
+      add_row(m.embed, s.ids[t], to);
+      if (s.types) add_row(m.embed, s.types[t], to);
+      const int64_t position = place_of(t);
+      if (m.positions)
+        typed(m.bf16, m.positions, [&](auto* table) {
+          for (int64_t i = 0; i < m.width; ++i) to[i] += read1(table + position * m.width + i);
+        });
+      normed(m.embed_norm, m.bf16, to, m.width, to);
+      for (int32_t c = 0; c < m.rotary / 2; ++c) {
+        const float angle = float(position) * m.turns[c];
+        cos[t * m.rotary + c] = cosf(angle) * m.turn_scale;
+        cos[t * m.rotary + m.rotary / 2 + c] = sinf(angle) * m.turn_scale;
+      }
+    }
+  }
+
+  // The position of a token: as given, or how many tokens came before it that are no padding.
+  int64_t place_of(int64_t t) const {
+    const int64_t row = t / s.tokens, token = t % s.tokens;
+    if (s.positions) return s.positions[row * s.position_step + token];
+    int64_t before = s.past + token;
+    if (s.valid) {
+      const uint8_t* valid = s.valid + row * s.valid_step;
+      int64_t seen = 0;
+      for (int64_t k = 0; k < before; ++k) seen += valid[k] != 0;
+      before = seen;
+    }
+    return before + m.offset;
+  }
+
+  // The state that the next sub-layer takes.
+  void enter(const Norm& norm, Own& own) {
+    for (int64_t t = 0; t < count; ++t) normed(norm, m.bf16, x + t * m.width, m.width, own.h + t * m.width);
+  }
+
+  // to[:, 0 .. outputs) by chunks; `after` does the rest for what its thread has just made.
+  template <class F>
+  void divided(int64_t outputs, F work) {
+    const int64_t chunk = round_up(outputs / (6 * s.threads) + 1, 16);
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t first = 0; first < outputs; first += chunk) work(first, std::min(first + chunk, outputs));
+  }
+
+  void linear(const Matrix& w, const float* from, int64_t step, float* to, int64_t to_step, Own& own) {
+    prepare(w, from, step, count, own.prepared);
+    divided(w.outputs, [&](int64_t first, int64_t last) { multiply(w, own.prepared, count, to, to_step, first, last); });
+  }
+
+  // x = state before the sub-layer + its output.
+  void residual(const Matrix& w, const float* from, int64_t step, Own& own) {
+    prepare(w, from, step, count, own.prepared);
+    const float* before = m.before ? x : own.h;
+    divided(m.width, [&](int64_t first, int64_t last) {
+      multiply(w, own.prepared, count, y, m.width, first, last);
+      for (int64_t t = 0; t < count; ++t)
+        for (int64_t i = t * m.width + first; i < t * m.width + last; ++i) x[i] = before[i] + y[i];
+    });
+  }
+
+  void raise(const Matrix& w, Own& own) {
+    prepare(w, own.h, m.width, count, own.prepared);
+    divided(m.inner, [&](int64_t first, int64_t last) {
+      multiply(w, own.prepared, count, inner, inner_size, first, last);
+      for (int64_t t = 0; t < count; ++t) activate(m.activation, inner + t * inner_size + first, last - first);
+    });
+  }
+
+  void gate(const Matrix& w, Own& own) {
+    prepare(w, own.h, m.width, count, own.prepared);
+    divided(m.inner, [&](int64_t first, int64_t last) {
+      multiply(w, own.prepared, count, inner, inner_size, first, last);
+      multiply(w, own.prepared, count, inner, inner_size, m.inner + first, m.inner + last);
+      for (int64_t t = 0; t < count; ++t) {
+        float *gates = inner + t * inner_size, *ups = gates + m.inner;
+        activate(m.activation, gates + first, last - first);
+        for (int64_t i = first; i < last; ++i) gates[i] *= ups[i];
+      }
+    });
+  }
+
+  void logits(Own& own) {
+    prepare(m.head, own.h, m.width, count, own.prepared);
+    divided(m.head.outputs, [&](int64_t first, int64_t last) {
+      multiply(m.head, own.prepared, count, s.logits, m.head.outputs, first, last);
+      for (int64_t t = 0; t < count; ++t)
+        if (m.logit_scale != 1 || m.logit_softcap != 0)
+          each(s.logits + t * m.head.outputs + first, last - first, [&](Floats v) {
+            v *= m.logit_scale;
+            return m.logit_softcap != 0 ? m.logit_softcap * tanh(v / m.logit_softcap) : v;
+          });
+    });
+  }
+
+  // Queries, keys and values as attention takes them: clipped, normed, turned; keys and values go to the cache.
+  void cache(const Layer& layer, const Slot& slot) {
+    const int64_t q = m.heads * m.dim, k = m.groups * m.dim;
+#pragma omp for schedule(static)
+    for (int64_t t = 0; t < count; ++t) {
+      float* row = qkv + t * qkv_size;
+      for (int64_t i = 0; m.clip != 0 && i < qkv_size; ++i) row[i] = std::min(std::max(row[i], -m.clip), m.clip);
+      if (!m.by_head) normed(layer.q_norm, m.bf16, row, q, row), normed(layer.k_norm, m.bf16, row + q, k, row + q);
+      for (int64_t h = 0; h < m.heads + m.groups; ++h) {
+        float* head = row + h * m.dim;
+        if (m.by_head) normed(h < m.heads ? layer.q_norm : layer.k_norm, m.bf16, head, m.dim, head);
+        turn(head, cos + t * m.rotary);
+      }
+      s.cache_bf16 ? keep<uint16_t>(slot, t, row + q) : keep<float>(slot, t, row + q);
+    }
+  }
+
+  void turn(float* head, const float* angles) const {
+    const int32_t half = m.rotary / 2;
+    for (int32_t c = 0; c < half; ++c) {
+      const float a = head[c], b = head[c + half];
+      head[c] = a * angles[c] - b * angles[half + c];
+      head[c + half] = b * angles[c] + a * angles[half + c];
+    }
+  }
+
+  template <class T>
+  void keep(const Slot& slot, int64_t t, const float* from) const {
+    const int64_t row = t / s.tokens, place = slot.place + t % s.tokens;
+    for (int64_t g = 0; g < m.groups; ++g, from += m.dim) {
+      const int64_t *k = slot.key_steps, *v = slot.value_steps;
+      T* key = (T*)slot.keys + row * k[0] + g * k[1] + place * k[2];
+      T* value = (T*)slot.values + row * v[0] + g * v[1] + place * v[2];
+      const float* values = from + m.groups * m.dim;
+      for (int64_t c = 0; c < m.dim; ++c) write1(key + c, from[c]), write1(value + c, values[c]);
+    }
+  }
+
+  template <class T>
+  void look(const Layer& layer, const Slot& slot, Own& own) {
+    const int64_t shared = m.heads / m.groups, total = s.past + s.tokens, dropped = s.past - slot.place;
+    const int64_t oldest = std::max(dropped, layer.window ? s.past - layer.window + 1 : 0);
+    const int64_t each = round_up((total - oldest + stretches - 1) / stretches, KEYS);
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t task = 0; task < s.rows * m.groups * stretches; ++task) {
+      const int64_t row = task / stretches / m.groups, g = task / stretches % m.groups;
+      const int64_t first = oldest + task % stretches * each;
+      for (int64_t i = 0; i < queries(); ++i) {
+        const float* from = qkv + (row * s.tokens + i / shared) * qkv_size + (g * shared + i % shared) * m.dim;
+        for (int64_t c = 0; c < padded(); ++c) own.query[i * padded() + c] = c < m.dim ? from[c] * m.scale : 0;
+      }
+      const int64_t *k = slot.key_steps, *v = slot.value_steps;
+      Stretch stretch = {(const T*)slot.keys + row * k[0] + g * k[1] - dropped * k[2],
+                         (const T*)slot.values + row * v[0] + g * v[1] - dropped * v[2],
+                         k[2],
+                         v[2],
+                         first,
+                         std::min(first + each, total),
+                         s.valid ? s.valid + row * s.valid_step : nullptr};
+      Queries q = {own.query, int(queries()), int(shared), int(m.dim), int(padded()), s.past, layer.window,
+                   m.slopes ? m.slopes + g * shared : nullptr, m.softcap};
+      attend<T>(q, stretch, part(task), own.block, own.scores);
+    }
+  }
+
+  Part part(int64_t task) const {
+    float* at = parts + task * part_size;
+    return {at, at + queries(), at + 2 * queries()};
+  }
+
+  // All heads' results side by side, in this thread's memory.
+  void gather(Own& own) const {
+    const int64_t shared = m.heads / m.groups;
+    for (int64_t row = 0; row < s.rows; ++row)
+      for (int64_t g = 0; g < m.groups; ++g)
+        for (int64_t i = 0; i < queries(); ++i)
+          join(part((row * m.groups + g) * stretches), part_size, int(stretches), int(i), int(m.dim), int(padded()),
+               own.wide + (row * s.tokens + i / shared) * m.heads * m.dim + (g * shared + i % shared) * m.dim);
+  }
+
+  const Model& m;
+  const Step& s;
+  const int64_t count;  // tokens of all rows
+  int64_t qkv_size, inner_size, stretches, part_size;
+  float *qkv, *x, *y, *inner, *cos, *parts;
+  char* mine;
+};
+
+// 0: done. Else nothing was: -1, a token or a position is outside its table; above 0, the bytes of scratch that it takes.
+inline int64_t step(const Model& model, const Step& step) {
+  Arena measure(nullptr);
+  const Run measured(model, step, measure);
+  if (measure.used + 64 > step.scratch_bytes) return measure.used + 64;
+  if (!measured.inside()) return -1;
+  Arena arena((void*)round_up((int64_t)step.scratch, 64));
+  Run run(model, step, arena);
+#pragma omp parallel num_threads(step.threads)
+  run.go(omp_get_thread_num());
+  return 0;
+}
+
+}  // namespace decode

@@ -1,0 +1,155 @@
+// Attention of a few new tokens over a cache of keys and values, which are read once for all heads that share them.
+#pragma once
+
+#include <math.h>
+
+#include "functions.hpp"
+
+namespace decode {
+
+constexpr int KEYS = 64;  // at a time: as floats, a block of keys or values stays in the nearest cache
+
+// Some keys of one row of the batch and one key/value head. Pointers are those of key 0 of the text, though the cache
+// may have dropped it; steps are elements from one token to the next.
+struct Stretch {
+  const void *keys, *values;
+  int64_t key_step, value_step;
+  int64_t first, last;
+  const uint8_t* valid;  // a byte for each key of the text, 0 for padding; or null
+};
+
+// The queries that meet them: new tokens x heads of the group, token by token, turned and scaled, each padded with
+// zeros to whole vectors.
+struct Queries {
+  const float* data;
+  int count, shared;    // shared: heads of the group
+  int dim, padded;
+  int64_t place;        // of the first new token in the text
+  int64_t window;       // keys that a query sees; 0: all
+  const float* slopes;  // ALiBi's, of the group's heads; or null
+  float softcap;        // 0: none
+};
+
+// A softmax over some keys, not yet divided by its sum: the largest score, the sum, the weighted values.
+struct Part {
+  float *most, *total;  // (queries,)
+  float* values;        // (queries, padded)
+};
+
+// A block of keys or values as floats, (count, padded).
+template <class T>
+INLINE void widen_block(const T* from, int64_t step, int count, int dim, int padded, float* to) {
+  for (int j = 0; j < count; ++j, from += step, to += padded) {
+    int c = 0;
+    for (; c + LANES <= dim; c += LANES) store(to + c, read(from + c));
+    for (; c < dim; ++c) to[c] = read1(from + c);
+    for (; c < padded; ++c) to[c] = 0;
+  }
+}
+
+// The products of one query with LANES keys.
+INLINE Floats products(const float* query, const float* keys, int padded) {
+  Floats found[LANES] = {};
+  for (int c = 0; c < padded; c += LANES) {
+    Floats q = read(query + c);
+    UNROLL for (int j = 0; j < LANES; ++j) found[j] += q * read(keys + j * padded + c);
+  }
+  return sums(found);
+}
+
+// to (W vectors) += the sum of weight * row.
+template <int W>
+INLINE void add_rows(const float* weights, const float* rows, int count, int padded, float* to) {
+  Floats sum[W];
+  UNROLL for (int w = 0; w < W; ++w) sum[w] = read(to + w * LANES);
+  for (int j = 0; j < count; ++j)
+    UNROLL for (int w = 0; w < W; ++w) sum[w] += weights[j] * read(rows + j * padded + w * LANES);
+  UNROLL for (int w = 0; w < W; ++w) store(to + w * LANES, sum[w]);
+}
+
+INLINE void add_values(const float* weights, const float* rows, int count, int padded, float* to) {
+  int c = 0;
+  for (; c + 4 * LANES <= padded; c += 4 * LANES) add_rows<4>(weights, rows + c, count, padded, to + c);
+  for (; c < padded; c += LANES) add_rows<1>(weights, rows + c, count, padded, to + c);
+}
+
+// Scores of query m with `count` keys from key `first` on: capped, with ALiBi, and -infinity where it may not look.
+// Returns the largest.
+inline float shape(const Queries& q, int m, const Stretch& s, int64_t first, int count, float* scores) {
+  const float slope = q.slopes ? q.slopes[m % q.shared] : 0;
+  const int behind = int(q.place + m / q.shared - first);  // this query's place, seen from the first key
+  const int window = q.window && q.window < (1 << 30) ? int(q.window) : 1 << 30;
+  Ints key;
+  for (int i = 0; i < LANES; ++i) key[i] = i;
+  for (int j = 0; j < count; j += LANES, key += LANES) {
+    Floats x = read(scores + j);
+    if (q.softcap != 0) x = q.softcap * tanh(x / q.softcap);
+    Ints away = key - behind;
+    x += slope * __builtin_convertvector(away, Floats);
+    x = (away <= 0) & (away > -window) & (key < count) ? x : Floats{} - INFINITY;
+    store(scores + j, x);
+  }
+  for (int j = 0; s.valid && j < count; ++j)
+    if (!s.valid[first + j]) scores[j] = -INFINITY;
+  Floats most = Floats{} - INFINITY;
+  for (int j = 0; j < count; j += LANES) most = largest(read(scores + j), most);
+  return largest(most);
+}
+
+// Scores become weights relative to the largest so far, which is `most`; returns their sum.
+INLINE float weigh(float* scores, int count, float most) {
+  Floats total = {};
+  for (int j = 0; j < count; j += LANES) {
+    Floats x = read(scores + j);
+    Floats weight = x == -INFINITY ? Floats{} : exp(x - most);
+    store(scores + j, weight);
+    total += weight;
+  }
+  return sum(total);
+}
+
+// `keys` and `scores` are scratch of (KEYS, padded) and of KEYS floats for each query.
+template <class T>
+inline void attend(const Queries& q, const Stretch& s, Part part, float* block, float* scores) {
+  for (int m = 0; m < q.count; ++m) part.most[m] = -INFINITY, part.total[m] = 0;
+  memset(part.values, 0, sizeof(float) * q.count * q.padded);
+  for (int64_t first = s.first; first < s.last; first += KEYS) {
+    const int count = s.last - first < KEYS ? int(s.last - first) : KEYS;
+    widen_block((const T*)s.keys + first * s.key_step, s.key_step, count, q.dim, q.padded, block);
+    for (int m = 0; m < q.count; ++m)
+      for (int j = 0; j < count; j += LANES)
+        store(scores + m * KEYS + j, products(q.data + m * q.padded, block + j * q.padded, q.padded));
+    widen_block((const T*)s.values + first * s.value_step, s.value_step, count, q.dim, q.padded, block);
+    for (int m = 0; m < q.count; ++m) {
+      float* row = scores + m * KEYS;
+      float most = shape(q, m, s, first, count, row);
+      if (most == -INFINITY) continue;
+      float* values = part.values + m * q.padded;
+      if (most > part.most[m]) {
+        const float kept = expf(part.most[m] - most);
+        part.most[m] = most, part.total[m] *= kept;
+        for (int c = 0; c < q.padded; c += LANES) store(values + c, kept * read(values + c));
+      }
+      part.total[m] += weigh(row, count, part.most[m]);
+      add_values(row, block, count, q.padded, values);
+    }
+  }
+}
+
+// One query's result from all stretches of its keys, `next` parts apart: softmax weights that sum to 1.
+inline void join(const Part& first, int64_t next, int parts, int m, int dim, int padded, float* to) {
+  float most = -INFINITY, total = 0;
+  for (int i = 0; i < parts; ++i) most = fmaxf(most, first.most[i * next + m]);
+  memset(to, 0, sizeof(float) * dim);
+  for (int i = 0; i < parts; ++i) {
+    const float own = first.total[i * next + m];
+    if (own == 0) continue;
+    const float factor = expf(first.most[i * next + m] - most);
+    const float* values = first.values + i * next + int64_t(m) * padded;
+    total += factor * own;
+    for (int c = 0; c < dim; ++c) to[c] += factor * values[c];
+  }
+  for (int c = 0; c < dim; ++c) to[c] /= total;
+}
+
+}  // namespace decode

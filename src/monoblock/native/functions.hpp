@@ -1,0 +1,129 @@
+// The functions of one variable that a transformer needs, on vectors of floats, to a few units of the last place.
+#pragma once
+
+#include <initializer_list>
+#include <utility>
+
+#include "numbers.hpp"
+
+namespace decode {
+
+using namespace matrices;
+
+INLINE Floats read(const float* from) { return load<Floats>(from); }
+INLINE Floats read(const uint16_t* from) { return from_bf16(load<Halves>(from)); }
+INLINE float read1(const float* from) { return *from; }
+INLINE float read1(const uint16_t* from) { return from_bf16(*from); }
+INLINE void write1(float* to, float x) { *to = x; }
+INLINE void write1(uint16_t* to, float x) { *to = to_bf16(x); }
+
+INLINE Floats smallest(Floats a, Floats b) { return a < b ? a : b; }
+
+// ---------------------------------------------------------------------------- as many sums as a vector has lanes
+
+// Of both vectors, runs of 2 * D lanes become runs of D lanes: their second halves are added to the first.
+constexpr int lane(int place, int run, int half) { return place / run * 2 * run + half * run + place % run; }
+
+template <int D, size_t... L>
+INLINE Floats folded(Floats a, Floats b, std::index_sequence<L...>) {
+  return __builtin_shufflevector(a, b, lane(L, D, 0)...) + __builtin_shufflevector(a, b, lane(L, D, 1)...);
+}
+
+// Lane i is the sum of the lanes of x[i], for LANES vectors.
+template <int D = LANES / 2>
+INLINE Floats sums(const Floats* x) {
+  Floats halves[D];
+  UNROLL for (int i = 0; i < D; ++i)
+    halves[i] = folded<D>(x[2 * i], x[2 * i + 1], std::make_index_sequence<LANES>());
+  if constexpr (D == 1)
+    return halves[0];
+  else
+    return sums<D / 2>(halves);
+}
+
+// ---------------------------------------------------------------------------- powers of e
+
+// e^x = scale * (1 + rest): scale = 2^n, n whole, and rest = e^r - 1 for |r| <= log(2) / 2. The polynomial is
+// (e^r - 1 - r) / r^2 by interpolation at Chebyshev's points, off by 1.1e-8.
+struct Power {
+  Floats scale, rest;
+};
+
+INLINE Power power(Floats x) {
+  x = smallest(Floats{} + 88.0f, largest(Floats{} - 87.0f, x));  // 2^n stays a normal number, and NaN stays NaN
+  Ints n = nearest(x * 1.44269504f);
+  Floats whole = __builtin_convertvector(n, Floats);
+  Floats r = (x - whole * 0.693145752f) - whole * 1.42860677e-6f;  // log(2) in two parts: n times the first is exact
+  Floats p = Floats{} + 0.0013934545f;
+  for (float c : {0.0083637768f, 0.0416664556f, 0.1666657329f, 0.5f}) p = p * r + c;
+  return {bits<Floats>((n + 127) << 23), r + r * r * p};
+}
+
+INLINE Floats exp(Floats x) {
+  Power e = power(x);
+  return e.scale + e.scale * e.rest;
+}
+
+INLINE Floats sigmoid(Floats x) { return 1.0f / (1.0f + exp(-x)); }
+
+// (e^2x - 1) / (e^2x + 1), where e^2x - 1 is made without e^2x, so that small x keep their digits.
+INLINE Floats tanh(Floats x) {
+  Power e = power(2.0f * x);
+  Floats less = (e.scale - 1.0f) + e.scale * e.rest;
+  return less / (less + 2.0f);
+}
+
+// The share of a normal distribution that lies below x. With z = |x| / sqrt(2) and t = 1 / (1 + z / 2),
+// erfc(z) * e^(z * z) is a polynomial in t for z up to 6.5 (interpolated at Chebyshev's points, 2e-7 of the value);
+// what lies beyond is nothing beside 1.
+INLINE Floats share_below(Floats x) {
+  Floats z = magnitude(x) * 0.70710678f;
+  Floats t = 1.0f / (1.0f + 0.5f * z);
+  Floats p = Floats{} - 0.034803495f;
+  for (float c : {0.1541862f, -0.18396893f, -0.121766195f, 0.30219772f, 0.028069453f, 0.30289504f, 0.2696584f,
+                  0.2836102f, -7.838735e-05f})
+    p = p * t + c;
+  Floats tail = 0.5f * p * exp(-z * z);
+  return x < 0.0f ? tail : 1.0f - tail;
+}
+
+// ---------------------------------------------------------------------------- activations
+
+// In the order of spec.ACTIVATIONS.
+enum Activation : int32_t { GELU, GELU_TANH, QUICK_GELU, RELU, RELU2, SILU };
+
+template <Activation A>
+INLINE Floats activated(Floats x) {
+  if constexpr (A == GELU) return x * share_below(x);
+  // x * (1 + tanh(u)) / 2 = x * sigmoid(2 * u), u = sqrt(2 / pi) * (x + 0.044715 * x^3)
+  if constexpr (A == GELU_TANH) return x * sigmoid(x * (1.59576912f + 0.0713548163f * x * x));
+  if constexpr (A == QUICK_GELU) return x * sigmoid(1.702f * x);
+  if constexpr (A == RELU) return largest(x, Floats{});
+  if constexpr (A == RELU2) return largest(x, Floats{}) * largest(x, Floats{});
+  if constexpr (A == SILU) return x * sigmoid(x);
+}
+
+// x[i] = f(x[i]); the last few are computed on a copy.
+template <class F>
+INLINE void each(float* x, int64_t count, F f) {
+  int64_t i = 0;
+  for (; i + LANES <= count; i += LANES) store(x + i, f(read(x + i)));
+  if (i == count) return;
+  float rest[LANES] = {};
+  memcpy(rest, x + i, (count - i) * sizeof(float));
+  store(rest, f(read(rest)));
+  memcpy(x + i, rest, (count - i) * sizeof(float));
+}
+
+inline void activate(int32_t kind, float* x, int64_t count) {
+  switch (kind) {
+    case GELU: return each(x, count, activated<GELU>);
+    case GELU_TANH: return each(x, count, activated<GELU_TANH>);
+    case QUICK_GELU: return each(x, count, activated<QUICK_GELU>);
+    case RELU: return each(x, count, activated<RELU>);
+    case RELU2: return each(x, count, activated<RELU2>);
+    case SILU: return each(x, count, activated<SILU>);
+  }
+}
+
+}  // namespace decode
