@@ -122,7 +122,7 @@ void norm_row(const Norm& n, int64_t row) {
 }
 
 inline int norm(const Norm& n) {
-#pragma omp parallel for num_threads(n.threads) if (n.threads > 1)
+#pragma omp parallel for num_threads(n.threads) if (n.threads > 1 && n.rows > 8)
   for (int64_t row = 0; row < n.rows; ++row) n.bf16 ? norm_row<uint16_t>(n, row) : norm_row<float>(n, row);
   return 0;
 }
@@ -157,7 +157,7 @@ void turn_token(const Turn& t, int64_t b, int64_t s) {
 }
 
 inline int turn(const Turn& t) {
-#pragma omp parallel for num_threads(t.threads) if (t.threads > 1)
+#pragma omp parallel for num_threads(t.threads) if (t.threads > 1 && t.tokens > 8)
   for (int64_t i = 0; i < t.batch * t.tokens; ++i) {
     const int64_t b = i / t.tokens, s = i % t.tokens;
     t.bf16 ? turn_token<uint16_t>(t, b, s) : turn_token<float>(t, b, s);
@@ -188,7 +188,7 @@ void gate_row(const Gate& g, int64_t row) {
 }
 
 inline int gate(const Gate& g) {
-#pragma omp parallel for num_threads(g.threads) if (g.threads > 1)
+#pragma omp parallel for num_threads(g.threads) if (g.threads > 1 && g.rows > 8)
   for (int64_t row = 0; row < g.rows; ++row) g.bf16 ? gate_row<uint16_t>(g, row) : gate_row<float>(g, row);
   return 0;
 }

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from monoblock.backends.pytorch import prompt
 from monoblock.backends.pytorch.ops import Scope
 
 # Queries of one block of the block-wise kernel: their mask of QUERY_BLOCK x keys stays in the processor's cache.
@@ -34,12 +35,15 @@ class Kernel:
 def attend(q_bhqd: Tensor, k_bgkd: Tensor, v_bgkd: Tensor, scope: Scope, kernel: Kernel) -> Tensor:
     """Attention without a heads x queries x keys array; (b, h, q, d).
 
-    One query: one fused call. Queries that line up with the keys, on a CPU: one call of the flash kernel, with
-    ALiBi and padding as a bias on the keys. Everything else: the fused kernel for one block of queries after
-    the other, each with its own mask; in training the mask is made again for the backward pass.
+    One query: one fused call. On a CPU without gradients: the native kernel. Queries that line up with the keys, on
+    a CPU: one call of the flash kernel, with ALiBi and padding as a bias on the keys. Everything else: the fused
+    kernel for one block of queries after the other, each with its own mask; in training the mask is made again for
+    the backward pass.
     """
     if q_bhqd.shape[2] == 1 and kernel.softcap is None:
         return _one_query(q_bhqd, k_bgkd, v_bgkd, scope, kernel)
+    if scope.relative is None and not kernel.dropout and prompt.usable(q_bhqd, k_bgkd, v_bgkd):
+        return _native(q_bhqd, k_bgkd, v_bgkd, scope, kernel)
     k_bhkd, v_bhkd = repeat_groups(k_bgkd, q_bhqd.shape[1]), repeat_groups(v_bgkd, q_bhqd.shape[1])
     if scope.aligned and scope.by_key and not kernel.dropout and kernel.softcap is None:
         bias = scope.key_bias()
@@ -51,6 +55,25 @@ def attend(q_bhqd: Tensor, k_bgkd: Tensor, v_bgkd: Tensor, scope: Scope, kernel:
             out = _flash_cpu(q_bhqd, k_bhkd, v_bhkd, bias, scope.causal, kernel.scale)
             return _evened(out, v_bhkd, scope)
     return _evened(_by_blocks(q_bhqd, k_bhkd, v_bhkd, scope, kernel), v_bhkd, scope)
+
+
+def _native(q_bhqd: Tensor, k_bgkd: Tensor, v_bgkd: Tensor, scope: Scope, kernel: Kernel) -> Tensor:
+    """The project's own kernel: heads share keys as they lie, ALiBi is exact at any distance, and blocks of keys that
+    no query may see are not computed. Queries that see no key get the mean of all values, as from `_evened`."""
+    segments = None if scope.segment_bk is None else scope.segment_bk.to(torch.int32)
+    out_bqhd = prompt.attention(
+        q_bhqd,
+        k_bgkd,
+        v_bgkd,
+        scope.slopes_h,
+        scope.valid_bk,
+        segments,
+        kernel.scale,
+        kernel.softcap or 0.0,
+        scope.causal,
+        scope.window or 0,
+    )
+    return out_bqhd.transpose(1, 2)
 
 
 def _evened(out_bhqd: Tensor, v_bhkd: Tensor, scope: Scope) -> Tensor:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from monoblock.backends.pytorch import attention
+from monoblock.backends.pytorch import attention, prompt
 from monoblock.backends.pytorch.cache import Cache
 from monoblock.backends.pytorch.ops import ACT, Scope, bucketed, rotate, rotations
 from monoblock.positions import is_dynamic
@@ -51,11 +51,29 @@ class BackboneOutput:
     attentions: tuple[Tensor, ...] | None
 
 
+class RMSNorm(nn.RMSNorm):
+    """PyTorch's module; the native kernel where that can be used on a prompt."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[-2] > 1 and prompt.usable(x, self.weight):
+            return prompt.norm(x, self.weight, None, self.eps, rms=True)
+        return super().forward(x)
+
+
+class LayerNorm(nn.LayerNorm):
+    """PyTorch's module; the native kernel where that can be used on a prompt."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if input.shape[-2] > 1 and prompt.usable(input, self.weight, self.bias):
+            return prompt.norm(input, self.weight, self.bias, self.eps, rms=False)
+        return super().forward(input)
+
+
 def make_norm(norm: Norm, width: int) -> nn.Module:
-    """The norm as PyTorch's own module."""
+    """The norm as a module."""
     if norm.kind == "rms":
-        return nn.RMSNorm(width, eps=norm.eps)
-    return nn.LayerNorm(width, eps=norm.eps, bias=norm.bias)
+        return RMSNorm(width, eps=norm.eps)
+    return LayerNorm(width, eps=norm.eps, bias=norm.bias)
 
 
 class Attention(nn.Module):
@@ -134,7 +152,10 @@ class Mlp(nn.Module):
 
     def forward(self, x_bsw: Tensor) -> Tensor:
         if self.gated:
-            gate, up = self.gate_up(x_bsw).chunk(2, dim=-1)
+            gate_up = self.gate_up(x_bsw)
+            if self.act is ACT["silu"] and x_bsw.shape[-2] > 1 and prompt.usable(gate_up):
+                return self.down(prompt.gate(gate_up))
+            gate, up = gate_up.chunk(2, dim=-1)
             return self.down(self.act(gate) * up)
         return self.down(self.act(self.up(x_bsw)))
 
