@@ -1,5 +1,7 @@
 // monoblock's native kernels: one unit, compiled once for each instruction set (see build.py), with a plain C interface
 // that ctypes can call. Everything is written over vector extensions; only a few dot products are spelled out.
+#include "attention.hpp"
+#include "block.hpp"
 #include "matrix.hpp"
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
@@ -25,3 +27,12 @@ EXPORT int mb_linear(const Matrix* m, const void* x, int32_t x_format, int64_t l
                      int32_t y_format, int64_t ldy, int threads) {
   return matrices::linear(*m, x, x_format, ldx, rows, y, y_format, ldy, threads);
 }
+
+// For prompts; see attention.hpp and prompt.hpp.
+EXPORT int mb_attention(const prompt::Attention* a) { return prompt::attention(*a); }
+EXPORT int mb_norm(const prompt::Norm* a) { return prompt::norm(*a); }
+EXPORT int mb_turn(const prompt::Turn* a) { return prompt::turn(*a); }
+EXPORT int mb_gate(const prompt::Gate* a) { return prompt::gate(*a); }
+
+// Some new tokens of a model with caches; see block.hpp.
+EXPORT int64_t mb_step(const decode::Model* model, const decode::Step* step) { return decode::step(*model, *step); }

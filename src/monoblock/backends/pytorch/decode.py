@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from monoblock.backends.pytorch import graphs
+from monoblock.backends.pytorch import fused, graphs
 from monoblock.backends.pytorch.arrays import TorchOps
 from monoblock.backends.pytorch.cache import Cache, DynamicCache, StaticCache, from_tuples, to_tuples
 from monoblock.backends.pytorch.quantized import quantized
@@ -146,6 +146,7 @@ class Decoder:
         }
         self.mask: Tensor | None = None
         self.ids: Tensor | None = None
+        self.fused = None if any(self.wanted.values()) else fused.of(model, self.cache)
 
     def _cache(self, plan: loop.Plan, past: Any) -> tuple[Cache | None, str | None]:
         if isinstance(past, Cache):
@@ -174,7 +175,7 @@ class Decoder:
                 f"past_key_values hold {seen} tokens and the prompt has {length}: give the whole prompt, of which the "
                 "cache is the beginning, or crop() the cache"
             )
-        self.mask = None if mask_bm is None or bool((mask_bm != 0).all()) else mask_bm
+        self.mask = None if mask_bm is None or bool((mask_bm != 0).all()) else mask_bm != 0
         if self.images:
             self.embeds = self.model.embed(ids_bn, self.images)
         if self.embeds is None:
@@ -195,6 +196,15 @@ class Decoder:
             self.positions = torch.cat((self.positions, self.positions[:, -1:] + steps), dim=1)
         if self.types is not None:
             self.types = torch.cat((self.types, self.types[:, -1:].expand(-1, count)), dim=1)
+        if self.fused is not None:
+            scores_bkv = self.fused.run(
+                ids_bk,
+                types_bn=None if self.types is None else self.types[:, -count:],
+                positions_bn=None if self.positions is None else self.positions[:, -count:],
+                valid_bm=self.mask,
+            )
+            if scores_bkv is not None:
+                return scores_bkv
         return self._forward({"input_ids": ids_bk}, keep=count)
 
     def reorder(self, index_b: Tensor) -> None:
