@@ -1,0 +1,98 @@
+"""How far a contestant's logits and greedy tokens are from those of the same weights in float32."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from plan import CHECKED, PROMPT
+from shapes import SHAPES
+from sides import Failed, LlamaBench, Process, Tools, weights_for
+from worker import prompts_of
+
+SEED = 77
+BATCHES = (1, 8)
+
+
+def sample(
+    side: Process | LlamaBench, model: str, form: str, vocab: int, folder: Path
+) -> list[dict[str, Any]]:
+    """The greedy texts of a contestant, alone and eight at once, and its logits where it shows them."""
+    if isinstance(side, LlamaBench):
+        return []
+    found = []
+    for batch in BATCHES:
+        file = folder / f"{side.who}-{model}-{form}-{batch}.npy"
+        sizes = {"batch": batch, "length": PROMPT, "vocab": vocab, "new": CHECKED, "seed": SEED}
+        answer = side.ask("step_logits", file=str(file), **sizes)
+        found.append({"who": side.who, "model": model, "form": form, "batch": batch, "vocab": vocab} | answer)
+    return found
+
+
+def compare(samples: list[dict[str, Any]], sources: dict[str, Path], tools: Tools, folder: Path) -> list[Any]:
+    """Each sample beside transformers in float32 (without it: monoblock with no kernels of its own), which reads
+    the sample's own texts."""
+    found: list[dict[str, Any]] = []
+    who = "transformers" if not tools.missing("transformers") else "monoblock, plain"
+    for model in dict.fromkeys(one["model"] for one in samples):
+        reference = Process(who, tools)
+        try:
+            reference.ready(
+                weights_for(who, sources[model], "float32", tools), "float32", SHAPES[model].model
+            )
+            found += [
+                _row(one, reference, folder / "reference.npy") for one in samples if one["model"] == model
+            ]
+        except Failed as failure:
+            print(f"accuracy of {model}: {failure}")
+        finally:
+            reference.close()
+    _beside_plain(found)
+    return [{k: v for k, v in one.items() if k not in ("tokens", "file", "scores")} for one in found]
+
+
+def _row(sample: dict[str, Any], reference: Process, file: Path) -> dict[str, Any]:
+    import numpy as np
+
+    prompts = prompts_of(sample["batch"], PROMPT, sample["vocab"], SEED)
+    texts = [prompt + new for prompt, new in zip(prompts, sample["tokens"], strict=True)]
+    reference.ask("logits", sequences=texts, last=CHECKED, file=str(file))
+    right = np.load(file)
+    spread = float(right.std())
+    tokens = np.array(sample["tokens"])
+    chosen = np.take_along_axis(right, tokens[..., None], -1)[..., 0]
+    gaps = (right.max(-1) - chosen) / spread
+    row = sample | {
+        "reference": reference.who,
+        "tokens in all": int(tokens.size),
+        "tokens equal": int((gaps == 0).sum()),
+        # By how much, in standard deviations of the logits, the reference prefers its own token at worst.
+        "largest gap": float(gaps.max()),
+        "error": None,
+        "worst": None,
+        "scores": right,
+    }
+    if sample["file"]:
+        error = (np.load(sample["file"]) - right) / spread
+        row |= {"error": float(np.sqrt((error**2).mean())), "worst": float(np.abs(error).max())}
+    return row
+
+
+def _beside_plain(rows: list[dict[str, Any]]) -> None:
+    """Adds how many tokens the native path shares with the plain one until they part, and how near a tie that was."""
+    import numpy as np
+
+    for row in rows:
+        same = {"model": row["model"], "form": row["form"], "batch": row["batch"], "who": "monoblock, plain"}
+        plain = next((r for r in rows if all(r[k] == v for k, v in same.items())), None)
+        if row["who"] != "monoblock" or plain is None:
+            continue
+        gaps: list[float] = []
+        equal = 0
+        for text, (ours, theirs) in enumerate(zip(row["tokens"], plain["tokens"], strict=True)):
+            parted = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b), None)
+            equal += CHECKED if parted is None else parted
+            if parted is not None:
+                scores = row["scores"][text, parted]
+                gaps.append(abs(float(scores[ours[parted]] - scores[theirs[parted]])) / float(np.std(scores)))
+        row |= {"as plain": equal, "parted at gaps": gaps}

@@ -1,0 +1,60 @@
+"""OpenVINO GenAI, over an IR that optimum-intel exports."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+FORMS = ("float32", "bfloat16", "int8", "int4")
+
+
+def prepare(source: str, target: str, form: str) -> None:
+    """Export a folder of the hub's; int8 per channel and int4 in groups of 128 by nncf, embeddings and head in int8
+    then, as optimum does it."""
+    from optimum.intel import OVModelForCausalLM, OVWeightQuantizationConfig
+
+    four = {"bits": 4, "sym": False, "group_size": 128, "ratio": 1.0}
+    wanted: dict[str, Any] = {
+        "int8": {"quantization_config": OVWeightQuantizationConfig(bits=8, sym=False)},
+        "int4": {"quantization_config": OVWeightQuantizationConfig(**four)},
+    }.get(form, {"load_in_8bit": False})
+    model = OVModelForCausalLM.from_pretrained(source, export=True, compile=False, **wanted)
+    model.save_pretrained(target)  # no tokenizer: the benchmark speaks in tokens
+
+
+class Side:
+    """A pipeline with its defaults; "float32" asks for arithmetic in float32 too."""
+
+    def start(self) -> None:
+        """Import it."""
+        import numpy
+        import openvino
+        import openvino_genai
+
+        self.numpy, self.openvino, self.genai = numpy, openvino, openvino_genai
+
+    def versions(self) -> dict[str, str]:
+        """What ran, by name."""
+        from importlib.metadata import version
+
+        return {"openvino-genai": version("openvino-genai")}
+
+    def load(self, folder: str, form: str) -> None:
+        """Compile the model."""
+        hints = {"INFERENCE_PRECISION_HINT": "f32"} if form == "float32" else {}
+        self.pipe = self.genai.LLMPipeline(folder, "CPU", **hints)
+        self.size = Path(folder, "openvino_model.bin").stat().st_size
+
+    def weight_bytes(self) -> int:
+        """Bytes of all weights."""
+        return self.size
+
+    def generate(self, prompts: list[list[int]], new: int) -> list[list[int]]:
+        """The new tokens of each prompt."""
+        ids = self.numpy.array(prompts, self.numpy.int64)
+        inputs = self.genai.TokenizedInputs(
+            self.openvino.Tensor(ids), self.openvino.Tensor(self.numpy.ones_like(ids))
+        )
+        config = self.genai.GenerationConfig()
+        config.max_new_tokens, config.ignore_eos, config.do_sample = new, True, False
+        return [list(tokens) for tokens in self.pipe.generate(inputs, config).tokens]

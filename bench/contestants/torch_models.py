@@ -1,0 +1,104 @@
+"""monoblock and transformers: their calls are the same, so that one text serves both."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+# The arguments of `from_pretrained` for each form of the weights.
+FORMS: dict[str, dict[str, Any]] = {
+    "float32": {"dtype": "float32"},
+    "bfloat16": {"dtype": "bfloat16"},
+    "int8": {"dtype": "bfloat16", "quantization_config": "int8"},
+    "int4": {"dtype": "bfloat16", "quantization_config": "int4"},
+}
+GREEDY: dict[str, Any] = {"do_sample": False, "use_cache": True, "pad_token_id": 0}
+
+
+class Side:
+    """`library` is the package that gives the classes."""
+
+    def __init__(self, library: str) -> None:
+        self.library = library
+        self.model: Any = None
+        self.optimizer: Any = None
+
+    def start(self) -> None:
+        """Import what a program imports that loads a model."""
+        import torch
+
+        self.torch = torch
+        self.auto = importlib.import_module(self.library).AutoModelForCausalLM
+
+    def import_class(self, name: str) -> None:
+        """Import the model's class, as a program does that names it."""
+        getattr(importlib.import_module(self.library), name)
+
+    def versions(self) -> dict[str, str]:
+        """What ran, by name."""
+        from importlib.metadata import version
+
+        found = {self.library: version(self.library), "torch": version("torch")}
+        if self.library == "monoblock" and (level := native_level()):
+            found["native kernels"] = level
+        return found
+
+    def load(self, folder: str, form: str) -> None:
+        """Make the model ready to generate."""
+        self.model = self.optimizer = None
+        self.model = self.auto.from_pretrained(folder, **FORMS[form]).eval()
+        self.model.generation_config.eos_token_id = None  # texts are as long as they are asked to be
+
+    def weight_bytes(self) -> int:
+        """Bytes that one token reads: all weights but the table of the input, of which it reads a line."""
+        model = self.model
+        tensors = {t.data_ptr(): t for t in (*model.parameters(), *model.buffers()) if t.numel()}
+        table, head = model.get_input_embeddings(), model.get_output_embeddings()
+        mine = {t.data_ptr() for t in (*table.parameters(), *table.buffers())}
+        if head is not None:
+            mine -= {t.data_ptr() for t in (*head.parameters(), *head.buffers())}
+        return sum(t.numel() * t.itemsize for key, t in tensors.items() if key not in mine)
+
+    def generate(self, prompts: list[list[int]], new: int) -> list[list[int]]:
+        """The new tokens of each prompt."""
+        return self._generate(prompts, new)[:, len(prompts[0]) :].tolist()
+
+    def _generate(self, prompts: list[list[int]], new: int, **more: Any) -> Any:
+        ids = self.torch.tensor(prompts)
+        with self.torch.inference_mode():
+            return self.model.generate(
+                ids, attention_mask=self.torch.ones_like(ids), max_new_tokens=new, **GREEDY, **more
+            )
+
+    def step_logits(self, prompts: list[list[int]], new: int) -> tuple[list[list[int]], Any]:
+        """The new tokens, and the logits (batch, new, vocabulary) they were chosen from."""
+        out = self._generate(prompts, new, return_dict_in_generate=True, output_logits=True)
+        logits = self.torch.stack(out.logits, 1).float().numpy()
+        return out.sequences[:, len(prompts[0]) :].tolist(), logits
+
+    def logits(self, sequences: list[list[int]]) -> Any:
+        """The logits (batch, tokens, vocabulary) of whole texts in one pass."""
+        with self.torch.inference_mode():
+            return self.model(self.torch.tensor(sequences)).logits.float().numpy()
+
+    def train(self, tokens: list[list[int]], form: str) -> None:
+        """One step of AdamW on float32 weights; form "bfloat16": under autocast."""
+        torch = self.torch
+        if self.optimizer is None:
+            self.model.train()
+            self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4)
+        ids = torch.tensor(tokens)
+        with torch.autocast("cpu", torch.bfloat16, enabled=form == "bfloat16"):
+            loss = self.model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+def native_level() -> str:
+    """The level of monoblock's own kernels in this process, empty where they are off."""
+    try:
+        from monoblock import native
+    except ImportError:
+        return ""
+    return str(native.level() or "")

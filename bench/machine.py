@@ -1,0 +1,100 @@
+"""The machine: what it is, and the most it can do: reading memory, and multiplying matrices."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+READ = 1 << 30  # bytes; far beyond any cache
+GEMM = (512, 5632, 2048)  # a prompt of 512 tokens through a matrix of a 1B model
+
+
+def describe() -> dict[str, Any]:
+    """The hardware and what all contestants share."""
+    names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return {
+        "cpu": names[0].split(":")[1].strip() if names else platform.processor(),
+        "units": _units(),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory GiB": round(pages / 2**30),
+        "python": platform.python_version(),
+        "torch": version("torch"),
+        "system": platform.system(),
+    }
+
+
+def _units() -> list[str]:
+    known = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
+    flags = next(
+        (line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags")), ""
+    )
+    return [unit for unit in known if unit in flags.split()]
+
+
+def line(found: dict[str, Any], limits: list[dict[str, float]]) -> str:
+    """One line of text for both."""
+    rates = "; ".join(
+        f"{name} {_range([one[name] for one in limits])}" for name in limits[0] if limits[0][name]
+    )
+    return (
+        f"{found['cores']} cores of {found['cpu']} ({', '.join(found['units'])}), {found['memory GiB']} GiB, "
+        f"{found['system']}, Python {found['python']}, PyTorch {found['torch']}; at the start and the end: {rates}"
+    )
+
+
+def _range(values: list[float]) -> str:
+    return " / ".join(f"{value:.3g}" for value in values)
+
+
+def limits(threads: int) -> dict[str, float]:
+    """GB/s of reading, and tera-operations per second of matrix products by type, each the best of several tries."""
+    import torch
+
+    torch.set_num_threads(threads)
+    rows, outputs, inputs = GEMM
+    operations = 2e-12 * rows * outputs * inputs
+    x, w = torch.randn(rows, inputs), torch.randn(outputs, inputs)
+    halves = [t.to(torch.bfloat16) for t in (x, w)]
+    codes = [(t * 20).to(torch.int8) for t in (x, w)]
+    best = {
+        # oneDNN's product: on some machines the one of `F.linear` is far from what the cores can do.
+        "float32 TFLOP/s": lambda: torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], ""),
+        "bfloat16 TFLOP/s": lambda: torch.nn.functional.linear(*halves),
+        "int8 TOP/s": lambda: torch._int_mm(codes[0], codes[1].T),
+    }
+    with torch.inference_mode():
+        rates = {name: operations / _best(work, 7) for name, work in best.items()}
+    return {"read GB/s": _read_rate(threads)} | rates
+
+
+def _read_rate(threads: int) -> float:
+    """By the native library's own reader if there is one, else by a sum."""
+    import torch
+
+    block = torch.ones(READ // 4)
+    reads: list[Callable[[], Any]] = [block.sum]
+    try:
+        from monoblock import native
+
+        if reader := getattr(native.library(), "mb_read", None):
+            reads.append(lambda: reader(ctypes.c_void_p(block.data_ptr()), ctypes.c_int64(READ), threads))
+    except ImportError:
+        pass
+    return max(READ / 1e9 / _best(read, 5) for read in reads)
+
+
+def _best(work: Callable[[], Any], tries: int) -> float:
+    work()
+    seconds: list[float] = []
+    for _ in range(tries):
+        begin = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - begin)
+    return min(seconds)

@@ -1,0 +1,184 @@
+"""Tables and pictures of a run.
+
+    python bench/report.py bench-results.json               tables to standard output
+    python bench/report.py bench-results.json --docs docs   into docs/performance.md and docs/performance/*.svg
+
+The page has marks `<!-- NAME -->` and `<!-- end of NAME -->`; what stands between them is replaced.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import aims
+import machine
+import plot
+from figures import OURS, Results, number, spread
+
+
+def table(titles: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """Markdown."""
+    lines = [list(titles), *map(list, rows)]
+    head = "| " + " | ".join(lines[0]) + " |\n" + "|---" * len(lines[0]) + "|\n"
+    return head + "".join("| " + " | ".join(line) + " |\n" for line in lines[1:])
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{100 * share:.0f}%"
+
+
+def speeds(results: Results, names: list[str], share: Callable[..., float | None], title: str) -> str:
+    """A table of some measures: each contestant's speed, ours over it, and its share of a limit."""
+    rows: list[list[str]] = []
+    for name in names:
+        for figure in results.named(name):
+            for who, values in figure["values"].items():
+                ratio = results.ratio(figure, who)
+                rows.append(
+                    [
+                        figure["model"],
+                        figure["form"],
+                        name.split()[-1],
+                        who,
+                        str(spread(values)),
+                        "" if ratio is None else str(ratio),
+                        _percent(share(figure, who)),
+                    ]
+                )
+    size = {"decode": "texts", "prefill": "tokens", "train": "tokens x 4"}[names[0].split()[0]]
+    return table(["model", "weights", size, "who", "tok/s (range)", "monoblock / it (range)", title], rows)
+
+
+def loading(results: Results) -> str:
+    """Seconds and memory until a model is ready."""
+    rows: list[list[str]] = []
+    for figure in results.named("load"):
+        model, form = figure["model"], figure["form"]
+        for who, seconds in figure["values"].items():
+            others = [results.values(model, form, m, who) for m in ("import", "first token", "load peak")]
+            size = results.data["weights"].get(f"{model} {form}", {}).get(who)
+            cells = [str(spread(v)) for v in (others[0], seconds, *others[1:])]
+            rows.append([model, form, who, *cells, number(size / 1e6) if size else ""])
+    titles = ["import s", "load s", "first token s", "peak of loading, MB", "weights a token reads, MB"]
+    return table(["model", "weights", "who", *titles], rows)
+
+
+def memory(results: Results) -> str:
+    """What a prompt needs beyond the loaded model."""
+    rows = []
+    for name in results.measures("prefill"):
+        for figure in results.named(f"{name} memory"):
+            for who, values in figure["values"].items():
+                if who == "llama.cpp":
+                    continue  # known only together with its weights
+                ratio = results.ratio(figure, who)
+                rows.append(
+                    [
+                        figure["model"],
+                        figure["form"],
+                        name.split()[-1],
+                        who,
+                        str(spread(values)),
+                        "" if ratio is None else str(ratio),
+                    ]
+                )
+    return table(["model", "weights", "tokens", "who", "MB beyond the model", "it / monoblock"], rows)
+
+
+def overhead(results: Results) -> str:
+    """Time that is not arithmetic, from two depths of a model too thin to compute much."""
+    rows = [
+        [who, f"{1e3 * found[0]:.3f}", f"{1e3 * found[1]:.3f}"]
+        for who in (OURS, "transformers")
+        if (found := aims.overhead(results, who))
+    ]
+    return table(["who", "ms for a layer", "ms for a token besides"], rows)
+
+
+def accuracy(results: Results) -> str:
+    """How far logits and tokens are from float32's."""
+    rows = []
+    for row in results.data.get("accuracy", []):
+        error = ["", ""] if row["error"] is None else [f"{row['error']:.1e}", f"{row['worst']:.1e}"]
+        plain = ""
+        if "as plain" in row:
+            gaps = row["parted at gaps"]
+            plain = f"{row['as plain']} of {row['tokens in all']}" + (
+                f"; parts at ties within {max(gaps):.1e}" if gaps else ""
+            )
+        equal = f"{row['tokens equal']} of {row['tokens in all']}"
+        where = [row["model"], row["form"], row["who"], str(row["batch"])]
+        rows.append([*where, *error, equal, f"{row['largest gap']:.1e}", plain])
+    titles = [
+        "logits' error, rms",
+        "at most",
+        "tokens the reference takes too",
+        "furthest from a tie",
+        "as plain",
+    ]
+    return table(["model", "weights", "who", "texts", *titles], rows)
+
+
+def sections(results: Results) -> dict[str, str]:
+    """Every part of the page that a run gives, by the name of its marks."""
+    data = results.data
+    skipped = "".join(f"- {why}\n" for why in data["skipped"])
+    versions = ", ".join(f"{name} {version}" for name, version in data["versions"].items())
+    about = f"{machine.line(data['machine'], data['limits'])}. {versions}. Measured on {data['date']}"
+    about += f" in {data['minutes']} minutes.\n" if "minutes" in data else ".\n"
+    found = {"machine": about}
+    if data["plan"] != "quick":  # small models reach nothing
+        found["aims"] = aims.table_of(results, table)
+    for kind, share, title in (
+        ("decode", results.bandwidth_share, "share of the bandwidth"),
+        ("prefill", results.matrix_share, "share of the matrix rate"),
+        ("train", lambda *_: None, ""),
+    ):
+        if names := results.measures(kind):
+            found[kind] = speeds(results, names, share, title)
+    found |= {"loading": loading(results), "memory": memory(results), "accuracy": accuracy(results)}
+    if results.named("decode 1") and aims.overhead(results, OURS):
+        found["overhead"] = overhead(results)
+    return found | {"skipped": skipped or "- nothing\n"}
+
+
+def tables(data: dict[str, Any]) -> str:
+    """All of it as one text."""
+    return "\n".join(f"## {name}\n\n{text}" for name, text in sections(Results(data)).items())
+
+
+def fill(page: str, parts: dict[str, str]) -> str:
+    """The page with what stands between its marks replaced; marks without a part keep what they have."""
+    for name, text in parts.items():
+        mark = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end of {name} -->)", re.DOTALL)
+        page = mark.sub(lambda found, text=text: f"{found[1]}\n{text}\n{found[2]}", page)
+    return page
+
+
+def main() -> None:
+    """Print, or write the page and its pictures."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("results", type=Path)
+    parser.add_argument("--docs", type=Path, help="the folder of performance.md")
+    args = parser.parse_args()
+    data = json.loads(args.results.read_text())
+    if args.docs is None:
+        print(tables(data))
+        return
+    page, pictures = args.docs / "performance.md", args.docs / "performance"
+    page.write_text(fill(page.read_text(), sections(Results(data))))
+    pictures.mkdir(exist_ok=True)
+    for name, picture in plot.pictures(Results(data)).items():
+        (pictures / f"{name}.svg").write_text(picture)
+        print(pictures / f"{name}.svg")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,309 @@
+"""monoblock beside its peers: loading, prompts, decoding, memory, accuracy; one table, one hardware line.
+
+    python bench/run.py [--quick | --full] [--models FOLDER] [--json FILE] [--minutes 12] [--only mistral-1b/int8]
+        [--peer-python OpenVINO=PATH] [--peer-python CTranslate2=PATH] [--peer-python llama.cpp=PATH]
+        [--llama-bench PATH] [--llama-convert PATH]
+
+Contestants are processes that hold the same random weights and take turns, round by round; a ratio compares
+neighbours in time. A peer that is not installed is skipped, and the output says so. PATH of --peer-python is the Python
+that has openvino-genai, optimum-intel and nncf; ctranslate2 and transformers; or (llama.cpp) what its converter needs.
+--llama-convert is llama.cpp's convert_hf_to_gguf.py. Converted models are kept in --models, about 25 GB in all.
+`bench/report.py FILE` makes the tables and pictures of docs/performance.md from the JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, Protocol
+
+import accuracy
+import machine
+import report
+import shapes
+import sides
+from plan import PLANS, PROMPT, Group, Measure
+from sides import CONTESTANTS, FORMS, UNKNOWN, Failed, LlamaBench, Process, Tools
+
+FACTS = ("import s", "load s", "first token s", "load peak MB")
+
+
+class Step(Protocol):
+    """Says what is being done."""
+
+    def __call__(self, what: str, /) -> None: ...
+
+
+class Run:
+    """The results so far, and what they are made with."""
+
+    def __init__(self, tools: Tools, scratch: Path, quick: bool, pace: float, step: Step) -> None:
+        self.tools, self.scratch, self.quick, self.pace, self.step = tools, scratch, quick, pace, step
+        self.figures: list[dict[str, Any]] = []
+        self.weights: dict[str, dict[str, int]] = {}
+        self.versions: dict[str, str] = {}
+        self.skipped: list[str] = []
+        self.samples: list[dict[str, Any]] = []
+        self.sources: dict[str, Path] = {}
+
+    def skip(self, why: str) -> None:
+        """Remember what was left out."""
+        if why not in self.skipped:
+            self.skipped.append(why)
+            self.step(f"skipped: {why}")
+
+    def group(self, group: Group) -> None:
+        """All measures of one group."""
+        self.step(f"{group.model} {group.form}: loading")
+        source = self.sources[group.model] = shapes.make(group.model, self.tools.models, quick=self.quick)
+        vocab = json.loads((source / "config.json").read_text())["vocab_size"]
+        folders = dict(self._folders(group, source))
+        deadline = time.monotonic() + group.seconds * self.pace
+        alive = self._started(group, folders)
+        try:
+            for measure in group.measures:
+                self._measure(group, measure, alive, vocab, deadline)
+            if group.accuracy:
+                self._sample(group, alive, folders, vocab)
+        finally:
+            for side in alive:
+                side.close()
+
+    def _folders(self, group: Group, source: Path) -> Iterator[tuple[str, Path]]:
+        for who in group.who:
+            if why := self.tools.missing(who):
+                self.skip(f"{who}: {why}")
+            elif group.form not in FORMS[who]:
+                continue  # not a lack of this machine's: the form does not exist there
+            elif group.model in UNKNOWN.get(who, ()):
+                self.skip(f"{who}: its converter does not know {group.model}")
+            else:
+                with self._noted():
+                    yield who, sides.weights_for(who, source, group.form, self.tools)
+
+    def _class(self, model: str) -> str:
+        return shapes.SHAPES[model].model
+
+    @contextmanager
+    def _noted(self) -> Iterator[None]:
+        try:
+            yield
+        except Failed as failure:
+            self.skip(str(failure))
+
+    def _started(self, group: Group, folders: dict[str, Path]) -> list[Process | LlamaBench]:
+        """The contestants, loaded; each `starts` times, of which the last stays."""
+        taken: dict[str, dict[str, list[float]]] = {fact: {} for fact in FACTS}
+        alive: list[Process | LlamaBench] = []
+        for start in range(group.starts):
+            for who, folder in folders.items():
+                side = sides.side_of(who, self.tools)
+                try:
+                    side.ready(folder, group.form, self._class(group.model))
+                except Failed as failure:
+                    self.skip(f"{group.model} {group.form}: {failure}")
+                    side.close()
+                    continue
+                for fact in FACTS:
+                    taken[fact].setdefault(who, []).append(side.facts[fact])
+                self.versions |= side.facts["versions"]
+                self.weights.setdefault(f"{group.model} {group.form}", {})[who] = side.facts["weight bytes"]
+                if start == group.starts - 1:
+                    alive.append(side)
+                else:
+                    side.close()
+        for fact, values in taken.items():
+            self._record(group, fact.removesuffix(" s").removesuffix(" MB"), fact.split()[-1], values)
+        return alive
+
+    def _record(
+        self, group: Group, name: str, unit: str, values: dict[str, list[float]], tokens: int = 0
+    ) -> None:
+        figure = {"model": group.model, "form": group.form, "measure": name, "unit": unit}
+        same = next((one for one in self.figures if figure.items() <= one.items()), None)
+        if same:  # an addition to what was measured before, of some contestants
+            for who, more in values.items():
+                same["values"].setdefault(who, []).extend(more)
+        else:
+            self.figures.append(figure | {"tokens": tokens, "values": values})
+
+    def _measure(
+        self, group: Group, measure: Measure, alive: list[Process | LlamaBench], vocab: int, deadline: float
+    ) -> None:
+        speed: dict[str, list[float]] = {}
+        memory: dict[str, list[float]] = {}
+        racing = [side for side in alive if measure.who is None or side.who in measure.who]
+        for round_ in range(-1 if measure.size < 4096 else 0, measure.rounds):
+            if round_ > 0 and time.monotonic() > deadline:
+                break
+            self.step(
+                f"{group.model} {group.form}: {measure.name}, round {max(round_, 0) + 1} of {measure.rounds}"
+            )
+            # Each second round goes backwards, so that nobody always follows the same neighbour.
+            for side in racing[:: -1 if round_ % 2 else 1]:
+                try:
+                    seconds, megabytes = _timed(side, group, measure, vocab, round_)
+                except Failed as failure:
+                    self.skip(f"{group.model} {group.form} {measure.name}: {failure}")
+                    racing = [other for other in racing if other is not side]
+                    continue
+                if round_ >= 0:
+                    speed.setdefault(side.who, []).append(measure.tokens / seconds)
+                    memory.setdefault(side.who, []).append(megabytes)
+        self._record(group, measure.name, "tok/s", speed, measure.tokens)
+        if measure.kind != "decode":
+            self._record(group, f"{measure.name} memory", "MB", memory)
+
+    def _sample(
+        self, group: Group, alive: list[Process | LlamaBench], folders: dict[str, Path], vocab: int
+    ) -> None:
+        self.step(f"{group.model} {group.form}: logits")
+        for side in alive:
+            with self._noted():
+                self.samples += accuracy.sample(side, group.model, group.form, vocab, self.scratch)
+        if "monoblock" not in folders:
+            return
+        plain = Process("monoblock, plain", self.tools)
+        try:
+            with self._noted():
+                plain.ready(folders["monoblock"], group.form, self._class(group.model))
+                self.samples += accuracy.sample(plain, group.model, group.form, vocab, self.scratch)
+        finally:
+            plain.close()
+
+
+def _timed(
+    side: Process | LlamaBench, group: Group, measure: Measure, vocab: int, round_: int
+) -> tuple[float, float]:
+    """Seconds and MB; round -1 warms up, with as little as will do."""
+    seed = 100 + round_
+    match measure.kind:
+        case "decode":
+            new = measure.new if round_ >= 0 else 2
+            return side.decode(measure.size, PROMPT, new, vocab, seed), 0.0
+        case "prefill":
+            found = side.prefill(measure.size, vocab, seed)
+        case _:
+            assert isinstance(side, Process)
+            found = side.ask("train", batch=4, length=measure.size, vocab=vocab, form=group.form, seed=seed)
+    return found["seconds"], found["MB"]
+
+
+def _wanted(groups: tuple[Group, ...], only: list[str]) -> list[Group]:
+    names = {f"{group.model}/{group.form}" for group in groups}
+    chosen = [g for g in groups if not only or {g.model, g.form, f"{g.model}/{g.form}"} & set(only)]
+    if not chosen:
+        raise SystemExit(f"--only {' '.join(only)}: none of {', '.join(sorted(names))}")
+    return chosen
+
+
+@contextmanager
+def _progress(total: int) -> Iterator[tuple[Step, Any]]:
+    """A function that says what is done, and one that counts; a bar at a terminal, lines elsewhere."""
+    if not sys.stderr.isatty():
+        yield (
+            (lambda what: print(f"{time.strftime('%H:%M:%S')} {what}", file=sys.stderr, flush=True)),
+            lambda: None,
+        )
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True)) as bars:
+        task = bars.add_task("starting", total=total)
+        yield (lambda what: bars.update(task, description=what)), (lambda: bars.advance(task))
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument(
+        "--quick", dest="plan", action="store_const", const="quick", help="small models, a minute"
+    )
+    size.add_argument("--full", dest="plan", action="store_const", const="full", help="about an hour")
+    parser.set_defaults(plan="essential")
+    parser.add_argument("--models", type=Path, default=Path(tempfile.gettempdir(), "monoblock-bench"))
+    parser.add_argument("--json", type=Path, default=Path("bench-results.json"))
+    parser.add_argument(
+        "--minutes", type=float, default=12, help="for the essential figures; fewer rounds if less"
+    )
+    parser.add_argument("--threads", type=int, default=machine.describe()["cores"])
+    parser.add_argument("--only", action="append", default=[], help="a model, a form, or MODEL/FORM")
+    parser.add_argument("--without", action="append", default=[], choices=CONTESTANTS[1:])
+    parser.add_argument("--peer-python", action="append", default=[], metavar="NAME=PATH")
+    parser.add_argument("--llama-bench")
+    parser.add_argument("--llama-convert")
+    return parser.parse_args()
+
+
+def _pythons(given: list[str]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for one in given:
+        name, _, path = one.partition("=")
+        if name not in CONTESTANTS or not Path(path).is_file():
+            names = ", ".join(CONTESTANTS[1:])
+            raise SystemExit(f"--peer-python {one}: expected NAME=PATH of a Python; NAME is one of {names}")
+        found[name] = path
+    return found
+
+
+def main() -> None:
+    """Measure, write the JSON after each group, print the tables."""
+    args = _arguments()
+    groups = _wanted(PLANS[args.plan], args.only)
+    args.models.mkdir(parents=True, exist_ok=True)
+    tools = Tools(args.models, args.threads, _pythons(args.peer_python), args.llama_bench, args.llama_convert)
+    begin = time.time()
+    results: dict[str, Any] = {
+        "plan": args.plan,
+        "date": time.strftime("%Y-%m-%d"),
+        "threads": args.threads,
+        "machine": machine.describe(),
+        "limits": [machine.limits(args.threads)],
+    }
+    with tempfile.TemporaryDirectory() as scratch, _progress(len(groups) + 1) as (step, advance):
+        run = Run(tools, Path(scratch), args.plan == "quick", args.minutes / 12, step)
+        for group in groups:
+            who = tuple(name for name in group.who if name not in args.without)
+            run.group(Group(**(vars(group) | {"who": who})))
+            advance()
+            results |= {name: getattr(run, name) for name in ("figures", "weights", "versions", "skipped")}
+            results["blocks"] = {name: _blocks(source) for name, source in run.sources.items()}
+            args.json.write_text(json.dumps(results, indent=1))
+        step("accuracy: the reference in float32")
+        results["accuracy"] = accuracy.compare(run.samples, run.sources, tools, Path(scratch))
+        results["limits"].append(machine.limits(args.threads))
+    results["minutes"] = round((time.time() - begin) / 60, 1)
+    args.json.write_text(json.dumps(results, indent=1))
+    print(report.tables(results))
+
+
+def _blocks(source: Path) -> dict[str, int]:
+    """Numbers of the blocks' matrices, which each token of a prompt meets, and of the rest."""
+    from monoblock.checkpoint.header import read_header
+
+    sizes = {"blocks": 0, "table": 0, "head": 0}
+    for name, entry in read_header(source / "model.safetensors").entries.items():
+        if len(entry.shape) == 2:
+            part = (
+                "head"
+                if "head" in name
+                else "table"
+                if any(n in name for n in ("embed", "wte", "wpe"))
+                else "blocks"
+            )
+            sizes[part] += entry.shape[0] * entry.shape[1]
+    return sizes
+
+
+if __name__ == "__main__":
+    with suppress(KeyboardInterrupt):
+        main()

@@ -1,0 +1,248 @@
+"""The runner's end of each contestant: a worker process that is asked, or llama.cpp's own benchmark that is run."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+BENCH = Path(__file__).parent
+CONTESTANTS = ("monoblock", "monoblock, plain", "transformers", "llama.cpp", "OpenVINO", "CTranslate2")
+# What each can run. A form that is not here does not exist, or not on a CPU.
+FORMS = {
+    "monoblock": ("float32", "bfloat16", "int8", "int4"),
+    "monoblock, plain": ("float32", "bfloat16", "int8", "int4"),
+    "transformers": ("float32", "bfloat16"),
+    "llama.cpp": ("float32", "bfloat16", "int8", "int4"),
+    "OpenVINO": ("float32", "bfloat16", "int8", "int4"),
+    "CTranslate2": ("float32", "int8"),
+}
+# Models that a converter does not know.
+UNKNOWN = {
+    "llama.cpp": ("gpt-neo-125m", "openai-gpt"),
+    "CTranslate2": ("mpt-1b", "gpt-neo-125m", "openai-gpt"),
+    "OpenVINO": (),
+}
+# Contestants that read a hub folder as it is, and in the Python that runs the benchmark.
+OWN_FORMAT = ("llama.cpp", "OpenVINO", "CTranslate2")
+TRIES = 3
+PAUSE = 0.3  # seconds until the threads of the one before stop spinning
+
+
+class Failed(Exception):
+    """A contestant that could not do what it was asked; the text says why."""
+
+
+@dataclass
+class Tools:
+    """Where contestants live: the Pythons of peers, llama.cpp's programs, a folder for models."""
+
+    models: Path
+    threads: int
+    pythons: dict[str, str] = field(default_factory=dict[str, str])
+    llama_bench: str | None = None
+    llama_convert: str | None = None
+
+    def missing(self, who: str) -> str:
+        """Why a contestant is not here; empty where it is."""
+        if who == "llama.cpp":
+            return "" if self.llama_bench else "no --llama-bench PATH"
+        if who in OWN_FORMAT and who not in self.pythons:
+            return f"no --peer-python {who}=PATH"
+        package = {"OpenVINO": "openvino_genai", "CTranslate2": "ctranslate2"}.get(who, who.split(",")[0])
+        probe = f"import importlib.util, sys; sys.exit(importlib.util.find_spec({package!r}) is None)"
+        found = subprocess.run([self.python(who), "-c", probe], capture_output=True, check=False)
+        return f"{package} is not installed in {self.python(who)}" if found.returncode else ""
+
+    def python(self, who: str) -> str:
+        """The Python of a contestant."""
+        return self.pythons.get(who, sys.executable)
+
+
+def weights_for(who: str, source: Path, form: str, tools: Tools) -> Path:
+    """What the contestant loads: the hub folder, or its own format, which is made once beside it."""
+    if who not in OWN_FORMAT:
+        return source
+    target = source.with_name(f"{source.name}--{who.replace('.', '')}-{form}")
+    if who == "llama.cpp":
+        return _gguf(source, target.with_suffix(".gguf"), form, tools)
+    # A network in float32 and one in bfloat16 are the same files; arithmetic is chosen when they are loaded.
+    if who == "OpenVINO" and form == "float32":
+        target = source.with_name(f"{source.name}--{who}-bfloat16")
+    if not target.is_dir():
+        worker = [tools.python(who), str(BENCH / "worker.py"), who, "--prepare"]
+        _make(target, [*worker, str(source), "{}", "bfloat16" if target.name.endswith("bfloat16") else form])
+    return target
+
+
+def _gguf(source: Path, target: Path, form: str, tools: Tools) -> Path:
+    if target.is_file():
+        return target
+    if form in ("float32", "bfloat16"):
+        if tools.llama_convert is None:
+            raise Failed(f"{target.name} is missing, and there is no --llama-convert PATH to make it")
+        kind = {"float32": "f32", "bfloat16": "bf16"}[form]
+        command = [tools.python("llama.cpp"), tools.llama_convert, str(_makers_names(source))]
+        _make(target, [*command, "--outtype", kind, "--outfile", "{}"])
+        return target
+    assert tools.llama_bench
+    quantize = str(Path(tools.llama_bench).with_name("llama-quantize"))
+    plain = str(weights_for("llama.cpp", source, "bfloat16", tools))
+    _make(target, [quantize, plain, "{}", {"int8": "Q8_0", "int4": "Q4_0"}[form], str(tools.threads)])
+    return target
+
+
+def _makers_names(source: Path) -> Path:
+    """The folder, with MPT's class spelled as its makers did, which is the only spelling that the converter knows."""
+    config = json.loads((source / "config.json").read_text())
+    if config["model_type"] != "mpt":
+        return source
+    copy = source.with_name(f"{source.name}--makers-names")
+    copy.mkdir(exist_ok=True)
+    for file in source.iterdir():
+        if not (copy / file.name).exists():
+            (copy / file.name).symlink_to(file)
+    (copy / "config.json").unlink()
+    (copy / "config.json").write_text(json.dumps(config | {"architectures": ["MPTForCausalLM"]}))
+    return copy
+
+
+def _make(target: Path, command: list[str]) -> None:
+    """Run a command that writes what `{}` stands for; the name appears when that is complete."""
+    unfinished = target.with_name(f"unfinished-{target.name}")
+    done = subprocess.run(
+        [str(unfinished) if part == "{}" else part for part in command],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        raise Failed(f"making {target.name} failed: {_last_words(done.stderr)}")
+    unfinished.rename(target)
+
+
+def _last_words(text: str) -> str:
+    return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "it said nothing")
+
+
+class Process:
+    """A worker process with one model."""
+
+    def __init__(self, who: str, tools: Tools) -> None:
+        self.who, self.facts = who, dict[str, Any]()
+        native = {"MONOBLOCK_NATIVE": "0"} if who == "monoblock, plain" else {}
+        self.log = tools.models / f"{who.replace(', ', '-')}.log"
+        self.process = subprocess.Popen(
+            [tools.python(who), str(BENCH / "worker.py"), who],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.log.open("w"),
+            text=True,
+            env=os.environ | {"OMP_NUM_THREADS": str(tools.threads)} | native,
+        )
+
+    def ask(self, do: str, **question: Any) -> dict[str, Any]:
+        """One question, one answer."""
+        assert self.process.stdin and self.process.stdout
+        time.sleep(PAUSE)
+        try:
+            print(json.dumps({"do": do} | question), file=self.process.stdin, flush=True)
+            answer = self.process.stdout.readline()
+        except BrokenPipeError:
+            answer = ""
+        if not answer:
+            raise Failed(f"{self.who}: {_last_words(self.log.read_text(errors='replace'))}")
+        return json.loads(answer)
+
+    def ready(self, folder: Path, form: str, architecture: str) -> None:
+        """Import and load; what that took is in `facts`."""
+        self.facts |= self.ask("start", architecture=architecture)
+        self.facts |= self.ask("load", folder=str(folder), form=form)
+
+    def prefill(self, tokens: int, vocab: int, seed: int) -> dict[str, float]:
+        """Seconds and MB of a prompt and one new token."""
+        return self.ask("generate", batch=1, length=tokens, vocab=vocab, new=1, seed=seed)
+
+    def decode(self, batch: int, prompt: int, new: int, vocab: int, seed: int) -> float:
+        """Seconds of `new` tokens for each text, without those of the prompt and the first token."""
+        sizes = {"batch": batch, "length": prompt, "vocab": vocab, "seed": seed}
+        for _ in range(TRIES):
+            first = self.ask("generate", new=1, **sizes)["seconds"]
+            if (seconds := self.ask("generate", new=1 + new, **sizes)["seconds"] - first) > 0:
+                return seconds
+        raise Failed(f"{self.who}: the machine is too busy to time {new} tokens")
+
+    def close(self) -> None:
+        """End the process."""
+        assert self.process.stdin
+        self.process.stdin.close()
+        self.process.wait()
+
+
+class LlamaBench:
+    """llama.cpp through llama-bench, one run of it for each figure; it has no batches of several texts."""
+
+    def __init__(self, tools: Tools) -> None:
+        assert tools.llama_bench
+        self.who, self.facts, self.tools = "llama.cpp", dict[str, Any](), tools
+        self.model = ""
+
+    def ready(self, folder: Path, form: str, architecture: str) -> None:
+        """Load and make one token; what that took is in `facts`. Form and class are in the file already."""
+        del form, architecture
+        self.model = str(folder)
+        begin = time.perf_counter()
+        row, peak = self._run("-p", "0", "-n", "1", "--no-warmup")
+        self.facts = {
+            "import s": 0.0,
+            "load s": time.perf_counter() - begin - row["avg_ns"] / 1e9,
+            "first token s": row["avg_ns"] / 1e9,
+            "load peak MB": peak / 1e6,
+            "weight bytes": row["model_size"],
+            "versions": {"llama.cpp": row["build_commit"]},
+        }
+
+    def prefill(self, tokens: int, vocab: int, seed: int) -> dict[str, float]:
+        """Seconds and MB of a prompt; it draws its own tokens."""
+        del vocab, seed
+        row, peak = self._run("-p", str(tokens), "-n", "0")
+        return {"seconds": row["avg_ns"] / 1e9, "MB": peak / 1e6}
+
+    def decode(self, batch: int, prompt: int, new: int, vocab: int, seed: int) -> float:
+        """Seconds of `new` tokens after a prompt."""
+        del vocab, seed
+        if batch > 1:
+            raise Failed("llama-bench has no batches of several texts")
+        return self._run("-p", "0", "-n", str(new), "-d", str(prompt))[0]["avg_ns"] / 1e9
+
+    def _run(self, *options: str) -> tuple[dict[str, Any], int]:
+        """Its only row, and the process's peak memory in bytes."""
+        time.sleep(PAUSE)
+        command = [str(self.tools.llama_bench), "-m", self.model, "-r", "1", "-o", "json"]
+        script = [sys.executable, str(BENCH / "sides.py"), *command, "-t", str(self.tools.threads), *options]
+        done = subprocess.run(script, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise Failed(f"llama-bench: {_last_words(done.stderr)}")
+        found = json.loads(done.stdout)
+        return found["rows"][0], found["peak"]
+
+    def close(self) -> None:
+        """Nothing runs between its runs."""
+
+
+def side_of(who: str, tools: Tools) -> Process | LlamaBench:
+    """The runner's end of a contestant."""
+    return LlamaBench(tools) if who == "llama.cpp" else Process(who, tools)
+
+
+if __name__ == "__main__":
+    # In a process of its own, because the system tells the peak of all children together.
+    result = subprocess.run(sys.argv[1:], stdout=subprocess.PIPE, check=True)
+    most = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+    print(json.dumps({"rows": json.loads(result.stdout), "peak": most}))

@@ -1,0 +1,136 @@
+"""One contestant in a process of its own: a JSON object per line in, one per line out (see `answer`).
+
+python worker.py NAME                            answer questions on standard input
+python worker.py NAME --prepare SOURCE TARGET FORM   write a model in the contestant's own format
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import random
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+# Contestant: its module in contestants/, and what its `Side` is made with.
+MODULES: dict[str, tuple[str, tuple[str, ...]]] = {
+    "monoblock": ("torch_models", ("monoblock",)),
+    "monoblock, plain": ("torch_models", ("monoblock",)),
+    "transformers": ("torch_models", ("transformers",)),
+    "OpenVINO": ("openvino_genai_side", ()),
+    "CTranslate2": ("ctranslate2_side", ()),
+}
+
+
+def memory(kind: str) -> int:
+    """Bytes of this process: VmRSS now, VmHWM at most since the start or the last `forget_peak`."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(kind):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"the system tells no {kind}")
+
+
+def forget_peak() -> None:
+    """Begin to measure the peak anew."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def prompts_of(batch: int, length: int, vocab: int, seed: int) -> list[list[int]]:
+    """Random tokens, the same for all contestants; 0, 1 and 2 have meanings."""
+    draw = random.Random(seed)
+    return [[draw.randrange(3, vocab) for _ in range(length)] for _ in range(batch)]
+
+
+class Worker:
+    """Answers one question after the other; what a question may be is the list of its public methods."""
+
+    def __init__(self, name: str) -> None:
+        module, arguments = MODULES[name]
+        self.side: Any = importlib.import_module(f"contestants.{module}").Side(*arguments)
+
+    def start(self, architecture: str) -> dict[str, Any]:
+        """Import the libraries, and the model's class where they have one."""
+        begin = time.perf_counter()
+        self.side.start()
+        if hasattr(self.side, "import_class"):
+            self.side.import_class(architecture)
+        return {"import s": time.perf_counter() - begin}
+
+    def load(self, folder: str, form: str) -> dict[str, Any]:
+        """Load, and make one token, which a model that loads lazily may need time for."""
+        forget_peak()
+        idle, begin = memory("VmRSS"), time.perf_counter()
+        self.side.load(folder, form)
+        loaded = time.perf_counter()
+        self.side.generate(prompts_of(1, 8, 500, 0), 1)
+        return {
+            "load s": loaded - begin,
+            "first token s": time.perf_counter() - loaded,
+            "load peak MB": (memory("VmHWM") - idle) / 1e6,
+            "weight bytes": self.side.weight_bytes(),
+            "versions": self.side.versions(),
+        }
+
+    def generate(self, batch: int, length: int, vocab: int, new: int, seed: int) -> dict[str, Any]:
+        """Seconds of one call; MB that it needed beyond what the process held, and the tokens."""
+        prompts = prompts_of(batch, length, vocab, seed)
+        forget_peak()
+        held, begin = memory("VmRSS"), time.perf_counter()
+        tokens = self.side.generate(prompts, new)
+        seconds = time.perf_counter() - begin
+        if any(len(one) != new for one in tokens):
+            raise RuntimeError(f"{new} tokens were asked for, {[len(one) for one in tokens]} came")
+        return {"seconds": seconds, "MB": (memory("VmHWM") - held) / 1e6, "tokens": tokens}
+
+    def step_logits(
+        self, batch: int, length: int, vocab: int, new: int, seed: int, file: str
+    ) -> dict[str, Any]:
+        """New tokens, and in `file` (npy) the logits they were chosen from, if the contestant shows them."""
+        prompts = prompts_of(batch, length, vocab, seed)
+        if not hasattr(self.side, "step_logits"):
+            return {"tokens": self.side.generate(prompts, new), "file": None}
+        import numpy
+
+        tokens, logits = self.side.step_logits(prompts, new)
+        numpy.save(file, logits)
+        return {"tokens": tokens, "file": file}
+
+    def logits(self, sequences: list[list[int]], last: int, file: str) -> dict[str, Any]:
+        """In `file` (npy) the logits of the `last` tokens of each text, each from all before it."""
+        import numpy
+
+        numpy.save(file, self.side.logits(sequences)[:, -last - 1 : -1])
+        return {"file": file}
+
+    def train(self, batch: int, length: int, vocab: int, form: str, seed: int) -> dict[str, Any]:
+        """Seconds of one training step."""
+        tokens = prompts_of(batch, length, vocab, seed)
+        forget_peak()
+        begin = time.perf_counter()
+        self.side.train(tokens, form)
+        return {"seconds": time.perf_counter() - begin, "MB": memory("VmHWM") / 1e6}
+
+    def answer(self, question: dict[str, Any]) -> dict[str, Any]:
+        """`{"do": METHOD, ...its arguments}`."""
+        return getattr(self, question.pop("do"))(**question)
+
+
+def main() -> None:
+    """Serve until standard input ends."""
+    name, *rest = sys.argv[1:]
+    if rest and rest[0] == "--prepare":
+        module, _ = MODULES[name]
+        importlib.import_module(f"contestants.{module}").prepare(*rest[1:])
+        return
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print goes to standard error
+    worker = Worker(name)
+    for line in sys.stdin:
+        print(json.dumps(worker.answer(json.loads(line))), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main()
