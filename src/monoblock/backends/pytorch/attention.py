@@ -5,18 +5,16 @@ Shape suffixes: b batch, q queries, k keys, h heads, g key/value heads (h / g he
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from monoblock.backends.pytorch import prompt
+from monoblock.backends.pytorch import attention_flex, attention_gpu, prompt
 from monoblock.backends.pytorch.ops import Scope
 
 # Queries of one block of the block-wise kernel: their mask of QUERY_BLOCK x keys stays in the processor's cache.
@@ -35,11 +33,15 @@ class Kernel:
 def attend(q_bhqd: Tensor, k_bgkd: Tensor, v_bgkd: Tensor, scope: Scope, kernel: Kernel) -> Tensor:
     """Attention without a heads x queries x keys array; (b, h, q, d).
 
-    One query: one fused call. On a CPU without gradients: the native kernel. Queries that line up with the keys, on
-    a CPU: one call of the flash kernel, with ALiBi and padding as a bias on the keys. Everything else: the fused
-    kernel for one block of queries after the other, each with its own mask; in training the mask is made again for
-    the backward pass.
+    On a GPU: see attention_gpu.py. One query: one fused call. On a CPU without gradients: the native kernel. Queries
+    that line up with the keys, on a CPU: one call of the flash kernel, with ALiBi and padding as a bias on the keys.
+    Everything else: the fused kernel for one block of queries after the other, each with its own mask; in training
+    the mask is made again for the backward pass.
     """
+    if q_bhqd.device.type in attention_gpu.DEVICES:
+        out = attention_gpu.attend(q_bhqd, k_bgkd, v_bgkd, scope, kernel)
+        if out is not None:
+            return _evened(out, v_bgkd, scope)
     if q_bhqd.shape[2] == 1 and kernel.softcap is None:
         return _one_query(q_bhqd, k_bgkd, v_bgkd, scope, kernel)
     if scope.relative is None and not kernel.dropout and prompt.usable(q_bhqd, k_bgkd, v_bgkd):
@@ -76,11 +78,13 @@ def _native(q_bhqd: Tensor, k_bgkd: Tensor, v_bgkd: Tensor, scope: Scope, kernel
     return out_bqhd.transpose(1, 2)
 
 
-def _evened(out_bhqd: Tensor, v_bhkd: Tensor, scope: Scope) -> Tensor:
+def _evened(out_bhqd: Tensor, v_bgkd: Tensor, scope: Scope) -> Tensor:
     """Queries that see no key get the mean of all values, as from a softmax of equal scores: the kernels agree on
     padding too, which a loss over all places of a row (a span's) takes in."""
-    blind = scope.blind()
-    return out_bhqd if blind is None else torch.where(blind, v_bhkd.mean(dim=2, keepdim=True), out_bhqd)
+    if (blind := scope.blind()) is None:
+        return out_bhqd
+    mean_bh1d = repeat_groups(v_bgkd.mean(dim=2, keepdim=True), out_bhqd.shape[1])
+    return torch.where(blind, mean_bh1d, out_bhqd)
 
 
 def _one_query(q_bhqd: Tensor, k_bgkd: Tensor, v_bgkd: Tensor, scope: Scope, kernel: Kernel) -> Tensor:
@@ -170,63 +174,10 @@ def mask_dtype(q: Tensor) -> torch.dtype:
 
 
 def attend_flex(q_bhqd: Tensor, k_bgkd: Tensor, v_bgkd: Tensor, scope: Scope, kernel: Kernel) -> Tensor:
-    """PyTorch's flex attention, compiled: the mask, ALiBi and the cap are fused into one kernel. A single query is
-    not worth that: it goes to `attend`."""
-    if kernel.dropout:
-        raise ValueError(
-            "flex_attention has no attention dropout: set it to 0 or use attn_implementation='sdpa'"
-        )
-    if scope.relative is not None:
-        raise ValueError(
-            "flex_attention has no relative position buckets here: use attn_implementation='sdpa'"
-        )
+    """PyTorch's flex attention, compiled. A single query is not worth that: it goes to `attend`."""
     if q_bhqd.shape[2] == 1:
         return attend(q_bhqd, k_bgkd, v_bgkd, scope, kernel)
-    seen, slopes = _flex_mask(scope), scope.slopes_h
-    index_q, index_k = scope.index_q, scope.index_k
-    # As a tensor, since PyTorch 2.13 cannot compile a number that it takes for a variable.
-    cap = None if kernel.softcap is None else torch.tensor(kernel.softcap, device=q_bhqd.device)
-
-    def score(s: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        if cap is not None:
-            s = cap * torch.tanh(s / cap)
-        if slopes is not None:
-            s = s + slopes[h] * (index_k[k] - index_q[q])
-        return torch.where(seen(b, h, q, k), s, torch.finfo(torch.float32).min)
-
-    return _flex(q_bhqd.device.type)(
-        q_bhqd,
-        k_bgkd,
-        v_bgkd,
-        score_mod=score,
-        scale=kernel.scale,
-        enable_gqa=q_bhqd.shape[1] != k_bgkd.shape[1],
-    )
-
-
-def _flex_mask(scope: Scope) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
-    def seen(b: Tensor, _: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        distance = scope.index_q[q] - scope.index_k[k]
-        inside = distance >= 0 if scope.causal else distance == distance
-        if scope.window is not None:
-            inside = inside & (distance < scope.window)
-        if scope.valid_bk is not None:
-            inside = inside & scope.valid_bk[b, k]
-        if scope.segment_bk is not None:
-            inside = inside & (
-                scope.segment_bk[b, scope.index_q[q] - scope.index_k[0]] == scope.segment_bk[b, k]
-            )
-        return inside
-
-    return seen
-
-
-@functools.cache
-def _flex(device: str) -> Callable[..., Any]:
-    from torch.nn.attention.flex_attention import flex_attention
-
-    # For CPUs PyTorch 2.13 writes C++ that does not compile if lengths are variables: there each has a kernel.
-    return torch.compile(flex_attention, dynamic=device != "cpu")
+    return _evened(attention_flex.attend(q_bhqd, k_bgkd, v_bgkd, scope, kernel), v_bgkd, scope)
 
 
 def attend_flash2(q_bhqd: Tensor, k_bgkd: Tensor, v_bgkd: Tensor, scope: Scope, kernel: Kernel) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -88,7 +89,7 @@ class Scope:
     slopes_h: Tensor | None = None
     relative: Callable[[Tensor], Tensor] | None = None
     window: int | None = None
-    memo: dict[str, Tensor] = field(default_factory=dict)
+    memo: dict[str, Any] = field(default_factory=dict)
     narrow: dict[tuple[int, int], Scope] = field(default_factory=dict)
 
     def narrowed(self, window: int, kept: int) -> Scope:

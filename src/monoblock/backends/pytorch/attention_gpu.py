@@ -1,0 +1,147 @@
+"""Attention on CUDA: which of PyTorch's fused kernels runs, and what is done to the tensors so that it fits.
+
+    one new token                            memory-efficient kernel with a mask, the keys in pieces
+    a prompt, 16 bits, causal or not         flash kernel, grouped heads as they are
+    the same with ALiBi or padding           flash kernel, the bias in eight more channels of the heads
+    fp32, windows, packed rows, chunks       `None`: attention.py's blocks of queries, each with its own mask
+    dropout, a cap on scores                 `None`
+
+Nothing is compiled. `attn_implementation="flex_attention"` (attention_flex.py) compiles one kernel for windows, caps
+and ALiBi alike.
+
+Shape suffixes: b batch, q queries, k keys, h heads, g key/value heads, r heads of a group, n pieces, d head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from monoblock.backends.pytorch.ops import Scope
+
+if TYPE_CHECKING:
+    from monoblock.backends.pytorch.attention import Kernel
+
+DEVICES = ("cuda",)
+WIDEST = 256  # channels of a head that the flash kernel takes
+EXTRA = 8  # channels that carry a bias
+BASE = 128  # of the digits of a place: digits below it, and 128 times them, are exact in bf16
+PADDING = 8192.0  # its square, times any usual scale, is far below every score
+FINEST_SCALE = 1 / 256  # of scores, for which the above holds and nothing overflows in fp16
+
+# One query reads the keys with at least this many blocks of threads at once, if that leaves each this many keys.
+BLOCKS, FEWEST_KEYS = 128, 128
+# Stands for a key that is not seen: the kernels multiply it by log2(e), which must not overflow.
+UNSEEN = -1e30
+
+
+def attend(q_bhqd: Tensor, k_bgkd: Tensor, v_bgkd: Tensor, scope: Scope, kernel: Kernel) -> Tensor | None:
+    """(b, h, q, d), or None where no kernel of this file fits. Queries that see no key get any values."""
+    if kernel.dropout or kernel.softcap is not None:
+        return None
+    if q_bhqd.shape[2] == 1:
+        return one_query(q_bhqd, k_bgkd, v_bgkd, scope, kernel.scale)
+    if not (scope.aligned and scope.by_key and q_bhqd.dtype in (torch.float16, torch.bfloat16)):
+        return None
+    width, biased = q_bhqd.shape[3], scope.slopes_h is not None or scope.valid_bk is not None
+    if width + EXTRA * biased > WIDEST or (biased and kernel.scale < FINEST_SCALE):
+        return None
+    if biased:
+        more_q, more_k = bias_channels(scope, kernel.scale, q_bhqd, k_bgkd)
+        q_bhqd, k_bgkd = torch.cat((q_bhqd, more_q), dim=-1), torch.cat((k_bgkd, more_k), dim=-1)
+        v_bgkd = F.pad(v_bgkd, (0, EXTRA))
+    out = F.scaled_dot_product_attention(
+        q_bhqd,
+        k_bgkd,
+        v_bgkd,
+        is_causal=scope.causal,
+        scale=kernel.scale,
+        enable_gqa=q_bhqd.shape[1] != k_bgkd.shape[1],
+    )
+    return out[..., :width]
+
+
+def bias_channels(scope: Scope, scale: float, q_bhqd: Tensor, k_bgkd: Tensor) -> tuple[Tensor, Tensor]:
+    """Channels whose product, times `scale`, is ALiBi's slope times the key's place, and very low for padding.
+
+    Softmax ignores what all keys of a query share, so the query's own place is not needed. A place is three digits
+    to the base 128 and a slope the sum of two numbers of the heads' dtype, so that nothing is lost in 16 bits.
+    """
+    dtype = q_bhqd.dtype
+    place = scope.index_k
+    digits = torch.stack([place % BASE, place // BASE % BASE * BASE, place // BASE**2 % BASE * BASE], dim=-1)
+    keys = torch.zeros(*k_bgkd.shape[:3], EXTRA, dtype=dtype, device=place.device)
+    queries = torch.zeros(*q_bhqd.shape[:3], EXTRA, dtype=dtype, device=place.device)
+    if scope.slopes_h is not None:
+        slope = scope.slopes_h.float()[:, None] / scale
+        high = slope.to(dtype)
+        low = (slope - high.float()).to(dtype)
+        keys[..., :3] = keys[..., 3:6] = digits.to(dtype)
+        factors = high.new_ones(3)
+        factors[2] = (
+            BASE  # the highest digit comes 128 times too small: a place may be beyond fp16's largest number
+        )
+        queries[..., :3] = (high * factors)[:, None]
+        queries[..., 3:6] = (low * factors)[:, None]
+    if scope.valid_bk is not None:
+        keys[..., 6] = (~scope.valid_bk[:, None]).to(dtype) * -PADDING
+        queries[..., 6] = PADDING
+    return queries, keys
+
+
+def one_query(q_bhqd: Tensor, k_bgkd: Tensor, v_bgkd: Tensor, scope: Scope, scale: float) -> Tensor:
+    """One query for each head, (b, h, 1, d). The heads of a group become queries of one key/value head; keys that lie
+    in one block of memory are read in pieces by many more multiprocessors than there are such heads."""
+    b, h, _, d = q_bhqd.shape
+    g, keys = k_bgkd.shape[1], k_bgkd.shape[2]
+    q_bgrd = q_bhqd.reshape(b, g, h // g, d)
+    n = pieces(b * g, keys) if k_bgkd.is_contiguous() and v_bgkd.is_contiguous() else 1
+    bias = scope.memo.get(f"{n} pieces")
+    if bias is None:
+        bias = scope.bias(0, 1, 0, keys, q_bhqd.dtype).clamp(min=UNSEEN)
+        bias = bias.expand(b, h, 1, keys).reshape(b, g, h // g, n, keys // n)
+        bias = scope.memo[f"{n} pieces"] = bias.transpose(2, 3).flatten(1, 2).contiguous()
+    if n == 1:
+        out = F.scaled_dot_product_attention(q_bgrd, k_bgkd, v_bgkd, attn_mask=bias, scale=scale)
+        return out.reshape(b, h, 1, d)
+    # Each piece is a key/value head of its own.
+    out, logs = PARTIAL[q_bhqd.device.type](
+        q_bgrd.repeat_interleave(n, dim=1),
+        k_bgkd.reshape(b, g * n, keys // n, d),
+        v_bgkd.reshape(b, g * n, keys // n, d),
+        bias,
+        scale,
+    )
+    share_bgnr = logs[..., : h // g].unflatten(1, (g, n)).softmax(dim=2)
+    whole = (out.float().unflatten(1, (g, n)) * share_bgnr[..., None]).sum(dim=2)
+    return whole.to(q_bhqd.dtype).reshape(b, h, 1, d)
+
+
+def pieces(heads: int, keys: int) -> int:
+    """In how many pieces the keys are read: a power of two that divides them and leaves masks aligned."""
+    count = 1
+    while heads * count < BLOCKS and keys // (2 * count) >= FEWEST_KEYS and keys % (32 * count) == 0:
+        count *= 2
+    return count
+
+
+def _partial_cuda(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    out, logs, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
+        q, k, v, bias, True, 0.0, False, scale=scale
+    )
+    return out, logs
+
+
+def _partial_cpu(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        q, k, v, 0.0, False, attn_mask=bias, scale=scale
+    )
+
+
+# Attention over a piece, and the logarithm of the sum of its weights (b, heads, queries or more).
+Partial = Callable[[Tensor, Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
+PARTIAL: dict[str, Partial] = {"cuda": _partial_cuda, "cpu": _partial_cpu}
