@@ -39,6 +39,7 @@ class Call:
     head_mask: Tensor | None = None
     cos: Tensor | None = None
     sin: Tensor | None = None
+    keep: int | None = None
 
 
 @dataclass
@@ -107,6 +108,8 @@ class Attention(nn.Module):
         if self.late_rotary:
             k = self.turned(k, call)
         scope = call.scope if self.window is None else call.scope.narrowed(self.window, k.shape[2])
+        if call.keep is not None:
+            q, scope = q[:, :, -call.keep :], scope.last(call.keep)
         kernel = self.kernel if self.training else self.kernel_at_rest
         if call.attentions:
             out, weights = attention.attend_eager(q, k, v, scope, kernel)
@@ -171,12 +174,11 @@ class Block(nn.Module):
         self.pre = spec.placement == "pre"
 
     def forward(self, x: Tensor, call: Call) -> tuple[Tensor, Tensor | None]:
+        y, weights = self.attn(self.norm1(x) if self.pre else x, call)
+        x = (x if call.keep is None else x[:, -call.keep :]) + self.dropout(y)
         if self.pre:
-            y, weights = self.attn(self.norm1(x), call)
-            x = x + self.dropout(y)
             return x + self.dropout(self.mlp(self.norm2(x))), weights
-        y, weights = self.attn(x, call)
-        x = self.norm1(x + self.dropout(y))
+        x = self.norm1(x)
         return self.norm2(x + self.dropout(self.mlp(x))), weights
 
 
@@ -211,8 +213,10 @@ class Backbone(nn.Module):
         call: Call,
         *,
         hidden_states: bool = False,
+        keep: int | None = None,
     ) -> BackboneOutput:
-        """Run the blocks on embedded tokens (b, s, w)."""
+        """Run the blocks on embedded tokens (b, s, w). `keep`: the result is of so many last tokens, and the last
+        block computes no others."""
         x = self.embedded(x_bsw, call)
         if self.alibi and call.scope.slopes_h is None:
             slopes = torch.tensor(self.alibi.slopes(self.spec.attention.heads), dtype=torch.float32)
@@ -223,6 +227,8 @@ class Backbone(nn.Module):
             call.cos, call.sin = rotations(call.positions_bs, self.rotary, x.dtype)
         states, weights = [x], []
         for block in self.blocks:
+            if keep is not None and block is self.blocks[-1]:
+                call = replace(call, keep=min(keep, x.shape[1]))
             if self.gradient_checkpointing and self.training:
                 x, weight = checkpoint(block, x, call, use_reentrant=False)  # pyright: ignore
             else:

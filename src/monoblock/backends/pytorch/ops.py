@@ -109,6 +109,12 @@ class Scope:
             )
         return self.narrow[window, kept]
 
+    def last(self, count: int) -> Scope:
+        """The same scope for the last `count` queries alone."""
+        if count == self.index_q.shape[0]:
+            return self
+        return replace(self, index_q=self.index_q[-count:], aligned=False, memo={}, narrow={})
+
     def visible(self, start: int, stop: int, first: int, last: int) -> Tensor:
         """(b or 1, 1, stop - start, last - first), True where the query may see the key."""
         distance = self.index_q[start:stop, None] - self.index_k[None, first:last]

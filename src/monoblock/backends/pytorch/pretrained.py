@@ -84,7 +84,8 @@ class PreTrainedModel(Parameters, Generation):
             x = x + self.backbone.lookup(types)
         inputs.call.attentions = self._option(given, "output_attentions")
         wanted = self._option(given, "output_hidden_states")
-        out = self.backbone(x, inputs.call, hidden_states=wanted)
+        keep = None if wanted or inputs.call.attentions else self._kept(given)
+        out = self.backbone(x, inputs.call, hidden_states=wanted, keep=keep)
         values = {
             "last_hidden_state": out.hidden,
             "past_key_values": inputs.past(),
@@ -110,6 +111,15 @@ class PreTrainedModel(Parameters, Generation):
                 raise ValueError("image_patches_indices say where image_patches go, but none came")
             return x
         return self.backbone.with_patches(x, input_ids, named[0], indices)
+
+    def _kept(self, given: Mapping[str, Any]) -> int | None:
+        """How many last tokens the logits are of, None for all; then the last block needs to compute no others. Hooks
+        in that block see all tokens."""
+        keep = given.get("logits_to_keep")
+        if not isinstance(keep, int) or keep < 1 or self.row.head != "causal":
+            return None
+        seen = (*self.backbone.blocks[-1].modules(), self.backbone.final_norm)
+        return None if any(module._forward_hooks or module._forward_pre_hooks for module in seen) else keep
 
     def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         names = self.row.forward.split()
