@@ -19,7 +19,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from monoblock import DynamicCache, StaticCache
-from monoblock.backends.pytorch import graphs
+from monoblock.backends.pytorch import attention_gpu, graphs
 from monoblock.backends.pytorch.static_step import Shape, State, held, static_step
 
 ATOL = 2e-5  # fp32, 2-3 layers, logits of the order of 10: sums in another order; measured 8e-6
@@ -127,6 +127,23 @@ def test_other_kernels(implementation: str, recording: Any, monkeypatch: pytest.
     module.set_attn_implementation(implementation)
     compare(both(module, ids, mask, monkeypatch)[0], reference)
     assert recording
+
+
+@pytest.mark.parametrize("case", ["MistralForCausalLM", "MptForCausalLM", "GPTNeoForCausalLM"])
+def test_with_the_gpus_attention(case: str, recording: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keys in pieces, read from the slots."""
+    monkeypatch.setattr(attention_gpu, "FEWEST_KEYS", 16)
+    module = model() if case.startswith("Mpt") else pair(case)[1]
+    ids, mask = batch("left", LENGTHS)
+    plain = both(module, ids, mask, monkeypatch)[1]
+    graphs.release(module)
+    monkeypatch.setattr(attention_gpu, "DEVICES", ("cpu",))
+    parts = []
+    partial = attention_gpu.PARTIAL["cpu"]
+    monkeypatch.setitem(attention_gpu.PARTIAL, "cpu", lambda *given: (parts.append(1), partial(*given))[1])
+    monkeypatch.setattr(graphs, "SHORTEST", 64)
+    compare(both(module, ids, mask, monkeypatch)[0], plain)
+    assert parts
 
 
 def test_static_caches(recording: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -376,6 +393,15 @@ class Log(TorchDispatchMode):
         return out
 
 
+@pytest.fixture(params=["cpu", "gpu"])
+def table(request: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which table of attention kernels a step goes by; the GPU's with keys in pieces."""
+    if request.param == "gpu":
+        monkeypatch.setattr(attention_gpu, "DEVICES", ("cpu", "meta"))
+        monkeypatch.setitem(attention_gpu.PARTIAL, "meta", attention_gpu.PARTIAL["cuda"])
+        monkeypatch.setattr(attention_gpu, "FEWEST_KEYS", 16)
+
+
 # Operators that read a number back, copy from the host, or whose result's shape depends on the data.
 NOT_RECORDED = (
     "_local_scalar_dense",
@@ -396,7 +422,7 @@ NOT_RECORDED = (
 
 @pytest.mark.parametrize("name", FIT)
 @torch.inference_mode()
-def test_a_step_runs_the_same_operators_at_every_place(name: str) -> None:
+def test_a_step_runs_the_same_operators_at_every_place(name: str, table: None) -> None:
     """With the same arguments: nothing is decided by what is in the tensors, and nothing is read back."""
     module = FIT[name]()
     logs = []
@@ -426,7 +452,7 @@ def test_the_log_sees_what_must_not_be_recorded() -> None:
 
 @pytest.mark.parametrize("name", FIT)
 @torch.inference_mode()
-def test_a_step_needs_no_numbers(name: str) -> None:
+def test_a_step_needs_no_numbers(name: str, table: None) -> None:
     """On the meta device there are none: reading one, or a shape that depends on one, is an error."""
     module = FIT[name]().to("meta")
     scores = static_step(module, state_of(module, device="meta"))

@@ -102,7 +102,8 @@ def one_query(q_bhqd: Tensor, k_bgkd: Tensor, v_bgkd: Tensor, scope: Scope, scal
     n = pieces(b * g, keys) if k_bgkd.is_contiguous() and v_bgkd.is_contiguous() else 1
     bias = scope.memo.get(f"{n} pieces")
     if bias is None:
-        bias = scope.bias(0, 1, 0, keys, q_bhqd.dtype).clamp(min=UNSEEN)
+        unseen = max(UNSEEN, torch.finfo(q_bhqd.dtype).min)
+        bias = scope.bias(0, 1, 0, keys, q_bhqd.dtype).clamp(min=unseen)
         bias = bias.expand(b, h, 1, keys).reshape(b, g, h // g, n, keys // n)
         bias = scope.memo[f"{n} pieces"] = bias.transpose(2, 3).flatten(1, 2).contiguous()
     if n == 1:

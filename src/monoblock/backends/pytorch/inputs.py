@@ -78,7 +78,7 @@ def prepare(
     )
     call = Call(
         scope=scope,
-        positions_bs=_positions(spec, given, key_positions[:, past:]),
+        positions_bs=_positions(spec, given, key_positions[:, past:], total),
         key_positions_bk=key_positions,
         cache=cache,
         head_mask=_head_mask(spec, given.get("head_mask")),
@@ -86,8 +86,9 @@ def prepare(
     return Inputs(call, form)
 
 
-def _positions(spec: ArchSpec, given: dict[str, Any], counted_bs: Tensor) -> Tensor:
-    """The position of each token that comes in: as given, else counted; an index of the table if there is one."""
+def _positions(spec: ArchSpec, given: dict[str, Any], counted_bs: Tensor, total: int) -> Tensor:
+    """The position of each token that comes in: as given, else counted; an index of the table if there is one. `total`
+    tokens, the past among them, have no higher count."""
     learned, ids = spec.position(Learned), given.get("input_ids")
     positions = given.get("position_ids")
     if positions is not None:
@@ -103,7 +104,9 @@ def _positions(spec: ArchSpec, given: dict[str, Any], counted_bs: Tensor) -> Ten
         positions = torch.where(real, real.cumsum(-1), 0) + learned.offset - 1
     else:
         positions = counted_bs + learned.offset
-    if learned is not None and int(positions.max()) >= learned.size:
+    if learned is None or (given.get("position_ids") is None and total + learned.offset <= learned.size):
+        return positions  # reading the highest would make the host wait for the device at each token
+    if int(positions.max()) >= learned.size:
         room, needed = learned.size - learned.offset, int(positions.max()) + 1 - learned.offset
         raise ValueError(
             f"the model has {room} learned positions, but the text with its past has {needed} tokens: shorten it"
