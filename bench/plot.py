@@ -8,7 +8,7 @@ from html import escape
 from figures import OURS, Results, Spread, number, spread
 
 WIDTH, NAMES, VALUES = 760, 210, 150  # of the picture, of the column of names, of the column of figures
-BAR, GAP, TITLE, HEAD = 16, 6, 30, 56
+BAR, GAP, TITLE, HEAD = 16, 6, 30, 72
 # Contestant: its colour; all are told from a white and from a dark page, and by their names beside them.
 COLOURS = {
     OURS: "#2f7fd6",
@@ -34,6 +34,9 @@ class Bars:
     limit: float | None = None
 
 
+NOTE = "thin line: the range of all rounds; each group has a scale of its own"
+
+
 def chart(title: str, note: str, groups: list[Bars], unit: str) -> str:
     """The picture; each group has a scale of its own, up to its limit or its longest bar."""
     height = HEAD + sum(TITLE + len(g.bars) * (BAR + GAP) + GAP for g in groups)
@@ -42,6 +45,7 @@ def chart(title: str, note: str, groups: list[Bars], unit: str) -> str:
         f"<title>{escape(title)}</title><style>{STYLE}</style>",
         f"<text x='0' y='18' class='strong' style='font-size:16px'>{escape(title)}</text>",
         f"<text x='0' y='38' class='quiet'>{escape(note)}</text>",
+        f"<text x='0' y='56' class='quiet'>{NOTE}</text>",
     ]
     top = HEAD
     for group in groups:
@@ -114,9 +118,8 @@ def pictures(results: Results) -> dict[str, str]:
             "MB",
         ),
     }
-    thin = "; thin line: the range of all rounds; each group has its own scale"
     return {
-        name: chart(title, note + thin, groups, unit)
+        name: chart(title, note, groups, unit)
         for name, (title, note, groups, unit) in wanted.items()
         if groups
     }
