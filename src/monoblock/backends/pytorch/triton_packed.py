@@ -1,0 +1,106 @@
+"""Products with packed matrices on CUDA: a Triton kernel for few rows, which reads codes and unpacks them in registers.
+
+Imported by packed_gpu.py, where Triton is installed. packing.py has the formats; block sizes are guesses, since no
+GPU was at hand to tune them on.
+"""
+
+from __future__ import annotations
+
+import triton  # pyright: ignore[reportMissingImports]
+import triton.language as tl  # pyright: ignore[reportMissingImports]
+from torch import Tensor
+
+ROWS = tl.constexpr(16)  # the fewest that the matrix units take; rows that are not there are zeros
+OUTPUTS = 16  # of one program: as few as the matrix units allow, so that there are programs for a whole GPU
+HALF = tl.constexpr(64)  # weights that are unpacked at once: in 4 bits, one half of a run's bytes
+RUN = tl.constexpr(128)
+
+
+@triton.jit
+def _kernel(
+    x_ptr,
+    codes_ptr,
+    scale_ptr,
+    low_ptr,
+    bias_ptr,
+    y_ptr,
+    rows,
+    outputs,
+    inputs,
+    padded,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    BIAS: tl.constexpr,
+    N: tl.constexpr,
+):
+    """y (rows, outputs) = x (rows, inputs) @ weights.T + bias, for N outputs. The codes of a group are multiplied as
+    the whole numbers they are; its scale and low come afterwards, in float32."""
+    m = tl.arange(0, ROWS)
+    n = tl.program_id(0) * N + tl.arange(0, N)
+    k = tl.arange(0, HALF)
+    real_m, real_n = m < rows, n < outputs
+    n64 = n.to(tl.int64)
+    total = tl.zeros((ROWS, N), dtype=tl.float32)
+    for run in range(padded // RUN):
+        for half in tl.static_range(2):
+            first = run * RUN + half * HALF
+            x = tl.load(
+                x_ptr + m[:, None] * inputs + first + k[None, :],
+                mask=real_m[:, None] & (first + k[None, :] < inputs),
+                other=0.0,
+            )
+            if BITS == 8:
+                at = n64[:, None] * padded + first + k[None, :]
+                codes = tl.load(codes_ptr + at, mask=real_n[:, None], other=0).to(tl.int32) - 128
+            else:
+                at = n64[:, None] * (padded // 2) + run * HALF + k[None, :]
+                codes = tl.load(codes_ptr + at, mask=real_n[:, None], other=0).to(tl.int32)
+                codes = (codes >> (4 * half)) & 15
+            group = n64 * (padded // GROUP) + first // GROUP
+            scale = tl.load(scale_ptr + group, mask=real_n, other=0.0).to(tl.float32)
+            # Whole numbers up to 128 are exact in every dtype of x.
+            part = tl.dot(x, tl.trans(codes.to(x.dtype)), input_precision="ieee")
+            total += part * scale[None, :]
+            if BITS == 4:
+                low = tl.load(low_ptr + group, mask=real_n, other=0.0).to(tl.float32)
+                total += tl.sum(x.to(tl.float32), axis=1)[:, None] * low[None, :]
+    if BIAS:
+        total += tl.load(bias_ptr + n, mask=real_n, other=0.0).to(tl.float32)[None, :]
+    at = m[:, None].to(tl.int64) * outputs + n[None, :]
+    tl.store(y_ptr + at, total.to(y_ptr.dtype.element_ty), mask=real_m[:, None] & real_n[None, :])
+
+
+def few_rows(
+    x_rk: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    low: Tensor | None,
+    bias: Tensor | None,
+    *,
+    bits: int,
+    group: int,
+) -> Tensor:
+    """(rows, outputs) of x (rows, inputs), 1 to 16 rows, times a packed matrix."""
+    rows, inputs = x_rk.shape
+    outputs = codes.shape[0]
+    y = x_rk.new_empty(rows, outputs)
+    _kernel[(triton.cdiv(outputs, OUTPUTS),)](  # pyright: ignore[reportIndexIssue]
+        x_rk.contiguous(),
+        codes.contiguous(),
+        scale.contiguous(),
+        # Pointers that are not read where there is no such tensor.
+        scale if low is None else low.contiguous(),
+        scale if bias is None else bias.contiguous(),
+        y,
+        rows,
+        outputs,
+        inputs,
+        codes.shape[1] * 8 // bits,
+        BITS=bits,
+        GROUP=group,
+        BIAS=bias is not None,
+        N=OUTPUTS,
+        num_warps=4,
+        num_stages=4,
+    )
+    return y

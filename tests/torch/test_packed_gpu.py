@@ -1,0 +1,118 @@
+"""Packed matrices on a GPU: which way a product takes, and the Triton kernel where its interpreter can be had.
+
+Triton is no dependency of the CPU's PyTorch. Where it is installed (`pip install triton`), `TRITON_INTERPRET=1 pytest
+tests/torch/test_packed_gpu.py` runs the kernel on the CPU, and without the variable its compilation for two GPUs.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from typing import Any
+
+import pytest
+import torch
+from measure import assert_close
+
+from monoblock.backends.pytorch import packed_gpu, packing
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def packed(outputs: int, inputs: int, bits: int, group: int) -> Any:
+    weight = torch.randn(outputs, inputs, generator=torch.Generator().manual_seed(0))
+    made = packing.pack(weight, bits, group)
+    numbers = packing.unpack(
+        made.codes, made.scale, made.low, bits=bits, group=group, inputs=inputs, dtype=torch.float64
+    )
+    return made, numbers
+
+
+def rows_of(rows: int, inputs: int, dtype: Any) -> torch.Tensor:
+    return torch.randn(rows, inputs, generator=torch.Generator().manual_seed(rows)).to(dtype)
+
+
+@pytest.mark.parametrize(("bits", "group"), [(8, 64), (8, 128), (4, 64), (4, 128)])
+@pytest.mark.parametrize("shape", [(40,), (2, 20), (1, 1), (3, 0)], ids=str)
+@torch.no_grad()
+def test_products(shape: tuple[int, ...], bits: int, group: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the kernel: the weights are unpacked, and the shape stays."""
+    monkeypatch.setattr(packed_gpu, "kernel", lambda: None)
+    made, numbers = packed(24, 200, bits, group)
+    x, bias = torch.randn(*shape, 200), torch.randn(24)
+    y = packed_gpu.multiply(x, made.codes, made.scale, made.low, bias, bits, group, 200)
+    assert_close("unpacked", y, x.double() @ numbers.T + bias, 1e-4)  # sums of 200 numbers of the order of 1
+
+
+def test_few_rows_go_to_the_kernel_and_gradients_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = []
+
+    def few_rows(x: torch.Tensor, codes: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        rows.append(x.shape[0])
+        return x.new_zeros(x.shape[0], codes.shape[0])
+
+    monkeypatch.setattr(packed_gpu, "kernel", lambda: few_rows)
+    made, numbers = packed(24, 200, 8, 128)
+    given = (made.codes, made.scale, made.low, None, 8, 128, 200)
+    for shape in ((1,), (2, 8), (17,), (0,)):
+        packed_gpu.multiply(torch.zeros(*shape, 200), *given)
+    assert rows == [1, 16]
+    x = torch.randn(2, 200, requires_grad=True)
+    packed_gpu.multiply(x, *given).sum().backward()
+    assert rows == [1, 16]
+    assert x.grad is not None
+    assert_close("gradient", x.grad, numbers.sum(0).expand(2, -1), 1e-4)
+
+
+def test_without_triton_there_is_no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    packed_gpu.kernel.cache_clear()
+    assert packed_gpu.kernel() is None
+    packed_gpu.kernel.cache_clear()
+
+
+CASES = [(bits, group, *size) for bits in (8, 4) for group in (64, 128) for size in ((40, 200), (16, 64))]
+
+
+@pytest.mark.skipif(not (HAS_TRITON and INTERPRETED), reason="needs triton and TRITON_INTERPRET=1")
+@pytest.mark.parametrize(("bits", "group", "outputs", "inputs"), CASES)
+# Not bf16, which the interpreter has not: NumPy lacks it.
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@torch.no_grad()
+def test_the_kernel_interpreted(bits: int, group: int, outputs: int, inputs: int, dtype: Any) -> None:
+    made, numbers = packed(outputs, inputs, bits, group)
+    for rows, bias in ((1, None), (3, torch.randn(outputs).to(dtype)), (16, None)):
+        x = rows_of(rows, inputs, dtype)
+        y = packed_gpu.multiply(x, made.codes, made.scale, made.low, bias, bits, group, inputs)
+        reference = x.double() @ numbers.T + (0 if bias is None else bias.double())
+        # Sums of the order of 40; in fp16 the result is rounded to 11 bits.
+        assert_close("kernel", y, reference, 5e-5 if dtype == torch.float32 else 0.04)
+
+
+@pytest.mark.skipif(not HAS_TRITON or INTERPRETED, reason="needs triton, and TRITON_INTERPRET not to be set")
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_the_kernel_compiles_for_a_gpu(bits: int, dtype: str, capability: int) -> None:
+    """To the machine code of an A100 and an H100, for which no GPU is needed; 16-bit products use the matrix units."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from monoblock.backends.pytorch import triton_packed
+
+    pointers = {"x": dtype, "codes": "u8", "scale": "fp16", "low": "fp16", "bias": dtype, "y": dtype}
+    signature = {f"{name}_ptr": f"*{kind}" for name, kind in pointers.items()}
+    signature |= dict.fromkeys(("rows", "outputs", "inputs", "padded"), "i32")
+    constants = {"BITS": bits, "GROUP": 128, "BIAS": True, "N": triton_packed.OUTPUTS}
+    signature |= dict.fromkeys(constants, "constexpr")
+    names = triton_packed._kernel.arg_names
+    source = ASTSource(
+        fn=triton_packed._kernel,
+        signature=signature,
+        constexprs={(names.index(name),): value for name, value in constants.items()},
+    )
+    made = triton.compile(source, target=GPUTarget("cuda", capability, 32))
+    assert made.asm["cubin"]
+    assert ("mma.sync" in made.asm["ptx"]) == (dtype != "fp32")
