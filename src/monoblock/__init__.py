@@ -22,6 +22,7 @@ _HOME: dict[str, str] = {
     "AutoTokenizer": "monoblock.tokenization",
     "BatchEncoding": "monoblock.tokenization",
     "BitsAndBytesConfig": "monoblock.quantization",
+    "WeightOnlyConfig": "monoblock.quantization",
     "GPT2Tokenizer": "monoblock.tokenization",
     "GPT2TokenizerFast": "monoblock.tokenization",
     "GPTNeoXTokenizerFast": "monoblock.tokenization",

@@ -151,6 +151,7 @@ from monoblock.processing import (
 )
 from monoblock.quantization import (
     BitsAndBytesConfig as BitsAndBytesConfig,
+    WeightOnlyConfig as WeightOnlyConfig,
 )
 from monoblock.tokenization import (
     AutoTokenizer as AutoTokenizer,

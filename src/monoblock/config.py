@@ -21,6 +21,7 @@ from monoblock.checkpoint.options import HubOptions
 from monoblock.config_fields import COMMON, QUIET, REFUSED
 from monoblock.errors import UnsupportedConfig
 from monoblock.heads import HeadSpec
+from monoblock.quantization import recorded
 from monoblock.spec import ArchSpec
 
 CONFIG_NAME = "config.json"
@@ -164,6 +165,7 @@ class PretrainedConfig:
             value = getattr(self, name, allowed)
             if value is not None and value != allowed:
                 raise UnsupportedConfig(f"{type(self).__name__}.{name}={value!r} cannot be honoured: {hint}")
+        recorded(self)
         if self.problem_type is not None and self.problem_type not in PROBLEM_TYPES:
             raise ValueError(
                 f"problem_type must be one of {', '.join(PROBLEM_TYPES)} or None, got {self.problem_type!r}"

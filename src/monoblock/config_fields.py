@@ -20,12 +20,13 @@ COMMON: dict[str, Any] = {
     "chunk_size_feed_forward": 0,
 }
 
-# Fields of old files that say nothing about the model, or that a generation config takes over. They are
-# kept and written back; no warning is due.
+# Fields that say nothing about the model (in old files), or that others take over: a generation config, or how weights
+# are packed. They are kept and written back; no warning is due.
 QUIET = frozenset(
     [
         "transformers_version",
         "auto_map",
+        "quantization_config",
         "tokenizer_class",
         "finetuning_task",
         "task_specific_params",
@@ -86,5 +87,4 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "torchscript": (False, "use torch.compile or torch.export on the model"),
     "pruned_heads": ({}, "save the checkpoint with its heads in place"),
     "chunk_size_feed_forward": (0, "feed-forward chunking is not implemented"),
-    "quantization_config": (None, "load the checkpoint's unquantised weights"),
 }

@@ -1,9 +1,50 @@
-"""How to quantise weights while loading, by the hub's names."""
+"""How weights are quantised while a model is loaded: the configs, by the hub's names and our own."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, cast
+
+from monoblock.errors import UnsupportedConfig
+
+METHOD = "monoblock"  # what config.json says under `quant_method`
+
+
+@dataclass(kw_only=True)
+class WeightOnlyConfig:
+    """Weights in 8 or 4 bits by groups of `group_size` inputs (64 or 128); what flows through the model stays float.
+
+    8 bits: one scale for each group. 4 bits: a scale and a lowest value. All matrices of the blocks are packed in
+    `bits`; the token embedding and the projection to the vocabulary in 8 bits. `modules_to_not_convert`: names of
+    modules that stay as they are, the hub's or those of `named_modules()`, whole or their last part.
+    """
+
+    bits: int = 8
+    group_size: int = 128
+    modules_to_not_convert: list[str] | None = None
+
+    def __post_init__(self) -> None:
+        for name, known in (("bits", (8, 4)), ("group_size", (128, 64))):
+            if (value := getattr(self, name)) not in known or isinstance(value, bool):
+                raise ValueError(f"WeightOnlyConfig.{name} must be {known[0]} or {known[1]}, got {value!r}")
+        names: Any = self.modules_to_not_convert
+        if names is not None and not (
+            isinstance(names, list | tuple)
+            and all(isinstance(name, str) for name in cast("list[Any]", names))
+        ):
+            raise ValueError(
+                f"WeightOnlyConfig.modules_to_not_convert must be a list of names, got {names!r}"
+            )
+
+    @property
+    def quant_method(self) -> str:
+        """The method's name in config.json."""
+        return METHOD
+
+    def to_dict(self) -> dict[str, Any]:
+        """What config.json holds."""
+        return {"quant_method": METHOD, **asdict(self)}
 
 
 @dataclass(kw_only=True)
@@ -36,9 +77,92 @@ class BitsAndBytesConfig:
             "llm_int8_has_fp16_weight",
             "bnb_4bit_quant_storage",
         ):
-            if getattr(self, name) not in (False, None, "uint8"):
+            if str(getattr(self, name)).removeprefix("torch.") not in ("False", "None", "uint8"):
                 raise ValueError(f"BitsAndBytesConfig.{name}={getattr(self, name)!r} is not supported")
+
+    @property
+    def quant_method(self) -> str:
+        """The method's name in config.json."""
+        return "bitsandbytes"
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as a dict."""
         return asdict(self)
+
+
+QuantizationConfig = WeightOnlyConfig | BitsAndBytesConfig
+
+# The words that `quantization_config` may be.
+WORDS = {"int8": 8, "int4": 4}
+
+_NAMES = '"int8", "int4", a WeightOnlyConfig or a BitsAndBytesConfig'
+
+# Checkpoints of other tools, and what to do about them.
+_ELSEWHERE = "load the checkpoint's unquantised weights"
+
+
+def wanted(given: Any, in_4bit: bool = False, in_8bit: bool = False) -> QuantizationConfig | None:
+    """The quantisation that from_pretrained's arguments ask for, if any; ValueError for what is none."""
+    if given is not None and (in_4bit or in_8bit):
+        raise ValueError("give quantization_config, or load_in_4bit or load_in_8bit, not both")
+    if given is None:
+        return BitsAndBytesConfig(load_in_4bit=in_4bit, load_in_8bit=in_8bit) if in_4bit or in_8bit else None
+    if isinstance(given, WeightOnlyConfig | BitsAndBytesConfig):
+        return given
+    if isinstance(given, str):
+        if given not in WORDS:
+            raise ValueError(f"quantization_config must be {_NAMES}, got {given!r}")
+        return WeightOnlyConfig(bits=WORDS[given])
+    if isinstance(given, Mapping):
+        return _of_dict(dict(cast("Mapping[str, Any]", given)))
+    # The hub's own config classes are known by what they say of themselves.
+    if callable(getattr(given, "to_dict", None)) and hasattr(given, "quant_method"):
+        return _of_dict(dict(given.to_dict()))
+    raise ValueError(f"quantization_config must be {_NAMES}, got {given!r}")
+
+
+def _of_dict(given: dict[str, Any]) -> QuantizationConfig:
+    """A config of a dict, which says of which kind it is by `quant_method` or by its fields."""
+    ours = "bits" in given or "group_size" in given
+    method = getattr(given.get("quant_method"), "value", given.get("quant_method"))
+    method = method or (METHOD if ours else "bitsandbytes")
+    kinds: dict[str, type[QuantizationConfig]] = {
+        METHOD: WeightOnlyConfig,
+        "bitsandbytes": BitsAndBytesConfig,
+    }
+    if method not in kinds:
+        raise ValueError(
+            f"quantization_config of the method {method!r} is not supported here: give {_NAMES}, with a checkpoint of "
+            "unquantised weights"
+        )
+    known = {field.name for field in fields(kinds[method])}
+    # The hub's class repeats two fields under private names.
+    values = {k: v for k, v in given.items() if k != "quant_method" and not k.startswith("_load_in_")}
+    if unknown := sorted(values.keys() - known):
+        raise ValueError(
+            f"{kinds[method].__name__} has no field {unknown[0]!r}; it has: {', '.join(sorted(known))}"
+        )
+    return kinds[method](**values)
+
+
+def recorded(config: Any) -> WeightOnlyConfig | None:
+    """How the weights of a checkpoint are packed, by its config's `quantization_config`; None: they are not.
+
+    UnsupportedConfig names any method but our own.
+    """
+    found: Any = getattr(config, "quantization_config", None)
+    if found is None:
+        return None
+    held = cast("Mapping[str, Any]", found if isinstance(found, Mapping) else {})
+    if (method := held.get("quant_method")) != METHOD:
+        what = f"quant_method={method!r}" if method else repr(cast("Any", found))
+        raise UnsupportedConfig(
+            f"{type(config).__name__}.quantization_config={what} cannot be honoured: {_ELSEWHERE}, and quantise them "
+            'here with from_pretrained(..., quantization_config="int8") or "int4"'
+        )
+    try:
+        how = _of_dict(dict(held))
+    except ValueError as error:
+        raise UnsupportedConfig(f"{type(config).__name__}.quantization_config: {error}") from error
+    assert isinstance(how, WeightOnlyConfig)
+    return how

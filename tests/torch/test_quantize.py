@@ -20,7 +20,7 @@ HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
 IDS = torch.randint(0, 300, (2, 12), generator=torch.Generator().manual_seed(0))
 
 EIGHT = BitsAndBytesConfig(load_in_8bit=True)
-SKIPPING = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=["lm_head", "q_proj"])
+SKIPPING = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=["lm_head", "r_proj"])
 UNKNOWN_DTYPE = {"load_in_4bit": True, "bnb_4bit_compute_dtype": "f"}
 
 
@@ -107,9 +107,9 @@ def test_the_page_s_example(folder: Path) -> None:
         (lambda folder: logits(folder, quantization_config=EIGHT, load_in_8bit=True), "not both"),
         (
             lambda folder: logits(folder, quantization_config=SKIPPING),
-            "'q_proj', which is no module of this model",
+            "'r_proj', which is no module of this model",
         ),
-        (lambda folder: logits(folder, quantization_config=True), "must be a BitsAndBytesConfig, got True"),
+        (lambda folder: logits(folder, quantization_config=True), "a BitsAndBytesConfig, got True"),
         (
             lambda folder: logits(
                 folder, quantization_config={"load_in_4bit": True, "bnb_4bit_compute_dtype": "f"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
+from monoblock.checkpoint import packed
 from monoblock.checkpoint.keymap import KeyMap, Plan, Source, nearest
 from monoblock.checkpoint.weights import FileWeights, Shape, Tensors, stored_shapes
 from monoblock.errors import MissingKeys, ShapeMismatch, UnexpectedKeys, UnreadKeys
@@ -58,7 +59,8 @@ def fitted(
     *,
     ignore_mismatched_sizes: bool = False,
 ) -> tuple[FileWeights, Report]:
-    """What `matched` finds, as weights to read; the same errors."""
+    """What `matched` finds, as weights to read; the same errors. CheckpointError: the weights are packed."""
+    packed.refuse(tensors)
     sources, report = matched(tensors, keymap, shapes, tied, ignore_mismatched_sizes=ignore_mismatched_sizes)
     return FileWeights(tensors, {name: shapes[name] for name in sources}, sources), report
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from monoblock import families, tree
 from monoblock.auto import AutoConfig
+from monoblock.checkpoint import packed
 from monoblock.checkpoint.hub import HubOptions, WeightFiles, find_file, find_weights, kind_of
 from monoblock.checkpoint.keymap import KeyMap
 from monoblock.checkpoint.store import Store, open_store
@@ -127,6 +128,7 @@ def read_hub(name: Path | str, options: HubOptions) -> Checkpoint:
     }
     config = AutoConfig.from_pretrained(str(name), **kwargs)
     store = open_store(find_weights(name, options), "np")
+    packed.refuse(store)
     row = class_of(config, store)
     keymap = families.family(config.model_type).keymap(config, row.head)
     kwargs["pretrained_model_name_or_path"] = str(name)

@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from monoblock.checkpoint.fitting import Report, matched
 from monoblock.checkpoint.keymap import KeyMap, Same, Source
-from monoblock.checkpoint.store import Store
+from monoblock.checkpoint.weights import Tensors
 from monoblock.errors import CheckpointError, ShapeMismatch
 
 log = logging.getLogger("monoblock")
@@ -42,7 +42,7 @@ class Uninitialised(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def chosen_dtype(asked: str | torch.dtype | None, configured: str | None, store: Store) -> torch.dtype:
+def chosen_dtype(asked: str | torch.dtype | None, configured: str | None, store: Tensors) -> torch.dtype:
     """The dtype to load in. "auto" and None: the config's, else that of the first float tensor in the files."""
     if isinstance(asked, torch.dtype):
         if asked not in DTYPES.values():
@@ -63,14 +63,16 @@ def load(
     model: nn.Module,
     parameters: Mapping[str, str],
     keymap: KeyMap,
-    store: Store,
+    store: Tensors,
     *,
     dtype: torch.dtype,
     device: Callable[[str], torch.device],
     tied: Iterable[str],
     ignore_mismatched_sizes: bool,
+    put: Callable[[str, Tensor], None] | None = None,
 ) -> Report:
-    """Fill the model. `parameters`: canonical name -> name in the model; `device` says where each goes.
+    """Fill the model. `parameters`: canonical name -> name in the model; `device` says where each goes. `put` takes
+    each tensor by its name in the model, if it is not just to become the parameter.
 
     MissingKeys, UnexpectedKeys, UnreadKeys and ShapeMismatch name the first offender and the nearest known name.
     A head that the files lack is left to be made anew, and reported.
@@ -79,7 +81,11 @@ def load(
     sources, report = matched(store, keymap, shapes, tied, ignore_mismatched_sizes=ignore_mismatched_sizes)
     for canonical, source in sources.items():
         path = parameters[canonical]
-        assign(model, path, _read(source, store, shapes[canonical], dtype, device(path)))
+        tensor = read(source, store, shapes[canonical], dtype, device(path))
+        if put is None:
+            assign(model, path, tensor)
+        else:
+            put(path, tensor)
     return report
 
 
@@ -91,9 +97,10 @@ def assign(model: nn.Module, path: str, tensor: Tensor) -> None:
     module._parameters[name] = nn.Parameter(tensor, requires_grad=trainable)
 
 
-def _read(
-    source: Source, store: Store, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+def read(
+    source: Source, store: Tensors, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
 ) -> Tensor:
+    """A canonical tensor out of the files: as it lies there if it can be, else assembled in its final memory."""
     if isinstance(source.op, Same):
         # A transposed view, of another framework's file, becomes an ordinary parameter.
         return store.tensor(source.names[0]).to(device=device, dtype=dtype).contiguous()

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
 from monoblock import tree
-from monoblock.backends.pytorch import loading
+from monoblock.backends.pytorch import loading, packed, packed_files, quantize
+from monoblock.backends.pytorch.packed import PackedMatrix
 from monoblock.checkpoint.keymap import KeyMap
+from monoblock.checkpoint.packed import split
+from monoblock.quantization import QuantizationConfig, WeightOnlyConfig, wanted
 
 if TYPE_CHECKING:
     from monoblock.backends.pytorch.heads import Head
     from monoblock.backends.pytorch.model import Backbone
     from monoblock.families import Family, ModelClass
-    from monoblock.quantization import BitsAndBytesConfig
     from monoblock.spec import ArchSpec
 
 log = logging.getLogger("monoblock")
@@ -32,33 +34,38 @@ class Parameters(nn.Module):
     spec: ArchSpec
     backbone: Backbone
     head: Head | None
-    quantization_config: BitsAndBytesConfig | None = None
+    quantization_config: QuantizationConfig | None = None
 
     def keymap(self) -> KeyMap:
         """The map between canonical names and the hub's, for this class and config."""
         return self.family.keymap(self.config, self.row.head)
 
     def parameter_names(self) -> dict[str, str]:
-        """Canonical name -> name of the parameter in this module, tied ones left out."""
+        """Canonical name -> name of the parameter in this module, tied and packed ones left out."""
         head = self.head.spec if self.head else None
-        return {name: _path(name) for name in tree.parameters(self.spec, head)}
+        packed = packed_files.modules(self)
+        return {name: _path(name) for name in tree.parameters(self.spec, head) if name not in packed}
 
     def tied(self) -> dict[str, str]:
         """Second names: canonical name -> the canonical parameter that it shares."""
         return tree.tied(self.spec, self.head.spec if self.head else None)
 
     def hub_state_dict(self) -> dict[str, Tensor]:
-        """The weights by the hub's names, tied ones once; views of the parameters wherever that is possible."""
-        if self.quantization_config is not None:
+        """The weights by the hub's names, tied ones once; views of the parameters wherever that is possible.
+
+        Of packed matrices `X.weight`, the tensors `X.weight.codes`, `X.weight.scale` and, in 4 bits, `X.weight.low`.
+        """
+        if not isinstance(self.quantization_config, WeightOnlyConfig | None):
             raise ValueError(
-                "quantised weights have no form in the hub's files here: save the model before quantising"
+                "weights that bitsandbytes holds have no form in the hub's files here: save the model before "
+                'quantising, or take quantization_config="int8" or "int4"'
             )
         keymap, state = self.keymap(), {}
         for canonical, path in self.parameter_names().items():
             source, tensor = keymap.source(canonical), self.get_parameter(path).detach()
             for name, view in zip(source.names, source.op.views(tensor), strict=True):
                 state[name] = view if view.dim() <= 2 else view.reshape(tensor.shape)
-        return state
+        return state | packed_files.hub_state(self)
 
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
@@ -68,12 +75,45 @@ class Parameters(nn.Module):
         if not any(name in own for name in state_dict):
             names = self.parameter_names()
             parameters = {name: own[path] for name, path in names.items()}
-            canonical = loading.split_state(self.keymap(), parameters, dict(state_dict), self.tied())
+            rest, parts = split(state_dict)
+            canonical = loading.split_state(self.keymap(), parameters, rest, self.tied())
             state_dict = {names[name]: tensor for name, tensor in canonical.items()}
+            state_dict |= packed_files.own_state(self, parts)
             for second, first in self.tied().items():
                 if first in canonical:
                     state_dict[_path(second)] = canonical[first]
         return super().load_state_dict(state_dict, strict=strict, assign=assign)
+
+    # ------------------------------------------------------------------ packed weights
+
+    def quantize(self, quantization_config: Any) -> Self:
+        """Pack the model's weights in place: "int8", "int4", a WeightOnlyConfig or a BitsAndBytesConfig; the model.
+
+        ValueError: they are packed already, or the config names a module that is not there.
+        """
+        how = wanted(quantization_config)
+        if how is None:
+            raise ValueError('quantize() needs a quantization_config, such as "int8"')
+        quantize.quantize(self, how)
+        return self
+
+    def dequantize(self) -> Self:
+        """Plain weights again, with the numbers that the packed ones stand for; the model. ValueError: there are no
+        packed ones."""
+        quantize.dequantize(self)
+        return self
+
+    def record_quantization(self) -> None:
+        """Make the config say how the weights are packed, or nothing if they are not."""
+        vars(self.config).pop("quantization_config", None)
+        if self.quantization_config is not None:
+            self.config.quantization_config = self.quantization_config.to_dict()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)
+        if isinstance(getattr(getattr(self, "backbone", None), "embed", None), PackedMatrix):
+            self.tie_weights()  # buffers move one by one, shared or not
+        return self
 
     # ------------------------------------------------------------------ weights
 
@@ -100,7 +140,7 @@ class Parameters(nn.Module):
         """Make the head's matrix the embedding's, where the spec ties them."""
         if self.tied():
             assert self.head is not None and self.head.out is not None
-            self.head.out.weight = self.backbone.embed.weight
+            self.head.out = packed.tied(self.backbone.embed, self.head.out)
 
     def get_input_embeddings(self) -> nn.Embedding:
         """The token embedding."""
@@ -140,6 +180,8 @@ class Parameters(nn.Module):
             raise ValueError(f"new_num_tokens must be at least 1, got {new}")
         if new == old:
             return self.backbone.embed
+        if packed_files.is_packed(self):
+            raise ValueError("packed weights have a fixed number of rows: resize first, then quantise")
         self.config.vocab_size = new
         self.spec = self.backbone.spec = self.config.to_spec()
         self._resize(self.backbone.embed, new, mean_resizing)
@@ -171,24 +213,31 @@ class Parameters(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the weights are (the first ones, if they are spread)."""
-        return self.backbone.embed.weight.device
+        embed: Any = self.backbone.embed
+        return (embed.codes if isinstance(embed, PackedMatrix) else embed.weight).device
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
-        """How many numbers the model has, tied ones once."""
+        """How many numbers the model has, tied ones once; packed ones are never trained."""
+        packed = packed_files.modules(self)
+        sizes = {name: module.rows * module.columns for name, module in packed.items()}
         tables = (
             {id(m.weight) for m in self.modules() if isinstance(m, nn.Embedding)}
             if exclude_embeddings
             else set()
         )
-        return sum(
+        if exclude_embeddings:
+            sizes.pop("embed.weight", None)
+        plain = sum(
             p.numel()
             for p in self.parameters()
             if (p.requires_grad or not only_trainable) and id(p) not in tables
         )
+        return plain + (0 if only_trainable else sum(sizes.values()))
 
     def get_memory_footprint(self) -> int:
-        """Bytes of the weights."""
-        return sum(p.numel() * p.element_size() for p in self.parameters())
+        """Bytes of the weights, tied ones once."""
+        held = {id(tensor): tensor for tensor in (*self.parameters(), *self.buffers())}
+        return sum(tensor.numel() * tensor.element_size() for tensor in held.values())
 
 
 def _path(canonical: str) -> str:

@@ -13,17 +13,20 @@ import torch
 from torch import Tensor, nn
 
 from monoblock import outputs
-from monoblock.backends.pytorch import attention, devices, heads, loading, quantize
+from monoblock.backends.pytorch import attention, devices, heads, loading, packed_files
 from monoblock.backends.pytorch.decode import Generation
 from monoblock.backends.pytorch.inputs import check_tokens, flattened, has_positions, prepare
 from monoblock.backends.pytorch.model import Attention, Backbone
+from monoblock.backends.pytorch.options import LoadOptions
 from monoblock.backends.pytorch.parameters import Parameters
-from monoblock.checkpoint.hub import Kind, find_weights
+from monoblock.checkpoint import packed
+from monoblock.checkpoint.hub import find_weights
 from monoblock.checkpoint.options import HubOptions
 from monoblock.checkpoint.save import save_tensors
 from monoblock.checkpoint.store import open_store
 from monoblock.config import CONFIG_NAME, PretrainedConfig
 from monoblock.generation.config import GENERATION_CONFIG_NAME
+from monoblock.quantization import BitsAndBytesConfig
 
 log = logging.getLogger("monoblock")
 
@@ -167,7 +170,8 @@ class PreTrainedModel(Parameters, Generation):
         The checkpoint is a folder or a name on the hub. `dtype` (or `torch_dtype`): "auto" (the default: the
         checkpoint's own), a torch dtype or its name. `device_map`: "auto", a device, or a dict (through accelerate).
         `ignore_mismatched_sizes=True` makes tensors of other shapes anew instead of raising ShapeMismatch.
-        `quantization_config`: a BitsAndBytesConfig, or `load_in_4bit`, `load_in_8bit`.
+        `quantization_config`: "int8", "int4", a WeightOnlyConfig or a BitsAndBytesConfig; or `load_in_4bit`,
+        `load_in_8bit` for the latter. A folder of packed weights needs none.
         `attn_implementation`: "sdpa", "eager", "flex_attention" or "flash_attention_2". `revision`, `token`,
         `cache_dir`, `local_files_only`, `force_download`, `subfolder`, `variant`, `use_safetensors` say which files;
         `from_flax=True` and `from_tf=True` prefer transformers 4's flax_model.msgpack and tf_model.h5 to others.
@@ -190,7 +194,7 @@ class PreTrainedModel(Parameters, Generation):
             prefer=options.prefer,
         )
         store = open_store(files, "pt")
-        dtype = loading.chosen_dtype(options.dtype, settings.dtype, store)
+        dtype = loading.chosen_dtype(options.dtype, settings.dtype, packed.plain(store))
         with torch.device("meta"):
             model = cls(settings)
         model._load(store, dtype, options)
@@ -199,17 +203,21 @@ class PreTrainedModel(Parameters, Generation):
         return model.eval()
 
     def _load(self, store: Any, dtype: torch.dtype, options: LoadOptions) -> None:
-        names, keymap = self.parameter_names(), self.keymap()
-        placed = devices.Placement(self, options.device_map, names, keymap)
+        keymap = self.keymap()
+        placed = devices.Placement(self, options.device_map, self.parameter_names(), keymap)
+        kept = packed_files.load(self, store, dtype, placed.device, options.quantization)
+        packer = packed_files.packer(self, options.quantization)
+        names = self.parameter_names()
         report = loading.load(
             self,
             names,
             keymap,
-            store,
+            packed.plain(store),
             dtype=dtype,
             device=placed.device,
             tied=self.tied(),
             ignore_mismatched_sizes=options.ignore_mismatched_sizes,
+            put=packer.put if packer else None,
         )
         made = [*report.missing, *report.mismatched]
         for canonical in made:
@@ -221,8 +229,10 @@ class PreTrainedModel(Parameters, Generation):
             )
             self._init_parameter(names[canonical])
         self.tie_weights()
-        if options.quantization is not None:
-            quantize.quantize(self, options.quantization)
+        if packer is not None:
+            packer.finish()
+        elif isinstance(options.quantization, BitsAndBytesConfig):
+            self.quantize(options.quantization)
         placed.dispatch(self)
         where = self.name_or_path or "the checkpoint"
         if made:
@@ -233,8 +243,8 @@ class PreTrainedModel(Parameters, Generation):
                 where,
                 hub,
             )
-        if report.unused:
-            log.info("%s: %s also holds %s, not used here", self.row.name, where, ", ".join(report.unused))
+        if unused := [*kept, *report.unused]:
+            log.info("%s: %s also holds %s, not used here", self.row.name, where, ", ".join(unused))
 
     @classmethod
     def _config_for(
@@ -273,6 +283,7 @@ class PreTrainedModel(Parameters, Generation):
         tensors = self.hub_state_dict() if state_dict is None else dict(state_dict)
         self.config.architectures = [self.row.name]
         self.config.dtype = self.dtype
+        self.record_quantization()
         texts = {CONFIG_NAME: self.config.to_json_string()}
         if self.generation_config is not None:
             self.generation_config.validate()
@@ -327,32 +338,3 @@ class PreTrainedModel(Parameters, Generation):
 @functools.cache
 def _warn_once(message: str) -> None:
     log.warning(message)
-
-
-class LoadOptions:
-    """What from_pretrained takes out of its keywords before the rest goes to the config."""
-
-    def __init__(self, kwargs: dict[str, Any]) -> None:
-        self.hub = HubOptions.pop(kwargs)
-        self.dtype = kwargs.pop("dtype", kwargs.pop("torch_dtype", None))
-        self.device_map = kwargs.pop("device_map", None)
-        self.ignore_mismatched_sizes = bool(kwargs.pop("ignore_mismatched_sizes", False))
-        bits = {f"in_{n}bit": bool(kwargs.pop(f"load_in_{n}bit", False)) for n in (4, 8)}
-        self.quantization = quantize.wanted(kwargs.pop("quantization_config", None), **bits)
-        self.variant = kwargs.pop("variant", None)
-        self.use_safetensors = kwargs.pop("use_safetensors", None)
-        sources: dict[str, Kind] = {"from_flax": "msgpack", "from_tf": "h5"}
-        self.prefer: list[Kind] = [kind for name, kind in sources.items() if kwargs.pop(name, False)]
-        if len(self.prefer) > 1:
-            raise ValueError("from_flax=True and from_tf=True exclude each other: choose one")
-        if kwargs.pop("trust_remote_code", False):
-            log.info("trust_remote_code=True: no remote code is run here; the makers' options work natively")
-        kwargs.pop("low_cpu_mem_usage", None)  # always so
-        for name in (
-            "gguf_file",
-            "tp_plan",
-            "offload_folder",
-        ):
-            if kwargs.get(name):
-                raise ValueError(f"from_pretrained does not support {name}={kwargs[name]!r}")
-            kwargs.pop(name, None)

@@ -1,70 +1,133 @@
-"""Quantised weights through bitsandbytes: the linear layers of the blocks are replaced one after the other."""
+"""Which matrices of a model are quantised, and putting quantised ones in their places, one after the other."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
-from monoblock.backends.pytorch.loading import DTYPES
-from monoblock.quantization import BitsAndBytesConfig
+from monoblock.backends.pytorch import bitsandbytes, loading, packing
+from monoblock.backends.pytorch.packed import PackedMatrix, packed_module, plain_module
+from monoblock.quantization import QuantizationConfig, WeightOnlyConfig
+
+if TYPE_CHECKING:
+    from monoblock.backends.pytorch.parameters import Parameters
+
+EMBED, HEAD = "backbone.embed", "head.out"
+VOCABULARY_BITS = 8  # of the token embedding and the projection to the vocabulary, whatever the blocks have
 
 
-def quantize(model: Any, how: BitsAndBytesConfig) -> None:
-    """Replace the linear layers of the model's blocks. ImportError if bitsandbytes is not there."""
-    try:
-        import bitsandbytes
-    except ImportError as error:
-        raise ImportError('quantised weights need bitsandbytes: pip install "monoblock[quant]"') from error
-    blocks = model.backbone.blocks
-    linears = {name: module for name, module in blocks.named_modules() if isinstance(module, nn.Linear)}
-    skipped = set(how.llm_int8_skip_modules or ())
-    names = {known for name, _ in model.named_modules() for known in (name, name.rpartition(".")[2])}
-    # What lies outside the blocks, the head by the hub's name among it, is never packed.
-    if unknown := sorted(skipped - names - set(model.family.projections.values())):
-        raise ValueError(f"llm_int8_skip_modules names {unknown[0]!r}, which is no module of this model")
-    for name, module in linears.items():
-        owner, _, last = name.rpartition(".")
-        if not skipped & {f"backbone.blocks.{name}", last}:
-            setattr(blocks.get_submodule(owner), last, _layer(bitsandbytes.nn, module, how))
+def quantize(model: Parameters, how: QuantizationConfig) -> None:
+    """Replace the matrices of the model that are to be quantised. ValueError names a module that it does not have;
+    ImportError, that bitsandbytes is not there."""
+    if model.quantization_config is not None:
+        raise ValueError("the model's weights are quantised already: call its dequantize() first")
+    if isinstance(how, WeightOnlyConfig):
+        Packer(model, how).finish()
+        return
+    blocks = [name for name in matrices(model) if name not in (EMBED, HEAD)]
+    kept = _kept(model, blocks, how.llm_int8_skip_modules or ())
+    for name in blocks:
+        if name not in kept:
+            replace(model, name, bitsandbytes.layer(model.get_submodule(name), how))
     model.quantization_config = how
 
 
-def _layer(bnb: Any, linear: nn.Linear, how: BitsAndBytesConfig) -> nn.Module:
-    """The layer with its weights packed; bitsandbytes packs when weights are moved to their device."""
-    weight, shape = linear.weight.detach(), (linear.in_features, linear.out_features)
-    bias = linear.bias is not None
-    if how.load_in_4bit:
-        kind = {"quant_type": how.bnb_4bit_quant_type, "compress_statistics": how.bnb_4bit_use_double_quant}
-        made = bnb.Linear4bit(
-            *shape, bias=bias, compute_dtype=_dtype(how.bnb_4bit_compute_dtype, weight), **kind
+def dequantize(model: Parameters) -> None:
+    """Give the model plain matrices again, with the numbers that the packed ones stand for."""
+    if not isinstance(model.quantization_config, WeightOnlyConfig):
+        raise ValueError(
+            'dequantize() is for weights packed by quantization_config="int8" or "int4"; this model\'s are not'
         )
-        made.weight = bnb.Params4bit(weight.clone(), requires_grad=False, **kind)
-    else:
-        made = bnb.Linear8bitLt(*shape, bias=bias, has_fp16_weights=False, threshold=how.llm_int8_threshold)
-        made.weight = bnb.Int8Params(weight.clone(), requires_grad=False, has_fp16_weights=False)
-    made.bias = linear.bias
-    return made.to(weight.device).train(linear.training)
+    dtype = model.dtype
+    for name, module in list(model.named_modules()):
+        # What is tied to the embedding follows it.
+        if isinstance(module, PackedMatrix) and not (name == HEAD and model.tied()):
+            replace(model, name, plain_module(module, dtype))
+    model.tie_weights()
+    model.quantization_config = None
 
 
-def _dtype(asked: Any, weight: torch.Tensor) -> torch.dtype:
-    if asked is None or isinstance(asked, torch.dtype):
-        return asked or weight.dtype
-    name = str(asked).removeprefix("torch.")
-    if name not in DTYPES:
-        raise ValueError(f"bnb_4bit_compute_dtype must be a torch dtype or its name, got {asked!r}")
-    return DTYPES[name]
+class Packer:
+    """Packs the matrices of a model as they come; those that are there already in `finish`."""
+
+    def __init__(self, model: Parameters, how: WeightOnlyConfig) -> None:
+        self.model, self.how = model, how
+        names = list(matrices(model))
+        kept = _kept(model, names, how.modules_to_not_convert or ())
+        if model.tied():  # one matrix, under both names
+            kept |= {EMBED} if HEAD in kept else set()
+            names = [name for name in names if name != HEAD]
+        self.bits = {
+            name: VOCABULARY_BITS if name in (EMBED, HEAD) else how.bits for name in names if name not in kept
+        }
+
+    def put(self, path: str, tensor: Tensor) -> None:
+        """Make the tensor the parameter of that name, or the packed matrix in its place."""
+        name, _, last = path.rpartition(".")
+        if last != "weight" or name not in self.bits:
+            loading.assign(self.model, path, tensor)
+            return
+        bits, group = self.bits[name], self.how.group_size
+        try:
+            packed = packing.pack(tensor.detach(), bits, group)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+        module = self.model.get_submodule(name)
+        replace(self.model, name, packed_module(module, packed, bits, group, tensor.dtype))
+
+    def finish(self) -> None:
+        """Pack what is there and has not been packed."""
+        for name in self.bits:
+            module = self.model.get_submodule(name)
+            if not isinstance(module, PackedMatrix):
+                self.put(f"{name}.weight", module.get_parameter("weight"))
+        self.model.tie_weights()
+        self.model.quantization_config = self.how
 
 
-def wanted(config: Any, in_4bit: bool, in_8bit: bool) -> BitsAndBytesConfig | None:
-    """The quantisation that from_pretrained's arguments ask for, if any."""
-    if config is not None and (in_4bit or in_8bit):
-        raise ValueError("give quantization_config, or load_in_4bit or load_in_8bit, not both")
-    if config is None:
-        return BitsAndBytesConfig(load_in_4bit=in_4bit, load_in_8bit=in_8bit) if in_4bit or in_8bit else None
-    if isinstance(config, dict):
-        return BitsAndBytesConfig(**config)
-    if not isinstance(config, BitsAndBytesConfig):
-        raise ValueError(f"quantization_config must be a BitsAndBytesConfig, got {config!r}")
-    return config
+def matrices(model: Parameters) -> dict[str, nn.Module]:
+    """The modules that may be packed, by name: the matrices of the blocks, the token embedding, and the projection to
+    the vocabulary."""
+    found: dict[str, nn.Module] = {EMBED: model.backbone.embed}
+    for name, module in model.backbone.blocks.named_modules(prefix="backbone.blocks"):
+        if isinstance(module, nn.Linear | PackedMatrix):
+            found[name] = module
+    if (out := model.get_output_embeddings()) is not None:
+        found[HEAD] = out
+    return found
+
+
+def replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put the module in the place of that name."""
+    owner, _, last = name.rpartition(".")
+    setattr(model.get_submodule(owner), last, module)
+
+
+def _kept(model: Parameters, names: Iterable[str], asked: Iterable[str]) -> set[str]:
+    """The modules that are to stay as they are; ValueError for a name that no module of the model has.
+
+    A module has its own name and the hub's, one for each part of a fused matrix; what is asked for may be a name, its
+    end, or what it is a part of ("lm_head", "mlp.down", "layers.0").
+    """
+    keymap, spelled = model.keymap(), {}
+    for canonical, path in (*model.parameter_names().items(), *_second_names(model)):
+        hub = (name.rpartition(".")[0] for name in keymap.source(canonical).names)
+        spelled[path.rpartition(".")[0]] = {path.rpartition(".")[0], *hub}
+    known = {name for found in spelled.values() for name in found} | set(model.family.projections.values())
+    for word in asked:
+        if not any(_within(word, name) for name in known):
+            raise ValueError(
+                f"modules_to_not_convert (or llm_int8_skip_modules) names {word!r}, which is no module of this model"
+            )
+    return {name for name in names if any(_within(word, n) for word in asked for n in spelled[name])}
+
+
+def _second_names(model: Parameters) -> list[tuple[str, str]]:
+    """The head that shares the embedding's matrix is a module too."""
+    return [(canonical, canonical) for canonical in model.tied()]
+
+
+def _within(word: str, name: str) -> bool:
+    return f".{word}." in f".{name}."

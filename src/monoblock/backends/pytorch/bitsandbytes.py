@@ -1,0 +1,59 @@
+"""Linear layers whose weights bitsandbytes packs and multiplies."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from monoblock.backends.pytorch.loading import DTYPES
+from monoblock.quantization import BitsAndBytesConfig
+
+BLOCKS = (64, 32)  # weights that share a scale in 4 bits: bitsandbytes' default, and its smallest
+
+
+def layer(linear: nn.Module, how: BitsAndBytesConfig) -> nn.Module:
+    """The layer with its weights packed, on its device. ImportError: bitsandbytes is not there."""
+    try:
+        import bitsandbytes
+    except ImportError as error:
+        raise ImportError('quantised weights need bitsandbytes: pip install "monoblock[quant]"') from error
+    assert isinstance(linear, nn.Linear)
+    bnb: Any = bitsandbytes.nn
+    weight, shape = linear.weight.detach(), (linear.in_features, linear.out_features)
+    bias = linear.bias is not None
+    made: Any
+    if how.load_in_4bit:
+        kind = {"quant_type": how.bnb_4bit_quant_type, "compress_statistics": how.bnb_4bit_use_double_quant}
+        made = bnb.Linear4bit(
+            *shape, bias=bias, compute_dtype=_dtype(how.bnb_4bit_compute_dtype, weight), **kind
+        )
+        size = _block_size(linear)
+        made.weight = bnb.Params4bit(weight.clone(), requires_grad=False, blocksize=size, **kind)
+    else:
+        made = bnb.Linear8bitLt(*shape, bias=bias, has_fp16_weights=False, threshold=how.llm_int8_threshold)
+        made.weight = bnb.Int8Params(weight.clone(), requires_grad=False, has_fp16_weights=False)
+    made.bias = linear.bias
+    return made.to(weight.device).train(linear.training)  # it packs when weights are moved to their device
+
+
+def _block_size(linear: nn.Linear) -> int:
+    """On a CPU, bitsandbytes 0.50 unpacks wrong numbers where a row is no whole number of blocks."""
+    if linear.weight.device.type != "cpu":
+        return BLOCKS[0]
+    if (size := next((size for size in BLOCKS if linear.in_features % size == 0), None)) is None:
+        raise ValueError(
+            f"bitsandbytes cannot unpack 4-bit rows of {linear.in_features} weights on a CPU (no multiple of "
+            f'{BLOCKS[-1]}): take quantization_config="int4", or load_in_8bit=True'
+        )
+    return size
+
+
+def _dtype(asked: Any, weight: torch.Tensor) -> torch.dtype:
+    if asked is None or isinstance(asked, torch.dtype):
+        return asked or weight.dtype
+    name = str(asked).removeprefix("torch.")
+    if name not in DTYPES:
+        raise ValueError(f"bnb_4bit_compute_dtype must be a torch dtype or its name, got {asked!r}")
+    return DTYPES[name]

@@ -1,0 +1,168 @@
+"""Modules whose matrix is packed in 8 or 4 bits (packing.py has the formats)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from monoblock.backends.pytorch import packing
+from monoblock.backends.pytorch.packing import Packed
+
+
+class PackedMatrix(nn.Module):
+    """Buffers `codes`, `scale` and, for 4 bits, `low` (else None) of a matrix (rows, columns) that is not trained."""
+
+    codes: Tensor
+    scale: Tensor
+    low: Tensor | None
+
+    def __init__(self, packed: Packed, bits: int, group: int, columns: int) -> None:
+        super().__init__()
+        self.bits, self.group, self.columns = bits, group, columns
+        for name, tensor in vars(packed).items():
+            self.register_buffer(name, tensor)
+
+    def hold(self, other: PackedMatrix) -> None:
+        """Have another one's matrix: the same tensors."""
+        self.bits, self.group, self.columns = other.bits, other.group, other.columns
+        self.codes, self.scale, self.low = other.codes, other.scale, other.low
+
+    @property
+    def packed(self) -> Packed:
+        """The tensors."""
+        return Packed(self.codes, self.scale, self.low)
+
+    @property
+    def rows(self) -> int:
+        """The matrix's rows."""
+        return self.codes.shape[0]
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The matrix (rows, columns) as numbers."""
+        return self.unpacked(self.packed, dtype)
+
+    def unpacked(self, packed: Packed, dtype: torch.dtype) -> Tensor:
+        """Rows like this matrix's as numbers."""
+        return packing.unpack(
+            packed.codes,
+            packed.scale,
+            packed.low,
+            bits=self.bits,
+            group=self.group,
+            inputs=self.columns,
+            dtype=dtype,
+        )
+
+    def _apply(self, fn: Callable[[Any], Any], recurse: bool = True) -> Self:
+        """`.to(device)` moves all; `.to(dtype)` leaves scales and lows, whose dtype is a part of the format."""
+        halves = [tensor for tensor in (self.scale, self.low) if tensor is not None]
+        with torch.no_grad():
+            kept = [fn(tensor.view(torch.int16)).view(torch.float16) for tensor in halves]
+        self._buffers["scale"] = self._buffers["low"] = None
+        super()._apply(fn, recurse)
+        self.scale, self.low = kept[0], kept[1] if len(kept) > 1 else None
+        return self
+
+    def extra_repr(self) -> str:
+        return f"{self.columns}, {self.rows}, bits={self.bits}, group={self.group}"
+
+
+class PackedLinear(PackedMatrix):
+    """`x @ W.T + bias` with a packed W (out_features, in_features); gradients reach x and the bias, which stays as
+    it was."""
+
+    bias: nn.Parameter | None
+
+    def __init__(self, packed: Packed, bits: int, group: int, in_features: int, bias: Any = None) -> None:
+        super().__init__(packed, bits, group, in_features)
+        self.register_parameter("bias", bias)
+
+    @property
+    def in_features(self) -> int:
+        """The width of what comes in."""
+        return self.columns
+
+    @property
+    def out_features(self) -> int:
+        """The width of what comes out."""
+        return self.rows
+
+    def forward(self, x: Tensor) -> Tensor:
+        return packing.multiply(
+            x, self.codes, self.scale, self.low, self.bias, self.bits, self.group, self.columns
+        )
+
+
+class PackedEmbedding(PackedMatrix):
+    """A table (num_embeddings, embedding_dim), of which the rows that are looked up are unpacked into `dtype`."""
+
+    def __init__(self, packed: Packed, bits: int, group: int, width: int, dtype: torch.dtype) -> None:
+        super().__init__(packed, bits, group, width)
+        self.dtype = dtype
+
+    @property
+    def num_embeddings(self) -> int:
+        """The number of rows."""
+        return self.rows
+
+    @property
+    def embedding_dim(self) -> int:
+        """The width of a row."""
+        return self.columns
+
+    def forward(self, ids: Tensor) -> Tensor:
+        flat = ids.flatten()
+        rows = Packed(self.codes[flat], self.scale[flat], None if self.low is None else self.low[flat])
+        return self.unpacked(rows, self.dtype).view(*ids.shape, self.columns)
+
+    def _apply(self, fn: Callable[[Any], Any], recurse: bool = True) -> Self:
+        # No floating-point buffer shows it what dtype the model is to have.
+        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+        return super()._apply(fn, recurse)
+
+
+Kind = nn.Linear | nn.Embedding
+
+
+def packed_module(
+    module: nn.Module, packed: Packed, bits: int, group: int, dtype: torch.dtype
+) -> PackedMatrix:
+    """What stands in a linear layer's or an embedding's place, with these tensors; it keeps the layer's bias."""
+    if isinstance(module, nn.Embedding):
+        made: PackedMatrix = PackedEmbedding(packed, bits, group, module.embedding_dim, dtype)
+    else:
+        assert isinstance(module, nn.Linear)
+        made = PackedLinear(packed, bits, group, module.in_features, module.bias)
+    return made.train(module.training)
+
+
+def plain_module(module: PackedMatrix, dtype: torch.dtype) -> Kind:
+    """The layer or embedding that the packed one stands for, its numbers in `dtype`."""
+    weight = nn.Parameter(module.dequantize(dtype), requires_grad=True)
+    with torch.device("meta"):
+        if isinstance(module, PackedLinear):
+            made: Kind = nn.Linear(module.in_features, module.out_features, bias=False)
+            made.register_parameter("bias", module.bias)
+        else:
+            made = nn.Embedding(module.rows, module.columns)
+    made.weight = weight
+    return made.train(module.training)
+
+
+def tied(table: nn.Module, layer: Any) -> Any:
+    """The layer with the table's own matrix: one in memory, packed or not."""
+    if not isinstance(table, PackedMatrix):
+        weight = table.get_parameter("weight")
+        if isinstance(layer, PackedMatrix):
+            layer = plain_module(layer, weight.dtype)
+        layer.weight = weight
+        return layer
+    if isinstance(layer, PackedLinear):
+        layer.hold(table)
+        return layer
+    return PackedLinear(table.packed, table.bits, table.group, table.columns, layer.bias).train(
+        layer.training
+    )
