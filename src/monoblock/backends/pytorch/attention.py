@@ -44,7 +44,8 @@ def attend(q_bhqd: Tensor, k_bgkd: Tensor, v_bgkd: Tensor, scope: Scope, kernel:
             return _evened(out, v_bgkd, scope)
     if q_bhqd.shape[2] == 1 and kernel.softcap is None:
         return _one_query(q_bhqd, k_bgkd, v_bgkd, scope, kernel)
-    if scope.relative is None and not kernel.dropout and prompt.usable(q_bhqd, k_bgkd, v_bgkd):
+    ordinary = scope.in_order and scope.relative is None and not kernel.dropout
+    if ordinary and prompt.usable(q_bhqd, k_bgkd, v_bgkd):
         return _native(q_bhqd, k_bgkd, v_bgkd, scope, kernel)
     k_bhkd, v_bhkd = repeat_groups(k_bgkd, q_bhqd.shape[1]), repeat_groups(v_bgkd, q_bhqd.shape[1])
     if scope.aligned and scope.by_key and not kernel.dropout and kernel.softcap is None:

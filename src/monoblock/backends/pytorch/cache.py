@@ -176,8 +176,11 @@ class DynamicCache(Cache):
         return self.lengths[layer_idx] - self.dropped[layer_idx]
 
     def _begin(self, keys: Tensor, values: Tensor) -> None:
-        self.keys.append(keys)
-        self.values.append(values)
+        for tensors, first in ((self.keys, keys), (self.values, values)):
+            # Memory of their own, with room for what comes: as views they would keep the queries alive beside them.
+            grows = torch.is_grad_enabled() and first.requires_grad
+            room = (*first.shape[:2], first.shape[2] + self.SLACK, first.shape[3])
+            tensors.append(first if grows else first.new_empty(room))
         self.lengths.append(0)
         self.dropped.append(0)
 

@@ -18,7 +18,8 @@ from monoblock.generation.arrays import ArrayOps
 from monoblock.generation.config import GenerationConfig
 from monoblock.generation.mixin import GenerationMixin, check_assistant
 from monoblock.generation.transitions import transition_scores
-from monoblock.spec import Learned
+from monoblock.positions import is_dynamic
+from monoblock.spec import Learned, Rotary
 
 if TYPE_CHECKING:
     from monoblock.backends.pytorch.pretrained import PreTrainedModel
@@ -27,6 +28,8 @@ INPUTS = frozenset({"past_key_values", "position_ids", "inputs_embeds"})
 # Inputs that only some models take. Images are embedded with the prompt; new tokens get the last token type.
 IMAGES = ("image_patches", "image_patches_indices", "pixel_values")
 MORE = frozenset({"token_type_ids", *IMAGES})
+# Tokens of a long prompt that go through the model at a time: enough for the matrix products to be at their best.
+CHUNK = 1024
 
 
 class Generation(GenerationMixin):
@@ -178,9 +181,20 @@ class Decoder:
         self.mask = None if mask_bm is None or bool((mask_bm != 0).all()) else mask_bm != 0
         if self.images:
             self.embeds = self.model.embed(ids_bn, self.images)
-        if self.embeds is None:
-            return self._forward({"input_ids": ids_bn[:, seen:]})[:, -1]
-        return self._forward({"inputs_embeds": self.embeds[:, seen:]})[:, -1]
+        name, tokens = ("input_ids", ids_bn) if self.embeds is None else ("inputs_embeds", self.embeds)
+        scores, left = None, tokens.shape[1] - seen
+        for part in tokens[:, seen:].split(CHUNK if self._in_chunks() else left, dim=1):
+            left -= part.shape[1]
+            scores = self._forward({name: part}, left=left)
+        assert scores is not None
+        return scores[:, -1]
+
+    def _in_chunks(self) -> bool:
+        """Whether a long prompt may go through the model piece by piece, so that memory does not grow with it: on a
+        CPU, where that costs no time, and if each piece finds in the cache what the whole prompt would show it."""
+        kept = type(self.cache) in (DynamicCache, StaticCache)
+        same = kept and not is_dynamic(self.model.spec.position(Rotary))
+        return same and self.model.device.type == "cpu" and not any(self.wanted.values())
 
     def step(self, ids_b1: Tensor) -> Tensor:
         """Take one token for each row."""
@@ -226,16 +240,18 @@ class Decoder:
             if (value := getattr(self, name)) is not None:
                 setattr(self, name, value[:, :length])
 
-    def _forward(self, tokens: dict[str, Tensor], keep: int = 1) -> Tensor:
+    def _forward(self, tokens: dict[str, Tensor], keep: int = 1, left: int = 0) -> Tensor:
+        """Scores after the last `keep` of these tokens; `left` more of the prompt are still to come."""
         if self.cache is None:
             tokens = self._all(tokens)
         count = next(iter(tokens.values())).shape[1]
+        here = slice(-count - left, -left or None)
         if self.types is not None:
-            tokens["token_type_ids"] = self.types[:, -count:]
+            tokens["token_type_ids"] = self.types[:, here]
         out = self.model(
             **tokens,
-            attention_mask=self.mask,
-            position_ids=None if self.positions is None else self.positions[:, -count:],
+            attention_mask=None if self.mask is None else self.mask[:, : self.mask.shape[1] - left],
+            position_ids=None if self.positions is None else self.positions[:, here],
             past_key_values=self.cache,
             use_cache=self.cache is not None,
             logits_to_keep=keep,

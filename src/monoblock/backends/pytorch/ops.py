@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -79,6 +79,8 @@ class Scope:
     same tokens, so that the kernels' own causal mask fits. `slopes_h` are ALiBi's; `relative` makes the bias (h, q, k)
     of distances (q, k).
     """
+
+    in_order: ClassVar[bool] = True  # the keys stand in their order, and the queries are the last of them
 
     index_q: Tensor
     index_k: Tensor
@@ -160,11 +162,12 @@ class Scope:
         return self.memo["blind"]
 
     def keys_of(self, start: int, stop: int) -> tuple[int, int]:
-        """The range of keys that any of these queries may see; all of them unless keys and queries line up."""
-        if not self.aligned:
+        """The range of keys that any of these queries may see; all of them where they stand in no order."""
+        if not self.in_order:
             return 0, self.index_k.shape[0]
-        last = stop if self.causal else self.index_k.shape[0]
-        return 0 if self.window is None else max(0, start - self.window + 1), last
+        past = self.index_k.shape[0] - self.index_q.shape[0]
+        last = past + stop if self.causal else self.index_k.shape[0]
+        return 0 if self.window is None else max(0, past + start - self.window + 1), last
 
     @property
     def by_key(self) -> bool:

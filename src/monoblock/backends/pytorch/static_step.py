@@ -9,7 +9,7 @@ Shape suffixes: b batch, k slots, l places, g key/value heads, d head width, v v
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
@@ -51,6 +51,8 @@ def held(place_1: Tensor, slots: int) -> Tensor:
 @dataclass
 class Slots(Scope):
     """The scope of one token over slots; `valid_bl` is False for padding, by place."""
+
+    in_order: ClassVar[bool] = False
 
     valid_bl: Tensor | None = None
 
