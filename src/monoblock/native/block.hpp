@@ -1,8 +1,8 @@
 // A whole step of a transformer: a few new tokens through embedding, blocks and head, over caches of keys and values.
 // What the model is like is data; activations are floats from the embedding to the logits.
 //
-// One parallel region runs the step. Its phases are loops whose turns are dealt out to the threads, with a barrier
-// after each: qkv | turn and cache | attend | out + residual | up with activation | down + residual. What all threads
+// One parallel region runs the step. Its phases are loops whose turns are dealt out to the threads, which wait for each
+// other after each: qkv | turn and cache | attend | out + residual | up with activation | down + residual. What all threads
 // need and is quickly made (norms of a few rows, inputs in the weights' format) each makes for itself, in its own memory.
 #pragma once
 
@@ -10,6 +10,7 @@
 
 #include "cached.hpp"
 #include "matrix.hpp"
+#include "team.hpp"
 
 namespace decode {
 
@@ -140,6 +141,8 @@ class Run {
     mine = arena.take<char>(s.threads * own_bytes());
   }
 
+  Team team;
+
   // Whether the tables have all tokens and positions.
   bool inside() const {
     for (int64_t t = 0; t < count; ++t) {
@@ -211,8 +214,7 @@ class Run {
 
   // Embedded tokens, and the angles by which their heads turn.
   void begin() {
-#pragma omp for schedule(static)
-    for (int64_t t = 0; t < count; ++t) {
+    team.share(count, [&](int64_t t) {
       float* to = x + t * m.width;
       memset(to, 0, m.width * sizeof(float));
       add_row(m.embed, s.ids[t], to);
@@ -228,7 +230,7 @@ class Run {
         cos[t * m.rotary + c] = cosf(angle) * m.turn_scale;
         cos[t * m.rotary + m.rotary / 2 + c] = sinf(angle) * m.turn_scale;
       }
-    }
+    });
   }
 
   // The position of a token: as given, or how many tokens came before it that are no padding.
@@ -254,8 +256,7 @@ class Run {
   template <class F>
   void divided(int64_t outputs, F work) {
     const int64_t chunk = round_up(outputs / (6 * s.threads) + 1, 16);
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t first = 0; first < outputs; first += chunk) work(first, std::min(first + chunk, outputs));
+    team.share((outputs + chunk - 1) / chunk, [&](int64_t i) { work(i * chunk, std::min((i + 1) * chunk, outputs)); });
   }
 
   void linear(const Matrix& w, const float* from, int64_t step, float* to, int64_t to_step, Own& own) {
@@ -311,8 +312,7 @@ class Run {
   // Queries, keys and values as attention takes them: clipped, normed, turned; keys and values go to the cache.
   void cache(const Layer& layer, const Slot& slot) {
     const int64_t q = m.heads * m.dim, k = m.groups * m.dim;
-#pragma omp for schedule(static)
-    for (int64_t t = 0; t < count; ++t) {
+    team.share(count, [&](int64_t t) {
       float* row = qkv + t * qkv_size;
       for (int64_t i = 0; m.clip != 0 && i < qkv_size; ++i) row[i] = std::min(std::max(row[i], -m.clip), m.clip);
       if (!m.by_head) normed(layer.q_norm, m.bf16, row, q, row), normed(layer.k_norm, m.bf16, row + q, k, row + q);
@@ -322,7 +322,7 @@ class Run {
         turn(head, cos + t * m.rotary);
       }
       s.cache_bf16 ? keep<uint16_t>(slot, t, row + q) : keep<float>(slot, t, row + q);
-    }
+    });
   }
 
   void turn(float* head, const float* angles) const {
@@ -351,8 +351,7 @@ class Run {
     const int64_t shared = m.heads / m.groups, total = s.past + s.tokens, dropped = s.past - slot.place;
     const int64_t oldest = std::max(dropped, layer.window ? s.past - layer.window + 1 : 0);
     const int64_t each = round_up((total - oldest + stretches - 1) / stretches, KEYS);
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t task = 0; task < s.rows * m.groups * stretches; ++task) {
+    team.share(s.rows * m.groups * stretches, [&](int64_t task) {
       const int64_t row = task / stretches / m.groups, g = task / stretches % m.groups;
       const int64_t first = oldest + task % stretches * each;
       for (int64_t i = 0; i < queries(); ++i) {
@@ -370,7 +369,7 @@ class Run {
       Queries q = {own.query, int(queries()), int(shared), int(m.dim), int(padded()), s.past, layer.window,
                    m.slopes ? m.slopes + g * shared : nullptr, m.softcap};
       attend<T>(q, stretch, part(task), own.block, own.scores);
-    }
+    });
   }
 
   Part part(int64_t task) const {
@@ -404,8 +403,7 @@ inline int64_t step(const Model& model, const Step& step) {
   if (!measured.inside()) return -1;
   Arena arena((void*)round_up((int64_t)step.scratch, 64));
   Run run(model, step, arena);
-#pragma omp parallel num_threads(step.threads)
-  run.go(omp_get_thread_num());
+  run.team.run(step.threads, [&](int thread) { run.go(thread); });
   return 0;
 }
 

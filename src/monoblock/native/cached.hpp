@@ -136,7 +136,8 @@ inline void attend(const Queries& q, const Stretch& s, Part part, float* block, 
   }
 }
 
-// One query's result from all stretches of its keys, `next` parts apart: softmax weights that sum to 1.
+// One query's result from all stretches of its keys, `next` parts apart: softmax weights that sum to 1. Padding, which
+// may see nothing, gets zeros: what it becomes must stay finite, for it is multiplied by 0 later.
 inline void join(const Part& first, int64_t next, int parts, int m, int dim, int padded, float* to) {
   float most = -INFINITY, total = 0;
   for (int i = 0; i < parts; ++i) most = fmaxf(most, first.most[i * next + m]);
@@ -149,7 +150,7 @@ inline void join(const Part& first, int64_t next, int parts, int m, int dim, int
     total += factor * own;
     for (int c = 0; c < dim; ++c) to[c] += factor * values[c];
   }
-  for (int c = 0; c < dim; ++c) to[c] /= total;
+  for (int c = 0; total != 0 && c < dim; ++c) to[c] /= total;
 }
 
 }  // namespace decode

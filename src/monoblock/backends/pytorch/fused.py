@@ -17,8 +17,7 @@ from torch import Tensor, nn
 
 from monoblock import native
 from monoblock.backends.pytorch.cache import Cache, DynamicCache, StaticCache
-from monoblock.backends.pytorch.heads import Head
-from monoblock.backends.pytorch.model import Attention, Backbone, Block, LayerNorm, Mlp, RMSNorm
+from monoblock.backends.pytorch.model import Attention
 from monoblock.positions import inverse_frequencies, is_dynamic
 from monoblock.spec import ACTIVATIONS, Alibi, ArchSpec, Buckets, Learned, Rotary
 
@@ -102,8 +101,9 @@ def obstacle(model: PreTrainedModel) -> str | None:
     if _GLOBAL.has_hooks():
         return "hooks are on all modules"
     for name, module in model.named_modules():
-        if module is not model and type(module) not in _KNOWN:
-            return f"{name} is a {type(module).__name__}"
+        kind = type(module)
+        if module is not model and kind not in _THEIRS and kind.__module__ not in _OURS:
+            return f"{name} is a {kind.__name__}"
         if _is_altered(module):
             return f"{name or 'the model'} has hooks, or a forward of its own"
         if isinstance(module, Attention) and module.implementation != "sdpa":
@@ -123,10 +123,9 @@ def obstacle(model: PreTrainedModel) -> str | None:
     return None
 
 
-_KNOWN = {
-    *(Backbone, Block, Attention, Mlp, Head, nn.ModuleList, nn.Dropout, nn.Identity),
-    *(nn.Linear, nn.Embedding, LayerNorm, RMSNorm),
-}
+# What the library computes: PyTorch's modules of these types, and all that these files define.
+_THEIRS = {nn.ModuleList, nn.Dropout, nn.Identity, nn.Linear, nn.Embedding, nn.LayerNorm, nn.RMSNorm}
+_OURS = {f"monoblock.backends.pytorch.{name}" for name in ("model", "heads", "linear", "packed")}
 _PACKED = (".codes", ".scale", ".low")
 
 
@@ -248,8 +247,8 @@ def _matrix(module: Any) -> native.Matrix:
             scale=module.scale.data_ptr(),
             low=None if low is None else low.data_ptr(),
             bias=None if bias is None else bias.data_ptr(),
-            outputs=module.codes.shape[0],
-            inputs=module.in_features,
+            outputs=module.rows,
+            inputs=module.columns,
             format=native.FORMATS[f"int{module.bits}"],
             group=module.group,
             bias_format=0 if bias is None else DTYPES[bias.dtype],

@@ -1,0 +1,536 @@
+"""The native decode step against the definition in tests/oracle.py and against the modules: every option and family,
+padding, windows, caches, threads, and what makes it stand back."""
+
+from __future__ import annotations
+
+import copy
+import io
+import itertools
+import pickle
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from families_made import CLASSES, GENERATING, fields, ours_of, texts, with_images
+from helpers import PAD, batch, expected, expected_logits, model, randomised
+from measure import assert_close
+from mpt_cases import CASES, LENGTHS, made
+from torch import Tensor, nn
+
+from monoblock import DynamicCache, StaticCache, native
+from monoblock.backends.pytorch import fused
+from monoblock.native import build
+
+pytestmark = pytest.mark.skipif(native.library() is None, reason=f"no native kernels: {native.status()}")
+
+ATOL = 1e-5  # fp32, up to 3 layers, values of the order of 1 to 10: measured 6e-6
+MPT = "MptForCausalLM"
+LATE = "rope, dynamic"  # its cached keys are turned anew by each length: not for the library
+ASKED: dict[str, Any] = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": None, "pad_token_id": PAD}
+VARIED: dict[str, Any] = {**ASKED, "no_repeat_ngram_size": 2}  # small random models repeat themselves
+
+
+def family(name: str) -> Any:
+    return model(MPT) if name == MPT else ours_of(name, **fields(CLASSES[name]))
+
+
+@pytest.fixture
+def taken(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """(rows, tokens) of every step that the library took."""
+    seen: list[tuple[int, int]] = []
+    run = fused.Steps.run
+
+    def watched(self: fused.Steps, ids_bn: Tensor, **given: Any) -> Tensor | None:
+        scores = run(self, ids_bn, **given)
+        if scores is not None:
+            seen.append((ids_bn.shape[0], ids_bn.shape[1]))
+        return scores
+
+    monkeypatch.setattr(fused.Steps, "run", watched)
+    return seen
+
+
+@pytest.fixture
+def by_modules(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], Any]], Any]:
+    """Does something with the library's steps switched off."""
+
+    def do(what: Callable[[], Any]) -> Any:
+        with monkeypatch.context() as patch:
+            patch.setattr(fused, "of", lambda *_: None)
+            return what()
+
+    return do
+
+
+@torch.inference_mode()
+def stepped(
+    module: Any, ids: Tensor, mask: Tensor | None, sizes: tuple[int, ...], cache: Any = None
+) -> Tensor:
+    """Scores (batch, tokens, vocabulary) after every token of the text but its first piece, which the modules take;
+    the library takes the others."""
+    cache = DynamicCache(config=module.spec) if cache is None else cache
+    start = sizes[0]
+    seen = None if mask is None else mask[:, :start]
+    module(ids[:, :start], attention_mask=seen, past_key_values=cache, use_cache=True)
+    steps = fused.of(module, cache)
+    assert steps is not None, fused.obstacle(module)
+    scores = []
+    for size in sizes[1:]:
+        stop = start + size
+        valid = None if mask is None else mask[:, :stop] != 0
+        scores.append(steps.run(ids[:, start:stop], valid_bm=valid))
+        start = stop
+    assert start == ids.shape[1]
+    assert cache.get_seq_length() == start
+    return torch.cat(scores, dim=1)
+
+
+def check(module: Any, padding: str, sizes: tuple[int, ...], cache: Any = None, what: str = "fused") -> None:
+    ids, mask = batch(padding, LENGTHS)
+    wanted = expected_logits(module, expected(module, ids, mask))[:, sizes[0] :]
+    late = None if mask is None else mask[:, sizes[0] :]
+    assert_close(what, stepped(module, ids, mask, sizes, cache), wanted, ATOL, late)
+
+
+# ---------------------------------------------------------------------------- the definition
+
+ONES = (8, *[1] * 15)
+PIECES = (8, 1, 3, 5, 1, 4, 1)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case != LATE])
+def test_every_option(case: str) -> None:
+    module = made(case)
+    for padding, sizes in (("none", ONES), ("left", PIECES)):
+        check(module, padding, sizes, what=f"fused, {case}")
+
+
+@pytest.mark.parametrize("name", GENERATING)
+def test_every_family(name: str) -> None:
+    """With windows, grouped heads, learned positions and both placements of the norms."""
+    module = family(name)
+    ids, mask = texts(name, "left")
+    wanted = expected_logits(module, expected(module, ids, mask))[:, 8:]
+    assert mask is not None
+    for sizes in (ONES, PIECES):
+        assert_close(f"fused, {name}", stepped(module, ids, mask, sizes), wanted, ATOL, mask[:, 8:])
+
+
+def test_the_static_cache() -> None:
+    for case in ("alibi_bias_max", "sliding window, rope"):
+        check(made(case), "left", PIECES, StaticCache(max_cache_len=23))
+
+
+@pytest.mark.parametrize("head_dim", [6, 16, 40, 64, 112])
+def test_heads_of_every_width(head_dim: int) -> None:
+    """Narrower than a vector, whole vectors, and with a rest."""
+    module = model(MPT, {"rope": True, "alibi": True}, head_dim=head_dim)
+    for std in (0.2, 0.05):
+        check(randomised(module, std=std), "left", PIECES)
+
+
+@pytest.mark.parametrize("level", list(build.LEVELS))
+def test_every_instruction_set(level: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    library, found, status = native.choose(level)
+    if found != level:
+        pytest.skip(f"this machine has no {level}: {status}")
+    monkeypatch.setattr(native, "library", lambda: library)
+    for case in ("all at once", "rope", "qk_ln", "activation {'name': 'gelu', 'approximate': 'tanh'}"):
+        check(made(case), "left", PIECES)
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("count", [2, 3])
+def test_several_threads_share_rows_heads_and_keys(count: int) -> None:
+    """One key/value head and one row: then the keys are divided; with three threads, unevenly."""
+    torch.set_num_threads(count)
+    module = model(MPT, {"attn_type": "multiquery_attention", "alibi_bias_max": 4}, max_seq_len=512)
+    generator = torch.Generator().manual_seed(3)
+    ids = torch.randint(PAD + 1, 89, (1, 420), generator=generator)
+    wanted = expected_logits(module, expected(module, ids))[:, 410:]
+    assert_close("fused, divided keys", stepped(module, ids, None, (410, 1, 4, 5)), wanted, ATOL)
+    check(made("grouped"), "left", PIECES)
+
+
+def test_bfloat16_is_closer_to_the_definition_than_the_modules() -> None:
+    """Both get the same rounded weights; the library rounds keys and values alone."""
+    for case in ("alibi_bias_max", "rope", "mptglu", "all at once"):
+        module = made(case).bfloat16()
+        ids, mask = batch("left", LENGTHS)
+        wanted = expected_logits(module.float(), expected(module, ids, mask))[:, 8:]
+        module.bfloat16()
+        late = mask[:, 8:].bool().numpy()
+        ours = stepped(module, ids, mask, PIECES)
+        assert ours.dtype == torch.float32
+        with torch.inference_mode():
+            plain = module(ids, attention_mask=mask).logits[:, 8:]
+        off, their_off = (np.sqrt(np.square(x.double().numpy() - wanted)[late].mean()) for x in (ours, plain))
+        assert off < 0.8 * their_off, f"{case}: {off:.2e} against {their_off:.2e}"
+
+
+# ---------------------------------------------------------------------------- generation
+
+
+@pytest.mark.parametrize("name", [MPT, *GENERATING])
+def test_greedy_tokens_are_the_modules(name: str, taken: Any, by_modules: Any) -> None:
+    module = family(name)
+    ids, mask = texts("MistralForCausalLM" if name == MPT else name, "left")
+
+    def run() -> Any:
+        return module.generate(ids, attention_mask=mask, **VARIED)
+
+    ours = run()
+    assert taken == [(3, 1)] * 19
+    assert torch.equal(ours, by_modules(run))
+
+
+CALLS: dict[str, dict[str, Any]] = {
+    "beams": {"num_beams": 4},
+    "beams and copies": {"num_beams": 4, "num_return_sequences": 2},
+    "static": {"cache_implementation": "static"},
+    "sampled": {"do_sample": True, "top_k": 20, "num_return_sequences": 3, "seed": 5},
+    "lookup": {"prompt_lookup_num_tokens": 5},
+    "guided": {"guidance_scale": 1.5},
+    "scores": {"return_dict_in_generate": True, "output_scores": True, "output_logits": True},
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("name", [MPT, "MistralForCausalLM"])
+def test_every_way_to_generate(call: str, name: str, taken: Any, by_modules: Any) -> None:
+    module = family(name)
+    ids = batch("none", (23,))[0].repeat(1, 1 + (call == "lookup"))
+
+    def run() -> Any:
+        return module.generate(ids, **{**(ASKED if call == "lookup" else VARIED), **CALLS[call]})
+
+    ours, plain = run(), by_modules(run)
+    assert taken
+    if call != "scores":
+        assert torch.equal(ours, plain)
+        return
+    assert torch.equal(ours.sequences, plain.sequences)
+    for one, other in zip(ours.scores + ours.logits, plain.scores + plain.logits, strict=True):
+        # no_repeat_ngram_size made some of them -infinity.
+        assert torch.equal(one.isinf(), other.isinf())
+        assert_close("scores", one.nan_to_num(neginf=0), other.nan_to_num(neginf=0), 2 * ATOL)
+
+
+def test_guesses_of_an_assistant(taken: Any, by_modules: Any) -> None:
+    module, helper = model(MPT), model(MPT, seed=0, n_layers=1)
+    ids = batch("none", (23,))[0]
+
+    def run() -> Any:
+        return module.generate(ids, assistant_model=helper, num_assistant_tokens=4, **ASKED)
+
+    assert torch.equal(run(), by_modules(run))
+    assert max(count for _, count in taken) > 1
+
+
+def test_a_windowed_layer_drops_keys(taken: Any, monkeypatch: pytest.MonkeyPatch, by_modules: Any) -> None:
+    monkeypatch.setattr(DynamicCache, "SLACK", 4)
+    module = family("MistralForCausalLM")
+    ids, mask = texts("MistralForCausalLM", "left")
+
+    def run() -> Any:
+        asked = {**VARIED, "max_new_tokens": 41, "return_dict_in_generate": True}
+        return module.generate(ids, attention_mask=mask, **asked)
+
+    ours, plain = run(), by_modules(run)
+    assert len(taken) == 40
+    assert torch.equal(ours.sequences, plain.sequences)
+    assert ours.past_key_values.dropped == plain.past_key_values.dropped != [0, 0, 0]
+    for one, other in zip(ours.past_key_values, plain.past_key_values, strict=True):
+        for a, b in zip(one, other, strict=True):
+            assert_close("kept keys and values", a, b, ATOL)
+
+
+def test_a_chat_goes_on_and_takes_back(by_modules: Any) -> None:
+    """A cache that came back from one call begins the next, cut to a shorter text."""
+    module = model(MPT)
+    ids = batch("none", (23,))[0]
+
+    def run() -> Any:
+        first = module.generate(ids, **VARIED, return_dict_in_generate=True)
+        cache = first.past_key_values
+        cache.crop(30)
+        text = torch.cat((first.sequences[:, :30], ids[:, :4]), dim=1)
+        return module.generate(text, past_key_values=cache, **{**VARIED, "max_new_tokens": 12})
+
+    assert torch.equal(run(), by_modules(run))
+
+
+def test_given_positions_and_types(taken: Any, by_modules: Any) -> None:
+    for name, more in (
+        ("GPTNeoForCausalLM", {"token_type_ids": torch.full((2, 9), 5)}),
+        ("OpenAIGPTLMHeadModel", {"position_ids": torch.arange(3, 12)[None]}),
+        ("MistralForCausalLM", {"position_ids": torch.arange(18).view(2, 9) * 2}),
+    ):
+        module = family(name)
+        ids = batch("none", (9, 9))[0]
+        del taken[:]
+
+        def run(module: Any = module, ids: Tensor = ids, more: Any = more) -> Any:
+            return module.generate(ids, **VARIED, **more)
+
+        ours = run()
+        assert len(taken) == 19
+        assert torch.equal(ours, by_modules(run))
+
+
+def test_images_in_the_prompt(taken: Any, by_modules: Any) -> None:
+    module = family("FuyuForCausalLM")
+    ids, mask, patches, places = with_images((6, 3))
+
+    def run() -> Any:
+        images = {"image_patches": patches, "image_patches_indices": places}
+        return module.generate(ids, attention_mask=mask, **images, **VARIED)
+
+    ours = run()
+    assert len(taken) == 19
+    assert torch.equal(ours, by_modules(run))
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("tie", [True, False])
+def test_packed_weights(bits: int, tie: bool, taken: Any) -> None:
+    """All matrices packed, the embedding among them; the oracle takes the unpacked numbers. Where the processor
+    multiplies whole numbers, inputs are rounded to 8 bits in blocks of 64, by up to 1/254 of a block's largest."""
+    from monoblock.backends.pytorch import packing
+    from monoblock.backends.pytorch.packed import PackedLinear, packed_module
+
+    module = model(MPT, {"kv_n_heads": 2, "attn_type": "grouped_query_attention"}, no_bias=False,
+                   d_model=96, tie_word_embeddings=tie)  # fmt: skip
+    plain = copy.deepcopy(module)
+    with torch.no_grad():
+        for name, part in list(module.named_modules()):
+            if not isinstance(part, nn.Linear | nn.Embedding):
+                continue
+            owner, _, last = name.rpartition(".")
+            packed = packing.pack(part.weight, bits, 64)
+            made_part = packed_module(part, packed, bits, 64, torch.float32)
+            setattr(module.get_submodule(owner), last, made_part)
+            plain.get_submodule(name).weight.copy_(made_part.dequantize())
+    assert isinstance(module.head.out, PackedLinear)
+    ids, mask = batch("left", LENGTHS)
+    wanted = expected_logits(plain, expected(plain, ids, mask))[:, 8:]
+    got = stepped(module, ids, mask, PIECES).numpy()
+    late = mask[:, 8:].bool().numpy()
+    whole = "vnni" in (native.level() or "")
+    off = np.sqrt(np.square(got - wanted)[late].mean() / np.square(wanted)[late].mean())
+    assert off < (2e-2 if whole else 1e-5), off
+    assert taken
+
+
+# ---------------------------------------------------------------------------- standing back
+
+
+def hooked(module: Any) -> None:
+    module.backbone.blocks[1].mlp.register_forward_hook(lambda *_: None)
+
+
+def replaced(module: Any) -> None:
+    module.backbone.blocks[0].mlp.forward = module.backbone.blocks[0].mlp.forward
+
+
+def adapted(module: Any) -> None:
+    class Adapter(nn.Linear):
+        pass
+
+    old = module.backbone.blocks[0].attn.out
+    module.backbone.blocks[0].attn.out = Adapter(old.in_features, old.out_features, bias=old.bias is not None)
+
+
+def parametrised(module: Any) -> None:
+    nn.utils.parametrizations.weight_norm(module.backbone.blocks[0].mlp.down)
+
+
+def transposed(module: Any) -> None:
+    weight = module.backbone.blocks[0].attn.out.weight
+    weight.data = weight.data.T.contiguous().T
+
+
+def widened(module: Any) -> None:
+    module.backbone.blocks[0].norm2.double()
+
+
+def eager(module: Any) -> None:
+    module.set_attn_implementation("eager")
+
+
+def embedding_normed(module: Any) -> None:
+    module.backbone.embed.max_norm = 1e9
+
+
+OBSTACLES: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "a hook": (hooked, "blocks.1.mlp has hooks"),
+    "a forward": (replaced, "blocks.0.mlp has hooks, or a forward of its own"),
+    "another layer": (adapted, "attn.out is a Adapter"),
+    "a parametrisation": (parametrised, "mlp.down is a Parametrized"),
+    "a transposed weight": (transposed, "attn.out.weight is not contiguous"),
+    "another attention": (eager, "attention by eager"),
+    "a normed embedding": (embedding_normed, "embedding is normed"),
+    "float64": (lambda module: module.double(), "type is torch.float64"),
+    "float16": (lambda module: module.half(), "type is torch.float16"),
+}
+
+
+@pytest.mark.parametrize("what", OBSTACLES)
+def test_obstacles_are_named_and_the_modules_take_over(what: str, taken: Any) -> None:
+    module = model(MPT)
+    assert fused.obstacle(module) is None
+    change, said = OBSTACLES[what]
+    with torch.no_grad():
+        change(module)
+    assert said in (fused.obstacle(module) or "")
+    module.generate(batch("none")[0], **ASKED)
+    assert not taken
+
+
+def test_mixed_types_stand_in_the_way() -> None:
+    module = model(MPT)
+    widened(module)
+    assert "norm2.weight is torch.float64 in a model of torch.float32" in (fused.obstacle(module) or "")
+
+
+def test_models_and_settings_that_stand_in_the_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "turned by angles" in (fused.obstacle(made(LATE)) or "")
+    assert "both ways" in (fused.obstacle(ours_of("MPNetForMaskedLM", **fields("mpnet"))) or "")
+    module = model(MPT)
+    own = type("Own", (type(module),), {})(module.config)
+    assert "Own may compute something of its own" in (fused.obstacle(own) or "")
+    with torch.autocast("cpu", torch.bfloat16):
+        assert "autocast" in (fused.obstacle(module) or "")
+    handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
+    assert "all modules" in (fused.obstacle(module) or "")
+    handle.remove()
+    monkeypatch.setattr(native, "library", lambda: None)
+    assert "no native kernels" in (fused.obstacle(module) or "")
+
+
+def test_calls_that_need_the_modules(taken: Any) -> None:
+    module, ids = model(MPT), batch("none")[0]
+    for call in (
+        {"use_cache": False},
+        {"cache_implementation": "quantized"},
+        {"return_dict_in_generate": True, "output_attentions": True},
+        {"return_dict_in_generate": True, "output_hidden_states": True},
+    ):
+        module.generate(ids, **ASKED, **call)
+        assert not taken, call
+
+
+def test_caches_that_the_library_cannot_write() -> None:
+    module = model(MPT)
+    ids = batch("none")[0]
+    token = ids[:, :1]
+    with torch.no_grad():
+        past = module(ids, use_cache=True).past_key_values
+        halves = DynamicCache([(k.half(), v.half()) for k, v in past])
+        other_rows = DynamicCache([(k[:2], v[:2]) for k, v in past])
+        turned = DynamicCache([(k.mT.contiguous().mT, v) for k, v in past])
+        shorter = DynamicCache(list(past)[:1])
+        for cache in (halves, other_rows, shorter, DynamicCache()):
+            steps = fused.of(module, cache)
+            assert steps is not None
+            before = cache.get_seq_length()
+            assert steps.run(token) is None
+            assert cache.get_seq_length() == before
+        # Room for a token is made in new buffers, which the library can write.
+        steps = fused.of(module, turned)
+        assert steps is not None
+        wanted = module(token, past_key_values=past, use_cache=True).logits
+        assert_close("a turned cache", steps.run(token), wanted, ATOL)
+
+
+def test_many_tokens_go_through_the_modules(taken: Any) -> None:
+    module = model(MPT)
+    ids = batch("none", (9,) * 17)[0]
+    module.generate(ids[:16], **ASKED)
+    assert taken == [(16, 1)] * 19
+    module.generate(ids, **ASKED)
+    assert len(taken) == 19
+
+
+def test_what_is_outside_a_table_is_refused_as_by_the_modules() -> None:
+    module = family("GPTNeoForCausalLM")
+    ids = batch("none", (9,))[0]
+    several = ids.repeat(2, 1)
+    cache = DynamicCache(config=module.spec)
+    with torch.no_grad():
+        module(ids, past_key_values=cache, use_cache=True)
+        steps = fused.of(module, cache)
+        assert steps is not None
+        assert steps.run(torch.tensor([[89]])) is None
+        assert steps.run(torch.tensor([[-1]])) is None
+        assert steps.run(ids[:, :1], types_bn=torch.tensor([[89]])) is None
+        assert steps.run(ids[:, :1], positions_bn=torch.tensor([[64]])) is None
+        assert cache.get_seq_length() == 9
+        assert steps.run(ids[:, :1], positions_bn=torch.tensor([[63]])) is not None
+    with pytest.raises(ValueError, match=r"input_ids hold the token 99"):
+        module.generate(several, **{**ASKED, "pad_token_id": 99}, stopping_criteria=[_first_ends()])
+
+
+def _first_ends() -> Any:
+    class FirstEnds:
+        def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> list[bool]:
+            return [row == 0 for row in range(len(input_ids))]
+
+    return FirstEnds()
+
+
+# ---------------------------------------------------------------------------- weights that change
+
+
+def test_changed_weights_are_seen(by_modules: Any) -> None:
+    module = model(MPT)
+    ids = batch("none")[0]
+
+    def run() -> Any:
+        return module.generate(ids, **VARIED)
+
+    seen = [run()]
+    other = model(MPT, seed=1).state_dict()
+    changes: list[Callable[[], Any]] = [
+        lambda: module.backbone.blocks[0].mlp.up.weight.mul_(-1.5),
+        lambda: module.load_state_dict(other),
+        lambda: module.load_state_dict({k: v * 0.7 for k, v in other.items()}, assign=True),
+        lambda: module.bfloat16(),
+        lambda: module.float(),
+        lambda: setattr(module.backbone.blocks[1].norm1.weight, "data", torch.linspace(-1, 1, 36)),
+    ]
+    for change in changes:
+        with torch.no_grad():
+            change()
+        seen.append(run())
+        assert fused.obstacle(module) is None
+        if module.dtype == torch.float32:
+            assert torch.equal(seen[-1], by_modules(run))
+    assert not any(torch.equal(one, other) for one, other in itertools.pairwise(seen[:4]))
+
+
+def test_copies_and_pickles_hold_nothing_of_it() -> None:
+    module = model(MPT)
+    ids = batch("none")[0]
+    before = module.state_dict().keys()
+    ours = module.generate(ids, **VARIED)
+    assert module.state_dict().keys() == before
+    other = copy.deepcopy(module)
+    with torch.no_grad():
+        module.backbone.blocks[0].mlp.up.weight.zero_()
+    assert torch.equal(other.generate(ids, **VARIED), ours)
+    file = io.BytesIO()
+    torch.save(other.state_dict(), file)
+    assert "Weights" not in file.getvalue().decode("latin-1")
+    assert not any(isinstance(value, fused.Weights) for value in vars(other).values())
+    again = pickle.loads(pickle.dumps(other.backbone))
+    assert torch.equal(again.embed.weight, other.backbone.embed.weight)
