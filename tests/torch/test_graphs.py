@@ -137,6 +137,7 @@ def test_with_the_gpus_attention(case: str, recording: Any, monkeypatch: pytest.
     ids, mask = batch("left", LENGTHS)
     plain = both(module, ids, mask, monkeypatch)[1]
     graphs.release(module)
+    monkeypatch.setattr(graphs, "ALIGN", 64)
     monkeypatch.setattr(attention_gpu, "DEVICES", ("cpu",))
     parts = []
     partial = attention_gpu.PARTIAL["cpu"]
