@@ -40,6 +40,7 @@ SIGNATURES: dict[str, tuple[Any, ...]] = {
         *(ctypes.POINTER(Matrix), c_void_p, c_int32, c_int64, c_int64),
         *(c_void_p, c_int32, c_int64, c_int),
     ),
+    "mb_read": (c_void_p, c_int64, c_int, ctypes.POINTER(ctypes.c_uint32)),
 }
 
 

@@ -84,8 +84,13 @@ def compiler(environ: Mapping[str, str] = os.environ) -> list[str] | None:
 
 def build(folder: Path = HERE) -> Outcome:
     """Compile every level into `folder`; what cannot be compiled is left out, and the line says why."""
-    for level in LEVELS:
-        path_of(level, folder).unlink(missing_ok=True)
+    outcome = _build(folder)
+    for level in set(LEVELS) - set(outcome.levels):
+        path_of(level, folder).unlink(missing_ok=True)  # of other sources, or another compiler
+    return outcome
+
+
+def _build(folder: Path) -> Outcome:
     command = compiler()
     if command is None:
         wish = os.environ.get("CXX")

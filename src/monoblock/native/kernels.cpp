@@ -2,6 +2,7 @@
 // that ctypes can call. Everything is written over vector extensions; only a few dot products are spelled out.
 #include "attention.hpp"
 #include "block.hpp"
+#include "bandwidth.hpp"
 #include "matrix.hpp"
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
@@ -26,6 +27,12 @@ EXPORT const char* mb_sources() { return MB_SOURCES; }
 EXPORT int mb_linear(const Matrix* m, const void* x, int32_t x_format, int64_t ldx, int64_t rows, void* y,
                      int32_t y_format, int64_t ldy, int threads) {
   return matrices::linear(*m, x, x_format, ldx, rows, y, y_format, ldy, threads);
+}
+
+// Reads `bytes` bytes once, as fast as the memory can; a checksum of them goes to `sum`.
+EXPORT int mb_read(const void* data, int64_t bytes, int threads, uint32_t* sum) {
+  *sum = matrices::read_all(data, bytes, threads);
+  return 0;
 }
 
 // For prompts; see attention.hpp and prompt.hpp.

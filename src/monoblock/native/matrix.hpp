@@ -32,7 +32,7 @@ struct Matrix {
 };
 
 constexpr int RUN = 128;    // inputs that packed formats are padded to
-constexpr int BLOCK = 64;   // inputs that share one scale when they are quantised
+constexpr int BLOCK = 64;  // the smaller group
 constexpr int FEW = 8;      // rows of inputs that one pass takes at once
 constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
@@ -41,8 +41,8 @@ struct Prepared {
   float* f;        // (rows, padded)
   uint16_t* bf;    // (rows, padded)
   int8_t* q;       // (rows, padded), whole numbers of -127..127
-  float* q_scale;  // (rows, blocks): x = q * q_scale
-  float* q_sum;    // (rows, blocks): the sum of the inputs of each block, as far as `q` holds them
+  float* q_scale;  // (rows, blocks): x = q * q_scale in each group of the weights
+  float* q_sum;    // (rows, blocks): the sum of each group's inputs, as far as `q` holds them
   int64_t padded, blocks;
   const float* x;  // floats that are read where they lie: the inputs themselves, or `f`
   int64_t ldx;
@@ -84,12 +84,12 @@ namespace matrices {
 // y[row * ldy + output] for all rows and the outputs [first, last); one thread's work.
 inline void multiply(const Matrix& m, const Prepared& x, int rows, float* y, int64_t ldy, int64_t first, int64_t last) {
   switch (m.format) {
-    case F32: return over_tiles<FloatTile<F32>>(m, x, rows, y, ldy, first, last);
+    case F32: return over_tiles<FloatTile>(m, x, rows, y, ldy, first, last);
     case BF16:
 #if defined(__AVX512BF16__)
       if (by_pairs(rows)) return over_tiles<PairTile>(m, x, rows, y, ldy, first, last);
 #endif
-      return over_tiles<FloatTile<BF16>>(m, x, rows, y, ldy, first, last);
+      return over_tiles<HalfTile>(m, x, rows, y, ldy, first, last);
     case INT8: return over_tiles<CodeTile<INT8>>(m, x, rows, y, ldy, first, last);
     case INT4: return over_tiles<CodeTile<INT4>>(m, x, rows, y, ldy, first, last);
   }

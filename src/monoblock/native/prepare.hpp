@@ -1,9 +1,10 @@
-// Inputs in the form that the kernels read: as they are, padded, in bf16, or quantised. Part of matrix.hpp.
+// Inputs in the form that the kernels read: as they are, reordered, in bf16, or quantised. Part of matrix.hpp.
 #pragma once
 
 namespace matrices {
 
-// Whether rows of inputs meet bf16 weights as bf16 pairs. Up to four rows floats cost nothing, the memory being slower.
+// Whether rows of inputs meet bf16 weights as bf16 pairs. Up to four rows exact inputs cost nothing, the memory being
+// slower than the arithmetic.
 INLINE bool by_pairs(int rows) {
 #if defined(__AVX512BF16__)
   return rows > 4;
@@ -18,23 +19,33 @@ inline void pad(const float* x, int64_t inputs, float* to, int64_t padded) {
   memset(to + inputs, 0, (padded - inputs) * sizeof(float));
 }
 
+// In every run of 2 * LANES inputs, those of even places before those of odd places.
+inline void part(const float* x, int64_t inputs, float* to, int64_t padded) {
+  for (int64_t k = 0; k < padded; k += 2 * LANES)
+    for (int i = 0; i < LANES; ++i) {
+      const int64_t at = k + 2 * i;
+      to[k + i] = at < inputs ? x[at] : 0;
+      to[k + LANES + i] = at + 1 < inputs ? x[at + 1] : 0;
+    }
+}
+
 inline void narrow(const float* x, int64_t inputs, uint16_t* to, int64_t padded) {
   int64_t k = 0;
   for (; k + LANES <= inputs; k += LANES) store(to + k, to_bf16(load<Floats>(x + k)));
   for (; k < padded; ++k) to[k] = k < inputs ? to_bf16(x[k]) : 0;
 }
 
-// One block: q = round(x * 127 / max|x|). NaN and infinity reach the scale, so that they are not lost.
-INLINE void quantise(const float* x, int8_t* q, float* scale, float* total) {
+// One group: q = round(x * 127 / max|x|). NaN and infinity reach the scale, so that they are not lost.
+INLINE void quantise(const float* x, int group, int8_t* q, float* scale, float* total) {
   Floats top = {}, strange = {};
-  for (int k = 0; k < BLOCK; k += LANES) {
+  for (int k = 0; k < group; k += LANES) {
     Floats v = load<Floats>(x + k);
     top = largest(magnitude(v), top);
     strange += v * 0.0f;
   }
   float most = largest(top), inverse = most > 0 ? 127 / most : 0;
   Ints whole = {};
-  for (int k = 0; k < BLOCK; k += LANES) {
+  for (int k = 0; k < group; k += LANES) {
     Ints n = nearest(load<Floats>(x + k) * inverse);
     store(q + k, __builtin_convertvector(n, SignedBytes));
     whole += n;
@@ -43,21 +54,17 @@ INLINE void quantise(const float* x, int8_t* q, float* scale, float* total) {
   *total = sum(__builtin_convertvector(whole, Floats)) * *scale;
 }
 
-inline void quantise_row(const float* x, int64_t row, int64_t inputs, Prepared& p) {
-  float rest[BLOCK];
-  float *scale = p.q_scale + row * p.blocks, *total = p.q_sum + row * p.blocks;
-  for (int64_t b = 0; b < p.blocks; ++b) {
-    int64_t k = b * BLOCK;
-    if (k >= p.padded) {
-      scale[b] = total[b] = 0;
-      continue;
-    }
+inline void quantise_row(const float* x, int64_t row, const Matrix& m, Prepared& p) {
+  float rest[RUN], *scale = p.q_scale + row * p.blocks, *total = p.q_sum + row * p.blocks;
+  memset(scale, 0, p.blocks * 4);
+  memset(total, 0, p.blocks * 4);
+  for (int64_t g = 0, k = 0; k < p.padded; ++g, k += m.group) {
     const float* from = x + k;
-    if (k + BLOCK > inputs) {
-      pad(from, inputs > k ? inputs - k : 0, rest, BLOCK);
+    if (k + m.group > m.inputs) {
+      pad(from, m.inputs > k ? m.inputs - k : 0, rest, m.group);
       from = rest;
     }
-    quantise(from, p.q + row * p.padded + k, scale + b, total + b);
+    quantise(from, m.group, p.q + row * p.padded + k, scale + g, total + g);
   }
 }
 
@@ -75,11 +82,14 @@ inline void block_sums(const float* x, float* to, int64_t blocks) {
 inline void prepare(const Matrix& m, const float* x, int64_t ldx, int rows, Prepared& p) {
   p.padded = round_up(m.inputs, RUN), p.blocks = round_up(p.padded / BLOCK, 16);
   p.x = x, p.ldx = ldx;
-  if (m.format == BF16 && by_pairs(rows))
-    for (int row = 0; row < rows; ++row) narrow(x + row * ldx, m.inputs, p.bf + row * p.padded, p.padded);
+  for (int row = 0; row < rows && m.format == BF16; ++row)
+    if (by_pairs(rows))
+      narrow(x + row * ldx, m.inputs, p.bf + row * p.padded, p.padded);
+    else
+      part(x + row * ldx, m.inputs, p.f + row * p.padded, p.padded);
   if (m.format == F32 || m.format == BF16) return;
 #if defined(__AVX512VNNI__)
-  for (int row = 0; row < rows; ++row) quantise_row(x + row * ldx, row, m.inputs, p);
+  for (int row = 0; row < rows; ++row) quantise_row(x + row * ldx, row, m, p);
 #else
   if (m.inputs != p.padded) {
     for (int row = 0; row < rows; ++row) pad(x + row * ldx, m.inputs, p.f + row * p.padded, p.padded);

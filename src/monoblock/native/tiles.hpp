@@ -3,45 +3,76 @@
 
 namespace matrices {
 
+// Asks for what the next tile reads while this one is computed: rows of weights are too short for the processor to
+// guess. Measured: +40% at one row of inputs, +60% at eight.
+INLINE void ahead(const void* from, int64_t bytes) { __builtin_prefetch((const char*)from + bytes); }
+
 // How many rows of weights a tile takes: the sums, R * T vectors, must stay in registers (32 with AVX-512, else 16).
 template <int T>
 constexpr int rows_of() {
   return LANES == 16 ? (T == 1 ? 8 : T == 2 ? 8 : T <= 4 ? 4 : 2) : (T == 1 ? 8 : T == 2 ? 4 : T <= 4 ? 2 : 1);
 }
 
-// Weights that are floats or become floats.
-template <int FORMAT>
+// float32 weights.
 struct FloatTile {
-  using Weight = typename std::conditional<FORMAT == F32, float, uint16_t>::type;
-
-  static INLINE Floats floats(const float* from) { return load<Floats>(from); }
-  static INLINE Floats floats(const uint16_t* from) { return from_bf16(load<Halves>(from)); }
-
   template <int R, int T>
   static INLINE void run(const Matrix& m, const Prepared& p, int64_t output, int row, float (&out)[R][T]) {
-    const Weight* w = (const Weight*)m.data + output * m.inputs;
-    const float* x = p.x + row * p.ldx;
+    const float *w = (const float*)m.data + output * m.inputs, *x = p.x + row * p.ldx;
     Floats sums[R][T] = {};
     int64_t k = 0;
     for (; k + LANES <= m.inputs; k += LANES) step<R, T>(w + k, m.inputs, x + k, p.ldx, sums);
     if (int64_t rest = m.inputs - k) {
-      Weight last_w[R][LANES] = {};
-      float last_x[T][LANES] = {};
-      for (int r = 0; r < R; ++r) memcpy(last_w[r], w + r * m.inputs + k, rest * sizeof(Weight));
-      for (int t = 0; t < T; ++t) memcpy(last_x[t], x + t * p.ldx + k, rest * sizeof(float));
+      float last_w[R][LANES] = {}, last_x[T][LANES] = {};
+      for (int r = 0; r < R; ++r) memcpy(last_w[r], w + r * m.inputs + k, rest * 4);
+      for (int t = 0; t < T; ++t) memcpy(last_x[t], x + t * p.ldx + k, rest * 4);
       step<R, T>(last_w[0], LANES, last_x[0], LANES, sums);
     }
-    for (int r = 0; r < R; ++r)
-      for (int t = 0; t < T; ++t) out[r][t] = sum(sums[r][t]);
+    UNROLL for (int r = 0; r < R; ++r) UNROLL for (int t = 0; t < T; ++t) out[r][t] = sum(sums[r][t]);
   }
 
   template <int R, int T>
-  static INLINE void step(const Weight* w, int64_t ldw, const float* x, int64_t ldx, Floats (&sums)[R][T]) {
-    Floats v[T];
-    UNROLL for (int t = 0; t < T; ++t) v[t] = load<Floats>(x + t * ldx);
+  static INLINE void step(const float* w, int64_t ldw, const float* x, int64_t ldx, Floats (&sums)[R][T]) {
+    Floats weights[R];
     UNROLL for (int r = 0; r < R; ++r) {
-      Floats weights = floats(w + r * ldw);
-      UNROLL for (int t = 0; t < T; ++t) sums[r][t] += weights * v[t];
+      ahead(w + r * ldw, R * ldw * 4);
+      weights[r] = load<Floats>(w + r * ldw);
+    }
+    UNROLL for (int t = 0; t < T; ++t) {
+      Floats v = load<Floats>(x + t * ldx);
+      UNROLL for (int r = 0; r < R; ++r) sums[r][t] += weights[r] * v;
+    }
+  }
+};
+
+// bf16 weights and exact inputs. A word holds two weights; each becomes a float by itself, and the inputs lie as
+// `prepare` has put them: those of a vector's even places, then those of its odd places.
+struct HalfTile {
+  template <int R, int T>
+  static INLINE void run(const Matrix& m, const Prepared& p, int64_t output, int row, float (&out)[R][T]) {
+    constexpr int STEP = 2 * LANES;
+    const uint16_t* w = (const uint16_t*)m.data + output * m.inputs;
+    const float* x = p.f + row * p.padded;
+    Floats sums[R][T] = {};
+    int64_t k = 0;
+    for (; k + STEP <= m.inputs; k += STEP) step<R, T>(w + k, m.inputs, x + k, p.padded, sums);
+    if (int64_t rest = m.inputs - k) {
+      uint16_t last[R][STEP] = {};
+      for (int r = 0; r < R; ++r) memcpy(last[r], w + r * m.inputs + k, rest * 2);
+      step<R, T>(last[0], STEP, x + k, p.padded, sums);
+    }
+    UNROLL for (int r = 0; r < R; ++r) UNROLL for (int t = 0; t < T; ++t) out[r][t] = sum(sums[r][t]);
+  }
+
+  template <int R, int T>
+  static INLINE void step(const uint16_t* w, int64_t ldw, const float* x, int64_t ldx, Floats (&sums)[R][T]) {
+    Floats even[T], odd[T];
+    UNROLL for (int t = 0; t < T; ++t) even[t] = load<Floats>(x + t * ldx), odd[t] = load<Floats>(x + t * ldx + LANES);
+    UNROLL for (int r = 0; r < R; ++r) {
+      ahead(w + r * ldw, R * ldw * 2);
+      Words pair = load<Words>(w + r * ldw);
+      Floats first = bits<Floats>(pair << 16), second = bits<Floats>(pair & 0xffff0000u);
+      UNROLL for (int t = 0; t < T; ++t) sums[r][t] += first * even[t];
+      UNROLL for (int t = 0; t < T; ++t) sums[r][t] += second * odd[t];
     }
   }
 };
@@ -72,6 +103,7 @@ struct PairTile {
     Pairs v[T];
     UNROLL for (int t = 0; t < T; ++t) v[t] = load<Pairs>(x + t * ldx);
     UNROLL for (int r = 0; r < R; ++r) {
+      ahead(w + r * ldw, R * ldw * 2);
       Pairs weights = load<Pairs>(w + r * ldw);
       UNROLL for (int t = 0; t < T; ++t)
         sums[r][t] = (Floats)_mm512_dpbf16_ps((__m512)sums[r][t], (__m512bh)v[t], (__m512bh)weights);
@@ -82,78 +114,85 @@ struct PairTile {
 
 #if defined(__AVX512VNNI__)
 // Packed weights with quantised inputs: one instruction multiplies 64 codes with 64 inputs and sums them four by four,
-// in whole numbers. With x = q * q_scale in a block,
+// in whole numbers. With x = q * q_scale in a group,
 //   sum(w x) = scale * q_scale * sum(code * q) + low * q_scale * sum(q),   where INT8's low is -128 * scale.
 template <int FORMAT>
 struct CodeTile {
   typedef uint8_t Codes __attribute__((vector_size(64)));
-  static constexpr int PANEL = 64;  // blocks whose scales are made at once
+  static constexpr int PANEL = 64;  // groups whose scales are made at once
 
   template <int R, int T>
   static INLINE void run(const Matrix& m, const Prepared& p, int64_t output, int row, float (&out)[R][T]) {
-    const int64_t bytes = FORMAT == INT8 ? p.padded : p.padded / 2, blocks = p.padded / BLOCK;
+    return m.group == RUN ? sum_of<R, T, RUN>(m, p, output, row, out) : sum_of<R, T, RUN / 2>(m, p, output, row, out);
+  }
+
+  template <int R, int T, int GROUP>
+  static INLINE void sum_of(const Matrix& m, const Prepared& p, int64_t output, int row, float (&out)[R][T]) {
+    constexpr int EACH = RUN / GROUP;
+    const int64_t bytes = FORMAT == INT8 ? p.padded : p.padded / 2, groups = p.padded / GROUP;
     const uint8_t* w = (const uint8_t*)m.data + output * bytes;
     const int8_t* x = p.q + row * p.padded;
     Floats sums[R][T] = {};
-    for (int64_t first = 0; first < blocks; first += PANEL) {
-      const int count = blocks - first < PANEL ? int(blocks - first) : PANEL;
+    for (int64_t first = 0; first < groups; first += PANEL) {
+      const int count = groups - first < PANEL ? int(groups - first) : PANEL;
       float scales[R][T][PANEL];
       scale<R, T>(m, p, output, row, first, count, scales, sums);
-      for (int b = 0; b < count; b += 2) {
-        const int64_t k = (first + b) * BLOCK;
-        UNROLL for (int r = 0; r < R; ++r) {
-          Codes codes[2];
-          unpack(w + r * bytes + (FORMAT == INT8 ? k : k / 2), codes);
-          UNROLL for (int t = 0; t < T; ++t) UNROLL for (int half = 0; half < 2; ++half)
-            sums[r][t] += dot(codes[half], x + t * p.padded + k + half * BLOCK) * scales[r][t][b + half];
+      for (int g = 0; g < count; g += EACH) {
+        const int64_t k = (first + g) * GROUP;
+        Codes codes[R][2];
+        UNROLL for (int r = 0; r < R; ++r) unpack(w + r * bytes + (FORMAT == INT8 ? k : k / 2), R * bytes, codes[r]);
+        UNROLL for (int t = 0; t < T; ++t) {
+          const int8_t* q = x + t * p.padded + k;
+          const __m512i low = _mm512_loadu_si512(q), high = _mm512_loadu_si512(q + 64), none = {};
+          UNROLL for (int r = 0; r < R; ++r) {
+            __m512i a = _mm512_dpbusd_epi32(none, (__m512i)codes[r][0], low);
+            __m512i b = _mm512_dpbusd_epi32(EACH == 1 ? a : none, (__m512i)codes[r][1], high);
+            if (EACH == 2) sums[r][t] += floats(a) * scales[r][t][g];
+            sums[r][t] += floats(b) * scales[r][t][g + EACH - 1];
+          }
         }
       }
     }
-    for (int r = 0; r < R; ++r)
-      for (int t = 0; t < T; ++t) out[r][t] = sum(sums[r][t]);
+    UNROLL for (int r = 0; r < R; ++r) UNROLL for (int t = 0; t < T; ++t) out[r][t] = sum(sums[r][t]);
   }
 
-  // The codes of 128 weights.
-  static INLINE void unpack(const uint8_t* from, Codes (&codes)[2]) {
+  static INLINE Floats floats(__m512i v) { return __builtin_convertvector((Ints)v, Floats); }
+
+  // The codes of 128 weights; `next` bytes further on are those that will be read soon.
+  static INLINE void unpack(const uint8_t* from, int64_t next, Codes (&codes)[2]) {
     codes[0] = load<Codes>(from);
+    ahead(from, next);
     if (FORMAT == INT8) {
       codes[1] = load<Codes>(from + 64);
+      ahead(from + 64, next);
     } else {
       codes[1] = codes[0] >> 4;
       codes[0] &= 15;
     }
   }
 
-  static INLINE Floats dot(Codes codes, const int8_t* x) {
-    __m512i found = _mm512_dpbusd_epi32(_mm512_setzero_si512(), (__m512i)codes, _mm512_loadu_si512(x));
-    return (Floats)_mm512_cvtepi32_ps(found);
-  }
-
-  // scale * q_scale of each block, and the share of `low` in the sums.
+  // scale * q_scale of each group, and the share of `low` in the sums.
   template <int R, int T>
   static INLINE void scale(const Matrix& m, const Prepared& p, int64_t output, int row, int64_t first, int count,
                            float (&scales)[R][T][PANEL], Floats (&sums)[R][T]) {
     const int64_t groups = groups_of(m);
-    for (int b = 0; b < count; b += 16)
-      for (int r = 0; r < R; ++r) {
-        const int64_t line = (output + r) * groups;
-        Floats scale = by_block(m.scale + line, groups, first + b, m.group);
-        Floats low = FORMAT == INT8 ? scale * -128.0f : by_block(m.low + line, groups, first + b, m.group);
+    for (int g = 0; g < count; g += LANES)
+      UNROLL for (int r = 0; r < R; ++r) {
+        const int64_t at = (output + r) * groups + first + g;
+        Floats scale = halves(m.scale + at, count - g);
+        Floats low = FORMAT == INT8 ? scale * -128.0f : halves(m.low + at, count - g);
         UNROLL for (int t = 0; t < T; ++t) {
-          const int64_t at = (row + t) * p.blocks + first + b;
-          store(scales[r][t] + b, scale * load<Floats>(p.q_scale + at));
-          sums[r][t] += low * load<Floats>(p.q_sum + at);
+          const int64_t own = (row + t) * p.blocks + first + g;
+          store(scales[r][t] + g, scale * load<Floats>(p.q_scale + own));
+          sums[r][t] += low * load<Floats>(p.q_sum + own);
         }
       }
   }
 
-  // The numbers of 16 blocks from `block` on, of a row of `groups` numbers; zeros after the row's end.
-  static INLINE Floats by_block(const uint16_t* line, int64_t groups, int64_t block, int group) {
-    const int64_t at = group == RUN ? block / 2 : block, left = groups - at;
-    const __mmask16 there = left >= 16 ? 0xffff : (1u << left) - 1;
-    Floats v = (Floats)_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(there, line + at));
-    if (group != RUN) return v;
-    return __builtin_shufflevector(v, v, 0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7);
+  // Up to 16 half-precision numbers, and zeros.
+  static INLINE Floats halves(const uint16_t* from, int count) {
+    const __mmask16 there = count >= 16 ? 0xffff : (1u << count) - 1;
+    return (Floats)_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(there, from));
   }
 };
 #else
@@ -172,6 +211,7 @@ struct CodeTile {
       int64_t at = FORMAT == INT8 ? b * BLOCK : b / 2 * BLOCK;
       int shift = FORMAT == INT8 ? 0 : b % 2 * 4;
       for (int r = 0; r < R; ++r) {
+        ahead(w + r * bytes + at, R * bytes);
         float scale = from_half(m.scale[group + r * groups]);
         float low = FORMAT == INT8 ? -128 * scale : from_half(m.low[group + r * groups]);
         Floats part[T] = {};
