@@ -62,7 +62,7 @@ def convert(
     target = Path(os.path.abspath(Path(target).expanduser()))  # noqa: PTH100  # resolve() would follow a link
     to = _check(options)
     check_target(target, replace=options.force)
-    _check_apart(source, target)
+    check_apart(source, target)
     with ExitStack() as stack:
         given = _given(source)
         place = stack.enter_context(unpacked(given, target)) if isinstance(given, Path) else given
@@ -112,8 +112,8 @@ def _check(options: Options) -> Format:
     return FORMATS[options.target_format]
 
 
-def _check_apart(source: str | os.PathLike[str], target: Path) -> None:
-    """A target that is the source, or around it, would be replaced while it is read."""
+def check_apart(source: str | os.PathLike[str], target: Path) -> None:
+    """CheckpointError if the target is the source, or around it: it would be replaced while it is read."""
     place = Path(source).expanduser().resolve()
     if place.exists() and target.resolve() in (place, *place.parents):
         raise CheckpointError(f"{target} is the source or holds it: choose another target")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 # Each is a module of this package with an `app`; the order is that of `monoblock --help`.
-COMMANDS = ("generate", "chat", "attention", "info", "convert", "bench", "env")
+COMMANDS = ("generate", "chat", "attention", "info", "convert", "quantize", "bench", "env")
 
 
 def main() -> None:

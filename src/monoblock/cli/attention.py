@@ -58,8 +58,10 @@ def attention(
     """
     name, text = _model_and_text(words, source.model)
     weighed = layer is not None or head is not None
-    if not weighed and (source.dtype is not Dtype.AUTO or source.device != "auto"):
-        raise typer.BadParameter("--dtype and --device need --layer or --head: else no weights are loaded")
+    if not weighed and (source.dtype is not Dtype.AUTO or source.device != "auto" or source.quantize):
+        raise typer.BadParameter(
+            "--dtype, --device and --quantize need --layer or --head: else no weights are loaded"
+        )
     wanted = _head(head or "mean")
     from monoblock.cli.engine import locate
     from monoblock.utils import attention_visualizer as pictures
@@ -146,4 +148,4 @@ def _load(visualizer: AttentionMaskVisualizer, path: str, where: dict[str, Any],
     chosen = named[0] if named else bare if bare.lower() in known else class_names(config.model_type)[0]
     if device := device_map(source.device):
         where = where | {"device_map": device}
-    return getattr(monoblock, chosen).from_pretrained(path, dtype=source.dtype.value, **where).eval()
+    return getattr(monoblock, chosen).from_pretrained(path, **source.kwargs(), **where).eval()

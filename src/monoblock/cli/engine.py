@@ -164,7 +164,7 @@ def load(source: Source, hub: Hub, attention: str | None = None) -> Engine:
         where = where | {"device_map": device}
     if attention is not None:
         where = where | {"attn_implementation": attention}
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=source.dtype.value, **where)
+    model = AutoModelForCausalLM.from_pretrained(path, **source.kwargs(), **where)
     model.eval()
     return Engine(model, tokenizer, name, _processor(model, path, hub.kwargs() if source.model else {}))
 

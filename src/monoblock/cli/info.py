@@ -61,6 +61,7 @@ class Contents:
 def describe(path: str, hub: Hub) -> dict[str, Any]:
     """Everything `monoblock info` shows, by name; all but the spec is ready for JSON. Sizes are in bytes."""
     from monoblock import AutoConfig
+    from monoblock.quantization import recorded
 
     config = AutoConfig.from_pretrained(path, **hub.kwargs())
     spec = config.to_spec()
@@ -75,6 +76,7 @@ def describe(path: str, hub: Hub) -> dict[str, Any]:
         "spec": spec,
         "parameters": count,
         "stored": contents.stored,
+        "quantization": how.to_dict() if (how := recorded(config)) else None,
         "memory": {name: count * bits // 8 for name, bits in DTYPE_BITS.items()},
         "cache_per_token": per_token,
         "files": contents.files,
@@ -147,6 +149,7 @@ def _show(found: dict[str, Any], name: str) -> None:
             "stored",
             ", ".join(f"{n:,} {d}" for d, n in stored.items()) if stored else "no safetensors header to read",
         ),
+        *([("packed", _packed(found["quantization"]))] if found["quantization"] else []),
         *((f"weights in {dtype}", _size(size)) for dtype, size in found["memory"].items()),
         *((f"cache per token in {dtype}", _size(size)) for dtype, size in found["cache_per_token"].items()),
         *(
@@ -157,6 +160,11 @@ def _show(found: dict[str, Any], name: str) -> None:
     console.rows(name, lines)
     print()
     print(found["spec"])
+
+
+def _packed(how: dict[str, Any]) -> str:
+    kept = ", ".join(how["modules_to_not_convert"] or ())
+    return f"int{how['bits']}, groups of {how['group_size']}" + (f"; not {kept}" if kept else "")
 
 
 def _plain(value: Any) -> Any:

@@ -20,6 +20,13 @@ class Dtype(StrEnum):
     FLOAT16 = "float16"
 
 
+class Quantize(StrEnum):
+    """The types that weights may be packed in while they are loaded."""
+
+    INT8 = "int8"
+    INT4 = "int4"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Hub:
     """Where a model's files come from."""
@@ -51,6 +58,14 @@ class Source:
     device: Annotated[str, typer.Option(help="auto (a GPU if there is one), cpu, cuda, cuda:1, mps, ...")] = (
         "auto"
     )
+    quantize: Annotated[
+        Quantize | None, typer.Option(help="Pack the weights while they are loaded: int8 or int4.")
+    ] = None
+
+    def kwargs(self) -> dict[str, Any]:
+        """The arguments of `from_pretrained` beside those of the hub and the device."""
+        packed = {"quantization_config": self.quantize.value} if self.quantize else {}
+        return {"dtype": self.dtype.value, **packed}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,8 @@ into its final memory piece by piece. There is never a second copy of the model.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from math import prod
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ DTYPES = {
     name: getattr(torch, name)
     for name in ("float32", "float16", "bfloat16", "float64", "float8_e4m3fn", "float8_e5m2")
 }
+MANY = 100_000_000  # weights, which take a second or more to pack
 STORED = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
@@ -79,7 +81,7 @@ def load(
     """
     shapes = {name: tuple(model.get_parameter(path).shape) for name, path in parameters.items()}
     sources, report = matched(store, keymap, shapes, tied, ignore_mismatched_sizes=ignore_mismatched_sizes)
-    for canonical, source in sources.items():
+    for canonical, source in _watched(sources, shapes) if put else sources.items():
         path = parameters[canonical]
         tensor = read(source, store, shapes[canonical], dtype, device(path))
         if put is None:
@@ -87,6 +89,16 @@ def load(
         else:
             put(path, tensor)
     return report
+
+
+def _watched(
+    sources: Mapping[str, Source], shapes: Mapping[str, tuple[int, ...]]
+) -> Iterator[tuple[str, Source]]:
+    """The sources, with a bar at a terminal where there is enough to pack that one waits for it."""
+    from monoblock.pipelines.progress import shown
+
+    many = sum(prod(shapes[name]) for name in sources) > MANY
+    return shown(iter(sources.items()), len(sources), None if many else False)
 
 
 def assign(model: nn.Module, path: str, tensor: Tensor) -> None:

@@ -1,0 +1,139 @@
+"""`monoblock quantize`: a model's folder with its weights packed in 8 or 4 bits."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from monoblock.cli import console
+from monoblock.cli.app import EXIT_CODES, sub_app
+from monoblock.cli.options import Dtype, Hub
+
+if TYPE_CHECKING:
+    from monoblock.checkpoint.options import HubOptions
+    from monoblock.quantization import WeightOnlyConfig
+
+app = sub_app()
+
+
+class Bits(StrEnum):
+    """Bits of a weight of the blocks."""
+
+    EIGHT = "8"
+    FOUR = "4"
+
+
+class Group(StrEnum):
+    """Weights that share a scale."""
+
+    LARGE = "128"
+    SMALL = "64"
+
+
+@dataclass(frozen=True, kw_only=True)
+class How:
+    """How the weights are packed."""
+
+    bits: Annotated[Bits, typer.Option(help="Bits of a weight in the blocks.")] = Bits.EIGHT
+    group_size: Annotated[Group, typer.Option(help="Weights that share a scale.")] = Group.LARGE
+    keep: Annotated[
+        list[str] | None,
+        typer.Option(help="A module that is not packed, such as lm_head; may be given several times."),
+    ] = None
+    dtype: Annotated[
+        Dtype, typer.Option(help="Type of what is not packed, and of the computation; auto: as stored.")
+    ] = Dtype.AUTO
+    max_shard_size: Annotated[
+        str | None, typer.Option(help='Split the weights into files of this size at most, such as "5GB".')
+    ] = None
+
+    def config(self) -> WeightOnlyConfig:
+        """As the library has it."""
+        from monoblock.quantization import WeightOnlyConfig
+
+        return WeightOnlyConfig(
+            bits=int(self.bits), group_size=int(self.group_size), modules_to_not_convert=self.keep
+        )
+
+
+@app.command(epilog=EXIT_CODES)
+@console.command
+def quantize(
+    *,
+    model: Annotated[str, typer.Argument(help="Folder, or name on the hub, of unquantised weights.")],
+    out: Annotated[Path, typer.Argument(help="The folder to make.")],
+    how: How,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace the target folder; the files in it are deleted.")
+    ] = False,
+    hub: Hub,
+) -> None:
+    """Pack a model's weights in 8 or 4 bits, into a new folder that loads like any other.
+
+    Tokenizer and generation settings are copied. The folder appears when it is complete, or not at all; in memory
+    there are the packed weights and one matrix.
+    """
+    from monoblock.checkpoint.convert import check_apart
+    from monoblock.checkpoint.folder import check_target, copy_files, new_folder
+    from monoblock.checkpoint.options import HubOptions
+    from monoblock.checkpoint.save import parse_size
+    from monoblock.checkpoint.sources import companions
+
+    size = how.max_shard_size or "50GB"
+    try:
+        parse_size(size)
+    except ValueError as error:
+        raise typer.BadParameter(
+            str(error).replace("max_shard_size=", ""), param_hint="--max-shard-size"
+        ) from None
+    target = Path(os.path.abspath(out.expanduser()))  # noqa: PTH100  # resolve() would follow a link
+    check_target(target, replace=force)
+    check_apart(model, target)
+    options = HubOptions(**hub.kwargs())
+    cls, before = _class_and_size(model, options)
+    console.note("packing ...")
+    loaded = cls.from_pretrained(
+        model, dtype=how.dtype.value, quantization_config=how.config(), **hub.kwargs()
+    )
+    vars(loaded.config).pop("auto_map", None)  # that names code which is not copied
+    console.note("writing ...")
+    with new_folder(target, replace=force) as folder:
+        loaded.save_pretrained(folder, max_shard_size=size)
+        copy_files(folder, companions(model, options))
+        files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    after = loaded.get_memory_footprint()
+    lines = [
+        ("class", cls.__name__),
+        ("packed", f"int{how.bits}, groups of {how.group_size}; embedding and head in int8"),
+        ("dtype", str(loaded.dtype).removeprefix("torch.")),
+        ("parameters", f"{loaded.num_parameters():,}"),
+        ("weights", f"{after:,} bytes, of {before:,} before: {after / before:.0%}"),
+        ("files", ", ".join(files)),
+    ]
+    console.rows(str(out), lines)
+
+
+def _class_and_size(model: str, options: HubOptions) -> tuple[type, int]:
+    """The PyTorch class that the files are of, and the bytes of the tensors in them."""
+    from math import prod
+
+    import monoblock
+    from monoblock.checkpoint import packed
+    from monoblock.checkpoint.header import ITEM_BYTES
+    from monoblock.checkpoint.hub import find_weights
+    from monoblock.checkpoint.sources import class_of
+    from monoblock.checkpoint.store import open_store
+
+    config = monoblock.AutoConfig.from_pretrained(model, **vars(options))
+    store = open_store(find_weights(model, options), "np")
+    if packed.is_packed(store):
+        raise ValueError(
+            f"{model} holds packed weights already: quantise the folder that they were made from"
+        )
+    size = sum(prod(store.shape(name)) * ITEM_BYTES[store.dtype(name)] for name in store)
+    return getattr(monoblock, class_of(config, store).name), size
