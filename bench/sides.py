@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import resource
+import select
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,7 @@ UNKNOWN = {
 # Contestants that read a hub folder as it is, and in the Python that runs the benchmark.
 OWN_FORMAT = ("llama.cpp", "OpenVINO", "CTranslate2")
 TRIES = 3
+PATIENCE = 300  # seconds; one question is one call of a model
 PAUSE = 0.3  # seconds until the threads of the one before stop spinning
 
 
@@ -153,6 +156,9 @@ class Process:
         time.sleep(PAUSE)
         try:
             print(json.dumps({"do": do} | question), file=self.process.stdin, flush=True)
+            if not select.select([self.process.stdout], [], [], PATIENCE)[0]:
+                self.process.kill()
+                raise Failed(f"{self.who}: no answer to {do} in {PATIENCE} s")
             answer = self.process.stdout.readline()
         except BrokenPipeError:
             answer = ""
@@ -181,7 +187,8 @@ class Process:
     def close(self) -> None:
         """End the process."""
         assert self.process.stdin
-        self.process.stdin.close()
+        with suppress(BrokenPipeError):
+            self.process.stdin.close()
         self.process.wait()
 
 

@@ -1,0 +1,210 @@
+"""The benchmark's own sums: what tables and pictures make of a run's results. Nothing is timed here."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+from documents import DOCS, ROOT
+
+sys.path.insert(0, str(ROOT / "bench"))
+
+import aims
+import plan
+import plot
+import report
+import shapes
+import sides
+import worker
+from figures import Results, number
+
+
+def figure(measure: str, unit: str, **values: list[float]) -> dict[str, Any]:
+    return {"model": "mistral-1b", "form": "bfloat16", "measure": measure, "unit": unit, "values": values}
+
+
+@pytest.fixture
+def results() -> Results:
+    # Two rounds; the machine was half as fast in the second, for both.
+    speeds = {"monoblock": [30.0, 15.0], "transformers": [15.0, 6.0], "OpenVINO": [20.0, 10.0]}
+    loads = {"monoblock": [0.05], "transformers": [0.5]}
+    figures = [figure("decode 1", "tok/s", **speeds), figure("prefill 512", "tok/s", **speeds)]
+    figures += [
+        figure(name, unit, **loads)
+        for name, unit in (("import", "s"), ("load", "s"), ("first token", "s"), ("load peak", "MB"))
+    ]
+    figures.append(figure("prefill 512 memory", "MB", monoblock=[10.0], transformers=[120.0]))
+    figures += [
+        {
+            "model": name,
+            "form": "float32",
+            "measure": "decode 1",
+            "unit": "tok/s",
+            "values": {"monoblock": [speed]},
+        }
+        for name, speed in (("thin-4", 1e3 / 0.35), ("thin-28", 1e3 / 1.55))
+    ]
+    return Results(
+        {
+            "plan": "essential",
+            "date": "2026-01-02",
+            "machine": {
+                "cpu": "a CPU",
+                "units": ["avx2"],
+                "cores": 2,
+                "memory GiB": 8,
+                "python": "3.11",
+                "torch": "2.13",
+                "system": "Linux",
+            },
+            "limits": [
+                {"read GB/s": read, "bfloat16 TFLOP/s": 1.0, "float32 TFLOP/s": 0.5, "int8 TOP/s": 2.0}
+                for read in (50.0, 30.0)
+            ],
+            "figures": figures,
+            "weights": {"mistral-1b bfloat16": {"monoblock": 1e9, "transformers": 1e9, "OpenVINO": 1.1e9}},
+            "blocks": {"mistral-1b": {"blocks": 450_000_000, "table": 50_000_000, "head": 50_000_000}},
+            "versions": {"torch": "2.13"},
+            "skipped": ["llama.cpp: no --llama-bench PATH"],
+            "accuracy": [],
+        }
+    )
+
+
+def test_ratios_are_of_neighbours_in_time(results: Results) -> None:
+    decode = results.named("decode 1")[0]
+    ratio = results.ratio(decode, "transformers")
+    assert ratio is not None
+    # Not 22.5 / 10.5, the ratio of the medians.
+    assert (ratio.median, ratio.least, ratio.most) == (2.25, 2.0, 2.5)
+    assert results.ratio(decode, "monoblock") is None
+    assert results.ratio(decode, "llama.cpp") is None
+
+
+def test_ratios_of_memory_say_how_much_less_we_need(results: Results) -> None:
+    ratio = results.ratio(results.named("prefill 512 memory")[0], "transformers")
+    assert ratio is not None and ratio.median == 12
+
+
+def test_shares_of_the_limits(results: Results) -> None:
+    decode, prefill = results.named("decode 1")[0], results.named("prefill 512")[0]
+    assert results.bandwidth_share(decode, "monoblock") == pytest.approx(22.5 / 40)
+    # Of a peer only the size of all weights is known; its input table, a tenth of 11, is not read.
+    assert results.bandwidth_share(decode, "OpenVINO") == pytest.approx(15 / 40)
+    assert results.matrix_share(prefill, "monoblock") == pytest.approx(2 * 450e6 * 22.5 / 1e12)
+    assert results.bandwidth_share(prefill, "monoblock") is None
+
+
+def test_overhead_is_the_slope_of_two_depths(results: Results) -> None:
+    found = aims.overhead(results, "monoblock")
+    assert found is not None
+    assert [1e3 * seconds for seconds in found] == pytest.approx([0.05, 0.15])
+    assert aims.overhead(results, "transformers") is None
+
+
+def test_aims_are_judged(results: Results) -> None:
+    rows = [line.split(" | ") for line in aims.table_of(results, report.table).splitlines()[2:]]
+    reached = {row[0].removeprefix("| "): row[2].removesuffix(" |") for row in rows}
+    assert reached["mistral-1b, bfloat16, decoding: 1.5 x transformers"] == "yes"
+    assert reached["... and 80% of the bandwidth"].startswith("no: ")
+    assert reached["loading 1.1B in bfloat16: under 0.1 s"] == "yes"
+    assert reached["int8, decoding: ahead of OpenVINO"] == ""
+    assert reached["overhead of 22 layers: 0.06 ms for each + 0.15 ms"] == "yes"
+
+
+def test_the_page_has_a_place_for_every_table(results: Results) -> None:
+    page = (DOCS / "performance.md").read_text(encoding="utf-8")
+    for name, text in (report.sections(results) | {"train": ""}).items():
+        assert f"<!-- {name} -->" in page and f"<!-- end of {name} -->" in page
+        assert name in ("machine", "skipped", "train") or text.startswith("| ")
+
+
+def test_filling_replaces_what_stands_between_the_marks() -> None:
+    page = "a\n<!-- x -->\nold\n<!-- end of x -->\nb\n<!-- y -->\nkept\n<!-- end of y -->\n"
+    once = report.fill(page, {"x": "new \\1"})
+    assert once == "a\n<!-- x -->\n\nnew \\1\n<!-- end of x -->\nb\n<!-- y -->\nkept\n<!-- end of y -->\n"
+    assert report.fill(once, {"x": "new \\1"}) == once
+
+
+def test_pictures_compare_and_stay_in_their_frame(results: Results) -> None:
+    found = plot.pictures(results)
+    assert set(found) == {"decode", "prefill", "memory"}
+    for text in found.values():
+        picture = ElementTree.fromstring(text)
+        width = float(picture.attrib["width"])
+        for bar in picture.iter("{http://www.w3.org/2000/svg}rect"):
+            assert 0 <= float(bar.attrib["x"]) + float(bar.attrib["width"]) <= width
+    # A model with one contestant is compared with nothing.
+    assert "thin-" not in found["decode"]
+    assert "limit 40.0" in found["decode"]
+    bars = [float(w) for w in re.findall(r"<rect[^>]* width='([\d.]+)'", found["decode"])]
+    assert [round(bar / bars[0], 2) for bar in bars] == [1, round(10.5 / 22.5, 2), round(15 / 22.5, 2)]
+
+
+@pytest.mark.parametrize("picture", sorted((DOCS / "performance").glob("*.svg")), ids=lambda p: p.stem)
+def test_pictures_of_the_page(picture: Path) -> None:
+    ElementTree.fromstring(picture.read_text(encoding="utf-8"))
+    assert f"performance/{picture.name}" in (DOCS / "performance.md").read_text(encoding="utf-8")
+
+
+def test_numbers_are_short() -> None:
+    assert [number(v) for v in (1234.5, 56.78, 1.2345, 0.0456, 0.00012)] == [
+        "1,234",
+        "56.8",
+        "1.23",
+        "0.046",
+        "0.0001",
+    ]
+
+
+def test_plans_name_what_there_is() -> None:
+    for groups in plan.PLANS.values():
+        for group in groups:
+            assert group.model in shapes.SHAPES
+            assert set(group.who) <= set(sides.CONTESTANTS)
+            assert group.form in sides.FORMS["monoblock"]
+            assert all(measure.kind in ("decode", "prefill", "train") for measure in group.measures)
+    # Contestants take turns within twelve minutes, which other work shares.
+    assert sum(group.seconds for group in plan.ESSENTIAL) <= 13 * 60
+
+
+def test_prompts_are_the_same_for_all() -> None:
+    one, again = (worker.prompts_of(2, 5, 100, seed=3) for _ in range(2))
+    assert one == again != worker.prompts_of(2, 5, 100, seed=4)
+    assert all(3 <= token < 100 for prompt in one for token in prompt)
+
+
+def test_a_peer_that_is_missing_is_named(tmp_path: Path) -> None:
+    tools = sides.Tools(tmp_path, 1)
+    assert tools.missing("llama.cpp") == "no --llama-bench PATH"
+    assert tools.missing("OpenVINO") == "no --peer-python OpenVINO=PATH"
+    assert not tools.missing("monoblock")
+
+
+def test_makers_names_leave_the_weights_where_they_are(tmp_path: Path) -> None:
+    source = tmp_path / "m"
+    source.mkdir()
+    (source / "config.json").write_text(
+        '{"model_type": "mpt", "architectures": ["MptForCausalLM"], "d_model": 8}'
+    )
+    (source / "model.safetensors").write_bytes(b"weights")
+    copy = sides._makers_names(source)
+    assert json.loads((copy / "config.json").read_text())["architectures"] == ["MPTForCausalLM"]
+    assert (copy / "model.safetensors").is_symlink()
+    assert json.loads((source / "config.json").read_text())["architectures"] == ["MptForCausalLM"]
+
+
+def test_the_made_vocabulary_is_read_in_both_formats(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer
+
+    from monoblock.tokenization.protobuf import read_model
+
+    shapes._save_vocabulary(tmp_path, 400)
+    pieces = read_model(tmp_path / "tokenizer.model")
+    assert Tokenizer.from_file(str(tmp_path / "tokenizer.json")).get_vocab_size() == 400
+    assert len(pieces.pieces) == 400 and pieces.pieces[:3] == ["<unk>", "<s>", "</s>"]
