@@ -35,8 +35,6 @@ FINEST_SCALE = 1 / 256  # of scores, for which the above holds and nothing overf
 
 # One query reads the keys with at least this many blocks of threads at once, if that leaves each this many keys.
 BLOCKS, FEWEST_KEYS = 128, 128
-# Stands for a key that is not seen: the kernels multiply it by log2(e), which must not overflow.
-UNSEEN = -1e30
 
 
 def attend(q_bhqd: Tensor, k_bgkd: Tensor, v_bgkd: Tensor, scope: Scope, kernel: Kernel) -> Tensor | None:
@@ -99,13 +97,13 @@ def one_query(q_bhqd: Tensor, k_bgkd: Tensor, v_bgkd: Tensor, scope: Scope, scal
     b, h, _, d = q_bhqd.shape
     g, keys = k_bgkd.shape[1], k_bgkd.shape[2]
     q_bgrd = q_bhqd.reshape(b, g, h // g, d)
-    n = pieces(b * g, keys) if k_bgkd.is_contiguous() and v_bgkd.is_contiguous() else 1
-    bias = scope.memo.get(f"{n} pieces")
-    if bias is None:
-        unseen = max(UNSEEN, torch.finfo(q_bhqd.dtype).min)
-        bias = scope.bias(0, 1, 0, keys, q_bhqd.dtype).clamp(min=unseen)
-        bias = bias.expand(b, h, 1, keys).reshape(b, g, h // g, n, keys // n)
-        bias = scope.memo[f"{n} pieces"] = bias.transpose(2, 3).flatten(1, 2).contiguous()
+    # What the kernel by its own name asks for, and the public function sees to.
+    fits = k_bgkd.is_contiguous() and v_bgkd.is_contiguous() and d * q_bhqd.element_size() % 16 == 0
+    n = pieces(b * g, keys) if fits else 1
+    if (bias := scope.memo.get(f"{n} pieces")) is None:
+        whole = scope.bias(0, 1, 0, keys, q_bhqd.dtype).expand(b, h, 1, keys)
+        parts = whole.reshape(b, g, h // g, n, keys // n).transpose(2, 3)
+        bias = scope.memo[f"{n} pieces"] = parts.flatten(1, 2).contiguous()
     if n == 1:
         out = F.scaled_dot_product_attention(q_bgrd, k_bgkd, v_bgkd, attn_mask=bias, scale=scale)
         return out.reshape(b, h, 1, d)

@@ -69,6 +69,10 @@ def bucketed(distance: Tensor, count: int, max_distance: int) -> Tensor:
 
 # ---------------------------------------------------------------------------- who sees whom
 
+# Stands for a score that does not count. CUDA's kernels multiply it by log2(e): the lowest number of a dtype would
+# become infinite, and a row of nothing else no number.
+UNSEEN = -1e30
+
 
 @dataclass
 class Scope:
@@ -136,7 +140,7 @@ class Scope:
     def bias(self, start: int, stop: int, first: int, last: int, dtype: torch.dtype) -> Tensor:
         """What is added to the scores, (b or 1, h or 1, stop - start, last - first): 0 or ALiBi, and a finite
         minimum where the key may not be seen (a row without any key must not become NaN)."""
-        lowest = torch.finfo(dtype).min
+        lowest = max(UNSEEN, torch.finfo(dtype).min)
         seen = self.visible(start, stop, first, last)
         if self.relative is not None:
             distance = self.index_k[None, first:last] - self.index_q[start:stop, None]

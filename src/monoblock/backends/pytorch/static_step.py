@@ -124,7 +124,9 @@ class State:
         self.values = [torch.zeros(size, dtype=shape.dtype, device=device) for size in sizes]
         learned, alibi, rotary = spec.position(Learned), spec.position(Alibi), spec.position(Rotary)
         self.offset = learned.offset if learned else 0
-        self.slopes_h = torch.tensor(alibi.slopes(att.heads), device=device) if alibi else None
+        self.slopes_h: Tensor | None = None
+        if alibi:
+            self.slopes_h = torch.tensor(alibi.slopes(att.heads), dtype=torch.float32, device=device)
         self.inverse: Tensor | None = None
         self.factor = 1.0
         if rotary:
