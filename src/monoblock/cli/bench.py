@@ -9,27 +9,19 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from enum import StrEnum
 from typing import Annotated, Any
 
 import typer
 
 from monoblock.cli import console
 from monoblock.cli.app import EXIT_CODES, sub_app
-from monoblock.cli.options import Dtype, Hub, Json
+from monoblock.cli.options import Dtype, Hub, Json, Quantize
 
 app = sub_app()
 
 START = 16  # tokens of the prompt that decoding begins with
 READ = 1 << 30  # bytes; far beyond any cache
 WORK = Callable[[], Any]
-
-
-class Bits(StrEnum):
-    """How many bits a quantised weight has."""
-
-    INT8 = "int8"
-    INT4 = "int4"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +50,9 @@ def bench(
     ] = None,
     sizes: Sizes,
     dtype: Annotated[Dtype, typer.Option(help="Type of the weights; auto: as stored.")] = Dtype.AUTO,
-    quantize: Annotated[Bits | None, typer.Option(help="Quantise the weights while loading.")] = None,
+    quantize: Annotated[
+        Quantize | None, typer.Option(help="Pack the weights while they are loaded: int8 or int4.")
+    ] = None,
     device: Annotated[str, typer.Option(help="auto (a GPU if there is one), cpu, cuda, cuda:1, mps, ...")] = (
         "auto"
     ),
