@@ -29,6 +29,7 @@ _PIECE = 1 << 20
 # The width of a group's range is tried at these shares of what it spans: giving up the extremes makes the steps of
 # all other weights smaller.
 _SHARES = (1.0, 0.92, 0.84, 0.76)
+_FLOOR = 0.1  # of a group's mean weight: what an error in a weight of 0 counts
 _ROUNDS = 2  # scale and low are fitted to the codes, and codes chosen for them, this many times
 
 
@@ -164,10 +165,11 @@ def _eight(weights_rgn: Tensor) -> dict[str, Tensor]:
 def _four(weights_rgn: Tensor, padding: int) -> dict[str, Tensor]:
     """Scale and low with the least error among several starts, each refined by least squares.
 
-    An error counts by the size of its weight, and not at all in the last `padding` inputs. (On the embedded demo that
-    brings the divergence from the original's predictions down by 14%, plain least squares by 6%.)
+    An error counts by the size of its weight (and a little more), and not at all in the last `padding` inputs. On the
+    embedded demo that brings the divergence from the original's predictions down by 13%, plain least squares by 6%.
     """
     counts = weights_rgn.abs()
+    counts += counts.mean(-1, keepdim=True) * _FLOOR
     if padding:
         counts.view(counts.shape[0], -1)[:, -padding:] = 0
     low, high = weights_rgn.amin(-1), weights_rgn.amax(-1)
