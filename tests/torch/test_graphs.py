@@ -129,17 +129,25 @@ def test_other_kernels(implementation: str, recording: Any, monkeypatch: pytest.
     assert recording
 
 
-@pytest.mark.parametrize("case", ["MistralForCausalLM", "MptForCausalLM", "GPTNeoForCausalLM"])
-def test_with_the_gpus_attention(case: str, recording: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+# Heads of a width that the kernel for pieces takes.
+WIDE: dict[str, Callable[[], Any]] = {
+    "mistral": lambda: ours_of("MistralForCausalLM", **fields("mistral", head_dim=12)),
+    "mpt": lambda: model(head_dim=8),
+    "fuyu": lambda: ours_of("FuyuForCausalLM", **fields("fuyu")),
+}
+
+
+@pytest.mark.parametrize("name", WIDE)
+def test_with_the_gpus_attention(name: str, recording: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Keys in pieces, read from the slots."""
     monkeypatch.setattr(attention_gpu, "FEWEST_KEYS", 16)
-    module = model() if case.startswith("Mpt") else pair(case)[1]
+    module = WIDE[name]()
     ids, mask = batch("left", LENGTHS)
     plain = both(module, ids, mask, monkeypatch)[1]
     graphs.release(module)
     monkeypatch.setattr(graphs, "ALIGN", 64)
     monkeypatch.setattr(attention_gpu, "DEVICES", ("cpu",))
-    parts = []
+    parts: list[int] = []
     partial = attention_gpu.PARTIAL["cpu"]
     monkeypatch.setitem(attention_gpu.PARTIAL, "cpu", lambda *given: (parts.append(1), partial(*given))[1])
     monkeypatch.setattr(graphs, "SHORTEST", 64)
@@ -368,7 +376,7 @@ def state_of(module: Any, *, rows: int = 2, place: int = 0, device: str = "cpu",
 
 FIT = {
     **{name: lambda name=name: ours_of(name, **fields(FAMILY_OF[name])) for name in GENERATING},
-    "MptForCausalLM": model,
+    **WIDE,
     "mpt, all at once": lambda: made("all at once"),
     "mpt, rope": lambda: made("rope, llama3"),
 }
