@@ -45,7 +45,7 @@ def test_products(shape: tuple[int, ...], bits: int, group: int, monkeypatch: py
     assert_close("unpacked", y, x.double() @ numbers.T + bias, 1e-4)  # sums of 200 numbers of the order of 1
 
 
-def test_few_rows_go_to_the_kernel_and_gradients_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_few_rows_go_to_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = []
 
     def few_rows(x: torch.Tensor, codes: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
@@ -53,16 +53,11 @@ def test_few_rows_go_to_the_kernel_and_gradients_do_not(monkeypatch: pytest.Monk
         return x.new_zeros(x.shape[0], codes.shape[0])
 
     monkeypatch.setattr(packed_gpu, "kernel", lambda: few_rows)
-    made, numbers = packed(24, 200, 8, 128)
+    made, _ = packed(24, 200, 8, 128)
     given = (made.codes, made.scale, made.low, None, 8, 128, 200)
     for shape in ((1,), (2, 8), (17,), (0,)):
         packed_gpu.multiply(torch.zeros(*shape, 200), *given)
     assert rows == [1, 16]
-    x = torch.randn(2, 200, requires_grad=True)
-    packed_gpu.multiply(x, *given).sum().backward()
-    assert rows == [1, 16]
-    assert x.grad is not None
-    assert_close("gradient", x.grad, numbers.sum(0).expand(2, -1), 1e-4)
 
 
 def test_without_triton_there_is_no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,6 @@ import functools
 import importlib.util
 from collections.abc import Callable
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -39,9 +38,7 @@ def multiply(
     group: int,
     in_features: int,
 ) -> Tensor:
-    """`x @ weight.T + bias` in x's dtype. Gradients reach x and the bias (through `packing.multiply`)."""
-    if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
-        return packing.multiply(x, codes, scale, low, bias, bits, group, in_features)
+    """`x @ weight.T + bias` in x's dtype, without gradients."""
     x_rk = x.reshape(-1, in_features)
     if 0 < x_rk.shape[0] <= FEW and (few_rows := kernel()) is not None:
         y_rn = few_rows(x_rk, codes, scale, low, bias, bits=bits, group=group)
