@@ -54,6 +54,11 @@ def level() -> str | None:
     return _opened()[1]
 
 
+def multiplies_codes() -> bool:
+    """Whether many rows of inputs are multiplied with packed weights by whole-number products (AVX-512 VNNI)."""
+    return level() == "avx512_vnni_bf16"
+
+
 def status() -> str:
     """One sentence: which kernels are in use, or why there are none."""
     return _opened()[2]

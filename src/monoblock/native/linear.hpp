@@ -4,16 +4,12 @@
 
 #include <stdlib.h>
 
-#if defined(_OPENMP)
-#include <omp.h>
-#else
-inline int omp_get_thread_num() { return 0; }
-#endif
-
 namespace matrices {
 
 constexpr int AT_ONCE = 16;  // rows of inputs that are prepared together
 constexpr int STRIP = 64;    // outputs that a thread keeps as floats before it rounds them
+constexpr int TURN = 64;     // outputs that a thread takes at a time, and then asks for more
+constexpr int64_t ALONE = 1 << 16;  // products that one thread has done before another would have woken up
 
 // One buffer for each calling thread, which grows and is kept: a call must not ask the system for memory.
 inline void* scratch_of(int64_t bytes) {
@@ -53,6 +49,7 @@ inline void outputs_of(const Matrix& m, const Prepared& p, int rows, void* y, in
 // Returns 0, or 1 if there was no memory.
 inline int linear(const Matrix& m, const void* x, int32_t x_format, int64_t ldx, int64_t rows, void* y,
                   int32_t y_format, int64_t ldy, int threads) {
+  if (m.outputs * m.inputs * (rows < 4 ? 1 : rows / 4) < ALONE) threads = 1;
   int64_t need = prepared_bytes(m.inputs, AT_ONCE), floats = AT_ONCE * m.inputs * 4;
   char* scratch = (char*)scratch_of(need + floats);
   if (!scratch) return 1;
@@ -67,15 +64,11 @@ inline int linear(const Matrix& m, const void* x, int32_t x_format, int64_t ldx,
       prepare(m, (const float*)x + row * ldx, ldx, count, p);
     }
     void* to = (char*)y + row * ldy * (y_format == BF16 ? 2 : 4);
-    int64_t each = round_up((m.outputs + threads - 1) / threads, 8);
-#pragma omp parallel num_threads(threads) if (threads > 1)
-    {
-      // As many turns as there are threads, whatever number the run-time really gave.
-#pragma omp for schedule(static, 1)
-      for (int part = 0; part < threads; ++part) {
-        int64_t first = part * each, last = first + each < m.outputs ? first + each : m.outputs;
-        if (first < last) outputs_of(m, p, count, to, y_format, ldy, first, last);
-      }
+    const int64_t turns = (m.outputs + TURN - 1) / TURN;
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1)
+    for (int64_t turn = 0; turn < turns; ++turn) {
+      const int64_t first = turn * TURN, last = first + TURN < m.outputs ? first + TURN : m.outputs;
+      outputs_of(m, p, count, to, y_format, ldy, first, last);
     }
   }
   return 0;

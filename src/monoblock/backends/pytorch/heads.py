@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from monoblock.backends.pytorch.linear import Linear
 from monoblock.backends.pytorch.model import make_norm
 from monoblock.heads import KINDS, HeadSpec
 from monoblock.spec import ArchSpec
@@ -26,14 +27,14 @@ class Head(nn.Module):
         self.vocabulary = kind.size == "vocab"
         self.scale, self.softcap = spec.logit_scale, spec.logit_softcap
         self.dropout = nn.Dropout(head.dropout)
-        self.dense = nn.Linear(spec.width, spec.width) if kind.dense else None
+        self.dense = Linear(spec.width, spec.width) if kind.dense else None
         self.act = _DENSE_ACT[kind.dense] if kind.dense else None
         self.drop_in = kind.drop_in
         self.norm = make_norm(head.norm, spec.width) if head.norm else nn.Identity()
         size = head.size(spec.vocab)
-        self.out = None if size is None else nn.Linear(spec.width, size, bias=kind.bias)
+        self.out = None if size is None else Linear(spec.width, size, bias=kind.bias)
         summary = head.summary
-        self.summary = nn.Linear(spec.width, summary.size) if summary and summary.size is not None else None
+        self.summary = Linear(spec.width, summary.size) if summary and summary.size is not None else None
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Logits (..., v) of hidden states (..., w); those over the vocabulary are scaled and capped as the spec says.

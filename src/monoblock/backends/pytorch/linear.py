@@ -1,11 +1,230 @@
-"""Dense layers on a CPU by the fastest way known for the dtype and the number of rows, as custom operators.
+"""Dense layers by the fastest way known for the device, the dtype and the number of rows, and their operators.
 
     monoblock::linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor
-        x (..., in), weight (out, in), both float32 or both bfloat16; gives (..., out) in x's dtype.
+        x (..., in), weight (out, in), both of one dtype; gives (..., out) in x's dtype. Differentiable, twice too.
     monoblock::packed_linear(Tensor x, Tensor codes, Tensor scale, Tensor? low, Tensor? bias,
                              int bits, int group, int in_features) -> Tensor
-        x (..., in_features) float32 or bfloat16; codes uint8 (out, padded) for 8 bits, (out, padded / 2) for 4; scale,
-        and low for 4 bits, float16 (out, padded / group); bias in float32 or bfloat16. Gradients reach x alone.
+        x (..., in_features); codes, scale and low as in packing.py; bias in float32 or bfloat16. Gradients reach x and
+        the bias.
 
-`padded` is in_features up to the next multiple of 128. The layout of codes is explained in native/matrix.hpp.
+The rules, with what was measured on two cores of a Zen 5 server (GB/s of weights read; the memory gives 54):
+
+    CPU, float32 or bfloat16, up to 16 rows   the native kernels: see docs/performance.md; PyTorch's own products leave
+                                              a third (bfloat16) to three quarters (float32, 2 to 16 rows) unused
+    CPU, float32, more rows; training         oneDNN on the plain matrix: 0.47 TFLOP/s where MKL, which treats
+                                              processors of other makers as old ones, gives 0.2; backward as well
+    CPU, bfloat16, more rows                  F.linear, which is oneDNN: 1.0 TFLOP/s, the processor's limit
+    CPU, packed, any number of rows           the native kernels; without AVX-512 VNNI, more than 16 rows are unpacked
+    all else                                  F.linear
 """
+
+from __future__ import annotations
+
+import platform
+from ctypes import byref
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from monoblock import native
+from monoblock.backends.pytorch import packing
+
+FEW = 16  # rows up to which reading the weights is what takes the time
+FORMATS = {torch.float32: native.FORMATS["float32"], torch.bfloat16: native.FORMATS["bfloat16"]}
+PACKED = {8: native.FORMATS["int8"], 4: native.FORMATS["int4"]}
+
+# Elsewhere PyTorch is built with libraries for that very processor.
+ONEDNN = (
+    platform.machine().lower() in ("x86_64", "amd64")
+    and torch.backends.mkldnn.is_available()
+    and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+)
+
+
+class Linear(nn.Linear):
+    """`nn.Linear`, faster on a CPU."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return dense(input, self.weight, self.bias)
+
+
+def dense(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`F.linear(x, weight, bias)` by the rules above."""
+    if not (x.is_cpu and weight.is_cpu and x.dtype in FORMATS and weight.dtype == x.dtype):
+        return F.linear(x, weight, bias)
+    # Autocast has its own dtypes for F.linear; an exported program should run where this package is not.
+    if torch.is_autocast_enabled("cpu") or torch.compiler.is_exporting():
+        return F.linear(x, weight, bias)
+    if torch.compiler.is_compiling():
+        return linear(x, weight, bias)
+    if not _plain(x, weight):
+        return F.linear(x, weight, bias)
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+        faster = ONEDNN and x.dtype == torch.float32
+        return linear(x, weight, bias) if faster else F.linear(x, weight, bias)
+    return _product(x, weight, bias)
+
+
+def _plain(x: Tensor, weight: Tensor) -> bool:
+    """Whether these are tensors with memory, and nobody watches what is done with them."""
+    return (
+        type(x) in (Tensor, nn.Parameter)
+        and type(weight) in (Tensor, nn.Parameter)
+        and not torch._C._len_torch_dispatch_stack()
+        and not torch._C._are_functorch_transforms_active()
+        and not torch._C._is_tracing()
+    )
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The product alone, without gradients."""
+    if x.is_cpu and x.dtype in FORMATS and weight.dtype == x.dtype and x.shape[-1:] == weight.shape[1:]:
+        size = x.numel()
+        few = (
+            0 < size <= FEW * weight.shape[1] and weight.is_contiguous() and _bias_fits(bias, weight.shape[0])
+        )
+        if few and (library := native.library()) is not None:
+            return _native(library, x, FORMATS[x.dtype], (weight, None, None, bias), x.shape[-1], 0)
+        if ONEDNN and size and x.dtype == torch.float32 and weight.numel():
+            return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return F.linear(x, weight, bias)
+
+
+def _bias_fits(bias: Tensor | None, outputs: int) -> bool:
+    return bias is None or (bias.dtype in FORMATS and bias.shape == (outputs,) and bias.is_contiguous())
+
+
+def _native(
+    library: Any, x: Tensor, form: int, parts: tuple[Tensor | None, ...], inputs: int, group: int
+) -> Tensor:
+    """`mb_linear` over a matrix of these parts: data, scale, low, bias."""
+    flat = x.reshape(-1, inputs)
+    if flat.stride(1) != 1:
+        flat = flat.contiguous()
+    data, bias = parts[0], parts[3]
+    assert data is not None
+    y = torch.empty((*x.shape[:-1], data.shape[0]), dtype=x.dtype)
+    matrix = native.Matrix(
+        *(None if part is None else part.data_ptr() for part in parts),
+        data.shape[0],
+        inputs,
+        form,
+        group,
+        0 if bias is None else FORMATS[bias.dtype],
+    )
+    kind = FORMATS[x.dtype]
+    place = (flat.data_ptr(), kind, flat.stride(0), flat.shape[0], y.data_ptr(), kind, data.shape[0])
+    if library.mb_linear(byref(matrix), *place, torch.get_num_threads()):
+        raise MemoryError(f"no memory for the inputs of a product with {tuple(data.shape)}")
+    return y
+
+
+# ---------------------------------------------------------------------------- monoblock::linear
+
+
+@torch.library.custom_op(
+    "monoblock::linear", mutates_args=(), schema="(Tensor x, Tensor weight, Tensor? bias) -> Tensor"
+)
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`F.linear` as an operator of its own."""
+    return _product(x, weight, bias)
+
+
+@linear.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # noqa: ARG001
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001
+    x, weight, _ = inputs
+    ctx.save_for_backward(x, weight)
+
+
+def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight = ctx.saved_tensors
+    needs = ctx.needs_input_grad
+    own = gradient.reshape(-1, weight.shape[0])
+    # Products of the same kind, so that they are as fast, and can be differentiated in their turn.
+    return (
+        linear(gradient, weight.t(), None) if needs[0] else None,
+        linear(own.t(), x.reshape(-1, weight.shape[1]).t(), None) if needs[1] else None,
+        own.sum(0) if needs[2] else None,
+    )
+
+
+linear.register_autograd(_backward, setup_context=_keep)
+
+
+# ---------------------------------------------------------------------------- monoblock::packed_linear
+
+
+@torch.library.custom_op(
+    "monoblock::packed_linear",
+    mutates_args=(),
+    schema="(Tensor x, Tensor codes, Tensor scale, Tensor? low, Tensor? bias, int bits, int group, int in_features)"
+    " -> Tensor",
+)
+def packed_linear(
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    low: Tensor | None,
+    bias: Tensor | None,
+    bits: int,
+    group: int,
+    in_features: int,
+) -> Tensor:
+    """The product with a packed matrix."""
+    return _packed(x, codes, scale, low, bias, bits, group, in_features)
+
+
+def packed_dense(x: Tensor, *packed: Any) -> Tensor:
+    """`packed_linear` with less ado where no operator is needed; the same arguments."""
+    watched = torch.compiler.is_compiling() or not _plain(x, packed[0])
+    bias = packed[3]
+    trained = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
+    return packed_linear(x, *packed) if watched or trained else _packed(x, *packed)
+
+
+def _packed(
+    x: Tensor, codes: Tensor, scale: Tensor, low: Tensor | None, bias: Tensor | None, *form: int
+) -> Tensor:
+    bits, group, inputs = form
+    parts = [part for part in (codes, scale, low) if part is not None]
+    fits = x.is_cpu and x.dtype in FORMATS and x.shape[-1] == inputs and all(p.is_contiguous() for p in parts)
+    if fits and x.numel() and codes.shape[0] and _bias_fits(bias, codes.shape[0]):
+        library = native.library()
+        if library is not None and (x.numel() <= FEW * inputs or native.multiplies_codes()):
+            return _native(library, x, PACKED[bits], (codes, scale, low, bias), inputs, group)
+    with torch.no_grad():
+        return packing.multiply(x, codes, scale, low, bias, bits, group, inputs)
+
+
+@packed_linear.register_fake
+def _(x: Tensor, codes: Tensor, *_: Any) -> Tensor:
+    return x.new_empty((*x.shape[:-1], codes.shape[0]))
+
+
+def _keep_packed(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001
+    _, codes, scale, low, bias, bits, group, in_features = inputs
+    ctx.save_for_backward(codes, scale, low)
+    ctx.form, ctx.bias_dtype = (bits, group, in_features), None if bias is None else bias.dtype
+
+
+def _packed_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    codes, scale, low = ctx.saved_tensors
+    to_x = to_bias = None
+    if ctx.needs_input_grad[0]:
+        bits, group, inputs = ctx.form
+        weight = packing.unpack(
+            codes, scale, low, bits=bits, group=group, inputs=inputs, dtype=gradient.dtype
+        )
+        to_x = linear(gradient, weight.t(), None)
+    if ctx.needs_input_grad[4]:
+        to_bias = gradient.reshape(-1, codes.shape[0]).sum(0).to(ctx.bias_dtype)
+    return to_x, None, None, None, to_bias, None, None, None
+
+
+packed_linear.register_autograd(_packed_backward, setup_context=_keep_packed)

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from monoblock.backends.pytorch import attention, prompt
 from monoblock.backends.pytorch.cache import Cache
+from monoblock.backends.pytorch.linear import Linear
 from monoblock.backends.pytorch.ops import ACT, Scope, bucketed, rotate, rotations
 from monoblock.positions import is_dynamic
 from monoblock.spec import Alibi, ArchSpec, Buckets, Learned, Norm, Rotary
@@ -85,8 +86,8 @@ class Attention(nn.Module):
         self.spec, self.layer, self.window = spec.attention, layer, spec.windows[layer]
         att = spec.attention
         self.sizes = [att.heads * att.head_dim, att.kv_heads * att.head_dim, att.kv_heads * att.head_dim]
-        self.qkv = nn.Linear(spec.width, sum(self.sizes), bias=att.qkv_bias)
-        self.out = nn.Linear(self.sizes[0], spec.width, bias=att.out_bias)
+        self.qkv = Linear(spec.width, sum(self.sizes), bias=att.qkv_bias)
+        self.out = Linear(self.sizes[0], spec.width, bias=att.out_bias)
         self.by_head = att.qk_norm is not None and att.qk_norm.span == "head"
         if att.qk_norm is not None:
             q, k = (att.head_dim, att.head_dim) if self.by_head else self.sizes[:2]
@@ -147,10 +148,10 @@ class Mlp(nn.Module):
         super().__init__()
         mlp = spec.mlp
         if mlp.gated:
-            self.gate_up = nn.Linear(spec.width, 2 * mlp.width, bias=mlp.bias)
+            self.gate_up = Linear(spec.width, 2 * mlp.width, bias=mlp.bias)
         else:
-            self.up = nn.Linear(spec.width, mlp.width, bias=mlp.bias)
-        self.down = nn.Linear(mlp.width, spec.width, bias=mlp.bias)
+            self.up = Linear(spec.width, mlp.width, bias=mlp.bias)
+        self.down = Linear(mlp.width, spec.width, bias=mlp.bias)
         self.act, self.gated = ACT[mlp.act], mlp.gated
 
     def forward(self, x_bsw: Tensor) -> Tensor:
@@ -200,7 +201,7 @@ class Backbone(nn.Module):
         if self.buckets:
             self.rel_bias = nn.Embedding(self.buckets.count, spec.attention.heads)
         if spec.patches:
-            self.patch_embed = nn.Linear(spec.patches.size, spec.width)
+            self.patch_embed = Linear(spec.patches.size, spec.width)
         self.embed_norm = make_norm(spec.embed_norm, spec.width) if spec.embed_norm else nn.Identity()
         self.dropout = nn.Dropout(spec.dropout.embed)
         self.blocks = nn.ModuleList(Block(spec, i) for i in range(spec.layers))
