@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from monoblock.backends.pytorch import packing
+from monoblock.backends.pytorch.linear import Linear, packed_dense
 from monoblock.backends.pytorch.packing import Packed
 
 
@@ -91,7 +92,7 @@ class PackedLinear(PackedMatrix):
         return self.rows
 
     def forward(self, x: Tensor) -> Tensor:
-        return packing.multiply(
+        return packed_dense(
             x, self.codes, self.scale, self.low, self.bias, self.bits, self.group, self.columns
         )
 
@@ -144,7 +145,7 @@ def plain_module(module: PackedMatrix, dtype: torch.dtype) -> Kind:
     weight = nn.Parameter(module.dequantize(dtype), requires_grad=True)
     with torch.device("meta"):
         if isinstance(module, PackedLinear):
-            made: Kind = nn.Linear(module.in_features, module.out_features, bias=False)
+            made: Kind = Linear(module.in_features, module.out_features, bias=False)
             made.register_parameter("bias", module.bias)
         else:
             made = nn.Embedding(module.rows, module.columns)
