@@ -36,10 +36,11 @@ struct Part {
   float* values;        // (queries, padded)
 };
 
-// A block of keys or values as floats, (count, padded).
+// A block of keys or values as floats, (count, padded). The next block is called in meanwhile, if there is one.
 template <class T>
-INLINE void widen_block(const T* from, int64_t step, int count, int dim, int padded, float* to) {
+INLINE void widen_block(const T* from, int64_t step, int count, bool more, int dim, int padded, float* to) {
   for (int j = 0; j < count; ++j, from += step, to += padded) {
+    for (int c = 0; more && c < dim; c += 64 / int(sizeof(T))) __builtin_prefetch(from + KEYS * step + c);
     int c = 0;
     for (; c + LANES <= dim; c += LANES) store(to + c, read(from + c));
     for (; c < dim; ++c) to[c] = read1(from + c);
@@ -57,20 +58,26 @@ INLINE Floats products(const float* query, const float* keys, int padded) {
   return sums(found);
 }
 
-// to (W vectors) += the sum of weight * row.
-template <int W>
+// For Q queries: to (W vectors) += the sum of weight * row.
+template <int W, int Q>
 INLINE void add_rows(const float* weights, const float* rows, int count, int padded, float* to) {
-  Floats sum[W];
-  UNROLL for (int w = 0; w < W; ++w) sum[w] = read(to + w * LANES);
-  for (int j = 0; j < count; ++j)
-    UNROLL for (int w = 0; w < W; ++w) sum[w] += weights[j] * read(rows + j * padded + w * LANES);
-  UNROLL for (int w = 0; w < W; ++w) store(to + w * LANES, sum[w]);
+  Floats sum[Q][W];
+  UNROLL for (int q = 0; q < Q; ++q)
+    UNROLL for (int w = 0; w < W; ++w) sum[q][w] = read(to + q * padded + w * LANES);
+  for (int j = 0; j < count; ++j, rows += padded)
+    UNROLL for (int w = 0; w < W; ++w) {
+      Floats row = read(rows + w * LANES);
+      UNROLL for (int q = 0; q < Q; ++q) sum[q][w] += weights[q * KEYS + j] * row;
+    }
+  UNROLL for (int q = 0; q < Q; ++q)
+    UNROLL for (int w = 0; w < W; ++w) store(to + q * padded + w * LANES, sum[q][w]);
 }
 
+template <int Q>
 INLINE void add_values(const float* weights, const float* rows, int count, int padded, float* to) {
   int c = 0;
-  for (; c + 4 * LANES <= padded; c += 4 * LANES) add_rows<4>(weights, rows + c, count, padded, to + c);
-  for (; c < padded; c += LANES) add_rows<1>(weights, rows + c, count, padded, to + c);
+  for (; c + 4 * LANES <= padded; c += 4 * LANES) add_rows<4, Q>(weights, rows + c, count, padded, to + c);
+  for (; c < padded; c += LANES) add_rows<1, Q>(weights, rows + c, count, padded, to + c);
 }
 
 // Scores of query m with `count` keys from key `first` on: capped, with ALiBi, and -infinity where it may not look.
@@ -93,7 +100,7 @@ inline float shape(const Queries& q, int m, const Stretch& s, int64_t first, int
     if (!s.valid[first + j]) scores[j] = -INFINITY;
   Floats most = Floats{} - INFINITY;
   for (int j = 0; j < count; j += LANES) most = largest(read(scores + j), most);
-  return largest(most);
+  return highest(most);
 }
 
 // Scores become weights relative to the largest so far, which is `most`; returns their sum.
@@ -108,31 +115,35 @@ INLINE float weigh(float* scores, int count, float most) {
   return sum(total);
 }
 
-// `keys` and `scores` are scratch of (KEYS, padded) and of KEYS floats for each query.
+// What query m has so far is made relative to the largest score that it has now met.
+INLINE void rescale(const Queries& q, int m, float most, Part& part) {
+  const float kept = expf(part.most[m] - most);
+  float* values = part.values + m * q.padded;
+  part.most[m] = most, part.total[m] *= kept;
+  for (int c = 0; c < q.padded; c += LANES) store(values + c, kept * read(values + c));
+}
+
+// `block` and `scores` are scratch of (KEYS, padded) and of KEYS floats for each query.
 template <class T>
 inline void attend(const Queries& q, const Stretch& s, Part part, float* block, float* scores) {
   for (int m = 0; m < q.count; ++m) part.most[m] = -INFINITY, part.total[m] = 0;
   memset(part.values, 0, sizeof(float) * q.count * q.padded);
   for (int64_t first = s.first; first < s.last; first += KEYS) {
     const int count = s.last - first < KEYS ? int(s.last - first) : KEYS;
-    widen_block((const T*)s.keys + first * s.key_step, s.key_step, count, q.dim, q.padded, block);
-    for (int m = 0; m < q.count; ++m)
-      for (int j = 0; j < count; j += LANES)
-        store(scores + m * KEYS + j, products(q.data + m * q.padded, block + j * q.padded, q.padded));
-    widen_block((const T*)s.values + first * s.value_step, s.value_step, count, q.dim, q.padded, block);
+    const bool more = s.last - first >= 2 * KEYS;
+    widen_block((const T*)s.keys + first * s.key_step, s.key_step, count, more, q.dim, q.padded, block);
     for (int m = 0; m < q.count; ++m) {
       float* row = scores + m * KEYS;
-      float most = shape(q, m, s, first, count, row);
-      if (most == -INFINITY) continue;
-      float* values = part.values + m * q.padded;
-      if (most > part.most[m]) {
-        const float kept = expf(part.most[m] - most);
-        part.most[m] = most, part.total[m] *= kept;
-        for (int c = 0; c < q.padded; c += LANES) store(values + c, kept * read(values + c));
-      }
+      for (int j = 0; j < count; j += LANES)
+        store(row + j, products(q.data + m * q.padded, block + j * q.padded, q.padded));
+      const float most = shape(q, m, s, first, count, row);
+      if (most > part.most[m]) rescale(q, m, most, part);
       part.total[m] += weigh(row, count, part.most[m]);
-      add_values(row, block, count, q.padded, values);
     }
+    widen_block((const T*)s.values + first * s.value_step, s.value_step, count, more, q.dim, q.padded, block);
+    int m = 0;
+    for (; m + 2 <= q.count; m += 2) add_values<2>(scores + m * KEYS, block, count, q.padded, part.values + m * q.padded);
+    if (m < q.count) add_values<1>(scores + m * KEYS, block, count, q.padded, part.values + m * q.padded);
   }
 }
 

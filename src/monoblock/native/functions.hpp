@@ -19,6 +19,17 @@ INLINE void write1(uint16_t* to, float x) { *to = to_bf16(x); }
 
 INLINE Floats smallest(Floats a, Floats b) { return a < b ? a : b; }
 
+// The largest lane, by halves.
+INLINE float highest(Floats v) {
+  typedef float Four __attribute__((vector_size(16)));
+  Four four[LANES / 4];
+  memcpy(four, &v, sizeof v);
+  for (int half = LANES / 8; half; half /= 2)
+    for (int i = 0; i < half; ++i) four[i] = four[i] > four[i + half] ? four[i] : four[i + half];
+  const float a = four[0][0] > four[0][2] ? four[0][0] : four[0][2], b = four[0][1] > four[0][3] ? four[0][1] : four[0][3];
+  return a > b ? a : b;
+}
+
 // ---------------------------------------------------------------------------- as many sums as a vector has lanes
 
 // Of both vectors, runs of 2 * D lanes become runs of D lanes: their second halves are added to the first.
