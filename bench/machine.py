@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import platform
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-READ = 1 << 30  # bytes; far beyond any cache
 GEMM = (512, 5632, 2048)  # a prompt of 512 tokens through a matrix of a 1B model
+
+IMPORTS = (
+    "pass",
+    "import monoblock",
+    "import torch",
+    "from monoblock import MptForCausalLM",
+    "from transformers import MptForCausalLM",
+)
 
 
 def describe() -> dict[str, Any]:
@@ -57,6 +65,8 @@ def limits(threads: int) -> dict[str, float]:
     """GB/s of reading, and tera-operations per second of matrix products by type, each the best of several tries."""
     import torch
 
+    from monoblock.cli.bench import read_rate
+
     torch.set_num_threads(threads)
     rows, outputs, inputs = GEMM
     operations = 2e-12 * rows * outputs * inputs
@@ -71,23 +81,21 @@ def limits(threads: int) -> dict[str, float]:
     }
     with torch.inference_mode():
         rates = {name: operations / _best(work, 7) for name, work in best.items()}
-    return {"read GB/s": _read_rate(threads)} | rates
+    return {"read GB/s": read_rate(torch.device("cpu")) / 1e9} | rates
 
 
-def _read_rate(threads: int) -> float:
-    """By the native library's own reader if there is one, else by a sum."""
-    import torch
-
-    block = torch.ones(READ // 4)
-    reads: list[Callable[[], Any]] = [block.sum]
-    try:
-        from monoblock import native
-
-        if reader := getattr(native.library(), "mb_read", None):
-            reads.append(lambda: reader(ctypes.c_void_p(block.data_ptr()), ctypes.c_int64(READ), threads))
-    except ImportError:
-        pass
-    return max(READ / 1e9 / _best(read, 5) for read in reads)
+def processes(runs: int = 5) -> dict[str, list[float]]:
+    """Seconds of whole processes that load no model, in turns."""
+    commands = {f"python -c '{code}'": [sys.executable, "-c", code] for code in IMPORTS}
+    commands["monoblock --help"] = [str(Path(sys.executable).with_name("monoblock")), "--help"]
+    found: dict[str, list[float]] = {name: [] for name in commands}
+    for _ in range(runs + 1):
+        for name, command in commands.items():
+            begin = time.perf_counter()
+            done = subprocess.run(command, capture_output=True, check=False)
+            if not done.returncode:  # one that is not installed has no time
+                found[name].append(time.perf_counter() - begin)
+    return {name: seconds[1:] for name, seconds in found.items() if seconds}
 
 
 def _best(work: Callable[[], Any], tries: int) -> float:

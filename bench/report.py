@@ -68,6 +68,12 @@ def loading(results: Results) -> str:
     return table(["model", "weights", "who", *titles], rows)
 
 
+def processes(results: Results) -> str:
+    """Whole processes that load no model."""
+    found = results.data["processes"].items()
+    return table(["process", "seconds (range)"], [[f"`{name}`", str(spread(s))] for name, s in found])
+
+
 def memory(results: Results) -> str:
     """What a prompt needs beyond the loaded model."""
     rows = []
@@ -141,7 +147,12 @@ def sections(results: Results) -> dict[str, str]:
     ):
         if names := results.measures(kind):
             found[kind] = speeds(results, names, share, title)
-    found |= {"loading": loading(results), "memory": memory(results), "accuracy": accuracy(results)}
+    found |= {
+        "loading": loading(results),
+        "processes": processes(results),
+        "memory": memory(results),
+        "accuracy": accuracy(results),
+    }
     if results.named("decode 1") and aims.overhead(results, OURS):
         found["overhead"] = overhead(results)
     return found | {"skipped": skipped or "- nothing\n"}

@@ -167,7 +167,7 @@ class Run:
         for side in alive:
             with self._noted():
                 self.samples += accuracy.sample(side, group.model, group.form, vocab, self.scratch)
-        if "monoblock" not in folders:
+        if "monoblock" not in folders or group.form not in FORMS["monoblock, plain"]:
             return
         plain = Process("monoblock, plain", self.tools)
         try:
@@ -268,6 +268,7 @@ def main() -> None:
         "threads": args.threads,
         "machine": machine.describe(),
         "limits": [machine.limits(args.threads)],
+        "processes": machine.processes(1 if args.plan == "quick" else 5),
     }
     with tempfile.TemporaryDirectory() as scratch, _progress(len(groups) + 1) as (step, advance):
         run = Run(tools, Path(scratch), args.plan == "quick", args.minutes / 12, step)

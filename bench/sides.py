@@ -19,7 +19,7 @@ CONTESTANTS = ("monoblock", "monoblock, plain", "transformers", "llama.cpp", "Op
 # What each can run. A form that is not here does not exist, or not on a CPU.
 FORMS = {
     "monoblock": ("float32", "bfloat16", "int8", "int4"),
-    "monoblock, plain": ("float32", "bfloat16", "int8", "int4"),
+    "monoblock, plain": ("float32", "bfloat16"),  # packed weights without kernels are not meant to be fast
     "transformers": ("float32", "bfloat16"),
     "llama.cpp": ("float32", "bfloat16", "int8", "int4"),
     "OpenVINO": ("float32", "bfloat16", "int8", "int4"),

@@ -39,8 +39,8 @@ class Side:
         from importlib.metadata import version
 
         found = {self.library: version(self.library), "torch": version("torch")}
-        if self.library == "monoblock" and (level := native_level()):
-            found["native kernels"] = level
+        if self.library == "monoblock":
+            found["native kernels"] = native_level()
         return found
 
     def load(self, folder: str, form: str) -> None:
@@ -52,7 +52,8 @@ class Side:
     def weight_bytes(self) -> int:
         """Bytes that one token reads: all weights but the table of the input, of which it reads a line."""
         model = self.model
-        tensors = {t.data_ptr(): t for t in (*model.parameters(), *model.buffers()) if t.numel()}
+        kept = (*model.parameters(), *(b for b in model.buffers() if b.dtype != self.torch.bool))  # no masks
+        tensors = {t.data_ptr(): t for t in kept if t.numel()}
         table, head = model.get_input_embeddings(), model.get_output_embeddings()
         mine = {t.data_ptr() for t in (*table.parameters(), *table.buffers())}
         if head is not None:
@@ -96,9 +97,7 @@ class Side:
 
 
 def native_level() -> str:
-    """The level of monoblock's own kernels in this process, empty where they are off."""
-    try:
-        from monoblock import native
-    except ImportError:
-        return ""
-    return str(native.level() or "")
+    """The level of monoblock's own kernels in this process, or why there are none."""
+    from monoblock import native
+
+    return native.status()

@@ -72,6 +72,7 @@ def results() -> Results:
             "versions": {"torch": "2.13"},
             "skipped": ["llama.cpp: no --llama-bench PATH"],
             "accuracy": [],
+            "processes": {"monoblock --help": [0.1, 0.2, 0.3]},
         }
     )
 

@@ -147,12 +147,12 @@ def read_rate(device: Any) -> float:
 
     block = torch.ones(READ // 4, device=device)
     reads: list[WORK] = [lambda: block.sum().item()]
-    reader = getattr(native.library(), "mb_read", None)
-    if reader is not None and block.device.type == "cpu":
-        from ctypes import c_int64, c_void_p
+    library = native.library()
+    if library is not None and block.device.type == "cpu":
+        from ctypes import byref, c_uint32
 
-        address, threads = c_void_p(block.data_ptr()), torch.get_num_threads()
-        reads.append(lambda: reader(address, c_int64(READ), threads))
+        threads, checksum = torch.get_num_threads(), c_uint32()
+        reads.append(lambda: library.mb_read(block.data_ptr(), READ, threads, byref(checksum)))
     return max(READ / min(_timed(read, 4)) for read in reads)
 
 
