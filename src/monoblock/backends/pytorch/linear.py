@@ -15,6 +15,7 @@ The rules, with what was measured on two cores of a Zen 5 server (GB/s of weight
                                               processors of other makers as old ones, gives 0.2; backward as well
     CPU, bfloat16, more rows                  F.linear, which is oneDNN: 1.0 TFLOP/s, the processor's limit
     CPU, packed, any number of rows           the native kernels; without AVX-512 VNNI, more than 16 rows are unpacked
+    CUDA, packed                              packed_gpu.py
     all else                                  F.linear
 """
 
@@ -29,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from monoblock import native
-from monoblock.backends.pytorch import packing
+from monoblock.backends.pytorch import packed_gpu, packing
 
 FEW = 16  # rows up to which reading the weights is what takes the time
 FORMATS = {torch.float32: native.FORMATS["float32"], torch.bfloat16: native.FORMATS["bfloat16"]}
@@ -192,6 +193,8 @@ def _packed(
     x: Tensor, codes: Tensor, scale: Tensor, low: Tensor | None, bias: Tensor | None, *form: int
 ) -> Tensor:
     bits, group, inputs = form
+    if x.is_cuda:
+        return packed_gpu.multiply(x, codes, scale, low, bias, bits, group, inputs)
     parts = [part for part in (codes, scale, low) if part is not None]
     fits = x.is_cpu and x.dtype in FORMATS and x.shape[-1] == inputs and all(p.is_contiguous() for p in parts)
     if fits and x.numel() and codes.shape[0] and _bias_fits(bias, codes.shape[0]):
