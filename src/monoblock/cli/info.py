@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 app = sub_app()
 
-# Bits per weight. The scales of the integer types add one to three per cent, which is not counted.
+# Bits per weight. The scales of the integer types, which add 2% and 6%, are not counted.
 DTYPE_BITS = {"float32": 32, "bfloat16": 16, "int8": 8, "int4": 4}
 CACHE_BYTES = {"float32": 4, "bfloat16": 2}
 
