@@ -74,6 +74,10 @@ class Arena {
   int64_t used = 0;
 };
 
+// From row to row of what a matrix reads: not a power of two, for then all rows would meet in the same few places of the
+// nearest cache.
+constexpr int64_t apart(int64_t width) { return round_up(width, 16) + 16; }
+
 template <class F>
 INLINE void typed(int32_t bf16, const void* data, F f) {
   bf16 ? f((const uint16_t*)data) : f((const float*)data);
@@ -130,11 +134,11 @@ inline void add_row(const Matrix& m, int64_t index, float* y) {
 class Run {
  public:
   Run(const Model& model, const Step& step, Arena& arena) : m(model), s(step), count(step.rows * step.tokens) {
-    const int64_t qkv_width = (m.heads + 2 * m.groups) * m.dim;
-    qkv = arena.take<float>(count * (qkv_size = qkv_width));
+    qkv_size = (m.heads + 2 * m.groups) * m.dim, h_step = apart(m.width), wide_step = apart(m.heads * m.dim);
+    qkv = arena.take<float>(count * qkv_size);
     x = arena.take<float>(count * m.width);
     y = arena.take<float>(count * m.width);
-    inner = arena.take<float>(count * (inner_size = m.inner * (m.gated ? 2 : 1)));
+    inner = arena.take<float>(count * (inner_step = apart(m.inner * (m.gated ? 2 : 1))));
     cos = arena.take<float>(count * m.rotary);
     divide();
     parts = arena.take<float>(s.rows * m.groups * stretches * part_size);
@@ -162,17 +166,17 @@ class Run {
     for (int64_t i = 0; i < m.layers; ++i) {
       const Layer& layer = m.blocks[i];
       enter(m.before ? layer.norm1 : i ? m.blocks[i - 1].norm2 : none, own);
-      linear(layer.qkv, own.h, m.width, qkv, qkv_size, own);
+      linear(layer.qkv, own.h, h_step, qkv, qkv_size, own);
       cache(layer, s.slots[i]);
       s.cache_bf16 ? look<uint16_t>(layer, s.slots[i], own) : look<float>(layer, s.slots[i], own);
       gather(own);
-      residual(layer.out, own.wide, m.heads * m.dim, own);
+      residual(layer.out, own.wide, wide_step, own);
       enter(m.before ? layer.norm2 : layer.norm1, own);
       m.gated ? gate(layer.up, own) : raise(layer.up, own);
-      residual(layer.down, inner, inner_size, own);
+      residual(layer.down, inner, inner_step, own);
     }
     enter(m.before ? none : m.blocks[m.layers - 1].norm2, own);
-    for (int64_t t = 0; t < count; ++t) normed(m.final_norm, m.bf16, own.h + t * m.width, m.width, own.h + t * m.width);
+    for (int64_t t = 0; t < count; ++t) normed(m.final_norm, m.bf16, own.h + t * h_step, m.width, own.h + t * h_step);
     logits(own);
   }
 
@@ -181,8 +185,8 @@ class Run {
   struct Own {
     Own(const Run& run, Arena& arena) {
       const Model& m = run.m;
-      h = arena.take<float>(run.count * m.width);
-      wide = arena.take<float>(run.count * m.heads * m.dim);
+      h = arena.take<float>(run.count * run.h_step);
+      wide = arena.take<float>(run.count * run.wide_step);
       const int64_t queries = run.queries();
       query = arena.take<float>(queries * run.padded());
       scores = arena.take<float>(queries * KEYS);
@@ -249,7 +253,7 @@ class Run {
 
   // The state that the next sub-layer takes.
   void enter(const Norm& norm, Own& own) {
-    for (int64_t t = 0; t < count; ++t) normed(norm, m.bf16, x + t * m.width, m.width, own.h + t * m.width);
+    for (int64_t t = 0; t < count; ++t) normed(norm, m.bf16, x + t * m.width, m.width, own.h + t * h_step);
   }
 
   // to[:, 0 .. outputs) by chunks; `after` does the rest for what its thread has just made.
@@ -268,28 +272,29 @@ class Run {
   void residual(const Matrix& w, const float* from, int64_t step, Own& own) {
     prepare(w, from, step, count, own.prepared);
     const float* before = m.before ? x : own.h;
+    const int64_t before_step = m.before ? m.width : h_step;
     divided(m.width, [&](int64_t first, int64_t last) {
       multiply(w, own.prepared, count, y, m.width, first, last);
       for (int64_t t = 0; t < count; ++t)
-        for (int64_t i = t * m.width + first; i < t * m.width + last; ++i) x[i] = before[i] + y[i];
+        for (int64_t i = first; i < last; ++i) x[t * m.width + i] = before[t * before_step + i] + y[t * m.width + i];
     });
   }
 
   void raise(const Matrix& w, Own& own) {
-    prepare(w, own.h, m.width, count, own.prepared);
+    prepare(w, own.h, h_step, count, own.prepared);
     divided(m.inner, [&](int64_t first, int64_t last) {
-      multiply(w, own.prepared, count, inner, inner_size, first, last);
-      for (int64_t t = 0; t < count; ++t) activate(m.activation, inner + t * inner_size + first, last - first);
+      multiply(w, own.prepared, count, inner, inner_step, first, last);
+      for (int64_t t = 0; t < count; ++t) activate(m.activation, inner + t * inner_step + first, last - first);
     });
   }
 
   void gate(const Matrix& w, Own& own) {
-    prepare(w, own.h, m.width, count, own.prepared);
+    prepare(w, own.h, h_step, count, own.prepared);
     divided(m.inner, [&](int64_t first, int64_t last) {
-      multiply(w, own.prepared, count, inner, inner_size, first, last);
-      multiply(w, own.prepared, count, inner, inner_size, m.inner + first, m.inner + last);
+      multiply(w, own.prepared, count, inner, inner_step, first, last);
+      multiply(w, own.prepared, count, inner, inner_step, m.inner + first, m.inner + last);
       for (int64_t t = 0; t < count; ++t) {
-        float *gates = inner + t * inner_size, *ups = gates + m.inner;
+        float *gates = inner + t * inner_step, *ups = gates + m.inner;
         activate(m.activation, gates + first, last - first);
         for (int64_t i = first; i < last; ++i) gates[i] *= ups[i];
       }
@@ -297,7 +302,7 @@ class Run {
   }
 
   void logits(Own& own) {
-    prepare(m.head, own.h, m.width, count, own.prepared);
+    prepare(m.head, own.h, h_step, count, own.prepared);
     divided(m.head.outputs, [&](int64_t first, int64_t last) {
       multiply(m.head, own.prepared, count, s.logits, m.head.outputs, first, last);
       for (int64_t t = 0; t < count; ++t)
@@ -384,13 +389,13 @@ class Run {
       for (int64_t g = 0; g < m.groups; ++g)
         for (int64_t i = 0; i < queries(); ++i)
           join(part((row * m.groups + g) * stretches), part_size, int(stretches), int(i), int(m.dim), int(padded()),
-               own.wide + (row * s.tokens + i / shared) * m.heads * m.dim + (g * shared + i % shared) * m.dim);
+               own.wide + (row * s.tokens + i / shared) * wide_step + (g * shared + i % shared) * m.dim);
   }
 
   const Model& m;
   const Step& s;
   const int64_t count;  // tokens of all rows
-  int64_t qkv_size, inner_size, stretches, part_size;
+  int64_t qkv_size, h_step, wide_step, inner_step, stretches, part_size;
   float *qkv, *x, *y, *inner, *cos, *parts;
   char* mine;
 };

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -149,7 +150,6 @@ class Decoder:
         }
         self.mask: Tensor | None = None
         self.ids: Tensor | None = None
-        self.fused = None if any(self.wanted.values()) else fused.of(model, self.cache)
 
     def _cache(self, plan: loop.Plan, past: Any) -> tuple[Cache | None, str | None]:
         if isinstance(past, Cache):
@@ -210,8 +210,8 @@ class Decoder:
             self.positions = torch.cat((self.positions, self.positions[:, -1:] + steps), dim=1)
         if self.types is not None:
             self.types = torch.cat((self.types, self.types[:, -1:].expand(-1, count)), dim=1)
-        if self.fused is not None:
-            scores_bkv = self.fused.run(
+        if self.steps is not None:
+            scores_bkv = self.steps.run(
                 ids_bk,
                 types_bn=None if self.types is None else self.types[:, -count:],
                 positions_bn=None if self.positions is None else self.positions[:, -count:],
@@ -220,6 +220,11 @@ class Decoder:
             if scores_bkv is not None:
                 return scores_bkv
         return self._forward({"input_ids": ids_bk}, keep=count)
+
+    @functools.cached_property
+    def steps(self) -> fused.Steps | None:
+        """The native steps, where they can be had; asked for at the first new token."""
+        return None if any(self.wanted.values()) else fused.of(self.model, self.cache)
 
     def reorder(self, index_b: Tensor) -> None:
         """Row i becomes what row index[i] was."""

@@ -7,78 +7,25 @@ what the modules compute, with float32 between the matrices whatever their type.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from ctypes import POINTER, Structure, c_float, c_int32, c_int64, c_void_p
+from ctypes import POINTER, c_int64
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from monoblock import native
 from monoblock.backends.pytorch.cache import Cache, DynamicCache, StaticCache
 from monoblock.backends.pytorch.model import Attention
-from monoblock.positions import inverse_frequencies, is_dynamic
-from monoblock.spec import ACTIVATIONS, Alibi, ArchSpec, Buckets, Learned, Rotary
+from monoblock.backends.pytorch.structures import DTYPES, Model, Slot, Step, Weights, common_dtype
+from monoblock.positions import is_dynamic
+from monoblock.spec import Buckets, Learned, Rotary
 
 if TYPE_CHECKING:
     from monoblock.backends.pytorch.pretrained import PreTrainedModel
 
 # Tokens of all rows together that a step takes; more are better off in the modules' large products.
 MOST = 16
-DTYPES = {torch.float32: native.FORMATS["float32"], torch.bfloat16: native.FORMATS["bfloat16"]}
-
-
-class _Norm(Structure):
-    _fields_ = [("weight", c_void_p), ("bias", c_void_p), ("eps", c_float), ("kind", c_int32)]
-
-
-class _Layer(Structure):
-    _fields_ = [
-        *((name, native.Matrix) for name in ("qkv", "out", "up", "down")),
-        *((name, _Norm) for name in ("norm1", "norm2", "q_norm", "k_norm")),
-        ("window", c_int64),
-    ]
-
-
-class _Model(Structure):
-    _fields_ = [
-        ("blocks", POINTER(_Layer)),
-        ("embed", native.Matrix),
-        ("head", native.Matrix),
-        *((name, c_void_p) for name in ("positions", "turns", "slopes")),
-        ("embed_norm", _Norm),
-        ("final_norm", _Norm),
-        *(
-            (name, c_int64)
-            for name in ("layers", "width", "heads", "groups", "dim", "inner", "size", "offset")
-        ),
-        *((name, c_int32) for name in ("activation", "gated", "before", "by_head", "bf16", "rotary")),
-        *(
-            (name, c_float)
-            for name in ("scale", "clip", "softcap", "turn_scale", "logit_scale", "logit_softcap")
-        ),
-    ]
-
-
-class _Slot(Structure):
-    _fields_ = [
-        ("keys", c_void_p),
-        ("values", c_void_p),
-        ("key_steps", c_int64 * 3),
-        ("value_steps", c_int64 * 3),
-        ("place", c_int64),
-    ]
-
-
-class _Step(Structure):
-    _fields_ = [
-        ("slots", POINTER(_Slot)),
-        *((name, c_void_p) for name in ("ids", "types", "positions", "valid", "logits", "scratch")),
-        *((name, c_int64) for name in ("scratch_bytes", "rows", "tokens", "past")),
-        *((name, c_int64) for name in ("position_step", "valid_step")),
-        *((name, c_int32) for name in ("threads", "cache_bf16")),
-    ]
 
 
 # ---------------------------------------------------------------------------- whether
@@ -98,7 +45,7 @@ def obstacle(model: PreTrainedModel) -> str | None:
         return f"{type(model).__name__} may compute something of its own"
     if torch.is_autocast_enabled("cpu"):
         return "autocast chooses the types"
-    if _GLOBAL.has_hooks():
+    if _has_global_hooks():
         return "hooks are on all modules"
     for name, module in model.named_modules():
         kind = type(module)
@@ -110,7 +57,7 @@ def obstacle(model: PreTrainedModel) -> str | None:
             return f"attention by {module.implementation} was chosen"
     if isinstance(backbone.embed, nn.Embedding) and backbone.embed.max_norm is not None:
         return "its embedding is normed when it is read"
-    dtype = _dtype(model)
+    dtype = common_dtype(model)
     if dtype not in DTYPES:
         return f"its type is {dtype}"
     for name, tensor in _tensors(model):
@@ -129,13 +76,9 @@ _OURS = {f"monoblock.backends.pytorch.{name}" for name in ("model", "heads", "li
 _PACKED = (".codes", ".scale", ".low")
 
 
-class _GLOBAL:
-    """PyTorch's hooks on all modules at once."""
-
-    @staticmethod
-    def has_hooks() -> bool:
-        module = nn.modules.module
-        return bool(module._global_forward_hooks or module._global_forward_pre_hooks)
+def _has_global_hooks() -> bool:
+    module = nn.modules.module
+    return bool(module._global_forward_hooks or module._global_forward_pre_hooks)
 
 
 def _is_altered(module: nn.Module) -> bool:
@@ -148,131 +91,9 @@ def _is_altered(module: nn.Module) -> bool:
     )
 
 
-def _dtype(model: PreTrainedModel) -> torch.dtype:
-    """The type of what is never packed."""
-    return model.backbone.blocks[0].norm1.weight.dtype  # pyright: ignore[reportReturnType, reportAttributeAccessIssue]
-
-
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from model.named_parameters()
     yield from model.named_buffers()
-
-
-# ---------------------------------------------------------------------------- weights
-
-
-class Weights:
-    """A model's weights as the library's structures, which point to where they lie."""
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        spec, backbone, head = model.spec, model.backbone, model.head
-        assert head is not None
-        self.bf16 = _dtype(model) == torch.bfloat16
-        self.layers = spec.layers
-        self.vocab = int(head.out.out_features)  # pyright: ignore
-        self._blocks = (_Layer * spec.layers)(*map(_layer, backbone.blocks, spec.windows))
-        self._arrays = _constants(spec)
-        learned = spec.position(Learned)
-        numbers = _numbers(spec) | {
-            "by_head": spec.attention.qk_norm is not None and spec.attention.qk_norm.span == "head",
-            "bf16": self.bf16,
-        }
-        self.struct = _Model(
-            blocks=self._blocks,
-            embed=_matrix(backbone.embed),
-            head=_matrix(head.out),
-            positions=backbone.pos_embed.weight.data_ptr() if learned else None,
-            embed_norm=_norm(backbone.embed_norm),
-            final_norm=_norm(backbone.final_norm),
-            **{name: array.ctypes.data for name, array in self._arrays.items()},
-            **numbers,
-        )
-
-
-def _layer(block: Any, window: int | None) -> _Layer:
-    attn, mlp = block.attn, block.mlp
-    return _Layer(
-        qkv=_matrix(attn.qkv),
-        out=_matrix(attn.out),
-        up=_matrix(mlp.gate_up if mlp.gated else mlp.up),
-        down=_matrix(mlp.down),
-        norm1=_norm(block.norm1),
-        norm2=_norm(block.norm2),
-        q_norm=_norm(getattr(attn, "q_norm", None)),
-        k_norm=_norm(getattr(attn, "k_norm", None)),
-        window=window or 0,
-    )
-
-
-def _numbers(spec: ArchSpec) -> dict[str, Any]:
-    att, rotary, learned = spec.attention, spec.position(Rotary), spec.position(Learned)
-    return {
-        "layers": spec.layers,
-        "width": spec.width,
-        "heads": att.heads,
-        "groups": att.kv_heads,
-        "dim": att.head_dim,
-        "inner": spec.mlp.width,
-        "size": learned.size if learned else 0,
-        "offset": learned.offset if learned else 0,
-        "activation": ACTIVATIONS.index(spec.mlp.act),
-        "gated": spec.mlp.gated,
-        "before": spec.placement == "pre",
-        "rotary": rotary.dim if rotary else 0,
-        "scale": att.scale,
-        "clip": att.clip or 0,
-        "softcap": att.softcap or 0,
-        "turn_scale": inverse_frequencies(rotary)[1] if rotary else 1,
-        "logit_scale": spec.logit_scale,
-        "logit_softcap": spec.logit_softcap or 0,
-    }
-
-
-def _constants(spec: ArchSpec) -> dict[str, np.ndarray[Any, Any]]:
-    """The arrays that belong to no module."""
-    made: dict[str, np.ndarray[Any, Any]] = {}
-    if rotary := spec.position(Rotary):
-        made["turns"] = np.ascontiguousarray(inverse_frequencies(rotary)[0], np.float32)
-    if alibi := spec.position(Alibi):
-        made["slopes"] = np.array(alibi.slopes(spec.attention.heads), np.float32)
-    return made
-
-
-def _matrix(module: Any) -> native.Matrix:
-    bias = getattr(module, "bias", None)
-    if hasattr(module, "codes"):
-        low = module.low
-        return native.Matrix(
-            data=module.codes.data_ptr(),
-            scale=module.scale.data_ptr(),
-            low=None if low is None else low.data_ptr(),
-            bias=None if bias is None else bias.data_ptr(),
-            outputs=module.rows,
-            inputs=module.columns,
-            format=native.FORMATS[f"int{module.bits}"],
-            group=module.group,
-            bias_format=0 if bias is None else DTYPES[bias.dtype],
-        )
-    outputs, inputs = module.weight.shape
-    return native.Matrix(
-        data=module.weight.data_ptr(),
-        bias=None if bias is None else bias.data_ptr(),
-        outputs=outputs,
-        inputs=inputs,
-        format=DTYPES[module.weight.dtype],
-        bias_format=0 if bias is None else DTYPES[bias.dtype],
-    )
-
-
-def _norm(module: Any) -> _Norm:
-    match module:
-        case nn.LayerNorm():
-            bias = None if module.bias is None else module.bias.data_ptr()
-            return _Norm(weight=module.weight.data_ptr(), bias=bias, eps=module.eps, kind=1)
-        case nn.RMSNorm():
-            return _Norm(weight=module.weight.data_ptr(), eps=module.eps, kind=2)
-        case _:
-            return _Norm()
 
 
 # Each model's weights as they were last found, and where they lay: not part of the model, so neither copied nor saved.
@@ -305,11 +126,12 @@ class Steps:
     def __init__(self, weights: Weights, tensors: list[Tensor], cache: Cache) -> None:
         self.weights, self.tensors, self.cache = weights, tensors, cache
         self._run = native.library().mb_step
-        self._run.restype, self._run.argtypes = c_int64, (POINTER(_Model), POINTER(_Step))
-        self._slots = (_Slot * weights.layers)()
-        self._bound: list[Tensor] = []
+        self._run.restype, self._run.argtypes = c_int64, (POINTER(Model), POINTER(Step))
+        self._slots = (Slot * weights.layers)()
+        # The buffers that the slots point to, for so many rows.
+        self._rows, self._bound = 0, list[Tensor]()
         self._scratch = torch.empty(0, dtype=torch.uint8)
-        self._step = _Step(slots=self._slots)
+        self._step = Step(slots=self._slots)
 
     def run(
         self,
@@ -326,7 +148,8 @@ class Steps:
         """
         rows, count = ids_bn.shape
         past = self.cache.get_seq_length()
-        if not past or rows * count > MOST or not self._bind(rows, count, past):
+        fits = past > 0 and rows * count <= MOST and _shaped(ids_bn, past, types_bn, positions_bn, valid_bm)
+        if not fits or not self._bind(rows, count, past):
             return None
         step, ids = self._step, ids_bn.long().contiguous()
         types = None if types_bn is None else types_bn.long().contiguous()
@@ -356,11 +179,11 @@ class Steps:
             return False
         places = [cache.place(layer, count) for layer in range(layers)]
         buffers = [*cache.keys, *cache.values]
-        if len(self._bound) == len(buffers) and all(map(_is, buffers, self._bound)):
+        if self._rows == rows and all(map(_is, buffers, self._bound)):
             for slot, place in zip(self._slots, places, strict=True):
                 slot.place = place
             return True
-        self._bound = []
+        self._rows = 0
         first, dim = buffers[0], self.weights.struct.dim
         for buffer in buffers:
             plain = buffer.device.type == "cpu" and buffer.dtype == first.dtype and buffer.stride(-1) == 1
@@ -374,8 +197,20 @@ class Steps:
             slot.keys, slot.key_steps = keys.data_ptr(), keys.stride()[:3]
             slot.values, slot.value_steps = values.data_ptr(), values.stride()[:3]
             slot.place = place
-        self._bound = buffers
+        self._rows, self._bound = rows, buffers
         return True
+
+
+def _shaped(
+    ids_bn: Tensor, past: int, types_bn: Tensor | None, positions_bn: Tensor | None, valid_bm: Tensor | None
+) -> bool:
+    """Whether these have the shapes that `Steps.run` names; the modules refuse others in words."""
+    rows, count = ids_bn.shape
+    if types_bn is not None and types_bn.shape != (rows, count):
+        return False
+    if positions_bn is not None and positions_bn.shape not in ((rows, count), (1, count)):
+        return False
+    return valid_bm is None or (valid_bm.dtype == torch.bool and valid_bm.shape == (rows, past + count))
 
 
 def _is(one: Any, other: Any) -> bool:
