@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, KeysView, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+from monoblock.checkpoint import pages
 from monoblock.checkpoint.hdf5 import Hdf5
 from monoblock.checkpoint.header import ITEM_BYTES, Entry, Header, read_header
 from monoblock.checkpoint.hub import Kind, WeightFiles
@@ -67,6 +68,13 @@ class Store:
     def tensor(self, name: str) -> Any:
         """The tensor itself, in its own dtype, over the file's memory."""
         return self._homes[name].tensor(name)
+
+    def joined(self, names: Sequence[str]) -> Any:
+        """The tensors as one, along their first axis, over the files' memory; None where that takes a copy."""
+        shards = [self._homes[name] for name in names]
+        if not all(isinstance(shard, _Mapped) for shard in shards):
+            return None
+        return _Mapped.joined(cast(list[_Mapped], shards), names)
 
     @property
     def metadata(self) -> dict[str, str]:
@@ -131,6 +139,20 @@ class _Mapped:
         direct = not entry.rest and not entry.begin % ITEM_BYTES[entry.dtype]
         buffer = self._buffer(name, entry) if direct else self._copied(entry)
         return self._side.lay(buffer, entry.dtype, entry.shape)
+
+    @staticmethod
+    def joined(shards: Sequence["_Mapped"], names: Sequence[str]) -> Any:
+        """See `Store.joined`."""
+        entries = [shard._entries[name] for shard, name in zip(shards, names, strict=True)]
+        first = entries[0]
+        alike = all(e.dtype == first.dtype and e.shape[1:] == first.shape[1:] and not e.rest for e in entries)
+        if not alike or not first.shape or first.begin % ITEM_BYTES[first.dtype]:
+            return None
+        pieces = [pages.Piece(s.path, e.begin, e.end) for s, e in zip(shards, entries, strict=True)]
+        if (buffer := pages.joined(pieces)) is None:
+            return None
+        shape = (sum(entry.shape[0] for entry in entries), *first.shape[1:])
+        return shards[0]._side.lay(buffer, first.dtype, shape)
 
     def _copied(self, entry: Entry) -> bytearray:
         """The entry's bytes, as a copy; what reading them brings into memory goes back on the way."""
