@@ -60,6 +60,11 @@ class Renamed:
     def tensor(self, name: str) -> Array:
         return self._tensors.tensor(self._names[name])
 
+    def joined(self, names: Sequence[str]) -> Any:
+        """See `Store.joined`; None where the tensors are no store's."""
+        join = getattr(self._tensors, "joined", None)
+        return join([self._names[name] for name in names]) if join else None
+
 
 class Joined:
     """Files of which each holds one part of every tensor, along the axis in which the parts' sizes add up to the

@@ -16,8 +16,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from monoblock.checkpoint.fitting import Report, matched
-from monoblock.checkpoint.keymap import KeyMap, Same, Source
-from monoblock.checkpoint.weights import Tensors
+from monoblock.checkpoint.keymap import KeyMap, Same, Source, Split
+from monoblock.checkpoint.store import Store
+from monoblock.checkpoint.views import DTYPE_NAMES
+from monoblock.checkpoint.weights import Renamed, Tensors
 from monoblock.errors import CheckpointError, ShapeMismatch
 
 log = logging.getLogger("monoblock")
@@ -113,13 +115,26 @@ def read(
     source: Source, store: Tensors, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
 ) -> Tensor:
     """A canonical tensor out of the files: as it lies there if it can be, else assembled in its final memory."""
-    if isinstance(source.op, Same):
+    plain = device.type == "cpu" and all(_stored(store, name) == dtype for name in source.names)
+    if plain and isinstance(source.op, Same):
         # A transposed view, of another framework's file, becomes an ordinary parameter.
-        return store.tensor(source.names[0]).to(device=device, dtype=dtype).contiguous()
+        return store.tensor(source.names[0]).contiguous()
+    whole = (
+        store.joined(source.names)
+        if plain and type(source.op) is Split and isinstance(store, Store | Renamed)
+        else None
+    )
+    if whole is not None:
+        return whole.reshape(shape)
     target = torch.empty(shape, dtype=dtype, device=device)
     for view, name in zip(source.op.views(target), source.names, strict=True):
         view.copy_(store.tensor(name).reshape(view.shape))
     return target
+
+
+def _stored(store: Tensors, name: str) -> torch.dtype | None:
+    """The dtype in the file, if PyTorch has it."""
+    return getattr(torch, DTYPE_NAMES[store.dtype(name)], None)
 
 
 def _others(names: list[str]) -> str:
