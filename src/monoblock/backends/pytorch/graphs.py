@@ -231,7 +231,7 @@ class Graphed:
             return
         try:
             running = take(self.inner.model, self._shape(limit))
-        except RuntimeError as error:
+        except Exception as error:  # each library has errors of its own, and the plain path needs none of them
             self.failed = True
             log.warning(
                 "%s: decoding goes on without CUDA graphs, because recording one failed: %s",

@@ -8,6 +8,7 @@ Shape suffixes: b batch, s tokens, w width, h heads, g key/value heads, d head w
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -29,7 +30,8 @@ class Call:
 
     Positions, of the tokens that come in and of all keys, count tokens without padding; a first axis of 1 stands
     for all rows. `head_mask` (layers, 1, h, 1, 1) scales each head's weights. What does not come (the rotary `cos`
-    and `sin`, ALiBi's slopes of the scope) is made from the spec.
+    and `sin`, ALiBi's slopes of the scope) is made from the spec. `one_token` takes the place of all between the
+    projections of an attention: positions, cache and kernel.
     """
 
     scope: Scope
@@ -41,6 +43,7 @@ class Call:
     cos: Tensor | None = None
     sin: Tensor | None = None
     keep: int | None = None
+    one_token: Callable[[Attention, Tensor, Tensor, Tensor], Tensor] | None = None
 
 
 @dataclass
@@ -101,6 +104,8 @@ class Attention(nn.Module):
 
     def forward(self, x_bsw: Tensor, call: Call) -> tuple[Tensor, Tensor | None]:
         q, k, v = self.heads(self.qkv(x_bsw))
+        if call.one_token is not None:
+            return self.out(call.one_token(self, q, k, v)), None
         if call.cos is not None and call.sin is not None:
             q = rotate(q, call.cos, call.sin)
             k = k if self.late_rotary else rotate(k, call.cos, call.sin)

@@ -8,20 +8,27 @@ Shape suffixes: b batch, k slots, l places, g key/value heads, d head width, v v
 
 from __future__ import annotations
 
+import importlib.util
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
+from monoblock.backends.pytorch.attention_gpu import WIDEST, pieces
 from monoblock.backends.pytorch.cache import Cache
-from monoblock.backends.pytorch.model import Call
+from monoblock.backends.pytorch.model import Attention, Call
 from monoblock.backends.pytorch.ops import Scope, turns
 from monoblock.positions import inverse_frequencies
 from monoblock.spec import Alibi, ArchSpec, Learned, Rotary
 
 if TYPE_CHECKING:
     from monoblock.backends.pytorch.pretrained import PreTrainedModel
+
+
+# Where attention of one token is the Triton kernels', if Triton is installed.
+TRITON = ("cuda",)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,9 +185,43 @@ def static_step(model: PreTrainedModel, state: State) -> Tensor:
     )
     if state.inverse is not None:
         call.cos, call.sin = turns(state.positions_b1, state.inverse, state.factor, x.dtype)
+    if _has_kernels(model, state) and x.dtype == state.shape.dtype:
+        call.one_token = _one_token(state, call)
     hidden = model.backbone(x, call).hidden
     assert model.head is not None
     scores = model.head(hidden[:, -1]).float()
     state.place_1.add_(1)
     state.positions_b1.add_(1)
     return scores
+
+
+def _has_kernels(model: PreTrainedModel, state: State) -> bool:
+    """Whether triton_step.py's kernels are there, and are what the model asks for."""
+    return (
+        state.shape.device.type in TRITON
+        and importlib.util.find_spec("triton") is not None
+        and model.spec.attention.head_dim <= WIDEST
+        and model.config._attn_implementation != "eager"
+    )
+
+
+def _one_token(state: State, call: Call) -> Callable[[Attention, Tensor, Tensor, Tensor], Tensor]:
+    """Attention of one token over the state, by the Triton kernels."""
+    from monoblock.backends.pytorch import triton_step
+
+    angles = None if call.cos is None or call.sin is None else (call.cos, call.sin)
+
+    def one_token(layer: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        keys = state.keys[layer.layer]
+        return triton_step.attention(
+            *(q, k, v, keys, state.values[layer.layer], state.place_1),
+            angles=angles,
+            slopes_h=state.slopes_h,
+            valid_bl=state.valid_bl,
+            window=layer.window,
+            scale=layer.kernel.scale,
+            softcap=layer.kernel.softcap,
+            pieces=pieces(keys.shape[0] * keys.shape[1], keys.shape[2]),
+        )
+
+    return one_token
