@@ -18,8 +18,9 @@ from mpt_cases import CASES, LENGTHS, made
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from monoblock import DynamicCache, StaticCache
+from monoblock import DynamicCache, StaticCache, WeightOnlyConfig
 from monoblock.backends.pytorch import attention_gpu, graphs
+from monoblock.backends.pytorch.quantize import quantize
 from monoblock.backends.pytorch.static_step import Shape, State, held, static_step
 
 ATOL = 2e-5  # fp32, 2-3 layers, logits of the order of 10: sums in another order; measured 8e-6
@@ -225,6 +226,19 @@ def test_images_in_the_prompt(recording: Any, monkeypatch: pytest.MonkeyPatch) -
     images = {"image_patches": patches, "image_patches_indices": indices}
     compare(*both(pair("FuyuForCausalLM")[1], ids, mask, monkeypatch, **images))
     assert recording
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_packed_weights(bits: int, recording: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Packed matrices are parts of this library: a recording reads their codes, and packing is seen as new weights."""
+    module = ours_of("MistralForCausalLM", **fields("mistral"))
+    ids, mask = batch("left", LENGTHS)
+    compare(*both(module, ids, mask, monkeypatch))
+    before = len(recording)
+    quantize(module, WeightOnlyConfig(bits=bits, group_size=64))
+    assert module.quantization_config is not None
+    compare(*both(module, ids, mask, monkeypatch))
+    assert len(recording) == 2 * before
 
 
 def test_bf16(recording: Any, monkeypatch: pytest.MonkeyPatch) -> None:
