@@ -3,6 +3,9 @@
 #pragma once
 
 #include <stdlib.h>
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
 
 namespace matrices {
 
@@ -10,6 +13,14 @@ constexpr int AT_ONCE = 16;  // rows of inputs that are prepared together
 constexpr int STRIP = 64;    // outputs that a thread keeps as floats before it rounds them
 constexpr int TURN = 64;     // outputs that a thread takes at a time, and then asks for more
 constexpr int64_t ALONE = 1 << 16;  // products that one thread has done before another would have woken up
+
+inline int thread_number() {
+#if defined(_OPENMP)
+  return omp_get_thread_num();
+#else
+  return 0;
+#endif
+}
 
 // One buffer for each calling thread, which grows and is kept: a call must not ask the system for memory.
 inline void* scratch_of(int64_t bytes) {
@@ -23,7 +34,6 @@ inline void* scratch_of(int64_t bytes) {
   }
   return buffer;
 }
-
 
 inline void widen(const uint16_t* x, int64_t inputs, float* to) {
   int64_t k = 0;
@@ -45,11 +55,50 @@ inline void outputs_of(const Matrix& m, const Prepared& p, int rows, void* y, in
   }
 }
 
+#if defined(__AVX512VNNI__)
+constexpr int64_t BATCH = 1024;  // rows of inputs that are quantised at once: it bounds the scratch
+
+// `linear` for packed weights and many rows.
+inline int linear_of_codes(const Matrix& m, const void* x, int32_t x_format, int64_t ldx, int64_t rows, void* y,
+                           int32_t y_format, int64_t ldy, int threads) {
+  const int64_t most = rows < BATCH ? rows : BATCH, inputs = round_up(prepared_bytes(m.inputs, most), 64);
+  const int64_t own = round_up(Turned::bytes(m) + m.inputs * 4, 64);  // for each thread
+  char* scratch = (char*)scratch_of(inputs + threads * own);
+  if (!scratch) return 1;
+  Prepared p = prepared_in(scratch, m.inputs, most);
+  for (int64_t start = 0; start < rows; start += most) {
+    const int64_t count = rows - start < most ? rows - start : most;
+    const char* from = (const char*)x + start * ldx * (x_format == BF16 ? 2 : 4);
+    char* to = (char*)y + start * ldy * (y_format == BF16 ? 2 : 4);
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+      char* mine = scratch + inputs + thread_number() * own;
+      const Turned turned(mine, m);
+      float* wide = (float*)(mine + own - m.inputs * 4);
+#pragma omp for schedule(dynamic, 8)
+      for (int64_t row = 0; row < count; ++row) {
+        const float* floats = (const float*)from + row * ldx;
+        if (x_format == BF16) widen((const uint16_t*)from + row * ldx, m.inputs, wide), floats = wide;
+        quantise_row(floats, row, m, p);
+      }
+#pragma omp for schedule(dynamic, 1)
+      for (int64_t first = 0; first < m.outputs; first += PANEL)
+        panel_of(m, turned, first, p, count, to, y_format, ldy);
+    }
+  }
+  return 0;
+}
+#endif
+
 // y (rows, outputs) = x (rows, inputs) W^T + bias; `ldx`, `ldy`: elements from row to row; formats F32 or BF16.
 // Returns 0, or 1 if there was no memory.
 inline int linear(const Matrix& m, const void* x, int32_t x_format, int64_t ldx, int64_t rows, void* y,
                   int32_t y_format, int64_t ldy, int threads) {
   if (m.outputs * m.inputs * (rows < 4 ? 1 : rows / 4) < ALONE) threads = 1;
+#if defined(__AVX512VNNI__)
+  if (rows > AT_ONCE && (m.format == INT8 || m.format == INT4))
+    return linear_of_codes(m, x, x_format, ldx, rows, y, y_format, ldy, threads);
+#endif
   int64_t need = prepared_bytes(m.inputs, AT_ONCE), floats = AT_ONCE * m.inputs * 4;
   char* scratch = (char*)scratch_of(need + floats);
   if (!scratch) return 1;

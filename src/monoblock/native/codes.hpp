@@ -1,0 +1,162 @@
+// Packed weights with many rows of inputs, by whole-number products. Part of matrix.hpp.
+//
+// A thread takes 64 rows of weights and turns them once, so that a vector holds four neighbouring codes of 16 rows. It
+// then meets them with six rows of inputs at a time, of which four neighbouring numbers go to all lanes: the sums of a
+// group stay whole numbers in registers, no lanes are ever added up, and each group is scaled once for 16 outputs.
+#pragma once
+
+#if defined(__AVX512VNNI__)
+
+namespace matrices {
+
+constexpr int SIDE = 16;    // rows of weights in a vector
+constexpr int PANEL = 64;   // rows of weights that are turned at once
+constexpr int PAIR = 2;     // vectors of them that meet the inputs together
+constexpr int TOKENS = 6;   // rows of inputs: TOKENS * PAIR sums in whole numbers and as many floats fit the registers
+
+// Panel rows in turned order: codes (PANEL / 32, padded / 4, 2, SIDE, 4); scale and low (groups, PANEL).
+struct Turned {
+  uint8_t* codes;
+  float *scale, *low;
+
+  static int64_t bytes(const Matrix& m) {
+    const int64_t padded = round_up(m.inputs, RUN);
+    return PANEL * (padded + padded / m.group * 8) + 64;
+  }
+
+  Turned(void* scratch, const Matrix& m) {
+    const int64_t padded = round_up(m.inputs, RUN);
+    codes = (uint8_t*)round_up((int64_t)scratch, 64);
+    scale = (float*)(codes + PANEL * padded);
+    low = scale + PANEL * padded / m.group;
+  }
+};
+
+// 16 x 16 words, turned: the halves that lie crosswise change places, then those of each half, and so on.
+INLINE void turn(Words (&v)[SIDE]) {
+  typedef Words W;
+#define CROSS(D, LOW, HIGH)                                              \
+  UNROLL for (int i = 0; i < SIDE; ++i) if (!(i & D)) {                  \
+    const W a = v[i], b = v[i + D];                                      \
+    v[i] = __builtin_shufflevector(a, b, LOW);                           \
+    v[i + D] = __builtin_shufflevector(a, b, HIGH);                      \
+  }
+#define LIST(...) __VA_ARGS__
+  CROSS(8, LIST(0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23),
+        LIST(8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31))
+  CROSS(4, LIST(0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27),
+        LIST(4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31))
+  CROSS(2, LIST(0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29),
+        LIST(2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31))
+  CROSS(1, LIST(0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30),
+        LIST(1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31))
+#undef CROSS
+#undef LIST
+}
+
+// Turns the rows [first, first + PANEL) of the matrix; rows beyond its end are the last one again.
+inline void turn_panel(const Matrix& m, int64_t first, const Turned& to) {
+  const int64_t padded = round_up(m.inputs, RUN), groups = padded / m.group;
+  const int64_t bytes = m.format == INT8 ? padded : padded / 2;
+  const uint8_t* rows[PANEL];
+  for (int r = 0; r < PANEL; ++r) {
+    const int64_t row = first + r < m.outputs ? first + r : m.outputs - 1;
+    rows[r] = (const uint8_t*)m.data + row * bytes;
+    for (int64_t g = 0; g < groups; ++g) {
+      const float scale = from_half(m.scale[row * groups + g]);
+      to.scale[g * PANEL + r] = scale;
+      to.low[g * PANEL + r] = m.format == INT8 ? -128 * scale : from_half(m.low[row * groups + g]);
+    }
+  }
+  for (int64_t k = 0; k < padded; k += 64)
+    for (int side = 0; side < PANEL / SIDE; ++side) {
+      Words v[SIDE];
+      UNROLL for (int r = 0; r < SIDE; ++r) {
+        const uint8_t* row = rows[side * SIDE + r];
+        if (m.format == INT8)
+          v[r] = load<Words>(row + k);
+        else  // of each run of 128, the low halves of the bytes are the first 64 codes
+          v[r] = load<Words>(row + k / RUN * 64) >> (k % RUN ? 4 : 0) & 0x0f0f0f0fu;
+      }
+      turn(v);
+      uint8_t* at = to.codes + ((side / PAIR * padded / 4 + k / 4) * PAIR + side % PAIR) * 64;
+      UNROLL for (int i = 0; i < SIDE; ++i) store(at + i * PAIR * 64, v[i]);
+    }
+}
+
+// T rows of inputs with 32 rows of weights.
+template <int T, int GROUP>
+inline void meet(const Turned& w, int part, const Prepared& p, int64_t row, Floats (&sums)[T][PAIR]) {
+  const int64_t groups = p.padded / GROUP;
+  const uint8_t* codes = w.codes + part * PAIR * SIDE * p.padded;
+  const int8_t* q = p.q + row * p.padded;
+  for (int64_t g = 0; g < groups; ++g) {
+    __m512i whole[T][PAIR] = {};
+    UNROLL for (int k = 0; k < GROUP; k += 4, codes += PAIR * 64, q += 4) {
+      __m512i four[PAIR];
+      UNROLL for (int i = 0; i < PAIR; ++i) four[i] = _mm512_loadu_si512(codes + i * 64);
+      UNROLL for (int t = 0; t < T; ++t) {
+        int32_t same;
+        memcpy(&same, q + t * p.padded, 4);
+        const __m512i x = _mm512_set1_epi32(same);
+        UNROLL for (int i = 0; i < PAIR; ++i) whole[t][i] = _mm512_dpbusd_epi32(whole[t][i], four[i], x);
+      }
+    }
+    UNROLL for (int i = 0; i < PAIR; ++i) {
+      const int64_t at = g * PANEL + (part * PAIR + i) * SIDE;
+      const Floats scale = load<Floats>(w.scale + at), low = load<Floats>(w.low + at);
+      UNROLL for (int t = 0; t < T; ++t) {
+        const int64_t own = (row + t) * p.blocks + g;
+        sums[t][i] += __builtin_convertvector((Ints)whole[t][i], Floats) * (scale * p.q_scale[own]);
+        sums[t][i] += low * p.q_sum[own];
+      }
+    }
+  }
+}
+
+template <int T>
+inline void meet_all(const Matrix& m, const Turned& w, int64_t first, const Prepared& p, int64_t row, char* y,
+                     int32_t y_format, int64_t ldy) {
+  for (int part = 0; part < PANEL / SIDE / PAIR; ++part) {
+    const int64_t start = first + part * PAIR * SIDE;
+    if (start >= m.outputs) return;
+    Floats sums[T][PAIR] = {};
+    m.group == RUN ? meet<T, RUN>(w, part, p, row, sums) : meet<T, RUN / 2>(w, part, p, row, sums);
+    for (int i = 0; i < PAIR; ++i) {
+      const int64_t output = start + i * SIDE, left = m.outputs - output;
+      if (left <= 0) break;
+      const int count = left < SIDE ? int(left) : SIDE;
+      Floats bias = {};
+      for (int lane = 0; lane < count; ++lane) bias[lane] = bias_of(m, output + lane);
+      for (int t = 0; t < T; ++t) {
+        const Floats sum = sums[t][i] + bias;
+        const int64_t at = (row + t) * ldy + output;
+        const Halves half = to_bf16(sum);
+        if (y_format == BF16)
+          memcpy(y + at * 2, &half, count * 2);
+        else
+          memcpy(y + at * 4, &sum, count * 4);
+      }
+    }
+  }
+}
+
+// Outputs [first, first + PANEL) of all rows.
+inline void panel_of(const Matrix& m, const Turned& w, int64_t first, const Prepared& p, int64_t rows, void* y,
+                     int32_t y_format, int64_t ldy) {
+  turn_panel(m, first, w);
+  int64_t row = 0;
+  char* to = (char*)y;
+  for (; row + TOKENS <= rows; row += TOKENS) meet_all<TOKENS>(m, w, first, p, row, to, y_format, ldy);
+  switch (rows - row) {
+    case 5: return meet_all<5>(m, w, first, p, row, to, y_format, ldy);
+    case 4: return meet_all<4>(m, w, first, p, row, to, y_format, ldy);
+    case 3: return meet_all<3>(m, w, first, p, row, to, y_format, ldy);
+    case 2: return meet_all<2>(m, w, first, p, row, to, y_format, ldy);
+    case 1: return meet_all<1>(m, w, first, p, row, to, y_format, ldy);
+  }
+}
+
+}  // namespace matrices
+
+#endif
