@@ -31,7 +31,7 @@ UNKNOWN = {
     "CTranslate2": ("mpt-1b", "gpt-neo-125m", "openai-gpt"),
     "OpenVINO": (),
 }
-# Contestants that read a hub folder as it is, and in the Python that runs the benchmark.
+# Contestants that do not read a hub folder as it is, and live in a Python of their own.
 OWN_FORMAT = ("llama.cpp", "OpenVINO", "CTranslate2")
 TRIES = 3
 PATIENCE = 300  # seconds; one question is one call of a model
@@ -69,8 +69,8 @@ class Tools:
 
 
 def weights_for(who: str, source: Path, form: str, tools: Tools) -> Path:
-    """What the contestant loads: the hub folder, or its own format, which is made once beside it."""
-    if who not in OWN_FORMAT:
+    """What the contestant loads: the hub folder, or its own format or packed weights, made once beside it."""
+    if who not in OWN_FORMAT and form in ("float32", "bfloat16"):
         return source
     target = source.with_name(f"{source.name}--{who.replace('.', '')}-{form}")
     if who == "llama.cpp":

@@ -5,14 +5,17 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-# The arguments of `from_pretrained` for each form of the weights.
-FORMS: dict[str, dict[str, Any]] = {
-    "float32": {"dtype": "float32"},
-    "bfloat16": {"dtype": "bfloat16"},
-    "int8": {"dtype": "bfloat16", "quantization_config": "int8"},
-    "int4": {"dtype": "bfloat16", "quantization_config": "int4"},
-}
+# The type of activations for each form of the weights.
+DTYPES = {"float32": "float32", "bfloat16": "bfloat16", "int8": "bfloat16", "int4": "bfloat16"}
 GREEDY: dict[str, Any] = {"do_sample": False, "use_cache": True, "pad_token_id": 0}
+
+
+def prepare(source: str, target: str, form: str) -> None:
+    """Pack a model's weights and save it, as `monoblock quantize` does."""
+    from monoblock import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=DTYPES[form], quantization_config=form)
+    model.save_pretrained(target)
 
 
 class Side:
@@ -46,7 +49,7 @@ class Side:
     def load(self, folder: str, form: str) -> None:
         """Make the model ready to generate."""
         self.model = self.optimizer = None
-        self.model = self.auto.from_pretrained(folder, **FORMS[form]).eval()
+        self.model = self.auto.from_pretrained(folder, dtype=DTYPES[form]).eval()
         self.model.generation_config.eos_token_id = None  # texts are as long as they are asked to be
 
     def weight_bytes(self) -> int:
