@@ -9,127 +9,12 @@
 #include <algorithm>
 
 #include "cached.hpp"
-#include "matrix.hpp"
+#include "model.hpp"
 #include "team.hpp"
 
 namespace decode {
 
-// A norm's weights, float32 or bfloat16 as the model's.
-struct Norm {
-  const void *weight, *bias;  // bias: or null
-  float eps;
-  int32_t kind;  // 0: there is none; 1: layer norm; 2: RMS norm
-};
-
-struct Layer {
-  Matrix qkv, out, up, down;  // qkv: [q|k|v]; up: [gate|up] where gated
-  Norm norm1, norm2, q_norm, k_norm;
-  int64_t window;  // keys that a query sees; 0: all
-};
-
-struct Model {
-  const Layer* blocks;
-  Matrix embed, head;
-  const void* positions;  // the table (size, width), or null
-  const float* turns;     // rotary frequencies (rotary / 2,), or null
-  const float* slopes;    // ALiBi's (heads,), or null
-  Norm embed_norm, final_norm;
-  int64_t layers, width, heads, groups, dim, inner, size, offset;  // groups: key/value heads; size and
-                                                                         // first used row of the table of positions
-  int32_t activation, gated, before, by_head, bf16, rotary;  // before: norms come before sub-layers; rotary: channels
-  float scale, clip, softcap, turn_scale, logit_scale, logit_softcap;  // clip and caps: 0 for none
-};
-
-// Where a layer's keys and values go: at index `place` of buffers whose strides count elements (batch, head, token).
-struct Slot {
-  void *keys, *values;
-  int64_t key_steps[3], value_steps[3];
-  int64_t place;
-};
-
-struct Step {
-  const Slot* slots;
-  const int64_t *ids, *types;  // (rows, tokens); types: rows of the embedding that are added, or null
-  const int64_t* positions;    // (rows or 1, tokens) as given, or null: counted
-  const uint8_t* valid;        // (rows, past + tokens), 0 for padding; or null
-  float* logits;               // (rows, tokens, vocabulary)
-  void* scratch;
-  int64_t scratch_bytes, rows, tokens, past, position_step, valid_step;
-  int32_t threads, cache_bf16;
-};
-
 constexpr int PARTS = 16;  // stretches that one row's keys may be divided into
-
-// Memory for a step: first measured with no memory at all, then given out.
-class Arena {
- public:
-  explicit Arena(void* memory) : base((char*)memory) {}
-  template <class T>
-  T* take(int64_t count) {
-    T* given = (T*)(base + used);
-    used += round_up(count * sizeof(T), 64);
-    return given;
-  }
-  char* base;
-  int64_t used = 0;
-};
-
-// From row to row of what a matrix reads: not a power of two, for then all rows would meet in the same few places of the
-// nearest cache.
-constexpr int64_t apart(int64_t width) { return round_up(width, 16) + 16; }
-
-template <class F>
-INLINE void typed(int32_t bf16, const void* data, F f) {
-  bf16 ? f((const uint16_t*)data) : f((const float*)data);
-}
-
-template <class W>
-INLINE void scaled(const float* x, int64_t width, const W* weight, float shift, float factor, float* y) {
-  for (int64_t i = 0; i < width; ++i) y[i] = (x[i] - shift) * factor * read1(weight + i);
-}
-
-// y = norm(x); they may be the same.
-inline void normed(const Norm& n, int32_t bf16, const float* x, int64_t width, float* y) {
-  if (!n.kind) {
-    if (x != y) memcpy(y, x, width * sizeof(float));
-    return;
-  }
-  float mean = 0, square = 0;
-  if (n.kind == 1) {
-#pragma omp simd reduction(+ : mean)
-    for (int64_t i = 0; i < width; ++i) mean += x[i];
-    mean /= width;
-  }
-#pragma omp simd reduction(+ : square)
-  for (int64_t i = 0; i < width; ++i) square += (x[i] - mean) * (x[i] - mean);
-  const float factor = 1 / sqrtf(square / width + n.eps);
-  typed(bf16, n.weight, [&](auto* weight) { scaled(x, width, weight, mean, factor, y); });
-  if (n.bias)
-    typed(bf16, n.bias, [&](auto* bias) {
-      for (int64_t i = 0; i < width; ++i) y[i] += read1(bias + i);
-    });
-}
-
-// y += row `index` of a matrix in any of the formats.
-inline void add_row(const Matrix& m, int64_t index, float* y) {
-  const int64_t n = m.inputs, padded = round_up(n, RUN);
-  if (m.format == F32 || m.format == BF16) {
-    typed(m.format == BF16, m.data, [&](auto* table) {
-      for (int64_t i = 0; i < n; ++i) y[i] += read1(table + index * n + i);
-    });
-    return;
-  }
-  const uint8_t* codes = (const uint8_t*)m.data + index * (m.format == INT8 ? padded : padded / 2);
-  for (int64_t i = 0; i < n; ++i) {
-    const int64_t group = (index * padded + i) / m.group;
-    if (m.format == INT8) {
-      y[i] += from_half(m.scale[group]) * (codes[i] - 128);
-    } else {
-      const int code = codes[i / RUN * BLOCK + i % BLOCK] >> (i % RUN / BLOCK * 4) & 15;
-      y[i] += from_half(m.scale[group]) * code + from_half(m.low[group]);
-    }
-  }
-}
 
 class Run {
  public:

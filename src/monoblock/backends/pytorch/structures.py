@@ -1,4 +1,4 @@
-"""A model's weights, and a step's inputs, as the structures of native/block.hpp, which explains their fields."""
+"""A model's weights, and a step's inputs, as the structures of native/model.hpp, which explains their fields."""
 
 from __future__ import annotations
 
