@@ -1,0 +1,312 @@
+"""The native kernels of prompts against their formulas, prompts in pieces, and the last block's few tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from families_made import GENERATING, texts
+from helpers import batch, model
+from measure import assert_close
+from mpt_cases import LENGTHS, made
+from test_families_cache import MPT, prompts
+from test_families_cache import made as small
+
+from monoblock import DynamicCache, StaticCache, native
+from monoblock.backends.pytorch import decode, ops, prompt
+from monoblock.native import build
+
+ATOL = 2e-6  # fp32, values of the order of 1: measured 7e-7
+DTYPES = {"float32": (torch.float32, ATOL), "bfloat16": (torch.bfloat16, 2e-2)}  # bf16 has steps of 4e-3 at 1
+
+native_only = pytest.mark.skipif(prompt.LIBRARY is None, reason=f"native kernels: {native.status()}")
+
+
+@pytest.fixture(params=build.LEVELS)
+def level(request: Any, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Each set of instructions that this machine has."""
+    library, found, status = native.choose(request.param)
+    if found != request.param:
+        pytest.skip(f"no kernels of {request.param} here: {status}")
+    monkeypatch.setattr(prompt, "LIBRARY", library)
+    return request.param
+
+
+def heads(b: int, tokens: int, h: int, g: int, d: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    """Queries, keys and values as views of one fused [q|k|v]."""
+    qkv = torch.randn(b, tokens, (h + 2 * g) * d, generator=torch.Generator().manual_seed(d)).to(dtype)
+    split = qkv.split([h * d, g * d, g * d], dim=-1)
+    return tuple(x.unflatten(-1, (-1, d)).transpose(1, 2) for x in split)
+
+
+def formula(q: Any, k: Any, v: Any, scale: float, **given: Any) -> torch.Tensor:
+    """Attention in float64, (b, q, h, d); a query that sees nothing gets equal weights."""
+    q, (k, v) = q.double(), (x.double().repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    scores = q @ k.mT * scale
+    if cap := given.get("softcap"):
+        scores = cap * torch.tanh(scores / cap)
+    queries, keys = scores.shape[-2:]
+    distance = torch.arange(keys - queries, keys)[:, None] - torch.arange(keys)
+    if (slopes := given.get("slopes")) is not None:
+        scores = scores - slopes.double()[:, None, None] * distance
+    seen = torch.ones_like(distance, dtype=torch.bool)[None, None]
+    if given.get("causal", True):
+        seen = seen & (distance >= 0)
+    if window := given.get("window"):
+        seen = seen & (distance < window)
+    if (valid := given.get("valid")) is not None:
+        seen = seen & valid[:, None, None]
+    if (segments := given.get("segments")) is not None:
+        seen = seen & (segments[:, None, -queries:, None] == segments[:, None, None])
+    return (scores.masked_fill(~seen, -1e300).softmax(-1) @ v).transpose(1, 2)
+
+
+def attention(q: Any, k: Any, v: Any, scale: float, **given: Any) -> torch.Tensor:
+    masks = (given.get(name) for name in ("slopes", "valid", "segments"))
+    return prompt.attention(
+        q, k, v, *masks, scale, given.get("softcap", 0.0), given.get("causal", True), given.get("window", 0)
+    )
+
+
+def _valid(share: float, keys: int) -> torch.Tensor:
+    return torch.rand(2, keys, generator=torch.Generator().manual_seed(keys)) < share
+
+
+# (queries, keys, heads, groups, head width), what acts besides. Tiles are 24 queries by 256 keys, panels 64 keys.
+ATTENTION: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
+    "one": ((1, 1, 1, 1, 8), {}),
+    "tails": ((37, 37, 2, 2, 5), {}),
+    "two blocks of keys": ((300, 300, 1, 1, 80), {}),
+    "groups": ((50, 50, 8, 2, 64), {}),
+    "one group": ((26, 26, 3, 1, 36), {}),
+    "the last of the keys": ((7, 290, 4, 2, 16), {}),
+    "one query": ((1, 270, 4, 2, 16), {"softcap": 3.0}),
+    "window": ((290, 300, 2, 1, 16), {"window": 33}),
+    "window of one": ((40, 40, 2, 1, 16), {"window": 1}),
+    "alibi": ((90, 300, 4, 4, 16), {"slopes": torch.tensor([0.5, 0.25, 0.1, 0.01])}),
+    "padding": ((70, 70, 2, 1, 24), {"valid": _valid(0.6, 70)}),
+    "little but padding": ((70, 280, 2, 1, 24), {"valid": _valid(0.02, 280), "window": 9}),
+    "both ways": ((70, 70, 2, 1, 24), {"valid": _valid(0.6, 70), "causal": False}),
+    "segments": ((60, 70, 2, 1, 24), {"segments": (torch.arange(140).view(2, 70) // 23).int()}),
+    "cap": ((60, 60, 2, 1, 24), {"softcap": 0.7}),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", ATTENTION)
+def test_attention(level: str, case: str, dtype: str) -> None:
+    (queries, keys, h, g, d), given = ATTENTION[case]
+    kind, bound = DTYPES[dtype]
+    q, k, v = heads(2, keys, h, g, d, kind)
+    q = q[:, :, -queries:]
+    out = attention(q, k, v, d**-0.5, **given)
+    assert out.dtype == kind
+    assert_close(f"attention, {dtype}", out, formula(q, k, v, d**-0.5, **given), bound)
+    assert level == native.choose(level)[1]
+
+
+@native_only
+def test_alibi_is_exact_far_away() -> None:
+    """PyTorch's kernel adds slope * key, hundreds here, and is 4e-5 off; distances that matter are short."""
+    q, k, v = heads(1, 2000, 1, 1, 16, torch.float32)
+    slopes = torch.tensor([0.5])
+    q = q[:, :, -40:]
+    expected = formula(q, k, v, 0.25, slopes=slopes)
+    assert_close("attention, ALiBi", attention(q, k, v, 0.25, slopes=slopes), expected, ATOL)
+
+
+@native_only
+def test_threads_share_the_work() -> None:
+    q, k, v = heads(2, 300, 4, 2, 16, torch.float32)
+    alone = attention(q, k, v, 0.25)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        assert torch.equal(attention(q, k, v, 0.25), alone)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [5, 16, 83])
+@pytest.mark.usefixtures("level")
+def test_norms_rotations_and_gates(width: int, dtype: str) -> None:
+    """Against PyTorch in float64, at widths that fill vectors and that do not."""
+    kind, bound = DTYPES[dtype]
+    generator = torch.Generator().manual_seed(width)
+    x, weight, bias = (
+        torch.randn(*shape, generator=generator).to(kind) for shape in ((2, 9, width), (width,), (width,))
+    )
+    # Far from 0 the mean has steps of 8e-6; a difference of sums of squares would be off by 1e-3. Not in bf16, whose
+    # inputs have no such digits.
+    far = x + 100 if dtype == "float32" else x
+    expected = F.layer_norm(far.double(), (width,), weight.double(), bias.double(), 1e-3)
+    assert_close(
+        f"layer norm, {dtype}", prompt.norm(far, weight, bias, 1e-3, rms=False), expected, 25 * bound
+    )
+    expected = F.rms_norm(x.double(), (width,), weight.double(), 1e-3)
+    assert_close(f"rms norm, {dtype}", prompt.norm(x, weight, None, 1e-3, rms=True), expected, 4 * bound)
+    pair = torch.cat((20 * x, x), dim=-1)
+    steep, up = pair.double().chunk(2, dim=-1)
+    assert_close(f"gate, {dtype}", prompt.gate(pair), F.silu(steep) * up, 50 * bound)  # values of 100
+    q = heads(2, 9, 3, 1, 2 * width + 3, kind)[0]
+    angles = torch.randn(1, 1, 9, width, generator=generator).double()
+    cos, sin = (torch.cat((a, a), dim=-1).to(kind) for a in (angles.cos(), angles.sin()))
+    turned = prompt.turn(q, cos, sin).transpose(1, 2)
+    assert_close(f"rotation, {dtype}", turned, ops.rotate(q.double(), cos.double(), sin.double()), 2 * bound)
+
+
+@native_only
+def test_operators() -> None:
+    """The fake kernels agree with the real ones."""
+    q, k, v = heads(2, 9, 4, 2, 8, torch.float32)
+    x, w = torch.randn(2, 3, 8), torch.randn(8)
+    angles = torch.randn(2, 1, 9, 4)
+    calls = {
+        "attention": (q, k, v, torch.rand(4), torch.rand(2, 9) < 0.5, None, 0.3, 0.0, True, 4),
+        "norm": (x, w, w, 1e-5, False),
+        "turn": (q, angles, angles),
+        "gate": (x,),
+    }
+    for name, given in calls.items():
+        torch.library.opcheck(getattr(torch.ops.monoblock, name).default, given)
+
+
+@native_only
+@pytest.mark.parametrize("case", ["rope", "mptglu", "sliding window", "score cap"])
+@torch.no_grad()
+def test_models_use_them(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model without gradients calls them, in the same numbers as without; one with gradients does not."""
+    module = made(case)
+    ids, mask = batch("left", LENGTHS)
+    called: list[str] = []
+    for name in ("attention", "norm", "turn", "gate"):
+        kernel = getattr(prompt, name)
+        monkeypatch.setattr(prompt, name, lambda *a, n=name, f=kernel, **k: (called.append(n), f(*a, **k))[1])
+    fast = module(ids, attention_mask=mask).logits
+    assert {"attention", "norm"} <= set(called)
+    assert ("turn" in called) == (case == "rope")
+    called.clear()
+    with torch.enable_grad():
+        module(ids, attention_mask=mask)
+    monkeypatch.setattr(prompt, "LIBRARY", None)
+    assert_close("logits without the kernels", fast, module(ids, attention_mask=mask).logits, 1e-5, mask)
+    assert not called
+
+
+@native_only
+@torch.no_grad()
+def test_exported_programs_need_no_kernels() -> None:
+    """What is exported may run anywhere: it holds PyTorch's operators alone."""
+    module = model("MptModel", n_layers=1)
+    module.config.return_dict = False
+    program = torch.export.export(module, (batch("none")[0],), {"use_cache": False})
+    assert not [node for node in program.graph.nodes if "monoblock" in str(node.target)]
+
+
+# ---------------------------------------------------------------------------- in pieces
+
+
+CACHES: dict[str, Any] = {
+    "growing": dict,
+    "static": lambda: {"cache_implementation": "static"},
+    "given": lambda: {"past_key_values": DynamicCache()},
+    "given static": lambda: {"past_key_values": StaticCache(max_cache_len=80)},
+}
+ASKED: dict[str, Any] = {
+    "max_new_tokens": 3,
+    "do_sample": False,
+    "eos_token_id": None,
+    "pad_token_id": 3,
+    "output_scores": True,
+    "return_dict_in_generate": True,
+}
+
+
+def same_in_pieces(monkeypatch: pytest.MonkeyPatch, module: Any, ids: Any, given: Any, pieces: int) -> None:
+    """Generation from a whole prompt and from one in so many pieces of 4 tokens; `given()` makes what else is given."""
+    outs, calls = {}, []
+    forward = decode.Decoder._forward
+    monkeypatch.setattr(decode.Decoder, "_forward", lambda *a, **k: (calls.append(k), forward(*a, **k))[1])
+    for size in (1024, 4):
+        calls.clear()
+        monkeypatch.setattr(decode, "CHUNK", size)
+        outs[size] = module.generate(ids, **{**ASKED, **given()})
+    assert [call.get("left", 0) > 0 for call in calls].count(True) == pieces - 1
+    assert torch.equal(outs[4].sequences, outs[1024].sequences)
+    assert_close("scores in pieces", torch.stack(outs[4].scores), torch.stack(outs[1024].scores), 2e-5)
+
+
+@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize("name", [MPT, *GENERATING])
+def test_prompts_in_pieces(name: str, cache: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Padded, in unequal lengths, with windows longer and shorter than what is cached."""
+    ids, mask = prompts(name)
+    pieces = -(-ids.shape[1] // 4)
+    same_in_pieces(monkeypatch, small(name), ids, lambda: {"attention_mask": mask, **CACHES[cache]()}, pieces)
+
+
+def test_pieces_of_all_that_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Positions, token types, embeddings, and a cache that holds the prompt's beginning."""
+    module = small("OpenAIGPTLMHeadModel")
+    ids, _ = texts("OpenAIGPTLMHeadModel", "none")
+    more = {
+        "position_ids": torch.arange(ids.shape[1]).flip(0)[None] + 3,
+        "token_type_ids": (torch.arange(ids.shape[1])[None] * 7 % 5).expand(len(ids), -1),
+    }
+    same_in_pieces(monkeypatch, module, ids, lambda: more, -(-ids.shape[1] // 4))
+    embeds = module.backbone.lookup(ids)
+    same_in_pieces(monkeypatch, module, None, lambda: {"inputs_embeds": embeds}, -(-ids.shape[1] // 4))
+
+    def begun() -> dict[str, Any]:
+        return {"past_key_values": module(ids[:, :5], use_cache=True).past_key_values}
+
+    same_in_pieces(monkeypatch, module, ids, begun, -(-(ids.shape[1] - 5) // 4))
+
+
+def test_what_stays_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Angles by the text's length, caches that round what they hold, states and attentions, and no cache at all."""
+    ids = batch("none")[0]
+    same_in_pieces(monkeypatch, made("rope, dynamic"), ids, dict, 1)
+    module = model()
+    for given in (
+        {"cache_implementation": "quantized"},
+        {"output_hidden_states": True},
+        {"output_attentions": True},
+        {"use_cache": False},
+    ):
+        same_in_pieces(monkeypatch, module, ids, given.copy, 1)
+
+
+# ---------------------------------------------------------------------------- the last block
+
+
+@pytest.mark.parametrize("name", [MPT, *GENERATING])
+@torch.no_grad()
+def test_the_last_block_computes_what_is_wanted(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = small(name)
+    ids, mask = prompts(name)
+    whole = module(ids, attention_mask=mask, use_cache=True)
+    seen: list[int] = []
+    mlp = type(module.backbone.blocks[0].mlp)
+    forward = mlp.forward
+    monkeypatch.setattr(mlp, "forward", lambda self, x: (seen.append(x.shape[1]), forward(self, x))[1])
+    for keep in (1, 4, 99):
+        seen.clear()
+        few = module(ids, attention_mask=mask, use_cache=True, logits_to_keep=keep)
+        count = min(keep, ids.shape[1])
+        assert seen == [ids.shape[1]] * (module.spec.layers - 1) + [count]
+        assert_close(
+            "logits of the last block's few", few.logits, whole.logits[:, -count:], 2e-5, mask[:, -count:]
+        )
+        for mine, other in zip(few.past_key_values, whole.past_key_values, strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(mine, other, strict=True))
+    seen.clear()
+    states = module(ids, attention_mask=mask, logits_to_keep=1, output_hidden_states=True)
+    assert states.hidden_states[-1].shape[1] == ids.shape[1] == seen[-1], "states are of all tokens"
+    handle = module.backbone.blocks[-1].register_forward_hook(lambda *_: None)
+    module(ids, attention_mask=mask, logits_to_keep=1)
+    assert seen[-1] == ids.shape[1], "hooks see all tokens"
+    handle.remove()
