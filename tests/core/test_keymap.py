@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,7 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from monoblock import MptConfig, tree
+from monoblock import MistralConfig, MptConfig, OpenAIGPTConfig, tree
+from monoblock.checkpoint import packed
+from monoblock.checkpoint.fitting import fitted
 from monoblock.checkpoint.keymap import (
     Interleaved,
     KeyMap,
@@ -23,6 +27,7 @@ from monoblock.checkpoint.keymap import (
     nearest,
     row,
 )
+from monoblock.errors import CheckpointError
 from monoblock.families import FAMILIES, family
 
 sizes = st.integers(1, 5)
@@ -217,3 +222,29 @@ def test_every_family_maps_each_of_its_parameters_to_names_of_its_own(model_type
         assert len(set(keys)) == len(keys), public.name
         plan = keymap.plan(parameters, keys, ())
         assert not (plan.missing or plan.unread or plan.unknown), public.name
+
+
+def test_packed_weights_are_refused_where_plain_ones_are_read() -> None:
+    """The Flax and TF classes, and `monoblock convert`, read through this."""
+
+    class Files:
+        def __iter__(self) -> Iterator[str]:
+            return iter(
+                ("norm.weight", "layers.0.mlp.up_proj.weight.codes", "layers.0.mlp.up_proj.weight.scale")
+            )
+
+        def path(self, name: str) -> Path:
+            return Path("folder") / f"{len(name)}.safetensors"
+
+    with pytest.raises(
+        CheckpointError, match=r"up_proj\.weight\.codes\), which only the PyTorch classes read"
+    ):
+        fitted(Files(), family("mistral").keymap(MistralConfig(), None), {}, ())  # pyright: ignore
+    assert list(packed.plain(Files())) == ["norm.weight"]  # pyright: ignore
+    assert list(packed.part(Files(), "codes")) == ["layers.0.mlp.up_proj.weight"]  # pyright: ignore
+    assert list(packed.part(Files(), "low")) == []  # pyright: ignore
+
+
+def test_rows_of_packed_matrices_are_never_transposed() -> None:
+    keymap = packed.by_rows(family("openai-gpt").keymap(OpenAIGPTConfig(), "causal"))
+    assert {type(keymap.source(f"blocks.0.{name}.weight").op) for name in ("attn.qkv", "mlp.down")} == {Same}
