@@ -12,6 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from monoblock import native
 from monoblock.cli import console
 from monoblock.cli.app import EXIT_CODES, sub_app
 from monoblock.cli.options import Json
@@ -58,6 +59,7 @@ def describe() -> dict[str, Any]:
         **{name: _version(name) for name in PACKAGES},
         "cpu": _cpu_info("model name") or platform.processor() or platform.machine(),
         "cpu_units": [unit for unit in CPU_UNITS if unit in _cpu_units()],
+        "native_kernels": native.status(),
         "threads": _threads(),
         "memory": _memory() or "not known",
         "gpus": _gpus(),
