@@ -156,6 +156,28 @@ def test_prompts_through_flash(case: str, groups: int, dtype: Any) -> None:
     )
 
 
+def test_older_gpus_get_repeated_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the flash kernel, grouped heads would go to the formula, and its array of scores."""
+    scope, kernel = scope_of(40, slopes_h=SLOPES), Kernel(scale=0.25)
+    q, k, v = heads(40, 40, 2, torch.float16)
+    grouped = attention_gpu.attend(q, k, v, scope, kernel)
+    seen = []
+    public = torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(
+        torch.nn.functional,
+        "scaled_dot_product_attention",
+        lambda q, k, v, **given: (seen.append((k.shape[1], given["enable_gqa"])), public(q, k, v, **given))[
+            1
+        ],
+    )
+    monkeypatch.setattr(attention_gpu, "has_flash", lambda _: False)
+    assert_close("repeated", attention_gpu.attend(q, k, v, scope, kernel), grouped, 1e-2)  # fp16
+    assert seen == [(8, False)]
+    monkeypatch.undo()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
+    assert not attention_gpu.has_flash(torch.device("cuda", 7))
+
+
 @pytest.mark.parametrize(
     ("scope", "kernel", "width", "dtype"),
     [

@@ -14,6 +14,7 @@ Shape suffixes: b batch, q queries, k keys, h heads, g key/value heads, r heads 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -52,15 +53,20 @@ def attend(q_bhqd: Tensor, k_bgkd: Tensor, v_bgkd: Tensor, scope: Scope, kernel:
         more_q, more_k = bias_channels(scope, kernel.scale, q_bhqd, k_bgkd)
         q_bhqd, k_bgkd = torch.cat((q_bhqd, more_q), dim=-1), torch.cat((k_bgkd, more_k), dim=-1)
         v_bgkd = F.pad(v_bgkd, (0, EXTRA))
+    shared = q_bhqd.shape[1] // k_bgkd.shape[1]
+    if shared > 1 and not has_flash(q_bhqd.device):
+        # The kernel that takes its place has no groups.
+        k_bgkd, v_bgkd, shared = (*(x.repeat_interleave(shared, dim=1) for x in (k_bgkd, v_bgkd)), 1)
     out = F.scaled_dot_product_attention(
-        q_bhqd,
-        k_bgkd,
-        v_bgkd,
-        is_causal=scope.causal,
-        scale=kernel.scale,
-        enable_gqa=q_bhqd.shape[1] != k_bgkd.shape[1],
+        q_bhqd, k_bgkd, v_bgkd, is_causal=scope.causal, scale=kernel.scale, enable_gqa=shared > 1
     )
     return out[..., :width]
+
+
+@functools.cache
+def has_flash(device: torch.device) -> bool:
+    """Whether PyTorch's flash kernel runs there: GPUs of compute capability 8.0 (Ampere) and later."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def bias_channels(scope: Scope, scale: float, q_bhqd: Tensor, k_bgkd: Tensor) -> tuple[Tensor, Tensor]:

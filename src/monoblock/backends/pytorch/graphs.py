@@ -53,7 +53,8 @@ def cuda_graph(run: Callable[[], Tensor], device: torch.device) -> Replay:
             out = run()
 
     def replay() -> Tensor:
-        graph.replay()
+        with torch.cuda.device(device):
+            graph.replay()
         return out
 
     return replay
@@ -231,7 +232,9 @@ class Graphed:
             return
         try:
             running = take(self.inner.model, self._shape(limit))
-        except Exception as error:  # each library has errors of its own, and the plain path needs none of them
+        except (
+            Exception
+        ) as error:  # each library has errors of its own, and the plain path needs none of them
             self.failed = True
             log.warning(
                 "%s: decoding goes on without CUDA graphs, because recording one failed: %s",

@@ -10,6 +10,7 @@ import functools
 import importlib.util
 from collections.abc import Callable
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -41,7 +42,8 @@ def multiply(
     """`x @ weight.T + bias` in x's dtype, without gradients."""
     x_rk = x.reshape(-1, in_features)
     if 0 < x_rk.shape[0] <= FEW and (few_rows := kernel()) is not None:
-        y_rn = few_rows(x_rk, codes, scale, low, bias, bits=bits, group=group)
+        with torch.cuda.device_of(x):  # Triton starts kernels on the current one
+            y_rn = few_rows(x_rk, codes, scale, low, bias, bits=bits, group=group)
     else:
         weight = packing.unpack(codes, scale, low, bits=bits, group=group, inputs=in_features, dtype=x.dtype)
         y_rn = F.linear(x_rk, weight, None if bias is None else bias.to(x.dtype))
