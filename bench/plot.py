@@ -94,32 +94,26 @@ def _groups(results: Results, measures: list[str], limits: bool = False) -> list
     return groups
 
 
+TITLES = {
+    "decode": "Decoding one text",
+    "batch": "Decoding eight texts",
+    "prefill": "Reading a prompt",
+    "memory": "Memory while loading",
+}
+
+
 def pictures(results: Results) -> dict[str, str]:
     """The pictures of docs/performance.md, by name; those that the run has figures for."""
     limit = "dashed: what the measured bandwidth allows for the bytes that monoblock reads"
+    prompts = _groups(results, results.measures("prefill"))
     wanted = {
-        "decode": ("Decoding one text", limit, _groups(results, ["decode 1"], True), "tok/s"),
-        "batch": (
-            "Decoding eight texts",
-            "tokens of all texts together",
-            _groups(results, ["decode 8"]),
-            "tok/s",
-        ),
-        "prefill": (
-            "Reading a prompt",
-            "tokens of one prompt, to its first answer",
-            _groups(results, results.measures("prefill")),
-            "tok/s",
-        ),
-        "memory": (
-            "Memory while loading",
-            "peak beyond the libraries; shorter is better",
-            _groups(results, ["load peak"]),
-            "MB",
-        ),
+        "decode": (limit, _groups(results, ["decode 1"], True), "tok/s"),
+        "batch": ("tokens of all texts together", _groups(results, ["decode 8"]), "tok/s"),
+        "prefill": ("tokens of one prompt, to its first answer", prompts, "tok/s"),
+        "memory": ("peak beyond the libraries; shorter is better", _groups(results, ["load peak"]), "MB"),
     }
     return {
-        name: chart(title, note, groups, unit)
-        for name, (title, note, groups, unit) in wanted.items()
+        name: chart(TITLES[name], note, groups, unit)
+        for name, (note, groups, unit) in wanted.items()
         if groups
     }

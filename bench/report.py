@@ -20,6 +20,9 @@ import machine
 import plot
 from figures import OURS, Results, number, spread
 
+# The pictures that stand above a part's table.
+PICTURES = {"decode": ("decode", "batch"), "prefill": ("prefill",), "loading": ("memory",)}
+
 
 def table(titles: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     """Markdown."""
@@ -158,6 +161,19 @@ def sections(results: Results) -> dict[str, str]:
     return found | {"skipped": skipped or "- nothing\n"}
 
 
+def illustrated(parts: dict[str, str], drawn: dict[str, str]) -> dict[str, str]:
+    """The parts with links to the pictures that belong to them."""
+    links = {
+        name: "".join(
+            f"![{plot.TITLES[one]}](performance/{one}.svg)\n\n"
+            for one in PICTURES.get(name, ())
+            if one in drawn
+        )
+        for name in parts
+    }
+    return {name: links[name] + text for name, text in parts.items()}
+
+
 def tables(data: dict[str, Any]) -> str:
     """All of it as one text."""
     return "\n".join(f"## {name}\n\n{text}" for name, text in sections(Results(data)).items())
@@ -178,15 +194,25 @@ def main() -> None:
     )
     parser.add_argument("results", type=Path)
     parser.add_argument("--docs", type=Path, help="the folder of performance.md")
+    parser.add_argument(
+        "--part", action="append", default=[], help="only this part; may be given several times"
+    )
     args = parser.parse_args()
     data = json.loads(args.results.read_text())
     if args.docs is None:
         print(tables(data))
         return
     page, pictures = args.docs / "performance.md", args.docs / "performance"
-    page.write_text(fill(page.read_text(), sections(Results(data))))
+    drawn = plot.pictures(Results(data))
+    parts = illustrated(sections(Results(data)), drawn)
+    if unknown := set(args.part) - set(parts):
+        raise SystemExit(f"--part {', '.join(sorted(unknown))}: {args.results} has {', '.join(parts)}")
+    if args.part:
+        parts = {name: parts[name] for name in args.part}
+        drawn = {one: drawn[one] for name in parts for one in PICTURES.get(name, ()) if one in drawn}
+    page.write_text(fill(page.read_text(), parts))
     pictures.mkdir(exist_ok=True)
-    for name, picture in plot.pictures(Results(data)).items():
+    for name, picture in drawn.items():
         (pictures / f"{name}.svg").write_text(picture)
         print(pictures / f"{name}.svg")
 
