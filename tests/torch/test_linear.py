@@ -1,0 +1,243 @@
+"""The dense operators against float64, at every level of the native kernels that this machine has, and without them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from monoblock import native
+from monoblock.backends.pytorch import linear, packing
+from monoblock.backends.pytorch.linear import Linear, dense, packed_dense
+from monoblock.native import build
+
+# Outputs around the blocks of 2, 4, 8, 16 and 64; inputs around vectors, runs of 128, and panels of 64 groups.
+SHAPES = [(1, 1), (7, 3), (9, 64), (17, 130), (67, 257), (33, 515)]
+ROWS = [*range(1, 18), 23]
+
+# Sums of floats in another order: a share of the sum of all sizes. Measured 3e-7 at 515 inputs.
+CLOSE = 2e-6
+HALF_STEP = 2.0**-8  # bfloat16 has 8 digits: one rounding is off by half of the last
+
+LEVELS = [*build.LEVELS, "0"]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(params=LEVELS)
+def level(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A level that is in use during the test; `0` is none."""
+    found = native.choose(request.param)
+    if request.param != "0" and found[1] != request.param:
+        pytest.skip(f"native kernels: {found[2]}")
+    monkeypatch.setattr(native, "_opened", lambda: found)
+    return request.param
+
+
+def made(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def bound(x: Tensor, weight: Tensor, bias: Tensor | None, expected: Tensor, dtype: torch.dtype) -> Tensor:
+    sizes = x.double().abs() @ weight.double().abs().T + (0 if bias is None else bias.double().abs())
+    return CLOSE * sizes + (HALF_STEP * expected.abs() if dtype == torch.bfloat16 else 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_plain_weights(level: str, dtype: torch.dtype) -> None:
+    for outputs, inputs in SHAPES:
+        weight = made(outputs, inputs, dtype=dtype)
+        bias = made(outputs, dtype=dtype, seed=1) if outputs % 3 else None
+        for rows in ROWS:
+            x = made(rows, inputs + 5, dtype=dtype, seed=2)[:, :inputs]
+            expected = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
+            # Without the kernels PyTorch's own products do it, and may round more than once.
+            factor = 2 if level == "0" else 1
+            off = (dense(x, weight, bias) - expected).abs()
+            assert (off <= factor * bound(x, weight, bias, expected, dtype)).all(), (outputs, inputs, rows)
+
+
+@pytest.mark.parametrize("group", [64, 128])
+@pytest.mark.parametrize("bits", [8, 4])
+@torch.no_grad()
+def test_packed_weights(level: str, bits: int, group: int) -> None:
+    for outputs, inputs in SHAPES:
+        packed = packing.pack(made(outputs, inputs), bits, group)
+        form = {"bits": bits, "group": group, "inputs": inputs}
+        weight = packing.unpack(packed.codes, packed.scale, packed.low, **form, dtype=torch.float64)
+        for rows, dtype in [(r, torch.float32) for r in ROWS] + [(3, torch.bfloat16), (40, torch.bfloat16)]:
+            x, bias = made(rows, inputs, dtype=dtype, seed=2), made(outputs, dtype=dtype, seed=1)
+            y = packed_dense(x, packed.codes, packed.scale, packed.low, bias, bits, group, inputs)
+            expected = F.linear(x.double(), weight, bias.double())
+            allowed = bound(x, weight, bias, expected, dtype)
+            if native.multiplies_codes():
+                allowed += rounding_of_inputs(x, weight, group)
+            by_torch = level == "0" or (rows > linear.FEW and not native.multiplies_codes())
+            if by_torch and dtype == torch.bfloat16:
+                # PyTorch's own way rounds the weights to bfloat16, and the product before the bias comes to it.
+                allowed += 2 * HALF_STEP * (x.double().abs() @ weight.abs().T + bias.double().abs())
+            assert ((y - expected).abs() <= allowed).all(), (outputs, inputs, rows, dtype)
+
+
+def rounding_of_inputs(x: Tensor, weight: Tensor, group: int) -> Tensor:
+    """How far inputs in whole numbers may be off: each by half a step, a step being 1/127 of its group's largest."""
+    pad = -x.shape[1] % group
+    steps = F.pad(x.double(), (0, pad)).unflatten(1, (-1, group)).abs().amax(-1) / 127
+    sizes = F.pad(weight.abs(), (0, pad)).unflatten(1, (-1, group)).sum(-1)
+    return 0.5001 * steps @ sizes.T  # what is left over is the floats' own rounding
+
+
+@torch.no_grad()
+def test_many_inputs(level: str) -> None:
+    """More groups than scales are made for at a time, for 4,097 inputs (33 runs) and for 9,000."""
+    for inputs in (4097, 9000):
+        weight, x = made(10, inputs), made(9, inputs, seed=1)
+        packed = packing.pack(weight, 8, 64)
+        exact = packing.unpack(
+            packed.codes, packed.scale, None, bits=8, group=64, inputs=inputs, dtype=torch.float64
+        )
+        y = packed_dense(x, packed.codes, packed.scale, None, None, 8, 64, inputs)
+        expected = x.double() @ exact.T
+        # Codes are up to 255, of which the middle, 128, goes again: sums are as much larger as what comes out of them.
+        limit = 0.01 if native.multiplies_codes() else 5e-6  # measured 6e-3 and 1.2e-6
+        assert (y - expected).norm() < limit * expected.norm(), level
+
+
+@torch.no_grad()
+def test_what_is_not_a_number_stays_so(level: str) -> None:
+    x = made(3, 200)
+    x[1, 150] = float("nan")
+    packed = packing.pack(made(5, 200), 4, 128)
+    for rows in (3, 20):
+        many = x.repeat(rows // 3 + 1, 1)[:rows]
+        for y in (
+            dense(many, made(5, 200), None),
+            dense(many.bfloat16(), made(5, 200).bfloat16(), None),
+            packed_dense(many, packed.codes, packed.scale, packed.low, None, 4, 128, 200),
+        ):
+            assert y[1].isnan().all() and not y[0].isnan().any(), (level, rows)
+
+
+@torch.no_grad()
+def test_threads_do_not_change_the_result(level: str) -> None:
+    weight = made(700, 200, dtype=torch.bfloat16)
+    packed = packing.pack(weight.float(), 4, 128)
+    for rows in (1, 7, 33):
+        x, found = made(rows, 200, dtype=torch.bfloat16), []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            y = packed_dense(x, packed.codes, packed.scale, packed.low, None, 4, 128, 200)
+            found.append((dense(x, weight, None) if rows < 17 and level != "0" else y, y))
+        assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
+
+
+@pytest.mark.skipif(native.library() is None, reason=f"native kernels: {native.status()}")
+@torch.no_grad()
+def test_few_rows_are_the_kernels_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[int, ...]] = []
+    whole = linear._native
+
+    def watched(library: Any, x: Tensor, *rest: Any) -> Tensor:
+        calls.append(tuple(x.shape))
+        return whole(library, x, *rest)
+
+    monkeypatch.setattr(linear, "_native", watched)
+    layer = Linear(8, 4).bfloat16()
+    for rows in (1, 16, 17):
+        layer(made(1, rows, 8, dtype=torch.bfloat16))
+    assert calls == [(1, 1, 8), (1, 16, 8)]
+    monkeypatch.setattr(native, "_opened", lambda: native.choose("0"))
+    layer(made(1, 8, dtype=torch.bfloat16))
+    assert len(calls) == 2
+
+
+def test_shapes_and_strides() -> None:
+    layer = Linear(6, 4)
+    assert isinstance(layer, nn.Linear)
+    with torch.no_grad():
+        for x in (
+            made(6),
+            made(0, 6),
+            made(2, 3, 6),
+            made(6, 5).T,
+            made(5, 12)[:, ::2],
+            made(1, 6).expand(3, 6),
+        ):
+            torch.testing.assert_close(layer(x), F.linear(x, layer.weight, layer.bias))
+        with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+            layer(made(2, 5))
+        with pytest.raises(RuntimeError, match="dtype"):
+            layer(made(2, 6).bfloat16())
+
+
+@pytest.mark.parametrize("rows", [3, 20])
+def test_gradients_are_those_of_f_linear(rows: int) -> None:
+    x, weight, bias = (made(*s).requires_grad_() for s in ((2, rows, 10), (7, 10), (7,)))
+    upstream = made(2, rows, 7, seed=3)
+    found = torch.autograd.grad(dense(x, weight, bias), (x, weight, bias), upstream)
+    expected = torch.autograd.grad(F.linear(x, weight, bias), (x, weight, bias), upstream)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)  # sums of up to 40 products of size 1
+
+
+def test_gradients_of_gradients() -> None:
+    inputs = [made(*s).double().requires_grad_() for s in ((2, 3), (4, 3), (4,))]
+    assert torch.autograd.gradcheck(linear.linear, inputs)
+    assert torch.autograd.gradgradcheck(linear.linear, inputs)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_packed_gradients_reach_inputs_and_bias(bits: int) -> None:
+    packed = packing.pack(made(9, 70), bits, 64)
+    x, bias = made(5, 70).requires_grad_(), made(9).requires_grad_()
+    upstream = made(5, 9, seed=3)
+    rest = (bits, 64, 70)
+    y = packed_dense(x, packed.codes, packed.scale, packed.low, bias, *rest)
+    found = torch.autograd.grad(y, (x, bias), upstream)
+    weight = packing.unpack(
+        packed.codes, packed.scale, packed.low, bits=bits, group=64, inputs=70, dtype=torch.float32
+    )
+    expected = torch.autograd.grad(F.linear(x, weight, bias), (x, bias), upstream)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_the_operators_keep_the_rules_of_operators() -> None:
+    x, weight, bias = (made(*s).requires_grad_() for s in ((2, 3, 10), (7, 10), (7,)))
+    torch.library.opcheck(linear.linear, (x, weight, bias))
+    torch.library.opcheck(linear.linear, (x.detach().bfloat16(), weight.detach().bfloat16(), None))
+    for bits in (8, 4):
+        packed = packing.pack(made(7, 10), bits, 128)
+        form = (packed.codes, packed.scale, packed.low, bias, bits, 128, 10)
+        torch.library.opcheck(linear.packed_linear, (x, *form))
+
+
+def test_compiled_exported_mapped_and_cast() -> None:
+    layer, x = Linear(6, 4), made(3, 6)
+    with torch.no_grad():
+        expected = F.linear(x, layer.weight, layer.bias)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    compiled(x).sum().backward()
+    assert layer.weight.grad is not None
+    torch.testing.assert_close(layer.weight.grad, x.sum(0).expand(4, 6))
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), expected)
+        # An exported program runs where this package is not installed.
+        rows = torch.export.Dim("rows", min=2, max=64)
+        program = torch.export.export(layer, (x,), dynamic_shapes=({0: rows},))
+        assert not any("monoblock" in str(node.target) for node in program.graph.nodes)
+        torch.testing.assert_close(program.module()(made(20, 6)), layer(made(20, 6)))
+        torch.testing.assert_close(torch.func.vmap(layer)(x), expected)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert layer(x).dtype == torch.bfloat16
