@@ -36,7 +36,7 @@ def operators(run: Callable[[], torch.Tensor], device: torch.device) -> graphs.R
 
 @pytest.fixture
 def recording(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[graphs.Recorded]]:
-    """Lets CPUs record; short texts outgrow their recording. Gives what was recorded."""
+    """Lets CPUs run steps, unrecorded, which takes less time; short texts outgrow theirs. Gives what was made."""
     recorded: list[graphs.Recorded] = []
     begin = graphs.Recorded.__init__
 
@@ -45,13 +45,20 @@ def recording(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[graphs.Recorded]
         recorded.append(self)
 
     monkeypatch.setattr(graphs.Recorded, "__init__", noted)
-    monkeypatch.setitem(graphs.RECORDERS, "cpu", operators)
+    monkeypatch.setitem(graphs.RECORDERS, "cpu", lambda run, _: run)
     monkeypatch.setattr(graphs, "SHORTEST", 32)
     monkeypatch.setattr(graphs, "ROOM", 1)
     monkeypatch.setattr(graphs, "ALIGN", 4)
     graphs._kept.clear()
     yield recorded
     recorded.clear()
+    graphs._kept.clear()
+
+
+@pytest.fixture
+def really(recording: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps are recorded, and the recording is played."""
+    monkeypatch.setitem(graphs.RECORDERS, "cpu", operators)
 
 
 def both(module: Any, ids: Any, mask: Any, monkeypatch: pytest.MonkeyPatch, **given: Any) -> tuple[Any, Any]:
@@ -91,7 +98,9 @@ def same_cache(one: Any, other: Any) -> None:
 
 @pytest.mark.parametrize("padding", ["none", "left"])
 @pytest.mark.parametrize("name", GENERATING)
-def test_families(name: str, padding: str, recording: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_families(
+    name: str, padding: str, recording: Any, really: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     module = pair(name)[1]
     ids, mask = texts(name, padding)
     played, plain = both(module, ids, mask, monkeypatch)
@@ -109,7 +118,6 @@ PLAIN = {"rope, dynamic"}
 
 @pytest.mark.parametrize("case", CASES)
 def test_options(case: str, recording: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(graphs.RECORDERS, "cpu", lambda run, _: run)  # the step itself: recording takes time
     ids, mask = batch("left", LENGTHS)
     compare(*both(made(case), ids, mask, monkeypatch, max_new_tokens=graphs.WORTH))
     assert bool(recording) == (case not in PLAIN)
@@ -169,7 +177,7 @@ def test_static_caches(recording: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("kind", [DynamicCache, StaticCache])
 def test_a_given_cache_holds_all_tokens_afterwards(
-    kind: Any, recording: Any, monkeypatch: pytest.MonkeyPatch
+    kind: Any, recording: Any, really: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A conversation: the cache of one call goes into the next, and only its new tokens are read."""
     module = pair("MistralForCausalLM")[1]
@@ -253,7 +261,7 @@ def test_bf16(recording: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 # ---------------------------------------------------------------------------- recordings
 
 
-def test_recordings_are_kept_and_reused(recording: Any) -> None:
+def test_recordings_are_kept_and_reused(recording: Any, really: None) -> None:
     module, (ids, _) = model(), batch("none", (9,))
     first = module.generate(ids, max_new_tokens=NEW, eos_token_id=-1)
     assert len(recording) == 1
@@ -264,7 +272,7 @@ def test_recordings_are_kept_and_reused(recording: Any) -> None:
 
 
 def test_changed_weights_are_seen_and_replaced_ones_recorded_anew(
-    recording: Any, monkeypatch: pytest.MonkeyPatch
+    recording: Any, really: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module, (ids, _) = model(), batch("none", (9,))
     before = module.generate(ids, max_new_tokens=NEW, eos_token_id=-1)
@@ -282,7 +290,7 @@ def test_changed_weights_are_seen_and_replaced_ones_recorded_anew(
     assert len(graphs._kept[module]) == 1, "the one of the old weights is gone"
 
 
-def test_recordings_go_with_their_model(recording: Any) -> None:
+def test_recordings_go_with_their_model(recording: Any, really: None) -> None:
     module, (ids, _) = model(), batch("none", (9,))
     module.generate(ids, max_new_tokens=NEW, eos_token_id=-1)
     seen = weakref.ref(recording.pop())
