@@ -459,6 +459,25 @@ def test_caches_that_the_library_cannot_write() -> None:
         assert_close("a turned cache", steps.run(token), wanted, ATOL)
 
 
+def test_inputs_of_other_shapes_are_the_modules_to_refuse() -> None:
+    module = model(MPT)
+    ids = batch("none")[0]
+    with torch.no_grad():
+        cache = module(ids, use_cache=True).past_key_values
+    steps, token = fused.of(module, cache), ids[:, :1]
+    assert steps is not None
+    for given in (
+        {"valid_bm": torch.ones(3, 23, dtype=torch.bool)},
+        {"valid_bm": torch.ones(1, 24, dtype=torch.bool)},
+        {"valid_bm": torch.ones(3, 24, dtype=torch.int64)},
+        {"positions_bn": torch.zeros(2, 1, dtype=torch.int64)},
+        {"types_bn": torch.zeros(3, 2, dtype=torch.int64)},
+    ):
+        assert steps.run(token, **given) is None
+    assert steps.run(token[:2]) is None  # a row of the cache is missing
+    assert steps.run(token, valid_bm=torch.ones(3, 24, dtype=torch.bool)) is not None
+
+
 def test_many_tokens_go_through_the_modules(taken: Any) -> None:
     module = model(MPT)
     ids = batch("none", (9,) * 17)[0]
