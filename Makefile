@@ -7,6 +7,9 @@ PYTHON    ?= $(shell for p in python3.11 python3.12 python3.13 python3.14 python
 	if $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then command -v $$p; break; fi; done)
 PIP       := -m pip --disable-pip-version-check --quiet install -c constraints.txt
 SOURCES   := $(wildcard src tests tools bench examples)
+# What an install compiles, or installs by; the kernels are compiled again when one of them changes.
+INSTALLED := pyproject.toml constraints.txt hatch_build.py $(wildcard src/monoblock/native/*.[ch]pp) \
+	src/monoblock/native/build.py
 PROMPT    ?= def fibonacci(n):
 
 .DEFAULT_GOAL := help
@@ -65,17 +68,17 @@ $(VENV)/bin/python:
 $(CORE_VENV)/bin/python:
 	$(call make_venv,$(CORE_VENV))
 
-$(VENV)/.installed-torch: pyproject.toml constraints.txt | $(VENV)/bin/python
+$(VENV)/.installed-torch: $(INSTALLED) | $(VENV)/bin/python
 	@echo "== installing monoblock with PyTorch into $(VENV)"
 	@$(VENV)/bin/python $(PIP) -e ".[torch]"
 	@touch $@
 
-$(VENV)/.installed-test: pyproject.toml constraints.txt | $(VENV)/bin/python
+$(VENV)/.installed-test: $(INSTALLED) | $(VENV)/bin/python
 	@echo "== installing monoblock with the tests' tools into $(VENV)"
 	@$(VENV)/bin/python $(PIP) -e ".[test]"
 	@touch $@ $(VENV)/.installed-torch
 
-$(CORE_VENV)/.installed: pyproject.toml constraints.txt | $(CORE_VENV)/bin/python
+$(CORE_VENV)/.installed: $(INSTALLED) | $(CORE_VENV)/bin/python
 	@echo "== installing monoblock without a framework into $(CORE_VENV)"
 	@$(CORE_VENV)/bin/python $(PIP) -e . pytest hypothesis
 	@touch $@

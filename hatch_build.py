@@ -19,7 +19,8 @@ class NativeKernels(BuildHookInterface):
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         """Compile; whatever goes wrong must not stop the install."""
         try:
-            outcome = _builder(Path(self.root) / BUILD).build()
+            builder = _builder(Path(self.root) / BUILD)
+            outcome = builder.ready() or builder.build()
         except Exception as error:
             self.app.display_warning(f"monoblock is installed without its native kernels: {error}")
             return

@@ -46,6 +46,10 @@ def test_every_level_of_this_machine_is_built(folder: Path) -> None:
         f"kernels_{level}.so" for level in build.levels()
     }  # and nothing else is left
     assert "were built by" in outcome.line
+    ready = build.ready(folder)  # so that another install need not compile again
+    assert ready is not None and ready.levels == outcome.levels
+    (folder / "kernels.cpp").write_text(SMALL + "// changed\n")
+    assert build.ready(folder) is None
 
 
 def test_other_machines_have_the_base_alone(monkeypatch: pytest.MonkeyPatch) -> None:

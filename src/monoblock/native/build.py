@@ -64,7 +64,7 @@ def sources() -> list[Path]:
 
 def digest() -> str:
     """A name for the sources as they are now; a library knows the one that it was built from."""
-    found = hashlib.sha256()
+    found = hashlib.sha256(repr((FLAGS, LEVELS)).encode())
     for path in sources():
         found.update(path.name.encode() + b"\0" + path.read_bytes())
     return found.hexdigest()[:16]
@@ -80,6 +80,14 @@ def compiler(environ: Mapping[str, str] = os.environ) -> list[str] | None:
     if chosen := shlex.split(environ.get("CXX", "")):
         return chosen if shutil.which(chosen[0]) else None
     return next(([name] for name in ("c++", "g++", "clang++") if shutil.which(name)), None)
+
+
+def ready(folder: Path = HERE) -> Outcome | None:
+    """What an earlier build of these very sources left, if every level is there."""
+    mark, paths = digest().encode(), [path_of(level, folder) for level in levels()]
+    if all(path.is_file() and mark in path.read_bytes() for path in paths):
+        return Outcome(tuple(levels()), "monoblock's native kernels are there, built from these sources")
+    return None
 
 
 def build(folder: Path = HERE) -> Outcome:
