@@ -5,8 +5,8 @@
     _combine   the pieces' outputs, weighted
 
 In PyTorch's operators the same takes about twenty kernels for each layer, and a recorded kernel costs a microsecond or
-two however small it is. Which place a slot holds, and who sees it, follows from the token's place as in static_step.py; ALiBi's
-bias and the cap on scores are in float32. Block sizes are guesses, since no GPU was at hand to tune them on.
+two however small it is. Which place a slot holds, and who sees it, follows from the token's place as in static_step.py;
+ALiBi's bias and the cap on scores are in float32. Block sizes are guesses, since no GPU was at hand to tune them on.
 """
 
 from __future__ import annotations
