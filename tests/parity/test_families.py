@@ -34,7 +34,8 @@ from measure import assert_close
 import monoblock
 from monoblock.heads import HeadSpec
 
-ATOL = 1e-5  # fp32, 3 layers, values of the order of 1 to 10: measured 5e-6
+# fp32, 3 layers, states up to 12: measured 1.1e-5, where ours are 0.9e-5 from float64's and transformers' 1.2e-5.
+ATOL = 1.5e-5
 FUSED = 2e-5  # through the fused kernels, which sum in another order
 GRADIENT = 1e-5  # gradients of a mean loss are below 1
 

@@ -83,7 +83,8 @@ def test_generation(kind: str) -> None:
     scores = (
         model(kind).generate(IDS, return_dict_in_generate=True, output_scores=True, max_new_tokens=2).scores
     )
-    assert torch.equal(out.scores[0], scores[0])
+    # Keys that are copied into a cache and keys that stay where they are go through sums of another order.
+    torch.testing.assert_close(out.scores[0], scores[0], atol=1e-5, rtol=0)
     assert not torch.equal(out.scores[1], scores[1])
     torch.testing.assert_close(out.scores[1], scores[1], atol=0.2, rtol=0)
 

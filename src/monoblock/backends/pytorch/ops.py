@@ -69,8 +69,8 @@ def bucketed(distance: Tensor, count: int, max_distance: int) -> Tensor:
 
 # ---------------------------------------------------------------------------- who sees whom
 
-# Stands for a score that does not count. CUDA's kernels multiply it by log2(e): the lowest number of a dtype would
-# become infinite, and a row of nothing else no number.
+# Stands on GPUs for a score that does not count. Their kernels multiply it by log2(e): the lowest number of a dtype,
+# which CPUs get, would become infinite, and a row of nothing else no number.
 UNSEEN = -1e30
 
 
@@ -140,7 +140,9 @@ class Scope:
     def bias(self, start: int, stop: int, first: int, last: int, dtype: torch.dtype) -> Tensor:
         """What is added to the scores, (b or 1, h or 1, stop - start, last - first): 0 or ALiBi, and a finite
         minimum where the key may not be seen (a row without any key must not become NaN)."""
-        lowest = max(UNSEEN, torch.finfo(dtype).min)
+        lowest = torch.finfo(dtype).min
+        if self.index_k.device.type != "cpu":
+            lowest = max(UNSEEN, lowest)
         seen = self.visible(start, stop, first, last)
         if self.relative is not None:
             distance = self.index_k[None, first:last] - self.index_q[start:stop, None]
