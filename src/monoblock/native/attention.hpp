@@ -25,14 +25,14 @@ struct Attention {
   const int32_t* segments;  // (batch, keys), a query sees keys of its own number, or null
   int64_t valid_stride, segments_stride;
   int64_t batch, heads, groups, queries, keys, dim;
-  int64_t window;  // 0: none
+  int64_t window;        // 0: none
   float scale, softcap;  // softcap 0: none
   int32_t bf16, causal, threads;
 };
 
 constexpr int ROWS = 6, COLUMNS = LANES == 4 || LANES == 8 ? 2 : 4;  // one tile of sums, in registers; in vectors
-constexpr int PANEL = COLUMNS * LANES;                                // keys side by side in a packed panel
-constexpr int TILE = 24, KEYS = 256;                                  // queries and keys of one tile of scores
+constexpr int PANEL = COLUMNS * LANES;                               // keys side by side in a packed panel
+constexpr int TILE = 24, KEYS = 256;                                 // queries and keys of one tile of scores
 constexpr float NOTHING = -INFINITY;
 
 struct Plain {  // float32; also bfloat16 where the processor cannot multiply it
@@ -54,11 +54,10 @@ typedef Plain Pairs;
 // c (ROWS, N vectors) = factor of the row * c + a (ROWS, depth words) b (depth, N vectors).
 template <class Dot, int N>
 inline void tile(const float* a, int64_t lda, const float* b, int64_t ldb, int depth, float* c, int64_t ldc,
-        const float* factor) {
+                 const float* factor) {
   Floats sums[ROWS][N];
   for (int i = 0; i < ROWS; ++i)
-    for (int j = 0; j < N; ++j)
-      sums[i][j] = factor ? load<Floats>(c + i * ldc + j * LANES) * factor[i] : Floats{};
+    for (int j = 0; j < N; ++j) sums[i][j] = factor ? load<Floats>(c + i * ldc + j * LANES) * factor[i] : Floats{};
   for (int w = 0; w < depth; ++w) {
     Floats row[N];
     for (int j = 0; j < N; ++j) row[j] = load<Floats>(b + w * ldb + j * LANES);
@@ -71,12 +70,11 @@ inline void tile(const float* a, int64_t lda, const float* b, int64_t ldb, int d
 
 template <class Dot>
 inline void tiles(const float* a, int64_t lda, const float* b, int64_t ldb, int depth, float* c, int64_t ldc,
-         int vectors, const float* factor) {
+                  int vectors, const float* factor) {
   int done = 0;
   for (; vectors - done >= COLUMNS; done += COLUMNS)
     tile<Dot, COLUMNS>(a, lda, b + done * LANES, ldb, depth, c + done * LANES, ldc, factor);
-  for (; done < vectors; ++done)
-    tile<Dot, 1>(a, lda, b + done * LANES, ldb, depth, c + done * LANES, ldc, factor);
+  for (; done < vectors; ++done) tile<Dot, 1>(a, lda, b + done * LANES, ldb, depth, c + done * LANES, ldc, factor);
 }
 
 // ---------------------------------------------------------------------------- packing
@@ -137,7 +135,7 @@ inline Floats tanh(Floats x) {
 // One row of scores against keys; places are those of its query and of the row's first key in the text.
 struct Row {
   float* scores;
-  int count;              // keys, a multiple of LANES
+  int count;  // keys, a multiple of LANES
   int64_t place, first;
   int seen_from, seen_to;  // what causality, the window and the end of the text leave
 };
@@ -190,24 +188,25 @@ template <class Dot, class T>
 class Task {
  public:
   Task(const Attention& a, int64_t block)
-    : a(a),
-     words(int(up(a.dim, Dot::PER_WORD) / Dot::PER_WORD)),
-     padded(int(up(a.dim, LANES))),
-     rows(int(up(block, TILE))),
-     queries(rows * (a.heads / a.groups) * words),
-     keys(KEYS * words),
-     values(KEYS * padded),
-     scores(TILE * KEYS),
-     sums(rows * (a.heads / a.groups) * padded),
-     most(rows * (a.heads / a.groups)),
-     total(most.size()) {}
+      : a(a),
+        words(int(up(a.dim, Dot::PER_WORD) / Dot::PER_WORD)),
+        padded(int(up(a.dim, LANES))),
+        rows(int(up(block, TILE))),
+        queries(rows * (a.heads / a.groups) * words),
+        keys(KEYS * words),
+        values(KEYS * padded),
+        scores(TILE * KEYS),
+        sums(rows * (a.heads / a.groups) * padded),
+        most(rows * (a.heads / a.groups)),
+        total(most.size()) {}
 
   // Queries [begin, end) of batch row b and the heads of group g.
   void run(int64_t b, int64_t g, int64_t begin, int64_t end) {
     const int64_t shared = a.heads / a.groups, past = a.keys - a.queries;
     for (int64_t h = 0; h < shared; ++h)
       pack_rows<Dot>(at<const T>(a.q, a.q_stride, b, g * shared + h, begin), a.q_stride[2], int(end - begin),
-             int(a.dim), words, queries.data() + h * rows * words);
+                     int(a.dim), words, queries.data() + h * rows * words);
+    mean.clear();
     std::fill(sums.begin(), sums.end(), 0.0f);
     std::fill(most.begin(), most.end(), NOTHING);
     std::fill(total.begin(), total.end(), 0.0f);
@@ -215,14 +214,12 @@ class Task {
     int64_t first = a.window ? std::max<int64_t>(0, past + begin - a.window + 1) : 0;
     for (; first < last; first += KEYS) {
       const int count = int(std::min<int64_t>(KEYS, last - first));
-      pack_keys<Dot>(at<const T>(a.k, a.k_stride, b, g, first), a.k_stride[2], count, int(a.dim), words,
-             keys.data());
+      pack_keys<Dot>(at<const T>(a.k, a.k_stride, b, g, first), a.k_stride[2], count, int(a.dim), words, keys.data());
       pack_values<Dot>(at<const T>(a.v, a.v_stride, b, g, first), a.v_stride[2], count, int(a.dim), padded,
-              values.data());
+                       values.data());
       for (int64_t h = 0; h < shared; ++h)
         for (int64_t q = begin; q < end; q += TILE)
-          take(b, g * shared + h, h * rows + q - begin, q, int(std::min<int64_t>(TILE, end - q)), first,
-            count);
+          take(b, g * shared + h, h * rows + q - begin, q, int(std::min<int64_t>(TILE, end - q)), first, count);
     }
     for (int64_t h = 0; h < shared; ++h)
       for (int64_t q = begin; q < end; ++q) finish(b, g, g * shared + h, q, h * rows + q - begin);
@@ -247,8 +244,7 @@ class Task {
     for (int c = from; c < to; c += PANEL)
       for (int r = 0; r < used; r += ROWS)
         tiles<Dot>(queries.data() + (row + r) * words, words, keys.data() + c * words, PANEL, words,
-             scores.data() + r * KEYS + c - from, KEYS,
-             std::min(COLUMNS, (width - (c - from)) / LANES), nullptr);
+                   scores.data() + r * KEYS + c - from, KEYS, std::min(COLUMNS, (width - (c - from)) / LANES), nullptr);
     for (int r = 0; r < used; ++r) {
       const int64_t mine = place + std::min(r, queries_here - 1);
       Row line{scores.data() + r * KEYS, width, mine, first + from, 0, to - from};
@@ -257,31 +253,37 @@ class Task {
       line.seen_to = std::max(line.seen_to, 0);
       line.seen_from = std::min(line.seen_from, line.seen_to);
       shape(line, a, a.slopes ? a.slopes[head] : 0.0f, a.valid ? a.valid + b * a.valid_stride : nullptr,
-         a.segments ? a.segments + b * a.segments_stride : nullptr);
+            a.segments ? a.segments + b * a.segments_stride : nullptr);
       factors[r] = weigh<Dot>(line, most[row + r], total[row + r]);
     }
     for (int r = 0; r < used; r += ROWS)
       tiles<Dot>(scores.data() + r * KEYS, KEYS, values.data() + from / Dot::PER_WORD * padded, padded,
-           int(up(to - from, Dot::PER_WORD)) / Dot::PER_WORD, sums.data() + (row + r) * padded, padded,
-           padded / LANES, factors + r);
+                 int(up(to - from, Dot::PER_WORD)) / Dot::PER_WORD, sums.data() + (row + r) * padded, padded,
+                 padded / LANES, factors + r);
   }
 
   // A query that saw nothing gets the mean of all values, as from equal scores.
   void finish(int64_t b, int64_t g, int64_t head, int64_t q, int64_t row) {
     T* out = at<T>(a.out, a.out_stride, b, head, q);
-    float* of = sums.data() + row * padded;
-    float all = total[row];
-    if (all == 0.0f) {
-      all = float(a.keys);
-      for (int64_t k = 0; k < a.keys; ++k)
-        for (int64_t c = 0; c < a.dim; ++c) of[c] += read_one(at<const T>(a.v, a.v_stride, b, g, k) + c);
-    }
+    const bool blind = total[row] == 0.0f;
+    if (blind && mean.empty()) find_mean(b, g);
+    const float* of = blind ? mean.data() : sums.data() + row * padded;
+    const float all = blind ? float(a.keys) : total[row];
     for (int64_t c = 0; c < a.dim; ++c) write_one(out + c, of[c] / all);
+  }
+
+  void find_mean(int64_t b, int64_t g) {
+    mean.assign(a.dim, 0.0f);
+    for (int64_t k = 0; k < a.keys; ++k) {
+      const T* value = at<const T>(a.v, a.v_stride, b, g, k);
+      for (int64_t c = 0; c < a.dim; ++c) mean[c] += read_one(value + c);
+    }
   }
 
   const Attention& a;
   const int words, padded, rows;
   std::vector<float> queries, keys, values, scores, sums, most, total;
+  std::vector<float> mean;  // times the keys; of one task, if it was needed
 };
 
 template <class Dot, class T>
@@ -289,8 +291,7 @@ void by_tasks(const Attention& a) {
   const int64_t shared = a.heads / a.groups, pairs = a.batch * a.groups;
   // About 384 packed rows share the packing of a block of keys, fewer where that would leave a thread without work.
   int64_t block = std::max<int64_t>(TILE, 384 / shared / TILE * TILE);
-  while (block > TILE && pairs * ((a.queries + block - 1) / block) < 4 * a.threads)
-    block = up(block / 2, TILE);
+  while (block > TILE && pairs * ((a.queries + block - 1) / block) < 4 * a.threads) block = up(block / 2, TILE);
   const int64_t blocks = (a.queries + block - 1) / block;
 #pragma omp parallel num_threads(a.threads)
   {

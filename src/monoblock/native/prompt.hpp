@@ -80,8 +80,8 @@ INLINE Floats exp2(Floats x) {
   const Floats r = kept - (rounded - big);
   // The polynomial of degree 6 whose largest relative error on [-1/2, 1/2] is least: 2e-9.
   Floats p = all(1.53458008e-4f);
-  UNROLL for (float c : {1.33999309e-3f, 9.61848907e-3f, 5.55032864e-2f, 2.40226462e-1f, 6.93147182e-1f, 1.0f})
-    p = p * r + c;
+  UNROLL for (float c : {1.33999309e-3f, 9.61848907e-3f, 5.55032864e-2f, 2.40226462e-1f, 6.93147182e-1f, 1.0f}) p =
+      p * r + c;
   const Floats scaled = (Floats)((Ints)p + ((Ints)rounded << 23));
   return x < least ? Floats{} : scaled;
 }
@@ -149,8 +149,8 @@ void turn_token(const Turn& t, int64_t b, int64_t s) {
     over(half, [&](int64_t i, int lanes) {
       const Floats one = read_up_to(x + i, lanes), other = read_up_to(x + half + i, lanes);
       write_up_to(out + i, one * read_up_to(cos + i, lanes) - other * read_up_to(sin + i, lanes), lanes);
-      write_up_to(out + half + i,
-            other * read_up_to(cos + half + i, lanes) + one * read_up_to(sin + half + i, lanes), lanes);
+      write_up_to(out + half + i, other * read_up_to(cos + half + i, lanes) + one * read_up_to(sin + half + i, lanes),
+                  lanes);
     });
     for (int64_t i = t.turned; i < t.dim; ++i) out[i] = x[i];
   }
