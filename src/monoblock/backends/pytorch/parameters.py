@@ -159,7 +159,8 @@ class Parameters(nn.Module):
         """Replace the projection to the vocabulary."""
         if self.get_output_embeddings() is None or self.head is None:
             raise ValueError(f"{self.row.name} has no projection to the vocabulary")
-        self.head.out = new_embeddings
+        head: Any = self.head
+        head.out = new_embeddings
 
     def resize_token_embeddings(
         self,
