@@ -7,16 +7,19 @@
         x (..., in_features); codes, scale and low as in packing.py; bias in float32 or bfloat16. Gradients reach x and
         the bias.
 
-The rules, with what was measured on two cores of a Zen 5 server (GB/s of weights read; the memory gives 54):
+The rules, with what was measured on one core of a Zen 5 server (a matrix of 11264 x 2048; the rates count weights read;
+all that the core can read is 39 GB/s, and two cores together 54):
 
-    CPU, float32 or bfloat16, up to 16 rows   the native kernels: see docs/performance.md; PyTorch's own products leave
-                                              a third (bfloat16) to three quarters (float32, 2 to 16 rows) unused
-    CPU, float32, more rows; training         oneDNN on the plain matrix: 0.47 TFLOP/s where MKL, which treats
-                                              processors of other makers as old ones, gives 0.2; backward as well
-    CPU, bfloat16, more rows                  F.linear, which is oneDNN: 1.0 TFLOP/s, the processor's limit
-    CPU, packed, any number of rows           the native kernels; without AVX-512 VNNI, more than 16 rows are unpacked
-    CUDA, packed                              packed_gpu.py
-    all else                                  F.linear
+    CPU, bfloat16, up to 16 rows   the native kernels; at 1, 2, 4, 8, 16 rows 26, 24, 22, 23, 14 GB/s,
+                                   where F.linear has 16, 17, 16, 15, 12
+    CPU, float32, up to 8 rows     the native kernels; at 1, 2, 4, 8 rows 32, 29, 24, 16 GB/s, where F.linear (MKL) has
+                                   22, 10, 9, 8 and oneDNN 27, 21, 18, 16
+    CPU, float32, more; training   oneDNN on the plain matrix: more than twice MKL's rate, which treats processors of
+                                   other makers as old ones; forward and backward alike
+    CPU, bfloat16, more rows       F.linear, which is oneDNN, at the processor's limit
+    CPU, packed, any rows          the native kernels; with 512 rows 1.3 times the products a second of bfloat16.
+                                   Without AVX-512 VNNI, more than 16 rows are unpacked
+    all else                       F.linear
 """
 
 from __future__ import annotations
@@ -33,6 +36,7 @@ from monoblock import native
 from monoblock.backends.pytorch import packed_gpu, packing
 
 FEW = 16  # rows up to which reading the weights is what takes the time
+FEW_OF = {torch.float32: 8, torch.bfloat16: FEW}
 FORMATS = {torch.float32: native.FORMATS["float32"], torch.bfloat16: native.FORMATS["bfloat16"]}
 PACKED = {8: native.FORMATS["int8"], 4: native.FORMATS["int4"]}
 
