@@ -29,6 +29,17 @@ def test_flex_attention() -> None:
     assert_close("flex", module(ids, attention_mask=mask)[0], expected(module, ids, mask).hidden, ATOL, mask)
 
 
+@torch.no_grad()
+def test_float64_is_exact() -> None:
+    """With ALiBi and padding, whose bias the kernel would read as float32's bytes."""
+    module = model("MptModel").double()
+    ids, mask = batch("left", LENGTHS)
+    # Angles and slopes are float32; the slopes of 6 heads are powers of 2.
+    assert_close(
+        "float64", module(ids, attention_mask=mask)[0], expected(module, ids, mask).hidden, 1e-12, mask
+    )
+
+
 def test_flex_attention_has_no_dropout() -> None:
     module = model(attn={"attn_pdrop": 0.1}).train()
     module.set_attn_implementation("flex_attention")

@@ -109,7 +109,8 @@ def _one_query(q_bhqd: Tensor, k_bgkd: Tensor, v_bgkd: Tensor, scope: Scope, ker
 
 def _flash_cpu(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, causal: bool, scale: float) -> Tensor:
     """PyTorch's CPU flash kernel, called by its own name: the public function refuses a bias beside is_causal."""
-    bias = bias.expand(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
+    # Beside float64 queries it takes float32's bytes for float64's, without a word.
+    bias = bias.to(mask_dtype(q)).expand(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
     out, _ = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         q, k, v, 0.0, causal, attn_mask=bias, scale=scale
     )
