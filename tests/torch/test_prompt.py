@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import ctypes
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from families_made import GENERATING, texts
-from helpers import batch, model
+from helpers import batch, model, same
 from measure import assert_close
 from mpt_cases import LENGTHS, made
 from test_families_cache import MPT, prompts
 from test_families_cache import made as small
 
-from monoblock import DynamicCache, StaticCache, native
+from monoblock import DynamicCache, MistralConfig, MistralForCausalLM, StaticCache, native
 from monoblock.backends.pytorch import decode, ops, prompt
+from monoblock.checkpoint import pages
 from monoblock.native import build
 
 ATOL = 2e-6  # fp32, values of the order of 1: measured 7e-7
@@ -310,3 +314,24 @@ def test_the_last_block_computes_what_is_wanted(name: str, monkeypatch: pytest.M
     module(ids, attention_mask=mask, logits_to_keep=1)
     assert seen[-1] == ids.shape[1], "hooks see all tokens"
     handle.remove()
+
+
+# ---------------------------------------------------------------------------- loading
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="pages of files are laid side by side on Linux only")
+def test_fused_matrices_are_not_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file's q, k and v, gate and up become one matrix over its pages."""
+    sizes = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 2, "num_hidden_layers": 1}
+    settings = MistralConfig(vocab_size=16, hidden_size=1024, intermediate_size=4, **sizes)
+    written = MistralForCausalLM(settings)
+    written.save_pretrained(tmp_path)
+    monkeypatch.setattr(pages, "LEAST", 0)
+    joined: list[Any] = []
+    join = pages.joined
+    monkeypatch.setattr(pages, "joined", lambda pieces: (joined.append(join(pieces)), joined[-1])[1])
+    read = MistralForCausalLM.from_pretrained(tmp_path)
+    block = read.backbone.blocks[0]
+    fused = {block.attn.qkv.weight.data_ptr(), block.mlp.gate_up.weight.data_ptr()}
+    assert {ctypes.addressof(buffer) for buffer in joined} == fused
+    assert same(read, written)
