@@ -191,6 +191,16 @@ def test_gradients_are_those_of_f_linear(rows: int) -> None:
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)  # sums of up to 40 products of size 1
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("trained", [0, 1, 2], ids=["x", "weight", "bias"])
+def test_one_thing_alone_can_be_trained(trained: int, dtype: torch.dtype) -> None:
+    parts = [
+        made(*s, dtype=dtype).requires_grad_(i == trained) for i, s in enumerate(((2, 10), (7, 10), (7,)))
+    ]
+    dense(*parts).sum().backward()
+    assert [part.grad is not None for part in parts] == [i == trained for i in range(3)]
+
+
 def test_gradients_of_gradients() -> None:
     inputs = [made(*s).double().requires_grad_() for s in ((2, 3), (4, 3), (4,))]
     assert torch.autograd.gradcheck(linear.linear, inputs)

@@ -66,7 +66,8 @@ def dense(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return linear(x, weight, bias)
     if not _plain(x, weight):
         return F.linear(x, weight, bias)
-    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+    trained = x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+    if trained and torch.is_grad_enabled():
         faster = ONEDNN and x.dtype == torch.float32
         return linear(x, weight, bias) if faster else F.linear(x, weight, bias)
     return _product(x, weight, bias)
