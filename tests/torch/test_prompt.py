@@ -331,7 +331,7 @@ def test_fused_matrices_are_not_copied(tmp_path: Path, monkeypatch: pytest.Monke
     join = pages.joined
     monkeypatch.setattr(pages, "joined", lambda pieces: (joined.append(join(pieces)), joined[-1])[1])
     read = MistralForCausalLM.from_pretrained(tmp_path)
-    block = read.backbone.blocks[0]
+    block: Any = read.backbone.blocks[0]
     fused = {block.attn.qkv.weight.data_ptr(), block.mlp.gate_up.weight.data_ptr()}
     assert {ctypes.addressof(buffer) for buffer in joined} == fused
     assert same(read, written)
