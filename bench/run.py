@@ -257,6 +257,8 @@ def _pythons(given: list[str]) -> dict[str, str]:
 
 def main() -> None:
     """Measure, write the JSON after each group, print the tables."""
+    from monoblock import native
+
     args = _arguments()
     groups = _wanted(PLANS[args.plan], args.only)
     args.models.mkdir(parents=True, exist_ok=True)
@@ -272,6 +274,8 @@ def main() -> None:
     }
     with tempfile.TemporaryDirectory() as scratch, _progress(len(groups) + 1) as (step, advance):
         run = Run(tools, Path(scratch), args.plan == "quick", args.minutes / 12, step)
+        if native.library() is None:
+            run.skip(f"monoblock's native kernels: {native.status()}")
         for group in groups:
             who = tuple(name for name in group.who if name not in args.without)
             run.group(Group(**(vars(group) | {"who": who})))
