@@ -29,7 +29,7 @@ import report
 import shapes
 import sides
 from plan import PLANS, PROMPT, Group, Measure
-from sides import CONTESTANTS, FORMS, UNKNOWN, Failed, LlamaBench, Process, Tools
+from sides import CONTESTANTS, FORMS, UNKNOWN, Busy, Failed, LlamaBench, Process, Tools
 
 FACTS = ("import s", "load s", "first token s", "load peak MB")
 
@@ -150,6 +150,8 @@ class Run:
                 try:
                     seconds, megabytes = _timed(side, group, measure, vocab, round_)
                 except Failed as failure:
+                    if round_ < 0 and isinstance(failure, Busy):
+                        continue  # the few tokens that warm up are hard to time, and need not be
                     self.skip(f"{group.model} {group.form} {measure.name}: {failure}")
                     racing = [other for other in racing if other is not side]
                     continue

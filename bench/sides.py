@@ -42,6 +42,10 @@ class Failed(Exception):
     """A contestant that could not do what it was asked; the text says why."""
 
 
+class Busy(Failed):
+    """Other work on the machine hides what was to be timed."""
+
+
 @dataclass
 class Tools:
     """Where contestants live: the Pythons of peers, llama.cpp's programs, a folder for models."""
@@ -182,7 +186,7 @@ class Process:
             first = self.ask("generate", new=1, **sizes)["seconds"]
             if (seconds := self.ask("generate", new=1 + new, **sizes)["seconds"] - first) > 0:
                 return seconds
-        raise Failed(f"{self.who}: the machine is too busy to time {new} tokens")
+        raise Busy(f"{self.who}: the machine is too busy to time {new} tokens")
 
     def close(self) -> None:
         """End the process."""
