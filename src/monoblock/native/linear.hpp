@@ -10,8 +10,8 @@
 namespace matrices {
 
 constexpr int AT_ONCE = 16;  // rows of inputs that are prepared together
-constexpr int STRIP = 64;    // outputs that a thread keeps as floats before it rounds them
-constexpr int TURN = 64;     // outputs that a thread takes at a time, and then asks for more
+constexpr int STRIP = 512;   // outputs that a thread keeps as floats before it rounds them
+constexpr int TURN = 512;    // outputs that a thread takes at a time, and then asks for more; fewer for small matrices
 constexpr int64_t ALONE = 1 << 16;  // products that one thread has done before another would have woken up
 
 inline int thread_number() {
@@ -113,10 +113,11 @@ inline int linear(const Matrix& m, const void* x, int32_t x_format, int64_t ldx,
       prepare(m, (const float*)x + row * ldx, ldx, count, p);
     }
     void* to = (char*)y + row * ldy * (y_format == BF16 ? 2 : 4);
-    const int64_t turns = (m.outputs + TURN - 1) / TURN;
+    const int64_t each = m.outputs < 8 * threads * TURN ? round_up(m.outputs / (8 * threads) + 1, 16) : TURN;
+    const int64_t turns = (m.outputs + each - 1) / each;
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1)
     for (int64_t turn = 0; turn < turns; ++turn) {
-      const int64_t first = turn * TURN, last = first + TURN < m.outputs ? first + TURN : m.outputs;
+      const int64_t first = turn * each, last = first + each < m.outputs ? first + each : m.outputs;
       outputs_of(m, p, count, to, y_format, ldy, first, last);
     }
   }
