@@ -35,6 +35,7 @@ UNKNOWN = {
 OWN_FORMAT = ("llama.cpp", "OpenVINO", "CTranslate2")
 TRIES = 3
 PATIENCE = 300  # seconds; one question is one call of a model
+OTHER = 1000  # between the seeds of two prompts
 PAUSE = 0.3  # seconds until the threads of the one before stop spinning
 
 
@@ -181,10 +182,12 @@ class Process:
 
     def decode(self, batch: int, prompt: int, new: int, vocab: int, seed: int) -> float:
         """Seconds of `new` tokens for each text, without those of the prompt and the first token."""
-        sizes = {"batch": batch, "length": prompt, "vocab": vocab, "seed": seed}
-        for _ in range(TRIES):
-            first = self.ask("generate", new=1, **sizes)["seconds"]
-            if (seconds := self.ask("generate", new=1 + new, **sizes)["seconds"] - first) > 0:
+        sizes = {"batch": batch, "length": prompt, "vocab": vocab}
+        for turn in range(TRIES):
+            # Other prompts each time: some contestants keep what they computed of a prompt.
+            own = [seed + OTHER * (2 * turn + half) for half in (0, 1)]
+            first = self.ask("generate", new=1, seed=own[0], **sizes)["seconds"]
+            if (seconds := self.ask("generate", new=1 + new, seed=own[1], **sizes)["seconds"] - first) > 0:
                 return seconds
         raise Busy(f"{self.who}: the machine is too busy to time {new} tokens")
 

@@ -69,7 +69,7 @@ def dense(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     trained = x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     if trained and torch.is_grad_enabled():
         faster = ONEDNN and x.dtype == torch.float32
-        return linear(x, weight, bias) if faster else F.linear(x, weight, bias)
+        return Product.apply(x, weight, bias) if faster else F.linear(x, weight, bias)  # pyright: ignore
     return _product(x, weight, bias)
 
 
@@ -154,13 +154,27 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     own = gradient.reshape(-1, weight.shape[0])
     # Products of the same kind, so that they are as fast, and can be differentiated in their turn.
     return (
-        linear(gradient, weight.t(), None) if needs[0] else None,
-        linear(own.t(), x.reshape(-1, weight.shape[1]).t(), None) if needs[1] else None,
+        dense(gradient, weight.t(), None) if needs[0] else None,
+        dense(own.t(), x.reshape(-1, weight.shape[1]).t(), None) if needs[1] else None,
         own.sum(0) if needs[2] else None,
     )
 
 
 linear.register_autograd(_backward, setup_context=_keep)
+
+
+class Product(torch.autograd.Function):
+    """`linear` with its gradients where nothing is compiled: the operator's own make PyTorch import its compiler, a
+    second and 70 MB."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return _product(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        return _backward(ctx, *gradients)
 
 
 # ---------------------------------------------------------------------------- monoblock::packed_linear
