@@ -64,7 +64,7 @@ def dense(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, weight, bias)
     if torch.compiler.is_compiling():
         return linear(x, weight, bias)
-    if not _plain(x, weight):
+    if not plain(x, weight):
         return F.linear(x, weight, bias)
     trained = x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     if trained and torch.is_grad_enabled():
@@ -73,11 +73,10 @@ def dense(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return _product(x, weight, bias)
 
 
-def _plain(x: Tensor, weight: Tensor) -> bool:
+def plain(*tensors: Tensor) -> bool:
     """Whether these are tensors with memory, and nobody watches what is done with them."""
     return (
-        type(x) in (Tensor, nn.Parameter)
-        and type(weight) in (Tensor, nn.Parameter)
+        all(type(x) in (Tensor, nn.Parameter) for x in tensors)
         and not torch._C._len_torch_dispatch_stack()
         and not torch._C._are_functorch_transforms_active()
         and not torch._C._is_tracing()
@@ -202,7 +201,7 @@ def packed_linear(
 
 def packed_dense(x: Tensor, *packed: Any) -> Tensor:
     """`packed_linear` with less ado where no operator is needed; the same arguments."""
-    watched = torch.compiler.is_compiling() or not _plain(x, packed[0])
+    watched = torch.compiler.is_compiling() or not plain(x, packed[0])
     bias = packed[3]
     trained = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
     return packed_linear(x, *packed) if watched or trained else _packed(x, *packed)

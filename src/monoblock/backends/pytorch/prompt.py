@@ -13,12 +13,15 @@ s tokens, h heads, g key/value heads, d head width, w width.
 from __future__ import annotations
 
 import ctypes
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from monoblock import native
+from monoblock.backends.pytorch.linear import plain
 from monoblock.native import prompts
 
 LIBRARY: Any = native.library()
@@ -39,6 +42,24 @@ def usable(*tensors: Tensor | None) -> bool:
     return not torch.compiler.is_exporting() and not torch._C._are_functorch_transforms_active()
 
 
+def _operator(name: str, schema: str) -> Callable[[Callable[..., Tensor]], Any]:
+    """Registers an operator. Where nobody watches, calls go straight to the function: an operator's first call makes
+    PyTorch import its compiler, which takes a second and 70 MB."""
+
+    def made(function: Callable[..., Tensor]) -> Any:
+        operator = torch.library.custom_op(f"monoblock::{name}", mutates_args=(), schema=schema)(function)
+
+        @functools.wraps(function)
+        def call(x: Tensor, *others: Any, **named: Any) -> Tensor:
+            watched = torch.compiler.is_compiling() or not plain(x)
+            return (operator if watched else function)(x, *others, **named)
+
+        call.register_fake = operator.register_fake  # pyright: ignore[reportAttributeAccessIssue]
+        return call
+
+    return made
+
+
 def _common(x: Tensor) -> dict[str, int]:
     return {"bf16": int(x.dtype == torch.bfloat16), "threads": torch.get_num_threads()}
 
@@ -55,10 +76,9 @@ def _dense(x: Tensor) -> Tensor:
 # ---------------------------------------------------------------------------- attention
 
 
-@torch.library.custom_op(
-    "monoblock::attention",
-    mutates_args=(),
-    schema="(Tensor q, Tensor k, Tensor v, Tensor? slopes, Tensor? valid, Tensor? segments, "
+@_operator(
+    "attention",
+    "(Tensor q, Tensor k, Tensor v, Tensor? slopes, Tensor? valid, Tensor? segments, "
     "float scale, float softcap, bool causal, int window) -> Tensor",
 )
 def attention(
@@ -119,10 +139,9 @@ def _(q: Tensor, *_: Any) -> Tensor:
 # ---------------------------------------------------------------------------- norms
 
 
-@torch.library.custom_op(
-    "monoblock::norm",
-    mutates_args=(),
-    schema="(Tensor x, Tensor weight, Tensor? bias, float eps, bool rms) -> Tensor",
+@_operator(
+    "norm",
+    "(Tensor x, Tensor weight, Tensor? bias, float eps, bool rms) -> Tensor",
 )
 def norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, rms: bool) -> Tensor:
     """The root-mean-square or layer norm of x (..., w)."""
@@ -152,9 +171,7 @@ def _(x: Tensor, *_: Any) -> Tensor:
 # ---------------------------------------------------------------------------- rotary positions
 
 
-@torch.library.custom_op(
-    "monoblock::turn", mutates_args=(), schema="(Tensor x, Tensor cos, Tensor sin) -> Tensor"
-)
+@_operator("turn", "(Tensor x, Tensor cos, Tensor sin) -> Tensor")
 def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Queries or keys (b, h, s, d) with the first channels turned by angles (b or 1, 1, s, turned); (b, s, h, d)."""
     x, cos, sin = _dense(x), cos.contiguous(), sin.contiguous()
@@ -188,7 +205,7 @@ def _(x: Tensor, *_: Any) -> Tensor:
 # ---------------------------------------------------------------------------- the gated activation
 
 
-@torch.library.custom_op("monoblock::gate", mutates_args=(), schema="(Tensor x) -> Tensor")
+@_operator("gate", "(Tensor x) -> Tensor")
 def gate(x: Tensor) -> Tensor:
     """silu(gate) * up of [gate | up], (..., 2 w); (..., w)."""
     x = x.contiguous()
