@@ -9,7 +9,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from monoblock import native
 from monoblock.backends.pytorch import packing
+from monoblock.backends.pytorch.linear import packed_linear
 from monoblock.backends.pytorch.packing import Packed
 
 torch.set_num_threads(1)
@@ -140,10 +142,11 @@ def test_what_cannot_be_packed_is_refused(bits: int, value: float, words: str) -
 def test_the_plain_product(bits: int, group: int, piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whole, and a few rows at a time, with gradients of x and the bias."""
     monkeypatch.setattr(packing, "_PIECE", piece)
+    monkeypatch.setattr(native, "library", lambda: None)
     packed, x = packing.pack(matrix(11, 200), bits, group), matrix(6, 200, seed=1, std=1.0).view(2, 3, 200)
     x, bias = x.requires_grad_(), matrix(1, 11, seed=2)[0].requires_grad_()
     given: dict[str, Any] = {"bits": bits, "group": group, "in_features": 200}
-    y = packing.multiply(x, packed.codes, packed.scale, packed.low, bias, **given)
+    y = packed_linear(x, packed.codes, packed.scale, packed.low, bias, **given)
     expected = F.linear(x, unpacked(packed, bits, group, 200), bias)
     torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-6)
     weights = matrix(6, 11, seed=3, std=1.0).view_as(y)

@@ -219,8 +219,7 @@ def _packed(
         library = native.library()
         if library is not None and (x.numel() <= FEW * inputs or native.multiplies_codes()):
             return _native(library, x, PACKED[bits], (codes, scale, low, bias), inputs, group)
-    with torch.no_grad():
-        return packing.multiply(x, codes, scale, low, bias, bits, group, inputs)
+    return packing.multiply(x, codes, scale, low, bias, bits, group, inputs)
 
 
 @packed_linear.register_fake

@@ -114,40 +114,14 @@ def multiply(
     group: int,
     in_features: int,
 ) -> Tensor:
-    """`x @ weight.T + bias` through PyTorch's own products, some rows of the matrix unpacked at a time.
-
-    Gradients reach x and the bias; what was unpacked is not kept for them.
-    """
-    y: Tensor = _Product.apply(x, codes, scale, low, bits, group, in_features)  # pyright: ignore
+    """`x @ weight.T + bias` through PyTorch's own products, some rows of the matrix unpacked at a time."""
+    form: dict[str, Any] = {"bits": bits, "group": group, "inputs": in_features, "dtype": x.dtype}
+    outputs = [
+        F.linear(x, unpack(codes[rows], scale[rows], None if low is None else low[rows], **form))
+        for rows in _pieces(codes.shape[0], in_features)
+    ]
+    y = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
     return y if bias is None else y + bias.to(y.dtype)
-
-
-class _Product(torch.autograd.Function):
-    """x @ weight.T, and gradient @ weight."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, *packed: Any) -> Tensor:
-        ctx.packed = packed
-        outputs = [F.linear(x, weight) for _, weight in _unpacked(packed, x.dtype)]
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
-        gradient = gradients[0]
-        pieces = _unpacked(ctx.packed, gradient.dtype)
-        total = sum(gradient[..., rows] @ weight for rows, weight in pieces)
-        return total, *(None,) * len(ctx.packed)
-
-
-def _unpacked(packed: tuple[Any, ...], dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """Rows of a matrix and their weights."""
-    codes, scale, low, bits, group, inputs = packed
-    for rows in _pieces(codes.shape[0], inputs):
-        some = None if low is None else low[rows]
-        yield (
-            rows,
-            unpack(codes[rows], scale[rows], some, bits=bits, group=group, inputs=inputs, dtype=dtype),
-        )
 
 
 def _pieces(outputs: int, inputs: int) -> Iterator[slice]:
