@@ -81,12 +81,10 @@ inline void tiles(const float* a, int64_t lda, const float* b, int64_t ldb, int 
 
 template <class Dot, class T>
 inline float word(const T* x, int64_t at, int64_t step, bool second) {
-  if constexpr (Dot::PER_WORD == 1) return read_one(x + at);
+  if constexpr (Dot::PER_WORD == 1) return read1(x + at);
   const uint32_t low = x[at], high = second ? x[at + step] : 0, both = low | high << 16;
   return bits<float>(both);
 }
-
-inline int64_t up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
 // Rows of channels as rows of words.
 template <class Dot, class T>
@@ -115,22 +113,13 @@ void pack_keys(const T* from, int64_t stride, int keys, int dim, int words, floa
 // Values as rows of words, each of the same channel of PER_WORD keys, zeros behind the last key.
 template <class Dot, class T>
 void pack_values(const T* from, int64_t stride, int keys, int dim, int padded, float* to) {
-  for (int key = 0; key < up(keys, Dot::PER_WORD); key += Dot::PER_WORD, to += padded) {
+  for (int key = 0; key < round_up(keys, Dot::PER_WORD); key += Dot::PER_WORD, to += padded) {
     for (int c = 0; c < dim; ++c) to[c] = word<Dot>(from + key * stride, c, stride, key + 1 < keys);
     for (int c = dim; c < padded; ++c) to[c] = 0.0f;
   }
 }
 
 // ---------------------------------------------------------------------------- scores to weights
-
-inline Floats tanh(Floats x) {
-  // Near 0, where the quotient cancels, the series.
-  const Floats s = x * x, a = x < 0.0f ? -x : x;
-  const Floats near = x * (1.0f + s * (-1.0f / 3 + s * (2.0f / 15 - s * (17.0f / 315))));
-  const Floats e = exp2((a > 20.0f ? all(20.0f) : a) * (2 * LOG2E));
-  const Floats far = 1.0f - 2.0f / (e + 1.0f);
-  return a < 0.25f ? near : (x < 0.0f ? -far : far);
-}
 
 // One row of scores against keys; places are those of its query and of the row's first key in the text.
 struct Row {
@@ -189,9 +178,9 @@ class Task {
  public:
   Task(const Attention& a, int64_t block)
       : a(a),
-        words(int(up(a.dim, Dot::PER_WORD) / Dot::PER_WORD)),
-        padded(int(up(a.dim, LANES))),
-        rows(int(up(block, TILE))),
+        words(int(round_up(a.dim, Dot::PER_WORD) / Dot::PER_WORD)),
+        padded(int(round_up(a.dim, LANES))),
+        rows(int(round_up(block, TILE))),
         queries(rows * (a.heads / a.groups) * words),
         keys(KEYS * words),
         values(KEYS * padded),
@@ -239,7 +228,7 @@ class Task {
     if (a.window) from = int(std::max<int64_t>(0, place - a.window + 1 - first));
     if (from >= to) return;
     from = from / PANEL * PANEL;
-    const int width = int(up(to - from, LANES)), used = int(up(queries_here, ROWS));
+    const int width = int(round_up(to - from, LANES)), used = int(round_up(queries_here, ROWS));
     float factors[TILE];
     for (int c = from; c < to; c += PANEL)
       for (int r = 0; r < used; r += ROWS)
@@ -258,7 +247,7 @@ class Task {
     }
     for (int r = 0; r < used; r += ROWS)
       tiles<Dot>(scores.data() + r * KEYS, KEYS, values.data() + from / Dot::PER_WORD * padded, padded,
-                 int(up(to - from, Dot::PER_WORD)) / Dot::PER_WORD, sums.data() + (row + r) * padded, padded,
+                 int(round_up(to - from, Dot::PER_WORD)) / Dot::PER_WORD, sums.data() + (row + r) * padded, padded,
                  padded / LANES, factors + r);
   }
 
@@ -269,14 +258,14 @@ class Task {
     if (blind && mean.empty()) find_mean(b, g);
     const float* of = blind ? mean.data() : sums.data() + row * padded;
     const float all = blind ? float(a.keys) : total[row];
-    for (int64_t c = 0; c < a.dim; ++c) write_one(out + c, of[c] / all);
+    for (int64_t c = 0; c < a.dim; ++c) write1(out + c, of[c] / all);
   }
 
   void find_mean(int64_t b, int64_t g) {
     mean.assign(a.dim, 0.0f);
     for (int64_t k = 0; k < a.keys; ++k) {
       const T* value = at<const T>(a.v, a.v_stride, b, g, k);
-      for (int64_t c = 0; c < a.dim; ++c) mean[c] += read_one(value + c);
+      for (int64_t c = 0; c < a.dim; ++c) mean[c] += read1(value + c);
     }
   }
 
@@ -291,7 +280,7 @@ void by_tasks(const Attention& a) {
   const int64_t shared = a.heads / a.groups, pairs = a.batch * a.groups;
   // About 384 packed rows share the packing of a block of keys, fewer where that would leave a thread without work.
   int64_t block = std::max<int64_t>(TILE, 384 / shared / TILE * TILE);
-  while (block > TILE && pairs * ((a.queries + block - 1) / block) < 4 * a.threads) block = up(block / 2, TILE);
+  while (block > TILE && pairs * ((a.queries + block - 1) / block) < 4 * a.threads) block = round_up(block / 2, TILE);
   const int64_t blocks = (a.queries + block - 1) / block;
 #pragma omp parallel num_threads(a.threads)
   {

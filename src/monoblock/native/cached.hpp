@@ -100,7 +100,7 @@ inline float shape(const Queries& q, int m, const Stretch& s, int64_t first, int
     if (!s.valid[first + j]) scores[j] = -INFINITY;
   Floats most = Floats{} - INFINITY;
   for (int j = 0; j < count; j += LANES) most = largest(read(scores + j), most);
-  return highest(most);
+  return largest(most);
 }
 
 // Scores become weights relative to the largest so far, which is `most`; returns their sum.

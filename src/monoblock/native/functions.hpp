@@ -6,29 +6,9 @@
 
 #include "numbers.hpp"
 
-namespace decode {
-
-using namespace matrices;
-
-INLINE Floats read(const float* from) { return load<Floats>(from); }
-INLINE Floats read(const uint16_t* from) { return from_bf16(load<Halves>(from)); }
-INLINE float read1(const float* from) { return *from; }
-INLINE float read1(const uint16_t* from) { return from_bf16(*from); }
-INLINE void write1(float* to, float x) { *to = x; }
-INLINE void write1(uint16_t* to, float x) { *to = to_bf16(x); }
+namespace matrices {
 
 INLINE Floats smallest(Floats a, Floats b) { return a < b ? a : b; }
-
-// The largest lane, by halves.
-INLINE float highest(Floats v) {
-  typedef float Four __attribute__((vector_size(16)));
-  Four four[LANES / 4];
-  memcpy(four, &v, sizeof v);
-  for (int half = LANES / 8; half; half /= 2)
-    for (int i = 0; i < half; ++i) four[i] = four[i] > four[i + half] ? four[i] : four[i + half];
-  const float a = four[0][0] > four[0][2] ? four[0][0] : four[0][2], b = four[0][1] > four[0][3] ? four[0][1] : four[0][3];
-  return a > b ? a : b;
-}
 
 // ---------------------------------------------------------------------------- as many sums as a vector has lanes
 
@@ -61,11 +41,11 @@ struct Power {
 };
 
 INLINE Power power(Floats x) {
-  x = smallest(Floats{} + 88.0f, largest(Floats{} - 87.0f, x));  // 2^n stays a normal number, and NaN stays NaN
+  x = smallest(all(88.0f), largest(all(-87.0f), x));  // 2^n stays a normal number, and NaN stays NaN
   Ints n = nearest(x * 1.44269504f);
   Floats whole = __builtin_convertvector(n, Floats);
   Floats r = (x - whole * 0.693145752f) - whole * 1.42860677e-6f;  // log(2) in two parts: n times the first is exact
-  Floats p = Floats{} + 0.0013934545f;
+  Floats p = all(0.0013934545f);
   for (float c : {0.0083637768f, 0.0416664556f, 0.1666657329f, 0.5f}) p = p * r + c;
   return {bits<Floats>((n + 127) << 23), r + r * r * p};
 }
@@ -90,7 +70,7 @@ INLINE Floats tanh(Floats x) {
 INLINE Floats share_below(Floats x) {
   Floats z = magnitude(x) * 0.70710678f;
   Floats t = 1.0f / (1.0f + 0.5f * z);
-  Floats p = Floats{} - 0.034803495f;
+  Floats p = all(-0.034803495f);
   for (float c : {0.1541862f, -0.18396893f, -0.121766195f, 0.30219772f, 0.028069453f, 0.30289504f, 0.2696584f,
                   0.2836102f, -7.838735e-05f})
     p = p * t + c;
@@ -137,4 +117,8 @@ inline void activate(int32_t kind, float* x, int64_t count) {
   }
 }
 
-}  // namespace decode
+}  // namespace matrices
+
+namespace decode {
+using namespace matrices;
+}

@@ -8,10 +8,6 @@
 
 #include "numbers.hpp"
 
-#if defined(__AVX512VNNI__) || defined(__AVX512BF16__)
-#include <immintrin.h>
-#endif
-
 namespace matrices {
 
 enum Format : int32_t { F32 = 0, BF16 = 1, INT8 = 2, INT4 = 3 };
@@ -34,7 +30,6 @@ struct Matrix {
 constexpr int RUN = 128;    // inputs that packed formats are padded to
 constexpr int BLOCK = 64;  // the smaller group
 constexpr int FEW = 8;      // rows of inputs that one pass takes at once
-constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 // Rows of inputs in the form that `multiply` reads. `prepare` fills what the matrix needs and no more.
 struct Prepared {

@@ -5,6 +5,10 @@
 #include <stdint.h>
 #include <string.h>
 
+#if defined(__AVX512VNNI__) || defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
+
 #define INLINE inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 16")
 
@@ -18,12 +22,16 @@ constexpr int LANES = 8;
 constexpr int LANES = 4;
 #endif
 
+constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
 typedef float Floats __attribute__((vector_size(LANES * 4)));
 typedef int32_t Ints __attribute__((vector_size(LANES * 4)));
 typedef uint32_t Words __attribute__((vector_size(LANES * 4)));
 typedef uint16_t Halves __attribute__((vector_size(LANES * 2)));
 typedef uint8_t Bytes __attribute__((vector_size(LANES)));
 typedef int8_t SignedBytes __attribute__((vector_size(LANES)));
+
+INLINE Floats all(float x) { return Floats{} + x; }
 
 template <class Vector, class Scalar>
 INLINE Vector load(const Scalar* from) {
@@ -58,10 +66,15 @@ INLINE float sum(Floats v) {
 
 INLINE Floats largest(Floats a, Floats b) { return a > b ? a : b; }
 
+// The largest lane, by halves too.
 INLINE float largest(Floats v) {
-  float m = v[0];
-  for (int i = 1; i < LANES; ++i) m = v[i] > m ? v[i] : m;
-  return m;
+  typedef float Four __attribute__((vector_size(16)));
+  Four four[LANES / 4];
+  memcpy(four, &v, sizeof v);
+  for (int half = LANES / 8; half; half /= 2)
+    for (int i = 0; i < half; ++i) four[i] = four[i] > four[i + half] ? four[i] : four[i + half];
+  const float a = four[0][0] > four[0][2] ? four[0][0] : four[0][2], b = four[0][1] > four[0][3] ? four[0][1] : four[0][3];
+  return a > b ? a : b;
 }
 
 INLINE Floats magnitude(Floats v) { return bits<Floats>(bits<Words>(v) & 0x7fffffffu); }
@@ -84,6 +97,22 @@ INLINE Halves to_bf16(Floats v) {
   Words nan = bits<Words>((u & 0x7fffffffu) > 0x7f800000u);
   return __builtin_convertvector((nan & (u >> 16 | 0x40u)) | (~nan & rounded), Halves);
 }
+
+// Numbers from, and to, either type: a vector of them, or one.
+INLINE Floats read(const float* from) { return load<Floats>(from); }
+INLINE Floats read(const uint16_t* from) { return from_bf16(load<Halves>(from)); }
+INLINE void write(float* to, Floats x) { store(to, x); }
+INLINE void write(uint16_t* to, Floats x) {
+#if defined(__AVX512BF16__)
+  store(to, _mm512_cvtneps_pbh((__m512)x));
+#else
+  store(to, to_bf16(x));
+#endif
+}
+INLINE float read1(const float* from) { return *from; }
+INLINE float read1(const uint16_t* from) { return from_bf16(*from); }
+INLINE void write1(float* to, float x) { *to = x; }
+INLINE void write1(uint16_t* to, float x) { *to = to_bf16(x); }
 
 // IEEE half precision: exponent and mantissa move into a float's place, and 2^112 makes up for the bias.
 INLINE float from_half(uint16_t v) {

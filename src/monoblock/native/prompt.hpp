@@ -5,11 +5,7 @@
 #include <cmath>
 #include <cstdint>
 
-#include "numbers.hpp"
-
-#if defined(__AVX512BF16__)
-#include <immintrin.h>
-#endif
+#include "functions.hpp"
 
 namespace prompt {
 
@@ -17,41 +13,23 @@ using namespace matrices;
 
 constexpr float LOG2E = 1.44269504f;
 
-INLINE Floats all(float x) { return Floats{} + x; }
-
 INLINE Floats iota() {
   Floats x;
   for (int i = 0; i < LANES; ++i) x[i] = float(i);
   return x;
 }
 
-// Floats from, and to, either type.
-INLINE Floats read(const float* from) { return load<Floats>(from); }
-INLINE Floats read(const uint16_t* from) { return from_bf16(load<Halves>(from)); }
-INLINE void write(float* to, Floats x) { store(to, x); }
-INLINE void write(uint16_t* to, Floats x) {
-#if defined(__AVX512BF16__)
-  store(to, _mm512_cvtneps_pbh((__m512)x));
-#else
-  store(to, to_bf16(x));
-#endif
-}
-INLINE float read_one(const float* from) { return *from; }
-INLINE float read_one(const uint16_t* from) { return from_bf16(*from); }
-INLINE void write_one(float* to, float x) { *to = x; }
-INLINE void write_one(uint16_t* to, float x) { *to = to_bf16(x); }
-
 // The first `count` lanes, the others 0.
 template <class T>
 INLINE Floats read_some(const T* from, int count) {
   Floats x{};
-  for (int i = 0; i < count; ++i) x[i] = read_one(from + i);
+  for (int i = 0; i < count; ++i) x[i] = read1(from + i);
   return x;
 }
 
 template <class T>
 INLINE void write_some(T* to, Floats x, int count) {
-  for (int i = 0; i < count; ++i) write_one(to + i, x[i]);
+  for (int i = 0; i < count; ++i) write1(to + i, x[i]);
 }
 
 // f(place, lanes) for each vector of `count` numbers; the last one may have fewer lanes.
