@@ -33,7 +33,7 @@ def ratio(model: str, form: str, measure: str, who: str) -> Callable[[Results], 
     """Ours over a peer's, round by round."""
 
     def read(results: Results) -> Found | None:
-        figure = next((f for f in results.named(measure) if (f["model"], f["form"]) == (model, form)), None)
+        figure = results.figure(model, form, measure)
         found = results.ratio(figure, who) if figure else None
         return Found(found.median, f"{found} x {who}") if found else None
 
@@ -44,9 +44,7 @@ def share(model: str, form: str) -> Callable[[Results], Found | None]:
     """Part of the bandwidth while decoding one text."""
 
     def read(results: Results) -> Found | None:
-        figure = next(
-            (f for f in results.named("decode 1") if (f["model"], f["form"]) == (model, form)), None
-        )
+        figure = results.figure(model, form, "decode 1")
         if figure is None or OURS not in figure["values"]:
             return None
         found = results.bandwidth_share(figure, OURS)

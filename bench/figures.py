@@ -66,12 +66,17 @@ class Results:
         names = dict.fromkeys(f["measure"] for f in self.data["figures"] if f["values"])
         return [name for name in names if name.startswith(kind) and not name.endswith("memory")]
 
+    def figure(self, model: str, form: str, measure: str) -> dict[str, Any] | None:
+        """What was measured of a model in a form."""
+        wanted = (model, form, measure)
+        return next(
+            (f for f in self.data["figures"] if (f["model"], f["form"], f["measure"]) == wanted), None
+        )
+
     def values(self, model: str, form: str, measure: str, who: str = OURS) -> list[float]:
         """All rounds of one contestant; empty if it did not run."""
-        for figure in self.data["figures"]:
-            if (figure["model"], figure["form"], figure["measure"]) == (model, form, measure):
-                return figure["values"].get(who, [])
-        return []
+        figure = self.figure(model, form, measure)
+        return figure["values"].get(who, []) if figure else []
 
     def ratio(self, figure: dict[str, Any], who: str) -> Spread | None:
         """How many times what the contestant has is ours, round by round; of seconds and MB the other way round."""

@@ -40,21 +40,17 @@ def speeds(results: Results, names: list[str], share: Callable[..., float | None
     rows: list[list[str]] = []
     for name in names:
         for figure in results.named(name):
-            for who, values in figure["values"].items():
-                ratio = results.ratio(figure, who)
-                rows.append(
-                    [
-                        figure["model"],
-                        figure["form"],
-                        name.split()[-1],
-                        who,
-                        str(spread(values)),
-                        "" if ratio is None else str(ratio),
-                        _percent(share(figure, who)),
-                    ]
-                )
+            for who in figure["values"]:
+                rows.append([*_cells(results, name, figure, who), _percent(share(figure, who))])
     size = {"decode": "texts", "prefill": "tokens", "train": "tokens x 4"}[names[0].split()[0]]
     return table(["model", "weights", size, "who", "tok/s (range)", "monoblock / it (range)", title], rows)
+
+
+def _cells(results: Results, name: str, figure: dict[str, Any], who: str) -> list[str]:
+    """A contestant's figure, and what ours is beside it."""
+    ratio = results.ratio(figure, who)
+    what = [figure["model"], figure["form"], name.split()[-1], who]
+    return [*what, str(spread(figure["values"][who])), "" if ratio is None else str(ratio)]
 
 
 def loading(results: Results) -> str:
@@ -82,20 +78,9 @@ def memory(results: Results) -> str:
     rows = []
     for name in results.measures("prefill"):
         for figure in results.named(f"{name} memory"):
-            for who, values in figure["values"].items():
-                if who == "llama.cpp":
-                    continue  # known only together with its weights
-                ratio = results.ratio(figure, who)
-                rows.append(
-                    [
-                        figure["model"],
-                        figure["form"],
-                        name.split()[-1],
-                        who,
-                        str(spread(values)),
-                        "" if ratio is None else str(ratio),
-                    ]
-                )
+            for who in figure["values"]:
+                if who != "llama.cpp":  # known only together with its weights
+                    rows.append(_cells(results, name, figure, who))
     return table(["model", "weights", "tokens", "who", "MB beyond the model", "it / monoblock"], rows)
 
 
