@@ -13,7 +13,7 @@ import typer
 
 from monoblock.cli import console
 from monoblock.cli.app import EXIT_CODES, sub_app
-from monoblock.cli.options import Dtype, Hub
+from monoblock.cli.options import Dtype, Hub, shard_size
 
 if TYPE_CHECKING:
     from monoblock.checkpoint.compare import Comparison
@@ -87,7 +87,7 @@ def convert(
         source_format=changes.source_format.value,
         target_format=changes.target_format.value,
         dtype=None if changes.dtype is Dtype.AUTO else changes.dtype.value,
-        max_shard_size=_size(changes.max_shard_size),
+        max_shard_size=shard_size(changes.max_shard_size),
         kv_heads=changes.kv_heads,
         check=check,
         force=force,
@@ -96,20 +96,6 @@ def convert(
     with _progress() as progress:
         result = run(source, target, options, progress)
     _show(result, target)
-
-
-def _size(text: str | None) -> str | None:
-    """A size that makes sense; wrong usage otherwise."""
-    from monoblock.checkpoint.save import parse_size
-
-    try:
-        if text is not None:
-            parse_size(text)
-    except ValueError as error:
-        raise typer.BadParameter(
-            str(error).replace("max_shard_size=", ""), param_hint="--max-shard-size"
-        ) from None
-    return text
 
 
 @contextmanager

@@ -120,3 +120,17 @@ class Sampling:
             "stop_strings": self.stop or None,
         }
         return choice | {name: value for name, value in rest.items() if value is not None}
+
+
+def shard_size(text: str | None) -> str | None:
+    """A size that makes sense; wrong usage otherwise."""
+    from monoblock.checkpoint.save import parse_size
+
+    try:
+        if text is not None:
+            parse_size(text)
+    except ValueError as error:
+        raise typer.BadParameter(
+            str(error).replace("max_shard_size=", ""), param_hint="--max-shard-size"
+        ) from None
+    return text

@@ -12,7 +12,7 @@ import typer
 
 from monoblock.cli import console
 from monoblock.cli.app import EXIT_CODES, sub_app
-from monoblock.cli.options import Dtype, Hub
+from monoblock.cli.options import Dtype, Hub, shard_size
 
 if TYPE_CHECKING:
     from monoblock.checkpoint.options import HubOptions
@@ -81,16 +81,9 @@ def quantize(
     from monoblock.checkpoint.convert import check_apart
     from monoblock.checkpoint.folder import check_target, copy_files, new_folder
     from monoblock.checkpoint.options import HubOptions
-    from monoblock.checkpoint.save import parse_size
     from monoblock.checkpoint.sources import companions
 
-    size = how.max_shard_size or "50GB"
-    try:
-        parse_size(size)
-    except ValueError as error:
-        raise typer.BadParameter(
-            str(error).replace("max_shard_size=", ""), param_hint="--max-shard-size"
-        ) from None
+    size = shard_size(how.max_shard_size) or "50GB"
     target = Path(os.path.abspath(out.expanduser()))  # noqa: PTH100  # resolve() would follow a link
     check_target(target, replace=force)
     check_apart(model, target)
