@@ -144,6 +144,7 @@ struct CodeTile {
   static constexpr int32_t FORMAT = CODES;
   typedef uint8_t Codes __attribute__((vector_size(64)));
   static constexpr int PANEL = 64;  // groups whose scales are made at once
+  static constexpr int SOON = 128;  // scales of coming rows that are asked for: no processor foresees so few bytes a row
 
   template <int R, int T>
   static INLINE void run(const Matrix& m, const Prepared& p, int64_t output, int64_t gap, int row,
@@ -208,6 +209,8 @@ struct CodeTile {
     for (int g = 0; g < count; g += LANES)
       UNROLL for (int r = 0; r < R; ++r) {
         const int64_t at = (output + r * gap) * groups + first + g;
+        __builtin_prefetch(m.scale + at + SOON);
+        if (FORMAT == INT4) __builtin_prefetch(m.low + at + SOON);
         Floats scale = halves(m.scale + at, count - g);
         Floats low = FORMAT == INT8 ? scale * -128.0f : halves(m.low + at, count - g);
         UNROLL for (int t = 0; t < T; ++t) {
