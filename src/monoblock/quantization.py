@@ -8,6 +8,7 @@ from typing import Any, cast
 
 from monoblock.errors import UnsupportedConfig
 
+LOSSLESS = 12  # bits
 METHOD = "monoblock"  # what config.json says under `quant_method`
 
 
@@ -16,8 +17,9 @@ class WeightOnlyConfig:
     """Weights in 8 or 4 bits by groups of `group_size` inputs (64 or 128); what flows through the model stays float.
 
     8 bits: one scale for each group. 4 bits: a scale and a lowest value. All matrices of the blocks are packed in
-    `bits`; the token embedding and the projection to the vocabulary in 8 bits. `modules_to_not_convert`: names of
-    modules that stay as they are, the hub's or those of `named_modules()`, whole or their last part.
+    `bits`; the token embedding and the projection to the vocabulary in 8 bits. 12 bits: all of these exactly as they
+    are, if they are bfloat16 numbers; there are no groups. `modules_to_not_convert`: names of modules that stay as
+    they are, the hub's or those of `named_modules()`, whole or their last part.
     """
 
     bits: int = 8
@@ -25,9 +27,14 @@ class WeightOnlyConfig:
     modules_to_not_convert: list[str] | None = None
 
     def __post_init__(self) -> None:
-        for name, known in (("bits", (8, 4)), ("group_size", (128, 64))):
+        for name, known in (("bits", (8, 4, 12)), ("group_size", (128, 64))):
             if (value := getattr(self, name)) not in known or isinstance(value, bool):
-                raise ValueError(f"WeightOnlyConfig.{name} must be {known[0]} or {known[1]}, got {value!r}")
+                values = ", ".join(map(str, known[:-1]))
+                raise ValueError(f"WeightOnlyConfig.{name} must be {values} or {known[-1]}, got {value!r}")
+        if self.bits == LOSSLESS and self.group_size != 128:
+            raise ValueError(
+                f"WeightOnlyConfig.group_size={self.group_size} is not for 12 bits, which have no groups: leave it out"
+            )
         names: Any = self.modules_to_not_convert
         if names is not None and not (
             isinstance(names, list | tuple)
@@ -41,6 +48,13 @@ class WeightOnlyConfig:
     def quant_method(self) -> str:
         """The method's name in config.json."""
         return METHOD
+
+    @property
+    def summary(self) -> str:
+        """In words, without what is not converted."""
+        if self.bits == LOSSLESS:
+            return f"bfloat16 in {LOSSLESS} bits, without loss"
+        return f"int{self.bits}, groups of {self.group_size}; embedding and head in int8"
 
     def to_dict(self) -> dict[str, Any]:
         """What config.json holds."""
@@ -93,9 +107,9 @@ class BitsAndBytesConfig:
 QuantizationConfig = WeightOnlyConfig | BitsAndBytesConfig
 
 # The words that `quantization_config` may be.
-WORDS = {"int8": 8, "int4": 4}
+WORDS = {"int8": 8, "int4": 4, "lossless": LOSSLESS}
 
-_NAMES = '"int8", "int4", a WeightOnlyConfig or a BitsAndBytesConfig'
+_NAMES = '"int8", "int4", "lossless", a WeightOnlyConfig or a BitsAndBytesConfig'
 
 # Checkpoints of other tools, and what to do about them.
 _ELSEWHERE = "load the checkpoint's unquantised weights"

@@ -51,7 +51,8 @@ def bench(
     sizes: Sizes,
     dtype: Annotated[Dtype, typer.Option(help="Type of the weights; auto: as stored.")] = Dtype.AUTO,
     quantize: Annotated[
-        Quantize | None, typer.Option(help="Pack the weights while they are loaded: int8 or int4.")
+        Quantize | None,
+        typer.Option(help="Pack the weights while they are loaded: int8, int4, or lossless (12 bits)."),
     ] = None,
     device: Annotated[str, typer.Option(help="auto (a GPU if there is one), cpu, cuda, cuda:1, mps, ...")] = (
         "auto"

@@ -76,7 +76,7 @@ def describe(path: str, hub: Hub) -> dict[str, Any]:
         "spec": spec,
         "parameters": count,
         "stored": contents.stored,
-        "quantization": how.to_dict() if (how := recorded(config)) else None,
+        "quantization": how.to_dict() | {"summary": how.summary} if (how := recorded(config)) else None,
         "memory": {name: count * bits // 8 for name, bits in DTYPE_BITS.items()},
         "cache_per_token": per_token,
         "files": contents.files,
@@ -164,7 +164,7 @@ def _show(found: dict[str, Any], name: str) -> None:
 
 def _packed(how: dict[str, Any]) -> str:
     kept = ", ".join(how["modules_to_not_convert"] or ())
-    return f"int{how['bits']}, groups of {how['group_size']}" + (f"; not {kept}" if kept else "")
+    return how["summary"] + (f"; not {kept}" if kept else "")
 
 
 def _plain(value: Any) -> Any:

@@ -25,6 +25,7 @@ class Quantize(StrEnum):
 
     INT8 = "int8"
     INT4 = "int4"
+    LOSSLESS = "lossless"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +60,8 @@ class Source:
         "auto"
     )
     quantize: Annotated[
-        Quantize | None, typer.Option(help="Pack the weights while they are loaded: int8 or int4.")
+        Quantize | None,
+        typer.Option(help="Pack the weights while they are loaded: int8, int4, or lossless (12 bits)."),
     ] = None
 
     def kwargs(self) -> dict[str, Any]:

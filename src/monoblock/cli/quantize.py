@@ -1,4 +1,4 @@
-"""`monoblock quantize`: a model's folder with its weights packed in 8 or 4 bits."""
+"""`monoblock quantize`: a model's folder with its weights packed in 8, 4 or 12 bits."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ class Bits(StrEnum):
 
     EIGHT = "8"
     FOUR = "4"
+    TWELVE = "12"
 
 
 class Group(StrEnum):
@@ -39,7 +40,9 @@ class Group(StrEnum):
 class How:
     """How the weights are packed."""
 
-    bits: Annotated[Bits, typer.Option(help="Bits of a weight in the blocks.")] = Bits.EIGHT
+    bits: Annotated[Bits, typer.Option(help="Bits of a weight in the blocks; 12: bfloat16 without loss.")] = (
+        Bits.EIGHT
+    )
     group_size: Annotated[Group, typer.Option(help="Weights that share a scale.")] = Group.LARGE
     keep: Annotated[
         list[str] | None,
@@ -73,7 +76,7 @@ def quantize(
     ] = False,
     hub: Hub,
 ) -> None:
-    """Pack a model's weights in 8 or 4 bits, into a new folder that loads like any other.
+    """Pack a model's weights in 8 or 4 bits, or in 12 without loss, into a new folder that loads like any other.
 
     Tokenizer and generation settings are copied. The folder appears when it is complete, or not at all; in memory
     there are the packed weights and one matrix.
@@ -102,7 +105,7 @@ def quantize(
     after = loaded.get_memory_footprint()
     lines = [
         ("class", cls.__name__),
-        ("packed", f"int{how.bits}, groups of {how.group_size}; embedding and head in int8"),
+        ("packed", how.config().summary),
         ("dtype", str(loaded.dtype).removeprefix("torch.")),
         ("parameters", f"{loaded.num_parameters():,}"),
         ("weights", f"{after:,} bytes, of {before:,} before: {after / before:.0%}"),

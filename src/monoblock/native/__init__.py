@@ -13,7 +13,7 @@ from ctypes import c_char_p, c_int, c_int32, c_int64, c_void_p
 from pathlib import Path
 from typing import Any
 
-FORMATS = {"float32": 0, "bfloat16": 1, "int8": 2, "int4": 3}
+FORMATS = {"float32": 0, "bfloat16": 1, "int8": 2, "int4": 3, "lossless": 4}
 VARIABLE = "MONOBLOCK_NATIVE"
 
 
@@ -40,6 +40,7 @@ SIGNATURES: dict[str, tuple[Any, ...]] = {
         *(ctypes.POINTER(Matrix), c_void_p, c_int32, c_int64, c_int64),
         *(c_void_p, c_int32, c_int64, c_int),
     ),
+    "mb_unfold": (ctypes.POINTER(Matrix), c_void_p, c_int),
     "mb_read": (c_void_p, c_int64, c_int, ctypes.POINTER(ctypes.c_uint32)),
 }
 

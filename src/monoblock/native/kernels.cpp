@@ -29,6 +29,12 @@ EXPORT int mb_linear(const Matrix* m, const void* x, int32_t x_format, int64_t l
   return matrices::linear(*m, x, x_format, ldx, rows, y, y_format, ldy, threads);
 }
 
+// The numbers of a LOSSLESS matrix, bf16 (outputs, inputs).
+EXPORT int mb_unfold(const Matrix* m, uint16_t* to, int threads) {
+  matrices::unfold(*m, to, threads);
+  return 0;
+}
+
 // Reads `bytes` bytes once, as fast as the memory can; a checksum of them goes to `sum`.
 EXPORT int mb_read(const void* data, int64_t bytes, int threads, uint32_t* sum) {
   *sum = matrices::read_all(data, bytes, threads);

@@ -1,4 +1,4 @@
-// Weight matrices in four formats, and their product with a few rows of inputs: y[row] = W x[row] + bias.
+// Weight matrices in five formats, and their product with a few rows of inputs: y[row] = W x[row] + bias.
 //
 // One row of inputs costs one pass over the weights, so what counts is that they stream in at the memory's rate: each
 // thread takes several rows of weights at once (several streams), and its arithmetic hides behind the loads.
@@ -10,15 +10,16 @@
 
 namespace matrices {
 
-enum Format : int32_t { F32 = 0, BF16 = 1, INT8 = 2, INT4 = 3 };
+enum Format : int32_t { F32 = 0, BF16 = 1, INT8 = 2, INT4 = 3, LOSSLESS = 4 };
 
 // W is (outputs, inputs), row by row. Packed formats count inputs up to the next multiple of 128 ("padded"); `scale` and
 // `low` are half precision (outputs, padded / group), `group` being 64 or 128.
 //   INT8: a byte for each weight; value = scale * (code - 128).
 //   INT4: 64 bytes for each run of 128 weights, byte j = code[j] | code[j + 64] << 4; value = scale * code + low.
+//   LOSSLESS: bf16 in 12 bits, without scales; see lossless.hpp.
 struct Matrix {
   const void* data;
-  const uint16_t* scale;  // packed formats, else null
+  const uint16_t* scale;  // INT8 and INT4, else null
   const uint16_t* low;    // INT4, else null
   const void* bias;       // (outputs,) or null
   int64_t outputs, inputs;
@@ -73,6 +74,7 @@ INLINE float bias_of(const Matrix& m, int64_t output) {
 
 #include "prepare.hpp"
 #include "tiles.hpp"
+#include "lossless.hpp"
 
 namespace matrices {
 
@@ -80,11 +82,17 @@ namespace matrices {
 inline void multiply(const Matrix& m, const Prepared& x, int rows, float* y, int64_t ldy, int64_t first, int64_t last) {
   switch (m.format) {
     case F32: return over_tiles<FloatTile>(m, x, rows, y, ldy, first, last);
-    case BF16:
 #if defined(__AVX512BF16__)
-      if (by_pairs(rows)) return over_tiles<PairTile>(m, x, rows, y, ldy, first, last);
+    case BF16:
+      return by_pairs(rows) ? over_tiles<PairTile>(m, x, rows, y, ldy, first, last)
+                            : over_tiles<HalfTile>(m, x, rows, y, ldy, first, last);
+    case LOSSLESS:
+      return by_pairs(rows) ? over_tiles<LosslessTile<PairTile>>(m, x, rows, y, ldy, first, last)
+                            : over_tiles<LosslessTile<HalfTile>>(m, x, rows, y, ldy, first, last);
+#else
+    case BF16: return over_tiles<HalfTile>(m, x, rows, y, ldy, first, last);
+    case LOSSLESS: return over_tiles<LosslessTile<HalfTile>>(m, x, rows, y, ldy, first, last);
 #endif
-      return over_tiles<HalfTile>(m, x, rows, y, ldy, first, last);
     case INT8: return over_tiles<CodeTile<INT8>>(m, x, rows, y, ldy, first, last);
     case INT4: return over_tiles<CodeTile<INT4>>(m, x, rows, y, ldy, first, last);
   }

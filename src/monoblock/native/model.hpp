@@ -112,6 +112,15 @@ inline void add_row(const Matrix& m, int64_t index, float* y) {
     });
     return;
   }
+  if (m.format == LOSSLESS) {
+    const Row row(m, index);
+    for (int64_t k = 0; k < n; k += RUN) {
+      uint16_t run[RUN];
+      row.unfold(k, run);
+      for (int64_t i = k; i < n && i < k + RUN; ++i) y[i] += from_bf16(run[i - k]);
+    }
+    return row.others([&](int column, uint16_t value) { y[column] += from_bf16(value); });
+  }
   const uint8_t* codes = (const uint8_t*)m.data + index * (m.format == INT8 ? padded : padded / 2);
   for (int64_t i = 0; i < n; ++i) {
     const int64_t group = (index * padded + i) / m.group;

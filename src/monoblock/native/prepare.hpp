@@ -82,12 +82,12 @@ inline void block_sums(const float* x, float* to, int64_t blocks) {
 inline void prepare(const Matrix& m, const float* x, int64_t ldx, int rows, Prepared& p) {
   p.padded = round_up(m.inputs, RUN), p.blocks = round_up(p.padded / BLOCK, 16);
   p.x = x, p.ldx = ldx;
-  for (int row = 0; row < rows && m.format == BF16; ++row)
+  for (int row = 0; row < rows && (m.format == BF16 || m.format == LOSSLESS); ++row)
     if (by_pairs(rows))
       narrow(x + row * ldx, m.inputs, p.bf + row * p.padded, p.padded);
     else
       part(x + row * ldx, m.inputs, p.f + row * p.padded, p.padded);
-  if (m.format == F32 || m.format == BF16) return;
+  if (m.format != INT8 && m.format != INT4) return;
 #if defined(__AVX512VNNI__)
   for (int row = 0; row < rows; ++row) quantise_row(x + row * ldx, row, m, p);
 #else

@@ -82,14 +82,22 @@ struct HalfTile {
     UNROLL for (int r = 0; r < R; ++r) UNROLL for (int t = 0; t < T; ++t) out[r][t] = sum(sums[r][t]);
   }
 
+  static INLINE const float* inputs(const Prepared& p) { return p.f; }
+
   template <int R, int T>
   static INLINE void step(const uint16_t* w, int64_t ldw, int64_t next, const float* x, int64_t ldx,
                           Floats (&sums)[R][T]) {
+    Shorts weights[R];
+    UNROLL for (int r = 0; r < R; ++r) ahead<T>(w + r * ldw, next), weights[r] = load<Shorts>(w + r * ldw);
+    meet<R, T>(weights, x, ldx, sums);
+  }
+
+  template <int R, int T>
+  static INLINE void meet(const Shorts (&weights)[R], const float* x, int64_t ldx, Floats (&sums)[R][T]) {
     Floats even[T], odd[T];
     UNROLL for (int t = 0; t < T; ++t) even[t] = load<Floats>(x + t * ldx), odd[t] = load<Floats>(x + t * ldx + LANES);
     UNROLL for (int r = 0; r < R; ++r) {
-      ahead<T>(w + r * ldw, next);
-      Words pair = load<Words>(w + r * ldw);
+      const Words pair = bits<Words>(weights[r]);
       Floats first = bits<Floats>(pair << 16), second = bits<Floats>(pair & 0xffff0000u);
       UNROLL for (int t = 0; t < T; ++t) sums[r][t] += first * even[t];
       UNROLL for (int t = 0; t < T; ++t) sums[r][t] += second * odd[t];
@@ -101,7 +109,6 @@ struct HalfTile {
 // bf16 weights and inputs: one instruction multiplies 32 pairs and sums them two by two, in floats.
 struct PairTile {
   static constexpr int32_t FORMAT = BF16;
-  typedef short Pairs __attribute__((vector_size(64)));
 
   template <int R, int T>
   static INLINE void run(const Matrix& m, const Prepared& p, int64_t output, int64_t gap, int row,
@@ -120,16 +127,22 @@ struct PairTile {
       for (int t = 0; t < T; ++t) out[r][t] = sum(sums[r][t]);
   }
 
+  static INLINE const uint16_t* inputs(const Prepared& p) { return p.bf; }
+
   template <int R, int T>
   static INLINE void step(const uint16_t* w, int64_t ldw, int64_t next, const uint16_t* x, int64_t ldx,
                           Floats (&sums)[R][T]) {
-    Pairs v[T];
-    UNROLL for (int t = 0; t < T; ++t) v[t] = load<Pairs>(x + t * ldx);
-    UNROLL for (int r = 0; r < R; ++r) {
-      ahead<T>(w + r * ldw, next);
-      Pairs weights = load<Pairs>(w + r * ldw);
-      UNROLL for (int t = 0; t < T; ++t)
-        sums[r][t] = (Floats)_mm512_dpbf16_ps((__m512)sums[r][t], (__m512bh)v[t], (__m512bh)weights);
+    Shorts weights[R];
+    UNROLL for (int r = 0; r < R; ++r) ahead<T>(w + r * ldw, next), weights[r] = load<Shorts>(w + r * ldw);
+    meet<R, T>(weights, x, ldx, sums);
+  }
+
+  template <int R, int T>
+  static INLINE void meet(const Shorts (&weights)[R], const uint16_t* x, int64_t ldx, Floats (&sums)[R][T]) {
+    UNROLL for (int t = 0; t < T; ++t) {
+      const Shorts v = load<Shorts>(x + t * ldx);
+      UNROLL for (int r = 0; r < R; ++r)
+        sums[r][t] = (Floats)_mm512_dpbf16_ps((__m512)sums[r][t], (__m512bh)v, (__m512bh)weights[r]);
     }
   }
 };

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from monoblock import native
 from monoblock.backends.pytorch.cache import Cache, DynamicCache, StaticCache
+from monoblock.backends.pytorch.linear import FORMATS
 from monoblock.backends.pytorch.model import Attention
-from monoblock.backends.pytorch.structures import DTYPES, Model, Slot, Step, Weights, common_dtype
+from monoblock.backends.pytorch.structures import Model, Slot, Step, Weights, common_dtype
 from monoblock.positions import is_dynamic
 from monoblock.spec import Buckets, Learned, Rotary
 
@@ -58,7 +59,7 @@ def obstacle(model: PreTrainedModel) -> str | None:
     if isinstance(backbone.embed, nn.Embedding) and backbone.embed.max_norm is not None:
         return "its embedding is normed when it is read"
     dtype = common_dtype(model)
-    if dtype not in DTYPES:
+    if dtype not in FORMATS:
         return f"its type is {dtype}"
     for name, tensor in _tensors(model):
         if type(tensor) not in (nn.Parameter, Tensor) or tensor.device.type != "cpu":
@@ -190,7 +191,7 @@ class Steps:
             shape = (*buffer.shape[:2], buffer.shape[3])
             if not plain or shape != (rows, self.weights.struct.groups, dim) or buffer.requires_grad:
                 return False
-        if first.dtype not in DTYPES:
+        if first.dtype not in FORMATS:
             return False
         self._step.cache_bf16 = first.dtype == torch.bfloat16
         for slot, place, keys, values in zip(self._slots, places, cache.keys, cache.values, strict=True):

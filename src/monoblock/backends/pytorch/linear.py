@@ -2,7 +2,7 @@
 
     monoblock::linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor
         x (..., in), weight (out, in), both of one dtype; gives (..., out) in x's dtype. Differentiable, twice too.
-    monoblock::packed_linear(Tensor x, Tensor codes, Tensor scale, Tensor? low, Tensor? bias,
+    monoblock::packed_linear(Tensor x, Tensor codes, Tensor? scale, Tensor? low, Tensor? bias,
                              int bits, int group, int in_features) -> Tensor
         x (..., in_features); codes, scale and low as in packing.py; bias in float32 or bfloat16. Gradients reach x and
         the bias.
@@ -18,7 +18,7 @@ all that the core can read is 39 GB/s, and two cores together 54):
                                    other makers as old ones; forward and backward alike
     CPU, bfloat16, more rows       F.linear, which is oneDNN, at the processor's limit
     CPU, packed, any rows          the native kernels; with 512 rows 1.3 times the products a second of bfloat16.
-                                   Without AVX-512 VNNI, more than 16 rows are unpacked
+                                   Without AVX-512 VNNI, and without loss, more than 16 rows are unpacked
     all else                       F.linear
 """
 
@@ -38,7 +38,7 @@ from monoblock.backends.pytorch import packed_gpu, packing
 FEW = 16  # rows up to which reading the weights is what takes the time
 FEW_OF = {torch.float32: 8, torch.bfloat16: FEW}
 FORMATS = {torch.float32: native.FORMATS["float32"], torch.bfloat16: native.FORMATS["bfloat16"]}
-PACKED = {8: native.FORMATS["int8"], 4: native.FORMATS["int4"]}
+PACKED = {8: native.FORMATS["int8"], 4: native.FORMATS["int4"], 12: native.FORMATS["lossless"]}
 
 # Elsewhere PyTorch is built with libraries for that very processor.
 ONEDNN = (
@@ -182,13 +182,13 @@ class Product(torch.autograd.Function):
 @torch.library.custom_op(
     "monoblock::packed_linear",
     mutates_args=(),
-    schema="(Tensor x, Tensor codes, Tensor scale, Tensor? low, Tensor? bias, int bits, int group, int in_features)"
+    schema="(Tensor x, Tensor codes, Tensor? scale, Tensor? low, Tensor? bias, int bits, int group, int in_features)"
     " -> Tensor",
 )
 def packed_linear(
     x: Tensor,
     codes: Tensor,
-    scale: Tensor,
+    scale: Tensor | None,
     low: Tensor | None,
     bias: Tensor | None,
     bits: int,
@@ -208,7 +208,7 @@ def packed_dense(x: Tensor, *packed: Any) -> Tensor:
 
 
 def _packed(
-    x: Tensor, codes: Tensor, scale: Tensor, low: Tensor | None, bias: Tensor | None, *form: int
+    x: Tensor, codes: Tensor, scale: Tensor | None, low: Tensor | None, bias: Tensor | None, *form: int
 ) -> Tensor:
     bits, group, inputs = form
     if x.is_cuda:
@@ -217,9 +217,22 @@ def _packed(
     fits = x.is_cpu and x.dtype in FORMATS and x.shape[-1] == inputs and all(p.is_contiguous() for p in parts)
     if fits and x.numel() and codes.shape[0] and _bias_fits(bias, codes.shape[0]):
         library = native.library()
-        if library is not None and (x.numel() <= FEW * inputs or native.multiplies_codes()):
+        few = x.numel() <= FEW * inputs
+        if library is not None and (few or (native.multiplies_codes() and scale is not None)):
             return _native(library, x, PACKED[bits], (codes, scale, low, bias), inputs, group)
+        if library is not None and scale is None:
+            return _product(
+                x, _unfolded(library, codes, inputs).to(x.dtype), None if bias is None else bias.to(x.dtype)
+            )
     return packing.multiply(x, codes, scale, low, bias, bits, group, inputs)
+
+
+def _unfolded(library: Any, codes: Tensor, inputs: int) -> Tensor:
+    """What is packed without loss as bfloat16, by the library."""
+    weight = torch.empty((codes.shape[0], inputs), dtype=torch.bfloat16)
+    matrix = native.Matrix(data=codes.data_ptr(), outputs=codes.shape[0], inputs=inputs, format=PACKED[12])
+    library.mb_unfold(byref(matrix), weight.data_ptr(), torch.get_num_threads())
+    return weight
 
 
 @packed_linear.register_fake

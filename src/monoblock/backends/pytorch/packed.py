@@ -1,4 +1,4 @@
-"""Modules whose matrix is packed in 8 or 4 bits (packing.py has the formats)."""
+"""Modules whose matrix is packed in 8, 4 or 12 bits (packing.py has the formats)."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from monoblock.backends.pytorch.packing import Packed
 
 
 class PackedMatrix(nn.Module):
-    """Buffers `codes`, `scale` and, for 4 bits, `low` (else None) of a matrix (rows, columns) that is not trained."""
+    """Buffers `codes`, `scale` (8 and 4 bits, else None) and `low` (4 bits, else None) of a matrix (rows, columns) that
+    is not trained."""
 
     codes: Tensor
-    scale: Tensor
+    scale: Tensor | None
     low: Tensor | None
 
     def __init__(self, packed: Packed, bits: int, group: int, columns: int) -> None:
@@ -59,12 +60,12 @@ class PackedMatrix(nn.Module):
 
     def _apply(self, fn: Callable[[Any], Any], recurse: bool = True) -> Self:
         """`.to(device)` moves all; `.to(dtype)` leaves scales and lows, whose dtype is a part of the format."""
-        halves = [tensor for tensor in (self.scale, self.low) if tensor is not None]
+        halves = [self.scale, self.low]
         with torch.no_grad():
-            kept = [fn(tensor.view(torch.int16)).view(torch.float16) for tensor in halves]
-        self._buffers["scale"] = self._buffers["low"] = None
+            kept = [None if x is None else fn(x.view(torch.int16)).view(torch.float16) for x in halves]
+        self.scale = self.low = None
         super()._apply(fn, recurse)
-        self.scale, self.low = kept[0], kept[1] if len(kept) > 1 else None
+        self.scale, self.low = kept
         return self
 
     def extra_repr(self) -> str:
@@ -116,8 +117,7 @@ class PackedEmbedding(PackedMatrix):
 
     def forward(self, ids: Tensor) -> Tensor:
         flat = ids.flatten()
-        rows = Packed(self.codes[flat], self.scale[flat], None if self.low is None else self.low[flat])
-        return self.unpacked(rows, self.dtype).view(*ids.shape, self.columns)
+        return self.unpacked(self.packed.rows(flat), self.dtype).view(*ids.shape, self.columns)
 
     def _apply(self, fn: Callable[[Any], Any], recurse: bool = True) -> Self:
         # No floating-point buffer shows it what dtype the model is to have.

@@ -48,14 +48,13 @@ def load(
     names = {_canonical(path): path for path in matrices(model)}
     keymap, tied = packed.by_rows(model.keymap()), model.tied()
     held = keymap.plan([f"{name}.weight" for name in names], parts["codes"], tied).sources
-    low = keymap.plan(held, parts["low"], tied).sources
+    kinds = {kind: keymap.plan(held, parts[kind], tied).sources for kind in ("scale", "low")}
     expected: dict[str, dict[str, tuple[int, int]]] = {name: {} for name in packed.PARTS}
     for canonical in held:
         module = model.get_submodule(names[canonical.removesuffix(".weight")])
         rows, columns = module.get_parameter("weight").shape
-        for part, shape in packing.shapes(
-            4 if canonical in low else 8, how.group_size, rows, columns
-        ).items():
+        bits = packing.bits_of(kind for kind, sources in kinds.items() if canonical in sources)
+        for part, shape in packing.shapes(bits, how.group_size, rows, columns).items():
             expected[part][canonical] = shape
     found = {
         part: matched(parts[part], keymap, shapes, tied, ignore_mismatched_sizes=False)
@@ -68,9 +67,8 @@ def load(
             for part, kind in _DTYPES.items()
             if canonical in (sources := found[part][0])
         }
-        bits = 4 if "low" in tensors else 8
         module = model.get_submodule(path)
-        made = packed_module(module, Packed(**{"low": None, **tensors}), bits, how.group_size, dtype)
+        made = packed_module(module, Packed(**tensors), packing.bits_of(tensors), how.group_size, dtype)
         replace(model, path, made)
     model.quantization_config = how
     return [f"{name}.codes" for name in found["codes"][1].unused]

@@ -1,4 +1,5 @@
-"""Products with packed matrices on a GPU: codes are unpacked in registers for few rows, in memory for many.
+"""Products with packed matrices on a GPU: codes are unpacked in registers for few rows, in memory for many (and where
+they are packed without loss, which saves memory there, not time).
 
 One token's product costs the time to read the codes, an eighth or a quarter of what the weights would take in fp32. A
 prompt's costs the multiplications: the weights are unpacked once and multiplied by PyTorch's own product.
@@ -32,7 +33,7 @@ def kernel() -> Callable[..., Tensor] | None:
 def multiply(
     x: Tensor,
     codes: Tensor,
-    scale: Tensor,
+    scale: Tensor | None,
     low: Tensor | None,
     bias: Tensor | None,
     bits: int,
@@ -41,7 +42,7 @@ def multiply(
 ) -> Tensor:
     """`x @ weight.T + bias` in x's dtype, without gradients."""
     x_rk = x.reshape(-1, in_features)
-    if 0 < x_rk.shape[0] <= FEW and (few_rows := kernel()) is not None:
+    if 0 < x_rk.shape[0] <= FEW and scale is not None and (few_rows := kernel()) is not None:
         with torch.cuda.device_of(x):  # Triton starts kernels on the current one
             y_rn = few_rows(x_rk, codes, scale, low, bias, bits=bits, group=group)
     else:

@@ -1,9 +1,10 @@
-"""Matrices as codes of 8 or 4 bits with a scale for each group of inputs: the formats, and the way there and back.
+"""Matrices packed in 8, 4 or 12 bits a weight: the formats, and the way there and back.
 
 A matrix (outputs, inputs) is packed along its inputs, which are padded to a multiple of 128:
 
     8 bits   codes uint8 (outputs, padded); scale fp16 (outputs, padded / group);      weight = scale * (code - 128)
     4 bits   codes uint8 (outputs, padded / 2); scale and low fp16 (as above);         weight = scale * code + low
+    12 bits  codes uint8 (outputs, bytes of a row), nothing else: bfloat16 without loss; see packing_lossless.py
 
 Of each run of 128 weights in 4 bits, byte j holds the codes of weights j (low half) and j + 64 (high half). Rows do
 not depend on each other, so that rows of packed matrices can be joined and taken apart.
@@ -11,7 +12,7 @@ not depend on each other, so that rows of packed matrices can be joined and take
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,9 +20,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from monoblock.backends.pytorch import packing_lossless
+from monoblock.quantization import LOSSLESS
+
 RUN = 128  # inputs are padded to a multiple of this
 GROUPS = (64, 128)
-BITS = (8, 4)
+BITS = (8, 4)  # with scales
 MIDDLE = 128  # the code of 0 in 8 bits
 
 # Rows are packed and unpacked in pieces of about this many weights: they stay in a core's cache.
@@ -35,11 +39,15 @@ _ROUNDS = 2  # scale and low are fitted to the codes, and codes chosen for them,
 
 @dataclass(frozen=True)
 class Packed:
-    """A packed matrix; `low` is None in 8 bits."""
+    """A packed matrix; `low` is there in 4 bits alone, `scale` in 4 and 8."""
 
     codes: Tensor
-    scale: Tensor
-    low: Tensor | None
+    scale: Tensor | None = None
+    low: Tensor | None = None
+
+    def rows(self, which: Any) -> Packed:
+        """Some of the matrix's rows."""
+        return Packed(**{name: tensor[which] for name, tensor in self.items()})
 
     def items(self) -> Iterator[tuple[str, Tensor]]:
         """The tensors that there are, by name."""
@@ -48,14 +56,29 @@ class Packed:
 
 def shapes(bits: int, group: int, outputs: int, inputs: int) -> dict[str, tuple[int, int]]:
     """The shapes of a packed matrix's tensors, by name."""
+    if bits == LOSSLESS:
+        return {"codes": packing_lossless.shape(outputs, inputs)}
     padded = -(-inputs // RUN) * RUN
     scale = (outputs, padded // group)
     found = {"codes": (outputs, padded * bits // 8), "scale": scale}
     return found | ({"low": scale} if bits == 4 else {})
 
 
+def bits_of(parts: Iterable[str]) -> int:
+    """In how many bits a matrix is packed that has tensors of these names."""
+    names = set(parts)
+    return 4 if "low" in names else 8 if "scale" in names else LOSSLESS
+
+
+class DoesNotFit(ValueError):
+    """A matrix of bfloat16 numbers that takes no less in 12 bits: its rows are short, or have many exponents."""
+
+
 def pack(weight: Tensor, bits: int, group: int) -> Packed:
-    """A floating-point matrix (outputs, inputs) packed. ValueError: a weight is not finite, or too large for fp16."""
+    """A floating-point matrix (outputs, inputs) packed. ValueError: a weight is not finite, or too large for fp16; in
+    12 bits, it is no bfloat16 number. DoesNotFit: see there."""
+    if bits == LOSSLESS:
+        return _lossless(weight)
     outputs, inputs = weight.shape
     made = {
         name: torch.empty(
@@ -82,9 +105,20 @@ def pack(weight: Tensor, bits: int, group: int) -> Packed:
     return Packed(made["codes"], made["scale"], made.get("low"))
 
 
+def _lossless(weight: Tensor) -> Packed:
+    outputs, inputs = weight.shape
+    codes = torch.empty(packing_lossless.shape(outputs, inputs), dtype=torch.uint8, device=weight.device)
+    for rows in _pieces(outputs, inputs):
+        packed = packing_lossless.pack(weight[rows])
+        if packed is None:
+            raise DoesNotFit("12 bits save nothing: rows are too short, or have too many exponents")
+        codes[rows] = packed
+    return Packed(codes)
+
+
 def unpack(
     codes: Tensor,
-    scale: Tensor,
+    scale: Tensor | None,
     low: Tensor | None,
     *,
     bits: int,
@@ -93,6 +127,8 @@ def unpack(
     dtype: torch.dtype,
 ) -> Tensor:
     """The weights (outputs, inputs) again."""
+    if scale is None:
+        return packing_lossless.unpack(codes, inputs).to(dtype)
     if bits == 4:
         runs = codes.unflatten(1, (-1, RUN // 2))
         codes = torch.cat((runs & 15, runs >> 4), dim=-1).flatten(1)
@@ -107,7 +143,7 @@ def unpack(
 def multiply(
     x: Tensor,
     codes: Tensor,
-    scale: Tensor,
+    scale: Tensor | None,
     low: Tensor | None,
     bias: Tensor | None,
     bits: int,
@@ -116,8 +152,9 @@ def multiply(
 ) -> Tensor:
     """`x @ weight.T + bias` through PyTorch's own products, some rows of the matrix unpacked at a time."""
     form: dict[str, Any] = {"bits": bits, "group": group, "inputs": in_features, "dtype": x.dtype}
+    packed = Packed(codes, scale, low)
     outputs = [
-        F.linear(x, unpack(codes[rows], scale[rows], None if low is None else low[rows], **form))
+        F.linear(x, unpack(*vars(packed.rows(rows)).values(), **form))
         for rows in _pieces(codes.shape[0], in_features)
     ]
     y = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)

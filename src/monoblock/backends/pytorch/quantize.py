@@ -15,7 +15,11 @@ if TYPE_CHECKING:
     from monoblock.backends.pytorch.parameters import Parameters
 
 EMBED, HEAD = "backbone.embed", "head.out"
-VOCABULARY_BITS = 8  # of the token embedding and the projection to the vocabulary, whatever the blocks have
+VOCABULARY_BITS = {
+    8: 8,
+    4: 8,
+    12: 12,
+}  # of the token embedding and the projection to the vocabulary, by the blocks'
 
 
 def quantize(model: Parameters, how: QuantizationConfig) -> None:
@@ -60,7 +64,9 @@ class Packer:
             kept |= {EMBED} if HEAD in kept else set()
             names = [name for name in names if name != HEAD]
         self.bits = {
-            name: VOCABULARY_BITS if name in (EMBED, HEAD) else how.bits for name in names if name not in kept
+            name: VOCABULARY_BITS[how.bits] if name in (EMBED, HEAD) else how.bits
+            for name in names
+            if name not in kept
         }
 
     def put(self, path: str, tensor: Tensor) -> None:
@@ -72,6 +78,10 @@ class Packer:
         bits, group = self.bits[name], self.how.group_size
         try:
             packed = packing.pack(tensor.detach(), bits, group)
+        except packing.DoesNotFit:
+            self.bits.pop(name)  # it stays as it is
+            loading.assign(self.model, path, tensor)
+            return
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
         module = self.model.get_submodule(name)
@@ -79,7 +89,7 @@ class Packer:
 
     def finish(self) -> None:
         """Pack what is there and has not been packed."""
-        for name in self.bits:
+        for name in list(self.bits):
             module = self.model.get_submodule(name)
             if not isinstance(module, PackedMatrix):
                 self.put(f"{name}.weight", module.get_parameter("weight"))

@@ -10,13 +10,12 @@ import torch
 from torch import nn
 
 from monoblock import native
+from monoblock.backends.pytorch.linear import FORMATS, PACKED
 from monoblock.positions import inverse_frequencies
 from monoblock.spec import ACTIVATIONS, Alibi, ArchSpec, Learned, Rotary
 
 if TYPE_CHECKING:
     from monoblock.backends.pytorch.pretrained import PreTrainedModel
-
-DTYPES = {torch.float32: native.FORMATS["float32"], torch.bfloat16: native.FORMATS["bfloat16"]}
 
 
 class Norm(Structure):
@@ -156,17 +155,14 @@ def _constants(spec: ArchSpec) -> dict[str, np.ndarray[Any, Any]]:
 def _matrix(module: Any) -> native.Matrix:
     bias = getattr(module, "bias", None)
     if hasattr(module, "codes"):
-        low = module.low
+        parts = {"data": module.codes, "scale": module.scale, "low": module.low, "bias": bias}
         return native.Matrix(
-            data=module.codes.data_ptr(),
-            scale=module.scale.data_ptr(),
-            low=None if low is None else low.data_ptr(),
-            bias=None if bias is None else bias.data_ptr(),
+            **{name: None if part is None else part.data_ptr() for name, part in parts.items()},
             outputs=module.rows,
             inputs=module.columns,
-            format=native.FORMATS[f"int{module.bits}"],
+            format=PACKED[module.bits],
             group=module.group,
-            bias_format=0 if bias is None else DTYPES[bias.dtype],
+            bias_format=0 if bias is None else FORMATS[bias.dtype],
         )
     outputs, inputs = module.weight.shape
     return native.Matrix(
@@ -174,8 +170,8 @@ def _matrix(module: Any) -> native.Matrix:
         bias=None if bias is None else bias.data_ptr(),
         outputs=outputs,
         inputs=inputs,
-        format=DTYPES[module.weight.dtype],
-        bias_format=0 if bias is None else DTYPES[bias.dtype],
+        format=FORMATS[module.weight.dtype],
+        bias_format=0 if bias is None else FORMATS[bias.dtype],
     )
 
 
