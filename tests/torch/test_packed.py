@@ -358,9 +358,9 @@ def load(folder: Path, **how: Any) -> Any:
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        ("int3", '"int8", "int4", a WeightOnlyConfig or a BitsAndBytesConfig, got .int3'),
+        ("int3", '"int8", "int4", "lossless", a WeightOnlyConfig or a BitsAndBytesConfig, got .int3'),
         (True, "got True"),
-        ({"bits": 3}, "bits must be 8 or 4, got 3"),
+        ({"bits": 3}, "bits must be 8, 4 or 12, got 3"),
         ({"bits": 4, "group_size": 32}, "group_size must be 128 or 64, got 32"),
         ({"bits": 4, "desc_act": True}, "no field 'desc_act'"),
         ({"quant_method": "gptq", "bits": 4}, "'gptq' is not supported here"),

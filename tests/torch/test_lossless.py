@@ -1,0 +1,247 @@
+"""bfloat16 in 12 bits: the format by hand, products at every level of the native kernels, models, files, refusals."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import monoblock
+from monoblock import AutoModelForCausalLM, DynamicCache, native
+from monoblock.backends.pytorch import fused, linear, packing, packing_lossless
+from monoblock.backends.pytorch.linear import packed_dense, packed_linear
+from monoblock.backends.pytorch.packed import PackedMatrix
+from monoblock.native import build
+
+torch.set_num_threads(1)
+
+# Inputs of whole runs of 128, of more than one unit of head (2,048), and neither; all long enough to save something.
+SHAPES = [(9, 256), (33, 515), (6, 2304), (1, 4101)]
+LEVELS = [*build.LEVELS, "0"]
+# Sums of floats in another order: a share of the sum of all sizes. Measured up to 2.1e-6.
+CLOSE = 5e-6
+HALF_STEP = 2.0**-8  # one rounding to bfloat16
+
+
+def matrix(outputs: int, inputs: int, seed: int = 0) -> Tensor:
+    """Normal numbers, and all that is unusual: zeros of both signs, the smallest there are, and very large ones."""
+    made = torch.randn(outputs, inputs, generator=torch.Generator().manual_seed(seed)).bfloat16()
+    made[0, :9] = torch.tensor([0.0, -0.0, 1e-40, -9e-41, 1e-30, -3e-9, 1e20, -1e5, 0.0])
+    made[outputs // 2, -3:] = torch.tensor([3e4, 1e-12, -1e-38])
+    made[-1, 17] = 2.0**-24
+    return made
+
+
+def same(one: Tensor, other: Tensor) -> bool:
+    """To the bit: -0 is not 0."""
+    return one.dtype == other.dtype == torch.bfloat16 and torch.equal(
+        one.view(torch.int16), other.view(torch.int16)
+    )
+
+
+def by_hand(codes: np.ndarray[Any, Any], inputs: int) -> np.ndarray[Any, Any]:
+    """A row's weights one by one, as the format says, as the bits of bfloat16."""
+    head = codes[: 32 * -(-inputs // 2048)].view(np.uint16)
+    runs = codes[head.nbytes :].reshape(-1, 192)
+    found = np.zeros(inputs, np.uint16)
+    for i in range(inputs):
+        run, at = divmod(i, 128)
+        rest = int(runs[run, at])
+        lower = int(runs[run, 128:].view(np.uint16)[at % 32]) >> 4 * (at // 32) & 15
+        exponent = 0 if lower == 15 else int(head[0]) - lower
+        found[i] = (rest & 0x80) << 8 | exponent << 7 | rest & 0x7F
+    for i in range(head[1]):
+        found[head[2 + 2 * i]] = head[3 + 2 * i]
+    return found
+
+
+@pytest.fixture(params=LEVELS)
+def level(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A level that is in use during the test; `0` is none."""
+    found = native.choose(request.param)
+    if request.param != "0" and found[1] != request.param:
+        pytest.skip(f"native kernels: {found[2]}")
+    monkeypatch.setattr(native, "_opened", lambda: found)
+    return request.param
+
+
+# ---------------------------------------------------------------------------- the format
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_format_by_hand_and_back(shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = matrix(*shape)
+    packed = packing.pack(weight, 12, 128)
+    assert {n: tuple(t.shape) for n, t in packed.items()} == packing.shapes(12, 128, *shape)
+    assert packed.codes.dtype == torch.uint8 and packed.codes.shape[1] < 2 * shape[1]
+    found = np.stack([by_hand(row, shape[1]) for row in packed.codes.numpy()])
+    np.testing.assert_array_equal(found, weight.view(torch.int16).numpy().view(np.uint16))
+    assert same(packing_lossless.unpack(packed.codes, shape[1]), weight)
+    # Rows do not depend on each other, and floats that are bfloat16 numbers are as good.
+    monkeypatch.setattr(packing, "_PIECE", 700)
+    assert torch.equal(packing.pack(weight.float(), 12, 128).codes, packed.codes)
+
+
+def test_how_much_it_saves() -> None:
+    """At 2,048 inputs a row's 3,072 bytes and its head of 32, of 4,096."""
+    packed = packing.pack(torch.randn(4, 2048).bfloat16(), 12, 128)
+    assert packed.codes.shape == (4, 3104) and packed.scale is packed.low is None
+
+
+def test_what_saves_nothing_does_not_fit() -> None:
+    wide = torch.logspace(-30, 30, 512).repeat(3, 1).bfloat16()  # 200 exponents in a row
+    for weight in (wide, torch.randn(3, 64).bfloat16()):
+        with pytest.raises(packing.DoesNotFit, match="12 bits save nothing"):
+            packing.pack(weight, 12, 128)
+
+
+def test_only_bfloat16_numbers_are_packed() -> None:
+    with pytest.raises(ValueError, match=r"float32 that are no bfloat16 numbers.*dtype=torch\.bfloat16"):
+        packing.pack(torch.randn(3, 512), 12, 128)
+
+
+# ---------------------------------------------------------------------------- products
+
+
+@torch.no_grad()
+def test_products(level: str) -> None:
+    """As with the plain matrix, few rows and many, in both types, with and without a bias."""
+    for outputs, inputs in SHAPES:
+        weight = matrix(outputs, inputs)
+        weight[0, 6] = 7.0  # 1e20 would hide all others
+        codes = packing.pack(weight, 12, 128).codes
+        bias = torch.randn(outputs) if outputs % 2 else None
+        for rows, dtype in [(r, torch.float32) for r in (1, 2, 3, 4, 5, 8, 16, 17)] + [(3, torch.bfloat16)]:
+            x = torch.randn(rows, inputs).to(dtype)
+            own = None if bias is None else bias.to(dtype)
+            y = packed_dense(x, codes, None, None, own, 12, 128, inputs)
+            expected = F.linear(x.double(), weight.double(), None if own is None else own.double())
+            sizes = x.double().abs() @ weight.double().abs().T + (0 if own is None else own.double().abs())
+            allowed = CLOSE * sizes + (2 * HALF_STEP * expected.abs() if dtype == torch.bfloat16 else 0)
+            if level == "avx512_vnni_bf16" and 4 < rows <= linear.FEW:
+                allowed = allowed + HALF_STEP * sizes  # inputs are rounded to bfloat16
+            assert ((y - expected).abs() <= allowed).all(), (outputs, inputs, rows, dtype)
+
+
+def test_several_threads_unpack_the_whole_matrix() -> None:
+    if (library := native.library()) is None:
+        pytest.skip(f"native kernels: {native.status()}")
+    torch.set_num_threads(2)
+    try:
+        for outputs, inputs in SHAPES:
+            weight = matrix(outputs, inputs)
+            assert same(linear._unfolded(library, packing.pack(weight, 12, 128).codes, inputs), weight)
+    finally:
+        torch.set_num_threads(1)
+
+
+def test_the_operator_and_its_gradients() -> None:
+    weight = torch.randn(7, 256).bfloat16()
+    codes = packing.pack(weight, 12, 128).codes
+    x, bias = torch.randn(5, 256, requires_grad=True), torch.randn(7, requires_grad=True)
+    rest = (codes, None, None, bias, 12, 128, 256)
+    torch.library.opcheck(packed_linear, (x, *rest))
+    y, upstream = packed_dense(x, *rest), torch.randn(5, 7)
+    found = torch.autograd.grad(y, (x, bias), upstream)
+    torch.testing.assert_close(found, (upstream @ weight.float(), upstream.sum(0)), rtol=1e-5, atol=1e-5)
+
+
+# ---------------------------------------------------------------------------- models
+
+SIZES: dict[str, tuple[str, dict[str, Any]]] = {
+    "MptForCausalLM": ("MptConfig", {"d_model": 256, "n_heads": 4, "n_layers": 2, "vocab_size": 300}),
+    "MistralForCausalLM": (
+        "MistralConfig",
+        {"hidden_size": 256, "intermediate_size": 520, "num_hidden_layers": 2, "num_attention_heads": 4}
+        | {"num_key_value_heads": 2, "vocab_size": 300},
+    ),
+    "OpenAIGPTLMHeadModel": (
+        "OpenAIGPTConfig",
+        {"n_embd": 256, "n_head": 4, "n_layer": 2, "vocab_size": 300},
+    ),
+    "MPNetForMaskedLM": (
+        "MPNetConfig",
+        {"hidden_size": 256, "intermediate_size": 520, "num_hidden_layers": 2, "num_attention_heads": 4}
+        | {"vocab_size": 300},
+    ),
+}
+IDS = torch.arange(5, 45).view(2, 20)
+
+
+def model_of(name: str) -> Any:
+    torch.manual_seed(0)
+    config, sizes = SIZES[name]
+    return getattr(monoblock, name)(getattr(monoblock, config)(**sizes)).to(torch.bfloat16).eval()
+
+
+@pytest.mark.parametrize("name", SIZES)
+@torch.no_grad()
+def test_models_are_what_they_were(name: str, tmp_path: Path) -> None:
+    """The same answers to the bit for more tokens than the kernels take at once; the same weights when unpacked."""
+    model = model_of(name)
+    plain, state = model(IDS).logits, {k: v.clone() for k, v in model.hub_state_dict().items()}
+    model.save_pretrained(tmp_path / "plain")
+    loaded = getattr(monoblock, name).from_pretrained(tmp_path / "plain", quantization_config="lossless")
+    inner = [m for m in loaded.modules() if isinstance(m, PackedMatrix)]
+    assert len(inner) >= 8 and {m.bits for m in inner} == {12}
+    assert loaded.get_memory_footprint() < 0.87 * model.get_memory_footprint()
+    assert torch.equal(loaded(IDS).logits, plain)
+
+    loaded.save_pretrained(tmp_path / "packed")
+    again = getattr(monoblock, name).from_pretrained(tmp_path / "packed")
+    assert again.quantization_config == loaded.quantization_config
+    assert torch.equal(again(IDS).logits, plain)
+    assert torch.equal(model.quantize("lossless")(IDS).logits, plain)
+    for numbers in (again.dequantize().hub_state_dict(), model.dequantize().hub_state_dict()):
+        assert numbers.keys() == state.keys()
+        assert all(torch.equal(tensor, state[key]) for key, tensor in numbers.items())
+
+
+@pytest.mark.parametrize("name", ["MptForCausalLM", "MistralForCausalLM"])
+@torch.inference_mode()
+def test_native_steps(name: str, level: str) -> None:
+    """A step over a cache, whose first token also reads the packed embedding, by the kernels and by the modules."""
+    if level == "0":
+        pytest.skip("there are no steps without kernels")
+    model = model_of(name).quantize("lossless").float()
+    cache, other = DynamicCache(config=model.spec), DynamicCache(config=model.spec)
+    for each in (cache, other):
+        model(IDS[:, :15], past_key_values=each, use_cache=True)
+    steps = fused.of(model, cache)
+    assert steps is not None, fused.obstacle(model)
+    found = steps.run(IDS[:, 15:17])
+    expected = model(IDS[:, 15:17], past_key_values=other, use_cache=True).logits
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)  # fp32, sums in another order
+
+
+def test_matrices_that_do_not_fit_stay_as_they_are(tmp_path: Path) -> None:
+    model = model_of("MistralForCausalLM")
+    odd = model.backbone.blocks[1].mlp.down
+    with torch.no_grad():
+        odd.weight.copy_(torch.logspace(-30, 30, odd.in_features).expand_as(odd.weight))
+    kept = odd.weight.clone()
+    model.quantize("lossless").save_pretrained(tmp_path)
+    again: Any = AutoModelForCausalLM.from_pretrained(tmp_path)
+    for each in (model, again):
+        assert isinstance(each.backbone.blocks[0].mlp.down, PackedMatrix)
+        assert torch.equal(each.backbone.blocks[1].mlp.down.weight, kept)
+
+
+def test_refusals(tmp_path: Path) -> None:
+    model = model_of("MptForCausalLM").float()
+    with torch.no_grad():
+        model.backbone.blocks[0].mlp.up.weight.add_(1e-6)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"mlp\.up\.weight: .*no bfloat16 numbers"):
+        AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config="lossless")
+    rounded: Any = AutoModelForCausalLM.from_pretrained(
+        tmp_path, quantization_config="lossless", dtype=torch.bfloat16
+    )
+    assert rounded.backbone.blocks[0].mlp.up.bits == 12
+    with pytest.raises(ValueError, match="group_size=64 is not for 12 bits"):
+        monoblock.WeightOnlyConfig(bits=12, group_size=64)
