@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from test_families_cache import MPT, prompts
 from test_families_cache import made as small
 
 from monoblock import DynamicCache, MistralConfig, MistralForCausalLM, StaticCache, native
-from monoblock.backends.pytorch import decode, ops, prompt
+from monoblock.backends.pytorch import decode, fused, ops, prompt
 from monoblock.checkpoint import pages
 from monoblock.native import build
 
@@ -119,6 +120,45 @@ def test_alibi_is_exact_far_away() -> None:
     q = q[:, :, -40:]
     expected = formula(q, k, v, 0.25, slopes=slopes)
     assert_close("attention, ALiBi", attention(q, k, v, 0.25, slopes=slopes), expected, ATOL)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("keys", [1, 300])
+@pytest.mark.usefixtures("level")
+def test_what_is_no_number_is_not_lost(keys: int, dtype: str) -> None:
+    """NaN in a query, a key or a value makes NaN of what sees it, as in any softmax, and of nothing else."""
+    kind, bound = DTYPES[dtype]
+    place = keys // 2
+    for spoiled, number in (("q", math.nan), ("k", math.nan), ("v", math.nan), ("k", math.inf)):
+        given = dict(zip("qkv", (x.clone() for x in heads(1, keys, 2, 1, 16, kind)), strict=True))
+        given["q"][:, :, place] = given["q"][:, :, place].abs()  # what the infinite key gives is largest here
+        given[spoiled][:, :, place, 3] = number
+        out, expected = attention(**given, scale=0.25), formula(**given, scale=0.25)
+        if spoiled == "v":  # whether 0 * NaN counts, from keys that a query does not see, is nobody's concern
+            out, expected = out[:, place:], expected[:, place:]
+        assert expected.isnan().any()
+        assert torch.equal(out.isnan(), expected.isnan()), f"{number} in {spoiled}"
+        assert_close(f"attention beside {number}", out.nan_to_num(), expected.nan_to_num(), bound)
+
+
+@native_only
+@torch.inference_mode()
+def test_steps_do_not_lose_nan() -> None:
+    """One cached key that is NaN, one channel of an activation that would make 0 of it."""
+    ids = batch("none")[0]
+    for spoiled in ("key", "relu"):
+        module = made("activation {'name': 'relu'}")
+        cache = DynamicCache(config=module.spec)
+        module(ids, past_key_values=cache, use_cache=True)
+        steps = fused.of(module, cache)
+        assert steps is not None
+        if spoiled == "key":
+            cache.keys[0][:, 0, 2, 1] = math.nan
+        else:
+            module.backbone.blocks[1].mlp.up.weight[5] = math.nan
+        scores = steps.run(ids[:, :1])
+        assert scores is not None
+        assert scores.isnan().all(), spoiled
 
 
 @native_only

@@ -145,20 +145,18 @@ inline void shape(const Row& row, const Attention& a, float slope, const uint8_t
     if (segments[row.first + c] != segments[row.place]) row.scores[c] = NOTHING;
 }
 
-// Scores become weights relative to the largest score so far; returns the factor for everything summed before.
+// Scores become weights relative to the largest score so far; returns the factor for everything summed before. NaN
+// does not count as the largest, but its weight is NaN.
 template <class Dot>
 float weigh(const Row& row, float& most, float& total) {
   Floats highest = all(NOTHING);
-  for (int c = 0; c < row.count; c += LANES) highest = matrices::largest(highest, load<Floats>(row.scores + c));
+  for (int c = 0; c < row.count; c += LANES) highest = matrices::largest(load<Floats>(row.scores + c), highest);
   const float now = std::max(most, matrices::largest(highest));
-  if (now == NOTHING) {
-    std::fill(row.scores, row.scores + row.count, 0.0f);
-    return 1.0f;
-  }
-  const float factor = exp2(all(most - now))[0];
+  float beside = 0.0f, factor = 1.0f;  // while there is nothing but NOTHING, which weighs 0 beside any number
+  if (now != NOTHING) beside = now, factor = exp2(all(most - now))[0];
   Floats sums{};
   for (int c = 0; c < row.count; c += LANES) {
-    const Floats weight = exp2(load<Floats>(row.scores + c) - now);
+    const Floats weight = exp2(load<Floats>(row.scores + c) - beside);
     sums += weight;
     // Pairs are written over scores that have been read: they need half the room.
     if constexpr (Dot::PER_WORD == 2)

@@ -89,8 +89,8 @@ INLINE Floats activated(Floats x) {
   // x * (1 + tanh(u)) / 2 = x * sigmoid(2 * u), u = sqrt(2 / pi) * (x + 0.044715 * x^3)
   if constexpr (A == GELU_TANH) return x * sigmoid(x * (1.59576912f + 0.0713548163f * x * x));
   if constexpr (A == QUICK_GELU) return x * sigmoid(1.702f * x);
-  if constexpr (A == RELU) return largest(x, Floats{});
-  if constexpr (A == RELU2) return largest(x, Floats{}) * largest(x, Floats{});
+  if constexpr (A == RELU) return largest(Floats{}, x);  // in this order NaN stays NaN
+  if constexpr (A == RELU2) return largest(Floats{}, x) * largest(Floats{}, x);
   if constexpr (A == SILU) return x * sigmoid(x);
 }
 

@@ -50,17 +50,18 @@ INLINE void write_up_to(T* to, Floats x, int count) {
   count == LANES ? write(to, x) : write_some(to, x, count);
 }
 
-// 2^x to 1e-7 of itself; 0 below 2^-125, so that nothing denormal is made. x is at most 127.
+// 2^x to 1e-7 of itself; 0 below 2^-125, so that nothing denormal is made. x is at most 127, or NaN, which stays NaN.
 INLINE Floats exp2(Floats x) {
-  const Floats least = all(-125.0f), kept = matrices::largest(x, least);
-  // Adding 1.5 * 2^23 leaves no bit for a fraction: the sum's low bits are x, rounded.
-  const Floats big = all(0x1.8p23f), rounded = kept + big;
+  const Floats least = all(-125.0f), kept = matrices::largest(least, x);
+  // Adding 1.5 * 2^23 leaves no bit for a fraction: the sum's low bits are x, rounded. With 127 more, they are the
+  // exponent of a float that is a power of 2.
+  const Floats big = all(0x1.8p23f + 127), rounded = kept + big;
   const Floats r = kept - (rounded - big);
   // The polynomial of degree 6 whose largest relative error on [-1/2, 1/2] is least: 2e-9.
   Floats p = all(1.53458008e-4f);
   UNROLL for (float c : {1.33999309e-3f, 9.61848907e-3f, 5.55032864e-2f, 2.40226462e-1f, 6.93147182e-1f, 1.0f}) p =
       p * r + c;
-  const Floats scaled = (Floats)((Ints)p + ((Ints)rounded << 23));
+  const Floats scaled = p * (Floats)((Ints)rounded << 23);
   return x < least ? Floats{} : scaled;
 }
 
