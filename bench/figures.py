@@ -17,7 +17,7 @@ OURS = "monoblock"
 # Less than this is not told from nothing.
 SMALLEST = {"s": 1e-3, "MB": 1.0}
 # Contestants that say what a token reads; of the others only the size of all weights is known.
-EXACT = ("monoblock", "transformers")
+EXACT = ("monoblock", "monoblock, lossless", "transformers")
 
 
 @dataclass(frozen=True)
@@ -78,10 +78,10 @@ class Results:
         figure = self.figure(model, form, measure)
         return figure["values"].get(who, []) if figure else []
 
-    def ratio(self, figure: dict[str, Any], who: str) -> Spread | None:
+    def ratio(self, figure: dict[str, Any], who: str, own: str = OURS) -> Spread | None:
         """How many times what the contestant has is ours, round by round; of seconds and MB the other way round."""
-        ours, theirs = figure["values"].get(OURS, []), figure["values"].get(who, [])
-        if who == OURS or not ours or not theirs:
+        ours, theirs = figure["values"].get(own, []), figure["values"].get(who, [])
+        if who == own or not ours or not theirs:
             return None
         pairs = list(zip(ours, theirs, strict=False))
         more_is_better = figure["unit"] == "tok/s"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 PROMPT = 32  # tokens before those that decoding makes
-ALL = ("monoblock", "transformers", "llama.cpp", "OpenVINO", "CTranslate2")
+ALL = ("monoblock", "monoblock, lossless", "transformers", "llama.cpp", "OpenVINO", "CTranslate2")
 HUB = ("monoblock", "transformers")
 CHECKED = 24  # tokens of the check of accuracy
 

@@ -12,6 +12,7 @@ BAR, GAP, TITLE, HEAD = 16, 6, 30, 72
 # Contestant: its colour; all are told from a white and from a dark page, and by their names beside them.
 COLOURS = {
     OURS: "#2f7fd6",
+    "monoblock, lossless": "#1f9fb8",
     "monoblock, plain": "#7fb2e8",
     "transformers": "#d98a1f",
     "llama.cpp": "#3f9f5f",

@@ -15,10 +15,20 @@ from pathlib import Path
 from typing import Any
 
 BENCH = Path(__file__).parent
-CONTESTANTS = ("monoblock", "monoblock, plain", "transformers", "llama.cpp", "OpenVINO", "CTranslate2")
+LOSSLESS = "monoblock, lossless"  # bfloat16 in 12 bits
+CONTESTANTS = (
+    "monoblock",
+    LOSSLESS,
+    "monoblock, plain",
+    "transformers",
+    "llama.cpp",
+    "OpenVINO",
+    "CTranslate2",
+)
 # What each can run. A form that is not here does not exist, or not on a CPU.
 FORMS = {
     "monoblock": ("float32", "bfloat16", "int8", "int4"),
+    LOSSLESS: ("bfloat16",),
     "monoblock, plain": ("float32", "bfloat16"),  # packed weights without kernels are not meant to be fast
     "transformers": ("float32", "bfloat16"),
     "llama.cpp": ("float32", "bfloat16", "int8", "int4"),
@@ -75,6 +85,8 @@ class Tools:
 
 def weights_for(who: str, source: Path, form: str, tools: Tools) -> Path:
     """What the contestant loads: the hub folder, or its own format or packed weights, made once beside it."""
+    if who == LOSSLESS:
+        who, form = "monoblock", "lossless"
     if who not in OWN_FORMAT and form in ("float32", "bfloat16"):
         return source
     target = source.with_name(f"{source.name}--{who.replace('.', '')}-{form}")

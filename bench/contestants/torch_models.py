@@ -6,7 +6,13 @@ import importlib
 from typing import Any
 
 # The type of activations for each form of the weights.
-DTYPES = {"float32": "float32", "bfloat16": "bfloat16", "int8": "bfloat16", "int4": "bfloat16"}
+DTYPES = {
+    "float32": "float32",
+    "bfloat16": "bfloat16",
+    "int8": "bfloat16",
+    "int4": "bfloat16",
+    "lossless": "bfloat16",
+}
 GREEDY: dict[str, Any] = {"do_sample": False, "use_cache": True, "pad_token_id": 0}
 
 

@@ -87,7 +87,8 @@ class Parameters(nn.Module):
     # ------------------------------------------------------------------ packed weights
 
     def quantize(self, quantization_config: Any) -> Self:
-        """Pack the model's weights in place: "int8", "int4", a WeightOnlyConfig or a BitsAndBytesConfig; the model.
+        """Pack the model's weights in place; the model. `quantization_config`: "int8", "int4", "lossless", a
+        WeightOnlyConfig or a BitsAndBytesConfig.
 
         ValueError: they are packed already, or the config names a module that is not there.
         """

@@ -170,8 +170,8 @@ class PreTrainedModel(Parameters, Generation):
         The checkpoint is a folder or a name on the hub. `dtype` (or `torch_dtype`): "auto" (the default: the
         checkpoint's own), a torch dtype or its name. `device_map`: "auto", a device, or a dict (through accelerate).
         `ignore_mismatched_sizes=True` makes tensors of other shapes anew instead of raising ShapeMismatch.
-        `quantization_config`: "int8", "int4", a WeightOnlyConfig or a BitsAndBytesConfig; or `load_in_4bit`,
-        `load_in_8bit` for the latter. A folder of packed weights needs none.
+        `quantization_config`: "int8", "int4", "lossless", a WeightOnlyConfig or a BitsAndBytesConfig; or
+        `load_in_4bit`, `load_in_8bit` for the latter. A folder of packed weights needs none.
         `attn_implementation`: "sdpa", "eager", "flex_attention" or "flash_attention_2". `revision`, `token`,
         `cache_dir`, `local_files_only`, `force_download`, `subfolder`, `variant`, `use_safetensors` say which files;
         `from_flax=True` and `from_tf=True` prefer transformers 4's flax_model.msgpack and tf_model.h5 to others.
