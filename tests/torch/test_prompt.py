@@ -22,6 +22,7 @@ from monoblock import DynamicCache, MistralConfig, MistralForCausalLM, StaticCac
 from monoblock.backends.pytorch import decode, fused, ops, prompt
 from monoblock.checkpoint import pages
 from monoblock.native import build
+from monoblock.spec import ACTIVATIONS
 
 ATOL = 2e-6  # fp32, values of the order of 1: measured 7e-7
 DTYPES = {"float32": (torch.float32, ATOL), "bfloat16": (torch.bfloat16, 2e-2)}  # bf16 has steps of 4e-3 at 1
@@ -176,7 +177,7 @@ def test_threads_share_the_work() -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("width", [5, 16, 83])
 @pytest.mark.usefixtures("level")
-def test_norms_rotations_and_gates(width: int, dtype: str) -> None:
+def test_norms_rotations_and_activations(width: int, dtype: str) -> None:
     """Against PyTorch in float64, at widths that fill vectors and that do not."""
     kind, bound = DTYPES[dtype]
     generator = torch.Generator().manual_seed(width)
@@ -194,7 +195,10 @@ def test_norms_rotations_and_gates(width: int, dtype: str) -> None:
     assert_close(f"rms norm, {dtype}", prompt.norm(x, weight, None, 1e-3, rms=True), expected, 4 * bound)
     pair = torch.cat((20 * x, x), dim=-1)
     steep, up = pair.double().chunk(2, dim=-1)
-    assert_close(f"gate, {dtype}", prompt.gate(pair), F.silu(steep) * up, 50 * bound)  # values of 100
+    for place, name in enumerate(ACTIVATIONS):
+        alone, gated = (prompt.activate(pair, place, gated) for gated in (False, True))
+        for found, wanted in ((alone, ops.ACT[name](pair.double())), (gated, ops.ACT[name](steep) * up)):
+            torch.testing.assert_close(found.double(), wanted, rtol=bound, atol=bound)
     q = heads(2, 9, 3, 1, 2 * width + 3, kind)[0]
     angles = torch.randn(1, 1, 9, width, generator=generator).double()
     cos, sin = (torch.cat((a, a), dim=-1).to(kind) for a in (angles.cos(), angles.sin()))
@@ -212,7 +216,7 @@ def test_operators() -> None:
         "attention": (q, k, v, torch.rand(4), torch.rand(2, 9) < 0.5, None, 0.3, 0.0, True, 4),
         "norm": (x, w, w, 1e-5, False),
         "turn": (q, angles, angles),
-        "gate": (x,),
+        "activate": (x, 1, True),
     }
     for name, given in calls.items():
         torch.library.opcheck(getattr(torch.ops.monoblock, name).default, given)
@@ -226,11 +230,11 @@ def test_models_use_them(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     module = made(case)
     ids, mask = batch("left", LENGTHS)
     called: list[str] = []
-    for name in ("attention", "norm", "turn", "gate"):
+    for name in ("attention", "norm", "turn", "activate"):
         kernel = getattr(prompt, name)
         monkeypatch.setattr(prompt, name, lambda *a, n=name, f=kernel, **k: (called.append(n), f(*a, **k))[1])
     fast = module(ids, attention_mask=mask).logits
-    assert {"attention", "norm"} <= set(called)
+    assert {"attention", "norm", "activate"} <= set(called)
     assert ("turn" in called) == (case == "rope")
     called.clear()
     with torch.enable_grad():

@@ -1,5 +1,5 @@
-// What a prompt needs between its matrix products, each in one pass over memory: norms, rotary positions, and the
-// gated activation. x may be float32 or bfloat16; all sums are float32.
+// What a prompt needs between its matrix products, each in one pass over memory: norms, rotary positions, and
+// activations. x may be float32 or bfloat16; all sums are float32.
 #pragma once
 
 #include <cmath>
@@ -146,30 +146,43 @@ inline int turn(const Turn& t) {
 
 // ---------------------------------------------------------------------------- the gated activation
 
-// out (rows, width) = silu(gate) * up of x (rows, [gate | up]).
-struct Gate {
+// out (rows, width) = act(x), or act(gate) * up of x (rows, [gate | up]).
+struct Activate {
   const void* x;
   void* out;
   int64_t rows, width;
-  int32_t bf16, threads;
+  int32_t kind, gated, bf16, threads;
 };
 
-template <class T>
-void gate_row(const Gate& g, int64_t row) {
-  const T *gate = (const T*)g.x + row * 2 * g.width, *up = gate + g.width;
-  T* out = (T*)g.out + row * g.width;
-  over(g.width, [&](int64_t i, int lanes) {
-    const Floats a = read_up_to(gate + i, lanes), b = read_up_to(up + i, lanes);
-    // 2^x takes no more than 127; beyond, the quotient is 0 in float32 anyway.
-    const Floats power = -a * LOG2E;
-    write_up_to(out + i, a / (1.0f + exp2(power < 127.0f ? power : all(127.0f))) * b, lanes);
+template <class T, Activation A>
+void activate_row(const Activate& a, int64_t row) {
+  const T* x = (const T*)a.x + row * a.width * (a.gated ? 2 : 1);
+  T* out = (T*)a.out + row * a.width;
+  over(a.width, [&](int64_t i, int lanes) {
+    Floats y = activated<A>(read_up_to(x + i, lanes));
+    if (a.gated) y *= read_up_to(x + a.width + i, lanes);
+    write_up_to(out + i, y, lanes);
   });
 }
 
-inline int gate(const Gate& g) {
-#pragma omp parallel for num_threads(g.threads) if (g.threads > 1 && g.rows > 8)
-  for (int64_t row = 0; row < g.rows; ++row) g.bf16 ? gate_row<uint16_t>(g, row) : gate_row<float>(g, row);
+template <Activation A>
+int activate_rows(const Activate& a) {
+#pragma omp parallel for num_threads(a.threads) if (a.threads > 1 && a.rows > 8)
+  for (int64_t row = 0; row < a.rows; ++row)
+    a.bf16 ? activate_row<uint16_t, A>(a, row) : activate_row<float, A>(a, row);
   return 0;
+}
+
+inline int activate(const Activate& a) {
+  switch (a.kind) {
+    case GELU: return activate_rows<GELU>(a);
+    case GELU_TANH: return activate_rows<GELU_TANH>(a);
+    case QUICK_GELU: return activate_rows<QUICK_GELU>(a);
+    case RELU: return activate_rows<RELU>(a);
+    case RELU2: return activate_rows<RELU2>(a);
+    case SILU: return activate_rows<SILU>(a);
+  }
+  return 1;
 }
 
 }  // namespace prompt

@@ -52,13 +52,13 @@ class Turn(Structure):
     """)
 
 
-class Gate(Structure):
-    """`mb_gate`."""
+class Activate(Structure):
+    """`mb_activate`."""
 
     _fields_ = _fields("""
         pointer x out
         int64 rows width
-        int32 bf16 threads
+        int32 kind gated bf16 threads
     """)
 
 

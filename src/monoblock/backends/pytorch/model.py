@@ -21,7 +21,7 @@ from monoblock.backends.pytorch.cache import Cache
 from monoblock.backends.pytorch.linear import Linear
 from monoblock.backends.pytorch.ops import ACT, Scope, bucketed, rotate, rotations
 from monoblock.positions import is_dynamic
-from monoblock.spec import Alibi, ArchSpec, Buckets, Learned, Norm, Rotary
+from monoblock.spec import ACTIVATIONS, Alibi, ArchSpec, Buckets, Learned, Norm, Rotary
 
 
 @dataclass
@@ -157,16 +157,19 @@ class Mlp(nn.Module):
         else:
             self.up = Linear(spec.width, mlp.width, bias=mlp.bias)
         self.down = Linear(mlp.width, spec.width, bias=mlp.bias)
-        self.act, self.gated = ACT[mlp.act], mlp.gated
+        self.act, self.gated, self.kind = ACT[mlp.act], mlp.gated, ACTIVATIONS.index(mlp.act)
 
     def forward(self, x_bsw: Tensor) -> Tensor:
+        return self.down(self.activated((self.gate_up if self.gated else self.up)(x_bsw)))
+
+    def activated(self, x_bsw: Tensor) -> Tensor:
+        """What `down` takes, of what the first matrix gives."""
+        if x_bsw.shape[-2] > 1 and x_bsw.numel() and prompt.usable(x_bsw):
+            return prompt.activate(x_bsw, self.kind, self.gated)
         if self.gated:
-            gate_up = self.gate_up(x_bsw)
-            if self.act is ACT["silu"] and x_bsw.shape[-2] > 1 and prompt.usable(gate_up):
-                return self.down(prompt.gate(gate_up))
-            gate, up = gate_up.chunk(2, dim=-1)
-            return self.down(self.act(gate) * up)
-        return self.down(self.act(self.up(x_bsw)))
+            gate, up = x_bsw.chunk(2, dim=-1)
+            return self.act(gate) * up
+        return self.act(x_bsw)
 
 
 class Block(nn.Module):

@@ -1,10 +1,10 @@
-"""What a prompt needs between its matrix products, on a CPU: attention, norms, rotary positions and the gated
-activation as custom operators over the native kernels, for float32 and bfloat16, without gradients.
+"""What a prompt needs between its matrix products, on a CPU: attention, norms, rotary positions and
+activations as custom operators over the native kernels, for float32 and bfloat16, without gradients.
 
     monoblock::attention(q, k, v, slopes?, valid?, segments?, scale, softcap, causal, window) -> Tensor
     monoblock::norm(x, weight, bias?, eps, rms) -> Tensor
     monoblock::turn(x, cos, sin) -> Tensor
-    monoblock::gate(x) -> Tensor
+    monoblock::activate(x, kind, gated) -> Tensor
 
 `usable` says when they may be called; everything else is plain PyTorch's. Shape suffixes: b batch, q queries, k keys,
 s tokens, h heads, g key/value heads, d head width, w width.
@@ -202,22 +202,28 @@ def _(x: Tensor, *_: Any) -> Tensor:
     return x.new_empty(b, tokens, h, d)
 
 
-# ---------------------------------------------------------------------------- the gated activation
+# ---------------------------------------------------------------------------- activations
 
 
-@_operator("gate", "(Tensor x) -> Tensor")
-def gate(x: Tensor) -> Tensor:
-    """silu(gate) * up of [gate | up], (..., 2 w); (..., w)."""
+@_operator("activate", "(Tensor x, int kind, bool gated) -> Tensor")
+def activate(x: Tensor, kind: int, gated: bool) -> Tensor:
+    """act(x), the kind being a place in spec.ACTIVATIONS; if gated act(gate) * up of [gate | up], (..., 2 w)."""
     x = x.contiguous()
-    width = x.shape[-1] // 2
-    out = x.new_empty(*x.shape[:-1], width)
-    given = prompts.Gate(
-        x=x.data_ptr(), out=out.data_ptr(), rows=x.numel() // x.shape[-1], width=width, **_common(x)
+    out = x.new_empty(*x.shape[:-1], x.shape[-1] // (2 if gated else 1))
+    width = out.shape[-1]
+    given = prompts.Activate(
+        x=x.data_ptr(),
+        out=out.data_ptr(),
+        rows=out.numel() // width,
+        width=width,
+        kind=kind,
+        gated=gated,
+        **_common(x),
     )
-    LIBRARY.mb_gate(ctypes.byref(given))
+    LIBRARY.mb_activate(ctypes.byref(given))
     return out
 
 
-@gate.register_fake
-def _(x: Tensor) -> Tensor:
-    return x.new_empty(*x.shape[:-1], x.shape[-1] // 2)
+@activate.register_fake
+def _(x: Tensor, kind: int, gated: bool) -> Tensor:  # noqa: ARG001
+    return x.new_empty(*x.shape[:-1], x.shape[-1] // (2 if gated else 1))
