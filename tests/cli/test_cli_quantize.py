@@ -58,10 +58,21 @@ def test_the_folder_generates_and_info_tells(packed: Path) -> None:
     result = run("generate", "-m", str(packed), *PROMPT)
     assert result.returncode == 0 and result.stdout.strip()
     info = run("info", str(packed))
-    assert "packed: int4, groups of 64; not qkv" in info.stdout
+    assert "packed: int4, groups of 64; embedding and head in int8; not qkv" in info.stdout
     found = json.loads(run("info", str(packed), "--json").stdout)
     assert found["quantization"]["bits"] == 4 and found["stored"]["U8"] > 0
     assert "packed" not in run("info").stdout
+
+
+def test_without_loss(tmp_path: Path) -> None:
+    """12 bits: the same text; `info` says what it is."""
+    result = run("quantize", str(demo.path()), str(tmp_path / "demo"), "--bits", "12")
+    assert result.returncode == 0 and "packed: bfloat16 in 12 bits, without loss" in result.stdout
+    texts = [run("generate", "-m", str(name), *PROMPT).stdout for name in (demo.path(), tmp_path / "demo")]
+    assert texts[0] == texts[1] != ""
+    assert "packed: bfloat16 in 12 bits, without loss" in run("info", str(tmp_path / "demo")).stdout
+    refused = run("quantize", str(demo.path()), str(tmp_path / "b"), "--bits", "12", "--group-size", "64")
+    assert refused.returncode != 0 and "no groups" in refused.stderr
 
 
 def test_quantize_while_loading() -> None:
