@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import mmap
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -31,7 +29,6 @@ from monoblock import (
     UnexpectedKeys,
     UnreadKeys,
 )
-from monoblock.checkpoint import pages
 
 WEIGHTS = "model.safetensors"
 
@@ -454,50 +451,6 @@ def test_loaded_parameters_lie_in_the_mapped_file(saved: Path) -> None:
     with torch.no_grad():
         made.backbone.embed.weight.zero_()
     assert MptForCausalLM.from_pretrained(saved).backbone.embed.weight.any(), "the file is not written to"
-
-
-def vm_flags(address: int) -> list[str]:
-    """What Linux knows of the mapping that holds an address."""
-    inside = False
-    for line in Path("/proc/self/smaps").read_text().splitlines():
-        first, *rest = line.split()
-        if "-" in first and not first.endswith(":"):
-            low, high = (int(end, 16) for end in first.split("-"))
-            inside = low <= address < high
-        elif inside and first == "VmFlags:":
-            return rest
-    raise AssertionError(f"no mapping holds {address:x}")
-
-
-@pytest.mark.skipif(
-    not (Path("/proc/self/smaps").exists() and Path("/sys/kernel/mm/transparent_hugepage").exists()),
-    reason="large pages are asked for on Linux, and seen in its /proc",
-)
-def test_converted_parameters_ask_for_large_pages(tmp_path: Path) -> None:
-    made = model(d_model=60, vocab_size=40_000).bfloat16()
-    made.save_pretrained(tmp_path)
-    loaded = MptForCausalLM.from_pretrained(tmp_path, dtype="float32")
-    weight = loaded.backbone.embed.weight
-    assert weight.nbytes > pages.LARGE
-    for part in (weight[0], weight[20_000], weight[-1]):
-        assert "hg" in vm_flags(part.data_ptr())
-    assert same(made.float(), loaded)
-    # Ordinary memory of PyTorch's otherwise.
-    assert weight.untyped_storage().resizable()
-
-
-@pytest.mark.parametrize(("size", "asked"), [(pages.LARGE, True), (pages.LARGE - 1, False)])
-def test_small_tensors_do_not_ask_for_large_pages(
-    size: int, asked: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Nor does anything where the system has no such call."""
-    calls: list[tuple[int, int, int]] = []
-    libc = SimpleNamespace(madvise=lambda *given: calls.append(given))
-    monkeypatch.setattr(mmap, "MADV_HUGEPAGE", 14, raising=False)
-    for found in (libc, None):
-        monkeypatch.setattr(pages, "_libc", lambda found=found: found)
-        pages.enlarge(3 * mmap.PAGESIZE + 64, size)
-    assert calls == ([(3 * mmap.PAGESIZE, size + 64, 14)] if asked else [])
 
 
 def test_a_passed_config_takes_fields_as_a_constructor_does(saved: Path) -> None:

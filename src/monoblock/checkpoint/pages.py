@@ -1,4 +1,4 @@
-"""Memory by pages, on Linux: tensors that lie apart in files, side by side without a copy; large pages."""
+"""Memory by pages, on Linux: tensors that lie apart in files, side by side without a copy."""
 
 import ctypes
 import functools
@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 LEAST = 1 << 20  # bytes below which a copy is as quick
-LARGE = 1 << 22  # bytes that hold a large page, of 2 MiB on most machines, wherever they begin
 _FIXED = 0x10  # MAP_FIXED, as on all of Linux's machines but a few that nobody runs this on
 _FAILED = ctypes.c_void_p(-1).value
 
@@ -39,21 +38,7 @@ def _libc() -> Any:
         *(ctypes.c_int, ctypes.c_longlong),
     )
     libc.munmap.argtypes = (ctypes.c_void_p, size)
-    libc.madvise.argtypes = (ctypes.c_void_p, size, ctypes.c_int)
     return libc
-
-
-def enlarge(address: int, length: int) -> None:
-    """Ask for large pages where these bytes lie, if there are enough of them that nobody has touched yet.
-
-    The system zeroes and maps each page when it is first written to: in pages of 4 KiB that takes longer than filling
-    the memory with weights. The wish is granted where transparent huge pages are "madvise" or "always".
-    """
-    libc = _libc()
-    if libc is None or length < LARGE or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return
-    begin = address // mmap.PAGESIZE * mmap.PAGESIZE
-    libc.madvise(begin, address + length - begin, mmap.MADV_HUGEPAGE)
 
 
 def joined(pieces: Sequence[Piece]) -> Any:

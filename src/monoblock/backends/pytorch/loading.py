@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from monoblock.checkpoint import pages
 from monoblock.checkpoint.fitting import Report, matched
 from monoblock.checkpoint.keymap import KeyMap, Same, Source, Split
 from monoblock.checkpoint.store import Store
@@ -128,8 +127,6 @@ def read(
     if whole is not None:
         return whole.reshape(shape)
     target = torch.empty(shape, dtype=dtype, device=device)
-    if device.type == "cpu":
-        pages.enlarge(target.data_ptr(), target.nbytes)
     for view, name in zip(source.op.views(target), source.names, strict=True):
         view.copy_(store.tensor(name).reshape(view.shape))
     return target
