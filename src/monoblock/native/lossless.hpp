@@ -23,13 +23,16 @@ struct Row {
   Row(const Matrix& m, int64_t output) : head((const uint16_t*)((const uint8_t*)m.data + output * row_bytes(m))) {
     runs = (const uint8_t*)head + head_bytes(m);
     highest = load<uint16_t>(head) << 7;
+    columns = m.inputs;
+    const int slots = int(head_bytes(m) / 4) - 1, stored = load<uint16_t>(head + 1);
+    count = stored < slots ? stored : slots;  // files may say anything
   }
 
   // Calls f(column, value) for the weights that are not in the runs.
   template <class F>
   INLINE void others(F f) const {
-    for (int i = 1, last = load<uint16_t>(head + 1); i <= last; ++i)
-      f(load<uint16_t>(head + 2 * i), load<uint16_t>(head + 2 * i + 1));
+    for (int i = 1; i <= count; ++i)
+      if (const int column = load<uint16_t>(head + 2 * i); column < columns) f(column, load<uint16_t>(head + 2 * i + 1));
   }
 
   // The weights [k, k + RUN) as bf16, zeros where they are in the head.
@@ -37,6 +40,8 @@ struct Row {
 
   const uint16_t* head;
   const uint8_t* runs;
+  int64_t columns;
+  int count;         // of weights in the head
   uint16_t highest;  // in an exponent's place
 };
 

@@ -62,7 +62,7 @@ def pack(weight: Tensor) -> Tensor | None:
 
 
 def unpack(codes: Tensor, inputs: int) -> Tensor:
-    """The weights (outputs, inputs) again, in bfloat16."""
+    """The weights (outputs, inputs) again, in bfloat16. Columns that there are not, in a damaged head, are passed over."""
     outputs, start = codes.shape[0], head_bytes(inputs)
     head = codes[:, :start].contiguous().view(torch.int16)
     runs = codes[:, start:].unflatten(1, (-1, RUN // 2 * 3))
@@ -72,8 +72,10 @@ def unpack(codes: Tensor, inputs: int) -> Tensor:
     rest = runs[..., :RUN].flatten(1).to(torch.int16)
     bits = (rest & 0x80) << 8 | exponent << 7 | rest & 0x7F
     slots = torch.arange(start // 4 - 1, device=codes.device)
-    rows, places = (slots < head[:, 1:2]).nonzero(as_tuple=True)
-    bits[rows, head[rows, 2 + 2 * places].long() & 0xFFFF] = head[rows, 3 + 2 * places]
+    rows, places = (slots < (head[:, 1:2].int() & 0xFFFF)).nonzero(as_tuple=True)
+    columns = head[rows, 2 + 2 * places].long() & 0xFFFF
+    known = columns < inputs
+    bits[rows[known], columns[known]] = head[rows, 3 + 2 * places][known]
     return bits.view(torch.bfloat16)[:outputs, :inputs]
 
 
