@@ -102,7 +102,7 @@ struct LosslessTile {
     for (int64_t k = 0; k < m.inputs; k += RUN) {
       const uint8_t* runs = first + k / RUN * RUN_BYTES;
       for (int at = 0; at < RUN_BYTES; at += 64)
-        UNROLL for (int r = 0; r < R; ++r) ahead<T>(runs + r * gap * bytes + at, bytes);
+        UNROLL for (int r = 0; r < R; ++r) ahead<T>(runs + r * gap * bytes + at);
       UNROLL for (int word = 0; word < 32; word += 2 * LANES) {
         Shorts lower[R];
         UNROLL for (int r = 0; r < R; ++r) lower[r] = load<Shorts>(runs + r * gap * bytes + RUN + 2 * word);

@@ -62,7 +62,7 @@ def pack(weight: Tensor) -> Tensor | None:
 
 
 def unpack(codes: Tensor, inputs: int) -> Tensor:
-    """The weights (outputs, inputs) again, in bfloat16. Columns that there are not, in a damaged head, are passed over."""
+    """The weights (outputs, inputs) again, in bfloat16. What a damaged head names beyond them is passed over."""
     outputs, start = codes.shape[0], head_bytes(inputs)
     head = codes[:, :start].contiguous().view(torch.int16)
     runs = codes[:, start:].unflatten(1, (-1, RUN // 2 * 3))
