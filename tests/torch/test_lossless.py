@@ -109,9 +109,10 @@ def test_only_bfloat16_numbers_are_packed() -> None:
 
 
 @torch.no_grad()
-def test_products(level: str) -> None:
-    """As with the plain matrix, few rows and many, in both types, with and without a bias."""
+def test_products(level: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with the plain matrix, few rows and many (in pieces), in both types, with and without a bias."""
     torch.manual_seed(0)
+    monkeypatch.setattr(linear, "PIECE", 2500)
     for outputs, inputs in SHAPES:
         weight = matrix(outputs, inputs)
         weight[0, 6] = 7.0  # 1e20 would hide all others

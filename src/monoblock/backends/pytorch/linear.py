@@ -36,6 +36,9 @@ from monoblock import native
 from monoblock.backends.pytorch import packed_gpu, packing
 
 FEW = 16  # rows up to which reading the weights is what takes the time
+PIECE = (
+    1 << 22
+)  # weights that are unpacked at a time: they stay in the caches, and in memory that is used again
 FEW_OF = {torch.float32: 8, torch.bfloat16: FEW}
 FORMATS = {torch.float32: native.FORMATS["float32"], torch.bfloat16: native.FORMATS["bfloat16"]}
 PACKED = {8: native.FORMATS["int8"], 4: native.FORMATS["int4"], 12: native.FORMATS["lossless"]}
@@ -221,10 +224,19 @@ def _packed(
         if library is not None and (few or (native.multiplies_codes() and scale is not None)):
             return _native(library, x, PACKED[bits], (codes, scale, low, bias), inputs, group)
         if library is not None and scale is None:
-            return _product(
-                x, _unfolded(library, codes, inputs).to(x.dtype), None if bias is None else bias.to(x.dtype)
-            )
+            return _by_pieces(library, x, codes, bias, inputs)
     return packing.multiply(x, codes, scale, low, bias, bits, group, inputs)
+
+
+def _by_pieces(library: Any, x: Tensor, codes: Tensor, bias: Tensor | None, inputs: int) -> Tensor:
+    """The product with a matrix that is packed without loss, of which some rows at a time are bfloat16."""
+    y = x.new_empty((*x.shape[:-1], codes.shape[0]))
+    step = max(1, PIECE // inputs)
+    for first in range(0, codes.shape[0], step):
+        rows = slice(first, first + step)
+        weight = _unfolded(library, codes[rows], inputs).to(x.dtype)
+        y[..., rows] = _product(x, weight, None if bias is None else bias[rows].to(x.dtype))
+    return y
 
 
 def _unfolded(library: Any, codes: Tensor, inputs: int) -> Tensor:
