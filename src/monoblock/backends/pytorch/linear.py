@@ -8,12 +8,12 @@
         the bias.
 
 The rules, with what was measured on one core of a Zen 5 server (a matrix of 11264 x 2048; the rates count weights read;
-all that the core can read is 39 GB/s, and two cores together 54):
+all that the core can read is 42 GB/s, and two cores together 50 to 80):
 
-    CPU, bfloat16, up to 16 rows   the native kernels; at 1, 2, 4, 8, 16 rows 26, 24, 22, 23, 14 GB/s,
-                                   where F.linear has 16, 17, 16, 15, 12
-    CPU, float32, up to 8 rows     the native kernels; at 1, 2, 4, 8 rows 32, 29, 24, 16 GB/s, where F.linear (MKL) has
-                                   22, 10, 9, 8 and oneDNN 27, 21, 18, 16
+    CPU, bfloat16, up to 16 rows   the native kernels; at 1, 2, 4, 8, 16 rows 38, 29, 21, 27, 14 GB/s,
+                                   where F.linear has 18, 19, 18, 16, 13
+    CPU, float32, up to 8 rows     the native kernels; at 1, 2, 4, 8 rows 45, 40, 32, 18 GB/s, where F.linear (MKL) has
+                                   24, 11, 12, 10 and oneDNN 30, 22, 19, 18
     CPU, float32, more; training   oneDNN on the plain matrix: more than twice MKL's rate, which treats processors of
                                    other makers as old ones; forward and backward alike
     CPU, bfloat16, more rows       F.linear, which is oneDNN, at the processor's limit
