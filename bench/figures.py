@@ -14,10 +14,11 @@ RATES = {
     "int4": "int8 TOP/s",
 }
 OURS = "monoblock"
+LOSSLESS = "monoblock, lossless"  # bfloat16 in 12 bits
 # Less than this is not told from nothing.
 SMALLEST = {"s": 1e-3, "MB": 1.0}
 # Contestants that say what a token reads; of the others only the size of all weights is known.
-EXACT = ("monoblock", "monoblock, lossless", "transformers")
+EXACT = (OURS, LOSSLESS, "transformers")
 
 
 @dataclass(frozen=True)

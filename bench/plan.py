@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from figures import LOSSLESS
+
 PROMPT = 32  # tokens before those that decoding makes
-ALL = ("monoblock", "monoblock, lossless", "transformers", "llama.cpp", "OpenVINO", "CTranslate2")
+ALL = ("monoblock", LOSSLESS, "transformers", "llama.cpp", "OpenVINO", "CTranslate2")
 HUB = ("monoblock", "transformers")
 CHECKED = 24  # tokens of the check of accuracy
 

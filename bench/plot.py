@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from html import escape
 
-from figures import OURS, Results, Spread, number, spread
+from figures import LOSSLESS, OURS, Results, Spread, number, spread
 
 WIDTH, NAMES, VALUES = 760, 210, 150  # of the picture, of the column of names, of the column of figures
 BAR, GAP, TITLE, HEAD = 16, 6, 30, 72
 # Contestant: its colour; all are told from a white and from a dark page, and by their names beside them.
 COLOURS = {
     OURS: "#2f7fd6",
-    "monoblock, lossless": "#1f9fb8",
+    LOSSLESS: "#1f9fb8",
     "monoblock, plain": "#7fb2e8",
     "transformers": "#d98a1f",
     "llama.cpp": "#3f9f5f",

@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from figures import LOSSLESS
+
 BENCH = Path(__file__).parent
-LOSSLESS = "monoblock, lossless"  # bfloat16 in 12 bits
 CONTESTANTS = (
     "monoblock",
     LOSSLESS,

@@ -6,7 +6,9 @@ import logging
 
 import pytest
 
+from monoblock import native
 from monoblock.config import PretrainedConfig
+from monoblock.native import build
 
 
 @pytest.fixture(autouse=True)
@@ -20,6 +22,16 @@ def logs(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
     """What monoblock logs from INFO on; `logs.messages` are the texts."""
     caplog.set_level(logging.INFO, logger="monoblock")
     return caplog
+
+
+@pytest.fixture(params=[*build.LEVELS, "0"])
+def level(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A level of the native kernels that is in use during the test; `0` is none."""
+    found = native.choose(request.param)
+    if request.param != "0" and found[1] != request.param:
+        pytest.skip(f"native kernels: {found[2]}")
+    monkeypatch.setattr(native, "_opened", lambda: found)
+    return request.param
 
 
 def pytest_terminal_summary(terminalreporter) -> None:

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from monoblock import native
 from monoblock.backends.pytorch import linear, packing
 from monoblock.backends.pytorch.linear import Linear, dense, packed_dense
-from monoblock.native import build
 
 # Outputs around the blocks of 2, 4, 8, 16 and 64; inputs around vectors, runs of 128, and panels of 64 groups.
 SHAPES = [(1, 1), (7, 3), (9, 64), (17, 130), (67, 257), (33, 515)]
@@ -23,8 +22,6 @@ ROWS = [*range(1, 18), 23]
 CLOSE = 2e-6
 HALF_STEP = 2.0**-8  # bfloat16 has 8 digits: one rounding is off by half of the last
 
-LEVELS = [*build.LEVELS, "0"]
-
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
@@ -32,16 +29,6 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-@pytest.fixture(params=LEVELS)
-def level(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A level that is in use during the test; `0` is none."""
-    found = native.choose(request.param)
-    if request.param != "0" and found[1] != request.param:
-        pytest.skip(f"native kernels: {found[2]}")
-    monkeypatch.setattr(native, "_opened", lambda: found)
-    return request.param
 
 
 def made(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:

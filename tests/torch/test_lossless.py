@@ -16,13 +16,11 @@ from monoblock import AutoModelForCausalLM, DynamicCache, native
 from monoblock.backends.pytorch import fused, linear, packing, packing_lossless
 from monoblock.backends.pytorch.linear import packed_dense, packed_linear
 from monoblock.backends.pytorch.packed import PackedMatrix
-from monoblock.native import build
 
 torch.set_num_threads(1)
 
 # Inputs of whole runs of 128, of more than one unit of head (2,048), and neither; all long enough to save something.
 SHAPES = [(9, 256), (33, 515), (6, 2304), (1, 4101)]
-LEVELS = [*build.LEVELS, "0"]
 # Sums of floats in another order: a share of the sum of all sizes. Measured up to 2.1e-6.
 CLOSE = 5e-6
 HALF_STEP = 2.0**-8  # one rounding to bfloat16
@@ -58,16 +56,6 @@ def by_hand(codes: np.ndarray[Any, Any], inputs: int) -> np.ndarray[Any, Any]:
     for i in range(head[1]):
         found[head[2 + 2 * i]] = head[3 + 2 * i]
     return found
-
-
-@pytest.fixture(params=LEVELS)
-def level(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A level that is in use during the test; `0` is none."""
-    found = native.choose(request.param)
-    if request.param != "0" and found[1] != request.param:
-        pytest.skip(f"native kernels: {found[2]}")
-    monkeypatch.setattr(native, "_opened", lambda: found)
-    return request.param
 
 
 # ---------------------------------------------------------------------------- the format

@@ -1,5 +1,5 @@
 """Packed weights in a checkpoint's files: where the hub has a matrix `X.weight`, there are `X.weight.codes`,
-`X.weight.scale` and, for 4 bits, `X.weight.low`, of its rows.
+for 8 and 4 bits `X.weight.scale` and for 4 bits `X.weight.low`, of its rows.
 
 So that the families' key maps hold for them as they are, a matrix's tensors of one kind are looked at by the name
 of the matrix. All are rows of outputs: what a map stores transposed is not, when it is packed.

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <initializer_list>
+#include <type_traits>
 #include <utility>
 
 #include "numbers.hpp"
@@ -106,15 +107,24 @@ INLINE void each(float* x, int64_t count, F f) {
   memcpy(x + i, rest, (count - i) * sizeof(float));
 }
 
-inline void activate(int32_t kind, float* x, int64_t count) {
+template <Activation A>
+using Chosen = std::integral_constant<Activation, A>;
+
+// Calls f with the activation of this number as a type, so that its loops are made for that one.
+template <class F>
+INLINE void choose(int32_t kind, F f) {
   switch (kind) {
-    case GELU: return each(x, count, activated<GELU>);
-    case GELU_TANH: return each(x, count, activated<GELU_TANH>);
-    case QUICK_GELU: return each(x, count, activated<QUICK_GELU>);
-    case RELU: return each(x, count, activated<RELU>);
-    case RELU2: return each(x, count, activated<RELU2>);
-    case SILU: return each(x, count, activated<SILU>);
+    case GELU: return f(Chosen<GELU>());
+    case GELU_TANH: return f(Chosen<GELU_TANH>());
+    case QUICK_GELU: return f(Chosen<QUICK_GELU>());
+    case RELU: return f(Chosen<RELU>());
+    case RELU2: return f(Chosen<RELU2>());
+    case SILU: return f(Chosen<SILU>());
   }
+}
+
+inline void activate(int32_t kind, float* x, int64_t count) {
+  choose(kind, [&](auto act) { each(x, count, activated<decltype(act)::value>); });
 }
 
 }  // namespace matrices

@@ -165,24 +165,14 @@ void activate_row(const Activate& a, int64_t row) {
   });
 }
 
-template <Activation A>
-int activate_rows(const Activate& a) {
-#pragma omp parallel for num_threads(a.threads) if (a.threads > 1 && a.rows > 8)
-  for (int64_t row = 0; row < a.rows; ++row)
-    a.bf16 ? activate_row<uint16_t, A>(a, row) : activate_row<float, A>(a, row);
-  return 0;
-}
-
 inline int activate(const Activate& a) {
-  switch (a.kind) {
-    case GELU: return activate_rows<GELU>(a);
-    case GELU_TANH: return activate_rows<GELU_TANH>(a);
-    case QUICK_GELU: return activate_rows<QUICK_GELU>(a);
-    case RELU: return activate_rows<RELU>(a);
-    case RELU2: return activate_rows<RELU2>(a);
-    case SILU: return activate_rows<SILU>(a);
-  }
-  return 1;
+  choose(a.kind, [&](auto act) {
+    constexpr Activation A = decltype(act)::value;
+#pragma omp parallel for num_threads(a.threads) if (a.threads > 1 && a.rows > 8)
+    for (int64_t row = 0; row < a.rows; ++row)
+      a.bf16 ? activate_row<uint16_t, A>(a, row) : activate_row<float, A>(a, row);
+  });
+  return 0;
 }
 
 }  // namespace prompt

@@ -34,6 +34,7 @@ from torch import Tensor, nn
 
 from monoblock import native
 from monoblock.backends.pytorch import packed_gpu, packing
+from monoblock.quantization import LOSSLESS
 
 FEW = 16  # rows up to which reading the weights is what takes the time
 PIECE = (
@@ -41,7 +42,7 @@ PIECE = (
 )  # weights that are unpacked at a time: they stay in the caches, and in memory that is used again
 FEW_OF = {torch.float32: 8, torch.bfloat16: FEW}
 FORMATS = {torch.float32: native.FORMATS["float32"], torch.bfloat16: native.FORMATS["bfloat16"]}
-PACKED = {8: native.FORMATS["int8"], 4: native.FORMATS["int4"], 12: native.FORMATS["lossless"]}
+PACKED = {8: native.FORMATS["int8"], 4: native.FORMATS["int4"], LOSSLESS: native.FORMATS["lossless"]}
 
 # Elsewhere PyTorch is built with libraries for that very processor.
 ONEDNN = (
@@ -242,7 +243,9 @@ def _by_pieces(library: Any, x: Tensor, codes: Tensor, bias: Tensor | None, inpu
 def _unfolded(library: Any, codes: Tensor, inputs: int) -> Tensor:
     """What is packed without loss as bfloat16, by the library."""
     weight = torch.empty((codes.shape[0], inputs), dtype=torch.bfloat16)
-    matrix = native.Matrix(data=codes.data_ptr(), outputs=codes.shape[0], inputs=inputs, format=PACKED[12])
+    matrix = native.Matrix(
+        data=codes.data_ptr(), outputs=codes.shape[0], inputs=inputs, format=PACKED[LOSSLESS]
+    )
     library.mb_unfold(byref(matrix), weight.data_ptr(), torch.get_num_threads())
     return weight
 

@@ -21,9 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from monoblock.backends.pytorch import packing_lossless
+from monoblock.backends.pytorch.packing_lossless import RUN
 from monoblock.quantization import LOSSLESS
 
-RUN = 128  # inputs are padded to a multiple of this
 GROUPS = (64, 128)
 BITS = (8, 4)  # with scales
 MIDDLE = 128  # the code of 0 in 8 bits

@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-RUN = 128
+RUN = 128  # inputs are padded to a multiple of this
+RUN_BYTES = RUN // 2 * 3
 WORDS = 32  # of a run
 RANGE = 15  # exponents that have a name
 MOST_INPUTS = 1 << 16  # columns that a word can name
@@ -29,9 +30,14 @@ def head_bytes(inputs: int) -> int:
     return -(-inputs // 2048) * 32
 
 
+def _slots(inputs: int) -> int:
+    """How many weights a head has room for."""
+    return head_bytes(inputs) // 4 - 1
+
+
 def shape(outputs: int, inputs: int) -> tuple[int, int]:
     """The shape of a packed matrix."""
-    return outputs, head_bytes(inputs) + -(-inputs // RUN) * RUN // 2 * 3
+    return outputs, head_bytes(inputs) + -(-inputs // RUN) * RUN_BYTES
 
 
 def pack(weight: Tensor) -> Tensor | None:
@@ -48,7 +54,7 @@ def pack(weight: Tensor) -> Tensor | None:
         return None
     bits = F.pad(short, (0, -inputs % RUN)).view(torch.int16).int()
     exponent = bits >> 7 & 0xFF
-    slots = head_bytes(inputs) // 4 - 1
+    slots = _slots(inputs)
     highest, other = _window(exponent, slots)
     count = other.sum(1)
     if (count > slots).any():
@@ -63,20 +69,20 @@ def pack(weight: Tensor) -> Tensor | None:
 
 def unpack(codes: Tensor, inputs: int) -> Tensor:
     """The weights (outputs, inputs) again, in bfloat16. What a damaged head names beyond them is passed over."""
-    outputs, start = codes.shape[0], head_bytes(inputs)
+    start = head_bytes(inputs)
     head = codes[:, :start].contiguous().view(torch.int16)
-    runs = codes[:, start:].unflatten(1, (-1, RUN // 2 * 3))
+    runs = codes[:, start:].unflatten(1, (-1, RUN_BYTES))
     words = runs[..., RUN:].contiguous().view(torch.int16)
     lower = torch.stack([words >> shift & 15 for shift in (0, 4, 8, 12)], dim=2).flatten(1)
     exponent = torch.where(lower == RANGE, 0, head[:, :1] - lower)
     rest = runs[..., :RUN].flatten(1).to(torch.int16)
     bits = (rest & 0x80) << 8 | exponent << 7 | rest & 0x7F
-    slots = torch.arange(start // 4 - 1, device=codes.device)
+    slots = torch.arange(_slots(inputs), device=codes.device)
     rows, places = (slots < (head[:, 1:2].int() & 0xFFFF)).nonzero(as_tuple=True)
     columns = head[rows, 2 + 2 * places].long() & 0xFFFF
     known = columns < inputs
     bits[rows[known], columns[known]] = head[rows, 3 + 2 * places][known]
-    return bits.view(torch.bfloat16)[:outputs, :inputs]
+    return bits.view(torch.bfloat16)[:, :inputs]
 
 
 def _window(exponent: Tensor, slots: int) -> tuple[Tensor, Tensor]:

@@ -53,7 +53,7 @@ class Parameters(nn.Module):
     def hub_state_dict(self) -> dict[str, Tensor]:
         """The weights by the hub's names, tied ones once; views of the parameters wherever that is possible.
 
-        Of packed matrices `X.weight`, the tensors `X.weight.codes`, `X.weight.scale` and, in 4 bits, `X.weight.low`.
+        Of packed matrices `X.weight`, the tensors `X.weight.codes`, `.scale` (8 and 4 bits) and `.low` (4 bits).
         """
         if not isinstance(self.quantization_config, WeightOnlyConfig | None):
             raise ValueError(

@@ -9,17 +9,14 @@ from torch import Tensor, nn
 
 from monoblock.backends.pytorch import bitsandbytes, loading, packing
 from monoblock.backends.pytorch.packed import PackedMatrix, packed_module, plain_module
-from monoblock.quantization import QuantizationConfig, WeightOnlyConfig
+from monoblock.quantization import LOSSLESS, QuantizationConfig, WeightOnlyConfig
 
 if TYPE_CHECKING:
     from monoblock.backends.pytorch.parameters import Parameters
 
 EMBED, HEAD = "backbone.embed", "head.out"
-VOCABULARY_BITS = {
-    8: 8,
-    4: 8,
-    12: 12,
-}  # of the token embedding and the projection to the vocabulary, by the blocks'
+# Of the token embedding and the projection to the vocabulary, by those of the blocks.
+VOCABULARY_BITS = {8: 8, 4: 8, LOSSLESS: LOSSLESS}
 
 
 def quantize(model: Parameters, how: QuantizationConfig) -> None:
@@ -42,7 +39,8 @@ def dequantize(model: Parameters) -> None:
     """Give the model plain matrices again, with the numbers that the packed ones stand for."""
     if not isinstance(model.quantization_config, WeightOnlyConfig):
         raise ValueError(
-            'dequantize() is for weights packed by quantization_config="int8" or "int4"; this model\'s are not'
+            'dequantize() is for weights packed by quantization_config="int8", "int4" or "lossless"; this '
+            "model's are not"
         )
     dtype = model.dtype
     for name, module in list(model.named_modules()):
