@@ -55,6 +55,17 @@ INLINE To bits(From from) {
   return to;
 }
 
+// Loads a vector once. Without this, compilers read it from memory again for each use, which costs nothing only where it
+// lies within a line of the cache; the tensors of a file lie anywhere.
+template <class Vector, class Scalar>
+INLINE Vector load_once(const Scalar* from) {
+  Vector v = load<Vector>(from);
+#if defined(__AVX2__)
+  asm("" : "+v"(v));
+#endif
+  return v;
+}
+
 // The sum of all lanes; halving keeps it in registers, where a loop over lanes would be a chain of scalar sums.
 INLINE float sum(Floats v) {
   typedef float Four __attribute__((vector_size(16)));
