@@ -2,28 +2,30 @@
 //
 // The rows of a tile are `gap` rows apart, and the next tile has those that follow them: so each of its streams is one
 // long run through the memory, which the processor foresees. Neighbouring rows would be streams that end after a row.
-// Few streams are foreseen best: against eight, four are +10% and, for the many lines of 8-bit codes, two are +25%. Three
-// rows of bf16 with eight of inputs just fit the registers, and are +30% against two.
+// Few streams are foreseen best: against eight, four are +10% and, for the many lines of 8-bit codes, two are +25%. Of
+// bf16, two are +15% against three where rows are long and the memory quick; but three rows of it with eight of inputs just
+// fit the registers, and are +25% against two.
 #pragma once
 
 namespace matrices {
 
-template <int32_t FORMAT>
-constexpr int STREAMS = FORMAT == INT8 ? 2 : FORMAT == BF16 ? 3 : 4;  // rows of weights that are read side by side
+// Rows of weights that are read side by side, where up to four rows of inputs meet them or more do.
+template <int32_t FORMAT, bool MORE>
+constexpr int STREAMS = FORMAT == INT8 ? 2 : FORMAT == BF16 ? (MORE ? 3 : 2) : 4;
 
 // Asks for what a stream will soon come to, past the caches that it would fill for nothing; the further on, the less of
 // the time goes by until then. With eight rows of inputs that is +50%, with one +10%.
 template <int T>
 INLINE void ahead(const void* from) {
-  __builtin_prefetch((const char*)from + (T == 1 ? 1536 : 3072), 0, 0);
+  __builtin_prefetch((const char*)from + (T == 1 ? 2048 : 3072), 0, 0);
 }
 
 // How many rows of weights a tile takes: the sums, R * T vectors, must stay in registers (32 with AVX-512, else 16).
-template <int32_t FORMAT, int T>
+template <int STREAMS, int T>
 constexpr int rows_of() {
-  if (FORMAT == BF16) return LANES == 16 || T <= 4 ? 3 : 1;
+  if (STREAMS == 3) return LANES == 16 || T <= 4 ? 3 : 1;
   constexpr int fit = LANES == 16 ? (T <= 4 ? 4 : 2) : (T <= 2 ? 4 : T <= 4 ? 2 : 1);
-  return fit < STREAMS<FORMAT> ? fit : STREAMS<FORMAT>;
+  return fit < STREAMS ? fit : STREAMS;
 }
 
 // float32 weights.
@@ -292,32 +294,41 @@ INLINE void tile(const Matrix& m, const Prepared& x, int64_t output, int64_t gap
 }
 
 // Some rows of weights, `gap` apart, or one.
-template <class Tile, int T>
+template <class Tile, int STREAMS, int T>
 inline void strip(const Matrix& m, const Prepared& x, int row, float* y, int64_t ldy, int64_t first, int64_t gap) {
-  constexpr int R = rows_of<Tile::FORMAT, T>();
-  static_assert(STREAMS<Tile::FORMAT> % R == 0, "whole tiles");
+  constexpr int R = rows_of<STREAMS, T>();
+  static_assert(STREAMS % R == 0, "whole tiles");
   if (!gap) return tile<Tile, 1, T>(m, x, first, 0, row, y, ldy);
-  for (int r = 0; r < STREAMS<Tile::FORMAT>; r += R) tile<Tile, R, T>(m, x, first + r * gap, gap, row, y, ldy);
+  for (int r = 0; r < STREAMS; r += R) tile<Tile, R, T>(m, x, first + r * gap, gap, row, y, ldy);
+}
+
+// Calls `strip(output, gap)` for all outputs: `streams` of them together, `gap` apart, and what is left (gap 0) one by one.
+template <class F>
+INLINE void by_strips(int streams, int64_t first, int64_t last, F strip) {
+  const int64_t gap = (last - first) / streams;
+  for (int64_t output = first; output < first + gap; ++output) strip(output, gap);
+  for (int64_t output = first + gap * streams; output < last; ++output) strip(output, 0);
 }
 
 // All rows of inputs meet a strip of weights before the next, so that only the first pass reads the memory.
+template <class Tile, int STREAMS>
+inline void by_streams(const Matrix& m, const Prepared& x, int rows, float* y, int64_t ldy, int64_t first, int64_t last) {
+  by_strips(STREAMS, first, last, [&](int64_t output, int64_t gap) {
+    int row = 0;
+    for (; row + FEW <= rows; row += FEW) strip<Tile, STREAMS, FEW>(m, x, row, y, ldy, output, gap);
+    if (row + 4 <= rows) strip<Tile, STREAMS, 4>(m, x, row, y, ldy, output, gap), row += 4;
+    switch (rows - row) {
+      case 3: strip<Tile, STREAMS, 3>(m, x, row, y, ldy, output, gap); break;
+      case 2: strip<Tile, STREAMS, 2>(m, x, row, y, ldy, output, gap); break;
+      case 1: strip<Tile, STREAMS, 1>(m, x, row, y, ldy, output, gap); break;
+    }
+  });
+}
+
 template <class Tile>
 inline void over_tiles(const Matrix& m, const Prepared& x, int rows, float* y, int64_t ldy, int64_t first, int64_t last) {
-  constexpr int streams = STREAMS<Tile::FORMAT>;
-  const int64_t gap = (last - first) / streams, rest = first + gap * streams;
-  for (int64_t output = first; output < last; ++output) {
-    if (output == first + gap) output = rest;  // the streams have met; what is left goes row by row
-    if (output == last) break;
-    const int64_t apart = output < rest ? gap : 0;
-    int row = 0;
-    for (; row + FEW <= rows; row += FEW) strip<Tile, FEW>(m, x, row, y, ldy, output, apart);
-    if (row + 4 <= rows) strip<Tile, 4>(m, x, row, y, ldy, output, apart), row += 4;
-    switch (rows - row) {
-      case 3: strip<Tile, 3>(m, x, row, y, ldy, output, apart); break;
-      case 2: strip<Tile, 2>(m, x, row, y, ldy, output, apart); break;
-      case 1: strip<Tile, 1>(m, x, row, y, ldy, output, apart); break;
-    }
-  }
+  if (rows <= 4) return by_streams<Tile, STREAMS<Tile::FORMAT, false>>(m, x, rows, y, ldy, first, last);
+  by_streams<Tile, STREAMS<Tile::FORMAT, true>>(m, x, rows, y, ldy, first, last);
 }
 
 }  // namespace matrices
