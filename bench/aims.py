@@ -50,7 +50,7 @@ def share(model: str, form: str) -> Callable[[Results], Found | None]:
         if figure is None or OURS not in figure["values"]:
             return None
         found = results.bandwidth_share(figure, OURS)
-        return None if found is None else Found(found, f"{100 * found:.0f}% of the bandwidth")
+        return None if found is None else Found(found.median, f"{found.percent} of the bandwidth")
 
     return read
 

@@ -34,6 +34,12 @@ class Spread:
             return number(self.median)
         return f"{number(self.median)} ({number(self.least)}-{number(self.most)})"
 
+    @property
+    def percent(self) -> str:
+        """The same of a share."""
+        median, least, most = (f"{100 * value:.0f}" for value in (self.median, self.least, self.most))
+        return f"{median}%" if least == most else f"{median}% ({least}-{most})"
+
 
 def number(value: float) -> str:
     """Three digits, without an exponent."""
@@ -96,17 +102,25 @@ class Results:
             return size
         return size * (1 - parts["table"] / sum(parts.values()))
 
-    def bandwidth_share(self, figure: dict[str, Any], who: str) -> float | None:
-        """Part of the measured bandwidth that decoding one text reaches by reading weights."""
+    def bandwidth_share(self, figure: dict[str, Any], who: str) -> Spread | None:
+        """Part of the bandwidth that decoding one text reaches by reading weights, round by round: of what was measured
+        right before and after it."""
         size = self.read_bytes(figure["model"], figure["form"], who)
         if size is None or figure["measure"] != "decode 1":
             return None
-        return size * spread(figure["values"][who]).median / 1e9 / self.limit("read GB/s")
+        rounds = zip(figure["values"][who], figure["read GB/s"][who], strict=True)
+        return spread([size * speed / 1e9 / read for speed, read in rounds])
 
-    def matrix_share(self, figure: dict[str, Any], who: str) -> float | None:
+    def reads(self, figures: list[dict[str, Any]]) -> Spread:
+        """GB/s that the memory was read with beside decoding, all rounds."""
+        return spread(
+            [read for figure in figures for reads in figure["read GB/s"].values() for read in reads]
+        )
+
+    def matrix_share(self, figure: dict[str, Any], who: str) -> Spread | None:
         """Part of the measured matrix rate that a prompt reaches by the blocks' matrices alone."""
         parts = self.data["blocks"].get(figure["model"])
         if not parts:
             return None
-        operations = 2e-12 * parts["blocks"] * spread(figure["values"][who]).median
-        return operations / self.limit(RATES[figure["form"]])
+        each = 2e-12 * parts["blocks"] / self.limit(RATES[figure["form"]])
+        return spread([each * speed for speed in figure["values"][who]])

@@ -61,13 +61,26 @@ def _range(values: list[float]) -> str:
     return " / ".join(f"{value:.3g}" for value in values)
 
 
-def limits(threads: int) -> dict[str, float]:
+class Memory:
+    """A gigabyte, to see how fast the machine reads memory at a moment. Elsewhere than here, others may use it too."""
+
+    def __init__(self, threads: int) -> None:
+        import torch
+
+        from monoblock.cli.bench import Memory as Block
+
+        torch.set_num_threads(threads)
+        self.block = Block(torch.device("cpu"))
+
+    def rate(self, tries: int = 2) -> float:
+        """GB/s, the best of several tries."""
+        return self.block.rate(tries) / 1e9
+
+
+def limits(memory: Memory) -> dict[str, float]:
     """GB/s of reading, and tera-operations per second of matrix products by type, each the best of several tries."""
     import torch
 
-    from monoblock.cli.bench import read_rate
-
-    torch.set_num_threads(threads)
     rows, outputs, inputs = GEMM
     operations = 2e-12 * rows * outputs * inputs
     x, w = torch.randn(rows, inputs), torch.randn(outputs, inputs)
@@ -81,7 +94,7 @@ def limits(threads: int) -> dict[str, float]:
     }
     with torch.inference_mode():
         rates = {name: operations / _best(work, 7) for name, work in best.items()}
-    return {"read GB/s": read_rate(torch.device("cpu")) / 1e9} | rates
+    return {"read GB/s": memory.rate(tries=4)} | rates
 
 
 def processes(runs: int = 5) -> dict[str, list[float]]:

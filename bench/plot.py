@@ -91,7 +91,8 @@ def _groups(results: Results, measures: list[str], limits: bool = False) -> list
             size = results.read_bytes(model, form, OURS) if limits else None
             bars = {who: spread(values) for who, values in figure["values"].items()}
             title = f"{model}, {form}" + ("" if limits or len(measures) == 1 else f", {name}")
-            groups.append(Bars(title, bars, results.limit("read GB/s") * 1e9 / size if size else None))
+            limit = results.reads([figure]).median * 1e9 / size if size else None
+            groups.append(Bars(title, bars, limit))
     return groups
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import aims
 import machine
 import plot
-from figures import OURS, Results, number, spread
+from figures import OURS, Results, Spread, number, spread
 
 # The pictures that stand above a part's table.
 PICTURES = {"decode": ("decode", "batch"), "prefill": ("prefill",), "loading": ("memory",)}
@@ -31,17 +31,14 @@ def table(titles: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     return head + "".join("| " + " | ".join(line) + " |\n" for line in lines[1:])
 
 
-def _percent(share: float | None) -> str:
-    return "" if share is None else f"{100 * share:.0f}%"
-
-
-def speeds(results: Results, names: list[str], share: Callable[..., float | None], title: str) -> str:
+def speeds(results: Results, names: list[str], share: Callable[..., Spread | None], title: str) -> str:
     """A table of some measures: each contestant's speed, ours over it, and its share of a limit."""
     rows: list[list[str]] = []
     for name in names:
         for figure in results.named(name):
             for who in figure["values"]:
-                rows.append([*_cells(results, name, figure, who), _percent(share(figure, who))])
+                found = share(figure, who)
+                rows.append([*_cells(results, name, figure, who), found.percent if found else ""])
     size = {"decode": "texts", "prefill": "tokens", "train": "tokens x 4"}[names[0].split()[0]]
     return table(["model", "weights", size, "who", "tok/s (range)", "monoblock / it (range)", title], rows)
 
@@ -123,7 +120,10 @@ def sections(results: Results) -> dict[str, str]:
     data = results.data
     skipped = "".join(f"- {why}\n" for why in data["skipped"])
     versions = ", ".join(f"{name} {version}" for name, version in data["versions"].items())
-    about = f"{machine.line(data['machine'], data['limits'])}. {versions}. Measured on {data['date']}"
+    about = f"{machine.line(data['machine'], data['limits'])}"
+    if decoding := results.named("decode 1"):
+        about += f"; beside decoding: read GB/s {results.reads(decoding)}"
+    about += f". {versions}. Measured on {data['date']}"
     about += f" in {data['minutes']} minutes.\n" if "minutes" in data else ".\n"
     found = {"machine": about}
     if data["plan"] != "quick":  # small models reach nothing

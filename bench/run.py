@@ -29,7 +29,7 @@ import report
 import shapes
 import sides
 from plan import PLANS, PROMPT, Group, Measure
-from sides import CONTESTANTS, FORMS, UNKNOWN, Busy, Failed, LlamaBench, Process, Tools
+from sides import CONTESTANTS, FORMS, PAUSE, UNKNOWN, Busy, Failed, LlamaBench, Process, Tools
 
 FACTS = ("import s", "load s", "first token s", "load peak MB")
 
@@ -43,8 +43,11 @@ class Step(Protocol):
 class Run:
     """The results so far, and what they are made with."""
 
-    def __init__(self, tools: Tools, scratch: Path, quick: bool, pace: float, step: Step) -> None:
+    def __init__(
+        self, tools: Tools, scratch: Path, quick: bool, pace: float, step: Step, memory: machine.Memory
+    ) -> None:
         self.tools, self.scratch, self.quick, self.pace, self.step = tools, scratch, quick, pace, step
+        self.memory = memory
         self.figures: list[dict[str, Any]] = []
         self.weights: dict[str, dict[str, int]] = {}
         self.versions: dict[str, str] = {}
@@ -123,7 +126,7 @@ class Run:
         return alive
 
     def _record(
-        self, group: Group, name: str, unit: str, values: dict[str, list[float]], tokens: int = 0
+        self, group: Group, name: str, unit: str, values: dict[str, list[float]], **rest: Any
     ) -> None:
         figure = {"model": group.model, "form": group.form, "measure": name, "unit": unit}
         same = next((one for one in self.figures if figure.items() <= one.items()), None)
@@ -131,13 +134,14 @@ class Run:
             for who, more in values.items():
                 same["values"].setdefault(who, []).extend(more)
         else:
-            self.figures.append(figure | {"tokens": tokens, "values": values})
+            self.figures.append(figure | {"values": values} | rest)
 
     def _measure(
         self, group: Group, measure: Measure, alive: list[Process | LlamaBench], vocab: int, deadline: float
     ) -> None:
         speed: dict[str, list[float]] = {}
         memory: dict[str, list[float]] = {}
+        reads: dict[str, list[float]] = {}
         racing = [side for side in alive if measure.who is None or side.who in measure.who]
         for round_ in range(-1 if measure.size < 4096 else 0, measure.rounds):
             if round_ > 0 and time.monotonic() > deadline:
@@ -148,6 +152,7 @@ class Run:
             # Each second round goes backwards, so that nobody always follows the same neighbour.
             for side in racing[:: -1 if round_ % 2 else 1]:
                 try:
+                    before = self._read(measure)
                     seconds, megabytes = _timed(side, group, measure, vocab, round_)
                 except Failed as failure:
                     if round_ < 0 and isinstance(failure, Busy):
@@ -158,9 +163,19 @@ class Run:
                 if round_ >= 0:
                     speed.setdefault(side.who, []).append(measure.tokens / seconds)
                     memory.setdefault(side.who, []).append(megabytes)
-        self._record(group, measure.name, "tok/s", speed, measure.tokens)
-        if measure.kind != "decode":
+                    reads.setdefault(side.who, []).append((before + self._read(measure)) / 2)
+        if measure.kind == "decode":
+            self._record(group, measure.name, "tok/s", speed, **{"read GB/s": reads})
+        else:
+            self._record(group, measure.name, "tok/s", speed)
             self._record(group, f"{measure.name} memory", "MB", memory)
+
+    def _read(self, measure: Measure) -> float:
+        """GB/s that the memory is read with right now; nothing where that limits nobody."""
+        if measure.kind != "decode":
+            return 0.0
+        time.sleep(PAUSE)
+        return self.memory.rate()
 
     def _sample(
         self, group: Group, alive: list[Process | LlamaBench], folders: dict[str, Path], vocab: int
@@ -265,17 +280,18 @@ def main() -> None:
     groups = _wanted(PLANS[args.plan], args.only)
     args.models.mkdir(parents=True, exist_ok=True)
     tools = Tools(args.models, args.threads, _pythons(args.peer_python), args.llama_bench, args.llama_convert)
+    memory = machine.Memory(args.threads)
     begin = time.time()
     results: dict[str, Any] = {
         "plan": args.plan,
         "date": time.strftime("%Y-%m-%d"),
         "threads": args.threads,
         "machine": machine.describe(),
-        "limits": [machine.limits(args.threads)],
+        "limits": [machine.limits(memory)],
         "processes": machine.processes(1 if args.plan == "quick" else 5),
     }
     with tempfile.TemporaryDirectory() as scratch, _progress(len(groups) + 1) as (step, advance):
-        run = Run(tools, Path(scratch), args.plan == "quick", args.minutes / 12, step)
+        run = Run(tools, Path(scratch), args.plan == "quick", args.minutes / 12, step, memory)
         if native.library() is None:
             run.skip(f"monoblock's native kernels: {native.status()}")
         for group in groups:
@@ -287,7 +303,7 @@ def main() -> None:
             args.json.write_text(json.dumps(results, indent=1))
         step("accuracy: the reference in float32")
         results["accuracy"] = accuracy.compare(run.samples, run.sources, tools, Path(scratch))
-        results["limits"].append(machine.limits(args.threads))
+        results["limits"].append(machine.limits(memory))
     results["minutes"] = round((time.time() - begin) / 60, 1)
     args.json.write_text(json.dumps(results, indent=1))
     print(report.tables(results))

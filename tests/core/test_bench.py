@@ -21,7 +21,7 @@ import report
 import shapes
 import sides
 import worker
-from figures import Results, number
+from figures import Results, Spread, number
 
 
 def figure(measure: str, unit: str, **values: list[float]) -> dict[str, Any]:
@@ -33,7 +33,8 @@ def results() -> Results:
     # Two rounds; the machine was half as fast in the second, for both.
     speeds = {"monoblock": [30.0, 15.0], "transformers": [15.0, 6.0], "OpenVINO": [20.0, 10.0]}
     loads = {"monoblock": [0.05], "transformers": [0.5]}
-    figures = [figure("decode 1", "tok/s", **speeds), figure("prefill 512", "tok/s", **speeds)]
+    reads = {"read GB/s": {who: [40.0, 20.0] for who in speeds}}
+    figures = [figure("decode 1", "tok/s", **speeds) | reads, figure("prefill 512", "tok/s", **speeds)]
     figures += [
         figure(name, unit, **loads)
         for name, unit in (("import", "s"), ("load", "s"), ("first token", "s"), ("load peak", "MB"))
@@ -46,6 +47,7 @@ def results() -> Results:
             "measure": "decode 1",
             "unit": "tok/s",
             "values": {"monoblock": [speed]},
+            "read GB/s": {"monoblock": [40.0]},
         }
         for name, speed in (("thin-4", 1e3 / 0.35), ("thin-28", 1e3 / 1.55))
     ]
@@ -94,11 +96,20 @@ def test_ratios_of_memory_say_how_much_less_we_need(results: Results) -> None:
 
 def test_shares_of_the_limits(results: Results) -> None:
     decode, prefill = results.named("decode 1")[0], results.named("prefill 512")[0]
-    assert results.bandwidth_share(decode, "monoblock") == pytest.approx(22.5 / 40)
+    # Each round's of what the memory gave in that round.
+    assert results.bandwidth_share(decode, "monoblock") == Spread(0.75, 0.75, 0.75)
     # Of a peer only the size of all weights is known; its input table, a tenth of 11, is not read.
-    assert results.bandwidth_share(decode, "OpenVINO") == pytest.approx(15 / 40)
-    assert results.matrix_share(prefill, "monoblock") == pytest.approx(2 * 450e6 * 22.5 / 1e12)
+    assert results.bandwidth_share(decode, "OpenVINO") == Spread(*[pytest.approx(0.5)] * 3)
+    speeds = [2 * 450e6 * speed / 1e12 for speed in (22.5, 15.0, 30.0)]
+    assert results.matrix_share(prefill, "monoblock") == Spread(*map(pytest.approx, speeds))
     assert results.bandwidth_share(prefill, "monoblock") is None
+
+
+def test_shares_are_shown_with_their_range() -> None:
+    assert [Spread(*share).percent for share in ((0.5, 0.5, 0.5), (0.913, 0.88, 1.02))] == [
+        "50%",
+        "91% (88-102)",
+    ]
 
 
 def test_overhead_is_the_slope_of_two_depths(results: Results) -> None:
@@ -142,7 +153,7 @@ def test_pictures_compare_and_stay_in_their_frame(results: Results) -> None:
             assert 0 <= float(bar.attrib["x"]) + float(bar.attrib["width"]) <= width
     # A model with one contestant is compared with nothing.
     assert "thin-" not in found["decode"]
-    assert "limit 40.0" in found["decode"]
+    assert "limit 30.0" in found["decode"]
     bars = [float(w) for w in re.findall(r"<rect[^>]* width='([\d.]+)'", found["decode"])]
     assert [round(bar / bars[0], 2) for bar in bars] == [1, round(10.5 / 22.5, 2), round(15 / 22.5, 2)]
 

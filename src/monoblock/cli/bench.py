@@ -105,7 +105,7 @@ def measure(
         speeds[batch] = _decoding(model, batch, sizes)
     peak = _peak()  # before the next, which needs memory of its own
     say("the machine's memory")
-    size, bandwidth = weight_bytes(model), read_rate(model.device)
+    size, bandwidth = weight_bytes(model), Memory(model.device).rate()
     return {
         "class": type(model).__name__,
         "weights": str(options.get("quantization_config", model.dtype)).removeprefix("torch."),
@@ -140,21 +140,26 @@ def weight_bytes(model: Any) -> int:
     return sum(t.numel() * t.itemsize for key, t in tensors.items() if key not in lines)
 
 
-def read_rate(device: Any) -> float:
-    """Bytes per second that the device's memory gives, at best: by a sum, and on a CPU by the native kernels too."""
-    import torch
+class Memory:
+    """A block of the device's memory, to see how fast it is read: by a sum, and on a CPU by the native kernels too."""
 
-    from monoblock import native
+    def __init__(self, device: Any) -> None:
+        import torch
 
-    block = torch.ones(READ // 4, device=device)
-    reads: list[WORK] = [lambda: block.sum().item()]
-    library = native.library()
-    if library is not None and block.device.type == "cpu":
-        from ctypes import byref, c_uint32
+        from monoblock import native
 
-        threads, checksum = torch.get_num_threads(), c_uint32()
-        reads.append(lambda: library.mb_read(block.data_ptr(), READ, threads, byref(checksum)))
-    return max(READ / min(_timed(read, 4)) for read in reads)
+        self.block = block = torch.ones(READ // 4, device=device)
+        self.reads: list[WORK] = [lambda: block.sum().item()]
+        library = native.library()
+        if library is not None and block.device.type == "cpu":
+            from ctypes import byref, c_uint32
+
+            threads, checksum = torch.get_num_threads(), c_uint32()
+            self.reads.append(lambda: library.mb_read(block.data_ptr(), READ, threads, byref(checksum)))
+
+    def rate(self, tries: int = 4) -> float:
+        """Bytes per second, the best of several tries each."""
+        return max(READ / min(_timed(read, tries)) for read in self.reads)
 
 
 def _seconds(work: WORK) -> float:
