@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from figures import LOSSLESS, OURS, Results, number, spread
+from figures import FRESH, LOSSLESS, OURS, Results, number, spread
 
 THIN = {"thin-4": 4, "thin-28": 28}
 Peers = tuple[str, ...]
@@ -68,6 +68,15 @@ def median(
         return Found(found.median, f"{found} {unit}")
 
     return read
+
+
+def _load_wide(results: Results) -> Found | None:
+    """Loading in another type than the file's, beside what the memory for it takes alone."""
+    values, alone = (results.values("mistral-1b", "float32", "load", who) for who in (OURS, FRESH))
+    if not values:
+        return None
+    found = spread(values)
+    return Found(found.median, f"{found} s" + (f"; {FRESH}: {spread(alone)}" if alone else ""))
 
 
 def load_peak(model: str, form: str) -> Callable[[Results], Found | None]:
@@ -202,7 +211,7 @@ AIMS = (
     ),
     Aim(
         "loading float32 from bfloat16: under 2.5 s",
-        median("mistral-1b", "float32", "load", "s"),
+        _load_wide,
         2.5,
         least=False,
     ),

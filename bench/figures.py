@@ -15,6 +15,7 @@ RATES = {
 }
 OURS = "monoblock"
 LOSSLESS = "monoblock, lossless"  # bfloat16 in 12 bits
+FRESH = "the memory alone"  # how long the system takes to give what a loaded model needs
 # Less than this is not told from nothing.
 SMALLEST = {"s": 1e-3, "MB": 1.0}
 # Contestants that say what a token reads; of the others only the size of all weights is known.

@@ -97,6 +97,17 @@ def limits(memory: Memory) -> dict[str, float]:
     return {"read GB/s": memory.rate(tries=4)} | rates
 
 
+def fresh(size: int, threads: int) -> float:
+    """Seconds that the system takes to give a new process `size` bytes of memory, asked for by all threads: what
+    loading a model that is not as its file costs at least. A virtual machine's host may have to find them first."""
+    code = (
+        f"import time, torch; torch.set_num_threads({threads}); begin = time.perf_counter();"
+        f"torch.empty({size}, dtype=torch.uint8).fill_(1); print(time.perf_counter() - begin)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True)
+    return float(done.stdout)
+
+
 def processes(runs: int = 5) -> dict[str, list[float]]:
     """Seconds of whole processes that load no model, in turns."""
     commands = {f"python -c '{code}'": [sys.executable, "-c", code] for code in IMPORTS}

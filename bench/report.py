@@ -58,7 +58,7 @@ def loading(results: Results) -> str:
         for who, seconds in figure["values"].items():
             others = [results.values(model, form, m, who) for m in ("import", "first token", "load peak")]
             size = results.data["weights"].get(f"{model} {form}", {}).get(who)
-            cells = [str(spread(v)) for v in (others[0], seconds, *others[1:])]
+            cells = [str(spread(v)) if v else "" for v in (others[0], seconds, *others[1:])]
             rows.append([model, form, who, *cells, number(size / 1e6) if size else ""])
     titles = ["import s", "load s", "first token s", "peak of loading, MB", "weights a token reads, MB"]
     return table(["model", "weights", "who", *titles], rows)

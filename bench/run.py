@@ -1,6 +1,6 @@
 """monoblock beside its peers: loading, prompts, decoding, memory, accuracy; one table, one hardware line.
 
-    python bench/run.py [--quick | --full] [--models FOLDER] [--json FILE] [--minutes 12] [--only mistral-1b/int8]
+    python bench/run.py [--quick | --full] [--models FOLDER] [--json FILE] [--minutes 15] [--only mistral-1b/int8]
         [--peer-python OpenVINO=PATH] [--peer-python CTranslate2=PATH] [--peer-python llama.cpp=PATH]
         [--llama-bench PATH] [--llama-convert PATH]
 
@@ -28,6 +28,7 @@ import machine
 import report
 import shapes
 import sides
+from figures import FRESH
 from plan import PLANS, PROMPT, Group, Measure
 from sides import CONTESTANTS, FORMS, PAUSE, UNKNOWN, Busy, Failed, LlamaBench, Process, Tools
 
@@ -105,6 +106,9 @@ class Run:
         taken: dict[str, dict[str, list[float]]] = {fact: {} for fact in FACTS}
         alive: list[Process | LlamaBench] = []
         for start in range(group.starts):
+            if group.fresh:
+                size = 4 * sum(_blocks(self.sources[group.model]).values())
+                taken["load s"].setdefault(FRESH, []).append(machine.fresh(size, self.tools.threads))
             for who, folder in folders.items():
                 side = sides.side_of(who, self.tools)
                 try:
@@ -144,7 +148,7 @@ class Run:
         reads: dict[str, list[float]] = {}
         racing = [side for side in alive if measure.who is None or side.who in measure.who]
         for round_ in range(-1 if measure.size < 4096 else 0, measure.rounds):
-            if round_ > 0 and time.monotonic() > deadline:
+            if round_ > 1 and time.monotonic() > deadline:
                 break
             self.step(
                 f"{group.model} {group.form}: {measure.name}, round {max(round_, 0) + 1} of {measure.rounds}"
@@ -250,7 +254,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--models", type=Path, default=Path(tempfile.gettempdir(), "monoblock-bench"))
     parser.add_argument("--json", type=Path, default=Path("bench-results.json"))
     parser.add_argument(
-        "--minutes", type=float, default=12, help="for the essential figures; fewer rounds if less"
+        "--minutes", type=float, default=15, help="for the essential figures; fewer rounds if less"
     )
     parser.add_argument("--threads", type=int, default=machine.describe()["cores"])
     parser.add_argument("--only", action="append", default=[], help="a model, a form, or MODEL/FORM")
@@ -291,7 +295,7 @@ def main() -> None:
         "processes": machine.processes(1 if args.plan == "quick" else 5),
     }
     with tempfile.TemporaryDirectory() as scratch, _progress(len(groups) + 1) as (step, advance):
-        run = Run(tools, Path(scratch), args.plan == "quick", args.minutes / 12, step, memory)
+        run = Run(tools, Path(scratch), args.plan == "quick", args.minutes / 15, step, memory)
         if native.library() is None:
             run.skip(f"monoblock's native kernels: {native.status()}")
         for group in groups:
