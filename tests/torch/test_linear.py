@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -125,7 +126,8 @@ def test_threads_do_not_change_the_result(level: str) -> None:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
             y = packed_dense(x, packed.codes, packed.scale, packed.low, None, 4, 128, 200)
-            found.append((dense(x, weight, None) if rows < 17 and level != "0" else y, y))
+            own = level != "0" and (rows < 17 or native.multiplies_halves(200))
+            found.append((dense(x, weight, None) if own else y, y))
         assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
 
 
@@ -140,13 +142,41 @@ def test_few_rows_are_the_kernels_work(monkeypatch: pytest.MonkeyPatch) -> None:
         return whole(library, x, *rest)
 
     monkeypatch.setattr(linear, "_native", watched)
-    layer = Linear(8, 4).bfloat16()
-    for rows in (1, 16, 17):
-        layer(made(1, rows, 8, dtype=torch.bfloat16))
-    assert calls == [(1, 1, 8), (1, 16, 8)]
+    for inputs in (8, 7):
+        layer = Linear(inputs, 4).bfloat16()
+        calls.clear()
+        for rows in (1, 16, 17):
+            layer(made(1, rows, inputs, dtype=torch.bfloat16))
+        # Pairs of inputs can be multiplied in any number of rows.
+        most = 17 if native.multiplies_halves(inputs) else 16
+        assert calls == [(1, rows, inputs) for rows in (1, 16, 17) if rows <= most]
     monkeypatch.setattr(native, "_opened", lambda: native.choose("0"))
-    layer(made(1, 8, dtype=torch.bfloat16))
-    assert len(calls) == 2
+    layer(made(1, 7, dtype=torch.bfloat16))
+    assert (1, 7) not in calls
+
+
+@pytest.mark.parametrize("amx", [0, 1])
+def test_matrix_units_are_pytorchs(monkeypatch: pytest.MonkeyPatch, amx: int) -> None:
+    library = SimpleNamespace(mb_amx=lambda: amx)
+    monkeypatch.setattr(native, "_opened", lambda: (library, "avx512_vnni_bf16", ""))
+    assert native.multiplies_halves(8) is not bool(amx) and not native.multiplies_halves(7)
+    monkeypatch.setattr(native, "_opened", lambda: (library, "avx512", ""))
+    assert not native.multiplies_halves(8)
+
+
+@torch.no_grad()
+def test_many_rows_of_pairs(level: str) -> None:
+    """More inputs than are turned at once, more rows than sums are kept for, outputs that fill no panel."""
+    dtype = torch.bfloat16
+    for rows, outputs, inputs in ((18, 65, 3074), (517, 70, 514), (523, 1, 6200), (40, 200, 9216)):
+        x, weight, bias = made(rows, inputs, dtype=dtype), made(outputs, inputs, dtype=dtype, seed=1), made(outputs)
+        y, expected = dense(x, weight, bias.to(dtype)), F.linear(x.double(), weight.double(), bias.to(dtype).double())
+        factor = 1 if native.multiplies_halves(inputs) else 2
+        off = (y - expected).abs()
+        assert (off <= factor * bound(x, weight, bias, expected, dtype)).all(), (level, rows, outputs, inputs)
+        if native.multiplies_halves(inputs):
+            packed = packing.pack(weight, 12, 128).codes
+            assert torch.equal(packed_dense(x, packed, None, None, bias.to(dtype), 12, 128, inputs), y)
 
 
 def test_shapes_and_strides() -> None:

@@ -60,6 +60,11 @@ def multiplies_codes() -> bool:
     return level() == "avx512_vnni_bf16"
 
 
+def multiplies_halves(inputs: int) -> bool:
+    """Whether many rows of so many bfloat16 inputs are multiplied in pairs (AVX-512 BF16). With AMX PyTorch is faster."""
+    return level() == "avx512_vnni_bf16" and inputs % 2 == 0 and not library().mb_amx()
+
+
 def status() -> str:
     """One sentence: which kernels are in use, or why there are none."""
     return _opened()[2]

@@ -90,6 +90,24 @@ inline int linear_of_codes(const Matrix& m, const void* x, int32_t x_format, int
 }
 #endif
 
+#if defined(__AVX512VNNI__) && defined(__AVX512BF16__)
+// `linear` for bf16 weights and many rows of bf16 inputs.
+inline int linear_of_halves(const Matrix& m, const uint16_t* x, int64_t ldx, int64_t rows, void* y, int32_t y_format,
+                            int64_t ldy, int threads) {
+  char* scratch = (char*)scratch_of(threads * TurnedHalves::BYTES + 64);
+  if (!scratch) return 1;
+  scratch = (char*)round_up((int64_t)scratch, 64);
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+    const TurnedHalves turned(scratch + thread_number() * TurnedHalves::BYTES);
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t first = 0; first < m.outputs; first += PANEL)
+      halves_panel(m, turned, first, first + threads * PANEL, x, ldx, rows, (char*)y, y_format, ldy);
+  }
+  return 0;
+}
+#endif
+
 // y (rows, outputs) = x (rows, inputs) W^T + bias; `ldx`, `ldy`: elements from row to row; formats F32 or BF16.
 // Returns 0, or 1 if there was no memory.
 inline int linear(const Matrix& m, const void* x, int32_t x_format, int64_t ldx, int64_t rows, void* y,
@@ -98,6 +116,10 @@ inline int linear(const Matrix& m, const void* x, int32_t x_format, int64_t ldx,
 #if defined(__AVX512VNNI__)
   if (rows > AT_ONCE && (m.format == INT8 || m.format == INT4))
     return linear_of_codes(m, x, x_format, ldx, rows, y, y_format, ldy, threads);
+#endif
+#if defined(__AVX512VNNI__) && defined(__AVX512BF16__)
+  if (rows > AT_ONCE && (m.format == BF16 || m.format == LOSSLESS) && x_format == BF16 && m.inputs % 2 == 0)
+    return linear_of_halves(m, (const uint16_t*)x, ldx, rows, y, y_format, ldy, threads);
 #endif
   int64_t need = prepared_bytes(m.inputs, AT_ONCE), floats = AT_ONCE * m.inputs * 4;
   char* scratch = (char*)scratch_of(need + floats);

@@ -101,6 +101,7 @@ inline void multiply(const Matrix& m, const Prepared& x, int rows, float* y, int
 }  // namespace matrices
 
 #include "codes.hpp"
+#include "halves.hpp"
 #include "linear.hpp"
 
 using matrices::Matrix;

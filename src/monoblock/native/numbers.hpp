@@ -55,11 +55,10 @@ INLINE To bits(From from) {
   return to;
 }
 
-// Loads a vector once. Without this, compilers read it from memory again for each use, which costs nothing only where it
-// lies within a line of the cache; the tensors of a file lie anywhere.
-template <class Vector, class Scalar>
-INLINE Vector load_once(const Scalar* from) {
-  Vector v = load<Vector>(from);
+// Keeps a vector in a register. Without this, compilers read it from memory again for each use, which costs nothing only
+// where it lies within a line of the cache; the tensors of a file lie anywhere.
+template <class Vector>
+INLINE Vector once(Vector v) {
 #if defined(__AVX2__)
   asm("" : "+v"(v));
 #endif

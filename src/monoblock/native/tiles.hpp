@@ -91,7 +91,7 @@ struct HalfTile {
   static INLINE void step(const uint16_t* w, int64_t ldw, const float* x, int64_t ldx,
                           Floats (&sums)[R][T]) {
     Shorts weights[R];
-    UNROLL for (int r = 0; r < R; ++r) ahead<T>(w + r * ldw), weights[r] = load_once<Shorts>(w + r * ldw);
+    UNROLL for (int r = 0; r < R; ++r) ahead<T>(w + r * ldw), weights[r] = once(load<Shorts>(w + r * ldw));
     meet<R, T>(weights, x, ldx, sums);
   }
 
@@ -136,7 +136,7 @@ struct PairTile {
   static INLINE void step(const uint16_t* w, int64_t ldw, const uint16_t* x, int64_t ldx,
                           Floats (&sums)[R][T]) {
     Shorts weights[R];
-    UNROLL for (int r = 0; r < R; ++r) ahead<T>(w + r * ldw), weights[r] = load_once<Shorts>(w + r * ldw);
+    UNROLL for (int r = 0; r < R; ++r) ahead<T>(w + r * ldw), weights[r] = once(load<Shorts>(w + r * ldw));
     meet<R, T>(weights, x, ldx, sums);
   }
 

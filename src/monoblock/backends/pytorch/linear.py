@@ -16,9 +16,10 @@ all that the core can read is 42 GB/s, and two cores together 50 to 80):
                                    24, 11, 12, 10 and oneDNN 30, 22, 19, 18
     CPU, float32, more; training   oneDNN on the plain matrix: more than twice MKL's rate, which treats processors of
                                    other makers as old ones; forward and backward alike
-    CPU, bfloat16, more rows       F.linear, which is oneDNN, at the processor's limit
+    CPU, bfloat16, more rows       with AVX-512 BF16 the native kernels, 1.02 to 1.1 times F.linear (oneDNN), which
+                                   orders the weights anew for each product; with AMX, and without either, F.linear
     CPU, packed, any rows          the native kernels; with 512 rows 1.3 times the products a second of bfloat16.
-                                   Without AVX-512 VNNI, and without loss, more than 16 rows are unpacked
+                                   Without AVX-512 VNNI or BF16 more than 16 rows are unpacked
     all else                       F.linear
 """
 
@@ -40,7 +41,6 @@ FEW = 16  # rows up to which reading the weights is what takes the time
 PIECE = (
     1 << 22
 )  # weights that are unpacked at a time: they stay in the caches, and in memory that is used again
-FEW_OF = {torch.float32: 8, torch.bfloat16: FEW}
 FORMATS = {torch.float32: native.FORMATS["float32"], torch.bfloat16: native.FORMATS["bfloat16"]}
 PACKED = {8: native.FORMATS["int8"], 4: native.FORMATS["int4"], LOSSLESS: native.FORMATS["lossless"]}
 
@@ -90,11 +90,10 @@ def plain(*tensors: Tensor) -> bool:
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The product alone, without gradients."""
     if x.is_cpu and x.dtype in FORMATS and weight.dtype == x.dtype and x.shape[-1:] == weight.shape[1:]:
-        size = x.numel()
-        few = (
-            0 < size <= FEW * weight.shape[1] and weight.is_contiguous() and _bias_fits(bias, weight.shape[0])
-        )
-        if few and (library := native.library()) is not None:
+        size, inputs = x.numel(), weight.shape[1]
+        own = size <= FEW * inputs or (x.dtype == torch.bfloat16 and native.multiplies_halves(inputs))
+        own &= size > 0 and weight.is_contiguous() and _bias_fits(bias, weight.shape[0])
+        if own and (library := native.library()) is not None:
             return _native(library, x, FORMATS[x.dtype], (weight, None, None, bias), x.shape[-1], 0)
         if ONEDNN and size and x.dtype == torch.float32 and weight.numel():
             return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
@@ -221,8 +220,12 @@ def _packed(
     fits = x.is_cpu and x.dtype in FORMATS and x.shape[-1] == inputs and all(p.is_contiguous() for p in parts)
     if fits and x.numel() and codes.shape[0] and _bias_fits(bias, codes.shape[0]):
         library = native.library()
-        few = x.numel() <= FEW * inputs
-        if library is not None and (few or (native.multiplies_codes() and scale is not None)):
+        own = x.numel() <= FEW * inputs or (
+            native.multiplies_codes()
+            if scale is not None
+            else x.dtype == torch.bfloat16 and native.multiplies_halves(inputs)
+        )
+        if library is not None and own:
             return _native(library, x, PACKED[bits], (codes, scale, low, bias), inputs, group)
         if library is not None and scale is None:
             return _by_pieces(library, x, codes, bias, inputs)
