@@ -169,8 +169,15 @@ def test_many_rows_of_pairs(level: str) -> None:
     """More inputs than are turned at once, more rows than sums are kept for, outputs that fill no panel."""
     dtype = torch.bfloat16
     for rows, outputs, inputs in ((18, 65, 3074), (517, 70, 514), (523, 1, 6200), (40, 200, 9216)):
-        x, weight, bias = made(rows, inputs, dtype=dtype), made(outputs, inputs, dtype=dtype, seed=1), made(outputs)
-        y, expected = dense(x, weight, bias.to(dtype)), F.linear(x.double(), weight.double(), bias.to(dtype).double())
+        x, weight, bias = (
+            made(rows, inputs, dtype=dtype),
+            made(outputs, inputs, dtype=dtype, seed=1),
+            made(outputs),
+        )
+        y, expected = (
+            dense(x, weight, bias.to(dtype)),
+            F.linear(x.double(), weight.double(), bias.to(dtype).double()),
+        )
         factor = 1 if native.multiplies_halves(inputs) else 2
         off = (y - expected).abs()
         assert (off <= factor * bound(x, weight, bias, expected, dtype)).all(), (level, rows, outputs, inputs)

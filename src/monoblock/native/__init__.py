@@ -61,7 +61,7 @@ def multiplies_codes() -> bool:
 
 
 def multiplies_halves(inputs: int) -> bool:
-    """Whether many rows of so many bfloat16 inputs are multiplied in pairs (AVX-512 BF16). With AMX PyTorch is faster."""
+    """Whether many rows of so many bfloat16 inputs are multiplied in pairs (AVX-512 BF16; AMX is PyTorch's)."""
     return level() == "avx512_vnni_bf16" and inputs % 2 == 0 and not library().mb_amx()
 
 
