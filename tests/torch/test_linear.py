@@ -150,9 +150,13 @@ def test_few_rows_are_the_kernels_work(monkeypatch: pytest.MonkeyPatch) -> None:
         # Pairs of inputs can be multiplied in any number of rows.
         most = 17 if native.multiplies_halves(inputs) else 16
         assert calls == [(1, rows, inputs) for rows in (1, 16, 17) if rows <= most]
+    calls.clear()
+    for rows in (8, 9):
+        Linear(8, 4)(made(rows, 8))
+    assert calls == [(8, 8)]
     monkeypatch.setattr(native, "_opened", lambda: native.choose("0"))
-    layer(made(1, 7, dtype=torch.bfloat16))
-    assert (1, 7) not in calls
+    Linear(8, 4)(made(1, 8))
+    assert calls == [(8, 8)]
 
 
 @pytest.mark.parametrize("amx", [0, 1])

@@ -8,12 +8,12 @@
         the bias.
 
 The rules, with what was measured on one core of a Zen 5 server (a matrix of 11264 x 2048; the rates count weights read;
-all that the core can read is 42 GB/s, and two cores together 50 to 80):
+all that the core can read is 40 GB/s, and two cores together 50 to 80):
 
-    CPU, bfloat16, up to 16 rows   the native kernels; at 1, 2, 4, 8, 16 rows 38, 29, 21, 27, 14 GB/s,
-                                   where F.linear has 18, 19, 18, 16, 13
-    CPU, float32, up to 8 rows     the native kernels; at 1, 2, 4, 8 rows 45, 40, 32, 18 GB/s, where F.linear (MKL) has
-                                   24, 11, 12, 10 and oneDNN 30, 22, 19, 18
+    CPU, bfloat16, up to 16 rows   the native kernels; at 1, 2, 4, 8, 16 rows 33, 39, 34, 27, 12 GB/s,
+                                   where F.linear has 16, 17, 16, 15, 12
+    CPU, float32, up to 8 rows     the native kernels; at 1, 2, 4, 8 rows 37, 32, 25, 15 GB/s, where F.linear (MKL) has
+                                   16, 10, 10, 8 and oneDNN 21, 18, 18, 16; at 16 oneDNN is 15% faster
     CPU, float32, more; training   oneDNN on the plain matrix: more than twice MKL's rate, which treats processors of
                                    other makers as old ones; forward and backward alike
     CPU, bfloat16, more rows       with AVX-512 BF16 the native kernels, 1.02 to 1.1 times F.linear (oneDNN), which
@@ -38,6 +38,7 @@ from monoblock.backends.pytorch import packed_gpu, packing
 from monoblock.quantization import LOSSLESS
 
 FEW = 16  # rows up to which reading the weights is what takes the time
+FEW_OF = {torch.float32: 8, torch.bfloat16: FEW}  # of plain weights
 PIECE = (
     1 << 22
 )  # weights that are unpacked at a time: they stay in the caches, and in memory that is used again
@@ -91,7 +92,9 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The product alone, without gradients."""
     if x.is_cpu and x.dtype in FORMATS and weight.dtype == x.dtype and x.shape[-1:] == weight.shape[1:]:
         size, inputs = x.numel(), weight.shape[1]
-        own = size <= FEW * inputs or (x.dtype == torch.bfloat16 and native.multiplies_halves(inputs))
+        own = size <= FEW_OF[x.dtype] * inputs or (
+            x.dtype == torch.bfloat16 and native.multiplies_halves(inputs)
+        )
         own &= size > 0 and weight.is_contiguous() and _bias_fits(bias, weight.shape[0])
         if own and (library := native.library()) is not None:
             return _native(library, x, FORMATS[x.dtype], (weight, None, None, bias), x.shape[-1], 0)
