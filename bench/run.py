@@ -130,13 +130,19 @@ class Run:
         return alive
 
     def _record(
-        self, group: Group, name: str, unit: str, values: dict[str, list[float]], **rest: Any
+        self,
+        group: Group,
+        name: str,
+        unit: str,
+        values: dict[str, list[float]],
+        **rest: dict[str, list[float]],
     ) -> None:
         figure = {"model": group.model, "form": group.form, "measure": name, "unit": unit}
         same = next((one for one in self.figures if figure.items() <= one.items()), None)
         if same:  # an addition to what was measured before, of some contestants
-            for who, more in values.items():
-                same["values"].setdefault(who, []).extend(more)
+            for key, added in ({"values": values} | rest).items():
+                for who, more in added.items():
+                    same[key].setdefault(who, []).extend(more)
         else:
             self.figures.append(figure | {"values": values} | rest)
 
@@ -153,10 +159,10 @@ class Run:
             self.step(
                 f"{group.model} {group.form}: {measure.name}, round {max(round_, 0) + 1} of {measure.rounds}"
             )
+            before = self._read(measure) if round_ >= 0 else 0.0
             # Each second round goes backwards, so that nobody always follows the same neighbour.
             for side in racing[:: -1 if round_ % 2 else 1]:
                 try:
-                    before = self._read(measure)
                     seconds, megabytes = _timed(side, group, measure, vocab, round_)
                 except Failed as failure:
                     if round_ < 0 and isinstance(failure, Busy):
@@ -167,7 +173,9 @@ class Run:
                 if round_ >= 0:
                     speed.setdefault(side.who, []).append(measure.tokens / seconds)
                     memory.setdefault(side.who, []).append(megabytes)
-                    reads.setdefault(side.who, []).append((before + self._read(measure)) / 2)
+                    after = self._read(measure)
+                    reads.setdefault(side.who, []).append((before + after) / 2)
+                    before = after
         if measure.kind == "decode":
             self._record(group, measure.name, "tok/s", speed, **{"read GB/s": reads})
         else:

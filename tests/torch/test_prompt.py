@@ -174,6 +174,11 @@ def test_threads_share_the_work() -> None:
         torch.set_num_threads(before)
 
 
+def test_an_activation_that_is_none_is_refused() -> None:
+    with pytest.raises(ValueError, match="activation 6"):
+        prompt.activate(torch.ones(2, 8), 6, gated=False)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("width", [5, 16, 83])
 @pytest.mark.usefixtures("level")

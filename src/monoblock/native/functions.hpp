@@ -110,17 +110,18 @@ INLINE void each(float* x, int64_t count, F f) {
 template <Activation A>
 using Chosen = std::integral_constant<Activation, A>;
 
-// Calls f with the activation of this number as a type, so that its loops are made for that one.
+// Calls f with the activation of this number as a type, so that its loops are made for that one; false: there is none.
 template <class F>
-INLINE void choose(int32_t kind, F f) {
+INLINE bool choose(int32_t kind, F f) {
   switch (kind) {
-    case GELU: return f(Chosen<GELU>());
-    case GELU_TANH: return f(Chosen<GELU_TANH>());
-    case QUICK_GELU: return f(Chosen<QUICK_GELU>());
-    case RELU: return f(Chosen<RELU>());
-    case RELU2: return f(Chosen<RELU2>());
-    case SILU: return f(Chosen<SILU>());
+    case GELU: return f(Chosen<GELU>()), true;
+    case GELU_TANH: return f(Chosen<GELU_TANH>()), true;
+    case QUICK_GELU: return f(Chosen<QUICK_GELU>()), true;
+    case RELU: return f(Chosen<RELU>()), true;
+    case RELU2: return f(Chosen<RELU2>()), true;
+    case SILU: return f(Chosen<SILU>()), true;
   }
+  return false;
 }
 
 inline void activate(int32_t kind, float* x, int64_t count) {

@@ -2,8 +2,8 @@
 //
 // As in codes.hpp a thread turns 64 rows of weights, here so that a vector holds two neighbouring weights of 16 rows, and
 // then meets them with six rows of inputs at a time. A stretch of turned weights stays in the second cache while all inputs
-// pass by; meanwhile the rows that will be turned next are asked for. Turning costs less than reading weights that have
-// once been turned and kept: of the products' rate 1 to 3%, where oneDNN's own reordering takes 5%.
+// pass by; meanwhile the rows that will be turned next are asked for. Weights that were turned once and kept would be 1 to 3%
+// faster, and a second copy of the model; oneDNN, which reorders them for each product too, takes 5% for it.
 #pragma once
 
 #if defined(__AVX512VNNI__) && defined(__AVX512BF16__)

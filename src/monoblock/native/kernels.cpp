@@ -28,8 +28,11 @@ EXPORT int mb_level() {
 // Whether the machine has matrix units for bf16 (AMX): with them PyTorch's products of many rows are several times as fast.
 EXPORT int mb_amx() {
 #if defined(__x86_64__) || defined(_M_X64)
-  unsigned a, b, c, d;
-  return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 22 & 1);
+  static const int found = [] {  // asked once: a virtual machine's host answers it
+    unsigned a, b, c, d;
+    return int(__get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 22 & 1));
+  }();
+  return found;
 #else
   return 0;
 #endif

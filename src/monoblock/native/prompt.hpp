@@ -166,13 +166,13 @@ void activate_row(const Activate& a, int64_t row) {
 }
 
 inline int activate(const Activate& a) {
-  choose(a.kind, [&](auto act) {
+  const bool known = choose(a.kind, [&](auto act) {
     constexpr Activation A = decltype(act)::value;
 #pragma omp parallel for num_threads(a.threads) if (a.threads > 1 && a.rows > 8)
     for (int64_t row = 0; row < a.rows; ++row)
       a.bf16 ? activate_row<uint16_t, A>(a, row) : activate_row<float, A>(a, row);
   });
-  return 0;
+  return !known;
 }
 
 }  // namespace prompt

@@ -39,9 +39,8 @@ from monoblock.quantization import LOSSLESS
 
 FEW = 16  # rows up to which reading the weights is what takes the time
 FEW_OF = {torch.float32: 8, torch.bfloat16: FEW}  # of plain weights
-PIECE = (
-    1 << 22
-)  # weights that are unpacked at a time: they stay in the caches, and in memory that is used again
+# Weights that are unpacked at a time: they stay in the caches, and in memory that is used again.
+PIECE = 1 << 22
 FORMATS = {torch.float32: native.FORMATS["float32"], torch.bfloat16: native.FORMATS["bfloat16"]}
 PACKED = {8: native.FORMATS["int8"], 4: native.FORMATS["int4"], LOSSLESS: native.FORMATS["lossless"]}
 
@@ -92,15 +91,18 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The product alone, without gradients."""
     if x.is_cpu and x.dtype in FORMATS and weight.dtype == x.dtype and x.shape[-1:] == weight.shape[1:]:
         size, inputs = x.numel(), weight.shape[1]
-        own = size <= FEW_OF[x.dtype] * inputs or (
-            x.dtype == torch.bfloat16 and native.multiplies_halves(inputs)
-        )
+        own = size <= FEW_OF[x.dtype] * inputs or _by_pairs(x, inputs)
         own &= size > 0 and weight.is_contiguous() and _bias_fits(bias, weight.shape[0])
         if own and (library := native.library()) is not None:
             return _native(library, x, FORMATS[x.dtype], (weight, None, None, bias), x.shape[-1], 0)
         if ONEDNN and size and x.dtype == torch.float32 and weight.numel():
             return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return F.linear(x, weight, bias)
+
+
+def _by_pairs(x: Tensor, inputs: int) -> bool:
+    """Whether the native kernels are the fastest way for any number of rows of bfloat16."""
+    return x.dtype == torch.bfloat16 and native.multiplies_halves(inputs)
 
 
 def _bias_fits(bias: Tensor | None, outputs: int) -> bool:
@@ -223,12 +225,8 @@ def _packed(
     fits = x.is_cpu and x.dtype in FORMATS and x.shape[-1] == inputs and all(p.is_contiguous() for p in parts)
     if fits and x.numel() and codes.shape[0] and _bias_fits(bias, codes.shape[0]):
         library = native.library()
-        own = x.numel() <= FEW * inputs or (
-            native.multiplies_codes()
-            if scale is not None
-            else x.dtype == torch.bfloat16 and native.multiplies_halves(inputs)
-        )
-        if library is not None and own:
+        many = _by_pairs(x, inputs) if scale is None else native.multiplies_codes()
+        if library is not None and (many or x.numel() <= FEW * inputs):
             return _native(library, x, PACKED[bits], (codes, scale, low, bias), inputs, group)
         if library is not None and scale is None:
             return _by_pieces(library, x, codes, bias, inputs)

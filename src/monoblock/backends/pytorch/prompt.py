@@ -220,7 +220,8 @@ def activate(x: Tensor, kind: int, gated: bool) -> Tensor:
         gated=gated,
         **_common(x),
     )
-    LIBRARY.mb_activate(ctypes.byref(given))
+    if LIBRARY.mb_activate(ctypes.byref(given)):
+        raise ValueError(f"activation {kind}: expected a place in spec.ACTIVATIONS")
     return out
 
 
