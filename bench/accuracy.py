@@ -37,9 +37,8 @@ def compare(samples: list[dict[str, Any]], sources: dict[str, Path], tools: Tool
     for model in dict.fromkeys(one["model"] for one in samples):
         reference = Process(who, tools)
         try:
-            reference.ready(
-                weights_for(who, sources[model], "float32", tools), "float32", SHAPES[model].model
-            )
+            reference.start(SHAPES[model].model)
+            reference.load(weights_for(who, sources[model], "float32", tools), "float32")
             found += [
                 _row(one, reference, folder / "reference.npy") for one in samples if one["model"] == model
             ]

@@ -98,14 +98,22 @@ def limits(memory: Memory) -> dict[str, float]:
 
 
 def fresh(size: int, threads: int) -> float:
-    """Seconds that the system takes to give a new process `size` bytes of memory, asked for by all threads: what
-    loading a model that is not as its file costs at least. A virtual machine's host may have to find them first."""
+    """Seconds that the system takes to give a new process `size` bytes of memory, asked for by all threads. A virtual
+    machine's host may have to find them first; for a second or two they are then at hand for who asks next."""
     code = (
         f"import time, torch; torch.set_num_threads({threads}); begin = time.perf_counter();"
         f"torch.empty({size}, dtype=torch.uint8).fill_(1); print(time.perf_counter() - begin)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True)
     return float(done.stdout)
+
+
+def read_once(source: Path) -> None:
+    """Read a file, or those of a folder, so that the next who reads them finds them in the system's cache."""
+    for file in [source] if source.is_file() else filter(Path.is_file, source.rglob("*")):
+        with file.open("rb", buffering=0) as stream:
+            while stream.read(1 << 24):
+                pass
 
 
 def processes(runs: int = 5) -> dict[str, list[float]]:

@@ -106,13 +106,15 @@ class Run:
         taken: dict[str, dict[str, list[float]]] = {fact: {} for fact in FACTS}
         alive: list[Process | LlamaBench] = []
         for start in range(group.starts):
-            if group.fresh:
-                size = 4 * sum(_blocks(self.sources[group.model]).values())
-                taken["load s"].setdefault(FRESH, []).append(machine.fresh(size, self.tools.threads))
             for who, folder in folders.items():
                 side = sides.side_of(who, self.tools)
                 try:
-                    side.ready(folder, group.form, self._class(group.model))
+                    side.start(self._class(group.model))
+                    machine.read_once(folder)
+                    if group.fresh:
+                        size = 4 * sum(_blocks(self.sources[group.model]).values())
+                        taken["load s"].setdefault(FRESH, []).append(machine.fresh(size, self.tools.threads))
+                    side.load(folder, group.form)
                 except Failed as failure:
                     self.skip(f"{group.model} {group.form}: {failure}")
                     side.close()
@@ -201,7 +203,8 @@ class Run:
         plain = Process("monoblock, plain", self.tools)
         try:
             with self._noted():
-                plain.ready(folders["monoblock"], group.form, self._class(group.model))
+                plain.start(self._class(group.model))
+                plain.load(folders["monoblock"], group.form)
                 self.samples += accuracy.sample(plain, group.model, group.form, vocab, self.scratch)
         finally:
             plain.close()

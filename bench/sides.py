@@ -184,9 +184,12 @@ class Process:
             raise Failed(f"{self.who}: {_last_words(self.log.read_text(errors='replace'))}")
         return json.loads(answer)
 
-    def ready(self, folder: Path, form: str, architecture: str) -> None:
-        """Import and load; what that took is in `facts`."""
+    def start(self, architecture: str) -> None:
+        """Import; what that took is in `facts`."""
         self.facts |= self.ask("start", architecture=architecture)
+
+    def load(self, folder: Path, form: str) -> None:
+        """Load; what that took is in `facts`."""
         self.facts |= self.ask("load", folder=str(folder), form=form)
 
     def prefill(self, tokens: int, vocab: int, seed: int) -> dict[str, float]:
@@ -220,9 +223,13 @@ class LlamaBench:
         self.who, self.facts, self.tools = "llama.cpp", dict[str, Any](), tools
         self.model = ""
 
-    def ready(self, folder: Path, form: str, architecture: str) -> None:
-        """Load and make one token; what that took is in `facts`. Form and class are in the file already."""
-        del form, architecture
+    def start(self, architecture: str) -> None:
+        """Nothing to import; the class is in the file."""
+        del architecture
+
+    def load(self, folder: Path, form: str) -> None:
+        """Load and make one token; what that took is in `facts`. The form is in the file already."""
+        del form
         self.model = str(folder)
         begin = time.perf_counter()
         row, peak = self._run("-p", "0", "-n", "1", "--no-warmup")
