@@ -10,11 +10,14 @@
 
 #include "cached.hpp"
 #include "model.hpp"
+#include "soon.hpp"
 #include "team.hpp"
 
 namespace decode {
 
 constexpr int PARTS = 16;  // stretches that one row's keys may be divided into
+// Turns of a thread at a matrix. Each begins anew in the memory; who has none left asks for what comes next (see soon.hpp).
+constexpr int TURNS = 2;
 
 class Run {
  public:
@@ -45,30 +48,36 @@ class Run {
   // One thread's way through the step; all threads of the region take it together.
   void go(int thread) {
     Arena arena(mine + thread * own_bytes());
-    Own own(*this, arena);
-    begin();
+    Own own(*this, thread, arena);
+    own.soon = beginning(entry(0), thread);
+    begin(own);
     const Norm none = {};
     for (int64_t i = 0; i < m.layers; ++i) {
       const Layer& layer = m.blocks[i];
       enter(m.before ? layer.norm1 : i ? m.blocks[i - 1].norm2 : none, own);
+      own.soon = beginning(layer.out, thread);
       linear(layer.qkv, own.h, h_step, qkv, qkv_size, own);
-      cache(layer, s.slots[i]);
+      cache(layer, s.slots[i], own);
       s.cache_bf16 ? look<uint16_t>(layer, s.slots[i], own) : look<float>(layer, s.slots[i], own);
       gather(own);
+      own.soon = beginning(layer.up, thread, m.gated ? 2 : 1);
       residual(layer.out, own.wide, wide_step, own);
       enter(m.before ? layer.norm2 : layer.norm1, own);
+      own.soon = beginning(layer.down, thread);
       m.gated ? gate(layer.up, own) : raise(layer.up, own);
+      own.soon = beginning(entry(i + 1), thread);
       residual(layer.down, inner, inner_step, own);
     }
     enter(m.before ? none : m.blocks[m.layers - 1].norm2, own);
     for (int64_t t = 0; t < count; ++t) normed(m.final_norm, m.bf16, own.h + t * h_step, m.width, own.h + t * h_step);
+    own.soon = Soon();
     logits(own);
   }
 
  private:
   // One thread's own memory: the state that enters a sub-layer, what a matrix reads, and attention's blocks.
   struct Own {
-    Own(const Run& run, Arena& arena) {
+    Own(const Run& run, int number, Arena& arena) : thread(number) {
       const Model& m = run.m;
       h = arena.take<float>(run.count * run.h_step);
       wide = arena.take<float>(run.count * run.wide_step);
@@ -80,13 +89,15 @@ class Run {
       char* room = arena.take<char>(prepared_bytes(most, run.count));
       if (arena.base) prepared = prepared_in(room, most, run.count);
     }
+    const int thread;
     float *h, *wide, *query, *scores, *block;
     Prepared prepared;
+    Soon soon;
   };
 
   int64_t own_bytes() const {
     Arena measure(nullptr);
-    Own own(*this, measure);
+    Own own(*this, 0, measure);
     return measure.used;
   }
   int64_t padded() const { return round_up(m.dim, 16); }
@@ -101,9 +112,15 @@ class Run {
     part_size = queries() * (2 + padded());
   }
 
+  // A phase: its turns, and whoever has done them asks for what comes soon.
+  template <class F>
+  void share(Own& own, int64_t turns, F work) {
+    team.share(own.thread, turns, work, [&] { return own.soon.ask(); });
+  }
+
   // Embedded tokens, and the angles by which their heads turn.
-  void begin() {
-    team.share(count, [&](int64_t t) {
+  void begin(Own& own) {
+    share(own, count, [&](int64_t t) {
       float* to = x + t * m.width;
       memset(to, 0, m.width * sizeof(float));
       add_row(m.embed, s.ids[t], to);
@@ -141,16 +158,28 @@ class Run {
     for (int64_t t = 0; t < count; ++t) normed(norm, m.bf16, x + t * m.width, m.width, own.h + t * h_step);
   }
 
-  // to[:, 0 .. outputs) by chunks; `after` does the rest for what its thread has just made.
+  int64_t chunk_of(int64_t outputs) const { return round_up(outputs / (TURNS * s.threads) + 1, 16); }
+
+  // Calls `work` for 0 .. outputs by chunks.
   template <class F>
-  void divided(int64_t outputs, F work) {
-    const int64_t chunk = round_up(outputs / (6 * s.threads) + 1, 16);
-    team.share((outputs + chunk - 1) / chunk, [&](int64_t i) { work(i * chunk, std::min((i + 1) * chunk, outputs)); });
+  void divided(int64_t outputs, Own& own, F work) {
+    const int64_t chunk = chunk_of(outputs);
+    share(own, (outputs + chunk - 1) / chunk, [&](int64_t i) { work(i * chunk, std::min((i + 1) * chunk, outputs)); });
+  }
+
+  // The matrix that a layer begins with, or the head.
+  const Matrix& entry(int64_t layer) const { return layer < m.layers ? m.blocks[layer].qkv : m.head; }
+
+  // What a thread reads first of W when its outputs are divided; where it is two matrices, of the first.
+  Soon beginning(const Matrix& w, int thread, int matrices = 1) const {
+    const int64_t outputs = w.outputs / matrices;
+    const int64_t chunk = chunk_of(outputs), first = std::min(thread * chunk, outputs);
+    return Soon(w, first, std::min(first + chunk, outputs), int(count));
   }
 
   void linear(const Matrix& w, const float* from, int64_t step, float* to, int64_t to_step, Own& own) {
     prepare(w, from, step, count, own.prepared);
-    divided(w.outputs, [&](int64_t first, int64_t last) { multiply(w, own.prepared, count, to, to_step, first, last); });
+    divided(w.outputs, own, [&](int64_t first, int64_t last) { multiply(w, own.prepared, count, to, to_step, first, last); });
   }
 
   // x = state before the sub-layer + its output.
@@ -158,7 +187,7 @@ class Run {
     prepare(w, from, step, count, own.prepared);
     const float* before = m.before ? x : own.h;
     const int64_t before_step = m.before ? m.width : h_step;
-    divided(m.width, [&](int64_t first, int64_t last) {
+    divided(m.width, own, [&](int64_t first, int64_t last) {
       multiply(w, own.prepared, count, y, m.width, first, last);
       for (int64_t t = 0; t < count; ++t)
         for (int64_t i = first; i < last; ++i) x[t * m.width + i] = before[t * before_step + i] + y[t * m.width + i];
@@ -167,7 +196,7 @@ class Run {
 
   void raise(const Matrix& w, Own& own) {
     prepare(w, own.h, h_step, count, own.prepared);
-    divided(m.inner, [&](int64_t first, int64_t last) {
+    divided(m.inner, own, [&](int64_t first, int64_t last) {
       multiply(w, own.prepared, count, inner, inner_step, first, last);
       for (int64_t t = 0; t < count; ++t) activate(m.activation, inner + t * inner_step + first, last - first);
     });
@@ -175,7 +204,7 @@ class Run {
 
   void gate(const Matrix& w, Own& own) {
     prepare(w, own.h, h_step, count, own.prepared);
-    divided(m.inner, [&](int64_t first, int64_t last) {
+    divided(m.inner, own, [&](int64_t first, int64_t last) {
       multiply(w, own.prepared, count, inner, inner_step, first, last);
       multiply(w, own.prepared, count, inner, inner_step, m.inner + first, m.inner + last);
       for (int64_t t = 0; t < count; ++t) {
@@ -188,7 +217,7 @@ class Run {
 
   void logits(Own& own) {
     prepare(m.head, own.h, h_step, count, own.prepared);
-    divided(m.head.outputs, [&](int64_t first, int64_t last) {
+    divided(m.head.outputs, own, [&](int64_t first, int64_t last) {
       multiply(m.head, own.prepared, count, s.logits, m.head.outputs, first, last);
       for (int64_t t = 0; t < count; ++t)
         if (m.logit_scale != 1 || m.logit_softcap != 0)
@@ -200,9 +229,9 @@ class Run {
   }
 
   // Queries, keys and values as attention takes them: clipped, normed, turned; keys and values go to the cache.
-  void cache(const Layer& layer, const Slot& slot) {
+  void cache(const Layer& layer, const Slot& slot, Own& own) {
     const int64_t q = m.heads * m.dim, k = m.groups * m.dim;
-    team.share(count, [&](int64_t t) {
+    share(own, count, [&](int64_t t) {
       float* row = qkv + t * qkv_size;
       for (int64_t i = 0; m.clip != 0 && i < qkv_size; ++i) row[i] = std::min(std::max(row[i], -m.clip), m.clip);
       if (!m.by_head) normed(layer.q_norm, m.bf16, row, q, row), normed(layer.k_norm, m.bf16, row + q, k, row + q);
@@ -241,7 +270,7 @@ class Run {
     const int64_t shared = m.heads / m.groups, total = s.past + s.tokens, dropped = s.past - slot.place;
     const int64_t oldest = std::max(dropped, layer.window ? s.past - layer.window + 1 : 0);
     const int64_t each = round_up((total - oldest + stretches - 1) / stretches, KEYS);
-    team.share(s.rows * m.groups * stretches, [&](int64_t task) {
+    share(own, s.rows * m.groups * stretches, [&](int64_t task) {
       const int64_t row = task / stretches / m.groups, g = task / stretches % m.groups;
       const int64_t first = oldest + task % stretches * each;
       for (int64_t i = 0; i < queries(); ++i) {

@@ -42,7 +42,7 @@ struct Soon {
 
 // The bytes of the rows [first, first + PANEL), or of none beyond the end.
 inline Soon rows_from(const Matrix& m, int64_t first) {
-  const int64_t bytes = m.format == LOSSLESS ? row_bytes(m) : m.inputs * 2;
+  const int64_t bytes = row_bytes(m);
   const int64_t last = first + PANEL < m.outputs ? first + PANEL : m.outputs;
   return {(const char*)m.data + first * bytes, (const char*)m.data + last * bytes};
 }

@@ -12,12 +12,6 @@ namespace matrices {
 typedef int16_t SignedShorts __attribute__((vector_size(LANES * 4)));
 typedef int8_t HalfBytes __attribute__((vector_size(LANES * 2)));
 
-constexpr int RUN_BYTES = RUN / 2 * 3;
-
-INLINE int64_t head_bytes(const Matrix& m) { return round_up(m.inputs, 2048) / 64; }
-
-INLINE int64_t row_bytes(const Matrix& m) { return head_bytes(m) + round_up(m.inputs, RUN) / RUN * RUN_BYTES; }
-
 // A row's head, and where its runs begin.
 struct Row {
   Row(const Matrix& m, int64_t output) : head((const uint16_t*)((const uint8_t*)m.data + output * row_bytes(m))) {

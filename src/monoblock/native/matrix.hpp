@@ -63,6 +63,22 @@ inline Prepared prepared_in(void* scratch, int64_t inputs, int64_t rows) {
   return p;
 }
 
+// Of LOSSLESS rows: bytes of the head, and of each run.
+INLINE int64_t head_bytes(const Matrix& m) { return round_up(m.inputs, 2048) / 64; }
+constexpr int RUN_BYTES = RUN / 2 * 3;
+
+// Bytes from row to row of W.
+INLINE int64_t row_bytes(const Matrix& m) {
+  const int64_t padded = round_up(m.inputs, RUN);
+  switch (m.format) {
+    case F32: return m.inputs * 4;
+    case BF16: return m.inputs * 2;
+    case INT8: return padded;
+    case INT4: return padded / 2;
+    default: return head_bytes(m) + padded / RUN * RUN_BYTES;
+  }
+}
+
 INLINE int64_t groups_of(const Matrix& m) { return round_up(m.inputs, RUN) / m.group; }
 
 INLINE float bias_of(const Matrix& m, int64_t output) {

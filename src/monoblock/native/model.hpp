@@ -121,7 +121,7 @@ inline void add_row(const Matrix& m, int64_t index, float* y) {
     }
     return row.others([&](int column, uint16_t value) { y[column] += from_bf16(value); });
   }
-  const uint8_t* codes = (const uint8_t*)m.data + index * (m.format == INT8 ? padded : padded / 2);
+  const uint8_t* codes = (const uint8_t*)m.data + index * row_bytes(m);
   for (int64_t i = 0; i < n; ++i) {
     const int64_t group = (index * padded + i) / m.group;
     if (m.format == INT8) {

@@ -9,9 +9,12 @@
 
 namespace matrices {
 
+constexpr int MOST_OF_FEW = 4;  // rows of inputs
+
 // Rows of weights that are read side by side, where up to four rows of inputs meet them or more do.
-template <int32_t FORMAT, bool MORE>
-constexpr int STREAMS = FORMAT == INT8 ? 2 : FORMAT == BF16 ? (MORE ? 3 : 2) : 4;
+constexpr int streams_of(int32_t format, bool more) {
+  return format == INT8 ? 2 : format == BF16 ? (more ? 3 : 2) : 4;
+}
 
 // Asks for what a stream will soon come to, past the caches that it would fill for nothing; the further on, the less of
 // the time goes by until then. With eight rows of inputs that is +50%, with one +10%.
@@ -327,8 +330,8 @@ inline void by_streams(const Matrix& m, const Prepared& x, int rows, float* y, i
 
 template <class Tile>
 inline void over_tiles(const Matrix& m, const Prepared& x, int rows, float* y, int64_t ldy, int64_t first, int64_t last) {
-  if (rows <= 4) return by_streams<Tile, STREAMS<Tile::FORMAT, false>>(m, x, rows, y, ldy, first, last);
-  by_streams<Tile, STREAMS<Tile::FORMAT, true>>(m, x, rows, y, ldy, first, last);
+  if (rows <= MOST_OF_FEW) return by_streams<Tile, streams_of(Tile::FORMAT, false)>(m, x, rows, y, ldy, first, last);
+  by_streams<Tile, streams_of(Tile::FORMAT, true)>(m, x, rows, y, ldy, first, last);
 }
 
 }  // namespace matrices
