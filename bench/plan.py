@@ -81,8 +81,8 @@ ESSENTIAL = (
         150,
         accuracy=False,
     ),
-    Group("thin-4", "float32", HUB, (_decode(1, 7, 400),), 12, accuracy=False),
-    Group("thin-28", "float32", HUB, (_decode(1, 7, 200),), 15, accuracy=False),
+    Group("thin-4", "float32", HUB, (_decode(1, 7, 900),), 20, accuracy=False),
+    Group("thin-28", "float32", HUB, (_decode(1, 7, 400),), 25, accuracy=False),
 )
 # And what takes longer.
 FULL = (
