@@ -65,8 +65,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--windows", type=int, default=120, help=f"of {LENGTH} held-out tokens")
-    parser.add_argument("--steps", type=int, default=120, help="of the larger model's training")
+    parser.add_argument("--windows", type=int, default=48, help=f"of {LENGTH} held-out tokens")
+    parser.add_argument("--steps", type=int, default=1000, help="of the larger model's training")
     parser.add_argument("--folder", type=Path, default=Path("build/perplexity"), help="of the larger model")
     parser.add_argument("--json", type=Path, help="write the figures there, too")
     options = parser.parse_args()

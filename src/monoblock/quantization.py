@@ -66,7 +66,8 @@ class BitsAndBytesConfig:
     """Weights of the blocks in 4 or 8 bits through bitsandbytes; embeddings, norms and heads stay as they are.
 
     `load_in_4bit` with `bnb_4bit_quant_type` "fp4" or "nf4" (arXiv:2305.14314), `bnb_4bit_compute_dtype` (None: the
-    model's own), `bnb_4bit_use_double_quant`; or `load_in_8bit` with `llm_int8_threshold` (arXiv:2208.07339).
+    model's own), `bnb_4bit_use_double_quant`; or `load_in_8bit` with `llm_int8_threshold` (arXiv:2208.07339), whose
+    inputs pass through float16.
     `llm_int8_skip_modules`: names of modules, whole or their last part, that stay as they are.
     """
 

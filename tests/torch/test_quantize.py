@@ -75,6 +75,13 @@ def test_the_blocks_are_packed_and_nothing_else(folder: Path) -> None:
         model.save_pretrained(folder / "packed")
 
 
+def test_8_bit_products_do_not_say_each_time_that_they_take_float16(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    logits(folder, quantization_config=EIGHT, dtype=torch.bfloat16)
+    assert not caplog.records
+
+
 def test_the_page_s_example(folder: Path) -> None:
     """Mistral's page, with its misprint mended (`quantization_config=True`) and on the device that is here."""
     quantization_config = BitsAndBytesConfig(

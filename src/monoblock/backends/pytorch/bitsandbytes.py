@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
@@ -32,10 +33,16 @@ def layer(linear: nn.Module, how: BitsAndBytesConfig) -> nn.Module:
         size = _block_size(linear)
         made.weight = bnb.Params4bit(weight.clone(), requires_grad=False, blocksize=size, **kind)
     else:
+        logging.getLogger("bitsandbytes.autograd._functions").addFilter(_worth_saying)
         made = bnb.Linear8bitLt(*shape, bias=bias, has_fp16_weights=False, threshold=how.llm_int8_threshold)
         made.weight = bnb.Int8Params(weight.clone(), requires_grad=False, has_fp16_weights=False)
     made.bias = linear.bias
     return made.to(weight.device).train(linear.training)  # it packs when weights are moved to their device
+
+
+def _worth_saying(record: logging.LogRecord) -> bool:
+    """Not what bitsandbytes would say in every product: that it rounds inputs to float16 before those in 8 bits."""
+    return "inputs will be cast" not in record.getMessage()
 
 
 def _block_size(linear: nn.Linear) -> int:
