@@ -81,8 +81,8 @@ ESSENTIAL = (
         150,
         accuracy=False,
     ),
-    Group("thin-4", "float32", HUB, (_decode(1, 7, 900),), 20, accuracy=False),
-    Group("thin-28", "float32", HUB, (_decode(1, 7, 400),), 25, accuracy=False),
+    Group("thin-4", "float32", HUB, (_decode(1, 7, 900),), 18, accuracy=False),
+    Group("thin-28", "float32", HUB, (_decode(1, 7, 400),), 24, accuracy=False),
 )
 # And what takes longer.
 FULL = (

@@ -10,14 +10,14 @@
 
 #include "cached.hpp"
 #include "model.hpp"
-#include "soon.hpp"
 #include "team.hpp"
 
 namespace decode {
 
 constexpr int PARTS = 16;  // stretches that one row's keys may be divided into
-// Turns of a thread at a matrix. Each begins anew in the memory; who has none left asks for what comes next (see soon.hpp).
+// Turns of a thread at a matrix: few, since each begins anew in the memory; who has none left asks for what comes next.
 constexpr int TURNS = 2;
+constexpr int64_t NEXT = 256 << 10;  // bytes of it at most, which must stay in a near cache until they are read
 
 class Run {
  public:
@@ -170,11 +170,12 @@ class Run {
   // The matrix that a layer begins with, or the head.
   const Matrix& entry(int64_t layer) const { return layer < m.layers ? m.blocks[layer].qkv : m.head; }
 
-  // What a thread reads first of W when its outputs are divided; where it is two matrices, of the first.
-  Soon beginning(const Matrix& w, int thread, int matrices = 1) const {
-    const int64_t outputs = w.outputs / matrices;
+  // What a thread reads first of W when its outputs are divided; of several matrices in one, of the first.
+  Soon beginning(const Matrix& w, int thread, int parts = 1) const {
+    const int64_t outputs = w.outputs / parts;
     const int64_t chunk = chunk_of(outputs), first = std::min(thread * chunk, outputs);
-    return Soon(w, first, std::min(first + chunk, outputs), int(count));
+    const int streams = streams_of(w.format, count > MOST_OF_FEW);
+    return Soon(w, first, std::min(first + chunk, outputs), streams, NEXT / streams);
   }
 
   void linear(const Matrix& w, const float* from, int64_t step, float* to, int64_t to_step, Own& own) {

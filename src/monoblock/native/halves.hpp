@@ -29,22 +29,9 @@ struct TurnedHalves {
   }
 };
 
-// A part of the memory that will soon be read, asked for line by line.
-struct Soon {
-  const char *next, *end;
-
-  INLINE void line() {
-    if (next >= end) return;
-    __builtin_prefetch(next, 0, 2);
-    next += 64;
-  }
-};
-
-// The bytes of the rows [first, first + PANEL), or of none beyond the end.
+// The rows [first, first + PANEL), or none beyond the end.
 inline Soon rows_from(const Matrix& m, int64_t first) {
-  const int64_t bytes = row_bytes(m);
-  const int64_t last = first + PANEL < m.outputs ? first + PANEL : m.outputs;
-  return {(const char*)m.data + first * bytes, (const char*)m.data + last * bytes};
+  return Soon(m, first, first + PANEL < m.outputs ? first + PANEL : m.outputs);
 }
 
 // The weights [k, k + count) of a row; `to` is for those that are packed.
@@ -86,7 +73,7 @@ inline void meet_stretch(const uint32_t* weights, const uint16_t* x, int64_t ldx
     UNROLL for (int t = 0; t < T; ++t)
       UNROLL for (int i = 0; i < ACROSS; ++i) own[t][i] = load<Floats>(sums + t * PANEL + i * SIDE);
   for (int64_t start = 0; start < pairs; start += TURN) {
-    soon.line();
+    soon.ask();
     const int64_t end = start + TURN < pairs ? start + TURN : pairs;
     _Pragma("GCC unroll 2") for (int64_t p = start; p < end; ++p) {
       __m512bh two[ACROSS];
@@ -144,7 +131,7 @@ inline void put_panel(const Matrix& m, const float* sums, int64_t first, int64_t
 inline void halves_panel(const Matrix& m, const TurnedHalves& w, int64_t first, int64_t next, const uint16_t* x,
                          int64_t ldx, int64_t rows, char* y, int32_t y_format, int64_t ldy) {
   const int64_t stretches = (m.inputs + STRETCH - 1) / STRETCH, each = round_up((m.inputs + stretches - 1) / stretches, RUN);
-  Soon soon = next < m.outputs ? rows_from(m, next) : Soon{};
+  Soon soon = rows_from(m, next);
   for (int64_t row = 0; row < rows; row += MANY) {
     const int64_t count = rows - row < MANY ? rows - row : MANY;
     for (int64_t k = 0; k < m.inputs; k += each) {
