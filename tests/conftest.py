@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import logging
+import signal
 
 import pytest
 
 from monoblock import native
 from monoblock.config import PretrainedConfig
 from monoblock.native import build
+
+# A shell's background job ignores Ctrl-C, and so would the commands that tests start, and stop with it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
