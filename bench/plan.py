@@ -42,8 +42,7 @@ class Group:
     """A model in one form; all its contestants are loaded at once. `seconds`: what it may take of 15 minutes; then
     no rounds begin beyond the second. `starts`: how often each is started anew, for the figures of loading. `fresh`:
     whether loading needs memory of its own. Then the system is asked for as much before each loading, which is a figure
-    too, and gets it back: the host of a virtual machine may have to find it first, whoever asks, just as
-    files are in the system's cache before anyone is timed who reads them.
+    too, and gets it back: the host of a virtual machine may have to find it first, whoever asks.
     """
 
     model: str

@@ -105,6 +105,7 @@ class Run:
         """The contestants, loaded; each `starts` times, of which the last stays."""
         taken: dict[str, dict[str, list[float]]] = {fact: {} for fact in FACTS}
         alive: list[Process | LlamaBench] = []
+        size = 4 * sum(_blocks(self.sources[group.model]).values())  # of the matrices, in float32
         for start in range(group.starts):
             for who, folder in folders.items():
                 side = sides.side_of(who, self.tools)
@@ -112,7 +113,6 @@ class Run:
                     side.start(self._class(group.model))
                     machine.read_once(folder)
                     if group.fresh:
-                        size = 4 * sum(_blocks(self.sources[group.model]).values())
                         taken["load s"].setdefault(FRESH, []).append(machine.fresh(size, self.tools.threads))
                     side.load(folder, group.form)
                 except Failed as failure:

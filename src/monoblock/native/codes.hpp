@@ -57,10 +57,11 @@ INLINE void turn(Words (&v)[SIDE]) {
 // Turns the rows [first, first + PANEL) of the matrix; rows beyond its end are the last one again.
 inline void turn_panel(const Matrix& m, int64_t first, const Turned& to) {
   const int64_t padded = round_up(m.inputs, RUN), groups = padded / m.group;
+  const int64_t bytes = row_bytes(m);
   const uint8_t* rows[PANEL];
   for (int r = 0; r < PANEL; ++r) {
     const int64_t row = first + r < m.outputs ? first + r : m.outputs - 1;
-    rows[r] = (const uint8_t*)m.data + row * row_bytes(m);
+    rows[r] = (const uint8_t*)m.data + row * bytes;
     for (int64_t g = 0; g < groups; ++g) {
       const float scale = from_half(m.scale[row * groups + g]);
       to.scale[g * PANEL + r] = scale;
