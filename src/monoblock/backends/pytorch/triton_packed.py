@@ -4,6 +4,8 @@ Imported by packed_gpu.py, where Triton is installed. packing.py has the formats
 GPU was at hand to tune them on.
 """
 
+# Triton's types know neither the grid and the options of a launch nor `static_range`.
+# pyright: reportIndexIssue=false, reportCallIssue=false, reportGeneralTypeIssues=false
 from __future__ import annotations
 
 import triton  # pyright: ignore[reportMissingImports]
@@ -84,7 +86,7 @@ def few_rows(
     rows, inputs = x_rk.shape
     outputs = codes.shape[0]
     y = x_rk.new_empty(rows, outputs)
-    _kernel[(triton.cdiv(outputs, OUTPUTS),)](  # pyright: ignore[reportIndexIssue]
+    _kernel[(triton.cdiv(outputs, OUTPUTS),)](
         x_rk.contiguous(),
         codes.contiguous(),
         scale.contiguous(),

@@ -9,6 +9,8 @@ two however small it is. Which place a slot holds, and who sees it, follows from
 ALiBi's bias and the cap on scores are in float32. Block sizes are guesses, since no GPU was at hand to tune them on.
 """
 
+# Triton's types know neither the grid and the options of a launch nor `static_range`.
+# pyright: reportIndexIssue=false, reportCallIssue=false, reportGeneralTypeIssues=false
 from __future__ import annotations
 
 import torch
@@ -180,7 +182,7 @@ def attention(
     turned = q_bhsd.new_empty(b, h, d)
     cos, sin = angles or (turned, turned)
     q, k, v = (_by_head(x) for x in (q_bhsd, k_bgsd, v_bgsd))
-    _write[(b, h + 2 * g)](  # pyright: ignore[reportIndexIssue]
+    _write[(b, h + 2 * g)](
         *(q, k, v, turned, keys_bgkd, values_bgkd, cos, sin, place_1),
         *(q.stride(0), k.stride(0), v.stride(0), 0 if cos.shape[0] == 1 else cos.stride(0), slots),
         H=h,
@@ -192,7 +194,7 @@ def attention(
     )
     out = turned.new_empty(b * h, pieces, d, dtype=torch.float32)
     logs = turned.new_empty(b * h, pieces, dtype=torch.float32)
-    _partial[(b * g, pieces)](  # pyright: ignore[reportIndexIssue]
+    _partial[(b * g, pieces)](
         *(turned, keys_bgkd, values_bgkd),
         # Pointers that are not read where there is no such tensor.
         place_1 if slopes_h is None else slopes_h,
@@ -212,7 +214,7 @@ def attention(
         num_warps=4,
     )
     y = turned.new_empty(b, 1, h * d)
-    _combine[(b * h,)](  # pyright: ignore[reportIndexIssue]
+    _combine[(b * h,)](
         out, logs, y, pieces, D=d, WIDTH=width, PIECES=triton.next_power_of_2(pieces), num_warps=1
     )
     return y
