@@ -20,8 +20,8 @@ from typing import Any
 import torch
 
 import monoblock
-from monoblock.backends.pytorch import graphs
-from monoblock.backends.pytorch.quantize import quantize
+from monoblock.backends.pytorch.generation import cuda_graphs
+from monoblock.backends.pytorch.quantization.quantize import quantize
 
 # Hub names of configs and their fields; what is not named is the config's default.
 MISTRAL: dict[str, Any] = {"vocab_size": 32000, "sliding_window": 4096, "max_position_embeddings": 32768}
@@ -140,7 +140,7 @@ def measure(name: str, kind: str, copied: float, sizes: Sizes) -> list[str]:
     plain = token_seconds(model, ids, sizes, cache_implementation="dynamic")
     read = bytes_read(model)
     memory = torch.cuda.max_memory_allocated() / 1e9 if sizes.device == "cuda" else float("nan")
-    recorded = len(graphs._kept.get(model, []))
+    recorded = len(cuda_graphs._kept.get(model, []))
     prompts = [f"{prompt_rate(model, length, sizes):,.0f}" for length in sizes.prompts]
     cells = [
         f"{name} {kind}",
@@ -152,7 +152,7 @@ def measure(name: str, kind: str, copied: float, sizes: Sizes) -> list[str]:
         *prompts,
         f"{memory:.1f}",
     ]
-    graphs.release(model)
+    cuda_graphs.release(model)
     return cells
 
 

@@ -60,7 +60,7 @@ _HOME: dict[str, str] = {
     "Cache": "monoblock.backends.pytorch.cache",
     "DynamicCache": "monoblock.backends.pytorch.cache",
     "StaticCache": "monoblock.backends.pytorch.cache",
-    "QuantizedCache": "monoblock.backends.pytorch.quantized",
+    "QuantizedCache": "monoblock.backends.pytorch.generation.quantized_cache",
     "PreTrainedModel": "monoblock.backends.pytorch.pretrained",
     "AutoModel": "monoblock.auto",
     "AutoModelForCausalLM": "monoblock.auto",

@@ -72,7 +72,7 @@ from monoblock.backends.pytorch.cache import (
 from monoblock.backends.pytorch.pretrained import (
     PreTrainedModel as PreTrainedModel,
 )
-from monoblock.backends.pytorch.quantized import (
+from monoblock.backends.pytorch.generation.quantized_cache import (
     QuantizedCache as QuantizedCache,
 )
 from monoblock.backends.tf.outputs import (

@@ -16,8 +16,8 @@ from pipelines_made import TEXT, folder
 
 import monoblock
 from monoblock import AutoTokenizer, pipeline
+from monoblock.backends.flax.pipeline_adapter import rounded
 from monoblock.backends.flax.pretrained import forward
-from monoblock.backends.flax.seam import rounded
 
 CPU = jax.devices("cpu")[0]
 

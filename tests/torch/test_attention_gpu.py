@@ -12,8 +12,8 @@ from helpers import batch, chunks, expected, expected_logits, has_compiler, mode
 from measure import assert_close
 from mpt_cases import CASES, LENGTHS, made
 
-from monoblock.backends.pytorch import attention, attention_flex, attention_gpu
-from monoblock.backends.pytorch.attention import Kernel, attend_eager
+from monoblock.backends.pytorch.kernels import attention, attention_cuda, attention_flex
+from monoblock.backends.pytorch.kernels.attention import Kernel, attend_eager
 from monoblock.backends.pytorch.ops import Scope
 
 ATOL = 1e-5  # fp32, as of the other kernels
@@ -50,7 +50,7 @@ def padding(keys: int, left: int) -> torch.Tensor:
 @pytest.mark.parametrize("groups", [1, 2, 8])
 @pytest.mark.parametrize("case", ["plain", "alibi", "padding", "window", "all"])
 def test_pieces_are_the_whole(case: str, groups: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention_gpu, "FEWEST_KEYS", 16)
+    monkeypatch.setattr(attention_cuda, "FEWEST_KEYS", 16)
     keys = 192
     given: dict[str, Any] = {}
     if case in ("alibi", "all"):
@@ -61,24 +61,24 @@ def test_pieces_are_the_whole(case: str, groups: int, monkeypatch: pytest.Monkey
         given["window"] = 33
     scope, kernel = scope_of(keys, 1, **given), Kernel(scale=0.3)
     q, k, v = heads(keys, 1, groups)
-    assert attention_gpu.pieces(2 * groups, keys) == 4
-    out = attention_gpu.attend(q, k, v, scope, kernel)
+    assert attention_cuda.pieces(2 * groups, keys) == 4
+    out = attention_cuda.attend(q, k, v, scope, kernel)
     assert out is not None
     assert_close("pieces", out, attend_eager(q, k, v, scope, kernel)[0], ATOL)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_pieces_that_see_nothing_weigh_nothing(dtype: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention_gpu, "FEWEST_KEYS", 16)
+    monkeypatch.setattr(attention_cuda, "FEWEST_KEYS", 16)
     scope = scope_of(256, 1, valid_bk=padding(256, 250), window=20)
     q, k, v = heads(256, 1, 8, dtype)
-    out = attention_gpu.attend(q, k, v, scope, Kernel(scale=0.25))
+    out = attention_cuda.attend(q, k, v, scope, Kernel(scale=0.25))
     reference = attend_eager(q.float(), k.float(), v.float(), scope, Kernel(scale=0.25))[0]
     assert_close("few keys", out, reference, 4 * torch.finfo(dtype).eps)  # numbers of the order of 1
 
 
 def test_how_many_pieces() -> None:
-    pieces = attention_gpu.pieces
+    pieces = attention_cuda.pieces
     assert pieces(8, 2048) == 16  # 7B with grouped heads: 128 blocks of threads
     assert pieces(32, 2048) == 4
     assert pieces(8, 256) == 2  # no piece is smaller than 128 keys
@@ -90,11 +90,11 @@ def test_how_many_pieces() -> None:
 
 def test_keys_that_do_not_lie_together_are_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
     """A growing cache's keys are a view of a longer buffer: they are read whole, by the public function."""
-    monkeypatch.setattr(attention_gpu, "FEWEST_KEYS", 16)
-    monkeypatch.setattr(attention_gpu, "PARTIAL", {})
+    monkeypatch.setattr(attention_cuda, "FEWEST_KEYS", 16)
+    monkeypatch.setattr(attention_cuda, "PARTIAL", {})
     q, k, v = heads(256, 1, 2)
     scope, kernel = scope_of(192, 1), Kernel(scale=0.3)
-    out = attention_gpu.attend(q, k[:, :, :192], v[:, :, :192], scope, kernel)
+    out = attention_cuda.attend(q, k[:, :, :192], v[:, :, :192], scope, kernel)
     expected = attend_eager(q, k[:, :, :192], v[:, :, :192], scope, kernel)[0]
     assert_close("a view", out, expected, ATOL)
 
@@ -102,7 +102,7 @@ def test_keys_that_do_not_lie_together_are_not_copied(monkeypatch: pytest.Monkey
 def test_the_kernel_for_pieces_has_this_form() -> None:
     """CUDA's kernel by PyTorch's own account of its shapes: the logarithms come for at least all queries."""
     q, k = torch.empty(2, 8, 4, 128, device="meta"), torch.empty(2, 8, 256, 128, device="meta")
-    out, logs = attention_gpu.PARTIAL["cuda"](q, k, k, torch.empty(2, 8, 4, 256, device="meta"), 0.1)
+    out, logs = attention_cuda.PARTIAL["cuda"](q, k, k, torch.empty(2, 8, 4, 256, device="meta"), 0.1)
     assert out.shape == q.shape
     assert logs.shape[:2] == (2, 8)
     assert logs.shape[2] >= 4
@@ -120,7 +120,7 @@ def test_a_bias_in_channels_is_exact(dtype: Any, scale: float) -> None:
     scope = scope_of(keys, slopes_h=SLOPES, valid_bk=padding(keys, 100))
     scope.index_q = scope.index_q[:1]
     q, k = torch.zeros(2, 8, 1, 16, dtype=dtype), torch.zeros(2, 2, keys, 16, dtype=dtype)
-    more_q, more_k = attention_gpu.bias_channels(scope, scale, q, k)
+    more_q, more_k = attention_cuda.bias_channels(scope, scale, q, k)
     assert more_q.isfinite().all()
     assert more_k.isfinite().all()
     bias = (more_q.double() @ attention.repeat_groups(more_k, 8).double().mT)[:, :, 0] * scale
@@ -143,7 +143,7 @@ def test_prompts_through_flash(case: str, groups: int, dtype: Any) -> None:
         given["valid_bk"] = padding(150, 20)
     scope, kernel = scope_of(150, **given), Kernel(scale=0.25)
     q, k, v = heads(150, 150, groups, dtype)
-    out = attention_gpu.attend(q, k, v, scope, kernel)
+    out = attention_cuda.attend(q, k, v, scope, kernel)
     assert out is not None
     reference = attend_eager(q.float(), k.float(), v.float(), scope, kernel)[0]
     seen = torch.ones(2, 150, dtype=torch.bool) if scope.blind() is None else ~scope.blind()[:, 0, :, 0]
@@ -160,7 +160,7 @@ def test_older_gpus_get_repeated_keys(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the flash kernel, grouped heads would go to the formula, and its array of scores."""
     scope, kernel = scope_of(40, slopes_h=SLOPES), Kernel(scale=0.25)
     q, k, v = heads(40, 40, 2, torch.float16)
-    grouped = attention_gpu.attend(q, k, v, scope, kernel)
+    grouped = attention_cuda.attend(q, k, v, scope, kernel)
     seen = []
     public = torch.nn.functional.scaled_dot_product_attention
     monkeypatch.setattr(
@@ -170,12 +170,12 @@ def test_older_gpus_get_repeated_keys(monkeypatch: pytest.MonkeyPatch) -> None:
             1
         ],
     )
-    monkeypatch.setattr(attention_gpu, "has_flash", lambda _: False)
-    assert_close("repeated", attention_gpu.attend(q, k, v, scope, kernel), grouped, 1e-2)  # fp16
+    monkeypatch.setattr(attention_cuda, "has_flash", lambda _: False)
+    assert_close("repeated", attention_cuda.attend(q, k, v, scope, kernel), grouped, 1e-2)  # fp16
     assert seen == [(8, False)]
     monkeypatch.undo()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
-    assert not attention_gpu.has_flash(torch.device("cuda", 7))
+    assert not attention_cuda.has_flash(torch.device("cuda", 7))
 
 
 @pytest.mark.parametrize(
@@ -195,14 +195,14 @@ def test_older_gpus_get_repeated_keys(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_what_is_left_to_blocks_of_queries(scope: Any, kernel: Any, width: int, dtype: Any) -> None:
     q, k, v = heads(20, len(scope.index_q), 2, dtype, width)
-    assert attention_gpu.attend(q, k, v, scope, kernel) is None
+    assert attention_cuda.attend(q, k, v, scope, kernel) is None
 
 
 @pytest.mark.parametrize("case", CASES)
 @torch.no_grad()
 def test_models_through_the_gpus_table(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Prompt, chunks and single tokens, in fp32: the same logits as ever."""
-    monkeypatch.setattr(attention_gpu, "DEVICES", ("cpu",))
+    monkeypatch.setattr(attention_cuda, "DEVICES", ("cpu",))
     module = made(case)
     ids, mask = batch("left", LENGTHS)
     logits = expected_logits(module, expected(module, ids, mask))
@@ -215,7 +215,7 @@ def test_models_through_the_gpus_table(case: str, monkeypatch: pytest.MonkeyPatc
 def test_gradients_flow_through_the_channels(monkeypatch: pytest.MonkeyPatch) -> None:
     scope, kernel = scope_of(40, slopes_h=SLOPES, valid_bk=padding(40, 7)), Kernel(scale=0.25)
     found = []
-    for function in (attention_gpu.attend, lambda *given: attend_eager(*given)[0]):
+    for function in (attention_cuda.attend, lambda *given: attend_eager(*given)[0]):
         with torch.enable_grad():
             q, k, v = (x.requires_grad_() for x in heads(40, 40, 2, torch.bfloat16))
             out = function(q, k, v, scope, kernel)

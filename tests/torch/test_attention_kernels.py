@@ -14,7 +14,7 @@ from measure import assert_close
 from mpt_cases import LENGTHS, made
 
 from monoblock import MptForCausalLM, MptModel
-from monoblock.backends.pytorch import attention
+from monoblock.backends.pytorch.kernels import attention
 
 ATOL = 1e-5  # fp32, 2 layers, values of the order of 1 to 10: measured 3e-6
 

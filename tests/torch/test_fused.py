@@ -20,8 +20,9 @@ from mpt_cases import CASES, LENGTHS, made
 from torch import Tensor, nn
 
 from monoblock import DynamicCache, StaticCache, native
-from monoblock.backends.pytorch import fused, packing
-from monoblock.backends.pytorch.packed import packed_module
+from monoblock.backends.pytorch.generation import native_decoder
+from monoblock.backends.pytorch.quantization import formats
+from monoblock.backends.pytorch.quantization.modules import packed_module
 from monoblock.native import build
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason=f"no native kernels: {native.status()}")
@@ -41,15 +42,15 @@ def family(name: str) -> Any:
 def taken(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     """(rows, tokens) of every step that the library took."""
     seen: list[tuple[int, int]] = []
-    run = fused.Steps.run
+    run = native_decoder.Steps.run
 
-    def watched(self: fused.Steps, ids_bn: Tensor, **given: Any) -> Tensor | None:
+    def watched(self: native_decoder.Steps, ids_bn: Tensor, **given: Any) -> Tensor | None:
         scores = run(self, ids_bn, **given)
         if scores is not None:
             seen.append((ids_bn.shape[0], ids_bn.shape[1]))
         return scores
 
-    monkeypatch.setattr(fused.Steps, "run", watched)
+    monkeypatch.setattr(native_decoder.Steps, "run", watched)
     return seen
 
 
@@ -59,7 +60,7 @@ def by_modules(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], Any]],
 
     def do(what: Callable[[], Any]) -> Any:
         with monkeypatch.context() as patch:
-            patch.setattr(fused, "of", lambda *_: None)
+            patch.setattr(native_decoder, "of", lambda *_: None)
             return what()
 
     return do
@@ -75,8 +76,8 @@ def stepped(
     start = sizes[0]
     seen = None if mask is None else mask[:, :start]
     module(ids[:, :start], attention_mask=seen, past_key_values=cache, use_cache=True)
-    steps = fused.of(module, cache)
-    assert steps is not None, fused.obstacle(module)
+    steps = native_decoder.of(module, cache)
+    assert steps is not None, native_decoder.obstacle(module)
     scores = []
     for size in sizes[1:]:
         stop = start + size
@@ -307,7 +308,7 @@ def packed(module: Any, bits: int) -> Any:
     for name, part in list(module.named_modules()):
         if isinstance(part, nn.Linear | nn.Embedding):
             owner, _, last = name.rpartition(".")
-            made_part = packed_module(part, packing.pack(part.weight, bits, 64), bits, 64, torch.float32)
+            made_part = packed_module(part, formats.pack(part.weight, bits, 64), bits, 64, torch.float32)
             setattr(module.get_submodule(owner), last, made_part)
             plain.get_submodule(name).weight.copy_(made_part.dequantize())
     return plain
@@ -394,11 +395,11 @@ OBSTACLES: dict[str, tuple[Callable[[Any], Any], str]] = {
 @pytest.mark.parametrize("what", OBSTACLES)
 def test_obstacles_are_named_and_the_modules_take_over(what: str, taken: Any) -> None:
     module = model(MPT)
-    assert fused.obstacle(module) is None
+    assert native_decoder.obstacle(module) is None
     change, said = OBSTACLES[what]
     with torch.no_grad():
         change(module)
-    assert said in (fused.obstacle(module) or "")
+    assert said in (native_decoder.obstacle(module) or "")
     module.generate(batch("none")[0], **ASKED)
     assert not taken
 
@@ -406,22 +407,24 @@ def test_obstacles_are_named_and_the_modules_take_over(what: str, taken: Any) ->
 def test_mixed_types_stand_in_the_way() -> None:
     module = model(MPT)
     widened(module)
-    assert "norm2.weight is torch.float64 in a model of torch.float32" in (fused.obstacle(module) or "")
+    assert "norm2.weight is torch.float64 in a model of torch.float32" in (
+        native_decoder.obstacle(module) or ""
+    )
 
 
 def test_models_and_settings_that_stand_in_the_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "turned by angles" in (fused.obstacle(made(LATE)) or "")
-    assert "both ways" in (fused.obstacle(ours_of("MPNetForMaskedLM", **fields("mpnet"))) or "")
+    assert "turned by angles" in (native_decoder.obstacle(made(LATE)) or "")
+    assert "both ways" in (native_decoder.obstacle(ours_of("MPNetForMaskedLM", **fields("mpnet"))) or "")
     module = model(MPT)
     own = type("Own", (type(module),), {})(module.config)
-    assert "Own may compute something of its own" in (fused.obstacle(own) or "")
+    assert "Own may compute something of its own" in (native_decoder.obstacle(own) or "")
     with torch.autocast("cpu", torch.bfloat16):
-        assert "autocast" in (fused.obstacle(module) or "")
+        assert "autocast" in (native_decoder.obstacle(module) or "")
     handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
-    assert "all modules" in (fused.obstacle(module) or "")
+    assert "all modules" in (native_decoder.obstacle(module) or "")
     handle.remove()
     monkeypatch.setattr(native, "library", lambda: None)
-    assert "no native kernels" in (fused.obstacle(module) or "")
+    assert "no native kernels" in (native_decoder.obstacle(module) or "")
 
 
 def test_calls_that_need_the_modules(taken: Any) -> None:
@@ -447,13 +450,13 @@ def test_caches_that_the_library_cannot_write() -> None:
         turned = DynamicCache([(k.mT.contiguous().mT, v) for k, v in past])
         shorter = DynamicCache(list(past)[:1])
         for cache in (halves, other_rows, shorter, DynamicCache()):
-            steps = fused.of(module, cache)
+            steps = native_decoder.of(module, cache)
             assert steps is not None
             before = cache.get_seq_length()
             assert steps.run(token) is None
             assert cache.get_seq_length() == before
         # Room for a token is made in new buffers, which the library can write.
-        steps = fused.of(module, turned)
+        steps = native_decoder.of(module, turned)
         assert steps is not None
         wanted = module(token, past_key_values=past, use_cache=True).logits
         assert_close("a turned cache", steps.run(token), wanted, ATOL)
@@ -464,7 +467,7 @@ def test_inputs_of_other_shapes_are_the_modules_to_refuse() -> None:
     ids = batch("none")[0]
     with torch.no_grad():
         cache = module(ids, use_cache=True).past_key_values
-    steps, token = fused.of(module, cache), ids[:, :1]
+    steps, token = native_decoder.of(module, cache), ids[:, :1]
     assert steps is not None
     for given in (
         {"valid_bm": torch.ones(3, 23, dtype=torch.bool)},
@@ -494,7 +497,7 @@ def test_what_is_outside_a_table_is_refused_as_by_the_modules() -> None:
     cache = DynamicCache(config=module.spec)
     with torch.no_grad():
         module(ids, past_key_values=cache, use_cache=True)
-        steps = fused.of(module, cache)
+        steps = native_decoder.of(module, cache)
         assert steps is not None
         assert steps.run(torch.tensor([[89]])) is None
         assert steps.run(torch.tensor([[-1]])) is None
@@ -538,7 +541,7 @@ def test_changed_weights_are_seen(by_modules: Any) -> None:
         with torch.no_grad():
             change()
         seen.append(run())
-        assert fused.obstacle(module) is None
+        assert native_decoder.obstacle(module) is None
         if module.dtype == torch.float32:
             assert torch.equal(seen[-1], by_modules(run))
     assert not any(torch.equal(one, other) for one, other in itertools.pairwise(seen[:4]))
@@ -557,6 +560,6 @@ def test_copies_and_pickles_hold_nothing_of_it() -> None:
     file = io.BytesIO()
     torch.save(other.state_dict(), file)
     assert "Weights" not in file.getvalue().decode("latin-1")
-    assert not any(isinstance(value, fused.Weights) for value in vars(other).values())
+    assert not any(isinstance(value, native_decoder.Weights) for value in vars(other).values())
     again = pickle.loads(pickle.dumps(other.backbone))
     assert torch.equal(again.embed.weight, other.backbone.embed.weight)

@@ -14,9 +14,11 @@ from measure import assert_close
 from mpt_cases import CASES, LENGTHS, made
 
 from monoblock import MptForCausalLM
-from monoblock.backends.pytorch import attention_flex, attention_gpu, graphs, packed_gpu, packing
-from monoblock.backends.pytorch.attention import Kernel, attend_eager
+from monoblock.backends.pytorch.generation import cuda_graphs
+from monoblock.backends.pytorch.kernels import attention_cuda, attention_flex, packed_cuda
+from monoblock.backends.pytorch.kernels.attention import Kernel, attend_eager
 from monoblock.backends.pytorch.ops import Scope
+from monoblock.backends.pytorch.quantization import formats
 
 DEVICE = "cuda"
 
@@ -32,8 +34,8 @@ ATOL = 1e-4  # fp32 on another device: sums in another order, values of the orde
 @pytest.fixture(autouse=True)
 def _short_recordings(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Texts outgrow their recording; products of float32 are of float32."""
-    monkeypatch.setattr(graphs, "SHORTEST", 32)
-    monkeypatch.setattr(graphs, "ROOM", 1)
+    monkeypatch.setattr(cuda_graphs, "SHORTEST", 32)
+    monkeypatch.setattr(cuda_graphs, "ROOM", 1)
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     yield
@@ -54,7 +56,7 @@ def both(module: Any, ids: Any, mask: Any, **given: Any) -> tuple[Any, Any]:
     }
     asked |= given
     played = module.generate(ids, attention_mask=mask, **asked)
-    assert graphs._kept[module], "it was recorded"
+    assert cuda_graphs._kept[module], "it was recorded"
     return played, module.generate(ids, attention_mask=mask, cache_implementation="dynamic", **asked)
 
 
@@ -156,8 +158,8 @@ def scope_of(keys: int, queries: int, **given: Any) -> Scope:
 def test_one_query_in_pieces(dtype: Any, window: int | None) -> None:
     scope, kernel = scope_of(1024, 1, window=window), Kernel(scale=0.0884)
     q, k, v = heads(1024, 1, dtype)
-    assert attention_gpu.pieces(4, 1024) == 8
-    out = attention_gpu.attend(q, k, v, scope, kernel)
+    assert attention_cuda.pieces(4, 1024) == 8
+    out = attention_cuda.attend(q, k, v, scope, kernel)
     expected = attend_eager(q.float(), k.float(), v.float(), scope, kernel)[0]
     assert_close("pieces", out, expected, max(1e-4, 8 * torch.finfo(dtype).eps))
 
@@ -167,7 +169,7 @@ def test_prompts_through_flash(dtype: Any) -> None:
     scope, kernel = scope_of(500, 500), Kernel(scale=0.0884)
     q, k, v = heads(500, 500, dtype)
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.FLASH_ATTENTION):
-        out = attention_gpu.attend(q, k, v, scope, kernel)
+        out = attention_cuda.attend(q, k, v, scope, kernel)
     assert out is not None
     expected = attend_eager(q.float(), k.float(), v.float(), scope, kernel)[0]
     seen = ~scope.blind()[:, 0, :, 0]  # pyright: ignore
@@ -195,11 +197,11 @@ def test_flex_attention(window: int | None) -> None:
 @pytest.mark.parametrize("rows", [1, 5, 16, 40])
 @torch.no_grad()
 def test_packed_products(rows: int, bits: int, group: int, dtype: Any) -> None:
-    made = packing.pack(torch.randn(300, 1000, device=DEVICE), bits, group)
+    made = formats.pack(torch.randn(300, 1000, device=DEVICE), bits, group)
     given = (made.codes, made.scale, made.low)
     x, bias = torch.randn(rows, 1000, device=DEVICE).to(dtype), torch.randn(300, device=DEVICE).to(dtype)
-    y = packed_gpu.multiply(x, *given, bias, bits, group, 1000)
-    numbers = packing.unpack(*given, bits=bits, group=group, inputs=1000, dtype=torch.float64)
+    y = packed_cuda.multiply(x, *given, bias, bits, group, 1000)
+    numbers = formats.unpack(*given, bits=bits, group=group, inputs=1000, dtype=torch.float64)
     # Sums of 1,000 products, of the order of 100.
     bound = 1e-3 if dtype == torch.float32 else 200 * torch.finfo(dtype).eps
     assert_close("packed", y, x.double() @ numbers.T + bias.double(), bound)

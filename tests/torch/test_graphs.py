@@ -19,15 +19,16 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from monoblock import DynamicCache, StaticCache, WeightOnlyConfig
-from monoblock.backends.pytorch import attention_gpu, graphs
-from monoblock.backends.pytorch.quantize import quantize
-from monoblock.backends.pytorch.static_step import Shape, State, held, static_step
+from monoblock.backends.pytorch.generation import cuda_graphs
+from monoblock.backends.pytorch.generation.static_step import Shape, State, held, static_step
+from monoblock.backends.pytorch.kernels import attention_cuda
+from monoblock.backends.pytorch.quantization.quantize import quantize
 
 ATOL = 2e-5  # fp32, 2-3 layers, logits of the order of 10: sums in another order; measured 8e-6
 NEW = 20  # tokens; longer than the windows, so that every ring comes round
 
 
-def operators(run: Callable[[], torch.Tensor], device: torch.device) -> graphs.Replay:
+def operators(run: Callable[[], torch.Tensor], device: torch.device) -> cuda_graphs.Replay:
     """Records what `run` does to the tensors that it finds, and plays it."""
     run()  # as on a GPU, the recording is not the first run
     recording = make_fx(run)()
@@ -35,30 +36,30 @@ def operators(run: Callable[[], torch.Tensor], device: torch.device) -> graphs.R
 
 
 @pytest.fixture
-def recording(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[graphs.Recorded]]:
+def recording(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[cuda_graphs.Recorded]]:
     """Lets CPUs run steps, unrecorded, which takes less time; short texts outgrow theirs. Gives what was made."""
-    recorded: list[graphs.Recorded] = []
-    begin = graphs.Recorded.__init__
+    recorded: list[cuda_graphs.Recorded] = []
+    begin = cuda_graphs.Recorded.__init__
 
     def noted(self: Any, *given: Any) -> None:
         begin(self, *given)
         recorded.append(self)
 
-    monkeypatch.setattr(graphs.Recorded, "__init__", noted)
-    monkeypatch.setitem(graphs.RECORDERS, "cpu", lambda run, _: run)
-    monkeypatch.setattr(graphs, "SHORTEST", 32)
-    monkeypatch.setattr(graphs, "ROOM", 1)
-    monkeypatch.setattr(graphs, "ALIGN", 4)
-    graphs._kept.clear()
+    monkeypatch.setattr(cuda_graphs.Recorded, "__init__", noted)
+    monkeypatch.setitem(cuda_graphs.RECORDERS, "cpu", lambda run, _: run)
+    monkeypatch.setattr(cuda_graphs, "SHORTEST", 32)
+    monkeypatch.setattr(cuda_graphs, "ROOM", 1)
+    monkeypatch.setattr(cuda_graphs, "ALIGN", 4)
+    cuda_graphs._kept.clear()
     yield recorded
     recorded.clear()
-    graphs._kept.clear()
+    cuda_graphs._kept.clear()
 
 
 @pytest.fixture
 def really(recording: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Steps are recorded, and the recording is played."""
-    monkeypatch.setitem(graphs.RECORDERS, "cpu", operators)
+    monkeypatch.setitem(cuda_graphs.RECORDERS, "cpu", operators)
 
 
 def both(module: Any, ids: Any, mask: Any, monkeypatch: pytest.MonkeyPatch, **given: Any) -> tuple[Any, Any]:
@@ -73,7 +74,7 @@ def both(module: Any, ids: Any, mask: Any, monkeypatch: pytest.MonkeyPatch, **gi
     }
     played = module.generate(ids, attention_mask=mask, **asked)
     with monkeypatch.context() as patch:
-        patch.delitem(graphs.RECORDERS, "cpu")
+        patch.delitem(cuda_graphs.RECORDERS, "cpu")
         plain = module.generate(ids, attention_mask=mask, **asked)
     return played, plain
 
@@ -119,7 +120,7 @@ PLAIN = {"rope, dynamic"}
 @pytest.mark.parametrize("case", CASES)
 def test_options(case: str, recording: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     ids, mask = batch("left", LENGTHS)
-    compare(*both(made(case), ids, mask, monkeypatch, max_new_tokens=graphs.WORTH))
+    compare(*both(made(case), ids, mask, monkeypatch, max_new_tokens=cuda_graphs.WORTH))
     assert bool(recording) == (case not in PLAIN)
 
 
@@ -129,7 +130,7 @@ def test_other_kernels(implementation: str, recording: Any, monkeypatch: pytest.
     module.set_attn_implementation("sdpa")
     ids, mask = batch("left", LENGTHS)
     reference = both(module, ids, mask, monkeypatch)[1]
-    monkeypatch.setattr("monoblock.backends.pytorch.attention.attend_flex", None)
+    monkeypatch.setattr("monoblock.backends.pytorch.kernels.attention.attend_flex", None)
     if implementation == "flex_attention":  # its prompts would be compiled: one token is what is asked for
         ids, mask = ids[:, -1:], None
         reference = both(module, ids, mask, monkeypatch)[1]
@@ -149,17 +150,17 @@ WIDE: dict[str, Callable[[], Any]] = {
 @pytest.mark.parametrize("name", WIDE)
 def test_with_the_gpus_attention(name: str, recording: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Keys in pieces, read from the slots."""
-    monkeypatch.setattr(attention_gpu, "FEWEST_KEYS", 16)
+    monkeypatch.setattr(attention_cuda, "FEWEST_KEYS", 16)
     module = WIDE[name]()
     ids, mask = batch("left", LENGTHS)
     plain = both(module, ids, mask, monkeypatch)[1]
-    graphs.release(module)
-    monkeypatch.setattr(graphs, "ALIGN", 64)
-    monkeypatch.setattr(attention_gpu, "DEVICES", ("cpu",))
+    cuda_graphs.release(module)
+    monkeypatch.setattr(cuda_graphs, "ALIGN", 64)
+    monkeypatch.setattr(attention_cuda, "DEVICES", ("cpu",))
     parts: list[int] = []
-    partial = attention_gpu.PARTIAL["cpu"]
-    monkeypatch.setitem(attention_gpu.PARTIAL, "cpu", lambda *given: (parts.append(1), partial(*given))[1])
-    monkeypatch.setattr(graphs, "SHORTEST", 64)
+    partial = attention_cuda.PARTIAL["cpu"]
+    monkeypatch.setitem(attention_cuda.PARTIAL, "cpu", lambda *given: (parts.append(1), partial(*given))[1])
+    monkeypatch.setattr(cuda_graphs, "SHORTEST", 64)
     compare(both(module, ids, mask, monkeypatch)[0], plain)
     assert parts
 
@@ -186,7 +187,7 @@ def test_a_given_cache_holds_all_tokens_afterwards(
     for cpu in (True, False):
         with monkeypatch.context() as patch:
             if not cpu:
-                patch.delitem(graphs.RECORDERS, "cpu")
+                patch.delitem(cuda_graphs.RECORDERS, "cpu")
             cache = (
                 StaticCache(max_cache_len=60) if kind is StaticCache else DynamicCache(config=module.config)
             )
@@ -287,7 +288,7 @@ def test_changed_weights_are_seen_and_replaced_ones_recorded_anew(
     compare(replaced, plain)
     assert torch.equal(replaced.sequences, before)
     assert len(recording) == 2
-    assert len(graphs._kept[module]) == 1, "the one of the old weights is gone"
+    assert len(cuda_graphs._kept[module]) == 1, "the one of the old weights is gone"
 
 
 def test_recordings_go_with_their_model(recording: Any, really: None) -> None:
@@ -305,12 +306,12 @@ def test_recordings_go_with_their_model(recording: Any, really: None) -> None:
 
 def test_release_and_the_limit(recording: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     module, (ids, _) = model(), batch("none", (9,))
-    monkeypatch.setattr(graphs, "KEPT", 2)
+    monkeypatch.setattr(cuda_graphs, "KEPT", 2)
     for rows in (1, 2, 3):
         module.generate(ids.expand(rows, -1), max_new_tokens=NEW, eos_token_id=-1)
-    assert [r.shape.rows for r in graphs._kept[module]] == [2, 3]
-    graphs.release(module)
-    assert module not in graphs._kept
+    assert [r.shape.rows for r in cuda_graphs._kept[module]] == [2, 3]
+    cuda_graphs.release(module)
+    assert module not in cuda_graphs._kept
 
 
 def test_a_recording_that_fails_leaves_the_plain_path(
@@ -321,8 +322,8 @@ def test_a_recording_that_fails_leaves_the_plain_path(
 
     module, (ids, _) = model(), batch("none", (9,))
     expected = module.generate(ids, max_new_tokens=NEW, eos_token_id=-1)
-    graphs.release(module)
-    monkeypatch.setitem(graphs.RECORDERS, "cpu", fails)
+    cuda_graphs.release(module)
+    monkeypatch.setitem(cuda_graphs.RECORDERS, "cpu", fails)
     assert torch.equal(module.generate(ids, max_new_tokens=NEW, eos_token_id=-1), expected)
     assert sum("goes on without CUDA graphs" in message for message in logs.messages) == 1
 
@@ -365,7 +366,7 @@ def test_what_is_left_to_the_plain_path(case: str, recording: Any, monkeypatch: 
     asked = {"max_new_tokens": NEW, "eos_token_id": -1, **given}
     played = module.generate(ids, **asked)
     assert not recording
-    monkeypatch.delitem(graphs.RECORDERS, "cpu")
+    monkeypatch.delitem(cuda_graphs.RECORDERS, "cpu")
     plain = module.generate(ids, **asked)
     assert torch.equal(getattr(played, "sequences", played), getattr(plain, "sequences", plain))
 
@@ -373,7 +374,7 @@ def test_what_is_left_to_the_plain_path(case: str, recording: Any, monkeypatch: 
 def test_without_a_gpu_nothing_is_recorded() -> None:
     module = model()
     module.generate(batch("none", (9,))[0], max_new_tokens=NEW, eos_token_id=-1)
-    assert module not in graphs._kept
+    assert module not in cuda_graphs._kept
 
 
 # ---------------------------------------------------------------------------- fit for recording
@@ -428,9 +429,9 @@ class Log(TorchDispatchMode):
 def table(request: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Which table of attention kernels a step goes by; the GPU's with keys in pieces."""
     if request.param == "gpu":
-        monkeypatch.setattr(attention_gpu, "DEVICES", ("cpu", "meta"))
-        monkeypatch.setitem(attention_gpu.PARTIAL, "meta", attention_gpu.PARTIAL["cuda"])
-        monkeypatch.setattr(attention_gpu, "FEWEST_KEYS", 16)
+        monkeypatch.setattr(attention_cuda, "DEVICES", ("cpu", "meta"))
+        monkeypatch.setitem(attention_cuda.PARTIAL, "meta", attention_cuda.PARTIAL["cuda"])
+        monkeypatch.setattr(attention_cuda, "FEWEST_KEYS", 16)
 
 
 # Operators that read a number back, copy from the host, or whose result's shape depends on the data.

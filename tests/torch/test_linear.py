@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from monoblock import native
-from monoblock.backends.pytorch import linear, packing
-from monoblock.backends.pytorch.linear import Linear, dense, packed_dense
+from monoblock.backends.pytorch.kernels import linear
+from monoblock.backends.pytorch.kernels.linear import Linear, dense, packed_dense
+from monoblock.backends.pytorch.quantization import formats
 
 # Outputs around the blocks of 2, 4, 8, 16 and 64; inputs around vectors, runs of 128, and panels of 64 groups.
 SHAPES = [(1, 1), (7, 3), (9, 64), (17, 130), (67, 257), (33, 515)]
@@ -61,9 +62,9 @@ def test_plain_weights(level: str, dtype: torch.dtype) -> None:
 @torch.no_grad()
 def test_packed_weights(level: str, bits: int, group: int) -> None:
     for outputs, inputs in SHAPES:
-        packed = packing.pack(made(outputs, inputs), bits, group)
+        packed = formats.pack(made(outputs, inputs), bits, group)
         form = {"bits": bits, "group": group, "inputs": inputs}
-        weight = packing.unpack(packed.codes, packed.scale, packed.low, **form, dtype=torch.float64)
+        weight = formats.unpack(packed.codes, packed.scale, packed.low, **form, dtype=torch.float64)
         for rows, dtype in [(r, torch.float32) for r in ROWS] + [(3, torch.bfloat16), (40, torch.bfloat16)]:
             x, bias = made(rows, inputs, dtype=dtype, seed=2), made(outputs, dtype=dtype, seed=1)
             y = packed_dense(x, packed.codes, packed.scale, packed.low, bias, bits, group, inputs)
@@ -91,8 +92,8 @@ def test_many_inputs(level: str) -> None:
     """More groups than scales are made for at a time, for 4,097 inputs (33 runs) and for 9,000."""
     for inputs in (4097, 9000):
         weight, x = made(10, inputs), made(9, inputs, seed=1)
-        packed = packing.pack(weight, 8, 64)
-        exact = packing.unpack(
+        packed = formats.pack(weight, 8, 64)
+        exact = formats.unpack(
             packed.codes, packed.scale, None, bits=8, group=64, inputs=inputs, dtype=torch.float64
         )
         y = packed_dense(x, packed.codes, packed.scale, None, None, 8, 64, inputs)
@@ -106,7 +107,7 @@ def test_many_inputs(level: str) -> None:
 def test_what_is_not_a_number_stays_so(level: str) -> None:
     x = made(3, 200)
     x[1, 150] = float("nan")
-    packed = packing.pack(made(5, 200), 4, 128)
+    packed = formats.pack(made(5, 200), 4, 128)
     for rows in (3, 20):
         many = x.repeat(rows // 3 + 1, 1)[:rows]
         for y in (
@@ -120,7 +121,7 @@ def test_what_is_not_a_number_stays_so(level: str) -> None:
 @torch.no_grad()
 def test_threads_do_not_change_the_result(level: str) -> None:
     weight = made(700, 200, dtype=torch.bfloat16)
-    packed = packing.pack(weight.float(), 4, 128)
+    packed = formats.pack(weight.float(), 4, 128)
     for rows in (1, 7, 33):
         x, found = made(rows, 200, dtype=torch.bfloat16), []
         for threads in (1, 2, 3):
@@ -186,7 +187,7 @@ def test_many_rows_of_pairs(level: str) -> None:
         off = (y - expected).abs()
         assert (off <= factor * bound(x, weight, bias, expected, dtype)).all(), (level, rows, outputs, inputs)
         if native.multiplies_halves(inputs):
-            packed = packing.pack(weight, 12, 128).codes
+            packed = formats.pack(weight, 12, 128).codes
             assert torch.equal(packed_dense(x, packed, None, None, bias.to(dtype), 12, 128, inputs), y)
 
 
@@ -237,13 +238,13 @@ def test_gradients_of_gradients() -> None:
 
 @pytest.mark.parametrize("bits", [8, 4])
 def test_packed_gradients_reach_inputs_and_bias(bits: int) -> None:
-    packed = packing.pack(made(9, 70), bits, 64)
+    packed = formats.pack(made(9, 70), bits, 64)
     x, bias = made(5, 70).requires_grad_(), made(9).requires_grad_()
     upstream = made(5, 9, seed=3)
     rest = (bits, 64, 70)
     y = packed_dense(x, packed.codes, packed.scale, packed.low, bias, *rest)
     found = torch.autograd.grad(y, (x, bias), upstream)
-    weight = packing.unpack(
+    weight = formats.unpack(
         packed.codes, packed.scale, packed.low, bits=bits, group=64, inputs=70, dtype=torch.float32
     )
     expected = torch.autograd.grad(F.linear(x, weight, bias), (x, bias), upstream)
@@ -256,7 +257,7 @@ def test_the_operators_keep_the_rules_of_operators() -> None:
     torch.library.opcheck(linear.linear, (x, weight, bias))
     torch.library.opcheck(linear.linear, (x.detach().bfloat16(), weight.detach().bfloat16(), None))
     for bits in (8, 4):
-        packed = packing.pack(made(7, 10), bits, 128)
+        packed = formats.pack(made(7, 10), bits, 128)
         form = (packed.codes, packed.scale, packed.low, bias, bits, 128, 10)
         torch.library.opcheck(linear.packed_linear, (x, *form))
 

@@ -13,9 +13,11 @@ from torch import Tensor
 
 import monoblock
 from monoblock import AutoModelForCausalLM, DynamicCache, native
-from monoblock.backends.pytorch import fused, linear, packing, packing_lossless
-from monoblock.backends.pytorch.linear import packed_dense, packed_linear
-from monoblock.backends.pytorch.packed import PackedMatrix
+from monoblock.backends.pytorch.generation import native_decoder
+from monoblock.backends.pytorch.kernels import linear
+from monoblock.backends.pytorch.kernels.linear import packed_dense, packed_linear
+from monoblock.backends.pytorch.quantization import bf12, formats
+from monoblock.backends.pytorch.quantization.modules import PackedMatrix
 
 torch.set_num_threads(1)
 
@@ -64,33 +66,33 @@ def by_hand(codes: np.ndarray[Any, Any], inputs: int) -> np.ndarray[Any, Any]:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_format_by_hand_and_back(shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     weight = matrix(*shape)
-    packed = packing.pack(weight, 12, 128)
-    assert {n: tuple(t.shape) for n, t in packed.items()} == packing.shapes(12, 128, *shape)
+    packed = formats.pack(weight, 12, 128)
+    assert {n: tuple(t.shape) for n, t in packed.items()} == formats.shapes(12, 128, *shape)
     assert packed.codes.dtype == torch.uint8 and packed.codes.shape[1] < 2 * shape[1]
     found = np.stack([by_hand(row, shape[1]) for row in packed.codes.numpy()])
     np.testing.assert_array_equal(found, weight.view(torch.int16).numpy().view(np.uint16))
-    assert same(packing_lossless.unpack(packed.codes, shape[1]), weight)
+    assert same(bf12.unpack(packed.codes, shape[1]), weight)
     # Rows do not depend on each other, and floats that are bfloat16 numbers are as good.
-    monkeypatch.setattr(packing, "_PIECE", 700)
-    assert torch.equal(packing.pack(weight.float(), 12, 128).codes, packed.codes)
+    monkeypatch.setattr(formats, "_PIECE", 700)
+    assert torch.equal(formats.pack(weight.float(), 12, 128).codes, packed.codes)
 
 
 def test_how_much_it_saves() -> None:
     """At 2,048 inputs a row's 3,072 bytes and its head of 32, of 4,096."""
-    packed = packing.pack(torch.randn(4, 2048).bfloat16(), 12, 128)
+    packed = formats.pack(torch.randn(4, 2048).bfloat16(), 12, 128)
     assert packed.codes.shape == (4, 3104) and packed.scale is packed.low is None
 
 
 def test_what_saves_nothing_does_not_fit() -> None:
     wide = torch.logspace(-30, 30, 512).repeat(3, 1).bfloat16()  # 200 exponents in a row
     for weight in (wide, torch.randn(3, 64).bfloat16()):
-        with pytest.raises(packing.DoesNotFit, match="12 bits save nothing"):
-            packing.pack(weight, 12, 128)
+        with pytest.raises(formats.DoesNotFit, match="12 bits save nothing"):
+            formats.pack(weight, 12, 128)
 
 
 def test_only_bfloat16_numbers_are_packed() -> None:
     with pytest.raises(ValueError, match=r"float32 that are no bfloat16 numbers.*dtype=torch\.bfloat16"):
-        packing.pack(torch.randn(3, 512), 12, 128)
+        formats.pack(torch.randn(3, 512), 12, 128)
 
 
 # ---------------------------------------------------------------------------- products
@@ -104,7 +106,7 @@ def test_products(level: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for outputs, inputs in SHAPES:
         weight = matrix(outputs, inputs)
         weight[0, 6] = 7.0  # 1e20 would hide all others
-        codes = packing.pack(weight, 12, 128).codes
+        codes = formats.pack(weight, 12, 128).codes
         bias = torch.randn(outputs) if outputs % 2 else None
         for rows, dtype in [(r, torch.float32) for r in (1, 2, 3, 4, 5, 8, 16, 17)] + [(3, torch.bfloat16)]:
             x = torch.randn(rows, inputs).to(dtype)
@@ -129,14 +131,14 @@ def test_several_threads_unpack_the_whole_matrix() -> None:
     try:
         for outputs, inputs in SHAPES:
             weight = matrix(outputs, inputs)
-            assert same(linear._unfolded(library, packing.pack(weight, 12, 128).codes, inputs), weight)
+            assert same(linear._unfolded(library, formats.pack(weight, 12, 128).codes, inputs), weight)
     finally:
         torch.set_num_threads(1)
 
 
 def test_the_operator_and_its_gradients() -> None:
     weight = torch.randn(7, 256).bfloat16()
-    codes = packing.pack(weight, 12, 128).codes
+    codes = formats.pack(weight, 12, 128).codes
     x, bias = torch.randn(5, 256, requires_grad=True), torch.randn(7, requires_grad=True)
     rest = (codes, None, None, bias, 12, 128, 256)
     torch.library.opcheck(packed_linear, (x, *rest))
@@ -206,8 +208,8 @@ def test_native_steps(name: str, level: str) -> None:
     cache, other = DynamicCache(config=model.spec), DynamicCache(config=model.spec)
     for each in (cache, other):
         model(IDS[:, :15], past_key_values=each, use_cache=True)
-    steps = fused.of(model, cache)
-    assert steps is not None, fused.obstacle(model)
+    steps = native_decoder.of(model, cache)
+    assert steps is not None, native_decoder.obstacle(model)
     found = steps.run(IDS[:, 15:17])
     expected = model(IDS[:, 15:17], past_key_values=other, use_cache=True).logits
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)  # fp32, sums in another order
@@ -230,12 +232,12 @@ def test_matrices_that_do_not_fit_stay_as_they_are(tmp_path: Path) -> None:
 def test_damaged_codes_read_and_write_nothing_beyond(level: str) -> None:
     """A file may name any number of weights in any column: what is not there is passed over."""
     weight = (1 + torch.rand(3, 256)).bfloat16()  # one exponent: nothing is in the heads
-    codes = packing.pack(weight, 12, 128).codes
+    codes = formats.pack(weight, 12, 128).codes
     for damage in ((65535, 40000), (7, 65535), (1, 256)):
         head = codes[:, :32].contiguous().view(torch.int16)
         head[:, 1], head[:, 2::2] = (int(np.uint16(word).astype(np.int16)) for word in damage)
         damaged = torch.cat((head.view(torch.uint8), codes[:, 32:]), dim=1)
-        assert same(packing_lossless.unpack(damaged, 256), weight), level
+        assert same(bf12.unpack(damaged, 256), weight), level
         for rows in (1, 5, 20):
             x = torch.randn(rows, 256)
             y = packed_dense(x, damaged, None, None, None, 12, 128, 256)

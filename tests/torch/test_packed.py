@@ -22,8 +22,8 @@ from monoblock import (
     native,
     pipeline,
 )
-from monoblock.backends.pytorch import packing
-from monoblock.backends.pytorch.packed import PackedEmbedding, PackedLinear, PackedMatrix
+from monoblock.backends.pytorch.quantization import formats
+from monoblock.backends.pytorch.quantization.modules import PackedEmbedding, PackedLinear, PackedMatrix
 from monoblock.errors import CheckpointError, MissingKeys, ShapeMismatch, UnsupportedConfig
 
 torch.set_num_threads(1)
@@ -199,14 +199,14 @@ def test_codes_are_used_where_they_lie_in_the_file(packed: Path) -> None:
 def test_no_plain_matrix_outlives_its_packing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """While a model is packed, one plain matrix is there at a time."""
     seen: list[Any] = []
-    original = packing.pack
+    original = formats.pack
 
-    def pack(weight: torch.Tensor, bits: int, group: int) -> packing.Packed:
+    def pack(weight: torch.Tensor, bits: int, group: int) -> formats.Packed:
         assert not any(reference() is not None for reference in seen)
         seen.append(weakref.ref(weight.untyped_storage()))
         return original(weight, bits, group)
 
-    monkeypatch.setattr(packing, "pack", pack)
+    monkeypatch.setattr(formats, "pack", pack)
     AutoModelForCausalLM.from_pretrained(folder, quantization_config="int8")
     assert len(seen) == 3 * 4 + 2
 

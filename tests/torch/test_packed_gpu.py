@@ -14,7 +14,8 @@ import pytest
 import torch
 from measure import assert_close
 
-from monoblock.backends.pytorch import packed_gpu, packing
+from monoblock.backends.pytorch.kernels import packed_cuda
+from monoblock.backends.pytorch.quantization import formats
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -22,8 +23,8 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 def packed(outputs: int, inputs: int, bits: int, group: int) -> Any:
     weight = torch.randn(outputs, inputs, generator=torch.Generator().manual_seed(0))
-    made = packing.pack(weight, bits, group)
-    numbers = packing.unpack(
+    made = formats.pack(weight, bits, group)
+    numbers = formats.unpack(
         made.codes, made.scale, made.low, bits=bits, group=group, inputs=inputs, dtype=torch.float64
     )
     return made, numbers
@@ -38,10 +39,10 @@ def rows_of(rows: int, inputs: int, dtype: Any) -> torch.Tensor:
 @torch.no_grad()
 def test_products(shape: tuple[int, ...], bits: int, group: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the kernel: the weights are unpacked, and the shape stays."""
-    monkeypatch.setattr(packed_gpu, "kernel", lambda: None)
+    monkeypatch.setattr(packed_cuda, "kernel", lambda: None)
     made, numbers = packed(24, 200, bits, group)
     x, bias = torch.randn(*shape, 200), torch.randn(24)
-    y = packed_gpu.multiply(x, made.codes, made.scale, made.low, bias, bits, group, 200)
+    y = packed_cuda.multiply(x, made.codes, made.scale, made.low, bias, bits, group, 200)
     assert_close("unpacked", y, x.double() @ numbers.T + bias, 1e-4)  # sums of 200 numbers of the order of 1
 
 
@@ -52,19 +53,19 @@ def test_few_rows_go_to_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
         rows.append(x.shape[0])
         return x.new_zeros(x.shape[0], codes.shape[0])
 
-    monkeypatch.setattr(packed_gpu, "kernel", lambda: few_rows)
+    monkeypatch.setattr(packed_cuda, "kernel", lambda: few_rows)
     made, _ = packed(24, 200, 8, 128)
     given = (made.codes, made.scale, made.low, None, 8, 128, 200)
     for shape in ((1,), (2, 8), (17,), (0,)):
-        packed_gpu.multiply(torch.zeros(*shape, 200), *given)
+        packed_cuda.multiply(torch.zeros(*shape, 200), *given)
     assert rows == [1, 16]
 
 
 def test_without_triton_there_is_no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
-    packed_gpu.kernel.cache_clear()
-    assert packed_gpu.kernel() is None
-    packed_gpu.kernel.cache_clear()
+    packed_cuda.kernel.cache_clear()
+    assert packed_cuda.kernel() is None
+    packed_cuda.kernel.cache_clear()
 
 
 CASES = [(bits, group, *size) for bits in (8, 4) for group in (64, 128) for size in ((40, 200), (16, 64))]
@@ -79,7 +80,7 @@ def test_the_kernel_interpreted(bits: int, group: int, outputs: int, inputs: int
     made, numbers = packed(outputs, inputs, bits, group)
     for rows, bias in ((1, None), (3, torch.randn(outputs).to(dtype)), (16, None)):
         x = rows_of(rows, inputs, dtype)
-        y = packed_gpu.multiply(x, made.codes, made.scale, made.low, bias, bits, group, inputs)
+        y = packed_cuda.multiply(x, made.codes, made.scale, made.low, bias, bits, group, inputs)
         reference = x.double() @ numbers.T + (0 if bias is None else bias.double())
         # Sums of the order of 40; in fp16 the result is rounded to 11 bits.
         assert_close("kernel", y, reference, 5e-5 if dtype == torch.float32 else 0.04)
@@ -95,7 +96,7 @@ def test_the_kernel_compiles_for_a_gpu(bits: int, dtype: str, capability: int) -
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from monoblock.backends.pytorch import triton_packed
+    from monoblock.backends.pytorch.kernels import triton_packed
 
     pointers = {"x": dtype, "codes": "u8", "scale": "fp16", "low": "fp16", "bias": dtype, "y": dtype}
     signature = {f"{name}_ptr": f"*{kind}" for name, kind in pointers.items()}

@@ -10,15 +10,15 @@ import torch
 import torch.nn.functional as F
 
 from monoblock import native
-from monoblock.backends.pytorch import packing
-from monoblock.backends.pytorch.linear import packed_linear
-from monoblock.backends.pytorch.packing import Packed
+from monoblock.backends.pytorch.kernels.linear import packed_linear
+from monoblock.backends.pytorch.quantization import formats
+from monoblock.backends.pytorch.quantization.formats import Packed
 
 torch.set_num_threads(1)
 
 # Rows of whole runs, a run and a piece, less than a group, and one weight.
 SHAPES = [(5, 256), (3, 200), (7, 36), (2, 1)]
-FORMS = [(bits, group) for bits in packing.BITS for group in packing.GROUPS]
+FORMS = [(bits, group) for bits in formats.BITS for group in formats.GROUPS]
 
 
 def matrix(outputs: int, inputs: int, seed: int = 0, std: float = 0.02) -> torch.Tensor:
@@ -43,7 +43,7 @@ def by_hand(packed: Packed, bits: int, group: int, inputs: int) -> np.ndarray:
 
 
 def unpacked(packed: Packed, bits: int, group: int, inputs: int) -> torch.Tensor:
-    return packing.unpack(
+    return formats.unpack(
         packed.codes,
         packed.scale,
         packed.low,
@@ -58,8 +58,8 @@ def unpacked(packed: Packed, bits: int, group: int, inputs: int) -> torch.Tensor
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_format_by_hand(shape: tuple[int, int], bits: int, group: int) -> None:
     weight = matrix(*shape)
-    packed = packing.pack(weight, bits, group)
-    assert {n: tuple(t.shape) for n, t in packed.items()} == packing.shapes(bits, group, *shape)
+    packed = formats.pack(weight, bits, group)
+    assert {n: tuple(t.shape) for n, t in packed.items()} == formats.shapes(bits, group, *shape)
     assert packed.codes.dtype == torch.uint8 and packed.scale.dtype == torch.float16
     assert (packed.low is None) == (bits == 8)
     found = by_hand(packed, bits, group, shape[1])
@@ -83,13 +83,13 @@ def test_how_near_the_codes_come(dtype: torch.dtype) -> None:
     """Normal weights: measured 0.0067 and 0.096 (their own type is counted as exact)."""
     weight = matrix(96, 1024).to(dtype)
     errors = {
-        bits: error(weight.float(), unpacked(packing.pack(weight, bits, 128), bits, 128, 1024))
+        bits: error(weight.float(), unpacked(formats.pack(weight, bits, 128), bits, 128, 1024))
         for bits in (8, 4)
     }
     assert errors[8] < 0.008 and errors[4] < 0.1
 
 
-@pytest.mark.parametrize("group", packing.GROUPS)
+@pytest.mark.parametrize("group", formats.GROUPS)
 def test_four_bits_beat_rounding_to_the_nearest(group: int) -> None:
     """By the error that the search minimises; what it is worth in perplexity is in docs/quantization.md."""
     weight = matrix(64, 512)
@@ -97,7 +97,7 @@ def test_four_bits_beat_rounding_to_the_nearest(group: int) -> None:
     low, high = grouped.amin(-1, keepdim=True), grouped.amax(-1, keepdim=True)
     step = (high - low) / 15
     nearest = (((grouped - low) / step).round() * step + low).flatten(1)
-    ours = unpacked(packing.pack(weight, 4, group), 4, group, 512)
+    ours = unpacked(formats.pack(weight, 4, group), 4, group, 512)
 
     def weighted(made: torch.Tensor) -> float:
         return float((weight.abs() * (made - weight).square()).sum())
@@ -111,7 +111,7 @@ def test_rows_without_width_are_exact(bits: int, group: int) -> None:
     weight[1] = 0.5
     weight[2, 100:] = -0.25
     weight[3] = 1e-4  # a scale that fp16 has no normal number for, in 8 bits
-    found = unpacked(packing.pack(weight, bits, group), bits, group, 192)
+    found = unpacked(formats.pack(weight, bits, group), bits, group, 192)
     assert torch.equal(found[0], weight[0])
     torch.testing.assert_close(found[1:3], weight[1:3], rtol=0, atol=1.3e-4)  # fp16's step at 0.25, twice
     torch.testing.assert_close(found[3], weight[3], rtol=0.05, atol=0)  # steps of 6e-8 at a scale of 8e-7
@@ -121,29 +121,29 @@ def test_rows_without_width_are_exact(bits: int, group: int) -> None:
 def test_rows_do_not_depend_on_each_other(bits: int, group: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """So that fused matrices are joined rows; and it does not matter in which pieces they are packed."""
     weight = matrix(9, 200)
-    whole = packing.pack(weight, bits, group)
-    monkeypatch.setattr(packing, "_PIECE", 400)
-    parts = [packing.pack(weight[rows], bits, group) for rows in (slice(0, 4), slice(4, 9))]
+    whole = formats.pack(weight, bits, group)
+    monkeypatch.setattr(formats, "_PIECE", 400)
+    parts = [formats.pack(weight[rows], bits, group) for rows in (slice(0, 4), slice(4, 9))]
     for name, tensor in whole.items():
         assert torch.equal(tensor, torch.cat([getattr(part, name) for part in parts])), name
 
 
 @pytest.mark.parametrize(("value", "words"), [(float("nan"), "not finite"), (9e6, "beyond fp16's range")])
-@pytest.mark.parametrize("bits", packing.BITS)
+@pytest.mark.parametrize("bits", formats.BITS)
 def test_what_cannot_be_packed_is_refused(bits: int, value: float, words: str) -> None:
     weight = matrix(2, 128)
     weight[1, 5] = value
     with pytest.raises(ValueError, match=words):
-        packing.pack(weight, bits, 128)
+        formats.pack(weight, bits, 128)
 
 
 @pytest.mark.parametrize(("bits", "group"), FORMS)
 @pytest.mark.parametrize("piece", [1 << 20, 500])
 def test_the_plain_product(bits: int, group: int, piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whole, and a few rows at a time, with gradients of x and the bias."""
-    monkeypatch.setattr(packing, "_PIECE", piece)
+    monkeypatch.setattr(formats, "_PIECE", piece)
     monkeypatch.setattr(native, "library", lambda: None)
-    packed, x = packing.pack(matrix(11, 200), bits, group), matrix(6, 200, seed=1, std=1.0).view(2, 3, 200)
+    packed, x = formats.pack(matrix(11, 200), bits, group), matrix(6, 200, seed=1, std=1.0).view(2, 3, 200)
     x, bias = x.requires_grad_(), matrix(1, 11, seed=2)[0].requires_grad_()
     given: dict[str, Any] = {"bits": bits, "group": group, "in_features": 200}
     y = packed_linear(x, packed.codes, packed.scale, packed.low, bias, **given)

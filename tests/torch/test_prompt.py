@@ -19,7 +19,9 @@ from test_families_cache import MPT, prompts
 from test_families_cache import made as small
 
 from monoblock import DynamicCache, MistralConfig, MistralForCausalLM, StaticCache, native
-from monoblock.backends.pytorch import decode, fused, ops, prompt
+from monoblock.backends.pytorch import ops
+from monoblock.backends.pytorch.generation import decoder, native_decoder
+from monoblock.backends.pytorch.kernels import native_ops
 from monoblock.checkpoint import pages
 from monoblock.native import build
 from monoblock.spec import ACTIVATIONS
@@ -27,7 +29,7 @@ from monoblock.spec import ACTIVATIONS
 ATOL = 2e-6  # fp32, values of the order of 1: measured 7e-7
 DTYPES = {"float32": (torch.float32, ATOL), "bfloat16": (torch.bfloat16, 2e-2)}  # bf16 has steps of 4e-3 at 1
 
-native_only = pytest.mark.skipif(prompt.LIBRARY is None, reason=f"native kernels: {native.status()}")
+native_only = pytest.mark.skipif(native_ops.LIBRARY is None, reason=f"native kernels: {native.status()}")
 
 
 @pytest.fixture(params=build.LEVELS)
@@ -36,7 +38,7 @@ def level(request: Any, monkeypatch: pytest.MonkeyPatch) -> str:
     library, found, status = native.choose(request.param)
     if found != request.param:
         pytest.skip(f"no kernels of {request.param} here: {status}")
-    monkeypatch.setattr(prompt, "LIBRARY", library)
+    monkeypatch.setattr(native_ops, "LIBRARY", library)
     return request.param
 
 
@@ -71,7 +73,7 @@ def formula(q: Any, k: Any, v: Any, scale: float, **given: Any) -> torch.Tensor:
 
 def attention(q: Any, k: Any, v: Any, scale: float, **given: Any) -> torch.Tensor:
     masks = (given.get(name) for name in ("slopes", "valid", "segments"))
-    return prompt.attention(
+    return native_ops.attention(
         q, k, v, *masks, scale, given.get("softcap", 0.0), given.get("causal", True), given.get("window", 0)
     )
 
@@ -151,7 +153,7 @@ def test_steps_do_not_lose_nan() -> None:
         module = made("activation {'name': 'relu'}")
         cache = DynamicCache(config=module.spec)
         module(ids, past_key_values=cache, use_cache=True)
-        steps = fused.of(module, cache)
+        steps = native_decoder.of(module, cache)
         assert steps is not None
         if spoiled == "key":
             cache.keys[0][:, 0, 2, 1] = math.nan
@@ -176,7 +178,7 @@ def test_threads_share_the_work() -> None:
 
 def test_an_activation_that_is_none_is_refused() -> None:
     with pytest.raises(ValueError, match="activation 6"):
-        prompt.activate(torch.ones(2, 8), 6, gated=False)
+        native_ops.activate(torch.ones(2, 8), 6, gated=False)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -194,20 +196,20 @@ def test_norms_rotations_and_activations(width: int, dtype: str) -> None:
     far = x + 100 if dtype == "float32" else x
     expected = F.layer_norm(far.double(), (width,), weight.double(), bias.double(), 1e-3)
     assert_close(
-        f"layer norm, {dtype}", prompt.norm(far, weight, bias, 1e-3, rms=False), expected, 25 * bound
+        f"layer norm, {dtype}", native_ops.norm(far, weight, bias, 1e-3, rms=False), expected, 25 * bound
     )
     expected = F.rms_norm(x.double(), (width,), weight.double(), 1e-3)
-    assert_close(f"rms norm, {dtype}", prompt.norm(x, weight, None, 1e-3, rms=True), expected, 4 * bound)
+    assert_close(f"rms norm, {dtype}", native_ops.norm(x, weight, None, 1e-3, rms=True), expected, 4 * bound)
     pair = torch.cat((20 * x, x), dim=-1)
     steep, up = pair.double().chunk(2, dim=-1)
     for place, name in enumerate(ACTIVATIONS):
-        alone, gated = (prompt.activate(pair, place, gated) for gated in (False, True))
+        alone, gated = (native_ops.activate(pair, place, gated) for gated in (False, True))
         for found, wanted in ((alone, ops.ACT[name](pair.double())), (gated, ops.ACT[name](steep) * up)):
             torch.testing.assert_close(found.double(), wanted, rtol=bound, atol=bound)
     q = heads(2, 9, 3, 1, 2 * width + 3, kind)[0]
     angles = torch.randn(1, 1, 9, width, generator=generator).double()
     cos, sin = (torch.cat((a, a), dim=-1).to(kind) for a in (angles.cos(), angles.sin()))
-    turned = prompt.turn(q, cos, sin).transpose(1, 2)
+    turned = native_ops.turn(q, cos, sin).transpose(1, 2)
     assert_close(f"rotation, {dtype}", turned, ops.rotate(q.double(), cos.double(), sin.double()), 2 * bound)
 
 
@@ -236,15 +238,17 @@ def test_models_use_them(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     ids, mask = batch("left", LENGTHS)
     called: list[str] = []
     for name in ("attention", "norm", "turn", "activate"):
-        kernel = getattr(prompt, name)
-        monkeypatch.setattr(prompt, name, lambda *a, n=name, f=kernel, **k: (called.append(n), f(*a, **k))[1])
+        kernel = getattr(native_ops, name)
+        monkeypatch.setattr(
+            native_ops, name, lambda *a, n=name, f=kernel, **k: (called.append(n), f(*a, **k))[1]
+        )
     fast = module(ids, attention_mask=mask).logits
     assert {"attention", "norm", "activate"} <= set(called)
     assert ("turn" in called) == (case == "rope")
     called.clear()
     with torch.enable_grad():
         module(ids, attention_mask=mask)
-    monkeypatch.setattr(prompt, "LIBRARY", None)
+    monkeypatch.setattr(native_ops, "LIBRARY", None)
     assert_close("logits without the kernels", fast, module(ids, attention_mask=mask).logits, 1e-5, mask)
     assert not called
 
@@ -281,11 +285,11 @@ ASKED: dict[str, Any] = {
 def same_in_pieces(monkeypatch: pytest.MonkeyPatch, module: Any, ids: Any, given: Any, pieces: int) -> None:
     """Generation from a whole prompt and from one in so many pieces of 4 tokens; `given()` makes what else is given."""
     outs, calls = {}, []
-    forward = decode.Decoder._forward
-    monkeypatch.setattr(decode.Decoder, "_forward", lambda *a, **k: (calls.append(k), forward(*a, **k))[1])
+    forward = decoder.Decoder._forward
+    monkeypatch.setattr(decoder.Decoder, "_forward", lambda *a, **k: (calls.append(k), forward(*a, **k))[1])
     for size in (1024, 4):
         calls.clear()
-        monkeypatch.setattr(decode, "CHUNK", size)
+        monkeypatch.setattr(decoder, "CHUNK", size)
         outs[size] = module.generate(ids, **{**ASKED, **given()})
     assert [call.get("left", 0) > 0 for call in calls].count(True) == pieces - 1
     assert torch.equal(outs[4].sequences, outs[1024].sequences)

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 import monoblock
 from monoblock import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerFast
-from monoblock.backends.pytorch.bitsandbytes import layer
+from monoblock.backends.pytorch.quantization.bitsandbytes import layer
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
 

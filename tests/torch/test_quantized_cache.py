@@ -9,7 +9,7 @@ import torch
 from helpers import model
 
 from monoblock import DynamicCache, QuantizedCache
-from monoblock.backends.pytorch.quantized import Packed
+from monoblock.backends.pytorch.generation.quantized_cache import Packed
 
 IDS = torch.randint(0, 89, (2, 12), generator=torch.Generator().manual_seed(3))
 

@@ -14,7 +14,8 @@ from measure import assert_close
 from mpt_cases import CASES, made
 from test_graphs import state_of
 
-from monoblock.backends.pytorch import attention_gpu, static_step
+from monoblock.backends.pytorch.generation import static_step
+from monoblock.backends.pytorch.kernels import attention_cuda
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -42,7 +43,7 @@ def scores(module: Any, device_types: tuple[str, ...], monkeypatch: pytest.Monke
 @pytest.mark.parametrize("name", MODELS)
 @torch.no_grad()
 def test_a_step_with_the_kernels(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention_gpu, "FEWEST_KEYS", 16)
+    monkeypatch.setattr(attention_cuda, "FEWEST_KEYS", 16)
     module = made(name) if name in CASES else ours_of(name, **fields(FAMILY_OF[name]))
     plain = scores(module, (), monkeypatch)
     assert_close("kernels", scores(module, ("cpu",), monkeypatch), plain, 2e-5)  # fp32; measured 4e-6
@@ -71,7 +72,7 @@ def test_the_kernels_compile_for_a_gpu(kernel: str, dtype: str, capability: int)
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from monoblock.backends.pytorch import triton_step
+    from monoblock.backends.pytorch.kernels import triton_step
 
     function = getattr(triton_step, kernel)
     signature = {}

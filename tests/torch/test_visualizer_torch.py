@@ -10,7 +10,7 @@ import torch
 import visualized
 
 import monoblock
-from monoblock.backends.pytorch import attention
+from monoblock.backends.pytorch.kernels import attention
 from monoblock.backends.pytorch.ops import Scope, bucketed
 from monoblock.spec import Buckets
 from monoblock.utils import visibility

@@ -1,4 +1,4 @@
-"""The seam between the pipelines, which work on lists and NumPy, and the framework of a model."""
+"""The adapter between the pipelines, which work on lists and NumPy, and the framework of a model."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 
 
-class Seam(Protocol):
+class Adapter(Protocol):
     """Runs a model of one framework on lists of rows, and gives NumPy arrays back."""
 
     model: Any

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from monoblock.pipelines import frameworks
-from monoblock.pipelines.arrays import Seam
+from monoblock.pipelines.arrays import Adapter
 from monoblock.pipelines.progress import shown
 
 NO_LIMIT = 10**20  # a tokenizer's model_max_length above this means that its files name none
@@ -68,7 +68,7 @@ class Pipeline:
         self.image_processor: Any = (
             getattr(processor, "image_processor", None) if image_processor is None else image_processor
         )
-        self.seam: Seam = frameworks.of_model(model).seam.Seam(model, device)
+        self.adapter: Adapter = frameworks.of_model(model).adapter.Adapter(model, device)
         if self.heads and model.row.head not in self.heads:
             raise ValueError(
                 f"{model.row.name} cannot do {self.task!r}: that needs a head of the kind "
@@ -105,12 +105,12 @@ class Pipeline:
     @property
     def device(self) -> Any:
         """Where the model is."""
-        return self.seam.device
+        return self.adapter.device
 
     @property
     def dtype(self) -> Any:
         """The type that the model computes in."""
-        return self.seam.dtype
+        return self.adapter.dtype
 
     @property
     def limit(self) -> int | None:
@@ -202,7 +202,9 @@ class Pipeline:
         """What the model takes of what the tokenizer gave: some tokenizers' files name token types for models that
         have none."""
         names = [
-            name for name in encoded if name in self.tokenizer.model_input_names and name in self.seam.accepts
+            name
+            for name in encoded
+            if name in self.tokenizer.model_input_names and name in self.adapter.accepts
         ]
         return {name: encoded[name] if row is None else encoded[name][row] for name in names}
 

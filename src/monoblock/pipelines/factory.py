@@ -186,7 +186,7 @@ def _load(
         config = monoblock.AutoConfig.from_pretrained(source if config is None else config, **hub)
     task = task or default_task(config.architectures)
     auto = getattr(monoblock, framework.prefix + TASKS[task][1])
-    return framework.seam.load(auto, source, device, config=config, **loading), task
+    return framework.adapter.load(auto, source, device, config=config, **loading), task
 
 
 def _parts(

@@ -39,8 +39,8 @@ class FeatureExtractionPipeline(Pipeline):
 
     def forward(self, batch: dict[str, Any], options: dict[str, Any]) -> dict[str, np.ndarray]:
         del options
-        return {"features": self.seam.numpy(self.seam.run(batch)[0])}
+        return {"features": self.adapter.numpy(self.adapter.run(batch)[0])}
 
     def answer(self, rows: list[Row], options: dict[str, Any]) -> Any:
         features = rows[0].output["features"][None]
-        return self.seam.native(features) if options["return_tensors"] else features.tolist()
+        return self.adapter.native(features) if options["return_tensors"] else features.tolist()

@@ -64,7 +64,7 @@ class FillMaskPipeline(Pipeline):
 
     def forward(self, batch: dict[str, Any], options: dict[str, Any]) -> dict[str, np.ndarray]:
         del options
-        return {"logits": self.seam.numpy(self.seam.run(batch).logits)}
+        return {"logits": self.adapter.numpy(self.adapter.run(batch).logits)}
 
     def answer(self, rows: list[Row], options: dict[str, Any]) -> Any:
         [row] = rows

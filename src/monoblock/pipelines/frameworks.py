@@ -11,7 +11,7 @@ from typing import Any
 @dataclass(frozen=True, kw_only=True)
 class Framework:
     """A framework: its name in words, what its class names begin with, the packages that it needs, what installs
-    them, and the backend that has its seam."""
+    them, and the backend that has its adapter."""
 
     name: str
     prefix: str
@@ -25,9 +25,9 @@ class Framework:
         return f'pip install "monoblock[{self.extra}]"'
 
     @property
-    def seam(self) -> Any:
-        """The module with the class `Seam`, which runs a model, and `load`, which makes one from files."""
-        return importlib.import_module(f"monoblock.backends.{self.backend}.seam")
+    def adapter(self) -> Any:
+        """The module with the class `Adapter`, which runs a model, and `load`, which makes one from files."""
+        return importlib.import_module(f"monoblock.backends.{self.backend}.pipeline_adapter")
 
     def missing(self) -> str | None:
         """The first of its packages that is not installed; None if all are."""

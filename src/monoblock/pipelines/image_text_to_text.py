@@ -37,7 +37,7 @@ class ImageTextToTextPipeline(Generating):
         super().__init__(*args, **kwargs)
         if self.processor is None:
             raise ValueError("'image-text-to-text' needs a processor: give processor= beside a model object")
-        if PATCHES not in self.seam.accepts:
+        if PATCHES not in self.adapter.accepts:
             raise ValueError(f"{self.model.row.name} takes no images: use the task 'text-generation'")
 
     def __call__(self, images: Any = None, text: Any = None, **options: Any) -> Any:
@@ -110,7 +110,7 @@ class ImageTextToTextPipeline(Generating):
         return batch if pictured is None else {**batch, PATCHES: [row[PATCHES] for row in rows]}
 
     def forward(self, batch: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
-        sequences = self.seam.generate(batch, self.generation(options)[0])
+        sequences = self.adapter.generate(batch, self.generation(options)[0])
         rows = len(batch["input_ids"])
         return {"sequences": split(sequences, rows), "prompt": batch["input_ids"]}
 

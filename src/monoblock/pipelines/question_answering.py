@@ -133,8 +133,8 @@ class QuestionAnsweringPipeline(Pipeline):
 
     def forward(self, batch: dict[str, Any], options: dict[str, Any]) -> dict[str, np.ndarray]:
         del options
-        out = self.seam.run(batch)
-        return {"start": self.seam.numpy(out.start_logits), "end": self.seam.numpy(out.end_logits)}
+        out = self.adapter.run(batch)
+        return {"start": self.adapter.numpy(out.start_logits), "end": self.adapter.numpy(out.end_logits)}
 
     def answer(self, rows: list[Row], options: dict[str, Any]) -> Any:
         answers: dict[str, dict[str, Any]] = {}

@@ -65,7 +65,7 @@ class TextClassificationPipeline(Pipeline):
 
     def forward(self, batch: dict[str, Any], options: dict[str, Any]) -> dict[str, np.ndarray]:
         del options
-        return {"logits": self.seam.numpy(self.seam.run(batch).logits)}
+        return {"logits": self.adapter.numpy(self.adapter.run(batch).logits)}
 
     def answer(self, rows: list[Row], options: dict[str, Any]) -> Any:
         scores = FUNCTIONS[self._function(options["function_to_apply"])](rows[0].output["logits"])

@@ -142,7 +142,7 @@ class TextGenerationPipeline(Generating):
                 if whole in said and new not in said:
                     keywords[whole] = said[whole] + length
         rows, width = len(batch["input_ids"]), len(batch["input_ids"][0])
-        sequences = self.seam.generate(batch, keywords)
+        sequences = self.adapter.generate(batch, keywords)
         return {"sequences": split(sequences, rows), "width": [width] * rows}
 
     def answer(self, rows: list[Row], options: dict[str, Any]) -> Any:

@@ -75,7 +75,7 @@ class ZeroShotClassificationPipeline(Pipeline):
 
     def forward(self, batch: dict[str, Any], options: dict[str, Any]) -> dict[str, np.ndarray]:
         del options
-        return {"logits": self.seam.numpy(self.seam.run(batch).logits)}
+        return {"logits": self.adapter.numpy(self.adapter.run(batch).logits)}
 
     def answer(self, rows: list[Row], options: dict[str, Any]) -> Any:
         logits = np.stack([row.output["logits"] for row in rows])

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from monoblock.backends.pytorch.linear import Linear
+from monoblock.backends.pytorch.kernels.linear import Linear
 from monoblock.backends.pytorch.model import make_norm
 from monoblock.heads import KINDS, HeadSpec
 from monoblock.spec import ArchSpec

@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from monoblock.backends.pytorch import attention, prompt
 from monoblock.backends.pytorch.cache import Cache
-from monoblock.backends.pytorch.linear import Linear
+from monoblock.backends.pytorch.kernels import attention, native_ops
+from monoblock.backends.pytorch.kernels.linear import Linear
 from monoblock.backends.pytorch.ops import ACT, Scope, bucketed, rotate, rotations
 from monoblock.positions import is_dynamic
 from monoblock.spec import ACTIVATIONS, Alibi, ArchSpec, Buckets, Learned, Norm, Rotary
@@ -60,8 +60,8 @@ class RMSNorm(nn.RMSNorm):
     """PyTorch's module; the native kernel where that can be used on a prompt."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.shape[-2] > 1 and prompt.usable(x, self.weight):
-            return prompt.norm(x, self.weight, None, self.eps, rms=True)
+        if x.shape[-2] > 1 and native_ops.usable(x, self.weight):
+            return native_ops.norm(x, self.weight, None, self.eps, rms=True)
         return super().forward(x)
 
 
@@ -69,8 +69,8 @@ class LayerNorm(nn.LayerNorm):
     """PyTorch's module; the native kernel where that can be used on a prompt."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if input.shape[-2] > 1 and prompt.usable(input, self.weight, self.bias):
-            return prompt.norm(input, self.weight, self.bias, self.eps, rms=False)
+        if input.shape[-2] > 1 and native_ops.usable(input, self.weight, self.bias):
+            return native_ops.norm(input, self.weight, self.bias, self.eps, rms=False)
         return super().forward(input)
 
 
@@ -164,8 +164,8 @@ class Mlp(nn.Module):
 
     def activated(self, x_bsw: Tensor) -> Tensor:
         """What `down` takes, of what the first matrix gives."""
-        if x_bsw.shape[-2] > 1 and x_bsw.numel() and prompt.usable(x_bsw):
-            return prompt.activate(x_bsw, self.kind, self.gated)
+        if x_bsw.shape[-2] > 1 and x_bsw.numel() and native_ops.usable(x_bsw):
+            return native_ops.activate(x_bsw, self.kind, self.gated)
         if self.gated:
             gate, up = x_bsw.chunk(2, dim=-1)
             return self.act(gate) * up

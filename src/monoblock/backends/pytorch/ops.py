@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from monoblock.backends.pytorch import prompt
+from monoblock.backends.pytorch.kernels import native_ops
 from monoblock.positions import inverse_frequencies, is_dynamic
 from monoblock.spec import Rotary
 
@@ -47,8 +47,8 @@ def turns(positions_bq: Tensor, inverse: Tensor, factor: float, dtype: torch.dty
 
 def rotate(x_bhqd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate the first `dim` channels by half-rotation: (a, b) -> (a cos - b sin, b cos + a sin)."""
-    if x_bhqd.shape[2] > 1 and prompt.usable(x_bhqd, cos, sin):
-        return prompt.turn(x_bhqd, cos, sin).transpose(1, 2)
+    if x_bhqd.shape[2] > 1 and native_ops.usable(x_bhqd, cos, sin):
+        return native_ops.turn(x_bhqd, cos, sin).transpose(1, 2)
     dim = cos.shape[-1]
     turned, kept = x_bhqd[..., :dim], x_bhqd[..., dim:]
     a, b = turned.chunk(2, dim=-1)

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from monoblock import tree
-from monoblock.backends.pytorch import loading, packed, packed_files, quantize
-from monoblock.backends.pytorch.packed import PackedMatrix
+from monoblock.backends.pytorch import loading
+from monoblock.backends.pytorch.quantization import checkpoint, modules, quantize
+from monoblock.backends.pytorch.quantization.modules import PackedMatrix
 from monoblock.checkpoint.keymap import KeyMap
 from monoblock.checkpoint.packed import split
 from monoblock.quantization import QuantizationConfig, WeightOnlyConfig, wanted
@@ -43,7 +44,7 @@ class Parameters(nn.Module):
     def parameter_names(self) -> dict[str, str]:
         """Canonical name -> name of the parameter in this module, tied and packed ones left out."""
         head = self.head.spec if self.head else None
-        packed = packed_files.modules(self)
+        packed = checkpoint.modules(self)
         return {name: _path(name) for name in tree.parameters(self.spec, head) if name not in packed}
 
     def tied(self) -> dict[str, str]:
@@ -65,7 +66,7 @@ class Parameters(nn.Module):
             source, tensor = keymap.source(canonical), self.get_parameter(path).detach()
             for name, view in zip(source.names, source.op.views(tensor), strict=True):
                 state[name] = view if view.dim() <= 2 else view.reshape(tensor.shape)
-        return state | packed_files.hub_state(self)
+        return state | checkpoint.hub_state(self)
 
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
@@ -78,7 +79,7 @@ class Parameters(nn.Module):
             rest, parts = split(state_dict)
             canonical = loading.split_state(self.keymap(), parameters, rest, self.tied())
             state_dict = {names[name]: tensor for name, tensor in canonical.items()}
-            state_dict |= packed_files.own_state(self, parts)
+            state_dict |= checkpoint.own_state(self, parts)
             for second, first in self.tied().items():
                 if first in canonical:
                     state_dict[_path(second)] = canonical[first]
@@ -141,7 +142,7 @@ class Parameters(nn.Module):
         """Make the head's matrix the embedding's, where the spec ties them."""
         if self.tied():
             assert self.head is not None and self.head.out is not None
-            self.head.out = packed.tied(self.backbone.embed, self.head.out)
+            self.head.out = modules.tied(self.backbone.embed, self.head.out)
 
     def get_input_embeddings(self) -> nn.Embedding:
         """The token embedding."""
@@ -182,7 +183,7 @@ class Parameters(nn.Module):
             raise ValueError(f"new_num_tokens must be at least 1, got {new}")
         if new == old:
             return self.backbone.embed
-        if packed_files.is_packed(self):
+        if checkpoint.is_packed(self):
             raise ValueError("packed weights have a fixed number of rows: resize first, then quantise")
         self.config.vocab_size = new
         self.spec = self.backbone.spec = self.config.to_spec()
@@ -220,7 +221,7 @@ class Parameters(nn.Module):
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
         """How many numbers the model has, tied ones once; packed ones are never trained."""
-        packed = packed_files.modules(self)
+        packed = checkpoint.modules(self)
         sizes = {name: module.rows * module.columns for name, module in packed.items()}
         tables = (
             {id(m.weight) for m in self.modules() if isinstance(m, nn.Embedding)}

@@ -13,12 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from monoblock import outputs
-from monoblock.backends.pytorch import attention, devices, heads, loading, packed_files
-from monoblock.backends.pytorch.decode import Generation
+from monoblock.backends.pytorch import devices, heads, loading
+from monoblock.backends.pytorch.generation.decoder import Generation
 from monoblock.backends.pytorch.inputs import check_tokens, flattened, has_positions, prepare
+from monoblock.backends.pytorch.kernels import attention
 from monoblock.backends.pytorch.model import Attention, Backbone
 from monoblock.backends.pytorch.options import LoadOptions
 from monoblock.backends.pytorch.parameters import Parameters
+from monoblock.backends.pytorch.quantization import checkpoint
 from monoblock.checkpoint import packed
 from monoblock.checkpoint.hub import find_weights
 from monoblock.checkpoint.options import HubOptions
@@ -205,8 +207,8 @@ class PreTrainedModel(Parameters, Generation):
     def _load(self, store: Any, dtype: torch.dtype, options: LoadOptions) -> None:
         keymap = self.keymap()
         placed = devices.Placement(self, options.device_map, self.parameter_names(), keymap)
-        kept = packed_files.load(self, store, dtype, placed.device, options.quantization)
-        packer = packed_files.packer(self, options.quantization)
+        kept = checkpoint.load(self, store, dtype, placed.device, options.quantization)
+        packer = checkpoint.packer(self, options.quantization)
         names = self.parameter_names()
         report = loading.load(
             self,

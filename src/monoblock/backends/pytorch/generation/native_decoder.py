@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from monoblock import native
 from monoblock.backends.pytorch.cache import Cache, DynamicCache, StaticCache
-from monoblock.backends.pytorch.linear import FORMATS
+from monoblock.backends.pytorch.generation.structures import Model, Slot, Step, Weights, common_dtype
+from monoblock.backends.pytorch.kernels.linear import FORMATS
 from monoblock.backends.pytorch.model import Attention
-from monoblock.backends.pytorch.structures import Model, Slot, Step, Weights, common_dtype
 from monoblock.positions import is_dynamic
 from monoblock.spec import Buckets, Learned, Rotary
 
@@ -73,7 +73,7 @@ def obstacle(model: PreTrainedModel) -> str | None:
 
 # What the library computes: PyTorch's modules of these types, and all that these files define.
 _THEIRS = {nn.ModuleList, nn.Dropout, nn.Identity, nn.Linear, nn.Embedding, nn.LayerNorm, nn.RMSNorm}
-_OURS = {f"monoblock.backends.pytorch.{name}" for name in ("model", "heads", "linear", "packed")}
+_OURS = {f"monoblock.backends.pytorch.{name}" for name in ("model", "heads", "kernels.linear", "quantization.modules")}
 _PACKED = (".codes", ".scale", ".low")
 
 

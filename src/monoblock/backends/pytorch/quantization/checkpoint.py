@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from monoblock.backends.pytorch import loading, packing
-from monoblock.backends.pytorch.packed import PackedMatrix, packed_module
-from monoblock.backends.pytorch.packing import Packed
-from monoblock.backends.pytorch.quantize import Packer, matrices, replace
+from monoblock.backends.pytorch import loading
+from monoblock.backends.pytorch.quantization import formats
+from monoblock.backends.pytorch.quantization.formats import Packed
+from monoblock.backends.pytorch.quantization.modules import PackedMatrix, packed_module
+from monoblock.backends.pytorch.quantization.quantize import Packer, matrices, replace
 from monoblock.checkpoint import packed
 from monoblock.checkpoint.fitting import matched
 from monoblock.checkpoint.weights import Tensors
@@ -53,8 +54,8 @@ def load(
     for canonical in held:
         module = model.get_submodule(names[canonical.removesuffix(".weight")])
         rows, columns = module.get_parameter("weight").shape
-        bits = packing.bits_of(kind for kind, sources in kinds.items() if canonical in sources)
-        for part, shape in packing.shapes(bits, how.group_size, rows, columns).items():
+        bits = formats.bits_of(kind for kind, sources in kinds.items() if canonical in sources)
+        for part, shape in formats.shapes(bits, how.group_size, rows, columns).items():
             expected[part][canonical] = shape
     found = {
         part: matched(parts[part], keymap, shapes, tied, ignore_mismatched_sizes=False)
@@ -68,7 +69,7 @@ def load(
             if canonical in (sources := found[part][0])
         }
         module = model.get_submodule(path)
-        made = packed_module(module, Packed(**tensors), packing.bits_of(tensors), how.group_size, dtype)
+        made = packed_module(module, Packed(**tensors), formats.bits_of(tensors), how.group_size, dtype)
         replace(model, path, made)
     model.quantization_config = how
     return [f"{name}.codes" for name in found["codes"][1].unused]

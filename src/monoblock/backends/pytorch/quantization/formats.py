@@ -4,7 +4,7 @@ A matrix (outputs, inputs) is packed along its inputs, which are padded to a mul
 
     8 bits   codes uint8 (outputs, padded); scale fp16 (outputs, padded / group);      weight = scale * (code - 128)
     4 bits   codes uint8 (outputs, padded / 2); scale and low fp16 (as above);         weight = scale * code + low
-    12 bits  codes uint8 (outputs, bytes of a row), nothing else: bfloat16 without loss; see packing_lossless.py
+    12 bits  codes uint8 (outputs, bytes of a row), nothing else: bfloat16 without loss; see bf12.py
 
 Of each run of 128 weights in 4 bits, byte j holds the codes of weights j (low half) and j + 64 (high half). Rows do
 not depend on each other, so that rows of packed matrices can be joined and taken apart.
@@ -20,8 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from monoblock.backends.pytorch import packing_lossless
-from monoblock.backends.pytorch.packing_lossless import RUN
+from monoblock.backends.pytorch.quantization import bf12
+from monoblock.backends.pytorch.quantization.bf12 import RUN
 from monoblock.quantization import LOSSLESS
 
 GROUPS = (64, 128)
@@ -57,7 +57,7 @@ class Packed:
 def shapes(bits: int, group: int, outputs: int, inputs: int) -> dict[str, tuple[int, int]]:
     """The shapes of a packed matrix's tensors, by name."""
     if bits == LOSSLESS:
-        return {"codes": packing_lossless.shape(outputs, inputs)}
+        return {"codes": bf12.shape(outputs, inputs)}
     padded = -(-inputs // RUN) * RUN
     scale = (outputs, padded // group)
     found = {"codes": (outputs, padded * bits // 8), "scale": scale}
@@ -107,9 +107,9 @@ def pack(weight: Tensor, bits: int, group: int) -> Packed:
 
 def _lossless(weight: Tensor) -> Packed:
     outputs, inputs = weight.shape
-    codes = torch.empty(packing_lossless.shape(outputs, inputs), dtype=torch.uint8, device=weight.device)
+    codes = torch.empty(bf12.shape(outputs, inputs), dtype=torch.uint8, device=weight.device)
     for rows in _pieces(outputs, inputs):
-        packed = packing_lossless.pack(weight[rows])
+        packed = bf12.pack(weight[rows])
         if packed is None:
             raise DoesNotFit("12 bits save nothing: rows are too short, or have too many exponents")
         codes[rows] = packed
@@ -128,7 +128,7 @@ def unpack(
 ) -> Tensor:
     """The weights (outputs, inputs) again."""
     if scale is None:
-        return packing_lossless.unpack(codes, inputs).to(dtype)
+        return bf12.unpack(codes, inputs).to(dtype)
     if bits == 4:
         runs = codes.unflatten(1, (-1, RUN // 2))
         codes = torch.cat((runs & 15, runs >> 4), dim=-1).flatten(1)

@@ -10,7 +10,7 @@ import numpy as np
 import tensorflow as tf
 
 
-class Seam:
+class Adapter:
     """Runs a TF model on lists of ids, on its device, and gives NumPy back."""
 
     def __init__(self, model: Any, device: Any) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from monoblock.backends.pytorch.ops import Scope
 
 if TYPE_CHECKING:
-    from monoblock.backends.pytorch.attention import Kernel
+    from monoblock.backends.pytorch.kernels.attention import Kernel
 
 BLOCK = 128  # queries and keys of a block: what the kernels are made for
 

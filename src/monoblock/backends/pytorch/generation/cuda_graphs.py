@@ -17,12 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from monoblock.backends.pytorch.cache import DynamicCache, StaticCache
-from monoblock.backends.pytorch.static_step import Shape, State, static_step
+from monoblock.backends.pytorch.generation.static_step import Shape, State, static_step
 from monoblock.positions import is_dynamic
 from monoblock.spec import ArchSpec, Buckets, Learned, Rotary
 
 if TYPE_CHECKING:
-    from monoblock.backends.pytorch.decode import Decoder
+    from monoblock.backends.pytorch.generation.decoder import Decoder
     from monoblock.backends.pytorch.pretrained import PreTrainedModel
     from monoblock.generation.decoder import Plan
 

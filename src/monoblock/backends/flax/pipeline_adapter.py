@@ -20,7 +20,7 @@ from monoblock.spec import Learned
 NO_PARAMS = "a pipeline needs a model that holds its params: make it without _do_init=False"
 
 
-class Seam:
+class Adapter:
     """Runs a Flax model on lists of ids: puts its parameters on their device, and gives NumPy back.
 
     What is compiled for one shape serves its neighbours: `run` rounds the number of tokens up to a bucket and the

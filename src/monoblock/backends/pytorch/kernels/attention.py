@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from monoblock.backends.pytorch import attention_flex, attention_gpu, prompt
+from monoblock.backends.pytorch.kernels import attention_cuda, attention_flex, native_ops
 from monoblock.backends.pytorch.ops import Scope
 
 # Queries of one block of the block-wise kernel: their mask of QUERY_BLOCK x keys stays in the processor's cache.
@@ -33,19 +33,19 @@ class Kernel:
 def attend(q_bhqd: Tensor, k_bgkd: Tensor, v_bgkd: Tensor, scope: Scope, kernel: Kernel) -> Tensor:
     """Attention without a heads x queries x keys array; (b, h, q, d).
 
-    On a GPU: see attention_gpu.py. One query: one fused call. On a CPU without gradients: the native kernel. Queries
+    On a GPU: see attention_cuda.py. One query: one fused call. On a CPU without gradients: the native kernel. Queries
     that line up with the keys, on a CPU: one call of the flash kernel, with ALiBi and padding as a bias on the keys.
     Everything else: the fused kernel for one block of queries after the other, each with its own mask; in training
     the mask is made again for the backward pass.
     """
-    if q_bhqd.device.type in attention_gpu.DEVICES:
-        out = attention_gpu.attend(q_bhqd, k_bgkd, v_bgkd, scope, kernel)
+    if q_bhqd.device.type in attention_cuda.DEVICES:
+        out = attention_cuda.attend(q_bhqd, k_bgkd, v_bgkd, scope, kernel)
         if out is not None:
             return _evened(out, v_bgkd, scope)
     if q_bhqd.shape[2] == 1 and kernel.softcap is None:
         return _one_query(q_bhqd, k_bgkd, v_bgkd, scope, kernel)
     ordinary = scope.in_order and scope.relative is None and not kernel.dropout
-    if ordinary and prompt.usable(q_bhqd, k_bgkd, v_bgkd):
+    if ordinary and native_ops.usable(q_bhqd, k_bgkd, v_bgkd):
         return _native(q_bhqd, k_bgkd, v_bgkd, scope, kernel)
     k_bhkd, v_bhkd = repeat_groups(k_bgkd, q_bhqd.shape[1]), repeat_groups(v_bgkd, q_bhqd.shape[1])
     if scope.aligned and scope.by_key and not kernel.dropout and kernel.softcap is None:
@@ -64,7 +64,7 @@ def _native(q_bhqd: Tensor, k_bgkd: Tensor, v_bgkd: Tensor, scope: Scope, kernel
     """The project's own kernel: heads share keys as they lie, ALiBi is exact at any distance, and blocks of keys that
     no query may see are not computed. Queries that see no key get the mean of all values, as from `_evened`."""
     segments = None if scope.segment_bk is None else scope.segment_bk.to(torch.int32)
-    out_bqhd = prompt.attention(
+    out_bqhd = native_ops.attention(
         q_bhqd,
         k_bgkd,
         v_bgkd,

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 
-class Seam:
+class Adapter:
     """Runs a PyTorch model on lists of ids: puts it on its device, makes tensors, and gives NumPy back."""
 
     def __init__(self, model: Any, device: Any) -> None:
@@ -65,7 +65,7 @@ class Seam:
 
 
 def load(auto: Any, source: Any, device: Any, **options: Any) -> Any:
-    """The model of a name or folder; the seam puts it on its device."""
+    """The model of a name or folder; the adapter puts it on its device."""
     del device
     return auto.from_pretrained(source, **options)
 

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from monoblock.backends.pytorch.attention_gpu import WIDEST, pieces
 from monoblock.backends.pytorch.cache import Cache
+from monoblock.backends.pytorch.kernels.attention_cuda import WIDEST, pieces
 from monoblock.backends.pytorch.model import Attention, Call
 from monoblock.backends.pytorch.ops import Scope, turns
 from monoblock.positions import inverse_frequencies
@@ -207,7 +207,7 @@ def _has_kernels(model: PreTrainedModel, state: State) -> bool:
 
 def _one_token(state: State, call: Call) -> Callable[[Attention, Tensor, Tensor, Tensor], Tensor]:
     """Attention of one token over the state, by the Triton kernels."""
-    from monoblock.backends.pytorch import triton_step
+    from monoblock.backends.pytorch.kernels import triton_step
 
     angles = None if call.cos is None or call.sin is None else (call.cos, call.sin)
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from monoblock import native
-from monoblock.backends.pytorch.linear import plain
+from monoblock.backends.pytorch.kernels.linear import plain
 from monoblock.native import prompts
 
 LIBRARY: Any = native.library()

@@ -25,7 +25,7 @@ from torch import Tensor
 from monoblock.backends.pytorch.ops import Scope
 
 if TYPE_CHECKING:
-    from monoblock.backends.pytorch.attention import Kernel
+    from monoblock.backends.pytorch.kernels.attention import Kernel
 
 DEVICES = ("cuda",)
 WIDEST = 256  # channels of a head that the flash kernel takes

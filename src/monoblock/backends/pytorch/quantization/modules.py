@@ -1,4 +1,4 @@
-"""Modules whose matrix is packed in 8, 4 or 12 bits (packing.py has the formats)."""
+"""Modules whose matrix is packed in 8, 4 or 12 bits (formats.py has the formats)."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from monoblock.backends.pytorch import packing
-from monoblock.backends.pytorch.linear import Linear, packed_dense
-from monoblock.backends.pytorch.packing import Packed
+from monoblock.backends.pytorch.kernels.linear import Linear, packed_dense
+from monoblock.backends.pytorch.quantization import formats
+from monoblock.backends.pytorch.quantization.formats import Packed
 
 
 class PackedMatrix(nn.Module):
@@ -48,7 +48,7 @@ class PackedMatrix(nn.Module):
 
     def unpacked(self, packed: Packed, dtype: torch.dtype) -> Tensor:
         """Rows like this matrix's as numbers."""
-        return packing.unpack(
+        return formats.unpack(
             packed.codes,
             packed.scale,
             packed.low,

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from monoblock.backends.pytorch import fused, graphs
 from monoblock.backends.pytorch.arrays import TorchOps
 from monoblock.backends.pytorch.cache import Cache, DynamicCache, StaticCache, from_tuples, to_tuples
-from monoblock.backends.pytorch.quantized import quantized
+from monoblock.backends.pytorch.generation import cuda_graphs, native_decoder
+from monoblock.backends.pytorch.generation.quantized_cache import quantized
 from monoblock.generation import loop
 from monoblock.generation.arrays import ArrayOps
 from monoblock.generation.config import GenerationConfig
@@ -117,14 +117,14 @@ class Runner:
         self.generation_config = model.generation_config
         learned = model.spec.position(Learned)
         self.max_positions = learned.size - learned.offset if learned else None
-        self.graphed: list[graphs.Graphed] = []
+        self.graphed: list[cuda_graphs.Graphed] = []
 
-    def decoder(self, plan: loop.Plan, inputs: dict[str, Any]) -> Decoder | graphs.Graphed:
+    def decoder(self, plan: loop.Plan, inputs: dict[str, Any]) -> Decoder | cuda_graphs.Graphed:
         """A decoder for one call."""
         decoder = Decoder(self.model, plan, inputs)
-        if not graphs.fits(decoder, plan):
+        if not cuda_graphs.fits(decoder, plan):
             return decoder
-        self.graphed.append(graphs.Graphed(decoder, plan, given="past_key_values" in inputs))
+        self.graphed.append(cuda_graphs.Graphed(decoder, plan, given="past_key_values" in inputs))
         return self.graphed[-1]
 
     def close(self) -> None:
@@ -222,9 +222,9 @@ class Decoder:
         return self._forward({"input_ids": ids_bk}, keep=count)
 
     @functools.cached_property
-    def steps(self) -> fused.Steps | None:
+    def steps(self) -> native_decoder.Steps | None:
         """The native steps, where they can be had; asked for at the first new token."""
-        return None if any(self.wanted.values()) else fused.of(self.model, self.cache)
+        return None if any(self.wanted.values()) else native_decoder.of(self.model, self.cache)
 
     def reorder(self, index_b: Tensor) -> None:
         """Row i becomes what row index[i] was."""

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from monoblock import native
-from monoblock.backends.pytorch.linear import FORMATS, PACKED
+from monoblock.backends.pytorch.kernels.linear import FORMATS, PACKED
 from monoblock.positions import inverse_frequencies
 from monoblock.spec import ACTIVATIONS, Alibi, ArchSpec, Learned, Rotary
 

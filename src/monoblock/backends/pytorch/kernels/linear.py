@@ -4,7 +4,7 @@
         x (..., in), weight (out, in), both of one dtype; gives (..., out) in x's dtype. Differentiable, twice too.
     monoblock::packed_linear(Tensor x, Tensor codes, Tensor? scale, Tensor? low, Tensor? bias,
                              int bits, int group, int in_features) -> Tensor
-        x (..., in_features); codes, scale and low as in packing.py; bias in float32 or bfloat16. Gradients reach x and
+        x (..., in_features); codes, scale and low as in formats.py; bias in float32 or bfloat16. Gradients reach x and
         the bias.
 
 The rules, with what was measured on one core of a Zen 5 server (a matrix of 11264 x 2048; the rates count weights read;
@@ -34,7 +34,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from monoblock import native
-from monoblock.backends.pytorch import packed_gpu, packing
+from monoblock.backends.pytorch.kernels import packed_cuda
+from monoblock.backends.pytorch.quantization import formats
 from monoblock.quantization import LOSSLESS
 
 FEW = 16  # rows up to which reading the weights is what takes the time
@@ -220,7 +221,7 @@ def _packed(
 ) -> Tensor:
     bits, group, inputs = form
     if x.is_cuda:
-        return packed_gpu.multiply(x, codes, scale, low, bias, bits, group, inputs)
+        return packed_cuda.multiply(x, codes, scale, low, bias, bits, group, inputs)
     parts = [part for part in (codes, scale, low) if part is not None]
     fits = x.is_cpu and x.dtype in FORMATS and x.shape[-1] == inputs and all(p.is_contiguous() for p in parts)
     if fits and x.numel() and codes.shape[0] and _bias_fits(bias, codes.shape[0]):
@@ -230,7 +231,7 @@ def _packed(
             return _native(library, x, PACKED[bits], (codes, scale, low, bias), inputs, group)
         if library is not None and scale is None:
             return _by_pieces(library, x, codes, bias, inputs)
-    return packing.multiply(x, codes, scale, low, bias, bits, group, inputs)
+    return formats.multiply(x, codes, scale, low, bias, bits, group, inputs)
 
 
 def _by_pieces(library: Any, x: Tensor, codes: Tensor, bias: Tensor | None, inputs: int) -> Tensor:
@@ -270,7 +271,7 @@ def _packed_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     to_x = to_bias = None
     if ctx.needs_input_grad[0]:
         bits, group, inputs = ctx.form
-        weight = packing.unpack(
+        weight = formats.unpack(
             codes, scale, low, bits=bits, group=group, inputs=inputs, dtype=gradient.dtype
         )
         to_x = linear(gradient, weight.t(), None)

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from monoblock.backends.pytorch import packing
+from monoblock.backends.pytorch.quantization import formats
 
 FEW = 16  # rows
 
@@ -25,7 +25,7 @@ def kernel() -> Callable[..., Tensor] | None:
     """The Triton kernel for few rows; None where Triton is not installed."""
     if importlib.util.find_spec("triton") is None:
         return None
-    from monoblock.backends.pytorch import triton_packed
+    from monoblock.backends.pytorch.kernels import triton_packed
 
     return triton_packed.few_rows
 
@@ -46,6 +46,6 @@ def multiply(
         with torch.cuda.device_of(x):  # Triton starts kernels on the current one
             y_rn = few_rows(x_rk, codes, scale, low, bias, bits=bits, group=group)
     else:
-        weight = packing.unpack(codes, scale, low, bits=bits, group=group, inputs=in_features, dtype=x.dtype)
+        weight = formats.unpack(codes, scale, low, bits=bits, group=group, inputs=in_features, dtype=x.dtype)
         y_rn = F.linear(x_rk, weight, None if bias is None else bias.to(x.dtype))
     return y_rn.unflatten(0, x.shape[:-1])

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from monoblock.backends.pytorch import bitsandbytes, loading, packing
-from monoblock.backends.pytorch.packed import PackedMatrix, packed_module, plain_module
+from monoblock.backends.pytorch import loading
+from monoblock.backends.pytorch.quantization import bitsandbytes, formats
+from monoblock.backends.pytorch.quantization.modules import PackedMatrix, packed_module, plain_module
 from monoblock.quantization import LOSSLESS, QuantizationConfig, WeightOnlyConfig
 
 if TYPE_CHECKING:
@@ -75,8 +76,8 @@ class Packer:
             return
         bits, group = self.bits[name], self.how.group_size
         try:
-            packed = packing.pack(tensor.detach(), bits, group)
-        except packing.DoesNotFit:
+            packed = formats.pack(tensor.detach(), bits, group)
+        except formats.DoesNotFit:
             self.bits.pop(name)  # it stays as it is
             loading.assign(self.model, path, tensor)
             return
