@@ -146,7 +146,8 @@ class Patches:
 class ArchSpec:
     """A transformer, whole. `windows[i]` is how many keys layer i sees, the query's own included; None: all.
 
-    `embed_gradient`: the share of the gradient that reaches the embedding.
+    `embed_gradient`: the share of the gradient that reaches the embedding. `padding_id`: the token whose row of the
+    embedding is not trained (None: all are).
     """
 
     vocab: int
@@ -167,6 +168,7 @@ class ArchSpec:
     embed_gradient: float = 1.0
     patches: Patches | None = None
     init_std: float = 0.02
+    padding_id: int | None = None
 
     @property
     def layers(self) -> int:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from monoblock.checkpoint.keymap import KeyMap
 from monoblock.config import PretrainedConfig
+from monoblock.modules import Part
+
+# Kind of head -> the modules that it adds to the bare model, by attribute name.
+Heads = Mapping[str, Mapping[str, str | Part]]
 
 
 @dataclass(frozen=True)
@@ -25,14 +29,26 @@ class ModelClass:
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """A family as data: its config class, key map and public classes. `prefix` is the hub's attribute name of
-    the bare model inside a model with a head. `extra`: keywords of every forward beyond the signatures."""
+    """A family as data: its config class, module tree, key map and public classes.
+
+    `prefix` is the attribute name of the bare model inside a model with a head; `tree` gives the bare model's module
+    tree, `heads` the modules beside it for each kind of head. `extra`: keywords of every forward beyond the
+    signatures. `bare`: the class of the bare model where it is not public here.
+    """
 
     config: type[PretrainedConfig]
     prefix: str
     keymap: Callable[[Any, str | None], KeyMap]
+    tree: Callable[[Any], Part]
+    heads: Heads
     classes: tuple[ModelClass, ...]
     extra: tuple[str, ...] = ()
+    bare: ModelClass | None = None
+
+    @property
+    def bare_class(self) -> ModelClass:
+        """The row of the bare model inside a model with a head: `bare`, or the public one."""
+        return self.bare or next(c for c in self.classes if c.head in (None, "pooler"))
 
     @functools.cached_property
     def projections(self) -> dict[str, str]:
@@ -104,6 +120,18 @@ def class_names(model_type: str) -> tuple[str, ...]:
 def family_of(class_name: str) -> Family | None:
     """The family that has a public model class of that name."""
     return next((family(name) for name in FAMILIES if class_name in class_names(name)), None)
+
+
+def row_of(name: str) -> tuple[Family, ModelClass]:
+    """The family and the row of a public class, or of the bare class inside one; AttributeError if there is none."""
+    found = family_of(name)
+    if found is not None:
+        return found, found.model_class(name)
+    for model_type in FAMILIES:
+        own = family(model_type)
+        if own.bare is not None and own.bare.name == name:
+            return own, own.bare
+    raise AttributeError(f"monoblock has no class {name!r}")
 
 
 def auto_class(auto: str, config: PretrainedConfig, prefix: str = "") -> str:

@@ -5,11 +5,14 @@ Source: https://www.adept.ai/blog/fuyu-8b and the hub's FuyuConfig.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
-from monoblock.checkpoint.keymap import KeyMap, PerHead, Spelling, row
-from monoblock.families import Family, ModelClass
+from monoblock import modules
+from monoblock.checkpoint.keymap import KeyMap, Row, Spelling, row
+from monoblock.families import Family, Heads, ModelClass
 from monoblock.families.common import RopeConfig, activation, quotient
+from monoblock.modules import Part, part
 from monoblock.spec import ArchSpec, Attention, Dropout, Mlp, Norm, Patches, QkNorm
 
 
@@ -91,50 +94,82 @@ class FuyuConfig(RopeConfig):
             tie_head=self.tie_word_embeddings,
             patches=Patches(size=self.patch_size**2 * self.num_channels, token_id=self.image_token_id),
             init_std=self.initializer_range,
+            padding_id=self.pad_token_id,
         ).validate("FuyuConfig")
 
 
-def keymap(config: FuyuConfig, head: str | None) -> KeyMap:
-    """The hub's names, newer and older."""
-    new, old = "model.language_model.", "language_model.model."
-
-    def both(name: str) -> tuple[str, str]:
-        return f"{new}{name}.{{p}}", f"{old}{name}.{{p}}"
-
-    per_head = PerHead(config.num_attention_heads)
-    qkv = [Spelling((name,), per_head) for name in both("layers.{i}.self_attn.query_key_value")]
-    return KeyMap(
-        rows=(
-            row("embed.{p}", *both("embed_tokens")),
-            row("patch_embed.{p}", "model.vision_embed_tokens.{p}", "vision_embed_tokens.{p}"),
-            row("blocks.{i}.norm1.{p}", *both("layers.{i}.input_layernorm")),
-            row("blocks.{i}.attn.qkv.{p}", *qkv),
-            row("blocks.{i}.attn.q_norm.{p}", *both("layers.{i}.self_attn.q_layernorm")),
-            row("blocks.{i}.attn.k_norm.{p}", *both("layers.{i}.self_attn.k_layernorm")),
-            row("blocks.{i}.attn.out.{p}", *both("layers.{i}.self_attn.dense")),
-            row("blocks.{i}.norm2.{p}", *both("layers.{i}.post_attention_layernorm")),
-            row("blocks.{i}.mlp.up.{p}", *both("layers.{i}.mlp.dense_h_to_4h")),
-            row("blocks.{i}.mlp.down.{p}", *both("layers.{i}.mlp.dense_4h_to_h")),
-            row("final_norm.{p}", *both("final_layernorm")),
+def tree(_: FuyuConfig) -> Part:
+    """transformers' module tree: the language model inside is a Persimmon."""
+    attention = part(
+        "PersimmonAttention",
+        "attention",
+        query_key_value="qkv_by_head",
+        dense="out",
+        q_layernorm="q_norm",
+        k_layernorm="k_norm",
+        attention_dropout="attn_drop",
+    )
+    layer = part(
+        "PersimmonDecoderLayer",
+        "layer",
+        self_attn=attention,
+        mlp=part("PersimmonMLP", "mlp", dense_h_to_4h="up", dense_4h_to_h="down", act="act"),
+        input_layernorm="norm1",
+        post_attention_layernorm="norm2",
+        dropout="layer_drop",
+    )
+    return part(
+        "FuyuModel",
+        "model",
+        language_model=part(
+            "PersimmonModel",
+            "stack",
+            classes={"rotary": "PersimmonRotaryEmbedding"},
+            embed_tokens="embed",
+            layers=layer,
+            final_layernorm="final_norm",
+            rotary_emb="rotary",
         ),
-        heads={"causal": (row("head.out.{p}", "lm_head.{p}", "language_model.lm_head.{p}"),)},
-        head=head,
-        prefix="",
-        ignored=(r"rotary_emb\.inv_freq$",),
+        vision_embed_tokens="patch_embed",
     )
 
+
+HEADS: Heads = {"causal": {"lm_head": "head_out"}}
+
+
+def keymap(config: FuyuConfig, head: str | None) -> KeyMap:
+    """transformers' names, newer and older: `model.language_model.X` was `language_model.model.X`."""
+    made = modules.keymap(
+        tree(config), HEADS, config.to_spec(), head=head, prefix="model.", ignored=(r"rotary_emb\.inv_freq$",)
+    )
+
+    def both(known: Row) -> Row:
+        now = known.spellings[0]
+        old = tuple(name.replace("language_model.", "language_model.model.") for name in now.names)
+        return known if old == now.names else replace(known, spellings=(now, Spelling(old, now.op)))
+
+    heads = {"causal": (row("head.out.{p}", "lm_head.{p}", "language_model.lm_head.{p}"),)}
+    return replace(made, rows=tuple(both(known) for known in made.rows), heads=heads)
+
+
+_IN = (
+    "input_ids image_patches image_patches_indices attention_mask position_ids past_key_values inputs_embeds"
+)
+_OUT = "output_attentions output_hidden_states return_dict"
 
 FAMILY = Family(
     config=FuyuConfig,
     prefix="model",
     keymap=keymap,
+    tree=tree,
+    heads=HEADS,
+    bare=ModelClass("FuyuModel", None, f"{_IN} use_cache {_OUT}", "BaseModelOutputWithPast"),
     extra=("pixel_values",),
     classes=(
         ModelClass(
             "FuyuForCausalLM",
             "causal",
-            "input_ids image_patches image_patches_indices attention_mask position_ids past_key_values inputs_embeds "
-            "use_cache labels output_attentions output_hidden_states return_dict",
+            f"{_IN} use_cache labels {_OUT}",
             "CausalLMOutputWithPast",
         ),
     ),

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from monoblock.checkpoint.keymap import KeyMap, Spelling, Split, row
+from monoblock import modules
+from monoblock.checkpoint.keymap import KeyMap
 from monoblock.config import PretrainedConfig
-from monoblock.families import Family, ModelClass
-from monoblock.families.common import activation, head_rows, quotient
+from monoblock.families import Family, Heads, ModelClass
+from monoblock.families.common import activation, quotient
+from monoblock.modules import Part, part
 from monoblock.spec import ArchSpec, Attention, Dropout, Learned, Mlp, Norm
 
 
@@ -82,26 +84,45 @@ class GPTNeoConfig(PretrainedConfig):
         ).validate("GPTNeoConfig")
 
 
+def tree(_: GPTNeoConfig) -> Part:
+    """transformers' module tree."""
+    attention = part(
+        "GPTNeoSelfAttention",
+        "attention",
+        attn_dropout="attn_drop",
+        resid_dropout="out_drop",
+        k_proj="k",
+        v_proj="v",
+        q_proj="q",
+        out_proj="out",
+    )
+    layer = part(
+        "GPTNeoBlock",
+        "layer",
+        tuples=True,
+        ln_1="norm1",
+        attn=part("GPTNeoAttention", "wrapper", attention=attention),
+        ln_2="norm2",
+        mlp=part("GPTNeoMLP", "mlp", c_fc="up", c_proj="down", act="act", dropout="mlp_drop"),
+    )
+    return part(
+        "GPTNeoModel", "model", wte="embed", wpe="pos_embed", drop="embed_drop", h=layer, ln_f="final_norm"
+    )
+
+
+HEADS: Heads = {
+    "causal": {"lm_head": "head_out"},
+    "sequence": {"score": "head_out"},
+    "token": {"dropout": "head_drop", "classifier": "head_out"},
+    "span": {"qa_outputs": "head_out"},
+}
+
+
 def keymap(config: GPTNeoConfig, head: str | None) -> KeyMap:
-    """The hub's names; old files also hold the causal masks as buffers."""
-    width, layer = config.hidden_size, "h.{i}."
-    qkv = tuple(f"{layer}attn.attention.{x}_proj.{{p}}" for x in "qkv")
-    return KeyMap(
-        rows=(
-            row("embed.{p}", "wte.{p}"),
-            row("pos_embed.{p}", "wpe.{p}"),
-            row("blocks.{i}.norm1.{p}", layer + "ln_1.{p}"),
-            row("blocks.{i}.attn.qkv.{p}", Spelling(qkv, Split((width, width, width)))),
-            row("blocks.{i}.attn.out.{p}", layer + "attn.attention.out_proj.{p}"),
-            row("blocks.{i}.norm2.{p}", layer + "ln_2.{p}"),
-            row("blocks.{i}.mlp.up.{p}", layer + "mlp.c_fc.{p}"),
-            row("blocks.{i}.mlp.down.{p}", layer + "mlp.c_proj.{p}"),
-            row("final_norm.{p}", "ln_f.{p}"),
-        ),
-        heads=head_rows(causal="lm_head", sequence="score", token="classifier", span="qa_outputs"),
-        head=head,
-        prefix="transformer.",
-        ignored=(r"attn\.attention\.(masked_)?bias$",),
+    """transformers' names; old files also hold the causal masks as buffers."""
+    ignored = (r"attn\.attention\.(masked_)?bias$",)
+    return modules.keymap(
+        tree(config), HEADS, config.to_spec(), head=head, prefix="transformer.", ignored=ignored
     )
 
 
@@ -113,6 +134,8 @@ FAMILY = Family(
     config=GPTNeoConfig,
     prefix="transformer",
     keymap=keymap,
+    tree=tree,
+    heads=HEADS,
     classes=(
         ModelClass(
             "GPTNeoModel", None, f"{_IN} use_cache {_OUT}", "BaseModelOutputWithPastAndCrossAttentions"

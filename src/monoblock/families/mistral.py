@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from monoblock.checkpoint.keymap import KeyMap, Spelling, Split, row
-from monoblock.families import Family, ModelClass
-from monoblock.families.common import RopeConfig, activation, head_rows, quotient
+from monoblock import modules
+from monoblock.checkpoint.keymap import KeyMap
+from monoblock.families import Family, Heads, ModelClass
+from monoblock.families.common import RopeConfig, activation, quotient
+from monoblock.modules import Part, part
 from monoblock.spec import ArchSpec, Attention, Dropout, Mlp, Norm
 
 
@@ -66,31 +68,43 @@ class MistralConfig(RopeConfig):
             dropout=Dropout(attention=self.attention_dropout),
             tie_head=self.tie_word_embeddings,
             init_std=self.initializer_range,
+            padding_id=self.pad_token_id,
         ).validate("MistralConfig")
 
 
-def keymap(config: MistralConfig, head: str | None) -> KeyMap:
-    """The hub's names."""
-    spec = config.to_spec()
-    att, layer = spec.attention, "layers.{i}."
-    kv = att.kv_heads * att.head_dim
-    qkv = tuple(f"{layer}self_attn.{x}_proj.{{p}}" for x in "qkv")
-    gate_up = tuple(f"{layer}mlp.{x}_proj.{{p}}" for x in ("gate", "up"))
-    return KeyMap(
-        rows=(
-            row("embed.{p}", "embed_tokens.{p}"),
-            row("blocks.{i}.norm1.{p}", layer + "input_layernorm.{p}"),
-            row("blocks.{i}.attn.qkv.{p}", Spelling(qkv, Split((att.heads * att.head_dim, kv, kv)))),
-            row("blocks.{i}.attn.out.{p}", layer + "self_attn.o_proj.{p}"),
-            row("blocks.{i}.norm2.{p}", layer + "post_attention_layernorm.{p}"),
-            row("blocks.{i}.mlp.gate_up.{p}", Spelling(gate_up, Split((spec.mlp.width, spec.mlp.width)))),
-            row("blocks.{i}.mlp.down.{p}", layer + "mlp.down_proj.{p}"),
-            row("final_norm.{p}", "norm.{p}"),
+def tree(_: MistralConfig) -> Part:
+    """transformers' module tree."""
+    return part(
+        "MistralModel",
+        "model",
+        classes={"norm": "MistralRMSNorm", "rotary": "MistralRotaryEmbedding"},
+        embed_tokens="embed",
+        layers=part(
+            "MistralDecoderLayer",
+            "layer",
+            self_attn=part("MistralAttention", "attention", q_proj="q", k_proj="k", v_proj="v", o_proj="out"),
+            mlp=part("MistralMLP", "mlp", gate_proj="gate", up_proj="up", down_proj="down", act_fn="act"),
+            input_layernorm="norm1",
+            post_attention_layernorm="norm2",
         ),
-        heads=head_rows(causal="lm_head", sequence="score", token="score", span="qa_outputs"),
-        head=head,
-        prefix="model.",
-        ignored=(r"rotary_emb\.inv_freq$",),
+        norm="final_norm",
+        rotary_emb="rotary",
+    )
+
+
+HEADS: Heads = {
+    "causal": {"lm_head": "head_out"},
+    "sequence": {"score": "head_out"},
+    "token": {"dropout": "head_drop", "score": "head_out"},
+    "span": {"qa_outputs": "head_out"},
+}
+
+
+def keymap(config: MistralConfig, head: str | None) -> KeyMap:
+    """transformers' names."""
+    spec = config.to_spec()
+    return modules.keymap(
+        tree(config), HEADS, spec, head=head, prefix="model.", ignored=(r"rotary_emb\.inv_freq$",)
     )
 
 
@@ -102,6 +116,8 @@ FAMILY = Family(
     config=MistralConfig,
     prefix="model",
     keymap=keymap,
+    tree=tree,
+    heads=HEADS,
     classes=(
         ModelClass("MistralModel", None, f"{_IN} {_OUT} cache_position", "BaseModelOutputWithPast"),
         ModelClass(

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from monoblock.checkpoint.keymap import KeyMap, Spelling, Split, row
+from monoblock import modules
+from monoblock.checkpoint.keymap import KeyMap, row
 from monoblock.config import PretrainedConfig
-from monoblock.families import Family, ModelClass
-from monoblock.families.common import activation, head_rows, quotient
+from monoblock.families import Family, Heads, ModelClass
+from monoblock.families.common import activation, quotient
 from monoblock.heads import HeadSpec
+from monoblock.modules import Part, part
 from monoblock.spec import ArchSpec, Attention, Buckets, Dropout, Learned, Mlp, Norm
 
 MAX_DISTANCE = 128  # T5's, which no config of this family holds
@@ -72,6 +74,7 @@ class MPNetConfig(PretrainedConfig):
             ),
             tie_head=self.tie_word_embeddings,
             init_std=self.initializer_range,
+            padding_id=self.pad_token_id,
         ).validate("MPNetConfig")
 
     def to_head(self, kind: str) -> HeadSpec:
@@ -81,44 +84,81 @@ class MPNetConfig(PretrainedConfig):
         return replace(super().to_head(kind), dropout=dropout, norm=norm)
 
 
-def keymap(config: MPNetConfig, head: str | None) -> KeyMap:
-    """The hub's names."""
-    width, layer = config.hidden_size, "encoder.layer.{i}."
-    qkv = tuple(f"{layer}attention.attn.{x}.{{p}}" for x in "qkv")
-    pooler = "pooler.dense.{p}"
-    return KeyMap(
-        rows=(
-            row("embed.{p}", "embeddings.word_embeddings.{p}"),
-            row("pos_embed.{p}", "embeddings.position_embeddings.{p}"),
-            row("rel_bias.{p}", "encoder.relative_attention_bias.{p}"),
-            row("embed_norm.{p}", "embeddings.LayerNorm.{p}"),
-            row("blocks.{i}.attn.qkv.{p}", Spelling(qkv, Split((width, width, width)))),
-            row("blocks.{i}.attn.out.{p}", layer + "attention.attn.o.{p}"),
-            row("blocks.{i}.norm1.{p}", layer + "attention.LayerNorm.{p}"),
-            row("blocks.{i}.mlp.up.{p}", layer + "intermediate.dense.{p}"),
-            row("blocks.{i}.mlp.down.{p}", layer + "output.dense.{p}"),
-            row("blocks.{i}.norm2.{p}", layer + "output.LayerNorm.{p}"),
+def tree(_: MPNetConfig) -> Part:
+    """transformers' module tree; the pooler is there in some classes only."""
+    attention = part(
+        "MPNetAttention",
+        "attention_norm",
+        attn=part("MPNetSelfAttention", "attention", q="q", k="k", v="v", o="out", dropout="attn_drop"),
+        LayerNorm="norm1",
+        dropout="out_drop",
+    )
+    layer = part(
+        "MPNetLayer",
+        "layer",
+        tuples=True,
+        attention=attention,
+        intermediate=part("MPNetIntermediate", "widen", dense="up", intermediate_act_fn="act"),
+        output=part("MPNetOutput", "narrow", dense="down", LayerNorm="norm2", dropout="mlp_drop"),
+    )
+    return part(
+        "MPNetModel",
+        "model",
+        embeddings=part(
+            "MPNetEmbeddings",
+            "embeddings",
+            word_embeddings="embed",
+            position_embeddings="pos_embed",
+            LayerNorm="embed_norm",
+            dropout="embed_drop",
         ),
-        heads=head_rows(token="classifier", span="qa_outputs")
-        | {
-            "masked": (
-                row("head.dense.{p}", "lm_head.dense.{p}"),
-                row("head.norm.{p}", "lm_head.layer_norm.{p}"),
-                row("head.out.bias", "lm_head.bias", "lm_head.decoder.bias"),
-                row("head.out.weight", "lm_head.decoder.weight"),
-            ),
-            "first": (
-                row("head.dense.{p}", "classifier.dense.{p}"),
-                row("head.out.{p}", "classifier.out_proj.{p}"),
-            ),
-            "choice": (
-                row("head.dense.{p}", "mpnet." + pooler, pooler),
-                row("head.out.{p}", "classifier.{p}"),
-            ),
-            "pooler": (row("head.dense.{p}", pooler, "mpnet." + pooler),),
-        },
+        encoder=part("MPNetEncoder", "stack", layer=layer, relative_attention_bias="rel_bias"),
+        pooler=part("MPNetPooler", "pooler", dense="head_dense", activation="head_act"),
+    )
+
+
+HEADS: Heads = {
+    "masked": {
+        "lm_head": part(
+            "MPNetLMHead", "lm_head", dense="head_dense", layer_norm="head_norm", decoder="head_out"
+        )
+    },
+    "first": {
+        "classifier": part(
+            "MPNetClassificationHead",
+            "classifier_head",
+            dense="head_dense",
+            dropout="head_drop",
+            out_proj="head_out",
+        )
+    },
+    "choice": {"dropout": "head_drop", "classifier": "head_out"},
+    "token": {"dropout": "head_drop", "classifier": "head_out"},
+    "span": {"qa_outputs": "head_out"},
+    "pooler": {},
+}
+
+
+def keymap(config: MPNetConfig, head: str | None) -> KeyMap:
+    """transformers' names. The bias of the masked head has two, and a pooler may be its model's or stand alone."""
+    pooler, inside = "pooler.dense.{p}", "mpnet.pooler.dense.{p}"
+    rows = {
+        "masked": (
+            row("head.dense.{p}", "lm_head.dense.{p}"),
+            row("head.norm.{p}", "lm_head.layer_norm.{p}"),
+            row("head.out.bias", "lm_head.bias", "lm_head.decoder.bias"),
+            row("head.out.weight", "lm_head.decoder.weight"),
+        ),
+        "choice": (row("head.dense.{p}", inside, pooler), row("head.out.{p}", "classifier.{p}")),
+        "pooler": (row("head.dense.{p}", pooler, inside),),
+    }
+    return modules.keymap(
+        tree(config),
+        HEADS,
+        config.to_spec(),
         head=head,
         prefix="mpnet.",
+        head_rows=rows,
         ignored=(r"embeddings\.position_ids$",),
     )
 
@@ -130,6 +170,8 @@ FAMILY = Family(
     config=MPNetConfig,
     prefix="mpnet",
     keymap=keymap,
+    tree=tree,
+    heads=HEADS,
     classes=(
         ModelClass("MPNetModel", "pooler", f"{_IN} {_OUT}", "BaseModelOutputWithPooling"),
         ModelClass("MPNetForMaskedLM", "masked", f"{_IN} labels {_OUT}", "MaskedLMOutput"),

@@ -8,11 +8,13 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from monoblock.checkpoint.keymap import KeyMap, Same, Spelling, Split, row
+from monoblock import modules
+from monoblock.checkpoint.keymap import KeyMap, Same, Spelling, Split
 from monoblock.config import PretrainedConfig
-from monoblock.families import Family, ModelClass
+from monoblock.families import Family, Heads, ModelClass
 from monoblock.families import mpt_options as options
-from monoblock.families.common import head_rows, quotient
+from monoblock.families.common import quotient
+from monoblock.modules import Part, part
 from monoblock.spec import ArchSpec, Attention, Dropout, Norm
 
 
@@ -105,41 +107,70 @@ class MptConfig(PretrainedConfig):
         ).validate("MptConfig")
 
 
-def keymap(config: MptConfig, head: str | None) -> KeyMap:
-    """The hub's and the makers' names. Reads q, k and v fused or apart; writes as `fused_qkv` says."""
-    spec = config.to_spec()
-    att, width = spec.attention, spec.mlp.width
-    apart = Split((att.heads * att.head_dim, *[att.kv_heads * att.head_dim] * 2))
-    block, fused = "blocks.{i}.", "blocks.{i}.norm_attn_norm."
-    qkv = [
-        Spelling((block + "attn.Wqkv.{p}",), Same()),
-        Spelling(tuple(f"{block}attn.W{x}.{{p}}" for x in "qkv"), apart),
-        Spelling((fused + "attn.Wqkv.{p}",), Same()),
-        Spelling(tuple(f"{fused}attn.W{x}.{{p}}" for x in "qkv"), apart),
-    ]
-    if not config.attn_config.fused_qkv:
-        qkv.insert(0, qkv.pop(1))
-    return KeyMap(
-        rows=(
-            row("embed.{p}", "wte.{p}"),
-            row("pos_embed.{p}", "wpe.{p}"),
-            row(block + "norm1.{p}", block + "norm_1.{p}", fused + "norm_1.{p}"),
-            row(block + "attn.qkv.{p}", *qkv),
-            row(block + "attn.q_norm.{p}", block + "attn.q_ln.{p}", fused + "attn.q_ln.{p}"),
-            row(block + "attn.k_norm.{p}", block + "attn.k_ln.{p}", fused + "attn.k_ln.{p}"),
-            row(block + "attn.out.{p}", block + "attn.out_proj.{p}", fused + "attn.out_proj.{p}"),
-            row(block + "norm2.{p}", block + "norm_2.{p}", fused + "norm_2.{p}"),
-            row(block + "mlp.up.{p}", block + "ffn.up_proj.{p}"),
-            row(
-                block + "mlp.gate_up.{p}",
-                Spelling((block + "ffn.gate_proj.{p}", block + "ffn.up_proj.{p}"), Split((width, width))),
-            ),
-            row(block + "mlp.down.{p}", block + "ffn.down_proj.{p}"),
-            row("final_norm.{p}", "norm_f.{p}"),
+def tree(config: MptConfig) -> Part:
+    """transformers' module tree, with what upstream's options add; upstream may keep q, k and v apart."""
+    fused = config.attn_config.fused_qkv
+    projections = {"Wqkv": "qkv"} if fused else {"Wq": "q", "Wk": "k", "Wv": "v"}
+    attention = Part(
+        "MptAttention", "attention", {**projections, "q_ln": "q_norm", "k_ln": "k_norm", "out_proj": "out"}
+    )
+    mlp = part("MptMLP", "mlp_add", gate_proj="gate", up_proj="up", act="act", down_proj="down")
+    return part(
+        "MptModel",
+        "model",
+        classes={"act": "GELU"},
+        wte="embed",
+        wpe="pos_embed",
+        blocks=part(
+            "MptBlock",
+            "layer",
+            tuples=True,
+            norm_1="norm1",
+            attn=attention,
+            norm_2="norm2",
+            ffn=mlp,
+            resid_attn_dropout="layer_drop",
         ),
-        heads=head_rows(causal="lm_head", sequence="score", token="classifier", span="qa_outputs"),
+        norm_f="final_norm",
+    )
+
+
+HEADS: Heads = {
+    "causal": {"lm_head": "head_out"},
+    "sequence": {"score": "head_out"},
+    "token": {"dropout": "head_drop", "classifier": "head_out"},
+    "span": {"qa_outputs": "head_out"},
+}
+
+
+def keymap(config: MptConfig, head: str | None) -> KeyMap:
+    """transformers' and upstream's names. Reads q, k and v fused or apart; writes as `fused_qkv` says."""
+    spec = config.to_spec()
+    att = spec.attention
+    apart = Split((att.heads * att.head_dim, *[att.kv_heads * att.head_dim] * 2))
+    block, inner = "blocks.{i}.", "blocks.{i}.norm_attn_norm."
+    qkv = [
+        Spelling((stem + "attn.Wqkv.{p}",), Same()) if fused else Spelling(names, apart)
+        for stem in (block, inner)
+        for fused, names in ((True, ()), (False, tuple(f"{stem}attn.W{x}.{{p}}" for x in "qkv")))
+    ]
+    older: dict[str, tuple[str | Spelling, ...]] = {
+        block + canonical: (f"{inner}{name}.{{p}}",)
+        for canonical, name in {
+            "norm1": "norm_1",
+            "attn.q_norm": "attn.q_ln",
+            "attn.k_norm": "attn.k_ln",
+            "attn.out": "attn.out_proj",
+            "norm2": "norm_2",
+        }.items()
+    }
+    return modules.keymap(
+        tree(config),
+        HEADS,
+        spec,
         head=head,
         prefix="transformer.",
+        older={**older, block + "attn.qkv": tuple(qkv)},
         other_prefixes=("model.transformer.",),
         ignored=(r"rotary_embedding\.inv_freq$",),
     )
@@ -153,6 +184,8 @@ FAMILY = Family(
     config=MptConfig,
     prefix="transformer",
     keymap=keymap,
+    tree=tree,
+    heads=HEADS,
     classes=(
         ModelClass(
             "MptModel",

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from monoblock.checkpoint.keymap import KeyMap, Spelling, Transposed, row
+from monoblock import modules
+from monoblock.checkpoint.keymap import KeyMap
 from monoblock.config import PretrainedConfig
-from monoblock.families import Family, ModelClass
-from monoblock.families.common import head_rows, quotient
+from monoblock.families import Family, Heads, ModelClass
+from monoblock.families.common import quotient
 from monoblock.heads import HeadSpec, Summary
+from monoblock.modules import Part, part
 from monoblock.spec import ArchSpec, Attention, Dropout, Learned, Mlp, Norm
 
 # GPT-1's "gelu" is the tanh form.
@@ -95,29 +97,55 @@ class OpenAIGPTConfig(PretrainedConfig):
         return replace(super().to_head(kind), labels=1, summary=summary)
 
 
-def keymap(config: OpenAIGPTConfig, head: str | None) -> KeyMap:
-    """The hub's names; matrices are stored inputs x outputs. Some files have the tied matrix under the head's name."""
-    _ = config
+def tree(_: OpenAIGPTConfig) -> Part:
+    """transformers' module tree; matrices are stored inputs x outputs (Conv1D)."""
+    conv = {"linear": "Conv1D"}
+    attention = part(
+        "Attention",
+        "attention",
+        classes=conv,
+        c_attn="qkv",
+        c_proj="out",
+        attn_dropout="attn_drop",
+        resid_dropout="out_drop",
+    )
+    mlp = part("MLP", "mlp", classes=conv, c_fc="up", c_proj="down", act="act", dropout="mlp_drop")
+    return part(
+        "OpenAIGPTModel",
+        "model",
+        tokens_embed="embed",
+        positions_embed="pos_embed",
+        drop="embed_drop",
+        h=part("Block", "layer", tuples=True, attn=attention, ln_1="norm1", mlp=mlp, ln_2="norm2"),
+    )
 
-    def conv(name: str) -> Spelling:
-        return Spelling((f"h.{{i}}.{name}.{{p}}",), Transposed())
 
-    heads = head_rows(causal="lm_head", sequence="score")
-    summary = row("head.summary.{p}", "multiple_choice_head.summary.{p}")
-    return KeyMap(
-        rows=(
-            row("embed.{p}", "tokens_embed.{p}", "lm_head.{p}"),
-            row("pos_embed.{p}", "positions_embed.{p}"),
-            row("blocks.{i}.attn.qkv.{p}", conv("attn.c_attn")),
-            row("blocks.{i}.attn.out.{p}", conv("attn.c_proj")),
-            row("blocks.{i}.norm1.{p}", "h.{i}.ln_1.{p}"),
-            row("blocks.{i}.mlp.up.{p}", conv("mlp.c_fc")),
-            row("blocks.{i}.mlp.down.{p}", conv("mlp.c_proj")),
-            row("blocks.{i}.norm2.{p}", "h.{i}.ln_2.{p}"),
+HEADS: Heads = {
+    "causal": {"lm_head": "head_out"},
+    "sequence": {"score": "head_out"},
+    "double": {
+        "lm_head": "head_out",
+        "multiple_choice_head": part(
+            "OpenAIGPTSequenceSummary",
+            "summary",
+            summary="head_summary",
+            activation="head_act",
+            first_dropout="head_drop_in",
+            last_dropout="head_drop_out",
         ),
-        heads=heads | {"double": (*heads["causal"], summary)},
+    },
+}
+
+
+def keymap(config: OpenAIGPTConfig, head: str | None) -> KeyMap:
+    """transformers' names. Some files have the tied matrix under the head's name."""
+    return modules.keymap(
+        tree(config),
+        HEADS,
+        config.to_spec(),
         head=head,
         prefix="transformer.",
+        older={"embed": ("lm_head.{p}",)},
         ignored=(r"attn\.bias$", r"position_ids$"),
     )
 
@@ -129,6 +157,8 @@ FAMILY = Family(
     config=OpenAIGPTConfig,
     prefix="transformer",
     keymap=keymap,
+    tree=tree,
+    heads=HEADS,
     classes=(
         ModelClass("OpenAIGPTModel", None, f"{_IN} {_OUT}", "BaseModelOutput"),
         ModelClass("OpenAIGPTLMHeadModel", "causal", f"{_IN} labels {_OUT}", "CausalLMOutput"),

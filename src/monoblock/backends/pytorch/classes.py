@@ -11,6 +11,8 @@ from typing import Any
 from monoblock import families
 from monoblock.backends.pytorch.pretrained import PreTrainedModel
 from monoblock.families import Family, ModelClass
+from monoblock.heads import KINDS
+from monoblock.modules import Part, parts_of
 
 # Arguments that every forward takes by keyword beside those of its own signature.
 EXTRA = (
@@ -26,25 +28,38 @@ EXTRA = (
 
 @functools.cache
 def make_class(name: str) -> type[PreTrainedModel]:
-    """The public class of that name, from its family's table."""
-    family = families.family_of(name)
-    if family is None:
-        raise AttributeError(f"monoblock has no class {name!r}")
-    row = family.model_class(name)
+    """The class of that name, from its family's table: a public one, or the bare one inside a model with a head."""
+    family, row = families.row_of(name)
+    headed = row.head not in (None, "pooler")
+    extra = extra_arguments(family, row)
+    layer = next(part.name for part in parts_of(family.tree(family.config())) if part.kind == "layer")
     body: dict[str, Any] = {
         "family": family,
         "row": row,
-        "extra": extra_arguments(family, row),
+        "make": staticmethod(make_class),
+        "extra": extra,
         "config_class": family.config,
         "base_model_prefix": family.prefix,
+        "_no_split_modules": [layer],
+        "_tied_weights_keys": _tied(family, row),
         "__module__": "monoblock",
-        "__doc__": _document(row, extra_arguments(family, row)),
-        "forward": _forward(row),
-        family.prefix: property(lambda self: self.backbone),
+        "__doc__": _document(row, extra),
+        "forward": _forward(row, headed),
     }
-    if projection := family.projections.get(row.head or ""):
-        body[projection] = property(lambda self: self.head.out)
     return types.new_class(name, (PreTrainedModel,), exec_body=lambda namespace: namespace.update(body))
+
+
+def _tied(family: Family, row: ModelClass) -> dict[str, str] | None:
+    """transformers' declaration: second name -> the parameter that it shares, if the config ties them."""
+    if row.head is None or KINDS[row.head].size != "vocab":
+        return None
+    places = {role: ".".join(path) for role, path in family.tree(family.config()).paths()}
+    heads = dict(Part("", "", family.heads[row.head]).paths())
+    out = ".".join(heads["head_out"])
+    tied = {f"{out}.weight": f"{family.prefix}.{places['embed']}.weight"}
+    if "lm_head" in heads:
+        tied[f"{out}.bias"] = f"{out.rpartition('.')[0]}.bias"
+    return tied
 
 
 def extra_arguments(family: Family, row: ModelClass) -> tuple[str, ...]:
@@ -54,11 +69,14 @@ def extra_arguments(family: Family, row: ModelClass) -> tuple[str, ...]:
     return tuple(name for name in (*EXTRA, *causal, *family.extra) if name not in own)
 
 
-def _forward(row: ModelClass) -> Callable[..., Any]:
+def _forward(row: ModelClass, headed: bool) -> Callable[..., Any]:
     """The common forward under the class's own signature."""
-
-    def forward(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
-        return PreTrainedModel.forward(self, *args, **kwargs)
+    common = PreTrainedModel.forward_headed if headed else PreTrainedModel.forward_bare
+    # A copy of the function, so that a call takes no frame more.
+    forward = types.FunctionType(
+        common.__code__, common.__globals__, "forward", common.__defaults__, common.__closure__
+    )
+    forward.__kwdefaults__ = common.__kwdefaults__
 
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
     names = [inspect.Parameter("self", kind)]

@@ -62,10 +62,12 @@ def _loaded(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
         return made.from_pretrained(**checkpoint.hub, config=copy.deepcopy(checkpoint.config), dtype=dtype)
     with torch.device("meta"):
         model = made(checkpoint.config)
-    for canonical, path in model.parameter_names().items():
+    for canonical, source in model.sources().items():
         array = checkpoint.weights.read(canonical)
         name = checkpoint.weights.dtype(canonical)
         tensor = adapter("pt").lay(bytearray(adapter("np").raw(array)), name, array.shape)
-        loading.assign(model, path, tensor.to(dtype))
+        for own, part in zip(source.names, loading.own_pieces(source, tensor.to(dtype)).parts, strict=True):
+            loading.assign(model, own, part)
     model.tie_weights()
+    model.lay_all()
     return model.eval()

@@ -8,16 +8,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from monoblock.checkpoint.keymap import KeyMap
-
 
 class Placement:
     """The device of each parameter by a `device_map`: None, "auto", a device, or module name -> device.
 
-    Names in a dict may be the hub's or this library's; accelerate moves the activations between devices.
+    Accelerate moves the activations between devices.
     """
 
-    def __init__(self, model: nn.Module, device_map: Any, names: Mapping[str, str], keymap: KeyMap) -> None:
+    def __init__(self, model: Any, device_map: Any) -> None:
         self.map: dict[str, torch.device] = {}
         self.default = torch.device("cpu")
         match device_map:
@@ -30,7 +28,7 @@ class Placement:
             case Mapping():
                 if not device_map:
                     raise ValueError("device_map must name at least one module, got an empty dict")
-                self.map = self._read(_own_names(device_map, names, keymap))
+                self.map = self._read(_checked(model, device_map))
             case _:
                 raise ValueError(f"device_map must be 'auto', a device or a dict, got {device_map!r}")
 
@@ -49,13 +47,13 @@ class Placement:
             )
         return self.map[max(fits, key=len)]
 
-    def dispatch(self, model: nn.Module) -> None:
+    def dispatch(self, model: Any) -> None:
         """Let accelerate move activations, if the weights are on several devices."""
         if len(set(self.map.values())) > 1:
             accelerate = _accelerate()
             accelerate.dispatch_model(model, {name: str(device) for name, device in self.map.items()})
         if self.map:
-            model.hf_device_map = {name: str(device) for name, device in self.map.items()}  # pyright: ignore
+            model.hf_device_map = {name: str(device) for name, device in self.map.items()}
 
 
 def _device(device: Any) -> torch.device:
@@ -74,31 +72,24 @@ def _device(device: Any) -> torch.device:
     return found
 
 
-def _inferred(model: nn.Module, strategy: str) -> dict[str, Any]:
+def _inferred(model: Any, strategy: str) -> dict[str, Any]:
     if not torch.cuda.is_available():
         return {"": "cpu"}
     accelerate = _accelerate()
     memory = accelerate.utils.get_balanced_memory(
-        model, no_split_module_classes=["Block"], low_zero=strategy == "balanced_low_0"
+        model, no_split_module_classes=model._no_split_modules, low_zero=strategy == "balanced_low_0"
     )
-    return accelerate.infer_auto_device_map(model, max_memory=memory, no_split_module_classes=["Block"])
+    return accelerate.infer_auto_device_map(
+        model, max_memory=memory, no_split_module_classes=model._no_split_modules
+    )
 
 
-def _own_names(device_map: Mapping[str, Any], names: Mapping[str, str], keymap: KeyMap) -> dict[str, Any]:
-    """The dict with module names of this library: each parameter's hub name is matched, then its module taken."""
-    own: dict[str, Any] = {}
-    for canonical, path in names.items():
-        spelled = {keymap.source(canonical).names[0], path}
-        fits = [
-            key for key in device_map if key == "" or any((n + ".").startswith(key + ".") for n in spelled)
-        ]
-        if fits:
-            parts = path.split(".")
-            whole = ".".join(parts[:3]) if parts[1:2] == ["blocks"] else path.rpartition(".")[0]
-            own[whole] = device_map[max(fits, key=len)]
-    if not own:
+def _checked(model: nn.Module, device_map: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The map; ValueError if it names no module or parameter of the model."""
+    known = {name for name, _ in (*model.named_modules(), *model.named_parameters())}
+    if not any(name in known for name in device_map):
         raise ValueError(f"device_map names no module of this model: {', '.join(device_map)}")
-    return own
+    return device_map
 
 
 def _accelerate() -> Any:

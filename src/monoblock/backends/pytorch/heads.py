@@ -2,54 +2,86 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from monoblock.backends.pytorch.kernels.linear import Linear
-from monoblock.backends.pytorch.model import make_norm
-from monoblock.heads import KINDS, HeadSpec
-from monoblock.spec import ArchSpec
+from monoblock.backends.pytorch.parts import Part
+from monoblock.heads import KINDS, Summary
 
 IGNORED = -100
 Count = Tensor | int | None
 
 
-class Head(nn.Module):
-    """Dropout, a dense layer where the kind has one, and a projection; a tied one's matrix is the embedding's."""
+class Pooler(Part):
+    """The first token's hidden state through a dense layer and tanh; (b, w)."""
 
-    def __init__(self, spec: ArchSpec, head: HeadSpec) -> None:
-        super().__init__()
-        self.spec, kind = head, KINDS[head.kind]
-        self.vocabulary = kind.size == "vocab"
-        self.scale, self.softcap = spec.logit_scale, spec.logit_softcap
-        self.dropout = nn.Dropout(head.dropout)
-        self.dense = Linear(spec.width, spec.width) if kind.dense else None
-        self.act = _DENSE_ACT[kind.dense] if kind.dense else None
-        self.drop_in = kind.drop_in
-        self.norm = make_norm(head.norm, spec.width) if head.norm else nn.Identity()
-        size = head.size(spec.vocab)
-        self.out = None if size is None else Linear(spec.width, size, bias=kind.bias)
-        summary = head.summary
-        self.summary = Linear(spec.width, summary.size) if summary and summary.size is not None else None
+    def forward(self, hidden_bsw: Tensor) -> Tensor:
+        return self.role("head_act")(self.role("head_dense")(hidden_bsw[:, 0]))
+
+
+class LMHead(Part):
+    """Dense layer, GELU, norm, and the projection to the vocabulary, whose bias is the part's own too."""
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Logits (..., v) of hidden states (..., w); those over the vocabulary are scaled and capped as the spec says.
-        Without a projection, the dense layer's output."""
-        if self.dense is not None and self.act is not None:
-            hidden = self.dropout(hidden) if self.drop_in else hidden
-            hidden = self.norm(self.act(self.dense(hidden)))
-        if self.out is None:
-            return hidden
-        logits = self.out(self.dropout(hidden))
-        if self.vocabulary and self.scale != 1.0:
-            logits = logits * self.scale
-        if self.vocabulary and self.softcap is not None:
-            logits = self.softcap * torch.tanh(logits / self.softcap)
-        return logits
+        return self.role("head_out")(self.role("head_norm")(F.gelu(self.role("head_dense")(hidden))))
+
+
+class ClassifierHead(Part):
+    """The first token's hidden state through a dense layer and tanh, projected; dropout before both."""
+
+    def forward(self, hidden_bsw: Tensor) -> Tensor:
+        drop = self.role("head_drop")
+        hidden = torch.tanh(self.role("head_dense")(drop(hidden_bsw[:, 0])))
+        return self.role("head_out")(drop(hidden))
+
+
+class SummaryHead(Part):
+    """One vector a row, (b, labels) or (b, w): of the position asked for (the last one by default), projected."""
+
+    how: Summary
+
+    def forward(self, hidden_bsw: Tensor, positions: Tensor | None = None) -> Tensor:
+        summary = self.how
+        if summary.pool == "mean":
+            x = hidden_bsw.mean(dim=1)
+        elif summary.pool == "cls_index" and positions is not None:
+            rows = torch.arange(hidden_bsw.shape[0], device=hidden_bsw.device)
+            x = hidden_bsw[rows, positions.reshape(-1).to(hidden_bsw.device)]
+        else:
+            x = hidden_bsw[:, 0 if summary.pool == "first" else -1]
+        x = self.role("head_act")(self.role("head_summary")(self.role("head_drop_in")(x)))
+        return self.role("head_drop_out")(x)
+
+
+KINDS_OF_PARTS: dict[str, type[Part]] = {
+    "pooler": Pooler,
+    "lm_head": LMHead,
+    "classifier_head": ClassifierHead,
+    "summary": SummaryHead,
+}
+
+
+def logits(model: Any, hidden: Tensor) -> Tensor:
+    """Logits (..., v) of hidden states (..., w); those over the vocabulary are scaled and capped as the spec says."""
+    for container in ("lm_head", "classifier_head"):
+        if model.has(container):
+            return _scaled(model, model.role(container)(hidden))
+    if model.has("head_drop"):
+        hidden = model.role("head_drop")(hidden)
+    return _scaled(model, model.role("head_out")(hidden))
+
+
+def _scaled(model: Any, logits: Tensor) -> Tensor:
+    spec = model.spec
+    if KINDS[model.head_spec.kind].size == "vocab":
+        if spec.logit_scale != 1.0:
+            logits = logits * spec.logit_scale
+        if spec.logit_softcap is not None:
+            logits = spec.logit_softcap * torch.tanh(logits / spec.logit_softcap)
+    return logits
 
 
 def last_tokens(
@@ -123,101 +155,78 @@ def span_loss(start_bs: Tensor, end_bs: Tensor, starts: Tensor, ends: Tensor, co
     return (one(start_bs, starts) + one(end_bs, ends)) / 2
 
 
-def outputs(head: Head, hidden_bsw: Tensor, given: dict[str, Any]) -> dict[str, Any]:
-    """The logits and, with labels, the loss, by the names of the head kind's output."""
-    return _OUTPUTS[head.spec.kind](head, hidden_bsw, given)
+def outputs(model: Any, out: Any, given: dict[str, Any]) -> dict[str, Any]:
+    """The logits and, with labels, the loss, of the bare model's output, by the names of the head kind's output."""
+    return _OUTPUTS[model.head_spec.kind](model, out, given)
 
 
-def _causal(head: Head, hidden: Tensor, given: dict[str, Any]) -> dict[str, Any]:
-    keep = given.get("logits_to_keep")
+def _causal(model: Any, out: Any, given: dict[str, Any]) -> dict[str, Any]:
+    hidden, keep = out.last_hidden_state, given.get("logits_to_keep")
     if isinstance(keep, Tensor):
         hidden = hidden[:, keep]
     elif keep:
         hidden = hidden[:, -keep:]
-    logits, labels = head(hidden), given.get("labels")
-    loss = None if labels is None else causal_loss(logits, labels, given.get("num_items_in_batch"))
-    return {"loss": loss, "logits": logits}
+    scores, labels = logits(model, hidden), given.get("labels")
+    loss = None if labels is None else causal_loss(scores, labels, given.get("num_items_in_batch"))
+    return {"loss": loss, "logits": scores}
 
 
-def _sequence(head: Head, hidden: Tensor, given: dict[str, Any]) -> dict[str, Any]:
-    pad_id = head.spec.pad_id
+def _sequence(model: Any, out: Any, given: dict[str, Any]) -> dict[str, Any]:
+    hidden, pad_id = out.last_hidden_state, model.head_spec.pad_id
     if pad_id is None and hidden.shape[0] > 1:
         raise ValueError(
             "Cannot handle batch sizes > 1 if no padding token is defined: set model.config.pad_token_id"
         )
     ids, mask = given.get("input_ids"), given.get("attention_mask")
-    return _classified(head, head(last_tokens(hidden, ids, mask, pad_id)), given)
+    return _classified(model, logits(model, last_tokens(hidden, ids, mask, pad_id)), given)
 
 
-def _first(head: Head, hidden: Tensor, given: dict[str, Any]) -> dict[str, Any]:
-    return _classified(head, head(hidden[:, 0]), given)
+def _first(model: Any, out: Any, given: dict[str, Any]) -> dict[str, Any]:
+    return _classified(model, logits(model, out.last_hidden_state), given)
 
 
-def _classified(head: Head, logits: Tensor, given: dict[str, Any]) -> dict[str, Any]:
+def _classified(model: Any, scores: Tensor, given: dict[str, Any]) -> dict[str, Any]:
     labels, loss = given.get("labels"), None
     if labels is not None:
-        loss = sequence_loss(logits, labels, head.spec.problem_type, given.get("num_items_in_batch"))
-    return {"loss": loss, "logits": logits}
+        loss = sequence_loss(scores, labels, model.head_spec.problem_type, given.get("num_items_in_batch"))
+    return {"loss": loss, "logits": scores}
 
 
-def _pooler(head: Head, hidden: Tensor, _: dict[str, Any]) -> dict[str, Any]:
-    return {"last_hidden_state": hidden, "pooler_output": head(hidden[:, 0])}
-
-
-def _choice(head: Head, hidden: Tensor, given: dict[str, Any]) -> dict[str, Any]:
+def _choice(model: Any, out: Any, given: dict[str, Any]) -> dict[str, Any]:
     labels, count = given.get("labels"), given.get("num_items_in_batch")
-    logits = head(hidden[:, 0]).view(-1, given["choices"])
-    return {"loss": None if labels is None else cross_entropy(logits, labels, count), "logits": logits}
+    scores = logits(model, out.pooler_output).view(-1, given["choices"])
+    return {"loss": None if labels is None else cross_entropy(scores, labels, count), "logits": scores}
 
 
-def _double(head: Head, hidden: Tensor, given: dict[str, Any]) -> dict[str, Any]:
+def _double(model: Any, out: Any, given: dict[str, Any]) -> dict[str, Any]:
     """Language model and multiple choice over hidden states of (batch * choices, s, w)."""
-    count, choices = given.get("num_items_in_batch"), given["choices"]
-    logits = head(hidden)
-    scores = summarised(head, hidden, given.get("mc_token_ids"))
+    hidden, count, choices = out.last_hidden_state, given.get("num_items_in_batch"), given["choices"]
+    words = logits(model, hidden)
+    scores = model.role("summary")(hidden, given.get("mc_token_ids"))
     loss = mc_loss = None
     if (labels := given.get("labels")) is not None:
-        loss = causal_loss(logits, labels.reshape(-1, labels.shape[-1]), count)
+        loss = causal_loss(words, labels.reshape(-1, labels.shape[-1]), count)
     scores = (scores.view(-1, choices, *scores.shape[1:]) if given["nested"] else scores).squeeze(-1)
     if (mc_labels := given.get("mc_labels")) is not None:
         mc_loss = cross_entropy(scores, mc_labels, count)
-    logits = logits.view(-1, choices, *logits.shape[1:]) if given["nested"] else logits
-    return {"loss": loss, "mc_loss": mc_loss, "logits": logits, "mc_logits": scores}
+    words = words.view(-1, choices, *words.shape[1:]) if given["nested"] else words
+    return {"loss": loss, "mc_loss": mc_loss, "logits": words, "mc_logits": scores}
 
 
-def summarised(head: Head, hidden_bsw: Tensor, places: Tensor | None) -> Tensor:
-    """One vector a row, (b, labels) or (b, w): of the place asked for (the last one by default), projected."""
-    summary = head.spec.summary
-    assert summary is not None
-    if summary.pool == "mean":
-        x = hidden_bsw.mean(dim=1)
-    elif summary.pool == "cls_index" and places is not None:
-        rows = torch.arange(hidden_bsw.shape[0], device=hidden_bsw.device)
-        x = hidden_bsw[rows, places.reshape(-1).to(hidden_bsw.device)]
-    else:
-        x = hidden_bsw[:, 0 if summary.pool == "first" else -1]
-    x = F.dropout(x, summary.dropout_in, head.training)
-    x = head.summary(x) if head.summary is not None else x
-    x = torch.tanh(x) if summary.tanh else x
-    return F.dropout(x, summary.dropout_out, head.training)
+def _token(model: Any, out: Any, given: dict[str, Any]) -> dict[str, Any]:
+    scores, labels = logits(model, out.last_hidden_state), given.get("labels")
+    loss = None if labels is None else cross_entropy(scores, labels, given.get("num_items_in_batch"))
+    return {"loss": loss, "logits": scores}
 
 
-def _token(head: Head, hidden: Tensor, given: dict[str, Any]) -> dict[str, Any]:
-    logits, labels = head(hidden), given.get("labels")
-    loss = None if labels is None else cross_entropy(logits, labels, given.get("num_items_in_batch"))
-    return {"loss": loss, "logits": logits}
-
-
-def _span(head: Head, hidden: Tensor, given: dict[str, Any]) -> dict[str, Any]:
-    start, end = (x.contiguous() for x in head(hidden).unbind(-1))
+def _span(model: Any, out: Any, given: dict[str, Any]) -> dict[str, Any]:
+    start, end = (x.contiguous() for x in logits(model, out.last_hidden_state).unbind(-1))
     starts, ends = given.get("start_positions"), given.get("end_positions")
     loss = None
     if starts is not None and ends is not None:
         loss = span_loss(start, end, starts, ends, given.get("num_items_in_batch"))
     return {"loss": loss, "start_logits": start, "end_logits": end}
 
-
-_DENSE_ACT: dict[str, Callable[[Tensor], Tensor]] = {"tanh": torch.tanh, "gelu": F.gelu}
 
 _OUTPUTS = {
     "causal": _causal,
@@ -226,7 +235,6 @@ _OUTPUTS = {
     "sequence": _sequence,
     "first": _first,
     "choice": _choice,
-    "pooler": _pooler,
     "token": _token,
     "span": _span,
 }

@@ -6,8 +6,10 @@ into its final memory piece by piece. There is never a second copy of the model.
 
 from __future__ import annotations
 
+import functools
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from math import prod
 from typing import Any
 
@@ -15,8 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from monoblock.backends.pytorch.parts import views
 from monoblock.checkpoint.fitting import Report, matched
-from monoblock.checkpoint.keymap import KeyMap, Same, Source, Split
+from monoblock.checkpoint.keymap import KeyMap, PerHead, Same, Source, Split
 from monoblock.checkpoint.store import Store
 from monoblock.checkpoint.views import DTYPE_NAMES
 from monoblock.checkpoint.weights import Renamed, Tensors
@@ -64,33 +67,75 @@ def chosen_dtype(asked: str | torch.dtype | None, configured: str | None, store:
 
 
 def load(
-    model: nn.Module,
-    parameters: Mapping[str, str],
+    model: Any,
+    own: Mapping[str, Source],
     keymap: KeyMap,
     store: Tensors,
     *,
     dtype: torch.dtype,
     device: Callable[[str], torch.device],
+    shapes: Mapping[str, tuple[int, ...]],
     tied: Iterable[str],
     ignore_mismatched_sizes: bool,
     put: Callable[[str, Tensor], None] | None = None,
 ) -> Report:
-    """Fill the model. `parameters`: canonical name -> name in the model; `device` says where each goes. `put` takes
-    each tensor by its name in the model, if it is not just to become the parameter.
+    """Fill the model. `own`: canonical name -> the parameters of the model that hold it; `shapes` are the canonical ones;
+    `device` says where each parameter goes. `put` takes each tensor by its name in the model, if it is not just to become
+    the parameter.
 
     MissingKeys, UnexpectedKeys, UnreadKeys and ShapeMismatch name the first offender and the nearest known name.
     A head that the files lack is left to be made anew, and reported.
     """
-    shapes = {name: tuple(model.get_parameter(path).shape) for name, path in parameters.items()}
     sources, report = matched(store, keymap, shapes, tied, ignore_mismatched_sizes=ignore_mismatched_sizes)
     for canonical, source in _watched(sources, shapes) if put else sources.items():
-        path = parameters[canonical]
-        tensor = read(source, store, shapes[canonical], dtype, device(path))
-        if put is None:
-            assign(model, path, tensor)
-        else:
-            put(path, tensor)
+        here = own[canonical]
+        tensors = pieces(here, source, store, shapes[canonical], dtype, device(here.names[0]))
+        for name, tensor in zip(here.names, tensors.parts, strict=True):
+            (put or functools.partial(assign, model))(name, tensor)
+        if put is None and tensors.whole is not None:
+            adopt(model, here.names, tensors.whole)
     return report
+
+
+@dataclass
+class Pieces:
+    """A canonical tensor as a model's own parameters; `whole`: the one that several of them lie in, side by side."""
+
+    parts: list[Tensor]
+    whole: Tensor | None = None
+
+
+def pieces(
+    own: Source,
+    source: Source,
+    store: Tensors,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Pieces:
+    """A canonical tensor out of the files, as the model's own parameters have it."""
+    if isinstance(own.op, PerHead) and source.op == own.op:
+        return Pieces([read(Source(source.names, Same()), store, shape, dtype, device)])
+    return own_pieces(own, read(source, store, shape, dtype, device))
+
+
+def own_pieces(own: Source, whole: Tensor) -> Pieces:
+    """A canonical tensor as the model's own parameters."""
+    match own.op:
+        case Split(sizes=sizes):
+            return Pieces(views(whole, sizes), whole)
+        case PerHead():
+            return Pieces([own.op.views(whole)[0].reshape(whole.shape)])
+        case _:
+            return Pieces(list(own.op.views(whole)))
+
+
+def adopt(model: Any, names: Sequence[str], whole: Tensor) -> None:
+    """Tell the part that holds these parameters that they lie in one whole."""
+    owner, leaf, kind = names[0].rsplit(".", 2)
+    part = model.get_submodule(owner)
+    role = next(role for role, name in part.roles.items() if name == leaf)
+    part.joints.setdefault(role, {})[kind] = whole
 
 
 def _watched(
@@ -142,20 +187,33 @@ def _others(names: list[str]) -> str:
 
 
 def split_state(
-    keymap: KeyMap, parameters: Mapping[str, Tensor], state: Mapping[str, Any], tied: Iterable[str]
-) -> dict[str, Tensor]:
-    """A hub-named state dict as canonical tensors; CheckpointError says what does not fit."""
-    plan = keymap.plan(parameters, state, tied)
-    if bad := plan.unknown or plan.unread:
+    keymap: KeyMap,
+    own: Mapping[str, Source],
+    shapes: Mapping[str, tuple[int, ...]],
+    state: Mapping[str, Any],
+    tied: Iterable[str],
+    strict: bool,
+) -> dict[str, Tensor] | None:
+    """A state dict of any spelling by the model's own names; None if it is not of this family at all, or (not `strict`)
+    holds more than that. CheckpointError says what does not fit."""
+    plan = keymap.plan(shapes, state, tied)
+    bad = plan.unknown or plan.unread
+    if not plan.sources or (bad and not strict):
+        return None
+    if bad:
         raise CheckpointError(
             f"the state dict holds {bad[0]}{_others(bad)}, for which this model has no place"
         )
-    canonical: dict[str, Tensor] = {}
+    found: dict[str, Tensor] = {}
     for name, source in plan.sources.items():
-        target = torch.empty_like(parameters[name], device=state[source.names[0]].device)
-        for view, key in zip(source.op.views(target), source.names, strict=True):
-            if view.numel() != state[key].numel():
-                raise ShapeMismatch(f"{key} is {list(state[key].shape)}, expected {list(view.shape)}")
-            view.copy_(state[key].reshape(view.shape))
-        canonical[name] = target
-    return canonical
+        given = [state[key] for key in source.names]
+        if source.names == own[name].names or source.op == own[name].op:
+            found |= dict(zip(own[name].names, given, strict=True))
+            continue
+        whole = torch.empty(shapes[name], dtype=given[0].dtype, device=given[0].device)
+        for view, key, tensor in zip(source.op.views(whole), source.names, given, strict=True):
+            if view.numel() != tensor.numel():
+                raise ShapeMismatch(f"{key} is {list(tensor.shape)}, expected {list(view.shape)}")
+            view.copy_(tensor.reshape(view.shape))
+        found |= dict(zip(own[name].names, own_pieces(own[name], whole).parts, strict=True))
+    return found

@@ -1,15 +1,18 @@
-"""One attention, one MLP, one block, one backbone, for every family: they interpret an `ArchSpec`.
+"""One attention, one MLP, one block, for every family: they interpret an `ArchSpec`.
 
     x -> norm1 -> attention -> + -> norm2 -> MLP -> +      (placement "pre")
     x -> attention -> + -> norm1 -> MLP -> + -> norm2      (placement "post")
 
-Shape suffixes: b batch, s tokens, w width, h heads, g key/value heads, d head width.
+Each part looks its modules up by role at every call, so that whatever was replaced, wrapped or hooked is honoured; the
+module tree (names, classes, what holds what) is the family's table. Shape suffixes: b batch, s tokens, w width, h heads,
+g key/value heads, d head width.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,107 +20,75 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from monoblock.backends.pytorch.cache import Cache
-from monoblock.backends.pytorch.kernels import attention, native_ops
-from monoblock.backends.pytorch.kernels.linear import Linear
+from monoblock.backends.pytorch.kernels import attention, dispatch, linear, native_ops
+from monoblock.backends.pytorch.layers import Activation
 from monoblock.backends.pytorch.ops import ACT, Scope, bucketed, rotate, rotations
+from monoblock.backends.pytorch.parts import Part
 from monoblock.positions import is_dynamic
-from monoblock.spec import ACTIVATIONS, Alibi, ArchSpec, Buckets, Learned, Norm, Rotary
+from monoblock.spec import Alibi, ArchSpec, Buckets, Rotary
 
 
 @dataclass
 class Call:
     """What one forward pass gives to every block.
 
-    Positions, of the tokens that come in and of all keys, count tokens without padding; a first axis of 1 stands
-    for all rows. `head_mask` (layers, 1, h, 1, 1) scales each head's weights. What does not come (the rotary `cos`
-    and `sin`, ALiBi's slopes of the scope) is made from the spec. `one_token` takes the place of all between the
-    projections of an attention: positions, cache and kernel.
+    Positions, of the tokens that come in and of all keys; a first axis of 1 stands for all rows. `head_mask` (layers, 1,
+    h, 1, 1) scales each head's weights. Layers append to `attentions` and `hidden_states`, where those are lists.
+    `checkpointing`: keywords of `torch.utils.checkpoint.checkpoint`, where activations are computed again in the backward
+    pass. `keep`: so many last tokens are what is asked for. `one_token` takes the place of all between the projections
+    of an attention: positions, cache and kernel.
     """
 
     scope: Scope
     positions_bs: Tensor
     key_positions_bk: Tensor
     cache: Cache | None = None
-    attentions: bool = False
+    attentions: list[Tensor] | None = None
+    hidden_states: list[Tensor] | None = None
     head_mask: Tensor | None = None
     cos: Tensor | None = None
     sin: Tensor | None = None
     keep: int | None = None
+    checkpointing: dict[str, Any] | None = None
     one_token: Callable[[Attention, Tensor, Tensor, Tensor], Tensor] | None = None
 
 
-@dataclass
-class BackboneOutput:
-    """The hidden state after the last norm, and what was asked for besides."""
-
-    hidden: Tensor
-    cache: Cache | None
-    hidden_states: tuple[Tensor, ...] | None
-    attentions: tuple[Tensor, ...] | None
+# ---------------------------------------------------------------------------- attention
 
 
-class RMSNorm(nn.RMSNorm):
-    """PyTorch's module; the native kernel where that can be used on a prompt."""
+class Attention(Part):
+    """Self-attention with grouped heads, clipping, q/k norms, RoPE, ALiBi and windows."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        if x.shape[-2] > 1 and native_ops.usable(x, self.weight):
-            return native_ops.norm(x, self.weight, None, self.eps, rms=True)
-        return super().forward(x)
-
-
-class LayerNorm(nn.LayerNorm):
-    """PyTorch's module; the native kernel where that can be used on a prompt."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        if input.shape[-2] > 1 and native_ops.usable(input, self.weight, self.bias):
-            return native_ops.norm(input, self.weight, self.bias, self.eps, rms=False)
-        return super().forward(input)
-
-
-def make_norm(norm: Norm, width: int) -> nn.Module:
-    """The norm as a module."""
-    if norm.kind == "rms":
-        return RMSNorm(width, eps=norm.eps)
-    return LayerNorm(width, eps=norm.eps, bias=norm.bias)
-
-
-class Attention(nn.Module):
-    """Self-attention over fused `[q|k|v]`, with grouped heads, clipping, q/k norms, RoPE, ALiBi and windows."""
-
-    def __init__(self, spec: ArchSpec, layer: int) -> None:
-        super().__init__()
+    def prepare(self, spec: ArchSpec, layer: int) -> None:
+        """What this layer computes."""
         self.spec, self.layer, self.window = spec.attention, layer, spec.windows[layer]
         att = spec.attention
         self.sizes = [att.heads * att.head_dim, att.kv_heads * att.head_dim, att.kv_heads * att.head_dim]
-        self.qkv = Linear(spec.width, sum(self.sizes), bias=att.qkv_bias)
-        self.out = Linear(self.sizes[0], spec.width, bias=att.out_bias)
         self.by_head = att.qk_norm is not None and att.qk_norm.span == "head"
-        if att.qk_norm is not None:
-            q, k = (att.head_dim, att.head_dim) if self.by_head else self.sizes[:2]
-            self.q_norm, self.k_norm = make_norm(att.qk_norm.norm, q), make_norm(att.qk_norm.norm, k)
         rotary = spec.position(Rotary)
-        # Dynamic scaling turns all keys by angles that change with the length: such keys are cached unturned.
+        # Dynamic scaling rotates all keys by angles that change with the length: such keys are cached before RoPE.
         self.late_rotary = rotary if is_dynamic(rotary) else None
         self.kernel = attention.Kernel(scale=att.scale, softcap=att.softcap, dropout=spec.dropout.attention)
         self.kernel_at_rest = replace(self.kernel, dropout=0.0)
         self.implementation = "sdpa"
 
     def forward(self, x_bsw: Tensor, call: Call) -> tuple[Tensor, Tensor | None]:
-        q, k, v = self.heads(self.qkv(x_bsw))
+        q, k, v = self.heads(x_bsw)
         if call.one_token is not None:
-            return self.out(call.one_token(self, q, k, v)), None
+            return self.projected(call.one_token(self, q, k, v)), None
         if call.cos is not None and call.sin is not None:
             q = rotate(q, call.cos, call.sin)
             k = k if self.late_rotary else rotate(k, call.cos, call.sin)
         if call.cache is not None:
             k, v = call.cache.update(k, v, self.layer)
         if self.late_rotary:
-            k = self.turned(k, call)
+            cos, sin = rotations(call.key_positions_bk[:, -k.shape[2] :], self.late_rotary, k.dtype)
+            k = rotate(k, cos, sin)
         scope = call.scope if self.window is None else call.scope.narrowed(self.window, k.shape[2])
         if call.keep is not None:
             q, scope = q[:, :, -call.keep :], scope.last(call.keep)
         kernel = self.kernel if self.training else self.kernel_at_rest
-        if call.attentions:
+        if call.attentions is not None:
             out, weights = attention.attend_eager(q, k, v, scope, kernel)
         else:
             out, weights = attention.IMPLEMENTATIONS[self.implementation](q, k, v, scope, kernel), None
@@ -125,186 +96,286 @@ class Attention(nn.Module):
             # A factor on a head's weights is one on its output.
             out = out * call.head_mask[self.layer]
             weights = None if weights is None else weights * call.head_mask[self.layer]
-        return self.out(out.transpose(1, 2).flatten(2)), weights
+        if call.attentions is not None and weights is not None:
+            call.attentions.append(weights)
+        return self.projected(out.transpose(1, 2).flatten(2)), weights
 
-    def heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def heads(self, x_bsw: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries (b, h, s, d), keys and values (b, g, s, d), clipped and normed."""
-        if self.spec.clip is not None:
-            qkv = qkv.clamp(-self.spec.clip, self.spec.clip)
-        q, k, v = qkv.split(self.sizes, dim=-1)
-        if self.spec.qk_norm is not None and not self.by_head:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k, v = (x.unflatten(-1, (-1, self.spec.head_dim)).transpose(1, 2) for x in (q, k, v))
+        att = self.spec
+        if self.has("qkv_by_head"):  # each head's query, key and value lie together
+            qkv = self.clipped(self.role("qkv_by_head")(x_bsw))
+            q, k, v = (x.flatten(2) for x in qkv.unflatten(-1, (att.heads, 3, att.head_dim)).unbind(3))
+        else:
+            whole = self.role("qkv")(x_bsw) if self.has("qkv") else linear.joint(x_bsw, self, ("q", "k", "v"))
+            if whole is not None:
+                q, k, v = self.clipped(whole).split(self.sizes, dim=-1)
+            else:
+                q, k, v = (self.clipped(self.role(role)(x_bsw)) for role in "qkv")
+        if att.qk_norm is not None and not self.by_head:
+            q, k = self.role("q_norm")(q), self.role("k_norm")(k)
+        q, k, v = (x.unflatten(-1, (-1, att.head_dim)).transpose(1, 2) for x in (q, k, v))
         if self.by_head:
-            q, k = self.q_norm(q), self.k_norm(k)
+            q, k = self.role("q_norm")(q), self.role("k_norm")(k)
         return q, k, v
 
-    def turned(self, k: Tensor, call: Call) -> Tensor:
-        """All cached keys turned by the angles of today's length."""
-        assert self.late_rotary is not None
-        cos, sin = rotations(call.key_positions_bk[:, -k.shape[2] :], self.late_rotary, k.dtype)
-        return rotate(k, cos, sin)
+    def clipped(self, x: Tensor) -> Tensor:
+        """As projected, within the spec's bounds."""
+        return x if self.spec.clip is None else x.clamp(-self.spec.clip, self.spec.clip)
+
+    def projected(self, x_bsw: Tensor) -> Tensor:
+        """What the heads give, (b, s, h * d), through the output matrix."""
+        y = self.role("out")(x_bsw)
+        return self.role("out_drop")(y) if self.has("out_drop") else y
 
 
-class Mlp(nn.Module):
-    """`down(act(up(x)))`, or gated; gate and up are one fused `[gate|up]` matrix."""
+class Wrapper(Part):
+    """Calls the attention that it holds."""
 
-    def __init__(self, spec: ArchSpec) -> None:
-        super().__init__()
-        mlp = spec.mlp
-        if mlp.gated:
-            self.gate_up = Linear(spec.width, 2 * mlp.width, bias=mlp.bias)
-        else:
-            self.up = Linear(spec.width, mlp.width, bias=mlp.bias)
-        self.down = Linear(mlp.width, spec.width, bias=mlp.bias)
-        self.act, self.gated, self.kind = ACT[mlp.act], mlp.gated, ACTIVATIONS.index(mlp.act)
-
-    def forward(self, x_bsw: Tensor) -> Tensor:
-        return self.down(self.activated((self.gate_up if self.gated else self.up)(x_bsw)))
-
-    def activated(self, x_bsw: Tensor) -> Tensor:
-        """What `down` takes, of what the first matrix gives."""
-        if x_bsw.shape[-2] > 1 and x_bsw.numel() and native_ops.usable(x_bsw):
-            return native_ops.activate(x_bsw, self.kind, self.gated)
-        if self.gated:
-            gate, up = x_bsw.chunk(2, dim=-1)
-            return self.act(gate) * up
-        return self.act(x_bsw)
+    def forward(self, x_bsw: Tensor, call: Call) -> tuple[Tensor, Tensor | None]:
+        return self.role("attention")(x_bsw, call)
 
 
-class Block(nn.Module):
-    """Attention and MLP, each with its residual; the norm before the sub-layer or after the sum."""
-
-    def __init__(self, spec: ArchSpec, layer: int) -> None:
-        super().__init__()
-        self.norm1, self.norm2 = make_norm(spec.norm, spec.width), make_norm(spec.norm, spec.width)
-        self.attn, self.mlp = Attention(spec, layer), Mlp(spec)
-        self.dropout = nn.Dropout(spec.dropout.residual)
-        self.pre = spec.placement == "pre"
+class AttentionNorm(Part):
+    """`norm(x + dropout(attention(x)))`."""
 
     def forward(self, x: Tensor, call: Call) -> tuple[Tensor, Tensor | None]:
-        y, weights = self.attn(self.norm1(x) if self.pre else x, call)
-        x = (x if call.keep is None else x[:, -call.keep :]) + self.dropout(y)
-        if self.pre:
-            return x + self.dropout(self.mlp(self.norm2(x))), weights
-        x = self.norm1(x)
-        return self.norm2(x + self.dropout(self.mlp(x))), weights
+        y, weights = self.role("attention")(x, call)
+        x = x if call.keep is None else x[:, -call.keep :]
+        return self.role("norm1")(self.role("out_drop")(y) + x), weights
 
 
-class Backbone(nn.Module):
-    """Embeddings, blocks, final norm."""
+# ---------------------------------------------------------------------------- MLP
 
-    def __init__(self, spec: ArchSpec) -> None:
-        super().__init__()
-        self.spec = spec
-        self.embed = nn.Embedding(spec.vocab, spec.width)
-        self.learned, self.rotary, self.alibi = (
-            spec.position(Learned),
-            spec.position(Rotary),
-            spec.position(Alibi),
-        )
-        if self.learned:
-            self.pos_embed = nn.Embedding(self.learned.size, spec.width)
-        self.buckets = spec.position(Buckets)
-        if self.buckets:
-            self.rel_bias = nn.Embedding(self.buckets.count, spec.attention.heads)
-        if spec.patches:
-            self.patch_embed = Linear(spec.patches.size, spec.width)
-        self.embed_norm = make_norm(spec.embed_norm, spec.width) if spec.embed_norm else nn.Identity()
-        self.dropout = nn.Dropout(spec.dropout.embed)
-        self.blocks = nn.ModuleList(Block(spec, i) for i in range(spec.layers))
-        self.final_norm = make_norm(spec.final_norm, spec.width) if spec.final_norm else nn.Identity()
-        self.gradient_checkpointing = False
 
-    def forward(
-        self,
-        x_bsw: Tensor,
-        call: Call,
-        *,
-        hidden_states: bool = False,
-        keep: int | None = None,
-    ) -> BackboneOutput:
-        """Run the blocks on embedded tokens (b, s, w). `keep`: the result is of so many last tokens, and the last
-        block computes no others."""
-        x = self.embedded(x_bsw, call)
-        if self.alibi and call.scope.slopes_h is None:
-            slopes = torch.tensor(self.alibi.slopes(self.spec.attention.heads), dtype=torch.float32)
-            call.scope.slopes_h = slopes.to(x.device)
-        if self.buckets:
-            call.scope.relative = self.relative
-        if self.rotary and call.cos is None:
-            call.cos, call.sin = rotations(call.positions_bs, self.rotary, x.dtype)
-        states, weights = [x], []
-        for block in self.blocks:
-            if keep is not None and block is self.blocks[-1]:
-                call = replace(call, keep=min(keep, x.shape[1]))
-            if self.gradient_checkpointing and self.training:
-                x, weight = checkpoint(block, x, call, use_reentrant=False)  # pyright: ignore
-            else:
-                x, weight = block(x, call)
-            if hidden_states:
-                states.append(x)
-            if call.attentions:
-                weights.append(weight)
-        x = states[-1] = self.final_norm(x)
-        return BackboneOutput(
-            hidden=x,
-            cache=call.cache,
-            hidden_states=tuple(states) if hidden_states else None,
-            attentions=tuple(weights) if call.attentions else None,
-        )
+class Mlp(Part):
+    """`down(act(up(x)))`, or gated: `down(act(gate(x)) * up(x))`."""
 
-    def embedded(self, x: Tensor, call: Call) -> Tensor:
-        """Tokens with their positions, norm and dropout; a share of the gradient if the spec says so."""
-        if self.learned:
-            x = x + self.pos_embed(call.positions_bs)
-        x = self.embed_norm(x)
-        if (share := self.spec.embed_gradient) != 1.0:
-            x = x * share + x.detach() * (1 - share)
-        return self.dropout(x)
+    def prepare(self, spec: ArchSpec, layer: int) -> None:
+        """What this layer computes."""
+        del layer
+        self.gated, self.residual_dropout = spec.mlp.gated, spec.dropout.residual
 
-    def with_patches(
-        self, x_bsw: Tensor, input_ids: Tensor, patches: Tensor | list[Tensor], indices_bs: Tensor | None
+    def forward(self, x_bsw: Tensor) -> Tensor:
+        y = self.role("down")(self.inner(x_bsw))
+        return self.role("mlp_drop")(y) if self.has("mlp_drop") else y
+
+    def inner(self, x_bsw: Tensor) -> Tensor:
+        """What `down` takes, (b, s, the MLP's width)."""
+        act = self.role("act")
+        if not self.gated:
+            return act(self.role("up")(x_bsw))
+        if type(act).forward is Activation.forward and dispatch.altered(act) is None:
+            whole = linear.joint(x_bsw, self, ("gate", "up"))
+            if whole is not None and whole.shape[-2] > 1 and whole.numel() and native_ops.usable(whole):
+                return native_ops.activate(whole, act.kind, True)
+            if whole is not None:
+                gate, up = whole.chunk(2, dim=-1)
+                return ACT[act.act](gate) * up
+        gate = act(self.role("gate")(x_bsw))
+        return gate * self.role("up")(x_bsw)
+
+
+class MlpAdd(Mlp):
+    """The MLP, with dropout, added to a residual."""
+
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, x_bsw: Tensor, residual_bsw: Tensor
     ) -> Tensor:
-        """The tokens with projected image patches in the places that are theirs.
+        y = self.role("down")(self.inner(x_bsw))
+        return F.dropout(y, self.residual_dropout, self.training) + residual_bsw
 
-        `patches`: with `indices_bs`, (n, size) for each row, and which of its row's patches each token is, -1 for none.
-        Without, all patches of the batch in order: the tokens of the patch id take one after the other.
-        """
-        layout = self.spec.patches
-        if layout is None:
-            raise ValueError("image patches were given, but the model takes text alone")
-        one_set = isinstance(patches, Tensor) and patches.dim() == 2
-        sets: list[Tensor] = [patches] if one_set else list(patches)  # pyright: ignore[reportAssignmentType]
-        for own in sets:
-            if own.shape[-1] != layout.size:
-                raise ValueError(f"image patches must be (.., {layout.size}), got {tuple(own.shape)}")
-        sets = [own.reshape(-1, layout.size).to(x_bsw.device) for own in sets]
-        if indices_bs is None:
-            places = (input_ids == layout.token_id).flatten()
-            taken = torch.cat(sets)
-            if len(taken) != (count := int(places.sum())):
-                raise ValueError(
-                    f"{len(taken)} image patches came for {count} tokens of the id {layout.token_id}: without "
-                    "image_patches_indices there must be as many"
-                )
+
+class Widen(Part):
+    """`act(up(x))`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.role("act")(self.role("up")(x))
+
+
+class Narrow(Part):
+    """`norm(dropout(down(x)) + residual)`."""
+
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        return self.role("norm2")(self.role("mlp_drop")(self.role("down")(x)) + residual)
+
+
+# ---------------------------------------------------------------------------- block
+
+
+class Block(Part):
+    """Attention and MLP, each with its residual; the norm before the sub-layer or after the sum."""
+
+    def prepare(self, spec: ArchSpec, layer: int) -> None:
+        """Which of the three orders this block has."""
+        del layer
+        self.order = "nested" if self.has("attention_norm") else spec.placement
+        self.attention_role = next(
+            role for role in ("attention", "wrapper", "attention_norm") if self.has(role)
+        )
+        self.adds = self.has("mlp_add")
+
+    def forward(self, x: Tensor, call: Call) -> Any:
+        match self.order:
+            case "pre":
+                x, weights = self.pre_norm(x, call)
+            case "post":
+                x, weights = self.post_norm(x, call)
+            case _:
+                x, weights = self.nested(x, call)
+        return (x, weights) if self.tuples else x
+
+    def pre_norm(self, x: Tensor, call: Call) -> tuple[Tensor, Tensor | None]:
+        """Norms before the sub-layers."""
+        y, weights = self.role(self.attention_role)(self.role("norm1")(x), call)
+        x = x if call.keep is None else x[:, -call.keep :]
+        if self.adds:
+            x = x + self.dropped(y)
+            return self.role("mlp_add")(self.role("norm2")(x), x), weights
+        x = x + y
+        return x + self.dropped(self.role("mlp")(self.role("norm2")(x))), weights
+
+    def post_norm(self, x: Tensor, call: Call) -> tuple[Tensor, Tensor | None]:
+        """Norms after the sums."""
+        y, weights = self.role(self.attention_role)(x, call)
+        x = x if call.keep is None else x[:, -call.keep :]
+        x = self.role("norm1")(x + y)
+        return self.role("norm2")(x + self.role("mlp")(x)), weights
+
+    def nested(self, x: Tensor, call: Call) -> tuple[Tensor, Tensor | None]:
+        """Sub-layers that add and norm by themselves."""
+        x, weights = self.role("attention_norm")(x, call)
+        return self.role("narrow")(self.role("widen")(x), x), weights
+
+    def dropped(self, y: Tensor) -> Tensor:
+        """With the block's own dropout, where there is one."""
+        return self.role("layer_drop")(y) if self.has("layer_drop") else y
+
+
+# ---------------------------------------------------------------------------- model
+
+
+class Embeddings(Part):
+    """Token ids, or vectors in their place, with positions, norm and dropout."""
+
+    def prepare(self, spec: ArchSpec, layer: int) -> None:
+        """What the embedding computes."""
+        del layer
+        self.spec = spec
+
+    def forward(self, tokens: Tensor, call: Call) -> Tensor:
+        return positioned(self, self.role("embed")(tokens) if tokens.dim() == 2 else tokens, call)
+
+
+def positioned(part: Any, x_bsw: Tensor, call: Call) -> Tensor:
+    """Embedded tokens with their positions, norm and dropout; a share of the gradient if the spec says so."""
+    spec: ArchSpec = part.spec
+    if part.has("pos_embed"):
+        x_bsw = x_bsw + part.role("pos_embed")(call.positions_bs)
+    if part.has("embed_norm"):
+        x_bsw = part.role("embed_norm")(x_bsw)
+    if (share := spec.embed_gradient) != 1.0:
+        x_bsw = x_bsw * share + x_bsw.detach() * (1 - share)
+    if part.has("embed_drop"):
+        return part.role("embed_drop")(x_bsw)
+    return F.dropout(x_bsw, spec.dropout.embed, part.training) if spec.dropout.embed else x_bsw
+
+
+class Stack(Part):
+    """All blocks and the final norm."""
+
+    def prepare(self, spec: ArchSpec, layer: int) -> None:
+        """What the layers share."""
+        del layer
+        self.spec = spec
+
+    def forward(self, x_bsw: Tensor, call: Call) -> Tensor:
+        return run_layers(self, x_bsw, call)
+
+
+def run_layers(part: Any, x: Tensor, call: Call) -> Tensor:
+    """The blocks on embedded tokens (b, s, w), and the final norm. With `call.keep`, the result is of so many last tokens,
+    and the last block computes no others."""
+    spec: ArchSpec = part.spec
+    alibi, keep, call.keep = spec.position(Alibi), call.keep, None
+    if alibi and call.scope.slopes_h is None:
+        slopes = torch.tensor(alibi.slopes(spec.attention.heads), dtype=torch.float32)
+        call.scope.slopes_h = slopes.to(x.device)
+    if part.has("rel_bias"):
+        call.scope.relative = _relative(part, spec, call.scope.index_k.shape[0])
+    if part.has("rotary") and call.cos is None:
+        call.cos, call.sin = part.role("rotary")(x, call.positions_bs)
+    states, layers = call.hidden_states, part.role("layers")
+    if states is not None:
+        states.append(x)
+    for i, layer in enumerate(layers):
+        if keep is not None and i == len(layers) - 1:
+            call = replace(call, keep=min(keep, x.shape[1]))
+        if call.checkpointing is not None:
+            x = checkpoint(layer, x, call, **call.checkpointing)  # pyright: ignore[reportAssignmentType]
         else:
-            indices = indices_bs[:, -x_bsw.shape[1] :]
-            _check_patches(sets, indices, x_bsw.shape[0])
-            places = (indices >= 0).flatten()
-            taken = torch.cat([own[i[i >= 0]] for own, i in zip(sets, indices, strict=True)])
-        vectors = self.patch_embed(taken.to(self.patch_embed.weight.dtype)).to(x_bsw.dtype)
-        return x_bsw.flatten(0, 1).index_copy(0, places.nonzero()[:, 0], vectors).view_as(x_bsw)
+            x = layer(x, call)
+        x = x[0] if isinstance(x, tuple | list) else x
+        if states is not None:
+            states.append(x)
+    if part.has("final_norm"):
+        x = part.role("final_norm")(x)
+    if states is not None:
+        states[-1] = x
+    return x
 
-    def relative(self, distance_qk: Tensor) -> Tensor:
-        """The bias (h, q, k) of distances (q, k) between keys and queries."""
-        assert self.buckets is not None
-        buckets = bucketed(distance_qk, self.buckets.count, self.buckets.max_distance)
-        return F.embedding(buckets, self.rel_bias.weight).permute(2, 0, 1)
 
-    def lookup(self, input_ids: Tensor) -> Tensor:
-        """Token ids (b, s) as vectors (b, s, w)."""
-        return self.embed(input_ids)
+def _relative(part: Any, spec: ArchSpec, keys: int) -> Callable[[Tensor], Tensor]:
+    """The bias (h, q, k) of distances (q, k) between keys and queries, from a table of all distances."""
+    buckets = spec.position(Buckets)
+    assert buckets is not None
+    table: nn.Module = part.role("rel_bias")
+    distances = torch.arange(1 - keys, keys, device=next(table.parameters()).device)
+    bias_nh = table(bucketed(distances, buckets.count, buckets.max_distance))
+    return lambda distance_qk: F.embedding(distance_qk + (keys - 1), bias_nh).permute(2, 0, 1)
+
+
+# ---------------------------------------------------------------------------- image patches
+
+
+def with_patches(
+    spec: ArchSpec,
+    project: nn.Module,
+    x_bsw: Tensor,
+    input_ids: Tensor,
+    patches: Tensor | list[Tensor],
+    indices_bs: Tensor | None,
+) -> Tensor:
+    """The tokens with projected image patches at the positions that are theirs.
+
+    `patches`: with `indices_bs`, (n, size) for each row, and which of its row's patches each token is, -1 for none.
+    Without, all patches of the batch in order: the tokens of the patch id take one after the other.
+    """
+    layout = spec.patches
+    if layout is None:
+        raise ValueError("image patches were given, but the model takes text alone")
+    one_set = isinstance(patches, Tensor) and patches.dim() == 2
+    sets: list[Tensor] = [patches] if one_set else list(patches)  # pyright: ignore[reportAssignmentType]
+    for own in sets:
+        if own.shape[-1] != layout.size:
+            raise ValueError(f"image patches must be (.., {layout.size}), got {tuple(own.shape)}")
+    sets = [own.reshape(-1, layout.size).to(x_bsw.device) for own in sets]
+    if indices_bs is None:
+        places = (input_ids == layout.token_id).flatten()
+        taken = torch.cat(sets)
+        if len(taken) != (count := int(places.sum())):
+            raise ValueError(
+                f"{len(taken)} image patches came for {count} tokens of the id {layout.token_id}: without "
+                "image_patches_indices there must be as many"
+            )
+    else:
+        indices = indices_bs[:, -x_bsw.shape[1] :]
+        _check_patches(sets, indices, x_bsw.shape[0])
+        places = (indices >= 0).flatten()
+        taken = torch.cat([own[i[i >= 0]] for own, i in zip(sets, indices, strict=True)])
+    weight = next(project.parameters())
+    vectors = project(taken.to(weight.dtype)).to(x_bsw.dtype)
+    return x_bsw.flatten(0, 1).index_copy(0, places.nonzero()[:, 0], vectors).view_as(x_bsw)
 
 
 def _check_patches(sets: list[Tensor], indices_bs: Tensor, batch: int) -> None:

@@ -1,89 +1,134 @@
-"""A model's parameters: their canonical and hub names, how they begin, which are shared, and how they resize."""
+"""A model's parameters: their names in files, how they begin, which are shared, and how they resize."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
 from monoblock import tree
 from monoblock.backends.pytorch import loading
+from monoblock.backends.pytorch.parts import Part
 from monoblock.backends.pytorch.quantization import checkpoint, modules, quantize
 from monoblock.backends.pytorch.quantization.modules import PackedMatrix
-from monoblock.checkpoint.keymap import KeyMap
+from monoblock.checkpoint.keymap import KeyMap, Source
 from monoblock.checkpoint.packed import split
+from monoblock.families import Family, ModelClass
+from monoblock.heads import KINDS, HeadSpec
 from monoblock.quantization import QuantizationConfig, WeightOnlyConfig, wanted
-
-if TYPE_CHECKING:
-    from monoblock.backends.pytorch.heads import Head
-    from monoblock.backends.pytorch.model import Backbone
-    from monoblock.families import Family, ModelClass
-    from monoblock.spec import ArchSpec
+from monoblock.spec import ArchSpec
 
 log = logging.getLogger("monoblock")
 
 
-class Parameters(nn.Module):
-    """What a model can do with its weights, given a backbone, a head or None, and the family's tables."""
+class Parameters(Part):
+    """What a model can do with its weights, given a module tree and the family's tables."""
 
     family: ClassVar[Family]
     row: ClassVar[ModelClass]
     config: Any
     spec: ArchSpec
-    backbone: Backbone
-    head: Head | None
+    head_spec: HeadSpec | None
     quantization_config: QuantizationConfig | None = None
+    places: dict[str, str]
+
+    @property
+    def bare(self) -> Any:
+        """The bare model: the one inside, or this one."""
+        return self.role("bare") if self.has("bare") else self
 
     def keymap(self) -> KeyMap:
-        """The map between canonical names and the hub's, for this class and config."""
+        """The map between the canonical names of all frameworks and files' names, for this class and config."""
         return self.family.keymap(self.config, self.row.head)
 
-    def parameter_names(self) -> dict[str, str]:
-        """Canonical name -> name of the parameter in this module, tied and packed ones left out."""
-        head = self.head.spec if self.head else None
-        packed = checkpoint.modules(self)
-        return {name: _path(name) for name in tree.parameters(self.spec, head) if name not in packed}
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Canonical name -> canonical shape of each parameter, tied ones once."""
+        return tree.parameters(self.spec, self.head_spec)
+
+    def sources(self) -> dict[str, Source]:
+        """Canonical name -> the names of the parameters here that hold it, and how. Quantised ones too."""
+        keymap = self.keymap()
+        return {name: keymap.source(name) for name in self.shapes()}
+
+    def parameter_names(self) -> Iterator[str]:
+        """The names of the parameters in files: each once, tied and quantised ones left out."""
+        packed = checkpoint.packed_modules(self)
+        for source in self.sources().values():
+            yield from (name for name in source.names if name.rpartition(".")[0] not in packed)
+
+    def place(self, role: str, layer: int | None = None) -> str:
+        """The dotted name of the module that plays a role."""
+        return self.places[role].replace("{i}", str(layer))
 
     def tied(self) -> dict[str, str]:
-        """Second names: canonical name -> the canonical parameter that it shares."""
-        return tree.tied(self.spec, self.head.spec if self.head else None)
+        """Second names: name of a parameter -> the one that it shares."""
+        found: dict[str, str] = {}
+        if (
+            self.head_spec is not None
+            and KINDS[self.head_spec.kind].size == "vocab"
+            and "head_out" in self.places
+        ):
+            out = self.place("head_out")
+            if self.spec.tie_head:
+                found[f"{out}.weight"] = f"{self.place('embed')}.weight"
+            if self.has("lm_head"):
+                found[f"{out}.bias"] = f"{out.rpartition('.')[0]}.bias"
+        return found
+
+    def _canonical_tied(self) -> dict[str, str]:
+        return tree.tied(self.spec, self.head_spec)
 
     def hub_state_dict(self) -> dict[str, Tensor]:
-        """The weights by the hub's names, tied ones once; views of the parameters wherever that is possible.
+        """The weights as files hold them: by the names of `state_dict()`, contiguous, tied ones once.
 
-        Of packed matrices `X.weight`, the tensors `X.weight.codes`, `.scale` (8 and 4 bits) and `.low` (4 bits).
+        Of quantised matrices `X.weight`, the tensors `X.weight.codes`, `.scale` (8 and 4 bits) and `.low` (4 bits).
         """
         if not isinstance(self.quantization_config, WeightOnlyConfig | None):
             raise ValueError(
-                "weights that bitsandbytes holds have no form in the hub's files here: save the model before "
+                "weights that bitsandbytes holds have no form in transformers' files here: save the model before "
                 'quantising, or take quantization_config="int8" or "int4"'
             )
-        keymap, state = self.keymap(), {}
-        for canonical, path in self.parameter_names().items():
-            source, tensor = keymap.source(canonical), self.get_parameter(path).detach()
-            for name, view in zip(source.names, source.op.views(tensor), strict=True):
-                state[name] = view if view.dim() <= 2 else view.reshape(tensor.shape)
-        return state | checkpoint.hub_state(self)
+        state = {name: self.get_parameter(name).detach().contiguous() for name in self.parameter_names()}
+        return state | checkpoint.file_state(self)
 
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> Any:
-        """As `torch.nn.Module`'s; a dict of the hub's names is understood too."""
+        """As `torch.nn.Module`'s; names of other spellings are understood too, and second names need not be there."""
         own = self.state_dict()
-        if not any(name in own for name in state_dict):
-            names = self.parameter_names()
-            parameters = {name: own[path] for name, path in names.items()}
+        if any(name not in own for name in state_dict):
             rest, parts = split(state_dict)
-            canonical = loading.split_state(self.keymap(), parameters, rest, self.tied())
-            state_dict = {names[name]: tensor for name, tensor in canonical.items()}
-            state_dict |= checkpoint.own_state(self, parts)
-            for second, first in self.tied().items():
-                if first in canonical:
-                    state_dict[_path(second)] = canonical[first]
-        return super().load_state_dict(state_dict, strict=strict, assign=assign)
+            plain = {name: source for name, source in self.sources().items() if self._is_plain(source)}
+            shapes = {name: shape for name, shape in self.shapes().items() if name in plain}
+            found = loading.split_state(self.keymap(), plain, shapes, rest, self._canonical_tied(), strict)
+            if found is not None:
+                state_dict = {**found, **checkpoint.own_state(parts)}
+        state_dict = dict(state_dict)
+        for second, first in self.tied().items():
+            for ending in ("", ".codes", ".scale", ".low"):
+                one, two = (
+                    name.removesuffix(".weight") + ending if ending else name for name in (first, second)
+                )
+                if one in state_dict and two in own:
+                    state_dict.setdefault(two, state_dict[one])
+        result = super().load_state_dict(state_dict, strict=strict, assign=assign)
+        if assign:
+            self.tie_weights()
+            self.lay_all()
+        return result
+
+    def _is_plain(self, source: Source) -> bool:
+        packed = checkpoint.packed_modules(self)
+        return not any(name.rpartition(".")[0] in packed for name in source.names)
+
+    def lay_all(self) -> None:
+        """Put the matrices that kernels want as one side by side, everywhere in the model."""
+        for module in self.modules():
+            if isinstance(module, Part):
+                module.lay()
 
     # ------------------------------------------------------------------ packed weights
 
@@ -113,63 +158,75 @@ class Parameters(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         super()._apply(fn, recurse)
-        if isinstance(getattr(getattr(self, "backbone", None), "embed", None), PackedMatrix):
+        if self.quantization_config is not None or self.has("lm_head"):
             self.tie_weights()  # buffers move one by one, shared or not
         return self
 
     # ------------------------------------------------------------------ weights
 
     def init_weights(self) -> None:
-        """Matrices and tables from a normal distribution of the spec's deviation, biases 0, norms 1."""
-        for path in self.parameter_names().values():
-            self._init_parameter(path)
+        """Matrices and tables from a normal distribution of the spec's deviation, biases 0, norms 1; the row of the
+        padding token 0."""
+        for name in self.parameter_names():
+            self._init_parameter(name)
+        self.lay_all()
         if getattr(self.config, "init_config", None):
             log.warning(
                 "init_config is not used: weights come from a normal distribution of initializer_range"
             )
 
     @torch.no_grad()
-    def _init_parameter(self, path: str) -> None:
-        parameter = self.get_parameter(path)
-        if path.endswith(".bias"):
+    def _init_parameter(self, name: str) -> None:
+        parameter = self.get_parameter(name)
+        if name.endswith(".bias"):
             parameter.zero_()
         elif parameter.dim() == 1:
             parameter.fill_(1.0)
         else:
             parameter.normal_(0.0, self.spec.init_std)
+            padding = getattr(self.get_submodule(name.rpartition(".")[0]), "padding_idx", None)
+            if padding is not None:
+                parameter[padding].zero_()
 
-    def tie_weights(self) -> None:
-        """Make the head's matrix the embedding's, where the spec ties them."""
-        if self.tied():
-            assert self.head is not None and self.head.out is not None
-            self.head.out = modules.tied(self.backbone.embed, self.head.out)
+    def tie_weights(self, *args: Any, **kwargs: Any) -> None:
+        """Make the head's matrix the embedding's, where the spec ties them. Arguments of transformers' method, which say
+        what its loader has missed, change nothing."""
+        del args, kwargs
+        for second, first in self.tied().items():
+            owner, _, leaf = second.rpartition(".")
+            if leaf == "bias":
+                self.get_submodule(owner).register_parameter("bias", self.get_parameter(first))
+            else:
+                table = self.get_submodule(first.rpartition(".")[0])
+                quantize.replace(self, owner, modules.tied(table, self.get_submodule(owner)))
 
-    def get_input_embeddings(self) -> nn.Embedding:
+    def get_input_embeddings(self) -> nn.Module:
         """The token embedding."""
-        return self.backbone.embed
+        return self.get_submodule(self.place("embed"))
 
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
+    def set_input_embeddings(self, value: nn.Module) -> None:
         """Replace the token embedding (and with it a tied head's matrix)."""
-        self.backbone.embed = value
+        quantize.replace(self, self.place("embed"), value)
         self.tie_weights()
 
-    def get_output_embeddings(self) -> nn.Linear | None:
+    def get_output_embeddings(self) -> nn.Module | None:
         """The projection to the vocabulary, or None."""
-        return self.head.out if self.head is not None and self.head.vocabulary else None
+        if self.head_spec is None or KINDS[self.head_spec.kind].size != "vocab":
+            return None
+        return self.get_submodule(self.place("head_out"))
 
-    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         """Replace the projection to the vocabulary."""
-        if self.get_output_embeddings() is None or self.head is None:
+        if self.get_output_embeddings() is None:
             raise ValueError(f"{self.row.name} has no projection to the vocabulary")
-        head: Any = self.head
-        head.out = new_embeddings
+        quantize.replace(self, self.place("head_out"), new_embeddings)
 
     def resize_token_embeddings(
         self,
         new_num_tokens: int | None = None,
         pad_to_multiple_of: int | None = None,
         mean_resizing: bool = True,
-    ) -> nn.Embedding:
+    ) -> Any:
         """Change the vocabulary's size in the embedding, the head and the config.
 
         New rows are the mean of the old ones, so that new tokens begin as an average token
@@ -181,20 +238,31 @@ class Parameters(nn.Module):
             new = -(-new // pad_to_multiple_of) * pad_to_multiple_of
         if new < 1:
             raise ValueError(f"new_num_tokens must be at least 1, got {new}")
+        embed: Any = self.get_input_embeddings()
         if new == old:
-            return self.backbone.embed
-        if checkpoint.is_packed(self):
+            return embed
+        if checkpoint.packed_modules(self):
             raise ValueError("packed weights have a fixed number of rows: resize first, then quantise")
         self.config.vocab_size = new
-        self.spec = self.backbone.spec = self.config.to_spec()
-        self._resize(self.backbone.embed, new, mean_resizing)
-        self.backbone.embed.num_embeddings = new
-        if (out := self.get_output_embeddings()) is not None:
-            if not self.tied():
+        spec = self.config.to_spec()
+        for module in self.modules():
+            if isinstance(getattr(module, "spec", None), ArchSpec):
+                module.spec = spec  # pyright: ignore
+        self._resize(embed, new, mean_resizing)
+        embed.num_embeddings = new
+        out: Any = self.get_output_embeddings()
+        if out is not None:
+            if not self.spec.tie_head:
                 self._resize(out, new, mean_resizing)
+            if out.bias is not None:
+                bias = out.bias.new_zeros(new)
+                bias[: min(old, new)] = out.bias.detach()[: min(old, new)]
+                out.bias = nn.Parameter(bias, requires_grad=out.bias.requires_grad)
+                if self.has("lm_head"):
+                    self.role("lm_head").bias = out.bias
             out.out_features = new
         self.tie_weights()
-        return self.backbone.embed
+        return embed
 
     @torch.no_grad()
     def _resize(self, module: nn.Embedding | nn.Linear, rows: int, mean: bool) -> None:
@@ -216,20 +284,19 @@ class Parameters(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the weights are (the first ones, if they are spread)."""
-        embed: Any = self.backbone.embed
-        return (embed.codes if isinstance(embed, PackedMatrix) else embed.weight).device
+        embed: Any = self.get_input_embeddings()
+        return (embed.codes if isinstance(embed, PackedMatrix) else next(embed.parameters())).device
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
         """How many numbers the model has, tied ones once; packed ones are never trained."""
-        packed = checkpoint.modules(self)
-        sizes = {name: module.rows * module.columns for name, module in packed.items()}
+        sizes = {name: m.rows * m.columns for name, m in checkpoint.packed_modules(self).items()}
         tables = (
             {id(m.weight) for m in self.modules() if isinstance(m, nn.Embedding)}
             if exclude_embeddings
             else set()
         )
         if exclude_embeddings:
-            sizes.pop("embed.weight", None)
+            sizes.pop(self.place("embed"), None)
         plain = sum(
             p.numel()
             for p in self.parameters()
@@ -241,7 +308,3 @@ class Parameters(nn.Module):
         """Bytes of the weights, tied ones once."""
         held = {id(tensor): tensor for tensor in (*self.parameters(), *self.buffers())}
         return sum(tensor.numel() * tensor.element_size() for tensor in held.values())
-
-
-def _path(canonical: str) -> str:
-    return canonical if canonical.startswith("head.") else "backbone." + canonical

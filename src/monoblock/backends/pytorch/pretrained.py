@@ -5,21 +5,37 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
-from monoblock import outputs
-from monoblock.backends.pytorch import devices, heads, loading
+from monoblock import modules, outputs, tree
+from monoblock.backends.pytorch import devices, heads, layers, loading, parts
 from monoblock.backends.pytorch.generation.decoder import Generation
 from monoblock.backends.pytorch.inputs import check_tokens, flattened, has_positions, prepare
 from monoblock.backends.pytorch.kernels import attention
-from monoblock.backends.pytorch.model import Attention, Backbone
+from monoblock.backends.pytorch.model import (
+    Attention,
+    AttentionNorm,
+    Block,
+    Call,
+    Embeddings,
+    Mlp,
+    MlpAdd,
+    Narrow,
+    Stack,
+    Widen,
+    Wrapper,
+    positioned,
+    run_layers,
+    with_patches,
+)
 from monoblock.backends.pytorch.options import LoadOptions
 from monoblock.backends.pytorch.parameters import Parameters
+from monoblock.backends.pytorch.parts import Part
 from monoblock.backends.pytorch.quantization import checkpoint
 from monoblock.checkpoint import packed
 from monoblock.checkpoint.hub import find_weights
@@ -34,19 +50,20 @@ log = logging.getLogger("monoblock")
 
 
 class PreTrainedModel(Parameters, Generation):
-    """The base of all PyTorch models: `backbone`, and `head` where the class has one.
+    """The base of all PyTorch models. A model with a head holds the bare model, under the family's prefix, and the head's
+    modules beside it; names, classes, signatures, defaults and outputs are transformers'.
 
-    Public classes are made by `make_class` from a family's table; their names, signatures, defaults and outputs
-    are the hub's.
+    Public classes are made by `make_class` from a family's table.
     """
 
     extra: ClassVar[tuple[str, ...]]
+    make: ClassVar[Any]  # (name) -> the class of that name
     framework: ClassVar[str] = "pt"
     supports_gradient_checkpointing: ClassVar[bool] = True
     main_input_name: ClassVar[str] = "input_ids"
-    _no_split_modules: ClassVar[list[str]] = ["Block"]
+    _no_split_modules: ClassVar[list[str]] = []
 
-    def __init__(self, config: PretrainedConfig) -> None:
+    def __init__(self, config: PretrainedConfig, *, add_pooling_layer: bool = True) -> None:
         super().__init__()
         if not isinstance(config, self.family.config):
             wanted = self.family.config.__name__
@@ -54,13 +71,15 @@ class PreTrainedModel(Parameters, Generation):
         self.config = config
         self.spec = config.to_spec()
         self.name_or_path = config.name_or_path
-        self.hf_device_map: dict[str, Any] | None = None
+        head = self.row.head if add_pooling_layer or self.row.head != "pooler" else None
+        self.head_spec = config.to_head(head) if head else None
+        self.gradient_checkpointing = False
+        self.checkpointing: dict[str, Any] = {"use_reentrant": False}
         device = torch.get_default_device()
         with torch.device("meta"), loading.Uninitialised():
-            self.backbone = Backbone(self.spec)
-            self.backbone.gradient_checkpointing = bool(getattr(config, "gradient_checkpointing", False))
-            head = config.to_head(self.row.head) if self.row.head else None
-            self.head = heads.Head(self.spec, head) if head else None
+            self._build()
+        if getattr(config, "gradient_checkpointing", False):
+            self.gradient_checkpointing_enable()
         self.set_attn_implementation(config._attn_implementation)
         self.generation_config = self.default_generation_config() if self.can_generate() else None
         if device.type != "meta":
@@ -68,13 +87,46 @@ class PreTrainedModel(Parameters, Generation):
             self.init_weights()
         self.tie_weights()
 
+    def _build(self) -> None:
+        """The modules, by the family's tree; the bare model inside is one of its own class."""
+        family, kind = self.family, self.row.head
+        layout = family.tree(self.config)
+        leaf = layers.Leaves(self.spec, self.head_spec)
+        own: dict[str, Any] = {"layers": self.spec.layers}
+        if kind in (None, "pooler"):
+            bare = {n: c for n, c in layout.children.items() if self.head_spec or not _is_pooler(c)}
+            layout = replace(layout, children=bare)
+            parts.fill(self, layout, KINDS, leaf, self._prepare, **own)
+            self.places = {role: ".".join(path) for role, path in layout.paths()}
+            return
+        self.joints, self.roles, self.tuples = {}, {"bare": family.prefix}, False
+        base = self.make(family.bare_class.name)(self.config, add_pooling_layer=kind == "choice")
+        self.add_module(family.prefix, base)
+        heads = modules.Part(self.row.name, "head", family.heads[kind])
+        parts.fill(self, heads, KINDS, leaf, self._prepare, **own)
+        if self.has("lm_head"):
+            head = self.role("lm_head")
+            head.register_parameter("bias", head.role("head_out").bias)
+        self.places = {role: f"{family.prefix}.{path}" for role, path in base.places.items()}
+        self.places |= {role: ".".join(path) for role, path in heads.paths()}
+
+    def _prepare(self, part: Any, layer: int) -> None:
+        """Tell a part what it is to compute."""
+        part.prepare(self.spec, layer)
+        if isinstance(part, heads.SummaryHead) and self.head_spec is not None and self.head_spec.summary:
+            part.how = self.head_spec.summary
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        if "row" in vars(type(self)):
+            return _blank, (self.row.name,), self.__getstate__()
+        return super().__reduce_ex__(protocol)
+
     # ------------------------------------------------------------------ forward
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the model; arguments, defaults and outputs are in the class's docstring."""
+    def forward_bare(self, *args: Any, **kwargs: Any) -> Any:
+        """Hidden states; arguments, defaults and outputs are in the class's docstring."""
+        keep = kwargs.pop("keep", None)
         given = self._bind(args, kwargs)
-        if self.row.head in ("choice", "double"):
-            given = flattened(given)
         if self.training and self.spec.attention.by_segment and given.get("sequence_id") is None:
             raise ValueError(
                 "the config sets attn_uses_sequence_id=True: training needs sequence_id (batch, tokens)"
@@ -84,28 +136,56 @@ class PreTrainedModel(Parameters, Generation):
         inputs = prepare(self.spec, shape, given, self._uses_cache(given))
         if ids is None and (given.get("image_patches") is not None or given.get("pixel_values") is not None):
             raise ValueError("image patches go to the places of their ids: give input_ids, not inputs_embeds")
-        x: Any = embeds if ids is None else self.embed(ids, given)
-        if (types := given.get("token_type_ids")) is not None:
-            x = x + self.backbone.lookup(types)
-        inputs.call.attentions = self._option(given, "output_attentions")
-        wanted = self._option(given, "output_hidden_states")
-        keep = None if wanted or inputs.call.attentions else self._kept(given)
-        out = self.backbone(x, inputs.call, hidden_states=wanted, keep=keep)
-        values = {
-            "last_hidden_state": out.hidden,
-            "past_key_values": inputs.past(),
-            "hidden_states": out.hidden_states,
-            "attentions": out.attentions,
-        }
-        if self.head is not None:
-            values |= heads.outputs(self.head, out.hidden, given)
+        tokens: Any = ids if embeds is None else embeds
+        types = given.get("token_type_ids")
+        if ids is not None and not (self.has("embeddings") and types is None):
+            tokens = self.embed(ids, given)
+        if types is not None:
+            tokens = tokens + self.get_input_embeddings()(types)
+        call = inputs.call
+        call.attentions = [] if self._option(given, "output_attentions") else None
+        call.hidden_states = [] if self._option(given, "output_hidden_states") else None
+        call.keep = keep if call.attentions is None and call.hidden_states is None else None
+        call.checkpointing = self.checkpointing if self.gradient_checkpointing and self.training else None
+        hidden = self.run(tokens, call)
+        return self._output(
+            given,
+            last_hidden_state=hidden,
+            pooler_output=self.role("pooler")(hidden) if self.has("pooler") else None,
+            past_key_values=inputs.past(),
+            hidden_states=None if call.hidden_states is None else tuple(call.hidden_states),
+            attentions=None if call.attentions is None else tuple(call.attentions),
+        )
+
+    def forward_headed(self, *args: Any, **kwargs: Any) -> Any:
+        """The bare model, then the head; arguments, defaults and outputs are in the class's docstring."""
+        given = self._bind(args, kwargs)
+        if self.row.head in ("choice", "double"):
+            given = flattened(given)
+        base = self.bare
+        inner = {name: value for name, value in given.items() if name in base.arguments}
+        inner |= {name: self._option(given, name) for name in ("output_attentions", "output_hidden_states")}
+        keep = self._kept(given)
+        out = base(**inner, return_dict=True, **({} if keep is None else {"keep": keep}))
+        return self._output(given, **{**out, **heads.outputs(self, out, given)})
+
+    def _output(self, given: Mapping[str, Any], **values: Any) -> Any:
+        """The class's output, of those values that it has a field for."""
         kind = getattr(outputs, self.row.output)
         result = kind(**{name: value for name, value in values.items() if name in kind.__dataclass_fields__})
         return result if self._option(given, "return_dict") else result.to_tuple()
 
+    def run(self, tokens: Tensor, call: Call) -> Tensor:
+        """The last hidden states (b, s, w) of a bare model, of ids (b, s) or vectors (b, s, w)."""
+        if self.has("embeddings"):
+            x = self.role("embeddings")(tokens, call)
+        else:
+            x = positioned(self, tokens, call)
+        return self.role("stack")(x, call) if self.has("stack") else run_layers(self, x, call)
+
     def embed(self, input_ids: Tensor, given: Mapping[str, Any]) -> Tensor:
-        """Token ids as vectors (b, s, w), with image patches in their places where the call brings any."""
-        x = self.backbone.lookup(input_ids)
+        """Token ids as vectors (b, s, w), with image patches at their positions where the call brings any."""
+        x = self.get_input_embeddings()(input_ids)
         both = (given.get("image_patches"), given.get("pixel_values"))
         named = [patches for patches in both if patches is not None]
         indices = given.get("image_patches_indices")
@@ -115,7 +195,10 @@ class PreTrainedModel(Parameters, Generation):
             if indices is not None:
                 raise ValueError("image_patches_indices say where image_patches go, but none came")
             return x
-        return self.backbone.with_patches(x, input_ids, named[0], indices)
+        base = self.bare
+        if not base.has("patch_embed"):
+            raise ValueError("image patches were given, but the model takes text alone")
+        return with_patches(self.spec, base.role("patch_embed"), x, input_ids, named[0], indices)
 
     def _kept(self, given: Mapping[str, Any]) -> int | None:
         """How many last tokens the logits are of, None for all; then the last block needs to compute no others. Hooks
@@ -123,8 +206,19 @@ class PreTrainedModel(Parameters, Generation):
         keep = given.get("logits_to_keep")
         if not isinstance(keep, int) or keep < 1 or self.row.head != "causal":
             return None
-        seen = (*self.backbone.blocks[-1].modules(), self.backbone.final_norm)
+        base: Any = self.bare
+        if "row" not in vars(type(base)):
+            return None
+        stack = base.role("stack") if base.has("stack") else base
+        last = stack.role("layers")[-1]
+        seen = [*last.modules(), *([stack.role("final_norm")] if stack.has("final_norm") else [])]
+        seen += [base, *([stack] if stack is not base else [])]
         return None if any(module._forward_hooks or module._forward_pre_hooks for module in seen) else keep
+
+    @property
+    def arguments(self) -> frozenset[str]:
+        """The names of all arguments of a forward."""
+        return frozenset((*self.row.forward.split(), *self.extra))
 
     def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         names = self.row.forward.split()
@@ -141,7 +235,8 @@ class PreTrainedModel(Parameters, Generation):
                     f"{self.row.name} has no argument {name!r}; it takes: {', '.join((*names, *self.extra))}"
                 )
             given[name] = value
-        if given.get("position_ids") is not None and not has_positions(self.spec):
+        is_bare = not self.has("bare")
+        if is_bare and given.get("position_ids") is not None and not has_positions(self.spec):
             _warn_once(f"position_ids have no effect: {self.row.name} encodes positions as distances")
         return given
 
@@ -151,7 +246,7 @@ class PreTrainedModel(Parameters, Generation):
 
     def _uses_cache(self, given: Mapping[str, Any]) -> bool:
         wanted = given.get("use_cache")
-        if self.training and self.backbone.gradient_checkpointing:
+        if self.training and self.gradient_checkpointing:
             if wanted:
                 _warn_once("use_cache=True cannot go with gradient checkpointing: no cache is kept")
             return False
@@ -206,31 +301,34 @@ class PreTrainedModel(Parameters, Generation):
 
     def _load(self, store: Any, dtype: torch.dtype, options: LoadOptions) -> None:
         keymap = self.keymap()
-        placed = devices.Placement(self, options.device_map, self.parameter_names(), keymap)
+        placed = devices.Placement(self, options.device_map)
         kept = checkpoint.load(self, store, dtype, placed.device, options.quantization)
         packer = checkpoint.packer(self, options.quantization)
-        names = self.parameter_names()
+        packed_names = set(checkpoint.packed_modules(self))
+        own = {
+            canonical: source
+            for canonical, source in self.sources().items()
+            if source.names[0].rpartition(".")[0] not in packed_names
+        }
         report = loading.load(
             self,
-            names,
+            own,
             keymap,
             packed.plain(store),
             dtype=dtype,
             device=placed.device,
-            tied=self.tied(),
+            shapes={canonical: shape for canonical, shape in self.shapes().items() if canonical in own},
+            tied=tree.tied(self.spec, self.head_spec),
             ignore_mismatched_sizes=options.ignore_mismatched_sizes,
             put=packer.put if packer else None,
         )
-        made = [*report.missing, *report.mismatched]
-        for canonical in made:
-            shape = self.get_parameter(names[canonical]).shape
-            loading.assign(
-                self,
-                names[canonical],
-                torch.empty(shape, dtype=dtype, device=placed.device(names[canonical])),
-            )
-            self._init_parameter(names[canonical])
+        made = [name for canonical in report.made for name in own[canonical].names]
+        for name in made:
+            shape = self.get_parameter(name).shape
+            loading.assign(self, name, torch.empty(shape, dtype=dtype, device=placed.device(name)))
+            self._init_parameter(name)
         self.tie_weights()
+        self.lay_all()
         if packer is not None:
             packer.finish()
         elif isinstance(options.quantization, BitsAndBytesConfig):
@@ -238,12 +336,11 @@ class PreTrainedModel(Parameters, Generation):
         placed.dispatch(self)
         where = self.name_or_path or "the checkpoint"
         if made:
-            hub = ", ".join(keymap.source(name).names[0] for name in made)
             log.warning(
                 "%s: newly initialised, because %s has none that fits: %s. Train it.",
                 self.row.name,
                 where,
-                hub,
+                ", ".join(made),
             )
         if unused := [*kept, *report.unused]:
             log.info("%s: %s also holds %s, not used here", self.row.name, where, ", ".join(unused))
@@ -297,32 +394,43 @@ class PreTrainedModel(Parameters, Generation):
     def gradient_checkpointing_enable(
         self, gradient_checkpointing_kwargs: dict[str, Any] | None = None
     ) -> None:
-        """While training, keep only each block's input and compute the rest again in the backward pass."""
-        if unknown := {
-            k: v
-            for k, v in (gradient_checkpointing_kwargs or {}).items()
-            if (k, v) != ("use_reentrant", False)
-        }:
-            raise ValueError(f"gradient checkpointing here is use_reentrant=False; got {unknown}")
-        self.backbone.gradient_checkpointing = True
+        """While training, keep only each block's input and compute the rest again in the backward pass. The keywords are
+        those of `torch.utils.checkpoint.checkpoint`; `use_reentrant` is False unless given."""
+        given = dict(gradient_checkpointing_kwargs or {})
+        if unknown := given.keys() - _CHECKPOINTING:
+            raise ValueError(
+                f"gradient_checkpointing_kwargs has no {sorted(unknown)[0]!r}: torch.utils.checkpoint.checkpoint takes "
+                f"{', '.join(sorted(_CHECKPOINTING))}"
+            )
+        self._set_checkpointing(True, {"use_reentrant": False, **given})
 
     def gradient_checkpointing_disable(self) -> None:
         """Keep all activations again."""
-        self.backbone.gradient_checkpointing = False
+        self._set_checkpointing(False, {"use_reentrant": False})
+
+    def _set_checkpointing(self, on: bool, how: dict[str, Any]) -> None:
+        for module in self.modules():
+            if isinstance(module, PreTrainedModel):
+                module.gradient_checkpointing, module.checkpointing = on, how
 
     @property
     def is_gradient_checkpointing(self) -> bool:
         """Whether activations are computed again in the backward pass."""
-        return self.backbone.gradient_checkpointing
+        return self.gradient_checkpointing
 
     def enable_input_require_grads(self) -> None:
         """Let gradients flow from the embedding's output (adapters on frozen weights need that)."""
-        self.backbone.embed.register_forward_hook(lambda _, __, out: out.requires_grad_(True))
+        self._require_grads_hook = self.get_input_embeddings().register_forward_hook(_require_grads)
+
+    def disable_input_require_grads(self) -> None:
+        """Undo `enable_input_require_grads`."""
+        if (hook := vars(self).pop("_require_grads_hook", None)) is not None:
+            hook.remove()
 
     def set_attn_implementation(self, attn_implementation: str | None) -> None:
         """Choose the attention kernel: "sdpa" (the default), "eager", "flex_attention", "flash_attention_2"."""
         name = attention.implementation(attn_implementation)
-        for module in self.backbone.modules():
+        for module in self.modules():
             if isinstance(module, Attention):
                 module.implementation = name
         self.config._attn_implementation = name
@@ -333,8 +441,49 @@ class PreTrainedModel(Parameters, Generation):
 
     @property
     def base_model(self) -> nn.Module:
-        """The backbone: what the hub's classes call by the family's prefix."""
-        return self.backbone
+        """The bare model: what is called by the family's prefix."""
+        return self.bare
+
+
+# What torch.utils.checkpoint.checkpoint takes besides the function and its arguments.
+_CHECKPOINTING = {
+    "use_reentrant",
+    "preserve_rng_state",
+    "context_fn",
+    "determinism_check",
+    "debug",
+    "early_stop",
+}
+# What computes each kind of part.
+KINDS: dict[str, type[Part]] = {
+    "attention": Attention,
+    "wrapper": Wrapper,
+    "attention_norm": AttentionNorm,
+    "mlp": Mlp,
+    "mlp_add": MlpAdd,
+    "widen": Widen,
+    "narrow": Narrow,
+    "layer": Block,
+    "embeddings": Embeddings,
+    "stack": Stack,
+    **heads.KINDS_OF_PARTS,
+}
+
+
+def _is_pooler(child: Any) -> bool:
+    return isinstance(child, modules.Part) and child.kind == "pooler"
+
+
+def _blank(name: str) -> PreTrainedModel:
+    """A model of the class of that name without anything in it, for pickle."""
+    from monoblock.backends.pytorch.classes import make_class  # which makes subclasses of what is here
+
+    made = make_class(name)
+    return made.__new__(made)
+
+
+def _require_grads(_: nn.Module, __: Any, output: Tensor) -> None:
+    output.requires_grad_(True)
 
 
 @functools.cache

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from monoblock.backends.pytorch.cache import DynamicCache, StaticCache
 from monoblock.backends.pytorch.generation.static_step import Shape, State, static_step
+from monoblock.backends.pytorch.model import Attention
 from monoblock.positions import is_dynamic
 from monoblock.spec import ArchSpec, Buckets, Learned, Rotary
 
@@ -116,7 +117,7 @@ def weights(model: PreTrainedModel) -> Hashable:
 
 
 def _kernels(model: PreTrainedModel) -> set[str]:
-    return {block.attn.implementation for block in model.backbone.blocks}  # pyright: ignore
+    return {part.implementation for part in model.modules() if isinstance(part, Attention)}
 
 
 # ---------------------------------------------------------------------------- which calls

@@ -272,7 +272,7 @@ class Decoder:
             self.embeds = tokens["inputs_embeds"]
             return tokens
         if self.embeds is not None:
-            self.embeds = torch.cat((self.embeds, self.model.backbone.lookup(ids)), dim=1)
+            self.embeds = torch.cat((self.embeds, self.model.get_input_embeddings()(ids)), dim=1)
             return {"inputs_embeds": self.embeds}
         self.ids = ids if self.ids is None else torch.cat((self.ids, ids), dim=1)
         return {"input_ids": self.ids}

@@ -17,8 +17,10 @@ from torch import Tensor, nn
 from monoblock import native
 from monoblock.backends.pytorch.cache import Cache, DynamicCache, StaticCache
 from monoblock.backends.pytorch.generation.structures import Model, Slot, Step, Weights, common_dtype
+from monoblock.backends.pytorch.kernels import dispatch
 from monoblock.backends.pytorch.kernels.linear import FORMATS
 from monoblock.backends.pytorch.model import Attention
+from monoblock.backends.pytorch.parts import GROUPS, Part
 from monoblock.positions import is_dynamic
 from monoblock.spec import Buckets, Learned, Rotary
 
@@ -36,7 +38,7 @@ def obstacle(model: PreTrainedModel) -> str | None:
     """Why the library cannot run this model's steps; None if it can."""
     if native.library() is None:
         return f"there are no native kernels ({native.status()})"
-    spec, backbone = model.spec, model.backbone
+    spec = model.spec
     rotary, learned = spec.position(Rotary), spec.position(Learned)
     if not spec.causal or spec.position(Buckets) or (learned and learned.pad_id is not None):
         return "its tokens look both ways"
@@ -46,17 +48,23 @@ def obstacle(model: PreTrainedModel) -> str | None:
         return f"{type(model).__name__} may compute something of its own"
     if torch.is_autocast_enabled("cpu"):
         return "autocast chooses the types"
-    if _has_global_hooks():
+    if dispatch.hooked_everywhere():
         return "hooks are on all modules"
     for name, module in model.named_modules():
         kind = type(module)
-        if module is not model and kind not in _THEIRS and kind.__module__ not in _OURS:
+        known = kind in _THEIRS or kind.__module__ in _OURS or "row" in vars(kind)
+        if module is not model and not known:
             return f"{name} is a {kind.__name__}"
-        if _is_altered(module):
-            return f"{name or 'the model'} has hooks, or a forward of its own"
+        if (why := dispatch.altered(module)) is not None:
+            return f"{name or 'the model'} {why}"
+        if isinstance(module, Part):
+            for group in GROUPS:
+                if all(map(module.has, group)) and (why := module.joint_obstacle(group)) is not None:
+                    return f"{name}: {why}"
         if isinstance(module, Attention) and module.implementation != "sdpa":
             return f"attention by {module.implementation} was chosen"
-    if isinstance(backbone.embed, nn.Embedding) and backbone.embed.max_norm is not None:
+    embed = model.get_input_embeddings()
+    if isinstance(embed, nn.Embedding) and embed.max_norm is not None:
         return "its embedding is normed when it is read"
     dtype = common_dtype(model)
     if dtype not in FORMATS:
@@ -64,7 +72,8 @@ def obstacle(model: PreTrainedModel) -> str | None:
     for name, tensor in _tensors(model):
         if type(tensor) not in (nn.Parameter, Tensor) or tensor.device.type != "cpu":
             return f"{name} is not an ordinary tensor on the CPU"
-        if not tensor.is_contiguous():
+        # A Conv1D's lies outputs x inputs.
+        if not tensor.is_contiguous() and not (tensor.dim() == 2 and tensor.t().is_contiguous()):
             return f"{name} is not contiguous"
         if tensor.dtype != dtype and not name.endswith(_PACKED):
             return f"{name} is {tensor.dtype} in a model of {dtype}"
@@ -72,24 +81,12 @@ def obstacle(model: PreTrainedModel) -> str | None:
 
 
 # What the library computes: PyTorch's modules of these types, and all that these files define.
-_THEIRS = {nn.ModuleList, nn.Dropout, nn.Identity, nn.Linear, nn.Embedding, nn.LayerNorm, nn.RMSNorm}
-_OURS = {f"monoblock.backends.pytorch.{name}" for name in ("model", "heads", "kernels.linear", "quantization.modules")}
+_THEIRS = {nn.ModuleList, nn.Dropout, nn.Identity, nn.Linear, nn.Embedding, nn.LayerNorm, nn.RMSNorm, nn.Tanh}
+_OURS = {
+    f"monoblock.backends.pytorch.{name}"
+    for name in ("model", "heads", "layers", "kernels.linear", "quantization.modules")
+}
 _PACKED = (".codes", ".scale", ".low")
-
-
-def _has_global_hooks() -> bool:
-    module = nn.modules.module
-    return bool(module._global_forward_hooks or module._global_forward_pre_hooks)
-
-
-def _is_altered(module: nn.Module) -> bool:
-    own = vars(module)
-    return bool(
-        own["_forward_hooks"]
-        or own["_forward_pre_hooks"]
-        or "forward" in own
-        or own.get("_compiled_call_impl") is not None
-    )
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

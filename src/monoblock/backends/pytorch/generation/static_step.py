@@ -11,11 +11,12 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from monoblock.backends.pytorch import heads
 from monoblock.backends.pytorch.cache import Cache
 from monoblock.backends.pytorch.kernels.attention_cuda import WIDEST, pieces
 from monoblock.backends.pytorch.model import Attention, Call
@@ -173,9 +174,9 @@ class State:
             tensor.copy_(tensor.index_select(0, index_b))
 
 
-def static_step(model: PreTrainedModel, state: State) -> Tensor:
+def static_step(model: Any, state: State) -> Tensor:
     """Scores (b, v), float32, of the token after `state.ids_b1`; the state moves on to the next place."""
-    x = model.backbone.lookup(state.ids_b1)
+    x = model.get_input_embeddings()(state.ids_b1)
     scope = Slots.of(state)
     call = Call(
         scope=scope,
@@ -187,9 +188,8 @@ def static_step(model: PreTrainedModel, state: State) -> Tensor:
         call.cos, call.sin = turns(state.positions_b1, state.inverse, state.factor, x.dtype)
     if _has_kernels(model, state) and x.dtype == state.shape.dtype:
         call.one_token = _one_token(state, call)
-    hidden = model.backbone(x, call).hidden
-    assert model.head is not None
-    scores = model.head(hidden[:, -1]).float()
+    hidden = model.bare.run(x, call)
+    scores = heads.logits(model, hidden[:, -1]).float()
     state.place_1.add_(1)
     state.positions_b1.add_(1)
     return scores

@@ -11,6 +11,7 @@ from torch import nn
 
 from monoblock import native
 from monoblock.backends.pytorch.kernels.linear import FORMATS, PACKED
+from monoblock.backends.pytorch.layers import Conv1D
 from monoblock.positions import inverse_frequencies
 from monoblock.spec import ACTIVATIONS, Alibi, ArchSpec, Learned, Rotary
 
@@ -72,50 +73,68 @@ class Step(Structure):
 
 def common_dtype(model: PreTrainedModel) -> torch.dtype:
     """The type of what is never packed."""
-    return model.backbone.blocks[0].norm1.weight.dtype  # pyright: ignore[reportReturnType, reportAttributeAccessIssue]
+    name = model.place("norm1", 0)
+    return model.get_submodule(name).get_parameter("weight").dtype
 
 
 class Weights:
     """A model's weights as the library's structures, which point to where they lie."""
 
     def __init__(self, model: PreTrainedModel) -> None:
-        spec, backbone, head = model.spec, model.backbone, model.head
-        assert head is not None
+        spec = model.spec
         self.bf16 = common_dtype(model) == torch.bfloat16
         self.layers = spec.layers
-        self.vocab = int(head.out.out_features)  # pyright: ignore
-        self._blocks = (Layer * spec.layers)(*map(_layer, backbone.blocks, spec.windows))
+        head: Any = model.get_output_embeddings()
+        self.vocab = int(head.out_features)
+        self._blocks = (Layer * spec.layers)(*(_layer(model, i) for i in range(spec.layers)))
         self._arrays = _constants(spec)
-        learned = spec.position(Learned)
         numbers = _numbers(spec) | {
             "by_head": spec.attention.qk_norm is not None and spec.attention.qk_norm.span == "head",
             "bf16": self.bf16,
         }
+        learned = _module(model, "pos_embed") if spec.position(Learned) else None
         self.struct = Model(
             blocks=self._blocks,
-            embed=_matrix(backbone.embed),
-            head=_matrix(head.out),
-            positions=backbone.pos_embed.weight.data_ptr() if learned else None,
-            embed_norm=_norm(backbone.embed_norm),
-            final_norm=_norm(backbone.final_norm),
+            embed=_matrix(model.get_input_embeddings()),
+            head=_matrix(head),
+            positions=None if learned is None else learned.weight.data_ptr(),
+            embed_norm=_norm(_module(model, "embed_norm")),
+            final_norm=_norm(_module(model, "final_norm")),
             **{name: array.ctypes.data for name, array in self._arrays.items()},
             **numbers,
         )
 
 
-def _layer(block: Any, window: int | None) -> Layer:
-    attn, mlp = block.attn, block.mlp
+def _module(model: PreTrainedModel, role: str, layer: int | None = None) -> Any:
+    """The module of a role, or None."""
+    if role not in model.places:
+        return None
+    owner, _, name = model.place(role, layer).rpartition(".")
+    return getattr(model.get_submodule(owner), name, None)
+
+
+def _layer(model: PreTrainedModel, i: int) -> Layer:
     return Layer(
-        qkv=_matrix(attn.qkv),
-        out=_matrix(attn.out),
-        up=_matrix(mlp.gate_up if mlp.gated else mlp.up),
-        down=_matrix(mlp.down),
-        norm1=_norm(block.norm1),
-        norm2=_norm(block.norm2),
-        q_norm=_norm(getattr(attn, "q_norm", None)),
-        k_norm=_norm(getattr(attn, "k_norm", None)),
-        window=window or 0,
+        qkv=_joint(model, i, ("q", "k", "v"), ("qkv", "qkv_by_head")),
+        out=_matrix(_module(model, "out", i)),
+        up=_joint(model, i, ("gate", "up"), ("up",)),
+        down=_matrix(_module(model, "down", i)),
+        norm1=_norm(_module(model, "norm1", i)),
+        norm2=_norm(_module(model, "norm2", i)),
+        q_norm=_norm(_module(model, "q_norm", i)),
+        k_norm=_norm(_module(model, "k_norm", i)),
+        window=model.spec.windows[i] or 0,
     )
+
+
+def _joint(model: PreTrainedModel, i: int, group: tuple[str, ...], single: tuple[str, ...]) -> native.Matrix:
+    """A group's matrices as one, or the one module that holds them all."""
+    members = [_module(model, role, i) for role in group]
+    if any(member is None for member in members):
+        return _matrix(next(m for role in single if (m := _module(model, role, i)) is not None))
+    matrices = [_matrix(member) for member in members]
+    matrices[0].outputs = sum(matrix.outputs for matrix in matrices)
+    return matrices[0]
 
 
 def _numbers(spec: ArchSpec) -> dict[str, Any]:
@@ -164,7 +183,7 @@ def _matrix(module: Any) -> native.Matrix:
             group=module.group,
             bias_format=0 if bias is None else FORMATS[bias.dtype],
         )
-    outputs, inputs = module.weight.shape
+    outputs, inputs = module.weight.shape[::-1] if isinstance(module, Conv1D) else module.weight.shape
     return native.Matrix(
         data=module.weight.data_ptr(),
         bias=None if bias is None else bias.data_ptr(),

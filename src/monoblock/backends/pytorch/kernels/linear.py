@@ -56,6 +56,8 @@ ONEDNN = (
 class Linear(nn.Linear):
     """`nn.Linear`, faster on a CPU."""
 
+    joinable = True  # its product is `dense`, so that several side by side may be one
+
     def forward(self, input: Tensor) -> Tensor:
         return dense(input, self.weight, self.bias)
 
@@ -183,6 +185,61 @@ class Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         return _backward(ctx, *gradients)
+
+
+# ---------------------------------------------------------------------------- several layers as one
+
+
+def joint(x: Tensor, part: Any, group: tuple[str, ...]) -> Tensor | None:
+    """The outputs (..., sum of outputs) of the linear layers of a group in one product; None where the layers must be
+    called one by one (see `Part.joint`)."""
+    if torch.compiler.is_compiling() or not plain(x) or torch.is_autocast_enabled(x.device.type):
+        return None
+    held = part.joint(group)
+    if held is None:
+        return None
+    bias = held.get("bias")
+    modules = [part.role(role) for role in group]
+    if "codes" in held:
+        trained = [m.bias for m in modules if m.bias is not None and m.bias.requires_grad]
+        if trained and torch.is_grad_enabled():
+            return None
+        first = modules[0]
+        return packed_dense(
+            x, held["codes"], held.get("scale"), held.get("low"), bias, first.bits, first.group, first.columns
+        )
+    tensors = [m.weight for m in modules] + ([] if bias is None else [m.bias for m in modules])
+    if torch.is_grad_enabled() and (x.requires_grad or any(t.requires_grad for t in tensors)):
+        return JointProduct.apply(x, held["weight"], bias, *tensors)  # pyright: ignore
+    return dense(x, held["weight"], bias)
+
+
+class JointProduct(torch.autograd.Function):
+    """One product with several matrices side by side, and the gradient of each."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, *tensors: Tensor) -> Tensor:
+        ctx.save_for_backward(x, *tensors)
+        ctx.whole, ctx.biased = weight, bias is not None
+        return _product(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = gradients
+        x, *tensors = ctx.saved_tensors
+        weights = tensors[: len(tensors) // 2] if ctx.biased else tensors
+        rows, needs = [w.shape[0] for w in weights], ctx.needs_input_grad
+        # A gradient of the gradient must reach the weights themselves.
+        weight = torch.cat(weights) if torch.is_grad_enabled() else ctx.whole
+        own = gradient.reshape(-1, weight.shape[0])
+        to_x = dense(gradient, weight.t(), None) if needs[0] else None
+        to_weights: list[Tensor | None] = [None] * len(rows)
+        to_biases: list[Tensor | None] = [None] * (len(rows) if ctx.biased else 0)
+        if any(needs[3 : 3 + len(rows)]):
+            to_weights = list(dense(own.t(), x.reshape(-1, weight.shape[1]).t(), None).split(rows))
+        if any(needs[3 + len(rows) :]):
+            to_biases = list(own.sum(0).split(rows))
+        return to_x, None, None, *to_weights, *to_biases
 
 
 # ---------------------------------------------------------------------------- monoblock::packed_linear

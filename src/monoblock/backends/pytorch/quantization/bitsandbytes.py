@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from monoblock.backends.pytorch.layers import Conv1D
 from monoblock.backends.pytorch.loading import DTYPES
+from monoblock.backends.pytorch.quantization.modules import matrix
 from monoblock.quantization import BitsAndBytesConfig
 
 BLOCKS = (64, 32)  # weights that share a scale in 4 bits: bitsandbytes' default, and its smallest
@@ -20,9 +22,9 @@ def layer(linear: nn.Module, how: BitsAndBytesConfig) -> nn.Module:
         import bitsandbytes
     except ImportError as error:
         raise ImportError('quantised weights need bitsandbytes: pip install "monoblock[quant]"') from error
-    assert isinstance(linear, nn.Linear)
+    assert isinstance(linear, nn.Linear | Conv1D)
     bnb: Any = bitsandbytes.nn
-    weight, shape = linear.weight.detach(), (linear.in_features, linear.out_features)
+    weight, shape = matrix(linear, linear.weight.detach()), (linear.in_features, linear.out_features)
     bias = linear.bias is not None
     made: Any
     if how.load_in_4bit:
@@ -45,7 +47,7 @@ def _worth_saying(record: logging.LogRecord) -> bool:
     return "inputs will be cast" not in record.getMessage()
 
 
-def _block_size(linear: nn.Linear) -> int:
+def _block_size(linear: nn.Linear | Conv1D) -> int:
     """On a CPU, bitsandbytes 0.50 unpacks wrong numbers where a row is no whole number of blocks."""
     if linear.weight.device.type != "cpu":
         return BLOCKS[0]

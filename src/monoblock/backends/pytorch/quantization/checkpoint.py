@@ -6,8 +6,9 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from monoblock import tree
 from monoblock.backends.pytorch import loading
 from monoblock.backends.pytorch.quantization import formats
 from monoblock.backends.pytorch.quantization.formats import Packed
@@ -15,6 +16,7 @@ from monoblock.backends.pytorch.quantization.modules import PackedMatrix, packed
 from monoblock.backends.pytorch.quantization.quantize import Packer, matrices, replace
 from monoblock.checkpoint import packed
 from monoblock.checkpoint.fitting import matched
+from monoblock.checkpoint.keymap import Same, Source, Transposed
 from monoblock.checkpoint.weights import Tensors
 from monoblock.errors import CheckpointError
 from monoblock.quantization import QuantizationConfig, WeightOnlyConfig, recorded
@@ -46,14 +48,15 @@ def load(
             "unquantised weights"
         )
     parts = {name: packed.part(store, name) for name in packed.PARTS}
-    names = {_canonical(path): path for path in matrices(model)}
-    keymap, tied = packed.by_rows(model.keymap()), model.tied()
-    held = keymap.plan([f"{name}.weight" for name in names], parts["codes"], tied).sources
+    keymap, tied = packed.by_rows(model.keymap()), tree.tied(model.spec, model.head_spec)
+    shapes, own = model.shapes(), {name: packed_source(s) for name, s in model.sources().items()}
+    allowed = set(matrices(model))
+    names = [c for c, s in own.items() if c.endswith(".weight") and s.names[0].rpartition(".")[0] in allowed]
+    held = keymap.plan(names, parts["codes"], tied).sources
     kinds = {kind: keymap.plan(held, parts[kind], tied).sources for kind in ("scale", "low")}
     expected: dict[str, dict[str, tuple[int, int]]] = {name: {} for name in packed.PARTS}
     for canonical in held:
-        module = model.get_submodule(names[canonical.removesuffix(".weight")])
-        rows, columns = module.get_parameter("weight").shape
+        rows, columns = shapes[canonical]
         bits = formats.bits_of(kind for kind, sources in kinds.items() if canonical in sources)
         for part, shape in formats.shapes(bits, how.group_size, rows, columns).items():
             expected[part][canonical] = shape
@@ -62,15 +65,26 @@ def load(
         for part, shapes in expected.items()
     }
     for canonical in held:
-        path = names[canonical.removesuffix(".weight")]
-        tensors = {
-            part: loading.read(sources[canonical], parts[part], expected[part][canonical], kind, device(path))
+        here = own[canonical]
+        where = device(here.names[0])
+        pieces = {
+            part: loading.pieces(
+                here, sources[canonical], parts[part], expected[part][canonical], kind, where
+            )
             for part, kind in _DTYPES.items()
             if canonical in (sources := found[part][0])
         }
-        module = model.get_submodule(path)
-        made = packed_module(module, Packed(**tensors), formats.bits_of(tensors), how.group_size, dtype)
-        replace(model, path, made)
+        for i, name in enumerate(here.names):
+            path = name.rpartition(".")[0]
+            tensors = {part: piece.parts[i] for part, piece in pieces.items()}
+            module = model.get_submodule(path)
+            made = packed_module(module, Packed(**tensors), formats.bits_of(tensors), how.group_size, dtype)
+            replace(model, path, made)
+        for part, piece in pieces.items():
+            if piece.whole is not None:
+                loading.adopt(
+                    model, [f"{name.rpartition('.')[0]}.{part}" for name in here.names], piece.whole
+                )
     model.quantization_config = how
     return [f"{name}.codes" for name in found["codes"][1].unused]
 
@@ -85,46 +99,31 @@ def packer(model: Parameters, how: QuantizationConfig | None) -> Packer | None:
     return None
 
 
-def modules(model: Parameters) -> dict[str, PackedMatrix]:
-    """The packed modules by the canonical names of their matrices, tied ones once."""
-    tied = model.tied()
-    found = {
-        f"{_canonical(path)}.weight": m for path, m in matrices(model).items() if isinstance(m, PackedMatrix)
+def packed_source(source: Source) -> Source:
+    """The parameters of a source as packed rows: those of a transposed matrix are its outputs, too."""
+    return Source(source.names, Same() if isinstance(source.op, Transposed) else source.op)
+
+
+def packed_modules(model: Parameters) -> dict[str, PackedMatrix]:
+    """The packed modules by name, tied ones once."""
+    tied = {name.rpartition(".")[0] for name in model.tied()}
+    found = model.named_modules()
+    return {name: m for name, m in found if isinstance(m, PackedMatrix) and name not in tied}
+
+
+def file_state(model: Parameters) -> dict[str, Tensor]:
+    """The tensors of packed matrices as files hold them."""
+    return {
+        f"{name}.weight.{part}": tensor
+        for name, module in packed_modules(model).items()
+        for part, tensor in module.packed.items()
     }
-    return {canonical: module for canonical, module in found.items() if canonical not in tied}
 
 
-def hub_state(model: Parameters) -> dict[str, Tensor]:
-    """The tensors of packed matrices by the hub's names: rows of the model's own tensors wherever that is possible."""
-    keymap, state = packed.by_rows(model.keymap()), {}
-    for canonical, module in modules(model).items():
-        source = keymap.source(canonical)
-        for part, tensor in module.packed.items():
-            for name, view in zip(source.names, source.op.views(tensor), strict=True):
-                state[f"{name}.{part}"] = view.reshape(-1, tensor.shape[1])
-    return state
-
-
-def own_state(model: Parameters, parts: Mapping[str, Mapping[str, Any]]) -> dict[str, Tensor]:
-    """Tensors of packed matrices by the names of `state_dict()`, of those by the hub's names, kind -> matrix."""
-    keymap, tied = packed.by_rows(model.keymap()), model.tied()
-    held, state = modules(model), {}
-    for part, tensors in parts.items():
-        own = {c: t for c, m in held.items() if (t := dict(m.packed.items()).get(part)) is not None}
-        for canonical, tensor in loading.split_state(keymap, own, tensors, tied).items():
-            for name in (canonical, *(second for second, first in tied.items() if first == canonical)):
-                state[f"{_path(name.removesuffix('.weight'))}.{part}"] = tensor
-    return state
-
-
-def _canonical(path: str) -> str:
-    return path.removeprefix("backbone.")
-
-
-def _path(canonical: str) -> str:
-    return canonical if canonical.startswith("head.") else "backbone." + canonical
-
-
-def is_packed(module: nn.Module) -> bool:
-    """Whether any matrix in the module is packed."""
-    return any(isinstance(inner, PackedMatrix) for inner in module.modules())
+def own_state(parts: Mapping[str, Mapping[str, Any]]) -> dict[str, Tensor]:
+    """Tensors of packed matrices by the names of `state_dict()`, of those in a file, kind -> matrix."""
+    return {
+        f"{name.removesuffix('.weight')}.{part}": tensor
+        for part, tensors in parts.items()
+        for name, tensor in tensors.items()
+    }

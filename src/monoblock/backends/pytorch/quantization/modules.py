@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from monoblock.backends.pytorch.kernels.linear import Linear, packed_dense
+from monoblock.backends.pytorch.layers import Conv1D
 from monoblock.backends.pytorch.quantization import formats
 from monoblock.backends.pytorch.quantization.formats import Packed
 
@@ -77,9 +78,20 @@ class PackedLinear(PackedMatrix):
     it was."""
 
     bias: nn.Parameter | None
+    joinable = True  # its product is `packed_dense`, so that several side by side may be one
 
-    def __init__(self, packed: Packed, bits: int, group: int, in_features: int, bias: Any = None) -> None:
+    def __init__(
+        self,
+        packed: Packed,
+        bits: int,
+        group: int,
+        in_features: int,
+        bias: Any = None,
+        transposed: bool = False,
+    ) -> None:
+        """`transposed`: what it stands for keeps its weight inputs x outputs."""
         super().__init__(packed, bits, group, in_features)
+        self.transposed = transposed
         self.register_parameter("bias", bias)
 
     @property
@@ -125,7 +137,12 @@ class PackedEmbedding(PackedMatrix):
         return super()._apply(fn, recurse)
 
 
-Kind = nn.Linear | nn.Embedding
+Kind = nn.Linear | nn.Embedding | Conv1D
+
+
+def matrix(module: nn.Module, weight: Tensor) -> Tensor:
+    """A module's weight as rows of outputs."""
+    return weight.t() if isinstance(module, Conv1D) else weight
 
 
 def packed_module(
@@ -135,21 +152,26 @@ def packed_module(
     if isinstance(module, nn.Embedding):
         made: PackedMatrix = PackedEmbedding(packed, bits, group, module.embedding_dim, dtype)
     else:
-        assert isinstance(module, nn.Linear)
-        made = PackedLinear(packed, bits, group, module.in_features, module.bias)
+        assert isinstance(module, nn.Linear | Conv1D)
+        conv = isinstance(module, Conv1D)
+        made = PackedLinear(packed, bits, group, module.in_features, module.bias, conv)
     return made.train(module.training)
 
 
 def plain_module(module: PackedMatrix, dtype: torch.dtype) -> Kind:
     """The layer or embedding that the packed one stands for, its numbers in `dtype`."""
-    weight = nn.Parameter(module.dequantize(dtype), requires_grad=True)
+    weight = module.dequantize(dtype)
     with torch.device("meta"):
-        if isinstance(module, PackedLinear):
-            made: Kind = Linear(module.in_features, module.out_features, bias=False)
+        if isinstance(module, PackedLinear) and module.transposed:
+            made: Kind = Conv1D(module.in_features, module.out_features, bias=False)
+            made.register_parameter("bias", module.bias)
+            weight = weight.t()
+        elif isinstance(module, PackedLinear):
+            made = Linear(module.in_features, module.out_features, bias=False)
             made.register_parameter("bias", module.bias)
         else:
             made = nn.Embedding(module.rows, module.columns)
-    made.weight = weight
+    made.weight = nn.Parameter(weight, requires_grad=True)
     return made.train(module.training)
 
 

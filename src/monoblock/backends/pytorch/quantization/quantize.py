@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from monoblock.backends.pytorch import loading
+from monoblock.backends.pytorch.layers import Conv1D
 from monoblock.backends.pytorch.quantization import bitsandbytes, formats
-from monoblock.backends.pytorch.quantization.modules import PackedMatrix, packed_module, plain_module
+from monoblock.backends.pytorch.quantization.modules import PackedMatrix, matrix, packed_module, plain_module
 from monoblock.quantization import LOSSLESS, QuantizationConfig, WeightOnlyConfig
 
 if TYPE_CHECKING:
     from monoblock.backends.pytorch.parameters import Parameters
 
-EMBED, HEAD = "backbone.embed", "head.out"
 # Of the token embedding and the projection to the vocabulary, by those of the blocks.
 VOCABULARY_BITS = {8: 8, 4: 8, LOSSLESS: LOSSLESS}
 
@@ -28,7 +28,7 @@ def quantize(model: Parameters, how: QuantizationConfig) -> None:
     if isinstance(how, WeightOnlyConfig):
         Packer(model, how).finish()
         return
-    blocks = [name for name in matrices(model) if name not in (EMBED, HEAD)]
+    blocks = [name for name in matrices(model) if name not in _vocabulary(model)]
     kept = _kept(model, blocks, how.llm_int8_skip_modules or ())
     for name in blocks:
         if name not in kept:
@@ -46,7 +46,7 @@ def dequantize(model: Parameters) -> None:
     dtype = model.dtype
     for name, module in list(model.named_modules()):
         # What is tied to the embedding follows it.
-        if isinstance(module, PackedMatrix) and not (name == HEAD and model.tied()):
+        if isinstance(module, PackedMatrix) and f"{name}.weight" not in model.tied():
             replace(model, name, plain_module(module, dtype))
     model.tie_weights()
     model.quantization_config = None
@@ -59,11 +59,12 @@ class Packer:
         self.model, self.how = model, how
         names = list(matrices(model))
         kept = _kept(model, names, how.modules_to_not_convert or ())
-        if model.tied():  # one matrix, under both names
-            kept |= {EMBED} if HEAD in kept else set()
-            names = [name for name in names if name != HEAD]
+        for second, first in model.tied().items():  # one matrix, under both names
+            second, first = second.rpartition(".")[0], first.rpartition(".")[0]
+            kept |= {first} if second in kept else set()
+            names = [name for name in names if name != second]
         self.bits = {
-            name: VOCABULARY_BITS[how.bits] if name in (EMBED, HEAD) else how.bits
+            name: VOCABULARY_BITS[how.bits] if name in _vocabulary(model) else how.bits
             for name in names
             if name not in kept
         }
@@ -75,15 +76,15 @@ class Packer:
             loading.assign(self.model, path, tensor)
             return
         bits, group = self.bits[name], self.how.group_size
+        module = self.model.get_submodule(name)
         try:
-            packed = formats.pack(tensor.detach(), bits, group)
+            packed = formats.pack(matrix(module, tensor.detach()), bits, group)
         except formats.DoesNotFit:
             self.bits.pop(name)  # it stays as it is
             loading.assign(self.model, path, tensor)
             return
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
-        module = self.model.get_submodule(name)
         replace(self.model, name, packed_module(module, packed, bits, group, tensor.dtype))
 
     def finish(self) -> None:
@@ -93,19 +94,28 @@ class Packer:
             if not isinstance(module, PackedMatrix):
                 self.put(f"{name}.weight", module.get_parameter("weight"))
         self.model.tie_weights()
+        self.model.lay_all()
         self.model.quantization_config = self.how
 
 
 def matrices(model: Parameters) -> dict[str, nn.Module]:
     """The modules that may be packed, by name: the matrices of the blocks, the token embedding, and the projection to
     the vocabulary."""
-    found: dict[str, nn.Module] = {EMBED: model.backbone.embed}
-    for name, module in model.backbone.blocks.named_modules(prefix="backbone.blocks"):
-        if isinstance(module, nn.Linear | PackedMatrix):
+    found: dict[str, nn.Module] = {model.place("embed"): model.get_input_embeddings()}
+    layers = model.place("layers")
+    for name, module in model.get_submodule(layers).named_modules(prefix=layers):
+        if isinstance(module, nn.Linear | Conv1D | PackedMatrix):
             found[name] = module
     if (out := model.get_output_embeddings()) is not None:
-        found[HEAD] = out
+        found[model.place("head_out")] = out
     return found
+
+
+def _vocabulary(model: Parameters) -> set[str]:
+    """The names of the matrices that have a row for each token."""
+    return {model.place("embed")} | (
+        {model.place("head_out")} if model.get_output_embeddings() is not None else set()
+    )
 
 
 def replace(model: nn.Module, name: str, module: nn.Module) -> None:
@@ -117,25 +127,15 @@ def replace(model: nn.Module, name: str, module: nn.Module) -> None:
 def _kept(model: Parameters, names: Iterable[str], asked: Iterable[str]) -> set[str]:
     """The modules that are to stay as they are; ValueError for a name that no module of the model has.
 
-    A module has its own name and the hub's, one for each part of a fused matrix; what is asked for may be a name, its
-    end, or what it is a part of ("lm_head", "mlp.down", "layers.0").
+    What is asked for may be a name, its end, or what it is a part of ("lm_head", "mlp.down_proj", "layers.0").
     """
-    keymap, spelled = model.keymap(), {}
-    for canonical, path in (*model.parameter_names().items(), *_second_names(model)):
-        hub = (name.rpartition(".")[0] for name in keymap.source(canonical).names)
-        spelled[path.rpartition(".")[0]] = {path.rpartition(".")[0], *hub}
-    known = {name for found in spelled.values() for name in found} | set(model.family.projections.values())
+    known, names = [name for name, _ in model.named_modules() if name], list(names)
     for word in asked:
         if not any(_within(word, name) for name in known):
             raise ValueError(
                 f"modules_to_not_convert (or llm_int8_skip_modules) names {word!r}, which is no module of this model"
             )
-    return {name for name in names if any(_within(word, n) for word in asked for n in spelled[name])}
-
-
-def _second_names(model: Parameters) -> list[tuple[str, str]]:
-    """The head that shares the embedding's matrix is a module too."""
-    return [(canonical, canonical) for canonical in model.tied()]
+    return {name for name in names if any(_within(word, name) for word in asked)}
 
 
 def _within(word: str, name: str) -> bool:

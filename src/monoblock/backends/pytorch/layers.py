@@ -1,0 +1,230 @@
+"""The modules that hold no others: norms, activations, RoPE, matrices. Which one a role needs, the spec says."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from monoblock.backends.pytorch.kernels import native_ops
+from monoblock.backends.pytorch.kernels.linear import Linear, dense
+from monoblock.backends.pytorch.ops import ACT, rotations
+from monoblock.backends.pytorch.parts import Named, named
+from monoblock.heads import KINDS, HeadSpec
+from monoblock.spec import ACTIVATIONS, ArchSpec, Buckets, Learned, Norm, Rotary
+
+
+class RMSNorm(Named, nn.RMSNorm):
+    """PyTorch's module; the native kernel where that can be used on a prompt."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[-2] > 1 and native_ops.usable(x, self.weight):
+            return native_ops.norm(x, self.weight, None, self.eps, rms=True)
+        return super().forward(x)
+
+
+class LayerNorm(nn.LayerNorm):
+    """PyTorch's module; the native kernel where that can be used on a prompt."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if input.shape[-2] > 1 and native_ops.usable(input, self.weight, self.bias):
+            return native_ops.norm(input, self.weight, self.bias, self.eps, rms=False)
+        return super().forward(input)
+
+
+class Activation(Named):
+    """An elementwise activation, by the spec's name; transformers' class names."""
+
+    def __init__(self, act: str) -> None:
+        super().__init__()
+        self.act, self.kind = act, ACTIVATIONS.index(act)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dim() > 2 and x.shape[-2] > 1 and x.numel() and native_ops.usable(x):
+            return native_ops.activate(x, self.kind, False)
+        return ACT[self.act](x)
+
+    def extra_repr(self) -> str:
+        return self.act
+
+
+class RotaryEmbedding(Named):
+    """cos and sin of the angles by which RoPE rotates, of positions (b, s): two tensors (b, 1, s, channels)."""
+
+    def __init__(self, rotary: Rotary) -> None:
+        super().__init__()
+        self.rotary = rotary
+
+    def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        return rotations(position_ids, self.rotary, x.dtype)
+
+
+class Conv1D(nn.Module):
+    """`x @ weight + bias` with a weight (inputs, outputs), whose memory lies outputs x inputs, as products want it.
+
+    To libraries that ask, it is an instance of transformers' Conv1D, once that is imported: adapters choose their layer
+    by it.
+    """
+
+    def __init__(self, inputs: int, outputs: int, bias: bool = True) -> None:
+        super().__init__()  # `super()` needs the name `__class__`, defined below
+        self.nx, self.nf = inputs, outputs
+        self.weight = nn.Parameter(torch.empty(outputs, inputs).t())
+        self.bias: nn.Parameter | None
+        self.register_parameter("bias", nn.Parameter(torch.empty(outputs)) if bias else None)
+
+    @property
+    def __class__(self) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        theirs = sys.modules.get("transformers.pytorch_utils")
+        return Conv1D if theirs is None else theirs.Conv1D
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # `__class__` may say another class than the one to make again.
+        return Conv1D.__new__, (Conv1D,), self.__dict__.copy()
+
+    @property
+    def in_features(self) -> int:
+        """The width of what comes in."""
+        return self.nx
+
+    @property
+    def out_features(self) -> int:
+        """The width of what comes out."""
+        return self.nf
+
+    def forward(self, x: Tensor) -> Tensor:
+        return dense(x, self.weight.t(), self.bias)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if not keep_vars:  # files hold tensors in the order of their axes
+            destination[prefix + "weight"] = destination[prefix + "weight"].contiguous()
+
+    def extra_repr(self) -> str:
+        return f"nf={self.nf}, nx={self.nx}"
+
+
+# transformers' class names of activations.
+NAMES = {
+    "gelu": "GELUActivation",
+    "gelu_tanh": "NewGELUActivation",
+    "quick_gelu": "QuickGELUActivation",
+    "relu": "ReLU",
+    "relu2": "ReLUSquaredActivation",
+    "silu": "SiLUActivation",
+}
+
+
+def make_norm(norm: Norm, width: int, name: str | None = None) -> nn.Module:
+    """The norm as a module."""
+    if norm.kind == "rms":
+        return named(RMSNorm, name or "RMSNorm")(width, eps=norm.eps)
+    return LayerNorm(width, eps=norm.eps, bias=norm.bias)
+
+
+class Leaves:
+    """Makes the module of a role; None where the model has none of it."""
+
+    def __init__(self, spec: ArchSpec, head: HeadSpec | None) -> None:
+        self.spec, self.head = spec, head
+
+    def __call__(self, role: str, classes: Mapping[str, str], layer: int) -> nn.Module | None:
+        del layer
+        if role.startswith("head_"):
+            return self._head(role)
+        if (sizes := self._matrix(role)) is not None:
+            return (Conv1D if classes.get("linear") == "Conv1D" else Linear)(*sizes)
+        spec, att, drop = self.spec, self.spec.attention, self.spec.dropout
+        norms = {
+            "embed_norm": spec.embed_norm,
+            "norm1": spec.norm,
+            "norm2": spec.norm,
+            "final_norm": spec.final_norm,
+        }
+        match role:
+            case "embed":
+                padding = spec.padding_id
+                known = padding is not None and 0 <= padding < spec.vocab
+                return nn.Embedding(spec.vocab, spec.width, padding_idx=padding if known else None)
+            case "pos_embed":
+                learned = spec.position(Learned)
+                return learned and nn.Embedding(learned.size, spec.width, padding_idx=learned.pad_id)
+            case "rel_bias":
+                buckets = spec.position(Buckets)
+                return buckets and nn.Embedding(buckets.count, att.heads)
+            case "rotary":
+                rotary = spec.position(Rotary)
+                return rotary and named(RotaryEmbedding, classes.get("rotary", "RotaryEmbedding"))(rotary)
+            case "q_norm" | "k_norm":
+                if att.qk_norm is None:
+                    return None
+                heads = att.heads if role == "q_norm" else att.kv_heads
+                width = att.head_dim * (1 if att.qk_norm.span == "head" else heads)
+                return make_norm(att.qk_norm.norm, width, classes.get("norm"))
+            case "act":
+                return named(Activation, classes.get("act", NAMES[spec.mlp.act]))(spec.mlp.act)
+            case "embed_drop":
+                return nn.Dropout(drop.embed)
+            case "attn_drop":
+                return nn.Dropout(drop.attention)
+            case "out_drop" | "mlp_drop" | "layer_drop":
+                return nn.Dropout(drop.residual)
+            case "gate" | "patch_embed":
+                return None
+            case _ if role in norms:
+                norm = norms[role]
+                return norm and make_norm(norm, spec.width, classes.get("norm"))
+            case _:
+                raise ValueError(f"no module plays the role {role!r}")
+
+    def _matrix(self, role: str) -> tuple[int, int, bool] | None:
+        """Inputs, outputs and whether there is a bias."""
+        spec, att, mlp = self.spec, self.spec.attention, self.spec.mlp
+        q, kv = att.heads * att.head_dim, att.kv_heads * att.head_dim
+        match role:
+            case "qkv" | "qkv_by_head":
+                return spec.width, q + 2 * kv, att.qkv_bias
+            case "q":
+                return spec.width, q, att.qkv_bias
+            case "k" | "v":
+                return spec.width, kv, att.qkv_bias
+            case "out":
+                return q, spec.width, att.out_bias
+            case "up":
+                return spec.width, mlp.width, mlp.bias
+            case "down":
+                return mlp.width, spec.width, mlp.bias
+            case "gate" if mlp.gated:
+                return spec.width, mlp.width, mlp.bias
+            case "patch_embed" if spec.patches:
+                return spec.patches.size, spec.width, True
+            case _:
+                return None
+
+    def _head(self, role: str) -> nn.Module | None:
+        spec, head = self.spec, self.head
+        assert head is not None
+        kind, summary = KINDS[head.kind], head.summary
+        match role:
+            case "head_out":
+                size = head.size(spec.vocab)
+                return None if size is None else Linear(spec.width, size, bias=kind.bias)
+            case "head_dense":
+                return Linear(spec.width, spec.width)
+            case "head_norm":
+                return head.norm and make_norm(head.norm, spec.width)
+            case "head_drop":
+                return nn.Dropout(head.dropout)
+            case "head_summary" if summary:
+                return nn.Identity() if summary.size is None else Linear(spec.width, summary.size)
+            case "head_act":
+                return nn.Identity() if summary and not summary.tanh else nn.Tanh()
+            case "head_drop_in" if summary:
+                return nn.Dropout(summary.dropout_in) if summary.dropout_in else nn.Identity()
+            case "head_drop_out" if summary:
+                return nn.Dropout(summary.dropout_out) if summary.dropout_out else nn.Identity()
+            case _:
+                return None

@@ -1,0 +1,255 @@
+"""Modules that hold others: built from a module tree, found by role, with matrices side by side in memory.
+
+Kernels want some matrices as one (q, k and v; gate and up). They are separate modules here, whose tensors lie one after
+the other in one allocation; `Part.joint` gives them as one where they still do. Each tensor has a storage of its own,
+since tools take tensors that share a storage for one and the same, and drop all but the first when they save.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from monoblock import modules as tree
+from monoblock.backends.pytorch.kernels import dispatch
+from monoblock.spec import ArchSpec
+
+GROUPS = tuple(tree.GROUPS)
+TENSORS = ("weight", "bias", "codes", "scale", "low")
+
+
+@functools.cache
+def named(base: type[nn.Module], name: str) -> Any:
+    """The class under another name: what tools find by class name has transformers' names."""
+    if base.__name__ == name:
+        return base
+    return type(name, (base,), {"__module__": base.__module__, "__doc__": base.__doc__, "named_from": base})
+
+
+def _blank(base: type[nn.Module], name: str) -> nn.Module:
+    made = named(base, name)
+    return made.__new__(made)
+
+
+class Named(nn.Module):
+    """A module whose class may have been made by `named`, which pickle cannot import by its name."""
+
+    named_from: type[nn.Module] | None = None
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        made = type(self)
+        if made.__dict__.get("named_from") is None:
+            return super().__reduce_ex__(protocol)
+        return _blank, (made.named_from, made.__name__), self.__getstate__()
+
+    def __getstate__(self) -> Any:
+        return self.__dict__.copy()
+
+
+class Part(Named):
+    """A module that holds others. `roles`: role -> attribute name of the child that plays it."""
+
+    roles: dict[str, str]
+    joints: dict[str, dict[str, Tensor]]
+    tuples: bool
+
+    def prepare(self, spec: ArchSpec, layer: int) -> None:
+        """Note what this part computes."""
+
+    def role(self, role: str) -> Any:
+        """The module that plays a role now, whatever it was replaced by."""
+        return getattr(self, self.roles[role])
+
+    def has(self, role: str) -> bool:
+        """Whether a module here plays that role."""
+        return role in self.roles
+
+    def joint(self, group: tuple[str, ...]) -> dict[str, Tensor] | None:
+        """The tensors of a group's modules, each kind as one; None if any module must be called for itself."""
+        held = self.joints.get(group[0])
+        if held is None or self.joint_obstacle(group) is not None:
+            return None
+        return held
+
+    def joint_obstacle(self, group: tuple[str, ...]) -> str | None:
+        """Why a group's modules must be called one by one; None if they need not."""
+        held = self.joints.get(group[0])
+        if held is None:
+            return f"{', '.join(self.roles[role] for role in group)} do not lie side by side"
+        place = {name: whole.data_ptr() for name, whole in held.items()}
+        first = None
+        for role in group:
+            module = self.role(role)
+            if (why := dispatch.altered(module)) is not None:
+                return f"{self.roles[role]} {why}"
+            kind = type(module)
+            if (kind is not nn.Linear and "joinable" not in vars(kind)) or kind is not type(first or module):
+                return f"{self.roles[role]} is a {kind.__module__}.{kind.__name__}"
+            first = module
+            for name in TENSORS:
+                tensor = _tensor(module, name)
+                if (tensor is None) != (name not in held):
+                    return f"{self.roles[role]} has another {name}"
+                if tensor is None:
+                    continue
+                whole = held[name]
+                if (
+                    tensor.data_ptr() != place[name]
+                    or tensor.dtype != whole.dtype
+                    or tensor.shape[1:] != whole.shape[1:]
+                    or type(tensor) not in (Tensor, nn.Parameter)
+                ):
+                    self.joints.pop(group[0])
+                    return f"{self.roles[role]}.{name} does not lie beside the others"
+                place[name] += tensor.numel() * tensor.element_size()
+        return None
+
+    def lay(self) -> None:
+        """Put the tensors of each group side by side, where they are not."""
+        for group in GROUPS:
+            if all(role in self.roles for role in group):
+                lay_together(self, group)
+
+    def _apply(self, fn: Callable[[Any], Any], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)
+        self.lay()
+        return self
+
+    def __getstate__(self) -> Any:
+        return {**super().__getstate__(), "joints": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.lay()
+
+
+def _tensor(module: nn.Module, name: str) -> Tensor | None:
+    found = module._parameters.get(name)
+    return module._buffers.get(name) if found is None else found
+
+
+def lay_together(part: Part, group: tuple[str, ...]) -> None:
+    """Put the tensors of a group's modules side by side in one allocation for each kind, and remember it; nothing is
+    done where they are of different kinds, on the meta device, or not ordinary tensors."""
+    if part.joints.get(group[0]) is not None and part.joint_obstacle(group) is None:
+        return
+    part.joints.pop(group[0], None)
+    found = [part.role(role) for role in group]
+    if any(type(module) is not type(found[0]) for module in found):
+        return
+    wholes: dict[str, Tensor] = {}
+    for name in TENSORS:
+        tensors = [_tensor(module, name) for module in found]
+        given = [tensor for tensor in tensors if tensor is not None]
+        if not given:
+            continue
+        if len(given) != len(tensors) or not _alike(given):
+            return
+        wholes[name] = _whole([tensor.detach() for tensor in given])
+    for name, whole in wholes.items():
+        for module, view in zip(found, _views(whole, [_rows(module, name) for module in found]), strict=True):
+            if name in module._buffers:
+                module._buffers[name] = view
+            else:
+                module._parameters[name].data = view
+    if wholes:
+        part.joints[group[0]] = wholes
+
+
+def _rows(module: nn.Module, name: str) -> int:
+    tensor = _tensor(module, name)
+    assert tensor is not None
+    return tensor.shape[0]
+
+
+def _alike(tensors: Sequence[Tensor]) -> bool:
+    first = tensors[0]
+    return all(
+        type(x) in (Tensor, nn.Parameter)
+        and x.layout == torch.strided
+        and x.device == first.device
+        and x.device.type != "meta"
+        and x.dtype == first.dtype
+        and x.shape[1:] == first.shape[1:]
+        and x.is_contiguous()
+        and not x.is_inference()
+        for x in tensors
+    )
+
+
+def _whole(tensors: Sequence[Tensor]) -> Tensor:
+    """One tensor of these rows: where they lie side by side already as views of one, that memory; else a new one."""
+    base = tensors[0]._base if tensors[0]._base is not None else None
+    if base is not None and all(x._base is base for x in tensors) and _adjacent(tensors):
+        rows = sum(x.shape[0] for x in tensors)
+        return base.as_strided(
+            (rows, *tensors[0].shape[1:]), tensors[0].stride(), tensors[0].storage_offset()
+        )
+    return torch.cat(tuple(tensors))
+
+
+def _adjacent(tensors: Sequence[Tensor]) -> bool:
+    ends = [x.data_ptr() + x.numel() * x.element_size() for x in tensors]
+    return all(x.data_ptr() == end for x, end in zip(tensors[1:], ends, strict=False))
+
+
+def _views(whole: Tensor, rows: Sequence[int]) -> list[Tensor]:
+    """The rows of a whole, each tensor with a storage of its own over the same memory."""
+    return [torch.from_dlpack(view) for view in whole.split(list(rows))]
+
+
+def views(whole: Tensor, rows: Sequence[int]) -> list[Tensor]:
+    """See `_views`; for loaders, which make the whole first."""
+    return _views(whole, rows)
+
+
+def build(
+    layout: tree.Part,
+    kinds: Mapping[str, type[Part]],
+    leaf: Callable[[str, Mapping[str, str], int], nn.Module | None],
+    prepare: Callable[[Part, int], None],
+    *,
+    layers: int,
+    layer: int = 0,
+    classes: Mapping[str, str] | None = None,
+) -> Part:
+    """The modules of a layout. `leaf` makes the module of a role, or None where the model has none of it; `prepare`
+    tells a part what it is to compute."""
+    made = named(kinds[layout.kind], layout.name)()
+    fill(made, layout, kinds, leaf, prepare, layers=layers, layer=layer, classes=classes)
+    prepare(made, layer)
+    return made
+
+
+def fill(
+    made: Part,
+    layout: tree.Part,
+    kinds: Mapping[str, type[Part]],
+    leaf: Callable[[str, Mapping[str, str], int], nn.Module | None],
+    prepare: Callable[[Part, int], None],
+    *,
+    layers: int,
+    layer: int = 0,
+    classes: Mapping[str, str] | None = None,
+) -> None:
+    """Give a part its children, by the layout."""
+    own = {**(classes or {}), **layout.classes}
+    made.joints = {}
+    made.roles = {} if "roles" not in vars(made) else made.roles
+    made.tuples = layout.tuples
+    options: dict[str, Any] = {"layers": layers, "classes": own}
+    for name, child in layout.children.items():
+        if isinstance(child, str):
+            module, role = leaf(child, own, layer), child
+        elif child.kind == "layer":
+            blocks = [build(child, kinds, leaf, prepare, layer=i, **options) for i in range(layers)]
+            module, role = nn.ModuleList(blocks), "layers"
+        else:
+            module, role = build(child, kinds, leaf, prepare, layer=layer, **options), child.kind
+        if module is not None:
+            made.add_module(name, module)
+            made.roles[role] = name
