@@ -107,7 +107,7 @@ def bytes_read(model: Any) -> int:
     """Bytes of the weights that one token needs: all, but of an embedding that is not the head's too, one row."""
     tensors = {x.data_ptr(): x.numel() * x.element_size() for x in [*model.parameters(), *model.buffers()]}
     if not model.tied():
-        for x in [*model.backbone.embed.parameters(), *model.backbone.embed.buffers()]:
+        for x in [*model.get_input_embeddings().parameters(), *model.get_input_embeddings().buffers()]:
             tensors.pop(x.data_ptr(), None)
     return sum(tensors.values())
 

@@ -168,7 +168,7 @@ def load(folder: Path, dtype: torch.dtype = torch.bfloat16, **how: Any) -> Any:
 def nearest(folder: Path, group: int = 128) -> Any:
     """4 bits as they are without a search: from the lowest to the highest weight of a group in 15 steps."""
     model = load(folder)
-    for module in model.backbone.blocks.modules():
+    for module in model.at("layers").modules():
         if isinstance(module, nn.Linear):
             weight = module.weight.detach()
             padded = F.pad(weight.float()[None], (0, -weight.shape[1] % group), mode="replicate")[0]
@@ -191,7 +191,7 @@ def torchao(folder: Path, form: str) -> Any:
         from torchao.quantization.granularity import PerGroup  # pyright: ignore[reportMissingImports]
 
         config = IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(32))
-    quantize_(model.backbone.blocks, config)
+    quantize_(model.at("layers"), config)
     return model
 
 

@@ -79,8 +79,23 @@ def batch(
 
 def parameters(module: Any) -> dict[str, np.ndarray]:
     """The canonical parameters as NumPy float64, tied ones once."""
-    names = module.parameter_names()
-    return {name: module.get_parameter(path).detach().double().numpy() for name, path in names.items()}
+    return {name: tensor.double().numpy() for name, tensor in canonical(module).items()}
+
+
+def canonical(module: Any, gradients: bool = False) -> dict[str, torch.Tensor]:
+    """A PyTorch model's parameters (or their gradients, where there are any) as the canonical tensors of all
+    frameworks."""
+    found: dict[str, torch.Tensor] = {}
+    shapes = module.shapes()
+    for name, source in module.sources().items():
+        own = [module.get_parameter(key) for key in source.names]
+        tensors = [p.grad if gradients else p.detach() for p in own]
+        if any(tensor is None for tensor in tensors):
+            continue
+        found[name] = torch.empty(shapes[name], dtype=own[0].dtype)
+        for view, tensor in zip(source.op.views(found[name]), tensors, strict=True):
+            view.copy_(tensor.reshape(view.shape))
+    return found
 
 
 def expected(module: Any, ids: Any = None, mask: Any = None, **given: Any) -> oracle.Run:

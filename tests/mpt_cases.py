@@ -92,7 +92,7 @@ def made(case: str) -> Any:
     module = model(attn=attn, **fields)
     if case == "storywriter":  # projections large enough for a clip of 6 to bite
         with torch.no_grad():
-            for block in module.backbone.blocks:
-                block.attn.qkv.weight *= 2
-                block.attn.out.weight /= 2
+            for i in range(module.spec.layers):
+                module.at("qkv", i).weight *= 2
+                module.at("out", i).weight /= 2
     return module

@@ -32,6 +32,7 @@ from helpers import expected as defined
 from measure import assert_close
 
 import monoblock
+from monoblock.backends.pytorch.layers import Conv1D
 from monoblock.heads import HeadSpec
 
 # fp32, 3 layers, states up to 12: measured 1.1e-5, where ours are 0.9e-5 from float64's and transformers' 1.2e-5.
@@ -140,9 +141,7 @@ def test_head_mask(name: str) -> None:
     for given in (factors, factors[1]):
         found = ours(ids, attention_mask=mask, head_mask=given, output_attentions=True)
         plain = ours(ids, attention_mask=mask, output_attentions=True)
-        changed = [
-            (b.attn.out.weight, f) for b, f in zip(ours.backbone.blocks, given.expand(3, 6), strict=True)
-        ]
+        changed = [(_out(ours, i), f) for i, f in enumerate(given.expand(3, 6))]
         before = [weight.clone() for weight, _ in changed]
         for weight, factor in changed:
             weight *= factor.repeat_interleave(width)
@@ -188,23 +187,24 @@ def compared(what: str, name: str, models: Any, ids: Any, mask: Any, **labels: t
             assert_close(f"{what} {loss}", found[loss], expected[loss], ATOL)
     (expected.loss + expected.get("mc_loss", 0)).backward()
     (found.loss + found.get("mc_loss", 0)).backward()
-    grads = {n: p.grad for n, p in theirs.named_parameters(remove_duplicate=False)}
-    keymap, compared = ours.keymap(), 0
-    for canonical, path in ours.parameter_names().items():
-        grad, source = ours.get_parameter(path).grad, keymap.source(canonical)
-        if grad is None:  # patches, of which there are none
-            assert canonical.startswith("patch_embed")
+    grads = {n: p.grad for n, p in theirs.named_parameters()}
+    compared = 0
+    for key, parameter in ours.named_parameters():
+        if parameter.grad is None:  # patches, of which there are none
+            assert grads.pop(key) is None
             continue
-        for view, key in zip(source.op.views(grad), source.names, strict=True):
-            key = key if key in grads else {"lm_head.bias": "lm_head.decoder.bias"}[key]
-            view = view.reshape(grads[key].shape).clone()
-            if canonical in ("embed.weight", "pos_embed.weight"):
-                # transformers never trains the row of the padding; here it is a row like any other.
-                view[PADS[CLASSES[name]]] = grads[key][PADS[CLASSES[name]]]
-            bound = GRADIENT * max(1.0, float(grads[key].abs().max()))
-            assert_close(f"{what} gradients", view, grads[key], bound)
-            compared += grads[key].abs().max() > 1e-6
+        wanted = grads.pop(key)
+        bound = GRADIENT * max(1.0, float(wanted.abs().max()))
+        assert_close(f"{what} gradients", parameter.grad, wanted, bound)
+        compared += wanted.abs().max() > 1e-6
+    assert not grads
     assert compared > 10, "gradients that say nothing"
+
+
+def _out(module: Any, layer: int) -> torch.Tensor:
+    """The output projection's weight as (outputs, inputs); a view."""
+    out = module.at("out", layer)
+    return out.weight.t() if isinstance(out, Conv1D) else out.weight
 
 
 # A span's loss takes in what stands at padding, which transformers' additive masks leave to rounding: see below.
@@ -253,12 +253,12 @@ def test_sequence_losses_and_gradients(name: str, case: str) -> None:
     count, problem, labels = SEQUENCE_LABELS[case]
     theirs, ours = pair(name, labels=count)
     ids, mask = texts(name, "left")
-    theirs.config.problem_type, spec = problem, ours.head.spec
-    ours.head.spec = HeadSpec(**{**vars(spec), "problem_type": problem})
+    theirs.config.problem_type, spec = problem, ours.head_spec
+    ours.head_spec = HeadSpec(**{**vars(spec), "problem_type": problem})
     try:
         compared(f"{name}, {case}", name, (theirs, ours), ids, mask, labels=labels)
     finally:
-        theirs.config.problem_type, ours.head.spec = None, spec
+        theirs.config.problem_type, ours.head_spec = None, spec
     assert ours.config.problem_type is None, "the type is inferred for one call only"
 
 
@@ -456,7 +456,7 @@ def test_positions_count_what_is_no_padding(name: str) -> None:
 def test_tied_and_untied_heads(name: str, tied: bool) -> None:
     theirs, ours = made_pair(name, **fields(CLASSES[name], tie_word_embeddings=tied))
     ids, _ = texts(name, "none")
-    assert (ours.head.out.weight is ours.backbone.embed.weight) == tied
+    assert (ours.at("head_out").weight is ours.get_input_embeddings().weight) == tied
     assert_close(f"{name} tied {tied}", ours(ids).logits, theirs(ids).logits, FUSED)
 
 

@@ -55,10 +55,10 @@ def test_scores_that_half_precision_cannot_hold() -> None:
     """Scores without a divisor grow large: they are kept in fp32, as by the makers."""
     _, ours = made_pair(NAME, **fields("gpt_neo"))
     ids, mask = texts(NAME, "left")
-    for block in ours.backbone.blocks:
-        block.attn.qkv.weight[: 2 * 36] *= 60
-    block = ours.backbone.blocks[0]
-    q, k, _ = block.attn.heads(block.attn.qkv(block.norm1(ours.get_input_embeddings()(ids))))
+    for i in range(ours.spec.layers):
+        ours.at("q", i).weight.mul_(60)
+        ours.at("k", i).weight.mul_(60)
+    q, k, _ = ours.at("attention", 0).heads(ours.at("norm1", 0)(ours.get_input_embeddings()(ids)))
     assert (q @ k.mT).abs().max() > torch.finfo(torch.float16).max
     half = ours.to(torch.float16)
     for kernel in ("sdpa", "eager"):

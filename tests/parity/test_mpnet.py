@@ -35,7 +35,7 @@ def test_relative_attention_num_buckets(buckets: int) -> None:
     """transformers makes a table of that many rows and numbers them as if there were 32."""
     long = {"max_position_embeddings": 202}
     ours = ours_of(NAME, **fields("mpnet", relative_attention_num_buckets=buckets, **long))
-    assert ours.backbone.rel_bias.weight.shape == (buckets, 6)
+    assert ours.at("rel_bias").weight.shape == (buckets, 6)
     ids = torch.randint(10, 89, (2, 150), generator=torch.Generator().manual_seed(2))
     mask = torch.ones_like(ids)
     mask[0, 140:] = 0
@@ -116,7 +116,7 @@ def test_masked_head_by_definition() -> None:
     params = parameters(ours)
     run = expected(ours, ids, mask)
     x = oracle.ACTIVATIONS["gelu"](oracle.linear(run.hidden, params, "head.dense"))
-    x = oracle.norm(x, ours.head.spec.norm, params, "head.norm")
+    x = oracle.norm(x, ours.head_spec.norm, params, "head.norm")
     logits = oracle.linear(x, {**params, "head.out.weight": params["embed.weight"]}, "head.out")
     assert_close("masked head", ours(ids, attention_mask=mask).logits, logits, ATOL)
     assert_close("masked head", theirs(ids, attention_mask=mask).logits, logits, ATOL)

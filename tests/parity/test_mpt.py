@@ -49,7 +49,7 @@ def test_states_attentions_and_logits(name: str, heads: int, padding: str) -> No
 def test_untied_head() -> None:
     theirs, ours = pair("MptForCausalLM", tied=False)
     ids, mask = batch("left")
-    assert ours.head.out.weight is not ours.backbone.embed.weight
+    assert ours.at("head_out").weight is not ours.get_input_embeddings().weight
     assert_close(
         "untied logits",
         ours(ids, attention_mask=mask).logits,

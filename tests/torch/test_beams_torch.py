@@ -30,7 +30,7 @@ def test_caches_and_embeddings_change_nothing(name):
     expected = model.generate(ids, attention_mask=mask, **OPTIONS).tolist()
     for more in ({"use_cache": False}, {"cache_implementation": "static"}):
         assert model.generate(ids, attention_mask=mask, **OPTIONS, **more).tolist() == expected
-    embeds = model.backbone.lookup(ids).detach()
+    embeds = model.get_input_embeddings()(ids).detach()
     new = model.generate(inputs_embeds=embeds, attention_mask=mask, **OPTIONS).tolist()
     assert new == [row[11:] for row in expected]
 

@@ -68,7 +68,7 @@ def test_dtype(tmp_path: Path, dtype: str, stored: torch.dtype) -> None:
 def test_dtype_that_cannot_hold_the_numbers(tmp_path: Path) -> None:
     big = mistral()
     with torch.no_grad():
-        big.backbone.embed.weight[3, 4] = 7e4
+        big.get_input_embeddings().weight[3, 4] = 7e4
     source = saved(big, tmp_path / "a")
     with pytest.raises(
         monoblock.CheckpointError, match=r"embed\.weight holds numbers up to 7e\+04, which float16"
@@ -178,8 +178,8 @@ def test_pooling_equal_heads_changes_nothing(tmp_path: Path) -> None:
     """MPT with biases, whose heads of a group are the same: pooled, it must compute what it did."""
     twin = model(no_bias=False, n_heads=6)
     with torch.no_grad():
-        for block in twin.backbone.blocks:
-            for parameter in block.attn.qkv.parameters():
+        for i in range(twin.spec.layers):
+            for parameter in twin.at("qkv", i).parameters():
                 heads = parameter[36:].unflatten(0, (6, 2, 6))  # k and v: groups of two heads of six channels
                 heads[:, 1] = heads[:, 0]
     source = saved(twin, tmp_path / "a")

@@ -343,32 +343,32 @@ def test_packed_weights(level: str, bits: int, tie: bool, monkeypatch: pytest.Mo
 
 
 def hooked(module: Any) -> None:
-    module.backbone.blocks[1].mlp.register_forward_hook(lambda *_: None)
+    module.at("mlp_add", 1).register_forward_hook(lambda *_: None)
 
 
 def replaced(module: Any) -> None:
-    module.backbone.blocks[0].mlp.forward = module.backbone.blocks[0].mlp.forward
+    module.at("mlp_add", 0).forward = module.at("mlp_add", 0).forward
 
 
 def adapted(module: Any) -> None:
     class Adapter(nn.Linear):
         pass
 
-    old = module.backbone.blocks[0].attn.out
-    module.backbone.blocks[0].attn.out = Adapter(old.in_features, old.out_features, bias=old.bias is not None)
+    old = module.at("out", 0)
+    module.at("attention", 0).out_proj = Adapter(old.in_features, old.out_features, bias=old.bias is not None)
 
 
 def parametrised(module: Any) -> None:
-    nn.utils.parametrizations.weight_norm(module.backbone.blocks[0].mlp.down)
+    nn.utils.parametrizations.weight_norm(module.at("down", 0))
 
 
 def transposed(module: Any) -> None:
-    weight = module.backbone.blocks[0].attn.out.weight
+    weight = module.at("out", 0).weight
     weight.data = weight.data.T.contiguous().T
 
 
 def widened(module: Any) -> None:
-    module.backbone.blocks[0].norm2.double()
+    module.at("norm2", 0).double()
 
 
 def eager(module: Any) -> None:
@@ -376,15 +376,15 @@ def eager(module: Any) -> None:
 
 
 def embedding_normed(module: Any) -> None:
-    module.backbone.embed.max_norm = 1e9
+    module.get_input_embeddings().max_norm = 1e9
 
 
 OBSTACLES: dict[str, tuple[Callable[[Any], Any], str]] = {
-    "a hook": (hooked, "blocks.1.mlp has hooks"),
-    "a forward": (replaced, "blocks.0.mlp has hooks, or a forward of its own"),
-    "another layer": (adapted, "attn.out is a Adapter"),
-    "a parametrisation": (parametrised, "mlp.down is a Parametrized"),
-    "a transposed weight": (transposed, "attn.out.weight is not contiguous"),
+    "a hook": (hooked, "blocks.1.ffn has a forward hook"),
+    "a forward": (replaced, "blocks.0.ffn has a forward of its own"),
+    "another layer": (adapted, "attn.out_proj is a Adapter"),
+    "a parametrisation": (parametrised, "ffn.down_proj is a Parametrized"),
+    "a transposed weight": (transposed, "attn.out_proj.weight is not contiguous"),
     "another attention": (eager, "attention by eager"),
     "a normed embedding": (embedding_normed, "embedding is normed"),
     "float64": (lambda module: module.double(), "type is torch.float64"),
@@ -407,7 +407,7 @@ def test_obstacles_are_named_and_the_modules_take_over(what: str, taken: Any) ->
 def test_mixed_types_stand_in_the_way() -> None:
     module = model(MPT)
     widened(module)
-    assert "norm2.weight is torch.float64 in a model of torch.float32" in (
+    assert "norm_2.weight is torch.float64 in a model of torch.float32" in (
         native_decoder.obstacle(module) or ""
     )
 
@@ -530,12 +530,12 @@ def test_changed_weights_are_seen(by_modules: Any) -> None:
     seen = [run()]
     other = model(MPT, seed=1).state_dict()
     changes: list[Callable[[], Any]] = [
-        lambda: module.backbone.blocks[0].mlp.up.weight.mul_(-1.5),
+        lambda: module.at("up", 0).weight.mul_(-1.5),
         lambda: module.load_state_dict(other),
         lambda: module.load_state_dict({k: v * 0.7 for k, v in other.items()}, assign=True),
         lambda: module.bfloat16(),
         lambda: module.float(),
-        lambda: setattr(module.backbone.blocks[1].norm1.weight, "data", torch.linspace(-1, 1, 36)),
+        lambda: setattr(module.at("norm1", 1).weight, "data", torch.linspace(-1, 1, 36)),
     ]
     for change in changes:
         with torch.no_grad():
@@ -555,11 +555,11 @@ def test_copies_and_pickles_hold_nothing_of_it() -> None:
     assert module.state_dict().keys() == before
     other = copy.deepcopy(module)
     with torch.no_grad():
-        module.backbone.blocks[0].mlp.up.weight.zero_()
+        module.at("up", 0).weight.zero_()
     assert torch.equal(other.generate(ids, **VARIED), ours)
     file = io.BytesIO()
     torch.save(other.state_dict(), file)
     assert "Weights" not in file.getvalue().decode("latin-1")
     assert not any(isinstance(value, native_decoder.Weights) for value in vars(other).values())
-    again = pickle.loads(pickle.dumps(other.backbone))
-    assert torch.equal(again.embed.weight, other.backbone.embed.weight)
+    again = pickle.loads(pickle.dumps(other.bare))
+    assert torch.equal(again.get_input_embeddings().weight, other.get_input_embeddings().weight)

@@ -107,11 +107,11 @@ def test_new_weights() -> None:
     module, (ids, mask) = model().to(DEVICE), moved(*batch("none", (9,)))
     first = both(module, ids, mask)[0]
     with torch.no_grad():
-        module.backbone.final_norm.weight.mul_(-1)
+        module.at("final_norm").weight.mul_(-1)
     played, plain = both(module, ids, mask)
     compare(played, plain)
     assert not torch.equal(played.sequences, first.sequences)
-    module.backbone.final_norm.weight = torch.nn.Parameter(-module.backbone.final_norm.weight.detach())
+    module.at("final_norm").weight = torch.nn.Parameter(-module.at("final_norm").weight.detach())
     compare(*both(module, ids, mask))
 
 

@@ -44,7 +44,7 @@ def test_bytes_of_a_token(gpu: Any) -> None:
     for name in gpu.MODELS:
         model = gpu.made(name, gpu.CHECK)
         assert model.dtype == torch.bfloat16
-        embed = model.backbone.embed.weight.numel()
+        embed = model.get_input_embeddings().weight.numel()
         numbers = model.num_parameters() - (0 if model.tied() else embed)
         assert gpu.bytes_read(model) == 2 * numbers
 

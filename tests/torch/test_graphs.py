@@ -278,12 +278,12 @@ def test_changed_weights_are_seen_and_replaced_ones_recorded_anew(
     module, (ids, _) = model(), batch("none", (9,))
     before = module.generate(ids, max_new_tokens=NEW, eos_token_id=-1)
     with torch.no_grad():
-        module.backbone.final_norm.weight.mul_(-1)
+        module.at("final_norm").weight.mul_(-1)
     changed, plain = both(module, ids, None, monkeypatch)
     compare(changed, plain)
     assert not torch.equal(changed.sequences, before)
     assert len(recording) == 1, "in place: the recording reads them"
-    module.backbone.final_norm.weight = torch.nn.Parameter(-module.backbone.final_norm.weight.detach())
+    module.at("final_norm").weight = torch.nn.Parameter(-module.at("final_norm").weight.detach())
     replaced, plain = both(module, ids, None, monkeypatch)
     compare(replaced, plain)
     assert torch.equal(replaced.sequences, before)
@@ -329,14 +329,14 @@ def test_a_recording_that_fails_leaves_the_plain_path(
 
 
 def _hooked(module: Any) -> None:
-    module.backbone.blocks[1].mlp.register_forward_hook(lambda *_: None)
+    module.at("mlp_add", 1).register_forward_hook(lambda *_: None)
 
 
 def _foreign(module: Any) -> None:
     class Mine(torch.nn.Linear):
         pass
 
-    module.backbone.blocks[0].mlp.down.__class__ = Mine
+    module.at("down", 0).__class__ = Mine
 
 
 def _own_forward(module: Any) -> None:

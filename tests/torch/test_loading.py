@@ -90,7 +90,7 @@ def test_auto_classes(saved: Path) -> None:
     assert type(AutoModel.from_pretrained(saved, dtype="bfloat16")) is MptModel
     chosen = AutoModelForSequenceClassification.from_pretrained(saved, num_labels=3)
     assert type(chosen) is MptForSequenceClassification
-    assert chosen.head.out.out_features == 3
+    assert chosen.at("head_out").out_features == 3
     assert type(AutoModelForCausalLM.from_config(config())) is MptForCausalLM
     with pytest.raises(TypeError, match="not made directly"):
         AutoModel()
@@ -104,11 +104,12 @@ def test_another_head_is_made_anew_and_told(name: str, saved: Path, logs: pytest
     assert len(warnings) == 1
     assert name in warnings[0]
     assert new in warnings[0]
-    weight = made.head.out.weight
+    weight = made.at("head_out").weight
     assert weight.shape[0] == (2 if KIND[name] == "span" else 3)
     assert 0.005 < weight.std() < 0.06, "the initial deviation is 0.02"
     assert torch.equal(
-        made.backbone.embed.weight, MptForCausalLM.from_pretrained(saved).backbone.embed.weight
+        made.get_input_embeddings().weight,
+        MptForCausalLM.from_pretrained(saved).get_input_embeddings().weight,
     )
 
 
@@ -116,7 +117,7 @@ def test_the_bare_model_of_a_checkpoint_with_a_head(tmp_path: Path, logs: pytest
     made = model("MptForSequenceClassification")
     made.save_pretrained(tmp_path)
     bare = MptModel.from_pretrained(tmp_path)
-    assert same(made.backbone, bare.backbone)
+    assert same(made.bare, bare)
     assert any("score.weight" in message for message in logs.messages), "said, not warned"
     assert not [r for r in logs.records if r.levelname == "WARNING"]
 
@@ -129,7 +130,7 @@ def test_num_labels_and_other_fields_override(tmp_path: Path) -> None:
     with pytest.raises(ShapeMismatch, match=r"score\.weight .*\[4, 36\] in model\.safetensors.*\[7, 36\]"):
         MptForSequenceClassification.from_pretrained(tmp_path, num_labels=7)
     made = MptForSequenceClassification.from_pretrained(tmp_path, num_labels=7, ignore_mismatched_sizes=True)
-    assert made.head.out.weight.shape == (7, 36)
+    assert made.at("head_out").weight.shape == (7, 36)
     assert made.config.num_labels == 7
     changed = MptForSequenceClassification.from_pretrained(
         tmp_path, problem_type="regression", output_hidden_states=True, attn_config={"alibi_bias_max": 16}
@@ -151,9 +152,9 @@ def test_mismatched_sizes_are_made_anew_only_if_asked(saved: Path, logs: pytest.
         "config.json and the weights belong together?"
     )
     made = MptForCausalLM.from_pretrained(saved, ignore_mismatched_sizes=True)
-    assert made.backbone.embed.weight.shape == (89, 36)
-    assert made.backbone.embed.weight.abs().max() > 0
-    assert made.head.out.weight is made.backbone.embed.weight
+    assert made.get_input_embeddings().weight.shape == (89, 36)
+    assert made.get_input_embeddings().weight.abs().max() > 0
+    assert made.at("head_out").weight is made.get_input_embeddings().weight
     assert any("transformer.wte.weight" in message for message in logs.messages)
 
 
@@ -176,7 +177,7 @@ def test_dtypes(name: str, asked: Any, expected: torch.dtype, tmp_path: Path) ->
     loaded = MptForCausalLM.from_pretrained(tmp_path, **{name: asked})
     assert {p.dtype for p in loaded.parameters()} == {expected}
     assert loaded.config.dtype == str(expected).removeprefix("torch.")
-    assert torch.equal(loaded.backbone.embed.weight, made.backbone.embed.weight.to(expected))
+    assert torch.equal(loaded.get_input_embeddings().weight, made.get_input_embeddings().weight.to(expected))
 
 
 def test_without_a_dtype_in_the_config_the_files_decide(tmp_path: Path) -> None:
@@ -202,7 +203,7 @@ def test_unknown_dtypes(asked: Any, saved: Path) -> None:
         torch.device("cpu"),
         {"": "cpu"},
         {"transformer": "cpu"},
-        {"backbone": "cpu", "head": "cpu"},
+        {"transformer": "cpu", "lm_head": "cpu"},
     ],
     ids=str,
 )
@@ -221,7 +222,7 @@ def test_a_device_map_by_hub_names(tmp_path: Path) -> None:
         tmp_path, device_map=dict.fromkeys(parts, "cpu")
     )
     assert same(made, loaded)
-    with pytest.raises(ValueError, match=r"gives no device to backbone\.final_norm\.weight; add the key ''"):
+    with pytest.raises(ValueError, match=r"gives no device to transformer\.norm_f\.weight; add the key ''"):
         monoblock.MptForTokenClassification.from_pretrained(
             tmp_path, device_map={"transformer.wte": "cpu", "transformer.blocks": "cpu"}
         )
@@ -261,7 +262,7 @@ def test_a_given_config_is_used_and_not_changed(saved: Path) -> None:
 
 def test_attn_implementation_is_chosen_while_loading(saved: Path) -> None:
     made = MptForCausalLM.from_pretrained(saved, attn_implementation="eager")
-    assert made.backbone.blocks[1].attn.implementation == "eager"
+    assert made.at("attention", 1).implementation == "eager"
     assert "eager" not in made.config.to_json_string(), "a choice of the machine, not of the checkpoint"
     with pytest.raises(ValueError, match="attn_implementation must be one of"):
         MptForCausalLM.from_pretrained(saved, attn_implementation="quick")
@@ -386,7 +387,7 @@ def test_a_given_state_dict_is_saved_instead(saved: Path, tmp_path: Path) -> Non
     made = MptForCausalLM.from_pretrained(saved)
     state = {name: torch.zeros_like(tensor) for name, tensor in made.hub_state_dict().items()}
     made.save_pretrained(tmp_path / "zeros", state_dict=state)
-    assert not MptForCausalLM.from_pretrained(tmp_path / "zeros").backbone.embed.weight.any()
+    assert not MptForCausalLM.from_pretrained(tmp_path / "zeros").get_input_embeddings().weight.any()
 
 
 def test_tied_weights_are_saved_once(saved: Path) -> None:
@@ -449,8 +450,10 @@ def test_loaded_parameters_lie_in_the_mapped_file(saved: Path) -> None:
     for name, p in made.named_parameters():
         assert any(low <= p.data_ptr() < high for low, high in spans), name
     with torch.no_grad():
-        made.backbone.embed.weight.zero_()
-    assert MptForCausalLM.from_pretrained(saved).backbone.embed.weight.any(), "the file is not written to"
+        made.get_input_embeddings().weight.zero_()
+    assert MptForCausalLM.from_pretrained(saved).get_input_embeddings().weight.any(), (
+        "the file is not written to"
+    )
 
 
 def test_a_passed_config_takes_fields_as_a_constructor_does(saved: Path) -> None:

@@ -217,15 +217,15 @@ def test_native_steps(name: str, level: str) -> None:
 
 def test_matrices_that_do_not_fit_stay_as_they_are(tmp_path: Path) -> None:
     model = model_of("MistralForCausalLM")
-    odd = model.backbone.blocks[1].mlp.down
+    odd = model.at("down", 1)
     with torch.no_grad():
         odd.weight.copy_(torch.logspace(-30, 30, odd.in_features).expand_as(odd.weight))
     kept = odd.weight.clone()
     model.quantize("lossless").save_pretrained(tmp_path)
     again: Any = AutoModelForCausalLM.from_pretrained(tmp_path)
     for each in (model, again):
-        assert isinstance(each.backbone.blocks[0].mlp.down, PackedMatrix)
-        assert torch.equal(each.backbone.blocks[1].mlp.down.weight, kept)
+        assert isinstance(each.at("down", 0), PackedMatrix)
+        assert torch.equal(each.at("down", 1).weight, kept)
 
 
 @torch.no_grad()
@@ -248,13 +248,13 @@ def test_damaged_codes_read_and_write_nothing_beyond(level: str) -> None:
 def test_refusals(tmp_path: Path) -> None:
     model = model_of("MptForCausalLM").float()
     with torch.no_grad():
-        model.backbone.blocks[0].mlp.up.weight.add_(1e-6)
+        model.at("up", 0).weight.add_(1e-6)
     model.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"mlp\.up\.weight: .*no bfloat16 numbers"):
         AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config="lossless")
     rounded: Any = AutoModelForCausalLM.from_pretrained(
         tmp_path, quantization_config="lossless", dtype=torch.bfloat16
     )
-    assert rounded.backbone.blocks[0].mlp.up.bits == 12
+    assert rounded.at("up", 0).bits == 12
     with pytest.raises(ValueError, match="group_size=64 is not for 12 bits"):
         monoblock.WeightOnlyConfig(bits=12, group_size=64)

@@ -143,10 +143,10 @@ def test_embedding_fraction_scales_the_gradient() -> None:
     grads = {}
     for fraction in (1.0, 0.3):
         module = model("MptModel", embedding_fraction=fraction)
-        embeds = module.backbone.embed.weight.detach()[ids].requires_grad_()
+        embeds = module.get_input_embeddings().weight.detach()[ids].requires_grad_()
         module(ids, attention_mask=mask)[0].square().mean().backward()
         module(inputs_embeds=embeds, attention_mask=mask)[0].square().mean().backward()
-        grads[fraction] = module.backbone.embed.weight.grad, embeds.grad
+        grads[fraction] = module.get_input_embeddings().weight.grad, embeds.grad
     for part, whole in zip(grads[0.3], grads[1.0], strict=True):
         assert_close("gradient of the embedding", part, 0.3 * whole, 1e-7)
         assert whole.abs().max() > 1e-4

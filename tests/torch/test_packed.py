@@ -108,13 +108,12 @@ def test_what_is_packed(name: str, form: str) -> None:
     """Every matrix of the blocks; the token embedding and the projection to the vocabulary in 8 bits; no other."""
     model = plain(name).quantize(FORMS[form])
     bits = {"int8": 8, "int4": 4}[form]
-    expected = {"backbone.embed": 8}
+    expected = {model.place("embed"): 8}
     for i in range(model.spec.layers):
-        up = "gate_up" if model.spec.mlp.gated else "up"
-        inner = ("attn.qkv", "attn.out", f"mlp.{up}", "mlp.down")
-        expected |= {f"backbone.blocks.{i}.{last}": bits for last in inner}
+        roles = ("q", "k", "v", "qkv", "qkv_by_head", "out", "gate", "up", "down")
+        expected |= {model.place(role, i): bits for role in roles if model.at(role, i) is not None}
     if model.row.head in ("causal", "masked", "double"):
-        expected["head.out"] = 8
+        expected[model.place("head_out")] = 8
     assert packed_names(model) == expected
     trainable = {n for n, p in model.named_parameters() if p.requires_grad}
     assert not {n for n in trainable if n.removesuffix(".weight") in expected}
@@ -166,18 +165,18 @@ def test_what_is_stored_transposed_is_not_when_packed(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["MptForCausalLM", "OpenAIGPTLMHeadModel", "MPNetForMaskedLM"])
 def test_a_tied_head_is_one_table_in_memory_and_in_the_file(name: str, tmp_path: Path) -> None:
     model = plain(name).quantize("int8")
-    table, head = model.backbone.embed, model.head.out
+    table, head = model.get_input_embeddings(), model.at("head_out")
     assert isinstance(table, PackedEmbedding) and isinstance(head, PackedLinear)
     model.save_pretrained(tmp_path)
     again = getattr(monoblock, name).from_pretrained(tmp_path)
     moved = getattr(monoblock, name).from_pretrained(tmp_path).to(torch.bfloat16).to("cpu")
     for made_ in (model, again, moved):
-        assert made_.head.out.codes is made_.backbone.embed.codes
-        assert made_.head.out.scale is made_.backbone.embed.scale
+        assert made_.at("head_out").codes is made_.get_input_embeddings().codes
+        assert made_.at("head_out").scale is made_.get_input_embeddings().scale
     rows = [t for t in load_file(tmp_path / "model.safetensors").values() if len(t) == model.spec.vocab]
     assert len(rows) == (3 if name == "MPNetForMaskedLM" else 2)  # codes, scale; MPNet's head has a bias
-    assert moved.dtype == moved.backbone.embed(torch.tensor([1])).dtype == torch.bfloat16
-    assert moved.backbone.embed.scale.dtype == torch.float16  # a part of the format
+    assert moved.dtype == moved.get_input_embeddings()(torch.tensor([1])).dtype == torch.bfloat16
+    assert moved.get_input_embeddings().scale.dtype == torch.float16  # a part of the format
 
 
 def test_shards(packed: Path, tmp_path: Path) -> None:
@@ -190,7 +189,7 @@ def test_shards(packed: Path, tmp_path: Path) -> None:
 def test_codes_are_used_where_they_lie_in_the_file(packed: Path) -> None:
     """What is one matrix here and in the file is not copied."""
     model = AutoModelForCausalLM.from_pretrained(packed)
-    codes = model.backbone.blocks[0].mlp.down.codes
+    codes = model.at("down", 0).codes
     maps = [line for line in Path("/proc/self/maps").read_text().splitlines() if str(packed) in line]
     spans = [tuple(int(end, 16) for end in line.split()[0].split("-")) for line in maps]
     assert any(begin <= codes.data_ptr() < end for begin, end in spans)
@@ -208,7 +207,7 @@ def test_no_plain_matrix_outlives_its_packing(folder: Path, monkeypatch: pytest.
 
     monkeypatch.setattr(formats, "pack", pack)
     AutoModelForCausalLM.from_pretrained(folder, quantization_config="int8")
-    assert len(seen) == 3 * 4 + 2
+    assert len(seen) == 3 * 7 + 2
 
 
 def test_dtypes_of_what_is_not_packed(folder: Path, packed: Path) -> None:
@@ -238,9 +237,9 @@ def test_state_dicts_by_the_hubs_names_and_our_own(packed: Path, folder: Path) -
 def test_another_head_on_a_packed_backbone(packed: Path, logs: pytest.LogCaptureFixture) -> None:
     """As with plain files: the head that is not there is made anew, plain; the one that is there is not used."""
     model: Any = MistralForSequenceClassification.from_pretrained(packed, num_labels=3)
-    assert model.head.out.weight.shape == (3, 36)
+    assert model.at("head_out").weight.shape == (3, 36)
     assert "newly initialised" in logs.text and "score.weight" in logs.text
-    assert packed_names(model)["backbone.embed"] == 8
+    assert packed_names(model)["model.embed_tokens"] == 8
     assert model(torch.arange(5, 25)[None]).logits.isfinite().all()
 
 
@@ -261,21 +260,20 @@ def test_words_dicts_and_objects_say_the_same(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("names", "kept"),
     [
-        (["lm_head"], {"head.out"}),
-        (["model.embed_tokens"], {"backbone.embed"}),
-        (["k_proj"], {f"backbone.blocks.{i}.attn.qkv" for i in range(3)}),
+        (["lm_head"], {"lm_head"}),
+        (["model.embed_tokens"], {"model.embed_tokens"}),
+        (["k_proj"], {f"model.layers.{i}.self_attn.k_proj" for i in range(3)}),
         (
-            ["mlp.down", "qkv"],
-            {f"backbone.blocks.{i}.{m}" for i in range(3) for m in ("mlp.down", "attn.qkv")},
+            ["mlp.down_proj", "q_proj"],
+            {f"model.layers.{i}.{m}" for i in range(3) for m in ("mlp.down_proj", "self_attn.q_proj")},
         ),
-        (["layers.1.mlp"], {"backbone.blocks.1.mlp.gate_up", "backbone.blocks.1.mlp.down"}),
-        (["backbone.blocks.2.attn.out"], {"backbone.blocks.2.attn.out"}),
+        (["layers.1.mlp"], {f"model.layers.1.mlp.{m}_proj" for m in ("gate", "up", "down")}),
     ],
 )
 def test_modules_that_are_not_converted(
     names: list[str], kept: set[str], folder: Path, tmp_path: Path
 ) -> None:
-    """By the hub's names or ours; a fused matrix stays whole if one of its parts is named."""
+    """By a name, its end, or a part of it."""
     how = WeightOnlyConfig(bits=8, modules_to_not_convert=names)
     everything = packed_names(AutoModelForCausalLM.from_pretrained(folder, quantization_config="int8"))
     model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=how)
@@ -290,8 +288,8 @@ def test_modules_that_are_not_converted(
 def test_a_tied_matrix_stays_under_either_name(name: str) -> None:
     model = plain("MptForCausalLM").quantize(WeightOnlyConfig(modules_to_not_convert=[name]))
     state = model.state_dict(keep_vars=True)
-    assert state["head.out.weight"] is state["backbone.embed.weight"]
-    assert "backbone.blocks.0.mlp.up" in packed_names(model)
+    assert state["lm_head.weight"] is state["transformer.wte.weight"]
+    assert "transformer.blocks.0.ffn.up_proj" in packed_names(model)
 
 
 def test_generation_and_caches(packed: Path) -> None:
@@ -325,10 +323,10 @@ def test_adapters_train_on_packed_weights(packed: Path, monkeypatch: pytest.Monk
         model = AutoModelForCausalLM.from_pretrained(packed)
         model = model.dequantize() if dequantize else model
         model.requires_grad_(False)
-        attn = model.backbone.blocks[0].attn
-        attn.qkv = Adapted(attn.qkv, 36, 100)
+        attn = model.at("attention", 0)
+        attn.q_proj = Adapted(attn.q_proj, 36, attn.q_proj.out_features)
         model(ids, labels=ids).loss.backward()
-        gradients.append(attn.qkv.a.grad)
+        gradients.append(attn.q_proj.a.grad)
     torch.testing.assert_close(
         *gradients, rtol=2e-2, atol=1e-5
     )  # fp32; up to 8-bit activations in the forward pass
@@ -336,7 +334,7 @@ def test_adapters_train_on_packed_weights(packed: Path, monkeypatch: pytest.Monk
 
 def test_pipelines_take_it() -> None:
     made_ = pipeline("text-generation", model=str(demo.path()), model_kwargs={"quantization_config": "int8"})
-    assert isinstance(made_.model.head.out, PackedLinear)
+    assert isinstance(made_.model.at("head_out"), PackedLinear)
     assert made_("def add(", max_new_tokens=4)[0]["generated_text"].startswith("def add(")
 
 

@@ -158,7 +158,7 @@ def test_steps_do_not_lose_nan() -> None:
         if spoiled == "key":
             cache.keys[0][:, 0, 2, 1] = math.nan
         else:
-            module.backbone.blocks[1].mlp.up.weight[5] = math.nan
+            module.at("up", 1).weight[5] = math.nan
         scores = steps.run(ids[:, :1])
         assert scores is not None
         assert scores.isnan().all(), spoiled
@@ -314,7 +314,7 @@ def test_pieces_of_all_that_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
         "token_type_ids": (torch.arange(ids.shape[1])[None] * 7 % 5).expand(len(ids), -1),
     }
     same_in_pieces(monkeypatch, module, ids, lambda: more, -(-ids.shape[1] // 4))
-    embeds = module.backbone.lookup(ids)
+    embeds = module.get_input_embeddings()(ids)
     same_in_pieces(monkeypatch, module, None, lambda: {"inputs_embeds": embeds}, -(-ids.shape[1] // 4))
 
     def begun() -> dict[str, Any]:
@@ -347,9 +347,11 @@ def test_the_last_block_computes_what_is_wanted(name: str, monkeypatch: pytest.M
     ids, mask = prompts(name)
     whole = module(ids, attention_mask=mask, use_cache=True)
     seen: list[int] = []
-    mlp = type(module.backbone.blocks[0].mlp)
+    mlp = type(next(m for role in ("mlp", "mlp_add") if (m := module.at(role, 0)) is not None))
     forward = mlp.forward
-    monkeypatch.setattr(mlp, "forward", lambda self, x: (seen.append(x.shape[1]), forward(self, x))[1])
+    monkeypatch.setattr(
+        mlp, "forward", lambda self, x, *more: (seen.append(x.shape[1]), forward(self, x, *more))[1]
+    )
     for keep in (1, 4, 99):
         seen.clear()
         few = module(ids, attention_mask=mask, use_cache=True, logits_to_keep=keep)
@@ -363,7 +365,7 @@ def test_the_last_block_computes_what_is_wanted(name: str, monkeypatch: pytest.M
     seen.clear()
     states = module(ids, attention_mask=mask, logits_to_keep=1, output_hidden_states=True)
     assert states.hidden_states[-1].shape[1] == ids.shape[1] == seen[-1], "states are of all tokens"
-    handle = module.backbone.blocks[-1].register_forward_hook(lambda *_: None)
+    handle = module.at("layers")[-1].register_forward_hook(lambda *_: None)
     module(ids, attention_mask=mask, logits_to_keep=1)
     assert seen[-1] == ids.shape[1], "hooks see all tokens"
     handle.remove()
@@ -384,7 +386,6 @@ def test_fused_matrices_are_not_copied(tmp_path: Path, monkeypatch: pytest.Monke
     join = pages.joined
     monkeypatch.setattr(pages, "joined", lambda pieces: (joined.append(join(pieces)), joined[-1])[1])
     read = MistralForCausalLM.from_pretrained(tmp_path)
-    block: Any = read.backbone.blocks[0]
-    fused = {block.attn.qkv.weight.data_ptr(), block.mlp.gate_up.weight.data_ptr()}
+    fused = {read.at("q", 0).weight.data_ptr(), read.at("gate", 0).weight.data_ptr()}
     assert {ctypes.addressof(buffer) for buffer in joined} == fused
     assert same(read, written)

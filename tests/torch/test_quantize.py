@@ -64,13 +64,13 @@ def test_quantised_logits_are_near(folder: Path, how: dict[str, Any], bound: flo
 
 def test_the_blocks_are_packed_and_nothing_else(folder: Path) -> None:
     how = BitsAndBytesConfig(
-        load_in_4bit=True, llm_int8_skip_modules=["down", "lm_head"], bnb_4bit_compute_dtype="float32"
+        load_in_4bit=True, llm_int8_skip_modules=["down_proj", "lm_head"], bnb_4bit_compute_dtype="float32"
     )
     model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=how)
     packed = {n for n, m in model.named_modules() if isinstance(m, bitsandbytes.nn.Linear4bit)}
-    names = ("attn.qkv", "attn.out", "mlp.gate_up")
-    assert packed == {f"backbone.blocks.{i}.{name}" for i in range(2) for name in names}
-    assert model.backbone.blocks[0].attn.qkv.weight.dtype == torch.uint8
+    roles = ("q", "k", "v", "out", "gate", "up")
+    assert packed == {model.place(role, i) for i in range(2) for role in roles}
+    assert model.at("q", 0).weight.dtype == torch.uint8
     with pytest.raises(ValueError, match="save the model before quantising"):
         model.save_pretrained(folder / "packed")
 

@@ -17,6 +17,7 @@ import torch
 from helpers import PAD, batch, from_spec
 
 from monoblock import spec as specs
+from monoblock.backends.pytorch.model import with_patches
 from monoblock.spec import (
     Alibi,
     ArchSpec,
@@ -196,10 +197,10 @@ def observed(spec: ArchSpec, what: str) -> Any:
         return {name: tuple(p.shape) for name, p in module.named_parameters()}
     if what == "initial":
         module.init_weights()
-        return module.backbone.embed.weight.std()
+        return module.get_input_embeddings().weight.std()
     if what == "gradient":
         module(ids, attention_mask=mask).logits.square().mean().backward()
-        return module.backbone.embed.weight.grad
+        return module.get_input_embeddings().weight.grad
     given: dict[str, Any] = {"attention_mask": mask}
     if what == "training":
         torch.manual_seed(0)
@@ -211,9 +212,9 @@ def observed(spec: ArchSpec, what: str) -> Any:
     with torch.no_grad():
         if what == "patches":
             ids = torch.tensor([[7, 8] * 5] * 3)  # as many tokens of either id as patches
-            x = module.backbone.lookup(ids)
+            x = module.get_input_embeddings()(ids)
             patches = torch.ones(3, 5, spec.patches.size)
-            return module.backbone.with_patches(x, ids, patches, None)
+            return with_patches(spec, module.bare.role("patch_embed"), x, ids, patches, None)
         return module(ids, **given).logits[mask == 1]
 
 

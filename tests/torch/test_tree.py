@@ -1,4 +1,4 @@
-"""The canonical tree is what the PyTorch modules hold, name by name and shape by shape."""
+"""The parameters of PyTorch models are transformers', and hold the canonical ones."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from helpers import CLASSES, KIND, model
+from helpers import canonical as canonical_of
 
 import monoblock
 from monoblock import tree
@@ -30,7 +31,9 @@ def test_names_and_shapes(name: str, case: str) -> None:
     head = module.config.to_head(KIND[name]) if KIND[name] else None
     canonical = tree.parameters(module.spec, head)
     own = {path: tuple(p.shape) for path, p in module.named_parameters()}
-    assert {module.parameter_names()[n]: shape for n, shape in canonical.items()} == own
+    assert set(module.parameter_names()) == own.keys()
+    assert {n: t.shape for n, t in canonical_of(module).items()} == canonical
+    assert {name: tuple(t.shape) for name, t in module.hub_state_dict().items()} == own
     assert list(module.hub_state_dict()) == [n for c in canonical for n in module.keymap().source(c).names]
 
 
@@ -56,7 +59,7 @@ def test_documented_signatures(name: str) -> None:
     for p in parameters[1:-1]:
         assert p.default == (0 if p.name == "logits_to_keep" else None)
         assert p.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
-    assert list(inspect.signature(made).parameters) == ["config"]
+    assert list(inspect.signature(made).parameters) == ["config", "add_pooling_layer"]
     assert made.config_class is monoblock.MptConfig
     assert made.base_model_prefix == "transformer"
     assert made.__name__ == name

@@ -54,7 +54,7 @@ def check(visualizer: Any, model: Any, scopes: list[Scope], attentions: Any) -> 
     """Masks and biases equal bit for bit: both are made in fp32, by the same operations."""
     length = visualizer.tokens.length
     spec = visualizer.spec
-    table = model.backbone.rel_bias.weight.detach().numpy() if spec.position(Buckets) else None
+    table = model.at("rel_bias").weight.detach().numpy() if spec.position(Buckets) else None
     assert len(scopes) == spec.layers == len(attentions)
     for layer, (scope, weights) in enumerate(zip(scopes, attentions, strict=True)):
         mask = visualizer.mask(layer)

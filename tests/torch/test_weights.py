@@ -22,14 +22,14 @@ def test_state_dicts_by_either_name() -> None:
     assert same(one, three)
     bare = model("MptModel", seed=4)
     bare.load_state_dict({name.removeprefix("transformer."): t for name, t in one.hub_state_dict().items()})
-    assert same(one.backbone, bare.backbone)
+    assert same(one.bare, bare)
     with pytest.raises(CheckpointError, match=r"blocks\.7\.norm_1\.weight"):
         one.load_state_dict({**one.hub_state_dict(), "transformer.blocks.7.norm_1.weight": torch.zeros(36)})
     partial = one.hub_state_dict()
     del partial["transformer.norm_f.weight"]
-    with pytest.raises(RuntimeError, match="final_norm"):
+    with pytest.raises(RuntimeError, match="norm_f"):
         two.load_state_dict(partial)
-    assert two.load_state_dict(partial, strict=False).missing_keys == ["backbone.final_norm.weight"]
+    assert two.load_state_dict(partial, strict=False).missing_keys == ["transformer.norm_f.weight"]
     wrong = {**one.hub_state_dict(), "transformer.norm_f.weight": torch.zeros(35)}
     with pytest.raises((ShapeMismatch, RuntimeError), match=r"35"):
         two.load_state_dict(wrong)
@@ -51,9 +51,9 @@ def test_models_can_be_pickled_and_copied() -> None:
     for again in (copy.deepcopy(made), pickle.loads(pickle.dumps(made))):
         assert type(again) is MptForCausalLM
         assert torch.equal(again(ids).logits, expected)
-        assert again.head.out.weight is again.backbone.embed.weight
+        assert again.at("head_out").weight is again.get_input_embeddings().weight
         assert again.config == made.config
-        again.backbone.embed.weight.data.zero_()
+        again.get_input_embeddings().weight.data.zero_()
     assert torch.equal(made(ids).logits, expected)
 
 
@@ -62,7 +62,7 @@ def test_a_saved_state_dict_comes_back(tmp_path: Path) -> None:
     torch.save(made.state_dict(), tmp_path / "state.pt")
     other.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
     assert same(made, other)
-    assert other.head.out.weight is other.backbone.embed.weight
+    assert other.at("head_out").weight is other.get_input_embeddings().weight
 
 
 def test_ties_and_embeddings() -> None:
@@ -98,7 +98,7 @@ def test_hooks_on_the_embedding_act() -> None:
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 def test_resizing_the_vocabulary(tied: bool, tmp_path: Path) -> None:
     made = model(tie_word_embeddings=tied)
-    before = made.backbone.embed.weight.detach().clone()
+    before = made.get_input_embeddings().weight.detach().clone()
     ids, _ = batch("none")
     logits = made(ids).logits
     table = made.resize_token_embeddings(95)
@@ -119,7 +119,7 @@ def test_resizing_the_vocabulary(tied: bool, tmp_path: Path) -> None:
     made.save_pretrained(tmp_path)
     assert MptForCausalLM.from_pretrained(tmp_path).config.vocab_size == 95
     made.resize_token_embeddings(50)
-    assert torch.equal(made.backbone.embed.weight, before[:50])
+    assert torch.equal(made.get_input_embeddings().weight, before[:50])
     assert made.resize_token_embeddings(pad_to_multiple_of=64).weight.shape[0] == 64
     assert made.resize_token_embeddings().weight.shape[0] == 64
     random = made.resize_token_embeddings(200, mean_resizing=False).weight[64:]
@@ -132,10 +132,10 @@ def test_facts_about_a_model() -> None:
     made = model()
     assert made.num_parameters() == sum({p: p.numel() for p in made.parameters()}.values())
     assert made.num_parameters() - made.num_parameters(exclude_embeddings=True) == 89 * 36
-    made.backbone.embed.weight.requires_grad_(False)
+    made.get_input_embeddings().weight.requires_grad_(False)
     assert made.num_parameters(only_trainable=True) == made.num_parameters() - 89 * 36
     assert made.get_memory_footprint() == 4 * made.num_parameters()
     assert made.device.type == "cpu"
     assert made.can_generate()
     assert not model("MptModel").can_generate()
-    assert made.base_model is made.transformer is made.backbone
+    assert made.base_model is made.transformer is made.bare

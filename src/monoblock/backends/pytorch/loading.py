@@ -79,9 +79,9 @@ def load(
     ignore_mismatched_sizes: bool,
     put: Callable[[str, Tensor], None] | None = None,
 ) -> Report:
-    """Fill the model. `own`: canonical name -> the parameters of the model that hold it; `shapes` are the canonical ones;
-    `device` says where each parameter goes. `put` takes each tensor by its name in the model, if it is not just to become
-    the parameter.
+    """Fill the model. `own`: canonical name -> the parameters of the model that hold it; `shapes` are the
+    canonical ones; `device` says where each parameter goes. `put` takes each tensor by its name in the model, if
+    it is not just to become the parameter.
 
     MissingKeys, UnexpectedKeys, UnreadKeys and ShapeMismatch name the first offender and the nearest known name.
     A head that the files lack is left to be made anew, and reported.
@@ -89,6 +89,12 @@ def load(
     sources, report = matched(store, keymap, shapes, tied, ignore_mismatched_sizes=ignore_mismatched_sizes)
     for canonical, source in _watched(sources, shapes) if put else sources.items():
         here = own[canonical]
+        if put is not None and isinstance(here.op, Split) and source.op == here.op:
+            # One at a time, so that no two plain matrices are held while they are packed.
+            for i, (name, size) in enumerate(zip(here.names, here.op.sizes, strict=True)):
+                one = Source(source.names[i : i + 1], Same())
+                put(name, read(one, store, (size, *shapes[canonical][1:]), dtype, device(name)))
+            continue
         tensors = pieces(here, source, store, shapes[canonical], dtype, device(here.names[0]))
         for name, tensor in zip(here.names, tensors.parts, strict=True):
             (put or functools.partial(assign, model))(name, tensor)

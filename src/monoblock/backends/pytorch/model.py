@@ -3,9 +3,9 @@
     x -> norm1 -> attention -> + -> norm2 -> MLP -> +      (placement "pre")
     x -> attention -> + -> norm1 -> MLP -> + -> norm2      (placement "post")
 
-Each part looks its modules up by role at every call, so that whatever was replaced, wrapped or hooked is honoured; the
-module tree (names, classes, what holds what) is the family's table. Shape suffixes: b batch, s tokens, w width, h heads,
-g key/value heads, d head width.
+Each part looks its modules up by role at every call, so that whatever was replaced, wrapped or hooked is
+honoured; the module tree (names, classes, what holds what) is the family's table. Shape suffixes: b batch, s
+tokens, w width, h heads, g key/value heads, d head width.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ from monoblock.spec import Alibi, ArchSpec, Buckets, Rotary
 class Call:
     """What one forward pass gives to every block.
 
-    Positions, of the tokens that come in and of all keys; a first axis of 1 stands for all rows. `head_mask` (layers, 1,
-    h, 1, 1) scales each head's weights. Layers append to `attentions` and `hidden_states`, where those are lists.
-    `checkpointing`: keywords of `torch.utils.checkpoint.checkpoint`, where activations are computed again in the backward
-    pass. `keep`: so many last tokens are what is asked for. `one_token` takes the place of all between the projections
-    of an attention: positions, cache and kernel.
+    Positions, of the tokens that come in and of all keys; a first axis of 1 stands for all rows. `head_mask`
+    (layers, 1, h, 1, 1) scales each head's weights. Layers append to `attentions` and `hidden_states`, where
+    those are lists. `checkpointing`: keywords of `torch.utils.checkpoint.checkpoint`, where activations are
+    computed again in the backward pass. `keep`: so many last tokens are what is asked for. `one_token` takes the
+    place of all between the projections of an attention: positions, cache and kernel.
     """
 
     scope: Scope
@@ -294,8 +294,8 @@ class Stack(Part):
 
 
 def run_layers(part: Any, x: Tensor, call: Call) -> Tensor:
-    """The blocks on embedded tokens (b, s, w), and the final norm. With `call.keep`, the result is of so many last tokens,
-    and the last block computes no others."""
+    """The blocks on embedded tokens (b, s, w), and the final norm. With `call.keep`, the result is of so many
+    last tokens, and the last block computes no others."""
     spec: ArchSpec = part.spec
     alibi, keep, call.keep = spec.position(Alibi), call.keep, None
     if alibi and call.scope.slopes_h is None:
@@ -303,8 +303,11 @@ def run_layers(part: Any, x: Tensor, call: Call) -> Tensor:
         call.scope.slopes_h = slopes.to(x.device)
     if part.has("rel_bias"):
         call.scope.relative = _relative(part, spec, call.scope.index_k.shape[0])
+    rotary = spec.position(Rotary)
     if part.has("rotary") and call.cos is None:
         call.cos, call.sin = part.role("rotary")(x, call.positions_bs)
+    elif rotary and call.cos is None:
+        call.cos, call.sin = rotations(call.positions_bs, rotary, x.dtype)
     states, layers = call.hidden_states, part.role("layers")
     if states is not None:
         states.append(x)

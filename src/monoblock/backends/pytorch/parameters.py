@@ -63,6 +63,13 @@ class Parameters(Part):
         """The dotted name of the module that plays a role."""
         return self.places[role].replace("{i}", str(layer))
 
+    def at(self, role: str, layer: int | None = None) -> Any:
+        """The module that plays a role, in that layer where it is one of a layer's; None if there is none."""
+        if role not in self.places:
+            return None
+        owner, _, name = self.place(role, layer).rpartition(".")
+        return getattr(self.get_submodule(owner), name, None)
+
     def tied(self) -> dict[str, str]:
         """Second names: name of a parameter -> the one that it shares."""
         found: dict[str, str] = {}
@@ -189,8 +196,8 @@ class Parameters(Part):
                 parameter[padding].zero_()
 
     def tie_weights(self, *args: Any, **kwargs: Any) -> None:
-        """Make the head's matrix the embedding's, where the spec ties them. Arguments of transformers' method, which say
-        what its loader has missed, change nothing."""
+        """Make the head's matrix the embedding's, where the spec ties them. Arguments of transformers' method,
+        which say what its loader has missed, change nothing."""
         del args, kwargs
         for second, first in self.tied().items():
             owner, _, leaf = second.rpartition(".")

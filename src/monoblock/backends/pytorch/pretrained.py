@@ -50,8 +50,8 @@ log = logging.getLogger("monoblock")
 
 
 class PreTrainedModel(Parameters, Generation):
-    """The base of all PyTorch models. A model with a head holds the bare model, under the family's prefix, and the head's
-    modules beside it; names, classes, signatures, defaults and outputs are transformers'.
+    """The base of all PyTorch models. A model with a head holds the bare model, under the family's prefix, and
+    the head's modules beside it; names, classes, signatures, defaults and outputs are transformers'.
 
     Public classes are made by `make_class` from a family's table.
     """
@@ -165,8 +165,10 @@ class PreTrainedModel(Parameters, Generation):
         base = self.bare
         inner = {name: value for name, value in given.items() if name in base.arguments}
         inner |= {name: self._option(given, name) for name in ("output_attentions", "output_hidden_states")}
-        keep = self._kept(given)
-        out = base(**inner, return_dict=True, **({} if keep is None else {"keep": keep}))
+        inner["return_dict"] = True
+        if (keep := self._kept(given)) is not None:
+            inner["keep"] = keep
+        out = base(**inner)
         return self._output(given, **{**out, **heads.outputs(self, out, given)})
 
     def _output(self, given: Mapping[str, Any], **values: Any) -> Any:
@@ -394,8 +396,8 @@ class PreTrainedModel(Parameters, Generation):
     def gradient_checkpointing_enable(
         self, gradient_checkpointing_kwargs: dict[str, Any] | None = None
     ) -> None:
-        """While training, keep only each block's input and compute the rest again in the backward pass. The keywords are
-        those of `torch.utils.checkpoint.checkpoint`; `use_reentrant` is False unless given."""
+        """While training, keep only each block's input and compute the rest again in the backward pass. The
+        keywords are those of `torch.utils.checkpoint.checkpoint`; `use_reentrant` is False unless given."""
         given = dict(gradient_checkpointing_kwargs or {})
         if unknown := given.keys() - _CHECKPOINTING:
             raise ValueError(

@@ -19,6 +19,7 @@ from monoblock.backends.pytorch.cache import Cache, DynamicCache, StaticCache
 from monoblock.backends.pytorch.generation.structures import Model, Slot, Step, Weights, common_dtype
 from monoblock.backends.pytorch.kernels import dispatch
 from monoblock.backends.pytorch.kernels.linear import FORMATS
+from monoblock.backends.pytorch.layers import Conv1D
 from monoblock.backends.pytorch.model import Attention
 from monoblock.backends.pytorch.parts import GROUPS, Part
 from monoblock.positions import is_dynamic
@@ -69,11 +70,11 @@ def obstacle(model: PreTrainedModel) -> str | None:
     dtype = common_dtype(model)
     if dtype not in FORMATS:
         return f"its type is {dtype}"
+    transposed = {f"{name}.weight" for name, module in model.named_modules() if type(module) is Conv1D}
     for name, tensor in _tensors(model):
         if type(tensor) not in (nn.Parameter, Tensor) or tensor.device.type != "cpu":
             return f"{name} is not an ordinary tensor on the CPU"
-        # A Conv1D's lies outputs x inputs.
-        if not tensor.is_contiguous() and not (tensor.dim() == 2 and tensor.t().is_contiguous()):
+        if not (tensor.t() if name in transposed else tensor).is_contiguous():
             return f"{name} is not contiguous"
         if tensor.dtype != dtype and not name.endswith(_PACKED):
             return f"{name} is {tensor.dtype} in a model of {dtype}"

@@ -92,46 +92,38 @@ class Weights:
             "by_head": spec.attention.qk_norm is not None and spec.attention.qk_norm.span == "head",
             "bf16": self.bf16,
         }
-        learned = _module(model, "pos_embed") if spec.position(Learned) else None
+        learned = model.at("pos_embed") if spec.position(Learned) else None
         self.struct = Model(
             blocks=self._blocks,
             embed=_matrix(model.get_input_embeddings()),
             head=_matrix(head),
             positions=None if learned is None else learned.weight.data_ptr(),
-            embed_norm=_norm(_module(model, "embed_norm")),
-            final_norm=_norm(_module(model, "final_norm")),
+            embed_norm=_norm(model.at("embed_norm")),
+            final_norm=_norm(model.at("final_norm")),
             **{name: array.ctypes.data for name, array in self._arrays.items()},
             **numbers,
         )
 
 
-def _module(model: PreTrainedModel, role: str, layer: int | None = None) -> Any:
-    """The module of a role, or None."""
-    if role not in model.places:
-        return None
-    owner, _, name = model.place(role, layer).rpartition(".")
-    return getattr(model.get_submodule(owner), name, None)
-
-
 def _layer(model: PreTrainedModel, i: int) -> Layer:
     return Layer(
         qkv=_joint(model, i, ("q", "k", "v"), ("qkv", "qkv_by_head")),
-        out=_matrix(_module(model, "out", i)),
+        out=_matrix(model.at("out", i)),
         up=_joint(model, i, ("gate", "up"), ("up",)),
-        down=_matrix(_module(model, "down", i)),
-        norm1=_norm(_module(model, "norm1", i)),
-        norm2=_norm(_module(model, "norm2", i)),
-        q_norm=_norm(_module(model, "q_norm", i)),
-        k_norm=_norm(_module(model, "k_norm", i)),
+        down=_matrix(model.at("down", i)),
+        norm1=_norm(model.at("norm1", i)),
+        norm2=_norm(model.at("norm2", i)),
+        q_norm=_norm(model.at("q_norm", i)),
+        k_norm=_norm(model.at("k_norm", i)),
         window=model.spec.windows[i] or 0,
     )
 
 
 def _joint(model: PreTrainedModel, i: int, group: tuple[str, ...], single: tuple[str, ...]) -> native.Matrix:
     """A group's matrices as one, or the one module that holds them all."""
-    members = [_module(model, role, i) for role in group]
+    members = [model.at(role, i) for role in group]
     if any(member is None for member in members):
-        return _matrix(next(m for role in single if (m := _module(model, role, i)) is not None))
+        return _matrix(next(m for role in single if (m := model.at(role, i)) is not None))
     matrices = [_matrix(member) for member in members]
     matrices[0].outputs = sum(matrix.outputs for matrix in matrices)
     return matrices[0]
