@@ -9,40 +9,14 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
-from ctypes import c_char_p, c_int, c_int32, c_int64, c_void_p
+from ctypes import c_char_p
 from pathlib import Path
 from typing import Any
 
+from monoblock.native.abi import SIGNATURES
+
 FORMATS = {"float32": 0, "bfloat16": 1, "int8": 2, "int4": 3, "lossless": 4}
 VARIABLE = "MONOBLOCK_NATIVE"
-
-
-class Matrix(ctypes.Structure):
-    """`struct Matrix` of matrix.hpp, where its fields are explained."""
-
-    _fields_ = [
-        ("data", c_void_p),
-        ("scale", c_void_p),
-        ("low", c_void_p),
-        ("bias", c_void_p),
-        ("outputs", c_int64),
-        ("inputs", c_int64),
-        ("format", c_int32),
-        ("group", c_int32),
-        ("bias_format", c_int32),
-        ("reserved", c_int32),
-    ]
-
-
-# Argument types by function; all of them give an int.
-SIGNATURES: dict[str, tuple[Any, ...]] = {
-    "mb_linear": (
-        *(ctypes.POINTER(Matrix), c_void_p, c_int32, c_int64, c_int64),
-        *(c_void_p, c_int32, c_int64, c_int),
-    ),
-    "mb_unfold": (ctypes.POINTER(Matrix), c_void_p, c_int),
-    "mb_read": (c_void_p, c_int64, c_int, ctypes.POINTER(ctypes.c_uint32)),
-}
 
 
 def library() -> Any:
@@ -112,6 +86,7 @@ def choose(wish: str) -> tuple[Any, str | None, str]:
 def _open(path: Path) -> Any:
     found = ctypes.CDLL(str(path))
     found.mb_sources.restype = c_char_p
-    for function, types in SIGNATURES.items():
-        getattr(found, function).argtypes = types
+    for name, (result, arguments) in SIGNATURES.items():
+        function = getattr(found, name)
+        function.restype, function.argtypes = result, arguments
     return found

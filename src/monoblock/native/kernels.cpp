@@ -59,10 +59,12 @@ EXPORT int mb_read(const void* data, int64_t bytes, int threads, uint32_t* sum) 
 }
 
 // For prompts; see attention.hpp and prompt.hpp.
-EXPORT int mb_attention(const prompt::Attention* a) { return prompt::attention(*a); }
-EXPORT int mb_norm(const prompt::Norm* a) { return prompt::norm(*a); }
-EXPORT int mb_turn(const prompt::Turn* a) { return prompt::turn(*a); }
-EXPORT int mb_activate(const prompt::Activate* a) { return prompt::activate(*a); }
+EXPORT int mb_attention(const prompt::AttentionCall* a) { return prompt::attention(*a); }
+EXPORT int mb_norm(const prompt::NormCall* a) { return prompt::norm(*a); }
+EXPORT int mb_rope(const prompt::RopeCall* a) { return prompt::rope(*a); }
+EXPORT int mb_activate(const prompt::ActivationCall* a) { return prompt::activate(*a); }
 
 // Some new tokens of a model with caches; see block.hpp.
-EXPORT int64_t mb_step(const decode::Model* model, const decode::Step* step) { return decode::step(*model, *step); }
+EXPORT int64_t mb_step(const decode::ModelWeights* model, const decode::DecodeStep* step) {
+  return decode::step(*model, *step);
+}

@@ -36,6 +36,7 @@ from torch import Tensor, nn
 from monoblock import native
 from monoblock.backends.pytorch.kernels import packed_cuda
 from monoblock.backends.pytorch.quantization import formats
+from monoblock.native.abi import Matrix
 from monoblock.quantization import LOSSLESS
 
 FEW = 16  # rows up to which reading the weights is what takes the time
@@ -120,7 +121,7 @@ def _native(
     data, bias = parts[0], parts[3]
     assert data is not None
     y = torch.empty((*x.shape[:-1], data.shape[0]), dtype=x.dtype)
-    matrix = native.Matrix(
+    matrix = Matrix(
         *(None if part is None else part.data_ptr() for part in parts),
         data.shape[0],
         inputs,
@@ -248,9 +249,7 @@ def _by_pieces(library: Any, x: Tensor, codes: Tensor, bias: Tensor | None, inpu
 def _unfolded(library: Any, codes: Tensor, inputs: int) -> Tensor:
     """What is packed without loss as bfloat16, by the library."""
     weight = torch.empty((codes.shape[0], inputs), dtype=torch.bfloat16)
-    matrix = native.Matrix(
-        data=codes.data_ptr(), outputs=codes.shape[0], inputs=inputs, format=PACKED[LOSSLESS]
-    )
+    matrix = Matrix(data=codes.data_ptr(), outputs=codes.shape[0], inputs=inputs, format=PACKED[LOSSLESS])
     library.mb_unfold(byref(matrix), weight.data_ptr(), torch.get_num_threads())
     return weight
 
