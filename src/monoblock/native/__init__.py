@@ -9,11 +9,9 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
-from ctypes import c_char_p
-from pathlib import Path
 from typing import Any
 
-from monoblock.native.abi import SIGNATURES
+from monoblock.native import abi
 
 FORMATS = {"float32": 0, "bfloat16": 1, "int8": 2, "int4": 3, "lossless": 4}
 VARIABLE = "MONOBLOCK_NATIVE"
@@ -64,29 +62,21 @@ def choose(wish: str) -> tuple[Any, str | None, str]:
     if not build.path_of("base").exists():
         return None, None, "none: not built; python -m monoblock.native.build does, with a C++ compiler"
     try:
-        highest = _open(build.path_of("base")).mb_level()
+        highest = ctypes.CDLL(str(build.path_of("base"))).mb_level()
         limit = min(highest, names.index(wish)) if wish in names else highest
         best = next(name for name in reversed(names[: limit + 1]) if build.path_of(name).exists())
-        found = _open(build.path_of(best))
+        found = ctypes.CDLL(str(build.path_of(best)))
+        abi.bind(found, ("mb_sources",))
+        if found.mb_sources().decode() != build.digest():
+            return (
+                None,
+                None,
+                "none: built from other sources; python -m monoblock.native.build builds it again",
+            )
+        abi.bind(found, abi.SIGNATURES)
+        if difference := abi.mismatch(found):
+            return None, None, f"none: {difference}; they are of different versions: install monoblock again"
     except (OSError, AttributeError) as error:
         return None, None, f"none: {error}"
-    if found.mb_sources().decode() != build.digest():
-        return (
-            None,
-            None,
-            "none: built from other sources; python -m monoblock.native.build builds them again",
-        )
-    return (
-        found,
-        best,
-        best if best == names[highest] or wish in names else f"{best}; {names[highest]} was not built",
-    )
-
-
-def _open(path: Path) -> Any:
-    found = ctypes.CDLL(str(path))
-    found.mb_sources.restype = c_char_p
-    for name, (result, arguments) in SIGNATURES.items():
-        function = getattr(found, name)
-        function.restype, function.argtypes = result, arguments
-    return found
+    said = best if best == names[highest] or wish in names else f"{best}; {names[highest]} was not built"
+    return found, best, said

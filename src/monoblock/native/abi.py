@@ -5,7 +5,20 @@ The C++ headers named below explain the fields. Names and order are theirs. Impo
 
 from __future__ import annotations
 
-from ctypes import POINTER, Array, Structure, c_float, c_int, c_int32, c_int64, c_uint32, c_void_p
+from collections.abc import Iterable
+from ctypes import (
+    POINTER,
+    Array,
+    Structure,
+    c_char_p,
+    c_float,
+    c_int,
+    c_int32,
+    c_int64,
+    c_uint32,
+    c_void_p,
+    sizeof,
+)
 from typing import Any
 
 # Strides (batch, head, token), in elements.
@@ -138,10 +151,63 @@ class DecodeStep(Structure):
     )
 
 
+# ---------------------------------------------------------------------------- the layout
+
+
+class LayoutEntry(Structure):
+    """`LayoutEntry` of abi.hpp: a structure's name and size, or a field's name, offset and size in bytes."""
+
+    _fields_ = _fields((c_char_p, "name"), (c_int64, "offset size"))
+
+
+# Every structure that Python and the library share.
+STRUCTURES: tuple[type[Structure], ...] = (
+    *(Matrix, AttentionCall, NormCall, RopeCall, ActivationCall),
+    *(NormWeights, LayerWeights, ModelWeights, LayerCache, DecodeStep),
+)
+
+
+def layout() -> dict[str, tuple[int, int]]:
+    """(offset, size) in bytes of every structure ("Matrix") and field ("Matrix.data"), as ctypes lays them out."""
+    found: dict[str, tuple[int, int]] = {}
+    for structure in STRUCTURES:
+        found[structure.__name__] = (0, sizeof(structure))
+        for name, *_ in getattr(structure, "_fields_", ()):
+            field = getattr(structure, name)
+            found[f"{structure.__name__}.{name}"] = (field.offset, field.size)
+    return found
+
+
+def library_layout(library: Any) -> dict[str, tuple[int, int]]:
+    """The same as `layout`, of an opened library."""
+    entries, found = library.mb_layout(), dict[str, tuple[int, int]]()
+    for entry in iter(entries):
+        if entry.name is None:
+            break
+        found[entry.name.decode()] = (entry.offset, entry.size)
+    return found
+
+
+def mismatch(library: Any) -> str | None:
+    """Where the library's structures differ from these, in a few words; None if they are the same."""
+    ours, theirs = layout(), library_layout(library)
+    for name in [*ours, *(theirs.keys() - ours.keys())]:
+        if ours.get(name) != theirs.get(name):
+            here, there = (
+                "is missing" if found is None else "has {1} bytes at offset {0}".format(*found)
+                for found in (ours.get(name), theirs.get(name))
+            )
+            return f"{name} {there} in the library and {here} in native/abi.py"
+    return None
+
+
 # ---------------------------------------------------------------------------- functions
 
 # The result's type and the arguments' types, by function.
 SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
+    "mb_sources": (c_char_p, ()),
+    "mb_layout": (POINTER(LayoutEntry), ()),
+    "mb_level": (c_int, ()),
     "mb_amx": (c_int, ()),
     "mb_linear": (
         c_int,
@@ -158,3 +224,10 @@ SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "mb_activate": (c_int, (POINTER(ActivationCall),)),
     "mb_step": (c_int64, (POINTER(ModelWeights), POINTER(DecodeStep))),
 }
+
+
+def bind(library: Any, names: Iterable[str]) -> None:
+    """Give functions of an opened library their types; AttributeError for one that it lacks."""
+    for name in names:
+        function = getattr(library, name)
+        function.restype, function.argtypes = SIGNATURES[name]

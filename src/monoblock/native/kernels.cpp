@@ -4,9 +4,10 @@
 #include <cpuid.h>
 #endif
 
+#include "abi.hpp"
 #include "attention.hpp"
-#include "block.hpp"
 #include "bandwidth.hpp"
+#include "block.hpp"
 #include "matrix.hpp"
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
@@ -40,6 +41,9 @@ EXPORT int mb_amx() {
 
 // What the library was built from: build.py's digest of the sources.
 EXPORT const char* mb_sources() { return MB_SOURCES; }
+
+// Sizes and offsets of the structures below; the last entry's name is null.
+EXPORT const abi::LayoutEntry* mb_layout() { return abi::LAYOUT; }
 
 EXPORT int mb_linear(const Matrix* m, const void* x, int32_t x_format, int64_t ldx, int64_t rows, void* y,
                      int32_t y_format, int64_t ldy, int threads) {
