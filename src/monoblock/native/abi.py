@@ -125,7 +125,7 @@ class ModelWeights(Structure):
         (c_void_p, "position_table inverse_frequencies alibi_slopes"),
         (NormWeights, "embed_norm final_norm"),
         (c_int64, "layers width heads kv_heads head_dim mlp_width position_rows position_offset"),
-        (c_int32, "activation gated pre_norm qk_norm_by_head bf16 rotary_dim"),
+        (c_int32, "activation gated pre_norm qk_norm_by_head bf16 rotary_dim qkv_by_head"),
         (c_float, "scale clip softcap rotary_scale logit_scale logit_softcap"),
     )
 

@@ -24,6 +24,9 @@ class Run {
   Run(const ModelWeights& model, const DecodeStep& step, Arena& arena)
       : m(model), s(step), count(step.rows * step.tokens) {
     qkv_size = (m.heads + 2 * m.kv_heads) * m.head_dim;
+    head_stride = m.qkv_by_head ? 3 * m.head_dim : m.head_dim;
+    k_start = m.qkv_by_head ? m.head_dim : m.heads * m.head_dim;
+    v_start = m.qkv_by_head ? 2 * m.head_dim : (m.heads + m.kv_heads) * m.head_dim;
     h_step = apart(m.width), wide_step = apart(m.heads * m.head_dim);
     qkv = arena.take<float>(count * qkv_size);
     x = arena.take<float>(count * m.width);
@@ -233,21 +236,32 @@ class Run {
 
   // Queries, keys and values as attention takes them: clipped, normed, turned; keys and values go to the cache.
   void finish_qkv(const LayerWeights& layer, const LayerCache& cache, Own& own) {
-    const int64_t q = m.heads * m.head_dim, k = m.kv_heads * m.head_dim;
     share(own, count, [&](int64_t t) {
       float* row = qkv + t * qkv_size;
       for (int64_t i = 0; m.clip != 0 && i < qkv_size; ++i) row[i] = std::min(std::max(row[i], -m.clip), m.clip);
-      if (!m.qk_norm_by_head) {
-        normed(layer.q_norm, m.bf16, row, q, row);
-        normed(layer.k_norm, m.bf16, row + q, k, row + q);
-      }
-      for (int64_t h = 0; h < m.heads + m.kv_heads; ++h) {
-        float* head = row + h * m.head_dim;
-        if (m.qk_norm_by_head) normed(h < m.heads ? layer.q_norm : layer.k_norm, m.bf16, head, m.head_dim, head);
-        turn(head, cos + t * m.rotary_dim);
-      }
-      s.cache_bf16 ? keep<uint16_t>(cache, t, row + q) : keep<float>(cache, t, row + q);
+      finish_heads(layer.q_norm, t, row, m.heads, own);
+      finish_heads(layer.k_norm, t, row + k_start, m.kv_heads, own);
+      s.cache_bf16 ? keep<uint16_t>(cache, t, row) : keep<float>(cache, t, row);
     });
+  }
+
+  // Queries or keys of token t: normed, by head or over all heads together, then rotated.
+  void finish_heads(const NormWeights& norm, int64_t t, float* first, int64_t heads, Own& own) const {
+    if (norm.kind && !m.qk_norm_by_head) norm_together(norm, first, heads, own.wide);
+    for (int64_t h = 0; h < heads; ++h) {
+      float* head = first + h * head_stride;
+      if (m.qk_norm_by_head) normed(norm, m.bf16, head, m.head_dim, head);
+      turn(head, cos + t * m.rotary_dim);
+    }
+  }
+
+  // One norm over heads that may lie apart; `together` has room for all of them.
+  void norm_together(const NormWeights& norm, float* first, int64_t heads, float* together) const {
+    const int64_t dim = m.head_dim;
+    if (head_stride == dim) return normed(norm, m.bf16, first, heads * dim, first);
+    for (int64_t h = 0; h < heads; ++h) memcpy(together + h * dim, first + h * head_stride, dim * sizeof(float));
+    normed(norm, m.bf16, together, heads * dim, together);
+    for (int64_t h = 0; h < heads; ++h) memcpy(first + h * head_stride, together + h * dim, dim * sizeof(float));
   }
 
   void turn(float* head, const float* angles) const {
@@ -260,14 +274,14 @@ class Run {
   }
 
   template <class T>
-  void keep(const LayerCache& cache, int64_t t, const float* from) const {
+  void keep(const LayerCache& cache, int64_t t, const float* qkv_row) const {
     const int64_t row = t / s.tokens, place = cache.index + t % s.tokens;
-    for (int64_t g = 0; g < m.kv_heads; ++g, from += m.head_dim) {
+    for (int64_t g = 0; g < m.kv_heads; ++g) {
+      const float *keys = qkv_row + k_start + g * head_stride, *values = qkv_row + v_start + g * head_stride;
       const int64_t *k = cache.key_strides, *v = cache.value_strides;
       T* key = (T*)cache.keys + row * k[0] + g * k[1] + place * k[2];
       T* value = (T*)cache.values + row * v[0] + g * v[1] + place * v[2];
-      const float* values = from + m.kv_heads * m.head_dim;
-      for (int64_t c = 0; c < m.head_dim; ++c) write1(key + c, from[c]), write1(value + c, values[c]);
+      for (int64_t c = 0; c < m.head_dim; ++c) write1(key + c, keys[c]), write1(value + c, values[c]);
     }
   }
 
@@ -280,7 +294,7 @@ class Run {
       const int64_t row = task / stretches / m.kv_heads, g = task / stretches % m.kv_heads;
       const int64_t first = oldest + task % stretches * each;
       for (int64_t i = 0; i < queries(); ++i) {
-        const float* from = qkv + (row * s.tokens + i / shared) * qkv_size + (g * shared + i % shared) * m.head_dim;
+        const float* from = qkv + (row * s.tokens + i / shared) * qkv_size + (g * shared + i % shared) * head_stride;
         for (int64_t c = 0; c < padded(); ++c) own.query[i * padded() + c] = c < m.head_dim ? from[c] * m.scale : 0;
       }
       const int64_t *k = cache.key_strides, *v = cache.value_strides;
@@ -308,14 +322,15 @@ class Run {
     for (int64_t row = 0; row < s.rows; ++row)
       for (int64_t g = 0; g < m.kv_heads; ++g)
         for (int64_t i = 0; i < queries(); ++i)
-          join(part((row * m.kv_heads + g) * stretches), part_size, int(stretches), int(i), int(m.head_dim),
-               int(padded()), own.wide + (row * s.tokens + i / shared) * wide_step + (g * shared + i % shared) * m.head_dim);
+          join(part((row * m.kv_heads + g) * stretches), part_size, int(stretches), int(i), int(m.head_dim), int(padded()),
+               own.wide + (row * s.tokens + i / shared) * wide_step + (g * shared + i % shared) * m.head_dim);
   }
 
   const ModelWeights& m;
   const DecodeStep& s;
   const int64_t count;  // tokens of all rows
-  int64_t qkv_size, h_step, wide_step, inner_step, stretches, part_size;
+  int64_t qkv_size, head_stride, k_start, v_start;  // a row of qkv: from head to head; the first key's and value's place
+  int64_t h_step, wide_step, inner_step, stretches, part_size;
   float *qkv, *x, *y, *inner, *cos, *parts;
   char* mine;
 };

@@ -17,7 +17,7 @@ struct NormWeights {
 };
 
 struct LayerWeights {
-  Matrix qkv, out, up, down;  // qkv: [q|k|v]; up: [gate|up] where gated
+  Matrix qkv, out, up, down;  // qkv: [q|k|v], or as qkv_by_head says; up: [gate|up] where gated
   NormWeights norm1, norm2, q_norm, k_norm;
   int64_t window;  // keys that a query attends to; 0: all
 };
@@ -33,6 +33,7 @@ struct ModelWeights {
   int64_t position_rows, position_offset;     // position_offset: the table's row for the first token
   int32_t activation, gated, pre_norm;        // pre_norm: norms come before sub-layers, else after them
   int32_t qk_norm_by_head, bf16, rotary_dim;  // rotary_dim: channels of a head that RoPE rotates
+  int32_t qkv_by_head;  // 0: rows of qkv are [q|k|v]; 1: (heads, 3, head_dim), where heads = kv_heads
   float scale, clip, softcap, rotary_scale, logit_scale, logit_softcap;  // clip and softcaps: 0 for none
 };
 

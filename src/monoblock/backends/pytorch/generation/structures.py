@@ -80,6 +80,7 @@ def _numbers(spec: ArchSpec) -> dict[str, Any]:
         "gated": spec.mlp.gated,
         "pre_norm": spec.placement == "pre",
         "rotary_dim": rotary.dim if rotary else 0,
+        "qkv_by_head": 0,
         "scale": att.scale,
         "clip": att.clip or 0,
         "softcap": att.softcap or 0,
