@@ -22,6 +22,13 @@ SMALL = """
 #define EXPORT extern "C" __attribute__((visibility("default")))
 EXPORT int mb_level() { return 0; }
 EXPORT const char* mb_sources() { return MB_SOURCES; }
+EXPORT int mb_openmp() {
+#ifdef _OPENMP
+  return 1;
+#else
+  return 0;
+#endif
+}
 struct Entry { const char* name; long long offset, size; };
 struct Pair { int first; double second; };
 static const Entry LAYOUT[] = {
@@ -108,19 +115,6 @@ def test_a_level_that_cannot_be_built_is_named(folder: Path) -> None:
     assert "not avx512" in outcome.line and "no such registers" in outcome.line
 
 
-@needs_compiler
-def test_threads_are_left_out_where_the_compiler_has_none(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    whole = build._run
-
-    def without_threads(command: list[str]) -> str:
-        return "unsupported option '-fopenmp'" if "-fopenmp" in command else whole(command)
-
-    monkeypatch.setattr(build, "_run", without_threads)
-    assert build.build(folder).levels == tuple(build.levels())
-
-
 def test_the_variable_chooses() -> None:
     assert native.choose("0") == (None, None, "off: MONOBLOCK_NATIVE is 0")
     _, level, status = native.choose("fast")
@@ -137,7 +131,7 @@ def test_what_was_not_built_is_said(folder: Path) -> None:
 @pytest.fixture
 def small_interface(monkeypatch: pytest.MonkeyPatch) -> None:
     """The functions and structures of the small sources, in place of the real ones."""
-    functions = {name: abi.SIGNATURES[name] for name in ("mb_sources", "mb_layout", "mb_level")}
+    functions = {name: abi.SIGNATURES[name] for name in ("mb_sources", "mb_layout", "mb_level", "mb_openmp")}
     monkeypatch.setattr(abi, "SIGNATURES", functions)
     monkeypatch.setattr(abi, "STRUCTURES", (Pair,))
 
@@ -206,6 +200,37 @@ def test_every_mirrored_structure_is_compared() -> None:
         kind for kind in vars(abi).values() if isinstance(kind, type) and issubclass(kind, ctypes.Structure)
     }
     assert declared - {ctypes.Structure, abi.LayoutEntry} == set(abi.STRUCTURES)
+
+
+@needs_compiler
+@pytest.mark.usefixtures("small_interface")
+@pytest.mark.parametrize("openmp", [True, False])
+def test_a_build_without_openmp_says_so_and_is_preferred_to_one_thread(
+    openmp: bool, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = build._run
+
+    def compiled(command: list[str]) -> str:
+        return "unsupported option '-fopenmp'" if not openmp and "-fopenmp" in command else whole(command)
+
+    monkeypatch.setattr(build, "_run", compiled)
+    outcome = build.build(folder)
+    assert outcome.levels == tuple(build.levels())
+    found = native.choose("base")
+    library, level, status = found
+    assert level == "base"
+    if openmp and status != "base":
+        pytest.skip("this compiler has no OpenMP")
+    assert openmp or status == "base; built without OpenMP, so it has one thread"
+    assert openmp != outcome.line.endswith("; without OpenMP, so they have one thread")
+    monkeypatch.setattr(native, "_opened", lambda: found)
+    assert native.library() is native.preferred(1) is library
+    assert native.preferred(2) is (library if openmp else None)
+
+
+def test_without_kernels_none_are_preferred(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "_opened", lambda: native.choose("0"))
+    assert native.preferred(1) is None
 
 
 @pytest.mark.skipif(native.library() is None, reason=f"native kernels: {native.status()}")

@@ -15,11 +15,28 @@ from monoblock.native import abi
 
 FORMATS = {"float32": 0, "bfloat16": 1, "int8": 2, "int4": 3, "lossless": 4}
 VARIABLE = "MONOBLOCK_NATIVE"
+SERIAL = "built without OpenMP, so it has one thread"
 
 
 def library() -> Any:
     """The opened library (a `ctypes.CDLL`), or None: then the work is the framework's."""
     return _opened()[0]
+
+
+def preferred(threads: int) -> Any:
+    """The library where it is the better choice for a framework that has so many threads; else None.
+
+    A build without OpenMP runs on one thread, so it is preferred to no more than one thread of the framework's. For
+    work that the framework has no kernels for, `library` is asked instead.
+    """
+    found = library()
+    return found if found is not None and (threads <= 1 or has_openmp(found)) else None
+
+
+@functools.cache
+def has_openmp(library: Any) -> bool:
+    """Whether an opened library can use several threads."""
+    return bool(library.mb_openmp())
 
 
 def level() -> str | None:
@@ -79,4 +96,4 @@ def choose(wish: str) -> tuple[Any, str | None, str]:
     except (OSError, AttributeError) as error:
         return None, None, f"none: {error}"
     said = best if best == names[highest] or wish in names else f"{best}; {names[highest]} was not built"
-    return found, best, said
+    return found, best, said if has_openmp(found) else f"{said}; {SERIAL}"

@@ -208,6 +208,7 @@ SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "mb_sources": (c_char_p, ()),
     "mb_layout": (POINTER(LayoutEntry), ()),
     "mb_level": (c_int, ()),
+    "mb_openmp": (c_int, ()),
     "mb_amx": (c_int, ()),
     "mb_linear": (
         c_int,

@@ -42,6 +42,15 @@ EXPORT int mb_amx() {
 // What the library was built from: build.py's digest of the sources.
 EXPORT const char* mb_sources() { return MB_SOURCES; }
 
+// Whether several threads can share the work; without OpenMP each call runs on the caller's thread alone.
+EXPORT int mb_openmp() {
+#if defined(_OPENMP)
+  return 1;
+#else
+  return 0;
+#endif
+}
+
 // Sizes and offsets of the structures below; the last entry's name is null.
 EXPORT const abi::LayoutEntry* mb_layout() { return abi::LAYOUT; }
 

@@ -36,6 +36,8 @@ def obstacle(model: PreTrainedModel) -> str | None:
     """Why the library cannot run this model's steps; None if it can."""
     if native.library() is None:
         return f"there are no native kernels ({native.status()})"
+    if native.preferred(torch.get_num_threads()) is None:
+        return f"PyTorch has {torch.get_num_threads()} threads and the native kernels one ({native.status()})"
     spec, backbone = model.spec, model.backbone
     rotary, learned = spec.position(Rotary), spec.position(Learned)
     if not spec.causal or spec.position(Buckets) or (learned and learned.pad_id is not None):

@@ -31,7 +31,8 @@ _DTYPES = (torch.float32, torch.bfloat16)
 def usable(*tensors: Tensor | None) -> bool:
     """Whether the kernels are there and fit these tensors: one dtype, on the CPU, no gradient or transform of
     functions to come, and no program that is exported to run where the kernels may be missing."""
-    if LIBRARY is None:
+    # A compiler that traces this function cannot ask for the number of threads.
+    if LIBRARY is None or not (torch.compiler.is_compiling() or native.preferred(torch.get_num_threads())):
         return False
     given = [x for x in tensors if x is not None]
     first = given[0].dtype
