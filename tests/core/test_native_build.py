@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from monoblock import native
-from monoblock.native import build
+from monoblock.native import abi, build
 
 COMPILER = build.compiler()
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler is installed")
@@ -20,7 +22,25 @@ SMALL = """
 #define EXPORT extern "C" __attribute__((visibility("default")))
 EXPORT int mb_level() { return 0; }
 EXPORT const char* mb_sources() { return MB_SOURCES; }
+EXPORT int mb_openmp() {
+#ifdef _OPENMP
+  return 1;
+#else
+  return 0;
+#endif
+}
+struct Entry { const char* name; long long offset, size; };
+struct Pair { int first; double second; };
+static const Entry LAYOUT[] = {
+    {"Pair", 0, sizeof(Pair)}, {"Pair.first", 0, 4}, {"Pair.second", 8, 8}, {nullptr, 0, 0}};
+EXPORT const Entry* mb_layout() { return LAYOUT; }
 """
+
+
+class Pair(ctypes.Structure):
+    """`Pair` of these sources."""
+
+    _fields_ = [("first", ctypes.c_int), ("second", ctypes.c_double)]
 
 
 @pytest.fixture
@@ -95,19 +115,6 @@ def test_a_level_that_cannot_be_built_is_named(folder: Path) -> None:
     assert "not avx512" in outcome.line and "no such registers" in outcome.line
 
 
-@needs_compiler
-def test_threads_are_left_out_where_the_compiler_has_none(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    whole = build._run
-
-    def without_threads(command: list[str]) -> str:
-        return "unsupported option '-fopenmp'" if "-fopenmp" in command else whole(command)
-
-    monkeypatch.setattr(build, "_run", without_threads)
-    assert build.build(folder).levels == tuple(build.levels())
-
-
 def test_the_variable_chooses() -> None:
     assert native.choose("0") == (None, None, "off: MONOBLOCK_NATIVE is 0")
     _, level, status = native.choose("fast")
@@ -121,14 +128,109 @@ def test_what_was_not_built_is_said(folder: Path) -> None:
     assert found[2].startswith("none: not built; python -m monoblock.native.build")
 
 
+@pytest.fixture
+def small_interface(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The functions and structures of the small sources, in place of the real ones."""
+    functions = {name: abi.SIGNATURES[name] for name in ("mb_sources", "mb_layout", "mb_level", "mb_openmp")}
+    monkeypatch.setattr(abi, "SIGNATURES", functions)
+    monkeypatch.setattr(abi, "STRUCTURES", (Pair,))
+
+
 @needs_compiler
-def test_old_and_broken_libraries_are_not_used(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_library_that_lacks_functions_is_not_used(folder: Path) -> None:
     build.build(folder)
-    assert native.choose("")[2].startswith("none: ")  # it lacks the functions
-    monkeypatch.setattr(native, "SIGNATURES", {})
+    status = native.choose("")[2]
+    assert status.startswith("none: ") and "undefined symbol: mb_amx" in status
+
+
+@needs_compiler
+@pytest.mark.usefixtures("small_interface")
+def test_a_library_of_other_sources_is_not_used(folder: Path) -> None:
+    build.build(folder)
     assert native.choose("base")[1:] == ("base", "base")
     (folder / "kernels.cpp").write_text(SMALL + "// changed\n")
     assert "built from other sources" in native.choose("base")[2]
+
+
+INT, DOUBLE = ctypes.c_int, ctypes.c_double
+MIRRORS: dict[str, tuple[list[tuple[str, Any]], str]] = {
+    "swapped": (
+        [("second", DOUBLE), ("first", INT)],
+        "Pair.second has 8 bytes at offset 8 in the library and has 8 bytes at offset 0 in native/abi.py",
+    ),
+    "renamed": (
+        [("first", INT), ("last", DOUBLE)],
+        "Pair.last is missing in the library and has 8 bytes at offset 8 in native/abi.py",
+    ),
+    "shorter": (
+        [("first", INT)],
+        "Pair has 16 bytes at offset 0 in the library and has 4 bytes at offset 0 in native/abi.py",
+    ),
+    "narrower": (
+        [("first", ctypes.c_short), ("second", DOUBLE)],
+        "Pair.first has 4 bytes at offset 0 in the library and has 2 bytes at offset 0 in native/abi.py",
+    ),
+}
+
+
+@needs_compiler
+@pytest.mark.usefixtures("small_interface")
+@pytest.mark.parametrize("mirror", MIRRORS)
+def test_a_library_of_other_structures_is_not_used(
+    mirror: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build.build(folder)
+    fields, difference = MIRRORS[mirror]
+    monkeypatch.setattr(abi, "STRUCTURES", (type("Pair", (ctypes.Structure,), {"_fields_": fields}),))
+    library, level, status = native.choose("base")
+    assert (library, level) == (None, None)
+    assert status == f"none: {difference}; they are of different versions: install monoblock again"
+
+
+@needs_compiler
+@pytest.mark.usefixtures("small_interface")
+def test_a_structure_that_python_lacks_is_seen(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    build.build(folder)
+    monkeypatch.setattr(abi, "STRUCTURES", ())
+    assert "Pair" in native.choose("base")[2] and "is missing in native/abi.py" in native.choose("base")[2]
+
+
+def test_every_mirrored_structure_is_compared() -> None:
+    declared = {
+        kind for kind in vars(abi).values() if isinstance(kind, type) and issubclass(kind, ctypes.Structure)
+    }
+    assert declared - {ctypes.Structure, abi.LayoutEntry} == set(abi.STRUCTURES)
+
+
+@needs_compiler
+@pytest.mark.usefixtures("small_interface")
+@pytest.mark.parametrize("openmp", [True, False])
+def test_a_build_without_openmp_says_so_and_is_preferred_to_one_thread(
+    openmp: bool, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = build._run
+
+    def compiled(command: list[str]) -> str:
+        return "unsupported option '-fopenmp'" if not openmp and "-fopenmp" in command else whole(command)
+
+    monkeypatch.setattr(build, "_run", compiled)
+    outcome = build.build(folder)
+    assert outcome.levels == tuple(build.levels())
+    found = native.choose("base")
+    library, level, status = found
+    assert level == "base"
+    if openmp and status != "base":
+        pytest.skip("this compiler has no OpenMP")
+    assert openmp or status == "base; built without OpenMP, so it has one thread"
+    assert openmp != outcome.line.endswith("; without OpenMP, so they have one thread")
+    monkeypatch.setattr(native, "_opened", lambda: found)
+    assert native.library() is native.preferred(1) is library
+    assert native.preferred(2) is (library if openmp else None)
+
+
+def test_without_kernels_none_are_preferred(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "_opened", lambda: native.choose("0"))
+    assert native.preferred(1) is None
 
 
 @pytest.mark.skipif(native.library() is None, reason=f"native kernels: {native.status()}")

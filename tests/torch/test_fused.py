@@ -4,6 +4,7 @@ padding, windows, caches, threads, and what makes it stand back."""
 from __future__ import annotations
 
 import copy
+import ctypes
 import io
 import itertools
 import pickle
@@ -177,6 +178,81 @@ def test_bfloat16_is_closer_to_the_definition_than_the_modules() -> None:
             plain = module(ids, attention_mask=mask).logits[:, 8:]
         off, their_off = (np.sqrt(np.square(x.double().numpy() - wanted)[late].mean()) for x in (ours, plain))
         assert off < 0.8 * their_off, f"{case}: {off:.2e} against {their_off:.2e}"
+
+
+# ---------------------------------------------------------------------------- rows of q, k and v by head
+
+
+def other_order(struct: Any) -> list[np.ndarray[Any, Any]]:
+    """Give a model's structure its q, k and v in the other order; returns the memory that it now points to.
+
+    0: q of all heads, then k, then v; 1: q, k and v of the first head, then of the next (`qkv_by_head`).
+    """
+    heads, dim = struct.heads, struct.head_dim
+    assert struct.kv_heads == heads
+    shape = (heads, 3, dim) if struct.qkv_by_head else (3, heads, dim)
+    order = np.arange(3 * heads * dim).reshape(shape).swapaxes(0, 1).reshape(-1)
+    kept = []
+
+    def reordered(pointer: int | None, size: int) -> int | None:
+        if pointer is None:
+            return None
+        memory = np.ctypeslib.as_array((ctypes.c_uint8 * (len(order) * size)).from_address(pointer))
+        kept.append(memory.reshape(len(order), size)[order])
+        return kept[-1].ctypes.data
+
+    for layer in range(struct.layers):
+        matrix = struct.blocks[layer].qkv
+        padded = -(-matrix.inputs // 128) * 128
+        names = {form: name for name, form in native.FORMATS.items()}
+        sizes = {
+            "float32": 4 * matrix.inputs,
+            "bfloat16": 2 * matrix.inputs,
+            "int8": padded,
+            "int4": padded // 2,
+        }
+        matrix.data = reordered(matrix.data, sizes[names[matrix.format]])
+        matrix.bias = reordered(matrix.bias, 4 if names[matrix.bias_format] == "float32" else 2)
+        for name in ("scale", "low"):
+            setattr(matrix, name, reordered(getattr(matrix, name), padded // max(1, matrix.group) * 2))
+    struct.qkv_by_head = 1 - struct.qkv_by_head
+    return kept
+
+
+@pytest.mark.parametrize("form", ["float32", "bfloat16", "8 bits", "4 bits"])
+@pytest.mark.parametrize(
+    "case", ["no bias, rope", "bias, ALiBi, clip and one norm over all heads", "norms by head"]
+)
+def test_rows_of_q_k_and_v_by_head(case: str, form: str, taken: Any) -> None:
+    """Both orders of the rows give the same bits, in scores and in the cache."""
+    modules: dict[str, Callable[[], Any]] = {
+        "no bias, rope": lambda: model(MPT, {"rope": True}),
+        "bias, ALiBi, clip and one norm over all heads": lambda: model(
+            MPT, {"qk_ln": True, "alibi": True, "clip_qkv": 0.5}, no_bias=False
+        ),
+        "norms by head": lambda: family("FuyuForCausalLM"),  # and RoPE on some channels, and biases
+    }
+    module = modules[case]()
+    if form == "bfloat16":
+        module.bfloat16()
+    elif form != "float32":
+        with torch.no_grad():
+            packed(module, int(form[0]))
+    ids, mask = batch("left", LENGTHS)
+    found = []
+    kept: list[np.ndarray[Any, Any]] = []
+    for _ in range(2):
+        cache = DynamicCache(config=module.spec)
+        scores = stepped(module, ids, mask, PIECES, cache)
+        found.append((scores, [tensor.clone() for layer in cache for tensor in layer]))
+        if not kept:
+            steps = native_decoder.of(module, cache)
+            assert steps is not None
+            kept = other_order(steps.weights.struct)
+    assert len(taken) == 2 * (len(PIECES) - 1)
+    (scores, cached), (other_scores, other_cached) = found
+    assert torch.equal(scores, other_scores)
+    assert all(map(torch.equal, cached, other_cached))
 
 
 # ---------------------------------------------------------------------------- generation

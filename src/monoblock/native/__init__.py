@@ -9,45 +9,34 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
-from ctypes import c_char_p, c_int, c_int32, c_int64, c_void_p
-from pathlib import Path
 from typing import Any
+
+from monoblock.native import abi
 
 FORMATS = {"float32": 0, "bfloat16": 1, "int8": 2, "int4": 3, "lossless": 4}
 VARIABLE = "MONOBLOCK_NATIVE"
-
-
-class Matrix(ctypes.Structure):
-    """`struct Matrix` of matrix.hpp, where its fields are explained."""
-
-    _fields_ = [
-        ("data", c_void_p),
-        ("scale", c_void_p),
-        ("low", c_void_p),
-        ("bias", c_void_p),
-        ("outputs", c_int64),
-        ("inputs", c_int64),
-        ("format", c_int32),
-        ("group", c_int32),
-        ("bias_format", c_int32),
-        ("reserved", c_int32),
-    ]
-
-
-# Argument types by function; all of them give an int.
-SIGNATURES: dict[str, tuple[Any, ...]] = {
-    "mb_linear": (
-        *(ctypes.POINTER(Matrix), c_void_p, c_int32, c_int64, c_int64),
-        *(c_void_p, c_int32, c_int64, c_int),
-    ),
-    "mb_unfold": (ctypes.POINTER(Matrix), c_void_p, c_int),
-    "mb_read": (c_void_p, c_int64, c_int, ctypes.POINTER(ctypes.c_uint32)),
-}
+SERIAL = "built without OpenMP, so it has one thread"
 
 
 def library() -> Any:
     """The opened library (a `ctypes.CDLL`), or None: then the work is the framework's."""
     return _opened()[0]
+
+
+def preferred(threads: int) -> Any:
+    """The library where it is the better choice for a framework that has so many threads; else None.
+
+    A build without OpenMP runs on one thread, so it is preferred to no more than one thread of the framework's. For
+    work that the framework has no kernels for, `library` is asked instead.
+    """
+    found = library()
+    return found if found is not None and (threads <= 1 or has_openmp(found)) else None
+
+
+@functools.cache
+def has_openmp(library: Any) -> bool:
+    """Whether an opened library can use several threads."""
+    return bool(library.mb_openmp())
 
 
 def level() -> str | None:
@@ -90,28 +79,21 @@ def choose(wish: str) -> tuple[Any, str | None, str]:
     if not build.path_of("base").exists():
         return None, None, "none: not built; python -m monoblock.native.build does, with a C++ compiler"
     try:
-        highest = _open(build.path_of("base")).mb_level()
+        highest = ctypes.CDLL(str(build.path_of("base"))).mb_level()
         limit = min(highest, names.index(wish)) if wish in names else highest
         best = next(name for name in reversed(names[: limit + 1]) if build.path_of(name).exists())
-        found = _open(build.path_of(best))
+        found = ctypes.CDLL(str(build.path_of(best)))
+        abi.bind(found, ("mb_sources",))
+        if found.mb_sources().decode() != build.digest():
+            return (
+                None,
+                None,
+                "none: built from other sources; python -m monoblock.native.build builds it again",
+            )
+        abi.bind(found, abi.SIGNATURES)
+        if difference := abi.mismatch(found):
+            return None, None, f"none: {difference}; they are of different versions: install monoblock again"
     except (OSError, AttributeError) as error:
         return None, None, f"none: {error}"
-    if found.mb_sources().decode() != build.digest():
-        return (
-            None,
-            None,
-            "none: built from other sources; python -m monoblock.native.build builds them again",
-        )
-    return (
-        found,
-        best,
-        best if best == names[highest] or wish in names else f"{best}; {names[highest]} was not built",
-    )
-
-
-def _open(path: Path) -> Any:
-    found = ctypes.CDLL(str(path))
-    found.mb_sources.restype = c_char_p
-    for function, types in SIGNATURES.items():
-        getattr(found, function).argtypes = types
-    return found
+    said = best if best == names[highest] or wish in names else f"{best}; {names[highest]} was not built"
+    return found, best, said if has_openmp(found) else f"{said}; {SERIAL}"

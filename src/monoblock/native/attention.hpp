@@ -16,15 +16,15 @@
 namespace prompt {
 
 // Strides (batch, head, token) are in elements; head channels lie side by side. The queries are the last of the keys.
-struct Attention {
+struct AttentionCall {
   const void *q, *k, *v;
   void* out;
-  int64_t q_stride[3], k_stride[3], v_stride[3], out_stride[3];
-  const float* slopes;      // of ALiBi for each head, or null
-  const uint8_t* valid;     // (batch, keys), 0 for padding, or null
-  const int32_t* segments;  // (batch, keys), a query sees keys of its own number, or null
+  int64_t q_strides[3], k_strides[3], v_strides[3], out_strides[3];
+  const float* alibi_slopes;  // (heads,) or null
+  const uint8_t* valid;       // (batch, keys), 0 for padding, or null
+  const int32_t* segments;    // (batch, keys), a query attends to keys of its own number; or null
   int64_t valid_stride, segments_stride;
-  int64_t batch, heads, groups, queries, keys, dim;
+  int64_t batch, heads, kv_heads, queries, keys, head_dim;
   int64_t window;        // 0: none
   float scale, softcap;  // softcap 0: none
   int32_t bf16, causal, threads;
@@ -129,7 +129,7 @@ struct Row {
   int seen_from, seen_to;  // what causality, the window and the end of the text leave
 };
 
-inline void shape(const Row& row, const Attention& a, float slope, const uint8_t* valid, const int32_t* segments) {
+inline void shape(const Row& row, const AttentionCall& a, float slope, const uint8_t* valid, const int32_t* segments) {
   const float scale = (a.softcap ? 1.0f : a.scale) * LOG2E, ramp = slope * LOG2E;
   for (int c = 0; c < row.count; c += LANES) {
     Floats s = load<Floats>(row.scores + c);
@@ -174,25 +174,25 @@ float weigh(const Row& row, float& most, float& total) {
 template <class Dot, class T>
 class Task {
  public:
-  Task(const Attention& a, int64_t block)
+  Task(const AttentionCall& a, int64_t block)
       : a(a),
-        words(int(round_up(a.dim, Dot::PER_WORD) / Dot::PER_WORD)),
-        padded(int(round_up(a.dim, LANES))),
+        words(int(round_up(a.head_dim, Dot::PER_WORD) / Dot::PER_WORD)),
+        padded(int(round_up(a.head_dim, LANES))),
         rows(int(round_up(block, TILE))),
-        queries(rows * (a.heads / a.groups) * words),
+        queries(rows * (a.heads / a.kv_heads) * words),
         keys(KEYS * words),
         values(KEYS * padded),
         scores(TILE * KEYS),
-        sums(rows * (a.heads / a.groups) * padded),
-        most(rows * (a.heads / a.groups)),
+        sums(rows * (a.heads / a.kv_heads) * padded),
+        most(rows * (a.heads / a.kv_heads)),
         total(most.size()) {}
 
   // Queries [begin, end) of batch row b and the heads of group g.
   void run(int64_t b, int64_t g, int64_t begin, int64_t end) {
-    const int64_t shared = a.heads / a.groups, past = a.keys - a.queries;
+    const int64_t shared = a.heads / a.kv_heads, past = a.keys - a.queries;
     for (int64_t h = 0; h < shared; ++h)
-      pack_rows<Dot>(at<const T>(a.q, a.q_stride, b, g * shared + h, begin), a.q_stride[2], int(end - begin),
-                     int(a.dim), words, queries.data() + h * rows * words);
+      pack_rows<Dot>(at<const T>(a.q, a.q_strides, b, g * shared + h, begin), a.q_strides[2], int(end - begin),
+                     int(a.head_dim), words, queries.data() + h * rows * words);
     mean.clear();
     std::fill(sums.begin(), sums.end(), 0.0f);
     std::fill(most.begin(), most.end(), NOTHING);
@@ -201,8 +201,9 @@ class Task {
     int64_t first = a.window ? std::max<int64_t>(0, past + begin - a.window + 1) : 0;
     for (; first < last; first += KEYS) {
       const int count = int(std::min<int64_t>(KEYS, last - first));
-      pack_keys<Dot>(at<const T>(a.k, a.k_stride, b, g, first), a.k_stride[2], count, int(a.dim), words, keys.data());
-      pack_values<Dot>(at<const T>(a.v, a.v_stride, b, g, first), a.v_stride[2], count, int(a.dim), padded,
+      pack_keys<Dot>(at<const T>(a.k, a.k_strides, b, g, first), a.k_strides[2], count, int(a.head_dim), words,
+                     keys.data());
+      pack_values<Dot>(at<const T>(a.v, a.v_strides, b, g, first), a.v_strides[2], count, int(a.head_dim), padded,
                        values.data());
       for (int64_t h = 0; h < shared; ++h)
         for (int64_t q = begin; q < end; q += TILE)
@@ -239,7 +240,7 @@ class Task {
       if (a.window) line.seen_from = int(std::max<int64_t>(0, mine - a.window + 1 - line.first));
       line.seen_to = std::max(line.seen_to, 0);
       line.seen_from = std::min(line.seen_from, line.seen_to);
-      shape(line, a, a.slopes ? a.slopes[head] : 0.0f, a.valid ? a.valid + b * a.valid_stride : nullptr,
+      shape(line, a, a.alibi_slopes ? a.alibi_slopes[head] : 0.0f, a.valid ? a.valid + b * a.valid_stride : nullptr,
             a.segments ? a.segments + b * a.segments_stride : nullptr);
       factors[r] = weigh<Dot>(line, most[row + r], total[row + r]);
     }
@@ -251,31 +252,31 @@ class Task {
 
   // A query that saw nothing gets the mean of all values, as from equal scores.
   void finish(int64_t b, int64_t g, int64_t head, int64_t q, int64_t row) {
-    T* out = at<T>(a.out, a.out_stride, b, head, q);
+    T* out = at<T>(a.out, a.out_strides, b, head, q);
     const bool blind = total[row] == 0.0f;
     if (blind && mean.empty()) find_mean(b, g);
     const float* of = blind ? mean.data() : sums.data() + row * padded;
     const float all = blind ? float(a.keys) : total[row];
-    for (int64_t c = 0; c < a.dim; ++c) write1(out + c, of[c] / all);
+    for (int64_t c = 0; c < a.head_dim; ++c) write1(out + c, of[c] / all);
   }
 
   void find_mean(int64_t b, int64_t g) {
-    mean.assign(a.dim, 0.0f);
+    mean.assign(a.head_dim, 0.0f);
     for (int64_t k = 0; k < a.keys; ++k) {
-      const T* value = at<const T>(a.v, a.v_stride, b, g, k);
-      for (int64_t c = 0; c < a.dim; ++c) mean[c] += read1(value + c);
+      const T* value = at<const T>(a.v, a.v_strides, b, g, k);
+      for (int64_t c = 0; c < a.head_dim; ++c) mean[c] += read1(value + c);
     }
   }
 
-  const Attention& a;
+  const AttentionCall& a;
   const int words, padded, rows;
   std::vector<float> queries, keys, values, scores, sums, most, total;
   std::vector<float> mean;  // times the keys; of one task, if it was needed
 };
 
 template <class Dot, class T>
-void by_tasks(const Attention& a) {
-  const int64_t shared = a.heads / a.groups, pairs = a.batch * a.groups;
+void by_tasks(const AttentionCall& a) {
+  const int64_t shared = a.heads / a.kv_heads, pairs = a.batch * a.kv_heads;
   // About 384 packed rows share the packing of a block of keys, fewer where that would leave a thread without work.
   int64_t block = std::max<int64_t>(TILE, 384 / shared / TILE * TILE);
   while (block > TILE && pairs * ((a.queries + block - 1) / block) < 4 * a.threads) block = round_up(block / 2, TILE);
@@ -287,12 +288,12 @@ void by_tasks(const Attention& a) {
 #pragma omp for schedule(dynamic, 1)
     for (int64_t i = 0; i < pairs * blocks; ++i) {
       const int64_t begin = (blocks - 1 - i / pairs) * block, pair = i % pairs;
-      task.run(pair / a.groups, pair % a.groups, begin, std::min(begin + block, a.queries));
+      task.run(pair / a.kv_heads, pair % a.kv_heads, begin, std::min(begin + block, a.queries));
     }
   }
 }
 
-inline int attention(const Attention& a) {
+inline int attention(const AttentionCall& a) {
   a.bf16 ? by_tasks<Pairs, uint16_t>(a) : by_tasks<Plain, float>(a);
   return 0;
 }

@@ -21,15 +21,20 @@ constexpr int64_t NEXT = 256 << 10;  // bytes of it at most, which must stay in 
 
 class Run {
  public:
-  Run(const Model& model, const Step& step, Arena& arena) : m(model), s(step), count(step.rows * step.tokens) {
-    qkv_size = (m.heads + 2 * m.groups) * m.dim, h_step = apart(m.width), wide_step = apart(m.heads * m.dim);
+  Run(const ModelWeights& model, const DecodeStep& step, Arena& arena)
+      : m(model), s(step), count(step.rows * step.tokens) {
+    qkv_size = (m.heads + 2 * m.kv_heads) * m.head_dim;
+    head_stride = m.qkv_by_head ? 3 * m.head_dim : m.head_dim;
+    k_start = m.qkv_by_head ? m.head_dim : m.heads * m.head_dim;
+    v_start = m.qkv_by_head ? 2 * m.head_dim : (m.heads + m.kv_heads) * m.head_dim;
+    h_step = apart(m.width), wide_step = apart(m.heads * m.head_dim);
     qkv = arena.take<float>(count * qkv_size);
     x = arena.take<float>(count * m.width);
     y = arena.take<float>(count * m.width);
-    inner = arena.take<float>(count * (inner_step = apart(m.inner * (m.gated ? 2 : 1))));
-    cos = arena.take<float>(count * m.rotary);
+    inner = arena.take<float>(count * (inner_step = apart(m.mlp_width * (m.gated ? 2 : 1))));
+    cos = arena.take<float>(count * m.rotary_dim);
     divide();
-    parts = arena.take<float>(s.rows * m.groups * stretches * part_size);
+    parts = arena.take<float>(s.rows * m.kv_heads * stretches * part_size);
     mine = arena.take<char>(s.threads * own_bytes());
   }
 
@@ -39,8 +44,8 @@ class Run {
   bool inside() const {
     for (int64_t t = 0; t < count; ++t) {
       if (s.ids[t] < 0 || s.ids[t] >= m.embed.outputs) return false;
-      if (s.types && (s.types[t] < 0 || s.types[t] >= m.embed.outputs)) return false;
-      if (m.positions && (place_of(t) < 0 || place_of(t) >= m.size)) return false;
+      if (s.type_ids && (s.type_ids[t] < 0 || s.type_ids[t] >= m.embed.outputs)) return false;
+      if (m.position_table && (place_of(t) < 0 || place_of(t) >= m.position_rows)) return false;
     }
     return true;
   }
@@ -51,24 +56,24 @@ class Run {
     Own own(*this, thread, arena);
     own.soon = beginning(entry(0), thread);
     begin(own);
-    const Norm none = {};
+    const NormWeights none = {};
     for (int64_t i = 0; i < m.layers; ++i) {
-      const Layer& layer = m.blocks[i];
-      enter(m.before ? layer.norm1 : i ? m.blocks[i - 1].norm2 : none, own);
+      const LayerWeights& layer = m.blocks[i];
+      enter(m.pre_norm ? layer.norm1 : i ? m.blocks[i - 1].norm2 : none, own);
       own.soon = beginning(layer.out, thread);
       linear(layer.qkv, own.h, h_step, qkv, qkv_size, own);
-      cache(layer, s.slots[i], own);
-      s.cache_bf16 ? look<uint16_t>(layer, s.slots[i], own) : look<float>(layer, s.slots[i], own);
+      finish_qkv(layer, s.caches[i], own);
+      s.cache_bf16 ? look<uint16_t>(layer, s.caches[i], own) : look<float>(layer, s.caches[i], own);
       gather(own);
       own.soon = beginning(layer.up, thread, m.gated ? 2 : 1);
       residual(layer.out, own.wide, wide_step, own);
-      enter(m.before ? layer.norm2 : layer.norm1, own);
+      enter(m.pre_norm ? layer.norm2 : layer.norm1, own);
       own.soon = beginning(layer.down, thread);
       m.gated ? gate(layer.up, own) : raise(layer.up, own);
       own.soon = beginning(entry(i + 1), thread);
       residual(layer.down, inner, inner_step, own);
     }
-    enter(m.before ? none : m.blocks[m.layers - 1].norm2, own);
+    enter(m.pre_norm ? none : m.blocks[m.layers - 1].norm2, own);
     for (int64_t t = 0; t < count; ++t) normed(m.final_norm, m.bf16, own.h + t * h_step, m.width, own.h + t * h_step);
     own.soon = Soon();
     logits(own);
@@ -78,14 +83,14 @@ class Run {
   // One thread's own memory: the state that enters a sub-layer, what a matrix reads, and attention's blocks.
   struct Own {
     Own(const Run& run, int number, Arena& arena) : thread(number) {
-      const Model& m = run.m;
+      const ModelWeights& m = run.m;
       h = arena.take<float>(run.count * run.h_step);
       wide = arena.take<float>(run.count * run.wide_step);
       const int64_t queries = run.queries();
       query = arena.take<float>(queries * run.padded());
       scores = arena.take<float>(queries * KEYS);
       block = arena.take<float>(KEYS * run.padded());
-      const int64_t most = std::max(std::max(m.width, m.inner), m.heads * m.dim);
+      const int64_t most = std::max(std::max(m.width, m.mlp_width), m.heads * m.head_dim);
       char* room = arena.take<char>(prepared_bytes(most, run.count));
       if (arena.base) prepared = prepared_in(room, most, run.count);
     }
@@ -100,12 +105,12 @@ class Run {
     Own own(*this, 0, measure);
     return measure.used;
   }
-  int64_t padded() const { return round_up(m.dim, 16); }
-  int64_t queries() const { return s.tokens * (m.heads / m.groups); }
+  int64_t padded() const { return round_up(m.head_dim, 16); }
+  int64_t queries() const { return s.tokens * (m.heads / m.kv_heads); }
 
   // Rows and heads alone may leave threads without work, or with unequal work: then the keys are divided too.
   void divide() {
-    const int64_t tasks = s.rows * m.groups, keys = s.past + s.tokens;
+    const int64_t tasks = s.rows * m.kv_heads, keys = s.past + s.tokens;
     stretches = 1;
     if (tasks % s.threads && tasks < 4 * s.threads)
       stretches = std::min<int64_t>({PARTS, (4 * s.threads + tasks - 1) / tasks, 1 + keys / (2 * KEYS)});
@@ -124,17 +129,17 @@ class Run {
       float* to = x + t * m.width;
       memset(to, 0, m.width * sizeof(float));
       add_row(m.embed, s.ids[t], to);
-      if (s.types) add_row(m.embed, s.types[t], to);
+      if (s.type_ids) add_row(m.embed, s.type_ids[t], to);
       const int64_t position = place_of(t);
-      if (m.positions)
-        typed(m.bf16, m.positions, [&](auto* table) {
+      if (m.position_table)
+        typed(m.bf16, m.position_table, [&](auto* table) {
           for (int64_t i = 0; i < m.width; ++i) to[i] += read1(table + position * m.width + i);
         });
       normed(m.embed_norm, m.bf16, to, m.width, to);
-      for (int32_t c = 0; c < m.rotary / 2; ++c) {
-        const float angle = float(position) * m.turns[c];
-        cos[t * m.rotary + c] = cosf(angle) * m.turn_scale;
-        cos[t * m.rotary + m.rotary / 2 + c] = sinf(angle) * m.turn_scale;
+      for (int32_t c = 0; c < m.rotary_dim / 2; ++c) {
+        const float angle = float(position) * m.inverse_frequencies[c];
+        cos[t * m.rotary_dim + c] = cosf(angle) * m.rotary_scale;
+        cos[t * m.rotary_dim + m.rotary_dim / 2 + c] = sinf(angle) * m.rotary_scale;
       }
     });
   }
@@ -142,19 +147,19 @@ class Run {
   // The position of a token: as given, or how many tokens came before it that are no padding.
   int64_t place_of(int64_t t) const {
     const int64_t row = t / s.tokens, token = t % s.tokens;
-    if (s.positions) return s.positions[row * s.position_step + token];
+    if (s.positions) return s.positions[row * s.position_stride + token];
     int64_t before = s.past + token;
     if (s.valid) {
-      const uint8_t* valid = s.valid + row * s.valid_step;
+      const uint8_t* valid = s.valid + row * s.valid_stride;
       int64_t seen = 0;
       for (int64_t k = 0; k < before; ++k) seen += valid[k] != 0;
       before = seen;
     }
-    return before + m.offset;
+    return before + m.position_offset;
   }
 
   // The state that the next sub-layer takes.
-  void enter(const Norm& norm, Own& own) {
+  void enter(const NormWeights& norm, Own& own) {
     for (int64_t t = 0; t < count; ++t) normed(norm, m.bf16, x + t * m.width, m.width, own.h + t * h_step);
   }
 
@@ -186,8 +191,8 @@ class Run {
   // x = state before the sub-layer + its output.
   void residual(const Matrix& w, const float* from, int64_t step, Own& own) {
     prepare(w, from, step, count, own.prepared);
-    const float* before = m.before ? x : own.h;
-    const int64_t before_step = m.before ? m.width : h_step;
+    const float* before = m.pre_norm ? x : own.h;
+    const int64_t before_step = m.pre_norm ? m.width : h_step;
     divided(m.width, own, [&](int64_t first, int64_t last) {
       multiply(w, own.prepared, count, y, m.width, first, last);
       for (int64_t t = 0; t < count; ++t)
@@ -197,7 +202,7 @@ class Run {
 
   void raise(const Matrix& w, Own& own) {
     prepare(w, own.h, h_step, count, own.prepared);
-    divided(m.inner, own, [&](int64_t first, int64_t last) {
+    divided(m.mlp_width, own, [&](int64_t first, int64_t last) {
       multiply(w, own.prepared, count, inner, inner_step, first, last);
       for (int64_t t = 0; t < count; ++t) activate(m.activation, inner + t * inner_step + first, last - first);
     });
@@ -205,11 +210,11 @@ class Run {
 
   void gate(const Matrix& w, Own& own) {
     prepare(w, own.h, h_step, count, own.prepared);
-    divided(m.inner, own, [&](int64_t first, int64_t last) {
+    divided(m.mlp_width, own, [&](int64_t first, int64_t last) {
       multiply(w, own.prepared, count, inner, inner_step, first, last);
-      multiply(w, own.prepared, count, inner, inner_step, m.inner + first, m.inner + last);
+      multiply(w, own.prepared, count, inner, inner_step, m.mlp_width + first, m.mlp_width + last);
       for (int64_t t = 0; t < count; ++t) {
-        float *gates = inner + t * inner_step, *ups = gates + m.inner;
+        float *gates = inner + t * inner_step, *ups = gates + m.mlp_width;
         activate(m.activation, gates + first, last - first);
         for (int64_t i = first; i < last; ++i) gates[i] *= ups[i];
       }
@@ -230,23 +235,37 @@ class Run {
   }
 
   // Queries, keys and values as attention takes them: clipped, normed, turned; keys and values go to the cache.
-  void cache(const Layer& layer, const Slot& slot, Own& own) {
-    const int64_t q = m.heads * m.dim, k = m.groups * m.dim;
+  void finish_qkv(const LayerWeights& layer, const LayerCache& cache, Own& own) {
     share(own, count, [&](int64_t t) {
       float* row = qkv + t * qkv_size;
       for (int64_t i = 0; m.clip != 0 && i < qkv_size; ++i) row[i] = std::min(std::max(row[i], -m.clip), m.clip);
-      if (!m.by_head) normed(layer.q_norm, m.bf16, row, q, row), normed(layer.k_norm, m.bf16, row + q, k, row + q);
-      for (int64_t h = 0; h < m.heads + m.groups; ++h) {
-        float* head = row + h * m.dim;
-        if (m.by_head) normed(h < m.heads ? layer.q_norm : layer.k_norm, m.bf16, head, m.dim, head);
-        turn(head, cos + t * m.rotary);
-      }
-      s.cache_bf16 ? keep<uint16_t>(slot, t, row + q) : keep<float>(slot, t, row + q);
+      finish_heads(layer.q_norm, t, row, m.heads, own);
+      finish_heads(layer.k_norm, t, row + k_start, m.kv_heads, own);
+      s.cache_bf16 ? keep<uint16_t>(cache, t, row) : keep<float>(cache, t, row);
     });
   }
 
+  // Queries or keys of token t: normed, by head or over all heads together, then rotated.
+  void finish_heads(const NormWeights& norm, int64_t t, float* first, int64_t heads, Own& own) const {
+    if (norm.kind && !m.qk_norm_by_head) norm_together(norm, first, heads, own.wide);
+    for (int64_t h = 0; h < heads; ++h) {
+      float* head = first + h * head_stride;
+      if (m.qk_norm_by_head) normed(norm, m.bf16, head, m.head_dim, head);
+      turn(head, cos + t * m.rotary_dim);
+    }
+  }
+
+  // One norm over heads that may lie apart; `together` has room for all of them.
+  void norm_together(const NormWeights& norm, float* first, int64_t heads, float* together) const {
+    const int64_t dim = m.head_dim;
+    if (head_stride == dim) return normed(norm, m.bf16, first, heads * dim, first);
+    for (int64_t h = 0; h < heads; ++h) memcpy(together + h * dim, first + h * head_stride, dim * sizeof(float));
+    normed(norm, m.bf16, together, heads * dim, together);
+    for (int64_t h = 0; h < heads; ++h) memcpy(first + h * head_stride, together + h * dim, dim * sizeof(float));
+  }
+
   void turn(float* head, const float* angles) const {
-    const int32_t half = m.rotary / 2;
+    const int32_t half = m.rotary_dim / 2;
     for (int32_t c = 0; c < half; ++c) {
       const float a = head[c], b = head[c + half];
       head[c] = a * angles[c] - b * angles[half + c];
@@ -255,39 +274,39 @@ class Run {
   }
 
   template <class T>
-  void keep(const Slot& slot, int64_t t, const float* from) const {
-    const int64_t row = t / s.tokens, place = slot.place + t % s.tokens;
-    for (int64_t g = 0; g < m.groups; ++g, from += m.dim) {
-      const int64_t *k = slot.key_steps, *v = slot.value_steps;
-      T* key = (T*)slot.keys + row * k[0] + g * k[1] + place * k[2];
-      T* value = (T*)slot.values + row * v[0] + g * v[1] + place * v[2];
-      const float* values = from + m.groups * m.dim;
-      for (int64_t c = 0; c < m.dim; ++c) write1(key + c, from[c]), write1(value + c, values[c]);
+  void keep(const LayerCache& cache, int64_t t, const float* qkv_row) const {
+    const int64_t row = t / s.tokens, place = cache.index + t % s.tokens;
+    for (int64_t g = 0; g < m.kv_heads; ++g) {
+      const float *keys = qkv_row + k_start + g * head_stride, *values = qkv_row + v_start + g * head_stride;
+      const int64_t *k = cache.key_strides, *v = cache.value_strides;
+      T* key = (T*)cache.keys + row * k[0] + g * k[1] + place * k[2];
+      T* value = (T*)cache.values + row * v[0] + g * v[1] + place * v[2];
+      for (int64_t c = 0; c < m.head_dim; ++c) write1(key + c, keys[c]), write1(value + c, values[c]);
     }
   }
 
   template <class T>
-  void look(const Layer& layer, const Slot& slot, Own& own) {
-    const int64_t shared = m.heads / m.groups, total = s.past + s.tokens, dropped = s.past - slot.place;
+  void look(const LayerWeights& layer, const LayerCache& cache, Own& own) {
+    const int64_t shared = m.heads / m.kv_heads, total = s.past + s.tokens, dropped = s.past - cache.index;
     const int64_t oldest = std::max(dropped, layer.window ? s.past - layer.window + 1 : 0);
     const int64_t each = round_up((total - oldest + stretches - 1) / stretches, KEYS);
-    share(own, s.rows * m.groups * stretches, [&](int64_t task) {
-      const int64_t row = task / stretches / m.groups, g = task / stretches % m.groups;
+    share(own, s.rows * m.kv_heads * stretches, [&](int64_t task) {
+      const int64_t row = task / stretches / m.kv_heads, g = task / stretches % m.kv_heads;
       const int64_t first = oldest + task % stretches * each;
       for (int64_t i = 0; i < queries(); ++i) {
-        const float* from = qkv + (row * s.tokens + i / shared) * qkv_size + (g * shared + i % shared) * m.dim;
-        for (int64_t c = 0; c < padded(); ++c) own.query[i * padded() + c] = c < m.dim ? from[c] * m.scale : 0;
+        const float* from = qkv + (row * s.tokens + i / shared) * qkv_size + (g * shared + i % shared) * head_stride;
+        for (int64_t c = 0; c < padded(); ++c) own.query[i * padded() + c] = c < m.head_dim ? from[c] * m.scale : 0;
       }
-      const int64_t *k = slot.key_steps, *v = slot.value_steps;
-      Stretch stretch = {(const T*)slot.keys + row * k[0] + g * k[1] - dropped * k[2],
-                         (const T*)slot.values + row * v[0] + g * v[1] - dropped * v[2],
+      const int64_t *k = cache.key_strides, *v = cache.value_strides;
+      Stretch stretch = {(const T*)cache.keys + row * k[0] + g * k[1] - dropped * k[2],
+                         (const T*)cache.values + row * v[0] + g * v[1] - dropped * v[2],
                          k[2],
                          v[2],
                          first,
                          std::min(first + each, total),
-                         s.valid ? s.valid + row * s.valid_step : nullptr};
-      Queries q = {own.query, int(queries()), int(shared), int(m.dim), int(padded()), s.past, layer.window,
-                   m.slopes ? m.slopes + g * shared : nullptr, m.softcap};
+                         s.valid ? s.valid + row * s.valid_stride : nullptr};
+      Queries q = {own.query, int(queries()), int(shared), int(m.head_dim), int(padded()), s.past, layer.window,
+                   m.alibi_slopes ? m.alibi_slopes + g * shared : nullptr, m.softcap};
       attend<T>(q, stretch, part(task), own.block, own.scores);
     });
   }
@@ -299,24 +318,25 @@ class Run {
 
   // All heads' results side by side, in this thread's memory.
   void gather(Own& own) const {
-    const int64_t shared = m.heads / m.groups;
+    const int64_t shared = m.heads / m.kv_heads;
     for (int64_t row = 0; row < s.rows; ++row)
-      for (int64_t g = 0; g < m.groups; ++g)
+      for (int64_t g = 0; g < m.kv_heads; ++g)
         for (int64_t i = 0; i < queries(); ++i)
-          join(part((row * m.groups + g) * stretches), part_size, int(stretches), int(i), int(m.dim), int(padded()),
-               own.wide + (row * s.tokens + i / shared) * wide_step + (g * shared + i % shared) * m.dim);
+          join(part((row * m.kv_heads + g) * stretches), part_size, int(stretches), int(i), int(m.head_dim), int(padded()),
+               own.wide + (row * s.tokens + i / shared) * wide_step + (g * shared + i % shared) * m.head_dim);
   }
 
-  const Model& m;
-  const Step& s;
+  const ModelWeights& m;
+  const DecodeStep& s;
   const int64_t count;  // tokens of all rows
-  int64_t qkv_size, h_step, wide_step, inner_step, stretches, part_size;
+  int64_t qkv_size, head_stride, k_start, v_start;  // a row of qkv: from head to head; the first key's and value's place
+  int64_t h_step, wide_step, inner_step, stretches, part_size;
   float *qkv, *x, *y, *inner, *cos, *parts;
   char* mine;
 };
 
 // 0: done. Else nothing was: -1, a token or a position is outside its table; above 0, the bytes of scratch that it takes.
-inline int64_t step(const Model& model, const Step& step) {
+inline int64_t step(const ModelWeights& model, const DecodeStep& step) {
   Arena measure(nullptr);
   const Run measured(model, step, measure);
   if (measure.used + 64 > step.scratch_bytes) return measure.used + 64;

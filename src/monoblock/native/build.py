@@ -109,7 +109,8 @@ def _build(folder: Path) -> Outcome:
             (), f"monoblock is installed without its native kernels: {missing}; PyTorch does the work."
         )
     with tempfile.TemporaryDirectory(dir=folder, prefix=".build-") as scratch:
-        flags = (*FLAGS, f'-DMB_SOURCES="{digest()}"', *_openmp(command, Path(scratch)))
+        openmp = _openmp(command, Path(scratch))
+        flags = (*FLAGS, f'-DMB_SOURCES="{digest()}"', *openmp)
 
         def one(level: str, extra: tuple[str, ...]) -> str:
             made = Path(scratch) / path_of(level).name
@@ -134,7 +135,8 @@ def _build(folder: Path) -> Outcome:
         return Outcome((), f"monoblock is installed without its native kernels: {_last(errors['base'])}")
     line = f"monoblock's native kernels were built by {command[0]}: {', '.join(built)}"
     failed = [f"{level} ({_last(text)})" for level, text in errors.items() if text]
-    return Outcome(built, f"{line}; not {', '.join(failed)}" if failed else line)
+    line = f"{line}; not {', '.join(failed)}" if failed else line
+    return Outcome(built, line if openmp else f"{line}; without OpenMP, so they have one thread")
 
 
 def _openmp(command: list[str], scratch: Path) -> tuple[str, ...]:

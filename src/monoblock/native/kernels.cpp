@@ -4,9 +4,10 @@
 #include <cpuid.h>
 #endif
 
+#include "abi.hpp"
 #include "attention.hpp"
-#include "block.hpp"
 #include "bandwidth.hpp"
+#include "block.hpp"
 #include "matrix.hpp"
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
@@ -41,6 +42,18 @@ EXPORT int mb_amx() {
 // What the library was built from: build.py's digest of the sources.
 EXPORT const char* mb_sources() { return MB_SOURCES; }
 
+// Whether several threads can share the work; without OpenMP each call runs on the caller's thread alone.
+EXPORT int mb_openmp() {
+#if defined(_OPENMP)
+  return 1;
+#else
+  return 0;
+#endif
+}
+
+// Sizes and offsets of the structures below; the last entry's name is null.
+EXPORT const abi::LayoutEntry* mb_layout() { return abi::LAYOUT; }
+
 EXPORT int mb_linear(const Matrix* m, const void* x, int32_t x_format, int64_t ldx, int64_t rows, void* y,
                      int32_t y_format, int64_t ldy, int threads) {
   return matrices::linear(*m, x, x_format, ldx, rows, y, y_format, ldy, threads);
@@ -59,10 +72,12 @@ EXPORT int mb_read(const void* data, int64_t bytes, int threads, uint32_t* sum) 
 }
 
 // For prompts; see attention.hpp and prompt.hpp.
-EXPORT int mb_attention(const prompt::Attention* a) { return prompt::attention(*a); }
-EXPORT int mb_norm(const prompt::Norm* a) { return prompt::norm(*a); }
-EXPORT int mb_turn(const prompt::Turn* a) { return prompt::turn(*a); }
-EXPORT int mb_activate(const prompt::Activate* a) { return prompt::activate(*a); }
+EXPORT int mb_attention(const prompt::AttentionCall* a) { return prompt::attention(*a); }
+EXPORT int mb_norm(const prompt::NormCall* a) { return prompt::norm(*a); }
+EXPORT int mb_rope(const prompt::RopeCall* a) { return prompt::rope(*a); }
+EXPORT int mb_activate(const prompt::ActivationCall* a) { return prompt::activate(*a); }
 
 // Some new tokens of a model with caches; see block.hpp.
-EXPORT int64_t mb_step(const decode::Model* model, const decode::Step* step) { return decode::step(*model, *step); }
+EXPORT int64_t mb_step(const decode::ModelWeights* model, const decode::DecodeStep* step) {
+  return decode::step(*model, *step);
+}

@@ -10,46 +10,48 @@
 namespace decode {
 
 // A norm's weights, float32 or bfloat16 as the model's.
-struct Norm {
+struct NormWeights {
   const void *weight, *bias;  // bias: or null
   float eps;
   int32_t kind;  // 0: there is none; 1: layer norm; 2: RMS norm
 };
 
-struct Layer {
-  Matrix qkv, out, up, down;  // qkv: [q|k|v]; up: [gate|up] where gated
-  Norm norm1, norm2, q_norm, k_norm;
-  int64_t window;  // keys that a query sees; 0: all
+struct LayerWeights {
+  Matrix qkv, out, up, down;  // qkv: [q|k|v], or as qkv_by_head says; up: [gate|up] where gated
+  NormWeights norm1, norm2, q_norm, k_norm;
+  int64_t window;  // keys that a query attends to; 0: all
 };
 
-struct Model {
-  const Layer* blocks;
+struct ModelWeights {
+  const LayerWeights* blocks;
   Matrix embed, head;
-  const void* positions;  // the table (size, width), or null
-  const float* turns;     // rotary frequencies (rotary / 2,), or null
-  const float* slopes;    // ALiBi's (heads,), or null
-  Norm embed_norm, final_norm;
-  int64_t layers, width, heads, groups, dim, inner, size, offset;  // groups: key/value heads; size and
-                                                                         // first used row of the table of positions
-  int32_t activation, gated, before, by_head, bf16, rotary;  // before: norms come before sub-layers; rotary: channels
-  float scale, clip, softcap, turn_scale, logit_scale, logit_softcap;  // clip and caps: 0 for none
+  const void* position_table;        // learned positions (position_rows, width), or null
+  const float* inverse_frequencies;  // of RoPE (rotary_dim / 2,), or null
+  const float* alibi_slopes;         // (heads,) or null
+  NormWeights embed_norm, final_norm;
+  int64_t layers, width, heads, kv_heads, head_dim, mlp_width;
+  int64_t position_rows, position_offset;     // position_offset: the table's row for the first token
+  int32_t activation, gated, pre_norm;        // pre_norm: norms come before sub-layers, else after them
+  int32_t qk_norm_by_head, bf16, rotary_dim;  // rotary_dim: channels of a head that RoPE rotates
+  int32_t qkv_by_head;  // 0: rows of qkv are [q|k|v]; 1: (heads, 3, head_dim), where heads = kv_heads
+  float scale, clip, softcap, rotary_scale, logit_scale, logit_softcap;  // clip and softcaps: 0 for none
 };
 
-// Where a layer's keys and values go: at index `place` of buffers whose strides count elements (batch, head, token).
-struct Slot {
+// A layer's cached keys and values: buffers with strides (batch, head, token) in elements; new tokens go to `index`.
+struct LayerCache {
   void *keys, *values;
-  int64_t key_steps[3], value_steps[3];
-  int64_t place;
+  int64_t key_strides[3], value_strides[3];
+  int64_t index;
 };
 
-struct Step {
-  const Slot* slots;
-  const int64_t *ids, *types;  // (rows, tokens); types: rows of the embedding that are added, or null
-  const int64_t* positions;    // (rows or 1, tokens) as given, or null: counted
-  const uint8_t* valid;        // (rows, past + tokens), 0 for padding; or null
-  float* logits;               // (rows, tokens, vocabulary)
+struct DecodeStep {
+  const LayerCache* caches;
+  const int64_t *ids, *type_ids;  // (rows, tokens); type_ids: rows of the embedding that are added, or null
+  const int64_t* positions;       // (rows or 1, tokens) as given, or null: counted
+  const uint8_t* valid;           // (rows, past + tokens), 0 for padding; or null
+  float* logits;                  // (rows, tokens, vocabulary)
   void* scratch;
-  int64_t scratch_bytes, rows, tokens, past, position_step, valid_step;
+  int64_t scratch_bytes, rows, tokens, past, position_stride, valid_stride;
   int32_t threads, cache_bf16;
 };
 
@@ -82,7 +84,7 @@ INLINE void scaled(const float* x, int64_t width, const W* weight, float shift, 
 }
 
 // y = norm(x); they may be the same.
-inline void normed(const Norm& n, int32_t bf16, const float* x, int64_t width, float* y) {
+inline void normed(const NormWeights& n, int32_t bf16, const float* x, int64_t width, float* y) {
   if (!n.kind) {
     if (x != y) memcpy(y, x, width * sizeof(float));
     return;

@@ -68,7 +68,7 @@ INLINE Floats exp2(Floats x) {
 // ---------------------------------------------------------------------------- norms
 
 // The norm of rows, times the weight, plus the bias if there is one.
-struct Norm {
+struct NormCall {
   const void *x, *weight, *bias;
   void* out;
   int64_t rows, width;
@@ -77,7 +77,7 @@ struct Norm {
 };
 
 template <class T>
-void norm_row(const Norm& n, int64_t row) {
+void norm_row(const NormCall& n, int64_t row) {
   const T *x = (const T*)n.x + row * n.width, *weight = (const T*)n.weight, *bias = (const T*)n.bias;
   T* out = (T*)n.out + row * n.width;
   Floats total{}, squares{};
@@ -100,7 +100,7 @@ void norm_row(const Norm& n, int64_t row) {
   });
 }
 
-inline int norm(const Norm& n) {
+inline int norm(const NormCall& n) {
 #pragma omp parallel for num_threads(n.threads) if (n.threads > 1 && n.rows > 8)
   for (int64_t row = 0; row < n.rows; ++row) n.bf16 ? norm_row<uint16_t>(n, row) : norm_row<float>(n, row);
   return 0;
@@ -108,38 +108,38 @@ inline int norm(const Norm& n) {
 
 // ---------------------------------------------------------------------------- rotary positions
 
-// Strides (batch, head, token) in elements; cos and sin are (batch or 1, token, turned), the first stride 0 for 1.
-// The first `turned` channels turn by halves, (a, b) -> (a cos - b sin, b cos + a sin); the others are copied.
-struct Turn {
+// Strides (batch, head, token) in elements; cos and sin are (batch or 1, token, rotary_dim), the first stride 0 for 1.
+// The first `rotary_dim` channels are rotated in pairs (i, i + rotary_dim / 2), (a, b) -> (a cos - b sin, b cos + a sin); the others are copied.
+struct RopeCall {
   const void *x, *cos, *sin;
   void* out;
-  int64_t x_stride[3], out_stride[3], angle_stride[3];  // the angles have no heads
-  int64_t batch, heads, tokens, dim, turned;
+  int64_t x_strides[3], out_strides[3], angle_strides[3];  // the angles have no heads
+  int64_t batch, heads, tokens, head_dim, rotary_dim;
   int32_t bf16, threads;
 };
 
 template <class T>
-void turn_token(const Turn& t, int64_t b, int64_t s) {
-  const int64_t half = t.turned / 2, angle = b * t.angle_stride[0] + s * t.angle_stride[2];
+void rope_token(const RopeCall& t, int64_t b, int64_t s) {
+  const int64_t half = t.rotary_dim / 2, angle = b * t.angle_strides[0] + s * t.angle_strides[2];
   const T *cos = (const T*)t.cos + angle, *sin = (const T*)t.sin + angle;
   for (int64_t h = 0; h < t.heads; ++h) {
-    const T* x = (const T*)t.x + b * t.x_stride[0] + h * t.x_stride[1] + s * t.x_stride[2];
-    T* out = (T*)t.out + b * t.out_stride[0] + h * t.out_stride[1] + s * t.out_stride[2];
+    const T* x = (const T*)t.x + b * t.x_strides[0] + h * t.x_strides[1] + s * t.x_strides[2];
+    T* out = (T*)t.out + b * t.out_strides[0] + h * t.out_strides[1] + s * t.out_strides[2];
     over(half, [&](int64_t i, int lanes) {
       const Floats one = read_up_to(x + i, lanes), other = read_up_to(x + half + i, lanes);
       write_up_to(out + i, one * read_up_to(cos + i, lanes) - other * read_up_to(sin + i, lanes), lanes);
       write_up_to(out + half + i, other * read_up_to(cos + half + i, lanes) + one * read_up_to(sin + half + i, lanes),
                   lanes);
     });
-    for (int64_t i = t.turned; i < t.dim; ++i) out[i] = x[i];
+    for (int64_t i = t.rotary_dim; i < t.head_dim; ++i) out[i] = x[i];
   }
 }
 
-inline int turn(const Turn& t) {
+inline int rope(const RopeCall& t) {
 #pragma omp parallel for num_threads(t.threads) if (t.threads > 1 && t.tokens > 8)
   for (int64_t i = 0; i < t.batch * t.tokens; ++i) {
     const int64_t b = i / t.tokens, s = i % t.tokens;
-    t.bf16 ? turn_token<uint16_t>(t, b, s) : turn_token<float>(t, b, s);
+    t.bf16 ? rope_token<uint16_t>(t, b, s) : rope_token<float>(t, b, s);
   }
   return 0;
 }
@@ -147,7 +147,7 @@ inline int turn(const Turn& t) {
 // ---------------------------------------------------------------------------- the gated activation
 
 // out (rows, width) = act(x), or act(gate) * up of x (rows, [gate | up]).
-struct Activate {
+struct ActivationCall {
   const void* x;
   void* out;
   int64_t rows, width;
@@ -155,7 +155,7 @@ struct Activate {
 };
 
 template <class T, Activation A>
-void activate_row(const Activate& a, int64_t row) {
+void activate_row(const ActivationCall& a, int64_t row) {
   const T* x = (const T*)a.x + row * a.width * (a.gated ? 2 : 1);
   T* out = (T*)a.out + row * a.width;
   over(a.width, [&](int64_t i, int lanes) {
@@ -165,7 +165,7 @@ void activate_row(const Activate& a, int64_t row) {
   });
 }
 
-inline int activate(const Activate& a) {
+inline int activate(const ActivationCall& a) {
   const bool known = choose(a.kind, [&](auto act) {
     constexpr Activation A = decltype(act)::value;
 #pragma omp parallel for num_threads(a.threads) if (a.threads > 1 && a.rows > 8)

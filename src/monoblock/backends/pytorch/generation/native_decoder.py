@@ -7,7 +7,6 @@ what the modules compute, with float32 between the matrices whatever their type.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from ctypes import POINTER, c_int64
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -16,12 +15,13 @@ from torch import Tensor, nn
 
 from monoblock import native
 from monoblock.backends.pytorch.cache import Cache, DynamicCache, StaticCache
-from monoblock.backends.pytorch.generation.structures import Model, Slot, Step, Weights, common_dtype
+from monoblock.backends.pytorch.generation.structures import Weights, common_dtype
 from monoblock.backends.pytorch.kernels import dispatch
 from monoblock.backends.pytorch.kernels.linear import FORMATS
 from monoblock.backends.pytorch.layers import Conv1D
 from monoblock.backends.pytorch.model import Attention
 from monoblock.backends.pytorch.parts import GROUPS, Part
+from monoblock.native.abi import DecodeStep, LayerCache
 from monoblock.positions import is_dynamic
 from monoblock.spec import Buckets, Learned, Rotary
 
@@ -39,6 +39,8 @@ def obstacle(model: PreTrainedModel) -> str | None:
     """Why the library cannot run this model's steps; None if it can."""
     if native.library() is None:
         return f"there are no native kernels ({native.status()})"
+    if native.preferred(torch.get_num_threads()) is None:
+        return f"PyTorch has {torch.get_num_threads()} threads and the native kernels one ({native.status()})"
     spec = model.spec
     rotary, learned = spec.position(Rotary), spec.position(Learned)
     if not spec.causal or spec.position(Buckets) or (learned and learned.pad_id is not None):
@@ -125,12 +127,11 @@ class Steps:
     def __init__(self, weights: Weights, tensors: list[Tensor], cache: Cache) -> None:
         self.weights, self.tensors, self.cache = weights, tensors, cache
         self._run = native.library().mb_step
-        self._run.restype, self._run.argtypes = c_int64, (POINTER(Model), POINTER(Step))
-        self._slots = (Slot * weights.layers)()
-        # The buffers that the slots point to, for so many rows.
+        self._caches = (LayerCache * weights.layers)()
+        # The buffers that they point to, for so many rows.
         self._rows, self._bound = 0, list[Tensor]()
         self._scratch = torch.empty(0, dtype=torch.uint8)
-        self._step = Step(slots=self._slots)
+        self._step = DecodeStep(caches=self._caches)
 
     def run(
         self,
@@ -156,10 +157,10 @@ class Steps:
         valid = None if valid_bm is None else valid_bm.contiguous()
         logits = torch.empty((rows, count, self.weights.vocab), dtype=torch.float32)
         step.ids, step.logits = ids.data_ptr(), logits.data_ptr()
-        step.types = None if types is None else types.data_ptr()
+        step.type_ids = None if types is None else types.data_ptr()
         step.positions = None if positions is None else positions.data_ptr()
-        step.position_step = 0 if positions is None or len(positions) == 1 else count
-        step.valid, step.valid_step = None if valid is None else valid.data_ptr(), past + count
+        step.position_stride = 0 if positions is None or len(positions) == 1 else count
+        step.valid, step.valid_stride = None if valid is None else valid.data_ptr(), past + count
         step.rows, step.tokens, step.past = rows, count, past
         step.threads = torch.get_num_threads()
         while (answer := self._run(self.weights.struct, step)) > 0:
@@ -176,26 +177,26 @@ class Steps:
         cache, layers = self.cache, self.weights.layers
         if len(cache) != layers or cache.lengths.count(past) != layers:
             return False
-        places = [cache.place(layer, count) for layer in range(layers)]
+        indices = [cache.place(layer, count) for layer in range(layers)]
         buffers = [*cache.keys, *cache.values]
         if self._rows == rows and all(map(_is, buffers, self._bound)):
-            for slot, place in zip(self._slots, places, strict=True):
-                slot.place = place
+            for entry, index in zip(self._caches, indices, strict=True):
+                entry.index = index
             return True
         self._rows = 0
-        first, dim = buffers[0], self.weights.struct.dim
+        first, dim = buffers[0], self.weights.struct.head_dim
         for buffer in buffers:
             plain = buffer.device.type == "cpu" and buffer.dtype == first.dtype and buffer.stride(-1) == 1
             shape = (*buffer.shape[:2], buffer.shape[3])
-            if not plain or shape != (rows, self.weights.struct.groups, dim) or buffer.requires_grad:
+            if not plain or shape != (rows, self.weights.struct.kv_heads, dim) or buffer.requires_grad:
                 return False
         if first.dtype not in FORMATS:
             return False
         self._step.cache_bf16 = first.dtype == torch.bfloat16
-        for slot, place, keys, values in zip(self._slots, places, cache.keys, cache.values, strict=True):
-            slot.keys, slot.key_steps = keys.data_ptr(), keys.stride()[:3]
-            slot.values, slot.value_steps = values.data_ptr(), values.stride()[:3]
-            slot.place = place
+        for entry, index, keys, values in zip(self._caches, indices, cache.keys, cache.values, strict=True):
+            entry.keys, entry.key_strides = keys.data_ptr(), keys.stride()[:3]
+            entry.values, entry.value_strides = values.data_ptr(), values.stride()[:3]
+            entry.index = index
         self._rows, self._bound = rows, buffers
         return True
 

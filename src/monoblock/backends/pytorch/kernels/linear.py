@@ -19,7 +19,9 @@ all that the core can read is 40 GB/s, and two cores together 50 to 80):
     CPU, bfloat16, more rows       with AVX-512 BF16 the native kernels, 1.02 to 1.1 times F.linear (oneDNN), which
                                    orders the weights anew for each product; with AMX, and without either, F.linear
     CPU, packed, any rows          the native kernels; with 512 rows 1.3 times the products a second of bfloat16.
-                                   Without AVX-512 VNNI or BF16 more than 16 rows are unpacked
+                                   Without AVX-512 VNNI or BF16 more than 16 rows are unpacked. Also where the
+                                   kernels were built without OpenMP: one thread of theirs is still 10 times as
+                                   fast as two of PyTorch's, which unpack first
     all else                       F.linear
 """
 
@@ -36,6 +38,7 @@ from torch import Tensor, nn
 from monoblock import native
 from monoblock.backends.pytorch.kernels import packed_cuda
 from monoblock.backends.pytorch.quantization import formats
+from monoblock.native.abi import Matrix
 from monoblock.quantization import LOSSLESS
 
 FEW = 16  # rows up to which reading the weights is what takes the time
@@ -96,7 +99,7 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         size, inputs = x.numel(), weight.shape[1]
         own = size <= FEW_OF[x.dtype] * inputs or _by_pairs(x, inputs)
         own &= size > 0 and weight.is_contiguous() and _bias_fits(bias, weight.shape[0])
-        if own and (library := native.library()) is not None:
+        if own and (library := native.preferred(torch.get_num_threads())) is not None:
             return _native(library, x, FORMATS[x.dtype], (weight, None, None, bias), x.shape[-1], 0)
         if ONEDNN and size and x.dtype == torch.float32 and weight.numel():
             return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
@@ -122,7 +125,7 @@ def _native(
     data, bias = parts[0], parts[3]
     assert data is not None
     y = torch.empty((*x.shape[:-1], data.shape[0]), dtype=x.dtype)
-    matrix = native.Matrix(
+    matrix = Matrix(
         *(None if part is None else part.data_ptr() for part in parts),
         data.shape[0],
         inputs,
@@ -305,9 +308,7 @@ def _by_pieces(library: Any, x: Tensor, codes: Tensor, bias: Tensor | None, inpu
 def _unfolded(library: Any, codes: Tensor, inputs: int) -> Tensor:
     """What is packed without loss as bfloat16, by the library."""
     weight = torch.empty((codes.shape[0], inputs), dtype=torch.bfloat16)
-    matrix = native.Matrix(
-        data=codes.data_ptr(), outputs=codes.shape[0], inputs=inputs, format=PACKED[LOSSLESS]
-    )
+    matrix = Matrix(data=codes.data_ptr(), outputs=codes.shape[0], inputs=inputs, format=PACKED[LOSSLESS])
     library.mb_unfold(byref(matrix), weight.data_ptr(), torch.get_num_threads())
     return weight
 

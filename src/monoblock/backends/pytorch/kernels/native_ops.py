@@ -22,7 +22,7 @@ from torch import Tensor
 
 from monoblock import native
 from monoblock.backends.pytorch.kernels.linear import plain
-from monoblock.native import prompts
+from monoblock.native.abi import ActivationCall, AttentionCall, NormCall, RopeCall, strides
 
 LIBRARY: Any = native.library()
 _DTYPES = (torch.float32, torch.bfloat16)
@@ -31,7 +31,8 @@ _DTYPES = (torch.float32, torch.bfloat16)
 def usable(*tensors: Tensor | None) -> bool:
     """Whether the kernels are there and fit these tensors: one dtype, on the CPU, no gradient or transform of
     functions to come, and no program that is exported to run where the kernels may be missing."""
-    if LIBRARY is None:
+    # A compiler that traces this function cannot ask for the number of threads.
+    if LIBRARY is None or not (torch.compiler.is_compiling() or native.preferred(torch.get_num_threads())):
         return False
     given = [x for x in tensors if x is not None]
     first = given[0].dtype
@@ -103,23 +104,23 @@ def attention(
     out = q.new_empty(b, queries, h, d)
     slopes = None if slopes is None else slopes.float().contiguous()
     valid, segments = (None if x is None else _dense(x) for x in (valid, segments))
-    given = prompts.Attention(
+    given = AttentionCall(
         **{name: x.data_ptr() for name, x in zip(("q", "k", "v", "out"), (q, k, v, out), strict=True)},
-        q_stride=prompts.strides(*q.stride()[:3]),
-        k_stride=prompts.strides(*k.stride()[:3]),
-        v_stride=prompts.strides(*v.stride()[:3]),
-        out_stride=prompts.strides(out.stride(0), out.stride(2), out.stride(1)),
-        slopes=_pointer(slopes),
+        q_strides=strides(*q.stride()[:3]),
+        k_strides=strides(*k.stride()[:3]),
+        v_strides=strides(*v.stride()[:3]),
+        out_strides=strides(out.stride(0), out.stride(2), out.stride(1)),
+        alibi_slopes=_pointer(slopes),
         valid=_pointer(valid),
         segments=_pointer(segments),
         valid_stride=0 if valid is None or valid.shape[0] == 1 else valid.stride(0),
         segments_stride=0 if segments is None or segments.shape[0] == 1 else segments.stride(0),
         batch=b,
         heads=h,
-        groups=k.shape[1],
+        kv_heads=k.shape[1],
         queries=queries,
         keys=k.shape[2],
-        dim=d,
+        head_dim=d,
         window=window,
         scale=scale,
         softcap=softcap,
@@ -148,7 +149,7 @@ def norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, rms: bool) 
     x, weight = x.contiguous(), weight.contiguous()
     bias = None if bias is None else bias.contiguous()
     out = torch.empty_like(x)
-    given = prompts.Norm(
+    given = NormCall(
         x=x.data_ptr(),
         weight=weight.data_ptr(),
         bias=_pointer(bias),
@@ -177,22 +178,22 @@ def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     x, cos, sin = _dense(x), cos.contiguous(), sin.contiguous()
     b, h, tokens, d = x.shape
     out = x.new_empty(b, tokens, h, d)
-    given = prompts.Turn(
+    given = RopeCall(
         x=x.data_ptr(),
         cos=cos.data_ptr(),
         sin=sin.data_ptr(),
         out=out.data_ptr(),
-        x_stride=prompts.strides(*x.stride()[:3]),
-        out_stride=prompts.strides(out.stride(0), out.stride(2), out.stride(1)),
-        angle_stride=prompts.strides(0 if cos.shape[0] == 1 else cos.stride(0), 0, cos.stride(2)),
+        x_strides=strides(*x.stride()[:3]),
+        out_strides=strides(out.stride(0), out.stride(2), out.stride(1)),
+        angle_strides=strides(0 if cos.shape[0] == 1 else cos.stride(0), 0, cos.stride(2)),
         batch=b,
         heads=h,
         tokens=tokens,
-        dim=d,
-        turned=cos.shape[-1],
+        head_dim=d,
+        rotary_dim=cos.shape[-1],
         **_common(x),
     )
-    LIBRARY.mb_turn(ctypes.byref(given))
+    LIBRARY.mb_rope(ctypes.byref(given))
     return out
 
 
@@ -211,7 +212,7 @@ def activate(x: Tensor, kind: int, gated: bool) -> Tensor:
     x = x.contiguous()
     out = x.new_empty(*x.shape[:-1], x.shape[-1] // (2 if gated else 1))
     width = out.shape[-1]
-    given = prompts.Activate(
+    given = ActivationCall(
         x=x.data_ptr(),
         out=out.data_ptr(),
         rows=out.numel() // width,

@@ -1,0 +1,86 @@
+"""Kernels that were built without OpenMP: PyTorch's own threads do what PyTorch has kernels for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import model
+
+from monoblock import native
+from monoblock.backends.pytorch.generation import native_decoder
+from monoblock.backends.pytorch.kernels import linear, native_ops
+from monoblock.backends.pytorch.quantization import formats
+from monoblock.native import build
+
+pytestmark = pytest.mark.skipif(build.compiler() is None, reason="no C++ compiler is installed")
+
+
+@pytest.fixture(scope="module")
+def serial(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, str | None, str]:
+    """The lowest level of the real sources, built without OpenMP; as `native.choose` gives it."""
+    folder: Path = tmp_path_factory.mktemp("serial")
+    path_of = build.path_of
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build, "levels", lambda: {"base": ()})
+        patch.setattr(build, "FLAGS", [flag.replace("-O3", "-O1") for flag in build.FLAGS])  # a quicker build
+        patch.setattr(build, "_openmp", lambda *_: ())
+        patch.setattr(build, "path_of", lambda level, folder=folder: path_of(level, folder))
+        assert build.build(folder).levels == ("base",)
+        return native.choose("base")
+
+
+@pytest.fixture
+def called(serial: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """That build in use; the names of its functions that were called."""
+    names: list[str] = []
+
+    class Watched:
+        def __getattr__(self, name: str) -> Any:
+            names.append(name)
+            return getattr(serial[0], name)
+
+    watched = (Watched(), *serial[1:])
+    monkeypatch.setattr(native, "_opened", lambda: watched)
+    monkeypatch.setattr(native_ops, "LIBRARY", watched[0])
+    before = torch.get_num_threads()
+    yield names
+    torch.set_num_threads(before)
+
+
+def test_it_says_so(serial: Any) -> None:
+    library, level, status = serial
+    assert level == "base" and not native.has_openmp(library)
+    assert status == "base; built without OpenMP, so it has one thread"
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("threads", [1, 2])
+def test_it_is_preferred_to_one_thread_of_pytorch_alone(threads: int, called: list[str]) -> None:
+    torch.set_num_threads(threads)
+    x, weight = torch.randn(1, 8, 128), torch.randn(16, 128)
+    module = model("MptForCausalLM")
+    linear.dense(x[:, :1], weight, None)
+    assert ("mb_linear" in called) == (threads == 1)
+    assert native_ops.usable(x) == (threads == 1)
+    reason = native_decoder.obstacle(module)
+    if threads == 1:
+        assert reason is None
+    else:
+        assert reason is not None and "PyTorch has 2 threads and the native kernels one" in reason
+    called.clear()
+    module(torch.arange(9)[None])
+    assert bool(called) == (threads == 1)
+
+
+@torch.inference_mode()
+def test_quantised_products_stay_with_it(called: list[str]) -> None:
+    """PyTorch would unpack the weights first."""
+    torch.set_num_threads(2)
+    weight = torch.randn(16, 128)
+    made = formats.pack(weight, 8, 64)
+    y = linear.packed_dense(torch.randn(1, 128), made.codes, made.scale, made.low, None, 8, 64, 128)
+    assert y.shape == (1, 16) and "mb_linear" in called
