@@ -4,7 +4,7 @@
 #include <stddef.h>
 
 #include "attention.hpp"
-#include "block.hpp"
+#include "decode_step.hpp"
 #include "matrix.hpp"
 
 namespace abi {
@@ -56,7 +56,8 @@ constexpr LayoutEntry LAYOUT[] = {
         FIELD(ModelWeights, kv_heads), FIELD(ModelWeights, head_dim), FIELD(ModelWeights, mlp_width),
         FIELD(ModelWeights, position_rows), FIELD(ModelWeights, position_offset), FIELD(ModelWeights, activation),
         FIELD(ModelWeights, gated), FIELD(ModelWeights, pre_norm), FIELD(ModelWeights, qk_norm_by_head),
-        FIELD(ModelWeights, bf16), FIELD(ModelWeights, rotary_dim), FIELD(ModelWeights, qkv_by_head), FIELD(ModelWeights, scale),
+        FIELD(ModelWeights, bf16), FIELD(ModelWeights, rotary_dim), FIELD(ModelWeights, qkv_by_head),
+        FIELD(ModelWeights, scale),
         FIELD(ModelWeights, clip), FIELD(ModelWeights, softcap), FIELD(ModelWeights, rotary_scale),
         FIELD(ModelWeights, logit_scale), FIELD(ModelWeights, logit_softcap),
     STRUCT(LayerCache), FIELD(LayerCache, keys), FIELD(LayerCache, values), FIELD(LayerCache, key_strides),

@@ -1,9 +1,9 @@
 // Attention of a prompt: softmax(scale * q.k + bias) v, over blocks of queries and keys with a running softmax.
 //
 // A task is some queries of all heads that share a key/value head. For one block of keys after the other it packs the
-// keys (turned, so that vectors run along keys) and the values once, and takes small tiles of queries through
-// scores -> weights -> sums while everything is in the processor's cache. Scores are in units of log2, so that the
-// softmax needs 2^x alone. A word is what one multiply-add takes from a lane: a float, or a pair of bfloat16.
+// keys (transposed, so that vectors run along keys) and the values once, and takes small tiles of queries through
+// scores -> weights -> sums while everything is in L2. Scores are in units of log2, so that the softmax needs 2^x alone.
+// A word is what one multiply-add takes from a lane: a float, or a pair of bfloat16.
 #pragma once
 
 #include <algorithm>
@@ -33,7 +33,7 @@ struct AttentionCall {
 constexpr int ROWS = 6, COLUMNS = LANES == 4 || LANES == 8 ? 2 : 4;  // one tile of sums, in registers; in vectors
 constexpr int PANEL = COLUMNS * LANES;                               // keys side by side in a packed panel
 constexpr int TILE = 24, KEYS = 256;                                 // queries and keys of one tile of scores
-constexpr float NOTHING = -INFINITY;
+constexpr float MASKED = -INFINITY;
 
 struct Plain {  // float32; also bfloat16 where the processor cannot multiply it
   static constexpr int PER_WORD = 1;
@@ -121,39 +121,40 @@ void pack_values(const T* from, int64_t stride, int keys, int dim, int padded, f
 
 // ---------------------------------------------------------------------------- scores to weights
 
-// One row of scores against keys; places are those of its query and of the row's first key in the text.
+// One row of scores; `position` and `first` are the positions of its query and of the row's first key in the sequence.
 struct Row {
   float* scores;
   int count;  // keys, a multiple of LANES
-  int64_t place, first;
-  int seen_from, seen_to;  // what causality, the window and the end of the text leave
+  int64_t position, first;
+  int unmasked_from, unmasked_to;  // what the causal mask, the window and the end of the sequence leave
 };
 
-inline void shape(const Row& row, const AttentionCall& a, float slope, const uint8_t* valid, const int32_t* segments) {
+inline void mask_scores(const Row& row, const AttentionCall& a, float slope, const uint8_t* valid,
+                        const int32_t* segments) {
   const float scale = (a.softcap ? 1.0f : a.scale) * LOG2E, ramp = slope * LOG2E;
   for (int c = 0; c < row.count; c += LANES) {
     Floats s = load<Floats>(row.scores + c);
     if (a.softcap) s = a.softcap * tanh(s * (a.scale / a.softcap));
-    const Floats away = float(row.first + c - row.place) + iota();
+    const Floats away = float(row.first + c - row.position) + iota();
     store(row.scores + c, s * scale + away * ramp);
   }
-  for (int c = 0; c < row.seen_from; ++c) row.scores[c] = NOTHING;
-  for (int c = row.seen_to; c < row.count; ++c) row.scores[c] = NOTHING;
-  for (int c = row.seen_from; valid && c < row.seen_to; ++c)
-    if (!valid[row.first + c]) row.scores[c] = NOTHING;
-  for (int c = row.seen_from; segments && c < row.seen_to; ++c)
-    if (segments[row.first + c] != segments[row.place]) row.scores[c] = NOTHING;
+  for (int c = 0; c < row.unmasked_from; ++c) row.scores[c] = MASKED;
+  for (int c = row.unmasked_to; c < row.count; ++c) row.scores[c] = MASKED;
+  for (int c = row.unmasked_from; valid && c < row.unmasked_to; ++c)
+    if (!valid[row.first + c]) row.scores[c] = MASKED;
+  for (int c = row.unmasked_from; segments && c < row.unmasked_to; ++c)
+    if (segments[row.first + c] != segments[row.position]) row.scores[c] = MASKED;
 }
 
 // Scores become weights relative to the largest score so far; returns the factor for everything summed before. NaN
 // does not count as the largest, but its weight is NaN.
 template <class Dot>
-float weigh(const Row& row, float& most, float& total) {
-  Floats highest = all(NOTHING);
+float exponentiate(const Row& row, float& most, float& total) {
+  Floats highest = all(MASKED);
   for (int c = 0; c < row.count; c += LANES) highest = matrices::largest(load<Floats>(row.scores + c), highest);
   const float now = std::max(most, matrices::largest(highest));
-  float beside = 0.0f, factor = 1.0f;  // while there is nothing but NOTHING, which weighs 0 beside any number
-  if (now != NOTHING) beside = now, factor = exp2(all(most - now))[0];
+  float beside = 0.0f, factor = 1.0f;  // while all keys are masked, whose weight is 0 beside any number
+  if (now != MASKED) beside = now, factor = exp2(all(most - now))[0];
   Floats sums{};
   for (int c = 0; c < row.count; c += LANES) {
     const Floats weight = exp2(load<Floats>(row.scores + c) - beside);
@@ -195,7 +196,7 @@ class Task {
                      int(a.head_dim), words, queries.data() + h * rows * words);
     mean.clear();
     std::fill(sums.begin(), sums.end(), 0.0f);
-    std::fill(most.begin(), most.end(), NOTHING);
+    std::fill(most.begin(), most.end(), MASKED);
     std::fill(total.begin(), total.end(), 0.0f);
     const int64_t last = a.causal ? past + end : a.keys;
     int64_t first = a.window ? std::max<int64_t>(0, past + begin - a.window + 1) : 0;
@@ -207,7 +208,7 @@ class Task {
                        values.data());
       for (int64_t h = 0; h < shared; ++h)
         for (int64_t q = begin; q < end; q += TILE)
-          take(b, g * shared + h, h * rows + q - begin, q, int(std::min<int64_t>(TILE, end - q)), first, count);
+          attend_tile(b, g * shared + h, h * rows + q - begin, q, int(std::min<int64_t>(TILE, end - q)), first, count);
     }
     for (int64_t h = 0; h < shared; ++h)
       for (int64_t q = begin; q < end; ++q) finish(b, g, g * shared + h, q, h * rows + q - begin);
@@ -220,11 +221,11 @@ class Task {
   }
 
   // A tile of queries (their packed rows begin at `row`) against the packed keys [first, first + count).
-  void take(int64_t b, int64_t head, int64_t row, int64_t q, int queries_here, int64_t first, int count) {
-    const int64_t place = a.keys - a.queries + q;
+  void attend_tile(int64_t b, int64_t head, int64_t row, int64_t q, int queries_here, int64_t first, int count) {
+    const int64_t position = a.keys - a.queries + q;
     int from = 0, to = count;
-    if (a.causal) to = int(std::min<int64_t>(to, place + queries_here - first));
-    if (a.window) from = int(std::max<int64_t>(0, place - a.window + 1 - first));
+    if (a.causal) to = int(std::min<int64_t>(to, position + queries_here - first));
+    if (a.window) from = int(std::max<int64_t>(0, position - a.window + 1 - first));
     if (from >= to) return;
     from = from / PANEL * PANEL;
     const int width = int(round_up(to - from, LANES)), used = int(round_up(queries_here, ROWS));
@@ -234,15 +235,16 @@ class Task {
         tiles<Dot>(queries.data() + (row + r) * words, words, keys.data() + c * words, PANEL, words,
                    scores.data() + r * KEYS + c - from, KEYS, std::min(COLUMNS, (width - (c - from)) / LANES), nullptr);
     for (int r = 0; r < used; ++r) {
-      const int64_t mine = place + std::min(r, queries_here - 1);
+      const int64_t mine = position + std::min(r, queries_here - 1);
       Row line{scores.data() + r * KEYS, width, mine, first + from, 0, to - from};
-      if (a.causal) line.seen_to = int(std::min<int64_t>(line.seen_to, mine + 1 - line.first));
-      if (a.window) line.seen_from = int(std::max<int64_t>(0, mine - a.window + 1 - line.first));
-      line.seen_to = std::max(line.seen_to, 0);
-      line.seen_from = std::min(line.seen_from, line.seen_to);
-      shape(line, a, a.alibi_slopes ? a.alibi_slopes[head] : 0.0f, a.valid ? a.valid + b * a.valid_stride : nullptr,
-            a.segments ? a.segments + b * a.segments_stride : nullptr);
-      factors[r] = weigh<Dot>(line, most[row + r], total[row + r]);
+      if (a.causal) line.unmasked_to = int(std::min<int64_t>(line.unmasked_to, mine + 1 - line.first));
+      if (a.window) line.unmasked_from = int(std::max<int64_t>(0, mine - a.window + 1 - line.first));
+      line.unmasked_to = std::max(line.unmasked_to, 0);
+      line.unmasked_from = std::min(line.unmasked_from, line.unmasked_to);
+      mask_scores(line, a, a.alibi_slopes ? a.alibi_slopes[head] : 0.0f,
+                  a.valid ? a.valid + b * a.valid_stride : nullptr,
+                  a.segments ? a.segments + b * a.segments_stride : nullptr);
+      factors[r] = exponentiate<Dot>(line, most[row + r], total[row + r]);
     }
     for (int r = 0; r < used; r += ROWS)
       tiles<Dot>(scores.data() + r * KEYS, KEYS, values.data() + from / Dot::PER_WORD * padded, padded,
@@ -250,13 +252,13 @@ class Task {
                  padded / LANES, factors + r);
   }
 
-  // A query that saw nothing gets the mean of all values, as from equal scores.
+  // A fully masked query gets the mean of all values, as from equal scores.
   void finish(int64_t b, int64_t g, int64_t head, int64_t q, int64_t row) {
     T* out = at<T>(a.out, a.out_strides, b, head, q);
-    const bool blind = total[row] == 0.0f;
-    if (blind && mean.empty()) find_mean(b, g);
-    const float* of = blind ? mean.data() : sums.data() + row * padded;
-    const float all = blind ? float(a.keys) : total[row];
+    const bool fully_masked = total[row] == 0.0f;
+    if (fully_masked && mean.empty()) find_mean(b, g);
+    const float* of = fully_masked ? mean.data() : sums.data() + row * padded;
+    const float all = fully_masked ? float(a.keys) : total[row];
     for (int64_t c = 0; c < a.head_dim; ++c) write1(out + c, of[c] / all);
   }
 
@@ -275,7 +277,7 @@ class Task {
 };
 
 template <class Dot, class T>
-void by_tasks(const AttentionCall& a) {
+void run_tasks(const AttentionCall& a) {
   const int64_t shared = a.heads / a.kv_heads, pairs = a.batch * a.kv_heads;
   // About 384 packed rows share the packing of a block of keys, fewer where that would leave a thread without work.
   int64_t block = std::max<int64_t>(TILE, 384 / shared / TILE * TILE);
@@ -284,7 +286,7 @@ void by_tasks(const AttentionCall& a) {
 #pragma omp parallel num_threads(a.threads)
   {
     Task<Dot, T> task(a, block);
-    // The last queries have the most keys: they begin, so that no thread ends with a long task.
+    // The last queries have the most keys: they come first, so that no thread ends with a long task.
 #pragma omp for schedule(dynamic, 1)
     for (int64_t i = 0; i < pairs * blocks; ++i) {
       const int64_t begin = (blocks - 1 - i / pairs) * block, pair = i % pairs;
@@ -294,7 +296,7 @@ void by_tasks(const AttentionCall& a) {
 }
 
 inline int attention(const AttentionCall& a) {
-  a.bf16 ? by_tasks<Pairs, uint16_t>(a) : by_tasks<Plain, float>(a);
+  a.bf16 ? run_tasks<Pairs, uint16_t>(a) : run_tasks<Plain, float>(a);
   return 0;
 }
 

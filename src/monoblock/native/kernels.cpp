@@ -7,7 +7,7 @@
 #include "abi.hpp"
 #include "attention.hpp"
 #include "bandwidth.hpp"
-#include "block.hpp"
+#include "decode_step.hpp"
 #include "matrix.hpp"
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
@@ -77,7 +77,7 @@ EXPORT int mb_norm(const prompt::NormCall* a) { return prompt::norm(*a); }
 EXPORT int mb_rope(const prompt::RopeCall* a) { return prompt::rope(*a); }
 EXPORT int mb_activate(const prompt::ActivationCall* a) { return prompt::activate(*a); }
 
-// Some new tokens of a model with caches; see block.hpp.
+// Some new tokens of a model with caches; see decode_step.hpp.
 EXPORT int64_t mb_step(const decode::ModelWeights* model, const decode::DecodeStep* step) {
   return decode::step(*model, *step);
 }

@@ -11,7 +11,7 @@ namespace matrices {
 
 constexpr int AT_ONCE = 16;  // rows of inputs that are prepared together
 constexpr int STRIP = 512;   // outputs that a thread keeps as floats before it rounds them
-constexpr int TURN = 512;    // outputs that a thread takes at a time, and then asks for more; fewer for small matrices
+constexpr int CHUNK = 512;    // outputs that a thread takes at a time, and then asks for more; fewer for small matrices
 constexpr int64_t ALONE = 1 << 16;  // products that one thread has done before another would have woken up
 
 inline int thread_number() {
@@ -59,10 +59,10 @@ inline void outputs_of(const Matrix& m, const Prepared& p, int rows, void* y, in
 constexpr int64_t BATCH = 1024;  // rows of inputs that are quantised at once: it bounds the scratch
 
 // `linear` for packed weights and many rows.
-inline int linear_of_codes(const Matrix& m, const void* x, int32_t x_format, int64_t ldx, int64_t rows, void* y,
+inline int gemm_int8(const Matrix& m, const void* x, int32_t x_format, int64_t ldx, int64_t rows, void* y,
                            int32_t y_format, int64_t ldy, int threads) {
   const int64_t most = rows < BATCH ? rows : BATCH, inputs = round_up(prepared_bytes(m.inputs, most), 64);
-  const int64_t own = round_up(Turned::bytes(m) + m.inputs * 4, 64);  // for each thread
+  const int64_t own = round_up(PackedPanel::bytes(m) + m.inputs * 4, 64);  // for each thread
   char* scratch = (char*)scratch_of(inputs + threads * own);
   if (!scratch) return 1;
   Prepared p = prepared_in(scratch, m.inputs, most);
@@ -73,7 +73,7 @@ inline int linear_of_codes(const Matrix& m, const void* x, int32_t x_format, int
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
       char* mine = scratch + inputs + thread_number() * own;
-      const Turned turned(mine, m);
+      const PackedPanel packed(mine, m);
       float* wide = (float*)(mine + own - m.inputs * 4);
 #pragma omp for schedule(dynamic, 8)
       for (int64_t row = 0; row < count; ++row) {
@@ -83,7 +83,7 @@ inline int linear_of_codes(const Matrix& m, const void* x, int32_t x_format, int
       }
 #pragma omp for schedule(dynamic, 1)
       for (int64_t first = 0; first < m.outputs; first += PANEL)
-        panel_of(m, turned, first, p, count, to, y_format, ldy);
+        int8_panel(m, packed, first, p, count, to, y_format, ldy);
     }
   }
   return 0;
@@ -92,17 +92,17 @@ inline int linear_of_codes(const Matrix& m, const void* x, int32_t x_format, int
 
 #if defined(__AVX512VNNI__) && defined(__AVX512BF16__)
 // `linear` for bf16 weights and many rows of bf16 inputs.
-inline int linear_of_halves(const Matrix& m, const uint16_t* x, int64_t ldx, int64_t rows, void* y, int32_t y_format,
+inline int gemm_bf16(const Matrix& m, const uint16_t* x, int64_t ldx, int64_t rows, void* y, int32_t y_format,
                             int64_t ldy, int threads) {
-  char* scratch = (char*)scratch_of(threads * TurnedHalves::BYTES + 64);
+  char* scratch = (char*)scratch_of(threads * PackedBlock::BYTES + 64);
   if (!scratch) return 1;
   scratch = (char*)round_up((int64_t)scratch, 64);
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
-    const TurnedHalves turned(scratch + thread_number() * TurnedHalves::BYTES);
+    const PackedBlock packed(scratch + thread_number() * PackedBlock::BYTES);
 #pragma omp for schedule(dynamic, 1)
     for (int64_t first = 0; first < m.outputs; first += PANEL)
-      halves_panel(m, turned, first, first + threads * PANEL, x, ldx, rows, (char*)y, y_format, ldy);
+      bf16_panel(m, packed, first, first + threads * PANEL, x, ldx, rows, (char*)y, y_format, ldy);
   }
   return 0;
 }
@@ -115,11 +115,11 @@ inline int linear(const Matrix& m, const void* x, int32_t x_format, int64_t ldx,
   if (m.outputs * m.inputs * (rows < 4 ? 1 : rows / 4) < ALONE) threads = 1;
 #if defined(__AVX512VNNI__)
   if (rows > AT_ONCE && (m.format == INT8 || m.format == INT4))
-    return linear_of_codes(m, x, x_format, ldx, rows, y, y_format, ldy, threads);
+    return gemm_int8(m, x, x_format, ldx, rows, y, y_format, ldy, threads);
 #endif
 #if defined(__AVX512VNNI__) && defined(__AVX512BF16__)
   if (rows > AT_ONCE && (m.format == BF16 || m.format == LOSSLESS) && x_format == BF16 && m.inputs % 2 == 0)
-    return linear_of_halves(m, (const uint16_t*)x, ldx, rows, y, y_format, ldy, threads);
+    return gemm_bf16(m, (const uint16_t*)x, ldx, rows, y, y_format, ldy, threads);
 #endif
   int64_t need = prepared_bytes(m.inputs, AT_ONCE), floats = AT_ONCE * m.inputs * 4;
   char* scratch = (char*)scratch_of(need + floats);
@@ -135,11 +135,11 @@ inline int linear(const Matrix& m, const void* x, int32_t x_format, int64_t ldx,
       prepare(m, (const float*)x + row * ldx, ldx, count, p);
     }
     void* to = (char*)y + row * ldy * (y_format == BF16 ? 2 : 4);
-    const int64_t each = m.outputs < 8 * threads * TURN ? round_up(m.outputs / (8 * threads) + 1, 16) : TURN;
-    const int64_t turns = (m.outputs + each - 1) / each;
+    const int64_t each = m.outputs < 8 * threads * CHUNK ? round_up(m.outputs / (8 * threads) + 1, 16) : CHUNK;
+    const int64_t chunks = (m.outputs + each - 1) / each;
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1)
-    for (int64_t turn = 0; turn < turns; ++turn) {
-      const int64_t first = turn * each, last = first + each < m.outputs ? first + each : m.outputs;
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+      const int64_t first = chunk * each, last = first + each < m.outputs ? first + each : m.outputs;
       outputs_of(m, p, count, to, y_format, ldy, first, last);
     }
   }

@@ -117,8 +117,8 @@ inline void multiply(const Matrix& m, const Prepared& x, int rows, float* y, int
 
 }  // namespace matrices
 
-#include "codes.hpp"
-#include "halves.hpp"
+#include "gemm_int8.hpp"
+#include "gemm_bf16.hpp"
 #include "linear.hpp"
 
 using matrices::Matrix;

@@ -109,7 +109,8 @@ inline int norm(const NormCall& n) {
 // ---------------------------------------------------------------------------- rotary positions
 
 // Strides (batch, head, token) in elements; cos and sin are (batch or 1, token, rotary_dim), the first stride 0 for 1.
-// The first `rotary_dim` channels are rotated in pairs (i, i + rotary_dim / 2), (a, b) -> (a cos - b sin, b cos + a sin); the others are copied.
+// The first `rotary_dim` channels are rotated in pairs (a, b) of channels i and i + rotary_dim / 2, to
+// (a cos - b sin, b cos + a sin); the others are copied.
 struct RopeCall {
   const void *x, *cos, *sin;
   void* out;

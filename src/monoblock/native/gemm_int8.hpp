@@ -1,8 +1,9 @@
-// Packed weights with many rows of inputs, by whole-number products. Part of matrix.hpp.
+// Products of 8- and 4-bit weights with many rows of inputs, by integer (VNNI) dot products. Part of matrix.hpp.
 //
-// A thread takes 64 rows of weights and turns them once, so that a vector holds four neighbouring codes of 16 rows. It
-// then meets them with six rows of inputs at a time, of which four neighbouring numbers go to all lanes: the sums of a
-// group stay whole numbers in registers, no lanes are ever added up, and each group is scaled once for 16 outputs.
+// A thread packs a panel of 64 rows of weights once, so that a vector holds four neighbouring codes of 16 rows. It then
+// multiplies the panel by six rows of inputs at a time, of which four neighbouring numbers are broadcast to all lanes:
+// the sums of a group stay integers in registers, no lanes are ever added up, and each group is scaled once for 16
+// outputs.
 #pragma once
 
 #if defined(__AVX512VNNI__)
@@ -10,12 +11,12 @@
 namespace matrices {
 
 constexpr int SIDE = 16;    // rows of weights in a vector
-constexpr int PANEL = 64;   // rows of weights that are turned at once
-constexpr int PAIR = 2;     // vectors of them that meet the inputs together
-constexpr int TOKENS = 6;   // rows of inputs: TOKENS * PAIR sums in whole numbers and as many floats fit the registers
+constexpr int PANEL = 64;   // rows of weights that are packed at once
+constexpr int PAIR = 2;     // vectors of them that the inputs are multiplied by together
+constexpr int TOKENS = 6;   // rows of inputs: TOKENS * PAIR integer sums and as many floats fit the registers
 
-// Panel rows in turned order: codes (PANEL / 32, padded / 4, 2, SIDE, 4); scale and low (groups, PANEL).
-struct Turned {
+// A packed panel: codes (PANEL / 32, padded / 4, 2, SIDE, 4); scale and low (groups, PANEL).
+struct PackedPanel {
   uint8_t* codes;
   float *scale, *low;
 
@@ -24,7 +25,7 @@ struct Turned {
     return PANEL * (padded + padded / m.group * 8) + 64;
   }
 
-  Turned(void* scratch, const Matrix& m) {
+  PackedPanel(void* scratch, const Matrix& m) {
     const int64_t padded = round_up(m.inputs, RUN);
     codes = (uint8_t*)round_up((int64_t)scratch, 64);
     scale = (float*)(codes + PANEL * padded);
@@ -32,8 +33,8 @@ struct Turned {
   }
 };
 
-// 16 x 16 words, turned: the halves that lie crosswise change places, then those of each half, and so on.
-INLINE void turn(Words (&v)[SIDE]) {
+// In-register transpose of 16 x 16 words: off-diagonal blocks are exchanged, of 8 x 8 words, then 4 x 4, and so on.
+INLINE void transpose(Words (&v)[SIDE]) {
   typedef Words W;
 #define CROSS(D, LOW, HIGH)                                              \
   UNROLL for (int i = 0; i < SIDE; ++i) if (!(i & D)) {                  \
@@ -54,8 +55,8 @@ INLINE void turn(Words (&v)[SIDE]) {
 #undef LIST
 }
 
-// Turns the rows [first, first + PANEL) of the matrix; rows beyond its end are the last one again.
-inline void turn_panel(const Matrix& m, int64_t first, const Turned& to) {
+// Packs the rows [first, first + PANEL) of the matrix; rows beyond its end are the last one again.
+inline void pack_panel(const Matrix& m, int64_t first, const PackedPanel& to) {
   const int64_t padded = round_up(m.inputs, RUN), groups = padded / m.group;
   const int64_t bytes = row_bytes(m);
   const uint8_t* rows[PANEL];
@@ -78,20 +79,21 @@ inline void turn_panel(const Matrix& m, int64_t first, const Turned& to) {
         else  // of each run of 128, the low halves of the bytes are the first 64 codes
           v[r] = load<Words>(row + k / RUN * 64) >> (k % RUN ? 4 : 0) & 0x0f0f0f0fu;
       }
-      turn(v);
+      transpose(v);
       uint8_t* at = to.codes + ((side / PAIR * padded / 4 + k / 4) * PAIR + side % PAIR) * 64;
       UNROLL for (int i = 0; i < SIDE; ++i) store(at + i * PAIR * 64, v[i]);
     }
 }
 
-// T rows of inputs with 32 rows of weights.
+// T rows of inputs times 32 rows of weights.
 template <int T, int GROUP>
-inline void meet(const Turned& w, int part, const Prepared& p, int64_t row, Floats (&sums)[T][PAIR]) {
+inline void multiply_half_panel(const PackedPanel& w, int part, const Prepared& p, int64_t row,
+                                Floats (&sums)[T][PAIR]) {
   const int64_t groups = p.padded / GROUP;
   const uint8_t* codes = w.codes + part * PAIR * SIDE * p.padded;
   const int8_t* q = p.q + row * p.padded;
   for (int64_t g = 0; g < groups; ++g) {
-    __m512i whole[T][PAIR] = {};
+    __m512i dot[T][PAIR] = {};
     UNROLL for (int k = 0; k < GROUP; k += 4, codes += PAIR * 64, q += 4) {
       __m512i four[PAIR];
       UNROLL for (int i = 0; i < PAIR; ++i) four[i] = _mm512_loadu_si512(codes + i * 64);
@@ -99,7 +101,7 @@ inline void meet(const Turned& w, int part, const Prepared& p, int64_t row, Floa
         int32_t same;
         memcpy(&same, q + t * p.padded, 4);
         const __m512i x = _mm512_set1_epi32(same);
-        UNROLL for (int i = 0; i < PAIR; ++i) whole[t][i] = _mm512_dpbusd_epi32(whole[t][i], four[i], x);
+        UNROLL for (int i = 0; i < PAIR; ++i) dot[t][i] = _mm512_dpbusd_epi32(dot[t][i], four[i], x);
       }
     }
     UNROLL for (int i = 0; i < PAIR; ++i) {
@@ -107,7 +109,7 @@ inline void meet(const Turned& w, int part, const Prepared& p, int64_t row, Floa
       const Floats scale = load<Floats>(w.scale + at), low = load<Floats>(w.low + at);
       UNROLL for (int t = 0; t < T; ++t) {
         const int64_t own = (row + t) * p.blocks + g;
-        sums[t][i] += __builtin_convertvector((Ints)whole[t][i], Floats) * (scale * p.q_scale[own]);
+        sums[t][i] += __builtin_convertvector((Ints)dot[t][i], Floats) * (scale * p.q_scale[own]);
         sums[t][i] += low * p.q_sum[own];
       }
     }
@@ -115,13 +117,14 @@ inline void meet(const Turned& w, int part, const Prepared& p, int64_t row, Floa
 }
 
 template <int T>
-inline void meet_all(const Matrix& m, const Turned& w, int64_t first, const Prepared& p, int64_t row, char* y,
+inline void multiply_panel(const Matrix& m, const PackedPanel& w, int64_t first, const Prepared& p, int64_t row, char* y,
                      int32_t y_format, int64_t ldy) {
   for (int part = 0; part < PANEL / SIDE / PAIR; ++part) {
     const int64_t start = first + part * PAIR * SIDE;
     if (start >= m.outputs) return;
     Floats sums[T][PAIR] = {};
-    m.group == RUN ? meet<T, RUN>(w, part, p, row, sums) : meet<T, RUN / 2>(w, part, p, row, sums);
+    m.group == RUN ? multiply_half_panel<T, RUN>(w, part, p, row, sums)
+                   : multiply_half_panel<T, RUN / 2>(w, part, p, row, sums);
     for (int i = 0; i < PAIR; ++i) {
       const int64_t output = start + i * SIDE, left = m.outputs - output;
       if (left <= 0) break;
@@ -142,18 +145,18 @@ inline void meet_all(const Matrix& m, const Turned& w, int64_t first, const Prep
 }
 
 // Outputs [first, first + PANEL) of all rows.
-inline void panel_of(const Matrix& m, const Turned& w, int64_t first, const Prepared& p, int64_t rows, void* y,
+inline void int8_panel(const Matrix& m, const PackedPanel& w, int64_t first, const Prepared& p, int64_t rows, void* y,
                      int32_t y_format, int64_t ldy) {
-  turn_panel(m, first, w);
+  pack_panel(m, first, w);
   int64_t row = 0;
   char* to = (char*)y;
-  for (; row + TOKENS <= rows; row += TOKENS) meet_all<TOKENS>(m, w, first, p, row, to, y_format, ldy);
+  for (; row + TOKENS <= rows; row += TOKENS) multiply_panel<TOKENS>(m, w, first, p, row, to, y_format, ldy);
   switch (rows - row) {
-    case 5: return meet_all<5>(m, w, first, p, row, to, y_format, ldy);
-    case 4: return meet_all<4>(m, w, first, p, row, to, y_format, ldy);
-    case 3: return meet_all<3>(m, w, first, p, row, to, y_format, ldy);
-    case 2: return meet_all<2>(m, w, first, p, row, to, y_format, ldy);
-    case 1: return meet_all<1>(m, w, first, p, row, to, y_format, ldy);
+    case 5: return multiply_panel<5>(m, w, first, p, row, to, y_format, ldy);
+    case 4: return multiply_panel<4>(m, w, first, p, row, to, y_format, ldy);
+    case 3: return multiply_panel<3>(m, w, first, p, row, to, y_format, ldy);
+    case 2: return multiply_panel<2>(m, w, first, p, row, to, y_format, ldy);
+    case 1: return multiply_panel<1>(m, w, first, p, row, to, y_format, ldy);
   }
 }
 

@@ -1,23 +1,24 @@
 // A whole step of a transformer: a few new tokens through embedding, blocks and head, over caches of keys and values.
 // What the model is like is data; activations are floats from the embedding to the logits.
 //
-// One parallel region runs the step. Its phases are loops whose turns are dealt out to the threads, which wait for each
-// other after each: qkv | turn and cache | attend | out + residual | up with activation | down + residual. What all threads
-// need and is quickly made (norms of a few rows, inputs in the weights' format) each makes for itself, in its own memory.
+// One parallel region runs the step. Its phases are dynamic parallel loops, each with a barrier: qkv | RoPE and cache |
+// attention | out + residual | up with activation | down + residual. What all threads need and is quickly computed (norms
+// of a few rows, inputs in the weights' format) each computes for itself, in its own memory.
 #pragma once
 
 #include <algorithm>
 
-#include "cached.hpp"
+#include "kv_cache.hpp"
 #include "model.hpp"
-#include "team.hpp"
+#include "thread_team.hpp"
 
 namespace decode {
 
-constexpr int PARTS = 16;  // stretches that one row's keys may be divided into
-// Turns of a thread at a matrix: few, since each begins anew in the memory; who has none left asks for what comes next.
-constexpr int TURNS = 2;
-constexpr int64_t NEXT = 256 << 10;  // bytes of it at most, which must stay in a near cache until they are read
+constexpr int MOST_CHUNKS = 16;  // chunks that one row's keys may be divided into
+// Chunks of a matrix for each thread: few, since each is a new stream to the hardware prefetcher. A thread without any
+// left prefetches the next matrix.
+constexpr int CHUNKS = 2;
+constexpr int64_t NEXT = 256 << 10;  // bytes prefetched at most, which must stay in L2 until they are read
 
 class Run {
  public:
@@ -27,65 +28,68 @@ class Run {
     head_stride = m.qkv_by_head ? 3 * m.head_dim : m.head_dim;
     k_start = m.qkv_by_head ? m.head_dim : m.heads * m.head_dim;
     v_start = m.qkv_by_head ? 2 * m.head_dim : (m.heads + m.kv_heads) * m.head_dim;
-    h_step = apart(m.width), wide_step = apart(m.heads * m.head_dim);
+    h_stride = apart(m.width), wide_stride = apart(m.heads * m.head_dim);
     qkv = arena.take<float>(count * qkv_size);
     x = arena.take<float>(count * m.width);
     y = arena.take<float>(count * m.width);
-    inner = arena.take<float>(count * (inner_step = apart(m.mlp_width * (m.gated ? 2 : 1))));
+    inner = arena.take<float>(count * (inner_stride = apart(m.mlp_width * (m.gated ? 2 : 1))));
     cos = arena.take<float>(count * m.rotary_dim);
-    divide();
-    parts = arena.take<float>(s.rows * m.kv_heads * stretches * part_size);
+    divide_keys();
+    parts = arena.take<float>(s.rows * m.kv_heads * key_chunks * part_size);
     mine = arena.take<char>(s.threads * own_bytes());
   }
 
-  Team team;
+  ThreadTeam team;
 
-  // Whether the tables have all tokens and positions.
-  bool inside() const {
+  // Whether all tokens and positions are rows of their tables.
+  bool in_range() const {
     for (int64_t t = 0; t < count; ++t) {
       if (s.ids[t] < 0 || s.ids[t] >= m.embed.outputs) return false;
       if (s.type_ids && (s.type_ids[t] < 0 || s.type_ids[t] >= m.embed.outputs)) return false;
-      if (m.position_table && (place_of(t) < 0 || place_of(t) >= m.position_rows)) return false;
+      if (m.position_table && (position_of(t) < 0 || position_of(t) >= m.position_rows)) return false;
     }
     return true;
   }
 
-  // One thread's way through the step; all threads of the region take it together.
-  void go(int thread) {
+  // One thread's share of the step; all threads of the region call it together.
+  void run(int thread) {
     Arena arena(mine + thread * own_bytes());
     Own own(*this, thread, arena);
-    own.soon = beginning(entry(0), thread);
-    begin(own);
+    own.soon = first_weights(entry(0), thread);
+    embed(own);
     const NormWeights none = {};
     for (int64_t i = 0; i < m.layers; ++i) {
       const LayerWeights& layer = m.blocks[i];
-      enter(m.pre_norm ? layer.norm1 : i ? m.blocks[i - 1].norm2 : none, own);
-      own.soon = beginning(layer.out, thread);
-      linear(layer.qkv, own.h, h_step, qkv, qkv_size, own);
+      norm_input(m.pre_norm ? layer.norm1 : i ? m.blocks[i - 1].norm2 : none, own);
+      own.soon = first_weights(layer.out, thread);
+      linear(layer.qkv, own.h, h_stride, qkv, qkv_size, own);
       finish_qkv(layer, s.caches[i], own);
-      s.cache_bf16 ? look<uint16_t>(layer, s.caches[i], own) : look<float>(layer, s.caches[i], own);
-      gather(own);
-      own.soon = beginning(layer.up, thread, m.gated ? 2 : 1);
-      residual(layer.out, own.wide, wide_step, own);
-      enter(m.pre_norm ? layer.norm2 : layer.norm1, own);
-      own.soon = beginning(layer.down, thread);
-      m.gated ? gate(layer.up, own) : raise(layer.up, own);
-      own.soon = beginning(entry(i + 1), thread);
-      residual(layer.down, inner, inner_step, own);
+      s.cache_bf16 ? attend<uint16_t>(layer, s.caches[i], own) : attend<float>(layer, s.caches[i], own);
+      gather_heads(own);
+      own.soon = first_weights(layer.up, thread, m.gated ? 2 : 1);
+      residual(layer.out, own.wide, wide_stride, own);
+      norm_input(m.pre_norm ? layer.norm2 : layer.norm1, own);
+      own.soon = first_weights(layer.down, thread);
+      m.gated ? mlp_gated_up(layer.up, own) : mlp_up(layer.up, own);
+      own.soon = first_weights(entry(i + 1), thread);
+      residual(layer.down, inner, inner_stride, own);
     }
-    enter(m.pre_norm ? none : m.blocks[m.layers - 1].norm2, own);
-    for (int64_t t = 0; t < count; ++t) normed(m.final_norm, m.bf16, own.h + t * h_step, m.width, own.h + t * h_step);
+    norm_input(m.pre_norm ? none : m.blocks[m.layers - 1].norm2, own);
+    for (int64_t t = 0; t < count; ++t) {
+      float* h = own.h + t * h_stride;
+      normed(m.final_norm, m.bf16, h, m.width, h);
+    }
     own.soon = Soon();
     logits(own);
   }
 
  private:
-  // One thread's own memory: the state that enters a sub-layer, what a matrix reads, and attention's blocks.
+  // One thread's own memory: the input of a sub-layer, the inputs of a matrix, and attention's blocks.
   struct Own {
     Own(const Run& run, int number, Arena& arena) : thread(number) {
       const ModelWeights& m = run.m;
-      h = arena.take<float>(run.count * run.h_step);
-      wide = arena.take<float>(run.count * run.wide_step);
+      h = arena.take<float>(run.count * run.h_stride);
+      wide = arena.take<float>(run.count * run.wide_stride);
       const int64_t queries = run.queries();
       query = arena.take<float>(queries * run.padded());
       scores = arena.take<float>(queries * KEYS);
@@ -109,28 +113,28 @@ class Run {
   int64_t queries() const { return s.tokens * (m.heads / m.kv_heads); }
 
   // Rows and heads alone may leave threads without work, or with unequal work: then the keys are divided too.
-  void divide() {
+  void divide_keys() {
     const int64_t tasks = s.rows * m.kv_heads, keys = s.past + s.tokens;
-    stretches = 1;
+    key_chunks = 1;
     if (tasks % s.threads && tasks < 4 * s.threads)
-      stretches = std::min<int64_t>({PARTS, (4 * s.threads + tasks - 1) / tasks, 1 + keys / (2 * KEYS)});
+      key_chunks = std::min<int64_t>({MOST_CHUNKS, (4 * s.threads + tasks - 1) / tasks, 1 + keys / (2 * KEYS)});
     part_size = queries() * (2 + padded());
   }
 
-  // A phase: its turns, and whoever has done them asks for what comes soon.
+  // A phase: `work` for 0 .. count - 1. Threads at the barrier prefetch the weights of the next phase.
   template <class F>
-  void share(Own& own, int64_t turns, F work) {
-    team.share(own.thread, turns, work, [&] { return own.soon.ask(); });
+  void phase(Own& own, int64_t n, F work) {
+    team.parallel_for(own.thread, n, work, [&] { return own.soon.ask(); });
   }
 
-  // Embedded tokens, and the angles by which their heads turn.
-  void begin(Own& own) {
-    share(own, count, [&](int64_t t) {
+  // Embedded tokens, and RoPE's cosines and sines.
+  void embed(Own& own) {
+    phase(own, count, [&](int64_t t) {
       float* to = x + t * m.width;
       memset(to, 0, m.width * sizeof(float));
       add_row(m.embed, s.ids[t], to);
       if (s.type_ids) add_row(m.embed, s.type_ids[t], to);
-      const int64_t position = place_of(t);
+      const int64_t position = position_of(t);
       if (m.position_table)
         typed(m.bf16, m.position_table, [&](auto* table) {
           for (int64_t i = 0; i < m.width; ++i) to[i] += read1(table + position * m.width + i);
@@ -145,7 +149,7 @@ class Run {
   }
 
   // The position of a token: as given, or how many tokens came before it that are no padding.
-  int64_t place_of(int64_t t) const {
+  int64_t position_of(int64_t t) const {
     const int64_t row = t / s.tokens, token = t % s.tokens;
     if (s.positions) return s.positions[row * s.position_stride + token];
     int64_t before = s.past + token;
@@ -158,63 +162,65 @@ class Run {
     return before + m.position_offset;
   }
 
-  // The state that the next sub-layer takes.
-  void enter(const NormWeights& norm, Own& own) {
-    for (int64_t t = 0; t < count; ++t) normed(norm, m.bf16, x + t * m.width, m.width, own.h + t * h_step);
+  // The input of the next sub-layer.
+  void norm_input(const NormWeights& norm, Own& own) {
+    for (int64_t t = 0; t < count; ++t) normed(norm, m.bf16, x + t * m.width, m.width, own.h + t * h_stride);
   }
 
-  int64_t chunk_of(int64_t outputs) const { return round_up(outputs / (TURNS * s.threads) + 1, 16); }
+  int64_t chunk_of(int64_t outputs) const { return round_up(outputs / (CHUNKS * s.threads) + 1, 16); }
 
   // Calls `work` for 0 .. outputs by chunks.
   template <class F>
-  void divided(int64_t outputs, Own& own, F work) {
+  void for_outputs(int64_t outputs, Own& own, F work) {
     const int64_t chunk = chunk_of(outputs);
-    share(own, (outputs + chunk - 1) / chunk, [&](int64_t i) { work(i * chunk, std::min((i + 1) * chunk, outputs)); });
+    phase(own, (outputs + chunk - 1) / chunk, [&](int64_t i) { work(i * chunk, std::min((i + 1) * chunk, outputs)); });
   }
 
   // The matrix that a layer begins with, or the head.
   const Matrix& entry(int64_t layer) const { return layer < m.layers ? m.blocks[layer].qkv : m.head; }
 
-  // What a thread reads first of W when its outputs are divided; of several matrices in one, of the first.
-  Soon beginning(const Matrix& w, int thread, int parts = 1) const {
+  // The weights that a thread reads first when the outputs of W are divided; of several matrices in one, of the first.
+  Soon first_weights(const Matrix& w, int thread, int parts = 1) const {
     const int64_t outputs = w.outputs / parts;
     const int64_t chunk = chunk_of(outputs), first = std::min(thread * chunk, outputs);
     const int streams = streams_of(w.format, count > MOST_OF_FEW);
     return Soon(w, first, std::min(first + chunk, outputs), streams, NEXT / streams);
   }
 
-  void linear(const Matrix& w, const float* from, int64_t step, float* to, int64_t to_step, Own& own) {
+  void linear(const Matrix& w, const float* from, int64_t step, float* to, int64_t to_stride, Own& own) {
     prepare(w, from, step, count, own.prepared);
-    divided(w.outputs, own, [&](int64_t first, int64_t last) { multiply(w, own.prepared, count, to, to_step, first, last); });
+    for_outputs(w.outputs, own, [&](int64_t first, int64_t last) {
+      multiply(w, own.prepared, count, to, to_stride, first, last);
+    });
   }
 
   // x = state before the sub-layer + its output.
   void residual(const Matrix& w, const float* from, int64_t step, Own& own) {
     prepare(w, from, step, count, own.prepared);
     const float* before = m.pre_norm ? x : own.h;
-    const int64_t before_step = m.pre_norm ? m.width : h_step;
-    divided(m.width, own, [&](int64_t first, int64_t last) {
+    const int64_t before_stride = m.pre_norm ? m.width : h_stride;
+    for_outputs(m.width, own, [&](int64_t first, int64_t last) {
       multiply(w, own.prepared, count, y, m.width, first, last);
       for (int64_t t = 0; t < count; ++t)
-        for (int64_t i = first; i < last; ++i) x[t * m.width + i] = before[t * before_step + i] + y[t * m.width + i];
+        for (int64_t i = first; i < last; ++i) x[t * m.width + i] = before[t * before_stride + i] + y[t * m.width + i];
     });
   }
 
-  void raise(const Matrix& w, Own& own) {
-    prepare(w, own.h, h_step, count, own.prepared);
-    divided(m.mlp_width, own, [&](int64_t first, int64_t last) {
-      multiply(w, own.prepared, count, inner, inner_step, first, last);
-      for (int64_t t = 0; t < count; ++t) activate(m.activation, inner + t * inner_step + first, last - first);
+  void mlp_up(const Matrix& w, Own& own) {
+    prepare(w, own.h, h_stride, count, own.prepared);
+    for_outputs(m.mlp_width, own, [&](int64_t first, int64_t last) {
+      multiply(w, own.prepared, count, inner, inner_stride, first, last);
+      for (int64_t t = 0; t < count; ++t) activate(m.activation, inner + t * inner_stride + first, last - first);
     });
   }
 
-  void gate(const Matrix& w, Own& own) {
-    prepare(w, own.h, h_step, count, own.prepared);
-    divided(m.mlp_width, own, [&](int64_t first, int64_t last) {
-      multiply(w, own.prepared, count, inner, inner_step, first, last);
-      multiply(w, own.prepared, count, inner, inner_step, m.mlp_width + first, m.mlp_width + last);
+  void mlp_gated_up(const Matrix& w, Own& own) {
+    prepare(w, own.h, h_stride, count, own.prepared);
+    for_outputs(m.mlp_width, own, [&](int64_t first, int64_t last) {
+      multiply(w, own.prepared, count, inner, inner_stride, first, last);
+      multiply(w, own.prepared, count, inner, inner_stride, m.mlp_width + first, m.mlp_width + last);
       for (int64_t t = 0; t < count; ++t) {
-        float *gates = inner + t * inner_step, *ups = gates + m.mlp_width;
+        float *gates = inner + t * inner_stride, *ups = gates + m.mlp_width;
         activate(m.activation, gates + first, last - first);
         for (int64_t i = first; i < last; ++i) gates[i] *= ups[i];
       }
@@ -222,8 +228,8 @@ class Run {
   }
 
   void logits(Own& own) {
-    prepare(m.head, own.h, h_step, count, own.prepared);
-    divided(m.head.outputs, own, [&](int64_t first, int64_t last) {
+    prepare(m.head, own.h, h_stride, count, own.prepared);
+    for_outputs(m.head.outputs, own, [&](int64_t first, int64_t last) {
       multiply(m.head, own.prepared, count, s.logits, m.head.outputs, first, last);
       for (int64_t t = 0; t < count; ++t)
         if (m.logit_scale != 1 || m.logit_softcap != 0)
@@ -234,14 +240,14 @@ class Run {
     });
   }
 
-  // Queries, keys and values as attention takes them: clipped, normed, turned; keys and values go to the cache.
+  // Queries, keys and values as attention takes them: clipped, normed, rotated; keys and values go to the cache.
   void finish_qkv(const LayerWeights& layer, const LayerCache& cache, Own& own) {
-    share(own, count, [&](int64_t t) {
+    phase(own, count, [&](int64_t t) {
       float* row = qkv + t * qkv_size;
       for (int64_t i = 0; m.clip != 0 && i < qkv_size; ++i) row[i] = std::min(std::max(row[i], -m.clip), m.clip);
       finish_heads(layer.q_norm, t, row, m.heads, own);
       finish_heads(layer.k_norm, t, row + k_start, m.kv_heads, own);
-      s.cache_bf16 ? keep<uint16_t>(cache, t, row) : keep<float>(cache, t, row);
+      s.cache_bf16 ? store_kv<uint16_t>(cache, t, row) : store_kv<float>(cache, t, row);
     });
   }
 
@@ -251,7 +257,7 @@ class Run {
     for (int64_t h = 0; h < heads; ++h) {
       float* head = first + h * head_stride;
       if (m.qk_norm_by_head) normed(norm, m.bf16, head, m.head_dim, head);
-      turn(head, cos + t * m.rotary_dim);
+      apply_rope(head, cos + t * m.rotary_dim);
     }
   }
 
@@ -264,7 +270,7 @@ class Run {
     for (int64_t h = 0; h < heads; ++h) memcpy(first + h * head_stride, together + h * dim, dim * sizeof(float));
   }
 
-  void turn(float* head, const float* angles) const {
+  void apply_rope(float* head, const float* angles) const {
     const int32_t half = m.rotary_dim / 2;
     for (int32_t c = 0; c < half; ++c) {
       const float a = head[c], b = head[c + half];
@@ -274,63 +280,64 @@ class Run {
   }
 
   template <class T>
-  void keep(const LayerCache& cache, int64_t t, const float* qkv_row) const {
-    const int64_t row = t / s.tokens, place = cache.index + t % s.tokens;
+  void store_kv(const LayerCache& cache, int64_t t, const float* qkv_row) const {
+    const int64_t row = t / s.tokens, index = cache.index + t % s.tokens;
     for (int64_t g = 0; g < m.kv_heads; ++g) {
       const float *keys = qkv_row + k_start + g * head_stride, *values = qkv_row + v_start + g * head_stride;
       const int64_t *k = cache.key_strides, *v = cache.value_strides;
-      T* key = (T*)cache.keys + row * k[0] + g * k[1] + place * k[2];
-      T* value = (T*)cache.values + row * v[0] + g * v[1] + place * v[2];
+      T* key = (T*)cache.keys + row * k[0] + g * k[1] + index * k[2];
+      T* value = (T*)cache.values + row * v[0] + g * v[1] + index * v[2];
       for (int64_t c = 0; c < m.head_dim; ++c) write1(key + c, keys[c]), write1(value + c, values[c]);
     }
   }
 
   template <class T>
-  void look(const LayerWeights& layer, const LayerCache& cache, Own& own) {
+  void attend(const LayerWeights& layer, const LayerCache& cache, Own& own) {
     const int64_t shared = m.heads / m.kv_heads, total = s.past + s.tokens, dropped = s.past - cache.index;
     const int64_t oldest = std::max(dropped, layer.window ? s.past - layer.window + 1 : 0);
-    const int64_t each = round_up((total - oldest + stretches - 1) / stretches, KEYS);
-    share(own, s.rows * m.kv_heads * stretches, [&](int64_t task) {
-      const int64_t row = task / stretches / m.kv_heads, g = task / stretches % m.kv_heads;
-      const int64_t first = oldest + task % stretches * each;
+    const int64_t each = round_up((total - oldest + key_chunks - 1) / key_chunks, KEYS);
+    phase(own, s.rows * m.kv_heads * key_chunks, [&](int64_t task) {
+      const int64_t row = task / key_chunks / m.kv_heads, g = task / key_chunks % m.kv_heads;
+      const int64_t first = oldest + task % key_chunks * each;
       for (int64_t i = 0; i < queries(); ++i) {
         const float* from = qkv + (row * s.tokens + i / shared) * qkv_size + (g * shared + i % shared) * head_stride;
         for (int64_t c = 0; c < padded(); ++c) own.query[i * padded() + c] = c < m.head_dim ? from[c] * m.scale : 0;
       }
       const int64_t *k = cache.key_strides, *v = cache.value_strides;
-      Stretch stretch = {(const T*)cache.keys + row * k[0] + g * k[1] - dropped * k[2],
-                         (const T*)cache.values + row * v[0] + g * v[1] - dropped * v[2],
-                         k[2],
-                         v[2],
-                         first,
-                         std::min(first + each, total),
-                         s.valid ? s.valid + row * s.valid_stride : nullptr};
+      KeyChunk chunk = {(const T*)cache.keys + row * k[0] + g * k[1] - dropped * k[2],
+                        (const T*)cache.values + row * v[0] + g * v[1] - dropped * v[2],
+                        k[2],
+                        v[2],
+                        first,
+                        std::min(first + each, total),
+                        s.valid ? s.valid + row * s.valid_stride : nullptr};
       Queries q = {own.query, int(queries()), int(shared), int(m.head_dim), int(padded()), s.past, layer.window,
                    m.alibi_slopes ? m.alibi_slopes + g * shared : nullptr, m.softcap};
-      attend<T>(q, stretch, part(task), own.block, own.scores);
+      attend_chunk<T>(q, chunk, part(task), own.block, own.scores);
     });
   }
 
-  Part part(int64_t task) const {
+  PartialSoftmax part(int64_t task) const {
     float* at = parts + task * part_size;
     return {at, at + queries(), at + 2 * queries()};
   }
 
-  // All heads' results side by side, in this thread's memory.
-  void gather(Own& own) const {
+  // All heads' outputs side by side, in this thread's memory.
+  void gather_heads(Own& own) const {
     const int64_t shared = m.heads / m.kv_heads;
     for (int64_t row = 0; row < s.rows; ++row)
       for (int64_t g = 0; g < m.kv_heads; ++g)
         for (int64_t i = 0; i < queries(); ++i)
-          join(part((row * m.kv_heads + g) * stretches), part_size, int(stretches), int(i), int(m.head_dim), int(padded()),
-               own.wide + (row * s.tokens + i / shared) * wide_step + (g * shared + i % shared) * m.head_dim);
+          combine(part((row * m.kv_heads + g) * key_chunks), part_size, int(key_chunks), int(i), int(m.head_dim),
+                  int(padded()),
+                  own.wide + (row * s.tokens + i / shared) * wide_stride + (g * shared + i % shared) * m.head_dim);
   }
 
   const ModelWeights& m;
   const DecodeStep& s;
   const int64_t count;  // tokens of all rows
-  int64_t qkv_size, head_stride, k_start, v_start;  // a row of qkv: from head to head; the first key's and value's place
-  int64_t h_step, wide_step, inner_step, stretches, part_size;
+  int64_t qkv_size, head_stride, k_start, v_start;  // a row of qkv: from head to head; where keys and values begin
+  int64_t h_stride, wide_stride, inner_stride, key_chunks, part_size;
   float *qkv, *x, *y, *inner, *cos, *parts;
   char* mine;
 };
@@ -340,10 +347,10 @@ inline int64_t step(const ModelWeights& model, const DecodeStep& step) {
   Arena measure(nullptr);
   const Run measured(model, step, measure);
   if (measure.used + 64 > step.scratch_bytes) return measure.used + 64;
-  if (!measured.inside()) return -1;
+  if (!measured.in_range()) return -1;
   Arena arena((void*)round_up((int64_t)step.scratch, 64));
   Run run(model, step, arena);
-  run.team.run(step.threads, [&](int thread) { run.go(thread); });
+  run.team.run(step.threads, [&](int thread) { run.run(thread); });
   return 0;
 }
 

@@ -1,31 +1,31 @@
 // bf16 weights, plain or in 12 bits, with many rows of inputs in bf16. Part of matrix.hpp.
 //
-// As in codes.hpp a thread turns 64 rows of weights, here so that a vector holds two neighbouring weights of 16 rows, and
-// then meets them with six rows of inputs at a time. A stretch of turned weights stays in the second cache while all inputs
-// pass by; meanwhile the rows that will be turned next are asked for. Weights that were turned once and kept would be 1 to 3%
-// faster, and a second copy of the model; oneDNN, which reorders them for each product too, takes 5% for it.
+// As in gemm_int8.hpp a thread packs a panel of 64 rows of weights, here so that a vector holds two neighbouring weights
+// of 16 rows, and then multiplies it by six rows of inputs at a time. A packed K block stays in L2 for all rows of inputs,
+// while the rows that are packed next are prefetched. Weights packed once and kept would be 1 to 3% faster, and a second
+// copy of the model; oneDNN, which reorders them for each product too, takes 5% for it.
 #pragma once
 
 #if defined(__AVX512VNNI__) && defined(__AVX512BF16__)
 
 namespace matrices {
 
-constexpr int64_t STRETCH = 3072;     // inputs that are turned at once: 384 KB with their 64 rows
-constexpr int64_t MANY = 512;         // rows of inputs whose sums a thread keeps: 128 KB
+constexpr int64_t K_BLOCK = 3072;     // inputs that are packed at once: 384 KB with their 64 rows
+constexpr int64_t ROW_BLOCK = 512;         // rows of inputs whose sums a thread keeps: 128 KB
 constexpr int ACROSS = PANEL / SIDE;  // vectors of a panel's rows
 
 // One thread's room.
-struct TurnedHalves {
-  uint32_t* weights;  // (STRETCH / 2, PANEL), each two neighbouring inputs' weights
-  float* sums;        // (MANY, PANEL)
-  uint16_t* rows;     // (SIDE, STRETCH), the weights that were packed
+struct PackedBlock {
+  uint32_t* weights;  // (K_BLOCK / 2, PANEL), each two neighbouring inputs' weights
+  float* sums;        // (ROW_BLOCK, PANEL)
+  uint16_t* rows;     // (SIDE, K_BLOCK), weights that were in 12 bits
 
-  static constexpr int64_t BYTES = STRETCH * PANEL * 2 + MANY * PANEL * 4 + SIDE * STRETCH * 2;
+  static constexpr int64_t BYTES = K_BLOCK * PANEL * 2 + ROW_BLOCK * PANEL * 4 + SIDE * K_BLOCK * 2;
 
-  explicit TurnedHalves(char* room) {
+  explicit PackedBlock(char* room) {
     weights = (uint32_t*)room;
-    sums = (float*)(room + STRETCH * PANEL * 2);
-    rows = (uint16_t*)(sums + MANY * PANEL);
+    sums = (float*)(room + K_BLOCK * PANEL * 2);
+    rows = (uint16_t*)(sums + ROW_BLOCK * PANEL);
   }
 };
 
@@ -34,8 +34,8 @@ inline Soon rows_from(const Matrix& m, int64_t first) {
   return Soon(m, first, first + PANEL < m.outputs ? first + PANEL : m.outputs);
 }
 
-// The weights [k, k + count) of a row; `to` is for those that are packed.
-inline const uint16_t* halves_of(const Matrix& m, int64_t output, int64_t k, int64_t count, uint16_t* to) {
+// The weights [k, k + count) of a row; `to` is for those in 12 bits.
+inline const uint16_t* bf16_weights(const Matrix& m, int64_t output, int64_t k, int64_t count, uint16_t* to) {
   if (m.format == BF16) return (const uint16_t*)m.data + output * m.inputs + k;
   const Row row(m, output);
   for (int64_t i = 0; i < count; i += RUN) row.unfold(k + i, to + i);
@@ -45,36 +45,36 @@ inline const uint16_t* halves_of(const Matrix& m, int64_t output, int64_t k, int
   return to;
 }
 
-// Turns the weights [k, k + count) of the rows from `first` on; rows beyond the end are the last one again.
-inline void turn_stretch(const Matrix& m, int64_t first, int64_t k, int64_t count, const TurnedHalves& to) {
+// Packs the weights [k, k + count) of the rows from `first` on; rows beyond the end are the last one again.
+inline void pack_k_block(const Matrix& m, int64_t first, int64_t k, int64_t count, const PackedBlock& to) {
   for (int side = 0; side < ACROSS; ++side) {
     const uint16_t* rows[SIDE];
     for (int r = 0; r < SIDE; ++r) {
       const int64_t output = first + side * SIDE + r;
-      rows[r] = halves_of(m, output < m.outputs ? output : m.outputs - 1, k, count, to.rows + r * STRETCH);
+      rows[r] = bf16_weights(m, output < m.outputs ? output : m.outputs - 1, k, count, to.rows + r * K_BLOCK);
     }
     for (int64_t i = 0; i < count; i += 32) {
       const __mmask32 there = count - i >= 32 ? 0xffffffffu : (1u << (count - i)) - 1;
       Words v[SIDE];
       UNROLL for (int r = 0; r < SIDE; ++r) v[r] = (Words)_mm512_maskz_loadu_epi16(there, rows[r] + i);
-      turn(v);
+      transpose(v);
       UNROLL for (int p = 0; p < SIDE; ++p) store(to.weights + (i / 2 + p) * PANEL + side * SIDE, v[p]);
     }
   }
 }
 
-// T rows of inputs with a turned stretch; their sums begin anew where it is the first.
+// T rows of inputs times a packed K block; their sums begin at 0 where it is the first.
 template <int T>
-inline void meet_stretch(const uint32_t* weights, const uint16_t* x, int64_t ldx, int64_t pairs, float* sums, bool first,
-                         Soon& soon) {
-  constexpr int64_t TURN = 16;  // pairs between two lines that are asked for
+inline void multiply_k_block(const uint32_t* weights, const uint16_t* x, int64_t ldx, int64_t pairs, float* sums,
+                             bool first, Soon& soon) {
+  constexpr int64_t AT_A_TIME = 16;  // pairs between two lines that are prefetched
   Floats own[T][ACROSS] = {};
   if (!first)
     UNROLL for (int t = 0; t < T; ++t)
       UNROLL for (int i = 0; i < ACROSS; ++i) own[t][i] = load<Floats>(sums + t * PANEL + i * SIDE);
-  for (int64_t start = 0; start < pairs; start += TURN) {
+  for (int64_t start = 0; start < pairs; start += AT_A_TIME) {
     soon.ask();
-    const int64_t end = start + TURN < pairs ? start + TURN : pairs;
+    const int64_t end = start + AT_A_TIME < pairs ? start + AT_A_TIME : pairs;
     _Pragma("GCC unroll 2") for (int64_t p = start; p < end; ++p) {
       __m512bh two[ACROSS];
       UNROLL for (int i = 0; i < ACROSS; ++i) two[i] = (__m512bh)_mm512_loadu_si512(weights + p * PANEL + i * SIDE);
@@ -89,26 +89,26 @@ inline void meet_stretch(const uint32_t* weights, const uint16_t* x, int64_t ldx
     UNROLL for (int i = 0; i < ACROSS; ++i) store(sums + t * PANEL + i * SIDE, own[t][i]);
 }
 
-// All rows of inputs (at most MANY) with a turned stretch, which begins at input k.
-inline void meet_rows(const TurnedHalves& w, const uint16_t* x, int64_t ldx, int64_t rows, int64_t k, int64_t count,
+// All rows of inputs (at most ROW_BLOCK) times a packed K block, which begins at input k.
+inline void multiply_rows(const PackedBlock& w, const uint16_t* x, int64_t ldx, int64_t rows, int64_t k, int64_t count,
                       Soon& soon) {
   const int64_t pairs = count / 2;
   x += k;
   for (int64_t row = 0; row < rows; row += TOKENS, x += TOKENS * ldx) {
     float* sums = w.sums + row * PANEL;
     switch (rows - row) {
-      case 1: meet_stretch<1>(w.weights, x, ldx, pairs, sums, !k, soon); break;
-      case 2: meet_stretch<2>(w.weights, x, ldx, pairs, sums, !k, soon); break;
-      case 3: meet_stretch<3>(w.weights, x, ldx, pairs, sums, !k, soon); break;
-      case 4: meet_stretch<4>(w.weights, x, ldx, pairs, sums, !k, soon); break;
-      case 5: meet_stretch<5>(w.weights, x, ldx, pairs, sums, !k, soon); break;
-      default: meet_stretch<TOKENS>(w.weights, x, ldx, pairs, sums, !k, soon);
+      case 1: multiply_k_block<1>(w.weights, x, ldx, pairs, sums, !k, soon); break;
+      case 2: multiply_k_block<2>(w.weights, x, ldx, pairs, sums, !k, soon); break;
+      case 3: multiply_k_block<3>(w.weights, x, ldx, pairs, sums, !k, soon); break;
+      case 4: multiply_k_block<4>(w.weights, x, ldx, pairs, sums, !k, soon); break;
+      case 5: multiply_k_block<5>(w.weights, x, ldx, pairs, sums, !k, soon); break;
+      default: multiply_k_block<TOKENS>(w.weights, x, ldx, pairs, sums, !k, soon);
     }
   }
 }
 
 // y[row, first ...) = sums + bias
-inline void put_panel(const Matrix& m, const float* sums, int64_t first, int64_t rows, char* y, int32_t y_format,
+inline void store_panel(const Matrix& m, const float* sums, int64_t first, int64_t rows, char* y, int32_t y_format,
                       int64_t ldy) {
   const int64_t count = first + PANEL < m.outputs ? PANEL : m.outputs - first;
   float bias[PANEL] = {};
@@ -128,18 +128,19 @@ inline void put_panel(const Matrix& m, const float* sums, int64_t first, int64_t
 }
 
 // Outputs [first, first + PANEL) of all rows; the thread will probably take those from `next` on after them.
-inline void halves_panel(const Matrix& m, const TurnedHalves& w, int64_t first, int64_t next, const uint16_t* x,
+inline void bf16_panel(const Matrix& m, const PackedBlock& w, int64_t first, int64_t next, const uint16_t* x,
                          int64_t ldx, int64_t rows, char* y, int32_t y_format, int64_t ldy) {
-  const int64_t stretches = (m.inputs + STRETCH - 1) / STRETCH, each = round_up((m.inputs + stretches - 1) / stretches, RUN);
+  const int64_t k_blocks = (m.inputs + K_BLOCK - 1) / K_BLOCK;
+  const int64_t each = round_up((m.inputs + k_blocks - 1) / k_blocks, RUN);
   Soon soon = rows_from(m, next);
-  for (int64_t row = 0; row < rows; row += MANY) {
-    const int64_t count = rows - row < MANY ? rows - row : MANY;
+  for (int64_t row = 0; row < rows; row += ROW_BLOCK) {
+    const int64_t count = rows - row < ROW_BLOCK ? rows - row : ROW_BLOCK;
     for (int64_t k = 0; k < m.inputs; k += each) {
       const int64_t here = m.inputs - k < each ? m.inputs - k : each;
-      if (!row || stretches > 1) turn_stretch(m, first, k, here, w);
-      meet_rows(w, x + row * ldx, ldx, count, k, here, soon);
+      if (!row || k_blocks > 1) pack_k_block(m, first, k, here, w);
+      multiply_rows(w, x + row * ldx, ldx, count, k, here, soon);
     }
-    put_panel(m, w.sums, first, count, y + row * ldy * (y_format == BF16 ? 2 : 4), y_format, ldy);
+    store_panel(m, w.sums, first, count, y + row * ldy * (y_format == BF16 ? 2 : 4), y_format, ldy);
   }
 }
 

@@ -7,40 +7,40 @@
 
 namespace decode {
 
-constexpr int KEYS = 64;  // at a time: as floats, a block of keys or values stays in the nearest cache
+constexpr int KEYS = 64;  // at a time: as floats, a block of keys or values stays in L1
 
-// Some keys of one row of the batch and one key/value head. Pointers are those of key 0 of the text, though the cache
-// may have dropped it; steps are elements from one token to the next.
-struct Stretch {
+// Some keys of one row of the batch and one key/value head. Pointers are those of key 0 of the sequence, though the cache
+// may have dropped it; strides are elements from one token to the next.
+struct KeyChunk {
   const void *keys, *values;
-  int64_t key_step, value_step;
+  int64_t key_stride, value_stride;
   int64_t first, last;
-  const uint8_t* valid;  // a byte for each key of the text, 0 for padding; or null
+  const uint8_t* valid;  // a byte for each key of the sequence, 0 for padding; or null
 };
 
-// The queries that meet them: new tokens x heads of the group, token by token, turned and scaled, each padded with
-// zeros to whole vectors.
+// The queries of the group's heads: new tokens x heads, token by token, after RoPE and scaling, each padded with zeros to
+// whole vectors.
 struct Queries {
   const float* data;
   int count, shared;    // shared: heads of the group
   int dim, padded;
-  int64_t place;        // of the first new token in the text
-  int64_t window;       // keys that a query sees; 0: all
+  int64_t position;     // of the first new token in the sequence
+  int64_t window;       // keys that a query attends to; 0: all
   const float* slopes;  // ALiBi's, of the group's heads; or null
   float softcap;        // 0: none
 };
 
 // A softmax over some keys, not yet divided by its sum: the largest score, the sum, the weighted values.
-struct Part {
+struct PartialSoftmax {
   float *most, *total;  // (queries,)
   float* values;        // (queries, padded)
 };
 
-// A block of keys or values as floats, (count, padded). The next block is called in meanwhile, if there is one.
+// A block of keys or values as floats, (count, padded). The next block is prefetched, if there is one.
 template <class T>
-INLINE void widen_block(const T* from, int64_t step, int count, bool more, int dim, int padded, float* to) {
-  for (int j = 0; j < count; ++j, from += step, to += padded) {
-    for (int c = 0; more && c < dim; c += 64 / int(sizeof(T))) __builtin_prefetch(from + KEYS * step + c);
+INLINE void widen_block(const T* from, int64_t stride, int count, bool more, int dim, int padded, float* to) {
+  for (int j = 0; j < count; ++j, from += stride, to += padded) {
+    for (int c = 0; more && c < dim; c += 64 / int(sizeof(T))) __builtin_prefetch(from + KEYS * stride + c);
     int c = 0;
     for (; c + LANES <= dim; c += LANES) store(to + c, read(from + c));
     for (; c < dim; ++c) to[c] = read1(from + c);
@@ -48,7 +48,7 @@ INLINE void widen_block(const T* from, int64_t step, int count, bool more, int d
   }
 }
 
-// The products of one query with LANES keys.
+// The dot products of one query and LANES keys.
 INLINE Floats products(const float* query, const float* keys, int padded) {
   Floats found[LANES] = {};
   for (int c = 0; c < padded; c += LANES) {
@@ -80,11 +80,11 @@ INLINE void add_values(const float* weights, const float* rows, int count, int p
   for (; c < padded; c += LANES) add_rows<1, Q>(weights, rows + c, count, padded, to + c);
 }
 
-// Scores of query m with `count` keys from key `first` on: capped, with ALiBi, and -infinity where it may not look.
+// Scores of query m with `count` keys from key `first` on: with softcap, ALiBi and the attention mask.
 // Returns the largest.
-inline float shape(const Queries& q, int m, const Stretch& s, int64_t first, int count, float* scores) {
+inline float mask_scores(const Queries& q, int m, const KeyChunk& s, int64_t first, int count, float* scores) {
   const float slope = q.slopes ? q.slopes[m % q.shared] : 0;
-  const int behind = int(q.place + m / q.shared - first);  // this query's place, seen from the first key
+  const int behind = int(q.position + m / q.shared - first);  // this query's position, relative to the first key
   const int window = q.window && q.window < (1 << 30) ? int(q.window) : 1 << 30;
   Ints key;
   for (int i = 0; i < LANES; ++i) key[i] = i;
@@ -104,7 +104,7 @@ inline float shape(const Queries& q, int m, const Stretch& s, int64_t first, int
 }
 
 // Scores become weights relative to the largest so far, which is `most`; returns their sum.
-INLINE float weigh(float* scores, int count, float most) {
+INLINE float exponentiate(float* scores, int count, float most) {
   Floats total = {};
   for (int j = 0; j < count; j += LANES) {
     Floats x = read(scores + j);
@@ -115,8 +115,8 @@ INLINE float weigh(float* scores, int count, float most) {
   return sum(total);
 }
 
-// What query m has so far is made relative to the largest score that it has now met.
-INLINE void rescale(const Queries& q, int m, float most, Part& part) {
+// Makes what query m has so far relative to the new largest score.
+INLINE void rescale(const Queries& q, int m, float most, PartialSoftmax& part) {
   const float kept = expf(part.most[m] - most);
   float* values = part.values + m * q.padded;
   part.most[m] = most, part.total[m] *= kept;
@@ -125,31 +125,31 @@ INLINE void rescale(const Queries& q, int m, float most, Part& part) {
 
 // `block` and `scores` are scratch of (KEYS, padded) and of KEYS floats for each query.
 template <class T>
-inline void attend(const Queries& q, const Stretch& s, Part part, float* block, float* scores) {
+inline void attend_chunk(const Queries& q, const KeyChunk& s, PartialSoftmax part, float* block, float* scores) {
   for (int m = 0; m < q.count; ++m) part.most[m] = -INFINITY, part.total[m] = 0;
   memset(part.values, 0, sizeof(float) * q.count * q.padded);
   for (int64_t first = s.first; first < s.last; first += KEYS) {
     const int count = s.last - first < KEYS ? int(s.last - first) : KEYS;
     const bool more = s.last - first >= 2 * KEYS;
-    widen_block((const T*)s.keys + first * s.key_step, s.key_step, count, more, q.dim, q.padded, block);
+    widen_block((const T*)s.keys + first * s.key_stride, s.key_stride, count, more, q.dim, q.padded, block);
     for (int m = 0; m < q.count; ++m) {
       float* row = scores + m * KEYS;
       for (int j = 0; j < count; j += LANES)
         store(row + j, products(q.data + m * q.padded, block + j * q.padded, q.padded));
-      const float most = shape(q, m, s, first, count, row);
+      const float most = mask_scores(q, m, s, first, count, row);
       if (most > part.most[m]) rescale(q, m, most, part);
-      part.total[m] += weigh(row, count, part.most[m]);
+      part.total[m] += exponentiate(row, count, part.most[m]);
     }
-    widen_block((const T*)s.values + first * s.value_step, s.value_step, count, more, q.dim, q.padded, block);
+    widen_block((const T*)s.values + first * s.value_stride, s.value_stride, count, more, q.dim, q.padded, block);
     int m = 0;
     for (; m + 2 <= q.count; m += 2) add_values<2>(scores + m * KEYS, block, count, q.padded, part.values + m * q.padded);
     if (m < q.count) add_values<1>(scores + m * KEYS, block, count, q.padded, part.values + m * q.padded);
   }
 }
 
-// One query's result from all stretches of its keys, `next` parts apart: softmax weights that sum to 1. Padding, which
-// may see nothing, gets zeros: what it becomes must stay finite, for it is multiplied by 0 later.
-inline void join(const Part& first, int64_t next, int parts, int m, int dim, int padded, float* to) {
+// One query's result from all chunks of its keys, `next` floats apart: softmax weights that sum to 1. A fully masked row
+// (padding) gets zeros: its values must stay finite, since they are multiplied by 0 later.
+inline void combine(const PartialSoftmax& first, int64_t next, int parts, int m, int dim, int padded, float* to) {
   float most = -INFINITY, total = 0;
   for (int i = 0; i < parts; ++i) most = fmaxf(most, first.most[i * next + m]);
   memset(to, 0, sizeof(float) * dim);

@@ -1,0 +1,83 @@
+// The threads of one parallel region, which run the same phases together: each phase is a dynamic parallel loop that ends
+// with a barrier.
+#pragma once
+
+#include <stdint.h>
+
+#include <atomic>
+#if defined(__unix__) || defined(__APPLE__)
+#include <sched.h>
+#endif
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+
+namespace decode {
+
+// A thread at the barrier spins this many times before it yields its core: about as long as a phase takes. Other programs
+// may have taken the core of the thread that it waits for.
+constexpr int SPINS = 2000;
+
+// Calls of `idle` before a thread arrives at the barrier: the last thread to arrive does not wait and would make none.
+constexpr int IDLE_CALLS = 16;
+
+inline void spin(int spins) {
+#if defined(__x86_64__)
+  if (spins < SPINS) return __builtin_ia32_pause();
+#endif
+#if defined(__unix__) || defined(__APPLE__)
+  if (spins >= SPINS) sched_yield();
+#endif
+}
+
+class ThreadTeam {
+ public:
+  // Calls `work` for the indices 0 .. count - 1, each once by one of the threads; returns when all calls have returned. A
+  // thread's first index is its own number, so that it is known beforehand. `idle` is called at the barrier; it does
+  // something useful, or returns false.
+  template <class F, class Idle>
+  void parallel_for(int thread, int64_t count, F work, Idle idle) {
+    for (int64_t index = thread; index < count; index = size + next.fetch_add(1, std::memory_order_relaxed)) work(index);
+    barrier(idle);
+  }
+
+  // Runs `work(thread)` on that many threads, or on fewer if the system has no more.
+  template <class F>
+  void run(int threads, F work) {
+#if defined(_OPENMP)
+#pragma omp parallel num_threads(threads)
+    {
+#pragma omp single
+      size = omp_get_num_threads();
+      work(omp_get_thread_num());
+    }
+#else
+    (void)threads;
+    work(0);
+#endif
+  }
+
+ private:
+  // The barrier. The last thread to arrive resets the counters and releases the others.
+  template <class Idle>
+  void barrier(Idle idle) {
+    const int64_t now = phase.load(std::memory_order_relaxed);
+    for (int i = 0; i < IDLE_CALLS && idle(); ++i) {}
+    if (arrived.fetch_add(1, std::memory_order_acq_rel) + 1 == size) {
+      arrived.store(0, std::memory_order_relaxed);
+      next.store(0, std::memory_order_relaxed);
+      phase.store(now + 1, std::memory_order_release);
+      return;
+    }
+    for (int spins = 0; phase.load(std::memory_order_acquire) == now; spins += spins < SPINS)
+      if (!idle()) spin(spins);
+  }
+
+  // Each on a cache line of its own: threads at the barrier must not slow down those that work.
+  alignas(64) std::atomic<int64_t> next{0};
+  alignas(64) std::atomic<int64_t> arrived{0};
+  alignas(64) std::atomic<int64_t> phase{0};
+  int64_t size = 1;
+};
+
+}  // namespace decode
