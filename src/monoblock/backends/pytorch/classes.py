@@ -9,9 +9,12 @@ from collections.abc import Callable
 from typing import Any
 
 from monoblock import families
+from monoblock.backends.pytorch import pytree
+from monoblock.backends.pytorch.construction import Construction
 from monoblock.backends.pytorch.pretrained import PreTrainedModel
 from monoblock.families import Family, ModelClass
 
+BASE = "PreTrainedModel"  # what the name of a family's base class ends with
 # Arguments that every forward takes by keyword beside those of its own signature.
 EXTRA = (
     "position_ids",
@@ -24,19 +27,50 @@ EXTRA = (
 )
 
 
+pytree.register_outputs()
+
+
+@functools.cache
+def make_base_class(name: str) -> type[PreTrainedModel]:
+    """The base of a family's classes, which holds what they have in common: `<stem>PreTrainedModel`."""
+    stem = name.removesuffix(BASE)
+    kind = next((kind for kind, (own, _) in families.FAMILIES.items() if own == stem), None)
+    if kind is None:
+        raise AttributeError(f"monoblock has no class {name!r}")
+    family = families.family(kind)
+    body: dict[str, Any] = {
+        "family": family,
+        "config_class": family.config,
+        "base_model_prefix": family.prefix,
+        "__module__": "monoblock",
+        "__doc__": f"The base of the classes {', '.join(row.name for row in family.classes)}; no model by itself.",
+        "__new__": _refuse_base,
+    }
+    return types.new_class(
+        name, (PreTrainedModel, Construction), exec_body=lambda namespace: namespace.update(body)
+    )
+
+
+def _refuse_base(cls: type[PreTrainedModel], *_: Any, **__: Any) -> PreTrainedModel:
+    if not hasattr(cls, "row"):
+        known = ", ".join(row.name for row in cls.family.classes)
+        raise TypeError(f"{cls.__name__} is only the base of {known}: make one of these")
+    return object.__new__(cls)
+
+
 @functools.cache
 def make_class(name: str) -> type[PreTrainedModel]:
     """The public class of that name, from its family's table."""
+    if name.endswith(BASE):
+        return make_base_class(name)
     family = families.family_of(name)
     if family is None:
         raise AttributeError(f"monoblock has no class {name!r}")
     row = family.model_class(name)
+    base = make_base_class(families.FAMILIES[family.name][0] + BASE)
     body: dict[str, Any] = {
-        "family": family,
         "row": row,
         "extra": extra_arguments(family, row),
-        "config_class": family.config,
-        "base_model_prefix": family.prefix,
         "__module__": "monoblock",
         "__doc__": _document(row, extra_arguments(family, row)),
         "forward": _forward(row),
@@ -44,7 +78,7 @@ def make_class(name: str) -> type[PreTrainedModel]:
     }
     if projection := family.projections.get(row.head or ""):
         body[projection] = property(lambda self: self.head.out)
-    return types.new_class(name, (PreTrainedModel,), exec_body=lambda namespace: namespace.update(body))
+    return types.new_class(name, (base,), exec_body=lambda namespace: namespace.update(body))
 
 
 def extra_arguments(family: Family, row: ModelClass) -> tuple[str, ...]:
