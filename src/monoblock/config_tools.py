@@ -16,6 +16,7 @@ class ToolFacts:
     # Plans over transformers' module names; None: transformers has none for this family.
     base_model_tp_plan: ClassVar[dict[str, str] | None] = None
     base_model_pp_plan: ClassVar[dict[str, tuple[list[str], list[str]]] | None] = None
+    is_heterogeneous: ClassVar[bool] = False  # one config for all layers
 
     @property
     def _name_or_path(self) -> str:
@@ -31,6 +32,11 @@ class ToolFacts:
         output, whichever of the two is asked for."""
         del decoder, encoder  # both ends of one stack
         return self
+
+    @property
+    def per_layer_config(self) -> tuple[Self, ...]:
+        """The config of each layer, which transformers' caches ask for: this one, for every layer."""
+        return (self,) * int(getattr(self, "num_hidden_layers", 0))
 
     def __iter__(self) -> Iterator[str]:
         """The names of the fields, without aliases; so `name in config` says whether it is a field."""
