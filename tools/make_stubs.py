@@ -56,7 +56,7 @@ def stub() -> str:
     for home, names in sorted(homes.items()):
         parts.append(f"from {home} import (\n" + "".join(f"    {n} as {n},\n" for n in sorted(names)) + ")\n")
     parts.append("\n__version__: str\n")
-    parts += [f"\nclass {name}(PreTrainedModel): ...\n" for name in sorted(monoblock._BASES)]
+    parts += ["\n", *(f"class {name}(PreTrainedModel): ...\n" for name in sorted(monoblock._BASES))]
     for module in monoblock._MODELS:
         parts += [WRITERS[module](importlib.import_module(module), *row) for row in rows.values()]
     return "".join(parts)
