@@ -42,11 +42,8 @@ class _AutoModel:
     """Chooses a model class by the checkpoint's config."""
 
     _prefix: ClassVar[str] = ""  # of this framework's class names
-    _arguments: ClassVar[tuple[str, ...]] = (
-        "dtype",
-        "torch_dtype",
-        "attn_implementation",
-    )  # of `from_config`
+    # What `from_config` takes besides the config.
+    _arguments: ClassVar[tuple[str, ...]] = ("dtype", "torch_dtype", "attn_implementation")
 
     def __init__(self) -> None:
         name = type(self).__name__

@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import families_made
 import pytest
 import torch
 import transformers
 from families_made import pair, texts
 
+import monoblock
 from monoblock import GenerationConfig
 from monoblock.generation.config import as_own_config
 
@@ -197,3 +199,18 @@ def test_other_caches_are_refused_in_words() -> None:
         ours(ids, past_key_values=few)
     with pytest.raises(ValueError, match="must be a Cache or a tuple of layers, got int"):
         ours(ids, past_key_values=3)
+
+
+# ---------------------------------------------------------------------------- the other frameworks
+
+
+def test_flax_generates_by_a_generation_config() -> None:
+    config = families_made.family_of("GPTNeoForCausalLM").config(**families_made.fields("gpt_neo"))
+    model = monoblock.FlaxGPTNeoForCausalLM(config)
+    ids = ids_of("GPTNeoForCausalLM", 5).numpy()
+    theirs = transformers.GenerationConfig(max_new_tokens=3, repetition_penalty=1.7, pad_token_id=0)
+    wanted = model.generate(ids, max_new_tokens=3, repetition_penalty=1.7, pad_token_id=0)
+    found = model.generate(ids, generation_config=theirs)
+    assert found.sequences.tolist() == wanted.sequences.tolist()
+    with pytest.raises(ValueError, match=r"generation_config must be a GenerationConfig.*got str"):
+        model.generate(ids, generation_config="greedy")
