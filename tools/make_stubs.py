@@ -56,6 +56,7 @@ def stub() -> str:
     for home, names in sorted(homes.items()):
         parts.append(f"from {home} import (\n" + "".join(f"    {n} as {n},\n" for n in sorted(names)) + ")\n")
     parts.append("\n__version__: str\n")
+    parts += ["\n", *(f"class {name}(PreTrainedModel): ...\n" for name in sorted(monoblock._BASES))]
     for module in monoblock._MODELS:
         parts += [WRITERS[module](importlib.import_module(module), *row) for row in rows.values()]
     return "".join(parts)
@@ -71,7 +72,7 @@ def _torch_class(module: Any, family: Family, row: ModelClass) -> str:
     arguments = [_argument(name) for name in row.forward.split()]
     arguments += ["*", *(_argument(name) for name in module.extra_arguments(family, row))]
     return f"""
-class {row.name}(PreTrainedModel):
+class {row.name}({families.FAMILIES[family.name][0]}{module.BASE}):
     config: {family.config.__name__}
     def __init__(self, config: {family.config.__name__}) -> None: ...
     def forward(

@@ -35,6 +35,7 @@ _HOME: dict[str, str] = {
     "PreTrainedTokenizerFast": "monoblock.tokenization",
     "AsyncTextIteratorStreamer": "monoblock.generation",
     "GenerationConfig": "monoblock.generation",
+    "LogitsProcessor": "monoblock.generation",
     "LogitsProcessorList": "monoblock.generation",
     "StoppingCriteria": "monoblock.generation",
     "StoppingCriteriaList": "monoblock.generation",
@@ -50,6 +51,7 @@ _HOME: dict[str, str] = {
     "OpenAIGPTConfig": "monoblock.families.openai_gpt",
     "PretrainedConfig": "monoblock.config",
     "pipeline": "monoblock.pipelines",
+    "set_seed": "monoblock.seeds",
     "CheckpointError": "monoblock.errors",
     "HubError": "monoblock.errors",
     "MissingKeys": "monoblock.errors",
@@ -146,6 +148,16 @@ _CLASSES = (
     "OpenAIGPTModel",
 )
 
+# The bases of each family's PyTorch classes.
+_BASES = (
+    "FuyuPreTrainedModel",
+    "GPTNeoPreTrainedModel",
+    "MPNetPreTrainedModel",
+    "MistralPreTrainedModel",
+    "MptPreTrainedModel",
+    "OpenAIGPTPreTrainedModel",
+)
+
 # The model classes of each framework: module -> names.
 _MODELS: dict[str, tuple[str, ...]] = {
     "monoblock.backends.pytorch.classes": _CLASSES,
@@ -156,13 +168,15 @@ _MODELS: dict[str, tuple[str, ...]] = {
 # What to install when a framework is missing.
 _EXTRAS = {"torch": "torch", "jax": "jax", "flax": "jax", "tensorflow": "tf", "keras": "tf"}
 
-_NAMES = frozenset([*_HOME, *(name for names in _MODELS.values() for name in names)])
+_NAMES = frozenset([*_HOME, *_BASES, *(name for names in _MODELS.values() for name in names)])
 __all__ = [*_NAMES]  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:
     if (home := _HOME.get(name)) is not None:
         value = getattr(_load(home, name), name)
+    elif name in _BASES:
+        value = _load("monoblock.backends.pytorch.classes", name).make_base_class(name)
     elif home := next((module for module, names in _MODELS.items() if name in names), None):
         value = _load(home, name).make_class(name)
     else:

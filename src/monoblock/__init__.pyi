@@ -69,11 +69,11 @@ from monoblock.backends.pytorch.cache import (
     DynamicCache as DynamicCache,
     StaticCache as StaticCache,
 )
-from monoblock.backends.pytorch.pretrained import (
-    PreTrainedModel as PreTrainedModel,
-)
 from monoblock.backends.pytorch.generation.quantized_cache import (
     QuantizedCache as QuantizedCache,
+)
+from monoblock.backends.pytorch.pretrained import (
+    PreTrainedModel as PreTrainedModel,
 )
 from monoblock.backends.tf.outputs import (
     TFBaseModelOutput as TFBaseModelOutput,
@@ -130,6 +130,7 @@ from monoblock.families.openai_gpt import (
 from monoblock.generation import (
     AsyncTextIteratorStreamer as AsyncTextIteratorStreamer,
     GenerationConfig as GenerationConfig,
+    LogitsProcessor as LogitsProcessor,
     LogitsProcessorList as LogitsProcessorList,
     StoppingCriteria as StoppingCriteria,
     StoppingCriteriaList as StoppingCriteriaList,
@@ -153,6 +154,9 @@ from monoblock.quantization import (
     BitsAndBytesConfig as BitsAndBytesConfig,
     WeightOnlyConfig as WeightOnlyConfig,
 )
+from monoblock.seeds import (
+    set_seed as set_seed,
+)
 from monoblock.tokenization import (
     AutoTokenizer as AutoTokenizer,
     BatchEncoding as BatchEncoding,
@@ -170,7 +174,14 @@ from monoblock.tokenization import (
 
 __version__: str
 
-class FuyuForCausalLM(PreTrainedModel):
+class FuyuPreTrainedModel(PreTrainedModel): ...
+class GPTNeoPreTrainedModel(PreTrainedModel): ...
+class MPNetPreTrainedModel(PreTrainedModel): ...
+class MistralPreTrainedModel(PreTrainedModel): ...
+class MptPreTrainedModel(PreTrainedModel): ...
+class OpenAIGPTPreTrainedModel(PreTrainedModel): ...
+
+class FuyuForCausalLM(FuyuPreTrainedModel):
     config: FuyuConfig
     def __init__(self, config: FuyuConfig) -> None: ...
     def forward(
@@ -196,7 +207,7 @@ class FuyuForCausalLM(PreTrainedModel):
     ) -> CausalLMOutputWithPast | tuple[Any, ...]: ...
     __call__ = forward
 
-class GPTNeoForCausalLM(PreTrainedModel):
+class GPTNeoForCausalLM(GPTNeoPreTrainedModel):
     config: GPTNeoConfig
     def __init__(self, config: GPTNeoConfig) -> None: ...
     def forward(
@@ -221,7 +232,7 @@ class GPTNeoForCausalLM(PreTrainedModel):
     ) -> CausalLMOutputWithCrossAttentions | tuple[Any, ...]: ...
     __call__ = forward
 
-class GPTNeoForQuestionAnswering(PreTrainedModel):
+class GPTNeoForQuestionAnswering(GPTNeoPreTrainedModel):
     config: GPTNeoConfig
     def __init__(self, config: GPTNeoConfig) -> None: ...
     def forward(
@@ -246,7 +257,7 @@ class GPTNeoForQuestionAnswering(PreTrainedModel):
     ) -> QuestionAnsweringModelOutput | tuple[Any, ...]: ...
     __call__ = forward
 
-class GPTNeoForSequenceClassification(PreTrainedModel):
+class GPTNeoForSequenceClassification(GPTNeoPreTrainedModel):
     config: GPTNeoConfig
     def __init__(self, config: GPTNeoConfig) -> None: ...
     def forward(
@@ -270,7 +281,7 @@ class GPTNeoForSequenceClassification(PreTrainedModel):
     ) -> SequenceClassifierOutputWithPast | tuple[Any, ...]: ...
     __call__ = forward
 
-class GPTNeoForTokenClassification(PreTrainedModel):
+class GPTNeoForTokenClassification(GPTNeoPreTrainedModel):
     config: GPTNeoConfig
     def __init__(self, config: GPTNeoConfig) -> None: ...
     def forward(
@@ -294,7 +305,7 @@ class GPTNeoForTokenClassification(PreTrainedModel):
     ) -> TokenClassifierOutput | tuple[Any, ...]: ...
     __call__ = forward
 
-class GPTNeoModel(PreTrainedModel):
+class GPTNeoModel(GPTNeoPreTrainedModel):
     config: GPTNeoConfig
     def __init__(self, config: GPTNeoConfig) -> None: ...
     def forward(
@@ -317,7 +328,7 @@ class GPTNeoModel(PreTrainedModel):
     ) -> BaseModelOutputWithPastAndCrossAttentions | tuple[Any, ...]: ...
     __call__ = forward
 
-class MPNetForMaskedLM(PreTrainedModel):
+class MPNetForMaskedLM(MPNetPreTrainedModel):
     config: MPNetConfig
     def __init__(self, config: MPNetConfig) -> None: ...
     def forward(
@@ -340,7 +351,7 @@ class MPNetForMaskedLM(PreTrainedModel):
     ) -> MaskedLMOutput | tuple[Any, ...]: ...
     __call__ = forward
 
-class MPNetForMultipleChoice(PreTrainedModel):
+class MPNetForMultipleChoice(MPNetPreTrainedModel):
     config: MPNetConfig
     def __init__(self, config: MPNetConfig) -> None: ...
     def forward(
@@ -363,7 +374,7 @@ class MPNetForMultipleChoice(PreTrainedModel):
     ) -> MultipleChoiceModelOutput | tuple[Any, ...]: ...
     __call__ = forward
 
-class MPNetForQuestionAnswering(PreTrainedModel):
+class MPNetForQuestionAnswering(MPNetPreTrainedModel):
     config: MPNetConfig
     def __init__(self, config: MPNetConfig) -> None: ...
     def forward(
@@ -387,7 +398,7 @@ class MPNetForQuestionAnswering(PreTrainedModel):
     ) -> QuestionAnsweringModelOutput | tuple[Any, ...]: ...
     __call__ = forward
 
-class MPNetForSequenceClassification(PreTrainedModel):
+class MPNetForSequenceClassification(MPNetPreTrainedModel):
     config: MPNetConfig
     def __init__(self, config: MPNetConfig) -> None: ...
     def forward(
@@ -410,7 +421,7 @@ class MPNetForSequenceClassification(PreTrainedModel):
     ) -> SequenceClassifierOutput | tuple[Any, ...]: ...
     __call__ = forward
 
-class MPNetForTokenClassification(PreTrainedModel):
+class MPNetForTokenClassification(MPNetPreTrainedModel):
     config: MPNetConfig
     def __init__(self, config: MPNetConfig) -> None: ...
     def forward(
@@ -433,7 +444,7 @@ class MPNetForTokenClassification(PreTrainedModel):
     ) -> TokenClassifierOutput | tuple[Any, ...]: ...
     __call__ = forward
 
-class MPNetModel(PreTrainedModel):
+class MPNetModel(MPNetPreTrainedModel):
     config: MPNetConfig
     def __init__(self, config: MPNetConfig) -> None: ...
     def forward(
@@ -455,7 +466,7 @@ class MPNetModel(PreTrainedModel):
     ) -> BaseModelOutputWithPooling | tuple[Any, ...]: ...
     __call__ = forward
 
-class MistralForCausalLM(PreTrainedModel):
+class MistralForCausalLM(MistralPreTrainedModel):
     config: MistralConfig
     def __init__(self, config: MistralConfig) -> None: ...
     def forward(
@@ -478,7 +489,7 @@ class MistralForCausalLM(PreTrainedModel):
     ) -> CausalLMOutputWithPast | tuple[Any, ...]: ...
     __call__ = forward
 
-class MistralForQuestionAnswering(PreTrainedModel):
+class MistralForQuestionAnswering(MistralPreTrainedModel):
     config: MistralConfig
     def __init__(self, config: MistralConfig) -> None: ...
     def forward(
@@ -501,7 +512,7 @@ class MistralForQuestionAnswering(PreTrainedModel):
     ) -> QuestionAnsweringModelOutput | tuple[Any, ...]: ...
     __call__ = forward
 
-class MistralForSequenceClassification(PreTrainedModel):
+class MistralForSequenceClassification(MistralPreTrainedModel):
     config: MistralConfig
     def __init__(self, config: MistralConfig) -> None: ...
     def forward(
@@ -523,7 +534,7 @@ class MistralForSequenceClassification(PreTrainedModel):
     ) -> SequenceClassifierOutputWithPast | tuple[Any, ...]: ...
     __call__ = forward
 
-class MistralForTokenClassification(PreTrainedModel):
+class MistralForTokenClassification(MistralPreTrainedModel):
     config: MistralConfig
     def __init__(self, config: MistralConfig) -> None: ...
     def forward(
@@ -545,7 +556,7 @@ class MistralForTokenClassification(PreTrainedModel):
     ) -> TokenClassifierOutput | tuple[Any, ...]: ...
     __call__ = forward
 
-class MistralModel(PreTrainedModel):
+class MistralModel(MistralPreTrainedModel):
     config: MistralConfig
     def __init__(self, config: MistralConfig) -> None: ...
     def forward(
@@ -566,7 +577,7 @@ class MistralModel(PreTrainedModel):
     ) -> BaseModelOutputWithPast | tuple[Any, ...]: ...
     __call__ = forward
 
-class MptForCausalLM(PreTrainedModel):
+class MptForCausalLM(MptPreTrainedModel):
     config: MptConfig
     def __init__(self, config: MptConfig) -> None: ...
     def forward(
@@ -589,7 +600,7 @@ class MptForCausalLM(PreTrainedModel):
     ) -> CausalLMOutputWithCrossAttentions | tuple[Any, ...]: ...
     __call__ = forward
 
-class MptForQuestionAnswering(PreTrainedModel):
+class MptForQuestionAnswering(MptPreTrainedModel):
     config: MptConfig
     def __init__(self, config: MptConfig) -> None: ...
     def forward(
@@ -612,7 +623,7 @@ class MptForQuestionAnswering(PreTrainedModel):
     ) -> QuestionAnsweringModelOutput | tuple[Any, ...]: ...
     __call__ = forward
 
-class MptForSequenceClassification(PreTrainedModel):
+class MptForSequenceClassification(MptPreTrainedModel):
     config: MptConfig
     def __init__(self, config: MptConfig) -> None: ...
     def forward(
@@ -634,7 +645,7 @@ class MptForSequenceClassification(PreTrainedModel):
     ) -> SequenceClassifierOutputWithPast | tuple[Any, ...]: ...
     __call__ = forward
 
-class MptForTokenClassification(PreTrainedModel):
+class MptForTokenClassification(MptPreTrainedModel):
     config: MptConfig
     def __init__(self, config: MptConfig) -> None: ...
     def forward(
@@ -656,7 +667,7 @@ class MptForTokenClassification(PreTrainedModel):
     ) -> TokenClassifierOutput | tuple[Any, ...]: ...
     __call__ = forward
 
-class MptModel(PreTrainedModel):
+class MptModel(MptPreTrainedModel):
     config: MptConfig
     def __init__(self, config: MptConfig) -> None: ...
     def forward(
@@ -677,7 +688,7 @@ class MptModel(PreTrainedModel):
     ) -> BaseModelOutputWithPastAndCrossAttentions | tuple[Any, ...]: ...
     __call__ = forward
 
-class OpenAIGPTDoubleHeadsModel(PreTrainedModel):
+class OpenAIGPTDoubleHeadsModel(OpenAIGPTPreTrainedModel):
     config: OpenAIGPTConfig
     def __init__(self, config: OpenAIGPTConfig) -> None: ...
     def forward(
@@ -703,7 +714,7 @@ class OpenAIGPTDoubleHeadsModel(PreTrainedModel):
     ) -> OpenAIGPTDoubleHeadsModelOutput | tuple[Any, ...]: ...
     __call__ = forward
 
-class OpenAIGPTForSequenceClassification(PreTrainedModel):
+class OpenAIGPTForSequenceClassification(OpenAIGPTPreTrainedModel):
     config: OpenAIGPTConfig
     def __init__(self, config: OpenAIGPTConfig) -> None: ...
     def forward(
@@ -727,7 +738,7 @@ class OpenAIGPTForSequenceClassification(PreTrainedModel):
     ) -> SequenceClassifierOutput | tuple[Any, ...]: ...
     __call__ = forward
 
-class OpenAIGPTLMHeadModel(PreTrainedModel):
+class OpenAIGPTLMHeadModel(OpenAIGPTPreTrainedModel):
     config: OpenAIGPTConfig
     def __init__(self, config: OpenAIGPTConfig) -> None: ...
     def forward(
@@ -752,7 +763,7 @@ class OpenAIGPTLMHeadModel(PreTrainedModel):
     ) -> CausalLMOutput | tuple[Any, ...]: ...
     __call__ = forward
 
-class OpenAIGPTModel(PreTrainedModel):
+class OpenAIGPTModel(OpenAIGPTPreTrainedModel):
     config: OpenAIGPTConfig
     def __init__(self, config: OpenAIGPTConfig) -> None: ...
     def forward(

@@ -7,7 +7,8 @@ from typing import Any, ClassVar
 
 import monoblock
 from monoblock import families
-from monoblock.config import PretrainedConfig
+from monoblock.config import PretrainedConfig, as_own_config
+from monoblock.config_tools import foreign_fields
 
 
 class AutoConfig:
@@ -41,6 +42,8 @@ class _AutoModel:
     """Chooses a model class by the checkpoint's config."""
 
     _prefix: ClassVar[str] = ""  # of this framework's class names
+    # What `from_config` takes besides the config.
+    _arguments: ClassVar[tuple[str, ...]] = ("dtype", "torch_dtype", "attn_implementation")
 
     def __init__(self) -> None:
         name = type(self).__name__
@@ -54,22 +57,47 @@ class _AutoModel:
     ) -> Any:
         """The model of a checkpoint; arguments as in the classes' own `from_pretrained`."""
         config = kwargs.get("config")
-        if not isinstance(config, PretrainedConfig):
+        if config is None or isinstance(config, str | Path):
             hub = {k: kwargs[k] for k in _HUB if k in kwargs}
             source = pretrained_model_name_or_path if config is None else config
-            config = kwargs["config"] = AutoConfig.from_pretrained(source, **hub)
+            config = AutoConfig.from_pretrained(source, **hub)
+        kwargs["config"] = config = own_config(config)
         chosen = cls._class(config)
         return chosen.from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
 
     @classmethod
-    def from_config(cls, config: PretrainedConfig, **kwargs: Any) -> Any:
-        """A model of that config with random weights; keywords are those of the class's constructor."""
-        return cls._class(config)(config, **kwargs)
+    def from_config(cls, config: Any, **kwargs: Any) -> Any:
+        """A model of that config, ours or transformers', with random weights.
+
+        Keywords on PyTorch: `dtype` (or `torch_dtype`; default: the config's, else PyTorch's), `attn_implementation`;
+        with the other frameworks those of the class's constructor. `trust_remote_code` changes nothing: no remote code
+        is ever run. ValueError: another keyword, or a config of no family here.
+        """
+        kwargs.pop("trust_remote_code", None)
+        config = own_config(config)
+        chosen = cls._class(config)
+        if unknown := next((name for name in kwargs if name not in cls._arguments), None):
+            known = ", ".join((*cls._arguments, "trust_remote_code"))
+            raise ValueError(
+                f"{cls.__name__}.from_config does not know the argument {unknown!r}; it takes: {known}"
+            )
+        make = chosen if cls._prefix else chosen._from_config
+        return make(config, **kwargs)
 
     @classmethod
     def _class(cls, config: PretrainedConfig) -> Any:
         # The package's own attribute, which says what to install where a framework is missing.
         return getattr(monoblock, families.auto_class(cls.__name__, config, cls._prefix))
+
+
+def own_config(config: Any) -> PretrainedConfig:
+    """A config of a family here: itself, or made from transformers' config object; ValueError for anything else."""
+    if isinstance(config, PretrainedConfig):
+        return config
+    fields = foreign_fields(config)
+    if fields is None:
+        raise ValueError(f"expected a config, ours or transformers', got {type(config).__name__}")
+    return as_own_config(config, families.family(fields["model_type"]).config)
 
 
 _HUB = ("revision", "token", "cache_dir", "local_files_only", "force_download", "subfolder")
@@ -109,6 +137,7 @@ class AutoModelForImageTextToText(_AutoModel):
 
 class _Flax(_AutoModel):
     _prefix = "Flax"
+    _arguments = ("input_shape", "seed", "dtype", "_do_init", "gradient_checkpointing")
 
 
 class FlaxAutoModel(_Flax):
@@ -145,6 +174,7 @@ class FlaxAutoModelForImageTextToText(_Flax):
 
 class _TF(_AutoModel):
     _prefix = "TF"
+    _arguments = ("name", "dtype", "trainable")
 
 
 class TFAutoModel(_TF):

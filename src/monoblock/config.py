@@ -13,12 +13,13 @@ import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Self, cast
+from typing import Any, ClassVar, Self, TypeVar, cast
 
 from monoblock.checkpoint.files import read_json, write_atomically
 from monoblock.checkpoint.hub import find_file
 from monoblock.checkpoint.options import HubOptions
 from monoblock.config_fields import COMMON, QUIET, REFUSED
+from monoblock.config_tools import ToolFacts, foreign_fields
 from monoblock.errors import UnsupportedConfig
 from monoblock.heads import HeadSpec
 from monoblock.quantization import recorded
@@ -27,10 +28,12 @@ from monoblock.spec import ArchSpec
 CONFIG_NAME = "config.json"
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 
+Config = TypeVar("Config", bound="PretrainedConfig")
+
 log = logging.getLogger("monoblock")
 
 
-class PretrainedConfig:
+class PretrainedConfig(ToolFacts):
     """The configuration of a model: attributes by the hub's names, one `config.json`.
 
     Subclasses declare `field: type = default`. Positional arguments follow the order of declaration. Unknown
@@ -225,6 +228,7 @@ class PretrainedConfig:
             if name in makers and value == self.fields[name]:
                 continue
             out[name] = _plain(value)
+        out["_name_or_path"] = self.name_or_path
         if "id2label" in out:
             out["id2label"] = {str(i): label for i, label in out["id2label"].items()}
         return out
@@ -239,7 +243,7 @@ class PretrainedConfig:
         return {
             name: value
             for name, value in self.to_dict().items()
-            if name in self.fields or name not in plain or value != plain[name]
+            if name != "_name_or_path" and (name in self.fields or name not in plain or value != plain[name])
         }
 
     def to_json_string(self, use_diff: bool = True) -> str:
@@ -252,8 +256,10 @@ class PretrainedConfig:
         text = self.to_json_string(use_diff)
         write_atomically(Path(json_file_path), lambda path: path.write_text(text, encoding="utf-8"))
 
-    def save_pretrained(self, save_directory: str | Path) -> None:
+    def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False) -> None:
         """Write config.json into that folder, which is made if need be."""
+        if push_to_hub:
+            self.push_to_hub(Path(save_directory).name)
         folder = Path(save_directory)
         if folder.is_file():
             raise ValueError(f"save_pretrained needs a folder, but {folder} is a file")
@@ -319,7 +325,7 @@ class PretrainedConfig:
 
     def changed(self, **fields: Any) -> tuple[Self, dict[str, Any]]:
         """A copy with these fields, read as a constructor reads them; and the keywords that are no fields."""
-        own = {"_name_or_path": self.name_or_path, "_attn_implementation": self._attn_implementation}
+        own = {"_attn_implementation": self._attn_implementation}
         return self.from_dict({**self.to_dict(), **own}, return_unused_kwargs=True, **fields)
 
     def update(self, config_dict: Mapping[str, Any]) -> None:
@@ -328,7 +334,10 @@ class PretrainedConfig:
             setattr(self, name, value)
 
     def __eq__(self, other: object) -> bool:
-        return type(other) is type(self) and cast("PretrainedConfig", other).to_dict() == self.to_dict()
+        if type(other) is not type(self):
+            return False
+        mine, others = self.to_dict(), cast("PretrainedConfig", other).to_dict()
+        return mine == {**others, "_name_or_path": self.name_or_path}
 
     __hash__ = None  # pyright: ignore[reportAssignmentType]
 
@@ -342,7 +351,7 @@ def _plain(value: Any) -> Any:
         return {
             k: v
             for k, v in value.to_dict().items()
-            if k in value.fields or k not in {*COMMON, "id2label", "label2id"}
+            if k in value.fields or k not in {*COMMON, "id2label", "label2id", "_name_or_path"}
         }
     return copy.deepcopy(value)
 
@@ -350,3 +359,20 @@ def _plain(value: Any) -> Any:
 def _member(value: Any, name: str) -> Any:
     """A dict's entry or an object's attribute, None if there is none."""
     return cast("dict[str, Any]", value).get(name) if isinstance(value, dict) else getattr(value, name, None)
+
+
+def as_own_config(config: Any, kind: type[Config], owner: str = "this") -> Config:
+    """That config as one of the class `kind`: itself, or made from the fields of transformers' config object.
+
+    ValueError, which begins with `owner`, for a config of another family and for anything that is no config.
+    """
+    if isinstance(config, kind):
+        return config
+    fields = None if isinstance(config, PretrainedConfig) else foreign_fields(config)
+    if fields is None or fields["model_type"] != kind.model_type:
+        other = "" if fields is None else f" of the model type {fields['model_type']!r}"
+        raise ValueError(
+            f"{owner} takes a {kind.__name__}, got {type(config).__name__}{other}; transformers' config objects of the "
+            f"model type {kind.model_type!r} are taken too"
+        )
+    return kind.from_dict(fields)

@@ -1,56 +1,100 @@
-"""What models return: dataclasses that are also dict-like and tuple-like, as the hub's `ModelOutput`s are."""
+"""What models return: dataclasses that are also ordered mappings, as transformers' `ModelOutput`s are."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, fields
-from typing import Any
+from collections import OrderedDict
+from collections.abc import Callable, ItemsView, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, NoReturn, cast, overload
 
 
-class ModelOutput:
-    """A dataclass whose fields that are not None can also be read by key, by index, and by unpacking."""
+def _refused(what: str) -> Any:
+    """A method that would put the items out of step with the fields."""
+
+    def refuse(self: ModelOutput, *_: Any, **__: Any) -> NoReturn:
+        """Refused: see the class's docstring."""
+        raise TypeError(
+            f"{what} is not for a {type(self).__name__}, whose items are its fields: set output.name = value (None "
+            "takes it out), or work on dict(output)"
+        )
+
+    return refuse
+
+
+class ModelOutput(OrderedDict[str, Any]):
+    """A dataclass whose fields that are not None are also the items of an ordered mapping, in the fields' order.
+
+    They can be read by attribute, key, index and slice. The constructor takes the fields, or, as `dict` does, one
+    mapping or iterable of (name, value) pairs in their place. Items can be set and not removed; a field that is set
+    to None leaves the mapping.
+    """
+
+    # The classes that derive from this one, and what is called with each that comes: a framework registers them as
+    # nodes of its trees.
+    subclasses: ClassVar[list[type[ModelOutput]]] = []
+    on_subclass: ClassVar[list[Callable[[type[ModelOutput]], None]]] = []
+    __match_args__: tuple[str, ...] = ()  # the fields' names, which `dataclass` sets
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        ModelOutput.subclasses.append(cls)
+        for call in ModelOutput.on_subclass:
+            call(cls)
+
+    def __post_init__(self) -> None:
+        names = self.__match_args__
+        first = getattr(self, names[0])
+        if first is None or len(self) > 1 or (pairs := _pairs(first, names)) is None:
+            return
+        self.__setattr__(names[0], None)
+        for name, value in pairs.items():
+            self.__setattr__(name, value)
 
     def to_tuple(self) -> tuple[Any, ...]:
         """The values that are not None, in the order of the fields."""
         return tuple(self.values())
 
-    def items(self) -> Iterator[tuple[str, Any]]:
-        """Pairs of name and value, without the None ones."""
-        for field in fields(self):  # pyright: ignore[reportArgumentType]
-            if (value := getattr(self, field.name)) is not None:
-                yield field.name, value
-
-    def keys(self) -> list[str]:
-        """The names of the fields that are not None."""
-        return [name for name, _ in self.items()]
-
-    def values(self) -> list[Any]:
-        """The values that are not None."""
-        return [value for _, value in self.items()]
-
-    def get(self, key: str, default: Any = None) -> Any:
-        """The value of that field, or the default if it is None or not there."""
-        value = getattr(self, key, None)
-        return default if value is None else value
-
-    def __getitem__(self, key: str | int | slice) -> Any:
-        if isinstance(key, str):
-            if (value := getattr(self, key, None)) is None:
-                raise KeyError(key)
-            return value
-        return self.to_tuple()[key]
+    @overload
+    def __getitem__(self, key: str | int) -> Any: ...
+    @overload
+    def __getitem__(self, key: slice) -> tuple[Any, ...]: ...
+    def __getitem__(self, key: Any) -> Any:
+        return super().__getitem__(key) if isinstance(key, str) else self.to_tuple()[key]
 
     def __setitem__(self, key: str, value: Any) -> None:
-        setattr(self, key, value)
+        self.__setattr__(key, value)
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.keys())
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if value is None:
+            if name in self:
+                super().__delitem__(name)
+            return
+        new = name not in self
+        super().__setitem__(name, value)
+        names = self.__match_args__
+        if new and name in names:
+            for later in names[names.index(name) + 1 :]:
+                if later in self:
+                    self.move_to_end(later)
 
-    def __len__(self) -> int:
-        return len(self.keys())
+    __delitem__ = _refused("del output[name]")
+    clear = _refused("clear")
+    pop = _refused("pop")
+    popitem = _refused("popitem")
+    setdefault = _refused("setdefault")
+    update = _refused("update")
 
-    def __contains__(self, key: object) -> bool:
-        return key in self.keys()
+
+def _pairs(value: Any, names: tuple[str, ...]) -> dict[str, Any] | None:
+    """A mapping, or an iterable of pairs, whose keys are all fields, as a dict; None for any other value."""
+    if isinstance(value, Mapping | ItemsView | Iterator) or (isinstance(value, list | tuple) and value):
+        try:
+            found = dict(cast(Any, value))
+        except (TypeError, ValueError):
+            return None
+        return found if all(name in names for name in found) else None
+    return None
 
 
 @dataclass

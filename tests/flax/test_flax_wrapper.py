@@ -184,7 +184,7 @@ def test_outputs_are_pytrees_dicts_and_tuples() -> None:
     out = model(ids, output_hidden_states=True, output_attentions=True)
     assert type(out) is monoblock.FlaxCausalLMOutputWithCrossAttentions
     assert isinstance(out, monoblock.FlaxMaskedLMOutput)  # what the pages of this family say
-    assert out.keys() == ["logits", "hidden_states", "attentions"]
+    assert list(out) == ["logits", "hidden_states", "attentions"]
     assert out[0] is out.logits is out["logits"] and "loss" not in out
     assert [x.shape for x in out.hidden_states] == [(2, 7, 36)] * 4
     assert [x.shape for x in out.attentions] == [(2, 6, 7, 7)] * 3
@@ -221,7 +221,7 @@ def pieces(model: Any, ids: np.ndarray, mask: Any, whole_mask: bool) -> Any:
             seen = mask[:, :stop]
             seen = np.pad(seen, ((0, 0), (0, 10 - stop)), constant_values=1) if whole_mask else seen
         out = model(ids[:, start:stop], attention_mask=seen, past_key_values=past)
-        assert out.keys() == ["logits", "past_key_values"]
+        assert list(out) == ["logits", "past_key_values"]
         past, start = out.past_key_values, stop
         logits.append(out.logits)
     assert int(past.get_seq_length()) == ids.shape[1]

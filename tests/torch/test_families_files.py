@@ -7,6 +7,7 @@ import copy
 import inspect
 import json
 import logging
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from measure import assert_close
 from safetensors.torch import load_file, save_file
 
 import monoblock
+from monoblock.backends.pytorch.ops import ACT
 from monoblock.errors import MissingKeys, ShapeMismatch, UnexpectedKeys, UnreadKeys
 from monoblock.families import family_of
 
@@ -780,3 +782,36 @@ def test_gradient_checkpointing_of_an_old_config(logs: pytest.LogCaptureFixture)
     assert model.is_gradient_checkpointing
     assert not logs.messages
     assert not ours_of("GPTNeoForCausalLM", **fields("gpt_neo")).is_gradient_checkpointing
+
+
+@pytest.mark.parametrize("nested", [False, True], ids=["flat", "training run"])
+@pytest.mark.parametrize("name", ["MistralForCausalLM", "GPTNeoForCausalLM", "OpenAIGPTLMHeadModel"])
+def test_pickled_parameters_load(name: str, nested: bool, tmp_path: Path) -> None:
+    """A .bin file of `nn.Parameter`s, as `dict(model.named_parameters())` saves it, where q, k and v are joined."""
+    theirs, ours = pair(name)
+    tensors: dict[str, Any] = {key: torch.nn.Parameter(t.clone()) for key, t in theirs.state_dict().items()}
+    ours.config.save_pretrained(tmp_path)
+    torch.save({"state_dict": tensors} if nested else tensors, tmp_path / "pytorch_model.bin")
+    read = getattr(monoblock, name).from_pretrained(tmp_path)
+    ids, _ = texts(name, "none")
+    assert torch.equal(logits_of(read(ids)), logits_of(ours(ids)))
+    assert all(parameter.is_leaf and parameter.requires_grad for parameter in read.parameters())
+
+
+@pytest.mark.parametrize("name", [name for name in CLASSES if KIND[name] in ("causal", "masked")])
+def test_a_model_is_pickled_whole(name: str, tmp_path: Path) -> None:
+    """By `pickle` and by `torch.save(model)`: the class is found again by its name, and nothing in it is a lambda."""
+    _, ours = pair(name)
+    ids, mask = texts(name)
+    wanted = logits_of(ours(ids, attention_mask=mask))
+    torch.save(ours, tmp_path / "model.pt")
+    for again in (
+        pickle.loads(pickle.dumps(ours)),
+        torch.load(tmp_path / "model.pt", weights_only=False),
+    ):
+        assert type(again) is type(ours)
+        assert torch.equal(logits_of(again(ids, attention_mask=mask)), wanted)
+
+
+def test_activations_can_be_pickled() -> None:
+    assert all(pickle.loads(pickle.dumps(act)) is act for act in ACT.values())

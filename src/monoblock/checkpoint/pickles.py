@@ -54,6 +54,12 @@ def unpickled(path: Path, *, stand_ins: bool = False) -> object:
         ) from error
 
 
+def without_gradients(tensor: Any) -> Any:
+    """A pickled Parameter, or a tensor that was trained, as a plain tensor over the same memory: it can be copied,
+    split and joined in place."""
+    return tensor.detach() if tensor.requires_grad else tensor
+
+
 def flat_tensors(content: object, path: Path) -> dict[str, Any]:
     """The tensors of nested dicts, by their keys joined with dots; `CheckpointError` if anything else is there."""
     if not isinstance(content, Mapping):
@@ -65,7 +71,7 @@ def flat_tensors(content: object, path: Path) -> dict[str, Any]:
             inner = flat_tensors(cast(object, value), path)
             found.update({f"{key}.{name}": tensor for name, tensor in inner.items()})
         elif isinstance(value, torch.Tensor):
-            found[str(key)] = value
+            found[str(key)] = without_gradients(value)
         elif value is not None:
             raise CheckpointError(f"{path}: entry {key!r} is a {type(value).__name__}; expected tensors only")
     return found

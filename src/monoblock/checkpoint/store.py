@@ -13,7 +13,7 @@ from monoblock.checkpoint.header import ITEM_BYTES, Entry, Header, read_header
 from monoblock.checkpoint.hub import Kind, WeightFiles
 from monoblock.checkpoint.msgpack import read_msgpack
 from monoblock.checkpoint.naming import Naming, Renamed, Shard, flax_name, tensorflow_name
-from monoblock.checkpoint.pickles import unpickled
+from monoblock.checkpoint.pickles import unpickled, without_gradients
 from monoblock.checkpoint.save import parse_size, save_tensors
 from monoblock.checkpoint.views import Adapter, Framework, adapter, import_torch
 from monoblock.errors import CheckpointError
@@ -242,7 +242,7 @@ def _load_pickle(path: Path) -> dict[str, Any]:
             raise CheckpointError(
                 f"{path}: entry {name!r} is a {type(value).__name__}; expected tensors by name only"
             )
-    return cast(dict[str, Any], content)
+    return {name: without_gradients(tensor) for name, tensor in cast(dict[str, Any], content).items()}
 
 
 _NAMINGS: dict[str, Naming] = {"flax": flax_name, "tf": tensorflow_name}

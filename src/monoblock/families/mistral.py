@@ -44,6 +44,18 @@ class MistralConfig(RopeConfig):
     rope_parameters: dict[str, Any] | None = None
 
     makers_from = "rope_scaling"
+    base_model_tp_plan = {  # noqa: RUF012
+        **{f"layers.*.self_attn.{x}_proj": "colwise" for x in "qkv"},
+        "layers.*.self_attn.o_proj": "rowwise",
+        "layers.*.mlp.gate_proj": "colwise",
+        "layers.*.mlp.up_proj": "colwise",
+        "layers.*.mlp.down_proj": "rowwise",
+    }
+    base_model_pp_plan = {  # noqa: RUF012
+        "embed_tokens": (["input_ids"], ["inputs_embeds"]),
+        "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
+        "norm": (["hidden_states"], ["hidden_states"]),
+    }
 
     def to_spec(self) -> ArchSpec:
         """The architecture; UnsupportedConfig or ValueError names the field that cannot be honoured."""

@@ -298,6 +298,23 @@ GenerationConfig.FIELDS = frozenset(
     name for name in GenerationConfig.__annotations__ if not name.startswith("_") and name != "FIELDS"
 )
 
+
+def as_own_config(config: Any, name: str = "generation_config") -> GenerationConfig | None:
+    """That config as one of ours: itself, None, or made from the set fields of transformers' object, which then count
+    as given in Python. ValueError for anything else; `name`: of the argument."""
+    if config is None or isinstance(config, GenerationConfig):
+        return config
+    if type(config).__name__ != "GenerationConfig" or not callable(getattr(config, "to_dict", None)):
+        raise ValueError(
+            f"{name} must be a GenerationConfig, ours or transformers', got {type(config).__name__}; fields can be "
+            "given to generate() by name"
+        )
+    fields: dict[str, Any] = config.to_dict()
+    return GenerationConfig(
+        **{n: value for n, value in fields.items() if value is not None and n not in METADATA}
+    )
+
+
 # Fields of a model's config.json whose names they share, but which say how the model's forward pass behaves.
 NOT_THE_MODELS = frozenset({"use_cache", "output_attentions", "output_hidden_states"})
 

@@ -29,7 +29,7 @@ from typing import Any
 
 from monoblock.generation import beams, guidance, processors, programs, speculative, stopping, structured
 from monoblock.generation.arrays import Array
-from monoblock.generation.config import GenerationConfig
+from monoblock.generation.config import GenerationConfig, as_own_config
 from monoblock.generation.decoder import Model, Plan
 from monoblock.generation.prompt import (
     CALL_NAMES,
@@ -70,7 +70,8 @@ def generate(
     """
     streamer = arguments.get("streamer")
     with streaming(streamer) if streamer is not None else nullcontext():
-        given: dict[str, Any] = {**arguments, "inputs": inputs, "generation_config": generation_config}
+        passed = as_own_config(generation_config)
+        given: dict[str, Any] = {**arguments, "inputs": inputs, "generation_config": passed}
         refuse_unsupported(given, UNSUPPORTED_ARGUMENTS)
         known = CALL_NAMES | GenerationConfig.FIELDS | model.input_names
         refuse_unknown(given.keys() - UNSUPPORTED_ARGUMENTS.keys(), known)
@@ -79,7 +80,7 @@ def generate(
         config = resolve(
             {name: value for name, value in given.items() if name in GenerationConfig.FIELDS},
             call.generation_config,
-            model.generation_config,
+            as_own_config(model.generation_config, "model.generation_config"),
             assisted=call.assistant_model is not None,
         )
         run = _strategy(call, config)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from monoblock.generation import processors
 from monoblock.generation.arrays import Array
-from monoblock.generation.config import GenerationConfig
+from monoblock.generation.config import GenerationConfig, as_own_config
 from monoblock.generation.decoder import Model, RewindableDecoder
 
 if TYPE_CHECKING:
@@ -179,7 +179,8 @@ class Assistant:
             raise ValueError(
                 "assistant_model reads token ids: give input_ids in place of inputs_embeds, or leave it out"
             )
-        options = _options(generation.config, model.generation_config)
+        own = as_own_config(model.generation_config, "assistant_model.generation_config")
+        options = _options(generation.config, own)
         self.count: int = options["num_assistant_tokens"]
         self.adapts = options["num_assistant_tokens_schedule"] != "constant"
         self.threshold: float = options["assistant_confidence_threshold"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from monoblock.generation.config import GenerationConfig
+from monoblock.generation.config import GenerationConfig, as_own_config
 from monoblock.generation.prompt import CALL_NAMES
 from monoblock.generation.resolve import UNSUPPORTED_ARGUMENTS
 from monoblock.pipelines.base import Pipeline
@@ -47,7 +47,8 @@ class Generating(Pipeline):
         given = {name: value for name, value in options.items() if name in self.more}
         said: dict[str, Any] = {}
         for config in (self.model.generation_config, given.get("generation_config")):
-            said |= config.set_fields() if config is not None else {}
+            own = as_own_config(config)
+            said |= own.set_fields() if own is not None else {}
         said |= given
         defaults = dict(self.generation_defaults)
         if self.tokenizer.pad_token_id is not None:

@@ -16,6 +16,7 @@ from monoblock.tokenization.families import GENERIC, TokenizerFamily
 from monoblock.tokenization.files import load, read_backend
 from monoblock.tokenization.inputs import SIDES, one_of
 from monoblock.tokenization.padding import Pad
+from monoblock.tokenization.recognised import Recognised
 from monoblock.tokenization.saving import save, save_vocabulary
 from monoblock.tokenization.template_tokens import Around, around, bos_eos_template
 from monoblock.tokenization.tensors import as_list
@@ -33,7 +34,7 @@ CLEAN_UP = (
 )  # fmt: skip
 
 
-class PreTrainedTokenizerFast(Chat, Pad):
+class PreTrainedTokenizerFast(Chat, Pad, Recognised):
     """A tokenizer of the hub: `from_pretrained(name)`, then call it with texts.
 
     Args:

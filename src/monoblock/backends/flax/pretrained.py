@@ -31,7 +31,7 @@ from monoblock.checkpoint.msgpack_save import save_msgpack
 from monoblock.checkpoint.options import HubOptions
 from monoblock.checkpoint.save import save_tensors
 from monoblock.checkpoint.store import open_store
-from monoblock.config import CONFIG_NAME, PretrainedConfig
+from monoblock.config import CONFIG_NAME, PretrainedConfig, as_own_config
 from monoblock.generation.config import GENERATION_CONFIG_NAME
 
 log = logging.getLogger("monoblock")
@@ -68,9 +68,7 @@ class FlaxPreTrainedModel(Parameters, Sharded, Training, Generation):
         _do_init: bool = True,
         **kwargs: Any,
     ) -> None:
-        if not isinstance(config, self.family.config):
-            wanted = self.family.config.__name__
-            raise ValueError(f"{type(self).__name__} takes a {wanted}, got {type(config).__name__}")
+        config = as_own_config(config, self.family.config, type(self).__name__)
         remat = kwargs.pop("gradient_checkpointing", getattr(config, "gradient_checkpointing", False))
         if kwargs:
             raise TypeError(f"{type(self).__name__} has no argument {next(iter(kwargs))!r}")
@@ -225,8 +223,8 @@ class FlaxPreTrainedModel(Parameters, Sharded, Training, Generation):
     def _config_for(
         cls, name: str | Path, config: Any, hub: HubOptions, kwargs: dict[str, Any]
     ) -> tuple[Any, dict[str, Any]]:
-        if isinstance(config, PretrainedConfig):
-            return config.changed(**kwargs)
+        if config is not None and not isinstance(config, str | Path):
+            return as_own_config(config, cls.family.config, cls.__name__).changed(**kwargs)
         source = name if config is None else config
         return cls.family.config.from_pretrained(source, return_unused_kwargs=True, **asdict(hub), **kwargs)
 

@@ -9,11 +9,14 @@ from collections.abc import Callable
 from typing import Any
 
 from monoblock import families
+from monoblock.backends.pytorch import pytree
+from monoblock.backends.pytorch.construction import Construction
 from monoblock.backends.pytorch.pretrained import PreTrainedModel
 from monoblock.families import Family, ModelClass
 from monoblock.heads import KINDS
 from monoblock.modules import Part, parts_of
 
+BASE = "PreTrainedModel"  # what the name of a family's base class ends with
 # Arguments that every forward takes by keyword beside those of its own signature.
 EXTRA = (
     "position_ids",
@@ -26,27 +29,59 @@ EXTRA = (
 )
 
 
+pytree.register_outputs()
+
+
+@functools.cache
+def make_base_class(name: str) -> type[PreTrainedModel]:
+    """The base of a family's classes, which holds what they have in common: `<stem>PreTrainedModel`."""
+    stem = name.removesuffix(BASE)
+    kind = next((kind for kind, (own, _) in families.FAMILIES.items() if own == stem), None)
+    if kind is None:
+        raise AttributeError(f"monoblock has no class {name!r}")
+    family = families.family(kind)
+    body: dict[str, Any] = {
+        "family": family,
+        "config_class": family.config,
+        "base_model_prefix": family.prefix,
+        "__module__": "monoblock",
+        "__doc__": f"The base of the classes {', '.join(row.name for row in family.classes)}; no model by itself.",
+        "__new__": _refuse_base,
+    }
+    return types.new_class(
+        name, (PreTrainedModel, Construction), exec_body=lambda namespace: namespace.update(body)
+    )
+
+
+def _refuse_base(cls: type[PreTrainedModel], *_: Any, **__: Any) -> PreTrainedModel:
+    if not hasattr(cls, "row"):
+        known = ", ".join(row.name for row in cls.family.classes)
+        raise TypeError(f"{cls.__name__} is only the base of {known}: make one of these")
+    return object.__new__(cls)
+
+
 @functools.cache
 def make_class(name: str) -> type[PreTrainedModel]:
-    """The class of that name, from its family's table: a public one, or the bare one inside a model with a head."""
+    """The class of that name, from its family's table: a public one, a family's base, or the bare one inside a model with
+    a head."""
+    if name.endswith(BASE):
+        return make_base_class(name)
     family, row = families.row_of(name)
     headed = row.head not in (None, "pooler")
     extra = extra_arguments(family, row)
     layer = next(part.name for part in parts_of(family.tree(family.config())) if part.kind == "layer")
+    base = make_base_class(families.FAMILIES[family.name][0] + BASE)
     body: dict[str, Any] = {
-        "family": family,
         "row": row,
         "make": staticmethod(make_class),
         "extra": extra,
-        "config_class": family.config,
-        "base_model_prefix": family.prefix,
         "_no_split_modules": [layer],
         "_tied_weights_keys": _tied(family, row),
         "__module__": "monoblock",
         "__doc__": _document(row, extra),
         "forward": _forward(row, headed),
     }
-    return types.new_class(name, (PreTrainedModel,), exec_body=lambda namespace: namespace.update(body))
+    return types.new_class(name, (base,), exec_body=lambda namespace: namespace.update(body))
 
 
 def _tied(family: Family, row: ModelClass) -> dict[str, str] | None:

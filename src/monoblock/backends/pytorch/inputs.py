@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from monoblock.backends.pytorch.cache import Cache, DynamicCache, from_tuples, to_tuples
+from monoblock.backends.pytorch.foreign_cache import fill_foreign, from_foreign, is_foreign
 from monoblock.backends.pytorch.model import Call
 from monoblock.backends.pytorch.ops import Scope
 from monoblock.spec import ArchSpec, Learned, Rotary
@@ -17,15 +18,15 @@ from monoblock.spec import ArchSpec, Learned, Rotary
 
 @dataclass
 class Inputs:
-    """A checked call: the tokens' shape, the call for the blocks, and the form of the cache that came in."""
+    """A checked call: the tokens' shape, the call for the blocks, and the form of the cache that came in: the kind of
+    tuples, or transformers' cache object."""
 
     call: Call
-    form: str | None
+    form: Any
 
     def past(self) -> Any:
         """The cache in the form that it came in."""
-        cache = self.call.cache
-        return to_tuples(cache, self.form) if cache is not None and self.form else cache
+        return in_form(self.call.cache, self.form)
 
 
 def check_tokens(spec: ArchSpec, ids: Tensor | None, embeds: Tensor | None) -> tuple[int, int, torch.device]:
@@ -126,18 +127,36 @@ def _head_mask(spec: ArchSpec, mask: Tensor | None) -> Tensor | None:
     return mask.expand(spec.layers, heads)[:, None, :, None, None]
 
 
-def _cache(spec: ArchSpec, past: Any, batch: int, use_cache: bool) -> tuple[Cache | None, str | None]:
-    if not spec.causal and (use_cache or past is not None):
-        raise ValueError("a model that looks both ways has no cache: leave out use_cache and past_key_values")
-    if past is None:
-        return (DynamicCache(config=spec) if use_cache else None), None
+def in_form(cache: Cache | None, form: Any) -> Any:
+    """The cache as its caller gave it: as it is, as tuples, or in transformers' object, which is filled."""
+    if cache is None or form is None:
+        return cache
+    if isinstance(form, str):
+        return to_tuples(cache, form)
+    assert isinstance(cache, DynamicCache)
+    fill_foreign(form, cache)
+    return form
+
+
+def cache_of(past: Any, spec: ArchSpec, batch: int) -> tuple[Cache, Any]:
+    """The cache that `past_key_values` are, and the form in which they came; see `in_form`."""
     if isinstance(past, Cache):
         return past, None
+    if is_foreign(past):
+        return from_foreign(past, spec.windows), past
     if not isinstance(past, Sequence):
         raise ValueError(f"past_key_values must be a Cache or a tuple of layers, got {type(past).__name__}")
     if len(past) != spec.layers:
         raise ValueError(f"past_key_values must hold {spec.layers} layers, got {len(past)}")
     return from_tuples(past, batch)
+
+
+def _cache(spec: ArchSpec, past: Any, batch: int, use_cache: bool) -> tuple[Cache | None, Any]:
+    if not spec.causal and (use_cache or past is not None):
+        raise ValueError("a model that looks both ways has no cache: leave out use_cache and past_key_values")
+    if past is None:
+        return (DynamicCache(config=spec) if use_cache else None), None
+    return cache_of(past, spec, batch)
 
 
 def _check_cache_position(position: Tensor | None, past: int, count: int) -> None:

@@ -18,12 +18,29 @@ from monoblock.backends.pytorch.kernels import native_ops
 from monoblock.positions import inverse_frequencies, is_dynamic
 from monoblock.spec import Rotary
 
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    """GELU by its approximation with tanh."""
+    return F.gelu(x, approximate="tanh")
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    """GELU by its approximation with a sigmoid."""
+    return x * torch.sigmoid(1.702 * x)
+
+
+def relu_squared(x: Tensor) -> Tensor:
+    """max(x, 0) ** 2."""
+    return F.relu(x).square()
+
+
+# Modules hold these functions: named ones, which can be pickled.
 ACT: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "gelu_tanh": gelu_tanh,
+    "quick_gelu": quick_gelu,
     "relu": F.relu,
-    "relu2": lambda x: F.relu(x).square(),
+    "relu2": relu_squared,
     "silu": F.silu,
 }
 

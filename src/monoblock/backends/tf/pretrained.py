@@ -29,7 +29,7 @@ from monoblock.checkpoint.hub import find_weights
 from monoblock.checkpoint.options import HubOptions
 from monoblock.checkpoint.save import save_tensors
 from monoblock.checkpoint.store import open_store
-from monoblock.config import CONFIG_NAME, PretrainedConfig
+from monoblock.config import CONFIG_NAME, PretrainedConfig, as_own_config
 from monoblock.errors import UnsupportedConfig
 from monoblock.generation.config import GENERATION_CONFIG_NAME
 
@@ -51,9 +51,9 @@ class TFPreTrainedModel(Training, Serving, Parameters, Generation):
 
     def __init__(self, config: PretrainedConfig, *inputs: Any, **kwargs: Any) -> None:
         """`kwargs`: Keras's `name`, `dtype` (a policy or its name) and `trainable`."""
-        if inputs or not isinstance(config, self.family.config):
-            wanted, got = self.family.config.__name__, type(inputs[0] if inputs else config).__name__
-            raise ValueError(f"{self.row.name} takes a {wanted} and keywords, got {got}")
+        if inputs:
+            raise ValueError(f"{self.row.name} takes a config and keywords, got {type(inputs[0]).__name__}")
+        config = as_own_config(config, self.family.config, self.row.name)
         if getattr(config, "tf_legacy_loss", False):
             raise UnsupportedConfig(
                 "tf_legacy_loss=True: losses are a mean over the labels here; set it to False"
@@ -287,8 +287,8 @@ class TFPreTrainedModel(Training, Serving, Parameters, Generation):
     def _config_for(
         cls, name: str | Path, config: Any, hub: HubOptions, kwargs: dict[str, Any]
     ) -> tuple[Any, dict[str, Any]]:
-        if isinstance(config, PretrainedConfig):
-            return config.changed(**kwargs)
+        if config is not None and not isinstance(config, str | Path):
+            return as_own_config(config, cls.family.config, cls.__name__).changed(**kwargs)
         source = name if config is None else config
         return cls.family.config.from_pretrained(source, return_unused_kwargs=True, **asdict(hub), **kwargs)
 

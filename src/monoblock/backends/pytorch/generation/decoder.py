@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from monoblock.backends.pytorch.arrays import TorchOps
-from monoblock.backends.pytorch.cache import Cache, DynamicCache, StaticCache, from_tuples, to_tuples
+from monoblock.backends.pytorch.cache import Cache, DynamicCache, StaticCache
 from monoblock.backends.pytorch.generation import cuda_graphs, native_decoder
 from monoblock.backends.pytorch.generation.quantized_cache import quantized
+from monoblock.backends.pytorch.inputs import cache_of, in_form
 from monoblock.generation import loop
 from monoblock.generation.arrays import ArrayOps
 from monoblock.generation.config import GenerationConfig
@@ -118,17 +119,22 @@ class Runner:
         learned = model.spec.position(Learned)
         self.max_positions = learned.size - learned.offset if learned else None
         self.graphed: list[cuda_graphs.Graphed] = []
+        self.decoders: list[Decoder] = []
 
     def decoder(self, plan: loop.Plan, inputs: dict[str, Any]) -> Decoder | cuda_graphs.Graphed:
         """A decoder for one call."""
         decoder = Decoder(self.model, plan, inputs)
+        self.decoders.append(decoder)
         if not cuda_graphs.fits(decoder, plan):
             return decoder
         self.graphed.append(cuda_graphs.Graphed(decoder, plan, given="past_key_values" in inputs))
         return self.graphed[-1]
 
     def close(self) -> None:
-        """The call is over."""
+        """The call is over; a cache object of transformers' that came with it gets its tokens."""
+        for decoder in self.decoders:
+            if decoder.form is not None and not isinstance(decoder.form, str):
+                in_form(decoder.cache, decoder.form)
         for decoder in self.graphed:
             decoder.close()
 
@@ -151,11 +157,9 @@ class Decoder:
         self.mask: Tensor | None = None
         self.ids: Tensor | None = None
 
-    def _cache(self, plan: loop.Plan, past: Any) -> tuple[Cache | None, str | None]:
-        if isinstance(past, Cache):
-            return past, None
+    def _cache(self, plan: loop.Plan, past: Any) -> tuple[Cache | None, Any]:
         if past is not None:
-            return from_tuples(past, plan.batch)
+            return cache_of(past, self.model.spec, plan.batch)
         if not plan.config.use_cache:
             return None, None
         if plan.config.cache_implementation == "static":
@@ -167,7 +171,7 @@ class Decoder:
     @property
     def past_key_values(self) -> Any:
         """The cache, in the form in which it came."""
-        return to_tuples(self.cache, self.form) if self.cache is not None and self.form else self.cache
+        return in_form(self.cache, self.form)
 
     def prefill(self, ids_bn: Tensor, mask_bm: Tensor | None) -> Tensor:
         """Take the prompts, without the part of them that a given cache already holds."""

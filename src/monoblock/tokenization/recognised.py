@@ -1,0 +1,58 @@
+"""Our tokenizers as virtual instances of transformers' classes, where transformers is imported.
+
+transformers' Trainer, TRL, outlines, lm-eval and sentence-transformers ask `isinstance(tokenizer,
+PreTrainedTokenizerBase)`. That class is no ABC with which another one could be registered, but `isinstance` also
+asks the object for its `__class__`, as it does for mocks and proxies: ours is then a class that derives from both.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from typing import Any, cast
+
+# Where transformers 5 and 4 define their tokenizer over `tokenizers`, and its base: the first that is imported counts.
+PLACES = (
+    ("transformers.tokenization_utils_tokenizers", "PreTrainedTokenizerFast"),
+    ("transformers.tokenization_utils_fast", "PreTrainedTokenizerFast"),
+    ("transformers.tokenization_utils_base", "PreTrainedTokenizerBase"),
+)
+
+
+class Recognised:
+    """The part of a tokenizer by which transformers' tools take it for one of theirs."""
+
+    @property
+    def __class__(self) -> Any:
+        """The class of this object; with transformers imported, one that derives from transformers' too."""
+        own = type(self)
+        for module, name in PLACES:
+            if (base := getattr(sys.modules.get(module), name, None)) is not None:
+                return _both(own, base)
+        return own
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        # By the true class: pickle refuses an object whose `__class__` is another one.
+        del protocol
+        return _blank, (type(self),), cast(Any, self).__getstate__()
+
+
+def _blank(kind: type) -> Any:
+    return kind.__new__(kind)
+
+
+@functools.cache
+def _both(own: type, base: type) -> type:
+    """A class that derives from both, for `isinstance` alone: calling it makes an object of `own`."""
+
+    def new(cls: type, *args: Any, **kwargs: Any) -> Any:
+        del cls
+        return own(*args, **kwargs)
+
+    body = {
+        "__new__": new,
+        "__module__": own.__module__,
+        "__qualname__": own.__qualname__,
+        "__doc__": own.__doc__,
+    }
+    return type(own.__name__, (own, base), body)
