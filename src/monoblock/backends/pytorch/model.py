@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from monoblock.backends.pytorch.cache import Cache
-from monoblock.backends.pytorch.kernels import attention, native_ops
+from monoblock.backends.pytorch.kernels import attention, dispatch, native_ops
 from monoblock.backends.pytorch.kernels.linear import Linear
 from monoblock.backends.pytorch.ops import ACT, Scope, bucketed, rotate, rotations
 from monoblock.positions import is_dynamic
@@ -60,8 +60,11 @@ class RMSNorm(nn.RMSNorm):
     """PyTorch's module; the native kernel where that can be used on a prompt."""
 
     def forward(self, x: Tensor) -> Tensor:
+        assert self.eps is not None
         if x.shape[-2] > 1 and native_ops.usable(x, self.weight):
             return native_ops.norm(x, self.weight, None, self.eps, rms=True)
+        if dispatch.traced():  # the older ONNX exporter knows no RMS norm
+            return x * (x.square().mean(-1, keepdim=True) + self.eps).rsqrt() * self.weight
         return super().forward(x)
 
 
