@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from monoblock.backends.pytorch.cache import Cache, DynamicCache, from_tuples, to_tuples
+from monoblock.backends.pytorch.kernels import dispatch
 from monoblock.backends.pytorch.model import Call
 from monoblock.backends.pytorch.ops import Scope
 from monoblock.spec import ArchSpec, Learned, Rotary
@@ -46,7 +47,7 @@ def check_tokens(spec: ArchSpec, ids: Tensor | None, embeds: Tensor | None) -> t
         )
     if tokens.shape[1] == 0:
         raise ValueError("the input has no tokens: give at least one (the bos token, if the text is empty)")
-    if ids is not None and ids.device.type == "cpu" and not torch.compiler.is_compiling():
+    if ids is not None and ids.device.type == "cpu" and dispatch.readable(ids):
         low, high = (int(x) for x in ids.aminmax())
         if low < 0 or high >= spec.vocab:
             raise ValueError(
@@ -67,7 +68,7 @@ def prepare(
     index_k = torch.arange(total, device=device)
     _check_cache_position(given.get("cache_position"), past, count)
     valid = _valid(given.get("attention_mask"), batch, past, count)
-    key_positions = index_k[None] if valid is None else (valid.cumsum(-1) - 1).clamp(min=0)
+    key_positions = index_k[None] if valid is None else (valid.long().cumsum(-1) - 1).clamp(min=0)
     scope = Scope(
         index_q=index_k[past:],
         index_k=index_k,
@@ -101,10 +102,12 @@ def _positions(spec: ArchSpec, given: dict[str, Any], counted_bs: Tensor, total:
         positions = counted_bs
     elif learned.pad_id is not None and ids is not None:
         real = ids != learned.pad_id
-        positions = torch.where(real, real.cumsum(-1), 0) + learned.offset - 1
+        positions = real.long().cumsum(-1) * real + learned.offset - 1
     else:
         positions = counted_bs + learned.offset
-    if learned is None or (given.get("position_ids") is None and total + learned.offset <= learned.size):
+    if learned is None or not dispatch.readable(positions):
+        return positions
+    if given.get("position_ids") is None and total + learned.offset <= learned.size:
         return positions  # reading the highest would make the host wait for the device at each token
     if int(positions.max()) >= learned.size:
         room, needed = learned.size - learned.offset, int(positions.max()) + 1 - learned.offset
@@ -142,7 +145,7 @@ def _cache(spec: ArchSpec, past: Any, batch: int, use_cache: bool) -> tuple[Cach
 
 def _check_cache_position(position: Tensor | None, past: int, count: int) -> None:
     """Positions must follow the cache; anything else would be written to one place and seen from another."""
-    if position is None:
+    if position is None or not dispatch.readable(position):
         return
     if position.shape != (count,) or int(position[0]) != past or int(position[-1]) != past + count - 1:
         raise ValueError(
@@ -161,7 +164,7 @@ def _valid(mask: Tensor | None, batch: int, past: int, count: int) -> Tensor | N
             f"got {tuple(mask.shape)}"
         )
     valid = mask != 0
-    return None if bool(valid.all()) else valid
+    return None if dispatch.readable(mask) and bool(valid.all()) else valid
 
 
 def _segments(spec: ArchSpec, segments: Tensor | None, batch: int, total: int) -> Tensor | None:
