@@ -17,6 +17,7 @@ from monoblock.backends.pytorch.cache import Cache, DynamicCache, from_tuples, t
 from monoblock.backends.pytorch.kernels import dispatch
 from monoblock.backends.pytorch.model import Call
 from monoblock.backends.pytorch.ops import Scope
+from monoblock.positions import is_dynamic
 from monoblock.spec import ArchSpec, Learned, Rotary
 
 log = logging.getLogger("monoblock")
@@ -84,7 +85,7 @@ def prepare(
     if lengths is not None:
         key_positions = _flattened_positions(lengths, count, device)
     else:
-        key_positions = index_k[None] if valid is None else (valid.long().cumsum(-1) - 1).clamp(min=0)
+        key_positions = index_k[None] if valid is None else _counted(spec, valid, index_k)
     positions = _positions(spec, given, key_positions[:, past:], total, documents=lengths is not None)
     scope = Scope(
         index_q=index_k[past:],
@@ -103,6 +104,19 @@ def prepare(
         head_mask=_head_mask(spec, given.get("head_mask")),
     )
     return Inputs(call, form)
+
+
+def _counted(spec: ArchSpec, valid_bk: Tensor, index_k: Tensor) -> Tensor:
+    """(b, k), the position of each token. Tokens are counted without padding, so that a row of a batch is the text
+    alone; padding after them goes on from the row's first token, as in transformers: a span's loss reads its logits.
+    Angles that go by a row's length take the last token's position there."""
+    counted = (valid_bk.long().cumsum(-1) - 1).clamp(min=0)
+    if is_dynamic(spec.position(Rotary)):
+        return counted
+    later = (index_k - valid_bk.long().argmax(-1, keepdim=True)).clamp(min=0)
+    if (learned := spec.position(Learned)) is not None:
+        later = later.clamp(max=learned.size - learned.offset - 1)
+    return torch.where(valid_bk, counted, later)
 
 
 def _positions(
