@@ -121,7 +121,8 @@ def places(model_type: str, mask: torch.Tensor | None) -> dict[str, torch.Tensor
     """What transformers needs to be told: position tables there do not see the attention mask."""
     if mask is None or model_type not in LEARNED:
         return {}
-    return {"position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
+    first = mask.argmax(-1, keepdim=True)
+    return {"position_ids": (torch.arange(mask.shape[-1]) - first).clamp(min=0)}
 
 
 def theirs_inputs(name: str, ids: torch.Tensor, mask: torch.Tensor | None) -> dict[str, Any]:

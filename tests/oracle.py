@@ -61,7 +61,9 @@ def run(
     for b, x in enumerate(x_bsw):
         valid = np.ones(len(x), bool) if mask is None else np.asarray(mask[b]) != 0
         segment = np.zeros(len(x), int) if segments is None else np.asarray(segments[b])
-        position = counted(valid) if position_ids is None else np.asarray(position_ids)[b % len(position_ids)]
+        position = (
+            counted(valid, spec) if position_ids is None else np.asarray(position_ids)[b % len(position_ids)]
+        )
         if token_types is not None:
             x = x + table[np.asarray(token_types[b])]
         if learned := spec.position(Learned):
@@ -99,9 +101,19 @@ def _blocks(
     return states, attentions
 
 
-def counted(valid: Array) -> Array:
-    """Positions that count the tokens which are no padding, from 0."""
-    return np.maximum(np.cumsum(valid) - 1, 0)
+def counted(valid: Array, spec: ArchSpec) -> Array:
+    """Positions that count the tokens which are no padding, from 0; padding after the first of them goes on from it,
+    within the table, but where angles go by the length."""
+    positions = np.maximum(np.cumsum(valid) - 1, 0)
+    rotary, learned = spec.position(Rotary), spec.position(Learned)
+    if rotary is not None and rotary.scaling is not None and rotary.scaling.kind == "dynamic":
+        return positions
+    last = learned.size - learned.offset - 1 if learned else len(valid)
+    first = int(np.argmax(valid))
+    for i in range(first, len(valid)):
+        if not valid[i]:
+            positions[i] = min(i - first, last)
+    return positions
 
 
 def visible(valid: Array, segment: Array, causal: bool, window: int | None) -> Array:

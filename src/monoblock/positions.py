@@ -14,7 +14,6 @@ Floats = np.ndarray[Any, np.dtype[Any]]
 Ints = np.ndarray[Any, np.dtype[Any]]
 
 
-@functools.lru_cache(maxsize=16)
 def inverse_frequencies(rotary: Rotary, length: int = 0) -> tuple[Floats, float]:
     """Rotary frequencies in radians per token, float32 (dim / 2,), and the factor on cos and sin.
 

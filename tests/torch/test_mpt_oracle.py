@@ -129,10 +129,15 @@ def test_sequence_id(padding: str, more: dict[str, Any]) -> None:
     assert (out.logits - module(ids, attention_mask=mask).logits).abs().max() > 0.01
 
 
-def test_sequence_id_without_the_option_is_refused() -> None:
+@torch.no_grad()
+def test_sequence_id_without_the_option() -> None:
+    """It acts where it is given; the option makes training ask for it."""
     ids, _ = batch("none")
-    with pytest.raises(ValueError, match="attn_uses_sequence_id"):
-        model()(ids, sequence_id=torch.zeros_like(ids))
+    segments = (torch.arange(ids.shape[1]) > 9).long().expand(ids.shape)
+    found = model()(ids, sequence_id=segments).logits
+    asked = model(attn={"attn_uses_sequence_id": True})(ids, sequence_id=segments).logits
+    assert torch.equal(found, asked)
+    assert (found - model()(ids).logits).abs().max() > 0.01
 
 
 # ---------------------------------------------------------------------------- training

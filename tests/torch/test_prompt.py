@@ -214,22 +214,6 @@ def test_norms_rotations_and_activations(width: int, dtype: str) -> None:
 
 
 @native_only
-def test_operators() -> None:
-    """The fake kernels agree with the real ones."""
-    q, k, v = heads(2, 9, 4, 2, 8, torch.float32)
-    x, w = torch.randn(2, 3, 8), torch.randn(8)
-    angles = torch.randn(2, 1, 9, 4)
-    calls = {
-        "attention": (q, k, v, torch.rand(4), torch.rand(2, 9) < 0.5, None, 0.3, 0.0, True, 4),
-        "norm": (x, w, w, 1e-5, False),
-        "turn": (q, angles, angles),
-        "activate": (x, 1, True),
-    }
-    for name, given in calls.items():
-        torch.library.opcheck(getattr(torch.ops.monoblock, name).default, given)
-
-
-@native_only
 @pytest.mark.parametrize("case", ["rope", "mptglu", "sliding window", "score cap"])
 @torch.no_grad()
 def test_models_use_them(case: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ import torch
 from helpers import model
 
 import monoblock
-from monoblock.backends.pytorch import pretrained
+from monoblock.backends.pytorch import inputs
 
 IDS = torch.arange(10, 22).reshape(2, 6)
 WRONG: dict[str, tuple[type[Exception], dict[str, Any]]] = {
@@ -35,9 +35,9 @@ WRONG: dict[str, tuple[type[Exception], dict[str, Any]]] = {
         ValueError,
         {"input_ids": IDS, "attention_mask": torch.ones(2, 5)},
     ),
-    r"attention_mask must be .* got \(2, 1, 6, 6\)": (
+    r"attention_mask must be .* got \(2, 6, 6\)": (
         ValueError,
-        {"input_ids": IDS, "attention_mask": torch.ones(2, 1, 6, 6)},
+        {"input_ids": IDS, "attention_mask": torch.ones(2, 6, 6)},
     ),
     r"cache_position must be 0 to 5": (ValueError, {"input_ids": IDS, "cache_position": torch.arange(1, 7)}),
     r"position_ids must be \(batch, 6\), got \(1, 7\)": (
@@ -99,7 +99,7 @@ def test_a_class_that_predicts_nothing_does_not_generate() -> None:
 
 
 def test_position_ids_without_positions_are_told_once(logs: pytest.LogCaptureFixture) -> None:
-    pretrained._warn_once.cache_clear()
+    inputs.warn_once.cache_clear()
     for _ in range(2):
         model()(IDS, position_ids=torch.arange(6)[None])
     assert sum("position_ids have no effect" in message for message in logs.messages) == 1

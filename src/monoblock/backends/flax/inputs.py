@@ -11,7 +11,8 @@ from jax import Array, lax
 from monoblock.backends.flax.cache import Cache
 from monoblock.backends.flax.model import Call
 from monoblock.backends.flax.ops import Scope
-from monoblock.spec import ArchSpec, Learned
+from monoblock.positions import is_dynamic
+from monoblock.spec import ArchSpec, Learned, Rotary
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ def prepare(
     index_q = index_k if fresh else past + jnp.arange(count, dtype=jnp.int32)
     mask, segments = given.get("attention_mask"), given.get("sequence_id")
     valid = None if mask is None else mask[:, :total] != 0
-    key_positions = index_k[None] if valid is None else jnp.maximum(jnp.cumsum(valid, axis=-1) - 1, 0)
+    key_positions = index_k[None] if valid is None else _counted(spec, valid)
     counted = key_positions if fresh else lax.dynamic_slice_in_dim(key_positions, past, count, axis=1)
     segment_bk = None if segments is None else segments[:, :total]
     segment_bq = segment_bk
@@ -71,6 +72,19 @@ def prepare(
         attentions=wanted.attentions,
         train=wanted.train,
     )
+
+
+def _counted(spec: ArchSpec, valid_bk: Array) -> Array:
+    """(b, k), the position of each token: counted without padding; padding after them goes on from the row's first
+    token, but for angles that go by a row's length."""
+    counted = jnp.maximum(jnp.cumsum(valid_bk, axis=-1) - 1, 0)
+    if is_dynamic(spec.position(Rotary)):
+        return counted
+    first_b = jnp.argmax(valid_bk, axis=-1)[:, None]
+    later = jnp.maximum(jnp.arange(valid_bk.shape[1], dtype=jnp.int32) - first_b, 0)
+    if (learned := spec.position(Learned)) is not None:
+        later = jnp.minimum(later, learned.size - learned.offset - 1)
+    return jnp.where(valid_bk, counted, later)
 
 
 def _positions(spec: ArchSpec, given: Mapping[str, Array], counted_bs: Array) -> Array:

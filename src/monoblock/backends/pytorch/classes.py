@@ -62,8 +62,8 @@ def _refuse_base(cls: type[PreTrainedModel], *_: Any, **__: Any) -> PreTrainedMo
 
 @functools.cache
 def make_class(name: str) -> type[PreTrainedModel]:
-    """The class of that name, from its family's table: a public one, a family's base, or the bare one inside a model with
-    a head."""
+    """The class of that name, from its family's table: a public one, a family's base, or the bare one inside a
+    model with a head."""
     if name.endswith(BASE):
         return make_base_class(name)
     family, row = families.row_of(name)

@@ -93,7 +93,7 @@ def last_tokens(
     or with embeddings as input, it is the last place.
     """
     b, s = hidden_bsw.shape[:2]
-    if attention_mask is not None:
+    if attention_mask is not None and attention_mask.dim() == 2:
         real = attention_mask[:, -s:] != 0
     elif input_ids is not None and pad_id is not None:
         real = input_ids != pad_id

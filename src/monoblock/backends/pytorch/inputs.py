@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from monoblock.backends.pytorch.cache import Cache, DynamicCache, from_tuples, to_tuples
 from monoblock.backends.pytorch.foreign_cache import fill_foreign, from_foreign, is_foreign
+from monoblock.backends.pytorch.kernels import dispatch
 from monoblock.backends.pytorch.model import Call
 from monoblock.backends.pytorch.ops import Scope
+from monoblock.positions import is_dynamic
 from monoblock.spec import ArchSpec, Learned, Rotary
+
+log = logging.getLogger("monoblock")
+
+
+@functools.cache
+def warn_once(message: str) -> None:
+    """Log a warning the first time that it comes."""
+    log.warning(message)
 
 
 @dataclass
@@ -47,7 +61,7 @@ def check_tokens(spec: ArchSpec, ids: Tensor | None, embeds: Tensor | None) -> t
         )
     if tokens.shape[1] == 0:
         raise ValueError("the input has no tokens: give at least one (the bos token, if the text is empty)")
-    if ids is not None and ids.device.type == "cpu" and not torch.compiler.is_compiling():
+    if ids is not None and ids.device.type == "cpu" and dispatch.readable(ids):
         low, high = (int(x) for x in ids.aminmax())
         if low < 0 or high >= spec.vocab:
             raise ValueError(
@@ -67,19 +81,25 @@ def prepare(
     total = past + count
     index_k = torch.arange(total, device=device)
     _check_cache_position(given.get("cache_position"), past, count)
-    valid = _valid(given.get("attention_mask"), batch, past, count)
-    key_positions = index_k[None] if valid is None else (valid.cumsum(-1) - 1).clamp(min=0)
+    valid, whole = _masks(spec, given.get("attention_mask"), batch, past, count)
+    lengths = _lengths(given, shape, past)
+    if lengths is not None:
+        key_positions = _flattened_positions(lengths, count, device)
+    else:
+        key_positions = index_k[None] if valid is None else _counted(spec, valid, index_k)
+    positions = _positions(spec, given, key_positions[:, past:], total, documents=lengths is not None)
     scope = Scope(
         index_q=index_k[past:],
         index_k=index_k,
-        causal=spec.causal,
+        causal=spec.causal and whole is None,
         aligned=past == 0,
         valid_bk=valid,
-        segment_bk=_segments(spec, given.get("sequence_id"), batch, total),
+        segment_bk=_segments(spec, given, lengths, valid, shape, total),
+        given=whole,
     )
     call = Call(
         scope=scope,
-        positions_bs=_positions(spec, given, key_positions[:, past:], total),
+        positions_bs=positions,
         key_positions_bk=key_positions,
         cache=cache,
         head_mask=_head_mask(spec, given.get("head_mask")),
@@ -87,9 +107,24 @@ def prepare(
     return Inputs(call, form)
 
 
-def _positions(spec: ArchSpec, given: dict[str, Any], counted_bs: Tensor, total: int) -> Tensor:
+def _counted(spec: ArchSpec, valid_bk: Tensor, index_k: Tensor) -> Tensor:
+    """(b, k), the position of each token. Tokens are counted without padding, so that a row of a batch is the text
+    alone; padding after them goes on from the row's first token, as in transformers: a span's loss reads its logits.
+    Angles that go by a row's length take the last token's position there."""
+    counted = (valid_bk.long().cumsum(-1) - 1).clamp(min=0)
+    if is_dynamic(spec.position(Rotary)):
+        return counted
+    later = (index_k - valid_bk.long().argmax(-1, keepdim=True)).clamp(min=0)
+    if (learned := spec.position(Learned)) is not None:
+        later = later.clamp(max=learned.size - learned.offset - 1)
+    return torch.where(valid_bk, counted, later)
+
+
+def _positions(
+    spec: ArchSpec, given: dict[str, Any], counted_bs: Tensor, total: int, *, documents: bool
+) -> Tensor:
     """The position of each token that comes in: as given, else counted; an index of the table if there is one. `total`
-    tokens, the past among them, have no higher count."""
+    tokens, the past among them, have no higher count. `documents`: counted in each document of a packed row."""
     learned, ids = spec.position(Learned), given.get("input_ids")
     positions = given.get("position_ids")
     if positions is not None:
@@ -100,12 +135,14 @@ def _positions(spec: ArchSpec, given: dict[str, Any], counted_bs: Tensor, total:
         positions = positions.reshape(-1, positions.shape[-1])
     elif learned is None:
         positions = counted_bs
-    elif learned.pad_id is not None and ids is not None:
+    elif learned.pad_id is not None and ids is not None and not documents:
         real = ids != learned.pad_id
-        positions = torch.where(real, real.cumsum(-1), 0) + learned.offset - 1
+        positions = real.long().cumsum(-1) * real + learned.offset - 1
     else:
         positions = counted_bs + learned.offset
-    if learned is None or (given.get("position_ids") is None and total + learned.offset <= learned.size):
+    if learned is None or not dispatch.readable(positions):
+        return positions
+    if given.get("position_ids") is None and total + learned.offset <= learned.size:
         return positions  # reading the highest would make the host wait for the device at each token
     if int(positions.max()) >= learned.size:
         room, needed = learned.size - learned.offset, int(positions.max()) + 1 - learned.offset
@@ -161,7 +198,7 @@ def _cache(spec: ArchSpec, past: Any, batch: int, use_cache: bool) -> tuple[Cach
 
 def _check_cache_position(position: Tensor | None, past: int, count: int) -> None:
     """Positions must follow the cache; anything else would be written to one place and seen from another."""
-    if position is None:
+    if position is None or not dispatch.readable(position):
         return
     if position.shape != (count,) or int(position[0]) != past or int(position[-1]) != past + count - 1:
         raise ValueError(
@@ -170,31 +207,129 @@ def _check_cache_position(position: Tensor | None, past: int, count: int) -> Non
         )
 
 
-def _valid(mask: Tensor | None, batch: int, past: int, count: int) -> Tensor | None:
-    """The mask as booleans (b, past + count), None if nothing is masked."""
+def _masks(
+    spec: ArchSpec, mask: Tensor | None, batch: int, past: int, count: int
+) -> tuple[Tensor | None, Tensor | None]:
+    """A mask of keys as booleans (b, past + count), None if nothing is masked; or a mask of queries and keys."""
     if mask is None:
-        return None
-    if mask.dim() != 2 or mask.shape != (batch, past + count):
+        return None, None
+    total, heads = past + count, spec.attention.heads
+    if mask.dim() == 4:
+        sizes = zip(mask.shape, ((1, batch), (1, heads), (count,), (total,)), strict=True)
+        if not all(size in fitting for size, fitting in sizes):
+            raise ValueError(
+                f"a 4-D attention_mask must be (batch, 1 or heads, queries, keys) = ({batch}, 1 or {heads}, {count}, "
+                f"{total}), the {past} cached tokens included, got {tuple(mask.shape)}"
+            )
+        if mask.dtype != torch.bool and not mask.is_floating_point():
+            raise ValueError(
+                "a 4-D attention_mask must be boolean (True: may attend) or floating-point (added to the scores), got "
+                f"{mask.dtype}"
+            )
+        return None, mask
+    if mask.dim() != 2 or mask.shape != (batch, total):
         raise ValueError(
-            f"attention_mask must be (batch, tokens) = ({batch}, {past + count}), the {past} cached tokens included, "
+            f"attention_mask must be (batch, tokens) = ({batch}, {total}), the {past} cached tokens included, "
             f"got {tuple(mask.shape)}"
         )
     valid = mask != 0
-    return None if bool(valid.all()) else valid
+    return (None if dispatch.readable(mask) and bool(valid.all()) else valid), None
 
 
-def _segments(spec: ArchSpec, segments: Tensor | None, batch: int, total: int) -> Tensor | None:
-    if segments is None:
+# ---------------------------------------------------------------------------- packed documents
+
+# Keywords of every forward that say where the documents of a packed row begin and end.
+PACKED = ("sequence_id", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+
+
+def _lengths(given: dict[str, Any], shape: tuple[int, int, torch.device], past: int) -> Tensor | None:
+    """Where each document of one flattened row begins, and the row's end: `cu_seq_lens_q`, which must be
+    `cu_seq_lens_k`. The longest lengths follow from them."""
+    both = [given.get(name) for name in ("cu_seq_lens_q", "cu_seq_lens_k")]
+    longest = [x for x in (given.get("max_length_q"), given.get("max_length_k")) if x is not None]
+    found = [x for x in both if x is not None]
+    if not found:
+        if longest:
+            raise ValueError("max_length_q and max_length_k come with cu_seq_lens_q and cu_seq_lens_k")
         return None
-    if not spec.attention.by_segment:
+    batch, count, device = shape
+    if batch != 1 or past:
         raise ValueError(
-            "sequence_id would have no effect: the config does not set attn_uses_sequence_id=True"
+            "cu_seq_lens_q are of one flattened row without a cache: input_ids must be (1, tokens), got "
+            f"{batch} rows and {past} cached tokens"
         )
-    if segments.shape != (batch, total):
+    if any(x.dim() != 1 or x.shape != found[0].shape or x.shape[0] < 2 for x in found):
         raise ValueError(
-            f"sequence_id must be (batch, tokens) = ({batch}, {total}), got {tuple(segments.shape)}"
+            "cu_seq_lens_q and cu_seq_lens_k must be (documents + 1,) and equal, got "
+            + " and ".join(str(tuple(x.shape)) for x in found)
         )
-    return segments
+    if dispatch.readable(*found):
+        ends = found[0].tolist()
+        lengths = [stop - start for start, stop in itertools.pairwise(ends)]
+        if ends[0] != 0 or ends[-1] != count or min(lengths) < 0 or found[-1].tolist() != ends:
+            raise ValueError(
+                f"cu_seq_lens_q and cu_seq_lens_k must both grow from 0 to the {count} tokens, got "
+                + " and ".join(str(x.tolist()) for x in found)
+            )
+        if any(int(x) < max(lengths) for x in longest):
+            raise ValueError(
+                f"max_length_q and max_length_k must be the longest document's {max(lengths)} tokens, got {longest}"
+            )
+    return found[0].to(device)
+
+
+def _document(lengths: Tensor, count: int, device: torch.device) -> Tensor:
+    """(1, tokens), the number of each token's document."""
+    return (torch.arange(count, device=device)[:, None] >= lengths[1:]).sum(-1)[None]
+
+
+def _flattened_positions(lengths: Tensor, count: int, device: torch.device) -> Tensor:
+    """(1, tokens), each token's position in its document."""
+    return torch.arange(count, device=device) - lengths[_document(lengths, count, device)]
+
+
+def _segments(
+    spec: ArchSpec,
+    given: dict[str, Any],
+    lengths: Tensor | None,
+    valid: Tensor | None,
+    shape: tuple[int, int, torch.device],
+    total: int,
+) -> Tensor | None:
+    """(b, past + count), a number for each document of packed rows: by `cu_seq_lens_q`, else by positions that begin
+    anew; and by `sequence_id`. None: one document."""
+    batch, count, device = shape
+    document = None
+    positions = given.get("position_ids")
+    if lengths is not None:
+        document = _document(lengths, count, device)
+    elif positions is not None and given.get("past_key_values") is None:
+        document = _restarts(spec, positions.reshape(-1, count), valid)
+    if positions is not None and document is None and not has_positions(spec):
+        warn_once("position_ids have no effect on a model that encodes positions as distances")
+    sequence = given.get("sequence_id")
+    if sequence is not None:
+        if sequence.shape != (batch, total):
+            raise ValueError(
+                f"sequence_id must be (batch, tokens) = ({batch}, {total}), got {tuple(sequence.shape)}"
+            )
+        document = sequence if document is None else sequence.long() * total + document
+    return None if document is None else document.expand(batch, -1)
+
+
+def _restarts(spec: ArchSpec, positions_bs: Tensor, valid: Tensor | None) -> Tensor | None:
+    """The number of each token's document, where a position that is no higher than the last begins one. None: none
+    does so. Positions of padding mean nothing."""
+    before, here = positions_bs[:, :-1], positions_bs[:, 1:]
+    begins = here <= before
+    learned = spec.position(Learned)
+    if learned is not None and learned.pad_id is not None:
+        begins = begins & (here >= learned.offset)  # lower ones are padding's
+    if valid is not None:
+        begins = valid[:, 1:] & torch.where(valid[:, :-1], begins, here < before)
+    if dispatch.readable(positions_bs) and not bool(begins.any()):
+        return None
+    return F.pad(begins.long().cumsum(-1), (1, 0))
 
 
 def has_positions(spec: ArchSpec) -> bool:
@@ -212,7 +347,15 @@ def flattened(given: dict[str, Any]) -> dict[str, Any]:
     nested = tokens is not None and tokens.dim() == dims
     flat = dict(given, choices=tokens.shape[1] if nested and tokens is not None else 1, nested=nested)
     if nested:
-        for name in ("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds"):
+        names = (
+            "input_ids",
+            "attention_mask",
+            "token_type_ids",
+            "position_ids",
+            "sequence_id",
+            "inputs_embeds",
+        )
+        for name in names:
             value = flat.get(name)
             if value is not None and value.dim() == (4 if name == "inputs_embeds" else 3):
                 flat[name] = value.flatten(0, 1)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from monoblock.backends.pytorch.kernels import native_ops
+from monoblock.backends.pytorch.kernels import dispatch, native_ops
 from monoblock.backends.pytorch.kernels.linear import Linear, dense
 from monoblock.backends.pytorch.ops import ACT, rotations
 from monoblock.backends.pytorch.parts import Named, named
@@ -21,8 +21,11 @@ class RMSNorm(Named, nn.RMSNorm):
     """PyTorch's module; the native kernel where that can be used on a prompt."""
 
     def forward(self, x: Tensor) -> Tensor:
+        assert self.eps is not None
         if x.shape[-2] > 1 and native_ops.usable(x, self.weight):
             return native_ops.norm(x, self.weight, None, self.eps, rms=True)
+        if dispatch.traced():  # the older ONNX exporter knows no RMS norm
+            return x * (x.square().mean(-1, keepdim=True) + self.eps).rsqrt() * self.weight
         return super().forward(x)
 
 

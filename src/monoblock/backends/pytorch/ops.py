@@ -5,6 +5,7 @@ Shape suffixes: b batch, q queries, k keys, h heads, d head width.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -14,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from monoblock.backends.pytorch.kernels import native_ops
+from monoblock.backends.pytorch.kernels import dispatch, native_ops
 from monoblock.positions import inverse_frequencies, is_dynamic
 from monoblock.spec import Rotary
 
@@ -49,10 +50,26 @@ ACT: dict[str, Callable[[Tensor], Tensor]] = {
 
 def rotations(positions_bq: Tensor, rotary: Rotary, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """cos and sin of the rotary angles, each (b, 1, q, dim). Dynamic scaling goes by each row's own length."""
-    lengths = (positions_bq.amax(-1) + 1).tolist() if is_dynamic(rotary) else [0]
-    found = [inverse_frequencies(rotary, int(length)) for length in lengths]
-    inverse, factor = torch.stack([torch.tensor(each) for each, _ in found])[:, None, None], found[0][1]
-    return turns(positions_bq, inverse.to(positions_bq.device), factor, dtype)
+    if is_dynamic(rotary):
+        return turns(positions_bq, _dynamic(positions_bq, rotary), 1.0, dtype)
+    # Compilers warn about caches, and need none.
+    inverse, factor = (inverse_frequencies if dispatch.transformed() else _frequencies)(rotary)
+    return turns(positions_bq, torch.as_tensor(inverse).to(positions_bq.device), factor, dtype)
+
+
+_frequencies = functools.lru_cache(maxsize=16)(inverse_frequencies)
+
+
+def _dynamic(positions_bq: Tensor, rotary: Rotary) -> Tensor:
+    """`inverse_frequencies` of dynamic scaling, (b, 1, 1, dim / 2), without reading the lengths on the host."""
+    scaling = rotary.scaling
+    assert scaling is not None
+    exact = torch.float32 if positions_bq.device.type == "mps" else torch.float64  # MPS has no float64
+    lengths_b = (positions_bq.amax(-1) + 1).clamp(min=scaling.original_length).to(exact)
+    stretch_b = scaling.factor * (lengths_b / scaling.original_length) - (scaling.factor - 1)
+    theta_b = rotary.theta * stretch_b ** (rotary.dim / (rotary.dim - 2))
+    steps = torch.arange(0, rotary.dim, 2, dtype=exact, device=positions_bq.device) / rotary.dim
+    return (1 / theta_b[:, None, None, None] ** steps).float()
 
 
 def turns(positions_bq: Tensor, inverse: Tensor, factor: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -63,25 +80,30 @@ def turns(positions_bq: Tensor, inverse: Tensor, factor: float, dtype: torch.dty
 
 
 def rotate(x_bhqd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the first `dim` channels by half-rotation: (a, b) -> (a cos - b sin, b cos + a sin)."""
+    """Rotate the first `dim` channels by half-rotation: (a, b) -> (a cos - b sin, b cos + a sin). Under autocast the
+    angles are of a wider dtype than the heads, which keep theirs."""
     if x_bhqd.shape[2] > 1 and native_ops.usable(x_bhqd, cos, sin):
         return native_ops.turn(x_bhqd, cos, sin).transpose(1, 2)
     dim = cos.shape[-1]
     turned, kept = x_bhqd[..., :dim], x_bhqd[..., dim:]
     a, b = turned.chunk(2, dim=-1)
-    turned = turned * cos + torch.cat((-b, a), dim=-1) * sin
+    turned = (turned * cos + torch.cat((-b, a), dim=-1) * sin).to(x_bhqd.dtype)
     return torch.cat((turned, kept), dim=-1) if kept.shape[-1] else turned
 
 
 def bucketed(distance: Tensor, count: int, max_distance: int) -> Tensor:
     """T5's bucket of each distance (key - query): half of the buckets look ahead; in each half, half are exact and the
     rest grow with the logarithm up to `max_distance`."""
+    # From a table, since compilers may round a logarithm on the edge of two buckets either way.
     half = count // 2
     exact = half // 2
-    far = distance.abs()
-    grown = torch.log(far.clamp(min=1).float() / exact) / math.log(max_distance / exact) * (half - exact)
-    grown = (exact + grown.to(torch.long)).clamp(max=half - 1)
-    return torch.where(distance > 0, half, 0) + torch.where(far < exact, far, grown)
+    ratio, wide = max_distance / exact, half - exact
+    edges = [math.ceil(exact * ratio ** (i / wide) - 1e-6) for i in range(1, wide)]
+    behind = [
+        far if far < exact else exact + sum(far >= edge for edge in edges) for far in range(max_distance + 1)
+    ]
+    table = torch.tensor(behind, device=distance.device)
+    return torch.where(distance > 0, half, 0) + table[distance.abs().clamp(max=max_distance)]
 
 
 # ---------------------------------------------------------------------------- who sees whom
@@ -89,16 +111,18 @@ def bucketed(distance: Tensor, count: int, max_distance: int) -> Tensor:
 # Stands on GPUs for a score that does not count. Their kernels multiply it by log2(e): the lowest number of a dtype,
 # which CPUs get, would become infinite, and a row of nothing else no number.
 UNSEEN = -1e30
+BLOCK = 256  # queries whose masks are made at a time where no more than a part is needed
 
 
 @dataclass
 class Scope:
     """Which keys each query may see, from indices alone: `valid_k & (k <= q or not causal) & (q - k < window)`.
 
-    `index_q` (q,) and `index_k` (k,) are places in the sequence; `valid_bk` is False for padding (None: there is
-    none); `segment_bk` numbers the parts of a packed row (None: one part). `aligned`: queries and keys are the
-    same tokens, so that the kernels' own causal mask fits. `slopes_h` are ALiBi's; `relative` makes the bias (h, q, k)
-    of distances (q, k).
+    `index_q` (q,) and `index_k` (k,) are indices in the sequence; `valid_bk` is False for padding (None: there is
+    none); `segment_bk` numbers the documents of a packed row (None: one document). `given` is the caller's own mask,
+    (b or 1, h or 1, q, k): booleans, True where the query may see the key, or numbers to add to the scores; it takes
+    the causal mask's place. `aligned`: queries and keys are the same tokens, so that the kernels' own causal mask
+    fits. `slopes_h` are ALiBi's; `relative` makes the bias (h, q, k) of distances (q, k).
     """
 
     in_order: ClassVar[bool] = True  # the keys stand in their order, and the queries are the last of them
@@ -109,41 +133,42 @@ class Scope:
     aligned: bool
     valid_bk: Tensor | None = None
     segment_bk: Tensor | None = None
+    given: Tensor | None = None
     slopes_h: Tensor | None = None
     relative: Callable[[Tensor], Tensor] | None = None
     window: int | None = None
     memo: dict[str, Any] = field(default_factory=dict)
-    narrow: dict[tuple[int, int], Scope] = field(default_factory=dict)
+    narrow: dict[Any, Scope] = field(default_factory=dict)
 
     def narrowed(self, window: int, kept: int) -> Scope:
         """The same scope with a window, over the last `kept` keys; equal windows share one."""
-        if (window, kept) not in self.narrow:
-            cut = slice(self.index_k.shape[0] - kept, None)
-            valid = None if self.valid_bk is None else self.valid_bk[:, cut]
-            segment = None if self.segment_bk is None else self.segment_bk[:, cut]
-            self.narrow[window, kept] = replace(
+        found = self.narrow.get(window)  # `kept` may be symbolic, and then is no key
+        if found is None or not (self.aligned or found.index_k.shape[0] == kept):
+            # Aligned keys are all kept; the older ONNX exporter would take `kept` for a constant.
+            cut = slice(None) if self.aligned else slice(self.index_k.shape[0] - kept, None)
+            found = self.narrow[window] = replace(
                 self,
                 window=window,
                 index_k=self.index_k[cut],
-                valid_bk=valid,
-                segment_bk=segment,
+                valid_bk=None if self.valid_bk is None else self.valid_bk[:, cut],
+                segment_bk=None if self.segment_bk is None else self.segment_bk[:, cut],
+                given=None if self.given is None else self.given[..., cut],
                 memo={},
                 narrow={},
             )
-        return self.narrow[window, kept]
+        return found
 
     def last(self, count: int) -> Scope:
         """The same scope for the last `count` queries alone."""
         if count == self.index_q.shape[0]:
             return self
-        return replace(self, index_q=self.index_q[-count:], aligned=False, memo={}, narrow={})
+        given = None if self.given is None else self.given[:, :, -count:]
+        return replace(self, index_q=self.index_q[-count:], aligned=False, given=given, memo={}, narrow={})
 
-    def visible(self, start: int, stop: int, first: int, last: int) -> Tensor:
-        """(b or 1, 1, stop - start, last - first), True where the query may see the key."""
+    def visible(self, start: int, stop: int | None, first: int, last: int | None) -> Tensor:
+        """(b or 1, h or 1, stop - start, last - first), True where the query may see the key. None: to the end."""
         distance = self.index_q[start:stop, None] - self.index_k[None, first:last]
-        seen = torch.ones_like(distance, dtype=torch.bool)
-        if self.causal:
-            seen = distance >= 0
+        seen = distance >= 0 if self.causal else torch.ones_like(distance, dtype=torch.bool)
         if self.window is not None:
             seen = seen & (distance < self.window)
         seen = seen[None, None]
@@ -152,41 +177,58 @@ class Scope:
         if self.segment_bk is not None:
             own = self.segment_bk[:, self.index_q[start:stop] - self.index_k[0]]
             seen = seen & (own[:, None, :, None] == self.segment_bk[:, None, None, first:last])
+        if self.given is not None and self.given.dtype == torch.bool:
+            seen = seen & self.given[:, :, start:stop, first:last]
         return seen
 
-    def bias(self, start: int, stop: int, first: int, last: int, dtype: torch.dtype) -> Tensor:
+    def bias(self, start: int, stop: int | None, first: int, last: int | None, dtype: torch.dtype) -> Tensor:
         """What is added to the scores, (b or 1, h or 1, stop - start, last - first): 0 or ALiBi, and a finite
-        minimum where the key may not be seen (a row without any key must not become NaN)."""
+        minimum where the key may not be seen (a fully masked row would be NaN)."""
         lowest = torch.finfo(dtype).min
         if self.index_k.device.type != "cpu":
             lowest = max(UNSEEN, lowest)
         seen = self.visible(start, stop, first, last)
+        added = torch.zeros((), dtype=dtype, device=seen.device)
         if self.relative is not None:
             distance = self.index_k[None, first:last] - self.index_q[start:stop, None]
-            return self.relative(distance)[None].to(dtype).masked_fill(~seen, lowest)
-        if self.slopes_h is None:
-            return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, lowest)
-        away = (self.index_k[None, first:last] - self.index_q[start:stop, None]).to(torch.float32)
-        ramp = self.slopes_h[None, :, None, None] * away
-        return ramp.to(dtype).expand(seen.shape[0], -1, -1, -1).masked_fill(~seen, lowest)
+            added = self.relative(distance)[None].to(dtype)
+        if self.slopes_h is not None:
+            away = (self.index_k[None, first:last] - self.index_q[start:stop, None]).to(torch.float32)
+            added = added + (self.slopes_h[None, :, None, None] * away).to(dtype)
+        if self.given is not None and self.given.dtype != torch.bool:
+            # A mask of a wider dtype may hold minima beyond this one's.
+            given = self.given[:, :, start:stop, first:last].clamp(min=lowest).to(dtype)
+            added = (added + given).clamp(min=lowest)
+        return torch.where(seen, added, lowest)
 
     def blind(self) -> Tensor | None:
         """(b, 1, q, 1), True for queries that see no key: before a row's first real token, or with nothing but padding
-        in their window. None if no padding can make such."""
-        if self.valid_bk is None or not self.causal:
+        in their window or document. None if no padding can make such."""
+        if self.valid_bk is None or not (self.causal or self.segment_bk is not None):
             return None
         if "blind" not in self.memo:
-            seen = F.pad(self.valid_bk.cumsum(-1), (1, 0))  # how many real tokens come before each key
-            place = self.index_q - self.index_k[0] + 1
-            count = seen[:, place]
-            if self.window is not None:
-                count = count - seen[:, (place - self.window).clamp(min=0)]
-            self.memo["blind"] = count[:, None, :, None] == 0
+            self.memo["blind"] = self._blind(self.valid_bk)
         return self.memo["blind"]
 
+    def _blind(self, valid_bk: Tensor) -> Tensor:
+        if self.segment_bk is not None:
+            if dispatch.transformed():
+                return ~self.visible(0, None, 0, None).any(-1, keepdim=True)
+            starts = range(0, self.index_q.shape[0], BLOCK)
+            parts = [self.visible(i, i + BLOCK, 0, None).any(-1, keepdim=True) for i in starts]
+            return ~torch.cat(parts, dim=2)
+        # Of integers: the older ONNX exporter has no sum over booleans.
+        seen = F.pad(valid_bk.long().cumsum(-1), (1, 0))  # how many real tokens come before each key
+        place = self.index_q - self.index_k[0] + 1
+        count = seen[:, place]
+        if self.window is not None:
+            count = count - seen[:, (place - self.window).clamp(min=0)]
+        return count[:, None, :, None] == 0
+
     def keys_of(self, start: int, stop: int) -> tuple[int, int]:
-        """The range of keys that any of these queries may see; all of them where they stand in no order."""
-        if not self.in_order:
+        """The range of keys that any of these queries may see; all of them where they stand in no order, or a mask of
+        the caller's may mask all others (equal weights are those on all keys)."""
+        if not self.in_order or self.given is not None:
             return 0, self.index_k.shape[0]
         past = self.index_k.shape[0] - self.index_q.shape[0]
         last = past + stop if self.causal else self.index_k.shape[0]
@@ -195,12 +237,12 @@ class Scope:
     @property
     def by_key(self) -> bool:
         """Whether, beside the kernel's causal mask, what is added to a score depends on its key alone."""
-        length = self.index_k.shape[0]
-        return (
-            self.segment_bk is None
-            and self.relative is None
-            and (self.window is None or (self.causal and self.window >= length))
-        )
+        if self.segment_bk is not None or self.given is not None or self.relative is not None:
+            return False
+        if self.window is None:
+            return True
+        # No comparison of lengths where one program is made for all of them.
+        return not dispatch.transformed() and self.causal and self.window >= self.index_k.shape[0]
 
     def key_bias(self) -> Tensor | None:
         """For `by_key` scopes: (b or 1, h or 1, 1, k) of ALiBi and padding, or None if there is neither."""

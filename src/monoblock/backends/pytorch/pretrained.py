@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from monoblock import modules, outputs, tree
 from monoblock.backends.pytorch import devices, heads, layers, loading, parts
 from monoblock.backends.pytorch.generation.decoder import Generation
-from monoblock.backends.pytorch.inputs import check_tokens, flattened, has_positions, prepare
+from monoblock.backends.pytorch.inputs import PACKED, check_tokens, flattened, prepare
 from monoblock.backends.pytorch.kernels import attention
 from monoblock.backends.pytorch.model import (
     Attention,
@@ -163,7 +163,7 @@ class PreTrainedModel(Parameters, Generation):
         if self.row.head in ("choice", "double"):
             given = flattened(given)
         base = self.bare
-        inner = {name: value for name, value in given.items() if name in base.arguments}
+        inner = {name: value for name, value in given.items() if name in base.arguments or name in PACKED}
         inner |= {name: self._option(given, name) for name in ("output_attentions", "output_hidden_states")}
         inner["return_dict"] = True
         if (keep := self._kept(given)) is not None:
@@ -232,14 +232,11 @@ class PreTrainedModel(Parameters, Generation):
         for name, value in kwargs.items():
             if name in given:
                 raise TypeError(f"{self.row.name} got {name!r} twice")
-            if name not in names and name not in self.extra:
+            if name not in names and name not in self.extra and name not in PACKED:
                 raise TypeError(
                     f"{self.row.name} has no argument {name!r}; it takes: {', '.join((*names, *self.extra))}"
                 )
             given[name] = value
-        is_bare = not self.has("bare")
-        if is_bare and given.get("position_ids") is not None and not has_positions(self.spec):
-            _warn_once(f"position_ids have no effect: {self.row.name} encodes positions as distances")
         return given
 
     def _option(self, given: Mapping[str, Any], name: str) -> bool:

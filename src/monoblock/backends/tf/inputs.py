@@ -10,7 +10,8 @@ import tensorflow as tf
 from monoblock.backends.tf.cache import Cache
 from monoblock.backends.tf.model import Call
 from monoblock.backends.tf.ops import Scope, Size, Tensor, after, size
-from monoblock.spec import ArchSpec, Learned
+from monoblock.positions import is_dynamic
+from monoblock.spec import ArchSpec, Learned, Rotary
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ def prepare(
     index_q = index_k if fresh else past + tf.range(count)
     mask, segments = given.get("attention_mask"), given.get("sequence_id")
     valid = None if mask is None else mask[:, :total] != 0
-    key_positions = index_k[None] if valid is None else _counted(valid)
+    key_positions = index_k[None] if valid is None else _counted(spec, valid)
     counted = key_positions if fresh else after(key_positions, past, count, 1)
     segment_bk = None if segments is None else segments[:, :total]
     segment_bq = segment_bk if fresh else after(segment_bk, past, count, 1)
@@ -76,9 +77,18 @@ def _total(count: Size, cache: Cache | None, fresh: bool) -> Size:
     return size(cache.keys[0], 2) + count if cache.max_length is None else cache.max_length
 
 
-def _counted(valid_bk: Tensor) -> Tensor:
-    """The position of each place, counting what is not padding; before the first, 0."""
-    return tf.maximum(tf.cumsum(tf.cast(valid_bk, tf.int32), axis=-1) - 1, 0)
+def _counted(spec: ArchSpec, valid_bk: Tensor) -> Tensor:
+    """The position of each token: counted without padding; padding after them goes on from the row's first token, but
+    for angles that go by a row's length."""
+    real = tf.cast(valid_bk, tf.int32)
+    counted = tf.maximum(tf.cumsum(real, axis=-1) - 1, 0)
+    if is_dynamic(spec.position(Rotary)):
+        return counted
+    first_b = tf.argmax(real, axis=-1, output_type=tf.int32)[:, None]
+    later = tf.maximum(tf.range(size(valid_bk, 1)) - first_b, 0)
+    if (learned := spec.position(Learned)) is not None:
+        later = tf.minimum(later, learned.size - learned.offset - 1)
+    return tf.where(valid_bk, counted, later)
 
 
 def _positions(spec: ArchSpec, given: Mapping[str, Tensor], counted_bs: Tensor) -> Tensor:

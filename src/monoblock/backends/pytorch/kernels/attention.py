@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from monoblock.backends.pytorch.kernels import attention_cuda, attention_flex, native_ops
+from monoblock.backends.pytorch.kernels import attention_cuda, attention_flex, dispatch, native_ops
 from monoblock.backends.pytorch.ops import Scope
 
 # Queries of one block of the block-wise kernel: their mask of QUERY_BLOCK x keys stays in the processor's cache.
@@ -36,15 +36,26 @@ def attend(q_bhqd: Tensor, k_bgkd: Tensor, v_bgkd: Tensor, scope: Scope, kernel:
     On a GPU: see attention_cuda.py. One query: one fused call. On a CPU without gradients: the native kernel. Queries
     that line up with the keys, on a CPU: one call of the flash kernel, with ALiBi and padding as a bias on the keys.
     Everything else: the fused kernel for one block of queries after the other, each with its own mask; in training
-    the mask is made again for the backward pass.
+    the mask is made again for the backward pass. Compiled, exported, traced and transformed calls: `_portable`.
     """
+    if dispatch.transformed():
+        return _portable(q_bhqd, k_bgkd, v_bgkd, scope, kernel)
+    device = q_bhqd.device.type
+    if torch.is_autocast_enabled(device):
+        # Heads have autocast's dtype already; in that dtype a mask's minimum would be infinite and ALiBi too coarse.
+        with torch.autocast(device, enabled=False):
+            return _fused(q_bhqd.to(v_bgkd.dtype), k_bgkd.to(v_bgkd.dtype), v_bgkd, scope, kernel)
+    return _fused(q_bhqd, k_bgkd, v_bgkd, scope, kernel)
+
+
+def _fused(q_bhqd: Tensor, k_bgkd: Tensor, v_bgkd: Tensor, scope: Scope, kernel: Kernel) -> Tensor:
     if q_bhqd.device.type in attention_cuda.DEVICES:
         out = attention_cuda.attend(q_bhqd, k_bgkd, v_bgkd, scope, kernel)
         if out is not None:
             return _evened(out, v_bgkd, scope)
     if q_bhqd.shape[2] == 1 and kernel.softcap is None:
         return _one_query(q_bhqd, k_bgkd, v_bgkd, scope, kernel)
-    ordinary = scope.in_order and scope.relative is None and not kernel.dropout
+    ordinary = scope.in_order and scope.relative is None and scope.given is None and not kernel.dropout
     if ordinary and native_ops.usable(q_bhqd, k_bgkd, v_bgkd):
         return _native(q_bhqd, k_bgkd, v_bgkd, scope, kernel)
     k_bhkd, v_bhkd = repeat_groups(k_bgkd, q_bhqd.shape[1]), repeat_groups(v_bgkd, q_bhqd.shape[1])
@@ -54,10 +65,32 @@ def attend(q_bhqd: Tensor, k_bgkd: Tensor, v_bgkd: Tensor, scope: Scope, kernel:
             return F.scaled_dot_product_attention(
                 q_bhqd, k_bhkd, v_bhkd, is_causal=scope.causal, scale=kernel.scale
             )
-        if q_bhqd.device.type == "cpu":
+        if dispatch.native(q_bhqd, k_bhkd, v_bhkd, gradient=True):
             out = _flash_cpu(q_bhqd, k_bhkd, v_bhkd, bias, scope.causal, kernel.scale)
             return _evened(out, v_bhkd, scope)
     return _evened(_by_blocks(q_bhqd, k_bhkd, v_bhkd, scope, kernel), v_bhkd, scope)
+
+
+def _portable(q_bhqd: Tensor, k_bgkd: Tensor, v_bgkd: Tensor, scope: Scope, kernel: Kernel) -> Tensor:
+    """One call of the public fused function, whose mask all layers of a window share: nothing depends on a value or
+    branches on a length, so that one program serves all lengths. Under function transforms the formula, which has all
+    derivatives; as it has the cap on scores."""
+    if kernel.softcap is not None or dispatch.differentiated():
+        return attend_eager(q_bhqd, k_bgkd, v_bgkd, scope, kernel)[0]
+    k_bhkd, v_bhkd = repeat_groups(k_bgkd, q_bhqd.shape[1]), repeat_groups(v_bgkd, q_bhqd.shape[1])
+    unmasked = scope.aligned and scope.by_key and scope.valid_bk is None and scope.slopes_h is None
+    if not unmasked and "mask" not in scope.memo:
+        scope.memo["mask"] = scope.bias(0, None, 0, None, mask_dtype(q_bhqd))
+    out = F.scaled_dot_product_attention(
+        q_bhqd,
+        k_bhkd,
+        v_bhkd,
+        attn_mask=None if unmasked else scope.memo["mask"],
+        dropout_p=kernel.dropout,
+        is_causal=unmasked and scope.causal,
+        scale=kernel.scale,
+    )
+    return _evened(out, v_bhkd, scope)
 
 
 def _native(q_bhqd: Tensor, k_bgkd: Tensor, v_bgkd: Tensor, scope: Scope, kernel: Kernel) -> Tensor:
@@ -145,16 +178,17 @@ def attend_eager(
 ) -> tuple[Tensor, Tensor]:
     """Attention by its formula, scores and softmax in fp32; the output and the weights (b, h, q, k) after dropout."""
     k_bhkd, v_bhkd = repeat_groups(k_bgkd, q_bhqd.shape[1]), repeat_groups(v_bgkd, q_bhqd.shape[1])
-    bias = scope.bias(0, q_bhqd.shape[2], 0, k_bhkd.shape[2], torch.float32)
+    bias = scope.bias(0, None, 0, None, torch.float32)
     weights = _weights(q_bhqd, k_bhkd, bias, kernel).to(v_bhkd.dtype)
     if (blind := scope.blind()) is not None:
         # Equal weights they have already; scores that nobody looks at must not get a gradient.
-        weights = torch.where(blind, 1 / weights.shape[-1], weights)
+        weights = torch.where(blind, torch.ones_like(weights) / weights.shape[-1], weights)
     return weights @ v_bhkd, weights
 
 
 def _weights(q_bhqd: Tensor, k_bhkd: Tensor, bias: Tensor, kernel: Kernel) -> Tensor:
-    scores = (q_bhqd.float() @ k_bhkd.float().mT) * kernel.scale
+    exact = torch.promote_types(q_bhqd.dtype, torch.float32)
+    scores = (q_bhqd.to(exact) @ k_bhkd.to(exact).mT) * kernel.scale
     if kernel.softcap is not None:
         scores = kernel.softcap * torch.tanh(scores / kernel.softcap)
     weights = (scores + bias).softmax(dim=-1)
@@ -164,7 +198,9 @@ def _weights(q_bhqd: Tensor, k_bhkd: Tensor, bias: Tensor, kernel: Kernel) -> Te
 def repeat_groups(x_bgkd: Tensor, heads: int) -> Tensor:
     """Keys or values of `g` groups as those of `heads` heads, neighbours sharing one."""
     groups = x_bgkd.shape[1]
-    return x_bgkd if groups == heads else x_bgkd.repeat_interleave(heads // groups, dim=1)
+    if groups == heads:
+        return x_bgkd
+    return x_bgkd[:, :, None].expand(-1, -1, heads // groups, -1, -1).flatten(1, 2)
 
 
 def mask_dtype(q: Tensor) -> torch.dtype:
@@ -176,8 +212,9 @@ def mask_dtype(q: Tensor) -> torch.dtype:
 
 
 def attend_flex(q_bhqd: Tensor, k_bgkd: Tensor, v_bgkd: Tensor, scope: Scope, kernel: Kernel) -> Tensor:
-    """PyTorch's flex attention, compiled. A single query is not worth that: it goes to `attend`."""
-    if q_bhqd.shape[2] == 1:
+    """PyTorch's flex attention, compiled. A single query is not worth that: it goes to `attend`. So do transformed
+    calls, and masks of the caller's, whose blocks are not known."""
+    if q_bhqd.shape[2] == 1 or dispatch.transformed() or scope.given is not None:
         return attend(q_bhqd, k_bgkd, v_bgkd, scope, kernel)
     return _evened(attention_flex.attend(q_bhqd, k_bgkd, v_bgkd, scope, kernel), v_bgkd, scope)
 
@@ -187,7 +224,7 @@ def attend_flash2(q_bhqd: Tensor, k_bgkd: Tensor, v_bgkd: Tensor, scope: Scope, 
     rows, buckets) goes to `attend`."""
     from flash_attn import flash_attn_func  # pyright: ignore[reportMissingImports]
 
-    if any(x is not None for x in (scope.valid_bk, scope.segment_bk, scope.relative)):
+    if any(x is not None for x in (scope.valid_bk, scope.segment_bk, scope.relative, scope.given)):
         return attend(q_bhqd, k_bgkd, v_bgkd, scope, kernel)
     span = (-1, -1) if scope.window is None else (scope.window - 1, 0)
     out = flash_attn_func(

@@ -1,8 +1,66 @@
-"""Which way a product, a norm, RoPE or attention is computed: what stands in the way of a kernel, in one place."""
+"""Which implementation a call takes: native kernels for plain eager tensors, PyTorch's operators for everything else.
+
+Native kernels read memory behind the dispatcher's back, so nothing may stand between a call and its tensors: no tracer,
+compiler or exporter, no function transform, no dispatch mode, no autocast, no tensor subclass.
+"""
 
 from __future__ import annotations
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+
+def transformed() -> bool:
+    """Whether this call is compiled, exported, traced, or under a functorch transform, a dispatch mode or forward-mode
+    differentiation. Then tensors may have no values to read, and all operators must be PyTorch's."""
+    # First, so that a compiler that traces this function sees a constant.
+    return (
+        torch.compiler.is_compiling()
+        or torch.compiler.is_exporting()
+        or traced()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or forward_ad._current_level >= 0
+    )
+
+
+def traced() -> bool:
+    """Whether `torch.jit.trace`, or the older ONNX exporter, records this call."""
+    return torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
+
+
+def differentiated() -> bool:
+    """Whether functorch transforms or forward-mode differentiation are active, in which PyTorch's fused attention
+    kernels have no rules, or fall back to a loop."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def readable(*tensors: Tensor | None) -> bool:
+    """Whether the host may read values of these tensors: they have memory, and no call is `transformed`."""
+    return not transformed() and all(
+        type(x) in (Tensor, nn.Parameter) and x.device.type != "meta" for x in tensors if x is not None
+    )
+
+
+def native(*tensors: Tensor | None, gradient: bool = False) -> bool:
+    """Whether a native kernel may take these tensors: `readable` ones on a CPU, outside autocast.
+
+    `gradient`: the kernel has a backward pass; without one, a tensor that requires gradients is not taken.
+    """
+    if transformed() or torch.is_autocast_enabled("cpu"):
+        return False
+    graph = not gradient and torch.is_grad_enabled()
+    for x in tensors:
+        if x is None:
+            continue
+        if type(x) not in (Tensor, nn.Parameter) or not x.is_cpu or x.layout != torch.strided:
+            return False
+        if graph and x.requires_grad:
+            return False
+    return True
 
 
 def altered(module: nn.Module) -> str | None:

@@ -36,7 +36,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from monoblock import native
-from monoblock.backends.pytorch.kernels import packed_cuda
+from monoblock.backends.pytorch.kernels import dispatch, packed_cuda
 from monoblock.backends.pytorch.quantization import formats
 from monoblock.native.abi import Matrix
 from monoblock.quantization import LOSSLESS
@@ -67,30 +67,14 @@ class Linear(nn.Linear):
 
 def dense(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`F.linear(x, weight, bias)` by the rules above."""
-    if not (x.is_cpu and weight.is_cpu and x.dtype in FORMATS and weight.dtype == x.dtype):
-        return F.linear(x, weight, bias)
-    # Autocast has its own dtypes for F.linear; an exported program should run where this package is not.
-    if torch.is_autocast_enabled("cpu") or torch.compiler.is_exporting():
-        return F.linear(x, weight, bias)
-    if torch.compiler.is_compiling():
-        return linear(x, weight, bias)
-    if not plain(x, weight):
+    fits = x.is_cpu and x.dtype in FORMATS and weight.dtype == x.dtype
+    if not (fits and dispatch.native(x, weight, bias, gradient=True)):
         return F.linear(x, weight, bias)
     trained = x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     if trained and torch.is_grad_enabled():
         faster = ONEDNN and x.dtype == torch.float32
         return Product.apply(x, weight, bias) if faster else F.linear(x, weight, bias)  # pyright: ignore
     return _product(x, weight, bias)
-
-
-def plain(*tensors: Tensor) -> bool:
-    """Whether these are tensors with memory, and nobody watches what is done with them."""
-    return (
-        all(type(x) in (Tensor, nn.Parameter) for x in tensors)
-        and not torch._C._len_torch_dispatch_stack()
-        and not torch._C._are_functorch_transforms_active()
-        and not torch._C._is_tracing()
-    )
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -196,7 +180,7 @@ class Product(torch.autograd.Function):
 def joint(x: Tensor, part: Any, group: tuple[str, ...]) -> Tensor | None:
     """The outputs (..., sum of outputs) of the linear layers of a group in one product; None where the layers must be
     called one by one (see `Part.joint`)."""
-    if torch.compiler.is_compiling() or not plain(x) or torch.is_autocast_enabled(x.device.type):
+    if dispatch.transformed() or torch.is_autocast_enabled(x.device.type):
         return None
     held = part.joint(group)
     if held is None:
@@ -269,11 +253,14 @@ def packed_linear(
 
 
 def packed_dense(x: Tensor, *packed: Any) -> Tensor:
-    """`packed_linear` with less ado where no operator is needed; the same arguments."""
-    watched = torch.compiler.is_compiling() or not plain(x, packed[0])
+    """`packed_linear`, bypassing the dispatcher for plain eager tensors; the same arguments. Function transforms, for
+    which the operator has no rules, go through PyTorch's own operators."""
+    if dispatch.differentiated():
+        return formats.multiply(x, *packed)
+    own = dispatch.readable(x, *packed[:3])
     bias = packed[3]
     trained = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
-    return packed_linear(x, *packed) if watched or trained else _packed(x, *packed)
+    return _packed(x, *packed) if own and not trained else packed_linear(x, *packed)
 
 
 def _packed(

@@ -1,10 +1,5 @@
 """What a prompt needs between its matrix products, on a CPU: attention, norms, rotary positions and
-activations as custom operators over the native kernels, for float32 and bfloat16, without gradients.
-
-    monoblock::attention(q, k, v, slopes?, valid?, segments?, scale, softcap, causal, window) -> Tensor
-    monoblock::norm(x, weight, bias?, eps, rms) -> Tensor
-    monoblock::turn(x, cos, sin) -> Tensor
-    monoblock::activate(x, kind, gated) -> Tensor
+activations by the native kernels, for float32 and bfloat16, without gradients.
 
 `usable` says when they may be called; everything else is plain PyTorch's. Shape suffixes: b batch, q queries, k keys,
 s tokens, h heads, g key/value heads, d head width, w width.
@@ -13,52 +8,26 @@ s tokens, h heads, g key/value heads, d head width, w width.
 from __future__ import annotations
 
 import ctypes
-import functools
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from monoblock import native
-from monoblock.backends.pytorch.kernels.linear import plain
+from monoblock.backends.pytorch.kernels import dispatch
 from monoblock.native.abi import ActivationCall, AttentionCall, NormCall, RopeCall, strides
 
 LIBRARY: Any = native.library()
-_DTYPES = (torch.float32, torch.bfloat16)
+_DTYPES = {torch.float32, torch.bfloat16}
 
 
 def usable(*tensors: Tensor | None) -> bool:
-    """Whether the kernels are there and fit these tensors: one dtype, on the CPU, no gradient or transform of
-    functions to come, and no program that is exported to run where the kernels may be missing."""
-    # A compiler that traces this function cannot ask for the number of threads.
-    if LIBRARY is None or not (torch.compiler.is_compiling() or native.preferred(torch.get_num_threads())):
+    """Whether the kernels are there and fit these tensors: of one dtype that they know, and free for native kernels."""
+    # First what a compiler can trace; it cannot ask for the number of threads.
+    if LIBRARY is None or not dispatch.native(*tensors) or native.preferred(torch.get_num_threads()) is None:
         return False
-    given = [x for x in tensors if x is not None]
-    first = given[0].dtype
-    if first not in _DTYPES or any(x.dtype != first or x.device.type != "cpu" for x in given):
-        return False
-    if torch.is_grad_enabled() and any(x.requires_grad for x in given):
-        return False
-    return not torch.compiler.is_exporting() and not torch._C._are_functorch_transforms_active()
-
-
-def _operator(name: str, schema: str) -> Callable[[Callable[..., Tensor]], Any]:
-    """Registers an operator. Where nobody watches, calls go straight to the function: an operator's first call makes
-    PyTorch import its compiler, which takes a second and 70 MB."""
-
-    def made(function: Callable[..., Tensor]) -> Any:
-        operator = torch.library.custom_op(f"monoblock::{name}", mutates_args=(), schema=schema)(function)
-
-        @functools.wraps(function)
-        def call(x: Tensor, *others: Any, **named: Any) -> Tensor:
-            watched = torch.compiler.is_compiling() or not plain(x)
-            return (operator if watched else function)(x, *others, **named)
-
-        call.register_fake = operator.register_fake  # pyright: ignore[reportAttributeAccessIssue]
-        return call
-
-    return made
+    dtypes = {x.dtype for x in tensors if x is not None}
+    return len(dtypes) == 1 and dtypes <= _DTYPES
 
 
 def _common(x: Tensor) -> dict[str, int]:
@@ -77,11 +46,6 @@ def _dense(x: Tensor) -> Tensor:
 # ---------------------------------------------------------------------------- attention
 
 
-@_operator(
-    "attention",
-    "(Tensor q, Tensor k, Tensor v, Tensor? slopes, Tensor? valid, Tensor? segments, "
-    "float scale, float softcap, bool causal, int window) -> Tensor",
-)
 def attention(
     q: Tensor,
     k: Tensor,
@@ -131,19 +95,9 @@ def attention(
     return out
 
 
-@attention.register_fake
-def _(q: Tensor, *_: Any) -> Tensor:
-    b, h, queries, d = q.shape
-    return q.new_empty(b, queries, h, d)
-
-
 # ---------------------------------------------------------------------------- norms
 
 
-@_operator(
-    "norm",
-    "(Tensor x, Tensor weight, Tensor? bias, float eps, bool rms) -> Tensor",
-)
 def norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, rms: bool) -> Tensor:
     """The root-mean-square or layer norm of x (..., w)."""
     x, weight = x.contiguous(), weight.contiguous()
@@ -164,15 +118,9 @@ def norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, rms: bool) 
     return out
 
 
-@norm.register_fake
-def _(x: Tensor, *_: Any) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
 # ---------------------------------------------------------------------------- rotary positions
 
 
-@_operator("turn", "(Tensor x, Tensor cos, Tensor sin) -> Tensor")
 def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Queries or keys (b, h, s, d) with the first channels turned by angles (b or 1, 1, s, turned); (b, s, h, d)."""
     x, cos, sin = _dense(x), cos.contiguous(), sin.contiguous()
@@ -197,16 +145,9 @@ def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return out
 
 
-@turn.register_fake
-def _(x: Tensor, *_: Any) -> Tensor:
-    b, h, tokens, d = x.shape
-    return x.new_empty(b, tokens, h, d)
-
-
 # ---------------------------------------------------------------------------- activations
 
 
-@_operator("activate", "(Tensor x, int kind, bool gated) -> Tensor")
 def activate(x: Tensor, kind: int, gated: bool) -> Tensor:
     """act(x), the kind being a place in spec.ACTIVATIONS; if gated act(gate) * up of [gate | up], (..., 2 w)."""
     x = x.contiguous()
@@ -224,8 +165,3 @@ def activate(x: Tensor, kind: int, gated: bool) -> Tensor:
     if LIBRARY.mb_activate(ctypes.byref(given)):
         raise ValueError(f"activation {kind}: expected a place in spec.ACTIVATIONS")
     return out
-
-
-@activate.register_fake
-def _(x: Tensor, kind: int, gated: bool) -> Tensor:  # noqa: ARG001
-    return x.new_empty(*x.shape[:-1], x.shape[-1] // (2 if gated else 1))
