@@ -190,7 +190,7 @@ def test_outputs_are_pytrees_dicts_and_tuples() -> None:
     assert [x.shape for x in out.attentions] == [(2, 6, 7, 7)] * 3
     doubled = jax.tree.map(lambda x: 2 * x, out)
     assert type(doubled) is type(out) and np.array_equal(doubled.logits, 2 * out.logits)
-    assert out.replace(logits=None).keys() == ["hidden_states", "attentions"]
+    assert list(out.replace(logits=None)) == ["hidden_states", "attentions"]
     flat = model(ids, output_hidden_states=True, output_attentions=True, return_dict=False)
     assert isinstance(flat, tuple) and len(flat) == 3
 

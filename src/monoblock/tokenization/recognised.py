@@ -23,7 +23,7 @@ class Recognised:
     """The part of a tokenizer by which transformers' tools take it for one of theirs."""
 
     @property
-    def __class__(self) -> Any:
+    def __class__(self) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         """The class of this object; with transformers imported, one that derives from transformers' too."""
         own = type(self)
         for module, name in PLACES:
@@ -37,7 +37,7 @@ class Recognised:
         return _blank, (type(self),), cast(Any, self).__getstate__()
 
 
-def _blank(kind: type) -> Any:
+def _blank(kind: Any) -> Any:
     return kind.__new__(kind)
 
 
