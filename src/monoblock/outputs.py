@@ -78,6 +78,11 @@ class ModelOutput(OrderedDict[str, Any]):
                 if later in self:
                     self.move_to_end(later)
 
+    def __delattr__(self, name: str) -> None:
+        super().__delattr__(name)
+        if name in self:
+            super().__delitem__(name)
+
     __delitem__ = _refused("del output[name]")
     clear = _refused("clear")
     pop = _refused("pop")

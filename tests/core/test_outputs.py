@@ -41,6 +41,8 @@ def test_attributes_and_items_stay_in_step_and_in_the_fields_order() -> None:
     assert out.attentions == "A" and list(out) == ["loss", "logits", "hidden_states", "attentions"]
     out["loss"] = None
     assert out.loss is None and "loss" not in out and out[0] == "L"
+    del out.logits
+    assert out.logits is None and list(out) == ["hidden_states", "attentions"]
 
 
 @pytest.mark.parametrize(
