@@ -80,8 +80,25 @@ def agree(library: Any, transformers_library: Any, request: pytest.FixtureReques
             return value
         if key not in _found:
             _found[key] = seeded(run, transformers_library)
-        # Sums of a few dozen float32 numbers of size 1 come in another order; rtol is for losses of size 5.
-        torch.testing.assert_close(value, _found[key], atol=atol, rtol=1e-5)
+        equal(value, _found[key], atol)
         return value
 
     return check
+
+
+def equal(value: Any, expected: Any, atol: float, where: str = "") -> None:
+    """Numbers are close (kernels of two libraries add in another order), all else is equal; in any nesting."""
+    import torch
+
+    if isinstance(expected, dict):
+        assert list(value) == list(expected), where
+        for key in expected:
+            equal(value[key], expected[key], atol, f"{where}[{key!r}]")
+    elif isinstance(expected, list | tuple):
+        assert len(value) == len(expected), (where, value, expected)
+        for i, (one, other) in enumerate(zip(value, expected, strict=True)):
+            equal(one, other, atol, f"{where}[{i}]")
+    elif isinstance(expected, torch.Tensor | float):
+        torch.testing.assert_close(value, expected, atol=atol, rtol=1e-5, msg=lambda text: f"{where}: {text}")
+    else:
+        assert value == expected, where

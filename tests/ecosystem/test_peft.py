@@ -10,7 +10,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from tiny import CAUSAL, FAMILIES, LANGUAGE, SEQUENCE, TEXTS, Library, batch, labelled, logits, steps
+from tiny import CAUSAL, FAMILIES, LANGUAGE, SEQUENCE, TEXTS, WAYS, Library, batch, labelled, logits, steps
 
 # The projections of q, k and v (fused or not) by transformers' names.
 ATTENTION = {
@@ -131,9 +131,6 @@ def test_the_classifier_is_trained_and_saved(agree: Any, name: str, tmp_path: Pa
     _, saved, _ = agree(run)
     kept = [key for key in saved if "lora" not in key]
     assert kept or HEADS[name] == "QUESTION_ANS"
-
-
-WAYS = [("transformers", "transformers"), ("transformers", "monoblock"), ("monoblock", "transformers")]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

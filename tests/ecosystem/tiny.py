@@ -117,6 +117,9 @@ SEQUENCE = {
 FAMILIES = tuple(LANGUAGE)
 CAUSAL = tuple(family for family in FAMILIES if family != "mpnet")
 
+# Who writes and who reads a file: the first is the oracle.
+WAYS = [("transformers", "transformers"), ("transformers", "monoblock"), ("monoblock", "transformers")]
+
 
 def family_of(name: str) -> str:
     """The model type of a class, e.g. "gpt_neo" of "GPTNeoModel"."""
