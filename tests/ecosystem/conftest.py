@@ -65,7 +65,6 @@ def monoblock_library(folders: Any) -> Any:
 @pytest.fixture
 def agree(library: Any, transformers_library: Any, request: pytest.FixtureRequest) -> Callable[..., Any]:
     """agree(run, atol): run(library), and the same as run(transformers) within `atol`. The result is run(library)."""
-    import torch
     from transformers import set_seed
 
     def seeded(run: Callable[[Any], Any], which: Any) -> Any:

@@ -39,7 +39,9 @@ def history(trainer: Any, key: str = "loss") -> list[float]:
     return [line[key] for line in trainer.state.log_history if key in line]
 
 
-def sft(library: Library, family: str, folder: Path, rows: dict[str, Any], peft: Any = None, **more: Any) -> Any:
+def sft(
+    library: Library, family: str, folder: Path, rows: dict[str, Any], peft: Any = None, **more: Any
+) -> Any:
     data = Dataset.from_dict(rows)
     return SFTTrainer(
         model=library.model(LANGUAGE[family]),
@@ -77,7 +79,13 @@ def test_sft_with_an_adapter_and_gradient_checkpointing(agree: Any, tmp_path: Pa
     def run(library: Library) -> Any:
         config = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"])
         trainer = sft(
-            library, "mistral", tmp_path, {"text": TEXTS}, config, gradient_checkpointing=True, learning_rate=0.05
+            library,
+            "mistral",
+            tmp_path,
+            {"text": TEXTS},
+            config,
+            gradient_checkpointing=True,
+            learning_rate=0.05,
         )
         trainer.train()
         folder = tmp_path / library.name
@@ -113,7 +121,9 @@ def test_packed_sft(agree: Any, options: dict[str, Any], tmp_path: Path) -> None
     agree(run, ATOL)
 
 
-def dpo(library: Library, family: str, folder: Path, reference: bool = False, peft: Any = None, **more: Any) -> Any:
+def dpo(
+    library: Library, family: str, folder: Path, reference: bool = False, peft: Any = None, **more: Any
+) -> Any:
     name = LANGUAGE[family]
     return DPOTrainer(
         model=library.model(name),
