@@ -3,6 +3,7 @@
 
 VENV      := .venv
 CORE_VENV := .venv-core
+ECOSYSTEM_VENV := .venv-ecosystem
 PYTHON    ?= $(shell for p in python3.11 python3.12 python3.13 python3.14 python3 python; do \
 	if $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then command -v $$p; break; fi; done)
 PIP       := -m pip --disable-pip-version-check --quiet install -c constraints.txt
@@ -13,14 +14,14 @@ INSTALLED := pyproject.toml constraints.txt hatch_build.py $(wildcard src/monobl
 PROMPT    ?= def fibonacci(n):
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format types test-core test-all clean
+.PHONY: help demo test lint format types test-core test-all test-ecosystem clean
 # A stamp whose recipe failed half-way must not count as done.
 .DELETE_ON_ERROR:
 # The steps of `test` share the cores, and pytest's summary is to come last.
 .NOTPARALLEL:
 
 help: ## this list
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1@\2/p' Makefile | awk -F@ '{ printf "%-16s%s\n", $$1, $$2 }'
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1@\2/p' Makefile | awk -F@ '{ printf "%-22s%s\n", $$1, $$2 }'
 
 demo: $(VENV)/.installed-torch ## install, then stream a completion from the embedded model
 	@$(VENV)/bin/monoblock generate --echo "$(PROMPT)"
@@ -48,8 +49,12 @@ test-all: $(VENV)/.installed-test ## every test
 	@echo "== every test"
 	@$(VENV)/bin/python -m pytest
 
-clean: ## remove both environments and all caches
-	rm -rf $(VENV) $(CORE_VENV) .pytest_cache .ruff_cache .hypothesis build dist
+test-ecosystem: $(ECOSYSTEM_VENV)/.installed ## models with peft, trl, accelerate, ... (not in `test`)
+	@echo "== the packages around a model, beside transformers"
+	@MONOBLOCK_TEST_ECOSYSTEM=1 $(ECOSYSTEM_VENV)/bin/python -m pytest tests/ecosystem
+
+clean: ## remove the environments and all caches
+	rm -rf $(VENV) $(CORE_VENV) $(ECOSYSTEM_VENV) .pytest_cache .ruff_cache .hypothesis build dist
 	find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Some systems ship Python without ensurepip: then the system's own pip fills the environment.
@@ -68,6 +73,9 @@ $(VENV)/bin/python:
 $(CORE_VENV)/bin/python:
 	$(call make_venv,$(CORE_VENV))
 
+$(ECOSYSTEM_VENV)/bin/python:
+	$(call make_venv,$(ECOSYSTEM_VENV))
+
 $(VENV)/.installed-torch: $(INSTALLED) | $(VENV)/bin/python
 	@echo "== installing monoblock with PyTorch into $(VENV)"
 	@$(VENV)/bin/python $(PIP) -e ".[torch]"
@@ -81,4 +89,9 @@ $(VENV)/.installed-test: $(INSTALLED) | $(VENV)/bin/python
 $(CORE_VENV)/.installed: $(INSTALLED) | $(CORE_VENV)/bin/python
 	@echo "== installing monoblock without a framework into $(CORE_VENV)"
 	@$(CORE_VENV)/bin/python $(PIP) -e . pytest hypothesis
+	@touch $@
+
+$(ECOSYSTEM_VENV)/.installed: $(INSTALLED) | $(ECOSYSTEM_VENV)/bin/python
+	@echo "== installing monoblock with the packages around a model into $(ECOSYSTEM_VENV)"
+	@$(ECOSYSTEM_VENV)/bin/python $(PIP) -e ".[ecosystem]"
 	@touch $@

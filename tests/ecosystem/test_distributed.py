@@ -1,0 +1,265 @@
+"""torch.distributed in two processes: FSDP2 with DCP, tensor parallel, DDP; checkpoints of all of them."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from processes import in_processes
+from tiny import LANGUAGE, WAYS, Folders, Library, batch, equal_states, labelled
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    set_model_state_dict,
+)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+# The class of a block, by transformers' name, and the list of them.
+BLOCKS = {
+    "mistral": ("MistralDecoderLayer", "model.layers"),
+    "mpt": ("MptBlock", "transformer.blocks"),
+    "gpt_neo": ("GPTNeoBlock", "transformer.h"),
+    "mpnet": ("MPNetLayer", "mpnet.encoder.layer"),
+    "fuyu": ("PersimmonDecoderLayer", "model.language_model.layers"),
+    "openai-gpt": ("Block", "transformer.h"),
+}
+
+
+def sharded(model: Any, family: str, **options: Any) -> Any:
+    """FSDP2 on each block and on the whole."""
+    kind, where = BLOCKS[family]
+    mesh = init_device_mesh("cpu", (2,))
+    blocks = model.get_submodule(where)
+    assert len(blocks) == 2
+    for block in blocks:
+        assert type(block).__name__ == kind
+        fully_shard(block, mesh=mesh, **options)
+    return fully_shard(model, mesh=mesh, **options)
+
+
+def train(model: Any, name: str, rank: int, steps: int = 2) -> list[float]:
+    """Steps on other rows in each process."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    model.train()
+    losses = []
+    for i in range(steps):
+        loss = model(**labelled(name, seed=2 * i + rank)).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def _fsdp(rank: int, which: str, root: Path, family: str, folder: Path) -> Any:
+    name = LANGUAGE[family]
+    model = sharded(Library(which, Folders(root)).model(name), family)
+    losses = train(model, name, rank)
+    dcp.save({"model": get_model_state_dict(model)}, checkpoint_id=folder / "dcp")
+    full = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if rank == 0:
+        torch.save(full, folder / "full.pt")
+        model.save_pretrained(folder / "saved", state_dict=full)
+    torch.distributed.barrier()
+    return losses
+
+
+def _fsdp_read(rank: int, which: str, root: Path, family: str, folder: Path) -> Any:
+    """The sharded checkpoint into this library's sharded model: its whole state."""
+    name = LANGUAGE[family]
+    model = sharded(Library(which, Folders(root)).model(name), family)
+    state = {"model": get_model_state_dict(model)}
+    dcp.load(state, checkpoint_id=folder / "dcp")
+    set_model_state_dict(model, state["model"])
+    full = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if rank == 0:
+        torch.save(full, folder / f"full-{which}.pt")
+    torch.distributed.barrier()
+
+
+@pytest.mark.parametrize("family", BLOCKS)
+def test_fsdp2_trains(agree: Any, folders: Any, family: str, tmp_path: Path) -> None:
+    folders(LANGUAGE[family])
+
+    def run(library: Library) -> Any:
+        folder = tmp_path / library.name
+        folder.mkdir()
+        losses = in_processes(_fsdp, library.name, folders.root, family, folder)
+        return losses, dict(sorted(torch.load(folder / "full.pt").items()))
+
+    agree(run, 1e-3)
+
+
+@pytest.mark.parametrize("family", ["mistral", "mpt", "gpt_neo"])
+@pytest.mark.parametrize(("writer", "reader"), WAYS)
+def test_sharded_checkpoints_move_between_libraries(
+    folders: Any, writer: str, reader: str, family: str, tmp_path: Path
+) -> None:
+    """DCP's folder, the full state dict, and save_pretrained(state_dict=): to the bit."""
+    name, other = LANGUAGE[family], Library(reader, folders)
+    folders(name)
+    in_processes(_fsdp, writer, folders.root, family, tmp_path)
+    full = torch.load(tmp_path / "full.pt")
+
+    equal_states(other.open(name, tmp_path / "saved").state_dict(), full)
+    fresh = other.model(name)
+    fresh.load_state_dict(full)
+    equal_states(fresh.state_dict(), full)
+    in_processes(_fsdp_read, reader, folders.root, family, tmp_path)
+    equal_states(torch.load(tmp_path / f"full-{reader}.pt"), full)
+    dcp_to_torch_save(tmp_path / "dcp", tmp_path / "one.pt")
+    equal_states(torch.load(tmp_path / "one.pt")["model"], full)
+
+
+@pytest.mark.parametrize("family", BLOCKS)
+@pytest.mark.parametrize(("writer", "reader"), WAYS)
+def test_state_dicts_move_between_libraries(
+    folders: Any, writer: str, reader: str, family: str, tmp_path: Path
+) -> None:
+    """torch.save(model.state_dict()) into the other library's class, strictly, and back: to the bit."""
+    name = LANGUAGE[family]
+    one, other = Library(writer, folders).model(name), Library(reader, folders).model(name)
+    with torch.no_grad():
+        for parameter in one.parameters():
+            parameter.add_(0.125)
+    torch.save(one.state_dict(), tmp_path / "state.pt")
+    state = torch.load(tmp_path / "state.pt")
+    result = other.load_state_dict(state, strict=True)
+    assert not result.missing_keys
+    assert not result.unexpected_keys
+    equal_states(other.state_dict(), one.state_dict())
+    again = Library(writer, folders).model(name)
+    again.load_state_dict(other.state_dict(), strict=True)
+    equal_states(again.state_dict(), one.state_dict())
+    assert list(other.state_dict()) == list(state)
+
+
+def _bf16_meta(rank: int, which: str, root: Path, family: str, folder: Path) -> Any:
+    """Initialised on the meta device, sharded, and filled from a full state dict; bfloat16 inside."""
+    library, name = Library(which, Folders(root)), LANGUAGE[family]
+    full = {key: value.clone() for key, value in library.model(name).state_dict().items()}
+    config = library.AutoConfig.from_pretrained(library.folders(name))
+    with torch.device("meta"):
+        model = getattr(library, name)(config)
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    model = sharded(model, family, mp_policy=policy)
+    set_model_state_dict(
+        model, full, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    )
+    left = [key for key, value in model.named_buffers() if value.is_meta]
+    model.gradient_checkpointing_enable()
+    return train(model, name, rank), left
+
+
+@pytest.mark.parametrize("family", ["mpt"])
+def test_fsdp2_from_meta_with_mixed_precision(agree: Any, folders: Any, family: str, tmp_path: Path) -> None:
+    folders(LANGUAGE[family])
+
+    def run(library: Library) -> Any:
+        return in_processes(_bf16_meta, library.name, folders.root, family, tmp_path)
+
+    agree(run, 0.2)  # bfloat16 has 8 bits: losses of size 7
+
+
+# ColwiseParallel splits a matrix's outputs, RowwiseParallel the inputs of the next one.
+PLANS = {
+    "mistral": {
+        "self_attn.q_proj": ColwiseParallel,
+        "self_attn.k_proj": ColwiseParallel,
+        "self_attn.v_proj": ColwiseParallel,
+        "self_attn.o_proj": RowwiseParallel,
+        "mlp.gate_proj": ColwiseParallel,
+        "mlp.up_proj": ColwiseParallel,
+        "mlp.down_proj": RowwiseParallel,
+    },
+    "mpt": {"ffn.up_proj": ColwiseParallel, "ffn.down_proj": RowwiseParallel},
+    "gpt_neo": {"mlp.c_fc": ColwiseParallel, "mlp.c_proj": RowwiseParallel},
+    "mpnet": {"intermediate.dense": ColwiseParallel, "output.dense": RowwiseParallel},
+}
+PARTS = {
+    "mlp": [("mistral", "mlp"), ("mpt", "ffn"), ("gpt_neo", "mlp"), ("mpnet", "")],
+    "all": [("mistral", "")],
+}
+
+
+def _tensor_parallel(rank: int, which: str, root: Path, family: str, part: str) -> Any:
+    name = LANGUAGE[family]
+    model = Library(which, Folders(root)).model(name)
+    mesh = init_device_mesh("cpu", (2,))
+    plan = {key: kind() for key, kind in PLANS[family].items() if key.startswith(part)}
+    for block in model.get_submodule(BLOCKS[family][1]):
+        parallelize_module(block, mesh, plan)
+    out = model(**labelled(name))
+    out.loss.backward()
+    gradient = next(p for key, p in model.named_parameters() if "norm" in key.lower() or "ln" in key).grad
+    return out.logits.detach().numpy(), gradient.numpy()
+
+
+@pytest.mark.parametrize(("family", "part"), [case for cases in PARTS.values() for case in cases])
+def test_tensor_parallel(agree: Any, folders: Any, family: str, part: str) -> None:
+    """Two processes give the logits and gradients of one."""
+    name = LANGUAGE[family]
+    folders(name)
+
+    def run(library: Library) -> Any:
+        whole = library.model(name)
+        with torch.no_grad():
+            expected = whole(**batch()).logits
+        found = in_processes(_tensor_parallel, library.name, folders.root, family, part)
+        for values, _ in found:
+            torch.testing.assert_close(torch.tensor(values), expected, atol=2e-5, rtol=1e-5)
+        return [torch.tensor(x) for x in found[0]]
+
+    agree(run, 1e-4)
+
+
+def _auto_wrapped(rank: int, which: str, root: Path, family: str) -> Any:
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    name = LANGUAGE[family]
+    model = Library(which, Folders(root)).model(name)
+    kinds = {type(module) for module in model.modules() if type(module).__name__ in model._no_split_modules}
+    assert len(kinds) == 1
+    policy = functools.partial(transformer_auto_wrap_policy, transformer_layer_cls=kinds)
+    wrapped = FullyShardedDataParallel(model, auto_wrap_policy=policy, device_id=torch.device("cpu"))
+    units = [m for m in wrapped.modules() if isinstance(m, FullyShardedDataParallel)]
+    assert len(units) == 3
+    return train(wrapped, name, rank)
+
+
+@pytest.mark.parametrize("family", ["mistral", "mpt"])
+def test_auto_wrap_policies_find_the_blocks(agree: Any, folders: Any, family: str) -> None:
+    folders(LANGUAGE[family])
+
+    def run(library: Library) -> Any:
+        return in_processes(_auto_wrapped, library.name, folders.root, family)
+
+    agree(run, 1e-3)
+
+
+def _ddp(rank: int, which: str, root: Path, family: str) -> Any:
+    from torch.nn.parallel import DistributedDataParallel
+
+    name = LANGUAGE[family]
+    model = DistributedDataParallel(Library(which, Folders(root)).model(name))
+    return train(model, name, rank), float(sum(p.detach().sum() for p in model.parameters()))
+
+
+@pytest.mark.parametrize("family", ["mistral", "mpt", "gpt_neo"])
+def test_ddp(agree: Any, folders: Any, family: str) -> None:
+    folders(LANGUAGE[family])
+
+    def run(library: Library) -> Any:
+        (_, one), (_, two) = found = in_processes(_ddp, library.name, folders.root, family)
+        assert one == two
+        return [losses for losses, _ in found]
+
+    agree(run, 1e-3)
