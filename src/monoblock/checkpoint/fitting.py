@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from monoblock.checkpoint import packed
@@ -32,16 +32,23 @@ def matched(
     tied: Iterable[str],
     *,
     ignore_mismatched_sizes: bool = False,
+    extra_allowed: Callable[[str], bool] | None = None,
 ) -> tuple[dict[str, Source], Report]:
     """Where a model with parameters of these `shapes` finds them, as far as the files have them: by canonical name.
 
-    A head may be missing, and heads of other kinds may be there. MissingKeys, UnexpectedKeys, UnreadKeys and
-    ShapeMismatch (unless sizes may differ) name the first other tensor that does not fit.
+    A head may be missing, and heads of other kinds may be there; `extra_allowed` says which other names may be,
+    too. MissingKeys, UnexpectedKeys, UnreadKeys and ShapeMismatch (unless sizes may differ) name the first other
+    tensor that does not fit.
     """
     plan = keymap.plan(shapes, tensors, tied)
-    unused = [name for name in plan.unread if keymap.is_head(name)]
+    if extra_allowed is not None:
+        extra = [name for name in (*plan.unknown, *plan.unread) if extra_allowed(name)]
+        plan.unknown = [name for name in plan.unknown if name not in extra]
+    else:
+        extra = []
+    unused = [name for name in plan.unread if keymap.is_head(name) or name in extra]
     _check_names(tensors, keymap, plan, [name for name in plan.unread if name not in unused])
-    report = Report(missing=plan.missing, unused=unused)
+    report = Report(missing=plan.missing, unused=sorted({*unused, *extra}))
     for canonical in plan.sources:
         if problem := _misfit(tensors, plan, canonical, shapes[canonical]):
             if not ignore_mismatched_sizes:

@@ -86,6 +86,7 @@ def save_tensors(
     max_shard_size: int | str = "50GB",
     metadata: Mapping[str, str] | None = None,
     beside: Mapping[str, str] | None = None,
+    variant: str | None = None,
 ) -> list[Path]:
     """Write `tensors` under the hub's file names; returns the files, the index last if there is one.
 
@@ -98,6 +99,7 @@ def save_tensors(
     asks for.
 
     `beside`: further files of the checkpoint, name -> text (config.json), put in place together with the weights.
+    `variant`: "fp16" names the file model.fp16.safetensors, beside which files of other variants stay.
 
     Everything is written under temporary names in `folder`, made durable, then renamed, the index last;
     weight files of an earlier save that are not part of this one go after that. Until the renames an earlier
@@ -112,12 +114,16 @@ def save_tensors(
     def write(file: BinaryIO, part: Mapping[str, Description]) -> None:
         _write(file, side, tensors, part, {**ties, **notes})
 
+    if variant is not None and not re.fullmatch(r"[\w-]+", variant):
+        raise ValueError(f"variant={variant!r}: expected letters and digits, such as 'fp16'")
+    stem = rf"model\.{variant}(-\d{{5}}-of-\d{{5}})?\.safetensors|model\.safetensors\.index\.{variant}\.json"
     return save_shards(
         folder,
         described,
         write,
-        single=SINGLE,
-        stale=_STALE,
+        single=SINGLE if variant is None else f"model.{variant}.safetensors",
+        index=f"{SINGLE}.index.json" if variant is None else f"{SINGLE}.index.{variant}.json",
+        stale=_STALE if variant is None else re.compile(stem),
         max_shard_size=max_shard_size,
         beside=beside,
     )
@@ -129,13 +135,14 @@ def save_shards(
     write: Callable[[BinaryIO, Mapping[str, Description]], None],
     *,
     single: str,
+    index: str | None = None,
     stale: re.Pattern[str],
     max_shard_size: int | str,
     beside: Mapping[str, str] | None,
 ) -> list[Path]:
     """What `save_tensors` does, in any format: `write` puts tensors of these descriptions into a file.
 
-    `single` is the name of a file that holds all; those of shards and their index follow from it. `stale` matches
+    `single` is the name of a file that holds all; those of shards and their `index` follow from it. `stale` matches
     the names of such files as go when the new ones are in place.
     """
     shards = _plan(described, parse_size(max_shard_size))
@@ -146,7 +153,7 @@ def save_shards(
             with stage.path(name).open("wb") as file:
                 write(file, shard.tensors)
         if count > 1:
-            index = f"{single}.index.json"
+            index = index or f"{single}.index.json"
             stage.path(index).write_text(_index(names, shards), encoding="utf-8")
             names.append(index)
         for name, text in (beside or {}).items():

@@ -13,7 +13,7 @@ import numpy as np
 from monoblock.checkpoint import casts
 from monoblock.checkpoint.keymap import KeyMap, Op, Plan, Source, nearest
 from monoblock.checkpoint.save import Made
-from monoblock.checkpoint.views import Array
+from monoblock.checkpoint.views import DTYPE_NAMES, Array
 from monoblock.errors import MissingKeys, ShapeMismatch, UnexpectedKeys, UnreadKeys
 from monoblock.spec import ArchSpec
 
@@ -36,6 +36,31 @@ class Weights(Protocol):
     def shapes(self) -> Mapping[str, Shape]: ...
     def dtype(self, canonical: str) -> str: ...
     def read(self, canonical: str) -> Array: ...
+
+
+class StateTensors:
+    """Tensors that a caller has in memory, by name, of any framework."""
+
+    def __init__(self, tensors: Mapping[str, Any]):
+        self._tensors = tensors
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def shape(self, name: str) -> Shape:
+        return tuple(self._tensors[name].shape)
+
+    def dtype(self, name: str) -> str:
+        kind = str(self._tensors[name].dtype).rpartition(".")[2]
+        return next((stored for stored, known in DTYPE_NAMES.items() if known == kind), kind)
+
+    def path(self, name: str) -> Path:
+        del name
+        return Path("state_dict")
+
+    def tensor(self, name: str) -> Array:
+        tensor = self._tensors[name]
+        return tensor.detach() if hasattr(tensor, "detach") else tensor
 
 
 class Renamed:

@@ -15,14 +15,22 @@ class Placement:
     Accelerate moves the activations between devices.
     """
 
-    def __init__(self, model: Any, device_map: Any) -> None:
+    def __init__(
+        self, model: Any, device_map: Any, max_memory: Any = None, offload_folder: Any = None
+    ) -> None:
+        self.offload_folder = offload_folder
+        if max_memory is not None and not isinstance(device_map, str):
+            raise ValueError(
+                'max_memory is for device_map="auto" and its like: it says nothing about a given map'
+            )
         self.map: dict[str, torch.device] = {}
+        self.disk: set[str] = set()
         self.default = torch.device("cpu")
         match device_map:
             case None:
                 self.default = torch.get_default_device()
             case "auto" | "balanced" | "balanced_low_0" | "sequential":
-                self.map = self._read(_inferred(model, device_map))
+                self.map = self._read(_inferred(model, device_map, max_memory))
             case str() | int() | torch.device():
                 self.default = _device(device_map)
             case Mapping():
@@ -32,9 +40,13 @@ class Placement:
             case _:
                 raise ValueError(f"device_map must be 'auto', a device or a dict, got {device_map!r}")
 
-    @staticmethod
-    def _read(device_map: Mapping[str, Any]) -> dict[str, torch.device]:
-        return {name: _device(device) for name, device in device_map.items()}
+    def _read(self, device_map: Mapping[str, Any]) -> dict[str, torch.device]:
+        on_disk = [name for name, device in device_map.items() if str(device) == "disk"]
+        if on_disk and self.offload_folder is None:
+            raise ValueError(f"device_map puts {on_disk[0]!r} on the disk: give offload_folder= as well")
+        self.disk = set(on_disk)
+        # What goes to the disk is read into memory first; accelerate writes it.
+        return {name: _device("cpu" if name in self.disk else device) for name, device in device_map.items()}
 
     def device(self, path: str) -> torch.device:
         """Where the parameter of that name in the model goes."""
@@ -49,18 +61,14 @@ class Placement:
 
     def dispatch(self, model: Any) -> None:
         """Let accelerate move activations, if the weights are on several devices."""
-        if len(set(self.map.values())) > 1:
-            accelerate = _accelerate()
-            accelerate.dispatch_model(model, {name: str(device) for name, device in self.map.items()})
+        placed = {name: "disk" if name in self.disk else str(device) for name, device in self.map.items()}
+        if len(set(placed.values())) > 1 or self.disk:
+            _accelerate().dispatch_model(model, placed, offload_dir=self.offload_folder)
         if self.map:
-            model.hf_device_map = {name: str(device) for name, device in self.map.items()}
+            model.hf_device_map = placed
 
 
 def _device(device: Any) -> torch.device:
-    if device == "disk":
-        raise ValueError(
-            "device_map: 'disk' is not supported; give the module a device, or load a smaller dtype"
-        )
     try:
         found = torch.device(device)
     except (RuntimeError, TypeError) as error:
@@ -72,12 +80,15 @@ def _device(device: Any) -> torch.device:
     return found
 
 
-def _inferred(model: Any, strategy: str) -> dict[str, Any]:
-    if not torch.cuda.is_available():
+def _inferred(model: Any, strategy: str, max_memory: Any) -> dict[str, Any]:
+    if not torch.cuda.is_available() and max_memory is None:
         return {"": "cpu"}
     accelerate = _accelerate()
     memory = accelerate.utils.get_balanced_memory(
-        model, no_split_module_classes=model._no_split_modules, low_zero=strategy == "balanced_low_0"
+        model,
+        max_memory,
+        no_split_module_classes=model._no_split_modules,
+        low_zero=strategy == "balanced_low_0",
     )
     return accelerate.infer_auto_device_map(
         model, max_memory=memory, no_split_module_classes=model._no_split_modules

@@ -78,6 +78,7 @@ def load(
     tied: Iterable[str],
     ignore_mismatched_sizes: bool,
     put: Callable[[str, Tensor], None] | None = None,
+    extra_allowed: Callable[[str], bool] | None = None,
 ) -> Report:
     """Fill the model. `own`: canonical name -> the parameters of the model that hold it; `shapes` are the
     canonical ones; `device` says where each parameter goes. `put` takes each tensor by its name in the model, if
@@ -86,7 +87,14 @@ def load(
     MissingKeys, UnexpectedKeys, UnreadKeys and ShapeMismatch name the first offender and the nearest known name.
     A head that the files lack is left to be made anew, and reported.
     """
-    sources, report = matched(store, keymap, shapes, tied, ignore_mismatched_sizes=ignore_mismatched_sizes)
+    sources, report = matched(
+        store,
+        keymap,
+        shapes,
+        tied,
+        ignore_mismatched_sizes=ignore_mismatched_sizes,
+        extra_allowed=extra_allowed,
+    )
     for canonical, source in _watched(sources, shapes) if put else sources.items():
         here = own[canonical]
         if put is not None and isinstance(here.op, Split) and source.op == here.op:

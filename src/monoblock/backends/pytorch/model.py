@@ -10,6 +10,7 @@ tokens, w width, h heads, g key/value heads, d head width.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
 from monoblock.backends.pytorch.cache import Cache
@@ -314,8 +316,8 @@ def run_layers(part: Any, x: Tensor, call: Call) -> Tensor:
     for i, layer in enumerate(layers):
         if keep is not None and i == len(layers) - 1:
             call = replace(call, keep=min(keep, x.shape[1]))
-        if call.checkpointing is not None:
-            x = checkpoint(layer, x, call, **call.checkpointing)  # pyright: ignore[reportAssignmentType]
+        if call.checkpointing is not None and i % call.checkpointing["every_n_layers"] == 0:
+            x = _checkpointed(layer, x, call, **call.checkpointing)
         else:
             x = layer(x, call)
         x = x[0] if isinstance(x, tuple | list) else x
@@ -326,6 +328,13 @@ def run_layers(part: Any, x: Tensor, call: Call) -> Tensor:
     if states is not None:
         states[-1] = x
     return x
+
+
+def _checkpointed(layer: Any, x: Tensor, call: Call, every_n_layers: int, offload: bool, **how: Any) -> Any:
+    """A block whose activations are computed again in the backward pass, from its input alone."""
+    del every_n_layers
+    with save_on_cpu() if offload else contextlib.nullcontext():
+        return checkpoint(layer, x, call, **how)
 
 
 def _relative(part: Any, spec: ArchSpec, keys: int) -> Callable[[Tensor], Tensor]:

@@ -28,13 +28,19 @@ class LoadOptions:
         self.prefer: list[Kind] = [kind for name, kind in sources.items() if kwargs.pop(name, False)]
         if len(self.prefer) > 1:
             raise ValueError("from_flax=True and from_tf=True exclude each other: choose one")
+        self.state_dict = kwargs.pop("state_dict", None)
+        self.strict = bool(kwargs.pop("strict", True))
+        self.loading_info = bool(kwargs.pop("output_loading_info", False))
+        self.generation_config = kwargs.pop("generation_config", None)
+        self.max_memory = kwargs.pop("max_memory", None)
+        self.offload_folder = kwargs.pop("offload_folder", None)
+        kwargs.pop("code_revision", None)  # of code that is never run
         if kwargs.pop("trust_remote_code", False):
             log.info("trust_remote_code=True: no remote code is run here; the makers' options work natively")
         kwargs.pop("low_cpu_mem_usage", None)  # always so
         for name in (
             "gguf_file",
             "tp_plan",
-            "offload_folder",
         ):
             if kwargs.get(name):
                 raise ValueError(f"from_pretrained does not support {name}={kwargs[name]!r}")

@@ -101,6 +101,26 @@ class Parameters(Part):
         state = {name: self.get_parameter(name).detach().contiguous() for name in self.parameter_names()}
         return state | checkpoint.file_state(self)
 
+    def file_names(self, state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
+        """A state dict (of `state_dict()`'s names, whole or gathered from several devices) as files hold it: tied
+        tensors once, quantised ones under their matrix. ValueError: a name that is no parameter's."""
+        tied, own = self.tied(), self.state_dict()
+        tensors: dict[str, Tensor] = {}
+        for name, tensor in state_dict.items():
+            stem, _, part = name.rpartition(".")
+            if name not in own and f"{stem}.weight" not in own and not stem.endswith(".weight"):
+                raise ValueError(
+                    f"state_dict holds {name}, which is no parameter of {self.row.name}: take it from the model "
+                    "itself, not from what wraps it"
+                )
+            first = tied.get(name) or tied.get(f"{stem}.weight", "")
+            if first and (first in state_dict or f"{first.removesuffix('.weight')}.{part}" in state_dict):
+                continue
+            whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+            packed = part in ("codes", "scale", "low") and not stem.endswith(".weight")
+            tensors[f"{stem}.weight.{part}" if packed else name] = whole.detach().contiguous()
+        return tensors
+
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> Any:

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from monoblock import modules, outputs, tree
 from monoblock.backends.pytorch import devices, heads, layers, loading, parts
+from monoblock.backends.pytorch.adapters import Adapters, base_of, is_adapter
+from monoblock.backends.pytorch.construction import Construction
 from monoblock.backends.pytorch.generation.decoder import Generation
 from monoblock.backends.pytorch.inputs import PACKED, check_tokens, flattened, prepare
 from monoblock.backends.pytorch.kernels import attention
@@ -37,19 +40,22 @@ from monoblock.backends.pytorch.options import LoadOptions
 from monoblock.backends.pytorch.parameters import Parameters
 from monoblock.backends.pytorch.parts import Part
 from monoblock.backends.pytorch.quantization import checkpoint
+from monoblock.backends.pytorch.tools import Recognised, Tools
 from monoblock.checkpoint import packed
 from monoblock.checkpoint.hub import find_weights
 from monoblock.checkpoint.options import HubOptions
 from monoblock.checkpoint.save import save_tensors
 from monoblock.checkpoint.store import open_store
-from monoblock.config import CONFIG_NAME, PretrainedConfig
+from monoblock.checkpoint.weights import StateTensors
+from monoblock.config import CONFIG_NAME, PretrainedConfig, as_own_config
 from monoblock.generation.config import GENERATION_CONFIG_NAME
+from monoblock.generation.config import as_own_config as own_generation_config
 from monoblock.quantization import BitsAndBytesConfig
 
 log = logging.getLogger("monoblock")
 
 
-class PreTrainedModel(Parameters, Generation):
+class PreTrainedModel(Recognised, Parameters, Generation, Construction, Adapters, Tools):
     """The base of all PyTorch models. A model with a head holds the bare model, under the family's prefix, and
     the head's modules beside it; names, classes, signatures, defaults and outputs are transformers'.
 
@@ -65,16 +71,13 @@ class PreTrainedModel(Parameters, Generation):
 
     def __init__(self, config: PretrainedConfig, *, add_pooling_layer: bool = True) -> None:
         super().__init__()
-        if not isinstance(config, self.family.config):
-            wanted = self.family.config.__name__
-            raise ValueError(f"{self.row.name} takes a {wanted}, got {type(config).__name__}")
-        self.config = config
+        self.config = config = as_own_config(config, self.family.config, self.row.name)
         self.spec = config.to_spec()
         self.name_or_path = config.name_or_path
         head = self.row.head if add_pooling_layer or self.row.head != "pooler" else None
         self.head_spec = config.to_head(head) if head else None
         self.gradient_checkpointing = False
-        self.checkpointing: dict[str, Any] = {"use_reentrant": False}
+        self.checkpointing: dict[str, Any] | None = None
         device = torch.get_default_device()
         with torch.device("meta"), loading.Uninitialised():
             self._build()
@@ -256,51 +259,72 @@ class PreTrainedModel(Parameters, Generation):
     @classmethod
     def from_pretrained(
         cls,
-        pretrained_model_name_or_path: str | Path,
+        pretrained_model_name_or_path: str | Path | None,
         *model_args: Any,
-        config: PretrainedConfig | str | Path | None = None,
+        config: Any = None,
         **kwargs: Any,
-    ) -> Self:
+    ) -> Any:
         """A model with a checkpoint's weights, in evaluation mode.
 
-        The checkpoint is a folder or a name on the hub. `dtype` (or `torch_dtype`): "auto" (the default: the
-        checkpoint's own), a torch dtype or its name. `device_map`: "auto", a device, or a dict (through accelerate).
-        `ignore_mismatched_sizes=True` makes tensors of other shapes anew instead of raising ShapeMismatch.
-        `quantization_config`: "int8", "int4", "lossless", a WeightOnlyConfig or a BitsAndBytesConfig; or
-        `load_in_4bit`, `load_in_8bit` for the latter. A folder of packed weights needs none.
-        `attn_implementation`: "sdpa", "eager", "flex_attention" or "flash_attention_2". `revision`, `token`,
-        `cache_dir`, `local_files_only`, `force_download`, `subfolder`, `variant`, `use_safetensors` say which files;
-        `from_flax=True` and `from_tf=True` prefer transformers 4's flax_model.msgpack and tf_model.h5 to others.
-        Other keywords set fields of the config (`num_labels=3`). HubError: the files cannot be had. CheckpointError:
-        they do not fit. ValueError: an argument is wrong.
+        The checkpoint is a folder or a name on the hub; a folder of an adapter (peft) loads its base model with
+        it. `dtype` (or `torch_dtype`): "auto" (the default: the checkpoint's own), a torch dtype or its name.
+        `device_map`: "auto", a device, or a dict (through accelerate), with `max_memory` and, for the device
+        "disk", `offload_folder`. `state_dict`: tensors by name instead of files (then `config` is needed, or the
+        name gives it). `ignore_mismatched_sizes=True` makes tensors of other shapes anew instead of raising
+        ShapeMismatch; `strict=False` passes over tensors that the model has no place for.
+        `output_loading_info=True` gives (model, {"missing_keys", "unexpected_keys", "mismatched_keys",
+        "error_msgs"}). `generation_config`: one to use instead of the checkpoint's. `quantization_config`:
+        "int8", "int4", "lossless", a WeightOnlyConfig or a BitsAndBytesConfig; or `load_in_4bit`, `load_in_8bit`
+        for the latter. A folder of packed weights needs none. `attn_implementation`: "sdpa", "eager",
+        "flex_attention" or "flash_attention_2". `revision`, `token`, `cache_dir`, `local_files_only`,
+        `force_download`, `subfolder`, `variant`, `use_safetensors` say which files; `from_flax=True` and
+        `from_tf=True` prefer transformers 4's flax_model.msgpack and tf_model.h5 to others. Other keywords set
+        fields of the config (`num_labels=3`). HubError: the files cannot be had. CheckpointError: they do not
+        fit. ValueError: an argument is wrong.
         """
         if model_args:
             raise TypeError(
                 f"{cls.__name__}.from_pretrained takes one positional argument, got {1 + len(model_args)}"
             )
         options = LoadOptions(kwargs)
-        settings, unused = cls._config_for(pretrained_model_name_or_path, config, options.hub, kwargs)
+        name = pretrained_model_name_or_path
+        adapter = name if name is not None and is_adapter(name, options.hub) else None
+        if adapter is not None:
+            name = base_of(adapter, options.hub)
+        if name is None and (options.state_dict is None or config is None):
+            raise ValueError("from_pretrained(None) needs state_dict= and config=")
+        settings, unused = cls._config_for(name or "", config, options.hub, kwargs)
         if unused:
             raise TypeError(f"from_pretrained does not know the argument {next(iter(unused))!r}")
-        files = find_weights(
-            pretrained_model_name_or_path,
-            options.hub,
-            variant=options.variant,
-            use_safetensors=options.use_safetensors,
-            prefer=options.prefer,
-        )
-        store = open_store(files, "pt")
+        if options.state_dict is not None:
+            store: Any = StateTensors(options.state_dict)
+        else:
+            assert name is not None
+            files = find_weights(
+                name,
+                options.hub,
+                variant=options.variant,
+                use_safetensors=options.use_safetensors,
+                prefer=options.prefer,
+            )
+            store = open_store(files, "pt")
         dtype = loading.chosen_dtype(options.dtype, settings.dtype, packed.plain(store))
         with torch.device("meta"):
             model = cls(settings)
-        model._load(store, dtype, options)
+        info = model._load(store, dtype, options)
         settings.dtype = dtype
-        model.generation_config = model.file_generation_config(pretrained_model_name_or_path, options.hub)
-        return model.eval()
+        if options.generation_config is not None:
+            model.generation_config = own_generation_config(options.generation_config, "generation_config")
+        elif name is not None:
+            model.generation_config = model.file_generation_config(name, options.hub)
+        if adapter is not None:
+            model.load_adapter(adapter, **{k: v for k, v in asdict(options.hub).items() if v})
+        model.eval()
+        return (model, info) if options.loading_info else model
 
-    def _load(self, store: Any, dtype: torch.dtype, options: LoadOptions) -> None:
+    def _load(self, store: Any, dtype: torch.dtype, options: LoadOptions) -> dict[str, Any]:
         keymap = self.keymap()
-        placed = devices.Placement(self, options.device_map)
+        placed = devices.Placement(self, options.device_map, options.max_memory, options.offload_folder)
         kept = checkpoint.load(self, store, dtype, placed.device, options.quantization)
         packer = checkpoint.packer(self, options.quantization)
         packed_names = set(checkpoint.packed_modules(self))
@@ -320,6 +344,7 @@ class PreTrainedModel(Parameters, Generation):
             tied=tree.tied(self.spec, self.head_spec),
             ignore_mismatched_sizes=options.ignore_mismatched_sizes,
             put=packer.put if packer else None,
+            extra_allowed=self._allowed(options.strict),
         )
         made = [name for canonical in report.made for name in own[canonical].names]
         for name in made:
@@ -343,42 +368,71 @@ class PreTrainedModel(Parameters, Generation):
             )
         if unused := [*kept, *report.unused]:
             log.info("%s: %s also holds %s, not used here", self.row.name, where, ", ".join(unused))
+        return {
+            "missing_keys": sorted(n for c in report.missing for n in own[c].names),
+            "unexpected_keys": sorted(unused),
+            "mismatched_keys": sorted(n for c in report.mismatched for n in own[c].names),
+            "error_msgs": [],
+        }
+
+    def _allowed(self, strict: bool) -> Callable[[str], bool]:
+        """Whether a tensor of a file may be passed over although the model has no place for it."""
+        patterns = self._keys_to_ignore_on_load_unexpected or []
+        return lambda name: not strict or any(re.search(pattern, name) for pattern in patterns)
 
     @classmethod
     def _config_for(
         cls, name: str | Path, config: Any, hub: HubOptions, kwargs: dict[str, Any]
     ) -> tuple[Any, dict[str, Any]]:
-        if isinstance(config, PretrainedConfig):
-            return config.changed(**kwargs)
+        if config is not None and not isinstance(config, str | Path):
+            return as_own_config(config, cls.family.config, cls.__name__).changed(**kwargs)
         source = name if config is None else config
         return cls.family.config.from_pretrained(source, return_unused_kwargs=True, **asdict(hub), **kwargs)
 
     def save_pretrained(
         self,
         save_directory: str | Path,
-        *,
-        max_shard_size: int | str = "50GB",
-        state_dict: Mapping[str, Tensor] | None = None,
-        safe_serialization: bool = True,
         is_main_process: bool = True,
+        state_dict: Mapping[str, Tensor] | None = None,
+        save_function: Callable[..., Any] | None = None,
         push_to_hub: bool = False,
+        max_shard_size: int | str = "50GB",
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        token: str | bool | None = None,
+        save_peft_format: bool = True,
+        **kwargs: Any,
     ) -> None:
-        """Write config.json, generation_config.json and safetensors by the hub's names; whole or not at all.
+        """Write config.json, generation_config.json and safetensors; whole or not at all.
 
-        `state_dict`: hub-named tensors to write instead of the model's. `max_shard_size`: bytes, or "5GB".
+        `state_dict`: tensors to write instead of the model's, by the names of `state_dict()` (tied ones are
+        written once). `max_shard_size`: bytes, or "5GB". `variant`: "fp16" writes model.fp16.safetensors.
+        `is_main_process=False` writes nothing. `save_function` is what transformers writes pickled files with:
+        none are written here, and it is not called. With adapters added by `add_adapter`, the chosen one is
+        written, as peft does. `push_to_hub=True` uploads the files too (`repo_id`, `private`, `commit_message`,
+        ... as of `push_to_hub()`).
         """
-        if not safe_serialization or push_to_hub:
-            name = "push_to_hub=True" if push_to_hub else "safe_serialization=False"
+        if not safe_serialization:
             raise ValueError(
-                f"save_pretrained does not support {name}: it writes safetensors to a local folder"
+                "save_pretrained does not support safe_serialization=False: it writes safetensors"
             )
+        if not save_peft_format:
+            raise ValueError(
+                "save_pretrained does not support save_peft_format=False: adapters are peft's files"
+            )
+        if kwargs and not push_to_hub:
+            raise TypeError(f"save_pretrained has no argument {next(iter(kwargs))!r}")
+        del save_function
         if not is_main_process:
             return
         folder = Path(save_directory)
         if folder.is_file():
             raise ValueError(f"save_pretrained needs a folder, but {folder} is a file")
         folder.mkdir(parents=True, exist_ok=True)
-        tensors = self.hub_state_dict() if state_dict is None else dict(state_dict)
+        if self._hf_peft_config_loaded:
+            self.save_adapter(folder)
+            return
+        tensors = self.hub_state_dict() if state_dict is None else self.file_names(state_dict)
         self.config.architectures = [self.row.name]
         self.config.dtype = self.dtype
         self.record_quantization()
@@ -386,45 +440,13 @@ class PreTrainedModel(Parameters, Generation):
         if self.generation_config is not None:
             self.generation_config.validate()
             texts[GENERATION_CONFIG_NAME] = self.generation_config.to_json_string()
-        save_tensors(folder, tensors, framework="pt", max_shard_size=max_shard_size, beside=texts)
+        save_tensors(
+            folder, tensors, framework="pt", max_shard_size=max_shard_size, beside=texts, variant=variant
+        )
+        if push_to_hub:
+            self.push_to_hub(kwargs.pop("repo_id", folder.name), token=token, **kwargs)
 
     # ------------------------------------------------------------------ switches and facts
-
-    def gradient_checkpointing_enable(
-        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None
-    ) -> None:
-        """While training, keep only each block's input and compute the rest again in the backward pass. The
-        keywords are those of `torch.utils.checkpoint.checkpoint`; `use_reentrant` is False unless given."""
-        given = dict(gradient_checkpointing_kwargs or {})
-        if unknown := given.keys() - _CHECKPOINTING:
-            raise ValueError(
-                f"gradient_checkpointing_kwargs has no {sorted(unknown)[0]!r}: torch.utils.checkpoint.checkpoint takes "
-                f"{', '.join(sorted(_CHECKPOINTING))}"
-            )
-        self._set_checkpointing(True, {"use_reentrant": False, **given})
-
-    def gradient_checkpointing_disable(self) -> None:
-        """Keep all activations again."""
-        self._set_checkpointing(False, {"use_reentrant": False})
-
-    def _set_checkpointing(self, on: bool, how: dict[str, Any]) -> None:
-        for module in self.modules():
-            if isinstance(module, PreTrainedModel):
-                module.gradient_checkpointing, module.checkpointing = on, how
-
-    @property
-    def is_gradient_checkpointing(self) -> bool:
-        """Whether activations are computed again in the backward pass."""
-        return self.gradient_checkpointing
-
-    def enable_input_require_grads(self) -> None:
-        """Let gradients flow from the embedding's output (adapters on frozen weights need that)."""
-        self._require_grads_hook = self.get_input_embeddings().register_forward_hook(_require_grads)
-
-    def disable_input_require_grads(self) -> None:
-        """Undo `enable_input_require_grads`."""
-        if (hook := vars(self).pop("_require_grads_hook", None)) is not None:
-            hook.remove()
 
     def set_attn_implementation(self, attn_implementation: str | None) -> None:
         """Choose the attention kernel: "sdpa" (the default), "eager", "flex_attention", "flash_attention_2"."""
@@ -444,15 +466,6 @@ class PreTrainedModel(Parameters, Generation):
         return self.bare
 
 
-# What torch.utils.checkpoint.checkpoint takes besides the function and its arguments.
-_CHECKPOINTING = {
-    "use_reentrant",
-    "preserve_rng_state",
-    "context_fn",
-    "determinism_check",
-    "debug",
-    "early_stop",
-}
 # What computes each kind of part.
 KINDS: dict[str, type[Part]] = {
     "attention": Attention,
@@ -479,10 +492,6 @@ def _blank(name: str) -> PreTrainedModel:
 
     made = make_class(name)
     return made.__new__(made)
-
-
-def _require_grads(_: nn.Module, __: Any, output: Tensor) -> None:
-    output.requires_grad_(True)
 
 
 @functools.cache
