@@ -46,7 +46,7 @@ test-core: $(CORE_VENV)/.installed ## the core's tests where no framework is ins
 
 test-all: $(VENV)/.installed-test ## every test
 	@echo "== every test"
-	@$(VENV)/bin/python -m pytest
+	@$(VENV)/bin/python tools/run_tests.py
 
 clean: ## remove both environments and all caches
 	rm -rf $(VENV) $(CORE_VENV) .pytest_cache .ruff_cache .hypothesis build dist
