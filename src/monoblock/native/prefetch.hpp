@@ -6,7 +6,7 @@
 namespace matrices {
 
 // The non-temporal hint keeps weights from displacing other data in L2 and L3, and on an AMD EPYC it was the quicker one. On
-// an Intel Xeon (with AMX) lines fetched by it leave L1 before they are read, and the products take 2 to 4 times as long.
+// an Intel Xeon (with AMX) lines fetched by it leave L1 before they are read, and the products take 2 to 3 times as long.
 inline bool non_temporal_is_better() {
 #if defined(__x86_64__) || defined(_M_X64)
   __builtin_cpu_init();
