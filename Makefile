@@ -47,7 +47,7 @@ test-core: $(CORE_VENV)/.installed ## the core's tests where no framework is ins
 
 test-all: $(VENV)/.installed-test ## every test
 	@echo "== every test"
-	@$(VENV)/bin/python -m pytest
+	@$(VENV)/bin/python tools/run_tests.py
 
 test-ecosystem: $(ECOSYSTEM_VENV)/.installed ## models with peft, trl, accelerate, ... (not in `test`)
 	@echo "== the packages around a model, beside transformers"

@@ -25,7 +25,7 @@ def test_outputs(name: str) -> None:
     assert {field for field, _ in found} >= {"hidden_states", "attentions"}
     for (field, layer), wanted in found.items():
         got = out[field] if layer is None else out[field][layer]
-        assert difference(name, field, np.asarray(got), wanted) <= atol(name), (field, layer)
+        assert difference(name, field, np.asarray(got), wanted) <= atol(name, model.spec), (field, layer)
 
 
 @pytest.mark.parametrize("name", [name for name in FLAX if "gen.input_ids" in record(name)])

@@ -12,7 +12,7 @@ import tensorflow as tf
 import torch
 from families_made import GENERATING
 from measure import assert_close
-from tf_made import close, inputs, model, numpy, pair
+from tf_made import bound_of, close, inputs, model, numpy, pair
 
 from monoblock.backends.tf.cache import Cache, init_cache
 from monoblock.backends.tf.inputs import Wanted
@@ -28,7 +28,8 @@ def test_pieces_give_what_the_whole_gives(name: str, padding: str, tmp_path: Pat
     given = inputs(name, padding)
     ids, mask = given["input_ids"].numpy(), given.get("attention_mask")
     with torch.no_grad():
-        expected = theirs(**given).logits
+        out = theirs(**given, output_hidden_states=True)
+    expected, bound = out.logits, bound_of(theirs, out)
     kinds = {
         "tuples": None,
         "growing": init_cache(ours.spec, len(ids), None),
@@ -43,7 +44,7 @@ def test_pieces_give_what_the_whole_gives(name: str, padding: str, tmp_path: Pat
             past, start = out.past_key_values, stop
             assert isinstance(past, tuple if kind == "tuples" else Cache)
             logits.append(out.logits)
-        close(f"{name}, {padding}, {kind}", tf.concat(logits, 1), expected, mask)
+        close(f"{name}, {padding}, {kind}", tf.concat(logits, 1), expected, bound, mask)
     assert isinstance(past, Cache)
     assert int(past.get_seq_length()) == 23
     windows = {layer.shape[2] for layer in past.keys}

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from old_files import (
-    ATOL,
     FLAX,
     FOLDER,
     NAMES,
@@ -17,6 +16,7 @@ from old_files import (
     atol,
     class_name,
     difference,
+    exact_atol,
     inputs,
     outputs,
     prompt,
@@ -62,7 +62,7 @@ def test_outputs_and_tokens_are_the_old_class_s(name: str) -> None:
     model = loaded(name)
     found = differences(model, name)
     assert {"hidden_states", "attentions"} < found.keys()
-    assert max(found.values()) <= atol(name), found
+    assert max(found.values()) <= atol(name, model.spec), found
     if pair := prompt(name):
         sequences = model.generate(torch.from_numpy(pair[0]), max_new_tokens=12, do_sample=False)
         assert np.array_equal(sequences.numpy(), pair[1])
@@ -72,8 +72,9 @@ def test_outputs_and_tokens_are_the_old_class_s(name: str) -> None:
 def test_the_old_gelu_explains_the_whole_difference(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """So no weight of these files is in a wrong place by a little."""
     monkeypatch.setitem(openai_gpt.ACTIVATIONS, "gelu", "gelu")
-    found = differences(loaded(name), name)
-    assert max(found.values()) <= ATOL, found
+    model = loaded(name)
+    found = differences(model, name)
+    assert max(found.values()) <= exact_atol(name, model.spec), found
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -1,7 +1,7 @@
 // How fast the memory can be read at all: what the products with one row of inputs are measured against.
 #pragma once
 
-#include "numbers.hpp"
+#include "prefetch.hpp"
 
 namespace matrices {
 
@@ -16,7 +16,7 @@ inline uint32_t read_all(const void* data, int64_t bytes, int threads) {
     Words sums[STREAMS] = {};
     for (int64_t at = 0; at < share; at += sizeof(Words))
       UNROLL for (int s = 0; s < STREAMS; ++s) {
-        __builtin_prefetch(from + s * share + at + FURTHER, 0, 0);
+        prefetch_ahead<FURTHER>(from + s * share + at);
         sums[s] += load<Words>(from + s * share + at);
       }
     for (int s = 0; s < STREAMS; ++s)

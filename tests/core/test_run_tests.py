@@ -1,0 +1,67 @@
+"""`tools/run_tests.py` runs every folder of tests, adds their counts, and fails if one part does."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SPEC = importlib.util.spec_from_file_location("run_tests", ROOT / "tools" / "run_tests.py")
+assert SPEC is not None
+assert SPEC.loader is not None
+run_tests: Any = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(run_tests)
+
+# Folders that need an environment of their own, and have a target of their own in the Makefile.
+ELSEWHERE = {"tests/ecosystem"}
+
+
+def test_no_folder_is_left_out() -> None:
+    folders = {f"tests/{path.parent.name}" for path in (ROOT / "tests").glob("*/test_*.py")}
+    assert {folder for part in run_tests.PARTS.values() for folder in part} == folders - ELSEWHERE
+    assert not list((ROOT / "tests").glob("test_*.py"))
+
+
+def test_the_summary_is_pytest_s() -> None:
+    counts = Counter({"passed": 6321, "failed": 1, "skipped": 30})
+    assert run_tests.summary(counts, 650.1) == "1 failed, 6321 passed, 30 skipped in 650.10s (0:10:50)"
+
+
+@pytest.mark.parametrize(
+    ("statuses", "expected", "last"),
+    [
+        ({}, 0, "10 passed"),
+        ({"flax": 1}, 1, "1 failed, 9 passed"),
+        ({"tf": run_tests.NO_TESTS}, 0, "8 passed"),
+        ({"torch": -9}, 1, "8 passed, 1 error"),  # killed, before it wrote its counts
+        (dict.fromkeys(run_tests.PARTS, run_tests.NO_TESTS), 1, "no tests ran"),
+    ],
+    ids=["all pass", "one fails", "one is empty", "one is killed", "all are empty"],
+)
+def test_one_failure_fails_the_whole(
+    statuses: dict[str, int],
+    expected: int,
+    last: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """All parts run, whatever the others did."""
+    ran: list[str] = []
+
+    def run(part: str, arguments: list[str], counts: Path) -> int:
+        assert arguments == ["-x"]
+        ran.append(part)
+        status = statuses.get(part, 0)
+        if status in (0, 1):
+            counts.write_text(json.dumps({"passed": 2 - status, **({"failed": 1} if status else {})}))
+        return status
+
+    monkeypatch.setattr(run_tests, "run", run)
+    assert run_tests.main(["--jobs", "1", "-x"]) == expected
+    assert ran == list(run_tests.PARTS)
+    assert capsys.readouterr().out.splitlines()[-1].startswith(f"{last} in ")

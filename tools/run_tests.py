@@ -1,0 +1,91 @@
+"""Every test, in a process for each framework's: `python tools/run_tests.py [--jobs N] [arguments of pytest]`.
+
+One process for all would hold what PyTorch, JAX and TensorFlow compile and cache at once. The processes run two at a
+time where the machine has the cores and the memory; all of them run, and one failure fails the whole. Each line of
+output begins with its process's name, and the last one is pytest's summary over all of them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+# The longest first, so that none of them is left alone at the end.
+PARTS: dict[str, tuple[str, ...]] = {
+    "torch": ("tests/torch",),
+    "flax": ("tests/flax",),
+    "tf": ("tests/tf",),
+    "parity": ("tests/parity",),
+    "core": ("tests/core", "tests/cli"),
+}
+# The exit status of a pytest that found no test to run, as `-k` may leave it.
+NO_TESTS = 5
+# The order of pytest's own summary.
+OUTCOMES = ("failed", "passed", "skipped", "deselected", "xfailed", "xpassed", "error")
+
+
+def default_jobs() -> int:
+    """Two where there are two cores, and memory for two processes of 4 GB beside the system."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # not on every system
+        memory = 0
+    return 2 if cores >= 2 and memory >= 10 << 30 else 1
+
+
+def run(part: str, arguments: list[str], counts: Path) -> int:
+    """One process of tests; its lines are printed as they come. Returns its exit status."""
+    command = [sys.executable, "-u", "-m", "pytest", *PARTS[part], *arguments]
+    environment = {**os.environ, "MONOBLOCK_TEST_COUNTS": str(counts)}
+    with subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        for line in process.stdout or ():
+            print(f"{part:6} | {line}", end="", flush=True)
+        return process.wait()
+
+
+def summary(counts: Counter[str], seconds: float) -> str:
+    """As pytest has it: `1 failed, 6321 passed, 30 skipped in 650.10s (0:10:50)`."""
+    found = ", ".join(f"{counts[name]} {name}" for name in OUTCOMES if counts[name])
+    minutes, rest = divmod(int(seconds), 60)
+    return f"{found or 'no tests ran'} in {seconds:.2f}s ({minutes // 60}:{minutes % 60:02}:{rest:02})"
+
+
+def main(arguments: list[str]) -> int:
+    jobs = default_jobs()
+    if "--jobs" in arguments:
+        at = arguments.index("--jobs")
+        jobs = int(arguments[at + 1])
+        arguments = arguments[:at] + arguments[at + 2 :]
+    start = time.monotonic()
+    total: Counter[str] = Counter()
+    with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(jobs) as pool:
+        files = {part: Path(scratch) / f"{part}.json" for part in PARTS}
+        statuses = dict(
+            zip(PARTS, pool.map(lambda part: run(part, arguments, files[part]), PARTS), strict=True)
+        )
+        for part, status in statuses.items():
+            if files[part].is_file():
+                total.update(json.loads(files[part].read_text()))
+            elif status not in (0, NO_TESTS):
+                total["error"] += 1  # it ended before its summary
+    failed = [part for part, status in statuses.items() if status not in (0, NO_TESTS)]
+    if failed:
+        print(f"failed: {', '.join(failed)}; see the lines that begin so")
+    print(summary(total, time.monotonic() - start), flush=True)
+    return 1 if failed or not total["passed"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
