@@ -160,6 +160,10 @@ class Tools:
         """Whether matrices are quantised, by this library or by bitsandbytes."""
         return self.quantization_config is not None
 
+    def is_custom_code(self) -> bool:
+        """Whether the model's code came from a checkpoint: never."""
+        return False
+
     def warn_if_padding_and_no_attention_mask(
         self: Any, input_ids: Tensor | None, attention_mask: Tensor | None
     ) -> None:
