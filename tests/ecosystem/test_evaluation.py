@@ -12,11 +12,13 @@ import lm_eval
 import outlines
 import pytest
 import torch
+import transformers
 from captum.attr import LayerIntegratedGradients
 from datasets import Dataset
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from sentence_transformers import (
+    CrossEncoder,
     SentenceTransformer,
     SentenceTransformerTrainer,
     SentenceTransformerTrainingArguments,
@@ -285,3 +287,38 @@ def test_torchao_int8(agree: Any, family: str) -> None:
         return found, model.generate(**batch("left"), **options)
 
     agree(run, 1e-3)
+
+
+def test_cross_encoder(agree: Any) -> None:
+    def run(library: Library) -> Any:
+        made = CrossEncoder(
+            str(library.folders("MPNetForSequenceClassification", num_labels=1)), device="cpu"
+        )
+        made.model = library.model("MPNetForSequenceClassification", num_labels=1)
+        return made.predict(list(zip(TEXTS, TEXTS[::-1], strict=True)), convert_to_tensor=True)
+
+    agree(run, 1e-5)
+
+
+PIPELINES = {
+    "text-generation": ("GPTNeoForCausalLM", TEXTS[0], {"max_new_tokens": 5, "do_sample": False}),
+    "text-classification": ("MistralForSequenceClassification", TEXTS, {}),
+    "token-classification": ("MPNetForTokenClassification", TEXTS[0], {}),
+    "feature-extraction": ("MPNetModel", TEXTS[0], {}),
+    "fill-mask": ("MPNetForMaskedLM", "the <mask> sat", {}),
+    "question-answering": ("MPNetForQuestionAnswering", {"question": "who sat", "context": TEXTS[2]}, {}),
+}
+
+
+@pytest.mark.parametrize("task", PIPELINES)
+def test_pipelines_of_transformers(agree: Any, task: str) -> None:
+    name, given, options = PIPELINES[task]
+    if task not in transformers.pipelines.PIPELINE_REGISTRY.get_supported_tasks():
+        pytest.skip(f"transformers {transformers.__version__} has no pipeline for {task}")
+
+    def run(library: Library) -> Any:
+        tokenizer = Library("transformers", library.folders).tokenizer()
+        made = transformers.pipeline(task, model=library.model(name), tokenizer=tokenizer, device="cpu")
+        return made(given, **options)
+
+    agree(run, 1e-4)
