@@ -87,8 +87,11 @@ def agree(library: Any, transformers_library: Any, request: pytest.FixtureReques
 
 def equal(value: Any, expected: Any, atol: float, where: str = "") -> None:
     """Numbers are close (kernels of two libraries add in another order), all else is equal; in any nesting."""
+    import numpy
     import torch
 
+    if isinstance(expected, numpy.floating):
+        value, expected = float(value), float(expected)
     if isinstance(expected, dict):
         assert list(value) == list(expected), where
         for key in expected:

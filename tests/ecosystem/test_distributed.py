@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
+from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 # The class of a block, by transformers' name, and the list of them.
@@ -197,6 +198,8 @@ def _tensor_parallel(rank: int, which: str, root: Path, family: str, part: str) 
     plan = {key: kind() for key, kind in PLANS[family].items() if key.startswith(part)}
     for block in model.get_submodule(BLOCKS[family][1]):
         parallelize_module(block, mesh, plan)
+    split = [key for key, p in model.named_parameters() if isinstance(p, DTensor) and key.endswith("weight")]
+    assert len(split) == 2 * len(plan), split
     out = model(**labelled(name))
     out.loss.backward()
     gradient = next(p for key, p in model.named_parameters() if "norm" in key.lower() or "ln" in key).grad
