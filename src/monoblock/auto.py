@@ -7,6 +7,8 @@ from typing import Any, ClassVar
 
 import monoblock
 from monoblock import families
+from monoblock.checkpoint.adapter_files import base_of, is_adapter
+from monoblock.checkpoint.options import HubOptions
 from monoblock.config import PretrainedConfig, as_own_config
 from monoblock.config_tools import foreign_fields
 
@@ -60,6 +62,8 @@ class _AutoModel:
         if config is None or isinstance(config, str | Path):
             hub = {k: kwargs[k] for k in _HUB if k in kwargs}
             source = pretrained_model_name_or_path if config is None else config
+            if config is None and not cls._prefix and is_adapter(source, HubOptions(**hub)):
+                source = base_of(source, HubOptions(**hub))
             config = AutoConfig.from_pretrained(source, **hub)
         kwargs["config"] = config = own_config(config)
         chosen = cls._class(config)

@@ -233,7 +233,8 @@ def test_prompt_and_prefix_tuning(agree: Any, kind: str, family: str, tmp_path: 
         with torch.no_grad():
             loss = model(**labelled(name)).loss
             options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 1, "eos_token_id": None}
-            out = model.generate(**batch("left"), **options)
+            # Without padding: between a learned prompt and left-padded text, transformers counts padding as positions.
+            out = model.generate(**batch("none"), **options)
         model.save_pretrained(tmp_path / library.name)
         again = PeftModel.from_pretrained(library.model(name), tmp_path / library.name).eval()
         with torch.no_grad():
@@ -307,6 +308,7 @@ def test_lora_over_bitsandbytes_merges(agree: Any, folders: Any, family: str, bi
         quantised = training_logits(model)
         plain = training_logits(library.model(name, **BLOCKS[family]))
         model = peft.prepare_model_for_kbit_training(model)
+        torch.manual_seed(0)  # quantising draws numbers, in its own order
         model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", target_modules=ATTENTION[family]))
         losses = steps(model, name)
         before = training_logits(model)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -10,32 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from monoblock.checkpoint.hub import find_file
 from monoblock.checkpoint.options import HubOptions
-
-CONFIG_NAME = "adapter_config.json"
-
-
-def is_adapter(name: str | Path, hub: HubOptions) -> bool:
-    """Whether a folder or a name on the hub holds an adapter and no model of its own."""
-    folder = Path(name)
-    if folder.is_dir():
-        inner = folder / hub.subfolder
-        return (inner / CONFIG_NAME).exists() and not (inner / "config.json").exists()
-    return False
-
-
-def base_of(name: str | Path, hub: HubOptions) -> str:
-    """The model that an adapter was made for, as its file names it. ValueError if it names none."""
-    path = find_file(name, CONFIG_NAME, hub)
-    assert path is not None
-    base = json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path")
-    if not isinstance(base, str) or not base:
-        raise ValueError(
-            f"{name} holds an adapter whose {CONFIG_NAME} names no base model: load the model itself, then "
-            "load_adapter()"
-        )
-    return base
 
 
 def peft() -> Any:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from monoblock import modules, outputs, tree
 from monoblock.backends.pytorch import devices, heads, layers, loading, parts
-from monoblock.backends.pytorch.adapters import Adapters, base_of, is_adapter
+from monoblock.backends.pytorch.adapters import Adapters
 from monoblock.backends.pytorch.construction import Construction
 from monoblock.backends.pytorch.generation.decoder import Generation
 from monoblock.backends.pytorch.inputs import PACKED, check_tokens, flattened, prepare
@@ -42,6 +42,7 @@ from monoblock.backends.pytorch.parts import Part
 from monoblock.backends.pytorch.quantization import checkpoint
 from monoblock.backends.pytorch.tools import Recognised, Tools
 from monoblock.checkpoint import packed
+from monoblock.checkpoint.adapter_files import base_of, is_adapter
 from monoblock.checkpoint.hub import find_weights
 from monoblock.checkpoint.options import HubOptions
 from monoblock.checkpoint.save import save_tensors

@@ -187,7 +187,8 @@ class Decoder:
             self.embeds = self.model.embed(ids_bn, self.images)
         name, tokens = ("input_ids", ids_bn) if self.embeds is None else ("inputs_embeds", self.embeds)
         scores, left = None, tokens.shape[1] - seen
-        for part in tokens[:, seen:].split(CHUNK if self._in_chunks() else left, dim=1):
+        own = "prepare_inputs_for_generation" in vars(self.model)
+        for part in tokens[:, seen:].split(CHUNK if self._in_chunks() and not own else left, dim=1):
             left -= part.shape[1]
             scores = self._forward({name: part}, left=left)
         assert scores is not None
@@ -228,7 +229,8 @@ class Decoder:
     @functools.cached_property
     def steps(self) -> native_decoder.Steps | None:
         """The native steps, where they can be had; asked for at the first new token."""
-        return None if any(self.wanted.values()) else native_decoder.of(self.model, self.cache)
+        own = "prepare_inputs_for_generation" in vars(self.model)
+        return None if own or any(self.wanted.values()) else native_decoder.of(self.model, self.cache)
 
     def reorder(self, index_b: Tensor) -> None:
         """Row i becomes what row index[i] was."""
@@ -251,6 +253,8 @@ class Decoder:
 
     def _forward(self, tokens: dict[str, Tensor], keep: int = 1, left: int = 0) -> Tensor:
         """Scores after the last `keep` of these tokens; `left` more of the prompt are still to come."""
+        if "prepare_inputs_for_generation" in vars(self.model):
+            return self._prepared(tokens)
         if self.cache is None:
             tokens = self._all(tokens)
         count = next(iter(tokens.values())).shape[1]
@@ -269,6 +273,35 @@ class Decoder:
         )
         self.attentions, self.hidden_states = out.attentions, out.hidden_states
         return out.logits.float()
+
+    def _prepared(self, tokens: dict[str, Tensor]) -> Tensor:
+        """Scores after the last token, where the model's own `prepare_inputs_for_generation` was replaced, as peft does
+        for learned prompts: it makes the inputs, of all tokens so far."""
+        if "inputs_embeds" in tokens:
+            raise ValueError("a model with a learned prompt generates from input_ids, not from inputs_embeds")
+        first = self.ids is None
+        new = tokens["input_ids"]
+        self.ids = new if self.ids is None else torch.cat((self.ids, new), dim=1)
+        cached = 0 if self.cache is None else self.cache.get_seq_length()
+        mask = self.mask if self.mask is not None else self.ids.new_ones(self.ids.shape)
+        made = self.model.prepare_inputs_for_generation(
+            self.ids,
+            past_key_values=self.cache if cached else None,
+            attention_mask=mask.to(self.ids.dtype),
+            cache_position=torch.arange(cached, cached + new.shape[1], device=new.device),
+            use_cache=self.cache is not None,
+            is_first_iteration=first,
+        )
+        # Positions follow from the cache, which holds the learned prompt too.
+        made.pop("cache_position", None)
+        past = made.get("past_key_values")
+        if self.cache is not None and past is not None and past is not self.cache:  # of a learned prefix
+            self.cache, _ = cache_of(past, self.model.spec, new.shape[0])
+        made |= {"return_dict": True, "use_cache": self.cache is not None, "past_key_values": self.cache}
+        known = self.model.arguments
+        out = self.model(**{k: v for k, v in made.items() if k in known}, **self.wanted)
+        self.attentions, self.hidden_states = out.attentions, out.hidden_states
+        return out.logits[:, -1:].float()
 
     def _all(self, tokens: dict[str, Tensor]) -> dict[str, Tensor]:
         """Without a cache: everything so far, once more."""
