@@ -87,7 +87,17 @@ class Tools:
     _keys_to_ignore_on_load_missing: ClassVar[list[str] | None] = None
     _keys_to_ignore_on_load_unexpected: ClassVar[list[str] | None] = None
     _keys_to_ignore_on_save: ClassVar[list[str] | None] = None
+    _skip_keys_device_placement: ClassVar[str] = "past_key_values"
+    _keep_in_fp32_modules: ClassVar[list[str] | None] = None
+    _supports_sdpa: ClassVar[bool] = True
+    _supports_flash_attn: ClassVar[bool] = True
+    _supports_flex_attn: ClassVar[bool] = True
+    _is_stateful: ClassVar[bool] = False
+    input_modalities: ClassVar[tuple[str, ...]] = ("text",)
+    output_modalities: ClassVar[tuple[str, ...]] = ("text",)
     _hf_peft_config_loaded = False
+    tp_size: int | None = None
+    kernel_config: Any = None
     model_tags: list[str] | None = None
     gradient_checkpointing: bool
     checkpointing: dict[str, Any] | None
@@ -163,6 +173,28 @@ class Tools:
     def is_custom_code(self) -> bool:
         """Whether the model's code came from a checkpoint: never."""
         return False
+
+    def is_remote_code(self) -> bool:
+        """Whether the model's code came from the hub: never."""
+        return False
+
+    @property
+    def all_tied_weights_keys(self: Any) -> dict[str, str]:
+        """Name of a parameter -> the one that it shares, as the config has it."""
+        return self.tied()
+
+    def get_parameter_or_buffer(self: Any, target: str) -> Tensor:
+        """The parameter or buffer of that name. AttributeError if there is none."""
+        try:
+            return self.get_parameter(target)
+        except AttributeError:
+            return self.get_buffer(target)
+
+    def set_decoder(self: Any, decoder: nn.Module) -> None:
+        """Replace the bare model. ValueError for a model that is bare itself."""
+        if not self.has("bare"):
+            raise ValueError(f"{self.row.name} is the decoder itself")
+        setattr(self, self.family.prefix, decoder)
 
     def warn_if_padding_and_no_attention_mask(
         self: Any, input_ids: Tensor | None, attention_mask: Tensor | None
@@ -258,6 +290,8 @@ class Tools:
     def is_gradient_checkpointing(self: Any) -> bool:
         """Whether activations are computed again in the backward pass."""
         return self.gradient_checkpointing
+
+    is_activation_checkpointing = is_gradient_checkpointing
 
     def enable_input_require_grads(self: Any) -> None:
         """Let gradients flow from the embedding's output (adapters on frozen weights need that)."""
