@@ -200,14 +200,17 @@ class Backbone(nn.Module):
     def __init__(self, spec: ArchSpec) -> None:
         super().__init__()
         self.spec = spec
-        self.embed = nn.Embedding(spec.vocab, spec.width)
         self.learned, self.rotary, self.alibi = (
             spec.position(Learned),
             spec.position(Rotary),
             spec.position(Alibi),
         )
+        # Padding that is told by its id is not trained, nor is its position.
+        pad = self.learned.pad_id if self.learned else None
+        self.embed = nn.Embedding(spec.vocab, spec.width, padding_idx=pad)
         if self.learned:
-            self.pos_embed = nn.Embedding(self.learned.size, spec.width)
+            before = None if pad is None else self.learned.offset - 1
+            self.pos_embed = nn.Embedding(self.learned.size, spec.width, padding_idx=before)
         self.buckets = spec.position(Buckets)
         if self.buckets:
             self.rel_bias = nn.Embedding(self.buckets.count, spec.attention.heads)
