@@ -100,7 +100,9 @@ class Attention:
     """Scores are `scale * q·k` (`softcap * tanh(s / softcap)` if capped) over `kv_heads` groups of heads.
 
     `clip`: queries, keys and values are clamped to [-clip, clip] as projected. `by_segment`: tokens see only
-    tokens of their own segment (`sequence_id`).
+    tokens of their own segment (`sequence_id`). `masked_rows`: on which keys a query that sees none (padding) has equal
+    weights, as adding up its masks leaves them: on all, on those behind it that are real or in its window, or on the
+    real ones.
     """
 
     heads: int
@@ -113,6 +115,7 @@ class Attention:
     softcap: float | None = None
     qk_norm: QkNorm | None = None
     by_segment: bool = False
+    masked_rows: Literal["all", "behind", "real"] = "all"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -57,7 +57,8 @@ def _fused(q_bhqd: Tensor, k_bgkd: Tensor, v_bgkd: Tensor, scope: Scope, kernel:
         return _one_query(q_bhqd, k_bgkd, v_bgkd, scope, kernel)
     ordinary = scope.in_order and scope.relative is None and scope.given is None and not kernel.dropout
     if ordinary and native_ops.usable(q_bhqd, k_bgkd, v_bgkd):
-        return _native(q_bhqd, k_bgkd, v_bgkd, scope, kernel)
+        out = _native(q_bhqd, k_bgkd, v_bgkd, scope, kernel)
+        return out if scope.masked_rows == "all" else _evened(out, v_bgkd, scope)
     k_bhkd, v_bhkd = repeat_groups(k_bgkd, q_bhqd.shape[1]), repeat_groups(v_bgkd, q_bhqd.shape[1])
     if scope.aligned and scope.by_key and not kernel.dropout and kernel.softcap is None:
         bias = scope.key_bias()
@@ -113,12 +114,11 @@ def _native(q_bhqd: Tensor, k_bgkd: Tensor, v_bgkd: Tensor, scope: Scope, kernel
 
 
 def _evened(out_bhqd: Tensor, v_bgkd: Tensor, scope: Scope) -> Tensor:
-    """Queries that see no key get the mean of all values, as from a softmax of equal scores: the kernels agree on
-    padding too, which a loss over all places of a row (a span's) takes in."""
+    """Queries that see no key get equal weights on the keys that the spec says: the kernels agree on padding too, which
+    a loss over all positions of a row (a span's) takes in."""
     if (blind := scope.blind()) is None:
         return out_bhqd
-    mean_bh1d = repeat_groups(v_bgkd.mean(dim=2, keepdim=True), out_bhqd.shape[1])
-    return torch.where(blind, mean_bh1d, out_bhqd)
+    return torch.where(blind, repeat_groups(scope.mean(v_bgkd), out_bhqd.shape[1]), out_bhqd)
 
 
 def _one_query(q_bhqd: Tensor, k_bgkd: Tensor, v_bgkd: Tensor, scope: Scope, kernel: Kernel) -> Tensor:
@@ -181,8 +181,8 @@ def attend_eager(
     bias = scope.bias(0, None, 0, None, torch.float32)
     weights = _weights(q_bhqd, k_bhkd, bias, kernel).to(v_bhkd.dtype)
     if (blind := scope.blind()) is not None:
-        # Equal weights they have already; scores that nobody looks at must not get a gradient.
-        weights = torch.where(blind, torch.ones_like(weights) / weights.shape[-1], weights)
+        # By name, so that masked scores get no gradient.
+        weights = torch.where(blind, scope.equal_weights(weights.dtype), weights)
     return weights @ v_bhkd, weights
 
 
