@@ -240,6 +240,7 @@ class Backbone(nn.Module):
             call.scope.relative = self.relative
         if self.rotary and call.cos is None:
             call.cos, call.sin = rotations(call.positions_bs, self.rotary, x.dtype)
+        attention.prepare(call.scope, self.spec.windows, x.dtype)
         states, weights = [x], []
         for block in self.blocks:
             if keep is not None and block is self.blocks[-1]:
