@@ -94,7 +94,7 @@ def _blocks(
     states, attentions = [x], []
     for i in range(spec.layers):
         seen = visible(valid, segment, spec.causal, spec.windows[i])
-        x, weights = block(spec, params, f"blocks.{i}", x, seen, position)
+        x, weights = block(spec, params, f"blocks.{i}", x, filled(spec, seen, valid, i), position)
         states.append(x)
         attentions.append(weights)
     states[-1] = norm(x, spec.final_norm, params, "final_norm")
@@ -125,6 +125,23 @@ def visible(valid: Array, segment: Array, causal: bool, window: int | None) -> A
         near = np.ones(n, bool) if window is None else q - k < window
         seen[q] = valid & ((k <= q) | (not causal)) & near & (segment == segment[q])
     return seen
+
+
+def filled(spec: ArchSpec, seen: Array, valid: Array, layer: int) -> Array:
+    """The same mask, where a query that sees no key (padding) sees, each with the same score, those that the spec says:
+    encoded as -1."""
+    out, n = seen.astype(int), len(seen)
+    for q in range(n):
+        if seen[q].any():
+            continue
+        window = spec.windows[layer] or n
+        chosen = {
+            "all": lambda k: True,
+            "real": lambda k: valid[k] or not valid.any(),
+            "behind": lambda k, q=q, window=window: k <= q and (valid[k] or q - k < window),
+        }[spec.attention.masked_rows]
+        out[q] = [-1 if chosen(k) else 0 for k in range(n)]
+    return out
 
 
 def block(
@@ -262,14 +279,13 @@ def _yarn(frequency: float, c: int, rotary: Rotary, s: RopeScaling) -> float:
 
 
 def softmax(scores: Array, seen: Array) -> Array:
-    """Along the keys, over those that are seen; a query that sees none (padding) gives all keys the same."""
+    """Along the keys, over those that are seen; where they are -1, all with the same score."""
     out = np.zeros_like(scores)
     for q in range(len(scores)):
-        if not seen[q].any():
-            out[q] = 1 / len(scores)
-        else:
-            e = np.exp(scores[q, seen[q]] - scores[q, seen[q]].max())
-            out[q, seen[q]] = e / e.sum()
+        at = seen[q] != 0
+        own = np.where(seen[q] < 0, 0.0, scores[q])[at]
+        e = np.exp(own - own.max())
+        out[q, at] = e / e.sum()
     return out
 
 

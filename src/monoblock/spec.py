@@ -100,7 +100,9 @@ class Attention:
     """Scores are `scale * q·k` (`softcap * tanh(s / softcap)` if capped) over `kv_heads` groups of heads.
 
     `clip`: queries, keys and values are clamped to [-clip, clip] as projected. `by_segment`: tokens see only
-    tokens of their own segment (`sequence_id`).
+    tokens of their own segment (`sequence_id`). `masked_rows`: on which keys a query that sees none (padding) has equal
+    weights, as adding up its masks leaves them: on all, on those behind it that are real or in its window, or on the
+    real ones.
     """
 
     heads: int
@@ -113,6 +115,7 @@ class Attention:
     softcap: float | None = None
     qk_norm: QkNorm | None = None
     by_segment: bool = False
+    masked_rows: Literal["all", "behind", "real"] = "all"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,8 +149,7 @@ class Patches:
 class ArchSpec:
     """A transformer, whole. `windows[i]` is how many keys layer i sees, the query's own included; None: all.
 
-    `embed_gradient`: the share of the gradient that reaches the embedding. `padding_id`: the token whose row of the
-    embedding is not trained (None: all are).
+    `embed_gradient`: the share of the gradient that reaches the embedding.
     """
 
     vocab: int
@@ -168,7 +170,6 @@ class ArchSpec:
     embed_gradient: float = 1.0
     patches: Patches | None = None
     init_std: float = 0.02
-    padding_id: int | None = None
 
     @property
     def layers(self) -> int:

@@ -195,6 +195,9 @@ def compared(what: str, name: str, models: Any, ids: Any, mask: Any, **labels: t
             assert grads.pop(key) is None
             continue
         wanted = grads.pop(key)
+        if CLASSES[name] in ("mistral", "fuyu") and "embed_tokens" in key:
+            # transformers never trains the row of the padding; here it is, as it may be the end of a text's.
+            wanted[PADS[CLASSES[name]]] = parameter.grad[PADS[CLASSES[name]]]
         bound = GRADIENT * max(1.0, float(wanted.abs().max()))
         assert_close(f"{what} gradients", parameter.grad, wanted, bound)
         compared += wanted.abs().max() > 1e-6

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from monoblock.spec import Alibi, Learned
 
-# fp32, 3 layers, logits up to 12: measured 6e-6, of sums in another order.
+# fp32, 3 layers, logits up to 12: measured 3.7e-6, of sums in another order.
 ATOL = 1e-5
 
 NAMES = {

@@ -124,6 +124,7 @@ MUTANTS: dict[str, list[tuple[ArchSpec, str, Any, str]]] = {
     "Attention.softcap": [(BASE, "attention.softcap", 0.5, "output")],
     "Attention.qk_norm": [(BASE, "attention.qk_norm", QkNorm(norm=LAYER, span="head"), "output")],
     "Attention.by_segment": [(SEGMENTED, "attention.by_segment", False, "segments")],
+    "Attention.masked_rows": [(BASE, "attention.masked_rows", rule, "padding") for rule in ("behind", "real")],
     "Mlp.width": [(BASE, "mlp.width", 30, "shapes")],
     "Mlp.act": [(BASE, "mlp.act", act, "output") for act in specs.ACTIVATIONS if act != "gelu"],
     "Mlp.gated": [(BASE, "mlp.gated", True, "output")],
@@ -215,7 +216,7 @@ def observed(spec: ArchSpec, what: str) -> Any:
             x = module.get_input_embeddings()(ids)
             patches = torch.ones(3, 5, spec.patches.size)
             return with_patches(spec, module.bare.role("patch_embed"), x, ids, patches, None)
-        return module(ids, **given).logits[mask == 1]
+        return module(ids, **given).logits[mask == (0 if what == "padding" else 1)]
 
 
 @pytest.mark.parametrize(("name", "row"), CASES)

@@ -94,7 +94,6 @@ class FuyuConfig(RopeConfig):
             tie_head=self.tie_word_embeddings,
             patches=Patches(size=self.patch_size**2 * self.num_channels, token_id=self.image_token_id),
             init_std=self.initializer_range,
-            padding_id=self.pad_token_id,
         ).validate("FuyuConfig")
 
 

@@ -70,6 +70,7 @@ class GPTNeoConfig(PretrainedConfig):
                 scale=1.0,
                 qkv_bias=False,
                 out_bias=True,
+                masked_rows="behind",
             ),
             mlp=Mlp(width=width, act=activation(self, "activation_function"), gated=False, bias=True),
             norm=norm,

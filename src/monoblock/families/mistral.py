@@ -80,7 +80,6 @@ class MistralConfig(RopeConfig):
             dropout=Dropout(attention=self.attention_dropout),
             tie_head=self.tie_word_embeddings,
             init_std=self.initializer_range,
-            padding_id=self.pad_token_id,
         ).validate("MistralConfig")
 
 

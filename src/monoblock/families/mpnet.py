@@ -74,7 +74,6 @@ class MPNetConfig(PretrainedConfig):
             ),
             tie_head=self.tie_word_embeddings,
             init_std=self.initializer_range,
-            padding_id=self.pad_token_id,
         ).validate("MPNetConfig")
 
     def to_head(self, kind: str) -> HeadSpec:

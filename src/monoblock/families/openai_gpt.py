@@ -65,6 +65,7 @@ class OpenAIGPTConfig(PretrainedConfig):
                 scale=head_dim**-0.5,
                 qkv_bias=True,
                 out_bias=True,
+                masked_rows="real",
             ),
             mlp=Mlp(width=4 * self.n_embd, act=ACTIVATIONS[self.afn], gated=False, bias=True),
             norm=Norm(kind="layer", eps=self.layer_norm_epsilon, bias=True),

@@ -53,12 +53,11 @@ def _block_size(q_bhqd: Array, k_bgkd: Array, scope: Scope) -> int:
 
 
 def _evened(out_bhqd: Array, v_bgkd: Array, scope: Scope) -> Array:
-    """Queries that see no key get the mean of all values, as from a softmax of equal scores: kernels agree on
-    padding too, which a loss over all places of a row (a span's) takes in."""
+    """Queries that see no key get equal weights on the keys that the spec says: kernels agree on padding too, which a
+    loss over all positions of a row (a span's) takes in."""
     if (blind := scope.blind()) is None:
         return out_bhqd
-    mean = repeat_groups(v_bgkd.mean(axis=2, keepdims=True), out_bhqd.shape[1])
-    return jnp.where(blind, mean, out_bhqd)
+    return jnp.where(blind, repeat_groups(scope.mean(v_bgkd), out_bhqd.shape[1]), out_bhqd)
 
 
 def _block(
@@ -149,8 +148,8 @@ def attend_eager(
     """Attention by its formula, scores and softmax in fp32; the output and the weights (b, h, q, k) after dropout."""
     found = weights(q_bhqd, k_bgkd, scope, kernel, key)
     if (blind := scope.blind()) is not None:
-        # Equal weights they have already; scores that nobody looks at must not get a gradient.
-        found = jnp.where(blind, 1 / found.shape[-1], found)
+        # By name, so that masked scores get no gradient.
+        found = jnp.where(blind, scope.equal_weights().astype(found.dtype), found)
     return _weighted(found, v_bgkd).astype(q_bhqd.dtype), found
 
 

@@ -62,6 +62,7 @@ def prepare(
         valid_bk=valid,
         segment_bq=segment_bq,
         segment_bk=segment_bk,
+        masked_rows=spec.attention.masked_rows,
     )
     return Call(
         scope=scope,

@@ -287,8 +287,11 @@ class Backbone(nn.Module):
 
     def embedded(self, x: Array, call: Call) -> Array:
         """Tokens with their positions, norm and dropout; a share of the gradient if the spec says so."""
-        if self.spec.position(Learned):
-            x = x + self.pos_embed(call.positions_bs)
+        if learned := self.spec.position(Learned):
+            places = self.pos_embed(call.positions_bs)
+            if learned.pad_id is not None:
+                places = untrained(places, call.positions_bs == learned.offset - 1)
+            x = x + places
         if self.spec.embed_norm:
             x = self.embed_norm(x)
         if (share := self.spec.embed_gradient) != 1.0:
@@ -304,4 +307,12 @@ class Backbone(nn.Module):
 
     def lookup(self, input_ids: Array) -> Array:
         """Token ids (b, s) as vectors (b, s, w)."""
-        return self.embed(input_ids)
+        x, learned = self.embed(input_ids), self.spec.position(Learned)
+        if learned is None or learned.pad_id is None:
+            return x
+        return untrained(x, input_ids == learned.pad_id)
+
+
+def untrained(x_bsw: Array, padding_bs: Array) -> Array:
+    """Rows of a table, to which no gradient comes from padding that is told by its id."""
+    return jnp.where(padding_bs[..., None], jax.lax.stop_gradient(x_bsw), x_bsw)

@@ -83,7 +83,7 @@ class Scope:
     `index_q` (q,) and `index_k` (k,) are places in the sequence, negative where nothing is; `valid_bk` is False for
     padding (None: there is none); `segment_bq` and `segment_bk` number the parts of a packed row (None: one part).
     `aligned`: queries and keys are the same tokens. `slopes_h` are ALiBi's; `table` (count, h) is the bias of the
-    `buckets` of distances.
+    `buckets` of distances. `masked_rows`: the spec's.
     """
 
     index_q: Array
@@ -97,6 +97,7 @@ class Scope:
     aligned: bool = struct.field(pytree_node=False, default=True)
     window: int | None = struct.field(pytree_node=False, default=None)
     buckets: Buckets | None = struct.field(pytree_node=False, default=None)
+    masked_rows: str = struct.field(pytree_node=False, default="all")
 
     def of_keys(self, index_k: Array) -> Scope:
         """The same scope over keys at these places of the sequence, of which negative ones hold nothing."""
@@ -162,3 +163,38 @@ class Scope:
             gone = jnp.pad(count[:, : -self.window], ((0, 0), (self.window, 0)))
             count = count - gone
         return count[:, None, :, None] == 0
+
+    def mean(self, v_bgkd: Array) -> Array:
+        """(b, g, 1 or q, d): of the values of the keys on which a query that sees none has equal weights, where keys
+        and queries line up. By sums along the keys, without an array of queries x keys."""
+        if self.masked_rows == "all" or self.valid_bk is None:
+            return v_bgkd.mean(axis=2, keepdims=True)
+        wide, real = (
+            v_bgkd.astype(jnp.promote_types(v_bgkd.dtype, jnp.float32)),
+            self.valid_bk.astype(jnp.int32),
+        )
+        own = wide * real[:, None, :, None]
+        if self.masked_rows == "real":
+            count = real.sum(-1)[:, None, None, None]
+            total = own.sum(2, keepdims=True) / jnp.maximum(count, 1)
+            return jnp.where(count > 0, total, wide.mean(2, keepdims=True)).astype(v_bgkd.dtype)
+        every = jnp.cumsum(wide, axis=2)
+        count = jnp.arange(1, every.shape[2] + 1)
+        if self.window is not None and self.window < every.shape[2]:
+            gone = jnp.pad(every[:, :, : -self.window], ((0, 0), (0, 0), (self.window, 0), (0, 0)))
+            every, count = every - gone, jnp.minimum(count, self.window)
+        count = jnp.cumsum(real, axis=-1) + count
+        return ((every + jnp.cumsum(own, axis=2)) / count[:, None, :, None]).astype(v_bgkd.dtype)
+
+    def equal_weights(self) -> Array:
+        """The weights that `mean` has, (b or 1, 1, 1 or q, k)."""
+        if self.masked_rows == "all" or self.valid_bk is None:
+            return jnp.full((1, 1, 1, self.index_k.shape[0]), 1 / self.index_k.shape[0])
+        real = self.valid_bk[:, None, None]
+        if self.masked_rows == "real":
+            chosen = real | ~real.any(-1, keepdims=True)
+        else:
+            distance = self.index_q[:, None] - self.index_k
+            near = True if self.window is None else distance < self.window
+            chosen = (distance >= 0) & (near | real)
+        return chosen / chosen.sum(-1, keepdims=True)

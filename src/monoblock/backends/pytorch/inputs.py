@@ -96,6 +96,7 @@ def prepare(
         valid_bk=valid,
         segment_bk=_segments(spec, given, lengths, valid, shape, total),
         given=whole,
+        masked_rows=spec.attention.masked_rows,
     )
     call = Call(
         scope=scope,

@@ -149,12 +149,15 @@ class Leaves:
         }
         match role:
             case "embed":
-                padding = spec.padding_id
-                known = padding is not None and 0 <= padding < spec.vocab
-                return nn.Embedding(spec.vocab, spec.width, padding_idx=padding if known else None)
+                # Padding that is told by its id is not trained, nor is its position.
+                learned = spec.position(Learned)
+                return nn.Embedding(spec.vocab, spec.width, padding_idx=learned.pad_id if learned else None)
             case "pos_embed":
                 learned = spec.position(Learned)
-                return learned and nn.Embedding(learned.size, spec.width, padding_idx=learned.pad_id)
+                if learned is None:
+                    return None
+                padding = None if learned.pad_id is None else learned.offset - 1
+                return nn.Embedding(learned.size, spec.width, padding_idx=padding)
             case "rel_bias":
                 buckets = spec.position(Buckets)
                 return buckets and nn.Embedding(buckets.count, att.heads)

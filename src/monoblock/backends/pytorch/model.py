@@ -310,6 +310,7 @@ def run_layers(part: Any, x: Tensor, call: Call) -> Tensor:
         call.cos, call.sin = part.role("rotary")(x, call.positions_bs)
     elif rotary and call.cos is None:
         call.cos, call.sin = rotations(call.positions_bs, rotary, x.dtype)
+    attention.prepare(call.scope, spec.windows, x.dtype)
     states, layers = call.hidden_states, part.role("layers")
     if states is not None:
         states.append(x)

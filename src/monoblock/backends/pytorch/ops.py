@@ -122,7 +122,7 @@ class Scope:
     none); `segment_bk` numbers the documents of a packed row (None: one document). `given` is the caller's own mask,
     (b or 1, h or 1, q, k): booleans, True where the query may see the key, or numbers to add to the scores; it takes
     the causal mask's place. `aligned`: queries and keys are the same tokens, so that the kernels' own causal mask
-    fits. `slopes_h` are ALiBi's; `relative` makes the bias (h, q, k) of distances (q, k).
+    fits. `slopes_h` are ALiBi's; `relative` makes the bias (h, q, k) of distances (q, k). `masked_rows`: the spec's.
     """
 
     in_order: ClassVar[bool] = True  # the keys stand in their order, and the queries are the last of them
@@ -137,6 +137,7 @@ class Scope:
     slopes_h: Tensor | None = None
     relative: Callable[[Tensor], Tensor] | None = None
     window: int | None = None
+    masked_rows: str = "all"
     memo: dict[str, Any] = field(default_factory=dict)
     narrow: dict[Any, Scope] = field(default_factory=dict)
 
@@ -224,6 +225,42 @@ class Scope:
         if self.window is not None:
             count = count - seen[:, (place - self.window).clamp(min=0)]
         return count[:, None, :, None] == 0
+
+    def mean(self, v_bgkd: Tensor) -> Tensor:
+        """(b, g, 1 or q, d): of the values of the keys on which a query that sees none has equal weights. By sums along
+        the keys, without an array of queries x keys."""
+        if self.masked_rows == "all" or self.valid_bk is None:
+            return v_bgkd.mean(dim=2, keepdim=True)
+        wide, real = v_bgkd.to(torch.promote_types(v_bgkd.dtype, torch.float32)), self.valid_bk.long()
+        own = wide * real[:, None, :, None]
+        if self.masked_rows == "real":
+            count = real.sum(-1)[:, None, None, None]
+            mean = torch.where(
+                count > 0, own.sum(2, keepdim=True) / count.clamp(min=1), wide.mean(2, keepdim=True)
+            )
+            return mean.to(v_bgkd.dtype)
+        stop = self.index_q - self.index_k[0] + 1
+        start = torch.zeros_like(stop) if self.window is None else (stop - self.window).clamp(min=0)
+        every, own = (F.pad(x.cumsum(2), (0, 0, 1, 0)) for x in (wide, own))
+        count = F.pad(real.cumsum(-1), (1, 0))[:, stop] + stop - start
+        total = own[:, :, stop] + every[:, :, stop] - every[:, :, start]
+        return (total / count[:, None, :, None]).to(v_bgkd.dtype)
+
+    def equal_weights(self, dtype: torch.dtype) -> Tensor:
+        """The weights that `mean` has, (b or 1, 1, 1 or q, k)."""
+        keys = self.index_k.shape[0]
+        if self.masked_rows == "all" or self.valid_bk is None:
+            return torch.ones(1, 1, 1, keys, dtype=dtype, device=self.index_k.device) / keys
+        real = self.valid_bk[:, None, None]
+        if self.masked_rows == "real":
+            chosen = real | ~real.any(-1, keepdim=True)
+        else:
+            distance = self.index_q[:, None] - self.index_k
+            near = (
+                torch.ones_like(distance, dtype=torch.bool) if self.window is None else distance < self.window
+            )
+            chosen = (distance >= 0) & (near | real)
+        return (chosen / chosen.sum(-1, keepdim=True)).to(dtype)
 
     def keys_of(self, start: int, stop: int) -> tuple[int, int]:
         """The range of keys that any of these queries may see; all of them where they stand in no order, or a mask of

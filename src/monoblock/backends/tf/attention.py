@@ -49,12 +49,11 @@ def in_one_block(count: int | None, causal: bool) -> bool:
 
 
 def _evened(out_bhqd: Tensor, v_bgkd: Tensor, scope: Scope) -> Tensor:
-    """Queries that see no key get the mean of all values, as from a softmax of equal scores: kernels agree on
-    padding too, which a loss over all places of a row (a span's) takes in."""
+    """Queries that see no key get equal weights on the keys that the spec says: kernels agree on padding too, which a
+    loss over all positions of a row (a span's) takes in."""
     if (blind := scope.blind()) is None:
         return out_bhqd
-    mean = repeat_groups(tf.reduce_mean(v_bgkd, axis=2, keepdims=True), out_bhqd.shape[1])
-    return tf.where(blind, mean, out_bhqd)
+    return tf.where(blind, repeat_groups(scope.mean(v_bgkd), out_bhqd.shape[1]), out_bhqd)
 
 
 def _written_out(q_bhqd: Tensor, k_bgkd: Tensor, v_bgkd: Tensor, scope: Scope, kernel: Kernel) -> Tensor:
@@ -132,8 +131,8 @@ def attend_eager(
     """Attention by its formula, scores and softmax in fp32; the output and the weights (b, h, q, k) after dropout."""
     found = weights(q_bhqd, k_bgkd, scope, kernel, 0)
     if (blind := scope.blind()) is not None:
-        # Equal weights they have already; scores that nobody looks at must not get a gradient.
-        found = tf.where(blind, tf.cast(1 / size(found, 3), found.dtype), found)
+        # By name, so that masked scores get no gradient.
+        found = tf.where(blind, tf.cast(scope.equal_weights(), found.dtype), found)
     return _weighted(found, v_bgkd), found
 
 

@@ -301,8 +301,11 @@ class Backbone(Part):
 
     def embedded(self, x: Tensor, call: Call) -> Tensor:
         """Tokens with their positions, norm and dropout; a share of the gradient if the spec says so."""
-        if self.spec.position(Learned):
-            x = x + self.pos_embed(call.positions_bs)
+        if learned := self.spec.position(Learned):
+            places = self.pos_embed(call.positions_bs)
+            if learned.pad_id is not None:
+                places = untrained(places, call.positions_bs == learned.offset - 1)
+            x = x + places
         if self.spec.embed_norm:
             x = self.embed_norm(x)
         if (share := self.spec.embed_gradient) != 1.0:
@@ -318,7 +321,15 @@ class Backbone(Part):
 
     def lookup(self, input_ids: Tensor) -> Tensor:
         """Token ids (b, s) as vectors (b, s, w)."""
-        return self.embed(input_ids)
+        x, learned = self.embed(input_ids), self.spec.position(Learned)
+        if learned is None or learned.pad_id is None:
+            return x
+        return untrained(x, input_ids == learned.pad_id)
+
+
+def untrained(x_bsw: Tensor, padding_bs: Tensor) -> Tensor:
+    """Rows of a table, to which no gradient comes from padding that is told by its id."""
+    return tf.where(padding_bs[..., None], tf.stop_gradient(x_bsw), x_bsw)
 
 
 def again(block: Block, x: Tensor, call: Call) -> Tensor:

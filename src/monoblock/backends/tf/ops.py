@@ -116,7 +116,8 @@ class Scope:
     `index_q` (q,) and `index_k` (k,) are places in the sequence, negative where nothing is; `valid_bk` is False for
     padding (None: there is none); `segment_bq` and `segment_bk` number the parts of a packed row (None: one part).
     `aligned`: queries and keys are the same tokens. `slopes_h` are ALiBi's; `table` (count, h) is the bias of the
-    `buckets` of distances or, without `buckets`, what `bias` has made of it for these queries and keys.
+    `buckets` of distances or, without `buckets`, what `bias` has made of it for these queries and keys. `masked_rows`:
+    the spec's.
     """
 
     index_q: Tensor
@@ -130,6 +131,7 @@ class Scope:
     aligned: bool = True
     window: int | None = None
     buckets: Buckets | None = None
+    masked_rows: str = "all"
 
     def of_keys(self, index_k: Tensor) -> Scope:
         """The same scope over keys at these places of the sequence, of which negative ones hold nothing."""
@@ -198,6 +200,42 @@ class Scope:
             before = tf.pad(count, ((0, 0), (self.window, 0)))
             count = count - before[:, : tf.shape(count)[1]]
         return (count == 0)[:, None, :, None]
+
+    def mean(self, v_bgkd: Tensor) -> Tensor:
+        """(b, g, 1 or q, d): of the values of the keys on which a query that sees none has equal weights, where keys
+        and queries line up. By sums along the keys, without an array of queries x keys."""
+        if self.masked_rows == "all" or self.valid_bk is None:
+            return tf.reduce_mean(v_bgkd, axis=2, keepdims=True)
+        exact = v_bgkd.dtype if v_bgkd.dtype == tf.float64 else tf.float32
+        wide, real = tf.cast(v_bgkd, exact), tf.cast(self.valid_bk, exact)
+        own = wide * real[:, None, :, None]
+        if self.masked_rows == "real":
+            count = tf.reduce_sum(real, axis=-1)[:, None, None, None]
+            total = tf.reduce_sum(own, axis=2, keepdims=True) / tf.maximum(count, 1)
+            return tf.cast(
+                tf.where(count > 0, total, tf.reduce_mean(wide, axis=2, keepdims=True)), v_bgkd.dtype
+            )
+        every, keys = tf.cumsum(wide, axis=2), size(v_bgkd, 2)
+        count = tf.range(1, keys + 1)
+        if self.window is not None:
+            every -= tf.pad(every, ((0, 0), (0, 0), (self.window, 0), (0, 0)))[:, :, :keys]
+            count = tf.minimum(count, self.window)
+        count = tf.cumsum(real, axis=-1) + tf.cast(count, exact)
+        return tf.cast((every + tf.cumsum(own, axis=2)) / count[:, None, :, None], v_bgkd.dtype)
+
+    def equal_weights(self) -> Tensor:
+        """The weights that `mean` has, (b or 1, 1, 1 or q, k), in float32."""
+        if self.masked_rows == "all" or self.valid_bk is None:
+            chosen = tf.ones_like(self.index_k)[None, None, None] > 0
+        elif self.masked_rows == "real":
+            real = self.valid_bk[:, None, None]
+            chosen = real | ~tf.reduce_any(real, axis=-1, keepdims=True)
+        else:
+            distance = self.index_q[:, None] - self.index_k
+            near = self.valid_bk[:, None, None] | (distance < (self.window or distance + 1))
+            chosen = (distance >= 0) & near
+        chosen = tf.cast(chosen, tf.float32)
+        return chosen / tf.reduce_sum(chosen, axis=-1, keepdims=True)
 
 
 def cut(x: Tensor | None, first: Size, count: Size, axis: int) -> Tensor | None:

@@ -6,7 +6,7 @@ Shape suffixes: b batch, q queries, k keys, h heads, g key/value heads (h / g he
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -38,17 +38,12 @@ def attend(q_bhqd: Tensor, k_bgkd: Tensor, v_bgkd: Tensor, scope: Scope, kernel:
     Everything else: the fused kernel for one block of queries after the other, each with its own mask; in training
     the mask is made again for the backward pass. Compiled, exported, traced and transformed calls: `_portable`.
     """
+    if dispatch.autocast(q_bhqd.device):
+        # Heads have autocast's dtype already; in that dtype a mask's minimum would be infinite and ALiBi too coarse.
+        with torch.autocast(q_bhqd.device.type, enabled=False):
+            return attend(q_bhqd.to(v_bgkd.dtype), k_bgkd.to(v_bgkd.dtype), v_bgkd, scope, kernel)
     if dispatch.transformed():
         return _portable(q_bhqd, k_bgkd, v_bgkd, scope, kernel)
-    device = q_bhqd.device.type
-    if torch.is_autocast_enabled(device):
-        # Heads have autocast's dtype already; in that dtype a mask's minimum would be infinite and ALiBi too coarse.
-        with torch.autocast(device, enabled=False):
-            return _fused(q_bhqd.to(v_bgkd.dtype), k_bgkd.to(v_bgkd.dtype), v_bgkd, scope, kernel)
-    return _fused(q_bhqd, k_bgkd, v_bgkd, scope, kernel)
-
-
-def _fused(q_bhqd: Tensor, k_bgkd: Tensor, v_bgkd: Tensor, scope: Scope, kernel: Kernel) -> Tensor:
     if q_bhqd.device.type in attention_cuda.DEVICES:
         out = attention_cuda.attend(q_bhqd, k_bgkd, v_bgkd, scope, kernel)
         if out is not None:
@@ -57,7 +52,8 @@ def _fused(q_bhqd: Tensor, k_bgkd: Tensor, v_bgkd: Tensor, scope: Scope, kernel:
         return _one_query(q_bhqd, k_bgkd, v_bgkd, scope, kernel)
     ordinary = scope.in_order and scope.relative is None and scope.given is None and not kernel.dropout
     if ordinary and native_ops.usable(q_bhqd, k_bgkd, v_bgkd):
-        return _native(q_bhqd, k_bgkd, v_bgkd, scope, kernel)
+        out = _native(q_bhqd, k_bgkd, v_bgkd, scope, kernel)
+        return out if scope.masked_rows == "all" else _evened(out, v_bgkd, scope)
     k_bhkd, v_bhkd = repeat_groups(k_bgkd, q_bhqd.shape[1]), repeat_groups(v_bgkd, q_bhqd.shape[1])
     if scope.aligned and scope.by_key and not kernel.dropout and kernel.softcap is None:
         bias = scope.key_bias()
@@ -78,19 +74,40 @@ def _portable(q_bhqd: Tensor, k_bgkd: Tensor, v_bgkd: Tensor, scope: Scope, kern
     if kernel.softcap is not None or dispatch.differentiated():
         return attend_eager(q_bhqd, k_bgkd, v_bgkd, scope, kernel)[0]
     k_bhkd, v_bhkd = repeat_groups(k_bgkd, q_bhqd.shape[1]), repeat_groups(v_bgkd, q_bhqd.shape[1])
-    unmasked = scope.aligned and scope.by_key and scope.valid_bk is None and scope.slopes_h is None
-    if not unmasked and "mask" not in scope.memo:
-        scope.memo["mask"] = scope.bias(0, None, 0, None, mask_dtype(q_bhqd))
+    mask = _mask(scope, mask_dtype(q_bhqd.dtype, q_bhqd.device))
     out = F.scaled_dot_product_attention(
         q_bhqd,
         k_bhkd,
         v_bhkd,
-        attn_mask=None if unmasked else scope.memo["mask"],
+        attn_mask=mask,
         dropout_p=kernel.dropout,
-        is_causal=unmasked and scope.causal,
+        is_causal=mask is None and scope.causal,
         scale=kernel.scale,
     )
     return _evened(out, v_bhkd, scope)
+
+
+def _mask(scope: Scope, dtype: torch.dtype) -> Tensor | None:
+    """All that is added to scores; None where the causal mask is all."""
+    if scope.aligned and scope.by_key and scope.valid_bk is None and scope.slopes_h is None:
+        return None
+    if "mask" not in scope.memo:
+        scope.memo["mask"] = scope.bias(0, None, 0, None, dtype)
+    return scope.memo["mask"]
+
+
+def prepare(scope: Scope, windows: Sequence[int | None], dtype: torch.dtype) -> None:
+    """Make what the blocks of a transformed call share, since a compiled block that is checkpointed keeps nothing.
+    `dtype`: the hidden states'."""
+    if not dispatch.transformed() or not scope.aligned:
+        return
+    device = scope.index_k.device
+    if dispatch.autocast(device):
+        dtype = torch.get_autocast_dtype(device.type)
+    for window in dict.fromkeys(windows):
+        own = scope if window is None else scope.narrowed(window, scope.index_k.shape[0])
+        own.blind()
+        _mask(own, mask_dtype(dtype, device))
 
 
 def _native(q_bhqd: Tensor, k_bgkd: Tensor, v_bgkd: Tensor, scope: Scope, kernel: Kernel) -> Tensor:
@@ -113,12 +130,11 @@ def _native(q_bhqd: Tensor, k_bgkd: Tensor, v_bgkd: Tensor, scope: Scope, kernel
 
 
 def _evened(out_bhqd: Tensor, v_bgkd: Tensor, scope: Scope) -> Tensor:
-    """Queries that see no key get the mean of all values, as from a softmax of equal scores: the kernels agree on
-    padding too, which a loss over all places of a row (a span's) takes in."""
+    """Queries that see no key get equal weights on the keys that the spec says: the kernels agree on padding too, which
+    a loss over all positions of a row (a span's) takes in."""
     if (blind := scope.blind()) is None:
         return out_bhqd
-    mean_bh1d = repeat_groups(v_bgkd.mean(dim=2, keepdim=True), out_bhqd.shape[1])
-    return torch.where(blind, mean_bh1d, out_bhqd)
+    return torch.where(blind, repeat_groups(scope.mean(v_bgkd), out_bhqd.shape[1]), out_bhqd)
 
 
 def _one_query(q_bhqd: Tensor, k_bgkd: Tensor, v_bgkd: Tensor, scope: Scope, kernel: Kernel) -> Tensor:
@@ -127,7 +143,7 @@ def _one_query(q_bhqd: Tensor, k_bgkd: Tensor, v_bgkd: Tensor, scope: Scope, ker
     g, keys = k_bgkd.shape[1], k_bgkd.shape[2]
     bias = scope.memo.get("one_query")
     if bias is None:
-        bias = scope.memo["one_query"] = scope.bias(0, 1, 0, keys, mask_dtype(q_bhqd))
+        bias = scope.memo["one_query"] = scope.bias(0, 1, 0, keys, mask_dtype(q_bhqd.dtype, q_bhqd.device))
     rows = bias.reshape(bias.shape[0], g, h // g, keys) if bias.shape[1] == h else bias
     out = F.scaled_dot_product_attention(
         q_bhqd.reshape(b, g, h // g, d),
@@ -143,7 +159,7 @@ def _one_query(q_bhqd: Tensor, k_bgkd: Tensor, v_bgkd: Tensor, scope: Scope, ker
 def _flash_cpu(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, causal: bool, scale: float) -> Tensor:
     """PyTorch's CPU flash kernel, called by its own name: the public function refuses a bias beside is_causal."""
     # Beside float64 queries it takes float32's bytes for float64's, without a word.
-    bias = bias.to(mask_dtype(q)).expand(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
+    bias = bias.to(mask_dtype(q.dtype, q.device)).expand(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
     out, _ = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         q, k, v, 0.0, causal, attn_mask=bias, scale=scale
     )
@@ -154,7 +170,7 @@ def _by_blocks(q_bhqd: Tensor, k_bhkd: Tensor, v_bhkd: Tensor, scope: Scope, ker
     def block(start: int, stop: int) -> Tensor:
         first, last = scope.keys_of(start, stop)
         q, k, v = q_bhqd[:, :, start:stop], k_bhkd[:, :, first:last], v_bhkd[:, :, first:last]
-        bias = scope.bias(start, stop, first, last, mask_dtype(q))
+        bias = scope.bias(start, stop, first, last, mask_dtype(q.dtype, q.device))
         if kernel.softcap is not None:
             return _weights(q, k, bias, kernel).to(v.dtype) @ v
         return F.scaled_dot_product_attention(
@@ -181,8 +197,8 @@ def attend_eager(
     bias = scope.bias(0, None, 0, None, torch.float32)
     weights = _weights(q_bhqd, k_bhkd, bias, kernel).to(v_bhkd.dtype)
     if (blind := scope.blind()) is not None:
-        # Equal weights they have already; scores that nobody looks at must not get a gradient.
-        weights = torch.where(blind, torch.ones_like(weights) / weights.shape[-1], weights)
+        # By name, so that masked scores get no gradient.
+        weights = torch.where(blind, scope.equal_weights(weights.dtype), weights)
     return weights @ v_bhkd, weights
 
 
@@ -203,9 +219,9 @@ def repeat_groups(x_bgkd: Tensor, heads: int) -> Tensor:
     return x_bgkd[:, :, None].expand(-1, -1, heads // groups, -1, -1).flatten(1, 2)
 
 
-def mask_dtype(q: Tensor) -> torch.dtype:
+def mask_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """float32 where the fused kernel takes it beside narrower queries (CPU), else the queries' own."""
-    return torch.float32 if q.device.type == "cpu" and q.dtype != torch.float64 else q.dtype
+    return torch.float32 if device.type == "cpu" and dtype != torch.float64 else dtype
 
 
 # ---------------------------------------------------------------------------- chosen by name

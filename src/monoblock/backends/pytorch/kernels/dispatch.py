@@ -38,6 +38,11 @@ def differentiated() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
+def autocast(device: torch.device) -> bool:
+    """Whether autocast chooses the dtypes of operators there."""
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)
+
+
 def readable(*tensors: Tensor | None) -> bool:
     """Whether the host may read values of these tensors: they have memory, and no call is `transformed`."""
     return not transformed() and all(
