@@ -240,7 +240,7 @@ def _masks(
 # ---------------------------------------------------------------------------- packed documents
 
 # Keywords of every forward that say where the documents of a packed row begin and end.
-PACKED = ("sequence_id", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+PACKED = ("sequence_id", "seq_idx", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 
 
 def _lengths(given: dict[str, Any], shape: tuple[int, int, torch.device], past: int) -> Tensor | None:
@@ -308,11 +308,14 @@ def _segments(
         document = _restarts(spec, positions.reshape(-1, count), valid)
     if positions is not None and document is None and not has_positions(spec):
         warn_once("position_ids have no effect on a model that encodes positions as distances")
-    sequence = given.get("sequence_id")
+    both = [given.get(name) for name in ("sequence_id", "seq_idx")]
+    if all(x is not None for x in both):
+        raise ValueError("sequence_id and seq_idx are two names of each token's document: give one")
+    sequence = both[0] if both[1] is None else both[1]
     if sequence is not None:
         if sequence.shape != (batch, total):
             raise ValueError(
-                f"sequence_id must be (batch, tokens) = ({batch}, {total}), got {tuple(sequence.shape)}"
+                f"sequence_id (or seq_idx) must be (batch, tokens) = ({batch}, {total}), got {tuple(sequence.shape)}"
             )
         document = sequence if document is None else sequence.long() * total + document
     return None if document is None else document.expand(batch, -1)

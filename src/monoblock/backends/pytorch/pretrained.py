@@ -455,7 +455,8 @@ class PreTrainedModel(Recognised, Parameters, Generation, Construction, Adapters
         for module in self.modules():
             if isinstance(module, Attention):
                 module.implementation = name
-        self.config._attn_implementation = name
+        # As it was asked for: another library that reads the config has a default of its own.
+        self.config._attn_implementation = attn_implementation
 
     def can_generate(self) -> bool:
         """Whether the class predicts the next token."""
