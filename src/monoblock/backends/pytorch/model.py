@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from monoblock.backends.pytorch.cache import Cache
 from monoblock.backends.pytorch.kernels import attention, dispatch, linear, native_ops
 from monoblock.backends.pytorch.layers import Activation
-from monoblock.backends.pytorch.ops import ACT, Scope, bucketed, rotate, rotations
+from monoblock.backends.pytorch.ops import ACT, Kernel, Scope, bucketed, rotate, rotations
 from monoblock.backends.pytorch.parts import Part
 from monoblock.positions import is_dynamic
 from monoblock.spec import Alibi, ArchSpec, Buckets, Rotary
@@ -68,7 +68,7 @@ class Attention(Part):
         rotary = spec.position(Rotary)
         # Dynamic scaling rotates all keys by angles that change with the length: such keys are cached before RoPE.
         self.late_rotary = rotary if is_dynamic(rotary) else None
-        self.kernel = attention.Kernel(scale=att.scale, softcap=att.softcap, dropout=spec.dropout.attention)
+        self.kernel = Kernel(scale=att.scale, softcap=att.softcap, dropout=spec.dropout.attention)
         self.kernel_at_rest = replace(self.kernel, dropout=0.0)
         self.implementation = "sdpa"
 

@@ -58,6 +58,7 @@ class PreTrainedModel(Parameters, Generation):
 
     extra: ClassVar[tuple[str, ...]]
     make: ClassVar[Any]  # (name) -> the class of that name
+    blank: ClassVar[Any]  # (name) -> a model of that class with nothing in it, for pickle
     framework: ClassVar[str] = "pt"
     supports_gradient_checkpointing: ClassVar[bool] = True
     main_input_name: ClassVar[str] = "input_ids"
@@ -118,7 +119,7 @@ class PreTrainedModel(Parameters, Generation):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         if "row" in vars(type(self)):
-            return _blank, (self.row.name,), self.__getstate__()
+            return type(self).blank, (self.row.name,), self.__getstate__()
         return super().__reduce_ex__(protocol)
 
     # ------------------------------------------------------------------ forward
@@ -471,14 +472,6 @@ KINDS: dict[str, type[Part]] = {
 
 def _is_pooler(child: Any) -> bool:
     return isinstance(child, modules.Part) and child.kind == "pooler"
-
-
-def _blank(name: str) -> PreTrainedModel:
-    """A model of the class of that name without anything in it, for pickle."""
-    from monoblock.backends.pytorch.classes import make_class  # which makes subclasses of what is here
-
-    made = make_class(name)
-    return made.__new__(made)
 
 
 def _require_grads(_: nn.Module, __: Any, output: Tensor) -> None:
