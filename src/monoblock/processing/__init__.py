@@ -6,8 +6,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from monoblock.processing.auto import AutoProcessor as AutoProcessor
-    from monoblock.processing.auto_image import AutoImageProcessor as AutoImageProcessor
+    from monoblock.processing.auto import AutoProcessor
+    from monoblock.processing.auto_image import AutoImageProcessor
     from monoblock.processing.batch import FuyuBatchEncoding
     from monoblock.processing.image import FuyuImageProcessor
     from monoblock.processing.processor import FuyuProcessor

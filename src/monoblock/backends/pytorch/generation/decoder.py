@@ -189,7 +189,7 @@ class Decoder:
         scores, left = None, tokens.shape[1] - seen
         for part in tokens[:, seen:].split(CHUNK if self._in_chunks() else left, dim=1):
             left -= part.shape[1]
-            scores = self._forward({name: part}, left=left)
+            scores = self._scores(self.model(**self._arguments({name: part}, left=left)))
         assert scores is not None
         return scores[:, -1]
 
@@ -223,7 +223,7 @@ class Decoder:
             )
             if scores_bkv is not None:
                 return scores_bkv
-        return self._forward({"input_ids": ids_bk}, keep=count)
+        return self._scores(self.model(**self._arguments({"input_ids": ids_bk}, keep=count)))
 
     @functools.cached_property
     def steps(self) -> native_decoder.Steps | None:
@@ -249,24 +249,28 @@ class Decoder:
             if (value := getattr(self, name)) is not None:
                 setattr(self, name, value[:, :length])
 
-    def _forward(self, tokens: dict[str, Tensor], keep: int = 1, left: int = 0) -> Tensor:
-        """Scores after the last `keep` of these tokens; `left` more of the prompt are still to come."""
+    def _arguments(self, tokens: dict[str, Tensor], keep: int = 1, left: int = 0) -> dict[str, Any]:
+        """The model's arguments for scores after the last `keep` of these tokens; `left` more of the prompt are still
+        to come."""
         if self.cache is None:
             tokens = self._all(tokens)
         count = next(iter(tokens.values())).shape[1]
         here = slice(-count - left, -left or None)
         if self.types is not None:
             tokens["token_type_ids"] = self.types[:, here]
-        out = self.model(
+        return {
             **tokens,
-            attention_mask=None if self.mask is None else self.mask[:, : self.mask.shape[1] - left],
-            position_ids=None if self.positions is None else self.positions[:, here],
-            past_key_values=self.cache,
-            use_cache=self.cache is not None,
-            logits_to_keep=keep,
-            return_dict=True,
+            "attention_mask": None if self.mask is None else self.mask[:, : self.mask.shape[1] - left],
+            "position_ids": None if self.positions is None else self.positions[:, here],
+            "past_key_values": self.cache,
+            "use_cache": self.cache is not None,
+            "logits_to_keep": keep,
+            "return_dict": True,
             **self.wanted,
-        )
+        }
+
+    def _scores(self, out: Any) -> Tensor:
+        """The scores of the model's output, float32; keeps what else is asked for."""
         self.attentions, self.hidden_states = out.attentions, out.hidden_states
         return out.logits.float()
 
