@@ -15,9 +15,9 @@ from monoblock import MistralForCausalLM, native
 from monoblock.backends.pytorch.kernels import linear
 
 SOURCE = str(Path(monoblock.__file__).parent)
-# From `generate` to the function that multiplies, both counted. A prompt: generate, the loop, the decoder, the model with
-# its head, the bare model, a block, its attention or MLP, a matrix, the product. A token: generate, the loop, the decoder,
-# its step, the native library's caller.
+# From `generate` to the function that multiplies, both counted. A prompt: generate, the loop, the decoder, the model
+# with its head, the bare model, a block, its attention or MLP, a matrix, the product. A token: generate, the loop, two
+# functions of the decoder, the caller of the native library.
 PROMPT, DECODE = 9, 5
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from monoblock.backends.pytorch.arrays import TorchOps
 from monoblock.backends.pytorch.cache import Cache, DynamicCache, StaticCache
 from monoblock.backends.pytorch.generation import cuda_graphs, native_decoder
+from monoblock.backends.pytorch.generation.decoding_path import GRAPH, NATIVE, decoding_path, report
 from monoblock.backends.pytorch.generation.quantized_cache import quantized
 from monoblock.backends.pytorch.inputs import cache_of, in_form
 from monoblock.generation import loop
@@ -62,6 +63,14 @@ class Generation(GenerationMixin):
             contextlib.closing(Runner(self)) as runner,
         ):
             return loop.generate(runner, inputs, generation_config, **kwargs)
+
+    def decoding_path(self) -> str:
+        """How `generate` makes the tokens after a prompt on this model as it is now: "native step" (one call of the
+        native library a token), "CUDA graph", or, where it calls the modules one by one, why: "forward hook on ...".
+
+        A call may have further reasons, such as `output_attentions=True`; `generate` logs its own, at the level INFO.
+        """
+        return decoding_path(self)
 
     def compute_transition_scores(
         self: PreTrainedModel,  # pyright: ignore[reportGeneralTypeIssues]
@@ -125,7 +134,10 @@ class Runner:
         """A decoder for one call."""
         decoder = Decoder(self.model, plan, inputs)
         self.decoders.append(decoder)
-        if not cuda_graphs.fits(decoder, plan):
+        why = cuda_graphs.call_obstacle(decoder, plan)
+        if self.model.device.type in cuda_graphs.RECORDERS:
+            report(self.model, why or GRAPH)
+        if why is not None:
             return decoder
         self.graphed.append(cuda_graphs.Graphed(decoder, plan, given="past_key_values" in inputs))
         return self.graphed[-1]
@@ -223,12 +235,17 @@ class Decoder:
             )
             if scores_bkv is not None:
                 return scores_bkv
+            report(self.model, f"a cache or a batch that the {NATIVE} does not take")
         return self._scores(self.model(**self._arguments({"input_ids": ids_bk}, keep=count)))
 
     @functools.cached_property
     def steps(self) -> native_decoder.Steps | None:
         """The native steps, where they can be had; asked for at the first new token."""
-        return None if any(self.wanted.values()) else native_decoder.of(self.model, self.cache)
+        asked = next((f"{name}=True" for name, on in self.wanted.items() if on), None)
+        why = asked or native_decoder.call_obstacle(self.model, self.cache)
+        if self.model.device.type not in cuda_graphs.RECORDERS:
+            report(self.model, why or NATIVE)
+        return native_decoder.begin(self.model, self.cache) if why is None else None
 
     def reorder(self, index_b: Tensor) -> None:
         """Row i becomes what row index[i] was."""
