@@ -242,10 +242,11 @@ class Decoder:
     def steps(self) -> native_decoder.Steps | None:
         """The native steps, where they can be had; asked for at the first new token."""
         asked = next((f"{name}=True" for name, on in self.wanted.items() if on), None)
-        why = asked or native_decoder.call_obstacle(self.model, self.cache)
-        if self.model.device.type not in cuda_graphs.RECORDERS:
+        steps = None if asked else native_decoder.of(self.model, self.cache)
+        if self.model.device.type not in cuda_graphs.RECORDERS:  # of those, `Runner.decoder` has said why
+            why = asked or (native_decoder.call_obstacle(self.model, self.cache) if steps is None else None)
             report(self.model, why or NATIVE)
-        return native_decoder.begin(self.model, self.cache) if why is None else None
+        return steps
 
     def reorder(self, index_b: Tensor) -> None:
         """Row i becomes what row index[i] was."""

@@ -128,11 +128,8 @@ def call_obstacle(model: PreTrainedModel, cache: Cache | None) -> str | None:
 
 def of(model: PreTrainedModel, cache: Cache | None) -> Steps | None:
     """The steps of one generation over that cache; None where the modules must run them."""
-    return None if call_obstacle(model, cache) is not None else begin(model, cache)
-
-
-def begin(model: PreTrainedModel, cache: Any) -> Steps:
-    """The steps of a generation that has no obstacle."""
+    if cache is None or call_obstacle(model, cache) is not None:
+        return None
     # The tensors themselves, so that nothing that the structures point to goes while they are in use.
     tensors = [tensor.detach() for _, tensor in _tensors(model)]
     return Steps(_weights(model, tensors), tensors, cache)

@@ -31,7 +31,7 @@ def attend(q_bhqd: Tensor, k_bgkd: Tensor, v_bgkd: Tensor, scope: Scope, kernel:
     if dispatch.transformed():
         return _portable(q_bhqd, k_bgkd, v_bgkd, scope, kernel)
     device = q_bhqd.device.type
-    if torch.is_autocast_enabled(device):
+    if dispatch.autocast(device):
         # Heads have autocast's dtype already; in that dtype a mask's minimum would be infinite and ALiBi too coarse.
         with torch.autocast(device, enabled=False):
             return _fused(q_bhqd.to(v_bgkd.dtype), k_bgkd.to(v_bgkd.dtype), v_bgkd, scope, kernel)

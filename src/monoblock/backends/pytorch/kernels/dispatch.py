@@ -25,6 +25,11 @@ def transformed() -> bool:
     )
 
 
+def autocast(device: str) -> bool:
+    """Whether autocast is on for tensors on devices of that type; the meta device has none."""
+    return device != "meta" and torch.is_autocast_enabled(device)
+
+
 def traced() -> bool:
     """Whether `torch.jit.trace`, or the older ONNX exporter, records this call."""
     return torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]

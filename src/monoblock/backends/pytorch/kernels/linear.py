@@ -197,7 +197,7 @@ class Product(torch.autograd.Function):
 def joint(x: Tensor, part: Any, group: tuple[str, ...]) -> Tensor | None:
     """The outputs (..., sum of outputs) of the linear layers of a group in one product; None where the layers must be
     called one by one (see `Part.joint`)."""
-    if dispatch.transformed() or torch.is_autocast_enabled(x.device.type):
+    if dispatch.transformed() or dispatch.autocast(x.device.type):
         return None
     held = part.joint(group)
     if held is None:
