@@ -10,8 +10,8 @@ import checkpoints_made as made
 import pytest
 from terminal import Terminal
 
-from monoblock.checkpoint.convert import FORMATS
 from monoblock.cli.convert import From, To
+from monoblock.conversion.convert import FORMATS
 
 
 def run(*args: str) -> subprocess.CompletedProcess[str]:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from old_files import FOLDER
 
+from monoblock import MptConfig, MptForCausalLM, native
 from monoblock.checkpoint.header import make_header
 from monoblock.cli import info
 from monoblock.cli.options import Hub
@@ -156,3 +157,25 @@ def test_a_model_that_looks_both_ways_keeps_no_cache(tmp_path: Path) -> None:
 def test_what_flax_stored_is_counted_too() -> None:
     found = info.describe(str(FOLDER / "FlaxMistralForCausalLM"), Hub())
     assert found["stored"] == {"F32": found["parameters"]}
+
+
+def test_runtime_loads_the_model_and_says_how_it_decodes() -> None:
+    found = json.loads(run("--runtime", "--json").stdout)["runtime"]
+    wanted = "native step" if found["device"] == "cpu" else "CUDA graph"
+    if found["device"] == "cpu" and native.preferred(found["threads"]) is None:
+        wanted = "native kernels"
+    assert wanted in found["decoding"]
+    assert found["dtype"] == "bfloat16"
+    assert found["threads"] > 0
+    assert found["native_kernels"] == native.status()
+    assert "runtime" not in json.loads(run("--json").stdout)
+
+
+def test_runtime_names_what_stands_in_the_way(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    MptForCausalLM(MptConfig.from_pretrained(folder)).double().save_pretrained(folder)
+    lines = run(str(folder), "--runtime").stdout.splitlines()
+    rows = dict(line.split(": ", 1) for line in lines if ": " in line)
+    assert rows["dtype"] == "float64"
+    if rows["device"] == "cpu" and native.preferred(int(rows["threads"])) is not None:
+        assert rows["decoding"] == "dtype float64"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -15,9 +16,6 @@ BACKENDS = sorted((PACKAGE / "backends").rglob("*.py"))
 # What interprets a spec, in each framework; the other files load, save and generate, and meet the user's config.
 MACHINE = ("ops", "attention", "model", "heads", "cache", "inputs", "network", "patches", "layers")
 NAMES = {"mpt", "mistral", "fuyu", "persimmon", "openai", "gpt", "gpt1", "gpt2", "neo", "mpnet"}
-
-FAMILY_LINES = 180
-BACKEND_LINES = 350
 
 
 def name(path: Path) -> str:
@@ -113,10 +111,87 @@ def test_a_family_is_data(path: Path) -> None:
     assert not [n for n in ast.walk(tree) if isinstance(n, ast.MatMult | ast.While)]
 
 
-@pytest.mark.parametrize("path", [*BACKENDS, *sorted((PACKAGE / "families").glob("*.py"))], ids=name)
-def test_files_are_read_in_one_sitting(path: Path) -> None:
-    limit = FAMILY_LINES if path.parent.name == "families" else BACKEND_LINES
-    assert len(path.read_text(encoding="utf-8").splitlines()) <= limit
+# ---------------------------------------------------------------------------- who imports whom
+
+
+def module_name(path: Path) -> str:
+    parts = ("monoblock", *path.relative_to(PACKAGE).with_suffix("").parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_name(path): path for path in PACKAGE.rglob("*.py")}
+
+
+def for_checkers_alone(node: ast.AST) -> bool:
+    """`if TYPE_CHECKING:`, whose imports do not happen at run time."""
+    return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+
+
+def run_time(node: ast.AST) -> Iterator[ast.AST]:
+    """The node and all below it, in functions too; nothing of what only type checkers read."""
+    yield node
+    for child in ast.iter_child_nodes(node):
+        if not for_checkers_alone(child):
+            yield from run_time(child)
+
+
+def imports(tree: ast.Module, modules: Collection[str]) -> set[str]:
+    """Those of the modules that this one imports at run time, when it is imported or later; also by a name in a string,
+    unless that is made in the call."""
+    named: set[str] = set()
+    for node in run_time(tree):
+        match node:
+            case ast.Import(names=names):
+                named |= {alias.name for alias in names}
+            case ast.ImportFrom(module=str(module), names=names, level=0):
+                named |= {f"{module}.{alias.name}" for alias in names}
+            case ast.Call(
+                func=ast.Attribute(attr="import_module"), args=[ast.Constant(value=str(module)), *_]
+            ):
+                named.add(module)
+            case _:
+                pass
+    found: set[str] = set()
+    for name in named:
+        while name and name not in modules:  # a name in a module is imported from that module
+            name = name.rpartition(".")[0]
+        found.add(name)
+    return found - {""}
+
+
+GRAPH = {
+    module: imports(ast.parse(path.read_text(encoding="utf-8")), MODULES) - {module}
+    for module, path in MODULES.items()
+}
+
+
+def reached(graph: Mapping[str, set[str]], start: str) -> set[str]:
+    """All that a module imports, and what that imports in its turn."""
+    found: set[str] = set()
+    rest = [*graph[start]]
+    while rest:
+        if (module := rest.pop()) not in found:
+            found.add(module)
+            rest += graph[module]
+    return found
+
+
+def circles(graph: Mapping[str, set[str]]) -> list[str]:
+    """The modules that reach themselves."""
+    return sorted(module for module in graph if module in reached(graph, module))
+
+
+def test_no_module_imports_itself_through_others() -> None:
+    """Neither when it is imported nor in a function that is called later."""
+    assert circles(GRAPH) == []
+
+
+def test_checkpoints_know_no_framework() -> None:
+    """`checkpoint` imports nothing of `backends`, directly or through others, nor names it in a string."""
+    for module, path in MODULES.items():
+        if module.startswith("monoblock.checkpoint"):
+            assert "monoblock.backends" not in path.read_text(encoding="utf-8"), module
+            assert not {m for m in reached(GRAPH, module) if m.startswith("monoblock.backends")}, module
 
 
 def test_the_test_finds_what_it_looks_for() -> None:
@@ -126,3 +201,14 @@ def test_the_test_finds_what_it_looks_for() -> None:
     assert "config" in identifiers(ast.parse("x = self.config.vocab_size"))
     assert "config" in identifiers(without_constructors(ast.parse("class A:\n def f(self, config): pass")))
     assert len(BACKENDS) > 8
+    circle = {
+        "a": "from b import x",
+        "b": "def f():\n from p import c",
+        "p.c": "if TYPE_CHECKING:\n import b\nimportlib.import_module('a')",
+        "d": "if TYPE_CHECKING:\n import e",
+        "e": "import d",
+    }
+    graph = {module: imports(ast.parse(text), circle) for module, text in circle.items()}
+    assert circles(graph) == ["a", "b", "p.c"]
+    assert reached(graph, "e") == {"d"}
+    assert "monoblock.spec" in reached(GRAPH, "monoblock.backends.pytorch.model")

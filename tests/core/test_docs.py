@@ -12,7 +12,7 @@ import pytest
 import typer.main
 from packaging.requirements import Requirement
 
-from monoblock.cli import COMMANDS
+from monoblock.cli.app import COMMANDS
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = sorted([ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md")])

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from fakes import constant
 
-from monoblock.generation import loop, structured
+from monoblock.generation import structured
 from monoblock.generation.arrays import NumpyOps
 
 VOCAB, EOS = 10, 9
@@ -39,7 +39,7 @@ def wanted(monkeypatch):
     def made(ops, start, asked, *_):
         return asked and structured.Structured(ops, start, [EOS], lambda vocab: Matcher())
 
-    monkeypatch.setattr(loop.structured, "build", made)
+    monkeypatch.setattr(structured, "build", made)
     return {"response_format": "anything", "eos_token_id": EOS, "pad_token_id": 0, "max_new_tokens": 6}
 
 

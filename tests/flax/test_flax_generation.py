@@ -212,7 +212,7 @@ def test_images_types_positions_and_embeddings() -> None:
     moved = {"position_ids": (torch.arange(23) + 5).expand(3, -1)}
     for how in ({}, {"use_cache": False}):
         assert tokens(ours, given | moved, **asked, **how) == tokens(theirs, given | moved, **asked)
-    embeds = {"inputs_embeds": theirs.backbone.lookup(given["input_ids"]).detach()}
+    embeds = {"inputs_embeds": theirs.get_input_embeddings()(given["input_ids"]).detach()}
     assert tokens(ours, embeds, **asked, use_cache=False) == tokens(theirs, embeds, **asked)
 
 

@@ -59,7 +59,9 @@ def test_scores_that_half_precision_cannot_hold() -> None:
     for i in range(ours.spec.layers):
         ours.at("q", i).weight.mul_(60)
         ours.at("k", i).weight.mul_(60)
-    q, k, _ = ours.at("attention", 0).heads(ours.at("norm1", 0)(ours.get_input_embeddings()(ids)))
+    attention = ours.at("attention", 0)
+    x = ours.at("norm1", 0)(ours.get_input_embeddings()(ids))
+    q, k, _ = attention.heads(*(attention.role(role)(x) for role in "qkv"))
     assert (q @ k.mT).abs().max() > torch.finfo(torch.float16).max
     half = ours.to(torch.float16)
     for kernel in ("sdpa", "eager"):

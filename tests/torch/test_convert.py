@@ -19,9 +19,9 @@ from safetensors.torch import load_file, save_file
 
 import monoblock
 from monoblock.checkpoint import casts
-from monoblock.checkpoint.convert import Options, convert
 from monoblock.checkpoint.keymap import Interleaved, Parts, PerHead, Same, Split, Transposed
 from monoblock.checkpoint.views import numpy_dtype
+from monoblock.conversion.convert import Options, convert
 
 # ------------------------------------------------------------------ types
 

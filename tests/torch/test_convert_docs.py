@@ -14,7 +14,7 @@ import pytest
 from helpers import model, randomised
 
 import monoblock
-from monoblock.checkpoint.convert import Options, convert
+from monoblock.conversion.convert import Options, convert
 
 PAGE = Path(__file__).parents[2] / "docs" / "convert.md"
 

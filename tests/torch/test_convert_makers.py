@@ -15,7 +15,7 @@ from helpers import randomised
 from safetensors.torch import load_file, save_file
 
 import monoblock
-from monoblock.checkpoint.convert import Options, convert
+from monoblock.conversion.convert import Options, convert
 from monoblock.processing import FuyuImageProcessor
 
 transformers: Any = pytest.importorskip("transformers")

@@ -19,7 +19,7 @@ from helpers import model, randomised
 from safetensors.torch import load_file, save_file
 
 import monoblock
-from monoblock.checkpoint.convert import FORMATS, Options, convert
+from monoblock.conversion.convert import FORMATS, Options, convert
 
 # ------------------------------------------------------------------ whole or not at all
 
@@ -218,7 +218,7 @@ sys.modules["ml_dtypes"] = None
 import importlib.util
 found = importlib.util.find_spec
 importlib.util.find_spec = lambda name, *a: None if name == "torch" else found(name, *a)
-from monoblock.checkpoint.convert import convert, Options
+from monoblock.conversion.convert import convert, Options
 result = convert({str(tmp_path / "a")!r}, {str(tmp_path / "b")!r}, Options(dtype="float32", kv_heads=2, check=True))
 assert result.comparison.equal == result.comparison.tensors and result.comparison.logits is None
 convert({str(tmp_path / "b")!r}, {str(tmp_path / "c")!r}, Options(target_format="mistral", dtype="bfloat16"))

@@ -456,15 +456,15 @@ def embedding_normed(module: Any) -> None:
 
 
 OBSTACLES: dict[str, tuple[Callable[[Any], Any], str]] = {
-    "a hook": (hooked, "blocks.1.ffn has a forward hook"),
-    "a forward": (replaced, "blocks.0.ffn has a forward of its own"),
-    "another layer": (adapted, "attn.out_proj is a Adapter"),
-    "a parametrisation": (parametrised, "ffn.down_proj is a Parametrized"),
+    "a hook": (hooked, "a forward hook on transformer.blocks.1.ffn"),
+    "a forward": (replaced, "a forward method of its own on transformer.blocks.0.ffn"),
+    "another layer": (adapted, "Adapter in transformer.blocks.0.attn.out_proj"),
+    "a parametrisation": (parametrised, "ParametrizedLinear in transformer.blocks.0.ffn.down_proj"),
     "a transposed weight": (transposed, "attn.out_proj.weight is not contiguous"),
-    "another attention": (eager, "attention by eager"),
-    "a normed embedding": (embedding_normed, "embedding is normed"),
-    "float64": (lambda module: module.double(), "type is torch.float64"),
-    "float16": (lambda module: module.half(), "type is torch.float16"),
+    "another attention": (eager, "attn_implementation='eager'"),
+    "a normed embedding": (embedding_normed, "max_norm of the embedding"),
+    "float64": (lambda module: module.double(), "dtype float64"),
+    "float16": (lambda module: module.half(), "dtype float16"),
 }
 
 
@@ -489,15 +489,15 @@ def test_mixed_types_stand_in_the_way() -> None:
 
 
 def test_models_and_settings_that_stand_in_the_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "turned by angles" in (native_decoder.obstacle(made(LATE)) or "")
-    assert "both ways" in (native_decoder.obstacle(ours_of("MPNetForMaskedLM", **fields("mpnet"))) or "")
+    assert "dynamic RoPE scaling" in (native_decoder.obstacle(made(LATE)) or "")
+    assert "bidirectional" in (native_decoder.obstacle(ours_of("MPNetForMaskedLM", **fields("mpnet"))) or "")
     module = model(MPT)
     own = type("Own", (type(module),), {})(module.config)
     assert "Own may compute something of its own" in (native_decoder.obstacle(own) or "")
     with torch.autocast("cpu", torch.bfloat16):
         assert "autocast" in (native_decoder.obstacle(module) or "")
     handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
-    assert "all modules" in (native_decoder.obstacle(module) or "")
+    assert "hooks on all modules" in (native_decoder.obstacle(module) or "")
     handle.remove()
     monkeypatch.setattr(native, "library", lambda: None)
     assert "no native kernels" in (native_decoder.obstacle(module) or "")

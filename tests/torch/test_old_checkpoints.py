@@ -23,7 +23,7 @@ from old_files import (
 )
 
 import monoblock
-from monoblock.checkpoint.convert import Options, convert
+from monoblock.conversion.convert import Options, convert
 from monoblock.errors import HubError
 from monoblock.families import openai_gpt
 

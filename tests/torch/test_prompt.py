@@ -269,8 +269,10 @@ ASKED: dict[str, Any] = {
 def same_in_pieces(monkeypatch: pytest.MonkeyPatch, module: Any, ids: Any, given: Any, pieces: int) -> None:
     """Generation from a whole prompt and from one in so many pieces of 4 tokens; `given()` makes what else is given."""
     outs, calls = {}, []
-    forward = decoder.Decoder._forward
-    monkeypatch.setattr(decoder.Decoder, "_forward", lambda *a, **k: (calls.append(k), forward(*a, **k))[1])
+    arguments = decoder.Decoder._arguments
+    monkeypatch.setattr(
+        decoder.Decoder, "_arguments", lambda *a, **k: (calls.append(k), arguments(*a, **k))[1]
+    )
     for size in (1024, 4):
         calls.clear()
         monkeypatch.setattr(decoder, "CHUNK", size)

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import sys
 
-# Each is a module of this package with an `app`; the order is that of `monoblock --help`.
-COMMANDS = ("generate", "chat", "attention", "info", "convert", "quantize", "bench", "env")
-
 
 def main() -> None:
     """Runs the command line and ends the process with one of the exit codes of docs/cli.md."""

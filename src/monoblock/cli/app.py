@@ -9,7 +9,8 @@ import typer
 import typer.core
 import typer.main
 
-from monoblock.cli import COMMANDS
+# Each is a module of this package with an `app`; the order is that of `monoblock --help`.
+COMMANDS = ("generate", "chat", "attention", "info", "convert", "quantize", "bench", "env")
 
 # Plain help instead of rich panels: it takes half the time, and looks the same in a pipe.
 PLAIN: dict[str, Any] = {"rich_markup_mode": None, "pretty_exceptions_enable": False}

@@ -16,8 +16,8 @@ from monoblock.cli.app import EXIT_CODES, sub_app
 from monoblock.cli.options import Dtype, Hub, shard_size
 
 if TYPE_CHECKING:
-    from monoblock.checkpoint.compare import Comparison
-    from monoblock.checkpoint.convert import Progress, Result
+    from monoblock.conversion.compare import Comparison
+    from monoblock.conversion.convert import Progress, Result
 
 app = sub_app()
 
@@ -79,9 +79,9 @@ def convert(
 
     The folder appears when it is complete, or not at all.
     """
-    from monoblock.checkpoint.convert import Options
-    from monoblock.checkpoint.convert import convert as run
     from monoblock.checkpoint.options import HubOptions
+    from monoblock.conversion.convert import Options
+    from monoblock.conversion.convert import convert as run
 
     options = Options(
         source_format=changes.source_format.value,

@@ -1,4 +1,4 @@
-"""`monoblock info`: what a model is and needs, from its config and its files' headers; loads no weights."""
+"""`monoblock info`: what a model is and needs, from its config and its files' headers; `--runtime` loads it too."""
 
 from __future__ import annotations
 
@@ -34,15 +34,23 @@ def info(
     ] = None,
     hub: Hub,
     as_json: Json = False,
+    with_runtime: Annotated[
+        bool,
+        typer.Option("--runtime", help="Load the model in PyTorch too, and show how it would make tokens."),
+    ] = False,
 ) -> None:
     """Show a model's family, architecture, size, and the memory that its weights and its cache need.
 
-    Reads config.json and the headers of safetensors files; of a model on the hub, no more is downloaded.
+    Reads config.json and the headers of safetensors files; of a model on the hub, no more is downloaded without
+    --runtime.
     """
     from monoblock.cli.engine import locate
 
     path, name = locate(model)
-    found = describe(path, hub if model else Hub())
+    hub = hub if model else Hub()
+    found = describe(path, hub)
+    if with_runtime:
+        found["runtime"] = runtime(path, hub)
     if as_json:
         print(json.dumps({"model": name} | found | {"spec": _plain(found["spec"])}, indent=1))
     else:
@@ -80,6 +88,30 @@ def describe(path: str, hub: Hub) -> dict[str, Any]:
         "memory": {name: count * bits // 8 for name, bits in DTYPE_BITS.items()},
         "cache_per_token": per_token,
         "files": contents.files,
+    }
+
+
+def runtime(path: str, hub: Hub) -> dict[str, Any]:
+    """The loaded model on the device that the other commands would take: how it decodes, or why it takes no fast path;
+    its dtype and device, PyTorch's threads, and the native kernels' level."""
+    import torch
+
+    import monoblock
+    from monoblock import AutoConfig, native
+    from monoblock.cli.engine import device_map
+    from monoblock.families import family
+
+    config = AutoConfig.from_pretrained(path, **hub.kwargs())
+    rows = family(config.model_type).classes
+    causal = next((row.name for row in rows if row.head == "causal"), rows[0].name)
+    where = {"device_map": device} if (device := device_map("auto")) else {}
+    loaded = getattr(monoblock, causal).from_pretrained(path, **hub.kwargs(), **where)
+    return {
+        "decoding": loaded.decoding_path(),
+        "dtype": str(loaded.dtype).removeprefix("torch."),
+        "device": str(loaded.device),
+        "threads": torch.get_num_threads(),
+        "native_kernels": native.status(),
     }
 
 
@@ -152,6 +184,7 @@ def _show(found: dict[str, Any], name: str) -> None:
         *([("packed", _packed(found["quantization"]))] if found["quantization"] else []),
         *((f"weights in {dtype}", _size(size)) for dtype, size in found["memory"].items()),
         *((f"cache per token in {dtype}", _size(size)) for dtype, size in found["cache_per_token"].items()),
+        *((name.replace("_", " "), str(value)) for name, value in found.get("runtime", {}).items()),
         *(
             (f"file {file}", "size not known" if size is None else _size(size))
             for file, size in found["files"].items()

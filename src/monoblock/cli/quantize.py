@@ -81,10 +81,10 @@ def quantize(
     Tokenizer and generation settings are copied. The folder appears when it is complete, or not at all; in memory
     there are the packed weights and one matrix.
     """
-    from monoblock.checkpoint.convert import check_apart
     from monoblock.checkpoint.folder import check_target, copy_files, new_folder
     from monoblock.checkpoint.options import HubOptions
     from monoblock.checkpoint.sources import companions
+    from monoblock.conversion.convert import check_apart
 
     size = shard_size(how.max_shard_size) or "50GB"
     target = Path(os.path.abspath(out.expanduser()))  # noqa: PTH100  # resolve() would follow a link

@@ -10,17 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from monoblock.generation.arrays import Array
 from monoblock.generation.config import GenerationConfig
+from monoblock.generation.prepared import Generation
 from monoblock.generation.record import Text
-
-if TYPE_CHECKING:
-    from monoblock.generation.loop import Generation
 
 # Instead of log 0, where a sum must stay comparable. No text that can be met is half as unlikely.
 HOPELESS = -1e9

@@ -79,8 +79,8 @@ class Model(Protocol):
 
     @property
     def compiled(self) -> Callable[[Any, Any], Any] | None:
-        """Runs a call (`loop.Generation`) that does not need the host between tokens as one `programs.Program`; None
-        where tokens are always made one by one."""
+        """Runs a call (`prepared.Generation`) that does not need the host between tokens as one `programs.Program`;
+        None where tokens are always made one by one."""
         ...
 
     def decoder(self, plan: Plan, inputs: dict[str, Any]) -> Decoder:

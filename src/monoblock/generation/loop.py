@@ -23,32 +23,17 @@ Each step reads the new tokens back to the host once: finishing, stop strings an
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
-from monoblock.generation import beams, guidance, processors, programs, speculative, stopping, structured
-from monoblock.generation.arrays import Array
-from monoblock.generation.config import GenerationConfig, as_own_config
+from monoblock.generation import beams, programs, speculative
+from monoblock.generation.config import GenerationConfig
 from monoblock.generation.decoder import Model, Plan
-from monoblock.generation.prompt import (
-    CALL_NAMES,
-    Call,
-    embedded_length,
-    prompt_ids,
-    prompt_mask,
-    random_source,
-)
-from monoblock.generation.record import GenerateDecoderOnlyOutput as GenerateDecoderOnlyOutput
-from monoblock.generation.record import Plain, Record, Text, ids_alone
-from monoblock.generation.resolve import (
-    UNSUPPORTED_ARGUMENTS,
-    new_tokens,
-    refuse_unknown,
-    refuse_unsupported,
-    resolve,
-)
+from monoblock.generation.prepared import prepare
+from monoblock.generation.record import GenerateDecoderOnlyOutput, Plain, ids_alone
 from monoblock.generation.streamers import streaming
+
+__all__ = ["GenerateDecoderOnlyOutput", "Model", "Plan", "generate"]
 
 
 def generate(
@@ -61,7 +46,7 @@ def generate(
 ) -> Any:
     """Continue prompts: token ids (rows, prompt + new), or an output object if the config says so.
 
-    `arguments` are the hub's: `input_ids`, `attention_mask`, `logits_processor`, `stopping_criteria`,
+    `arguments` are transformers': `input_ids`, `attention_mask`, `logits_processor`, `stopping_criteria`,
     `prefix_allowed_tokens_fn`, `streamer`, `tokenizer` (for stop strings), `assistant_model` (a `Model` here),
     `negative_prompt_ids`, the model's own inputs, and every field of `GenerationConfig`; besides, `seed` or
     `generator` for sampling, and `response_format`. Rows that are finished are filled with `pad_token_id`. `plain`
@@ -70,206 +55,35 @@ def generate(
     """
     streamer = arguments.get("streamer")
     with streaming(streamer) if streamer is not None else nullcontext():
-        passed = as_own_config(generation_config)
-        given: dict[str, Any] = {**arguments, "inputs": inputs, "generation_config": passed}
-        refuse_unsupported(given, UNSUPPORTED_ARGUMENTS)
-        known = CALL_NAMES | GenerationConfig.FIELDS | model.input_names
-        refuse_unknown(given.keys() - UNSUPPORTED_ARGUMENTS.keys(), known)
-        call = Call(**{name: value for name, value in given.items() if name in CALL_NAMES})
-        model_inputs = {n: v for n, v in given.items() if n in model.input_names and v is not None}
-        config = resolve(
-            {name: value for name, value in given.items() if name in GenerationConfig.FIELDS},
-            call.generation_config,
-            as_own_config(model.generation_config, "model.generation_config"),
-            assisted=call.assistant_model is not None,
-        )
-        run = _strategy(call, config)
-        generation = Generation(model, call, config, model_inputs, plain)
-        if model.compiled is not None and (program := programs.of(generation)) is not None:
-            return model.compiled(generation, program)
-        return run(generation)
+        given = {**arguments, "inputs": inputs, "generation_config": generation_config}
+        run = prepare(model, given, plain)
+        if model.compiled is not None and (program := programs.of(run)) is not None:
+            return model.compiled(run, program)
+        if (run.config.num_beams or 1) > 1:
+            return beams.run(run)
+        if run.guesses:
+            return speculative.run(run)
 
-
-def _guesses(call: Call, config: GenerationConfig) -> bool:
-    return call.assistant_model is not None or config.prompt_lookup_num_tokens is not None
-
-
-def _strategy(call: Call, config: GenerationConfig) -> Callable[[Generation], Any]:
-    guesses = _guesses(call, config)
-    if (config.num_beams or 1) == 1:
-        return speculative.run if guesses else one_by_one
-    if guesses:
-        raise ValueError(
-            "speculative decoding and beam search do not go together: leave out num_beams, or assistant_model and "
-            "prompt_lookup_num_tokens"
-        )
-    return beams.run
-
-
-def _copies(config: GenerationConfig) -> int:
-    """Rows for each prompt."""
-    beams, wanted = config.num_beams or 1, config.num_return_sequences or 1
-    if beams > 1 and wanted > beams:
-        raise ValueError(f"num_return_sequences={wanted} is more than num_beams={beams}: search more beams")
-    if beams == 1 and wanted > 1 and not config.do_sample:
-        raise ValueError(
-            f"num_return_sequences={wanted} without sampling would give equal sequences: say do_sample=True or "
-            "num_beams"
-        )
-    return max(beams, wanted)
-
-
-class Generation:
-    """One call, prepared: everything is checked here, before the model computes anything."""
-
-    def __init__(
-        self,
-        model: Model,
-        call: Call,
-        config: GenerationConfig,
-        inputs: dict[str, Any],
-        plain: Plain = ids_alone,
-    ):
-        self.ops = ops = model.ops
-        self.config, self.plain = config, plain
-        self.streamer = call.streamer
-        self.prompt_bn = prompt_ids(ops, call, config, inputs)
-        self.mask_bm = prompt_mask(ops, self.prompt_bn, call, config, inputs)
-        batch, columns = (int(size) for size in self.prompt_bn.shape)
-        self.embedded = embedded_length(inputs)
-        given = self.embedded or columns
-        self.plan = Plan(
-            config=config,
-            # A mask with more columns speaks of tokens that are in the cache already.
-            prompt_length=given if self.mask_bm is None else max(given, int(self.mask_bm.shape[1])),
-            new_tokens=new_tokens(config, given, model.max_positions),
-            batch=batch,
-            copies=_copies(config),
-            rewinds=_guesses(call, config),
-        )
-        if self.streamer is not None and self.plan.rows > 1:
-            raise ValueError(f"a streamer takes one sequence at a time, got {self.plan.rows} rows")
-        self.own_criteria: list[Any] = list(call.stopping_criteria or ())
-        self.eos = frozenset(config.eos_ids)
-        self.pad = self._pad()
-        self.generator = random_source(ops, call)
-        self.copy_of = ops.array([row // self.plan.copies for row in range(self.plan.rows)])
-        self.setting = self._setting()
-        self.guidance = guidance.build(model, call, self.plan, self.prompt_bn, self.copied)
-        self.processors = [self.guidance] if self.guidance else []
-        shape = structured.build(ops, columns, call.response_format, call.tokenizer, config)
-        self.own_processors = [*(call.logits_processor or ()), *([shape] if shape else [])]
-        self.fields = processors.wanted(config, call.prefix_allowed_tokens_fn)
-        self.processors += processors.build(self.setting, self.fields, self.own_processors)
-        self.criteria = stopping.build(
-            config.max_time, config.stop_strings, self.own_criteria, call.tokenizer
-        )
-        self.assistant = call.assistant_model
-        self.vocab = 0  # known from the first scores on
-        self.decoder = model.decoder(self.plan, inputs)
-
-    def _pad(self) -> int:
-        if self.config.pad_token_id is not None and self.config.pad_token_id >= 0:
-            return self.config.pad_token_id
-        if self.config.eos_ids:
-            return self.config.eos_ids[0]
-        apart = any(not isinstance(own, stopping.ENDS_ALL_ROWS) for own in self.own_criteria)
-        returned = self.plan.batch * (self.config.num_return_sequences or 1)
-        if returned > 1 and (self.config.stop_strings or apart):
-            raise ValueError(
-                "rows of a batch can finish at different times, and there is no token to fill them with: say "
-                "pad_token_id"
-            )
-        return 0  # never used: all rows finish together
-
-    def _setting(self) -> processors.Setting:
-        columns = int(self.prompt_bn.shape[1])
-        if self.config.min_length:  # it counts embedded positions; the ids that processors see do not
-            self.config.min_length = max(0, self.config.min_length - max(0, self.embedded - columns))
-        is_mask = self.mask_bm is not None and self.mask_bm.shape == self.prompt_bn.shape
-        return processors.Setting(
-            ops=self.ops,
-            config=self.config,
-            prompt_bn=self.copied(self.prompt_bn),
-            valid_bn=self.copied(self.mask_bm != 0) if is_mask else None,
-            prompt_length=columns,
-            max_length=columns + self.plan.new_tokens,
-            copies=self.plan.copies,
-            keep=1 if (self.config.num_beams or 1) == 1 else 1 + max(1, len(self.eos)),
-        )
-
-    def copied(self, x: Array) -> Array:
-        """An array with a row for each prompt as one with a row for each copy."""
-        return x if self.plan.copies == 1 else self.ops.take_rows(x, self.copy_of)
-
-    # ------------------------------------------------------------------ what every strategy does
-
-    def begin(self) -> tuple[Text, Record, Array]:
-        """The prompt run through the model: text, record, and the scores (rows, vocab) of the first new token."""
-        text = Text(self.ops, self.copied(self.prompt_bn), wants_rows=bool(self.criteria))
-        record = Record(self.config, self.plain)
-        if self.streamer is not None:
-            self.streamer.put(self.ops.host(self.prompt_bn))
-        scores_bv = self.decoder.prefill(self.prompt_bn, self.mask_bm)
-        self.vocab = int(scores_bv.shape[-1])
-        record.forward(self.decoder)
-        if self.plan.copies > 1:
-            scores_bv = self.copied(scores_bv)
-            self.decoder.reorder(self.copy_of)
-            record.repeat(self.copied)
-        return text, record, scores_bv
-
-    def reorder(self, rows: list[int]) -> None:
-        """Let row i go on from what row rows[i] was."""
-        if rows != list(range(len(rows))):
-            index_b = self.ops.array(rows)
-            self.decoder.reorder(index_b)
-            if self.guidance is not None:
-                self.guidance.reorder(index_b)
-
-    def processed(self, scores_bv: Array, ids: Callable[[], Array]) -> Array:
-        """The scores after all processors; `ids` gives the text so far."""
-        if self.processors:
-            ids_bn = ids()
-            for processor in self.processors:
-                scores_bv = processor(ids_bn, scores_bv)
-        return scores_bv
-
-    def ended(
-        self, tokens: list[int], rows: stopping.Rows, ids: Callable[[], Array], record: Record
-    ) -> list[bool]:
-        """Whether each row ends with its last token; `rows` and `ids` are the texts with it."""
-        done = [token in self.eos for token in tokens]
-        for criterion in self.criteria:
-            if isinstance(criterion, stopping.HostCriteria):
-                verdict = criterion.after(rows)
-            else:
-                verdict = criterion(self.ops.shown(ids()), record.all_scores())
-            answers = stopping.per_row(verdict, len(done), criterion)
-            done = [before or now for before, now in zip(done, answers, strict=True)]
-        return done
-
-
-def one_by_one(run: Generation) -> Any:
-    """Greedy decoding and sampling: one token after the other until every row is finished."""
-    ops, decoder = run.ops, run.decoder
-    text, record, scores_bv = run.begin()
-    finished = [False] * run.plan.rows
-    for left in range(run.plan.new_tokens - 1, -1, -1):
-        chosen_bv = run.processed(scores_bv, text.ids)
-        record.choice(scores_bv, chosen_bv)
-        token_b = ops.sample(chosen_bv, run.generator) if run.config.do_sample else ops.argmax(chosen_bv)
-        tokens: list[int] = ops.to_list(token_b)
-        if True in finished:
-            tokens = [run.pad if done else token for done, token in zip(finished, tokens, strict=True)]
-            token_b = ops.array(tokens)
-        text.append(token_b, tokens)
-        if run.streamer is not None:
-            run.streamer.put(ops.host(token_b))
-        now = run.ended(tokens, text.rows, text.ids, record)
-        finished = [before or ends for before, ends in zip(finished, now, strict=True)]
-        if left == 0 or all(finished):
-            break
-        scores_bv = decoder.step(token_b[:, None])
-        record.forward(decoder)
-    return record.output(text.ids(), decoder)
+        # Greedy decoding and sampling: one token after the other until every row is finished.
+        ops, decoder = run.ops, run.decoder
+        text, record = run.start()
+        scores_bv = run.first(decoder.prefill(run.prompt_bn, run.mask_bm), record)
+        finished = [False] * run.plan.rows
+        for left in range(run.plan.new_tokens - 1, -1, -1):
+            chosen_bv = run.processed(scores_bv, text.ids)
+            record.choice(scores_bv, chosen_bv)
+            token_b = ops.sample(chosen_bv, run.generator) if run.config.do_sample else ops.argmax(chosen_bv)
+            tokens: list[int] = ops.to_list(token_b)
+            if True in finished:
+                tokens = [run.pad if done else token for done, token in zip(finished, tokens, strict=True)]
+                token_b = ops.array(tokens)
+            text.append(token_b, tokens)
+            if run.streamer is not None:
+                run.streamer.put(ops.host(token_b))
+            now = run.ended(tokens, text.rows, text.ids, record)
+            finished = [before or ends for before, ends in zip(finished, now, strict=True)]
+            if left == 0 or all(finished):
+                break
+            scores_bv = decoder.step(token_b[:, None])
+            record.forward(decoder)
+        return record.output(text.ids(), decoder)

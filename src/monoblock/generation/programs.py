@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,9 +20,7 @@ from monoblock.generation.beam_program import Width
 from monoblock.generation.beams import Rules
 from monoblock.generation.buckets import bucket
 from monoblock.generation.config import GenerationConfig
-
-if TYPE_CHECKING:
-    from monoblock.generation.loop import Generation
+from monoblock.generation.prepared import Generation
 
 # Fields whose values come with each call, as float32 or int32; those of the others are compiled in.
 NUMBERS: dict[str, type[np.generic]] = {

@@ -12,15 +12,13 @@ import copy
 import dataclasses
 import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import Any, Protocol, cast
 
 from monoblock.generation import processors
 from monoblock.generation.arrays import Array
 from monoblock.generation.config import GenerationConfig, as_own_config
 from monoblock.generation.decoder import Model, RewindableDecoder
-
-if TYPE_CHECKING:
-    from monoblock.generation.loop import Generation
+from monoblock.generation.prepared import Generation
 
 # A windowed cache takes back that many tokens.
 LONGEST_DRAFT = 64

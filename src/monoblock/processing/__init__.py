@@ -6,13 +6,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from monoblock.processing.auto import AutoImageProcessor, AutoProcessor
+    from monoblock.processing.auto import AutoProcessor
+    from monoblock.processing.auto_image import AutoImageProcessor
     from monoblock.processing.batch import FuyuBatchEncoding
     from monoblock.processing.image import FuyuImageProcessor
     from monoblock.processing.processor import FuyuProcessor
 
 _MODULES = {
-    "AutoImageProcessor": "auto",
+    "AutoImageProcessor": "auto_image",
     "AutoProcessor": "auto",
     "FuyuBatchEncoding": "batch",
     "FuyuImageProcessor": "image",

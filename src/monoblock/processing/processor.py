@@ -12,7 +12,7 @@ import numpy as np
 
 from monoblock.processing import pixels
 from monoblock.processing.arguments import is_picture, padded_length, pairs, refuse_text_only, sorted_in
-from monoblock.processing.auto import AutoImageProcessor
+from monoblock.processing.auto_image import AutoImageProcessor
 from monoblock.processing.batch import FuyuBatchEncoding
 from monoblock.processing.files import IMAGE_FILE, PROCESSOR_FILE, pop_options, write_json
 from monoblock.processing.image import FuyuImageProcessor

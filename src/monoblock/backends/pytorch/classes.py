@@ -74,6 +74,7 @@ def make_class(name: str) -> type[PreTrainedModel]:
     body: dict[str, Any] = {
         "row": row,
         "make": staticmethod(make_class),
+        "blank": staticmethod(blank),
         "extra": extra,
         "_no_split_modules": [layer],
         "_tied_weights_keys": _tied(family, row),
@@ -82,6 +83,12 @@ def make_class(name: str) -> type[PreTrainedModel]:
         "forward": _forward(row, headed),
     }
     return types.new_class(name, (base,), exec_body=lambda namespace: namespace.update(body))
+
+
+def blank(name: str) -> PreTrainedModel:
+    """A model of the class of that name without anything in it, for pickle."""
+    made = make_class(name)
+    return made.__new__(made)
 
 
 def _tied(family: Family, row: ModelClass) -> dict[str, str] | None:

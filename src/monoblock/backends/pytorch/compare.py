@@ -10,9 +10,9 @@ from torch import Tensor
 
 from monoblock.backends.pytorch import loading
 from monoblock.backends.pytorch.classes import make_class
-from monoblock.checkpoint.compare import LogitComparison
 from monoblock.checkpoint.sources import Checkpoint
 from monoblock.checkpoint.views import adapter
+from monoblock.conversion.logits import LogitComparison
 from monoblock.heads import KINDS
 from monoblock.spec import Learned
 

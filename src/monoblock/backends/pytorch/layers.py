@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from monoblock.backends.pytorch.kernels import dispatch, native_ops
-from monoblock.backends.pytorch.kernels.linear import Linear, dense
+from monoblock.backends.pytorch.kernels.linear import Linear, product
 from monoblock.backends.pytorch.ops import ACT, rotations
 from monoblock.backends.pytorch.parts import Named, named
 from monoblock.heads import KINDS, HeadSpec
@@ -99,7 +99,8 @@ class Conv1D(nn.Module):
         return self.nf
 
     def forward(self, x: Tensor) -> Tensor:
-        return dense(x, self.weight.t(), self.bias)
+        weight = self.weight.t()
+        return product(x, weight, self.bias)(x, weight, self.bias)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

@@ -11,6 +11,7 @@ tokens, w width, h heads, g key/value heads, d head width.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -24,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from monoblock.backends.pytorch.cache import Cache
 from monoblock.backends.pytorch.kernels import attention, dispatch, linear, native_ops
 from monoblock.backends.pytorch.layers import Activation
-from monoblock.backends.pytorch.ops import ACT, Scope, bucketed, rotate, rotations
+from monoblock.backends.pytorch.ops import ACT, Kernel, Scope, bucketed, rotate, rotations
 from monoblock.backends.pytorch.parts import Part
 from monoblock.positions import is_dynamic
 from monoblock.spec import Alibi, ArchSpec, Buckets, Rotary
@@ -54,6 +55,17 @@ class Call:
     checkpointing: dict[str, Any] | None = None
     one_token: Callable[[Attention, Tensor, Tensor, Tensor], Tensor] | None = None
 
+    def kept(self, x: Tensor) -> Tensor:
+        """Those of the tokens (b, s, ..) that are asked for."""
+        return x if self.keep is None else x[:, -self.keep :]
+
+    def after(self, given: Any) -> Tensor:
+        """The hidden states that a layer gives, alone or first in a tuple; noted where they are asked for."""
+        x = given[0] if isinstance(given, tuple | list) else given
+        if self.hidden_states is not None:
+            self.hidden_states.append(x)
+        return x
+
 
 # ---------------------------------------------------------------------------- attention
 
@@ -70,14 +82,44 @@ class Attention(Part):
         rotary = spec.position(Rotary)
         # Dynamic scaling rotates all keys by angles that change with the length: such keys are cached before RoPE.
         self.late_rotary = rotary if is_dynamic(rotary) else None
-        self.kernel = attention.Kernel(scale=att.scale, softcap=att.softcap, dropout=spec.dropout.attention)
+        self.kernel = Kernel(scale=att.scale, softcap=att.softcap, dropout=spec.dropout.attention)
         self.kernel_at_rest = replace(self.kernel, dropout=0.0)
         self.implementation = "sdpa"
 
     def forward(self, x_bsw: Tensor, call: Call) -> tuple[Tensor, Tensor | None]:
-        q, k, v = self.heads(x_bsw)
+        if self.has("qkv_by_head"):  # each head's query, key and value lie together
+            qkv = self.role("qkv_by_head")(x_bsw).unflatten(-1, (self.spec.heads, 3, self.spec.head_dim))
+            q, k, v = qkv.unbind(3)
+        else:
+            whole = self.role("qkv")(x_bsw) if self.has("qkv") else linear.joint(x_bsw, self, ("q", "k", "v"))
+            if whole is not None:
+                q, k, v = whole.split(self.sizes, dim=-1)
+            else:
+                q, k, v = self.role("q")(x_bsw), self.role("k")(x_bsw), self.role("v")(x_bsw)
+        q, k, v = self.heads(q, k, v)
         if call.one_token is not None:
-            return self.projected(call.one_token(self, q, k, v)), None
+            y, weights = call.one_token(self, q, k, v), None
+        else:
+            y, weights = self.attend(q, k, v, call)
+        y = self.role("out")(y)
+        return (self.role("out_drop")(y) if self.has("out_drop") else y), weights
+
+    def heads(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (b, h, s, d), keys and values (b, g, s, d), clipped and normed, of projections (b, s, h * d) or
+        (b, s, h, d)."""
+        att = self.spec
+        if att.clip is not None:
+            q, k, v = (x.clamp(-att.clip, att.clip) for x in (q, k, v))
+        if att.qk_norm is not None and not self.by_head:
+            q, k = self.role("q_norm")(q.flatten(2)), self.role("k_norm")(k.flatten(2))
+        q, k, v = (x.flatten(2).unflatten(-1, (-1, att.head_dim)).transpose(1, 2) for x in (q, k, v))
+        if self.by_head:
+            q, k = self.role("q_norm")(q), self.role("k_norm")(k)
+        return q, k, v
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor | None]:
+        """Positions, cache and kernel: what the heads give, (b, s, h * d), and their weights where they are asked
+        for."""
         if call.cos is not None and call.sin is not None:
             q = rotate(q, call.cos, call.sin)
             k = k if self.late_rotary else rotate(k, call.cos, call.sin)
@@ -100,35 +142,7 @@ class Attention(Part):
             weights = None if weights is None else weights * call.head_mask[self.layer]
         if call.attentions is not None and weights is not None:
             call.attentions.append(weights)
-        return self.projected(out.transpose(1, 2).flatten(2)), weights
-
-    def heads(self, x_bsw: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries (b, h, s, d), keys and values (b, g, s, d), clipped and normed."""
-        att = self.spec
-        if self.has("qkv_by_head"):  # each head's query, key and value lie together
-            qkv = self.clipped(self.role("qkv_by_head")(x_bsw))
-            q, k, v = (x.flatten(2) for x in qkv.unflatten(-1, (att.heads, 3, att.head_dim)).unbind(3))
-        else:
-            whole = self.role("qkv")(x_bsw) if self.has("qkv") else linear.joint(x_bsw, self, ("q", "k", "v"))
-            if whole is not None:
-                q, k, v = self.clipped(whole).split(self.sizes, dim=-1)
-            else:
-                q, k, v = (self.clipped(self.role(role)(x_bsw)) for role in "qkv")
-        if att.qk_norm is not None and not self.by_head:
-            q, k = self.role("q_norm")(q), self.role("k_norm")(k)
-        q, k, v = (x.unflatten(-1, (-1, att.head_dim)).transpose(1, 2) for x in (q, k, v))
-        if self.by_head:
-            q, k = self.role("q_norm")(q), self.role("k_norm")(k)
-        return q, k, v
-
-    def clipped(self, x: Tensor) -> Tensor:
-        """As projected, within the spec's bounds."""
-        return x if self.spec.clip is None else x.clamp(-self.spec.clip, self.spec.clip)
-
-    def projected(self, x_bsw: Tensor) -> Tensor:
-        """What the heads give, (b, s, h * d), through the output matrix."""
-        y = self.role("out")(x_bsw)
-        return self.role("out_drop")(y) if self.has("out_drop") else y
+        return out.transpose(1, 2).flatten(2), weights
 
 
 class Wrapper(Part):
@@ -143,49 +157,41 @@ class AttentionNorm(Part):
 
     def forward(self, x: Tensor, call: Call) -> tuple[Tensor, Tensor | None]:
         y, weights = self.role("attention")(x, call)
-        x = x if call.keep is None else x[:, -call.keep :]
-        return self.role("norm1")(self.role("out_drop")(y) + x), weights
+        return self.role("norm1")(self.role("out_drop")(y) + call.kept(x)), weights
 
 
 # ---------------------------------------------------------------------------- MLP
 
 
 class Mlp(Part):
-    """`down(act(up(x)))`, or gated: `down(act(gate(x)) * up(x))`."""
+    """`down(act(up(x)))`, or gated: `down(act(gate(x)) * up(x))`; with dropout and added, where a residual is given."""
 
     def prepare(self, spec: ArchSpec, layer: int) -> None:
         """What this layer computes."""
         del layer
         self.gated, self.residual_dropout = spec.mlp.gated, spec.dropout.residual
 
-    def forward(self, x_bsw: Tensor) -> Tensor:
-        y = self.role("down")(self.inner(x_bsw))
+    def forward(self, x_bsw: Tensor, residual_bsw: Tensor | None = None) -> Tensor:
+        act, hidden = self.role("act"), None
+        if not self.gated:
+            hidden = act(self.role("up")(x_bsw))
+        elif type(act).forward is Activation.forward and dispatch.altered(act) is None:
+            whole = linear.joint(x_bsw, self, ("gate", "up"))
+            hidden = None if whole is None else gated(whole, act)
+        if hidden is None:
+            hidden = act(self.role("gate")(x_bsw)) * self.role("up")(x_bsw)
+        y = self.role("down")(hidden)
+        if residual_bsw is not None:
+            return F.dropout(y, self.residual_dropout, self.training) + residual_bsw
         return self.role("mlp_drop")(y) if self.has("mlp_drop") else y
 
-    def inner(self, x_bsw: Tensor) -> Tensor:
-        """What `down` takes, (b, s, the MLP's width)."""
-        act = self.role("act")
-        if not self.gated:
-            return act(self.role("up")(x_bsw))
-        if type(act).forward is Activation.forward and dispatch.altered(act) is None:
-            whole = linear.joint(x_bsw, self, ("gate", "up"))
-            if whole is not None and whole.shape[-2] > 1 and whole.numel() and native_ops.usable(whole):
-                return native_ops.activate(whole, act.kind, True)
-            if whole is not None:
-                gate, up = whole.chunk(2, dim=-1)
-                return ACT[act.act](gate) * up
-        gate = act(self.role("gate")(x_bsw))
-        return gate * self.role("up")(x_bsw)
 
-
-class MlpAdd(Mlp):
-    """The MLP, with dropout, added to a residual."""
-
-    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self, x_bsw: Tensor, residual_bsw: Tensor
-    ) -> Tensor:
-        y = self.role("down")(self.inner(x_bsw))
-        return F.dropout(y, self.residual_dropout, self.training) + residual_bsw
+def gated(whole: Tensor, act: Activation) -> Tensor:
+    """`act(gate) * up` of [gate | up], (..., 2 * the MLP's width)."""
+    if whole.shape[-2] > 1 and whole.numel() and native_ops.usable(whole):
+        return native_ops.activate(whole, act.kind, True)
+    gate, up = whole.chunk(2, dim=-1)
+    return ACT[act.act](gate) * up
 
 
 class Widen(Part):
@@ -218,36 +224,22 @@ class Block(Part):
         self.adds = self.has("mlp_add")
 
     def forward(self, x: Tensor, call: Call) -> Any:
-        match self.order:
-            case "pre":
-                x, weights = self.pre_norm(x, call)
-            case "post":
-                x, weights = self.post_norm(x, call)
-            case _:
-                x, weights = self.nested(x, call)
+        if self.order == "pre":  # norms before the sub-layers
+            y, weights = self.role(self.attention_role)(self.role("norm1")(x), call)
+            if self.adds:
+                x = call.kept(x) + self.dropped(y)
+                x = self.role("mlp_add")(self.role("norm2")(x), x)
+            else:
+                x = call.kept(x) + y
+                x = x + self.dropped(self.role("mlp")(self.role("norm2")(x)))
+        elif self.order == "post":  # norms after the sums
+            y, weights = self.role(self.attention_role)(x, call)
+            x = self.role("norm1")(call.kept(x) + y)
+            x = self.role("norm2")(x + self.role("mlp")(x))
+        else:  # sub-layers that add and norm by themselves
+            x, weights = self.role("attention_norm")(x, call)
+            x = self.role("narrow")(self.role("widen")(x), x)
         return (x, weights) if self.tuples else x
-
-    def pre_norm(self, x: Tensor, call: Call) -> tuple[Tensor, Tensor | None]:
-        """Norms before the sub-layers."""
-        y, weights = self.role(self.attention_role)(self.role("norm1")(x), call)
-        x = x if call.keep is None else x[:, -call.keep :]
-        if self.adds:
-            x = x + self.dropped(y)
-            return self.role("mlp_add")(self.role("norm2")(x), x), weights
-        x = x + y
-        return x + self.dropped(self.role("mlp")(self.role("norm2")(x))), weights
-
-    def post_norm(self, x: Tensor, call: Call) -> tuple[Tensor, Tensor | None]:
-        """Norms after the sums."""
-        y, weights = self.role(self.attention_role)(x, call)
-        x = x if call.keep is None else x[:, -call.keep :]
-        x = self.role("norm1")(x + y)
-        return self.role("norm2")(x + self.role("mlp")(x)), weights
-
-    def nested(self, x: Tensor, call: Call) -> tuple[Tensor, Tensor | None]:
-        """Sub-layers that add and norm by themselves."""
-        x, weights = self.role("attention_norm")(x, call)
-        return self.role("narrow")(self.role("widen")(x), x), weights
 
     def dropped(self, y: Tensor) -> Tensor:
         """With the block's own dropout, where there is one."""
@@ -295,9 +287,16 @@ class Stack(Part):
         return run_layers(self, x_bsw, call)
 
 
-def run_layers(part: Any, x: Tensor, call: Call) -> Tensor:
-    """The blocks on embedded tokens (b, s, w), and the final norm. With `call.keep`, the result is of so many
-    last tokens, and the last block computes no others."""
+def run_layers(part: Any, x_bsw: Tensor, call: Call) -> Tensor:
+    """All layers and the final norm, on embedded tokens."""
+    for layer, own in layer_calls(part, x_bsw, call):
+        x_bsw = own.after(layer(x_bsw, own))
+    return finished(part, x_bsw, call)
+
+
+def layer_calls(part: Any, x: Tensor, call: Call) -> list[tuple[Callable[..., Any], Call]]:
+    """The layers to run on embedded tokens (b, s, w) one after the other, each with its call. With `call.keep` the last
+    one computes so many last tokens alone."""
     spec: ArchSpec = part.spec
     alibi, keep, call.keep = spec.position(Alibi), call.keep, None
     if alibi and call.scope.slopes_h is None:
@@ -311,23 +310,26 @@ def run_layers(part: Any, x: Tensor, call: Call) -> Tensor:
     elif rotary and call.cos is None:
         call.cos, call.sin = rotations(call.positions_bs, rotary, x.dtype)
     attention.prepare(call.scope, spec.windows, x.dtype)
-    states, layers = call.hidden_states, part.role("layers")
-    if states is not None:
-        states.append(x)
-    for i, layer in enumerate(layers):
-        if keep is not None and i == len(layers) - 1:
-            call = replace(call, keep=min(keep, x.shape[1]))
-        if call.checkpointing is not None and i % call.checkpointing["every_n_layers"] == 0:
-            x = _checkpointed(layer, x, call, **call.checkpointing)
-        else:
-            x = layer(x, call)
-        x = x[0] if isinstance(x, tuple | list) else x
-        if states is not None:
-            states.append(x)
+    if call.hidden_states is not None:
+        call.hidden_states.append(x)
+    layers: list[Callable[..., Any]] = list(part.role("layers"))
+    last = call if keep is None else replace(call, keep=min(keep, x.shape[1]))
+    calls = [call] * (len(layers) - 1) + [last]
+    if call.checkpointing is not None:
+        every, how = call.checkpointing["every_n_layers"], call.checkpointing
+        layers = [
+            functools.partial(_checkpointed, layer, **how) if i % every == 0 else layer
+            for i, layer in enumerate(layers)
+        ]
+    return list(zip(layers, calls, strict=True))
+
+
+def finished(part: Any, x: Tensor, call: Call) -> Tensor:
+    """What the last layer gives, after the final norm."""
     if part.has("final_norm"):
         x = part.role("final_norm")(x)
-    if states is not None:
-        states[-1] = x
+    if call.hidden_states is not None:
+        call.hidden_states[-1] = x
     return x
 
 

@@ -114,6 +114,15 @@ UNSEEN = -1e30
 BLOCK = 256  # queries whose masks are made at a time where no more than a part is needed
 
 
+@dataclass(frozen=True)
+class Kernel:
+    """What attention kernels need to know of a layer: the factor on q·k, the cap on scores, the dropout."""
+
+    scale: float
+    softcap: float | None = None
+    dropout: float = 0.0
+
+
 @dataclass
 class Scope:
     """Which keys each query may see, from indices alone: `valid_k & (k <= q or not causal) & (q - k < window)`.

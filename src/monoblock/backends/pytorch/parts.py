@@ -85,7 +85,7 @@ class Part(Named):
         for role in group:
             module = self.role(role)
             if (why := dispatch.altered(module)) is not None:
-                return f"{self.roles[role]} {why}"
+                return f"{why} on {self.roles[role]}"
             kind = type(module)
             if (kind is not nn.Linear and "joinable" not in vars(kind)) or kind is not type(first or module):
                 return f"{self.roles[role]} is a {kind.__module__}.{kind.__name__}"

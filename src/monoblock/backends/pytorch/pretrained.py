@@ -27,13 +27,13 @@ from monoblock.backends.pytorch.model import (
     Call,
     Embeddings,
     Mlp,
-    MlpAdd,
     Narrow,
     Stack,
     Widen,
     Wrapper,
+    finished,
+    layer_calls,
     positioned,
-    run_layers,
     with_patches,
 )
 from monoblock.backends.pytorch.options import LoadOptions
@@ -65,6 +65,7 @@ class PreTrainedModel(Recognised, Parameters, Generation, Construction, Adapters
 
     extra: ClassVar[tuple[str, ...]]
     make: ClassVar[Any]  # (name) -> the class of that name
+    blank: ClassVar[Any]  # (name) -> a model of that class with nothing in it, for pickle
     framework: ClassVar[str] = "pt"
     supports_gradient_checkpointing: ClassVar[bool] = True
     main_input_name: ClassVar[str] = "input_ids"
@@ -122,7 +123,7 @@ class PreTrainedModel(Recognised, Parameters, Generation, Construction, Adapters
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         if "row" in vars(type(self)):
-            return _blank, (self.row.name,), self.__getstate__()
+            return type(self).blank, (self.row.name,), self.__getstate__()
         return super().__reduce_ex__(protocol)
 
     # ------------------------------------------------------------------ forward
@@ -151,7 +152,13 @@ class PreTrainedModel(Recognised, Parameters, Generation, Construction, Adapters
         call.hidden_states = [] if self._option(given, "output_hidden_states") else None
         call.keep = keep if call.attentions is None and call.hidden_states is None else None
         call.checkpointing = self.checkpointing if self.gradient_checkpointing and self.training else None
-        hidden = self.run(tokens, call)
+        if self.has("stack"):
+            hidden = self.role("stack")(self.embedded(tokens, call), call)
+        else:  # `run_layers`, without a frame of its own
+            hidden = self.embedded(tokens, call)
+            for layer, own in layer_calls(self, hidden, call):
+                hidden = own.after(layer(hidden, own))
+            hidden = finished(self, hidden, call)
         return self._output(
             given,
             last_hidden_state=hidden,
@@ -181,13 +188,11 @@ class PreTrainedModel(Recognised, Parameters, Generation, Construction, Adapters
         result = kind(**{name: value for name, value in values.items() if name in kind.__dataclass_fields__})
         return result if self._option(given, "return_dict") else result.to_tuple()
 
-    def run(self, tokens: Tensor, call: Call) -> Tensor:
-        """The last hidden states (b, s, w) of a bare model, of ids (b, s) or vectors (b, s, w)."""
+    def embedded(self, tokens: Tensor, call: Call) -> Tensor:
+        """What the first layer takes, (b, s, w), of ids (b, s) or vectors (b, s, w)."""
         if self.has("embeddings"):
-            x = self.role("embeddings")(tokens, call)
-        else:
-            x = positioned(self, tokens, call)
-        return self.role("stack")(x, call) if self.has("stack") else run_layers(self, x, call)
+            return self.role("embeddings")(tokens, call)
+        return positioned(self, tokens, call)
 
     def embed(self, input_ids: Tensor, given: Mapping[str, Any]) -> Tensor:
         """Token ids as vectors (b, s, w), with image patches at their positions where the call brings any."""
@@ -474,7 +479,7 @@ KINDS: dict[str, type[Part]] = {
     "wrapper": Wrapper,
     "attention_norm": AttentionNorm,
     "mlp": Mlp,
-    "mlp_add": MlpAdd,
+    "mlp_add": Mlp,
     "widen": Widen,
     "narrow": Narrow,
     "layer": Block,
@@ -486,14 +491,6 @@ KINDS: dict[str, type[Part]] = {
 
 def _is_pooler(child: Any) -> bool:
     return isinstance(child, modules.Part) and child.kind == "pooler"
-
-
-def _blank(name: str) -> PreTrainedModel:
-    """A model of the class of that name without anything in it, for pickle."""
-    from monoblock.backends.pytorch.classes import make_class  # which makes subclasses of what is here
-
-    made = make_class(name)
-    return made.__new__(made)
 
 
 @functools.cache

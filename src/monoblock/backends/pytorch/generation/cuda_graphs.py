@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from monoblock.backends.pytorch.cache import DynamicCache, StaticCache
 from monoblock.backends.pytorch.generation.static_step import Shape, State, static_step
+from monoblock.backends.pytorch.kernels import dispatch
 from monoblock.backends.pytorch.model import Attention
 from monoblock.positions import is_dynamic
 from monoblock.spec import ArchSpec, Buckets, Learned, Rotary
@@ -123,23 +124,49 @@ def _kernels(model: PreTrainedModel) -> set[str]:
 # ---------------------------------------------------------------------------- which calls
 
 
-def fits(decoder: Decoder, plan: Plan) -> bool:
-    """Whether a call's tokens can come from a recording: a device that records, a cache that keeps its keys in order,
-    nothing asked for beside scores, and a model made of plain parts on that one device."""
-    model = decoder.model
-    return (
-        model.device.type in RECORDERS
-        and not plan.rewinds
-        and plan.new_tokens >= WORTH
-        and plan.config.cache_implementation != "dynamic"
-        and type(decoder.cache) in (DynamicCache, StaticCache)
-        and decoder.positions is None
-        and decoder.types is None
-        and not any(decoder.wanted.values())
-        and not torch.is_autocast_enabled(model.device.type)
-        and _is_static(model.spec)
-        and _is_plain(model)
-    )
+def call_obstacle(decoder: Decoder, plan: Plan) -> str | None:
+    """Why a call's tokens cannot come from a captured graph; None if they can: a device that captures, a cache that
+    keeps its keys in order, nothing asked for beside scores, and a model without an obstacle."""
+    if (wanted := next((name for name, on in decoder.wanted.items() if on), None)) is not None:
+        return f"{wanted}=True"
+    if plan.rewinds:
+        return "speculative decoding"
+    if plan.config.cache_implementation == "dynamic":
+        return "cache_implementation='dynamic'"
+    if decoder.cache is None:
+        return "use_cache=False"
+    if type(decoder.cache) not in (DynamicCache, StaticCache):
+        return f"a cache of the class {type(decoder.cache).__name__}"
+    if decoder.positions is not None or decoder.types is not None:
+        return "position_ids or token_type_ids are given"
+    if (why := obstacle(decoder.model)) is not None:
+        return why
+    return f"fewer than {WORTH} new tokens" if plan.new_tokens < WORTH else None
+
+
+def obstacle(model: PreTrainedModel) -> str | None:
+    """Why this model's steps cannot be captured; None if they can. Hooks and modules of other packages may do what a
+    graph cannot repeat."""
+    device = model.device
+    if device.type not in RECORDERS:
+        return f"device {device.type}"
+    if not _is_static(model.spec):
+        return "position encodings or attention whose work changes with the length"
+    if torch.is_autocast_enabled(device.type):
+        return "autocast"
+    if dispatch.hooked_everywhere():
+        return "hooks on all modules (torch.nn.modules.module)"
+    for name, module in model.named_modules():
+        if not type(module).__module__.startswith(("torch.nn.modules.", "monoblock")):
+            return f"{dispatch.foreign(module)} in {name}"
+        own = vars(module)
+        if own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own:
+            return f"{dispatch.altered(module)} on {name or 'the model'}"
+    for name, parameter in model.named_parameters():
+        if parameter.device != device:
+            return f"{name} is on {parameter.device} and the model on {device}"
+    other = _kernels(model) - {"sdpa", "eager", "flex_attention"}
+    return f"attn_implementation={other.pop()!r}" if other else None
 
 
 def _is_static(spec: ArchSpec) -> bool:
@@ -150,21 +177,6 @@ def _is_static(spec: ArchSpec) -> bool:
         and spec.position(Buckets) is None
         and not is_dynamic(spec.position(Rotary))
         and (learned is None or learned.pad_id is None)
-    )
-
-
-def _is_plain(model: PreTrainedModel) -> bool:
-    """Whether every part is PyTorch's or this library's, runs its own forward and lies on the model's device. Hooks and
-    parts of other packages may do what a recording cannot repeat."""
-    device = model.device
-    return (
-        all(type(part).__module__.startswith(("torch.nn.modules.", "monoblock")) for part in model.modules())
-        and not any(
-            part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part)
-            for part in model.modules()
-        )
-        and all(p.device == device for p in model.parameters())
-        and _kernels(model) <= {"sdpa", "eager", "flex_attention"}
     )
 
 

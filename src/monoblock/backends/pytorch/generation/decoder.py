@@ -13,6 +13,7 @@ from torch import Tensor
 from monoblock.backends.pytorch.arrays import TorchOps
 from monoblock.backends.pytorch.cache import Cache, DynamicCache, StaticCache
 from monoblock.backends.pytorch.generation import cuda_graphs, native_decoder
+from monoblock.backends.pytorch.generation.decoding_path import GRAPH, NATIVE, decoding_path, report
 from monoblock.backends.pytorch.generation.quantized_cache import quantized
 from monoblock.backends.pytorch.inputs import cache_of, in_form
 from monoblock.generation import loop
@@ -62,6 +63,14 @@ class Generation(GenerationMixin):
             contextlib.closing(Runner(self)) as runner,
         ):
             return loop.generate(runner, inputs, generation_config, **kwargs)
+
+    def decoding_path(self) -> str:
+        """How `generate` makes the tokens after a prompt on this model as it is now: "native step" (one call of the
+        native library a token), "CUDA graph", or, where it calls the modules one by one, why: "forward hook on ...".
+
+        A call may have further reasons, such as `output_attentions=True`; `generate` logs its own, at the level INFO.
+        """
+        return decoding_path(self)
 
     def compute_transition_scores(
         self: PreTrainedModel,  # pyright: ignore[reportGeneralTypeIssues]
@@ -125,7 +134,10 @@ class Runner:
         """A decoder for one call."""
         decoder = Decoder(self.model, plan, inputs)
         self.decoders.append(decoder)
-        if not cuda_graphs.fits(decoder, plan):
+        why = cuda_graphs.call_obstacle(decoder, plan)
+        if self.model.device.type in cuda_graphs.RECORDERS:
+            report(self.model, why or GRAPH)
+        if why is not None:
             return decoder
         self.graphed.append(cuda_graphs.Graphed(decoder, plan, given="past_key_values" in inputs))
         return self.graphed[-1]
@@ -190,7 +202,7 @@ class Decoder:
         own = "prepare_inputs_for_generation" in vars(self.model)
         for part in tokens[:, seen:].split(CHUNK if self._in_chunks() and not own else left, dim=1):
             left -= part.shape[1]
-            scores = self._forward({name: part}, left=left)
+            scores = self._scores(self.model(**self._arguments({name: part}, left=left)))
         assert scores is not None
         return scores[:, -1]
 
@@ -224,13 +236,20 @@ class Decoder:
             )
             if scores_bkv is not None:
                 return scores_bkv
-        return self._forward({"input_ids": ids_bk}, keep=count)
+            report(self.model, f"a cache or a batch that the {NATIVE} does not take")
+        return self._scores(self.model(**self._arguments({"input_ids": ids_bk}, keep=count)))
 
     @functools.cached_property
     def steps(self) -> native_decoder.Steps | None:
         """The native steps, where they can be had; asked for at the first new token."""
         own = "prepare_inputs_for_generation" in vars(self.model)
-        return None if own or any(self.wanted.values()) else native_decoder.of(self.model, self.cache)
+        asked = next((f"{name}=True" for name, on in self.wanted.items() if on), None)
+        asked = "a prepare_inputs_for_generation of the model's own" if own else asked
+        steps = None if asked else native_decoder.of(self.model, self.cache)
+        if self.model.device.type not in cuda_graphs.RECORDERS:  # of those, `Runner.decoder` has said why
+            why = asked or (native_decoder.call_obstacle(self.model, self.cache) if steps is None else None)
+            report(self.model, why or NATIVE)
+        return steps
 
     def reorder(self, index_b: Tensor) -> None:
         """Row i becomes what row index[i] was."""
@@ -251,8 +270,9 @@ class Decoder:
             if (value := getattr(self, name)) is not None:
                 setattr(self, name, value[:, :length])
 
-    def _forward(self, tokens: dict[str, Tensor], keep: int = 1, left: int = 0) -> Tensor:
-        """Scores after the last `keep` of these tokens; `left` more of the prompt are still to come."""
+    def _arguments(self, tokens: dict[str, Tensor], keep: int = 1, left: int = 0) -> dict[str, Any]:
+        """The model's arguments for scores after the last `keep` of these tokens; `left` more of the prompt are still
+        to come."""
         if "prepare_inputs_for_generation" in vars(self.model):
             return self._prepared(tokens)
         if self.cache is None:
@@ -261,26 +281,28 @@ class Decoder:
         here = slice(-count - left, -left or None)
         if self.types is not None:
             tokens["token_type_ids"] = self.types[:, here]
-        out = self.model(
+        return {
             **tokens,
-            attention_mask=None if self.mask is None else self.mask[:, : self.mask.shape[1] - left],
-            position_ids=None if self.positions is None else self.positions[:, here],
-            past_key_values=self.cache,
-            use_cache=self.cache is not None,
-            logits_to_keep=keep,
-            return_dict=True,
+            "attention_mask": None if self.mask is None else self.mask[:, : self.mask.shape[1] - left],
+            "position_ids": None if self.positions is None else self.positions[:, here],
+            "past_key_values": self.cache,
+            "use_cache": self.cache is not None,
+            "logits_to_keep": keep,
+            "return_dict": True,
             **self.wanted,
-        )
+        }
+
+    def _scores(self, out: Any) -> Tensor:
+        """The scores of the model's output, float32; keeps what else is asked for."""
         self.attentions, self.hidden_states = out.attentions, out.hidden_states
         return out.logits.float()
 
-    def _prepared(self, tokens: dict[str, Tensor]) -> Tensor:
-        """Scores after the last token, where the model's own `prepare_inputs_for_generation` was replaced, as peft does
-        for learned prompts: it makes the inputs, of all tokens so far."""
+    def _prepared(self, tokens: dict[str, Tensor]) -> dict[str, Any]:
+        """The arguments where the model's own `prepare_inputs_for_generation` was replaced, as peft does for learned
+        prompts: it makes them, of all tokens so far."""
         if "inputs_embeds" in tokens:
             raise ValueError("a model with a learned prompt generates from input_ids, not from inputs_embeds")
-        first = self.ids is None
-        new = tokens["input_ids"]
+        first, new = self.ids is None, tokens["input_ids"]
         self.ids = new if self.ids is None else torch.cat((self.ids, new), dim=1)
         cached = 0 if self.cache is None else self.cache.get_seq_length()
         mask = self.mask if self.mask is not None else self.ids.new_ones(self.ids.shape)
@@ -292,16 +314,13 @@ class Decoder:
             use_cache=self.cache is not None,
             is_first_iteration=first,
         )
-        # Positions follow from the cache, which holds the learned prompt too.
-        made.pop("cache_position", None)
         past = made.get("past_key_values")
         if self.cache is not None and past is not None and past is not self.cache:  # of a learned prefix
             self.cache, _ = cache_of(past, self.model.spec, new.shape[0])
-        made |= {"return_dict": True, "use_cache": self.cache is not None, "past_key_values": self.cache}
-        known = self.model.arguments
-        out = self.model(**{k: v for k, v in made.items() if k in known}, **self.wanted)
-        self.attentions, self.hidden_states = out.attentions, out.hidden_states
-        return out.logits[:, -1:].float()
+        # Positions follow from the cache, which holds the learned prompt too.
+        made = {k: v for k, v in made.items() if k in self.model.arguments and k != "cache_position"}
+        more = {"past_key_values": self.cache, "use_cache": self.cache is not None, "logits_to_keep": 1}
+        return {**made, **more, "return_dict": True, **self.wanted}
 
     def _all(self, tokens: dict[str, Tensor]) -> dict[str, Tensor]:
         """Without a cache: everything so far, once more."""

@@ -41,37 +41,42 @@ def obstacle(model: PreTrainedModel) -> str | None:
         return f"there are no native kernels ({native.status()})"
     if native.preferred(torch.get_num_threads()) is None:
         return f"PyTorch has {torch.get_num_threads()} threads and the native kernels one ({native.status()})"
+    if (device := model.device.type) != "cpu":
+        return f"device {device}"
     spec = model.spec
     rotary, learned = spec.position(Rotary), spec.position(Learned)
-    if not spec.causal or spec.position(Buckets) or (learned and learned.pad_id is not None):
-        return "its tokens look both ways"
+    if not spec.causal:
+        return "bidirectional attention"
+    if spec.position(Buckets) or (learned and learned.pad_id is not None):
+        return "position encodings that the native step does not have"
     if is_dynamic(rotary):
-        return "its cached keys are turned by angles that change with the length"
+        return "dynamic RoPE scaling, which rotates cached keys anew as the text grows"
     if "row" not in vars(type(model)) or not model.can_generate():
         return f"{type(model).__name__} may compute something of its own"
     if torch.is_autocast_enabled("cpu"):
-        return "autocast chooses the types"
+        return "autocast"
     if dispatch.hooked_everywhere():
-        return "hooks are on all modules"
+        return "hooks on all modules (torch.nn.modules.module)"
     for name, module in model.named_modules():
         kind = type(module)
         known = kind in _THEIRS or kind.__module__ in _OURS or "row" in vars(kind)
         if module is not model and not known:
-            return f"{name} is a {kind.__name__}"
+            return f"{dispatch.foreign(module)} in {name}"
         if (why := dispatch.altered(module)) is not None:
-            return f"{name or 'the model'} {why}"
+            return f"{why} on {name or 'the model'}"
+        if isinstance(module, Attention) and module.implementation != "sdpa":
+            return f"attn_implementation={module.implementation!r}"
+    for name, module in model.named_modules():
         if isinstance(module, Part):
             for group in GROUPS:
                 if all(map(module.has, group)) and (why := module.joint_obstacle(group)) is not None:
                     return f"{name}: {why}"
-        if isinstance(module, Attention) and module.implementation != "sdpa":
-            return f"attention by {module.implementation} was chosen"
     embed = model.get_input_embeddings()
     if isinstance(embed, nn.Embedding) and embed.max_norm is not None:
-        return "its embedding is normed when it is read"
+        return "max_norm of the embedding"
     dtype = common_dtype(model)
     if dtype not in FORMATS:
-        return f"its type is {dtype}"
+        return f"dtype {str(dtype).removeprefix('torch.')}"
     transposed = {f"{name}.weight" for name, module in model.named_modules() if type(module) is Conv1D}
     for name, tensor in _tensors(model):
         if type(tensor) not in (nn.Parameter, Tensor) or tensor.device.type != "cpu":
@@ -112,9 +117,18 @@ def _weights(model: PreTrainedModel, tensors: Sequence[Tensor]) -> Weights:
 # ---------------------------------------------------------------------------- steps
 
 
+def call_obstacle(model: PreTrainedModel, cache: Cache | None) -> str | None:
+    """Why the library cannot run the steps of one generation over that cache; None if it can."""
+    if cache is None:
+        return "use_cache=False"
+    if type(cache) not in (DynamicCache, StaticCache):
+        return f"a cache of the class {type(cache).__name__}"
+    return obstacle(model)
+
+
 def of(model: PreTrainedModel, cache: Cache | None) -> Steps | None:
     """The steps of one generation over that cache; None where the modules must run them."""
-    if cache is None or type(cache) not in (DynamicCache, StaticCache) or obstacle(model) is not None:
+    if cache is None or call_obstacle(model, cache) is not None:
         return None
     # The tensors themselves, so that nothing that the structures point to goes while they are in use.
     tensors = [tensor.detach() for _, tensor in _tensors(model)]

@@ -19,7 +19,7 @@ from torch import Tensor
 from monoblock.backends.pytorch import heads
 from monoblock.backends.pytorch.cache import Cache
 from monoblock.backends.pytorch.kernels.attention_cuda import WIDEST, pieces
-from monoblock.backends.pytorch.model import Attention, Call
+from monoblock.backends.pytorch.model import Attention, Call, run_layers
 from monoblock.backends.pytorch.ops import Scope, turns
 from monoblock.positions import inverse_frequencies
 from monoblock.spec import Alibi, ArchSpec, Learned, Rotary
@@ -188,7 +188,9 @@ def static_step(model: Any, state: State) -> Tensor:
         call.cos, call.sin = turns(state.positions_b1, state.inverse, state.factor, x.dtype)
     if _has_kernels(model, state) and x.dtype == state.shape.dtype:
         call.one_token = _one_token(state, call)
-    hidden = model.bare.run(x, call)
+    bare = model.bare
+    x = bare.embedded(x, call)
+    hidden = bare.role("stack")(x, call) if bare.has("stack") else run_layers(bare, x, call)
     scores = heads.logits(model, hidden[:, -1]).float()
     state.place_1.add_(1)
     state.positions_b1.add_(1)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -15,19 +14,10 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from monoblock.backends.pytorch.kernels import attention_cuda, attention_flex, dispatch, native_ops
-from monoblock.backends.pytorch.ops import Scope
+from monoblock.backends.pytorch.ops import Kernel, Scope
 
 # Queries of one block of the block-wise kernel: their mask of QUERY_BLOCK x keys stays in the processor's cache.
 QUERY_BLOCK = 256
-
-
-@dataclass(frozen=True)
-class Kernel:
-    """What the kernels need to know of a layer: the factor on q·k, the cap on scores, the dropout."""
-
-    scale: float
-    softcap: float | None = None
-    dropout: float = 0.0
 
 
 def attend(q_bhqd: Tensor, k_bgkd: Tensor, v_bgkd: Tensor, scope: Scope, kernel: Kernel) -> Tensor:

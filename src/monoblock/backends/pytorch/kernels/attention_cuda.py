@@ -16,16 +16,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from monoblock.backends.pytorch.ops import Scope
-
-if TYPE_CHECKING:
-    from monoblock.backends.pytorch.kernels.attention import Kernel
+from monoblock.backends.pytorch.ops import Kernel, Scope
 
 DEVICES = ("cuda",)
 WIDEST = 256  # channels of a head that the flash kernel takes

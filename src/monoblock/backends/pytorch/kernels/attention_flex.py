@@ -8,16 +8,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from monoblock.backends.pytorch.ops import Scope
-
-if TYPE_CHECKING:
-    from monoblock.backends.pytorch.kernels.attention import Kernel
+from monoblock.backends.pytorch.ops import Kernel, Scope
 
 BLOCK = 128  # queries and keys of a block: what the kernels are made for
 

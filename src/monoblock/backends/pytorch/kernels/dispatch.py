@@ -72,14 +72,24 @@ def altered(module: nn.Module) -> str | None:
     """What makes calling this module more than its class's own forward; None if nothing does."""
     own = vars(module)
     if own["_forward_hooks"] or own["_forward_pre_hooks"]:
-        return "has a forward hook"
+        return "a forward hook"
     if own["_backward_hooks"] or own.get("_backward_pre_hooks"):
-        return "has a backward hook"
+        return "a backward hook"
     if "forward" in own:
-        return "has a forward of its own"
+        return "a forward method of its own"
     if own.get("_compiled_call_impl") is not None:
-        return "was compiled for itself"
+        return "a compilation of its own"
     return None
+
+
+def foreign(module: nn.Module) -> str:
+    """What a module is that no kernel here knows: adapters by their package, others by their class."""
+    kind = type(module)
+    package, *path = kind.__module__.split(".")
+    if package == "peft":
+        tuner = path[1] if path[:1] == ["tuners"] and len(path) > 1 else ""
+        return f"{'LoRA' if tuner == 'lora' else tuner} adapter (peft)".lstrip()
+    return f"module of the class {kind.__module__}.{kind.__qualname__}"
 
 
 def hooked_everywhere() -> bool:

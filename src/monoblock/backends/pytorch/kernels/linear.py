@@ -28,6 +28,7 @@ all that the core can read is 40 GB/s, and two cores together 50 to 80):
 from __future__ import annotations
 
 import platform
+from collections.abc import Callable
 from ctypes import byref
 from typing import Any
 
@@ -62,32 +63,36 @@ class Linear(nn.Linear):
     joinable = True  # its product is `dense`, so that several side by side may be one
 
     def forward(self, input: Tensor) -> Tensor:
-        return dense(input, self.weight, self.bias)
+        return product(input, self.weight, self.bias)(input, self.weight, self.bias)
 
 
 def dense(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`F.linear(x, weight, bias)` by the rules above."""
+    return product(x, weight, bias)(x, weight, bias)
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Callable[..., Tensor]:
+    """The function that multiplies these, by the rules above; it takes the same three."""
     fits = x.is_cpu and x.dtype in FORMATS and weight.dtype == x.dtype
     if not (fits and dispatch.native(x, weight, bias, gradient=True)):
-        return F.linear(x, weight, bias)
+        return F.linear
     trained = x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     if trained and torch.is_grad_enabled():
-        faster = ONEDNN and x.dtype == torch.float32
-        return Product.apply(x, weight, bias) if faster else F.linear(x, weight, bias)  # pyright: ignore
-    return _product(x, weight, bias)
+        return Product.apply if ONEDNN and x.dtype == torch.float32 else F.linear
+    return _fastest(x, weight, bias)
 
 
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The product alone, without gradients."""
+def _fastest(x: Tensor, weight: Tensor, bias: Tensor | None) -> Callable[..., Tensor]:
+    """`product` where there are no gradients."""
     if x.is_cpu and x.dtype in FORMATS and weight.dtype == x.dtype and x.shape[-1:] == weight.shape[1:]:
         size, inputs = x.numel(), weight.shape[1]
         own = size <= FEW_OF[x.dtype] * inputs or _by_pairs(x, inputs)
         own &= size > 0 and weight.is_contiguous() and _bias_fits(bias, weight.shape[0])
-        if own and (library := native.preferred(torch.get_num_threads())) is not None:
-            return _native(library, x, FORMATS[x.dtype], (weight, None, None, bias), x.shape[-1], 0)
+        if own and native.preferred(torch.get_num_threads()) is not None:
+            return _native
         if ONEDNN and size and x.dtype == torch.float32 and weight.numel():
-            return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    return F.linear(x, weight, bias)
+            return _onednn
+    return F.linear
 
 
 def _by_pairs(x: Tensor, inputs: int) -> bool:
@@ -99,27 +104,39 @@ def _bias_fits(bias: Tensor | None, outputs: int) -> bool:
     return bias is None or (bias.dtype in FORMATS and bias.shape == (outputs,) and bias.is_contiguous())
 
 
+def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
 def _native(
-    library: Any, x: Tensor, form: int, parts: tuple[Tensor | None, ...], inputs: int, group: int
+    x: Tensor,
+    data: Tensor,
+    bias: Tensor | None,
+    scale: Tensor | None = None,
+    low: Tensor | None = None,
+    form: int | None = None,
+    group: int = 0,
 ) -> Tensor:
-    """`mb_linear` over a matrix of these parts: data, scale, low, bias."""
+    """`mb_linear` over a matrix: plain weights of x's dtype, or packed ones of a `form`."""
+    inputs = x.shape[-1]
     flat = x.reshape(-1, inputs)
     if flat.stride(1) != 1:
         flat = flat.contiguous()
-    data, bias = parts[0], parts[3]
-    assert data is not None
     y = torch.empty((*x.shape[:-1], data.shape[0]), dtype=x.dtype)
+    kind = FORMATS[x.dtype]
     matrix = Matrix(
-        *(None if part is None else part.data_ptr() for part in parts),
+        data.data_ptr(),
+        None if scale is None else scale.data_ptr(),
+        None if low is None else low.data_ptr(),
+        None if bias is None else bias.data_ptr(),
         data.shape[0],
         inputs,
-        form,
+        kind if form is None else form,
         group,
         0 if bias is None else FORMATS[bias.dtype],
     )
-    kind = FORMATS[x.dtype]
     place = (flat.data_ptr(), kind, flat.stride(0), flat.shape[0], y.data_ptr(), kind, data.shape[0])
-    if library.mb_linear(byref(matrix), *place, torch.get_num_threads()):
+    if native.library().mb_linear(byref(matrix), *place, torch.get_num_threads()):
         raise MemoryError(f"no memory for the inputs of a product with {tuple(data.shape)}")
     return y
 
@@ -132,7 +149,7 @@ def _native(
 )
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`F.linear` as an operator of its own."""
-    return _product(x, weight, bias)
+    return _fastest(x, weight, bias)(x, weight, bias)
 
 
 @linear.register_fake
@@ -167,7 +184,7 @@ class Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return _product(x, weight, bias)
+        return _fastest(x, weight, bias)(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -180,7 +197,7 @@ class Product(torch.autograd.Function):
 def joint(x: Tensor, part: Any, group: tuple[str, ...]) -> Tensor | None:
     """The outputs (..., sum of outputs) of the linear layers of a group in one product; None where the layers must be
     called one by one (see `Part.joint`)."""
-    if dispatch.transformed() or torch.is_autocast_enabled(x.device.type):
+    if dispatch.transformed() or dispatch.autocast(x.device):
         return None
     held = part.joint(group)
     if held is None:
@@ -198,7 +215,7 @@ def joint(x: Tensor, part: Any, group: tuple[str, ...]) -> Tensor | None:
     tensors = [m.weight for m in modules] + ([] if bias is None else [m.bias for m in modules])
     if torch.is_grad_enabled() and (x.requires_grad or any(t.requires_grad for t in tensors)):
         return JointProduct.apply(x, held["weight"], bias, *tensors)  # pyright: ignore
-    return dense(x, held["weight"], bias)
+    return product(x, held["weight"], bias)(x, held["weight"], bias)
 
 
 class JointProduct(torch.autograd.Function):
@@ -208,7 +225,7 @@ class JointProduct(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, *tensors: Tensor) -> Tensor:
         ctx.save_for_backward(x, *tensors)
         ctx.whole, ctx.biased = weight, bias is not None
-        return _product(x, weight, bias)
+        return _fastest(x, weight, bias)(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -275,7 +292,7 @@ def _packed(
         library = native.library()
         many = _by_pairs(x, inputs) if scale is None else native.multiplies_codes()
         if library is not None and (many or x.numel() <= FEW * inputs):
-            return _native(library, x, PACKED[bits], (codes, scale, low, bias), inputs, group)
+            return _native(x, codes, bias, scale, low, PACKED[bits], group)
         if library is not None and scale is None:
             return _by_pieces(library, x, codes, bias, inputs)
     return formats.multiply(x, codes, scale, low, bias, bits, group, inputs)
@@ -288,7 +305,8 @@ def _by_pieces(library: Any, x: Tensor, codes: Tensor, bias: Tensor | None, inpu
     for first in range(0, codes.shape[0], step):
         rows = slice(first, first + step)
         weight = _unfolded(library, codes[rows], inputs).to(x.dtype)
-        y[..., rows] = _product(x, weight, None if bias is None else bias[rows].to(x.dtype))
+        own = None if bias is None else bias[rows].to(x.dtype)
+        y[..., rows] = _fastest(x, weight, own)(x, weight, own)
     return y
 
 

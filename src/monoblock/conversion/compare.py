@@ -9,20 +9,8 @@ import numpy as np
 from monoblock.checkpoint import casts
 from monoblock.checkpoint.sources import Checkpoint
 from monoblock.checkpoint.views import DTYPE_NAMES, Array
+from monoblock.conversion.logits import LogitComparison
 from monoblock.errors import CheckpointError
-
-
-@dataclass(frozen=True, kw_only=True)
-class LogitComparison:
-    """Two models on the same random prompts: `prompts` of `length` tokens; the largest absolute difference of their
-    first outputs (logits, or hidden states of a bare model), the largest magnitude among them, and the share of
-    positions with the same largest entry."""
-
-    prompts: int
-    length: int
-    difference: float
-    magnitude: float
-    agreement: float
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from monoblock.checkpoint import casts
-from monoblock.checkpoint.compare import Comparison, compare
 from monoblock.checkpoint.files import write_atomically
 from monoblock.checkpoint.folder import check_target, copy_files, new_folder, unpacked
 from monoblock.checkpoint.hub import WEIGHT_NAMES, find_file, read_json
@@ -21,6 +20,7 @@ from monoblock.checkpoint.sources import Checkpoint, Format, Options, hub_config
 from monoblock.checkpoint.views import Array
 from monoblock.checkpoint.weights import Cast, Pooled, Shape, Weights, laid_out
 from monoblock.config import PretrainedConfig
+from monoblock.conversion.compare import Comparison, compare
 from monoblock.errors import CheckpointError, HubError
 from monoblock.generation.config import GENERATION_CONFIG_NAME, GenerationConfig
 

@@ -1,0 +1,103 @@
+"""How many functions of this library a call of `generate` passes through before numbers are multiplied."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import monoblock
+from monoblock import MistralForCausalLM, native
+from monoblock.backends.pytorch.kernels import linear
+
+SOURCE = str(Path(monoblock.__file__).parent)
+# From `generate` to the function that multiplies, both counted. A prompt: generate, the loop, the decoder, the model
+# with its head, the bare model, a block, its attention or MLP, a matrix, the product. A token: generate, the loop, two
+# functions of the decoder, the caller of the native library.
+PROMPT, DECODE = 9, 5
+
+
+def frames() -> tuple[str, ...]:
+    """The functions of this library that are running, outermost first."""
+    found: list[str] = []
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_filename.startswith(SOURCE):
+            found.append(frame.f_code.co_qualname)
+        frame = frame.f_back
+    return tuple(reversed(found))
+
+
+class Watched:
+    """The native library, or a module of products, whose functions note who calls them."""
+
+    def __init__(self, inner: Any, noted: dict[str, set[tuple[str, ...]]]) -> None:
+        self.inner, self.noted = inner, noted
+
+    def __getattr__(self, name: str) -> Any:
+        function = getattr(self.inner, name)
+        if not name.startswith(("mb_linear", "mb_step", "_linear_pointwise")):
+            return function
+
+        def called(*given: Any) -> Any:
+            self.noted.setdefault(name, set()).add(frames())
+            return function(*given)
+
+        return called
+
+
+@pytest.fixture
+def noted(monkeypatch: pytest.MonkeyPatch) -> dict[str, set[tuple[str, ...]]]:
+    """Who multiplies: the callers of the library's functions and of PyTorch's products."""
+    found: dict[str, set[tuple[str, ...]]] = {}
+    if native.library() is not None:
+        opened = native._opened()
+        monkeypatch.setattr(native, "_opened", lambda: (Watched(opened[0], found), *opened[1:]))
+    monkeypatch.setattr(torch.ops, "mkldnn", Watched(torch.ops.mkldnn, found))
+    plain = F.linear
+
+    def called(*given: Any) -> Any:
+        found.setdefault("F.linear", set()).add(frames())
+        return plain(*given)
+
+    monkeypatch.setattr(F, "linear", called)
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("tokens", [4, 40], ids=["few rows", "many rows"])
+def test_frames_between_generate_and_a_product(
+    tokens: int, dtype: torch.dtype, noted: dict[str, set[tuple[str, ...]]]
+) -> None:
+    config = monoblock.MistralConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        eos_token_id=None,
+    )
+    model = MistralForCausalLM(config).eval().to(dtype)
+    model.generate(torch.arange(tokens)[None], max_new_tokens=3, pad_token_id=0)
+    steps = noted.pop("mb_step", set())
+    products = set().union(*noted.values())
+    # q, k and v, and gate and up, in one product each; out and down; the head.
+    assert {chain[-2] for chain in products} >= {"joint", "Linear.forward"} or native.library() is None
+    assert {chain[0] for chain in products} == {"Generation.generate"}
+    assert max(map(len, products)) <= PROMPT, max(products, key=len)
+    if native.preferred(torch.get_num_threads()) is not None:
+        assert steps
+        assert max(map(len, steps)) <= DECODE, max(steps, key=len)
+
+
+def test_the_counter_counts(noted: dict[str, set[tuple[str, ...]]]) -> None:
+    with torch.no_grad():
+        linear.Linear(8, 4)(torch.ones(1, 8))
+    chains = set().union(*noted.values())
+    assert {chain[0] for chain in chains} == {"Linear.forward"}
+    assert max(map(len, chains)) <= 2
