@@ -250,7 +250,7 @@ def test_refusals(tmp_path: Path) -> None:
     with torch.no_grad():
         model.at("up", 0).weight.add_(1e-6)
     model.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"mlp\.up\.weight: .*no bfloat16 numbers"):
+    with pytest.raises(ValueError, match=r"ffn\.up_proj\.weight: .*no bfloat16 numbers"):
         AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config="lossless")
     rounded: Any = AutoModelForCausalLM.from_pretrained(
         tmp_path, quantization_config="lossless", dtype=torch.bfloat16

@@ -90,7 +90,9 @@ def test_every_class_packs_saves_and_loads(
     assert not packed_names(again) and again.quantization_config is None
     assert error(exact, numbers) < 1e-4  # fp32; measured 3e-6
     assert error(after, numbers) < 0.06
-    assert 1e-6 < error(numbers, before) < {"int8": 0.1, "int4": 0.6}[form]  # measured up to 0.051 and 0.4
+    assert (
+        1e-6 < error(numbers, before) < {"int8": 0.1, "int4": 0.7}[form]
+    )  # of random logits of three labels; up to 0.051, 0.61
 
 
 def native_off(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -262,10 +264,11 @@ def test_words_dicts_and_objects_say_the_same(folder: Path) -> None:
     [
         (["lm_head"], {"lm_head"}),
         (["model.embed_tokens"], {"model.embed_tokens"}),
-        (["k_proj"], {f"model.layers.{i}.self_attn.k_proj" for i in range(3)}),
+        (["k_proj"], {f"model.layers.{i}.self_attn.{x}_proj" for i in range(3) for x in "qkv"}),
         (
             ["mlp.down_proj", "q_proj"],
-            {f"model.layers.{i}.{m}" for i in range(3) for m in ("mlp.down_proj", "self_attn.q_proj")},
+            {f"model.layers.{i}.mlp.down_proj" for i in range(3)}
+            | {f"model.layers.{i}.self_attn.{x}_proj" for i in range(3) for x in "qkv"},
         ),
         (["layers.1.mlp"], {f"model.layers.1.mlp.{m}_proj" for m in ("gate", "up", "down")}),
     ],
@@ -273,7 +276,7 @@ def test_words_dicts_and_objects_say_the_same(folder: Path) -> None:
 def test_modules_that_are_not_converted(
     names: list[str], kept: set[str], folder: Path, tmp_path: Path
 ) -> None:
-    """By a name, its end, or a part of it."""
+    """By a name, its end, or a part of it; what kernels take as one stays together."""
     how = WeightOnlyConfig(bits=8, modules_to_not_convert=names)
     everything = packed_names(AutoModelForCausalLM.from_pretrained(folder, quantization_config="int8"))
     model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=how)

@@ -59,7 +59,7 @@ def test_documented_signatures(name: str) -> None:
     for p in parameters[1:-1]:
         assert p.default == (0 if p.name == "logits_to_keep" else None)
         assert p.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
-    assert list(inspect.signature(made).parameters) == ["config", "add_pooling_layer"]
+    assert list(inspect.signature(made).parameters) == ["config"]
     assert made.config_class is monoblock.MptConfig
     assert made.base_model_prefix == "transformer"
     assert made.__name__ == name

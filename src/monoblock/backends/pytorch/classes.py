@@ -79,6 +79,7 @@ def make_class(name: str) -> type[PreTrainedModel]:
         "_no_split_modules": [layer],
         "_tied_weights_keys": _tied(family, row),
         "__module__": "monoblock",
+        "__signature__": _signature(row),
         "__doc__": _document(row, extra),
         "forward": _forward(row, headed),
     }
@@ -89,6 +90,15 @@ def blank(name: str) -> PreTrainedModel:
     """A model of the class of that name without anything in it, for pickle."""
     made = make_class(name)
     return made.__new__(made)
+
+
+def _signature(row: ModelClass) -> inspect.Signature:
+    """Of the constructor: what a class has no use for is not shown."""
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    names = [inspect.Parameter("config", kind)]
+    if row.head == "pooler":
+        names.append(inspect.Parameter("add_pooling_layer", kind, default=True))
+    return inspect.Signature(names)
 
 
 def _tied(family: Family, row: ModelClass) -> dict[str, str] | None:

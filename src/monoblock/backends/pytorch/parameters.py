@@ -55,9 +55,9 @@ class Parameters(Part):
 
     def parameter_names(self) -> Iterator[str]:
         """The names of the parameters in files: each once, tied and quantised ones left out."""
-        packed = checkpoint.packed_modules(self)
+        packed = {f"{name}.weight" for name in checkpoint.packed_modules(self)}
         for source in self.sources().values():
-            yield from (name for name in source.names if name.rpartition(".")[0] not in packed)
+            yield from (name for name in source.names if name not in packed)
 
     def place(self, role: str, layer: int | None = None) -> str:
         """The dotted name of the module that plays a role."""
@@ -148,8 +148,8 @@ class Parameters(Part):
         return result
 
     def _is_plain(self, source: Source) -> bool:
-        packed = checkpoint.packed_modules(self)
-        return not any(name.rpartition(".")[0] in packed for name in source.names)
+        packed = {f"{name}.weight" for name in checkpoint.packed_modules(self)}
+        return not any(name in packed for name in source.names)
 
     def lay_all(self) -> None:
         """Put the matrices that kernels want as one side by side, everywhere in the model."""

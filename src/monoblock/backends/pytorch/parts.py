@@ -176,7 +176,7 @@ def _alike(tensors: Sequence[Tensor]) -> bool:
         and x.dtype == first.dtype
         and x.shape[1:] == first.shape[1:]
         and x.is_contiguous()
-        and not x.is_inference()
+        and (torch.is_inference_mode_enabled() or not x.is_inference())
         for x in tensors
     )
 

@@ -333,11 +333,11 @@ class PreTrainedModel(Recognised, Parameters, Generation, Construction, Adapters
         placed = devices.Placement(self, options.device_map, options.max_memory, options.offload_folder)
         kept = checkpoint.load(self, store, dtype, placed.device, options.quantization)
         packer = checkpoint.packer(self, options.quantization)
-        packed_names = set(checkpoint.packed_modules(self))
+        packed_names = {f"{name}.weight" for name in checkpoint.packed_modules(self)}
         own = {
             canonical: source
             for canonical, source in self.sources().items()
-            if source.names[0].rpartition(".")[0] not in packed_names
+            if source.names[0] not in packed_names
         }
         report = loading.load(
             self,

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, nn
 
 from monoblock.backends.pytorch import loading
 from monoblock.backends.pytorch.layers import Conv1D
+from monoblock.backends.pytorch.parts import GROUPS, Part
 from monoblock.backends.pytorch.quantization import bitsandbytes, formats
 from monoblock.backends.pytorch.quantization.modules import PackedMatrix, matrix, packed_module, plain_module
 from monoblock.quantization import LOSSLESS, QuantizationConfig, WeightOnlyConfig
@@ -93,9 +95,19 @@ class Packer:
             module = self.model.get_submodule(name)
             if not isinstance(module, PackedMatrix):
                 self.put(f"{name}.weight", module.get_parameter("weight"))
+        self._unpack_mixed()
         self.model.tie_weights()
         self.model.lay_all()
         self.model.quantization_config = self.how
+
+    def _unpack_mixed(self) -> None:
+        """Where one of the matrices that kernels take as one did not fit, the others stay as they are too."""
+        for group in _groups(self.model) if self.how.bits == LOSSLESS else ():
+            members = {name: self.model.get_submodule(name) for name in group}
+            if len({isinstance(member, PackedMatrix) for member in members.values()}) > 1:
+                for name, member in members.items():
+                    if isinstance(member, PackedMatrix):
+                        replace(self.model, name, plain_module(member, torch.bfloat16))
 
 
 def matrices(model: Parameters) -> dict[str, nn.Module]:
@@ -127,7 +139,8 @@ def replace(model: nn.Module, name: str, module: nn.Module) -> None:
 def _kept(model: Parameters, names: Iterable[str], asked: Iterable[str]) -> set[str]:
     """The modules that are to stay as they are; ValueError for a name that no module of the model has.
 
-    What is asked for may be a name, its end, or what it is a part of ("lm_head", "mlp.down_proj", "layers.0").
+    What is asked for may be a name, its end, or what it is a part of ("lm_head", "mlp.down_proj", "layers.0"). Matrices
+    that kernels take as one stay together.
     """
     known, names = [name for name, _ in model.named_modules() if name], list(names)
     for word in asked:
@@ -135,7 +148,24 @@ def _kept(model: Parameters, names: Iterable[str], asked: Iterable[str]) -> set[
             raise ValueError(
                 f"modules_to_not_convert (or llm_int8_skip_modules) names {word!r}, which is no module of this model"
             )
-    return {name for name in names if any(_within(word, name) for word in asked)}
+    kept = {name for name in names if any(_within(word, name) for word in asked)}
+    for group in _groups(model):
+        if kept & set(group):
+            kept |= set(group) & set(names)
+    return kept
+
+
+def _groups(model: Parameters) -> list[tuple[str, ...]]:
+    """The names of matrices that kernels take as one: quantised together, or not at all."""
+    groups: list[tuple[str, ...]] = []
+    for name, part in model.named_modules():
+        if isinstance(part, Part):
+            groups += [
+                tuple(f"{name}.{part.roles[r]}" for r in group)
+                for group in GROUPS
+                if all(map(part.has, group))
+            ]
+    return groups
 
 
 def _within(word: str, name: str) -> bool:
