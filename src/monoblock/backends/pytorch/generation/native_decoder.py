@@ -128,7 +128,10 @@ def call_obstacle(model: PreTrainedModel, cache: Cache | None) -> str | None:
 
 def of(model: PreTrainedModel, cache: Cache | None) -> Steps | None:
     """The steps of one generation over that cache; None where the modules must run them."""
-    if cache is None or call_obstacle(model, cache) is not None:
+    if cache is None:
+        return None
+    model.lay_all()  # merging an adapter, say, gives a matrix other memory
+    if call_obstacle(model, cache) is not None:
         return None
     # The tensors themselves, so that nothing that the structures point to goes while they are in use.
     tensors = [tensor.detach() for _, tensor in _tensors(model)]
