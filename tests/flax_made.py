@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
+from helpers import canonical as canonical_tensors
 
 from monoblock.backends.flax.inputs import AT_REST, Wanted
 from monoblock.backends.flax.network import Network
@@ -50,10 +51,7 @@ def canonical_of(tree: Mapping[str, Any], names: Mapping[str, Any]) -> dict[str,
 
 def network_of(module: Any) -> tuple[Network, dict[str, Any]]:
     """The network and the parameters of a PyTorch model."""
-    names = module.parameter_names()
-    tensors = {name: module.get_parameter(path) for name, path in names.items()}
-    head = module.head.spec if module.head else None
-    return Network(module.spec, head_spec=head), arrays_of(tensors)
+    return Network(module.spec, head_spec=module.head_spec), arrays_of(canonical_tensors(module))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,9 @@ import oracle
 import torch
 
 import monoblock
-from monoblock import MptConfig
+from monoblock import MptConfig, modules
+from monoblock.families import family
+from monoblock.modules import Part, part
 from monoblock.spec import ArchSpec
 
 torch.set_num_threads(1)
@@ -118,12 +121,57 @@ class SpecConfig(MptConfig):
         return self.__dict__["spec"].validate()
 
 
-def from_spec(spec: ArchSpec, name: str = "MptForCausalLM", seed: int = 0) -> Any:
-    """A model of that spec, whatever it describes."""
+def spec_tree(_: Any) -> Part:
+    """A module tree that has every role."""
+    attention = part(
+        "Attention",
+        "attention",
+        qkv="qkv",
+        q_norm="q_norm",
+        k_norm="k_norm",
+        out="out",
+        attn_drop="attn_drop",
+        out_drop="out_drop",
+    )
+    mlp = part("Mlp", "mlp", gate="gate", up="up", act="act", down="down", mlp_drop="mlp_drop")
+    return part(
+        "MptModel",
+        "model",
+        wte="embed",
+        wpe="pos_embed",
+        rel_bias="rel_bias",
+        patch_embed="patch_embed",
+        norm_e="embed_norm",
+        drop="embed_drop",
+        blocks=part("Block", "layer", norm_1="norm1", attn=attention, norm_2="norm2", mlp=mlp),
+        norm_f="final_norm",
+        rotary="rotary",
+    )
+
+
+def spec_keymap(config: Any, head: str | None) -> Any:
+    return modules.keymap(spec_tree(config), MPT.heads, config.to_spec(), head=head, prefix="transformer.")
+
+
+MPT = family("mpt")
+SPEC_FAMILY = replace(MPT, tree=spec_tree, keymap=spec_keymap)
+
+
+class SpecModel(monoblock.MptModel):
+    family = SPEC_FAMILY
+
+
+class SpecForCausalLM(monoblock.MptForCausalLM):
+    family = SPEC_FAMILY
+    make = staticmethod(lambda _: SpecModel)
+
+
+def from_spec(spec: ArchSpec, seed: int = 0) -> Any:
+    """A causal model of that spec, whatever it describes."""
     made = SpecConfig.__new__(SpecConfig)
     made.__dict__["spec"] = spec
     SpecConfig.__init__(made, vocab_size=spec.vocab, pad_token_id=PAD)
-    return randomised(getattr(monoblock, name)(made), seed).eval()
+    return randomised(SpecForCausalLM(made), seed).eval()
 
 
 @functools.cache

@@ -50,7 +50,6 @@ def test_what_tools_probe_a_model_for(agree: Any, name: str) -> None:
             "generates": model.can_generate(),
             "checkpointing": model.supports_gradient_checkpointing or "MPNet" in name or "OpenAIGPT" in name,
             "tied": dict(sorted(model.all_tied_weights_keys.items())),
-            "implementation": model.config._attn_implementation,
             "framework": model.framework if hasattr(model, "framework") else "pt",
             "folder": str(model.config._name_or_path) == str(model.name_or_path),
             "parameters": model.num_parameters(),

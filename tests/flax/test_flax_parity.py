@@ -15,6 +15,7 @@ import pytest
 import torch
 from families_made import labels_of, texts
 from flax_made import canonical_of
+from helpers import canonical as canonical_tensors
 from helpers import randomised
 from measure import assert_close, rounding
 
@@ -108,10 +109,10 @@ def test_losses_and_gradients(name: str, tmp_path: Path) -> None:
     with torch.no_grad():
         states = theirs(**given, output_hidden_states=True)
     assert_close("losses", value, total, rounding(theirs.spec, states))
-    names = theirs.parameter_names()
+    names, grads = theirs.shapes(), canonical_tensors(theirs, gradients=True)
     assert len(jax.tree.leaves(tree)) == len(names)
     for canonical, gradient in canonical_of(tree, names).items():
-        own = theirs.get_parameter(names[canonical]).grad
+        own = grads.get(canonical)
         own = torch.zeros(gradient.shape) if own is None else own  # of images, where none came
         bound = GRADIENT * max(1.0, float(own.abs().max()))
         assert_close(f"gradients of {name}: {canonical}", gradient, own, bound)

@@ -230,7 +230,7 @@ def test_images_types_positions_and_embeddings(pair: Callable[[str], Pair]) -> N
     for how in ({}, {"use_cache": False}):
         expected = tokens(theirs, given | moved, **asked, **how)
         assert tokens(ours, given | moved, **asked, **how, **EAGER) == expected
-    embeds = {"inputs_embeds": theirs.backbone.lookup(given["input_ids"]).detach()}
+    embeds = {"inputs_embeds": theirs.get_input_embeddings()(given["input_ids"]).detach()}
     assert tokens(ours, embeds, **asked, **EAGER) == tokens(theirs, embeds, **asked)
 
 

@@ -64,7 +64,8 @@ def test_flash_attention_needs_a_gpu_and_its_package(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     with pytest.raises(ImportError, match="pip install flash-attn"):
         module.set_attn_implementation("flash_attention_2")
-    assert module.config._attn_implementation == "sdpa"
+    assert module.config._attn_implementation is None, "none was asked for"
+    assert module.at("attention", 0).implementation == "sdpa"
 
 
 def flash_attn_func(q: Any, k: Any, v: Any, **given: Any) -> torch.Tensor:

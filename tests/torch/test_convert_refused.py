@@ -37,7 +37,7 @@ def test_interrupted_leaves_nothing(tmp_path: Path) -> None:
 
 
 def test_failed_check_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from monoblock.checkpoint import convert as module
+    from monoblock.conversion import convert as module
 
     source = saved(mistral(), tmp_path / "a")
     write = FORMATS["hub"].write

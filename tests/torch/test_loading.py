@@ -233,7 +233,7 @@ def test_a_device_map_by_hub_names(tmp_path: Path) -> None:
     [
         ({}, "at least one module"),
         ("quick", "no device; try 'cpu'"),
-        ({"": "disk"}, "'disk' is not supported"),
+        ({"": "disk"}, "give offload_folder="),
         ({"decoder": "cpu"}, "names no module of this model: decoder"),
         (3.5, "must be 'auto', a device or a dict"),
     ],
@@ -375,9 +375,11 @@ def test_saving_is_refused_where_it_cannot_be(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="needs a folder"):
         model().save_pretrained(tmp_path / "file")
-    for given in ({"safe_serialization": False}, {"push_to_hub": True}):
+    for given in ({"safe_serialization": False}, {"save_peft_format": False}):
         with pytest.raises(ValueError, match=next(iter(given))):
             model().save_pretrained(tmp_path / "x", **given)
+    with pytest.raises(TypeError, match="repo_id"):
+        model().save_pretrained(tmp_path / "x", repo_id="a/b")
     model().save_pretrained(tmp_path / "other", is_main_process=False)
     assert not (tmp_path / "x").exists()
     assert not (tmp_path / "other").exists()

@@ -315,7 +315,7 @@ def _segments(
     if sequence is not None:
         if sequence.shape != (batch, total):
             raise ValueError(
-                f"sequence_id (or seq_idx) must be (batch, tokens) = ({batch}, {total}), got {tuple(sequence.shape)}"
+                f"sequence_id must be (batch, tokens) = ({batch}, {total}), got {tuple(sequence.shape)}"
             )
         document = sequence if document is None else sequence.long() * total + document
     return None if document is None else document.expand(batch, -1)

@@ -141,6 +141,8 @@ class Parameters(Part):
                 )
                 if one in state_dict and two in own:
                     state_dict.setdefault(two, state_dict[one])
+                elif two in state_dict and one in own:  # old files have a pair under its second name
+                    state_dict[one] = state_dict[two]
         result = super().load_state_dict(state_dict, strict=strict, assign=assign)
         if assign:
             self.tie_weights()
