@@ -25,7 +25,7 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The embedded demo in 4 bits, with what the command said."""
     place = tmp_path_factory.mktemp("quantised") / "demo"
     result = run(
-        "quantize", str(demo.path()), str(place), "--bits", "4", "--group-size", "64", "--keep", "qkv"
+        "quantize", str(demo.path()), str(place), "--bits", "4", "--group-size", "64", "--keep", "Wqkv"
     )
     assert result.returncode == 0, result.stderr
     place.with_suffix(".out").write_text(result.stdout)
@@ -50,7 +50,7 @@ def test_a_folder_is_made_and_the_command_tells(packed: Path) -> None:
         "quant_method": "monoblock",
         "bits": 4,
         "group_size": 64,
-        "modules_to_not_convert": ["qkv"],
+        "modules_to_not_convert": ["Wqkv"],
     }
 
 
@@ -58,7 +58,7 @@ def test_the_folder_generates_and_info_tells(packed: Path) -> None:
     result = run("generate", "-m", str(packed), *PROMPT)
     assert result.returncode == 0 and result.stdout.strip()
     info = run("info", str(packed))
-    assert "packed: int4, groups of 64; embedding and head in int8; not qkv" in info.stdout
+    assert "packed: int4, groups of 64; embedding and head in int8; not Wqkv" in info.stdout
     found = json.loads(run("info", str(packed), "--json").stdout)
     assert found["quantization"]["bits"] == 4 and found["stored"]["U8"] > 0
     assert "packed" not in run("info").stdout

@@ -145,7 +145,7 @@ def test_a_bare_checkpoint_of_theirs_in_a_class_with_a_head(name: str, tmp_path:
     theirs = their_model("MptModel")
     theirs.save_pretrained(tmp_path)
     ours = getattr(monoblock, name).from_pretrained(tmp_path)
-    assert torch.equal(ours.transformer.embed.weight, theirs.wte.weight)
+    assert torch.equal(ours.transformer.wte.weight, theirs.wte.weight)
     ids, mask = batch("right")
     with torch.no_grad():
         a, b = ours(ids, attention_mask=mask, output_hidden_states=True), theirs(ids, attention_mask=mask)

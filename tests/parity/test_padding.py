@@ -91,8 +91,8 @@ def test_the_padding_s_embedding_is_not_trained() -> None:
         model(ids, attention_mask=mask, **spans).loss.backward()
     table = theirs.mpnet.embeddings
     for own, other in (
-        (ours.backbone.embed.weight, table.word_embeddings.weight),
-        (ours.backbone.pos_embed.weight, table.position_embeddings.weight),
+        (ours.at("embed").weight, table.word_embeddings.weight),
+        (ours.at("pos_embed").weight, table.position_embeddings.weight),
     ):
         assert not own.grad[PADS["mpnet"]].any()
         assert_close("gradients of a table", own.grad, other.grad, 1e-5)
