@@ -53,8 +53,8 @@ def test_the_package_imports_nothing_but_the_standard_library() -> None:
 
 
 def test_the_package_imports_at_once() -> None:
-    code = "import time; start = time.perf_counter(); import monoblock; print(time.perf_counter() - start)"
-    # 50 ms is the promise; the best of three, because other work on the machine is no fault of the import
+    # 50 ms is the promise, in the processor's time: other work on the machine is no fault of the import.
+    code = "import time; start = time.process_time(); import monoblock; print(time.process_time() - start)"
     assert min(float(python(code).stdout) for _ in range(3)) < 0.05
 
 
