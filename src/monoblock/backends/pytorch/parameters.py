@@ -133,7 +133,7 @@ class Parameters(Part):
             found = loading.split_state(self.keymap(), plain, shapes, rest, self._canonical_tied(), strict)
             if found is not None:
                 state_dict = {**found, **checkpoint.own_state(parts)}
-        state_dict = dict(state_dict)
+        state_dict, given = dict(state_dict), set(state_dict)
         for second, first in self.tied().items():
             for ending in ("", ".codes", ".scale", ".low"):
                 one, two = (
@@ -144,6 +144,10 @@ class Parameters(Part):
                 elif two in state_dict and one in own:  # old files have a pair under its second name
                     state_dict[one] = state_dict[two]
         result = super().load_state_dict(state_dict, strict=strict, assign=assign)
+        if (
+            not strict
+        ):  # what was not there is reported, as by any module: safetensors' load_model counts on it
+            result.missing_keys.extend(name for name in state_dict if name not in given)
         if assign:
             self.tie_weights()
             self.lay_all()
