@@ -151,7 +151,7 @@ def lay_together(part: Part, group: tuple[str, ...]) -> None:
             return
         wholes[name] = _whole([tensor.detach() for tensor in given])
     for name, whole in wholes.items():
-        for module, view in zip(found, _views(whole, [_rows(module, name) for module in found]), strict=True):
+        for module, view in zip(found, views(whole, [_rows(module, name) for module in found]), strict=True):
             if name in module._buffers:
                 module._buffers[name] = view
             else:
@@ -197,14 +197,9 @@ def _adjacent(tensors: Sequence[Tensor]) -> bool:
     return all(x.data_ptr() == end for x, end in zip(tensors[1:], ends, strict=False))
 
 
-def _views(whole: Tensor, rows: Sequence[int]) -> list[Tensor]:
+def views(whole: Tensor, rows: Sequence[int]) -> list[Tensor]:
     """The rows of a whole, each tensor with a storage of its own over the same memory."""
     return [torch.from_dlpack(view) for view in whole.split(list(rows))]
-
-
-def views(whole: Tensor, rows: Sequence[int]) -> list[Tensor]:
-    """See `_views`; for loaders, which make the whole first."""
-    return _views(whole, rows)
 
 
 def build(
