@@ -23,7 +23,9 @@ class PackedMatrix(nn.Module):
     low: Tensor | None
 
     def __init__(self, packed: Packed, bits: int, group: int, columns: int) -> None:
-        super().__init__()
+        nn.Module.__init__(
+            self
+        )  # subclasses are kinds of layers too, whose own tensors these take the place of
         self.bits, self.group, self.columns = bits, group, columns
         for name, tensor in vars(packed).items():
             self.register_buffer(name, tensor)
@@ -73,9 +75,21 @@ class PackedMatrix(nn.Module):
         return f"{self.columns}, {self.rows}, bits={self.bits}, group={self.group}"
 
 
-class PackedLinear(PackedMatrix):
+class ReadOnlyCodes(Tensor):
+    """Codes of a packed weight, which is no array of numbers to add to."""
+
+    @property
+    def data(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """RuntimeError: numbers were expected here."""
+        raise RuntimeError(
+            "this weight is packed and can be neither read nor changed in place (to merge an adapter, say): call the "
+            "model's dequantize() first"
+        )
+
+
+class PackedLinear(PackedMatrix, nn.Linear):
     """`x @ W.T + bias` with a packed W (out_features, in_features); gradients reach x and the bias, which stays as
-    it was."""
+    it was. An `nn.Linear`, so that adapters are put around it."""
 
     bias: nn.Parameter | None
     joinable = True  # its product is `packed_dense`, so that several side by side may be one
@@ -95,18 +109,23 @@ class PackedLinear(PackedMatrix):
         self.register_parameter("bias", bias)
 
     @property
-    def in_features(self) -> int:
+    def weight(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The codes, for those who ask for a weight's device and dtype; they cannot be changed through it."""
+        return self.codes.as_subclass(ReadOnlyCodes)
+
+    @property
+    def in_features(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
         """The width of what comes in."""
         return self.columns
 
     @property
-    def out_features(self) -> int:
+    def out_features(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
         """The width of what comes out."""
         return self.rows
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         return packed_dense(
-            x, self.codes, self.scale, self.low, self.bias, self.bits, self.group, self.columns
+            input, self.codes, self.scale, self.low, self.bias, self.bits, self.group, self.columns
         )
 
 
