@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from processes import in_processes
-from tiny import LANGUAGE, WAYS, Folders, Library, batch, equal_states, labelled
+from tiny import BLOCKS, LANGUAGE, WAYS, Folders, Library, batch, equal_states, labelled
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -22,17 +22,6 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
-
-# The class of a block, by transformers' name, and the list of them.
-BLOCKS = {
-    "mistral": ("MistralDecoderLayer", "model.layers"),
-    "mpt": ("MptBlock", "transformer.blocks"),
-    "gpt_neo": ("GPTNeoBlock", "transformer.h"),
-    "mpnet": ("MPNetLayer", "mpnet.encoder.layer"),
-    "fuyu": ("PersimmonDecoderLayer", "model.language_model.layers"),
-    "openai-gpt": ("Block", "transformer.h"),
-}
-
 
 def sharded(model: Any, family: str, **options: Any) -> Any:
     """FSDP2 on each block and on the whole."""

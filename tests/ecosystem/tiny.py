@@ -114,6 +114,15 @@ SEQUENCE = {
     "gpt_neo": "GPTNeoForSequenceClassification",
     "mpnet": "MPNetForSequenceClassification",
 }
+# The class of a block, by transformers' name, and the list of them.
+BLOCKS = {
+    "mistral": ("MistralDecoderLayer", "model.layers"),
+    "mpt": ("MptBlock", "transformer.blocks"),
+    "gpt_neo": ("GPTNeoBlock", "transformer.h"),
+    "mpnet": ("MPNetLayer", "mpnet.encoder.layer"),
+    "fuyu": ("PersimmonDecoderLayer", "model.language_model.layers"),
+    "openai-gpt": ("Block", "transformer.h"),
+}
 FAMILIES = tuple(LANGUAGE)
 CAUSAL = tuple(family for family in FAMILIES if family != "mpnet")
 
