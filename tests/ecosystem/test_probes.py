@@ -12,6 +12,7 @@ import torch
 import transformers
 from datasets import Dataset
 from lm_eval.models.huggingface import HFLM
+from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 from tiny import BARE, CAUSAL, FAMILIES, LANGUAGE, SEQUENCE, TEXTS, Library, batch, family_of, fields, logits
@@ -293,15 +294,25 @@ def test_more_arguments_of_from_pretrained(library: Library, folders: Any, tmp_p
     assert torch.equal(logits(again), logits(made))
 
 
-def test_a_folder_packed_in_4_bits_is_refused_by_transformers(
-    monoblock_library: Library, tmp_path: Path
+@pytest.mark.parametrize("how", ["int4", "int8", "lossless"])
+def test_packed_folders_are_refused_by_transformers(
+    monoblock_library: Library, how: str, tmp_path: Path
 ) -> None:
-    """No random weights in silence: transformers must raise."""
-    folder = monoblock_library.folders("MistralForCausalLM", hidden_size=64, intermediate_size=128)
-    packed = monoblock_library.AutoModelForCausalLM.from_pretrained(folder, quantization_config="int4")
+    """Before it reads the weights, which it would pass over and make others at random."""
+    folder = monoblock_library.folders("MistralForCausalLM", hidden_size=512, intermediate_size=512)
+    packed = monoblock_library.AutoModelForCausalLM.from_pretrained(
+        folder, quantization_config=how, dtype=torch.bfloat16
+    )
     packed.save_pretrained(tmp_path)
-    with pytest.raises((ValueError, RuntimeError, OSError)):
-        transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    names = load_file(tmp_path / "model.safetensors")
+    assert any(name.endswith(".codes") for name in names)
+    (tmp_path / "model.safetensors").rename(tmp_path / "elsewhere")
+    for cls in (transformers.AutoModelForCausalLM, transformers.MistralForCausalLM, transformers.AutoModel):
+        with pytest.raises(ValueError, match="quantization config .* has no `quant_method`"):
+            cls.from_pretrained(tmp_path)
+    (tmp_path / "elsewhere").rename(tmp_path / "model.safetensors")
+    again = monoblock_library.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(logits(again), logits(packed))
 
 
 def rows(tokenizer: Any) -> list[dict[str, Any]]:
