@@ -12,7 +12,19 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from processes import in_processes
 from safetensors.torch import load_file
-from tiny import BARE, BLOCKS, FAMILIES, LANGUAGE, WAYS, Folders, Library, batch, equal_states, labelled, logits
+from tiny import (
+    BARE,
+    BLOCKS,
+    FAMILIES,
+    LANGUAGE,
+    WAYS,
+    Folders,
+    Library,
+    batch,
+    equal_states,
+    labelled,
+    logits,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -150,9 +162,7 @@ def on_disk(model: Any) -> list[str]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_weights_stay_on_disk(
-    agree: Any, monoblock_library: Library, family: str, tmp_path: Path
-) -> None:
+def test_weights_stay_on_disk(agree: Any, monoblock_library: Library, family: str, tmp_path: Path) -> None:
     """The second block's weights are read for each call: by from_pretrained, and by accelerate."""
     name = LANGUAGE[family]
     blocks = BLOCKS[family][1]
@@ -175,7 +185,9 @@ def test_weights_stay_on_disk(
         with accelerate.init_empty_weights():
             empty = cls(library.AutoConfig.from_pretrained(folder))
         empty.tie_weights()
-        monoblock_library.model(name).save_pretrained(offload / "saved")  # the parameters' names, for Fuyu too
+        monoblock_library.model(name).save_pretrained(
+            offload / "saved"
+        )  # the parameters' names, for Fuyu too
         by_hand = accelerate.load_checkpoint_and_dispatch(
             empty, str(offload / "saved"), device_map=where, offload_folder=str(offload / "b")
         ).eval()
