@@ -308,7 +308,7 @@ def test_packed_folders_are_refused_by_transformers(
     assert any(name.endswith(".codes") for name in names)
     (tmp_path / "model.safetensors").rename(tmp_path / "elsewhere")
     for cls in (transformers.AutoModelForCausalLM, transformers.MistralForCausalLM, transformers.AutoModel):
-        with pytest.raises(ValueError, match="quantization config .* has no `quant_method`"):
+        with pytest.raises(ValueError, match=r"quantization config .* has no `quant_method`"):
             cls.from_pretrained(tmp_path)
     (tmp_path / "elsewhere").rename(tmp_path / "model.safetensors")
     again = monoblock_library.AutoModelForCausalLM.from_pretrained(tmp_path)
