@@ -267,11 +267,10 @@ def logits(model: Any, inputs: dict[str, torch.Tensor] | None = None) -> torch.T
     return first.float()
 
 
-def steps(model: Any, name: str, count: int = 2, lr: float = 1e-2) -> list[float]:
+def steps(model: Any, name: str, count: int = 2, lr: float = 1e-2, eps: float = 1e-8) -> list[float]:
     """The losses of some steps of AdamW on the trainable parameters."""
     model.train()
-    # A large eps: a gradient that is rounding alone must not become a step of full size, of either sign.
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, eps=1e-3)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, eps=eps)
     losses = []
     for i in range(count):
         loss = model(**labelled(name, seed=i)).loss
