@@ -22,6 +22,7 @@ from tiny import (
     Library,
     batch,
     equal_states,
+    equal_trees,
     labelled,
     logits,
 )
@@ -108,13 +109,41 @@ def test_checkpoints_move_between_libraries(
     torch.nn.init.ones_(next(again.parameters()))
     accelerate.load_checkpoint_in_model(again, str(tmp_path / "model"))
     equal_states(again.state_dict(), state)
+    accelerator.save_model(again, tmp_path / "model-back")
+    equal_states(
+        load_file(tmp_path / "model-back" / "model.safetensors"),
+        load_file(tmp_path / "model" / "model.safetensors"),
+    )
 
-    accelerator.save_state(str(tmp_path / "state"))
-    resumed = accelerator.prepare(other.model(name))
-    accelerator._models[:] = [resumed]
-    torch.nn.init.ones_(next(resumed.parameters()))
-    accelerator.load_state(str(tmp_path / "state"))
-    equal_states(resumed.state_dict(), state)
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("writer", "reader"), WAYS)
+def test_states_move_between_libraries(
+    folders: Any, writer: str, reader: str, family: str, tmp_path: Path
+) -> None:
+    """save_state and load_state, there and back; the optimizer's goes by the order of the parameters."""
+    name = LANGUAGE[family]
+
+    def prepared(which: str) -> Any:
+        AcceleratorState._reset_state()
+        accelerator = Accelerator(cpu=True)
+        model = Library(which, folders).model(name)
+        return accelerator, *accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=1e-2))
+
+    accelerator, model, optimizer = prepared(writer)
+    accelerator.backward(model.train()(**labelled(name)).loss)
+    optimizer.step()
+    optimizer.zero_grad()
+    accelerator.save_state(str(tmp_path / "there"))
+    other, second, its_optimizer = prepared(reader)
+    other.load_state(str(tmp_path / "there"))
+    other.save_state(str(tmp_path / "back"))
+    back, third, the_last = prepared(writer)
+    back.load_state(str(tmp_path / "back"))
+    for m, o in ((second, its_optimizer), (third, the_last)):
+        equal_states(m.state_dict(), model.state_dict())
+        equal_trees(o.state_dict(), optimizer.state_dict())
+    assert [key for key, _ in second.named_parameters()] == [key for key, _ in model.named_parameters()]
 
 
 def test_a_process_that_is_not_the_main_one_writes_nothing(library: Library, tmp_path: Path) -> None:

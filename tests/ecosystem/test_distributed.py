@@ -10,7 +10,18 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from processes import in_processes
-from tiny import BLOCKS, FAMILIES, LANGUAGE, WAYS, Folders, Library, batch, equal_states, labelled
+from tiny import (
+    BLOCKS,
+    FAMILIES,
+    LANGUAGE,
+    WAYS,
+    Folders,
+    Library,
+    batch,
+    equal_states,
+    equal_trees,
+    labelled,
+)
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -134,22 +145,6 @@ def _there_and_back(rank: int, writer: str, reader: str, root: Path, family: str
     _whole(third, the_last, folder / "third.pt", rank)
     steps = ((model, optimizer), (second, its_optimizer), (third, the_last))
     return [train(m, name, rank, steps=1, optimizer=o) for m, o in steps]
-
-
-def equal_trees(one: Any, other: Any) -> None:
-    """The same keys with the same numbers, to the bit, in any nesting."""
-    if isinstance(one, dict):
-        assert sorted(one) == sorted(other)
-        for key in one:
-            equal_trees(one[key], other[key])
-    elif isinstance(one, list | tuple):
-        for x, y in zip(one, other, strict=True):
-            equal_trees(x, y)
-    elif isinstance(one, torch.Tensor):
-        assert one.dtype == other.dtype
-        assert torch.equal(one, other)
-    else:
-        assert one == other
 
 
 @pytest.mark.parametrize("family", FAMILIES)

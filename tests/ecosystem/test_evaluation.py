@@ -169,7 +169,8 @@ def test_outlines_by_name(agree: Any) -> None:
     def run(library: Library) -> Any:
         folder = library.folders("MptForCausalLM")
         model = outlines.from_transformers(
-            library.AutoModelForCausalLM.from_pretrained(folder), library.AutoTokenizer.from_pretrained(folder)
+            library.AutoModelForCausalLM.from_pretrained(folder),
+            library.AutoTokenizer.from_pretrained(folder),
         )
         schema = '{"type": "object", "properties": {"n": {"enum": [1, 23]}}, "required": ["n"]}'
         text = model("the cat", outlines.json_schema(schema), max_new_tokens=60, do_sample=False)

@@ -287,3 +287,19 @@ def equal_states(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None
     for name in a:
         assert a[name].dtype == b[name].dtype, name
         assert torch.equal(a[name], b[name]), name
+
+
+def equal_trees(one: Any, other: Any) -> None:
+    """The same keys with the same numbers, to the bit, in any nesting."""
+    if isinstance(one, dict):
+        assert sorted(one) == sorted(other)
+        for key in one:
+            equal_trees(one[key], other[key])
+    elif isinstance(one, list | tuple):
+        for x, y in zip(one, other, strict=True):
+            equal_trees(x, y)
+    elif isinstance(one, torch.Tensor):
+        assert one.dtype == other.dtype
+        assert torch.equal(one, other)
+    else:
+        assert one == other
