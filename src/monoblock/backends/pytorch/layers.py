@@ -106,9 +106,10 @@ class Conv1D(nn.Module):
     def named_parameters(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
     ) -> Iterator[tuple[str, nn.Parameter]]:
-        """As `torch.nn.Module`'s. FSDP and DDP ask each module for its own parameters alone, to shard or flatten them,
-        which takes memory in the order of the axes: with `recurse=False` the weight is laid so first."""
-        if not recurse and type(self.weight) is nn.Parameter and not self.weight.is_contiguous():
+        """As `torch.nn.Module`'s. In a group of processes, FSDP asks each module for its own parameters alone, to shard
+        them, which takes memory in the order of the axes: with `recurse=False` the weight is laid so first."""
+        grouped = not recurse and torch.distributed.is_available() and torch.distributed.is_initialized()
+        if grouped and type(self.weight) is nn.Parameter and not self.weight.is_contiguous():
             self.weight.data = self.weight.data.contiguous()
         return super().named_parameters(prefix, recurse, remove_duplicate)
 
