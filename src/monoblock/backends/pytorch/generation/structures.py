@@ -8,8 +8,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from monoblock.backends.pytorch.kernels.linear import FORMATS, PACKED
+from monoblock.backends.pytorch.kernels.linear import native_matrix
 from monoblock.backends.pytorch.layers import Conv1D
+from monoblock.backends.pytorch.quantization.modules import PackedMatrix
 from monoblock.native.abi import LayerWeights, Matrix, ModelWeights, NormWeights
 from monoblock.positions import inverse_frequencies
 from monoblock.spec import ACTIVATIONS, Alibi, ArchSpec, Learned, Rotary
@@ -113,25 +114,9 @@ def _constants(spec: ArchSpec) -> dict[str, np.ndarray[Any, Any]]:
 
 def _matrix(module: Any) -> Matrix:
     bias = getattr(module, "bias", None)
-    if hasattr(module, "codes"):
-        parts = {"data": module.codes, "scale": module.scale, "low": module.low, "bias": bias}
-        return Matrix(
-            **{name: None if part is None else part.data_ptr() for name, part in parts.items()},
-            outputs=module.rows,
-            inputs=module.columns,
-            format=PACKED[module.bits],
-            group=module.group,
-            bias_format=0 if bias is None else FORMATS[bias.dtype],
-        )
-    outputs, inputs = module.weight.shape[::-1] if isinstance(module, Conv1D) else module.weight.shape
-    return Matrix(
-        data=module.weight.data_ptr(),
-        bias=None if bias is None else bias.data_ptr(),
-        outputs=outputs,
-        inputs=inputs,
-        format=FORMATS[module.weight.dtype],
-        bias_format=0 if bias is None else FORMATS[bias.dtype],
-    )
+    if isinstance(module, PackedMatrix):
+        return native_matrix(module.quantized, bias)
+    return native_matrix(module.weight.t() if isinstance(module, Conv1D) else module.weight, bias)
 
 
 def _norm(module: Any) -> NormWeights:

@@ -11,7 +11,7 @@ from torch import Tensor
 from monoblock import tree
 from monoblock.backends.pytorch import loading
 from monoblock.backends.pytorch.quantization import formats
-from monoblock.backends.pytorch.quantization.formats import Packed
+from monoblock.backends.pytorch.quantization.formats import QuantizedTensor
 from monoblock.backends.pytorch.quantization.modules import PackedMatrix, packed_module
 from monoblock.backends.pytorch.quantization.quantize import Packer, matrices, replace
 from monoblock.checkpoint import packed
@@ -71,15 +71,15 @@ def load(
             part: loading.pieces(
                 here, sources[canonical], parts[part], expected[part][canonical], kind, where
             )
-            for part, kind in _DTYPES.items()
+            for part, kind in formats.DTYPES.items()
             if canonical in (sources := found[part][0])
         }
         for i, name in enumerate(here.names):
             path = name.rpartition(".")[0]
             tensors = {part: piece.parts[i] for part, piece in pieces.items()}
             module = model.get_submodule(path)
-            made = packed_module(module, Packed(**tensors), formats.bits_of(tensors), how.group_size, dtype)
-            replace(model, path, made)
+            quantized = QuantizedTensor.of(tensors, how.group_size, shapes[canonical][1])
+            replace(model, path, packed_module(module, quantized, dtype))
         for part, piece in pieces.items():
             if piece.whole is not None:
                 loading.adopt(
@@ -87,9 +87,6 @@ def load(
                 )
     model.quantization_config = how
     return [f"{name}.codes" for name in found["codes"][1].unused]
-
-
-_DTYPES = {"codes": torch.uint8, "scale": torch.float16, "low": torch.float16}
 
 
 def packer(model: Parameters, how: QuantizationConfig | None) -> Packer | None:
@@ -116,7 +113,7 @@ def file_state(model: Parameters) -> dict[str, Tensor]:
     return {
         f"{name}.weight.{part}": tensor
         for name, module in packed_modules(model).items()
-        for part, tensor in module.packed.items()
+        for part, tensor in module.quantized.tensors().items()
     }
 
 

@@ -77,17 +77,16 @@ class Packer:
         if last != "weight" or name not in self.bits:
             loading.assign(self.model, path, tensor)
             return
-        bits, group = self.bits[name], self.how.group_size
         module = self.model.get_submodule(name)
         try:
-            packed = formats.pack(matrix(module, tensor.detach()), bits, group)
+            quantized = formats.pack(matrix(module, tensor.detach()), self.bits[name], self.how.group_size)
         except formats.DoesNotFit:
             self.bits.pop(name)  # it stays as it is
             loading.assign(self.model, path, tensor)
             return
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
-        replace(self.model, name, packed_module(module, packed, bits, group, tensor.dtype))
+        replace(self.model, name, packed_module(module, quantized, tensor.dtype))
 
     def finish(self) -> None:
         """Pack what is there and has not been packed."""
