@@ -101,7 +101,7 @@ class Part(Named):
                     tensor.data_ptr() != place[name]
                     or tensor.dtype != whole.dtype
                     or tensor.shape[1:] != whole.shape[1:]
-                    or type(tensor) not in (Tensor, nn.Parameter)
+                    or type(tensor) not in dispatch.ORDINARY
                 ):
                     self.joints.pop(group[0])
                     return f"{self.roles[role]}.{name} does not lie beside the others"
@@ -169,7 +169,7 @@ def _rows(module: nn.Module, name: str) -> int:
 def _alike(tensors: Sequence[Tensor]) -> bool:
     first = tensors[0]
     return all(
-        type(x) in (Tensor, nn.Parameter)
+        type(x) in dispatch.ORDINARY
         and x.layout == torch.strided
         and x.device == first.device
         and x.device.type != "meta"

@@ -20,8 +20,6 @@ from monoblock.backends.pytorch.cache import DynamicCache, StaticCache
 from monoblock.backends.pytorch.generation.static_step import Shape, State, static_step
 from monoblock.backends.pytorch.kernels import dispatch
 from monoblock.backends.pytorch.model import Attention
-from monoblock.positions import is_dynamic
-from monoblock.spec import ArchSpec, Buckets, Learned, Rotary
 
 if TYPE_CHECKING:
     from monoblock.backends.pytorch.generation.decoder import Decoder
@@ -150,34 +148,17 @@ def obstacle(model: PreTrainedModel) -> str | None:
     device = model.device
     if device.type not in RECORDERS:
         return f"device {device.type}"
-    if not _is_static(model.spec):
-        return "position encodings or attention whose work changes with the length"
-    if torch.is_autocast_enabled(device.type):
-        return "autocast"
-    if dispatch.hooked_everywhere():
-        return "hooks on all modules (torch.nn.modules.module)"
+    if (why := dispatch.spec_obstacle(model.spec) or dispatch.setting_obstacle(device)) is not None:
+        return why
     for name, module in model.named_modules():
-        if not type(module).__module__.startswith(("torch.nn.modules.", "monoblock")):
-            return f"{dispatch.foreign(module)} in {name}"
-        own = vars(module)
-        if own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own:
-            return f"{dispatch.altered(module)} on {name or 'the model'}"
+        known = type(module).__module__.startswith(("torch.nn.modules.", "monoblock"))
+        if (why := dispatch.module_obstacle(name, module, known=known, captured=True)) is not None:
+            return why
     for name, parameter in model.named_parameters():
         if parameter.device != device:
             return f"{name} is on {parameter.device} and the model on {device}"
     other = _kernels(model) - {"sdpa", "eager", "flex_attention"}
     return f"attn_implementation={other.pop()!r}" if other else None
-
-
-def _is_static(spec: ArchSpec) -> bool:
-    """Whether the work for a token is the same for all: angles of dynamic scaling change with the length."""
-    learned = spec.position(Learned)
-    return (
-        spec.causal
-        and spec.position(Buckets) is None
-        and not is_dynamic(spec.position(Rotary))
-        and (learned is None or learned.pad_id is None)
-    )
 
 
 # ---------------------------------------------------------------------------- in the place of a decoder

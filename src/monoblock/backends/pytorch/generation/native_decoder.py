@@ -22,8 +22,6 @@ from monoblock.backends.pytorch.layers import Conv1D
 from monoblock.backends.pytorch.model import Attention
 from monoblock.backends.pytorch.parts import GROUPS, Part
 from monoblock.native.abi import DecodeStep, LayerCache
-from monoblock.positions import is_dynamic
-from monoblock.spec import Buckets, Learned, Rotary
 
 if TYPE_CHECKING:
     from monoblock.backends.pytorch.pretrained import PreTrainedModel
@@ -43,27 +41,17 @@ def obstacle(model: PreTrainedModel) -> str | None:
         return f"PyTorch has {torch.get_num_threads()} threads and the native kernels one ({native.status()})"
     if (device := model.device.type) != "cpu":
         return f"device {device}"
-    spec = model.spec
-    rotary, learned = spec.position(Rotary), spec.position(Learned)
-    if not spec.causal:
-        return "bidirectional attention"
-    if spec.position(Buckets) or (learned and learned.pad_id is not None):
-        return "position encodings that the native step does not have"
-    if is_dynamic(rotary):
-        return "dynamic RoPE scaling, which rotates cached keys anew as the text grows"
+    if (why := dispatch.spec_obstacle(model.spec)) is not None:
+        return why
     if "row" not in vars(type(model)) or not model.can_generate():
         return f"{type(model).__name__} may compute something of its own"
-    if torch.is_autocast_enabled("cpu"):
-        return "autocast"
-    if dispatch.hooked_everywhere():
-        return "hooks on all modules (torch.nn.modules.module)"
+    if (why := dispatch.setting_obstacle(model.device)) is not None:
+        return why
     for name, module in model.named_modules():
         kind = type(module)
-        known = kind in _THEIRS or kind.__module__ in _OURS or "row" in vars(kind)
-        if module is not model and not known:
-            return f"{dispatch.foreign(module)} in {name}"
-        if (why := dispatch.altered(module)) is not None:
-            return f"{why} on {name or 'the model'}"
+        known = module is model or kind in _THEIRS or kind.__module__ in _OURS or "row" in vars(kind)
+        if (why := dispatch.module_obstacle(name, module, known=known)) is not None:
+            return why
         if isinstance(module, Attention) and module.implementation != "sdpa":
             return f"attn_implementation={module.implementation!r}"
     for name, module in model.named_modules():
@@ -79,7 +67,7 @@ def obstacle(model: PreTrainedModel) -> str | None:
         return f"dtype {str(dtype).removeprefix('torch.')}"
     transposed = {f"{name}.weight" for name, module in model.named_modules() if type(module) is Conv1D}
     for name, tensor in _tensors(model):
-        if type(tensor) not in (nn.Parameter, Tensor) or tensor.device.type != "cpu":
+        if type(tensor) not in dispatch.ORDINARY or tensor.device.type != "cpu":
             return f"{name} is not an ordinary tensor on the CPU"
         if not (tensor.t() if name in transposed else tensor).is_contiguous():
             return f"{name} is not contiguous"
