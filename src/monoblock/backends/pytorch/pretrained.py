@@ -96,19 +96,19 @@ class PreTrainedModel(Recognised, Parameters, Generation, Construction, Adapters
         """The modules, by the family's tree; the bare model inside is one of its own class."""
         family, kind = self.family, self.row.head
         layout = family.tree(self.config)
-        leaf = layers.Leaves(self.spec, self.head_spec)
-        own: dict[str, Any] = {"layers": self.spec.layers}
+        leaves = layers.Leaves(self.spec, self.head_spec)
+        builder = parts.Builder(KINDS, leaves, self._prepare, self.spec.layers)
         if kind in (None, "pooler"):
             bare = {n: c for n, c in layout.children.items() if self.head_spec or not _is_pooler(c)}
             layout = replace(layout, children=bare)
-            parts.fill(self, layout, KINDS, leaf, self._prepare, **own)
+            builder.fill(self, layout)
             self.places = {role: ".".join(path) for role, path in layout.paths()}
             return
         self.joints, self.roles, self.tuples = {}, {"bare": family.prefix}, False
         base = self.make(family.bare_class.name)(self.config, add_pooling_layer=kind == "choice")
         self.add_module(family.prefix, base)
         heads = modules.Part(self.row.name, "head", family.heads[kind])
-        parts.fill(self, heads, KINDS, leaf, self._prepare, **own)
+        builder.fill(self, heads)
         if self.has("lm_head"):
             head = self.role("lm_head")
             head.register_parameter("bias", head.role("head_out").bias)
