@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from monoblock import modules as tree
-from monoblock.backends.pytorch.kernels import dispatch
+from monoblock.backends.pytorch.kernels import dispatch, low_rank
 from monoblock.spec import ArchSpec
 
 GROUPS = tuple(tree.GROUPS)
@@ -75,8 +75,9 @@ class Part(Named):
             return None
         return held
 
-    def joint_obstacle(self, group: tuple[str, ...]) -> str | None:
-        """Why a group's modules must be called one by one; None if they need not."""
+    def joint_obstacle(self, group: tuple[str, ...], *, adapted: bool = False) -> str | None:
+        """Why a group's modules must be called one by one; None if they need not. `adapted`: whether the matrices below
+        LoRA adapters are meant, whose terms the caller adds."""
         held = self.joints.get(group[0])
         if held is None:
             return f"{', '.join(self.roles[role] for role in group)} do not lie side by side"
@@ -84,6 +85,8 @@ class Part(Named):
         first = None
         for role in group:
             module = self.role(role)
+            if adapted:
+                module = low_rank.base(module)
             if (why := dispatch.altered(module)) is not None:
                 return f"{why} on {self.roles[role]}"
             kind = type(module)
@@ -135,10 +138,10 @@ def _tensor(module: nn.Module, name: str) -> Tensor | None:
 def lay_together(part: Part, group: tuple[str, ...]) -> None:
     """Put the tensors of a group's modules side by side in one allocation for each kind, and remember it; nothing is
     done where they are of different kinds, on the meta device, or not ordinary tensors."""
-    if part.joints.get(group[0]) is not None and part.joint_obstacle(group) is None:
+    if part.joints.get(group[0]) is not None and part.joint_obstacle(group, adapted=True) is None:
         return
     part.joints.pop(group[0], None)
-    found = [part.role(role) for role in group]
+    found = [low_rank.base(part.role(role)) for role in group]
     if any(type(module) is not type(found[0]) for module in found):
         return
     wholes: dict[str, Tensor] = {}

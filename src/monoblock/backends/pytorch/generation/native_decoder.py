@@ -1,7 +1,7 @@
 """A few new tokens of a model in one call of the native library: from modules and caches to its structures.
 
 `obstacle` says what stands in the way of that, `of` makes the `Steps` of one generation. What the library computes is
-what the modules compute, with float32 between the matrices whatever their type.
+what the modules compute, with float32 between the matrices whatever their type. LoRA adapters of peft are part of it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from monoblock import native
 from monoblock.backends.pytorch.cache import Cache, DynamicCache, StaticCache
 from monoblock.backends.pytorch.generation.structures import Weights, common_dtype
-from monoblock.backends.pytorch.kernels import dispatch
+from monoblock.backends.pytorch.kernels import dispatch, low_rank
 from monoblock.backends.pytorch.kernels.linear import FORMATS
 from monoblock.backends.pytorch.layers import Conv1D
 from monoblock.backends.pytorch.model import Attention
@@ -47,8 +47,15 @@ def obstacle(model: PreTrainedModel) -> str | None:
         return f"{type(model).__name__} may compute something of its own"
     if (why := dispatch.setting_obstacle(model.device)) is not None:
         return why
+    adaptable = set(_adaptable(model))
     for name, module in model.named_modules():
         kind = type(module)
+        if isinstance(module, _DROPS) and module.training and not model.training:
+            return f"dropout in training mode in {name}"
+        if low_rank.is_lora(module) and name in adaptable:
+            if (why := low_rank.obstacle(module) or dispatch.altered(module)) is not None:
+                return f"{why} in {name}"
+            continue
         known = module is model or kind in _THEIRS or kind.__module__ in _OURS or "row" in vars(kind)
         if (why := dispatch.module_obstacle(name, module, known=known)) is not None:
             return why
@@ -57,7 +64,9 @@ def obstacle(model: PreTrainedModel) -> str | None:
     for name, module in model.named_modules():
         if isinstance(module, Part):
             for group in GROUPS:
-                if all(map(module.has, group)) and (why := module.joint_obstacle(group)) is not None:
+                if not all(map(module.has, group)):
+                    continue
+                if (why := module.joint_obstacle(group, adapted=True)) is not None:
                     return f"{name}: {why}"
     embed = model.get_input_embeddings()
     if isinstance(embed, nn.Embedding) and embed.max_norm is not None:
@@ -67,6 +76,8 @@ def obstacle(model: PreTrainedModel) -> str | None:
         return f"dtype {str(dtype).removeprefix('torch.')}"
     transposed = {f"{name}.weight" for name, module in model.named_modules() if type(module) is Conv1D}
     for name, tensor in _tensors(model):
+        if ".lora_" in name:
+            continue
         if type(tensor) not in dispatch.ORDINARY or tensor.device.type != "cpu":
             return f"{name} is not an ordinary tensor on the CPU"
         if not (tensor.t() if name in transposed else tensor).is_contiguous():
@@ -77,12 +88,27 @@ def obstacle(model: PreTrainedModel) -> str | None:
 
 
 # What the library computes: PyTorch's modules of these types, and all that these files define.
-_THEIRS = {nn.ModuleList, nn.Dropout, nn.Identity, nn.Linear, nn.Embedding, nn.LayerNorm, nn.RMSNorm, nn.Tanh}
+_THEIRS = {
+    *(nn.ModuleList, nn.ModuleDict, nn.ParameterDict, nn.Dropout, nn.Identity),
+    *(nn.Linear, nn.Embedding, nn.LayerNorm, nn.RMSNorm, nn.Tanh),
+}
 _OURS = {
     f"monoblock.backends.pytorch.{name}"
     for name in ("model", "heads", "layers", "kernels.linear", "quantization.modules")
 }
+# What drops activations in training mode.
+_DROPS = (nn.Dropout, Part)
 _PACKED = (".codes", ".scale", ".low")
+# Roles of the matrices to which the library adds low-rank adapters.
+_ADAPTABLE = ("qkv", "qkv_by_head", "q", "k", "v", "out", "gate", "up", "down")
+
+
+def _adaptable(model: PreTrainedModel) -> Iterator[str]:
+    """The names of the modules where LoRA is no obstacle."""
+    for role in _ADAPTABLE:
+        if role in model.places:
+            yield from (model.place(role, i) for i in range(model.spec.layers))
+    yield next(name for name, module in model.named_modules() if module is model.get_output_embeddings())
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -95,7 +121,8 @@ _MADE: WeakKeyDictionary[nn.Module, tuple[list[Any], Weights]] = WeakKeyDictiona
 
 
 def _weights(model: PreTrainedModel, tensors: Sequence[Tensor]) -> Weights:
-    places = [(tensor.data_ptr(), tensor.dtype, tensor.shape) for tensor in tensors]
+    places: list[Any] = [(tensor.data_ptr(), tensor.dtype, tensor.shape) for tensor in tensors]
+    places += [(term.a.data_ptr(), term.scale) for m in model.modules() for term in low_rank.terms(m)]
     made = _MADE.get(model)
     if made is None or made[0] != places:
         made = _MADE[model] = (places, Weights(model))

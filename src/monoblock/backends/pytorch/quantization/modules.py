@@ -22,7 +22,8 @@ class PackedMatrix(nn.Module):
     low: Tensor | None
 
     def __init__(self, matrix: QuantizedTensor) -> None:
-        super().__init__()
+        # Subclasses are kinds of layers too, whose own tensors these take the place of.
+        nn.Module.__init__(self)
         codes, scale, low, self.bits, self.group, self.columns = matrix
         self.register_buffer("codes", codes)
         self.register_buffer("scale", scale)
@@ -60,9 +61,21 @@ class PackedMatrix(nn.Module):
         return f"{self.columns}, {self.rows}, bits={self.bits}, group={self.group}"
 
 
-class PackedLinear(PackedMatrix):
+class ReadOnlyCodes(Tensor):
+    """Codes of a packed weight, which is no array of numbers to add to."""
+
+    @property
+    def data(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """RuntimeError: numbers were expected here."""
+        raise RuntimeError(
+            "this weight is packed and can be neither read nor changed in place (to merge an adapter, say): call the "
+            "model's dequantize() first"
+        )
+
+
+class PackedLinear(PackedMatrix, nn.Linear):
     """`x @ W.T + bias` with a packed W (out_features, in_features); gradients reach x and the bias, which stays as
-    it was."""
+    it was. An `nn.Linear`, so that adapters are put around it."""
 
     bias: nn.Parameter | None
     joinable = True  # its product is `quantized_dense`, so that several side by side may be one
@@ -74,17 +87,22 @@ class PackedLinear(PackedMatrix):
         self.register_parameter("bias", bias)
 
     @property
-    def in_features(self) -> int:
+    def weight(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The codes, for those who ask for a weight's device and dtype; they cannot be changed through it."""
+        return self.codes.as_subclass(ReadOnlyCodes)
+
+    @property
+    def in_features(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
         """The width of what comes in."""
         return self.columns
 
     @property
-    def out_features(self) -> int:
+    def out_features(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
         """The width of what comes out."""
         return self.rows
 
-    def forward(self, x: Tensor) -> Tensor:
-        return quantized_dense(x, self.quantized, self.bias)
+    def forward(self, input: Tensor) -> Tensor:
+        return quantized_dense(input, self.quantized, self.bias)
 
 
 class PackedEmbedding(PackedMatrix):

@@ -115,7 +115,7 @@ def matrices(model: Parameters) -> dict[str, nn.Module]:
     found: dict[str, nn.Module] = {model.place("embed"): model.get_input_embeddings()}
     layers = model.place("layers")
     for name, module in model.get_submodule(layers).named_modules(prefix=layers):
-        if isinstance(module, nn.Linear | Conv1D | PackedMatrix):
+        if isinstance(module, nn.Linear | Conv1D | PackedMatrix) and ".lora_" not in name:
             found[name] = module
     if (out := model.get_output_embeddings()) is not None:
         found[model.place("head_out")] = out
