@@ -205,6 +205,12 @@ def views(whole: Tensor, rows: Sequence[int]) -> list[Tensor]:
     return [torch.from_dlpack(view) for view in whole.split(list(rows))]
 
 
+def replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put the module in the place of that name."""
+    owner, _, last = name.rpartition(".")
+    setattr(model.get_submodule(owner), last, module)
+
+
 class Builder:
     """Makes the modules of a layout: of `layers` blocks, each part of the class that its kind has in `kinds`.
 

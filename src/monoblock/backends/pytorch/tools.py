@@ -10,7 +10,7 @@ import logging
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +19,6 @@ from monoblock.backends.pytorch import heads
 from monoblock.backends.pytorch.kernels import dispatch
 from monoblock.quantization import BitsAndBytesConfig
 from monoblock.virtual import both
-
-if TYPE_CHECKING:
-    from monoblock.backends.pytorch.pretrained import PreTrainedModel
 
 log = logging.getLogger("monoblock")
 
@@ -297,7 +294,7 @@ class Tools:
         self.model_tags = list(dict.fromkeys([*(self.model_tags or []), *given]))
 
     def push_to_hub(
-        self: PreTrainedModel,  # pyright: ignore[reportGeneralTypeIssues]
+        self: Any,
         repo_id: str,
         *,
         commit_message: str = "Upload model",

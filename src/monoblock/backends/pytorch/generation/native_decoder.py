@@ -7,13 +7,14 @@ what the modules compute, with float32 between the matrices whatever their type.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from monoblock import native
+from monoblock.backends.pytorch.base import ModelBase
 from monoblock.backends.pytorch.cache import Cache, DynamicCache, StaticCache
 from monoblock.backends.pytorch.generation.structures import Weights, common_dtype
 from monoblock.backends.pytorch.kernels import dispatch, low_rank
@@ -23,9 +24,6 @@ from monoblock.backends.pytorch.model import Attention
 from monoblock.backends.pytorch.parts import GROUPS, Part
 from monoblock.native.abi import DecodeStep, LayerCache
 
-if TYPE_CHECKING:
-    from monoblock.backends.pytorch.pretrained import PreTrainedModel
-
 # Tokens of all rows together that a step takes; more are better off in the modules' large products.
 MOST = 16
 
@@ -33,7 +31,7 @@ MOST = 16
 # ---------------------------------------------------------------------------- whether
 
 
-def obstacle(model: PreTrainedModel) -> str | None:
+def obstacle(model: ModelBase) -> str | None:
     """Why the library cannot run this model's steps; None if it can."""
     if native.library() is None:
         return f"there are no native kernels ({native.status()})"
@@ -103,7 +101,7 @@ _PACKED = (".codes", ".scale", ".low")
 _ADAPTABLE = ("qkv", "qkv_by_head", "q", "k", "v", "out", "gate", "up", "down")
 
 
-def _adaptable(model: PreTrainedModel) -> Iterator[str]:
+def _adaptable(model: ModelBase) -> Iterator[str]:
     """The names of the modules where LoRA is no obstacle."""
     for role in _ADAPTABLE:
         if role in model.places:
@@ -120,7 +118,7 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 _MADE: WeakKeyDictionary[nn.Module, tuple[list[Any], Weights]] = WeakKeyDictionary()
 
 
-def _weights(model: PreTrainedModel, tensors: Sequence[Tensor]) -> Weights:
+def _weights(model: ModelBase, tensors: Sequence[Tensor]) -> Weights:
     places: list[Any] = [(tensor.data_ptr(), tensor.dtype, tensor.shape) for tensor in tensors]
     places += [(term.a.data_ptr(), term.scale) for m in model.modules() for term in low_rank.terms(m)]
     made = _MADE.get(model)
@@ -132,7 +130,7 @@ def _weights(model: PreTrainedModel, tensors: Sequence[Tensor]) -> Weights:
 # ---------------------------------------------------------------------------- steps
 
 
-def call_obstacle(model: PreTrainedModel, cache: Cache | None) -> str | None:
+def call_obstacle(model: ModelBase, cache: Cache | None) -> str | None:
     """Why the library cannot run the steps of one generation over that cache; None if it can."""
     if cache is None:
         return "use_cache=False"
@@ -141,7 +139,7 @@ def call_obstacle(model: PreTrainedModel, cache: Cache | None) -> str | None:
     return obstacle(model)
 
 
-def of(model: PreTrainedModel, cache: Cache | None) -> Steps | None:
+def of(model: ModelBase, cache: Cache | None) -> Steps | None:
     """The steps of one generation over that cache; None where the modules must run them."""
     if cache is None:
         return None

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
+from monoblock.backends.pytorch.base import ModelBase
 from monoblock.backends.pytorch.kernels import low_rank
 from monoblock.backends.pytorch.kernels.linear import native_matrix
 from monoblock.backends.pytorch.layers import Conv1D
@@ -16,11 +17,8 @@ from monoblock.native.abi import Adapters, LayerWeights, LowRank, Matrix, ModelW
 from monoblock.positions import inverse_frequencies
 from monoblock.spec import ACTIVATIONS, Alibi, ArchSpec, Learned, Rotary
 
-if TYPE_CHECKING:
-    from monoblock.backends.pytorch.pretrained import PreTrainedModel
 
-
-def common_dtype(model: PreTrainedModel) -> torch.dtype:
+def common_dtype(model: ModelBase) -> torch.dtype:
     """The type of what is never packed."""
     name = model.place("norm1", 0)
     return model.get_submodule(name).get_parameter("weight").dtype
@@ -29,7 +27,7 @@ def common_dtype(model: PreTrainedModel) -> torch.dtype:
 class Weights:
     """A model's weights as the library's structures, which point to where they lie."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: ModelBase) -> None:
         spec = model.spec
         self.bf16 = common_dtype(model) == torch.bfloat16
         self.layers = spec.layers
@@ -56,7 +54,7 @@ class Weights:
         )
 
 
-def _layer(model: PreTrainedModel, i: int) -> LayerWeights:
+def _layer(model: ModelBase, i: int) -> LayerWeights:
     qkv = _members(model, i, ("q", "k", "v"), ("qkv", "qkv_by_head"))
     out, down = [model.at("out", i)], [model.at("down", i)]
     up = _members(model, i, ("gate", "up"), ("up",))
@@ -77,7 +75,7 @@ def _layer(model: PreTrainedModel, i: int) -> LayerWeights:
     )
 
 
-def _members(model: PreTrainedModel, i: int, group: tuple[str, ...], single: tuple[str, ...]) -> list[Any]:
+def _members(model: ModelBase, i: int, group: tuple[str, ...], single: tuple[str, ...]) -> list[Any]:
     """A group's modules, or the one module that holds all their matrices."""
     members = [model.at(role, i) for role in group]
     if any(member is None for member in members):
