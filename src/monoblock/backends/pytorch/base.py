@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from monoblock import tree
-from monoblock.backends.pytorch.model import with_patches
 from monoblock.backends.pytorch.parts import Part, replace
+from monoblock.backends.pytorch.patches import with_patches
 from monoblock.backends.pytorch.quantization import modules
 from monoblock.backends.pytorch.quantization.modules import PackedMatrix
 from monoblock.checkpoint.keymap import KeyMap, Source
