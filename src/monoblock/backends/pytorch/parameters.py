@@ -316,9 +316,13 @@ class Parameters(Part):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are (the first ones, if they are spread)."""
+        """Where the weights are (the first ones, if they are spread); of offloaded ones, where accelerate brings them
+        for a call."""
         embed: Any = self.get_input_embeddings()
-        return (embed.codes if isinstance(embed, PackedMatrix) else next(embed.parameters())).device
+        found = (embed.codes if isinstance(embed, PackedMatrix) else next(embed.parameters())).device
+        hooks = (getattr(module, "_hf_hook", None) for module in (embed, *self.modules()))
+        devices = (getattr(hook, "execution_device", None) for hook in hooks if found.type == "meta")
+        return torch.device(next((device for device in devices if device is not None), found))
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
         """How many numbers the model has, tied ones once; packed ones are never trained."""
