@@ -10,7 +10,7 @@ import logging
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +18,7 @@ from torch import Tensor, nn
 from monoblock.backends.pytorch import heads
 from monoblock.backends.pytorch.kernels import dispatch
 from monoblock.quantization import BitsAndBytesConfig
-
-if TYPE_CHECKING:
-    from monoblock.backends.pytorch.pretrained import PreTrainedModel
+from monoblock.virtual import both
 
 log = logging.getLogger("monoblock")
 
@@ -57,27 +55,11 @@ class Recognised:
         """The class of this object; with transformers imported, one that derives from transformers' too."""
         own = type(self)
         theirs = getattr(sys.modules.get("transformers.modeling_utils"), "PreTrainedModel", None)
-        return own if theirs is None or issubclass(own, theirs) else _both(own, theirs)
+        return own if theirs is None or issubclass(own, theirs) else both(own, theirs)
 
     @__class__.setter
     def __class__(self, value: Any) -> None:  # FSDP and parametrizations change a module's class
         object.__dict__["__class__"].__set__(self, value)
-
-
-@functools.cache
-def _both(own: type, theirs: type) -> Any:
-    """A class that derives from both, for `isinstance` alone: calling it makes an object of `own`."""
-
-    def new(_: type, *args: Any, **kwargs: Any) -> Any:
-        return own(*args, **kwargs)
-
-    body = {
-        "__new__": new,
-        "__module__": own.__module__,
-        "__qualname__": own.__qualname__,
-        "__doc__": own.__doc__,
-    }
-    return type(own.__name__, (own, theirs), body)
 
 
 class Tools:
@@ -314,7 +296,7 @@ class Tools:
         self.model_tags = list(dict.fromkeys([*(self.model_tags or []), *given]))
 
     def push_to_hub(
-        self: PreTrainedModel,  # pyright: ignore[reportGeneralTypeIssues]
+        self: Any,
         repo_id: str,
         *,
         commit_message: str = "Upload model",
