@@ -77,9 +77,11 @@ class Model(Protocol):
     generation_config: GenerationConfig | None
     input_names: frozenset[str]
     max_positions: int | None
-    unsupported: (
-        Unsupported  # rows that take the place of those in `resolve.UNSUPPORTED` and `UNSUPPORTED_ARGUMENTS`
-    )
+
+    @property
+    def unsupported(self) -> Unsupported:
+        """Rows that take the place of those in `resolve.UNSUPPORTED` and `resolve.UNSUPPORTED_ARGUMENTS`."""
+        ...
 
     @property
     def compiled(self) -> Callable[[Any, Any], Any] | None:

@@ -9,17 +9,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from monoblock.backends.flax.arrays import JaxOps, Keys
-from monoblock.backends.flax.namespace import XP, JaxNamespace
-from monoblock.generation.arrays import ArrayOps
+from monoblock.backends.flax.arrays import Keys
+from monoblock.backends.flax.namespace import XP
+from monoblock.backends.xla.compiled import Loop
+from monoblock.backends.xla.namespace import Namespace
 from monoblock.generation.programs import Given, Text
 
 
 class JaxLoop:
     """`Loop` for JAX; each method is the protocol's. The state of a random source is its key."""
 
-    ops: ArrayOps = JaxOps()
-    xp: JaxNamespace = XP
+    xp: Namespace = XP
 
     def draws(self, generator: Keys | None, needed: bool) -> Any:
         return generator.key if needed and generator is not None else np.zeros(2, np.uint32)
@@ -40,4 +40,4 @@ class JaxLoop:
         return lax.while_loop(goes_on, step, start)
 
 
-LOOP = JaxLoop()
+LOOP: Loop = JaxLoop()

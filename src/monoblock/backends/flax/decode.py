@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import jax
 import jax.core
 import jax.numpy as jnp
-import numpy as np
 
-from monoblock.backends.flax.arrays import JaxOps, Keys, on_device
+from monoblock.backends.flax.arrays import Keys, on_device
+from monoblock.backends.flax.namespace import XP
 from monoblock.backends.flax.network import Network
 from monoblock.backends.flax.outputs import FlaxModelOutput, pytree
 from monoblock.backends.flax.steps import Steps
 from monoblock.backends.xla import runner
+from monoblock.backends.xla.namespace import Namespace
 from monoblock.generation import loop
 from monoblock.generation.config import GenerationConfig
-from monoblock.generation.mixin import GenerationMixin, check_assistant
+from monoblock.generation.mixin import check_assistant
 from monoblock.generation.resolve import Unsupported
-from monoblock.generation.transitions import transition_scores
 
 
 @pytree
@@ -31,9 +31,10 @@ class FlaxGenerateOutput(FlaxModelOutput):
     scores: Any = None
 
 
-class Generation(GenerationMixin):
+class Generation(runner.Generation):
     """Adds `generate` to the models that predict the next token."""
 
+    xp: ClassVar[Namespace] = XP
     module: Network
     params: Any
     inputs: ClassVar[tuple[str, ...]]
@@ -76,22 +77,6 @@ class Generation(GenerationMixin):
         result = loop.generate(Runner(self, params), inputs, generation_config, plain=plain, **arguments)
         return on_device(result) if alone else _all_shown(result)
 
-    def compute_transition_scores(
-        self,
-        sequences: Any,
-        scores: Sequence[Any],
-        beam_indices: Any = None,
-        normalize_logits: bool = False,
-    ) -> jax.Array:
-        """(rows, new tokens) scores of the chosen tokens, from an output of `generate(..., output_scores=True)`.
-
-        Beam search's scores need its `beam_indices`. `normalize_logits`: log-probabilities instead of raw scores.
-        """
-        found = transition_scores(
-            JaxOps(), np.asarray(sequences), scores, _host(beam_indices), normalize_logits
-        )
-        return on_device(found)
-
 
 def _random(key: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments that say what draws come from."""
@@ -118,32 +103,32 @@ def _all_shown(output: Any) -> Any:
     return output
 
 
+# Refused by these classes for reasons of their own.
+UNSUPPORTED: Unsupported = {
+    "cache_implementation": (
+        ("dynamic", "static"),
+        "the caches of the JAX classes are 'dynamic' and 'static', in the computation's type",
+    ),
+    "compile_config": (
+        (),
+        "it holds torch.compile's options; jax.jit compiles the loop over tokens, or with trace=False each step",
+    ),
+    "synced_gpus": (
+        (False,),
+        "generation across processes is not built; sharded params= spread a call over the devices of one",
+    ),
+}
+
+
 class Runner(runner.Runner):
     """What `loop.generate` needs to know of a model with these parameters."""
 
-    unsupported: ClassVar[Unsupported] = {
-        "cache_implementation": (
-            ("dynamic", "static"),
-            "the caches of the JAX classes are 'dynamic' and 'static', in the computation's type",
-        ),
-        "compile_config": (
-            (),
-            "it holds torch.compile's options; jax.jit compiles the loop over tokens, or with trace=False each step",
-        ),
-        "synced_gpus": (
-            (False,),
-            "generation across processes is not built; sharded params= spread a call over the devices of one",
-        ),
-    }
+    unsupported = UNSUPPORTED
 
     def __init__(self, model: Any, params: Any) -> None:
-        super().__init__(model, JaxOps(), model.inputs)
+        super().__init__(model, model.inputs)
         self.params = params
 
     def passes(self, config: GenerationConfig) -> Steps:
         del config  # `disable_compile` compiles each step alone
         return Steps(self.model.module, self.params)
-
-
-def _host(value: Any) -> Any:
-    return None if value is None else np.asarray(value)

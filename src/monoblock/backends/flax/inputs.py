@@ -9,7 +9,7 @@ from jax import Array
 from monoblock.backends.flax.cache import Cache
 from monoblock.backends.flax.model import Call
 from monoblock.backends.flax.namespace import XP
-from monoblock.backends.flax.ops import Scope
+from monoblock.backends.flax.scope import Scope
 from monoblock.backends.xla import inputs
 from monoblock.backends.xla.inputs import Kinds, Wanted
 from monoblock.spec import ArchSpec

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -13,15 +12,15 @@ import numpy as np
 from jax import Array
 
 from monoblock.backends.flax.arrays import on_device
-from monoblock.backends.flax.cache import Cache, Layer, init_cache
+from monoblock.backends.flax.cache import Cache, init_cache
 from monoblock.backends.flax.checked import checked
-from monoblock.backends.flax.compiled import LOOP, JaxLoop
+from monoblock.backends.flax.compiled import LOOP
 from monoblock.backends.flax.network import Network
+from monoblock.backends.xla import cache as caches
 from monoblock.backends.xla import compiled, compiled_beams
-from monoblock.backends.xla.compiled import Start
+from monoblock.backends.xla.compiled import Loop, Start
 from monoblock.backends.xla.inputs import Wanted
 from monoblock.backends.xla.passes import Given, Pass, of_outputs
-from monoblock.generation.arrays import ArrayOps
 from monoblock.generation.programs import Program
 from monoblock.spec import ArchSpec
 
@@ -30,8 +29,7 @@ class Steps:
     """The passes of a network with these parameters: `xla.passes.Passes`, whose methods these are. Networks that are
     equal share what is compiled."""
 
-    ops: ArrayOps = LOOP.ops
-    loop: JaxLoop = LOOP
+    loop: Loop = LOOP
 
     def __init__(self, network: Network, params: Any) -> None:
         self.network, self.params, self.spec = network, params, network.spec
@@ -120,19 +118,6 @@ def reordered(cache: Cache, index_b: Any) -> Cache:
 
 @partial(jax.jit, static_argnames=("spec", "max_length"))
 def moved(cache: Cache, shift: Any, *, spec: ArchSpec, max_length: int) -> Cache:
-    """A copy of the cache for `max_length` places and the windows of `spec`, without its first `shift` tokens."""
+    """A copy of the cache for `max_length` slots and the windows of `spec`, without its first `shift` tokens."""
     empty = init_cache(spec, cache.keys[0].shape[0], max_length, cache.keys[0].dtype)
-    layers = [_moved(cache.layer(i), cache.length, shift, empty.layer(i)) for i in range(len(cache.keys))]
-    keys, values = tuple(layer.keys for layer in layers), tuple(layer.values for layer in layers)
-    return replace(empty, keys=keys, values=values, length=cache.length - shift)
-
-
-def _moved(layer: Layer, length: Array, shift: Any, into: Layer) -> Layer:
-    places = layer.places(length) - shift
-    kept = (places >= 0) & (places >= length - shift - into.slots)
-    slots = jnp.where(kept, places % into.slots, into.slots)
-
-    def put(held: Array, new: Array) -> Array:
-        return new.at[:, :, slots].set(held, mode="drop")
-
-    return replace(into, keys=put(layer.keys, into.keys), values=put(layer.values, into.values))
+    return caches.moved(cache, shift, empty)

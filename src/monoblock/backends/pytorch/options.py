@@ -36,7 +36,7 @@ class LoadOptions(options.LoadOptions):
     def preferred(self, kwargs: dict[str, Any]) -> tuple[Kind, ...]:
         """The kind of files that `from_flax` or `from_tf` asks for."""
         sources: dict[str, Kind] = {"from_flax": "msgpack", "from_tf": "h5"}
-        found = tuple(kind for name, kind in sources.items() if kwargs.pop(name, False))
+        found: tuple[Kind, ...] = tuple(kind for name, kind in sources.items() if kwargs.pop(name, False))
         if len(found) > 1:
             raise ValueError("from_flax=True and from_tf=True exclude each other: choose one")
         return found

@@ -7,10 +7,11 @@ from typing import Any
 
 import tensorflow as tf
 
-from monoblock.backends.tf.arrays import Seeds, TfOps, fresh_seeds
-from monoblock.backends.tf.namespace import XP, TfNamespace
+from monoblock.backends.tf.arrays import Seeds, fresh_seeds
+from monoblock.backends.tf.namespace import XP
 from monoblock.backends.tf.ops import Tensor
-from monoblock.generation.arrays import ArrayOps
+from monoblock.backends.xla.compiled import Loop
+from monoblock.backends.xla.namespace import Namespace
 from monoblock.generation.programs import Given, Text
 
 
@@ -18,8 +19,7 @@ class TfLoop:
     """`Loop` for TensorFlow; each method is the protocol's. The state of a random source is its seed, and the count of
     draws that were made."""
 
-    ops: ArrayOps = TfOps()
-    xp: TfNamespace = XP
+    xp: Namespace = XP
 
     def draws(self, generator: Seeds | None, needed: bool) -> tuple[Tensor, Tensor]:
         seeds = generator or (fresh_seeds() if needed else Seeds((0, 0)))
@@ -59,4 +59,4 @@ class TfLoop:
         return packed(end)
 
 
-LOOP = TfLoop()
+LOOP: Loop = TfLoop()

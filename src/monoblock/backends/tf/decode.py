@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -11,17 +11,18 @@ import numpy as np
 import tensorflow as tf
 
 from monoblock.backends.tf import graph
-from monoblock.backends.tf.arrays import Seeds, TfOps, shown
+from monoblock.backends.tf.arrays import Seeds, shown
+from monoblock.backends.tf.namespace import XP
 from monoblock.backends.tf.outputs import TFModelOutput
 from monoblock.backends.tf.steps import Steps, steps_of
 from monoblock.backends.xla import runner
+from monoblock.backends.xla.namespace import Namespace
 from monoblock.generation import loop
 from monoblock.generation.config import GenerationConfig
-from monoblock.generation.mixin import GenerationMixin, check_assistant
+from monoblock.generation.mixin import check_assistant
 from monoblock.generation.programs import Program
 from monoblock.generation.record import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput
 from monoblock.generation.resolve import Unsupported
-from monoblock.generation.transitions import transition_scores
 
 if TYPE_CHECKING:
     from monoblock.families import ModelClass
@@ -56,9 +57,10 @@ OUTPUTS: dict[tuple[type, bool], type[TFModelOutput]] = {
 }
 
 
-class Generation(GenerationMixin):
+class Generation(runner.Generation):
     """Adds `generate` to the models that predict the next token."""
 
+    xp: ClassVar[Namespace] = XP
     row: ModelClass
 
     def can_generate(self) -> bool:
@@ -102,20 +104,6 @@ class Generation(GenerationMixin):
         traced = InGraph(self, inputs, arguments)
         return traced.shown(loop.generate(traced, None, generation_config, **traced.stand_ins()))
 
-    def compute_transition_scores(
-        self,
-        sequences: Any,
-        scores: Sequence[Any],
-        beam_indices: Any = None,
-        normalize_logits: bool = False,
-    ) -> tf.Tensor:
-        """(rows, new tokens) scores of the chosen tokens, from an output of `generate(..., output_scores=True)`.
-
-        Beam search's scores need its `beam_indices`. `normalize_logits`: log-probabilities instead of raw scores.
-        """
-        rows = None if beam_indices is None else np.asarray(beam_indices)
-        return shown(transition_scores(TfOps(), np.asarray(sequences), scores, rows, normalize_logits))
-
 
 def _of_two(processor: Any) -> Any:
     """A processor as a function of ids and scores; transformers' TF processors took the text's length besides."""
@@ -139,23 +127,27 @@ def _random(seed: Any, generator: Any) -> dict[str, Any]:
     raise ValueError(f"seed must be a whole number or two of them, got {seed!r}")
 
 
+# Refused by these classes for reasons of their own.
+UNSUPPORTED: Unsupported = {
+    "cache_implementation": (
+        ("dynamic", "static"),
+        "the caches of the TF classes are 'dynamic' and 'static', in the computation's type",
+    ),
+    "compile_config": (
+        (),
+        "it holds torch.compile's options; jit_compile= and disable_compile= say what TensorFlow compiles",
+    ),
+    "synced_gpus": ((False,), "generation across processes is not built"),
+}
+
+
 class Runner(runner.Runner):
     """What `loop.generate` needs to know of a model."""
 
-    unsupported: ClassVar[Unsupported] = {
-        "cache_implementation": (
-            ("dynamic", "static"),
-            "the caches of the TF classes are 'dynamic' and 'static', in the computation's type",
-        ),
-        "compile_config": (
-            (),
-            "it holds torch.compile's options; jit_compile= and disable_compile= say what TensorFlow compiles",
-        ),
-        "synced_gpus": ((False,), "generation across processes is not built"),
-    }
+    unsupported = UNSUPPORTED
 
     def __init__(self, model: Any, jit_compile: bool) -> None:
-        super().__init__(model, TfOps(), (*model.arguments, *model.extra))
+        super().__init__(model, (*model.arguments, *model.extra))
         self.jit_compile, self.samples = jit_compile, False
 
     def passes(self, config: GenerationConfig) -> Steps:

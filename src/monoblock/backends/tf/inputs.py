@@ -8,7 +8,8 @@ from dataclasses import replace
 from monoblock.backends.tf.cache import Cache
 from monoblock.backends.tf.model import Call
 from monoblock.backends.tf.namespace import XP
-from monoblock.backends.tf.ops import Scope, Size, Tensor
+from monoblock.backends.tf.ops import Size, Tensor
+from monoblock.backends.tf.scope import Scope
 from monoblock.backends.xla import inputs
 from monoblock.backends.xla.inputs import Kinds, Wanted
 from monoblock.spec import ArchSpec

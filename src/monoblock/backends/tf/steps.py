@@ -11,15 +11,15 @@ import tensorflow as tf
 
 from monoblock.backends.tf.arrays import shown
 from monoblock.backends.tf.binding import tensors
-from monoblock.backends.tf.cache import Cache, Layer, from_tuples, init_cache
+from monoblock.backends.tf.cache import Cache, from_tuples, init_cache
 from monoblock.backends.tf.checked import checked
-from monoblock.backends.tf.compiled import LOOP, TfLoop
+from monoblock.backends.tf.compiled import LOOP
 from monoblock.backends.tf.ops import Tensor, size
+from monoblock.backends.xla import cache as caches
 from monoblock.backends.xla import compiled, compiled_beams
-from monoblock.backends.xla.compiled import Start
+from monoblock.backends.xla.compiled import Loop, Start
 from monoblock.backends.xla.inputs import Wanted
 from monoblock.backends.xla.passes import Given, Pass, of_outputs
-from monoblock.generation.arrays import ArrayOps
 from monoblock.generation.programs import Program
 from monoblock.spec import ArchSpec
 
@@ -44,8 +44,7 @@ class Steps:
     TensorFlow's own relaxing of shapes would leave lengths open, and open lengths take slower kernels.
     """
 
-    ops: ArrayOps = LOOP.ops
-    loop: TfLoop = LOOP
+    loop: Loop = LOOP
 
     def __init__(self, model: Any, *, compiled: bool, traced: bool = True) -> None:
         self.model, self.compiled, self.traced = model, compiled and traced, traced
@@ -102,7 +101,8 @@ class Steps:
         return init_cache(spec, rows, max_length, self.model.compute_dtype)
 
     def moved(self, cache: Cache, shift: int, spec: ArchSpec, max_length: int) -> Cache:
-        return moved(cache, shift, spec, max_length)
+        empty = init_cache(spec, size(cache.keys[0], 0), max_length, cache.keys[0].dtype)
+        return caches.moved(cache, shift, empty)
 
     def reordered(self, cache: Cache, index_b: Any) -> Cache:
         return cache.reorder(index_b)
@@ -130,22 +130,3 @@ def steps_of(model: Any, *, compiled: bool, traced: bool = True) -> Steps:
     if key not in held:
         held[key] = Steps(model, compiled=compiled, traced=traced)
     return held[key]
-
-
-def moved(cache: Cache, shift: int, spec: ArchSpec, max_length: int) -> Cache:
-    """A copy of the cache for `max_length` places and the windows of `spec`, without its first `shift` tokens."""
-    empty = init_cache(spec, size(cache.keys[0], 0), max_length, cache.keys[0].dtype)
-    layers = [_moved(cache.layer(i), cache.length, shift, empty.layer(i)) for i in range(len(cache.keys))]
-    keys, values = tuple(layer.keys for layer in layers), tuple(layer.values for layer in layers)
-    return replace(empty, keys=keys, values=values, length=cache.length - shift)
-
-
-def _moved(layer: Layer, length: Tensor, shift: int, into: Layer) -> Layer:
-    places = into.places(length - shift)
-    known = (places >= 0) & (places + shift >= length - layer.slots)
-    slots = tf.where(known, (places + shift) % layer.slots, 0)
-
-    def put(held: Tensor) -> Tensor:
-        return tf.where(known[:, None], tf.gather(held, slots, axis=2), tf.zeros((), held.dtype))
-
-    return replace(into, keys=put(layer.keys), values=put(layer.values))

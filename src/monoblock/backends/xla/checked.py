@@ -231,8 +231,8 @@ def _check_cache_position(xp: Namespace, positions: Array | None, seen: int | No
         )
 
 
-def _positions(spec: ArchSpec, made: Checked, positions: Array | None, span: _Span) -> None:
-    """Position ids as int32 (batch or 1, tokens); ValueError if the table of positions has no such row."""
+def _positions(spec: ArchSpec, made: Checked, positions: Array, span: _Span) -> None:
+    """Position ids, if any, as int32 (batch or 1, tokens); ValueError if the table of positions has no such row."""
     learned, xp = spec.position(Learned), span.xp
     if positions is not None:
         if len(positions.shape):
@@ -306,7 +306,7 @@ def _head_mask(xp: Namespace, spec: ArchSpec, mask: Array) -> Array:
         raise ValueError(
             f"head_mask must be ({heads},) or ({spec.layers}, {heads}), a factor for each head, got {tuple(mask.shape)}"
         )
-    rows = xp.concat([xp.reshape(mask, (-1, heads))] * (spec.layers if len(mask.shape) == 1 else 1))
+    rows = xp.stacked([xp.reshape(mask, (-1, heads))] * (spec.layers if len(mask.shape) == 1 else 1))
     return xp.reshape(rows, (spec.layers, 1, heads, 1, 1))
 
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from monoblock.backends.xla.inputs import Wanted
 from monoblock.backends.xla.namespace import Array, Namespace
-from monoblock.generation.arrays import NOTHING_TO_DRAW, ArrayOps
+from monoblock.generation.arrays import NOTHING_TO_DRAW
 from monoblock.generation.programs import Given, Program, Text
 
 NEXT = Wanted(fresh=False, keep=1)
@@ -53,7 +53,6 @@ class State(NamedTuple):
 class Loop(Protocol):
     """What a loop is made of in a framework."""
 
-    ops: ArrayOps
     xp: Namespace
 
     def draws(self, generator: Any, needed: bool) -> Any:
@@ -65,7 +64,7 @@ class Loop(Protocol):
         ...
 
     def source(self, draws: Any, fine: Array) -> Any:
-        """A random source of that state, for `ops.sample` and `ops.draw`; `source.fine`: whether all could be drawn."""
+        """A random source of that state, for `xp.sample` and `xp.draw`; `source.fine`: whether all could be drawn."""
         ...
 
     def state(self, source: Any) -> Any:
@@ -118,28 +117,28 @@ def ended(generation: Any, program: Program, scores_bv: Array, search: Any = ())
 
 def looped(loop: Loop, forward: Forward, program: Program, start: Start) -> State:
     """The loop, to be compiled into something: the state at its end."""
-    ops, xp = loop.ops, loop.xp
+    xp = loop.xp
     rows = xp.size(start.scores_bv, 0)
     text, given = loop.numbers(start.text, start.given)
     columns_1n = np.arange(program.room, dtype=np.int32)[None]
 
     def chosen(scores_bv: Array, state: State) -> State:
-        scores_bv = program.processed(ops, scores_bv, state.text, given)
+        scores_bv = program.processed(xp, scores_bv, state.text, given)
         source = loop.source(state.draws, state.fine)
-        token_b = ops.sample(scores_bv, source) if program.do_sample else ops.argmax(scores_bv)
+        token_b = xp.sample(scores_bv, source) if program.do_sample else xp.argmax(scores_bv)
         token_b = xp.where(state.finished_b, program.pad, xp.int32(token_b))
         return state._replace(
             made=state.made + 1,
             new_br=xp.where(columns_1n == state.made, token_b[:, None], state.new_br),
             token_b=token_b,
             finished_b=state.finished_b | program.ends(token_b),
-            text=state.text.appended(ops, token_b),
+            text=state.text.appended(xp, token_b),
             draws=loop.state(source),
             fine=source.fine,
         )
 
     def goes_on(state: State) -> Array:
-        return (state.made < start.limits[0]) & ~ops.all(state.finished_b) & state.fine
+        return (state.made < start.limits[0]) & ~xp.all(state.finished_b) & state.fine
 
     def step(state: State) -> State:
         found = next_pass(forward, start, state.made, state.token_b[:, None], state.cache)

@@ -52,7 +52,7 @@ def begun(generation: Any, program: Program) -> Begun:
 
 def looped(loop: Loop, forward: Forward, program: Program, start: Start) -> State:
     """The loop, to be compiled into something: the state at its end."""
-    ops, xp, width, begun = loop.ops, loop.xp, program.width, start.search
+    xp, width, begun = loop.xp, program.width, start.search
     assert width is not None
     rows, vocab = start.scores_bv.shape
     prompts = rows // width.beams
@@ -60,23 +60,23 @@ def looped(loop: Loop, forward: Forward, program: Program, start: Start) -> Stat
     text, given = loop.numbers(start.text, start.given)
 
     def chosen(scores_bv: Array, state: State) -> State:
-        logs_bv = program.processed(ops, ops.log_softmax(scores_bv), state.text, given)
-        total_bv = logs_bv + ops.reshape(state.running.scores_pw, (rows, 1))
-        total_pw = ops.reshape(total_bv, (prompts, width.beams * vocab))
+        logs_bv = program.processed(xp, xp.log_softmax(scores_bv), state.text, given)
+        total_bv = logs_bv + xp.reshape(state.running.scores_pw, (rows, 1))
+        total_pw = xp.reshape(total_bv, (prompts, width.beams * vocab))
         source = loop.source(state.draws, state.fine)
         if program.do_sample:
-            index_pk = xp.int32(ops.draw(total_pw, count, source))  # those that are drawn eagerly are int64
-            values_pk = ops.take_along(total_pw, index_pk)
+            index_pk = xp.int32(xp.draw(total_pw, count, source))  # those that are drawn eagerly are int64
+            values_pk = xp.take_along(total_pw, index_pk)
         else:
-            values_pk, index_pk = ops.top_k(total_pw, count)
+            values_pk, index_pk = xp.top_k(total_pw, count)
         token_pk = index_pk % vocab
         ends_pk = program.ends(token_pk) | (state.made + 1 == start.limits[1])
         found = search.Candidates(values_pk, index_pk // vocab, token_pk, ends_pk)
-        running = search.advanced(ops, width, state.running, found, state.made, begun.norms_n)
+        running = search.advanced(xp, width, state.running, found, state.made, begun.norms_n)
         return state._replace(
             made=state.made + 1,
             running=running,
-            going=search.goes_on(ops, width, running, ends_pk),
+            going=search.goes_on(xp, width, running, ends_pk),
             draws=loop.state(source),
             fine=source.fine,
         )
@@ -87,10 +87,10 @@ def looped(loop: Loop, forward: Forward, program: Program, start: Start) -> Stat
     def step(state: State) -> State:
         """Each beam goes on from the row that its last token was chosen from."""
         last_b1 = xp.full((rows, 1), 0) + (state.made - 1)
-        row_b = ops.take_along(state.running.rows_rn, last_b1)[:, 0]
-        token_b1 = ops.take_along(state.running.tokens_rn, last_b1)
-        ids_bt, valid_bt = (ops.take_rows(x, row_b) for x in (state.text.ids_bt, state.text.valid_bt))
-        text = Text(ids_bt, valid_bt, state.text.length).appended(ops, token_b1[:, 0])
+        row_b = xp.take_along(state.running.rows_rn, last_b1)[:, 0]
+        token_b1 = xp.take_along(state.running.tokens_rn, last_b1)
+        ids_bt, valid_bt = (xp.take_rows(x, row_b) for x in (state.text.ids_bt, state.text.valid_bt))
+        text = Text(ids_bt, valid_bt, state.text.length).appended(xp, token_b1[:, 0])
         found = next_pass(forward, start, state.made, token_b1, state.cache.reorder(row_b))
         return chosen(found.scores, state._replace(cache=found.cache, text=text))
 

@@ -136,7 +136,7 @@ class Decoder:
             shown.append(self.hidden_states)
             seen += size
         if self.hidden_states is not None:
-            self.hidden_states = tuple(self.passes.ops.concat(x) for x in zip(*shown, strict=True))
+            self.hidden_states = tuple(self.passes.loop.xp.concat(x) for x in zip(*shown, strict=True))
         return scores
 
     def step(self, ids_b1: Any) -> Any:
@@ -271,7 +271,7 @@ class Decoder:
 
     def _set_length(self) -> None:
         assert self.cache is not None
-        self.cache = replace(self.cache, length=self.passes.ops.shown(np.array(self.length, np.int32)))
+        self.cache = replace(self.cache, length=self.passes.loop.xp.shown(np.array(self.length, np.int32)))
 
 
 class Rereader:

@@ -50,7 +50,7 @@ def prepare(
     """The call for the blocks, of `count` tokens: its scope, the positions of the tokens (b, count) and of all keys
     (b, k), where a first axis of 1 stands for all rows, and what is wanted."""
     fresh = cache is None or wanted.fresh
-    past = 0 if fresh else cache.length
+    past = 0 if cache is None or fresh else cache.length
     total = _total(xp, count, cache, fresh)
     index_k = xp.arange(total)
     mask, segments = given.get("attention_mask"), given.get("sequence_id")

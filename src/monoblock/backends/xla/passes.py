@@ -8,7 +8,6 @@ from typing import Any, NamedTuple, Protocol
 from monoblock.backends.xla.compiled import Loop, Start
 from monoblock.backends.xla.inputs import Wanted
 from monoblock.backends.xla.namespace import Array
-from monoblock.generation.arrays import ArrayOps
 from monoblock.generation.programs import Program
 from monoblock.spec import ArchSpec
 
@@ -33,7 +32,6 @@ def of_outputs(out: Mapping[str, Any], scores: Array, wanted: Wanted) -> Pass:
 class Passes(Protocol):
     """A model's passes, compiled once for each bucket of lengths. Caches that go in are gone."""
 
-    ops: ArrayOps
     spec: ArchSpec
     loop: Loop
 

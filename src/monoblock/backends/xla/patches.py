@@ -51,7 +51,7 @@ def _joined(xp: Namespace, value: Any, width: int) -> tuple[Array, list[Size] | 
         rows, count = xp.size(sets[0], 0), xp.size(sets[0], 1)
         return xp.reshape(sets[0], (-1, width)), [count] * rows if known(rows) else xp.full((rows,), count)
     sets = [xp.reshape(own, (-1, width)) for own in sets]
-    return xp.concat(sets), [xp.size(own, 0) for own in sets]
+    return xp.stacked(sets), [xp.size(own, 0) for own in sets]
 
 
 def _in_order(xp: Namespace, joined: Array, ids: Array, token_id: int) -> Array:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -35,6 +35,7 @@ IMAGES = ("image_patches", "image_patches_indices", "pixel_values")
 MORE = frozenset({"token_type_ids", *IMAGES})
 # Tokens of a long prompt that go through the model at a time: enough for the matrix products to be at their best.
 CHUNK = 1024
+UNSUPPORTED: Unsupported = {}  # refused for reasons of this backend alone
 
 
 class Generation(GenerationMixin):
@@ -121,7 +122,7 @@ class Runner:
 
     ops: ArrayOps
     compiled = None
-    unsupported: ClassVar[Unsupported] = {}
+    unsupported = UNSUPPORTED
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
