@@ -148,6 +148,10 @@ class ModelBase(Part):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are (the first ones, if they are spread)."""
+        """Where the weights are (the first ones, if they are spread); of offloaded ones, where accelerate brings them
+        for a call."""
         embed: Any = self.get_input_embeddings()
-        return (embed.codes if isinstance(embed, PackedMatrix) else next(embed.parameters())).device
+        found = (embed.codes if isinstance(embed, PackedMatrix) else next(embed.parameters())).device
+        hooks = (getattr(module, "_hf_hook", None) for module in (embed, *self.modules()))
+        devices = (getattr(hook, "execution_device", None) for hook in hooks if found.type == "meta")
+        return torch.device(next((device for device in devices if device is not None), found))

@@ -78,7 +78,7 @@ class PreTrainedModel(Recognised, Parameters, Generation, Construction, Adapters
         self.head_spec = config.to_head(head) if head else None
         self.gradient_checkpointing = False
         self.checkpointing: dict[str, Any] | None = None
-        device = torch.get_default_device()
+        device = loading.new_parameters_device()
         with torch.device("meta"), loading.Uninitialised():
             self._build()
         if getattr(config, "gradient_checkpointing", False):

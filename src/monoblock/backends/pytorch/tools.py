@@ -121,8 +121,9 @@ class Tools:
     @property
     def tp_plan(self: Any) -> dict[str, str]:
         """Module name pattern -> how tensor parallelism splits it; empty where transformers has no plan."""
-        inner = f"{self.family.prefix}." if self.has("bare") else ""
-        plan = {inner + name: how for name, how in (self.config.base_model_tp_plan or {}).items()}
+        plan = _from_the_whole(self, self.config.base_model_tp_plan)
+        if plan:
+            plan[self.place("embed")] = "embedding_rowwise"
         if plan and self.row.head == "causal":
             plan[self.place("head_out")] = "colwise_gather_output"
         return plan
@@ -130,22 +131,23 @@ class Tools:
     @property
     def pp_plan(self: Any) -> dict[str, Any]:
         """Module name -> its inputs and outputs, for pipeline parallelism; empty where transformers has no plan."""
-        return dict(self.config.base_model_pp_plan or {})
+        plan = _from_the_whole(self, self.config.base_model_pp_plan)
+        if plan and self.row.head == "causal":
+            plan[self.place("head_out")] = (["hidden_states"], ["logits"])
+        return plan
 
     _tp_plan = tp_plan
     _pp_plan = pp_plan
 
     @property
     def is_loaded_in_8bit(self: Any) -> bool:
-        """Whether bitsandbytes holds the matrices in 8 bits."""
-        how = self.quantization_config
-        return isinstance(how, BitsAndBytesConfig) and bool(how.load_in_8bit)
+        """True where bitsandbytes holds the matrices in 8 bits; no attribute elsewhere, as in transformers."""
+        return _held_by_bitsandbytes(self, "load_in_8bit")
 
     @property
     def is_loaded_in_4bit(self: Any) -> bool:
-        """Whether bitsandbytes holds the matrices in 4 bits."""
-        how = self.quantization_config
-        return isinstance(how, BitsAndBytesConfig) and bool(how.load_in_4bit)
+        """True where bitsandbytes holds the matrices in 4 bits; no attribute elsewhere, as in transformers."""
+        return _held_by_bitsandbytes(self, "load_in_4bit")
 
     @property
     def is_quantized(self: Any) -> bool:
@@ -332,6 +334,19 @@ class Tools:
             f"register_for_auto_class({auto_class!r}): code beside a checkpoint is not written or run here; "
             "config.json's architectures names the class"
         )
+
+
+def _from_the_whole(model: Any, plan: Mapping[str, Any] | None) -> dict[str, Any]:
+    """A plan of the bare model, by the names that its modules have in this one."""
+    inner = f"{model.family.prefix}." if model.has("bare") else ""
+    return {inner + name: how for name, how in (plan or {}).items()}
+
+
+def _held_by_bitsandbytes(model: Any, how: str) -> bool:
+    config = model.quantization_config
+    if not isinstance(config, BitsAndBytesConfig) or not getattr(config, how):
+        raise AttributeError(f"{model.row.name} is not loaded with {how}=True")
+    return True
 
 
 def _loss(

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
+import functools
+import sys
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +21,8 @@ from monoblock.quantization import LOSSLESS, QuantizationConfig, WeightOnlyConfi
 
 # Of the token embedding and the projection to the vocabulary, by those of the blocks.
 VOCABULARY_BITS = {8: 8, 4: 8, LOSSLESS: LOSSLESS}
+# Weights that are packed before freed memory is returned: few beside a model that this matters for.
+RETURN_AFTER = 1 << 25
 
 
 def quantize(model: ModelBase, how: QuantizationConfig) -> None:
@@ -55,7 +61,7 @@ class Packer:
     """Packs the matrices of a model as they come; those that are there already in `finish`."""
 
     def __init__(self, model: ModelBase, how: WeightOnlyConfig) -> None:
-        self.model, self.how = model, how
+        self.model, self.how, self.unreturned = model, how, 0
         names = list(matrices(model))
         kept = _kept(model, names, how.modules_to_not_convert or ())
         for second, first in model.tied().items():  # one matrix, under both names
@@ -84,6 +90,13 @@ class Packer:
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
         replace(self.model, name, packed_module(module, quantized, tensor.dtype))
+        owner = self.model.get_submodule(name.rpartition(".")[0])
+        if isinstance(owner, Part):
+            owner.lay()  # at once, so that the memory of the single tensors is free for the next ones
+        self.unreturned += tensor.numel()
+        if self.unreturned > RETURN_AFTER:
+            self.unreturned = 0
+            return_free_memory()
 
     def finish(self) -> None:
         """Pack what is there and has not been packed."""
@@ -104,6 +117,18 @@ class Packer:
                 for name, member in members.items():
                     if isinstance(member, PackedMatrix):
                         replace(self.model, name, plain_module(member, torch.bfloat16))
+
+
+def return_free_memory() -> None:
+    """Have the C library give freed memory back to the system, where it can (glibc): arrays of some megabytes that are
+    made and freed by turns leave holes that stay resident."""
+    if (trim := _malloc_trim()) is not None:
+        trim(0)
+
+
+@functools.cache
+def _malloc_trim() -> Any:
+    return getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
 
 
 def matrices(model: ModelBase) -> dict[str, nn.Module]:
