@@ -202,7 +202,7 @@ def test_no_plain_matrix_outlives_its_packing(folder: Path, monkeypatch: pytest.
     seen: list[Any] = []
     original = formats.pack
 
-    def pack(weight: torch.Tensor, bits: int, group: int) -> formats.Packed:
+    def pack(weight: torch.Tensor, bits: int, group: int) -> formats.QuantizedTensor:
         assert not any(reference() is not None for reference in seen)
         seen.append(weakref.ref(weight.untyped_storage()))
         return original(weight, bits, group)

@@ -146,8 +146,7 @@ class Leaves:
     def __init__(self, spec: ArchSpec, head: HeadSpec | None) -> None:
         self.spec, self.head = spec, head
 
-    def __call__(self, role: str, classes: Mapping[str, str], layer: int) -> nn.Module | None:
-        del layer
+    def __call__(self, role: str, classes: Mapping[str, str]) -> nn.Module | None:
         if role.startswith("head_"):
             return self._head(role)
         if (sizes := self._matrix(role)) is not None:
