@@ -222,14 +222,14 @@ def test_models_use_them(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     module = made(case)
     ids, mask = batch("left", LENGTHS)
     called: list[str] = []
-    for name in ("attention", "norm", "turn", "activate"):
+    for name in ("attention", "norm", "apply_rope", "activate"):
         kernel = getattr(native_ops, name)
         monkeypatch.setattr(
             native_ops, name, lambda *a, n=name, f=kernel, **k: (called.append(n), f(*a, **k))[1]
         )
     fast = module(ids, attention_mask=mask).logits
     assert {"attention", "norm", "activate"} <= set(called)
-    assert ("turn" in called) == (case == "rope")
+    assert ("apply_rope" in called) == (case == "rope")
     called.clear()
     with torch.enable_grad():
         module(ids, attention_mask=mask)
