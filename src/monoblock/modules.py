@@ -12,12 +12,13 @@ Kinds:
     mlp         both matrices           mlp_add     the same, and adds the residual that comes second
     attention_norm, widen, narrow       attention, up and down, where a sub-layer adds its input and norms by itself
     pooler, lm_head, classifier_head, summary       heads with modules of their own
+    head        a bare model and the modules of a head beside it
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from monoblock.checkpoint.keymap import KeyMap, Op, PerHead, Row, Same, Spelling, Split, Transposed, row
 from monoblock.spec import ArchSpec
@@ -64,6 +65,9 @@ class Part:
     children: Mapping[str, str | Part]
     classes: Mapping[str, str] = field(default_factory=dict[str, str])
     tuples: bool = False
+
+    def __hash__(self) -> int:
+        return hash((self.name, self.kind, *self.children))  # cheap; equality compares the rest
 
     def paths(self) -> Iterator[tuple[str, tuple[str, ...]]]:
         """(role or kind, path of attribute names) of everything below; a layer's number is "{i}"."""
@@ -157,3 +161,30 @@ def parts_of(tree: Part) -> Iterator[Part]:
     for child in tree.children.values():
         if isinstance(child, Part):
             yield from parts_of(child)
+
+
+def within(child: Part, outer: Part) -> Part:
+    """The child with the classes of the part around it, where it names no others."""
+    return replace(child, classes={**outer.classes, **child.classes})
+
+
+def classes_of(tree: Part) -> Iterator[tuple[str, Mapping[str, str]]]:
+    """Each role, and the classes that hold where it is."""
+    for child in tree.children.values():
+        if isinstance(child, Part):
+            yield from classes_of(within(child, tree))
+        else:
+            yield child, tree.classes
+
+
+def whole(name: str, bare: Part, prefix: str, heads: Mapping[str, str | Part], kind: str | None) -> Part:
+    """The module tree of the class `name` with a head of that kind: the bare model under its prefix and `heads` beside
+    it, or the bare model itself. A pooler is a part of it where the head is one, or needs one."""
+    pooled = kind in ("pooler", "choice")
+    kept = {
+        n: c
+        for n, c in bare.children.items()
+        if pooled or not (isinstance(c, Part) and c.kind == "pooler")
+    }
+    bare = replace(bare, children=kept)
+    return bare if kind in (None, "pooler") else Part(name, "head", {prefix: bare, **heads})

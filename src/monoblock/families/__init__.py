@@ -10,7 +10,7 @@ from typing import Any
 
 from monoblock.checkpoint.keymap import KeyMap
 from monoblock.config import PretrainedConfig
-from monoblock.modules import Part
+from monoblock.modules import Part, whole
 
 # Kind of head -> the modules that it adds to the bare model, by attribute name.
 Heads = Mapping[str, Mapping[str, str | Part]]
@@ -61,6 +61,11 @@ class Family:
             if r.canonical == "head.out.{p}"
         }
         return {kind: name.removesuffix(".{p}") for kind, name in names.items() if name.count(".") == 1}
+
+    def layout(self, config: PretrainedConfig, row: ModelClass) -> Part:
+        """The module tree of a class, its head's modules included."""
+        heads = {} if row.head is None else self.heads[row.head]
+        return whole(row.name, self.tree(config), self.prefix, heads, row.head)
 
     @property
     def name(self) -> str:

@@ -30,7 +30,7 @@ class Pass(NamedTuple):
 
 def passed(network: Network, params: Any, given: Given, cache: Cache | None, wanted: Wanted) -> Pass:
     """One pass, to be compiled into something."""
-    out = network.apply({"params": params}, given, cache, wanted)
+    out = network.apply({"params": params}, given, cache, wanted, method="run")
     scores: Any = out["logits"].astype(jnp.float32)  # pyright: ignore
     last = scores[:, -1] if wanted.keep == 1 else scores
     return Pass(last, *(out.get(name) for name in ("past_key_values", "attentions", "hidden_states")))  # pyright: ignore
