@@ -182,9 +182,7 @@ def whole(name: str, bare: Part, prefix: str, heads: Mapping[str, str | Part], k
     it, or the bare model itself. A pooler is a part of it where the head is one, or needs one."""
     pooled = kind in ("pooler", "choice")
     kept = {
-        n: c
-        for n, c in bare.children.items()
-        if pooled or not (isinstance(c, Part) and c.kind == "pooler")
+        n: c for n, c in bare.children.items() if pooled or not (isinstance(c, Part) and c.kind == "pooler")
     }
     bare = replace(bare, children=kept)
     return bare if kind in (None, "pooler") else Part(name, "head", {prefix: bare, **heads})

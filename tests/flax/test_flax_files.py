@@ -101,7 +101,9 @@ def test_a_head_that_is_not_there_is_made(tmp_path: Path, logs: pytest.LogCaptur
     model = cls.from_pretrained(tmp_path, num_labels=5)
     assert any("newly initialised" in text and "classifier.weight" in text for text in logs.messages)
     assert model.params["classifier"]["kernel"].shape == (36, 5)
-    assert same_bits(loading.flat(model.params["transformer"]), loading.flat(flax_model(NAME).params["transformer"]))
+    assert same_bits(
+        loading.flat(model.params["transformer"]), loading.flat(flax_model(NAME).params["transformer"])
+    )
     apart, params = cls.from_pretrained(tmp_path, num_labels=5, _do_init=False)
     assert list(params) == ["transformer"]
     assert any("not in params" in text for text in logs.messages)

@@ -14,6 +14,7 @@ from monoblock.backends.flax.pretrained import FlaxPreTrainedModel
 from monoblock.families import Family, ModelClass
 
 PREFIX = "Flax"
+BASE = "PreTrainedModel"  # what the name of a family's base class ends with
 
 # Inputs that a call takes by keyword, where the class has them.
 INPUTS = (
@@ -27,6 +28,33 @@ INPUTS = (
 
 
 @functools.cache
+def make_base_class(name: str) -> type[FlaxPreTrainedModel]:
+    """The base of a family's classes, which holds what they have in common: `Flax<stem>PreTrainedModel`."""
+    stem = name.removeprefix(PREFIX).removesuffix(BASE)
+    kind = next((kind for kind, (own, _) in families.FAMILIES.items() if own == stem), None)
+    if kind is None:
+        raise AttributeError(f"monoblock has no class {name!r}")
+    family = families.family(kind)
+    names = ", ".join(PREFIX + row.name for row in family.classes)
+    body: dict[str, Any] = {
+        "family": family,
+        "config_class": family.config,
+        "base_model_prefix": family.prefix,
+        "__module__": "monoblock",
+        "__doc__": f"The base of the classes {names}; no model by itself.",
+        "__new__": _refuse_base,
+    }
+    return types.new_class(name, (FlaxPreTrainedModel,), exec_body=lambda namespace: namespace.update(body))
+
+
+def _refuse_base(cls: type[FlaxPreTrainedModel], *_: Any, **__: Any) -> FlaxPreTrainedModel:
+    if not hasattr(cls, "row"):
+        known = ", ".join(PREFIX + row.name for row in cls.family.classes)
+        raise TypeError(f"{cls.__name__} is only the base of {known}: make one of these")
+    return object.__new__(cls)
+
+
+@functools.cache
 def make_class(name: str) -> type[FlaxPreTrainedModel]:
     """The public class of that name, from its family's table."""
     family = families.family_of(name.removeprefix(PREFIX))
@@ -34,17 +62,15 @@ def make_class(name: str) -> type[FlaxPreTrainedModel]:
         raise AttributeError(f"monoblock has no class {name!r}")
     row = family.model_class(name.removeprefix(PREFIX))
     inputs = extra_arguments(family, row)
+    base = make_base_class(PREFIX + families.FAMILIES[family.name][0] + BASE)
     body: dict[str, Any] = {
-        "family": family,
         "row": row,
         "inputs": inputs,
-        "config_class": family.config,
-        "base_model_prefix": family.prefix,
         "__module__": "monoblock",
         "__doc__": _document(name, row, inputs),
         "__call__": _call(row, inputs),
     }
-    return types.new_class(name, (FlaxPreTrainedModel,), exec_body=lambda namespace: namespace.update(body))
+    return types.new_class(name, (base,), exec_body=lambda namespace: namespace.update(body))
 
 
 def extra_arguments(family: Family, row: ModelClass) -> tuple[str, ...]:

@@ -10,11 +10,14 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 
+from monoblock.backends.flax import cache as caches
 from monoblock.backends.flax import compiled, compiled_beams
 from monoblock.backends.flax.arrays import JaxOps, Keys, on_device
+from monoblock.backends.flax.checked import has_positions
 from monoblock.backends.flax.decoder import Decoder, Rereader, Source
 from monoblock.backends.flax.network import Network
 from monoblock.backends.flax.outputs import FlaxModelOutput, pytree
+from monoblock.backends.flax.processors import of_two
 from monoblock.errors import UnsupportedConfig
 from monoblock.generation import loop
 from monoblock.generation.arrays import ArrayOps
@@ -22,7 +25,7 @@ from monoblock.generation.config import GenerationConfig
 from monoblock.generation.mixin import GenerationMixin, check_assistant
 from monoblock.generation.programs import Program
 from monoblock.generation.transitions import transition_scores
-from monoblock.spec import Learned
+from monoblock.spec import ArchSpec, Learned
 
 INPUTS = frozenset({"past_key_values", "position_ids", "inputs_embeds"})
 # Inputs that only some models take; new tokens get the last token type.
@@ -43,6 +46,8 @@ class Generation(GenerationMixin):
 
     module: Network
     params: Any
+    spec: ArchSpec
+    dtype: Any
     inputs: ClassVar[tuple[str, ...]]
 
     def generate(
@@ -75,6 +80,8 @@ class Generation(GenerationMixin):
         if not trace:
             arguments["disable_compile"] = True
         arguments |= _random(prng_key, arguments)
+        if (processors := arguments.get("logits_processor")) is not None:
+            arguments["logits_processor"] = [of_two(processor) for processor in processors]
         if (helper := arguments.get("assistant_model")) is not None:
             check_assistant(helper, Generation)
             arguments["assistant_model"] = Runner(helper, helper.params)
@@ -84,6 +91,32 @@ class Generation(GenerationMixin):
             runner, inputs, generation_config, plain=_ids if alone else FlaxGenerateOutput, **arguments
         )
         return on_device(result) if alone else _all_shown(result)
+
+    def prepare_inputs_for_generation(
+        self, input_ids: Any, max_length: int, attention_mask: Any = None
+    ) -> dict[str, Any]:
+        """What the pass over prompts (batch, tokens) is given in a decoding loop of one's own, beside the ids: an empty
+        cache for `max_length` tokens, a mask for all its places, and the tokens' positions."""
+        batch, count = jnp.shape(input_ids)
+        mask = jnp.ones((batch, max_length), jnp.int32)
+        if attention_mask is not None:
+            mask = mask.at[:, :count].set(jnp.asarray(attention_mask, jnp.int32)[:, :count])
+        given = {
+            "past_key_values": caches.init_cache(self.spec, batch, max_length, self.dtype),
+            "attention_mask": mask,
+        }
+        if has_positions(self.spec):
+            given["position_ids"] = jnp.maximum(jnp.cumsum(mask[:, :count], axis=-1) - 1, 0)
+        return given
+
+    def update_inputs_for_generation(
+        self, model_outputs: Any, model_kwargs: dict[str, Any]
+    ) -> dict[str, Any]:
+        """What the next token's pass is given, of the last pass's outputs and of what that was given."""
+        given = {**model_kwargs, "past_key_values": model_outputs.past_key_values}
+        if "position_ids" in given:
+            given["position_ids"] = given["position_ids"][:, -1:] + 1
+        return given
 
     def compute_transition_scores(
         self,

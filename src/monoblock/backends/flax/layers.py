@@ -1,7 +1,7 @@
 """The modules that hold no others: matrices, tables and norms. Which one a role needs, the spec says.
 
-They are Linen's own where it has them, so the leaves have Flax's names: `kernel` (inputs, outputs), `bias`, `embedding`,
-`scale`.
+They are Linen's own where it has them, so the leaves have Flax's names: `kernel` (inputs, outputs), `bias`,
+`embedding`, `scale`.
 """
 
 from __future__ import annotations

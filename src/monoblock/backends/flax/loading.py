@@ -8,7 +8,7 @@ canonical names (`checkpoint/keymap.py`), which one leaf or several hold.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -57,10 +57,10 @@ class Group:
 
 def groups(keymap: KeyMap, shapes: Mapping[str, tuple[int, ...]], layout: Part) -> dict[str, Group]:
     """Where each canonical parameter (of these shapes) is in the tree of a class with that module tree."""
-    named_weight = {CANONICAL[role] for role, classes in classes_of(layout) if role in CANONICAL and own_norm(classes)}
-    return {
-        name: _group(keymap.source(name), name, shape, named_weight) for name, shape in shapes.items()
+    named_weight = {
+        CANONICAL[role] for role, classes in classes_of(layout) if role in CANONICAL and own_norm(classes)
     }
+    return {name: _group(keymap.source(name), name, shape, named_weight) for name, shape in shapes.items()}
 
 
 def _group(source: Source, canonical: str, shape: tuple[int, ...], named_weight: set[str]) -> Group:

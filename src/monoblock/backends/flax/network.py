@@ -3,24 +3,89 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
+import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
 from monoblock.backends.flax import heads, model
 from monoblock.backends.flax.cache import Cache
+from monoblock.backends.flax.checked import checked
 from monoblock.backends.flax.inputs import AT_REST, Wanted, prepare
 from monoblock.backends.flax.parts import Part
+from monoblock.outputs import ModelOutput
 
 
 class Network(Part):
     """A bare model, or one with a head, with the modules of its layout.
 
-    Its fields are the layout, the spec, the head's spec, the dtype of the computation, and whether the backward pass
-    computes each layer anew (`remat`); equal networks share what `jit` compiles.
+    Its fields are the layout, the spec, the head's spec, the dtype of the computation, whether the backward pass
+    computes each layer anew (`remat`), and the class of the output; equal networks share what `jit` compiles.
     """
+
+    output: type[ModelOutput] | None = None
+
+    def __call__(
+        self,
+        input_ids: Any = None,
+        attention_mask: Any = None,
+        position_ids: Any = None,
+        deterministic: bool = True,
+        init_cache: bool = False,
+        output_attentions: bool = False,
+        output_hidden_states: bool = False,
+        return_dict: bool = True,
+        *,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Any = None,
+        token_type_ids: Any = None,
+        mc_token_ids: Any = None,
+        image_patches: Any = None,
+        image_patches_indices: Any = None,
+        pixel_values: Any = None,
+        sequence_id: Any = None,
+    ) -> Any:
+        """What `module.apply({"params": params}, input_ids, attention_mask, position_ids)` computes: the arguments of
+        transformers' Flax modules in their order, then further inputs by keyword; shapes are those of the model's call.
+
+        `deterministic=False` drops out, with `rngs={"dropout": key}`. Gives the class's output, without a loss, or its
+        tuple. ValueError: an input does not fit, or a cache is asked for as a collection of variables.
+        """
+        if init_cache or (self.scope is not None and "cache" in self.variables):
+            raise ValueError(
+                "a cache is an argument and a result here, no collection of variables: give past_key_values="
+                "model.init_cache(batch, max_length), and take past_key_values from the output"
+            )
+        arguments = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "inputs_embeds": inputs_embeds,
+            "token_type_ids": token_type_ids,
+            "mc_token_ids": mc_token_ids,
+            "image_patches": image_patches,
+            "image_patches_indices": image_patches_indices,
+            "pixel_values": pixel_values,
+            "sequence_id": sequence_id,
+        }
+        train = not deterministic
+        call = checked(self.spec, self.head_spec, arguments, past_key_values, train)
+        wanted = Wanted(
+            train=train,
+            attentions=output_attentions,
+            hidden_states=output_hidden_states,
+            fresh=call.fresh,
+            choices=call.choices,
+            nested=call.nested,
+        )
+        found = self.run(call.given, past_key_values, wanted)
+        if self.output is None:
+            return found
+        names = {field.name for field in fields(self.output)}  # pyright: ignore[reportArgumentType]
+        result = self.output(**{name: value for name, value in found.items() if name in names})
+        return result if return_dict else result.to_tuple()
 
     @property
     @nn.nowrap
@@ -65,7 +130,7 @@ class Network(Part):
                 cache,
                 keys=tuple(layer.keys for layer in after),
                 values=tuple(layer.values for layer in after),
-                length=(0 if wanted.fresh else cache.length) + x.shape[1],
+                length=jnp.asarray(0 if wanted.fresh else cache.length, jnp.int32) + x.shape[1],
             )
         if self.head_spec is not None:
             found |= heads.outputs(self, out.hidden, given, wanted)

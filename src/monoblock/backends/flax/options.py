@@ -12,9 +12,10 @@ from monoblock.checkpoint.options import HubOptions
 
 log = logging.getLogger("monoblock")
 
+TORCH_DTYPE = "use dtype=, the computation's type; to_bf16() and to_fp16() change the parameters'"
 # Arguments of the PyTorch classes that have no meaning here, and what does the same.
 _REFUSED = {
-    "torch_dtype": "dtype= is the computation's type, and to_bf16() or to_fp16() change the parameters'",
+    "torch_dtype": TORCH_DTYPE,
     "device_map": "jax.device_put(params, sharding) places the parameters",
     "quantization_config": "quantised weights run on PyTorch only",
     "load_in_4bit": "quantised weights run on PyTorch only",

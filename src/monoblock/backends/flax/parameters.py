@@ -188,9 +188,7 @@ class Parameters:
         """The tree of arrays (NumPy's, or PyTorch's on the CPU) by the hub's names; the inverse of
         `hub_state_dict`. CheckpointError says what does not fit."""
         arrays = loading.Arrays({name: np.array(array) for name, array in state.items()})
-        made, report = loading.load(
-            arrays, self.keymap(), self.canonical_shapes(), self.tied(), self.groups
-        )
+        made, report = loading.load(arrays, self.keymap(), self.canonical_shapes(), self.tied(), self.groups)
         if report.missing or report.unused:
             bad = report.missing or report.unused
             what = "lacks" if report.missing else "also holds"

@@ -21,7 +21,7 @@ from monoblock.backends.flax.decode import Generation
 from monoblock.backends.flax.inputs import Wanted
 from monoblock.backends.flax.loading import Tree
 from monoblock.backends.flax.network import Network
-from monoblock.backends.flax.options import LoadOptions, computation
+from monoblock.backends.flax.options import TORCH_DTYPE, LoadOptions, computation
 from monoblock.backends.flax.outputs import output_class
 from monoblock.backends.flax.parameters import Parameters
 from monoblock.backends.flax.sharding import Sharded
@@ -71,7 +71,9 @@ class FlaxPreTrainedModel(Parameters, Sharded, Training, Generation):
         config = as_own_config(config, self.family.config, type(self).__name__)
         remat = kwargs.pop("gradient_checkpointing", getattr(config, "gradient_checkpointing", False))
         if kwargs:
-            raise TypeError(f"{type(self).__name__} has no argument {next(iter(kwargs))!r}")
+            name = next(iter(kwargs))
+            instead = f": {TORCH_DTYPE}" if name == "torch_dtype" else ""
+            raise TypeError(f"{type(self).__name__} has no argument {name!r}{instead}")
         self.config = config
         self.spec = config.to_spec()
         self.name_or_path = config.name_or_path
@@ -79,7 +81,8 @@ class FlaxPreTrainedModel(Parameters, Sharded, Training, Generation):
         self.seed, self.input_shape, self._do_init = seed, input_shape, _do_init
         head = config.to_head(self.row.head) if self.row.head else None
         layout = self.family.layout(config, self.row)
-        self.module = Network(layout, self.spec, head, dtype=self.dtype, remat=bool(remat))
+        kind = output_class(self.row.output)
+        self.module = Network(layout, self.spec, head, dtype=self.dtype, remat=bool(remat), output=kind)
         self.generation_config = self.default_generation_config() if self.can_generate() else None
         self._params: Tree | None = None
 

@@ -92,7 +92,7 @@ class Sharded:
     spec: ArchSpec
     module: Network
     params: Any
-    groups: Mapping[str, Group]
+    groups: Any  # canonical name -> Group
 
     def partition_specs(self, mesh: Mesh, *, tensor_axis: str | None = "tensor") -> Tree:
         """A PartitionSpec for each parameter, as a tree like `params`.
