@@ -17,7 +17,7 @@ Kinds:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from monoblock.checkpoint.keymap import KeyMap, Op, PerHead, Row, Same, Spelling, Split, Transposed, row
@@ -166,6 +166,24 @@ def parts_of(tree: Part) -> Iterator[Part]:
 def within(child: Part, outer: Part) -> Part:
     """The child with the classes of the part around it, where it names no others."""
     return replace(child, classes={**outer.classes, **child.classes})
+
+
+def joint_role(roles: tuple[str, ...]) -> str:
+    """The role, and the name, of a module that holds the matrices of a group as one."""
+    return GROUPS[roles].rpartition(".")[2]
+
+
+def with_joint(tree: Part, groups: Iterable[tuple[str, ...]]) -> Part:
+    """The tree in which each of these groups of modules, where one part holds them, is one module."""
+    children = {
+        name: with_joint(child, groups) if isinstance(child, Part) else child
+        for name, child in tree.children.items()
+    }
+    for roles in groups:
+        if all(role in children.values() for role in roles):
+            children = {name: child for name, child in children.items() if child not in roles}
+            children[joint_role(roles)] = joint_role(roles)
+    return replace(tree, children=children)
 
 
 def classes_of(tree: Part) -> Iterator[tuple[str, Mapping[str, str]]]:

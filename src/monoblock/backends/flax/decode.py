@@ -15,6 +15,7 @@ from monoblock.backends.flax import compiled, compiled_beams
 from monoblock.backends.flax.arrays import JaxOps, Keys, on_device
 from monoblock.backends.flax.checked import has_positions
 from monoblock.backends.flax.decoder import Decoder, Rereader, Source
+from monoblock.backends.flax.joining import LONG, joined
 from monoblock.backends.flax.network import Network
 from monoblock.backends.flax.outputs import FlaxModelOutput, pytree
 from monoblock.backends.flax.processors import of_two
@@ -175,6 +176,9 @@ class Runner:
 
     def compiled(self, generation: Any, program: Program) -> Any:
         """Run a call as one program."""
+        if program.room >= LONG:
+            decoder = generation.decoder
+            decoder.network, decoder.params = joined(decoder.network, decoder.params)
         return (compiled if program.width is None else compiled_beams).run(generation, program)
 
     def decoder(self, plan: loop.Plan, inputs: dict[str, Any]) -> Decoder | Rereader:

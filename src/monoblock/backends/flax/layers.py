@@ -108,6 +108,8 @@ def _matrix(role: str, spec: ArchSpec, head: HeadSpec | None) -> tuple[int, bool
             return mlp.width, mlp.bias
         case "gate" if mlp.gated:
             return mlp.width, mlp.bias
+        case "gate_up":
+            return 2 * mlp.width, mlp.bias
         case "down":
             return spec.width, mlp.bias
         case "patch_embed" if spec.patches:

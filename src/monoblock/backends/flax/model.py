@@ -208,6 +208,9 @@ class MlpAdd(Part):
 def mlp(part: Part, x_bsw: Array) -> Array:
     """`down(act(up(x)))`, or gated."""
     act = ACT[part.spec.mlp.act]
+    if part.has("gate_up"):
+        gate, up = jnp.split(part.role("gate_up")(x_bsw), 2, axis=-1)
+        return part.role("down")(act(gate) * up)
     if part.spec.mlp.gated:
         return part.role("down")(act(part.role("gate")(x_bsw)) * part.role("up")(x_bsw))
     return part.role("down")(act(part.role("up")(x_bsw)))
