@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from monoblock.backends.pytorch.arrays import TorchOps
+from monoblock.backends.pytorch.base import ModelBase
 from monoblock.backends.pytorch.cache import Cache, DynamicCache, StaticCache
 from monoblock.backends.pytorch.generation import cuda_graphs, native_decoder
 from monoblock.backends.pytorch.generation.decoding_path import GRAPH, NATIVE, decoding_path, report
@@ -24,9 +25,6 @@ from monoblock.generation.transitions import transition_scores
 from monoblock.positions import is_dynamic
 from monoblock.spec import Learned, Rotary
 
-if TYPE_CHECKING:
-    from monoblock.backends.pytorch.pretrained import PreTrainedModel
-
 INPUTS = frozenset({"past_key_values", "position_ids", "inputs_embeds"})
 # Inputs that only some models take. Images are embedded with the prompt; new tokens get the last token type.
 IMAGES = ("image_patches", "image_patches_indices", "pixel_values")
@@ -35,11 +33,11 @@ MORE = frozenset({"token_type_ids", *IMAGES})
 CHUNK = 1024
 
 
-class Generation(GenerationMixin):
+class Generation(ModelBase, GenerationMixin):
     """Adds `generate` to the models that predict the next token."""
 
     def generate(
-        self: PreTrainedModel,  # pyright: ignore[reportGeneralTypeIssues]
+        self,
         inputs: Tensor | Mapping[str, Any] | None = None,
         generation_config: GenerationConfig | None = None,
         **kwargs: Any,
@@ -73,7 +71,7 @@ class Generation(GenerationMixin):
         return decoding_path(self)
 
     def compute_transition_scores(
-        self: PreTrainedModel,  # pyright: ignore[reportGeneralTypeIssues]
+        self,
         sequences: Tensor,
         scores: Sequence[Tensor],
         beam_indices: Tensor | None = None,
@@ -89,7 +87,7 @@ class Generation(GenerationMixin):
 
 
 @contextlib.contextmanager
-def _at_rest(model: PreTrainedModel) -> Iterator[None]:
+def _at_rest(model: nn.Module) -> Iterator[None]:
     """The model without dropout, in whatever mode it was before."""
     if not model.training:
         yield
@@ -120,7 +118,7 @@ class Runner:
     ops: ArrayOps
     compiled = None
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: Generation) -> None:
         self.model = model
         self.input_names = INPUTS | MORE.intersection((*model.row.forward.split(), *model.extra))
         self.ops = TorchOps(model.device)
@@ -154,7 +152,7 @@ class Runner:
 class Decoder:
     """A model in the middle of one generation: its cache, positions and mask."""
 
-    def __init__(self, model: PreTrainedModel, plan: loop.Plan, inputs: dict[str, Any]) -> None:
+    def __init__(self, model: Generation, plan: loop.Plan, inputs: dict[str, Any]) -> None:
         self.model, config = model, plan.config
         self.embeds: Tensor | None = inputs.get("inputs_embeds")
         self.positions: Tensor | None = inputs.get("position_ids")
@@ -306,7 +304,7 @@ class Decoder:
         self.ids = new if self.ids is None else torch.cat((self.ids, new), dim=1)
         cached = 0 if self.cache is None else self.cache.get_seq_length()
         mask = self.mask if self.mask is not None else self.ids.new_ones(self.ids.shape)
-        made = self.model.prepare_inputs_for_generation(
+        made = vars(self.model)["prepare_inputs_for_generation"](
             self.ids,
             past_key_values=self.cache if cached else None,
             attention_mask=mask.to(self.ids.dtype),
