@@ -12,8 +12,8 @@ import numpy as np
 import torch
 
 from monoblock.backends.flax import loading
-from monoblock.backends.flax.inputs import AT_REST, Wanted
 from monoblock.backends.flax.network import Network
+from monoblock.backends.xla.inputs import AT_REST, Wanted
 
 
 def canonical_of(tree: Mapping[str, Any], model: Any) -> dict[str, np.ndarray]:

@@ -94,7 +94,7 @@ def _flax_class(module: Any, family: Family, row: ModelClass) -> str:
     first = next(i for i, p in enumerate(parameters) if p.kind is p.KEYWORD_ONLY)
     arguments.insert(first, "*")
     return f"""
-class {cls.__name__}(Flax{families.FAMILIES[family.name][0]}{module.BASE}):
+class {cls.__name__}(Flax{families.FAMILIES[family.name][0]}PreTrainedModel):
     config: {family.config.__name__}
     def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,

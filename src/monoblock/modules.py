@@ -48,7 +48,10 @@ CANONICAL = {
 # Roles of the layers' matrices.
 MATRICES = ("qkv", "out", "up", "down")
 # Roles whose matrices are one in the canonical tree, in that order.
-GROUPS = {("q", "k", "v"): "blocks.{i}.attn.qkv", ("gate", "up"): "blocks.{i}.mlp.gate_up"}
+GROUPS: dict[tuple[str, ...], str] = {
+    ("q", "k", "v"): "blocks.{i}.attn.qkv",
+    ("gate", "up"): "blocks.{i}.mlp.gate_up",
+}
 
 
 @dataclass(frozen=True)
@@ -133,7 +136,10 @@ def _rows(
     att, mlp = spec.attention, spec.mlp
     paths = {role: path for role, path in paths.items() if role != "gate" or mlp.gated}
     kv = att.kv_heads * att.head_dim
-    sizes = {("q", "k", "v"): (att.heads * att.head_dim, kv, kv), ("gate", "up"): (mlp.width, mlp.width)}
+    sizes: dict[tuple[str, ...], tuple[int, ...]] = {
+        ("q", "k", "v"): (att.heads * att.head_dim, kv, kv),
+        ("gate", "up"): (mlp.width, mlp.width),
+    }
     found: list[tuple[str, Spelling]] = []
     grouped: set[str] = set()
     for roles, canonical in GROUPS.items():

@@ -13,9 +13,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
-from monoblock.backends.flax.inputs import Wanted
 from monoblock.backends.flax.layers import projection
 from monoblock.backends.flax.parts import Part, computes, dropout
+from monoblock.backends.xla.inputs import Wanted
 from monoblock.heads import KINDS, HeadSpec
 
 IGNORED = -100

@@ -13,8 +13,9 @@ from jax import Array
 from monoblock.backends.flax import heads, model
 from monoblock.backends.flax.cache import Cache
 from monoblock.backends.flax.checked import checked
-from monoblock.backends.flax.inputs import AT_REST, Wanted, prepare
+from monoblock.backends.flax.inputs import prepare
 from monoblock.backends.flax.parts import Part
+from monoblock.backends.xla.inputs import AT_REST, Wanted
 from monoblock.outputs import ModelOutput
 
 
