@@ -93,7 +93,7 @@ def checked(
     _check_cache_position(xp, given.get("cache_position"), seen, count)
     _positions(spec, made, given.get("position_ids"), span)
     if "position_ids" in made.given:
-        apart = documents and cache is None and _separate(xp, spec, made, span)
+        apart = documents and made.fresh and _separate(xp, spec, made, span)
         if not apart and not has_positions(spec):
             _warn_once("position_ids have no effect on a model that encodes positions as distances")
     if (types := given.get("token_type_ids")) is not None:
