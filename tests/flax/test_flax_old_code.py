@@ -19,6 +19,7 @@ import pytest
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 from flax_models import config_of, flax_model, ids_of
+from flax_tiny import PAD, batch, tiny
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from measure import assert_close
 
@@ -142,6 +143,64 @@ def test_processors_in_the_old_form() -> None:
     assert float(both(ids, jnp.zeros((2, 89)), 8)[0].argmax()) == 20
     with pytest.raises(NotImplementedError, match="FlaxLogitsProcessor does not say"):
         monoblock.FlaxLogitsProcessor()(ids, jnp.zeros((2, 89)), 7)
+
+
+# ---------------------------------------------------------------------------- generate inside a trace
+
+TRACED: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": PAD}
+
+
+def test_generate_under_jit_pmap_and_vmap() -> None:
+    model, (ids, mask) = tiny("FlaxGPTNeoForCausalLM"), batch().values()
+    expected = np.asarray(model.generate(ids, attention_mask=mask, **TRACED).sequences)
+
+    def generate(params: Any, ids: Any, mask: Any) -> Any:
+        return model.generate(ids, attention_mask=mask, params=params, **TRACED).sequences
+
+    assert np.array_equal(jax.jit(generate)(model.params, ids, mask), expected)
+    rows = jax.vmap(lambda row, own: generate(model.params, row[None], own[None])[0])(ids, mask)
+    assert np.array_equal(rows, expected)
+    replicated = jax.tree.map(lambda x: jnp.stack([x]), model.params)
+    assert np.array_equal(jax.pmap(generate)(replicated, ids[None], mask[None])[0], expected)
+    without = jax.jit(lambda p, ids: model.generate(ids, params=p, **TRACED).sequences)
+    assert np.array_equal(without(model.params, ids), expected)  # the pad token tells the padding
+    compiled = jax.jit(model.generate, static_argnames=("max_new_tokens", "do_sample", "pad_token_id"))
+    found = compiled(ids, max_new_tokens=6, do_sample=False, pad_token_id=PAD)
+    assert type(found).__name__ == "FlaxGenerateOutput" and found.sequences.shape == (4, 20)
+
+
+def test_sampling_and_ends_under_jit() -> None:
+    model, (ids, mask) = tiny("FlaxMistralForCausalLM"), batch().values()
+    sampled = {**TRACED, "do_sample": True, "temperature": 0.7, "top_k": 9, "repetition_penalty": 1.3}
+    key = jax.random.key(3)
+    expected = model.generate(ids, attention_mask=mask, prng_key=key, **sampled).sequences
+    found = jax.jit(lambda key: model.generate(ids, attention_mask=mask, prng_key=key, **sampled).sequences)(
+        key
+    )
+    assert np.array_equal(found, expected)
+    greedy = model.generate(ids, attention_mask=mask, **TRACED).sequences
+    asked = {**TRACED, "eos_token_id": int(greedy[0, -4])}
+    short = np.asarray(model.generate(ids, attention_mask=mask, **asked).sequences)
+    long = np.asarray(jax.jit(lambda m: model.generate(ids, attention_mask=m, **asked).sequences)(mask))
+    assert long.shape == (4, 20) and np.array_equal(long[:, : short.shape[1]], short)
+    assert (long[:, short.shape[1] :] == PAD).all() and (long[0, -3:] == PAD).all()
+
+
+@pytest.mark.parametrize(
+    ("more", "sentence"),
+    [
+        ({"num_beams": 2}, "searches no beams"),
+        ({"position_ids": np.zeros((4, 14), int)}, "not position_ids"),
+        ({"logits_processor": [lambda ids, scores: scores]}, "need the host between tokens"),
+        ({"trace": False}, "need the host between tokens"),
+        ({"max_new_tokens": 100}, "the prompt's 14 columns all count"),
+        ({"return_dict_in_generate": True}, "leave out return_dict_in_generate"),
+    ],
+)
+def test_what_generate_refuses_inside_a_trace(more: dict[str, Any], sentence: str) -> None:
+    model, ids = tiny("FlaxGPTNeoForCausalLM"), batch(padded=False)["input_ids"]
+    with pytest.raises(ValueError, match=sentence):
+        jax.jit(lambda ids: model.generate(ids, **{**TRACED, **more}))(ids)
 
 
 # ---------------------------------------------------------------------------- names

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import jax
-import jax.core
 import jax.numpy as jnp
 
 from monoblock.backends.flax import cache as caches
@@ -17,6 +16,7 @@ from monoblock.backends.flax.network import Network
 from monoblock.backends.flax.outputs import FlaxModelOutput, pytree
 from monoblock.backends.flax.processors import of_two
 from monoblock.backends.flax.steps import Steps
+from monoblock.backends.flax.traced import Traced, is_traced
 from monoblock.backends.xla import runner
 from monoblock.backends.xla.namespace import Namespace
 from monoblock.generation import loop
@@ -66,14 +66,13 @@ class Generation(runner.Generation):
         compiled step for each token. Draws come from `prng_key`, or from `seed`; without, from key 0, as JAX
         has no global source of random numbers: give a new key for each call. Other keywords are those of the PyTorch
         classes' `generate`. `params` stand in for the model's own. ValueError for what is unknown or not supported.
+
+        Works under `jit`, `pmap` and `vmap` too, greedy or sampling: prompts, masks, params and keys may be traced, the
+        values of ids are not checked then, and the rows come back with all new tokens' columns, filled with the pad
+        token.
         """
         inputs, arguments = self.generate_arguments(inputs, kwargs)
         params = self.params if params is None else params
-        if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((inputs, arguments, params))):
-            raise TypeError(
-                "generate() compiles itself and looks at its prompts: call it outside jit, vmap and pmap; sharded "
-                "params= spread it over devices"
-            )
         if not trace:
             arguments["disable_compile"] = True
         arguments |= _random(prng_key, arguments)
@@ -83,6 +82,10 @@ class Generation(runner.Generation):
             check_assistant(helper, Generation)
             arguments["assistant_model"] = Runner(helper, helper.params)
         alone = arguments.get("return_dict_in_generate") is False
+        if is_traced(inputs, arguments, params, prng_key):
+            traced = Traced(Runner(self, params), inputs, arguments)
+            ids = loop.generate(traced, None, generation_config, **traced.stand_ins())
+            return ids if alone else FlaxGenerateOutput(sequences=ids)
         plain = _ids if alone else FlaxGenerateOutput
         result = loop.generate(Runner(self, params), inputs, generation_config, plain=plain, **arguments)
         return on_device(result) if alone else _all_shown(result)

@@ -74,11 +74,14 @@ class Steps:
         return looped(self.network, program, self.params, start.cache, start._replace(cache=None))
 
 
-@partial(jax.jit, static_argnames=("network", "program"), donate_argnames=("cache",))
-def looped(network: Network, program: Program, params: Any, cache: Cache, start: Start) -> Any:
-    """A whole loop over tokens; the cache that came in is gone."""
+def loop_over_tokens(network: Network, program: Program, params: Any, cache: Cache, start: Start) -> Any:
+    """A whole loop over tokens, to be compiled."""
     run = compiled.looped if program.width is None else compiled_beams.looped
     return run(LOOP, partial(passed, network, params), program, start._replace(cache=cache))
+
+
+# The cache that comes in is gone afterwards.
+looped = jax.jit(loop_over_tokens, static_argnames=("network", "program"), donate_argnames=("cache",))
 
 
 def passed(network: Network, params: Any, given: Given, cache: Cache | None, wanted: Wanted) -> Pass:
