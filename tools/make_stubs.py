@@ -56,10 +56,15 @@ def stub() -> str:
     for home, names in sorted(homes.items()):
         parts.append(f"from {home} import (\n" + "".join(f"    {n} as {n},\n" for n in sorted(names)) + ")\n")
     parts.append("\n__version__: str\n")
-    parts += ["\n", *(f"class {name}(PreTrainedModel): ...\n" for name in sorted(monoblock._BASES))]
+    for names in monoblock._BASES_OF.values():
+        parts += ["\n", *(f"class {name}({_prefix(name)}PreTrainedModel): ...\n" for name in sorted(names))]
     for module in monoblock._MODELS:
         parts += [WRITERS[module](importlib.import_module(module), *row) for row in rows.values()]
     return "".join(parts)
+
+
+def _prefix(name: str) -> str:
+    return next((prefix for prefix in ("Flax", "TF") if name.startswith(prefix)), "")
 
 
 def _row(name: str) -> tuple[Family, ModelClass]:
@@ -89,7 +94,7 @@ def _flax_class(module: Any, family: Family, row: ModelClass) -> str:
     first = next(i for i, p in enumerate(parameters) if p.kind is p.KEYWORD_ONLY)
     arguments.insert(first, "*")
     return f"""
-class {cls.__name__}(FlaxPreTrainedModel):
+class {cls.__name__}(Flax{families.FAMILIES[family.name][0]}PreTrainedModel):
     config: {family.config.__name__}
     def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,

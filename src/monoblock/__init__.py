@@ -93,6 +93,15 @@ _HOME: dict[str, str] = {
     "FlaxAutoModelForQuestionAnswering": "monoblock.auto",
     "FlaxAutoModelForSequenceClassification": "monoblock.auto",
     "FlaxAutoModelForTokenClassification": "monoblock.auto",
+    "FlaxLogitsProcessor": "monoblock.backends.flax.processors",
+    "FlaxLogitsProcessorList": "monoblock.backends.flax.processors",
+    "FLAX_MODEL_MAPPING": "monoblock.auto",
+    "FLAX_MODEL_FOR_CAUSAL_LM_MAPPING": "monoblock.auto",
+    "FLAX_MODEL_FOR_MASKED_LM_MAPPING": "monoblock.auto",
+    "FLAX_MODEL_FOR_MULTIPLE_CHOICE_MAPPING": "monoblock.auto",
+    "FLAX_MODEL_FOR_QUESTION_ANSWERING_MAPPING": "monoblock.auto",
+    "FLAX_MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING": "monoblock.auto",
+    "FLAX_MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING": "monoblock.auto",
     "TFPreTrainedModel": "monoblock.backends.tf.pretrained",
     "TFBaseModelOutput": "monoblock.backends.tf.outputs",
     "TFBaseModelOutputWithPast": "monoblock.backends.tf.outputs",
@@ -148,7 +157,7 @@ _CLASSES = (
     "OpenAIGPTModel",
 )
 
-# The bases of each family's PyTorch classes.
+# The bases of each family's classes, without a framework's prefix.
 _BASES = (
     "FuyuPreTrainedModel",
     "GPTNeoPreTrainedModel",
@@ -165,18 +174,26 @@ _MODELS: dict[str, tuple[str, ...]] = {
     "monoblock.backends.tf.classes": tuple(f"TF{name}" for name in _CLASSES),
 }
 
+# The same for the bases.
+_BASES_OF: dict[str, tuple[str, ...]] = {
+    "monoblock.backends.pytorch.classes": _BASES,
+    "monoblock.backends.flax.classes": tuple(f"Flax{name}" for name in _BASES),
+}
+
 # What to install when a framework is missing.
 _EXTRAS = {"torch": "torch", "jax": "jax", "flax": "jax", "tensorflow": "tf", "keras": "tf"}
 
-_NAMES = frozenset([*_HOME, *_BASES, *(name for names in _MODELS.values() for name in names)])
+_NAMES = frozenset(
+    [*_HOME, *(name for homes in (_MODELS, _BASES_OF) for names in homes.values() for name in names)]
+)
 __all__ = [*_NAMES]  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:
     if (home := _HOME.get(name)) is not None:
         value = getattr(_load(home, name), name)
-    elif name in _BASES:
-        value = _load("monoblock.backends.pytorch.classes", name).make_base_class(name)
+    elif home := next((module for module, names in _BASES_OF.items() if name in names), None):
+        value = _load(home, name).make_base_class(name)
     elif home := next((module for module, names in _MODELS.items() if name in names), None):
         value = _load(home, name).make_class(name)
     else:

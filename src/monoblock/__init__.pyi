@@ -30,6 +30,13 @@ from monoblock.auto import (
     AutoModelForQuestionAnswering as AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification as AutoModelForSequenceClassification,
     AutoModelForTokenClassification as AutoModelForTokenClassification,
+    FLAX_MODEL_FOR_CAUSAL_LM_MAPPING as FLAX_MODEL_FOR_CAUSAL_LM_MAPPING,
+    FLAX_MODEL_FOR_MASKED_LM_MAPPING as FLAX_MODEL_FOR_MASKED_LM_MAPPING,
+    FLAX_MODEL_FOR_MULTIPLE_CHOICE_MAPPING as FLAX_MODEL_FOR_MULTIPLE_CHOICE_MAPPING,
+    FLAX_MODEL_FOR_QUESTION_ANSWERING_MAPPING as FLAX_MODEL_FOR_QUESTION_ANSWERING_MAPPING,
+    FLAX_MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING as FLAX_MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    FLAX_MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING as FLAX_MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
+    FLAX_MODEL_MAPPING as FLAX_MODEL_MAPPING,
     FlaxAutoModel as FlaxAutoModel,
     FlaxAutoModelForCausalLM as FlaxAutoModelForCausalLM,
     FlaxAutoModelForImageTextToText as FlaxAutoModelForImageTextToText,
@@ -63,6 +70,10 @@ from monoblock.backends.flax.outputs import (
 )
 from monoblock.backends.flax.pretrained import (
     FlaxPreTrainedModel as FlaxPreTrainedModel,
+)
+from monoblock.backends.flax.processors import (
+    FlaxLogitsProcessor as FlaxLogitsProcessor,
+    FlaxLogitsProcessorList as FlaxLogitsProcessorList,
 )
 from monoblock.backends.pytorch.cache import (
     Cache as Cache,
@@ -180,6 +191,13 @@ class MPNetPreTrainedModel(PreTrainedModel): ...
 class MistralPreTrainedModel(PreTrainedModel): ...
 class MptPreTrainedModel(PreTrainedModel): ...
 class OpenAIGPTPreTrainedModel(PreTrainedModel): ...
+
+class FlaxFuyuPreTrainedModel(FlaxPreTrainedModel): ...
+class FlaxGPTNeoPreTrainedModel(FlaxPreTrainedModel): ...
+class FlaxMPNetPreTrainedModel(FlaxPreTrainedModel): ...
+class FlaxMistralPreTrainedModel(FlaxPreTrainedModel): ...
+class FlaxMptPreTrainedModel(FlaxPreTrainedModel): ...
+class FlaxOpenAIGPTPreTrainedModel(FlaxPreTrainedModel): ...
 
 class FuyuForCausalLM(FuyuPreTrainedModel):
     config: FuyuConfig
@@ -786,7 +804,7 @@ class OpenAIGPTModel(OpenAIGPTPreTrainedModel):
     ) -> BaseModelOutput | tuple[Any, ...]: ...
     __call__ = forward
 
-class FlaxFuyuForCausalLM(FlaxPreTrainedModel):
+class FlaxFuyuForCausalLM(FlaxFuyuPreTrainedModel):
     config: FuyuConfig
     def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -809,7 +827,7 @@ class FlaxFuyuForCausalLM(FlaxPreTrainedModel):
         logits_to_keep: int = 0,
     ) -> FlaxCausalLMOutputWithCrossAttentions | tuple[Any, ...]: ...
 
-class FlaxGPTNeoForCausalLM(FlaxPreTrainedModel):
+class FlaxGPTNeoForCausalLM(FlaxGPTNeoPreTrainedModel):
     config: GPTNeoConfig
     def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -830,7 +848,7 @@ class FlaxGPTNeoForCausalLM(FlaxPreTrainedModel):
         logits_to_keep: int = 0,
     ) -> FlaxCausalLMOutputWithCrossAttentions | tuple[Any, ...]: ...
 
-class FlaxGPTNeoForQuestionAnswering(FlaxPreTrainedModel):
+class FlaxGPTNeoForQuestionAnswering(FlaxGPTNeoPreTrainedModel):
     config: GPTNeoConfig
     def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -850,7 +868,7 @@ class FlaxGPTNeoForQuestionAnswering(FlaxPreTrainedModel):
         sequence_id: Any = None,
     ) -> FlaxQuestionAnsweringModelOutput | tuple[Any, ...]: ...
 
-class FlaxGPTNeoForSequenceClassification(FlaxPreTrainedModel):
+class FlaxGPTNeoForSequenceClassification(FlaxGPTNeoPreTrainedModel):
     config: GPTNeoConfig
     def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -870,7 +888,7 @@ class FlaxGPTNeoForSequenceClassification(FlaxPreTrainedModel):
         sequence_id: Any = None,
     ) -> FlaxSequenceClassifierOutput | tuple[Any, ...]: ...
 
-class FlaxGPTNeoForTokenClassification(FlaxPreTrainedModel):
+class FlaxGPTNeoForTokenClassification(FlaxGPTNeoPreTrainedModel):
     config: GPTNeoConfig
     def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -890,7 +908,7 @@ class FlaxGPTNeoForTokenClassification(FlaxPreTrainedModel):
         sequence_id: Any = None,
     ) -> FlaxTokenClassifierOutput | tuple[Any, ...]: ...
 
-class FlaxGPTNeoModel(FlaxPreTrainedModel):
+class FlaxGPTNeoModel(FlaxGPTNeoPreTrainedModel):
     config: GPTNeoConfig
     def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -910,7 +928,7 @@ class FlaxGPTNeoModel(FlaxPreTrainedModel):
         sequence_id: Any = None,
     ) -> FlaxBaseModelOutputWithPastAndCrossAttentions | tuple[Any, ...]: ...
 
-class FlaxMPNetForMaskedLM(FlaxPreTrainedModel):
+class FlaxMPNetForMaskedLM(FlaxMPNetPreTrainedModel):
     config: MPNetConfig
     def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -929,7 +947,7 @@ class FlaxMPNetForMaskedLM(FlaxPreTrainedModel):
         sequence_id: Any = None,
     ) -> FlaxMaskedLMOutput | tuple[Any, ...]: ...
 
-class FlaxMPNetForMultipleChoice(FlaxPreTrainedModel):
+class FlaxMPNetForMultipleChoice(FlaxMPNetPreTrainedModel):
     config: MPNetConfig
     def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -948,7 +966,7 @@ class FlaxMPNetForMultipleChoice(FlaxPreTrainedModel):
         sequence_id: Any = None,
     ) -> FlaxMultipleChoiceModelOutput | tuple[Any, ...]: ...
 
-class FlaxMPNetForQuestionAnswering(FlaxPreTrainedModel):
+class FlaxMPNetForQuestionAnswering(FlaxMPNetPreTrainedModel):
     config: MPNetConfig
     def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -967,7 +985,7 @@ class FlaxMPNetForQuestionAnswering(FlaxPreTrainedModel):
         sequence_id: Any = None,
     ) -> FlaxQuestionAnsweringModelOutput | tuple[Any, ...]: ...
 
-class FlaxMPNetForSequenceClassification(FlaxPreTrainedModel):
+class FlaxMPNetForSequenceClassification(FlaxMPNetPreTrainedModel):
     config: MPNetConfig
     def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -986,7 +1004,7 @@ class FlaxMPNetForSequenceClassification(FlaxPreTrainedModel):
         sequence_id: Any = None,
     ) -> FlaxSequenceClassifierOutput | tuple[Any, ...]: ...
 
-class FlaxMPNetForTokenClassification(FlaxPreTrainedModel):
+class FlaxMPNetForTokenClassification(FlaxMPNetPreTrainedModel):
     config: MPNetConfig
     def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -1005,7 +1023,7 @@ class FlaxMPNetForTokenClassification(FlaxPreTrainedModel):
         sequence_id: Any = None,
     ) -> FlaxTokenClassifierOutput | tuple[Any, ...]: ...
 
-class FlaxMPNetModel(FlaxPreTrainedModel):
+class FlaxMPNetModel(FlaxMPNetPreTrainedModel):
     config: MPNetConfig
     def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -1024,7 +1042,7 @@ class FlaxMPNetModel(FlaxPreTrainedModel):
         sequence_id: Any = None,
     ) -> FlaxBaseModelOutputWithPooling | tuple[Any, ...]: ...
 
-class FlaxMistralForCausalLM(FlaxPreTrainedModel):
+class FlaxMistralForCausalLM(FlaxMistralPreTrainedModel):
     config: MistralConfig
     def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -1044,7 +1062,7 @@ class FlaxMistralForCausalLM(FlaxPreTrainedModel):
         logits_to_keep: int = 0,
     ) -> FlaxCausalLMOutputWithCrossAttentions | tuple[Any, ...]: ...
 
-class FlaxMistralForQuestionAnswering(FlaxPreTrainedModel):
+class FlaxMistralForQuestionAnswering(FlaxMistralPreTrainedModel):
     config: MistralConfig
     def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -1063,7 +1081,7 @@ class FlaxMistralForQuestionAnswering(FlaxPreTrainedModel):
         sequence_id: Any = None,
     ) -> FlaxQuestionAnsweringModelOutput | tuple[Any, ...]: ...
 
-class FlaxMistralForSequenceClassification(FlaxPreTrainedModel):
+class FlaxMistralForSequenceClassification(FlaxMistralPreTrainedModel):
     config: MistralConfig
     def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -1082,7 +1100,7 @@ class FlaxMistralForSequenceClassification(FlaxPreTrainedModel):
         sequence_id: Any = None,
     ) -> FlaxSequenceClassifierOutput | tuple[Any, ...]: ...
 
-class FlaxMistralForTokenClassification(FlaxPreTrainedModel):
+class FlaxMistralForTokenClassification(FlaxMistralPreTrainedModel):
     config: MistralConfig
     def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -1101,7 +1119,7 @@ class FlaxMistralForTokenClassification(FlaxPreTrainedModel):
         sequence_id: Any = None,
     ) -> FlaxTokenClassifierOutput | tuple[Any, ...]: ...
 
-class FlaxMistralModel(FlaxPreTrainedModel):
+class FlaxMistralModel(FlaxMistralPreTrainedModel):
     config: MistralConfig
     def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -1120,7 +1138,7 @@ class FlaxMistralModel(FlaxPreTrainedModel):
         sequence_id: Any = None,
     ) -> FlaxBaseModelOutputWithPast | tuple[Any, ...]: ...
 
-class FlaxMptForCausalLM(FlaxPreTrainedModel):
+class FlaxMptForCausalLM(FlaxMptPreTrainedModel):
     config: MptConfig
     def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -1140,7 +1158,7 @@ class FlaxMptForCausalLM(FlaxPreTrainedModel):
         logits_to_keep: int = 0,
     ) -> FlaxCausalLMOutputWithCrossAttentions | tuple[Any, ...]: ...
 
-class FlaxMptForQuestionAnswering(FlaxPreTrainedModel):
+class FlaxMptForQuestionAnswering(FlaxMptPreTrainedModel):
     config: MptConfig
     def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -1159,7 +1177,7 @@ class FlaxMptForQuestionAnswering(FlaxPreTrainedModel):
         sequence_id: Any = None,
     ) -> FlaxQuestionAnsweringModelOutput | tuple[Any, ...]: ...
 
-class FlaxMptForSequenceClassification(FlaxPreTrainedModel):
+class FlaxMptForSequenceClassification(FlaxMptPreTrainedModel):
     config: MptConfig
     def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -1178,7 +1196,7 @@ class FlaxMptForSequenceClassification(FlaxPreTrainedModel):
         sequence_id: Any = None,
     ) -> FlaxSequenceClassifierOutput | tuple[Any, ...]: ...
 
-class FlaxMptForTokenClassification(FlaxPreTrainedModel):
+class FlaxMptForTokenClassification(FlaxMptPreTrainedModel):
     config: MptConfig
     def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -1197,7 +1215,7 @@ class FlaxMptForTokenClassification(FlaxPreTrainedModel):
         sequence_id: Any = None,
     ) -> FlaxTokenClassifierOutput | tuple[Any, ...]: ...
 
-class FlaxMptModel(FlaxPreTrainedModel):
+class FlaxMptModel(FlaxMptPreTrainedModel):
     config: MptConfig
     def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -1216,7 +1234,7 @@ class FlaxMptModel(FlaxPreTrainedModel):
         sequence_id: Any = None,
     ) -> FlaxBaseModelOutputWithPastAndCrossAttentions | tuple[Any, ...]: ...
 
-class FlaxOpenAIGPTDoubleHeadsModel(FlaxPreTrainedModel):
+class FlaxOpenAIGPTDoubleHeadsModel(FlaxOpenAIGPTPreTrainedModel):
     config: OpenAIGPTConfig
     def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -1237,7 +1255,7 @@ class FlaxOpenAIGPTDoubleHeadsModel(FlaxPreTrainedModel):
         sequence_id: Any = None,
     ) -> FlaxOpenAIGPTDoubleHeadsModelOutput | tuple[Any, ...]: ...
 
-class FlaxOpenAIGPTForSequenceClassification(FlaxPreTrainedModel):
+class FlaxOpenAIGPTForSequenceClassification(FlaxOpenAIGPTPreTrainedModel):
     config: OpenAIGPTConfig
     def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -1257,7 +1275,7 @@ class FlaxOpenAIGPTForSequenceClassification(FlaxPreTrainedModel):
         sequence_id: Any = None,
     ) -> FlaxSequenceClassifierOutput | tuple[Any, ...]: ...
 
-class FlaxOpenAIGPTLMHeadModel(FlaxPreTrainedModel):
+class FlaxOpenAIGPTLMHeadModel(FlaxOpenAIGPTPreTrainedModel):
     config: OpenAIGPTConfig
     def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -1278,7 +1296,7 @@ class FlaxOpenAIGPTLMHeadModel(FlaxPreTrainedModel):
         logits_to_keep: int = 0,
     ) -> FlaxMaskedLMOutput | tuple[Any, ...]: ...
 
-class FlaxOpenAIGPTModel(FlaxPreTrainedModel):
+class FlaxOpenAIGPTModel(FlaxOpenAIGPTPreTrainedModel):
     config: OpenAIGPTConfig
     def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,

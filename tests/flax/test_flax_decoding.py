@@ -289,6 +289,3 @@ def test_what_is_wrong_is_told(model: Any) -> None:
         flax_model("MPNetForMaskedLM").generate(ids)
     with pytest.raises(TypeError, match="assistant_model must be one of monoblock's"):
         model.generate(ids, assistant_model=torch_model(NAME), **ASKED)
-    for traced in (lambda x: model.generate(x, **ASKED), lambda x: model.generate(ids, params=x, **ASKED)):
-        with pytest.raises(TypeError, match="call it outside jit, vmap and pmap"):
-            jax.jit(traced)(ids)

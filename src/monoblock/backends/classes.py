@@ -10,6 +10,7 @@ from typing import Any
 from monoblock import families
 from monoblock.families import Family, ModelClass
 
+BASE = "PreTrainedModel"  # what the name of a family's base class ends with
 # Arguments that every call of a PyTorch or TF class takes by keyword beside those of its own signature.
 COMMON = (
     "position_ids",
@@ -42,6 +43,24 @@ def new_class(name: str, bases: tuple[type, ...], family: Family, own: Mapping[s
         **own,
     }
     return types.new_class(name, bases, exec_body=lambda namespace: namespace.update(body))
+
+
+def new_base(name: str, prefix: str, bases: tuple[type, ...]) -> Any:
+    """The base of a family's classes, which holds what they have in common: `<prefix><stem>PreTrainedModel`. It refuses
+    to be made by itself. AttributeError if there is no such family."""
+    stem = name.removeprefix(prefix).removesuffix(BASE)
+    kind = next((kind for kind, (own, _) in families.FAMILIES.items() if own == stem), None)
+    if kind is None:
+        raise AttributeError(f"monoblock has no class {name!r}")
+    names = ", ".join(prefix + own for own in families.class_names(kind))
+
+    def refuse(cls: type, *_: Any, **__: Any) -> Any:
+        if not hasattr(cls, "row"):
+            raise TypeError(f"{cls.__name__} is only the base of {names}: make one of these")
+        return object.__new__(cls)
+
+    own = {"__doc__": f"The base of the classes {names}; no model by itself.", "__new__": refuse}
+    return new_class(name, bases, families.family(kind), own)
 
 
 def extra_arguments(

@@ -77,6 +77,12 @@ class Store:
         return _Mapped.joined(cast(list[_Mapped], shards), names)
 
     @property
+    def outputs_first(self) -> bool:
+        """Whether every matrix is given outputs x inputs: Flax's files do not tell those that the hub has the other
+        way round (Conv1D's) from others."""
+        return any(isinstance(shard, Renamed) and shard.naming is flax_name for shard in self._shards)
+
+    @property
     def metadata(self) -> dict[str, str]:
         """The files' free-text metadata, merged."""
         return {key: value for shard in self._shards for key, value in shard.metadata.items()}

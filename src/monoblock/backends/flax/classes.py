@@ -7,6 +7,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+from monoblock import families
 from monoblock.backends import classes
 from monoblock.backends.flax.outputs import output_class
 from monoblock.backends.flax.pretrained import FlaxPreTrainedModel
@@ -26,17 +27,24 @@ INPUTS = (
 
 
 @functools.cache
+def make_base_class(name: str) -> type[FlaxPreTrainedModel]:
+    """The base of a family's classes, which holds what they have in common: `Flax<stem>PreTrainedModel`."""
+    return classes.new_base(name, PREFIX, (FlaxPreTrainedModel,))
+
+
+@functools.cache
 def make_class(name: str) -> type[FlaxPreTrainedModel]:
     """The public class of that name, from its family's table."""
     family, row = classes.row_of(name, PREFIX)
     inputs = extra_arguments(family, row)
+    base = make_base_class(PREFIX + families.FAMILIES[family.name][0] + classes.BASE)
     own = {
         "row": row,
         "inputs": inputs,
         "__doc__": _document(name, row, inputs),
         "__call__": _call(row, inputs),
     }
-    return classes.new_class(name, (FlaxPreTrainedModel,), family, own)
+    return classes.new_class(name, (base,), family, own)
 
 
 def extra_arguments(family: Family, row: ModelClass) -> tuple[str, ...]:

@@ -6,20 +6,26 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import jax
-import jax.core
 import jax.numpy as jnp
 
+from monoblock.backends.flax import cache as caches
 from monoblock.backends.flax.arrays import Keys, on_device
+from monoblock.backends.flax.joining import LONG
 from monoblock.backends.flax.namespace import XP
 from monoblock.backends.flax.network import Network
 from monoblock.backends.flax.outputs import FlaxModelOutput, pytree
+from monoblock.backends.flax.processors import of_two
 from monoblock.backends.flax.steps import Steps
+from monoblock.backends.flax.traced import Traced, is_traced
 from monoblock.backends.xla import runner
 from monoblock.backends.xla.namespace import Namespace
 from monoblock.generation import loop
 from monoblock.generation.config import GenerationConfig
 from monoblock.generation.mixin import check_assistant
+from monoblock.generation.programs import Program
 from monoblock.generation.resolve import Unsupported
+from monoblock.positions import has_positions
+from monoblock.spec import ArchSpec
 
 
 @pytree
@@ -37,6 +43,8 @@ class Generation(runner.Generation):
     xp: ClassVar[Namespace] = XP
     module: Network
     params: Any
+    spec: ArchSpec
+    dtype: Any
     inputs: ClassVar[tuple[str, ...]]
 
     def generate(
@@ -58,24 +66,55 @@ class Generation(runner.Generation):
         compiled step for each token. Draws come from `prng_key`, or from `seed`; without, from key 0, as JAX
         has no global source of random numbers: give a new key for each call. Other keywords are those of the PyTorch
         classes' `generate`. `params` stand in for the model's own. ValueError for what is unknown or not supported.
+
+        Works under `jit`, `pmap` and `vmap` too, greedy or sampling: prompts, masks, params and keys may be traced, the
+        values of ids are not checked then, and the rows come back with all new tokens' columns, filled with the pad
+        token.
         """
         inputs, arguments = self.generate_arguments(inputs, kwargs)
         params = self.params if params is None else params
-        if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((inputs, arguments, params))):
-            raise TypeError(
-                "generate() compiles itself and looks at its prompts: call it outside jit, vmap and pmap; sharded "
-                "params= spread it over devices"
-            )
         if not trace:
             arguments["disable_compile"] = True
         arguments |= _random(prng_key, arguments)
+        if (processors := arguments.get("logits_processor")) is not None:
+            arguments["logits_processor"] = [of_two(processor) for processor in processors]
         if (helper := arguments.get("assistant_model")) is not None:
             check_assistant(helper, Generation)
             arguments["assistant_model"] = Runner(helper, helper.params)
         alone = arguments.get("return_dict_in_generate") is False
+        if is_traced(inputs, arguments, params, prng_key):
+            traced = Traced(Runner(self, params), inputs, arguments)
+            ids = loop.generate(traced, None, generation_config, **traced.stand_ins())
+            return ids if alone else FlaxGenerateOutput(sequences=ids)
         plain = _ids if alone else FlaxGenerateOutput
         result = loop.generate(Runner(self, params), inputs, generation_config, plain=plain, **arguments)
         return on_device(result) if alone else _all_shown(result)
+
+    def prepare_inputs_for_generation(
+        self, input_ids: Any, max_length: int, attention_mask: Any = None
+    ) -> dict[str, Any]:
+        """What the pass over prompts (batch, tokens) is given in a decoding loop of one's own, beside the ids: an empty
+        cache for `max_length` tokens, a mask for all its places, and the tokens' positions."""
+        batch, count = jnp.shape(input_ids)
+        mask = jnp.ones((batch, max_length), jnp.int32)
+        if attention_mask is not None:
+            mask = mask.at[:, :count].set(jnp.asarray(attention_mask, jnp.int32)[:, :count])
+        given = {
+            "past_key_values": caches.init_cache(self.spec, batch, max_length, self.dtype),
+            "attention_mask": mask,
+        }
+        if has_positions(self.spec):
+            given["position_ids"] = jnp.maximum(jnp.cumsum(mask[:, :count], axis=-1) - 1, 0)
+        return given
+
+    def update_inputs_for_generation(
+        self, model_outputs: Any, model_kwargs: dict[str, Any]
+    ) -> dict[str, Any]:
+        """What the next token's pass is given, of the last pass's outputs and of what that was given."""
+        given = {**model_kwargs, "past_key_values": model_outputs.past_key_values}
+        if "position_ids" in given:
+            given["position_ids"] = given["position_ids"][:, -1:] + 1
+        return given
 
 
 def _random(key: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -128,6 +167,12 @@ class Runner(runner.Runner):
     def __init__(self, model: Any, params: Any) -> None:
         super().__init__(model, model.inputs)
         self.params = params
+
+    def compiled(self, generation: Any, program: Program) -> Any:
+        """Run a call as one program."""
+        if program.room >= LONG:
+            generation.decoder.passes = generation.decoder.passes.joined()
+        return super().compiled(generation, program)
 
     def passes(self, config: GenerationConfig) -> Steps:
         del config  # `disable_compile` compiles each step alone

@@ -11,6 +11,7 @@ from monoblock.backends import options
 from monoblock.checkpoint.hub import Kind
 
 QUANTISED = "quantised weights run on PyTorch only"
+TORCH_DTYPE = "use dtype=, the computation's type; to_bf16() and to_fp16() change the parameters'"
 
 
 def computation(dtype: Any) -> Any:
@@ -30,7 +31,7 @@ class LoadOptions(options.LoadOptions):
     prefix = "Flax"
     native: ClassVar[Kind] = "msgpack"
     refused: ClassVar[Mapping[str, str]] = {
-        "torch_dtype": "dtype= is the computation's type, and to_bf16() or to_fp16() change the parameters'",
+        "torch_dtype": TORCH_DTYPE,
         "device_map": "jax.device_put(params, sharding) places the parameters",
         "quantization_config": QUANTISED,
         "load_in_4bit": QUANTISED,

@@ -20,7 +20,7 @@ from monoblock.backends.flax.checked import checked
 from monoblock.backends.flax.decode import Generation
 from monoblock.backends.flax.loading import Tree
 from monoblock.backends.flax.network import Network
-from monoblock.backends.flax.options import LoadOptions, computation
+from monoblock.backends.flax.options import TORCH_DTYPE, LoadOptions, computation
 from monoblock.backends.flax.outputs import output_class
 from monoblock.backends.flax.parameters import Parameters
 from monoblock.backends.flax.sharding import Sharded
@@ -71,14 +71,18 @@ class FlaxPreTrainedModel(Parameters, Sharded, Training, Generation):
         config = as_own_config(config, self.family.config, type(self).__name__)
         remat = kwargs.pop("gradient_checkpointing", getattr(config, "gradient_checkpointing", False))
         if kwargs:
-            raise TypeError(f"{type(self).__name__} has no argument {next(iter(kwargs))!r}")
+            name = next(iter(kwargs))
+            instead = f": {TORCH_DTYPE}" if name == "torch_dtype" else ""
+            raise TypeError(f"{type(self).__name__} has no argument {name!r}{instead}")
         self.config = config
         self.spec = config.to_spec()
         self.name_or_path = config.name_or_path
         self.dtype = computation(dtype)
         self.seed, self.input_shape, self._do_init = seed, input_shape, _do_init
         head = config.to_head(self.row.head) if self.row.head else None
-        self.module = Network(spec=self.spec, dtype=self.dtype, remat=bool(remat), head_spec=head)
+        layout = self.family.layout(config, self.row)
+        kind = output_class(self.row.output)
+        self.module = Network(layout, self.spec, head, dtype=self.dtype, remat=bool(remat), output=kind)
         self.generation_config = self.default_generation_config() if self.can_generate() else None
         self._params: Tree | None = None
 
@@ -204,7 +208,12 @@ class FlaxPreTrainedModel(Parameters, Sharded, Training, Generation):
     def _load(self, store: Any, options: LoadOptions) -> Tree:
         keymap, shapes = self.keymap(), self.canonical_shapes()
         params, report = loading.load(
-            store, keymap, shapes, self.tied(), ignore_mismatched_sizes=options.ignore_mismatched_sizes
+            store,
+            keymap,
+            shapes,
+            self.tied(),
+            self.groups,
+            ignore_mismatched_sizes=options.ignore_mismatched_sizes,
         )
         where = self.name_or_path or "the checkpoint"
         if report.made:
@@ -258,10 +267,7 @@ class FlaxPreTrainedModel(Parameters, Sharded, Training, Generation):
         if safe_serialization:
             save_tensors(folder, tensors, framework="np", max_shard_size=max_shard_size, beside=texts)
             return
-        keymap = self.keymap()
-        tables = [f"{name}.weight" for name in loading.TABLES if f"{name}.weight" in self.canonical_shapes()]
-        names = [name for table in tables for name in keymap.source(table).names]
-        save_msgpack(folder, tensors, embeddings=names, max_shard_size=max_shard_size, beside=texts)
+        save_msgpack(folder, loading.own_arrays(kept), max_shard_size=max_shard_size, beside=texts)
 
     def can_generate(self) -> bool:
         """Whether the class predicts the next token."""
@@ -280,7 +286,7 @@ def forward(
 ) -> dict[str, Any]:
     """The outputs of these names; models of one spec share what is compiled."""
     rngs = None if key is None else {"dropout": key}
-    found = module.apply({"params": params}, given, cache, wanted, rngs=rngs)
+    found = module.apply({"params": params}, given, cache, wanted, rngs=rngs, method="run")
     return {name: value for name, value in found.items() if name in names}  # pyright: ignore
 
 

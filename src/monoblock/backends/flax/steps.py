@@ -15,6 +15,7 @@ from monoblock.backends.flax.arrays import on_device
 from monoblock.backends.flax.cache import Cache, init_cache
 from monoblock.backends.flax.checked import checked
 from monoblock.backends.flax.compiled import LOOP
+from monoblock.backends.flax.joining import joined
 from monoblock.backends.flax.network import Network
 from monoblock.backends.xla import cache as caches
 from monoblock.backends.xla import compiled, compiled_beams
@@ -33,6 +34,10 @@ class Steps:
 
     def __init__(self, network: Network, params: Any) -> None:
         self.network, self.params, self.spec = network, params, network.spec
+
+    def joined(self) -> Steps:
+        """The same passes with joint matrices, where there are any to join."""
+        return Steps(*joined(self.network, self.params))
 
     def checked(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
         return checked(self.spec, self.network.head_spec, dict(arguments), None, False, documents=False).given
@@ -69,16 +74,19 @@ class Steps:
         return looped(self.network, program, self.params, start.cache, start._replace(cache=None))
 
 
-@partial(jax.jit, static_argnames=("network", "program"), donate_argnames=("cache",))
-def looped(network: Network, program: Program, params: Any, cache: Cache, start: Start) -> Any:
-    """A whole loop over tokens; the cache that came in is gone."""
+def loop_over_tokens(network: Network, program: Program, params: Any, cache: Cache, start: Start) -> Any:
+    """A whole loop over tokens, to be compiled."""
     run = compiled.looped if program.width is None else compiled_beams.looped
     return run(LOOP, partial(passed, network, params), program, start._replace(cache=cache))
 
 
+# The cache that comes in is gone afterwards.
+looped = jax.jit(loop_over_tokens, static_argnames=("network", "program"), donate_argnames=("cache",))
+
+
 def passed(network: Network, params: Any, given: Given, cache: Cache | None, wanted: Wanted) -> Pass:
     """One pass, to be compiled into something."""
-    out: Any = network.apply({"params": params}, given, cache, wanted)
+    out: Any = network.apply({"params": params}, given, cache, wanted, method="run")
     return of_outputs(out, out["logits"].astype(jnp.float32), wanted)
 
 

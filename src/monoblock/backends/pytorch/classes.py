@@ -10,6 +10,7 @@ from typing import Any
 
 from monoblock import families
 from monoblock.backends import classes
+from monoblock.backends.classes import BASE
 from monoblock.backends.pytorch import pytree
 from monoblock.backends.pytorch.construction import Construction
 from monoblock.backends.pytorch.pretrained import PreTrainedModel
@@ -17,31 +18,13 @@ from monoblock.families import Family, ModelClass
 from monoblock.heads import KINDS
 from monoblock.modules import Part, parts_of
 
-BASE = "PreTrainedModel"  # what the name of a family's base class ends with
-
 pytree.register_outputs()
 
 
 @functools.cache
 def make_base_class(name: str) -> type[PreTrainedModel]:
     """The base of a family's classes, which holds what they have in common: `<stem>PreTrainedModel`."""
-    stem = name.removesuffix(BASE)
-    kind = next((kind for kind, (own, _) in families.FAMILIES.items() if own == stem), None)
-    if kind is None:
-        raise AttributeError(f"monoblock has no class {name!r}")
-    family = families.family(kind)
-    own = {
-        "__doc__": f"The base of the classes {', '.join(row.name for row in family.classes)}; no model by itself.",
-        "__new__": _refuse_base,
-    }
-    return classes.new_class(name, (PreTrainedModel, Construction), family, own)
-
-
-def _refuse_base(cls: type[PreTrainedModel], *_: Any, **__: Any) -> PreTrainedModel:
-    if not hasattr(cls, "row"):
-        known = ", ".join(row.name for row in cls.family.classes)
-        raise TypeError(f"{cls.__name__} is only the base of {known}: make one of these")
-    return object.__new__(cls)
+    return classes.new_base(name, "", (PreTrainedModel, Construction))
 
 
 @functools.cache
