@@ -5,18 +5,20 @@ The hub is reached through huggingface_hub, whose environment (HF_ENDPOINT, HF_H
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal, Protocol, cast
+from typing import Any, Literal, Protocol, TypeVar, cast
 
 from monoblock.checkpoint.files import read_json
 from monoblock.checkpoint.options import HubOptions
 from monoblock.checkpoint.remote import Remote
+from monoblock.checkpoint.transaction import SAVE_ID, hidden, located, version
 from monoblock.errors import CheckpointError, HubError
 
 __all__ = ["HubOptions", "WeightFiles", "find_file", "find_weights", "kind_of", "read_json"]
 
+Read = TypeVar("Read")
 Kind = Literal["safetensors", "bin", "msgpack", "h5"]
 
 # In the order in which they are looked for; a single file goes before an index of the same kind. The last two are
@@ -31,6 +33,7 @@ _FORMATS: dict[Kind, str] = {
 # Their names, and those of their indexes.
 WEIGHT_NAMES = tuple(name + end for name in _FORMATS.values() for end in ("", ".index.json"))
 
+_READ = 20  # times that files are read which a save replaces meanwhile
 _LISTED = 12  # names that an error shows of what a place holds
 
 
@@ -39,11 +42,13 @@ class WeightFiles:
     """The local files that hold a model's weights.
 
     `weight_map` says for each tensor that the index lists which of `paths` holds it; None for a single file.
+    `save_id`: which save wrote the index, if it says so.
     """
 
     kind: Kind
     paths: tuple[Path, ...]
     weight_map: Mapping[str, Path] | None = None
+    save_id: str | None = None
 
 
 class _Place(Protocol):
@@ -64,14 +69,13 @@ class _Folder:
         return f"the folder {self._folder}"
 
     def get(self, filename: str) -> Path | None:
-        path = self._folder / filename
-        return path if path.is_file() else None
+        return located(self._folder, filename)
 
     def get_all(self, filenames: Sequence[str]) -> list[Path | None]:
         return [self.get(filename) for filename in filenames]
 
     def names(self) -> list[str]:
-        return sorted(path.name + "/" * path.is_dir() for path in self._folder.iterdir())
+        return sorted(path.name + "/" * path.is_dir() for path in self._folder.iterdir() if not hidden(path.name))
 
 
 def kind_of(path: Path) -> Kind:
@@ -127,6 +131,25 @@ def find_weights(
     raise _no_weights(place, variant, use_safetensors)
 
 
+def of_one_save(name_or_path: str | os.PathLike[str], options: HubOptions, read: Callable[[], Read]) -> Read:
+    """What `read` gives of a model's files. Where a save into a local folder replaced them meanwhile, they are read
+    again; CheckpointError if that does not end."""
+    folder = Path(name_or_path).expanduser() / options.subfolder
+    if not folder.is_dir():
+        return read()
+    for _ in range(_READ):
+        before = version(folder)
+        try:
+            found = read()
+        except (OSError, CheckpointError):
+            if version(folder) == before:
+                raise
+            continue
+        if version(folder) == before:
+            return found
+    raise CheckpointError(f"the folder {folder} is saved to while it is read, again and again: load it later")
+
+
 def _order(prefer: Kind | Sequence[Kind], use_safetensors: bool | None) -> list[Kind]:
     """The kinds to look for."""
     first: tuple[Kind, ...] = (prefer,) if isinstance(prefer, str) else tuple(prefer)
@@ -174,7 +197,7 @@ def _with_variant(filename: str, variant: str | None) -> str:
 
 
 def _sharded(place: _Place, kind: Kind, index: Path) -> WeightFiles:
-    listed = _read_index(index)
+    listed, save_id = _read_index(index)
     names = sorted(set(listed.values()))
     paths: dict[str, Path] = {}
     for name, path in zip(names, place.get_all(names), strict=True):
@@ -182,12 +205,14 @@ def _sharded(place: _Place, kind: Kind, index: Path) -> WeightFiles:
             raise CheckpointError(f"{place} has no {name}, which {index.name} lists: fetch the model again")
         paths[name] = path
     weight_map = {tensor: paths[name] for tensor, name in listed.items()}
-    return WeightFiles(kind=kind, paths=tuple(paths.values()), weight_map=weight_map)
+    return WeightFiles(kind=kind, paths=tuple(paths.values()), weight_map=weight_map, save_id=save_id)
 
 
-def _read_index(index: Path) -> dict[str, str]:
-    """Tensor name -> file name, checked: an index from the net may name no file outside its folder."""
-    listed = read_json(index).get("weight_map")
+def _read_index(index: Path) -> tuple[dict[str, str], str | None]:
+    """Tensor name -> file name, checked: an index from the net may name no file outside its folder. And the id of the
+    save that wrote it."""
+    content = read_json(index)
+    listed, metadata = content.get("weight_map"), content.get("metadata")
     if not isinstance(listed, dict) or not listed:
         raise CheckpointError(
             f"{index} is no index of weights: it lacks a weight_map of tensor names to file names"
@@ -197,7 +222,8 @@ def _read_index(index: Path) -> dict[str, str]:
             raise CheckpointError(
                 f"{index} is refused: it places '{tensor}' in {name!r}, which is no file of its folder"
             )
-    return cast(dict[str, str], listed)
+    save_id: object = cast(dict[str, Any], metadata).get(SAVE_ID) if isinstance(metadata, dict) else None
+    return cast(dict[str, str], listed), save_id if isinstance(save_id, str) else None
 
 
 def _is_inside(name: str) -> bool:

@@ -53,7 +53,8 @@ def save_msgpack(
         described[path] = Description(dtype=found.dtype, shape=shape, identity=None)
         makers[path] = partial(_laid_out, value, transposed)
 
-    def write(file: BinaryIO, part: Mapping[str, Description]) -> None:
+    def write(file: BinaryIO, part: Mapping[str, Description], metadata: Mapping[str, str]) -> None:
+        del metadata  # the format has no place for it
         _write_tree(file, side, _tree(part), makers)
 
     files = save_shards(

@@ -17,6 +17,7 @@ from monoblock.checkpoint.hub import WEIGHT_NAMES, find_file, read_json
 from monoblock.checkpoint.makers import fuyu, llm_foundry, mistral, openai_gpt
 from monoblock.checkpoint.save import parse_size, save_tensors
 from monoblock.checkpoint.sources import Checkpoint, Format, Options, hub_config, read_hub
+from monoblock.checkpoint.transaction import settle
 from monoblock.checkpoint.views import Array
 from monoblock.checkpoint.weights import Cast, Pooled, Shape, Weights, laid_out
 from monoblock.config import PretrainedConfig
@@ -122,6 +123,7 @@ def check_apart(source: str | os.PathLike[str], target: Path) -> None:
 def _given(source: str | os.PathLike[str]) -> Path | str:
     """A local path, or a name on the hub."""
     path = Path(source).expanduser()
+    settle(path)
     return path if path.exists() else os.fspath(source)
 
 

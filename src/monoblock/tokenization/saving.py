@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, cast
@@ -59,15 +58,12 @@ def save(tokenizer: PreTrainedTokenizerFast, folder: Path, prefix: str, jinja_fi
     texts = {prefix + CONFIG_FILE: _json(config)}
     if "default" in templates:
         texts[prefix + TEMPLATE_FILE] = templates.pop("default")
-    more = {f"{name}.jinja": text for name, text in templates.items()}
-    texts |= {prefix + BACKEND_FILE: tokenizer.backend_json(), **_refreshed(tokenizer, folder)}
-    more_folder = folder / (prefix + TEMPLATE_FOLDER)
-    with ExitStack() as stack:
-        for place, content in ((folder, texts), *([(more_folder, more)] if more else [])):
-            stage = stack.enter_context(staged(place))
-            for name, text in content.items():
-                stage.path(name).write_text(text, encoding="utf-8", newline="")
-    return tuple(str(path) for path in (*map(folder.joinpath, texts), *map(more_folder.joinpath, more)))
+    with staged(folder) as stage:
+        texts |= {prefix + BACKEND_FILE: tokenizer.backend_json(), **_refreshed(tokenizer, folder)}
+        texts |= {f"{prefix}{TEMPLATE_FOLDER}/{name}.jinja": text for name, text in templates.items()}
+        for name, text in texts.items():
+            stage.write(name, text)
+    return tuple(str(folder / name) for name in texts)
 
 
 def save_vocabulary(tokenizer: PreTrainedTokenizerFast, folder: Path, prefix: str) -> tuple[str, ...]:
@@ -82,7 +78,7 @@ def save_vocabulary(tokenizer: PreTrainedTokenizerFast, folder: Path, prefix: st
                     f"{source} is gone, so it cannot be copied; save_pretrained needs no such file"
                 )
             names = [prefix + ("tekken.json" if source.suffix == ".json" else "tokenizer.model")]
-            stage.path(names[0]).write_bytes(source.read_bytes())
+            stage.write(names[0], source.read_bytes())
         elif tokenizer.family.saved_as is not None:
             raise ValueError(
                 f"{tokenizer.name_or_path or 'this tokenizer'} was not read from a tokenizer.model, so there is none "
@@ -93,7 +89,7 @@ def save_vocabulary(tokenizer: PreTrainedTokenizerFast, folder: Path, prefix: st
                 written = [Path(name) for name in tokenizer.backend_tokenizer.model.save(scratch)]
                 names = [prefix + path.name for path in written]
                 for name, path in zip(names, written, strict=True):
-                    stage.path(name).write_bytes(path.read_bytes())
+                    stage.write(name, path.read_bytes())
     return tuple(str(folder / name) for name in names)
 
 

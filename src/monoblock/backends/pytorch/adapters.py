@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from monoblock.checkpoint.options import HubOptions
+from monoblock.checkpoint.transaction import staged
 
 
 def peft() -> Any:
@@ -138,11 +139,12 @@ class Adapters:
 
         name = self.active_adapters()[0]
         config = self.peft_config[name]
-        config.save_pretrained(str(folder))
         state = {
             f"base_model.model.{key}": x.contiguous() for key, x in self.get_adapter_state_dict(name).items()
         }
-        save_file(state, str(folder / "adapter_model.safetensors"), metadata={"format": "pt"})
+        with staged(folder) as stage:
+            config.save_pretrained(str(stage.files))
+            save_file(state, str(stage.files / "adapter_model.safetensors"), metadata={"format": "pt"})
 
 
 def _layers(model: nn.Module) -> Iterator[Any]:
