@@ -77,6 +77,12 @@ def operations(do: Callable[[], object]) -> list[str]:
     return found
 
 
+def spread(count: int, most: int | None) -> list[int]:
+    """So many of the numbers from 0 to `count`, evenly, both ends among them; all of them for None."""
+    steps = count if most is None else min(most - 1, count)
+    return sorted({round(i * count / steps) for i in range(steps + 1)})
+
+
 def killed(do: Callable[[], object], at: int) -> bool:
     """Whether a process that does this was killed before its operation number `at`, from 0 on; else it did it all."""
     with warnings.catch_warnings():

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import kill_points
 import numpy as np
 
 from monoblock.checkpoint import transaction
@@ -139,6 +140,17 @@ class Case:
             (folder / name).parent.mkdir(exist_ok=True)
             (folder / name).write_text(text)
         return folder
+
+    def killed(self, folder: Path, points: int | None) -> int:
+        """Kill the save at so many of its operations (None: at each), and check what is left; how many."""
+        self.made(folder)
+        count = len(kill_points.operations(lambda: self.do(folder)))
+        places = kill_points.spread(count, points)
+        for at in places:
+            self.made(folder)
+            assert kill_points.killed(lambda: self.do(folder), at) == (at < count)
+            self.check(folder)
+        return len(places)
 
     def check(self, folder: Path) -> None:
         """What must hold whenever the save was killed."""

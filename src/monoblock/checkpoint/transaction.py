@@ -64,6 +64,7 @@ class Staging:
         except BaseException:
             self.discard()
             raise
+        _open_stages.add(self.files)
 
     def open(self, name: str) -> BinaryIO:
         """A new file to write bytes into."""
@@ -94,6 +95,7 @@ class Staging:
 
     def discard(self) -> None:
         """Remove what was written; a folder that was not committed to stays as it was."""
+        _open_stages.discard(self.files)
         shutil.rmtree(self._stage, ignore_errors=True)
 
     def _became_the_folder(self) -> bool:
@@ -105,7 +107,8 @@ class Staging:
             if self.folder.exists():  # another save made it meanwhile
                 return False
             raise
-        _sync(self.folder.parent)
+        with _in_place(self.folder):
+            _sync(self.folder.parent)
         return True
 
     def _put(self, names: list[str]) -> None:
@@ -125,7 +128,8 @@ class Staging:
             (name,) = journal.put
             (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
             (self.files / name).replace(self.folder / name)
-            _sync((self.folder / name).parent)
+            with _in_place(self.folder):
+                _sync((self.folder / name).parent)
         elif not self._exchanged(journal, names):
             self._by_journal(journal)
 
@@ -151,8 +155,9 @@ class Staging:
         except OSError:
             (self._stage / _JOURNAL).unlink(missing_ok=True)
             return False
-        _sync(self.folder.parent)
-        _finish_exchange(self._stage, journal)
+        with _in_place(self.folder):
+            _sync(self.folder.parent)
+            _finish_exchange(self._stage, journal)
         return True
 
     def _by_journal(self, journal: "_Journal") -> None:
@@ -176,12 +181,59 @@ class Staging:
         _sync(self._stage)
 
 
+# The new files' folders of this process: what is saved into one is part of that transaction.
+_open_stages: set[Path] = set()
+
+
+class _Inner(Staging):
+    """New files for a folder that is itself part of a save that is not committed yet."""
+
+    def __init__(self, folder: Path):
+        self.folder = self.files = folder
+        self._stale = []
+        self._new: set[str] = set()
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def open(self, name: str) -> BinaryIO:
+        self._new.add(name)
+        (self.files / name).unlink(missing_ok=True)
+        return super().open(name)
+
+    def commit(self) -> None:
+        for path in list(self.folder.iterdir()):
+            if path.name not in self._new and any(stale.fullmatch(path.name) for stale in self._stale):
+                path.unlink()
+
+    def discard(self) -> None:
+        pass  # with the whole
+
+
+def _is_open(folder: Path) -> bool:
+    return any(place in _open_stages for place in (folder, *folder.parents))
+
+
+@contextmanager
+def _in_place(folder: Path) -> Generator[None, None, None]:
+    """What is left to do when the new files are there; an error says so."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(
+            f"{folder} holds all the new files, but the last step of the save failed: {_reason(error)}"
+        ) from error
+
+
 @contextmanager
 def staged(folder: str | Path, *, whole: bool = False) -> Generator[Staging, None, None]:
     """A `Staging` that commits when the block ends well and discards on any exception, Ctrl-C included.
 
     An `OSError` (disk full, folder not writable) becomes a `CheckpointError` that names the folder.
     """
+    if _is_open(real := Path(os.path.realpath(folder))):
+        inner = _Inner(real)
+        yield inner
+        inner.commit()
+        return
     try:
         stage = Staging(Path(folder), whole=whole)
     except OSError as error:
@@ -303,6 +355,8 @@ def _read_journal(stage: Path) -> _Journal | None:
         if stage.is_symlink() or not stat.S_ISREG(found.st_mode) or found.st_size > _LONGEST:
             raise ValueError("a link, or no journal")
         journal = _Journal(**json.loads(path.read_bytes()))
+        if not isinstance(journal.put, list) or not isinstance(journal.remove, list):
+            raise ValueError("no lists of names")
         names = [*journal.put, *journal.remove, *journal.kept]
         if not all(isinstance(name, str) and _is_inside(name) for name in names) or "/" in journal.folder:
             raise ValueError("a name that leads elsewhere")
@@ -325,22 +379,30 @@ def _complete(folder: Path) -> None:
     commit = folder / COMMIT
     journal = _read_journal(commit)
     if journal is not None:
-        put = sorted(journal.put, key=lambda name: name == _ENTRY)
-        if _ENTRY in put and _plain(folder, commit / _FILES / _ENTRY):
+        entry = [name for name in journal.put if name == _ENTRY]
+        if entry and _plain(folder, commit / _FILES / _ENTRY):
             (folder / _ENTRY).unlink(missing_ok=True)
-        for name in put:
-            if _plain(folder, commit / _FILES / name):
-                _check_place(folder, name)
-                (folder / name).parent.mkdir(parents=True, exist_ok=True)
-                (commit / _FILES / name).replace(folder / name)
+        _put_in_place(folder, [name for name in journal.put if name != _ENTRY])
         for name in journal.remove:
             if _plain(folder, folder / name):
                 (folder / name).unlink()
+        _put_in_place(folder, entry)
         for place in {(folder / name).parent for name in journal.put}:
             _sync(place)
         (commit / _JOURNAL).unlink()
     if os.path.lexists(commit):
+        if commit.is_symlink() or not commit.is_dir():
+            raise CheckpointError(f"{commit} is not what a save leaves behind: remove it if you do not know it")
         shutil.rmtree(commit)
+
+
+def _put_in_place(folder: Path, names: Iterable[str]) -> None:
+    for name in names:
+        staged = folder / COMMIT / _FILES / name
+        if _plain(folder, staged):
+            _check_place(folder, name)
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            staged.replace(folder / name)
 
 
 def _check_place(folder: Path, name: str) -> None:
