@@ -128,6 +128,7 @@ def save_tensors(
         stale=_STALE if variant is None else re.compile(stem),
         max_shard_size=max_shard_size,
         beside=beside,
+        metadata=True,
     )
 
 
@@ -141,8 +142,10 @@ def save_shards(
     stale: re.Pattern[str],
     max_shard_size: int | str,
     beside: Mapping[str, str] | None,
+    metadata: bool = False,
 ) -> list[Path]:
-    """What `save_tensors` does, in any format: `write` puts tensors of these descriptions, and metadata, into a file.
+    """What `save_tensors` does, in any format: `write` puts tensors of these descriptions into a file, and, if the
+    format has a place for it, `metadata`.
 
     `single` is the name of a file that holds all; those of shards and their `index` follow from it. `stale` matches
     the names of such files as go when the new ones are in place.
@@ -151,7 +154,7 @@ def save_shards(
     count = len(shards)
     names = [single] if count == 1 else [_shard_name(single, i, count) for i in range(1, count + 1)]
     # A file alone has nothing that it could be mixed with, and the same weights give the same file.
-    ids = {SAVE_ID: secrets.token_hex(16)} if count > 1 else {}
+    ids = {SAVE_ID: secrets.token_hex(16)} if metadata and count > 1 else {}
     with ExitStack() as stack:
         stage = folder if isinstance(folder, Staging) else stack.enter_context(staged(folder))
         for name, shard in zip(names, shards, strict=True):

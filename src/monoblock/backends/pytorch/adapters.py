@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from monoblock.checkpoint.options import HubOptions
-from monoblock.checkpoint.transaction import staged
+from monoblock.checkpoint.transaction import settle, staged
 
 
 def peft() -> Any:
@@ -67,6 +67,7 @@ class Adapters:
                 raise ValueError(
                     "load_adapter needs a folder or name, or adapter_state_dict with peft_config"
                 )
+            settle(Path(peft_model_id) / options.subfolder)
             peft_config = peft_config or package.PeftConfig.from_pretrained(str(peft_model_id), **where)
             adapter_state_dict = package.load_peft_weights(str(peft_model_id), device="cpu", **where)
         elif peft_config is None:
