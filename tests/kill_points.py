@@ -19,6 +19,9 @@ from unittest import mock
 
 from monoblock.checkpoint import save, transaction
 
+# `make fuzz` kills at every operation, `make test` at a sample of them.
+ALL = bool(os.environ.get("MONOBLOCK_TEST_ALL_KILL_POINTS"))
+
 Act = Callable[[str], None]
 
 _CHANGES = {
@@ -77,9 +80,9 @@ def operations(do: Callable[[], object]) -> list[str]:
     return found
 
 
-def spread(count: int, most: int | None) -> list[int]:
-    """So many of the numbers from 0 to `count`, evenly, both ends among them; all of them for None."""
-    steps = count if most is None else min(most - 1, count)
+def spread(count: int, most: int) -> list[int]:
+    """So many of the numbers from 0 to `count`, evenly, both ends among them; or all of them, see `ALL`."""
+    steps = count if ALL else min(most - 1, count)
     return sorted({round(i * count / steps) for i in range(steps + 1)})
 
 

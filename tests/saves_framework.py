@@ -32,7 +32,7 @@ def tags(model: Any, tensors: dict[str, Any]) -> set[int]:
     """Of which saves a loaded model is."""
     found = {model.config.eos_token_id, model.generation_config.eos_token_id}
     for tensor in tensors.values():
-        found |= {*np.unique(np.asarray(tensor)).tolist()}
+        found |= {*np.unique(np.asarray(tensor() if callable(tensor) else tensor)).tolist()}
     return {int(tag) for tag in found}
 
 

@@ -141,8 +141,8 @@ class Case:
             (folder / name).write_text(text)
         return folder
 
-    def killed(self, folder: Path, points: int | None) -> int:
-        """Kill the save at so many of its operations (None: at each), and check what is left; how many."""
+    def killed(self, folder: Path, points: int) -> int:
+        """Kill the save at so many of its operations, and check what is left; how many."""
         self.made(folder)
         count = len(kill_points.operations(lambda: self.do(folder)))
         places = kill_points.spread(count, points)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import pytest
 import saves_framework
 
@@ -22,7 +23,7 @@ def no_disk(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def model(tag: int) -> Any:
     made = monoblock.FlaxMptForCausalLM(saves_framework.config(tag))
-    made.params = jax.tree.map(lambda x: x * 0 + tag, made.params)
+    made.params = jax.tree.map(lambda x: jnp.full_like(x, tag), made.params)
     return made
 
 
