@@ -76,7 +76,11 @@ def check_beside(folder: Path, points: int) -> None:
 
 
 def check(
-    folder: Path, save: Callable[[int, dict[str, Any]], object], read: Callable[[], set[int]], layout: str, points: int
+    folder: Path,
+    save: Callable[[int, dict[str, Any]], object],
+    read: Callable[[], set[int]],
+    layout: str,
+    points: int,
 ) -> None:
     """`save(tag, keywords)` into the folder; `read` gives the tags that it has after."""
     before, after = LAYOUTS[layout]

@@ -13,7 +13,7 @@ from unittest import mock
 import kill_points
 import numpy as np
 
-from monoblock.checkpoint import transaction
+from monoblock.checkpoint import journal
 from monoblock.checkpoint.folder import new_folder
 from monoblock.checkpoint.header import read_header
 from monoblock.checkpoint.hub import HubOptions, find_file, find_weights, of_one_save
@@ -93,14 +93,14 @@ def model_in(folder: Path) -> int | None:
 
 
 def seen_by_others(folder: Path) -> set[Any]:
-    """The tags that a program finds which knows nothing of journals: it reads config.json, then one file or an index."""
+    """The tags that a program finds which knows no journal: it reads config.json, then one file or an index."""
     try:
         found = {tag for tag in json.loads((folder / "config.json").read_text()).values() if tag != "mpt"}
     except OSError:
         return set()  # it says so, and reads nothing
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.is_file():
-        names = {name: "model.safetensors" for name in NAMES}
+        names = dict.fromkeys(NAMES, "model.safetensors")
     else:
         names = json.loads(index.read_text())["weight_map"]
     for name, file in names.items():
@@ -156,14 +156,14 @@ class Case:
         """What must hold whenever the save was killed."""
         fresh = self.before in (nothing, empty)
         assert seen_by_others(folder) in ({1}, {2}, set() if fresh or self.by == "journal" else {1})
-        with mock.patch.object(transaction, "locked", side_effect=PermissionError):  # a folder that is read only
+        with mock.patch.object(journal, "locked", side_effect=PermissionError):  # a folder that is read only
             first = model_in(folder)
         found = model_in(folder)
         assert found == first
         assert found in (1, 2, None if fresh else 1)
         for name, text in self.others.items():
             assert not self.stays or (folder / name).read_text() == text
-        assert not (folder / transaction.COMMIT).exists()
+        assert not (folder / journal.COMMIT).exists()
         save(folder, 3, per_shard=1)
         assert model_in(folder) == 3
         assert not litter(folder)
@@ -211,7 +211,9 @@ CASES: dict[str, Case] = {
         by="journal",
         others=TRAINER,
     ),
-    "replaced": Case(before=lambda f: save(f, 1, per_shard=1), do=lambda f: replace(f, 2), by="exchange", stays=False),
+    "replaced": Case(
+        before=lambda f: save(f, 1, per_shard=1), do=lambda f: replace(f, 2), by="exchange", stays=False
+    ),
     "replaced, with templates": Case(
         before=lambda f: save(f, 1, per_shard=1),
         do=lambda f: replace(f, 2),

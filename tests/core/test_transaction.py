@@ -24,9 +24,10 @@ from saves_made import CASES
 from monoblock.checkpoint import transaction
 from monoblock.checkpoint.folder import new_folder
 from monoblock.checkpoint.hub import HubOptions, find_file, find_weights, of_one_save
+from monoblock.checkpoint.journal import COMMIT, STAGE
 from monoblock.checkpoint.save import save_tensors
 from monoblock.checkpoint.store import open_store
-from monoblock.checkpoint.transaction import COMMIT, STAGE, staged, write_atomically
+from monoblock.checkpoint.transaction import staged, write_atomically
 from monoblock.errors import CheckpointError, HubError
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="a folder is exchanged, and processes fork")
@@ -132,7 +133,9 @@ def test_without_an_exchange(folder: Path, name: str, monkeypatch: pytest.Monkey
     """Where the system has none: the journal."""
     without_exchange(monkeypatch)
     case = CASES[name]
-    CASES[name].__class__(before=case.before, do=case.do, by="journal", stays=case.stays).killed(folder, SAMPLE)
+    CASES[name].__class__(before=case.before, do=case.do, by="journal", stays=case.stays).killed(
+        folder, SAMPLE
+    )
 
 
 def test_place_beside_the_folder_that_is_not_writable(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -171,7 +174,9 @@ def test_what_another_program_wrote_meanwhile(folder: Path, monkeypatch: pytest.
 def test_stages_of_other_users_and_machines_stay(folder: Path) -> None:
     """Only what a dead process of this machine and user left is removed; a name proves nothing."""
     made.save(folder, 1)
-    dead = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
+    dead = subprocess.run(
+        [sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True
+    )
     mine = os.uname().nodename
     kept = [
         f"{STAGE}elsewhere-{dead.stdout.strip()}-00",
@@ -481,9 +486,9 @@ def test_same_content_is_not_written_again(folder: Path) -> None:
     config = (folder / "config.json").stat()
     assert kill_points.operations(lambda: made.save_again(folder, 2)).count("exchange") == 0
     assert (folder / "config.json").stat().st_ino == config.st_ino
-    before = folder.stat().st_ino, sorted(os.listdir(folder))
+    before = folder.stat().st_ino, sorted(folder.iterdir())
     made.save_again(folder, 2)
-    assert (folder.stat().st_ino, sorted(os.listdir(folder))) == before
+    assert (folder.stat().st_ino, sorted(folder.iterdir())) == before
 
 
 # --- files of two saves ----------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from helpers import model, randomised
 from safetensors.torch import load_file, save_file
 
 import monoblock
-from monoblock.checkpoint.transaction import STAGE
+from monoblock.checkpoint.journal import STAGE
 from monoblock.conversion.convert import FORMATS, Options, convert
 
 # ------------------------------------------------------------------ whole or not at all

@@ -1,4 +1,4 @@
-"""Saves that are cut off anywhere, by PyTorch's classes and by the commands: the whole old model or the whole new one."""
+"""Saves cut off anywhere, by PyTorch's classes and by the commands: the whole old model or the whole new one."""
 
 from __future__ import annotations
 
@@ -138,7 +138,9 @@ def test_no_second_copy_of_the_weights(tmp_path: Path) -> None:
     def peak() -> int:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
 
-    wide = monoblock.MptForCausalLM(monoblock.MptConfig(d_model=512, n_heads=8, n_layers=1, vocab_size=25_000))
+    wide = monoblock.MptForCausalLM(
+        monoblock.MptConfig(d_model=512, n_heads=8, n_layers=1, vocab_size=25_000)
+    )
     wide.save_pretrained(tmp_path / "model")
     size = sum(parameter.nbytes for parameter in wide.parameters())
     assert size > 60 << 20

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from monoblock.checkpoint.files import read_json
 from monoblock.checkpoint.hub import find_file
+from monoblock.checkpoint.journal import located
 from monoblock.checkpoint.options import HubOptions
-from monoblock.checkpoint.transaction import located
 
 ADAPTER_CONFIG_NAME = "adapter_config.json"
 

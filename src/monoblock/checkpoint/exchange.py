@@ -39,15 +39,23 @@ def _call() -> Any:
         if swap is None:
             return None
         swap.argtypes = (text, text, flags)
-        return lambda first, second: swap(first, second, _RENAME_SWAP)
+        return functools.partial(_swap, swap)
     types = (number, text, number, text, flags)
     rename = getattr(libc, "renameat2", None)
     if rename is not None:
         rename.argtypes = types
-        return lambda first, second: rename(_AT_FDCWD, first, _AT_FDCWD, second, _RENAME_EXCHANGE)
+        return functools.partial(_renameat2, rename)
     code = _SYSCALL.get(platform.machine())
     if code is None:
         return None
     libc.syscall.argtypes = (ctypes.c_long, *types)
     libc.syscall.restype = ctypes.c_long
-    return lambda first, second: libc.syscall(code, _AT_FDCWD, first, _AT_FDCWD, second, _RENAME_EXCHANGE)
+    return functools.partial(_renameat2, functools.partial(libc.syscall, code))
+
+
+def _swap(call: Any, first: bytes, second: bytes) -> int:
+    return call(first, second, _RENAME_SWAP)
+
+
+def _renameat2(call: Any, first: bytes, second: bytes) -> int:
+    return call(_AT_FDCWD, first, _AT_FDCWD, second, _RENAME_EXCHANGE)

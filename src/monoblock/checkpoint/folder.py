@@ -6,7 +6,9 @@ from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from monoblock.checkpoint.transaction import hidden, scratch, staged, write_atomically
+from monoblock.checkpoint.journal import hidden
+from monoblock.checkpoint.stages import scratch
+from monoblock.checkpoint.transaction import staged, write_atomically
 from monoblock.errors import CheckpointError
 
 

@@ -11,9 +11,10 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal, Protocol, TypeVar, cast
 
 from monoblock.checkpoint.files import read_json
+from monoblock.checkpoint.journal import hidden, located, version
 from monoblock.checkpoint.options import HubOptions
 from monoblock.checkpoint.remote import Remote
-from monoblock.checkpoint.transaction import SAVE_ID, hidden, located, version
+from monoblock.checkpoint.transaction import SAVE_ID
 from monoblock.errors import CheckpointError, HubError
 
 __all__ = ["HubOptions", "WeightFiles", "find_file", "find_weights", "kind_of", "read_json"]
@@ -75,7 +76,9 @@ class _Folder:
         return [self.get(filename) for filename in filenames]
 
     def names(self) -> list[str]:
-        return sorted(path.name + "/" * path.is_dir() for path in self._folder.iterdir() if not hidden(path.name))
+        return sorted(
+            path.name + "/" * path.is_dir() for path in self._folder.iterdir() if not hidden(path.name)
+        )
 
 
 def kind_of(path: Path) -> Kind:

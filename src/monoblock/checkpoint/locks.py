@@ -16,7 +16,11 @@ LOCK = ".monoblock-lock"
 
 _PAUSE = 0.005  # seconds between two tries
 _LONG = 10.0  # seconds after which a message says what is waited for
-_BUSY = {errno.EACCES, errno.EAGAIN, errno.EDEADLK}  # another one holds the lock, as Linux, macOS and Windows say it
+_BUSY = {
+    errno.EACCES,
+    errno.EAGAIN,
+    errno.EDEADLK,
+}  # another one holds the lock, as Linux, macOS and Windows say it
 
 
 @contextmanager

@@ -14,10 +14,10 @@ from monoblock.checkpoint import casts
 from monoblock.checkpoint.files import write_atomically
 from monoblock.checkpoint.folder import check_target, copy_files, new_folder, unpacked
 from monoblock.checkpoint.hub import WEIGHT_NAMES, find_file, read_json
+from monoblock.checkpoint.journal import settle
 from monoblock.checkpoint.makers import fuyu, llm_foundry, mistral, openai_gpt
 from monoblock.checkpoint.save import parse_size, save_tensors
 from monoblock.checkpoint.sources import Checkpoint, Format, Options, hub_config, read_hub
-from monoblock.checkpoint.transaction import settle
 from monoblock.checkpoint.views import Array
 from monoblock.checkpoint.weights import Cast, Pooled, Shape, Weights, laid_out
 from monoblock.config import PretrainedConfig

@@ -9,8 +9,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from monoblock.checkpoint.journal import settle
 from monoblock.checkpoint.options import HubOptions
-from monoblock.checkpoint.transaction import settle, staged
+from monoblock.checkpoint.transaction import staged
 
 
 def peft() -> Any:
