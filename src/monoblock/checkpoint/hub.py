@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, Protocol, TypeVar, cast
 
+from monoblock.checkpoint.contents import explained
 from monoblock.checkpoint.files import read_json
 from monoblock.checkpoint.journal import hidden, located, version
 from monoblock.checkpoint.options import HubOptions
@@ -102,7 +103,7 @@ def find_file(
     place = _place(name_or_path, options or HubOptions())
     path = place.get(filename)
     if path is None and required:
-        raise HubError(f"{place} has no {filename}; {_content(place)}")
+        raise HubError(f"{place} has no {filename}; {_content(place, filename == 'config.json')}")
     return path
 
 
@@ -242,13 +243,16 @@ def _is_inside(name: str) -> bool:
 def _no_weights(place: _Place, variant: str | None, use_safetensors: bool | None) -> HubError:
     wanted = [_with_variant(_FORMATS[kind], variant) for kind in _order((), use_safetensors)]
     return HubError(
-        f"{place} has no weights: expected {' or '.join(wanted)} (or its index); {_content(place)}"
+        f"{place} has no weights: expected {' or '.join(wanted)} (or its index); {_content(place, True)}"
     )
 
 
-def _content(place: _Place) -> str:
+def _content(place: _Place, model: bool) -> str:
+    """What is there in place of what was looked for; where that was the model, what it is instead."""
     names = place.names()
     if not names:
         return "nothing else is known to be there"
+    if model and not set(names) & set(WEIGHT_NAMES) and (what := explained(names)) is not None:
+        return what
     more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
     return f"it holds {', '.join(names[:_LISTED])}{more}"
