@@ -6,6 +6,7 @@ process, for frameworks that do not survive a fork: from the n-th operation on n
 
 from __future__ import annotations
 
+import atexit
 import errno
 import os
 import signal
@@ -23,6 +24,10 @@ from monoblock.checkpoint import save, transaction
 ALL = bool(os.environ.get("MONOBLOCK_TEST_ALL_KILL_POINTS"))
 
 Act = Callable[[str], None]
+
+_tried = [0]
+if ALL:
+    atexit.register(lambda: print(f"kill points tried: {_tried[0]}"))
 
 _CHANGES = {
     *("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.chmod", "os.chown"),
@@ -88,6 +93,7 @@ def spread(count: int, most: int) -> list[int]:
 
 def killed(do: Callable[[], object], at: int) -> bool:
     """Whether a process that does this was killed before its operation number `at`, from 0 on; else it did it all."""
+    _tried[0] += 1
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # newer Pythons: where there are threads
         process = os.fork()
@@ -116,6 +122,7 @@ def killed(do: Callable[[], object], at: int) -> bool:
 
 def cut_off(do: Callable[[], object], at: int) -> bool:
     """As `killed`, in this process."""
+    _tried[0] += 1
     left = [at]
 
     def act(_: str) -> None:

@@ -4,6 +4,11 @@ from typing import Any
 
 from torch import Tensor
 
+from monoblock import (
+    demo as demo,
+    pipelines as pipelines,
+    utils as utils,
+)
 from monoblock.outputs import (
     BaseModelOutput,
     BaseModelOutputWithPast,
@@ -173,6 +178,8 @@ from monoblock.tokenization import (
 )
 
 __version__: str
+
+def extra_of(module: str | None) -> str | None: ...
 
 class FuyuPreTrainedModel(PreTrainedModel): ...
 class GPTNeoPreTrainedModel(PreTrainedModel): ...

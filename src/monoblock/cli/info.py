@@ -126,11 +126,13 @@ def describe(path: str, hub: Hub) -> dict[str, Any]:
 def runtime(path: str, hub: Hub) -> dict[str, Any]:
     """The loaded model on the device that the other commands would take: how it decodes, or why it takes no fast path;
     its dtype and device, PyTorch's threads, and the native kernels' level."""
+    from monoblock.cli.engine import device_map, need_pytorch
+
+    need_pytorch("monoblock info --runtime")
     import torch
 
     import monoblock
     from monoblock import AutoConfig, native
-    from monoblock.cli.engine import device_map
     from monoblock.families import family
 
     config = AutoConfig.from_pretrained(path, **hub.kwargs())
