@@ -61,6 +61,10 @@ fuzz-saves: $(VENV)/.installed-test ## saves, killed at every file operation (`t
 		echo "== $$part, killed at every file operation"; \
 		MONOBLOCK_TEST_ALL_KILL_POINTS=1 $(VENV)/bin/python -m pytest tests/$$part.py || exit 1; done
 
+sanitize: $(VENV)/.installed-test ## the native kernels' tests with the address and undefined-behaviour sanitizers
+	@echo "== native kernels, built with -fsanitize=address,undefined"
+	@$(VENV)/bin/python tools/sanitize.py
+
 clean: ## remove the environments and all caches
 	rm -rf $(VENV) $(CORE_VENV) $(ECOSYSTEM_VENV) .pytest_cache .ruff_cache .hypothesis build dist
 	find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +
