@@ -39,6 +39,9 @@ from typing import Any
 
 from torch import Tensor
 
+from monoblock import (
+{packages}
+)
 from monoblock.outputs import (
 {outputs}
 )
@@ -49,13 +52,14 @@ def stub() -> str:
     """The text of the stub file."""
     rows = {name: _row(name) for name in sorted(monoblock._CLASSES)}
     outputs = sorted({row.output for _, row in rows.values()})
-    parts = [HEAD.format(outputs="\n".join(f"    {name}," for name in outputs))]
+    packages = "\n".join(f"    {name} as {name}," for name in monoblock._PACKAGES)
+    parts = [HEAD.format(packages=packages, outputs="\n".join(f"    {name}," for name in outputs))]
     homes: dict[str, list[str]] = {}
     for name, home in monoblock._HOME.items():
         homes.setdefault(home, []).append(name)
     for home, names in sorted(homes.items()):
         parts.append(f"from {home} import (\n" + "".join(f"    {n} as {n},\n" for n in sorted(names)) + ")\n")
-    parts.append("\n__version__: str\n")
+    parts.append("\n__version__: str\n\ndef extra_of(module: str | None) -> str | None: ...\n")
     for names in monoblock._BASES_OF.values():
         parts += ["\n", *(f"class {name}({_prefix(name)}PreTrainedModel): ...\n" for name in sorted(names))]
     for module in monoblock._MODELS:

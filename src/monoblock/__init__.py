@@ -180,6 +180,9 @@ _BASES_OF: dict[str, tuple[str, ...]] = {
     "monoblock.backends.flax.classes": tuple(f"Flax{name}" for name in _BASES),
 }
 
+# Packages of this one that are there without an import of their own.
+_PACKAGES = ("demo", "pipelines", "utils")
+
 # What to install when a framework is missing.
 _EXTRAS = {"torch": "torch", "jax": "jax", "flax": "jax", "tensorflow": "tf", "keras": "tf"}
 
@@ -190,6 +193,8 @@ __all__ = [*_NAMES]  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:
+    if name in _PACKAGES:
+        return importlib.import_module(f"monoblock.{name}")
     if (home := _HOME.get(name)) is not None:
         value = getattr(_load(home, name), name)
     elif home := next((module for module, names in _BASES_OF.items() if name in names), None):
@@ -203,16 +208,21 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_NAMES})
+    return sorted({*globals(), *_PACKAGES, *_NAMES})
 
 
 def _load(module: str, name: str) -> Any:
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        missing = (error.name or "").partition(".")[0]
-        if missing not in _EXTRAS:
+        if (extra := extra_of(error.name)) is None:
             raise
+        missing = (error.name or "").partition(".")[0]
         raise ImportError(
-            f'monoblock.{name} needs {missing}, which is not installed: pip install "monoblock[{_EXTRAS[missing]}]"'
+            f'monoblock.{name} needs {missing}, which is not installed: pip install "monoblock[{extra}]"'
         ) from error
+
+
+def extra_of(module: str | None) -> str | None:
+    """The extra of this package that installs a framework's module; None for other modules."""
+    return _EXTRAS.get((module or "").partition(".")[0])

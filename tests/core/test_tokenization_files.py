@@ -10,6 +10,7 @@ import pytest
 from hub_server import HubServer
 from tokenizers_made import TEXT, backend, tokenizer
 
+from monoblock.checkpoint.transaction import Staging
 from monoblock.errors import CheckpointError, HubError
 from monoblock.tokenization import AutoTokenizer, GPTNeoXTokenizerFast, PreTrainedTokenizerFast
 
@@ -239,14 +240,14 @@ def test_a_failure_leaves_the_folder_as_it_was(tmp_path: Path, monkeypatch: pyte
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     t.chat_template = {"default": "c", "tool_use": "d"}
     t.add_tokens(["more"])
-    wrote = Path.write_text
+    write = Staging.write
 
-    def full(self: Path, text: str, **options: Any) -> int:
-        if "tool_use" in self.name:
+    def full(self: Staging, name: str, content: str | bytes) -> None:
+        if "tool_use" in name:
             raise OSError(28, "No space left on device")
-        return wrote(self, text, **options)
+        write(self, name, content)
 
-    monkeypatch.setattr(Path, "write_text", full)
+    monkeypatch.setattr(Staging, "write", full)
     with pytest.raises(CheckpointError, match="No space left"):
         t.save_pretrained(tmp_path)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before

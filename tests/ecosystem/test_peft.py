@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
+import kill_points
 import peft
 import pytest
 import torch
@@ -395,3 +398,32 @@ def test_the_adapter_path_of_a_tokenizer_and_texts(agree: Any) -> None:
 
     losses = agree(run, 1e-4)
     assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("more", [[], ["checkpoint-1"]])
+def test_adapter_whose_save_is_cut_off(tmp_path: Path, more: list[str]) -> None:
+    """Its config and its weights come together, beside sub-folders too."""
+    import monoblock
+
+    adapted: dict[int, Any] = {}
+    for rank in (1, 2):
+        adapted[rank] = monoblock.MptForCausalLM(
+            monoblock.MptConfig(d_model=8, n_heads=2, n_layers=2, vocab_size=16, max_seq_len=8)
+        )
+        adapted[rank].add_adapter(LoraConfig(r=rank, target_modules=["Wqkv"]))
+    folder = tmp_path / "adapter"
+
+    def prepare() -> None:
+        shutil.rmtree(folder, ignore_errors=True)
+        adapted[1].save_pretrained(folder)
+        for name in more:
+            (folder / name).mkdir()
+
+    prepare()
+    for at in range(len(kill_points.operations(lambda: adapted[2].save_pretrained(folder)))):
+        prepare()
+        assert kill_points.cut_off(lambda: adapted[2].save_pretrained(folder), at)
+        plain = monoblock.MptForCausalLM(adapted[1].config)
+        plain.load_adapter(folder)
+        rank = json.loads((folder / "adapter_config.json").read_text())["r"]
+        assert {min(x.shape) for x in load_file(folder / "adapter_model.safetensors").values()} == {rank}

@@ -44,7 +44,8 @@ def save_msgpack(
         found = value if isinstance(value, Made) else side.describe(path, made(value))
         described[path] = Description(dtype=found.dtype, shape=found.shape, identity=None)
 
-    def write(file: BinaryIO, part: Mapping[str, Description]) -> None:
+    def write(file: BinaryIO, part: Mapping[str, Description], metadata: Mapping[str, str]) -> None:
+        del metadata  # the format has no place for it
         _write_tree(file, side, _tree(part), leaves)
 
     files = save_shards(

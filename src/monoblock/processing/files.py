@@ -70,6 +70,5 @@ def write_json(folder: str | Path, files: Mapping[str, Mapping[str, Any]]) -> li
         raise ValueError(f"{folder} is a file; save_pretrained needs a folder")
     with staged(folder) as stage:
         for name, content in files.items():
-            text = json.dumps(content, indent=2, sort_keys=True) + "\n"
-            stage.path(name).write_text(text, encoding="utf-8")
+            stage.write(name, json.dumps(content, indent=2, sort_keys=True) + "\n")
     return [Path(folder) / name for name in files]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import threading
-from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, ClassVar, cast
@@ -59,8 +58,8 @@ class Saving(Chat):
     ) -> tuple[str, ...]:
         """Write tokenizer.json, tokenizer_config.json and the chat templates; returns their paths.
 
-        `save_jinja_files=False` puts the chat templates into the config. Every file is complete or absent: it is
-        written under a temporary name and renamed.
+        `save_jinja_files=False` puts the chat templates into the config. It is one transaction: all files are the new
+        ones or all the old ones.
         """
         if legacy_format:
             raise ValueError("legacy_format=True is not supported: a tokenizer is saved as tokenizer.json")
@@ -85,15 +84,12 @@ class Saving(Chat):
         texts = {prefix + CONFIG_FILE: _json(config)}
         if "default" in templates:
             texts[prefix + TEMPLATE_FILE] = templates.pop("default")
-        more = {f"{name}.jinja": text for name, text in templates.items()}
-        texts |= {prefix + BACKEND_FILE: self.backend_json(), **self._refreshed(folder)}
-        more_folder = folder / (prefix + TEMPLATE_FOLDER)
-        with ExitStack() as stack:
-            for place, content in ((folder, texts), *([(more_folder, more)] if more else [])):
-                stage = stack.enter_context(staged(place))
-                for name, text in content.items():
-                    stage.path(name).write_text(text, encoding="utf-8", newline="")
-        return tuple(str(path) for path in (*map(folder.joinpath, texts), *map(more_folder.joinpath, more)))
+        with staged(folder) as stage:
+            texts |= {prefix + BACKEND_FILE: self.backend_json(), **self._refreshed(folder)}
+            texts |= {f"{prefix}{TEMPLATE_FOLDER}/{name}.jinja": text for name, text in templates.items()}
+            for name, text in texts.items():
+                stage.write(name, text)
+        return tuple(str(folder / name) for name in texts)
 
     def save_vocabulary(
         self, save_directory: str | Path, filename_prefix: str | None = None
@@ -110,7 +106,7 @@ class Saving(Chat):
                         f"{source} is gone, so it cannot be copied; save_pretrained needs no such file"
                     )
                 names = [prefix + ("tekken.json" if source.suffix == ".json" else "tokenizer.model")]
-                stage.path(names[0]).write_bytes(source.read_bytes())
+                stage.write(names[0], source.read_bytes())
             elif self.family.saved_as is not None:
                 raise ValueError(
                     f"{self.name_or_path or 'this tokenizer'} was not read from a tokenizer.model, so there is none "
@@ -121,7 +117,7 @@ class Saving(Chat):
                     written = [Path(name) for name in self._tokenizer.model.save(scratch)]
                     names = [prefix + path.name for path in written]
                     for name, path in zip(names, written, strict=True):
-                        stage.path(name).write_bytes(path.read_bytes())
+                        stage.write(name, path.read_bytes())
         return tuple(str(folder / name) for name in names)
 
     def backend_json(self) -> str:

@@ -26,7 +26,7 @@ from monoblock.backends.flax.parameters import Parameters
 from monoblock.backends.flax.sharding import Sharded
 from monoblock.backends.flax.training import Training
 from monoblock.backends.xla.inputs import Wanted
-from monoblock.checkpoint.hub import find_weights
+from monoblock.checkpoint.hub import find_weights, of_one_save
 from monoblock.checkpoint.msgpack_save import save_msgpack
 from monoblock.checkpoint.options import HubOptions
 from monoblock.checkpoint.save import save_tensors
@@ -187,19 +187,27 @@ class FlaxPreTrainedModel(Parameters, Sharded, Training, Generation):
                 f"{cls.__name__}.from_pretrained takes two positional arguments: a name and a dtype"
             )
         options = LoadOptions(kwargs)
-        settings, unused = cls._config_for(pretrained_model_name_or_path, config, options.hub, kwargs)
-        if unused:
-            raise TypeError(f"from_pretrained does not know the argument {next(iter(unused))!r}")
-        files = find_weights(
-            pretrained_model_name_or_path,
-            options.hub,
-            variant=options.variant,
-            use_safetensors=options.use_safetensors,
-            prefer=options.prefer,
-        )
+        name = pretrained_model_name_or_path
+
+        def read() -> tuple[Any, Any, Any]:
+            settings, unused = cls._config_for(name, config, options.hub, kwargs)
+            if unused:
+                raise TypeError(f"from_pretrained does not know the argument {next(iter(unused))!r}")
+            generation = cls.file_generation_config(name, options.hub) if cls.row.head == "causal" else None
+            files = find_weights(
+                name,
+                options.hub,
+                variant=options.variant,
+                use_safetensors=options.use_safetensors,
+                prefer=options.prefer,
+            )
+            return settings, generation, open_store(files, "np")
+
+        settings, generation, store = of_one_save(name, options.hub, read)
         model = cls(settings, dtype=dtype, _do_init=options.do_init, **options.init)
-        params = model._load(open_store(files, "np"), options)
-        model.generation_config = model.file_generation_config(pretrained_model_name_or_path, options.hub)
+        params = model._load(store, options)
+        if generation is not None:
+            model.generation_config = generation
         if not options.do_init:
             return model, params
         model.params = params
@@ -255,7 +263,6 @@ class FlaxPreTrainedModel(Parameters, Sharded, Training, Generation):
         folder = Path(save_directory)
         if folder.is_file():
             raise ValueError(f"save_pretrained needs a folder, but {folder} is a file")
-        folder.mkdir(parents=True, exist_ok=True)
         tensors = self.hub_tensors(params)
         kept = self.params if params is None else params
         self.config.architectures = [self.row.name]

@@ -9,7 +9,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from monoblock.checkpoint.journal import settle
 from monoblock.checkpoint.options import HubOptions
+from monoblock.checkpoint.transaction import staged
 
 
 def peft() -> Any:
@@ -66,6 +68,7 @@ class Adapters:
                 raise ValueError(
                     "load_adapter needs a folder or name, or adapter_state_dict with peft_config"
                 )
+            settle(Path(peft_model_id) / options.subfolder)
             peft_config = peft_config or package.PeftConfig.from_pretrained(str(peft_model_id), **where)
             adapter_state_dict = package.load_peft_weights(str(peft_model_id), device="cpu", **where)
         elif peft_config is None:
@@ -142,11 +145,12 @@ class Adapters:
 
         name = self.active_adapters()[0]
         config = self.peft_config[name]
-        config.save_pretrained(str(folder))
         state = {
             f"base_model.model.{key}": x.contiguous() for key, x in self.get_adapter_state_dict(name).items()
         }
-        save_file(state, str(folder / "adapter_model.safetensors"), metadata={"format": "pt"})
+        with staged(folder) as stage:
+            config.save_pretrained(str(stage.files))
+            save_file(state, str(stage.files / "adapter_model.safetensors"), metadata={"format": "pt"})
 
 
 def _layers(model: nn.Module) -> Iterator[Any]:

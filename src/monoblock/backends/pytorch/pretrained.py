@@ -42,7 +42,7 @@ from monoblock.backends.pytorch.quantization import checkpoint
 from monoblock.backends.pytorch.tools import Recognised, Tools
 from monoblock.checkpoint import packed
 from monoblock.checkpoint.adapter_files import base_of, is_adapter
-from monoblock.checkpoint.hub import find_weights
+from monoblock.checkpoint.hub import find_weights, of_one_save
 from monoblock.checkpoint.options import HubOptions
 from monoblock.checkpoint.save import save_tensors
 from monoblock.checkpoint.store import open_store
@@ -275,12 +275,16 @@ class PreTrainedModel(Recognised, Parameters, Generation, Construction, Adapters
             name = base_of(adapter, options.hub)
         if name is None and (options.state_dict is None or config is None):
             raise ValueError("from_pretrained(None) needs state_dict= and config=")
-        settings, unused = cls._config_for(name or "", config, options.hub, kwargs)
-        if unused:
-            raise TypeError(f"from_pretrained does not know the argument {next(iter(unused))!r}")
-        if options.state_dict is not None:
-            store: Any = StateTensors(options.state_dict)
-        else:
+
+        def read() -> tuple[Any, Any, Any]:
+            settings, unused = cls._config_for(name or "", config, options.hub, kwargs)
+            if unused:
+                raise TypeError(f"from_pretrained does not know the argument {next(iter(unused))!r}")
+            generation = options.generation_config
+            if generation is None and name is not None and cls.row.head == "causal":
+                generation = cls.file_generation_config(name, options.hub)
+            if options.state_dict is not None:
+                return settings, generation, StateTensors(options.state_dict)
             assert name is not None
             files = find_weights(
                 name,
@@ -289,16 +293,16 @@ class PreTrainedModel(Recognised, Parameters, Generation, Construction, Adapters
                 use_safetensors=options.use_safetensors,
                 prefer=options.prefer,
             )
-            store = open_store(files, "pt")
+            return settings, generation, open_store(files, "pt")
+
+        settings, generation, store = read() if name is None else of_one_save(name, options.hub, read)
         dtype = loading.chosen_dtype(options.dtype, settings.dtype, packed.plain(store))
         with torch.device("meta"):
             model = cls(settings)
         info = model._load(store, dtype, options)
         settings.dtype = dtype
-        if options.generation_config is not None:
-            model.generation_config = own_generation_config(options.generation_config, "generation_config")
-        elif name is not None:
-            model.generation_config = model.file_generation_config(name, options.hub)
+        if generation is not None:
+            model.generation_config = own_generation_config(generation, "generation_config")
         if adapter is not None:
             model.load_adapter(adapter, **{k: v for k, v in asdict(options.hub).items() if v})
         model.eval()
@@ -410,7 +414,6 @@ class PreTrainedModel(Recognised, Parameters, Generation, Construction, Adapters
         folder = Path(save_directory)
         if folder.is_file():
             raise ValueError(f"save_pretrained needs a folder, but {folder} is a file")
-        folder.mkdir(parents=True, exist_ok=True)
         if self._hf_peft_config_loaded:
             self.save_adapter(folder)
             return
