@@ -265,6 +265,17 @@ def _position_gaps(spec: ArchSpec) -> Iterator[str]:
                 )
             case Rotary(dim=2, scaling=RopeScaling(kind="dynamic")):
                 yield "dynamic rotary scaling needs a rotary dim above 2"
+            case Rotary(scaling=RopeScaling(kind="llama3", low_freq_factor=low, high_freq_factor=high)) if (
+                not low < high
+            ):
+                yield f"llama3 rotary scaling needs low_freq_factor below high_freq_factor, got {low} and {high}"
+            case Rotary(theta=theta, scaling=RopeScaling(kind="yarn") as scaling) if not (
+                theta > 1 and min(scaling.beta_fast, scaling.beta_slow, scaling.attention_factor or 1) > 0
+            ):
+                yield (
+                    "yarn rotary scaling needs a theta above 1, and beta_fast, beta_slow and attention_factor above 0, "
+                    f"got {theta}, {scaling.beta_fast}, {scaling.beta_slow} and {scaling.attention_factor}"
+                )
             case Alibi(bias_max=bias_max) if not bias_max > 0:
                 yield f"alibi bias_max must be above 0, got {bias_max}"
             case Buckets(count=count, max_distance=distance) if (

@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Self, cast
 from monoblock.checkpoint.files import read_json, write_atomically
 from monoblock.checkpoint.hub import find_file
 from monoblock.checkpoint.options import HubOptions
+from monoblock.field_types import checked_fields, declared, in_file
 from monoblock.generation.checks import CHECKS, SAMPLING_FIELDS, as_ids
 
 GENERATION_CONFIG_NAME = "generation_config.json"
@@ -29,8 +30,9 @@ log = logging.getLogger("monoblock")
 class GenerationConfig:
     """How to generate: lengths, strategy, cache, processors, outputs and special tokens, by the hub's names.
 
-    Unknown keywords are kept, written back and warned about once. Values that a file brings are taken as they are
-    and judged when they are used; values that come from Python are checked at once (`ValueError`).
+    Unknown keywords are kept, written back and warned about once. Values that a file brings must be of the declared
+    types (FieldError, a ValueError) and are judged when they are used; values that come from Python are checked at once
+    (`ValueError`).
     """
 
     # Length
@@ -241,7 +243,9 @@ class GenerationConfig:
     @classmethod
     def _from_file(cls, config_dict: Mapping[str, Any], overrides: Mapping[str, Any]) -> Self:
         config = cls()
+        kinds = {name: kind for name, kind in declared(cls).items() if name in cls.FIELDS}
         loaded = {name: value for name, value in config_dict.items() if name not in overrides}
+        loaded = checked_fields("GenerationConfig", loaded, kinds)
         config._take(copy.deepcopy({**loaded, **overrides}))
         config._loaded = copy.deepcopy(loaded)
         config.validate()
@@ -250,7 +254,8 @@ class GenerationConfig:
     @classmethod
     def from_json_file(cls, json_file: str | Path) -> Self:
         """A config from a JSON file."""
-        return cls._from_file(read_json(json_file), {})
+        with in_file(json_file):
+            return cls._from_file(read_json(json_file), {})
 
     @classmethod
     def from_pretrained(
@@ -267,7 +272,8 @@ class GenerationConfig:
         options = HubOptions.pop(kwargs)
         path = find_file(pretrained_model_name, config_file_name, options)
         assert path is not None  # find_file raises when a required file is missing
-        return cls.from_dict(read_json(path), **kwargs)
+        with in_file(path, kwargs):
+            return cls.from_dict(read_json(path), **kwargs)
 
     @classmethod
     def from_model_config(cls, model_config: Any) -> Self:
