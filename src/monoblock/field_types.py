@@ -233,4 +233,5 @@ def _described(kind: Any) -> str:
         return "a dict"
     if origin in (list, tuple):
         return f"a list of {len(args)} values" if origin is tuple and ... not in args else "a list"
-    return f"a {getattr(kind, '__name__', kind)}"
+    name = getattr(kind, "__name__", str(kind))
+    return f"{'an' if name[0] in 'AEIOU' else 'a'} {name}"
