@@ -67,7 +67,7 @@ class PretrainedConfig(ToolFacts):
         extra = inspect.Parameter("kwargs", inspect.Parameter.VAR_KEYWORD)
         cls.__signature__ = inspect.Signature([*parameters, extra])
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, /, *args: Any, **kwargs: Any) -> None:
         if len(args) > len(self.fields):
             raise TypeError(
                 f"{type(self).__name__} takes at most {len(self.fields)} positional arguments, got {len(args)}"
@@ -90,6 +90,10 @@ class PretrainedConfig(ToolFacts):
         for name, default in {**COMMON, **self.fields}.items():
             setattr(self, name, copy.deepcopy(default))
         for name, value in given.items():
+            if not self._is_known(name) and hasattr(type(self), name):
+                raise FieldError(
+                    f"{type(self).__name__}.{name} is an attribute of the class and no field", name
+                )
             setattr(self, name, value)
             self._warn_unknown(name)
         for name, kind in self.sub_configs.items():
@@ -173,22 +177,18 @@ class PretrainedConfig(ToolFacts):
             return dict(cast("Mapping[str, Any]", value or {}))
         raise FieldError(f"{type(self).__name__}.{name} must be a dict, got {brief(value)}", name)
 
+    def _is_known(self, name: str) -> bool:
+        tables = (self.fields, COMMON, QUIET, REFUSED, self.attribute_map, ("torch_dtype",))
+        return any(name in table for table in tables)
+
     def _warn_unknown(self, name: str) -> None:
-        known = (
-            self.fields.keys()
-            | COMMON.keys()
-            | QUIET
-            | REFUSED.keys()
-            | self.attribute_map.keys()
-            | {"torch_dtype"}
-        )
-        if name in known or name.startswith("_") or (type(self).__name__, name) in self._warned:
+        if self._is_known(name) or name.startswith("_") or (type(self).__name__, name) in self._warned:
             return
         self._warned.add((type(self).__name__, name))
         log.warning(
-            "%s does not know the field %r: it is kept and written back, but has no effect",
+            "%s does not know the field %s: it is kept and written back, but has no effect",
             type(self).__name__,
-            name,
+            brief(name),
         )
 
     def _refuse(self) -> None:

@@ -10,6 +10,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, Literal, TypeVar
 
+# What no model is near, and what nothing is computed or allocated for: a config may say anything.
+MOST: dict[str, int] = {
+    "vocab": 2**36,
+    "width": 2**22,
+    "heads": 2**16,
+    "head_dim": 2**16,
+    "mlp width": 2**30,
+    "position table": 2**36,
+    "patch size": 2**30,
+}
 ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu", "relu", "relu2", "silu")
 
 
@@ -192,6 +202,7 @@ class ArchSpec:
 
 def _gaps(spec: ArchSpec) -> Iterator[str]:
     att, mlp = spec.attention, spec.mlp
+    learned, patches = spec.position(Learned), spec.patches
     sizes = {
         "vocab": spec.vocab,
         "width": spec.width,
@@ -200,10 +211,13 @@ def _gaps(spec: ArchSpec) -> Iterator[str]:
         "kv_heads": att.kv_heads,
         "head_dim": att.head_dim,
         "mlp width": mlp.width,
+        **({"position table": learned.size} if learned else {}),
+        **({"patch size": patches.size} if patches else {}),
     }
     for what, size in sizes.items():
-        if size < 1:
-            yield f"{what} must be at least 1, got {size}"
+        most = MOST.get(what, size)
+        if not 1 <= size <= most:
+            yield f"{what} must be at least 1{f' and at most {most:,}' if size > most else ''}, got {size}"
     if att.kv_heads > 0 and att.heads % att.kv_heads:
         yield f"heads ({att.heads}) must be a multiple of kv_heads ({att.kv_heads})"
     if mlp.act not in ACTIVATIONS:

@@ -68,6 +68,46 @@ VALUES: tuple[Any, ...] = (
         {"__type": "AddedToken", "content": "a"},
     ),
 )
+# Names of methods and attributes, which fields must not take the place of.
+KEYS = (
+    *(
+        "to_spec",
+        "to_dict",
+        "fields",
+        "__class__",
+        "__init__",
+        "_types",
+        "_labels",
+        "num_labels",
+        "validate",
+        "check",
+    ),
+    *(
+        "FIELDS",
+        "_loaded",
+        "preprocess",
+        "patched",
+        "_options",
+        "decode",
+        "_tokenizer",
+        "get",
+        "items",
+        "keys",
+        "copy",
+    ),
+    *(
+        "model_type",
+        "name_or_path",
+        "use_return_dict",
+        "torch_dtype",
+        "hidden_size",
+        "self",
+        "kwargs",
+        "",
+        "a.b",
+        "🎉",
+    ),
+)
 NUMBERS = tuple(v for v in VALUES if isinstance(v, int) and not isinstance(v, bool) and 0 <= v < 2**64)
 Place = tuple[Any, ...]
 
@@ -157,7 +197,9 @@ def json_mutant(rng: random.Random, value: Any, more: Any = None) -> Any:
             case 6 if isinstance(old, dict):
                 source = more if isinstance(more, dict) and rng.random() < 0.5 else value
                 key = rng.choice(list(source) if isinstance(source, dict) and source else ["a"])
-                old[key if rng.random() < 0.7 else f"{key}x"] = copy.deepcopy(rng.choice(VALUES))
+                old[rng.choice((key, key, key, f"{key}x", rng.choice(KEYS)))] = copy.deepcopy(
+                    rng.choice(VALUES)
+                )
             case _:
                 other = more if more is not None and rng.random() < 0.3 else value
                 part = copy.deepcopy(at(other, rng.choice(places(other))))

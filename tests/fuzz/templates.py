@@ -8,8 +8,9 @@ CALLED = """
 abs attr('x') batch(N) capitalize center(N) count default(N) dictsort e escape filesizeformat first float forceescape
 format(N) groupby('a') indent(N) int items join(S) last length list lower map('upper') map(attribute='a') max min pprint
 random reject rejectattr('a') replace('a',S) replace('',S) reverse round(N) round(N,'ceil') safe select selectattr('a')
-slice(N) sort sort(attribute='content') string striptags sum sum(start=[]) title tojson tojson(indent=N) trim 
-truncate(N) unique upper urlencode urlize wordcount wordwrap(N) wordwrap(1) xmlattr center(width=N) batch(N,S) slice(N,S) from_json
+slice(N) sort sort(attribute='content') string striptags sum sum(start=[]) title tojson tojson(indent=N) trim
+truncate(N) unique upper urlencode urlize wordcount wordwrap(N) wordwrap(1) xmlattr center(width=N) batch(N,S)
+slice(N,S) from_json
 """
 ASKED = """
 center(N) ljust(N) rjust(N,'x') zfill(N) expandtabs(N) replace('a',S) replace('',S) join(X) join([S,S,S]) split('a')

@@ -71,7 +71,7 @@ def activation(config: PretrainedConfig, field: str) -> str:
 def quotient(config: PretrainedConfig, width: str, heads: str) -> int:
     """width / heads; ValueError if it is no whole number."""
     w, h = getattr(config, width), getattr(config, heads)
-    if h < 1 or w % h:
+    if w < 1 or h < 1 or w % h:
         raise ValueError(f"{type(config).__name__}.{width} ({w}) must be a multiple of {heads} ({h})")
     return w // h
 

@@ -66,7 +66,7 @@ class MistralConfig(RopeConfig):
                 heads=self.num_attention_heads,
                 kv_heads=self.num_key_value_heads or self.num_attention_heads,
                 head_dim=head_dim,
-                scale=head_dim**-0.5,
+                scale=max(head_dim, 1) ** -0.5,
                 qkv_bias=False,
                 out_bias=False,
             ),

@@ -16,7 +16,8 @@ from typing import Any, ClassVar, Self, cast
 from monoblock.checkpoint.files import read_json, write_atomically
 from monoblock.checkpoint.hub import find_file
 from monoblock.checkpoint.options import HubOptions
-from monoblock.field_types import checked_fields, declared, in_file
+from monoblock.errors import FieldError
+from monoblock.field_types import brief, checked_fields, declared, in_file
 from monoblock.generation.checks import CHECKS, SAMPLING_FIELDS, as_ids
 
 GENERATION_CONFIG_NAME = "generation_config.json"
@@ -121,7 +122,7 @@ class GenerationConfig:
     FIELDS: ClassVar[frozenset[str]]
     _warned: ClassVar[set[str]] = set()
 
-    def __init__(self, **kwargs: Any):
+    def __init__(self, /, **kwargs: Any):
         self._loaded: dict[str, Any] = {}
         self._take(kwargs)
         self.validate()
@@ -130,12 +131,14 @@ class GenerationConfig:
         for name, value in values.items():
             if name in INERT:
                 continue
+            if name not in self.FIELDS | METADATA and (name == "_loaded" or hasattr(type(self), name)):
+                raise FieldError(f"GenerationConfig.{name} is an attribute of the class and no field", name)
             setattr(self, name, value)
             if name not in self.FIELDS | METADATA and name not in self._warned:
                 self._warned.add(name)
                 log.warning(
-                    "GenerationConfig does not know the field %r: it is kept and written back, but has no effect",
-                    name,
+                    "GenerationConfig does not know the field %s: it is kept and written back, but has no effect",
+                    brief(name),
                 )
 
     # ------------------------------------------------------------------ reading fields

@@ -163,7 +163,7 @@ def _bert_text(backend: Tokenizer, options: Mapping[str, Any]) -> None:
         "strip_accents": "strip_accents",
         "tokenize_chinese_chars": "handle_chinese_chars",
     }
-    asked = {
+    asked: dict[str, Any] = {
         names[key]: value
         for key, value in options.items()
         if key in names and (value is not None or key == "strip_accents")

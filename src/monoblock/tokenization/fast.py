@@ -51,7 +51,7 @@ class PreTrainedTokenizerFast(Chat, Pad, Recognised):
     pad_token_type_id = 0
     _backend_options = ("tokenizer_object", "tokenizer_file", "vocab_file", "merges_file", "vocab", "merges")
 
-    def __init__(self, **kwargs: Any):
+    def __init__(self, /, **kwargs: Any):
         given = {name: kwargs.pop(name, None) for name in self._backend_options}
         source = {name: value for name, value in given.items() if value is not None}
         self._tokenizer, implied = read_backend(source, self.family, {**self.family.defaults, **kwargs})

@@ -10,10 +10,10 @@ from typing import Any, cast
 from tokenizers import AddedToken, Tokenizer
 
 from monoblock.checkpoint.hub import HubOptions, find_file, read_json
-from monoblock.errors import HubError
-from monoblock.field_types import checked, declared, in_file
+from monoblock.errors import FieldError, HubError
+from monoblock.field_types import brief, checked, declared, in_file
 from monoblock.tokenization.backend import read_backend as backend_of_file
-from monoblock.tokenization.declared import OWNER, ConfigFields, config_checked, token_id
+from monoblock.tokenization.declared import OWNER, ConfigFields, Token, config_checked, token_id
 from monoblock.tokenization.declared import added as as_added
 from monoblock.tokenization.families import Built, TokenizerFamily, read_text
 from monoblock.tokenization.special import EXTRA, NAMES
@@ -36,6 +36,10 @@ _NOT_ARGUMENTS = (
     "vocab_file",
     "merges_file",
     "name_or_path",
+    # Which files are read is not for a file to say.
+    "tokenizer_object",
+    "vocab",
+    "merges",
 )
 # Accepted by from_pretrained and without effect: there is one class, and no code from the hub is run.
 _NO_EFFECT = ("use_fast", "trust_remote_code", "code_revision", "_from_auto", "_commit_hash")
@@ -133,18 +137,17 @@ def _added_tokens(
         field = "added_tokens_decoder"
         return {token_id(field, index): as_added(field, token) for index, token in decoder.items()}
     if (path := find_file(name, MAP_FILE, options, required=False)) is not None:
-        kinds = declared(ConfigFields)
         with in_file(path):
-            for key, value in read_json(path).items():
+            for key, value in _special_tokens(read_json(path)).items():
                 if not any(overrides.get(same) for same in (EXTRA if key in EXTRA else (key,))):
-                    made = checked(OWNER, key, _special(key, value), kinds.get(key, Any))
-                    config["extra_special_tokens" if key in EXTRA else key] = made
+                    config["extra_special_tokens" if key in EXTRA else key] = value
     added: dict[int, AddedToken] = {}
     if (path := find_file(name, ADDED_FILE, options, required=False)) is not None:
         special = {str(config[key]) for key in NAMES if config.get(key)}
         for extra in EXTRA:
-            listed = config.get(extra) or ()
-            special |= {str(token) for token in (listed.values() if isinstance(listed, dict) else listed)}
+            listed: Any = config.get(extra) or ()
+            tokens = cast(Mapping[str, Any], listed).values() if isinstance(listed, Mapping) else listed
+            special |= set(map(str, tokens))
         with in_file(path):
             for content, index in read_json(path).items():
                 normal = content not in special
@@ -166,8 +169,20 @@ def _of_backend(listed: Any) -> dict[int, AddedToken]:
     }
 
 
+def _special_tokens(content: Mapping[str, Any]) -> dict[str, Any]:
+    """What special_tokens_map.json holds: names of tokens -> strings or objects with an AddedToken's fields, and lists
+    of those."""
+    kinds = declared(ConfigFields)
+    found: dict[str, Any] = {}
+    for key, value in content.items():
+        if key not in EXTRA and not key.endswith("_token"):
+            raise FieldError(f"{OWNER} has no special token {brief(key)}", key)
+        kind = kinds[key] if key in EXTRA else Token | None
+        found[key] = checked(OWNER, key, _special(key, value), kind)
+    return found
+
+
 def _special(name: str, value: Any) -> Any:
-    """What special_tokens_map.json holds: strings, objects with an AddedToken's fields, lists of those."""
     if isinstance(value, list):
         return [_special(name, item) for item in cast(list[Any], value)]
     fields = cast(dict[str, Any], value) if isinstance(value, dict) else {}
