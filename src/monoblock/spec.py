@@ -249,6 +249,8 @@ def _gaps(spec: ArchSpec) -> Iterator[str]:
     ):
         if not 0 <= p < 1:
             yield f"{what} dropout must be in [0, 1), got {p}"
+    if not 0 <= spec.init_std <= 1e6:
+        yield f"the deviation of initial weights must be at least 0, got {spec.init_std}"
     if not 0 < spec.embed_gradient <= 1:
         yield f"embed_gradient must be in (0, 1], got {spec.embed_gradient}"
     for i, window in enumerate(spec.windows):
@@ -266,6 +268,8 @@ def _position_gaps(spec: ArchSpec) -> Iterator[str]:
         match position:
             case Learned(size=size, offset=offset) if size <= offset:
                 yield f"a position table of {size} leaves no room after its offset of {offset}"
+            case Learned(pad_id=int(pad_id)) if not 0 <= pad_id < spec.vocab:
+                yield f"positions that count from a padding id need one of the vocabulary, got {pad_id}"
             case Rotary(dim=dim) if dim < 2 or dim % 2 or dim > spec.attention.head_dim:
                 yield f"rotary dim must be even and at most head_dim ({spec.attention.head_dim}), got {dim}"
             case Rotary(theta=theta) if not theta > 0:
@@ -284,7 +288,9 @@ def _position_gaps(spec: ArchSpec) -> Iterator[str]:
             ):
                 yield f"llama3 rotary scaling needs low_freq_factor below high_freq_factor, got {low} and {high}"
             case Rotary(theta=theta, scaling=RopeScaling(kind="yarn") as scaling) if not (
-                theta > 1 and min(scaling.beta_fast, scaling.beta_slow, scaling.attention_factor or 1) > 0
+                theta > 1
+                and min(scaling.beta_fast, scaling.beta_slow, scaling.attention_factor or 1) > 0
+                and max(scaling.beta_fast, scaling.beta_slow) < 1e6
             ):
                 yield (
                     "yarn rotary scaling needs a theta above 1, and beta_fast, beta_slow and attention_factor above 0, "

@@ -269,10 +269,12 @@ def read_by_command(folder: Path) -> None:
 # ------------------------------------------------------------------ the table
 
 
-def _model(model_type: str, quantization: str | None = None) -> Callable[[Path], None]:
+def _model(model_type: str, quantization: str | None = None, name: str = "") -> Callable[[Path], None]:
+    """A model's folder, to be read as a model of that class (its own, if not another's with a head to be made)."""
+
     def make(folder: Path) -> None:
         seeds.model(folder, model_type, quantization)
-        seeds.write_json(folder / "architecture.json", seeds.CONFIGS[model_type]["architectures"][0])
+        seeds.write_json(folder / "architecture.json", name or seeds.CONFIGS[model_type]["architectures"][0])
 
     return make
 
@@ -398,6 +400,9 @@ READERS: tuple[Reader, ...] = (
                 )
                 for name in seeds.CONFIGS
             ),
+            Case(_model("mistral", name="MistralForSequenceClassification"), {"config.json": _json}),
+            Case(_model("mpnet", name="MPNetForTokenClassification"), {"config.json": _json}),
+            Case(_model("openai-gpt", name="OpenAIGPTDoubleHeadsModel"), {"config.json": _json}),
             *(
                 Case(_model("mistral", word), {"config.json": _json, "*.safetensors": _safetensors})
                 for word in ("int8", "int4", "lossless")
