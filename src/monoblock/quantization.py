@@ -149,8 +149,8 @@ def _of_dict(given: dict[str, Any]) -> QuantizationConfig:
     }
     if not isinstance(method, str) or method not in kinds:
         raise ValueError(
-            f"quantization_config of the method {brief(method)} is not supported here: give {_NAMES}, with a checkpoint of "
-            "unquantised weights"
+            f"quantization_config of the method {brief(method)} is not supported here: give {_NAMES}, with "
+            "a checkpoint of unquantised weights"
         )
     known = {field.name for field in fields(kinds[method])}
     # The hub's class repeats two fields under private names.

@@ -232,9 +232,10 @@ CONVERSATION = [
 
 
 def read_template(folder: Path) -> None:
+    from monoblock.tokenization.families import read_text
     from monoblock.tokenization.template import render
 
-    source = (folder / "chat_template.jinja").read_text()
+    source = read_text(folder / "chat_template.jinja")
     variables = {
         "messages": CONVERSATION,
         "long": "a<b> " * 20_000,
