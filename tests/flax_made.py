@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from helpers import canonical as canonical_tensors
 
-from monoblock.backends.flax.inputs import AT_REST, Wanted
 from monoblock.backends.flax.network import Network
+from monoblock.backends.xla.inputs import AT_REST, Wanted
 
 TABLES = ("embed", "pos_embed", "rel_bias")
 

@@ -10,7 +10,9 @@ from monoblock.errors import UnsupportedConfig
 from monoblock.field_types import brief, checked
 
 LOSSLESS = 12  # bits
-METHOD = "monoblock"  # what config.json says under `quant_method`
+# What config.json says under `method`. Under `quant_method`, where first files have it, transformers passes over a name
+# that it does not know and gives a model of random weights; a quantization_config without one it refuses.
+METHOD = "monoblock"
 
 
 @dataclass(kw_only=True)
@@ -60,7 +62,7 @@ class WeightOnlyConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """What config.json holds."""
-        return {"quant_method": METHOD, **asdict(self)}
+        return {"method": METHOD, **asdict(self)}
 
 
 @dataclass(kw_only=True)
@@ -141,8 +143,8 @@ def wanted(given: Any, in_4bit: bool = False, in_8bit: bool = False) -> Quantiza
 def _of_dict(given: dict[str, Any]) -> QuantizationConfig:
     """A config of a dict, which says of which kind it is by `quant_method` or by its fields."""
     ours = "bits" in given or "group_size" in given
-    method = getattr(given.get("quant_method"), "value", given.get("quant_method"))
-    method = method or (METHOD if ours else "bitsandbytes")
+    method = given.get("quant_method") or given.get("method")
+    method = getattr(method, "value", method) or (METHOD if ours else "bitsandbytes")
     kinds: dict[str, type[QuantizationConfig]] = {
         METHOD: WeightOnlyConfig,
         "bitsandbytes": BitsAndBytesConfig,
@@ -154,7 +156,8 @@ def _of_dict(given: dict[str, Any]) -> QuantizationConfig:
         )
     known = {field.name for field in fields(kinds[method])}
     # The hub's class repeats two fields under private names.
-    values = {k: v for k, v in given.items() if k != "quant_method" and not k.startswith("_load_in_")}
+    named = ("quant_method", "method")
+    values = {k: v for k, v in given.items() if k not in named and not k.startswith("_load_in_")}
     if unknown := sorted(values.keys() - known):
         raise ValueError(
             f"{kinds[method].__name__} has no field {brief(unknown[0])}; it has: {', '.join(sorted(known))}"
@@ -171,7 +174,7 @@ def recorded(config: Any) -> WeightOnlyConfig | None:
     if found is None:
         return None
     held = cast("Mapping[str, Any]", found if isinstance(found, Mapping) else {})
-    if (method := held.get("quant_method")) != METHOD:
+    if (method := held.get("quant_method", held.get("method"))) != METHOD:
         what = f"quant_method={brief(method)}" if method else brief(found)
         raise UnsupportedConfig(
             f"{type(config).__name__}.quantization_config={what} cannot be honoured: {_ELSEWHERE}, and quantise them "

@@ -271,7 +271,7 @@ WRONG: dict[str, tuple[type[Exception], dict[str, Any]]] = {
         ValueError,
         {"input_ids": IDS, "attention_mask": np.ones((2, 5))},
     ),
-    r"position_ids must be whole numbers \(batch, 6\), got int64 \(1, 7\)": (
+    r"position_ids must be whole numbers \(2, 6\), got int64 \(1, 7\)": (
         ValueError,
         {"input_ids": IDS, "position_ids": np.arange(7)[None]},
     ),

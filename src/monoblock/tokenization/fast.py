@@ -11,13 +11,13 @@ from typing import Any, ClassVar, Self, cast
 
 from tokenizers import AddedToken, Tokenizer
 
-from monoblock.tokenization.chat import Chat, named_templates
+from monoblock.tokenization.chat import named_templates
 from monoblock.tokenization.families import GENERIC, TokenizerFamily
 from monoblock.tokenization.files import LENGTHS, load, read_backend
 from monoblock.tokenization.inputs import SIDES, one_of
 from monoblock.tokenization.padding import Pad
 from monoblock.tokenization.recognised import Recognised
-from monoblock.tokenization.saving import save, save_vocabulary
+from monoblock.tokenization.saving import Saving
 from monoblock.tokenization.template_tokens import Around, around, bos_eos_template
 from monoblock.tokenization.tensors import as_list
 
@@ -34,7 +34,7 @@ CLEAN_UP = (
 )  # fmt: skip
 
 
-class PreTrainedTokenizerFast(Chat, Pad, Recognised):
+class PreTrainedTokenizerFast(Saving, Pad, Recognised):
     """A tokenizer of the hub: `from_pretrained(name)`, then call it with texts.
 
     Args:
@@ -120,35 +120,6 @@ class PreTrainedTokenizerFast(Chat, Pad, Recognised):
                 are accepted and change nothing: there is one class, and no code from the hub is run.
         """
         return cls(**load(pretrained_model_name_or_path, cls.family, kwargs))
-
-    def save_pretrained(
-        self,
-        save_directory: str | Path,
-        legacy_format: bool | None = None,
-        filename_prefix: str | None = None,
-        push_to_hub: bool = False,
-        *,
-        save_jinja_files: bool = True,
-    ) -> tuple[str, ...]:
-        """Write tokenizer.json, tokenizer_config.json and the chat templates; returns their paths.
-
-        Every file is complete or absent: it is written under a temporary name and renamed.
-        """
-        if legacy_format:
-            raise ValueError("legacy_format=True is not supported: a tokenizer is saved as tokenizer.json")
-        if push_to_hub:
-            raise ValueError(
-                "push_to_hub=True is not supported: save to a folder, then `hf upload REPO FOLDER`"
-            )
-        return save(
-            self, Path(save_directory), f"{filename_prefix}-" if filename_prefix else "", save_jinja_files
-        )
-
-    def save_vocabulary(
-        self, save_directory: str | Path, filename_prefix: str | None = None
-    ) -> tuple[str, ...]:
-        """Write the vocabulary files alone (vocab.json and merges.txt, vocab.txt, tokenizer.model); returns paths."""
-        return save_vocabulary(self, Path(save_directory), f"{filename_prefix}-" if filename_prefix else "")
 
     def push_to_hub(self, repo_id: str, **_: Any) -> None:
         """Refused: uploading is huggingface_hub's work."""
@@ -325,13 +296,6 @@ class PreTrainedTokenizerFast(Chat, Pad, Recognised):
         return [int(int(index) in special) for index in token_ids_0]
 
     # --- the object itself
-
-    def backend_json(self) -> str:
-        """The content of a tokenizer.json, without what single calls have set."""
-        with self._lock:
-            self._tokenizer.no_padding()
-            self._tokenizer.no_truncation()
-            return self._tokenizer.to_str(pretty=True)
 
     def __repr__(self) -> str:
         added = "".join(

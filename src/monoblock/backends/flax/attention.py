@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from monoblock.backends.flax.ops import LOWEST, Scope
+from monoblock.backends.flax.ops import LOWEST
+from monoblock.backends.flax.scope import Scope
 
 # Queries of one block of the block-wise kernel, fewer where its scores would take more bytes than that; and into how
 # many parts a long causal text is cut: each sees the keys up to its own end, so that with four parts five eighths of
@@ -55,9 +56,9 @@ def _block_size(q_bhqd: Array, k_bgkd: Array, scope: Scope) -> int:
 def _evened(out_bhqd: Array, v_bgkd: Array, scope: Scope) -> Array:
     """Queries that see no key get equal weights on the keys that the spec says: kernels agree on padding too, which a
     loss over all positions of a row (a span's) takes in."""
-    if (blind := scope.blind()) is None:
+    if (masked := scope.fully_masked()) is None:
         return out_bhqd
-    return jnp.where(blind, repeat_groups(scope.mean(v_bgkd), out_bhqd.shape[1]), out_bhqd)
+    return jnp.where(masked, repeat_groups(scope.mean(v_bgkd), out_bhqd.shape[1]), out_bhqd)
 
 
 def _block(
@@ -147,9 +148,9 @@ def attend_eager(
 ) -> tuple[Array, Array]:
     """Attention by its formula, scores and softmax in fp32; the output and the weights (b, h, q, k) after dropout."""
     found = weights(q_bhqd, k_bgkd, scope, kernel, key)
-    if (blind := scope.blind()) is not None:
+    if (masked := scope.fully_masked()) is not None:
         # By name, so that masked scores get no gradient.
-        found = jnp.where(blind, scope.equal_weights().astype(found.dtype), found)
+        found = jnp.where(masked, scope.equal_weights().astype(found.dtype), found)
     return _weighted(found, v_bgkd).astype(q_bhqd.dtype), found
 
 

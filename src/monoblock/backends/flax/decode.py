@@ -2,31 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import jax
 import jax.core
 import jax.numpy as jnp
-import numpy as np
 
-from monoblock.backends.flax import compiled, compiled_beams
-from monoblock.backends.flax.arrays import JaxOps, Keys, on_device
-from monoblock.backends.flax.decoder import Decoder, Rereader, Source
+from monoblock.backends.flax.arrays import Keys, on_device
+from monoblock.backends.flax.namespace import XP
 from monoblock.backends.flax.network import Network
 from monoblock.backends.flax.outputs import FlaxModelOutput, pytree
-from monoblock.errors import UnsupportedConfig
+from monoblock.backends.flax.steps import Steps
+from monoblock.backends.xla import runner
+from monoblock.backends.xla.namespace import Namespace
 from monoblock.generation import loop
-from monoblock.generation.arrays import ArrayOps
 from monoblock.generation.config import GenerationConfig
-from monoblock.generation.mixin import GenerationMixin, check_assistant
-from monoblock.generation.programs import Program
-from monoblock.generation.transitions import transition_scores
-from monoblock.spec import Learned
-
-INPUTS = frozenset({"past_key_values", "position_ids", "inputs_embeds"})
-# Inputs that only some models take; new tokens get the last token type.
-MORE = frozenset({"token_type_ids", "image_patches", "image_patches_indices", "pixel_values"})
+from monoblock.generation.mixin import check_assistant
+from monoblock.generation.resolve import Unsupported
 
 
 @pytree
@@ -38,9 +31,10 @@ class FlaxGenerateOutput(FlaxModelOutput):
     scores: Any = None
 
 
-class Generation(GenerationMixin):
+class Generation(runner.Generation):
     """Adds `generate` to the models that predict the next token."""
 
+    xp: ClassVar[Namespace] = XP
     module: Network
     params: Any
     inputs: ClassVar[tuple[str, ...]]
@@ -59,9 +53,9 @@ class Generation(GenerationMixin):
         Gives a FlaxGenerateOutput, whose `sequences` are the ids (batch, prompt + new); with
         `return_dict_in_generate=True` a GenerateDecoderOnlyOutput, with False the ids alone.
 
-        Greedy decoding and sampling run as one compiled program for each bucket of lengths; what needs the host
-        between tokens (streamers, criteria and processors of one's own, recorded scores), beams, and `trace=False`
-        run a compiled step for each token. Draws come from `prng_key`, or from `seed`; without, from key 0, as JAX
+        Greedy decoding, sampling and beam search run as one compiled program for each bucket of lengths; what needs the
+        host between tokens (streamers, criteria and processors of one's own, recorded scores), and `trace=False` run a
+        compiled step for each token. Draws come from `prng_key`, or from `seed`; without, from key 0, as JAX
         has no global source of random numbers: give a new key for each call. Other keywords are those of the PyTorch
         classes' `generate`. `params` stand in for the model's own. ValueError for what is unknown or not supported.
         """
@@ -78,28 +72,10 @@ class Generation(GenerationMixin):
         if (helper := arguments.get("assistant_model")) is not None:
             check_assistant(helper, Generation)
             arguments["assistant_model"] = Runner(helper, helper.params)
-        runner = Runner(self, params)
         alone = arguments.get("return_dict_in_generate") is False
-        result = loop.generate(
-            runner, inputs, generation_config, plain=_ids if alone else FlaxGenerateOutput, **arguments
-        )
+        plain = _ids if alone else FlaxGenerateOutput
+        result = loop.generate(Runner(self, params), inputs, generation_config, plain=plain, **arguments)
         return on_device(result) if alone else _all_shown(result)
-
-    def compute_transition_scores(
-        self,
-        sequences: Any,
-        scores: Sequence[Any],
-        beam_indices: Any = None,
-        normalize_logits: bool = False,
-    ) -> jax.Array:
-        """(rows, new tokens) scores of the chosen tokens, from an output of `generate(..., output_scores=True)`.
-
-        Beam search's scores need its `beam_indices`. `normalize_logits`: log-probabilities instead of raw scores.
-        """
-        found = transition_scores(
-            JaxOps(), np.asarray(sequences), scores, _host(beam_indices), normalize_logits
-        )
-        return on_device(found)
 
 
 def _random(key: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -127,33 +103,32 @@ def _all_shown(output: Any) -> Any:
     return output
 
 
-class Runner:
-    """What `loop.generate` needs to know of a model."""
+# Refused by these classes for reasons of their own.
+UNSUPPORTED: Unsupported = {
+    "cache_implementation": (
+        ("dynamic", "static"),
+        "the caches of the JAX classes are 'dynamic' and 'static', in the computation's type",
+    ),
+    "compile_config": (
+        (),
+        "it holds torch.compile's options; jax.jit compiles the loop over tokens, or with trace=False each step",
+    ),
+    "synced_gpus": (
+        (False,),
+        "generation across processes is not built; sharded params= spread a call over the devices of one",
+    ),
+}
 
-    ops: ArrayOps
+
+class Runner(runner.Runner):
+    """What `loop.generate` needs to know of a model with these parameters."""
+
+    unsupported = UNSUPPORTED
 
     def __init__(self, model: Any, params: Any) -> None:
-        self.input_names = INPUTS | MORE.intersection(model.inputs)
-        self.ops = JaxOps()
-        self.generation_config: GenerationConfig | None = model.generation_config
-        learned = model.spec.position(Learned)
-        self.max_positions = learned.size - learned.offset if learned else None
-        self.source = Source(model.module, params, self.max_positions)
+        super().__init__(model, model.inputs)
+        self.params = params
 
-    def compiled(self, generation: Any, program: Program) -> Any:
-        """Run a call as one program."""
-        return (compiled if program.width is None else compiled_beams).run(generation, program)
-
-    def decoder(self, plan: loop.Plan, inputs: dict[str, Any]) -> Decoder | Rereader:
-        """A decoder for one call."""
-        if plan.config.cache_implementation == "quantized":
-            raise UnsupportedConfig(
-                "GenerationConfig.cache_implementation='quantized': the JAX classes keep their caches in the "
-                "computation's type"
-            )
-        cached = plan.config.use_cache or "past_key_values" in inputs
-        return (Decoder if cached else Rereader)(self.source, plan, inputs)
-
-
-def _host(value: Any) -> Any:
-    return None if value is None else np.asarray(value)
+    def passes(self, config: GenerationConfig) -> Steps:
+        del config  # `disable_compile` compiles each step alone
+        return Steps(self.model.module, self.params)

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
-from monoblock.backends.flax.inputs import Wanted
 from monoblock.backends.flax.model import make_linear, make_norm
+from monoblock.backends.xla.inputs import Wanted
 from monoblock.heads import KINDS, HeadSpec
 from monoblock.spec import ArchSpec
 

@@ -21,7 +21,8 @@ from jax import Array
 
 from monoblock.backends.flax import attention
 from monoblock.backends.flax.cache import Layer
-from monoblock.backends.flax.ops import ACT, Scope, rotate, rotations
+from monoblock.backends.flax.ops import ACT, rotate, rotations
+from monoblock.backends.flax.scope import Scope
 from monoblock.positions import is_dynamic
 from monoblock.spec import Alibi, ArchSpec, Buckets, Learned, Norm, Rotary
 

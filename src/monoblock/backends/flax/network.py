@@ -10,8 +10,9 @@ from jax import Array
 
 from monoblock.backends.flax import heads
 from monoblock.backends.flax.cache import Cache
-from monoblock.backends.flax.inputs import AT_REST, Wanted, prepare
+from monoblock.backends.flax.inputs import prepare
 from monoblock.backends.flax.model import Backbone
+from monoblock.backends.xla.inputs import AT_REST, Wanted
 from monoblock.heads import HeadSpec
 
 

@@ -16,9 +16,8 @@ from flax.errors import FlaxError
 from monoblock.backends.flax import cache as caches
 from monoblock.backends.flax import loading
 from monoblock.backends.flax.cache import Cache
-from monoblock.backends.flax.checked import checked, has_positions
+from monoblock.backends.flax.checked import checked
 from monoblock.backends.flax.decode import Generation
-from monoblock.backends.flax.inputs import Wanted
 from monoblock.backends.flax.loading import Tree
 from monoblock.backends.flax.network import Network
 from monoblock.backends.flax.options import LoadOptions, computation
@@ -26,6 +25,7 @@ from monoblock.backends.flax.outputs import output_class
 from monoblock.backends.flax.parameters import Parameters
 from monoblock.backends.flax.sharding import Sharded
 from monoblock.backends.flax.training import Training
+from monoblock.backends.xla.inputs import Wanted
 from monoblock.checkpoint.hub import find_weights
 from monoblock.checkpoint.msgpack_save import save_msgpack
 from monoblock.checkpoint.options import HubOptions
@@ -100,8 +100,6 @@ class FlaxPreTrainedModel(Parameters, Sharded, Training, Generation):
     ) -> Any:
         """Run the model; inputs, defaults and outputs are in the class's docstring."""
         self._check_names(inputs)
-        if position_ids is not None and not has_positions(self.spec):
-            _warn_once(f"position_ids have no effect: {type(self).__name__} encodes positions as distances")
         arguments = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
@@ -287,8 +285,3 @@ def forward(
 @functools.cache
 def _names(kind: Any) -> tuple[str, ...]:
     return tuple(kind.__dataclass_fields__)
-
-
-@functools.cache
-def _warn_once(message: str) -> None:
-    log.warning(message)

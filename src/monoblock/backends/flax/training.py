@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 
 from monoblock.backends.flax import heads
-from monoblock.backends.flax.checked import as_array, dropouts
+from monoblock.backends.flax.checked import as_array
 from monoblock.backends.flax.outputs import FlaxModelOutput
+from monoblock.backends.xla.checked import dropouts
 
 if TYPE_CHECKING:
     from monoblock.backends.flax.network import Network

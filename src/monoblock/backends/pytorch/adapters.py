@@ -89,9 +89,7 @@ class Adapters:
 
     def set_adapter(self: Any, adapter_name: str | list[str]) -> None:
         """Choose the adapter (or several) that the model computes with. ValueError: there is none of that name."""
-        for name in [adapter_name] if isinstance(adapter_name, str) else adapter_name:
-            if name not in self._adapters():
-                raise ValueError(f"there is no adapter {name!r}; there are: {', '.join(self._adapters())}")
+        self._known(adapter_name)
         for layer in _layers(self):
             layer.enable_adapters(True)
             layer.set_adapter(adapter_name)
@@ -120,9 +118,7 @@ class Adapters:
 
     def delete_adapter(self: Any, adapter_names: str | list[str]) -> None:
         """Remove adapters."""
-        for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
-            if name not in self._adapters():
-                raise ValueError(f"there is no adapter {name!r}; there are: {', '.join(self._adapters())}")
+        for name in self._known(adapter_names):
             for layer in _layers(self):
                 layer.delete_adapter(name)
             del self.peft_config[name]
@@ -131,6 +127,14 @@ class Adapters:
         if not self._hf_peft_config_loaded:
             raise ValueError("the model has no adapter: add_adapter() or load_adapter() first")
         return self.peft_config
+
+    def _known(self: Any, names: str | list[str]) -> list[str]:
+        """The names of adapters, as a list; ValueError: there is none of one of them."""
+        found = [names] if isinstance(names, str) else list(dict.fromkeys(names))
+        for name in found:
+            if name not in self._adapters():
+                raise ValueError(f"there is no adapter {name!r}; there are: {', '.join(self._adapters())}")
+        return found
 
     def save_adapter(self: Any, folder: Path) -> None:
         """Write the chosen adapter as peft does: its config, and its weights in safetensors."""

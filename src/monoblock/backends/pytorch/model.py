@@ -303,7 +303,7 @@ def layer_calls(part: Any, x: Tensor, call: Call) -> list[tuple[Callable[..., An
         slopes = torch.tensor(alibi.slopes(spec.attention.heads), dtype=torch.float32)
         call.scope.slopes_h = slopes.to(x.device)
     if part.has("rel_bias"):
-        call.scope.relative = _relative(part, spec, call.scope.index_k.shape[0])
+        call.scope.relative = _relative(part, spec, call.scope.index_k)
     rotary = spec.position(Rotary)
     if part.has("rotary") and call.cos is None:
         call.cos, call.sin = part.role("rotary")(x, call.positions_bs)
@@ -340,12 +340,13 @@ def _checkpointed(layer: Any, x: Tensor, call: Call, every_n_layers: int, offloa
         return checkpoint(layer, x, call, **how)
 
 
-def _relative(part: Any, spec: ArchSpec, keys: int) -> Callable[[Tensor], Tensor]:
+def _relative(part: Any, spec: ArchSpec, index_k: Tensor) -> Callable[[Tensor], Tensor]:
     """The bias (h, q, k) of distances (q, k) between keys and queries, from a table of all distances."""
     buckets = spec.position(Buckets)
     assert buckets is not None
     table: nn.Module = part.role("rel_bias")
-    distances = torch.arange(1 - keys, keys, device=next(table.parameters()).device)
+    keys = index_k.shape[0]
+    distances = torch.arange(1 - keys, keys, device=index_k.device)
     bias_nh = table(bucketed(distances, buckets.count, buckets.max_distance))
     return lambda distance_qk: F.embedding(distance_qk + (keys - 1), bias_nh).permute(2, 0, 1)
 

@@ -11,10 +11,10 @@ from typing import Any
 
 import tensorflow as tf
 
-from monoblock.backends.tf.inputs import Wanted
 from monoblock.backends.tf.layers import NormLayer, Part, Tied, make_linear
 from monoblock.backends.tf.model import HEAD
 from monoblock.backends.tf.ops import Tensor, dropped, size
+from monoblock.backends.xla.inputs import Wanted
 from monoblock.heads import KINDS, HeadSpec
 from monoblock.spec import ArchSpec
 

@@ -19,7 +19,6 @@ from monoblock.backends.tf.cache import Layer
 from monoblock.backends.tf.layers import NormLayer, Part, make_linear, make_table, rows_of
 from monoblock.backends.tf.ops import (
     ACT,
-    Scope,
     Tensor,
     biases,
     buckets_of,
@@ -28,6 +27,7 @@ from monoblock.backends.tf.ops import (
     rotations,
     size,
 )
+from monoblock.backends.tf.scope import Scope
 from monoblock.positions import is_dynamic
 from monoblock.spec import Alibi, ArchSpec, Buckets, Learned, Rotary
 

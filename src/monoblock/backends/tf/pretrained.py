@@ -13,11 +13,11 @@ import tensorflow as tf
 
 from monoblock import tree
 from monoblock.backends.tf import heads, layers, loading
-from monoblock.backends.tf.binding import OPTIONS, bound, plainly, warn_once
+from monoblock.backends.tf.binding import OPTIONS, bound, plainly
 from monoblock.backends.tf.cache import Cache, from_tuples, init_cache
-from monoblock.backends.tf.checked import Checked, checked, dropouts, has_positions
+from monoblock.backends.tf.checked import checked
 from monoblock.backends.tf.decode import Generation
-from monoblock.backends.tf.inputs import AT_REST, Wanted, prepare
+from monoblock.backends.tf.inputs import prepare
 from monoblock.backends.tf.model import Backbone
 from monoblock.backends.tf.ops import Tensor, after, size
 from monoblock.backends.tf.options import LoadOptions
@@ -25,6 +25,8 @@ from monoblock.backends.tf.outputs import named, output_class
 from monoblock.backends.tf.parameters import Parameters
 from monoblock.backends.tf.serving import Serving
 from monoblock.backends.tf.training import Training
+from monoblock.backends.xla.checked import Checked, dropouts
+from monoblock.backends.xla.inputs import AT_REST, Wanted
 from monoblock.checkpoint.hub import find_weights
 from monoblock.checkpoint.options import HubOptions
 from monoblock.checkpoint.save import save_tensors
@@ -156,10 +158,7 @@ class TFPreTrainedModel(Training, Serving, Parameters, Generation):
 
     def bound(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """Every way of giving arguments as keywords of tensors; TypeError for what the class does not take."""
-        given = bound(type(self).__name__, (self.arguments, self.extra), args, kwargs)
-        if "position_ids" in given and not has_positions(self.spec):
-            warn_once(f"position_ids have no effect: {self.row.name} encodes positions as distances")
-        return given
+        return bound(type(self).__name__, (self.arguments, self.extra), args, kwargs)
 
     def _cache(
         self, given: Mapping[str, Any], past: Any, options: Mapping[str, Any], train: bool

@@ -8,10 +8,9 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from monoblock.backends.pytorch.kernels.linear import Linear, packed_dense
+from monoblock.backends.pytorch.kernels.linear import Linear, quantized_dense
 from monoblock.backends.pytorch.layers import Conv1D
-from monoblock.backends.pytorch.quantization import formats
-from monoblock.backends.pytorch.quantization.formats import Packed
+from monoblock.backends.pytorch.quantization.formats import QuantizedTensor
 
 
 class PackedMatrix(nn.Module):
@@ -22,23 +21,22 @@ class PackedMatrix(nn.Module):
     scale: Tensor | None
     low: Tensor | None
 
-    def __init__(self, packed: Packed, bits: int, group: int, columns: int) -> None:
-        nn.Module.__init__(
-            self
-        )  # subclasses are kinds of layers too, whose own tensors these take the place of
-        self.bits, self.group, self.columns = bits, group, columns
-        for name, tensor in vars(packed).items():
-            self.register_buffer(name, tensor)
+    def __init__(self, matrix: QuantizedTensor) -> None:
+        # Subclasses are kinds of layers too, whose own tensors these take the place of.
+        nn.Module.__init__(self)
+        codes, scale, low, self.bits, self.group, self.columns = matrix
+        self.register_buffer("codes", codes)
+        self.register_buffer("scale", scale)
+        self.register_buffer("low", low)
 
-    def hold(self, other: PackedMatrix) -> None:
-        """Have another one's matrix: the same tensors."""
-        self.bits, self.group, self.columns = other.bits, other.group, other.columns
-        self.codes, self.scale, self.low = other.codes, other.scale, other.low
+    def hold(self, matrix: QuantizedTensor) -> None:
+        """Have another matrix: those very tensors."""
+        self.codes, self.scale, self.low, self.bits, self.group, self.columns = matrix
 
     @property
-    def packed(self) -> Packed:
-        """The tensors."""
-        return Packed(self.codes, self.scale, self.low)
+    def quantized(self) -> QuantizedTensor:
+        """The matrix."""
+        return QuantizedTensor(self.codes, self.scale, self.low, self.bits, self.group, self.columns)
 
     @property
     def rows(self) -> int:
@@ -47,19 +45,7 @@ class PackedMatrix(nn.Module):
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The matrix (rows, columns) as numbers."""
-        return self.unpacked(self.packed, dtype)
-
-    def unpacked(self, packed: Packed, dtype: torch.dtype) -> Tensor:
-        """Rows like this matrix's as numbers."""
-        return formats.unpack(
-            packed.codes,
-            packed.scale,
-            packed.low,
-            bits=self.bits,
-            group=self.group,
-            inputs=self.columns,
-            dtype=dtype,
-        )
+        return self.quantized.unpack(dtype)
 
     def _apply(self, fn: Callable[[Any], Any], recurse: bool = True) -> Self:
         """`.to(device)` moves all; `.to(dtype)` leaves scales and lows, whose dtype is a part of the format."""
@@ -92,19 +78,11 @@ class PackedLinear(PackedMatrix, nn.Linear):
     it was. An `nn.Linear`, so that adapters are put around it."""
 
     bias: nn.Parameter | None
-    joinable = True  # its product is `packed_dense`, so that several side by side may be one
+    joinable = True  # its product is `quantized_dense`, so that several side by side may be one
 
-    def __init__(
-        self,
-        packed: Packed,
-        bits: int,
-        group: int,
-        in_features: int,
-        bias: Any = None,
-        transposed: bool = False,
-    ) -> None:
+    def __init__(self, matrix: QuantizedTensor, bias: Any = None, transposed: bool = False) -> None:
         """`transposed`: what it stands for keeps its weight inputs x outputs."""
-        super().__init__(packed, bits, group, in_features)
+        super().__init__(matrix)
         self.transposed = transposed
         self.register_parameter("bias", bias)
 
@@ -124,16 +102,14 @@ class PackedLinear(PackedMatrix, nn.Linear):
         return self.rows
 
     def forward(self, input: Tensor) -> Tensor:
-        return packed_dense(
-            input, self.codes, self.scale, self.low, self.bias, self.bits, self.group, self.columns
-        )
+        return quantized_dense(input, self.quantized, self.bias)
 
 
 class PackedEmbedding(PackedMatrix):
     """A table (num_embeddings, embedding_dim), of which the rows that are looked up are unpacked into `dtype`."""
 
-    def __init__(self, packed: Packed, bits: int, group: int, width: int, dtype: torch.dtype) -> None:
-        super().__init__(packed, bits, group, width)
+    def __init__(self, matrix: QuantizedTensor, dtype: torch.dtype) -> None:
+        super().__init__(matrix)
         self.dtype = dtype
 
     @property
@@ -148,7 +124,7 @@ class PackedEmbedding(PackedMatrix):
 
     def forward(self, ids: Tensor) -> Tensor:
         flat = ids.flatten()
-        return self.unpacked(self.packed.rows(flat), self.dtype).view(*ids.shape, self.columns)
+        return self.quantized.select(flat).unpack(self.dtype).view(*ids.shape, self.columns)
 
     def _apply(self, fn: Callable[[Any], Any], recurse: bool = True) -> Self:
         # No floating-point buffer shows it what dtype the model is to have.
@@ -164,16 +140,13 @@ def matrix(module: nn.Module, weight: Tensor) -> Tensor:
     return weight.t() if isinstance(module, Conv1D) else weight
 
 
-def packed_module(
-    module: nn.Module, packed: Packed, bits: int, group: int, dtype: torch.dtype
-) -> PackedMatrix:
-    """What stands in a linear layer's or an embedding's place, with these tensors; it keeps the layer's bias."""
+def packed_module(module: nn.Module, matrix: QuantizedTensor, dtype: torch.dtype) -> PackedMatrix:
+    """What stands in a linear layer's or an embedding's place, with that matrix; it keeps the layer's bias."""
     if isinstance(module, nn.Embedding):
-        made: PackedMatrix = PackedEmbedding(packed, bits, group, module.embedding_dim, dtype)
+        made: PackedMatrix = PackedEmbedding(matrix, dtype)
     else:
         assert isinstance(module, nn.Linear | Conv1D)
-        conv = isinstance(module, Conv1D)
-        made = PackedLinear(packed, bits, group, module.in_features, module.bias, conv)
+        made = PackedLinear(matrix, module.bias, isinstance(module, Conv1D))
     return made.train(module.training)
 
 
@@ -203,8 +176,6 @@ def tied(table: nn.Module, layer: Any) -> Any:
         layer.weight = weight
         return layer
     if isinstance(layer, PackedLinear):
-        layer.hold(table)
+        layer.hold(table.quantized)
         return layer
-    return PackedLinear(table.packed, table.bits, table.group, table.columns, layer.bias).train(
-        layer.training
-    )
+    return PackedLinear(table.quantized, layer.bias).train(layer.training)
