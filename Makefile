@@ -14,7 +14,7 @@ INSTALLED := pyproject.toml constraints.txt hatch_build.py $(wildcard src/monobl
 PROMPT    ?= def fibonacci(n):
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format types test-core test-all test-ecosystem clean
+.PHONY: help demo test lint format types test-core test-all test-ecosystem fuzz clean
 # A stamp whose recipe failed half-way must not count as done.
 .DELETE_ON_ERROR:
 # The steps of `test` share the cores, and pytest's summary is to come last.
@@ -52,6 +52,9 @@ test-all: $(VENV)/.installed-test ## every test
 test-ecosystem: $(ECOSYSTEM_VENV)/.installed ## models with peft, trl, accelerate, ... (not in `test`)
 	@echo "== the packages around a model, beside transformers"
 	@MONOBLOCK_TEST_ECOSYSTEM=1 $(ECOSYSTEM_VENV)/bin/python -m pytest tests/ecosystem
+
+fuzz: $(VENV)/.installed-test ## 20,000 hostile inputs for each reader of files (hours; not in `test`)
+	@$(VENV)/bin/python tests/fuzz/run.py
 
 clean: ## remove the environments and all caches
 	rm -rf $(VENV) $(CORE_VENV) $(ECOSYSTEM_VENV) .pytest_cache .ruff_cache .hypothesis build dist
