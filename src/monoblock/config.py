@@ -12,6 +12,7 @@ import inspect
 import json
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar, cast
 
@@ -197,6 +198,9 @@ class PretrainedConfig(ToolFacts):
             if value is not None and value != allowed:
                 raise UnsupportedConfig(f"{type(self).__name__}.{name}={value!r} cannot be honoured: {hint}")
         recorded(self)
+        self._check_problem_type()
+
+    def _check_problem_type(self) -> None:
         if self.problem_type is not None and self.problem_type not in PROBLEM_TYPES:
             raise ValueError(
                 f"problem_type must be one of {', '.join(PROBLEM_TYPES)} or None, got {self.problem_type!r}"
@@ -242,6 +246,14 @@ class PretrainedConfig(ToolFacts):
             problem_type=self.problem_type,
             pad_id=self.pad_token_id,
         )
+
+    def updated_head(self, head: HeadSpec) -> HeadSpec:
+        """A model's head with the fields that count at each call, not only when the model is made: problem_type and
+        pad_token_id. ValueError: there is no such problem_type."""
+        if (self.problem_type, self.pad_token_id) == (head.problem_type, head.pad_id):
+            return head
+        self._check_problem_type()
+        return replace(head, problem_type=self.problem_type, pad_id=self.pad_token_id)
 
     # ------------------------------------------------------------------ dicts and files
 

@@ -186,6 +186,30 @@ def test_auto_classes(tmp_path: Path) -> None:
         monoblock.FlaxAutoModel()
 
 
+def test_the_config_counts_at_each_call() -> None:
+    """Its problem_type and pad_token_id, whatever they were when the model was made."""
+    name = "MistralForSequenceClassification"
+    model, theirs = flax_model(name), torch_model(name)
+    labels = np.random.default_rng(0).random((2, theirs.head_spec.labels), np.float32)
+    ids = np.arange(10, 24).reshape(2, 7)
+    found = []
+    kept = model.config.pad_token_id
+    try:
+        for kind in ("regression", "multi_label_classification"):
+            model.config.problem_type = theirs.config.problem_type = kind
+            with torch.no_grad():
+                out = theirs(torch.as_tensor(ids), labels=torch.as_tensor(labels))
+            found.append(model.compute_loss(_output({"logits": out.logits.numpy()}), labels=labels))
+            assert_close(f"flax: {kind}, set later", found[-1], out.loss, 1e-5)  # fp32, losses of about 1
+        assert abs(found[0] - found[1]) > 0.01
+        model.config.pad_token_id = None
+        with pytest.raises(ValueError, match="no padding token is defined"):
+            model(ids)
+    finally:
+        model.config.problem_type = theirs.config.problem_type = None
+        model.config.pad_token_id = kept
+
+
 @pytest.mark.parametrize("name", CLASSES)
 def test_losses_equal_pytorchs(name: str) -> None:
     """From the same logits, so that nothing is compiled but the losses."""

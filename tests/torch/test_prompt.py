@@ -210,7 +210,7 @@ def test_norms_rotations_and_activations(width: int, dtype: str) -> None:
     q = heads(2, 9, 3, 1, 2 * width + 3, kind)[0]
     angles = torch.randn(1, 1, 9, width, generator=generator).double()
     cos, sin = (torch.cat((a, a), dim=-1).to(kind) for a in (angles.cos(), angles.sin()))
-    turned = native_ops.turn(q, cos, sin).transpose(1, 2)
+    turned = native_ops.apply_rope(q, cos, sin).transpose(1, 2)
     assert_close(f"rotation, {dtype}", turned, ops.rotate(q.double(), cos.double(), sin.double()), 2 * bound)
 
 

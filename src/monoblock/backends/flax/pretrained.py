@@ -123,7 +123,9 @@ class FlaxPreTrainedModel(Parameters, Sharded, Training, Generation):
         key = self.dropout_key(dropout_rng) if train else None
         kind = output_class(self.row.output)
         try:
-            found = forward(self.module, wanted, _names(kind), kept, call.given, past_key_values, key)
+            found = forward(
+                self.updated_module(), wanted, _names(kind), kept, call.given, past_key_values, key
+            )
         except FlaxError:
             self.checked_params(kept)  # says in words which leaf does not fit
             raise

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from monoblock import tree
-from monoblock.backends.pytorch.model import with_patches
 from monoblock.backends.pytorch.parts import Part, replace
+from monoblock.backends.pytorch.patches import with_patches
 from monoblock.backends.pytorch.quantization import modules
 from monoblock.backends.pytorch.quantization.modules import PackedMatrix
 from monoblock.checkpoint.keymap import KeyMap, Source
@@ -41,6 +41,12 @@ class ModelBase(Part):
     def can_generate(self) -> bool:
         """Whether the class predicts the next token."""
         return self.row.head == "causal"
+
+    @property
+    def current_head(self) -> HeadSpec:
+        """The head, with what was set on the config since the model was made."""
+        assert self.head_spec is not None
+        return self.config.updated_head(self.head_spec)
 
     # ------------------------------------------------------------------ names
 

@@ -358,8 +358,8 @@ def _loss(
     shift_labels: Tensor | None = None,
     config: Any = None,
 ) -> Tensor:
-    """The loss of the model's kind of head. `shift_labels`: labels that are shifted already."""
-    del config
+    """The loss of the model's kind of head. `shift_labels`: labels that are shifted already. `config`: one whose
+    problem_type counts instead of the model's."""
     if vocab_size is not None and logits.shape[-1] != vocab_size:
         raise ValueError(f"loss_function: logits have {logits.shape[-1]} outputs, vocab_size is {vocab_size}")
     kind = model.row.head
@@ -368,7 +368,8 @@ def _loss(
     if kind == "causal":
         return heads.causal_loss(logits, labels, num_items_in_batch)
     if kind in ("sequence", "first"):
-        return heads.sequence_loss(logits, labels, model.head_spec.problem_type, num_items_in_batch)
+        problem_type = (model.config if config is None else config).problem_type
+        return heads.sequence_loss(logits, labels, problem_type, num_items_in_batch)
     return heads.cross_entropy(logits, labels, num_items_in_batch)
 
 

@@ -170,11 +170,10 @@ def span_loss(start_bs: Tensor, end_bs: Tensor, starts: Tensor, ends: Tensor, co
 
 
 class Projection:
-    """A head in one call: with the table that it may be tied to, and the seed of its dropouts."""
+    """A head in one call: its spec now, the table that it may be tied to, and the seed of its dropouts."""
 
-    def __init__(self, head: Head, table: Tensor | None, seed: Tensor | None) -> None:
-        self.head, self.table, self.seed = head, table, seed
-        self.spec = head.spec
+    def __init__(self, head: Head, spec: HeadSpec, table: Tensor | None, seed: Tensor | None) -> None:
+        self.head, self.spec, self.table, self.seed = head, spec, table, seed
 
     def __call__(self, hidden: Tensor) -> Tensor:
         return self.head(hidden, table=self.table, seed=self.seed)

@@ -153,7 +153,8 @@ class TFPreTrainedModel(Training, Serving, Parameters, Generation):
             if (mask := given.get("attention_mask")) is not None:
                 given = {**given, "attention_mask": after(mask, seen, count, 1)}
             table = layers.rows_of(backbone.embed) if self.tied() else None
-            found |= heads.outputs(heads.Projection(self.head, table, call.seed), out.hidden, given, wanted)
+            head = heads.Projection(self.head, self.config.updated_head(self.head.spec), table, call.seed)
+            found |= heads.outputs(head, out.hidden, given, wanted)
         return found
 
     def bound(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -20,8 +20,8 @@ all that the core can read is 40 GB/s, and two cores together 50 to 80):
                                    orders the weights anew for each product; with AMX, and without either, F.linear
     CPU, packed, any rows          the native kernels; with 512 rows 1.3 times the products a second of bfloat16.
                                    Without AVX-512 VNNI or BF16 more than 16 rows are unpacked. Also where the
-                                   kernels were built without OpenMP: one thread of theirs is still 10 times as
-                                   fast as two of PyTorch's, which unpack first
+                                   kernels were built without OpenMP and have one thread: PyTorch would unpack
+                                   the whole matrix for each product
     all else                       F.linear
 """
 
