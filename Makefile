@@ -15,7 +15,7 @@ PROMPT    ?= def fibonacci(n):
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint format types test-core test-all test-ecosystem clean
-.PHONY: fuzz fuzz-saves sanitize
+.PHONY: fuzz fuzz-readers fuzz-saves sanitize
 # A stamp whose recipe failed half-way must not count as done.
 .DELETE_ON_ERROR:
 # The steps of `test` share the cores, and pytest's summary is to come last.
@@ -54,7 +54,7 @@ test-ecosystem: $(ECOSYSTEM_VENV)/.installed ## models with peft, trl, accelerat
 	@echo "== the packages around a model, beside transformers"
 	@MONOBLOCK_TEST_ECOSYSTEM=1 $(ECOSYSTEM_VENV)/bin/python -m pytest tests/ecosystem
 
-fuzz: fuzz-saves
+fuzz: fuzz-readers fuzz-saves ## hostile files, and saves that are killed (hours; not in `test`)
 
 fuzz-saves: $(VENV)/.installed-test ## saves, killed at every file operation (`test` takes a sample)
 	@for part in core/test_transaction torch/test_saves_torch flax/test_saves_flax tf/test_saves_tf; do \
@@ -64,6 +64,9 @@ fuzz-saves: $(VENV)/.installed-test ## saves, killed at every file operation (`t
 sanitize: $(VENV)/.installed-test ## the native kernels' tests with the address and undefined-behaviour sanitizers
 	@echo "== native kernels, built with -fsanitize=address,undefined"
 	@$(VENV)/bin/python tools/sanitize.py
+
+fuzz-readers: $(VENV)/.installed-test ## 20,000 hostile inputs for each reader of files (hours)
+	@$(VENV)/bin/python tests/fuzz/run.py
 
 clean: ## remove the environments and all caches
 	rm -rf $(VENV) $(CORE_VENV) $(ECOSYSTEM_VENV) .pytest_cache .ruff_cache .hypothesis build dist

@@ -12,6 +12,7 @@ from monoblock.checkpoint.adapter_files import base_of, is_adapter
 from monoblock.checkpoint.options import HubOptions
 from monoblock.config import PretrainedConfig, as_own_config
 from monoblock.config_tools import foreign_fields
+from monoblock.field_types import checked, in_file
 
 
 class AutoConfig:
@@ -26,14 +27,15 @@ class AutoConfig:
     def from_pretrained(pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Any:
         """The config of a checkpoint, of the class of its family; keywords as in `PretrainedConfig`'s."""
         kwargs.pop("trust_remote_code", None)  # no remote code is ever run
-        data, kwargs = PretrainedConfig.get_config_dict(pretrained_model_name_or_path, **kwargs)
-        model_type = data.get("model_type")
-        if not model_type:
-            raise ValueError(
-                f"{pretrained_model_name_or_path}: config.json names no model_type; monoblock has: "
-                + ", ".join(sorted(families.FAMILIES))
-            )
-        return families.family(model_type).config.from_dict(data, **kwargs)
+        path, data = PretrainedConfig.read_file(pretrained_model_name_or_path, HubOptions.pop(kwargs))
+        with in_file(path, kwargs):
+            model_type = checked("config", "model_type", data.get("model_type"), str | None)
+            if not model_type:
+                raise ValueError(
+                    f"{pretrained_model_name_or_path}: config.json names no model_type; monoblock has: "
+                    + ", ".join(sorted(families.FAMILIES))
+                )
+            return families.family(model_type).config.from_dict(data, **kwargs)
 
     @staticmethod
     def for_model(model_type: str, **kwargs: Any) -> PretrainedConfig:

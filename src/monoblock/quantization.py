@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, cast
 
 from monoblock.errors import UnsupportedConfig
+from monoblock.field_types import brief, checked
 
 LOSSLESS = 12  # bits
 # What config.json says under `method`. Under `quant_method`, where first files have it, transformers passes over a name
@@ -30,7 +31,8 @@ class WeightOnlyConfig:
 
     def __post_init__(self) -> None:
         for name, known in (("bits", (8, 4, 12)), ("group_size", (128, 64))):
-            if (value := getattr(self, name)) not in known or isinstance(value, bool):
+            setattr(self, name, checked("WeightOnlyConfig", name, getattr(self, name), int))
+            if (value := getattr(self, name)) not in known:
                 values = ", ".join(map(str, known[:-1]))
                 raise ValueError(f"WeightOnlyConfig.{name} must be {values} or {known[-1]}, got {value!r}")
         if self.bits == LOSSLESS and self.group_size != 128:
@@ -147,10 +149,10 @@ def _of_dict(given: dict[str, Any]) -> QuantizationConfig:
         METHOD: WeightOnlyConfig,
         "bitsandbytes": BitsAndBytesConfig,
     }
-    if method not in kinds:
+    if not isinstance(method, str) or method not in kinds:
         raise ValueError(
-            f"quantization_config of the method {method!r} is not supported here: give {_NAMES}, with a checkpoint of "
-            "unquantised weights"
+            f"quantization_config of the method {brief(method)} is not supported here: give {_NAMES}, with "
+            "a checkpoint of unquantised weights"
         )
     known = {field.name for field in fields(kinds[method])}
     # The hub's class repeats two fields under private names.
@@ -158,7 +160,7 @@ def _of_dict(given: dict[str, Any]) -> QuantizationConfig:
     values = {k: v for k, v in given.items() if k not in named and not k.startswith("_load_in_")}
     if unknown := sorted(values.keys() - known):
         raise ValueError(
-            f"{kinds[method].__name__} has no field {unknown[0]!r}; it has: {', '.join(sorted(known))}"
+            f"{kinds[method].__name__} has no field {brief(unknown[0])}; it has: {', '.join(sorted(known))}"
         )
     return kinds[method](**values)
 
@@ -173,7 +175,7 @@ def recorded(config: Any) -> WeightOnlyConfig | None:
         return None
     held = cast("Mapping[str, Any]", found if isinstance(found, Mapping) else {})
     if (method := held.get("quant_method", held.get("method"))) != METHOD:
-        what = f"quant_method={method!r}" if method else repr(cast("Any", found))
+        what = f"quant_method={brief(method)}" if method else brief(found)
         raise UnsupportedConfig(
             f"{type(config).__name__}.quantization_config={what} cannot be honoured: {_ELSEWHERE}, and quantise them "
             'here with from_pretrained(..., quantization_config="int8") or "int4"'

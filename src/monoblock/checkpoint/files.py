@@ -1,9 +1,9 @@
 """Plain files: JSON that explains itself when broken, and writes that happen whole or not at all."""
 
-import json
 from pathlib import Path
 from typing import Any, cast
 
+from monoblock.checkpoint.json_text import parsed
 from monoblock.checkpoint.transaction import staged, write_atomically
 from monoblock.errors import CheckpointError
 
@@ -14,13 +14,9 @@ def read_json(path: str | Path) -> dict[str, Any]:
     """The object in a JSON file; `CheckpointError` names the file and the place where it breaks."""
     path = Path(path)
     try:
-        content: object = json.loads(path.read_text(encoding="utf-8"))
+        content: object = parsed(path.read_bytes(), path)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {_reason(error)}") from error
-    except UnicodeDecodeError as error:
-        raise CheckpointError(f"{path} is not JSON: it is not UTF-8 text (byte {error.start})") from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not valid JSON ({error}): fetch or write it again") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds a JSON {type(content).__name__}; expected an object {{...}}")
     return cast(dict[str, Any], content)

@@ -17,6 +17,7 @@ from monoblock.checkpoint.options import HubOptions
 from monoblock.checkpoint.remote import Remote
 from monoblock.checkpoint.transaction import SAVE_ID
 from monoblock.errors import CheckpointError, HubError
+from monoblock.field_types import brief
 
 __all__ = ["HubOptions", "WeightFiles", "find_file", "find_weights", "kind_of", "read_json"]
 
@@ -224,7 +225,7 @@ def _read_index(index: Path) -> tuple[dict[str, str], str | None]:
     for tensor, name in cast(dict[str, Any], listed).items():
         if not isinstance(name, str) or not _is_inside(name):
             raise CheckpointError(
-                f"{index} is refused: it places '{tensor}' in {name!r}, which is no file of its folder"
+                f"{index} is refused: it places {brief(tensor)} in {brief(name)}, which is no file of its folder"
             )
     save_id: object = cast(dict[str, Any], metadata).get(SAVE_ID) if isinstance(metadata, dict) else None
     return cast(dict[str, str], listed), save_id if isinstance(save_id, str) else None
@@ -237,6 +238,8 @@ def _is_inside(name: str) -> bool:
         and not parts.is_absolute()
         and ".." not in parts.parts
         and not set(name) & set("\\:\0")
+        and all(len(part.encode()) < 256 for part in parts.parts)  # as long as file systems have them
+        and len(parts.parts) < 16
     )
 
 

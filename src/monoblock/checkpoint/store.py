@@ -14,11 +14,12 @@ from monoblock.checkpoint.header import ITEM_BYTES, Entry, Header, read_header
 from monoblock.checkpoint.hub import Kind, WeightFiles
 from monoblock.checkpoint.msgpack import read_msgpack
 from monoblock.checkpoint.naming import Naming, Renamed, Shard, flax_name, tensorflow_name
-from monoblock.checkpoint.pickles import unpickled, without_gradients
+from monoblock.checkpoint.pickles import plain_tensor, unpickled
 from monoblock.checkpoint.save import parse_size, save_tensors
 from monoblock.checkpoint.transaction import SAVE_ID
 from monoblock.checkpoint.views import Adapter, Framework, adapter, import_torch
 from monoblock.errors import CheckpointError
+from monoblock.field_types import brief
 
 __all__ = ["Store", "open_store", "parse_size", "save_tensors"]
 
@@ -271,9 +272,9 @@ def _load_pickle(path: Path) -> dict[str, Any]:
     for name, value in cast(dict[object, Any], content).items():
         if not isinstance(name, str) or not isinstance(value, torch.Tensor):
             raise CheckpointError(
-                f"{path}: entry {name!r} is a {type(value).__name__}; expected tensors by name only"
+                f"{path}: entry {brief(name)} is a {type(value).__name__}; expected tensors by name only"
             )
-    return {name: without_gradients(tensor) for name, tensor in cast(dict[str, Any], content).items()}
+    return {name: plain_tensor(name, tensor, path) for name, tensor in cast(dict[str, Any], content).items()}
 
 
 _NAMINGS: dict[str, Naming] = {"flax": flax_name, "tf": tensorflow_name}

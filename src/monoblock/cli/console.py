@@ -101,8 +101,10 @@ def exit_codes(debug: bool) -> Iterator[None]:
         if debug:
             raise
         raise typer.Exit(INTERRUPTED) from None
-    except Exception as error:
-        if debug:
+    except BaseException as error:
+        # A panic of the tokenizers' Rust code is no Exception; what ends the process on purpose is none either.
+        panic = type(error).__name__ == "PanicException"
+        if debug or not (isinstance(error, Exception) or panic):
             raise
         complain(error)
         raise typer.Exit(FAILURE) from None

@@ -10,6 +10,7 @@ from typing import Any
 
 from monoblock.checkpoint.keymap import KeyMap
 from monoblock.config import PretrainedConfig
+from monoblock.field_types import brief
 from monoblock.modules import Part, whole
 
 # Kind of head -> the modules that it adds to the bare model, by attribute name.
@@ -112,7 +113,9 @@ AUTO: dict[str, tuple[str, ...]] = {
 def family(model_type: str) -> Family:
     """The family of a `model_type`; ValueError with the known ones if there is none."""
     if model_type not in FAMILIES:
-        raise ValueError(f"monoblock has no family {model_type!r}; it has: {', '.join(sorted(FAMILIES))}")
+        raise ValueError(
+            f"monoblock has no family {brief(model_type)}; it has: {', '.join(sorted(FAMILIES))}"
+        )
     return importlib.import_module(f"monoblock.families.{model_type.replace('-', '_')}").FAMILY
 
 
