@@ -271,11 +271,14 @@ def _needed(learned: Learned, given: dict[str, Any], span: _Span) -> int | None:
 def _separate(xp: Namespace, spec: ArchSpec, made: Checked, span: _Span) -> bool:
     """Whether rows may hold several documents, which positions that begin anew tell: they become segments beside those
     of sequence_id."""
-    document = restarts(xp, spec, made.given["position_ids"], made.given.get("attention_mask"))
+    mask = made.given.get("attention_mask")
+    # With an empty cache these are as long as it; the tokens come first.
+    mask = None if mask is None else mask[:, : span.count]
+    document = restarts(xp, spec, made.given["position_ids"], mask)
     if document is None:
         return False
     if (segments := made.given.get("sequence_id")) is not None:
-        document = segments * span.count + document
+        document = segments[:, : span.count] * span.count + document
     made.given["sequence_id"] = document
     return True
 
