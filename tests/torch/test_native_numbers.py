@@ -14,7 +14,7 @@ import torch
 from test_linear import made
 
 import monoblock
-from monoblock.backends.pytorch.kernels.linear import packed_dense
+from monoblock.backends.pytorch.kernels.linear import quantized_dense
 from monoblock.backends.pytorch.quantization import formats
 
 INFINITE = float("inf")
@@ -43,8 +43,8 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def product(x: torch.Tensor, packed: Any, bits: int, inputs: int) -> torch.Tensor:
-    return packed_dense(x, packed.codes, packed.scale, packed.low, None, bits, 64, inputs)
+def product(x: torch.Tensor, packed: Any) -> torch.Tensor:
+    return quantized_dense(x, packed, None)
 
 
 @pytest.mark.parametrize("bits", [8, 4])
@@ -55,13 +55,13 @@ def test_strange_inputs_spoil_their_row_alone(level: str, kind: str, bits: int) 
     packed = formats.pack(made(9, inputs), bits, 64)
     for rows in (1, 3, 20):
         x = made(rows, inputs, seed=1)
-        plain = product(x, packed, bits, inputs)
+        plain = product(x, packed)
         for place in (0, 70, 199):
             spoilt = x.clone()
             spoilt[-1, place] = STRANGE[kind][0]
             for i, value in enumerate(STRANGE[kind]):
                 spoilt[-1, (place + i) % inputs] = value
-            y = product(spoilt, packed, bits, inputs)
+            y = product(spoilt, packed)
             assert not y[-1].isfinite().any(), (level, rows, place)
             assert torch.equal(y[:-1], plain[:-1])
 
@@ -78,7 +78,7 @@ def test_tiny_and_huge_inputs(level: str, kind: str, bits: int) -> None:
     )
     for rows in (1, 3, 20):
         x = (torch.rand(rows, inputs) * 2 - 1) * size
-        y = product(x, packed, bits, inputs)
+        y = product(x, packed)
         # Sums of products are made with codes up to 255, of which the middle goes again.
         allowed = (0.5 / 127 + 1e-4) * size * weight.abs().sum(-1) + 1e-36
         assert ((y - x.double() @ weight.T).abs() <= allowed).all(), (level, rows)

@@ -17,7 +17,7 @@ import torch
 from helpers import PAD, batch, from_spec
 
 from monoblock import spec as specs
-from monoblock.backends.pytorch.model import with_patches
+from monoblock.backends.pytorch.patches import with_patches
 from monoblock.spec import (
     Alibi,
     ArchSpec,
