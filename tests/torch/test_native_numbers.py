@@ -73,9 +73,7 @@ def test_tiny_and_huge_inputs(level: str, kind: str, bits: int) -> None:
     """A group's inputs are off by half a step of 127 at most; the tiniest count as 0."""
     inputs, size = 192, FINITE[kind]
     packed = formats.pack(torch.rand(9, inputs) * 1e-3, bits, 64)
-    weight = formats.unpack(
-        packed.codes, packed.scale, packed.low, bits=bits, group=64, inputs=inputs, dtype=torch.float64
-    )
+    weight = packed.unpack(torch.float64)
     for rows in (1, 3, 20):
         x = (torch.rand(rows, inputs) * 2 - 1) * size
         y = product(x, packed)
