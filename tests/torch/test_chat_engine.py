@@ -15,7 +15,7 @@ from PIL import Image
 from monoblock import FuyuImageProcessor, FuyuProcessor, PreTrainedTokenizerFast
 from monoblock.cli import engine
 from monoblock.cli.conversation import Conversation
-from monoblock.cli.options import Hub, Source
+from monoblock.cli.options import AnySource, Hub
 
 GREEDY = {"do_sample": False, "max_new_tokens": 24}
 
@@ -26,7 +26,7 @@ def nowhere(text: str) -> None:
 
 @pytest.fixture(scope="module")
 def demo() -> engine.Engine:
-    return engine.load(Source(device="cpu"), Hub())
+    return engine.load(AnySource(device="cpu"), Hub())
 
 
 def talk(
@@ -81,7 +81,7 @@ def test_fuyu_answers_about_an_image(tmp_path: Path) -> None:
     path = tmp_path / "cat.png"
     pixels = np.random.default_rng(0).integers(0, 256, (12, 16, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(path)
-    loaded = engine.load(Source(model=str(folder), device="cpu"), Hub())
+    loaded = engine.load(AnySource(model=str(folder), device="cpu"), Hub())
     conversation = Conversation()
     conversation.say("what is in the box", str(path))
     options = {"do_sample": False, "max_new_tokens": 4}

@@ -31,7 +31,6 @@ FINITE = {
     "beside that": 1e-36,
     "small": 1e-30,
     "huge": 1e30,
-    "largest": 3e38,
 }
 
 
