@@ -39,6 +39,7 @@ from typing import Any
 
 from torch import Tensor
 
+from monoblock.backends.tf.main_layer import MainLayer
 from monoblock.outputs import (
 {outputs}
 )
@@ -56,10 +57,15 @@ def stub() -> str:
     for home, names in sorted(homes.items()):
         parts.append(f"from {home} import (\n" + "".join(f"    {n} as {n},\n" for n in sorted(names)) + ")\n")
     parts.append("\n__version__: str\n")
-    parts += ["\n", *(f"class {name}(PreTrainedModel): ...\n" for name in sorted(monoblock._BASES))]
+    parts += ["\n", *(_base(name) for names in monoblock._BASES.values() for name in sorted(names))]
     for module in monoblock._MODELS:
         parts += [WRITERS[module](importlib.import_module(module), *row) for row in rows.values()]
     return "".join(parts)
+
+
+def _base(name: str) -> str:
+    parent = "PreTrainedModel" if name.endswith("PreTrainedModel") else "MainLayer"
+    return f"class {name}({'TF' if name.startswith('TF') and parent != 'MainLayer' else ''}{parent}): ...\n"
 
 
 def _row(name: str) -> tuple[Family, ModelClass]:
@@ -102,7 +108,7 @@ def _tf_class(module: Any, family: Family, row: ModelClass) -> str:
     _, *parameters = inspect.signature(cls.call).parameters.values()
     arguments = [f"{p.name}: Any = None" for p in parameters]
     return f"""
-class {cls.__name__}(TFPreTrainedModel):
+class {cls.__name__}(TF{families.FAMILIES[family.name][0]}{module.BASE}):
     config: {family.config.__name__}
     def call(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,

@@ -94,6 +94,8 @@ _HOME: dict[str, str] = {
     "FlaxAutoModelForSequenceClassification": "monoblock.auto",
     "FlaxAutoModelForTokenClassification": "monoblock.auto",
     "TFPreTrainedModel": "monoblock.backends.tf.pretrained",
+    "TFLogitsProcessor": "monoblock.backends.tf.processors",
+    "TFLogitsProcessorList": "monoblock.backends.tf.processors",
     "TFBaseModelOutput": "monoblock.backends.tf.outputs",
     "TFBaseModelOutputWithPast": "monoblock.backends.tf.outputs",
     "TFBaseModelOutputWithPastAndCrossAttentions": "monoblock.backends.tf.outputs",
@@ -148,15 +150,8 @@ _CLASSES = (
     "OpenAIGPTModel",
 )
 
-# The bases of each family's PyTorch classes.
-_BASES = (
-    "FuyuPreTrainedModel",
-    "GPTNeoPreTrainedModel",
-    "MPNetPreTrainedModel",
-    "MistralPreTrainedModel",
-    "MptPreTrainedModel",
-    "OpenAIGPTPreTrainedModel",
-)
+# The stems of the families' names.
+_STEMS = ("Fuyu", "GPTNeo", "MPNet", "Mistral", "Mpt", "OpenAIGPT")
 
 # The model classes of each framework: module -> names.
 _MODELS: dict[str, tuple[str, ...]] = {
@@ -165,19 +160,26 @@ _MODELS: dict[str, tuple[str, ...]] = {
     "monoblock.backends.tf.classes": tuple(f"TF{name}" for name in _CLASSES),
 }
 
+# Further classes of each family: module -> names.
+_BASES: dict[str, tuple[str, ...]] = {
+    "monoblock.backends.pytorch.classes": tuple(f"{stem}PreTrainedModel" for stem in _STEMS),
+    "monoblock.backends.tf.classes": tuple(
+        f"TF{stem}{ending}" for stem in _STEMS for ending in ("MainLayer", "PreTrainedModel")
+    ),
+}
+
 # What to install when a framework is missing.
 _EXTRAS = {"torch": "torch", "jax": "jax", "flax": "jax", "tensorflow": "tf", "keras": "tf"}
 
-_NAMES = frozenset([*_HOME, *_BASES, *(name for names in _MODELS.values() for name in names)])
+_MADE = {name: module for table in (_MODELS, _BASES) for module, names in table.items() for name in names}
+_NAMES = frozenset([*_HOME, *_MADE])
 __all__ = [*_NAMES]  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:
     if (home := _HOME.get(name)) is not None:
         value = getattr(_load(home, name), name)
-    elif name in _BASES:
-        value = _load("monoblock.backends.pytorch.classes", name).make_base_class(name)
-    elif home := next((module for module, names in _MODELS.items() if name in names), None):
+    elif (home := _MADE.get(name)) is not None:
         value = _load(home, name).make_class(name)
     else:
         raise AttributeError(f"module 'monoblock' has no attribute {name!r}")

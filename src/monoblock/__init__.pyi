@@ -4,6 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
+from monoblock.backends.tf.main_layer import MainLayer
 from monoblock.outputs import (
     BaseModelOutput,
     BaseModelOutputWithPast,
@@ -94,6 +95,10 @@ from monoblock.backends.tf.outputs import (
 from monoblock.backends.tf.pretrained import (
     TFPreTrainedModel as TFPreTrainedModel,
 )
+from monoblock.backends.tf.processors import (
+    TFLogitsProcessor as TFLogitsProcessor,
+    TFLogitsProcessorList as TFLogitsProcessorList,
+)
 from monoblock.config import (
     PretrainedConfig as PretrainedConfig,
 )
@@ -180,6 +185,18 @@ class MPNetPreTrainedModel(PreTrainedModel): ...
 class MistralPreTrainedModel(PreTrainedModel): ...
 class MptPreTrainedModel(PreTrainedModel): ...
 class OpenAIGPTPreTrainedModel(PreTrainedModel): ...
+class TFFuyuMainLayer(MainLayer): ...
+class TFFuyuPreTrainedModel(TFPreTrainedModel): ...
+class TFGPTNeoMainLayer(MainLayer): ...
+class TFGPTNeoPreTrainedModel(TFPreTrainedModel): ...
+class TFMPNetMainLayer(MainLayer): ...
+class TFMPNetPreTrainedModel(TFPreTrainedModel): ...
+class TFMistralMainLayer(MainLayer): ...
+class TFMistralPreTrainedModel(TFPreTrainedModel): ...
+class TFMptMainLayer(MainLayer): ...
+class TFMptPreTrainedModel(TFPreTrainedModel): ...
+class TFOpenAIGPTMainLayer(MainLayer): ...
+class TFOpenAIGPTPreTrainedModel(TFPreTrainedModel): ...
 
 class FuyuForCausalLM(FuyuPreTrainedModel):
     config: FuyuConfig
@@ -1298,7 +1315,7 @@ class FlaxOpenAIGPTModel(FlaxPreTrainedModel):
         sequence_id: Any = None,
     ) -> FlaxBaseModelOutput | tuple[Any, ...]: ...
 
-class TFFuyuForCausalLM(TFPreTrainedModel):
+class TFFuyuForCausalLM(TFFuyuPreTrainedModel):
     config: FuyuConfig
     def call(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -1328,7 +1345,7 @@ class TFFuyuForCausalLM(TFPreTrainedModel):
         **kwargs: Any,
     ) -> TFCausalLMOutputWithPast | tuple[Any, ...]: ...
 
-class TFGPTNeoForCausalLM(TFPreTrainedModel):
+class TFGPTNeoForCausalLM(TFGPTNeoPreTrainedModel):
     config: GPTNeoConfig
     def call(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -1357,7 +1374,7 @@ class TFGPTNeoForCausalLM(TFPreTrainedModel):
         **kwargs: Any,
     ) -> TFCausalLMOutputWithCrossAttentions | tuple[Any, ...]: ...
 
-class TFGPTNeoForQuestionAnswering(TFPreTrainedModel):
+class TFGPTNeoForQuestionAnswering(TFGPTNeoPreTrainedModel):
     config: GPTNeoConfig
     def call(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -1386,7 +1403,7 @@ class TFGPTNeoForQuestionAnswering(TFPreTrainedModel):
         **kwargs: Any,
     ) -> TFQuestionAnsweringModelOutput | tuple[Any, ...]: ...
 
-class TFGPTNeoForSequenceClassification(TFPreTrainedModel):
+class TFGPTNeoForSequenceClassification(TFGPTNeoPreTrainedModel):
     config: GPTNeoConfig
     def call(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -1414,7 +1431,7 @@ class TFGPTNeoForSequenceClassification(TFPreTrainedModel):
         **kwargs: Any,
     ) -> TFSequenceClassifierOutputWithPast | tuple[Any, ...]: ...
 
-class TFGPTNeoForTokenClassification(TFPreTrainedModel):
+class TFGPTNeoForTokenClassification(TFGPTNeoPreTrainedModel):
     config: GPTNeoConfig
     def call(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -1442,7 +1459,7 @@ class TFGPTNeoForTokenClassification(TFPreTrainedModel):
         **kwargs: Any,
     ) -> TFTokenClassifierOutput | tuple[Any, ...]: ...
 
-class TFGPTNeoModel(TFPreTrainedModel):
+class TFGPTNeoModel(TFGPTNeoPreTrainedModel):
     config: GPTNeoConfig
     def call(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -1469,7 +1486,7 @@ class TFGPTNeoModel(TFPreTrainedModel):
         **kwargs: Any,
     ) -> TFBaseModelOutputWithPastAndCrossAttentions | tuple[Any, ...]: ...
 
-class TFMPNetForMaskedLM(TFPreTrainedModel):
+class TFMPNetForMaskedLM(TFMPNetPreTrainedModel):
     config: MPNetConfig
     def call(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -1496,7 +1513,7 @@ class TFMPNetForMaskedLM(TFPreTrainedModel):
         **kwargs: Any,
     ) -> TFMaskedLMOutput | tuple[Any, ...]: ...
 
-class TFMPNetForMultipleChoice(TFPreTrainedModel):
+class TFMPNetForMultipleChoice(TFMPNetPreTrainedModel):
     config: MPNetConfig
     def call(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -1523,7 +1540,7 @@ class TFMPNetForMultipleChoice(TFPreTrainedModel):
         **kwargs: Any,
     ) -> TFMultipleChoiceModelOutput | tuple[Any, ...]: ...
 
-class TFMPNetForQuestionAnswering(TFPreTrainedModel):
+class TFMPNetForQuestionAnswering(TFMPNetPreTrainedModel):
     config: MPNetConfig
     def call(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -1551,7 +1568,7 @@ class TFMPNetForQuestionAnswering(TFPreTrainedModel):
         **kwargs: Any,
     ) -> TFQuestionAnsweringModelOutput | tuple[Any, ...]: ...
 
-class TFMPNetForSequenceClassification(TFPreTrainedModel):
+class TFMPNetForSequenceClassification(TFMPNetPreTrainedModel):
     config: MPNetConfig
     def call(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -1578,7 +1595,7 @@ class TFMPNetForSequenceClassification(TFPreTrainedModel):
         **kwargs: Any,
     ) -> TFSequenceClassifierOutput | tuple[Any, ...]: ...
 
-class TFMPNetForTokenClassification(TFPreTrainedModel):
+class TFMPNetForTokenClassification(TFMPNetPreTrainedModel):
     config: MPNetConfig
     def call(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -1605,7 +1622,7 @@ class TFMPNetForTokenClassification(TFPreTrainedModel):
         **kwargs: Any,
     ) -> TFTokenClassifierOutput | tuple[Any, ...]: ...
 
-class TFMPNetModel(TFPreTrainedModel):
+class TFMPNetModel(TFMPNetPreTrainedModel):
     config: MPNetConfig
     def call(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -1631,7 +1648,7 @@ class TFMPNetModel(TFPreTrainedModel):
         **kwargs: Any,
     ) -> TFBaseModelOutputWithPooling | tuple[Any, ...]: ...
 
-class TFMistralForCausalLM(TFPreTrainedModel):
+class TFMistralForCausalLM(TFMistralPreTrainedModel):
     config: MistralConfig
     def call(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -1658,7 +1675,7 @@ class TFMistralForCausalLM(TFPreTrainedModel):
         **kwargs: Any,
     ) -> TFCausalLMOutputWithPast | tuple[Any, ...]: ...
 
-class TFMistralForQuestionAnswering(TFPreTrainedModel):
+class TFMistralForQuestionAnswering(TFMistralPreTrainedModel):
     config: MistralConfig
     def call(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -1685,7 +1702,7 @@ class TFMistralForQuestionAnswering(TFPreTrainedModel):
         **kwargs: Any,
     ) -> TFQuestionAnsweringModelOutput | tuple[Any, ...]: ...
 
-class TFMistralForSequenceClassification(TFPreTrainedModel):
+class TFMistralForSequenceClassification(TFMistralPreTrainedModel):
     config: MistralConfig
     def call(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -1711,7 +1728,7 @@ class TFMistralForSequenceClassification(TFPreTrainedModel):
         **kwargs: Any,
     ) -> TFSequenceClassifierOutputWithPast | tuple[Any, ...]: ...
 
-class TFMistralForTokenClassification(TFPreTrainedModel):
+class TFMistralForTokenClassification(TFMistralPreTrainedModel):
     config: MistralConfig
     def call(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -1737,7 +1754,7 @@ class TFMistralForTokenClassification(TFPreTrainedModel):
         **kwargs: Any,
     ) -> TFTokenClassifierOutput | tuple[Any, ...]: ...
 
-class TFMistralModel(TFPreTrainedModel):
+class TFMistralModel(TFMistralPreTrainedModel):
     config: MistralConfig
     def call(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -1762,7 +1779,7 @@ class TFMistralModel(TFPreTrainedModel):
         **kwargs: Any,
     ) -> TFBaseModelOutputWithPast | tuple[Any, ...]: ...
 
-class TFMptForCausalLM(TFPreTrainedModel):
+class TFMptForCausalLM(TFMptPreTrainedModel):
     config: MptConfig
     def call(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -1789,7 +1806,7 @@ class TFMptForCausalLM(TFPreTrainedModel):
         **kwargs: Any,
     ) -> TFCausalLMOutputWithCrossAttentions | tuple[Any, ...]: ...
 
-class TFMptForQuestionAnswering(TFPreTrainedModel):
+class TFMptForQuestionAnswering(TFMptPreTrainedModel):
     config: MptConfig
     def call(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -1816,7 +1833,7 @@ class TFMptForQuestionAnswering(TFPreTrainedModel):
         **kwargs: Any,
     ) -> TFQuestionAnsweringModelOutput | tuple[Any, ...]: ...
 
-class TFMptForSequenceClassification(TFPreTrainedModel):
+class TFMptForSequenceClassification(TFMptPreTrainedModel):
     config: MptConfig
     def call(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -1842,7 +1859,7 @@ class TFMptForSequenceClassification(TFPreTrainedModel):
         **kwargs: Any,
     ) -> TFSequenceClassifierOutputWithPast | tuple[Any, ...]: ...
 
-class TFMptForTokenClassification(TFPreTrainedModel):
+class TFMptForTokenClassification(TFMptPreTrainedModel):
     config: MptConfig
     def call(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -1868,7 +1885,7 @@ class TFMptForTokenClassification(TFPreTrainedModel):
         **kwargs: Any,
     ) -> TFTokenClassifierOutput | tuple[Any, ...]: ...
 
-class TFMptModel(TFPreTrainedModel):
+class TFMptModel(TFMptPreTrainedModel):
     config: MptConfig
     def call(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -1893,7 +1910,7 @@ class TFMptModel(TFPreTrainedModel):
         **kwargs: Any,
     ) -> TFBaseModelOutputWithPastAndCrossAttentions | tuple[Any, ...]: ...
 
-class TFOpenAIGPTDoubleHeadsModel(TFPreTrainedModel):
+class TFOpenAIGPTDoubleHeadsModel(TFOpenAIGPTPreTrainedModel):
     config: OpenAIGPTConfig
     def call(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -1923,7 +1940,7 @@ class TFOpenAIGPTDoubleHeadsModel(TFPreTrainedModel):
         **kwargs: Any,
     ) -> TFOpenAIGPTDoubleHeadsModelOutput | tuple[Any, ...]: ...
 
-class TFOpenAIGPTForSequenceClassification(TFPreTrainedModel):
+class TFOpenAIGPTForSequenceClassification(TFOpenAIGPTPreTrainedModel):
     config: OpenAIGPTConfig
     def call(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -1951,7 +1968,7 @@ class TFOpenAIGPTForSequenceClassification(TFPreTrainedModel):
         **kwargs: Any,
     ) -> TFSequenceClassifierOutput | tuple[Any, ...]: ...
 
-class TFOpenAIGPTLMHeadModel(TFPreTrainedModel):
+class TFOpenAIGPTLMHeadModel(TFOpenAIGPTPreTrainedModel):
     config: OpenAIGPTConfig
     def call(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -1980,7 +1997,7 @@ class TFOpenAIGPTLMHeadModel(TFPreTrainedModel):
         **kwargs: Any,
     ) -> TFCausalLMOutput | tuple[Any, ...]: ...
 
-class TFOpenAIGPTModel(TFPreTrainedModel):
+class TFOpenAIGPTModel(TFOpenAIGPTPreTrainedModel):
     config: OpenAIGPTConfig
     def call(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,

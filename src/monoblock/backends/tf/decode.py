@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -14,6 +13,7 @@ from monoblock.backends.tf import compiled, compiled_beams, graph
 from monoblock.backends.tf.arrays import Seeds, TfOps, shown
 from monoblock.backends.tf.decoder import Decoder, Rereader, Source
 from monoblock.backends.tf.outputs import TFModelOutput
+from monoblock.backends.tf.processors import of_two
 from monoblock.backends.tf.steps import steps_of
 from monoblock.errors import UnsupportedConfig
 from monoblock.generation import loop
@@ -97,7 +97,7 @@ class Generation(GenerationMixin):
         """
         inputs, arguments = self.generate_arguments(inputs, kwargs)
         if logits_processor is not None:
-            arguments["logits_processor"] = [_of_two(own) for own in logits_processor]
+            arguments["logits_processor"] = [of_two(own) for own in logits_processor]
         arguments |= _random(seed, arguments.pop("generator", None))
         if (helper := arguments.get("assistant_model")) is not None:
             check_assistant(helper, Generation)
@@ -121,13 +121,6 @@ class Generation(GenerationMixin):
         """
         rows = None if beam_indices is None else np.asarray(beam_indices)
         return shown(transition_scores(TfOps(), np.asarray(sequences), scores, rows, normalize_logits))
-
-
-def _of_two(processor: Any) -> Any:
-    """A processor as a function of ids and scores; transformers' TF processors took the text's length besides."""
-    if not callable(processor) or "cur_len" not in inspect.signature(processor).parameters:
-        return processor
-    return lambda ids, scores: processor(ids, scores, cur_len=ids.shape[1])
 
 
 def _random(seed: Any, generator: Any) -> dict[str, Any]:

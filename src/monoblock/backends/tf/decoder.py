@@ -181,7 +181,7 @@ class Decoder:
         if arguments.get("inputs_embeds") is None:
             arguments["input_ids"] = ids_bn
         arguments = {name: tensors(name, value) for name, value in arguments.items() if value is not None}
-        made = checked(self.spec, self.model.head.spec, arguments, None, False).given
+        made = checked(self.spec, self.model.head_spec, arguments, None, False).given
         given = {name: np.asarray(value) for name, value in made.items()}
         tokens = given.get("input_ids", given.get("inputs_embeds"))
         assert tokens is not None

@@ -174,7 +174,7 @@ def _given(prompt: Prompt, decoder: Decoder, config: GenerationConfig) -> tuple[
     if (mask := prompt.mask(config)) is not None:
         arguments["attention_mask"] = mask
     arguments = {name: tensors(name, value) for name, value in arguments.items()}
-    given = checked(decoder.model.spec, decoder.model.head.spec, arguments, None, False).given
+    given = checked(decoder.model.spec, decoder.model.head_spec, arguments, None, False).given
     tokens = given.get("input_ids", given.get("inputs_embeds"))
     assert tokens is not None
     return given, tokens.shape[1]

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import keras
-import numpy as np
 import tensorflow as tf
 
 from monoblock.outputs import ModelOutput
@@ -18,15 +17,13 @@ if TYPE_CHECKING:
 SAVED_MODEL = "tf_saved_model"
 
 
-class Serving(keras.Model):
-    """Adds `get_config` and `from_config` (by which `model.save` and `keras.saving.load_model` work) and `export`."""
+class Configured:
+    """Adds `get_config` and `from_config`, by which Keras's files hold a model or its main layer."""
 
     family: ClassVar[Family]
-    row: ClassVar[ModelClass]
     config: Any
-    seeds: keras.random.SeedGenerator | None
 
-    def get_config(self) -> dict[str, Any]:
+    def get_config(self: Any) -> dict[str, Any]:
         """The model's config and Keras's own fields."""
         own = {"name": self.name, "trainable": self.trainable}
         policy = keras.dtype_policies.serialize(self.dtype_policy)
@@ -34,26 +31,21 @@ class Serving(keras.Model):
 
     @classmethod
     def from_config(cls, config: Any, custom_objects: Any = None) -> Self:
-        """A model with new weights, from what `get_config` gave, or from a config of the hub's (as the old classes
-        took)."""
+        """One with new weights, from what `get_config` gave, or from a config of the hub's, as the old classes took."""
         del custom_objects  # nothing in the entry is an object of the user's
         if isinstance(config, cls.family.config):
-            return cls(config)  # pyright: ignore[reportCallIssue, reportArgumentType]
+            return cls(config)  # pyright: ignore[reportCallIssue]
         fields = dict(config)
         made = cls.family.config.from_dict(fields.pop("config"))
         if isinstance(fields.get("dtype"), dict):
             fields["dtype"] = keras.dtype_policies.deserialize(fields["dtype"])
-        return cls(made, **fields)  # pyright: ignore[reportCallIssue, reportArgumentType]
+        return cls(made, **fields)  # pyright: ignore[reportCallIssue]
 
-    def save_own_variables(self, store: Any) -> None:
-        """Beside the layers' weights, the state of the dropouts: training goes on as if it had not been cut."""
-        if self.seeds is not None:
-            store["seeds"] = self.seeds.state.numpy()
 
-    def load_own_variables(self, store: Any) -> None:
-        """What `save_own_variables` kept; files without it are fine."""
-        if self.seeds is not None and "seeds" in store.keys():  # noqa: SIM118, as it is no dict
-            self.seeds.state.assign(np.asarray(store["seeds"]))
+class Serving(Configured, keras.Model):
+    """Adds `export`, and what `model.save` and `keras.saving.load_model` need."""
+
+    row: ClassVar[ModelClass]
 
     def export(
         self,

@@ -86,7 +86,7 @@ class Steps:
 
     def lookup(self, input_ids: Any) -> Tensor:
         """Token ids as vectors."""
-        return self.run("lookup", self.model.backbone.lookup, input_ids)
+        return self.run("lookup", self.model.main.lookup, input_ids)
 
     def traces(self) -> int:
         """How often anything was traced."""
