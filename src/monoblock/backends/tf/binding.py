@@ -19,6 +19,9 @@ log = logging.getLogger("monoblock")
 # Arguments that are no tensors: they say what to do.
 OPTIONS = ("use_cache", "output_attentions", "output_hidden_states", "return_dict", "logits_to_keep")
 
+# Arguments of whole numbers.
+WHOLE = ("input_ids", "token_type_ids", "position_ids", "mc_token_ids")
+
 
 def bound(
     model: str,
@@ -53,6 +56,14 @@ def bound(
         for name, value in given.items()
         if value is not None
     }
+
+
+def whole(name: str, x: Any) -> Any:
+    """Numbers of tokens and positions that have no values yet, as int32: Keras traces with floats where it does not know
+    better."""
+    if name not in WHOLE or not tf.is_tensor(x) or hasattr(x, "numpy") or not x.dtype.is_floating:
+        return x
+    return tf.cast(x, tf.int32)
 
 
 def tensors(name: str, value: Any) -> Any:

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import tensorflow as tf
 
-from monoblock.backends.tf.binding import OPTIONS, bound, plainly, warn_once
+from monoblock.backends.tf.binding import OPTIONS, bound, plainly, warn_once, whole
 from monoblock.backends.tf.cache import Cache, from_tuples, init_cache
 from monoblock.backends.tf.checked import Checked, checked, has_positions
 from monoblock.backends.tf.inputs import AT_REST, Wanted
@@ -50,7 +50,7 @@ class Forward:
 
     def run(self, arguments: dict[str, Any]) -> Any:
         """The output of arguments that `bound` has made."""
-        given = {name: value for name, value in arguments.items() if value is not None}
+        given = {name: whole(name, value) for name, value in arguments.items() if value is not None}
         options = {name: given.pop(name) for name in OPTIONS if name in given}
         with plainly():
             made, cache, wanted = self._checked(given, options)

@@ -55,6 +55,17 @@ class Training(keras.Model):
         given, _, _ = self._arranged((keras.utils.unpack_x_y_sample_weight(data)[0],))
         return super().predict_step((given,))
 
+    def _maybe_symbolic_build(self, iterator: Any = None, data_batch: Any = None) -> None:
+        """Under a strategy, Keras makes the state of losses and metrics on the mean of the replicas' batches, in which ids
+        are floats; here on the first replica's."""
+        strategy = self.distribute_strategy
+        for _, _, batches in iterator or ():
+            data_batch = keras.tree.map_structure(
+                lambda x: strategy.experimental_local_results(x)[0], next(batches)
+            )
+            break
+        super()._maybe_symbolic_build(data_batch=data_batch)
+
     def _arranged(self, data: Any) -> tuple[dict[str, Any], Any, Any]:
         """x by names, with the labels in it if the loss is the model's own; y as the metrics take it; weights."""
         x, y, weights = keras.utils.unpack_x_y_sample_weight(data)
