@@ -94,6 +94,7 @@ _HOME: dict[str, str] = {
     "FlaxAutoModelForSequenceClassification": "monoblock.auto",
     "FlaxAutoModelForTokenClassification": "monoblock.auto",
     "TFPreTrainedModel": "monoblock.backends.tf.pretrained",
+    "KerasMetricCallback": "monoblock.backends.tf.callbacks",
     "TFLogitsProcessor": "monoblock.backends.tf.processors",
     "TFLogitsProcessorList": "monoblock.backends.tf.processors",
     "TFBaseModelOutput": "monoblock.backends.tf.outputs",

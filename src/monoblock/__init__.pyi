@@ -76,6 +76,9 @@ from monoblock.backends.pytorch.generation.quantized_cache import (
 from monoblock.backends.pytorch.pretrained import (
     PreTrainedModel as PreTrainedModel,
 )
+from monoblock.backends.tf.callbacks import (
+    KerasMetricCallback as KerasMetricCallback,
+)
 from monoblock.backends.tf.outputs import (
     TFBaseModelOutput as TFBaseModelOutput,
     TFBaseModelOutputWithPast as TFBaseModelOutputWithPast,

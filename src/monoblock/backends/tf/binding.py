@@ -59,10 +59,12 @@ def bound(
 
 
 def whole(name: str, x: Any) -> Any:
-    """Numbers of tokens and positions that have no values yet, as int32: Keras traces with floats where it does not know
-    better."""
-    if name not in WHOLE or not tf.is_tensor(x) or hasattr(x, "numpy") or not x.dtype.is_floating:
+    """Ids and positions of a float type that holds them exactly, as int32: Keras traces with float32 where it does not
+    know better, and makes its inputs so. Values that can be seen must be whole."""
+    if name not in WHOLE or not tf.is_tensor(x) or x.dtype not in (tf.float32, tf.float64):
         return x
+    if hasattr(x, "numpy") and not bool(tf.reduce_all(x == tf.floor(x))):
+        return x  # which is told where the shapes are checked
     return tf.cast(x, tf.int32)
 
 

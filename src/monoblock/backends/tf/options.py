@@ -31,7 +31,11 @@ class LoadOptions:
         self.variant = kwargs.pop("variant", None)
         self.use_safetensors = kwargs.pop("use_safetensors", None)
         from_pt = bool(kwargs.pop("from_pt", False))
-        self.prefer: tuple[Kind, ...] = ("safetensors", "bin") if from_pt else ("safetensors", "h5")
+        from_tf = bool(kwargs.pop("from_tf", False))
+        if from_pt and from_tf:
+            raise ValueError("from_pt and from_tf say two kinds of files: give one")
+        files: tuple[Kind, ...] = ("safetensors", "bin") if from_pt else ("safetensors", "h5")
+        self.prefer: tuple[Kind, ...] = ("h5", "safetensors") if from_tf else files
         if kwargs.pop("trust_remote_code", False):
             log.info("trust_remote_code=True: no remote code is run here; the makers' options work natively")
         for name, instead in _REFUSED.items():

@@ -137,7 +137,8 @@ class TFPreTrainedModel(Forward, Training, Serving, Holder, Parameters, Generati
         The checkpoint is a folder or a name on the hub. `dtype` (or `torch_dtype`): "auto" (the default: Keras's global
         policy, or the checkpoint's own dtype), a dtype's name, or a Keras policy such as "mixed_bfloat16".
         `ignore_mismatched_sizes=True` makes tensors of other shapes anew instead of raising ShapeMismatch.
-        `from_pt=True` reads PyTorch's files even where there is a `tf_model.h5`. `revision`, `token`, `cache_dir`,
+        `from_pt=True` reads PyTorch's files even where there is a `tf_model.h5`, `from_tf=True` the `tf_model.h5` even
+        where there are others. `revision`, `token`, `cache_dir`,
         `local_files_only`, `force_download`, `subfolder`, `variant`, `use_safetensors` say which files. Other keywords
         set fields of the config (`num_labels=3`). HubError: the files cannot be had. CheckpointError: they do not fit.
         ValueError: an argument is wrong.
@@ -208,11 +209,18 @@ class TFPreTrainedModel(Forward, Training, Serving, Holder, Parameters, Generati
         max_shard_size: int | str = "50GB",
         safe_serialization: bool = True,
         saved_model: bool = False,
+        version: int = 1,
+        signatures: Any = None,
         push_to_hub: bool = False,
     ) -> None:
         """Write config.json, generation_config.json and safetensors by the hub's names, which every framework's classes
-        read; whole or not at all. `saved_model=True`: an exported SavedModel besides, in `saved_model/1`.
-        `max_shard_size`: bytes, or "5GB"."""
+        read; whole or not at all. `max_shard_size`: bytes, or "5GB".
+
+        `saved_model=True`: a SavedModel besides, in `saved_model/<version>`, with these `signatures` (name ->
+        `tf.function`); by default `serving_default` and, for ids of 64 bits, `int64_serving`.
+        """
+        if signatures is not None and not saved_model:
+            raise ValueError("signatures are a SavedModel's: say saved_model=True besides")
         if not safe_serialization or push_to_hub:
             name = "push_to_hub=True" if push_to_hub else "safe_serialization=False"
             raise ValueError(
@@ -232,7 +240,7 @@ class TFPreTrainedModel(Forward, Training, Serving, Holder, Parameters, Generati
             folder, self.hub_state_dict(), framework="np", max_shard_size=max_shard_size, beside=texts
         )
         if saved_model:
-            self.export(folder / "saved_model" / "1", verbose=False)
+            self.save_signatures(folder / "saved_model" / str(version), signatures)
 
     # ------------------------------------------------------------------ switches and facts
 

@@ -80,6 +80,33 @@ class Serving(Configured, keras.Model):
         archive.add_endpoint("serve", self.serve, input_signature=[signature])
         archive.write_out(str(filepath), verbose=bool(verbose))
 
+    @property
+    def input_signature(self) -> dict[str, tf.TensorSpec]:
+        """The inputs of `serving`."""
+        return self.serving_signature()
+
+    @property
+    def serving(self) -> Any:
+        """A `tf.function` of a dict of inputs, which gives the outputs by name."""
+        return tf.function(self.serve, input_signature=[self.input_signature], autograph=False)
+
+    @property
+    def _default_save_signature(self) -> Any:
+        """What `tf.saved_model.save(model, folder)` takes for `serving_default`."""
+        return self.serving
+
+    def save_signatures(self, folder: str | Path, signatures: Any = None) -> None:
+        """Write a SavedModel with these signatures (name -> `tf.function` or concrete function, or one of them); by
+        default `serving_default`, and `int64_serving` for ids of 64 bits."""
+        if signatures is None:
+            wide = {
+                name: tf.TensorSpec(spec.shape, tf.int64, name=name)
+                for name, spec in self.input_signature.items()
+            }
+            long = tf.function(self.serve, input_signature=[wide], autograph=False)
+            signatures = {"serving_default": self.serving, "int64_serving": long}
+        tf.saved_model.save(self, str(folder), signatures=signatures)
+
     @tf.autograph.experimental.do_not_convert
     def serve(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """The outputs of a dict of inputs as a flat dict of tensors, numbered where there is one for each layer."""

@@ -56,8 +56,8 @@ class Training(keras.Model):
         return super().predict_step((given,))
 
     def _maybe_symbolic_build(self, iterator: Any = None, data_batch: Any = None) -> None:
-        """Under a strategy, Keras makes the state of losses and metrics on the mean of the replicas' batches, in which ids
-        are floats; here on the first replica's."""
+        """Under a strategy, Keras makes the state of losses and metrics on the mean of the replicas' batches, in which
+        ids are floats; here on the first replica's."""
         strategy = self.distribute_strategy
         for _, _, batches in iterator or ():
             data_batch = keras.tree.map_structure(
