@@ -71,6 +71,7 @@ class Generation(GenerationMixin):
         """Whether the class predicts the next token."""
         return self.row.head == "causal"
 
+    @tf.autograph.experimental.do_not_convert
     def generate(
         self,
         inputs: Any = None,

@@ -10,12 +10,13 @@ import tensorflow as tf
 from monoblock.backends.tf.binding import OPTIONS, bound, plainly, warn_once, whole
 from monoblock.backends.tf.cache import Cache, from_tuples, init_cache
 from monoblock.backends.tf.checked import Checked, checked, has_positions
+from monoblock.backends.tf.guards import short, within
 from monoblock.backends.tf.inputs import AT_REST, Wanted
 from monoblock.backends.tf.ops import Size, Tensor, size
 from monoblock.backends.tf.outputs import named, output_class
 from monoblock.families import Family, ModelClass
 from monoblock.heads import HeadSpec
-from monoblock.spec import ArchSpec
+from monoblock.spec import ArchSpec, Learned
 
 
 class Forward:
@@ -75,7 +76,23 @@ class Forward:
         cache, legacy = self._cache(given, given.pop("past_key_values", None), options, train)
         made = checked(self.spec, self.head_spec, given, cache, train)
         made.legacy = legacy
+        self._guard(made.given)
         return made, cache, self._wanted(made, options, train)
+
+    def _guard(self, given: dict[str, Any]) -> None:
+        """Have a graph check the values that it gets. ValueError: what is traced is too long, padding included."""
+        vocab, learned = self.spec.vocab, self.spec.position(Learned)
+        for name in ("input_ids", "token_type_ids"):
+            if name in given:
+                given[name] = within(name, given[name], vocab, "is this the tokenizer of this model?")
+        if learned is None or tf.executing_eagerly():
+            return
+        if "position_ids" in given:
+            advice = f"the model has {learned.size} learned positions"
+            given["position_ids"] = within("position_ids", given["position_ids"], learned.size, advice)
+            return
+        tokens = "input_ids" if "input_ids" in given else "inputs_embeds"
+        given[tokens] = short(given[tokens], learned.size - learned.offset)
 
     def _cache(
         self, given: Mapping[str, Any], past: Any, options: Mapping[str, Any], train: bool

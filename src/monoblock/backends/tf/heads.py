@@ -11,6 +11,7 @@ from typing import Any
 
 import tensorflow as tf
 
+from monoblock.backends.tf.guards import classes
 from monoblock.backends.tf.inputs import Wanted
 from monoblock.backends.tf.layers import Tied
 from monoblock.backends.tf.ops import Tensor, size
@@ -109,11 +110,13 @@ def last_tokens(
 
 
 def each(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """The cross-entropy of each label (n,), 0 for those that are -100, and 1 for the others, 0 for those."""
+    """The cross-entropy of each label (n,), 0 for those that are -100, and 1 for the others, 0 for those. ValueError:
+    there is no such class."""
     logits = tf.reshape(wide(logits), (-1, logits.shape[-1]))
     labels = tf.cast(tf.reshape(labels, (-1,)), tf.int32)
     real = labels != IGNORED
-    found = tf.nn.sparse_softmax_cross_entropy_with_logits(tf.where(real, labels, 0), logits)
+    labels = classes(labels, real, logits.shape[-1])
+    found = tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits)
     return tf.where(real, found, 0.0), tf.cast(real, found.dtype)
 
 

@@ -45,7 +45,9 @@ class Conv1D(keras.layers.Dense):
         name, shape = {"kernel": "weight"}.get(name, name), (1, *shape) if name == "bias" else shape
         return super().add_weight(*args, name=name, shape=shape, **kwargs)
 
-    def quantize(self, mode: Any = None, type_check: bool = True, **how: Any) -> None:
+    def quantize(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, mode: Any = None, type_check: bool = True, **how: Any
+    ) -> None:
         """As Keras's, which takes no subclasses."""
         del type_check
         super().quantize(mode, type_check=False, **how)
@@ -74,7 +76,9 @@ class Table(keras.layers.Embedding):
         """As Keras's, by this layer's name."""
         return super().add_weight(*args, name={"embeddings": "weight"}.get(name, name), **kwargs)
 
-    def quantize(self, mode: Any = None, type_check: bool = True, **how: Any) -> None:
+    def quantize(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, mode: Any = None, type_check: bool = True, **how: Any
+    ) -> None:
         """As Keras's, which takes no subclasses."""
         del type_check
         super().quantize(mode, type_check=False, **how)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
 import keras
 import tensorflow as tf
 
+from monoblock.backends.tf.guards import sentence
 from monoblock.heads import KINDS
 from monoblock.outputs import ModelOutput
 
@@ -24,8 +26,29 @@ OWN = (None, "passthrough", "auto_with_warning")
 plain = tf.autograph.experimental.do_not_convert
 
 
+def told(name: str) -> Any:
+    """Keras's method, which ends with one sentence where the graph finds a wrong value."""
+    method = getattr(keras.Model, name)
+
+    @functools.wraps(method)
+    def call(self: keras.Model, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return method(self, *args, **kwargs)
+        except tf.errors.InvalidArgumentError as error:
+            if (said := sentence(error)) is None:
+                raise
+        raise ValueError(said)
+
+    return call
+
+
 class Training(keras.Model):
     """Adds the model's own loss to `compile`, `fit`, `evaluate` and `predict`."""
+
+    fit, evaluate, predict = (told(name) for name in ("fit", "evaluate", "predict"))
+    train_on_batch, test_on_batch, predict_on_batch = (
+        told(f"{name}_on_batch") for name in ("train", "test", "predict")
+    )
 
     own_loss = True
 
