@@ -34,8 +34,8 @@ def within(name: str, x: Tensor, count: int, advice: str) -> Tensor:
 
 
 def short(tokens: Tensor, room: int) -> Tensor:
-    """Tokens (b, s, ..), at most `room` of them, padding included: ValueError where that is known while tracing, else the
-    graph checks it."""
+    """Tokens (b, s, ..), at most `room` of them, padding included: ValueError where that is known while tracing, else
+    the graph checks it."""
     said = (
         f"the model has {room} learned positions, but the text has",
         "tokens (padding counts in a graph): cut it",
