@@ -95,6 +95,14 @@ class Serving(Configured, keras.Model):
         """What `tf.saved_model.save(model, folder)` takes for `serving_default`."""
         return self.serving
 
+    def _get_save_spec(self, dynamic_batch: bool = True) -> Any:
+        """What `TFLiteConverter.from_keras_model` asks for."""
+        del dynamic_batch
+        raise ValueError(
+            "from_keras_model says no lengths: give export() an input_signature of known shapes, and its folder to "
+            "TFLiteConverter.from_saved_model"
+        )
+
     def save_signatures(self, folder: str | Path, signatures: Any = None) -> None:
         """Write a SavedModel with these signatures (name -> `tf.function` or concrete function, or one of them); by
         default `serving_default`, and `int64_serving` for ids of 64 bits."""
@@ -105,7 +113,10 @@ class Serving(Configured, keras.Model):
             }
             long = tf.function(self.serve, input_signature=[wide], autograph=False)
             signatures = {"serving_default": self.serving, "int64_serving": long}
-        tf.saved_model.save(self, str(folder), signatures=signatures)
+        # The variables alone, as in `export`: TFLite reads wrong numbers from SavedModels of whole Keras 3 models.
+        held: Any = tf.Module()
+        held.held = [variable.value for variable in self.variables]
+        tf.saved_model.save(held, str(folder), signatures=signatures)
 
     @tf.autograph.experimental.do_not_convert
     def serve(self, inputs: dict[str, Any]) -> dict[str, Any]:
