@@ -11,11 +11,13 @@ import keras
 import numpy as np
 import old_files
 import pytest
+import tensorflow as tf
 from measure import assert_close
 from tf_made import CLASSES, fields, model
 
 import monoblock
 from monoblock.backends.tf.classes import make_class
+from monoblock.backends.tf.parts import plain
 from monoblock.families import FAMILIES, family_of
 
 IDS = np.array([[5, 9, 11, 20], [7, 30, 31, 32]])
@@ -126,6 +128,33 @@ def test_what_is_replaced_is_honoured() -> None:
     mlp.down_proj = keras.layers.Dense(36, kernel_initializer="zeros")
     mlp._tracker.lock()
     assert np.abs(ours(IDS).last_hidden_state - before).max() > 1e-3
+
+
+def test_eager_calls_are_kerass() -> None:
+    """Eagerly, plain layers are called past Keras: with the same numbers, and whatever was done to one of them acts."""
+    ours = model("MistralModel")
+    expected = tf.function(ours, autograph=False)(tf.constant(IDS)).last_hidden_state
+    assert_close("eager", ours(IDS).last_hidden_state, expected, 1e-5)
+    dense = ours.model.layers[1].mlp.up_proj
+    assert plain(dense)
+    changes: dict[str, Any] = {
+        "call": lambda x: x[..., :1] * 0 + tf.zeros((1, 1, dense.units)),
+        "activation": keras.activations.relu,
+    }
+    for name, value in changes.items():
+        held = getattr(dense, name)
+        setattr(dense, name, value)
+        assert not plain(dense)
+        assert np.abs(ours(IDS).last_hidden_state - expected).max() > 1e-3, name
+        if name == "call":
+            del dense.call
+        else:
+            setattr(dense, name, held)
+    dense.enable_lora(2)
+    assert not plain(dense)
+    mixed = make_class("TFMistralModel")(ours.config, dtype="mixed_bfloat16")
+    assert not plain(mixed.model.layers[0].mlp.up_proj)
+    assert mixed(IDS).last_hidden_state.dtype == tf.bfloat16
 
 
 def test_dropouts_are_layers() -> None:

@@ -27,7 +27,7 @@ class Pooler(Part):
     """The first token's hidden state through a dense layer and tanh; (b, w)."""
 
     def call(self, hidden_bsw: Tensor) -> Tensor:
-        return self.role("head_act")(self.role("head_dense")(hidden_bsw[:, 0]))
+        return self.role("head_act")(self.call_role("head_dense", hidden_bsw[:, 0]))
 
 
 class LMHead(Part):
@@ -42,8 +42,8 @@ class LMHead(Part):
         self.bias = self.add_weight(name="bias", shape=(self.spec.vocab,), initializer="zeros")
 
     def call(self, hidden: Tensor, table: Tensor | None = None) -> Tensor:
-        hidden = tf.nn.gelu(self.role("head_dense")(hidden), approximate=False)
-        logits = projected(self.role("head_out"), self.role("head_norm")(hidden), table)
+        hidden = tf.nn.gelu(self.call_role("head_dense", hidden), approximate=False)
+        logits = projected(self.role("head_out"), self.call_role("head_norm", hidden), table)
         return logits + tf.cast(self.bias, logits.dtype)
 
 
@@ -52,7 +52,7 @@ class ClassifierHead(Part):
 
     def call(self, hidden_bsw: Tensor, seed: Tensor | None = None) -> Tensor:
         drop = self.role("head_drop")
-        hidden = tf.tanh(self.role("head_dense")(drop(hidden_bsw[:, 0], seed=seed)))
+        hidden = tf.tanh(self.call_role("head_dense", drop(hidden_bsw[:, 0], seed=seed)))
         return self.role("head_out")(drop(hidden, seed=seed, shift=1))
 
 

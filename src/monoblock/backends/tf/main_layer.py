@@ -90,7 +90,7 @@ class MainLayer(Forward, Configured, Part):
     ) -> dict[str, Any]:
         found = self.hidden(given, cache, wanted, self.seed(wanted))
         if self.has("pooler"):
-            found["pooler_output"] = self.role("pooler")(found["last_hidden_state"])
+            found["pooler_output"] = self.call_role("pooler", found["last_hidden_state"])
         return found
 
     def hidden(
@@ -108,9 +108,13 @@ class MainLayer(Forward, Configured, Part):
         call = prepare(self.spec, given, count, cache, wanted)
         call = replace(call, seed=seed, checkpointing=self.gradient_checkpointing)
         held = None if cache is None else tuple(cache.layer(i) for i in range(self.spec.layers))
-        x = self.role("embeddings")(x, call=call) if self.has("embeddings") else positioned(self, x, call)
+        x = (
+            self.call_role("embeddings", x, call=call)
+            if self.has("embeddings")
+            else positioned(self, x, call)
+        )
         if self.has("stack"):
-            out = self.role("stack")(x, call=call, layers=held, hidden_states=wanted.hidden_states)
+            out = self.call_role("stack", x, call=call, layers=held, hidden_states=wanted.hidden_states)
         else:
             out = run_layers(self, x, call, held, wanted.hidden_states)
         found = {

@@ -10,6 +10,7 @@ d head width.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -29,6 +30,7 @@ from monoblock.backends.tf.ops import (
     size,
 )
 from monoblock.backends.tf.parts import Part
+from monoblock.backends.tf.parts import call as call_layer
 from monoblock.positions import is_dynamic
 from monoblock.spec import Alibi, ArchSpec, Buckets, Learned, Rotary
 
@@ -109,20 +111,22 @@ class Attention(Part):
             out = out * factor
             weights = None if weights is None else weights * factor
         out = tf.reshape(tf.transpose(out, (0, 2, 1, 3)), (size(x_bsw, 0), size(x_bsw, 1), self.q_size))
-        return dropout(self, "out_drop", self.role("out")(out), call), weights, layer
+        return dropout(self, "out_drop", self.call_role("out", out), call), weights, layer
 
     def projected(self, x_bsw: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries (b, s, h * d), keys and values (b, s, g * d)."""
         if self.has("qkv_by_head"):  # each head's query, key and value lie together
-            att, whole = self.spec, self.role("qkv_by_head")(x_bsw)
+            att, whole = self.spec, self.call_role("qkv_by_head", x_bsw)
             shape = (size(whole, 0), size(whole, 1), att.heads, 3, att.head_dim)
             q, k, v = tf.unstack(tf.reshape(whole, shape), axis=3)
             flat = (*shape[:2], self.q_size)
             return tf.reshape(q, flat), tf.reshape(k, flat), tf.reshape(v, flat)
         if self.has("qkv"):
-            q, k, v = tf.split(self.role("qkv")(x_bsw), (self.q_size, self.kv_size, self.kv_size), axis=-1)
+            q, k, v = tf.split(
+                self.call_role("qkv", x_bsw), (self.q_size, self.kv_size, self.kv_size), axis=-1
+            )
             return q, k, v
-        return self.role("q")(x_bsw), self.role("k")(x_bsw), self.role("v")(x_bsw)
+        return self.call_role("q", x_bsw), self.call_role("k", x_bsw), self.call_role("v", x_bsw)
 
     def heads(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries (b, h, s, d), keys and values (b, g, s, d), clipped and normed."""
@@ -130,14 +134,14 @@ class Attention(Part):
         if att.clip is not None:
             q, k, v = (tf.clip_by_value(x, -att.clip, att.clip) for x in (q, k, v))
         if att.qk_norm is not None and not self.by_head:
-            q, k = self.role("q_norm")(q), self.role("k_norm")(k)
+            q, k = self.call_role("q_norm", q), self.call_role("k_norm", k)
         batch, count = size(q, 0), size(q, 1)
         q, k, v = (
             tf.transpose(tf.reshape(x, (batch, count, heads, att.head_dim)), (0, 2, 1, 3))
             for x, heads in ((q, att.heads), (k, att.kv_heads), (v, att.kv_heads))
         )
         if self.by_head:
-            q, k = self.role("q_norm")(q), self.role("k_norm")(k)
+            q, k = self.call_role("q_norm", q), self.call_role("k_norm", k)
         return q, k, v
 
     def attended(
@@ -186,15 +190,15 @@ class Wrapper(Part):
     """Calls the attention that it holds."""
 
     def call(self, x_bsw: Tensor, call: Call, layer: Layer | None = None) -> Given:
-        return self.role("attention")(x_bsw, call=call, layer=layer)
+        return self.call_role("attention", x_bsw, call=call, layer=layer)
 
 
 class AttentionNorm(Part):
     """`norm(x + dropout(attention(x)))`."""
 
     def call(self, x: Tensor, call: Call, layer: Layer | None = None) -> Given:
-        y, weights, layer = self.role("attention")(x, call=call, layer=layer)
-        return self.role("norm1")(dropout(self, "out_drop", y, call) + x), weights, layer
+        y, weights, layer = self.call_role("attention", x, call=call, layer=layer)
+        return self.call_role("norm1", dropout(self, "out_drop", y, call) + x), weights, layer
 
 
 # ---------------------------------------------------------------------------- MLP
@@ -209,8 +213,8 @@ class Mlp(Part):
         self.place = OF_LAYER * (layer + 1) + PLACES["mlp_drop"]
 
     def call(self, x_bsw: Tensor, call: Call, residual_bsw: Tensor | None = None) -> Tensor:
-        act, up = self.role("act"), self.role("up")(x_bsw)
-        y = self.role("down")(act(self.role("gate")(x_bsw)) * up if self.gated else act(up))
+        act, up = self.role("act"), self.call_role("up", x_bsw)
+        y = self.call_role("down", act(self.call_role("gate", x_bsw)) * up if self.gated else act(up))
         if residual_bsw is not None:
             return dropped(y, self.rate, call.seed, self.place) + residual_bsw
         return dropout(self, "mlp_drop", y, call)
@@ -220,14 +224,14 @@ class Widen(Part):
     """`act(up(x))`."""
 
     def call(self, x: Tensor) -> Tensor:
-        return self.role("act")(self.role("up")(x))
+        return self.role("act")(self.call_role("up", x))
 
 
 class Narrow(Part):
     """`norm(dropout(down(x)) + residual)`."""
 
     def call(self, x: Tensor, call: Call, residual: Tensor) -> Tensor:
-        return self.role("norm2")(dropout(self, "mlp_drop", self.role("down")(x), call) + residual)
+        return self.call_role("norm2", dropout(self, "mlp_drop", self.call_role("down", x), call) + residual)
 
 
 # ---------------------------------------------------------------------------- block
@@ -246,23 +250,23 @@ class Block(Part):
         self.adds = self.has("mlp_add")
 
     def call(self, x: Tensor, call: Call, layer: Layer | None = None) -> Given:
-        attend = self.role(self.attention_role)
+        attend = functools.partial(self.call_role, self.attention_role)
         if self.order == "pre":  # norms before the sub-layers
-            y, weights, layer = attend(self.role("norm1")(x), call=call, layer=layer)
+            y, weights, layer = attend(self.call_role("norm1", x), call=call, layer=layer)
             if self.adds:
                 x = x + dropout(self, "layer_drop", y, call)
-                x = self.role("mlp_add")(self.role("norm2")(x), call=call, residual_bsw=x)
+                x = self.call_role("mlp_add", self.call_role("norm2", x), call=call, residual_bsw=x)
             else:
                 x = x + y
-                y = self.role("mlp")(self.role("norm2")(x), call=call)
+                y = self.call_role("mlp", self.call_role("norm2", x), call=call)
                 x = x + dropout(self, "layer_drop", y, call, shift=1)
         elif self.order == "post":  # norms after the sums
             y, weights, layer = attend(x, call=call, layer=layer)
-            x = self.role("norm1")(x + y)
-            x = self.role("norm2")(x + self.role("mlp")(x, call=call))
+            x = self.call_role("norm1", x + y)
+            x = self.call_role("norm2", x + self.call_role("mlp", x, call=call))
         else:  # sub-layers that add and norm by themselves
             x, weights, layer = attend(x, call=call, layer=layer)
-            x = self.role("narrow")(self.role("widen")(x), call=call, residual=x)
+            x = self.call_role("narrow", self.call_role("widen", x), call=call, residual=x)
         return x, weights, layer
 
 
@@ -295,7 +299,7 @@ def positioned(part: Any, x: Tensor, call: Call) -> Tensor:
             rows = untrained(rows, call.positions_bs == learned.offset - 1)
         x = x + rows
     if part.has("embed_norm"):
-        x = part.role("embed_norm")(x)
+        x = part.call_role("embed_norm", x)
     if (share := spec.embed_gradient) != 1.0:
         x = x * share + tf.stop_gradient(x) * (1 - share)
     if part.has("embed_drop"):
@@ -353,11 +357,11 @@ def run_layers(
         if call.checkpointing and call.train and layer is None and not call.attentions:
             x = again(block, x, call)
         else:
-            x, weight, layer = block(x, call=call, layer=layer)
+            x, weight, layer = call_layer(block, x, call=call, layer=layer)
             weights.append(weight)
             after.append(layer)
         states.append(x)
-    hidden = states[-1] = part.role("final_norm")(x) if part.has("final_norm") else x
+    hidden = states[-1] = part.call_role("final_norm", x) if part.has("final_norm") else x
     return StackOutput(
         hidden=hidden,
         layers=tuple(after) if layers else None,

@@ -12,9 +12,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import keras
+import tensorflow as tf
 
 from monoblock import modules
-from monoblock.backends.tf.layers import Leaves
+from monoblock.backends.tf.layers import Conv1D, Leaves, NormLayer
+from monoblock.backends.tf.ops import Tensor
 from monoblock.spec import ArchSpec
 
 PREFIX = "TF"
@@ -33,6 +35,40 @@ def named(base: Any, name: str) -> Any:
     return type(name, (base,), {"__module__": base.__module__, "__doc__": base.__doc__})
 
 
+def plain(layer: Any) -> bool:
+    """Whether a layer does what its `call` says and no more: built, of a class made here, without casts, penalties,
+    quantisation or adapters."""
+    kind = type(layer)
+    if kind in (keras.layers.Dense, Conv1D):
+        if (
+            layer.lora_enabled
+            or layer.activation is not keras.activations.linear
+            or layer.quantization_mode is not None
+            or "call" in vars(layer)
+        ):
+            return False
+    elif not (isinstance(layer, Part | NormLayer) and kind.__call__ is keras.layers.Layer.__call__):
+        return False
+    same = layer.compute_dtype == layer.variable_dtype
+    return layer.built and layer.activity_regularizer is None and same
+
+
+def call(layer: Any, /, *args: Any, **kwargs: Any) -> Any:
+    """What a layer gives. Eagerly, plain layers skip Keras's own work around a call, which takes longer than a small
+    product does."""
+    if tf.executing_eagerly() and plain(layer):
+        return product(layer, *args) if isinstance(layer, keras.layers.Dense) else layer.call(*args, **kwargs)
+    return layer(*args, **kwargs)
+
+
+def product(layer: Any, x: Tensor) -> Tensor:
+    """What a dense layer gives, (..., outputs)."""
+    kernel = layer.kernel.value
+    y = tf.matmul(tf.reshape(tf.cast(x, kernel.dtype), (-1, kernel.shape[0])), kernel)
+    y = y if layer.bias is None else tf.nn.bias_add(y, tf.reshape(layer.bias.value, (-1,)))
+    return tf.reshape(y, (*x.shape[:-1], kernel.shape[1]))
+
+
 class Holder:
     """What holds layers. `roles`: role -> attribute name of the child that plays it; `shapes`: attribute name -> the
     shape that builds the child."""
@@ -43,6 +79,10 @@ class Holder:
     def role(self, role: str) -> Any:
         """The layer that plays a role now, whatever it was replaced by."""
         return getattr(self, self.roles[role])
+
+    def call_role(self, role: str, /, *args: Any, **kwargs: Any) -> Any:
+        """What the layer that plays a role gives."""
+        return call(getattr(self, self.roles[role]), *args, **kwargs)
 
     def has(self, role: str) -> bool:
         """Whether a layer here plays that role."""
