@@ -15,6 +15,7 @@ PROMPT    ?= def fibonacci(n):
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint format types test-core test-all test-ecosystem clean
+.PHONY: fuzz fuzz-readers fuzz-saves sanitize
 # A stamp whose recipe failed half-way must not count as done.
 .DELETE_ON_ERROR:
 # The steps of `test` share the cores, and pytest's summary is to come last.
@@ -52,6 +53,20 @@ test-all: $(VENV)/.installed-test ## every test
 test-ecosystem: $(ECOSYSTEM_VENV)/.installed ## models with peft, trl, accelerate, ... (not in `test`)
 	@echo "== the packages around a model, beside transformers"
 	@MONOBLOCK_TEST_ECOSYSTEM=1 $(ECOSYSTEM_VENV)/bin/python -m pytest tests/ecosystem
+
+fuzz: fuzz-readers fuzz-saves ## hostile files, and saves that are killed (hours; not in `test`)
+
+fuzz-saves: $(VENV)/.installed-test ## saves, killed at every file operation (`test` takes a sample)
+	@for part in core/test_transaction torch/test_saves_torch flax/test_saves_flax tf/test_saves_tf; do \
+		echo "== $$part, killed at every file operation"; \
+		MONOBLOCK_TEST_ALL_KILL_POINTS=1 $(VENV)/bin/python -m pytest tests/$$part.py || exit 1; done
+
+sanitize: $(VENV)/.installed-test ## the native kernels' tests with the address and undefined-behaviour sanitizers
+	@echo "== native kernels, built with -fsanitize=address,undefined"
+	@$(VENV)/bin/python tools/sanitize.py
+
+fuzz-readers: $(VENV)/.installed-test ## 20,000 hostile inputs for each reader of files (hours)
+	@$(VENV)/bin/python tests/fuzz/run.py
 
 clean: ## remove the environments and all caches
 	rm -rf $(VENV) $(CORE_VENV) $(ECOSYSTEM_VENV) .pytest_cache .ruff_cache .hypothesis build dist

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -58,6 +58,7 @@ class TableModel:
     """`loop.Model` over a `TableDecoder`; `log` tells what the loop asked for."""
 
     ops = NumpyOps()
+    unsupported: ClassVar[dict[str, Any]] = {}
     compiled = None
     input_names = frozenset({"past_key_values", "inputs_embeds"})
 

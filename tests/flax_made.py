@@ -10,54 +10,35 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
-from helpers import canonical as canonical_tensors
 
-from monoblock.backends.flax.inputs import AT_REST, Wanted
+from monoblock.backends.flax import loading
 from monoblock.backends.flax.network import Network
-
-TABLES = ("embed", "pos_embed", "rel_bias")
-
-
-def leaf(canonical: str) -> tuple[tuple[str, ...], bool]:
-    """Where a canonical parameter stands in the tree, and whether it is transposed there."""
-    *path, last = canonical.split(".")
-    if last == "bias":
-        return (*path, last), False
-    if "norm" in path[-1]:
-        return (*path, "scale"), False
-    return (*path, "embedding" if path[-1] in TABLES else "kernel"), path[-1] not in TABLES
+from monoblock.backends.xla.inputs import AT_REST, Wanted
 
 
-def arrays_of(tensors: Mapping[str, Any]) -> dict[str, Any]:
-    """Canonical tensors as the nested tree of JAX arrays."""
-    tree: dict[str, Any] = {}
-    for canonical, tensor in tensors.items():
-        (*path, last), turned = leaf(canonical)
-        place = functools.reduce(lambda held, name: held.setdefault(name, {}), path, tree)
-        array = tensor.detach().numpy()
-        place[last] = jnp.asarray(array.T if turned else array)
-    return tree
-
-
-def canonical_of(tree: Mapping[str, Any], names: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """A nested tree of arrays (gradients, say) by canonical name, laid as PyTorch has them."""
-    found = {}
-    for canonical in names:
-        path, turned = leaf(canonical)
-        array = np.asarray(functools.reduce(lambda held, name: held[name], path, tree))
-        found[canonical] = array.T if turned else array
+def canonical_of(tree: Mapping[str, Any], model: Any) -> dict[str, np.ndarray]:
+    """A tree of arrays like a Flax model's parameters (gradients, say) by canonical name, laid as PyTorch has them."""
+    found, leaves = {}, loading.flat(tree)
+    for canonical, group in model.groups.items():
+        found[canonical] = np.empty(model.canonical_shapes()[canonical], np.float32)
+        for view, leaf in zip(group.op.views(found[canonical]), group.leaves, strict=True):
+            view[...] = leaf.of_hub(np.asarray(leaves[leaf.path])).reshape(view.shape)
     return found
 
 
 def network_of(module: Any) -> tuple[Network, dict[str, Any]]:
     """The network and the parameters of a PyTorch model."""
-    return Network(module.spec, head_spec=module.head_spec), arrays_of(canonical_tensors(module))
+    layout, leaves = module.family.layout(module.config, module.row), {}
+    for group in loading.groups(module.keymap(), module.shapes(), layout).values():
+        for leaf in group.leaves:
+            leaves[leaf.path] = jnp.asarray(leaf.of_hub(module.get_parameter(leaf.name).detach().numpy()))
+    return Network(layout, module.spec, module.head_spec), loading.nested(leaves)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4))
 def run(network: Network, params: Any, given: Any, cache: Any = None, wanted: Wanted = AT_REST) -> Any:
     """The network, compiled."""
-    return network.apply({"params": params}, given, cache, wanted)
+    return network.apply({"params": params}, given, cache, wanted, method="run")
 
 
 def given(**tensors: torch.Tensor | None) -> dict[str, Any]:

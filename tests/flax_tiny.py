@@ -83,7 +83,7 @@ def randomised(model: Any, seed: int = 0, std: float = 0.2) -> Any:
 
     def draw(path: Any, leaf: Any) -> Any:
         noise = generator.standard_normal(leaf.shape, np.float32)
-        return jax.numpy.asarray(1 + 0.3 * noise if path[-1].key == "scale" else std * noise)
+        return jax.numpy.asarray(1 + 0.3 * noise if path[-1].key in ("scale", "weight") else std * noise)
 
     return jax.tree_util.tree_map_with_path(draw, model.params_shape_tree)
 

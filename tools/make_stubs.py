@@ -40,6 +40,9 @@ from typing import Any
 from torch import Tensor
 
 from monoblock.backends.tf.main_layer import MainLayer
+from monoblock import (
+{packages}
+)
 from monoblock.outputs import (
 {outputs}
 )
@@ -50,22 +53,25 @@ def stub() -> str:
     """The text of the stub file."""
     rows = {name: _row(name) for name in sorted(monoblock._CLASSES)}
     outputs = sorted({row.output for _, row in rows.values()})
-    parts = [HEAD.format(outputs="\n".join(f"    {name}," for name in outputs))]
+    packages = "\n".join(f"    {name} as {name}," for name in monoblock._PACKAGES)
+    parts = [HEAD.format(packages=packages, outputs="\n".join(f"    {name}," for name in outputs))]
     homes: dict[str, list[str]] = {}
     for name, home in monoblock._HOME.items():
         homes.setdefault(home, []).append(name)
     for home, names in sorted(homes.items()):
         parts.append(f"from {home} import (\n" + "".join(f"    {n} as {n},\n" for n in sorted(names)) + ")\n")
-    parts.append("\n__version__: str\n")
-    parts += ["\n", *(_base(name) for names in monoblock._BASES.values() for name in sorted(names))]
+    parts.append("\n__version__: str\n\ndef extra_of(module: str | None) -> str | None: ...\n")
+    for names in monoblock._BASES_OF.values():
+        parts += ["\n", *(_base(name) for name in sorted(names))]
     for module in monoblock._MODELS:
         parts += [WRITERS[module](importlib.import_module(module), *row) for row in rows.values()]
     return "".join(parts)
 
 
 def _base(name: str) -> str:
-    parent = "PreTrainedModel" if name.endswith("PreTrainedModel") else "MainLayer"
-    return f"class {name}({'TF' if name.startswith('TF') and parent != 'MainLayer' else ''}{parent}): ...\n"
+    prefix = next((prefix for prefix in ("Flax", "TF") if name.startswith(prefix)), "")
+    parent = "MainLayer" if name.endswith("MainLayer") else f"{prefix}PreTrainedModel"
+    return f"class {name}({parent}): ...\n"
 
 
 def _row(name: str) -> tuple[Family, ModelClass]:
@@ -95,7 +101,7 @@ def _flax_class(module: Any, family: Family, row: ModelClass) -> str:
     first = next(i for i, p in enumerate(parameters) if p.kind is p.KEYWORD_ONLY)
     arguments.insert(first, "*")
     return f"""
-class {cls.__name__}(FlaxPreTrainedModel):
+class {cls.__name__}(Flax{families.FAMILIES[family.name][0]}PreTrainedModel):
     config: {family.config.__name__}
     def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,

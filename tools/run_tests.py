@@ -25,7 +25,7 @@ PARTS: dict[str, tuple[str, ...]] = {
     "flax": ("tests/flax",),
     "tf": ("tests/tf",),
     "parity": ("tests/parity",),
-    "core": ("tests/core", "tests/cli"),
+    "core": ("tests/core", "tests/cli", "tests/fuzz"),
 }
 # The exit status of a pytest that found no test to run, as `-k` may leave it.
 NO_TESTS = 5

@@ -93,6 +93,15 @@ _HOME: dict[str, str] = {
     "FlaxAutoModelForQuestionAnswering": "monoblock.auto",
     "FlaxAutoModelForSequenceClassification": "monoblock.auto",
     "FlaxAutoModelForTokenClassification": "monoblock.auto",
+    "FlaxLogitsProcessor": "monoblock.backends.flax.processors",
+    "FlaxLogitsProcessorList": "monoblock.backends.flax.processors",
+    "FLAX_MODEL_MAPPING": "monoblock.auto",
+    "FLAX_MODEL_FOR_CAUSAL_LM_MAPPING": "monoblock.auto",
+    "FLAX_MODEL_FOR_MASKED_LM_MAPPING": "monoblock.auto",
+    "FLAX_MODEL_FOR_MULTIPLE_CHOICE_MAPPING": "monoblock.auto",
+    "FLAX_MODEL_FOR_QUESTION_ANSWERING_MAPPING": "monoblock.auto",
+    "FLAX_MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING": "monoblock.auto",
+    "FLAX_MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING": "monoblock.auto",
     "TFPreTrainedModel": "monoblock.backends.tf.pretrained",
     "KerasMetricCallback": "monoblock.backends.tf.callbacks",
     "TFLogitsProcessor": "monoblock.backends.tf.processors",
@@ -162,24 +171,32 @@ _MODELS: dict[str, tuple[str, ...]] = {
 }
 
 # Further classes of each family: module -> names.
-_BASES: dict[str, tuple[str, ...]] = {
+_BASES_OF: dict[str, tuple[str, ...]] = {
     "monoblock.backends.pytorch.classes": tuple(f"{stem}PreTrainedModel" for stem in _STEMS),
+    "monoblock.backends.flax.classes": tuple(f"Flax{stem}PreTrainedModel" for stem in _STEMS),
     "monoblock.backends.tf.classes": tuple(
         f"TF{stem}{ending}" for stem in _STEMS for ending in ("MainLayer", "PreTrainedModel")
     ),
 }
 
+# Packages of this one that are there without an import of their own.
+_PACKAGES = ("demo", "pipelines", "utils")
+
 # What to install when a framework is missing.
 _EXTRAS = {"torch": "torch", "jax": "jax", "flax": "jax", "tensorflow": "tf", "keras": "tf"}
 
-_MADE = {name: module for table in (_MODELS, _BASES) for module, names in table.items() for name in names}
+_MADE = {name: module for table in (_MODELS, _BASES_OF) for module, names in table.items() for name in names}
 _NAMES = frozenset([*_HOME, *_MADE])
 __all__ = [*_NAMES]  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:
+    if name in _PACKAGES:
+        return importlib.import_module(f"monoblock.{name}")
     if (home := _HOME.get(name)) is not None:
         value = getattr(_load(home, name), name)
+    elif home := next((module for module, names in _BASES_OF.items() if name in names), None):
+        value = _load(home, name).make_base_class(name)
     elif (home := _MADE.get(name)) is not None:
         value = _load(home, name).make_class(name)
     else:
@@ -189,16 +206,21 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_NAMES})
+    return sorted({*globals(), *_PACKAGES, *_NAMES})
 
 
 def _load(module: str, name: str) -> Any:
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        missing = (error.name or "").partition(".")[0]
-        if missing not in _EXTRAS:
+        if (extra := extra_of(error.name)) is None:
             raise
+        missing = (error.name or "").partition(".")[0]
         raise ImportError(
-            f'monoblock.{name} needs {missing}, which is not installed: pip install "monoblock[{_EXTRAS[missing]}]"'
+            f'monoblock.{name} needs {missing}, which is not installed: pip install "monoblock[{extra}]"'
         ) from error
+
+
+def extra_of(module: str | None) -> str | None:
+    """The extra of this package that installs a framework's module; None for other modules."""
+    return _EXTRAS.get((module or "").partition(".")[0])

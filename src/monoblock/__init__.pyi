@@ -5,6 +5,11 @@ from typing import Any
 from torch import Tensor
 
 from monoblock.backends.tf.main_layer import MainLayer
+from monoblock import (
+    demo as demo,
+    pipelines as pipelines,
+    utils as utils,
+)
 from monoblock.outputs import (
     BaseModelOutput,
     BaseModelOutputWithPast,
@@ -31,6 +36,13 @@ from monoblock.auto import (
     AutoModelForQuestionAnswering as AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification as AutoModelForSequenceClassification,
     AutoModelForTokenClassification as AutoModelForTokenClassification,
+    FLAX_MODEL_FOR_CAUSAL_LM_MAPPING as FLAX_MODEL_FOR_CAUSAL_LM_MAPPING,
+    FLAX_MODEL_FOR_MASKED_LM_MAPPING as FLAX_MODEL_FOR_MASKED_LM_MAPPING,
+    FLAX_MODEL_FOR_MULTIPLE_CHOICE_MAPPING as FLAX_MODEL_FOR_MULTIPLE_CHOICE_MAPPING,
+    FLAX_MODEL_FOR_QUESTION_ANSWERING_MAPPING as FLAX_MODEL_FOR_QUESTION_ANSWERING_MAPPING,
+    FLAX_MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING as FLAX_MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    FLAX_MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING as FLAX_MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
+    FLAX_MODEL_MAPPING as FLAX_MODEL_MAPPING,
     FlaxAutoModel as FlaxAutoModel,
     FlaxAutoModelForCausalLM as FlaxAutoModelForCausalLM,
     FlaxAutoModelForImageTextToText as FlaxAutoModelForImageTextToText,
@@ -64,6 +76,10 @@ from monoblock.backends.flax.outputs import (
 )
 from monoblock.backends.flax.pretrained import (
     FlaxPreTrainedModel as FlaxPreTrainedModel,
+)
+from monoblock.backends.flax.processors import (
+    FlaxLogitsProcessor as FlaxLogitsProcessor,
+    FlaxLogitsProcessorList as FlaxLogitsProcessorList,
 )
 from monoblock.backends.pytorch.cache import (
     Cache as Cache,
@@ -182,12 +198,22 @@ from monoblock.tokenization import (
 
 __version__: str
 
+def extra_of(module: str | None) -> str | None: ...
+
 class FuyuPreTrainedModel(PreTrainedModel): ...
 class GPTNeoPreTrainedModel(PreTrainedModel): ...
 class MPNetPreTrainedModel(PreTrainedModel): ...
 class MistralPreTrainedModel(PreTrainedModel): ...
 class MptPreTrainedModel(PreTrainedModel): ...
 class OpenAIGPTPreTrainedModel(PreTrainedModel): ...
+
+class FlaxFuyuPreTrainedModel(FlaxPreTrainedModel): ...
+class FlaxGPTNeoPreTrainedModel(FlaxPreTrainedModel): ...
+class FlaxMPNetPreTrainedModel(FlaxPreTrainedModel): ...
+class FlaxMistralPreTrainedModel(FlaxPreTrainedModel): ...
+class FlaxMptPreTrainedModel(FlaxPreTrainedModel): ...
+class FlaxOpenAIGPTPreTrainedModel(FlaxPreTrainedModel): ...
+
 class TFFuyuMainLayer(MainLayer): ...
 class TFFuyuPreTrainedModel(TFPreTrainedModel): ...
 class TFGPTNeoMainLayer(MainLayer): ...
@@ -806,7 +832,7 @@ class OpenAIGPTModel(OpenAIGPTPreTrainedModel):
     ) -> BaseModelOutput | tuple[Any, ...]: ...
     __call__ = forward
 
-class FlaxFuyuForCausalLM(FlaxPreTrainedModel):
+class FlaxFuyuForCausalLM(FlaxFuyuPreTrainedModel):
     config: FuyuConfig
     def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -829,7 +855,7 @@ class FlaxFuyuForCausalLM(FlaxPreTrainedModel):
         logits_to_keep: int = 0,
     ) -> FlaxCausalLMOutputWithCrossAttentions | tuple[Any, ...]: ...
 
-class FlaxGPTNeoForCausalLM(FlaxPreTrainedModel):
+class FlaxGPTNeoForCausalLM(FlaxGPTNeoPreTrainedModel):
     config: GPTNeoConfig
     def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -850,7 +876,7 @@ class FlaxGPTNeoForCausalLM(FlaxPreTrainedModel):
         logits_to_keep: int = 0,
     ) -> FlaxCausalLMOutputWithCrossAttentions | tuple[Any, ...]: ...
 
-class FlaxGPTNeoForQuestionAnswering(FlaxPreTrainedModel):
+class FlaxGPTNeoForQuestionAnswering(FlaxGPTNeoPreTrainedModel):
     config: GPTNeoConfig
     def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -870,7 +896,7 @@ class FlaxGPTNeoForQuestionAnswering(FlaxPreTrainedModel):
         sequence_id: Any = None,
     ) -> FlaxQuestionAnsweringModelOutput | tuple[Any, ...]: ...
 
-class FlaxGPTNeoForSequenceClassification(FlaxPreTrainedModel):
+class FlaxGPTNeoForSequenceClassification(FlaxGPTNeoPreTrainedModel):
     config: GPTNeoConfig
     def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -890,7 +916,7 @@ class FlaxGPTNeoForSequenceClassification(FlaxPreTrainedModel):
         sequence_id: Any = None,
     ) -> FlaxSequenceClassifierOutput | tuple[Any, ...]: ...
 
-class FlaxGPTNeoForTokenClassification(FlaxPreTrainedModel):
+class FlaxGPTNeoForTokenClassification(FlaxGPTNeoPreTrainedModel):
     config: GPTNeoConfig
     def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -910,7 +936,7 @@ class FlaxGPTNeoForTokenClassification(FlaxPreTrainedModel):
         sequence_id: Any = None,
     ) -> FlaxTokenClassifierOutput | tuple[Any, ...]: ...
 
-class FlaxGPTNeoModel(FlaxPreTrainedModel):
+class FlaxGPTNeoModel(FlaxGPTNeoPreTrainedModel):
     config: GPTNeoConfig
     def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -930,7 +956,7 @@ class FlaxGPTNeoModel(FlaxPreTrainedModel):
         sequence_id: Any = None,
     ) -> FlaxBaseModelOutputWithPastAndCrossAttentions | tuple[Any, ...]: ...
 
-class FlaxMPNetForMaskedLM(FlaxPreTrainedModel):
+class FlaxMPNetForMaskedLM(FlaxMPNetPreTrainedModel):
     config: MPNetConfig
     def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -949,7 +975,7 @@ class FlaxMPNetForMaskedLM(FlaxPreTrainedModel):
         sequence_id: Any = None,
     ) -> FlaxMaskedLMOutput | tuple[Any, ...]: ...
 
-class FlaxMPNetForMultipleChoice(FlaxPreTrainedModel):
+class FlaxMPNetForMultipleChoice(FlaxMPNetPreTrainedModel):
     config: MPNetConfig
     def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -968,7 +994,7 @@ class FlaxMPNetForMultipleChoice(FlaxPreTrainedModel):
         sequence_id: Any = None,
     ) -> FlaxMultipleChoiceModelOutput | tuple[Any, ...]: ...
 
-class FlaxMPNetForQuestionAnswering(FlaxPreTrainedModel):
+class FlaxMPNetForQuestionAnswering(FlaxMPNetPreTrainedModel):
     config: MPNetConfig
     def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -987,7 +1013,7 @@ class FlaxMPNetForQuestionAnswering(FlaxPreTrainedModel):
         sequence_id: Any = None,
     ) -> FlaxQuestionAnsweringModelOutput | tuple[Any, ...]: ...
 
-class FlaxMPNetForSequenceClassification(FlaxPreTrainedModel):
+class FlaxMPNetForSequenceClassification(FlaxMPNetPreTrainedModel):
     config: MPNetConfig
     def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -1006,7 +1032,7 @@ class FlaxMPNetForSequenceClassification(FlaxPreTrainedModel):
         sequence_id: Any = None,
     ) -> FlaxSequenceClassifierOutput | tuple[Any, ...]: ...
 
-class FlaxMPNetForTokenClassification(FlaxPreTrainedModel):
+class FlaxMPNetForTokenClassification(FlaxMPNetPreTrainedModel):
     config: MPNetConfig
     def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -1025,7 +1051,7 @@ class FlaxMPNetForTokenClassification(FlaxPreTrainedModel):
         sequence_id: Any = None,
     ) -> FlaxTokenClassifierOutput | tuple[Any, ...]: ...
 
-class FlaxMPNetModel(FlaxPreTrainedModel):
+class FlaxMPNetModel(FlaxMPNetPreTrainedModel):
     config: MPNetConfig
     def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -1044,7 +1070,7 @@ class FlaxMPNetModel(FlaxPreTrainedModel):
         sequence_id: Any = None,
     ) -> FlaxBaseModelOutputWithPooling | tuple[Any, ...]: ...
 
-class FlaxMistralForCausalLM(FlaxPreTrainedModel):
+class FlaxMistralForCausalLM(FlaxMistralPreTrainedModel):
     config: MistralConfig
     def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -1064,7 +1090,7 @@ class FlaxMistralForCausalLM(FlaxPreTrainedModel):
         logits_to_keep: int = 0,
     ) -> FlaxCausalLMOutputWithCrossAttentions | tuple[Any, ...]: ...
 
-class FlaxMistralForQuestionAnswering(FlaxPreTrainedModel):
+class FlaxMistralForQuestionAnswering(FlaxMistralPreTrainedModel):
     config: MistralConfig
     def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -1083,7 +1109,7 @@ class FlaxMistralForQuestionAnswering(FlaxPreTrainedModel):
         sequence_id: Any = None,
     ) -> FlaxQuestionAnsweringModelOutput | tuple[Any, ...]: ...
 
-class FlaxMistralForSequenceClassification(FlaxPreTrainedModel):
+class FlaxMistralForSequenceClassification(FlaxMistralPreTrainedModel):
     config: MistralConfig
     def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -1102,7 +1128,7 @@ class FlaxMistralForSequenceClassification(FlaxPreTrainedModel):
         sequence_id: Any = None,
     ) -> FlaxSequenceClassifierOutput | tuple[Any, ...]: ...
 
-class FlaxMistralForTokenClassification(FlaxPreTrainedModel):
+class FlaxMistralForTokenClassification(FlaxMistralPreTrainedModel):
     config: MistralConfig
     def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -1121,7 +1147,7 @@ class FlaxMistralForTokenClassification(FlaxPreTrainedModel):
         sequence_id: Any = None,
     ) -> FlaxTokenClassifierOutput | tuple[Any, ...]: ...
 
-class FlaxMistralModel(FlaxPreTrainedModel):
+class FlaxMistralModel(FlaxMistralPreTrainedModel):
     config: MistralConfig
     def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -1140,7 +1166,7 @@ class FlaxMistralModel(FlaxPreTrainedModel):
         sequence_id: Any = None,
     ) -> FlaxBaseModelOutputWithPast | tuple[Any, ...]: ...
 
-class FlaxMptForCausalLM(FlaxPreTrainedModel):
+class FlaxMptForCausalLM(FlaxMptPreTrainedModel):
     config: MptConfig
     def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -1160,7 +1186,7 @@ class FlaxMptForCausalLM(FlaxPreTrainedModel):
         logits_to_keep: int = 0,
     ) -> FlaxCausalLMOutputWithCrossAttentions | tuple[Any, ...]: ...
 
-class FlaxMptForQuestionAnswering(FlaxPreTrainedModel):
+class FlaxMptForQuestionAnswering(FlaxMptPreTrainedModel):
     config: MptConfig
     def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -1179,7 +1205,7 @@ class FlaxMptForQuestionAnswering(FlaxPreTrainedModel):
         sequence_id: Any = None,
     ) -> FlaxQuestionAnsweringModelOutput | tuple[Any, ...]: ...
 
-class FlaxMptForSequenceClassification(FlaxPreTrainedModel):
+class FlaxMptForSequenceClassification(FlaxMptPreTrainedModel):
     config: MptConfig
     def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -1198,7 +1224,7 @@ class FlaxMptForSequenceClassification(FlaxPreTrainedModel):
         sequence_id: Any = None,
     ) -> FlaxSequenceClassifierOutput | tuple[Any, ...]: ...
 
-class FlaxMptForTokenClassification(FlaxPreTrainedModel):
+class FlaxMptForTokenClassification(FlaxMptPreTrainedModel):
     config: MptConfig
     def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -1217,7 +1243,7 @@ class FlaxMptForTokenClassification(FlaxPreTrainedModel):
         sequence_id: Any = None,
     ) -> FlaxTokenClassifierOutput | tuple[Any, ...]: ...
 
-class FlaxMptModel(FlaxPreTrainedModel):
+class FlaxMptModel(FlaxMptPreTrainedModel):
     config: MptConfig
     def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -1236,7 +1262,7 @@ class FlaxMptModel(FlaxPreTrainedModel):
         sequence_id: Any = None,
     ) -> FlaxBaseModelOutputWithPastAndCrossAttentions | tuple[Any, ...]: ...
 
-class FlaxOpenAIGPTDoubleHeadsModel(FlaxPreTrainedModel):
+class FlaxOpenAIGPTDoubleHeadsModel(FlaxOpenAIGPTPreTrainedModel):
     config: OpenAIGPTConfig
     def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -1257,7 +1283,7 @@ class FlaxOpenAIGPTDoubleHeadsModel(FlaxPreTrainedModel):
         sequence_id: Any = None,
     ) -> FlaxOpenAIGPTDoubleHeadsModelOutput | tuple[Any, ...]: ...
 
-class FlaxOpenAIGPTForSequenceClassification(FlaxPreTrainedModel):
+class FlaxOpenAIGPTForSequenceClassification(FlaxOpenAIGPTPreTrainedModel):
     config: OpenAIGPTConfig
     def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -1277,7 +1303,7 @@ class FlaxOpenAIGPTForSequenceClassification(FlaxPreTrainedModel):
         sequence_id: Any = None,
     ) -> FlaxSequenceClassifierOutput | tuple[Any, ...]: ...
 
-class FlaxOpenAIGPTLMHeadModel(FlaxPreTrainedModel):
+class FlaxOpenAIGPTLMHeadModel(FlaxOpenAIGPTPreTrainedModel):
     config: OpenAIGPTConfig
     def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -1298,7 +1324,7 @@ class FlaxOpenAIGPTLMHeadModel(FlaxPreTrainedModel):
         logits_to_keep: int = 0,
     ) -> FlaxMaskedLMOutput | tuple[Any, ...]: ...
 
-class FlaxOpenAIGPTModel(FlaxPreTrainedModel):
+class FlaxOpenAIGPTModel(FlaxOpenAIGPTPreTrainedModel):
     config: OpenAIGPTConfig
     def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -11,6 +12,7 @@ from monoblock.checkpoint.adapter_files import base_of, is_adapter
 from monoblock.checkpoint.options import HubOptions
 from monoblock.config import PretrainedConfig, as_own_config
 from monoblock.config_tools import foreign_fields
+from monoblock.field_types import checked, in_file
 
 
 class AutoConfig:
@@ -25,14 +27,15 @@ class AutoConfig:
     def from_pretrained(pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Any:
         """The config of a checkpoint, of the class of its family; keywords as in `PretrainedConfig`'s."""
         kwargs.pop("trust_remote_code", None)  # no remote code is ever run
-        data, kwargs = PretrainedConfig.get_config_dict(pretrained_model_name_or_path, **kwargs)
-        model_type = data.get("model_type")
-        if not model_type:
-            raise ValueError(
-                f"{pretrained_model_name_or_path}: config.json names no model_type; monoblock has: "
-                + ", ".join(sorted(families.FAMILIES))
-            )
-        return families.family(model_type).config.from_dict(data, **kwargs)
+        path, data = PretrainedConfig.read_file(pretrained_model_name_or_path, HubOptions.pop(kwargs))
+        with in_file(path, kwargs):
+            model_type = checked("config", "model_type", data.get("model_type"), str | None)
+            if not model_type:
+                raise ValueError(
+                    f"{pretrained_model_name_or_path}: config.json names no model_type; monoblock has: "
+                    + ", ".join(sorted(families.FAMILIES))
+                )
+            return families.family(model_type).config.from_dict(data, **kwargs)
 
     @staticmethod
     def for_model(model_type: str, **kwargs: Any) -> PretrainedConfig:
@@ -174,6 +177,38 @@ class FlaxAutoModelForMultipleChoice(_Flax):
 
 class FlaxAutoModelForImageTextToText(_Flax):
     """A Flax model that continues text about images."""
+
+
+class ModelMapping(Mapping[type[PretrainedConfig], type[Any]]):
+    """Config class -> the model class that an `AutoModel...` chooses for it. The framework is imported with the first
+    class that is taken out."""
+
+    def __init__(self, auto: str, prefix: str) -> None:
+        self._prefix = prefix
+        self._names = {kind: families.auto_name(auto, kind) for kind in families.FAMILIES}
+
+    def __iter__(self) -> Iterator[type[PretrainedConfig]]:
+        return (families.family(kind).config for kind, name in self._names.items() if name is not None)
+
+    def __len__(self) -> int:
+        return sum(name is not None for name in self._names.values())
+
+    def __contains__(self, key: object) -> bool:
+        return any(key is config for config in self)
+
+    def __getitem__(self, key: type[PretrainedConfig]) -> type[Any]:
+        if key not in self:
+            raise KeyError(key)
+        return getattr(monoblock, f"{self._prefix}{self._names[key.model_type]}")
+
+
+FLAX_MODEL_MAPPING = ModelMapping("AutoModel", "Flax")
+FLAX_MODEL_FOR_CAUSAL_LM_MAPPING = ModelMapping("AutoModelForCausalLM", "Flax")
+FLAX_MODEL_FOR_MASKED_LM_MAPPING = ModelMapping("AutoModelForMaskedLM", "Flax")
+FLAX_MODEL_FOR_MULTIPLE_CHOICE_MAPPING = ModelMapping("AutoModelForMultipleChoice", "Flax")
+FLAX_MODEL_FOR_QUESTION_ANSWERING_MAPPING = ModelMapping("AutoModelForQuestionAnswering", "Flax")
+FLAX_MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING = ModelMapping("AutoModelForSequenceClassification", "Flax")
+FLAX_MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING = ModelMapping("AutoModelForTokenClassification", "Flax")
 
 
 class _TF(_AutoModel):

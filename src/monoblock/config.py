@@ -12,21 +12,25 @@ import inspect
 import json
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar, cast
 
 from monoblock.checkpoint.files import read_json, write_atomically
 from monoblock.checkpoint.hub import find_file
 from monoblock.checkpoint.options import HubOptions
-from monoblock.config_fields import COMMON, QUIET, REFUSED
+from monoblock.config_fields import COMMON, QUIET, REFUSED, TYPES
 from monoblock.config_tools import ToolFacts, foreign_fields
-from monoblock.errors import UnsupportedConfig
+from monoblock.errors import FieldError, UnsupportedConfig
+from monoblock.field_types import brief, checked, declared, in_file
 from monoblock.heads import HeadSpec
 from monoblock.quantization import recorded
 from monoblock.spec import ArchSpec
 
 CONFIG_NAME = "config.json"
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
+# Labels for which names are made up: each takes some 140 bytes. A file may name more.
+MOST_LABELS = 2**20
 
 Config = TypeVar("Config", bound="PretrainedConfig")
 
@@ -36,7 +40,8 @@ log = logging.getLogger("monoblock")
 class PretrainedConfig(ToolFacts):
     """The configuration of a model: attributes by the hub's names, one `config.json`.
 
-    Subclasses declare `field: type = default`. Positional arguments follow the order of declaration. Unknown
+    Subclasses declare `field: type = default`. Positional arguments follow the order of declaration. A value of another
+    type is a FieldError (a ValueError), whenever it is set; floats that are whole count as whole numbers. Unknown
     keywords are kept as attributes, written back, and warned about once.
     """
 
@@ -46,6 +51,7 @@ class PretrainedConfig(ToolFacts):
     # From this field on, fields are written only when they differ from their default: the hub's class has none of them.
     makers_from: ClassVar[str] = ""
     fields: ClassVar[dict[str, Any]] = {}
+    _types: ClassVar[dict[str, Any]] = {}
 
     _warned: ClassVar[set[tuple[str, str]]] = set()
 
@@ -53,6 +59,8 @@ class PretrainedConfig(ToolFacts):
         super().__init_subclass__(**kwargs)
         own = [name for name in cls.__annotations__ if "ClassVar" not in str(cls.__annotations__[name])]
         cls.fields = {**cls.fields, **{name: cls.__dict__[name] for name in own}}
+        types = declared(cls)
+        cls._types = {**TYPES, **{name: types[name] for name in cls.fields}}
         keyword = inspect.Parameter.POSITIONAL_OR_KEYWORD
         parameters = [
             inspect.Parameter(name, keyword, default=default) for name, default in cls.fields.items()
@@ -60,7 +68,7 @@ class PretrainedConfig(ToolFacts):
         extra = inspect.Parameter("kwargs", inspect.Parameter.VAR_KEYWORD)
         cls.__signature__ = inspect.Signature([*parameters, extra])
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, /, *args: Any, **kwargs: Any) -> None:
         if len(args) > len(self.fields):
             raise TypeError(
                 f"{type(self).__name__} takes at most {len(self.fields)} positional arguments, got {len(args)}"
@@ -70,16 +78,23 @@ class PretrainedConfig(ToolFacts):
             raise TypeError(f"{type(self).__name__} got {', '.join(sorted(twice))} twice")
         given |= kwargs
         self.name_or_path: str = str(given.pop("name_or_path", given.pop("_name_or_path", "")))
-        self._attn_implementation: str | None = given.pop(
-            "attn_implementation", given.pop("_attn_implementation", None)
-        )
+        kernel = given.pop("attn_implementation", given.pop("_attn_implementation", None))
+        self._attn_implementation: str | None = self._checked("attn_implementation", kernel, str | None)
         given.pop("model_type", None)
-        self.num_labels = given.pop("num_labels", 2)
-        for name, value in self._labels(given).items():
+        labels, count = self._labels(given), given.pop("num_labels", 2)
+        if "id2label" in labels:
+            self._checked("num_labels", count, int | None)
+        else:
+            self.num_labels = count
+        for name, value in labels.items():
             setattr(self, name, value)
         for name, default in {**COMMON, **self.fields}.items():
             setattr(self, name, copy.deepcopy(default))
         for name, value in given.items():
+            if not self._is_known(name) and hasattr(type(self), name):
+                raise FieldError(
+                    f"{type(self).__name__}.{name} is an attribute of the class and no field", name
+                )
             setattr(self, name, value)
             self._warn_unknown(name)
         for name, kind in self.sub_configs.items():
@@ -99,8 +114,16 @@ class PretrainedConfig(ToolFacts):
         if name == "torch_dtype":
             name = "dtype"
         if name == "dtype" and value is not None:
-            value = str(value).removeprefix("torch.")
+            # Frameworks' dtypes are objects; what JSON may hold beside a string is none.
+            if isinstance(value, bool | int | float | list | dict):
+                self._checked(name, value, str | None)
+            value = str(cast("Any", value)).removeprefix("torch.")
+        elif name in self._types:
+            value = self._checked(name, value, self._types[name])
         object.__setattr__(self, name, value)
+
+    def _checked(self, name: str, value: Any, kind: Any) -> Any:
+        return checked(type(self).__name__, name, value, kind)
 
     def __getattr__(self, name: str) -> Any:
         target = "dtype" if name == "torch_dtype" else type(self).attribute_map.get(name)
@@ -115,9 +138,12 @@ class PretrainedConfig(ToolFacts):
 
     @num_labels.setter
     def num_labels(self, count: int) -> None:
-        if count < 1:
-            raise ValueError(
-                f"{type(self).__name__}.num_labels must be a whole number of at least 1, got {count!r}"
+        count = self._checked("num_labels", count, int)
+        if not 1 <= count <= MOST_LABELS:
+            raise FieldError(
+                f"{type(self).__name__}.num_labels must be a whole number of at least 1 and at most {MOST_LABELS:,}, "
+                f"got {count}; id2label may name more labels",
+                "num_labels",
             )
         if len(getattr(self, "id2label", None) or {}) != count:
             self.id2label = {i: f"LABEL_{i}" for i in range(count)}
@@ -130,37 +156,40 @@ class PretrainedConfig(ToolFacts):
 
     def _labels(self, given: dict[str, Any]) -> dict[str, Any]:
         labels: dict[str, Any] = {}
-        if (id2label := given.pop("id2label", None)) is not None:
-            labels["id2label"] = {int(i): str(label) for i, label in dict(id2label).items()}
-        if (label2id := given.pop("label2id", None)) is not None:
-            labels["label2id"] = {str(label): int(i) for label, i in dict(label2id).items()}
+        if id2label := self._checked("id2label", given.pop("id2label", None), dict[Any, Any] | None):
+            labels["id2label"] = {self._label_id("id2label", i): str(label) for i, label in id2label.items()}
+        if label2id := self._checked("label2id", given.pop("label2id", None), dict[Any, Any] | None):
+            labels["label2id"] = {str(label): self._label_id("label2id", i) for label, i in label2id.items()}
         if "id2label" in labels and "label2id" not in labels:
             labels["label2id"] = {label: i for i, label in labels["id2label"].items()}
         return labels
 
+    def _label_id(self, field: str, value: Any) -> int:
+        """The id of a label; as a key of JSON it is a string."""
+        try:
+            return int(value) if isinstance(value, str) else self._checked(field, value, int)
+        except ValueError:
+            raise FieldError(
+                f"{type(self).__name__}.{field} must have whole numbers for ids, got {brief(value)}", field
+            ) from None
+
     def _as_mapping(self, name: str, value: Any) -> dict[str, Any]:
-        if value is None:
-            return {}
-        if isinstance(value, Mapping):
-            return dict(cast("Mapping[str, Any]", value))
-        raise ValueError(f"{type(self).__name__}.{name} must be a mapping, got {type(value).__name__}")
+        if value is None or isinstance(value, Mapping):
+            return dict(cast("Mapping[str, Any]", value or {}))
+        raise FieldError(f"{type(self).__name__}.{name} must be a dict, got {brief(value)}", name)
+
+    def _is_known(self, name: str) -> bool:
+        tables = (self.fields, COMMON, QUIET, REFUSED, self.attribute_map, ("torch_dtype",))
+        return any(name in table for table in tables)
 
     def _warn_unknown(self, name: str) -> None:
-        known = (
-            self.fields.keys()
-            | COMMON.keys()
-            | QUIET
-            | REFUSED.keys()
-            | self.attribute_map.keys()
-            | {"torch_dtype"}
-        )
-        if name in known or name.startswith("_") or (type(self).__name__, name) in self._warned:
+        if self._is_known(name) or name.startswith("_") or (type(self).__name__, name) in self._warned:
             return
         self._warned.add((type(self).__name__, name))
         log.warning(
-            "%s does not know the field %r: it is kept and written back, but has no effect",
+            "%s does not know the field %s: it is kept and written back, but has no effect",
             type(self).__name__,
-            name,
+            brief(name),
         )
 
     def _refuse(self) -> None:
@@ -169,6 +198,9 @@ class PretrainedConfig(ToolFacts):
             if value is not None and value != allowed:
                 raise UnsupportedConfig(f"{type(self).__name__}.{name}={value!r} cannot be honoured: {hint}")
         recorded(self)
+        self._check_problem_type()
+
+    def _check_problem_type(self) -> None:
         if self.problem_type is not None and self.problem_type not in PROBLEM_TYPES:
             raise ValueError(
                 f"problem_type must be one of {', '.join(PROBLEM_TYPES)} or None, got {self.problem_type!r}"
@@ -214,6 +246,14 @@ class PretrainedConfig(ToolFacts):
             problem_type=self.problem_type,
             pad_id=self.pad_token_id,
         )
+
+    def updated_head(self, head: HeadSpec) -> HeadSpec:
+        """A model's head with the fields that count at each call, not only when the model is made: problem_type and
+        pad_token_id. ValueError: there is no such problem_type."""
+        if (self.problem_type, self.pad_token_id) == (head.problem_type, head.pad_id):
+            return head
+        self._check_problem_type()
+        return replace(head, problem_type=self.problem_type, pad_id=self.pad_token_id)
 
     # ------------------------------------------------------------------ dicts and files
 
@@ -298,14 +338,19 @@ class PretrainedConfig(ToolFacts):
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """config.json as a dict, and the keywords that do not say where it comes from."""
         options = HubOptions.pop(kwargs)
-        path = Path(pretrained_model_name_or_path)
+        return cls.read_file(pretrained_model_name_or_path, options)[1], kwargs
+
+    @staticmethod
+    def read_file(name: str | Path, options: HubOptions) -> tuple[Path, dict[str, Any]]:
+        """The path and the content of a model's config.json; `name`: of the model, or the path of the file."""
+        path = Path(name)
         if not path.is_file():
-            found = find_file(pretrained_model_name_or_path, CONFIG_NAME, options)
+            found = find_file(name, CONFIG_NAME, options)
             assert found is not None
             path = found
         data = read_json(path)
-        data["_name_or_path"] = str(pretrained_model_name_or_path)
-        return data, kwargs
+        data["_name_or_path"] = str(name)
+        return path, data
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Any:
@@ -314,14 +359,15 @@ class PretrainedConfig(ToolFacts):
         Keywords that name fields override the file's; the hub's options are `revision`, `token`, `cache_dir`,
         `local_files_only`, `force_download`, `subfolder`.
         """
-        data, kwargs = cls.get_config_dict(pretrained_model_name_or_path, **kwargs)
+        path, data = cls.read_file(pretrained_model_name_or_path, HubOptions.pop(kwargs))
         found = data.get("model_type", cls.model_type)
         if cls.model_type and found != cls.model_type:
             raise ValueError(
                 f"{cls.__name__} reads checkpoints of type {cls.model_type!r}, but {pretrained_model_name_or_path} "
-                f"is of type {found!r}; use AutoConfig to choose by type"
+                f"is of type {brief(found)}; use AutoConfig to choose by type"
             )
-        return cls.from_dict(data, **kwargs)
+        with in_file(path, kwargs):
+            return cls.from_dict(data, **kwargs)
 
     def changed(self, **fields: Any) -> tuple[Self, dict[str, Any]]:
         """A copy with these fields, read as a constructor reads them; and the keywords that are no fields."""

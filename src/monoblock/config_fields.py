@@ -20,6 +20,36 @@ COMMON: dict[str, Any] = {
     "chunk_size_feed_forward": 0,
 }
 
+_IDS = int | list[int] | None
+
+# The types of these, and of the quiet fields that something reads.
+TYPES: dict[str, Any] = {
+    **dict.fromkeys(("return_dict", "output_hidden_states", "output_attentions"), bool | None),
+    **dict.fromkeys(("is_encoder_decoder", "gradient_checkpointing", "tf_legacy_loss"), bool | None),
+    "tie_word_embeddings": bool,
+    "problem_type": str | None,
+    "architectures": list[str] | None,
+    "chunk_size_feed_forward": int | None,
+    **dict.fromkeys(("pad_token_id", "bos_token_id", "sep_token_id"), int | None),
+    **dict.fromkeys(("eos_token_id", "decoder_start_token_id"), _IDS),
+    **dict.fromkeys(("classifier_dropout", "hidden_dropout"), float | None),
+    "prefix": str | None,
+    "tokenizer_class": str | None,
+    # What old files say about generation.
+    **dict.fromkeys(("max_length", "min_length", "num_beams", "num_beam_groups", "top_k"), int | None),
+    **dict.fromkeys(("no_repeat_ngram_size", "encoder_no_repeat_ngram_size"), int | None),
+    **dict.fromkeys(("num_return_sequences", "forced_bos_token_id"), int | None),
+    **dict.fromkeys(("temperature", "top_p", "typical_p", "repetition_penalty"), float | None),
+    **dict.fromkeys(("length_penalty", "diversity_penalty"), float | None),
+    **dict.fromkeys(("do_sample", "output_scores", "return_dict_in_generate"), bool | None),
+    "remove_invalid_values": bool | None,
+    "early_stopping": bool | str | None,
+    "bad_words_ids": list[list[int]] | None,
+    "forced_eos_token_id": _IDS,
+    **dict.fromkeys(("suppress_tokens", "begin_suppress_tokens"), list[int] | None),
+    "exponential_decay_length_penalty": tuple[int, float] | None,
+}
+
 # Fields that say nothing about the model (in old files), or that others take over: a generation config, or how weights
 # are packed. They are kept and written back; no warning is due.
 QUIET = frozenset(

@@ -31,3 +31,11 @@ class ShapeMismatch(CheckpointError):
 
 class HubError(OSError):
     """A model's files cannot be had: not there, not allowed, not reachable, or cut off."""
+
+
+class FieldError(ValueError):
+    """A field's value is not of the type that it is declared with; `field` is its name."""
+
+    def __init__(self, message: str, field: str = ""):
+        super().__init__(message)
+        self.field = field

@@ -68,6 +68,12 @@ class HeadSpec:
     norm: Norm | None = None
     summary: Summary | None = None
 
+    def __post_init__(self) -> None:
+        summary = self.summary
+        for p in (self.dropout, *((summary.dropout_in, summary.dropout_out) if summary else ())):
+            if not 0 <= p < 1:
+                raise ValueError(f"the dropout of a {self.kind} head must be in [0, 1), got {p}")
+
     def size(self, vocab: int) -> int | None:
         """The number of outputs of the projection; None if there is no projection."""
         size = KINDS[self.kind].size

@@ -12,12 +12,13 @@ Kinds:
     mlp         both matrices           mlp_add     the same, and adds the residual that comes second
     attention_norm, widen, narrow       attention, up and down, where a sub-layer adds its input and norms by itself
     pooler, lm_head, classifier_head, summary       heads with modules of their own
+    head        a bare model and the modules of a head beside it
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 
 from monoblock.checkpoint.keymap import KeyMap, Op, PerHead, Row, Same, Spelling, Split, Transposed, row
 from monoblock.spec import ArchSpec
@@ -47,7 +48,10 @@ CANONICAL = {
 # Roles of the layers' matrices.
 MATRICES = ("qkv", "out", "up", "down")
 # Roles whose matrices are one in the canonical tree, in that order.
-GROUPS = {("q", "k", "v"): "blocks.{i}.attn.qkv", ("gate", "up"): "blocks.{i}.mlp.gate_up"}
+GROUPS: dict[tuple[str, ...], str] = {
+    ("q", "k", "v"): "blocks.{i}.attn.qkv",
+    ("gate", "up"): "blocks.{i}.mlp.gate_up",
+}
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,9 @@ class Part:
     children: Mapping[str, str | Part]
     classes: Mapping[str, str] = field(default_factory=dict[str, str])
     tuples: bool = False
+
+    def __hash__(self) -> int:
+        return hash((self.name, self.kind, *self.children))  # cheap; equality compares the rest
 
     def paths(self) -> Iterator[tuple[str, tuple[str, ...]]]:
         """(role or kind, path of attribute names) of everything below; a layer's number is "{i}"."""
@@ -142,7 +149,10 @@ def _rows(
     att, mlp = spec.attention, spec.mlp
     paths = {role: path for role, path in paths.items() if role != "gate" or mlp.gated}
     kv = att.kv_heads * att.head_dim
-    sizes = {("q", "k", "v"): (att.heads * att.head_dim, kv, kv), ("gate", "up"): (mlp.width, mlp.width)}
+    sizes: dict[tuple[str, ...], tuple[int, ...]] = {
+        ("q", "k", "v"): (att.heads * att.head_dim, kv, kv),
+        ("gate", "up"): (mlp.width, mlp.width),
+    }
     found: list[tuple[str, Spelling]] = []
     grouped: set[str] = set()
     for roles, canonical in GROUPS.items():
@@ -170,3 +180,46 @@ def parts_of(tree: Part) -> Iterator[Part]:
     for child in tree.children.values():
         if isinstance(child, Part):
             yield from parts_of(child)
+
+
+def within(child: Part, outer: Part) -> Part:
+    """The child with the classes of the part around it, where it names no others."""
+    return replace(child, classes={**outer.classes, **child.classes})
+
+
+def joint_role(roles: tuple[str, ...]) -> str:
+    """The role, and the name, of a module that holds the matrices of a group as one."""
+    return GROUPS[roles].rpartition(".")[2]
+
+
+def with_joint(tree: Part, groups: Iterable[tuple[str, ...]]) -> Part:
+    """The tree in which each of these groups of modules, where one part holds them, is one module."""
+    children = {
+        name: with_joint(child, groups) if isinstance(child, Part) else child
+        for name, child in tree.children.items()
+    }
+    for roles in groups:
+        if all(role in children.values() for role in roles):
+            children = {name: child for name, child in children.items() if child not in roles}
+            children[joint_role(roles)] = joint_role(roles)
+    return replace(tree, children=children)
+
+
+def classes_of(tree: Part) -> Iterator[tuple[str, Mapping[str, str]]]:
+    """Each role, and the classes that hold where it is."""
+    for child in tree.children.values():
+        if isinstance(child, Part):
+            yield from classes_of(within(child, tree))
+        else:
+            yield child, tree.classes
+
+
+def whole(name: str, bare: Part, prefix: str, heads: Mapping[str, str | Part], kind: str | None) -> Part:
+    """The module tree of the class `name` with a head of that kind: the bare model under its prefix and `heads` beside
+    it, or the bare model itself. A pooler is a part of it where the head is one, or needs one."""
+    pooled = kind in ("pooler", "choice")
+    kept = {
+        n: c for n, c in bare.children.items() if pooled or not (isinstance(c, Part) and c.kind == "pooler")
+    }
+    bare = replace(bare, children=kept)
+    return bare if kind in (None, "pooler") else Part(name, "head", {prefix: bare, **heads})

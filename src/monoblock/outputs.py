@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import sys
 from collections import OrderedDict
 from collections.abc import Callable, ItemsView, Iterator, Mapping
 from dataclasses import dataclass
@@ -21,6 +23,10 @@ def _refused(what: str) -> Any:
     return refuse
 
 
+class _Both:
+    """The mark of a class that two libraries' classes make together, for `isinstance` alone."""
+
+
 class ModelOutput(OrderedDict[str, Any]):
     """A dataclass whose fields that are not None are also the items of an ordered mapping, in the fields' order.
 
@@ -36,10 +42,20 @@ class ModelOutput(OrderedDict[str, Any]):
     __match_args__: tuple[str, ...] = ()  # the fields' names, which `dataclass` sets
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
+        if issubclass(cls, _Both):
+            return
         super().__init_subclass__(**kwargs)
         ModelOutput.subclasses.append(cls)
         for call in ModelOutput.on_subclass:
             call(cls)
+
+    @property
+    def __class__(self) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """The class of this object; with transformers imported, one that derives from transformers' `ModelOutput` too:
+        its pipelines ask for an instance of that."""
+        own = type(self)
+        theirs = getattr(sys.modules.get("transformers.utils.generic"), "ModelOutput", None)
+        return own if theirs is None else _both(own, theirs)
 
     def __post_init__(self) -> None:
         names = self.__match_args__
@@ -89,6 +105,18 @@ class ModelOutput(OrderedDict[str, Any]):
     popitem = _refused("popitem")
     setdefault = _refused("setdefault")
     update = _refused("update")
+
+
+@functools.cache
+def _both(own: type, theirs: type) -> type:
+    """A class that derives from both; calling it makes an object of `own`."""
+
+    def new(cls: type, *args: Any, **kwargs: Any) -> Any:
+        del cls
+        return own(*args, **kwargs)
+
+    body = {"__new__": new, "__module__": own.__module__, "__qualname__": own.__qualname__}
+    return type(own.__name__, (own, theirs, _Both), body)
 
 
 def _pairs(value: Any, names: tuple[str, ...]) -> dict[str, Any] | None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from monoblock.spec import Buckets, RopeScaling, Rotary
+from monoblock.spec import ArchSpec, Buckets, Learned, RopeScaling, Rotary
 
 Floats = np.ndarray[Any, np.dtype[Any]]
 Ints = np.ndarray[Any, np.dtype[Any]]
@@ -41,6 +41,11 @@ def steps(rotary: Rotary) -> Floats:
 def is_dynamic(rotary: Rotary | None) -> bool:
     """Whether the angles change with the length of the text."""
     return rotary is not None and rotary.scaling is not None and rotary.scaling.kind == "dynamic"
+
+
+def has_positions(spec: ArchSpec) -> bool:
+    """Whether position ids act on this model."""
+    return any(isinstance(p, Learned | Rotary) for p in spec.positions)
 
 
 def _linear(_: Rotary, scaling: RopeScaling, inverse: Floats) -> tuple[Floats, float]:

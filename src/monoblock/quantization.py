@@ -7,9 +7,12 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, cast
 
 from monoblock.errors import UnsupportedConfig
+from monoblock.field_types import brief, checked
 
 LOSSLESS = 12  # bits
-METHOD = "monoblock"  # what config.json says under `quant_method`
+# What config.json says under `method`. Under `quant_method`, where first files have it, transformers passes over a name
+# that it does not know and gives a model of random weights; a quantization_config without one it refuses.
+METHOD = "monoblock"
 
 
 @dataclass(kw_only=True)
@@ -28,7 +31,8 @@ class WeightOnlyConfig:
 
     def __post_init__(self) -> None:
         for name, known in (("bits", (8, 4, 12)), ("group_size", (128, 64))):
-            if (value := getattr(self, name)) not in known or isinstance(value, bool):
+            setattr(self, name, checked("WeightOnlyConfig", name, getattr(self, name), int))
+            if (value := getattr(self, name)) not in known:
                 values = ", ".join(map(str, known[:-1]))
                 raise ValueError(f"WeightOnlyConfig.{name} must be {values} or {known[-1]}, got {value!r}")
         if self.bits == LOSSLESS and self.group_size != 128:
@@ -58,7 +62,7 @@ class WeightOnlyConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """What config.json holds."""
-        return {"quant_method": METHOD, **asdict(self)}
+        return {"method": METHOD, **asdict(self)}
 
 
 @dataclass(kw_only=True)
@@ -139,23 +143,24 @@ def wanted(given: Any, in_4bit: bool = False, in_8bit: bool = False) -> Quantiza
 def _of_dict(given: dict[str, Any]) -> QuantizationConfig:
     """A config of a dict, which says of which kind it is by `quant_method` or by its fields."""
     ours = "bits" in given or "group_size" in given
-    method = getattr(given.get("quant_method"), "value", given.get("quant_method"))
-    method = method or (METHOD if ours else "bitsandbytes")
+    method = given.get("quant_method") or given.get("method")
+    method = getattr(method, "value", method) or (METHOD if ours else "bitsandbytes")
     kinds: dict[str, type[QuantizationConfig]] = {
         METHOD: WeightOnlyConfig,
         "bitsandbytes": BitsAndBytesConfig,
     }
-    if method not in kinds:
+    if not isinstance(method, str) or method not in kinds:
         raise ValueError(
-            f"quantization_config of the method {method!r} is not supported here: give {_NAMES}, with a checkpoint of "
-            "unquantised weights"
+            f"quantization_config of the method {brief(method)} is not supported here: give {_NAMES}, with "
+            "a checkpoint of unquantised weights"
         )
     known = {field.name for field in fields(kinds[method])}
     # The hub's class repeats two fields under private names.
-    values = {k: v for k, v in given.items() if k != "quant_method" and not k.startswith("_load_in_")}
+    named = ("quant_method", "method")
+    values = {k: v for k, v in given.items() if k not in named and not k.startswith("_load_in_")}
     if unknown := sorted(values.keys() - known):
         raise ValueError(
-            f"{kinds[method].__name__} has no field {unknown[0]!r}; it has: {', '.join(sorted(known))}"
+            f"{kinds[method].__name__} has no field {brief(unknown[0])}; it has: {', '.join(sorted(known))}"
         )
     return kinds[method](**values)
 
@@ -169,8 +174,8 @@ def recorded(config: Any) -> WeightOnlyConfig | None:
     if found is None:
         return None
     held = cast("Mapping[str, Any]", found if isinstance(found, Mapping) else {})
-    if (method := held.get("quant_method")) != METHOD:
-        what = f"quant_method={method!r}" if method else repr(cast("Any", found))
+    if (method := held.get("quant_method", held.get("method"))) != METHOD:
+        what = f"quant_method={brief(method)}" if method else brief(found)
         raise UnsupportedConfig(
             f"{type(config).__name__}.quantization_config={what} cannot be honoured: {_ELSEWHERE}, and quantise them "
             'here with from_pretrained(..., quantization_config="int8") or "int4"'

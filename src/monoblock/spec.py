@@ -10,6 +10,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, Literal, TypeVar
 
+# What no model is near, and what nothing is computed or allocated for: a config may say anything.
+MOST: dict[str, int] = {
+    "vocab": 2**36,
+    "width": 2**22,
+    "heads": 2**16,
+    "head_dim": 2**16,
+    "mlp width": 2**30,
+    "position table": 2**36,
+    "patch size": 2**30,
+}
 ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu", "relu", "relu2", "silu")
 
 
@@ -192,6 +202,7 @@ class ArchSpec:
 
 def _gaps(spec: ArchSpec) -> Iterator[str]:
     att, mlp = spec.attention, spec.mlp
+    learned, patches = spec.position(Learned), spec.patches
     sizes = {
         "vocab": spec.vocab,
         "width": spec.width,
@@ -200,10 +211,13 @@ def _gaps(spec: ArchSpec) -> Iterator[str]:
         "kv_heads": att.kv_heads,
         "head_dim": att.head_dim,
         "mlp width": mlp.width,
+        **({"position table": learned.size} if learned else {}),
+        **({"patch size": patches.size} if patches else {}),
     }
     for what, size in sizes.items():
-        if size < 1:
-            yield f"{what} must be at least 1, got {size}"
+        most = MOST.get(what, size)
+        if not 1 <= size <= most:
+            yield f"{what} must be at least 1{f' and at most {most:,}' if size > most else ''}, got {size}"
     if att.kv_heads > 0 and att.heads % att.kv_heads:
         yield f"heads ({att.heads}) must be a multiple of kv_heads ({att.kv_heads})"
     if mlp.act not in ACTIVATIONS:
@@ -235,6 +249,8 @@ def _gaps(spec: ArchSpec) -> Iterator[str]:
     ):
         if not 0 <= p < 1:
             yield f"{what} dropout must be in [0, 1), got {p}"
+    if not 0 <= spec.init_std <= 1e6:
+        yield f"the deviation of initial weights must be at least 0, got {spec.init_std}"
     if not 0 < spec.embed_gradient <= 1:
         yield f"embed_gradient must be in (0, 1], got {spec.embed_gradient}"
     for i, window in enumerate(spec.windows):
@@ -252,6 +268,8 @@ def _position_gaps(spec: ArchSpec) -> Iterator[str]:
         match position:
             case Learned(size=size, offset=offset) if size <= offset:
                 yield f"a position table of {size} leaves no room after its offset of {offset}"
+            case Learned(pad_id=int(pad_id)) if not 0 <= pad_id < spec.vocab:
+                yield f"positions that count from a padding id need one of the vocabulary, got {pad_id}"
             case Rotary(dim=dim) if dim < 2 or dim % 2 or dim > spec.attention.head_dim:
                 yield f"rotary dim must be even and at most head_dim ({spec.attention.head_dim}), got {dim}"
             case Rotary(theta=theta) if not theta > 0:
@@ -265,6 +283,19 @@ def _position_gaps(spec: ArchSpec) -> Iterator[str]:
                 )
             case Rotary(dim=2, scaling=RopeScaling(kind="dynamic")):
                 yield "dynamic rotary scaling needs a rotary dim above 2"
+            case Rotary(scaling=RopeScaling(kind="llama3", low_freq_factor=low, high_freq_factor=high)) if (
+                not low < high
+            ):
+                yield f"llama3 rotary scaling needs low_freq_factor below high_freq_factor, got {low} and {high}"
+            case Rotary(theta=theta, scaling=RopeScaling(kind="yarn") as scaling) if not (
+                theta > 1
+                and min(scaling.beta_fast, scaling.beta_slow, scaling.attention_factor or 1) > 0
+                and max(scaling.beta_fast, scaling.beta_slow) < 1e6
+            ):
+                yield (
+                    "yarn rotary scaling needs a theta above 1, and beta_fast, beta_slow and attention_factor above 0, "
+                    f"got {theta}, {scaling.beta_fast}, {scaling.beta_slow} and {scaling.attention_factor}"
+                )
             case Alibi(bias_max=bias_max) if not bias_max > 0:
                 yield f"alibi bias_max must be above 0, got {bias_max}"
             case Buckets(count=count, max_distance=distance) if (

@@ -12,10 +12,12 @@ from typing import Any
 import pytest
 from old_files import FOLDER
 
-from monoblock import MptConfig, MptForCausalLM, native
+from monoblock import AutoConfig, MptConfig, MptForCausalLM, native
 from monoblock.checkpoint.header import make_header
+from monoblock.checkpoint.hub import find_weights
 from monoblock.cli import info
 from monoblock.cli.options import Hub
+from monoblock.errors import HubError
 
 CONFIG = {
     "model_type": "mpt",
@@ -179,3 +181,100 @@ def test_runtime_names_what_stands_in_the_way(folder: Path) -> None:
     assert rows["dtype"] == "float64"
     if rows["device"] == "cpu" and native.preferred(int(rows["threads"])) is not None:
         assert rows["decoding"] == "dtype float64"
+
+
+# --- folders that are not one model in the hub's files ------------------------------------------------------
+
+
+def written(folder: Path, name: str, count: int) -> None:
+    """A safetensors file with one row of numbers."""
+    header, _ = make_header([(f"tensor of {name}", "F32", (count,))], {"format": "pt"})
+    (folder / name).write_bytes(header + bytes(4 * count))
+
+
+@pytest.mark.parametrize(
+    "other", ["consolidated.safetensors", "model.fp16.safetensors", "adapter_model.safetensors"]
+)
+def test_each_weight_is_counted_once(folder: Path, other: str) -> None:
+    """Of two sets of weights, that which a load reads."""
+    written(folder, other, 7)
+    found = info.describe(str(folder), Hub())
+    assert found["stored"] == {"BF16": 6400}
+    assert found["weights"] == ["model.safetensors"]
+    text = run(str(folder)).stdout
+    assert f"file {other}: " in text
+    assert [line.endswith(", not read") for line in text.splitlines() if f"file {other}" in line] == [True]
+    assert "not read" not in next(line for line in text.splitlines() if "file model.safetensors" in line)
+
+
+def test_shards_are_counted_by_their_index(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    index = {}
+    for i in (1, 2):
+        name = f"model-0000{i}-of-00002.safetensors"
+        written(folder, name, i)
+        index[f"tensor of {name}"] = name
+    written(folder, "consolidated.safetensors", 3)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    assert info.describe(str(folder), Hub())["stored"] == {"F32": 3}
+
+
+KINDS = {
+    "model-00001-of-00002.safetensors": "without their index, model.safetensors.index.json",
+    "pytorch_model-00001-of-00002.bin": "without their index, pytorch_model.bin.index.json",
+    "model.fp16.safetensors": "load it with variant='fp16'",
+    "model.fp16-00001-of-00002.safetensors": "load it with variant='fp16'",
+    "pytorch_model.bf16.bin": "load it with variant='bf16'",
+    "consolidated.safetensors": "`monoblock convert`",
+    "consolidated.00.pth": "`monoblock convert`",
+    "model-Q4_K_M.gguf": "a GGUF file (model-Q4_K_M.gguf)",
+}
+
+
+@pytest.mark.parametrize(("name", "words"), KINDS.items())
+def test_weights_are_named_for_what_they_are(folder: Path, name: str, words: str) -> None:
+    """By `info`, and by whatever looks for them; also where there is no config."""
+    (folder / "model.safetensors").rename(folder / name)
+    result = run("-m", str(folder))
+    assert result.returncode == 0
+    assert words in next(line for line in result.stdout.splitlines() if line.startswith("stored: "))
+    assert json.loads(run(str(folder), "--json").stdout)["stored"] is None
+    with pytest.raises(HubError) as error:
+        find_weights(folder)
+    assert words in str(error.value)
+    (folder / "config.json").unlink()
+    result = run(str(folder))
+    assert (result.returncode, result.stdout) == (1, "")
+    assert words in result.stderr
+
+
+def test_adapter(tmp_path: Path) -> None:
+    config = {"peft_type": "LORA", "base_model_name_or_path": "someone/model", "r": 8, "lora_alpha": 16}
+    config["target_modules"] = ["q_proj", "v_proj"]
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    written(tmp_path, "adapter_model.safetensors", 70)
+    lines = run("--model", str(tmp_path)).stdout.splitlines()
+    assert "adapter: LORA, of the peft package: no model of its own" in lines
+    assert {"base model: someone/model", "rank: 8", "target modules: q_proj, v_proj", "stored: 70 F32"} < {
+        *lines
+    }
+    found = json.loads(run(str(tmp_path), "--json").stdout)
+    assert (found["adapter"], found["base"], found["stored"]) == ("LORA", "someone/model", {"F32": 70})
+    refused = run(str(tmp_path), "--runtime")
+    assert refused.returncode == 1
+    assert "give its base model" in refused.stderr
+    with pytest.raises(HubError, match="an adapter of the peft package"):
+        AutoConfig.from_pretrained(tmp_path)
+
+
+def test_sentence_transformers(folder: Path) -> None:
+    (folder / "modules.json").write_text("[]")
+    assert "made for: sentence-transformers" in run("-m", str(folder)).stdout
+    assert info.describe(str(folder), Hub())["kind"] == "sentence-transformers"
+
+
+def test_the_model_is_named_once(folder: Path) -> None:
+    assert run("-m", str(folder)).stdout == run(str(folder)).stdout
+    refused = run(str(folder), "--model", "other")
+    assert refused.returncode == 2
+    assert "two models are given" in refused.stderr

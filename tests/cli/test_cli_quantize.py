@@ -47,7 +47,7 @@ def test_a_folder_is_made_and_the_command_tells(packed: Path) -> None:
         assert (packed / name).read_bytes() == (Path(demo.path()) / name).read_bytes()
     how = json.loads((packed / "config.json").read_text())["quantization_config"]
     assert how == {
-        "quant_method": "monoblock",
+        "method": "monoblock",
         "bits": 4,
         "group_size": 64,
         "modules_to_not_convert": ["Wqkv"],

@@ -10,9 +10,10 @@ from typing import Any, Literal
 
 import numpy as np
 import pytest
+from fuzz.harness import attempt
 from tokenizers_made import tokenizer
 
-from monoblock.tokenization import ChatTemplateError, get_json_schema, template
+from monoblock.tokenization import ChatTemplateError, budget, get_json_schema
 from monoblock.tokenization.chat import plain
 
 CHAT = [{"role": "user", "content": "the fox?"}, {"role": "assistant", "content": " jumps "}]
@@ -92,11 +93,84 @@ def test_there_is_nothing_to_reach(source: str) -> None:
     ],
 )
 def test_an_endless_template_is_stopped(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(template, "MAX_STEPS", 200_000)  # so that the test is quick; the rule is the same
+    monkeypatch.setattr(budget, "MAX_SECONDS", 0.3)  # so that the test is quick; the rule is the same
     began = time.perf_counter()
     with pytest.raises(ChatTemplateError, match=r"stopped|range|Range"):
         render(source)
     assert time.perf_counter() - began < 10  # seconds; without the bound these run for hours
+
+
+GROWING = [
+    "{{ 3.7 | round(-10 ** 9) }}",
+    "{{ 3 | round(10 ** 9, 'ceil') }}",
+    "{{ messages | tojson(indent=10 ** 9) }}",
+    "{{ messages | tojson(separators=('x' * 10 ** 7, 'x' * 10 ** 7)) }}",
+    "{{ messages | slice(10 ** 9) | list }}",
+    "{{ messages | batch(10 ** 9, 'x') | list }}",
+    "{{ ('a b ' * 10 ** 6) | wordwrap(1) }}",
+    "{{ ('a b ' * 10 ** 4) | wordwrap(1, wrapstring='x' * 10 ** 6) }}",
+    "{{ ('<!---->' * 10 ** 6) | striptags }}",
+    "{{ ('www.a.b ' * 10 ** 6) | urlize }}",
+    "{{ ('<' * 10 ** 7) | e | e | e | e | e }}",
+    "{{ ('a' * 10 ** 6) | replace('a', 'b' * 10 ** 6) }}",
+    "{{ ('a' * 10 ** 6).replace('', 'b' * 10 ** 6) }}",
+    "{{ ('x' * 10 ** 6).join(['a'] * 10 ** 5) }}",
+    "{{ (['x' * 10 ** 6] * 10 ** 5) | join }}",
+    "{{ [['x' * 10 ** 6] * 1000] * 1000 }}",
+    "{{ ['x' * 10 ** 6] | map('center', 10 ** 9) | list }}",
+    "{{ '{0}{0}{0}{0}{0}{0}{0}{0}{0}{0}{0}'.format('x' * 10 ** 7) }}",
+    "{{ '{:{}}'.format('x', 10 ** 9) }}",
+    "{{ '%*d' % (10 ** 9, 1) }}",
+    "{{ '%s%s%s%s' % (('x' * 10 ** 7,) * 4) }}",
+    "{{ ('\\t' * 10 ** 6).expandtabs(10 ** 6) }}",
+    "{{ 'x'.encode().center(10 ** 9) }}",
+    "{{ (5).to_bytes(10 ** 9, 'big') }}",
+    "{{ 'abc'.translate({97: 'x' * 10 ** 9}) }}",
+    "{{ (('9' * 10 ** 7) | int(base=16)) // (('9' * 10 ** 6) | int(base=16)) }}",
+    "{{ range(99999) | map('string') | map('center', 99999) | list }}",
+    "{{ ([[1]] * 10 ** 5) | sum(start=[]) }}",
+    "{{ ('[]' * 10 ** 7) | from_json }}",
+    "{{ strftime_now('%999999999Y') }}",
+    "{% set n = namespace(v=[1]) %}{% for i in range(99) %}{% set n.v = [n.v, n.v] %}{% endfor %}{{ n.v }}",
+    "{% set n = namespace(v=(1,)) %}{% for i in range(99) %}{% set n.v = (n.v, n.v) %}{% endfor %}{{ n.v == n.v }}",
+    "{% set n = namespace(v=[1]) %}{% for i in range(99) %}{% set n.v = {'a': n.v, 'b': n.v} %}{% endfor %}",
+    "{% set n = namespace(a=1) %}{% for i in range(99) %}{% set n.a = namespace(a=n.a, b=n.a) %}{% endfor %}"
+    "{{ n.a }}{{ 'x' * 10 ** 8 }}",
+    "{% set x %}{% for i in range(9999) %}xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx{% endfor %}"
+    "{% endset %}{% for i in range(9999) %}{% set y %}{{ x }}{{ x }}{% endset %}{{ y[1:] }}{% endfor %}",
+    "{% macro m(x) %}{{ x }}{{ m(x ~ x) }}{% endmacro %}{{ m('x') }}",
+    "{% macro m(x) %}{{ caller() }}{{ caller() }}{% endmacro %}"
+    + "{% call m(1) %}" * 40
+    + "x"
+    + "{% endcall %}" * 40,
+    "{% for a in range(99999) %}{% for b in messages | tojson | list %}{{ b }}{% endfor %}{% endfor %}",
+    "{{ messages" + "[0:]" * 9000 + " }}",
+    "{{ " + "1 + " * 20_000 + "1 }}",
+    "{{ '" + "x" * 2**16 + "' }}",
+]
+
+
+@pytest.mark.parametrize("source", GROWING, ids=[source[:70] for source in GROWING])
+def test_no_filter_runs_on_or_fills_the_memory(source: str) -> None:
+    """Two seconds of the processor, 16 Mi characters, and 1 GiB beside them, whatever a template does."""
+    ended = attempt(lambda: render(source), seconds=4, memory=1 << 30)
+    assert ended.kind == "refused" and "ChatTemplateError" in ended.what, ended
+    assert "MemoryError" not in ended.what and ended.seconds < 3
+
+
+def test_values_within_the_bounds_are_made() -> None:
+    big = (
+        "{% set x = 'ab ' * 5000000 %}{{ x | length }} {{ x[1:4] }} {{ (x | trim)[-2:] }} {{ x.count('a') }}"
+    )
+    assert render(big) == "15000000 b a ab 5000000"
+    assert render("{{ ['a', 1, none] | join('-') }} {{ 3.14159 | round(2) }} {{ '%5.1f|' % 2.25 }}") == (
+        "a-1-None 3.14   2.2|"
+    )
+    assert render("{{ messages | tojson(indent=2) | length > 10 }}{{ '{:>6}'.format('x') }}") == "True     x"
+    assert render("{{ range(9) | batch(4, 0) | map('sum') | list }}{{ [3, 1] | sort }}") == "[6, 22, 8][1, 3]"
+    assert render("{% set ns = namespace(l=[]) %}{% for m in messages %}{% set ns.l = ns.l + [m.role] %}{% endfor %}"
+                  "{{ ns.l | join(',') }}{{ ns }}") == "user,assistant<Namespace>"  # fmt: skip
+    assert render("{{ 'a b' | wordwrap(1) }}|{{ 'x' | center(3) }}|{{ '<b>' | e }}") == "a\nb| x |&lt;b&gt;"
 
 
 def test_a_long_conversation_is_not_stopped() -> None:

@@ -176,12 +176,14 @@ def test_only_the_call_switches_the_cache_off(call, passed, file, expected):
 
 
 OTHER_VALUES = {bool: True, int: 3, float: 0.75}
+TEXTS = ("dola_layers", "speculation_type")
 
 
 @pytest.mark.parametrize("name", sorted(UNSUPPORTED))
 def test_every_unsupported_field_is_refused_in_call_and_file(name):
     allowed, _ = UNSUPPORTED[name]
-    value = OTHER_VALUES.get(type(allowed[0]) if allowed else int, "offloaded")
+    kind = type(allowed[0]) if allowed else str if name in TEXTS else int
+    value = OTHER_VALUES.get(kind, "offloaded")
     with pytest.raises(UnsupportedConfig, match=f"^GenerationConfig.{name}={value!r}: "):
         resolve({name: value}, None, None)
     with pytest.raises(UnsupportedConfig, match=name):

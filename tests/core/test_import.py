@@ -12,6 +12,7 @@ import sys
 import pytest
 
 import monoblock
+from monoblock import demo
 
 FRAMEWORKS = ("torch", "jax", "flax", "tensorflow", "keras")
 
@@ -67,6 +68,15 @@ def test_all_names_exist_and_are_listed() -> None:
     assert set(CORE) <= set(monoblock.__all__) <= set(dir(monoblock))
     with pytest.raises(AttributeError, match="MptForEverything"):
         _ = monoblock.MptForEverything
+
+
+def test_packages_are_attributes() -> None:
+    """As `from monoblock import demo` gives them, without a framework."""
+    code = "import monoblock, sys; print(monoblock.demo.path(), *{'torch', 'jax', 'tensorflow'} & set(sys.modules))"
+    assert python(code).stdout.strip() == str(demo.path())
+    for name in ("demo", "pipelines", "utils"):
+        assert getattr(monoblock, name).__name__ == f"monoblock.{name}"
+        assert name in dir(monoblock)
 
 
 MISSING = {

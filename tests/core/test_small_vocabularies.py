@@ -302,7 +302,7 @@ def test_merges_that_do_not_fit(tmp_path: Path) -> None:
 
 def test_broken_vocabularies(tmp_path: Path) -> None:
     gpt2(tmp_path)
-    for text, says in (('{"a": ', "not valid JSON"), ("[1]", "a JSON list; a vocabulary maps")):
+    for text, says in (('{"a": ', "not valid JSON"), ("[1]", "holds a JSON list")):
         (tmp_path / "vocab.json").write_text(text)
         with pytest.raises(CheckpointError, match=says):
             GPT2Tokenizer.from_pretrained(tmp_path)

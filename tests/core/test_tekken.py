@@ -150,7 +150,7 @@ WHOLE = json.dumps(content())
         ("", "Expecting value"),
         (WHOLE[: len(WHOLE) // 2], "is damaged"),
         ("[]", "not a Tekken vocabulary"),
-        (json.dumps({"vocab": []}), "it has no 'config'"),
+        (json.dumps({"vocab": []}), "its config has no default_num_special_tokens"),
         (json.dumps({**content(), "vocab": content()["vocab"][:100]}), "it has 100 tokens of the"),
         (json.dumps({**content(), "vocab": [content()["vocab"][0]] * 999}), "ranks are missing"),
         (json.dumps(content(default_vocab_size="many")), "is damaged"),

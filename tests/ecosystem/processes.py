@@ -1,44 +1,48 @@
-"""Runs a function in two processes that talk by gloo."""
+"""Runs functions in two processes that talk by gloo."""
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
 import os
 import socket
 import sys
 import traceback
 from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+WORLD = 2
 SECONDS = 180
 
 
-def _work(
-    function: Callable[..., Any], rank: int, world: int, port: int, queue: Any, args: tuple[Any, ...]
-) -> None:
+def _work(rank: int, port: int, calls: Connection) -> None:
+    """Calls the functions that come, one after the other, until one fails."""
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(world),
-        "LOCAL_WORLD_SIZE": str(world),
+        "WORLD_SIZE": str(WORLD),
+        "LOCAL_WORLD_SIZE": str(WORLD),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
     }
     import torch
+    from accelerate.state import AcceleratorState, GradientState, PartialState
 
     torch.set_num_threads(1)
-    torch.manual_seed(0)
-    try:
-        torch.distributed.init_process_group("gloo")
-        queue.put((rank, function(rank, *args), None))
-    except BaseException:
-        queue.put((rank, None, traceback.format_exc()))
-    finally:
-        queue.close()
-        queue.join_thread()
-        # Without waiting for the other process, which may have failed.
-        os._exit(0)
+    torch.distributed.init_process_group("gloo")
+    while True:
+        function, args = calls.recv()
+        torch.manual_seed(0)
+        try:
+            calls.send((function(rank, *args), None))
+        except BaseException:
+            calls.send((None, traceback.format_exc()))
+            # Without waiting for the other process, which may have failed.
+            os._exit(0)
+        for state in (AcceleratorState, GradientState, PartialState):
+            state._reset_state()
 
 
 def _free_port() -> int:
@@ -47,34 +51,61 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
-def in_processes(function: Callable[..., Any], *args: Any, world: int = 2) -> list[Any]:
-    """function(rank, *args) in each of `world` processes: their results, by rank. Results are plain Python or NumPy.
+class Workers:
+    """Two processes, forked from a server that has imported the packages once."""
 
-    The processes are forked from a server that has imported the packages once.
+    def __init__(self) -> None:
+        here = str(Path(__file__).parent)
+        if here not in sys.path:
+            sys.path.insert(0, here)
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["torch.distributed.tensor", "transformers", "accelerate", "peft"])
+        port = _free_port()
+        pipes = [context.Pipe() for _ in range(WORLD)]
+        self.calls = [ours for ours, _ in pipes]
+        self.processes = [
+            context.Process(target=_work, args=(rank, port, theirs), daemon=True)
+            for rank, (_, theirs) in enumerate(pipes)
+        ]
+        for process in self.processes:
+            process.start()
+
+    def __call__(self, function: Callable[..., Any], *args: Any) -> list[Any]:
+        for calls in self.calls:
+            calls.send((function, args))
+        results: dict[int, Any] = {}
+        while len(results) < WORLD:
+            left = [calls for rank, calls in enumerate(self.calls) if rank not in results]
+            ready = wait(left, SECONDS)
+            if not ready:
+                raise AssertionError(f"no answer in {SECONDS} seconds")
+            for calls in ready:
+                rank = self.calls.index(calls)  # pyright: ignore[reportArgumentType]
+                value, error = self.calls[rank].recv()
+                if error is not None:
+                    raise AssertionError(f"process {rank}:\n{error}")
+                results[rank] = value
+        return [results[rank] for rank in range(WORLD)]
+
+    def stop(self) -> None:
+        for process in self.processes:
+            process.kill()
+
+
+@functools.cache
+def _workers() -> Workers:
+    return Workers()
+
+
+def in_processes(function: Callable[..., Any], *args: Any) -> list[Any]:
+    """function(rank, *args) in each of two processes: their results, by rank. Results are plain Python or NumPy.
+
+    The processes serve all calls; after one that fails there are new ones.
     """
-    here = str(Path(__file__).parent)
-    if here not in sys.path:
-        sys.path.insert(0, here)
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch.distributed.tensor", "transformers", "accelerate", "peft"])
-    queue = context.Queue()
-    port = _free_port()
-    processes = [
-        context.Process(target=_work, args=(function, rank, world, port, queue, args), daemon=True)
-        for rank in range(world)
-    ]
-    for process in processes:
-        process.start()
-    results: dict[int, Any] = {}
+    workers = _workers()
     try:
-        for _ in range(world):
-            rank, value, error = queue.get(timeout=SECONDS)
-            if error is not None:
-                raise AssertionError(f"process {rank}:\n{error}")
-            results[rank] = value
-    finally:
-        for process in processes:
-            process.join(timeout=0 if len(results) < world else 10)
-            if process.is_alive():
-                process.kill()
-    return [results[rank] for rank in range(world)]
+        return workers(function, *args)
+    except BaseException:
+        workers.stop()
+        _workers.cache_clear()
+        raise

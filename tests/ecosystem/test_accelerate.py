@@ -9,10 +9,25 @@ import accelerate
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.hooks import remove_hook_from_submodules
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from processes import in_processes
 from safetensors.torch import load_file
-from tiny import BARE, FAMILIES, LANGUAGE, WAYS, Folders, Library, batch, equal_states, labelled, logits
+from tiny import (
+    BARE,
+    BLOCKS,
+    CAUSAL,
+    FAMILIES,
+    LANGUAGE,
+    WAYS,
+    Folders,
+    Library,
+    batch,
+    equal_states,
+    equal_trees,
+    labelled,
+    logits,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -59,7 +74,8 @@ def test_mixed_precision_returns_float32(agree: Any, name: str) -> None:
         first = out["logits"] if "logits" in out else out["last_hidden_state"]
         assert first.dtype == torch.float32
         assert accelerator.unwrap_model(model, keep_fp32_wrapper=False)(**batch())[0].dtype == torch.float32
-        return type(out).__name__, list(out.keys())
+        assert type(out) is type(library.model(name)(**batch()))
+        return list(out.keys())
 
     agree(run)
 
@@ -95,13 +111,41 @@ def test_checkpoints_move_between_libraries(
     torch.nn.init.ones_(next(again.parameters()))
     accelerate.load_checkpoint_in_model(again, str(tmp_path / "model"))
     equal_states(again.state_dict(), state)
+    accelerator.save_model(again, tmp_path / "model-back")
+    equal_states(
+        load_file(tmp_path / "model-back" / "model.safetensors"),
+        load_file(tmp_path / "model" / "model.safetensors"),
+    )
 
-    accelerator.save_state(str(tmp_path / "state"))
-    resumed = accelerator.prepare(other.model(name))
-    accelerator._models[:] = [resumed]
-    torch.nn.init.ones_(next(resumed.parameters()))
-    accelerator.load_state(str(tmp_path / "state"))
-    equal_states(resumed.state_dict(), state)
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("writer", "reader"), WAYS)
+def test_states_move_between_libraries(
+    folders: Any, writer: str, reader: str, family: str, tmp_path: Path
+) -> None:
+    """save_state and load_state, there and back; the optimizer's goes by the order of the parameters."""
+    name = LANGUAGE[family]
+
+    def prepared(which: str) -> Any:
+        AcceleratorState._reset_state()
+        accelerator = Accelerator(cpu=True)
+        model = Library(which, folders).model(name)
+        return accelerator, *accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=1e-2))
+
+    accelerator, model, optimizer = prepared(writer)
+    accelerator.backward(model.train()(**labelled(name)).loss)
+    optimizer.step()
+    optimizer.zero_grad()
+    accelerator.save_state(str(tmp_path / "there"))
+    other, second, its_optimizer = prepared(reader)
+    other.load_state(str(tmp_path / "there"))
+    other.save_state(str(tmp_path / "back"))
+    back, third, the_last = prepared(writer)
+    back.load_state(str(tmp_path / "back"))
+    for m, o in ((second, its_optimizer), (third, the_last)):
+        equal_states(m.state_dict(), model.state_dict())
+        equal_trees(o.state_dict(), optimizer.state_dict())
+    assert [key for key, _ in second.named_parameters()] == [key for key, _ in model.named_parameters()]
 
 
 def test_a_process_that_is_not_the_main_one_writes_nothing(library: Library, tmp_path: Path) -> None:
@@ -139,6 +183,64 @@ def test_big_models_are_dispatched(agree: Any, family: str, tmp_path: Path) -> N
         offloaded = accelerate.cpu_offload(library.model(name), execution_device=torch.device("cpu"))
         assert torch.equal(logits(offloaded), logits(library.model(name)))
         return sorted(found), logits(model)
+
+    agree(run, 2e-5)
+
+
+def on_disk(model: Any) -> list[str]:
+    """The parameters that are in memory only while their module is called."""
+    return sorted(key for key, parameter in model.named_parameters() if parameter.is_meta)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_weights_stay_on_disk(agree: Any, monoblock_library: Library, family: str, tmp_path: Path) -> None:
+    """The second block's weights are read for each call: by from_pretrained, and by accelerate."""
+    name = LANGUAGE[family]
+    blocks = BLOCKS[family][1]
+
+    def run(library: Library) -> Any:
+        folder, cls = library.folders(name), getattr(library, name)
+        plain = library.model(name)
+        own = [key for key, _ in plain.named_parameters() if key.startswith(f"{blocks}.1.")]
+        children = {key for key, module in plain.named_modules() if key and not list(module.children())}
+        where = {key: "disk" if key.startswith(f"{blocks}.1.") else "cpu" for key in children}
+        where |= {f"{blocks}.1": "disk"}
+        if family == "mpnet":
+            where["lm_head"] = "cpu"  # the head's bias
+        offload = tmp_path / library.name
+        loaded = cls.from_pretrained(folder, device_map=where, offload_folder=offload / "a").eval()
+        assert on_disk(loaded) == sorted(own)
+        assert torch.equal(logits(loaded), logits(plain))
+        assert on_disk(loaded) == sorted(own)
+
+        with accelerate.init_empty_weights():
+            empty = cls(library.AutoConfig.from_pretrained(folder))
+        empty.tie_weights()
+        monoblock_library.model(name).save_pretrained(
+            offload / "saved"
+        )  # the parameters' names, for Fuyu too
+        by_hand = accelerate.load_checkpoint_and_dispatch(
+            empty, str(offload / "saved"), device_map=where, offload_folder=str(offload / "b")
+        ).eval()
+        assert on_disk(by_hand) == sorted(own)
+        assert torch.equal(logits(by_hand), logits(plain))
+
+        whole = accelerate.disk_offload(library.model(name), str(offload / "c"), torch.device("cpu"))
+        assert all(parameter.is_meta for parameter in whole.parameters())
+        assert torch.equal(logits(whole), logits(plain))
+        texts = None
+        if family in CAUSAL:
+            options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 1, "eos_token_id": None}
+            texts, *others = [m.generate(**batch("left"), **options) for m in (plain, loaded, by_hand, whole)]
+            assert all(torch.equal(ids, texts) for ids in others)
+        found = logits(loaded)
+        for model in (
+            loaded,
+            by_hand,
+            whole,
+        ):  # all models of transformers' GPT-1 share one activation module
+            remove_hook_from_submodules(model)
+        return found, texts
 
     agree(run, 2e-5)
 

@@ -81,9 +81,11 @@ def tasks(folder: Path) -> list[dict[str, Any]]:
     ]
 
 
-def evaluated(model: Any, folder: Path) -> Any:
+def evaluated(model: Any, folder: Path, **more: Any) -> Any:
     manager = TaskManager(include_defaults=False)  # does not read its thousands of own tasks
-    result = lm_eval.simple_evaluate(model, tasks=tasks(folder), bootstrap_iters=0, task_manager=manager)
+    result = lm_eval.simple_evaluate(
+        model, tasks=tasks(folder), bootstrap_iters=0, task_manager=manager, **more
+    )
     samples = {
         task: [
             [x if isinstance(x, str) else [float(y) for y in x] for x in sample["filtered_resps"]]
@@ -123,6 +125,16 @@ def test_lm_eval_by_name(agree: Any, family: str, tmp_path: Path) -> None:
     agree(run, 1e-4)
 
 
+def test_lm_eval_by_its_own_name(agree: Any, tmp_path: Path) -> None:
+    """`model="hf"` with the model and our tokenizer among its arguments."""
+
+    def run(library: Library) -> Any:
+        given = {"pretrained": library.model("GPTNeoForCausalLM"), "tokenizer": library.tokenizer()}
+        return evaluated("hf", tmp_path, model_args=given, device="cpu", batch_size=2)
+
+    agree(run, 1e-4)
+
+
 def test_lm_eval_opens_a_folder_saved_here(agree: Any, tmp_path: Path) -> None:
     def run(library: Library) -> Any:
         folder = tmp_path / library.name
@@ -147,6 +159,23 @@ def test_outlines(agree: Any, family: str) -> None:
         )
         assert choice in ("cat", "mat", "dog")
         return number, choice
+
+    agree(run)
+
+
+def test_outlines_by_name(agree: Any) -> None:
+    """Model and tokenizer as the library's auto classes load them; an object of a JSON schema."""
+
+    def run(library: Library) -> Any:
+        folder = library.folders("MptForCausalLM")
+        model = outlines.from_transformers(
+            library.AutoModelForCausalLM.from_pretrained(folder),
+            library.AutoTokenizer.from_pretrained(folder),
+        )
+        schema = '{"type": "object", "properties": {"n": {"enum": [1, 23]}}, "required": ["n"]}'
+        text = model("the cat", outlines.json_schema(schema), max_new_tokens=60, do_sample=False)
+        assert json.loads(text)["n"] in (1, 23)
+        return text
 
     agree(run)
 

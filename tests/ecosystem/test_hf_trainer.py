@@ -120,7 +120,7 @@ def test_gradient_accumulation_counts_tokens(agree: Any, family: str, tmp_path: 
         # transformers' MPNet divides by the tokens of each text alone, which gives three times the loss.
         if family != "mpnet" or library.name == "monoblock":
             torch.testing.assert_close(*found, atol=1e-4, rtol=1e-4)
-        return found[:1]
+        return found[:1] if family == "mpnet" else found
 
     agree(run, 1e-4)
 
@@ -242,9 +242,11 @@ def test_gradient_checkpointing(agree: Any, family: str, reentrant: bool | None,
 RESUMED = [family for family in FAMILIES if family != "fuyu"]
 
 
-@pytest.mark.parametrize("family", RESUMED)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_resuming_changes_nothing(library: Library, family: str, tmp_path: Path) -> None:
     """From the checkpoint after two of four steps: to the bit the weights of a run that never stopped."""
+    if library.name == "transformers" and family not in RESUMED:
+        pytest.skip("transformers does not resume it")
     name = LANGUAGE[family]
     straight = trainer(library, name, tmp_path, save_strategy="steps", save_steps=2, seed=1)
     straight.train()
@@ -276,7 +278,7 @@ def test_checkpoints_move_between_libraries(
     back = one.open(name, tmp_path / "back")
     equal_states(back.state_dict(), made.model.state_dict())
 
-    if family not in RESUMED or family not in COUNTED:
+    if (family not in RESUMED and reader == writer) or family not in COUNTED:
         return
     again = trainer(other, name, tmp_path)
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))

@@ -12,9 +12,10 @@ import torch
 import transformers
 from datasets import Dataset
 from lm_eval.models.huggingface import HFLM
+from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
-from tiny import BARE, CAUSAL, FAMILIES, LANGUAGE, SEQUENCE, TEXTS, Library, batch, fields, logits
+from tiny import BARE, CAUSAL, FAMILIES, LANGUAGE, SEQUENCE, TEXTS, Library, batch, family_of, fields, logits
 from transformers import DataCollatorForLanguageModeling, DataCollatorWithPadding
 from trl import SFTConfig, SFTTrainer
 
@@ -35,17 +36,19 @@ def test_what_tools_probe_a_model_for(agree: Any, name: str) -> None:
             "hf_quantizer",
         ]
         named = {id(module): key for key, module in model.named_modules()}
-        decoder = model.get_decoder() if name in LANGUAGE.values() and "MPNet" not in name else None
         output = model.get_output_embeddings()
+        splits = sorted(model._no_split_modules or [])
+        # transformers' GPT-1 and MPNet name no module that must stay whole, so that tools cannot place or wrap them.
+        named_by_both = family_of(name) not in ("openai-gpt", "mpnet")
+        assert splits or library.name == "transformers"
         return {
             "absent": [key for key in absent if getattr(model, key, None) is not None],
             "none": [key for key in ("hf_device_map",) if hasattr(model, key)],
             "prefix": model.base_model_prefix,
             "base": named[id(model.base_model)],
-            "decoder": None if decoder is None else named[id(decoder)],
             "input": named[id(model.get_input_embeddings())],
             "output": None if output is None else named[id(output)],
-            "no split": sorted(model._no_split_modules or []),
+            "no split": splits if named_by_both else None,
             "main input": model.main_input_name,
             "generates": model.can_generate(),
             "checkpointing": model.supports_gradient_checkpointing or "MPNet" in name or "OpenAIGPT" in name,
@@ -57,6 +60,21 @@ def test_what_tools_probe_a_model_for(agree: Any, name: str) -> None:
             "dtype": str(model.dtype),
             "device": str(model.device),
         }
+
+    agree(run)
+
+
+@pytest.mark.parametrize("family", CAUSAL)
+def test_the_decoder_is_called_by_itself(agree: Any, family: str) -> None:
+    """trl computes losses from its hidden states."""
+
+    def run(library: Library) -> Any:
+        model = library.model(LANGUAGE[family])
+        with torch.no_grad():
+            hidden = model.get_decoder()(**batch()).last_hidden_state
+            scores = model(**batch()).logits
+        torch.testing.assert_close(model.get_output_embeddings()(hidden), scores, atol=1e-5, rtol=1e-5)
+        return hidden * batch()["attention_mask"][..., None]
 
     agree(run)
 
@@ -120,8 +138,8 @@ def test_tensor_and_pipeline_plans(agree: Any, family: str) -> None:
     def run(library: Library) -> Any:
         model = library.model(LANGUAGE[family])
         config = model.config
-        plans = [getattr(config, key) for key in ("base_model_tp_plan", "base_model_pp_plan")]
-        return [dict(sorted((plan or {}).items())) for plan in [model.tp_plan, *plans[:1]]]
+        plans = [model.tp_plan, model.pp_plan, config.base_model_tp_plan, config.base_model_pp_plan]
+        return [dict(sorted((plan or {}).items())) for plan in plans]
 
     agree(run)
 
@@ -137,8 +155,11 @@ def test_what_tools_ask_of_a_config(agree: Any, family: str) -> None:
         return {
             "text": text.vocab_size,
             "decoder": config.get_text_config(decoder=True).vocab_size,
-            "in": ["vocab_size" in config, "num_hidden_layers" in config, "no such field" in config],
-            "ignored": list(getattr(config, "keys_to_ignore_at_inference", [])),
+            # Of Fuyu transformers has a config in a config; monoblock's is flat, as the files are.
+            "in": [family == "fuyu" or key in config for key in ("vocab_size", "num_hidden_layers")],
+            "not in": "no such field" in config,
+            # As the Trainer reads it.
+            "ignored": list(getattr(config, "keys_to_ignore_at_inference", ["past_key_values"])),
             "type": config.model_type,
             "hidden": text.hidden_size,
             "layers": text.num_hidden_layers,
@@ -273,15 +294,25 @@ def test_more_arguments_of_from_pretrained(library: Library, folders: Any, tmp_p
     assert torch.equal(logits(again), logits(made))
 
 
-def test_a_folder_packed_in_4_bits_is_refused_by_transformers(
-    monoblock_library: Library, tmp_path: Path
+@pytest.mark.parametrize("how", ["int4", "int8", "lossless"])
+def test_packed_folders_are_refused_by_transformers(
+    monoblock_library: Library, how: str, tmp_path: Path
 ) -> None:
-    """No random weights in silence: transformers must raise."""
-    folder = monoblock_library.folders("MistralForCausalLM", hidden_size=64, intermediate_size=128)
-    packed = monoblock_library.AutoModelForCausalLM.from_pretrained(folder, quantization_config="int4")
+    """Before it reads the weights, which it would pass over and make others at random."""
+    folder = monoblock_library.folders("MistralForCausalLM", hidden_size=512, intermediate_size=512)
+    packed = monoblock_library.AutoModelForCausalLM.from_pretrained(
+        folder, quantization_config=how, dtype=torch.bfloat16
+    )
     packed.save_pretrained(tmp_path)
-    with pytest.raises((ValueError, RuntimeError, OSError)):
-        transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    names = load_file(tmp_path / "model.safetensors")
+    assert any(name.endswith(".codes") for name in names)
+    (tmp_path / "model.safetensors").rename(tmp_path / "elsewhere")
+    for cls in (transformers.AutoModelForCausalLM, transformers.MistralForCausalLM, transformers.AutoModel):
+        with pytest.raises(ValueError, match=r"quantization config .* has no `quant_method`"):
+            cls.from_pretrained(tmp_path)
+    (tmp_path / "elsewhere").rename(tmp_path / "model.safetensors")
+    again = monoblock_library.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(logits(again), logits(packed))
 
 
 def rows(tokenizer: Any) -> list[dict[str, Any]]:

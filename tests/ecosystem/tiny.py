@@ -114,6 +114,15 @@ SEQUENCE = {
     "gpt_neo": "GPTNeoForSequenceClassification",
     "mpnet": "MPNetForSequenceClassification",
 }
+# The class of a block, by transformers' name, and the list of them.
+BLOCKS = {
+    "mistral": ("MistralDecoderLayer", "model.layers"),
+    "mpt": ("MptBlock", "transformer.blocks"),
+    "gpt_neo": ("GPTNeoBlock", "transformer.h"),
+    "mpnet": ("MPNetLayer", "mpnet.encoder.layer"),
+    "fuyu": ("PersimmonDecoderLayer", "model.language_model.layers"),
+    "openai-gpt": ("Block", "transformer.h"),
+}
 FAMILIES = tuple(LANGUAGE)
 CAUSAL = tuple(family for family in FAMILIES if family != "mpnet")
 
@@ -258,11 +267,10 @@ def logits(model: Any, inputs: dict[str, torch.Tensor] | None = None) -> torch.T
     return first.float()
 
 
-def steps(model: Any, name: str, count: int = 2, lr: float = 1e-2) -> list[float]:
+def steps(model: Any, name: str, count: int = 2, lr: float = 1e-2, eps: float = 1e-8) -> list[float]:
     """The losses of some steps of AdamW on the trainable parameters."""
     model.train()
-    # A large eps: a gradient that is rounding alone must not become a step of full size, of either sign.
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, eps=1e-3)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, eps=eps)
     losses = []
     for i in range(count):
         loss = model(**labelled(name, seed=i)).loss
@@ -279,3 +287,19 @@ def equal_states(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None
     for name in a:
         assert a[name].dtype == b[name].dtype, name
         assert torch.equal(a[name], b[name]), name
+
+
+def equal_trees(one: Any, other: Any) -> None:
+    """The same keys with the same numbers, to the bit, in any nesting."""
+    if isinstance(one, dict):
+        assert sorted(one) == sorted(other)
+        for key in one:
+            equal_trees(one[key], other[key])
+    elif isinstance(one, list | tuple):
+        for x, y in zip(one, other, strict=True):
+            equal_trees(x, y)
+    elif isinstance(one, torch.Tensor):
+        assert one.dtype == other.dtype
+        assert torch.equal(one, other)
+    else:
+        assert one == other

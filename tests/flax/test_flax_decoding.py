@@ -10,13 +10,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from families_made import texts
+from families_made import texts, with_images
 from flax_models import flax_model, ids_of, torch_model
 from measure import assert_close
 
 import monoblock
 from monoblock import GenerationConfig
+from monoblock.backends.flax import steps
+from monoblock.errors import UnsupportedConfig
 from monoblock.generation.record import GenerateDecoderOnlyOutput
+from monoblock.generation.resolve import UNSUPPORTED, UNSUPPORTED_ARGUMENTS
 
 torch.set_num_threads(1)
 NAME = "MistralForCausalLM"
@@ -182,6 +185,75 @@ def test_guidance(model: Any) -> None:
     assert model.generate(ids, negative_prompt_ids=other, **VARIED, **more).sequences.tolist() == theirs
 
 
+# ---------------------------------------------------------------------------- options
+
+
+def test_a_prompt_in_chunks(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Past the window and padded; the rest of a prompt goes in powers of two, so that few lengths are compiled."""
+    sizes: list[int] = []
+    more = steps.more
+
+    def counted(network: Any, params: Any, given: Any, cache: Any, wanted: Any) -> Any:
+        sizes.append(given["input_ids"].shape[1])
+        return more(network, params, given, cache, wanted)
+
+    monkeypatch.setattr(steps, "more", counted)
+    monkeypatch.setattr(steps, "first", None)
+    ids, mask = (x.numpy() for x in texts(NAME, "left"))
+    whole = torch_model(NAME).generate(torch.as_tensor(ids), attention_mask=torch.as_tensor(mask), **VARIED)
+    found = model.generate(ids, attention_mask=mask, prefill_chunk_size=6, **VARIED)
+    assert found.sequences.tolist() == whole.tolist()
+    assert sizes == [6, 6, 6, 4, 1]
+    assert model.generate(ids_of(1, 23), prefill_chunk_size=6, **VARIED).sequences.tolist() == expected(
+        ids_of(1, 23)
+    )
+    compiled = more._cache_size(), steps.looped._cache_size()
+    model.generate(ids_of(1, 29), prefill_chunk_size=6, **VARIED)
+    assert (more._cache_size(), steps.looped._cache_size()) == compiled
+    monkeypatch.undo()
+    # A cache that was given, and chunks after it.
+    cache = model.generate(ids_of(1, 9), return_dict_in_generate=True, **VARIED).past_key_values
+    text = np.concatenate((np.asarray(expected(ids_of(1, 9)))[:, :16], ids_of(1, 15)), axis=1)
+    found = model.generate(text, past_key_values=cache, prefill_chunk_size=4, **VARIED)
+    assert found.sequences.tolist() == expected(text)
+
+
+def test_chunks_of_images() -> None:
+    """A chunk may begin among an image's patches."""
+    ids, mask, sets, indices = with_images((5, 3))
+    given = {
+        "input_ids": ids,
+        "attention_mask": mask,
+        "image_patches": sets,
+        "image_patches_indices": indices,
+    }
+    whole = torch_model("FuyuForCausalLM").generate(**given, **VARIED).tolist()
+    arrays = {
+        n: [x.numpy() for x in value] if isinstance(value, list) else value.numpy()
+        for n, value in given.items()
+    }
+    found = flax_model("FuyuForCausalLM").generate(**arrays, prefill_chunk_size=3, **VARIED)
+    assert found.sequences.tolist() == whole
+
+
+REASONS = {
+    "cache_implementation": "the caches of the JAX classes are 'dynamic' and 'static'",
+    "compile_config": "jax.jit compiles the loop over tokens, or with trace=False each step",
+    "synced_gpus": "sharded params= spread a call over the devices of one",
+}
+
+
+def test_every_refused_option_is_named(model: Any) -> None:
+    for name, (_, reason) in (UNSUPPORTED | UNSUPPORTED_ARGUMENTS).items():
+        with pytest.raises(
+            UnsupportedConfig, match=f"{name}='else': .*{re.escape(REASONS.get(name, reason))}"
+        ):
+            model.generate(ids_of(1, 7), **{**ASKED, name: "else"})
+    for kind in ("dynamic", "static"):
+        found = model.generate(ids_of(1, 7), cache_implementation=kind, **VARIED).sequences
+        assert found.tolist() == expected(ids_of(1, 7))
+
+
 def test_what_is_wrong_is_told(model: Any) -> None:
     ids = ids_of(1, 7)
     wrong: list[tuple[dict[str, Any], str]] = [
@@ -196,6 +268,12 @@ def test_what_is_wrong_is_told(model: Any) -> None:
             "generate() got prng_key and seed: give one of them",
         ),
         ({"token_type_ids": ids}, "token_type_ids"),
+        ({"prefill_chunk_size": 0}, "prefill_chunk_size=0: expected a whole number of at least 1"),
+        ({"prefill_chunk_size": 2, "use_cache": False}, "does not go with use_cache=False"),
+        (
+            {"prefill_chunk_size": 2, "return_dict_in_generate": True, "output_hidden_states": True},
+            "does not go with output_hidden_states=True",
+        ),
         ({"bad_words_ids": [[5], [9999]]}, "token 9999, but the vocabulary ends at"),
     ]
     for more, sentence in wrong:
@@ -211,6 +289,3 @@ def test_what_is_wrong_is_told(model: Any) -> None:
         flax_model("MPNetForMaskedLM").generate(ids)
     with pytest.raises(TypeError, match="assistant_model must be one of monoblock's"):
         model.generate(ids, assistant_model=torch_model(NAME), **ASKED)
-    for traced in (lambda x: model.generate(x, **ASKED), lambda x: model.generate(ids, params=x, **ASKED)):
-        with pytest.raises(TypeError, match="call it outside jit, vmap and pmap"):
-            jax.jit(traced)(ids)

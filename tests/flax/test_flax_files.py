@@ -11,7 +11,6 @@ import flax.serialization
 import jax
 import jax.numpy as jnp
 import numpy as np
-import old_files
 import pytest
 import torch
 from flax_models import CLASSES, config_of, flax_model, ids_of, same_bits, torch_model
@@ -49,25 +48,20 @@ def test_the_same_bits_from_pytorch_to_flax_and_back(name: str, tmp_path: Path) 
     assert {p.name for p in (tmp_path / "flax").iterdir()} == {p.name for p in (tmp_path / "torch").iterdir()}
 
 
-@pytest.mark.parametrize("name", [NAME, "MPNetForMaskedLM", "OpenAIGPTDoubleHeadsModel"])
+MSGPACK = [NAME, "MPNetForMaskedLM", "OpenAIGPTDoubleHeadsModel", "FuyuForCausalLM", "MistralModel"]
+
+
+@pytest.mark.parametrize("name", MSGPACK)
 def test_msgpack_on_request(name: str, tmp_path: Path) -> None:
+    """The file holds the tree as it is; PyTorch's class opens it too."""
     model = flax_model(name)
     model.save_pretrained(tmp_path, safe_serialization=False)
     assert not (tmp_path / "model.safetensors").exists()
     tree = flax.serialization.msgpack_restore((tmp_path / "flax_model.msgpack").read_bytes())
-    assert {path[-1] for path in loading.flat(tree)} <= {"kernel", "embedding", "scale", "bias"}
+    assert same_bits(loading.flat(tree), loading.flat(model.params))
     again = type(model).from_pretrained(tmp_path)
     assert same_bits(bits(again), bits(model))
-
-
-def test_old_classes_trees_are_laid_out_as_they_were() -> None:
-    """What transformers 4's own class reads: the same paths and shapes as the recorded file has."""
-    folder = old_files.FOLDER / "FlaxGPTNeoForCausalLM"
-    model = monoblock.FlaxGPTNeoForCausalLM.from_pretrained(folder, from_pt=True)
-    recorded = flax.serialization.msgpack_restore((folder / "flax_model.msgpack").read_bytes())
-    shapes = {path: leaf.shape for path, leaf in loading.flat(recorded).items()}
-    assert ("transformer", "wte", "embedding") in shapes
-    assert model.num_params() == sum(int(np.prod(shape)) for shape in shapes.values())
+    assert same(getattr(monoblock, name).from_pretrained(tmp_path), torch_model(name))
 
 
 def test_dtypes_are_the_files(tmp_path: Path) -> None:
@@ -106,13 +100,15 @@ def test_a_head_that_is_not_there_is_made(tmp_path: Path, logs: pytest.LogCaptur
     cls = monoblock.FlaxGPTNeoForTokenClassification
     model = cls.from_pretrained(tmp_path, num_labels=5)
     assert any("newly initialised" in text and "classifier.weight" in text for text in logs.messages)
-    assert model.params["head"]["out"]["kernel"].shape == (36, 5)
-    assert np.array_equal(model.params["embed"]["embedding"], flax_model(NAME).params["embed"]["embedding"])
+    assert model.params["classifier"]["kernel"].shape == (36, 5)
+    assert same_bits(
+        loading.flat(model.params["transformer"]), loading.flat(flax_model(NAME).params["transformer"])
+    )
     apart, params = cls.from_pretrained(tmp_path, num_labels=5, _do_init=False)
-    assert "head" not in params
+    assert list(params) == ["transformer"]
     assert any("not in params" in text for text in logs.messages)
     whole = apart.init_weights(jax.random.PRNGKey(0), params=params)
-    assert whole["head"]["out"]["kernel"].shape == (36, 5)
+    assert whole["classifier"]["kernel"].shape == (36, 5)
     base = monoblock.FlaxAutoModel.from_pretrained(tmp_path)
     assert type(base) is monoblock.FlaxGPTNeoModel
 
@@ -123,7 +119,7 @@ def test_sizes_that_differ(tmp_path: Path) -> None:
     with pytest.raises(ShapeMismatch, match=r"classifier.weight .* is \[4, 36\] .* implies \[7, 36\]"):
         cls.from_pretrained(tmp_path, num_labels=7)
     model = cls.from_pretrained(tmp_path, num_labels=7, ignore_mismatched_sizes=True)
-    assert model.params["head"]["out"]["kernel"].shape == (36, 7)
+    assert model.params["classifier"]["kernel"].shape == (36, 7)
 
 
 def test_shards(tmp_path: Path) -> None:
@@ -184,6 +180,30 @@ def test_auto_classes(tmp_path: Path) -> None:
         monoblock.FlaxAutoModelForCausalLM.from_pretrained(tmp_path)
     with pytest.raises(TypeError, match="FlaxAutoModel is not made directly"):
         monoblock.FlaxAutoModel()
+
+
+def test_the_config_counts_at_each_call() -> None:
+    """Its problem_type and pad_token_id, whatever they were when the model was made."""
+    name = "MistralForSequenceClassification"
+    model, theirs = flax_model(name), torch_model(name)
+    labels = np.random.default_rng(0).random((2, theirs.head_spec.labels), np.float32)
+    ids = np.arange(10, 24).reshape(2, 7)
+    found = []
+    kept = model.config.pad_token_id
+    try:
+        for kind in ("regression", "multi_label_classification"):
+            model.config.problem_type = theirs.config.problem_type = kind
+            with torch.no_grad():
+                out = theirs(torch.as_tensor(ids), labels=torch.as_tensor(labels))
+            found.append(model.compute_loss(_output({"logits": out.logits.numpy()}), labels=labels))
+            assert_close(f"flax: {kind}, set later", found[-1], out.loss, 1e-5)  # fp32, losses of about 1
+        assert abs(found[0] - found[1]) > 0.01
+        model.config.pad_token_id = None
+        with pytest.raises(ValueError, match="no padding token is defined"):
+            model(ids)
+    finally:
+        model.config.problem_type = theirs.config.problem_type = None
+        model.config.pad_token_id = kept
 
 
 @pytest.mark.parametrize("name", CLASSES)

@@ -13,7 +13,7 @@ from mpt_cases import CASES, LENGTHS, ROPE, made
 
 from monoblock.backends.flax import attention
 from monoblock.backends.flax.cache import init_cache
-from monoblock.backends.flax.inputs import Wanted
+from monoblock.backends.xla.inputs import Wanted
 
 # What acts on keys, values or places, and so on a cache.
 CACHED = (

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -20,11 +21,20 @@ TESTS = Path(__file__).parents[1]
 LOGITS, GRADIENTS = 1e-5, 5e-5  # fp32; sums of four parts round otherwise: measured 3e-6 and 4e-7
 
 
+# The layers' matrices by the names that families give them, and the tables of tokens.
+_QKV = ("q_proj", "k_proj", "v_proj", "q", "k", "v", "Wqkv", "query_key_value", "c_attn")
+_UP = ("gate_proj", "up_proj", "c_fc", "dense_h_to_4h", "intermediate.dense")
+_OUT = ("o_proj", "out_proj", "o", "self_attn.dense", "c_proj", "down_proj", "dense_4h_to_h", "output.dense")
+WIDENING = tuple(f".{name}.kernel" for name in (*_QKV, *_UP))
+NARROWING = tuple(f".{name}.kernel" for name in _OUT)
+VOCABULARY = tuple(f".{x}.embedding" for x in ("wte", "embed_tokens", "tokens_embed", "word_embeddings"))
+
+
 @pytest.fixture(scope="module")
 def found() -> dict[str, Any]:
     """What eight virtual devices gave beside one, in one process for all families (about 20 s, all compilation)."""
     env = os.environ | {
-        "PYTHONPATH": str(TESTS),
+        "PYTHONPATH": os.pathsep.join([str(TESTS), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]),
         "JAX_PLATFORMS": "cpu",
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
     }
@@ -50,14 +60,16 @@ def test_generation_under_sharded_parameters(found: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_parameters_and_gradients_are_split(name: str, found: dict[str, Any]) -> None:
-    """Four devices hold a quarter each of every matrix of the blocks and of the vocabulary."""
+    """Four devices hold a quarter each of every matrix of the layers and of the vocabulary."""
     for shapes in (found[name]["shapes"], found[name]["gradient_shapes"]):
         for leaf, (whole, part) in shapes.items():
-            if leaf.endswith(("qkv.kernel", "up.kernel", "head.out.kernel")):
+            if leaf.endswith(WIDENING) or leaf == "lm_head.kernel":
                 assert part[1] * 4 == whole[1], leaf
-            if leaf.endswith(("attn.out.kernel", "down.kernel")) or leaf == "embed.embedding":
+            elif leaf.endswith(NARROWING) or leaf.endswith(VOCABULARY):
                 assert part[0] * 4 == whole[0], leaf
-            if leaf.endswith("scale"):
+            else:
+                assert not re.search(r"\.0\..*kernel$", leaf), leaf  # no matrix of a layer is left
+            if leaf.endswith(("scale", "weight")):
                 assert part == whole, leaf
 
 
@@ -77,16 +89,17 @@ def test_specs_are_a_tree_like_the_parameters() -> None:
     model = tiny("FlaxMistralForCausalLM")
     specs = model.partition_specs(mesh("data", "tensor"))
     assert jax.tree.structure(specs) == jax.tree.structure(model.params)
-    assert specs["blocks"]["0"]["attn"]["qkv"]["kernel"] == PartitionSpec(None, "tensor")
-    assert specs["blocks"]["0"]["mlp"]["down"]["kernel"] == PartitionSpec("tensor", None)
-    assert specs["embed"]["embedding"] == PartitionSpec("tensor", None)
-    assert specs["blocks"]["0"]["norm1"]["scale"] == PartitionSpec()
+    layer = specs["model"]["layers"]["0"]
+    assert layer["self_attn"]["q_proj"]["kernel"] == PartitionSpec(None, "tensor")
+    assert layer["mlp"]["down_proj"]["kernel"] == PartitionSpec("tensor", None)
+    assert specs["model"]["embed_tokens"]["embedding"] == PartitionSpec("tensor", None)
+    assert layer["input_layernorm"]["weight"] == PartitionSpec()
 
 
 def test_axes_may_have_other_names_or_be_absent() -> None:
     model = tiny("FlaxMistralForCausalLM")
     specs = model.partition_specs(mesh("x", "model"), tensor_axis="model")
-    assert specs["embed"]["embedding"] == PartitionSpec("model", None)
+    assert specs["model"]["embed_tokens"]["embedding"] == PartitionSpec("model", None)
     whole = model.partition_specs(mesh("data"), tensor_axis=None)
     assert set(jax.tree.leaves(whole)) == {PartitionSpec()}
     assert model.shard_batch(batch(), mesh("rows"), data_axis="rows")["input_ids"].shape == (4, 14)
@@ -97,7 +110,7 @@ def test_params_of_the_callers_are_laid_out_too() -> None:
     params, model._params = model.params, None
     placed = model.shard_params(mesh("data", "tensor"), params)
     assert model._params is None
-    assert placed["embed"]["embedding"].sharding.spec == PartitionSpec("tensor", None)
+    assert placed["model"]["embed_tokens"]["embedding"].sharding.spec == PartitionSpec("tensor", None)
 
 
 def test_shard_lays_the_models_own() -> None:

@@ -37,6 +37,11 @@ CALL = {
 ATOL = 1e-5  # fp32, 3 layers, logits of about 10; measured 4e-6
 
 
+def layer(params: Any, index: int) -> Any:
+    """The parameters of a layer of the causal model."""
+    return params["transformer"]["h"][str(index)]
+
+
 def defaults(function: Any) -> dict[str, Any]:
     kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD,)
     return {p.name: p.default for p in inspect.signature(function).parameters.values() if p.kind in kinds}
@@ -63,7 +68,9 @@ def test_signatures_are_those_of_the_pages(name: str) -> None:
 def test_the_tree_is_the_networks_own(name: str) -> None:
     model = getattr(monoblock, "Flax" + name)(config_of(name), _do_init=False)
     given = {"input_ids": jnp.zeros((1, 3), jnp.int32)}
-    made = jax.eval_shape(lambda key: model.module.init(key, given)["params"], jax.random.PRNGKey(0))
+    made = jax.eval_shape(
+        lambda key: model.module.init(key, given, method="run")["params"], jax.random.PRNGKey(0)
+    )
     shapes = {path: leaf.shape for path, leaf in loading.flat(made).items()}
     assert shapes == {path: leaf.shape for path, leaf in loading.flat(model.params_shape_tree).items()}
     assert model.required_params == set(shapes)
@@ -77,10 +84,10 @@ def test_random_parameters_are_those_of_the_seed() -> None:
     cls, config = monoblock.FlaxGPTNeoForCausalLM, config_of(NAME)
     one, two, other = cls(config), cls(config, seed=0), cls(config, seed=1)
     assert one._params is None  # made when first used
-    kernel, same, different = (m.params["blocks"]["1"]["attn"]["qkv"]["kernel"] for m in (one, two, other))
+    kernel, same, different = (layer(m.params, 1)["mlp"]["c_fc"]["kernel"] for m in (one, two, other))
     assert np.array_equal(kernel, same) and not np.allclose(kernel, different)
     assert abs(float(kernel.std()) - config.initializer_range) < 2e-3  # of 3,888 draws, 9 standard errors
-    assert not np.allclose(kernel, one.params["blocks"]["0"]["attn"]["qkv"]["kernel"])
+    assert not np.allclose(kernel, layer(one.params, 0)["mlp"]["c_fc"]["kernel"])
     leaves = loading.flat(one.params)
     assert {float(x.max()) for p, x in leaves.items() if p[-1] == "bias"} == {0.0}
     assert {float(x.min()) for p, x in leaves.items() if p[-1] == "scale"} == {1.0}
@@ -92,18 +99,18 @@ def test_init_weights_under_jit_and_for_what_lacks() -> None:
     plain = model.init_weights(model.key, (1, 1))
     traced = jax.jit(model.init_weights, static_argnames=["input_shape"])(model.key, (1, 1))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), plain, traced)
-    body = {name: value for name, value in plain.items() if name != "head"}
-    body["embed"] = {"embedding": plain["embed"]["embedding"] + 1}
+    table = plain["transformer"]["wte"]["embedding"] + 1
+    body = {"transformer": {**plain["transformer"], "wte": {"embedding": table}}}
     whole = model.init_weights(model.key, params=flax.core.freeze(body))
-    assert np.array_equal(whole["embed"]["embedding"], body["embed"]["embedding"])
-    assert np.array_equal(whole["head"]["out"]["kernel"], plain["head"]["out"]["kernel"])
+    assert np.array_equal(whole["transformer"]["wte"]["embedding"], table)
+    assert np.array_equal(whole["classifier"]["kernel"], plain["classifier"]["kernel"])
 
 
 def test_params_asked_for_first_inside_a_trace_can_be_kept() -> None:
     model = monoblock.FlaxGPTNeoModel(config_of("GPTNeoModel"))
     total = jax.jit(lambda: sum(x.sum() for x in jax.tree.leaves(model.params)))()
     assert np.isfinite(float(total))
-    assert not isinstance(model.params["embed"]["embedding"], jax.core.Tracer)
+    assert not isinstance(model.params["wte"]["embedding"], jax.core.Tracer)
 
 
 def test_without_parameters_of_its_own() -> None:
@@ -123,16 +130,17 @@ def test_params_that_do_not_fit_are_named() -> None:
     tree = flax_model(NAME).params
     model.params = flax.core.freeze(tree)
     assert type(model.params) is dict
-    with pytest.raises(ValueError, match=r"params lack embed/embedding$"):
-        model.params = {name: value for name, value in tree.items() if name != "embed"}
+    body = tree["transformer"]
+    with pytest.raises(ValueError, match=r"params lack transformer/wte/embedding$"):
+        model.params = {"transformer": {name: value for name, value in body.items() if name != "wte"}}
     with pytest.raises(
-        ValueError, match="params hold transformer/wte, which FlaxGPTNeoForCausalLM does not have"
+        ValueError, match="params hold lm_head/kernel, which FlaxGPTNeoForCausalLM does not have"
     ):
-        model.params = tree | {"transformer": {"wte": np.zeros(3)}}
-    with pytest.raises(ShapeMismatch, match=r"embed/embedding is \[3, 36\], expected \[89, 36\]"):
-        model.params = tree | {"embed": {"embedding": np.zeros((3, 36))}}
-    with pytest.raises(ValueError, match="params lack embed/embedding"):  # in a call too
-        model(ids_of(), params={"transformer": {"wte": np.zeros(3)}})
+        model.params = tree | {"lm_head": {"kernel": np.zeros(3)}}
+    with pytest.raises(ShapeMismatch, match=r"transformer/wte/embedding is \[3, 36\], expected \[89, 36\]"):
+        model.params = {"transformer": {**body, "wte": {"embedding": np.zeros((3, 36))}}}
+    with pytest.raises(ValueError, match="params lack transformer/wte/embedding"):  # in a call too
+        model(ids_of(), params={"transformer": {"wpe": np.zeros(3)}})
     assert np.array_equal(
         model(ids_of(), params=flax.core.freeze(tree)).logits, flax_model(NAME)(ids_of()).logits
     )
@@ -160,7 +168,7 @@ def test_casts() -> None:
     mask = loading.nested({p: p[-1] != "scale" for p in loading.flat(model.params)})
     cast = loading.flat(model.to_bf16(model.params, mask))
     assert {p[-1] for p, x in cast.items() if x.dtype == jnp.float32} == {"scale"}
-    assert model.params["embed"]["embedding"].dtype == jnp.float32  # the model's own stay
+    assert model.params["transformer"]["wte"]["embedding"].dtype == jnp.float32  # the model's own stay
 
 
 # ---------------------------------------------------------------------------- calls
@@ -271,7 +279,7 @@ WRONG: dict[str, tuple[type[Exception], dict[str, Any]]] = {
         ValueError,
         {"input_ids": IDS, "attention_mask": np.ones((2, 5))},
     ),
-    r"position_ids must be whole numbers \(batch, 6\), got int64 \(1, 7\)": (
+    r"position_ids must be whole numbers \(2, 6\), got int64 \(1, 7\)": (
         ValueError,
         {"input_ids": IDS, "position_ids": np.arange(7)[None]},
     ),
@@ -345,7 +353,7 @@ def test_under_jit_grad_vmap_checkpoint_and_shard_map() -> None:
 
     value, gradient = jax.jit(jax.value_and_grad(loss))(model.params, ids)
     assert jax.tree.structure(gradient) == jax.tree.structure(model.params)
-    assert all(float(jnp.abs(leaf).max()) > 0 for leaf in jax.tree.leaves(gradient["blocks"]["0"]))
+    assert all(float(jnp.abs(leaf).max()) > 0 for leaf in jax.tree.leaves(layer(gradient, 0)))
     expected = np.asarray(model(ids).logits)
     by_row = jax.vmap(lambda row: model(row[None]).logits[0])(ids)
     assert_close("flax: under vmap", by_row, expected, ATOL)

@@ -33,7 +33,6 @@ from measure import EPS, assert_close, largest, rounding
 
 import monoblock
 from monoblock.backends.pytorch.layers import Conv1D
-from monoblock.heads import HeadSpec
 
 # fp32, 3 layers, states up to 12: measured 1.1e-5, where ours are 0.9e-5 from float64's and transformers' 1.2e-5.
 ATOL = 1.5e-5
@@ -257,13 +256,37 @@ def test_sequence_losses_and_gradients(name: str, case: str) -> None:
     count, problem, labels = SEQUENCE_LABELS[case]
     theirs, ours = pair(name, labels=count)
     ids, mask = texts(name, "left")
-    theirs.config.problem_type, spec = problem, ours.head_spec
-    ours.head_spec = HeadSpec(**{**vars(spec), "problem_type": problem})
+    theirs.config.problem_type = ours.config.problem_type = problem
     try:
         compared(f"{name}, {case}", name, (theirs, ours), ids, mask, labels=labels)
+        assert ours.config.problem_type == problem, "the type is inferred for one call only"
     finally:
-        theirs.config.problem_type, ours.head_spec = None, spec
-    assert ours.config.problem_type is None, "the type is inferred for one call only"
+        theirs.config.problem_type = ours.config.problem_type = None
+
+
+@pytest.mark.parametrize("name", SEQUENCE)
+def test_the_configs_problem_type_counts_at_each_call(name: str) -> None:
+    """In the forward and in `loss_function`, whatever it was when the model was made; compiled ones too."""
+    theirs, ours = pair(name, labels=LABELS)
+    ids, mask = texts(name, "left")
+    labels = torch.tensor([[1.0, 0, 0, 1], [0, 0, 1, 0], [1, 1, 1, 0]])
+    compiled = torch.compile(ours, backend="eager", fullgraph=True)
+    losses = []
+    try:
+        for problem in ("regression", "multi_label_classification"):
+            theirs.config.problem_type = ours.config.problem_type = problem
+            expected = theirs(**theirs_inputs(name, ids, mask), labels=labels).loss
+            out = ours(ids, attention_mask=mask, labels=labels)
+            assert_close(f"{problem}, set later", out.loss, expected, ATOL)
+            assert torch.equal(ours.loss_function(logits=out.logits, labels=labels), out.loss)
+            assert_close(problem, compiled(ids, attention_mask=mask, labels=labels).loss, expected, ATOL)
+            losses.append(float(expected.detach()))
+        ours.config.problem_type = "ranking"
+        with pytest.raises(ValueError, match=r"problem_type must be one of .* got 'ranking'"):
+            ours(ids, attention_mask=mask, labels=labels)
+    finally:
+        theirs.config.problem_type = ours.config.problem_type = None
+    assert abs(losses[0] - losses[1]) > 0.01
 
 
 @pytest.mark.parametrize("name", GENERATING)
@@ -341,6 +364,9 @@ def test_a_row_is_classified_at_its_last_real_token(name: str) -> None:
     with pytest.raises(ValueError, match="Cannot handle batch sizes > 1 if no padding token is defined"):
         without(ids)
     assert without(ids[:1]).logits.shape == (1, LABELS)
+    without.config.pad_token_id = pad  # as the error says
+    without.load_state_dict(ours.state_dict())
+    assert torch.equal(without(ids).logits, ours(ids).logits)
 
 
 # ---------------------------------------------------------------------------- outputs

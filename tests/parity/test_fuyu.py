@@ -108,6 +108,10 @@ def test_wrong_patches_are_refused() -> None:
             {"image_patches": [patches[0][:4], *patches[1:]], "image_patches_indices": places},
             "row 0 has places for 6 image patches, but 4 came",
         ),
+        (
+            {"image_patches": patches, "image_patches_indices": places[:, :-1]},
+            r"image_patches_indices must be \(batch, tokens\) = \(3, ",
+        ),
         ({"pixel_values": torch.cat(patches)[:-1]}, "14 image patches came for 15 tokens of the id 7"),
         ({"pixel_values": torch.zeros(15, 12)}, r"image patches must be \(.., 48\), got \(15, 12\)"),
     ]

@@ -8,7 +8,7 @@ from typing import Any
 import oracle
 import pytest
 import torch
-from helpers import CLASSES, KIND, PAD, PADDINGS, batch, randomised
+from helpers import CLASSES, KIND, PADDINGS, batch, randomised
 from measure import assert_close
 from mpt_pairs import LABELLED, LABELS, TOKENS, VOCAB, fields, labels_of, logits_of, pair
 
@@ -57,13 +57,12 @@ def test_sequence_losses_and_gradients(case: str, padding: str) -> None:
     count, problem, labels = SEQUENCE_LABELS[case]
     theirs, ours = pair("MptForSequenceClassification", labels=count)
     ids, mask = batch(padding)
-    theirs.config.problem_type, spec = problem, ours.head_spec
-    ours.head_spec = monoblock.heads.HeadSpec(kind="sequence", labels=count, problem_type=problem, pad_id=PAD)
+    theirs.config.problem_type = ours.config.problem_type = problem
     try:
         check_gradients(f"sequence, {case}", theirs, ours, ids, mask, labels=labels)
+        assert ours.config.problem_type == problem, "the type is inferred for one call only"
     finally:
-        theirs.config.problem_type, ours.head_spec = None, spec
-    assert ours.config.problem_type is None, "the type is inferred for one call only"
+        theirs.config.problem_type = ours.config.problem_type = None
 
 
 @pytest.mark.parametrize("padding", PADDINGS)

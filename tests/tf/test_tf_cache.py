@@ -15,7 +15,7 @@ from measure import assert_close
 from tf_made import bound_of, close, inputs, model, numpy, pair
 
 from monoblock.backends.tf.cache import Cache, init_cache
-from monoblock.backends.tf.inputs import Wanted
+from monoblock.backends.xla.inputs import Wanted
 
 CAUSAL = ("MptForCausalLM", *GENERATING)
 ROOM = 30

@@ -17,6 +17,9 @@ from measure import assert_close
 
 from monoblock import GenerationConfig
 from monoblock.backends.tf.decode import TFGreedySearchDecoderOnlyOutput
+from monoblock.backends.tf.steps import Steps, steps_of
+from monoblock.errors import UnsupportedConfig
+from monoblock.generation.resolve import UNSUPPORTED, UNSUPPORTED_ARGUMENTS
 
 torch.set_num_threads(1)
 tf.get_logger().setLevel("ERROR")
@@ -201,6 +204,56 @@ def test_half_precision(pairs: Pairs) -> None:
     assert (chosen >= logits.max(-1) - 0.02 * np.abs(logits).max()).all()
 
 
+# ---------------------------------------------------------------------------- options
+
+
+def test_a_prompt_in_chunks(
+    model: Any, expected: Callable[..., list[list[int]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Past the window and padded; the rest of a prompt goes in powers of two, so that few lengths are traced."""
+    sizes: list[int] = []
+    more = Steps.more
+
+    def counted(self: Steps, given: Any, cache: Any, wanted: Any) -> Any:
+        sizes.append(given["input_ids"].shape[1])
+        return more(self, given, cache, wanted)
+
+    monkeypatch.setattr(Steps, "more", counted)
+    monkeypatch.setattr(Steps, "first", None)
+    ids = ids_of(1, 23)
+    mask = np.ones_like(ids)
+    mask[:, :5] = 0
+    found = model.generate(ids, attention_mask=mask, prefill_chunk_size=6, **VARIED, **GRAPH)
+    assert found.numpy().tolist() == expected(ids, attention_mask=torch.as_tensor(mask))
+    assert sizes == [6, 6, 6, 4, 1]
+    before = steps_of(model, compiled=False).traces()
+    found = model.generate(ids_of(1, 29), prefill_chunk_size=6, **VARIED, **GRAPH)
+    assert found.numpy().tolist() == expected(ids_of(1, 29))
+    assert steps_of(model, compiled=False).traces() == before
+
+    @tf.function(autograph=False)
+    def inside(ids: Any) -> Any:
+        return model.generate(ids, prefill_chunk_size=6, **ASKED)
+
+    with pytest.raises(ValueError, match="prefill_chunk_size goes into generate"):
+        inside(tf.constant(ids))
+
+
+REASONS = {
+    "cache_implementation": "the caches of the TF classes are 'dynamic' and 'static'",
+    "compile_config": "jit_compile= and disable_compile= say what TensorFlow compiles",
+    "synced_gpus": "generation across processes is not built",
+}
+
+
+def test_every_refused_option_is_named(model: Any) -> None:
+    for name, (_, reason) in (UNSUPPORTED | UNSUPPORTED_ARGUMENTS).items():
+        with pytest.raises(
+            UnsupportedConfig, match=f"{name}='else': .*{re.escape(REASONS.get(name, reason))}"
+        ):
+            model.generate(ids_of(1, 7), **{**ASKED, name: "else"})
+
+
 def test_what_is_wrong_is_told(model: Any, pairs: Pairs) -> None:
     ids = ids_of(1, 7)
     wrong: list[tuple[dict[str, Any], str]] = [
@@ -216,6 +269,7 @@ def test_what_is_wrong_is_told(model: Any, pairs: Pairs) -> None:
             "generate() got both seed and generator: give one",
         ),
         ({"token_type_ids": ids}, "token_type_ids"),
+        ({"prefill_chunk_size": 2, "use_cache": False}, "does not go with use_cache=False"),
         ({"bad_words_ids": [[5], [9999]]}, "token 9999, but the vocabulary ends at"),
     ]
     for more, sentence in wrong:

@@ -154,6 +154,22 @@ def test_other_losses_of_sequences(kind: str, tmp_path: Path) -> None:
     assert_close(f"{kind} loss", tf.reduce_mean(found), expected.detach(), 1e-5)
 
 
+def test_the_config_counts_at_each_call(tmp_path: Path) -> None:
+    """Its problem_type and pad_token_id, whatever they were when the model was made."""
+    theirs, ours = pair("MistralForSequenceClassification", tmp_path, num_labels=4)
+    given = inputs("MistralForSequenceClassification", "left")
+    wanted = torch.rand(3, 4, generator=torch.Generator().manual_seed(0))
+    found = []
+    for kind in ("regression", "multi_label_classification"):
+        ours.config.problem_type = theirs.config.problem_type = kind
+        found.append(tf.reduce_mean(ours(**numpy(given), labels=wanted.numpy()).loss))
+        assert_close(f"{kind}, set later", found[-1], theirs(**given, labels=wanted).loss.detach(), 1e-5)
+    assert abs(found[0] - found[1]) > 0.01
+    ours.config.pad_token_id = None
+    with pytest.raises(ValueError, match="no padding token is defined"):
+        ours(numpy(given)["input_ids"])
+
+
 def test_accumulated_gradients(tmp_path: Path) -> None:
     theirs, ours = pair("MistralForCausalLM", tmp_path)
     given = inputs("MistralForCausalLM")

@@ -19,6 +19,17 @@ SOURCE = str(Path(monoblock.__file__).parent)
 # with its head, the bare model, a block, its attention or MLP, a matrix, the product. A token: generate, the loop, two
 # functions of the decoder, the caller of the native library.
 PROMPT, DECODE = 9, 5
+# A product with a quantised matrix passes through two more: `quantized_dense`, and the one that its operator calls too.
+QUANTIZED = PROMPT + 2
+SMALL = monoblock.MistralConfig(
+    vocab_size=64,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    eos_token_id=None,
+)
 
 
 def frames() -> tuple[str, ...]:
@@ -73,16 +84,7 @@ def noted(monkeypatch: pytest.MonkeyPatch) -> dict[str, set[tuple[str, ...]]]:
 def test_frames_between_generate_and_a_product(
     tokens: int, dtype: torch.dtype, noted: dict[str, set[tuple[str, ...]]]
 ) -> None:
-    config = monoblock.MistralConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        eos_token_id=None,
-    )
-    model = MistralForCausalLM(config).eval().to(dtype)
+    model = MistralForCausalLM(SMALL).eval().to(dtype)
     model.generate(torch.arange(tokens)[None], max_new_tokens=3, pad_token_id=0)
     steps = noted.pop("mb_step", set())
     products = set().union(*noted.values())
@@ -93,6 +95,15 @@ def test_frames_between_generate_and_a_product(
     if native.preferred(torch.get_num_threads()) is not None:
         assert steps
         assert max(map(len, steps)) <= DECODE, max(steps, key=len)
+
+
+@pytest.mark.skipif(native.library() is None, reason=f"native kernels: {native.status()}")
+def test_frames_between_generate_and_a_quantised_product(noted: dict[str, set[tuple[str, ...]]]) -> None:
+    model = MistralForCausalLM(SMALL).eval().quantize("int4")
+    model.generate(torch.arange(4)[None], max_new_tokens=1, pad_token_id=0)
+    products = noted["mb_linear"]
+    assert {chain[-4] for chain in products} == {"joint", "PackedLinear.forward"}
+    assert max(map(len, products)) <= QUANTIZED, max(products, key=len)
 
 
 def test_the_counter_counts(noted: dict[str, set[tuple[str, ...]]]) -> None:

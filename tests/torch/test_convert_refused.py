@@ -19,6 +19,7 @@ from helpers import model, randomised
 from safetensors.torch import load_file, save_file
 
 import monoblock
+from monoblock.checkpoint.journal import STAGE
 from monoblock.conversion.convert import FORMATS, Options, convert
 
 # ------------------------------------------------------------------ whole or not at all
@@ -88,7 +89,7 @@ def test_leftovers_of_a_killed_process_go(tmp_path: Path) -> None:
     source = saved(mistral(), tmp_path / "a")
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
-    leftover = tmp_path / f".b.new-{socket.gethostname()}-{gone.pid}.monoblock-tmp"
+    leftover = tmp_path / f"{STAGE}{socket.gethostname()}-{gone.pid}-0123456789abcdef"
     leftover.mkdir()
     (leftover / "model.safetensors").write_bytes(b"half")
     convert(source, tmp_path / "b")

@@ -93,3 +93,30 @@ def test_modes(context: Callable[[], Any], readable: bool) -> None:
     with context():
         assert dispatch.native(x) == (context is contextlib.nullcontext)
         assert dispatch.readable(x) == readable
+
+
+def no_op(*_: Any) -> None:
+    """A hook."""
+
+
+# What is done to a module, how that is called, and whether a captured graph repeats it.
+CHANGES: dict[str, tuple[Callable[[nn.Module], Any], str, bool]] = {
+    "forward": (lambda m: m.register_forward_hook(no_op), "a forward hook", False),
+    "pre-forward": (lambda m: m.register_forward_pre_hook(no_op), "a forward hook", False),
+    "backward": (lambda m: m.register_full_backward_hook(no_op), "a backward hook", True),
+    "pre-backward": (lambda m: m.register_full_backward_pre_hook(no_op), "a backward hook", True),
+    "replaced": (lambda m: setattr(m, "forward", no_op), "a forward method of its own", False),
+    "compiled": (lambda m: m.compile(backend="eager"), "a compilation of its own", True),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_is_done_to_a_module_is_named(change: str) -> None:
+    do, said, repeated = CHANGES[change]
+    module = nn.Linear(2, 2)
+    assert dispatch.altered(module) is dispatch.module_obstacle("a.b", module, known=True) is None
+    do(module)
+    assert dispatch.altered(module) == said
+    assert dispatch.module_obstacle("a.b", module, known=True) == f"{said} on a.b"
+    assert (dispatch.altered(module, captured=True) is None) == repeated
+    assert "Linear in the model" in (dispatch.module_obstacle("", module, known=False) or "")

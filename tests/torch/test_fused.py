@@ -384,7 +384,7 @@ def packed(module: Any, bits: int) -> Any:
     for name, part in list(module.named_modules()):
         if isinstance(part, nn.Linear | nn.Embedding):
             owner, _, last = name.rpartition(".")
-            made_part = packed_module(part, formats.pack(part.weight, bits, 64), bits, 64, torch.float32)
+            made_part = packed_module(part, formats.pack(part.weight, bits, 64), torch.float32)
             setattr(module.get_submodule(owner), last, made_part)
             plain.get_submodule(name).weight.copy_(made_part.dequantize())
     return plain

@@ -198,10 +198,9 @@ def test_flex_attention(window: int | None) -> None:
 @torch.no_grad()
 def test_packed_products(rows: int, bits: int, group: int, dtype: Any) -> None:
     made = formats.pack(torch.randn(300, 1000, device=DEVICE), bits, group)
-    given = (made.codes, made.scale, made.low)
     x, bias = torch.randn(rows, 1000, device=DEVICE).to(dtype), torch.randn(300, device=DEVICE).to(dtype)
-    y = packed_cuda.multiply(x, *given, bias, bits, group, 1000)
-    numbers = formats.unpack(*given, bits=bits, group=group, inputs=1000, dtype=torch.float64)
+    y = packed_cuda.multiply(x, made, bias)
+    numbers = made.unpack(torch.float64)
     # Sums of 1,000 products, of the order of 100.
     bound = 1e-3 if dtype == torch.float32 else 200 * torch.finfo(dtype).eps
     assert_close("packed", y, x.double() @ numbers.T + bias.double(), bound)

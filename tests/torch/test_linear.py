@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from monoblock import native
 from monoblock.backends.pytorch.kernels import linear
-from monoblock.backends.pytorch.kernels.linear import Linear, dense, packed_dense
+from monoblock.backends.pytorch.kernels.linear import Linear, dense, quantized_dense
 from monoblock.backends.pytorch.quantization import formats
 
 # Outputs around the blocks of 2, 4, 8, 16 and 64; inputs around vectors, runs of 128, and panels of 64 groups.
@@ -63,11 +63,10 @@ def test_plain_weights(level: str, dtype: torch.dtype) -> None:
 def test_packed_weights(level: str, bits: int, group: int) -> None:
     for outputs, inputs in SHAPES:
         packed = formats.pack(made(outputs, inputs), bits, group)
-        form = {"bits": bits, "group": group, "inputs": inputs}
-        weight = formats.unpack(packed.codes, packed.scale, packed.low, **form, dtype=torch.float64)
+        weight = packed.unpack(torch.float64)
         for rows, dtype in [(r, torch.float32) for r in ROWS] + [(3, torch.bfloat16), (40, torch.bfloat16)]:
             x, bias = made(rows, inputs, dtype=dtype, seed=2), made(outputs, dtype=dtype, seed=1)
-            y = packed_dense(x, packed.codes, packed.scale, packed.low, bias, bits, group, inputs)
+            y = quantized_dense(x, packed, bias)
             expected = F.linear(x.double(), weight, bias.double())
             allowed = bound(x, weight, bias, expected, dtype)
             if native.multiplies_codes():
@@ -93,11 +92,8 @@ def test_many_inputs(level: str) -> None:
     for inputs in (4097, 9000):
         weight, x = made(10, inputs), made(9, inputs, seed=1)
         packed = formats.pack(weight, 8, 64)
-        exact = formats.unpack(
-            packed.codes, packed.scale, None, bits=8, group=64, inputs=inputs, dtype=torch.float64
-        )
-        y = packed_dense(x, packed.codes, packed.scale, None, None, 8, 64, inputs)
-        expected = x.double() @ exact.T
+        y = quantized_dense(x, packed, None)
+        expected = x.double() @ packed.unpack(torch.float64).T
         # Codes are up to 255, of which the middle, 128, goes again: sums are as much larger as what comes out of them.
         limit = 0.01 if native.multiplies_codes() else 5e-6  # measured 6e-3 and 1.2e-6
         assert (y - expected).norm() < limit * expected.norm(), level
@@ -113,7 +109,7 @@ def test_what_is_not_a_number_stays_so(level: str) -> None:
         for y in (
             dense(many, made(5, 200), None),
             dense(many.bfloat16(), made(5, 200).bfloat16(), None),
-            packed_dense(many, packed.codes, packed.scale, packed.low, None, 4, 128, 200),
+            quantized_dense(many, packed, None),
         ):
             assert y[1].isnan().all() and not y[0].isnan().any(), (level, rows)
 
@@ -126,7 +122,7 @@ def test_threads_do_not_change_the_result(level: str) -> None:
         x, found = made(rows, 200, dtype=torch.bfloat16), []
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            y = packed_dense(x, packed.codes, packed.scale, packed.low, None, 4, 128, 200)
+            y = quantized_dense(x, packed, None)
             own = level != "0" and (rows < 17 or native.multiplies_halves(200))
             found.append((dense(x, weight, None) if own else y, y))
         assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
@@ -187,8 +183,8 @@ def test_many_rows_of_pairs(level: str) -> None:
         off = (y - expected).abs()
         assert (off <= factor * bound(x, weight, bias, expected, dtype)).all(), (level, rows, outputs, inputs)
         if native.multiplies_halves(inputs):
-            packed = formats.pack(weight, 12, 128).codes
-            assert torch.equal(packed_dense(x, packed, None, None, bias.to(dtype), 12, 128, inputs), y)
+            packed = formats.pack(weight, 12, 128)
+            assert torch.equal(quantized_dense(x, packed, bias.to(dtype)), y)
 
 
 def test_shapes_and_strides() -> None:
@@ -241,13 +237,10 @@ def test_packed_gradients_reach_inputs_and_bias(bits: int) -> None:
     packed = formats.pack(made(9, 70), bits, 64)
     x, bias = made(5, 70).requires_grad_(), made(9).requires_grad_()
     upstream = made(5, 9, seed=3)
-    rest = (bits, 64, 70)
-    y = packed_dense(x, packed.codes, packed.scale, packed.low, bias, *rest)
+    y = quantized_dense(x, packed, bias)
     found = torch.autograd.grad(y, (x, bias), upstream)
-    weight = formats.unpack(
-        packed.codes, packed.scale, packed.low, bits=bits, group=64, inputs=70, dtype=torch.float32
-    )
-    expected = torch.autograd.grad(F.linear(x, weight, bias), (x, bias), upstream)
+    plain = F.linear(x, packed.unpack(torch.float32), bias)
+    expected = torch.autograd.grad(plain, (x, bias), upstream)
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
@@ -258,8 +251,7 @@ def test_the_operators_keep_the_rules_of_operators() -> None:
     torch.library.opcheck(linear.linear, (x.detach().bfloat16(), weight.detach().bfloat16(), None))
     for bits in (8, 4):
         packed = formats.pack(made(7, 10), bits, 128)
-        form = (packed.codes, packed.scale, packed.low, bias, bits, 128, 10)
-        torch.library.opcheck(linear.packed_linear, (x, *form))
+        torch.library.opcheck(linear.packed_linear, (x, *packed[:3], bias, *packed[3:]))
 
 
 def test_compiled_exported_mapped_and_cast() -> None:

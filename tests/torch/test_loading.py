@@ -271,7 +271,7 @@ def test_attn_implementation_is_chosen_while_loading(saved: Path) -> None:
 @pytest.mark.parametrize(
     ("given", "error", "text"),
     [
-        ({"tp_plan": "auto"}, ValueError, "does not support tp_plan='auto'"),
+        ({"tp_plan": "auto"}, ValueError, "does not take tp_plan: tensor parallelism"),
         ({"gguf_file": "x.gguf"}, TypeError, "gguf_file= is not supported"),
         ({"no_such_argument": 1}, TypeError, "does not know the argument 'no_such_argument'"),
     ],

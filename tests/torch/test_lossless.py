@@ -15,7 +15,7 @@ import monoblock
 from monoblock import AutoModelForCausalLM, DynamicCache, native
 from monoblock.backends.pytorch.generation import native_decoder
 from monoblock.backends.pytorch.kernels import linear
-from monoblock.backends.pytorch.kernels.linear import packed_dense, packed_linear
+from monoblock.backends.pytorch.kernels.linear import packed_linear, quantized_dense
 from monoblock.backends.pytorch.quantization import bf12, formats
 from monoblock.backends.pytorch.quantization.modules import PackedMatrix
 
@@ -67,7 +67,7 @@ def by_hand(codes: np.ndarray[Any, Any], inputs: int) -> np.ndarray[Any, Any]:
 def test_the_format_by_hand_and_back(shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     weight = matrix(*shape)
     packed = formats.pack(weight, 12, 128)
-    assert {n: tuple(t.shape) for n, t in packed.items()} == formats.shapes(12, 128, *shape)
+    assert {n: tuple(t.shape) for n, t in packed.tensors().items()} == formats.shapes(12, 128, *shape)
     assert packed.codes.dtype == torch.uint8 and packed.codes.shape[1] < 2 * shape[1]
     found = np.stack([by_hand(row, shape[1]) for row in packed.codes.numpy()])
     np.testing.assert_array_equal(found, weight.view(torch.int16).numpy().view(np.uint16))
@@ -102,16 +102,16 @@ def test_only_bfloat16_numbers_are_packed() -> None:
 def test_products(level: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As with the plain matrix, few rows and many (in pieces), in both types, with and without a bias."""
     torch.manual_seed(0)
-    monkeypatch.setattr(linear, "PIECE", 2500)
+    monkeypatch.setattr(linear, "BLOCK", 2500)
     for outputs, inputs in SHAPES:
         weight = matrix(outputs, inputs)
         weight[0, 6] = 7.0  # 1e20 would hide all others
-        codes = formats.pack(weight, 12, 128).codes
+        packed = formats.pack(weight, 12, 128)
         bias = torch.randn(outputs) if outputs % 2 else None
         for rows, dtype in [(r, torch.float32) for r in (1, 2, 3, 4, 5, 8, 16, 17)] + [(3, torch.bfloat16)]:
             x = torch.randn(rows, inputs).to(dtype)
             own = None if bias is None else bias.to(dtype)
-            y = packed_dense(x, codes, None, None, own, 12, 128, inputs)
+            y = quantized_dense(x, packed, own)
             expected = F.linear(x.double(), weight.double(), None if own is None else own.double())
             sizes = x.double().abs() @ weight.double().abs().T + (0 if own is None else own.double().abs())
             allowed = CLOSE * sizes
@@ -131,18 +131,17 @@ def test_several_threads_unpack_the_whole_matrix() -> None:
     try:
         for outputs, inputs in SHAPES:
             weight = matrix(outputs, inputs)
-            assert same(linear._unfolded(library, formats.pack(weight, 12, 128).codes, inputs), weight)
+            assert same(linear._bfloat16(library, formats.pack(weight, 12, 128)), weight)
     finally:
         torch.set_num_threads(1)
 
 
 def test_the_operator_and_its_gradients() -> None:
     weight = torch.randn(7, 256).bfloat16()
-    codes = formats.pack(weight, 12, 128).codes
+    packed = formats.pack(weight, 12, 128)
     x, bias = torch.randn(5, 256, requires_grad=True), torch.randn(7, requires_grad=True)
-    rest = (codes, None, None, bias, 12, 128, 256)
-    torch.library.opcheck(packed_linear, (x, *rest))
-    y, upstream = packed_dense(x, *rest), torch.randn(5, 7)
+    torch.library.opcheck(packed_linear, (x, *packed[:3], bias, *packed[3:]))
+    y, upstream = quantized_dense(x, packed, bias), torch.randn(5, 7)
     found = torch.autograd.grad(y, (x, bias), upstream)
     torch.testing.assert_close(found, (upstream @ weight.float(), upstream.sum(0)), rtol=1e-5, atol=1e-5)
 
@@ -232,7 +231,8 @@ def test_matrices_that_do_not_fit_stay_as_they_are(tmp_path: Path) -> None:
 def test_damaged_codes_read_and_write_nothing_beyond(level: str) -> None:
     """A file may name any number of weights in any column: what is not there is passed over."""
     weight = (1 + torch.rand(3, 256)).bfloat16()  # one exponent: nothing is in the heads
-    codes = formats.pack(weight, 12, 128).codes
+    packed = formats.pack(weight, 12, 128)
+    codes = packed.codes
     for damage in ((65535, 40000), (7, 65535), (1, 256)):
         head = codes[:, :32].contiguous().view(torch.int16)
         head[:, 1], head[:, 2::2] = (int(np.uint16(word).astype(np.int16)) for word in damage)
@@ -240,7 +240,7 @@ def test_damaged_codes_read_and_write_nothing_beyond(level: str) -> None:
         assert same(bf12.unpack(damaged, 256), weight), level
         for rows in (1, 5, 20):
             x = torch.randn(rows, 256)
-            y = packed_dense(x, damaged, None, None, None, 12, 128, 256)
+            y = quantized_dense(x, packed._replace(codes=damaged), None)
             # Inputs of 5 to 16 rows may be rounded to bfloat16.
             torch.testing.assert_close(y, x @ weight.float().T, rtol=1e-2, atol=0.5)
 

@@ -82,5 +82,5 @@ def test_quantised_products_stay_with_it(called: list[str]) -> None:
     torch.set_num_threads(2)
     weight = torch.randn(16, 128)
     made = formats.pack(weight, 8, 64)
-    y = linear.packed_dense(torch.randn(1, 128), made.codes, made.scale, made.low, None, 8, 64, 128)
+    y = linear.quantized_dense(torch.randn(1, 128), made, None)
     assert y.shape == (1, 16) and "mb_linear" in called

@@ -154,7 +154,7 @@ def test_names_and_types_in_the_file(packed: Path) -> None:
     assert "lm_head.weight.low" not in tensors
     assert tensors["model.norm.weight"].shape == (width,)
     config = json.loads((packed / "config.json").read_text())
-    how = {"quant_method": "monoblock", "bits": 4, "group_size": 128, "modules_to_not_convert": None}
+    how = {"method": "monoblock", "bits": 4, "group_size": 128, "modules_to_not_convert": None}
     assert config["quantization_config"] == how
 
 
@@ -202,7 +202,7 @@ def test_no_plain_matrix_outlives_its_packing(folder: Path, monkeypatch: pytest.
     seen: list[Any] = []
     original = formats.pack
 
-    def pack(weight: torch.Tensor, bits: int, group: int) -> formats.Packed:
+    def pack(weight: torch.Tensor, bits: int, group: int) -> formats.QuantizedTensor:
         assert not any(reference() is not None for reference in seen)
         seen.append(weakref.ref(weight.untyped_storage()))
         return original(weight, bits, group)
@@ -252,6 +252,7 @@ def test_words_dicts_and_objects_say_the_same(folder: Path) -> None:
     ways: list[Any] = [
         "int4",
         {"bits": 4},
+        {"method": "monoblock", "bits": 4, "group_size": 128},
         {"quant_method": "monoblock", "bits": 4, "group_size": 128},
         WeightOnlyConfig(bits=4),
     ]
@@ -391,6 +392,14 @@ def copied(source: Path, target: Path, **changes: Any) -> Path:
     config = json.loads((target / "config.json").read_text())
     (target / "config.json").write_text(json.dumps(config | changes))
     return target
+
+
+def test_the_first_spelling_of_the_method(packed: Path, tmp_path: Path) -> None:
+    how = {"quant_method": "monoblock", "bits": 4, "group_size": 128, "modules_to_not_convert": None}
+    model = load(copied(packed, tmp_path, quantization_config=how))
+    assert model.quantization_config == WeightOnlyConfig(bits=4)
+    states = (model.state_dict(), load(packed).state_dict())
+    assert all(torch.equal(one, states[1][name]) for name, one in states[0].items())
 
 
 def test_packed_files_that_do_not_fit(packed: Path, tmp_path: Path) -> None:

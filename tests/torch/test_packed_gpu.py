@@ -24,10 +24,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 def packed(outputs: int, inputs: int, bits: int, group: int) -> Any:
     weight = torch.randn(outputs, inputs, generator=torch.Generator().manual_seed(0))
     made = formats.pack(weight, bits, group)
-    numbers = formats.unpack(
-        made.codes, made.scale, made.low, bits=bits, group=group, inputs=inputs, dtype=torch.float64
-    )
-    return made, numbers
+    return made, made.unpack(torch.float64)
 
 
 def rows_of(rows: int, inputs: int, dtype: Any) -> torch.Tensor:
@@ -42,22 +39,21 @@ def test_products(shape: tuple[int, ...], bits: int, group: int, monkeypatch: py
     monkeypatch.setattr(packed_cuda, "kernel", lambda: None)
     made, numbers = packed(24, 200, bits, group)
     x, bias = torch.randn(*shape, 200), torch.randn(24)
-    y = packed_cuda.multiply(x, made.codes, made.scale, made.low, bias, bits, group, 200)
+    y = packed_cuda.multiply(x, made, bias)
     assert_close("unpacked", y, x.double() @ numbers.T + bias, 1e-4)  # sums of 200 numbers of the order of 1
 
 
 def test_few_rows_go_to_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = []
 
-    def few_rows(x: torch.Tensor, codes: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+    def few_rows(x: torch.Tensor, matrix: formats.QuantizedTensor, _: Any) -> torch.Tensor:
         rows.append(x.shape[0])
-        return x.new_zeros(x.shape[0], codes.shape[0])
+        return x.new_zeros(x.shape[0], matrix.rows)
 
     monkeypatch.setattr(packed_cuda, "kernel", lambda: few_rows)
     made, _ = packed(24, 200, 8, 128)
-    given = (made.codes, made.scale, made.low, None, 8, 128, 200)
     for shape in ((1,), (2, 8), (17,), (0,)):
-        packed_cuda.multiply(torch.zeros(*shape, 200), *given)
+        packed_cuda.multiply(torch.zeros(*shape, 200), made, None)
     assert rows == [1, 16]
 
 
@@ -80,7 +76,7 @@ def test_the_kernel_interpreted(bits: int, group: int, outputs: int, inputs: int
     made, numbers = packed(outputs, inputs, bits, group)
     for rows, bias in ((1, None), (3, torch.randn(outputs).to(dtype)), (16, None)):
         x = rows_of(rows, inputs, dtype)
-        y = packed_cuda.multiply(x, made.codes, made.scale, made.low, bias, bits, group, inputs)
+        y = packed_cuda.multiply(x, made, bias)
         reference = x.double() @ numbers.T + (0 if bias is None else bias.double())
         # Sums of the order of 40; in fp16 the result is rounded to 11 bits.
         assert_close("kernel", y, reference, 5e-5 if dtype == torch.float32 else 0.04)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import pytest
 import torch
@@ -12,7 +10,7 @@ import torch.nn.functional as F
 from monoblock import native
 from monoblock.backends.pytorch.kernels.linear import packed_linear
 from monoblock.backends.pytorch.quantization import formats
-from monoblock.backends.pytorch.quantization.formats import Packed
+from monoblock.backends.pytorch.quantization.formats import QuantizedTensor
 
 torch.set_num_threads(1)
 
@@ -25,8 +23,10 @@ def matrix(outputs: int, inputs: int, seed: int = 0, std: float = 0.02) -> torch
     return torch.randn(outputs, inputs, generator=torch.Generator().manual_seed(seed)) * std
 
 
-def by_hand(packed: Packed, bits: int, group: int, inputs: int) -> np.ndarray:
+def by_hand(packed: QuantizedTensor) -> np.ndarray:
     """The weights one by one, as the format says."""
+    _, _, _, bits, group, inputs = packed
+    assert packed.scale is not None
     codes, scale = packed.codes.numpy(), packed.scale.float().numpy()
     weights = np.zeros((len(codes), inputs), np.float32)
     for row in range(len(codes)):
@@ -42,30 +42,21 @@ def by_hand(packed: Packed, bits: int, group: int, inputs: int) -> np.ndarray:
     return weights
 
 
-def unpacked(packed: Packed, bits: int, group: int, inputs: int) -> torch.Tensor:
-    return formats.unpack(
-        packed.codes,
-        packed.scale,
-        packed.low,
-        bits=bits,
-        group=group,
-        inputs=inputs,
-        dtype=torch.float32,
-    )
-
-
 @pytest.mark.parametrize(("bits", "group"), FORMS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_format_by_hand(shape: tuple[int, int], bits: int, group: int) -> None:
     weight = matrix(*shape)
     packed = formats.pack(weight, bits, group)
-    assert {n: tuple(t.shape) for n, t in packed.items()} == formats.shapes(bits, group, *shape)
-    assert packed.codes.dtype == torch.uint8 and packed.scale.dtype == torch.float16
-    assert (packed.low is None) == (bits == 8)
-    found = by_hand(packed, bits, group, shape[1])
+    assert packed[3:] == (bits, group, shape[1]) and packed.rows == shape[0]
+    tensors = packed.tensors()
+    assert {n: tuple(t.shape) for n, t in tensors.items()} == formats.shapes(bits, group, *shape)
+    assert {n: t.dtype for n, t in tensors.items()} == {n: formats.DTYPES[n] for n in tensors}
+    assert tensors.keys() == {"codes", "scale"} | ({"low"} if bits == 4 else set())
+    assert packed.nbytes == sum(len(t.numpy().tobytes()) for t in tensors.values())
+    found = by_hand(packed)
     # One fused multiplication and addition rounds once where two steps round twice: 2 ** -23 of the largest weight.
-    np.testing.assert_allclose(unpacked(packed, bits, group, shape[1]).numpy(), found, atol=2e-8)
-    wide = packed.scale.float().repeat_interleave(group, 1)[:, : shape[1]].numpy()
+    np.testing.assert_allclose(packed.unpack(torch.float32).numpy(), found, atol=2e-8)
+    wide = tensors["scale"].float().repeat_interleave(group, 1)[:, : shape[1]].numpy()
     if bits == 8:
         # Half a step, and what rounding the scale to fp16 cuts off at the ends: 127 * 2 ** -11 of a step.
         assert (np.abs(found - weight.numpy()) <= 0.57 * wide + 1e-9).all()
@@ -83,8 +74,7 @@ def test_how_near_the_codes_come(dtype: torch.dtype) -> None:
     """Normal weights: measured 0.0067 and 0.096 (their own type is counted as exact)."""
     weight = matrix(96, 1024).to(dtype)
     errors = {
-        bits: error(weight.float(), unpacked(formats.pack(weight, bits, 128), bits, 128, 1024))
-        for bits in (8, 4)
+        bits: error(weight.float(), formats.pack(weight, bits, 128).unpack(torch.float32)) for bits in (8, 4)
     }
     assert errors[8] < 0.008 and errors[4] < 0.1
 
@@ -97,7 +87,7 @@ def test_four_bits_beat_rounding_to_the_nearest(group: int) -> None:
     low, high = grouped.amin(-1, keepdim=True), grouped.amax(-1, keepdim=True)
     step = (high - low) / 15
     nearest = (((grouped - low) / step).round() * step + low).flatten(1)
-    ours = unpacked(formats.pack(weight, 4, group), 4, group, 512)
+    ours = formats.pack(weight, 4, group).unpack(torch.float32)
 
     def weighted(made: torch.Tensor) -> float:
         return float((weight.abs() * (made - weight).square()).sum())
@@ -111,7 +101,7 @@ def test_rows_without_width_are_exact(bits: int, group: int) -> None:
     weight[1] = 0.5
     weight[2, 100:] = -0.25
     weight[3] = 1e-4  # a scale that fp16 has no normal number for, in 8 bits
-    found = unpacked(formats.pack(weight, bits, group), bits, group, 192)
+    found = formats.pack(weight, bits, group).unpack(torch.float32)
     assert torch.equal(found[0], weight[0])
     torch.testing.assert_close(found[1:3], weight[1:3], rtol=0, atol=1.3e-4)  # fp16's step at 0.25, twice
     torch.testing.assert_close(found[3], weight[3], rtol=0.05, atol=0)  # steps of 6e-8 at a scale of 8e-7
@@ -124,7 +114,7 @@ def test_rows_do_not_depend_on_each_other(bits: int, group: int, monkeypatch: py
     whole = formats.pack(weight, bits, group)
     monkeypatch.setattr(formats, "_PIECE", 400)
     parts = [formats.pack(weight[rows], bits, group) for rows in (slice(0, 4), slice(4, 9))]
-    for name, tensor in whole.items():
+    for name, tensor in whole.tensors().items():
         assert torch.equal(tensor, torch.cat([getattr(part, name) for part in parts])), name
 
 
@@ -145,9 +135,8 @@ def test_the_plain_product(bits: int, group: int, piece: int, monkeypatch: pytes
     monkeypatch.setattr(native, "library", lambda: None)
     packed, x = formats.pack(matrix(11, 200), bits, group), matrix(6, 200, seed=1, std=1.0).view(2, 3, 200)
     x, bias = x.requires_grad_(), matrix(1, 11, seed=2)[0].requires_grad_()
-    given: dict[str, Any] = {"bits": bits, "group": group, "in_features": 200}
-    y = packed_linear(x, packed.codes, packed.scale, packed.low, bias, **given)
-    expected = F.linear(x, unpacked(packed, bits, group, 200), bias)
+    y = packed_linear(x, *packed[:3], bias, *packed[3:])
+    expected = F.linear(x, packed.unpack(torch.float32), bias)
     torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-6)
     weights = matrix(6, 11, seed=3, std=1.0).view_as(y)
     ours = torch.autograd.grad((y * weights).sum(), (x, bias))

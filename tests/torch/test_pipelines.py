@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +45,30 @@ def test_the_task_is_the_models_by_default(places: dict[str, str]) -> None:
         "MistralForCausalLM": "text-generation",
         "MPNetModel": "feature-extraction",
     }
+
+
+def test_sentence_transformers_get_no_random_head(places: dict[str, str], tmp_path: Path, logs: Any) -> None:
+    """Their config names the class that the model came from, whose head the files lack."""
+    place = tmp_path / "model"
+    shutil.copytree(places["MPNetModel"], place)
+    config = json.loads((place / "config.json").read_text())
+    (place / "config.json").write_text(json.dumps({**config, "architectures": ["MPNetForMaskedLM"]}))
+    assert (
+        pipeline(model=str(place), device="cpu").task == "fill-mask"
+    )  # with a warning, as transformers does
+    assert any("newly initialised" in message for message in logs.messages)
+    logs.clear()
+    (place / "modules.json").write_text("[]")
+    made = pipeline(model=str(place), device="cpu")
+    assert made.task == "feature-extraction"
+    assert type(made.model).__name__ == "MPNetModel"
+    with pytest.raises(ValueError, match="no head for 'fill-mask', only what sentence-transformers needs"):
+        pipeline("fill-mask", str(place), device="cpu")
+    assert not [message for message in logs.messages if "newly initialised" in message]
+    whole = tmp_path / "whole"
+    shutil.copytree(places["MPNetForMaskedLM"], whole)
+    (whole / "modules.json").write_text("[]")
+    assert pipeline(model=str(whole), device="cpu").task == "fill-mask"
 
 
 def test_objects_dtypes_and_settings(places: dict[str, str]) -> None:

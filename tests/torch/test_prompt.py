@@ -23,6 +23,7 @@ from monoblock.backends.pytorch import ops
 from monoblock.backends.pytorch.generation import decoder, native_decoder
 from monoblock.backends.pytorch.kernels import native_ops
 from monoblock.checkpoint import pages
+from monoblock.errors import UnsupportedConfig
 from monoblock.native import build
 from monoblock.spec import ACTIVATIONS
 
@@ -209,7 +210,7 @@ def test_norms_rotations_and_activations(width: int, dtype: str) -> None:
     q = heads(2, 9, 3, 1, 2 * width + 3, kind)[0]
     angles = torch.randn(1, 1, 9, width, generator=generator).double()
     cos, sin = (torch.cat((a, a), dim=-1).to(kind) for a in (angles.cos(), angles.sin()))
-    turned = native_ops.turn(q, cos, sin).transpose(1, 2)
+    turned = native_ops.apply_rope(q, cos, sin).transpose(1, 2)
     assert_close(f"rotation, {dtype}", turned, ops.rotate(q.double(), cos.double(), sin.double()), 2 * bound)
 
 
@@ -221,14 +222,14 @@ def test_models_use_them(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     module = made(case)
     ids, mask = batch("left", LENGTHS)
     called: list[str] = []
-    for name in ("attention", "norm", "turn", "activate"):
+    for name in ("attention", "norm", "apply_rope", "activate"):
         kernel = getattr(native_ops, name)
         monkeypatch.setattr(
             native_ops, name, lambda *a, n=name, f=kernel, **k: (called.append(n), f(*a, **k))[1]
         )
     fast = module(ids, attention_mask=mask).logits
     assert {"attention", "norm", "activate"} <= set(called)
-    assert ("turn" in called) == (case == "rope")
+    assert ("apply_rope" in called) == (case == "rope")
     called.clear()
     with torch.enable_grad():
         module(ids, attention_mask=mask)
@@ -321,6 +322,35 @@ def test_what_stays_whole(monkeypatch: pytest.MonkeyPatch) -> None:
         {"use_cache": False},
     ):
         same_in_pieces(monkeypatch, module, ids, given.copy, 1)
+
+
+def test_chunks_that_the_call_asks_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`prefill_chunk_size` holds on every device and for every cache; what it cannot do is refused."""
+    ids, mask = prompts("MistralForCausalLM")
+    module, counts = small("MistralForCausalLM"), []
+    arguments = decoder.Decoder._arguments
+
+    def counted(self: Any, tokens: Any, *more: Any, **named: Any) -> Any:
+        counts.append(tokens["input_ids"].shape[1])
+        return arguments(self, tokens, *more, **named)
+
+    monkeypatch.setattr(decoder.Decoder, "_arguments", counted)
+    given = {**ASKED, "attention_mask": mask}
+    whole = module.generate(ids, **given)
+    counts.clear()
+    chunks = module.generate(ids, prefill_chunk_size=5, **given)
+    count = ids.shape[1]
+    assert counts[: -(-count // 5)] == [5] * (count // 5) + [count % 5] * (count % 5 > 0)
+    assert torch.equal(chunks.sequences, whole.sequences)
+    assert_close("scores in chunks", torch.stack(chunks.scores), torch.stack(whole.scores), 2e-5)
+    with pytest.raises(
+        UnsupportedConfig, match="prefill_chunk_size=5: this model's RoPE scaling goes by the whole"
+    ):
+        made("rope, dynamic").generate(batch("none")[0], prefill_chunk_size=5, **ASKED)
+    for asked in ("output_attentions=True", "use_cache=False"):
+        name, value = asked.split("=")
+        with pytest.raises(ValueError, match=f"prefill_chunk_size=5 does not go with {asked}"):
+            module.generate(ids, prefill_chunk_size=5, **{**given, name: value == "True"})
 
 
 # ---------------------------------------------------------------------------- the last block

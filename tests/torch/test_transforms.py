@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from families_made import CLASSES, fields, ours_of
+from families_made import CLASSES, fields, ours_of, with_images
 from helpers import PAD, has_compiler, model
-from measure import assert_close
+from measure import assert_close, rounding
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 from torch.autograd import forward_ad
@@ -171,6 +171,62 @@ def test_onnx(family: str, dynamo: bool, tmp_path: Path) -> None:
     for given in (inputs(3, 23), inputs(5, 41)):
         found = session.run(None, {n: x.numpy() for n, x in zip(names, given, strict=True)})[0]
         assert_close("onnxruntime", found, module(*given), ATOL, given[1])
+
+
+class ImageLogits(nn.Module):
+    """Fuyu as a function of ids, mask, image patches and the index of each token's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = made("fuyu")
+
+    def forward(self, ids: Tensor, mask: Tensor, patches: Any, indices: Tensor | None) -> Tensor:
+        images = {"image_patches": patches, "image_patches_indices": indices}
+        return self.model(ids, attention_mask=mask, use_cache=False, **images).logits
+
+
+def image_bound(ids: Tensor, mask: Tensor, patches: Any, indices: Tensor | None) -> float:
+    images = {"image_patches": patches, "image_patches_indices": indices}
+    out = made("fuyu")(ids, attention_mask=mask, output_hidden_states=True, **images)
+    return rounding(made("fuyu").spec, out)
+
+
+@pytest.mark.parametrize("indexed", [True, False], ids=["by index", "in order"])
+@pytest.mark.parametrize("way", ["compile", "export"])
+@torch.no_grad()
+def test_image_patches(way: str, indexed: bool) -> None:
+    """As a whole graph: nothing is read to see where patches go. One row has none."""
+    module = ImageLogits()
+    ids, mask, patches, indices = with_images((6, 0, 9))
+    given = (ids, mask, patches, indices if indexed else None)
+    torch._dynamo.reset()
+    if way == "compile":
+        program: Any = torch.compile(module, fullgraph=True, backend="aot_eager")
+    else:
+        program = torch.export.export(module, given).module()
+    expected = module(*given)
+    assert_close(f"{way}, images", program(*given), expected, image_bound(*given))
+    assert (program(ids, mask, [-own for own in patches], given[3]) - expected).abs().max() > 0.1
+    # What has too few or, in order, too many patches fails all the same.
+    wrong = [torch.cat((patches[0], patches[0])), *patches[1:]]
+    if way == "compile":
+        for sets in ([patches[0][:4], *patches[1:]], *([] if indexed else [wrong])):
+            with pytest.raises(IndexError, match="out of bounds"):
+                program(ids, mask, sets, given[3])
+
+
+@pytest.mark.parametrize("indexed", [True, False], ids=["by index", "in order"])
+@torch.no_grad()
+def test_image_patches_of_each_row(indexed: bool) -> None:
+    module = ImageLogits()
+    ids, mask, patches, indices = with_images((6, 6))
+
+    def row(ids: Tensor, mask: Tensor, patches: Tensor, indices: Tensor) -> Tensor:
+        return module(ids[None], mask[None], patches[None], indices[None] if indexed else None)[0]
+
+    found = vmap(row)(ids, mask, torch.stack(patches), indices)
+    given = (ids, mask, patches, indices if indexed else None)
+    assert_close("vmap, images", found, module(*given), image_bound(*given))
 
 
 @pytest.mark.parametrize("option", MORE)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from monoblock.checkpoint.files import read_json
 from monoblock.checkpoint.hub import find_file
+from monoblock.checkpoint.journal import located
 from monoblock.checkpoint.options import HubOptions
 
 ADAPTER_CONFIG_NAME = "adapter_config.json"
@@ -14,7 +15,7 @@ ADAPTER_CONFIG_NAME = "adapter_config.json"
 def is_adapter(name: str | Path, hub: HubOptions) -> bool:
     """Whether a folder holds an adapter and no model. A name on the hub is taken for a model."""
     folder = Path(name) / hub.subfolder
-    return (folder / ADAPTER_CONFIG_NAME).is_file() and not (folder / "config.json").is_file()
+    return located(folder, ADAPTER_CONFIG_NAME) is not None and located(folder, "config.json") is None
 
 
 def base_of(name: str | Path, hub: HubOptions) -> str:

@@ -40,7 +40,7 @@ def matched(
     too. MissingKeys, UnexpectedKeys, UnreadKeys and ShapeMismatch (unless sizes may differ) name the first other
     tensor that does not fit.
     """
-    plan = keymap.plan(shapes, tensors, tied)
+    plan = keymap.of(tensors).plan(shapes, tensors, tied)
     if extra_allowed is not None:
         extra = [name for name in (*plan.unknown, *plan.unread) if extra_allowed(name)]
         plan.unknown = [name for name in plan.unknown if name not in extra]

@@ -1,17 +1,15 @@
 """A folder that appears whole or not at all."""
 
-import os
 import shutil
-import socket
 import tarfile
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from monoblock.checkpoint.files import alive, write_atomically
-from monoblock.errors import CheckpointError, HubError
-
-_SUFFIX = ".monoblock-tmp"
+from monoblock.checkpoint.journal import hidden
+from monoblock.checkpoint.stages import scratch
+from monoblock.checkpoint.transaction import staged, write_atomically
+from monoblock.errors import CheckpointError
 
 
 @contextmanager
@@ -22,24 +20,15 @@ def new_folder(target: Path, *, replace: bool) -> Generator[Path, None, None]:
     complete. One with sub-folders, or a parent of the working folder, is never replaced: that is no model's.
     """
     check_target(target, replace=replace)
-    with scratch_folder(target, "new") as folder:
-        try:
-            yield folder
-            _put_in_place(folder, target)
-        except HubError:
-            raise
-        except OSError as error:
-            reason = error.strerror or str(error)
-            raise CheckpointError(
-                f"writing {target} failed: {reason}; what was there before is unchanged"
-            ) from error
+    with staged(target, whole=True) as stage:
+        yield stage.files
 
 
 def check_target(target: Path, *, replace: bool) -> None:
     """CheckpointError if `new_folder` would refuse the target."""
     if target.is_symlink() or (target.exists() and not target.is_dir()):
         raise CheckpointError(f"{target} is a file or a link: give the name of a new folder")
-    content = sorted(target.iterdir()) if target.is_dir() else []
+    content = [path for path in sorted(target.iterdir()) if not hidden(path.name)] if target.is_dir() else []
     if content and not replace:
         raise CheckpointError(
             f"{target} holds files already ({content[0].name}, ...): choose a new folder, or replace it with --force "
@@ -52,56 +41,13 @@ def check_target(target: Path, *, replace: bool) -> None:
         )
 
 
-def _put_in_place(folder: Path, target: Path) -> None:
-    if not target.exists():
-        folder.rename(target)
-        return
-    old = folder.with_name(folder.name.replace(".new-", ".old-"))
-    target.rename(old)
-    try:
-        folder.rename(target)
-    except BaseException:
-        old.rename(target)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
-
-
-@contextmanager
-def scratch_folder(target: Path, purpose: str) -> Generator[Path, None, None]:
-    """A hidden folder beside `target`, gone when the block ends; those of killed processes go first."""
-    owner = f"{socket.gethostname()}-{os.getpid()}"
-    folder = target.with_name(f".{target.name}.{purpose}-{owner}{_SUFFIX}")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        _remove_orphans(target)
-        folder.mkdir()
-    except OSError as error:
-        raise CheckpointError(
-            f"cannot write into {target.parent}: {error.strerror}; choose another place"
-        ) from error
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _remove_orphans(target: Path) -> None:
-    for path in target.parent.glob(f".{target.name}.*{_SUFFIX}"):
-        host, _, pid = path.name.removesuffix(_SUFFIX).rpartition("-")
-        new = path.name.startswith(f".{target.name}.new-") or path.name.startswith(
-            f".{target.name}.unpacked-"
-        )
-        if new and host.endswith(f"-{socket.gethostname()}") and pid.isdigit() and not alive(int(pid)):
-            shutil.rmtree(path, ignore_errors=True)
-
-
 @contextmanager
 def unpacked(source: Path, target: Path) -> Generator[Path, None, None]:
     """The content of a tar file in a folder beside `target`; anything else is given back as it is."""
     if not (source.is_file() and (source.suffix == ".tgz" or ".tar" in source.suffixes[-2:])):
         yield source
         return
-    with scratch_folder(target, "unpacked") as folder:
+    with scratch(target) as folder:
         try:
             with tarfile.open(source) as archive:
                 archive.extractall(folder, filter="data")  # refuses links and paths that lead outside

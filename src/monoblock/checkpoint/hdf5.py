@@ -1,6 +1,7 @@
 """TensorFlow's .h5 files, as transformers 4 wrote them, read with h5py."""
 
 import importlib
+import math
 from collections.abc import KeysView, Mapping
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,9 @@ from typing import Any
 from monoblock.checkpoint.header import check_weight_file
 from monoblock.checkpoint.views import HUB_NAMES, Adapter, adapter
 from monoblock.errors import CheckpointError
+
+# How often the file's bytes its compressed numbers may have (weights hardly shrink), and bytes that are always fine.
+_PACKED, _SMALL = 64, 2**20
 
 
 class Hdf5:
@@ -18,7 +22,7 @@ class Hdf5:
     """
 
     def __init__(self, path: Path, side: Adapter):
-        check_weight_file(path)
+        self._bytes, self._unpacked = check_weight_file(path), 0
         h5py = _import_h5py(path)
         self.path = path
         self.metadata: Mapping[str, str] = {}
@@ -45,22 +49,39 @@ class Hdf5:
         if not self._datasets:
             raise CheckpointError(f"{self.path} is an HDF5 file without weights: fetch it again")
 
-    def _add(self, key: str, new: Any) -> None:
+    def _add(self, key: str | bytes, new: Any) -> None:
         if not hasattr(new, "dtype"):
             return  # a group
+        if not isinstance(key, str):
+            raise CheckpointError(f"{self.path} is damaged (a name is no text): fetch it again")
         name = self._without_model(key)
         if new.external or new.is_virtual:
             raise CheckpointError(f"{self.path} is refused: '{name}' has its numbers in other files")
         if new.shape is None or new.dtype.name not in HUB_NAMES:
             raise CheckpointError(f"{self.path}: '{name}' has dtype {new.dtype}, which is no tensor's")
+        self._check_stored(name, new)
         known = self._datasets.setdefault(name, new)  # what two parts of a model share is stored in both
         if (known.shape, known.dtype) != (new.shape, new.dtype):
             raise CheckpointError(f"{self.path} holds '{name}' twice, and with different shapes or dtypes")
 
+    def _check_stored(self, name: str, new: Any) -> None:
+        """CheckpointError for numbers that are not stored, which HDF5 makes up in any size, or packed too well."""
+        size, stored = math.prod(new.shape) * new.dtype.itemsize, new.id.get_storage_size()
+        chunk = math.prod(new.chunks or ()) * new.dtype.itemsize
+        if new.id.get_create_plist().get_nfilters():
+            self._unpacked += size
+            fits = stored > 0 and self._unpacked <= _PACKED * self._bytes + _SMALL
+        else:
+            fits = stored >= size
+        if not fits or chunk > size + _SMALL:
+            raise CheckpointError(
+                f"{self.path} is refused: '{name}' has {size:,} bytes, of which {stored:,} are stored: is it cut off?"
+            )
+
     def _without_model(self, key: str) -> str:
         """`part/model/part/layer/kernel:0` -> `part/layer/kernel:0`; a shard's key stays as it is."""
         part, _, name = key.partition("/")
-        if not any(attribute.startswith("weight_names") for attribute in self._file[part].attrs):
+        if not any(str(attribute).startswith("weight_names") for attribute in self._file[part].attrs):
             return key
         return name.partition("/")[2] or name
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from monoblock.errors import CheckpointError
+from monoblock.field_types import brief
 
 # Bytes per element, in the order in which the reference writer ranks them (larger ranks are written first).
 ITEM_BYTES = {
@@ -41,6 +42,9 @@ _RANK = {name: rank for rank, name in enumerate(ITEM_BYTES)}
 _MAX_HEADER = (
     100_000_000  # bytes; the reference reader's limit, which keeps a garbage length from eating the memory
 )
+
+_MOST_AXES, _MOST_COUNT = 64, 2**63 - 1
+_PAIRS = 10_000  # entries that the metadata may have beside the tensors
 
 # What people find in a folder in place of weights.
 _NOT_WEIGHTS = (
@@ -103,6 +107,7 @@ def read_header(path: Path) -> Header:
                 f"{path} is not a safetensors file: its first 8 bytes give no sensible header length"
             )
         raw = file.read(length)
+    _check_structure(path, raw)
     try:
         table: object = json.loads(raw, object_pairs_hook=_no_duplicates)
     except (ValueError, RecursionError) as error:
@@ -125,6 +130,15 @@ def read_header(path: Path) -> Header:
     return Header(entries=dict(entries), metadata=cast(dict[str, str], metadata))
 
 
+def _check_structure(path: Path, raw: bytes) -> None:
+    """CheckpointError for a header with more objects, lists or pairs than its tensors have: parsed, they would take up
+    to thirty times its bytes."""
+    tensors = raw.count(b'"data_offsets"')
+    lists, objects, pairs = raw.count(b"["), raw.count(b"{"), raw.count(b'":') + raw.count(b'" :')
+    if lists > 2 * tensors + _PAIRS or objects > tensors + _PAIRS or pairs > 4 * tensors + _PAIRS:
+        raise CheckpointError(f"{path} has a broken header: it is no table of tensors")
+
+
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     table = dict(pairs)
     if len(table) != len(pairs):
@@ -142,26 +156,28 @@ def _entry(path: Path, name: str, field: object, start: int) -> Entry:
         or len(cast(list[int], offsets)) != 2
     ):
         raise CheckpointError(
-            f"{path} has a broken header: tensor '{name}' lacks a proper dtype, shape or data_offsets"
+            f"{path} has a broken header: tensor {brief(name)} lacks a proper dtype, shape or data_offsets"
         )
     if dtype not in ITEM_BYTES:
         raise CheckpointError(
-            f"{path}: tensor '{name}' has dtype '{dtype}', which is not supported; known are "
+            f"{path}: tensor {brief(name)} has dtype {brief(dtype)}, which is not supported; known are "
             f"{', '.join(ITEM_BYTES)}"
         )
     begin, end = cast(tuple[int, int], offsets)
     expected = prod(cast(list[int], shape)) * ITEM_BYTES[dtype]
     if end - begin != expected:
         raise CheckpointError(
-            f"{path} has a broken header: tensor '{name}' of {dtype} {shape} needs {expected} bytes, "
+            f"{path} has a broken header: tensor {brief(name)} of {dtype} {shape} needs {expected} bytes, "
             f"its data_offsets {offsets} give {end - begin}"
         )
     return Entry(dtype=dtype, shape=tuple(cast(list[int], shape)), begin=start + begin, end=start + end)
 
 
 def _counts(value: object) -> bool:
-    """Whether `value` is a list of whole numbers from zero up (JSON's true is not one)."""
-    return isinstance(value, list) and all(type(n) is int and n >= 0 for n in cast(list[object], value))
+    """Whether `value` is a short list of whole numbers from zero up (JSON's true is not one)."""
+    if not isinstance(value, list) or len(cast(list[object], value)) > _MOST_AXES:
+        return False
+    return all(type(n) is int and 0 <= n <= _MOST_COUNT for n in cast(list[object], value))
 
 
 def _check_layout(path: Path, entries: list[tuple[str, Entry]], start: int, size: int) -> None:
@@ -169,7 +185,7 @@ def _check_layout(path: Path, entries: list[tuple[str, Entry]], start: int, size
     for name, entry in entries:
         if entry.begin != place:
             fault = "overlaps the tensor before it" if entry.begin < place else "leaves a hole before it"
-            raise CheckpointError(f"{path} has a broken header: tensor '{name}' {fault}")
+            raise CheckpointError(f"{path} has a broken header: tensor {brief(name)} {fault}")
         place = entry.end
     if place > size:
         raise _cut_off(path, place, size)

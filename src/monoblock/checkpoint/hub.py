@@ -5,18 +5,23 @@ The hub is reached through huggingface_hub, whose environment (HF_ENDPOINT, HF_H
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal, Protocol, cast
+from typing import Any, Literal, Protocol, TypeVar, cast
 
+from monoblock.checkpoint.contents import explained
 from monoblock.checkpoint.files import read_json
+from monoblock.checkpoint.journal import hidden, located, version
 from monoblock.checkpoint.options import HubOptions
 from monoblock.checkpoint.remote import Remote
+from monoblock.checkpoint.transaction import SAVE_ID
 from monoblock.errors import CheckpointError, HubError
+from monoblock.field_types import brief
 
 __all__ = ["HubOptions", "WeightFiles", "find_file", "find_weights", "kind_of", "read_json"]
 
+Read = TypeVar("Read")
 Kind = Literal["safetensors", "bin", "msgpack", "h5"]
 
 # In the order in which they are looked for; a single file goes before an index of the same kind. The last two are
@@ -31,6 +36,7 @@ _FORMATS: dict[Kind, str] = {
 # Their names, and those of their indexes.
 WEIGHT_NAMES = tuple(name + end for name in _FORMATS.values() for end in ("", ".index.json"))
 
+_READ = 20  # times that files are read which a save replaces meanwhile
 _LISTED = 12  # names that an error shows of what a place holds
 
 
@@ -39,11 +45,13 @@ class WeightFiles:
     """The local files that hold a model's weights.
 
     `weight_map` says for each tensor that the index lists which of `paths` holds it; None for a single file.
+    `save_id`: which save wrote the index, if it says so.
     """
 
     kind: Kind
     paths: tuple[Path, ...]
     weight_map: Mapping[str, Path] | None = None
+    save_id: str | None = None
 
 
 class _Place(Protocol):
@@ -64,14 +72,15 @@ class _Folder:
         return f"the folder {self._folder}"
 
     def get(self, filename: str) -> Path | None:
-        path = self._folder / filename
-        return path if path.is_file() else None
+        return located(self._folder, filename)
 
     def get_all(self, filenames: Sequence[str]) -> list[Path | None]:
         return [self.get(filename) for filename in filenames]
 
     def names(self) -> list[str]:
-        return sorted(path.name + "/" * path.is_dir() for path in self._folder.iterdir())
+        return sorted(
+            path.name + "/" * path.is_dir() for path in self._folder.iterdir() if not hidden(path.name)
+        )
 
 
 def kind_of(path: Path) -> Kind:
@@ -95,7 +104,7 @@ def find_file(
     place = _place(name_or_path, options or HubOptions())
     path = place.get(filename)
     if path is None and required:
-        raise HubError(f"{place} has no {filename}; {_content(place)}")
+        raise HubError(f"{place} has no {filename}; {_content(place, filename == 'config.json')}")
     return path
 
 
@@ -125,6 +134,25 @@ def find_weights(
         if index is not None:
             return _sharded(place, kind, index)
     raise _no_weights(place, variant, use_safetensors)
+
+
+def of_one_save(name_or_path: str | os.PathLike[str], options: HubOptions, read: Callable[[], Read]) -> Read:
+    """What `read` gives of a model's files. Where a save into a local folder replaced them meanwhile, they are read
+    again; CheckpointError if that does not end."""
+    folder = Path(name_or_path).expanduser() / options.subfolder
+    if not folder.is_dir():
+        return read()
+    for _ in range(_READ):
+        before = version(folder)
+        try:
+            found = read()
+        except (OSError, CheckpointError):
+            if version(folder) == before:
+                raise
+            continue
+        if version(folder) == before:
+            return found
+    raise CheckpointError(f"the folder {folder} is saved to while it is read, again and again: load it later")
 
 
 def _order(prefer: Kind | Sequence[Kind], use_safetensors: bool | None) -> list[Kind]:
@@ -174,7 +202,7 @@ def _with_variant(filename: str, variant: str | None) -> str:
 
 
 def _sharded(place: _Place, kind: Kind, index: Path) -> WeightFiles:
-    listed = _read_index(index)
+    listed, save_id = _read_index(index)
     names = sorted(set(listed.values()))
     paths: dict[str, Path] = {}
     for name, path in zip(names, place.get_all(names), strict=True):
@@ -182,12 +210,14 @@ def _sharded(place: _Place, kind: Kind, index: Path) -> WeightFiles:
             raise CheckpointError(f"{place} has no {name}, which {index.name} lists: fetch the model again")
         paths[name] = path
     weight_map = {tensor: paths[name] for tensor, name in listed.items()}
-    return WeightFiles(kind=kind, paths=tuple(paths.values()), weight_map=weight_map)
+    return WeightFiles(kind=kind, paths=tuple(paths.values()), weight_map=weight_map, save_id=save_id)
 
 
-def _read_index(index: Path) -> dict[str, str]:
-    """Tensor name -> file name, checked: an index from the net may name no file outside its folder."""
-    listed = read_json(index).get("weight_map")
+def _read_index(index: Path) -> tuple[dict[str, str], str | None]:
+    """Tensor name -> file name, checked: an index from the net may name no file outside its folder. And the id of the
+    save that wrote it."""
+    content = read_json(index)
+    listed, metadata = content.get("weight_map"), content.get("metadata")
     if not isinstance(listed, dict) or not listed:
         raise CheckpointError(
             f"{index} is no index of weights: it lacks a weight_map of tensor names to file names"
@@ -195,9 +225,10 @@ def _read_index(index: Path) -> dict[str, str]:
     for tensor, name in cast(dict[str, Any], listed).items():
         if not isinstance(name, str) or not _is_inside(name):
             raise CheckpointError(
-                f"{index} is refused: it places '{tensor}' in {name!r}, which is no file of its folder"
+                f"{index} is refused: it places {brief(tensor)} in {brief(name)}, which is no file of its folder"
             )
-    return cast(dict[str, str], listed)
+    save_id: object = cast(dict[str, Any], metadata).get(SAVE_ID) if isinstance(metadata, dict) else None
+    return cast(dict[str, str], listed), save_id if isinstance(save_id, str) else None
 
 
 def _is_inside(name: str) -> bool:
@@ -207,19 +238,24 @@ def _is_inside(name: str) -> bool:
         and not parts.is_absolute()
         and ".." not in parts.parts
         and not set(name) & set("\\:\0")
+        and all(len(part.encode()) < 256 for part in parts.parts)  # as long as file systems have them
+        and len(parts.parts) < 16
     )
 
 
 def _no_weights(place: _Place, variant: str | None, use_safetensors: bool | None) -> HubError:
     wanted = [_with_variant(_FORMATS[kind], variant) for kind in _order((), use_safetensors)]
     return HubError(
-        f"{place} has no weights: expected {' or '.join(wanted)} (or its index); {_content(place)}"
+        f"{place} has no weights: expected {' or '.join(wanted)} (or its index); {_content(place, True)}"
     )
 
 
-def _content(place: _Place) -> str:
+def _content(place: _Place, model: bool) -> str:
+    """What is there in place of what was looked for; where that was the model, what it is instead."""
     names = place.names()
     if not names:
         return "nothing else is known to be there"
+    if model and not set(names) & set(WEIGHT_NAMES) and (what := explained(names)) is not None:
+        return what
     more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
     return f"it holds {', '.join(names[:_LISTED])}{more}"

@@ -11,7 +11,7 @@ import difflib
 import functools
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 
@@ -144,6 +144,22 @@ class KeyMap:
     def inside(self) -> bool:
         """Whether the bare model is a part of this one, and so its names carry the prefix. A pooler is its own."""
         return self.head not in (None, "pooler")
+
+    def of(self, tensors: Any) -> KeyMap:
+        """The map for these tensors. Flax's files have all matrices inputs x outputs, and give all of them outputs x
+        inputs (`Store.outputs_first`), those too that the hub's files hold the other way round."""
+        if not getattr(tensors, "outputs_first", False):
+            return self
+
+        def same(known: Row) -> Row:
+            return replace(
+                known,
+                spellings=tuple(
+                    replace(s, op=Same()) if s.op == Transposed() else s for s in known.spellings
+                ),
+            )
+
+        return replace(self, rows=tuple(same(known) for known in self.rows))
 
     def source(self, canonical: str) -> Source:
         """The spelling under which a canonical parameter is written."""

@@ -16,11 +16,14 @@ from typing import cast
 from monoblock.checkpoint.header import ITEM_BYTES, Entry, Header, check_weight_file
 from monoblock.checkpoint.views import HUB_NAMES
 from monoblock.errors import CheckpointError
+from monoblock.field_types import brief
 
 CHUNKED = "__msgpack_chunked_array__"
 
 _ARRAYS = (1, 3)  # Flax's extension types of an array and of a NumPy scalar
 _DEPTH = 64  # no tree of parameters is as deep; garbage may be
+_VALUES = 1_000_000  # maps, arrays and what is in them; a model of 100 layers has some 20,000
+_AXES, _COUNT = 64, 2**63 - 1
 
 
 @dataclass(frozen=True)
@@ -59,10 +62,13 @@ class _Reader:
     def __init__(self, data: mmap.mmap):
         self.at = 0
         self._data = data
-        self._depth = 0
+        self._depth = self._values = 0
 
     def value(self) -> object:
         """The next value: text, numbers, lists and dicts as they are, byte strings as spans, arrays as entries."""
+        self._values += 1
+        if self._values > _VALUES:
+            raise ValueError(f"it holds over {_VALUES:,} values: it is no model's")
         tag = self.number(1)
         if tag < 0x80:
             return tag
@@ -80,10 +86,16 @@ class _Reader:
 
     def span(self, length: int) -> _Span:
         """The place of the next bytes, which are skipped."""
+        self._need(length)
         begin, self.at = self.at, self.at + length
-        if self.at > len(self._data):
-            raise ValueError(f"it is cut off: {len(self._data)} bytes of at least {self.at} are there")
         return _Span(begin, self.at)
+
+    def _need(self, length: int) -> None:
+        """ValueError unless so many bytes are left."""
+        if length > len(self._data) - self.at:
+            raise ValueError(
+                f"it is cut off: {len(self._data)} bytes of at least {self.at + length} are there"
+            )
 
     def raw(self, length: int) -> bytes:
         """The next bytes."""
@@ -99,16 +111,20 @@ class _Reader:
         return self.raw(length).decode()
 
     def values(self, count: int) -> list[object]:
-        """So many values."""
+        """So many values, each of a byte or more."""
+        self._need(count)
         return [self._inner() for _ in range(count)]
 
     def table(self, count: int) -> dict[str, object]:
-        """So many pairs of text and value."""
+        """So many pairs of text and value, each of two bytes or more."""
+        self._need(2 * count)
         found: dict[str, object] = {}
         for _ in range(count):
             key = self._inner()
             if not isinstance(key, str) or key in found:
-                raise ValueError(f"a map before byte {self.at} has the key {key!r} twice, or it is no text")
+                raise ValueError(
+                    f"a map before byte {self.at} has the key {brief(key)} twice, or it is no text"
+                )
             found[key] = self._inner()
         return found
 
@@ -171,12 +187,17 @@ _TAGS: dict[int, Callable[[_Reader], object]] = {
 
 def _entry(shape: list[object], dtype: str, span: _Span) -> Entry:
     if dtype not in HUB_NAMES:
-        raise ValueError(f"an array has dtype {dtype!r}, which is not supported")
-    sizes = tuple(n for n in shape if type(n) is int and n >= 0)
-    expected = prod(sizes) * ITEM_BYTES[HUB_NAMES[dtype]]
-    if len(sizes) != len(shape) or span.end - span.begin != expected:
-        raise ValueError(f"an array of {dtype} {shape} has {span.end - span.begin} bytes")
+        raise ValueError(f"an array has dtype {brief(dtype)}, which is not supported")
+    sizes = _sizes(shape)
+    if sizes is None or span.end - span.begin != prod(sizes) * ITEM_BYTES[HUB_NAMES[dtype]]:
+        raise ValueError(f"an array of {dtype} {brief(shape)} has {span.end - span.begin} bytes")
     return Entry(dtype=HUB_NAMES[dtype], shape=sizes, begin=span.begin, end=span.end)
+
+
+def _sizes(shape: list[object]) -> tuple[int, ...] | None:
+    """A shape's sizes; None if it is none."""
+    sizes = tuple(n for n in shape[: _AXES + 1] if type(n) is int and 0 <= n <= _COUNT)
+    return sizes if len(sizes) == len(shape) <= _AXES else None
 
 
 def _flat(node: object, name: str) -> Iterator[tuple[str, Entry]]:
@@ -184,7 +205,7 @@ def _flat(node: object, name: str) -> Iterator[tuple[str, Entry]]:
     if isinstance(node, Entry):
         yield name or "array", node
     elif not isinstance(node, dict):
-        raise ValueError(f"'{name}' is no array, but {type(node).__name__}")
+        raise ValueError(f"{brief(name)} is no array, but {type(node).__name__}")
     elif CHUNKED in node:
         yield name, _joined(cast(dict[str, object], node), name)
     else:
@@ -196,12 +217,11 @@ def _joined(node: Mapping[str, object], name: str) -> Entry:
     """The array that lies in the chunks of such a node."""
     chunks, shape = _counted(node.get("chunks")), _counted(node.get("shape"))
     pieces = [chunk for chunk in chunks if isinstance(chunk, Entry)]
-    sizes = tuple(n for n in shape if type(n) is int and n >= 0)
-    whole = len(pieces) == len(chunks) and len(sizes) == len(shape)
-    if not pieces or not whole or len({piece.dtype for piece in pieces}) > 1:
-        raise ValueError(f"the chunks of '{name}' make no array")
+    sizes = _sizes(shape)
+    if not pieces or sizes is None or len(pieces) < len(chunks) or len({piece.dtype for piece in pieces}) > 1:
+        raise ValueError(f"the chunks of {brief(name)} make no array")
     if sum(prod(piece.shape) for piece in pieces) != prod(sizes):
-        raise ValueError(f"the chunks of '{name}' do not fill the shape {list(sizes)}")
+        raise ValueError(f"the chunks of {brief(name)} do not fill the shape {list(sizes)}")
     first, *rest = pieces
     places = tuple((piece.begin, piece.end) for piece in rest)
     return Entry(dtype=first.dtype, shape=sizes, begin=first.begin, end=first.end, rest=places)
@@ -217,6 +237,6 @@ def _no_duplicates(pairs: Iterator[tuple[str, Entry]]) -> Iterator[tuple[str, En
     seen: set[str] = set()
     for name, entry in pairs:
         if name in seen:
-            raise ValueError(f"'{name}' occurs twice")
+            raise ValueError(f"{brief(name)} occurs twice")
         seen.add(name)
         yield name, entry

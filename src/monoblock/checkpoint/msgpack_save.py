@@ -3,18 +3,16 @@
 import logging
 import re
 import struct
-from collections.abc import Callable, Collection, Mapping
-from functools import partial
+from collections.abc import Mapping
 from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from monoblock.checkpoint.header import ITEM_BYTES
 from monoblock.checkpoint.msgpack import CHUNKED
-from monoblock.checkpoint.naming import flax_path
 from monoblock.checkpoint.save import SINGLE as SAFETENSORS
 from monoblock.checkpoint.save import Made, made, save_shards, write_bytes
-from monoblock.checkpoint.views import DTYPE_NAMES, Adapter, Array, Description, adapter
+from monoblock.checkpoint.views import DTYPE_NAMES, Adapter, Description, adapter
 from monoblock.errors import CheckpointError
 
 log = logging.getLogger("monoblock")
@@ -28,33 +26,27 @@ _STALE = re.compile(r"flax_model(-\d{5}-of-\d{5})?\.msgpack(\.index\.json)?")
 
 def save_msgpack(
     folder: str | Path,
-    tensors: Mapping[str, Any],
+    leaves: Mapping[str, Any],
     *,
-    embeddings: Collection[str],
     max_shard_size: int | str = "50GB",
     beside: Mapping[str, str] | None = None,
 ) -> list[Path]:
-    """Write `tensors` as flax_model.msgpack, or as shards and their index; returns the files, the index last.
+    """Write a tree of arrays as flax_model.msgpack, or as shards and their index; returns the files, the index last.
 
-    `tensors`: the hub's names -> NumPy arrays in PyTorch's layouts, or what makes one (see `save_tensors`), each
-    weight once; `embeddings`: which of the names are tables. The file has the tree and the layouts of transformers'
-    Flax classes, and Flax itself reads it. `beside` and all else is as `save_tensors` has it; at most two copies of
-    one tensor are made at a time. Weights of other kinds that are in the folder stay there; a warning names such as
+    `leaves`: path in the tree, with slashes ("transformer/wte/embedding") -> NumPy array, or what makes one (see
+    `save_tensors`). Flax reads the file itself. `beside` and all else is as `save_tensors` has it; at most two copies
+    of one tensor are made at a time. Weights of other kinds that are in the folder stay there; a warning names such as
     `find_weights` would find first.
     """
     side = adapter("np")
     described: dict[str, Description] = {}
-    makers: dict[str, Callable[[], Array]] = {}
-    for name, value in tensors.items():
-        found = value if isinstance(value, Made) else side.describe(name, made(value))
-        path = flax_path(name, len(found.shape), tensors.keys(), embeddings)
-        transposed = path.endswith("kernel")
-        shape = found.shape[::-1] if transposed else found.shape
-        described[path] = Description(dtype=found.dtype, shape=shape, identity=None)
-        makers[path] = partial(_laid_out, value, transposed)
+    for path, value in leaves.items():
+        found = value if isinstance(value, Made) else side.describe(path, made(value))
+        described[path] = Description(dtype=found.dtype, shape=found.shape, identity=None)
 
-    def write(file: BinaryIO, part: Mapping[str, Description]) -> None:
-        _write_tree(file, side, _tree(part), makers)
+    def write(file: BinaryIO, part: Mapping[str, Description], metadata: Mapping[str, str]) -> None:
+        del metadata  # the format has no place for it
+        _write_tree(file, side, _tree(part), leaves)
 
     files = save_shards(
         folder,
@@ -72,11 +64,6 @@ def save_msgpack(
     return files
 
 
-def _laid_out(value: Any, transposed: bool) -> Array:
-    array = made(value)
-    return array.T if transposed else array
-
-
 _Tree = dict[str, Any]  # text -> such a tree, or the path and the description of an array
 
 
@@ -91,17 +78,15 @@ def _tree(part: Mapping[str, Description]) -> _Tree:
     return root
 
 
-def _write_tree(
-    file: BinaryIO, side: Adapter, tree: _Tree, makers: Mapping[str, Callable[[], Array]]
-) -> None:
+def _write_tree(file: BinaryIO, side: Adapter, tree: _Tree, leaves: Mapping[str, Any]) -> None:
     file.write(_head(_MAP, len(tree)))
     for key, node in tree.items():
         file.write(_text(key))
         if isinstance(node, dict):
-            _write_tree(file, side, cast(_Tree, node), makers)
+            _write_tree(file, side, cast(_Tree, node), leaves)
         else:
             path, description = cast(tuple[str, Description], node)
-            raw = side.raw(makers[path]())
+            raw = side.raw(made(leaves[path]))
             if len(raw) != prod(description.shape) * ITEM_BYTES[description.dtype]:
                 raise CheckpointError(f"tensor '{path}' was made with another size than announced")
             _write_array(file, raw, description)

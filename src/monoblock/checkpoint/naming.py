@@ -1,11 +1,11 @@
 """The names and layouts of transformers 4's Flax and TensorFlow classes, as the hub's PyTorch names and layouts.
 
 Both frameworks call a projection's matrix `kernel` and store it inputs x outputs; GPT-1's Conv1D alone is called
-`weight` and stored as PyTorch's is. What is left apart from that is spelling.
+`weight` in TensorFlow's files and stored as PyTorch's is. What is left apart from that is spelling.
 """
 
 import re
-from collections.abc import Callable, Collection, KeysView, Mapping
+from collections.abc import Callable, KeysView, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -40,19 +40,6 @@ def _renamed(name: str, leaves: Mapping[str, str]) -> tuple[str, bool]:
     return stem + dot + leaves.get(leaf, leaf), leaf == "kernel"
 
 
-def flax_path(name: str, ndim: int, names: Collection[str], embeddings: Collection[str]) -> str:
-    """The place of the hub's tensor `name` in the tree of a Flax class, with slashes; the inverse of `flax_name`.
-
-    `names` are all of the checkpoint's, `embeddings` those of its tables. A norm's factors are called `scale`, but
-    those of an RMS norm, which has no bias beside them, `weight`.
-    """
-    stem, _, leaf = name.rpartition(".")
-    if leaf == "weight":
-        is_norm = ndim == 1 and f"{stem}.bias" in names
-        leaf = "embedding" if name in embeddings else "kernel" if ndim == 2 else "scale" if is_norm else leaf
-    return f"{stem}.{leaf}".lstrip(".").replace(".", "/")
-
-
 class Shard(Protocol):
     """One weight file."""
 
@@ -71,6 +58,7 @@ class Renamed:
     def __init__(self, shard: Shard, naming: Naming):
         self.path = shard.path
         self.metadata = shard.metadata
+        self.naming = naming
         self._shard = shard
         self._places: dict[str, tuple[str, bool]] = {}
         for own in shard.names():

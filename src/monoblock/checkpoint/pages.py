@@ -8,7 +8,6 @@ import sys
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 LEAST = 1 << 20  # bytes below which a copy is as quick
@@ -18,9 +17,9 @@ _FAILED = ctypes.c_void_p(-1).value
 
 @dataclass(frozen=True)
 class Piece:
-    """Bytes [begin, end) of a file."""
+    """Bytes [begin, end) of an open file, by its descriptor."""
 
-    path: Path
+    file: int
     begin: int
     end: int
 
@@ -68,13 +67,12 @@ def joined(pieces: Sequence[Piece]) -> Any:
     weakref.finalize(buffer, libc.munmap, base, length).atexit = False
     for i, (piece, start) in enumerate(zip(pieces, starts, strict=True)):
         inside = start % page
-        with piece.path.open("rb") as file:
-            size = piece.end - piece.begin + inside
-            place = base + start - inside
-            if libc.mmap(place, size, access, private | _FIXED, file.fileno(), piece.begin - inside) != place:
-                return None
+        size = piece.end - piece.begin + inside
+        place = base + start - inside
+        if libc.mmap(place, size, access, private | _FIXED, piece.file, piece.begin - inside) != place:
+            return None
         if i and inside:
             # The page began with the end of the piece before.
-            with pieces[i - 1].path.open("rb") as file:
-                ctypes.memmove(place, os.pread(file.fileno(), inside, pieces[i - 1].end - inside), inside)
+            before = os.pread(pieces[i - 1].file, inside, pieces[i - 1].end - inside)
+            ctypes.memmove(place, before, inside)
     return buffer

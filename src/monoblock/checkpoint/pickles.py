@@ -2,17 +2,20 @@
 
 import pickle
 import re
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
 from monoblock.checkpoint.header import check_weight_file
+from monoblock.checkpoint.pickle_scan import check_storages, is_archive
 from monoblock.checkpoint.views import import_torch
 from monoblock.errors import CheckpointError
+from monoblock.field_types import brief
 
 # How `torch.load` names what a pickle wants to call.
 _FOREIGN = re.compile(r"GLOBAL ([\w.]+)")
+
+_MOST_ENTRIES = 1_000_000  # of nested dicts
 
 
 class StandIn:
@@ -28,17 +31,25 @@ def unpickled(path: Path, *, stand_ins: bool = False) -> object:
 
     Only tensors and plain containers are made (`weights_only=True`). A file that holds anything else is refused,
     or, with `stand_ins`, each foreign class or function in it is replaced by `StandIn`: no foreign code is
-    imported or called either way. `CheckpointError` says what is wrong with the file.
+    imported or called either way. `CheckpointError` says what is wrong with the file; a storage that is cut off or
+    compressed is one such thing.
     """
     torch = import_torch(f"reading {path.name}")
     check_weight_file(path)
-    zipped = zipfile.is_zipfile(path)
+    zipped = is_archive(path)
+    unsure: ValueError | None = None
+    try:
+        check_storages(path)
+    except CheckpointError:
+        raise
+    except ValueError as error:
+        unsure = error  # PyTorch mostly says better what is wrong
     try:
         names: list[str] = (
             torch.serialization.get_unsafe_globals_in_checkpoint(path) if stand_ins and zipped else []
         )
         with torch.serialization.safe_globals([(StandIn, name) for name in names]):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except Exception as error:  # torch raises RuntimeError, EOFError, KeyError, ... for a damaged file
         foreign = _FOREIGN.search(str(error)) if isinstance(error, pickle.UnpicklingError) else None
         if foreign:
@@ -52,12 +63,27 @@ def unpickled(path: Path, *, stand_ins: bool = False) -> object:
         raise CheckpointError(
             f"{path} cannot be read as PyTorch weights ({reason}): fetch it again"
         ) from error
+    if unsure is not None:
+        raise CheckpointError(f"{path} cannot be read as PyTorch weights ({unsure}): fetch it again")
+    return content
 
 
-def without_gradients(tensor: Any) -> Any:
-    """A pickled Parameter, or a tensor that was trained, as a plain tensor over the same memory: it can be copied,
-    split and joined in place."""
-    return tensor.detach() if tensor.requires_grad else tensor
+def plain_tensor(name: str, value: Any, path: Path) -> Any:
+    """A tensor of a pickle as a plain one, without gradients, over the same memory.
+
+    `CheckpointError`: it has no numbers of its own in the file (meta, sparse, quantised, or one number that stands for
+    many).
+    """
+    torch = import_torch(f"reading {path.name}")
+    dense = isinstance(value, torch.Tensor) and value.layout is torch.strided and not value.is_quantized
+    if not dense or value.device.type != "cpu":
+        raise CheckpointError(f"{path}: {brief(name)} is no plain tensor: save it dense, on the CPU")
+    if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+        raise CheckpointError(
+            f"{path}: {brief(name)} of {list(value.shape)} needs more than the {value.untyped_storage().nbytes():,} "
+            "bytes that are stored for it"
+        )
+    return value.detach()
 
 
 def flat_tensors(content: object, path: Path) -> dict[str, Any]:
@@ -66,12 +92,18 @@ def flat_tensors(content: object, path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} holds a {type(content).__name__}; expected a dict of tensors")
     torch = import_torch(f"reading {path.name}")
     found: dict[str, Any] = {}
-    for key, value in cast(Mapping[object, object], content).items():
+    rest: list[tuple[str, object]] = [("", content)]
+    for _ in range(_MOST_ENTRIES):
+        if not rest:
+            return found
+        name, value = rest.pop()
         if isinstance(value, Mapping):
-            inner = flat_tensors(cast(object, value), path)
-            found.update({f"{key}.{name}": tensor for name, tensor in inner.items()})
+            inner = cast(Mapping[object, object], value)
+            rest += reversed([(f"{name}.{key}" if name else str(key), item) for key, item in inner.items()])
         elif isinstance(value, torch.Tensor):
-            found[str(key)] = without_gradients(value)
+            found[name] = plain_tensor(name, value, path)
         elif value is not None:
-            raise CheckpointError(f"{path}: entry {key!r} is a {type(value).__name__}; expected tensors only")
-    return found
+            raise CheckpointError(
+                f"{path}: entry {brief(name)} is a {type(value).__name__}; expected tensors only"
+            )
+    raise CheckpointError(f"{path} holds over {_MOST_ENTRIES:,} entries, or itself: it is no model's")

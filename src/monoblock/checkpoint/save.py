@@ -2,14 +2,16 @@
 
 import json
 import re
+import secrets
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from monoblock.checkpoint.files import staged
 from monoblock.checkpoint.header import ITEM_BYTES, make_header
+from monoblock.checkpoint.transaction import SAVE_ID, Staging, staged
 from monoblock.checkpoint.views import Adapter, Description, Framework, adapter
 from monoblock.errors import CheckpointError
 
@@ -79,7 +81,7 @@ def _plan(tensors: Mapping[str, Description], limit: int) -> list[_Shard]:
 
 
 def save_tensors(
-    folder: str | Path,
+    folder: str | Path | Staging,
     tensors: Mapping[str, Any],
     *,
     framework: Framework,
@@ -100,19 +102,19 @@ def save_tensors(
 
     `beside`: further files of the checkpoint, name -> text (config.json), put in place together with the weights.
     `variant`: "fp16" names the file model.fp16.safetensors, beside which files of other variants stay.
+    `folder` may be a `Staging` of the caller's, who adds other files and commits it.
 
-    Everything is written under temporary names in `folder`, made durable, then renamed, the index last;
-    weight files of an earlier save that are not part of this one go after that. Until the renames an earlier
-    save stays as it is, whatever happens; being killed between two renames can harm it only if it has just as
-    many shards. `CheckpointError`: the folder cannot be written, the disk is full, a value is no tensor or
-    has a dtype that the format lacks. `ValueError`: `max_shard_size` makes no sense.
+    It is one transaction (`transaction.py`): the folder holds all of the new files or all of an earlier save's, and
+    weight files of that which are not part of this one go. Shards and their index have an id of the save, so that a
+    mixture that another program made is told. `CheckpointError`: the folder cannot be written, the disk is full, a
+    value is no tensor or has a dtype that the format lacks. `ValueError`: `max_shard_size` makes no sense.
     """
     notes = _checked(metadata if metadata is not None else {"format": "pt"})
     side = adapter(framework)
     described, ties = _describe(side, tensors)
 
-    def write(file: BinaryIO, part: Mapping[str, Description]) -> None:
-        _write(file, side, tensors, part, {**ties, **notes})
+    def write(file: BinaryIO, part: Mapping[str, Description], more: Mapping[str, str]) -> None:
+        _write(file, side, tensors, part, {**ties, **notes, **more})
 
     if variant is not None and not re.fullmatch(r"[\w-]+", variant):
         raise ValueError(f"variant={variant!r}: expected letters and digits, such as 'fp16'")
@@ -126,21 +128,24 @@ def save_tensors(
         stale=_STALE if variant is None else re.compile(stem),
         max_shard_size=max_shard_size,
         beside=beside,
+        metadata=True,
     )
 
 
 def save_shards(
-    folder: str | Path,
+    folder: str | Path | Staging,
     described: Mapping[str, Description],
-    write: Callable[[BinaryIO, Mapping[str, Description]], None],
+    write: Callable[[BinaryIO, Mapping[str, Description], Mapping[str, str]], None],
     *,
     single: str,
     index: str | None = None,
     stale: re.Pattern[str],
     max_shard_size: int | str,
     beside: Mapping[str, str] | None,
+    metadata: bool = False,
 ) -> list[Path]:
-    """What `save_tensors` does, in any format: `write` puts tensors of these descriptions into a file.
+    """What `save_tensors` does, in any format: `write` puts tensors of these descriptions into a file, and, if the
+    format has a place for it, `metadata`.
 
     `single` is the name of a file that holds all; those of shards and their `index` follow from it. `stale` matches
     the names of such files as go when the new ones are in place.
@@ -148,18 +153,22 @@ def save_shards(
     shards = _plan(described, parse_size(max_shard_size))
     count = len(shards)
     names = [single] if count == 1 else [_shard_name(single, i, count) for i in range(1, count + 1)]
-    with staged(folder) as stage:
+    # A file alone has nothing that it could be mixed with, and the same weights give the same file.
+    ids = {SAVE_ID: secrets.token_hex(16)} if metadata and count > 1 else {}
+    with ExitStack() as stack:
+        stage = folder if isinstance(folder, Staging) else stack.enter_context(staged(folder))
         for name, shard in zip(names, shards, strict=True):
-            with stage.path(name).open("wb") as file:
-                write(file, shard.tensors)
+            with stage.open(name) as file:
+                write(file, shard.tensors, ids)
         if count > 1:
             index = index or f"{single}.index.json"
-            stage.path(index).write_text(_index(names, shards), encoding="utf-8")
+            stage.write(index, _index(names, shards, ids))
             names.append(index)
         for name, text in (beside or {}).items():
-            stage.path(name).write_text(text, encoding="utf-8")
-    _remove_stale(Path(folder), stale, keep=set(names))
-    return [Path(folder) / name for name in names]
+            stage.write(name, text)
+        stage.remove(stale)
+    place = folder.folder if isinstance(folder, Staging) else Path(folder)
+    return [place / name for name in names]
 
 
 def _checked(metadata: Mapping[str, Any]) -> dict[str, str]:
@@ -230,19 +239,8 @@ def write_bytes(file: BinaryIO, raw: memoryview) -> None:
         file.write(raw[start : start + _CHUNK])
 
 
-def _index(names: list[str], shards: list[_Shard]) -> str:
+def _index(names: list[str], shards: list[_Shard], ids: Mapping[str, str]) -> str:
     weight_map = {key: name for name, shard in zip(names, shards, strict=True) for key in shard.tensors}
-    index = {"metadata": {"total_size": sum(shard.bytes for shard in shards)}, "weight_map": weight_map}
+    metadata = {"total_size": sum(shard.bytes for shard in shards), **ids}
+    index = {"metadata": metadata, "weight_map": weight_map}
     return json.dumps(index, indent=2, sort_keys=True) + "\n"
-
-
-def _remove_stale(folder: Path, stale: re.Pattern[str], keep: set[str]) -> None:
-    for path in sorted(folder.iterdir()):
-        if path.name not in keep and stale.fullmatch(path.name):
-            try:
-                path.unlink(missing_ok=True)
-            except OSError as error:
-                raise CheckpointError(
-                    f"the weights are saved, but {path} of an earlier save cannot be removed "
-                    f"({error.strerror}) and may be read in their place: remove it"
-                ) from error

@@ -10,9 +10,9 @@ from monoblock import families, tree
 from monoblock.auto import AutoConfig
 from monoblock.checkpoint import packed
 from monoblock.checkpoint.hub import HubOptions, WeightFiles, find_file, find_weights, kind_of
-from monoblock.checkpoint.keymap import KeyMap
+from monoblock.checkpoint.keymap import KeyMap, Plan
 from monoblock.checkpoint.store import Store, open_store
-from monoblock.checkpoint.weights import Tensors, Weights, opened
+from monoblock.checkpoint.weights import Shape, Tensors, Weights, opened
 from monoblock.config import PretrainedConfig
 from monoblock.families import Family, ModelClass
 
@@ -150,12 +150,24 @@ def class_of(config: PretrainedConfig, keys: Iterable[str]) -> ModelClass:
 
 def _fit(family: Family, config: PretrainedConfig, row: ModelClass, keys: frozenset[str]) -> int:
     """How many of the names a class would write itself; -1 if it needs other tensors."""
-    spec, head = config.to_spec(), config.to_head(row.head) if row.head else None
-    keymap, parameters = family.keymap(config, row.head), tree.parameters(spec, head)
-    plan = keymap.plan(parameters, keys, tree.tied(spec, head))
+    plan, keymap, parameters = _planned(family, config, row, keys)
     if plan.missing or plan.unread or plan.unknown:
         return -1
     return sum(name in keys for canonical in parameters for name in keymap.source(canonical).names)
+
+
+def lacks(config: PretrainedConfig, row: ModelClass, keys: Iterable[str]) -> bool:
+    """Whether tensors of these names are not all that a class needs."""
+    plan, *_ = _planned(families.family(config.model_type), config, row, frozenset(keys))
+    return bool(plan.missing)
+
+
+def _planned(
+    family: Family, config: PretrainedConfig, row: ModelClass, keys: frozenset[str]
+) -> tuple[Plan, KeyMap, Mapping[str, Shape]]:
+    spec, head = config.to_spec(), config.to_head(row.head) if row.head else None
+    keymap, parameters = family.keymap(config, row.head), tree.parameters(spec, head)
+    return keymap.plan(parameters, keys, tree.tied(spec, head)), keymap, parameters
 
 
 def companions(name: Path | str, options: HubOptions | None = None) -> dict[str, Path]:

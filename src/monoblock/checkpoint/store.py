@@ -2,6 +2,7 @@
 
 import ctypes
 import mmap
+import os
 import weakref
 from collections.abc import Callable, Iterator, KeysView, Mapping, Sequence
 from pathlib import Path
@@ -13,10 +14,12 @@ from monoblock.checkpoint.header import ITEM_BYTES, Entry, Header, read_header
 from monoblock.checkpoint.hub import Kind, WeightFiles
 from monoblock.checkpoint.msgpack import read_msgpack
 from monoblock.checkpoint.naming import Naming, Renamed, Shard, flax_name, tensorflow_name
-from monoblock.checkpoint.pickles import unpickled, without_gradients
+from monoblock.checkpoint.pickles import plain_tensor, unpickled
 from monoblock.checkpoint.save import parse_size, save_tensors
+from monoblock.checkpoint.transaction import SAVE_ID
 from monoblock.checkpoint.views import Adapter, Framework, adapter, import_torch
 from monoblock.errors import CheckpointError
+from monoblock.field_types import brief
 
 __all__ = ["Store", "open_store", "parse_size", "save_tensors"]
 
@@ -77,6 +80,12 @@ class Store:
         return _Mapped.joined(cast(list[_Mapped], shards), names)
 
     @property
+    def outputs_first(self) -> bool:
+        """Whether every matrix is given outputs x inputs: Flax's files do not tell those that the hub has the other
+        way round (Conv1D's) from others."""
+        return any(isinstance(shard, Renamed) and shard.naming is flax_name for shard in self._shards)
+
+    @property
     def metadata(self) -> dict[str, str]:
         """The files' free-text metadata, merged."""
         return {key: value for shard in self._shards for key, value in shard.metadata.items()}
@@ -98,6 +107,7 @@ def open_store(files: WeightFiles, framework: Framework) -> Store:
             if name not in listed and name in homes:
                 raise CheckpointError(f"tensor '{name}' is both in {homes[name].path} and in {path}")
             homes[name] = shard
+    _check_save(files, shards)
     for name, path in listed.items():
         if isinstance(shards[path], Renamed):
             continue  # the index has the framework's own names; what is missing shows when a model is loaded
@@ -109,11 +119,34 @@ def open_store(files: WeightFiles, framework: Framework) -> Store:
     return Store(list(shards.values()), homes)
 
 
-class _Mapped:
-    """A file whose tensors' places are known, as a private memory map, opened once."""
+def _check_save(files: WeightFiles, shards: Mapping[Path, Shard]) -> None:
+    """CheckpointError for files of several saves. Those of other libraries do not say which save wrote them."""
+    known = {path.name: shard.metadata.get(SAVE_ID) for path, shard in shards.items()}
+    first: tuple[str, str] | None = ("their index", files.save_id) if files.save_id else None
+    for name, save in known.items():
+        if save is not None and first is not None and save != first[1]:
+            raise CheckpointError(
+                f"{next(iter(shards)).parent} holds weights of two saves: {name} does not belong to {first[0]}; "
+                "copy or save the model again"
+            )
+        first = first or ((name, save) if save is not None else None)
 
-    def __init__(self, path: Path, side: Adapter, header: Header):
+
+class _Mapped:
+    """A file whose tensors' places are known, as a private memory map. The file that was opened first counts: one that
+    takes its name later is another save's."""
+
+    def __init__(self, path: Path, side: Adapter, read: Callable[[Path], Header]):
         self.path = path
+        try:
+            self._file = os.open(path, os.O_RDONLY)
+        except OSError:
+            read(path)  # says what is wrong with it
+            raise
+        weakref.finalize(self, os.close, self._file).atexit = False
+        header = read(path)
+        if not os.path.samestat(path.stat(), os.fstat(self._file)):
+            raise CheckpointError(f"{path} was replaced while it was read: load again")
         self.metadata = header.metadata
         self._entries = header.entries
         self._side = side
@@ -121,8 +154,7 @@ class _Mapped:
         self._given: set[str] = set()  # the names whose part of the present map was handed out
 
     def _open(self) -> mmap.mmap:
-        with self.path.open("rb") as file:
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        return mmap.mmap(self._file, 0, access=mmap.ACCESS_COPY)
 
     def names(self) -> KeysView[str]:
         return self._entries.keys()
@@ -148,7 +180,7 @@ class _Mapped:
         alike = all(e.dtype == first.dtype and e.shape[1:] == first.shape[1:] and not e.rest for e in entries)
         if not alike or not first.shape or first.begin % ITEM_BYTES[first.dtype]:
             return None
-        pieces = [pages.Piece(s.path, e.begin, e.end) for s, e in zip(shards, entries, strict=True)]
+        pieces = [pages.Piece(s._file, e.begin, e.end) for s, e in zip(shards, entries, strict=True)]
         if (buffer := pages.joined(pieces)) is None:
             return None
         shape = (sum(entry.shape[0] for entry in entries), *first.shape[1:])
@@ -196,7 +228,7 @@ def _release(pages: mmap.mmap, begin: int, length: int) -> None:
 
 def _safetensors(path: Path, side: Adapter) -> Shard:
     """A safetensors file; what transformers 4's other classes wrote says so, and has their names."""
-    shard = _Mapped(path, side, read_header(path))
+    shard = _Mapped(path, side, read_header)
     naming = _NAMINGS.get(shard.metadata.get("format", ""))
     return Renamed(shard, naming) if naming else shard
 
@@ -240,9 +272,9 @@ def _load_pickle(path: Path) -> dict[str, Any]:
     for name, value in cast(dict[object, Any], content).items():
         if not isinstance(name, str) or not isinstance(value, torch.Tensor):
             raise CheckpointError(
-                f"{path}: entry {name!r} is a {type(value).__name__}; expected tensors by name only"
+                f"{path}: entry {brief(name)} is a {type(value).__name__}; expected tensors by name only"
             )
-    return {name: without_gradients(tensor) for name, tensor in cast(dict[str, Any], content).items()}
+    return {name: plain_tensor(name, tensor, path) for name, tensor in cast(dict[str, Any], content).items()}
 
 
 _NAMINGS: dict[str, Naming] = {"flax": flax_name, "tf": tensorflow_name}
@@ -250,6 +282,6 @@ _NAMINGS: dict[str, Naming] = {"flax": flax_name, "tf": tensorflow_name}
 _OPENERS: dict[Kind, Callable[[Path, Adapter], Shard]] = {
     "safetensors": _safetensors,
     "bin": _Pickle,
-    "msgpack": lambda path, side: Renamed(_Mapped(path, side, read_msgpack(path)), flax_name),
+    "msgpack": lambda path, side: Renamed(_Mapped(path, side, read_msgpack), flax_name),
     "h5": lambda path, side: Renamed(Hdf5(path, side), tensorflow_name),
 }

@@ -85,6 +85,11 @@ class Renamed:
     def tensor(self, name: str) -> Array:
         return self._tensors.tensor(self._names[name])
 
+    @property
+    def outputs_first(self) -> bool:
+        """See `Store.outputs_first`."""
+        return getattr(self._tensors, "outputs_first", False)
+
     def joined(self, names: Sequence[str]) -> Any:
         """See `Store.joined`; None where the tensors are no store's."""
         join = getattr(self._tensors, "joined", None)
@@ -156,6 +161,14 @@ class FileWeights:
             view[...] = array.reshape(view.shape)
         return target
 
+    def stored(self, canonical: str, op: Op) -> list[Array]:
+        """A parameter as the tensors that `op` views it as; where the files hold just these, each as it is there."""
+        source = self._sources[canonical]
+        if source.op == op:
+            return [self._tensors.tensor(name) for name in source.names]
+        whole = self.read(canonical)
+        return [_stored(view, whole.ndim) for view in op.views(whole)]
+
 
 def opened(
     tensors: Tensors, keymap: KeyMap, shapes: Mapping[str, Shape], tied: Iterable[str]
@@ -165,7 +178,7 @@ def opened(
     MissingKeys, UnexpectedKeys, UnreadKeys and ShapeMismatch name the first tensor that does not fit. A head
     that the model does not have is no error: its tensors are in the plan's `unread`.
     """
-    plan = keymap.plan(shapes, tensors, tied)
+    plan = keymap.of(tensors).plan(shapes, tensors, tied)
     if plan.missing:
         name = keymap.source(plan.missing[0]).names[0]
         close = nearest(name, plan.unknown)
@@ -200,7 +213,7 @@ def _check_shapes(tensors: Tensors, source: Source, canonical: str, shape: Shape
 
 def stored_shapes(op: Op, shape: Shape) -> list[Shape]:
     """The shapes of the tensors that a file holds for a canonical parameter of that shape."""
-    ghost = np.empty(shape, np.bool_)  # its memory is never touched
+    ghost = np.broadcast_to(np.False_, shape)  # one byte, whatever a config says of the shape
     return [_stored(view, len(shape)).shape for view in op.views(ghost)]
 
 
@@ -210,7 +223,7 @@ def _stored(view: Array, axes: int) -> Array:
 
 
 def _is_same(op: Op, shape: Shape) -> bool:
-    ghost = np.empty(shape, np.bool_)
+    ghost = np.broadcast_to(np.False_, shape)
     return op.views(ghost)[0] is ghost
 
 

@@ -63,7 +63,10 @@ def attention(
             "--dtype, --device and --quantize need --layer or --head: else no weights are loaded"
         )
     wanted = _head(head or "mean")
-    from monoblock.cli.engine import locate
+    from monoblock.cli.engine import locate, need_pytorch
+
+    if weighed:
+        need_pytorch("monoblock attention --layer or --head")
     from monoblock.utils import attention_visualizer as pictures
 
     path, _ = locate(name)

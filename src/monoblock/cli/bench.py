@@ -65,8 +65,9 @@ def bench(
     Decoding reads all weights once for each token: its share of the memory bandwidth, which is measured too, says
     how much faster this machine could be at best. The texts are random tokens.
     """
-    from monoblock.cli.engine import locate
+    from monoblock.cli.engine import locate, need_pytorch
 
+    need_pytorch("monoblock bench")
     path, name = locate(model)
     options: dict[str, Any] = hub.kwargs() if model else {}
     options["dtype"] = dtype.value

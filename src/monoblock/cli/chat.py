@@ -12,7 +12,7 @@ import typer
 from monoblock.cli import console
 from monoblock.cli.app import EXIT_CODES, sub_app
 from monoblock.cli.conversation import Conversation
-from monoblock.cli.options import Hub, Sampling, Source
+from monoblock.cli.options import AnySource, Hub, Sampling
 
 if TYPE_CHECKING:
     from monoblock.cli.settings import Settings
@@ -37,7 +37,7 @@ def chat(
             show_default=False,
         ),
     ] = None,
-    source: Source,
+    source: AnySource,
     hub: Hub,
     sampling: Sampling,
     system: Annotated[
@@ -79,13 +79,13 @@ def chat(
     from monoblock.cli import engine
     from monoblock.cli.session import Session
 
-    loaded = engine.load(source, hub, attn_implementation)
+    loaded = engine.load(source, hub, attn_implementation, "monoblock chat")
     if text is not None:
         loaded.tokenizer.chat_template = text
     Session(loaded, settings, conversation, autosave=history, quiet=quiet).run()
 
 
-def _sorted_words(words: list[str], source: Source) -> tuple[Source, list[str]]:
+def _sorted_words(words: list[str], source: AnySource) -> tuple[AnySource, list[str]]:
     """The source with the model that the words name, and the settings among them."""
     flags = [word for word in words if re.match(r"[a-z_0-9]+=", word)]
     names = [word for word in words if word not in flags]

@@ -14,6 +14,8 @@ from typing import Annotated, Any, TextIO, get_type_hints
 
 import typer
 
+from monoblock import extra_of
+
 FAILURE, INTERRUPTED, BROKEN_PIPE = 1, 130, 141  # the last two as shells report SIGINT and SIGPIPE
 
 # Errors that a model, a file, a network or a missing package can cause; any other is a fault of ours.
@@ -46,6 +48,8 @@ def complain(error: BaseException) -> None:
 
 def sentence(error: BaseException) -> str:
     """What went wrong, in one line; a fault of the program itself is named as such."""
+    if isinstance(error, ModuleNotFoundError) and (extra := extra_of(error.name)) is not None:
+        return f'{error.name} is not installed: pip install "monoblock[{extra}]"'
     if isinstance(error, OSError) and error.strerror:
         text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     else:
@@ -97,8 +101,10 @@ def exit_codes(debug: bool) -> Iterator[None]:
         if debug:
             raise
         raise typer.Exit(INTERRUPTED) from None
-    except Exception as error:
-        if debug:
+    except BaseException as error:
+        # A panic of the tokenizers' Rust code is no Exception; what ends the process on purpose is none either.
+        panic = type(error).__name__ == "PanicException"
+        if debug or not (isinstance(error, Exception) or panic):
             raise
         complain(error)
         raise typer.Exit(FAILURE) from None

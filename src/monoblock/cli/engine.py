@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from monoblock.cli.options import Hub, Source
+import typer
+
+from monoblock.cli.options import AnySource, Hub
 
 # {"role": "system" | "user" | "assistant", "content": ...}, and "image": PATH where a user shows one.
 Message = dict[str, str]
@@ -76,6 +79,7 @@ class Engine:
     name: str
     processor: Any = None
     past: Past = field(default_factory=Past)
+    pytorch: bool = True
 
     @property
     def has_template(self) -> bool:
@@ -93,7 +97,7 @@ class Engine:
 
     def complete(self, prompt: str, options: dict[str, Any], write: Callable[[str], None]) -> Reply:
         """Continues a text; `write` gets the pieces as they come. Ctrl-C ends it early."""
-        return self._generate(self.tokenizer(prompt, return_tensors="pt"), options, write)
+        return self._generate(self.tokenizer(prompt, return_tensors=self._tensors), options, write)
 
     def answer(self, messages: list[Message], options: dict[str, Any], write: Callable[[str], None]) -> Reply:
         """Answers the last message: by the model's chat template, or by continuing all as one text.
@@ -105,18 +109,22 @@ class Engine:
             return self._generate(self._seen(image, messages), options, write)
         if self.has_template:
             inputs = self.tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+                messages, add_generation_prompt=True, return_dict=True, return_tensors=self._tensors
             )
         else:
-            inputs = self.tokenizer(_plain(messages), return_tensors="pt")
-        if any(options.get(n) or getattr(self.config, n, None) for n in NO_REUSE):
+            inputs = self.tokenizer(_plain(messages), return_tensors=self._tensors)
+        if not self.pytorch or any(options.get(n) or getattr(self.config, n, None) for n in NO_REUSE):
             return self._generate(inputs, options, write)
         return self._generate(inputs, options, write, self.past)
 
     def _seen(self, image: str, messages: list[Message]) -> Any:
         """The processor's inputs for an image and the conversation about it."""
         self.need_images()
-        return self.processor(text=[_plain(messages)], images=[image], return_tensors="pt")
+        return self.processor(text=[_plain(messages)], images=[image], return_tensors=self._tensors)
+
+    @property
+    def _tensors(self) -> str:
+        return "pt" if self.pytorch else "np"
 
     def need_images(self) -> None:
         """ValueError for a model that takes no images."""
@@ -135,7 +143,9 @@ class Engine:
             if (cache := past.take(inputs["input_ids"][0].tolist())) is not None:
                 options["past_key_values"] = cache
         try:
-            output = self.model.generate(**inputs.to(self.model.device), streamer=streamer, **options)
+            if self.pytorch:
+                inputs = inputs.to(self.model.device)
+            output = self.model.generate(**inputs, streamer=streamer, **options)
         except KeyboardInterrupt:  # in the middle of a layer, perhaps: then a cache is of no more use
             reply.interrupted = True
             streamer.end()  # the streamer holds back the last word until it knows where that ends
@@ -153,27 +163,52 @@ def _tokens(count: int) -> str:
     return "1 token" if count == 1 else f"{count} tokens"
 
 
-def load(source: Source, hub: Hub, attention: str | None = None) -> Engine:
-    """The model and tokenizer of these options; `attention` is from_pretrained's `attn_implementation`."""
-    from monoblock import AutoModelForCausalLM, AutoTokenizer
+def load(
+    source: AnySource, hub: Hub, attention: str | None = None, what: str = "monoblock generate"
+) -> Engine:
+    """The model and tokenizer of these options; `attention` is from_pretrained's `attn_implementation`, `what` the
+    command."""
+    from monoblock.pipelines.frameworks import chosen
+
+    framework = chosen(source.framework, what)  # before anything is read or fetched
+    import monoblock
 
     path, name = locate(source.model)
     where = hub.kwargs() if source.model else {}
-    tokenizer = AutoTokenizer.from_pretrained(path, **where)
-    if device := device_map(source.device):
-        where = where | {"device_map": device}
-    if attention is not None:
-        where = where | {"attn_implementation": attention}
-    model = AutoModelForCausalLM.from_pretrained(path, **source.kwargs(), **where)
-    model.eval()
-    return Engine(model, tokenizer, name, _processor(model, path, hub.kwargs() if source.model else {}))
+    options = source.kwargs() | where | ({} if attention is None else {"attn_implementation": attention})
+    pytorch = framework.backend == "pytorch"
+    if not pytorch and source.quantize is not None:
+        raise typer.BadParameter(
+            f"--quantize packs weights on PyTorch, and the framework is {framework.name}"
+        )
+    tokenizer = monoblock.AutoTokenizer.from_pretrained(path, **where)
+    auto = getattr(monoblock, f"{framework.prefix}AutoModelForCausalLM")
+    if pytorch:
+        device = device_map(source.device)
+        model = auto.from_pretrained(path, **options, **({"device_map": device} if device else {}))
+        model.eval()
+    else:
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # errors, not what TensorFlow finds on the machine
+        config = monoblock.AutoConfig.from_pretrained(path, **where)
+        device = None if source.device == "auto" else source.device
+        model = framework.adapter.load(auto, path, device, config=config, **options)
+    return Engine(model, tokenizer, name, _processor(model, path, where), pytorch=pytorch)
+
+
+def need_pytorch(what: str) -> None:
+    """ImportError with what to install, where PyTorch is not: before anything is read or fetched."""
+    from monoblock.pipelines.frameworks import FRAMEWORKS
+
+    framework = FRAMEWORKS["pt"]
+    if framework.missing() is not None:
+        raise ImportError(f"{what} runs on {framework.name}, which is not installed: {framework.install}")
 
 
 def _processor(model: Any, path: str, where: dict[str, Any]) -> Any:
     """The processor of a model that takes images and texts, else None."""
     from monoblock.families import AUTO
 
-    if type(model).__name__ not in AUTO["AutoModelForImageTextToText"]:
+    if model.row.name not in AUTO["AutoModelForImageTextToText"]:
         return None
     from monoblock import AutoProcessor
 

@@ -10,7 +10,7 @@ import typer
 
 from monoblock.cli import console
 from monoblock.cli.app import EXIT_CODES, sub_app
-from monoblock.cli.options import Hub, Sampling, Source
+from monoblock.cli.options import AnySource, Hub, Sampling
 
 app = sub_app()
 MAX_NEW_TOKENS = 128
@@ -26,7 +26,7 @@ def generate(
     file: Annotated[
         Path | None, typer.Option("--file", "-f", help="Read the text to continue from a file.")
     ] = None,
-    source: Source,
+    source: AnySource,
     hub: Hub,
     sampling: Sampling,
     stream: Annotated[

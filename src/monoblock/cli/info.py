@@ -10,11 +10,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from monoblock.checkpoint.contents import SENTENCE_TRANSFORMERS, explained
+from monoblock.checkpoint.journal import hidden
 from monoblock.cli import console
 from monoblock.cli.app import EXIT_CODES, sub_app
 from monoblock.cli.options import Hub, Json
 
 if TYPE_CHECKING:
+    from monoblock.checkpoint.hub import WeightFiles
     from monoblock.config import PretrainedConfig
     from monoblock.spec import ArchSpec
 
@@ -29,8 +32,15 @@ CACHE_BYTES = {"float32": 4, "bfloat16": 2}
 @console.command
 def info(
     *,
+    name: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="MODEL", help="The model, as --model: a folder, or a name on the hub.", show_default=False
+        ),
+    ] = None,
     model: Annotated[
-        str | None, typer.Argument(help="Folder, or name on the hub; default: the embedded demo model.")
+        str | None,
+        typer.Option("--model", "-m", help="Folder, or name on the hub; default: the embedded demo model."),
     ] = None,
     hub: Hub,
     as_json: Json = False,
@@ -42,12 +52,26 @@ def info(
     """Show a model's family, architecture, size, and the memory that its weights and its cache need.
 
     Reads config.json and the headers of safetensors files; of a model on the hub, no more is downloaded without
-    --runtime.
+    --runtime. Of a folder that holds an adapter, shows that and its base model.
     """
+    from monoblock.checkpoint.adapter_files import is_adapter
+    from monoblock.checkpoint.options import HubOptions
     from monoblock.cli.engine import locate
 
+    if name is not None and model is not None:
+        raise typer.BadParameter(f"two models are given, {name} and --model {model}; drop one")
+    model = model or name
     path, name = locate(model)
     hub = hub if model else Hub()
+    if is_adapter(path, HubOptions(**hub.kwargs())):
+        if with_runtime:
+            raise ValueError(f"{name} holds an adapter, and --runtime loads a model: give its base model")
+        adapter = _adapter(Path(path))
+        if as_json:
+            print(json.dumps({"model": name} | adapter, indent=1))
+        else:
+            console.rows(name, _adapter_rows(adapter))
+        return
     found = describe(path, hub)
     if with_runtime:
         found["runtime"] = runtime(path, hub)
@@ -57,13 +81,18 @@ def info(
         _show(found, name)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Contents:
-    """A model's files with their sizes in bytes (None: not known), and its stored tensors by dtype:
-    how many numbers; None where no file has a header that can be read without loading it."""
+    """A model's files with their sizes in bytes (None: not known), and the stored tensors of those that a load reads,
+    by dtype: how many numbers; None where no file has a header that can be read without loading it.
+
+    `read`: the names of the weight files that a load reads. `note`: why there are none.
+    """
 
     files: dict[str, int | None]
     stored: dict[str, int] | None
+    read: tuple[str, ...] = ()
+    note: str | None = None
 
 
 def describe(path: str, hub: Hub) -> dict[str, Any]:
@@ -84,6 +113,9 @@ def describe(path: str, hub: Hub) -> dict[str, Any]:
         "spec": spec,
         "parameters": count,
         "stored": contents.stored,
+        "weights": list(contents.read),
+        "note": contents.note,
+        "kind": "sentence-transformers" if SENTENCE_TRANSFORMERS in contents.files else None,
         "quantization": how.to_dict() | {"summary": how.summary} if (how := recorded(config)) else None,
         "memory": {name: count * bits // 8 for name, bits in DTYPE_BITS.items()},
         "cache_per_token": per_token,
@@ -94,11 +126,13 @@ def describe(path: str, hub: Hub) -> dict[str, Any]:
 def runtime(path: str, hub: Hub) -> dict[str, Any]:
     """The loaded model on the device that the other commands would take: how it decodes, or why it takes no fast path;
     its dtype and device, PyTorch's threads, and the native kernels' level."""
+    from monoblock.cli.engine import device_map, need_pytorch
+
+    need_pytorch("monoblock info --runtime")
     import torch
 
     import monoblock
     from monoblock import AutoConfig, native
-    from monoblock.cli.engine import device_map
     from monoblock.families import family
 
     config = AutoConfig.from_pretrained(path, **hub.kwargs())
@@ -132,18 +166,66 @@ def _cache_per_token(spec: ArchSpec, item_bytes: int) -> int:
 
 
 def _local(folder: Path) -> Contents:
+    from monoblock.checkpoint.hub import find_weights
+    from monoblock.errors import HubError
+
+    files: dict[str, int | None] = {
+        p.name: p.stat().st_size for p in sorted(folder.iterdir()) if p.is_file() and not hidden(p.name)
+    }
+    try:
+        found = find_weights(folder)
+    except HubError as error:
+        return Contents(files=files, stored=None, note=explained(files) or console.sentence(error))
+    return Contents(files=files, stored=_stored(found), read=tuple(path.name for path in found.paths))
+
+
+def _stored(weights: WeightFiles) -> dict[str, int] | None:
+    """How many numbers of each dtype the files hold, if their headers say it."""
     from monoblock.checkpoint.header import read_header
     from monoblock.checkpoint.msgpack import read_msgpack
 
-    files = {p.name: p.stat().st_size for p in sorted(folder.iterdir()) if p.is_file()}
-    headers = [read_header(folder / name) for name in files if name.endswith(".safetensors")]
-    headers = headers or [read_msgpack(path) for path in sorted(folder.glob("flax_model*.msgpack"))]
-    if not headers:
-        return Contents(dict(files), None)
+    if weights.kind not in ("safetensors", "msgpack"):
+        return None
+    read = read_header if weights.kind == "safetensors" else read_msgpack
     stored: dict[str, int] = {}
-    for entry in (entry for header in headers for entry in header.entries.values()):
-        stored[entry.dtype] = stored.get(entry.dtype, 0) + prod(entry.shape)
-    return Contents(dict(files), stored)
+    for path in weights.paths:
+        for entry in read(path).entries.values():
+            stored[entry.dtype] = stored.get(entry.dtype, 0) + prod(entry.shape)
+    return stored
+
+
+def _adapter(folder: Path) -> dict[str, Any]:
+    """What an adapter's files say: how it was made, its base model, and its size."""
+    from monoblock.checkpoint.adapter_files import ADAPTER_CONFIG_NAME
+    from monoblock.checkpoint.files import read_json
+    from monoblock.checkpoint.hub import WeightFiles
+
+    config = read_json(folder / ADAPTER_CONFIG_NAME)
+    weights = folder / "adapter_model.safetensors"
+    there = weights.is_file()
+    return {
+        "adapter": str(config.get("peft_type") or "peft"),
+        "base": config.get("base_model_name_or_path"),
+        "rank": config.get("r"),
+        "alpha": config.get("lora_alpha"),
+        "targets": config.get("target_modules"),
+        "stored": _stored(WeightFiles(kind="safetensors", paths=(weights,))) if there else None,
+        "files": {p.name: p.stat().st_size for p in sorted(folder.iterdir()) if p.is_file()},
+    }
+
+
+def _adapter_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
+    targets, stored = found["targets"], found["stored"]
+    rows = [
+        ("adapter", f"{found['adapter']}, of the peft package: no model of its own"),
+        ("base model", str(found["base"] or "none named")),
+        ("rank", found["rank"]),
+        ("alpha", found["alpha"]),
+        ("target modules", ", ".join(map(str, targets)) if isinstance(targets, list) else targets),
+        ("stored", _counts(stored) if stored else "no safetensors header to read"),
+        *((f"file {file}", _size(size)) for file, size in found["files"].items()),
+    ]
+    return [(name, str(value)) for name, value in rows if value is not None]
 
 
 def _remote(name: str, hub: Hub) -> Contents:
@@ -161,14 +243,18 @@ def _remote(name: str, hub: Hub) -> Contents:
         found = api.model_info(name, revision=hub.revision, files_metadata=True)
     except Exception as error:  # the classes depend on the HTTP library that huggingface_hub uses
         console.note(f"The files of {name} cannot be listed: {console.sentence(error)}")
-        return Contents({}, None)
+        return Contents(files={}, stored=None)
     files = {file.rfilename: file.size for file in found.siblings or []}
     try:
         counts = api.get_safetensors_metadata(name, revision=hub.revision).parameter_count
         stored = {str(dtype): count for dtype, count in counts.items()}
     except NotASafetensorsRepoError:
         stored = None
-    return Contents(files, stored)
+    return Contents(files=files, stored=stored, note=None if stored else explained(files))
+
+
+def _counts(stored: dict[str, int]) -> str:
+    return ", ".join(f"{n:,} {d}" for d, n in stored.items())
 
 
 def _show(found: dict[str, Any], name: str) -> None:
@@ -177,22 +263,24 @@ def _show(found: dict[str, Any], name: str) -> None:
         ("family", found["family"]),
         ("architectures", ", ".join(found["architectures"]) or "none named"),
         ("parameters", f"{count:,} ({_short(count)})"),
-        (
-            "stored",
-            ", ".join(f"{n:,} {d}" for d, n in stored.items()) if stored else "no safetensors header to read",
-        ),
+        ("stored", _counts(stored) if stored else found["note"] or "no safetensors header to read"),
+        *([("made for", found["kind"])] if found["kind"] else []),
         *([("packed", _packed(found["quantization"]))] if found["quantization"] else []),
         *((f"weights in {dtype}", _size(size)) for dtype, size in found["memory"].items()),
         *((f"cache per token in {dtype}", _size(size)) for dtype, size in found["cache_per_token"].items()),
         *((name.replace("_", " "), str(value)) for name, value in found.get("runtime", {}).items()),
-        *(
-            (f"file {file}", "size not known" if size is None else _size(size))
-            for file, size in found["files"].items()
-        ),
+        *((f"file {file}", _file(file, size, found["weights"])) for file, size in found["files"].items()),
     ]
     console.rows(name, lines)
     print()
     print(found["spec"])
+
+
+def _file(name: str, size: int | None, read: list[str]) -> str:
+    """A file's size; whether weights are of those that a load does not read."""
+    text = "size not known" if size is None else _size(size)
+    weights = name.endswith((".safetensors", ".bin", ".msgpack", ".h5", ".pth", ".gguf"))
+    return f"{text}, not read" if read and weights and name not in read else text
 
 
 def _packed(how: dict[str, Any]) -> str:

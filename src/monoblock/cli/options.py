@@ -28,6 +28,14 @@ class Quantize(StrEnum):
     LOSSLESS = "lossless"
 
 
+class Framework(StrEnum):
+    """The frameworks that a model may run on."""
+
+    PYTORCH = "pt"
+    JAX = "flax"
+    TENSORFLOW = "tf"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Hub:
     """Where a model's files come from."""
@@ -68,6 +76,18 @@ class Source:
         """The arguments of `from_pretrained` beside those of the hub and the device."""
         packed = {"quantization_config": self.quantize.value} if self.quantize else {}
         return {"dtype": self.dtype.value, **packed}
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnySource(Source):
+    """The same, on any framework."""
+
+    framework: Annotated[
+        Framework | None,
+        typer.Option(
+            help="pt (PyTorch), flax (JAX) or tf (TensorFlow); default: the first that is installed."
+        ),
+    ] = None
 
 
 @dataclass(frozen=True, kw_only=True)

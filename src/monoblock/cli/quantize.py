@@ -84,8 +84,10 @@ def quantize(
     from monoblock.checkpoint.folder import check_target, copy_files, new_folder
     from monoblock.checkpoint.options import HubOptions
     from monoblock.checkpoint.sources import companions
+    from monoblock.cli.engine import need_pytorch
     from monoblock.conversion.convert import check_apart
 
+    need_pytorch("monoblock quantize")
     size = shard_size(how.max_shard_size) or "50GB"
     target = Path(os.path.abspath(out.expanduser()))  # noqa: PTH100  # resolve() would follow a link
     check_target(target, replace=force)

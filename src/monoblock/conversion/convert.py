@@ -14,6 +14,7 @@ from monoblock.checkpoint import casts
 from monoblock.checkpoint.files import write_atomically
 from monoblock.checkpoint.folder import check_target, copy_files, new_folder, unpacked
 from monoblock.checkpoint.hub import WEIGHT_NAMES, find_file, read_json
+from monoblock.checkpoint.journal import settle
 from monoblock.checkpoint.makers import fuyu, llm_foundry, mistral, openai_gpt
 from monoblock.checkpoint.save import parse_size, save_tensors
 from monoblock.checkpoint.sources import Checkpoint, Format, Options, hub_config, read_hub
@@ -122,6 +123,7 @@ def check_apart(source: str | os.PathLike[str], target: Path) -> None:
 def _given(source: str | os.PathLike[str]) -> Path | str:
     """A local path, or a name on the hub."""
     path = Path(source).expanduser()
+    settle(path)
     return path if path.exists() else os.fspath(source)
 
 

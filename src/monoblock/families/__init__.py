@@ -10,7 +10,8 @@ from typing import Any
 
 from monoblock.checkpoint.keymap import KeyMap
 from monoblock.config import PretrainedConfig
-from monoblock.modules import KerasNames, Part
+from monoblock.field_types import brief
+from monoblock.modules import KerasNames, Part, whole
 
 # Kind of head -> the modules that it adds to the bare model, by attribute name.
 Heads = Mapping[str, Mapping[str, str | Part]]
@@ -64,6 +65,11 @@ class Family:
         }
         return {kind: name.removesuffix(".{p}") for kind, name in names.items() if name.count(".") == 1}
 
+    def layout(self, config: PretrainedConfig, row: ModelClass) -> Part:
+        """The module tree of a class, its head's modules included."""
+        heads: Mapping[str, str | Part] = {} if row.head is None else self.heads[row.head]
+        return whole(row.name, self.tree(config), self.prefix, heads, row.head)
+
     @property
     def name(self) -> str:
         """The hub's `model_type`."""
@@ -109,7 +115,9 @@ AUTO: dict[str, tuple[str, ...]] = {
 def family(model_type: str) -> Family:
     """The family of a `model_type`; ValueError with the known ones if there is none."""
     if model_type not in FAMILIES:
-        raise ValueError(f"monoblock has no family {model_type!r}; it has: {', '.join(sorted(FAMILIES))}")
+        raise ValueError(
+            f"monoblock has no family {brief(model_type)}; it has: {', '.join(sorted(FAMILIES))}"
+        )
     return importlib.import_module(f"monoblock.families.{model_type.replace('-', '_')}").FAMILY
 
 
@@ -138,11 +146,15 @@ def row_of(name: str) -> tuple[Family, ModelClass]:
 
 def auto_class(auto: str, config: PretrainedConfig, prefix: str = "") -> str:
     """The class that an `AutoModel...` chooses for a config; both names carry the framework's prefix."""
-    names = class_names(family(config.model_type).name)
-    stem = FAMILIES[config.model_type][0]
-    for ending in AUTO[auto.removeprefix(prefix)]:
-        for name in (stem + ending, ending):
-            if name in names:
-                return prefix + name
-    known = ", ".join(prefix + name for name in names)
+    kind = family(config.model_type).name
+    if (name := auto_name(auto.removeprefix(prefix), kind)) is not None:
+        return prefix + name
+    known = ", ".join(prefix + name for name in class_names(kind))
     raise ValueError(f"{auto} has no class for {config.model_type!r}; that family has: {known}")
+
+
+def auto_name(auto: str, model_type: str) -> str | None:
+    """The class of a family that an `AutoModel...` chooses, both without a framework's prefix; None if it has none."""
+    names, stem = class_names(model_type), FAMILIES[model_type][0]
+    candidates = (name for ending in AUTO[auto] for name in (stem + ending, ending))
+    return next((name for name in candidates if name in names), None)

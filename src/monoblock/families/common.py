@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, TypedDict
 
 from monoblock.checkpoint.keymap import Row, row
 from monoblock.config import PretrainedConfig
-from monoblock.errors import UnsupportedConfig
+from monoblock.errors import FieldError, UnsupportedConfig
 from monoblock.spec import RopeScaling, Rotary
 
 # The hub's names of activations -> the spec's.
@@ -27,6 +27,41 @@ ACTIVATIONS = {
 ROPE_TYPES = {"default": None, "linear": "linear", "dynamic": "dynamic", "yarn": "yarn", "llama3": "llama3"}
 
 
+# Layers that a config may ask for; the largest models published have some 130. Each takes time before any weight is
+# looked for in the files.
+MOST_LAYERS = 1024
+
+
+class RopeFields(TypedDict, total=False):
+    """The types of `rope_scaling` and `rope_parameters`."""
+
+    rope_type: str
+    type: str
+    rope_theta: float
+    partial_rotary_factor: float
+    factor: float
+    original_max_position_embeddings: int | None
+    attention_factor: float | None
+    low_freq_factor: float | None
+    high_freq_factor: float | None
+    beta_fast: float | None
+    beta_slow: float | None
+    mscale: float | None
+    mscale_all_dim: float | None
+    truncate: bool | None
+
+
+def layers(config: PretrainedConfig, field: str) -> int:
+    """How many layers a config asks for; FieldError for none, or more than any model has."""
+    count: int = getattr(config, field)
+    if not 1 <= count <= MOST_LAYERS:
+        raise FieldError(
+            f"{type(config).__name__}.{field} must be at least 1 and at most {MOST_LAYERS}, got {count}",
+            field,
+        )
+    return count
+
+
 def activation(config: PretrainedConfig, field: str) -> str:
     """The spec's activation for a field of a config."""
     config.check({field: tuple(ACTIVATIONS)})
@@ -36,7 +71,7 @@ def activation(config: PretrainedConfig, field: str) -> str:
 def quotient(config: PretrainedConfig, width: str, heads: str) -> int:
     """width / heads; ValueError if it is no whole number."""
     w, h = getattr(config, width), getattr(config, heads)
-    if h < 1 or w % h:
+    if w < 1 or h < 1 or w % h:
         raise ValueError(f"{type(config).__name__}.{width} ({w}) must be a multiple of {heads} ({h})")
     return w // h
 
@@ -90,6 +125,10 @@ class RopeConfig(PretrainedConfig):
 def _attention_factor(rope: dict[str, Any]) -> float | None:
     """YaRN's factor on cos and sin: as given, or of the two `mscale`s; None: by its own formula."""
     if rope.get("mscale") and rope.get("mscale_all_dim"):
+        if min(rope["mscale"], rope["mscale_all_dim"]) < 0:
+            raise UnsupportedConfig(
+                f"rope_scaling must have an mscale and an mscale_all_dim above 0, got {rope}"
+            )
         log = 0.1 * math.log(max(rope["factor"], 1.0))
         return (log * rope["mscale"] + 1) / (log * rope["mscale_all_dim"] + 1)
     return rope.get("attention_factor")

@@ -11,7 +11,7 @@ from typing import Any
 from monoblock import modules
 from monoblock.checkpoint.keymap import KeyMap, Row, Spelling, row
 from monoblock.families import Family, Heads, ModelClass
-from monoblock.families.common import RopeConfig, activation, quotient
+from monoblock.families.common import RopeConfig, RopeFields, activation, layers, quotient
 from monoblock.modules import Part, part
 from monoblock.spec import ArchSpec, Attention, Dropout, Mlp, Norm, Patches, QkNorm
 
@@ -36,17 +36,17 @@ class FuyuConfig(RopeConfig):
     use_cache: bool = True
     tie_word_embeddings: bool = False
     rope_theta: float = 25000.0
-    rope_scaling: dict[str, Any] | None = None
+    rope_scaling: RopeFields | None = None
     qk_layernorm: bool = True
     hidden_dropout: float = 0.0
     attention_dropout: float = 0.0
     partial_rotary_factor: float = 0.5
     pad_token_id: int | None = None
     bos_token_id: int | None = 1
-    eos_token_id: Any = 2
+    eos_token_id: int | list[int] | None = 2
     text_config: dict[str, Any] | None = None
     image_token_id: int = 71011
-    rope_parameters: dict[str, Any] | None = None
+    rope_parameters: RopeFields | None = None
 
     makers_from = "text_config"
 
@@ -87,7 +87,7 @@ class FuyuConfig(RopeConfig):
             ),
             mlp=Mlp(width=self.intermediate_size, act=activation(self, "hidden_act"), gated=False, bias=True),
             norm=norm,
-            windows=(None,) * self.num_hidden_layers,
+            windows=(None,) * layers(self, "num_hidden_layers"),
             positions=(self.rotary(int(head_dim * self.partial_rotary_factor)),),
             final_norm=norm,
             dropout=Dropout(attention=self.attention_dropout, residual=self.hidden_dropout),

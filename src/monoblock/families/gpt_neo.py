@@ -11,8 +11,9 @@ from typing import Any
 from monoblock import modules
 from monoblock.checkpoint.keymap import KeyMap
 from monoblock.config import PretrainedConfig
+from monoblock.errors import FieldError
 from monoblock.families import Family, Heads, ModelClass
-from monoblock.families.common import activation, quotient
+from monoblock.families.common import MOST_LAYERS, activation, quotient
 from monoblock.modules import Part, part
 from monoblock.spec import ArchSpec, Attention, Dropout, Learned, Mlp, Norm
 
@@ -28,7 +29,7 @@ class GPTNeoConfig(PretrainedConfig):
     max_position_embeddings: int = 2048
     hidden_size: int = 2048
     num_layers: int = 24
-    attention_types: Any = [[["global", "local"], 12]]  # noqa: RUF012
+    attention_types: list[Any] = [[["global", "local"], 12]]  # noqa: RUF012
     num_heads: int = 16
     intermediate_size: int | None = None
     window_size: int = 256
@@ -41,18 +42,24 @@ class GPTNeoConfig(PretrainedConfig):
     initializer_range: float = 0.02
     use_cache: bool = True
     bos_token_id: int | None = 50256
-    eos_token_id: Any = 50256
-    attention_layers: Any = None
+    eos_token_id: int | list[int] | None = 50256
+    attention_layers: list[str] | None = None
 
     def finish(self, _given: frozenset[str], /) -> None:
         """`attention_layers` spells `attention_types` out, a word for each layer."""
-        self.attention_layers = [
-            kind for kinds, count in self.attention_types for _ in range(count) for kind in kinds
-        ]
+        types: list[tuple[list[str], int]] = self._checked(
+            "attention_types", self.attention_types, list[tuple[list[str], int]]
+        )
+        if (layers := sum(len(kinds) * count for kinds, count in types)) > MOST_LAYERS:
+            raise FieldError(
+                f"GPTNeoConfig.attention_types must name at most {MOST_LAYERS} layers, got {layers}",
+                "attention_types",
+            )
+        self.attention_layers = [kind for kinds, count in types for _ in range(count) for kind in kinds]
 
     def to_spec(self) -> ArchSpec:
         """The architecture; UnsupportedConfig or ValueError names the field that cannot be honoured."""
-        kinds: list[str] = self.attention_layers
+        kinds = self.attention_layers or []
         if len(kinds) != self.num_layers or not set(kinds) <= {"global", "local"}:
             raise ValueError(
                 f"GPTNeoConfig.attention_types={self.attention_types} names {len(kinds)} layers, num_layers is "

@@ -5,12 +5,10 @@ Source: arXiv:2310.06825 and the hub's MistralConfig.
 
 from __future__ import annotations
 
-from typing import Any
-
 from monoblock import modules
 from monoblock.checkpoint.keymap import KeyMap
 from monoblock.families import Family, Heads, ModelClass
-from monoblock.families.common import RopeConfig, activation, quotient
+from monoblock.families.common import RopeConfig, RopeFields, activation, layers, quotient
 from monoblock.modules import KerasNames, Part, part
 from monoblock.spec import ArchSpec, Attention, Dropout, Mlp, Norm
 
@@ -35,13 +33,13 @@ class MistralConfig(RopeConfig):
     use_cache: bool = True
     pad_token_id: int | None = None
     bos_token_id: int | None = 1
-    eos_token_id: Any = 2
+    eos_token_id: int | list[int] | None = 2
     tie_word_embeddings: bool = False
     rope_theta: float = 10000.0
     sliding_window: int | None = 4096
     attention_dropout: float = 0.0
-    rope_scaling: dict[str, Any] | None = None
-    rope_parameters: dict[str, Any] | None = None
+    rope_scaling: RopeFields | None = None
+    rope_parameters: RopeFields | None = None
 
     makers_from = "rope_scaling"
     base_model_tp_plan = {  # noqa: RUF012
@@ -68,13 +66,13 @@ class MistralConfig(RopeConfig):
                 heads=self.num_attention_heads,
                 kv_heads=self.num_key_value_heads or self.num_attention_heads,
                 head_dim=head_dim,
-                scale=head_dim**-0.5,
+                scale=max(head_dim, 1) ** -0.5,
                 qkv_bias=False,
                 out_bias=False,
             ),
             mlp=Mlp(width=self.intermediate_size, act=activation(self, "hidden_act"), gated=True, bias=False),
             norm=norm,
-            windows=(self.sliding_window,) * self.num_hidden_layers,
+            windows=(self.sliding_window,) * layers(self, "num_hidden_layers"),
             positions=(self.rotary(head_dim),),
             final_norm=norm,
             dropout=Dropout(attention=self.attention_dropout),

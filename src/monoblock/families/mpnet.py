@@ -11,7 +11,7 @@ from monoblock import modules
 from monoblock.checkpoint.keymap import KeyMap, row
 from monoblock.config import PretrainedConfig
 from monoblock.families import Family, Heads, ModelClass
-from monoblock.families.common import activation, quotient
+from monoblock.families.common import activation, layers, quotient
 from monoblock.heads import HeadSpec
 from monoblock.modules import KerasNames, Part, part
 from monoblock.spec import ArchSpec, Attention, Buckets, Dropout, Learned, Mlp, Norm
@@ -59,7 +59,7 @@ class MPNetConfig(PretrainedConfig):
             norm=norm,
             placement="post",
             causal=False,
-            windows=(None,) * self.num_hidden_layers,
+            windows=(None,) * layers(self, "num_hidden_layers"),
             positions=(
                 Learned(
                     size=self.max_position_embeddings, offset=self.pad_token_id + 1, pad_id=self.pad_token_id

@@ -13,7 +13,7 @@ from monoblock.checkpoint.keymap import KeyMap, Same, Spelling, Split
 from monoblock.config import PretrainedConfig
 from monoblock.families import Family, Heads, ModelClass
 from monoblock.families import mpt_options as options
-from monoblock.families.common import quotient
+from monoblock.families.common import layers, quotient
 from monoblock.modules import Part, part
 from monoblock.spec import ArchSpec, Attention, Dropout, Norm
 
@@ -55,10 +55,10 @@ class MptConfig(PretrainedConfig):
     initializer_range: float = 0.02
     head_dim: int | None = None
     attention_bias: bool | None = None
-    ffn_config: dict[str, Any] | None = None
+    ffn_config: options.FfnFields | None = None
     final_logit_softcapping: float | None = None
     init_config: dict[str, Any] | None = None
-    fc_type: str | dict[str, Any] | None = None
+    fc_type: str | options.FcFields | None = None
     use_pad_tok_in_ffn: bool = True
     block_overrides: dict[str, Any] | None = None
     fuse_norm_attn_norm: bool = False
@@ -95,7 +95,7 @@ class MptConfig(PretrainedConfig):
             ),
             mlp=options.mlp(self, bias),
             norm=norm,
-            windows=(options.window(self),) * self.n_layers,
+            windows=(options.window(self),) * layers(self, "n_layers"),
             positions=options.positions(self, head_dim),
             final_norm=norm,
             dropout=Dropout(embed=self.emb_pdrop, attention=att.attn_pdrop, residual=self.resid_pdrop),

@@ -6,10 +6,11 @@ The hub's class documents some of them, the makers' code the rest: https://githu
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 from monoblock.config import PretrainedConfig
 from monoblock.errors import UnsupportedConfig
+from monoblock.field_types import brief
 from monoblock.spec import Alibi, Learned, Mlp, Norm, Position, QkNorm, RopeScaling, Rotary
 
 NORMS: dict[str, Literal["layer", "rms"]] = {
@@ -58,6 +59,53 @@ KEYS: dict[str, frozenset[str]] = {
 }
 
 
+class ActivationFields(TypedDict, total=False):
+    """The types of `ffn_act_fn`: PyTorch's name of an activation, and its argument."""
+
+    name: str
+    approximate: str
+
+
+class FcFields(TypedDict, total=False):
+    """The types of `fc_type`."""
+
+    name: str
+
+
+class FfnFields(TypedDict, total=False):
+    """The types of `ffn_config`."""
+
+    ffn_type: str
+    ffn_hidden_size: int | None
+    ffn_act_fn: ActivationFields | None
+    fc_type: str | FcFields | None
+
+
+class DailFields(TypedDict, total=False):
+    """The types of `rope_dail_config`."""
+
+    type: str
+    pos_idx_in_fp32: bool
+    xpos_scale_base: float | None
+
+
+class HfRopeFields(TypedDict, total=False):
+    """The types of `rope_hf_config`."""
+
+    type: str
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int
+
+
+class TuningFields(TypedDict, total=False):
+    """The types of `attn_temperature_tuning`."""
+
+    floor_scale: float
+    attn_scale: float | None
+
+
 class MptAttentionConfig(PretrainedConfig):
     """The `attn_config` of an `MptConfig`; from `qk_gn` on, the options of the makers' own code."""
 
@@ -79,11 +127,11 @@ class MptAttentionConfig(PretrainedConfig):
     rope: bool = False
     rope_theta: float = 10000
     rope_impl: str = "dail"
-    rope_dail_config: dict[str, Any] | None = None
-    rope_hf_config: dict[str, Any] | None = None
+    rope_dail_config: DailFields | None = None
+    rope_hf_config: HfRopeFields | None = None
     nope: bool = False
     kv_dim: int | None = None
-    attn_temperature_tuning: dict[str, Any] | None = None
+    attn_temperature_tuning: TuningFields | None = None
     seq_parallel_world_size: int | None = None
 
     makers_from = "qk_gn"
@@ -131,7 +179,7 @@ def mlp(config: Any, bias: bool) -> Mlp:
     """The MLP of `ffn_config` and `expansion_ratio`."""
     ffn: dict[str, Any] = config.ffn_config or {}
     width = ffn.get("ffn_hidden_size") or config.d_model * config.expansion_ratio
-    if width != int(width):
+    if not float(width).is_integer():
         raise ValueError(
             f"MptConfig.expansion_ratio={config.expansion_ratio} times d_model={config.d_model} must be a whole number"
         )
@@ -175,6 +223,8 @@ def logit_scale(config: Any) -> float:
     scale = config.logit_scale
     if isinstance(scale, str):
         if scale != "inv_sqrt_d_model":
-            raise ValueError(f"MptConfig.logit_scale must be a number or 'inv_sqrt_d_model', got {scale!r}")
+            raise ValueError(
+                f"MptConfig.logit_scale must be a number or 'inv_sqrt_d_model', got {brief(scale)}"
+            )
         return 1 / math.sqrt(config.d_model)
     return 1.0 if scale is None else scale

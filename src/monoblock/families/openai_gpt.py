@@ -11,7 +11,7 @@ from monoblock import modules
 from monoblock.checkpoint.keymap import KeyMap
 from monoblock.config import PretrainedConfig
 from monoblock.families import Family, Heads, ModelClass
-from monoblock.families.common import quotient
+from monoblock.families.common import layers, quotient
 from monoblock.heads import HeadSpec, Summary
 from monoblock.modules import KerasNames, Part, part
 from monoblock.spec import ArchSpec, Attention, Dropout, Learned, Mlp, Norm
@@ -70,7 +70,7 @@ class OpenAIGPTConfig(PretrainedConfig):
             mlp=Mlp(width=4 * self.n_embd, act=ACTIVATIONS[self.afn], gated=False, bias=True),
             norm=Norm(kind="layer", eps=self.layer_norm_epsilon, bias=True),
             placement="post",
-            windows=(None,) * self.n_layer,
+            windows=(None,) * layers(self, "n_layer"),
             positions=(Learned(size=self.n_positions),),
             dropout=Dropout(embed=self.embd_pdrop, attention=self.attn_pdrop, residual=self.resid_pdrop),
             tie_head=self.tie_word_embeddings,

@@ -80,6 +80,7 @@ CHECKS: dict[str, Check] = {
     "length_penalty": _number(-math.inf),
     "guidance_scale": _number(-math.inf),
     "max_cache_len": _whole(1),
+    "prefill_chunk_size": _whole(1),
     "prompt_lookup_num_tokens": _whole(1),
     "max_matching_ngram_size": _whole(1),
     "num_assistant_tokens": _whole(1),

@@ -16,6 +16,8 @@ from typing import Any, ClassVar, Self, cast
 from monoblock.checkpoint.files import read_json, write_atomically
 from monoblock.checkpoint.hub import find_file
 from monoblock.checkpoint.options import HubOptions
+from monoblock.errors import FieldError
+from monoblock.field_types import brief, checked_fields, declared, in_file
 from monoblock.generation.checks import CHECKS, SAMPLING_FIELDS, as_ids
 
 GENERATION_CONFIG_NAME = "generation_config.json"
@@ -29,8 +31,9 @@ log = logging.getLogger("monoblock")
 class GenerationConfig:
     """How to generate: lengths, strategy, cache, processors, outputs and special tokens, by the hub's names.
 
-    Unknown keywords are kept, written back and warned about once. Values that a file brings are taken as they are
-    and judged when they are used; values that come from Python are checked at once (`ValueError`).
+    Unknown keywords are kept, written back and warned about once. Values that a file brings must be of the declared
+    types (FieldError, a ValueError) and are judged when they are used; values that come from Python are checked at once
+    (`ValueError`).
     """
 
     # Length
@@ -119,7 +122,7 @@ class GenerationConfig:
     FIELDS: ClassVar[frozenset[str]]
     _warned: ClassVar[set[str]] = set()
 
-    def __init__(self, **kwargs: Any):
+    def __init__(self, /, **kwargs: Any):
         self._loaded: dict[str, Any] = {}
         self._take(kwargs)
         self.validate()
@@ -128,12 +131,14 @@ class GenerationConfig:
         for name, value in values.items():
             if name in INERT:
                 continue
+            if name not in self.FIELDS | METADATA and (name == "_loaded" or hasattr(type(self), name)):
+                raise FieldError(f"GenerationConfig.{name} is an attribute of the class and no field", name)
             setattr(self, name, value)
             if name not in self.FIELDS | METADATA and name not in self._warned:
                 self._warned.add(name)
                 log.warning(
-                    "GenerationConfig does not know the field %r: it is kept and written back, but has no effect",
-                    name,
+                    "GenerationConfig does not know the field %s: it is kept and written back, but has no effect",
+                    brief(name),
                 )
 
     # ------------------------------------------------------------------ reading fields
@@ -241,7 +246,9 @@ class GenerationConfig:
     @classmethod
     def _from_file(cls, config_dict: Mapping[str, Any], overrides: Mapping[str, Any]) -> Self:
         config = cls()
+        kinds = {name: kind for name, kind in declared(cls).items() if name in cls.FIELDS}
         loaded = {name: value for name, value in config_dict.items() if name not in overrides}
+        loaded = checked_fields("GenerationConfig", loaded, kinds)
         config._take(copy.deepcopy({**loaded, **overrides}))
         config._loaded = copy.deepcopy(loaded)
         config.validate()
@@ -250,7 +257,8 @@ class GenerationConfig:
     @classmethod
     def from_json_file(cls, json_file: str | Path) -> Self:
         """A config from a JSON file."""
-        return cls._from_file(read_json(json_file), {})
+        with in_file(json_file):
+            return cls._from_file(read_json(json_file), {})
 
     @classmethod
     def from_pretrained(
@@ -267,7 +275,8 @@ class GenerationConfig:
         options = HubOptions.pop(kwargs)
         path = find_file(pretrained_model_name, config_file_name, options)
         assert path is not None  # find_file raises when a required file is missing
-        return cls.from_dict(read_json(path), **kwargs)
+        with in_file(path, kwargs):
+            return cls.from_dict(read_json(path), **kwargs)
 
     @classmethod
     def from_model_config(cls, model_config: Any) -> Self:

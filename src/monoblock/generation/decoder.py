@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from monoblock.generation.arrays import Array, ArrayOps
 from monoblock.generation.config import GenerationConfig
+from monoblock.generation.resolve import Unsupported
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +77,11 @@ class Model(Protocol):
     generation_config: GenerationConfig | None
     input_names: frozenset[str]
     max_positions: int | None
+
+    @property
+    def unsupported(self) -> Unsupported:
+        """Rows that take the place of those in `resolve.UNSUPPORTED` and `resolve.UNSUPPORTED_ARGUMENTS`."""
+        ...
 
     @property
     def compiled(self) -> Callable[[Any, Any], Any] | None:

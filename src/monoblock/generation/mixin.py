@@ -25,12 +25,11 @@ class GenerationMixin:
         """What the model's config says about generation."""
         return GenerationConfig.from_model_config(self.config)
 
-    def file_generation_config(self, name: str | Path, hub: HubOptions) -> GenerationConfig | None:
-        """The checkpoint's generation_config.json; without one, what config.json says."""
-        if not self.can_generate():
-            return None
+    @staticmethod
+    def file_generation_config(name: str | Path, hub: HubOptions) -> GenerationConfig | None:
+        """The checkpoint's generation_config.json, if there is one."""
         path = find_file(name, GENERATION_CONFIG_NAME, hub, required=False)
-        return GenerationConfig.from_json_file(path) if path else self.default_generation_config()
+        return GenerationConfig.from_json_file(path) if path else None
 
     def generate_arguments(self, inputs: Any, arguments: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
         """The prompts and the other arguments of `generate`, of which a tokenizer's output holds several.

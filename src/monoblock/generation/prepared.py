@@ -31,7 +31,7 @@ def prepare(model: Model, arguments: Mapping[str, Any], plain: Plain = ids_alone
     """The call with these arguments of `loop.generate`. ValueError for what is unknown, impossible or not supported."""
     given = dict(arguments)
     given["generation_config"] = as_own_config(given.get("generation_config"))
-    refuse_unsupported(given, UNSUPPORTED_ARGUMENTS)
+    refuse_unsupported(given, UNSUPPORTED_ARGUMENTS, model.unsupported)
     known = CALL_NAMES | GenerationConfig.FIELDS | model.input_names
     refuse_unknown(given.keys() - UNSUPPORTED_ARGUMENTS.keys(), known)
     call = Call(**{name: value for name, value in given.items() if name in CALL_NAMES})
@@ -41,6 +41,7 @@ def prepare(model: Model, arguments: Mapping[str, Any], plain: Plain = ids_alone
         call.generation_config,
         as_own_config(model.generation_config, "model.generation_config"),
         assisted=call.assistant_model is not None,
+        unsupported=model.unsupported,
     )
     if _guesses(call, config) and (config.num_beams or 1) > 1:
         raise ValueError(

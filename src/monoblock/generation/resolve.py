@@ -32,8 +32,10 @@ DEFAULTS: dict[str, Any] = {
 }
 DEFAULT_NEW_TOKENS = 20
 
-# Fields of which only these values (and None) can be honoured today, and why.
-UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
+# Names of which only these values (and None) can be honoured today, and why.
+Unsupported = Mapping[str, tuple[tuple[Any, ...], str]]
+# Fields, in every backend; a backend's own rows (`Model.unsupported`) take the place of these.
+UNSUPPORTED: Unsupported = {
     "num_beam_groups": ((1,), "diverse beam search is not built"),
     "diversity_penalty": ((0,), "diverse beam search is not built"),
     "constraints": ((), "constrained beam search is not built"),
@@ -57,12 +59,11 @@ UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
         ("dynamic", "static", "quantized"),
         "the caches here are 'dynamic', 'static' and 'quantized'",
     ),
-    "prefill_chunk_size": ((), "prompts are processed whole"),
-    "compile_config": ((), "nothing is compiled behind your back; compile the model yourself"),
+    "compile_config": ((), "generate() does not call torch.compile: compile the model yourself"),
     "continuous_batching_config": ((), "continuous batching is not built"),
 }
 # The same for arguments of the call that are no fields.
-UNSUPPORTED_ARGUMENTS: dict[str, tuple[tuple[Any, ...], str]] = {
+UNSUPPORTED_ARGUMENTS: Unsupported = {
     "assistant_tokenizer": ((), "an assistant with another tokenizer is not built"),
     "custom_generate": ((), "code from the hub is never run"),
     "trust_remote_code": ((False,), "code from the hub is never run"),
@@ -107,13 +108,14 @@ def resolve(
     model: GenerationConfig | None,
     *,
     assisted: bool = False,
+    unsupported: Unsupported | None = None,
 ) -> GenerationConfig:
     """The config of one call, with the defaults filled in, checked.
 
     `arguments` are the call's keywords that are fields, `passed` its `generation_config`, `model` the one that came
-    with the model; `assisted`: the call has an assistant_model. A keyword that is None switches its field off, as on
-    the hub. Lengths stay as they were set: see `new_tokens`. UnsupportedConfig (a ValueError) names a field that
-    cannot be honoured; ValueError an impossible value.
+    with the model; `assisted`: the call has an assistant_model; `unsupported`: the backend's own rows. A keyword that
+    is None switches its field off, as on the hub. Lengths stay as they were set: see `new_tokens`. UnsupportedConfig
+    (a ValueError) names a field that cannot be honoured; ValueError an impossible value.
     """
     sources = [arguments, passed.set_fields() if passed else {}, model.set_fields() if model else {}]
     values: dict[str, Any] = {}
@@ -129,17 +131,33 @@ def resolve(
     config = GenerationConfig()
     for name, value in (DEFAULTS | values).items():
         setattr(config, name, copy.copy(value))
-    refuse_unsupported(config.set_fields(), UNSUPPORTED, "GenerationConfig.")
+    refuse_unsupported(config.set_fields(), UNSUPPORTED, unsupported, "GenerationConfig.")
     config.validate()
+    _check_chunks(config)
     _warn_of_no_effect(config, own, assisted)
     return config
 
 
+def _check_chunks(config: GenerationConfig) -> None:
+    """ValueError where a prompt cannot go through the model in chunks."""
+    if (chunk := config.prefill_chunk_size) is None:
+        return
+    names = ("output_attentions", "output_hidden_states")
+    asked = [f"{name}=True" for name in names if config.return_dict_in_generate and getattr(config, name)]
+    if asked or not config.use_cache:
+        raise ValueError(
+            f"prefill_chunk_size={chunk} does not go with {asked[0] if asked else 'use_cache=False'}: leave out one of "
+            "them"
+        )
+
+
 def refuse_unsupported(
-    given: Mapping[str, Any], table: Mapping[str, tuple[tuple[Any, ...], str]], prefix: str = ""
+    given: Mapping[str, Any], table: Unsupported, own: Unsupported | None = None, prefix: str = ""
 ) -> None:
-    """UnsupportedConfig for the first given value that its row of the table does not allow."""
-    for name, (allowed, reason) in table.items():
+    """UnsupportedConfig for the first given value that its row of the table does not allow. `own`: rows of a backend
+    that take the place of the table's."""
+    for name, row in table.items():
+        allowed, reason = (own or {}).get(name, row)
         value = given.get(name)
         if value is not None and not any(value is fine or value == fine for fine in allowed):
             raise UnsupportedConfig(f"{prefix}{name}={value!r}: {reason}")

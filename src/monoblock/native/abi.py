@@ -106,11 +106,24 @@ class NormWeights(Structure):
     _fields_ = _fields((c_void_p, "weight bias"), (c_float, "eps"), (c_int32, "kind"))
 
 
+class LowRank(Structure):
+    """`LowRank` of model.hpp: a low-rank adapter of a matrix."""
+
+    _fields_ = _fields((Matrix, "a b"), (c_int64, "first"), (c_float, "scale"), (c_int32, "reserved"))
+
+
+class Adapters(Structure):
+    """`Adapters` of model.hpp: a matrix's adapters."""
+
+    _fields_ = _fields((POINTER(LowRank), "terms"), (c_int64, "count"))
+
+
 class LayerWeights(Structure):
     """`LayerWeights` of model.hpp."""
 
     _fields_ = _fields(
         (Matrix, "qkv out up down"),
+        (Adapters, "qkv_adapters out_adapters up_adapters down_adapters"),
         (NormWeights, "norm1 norm2 q_norm k_norm"),
         (c_int64, "window"),
     )
@@ -122,6 +135,7 @@ class ModelWeights(Structure):
     _fields_ = _fields(
         (POINTER(LayerWeights), "blocks"),
         (Matrix, "embed head"),
+        (Adapters, "head_adapters"),
         (c_void_p, "position_table inverse_frequencies alibi_slopes"),
         (NormWeights, "embed_norm final_norm"),
         (c_int64, "layers width heads kv_heads head_dim mlp_width position_rows position_offset"),
@@ -163,7 +177,7 @@ class LayoutEntry(Structure):
 # Every structure that Python and the library share.
 STRUCTURES: tuple[type[Structure], ...] = (
     *(Matrix, AttentionCall, NormCall, RopeCall, ActivationCall),
-    *(NormWeights, LayerWeights, ModelWeights, LayerCache, DecodeStep),
+    *(NormWeights, LowRank, Adapters, LayerWeights, ModelWeights, LayerCache, DecodeStep),
 )
 
 

@@ -90,15 +90,16 @@ def ready(folder: Path = HERE) -> Outcome | None:
     return None
 
 
-def build(folder: Path = HERE) -> Outcome:
-    """Compile every level into `folder`; what cannot be compiled is left out, and the line says why."""
-    outcome = _build(folder)
+def build(folder: Path = HERE, extra: tuple[str, ...] = ()) -> Outcome:
+    """Compile every level into `folder`; what cannot be compiled is left out, and the line says why. `extra`: more
+    flags of the compiler."""
+    outcome = _build(folder, extra)
     for level in set(LEVELS) - set(outcome.levels):
         path_of(level, folder).unlink(missing_ok=True)  # of other sources, or another compiler
     return outcome
 
 
-def _build(folder: Path) -> Outcome:
+def _build(folder: Path, more: tuple[str, ...]) -> Outcome:
     command = compiler()
     if command is None:
         wish = os.environ.get("CXX")
@@ -110,11 +111,11 @@ def _build(folder: Path) -> Outcome:
         )
     with tempfile.TemporaryDirectory(dir=folder, prefix=".build-") as scratch:
         openmp = _openmp(command, Path(scratch))
-        flags = (*FLAGS, f'-DMB_SOURCES="{digest()}"', *openmp)
+        flags = (*FLAGS, f'-DMB_SOURCES="{digest()}"', *openmp, *more)
 
-        def one(level: str, extra: tuple[str, ...]) -> str:
+        def one(level: str, own: tuple[str, ...]) -> str:
             made = Path(scratch) / path_of(level).name
-            errors = _run([*command, *flags, *extra, str(HERE / "kernels.cpp"), "-o", str(made)])
+            errors = _run([*command, *flags, *own, str(HERE / "kernels.cpp"), "-o", str(made)])
             if not errors:
                 made.replace(path_of(level, folder))  # whole or not at all
             return errors

@@ -2,8 +2,9 @@
 // What the model is like is data; activations are floats from the embedding to the logits.
 //
 // One parallel region runs the step. Its phases are dynamic parallel loops, each with a barrier: qkv | RoPE and cache |
-// attention | out + residual | up with activation | down + residual. What all threads need and is quickly computed (norms
-// of a few rows, inputs in the weights' format) each computes for itself, in its own memory.
+// attention | out + residual | up with activation | down + residual; before a matrix with adapters, A x of these. What all
+// threads need and is quickly computed (norms of a few rows, inputs in the weights' format) each computes for itself, in
+// its own memory.
 #pragma once
 
 #include <algorithm>
@@ -34,6 +35,12 @@ class Run {
     y = arena.take<float>(count * m.width);
     inner = arena.take<float>(count * (inner_stride = apart(m.mlp_width * (m.gated ? 2 : 1))));
     cos = arena.take<float>(count * m.rotary_dim);
+    ranks = total_rank(m.head_adapters);
+    for (int64_t i = 0; i < m.layers; ++i)
+      for (const Adapters* adapters : {&m.blocks[i].qkv_adapters, &m.blocks[i].out_adapters, &m.blocks[i].up_adapters,
+                                       &m.blocks[i].down_adapters})
+        ranks = std::max(ranks, total_rank(*adapters));
+    low = arena.take<float>(count * ranks);
     divide_keys();
     parts = arena.take<float>(s.rows * m.kv_heads * key_chunks * part_size);
     mine = arena.take<char>(s.threads * own_bytes());
@@ -62,17 +69,17 @@ class Run {
       const LayerWeights& layer = m.blocks[i];
       norm_input(m.pre_norm ? layer.norm1 : i ? m.blocks[i - 1].norm2 : none, own);
       own.soon = first_weights(layer.out, thread);
-      linear(layer.qkv, own.h, h_stride, qkv, qkv_size, own);
+      linear(layer.qkv, layer.qkv_adapters, own.h, h_stride, qkv, qkv_size, own);
       finish_qkv(layer, s.caches[i], own);
       s.cache_bf16 ? attend<uint16_t>(layer, s.caches[i], own) : attend<float>(layer, s.caches[i], own);
       gather_heads(own);
       own.soon = first_weights(layer.up, thread, m.gated ? 2 : 1);
-      residual(layer.out, own.wide, wide_stride, own);
+      residual(layer.out, layer.out_adapters, own.wide, wide_stride, own);
       norm_input(m.pre_norm ? layer.norm2 : layer.norm1, own);
       own.soon = first_weights(layer.down, thread);
-      m.gated ? mlp_gated_up(layer.up, own) : mlp_up(layer.up, own);
+      m.gated ? mlp_gated_up(layer.up, layer.up_adapters, own) : mlp_up(layer.up, layer.up_adapters, own);
       own.soon = first_weights(entry(i + 1), thread);
-      residual(layer.down, inner, inner_stride, own);
+      residual(layer.down, layer.down_adapters, inner, inner_stride, own);
     }
     norm_input(m.pre_norm ? none : m.blocks[m.layers - 1].norm2, own);
     for (int64_t t = 0; t < count; ++t) {
@@ -187,38 +194,89 @@ class Run {
     return Soon(w, first, std::min(first + chunk, outputs), streams, NEXT / streams);
   }
 
-  void linear(const Matrix& w, const float* from, int64_t step, float* to, int64_t to_stride, Own& own) {
+  // The inputs of W in its format; before, low = A x of its adapters, whose threads at the barrier prefetch W (`parts`: of
+  // several matrices in one, the first).
+  void inputs_of(const Matrix& w, const Adapters& adapters, const float* from, int64_t step, Own& own, int parts = 1) {
+    if (adapters.count) {
+      const Soon later = own.soon;
+      own.soon = first_weights(w, own.thread, parts);
+      project(adapters, from, step, own);
+      own.soon = later;
+    }
     prepare(w, from, step, count, own.prepared);
+  }
+
+  // low = A x, a row of `ranks` numbers for each token, the adapters' side by side.
+  void project(const Adapters& adapters, const float* from, int64_t step, Own& own) {
+    prepare(adapters.terms[0].a, from, step, count, own.prepared);
+    const int64_t chunk = 8, most = (total_rank(adapters) + chunk - 1) / chunk + adapters.count;
+    phase(own, most, [&](int64_t task) {
+      int64_t column = 0;
+      for (const LowRank* term = adapters.terms; term < adapters.terms + adapters.count; ++term) {
+        const int64_t rank = term->a.outputs, chunks = (rank + chunk - 1) / chunk;
+        if (task < chunks)
+          return multiply(term->a, own.prepared, count, low + column, ranks, task * chunk,
+                          std::min((task + 1) * chunk, rank));
+        task -= chunks, column += rank;
+      }
+    });
+  }
+
+  // y += scale * B low for the outputs [first, last) of a matrix; `y` is where output 0 is.
+  void add_adapters(const Adapters& adapters, float* y, int64_t y_stride, int64_t first, int64_t last) const {
+    const float* x = low;
+    for (const LowRank* term = adapters.terms; term < adapters.terms + adapters.count; ++term) {
+      const int64_t rank = term->a.outputs, from = std::max(first, term->first);
+      const int64_t to = std::min(last, term->first + term->b.outputs);
+      typed(term->b.format == matrices::BF16, term->b.data, [&](auto* weight) {
+        for (int64_t o = from; o < to; ++o)
+          for (int64_t t = 0; t < count; ++t)
+            y[t * y_stride + o] += term->scale * dot(weight + (o - term->first) * rank, x + t * ranks, rank);
+      });
+      x += rank;
+    }
+  }
+
+  // W x and what its adapters add, for the outputs [first, last), after `inputs_of`.
+  void product(const Matrix& w, const Adapters& adapters, float* y, int64_t y_stride, int64_t first, int64_t last,
+               Own& own) {
+    multiply(w, own.prepared, count, y, y_stride, first, last);
+    add_adapters(adapters, y, y_stride, first, last);
+  }
+
+  void linear(const Matrix& w, const Adapters& adapters, const float* from, int64_t step, float* to, int64_t to_stride,
+              Own& own) {
+    inputs_of(w, adapters, from, step, own);
     for_outputs(w.outputs, own, [&](int64_t first, int64_t last) {
-      multiply(w, own.prepared, count, to, to_stride, first, last);
+      product(w, adapters, to, to_stride, first, last, own);
     });
   }
 
   // x = state before the sub-layer + its output.
-  void residual(const Matrix& w, const float* from, int64_t step, Own& own) {
-    prepare(w, from, step, count, own.prepared);
+  void residual(const Matrix& w, const Adapters& adapters, const float* from, int64_t step, Own& own) {
+    inputs_of(w, adapters, from, step, own);
     const float* before = m.pre_norm ? x : own.h;
     const int64_t before_stride = m.pre_norm ? m.width : h_stride;
     for_outputs(m.width, own, [&](int64_t first, int64_t last) {
-      multiply(w, own.prepared, count, y, m.width, first, last);
+      product(w, adapters, y, m.width, first, last, own);
       for (int64_t t = 0; t < count; ++t)
         for (int64_t i = first; i < last; ++i) x[t * m.width + i] = before[t * before_stride + i] + y[t * m.width + i];
     });
   }
 
-  void mlp_up(const Matrix& w, Own& own) {
-    prepare(w, own.h, h_stride, count, own.prepared);
+  void mlp_up(const Matrix& w, const Adapters& adapters, Own& own) {
+    inputs_of(w, adapters, own.h, h_stride, own);
     for_outputs(m.mlp_width, own, [&](int64_t first, int64_t last) {
-      multiply(w, own.prepared, count, inner, inner_stride, first, last);
+      product(w, adapters, inner, inner_stride, first, last, own);
       for (int64_t t = 0; t < count; ++t) activate(m.activation, inner + t * inner_stride + first, last - first);
     });
   }
 
-  void mlp_gated_up(const Matrix& w, Own& own) {
-    prepare(w, own.h, h_stride, count, own.prepared);
+  void mlp_gated_up(const Matrix& w, const Adapters& adapters, Own& own) {
+    inputs_of(w, adapters, own.h, h_stride, own, 2);
     for_outputs(m.mlp_width, own, [&](int64_t first, int64_t last) {
-      multiply(w, own.prepared, count, inner, inner_stride, first, last);
-      multiply(w, own.prepared, count, inner, inner_stride, m.mlp_width + first, m.mlp_width + last);
+      product(w, adapters, inner, inner_stride, first, last, own);
+      product(w, adapters, inner, inner_stride, m.mlp_width + first, m.mlp_width + last, own);
       for (int64_t t = 0; t < count; ++t) {
         float *gates = inner + t * inner_stride, *ups = gates + m.mlp_width;
         activate(m.activation, gates + first, last - first);
@@ -228,9 +286,9 @@ class Run {
   }
 
   void logits(Own& own) {
-    prepare(m.head, own.h, h_stride, count, own.prepared);
+    inputs_of(m.head, m.head_adapters, own.h, h_stride, own);
     for_outputs(m.head.outputs, own, [&](int64_t first, int64_t last) {
-      multiply(m.head, own.prepared, count, s.logits, m.head.outputs, first, last);
+      product(m.head, m.head_adapters, s.logits, m.head.outputs, first, last, own);
       for (int64_t t = 0; t < count; ++t)
         if (m.logit_scale != 1 || m.logit_softcap != 0)
           each(s.logits + t * m.head.outputs + first, last - first, [&](Floats v) {
@@ -338,7 +396,8 @@ class Run {
   const int64_t count;  // tokens of all rows
   int64_t qkv_size, head_stride, k_start, v_start;  // a row of qkv: from head to head; where keys and values begin
   int64_t h_stride, wide_stride, inner_stride, key_chunks, part_size;
-  float *qkv, *x, *y, *inner, *cos, *parts;
+  int64_t ranks;  // of the adapters of one matrix together, at most
+  float *qkv, *x, *y, *inner, *cos, *parts, *low;
   char* mine;
 };
 

@@ -48,7 +48,7 @@ INLINE Power power(Floats x) {
   Floats r = (x - whole * 0.693145752f) - whole * 1.42860677e-6f;  // log(2) in two parts: n times the first is exact
   Floats p = all(0.0013934545f);
   for (float c : {0.0083637768f, 0.0416664556f, 0.1666657329f, 0.5f}) p = p * r + c;
-  return {bits<Floats>((n + 127) << 23), r + r * r * p};
+  return {bits<Floats>((bits<Words>(n) + 127u) << 23), r + r * r * p};  // unsigned: of NaN, n may be any number
 }
 
 INLINE Floats exp(Floats x) {

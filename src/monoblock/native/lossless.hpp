@@ -79,7 +79,7 @@ inline void unfold(const Matrix& m, uint16_t* to, int threads) {
   }
 }
 
-// As HalfTile and PairTile, whose steps it takes once the weights are bf16.
+// As HalfTile and PairTile, which multiply the weights once they are bf16.
 template <class Step>
 struct LosslessTile {
   static constexpr int32_t FORMAT = LOSSLESS;
@@ -119,7 +119,7 @@ struct LosslessTile {
                           const uint16_t (&highest)[R], const X* x, int64_t ldx, Floats (&sums)[R][T]) {
     Shorts weights[R];
     UNROLL for (int r = 0; r < R; ++r) weights[r] = unfolded<J>(runs + r * step, lower[r], word, highest[r]);
-    Step::template meet<R, T>(weights, x + 32 * J + word, ldx, sums);
+    Step::template multiply<R, T>(weights, x + 32 * J + word, ldx, sums);
   }
 };
 

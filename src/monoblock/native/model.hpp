@@ -16,8 +16,23 @@ struct NormWeights {
   int32_t kind;  // 0: there is none; 1: layer norm; 2: RMS norm
 };
 
+// A low-rank adapter of some of a matrix's outputs (LoRA, arXiv 2106.09685): y[first + o] += scale * (B A x)[o].
+struct LowRank {
+  Matrix a, b;  // (rank, inputs) and (outputs, rank), F32 or BF16, without biases
+  int64_t first;
+  float scale;
+  int32_t reserved;
+};
+
+// The adapters of one matrix; the `a` of all have one format.
+struct Adapters {
+  const LowRank* terms;
+  int64_t count;
+};
+
 struct LayerWeights {
   Matrix qkv, out, up, down;  // qkv: [q|k|v], or as qkv_by_head says; up: [gate|up] where gated
+  Adapters qkv_adapters, out_adapters, up_adapters, down_adapters;
   NormWeights norm1, norm2, q_norm, k_norm;
   int64_t window;  // keys that a query attends to; 0: all
 };
@@ -25,6 +40,7 @@ struct LayerWeights {
 struct ModelWeights {
   const LayerWeights* blocks;
   Matrix embed, head;
+  Adapters head_adapters;
   const void* position_table;        // learned positions (position_rows, width), or null
   const float* inverse_frequencies;  // of RoPE (rotary_dim / 2,), or null
   const float* alibi_slopes;         // (heads,) or null
@@ -103,6 +119,21 @@ inline void normed(const NormWeights& n, int32_t bf16, const float* x, int64_t w
     typed(bf16, n.bias, [&](auto* bias) {
       for (int64_t i = 0; i < width; ++i) y[i] += read1(bias + i);
     });
+}
+
+// The sum of the ranks of a matrix's adapters.
+inline int64_t total_rank(const Adapters& adapters) {
+  int64_t rank = 0;
+  for (int64_t i = 0; i < adapters.count; ++i) rank += adapters.terms[i].a.outputs;
+  return rank;
+}
+
+template <class W>
+INLINE float dot(const W* weight, const float* x, int64_t n) {
+  float total = 0;
+#pragma omp simd reduction(+ : total)
+  for (int64_t i = 0; i < n; ++i) total += read1(weight + i) * x[i];
+  return total;
 }
 
 // y += row `index` of a matrix in any of the formats.

@@ -131,10 +131,11 @@ INLINE float from_half(uint16_t v) {
   return bits<float>(bits<uint32_t>(size) | uint32_t(v & 0x8000) << 16);
 }
 
-// To the nearest whole number, ties to even, for |v| < 2^22: the sum has no bits left for a fraction.
+// To the nearest whole number, ties to even, for |v| < 2^22: the sum has no bits left for a fraction. Other numbers and
+// NaN give some number; unsigned, as they would overflow.
 INLINE Ints nearest(Floats v) {
   const float magic = 0x1.8p23f;
-  return bits<Ints>(v + magic) - bits<int32_t>(magic);
+  return bits<Ints>(bits<Words>(v + magic) - bits<uint32_t>(magic));
 }
 
 }  // namespace matrices

@@ -35,7 +35,10 @@ inline void narrow(const float* x, int64_t inputs, uint16_t* to, int64_t padded)
   for (; k < padded; ++k) to[k] = k < inputs ? to_bf16(x[k]) : 0;
 }
 
-// One group: q = round(x * 127 / max|x|). NaN and infinity reach the scale, so that they are not lost.
+// The least magnitude that is quantised: below it, 127 / max|x| is infinite.
+constexpr float LEAST = 1e-36f;
+
+// One group: q = round(x * 127 / max|x|). NaN and infinity make the scale NaN, so that they are not lost.
 INLINE void quantise(const float* x, int group, int8_t* q, float* scale, float* total) {
   Floats top = {}, strange = {};
   for (int k = 0; k < group; k += LANES) {
@@ -43,14 +46,19 @@ INLINE void quantise(const float* x, int group, int8_t* q, float* scale, float* 
     top = largest(magnitude(v), top);
     strange += v * 0.0f;
   }
-  float most = largest(top), inverse = most > 0 ? 127 / most : 0;
+  float most = largest(top), inverse = most > LEAST ? 127 / most : 0, odd = sum(strange);
+  if (odd != odd) {
+    memset(q, 0, group);
+    *scale = *total = odd;
+    return;
+  }
   Ints whole = {};
   for (int k = 0; k < group; k += LANES) {
     Ints n = nearest(load<Floats>(x + k) * inverse);
     store(q + k, __builtin_convertvector(n, SignedBytes));
     whole += n;
   }
-  *scale = most / 127 + sum(strange);
+  *scale = most / 127;
   *total = sum(__builtin_convertvector(whole, Floats)) * *scale;
 }
 

@@ -68,9 +68,9 @@ struct FloatTile {
   }
 };
 
-// bf16 weights and exact inputs. A word holds two weights; each becomes a float by itself, and the inputs lie as
-// `prepare` has put them: those of a vector's even places, then those of its odd places.
-struct HalfTile {
+// bf16 weights, 2 * LANES of a row at a time: what a tile's `multiply` does with them, and which `inputs` it takes.
+template <class Tile>
+struct BfloatTile {
   static constexpr int32_t FORMAT = BF16;
 
   template <int R, int T>
@@ -78,7 +78,7 @@ struct HalfTile {
                          float (&out)[R][T]) {
     constexpr int STEP = 2 * LANES;
     const uint16_t* w = (const uint16_t*)m.data + output * m.inputs;
-    const float* x = p.f + row * p.padded;
+    const auto* x = Tile::inputs(p) + row * p.padded;
     Floats sums[R][T] = {};
     int64_t k = 0;
     for (; k + STEP <= m.inputs; k += STEP) step<R, T>(w + k, gap * m.inputs, x + k, p.padded, sums);
@@ -90,18 +90,21 @@ struct HalfTile {
     UNROLL for (int r = 0; r < R; ++r) UNROLL for (int t = 0; t < T; ++t) out[r][t] = sum(sums[r][t]);
   }
 
+  template <int R, int T, class X>
+  static INLINE void step(const uint16_t* w, int64_t ldw, const X* x, int64_t ldx, Floats (&sums)[R][T]) {
+    Shorts weights[R];
+    UNROLL for (int r = 0; r < R; ++r) ahead<T>(w + r * ldw), weights[r] = once(load<Shorts>(w + r * ldw));
+    Tile::template multiply<R, T>(weights, x, ldx, sums);
+  }
+};
+
+// Exact inputs. A word holds two weights; each becomes a float by itself, and the inputs lie as `prepare` has put
+// them: those of a vector's even columns, then those of its odd columns.
+struct HalfTile : BfloatTile<HalfTile> {
   static INLINE const float* inputs(const Prepared& p) { return p.f; }
 
   template <int R, int T>
-  static INLINE void step(const uint16_t* w, int64_t ldw, const float* x, int64_t ldx,
-                          Floats (&sums)[R][T]) {
-    Shorts weights[R];
-    UNROLL for (int r = 0; r < R; ++r) ahead<T>(w + r * ldw), weights[r] = once(load<Shorts>(w + r * ldw));
-    meet<R, T>(weights, x, ldx, sums);
-  }
-
-  template <int R, int T>
-  static INLINE void meet(const Shorts (&weights)[R], const float* x, int64_t ldx, Floats (&sums)[R][T]) {
+  static INLINE void multiply(const Shorts (&weights)[R], const float* x, int64_t ldx, Floats (&sums)[R][T]) {
     Floats even[T], odd[T];
     UNROLL for (int t = 0; t < T; ++t) even[t] = load<Floats>(x + t * ldx), odd[t] = load<Floats>(x + t * ldx + LANES);
     UNROLL for (int r = 0; r < R; ++r) {
@@ -114,39 +117,12 @@ struct HalfTile {
 };
 
 #if defined(__AVX512BF16__)
-// bf16 weights and inputs: one instruction multiplies 32 pairs and sums them two by two, in floats.
-struct PairTile {
-  static constexpr int32_t FORMAT = BF16;
-
-  template <int R, int T>
-  static INLINE void run(const Matrix& m, const Prepared& p, int64_t output, int64_t gap, int row,
-                         float (&out)[R][T]) {
-    const uint16_t* w = (const uint16_t*)m.data + output * m.inputs;
-    const uint16_t* x = p.bf + row * p.padded;
-    Floats sums[R][T] = {};
-    int64_t k = 0;
-    for (; k + 32 <= m.inputs; k += 32) step<R, T>(w + k, gap * m.inputs, x + k, p.padded, sums);
-    if (int64_t rest = m.inputs - k) {
-      uint16_t last[R][32] = {};
-      for (int r = 0; r < R; ++r) memcpy(last[r], w + r * gap * m.inputs + k, rest * 2);
-      step<R, T>(last[0], 32, x + k, p.padded, sums);
-    }
-    for (int r = 0; r < R; ++r)
-      for (int t = 0; t < T; ++t) out[r][t] = sum(sums[r][t]);
-  }
-
+// bf16 inputs: one instruction multiplies 32 pairs and sums them two by two, in floats.
+struct PairTile : BfloatTile<PairTile> {
   static INLINE const uint16_t* inputs(const Prepared& p) { return p.bf; }
 
   template <int R, int T>
-  static INLINE void step(const uint16_t* w, int64_t ldw, const uint16_t* x, int64_t ldx,
-                          Floats (&sums)[R][T]) {
-    Shorts weights[R];
-    UNROLL for (int r = 0; r < R; ++r) ahead<T>(w + r * ldw), weights[r] = once(load<Shorts>(w + r * ldw));
-    meet<R, T>(weights, x, ldx, sums);
-  }
-
-  template <int R, int T>
-  static INLINE void meet(const Shorts (&weights)[R], const uint16_t* x, int64_t ldx, Floats (&sums)[R][T]) {
+  static INLINE void multiply(const Shorts (&weights)[R], const uint16_t* x, int64_t ldx, Floats (&sums)[R][T]) {
     UNROLL for (int t = 0; t < T; ++t) {
       const Shorts v = load<Shorts>(x + t * ldx);
       UNROLL for (int r = 0; r < R; ++r)

@@ -7,7 +7,11 @@ import importlib
 from pathlib import Path
 from typing import Any
 
-from monoblock import demo
+from monoblock import demo, families
+from monoblock.checkpoint.contents import SENTENCE_TRANSFORMERS
+from monoblock.checkpoint.hub import HubOptions, find_file, find_weights
+from monoblock.checkpoint.sources import lacks
+from monoblock.checkpoint.store import open_store
 from monoblock.pipelines import frameworks
 from monoblock.pipelines.frameworks import Framework
 
@@ -184,9 +188,29 @@ def _load(
     if config is None or isinstance(config, str | Path):
         hub = {name: loading[name] for name in HUB if name in loading}
         config = monoblock.AutoConfig.from_pretrained(source if config is None else config, **hub)
+    inferred = task is None
     task = task or default_task(config.architectures)
+    if task == "fill-mask" and _has_no_head(source, config, loading):
+        if not inferred:
+            raise ValueError(
+                f"{source} holds no head for 'fill-mask', only what sentence-transformers needs: its task is "
+                "'feature-extraction'"
+            )
+        task = "feature-extraction"
     auto = getattr(monoblock, framework.prefix + TASKS[task][1])
     return framework.adapter.load(auto, source, device, config=config, **loading), task
+
+
+def _has_no_head(source: Any, config: Any, loading: dict[str, Any]) -> bool:
+    """Whether these are files of sentence-transformers, whose config still names the class that the model came from,
+    with a head that the files lack."""
+    options = HubOptions(**{name: loading[name] for name in HUB if name in loading})
+    if find_file(source, SENTENCE_TRANSFORMERS, options, required=False) is None:
+        return False
+    given = {name: loading[name] for name in ("variant", "use_safetensors") if name in loading}
+    store = open_store(find_weights(source, options, **given), "np")
+    rows = families.family(config.model_type).classes
+    return all(lacks(config, row, store) for row in rows if row.head == "masked")
 
 
 def _parts(

@@ -57,13 +57,14 @@ def of_model(model: Any, asked: str | None = None) -> Framework:
     return FRAMEWORKS[found]
 
 
-def chosen(asked: str | None) -> Framework:
-    """The framework of that name, or the first that is installed; ImportError with what to install."""
+def chosen(asked: str | None, what: str = "a pipeline") -> Framework:
+    """The framework of that name, or the first that is installed; ImportError with what to install, as `what` needs
+    one."""
     if asked is None:
         found = next((framework for framework in FRAMEWORKS.values() if framework.missing() is None), None)
         if found is None:
             lines = ", or ".join(framework.install for framework in FRAMEWORKS.values())
-            raise ImportError(f"a pipeline needs PyTorch, JAX or TensorFlow, and none is installed: {lines}")
+            raise ImportError(f"{what} needs PyTorch, JAX or TensorFlow, and none is installed: {lines}")
         return found
     framework = known(asked)
     if (package := framework.missing()) is not None:

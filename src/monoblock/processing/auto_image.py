@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from monoblock.checkpoint.hub import HubOptions, find_file, read_json
+from monoblock.field_types import brief
 from monoblock.processing.files import pop_options, read_image_config
 from monoblock.processing.image import FuyuImageProcessor
 
@@ -24,7 +25,7 @@ class AutoImageProcessor:
     @staticmethod
     def from_pretrained(pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Any:
         """The image processor of a folder, a model on the hub or a JSON file; keywords as in the class's own."""
-        settings, rest = read_image_config(pretrained_model_name_or_path, kwargs)
+        path, settings, rest = read_image_config(pretrained_model_name_or_path, kwargs)
         # Fuyu's first files name no type, only the processor that the image processor belongs to.
         named = settings.get("image_processor_type") or settings.get("feature_extractor_type")
         if named is None and settings.get("processor_class") in PROCESSORS:
@@ -35,10 +36,10 @@ class AutoImageProcessor:
             )
         if named not in _IMAGE_NAMES:
             raise ValueError(
-                f"{pretrained_model_name_or_path} asks for image_processor_type={named!r}; monoblock has: "
+                f"{pretrained_model_name_or_path} asks for image_processor_type={brief(named)}; monoblock has: "
                 + _IMAGE_NAMES[0]
             )
-        return FuyuImageProcessor.from_dict(settings, rest)
+        return FuyuImageProcessor.from_file(path, settings, rest)
 
 
 def _model_type(name: str | Path, kwargs: dict[str, Any]) -> Any:

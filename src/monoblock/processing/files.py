@@ -27,26 +27,26 @@ def pop_options(kwargs: dict[str, Any]) -> HubOptions:
 
 def read_image_config(
     name: str | Path, kwargs: Mapping[str, Any], options: HubOptions | None = None
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The image processor's settings in a folder, on the hub or in a JSON file, and the rest of the keywords.
+) -> tuple[Path, dict[str, Any], dict[str, Any]]:
+    """The file with the image processor's settings in a folder or on the hub, the settings, and the other keywords.
 
     `HubError` where neither `preprocessor_config.json` nor `processor_config.json` holds any.
     """
     rest = dict(kwargs)
     options = pop_options(rest) if options is None else options
     if Path(name).is_file():
-        return read_json(Path(name)), rest
-    nested = read_processor_config(name, options).get("image_processor")
-    if isinstance(
-        nested, dict
-    ):  # newer than a preprocessor_config.json beside it, as the hub's libraries read it
-        return cast("dict[str, Any]", nested), rest
+        return Path(name), read_json(Path(name)), rest
+    path = find_file(name, PROCESSOR_FILE, options, required=False)
+    nested = None if path is None else read_json(path).get("image_processor")
+    # Newer than a preprocessor_config.json beside it, as the hub's libraries read it.
+    if path is not None and isinstance(nested, dict):
+        return path, cast("dict[str, Any]", nested), rest
     path = find_file(name, IMAGE_FILE, options, required=False)
     if path is None:
         raise HubError(
             f"{name} has no image processor: expected {IMAGE_FILE}, or settings in {PROCESSOR_FILE}"
         )
-    return read_json(path), rest
+    return path, read_json(path), rest
 
 
 def read_processor_config(name: str | Path, options: HubOptions) -> dict[str, Any]:
@@ -70,6 +70,5 @@ def write_json(folder: str | Path, files: Mapping[str, Mapping[str, Any]]) -> li
         raise ValueError(f"{folder} is a file; save_pretrained needs a folder")
     with staged(folder) as stage:
         for name, content in files.items():
-            text = json.dumps(content, indent=2, sort_keys=True) + "\n"
-            stage.path(name).write_text(text, encoding="utf-8")
+            stage.write(name, json.dumps(content, indent=2, sort_keys=True) + "\n")
     return [Path(folder) / name for name in files]

@@ -11,6 +11,8 @@ from typing import Any, Self
 
 import numpy as np
 
+from monoblock.errors import FieldError
+from monoblock.field_types import brief, in_file
 from monoblock.processing import pixels
 from monoblock.processing.batch import FuyuBatchEncoding, stacked
 from monoblock.processing.files import image_files, read_image_config, write_json
@@ -61,6 +63,7 @@ class FuyuImageProcessor:
 
     def __init__(
         self,
+        /,
         do_resize: bool = True,
         size: Any = None,
         resample: Any = 2,
@@ -93,9 +96,13 @@ class FuyuImageProcessor:
         self._warned_of_scale = False
         for name, value in kwargs.items():
             if not refuse(name, value):
+                if name.startswith("_") or hasattr(type(self), name):
+                    raise FieldError(
+                        f"FuyuImageProcessor.{name} is an attribute of the class and no setting", name
+                    )
                 self._extra[name] = value
                 setattr(self, name, value)
-                log.warning("FuyuImageProcessor does not know %r: it is kept and written back", name)
+                log.warning("FuyuImageProcessor does not know %s: it is kept and written back", brief(name))
         self._options({})
 
     def _options(self, overrides: Mapping[str, Any]) -> ImageOptions:
@@ -284,7 +291,19 @@ class FuyuImageProcessor:
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Self:
         """The settings of a folder or of a model on the hub; keywords override them, but for the hub's options
         (`revision`, `token`, `cache_dir`, `local_files_only`, `force_download`, `subfolder`)."""
-        return cls.from_dict(*read_image_config(pretrained_model_name_or_path, kwargs))
+        path, settings, rest = read_image_config(pretrained_model_name_or_path, kwargs)
+        return cls.from_file(path, settings, rest)
+
+    @classmethod
+    def from_file(cls, path: Path, settings: Mapping[str, Any], kwargs: Mapping[str, Any]) -> Self:
+        """The same from a file's settings; FieldError, which names the file, where one of them makes no sense."""
+        with in_file(path, kwargs):
+            try:
+                return cls.from_dict(settings, kwargs)
+            except TypeError as error:  # as for an argument
+                if kwargs:
+                    raise
+                raise FieldError(str(error)) from error
 
     @classmethod
     def from_dict(
@@ -295,7 +314,7 @@ class FuyuImageProcessor:
         first = [
             settings.pop(f"target_{side}", None) for side in ("height", "width")
         ]  # as Fuyu's first files say it
-        if None not in first:
+        if first[0] is not None and first[1] is not None:
             settings.setdefault("size", first)
         settings |= kwargs or {}
         return cls(**{k: v for k, v in settings.items() if v is not None and k not in _ABOUT and k[0] != "_"})

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
+from monoblock.field_types import brief
 from monoblock.processing.pixels import PAD_MODES
 
 # Arguments that the hub's processors share and Fuyu has no use for: the value that is harmless, and what to do.
@@ -18,6 +20,9 @@ _REFUSED: dict[str, tuple[Any, str]] = {
     "image_seq_length": (None, "the number of patches follows from the image"),
     "device": (None, "images are read on the CPU: call .to(device) on the result"),
 }
+MOST_PIXELS = (
+    2**24
+)  # of the size that images are padded to, or of a patch; Fuyu's are 1080 x 1920, and 30 x 30
 _NO_EFFECT = ("disable_grouping",)  # how another implementation batches its work
 _LAYOUTS = ("channels_first", "channels_last")
 
@@ -56,16 +61,28 @@ def height_width(name: str, value: Any) -> tuple[int, int]:
         pair = (value, value)
     if isinstance(pair, list | tuple):
         numbers = list(cast("Sequence[Any]", pair))
-        if len(numbers) == 2 and all(isinstance(n, int) and n > 0 for n in numbers):
-            return numbers[0], numbers[1]
-    raise ValueError(f'{name} must look like {{"height": 30, "width": 30}}, in pixels; got {value!r}')
+        if (
+            len(numbers) == 2
+            and all(_is_length(n) for n in numbers)
+            and numbers[0] * numbers[1] <= MOST_PIXELS
+        ):
+            return int(numbers[0]), int(numbers[1])
+    raise ValueError(
+        f'{name} must look like {{"height": 30, "width": 30}}, in pixels, at most {MOST_PIXELS:,} of them; got '
+        + brief(value)
+    )
+
+
+def _is_length(value: Any) -> bool:
+    whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
+    return whole and not isinstance(value, bool) and value > 0
 
 
 def layout(name: str, value: Any) -> Any:
     """ "channels_first", "channels_last" or None, also from the hub's enumeration of them."""
     text = getattr(value, "value", value)
     if text is not None and text not in _LAYOUTS:
-        raise ValueError(f"{name}={text!r}: expected one of {', '.join(map(repr, _LAYOUTS))}")
+        raise ValueError(f"{name}={brief(text)}: expected one of {', '.join(map(repr, _LAYOUTS))}")
     return text
 
 
@@ -74,7 +91,7 @@ def refuse(name: str, value: Any) -> bool:
     if name in _NO_EFFECT or (name in _REFUSED and value in (None, _REFUSED[name][0])):
         return True
     if name in _REFUSED:
-        raise TypeError(f"FuyuImageProcessor cannot honour {name}={value!r}: {_REFUSED[name][1]}")
+        raise TypeError(f"FuyuImageProcessor cannot honour {name}={brief(value)}: {_REFUSED[name][1]}")
     if name == "do_convert_rgb":
         if value in (None, True):
             return True
@@ -83,9 +100,9 @@ def refuse(name: str, value: Any) -> bool:
 
 
 def _number(name: str, value: Any) -> float:
-    if isinstance(value, int | float) and not isinstance(value, bool):
+    if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max:
         return float(value)
-    raise TypeError(f"{name} must be a number; got {value!r}")
+    raise TypeError(f"{name} must be a number; got {brief(value)}")
 
 
 def _per_channel(name: str, value: Any) -> float | tuple[float, ...]:
@@ -105,20 +122,22 @@ def _per_channel(name: str, value: Any) -> float | tuple[float, ...]:
 def _flag(name: str, value: Any) -> bool:
     if isinstance(value, bool):
         return value
-    raise TypeError(f"{name} must be True or False; got {value!r}")
+    raise TypeError(f"{name} must be True or False; got {brief(value)}")
 
 
 def _pad_mode(name: str, value: Any) -> str:
     mode = str(getattr(value, "value", value))
     if mode in PAD_MODES:
         return mode
-    raise ValueError(f"{name}={mode!r}: expected one of {', '.join(map(repr, PAD_MODES))}")
+    raise ValueError(f"{name}={brief(mode)}: expected one of {', '.join(map(repr, PAD_MODES))}")
 
 
 def _resample(name: str, value: Any) -> int:
     if isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= 5:
         return int(value)
-    raise ValueError(f"{name} must be one of Pillow's filters, PIL.Image.Resampling or 0 to 5; got {value!r}")
+    raise ValueError(
+        f"{name} must be one of Pillow's filters, PIL.Image.Resampling or 0 to 5; got {brief(value)}"
+    )
 
 
 _CHECKS: dict[str, Callable[[str, Any], Any]] = {

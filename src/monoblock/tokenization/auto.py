@@ -6,10 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from monoblock.checkpoint.hub import HubOptions, find_file, read_json
+from monoblock.field_types import checked_fields, in_file
 from monoblock.tokenization.classes import CLASSES, LlamaTokenizer, by_model_type, by_name
 from monoblock.tokenization.fast import PreTrainedTokenizerFast
 from monoblock.tokenization.files import BACKEND_FILE, is_vocabulary, read_config
 from monoblock.tokenization.llama import FILES
+
+# Of config.json, where it says what tokenizer a model has.
+_KINDS = {"tokenizer_class": str | None, "model_type": str | None}
 
 
 class AutoTokenizer:
@@ -55,7 +59,10 @@ def _choose(
     )
     if class_name is None or model_type is None:
         path = find_file(name, "config.json", options, required=False) if config is None else None
-        content = {} if path is None else read_json(path)
+        content: dict[str, Any] = {}
+        if path is not None:
+            with in_file(path):
+                content = checked_fields("config", read_json(path), _KINDS)
         class_name, model_type = (
             class_name or content.get("tokenizer_class"),
             model_type or content.get("model_type"),

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from tokenizers import Encoding
 
+from monoblock.errors import FieldError
 from monoblock.tokenization.call import Encode
 
 if TYPE_CHECKING:
@@ -23,9 +24,14 @@ ChatTemplate = str | dict[str, str] | None
 
 def named_templates(template: Any) -> ChatTemplate:
     """A template, or several by name; files write those as a list of `{"name": ..., "template": ...}`."""
-    if isinstance(template, list | tuple):
-        return {row["name"]: row["template"] for row in cast(Sequence[dict[str, str]], template)}
-    return template
+    if not isinstance(template, list | tuple):
+        return template
+    rows = cast(Sequence[dict[str, str]], template)
+    if any(not isinstance(row.get("name"), str) or not isinstance(row.get("template"), str) for row in rows):
+        raise FieldError(
+            "tokenizer.chat_template must list objects with a name and a template", "chat_template"
+        )
+    return {row["name"]: row["template"] for row in rows}
 
 
 class Chat(Encode):

@@ -33,7 +33,7 @@ class GPT2Tokenizer(PreTrainedTokenizerFast):
     family = GPT2
 
     def __init__(
-        self, vocab_file: Any = None, merges_file: Any = None, tokenizer_file: Any = None, **kwargs: Any
+        self, /, vocab_file: Any = None, merges_file: Any = None, tokenizer_file: Any = None, **kwargs: Any
     ):
         super().__init__(
             vocab_file=vocab_file, merges_file=merges_file, tokenizer_file=tokenizer_file, **kwargs
@@ -55,7 +55,7 @@ class LlamaTokenizer(PreTrainedTokenizerFast):
 
     family = LLAMA
 
-    def __init__(self, vocab_file: Any = None, tokenizer_file: Any = None, **kwargs: Any):
+    def __init__(self, /, vocab_file: Any = None, tokenizer_file: Any = None, **kwargs: Any):
         super().__init__(vocab_file=vocab_file, tokenizer_file=tokenizer_file, **kwargs)
 
     def _add(self, tokens: Sequence[str | AddedToken], special: bool = False) -> int:
@@ -84,7 +84,7 @@ class MPNetTokenizer(PreTrainedTokenizerFast):
 
     family = MPNET
 
-    def __init__(self, vocab_file: Any = None, tokenizer_file: Any = None, **kwargs: Any):
+    def __init__(self, /, vocab_file: Any = None, tokenizer_file: Any = None, **kwargs: Any):
         super().__init__(vocab_file=vocab_file, tokenizer_file=tokenizer_file, **kwargs)
 
 

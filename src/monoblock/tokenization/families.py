@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 from tokenizers import AddedToken, Tokenizer, decoders, normalizers, pre_tokenizers, processors
 from tokenizers.models import BPE, WordPiece
 
+from monoblock.checkpoint.files import read_json
+from monoblock.checkpoint.json_text import MOST_BYTES
 from monoblock.errors import CheckpointError
+from monoblock.field_types import brief, checked, in_file
+from monoblock.tokenization.backend import faults
 
 
 class Built(NamedTuple):
@@ -35,6 +38,8 @@ class TokenizerFamily:
         adjust: (backend, all arguments); makes a backend from a tokenizer.json as the arguments say.
         owns_template: bos and eos are written as `add_bos_token` and `add_eos_token` say, also where the
             tokenizer.json has a template of its own.
+        options_win: `add_bos_token` and `add_eos_token` in tokenizer_config.json go before the template of the
+            tokenizer.json, as in transformers' class of the time when the models were published.
         saved_as: the class to write into tokenizer_config.json, where other libraries' class of the first of `names`
             would not read the tokenizer.json as it is.
     """
@@ -47,6 +52,7 @@ class TokenizerFamily:
     build: Callable[[Mapping[str, Any], Mapping[str, Any]], Built] | None = None
     adjust: Callable[[Tokenizer, Mapping[str, Any]], None] | None = None
     owns_template: bool = False
+    options_win: bool = False
     saved_as: str | None = None
 
 
@@ -70,27 +76,18 @@ def bpe(source: Mapping[str, Any], what: str, **options: Any) -> BPE:
     if vocab is None or merges is None:
         raise ValueError(f"{what} needs both vocab (vocab.json) and merges (merges.txt)")
     tokens, pairs = _vocab(vocab), merge_pairs(merges)
-    try:
+    names = [str(item) if isinstance(item, str | Path) else "those given" for item in (merges, vocab)]
+    with faults(
+        f"the merges ({names[0]})", f"do not fit the vocabulary ({names[1]})", "take both from one model"
+    ):
         return BPE(vocab=tokens, merges=pairs, **options)
-    except Exception as error:  # the backend raises plain exceptions
-        names = [str(item) if isinstance(item, str | Path) else "those given" for item in (merges, vocab)]
-        raise CheckpointError(
-            f"the merges ({names[0]}) do not fit the vocabulary ({names[1]}): {error}; take both from one model"
-        ) from error
 
 
 def _vocab(vocab: Any) -> dict[str, int]:
     if not isinstance(vocab, str | Path):
         return dict(vocab)
-    try:
-        content = json.loads(read_text(vocab))
-    except ValueError as error:
-        raise CheckpointError(f"{vocab} is not valid JSON ({error}): fetch it again") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(
-            f"{vocab} holds a JSON {type(content).__name__}; a vocabulary maps tokens to ids"
-        )
-    return cast(dict[str, int], content)
+    with in_file(vocab):
+        return checked("vocabulary", "tokens", read_json(vocab), dict[str, int])
 
 
 def merge_pairs(merges: Any) -> list[tuple[str, str]]:
@@ -100,12 +97,14 @@ def merge_pairs(merges: Any) -> list[tuple[str, str]]:
         merges = [line for line in lines if line and not line.startswith("#version")]
     pairs: list[Any] = [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in merges]
     if wrong := [pair for pair in pairs if len(pair) != 2]:
-        raise CheckpointError(f"a merge is two tokens with a space between; got {' '.join(wrong[0])!r}")
+        raise CheckpointError(f"a merge is two tokens with a space between; got {brief(' '.join(wrong[0]))}")
     return pairs
 
 
 def read_text(path: str | Path) -> str:
-    """The text of a vocabulary file; CheckpointError if it is none."""
+    """The text of a vocabulary file or a template; CheckpointError if it is none."""
+    if (size := Path(path).stat().st_size) > MOST_BYTES:
+        raise CheckpointError(f"{path} has {size:,} bytes; expected at most {MOST_BYTES:,}")
     try:
         return Path(path).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -164,7 +163,11 @@ def _bert_text(backend: Tokenizer, options: Mapping[str, Any]) -> None:
         "strip_accents": "strip_accents",
         "tokenize_chinese_chars": "handle_chinese_chars",
     }
-    asked = {names[key]: value for key, value in options.items() if key in names}
+    asked: dict[str, Any] = {
+        names[key]: value
+        for key, value in options.items()
+        if key in names and (value is not None or key == "strip_accents")
+    }
     normalizer: Any = backend.normalizer
     if not asked or not isinstance(normalizer, normalizers.BertNormalizer):
         return

@@ -11,13 +11,13 @@ from typing import Any, ClassVar, Self, cast
 
 from tokenizers import AddedToken, Tokenizer
 
-from monoblock.tokenization.chat import Chat, named_templates
+from monoblock.tokenization.chat import named_templates
 from monoblock.tokenization.families import GENERIC, TokenizerFamily
-from monoblock.tokenization.files import load, read_backend
+from monoblock.tokenization.files import LENGTHS, load, read_backend
 from monoblock.tokenization.inputs import SIDES, one_of
 from monoblock.tokenization.padding import Pad
 from monoblock.tokenization.recognised import Recognised
-from monoblock.tokenization.saving import save, save_vocabulary
+from monoblock.tokenization.saving import Saving
 from monoblock.tokenization.template_tokens import Around, around, bos_eos_template
 from monoblock.tokenization.tensors import as_list
 
@@ -34,7 +34,7 @@ CLEAN_UP = (
 )  # fmt: skip
 
 
-class PreTrainedTokenizerFast(Chat, Pad, Recognised):
+class PreTrainedTokenizerFast(Saving, Pad, Recognised):
     """A tokenizer of the hub: `from_pretrained(name)`, then call it with texts.
 
     Args:
@@ -51,7 +51,7 @@ class PreTrainedTokenizerFast(Chat, Pad, Recognised):
     pad_token_type_id = 0
     _backend_options = ("tokenizer_object", "tokenizer_file", "vocab_file", "merges_file", "vocab", "merges")
 
-    def __init__(self, **kwargs: Any):
+    def __init__(self, /, **kwargs: Any):
         given = {name: kwargs.pop(name, None) for name in self._backend_options}
         source = {name: value for name, value in given.items() if value is not None}
         self._tokenizer, implied = read_backend(source, self.family, {**self.family.defaults, **kwargs})
@@ -63,20 +63,36 @@ class PreTrainedTokenizerFast(Chat, Pad, Recognised):
         self._lock = threading.RLock()
         self._warned_of_length = self._warned_of_cleaning = False
         self._init_special_tokens(kwargs)
-        length = kwargs.pop("model_max_length", kwargs.pop("max_len", None))
-        self.model_max_length = NO_LENGTH if length is None else length
+        lengths = [kwargs.pop(name, None) for name in LENGTHS]
+        self.model_max_length: int = next((length for length in lengths if length is not None), NO_LENGTH)
         self.padding_side = one_of("padding_side", kwargs.pop("padding_side", "right"), SIDES)
         self.truncation_side = one_of("truncation_side", kwargs.pop("truncation_side", "right"), SIDES)
-        self.model_input_names = list(kwargs.pop("model_input_names", self.family.model_input_names))
-        self.clean_up_tokenization_spaces: bool = kwargs.pop("clean_up_tokenization_spaces", False)
-        self.split_special_tokens = kwargs.pop("split_special_tokens", False)
+        self.model_input_names = list(kwargs.pop("model_input_names", None) or self.family.model_input_names)
+        self.clean_up_tokenization_spaces = bool(kwargs.pop("clean_up_tokenization_spaces", False))
+        self.split_special_tokens = bool(kwargs.pop("split_special_tokens", False))
         self.chat_template = named_templates(kwargs.pop("chat_template", None))
         self._add_added_tokens(kwargs.pop("added_tokens_decoder", None) or {})
         self._register_special_tokens()
-        self._bos_eos = (bool(kwargs.get("add_bos_token")), bool(kwargs.get("add_eos_token")))
-        asked = "add_bos_token" in kwargs or "add_eos_token" in kwargs
-        if asked or self.family.owns_template or self._tokenizer.post_processor is None:
+        self._bos_eos = self._wanted_ends(kwargs.get("add_bos_token"), kwargs.get("add_eos_token"))
+
+    def _wanted_ends(self, bos: bool | None, eos: bool | None) -> tuple[bool, bool]:
+        """Make the backend's template write bos and eos, or neither, as asked; what is not asked for (None) stays as it
+        is. Returns what this class then puts around a text; a template that is left alone does so by itself."""
+        own = self.family.owns_template or self._tokenizer.post_processor is None
+        if not own and (bos, eos) == (None, None):
+            return False, False
+        found = (False, False) if own else self._written_ends()
+        self._bos_eos = (found[0] if bos is None else bool(bos), found[1] if eos is None else bool(eos))
+        if own or self._bos_eos != found:
             self._update_template()
+        return self._bos_eos
+
+    def _written_ends(self) -> tuple[bool, bool]:
+        """Whether the backend's template puts bos before a text, and eos after it."""
+        made = self._around([], None).ids
+        text = self._around([0], None)
+        at = text.mask.index(0) if 0 in text.mask else len(made)
+        return self.bos_token_id in made[:at], self.eos_token_id in made[at:]
 
     def _take_backend_settings(self, kwargs: dict[str, Any]) -> None:
         """Padding and truncation that a tokenizer.json carries become defaults; each call sets its own."""
@@ -104,35 +120,6 @@ class PreTrainedTokenizerFast(Chat, Pad, Recognised):
                 are accepted and change nothing: there is one class, and no code from the hub is run.
         """
         return cls(**load(pretrained_model_name_or_path, cls.family, kwargs))
-
-    def save_pretrained(
-        self,
-        save_directory: str | Path,
-        legacy_format: bool | None = None,
-        filename_prefix: str | None = None,
-        push_to_hub: bool = False,
-        *,
-        save_jinja_files: bool = True,
-    ) -> tuple[str, ...]:
-        """Write tokenizer.json, tokenizer_config.json and the chat templates; returns their paths.
-
-        Every file is complete or absent: it is written under a temporary name and renamed.
-        """
-        if legacy_format:
-            raise ValueError("legacy_format=True is not supported: a tokenizer is saved as tokenizer.json")
-        if push_to_hub:
-            raise ValueError(
-                "push_to_hub=True is not supported: save to a folder, then `hf upload REPO FOLDER`"
-            )
-        return save(
-            self, Path(save_directory), f"{filename_prefix}-" if filename_prefix else "", save_jinja_files
-        )
-
-    def save_vocabulary(
-        self, save_directory: str | Path, filename_prefix: str | None = None
-    ) -> tuple[str, ...]:
-        """Write the vocabulary files alone (vocab.json and merges.txt, vocab.txt, tokenizer.model); returns paths."""
-        return save_vocabulary(self, Path(save_directory), f"{filename_prefix}-" if filename_prefix else "")
 
     def push_to_hub(self, repo_id: str, **_: Any) -> None:
         """Refused: uploading is huggingface_hub's work."""
@@ -309,13 +296,6 @@ class PreTrainedTokenizerFast(Chat, Pad, Recognised):
         return [int(int(index) in special) for index in token_ids_0]
 
     # --- the object itself
-
-    def backend_json(self) -> str:
-        """The content of a tokenizer.json, without what single calls have set."""
-        with self._lock:
-            self._tokenizer.no_padding()
-            self._tokenizer.no_truncation()
-            return self._tokenizer.to_str(pretty=True)
 
     def __repr__(self) -> str:
         added = "".join(

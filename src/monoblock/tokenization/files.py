@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -9,12 +10,20 @@ from typing import Any, cast
 from tokenizers import AddedToken, Tokenizer
 
 from monoblock.checkpoint.hub import HubOptions, find_file, read_json
-from monoblock.errors import CheckpointError, HubError
-from monoblock.tokenization.families import Built, TokenizerFamily
+from monoblock.errors import FieldError, HubError
+from monoblock.field_types import brief, checked, declared, in_file
+from monoblock.tokenization.backend import read_backend as backend_of_file
+from monoblock.tokenization.declared import OWNER, ConfigFields, Token, config_checked, token_id
+from monoblock.tokenization.declared import added as as_added
+from monoblock.tokenization.families import Built, TokenizerFamily, read_text
 from monoblock.tokenization.special import EXTRA, NAMES
+
+log = logging.getLogger("monoblock")
 
 BACKEND_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
+MAP_FILE, ADDED_FILE = "special_tokens_map.json", "added_tokens.json"
+LENGTHS = ("model_max_length", "max_len")
 TEMPLATE_FILE = "chat_template.jinja"
 TEMPLATE_FOLDER = "additional_chat_templates"
 TEMPLATE_NAMES = ("tool_use", "rag")  # looked for on the hub, where a folder cannot be listed file by file
@@ -27,6 +36,10 @@ _NOT_ARGUMENTS = (
     "vocab_file",
     "merges_file",
     "name_or_path",
+    # Which files are read is not for a file to say.
+    "tokenizer_object",
+    "vocab",
+    "merges",
 )
 # Accepted by from_pretrained and without effect: there is one class, and no code from the hub is run.
 _NO_EFFECT = ("use_fast", "trust_remote_code", "code_revision", "_from_auto", "_commit_hash")
@@ -48,11 +61,13 @@ def load(name: str | Path, family: TokenizerFamily, overrides: Mapping[str, Any]
     config = read_config(name, options)
     for key in _NOT_ARGUMENTS:
         config.pop(key, None)
+    for names in (EXTRA, LENGTHS):  # two names of one option: an argument overrules the file's, under either
+        if overrides.keys() & set(names):
+            config = {key: value for key, value in config.items() if key not in names}
     if backend is not None:
         config["tokenizer_file"] = str(backend)
-        if not family.owns_template:  # the template in tokenizer.json is the one that counts
-            config.pop("add_bos_token", None)
-            config.pop("add_eos_token", None)
+        if not (family.owns_template or family.options_win):
+            _leave_to_template(config, family)
     elif not overrides.keys() & {"tokenizer_object", "tokenizer_file", "vocab", "vocab_file"}:
         config |= _vocab_files(name, family, options)
     if (templates := _templates(name, options)) is not None:
@@ -65,6 +80,13 @@ def load(name: str | Path, family: TokenizerFamily, overrides: Mapping[str, Any]
     return {**kwargs, "added_tokens_decoder": added}
 
 
+def _leave_to_template(config: dict[str, Any], family: TokenizerFamily) -> None:
+    """Take out the options that the family's class has never followed where a tokenizer.json has a template."""
+    for key in ("add_bos_token", "add_eos_token"):
+        if config.pop(key, None):
+            log.info("%s=True in %s: %s leaves it to %s", key, CONFIG_FILE, family.names[0], BACKEND_FILE)
+
+
 def is_vocabulary(path: str | Path) -> bool:
     """Whether a file is a vocabulary by itself: SentencePiece's `tokenizer.model`, `tekken.json`."""
     name = Path(path).name
@@ -74,17 +96,7 @@ def is_vocabulary(path: str | Path) -> bool:
 def read_config(name: str | Path, options: HubOptions) -> dict[str, Any]:
     """The content of tokenizer_config.json with its tokens as objects, {} without one."""
     path = find_file(name, CONFIG_FILE, options, required=False)
-    return {} if path is None else {key: _token(value) for key, value in read_json(path).items()}
-
-
-def _token(value: Any) -> Any:
-    """Tokens are written as objects marked `"__type": "AddedToken"`."""
-    if isinstance(value, dict):
-        fields = cast(dict[str, Any], value)
-        if fields.get("__type") == "AddedToken":
-            return AddedToken(**{key: item for key, item in fields.items() if key != "__type"})
-        return {key: _token(item) for key, item in fields.items()}
-    return [_token(item) for item in cast(list[Any], value)] if isinstance(value, list) else value
+    return {} if path is None else config_checked(read_json(path), path)
 
 
 def _vocab_files(name: str | Path, family: TokenizerFamily, options: HubOptions) -> dict[str, str]:
@@ -108,7 +120,7 @@ def _templates(name: str | Path, options: HubOptions) -> str | dict[str, str] | 
         for extra in TEMPLATE_NAMES:
             path = find_file(name, f"{TEMPLATE_FOLDER}/{extra}.jinja", options, required=False)
             paths |= {extra: path} if path is not None else {}
-    texts = {key: path.read_text(encoding="utf-8") for key, path in paths.items()}
+    texts = {key: read_text(path) for key, path in paths.items()}
     return texts.get("default") if len(texts) < 2 and "default" in texts else texts or None
 
 
@@ -122,41 +134,59 @@ def _added_tokens(
     """Id -> added token, by the newest of the places where files say it; special tokens go into `config`."""
     decoder = overrides.get("added_tokens_decoder", config.pop("added_tokens_decoder", None))
     if decoder is not None:
-        return {int(index): _as_added(token) for index, token in decoder.items()}
-    if (path := find_file(name, "special_tokens_map.json", options, required=False)) is not None:
-        for key, value in read_json(path).items():
-            if not overrides.get(key):
-                config["extra_special_tokens" if key in EXTRA else key] = _special(value)
+        field = "added_tokens_decoder"
+        return {token_id(field, index): as_added(field, token) for index, token in decoder.items()}
+    if (path := find_file(name, MAP_FILE, options, required=False)) is not None:
+        with in_file(path):
+            for key, value in _special_tokens(read_json(path)).items():
+                if not any(overrides.get(same) for same in (EXTRA if key in EXTRA else (key,))):
+                    config["extra_special_tokens" if key in EXTRA else key] = value
     added: dict[int, AddedToken] = {}
-    if (path := find_file(name, "added_tokens.json", options, required=False)) is not None:
+    if (path := find_file(name, ADDED_FILE, options, required=False)) is not None:
         special = {str(config[key]) for key in NAMES if config.get(key)}
-        special |= {str(token) for token in config.get("extra_special_tokens") or config.get(EXTRA[1]) or ()}
-        for content, index in read_json(path).items():
-            added[index] = AddedToken(content, normalized=content not in special, special=content in special)
-        for token in cast(
-            list[dict[str, Any]], read_json(backend).get("added_tokens") or [] if backend else []
-        ):
-            added[token["id"]] = _as_added({key: value for key, value in token.items() if key != "id"})
+        for extra in EXTRA:
+            listed: Any = config.get(extra) or ()
+            tokens = cast(Mapping[str, Any], listed).values() if isinstance(listed, Mapping) else listed
+            special |= set(map(str, tokens))
+        with in_file(path):
+            for content, index in read_json(path).items():
+                normal = content not in special
+                added[token_id(content, index)] = AddedToken(content, normalized=normal, special=not normal)
+        if backend is not None:
+            with in_file(backend):
+                added |= _of_backend(read_json(backend).get("added_tokens"))
     return added
 
 
-def _as_added(token: Any) -> AddedToken:
-    """An added token, or its fields as files write them."""
-    if isinstance(token, AddedToken):
-        return token
-    if isinstance(token, dict) and "content" in token:
-        return AddedToken(**cast(dict[str, Any], token))
-    raise CheckpointError(
-        f"an added token in the tokenizer's files is {token!r}; expected an object with a content"
-    )
+def _of_backend(listed: Any) -> dict[int, AddedToken]:
+    """The added tokens that a tokenizer.json lists, by id."""
+    rows: list[dict[str, Any]] = checked(OWNER, "added_tokens", listed or [], list[dict[str, Any]])
+    return {
+        token_id("added_tokens", row.get("id")): as_added(
+            "added_tokens", {key: value for key, value in row.items() if key != "id"}
+        )
+        for row in rows
+    }
 
 
-def _special(value: Any) -> Any:
-    """What special_tokens_map.json holds: strings, objects with an AddedToken's fields, lists of those."""
+def _special_tokens(content: Mapping[str, Any]) -> dict[str, Any]:
+    """What special_tokens_map.json holds: names of tokens -> strings or objects with an AddedToken's fields, and lists
+    of those."""
+    kinds = declared(ConfigFields)
+    found: dict[str, Any] = {}
+    for key, value in content.items():
+        if key not in EXTRA and not key.endswith("_token"):
+            raise FieldError(f"{OWNER} has no special token {brief(key)}", key)
+        kind = kinds[key] if key in EXTRA else Token | None
+        found[key] = checked(OWNER, key, _special(key, value), kind)
+    return found
+
+
+def _special(name: str, value: Any) -> Any:
     if isinstance(value, list):
-        return [_special(item) for item in cast(list[Any], value)]
+        return [_special(name, item) for item in cast(list[Any], value)]
     fields = cast(dict[str, Any], value) if isinstance(value, dict) else {}
-    return _as_added({**fields, "special": True}) if "content" in fields else cast(Any, value)
+    return as_added(name, {**fields, "special": True}) if "content" in fields else cast(Any, value)
 
 
 def read_backend(source: Mapping[str, Any], family: TokenizerFamily, options: Mapping[str, Any]) -> Built:
@@ -166,7 +196,7 @@ def read_backend(source: Mapping[str, Any], family: TokenizerFamily, options: Ma
             raise TypeError(f"tokenizer_object must be a tokenizers.Tokenizer; got {type(given).__name__}")
         backend = Tokenizer.from_str(given.to_str())
     elif (path := source.get("tokenizer_file")) is not None:
-        backend = _parse(Path(path))
+        backend = backend_of_file(Path(path))
     elif family.build is not None and source:
         for key in ("vocab_file", "merges_file"):
             if key in source and not Path(source[key]).is_file():
@@ -183,12 +213,3 @@ def read_backend(source: Mapping[str, Any], family: TokenizerFamily, options: Ma
     if family.adjust is not None:
         family.adjust(backend, options)
     return Built(backend)
-
-
-def _parse(path: Path) -> Tokenizer:
-    if not path.is_file():
-        raise HubError(f"{path} does not exist; give the path of a {BACKEND_FILE}")
-    try:
-        return Tokenizer.from_file(str(path))
-    except Exception as error:  # the backend raises plain exceptions
-        raise CheckpointError(f"{path} is not a tokenizer file ({error}): fetch or write it again") from error

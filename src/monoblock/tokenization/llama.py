@@ -8,6 +8,7 @@ from typing import Any
 
 from tokenizers import Tokenizer, normalizers, pre_tokenizers
 
+from monoblock.tokenization.backend import faults
 from monoblock.tokenization.families import Built, TokenizerFamily, merge_pairs
 from monoblock.tokenization.mistral import sentencepiece_template, tekken_template
 from monoblock.tokenization.protobuf import read_model
@@ -32,7 +33,9 @@ def _build(source: Mapping[str, Any], options: Mapping[str, Any]) -> Built:
         tekken = read_tekken(given)
         return _with_names(tekken.backend, tekken_template(tekken.version))
     model = read_model(given)
-    return _with_names(from_model(model, options, str(given)), sentencepiece_template(given, model))
+    with faults(given):
+        backend = from_model(model, options, str(given))
+    return _with_names(backend, sentencepiece_template(given, model))
 
 
 def _with_names(backend: Tokenizer, template: str | None) -> Built:
@@ -74,6 +77,7 @@ LLAMA = TokenizerFamily(
     },
     build=_build,
     adjust=_adjust,
+    options_win=True,
     # transformers' LlamaTokenizer makes its own components, whatever the tokenizer.json says.
     saved_as="PreTrainedTokenizerFast",
 )

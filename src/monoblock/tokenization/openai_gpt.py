@@ -94,6 +94,7 @@ class OpenAIGPTTokenizer(PreTrainedTokenizerFast):
 
     def __init__(
         self,
+        /,
         vocab_file: Any = None,
         merges_file: Any = None,
         tokenizer_file: Any = None,

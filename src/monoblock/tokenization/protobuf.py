@@ -6,16 +6,22 @@ value; numbers and types are those of sentencepiece_model.proto.
 
 from __future__ import annotations
 
+import math
 import struct
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from monoblock.errors import CheckpointError
+from monoblock.tokenization import charsmap as table
 
 # The types of pieces.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 MODEL_TYPES = {1: "unigram", 2: "bpe", 3: "word", 4: "char"}
+
+# The largest vocabularies have 256,000 pieces and 5 MB. SentencePiece learns no piece of over 512 characters; what is
+# made of the pieces (merges, tries, patterns) grows with the square of their lengths.
+MOST_BYTES, MOST_FIELDS, MOST_LENGTH = 64 * 2**20, 2**20, 512
 
 
 class _Broken(Exception):
@@ -60,6 +66,8 @@ def read_model(path: str | Path) -> SentencePieceModel:
     Raises:
         CheckpointError: the file is empty, cut off, or no SentencePiece model.
     """
+    if (size := Path(path).stat().st_size) > MOST_BYTES:
+        raise CheckpointError(f"{path} has {size:,} bytes; a SentencePiece model has at most {MOST_BYTES:,}")
     data = Path(path).read_bytes()
     try:
         model = _model(data)
@@ -76,33 +84,49 @@ def _model(data: bytes) -> SentencePieceModel:
     pieces: list[str] = []
     scores: list[float] = []
     types: list[int] = []
-    specs: dict[int, bytes] = {}
+    specs: dict[int, int | bytes] = {}
     for number, value in _fields(data):
         if number != 1 or not isinstance(value, bytes):
-            specs |= {number: value} if isinstance(value, bytes) else {}
+            specs |= {number: value} if number in (2, 3, 5) else {}
             continue
         piece, score, kind = _piece(value)
+        if not 0 < len(piece) <= MOST_LENGTH or not math.isfinite(score):
+            raise _Broken(f"a piece has {len(piece)} characters and the score {score}")
         pieces.append(piece)
         scores.append(score)
         types.append(kind)
-    trainer = dict(_fields(specs.get(2, b"")))
-    normalizer = dict(_fields(specs.get(3, b"")))
-    denormalizer = dict(_fields(specs.get(5, b"")))
+    if len(set(pieces)) < len(pieces):
+        raise _Broken("a piece occurs twice")
+    trainer = _chosen(specs.get(2, b""), (3, 24, 40))
+    normalizer = _chosen(specs.get(3, b""), (2, 3, 4, 5))
+    denormalizer = _chosen(specs.get(5, b""), (2,))
     charsmap = normalizer.get(2, b"")
-    unk_id = trainer.get(40, 0)
+    if charsmap and (fault := table.fault(_bytes(charsmap))) is not None:
+        raise _Broken(f"its table of replacements: {fault}")
     return SentencePieceModel(
         pieces=pieces,
         scores=scores,
         types=types,
         kind=MODEL_TYPES.get(_number(trainer.get(3, 1)), "unknown"),
-        unk_id=_number(unk_id),
-        charsmap=charsmap if isinstance(charsmap, bytes) else b"",
+        unk_id=_number(trainer.get(40, 0)),
+        charsmap=_bytes(charsmap),
         dummy_prefix=bool(normalizer.get(3, 1)),
         strip=bool(normalizer.get(4, 1)),
         escape=bool(normalizer.get(5, 1)),
         suffix=bool(trainer.get(24, 0)),
         denormalizes=bool(denormalizer.get(2)),
     )
+
+
+def _chosen(data: int | bytes, numbers: Collection[int]) -> dict[int, int | bytes]:
+    """Those fields of a message that are asked for; of several with one number the last."""
+    return {number: value for number, value in _fields(_bytes(data)) if number in numbers}
+
+
+def _bytes(value: int | bytes) -> bytes:
+    if isinstance(value, int):
+        raise _Broken("a message is stored as a number")
+    return value
 
 
 def _number(value: int | bytes) -> int:
@@ -120,7 +144,7 @@ def _piece(data: bytes) -> tuple[str, float, int]:
         if len(rest) in (5, 7) and rest[0] == 0x15 and (len(rest) == 5 or rest[5] == 0x18):
             kind = NORMAL if len(rest) == 5 else rest[6]
             return data[2:end].decode("utf-8"), struct.unpack_from("<f", rest, 1)[0], kind
-    fields = dict(_fields(data))
+    fields = _chosen(data, (1, 2, 3))
     text, score = fields.get(1, b""), fields.get(2, b"\0\0\0\0")
     if not isinstance(text, bytes) or not isinstance(score, bytes):
         raise _Broken("a vocabulary entry has fields of the wrong type")
@@ -129,13 +153,17 @@ def _piece(data: bytes) -> tuple[str, float, int]:
 
 def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
     """The fields of a message: (number, value); integers as such, everything else as its bytes."""
-    at = 0
+    at = count = 0
     while at < len(data):
+        count += 1
+        if count > MOST_FIELDS:
+            raise _Broken(f"it has over {MOST_FIELDS:,} fields")
         tag, at = _varint(data, at)
         number, wire = tag >> 3, tag & 7
         if wire == 0:
             value, at = _varint(data, at)
-            yield number, value
+            # Negative numbers are written in 64 bits.
+            yield number, value - (1 << 64) if value >> 63 else value
             continue
         if wire == 2:
             size, at = _varint(data, at)
@@ -143,20 +171,20 @@ def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
             size = 8 if wire == 1 else 4
         else:
             raise _Broken(f"there is no field of wire type {wire}")
-        if at + size > len(data):
-            raise _Broken(f"it ends {at + size - len(data)} bytes too early")
+        if size > len(data) - at:
+            raise _Broken(f"it ends {size - (len(data) - at)} bytes too early")
         yield number, data[at : at + size]
         at += size
 
 
 def _varint(data: bytes, at: int) -> tuple[int, int]:
+    """A number of up to 64 bits, none of them a sign, and where it ends."""
     value = shift = 0
     while at < len(data) and shift < 70:
         byte = data[at]
         at += 1
         value |= (byte & 0x7F) << shift
         if byte < 0x80:
-            # Negative numbers are written in 64 bits.
-            return value - (1 << 64) if value >> 63 else value, at
+            return value & (1 << 64) - 1, at
         shift += 7
     raise _Broken("a number has no end")

@@ -7,9 +7,10 @@ asks the object for its `__class__`, as it does for mocks and proxies: ours is t
 
 from __future__ import annotations
 
-import functools
 import sys
 from typing import Any, cast
+
+from monoblock.virtual import both
 
 # Where transformers 5 and 4 define their tokenizer over `tokenizers`, and its base: the first that is imported counts.
 PLACES = (
@@ -28,7 +29,7 @@ class Recognised:
         own = type(self)
         for module, name in PLACES:
             if (base := getattr(sys.modules.get(module), name, None)) is not None:
-                return _both(own, base)
+                return both(own, base)
         return own
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
@@ -39,20 +40,3 @@ class Recognised:
 
 def _blank(kind: Any) -> Any:
     return kind.__new__(kind)
-
-
-@functools.cache
-def _both(own: type, base: type) -> type:
-    """A class that derives from both, for `isinstance` alone: calling it makes an object of `own`."""
-
-    def new(cls: type, *args: Any, **kwargs: Any) -> Any:
-        del cls
-        return own(*args, **kwargs)
-
-    body = {
-        "__new__": new,
-        "__module__": own.__module__,
-        "__qualname__": own.__qualname__,
-        "__doc__": own.__doc__,
-    }
-    return type(own.__name__, (own, base), body)

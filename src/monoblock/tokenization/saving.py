@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
-from contextlib import ExitStack
+import threading
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, ClassVar, cast
 
 from tokenizers import AddedToken
 
 from monoblock.checkpoint.files import staged
+from monoblock.tokenization.chat import Chat
+from monoblock.tokenization.families import TokenizerFamily
 from monoblock.tokenization.files import (
     BACKEND_FILE,
     CONFIG_FILE,
@@ -19,9 +21,6 @@ from monoblock.tokenization.files import (
     is_vocabulary,
 )
 from monoblock.tokenization.special import EXTRA, NAMES
-
-if TYPE_CHECKING:
-    from monoblock.tokenization.fast import PreTrainedTokenizerFast
 
 # Constructor arguments that belong to this process or to other files, not to tokenizer_config.json.
 _UNSAVED = (
@@ -38,100 +37,130 @@ _UNSAVED = (
 _ALWAYS = ("model_max_length", "padding_side", "truncation_side", "clean_up_tokenization_spaces")
 
 
-def save(tokenizer: PreTrainedTokenizerFast, folder: Path, prefix: str, jinja_files: bool) -> tuple[str, ...]:
-    """Write a tokenizer's files and return their paths: the config, the chat templates, tokenizer.json.
+class Saving(Chat):
+    """The part of a tokenizer that writes its files."""
 
-    `prefix` begins each name; `jinja_files=False` puts the chat templates into the config.
-    """
-    if folder.is_file():
-        raise ValueError(f"{folder} is a file; save_pretrained needs a folder")
-    config = _config(tokenizer)
-    template = tokenizer.chat_template
-    templates: dict[str, str] = {}
-    if jinja_files and template is not None:
-        templates = dict(template) if isinstance(template, dict) else {"default": template}
-    elif isinstance(template, dict):
-        config["chat_template"] = [{"name": name, "template": text} for name, text in template.items()]
-    elif template is not None:
-        config["chat_template"] = template
-    if wrong := [name for name in templates if Path(name).name != name]:
-        raise ValueError(f"the chat template {wrong[0]!r} cannot be saved: its name is not a file's name")
-    texts = {prefix + CONFIG_FILE: _json(config)}
-    if "default" in templates:
-        texts[prefix + TEMPLATE_FILE] = templates.pop("default")
-    more = {f"{name}.jinja": text for name, text in templates.items()}
-    texts |= {prefix + BACKEND_FILE: tokenizer.backend_json(), **_refreshed(tokenizer, folder)}
-    more_folder = folder / (prefix + TEMPLATE_FOLDER)
-    with ExitStack() as stack:
-        for place, content in ((folder, texts), *([(more_folder, more)] if more else [])):
-            stage = stack.enter_context(staged(place))
-            for name, text in content.items():
-                stage.path(name).write_text(text, encoding="utf-8", newline="")
-    return tuple(str(path) for path in (*map(folder.joinpath, texts), *map(more_folder.joinpath, more)))
+    family: ClassVar[TokenizerFamily]
+    vocab_file: str | None
+    name_or_path: str
+    init_kwargs: dict[str, Any]
+    _bos_eos: tuple[bool, bool]
+    _lock: threading.RLock
 
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        legacy_format: bool | None = None,
+        filename_prefix: str | None = None,
+        push_to_hub: bool = False,
+        *,
+        save_jinja_files: bool = True,
+    ) -> tuple[str, ...]:
+        """Write tokenizer.json, tokenizer_config.json and the chat templates; returns their paths.
 
-def save_vocabulary(tokenizer: PreTrainedTokenizerFast, folder: Path, prefix: str) -> tuple[str, ...]:
-    """Write the vocabulary files: a copy of the file it was read from, or what the backend's model writes."""
-    if folder.is_file():
-        raise ValueError(f"{folder} is a file; save_vocabulary needs a folder")
-    source = Path(tokenizer.vocab_file) if tokenizer.vocab_file is not None else None
-    with staged(folder) as stage:
-        if source is not None and is_vocabulary(source):
-            if not source.is_file():
-                raise ValueError(
-                    f"{source} is gone, so it cannot be copied; save_pretrained needs no such file"
-                )
-            names = [prefix + ("tekken.json" if source.suffix == ".json" else "tokenizer.model")]
-            stage.path(names[0]).write_bytes(source.read_bytes())
-        elif tokenizer.family.saved_as is not None:
+        `save_jinja_files=False` puts the chat templates into the config. It is one transaction: all files are the new
+        ones or all the old ones.
+        """
+        if legacy_format:
+            raise ValueError("legacy_format=True is not supported: a tokenizer is saved as tokenizer.json")
+        if push_to_hub:
             raise ValueError(
-                f"{tokenizer.name_or_path or 'this tokenizer'} was not read from a tokenizer.model, so there is none "
-                "to write: save_pretrained writes the same vocabulary as tokenizer.json"
+                "push_to_hub=True is not supported: save to a folder, then `hf upload REPO FOLDER`"
             )
-        else:
-            with TemporaryDirectory() as scratch:
-                written = [Path(name) for name in tokenizer.backend_tokenizer.model.save(scratch)]
-                names = [prefix + path.name for path in written]
-                for name, path in zip(names, written, strict=True):
-                    stage.path(name).write_bytes(path.read_bytes())
-    return tuple(str(folder / name) for name in names)
+        folder, prefix = Path(save_directory), f"{filename_prefix}-" if filename_prefix else ""
+        if folder.is_file():
+            raise ValueError(f"{folder} is a file; save_pretrained needs a folder")
+        config = self._saved_config()
+        template = self.chat_template
+        templates: dict[str, str] = {}
+        if save_jinja_files and template is not None:
+            templates = dict(template) if isinstance(template, dict) else {"default": template}
+        elif isinstance(template, dict):
+            config["chat_template"] = [{"name": name, "template": text} for name, text in template.items()]
+        elif template is not None:
+            config["chat_template"] = template
+        if wrong := [name for name in templates if Path(name).name != name]:
+            raise ValueError(f"the chat template {wrong[0]!r} cannot be saved: its name is not a file's name")
+        texts = {prefix + CONFIG_FILE: _json(config)}
+        if "default" in templates:
+            texts[prefix + TEMPLATE_FILE] = templates.pop("default")
+        with staged(folder) as stage:
+            texts |= {prefix + BACKEND_FILE: self.backend_json(), **self._refreshed(folder)}
+            texts |= {f"{prefix}{TEMPLATE_FOLDER}/{name}.jinja": text for name, text in templates.items()}
+            for name, text in texts.items():
+                stage.write(name, text)
+        return tuple(str(folder / name) for name in texts)
+
+    def save_vocabulary(
+        self, save_directory: str | Path, filename_prefix: str | None = None
+    ) -> tuple[str, ...]:
+        """Write the vocabulary files alone (vocab.json and merges.txt, vocab.txt, tokenizer.model); returns paths."""
+        folder, prefix = Path(save_directory), f"{filename_prefix}-" if filename_prefix else ""
+        if folder.is_file():
+            raise ValueError(f"{folder} is a file; save_vocabulary needs a folder")
+        source = Path(self.vocab_file) if self.vocab_file is not None else None
+        with staged(folder) as stage:
+            if source is not None and is_vocabulary(source):
+                if not source.is_file():
+                    raise ValueError(
+                        f"{source} is gone, so it cannot be copied; save_pretrained needs no such file"
+                    )
+                names = [prefix + ("tekken.json" if source.suffix == ".json" else "tokenizer.model")]
+                stage.write(names[0], source.read_bytes())
+            elif self.family.saved_as is not None:
+                raise ValueError(
+                    f"{self.name_or_path or 'this tokenizer'} was not read from a tokenizer.model, so there is none "
+                    "to write: save_pretrained writes the same vocabulary as tokenizer.json"
+                )
+            else:
+                with TemporaryDirectory() as scratch:
+                    written = [Path(name) for name in self._tokenizer.model.save(scratch)]
+                    names = [prefix + path.name for path in written]
+                    for name, path in zip(names, written, strict=True):
+                        stage.write(name, path.read_bytes())
+        return tuple(str(folder / name) for name in names)
+
+    def backend_json(self) -> str:
+        """The content of a tokenizer.json, without what single calls have set."""
+        with self._lock:
+            self._tokenizer.no_padding()
+            self._tokenizer.no_truncation()
+            return self._tokenizer.to_str(pretty=True)
+
+    def _refreshed(self, folder: Path) -> dict[str, str]:
+        """New content for the files of older formats in the folder: left as they are, they would overrule ours."""
+        added = {
+            token: index
+            for token, index in self.get_added_vocab().items()
+            if index >= self._tokenizer.get_vocab_size(with_added_tokens=False)
+        }
+        current: dict[str, dict[str, Any]] = {
+            "special_tokens_map.json": dict(self.special_tokens_map),
+            "added_tokens.json": dict(added),
+        }
+        return {name: _json(content) for name, content in current.items() if (folder / name).is_file()}
+
+    def _saved_config(self) -> dict[str, Any]:
+        # What was set on the object since it was made counts, not what it was made with.
+        config = {
+            key: getattr(self, key, value) for key, value in self.init_kwargs.items() if key not in _UNSAVED
+        }
+        config |= {key: getattr(self, key) for key in _ALWAYS}
+        config |= {key: None for key in NAMES if key in config} | self.special_tokens_map
+        if (
+            self.extra_special_tokens
+        ):  # under the older name, which every version of the hub's libraries reads
+            config["additional_special_tokens"] = self.extra_special_tokens
+        # transformers makes the template of some families anew, without bos and eos; as a generic tokenizer it keeps
+        # the one in tokenizer.json.
+        generic = self.family.owns_template and any(self._bos_eos)
+        own = self.family.saved_as or self.family.names[0]
+        config["tokenizer_class"] = "PreTrainedTokenizerFast" if generic else own
+        return {key: _as_json(value) for key, value in config.items()}
 
 
 def _json(content: dict[str, Any]) -> str:
     return json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
-
-
-def _refreshed(tokenizer: PreTrainedTokenizerFast, folder: Path) -> dict[str, str]:
-    """New content for the files of older formats in the folder: left as they are, they would overrule ours."""
-    added = {
-        token: index for token, index in tokenizer.get_added_vocab().items() if index >= tokenizer.vocab_size
-    }
-    current: dict[str, dict[str, Any]] = {
-        "special_tokens_map.json": dict(tokenizer.special_tokens_map),
-        "added_tokens.json": dict(added),
-    }
-    return {name: _json(content) for name, content in current.items() if (folder / name).is_file()}
-
-
-def _config(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
-    # What was set on the object since it was made counts, not what it was made with.
-    config = {
-        key: getattr(tokenizer, key, value)
-        for key, value in tokenizer.init_kwargs.items()
-        if key not in _UNSAVED
-    }
-    config |= {key: getattr(tokenizer, key) for key in _ALWAYS}
-    config |= {key: None for key in NAMES if key in config} | tokenizer.special_tokens_map
-    if (
-        tokenizer.extra_special_tokens
-    ):  # under the older name, which every version of the hub's libraries reads
-        config["additional_special_tokens"] = tokenizer.extra_special_tokens
-    # transformers makes the template of some families anew, without bos and eos; as a generic tokenizer it keeps
-    # the one in tokenizer.json.
-    generic = tokenizer.family.owns_template and (tokenizer.add_bos_token or tokenizer.add_eos_token)
-    own = tokenizer.family.saved_as or tokenizer.family.names[0]
-    config["tokenizer_class"] = "PreTrainedTokenizerFast" if generic else own
-    return {key: _as_json(value) for key, value in config.items()}
 
 
 def _as_json(value: Any) -> Any:

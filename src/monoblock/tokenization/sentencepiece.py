@@ -13,10 +13,13 @@ from typing import Any, cast
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.models import BPE, Unigram, WordLevel
 
-from monoblock.errors import UnsupportedConfig
+from monoblock.errors import CheckpointError, UnsupportedConfig
 from monoblock.tokenization.protobuf import BYTE, CONTROL, UNKNOWN, UNUSED, USER_DEFINED, SentencePieceModel
 
 SPACE = "▁"
+MOST_MERGES = (
+    4_000_000  # ways to make a piece of two others; vocabularies of 131,000 pieces have some 270,000
+)
 # A space at the very start of a text gets the prefix too. Special tokens are found after this (`normalized=True`),
 # so that the space after one of them is not taken for the start of the text.
 FIRST_SPACE = rf"\A[ {SPACE}]"
@@ -169,20 +172,39 @@ def _escape(text: str) -> str:
 
 def _trie_pattern(words: Iterable[str]) -> str:
     """A regular expression for any of the words that reads each character once."""
-    trie: dict[str, Any] = {}
-    for word in words:
-        node = trie
-        for character in word:
-            node = node.setdefault(character, {})
-        node[""] = {}
-
-    def pattern(node: dict[str, Any]) -> str:
-        branches = [_escape(character) + pattern(child) for character, child in node.items() if character]
-        if not branches:
-            return ""
-        return f"(?:{'|'.join(branches)}){'?' if '' in node else ''}"
-
-    return pattern(trie)
+    ordered = sorted(set(words))
+    # Words with a common beginning are neighbours, so their groups are spans of the list. One step opens a span: the
+    # characters that all its words share, then what follows them. No function calls itself: words may be long.
+    out: list[str] = []
+    steps: list[tuple[int, int, int] | str] = [(0, len(ordered), 0)]
+    while steps:
+        step = steps.pop()
+        if isinstance(step, str):
+            out.append(step)
+            continue
+        first, end, at = step
+        if first == end:
+            continue
+        low, high = ordered[first], ordered[end - 1]
+        shared = at
+        while shared < min(len(low), len(high)) and low[shared] == high[shared]:
+            shared += 1
+        out.append(_escape(low[at:shared]))
+        whole = len(low) == shared  # the first word ends here, and others may go on
+        start = first + whole
+        if start == end:
+            continue
+        spans: list[tuple[int, int, int] | str] = []
+        while start < end:
+            stop = start + 1
+            while stop < end and ordered[stop][shared] == ordered[start][shared]:
+                stop += 1
+            spans += ["|", (start, stop, shared)]
+            start = stop
+        out.append("(?:")
+        steps.append(")?" if whole else ")")
+        steps += reversed(spans[1:])
+    return "".join(out)
 
 
 def _bpe(model: SentencePieceModel, whole: bool = True) -> BPE:
@@ -212,6 +234,8 @@ def ranked_merges(pieces: Iterable[Any], rank: Callable[[Any], float]) -> list[t
     known = set(pieces)
     found: list[tuple[float, int, int, Any, Any]] = []
     for piece in known:
+        if len(found) > MOST_MERGES:
+            raise CheckpointError(f"the pieces make over {MOST_MERGES:,} merges: they are no vocabulary's")
         key = (rank(piece), -len(piece))
         for cut in range(1, len(piece)):
             left, right = piece[:cut], piece[cut:]

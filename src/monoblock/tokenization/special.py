@@ -57,20 +57,21 @@ class SpecialTokens:
     def _init_special_tokens(self, kwargs: dict[str, Any]) -> None:
         """Take the special tokens out of the constructor's arguments."""
         self._named = dict.fromkeys(NAMES)
-        extra: Any = None
-        for name in EXTRA:
-            value = kwargs.pop(name, None)
-            extra = value if extra is None else extra
         more: dict[str, Any] = dict(kwargs.pop("model_specific_special_tokens", None) or {})
-        if isinstance(extra, Mapping):
-            more.update(cast(Mapping[str, Any], extra))
-            extra = None
+        extra: list[Token] = []
+        for name in EXTRA:  # both names act, where both are given
+            value = kwargs.pop(name, None)
+            if isinstance(value, Mapping):
+                more.update(cast(Mapping[str, Any], value))
+            else:
+                there = {str(token) for token in extra}
+                extra += [token for token in _checked_list(name, value or []) if str(token) not in there]
         for key in [key for key in kwargs if key.endswith("_token")]:
             if key in NAMES or isinstance(kwargs[key], str | AddedToken):
                 more[key] = kwargs.pop(key)
         for name, token in more.items():
             self._named[name] = _checked(name, token)
-        self._extra = _checked_list(EXTRA[0], extra or [])
+        self._extra = extra
 
     def _register_special_tokens(self) -> None:
         """Make the backend treat every special token as one: it is then never split, and can be skipped."""

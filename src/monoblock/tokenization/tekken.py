@@ -7,15 +7,21 @@ with the special tokens; a byte string's id is its rank after them.
 from __future__ import annotations
 
 import base64
-import json
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, TypedDict, cast
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 
+from monoblock.checkpoint.files import read_json
 from monoblock.errors import CheckpointError
+from monoblock.field_types import brief, checked
+from monoblock.tokenization.backend import faults
 from monoblock.tokenization.sentencepiece import ranked_merges
+
+SIZES = ("default_num_special_tokens", "default_vocab_size")
+# Mistral's files have 1,000 special tokens. A token's ways to be made of two others grow with its length.
+MOST_SPECIAL, MOST_LENGTH = 2**16, 512
 
 # The special tokens of files that do not list their own, by id; up to their number the rest are `<SPECIAL_{id}>`.
 SPECIAL = (
@@ -46,18 +52,23 @@ def read_tekken(path: str | Path) -> Tekken:
         CheckpointError: the file is cut off, or lacks what a Tekken vocabulary has.
     """
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-        config = content["config"]
-        version = str(config.get("version"))
-        special = _special(content.get("special_tokens"), int(config["default_num_special_tokens"]))
-        ranked = _bytes_by_rank(content["vocab"], int(config["default_vocab_size"]) - len(special))
-        splits = _pattern(config["pattern"])
-        backend = Tokenizer(_bpe(ranked, special))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        what = f"it has no {error}" if isinstance(error, KeyError) else str(error)
+        content = read_json(path)
+        config = checked("tekken", "config", content.get("config", {}), _Config)
+        if missing := sorted({"pattern", *SIZES} - config.keys()):
+            raise ValueError(f"its config has no {missing[0]}")
+        count, size = (config[name] for name in SIZES)
+        if not 0 <= count <= MOST_SPECIAL:
+            raise ValueError(f"it has {count} special tokens; expected at most {MOST_SPECIAL:,}")
+        special = _special(content.get("special_tokens"), count)
+        ranked = _bytes_by_rank(content.get("vocab"), size - count)
+        with faults(path):
+            splits, backend = Regex(config["pattern"]), Tokenizer(_bpe(ranked, special))
+    except (ValueError, CheckpointError) as error:
+        what = " ".join(str(error).split())
         raise CheckpointError(
             f"{path} is not a Tekken vocabulary, or is damaged ({what}): fetch it again"
         ) from error
+    version = str(config.get("version"))
     # Texts are cut first; then each byte stands for a character, as in every byte-level BPE.
     cut = pre_tokenizers.Split(splits, "isolated")
     as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -68,35 +79,59 @@ def read_tekken(path: str | Path) -> Tekken:
     return Tekken(backend, version, special)
 
 
+class _Config(TypedDict, total=False):
+    """The types of a `tekken.json`'s config."""
+
+    pattern: str
+    version: str | None
+    default_vocab_size: int
+    default_num_special_tokens: int
+
+
+class _Row(TypedDict, total=False):
+    """The types of an entry of the vocabulary, or of a special token."""
+
+    rank: int
+    token_bytes: str
+    token_str: str | None
+
+
+def _rows(name: str, listed: Any, *fields: str) -> list[dict[str, Any]]:
+    """The entries of a list, each with these fields."""
+    rows = checked("tekken", name, listed, list[_Row])
+    incomplete = next((row for row in rows if any(row.get(field) is None for field in fields)), None)
+    if incomplete is not None:
+        raise ValueError(f"an entry of its {name} lacks {' or '.join(fields)}: {brief(incomplete)}")
+    return rows
+
+
 def _special(listed: Any, count: int) -> list[str]:
     names = list(SPECIAL)
     if listed is not None:
-        rows = sorted(cast(list[dict[str, Any]], listed), key=lambda row: int(row["rank"]))
-        if [int(row["rank"]) for row in rows] != list(range(len(rows))):
+        rows = sorted(_rows("special_tokens", listed, "rank", "token_str"), key=lambda row: row["rank"])
+        if [row["rank"] for row in rows] != list(range(len(rows))):
             raise ValueError("the ranks of its special tokens have gaps")
-        names = [str(row["token_str"]) for row in rows]
+        names = [row["token_str"] for row in rows]
     if len(names) > count:
         raise ValueError(f"it lists {len(names)} special tokens and has room for {count}")
+    if len(set(names)) < len(names) or not all(names):
+        raise ValueError("a special token is empty or occurs twice")
     return [*names, *(f"<SPECIAL_{index}>" for index in range(len(names), count))]
 
 
-def _bytes_by_rank(vocab: list[dict[str, Any]], size: int) -> list[bytes]:
-    if len(vocab) < size:
+def _bytes_by_rank(listed: Any, size: int) -> list[bytes]:
+    vocab = _rows("vocab", listed, "rank", "token_bytes")
+    if not 0 < size <= len(vocab):
         raise ValueError(f"it has {len(vocab)} tokens of the {size} that its config names")
     ranked = [b""] * size
     for row in vocab:
-        if (rank := int(row["rank"])) < size:
+        if 0 <= (rank := row["rank"]) < size:
             ranked[rank] = base64.b64decode(row["token_bytes"], validate=True)
     if not all(ranked) or len(set(ranked)) < size:
         raise ValueError("ranks are missing, or tokens occur twice")
+    if (longest := max(map(len, ranked))) > MOST_LENGTH:
+        raise ValueError(f"it has a token of {longest} bytes; expected at most {MOST_LENGTH}")
     return ranked
-
-
-def _pattern(pattern: str) -> Regex:
-    try:
-        return Regex(pattern)
-    except Exception as error:  # the backend raises plain exceptions
-        raise ValueError(f"its pattern is broken: {error}") from error
 
 
 def _bpe(ranked: list[bytes], special: list[str]) -> BPE:

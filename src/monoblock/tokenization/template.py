@@ -1,35 +1,34 @@
 """Chat templates: Jinja from a model's files, which is somebody else's program, run where it can do no harm.
 
-The sandbox refuses attributes that lead to Python's internals, gives the template plain copies of the data, and
-bounds its loop turns, its calls, its numbers and the text it makes. (Not everything: `replace` may still square
-the length of a text.)
+The sandbox refuses attributes that lead to Python's internals, gives the template plain copies of the data, and takes
+each of its operations through `budget`, which bounds the time and the size of all values. For that the syntax tree is
+changed before it is compiled: what loops run over, what is written out, and lists and texts that are put together pass
+through filters of ours.
 """
 
 from __future__ import annotations
 
-import json
 import re
 import secrets
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextvars import ContextVar
-from dataclasses import dataclass, field
 from datetime import datetime
 from functools import lru_cache, wraps
 from typing import Any, NamedTuple, NoReturn, cast
 
-from jinja2 import Template, TemplateError, TemplateSyntaxError, nodes
+from jinja2 import Template, TemplateSyntaxError, nodes, pass_context
 from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.utils import Namespace
+from jinja2.visitor import NodeTransformer
 
-MAX_STEPS = 5_000_000  # loop turns and calls; a conversation of 10,000 messages takes some 200,000
-MAX_TEXT = 64 * 2**20  # characters, of the result and of any string or list on the way
-MAX_POWER = 4096  # bits of a number
+from monoblock.tokenization import budget
+from monoblock.tokenization.budget import MAX_SOURCE, ChatTemplateError, Run, check_size
 
-
-class ChatTemplateError(TemplateError, ValueError):
-    """A chat template is missing, broken, refused, or refuses the conversation; the message says which."""
+__all__ = ["ChatTemplateError", "Rendered", "render"]
 
 
 class Rendered(NamedTuple):
@@ -39,102 +38,142 @@ class Rendered(NamedTuple):
     generated: list[tuple[int, int]]
 
 
-@dataclass
-class _Run:
-    """One rendering: how much it has done, and the marks around its generation blocks."""
-
-    marks: tuple[str, str] | None = None
-    steps: int = field(default=0)
-
-    def step(self) -> None:
-        self.steps += 1
-        if self.steps > MAX_STEPS:
-            raise ChatTemplateError(
-                f"the chat template was stopped after {MAX_STEPS:,} loop turns and calls; it may never end"
-            )
-
-
-_run: ContextVar[_Run] = ContextVar("monoblock_template_run")
-
-
-def _check_size(size: int) -> None:
-    if size > MAX_TEXT:
-        raise ChatTemplateError(
-            f"the chat template was stopped: it makes a text of over {MAX_TEXT:,} characters"
-        )
-
-
-def _size(value: Any, times: Any = 1) -> int:
-    """How long a string or a list would be, `times` repeated."""
-    repeated = times if isinstance(times, int) else 1
-    return len(cast(str, value)) * repeated if isinstance(value, str | list | tuple) else 0
-
-
-def _sized(value: Any) -> Any:
-    _check_size(_size(value))
-    return value
-
-
-def _check_widths(form: Any, args: Iterable[Any], kwargs: Mapping[str, Any]) -> None:
-    """Refuse to fill a text up to a width that no prompt has: the numbers of a call, and those in a format."""
-    _check_size(max((value for value in (*args, *kwargs.values()) if isinstance(value, int)), default=0))
-    if isinstance(form, str) and re.search(r"\d{7}", form):
-        raise SecurityError("it formats to a width of millions")
-
-
-def _bounded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """A filter that fills its text up, with its widths checked."""
-
-    @wraps(function)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        _check_widths(args[0] if name == "format" else "", args, kwargs)
-        return function(*args, **kwargs)
-
-    return call
-
-
-def _metered(values: Iterable[Any]) -> Iterator[Any]:
-    run = _run.get()
-    for value in values:
-        run.step()
-        yield value
+_run: ContextVar[Run] = ContextVar("monoblock_template_run")
 
 
 class _Sandbox(ImmutableSandboxedEnvironment):
     """Jinja's sandbox, which also counts, and refuses at once instead of when a forbidden value is used."""
 
-    intercepted_binops = frozenset(["+", "*", "**", "%"])
+    intercepted_binops = frozenset(["+", "-", "*", "/", "//", "**", "%"])
 
     def unsafe_undefined(self, obj: Any, attribute: str) -> NoReturn:
         raise SecurityError(f"it reaches for {attribute!r} of a {type(obj).__name__}")
 
+    def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
+        if attr in budget.METHODS.get(cast(Any, type(obj)), ()):
+            return True
+        kind = next((kind for kind in budget.METHODS if isinstance(obj, kind)), None)
+        if kind is not None and type(obj) is not kind and attr not in dir(kind):
+            kind = None  # a subclass's own: marked-up text, a group of `groupby`
+        ours = kind is not None or isinstance(obj, bytes | complex)
+        allowed = not ours or (kind is not None and attr in budget.METHODS[kind])
+        return allowed and super().is_safe_attribute(obj, attr, value)
+
     def call(self, *args: Any, **kwargs: Any) -> Any:
-        _run.get().step()
-        function = getattr(args[1], "__wrapped__", args[1])  # the sandbox wraps str.format in its own
+        run = _run.get()
+        run.step()
+        context, called, *rest = args
+        function = getattr(called, "__wrapped__", called)  # the sandbox wraps str.format in its own
         if isinstance(owner := getattr(function, "__self__", None), str):
-            _check_widths(owner if function.__name__.startswith("format") else "", args[2:], kwargs)
-        return super().call(*args, **kwargs)
+            budget.check_method(run, owner, getattr(function, "__name__", ""), rest, kwargs)
+        return run.made(super().call(context, called, *rest, **kwargs))
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        if operator == "+":
-            _check_size(_size(left) + _size(right))
-        elif operator == "*":
-            _check_size(max(_size(left, right), _size(right, left)))
-        elif operator == "%":
-            _check_widths(left, (), {})
-        if operator in ("*", "**") and isinstance(left, int) and isinstance(right, int):
-            bits = left.bit_length() * right if operator == "**" else left.bit_length() + right.bit_length()
-            if bits > MAX_POWER:
-                raise SecurityError("it computes with numbers of thousands of digits")
-        return super().call_binop(context, operator, left, right)
+        del context
+        compute: Any = self.binop_table[operator]
+        return budget.binary(_run.get(), operator, left, right, compute)
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
-        tree = super()._parse(source, name, filename)
-        for loop in tree.find_all(nodes.For):
-            loop.iter = nodes.Filter(loop.iter, "metered", [], [], None, None)
-        for joined in tree.find_all(nodes.Concat):
-            joined.nodes = [nodes.Filter(part, "sized", [], [], None, None) for part in joined.nodes]
-        return tree
+        return cast(nodes.Template, _Metering().visit(super()._parse(source, name, filename)))
+
+
+def _through(name: str, node: Any, line: int) -> Any:
+    """A filter of ours around an expression; around None, around the text of a block."""
+    return nodes.Filter(node, name, [], [], None, None).set_lineno(line)
+
+
+class _Metering(NodeTransformer):
+    """Takes the parts of a template that make values, or make them again and again, through filters of ours."""
+
+    def visit_For(self, node: nodes.For) -> nodes.Node:
+        self.generic_visit(node)
+        node.iter = _through("metered", node.iter, node.lineno)
+        return node
+
+    def visit_Output(self, node: nodes.Output) -> nodes.Node:
+        self.generic_visit(node)
+        parts: list[Any] = [
+            nodes.Const(part.data) if isinstance(part, nodes.TemplateData) else part for part in node.nodes
+        ]
+        node.nodes = [_through("written", part, node.lineno) for part in parts]
+        return node
+
+    def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
+        self.generic_visit(node)
+        return _through("concatenated", nodes.Tuple(node.nodes, "load"), node.lineno)
+
+    def visit_Getitem(self, node: nodes.Getitem) -> nodes.Node:
+        self.generic_visit(node)
+        return _through("made", node, node.lineno) if isinstance(node.arg, nodes.Slice) else node
+
+    def visit_List(self, node: nodes.List) -> nodes.Node:
+        self.generic_visit(node)
+        return _through("made", node, node.lineno)
+
+    def visit_Dict(self, node: nodes.Dict) -> nodes.Node:
+        self.generic_visit(node)
+        return _through("made", node, node.lineno)
+
+    def visit_Tuple(self, node: nodes.Tuple) -> nodes.Node:
+        self.generic_visit(node)
+        return _through("made", node, node.lineno) if node.ctx == "load" else node
+
+    def visit_AssignBlock(self, node: nodes.AssignBlock) -> nodes.Node:
+        self.generic_visit(node)
+        node.filter = _through("made", node.filter, node.lineno)
+        return node
+
+
+# The filters of `_Metering`. They take the context so that Jinja does not compute them while it compiles.
+
+
+@pass_context
+def _metered(_: Any, values: Iterable[Any]) -> Iterator[Any]:
+    return _run.get().metered(values)
+
+
+@pass_context
+def _made(_: Any, value: Any) -> Any:
+    run = _run.get()
+    run.step()
+    return run.made(value)
+
+
+@pass_context
+def _written(_: Any, value: Any) -> str:
+    run = _run.get()
+    run.step()
+    return run.made(run.text(value))
+
+
+@pass_context
+def _concatenated(_: Any, parts: tuple[Any, ...]) -> str:
+    run = _run.get()
+    run.step()
+    texts = [run.text(part) for part in parts]
+    check_size(sum(map(len, texts)))
+    return run.made("".join(texts))
+
+
+def _guarded(function: Callable[..., Any], rule: budget.Rule | None) -> Callable[..., Any]:
+    """A filter or a test, with its rule asked before and its result counted after."""
+    # Jinja marks functions whose first argument is its own.
+    ahead = 1 if hasattr(function, "jinja_pass_arg") else 0
+
+    @wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        run = _run.get()
+        run.step()
+        if rule is None:
+            for value in args[ahead:]:
+                budget.check_number(value)
+                run.weigh(value)
+            return function(*args, **kwargs)
+        given = list(args[ahead:])
+        rule(run, given, kwargs)
+        return run.made(function(*args[:ahead], *given, **kwargs))
+
+    return call
 
 
 class _Generation(Extension):
@@ -152,6 +191,13 @@ class _Generation(Extension):
         return caller() if marks is None else f"{marks[0]}{caller()}{marks[1]}"
 
 
+class _Namespace(Namespace):
+    """`namespace(...)`, which may hold itself: it is never written out."""
+
+    def __repr__(self) -> str:
+        return "<Namespace>"
+
+
 class _Dict:
     """`dict(...)` in a template: it makes dictionaries and gives no way to the class."""
 
@@ -162,42 +208,25 @@ class _Dict:
         return dict.fromkeys(*args)
 
 
-def _raise(message: str) -> NoReturn:
-    raise ChatTemplateError(str(message))
-
-
-def _to_json(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: Any = None,
-    separators: Any = None,
-    sort_keys: bool = False,
-) -> str:
-    """JSON as it is: Jinja's own filter escapes for HTML, and its escapes would be read by the model."""
-    return json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-    )
-
-
-def _from_json(text: str) -> Any:
-    """What a JSON text says; other texts as they are. A template asks `'from_json' is filter`, as others lack it."""
-    try:
-        return json.loads(text)
-    except ValueError:
-        return text
-
-
 def _now(form: str) -> str:
+    if len(form) > 200 or re.search(r"\d{3}", form):
+        raise SecurityError("it formats the time to a width of hundreds")
     return datetime.now().strftime(form)
 
 
 def _environment() -> _Sandbox:
-    sandbox: Any = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
-    sandbox.filters.update(tojson=_to_json, from_json=_from_json, metered=_metered, sized=_sized)
-    for name in ("center", "format", "indent"):
-        sandbox.filters[name] = _bounded(name, sandbox.filters[name])
+    # Not optimised: that computes expressions of constants while it compiles, beside all bounds.
+    sandbox: Any = _Sandbox(
+        trim_blocks=True, lstrip_blocks=True, optimized=False, extensions=[_Generation, loopcontrols]
+    )
+    filters = {**sandbox.filters, "tojson": budget.to_json, "from_json": budget.from_json}
+    sandbox.filters = {name: _guarded(filters[name], rule) for name, rule in budget.RULES.items()}
+    sandbox.filters.update(metered=_metered, made=_made, written=_written, concatenated=_concatenated)
+    sandbox.tests = {name: _guarded(function, None) for name, function in sandbox.tests.items()}
     sandbox.globals.pop("lipsum")
-    sandbox.globals.update(raise_exception=_raise, strftime_now=_now, dict=_Dict())
+    sandbox.globals.update(
+        raise_exception=budget.refuse, strftime_now=_now, dict=_Dict(), namespace=_Namespace
+    )
     return sandbox
 
 
@@ -208,7 +237,13 @@ def _sandbox() -> _Sandbox:
 
 @lru_cache(maxsize=32)
 def _compile(source: str) -> Template:
-    return _sandbox().from_string(source)
+    if len(source) > MAX_SOURCE:
+        raise ChatTemplateError(
+            f"the chat template has {len(source):,} characters; expected at most {MAX_SOURCE:,}"
+        )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SyntaxWarning)  # Python's, of an index into a number and the like
+        return _sandbox().from_string(source)
 
 
 def render(source: str, variables: Mapping[str, Any], *, track: bool = False) -> Rendered:
@@ -234,15 +269,8 @@ def render(source: str, variables: Mapping[str, Any], *, track: bool = False) ->
 
 
 def _execute(source: str, variables: Mapping[str, Any], marks: tuple[str, str] | None) -> str:
-    token = _run.set(_Run(marks))
     try:
-        pieces: list[str] = []
-        length = 0
-        for piece in _compile(source).generate(variables):
-            pieces.append(piece)
-            length += len(piece)
-            _check_size(length)
-        return "".join(pieces)
+        return _written_by(_compile(source), variables, marks)
     except ChatTemplateError:
         raise
     except TemplateSyntaxError as error:
@@ -257,8 +285,20 @@ def _execute(source: str, variables: Mapping[str, Any], marks: tuple[str, str] |
         raise ChatTemplateError("the chat template was stopped: it calls itself without end") from error
     except Exception as error:  # a template is a program: anything can go wrong in it
         raise ChatTemplateError(
-            f"the chat template failed on this conversation: {type(error).__name__}: {error}"
+            f"the chat template failed on this conversation: {type(error).__name__}: {str(error)[:1000]}"
         ) from error
+
+
+def _written_by(template: Template, variables: Mapping[str, Any], marks: tuple[str, str] | None) -> str:
+    token = _run.set(Run(marks))
+    try:
+        pieces: list[str] = []
+        length = 0
+        for piece in template.generate(variables):
+            pieces.append(piece)
+            length += len(piece)
+            check_size(length)
+        return "".join(pieces)
     finally:
         _run.reset(token)
 

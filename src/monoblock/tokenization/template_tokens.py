@@ -46,7 +46,9 @@ def around(backend: Any, first: Sequence[int], second: Sequence[int] | None = No
     ids then take the samples' places.
     """
     # A vocabulary that knows no "a" still knows its own tokens.
-    text = "a" if backend.encode("a", add_special_tokens=False).ids else next(iter(backend.get_vocab(False)))
+    text = (
+        "a" if backend.encode("a", add_special_tokens=False).ids else next(iter(backend.get_vocab(False)), "")
+    )
     sample = backend.encode(text) if second is None else backend.encode(text, text)
     made = Around([], [], [])
     texts: tuple[Sequence[int], Sequence[int]] = (first, second or ())

@@ -11,7 +11,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from monoblock.backends.flax.ops import LOWEST, Scope
+from monoblock.backends.flax.ops import LOWEST
+from monoblock.backends.flax.scope import Scope
+from monoblock.backends.xla.namespace import known
 
 # Queries of one block of the block-wise kernel, fewer where its scores would take more bytes than that; and into how
 # many parts a long causal text is cut: each sees the keys up to its own end, so that with four parts five eighths of
@@ -34,7 +36,7 @@ def attend(
     q_bhqd: Array, k_bgkd: Array, v_bgkd: Array, scope: Scope, kernel: Kernel, key: Array | None = None
 ) -> Array:
     """Attention, (b, h, q, d), in blocks of queries where there are many. `key` is the dropout's."""
-    if q_bhqd.shape[2] <= _block_size(q_bhqd, k_bgkd, scope):
+    if known(q_bhqd.shape[2]) and q_bhqd.shape[2] <= _block_size(q_bhqd, k_bgkd, scope):
         out = _block(q_bhqd, k_bgkd, v_bgkd, scope, kernel, key)
     else:
         out = _by_blocks(q_bhqd, k_bgkd, v_bgkd, scope, kernel, key)
@@ -42,11 +44,14 @@ def attend(
 
 
 def _block_size(q_bhqd: Array, k_bgkd: Array, scope: Scope) -> int:
-    """How many queries one block has: a power of two below `QUERY_BLOCK` if many keys ask for it."""
-    keys = k_bgkd.shape[2]
+    """How many queries one block has: a power of two below `QUERY_BLOCK` if many keys ask for it. Sizes that an export
+    leaves open ask for nothing."""
+    rows, heads, keys = q_bhqd.shape[0], q_bhqd.shape[1], k_bgkd.shape[2]
+    if not known(rows, keys):
+        return QUERY_BLOCK
     if scope.aligned and scope.window is not None:
         keys = min(keys, scope.window + QUERY_BLOCK)
-    size, row = QUERY_BLOCK, 4 * q_bhqd.shape[0] * q_bhqd.shape[1] * keys
+    size, row = QUERY_BLOCK, 4 * rows * heads * keys
     while size > 1 and size * row > SCORES:
         size //= 2
     return size
@@ -55,9 +60,9 @@ def _block_size(q_bhqd: Array, k_bgkd: Array, scope: Scope) -> int:
 def _evened(out_bhqd: Array, v_bgkd: Array, scope: Scope) -> Array:
     """Queries that see no key get equal weights on the keys that the spec says: kernels agree on padding too, which a
     loss over all positions of a row (a span's) takes in."""
-    if (blind := scope.blind()) is None:
+    if (masked := scope.fully_masked()) is None:
         return out_bhqd
-    return jnp.where(blind, repeat_groups(scope.mean(v_bgkd), out_bhqd.shape[1]), out_bhqd)
+    return jnp.where(masked, repeat_groups(scope.mean(v_bgkd), out_bhqd.shape[1]), out_bhqd)
 
 
 def _block(
@@ -98,11 +103,11 @@ def _by_blocks(
     q_bhqd = jnp.pad(q_bhqd, ((0, 0), (0, 0), (0, padding), (0, 0)))
     scope = replace(
         scope,
-        index_q=jnp.pad(scope.index_q, (0, padding), mode="edge"),
+        index_q=jnp.pad(scope.index_q, (0, padding)),
         segment_bq=None if scope.segment_bq is None else jnp.pad(scope.segment_bq, ((0, 0), (0, padding))),
     )
-    whole = scope.window is None or scope.window >= length
-    parts = PARTS if scope.aligned and scope.causal and whole and blocks >= PARTS else 1
+    whole = known(length) and (scope.window is None or scope.window >= length)
+    parts = PARTS if whole and scope.aligned and scope.causal and blocks >= PARTS else 1
     ends = [-(-blocks * (i + 1) // parts) for i in range(parts)]
     out = []
     for begin, end in zip([0, *ends], ends, strict=False):
@@ -129,7 +134,7 @@ def _one_of(
     """The block of that number, of `size` queries, over the first `keys` keys, or over those of its window."""
     q_bhqd, k_bgkd, v_bgkd = qkv
     start, first = index * size, 0
-    if scope.aligned and scope.window is not None and scope.window + size - 1 < keys:
+    if scope.aligned and scope.window is not None and known(keys) and scope.window + size - 1 < keys:
         first = jnp.clip(start - scope.window + 1, 0, keys - (scope.window + size - 1))
         keys = scope.window + size - 1
     return _block(
@@ -147,9 +152,9 @@ def attend_eager(
 ) -> tuple[Array, Array]:
     """Attention by its formula, scores and softmax in fp32; the output and the weights (b, h, q, k) after dropout."""
     found = weights(q_bhqd, k_bgkd, scope, kernel, key)
-    if (blind := scope.blind()) is not None:
+    if (masked := scope.fully_masked()) is not None:
         # By name, so that masked scores get no gradient.
-        found = jnp.where(blind, scope.equal_weights().astype(found.dtype), found)
+        found = jnp.where(masked, scope.equal_weights().astype(found.dtype), found)
     return _weighted(found, v_bgkd).astype(q_bhqd.dtype), found
 
 

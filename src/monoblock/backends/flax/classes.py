@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import functools
 import inspect
-import types
 from collections.abc import Callable
 from typing import Any
 
 from monoblock import families
+from monoblock.backends import classes
 from monoblock.backends.flax.outputs import output_class
 from monoblock.backends.flax.pretrained import FlaxPreTrainedModel
 from monoblock.families import Family, ModelClass
@@ -27,24 +27,24 @@ INPUTS = (
 
 
 @functools.cache
+def make_base_class(name: str) -> type[FlaxPreTrainedModel]:
+    """The base of a family's classes, which holds what they have in common: `Flax<stem>PreTrainedModel`."""
+    return classes.new_base(name, PREFIX, (FlaxPreTrainedModel,))
+
+
+@functools.cache
 def make_class(name: str) -> type[FlaxPreTrainedModel]:
     """The public class of that name, from its family's table."""
-    family = families.family_of(name.removeprefix(PREFIX))
-    if family is None or not name.startswith(PREFIX):
-        raise AttributeError(f"monoblock has no class {name!r}")
-    row = family.model_class(name.removeprefix(PREFIX))
+    family, row = classes.row_of(name, PREFIX)
     inputs = extra_arguments(family, row)
-    body: dict[str, Any] = {
-        "family": family,
+    base = make_base_class(PREFIX + families.FAMILIES[family.name][0] + classes.BASE)
+    own = {
         "row": row,
         "inputs": inputs,
-        "config_class": family.config,
-        "base_model_prefix": family.prefix,
-        "__module__": "monoblock",
         "__doc__": _document(name, row, inputs),
         "__call__": _call(row, inputs),
     }
-    return types.new_class(name, (FlaxPreTrainedModel,), exec_body=lambda namespace: namespace.update(body))
+    return classes.new_class(name, (base,), family, own)
 
 
 def extra_arguments(family: Family, row: ModelClass) -> tuple[str, ...]:
@@ -60,20 +60,16 @@ def _call(row: ModelClass, inputs: tuple[str, ...]) -> Callable[..., Any]:
     def call(self: FlaxPreTrainedModel, *args: Any, **kwargs: Any) -> Any:
         return FlaxPreTrainedModel.__call__(self, *args, **kwargs)
 
-    keyword = inspect.Parameter.KEYWORD_ONLY
     *common, _ = inspect.signature(FlaxPreTrainedModel.__call__).parameters.values()
-    own = [inspect.Parameter(n, keyword, default=0 if n == "logits_to_keep" else None) for n in inputs]
-    call.__signature__ = inspect.Signature([*common, *own])  # pyright: ignore
+    own = classes.parameters(inputs, inspect.Parameter.KEYWORD_ONLY)
     call.__name__ = "__call__"
-    call.__doc__ = f"Returns {output_class(row.output).__name__}, or its tuple with return_dict=False."
-    return call
+    return classes.signed(call, [*common, *own], output_class(row.output).__name__)
 
 
 def _document(name: str, row: ModelClass, inputs: tuple[str, ...]) -> str:
-    what = f"the model with a head of the kind {row.head!r}" if row.head else "the bare model"
     return (
-        f"{name}: {what}.\n\nInputs are NumPy or JAX arrays, or nested lists: input_ids, attention_mask, position_ids "
-        f"(batch, tokens), and by keyword {', '.join(inputs)}. `params` stands in for the model's own; a cache comes "
-        "from `init_cache`; `train=True` takes `dropout_rng`. Works under jit, grad and vmap. Returns "
+        f"{classes.summary(name, row)}.\n\nInputs are NumPy or JAX arrays, or nested lists: input_ids, attention_mask, "
+        f"position_ids (batch, tokens), and by keyword {', '.join(inputs)}. `params` stands in for the model's own; a "
+        "cache comes from `init_cache`; `train=True` takes `dropout_rng`. Works under jit, grad and vmap. Returns "
         f"`{output_class(row.output).__name__}`."
     )

@@ -2,31 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import jax
-import jax.core
 import jax.numpy as jnp
-import numpy as np
 
-from monoblock.backends.flax import compiled, compiled_beams
-from monoblock.backends.flax.arrays import JaxOps, Keys, on_device
-from monoblock.backends.flax.decoder import Decoder, Rereader, Source
+from monoblock.backends.flax import cache as caches
+from monoblock.backends.flax.arrays import Keys, on_device
+from monoblock.backends.flax.joining import LONG
+from monoblock.backends.flax.namespace import XP
 from monoblock.backends.flax.network import Network
 from monoblock.backends.flax.outputs import FlaxModelOutput, pytree
-from monoblock.errors import UnsupportedConfig
+from monoblock.backends.flax.processors import of_two
+from monoblock.backends.flax.steps import Steps
+from monoblock.backends.flax.traced import Traced, is_traced
+from monoblock.backends.xla import runner
+from monoblock.backends.xla.namespace import Namespace
 from monoblock.generation import loop
-from monoblock.generation.arrays import ArrayOps
 from monoblock.generation.config import GenerationConfig
-from monoblock.generation.mixin import GenerationMixin, check_assistant
+from monoblock.generation.mixin import check_assistant
 from monoblock.generation.programs import Program
-from monoblock.generation.transitions import transition_scores
-from monoblock.spec import Learned
-
-INPUTS = frozenset({"past_key_values", "position_ids", "inputs_embeds"})
-# Inputs that only some models take; new tokens get the last token type.
-MORE = frozenset({"token_type_ids", "image_patches", "image_patches_indices", "pixel_values"})
+from monoblock.generation.resolve import Unsupported
+from monoblock.positions import has_positions
+from monoblock.spec import ArchSpec
 
 
 @pytree
@@ -38,11 +37,14 @@ class FlaxGenerateOutput(FlaxModelOutput):
     scores: Any = None
 
 
-class Generation(GenerationMixin):
+class Generation(runner.Generation):
     """Adds `generate` to the models that predict the next token."""
 
+    xp: ClassVar[Namespace] = XP
     module: Network
     params: Any
+    spec: ArchSpec
+    dtype: Any
     inputs: ClassVar[tuple[str, ...]]
 
     def generate(
@@ -59,47 +61,60 @@ class Generation(GenerationMixin):
         Gives a FlaxGenerateOutput, whose `sequences` are the ids (batch, prompt + new); with
         `return_dict_in_generate=True` a GenerateDecoderOnlyOutput, with False the ids alone.
 
-        Greedy decoding and sampling run as one compiled program for each bucket of lengths; what needs the host
-        between tokens (streamers, criteria and processors of one's own, recorded scores), beams, and `trace=False`
-        run a compiled step for each token. Draws come from `prng_key`, or from `seed`; without, from key 0, as JAX
+        Greedy decoding, sampling and beam search run as one compiled program for each bucket of lengths; what needs the
+        host between tokens (streamers, criteria and processors of one's own, recorded scores), and `trace=False` run a
+        compiled step for each token. Draws come from `prng_key`, or from `seed`; without, from key 0, as JAX
         has no global source of random numbers: give a new key for each call. Other keywords are those of the PyTorch
         classes' `generate`. `params` stand in for the model's own. ValueError for what is unknown or not supported.
+
+        Works under `jit`, `pmap` and `vmap` too, greedy or sampling: prompts, masks, params and keys may be traced, the
+        values of ids are not checked then, and the rows come back with all new tokens' columns, filled with the pad
+        token.
         """
         inputs, arguments = self.generate_arguments(inputs, kwargs)
         params = self.params if params is None else params
-        if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((inputs, arguments, params))):
-            raise TypeError(
-                "generate() compiles itself and looks at its prompts: call it outside jit, vmap and pmap; sharded "
-                "params= spread it over devices"
-            )
         if not trace:
             arguments["disable_compile"] = True
         arguments |= _random(prng_key, arguments)
+        if (processors := arguments.get("logits_processor")) is not None:
+            arguments["logits_processor"] = [of_two(processor) for processor in processors]
         if (helper := arguments.get("assistant_model")) is not None:
             check_assistant(helper, Generation)
             arguments["assistant_model"] = Runner(helper, helper.params)
-        runner = Runner(self, params)
         alone = arguments.get("return_dict_in_generate") is False
-        result = loop.generate(
-            runner, inputs, generation_config, plain=_ids if alone else FlaxGenerateOutput, **arguments
-        )
+        if is_traced(inputs, arguments, params, prng_key):
+            traced = Traced(Runner(self, params), inputs, arguments)
+            ids = loop.generate(traced, None, generation_config, **traced.stand_ins())
+            return ids if alone else FlaxGenerateOutput(sequences=ids)
+        plain = _ids if alone else FlaxGenerateOutput
+        result = loop.generate(Runner(self, params), inputs, generation_config, plain=plain, **arguments)
         return on_device(result) if alone else _all_shown(result)
 
-    def compute_transition_scores(
-        self,
-        sequences: Any,
-        scores: Sequence[Any],
-        beam_indices: Any = None,
-        normalize_logits: bool = False,
-    ) -> jax.Array:
-        """(rows, new tokens) scores of the chosen tokens, from an output of `generate(..., output_scores=True)`.
+    def prepare_inputs_for_generation(
+        self, input_ids: Any, max_length: int, attention_mask: Any = None
+    ) -> dict[str, Any]:
+        """What the pass over prompts (batch, tokens) is given in a decoding loop of one's own, beside the ids: an empty
+        cache for `max_length` tokens, a mask for all its places, and the tokens' positions."""
+        batch, count = jnp.shape(input_ids)
+        mask = jnp.ones((batch, max_length), jnp.int32)
+        if attention_mask is not None:
+            mask = mask.at[:, :count].set(jnp.asarray(attention_mask, jnp.int32)[:, :count])
+        given = {
+            "past_key_values": caches.init_cache(self.spec, batch, max_length, self.dtype),
+            "attention_mask": mask,
+        }
+        if has_positions(self.spec):
+            given["position_ids"] = jnp.maximum(jnp.cumsum(mask[:, :count], axis=-1) - 1, 0)
+        return given
 
-        Beam search's scores need its `beam_indices`. `normalize_logits`: log-probabilities instead of raw scores.
-        """
-        found = transition_scores(
-            JaxOps(), np.asarray(sequences), scores, _host(beam_indices), normalize_logits
-        )
-        return on_device(found)
+    def update_inputs_for_generation(
+        self, model_outputs: Any, model_kwargs: dict[str, Any]
+    ) -> dict[str, Any]:
+        """What the next token's pass is given, of the last pass's outputs and of what that was given."""
+        given = {**model_kwargs, "past_key_values": model_outputs.past_key_values}
+        if "position_ids" in given:
+            given["position_ids"] = given["position_ids"][:, -1:] + 1
+        return given
 
 
 def _random(key: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -127,33 +142,38 @@ def _all_shown(output: Any) -> Any:
     return output
 
 
-class Runner:
-    """What `loop.generate` needs to know of a model."""
+# Refused by these classes for reasons of their own.
+UNSUPPORTED: Unsupported = {
+    "cache_implementation": (
+        ("dynamic", "static"),
+        "the caches of the JAX classes are 'dynamic' and 'static', in the computation's type",
+    ),
+    "compile_config": (
+        (),
+        "it holds torch.compile's options; jax.jit compiles the loop over tokens, or with trace=False each step",
+    ),
+    "synced_gpus": (
+        (False,),
+        "generation across processes is not built; sharded params= spread a call over the devices of one",
+    ),
+}
 
-    ops: ArrayOps
+
+class Runner(runner.Runner):
+    """What `loop.generate` needs to know of a model with these parameters."""
+
+    unsupported = UNSUPPORTED
 
     def __init__(self, model: Any, params: Any) -> None:
-        self.input_names = INPUTS | MORE.intersection(model.inputs)
-        self.ops = JaxOps()
-        self.generation_config: GenerationConfig | None = model.generation_config
-        learned = model.spec.position(Learned)
-        self.max_positions = learned.size - learned.offset if learned else None
-        self.source = Source(model.module, params, self.max_positions)
+        super().__init__(model, model.inputs)
+        self.params = params
 
     def compiled(self, generation: Any, program: Program) -> Any:
         """Run a call as one program."""
-        return (compiled if program.width is None else compiled_beams).run(generation, program)
+        if program.room >= LONG:
+            generation.decoder.passes = generation.decoder.passes.joined()
+        return super().compiled(generation, program)
 
-    def decoder(self, plan: loop.Plan, inputs: dict[str, Any]) -> Decoder | Rereader:
-        """A decoder for one call."""
-        if plan.config.cache_implementation == "quantized":
-            raise UnsupportedConfig(
-                "GenerationConfig.cache_implementation='quantized': the JAX classes keep their caches in the "
-                "computation's type"
-            )
-        cached = plan.config.use_cache or "past_key_values" in inputs
-        return (Decoder if cached else Rereader)(self.source, plan, inputs)
-
-
-def _host(value: Any) -> Any:
-    return None if value is None else np.asarray(value)
+    def passes(self, config: GenerationConfig) -> Steps:
+        del config  # `disable_compile` compiles each step alone
+        return Steps(self.model.module, self.params)

@@ -5,7 +5,7 @@ Models give logits; losses are functions of logits and labels, to be differentia
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -13,103 +13,72 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
-from monoblock.backends.flax.inputs import Wanted
-from monoblock.backends.flax.model import make_linear, make_norm
+from monoblock.backends.flax.layers import projection
+from monoblock.backends.flax.parts import Part, computes, dropout
+from monoblock.backends.xla.inputs import Wanted
 from monoblock.heads import KINDS, HeadSpec
-from monoblock.spec import ArchSpec
 
 IGNORED = -100
 Count = Array | int | None
 
 
-class Head(nn.Module):
-    """Dropout, a dense layer where the kind has one, and a projection; a tied one's matrix is the embedding's."""
+@computes("pooler")
+class Pooler(Part):
+    """The first token's hidden state through a dense layer and tanh; (b, w)."""
 
-    spec: ArchSpec
-    head: HeadSpec
-    dtype: Any = jnp.float32
+    def __call__(self, hidden_bsw: Array) -> Array:
+        return jnp.tanh(self.role("head_dense")(hidden_bsw[:, 0]))
+
+
+@computes("lm_head")
+class LMHead(Part):
+    """Dense layer, GELU, norm, and the projection to the vocabulary, whose bias is the part's own."""
 
     def setup(self) -> None:
-        spec, head, kind = self.spec, self.head, KINDS[self.head.kind]
-        self.vocabulary = kind.size == "vocab"
-        self.tied = self.vocabulary and spec.tie_head
-        self.dropout = nn.Dropout(head.dropout)
-        if kind.dense:
-            self.dense = make_linear(spec, spec.width, True, self.dtype)
-        if head.norm:
-            self.norm = make_norm(head.norm, self.dtype)
-        size = head.size(spec.vocab)
-        if size is not None:
-            self.out = Projection(spec, size, kind.bias, not self.tied, self.dtype)
-        if head.summary and head.summary.size is not None:
-            self.summary = make_linear(spec, head.summary.size, True, self.dtype)
+        super().setup()
+        assert self.head_spec is not None
+        self.bias = self.param("bias", nn.initializers.zeros, (self.head_spec.size(self.spec.vocab),))
 
-    def __call__(self, hidden: Array, table: Array, wanted: Wanted) -> Array:
-        """Logits (..., v) of hidden states (..., w); those over the vocabulary are scaled and capped as the spec says.
-        Without a projection, the dense layer's output. `table`: the embedding (vocab, w)."""
-        kind, rest = KINDS[self.head.kind], not wanted.train
-        if kind.dense:
-            hidden = self.dropout(hidden, deterministic=rest) if kind.drop_in else hidden
-            hidden = _DENSE_ACT[kind.dense](self.dense(hidden))
-            hidden = self.norm(hidden) if self.head.norm else hidden
-        if kind.size is None:
-            return hidden
-        logits = self.out(self.dropout(hidden, deterministic=rest), table if self.tied else None)
-        if self.vocabulary and self.spec.logit_scale != 1.0:
-            logits = logits * self.spec.logit_scale
-        if self.vocabulary and (cap := self.spec.logit_softcap) is not None:
-            logits = cap * jnp.tanh(logits / cap)
-        return logits
+    @nn.nowrap
+    def made(self, child: Any) -> nn.Module | None:
+        """The module of a child."""
+        if child == "head_out" and self.head_spec is not None:
+            return projection(self.spec, self.head_spec, bias=False, dtype=self.dtype)
+        return super().made(child)
 
-    def summarised(self, hidden_bsw: Array, places: Array | None, wanted: Wanted) -> Array:
-        """One vector a row, (b, labels) or (b, w): of the place asked for (the last one by default), projected."""
-        summary = self.head.summary
-        assert summary is not None
+    def __call__(self, hidden: Array, table: Array) -> Array:
+        x = jax.nn.gelu(self.role("head_dense")(hidden), approximate=False)
+        return self.role("head_out")(self.role("head_norm")(x), table) + self.bias.astype(self.dtype)
+
+
+@computes("classifier_head")
+class ClassifierHead(Part):
+    """The first token's hidden state through a dense layer and tanh, projected; dropout before both."""
+
+    def __call__(self, hidden_bsw: Array, train: bool) -> Array:
+        assert self.head_spec is not None
+        p = self.head_spec.dropout
+        x = jnp.tanh(self.role("head_dense")(dropout(self, hidden_bsw[:, 0], p, train)))
+        return self.role("head_out")(dropout(self, x, p, train))
+
+
+@computes("summary")
+class SummaryHead(Part):
+    """One vector a row, (b, labels) or (b, w): of the position asked for (the last one by default), projected."""
+
+    def __call__(self, hidden_bsw: Array, places: Array | None, train: bool) -> Array:
+        assert self.head_spec is not None and self.head_spec.summary is not None
+        summary = self.head_spec.summary
         if summary.pool == "mean":
             x = hidden_bsw.mean(axis=1)
         elif summary.pool == "cls_index" and places is not None:
             x = _at(hidden_bsw, places.reshape(-1))
         else:
             x = hidden_bsw[:, 0 if summary.pool == "first" else -1]
-        x = self.dropped(x, summary.dropout_in, wanted)
-        x = self.summary(x) if summary.size is not None else x
+        x = dropout(self, x, summary.dropout_in, train)
+        x = self.role("head_summary")(x) if self.has("head_summary") else x
         x = jnp.tanh(x) if summary.tanh else x
-        return self.dropped(x, summary.dropout_out, wanted)
-
-    def dropped(self, x: Array, p: float, wanted: Wanted) -> Array:
-        """Dropout of that probability while training."""
-        if not (p and wanted.train):
-            return x
-        kept = jax.random.bernoulli(self.make_rng("dropout"), 1 - p, x.shape)
-        return jnp.where(kept, x / (1 - p), 0.0)
-
-
-class Projection(nn.Module):
-    """A dense layer; without a kernel of its own it takes the embedding's matrix (outputs, inputs)."""
-
-    spec: ArchSpec
-    size: int
-    bias: bool
-    own: bool
-    dtype: Any = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: Array, table: Array | None) -> Array:
-        bias = self.param("bias", nn.initializers.zeros, (self.size,)) if self.bias else None
-        if self.own:
-            init = nn.initializers.normal(self.spec.init_std)
-            kernel = self.param("kernel", init, (x.shape[-1], self.size))
-            logits = jnp.matmul(x.astype(self.dtype), kernel.astype(self.dtype))
-        else:
-            assert table is not None
-            logits = jnp.einsum("...w,vw->...v", x.astype(self.dtype), table.astype(self.dtype))
-        return logits if bias is None else logits + bias.astype(self.dtype)
-
-
-_DENSE_ACT: dict[str, Callable[[Array], Array]] = {
-    "tanh": jnp.tanh,
-    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
-}
+        return dropout(self, x, summary.dropout_out, train)
 
 
 def _at(hidden_bsw: Array, places_b: Array) -> Array:
@@ -137,60 +106,68 @@ def last_tokens(
 # ---------------------------------------------------------------------------- outputs
 
 
-def outputs(
-    head: Head, hidden_bsw: Array, table: Array, given: Mapping[str, Any], wanted: Wanted
-) -> dict[str, Any]:
+def logits(network: Any, hidden: Array, wanted: Wanted) -> Array:
+    """Logits (..., v) of hidden states (..., w); those over the vocabulary are scaled and capped as the spec says."""
+    spec, head = network.spec, network.head_spec
+    table = network.at("embed").embedding  # of a tied head
+    if network.has("lm_head"):
+        scores = network.role("lm_head")(hidden, table)
+    elif network.has("classifier_head"):
+        scores = network.role("classifier_head")(hidden, wanted.train)
+    else:
+        hidden = network.dropped(hidden, "head_drop", head.dropout, wanted.train)
+        scores = network.role("head_out")(hidden, table)
+    if KINDS[head.kind].size != "vocab":
+        return scores
+    if spec.logit_scale != 1.0:
+        scores = scores * spec.logit_scale
+    cap = spec.logit_softcap
+    return scores if cap is None else cap * jnp.tanh(scores / cap)
+
+
+def outputs(network: Any, hidden_bsw: Array, given: Mapping[str, Any], wanted: Wanted) -> dict[str, Any]:
     """What the head computes, by the names of its kind's output."""
-    return _OUTPUTS[head.head.kind](head, hidden_bsw, table, given, wanted)
+    return _OUTPUTS[network.head_spec.kind](network, hidden_bsw, given, wanted)
 
 
-def _vocabulary(
-    head: Head, hidden: Array, table: Array, _: Mapping[str, Any], wanted: Wanted
-) -> dict[str, Any]:
-    return {"logits": head(hidden[:, -wanted.keep :], table, wanted)}
+def _vocabulary(network: Any, hidden: Array, _: Mapping[str, Any], wanted: Wanted) -> dict[str, Any]:
+    return {"logits": logits(network, hidden[:, -wanted.keep :], wanted)}
 
 
-def _every(head: Head, hidden: Array, table: Array, _: Mapping[str, Any], wanted: Wanted) -> dict[str, Any]:
-    return {"logits": head(hidden, table, wanted)}
+def _every(network: Any, hidden: Array, _: Mapping[str, Any], wanted: Wanted) -> dict[str, Any]:
+    return {"logits": logits(network, hidden, wanted)}
 
 
-def _sequence(
-    head: Head, hidden: Array, table: Array, given: Mapping[str, Any], wanted: Wanted
-) -> dict[str, Any]:
-    ids, mask = given.get("input_ids"), given.get("attention_mask")
-    if head.head.pad_id is None and hidden.shape[0] > 1:
+def _sequence(network: Any, hidden: Array, given: Mapping[str, Any], wanted: Wanted) -> dict[str, Any]:
+    ids, mask, pad_id = given.get("input_ids"), given.get("attention_mask"), network.head_spec.pad_id
+    if pad_id is None and hidden.shape[0] > 1:
         raise ValueError(
             "Cannot handle batch sizes > 1 if no padding token is defined: set model.config.pad_token_id"
         )
-    return {"logits": head(last_tokens(hidden, ids, mask, head.head.pad_id), table, wanted)}
+    return {"logits": logits(network, last_tokens(hidden, ids, mask, pad_id), wanted)}
 
 
-def _first(head: Head, hidden: Array, table: Array, _: Mapping[str, Any], wanted: Wanted) -> dict[str, Any]:
-    return {"logits": head(hidden[:, 0], table, wanted)}
+def _pooler(network: Any, hidden: Array, _: Mapping[str, Any], __: Wanted) -> dict[str, Any]:
+    return {"last_hidden_state": hidden, "pooler_output": network.role("pooler")(hidden)}
 
 
-def _pooler(head: Head, hidden: Array, table: Array, _: Mapping[str, Any], wanted: Wanted) -> dict[str, Any]:
-    return {"last_hidden_state": hidden, "pooler_output": head(hidden[:, 0], table, wanted)}
+def _choice(network: Any, hidden: Array, _: Mapping[str, Any], wanted: Wanted) -> dict[str, Any]:
+    pooled = network.bare.role("pooler")(hidden)
+    return {"logits": logits(network, pooled, wanted).reshape(-1, wanted.choices)}
 
 
-def _choice(head: Head, hidden: Array, table: Array, _: Mapping[str, Any], wanted: Wanted) -> dict[str, Any]:
-    return {"logits": head(hidden[:, 0], table, wanted).reshape(-1, wanted.choices)}
-
-
-def _double(
-    head: Head, hidden: Array, table: Array, given: Mapping[str, Any], wanted: Wanted
-) -> dict[str, Any]:
+def _double(network: Any, hidden: Array, given: Mapping[str, Any], wanted: Wanted) -> dict[str, Any]:
     """Language model and multiple choice over hidden states of (batch * choices, s, w)."""
-    logits = head(hidden, table, wanted)
-    scores = head.summarised(hidden, given.get("mc_token_ids"), wanted)
+    words = logits(network, hidden, wanted)
+    scores = network.role("summary")(hidden, given.get("mc_token_ids"), wanted.train)
     if wanted.nested:
-        logits, scores = (x.reshape(-1, wanted.choices, *x.shape[1:]) for x in (logits, scores))
-    return {"logits": logits, "mc_logits": scores.squeeze(-1) if scores.shape[-1] == 1 else scores}
+        words, scores = (x.reshape(-1, wanted.choices, *x.shape[1:]) for x in (words, scores))
+    return {"logits": words, "mc_logits": scores.squeeze(-1) if scores.shape[-1] == 1 else scores}
 
 
-def _span(head: Head, hidden: Array, table: Array, _: Mapping[str, Any], wanted: Wanted) -> dict[str, Any]:
-    logits = head(hidden, table, wanted)
-    return {"start_logits": logits[..., 0], "end_logits": logits[..., 1]}
+def _span(network: Any, hidden: Array, _: Mapping[str, Any], wanted: Wanted) -> dict[str, Any]:
+    scores = logits(network, hidden, wanted)
+    return {"start_logits": scores[..., 0], "end_logits": scores[..., 1]}
 
 
 _OUTPUTS = {
@@ -198,7 +175,7 @@ _OUTPUTS = {
     "masked": _every,
     "double": _double,
     "sequence": _sequence,
-    "first": _first,
+    "first": _every,
     "choice": _choice,
     "pooler": _pooler,
     "token": _every,

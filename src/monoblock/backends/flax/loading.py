@@ -1,13 +1,16 @@
 """Weights between files and Flax's tree of parameters, one tensor at a time.
 
-The tree is the canonical one, nested at the dots: `blocks.0.attn.qkv.weight` is
-`params["blocks"]["0"]["attn"]["qkv"]["kernel"]`, transposed to inputs x outputs as Linen's layers have it.
+The tree has the paths of the hub's names and Flax's names of leaves: `transformer.h.0.attn.c_proj.weight` is
+`params["transformer"]["h"]["0"]["attn"]["c_proj"]["kernel"]`, inputs x outputs. Checkpoints of any spelling come by
+canonical names (`checkpoint/keymap.py`), which one leaf or several hold.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,34 +18,73 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from monoblock.backends.flax.layers import own_norm
 from monoblock.checkpoint.casts import FLOATS, dtype_of
 from monoblock.checkpoint.fitting import Report, fitted
-from monoblock.checkpoint.keymap import KeyMap
-from monoblock.checkpoint.weights import Tensors
+from monoblock.checkpoint.keymap import KeyMap, Op, Source, Transposed
+from monoblock.checkpoint.save import Made
+from monoblock.checkpoint.weights import Tensors, stored_shapes
 from monoblock.errors import CheckpointError
+from monoblock.modules import CANONICAL, Part, classes_of
 
 Tree = dict[str, Any]
 Place = tuple[str, ...]
 
-TABLES = ("embed", "pos_embed", "rel_bias")  # of which the weight is called `embedding`, and lies as it is
+TABLES = ("embed", "pos_embed", "rel_bias")  # whose weight is called `embedding`
 
 
-def place(canonical: str, ndim: int) -> Place:
-    """Where a canonical parameter is in the tree."""
-    *modules, leaf = canonical.split(".")
-    if leaf == "weight":
-        leaf = "embedding" if modules[-1] in TABLES else "kernel" if ndim == 2 else "scale"
-    return (*modules, leaf)
+@dataclass(frozen=True)
+class Leaf:
+    """A leaf of the tree: its path and shape, the hub's name of it, and whether the hub has the other axis first."""
+
+    path: Place
+    shape: tuple[int, ...]
+    name: str
+    transposed: bool
+
+    def of_hub(self, array: Any) -> Any:
+        """The hub's array as the leaf's, or the other way round."""
+        return array.T if self.transposed else array
 
 
-def transposed(path: Place) -> bool:
-    """Whether the tree has the other axis first."""
-    return path[-1] == "kernel"
+@dataclass(frozen=True)
+class Group:
+    """The leaves that one canonical parameter becomes, and how."""
+
+    op: Op
+    leaves: tuple[Leaf, ...]
 
 
-def leaf_shape(path: Place, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape of a leaf whose canonical parameter has that shape."""
-    return shape[::-1] if transposed(path) else shape
+def groups(keymap: KeyMap, shapes: Mapping[str, tuple[int, ...]], layout: Part) -> dict[str, Group]:
+    """Where each canonical parameter (of these shapes) is in the tree of a class with that module tree."""
+    named_weight = {
+        CANONICAL[role] for role, classes in classes_of(layout) if role in CANONICAL and own_norm(classes)
+    }
+    return {name: _group(keymap.source(name), name, shape, named_weight) for name, shape in shapes.items()}
+
+
+def _group(source: Source, canonical: str, shape: tuple[int, ...], named_weight: set[str]) -> Group:
+    module, _, kind = canonical.rpartition(".")
+    leaf = kind
+    if kind == "weight" and module.rpartition(".")[2] in TABLES:
+        leaf = "embedding"
+    elif kind == "weight" and len(shape) == 2:
+        leaf = "kernel"
+    elif kind == "weight" and re.sub(r"\.\d+\.", ".{i}.", module) not in named_weight:
+        leaf = "scale"
+    transposed = leaf == "kernel" and not isinstance(source.op, Transposed)
+    return Group(
+        source.op,
+        tuple(
+            Leaf(
+                path=(*name.split(".")[:-1], leaf),
+                shape=stored[::-1] if transposed else stored,
+                name=name,
+                transposed=transposed,
+            )
+            for name, stored in zip(source.names, stored_shapes(source.op, shape), strict=True)
+        ),
+    )
 
 
 def nested(leaves: Mapping[Place, Any]) -> Tree:
@@ -65,63 +107,65 @@ def flat(tree: Mapping[str, Any], above: Place = ()) -> dict[Place, Any]:
     return found
 
 
-def from_canonical(parameters: Mapping[str, Any]) -> Tree:
-    """Flax's tree of canonical parameters (arrays in the canonical layout, outputs x inputs), in their own dtypes."""
-    leaves: dict[Place, Any] = {}
-    for name, array in parameters.items():
-        path = place(name, array.ndim)
-        leaves[path] = jnp.asarray(array.T if transposed(path) else array)
-    return nested(leaves)
-
-
 def load(
     tensors: Tensors,
     keymap: KeyMap,
     shapes: Mapping[str, tuple[int, ...]],
     tied: Iterable[str],
+    own: Mapping[str, Group],
     *,
     ignore_mismatched_sizes: bool = False,
 ) -> tuple[Tree, Report]:
-    """The tree of a model with canonical parameters of these shapes, as far as the files hold it, in their dtypes.
+    """The tree of a model with canonical parameters of these shapes, which are these groups of leaves, as far as the
+    files hold it, in their dtypes.
 
     MissingKeys, UnexpectedKeys, UnreadKeys and ShapeMismatch name the first tensor that does not fit.
     """
     weights, report = fitted(tensors, keymap, shapes, tied, ignore_mismatched_sizes=ignore_mismatched_sizes)
     leaves: dict[Place, Any] = {}
-    for canonical, shape in weights.shapes().items():
-        if (kind := weights.dtype(canonical)) not in FLOATS:
-            raise CheckpointError(f"{canonical} has the dtype {kind}: a Flax model takes plain floats")
-        path = place(canonical, len(shape))
-        array = weights.read(canonical)
-        leaves[path] = jnp.asarray(array.T if transposed(path) else array)
+    for canonical in weights.shapes():
+        group = own[canonical]
+        for leaf, array in zip(group.leaves, weights.stored(canonical, group.op), strict=True):
+            if (kind := dtype_of(array)) not in FLOATS:
+                raise CheckpointError(f"{leaf.name} has the dtype {kind}: a Flax model takes plain floats")
+            leaves[leaf.path] = jnp.asarray(leaf.of_hub(array))
     return nested(leaves), report
 
 
-@dataclass(frozen=True)
-class TreeWeights:
-    """A tree's leaves by canonical name and layout, as NumPy arrays."""
+def hub_arrays(tree: Mapping[str, Any], leaves: Iterable[Leaf]) -> dict[str, Made]:
+    """The hub's names, and what makes each tensor of a tree as a NumPy array in the hub's layout."""
+    return {
+        leaf.name: _made(_at(tree, leaf.path), partial(_of_hub, leaf, tree), leaf.transposed)
+        for leaf in leaves
+    }
 
-    tree: Mapping[str, Any]
-    canonical: Mapping[str, tuple[int, ...]]
 
-    def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        return self.canonical
+def own_arrays(tree: Mapping[str, Any]) -> dict[str, Made]:
+    """The leaves' paths, with slashes, and what makes each as a NumPy array."""
+    return {
+        "/".join(path): _made(leaf, partial(_on_host, tree, path), transposed=False)
+        for path, leaf in flat(tree).items()
+    }
 
-    def dtype(self, canonical: str) -> str:
-        return dtype_of(self._leaf(canonical))
 
-    def read(self, canonical: str) -> Any:
-        array = np.asarray(jax.device_get(self._leaf(canonical)))
-        return array.T if transposed(self._path(canonical)) else array
+def _made(leaf: Any, make: Any, transposed: bool) -> Made:
+    shape = tuple(np.shape(leaf))
+    return Made(dtype=dtype_of(leaf), shape=shape[::-1] if transposed else shape, make=make)
 
-    def _path(self, canonical: str) -> Place:
-        return place(canonical, len(self.canonical[canonical]))
 
-    def _leaf(self, canonical: str) -> Any:
-        node: Any = self.tree
-        for name in self._path(canonical):
-            node = node[name]
-        return node
+def _of_hub(leaf: Leaf, tree: Mapping[str, Any]) -> Any:
+    return leaf.of_hub(_on_host(tree, leaf.path))
+
+
+def _on_host(tree: Mapping[str, Any], path: Place) -> Any:
+    return np.asarray(jax.device_get(_at(tree, path)))
+
+
+def _at(tree: Mapping[str, Any], path: Place) -> Any:
+    node: Any = tree
+    for name in path:
+        node = node[name]
+    return node
 
 
 @dataclass(frozen=True)

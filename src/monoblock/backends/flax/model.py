@@ -1,11 +1,11 @@
-"""One attention, one MLP, one block, one backbone, for every family: they interpret an `ArchSpec`.
+"""One attention, one MLP, one block, for every family: they interpret an `ArchSpec`.
 
     x -> norm1 -> attention -> + -> norm2 -> MLP -> +      (placement "pre")
     x -> attention -> + -> norm1 -> MLP -> + -> norm2      (placement "post")
 
-The parts are Linen's own, so the leaves have Flax's names: `kernel` (inputs, outputs), `scale`, `embedding`, `bias`.
-`dtype` is the computation's; parameters keep theirs. Shape suffixes: b batch, s tokens, w width, h heads, g key/value
-heads, d head width.
+Each part looks its modules up by role; the module tree (names, what holds what) is the family's table. `dtype` is the
+computation's; parameters keep theirs. Shape suffixes: b batch, s tokens, w width, h heads, g key/value heads, d head
+width.
 """
 
 from __future__ import annotations
@@ -15,15 +15,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import linen as nn
 from flax import struct
 from jax import Array
 
 from monoblock.backends.flax import attention
 from monoblock.backends.flax.cache import Layer
-from monoblock.backends.flax.ops import ACT, Scope, rotate, rotations
+from monoblock.backends.flax.ops import ACT, rotate, rotations
+from monoblock.backends.flax.parts import Part, computes, dropout
+from monoblock.backends.flax.scope import Scope
 from monoblock.positions import is_dynamic
-from monoblock.spec import Alibi, ArchSpec, Buckets, Learned, Norm, Rotary
+from monoblock.spec import Alibi, Buckets, Learned, Rotary
 
 
 @struct.dataclass
@@ -46,48 +47,28 @@ class Call:
 
 
 @struct.dataclass
-class BackboneOutput:
-    """The hidden state after the last norm, and what was asked for besides."""
+class StackOutput:
+    """The hidden state after the last norm, those after the embedding and after each layer, the layers' attention
+    weights, and their parts of the cache."""
 
     hidden: Array
-    layers: tuple[Layer, ...] | None
-    hidden_states: tuple[Array, ...] | None
-    attentions: tuple[Array, ...] | None
+    hidden_states: tuple[Array, ...]
+    attentions: tuple[Array | None, ...]
+    layers: tuple[Layer | None, ...]
 
 
-def make_norm(norm: Norm, dtype: Any) -> nn.Module:
-    """The norm as Linen's own module; the statistics are computed in float32 at least."""
-    if norm.kind == "rms":
-        return nn.RMSNorm(epsilon=norm.eps, dtype=dtype, use_fast_variance=False)
-    return nn.LayerNorm(epsilon=norm.eps, use_bias=norm.bias, dtype=dtype, use_fast_variance=False)
+# ---------------------------------------------------------------------------- attention
 
 
-def make_linear(spec: ArchSpec, size: int, bias: bool, dtype: Any) -> nn.Dense:
-    """A dense layer, begun from the spec's normal distribution."""
-    return nn.Dense(size, use_bias=bias, dtype=dtype, kernel_init=nn.initializers.normal(spec.init_std))
-
-
-def make_table(spec: ArchSpec, rows: int, columns: int, dtype: Any) -> nn.Embed:
-    """An embedding, begun from the spec's normal distribution."""
-    return nn.Embed(rows, columns, dtype=dtype, embedding_init=nn.initializers.normal(spec.init_std))
-
-
-class Attention(nn.Module):
-    """Self-attention over fused `[q|k|v]`, with grouped heads, clipping, q/k norms, RoPE, ALiBi and windows."""
-
-    spec: ArchSpec
-    index: int
-    dtype: Any = jnp.float32
+@computes("attention")
+class Attention(Part):
+    """Self-attention with grouped heads, clipping, q/k norms, RoPE, ALiBi and windows."""
 
     def setup(self) -> None:
+        super().setup()
         spec, att = self.spec, self.spec.attention
         self.sizes = (att.heads * att.head_dim, att.kv_heads * att.head_dim, att.kv_heads * att.head_dim)
-        self.qkv = make_linear(spec, sum(self.sizes), att.qkv_bias, self.dtype)
-        self.out = make_linear(spec, spec.width, att.out_bias, self.dtype)
         self.by_head = att.qk_norm is not None and att.qk_norm.span == "head"
-        if att.qk_norm is not None:
-            self.q_norm = make_norm(att.qk_norm.norm, self.dtype)
-            self.k_norm = make_norm(att.qk_norm.norm, self.dtype)
         self.window = spec.windows[self.index]
         # Dynamic scaling turns all keys by angles that change with the length: such keys are cached unturned.
         rotary = spec.position(Rotary)
@@ -96,7 +77,7 @@ class Attention(nn.Module):
     def __call__(
         self, x_bsw: Array, call: Call, layer: Layer | None
     ) -> tuple[Array, Array | None, Layer | None]:
-        q, k, v = self.heads(self.qkv(x_bsw))
+        q, k, v = self.heads(*self.projected(x_bsw))
         if call.cos is not None and call.sin is not None:
             q = rotate(q, call.cos, call.sin)
             k = k if self.late_rotary else rotate(k, call.cos, call.sin)
@@ -113,7 +94,21 @@ class Attention(nn.Module):
             else:
                 out = attention.attend(q, k, v, scope, kernel, key)
         out = out.swapaxes(1, 2).reshape(*x_bsw.shape[:2], self.sizes[0])
-        return self.out(out), weights, layer
+        out = self.role("out")(out)
+        return self.dropped(out, "out_drop", self.spec.dropout.residual, call.train), weights, layer
+
+    def projected(self, x_bsw: Array) -> tuple[Array, Array, Array]:
+        """Queries, keys and values, (b, s, h * d); (b, s, h, d) where each head's lie together."""
+        if self.has("qkv_by_head"):
+            att = self.spec.attention
+            qkv = self.role("qkv_by_head")(x_bsw).reshape(*x_bsw.shape[:2], att.heads, 3, att.head_dim)
+            return qkv[..., 0, :], qkv[..., 1, :], qkv[..., 2, :]
+        if self.has("qkv"):
+            q, k, v = jnp.split(
+                self.role("qkv")(x_bsw), (self.sizes[0], self.sizes[0] + self.sizes[1]), axis=-1
+            )
+            return q, k, v
+        return self.role("q")(x_bsw), self.role("k")(x_bsw), self.role("v")(x_bsw)
 
     def steps(self, q: Array, call: Call) -> bool:
         """Whether this is one token after others, with nothing that needs its key among theirs."""
@@ -129,17 +124,17 @@ class Attention(nn.Module):
         out = attention.attend_next(q, (k, v), held, scope, kernel)
         return out, layer.appended(k, v, read_bhnd=out)
 
-    def heads(self, qkv: Array) -> tuple[Array, Array, Array]:
-        """Queries (b, h, s, d), keys and values (b, g, s, d), clipped and normed."""
+    def heads(self, q: Array, k: Array, v: Array) -> tuple[Array, Array, Array]:
+        """Queries (b, h, s, d), keys and values (b, g, s, d), clipped and normed, of projections (b, s, h * d) or
+        (b, s, h, d)."""
         att = self.spec.attention
         if att.clip is not None:
-            qkv = jnp.clip(qkv, -att.clip, att.clip)
-        q, k, v = jnp.split(qkv, (self.sizes[0], self.sizes[0] + self.sizes[1]), axis=-1)
+            q, k, v = (jnp.clip(x, -att.clip, att.clip) for x in (q, k, v))
         if att.qk_norm is not None and not self.by_head:
-            q, k = self.q_norm(q), self.k_norm(k)
+            q, k = (self.role(f"{n}_norm")(x.reshape(*x.shape[:2], -1)) for n, x in (("q", q), ("k", k)))
         q, k, v = (x.reshape(*x.shape[:2], -1, att.head_dim).swapaxes(1, 2) for x in (q, k, v))
         if self.by_head:
-            q, k = self.q_norm(q), self.k_norm(k)
+            q, k = self.role("q_norm")(q), self.role("k_norm")(k)
         return q, k, v
 
     def remembered(
@@ -171,146 +166,185 @@ class Attention(nn.Module):
         return rotate(k, cos, sin)
 
 
-class Mlp(nn.Module):
-    """`down(act(up(x)))`, or gated; gate and up are one fused `[gate|up]` matrix."""
+@computes("wrapper")
+class Wrapper(Part):
+    """Calls the attention that it holds."""
 
-    spec: ArchSpec
-    dtype: Any = jnp.float32
-
-    def setup(self) -> None:
-        mlp = self.spec.mlp
-        if mlp.gated:
-            self.gate_up = make_linear(self.spec, 2 * mlp.width, mlp.bias, self.dtype)
-        else:
-            self.up = make_linear(self.spec, mlp.width, mlp.bias, self.dtype)
-        self.down = make_linear(self.spec, self.spec.width, mlp.bias, self.dtype)
-
-    def __call__(self, x_bsw: Array) -> Array:
-        act = ACT[self.spec.mlp.act]
-        if self.spec.mlp.gated:
-            gate, up = jnp.split(self.gate_up(x_bsw), 2, axis=-1)
-            return self.down(act(gate) * up)
-        return self.down(act(self.up(x_bsw)))
+    def __call__(
+        self, x_bsw: Array, call: Call, layer: Layer | None
+    ) -> tuple[Array, Array | None, Layer | None]:
+        return self.role("attention")(x_bsw, call, layer)
 
 
-class Block(nn.Module):
-    """Attention and MLP, each with its residual; the norm before the sub-layer or after the sum."""
-
-    spec: ArchSpec
-    index: int
-    dtype: Any = jnp.float32
-
-    def setup(self) -> None:
-        spec = self.spec
-        self.norm1, self.norm2 = make_norm(spec.norm, self.dtype), make_norm(spec.norm, self.dtype)
-        self.attn, self.mlp = Attention(spec, self.index, self.dtype), Mlp(spec, self.dtype)
-        self.dropout = nn.Dropout(spec.dropout.residual)
+@computes("attention_norm")
+class AttentionNorm(Part):
+    """`norm(x + dropout(attention(x)))`."""
 
     def __call__(self, x: Array, call: Call, layer: Layer | None) -> tuple[Array, Array | None, Layer | None]:
-        rest = not call.train
-        if self.spec.placement == "pre":
-            y, weights, layer = self.attn(self.norm1(x), call, layer)
-            x = x + self.dropout(y, deterministic=rest)
-            return x + self.dropout(self.mlp(self.norm2(x)), deterministic=rest), weights, layer
-        y, weights, layer = self.attn(x, call, layer)
-        x = self.norm1(x + self.dropout(y, deterministic=rest))
-        return self.norm2(x + self.dropout(self.mlp(x), deterministic=rest)), weights, layer
+        y, weights, layer = self.role("attention")(x, call, layer)
+        y = self.dropped(y, "out_drop", self.spec.dropout.residual, call.train)
+        return self.role("norm1")(y + x), weights, layer
 
 
-class Blocks(nn.Module):
-    """The blocks one after the other, named by their numbers. `remat`: the backward pass computes each anew."""
-
-    spec: ArchSpec
-    dtype: Any = jnp.float32
-    remat: bool = False
-
-    @nn.compact
-    def __call__(
-        self, x: Array, call: Call, layers: tuple[Layer | None, ...]
-    ) -> tuple[list[Array], list[Array | None], list[Layer | None]]:
-        make = nn.remat(Block) if self.remat and call.train else Block
-        states, weights, after = [], [], []
-        for i, layer in enumerate(layers):
-            x, weight, layer = make(self.spec, i, self.dtype, name=str(i))(x, call, layer)
-            states.append(x)
-            weights.append(weight)
-            after.append(layer)
-        return states, weights, after
+# ---------------------------------------------------------------------------- MLP
 
 
-class Backbone(nn.Module):
-    """Embeddings, blocks, final norm."""
+@computes("mlp")
+class Mlp(Part):
+    """`down(act(up(x)))`, or gated: `down(act(gate(x)) * up(x))`."""
 
-    spec: ArchSpec
-    dtype: Any = jnp.float32
-    remat: bool = False
+    def __call__(self, x_bsw: Array, train: bool) -> Array:
+        return self.dropped(mlp(self, x_bsw), "mlp_drop", self.spec.dropout.residual, train)
 
-    def setup(self) -> None:
-        spec, dtype = self.spec, self.dtype
-        self.embed = make_table(spec, spec.vocab, spec.width, dtype)
-        if learned := spec.position(Learned):
-            self.pos_embed = make_table(spec, learned.size, spec.width, dtype)
-        if buckets := spec.position(Buckets):
-            self.rel_bias = make_table(spec, buckets.count, spec.attention.heads, dtype)
-        if spec.patches:
-            self.patch_embed = make_linear(spec, spec.width, True, dtype)
-        if spec.embed_norm:
-            self.embed_norm = make_norm(spec.embed_norm, dtype)
-        self.dropout = nn.Dropout(spec.dropout.embed)
-        self.blocks = Blocks(spec, dtype, self.remat)
-        if spec.final_norm:
-            self.final_norm = make_norm(spec.final_norm, dtype)
 
-    def run(
-        self, x_bsw: Array, call: Call, layers: tuple[Layer, ...] | None, hidden_states: bool
-    ) -> BackboneOutput:
-        """Run the blocks on embedded tokens (b, s, w)."""
-        spec = self.spec
-        x = self.embedded(x_bsw, call)
-        scope = call.scope
-        if alibi := spec.position(Alibi):
-            scope = replace(scope, slopes_h=jnp.asarray(alibi.slopes(spec.attention.heads), jnp.float32))
-        if buckets := spec.position(Buckets):
-            scope = replace(scope, table=self.rel_bias.embedding, buckets=buckets)
-        if rotary := spec.position(Rotary):
-            cos, sin = rotations(call.positions_bs, rotary, x.dtype)
-            call = replace(call, cos=cos, sin=sin)
-        none = (None,) * spec.layers
-        states, weights, after = self.blocks(x, replace(call, scope=scope), layers or none)
-        hidden = self.final_norm(states[-1]) if spec.final_norm else states[-1]
-        return BackboneOutput(
-            hidden=hidden,
-            layers=tuple(after) if layers else None,  # pyright: ignore[reportArgumentType]
-            hidden_states=(x, *states[:-1], hidden) if hidden_states else None,
-            attentions=tuple(weights) if call.attentions else None,  # pyright: ignore[reportArgumentType]
-        )
+@computes("mlp_add")
+class MlpAdd(Part):
+    """The same with dropout, and added to the residual."""
 
-    def embedded(self, x: Array, call: Call) -> Array:
-        """Tokens with their positions, norm and dropout; a share of the gradient if the spec says so."""
-        if learned := self.spec.position(Learned):
-            places = self.pos_embed(call.positions_bs)
-            if learned.pad_id is not None:
-                places = untrained(places, call.positions_bs == learned.offset - 1)
-            x = x + places
-        if self.spec.embed_norm:
-            x = self.embed_norm(x)
-        if (share := self.spec.embed_gradient) != 1.0:
-            x = x * share + jax.lax.stop_gradient(x) * (1 - share)
-        return self.dropout(x, deterministic=not call.train)
+    def __call__(self, x_bsw: Array, residual_bsw: Array, train: bool) -> Array:
+        y = mlp(self, x_bsw)
+        return dropout(self, y, self.spec.dropout.residual, train) + residual_bsw
 
-    def with_patches(self, x_bsw: Array, patches: Array, rows_bs: Array) -> Array:
-        """The tokens with projected image patches (P, size) in their places: `rows_bs` says which of them each token
-        is, -1 for none."""
-        vectors = self.patch_embed(patches).astype(x_bsw.dtype)
-        taken = jnp.take(vectors, jnp.maximum(rows_bs, 0), axis=0)
-        return jnp.where(rows_bs[..., None] >= 0, taken, x_bsw)
 
-    def lookup(self, input_ids: Array) -> Array:
-        """Token ids (b, s) as vectors (b, s, w)."""
-        x, learned = self.embed(input_ids), self.spec.position(Learned)
-        if learned is None or learned.pad_id is None:
-            return x
-        return untrained(x, input_ids == learned.pad_id)
+def mlp(part: Part, x_bsw: Array) -> Array:
+    """`down(act(up(x)))`, or gated."""
+    act = ACT[part.spec.mlp.act]
+    if part.has("gate_up"):
+        gate, up = jnp.split(part.role("gate_up")(x_bsw), 2, axis=-1)
+        return part.role("down")(act(gate) * up)
+    if part.spec.mlp.gated:
+        return part.role("down")(act(part.role("gate")(x_bsw)) * part.role("up")(x_bsw))
+    return part.role("down")(act(part.role("up")(x_bsw)))
+
+
+@computes("widen")
+class Widen(Part):
+    """`act(up(x))`."""
+
+    def __call__(self, x: Array) -> Array:
+        return ACT[self.spec.mlp.act](self.role("up")(x))
+
+
+@computes("narrow")
+class Narrow(Part):
+    """`norm(dropout(down(x)) + residual)`."""
+
+    def __call__(self, x: Array, residual: Array, train: bool) -> Array:
+        y = self.dropped(self.role("down")(x), "mlp_drop", self.spec.dropout.residual, train)
+        return self.role("norm2")(y + residual)
+
+
+# ---------------------------------------------------------------------------- block
+
+
+@computes("layer")
+class Block(Part):
+    """Attention and MLP, each with its residual; the norm before the sub-layer or after the sum."""
+
+    def __call__(self, x: Array, call: Call, layer: Layer | None) -> tuple[Array, Array | None, Layer | None]:
+        train = call.train
+        if self.has("attention_norm"):  # sub-layers that add and norm by themselves
+            x, weights, layer = self.role("attention_norm")(x, call, layer)
+            return self.role("narrow")(self.role("widen")(x), x, train), weights, layer
+        attend = self.role("wrapper" if self.has("wrapper") else "attention")
+        if self.spec.placement == "post":
+            y, weights, layer = attend(x, call, layer)
+            x = self.role("norm1")(x + y)
+            return self.role("norm2")(x + self.role("mlp")(x, train)), weights, layer
+        y, weights, layer = attend(self.role("norm1")(x), call, layer)
+        if self.has("mlp_add"):
+            x = x + self.with_dropout(y, train)
+            return self.role("mlp_add")(self.role("norm2")(x), x, train), weights, layer
+        x = x + y
+        return x + self.with_dropout(self.role("mlp")(self.role("norm2")(x), train), train), weights, layer
+
+    def with_dropout(self, y: Array, train: bool) -> Array:
+        """With the block's own dropout, where there is one."""
+        return self.dropped(y, "layer_drop", self.spec.dropout.residual, train)
+
+
+# ---------------------------------------------------------------------------- model
+
+
+@computes("embeddings")
+class Embeddings(Part):
+    """Embedded tokens with positions, norm and dropout."""
+
+    def __call__(self, x_bsw: Array, call: Call) -> Array:
+        return positioned(self, x_bsw, call)
+
+
+def positioned(part: Part, x: Array, call: Call) -> Array:
+    """Embedded tokens with their positions, norm and dropout; a share of the gradient if the spec says so."""
+    spec = part.spec
+    if learned := spec.position(Learned):
+        places = part.role("pos_embed")(call.positions_bs)
+        if learned.pad_id is not None:
+            places = untrained(places, call.positions_bs == learned.offset - 1)
+        x = x + places
+    if spec.embed_norm:
+        x = part.role("embed_norm")(x)
+    if (share := spec.embed_gradient) != 1.0:
+        x = x * share + jax.lax.stop_gradient(x) * (1 - share)
+    return dropout(part, x, spec.dropout.embed, call.train)
+
+
+@computes("stack")
+class Stack(Part):
+    """All layers and the final norm."""
+
+    def __call__(self, x_bsw: Array, call: Call, layers: tuple[Layer | None, ...]) -> StackOutput:
+        return run_layers(self, x_bsw, call, layers)
+
+
+def run_layers(part: Part, x: Array, call: Call, layers: tuple[Layer | None, ...]) -> StackOutput:
+    """All layers and the final norm, on embedded tokens (b, s, w)."""
+    spec, scope = part.spec, call.scope
+    if alibi := spec.position(Alibi):
+        scope = replace(scope, slopes_h=jnp.asarray(alibi.slopes(spec.attention.heads), jnp.float32))
+    if buckets := spec.position(Buckets):
+        scope = replace(scope, table=part.role("rel_bias").embedding, buckets=buckets)
+    if rotary := spec.position(Rotary):
+        cos, sin = rotations(call.positions_bs, rotary, x.dtype)
+        call = replace(call, cos=cos, sin=sin)
+    states, weights, after = part.role("layers")(x, replace(call, scope=scope), layers)
+    hidden = part.role("final_norm")(states[-1]) if part.has("final_norm") else states[-1]
+    return StackOutput(
+        hidden=hidden,
+        hidden_states=(x, *states[:-1], hidden),
+        attentions=tuple(weights),
+        layers=tuple(after),
+    )
+
+
+@computes("model")
+class Model(Part):
+    """A bare model inside one with a head, which calls the functions below on it."""
+
+
+def lookup(bare: Any, input_ids: Array) -> Array:
+    """Token ids (b, s) as vectors (b, s, w)."""
+    x, learned = bare.at("embed")(input_ids), bare.spec.position(Learned)
+    if learned is None or learned.pad_id is None:
+        return x
+    return untrained(x, input_ids == learned.pad_id)
+
+
+def with_patches(bare: Any, x_bsw: Array, patches: Array, rows_bs: Array) -> Array:
+    """The tokens with projected image patches (P, size) in their places: `rows_bs` says which of them each token is, -1
+    for none."""
+    vectors = bare.at("patch_embed")(patches).astype(x_bsw.dtype)
+    taken = jnp.take(vectors, jnp.maximum(rows_bs, 0), axis=0)
+    return jnp.where(rows_bs[..., None] >= 0, taken, x_bsw)
+
+
+def hidden_states(bare: Any, x_bsw: Array, call: Call, layers: tuple[Layer | None, ...]) -> StackOutput:
+    """Everything between the embedded tokens and the head."""
+    embed = bare.role("embeddings") if bare.has("embeddings") else None
+    x = positioned(bare, x_bsw, call) if embed is None else embed(x_bsw, call)
+    if bare.has("stack"):
+        return bare.role("stack")(x, call, layers)
+    return run_layers(bare, x, call, layers)
 
 
 def untrained(x_bsw: Array, padding_bs: Array) -> Array:

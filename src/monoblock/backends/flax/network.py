@@ -1,35 +1,104 @@
-"""The whole model as one Linen module: backbone and head, from arrays to arrays."""
+"""The whole model as one Linen module: the bare model and a head, from arrays to arrays."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
+import jax.numpy as jnp
+from flax import linen as nn
 from jax import Array
 
-from monoblock.backends.flax import heads
+from monoblock.backends.flax import heads, model
 from monoblock.backends.flax.cache import Cache
-from monoblock.backends.flax.inputs import AT_REST, Wanted, prepare
-from monoblock.backends.flax.model import Backbone
-from monoblock.heads import HeadSpec
+from monoblock.backends.flax.checked import checked
+from monoblock.backends.flax.inputs import prepare
+from monoblock.backends.flax.parts import Part
+from monoblock.backends.xla.inputs import AT_REST, Wanted
+from monoblock.outputs import ModelOutput
 
 
-class Network(Backbone):
-    """A backbone, and a head where there is one, with the canonical parameter tree.
+class Network(Part):
+    """A bare model, or one with a head, with the modules of its layout.
 
-    Its fields are the spec, the head's spec, the dtype of the computation, and whether the backward pass computes each
-    block anew (`remat`); equal networks share what `jit` compiles.
+    Its fields are the layout, the spec, the head's spec, the dtype of the computation, whether the backward pass
+    computes each layer anew (`remat`), and the class of the output; equal networks share what `jit` compiles.
     """
 
-    head_spec: HeadSpec | None = None
-
-    def setup(self) -> None:
-        super().setup()
-        if self.head_spec is not None:
-            self.head = heads.Head(self.spec, self.head_spec, self.dtype)
+    output: type[ModelOutput] | None = None
 
     def __call__(
+        self,
+        input_ids: Any = None,
+        attention_mask: Any = None,
+        position_ids: Any = None,
+        deterministic: bool = True,
+        init_cache: bool = False,
+        output_attentions: bool = False,
+        output_hidden_states: bool = False,
+        return_dict: bool = True,
+        *,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Any = None,
+        token_type_ids: Any = None,
+        mc_token_ids: Any = None,
+        image_patches: Any = None,
+        image_patches_indices: Any = None,
+        pixel_values: Any = None,
+        sequence_id: Any = None,
+    ) -> Any:
+        """What `module.apply({"params": params}, input_ids, attention_mask, position_ids)` computes: the arguments of
+        transformers' Flax modules in their order, then further inputs by keyword; shapes are those of the model's call.
+
+        `deterministic=False` drops out, with `rngs={"dropout": key}`. Gives the class's output, without a loss, or its
+        tuple. ValueError: an input does not fit, or a cache is asked for as a collection of variables.
+        """
+        if init_cache or (self.scope is not None and "cache" in self.variables):
+            raise ValueError(
+                "a cache is an argument and a result here, no collection of variables: give past_key_values="
+                "model.init_cache(batch, max_length), and take past_key_values from the output"
+            )
+        arguments = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "inputs_embeds": inputs_embeds,
+            "token_type_ids": token_type_ids,
+            "mc_token_ids": mc_token_ids,
+            "image_patches": image_patches,
+            "image_patches_indices": image_patches_indices,
+            "pixel_values": pixel_values,
+            "sequence_id": sequence_id,
+        }
+        train = not deterministic
+        call = checked(self.spec, self.head_spec, arguments, past_key_values, train)
+        wanted = Wanted(
+            train=train,
+            attentions=output_attentions,
+            hidden_states=output_hidden_states,
+            fresh=call.fresh,
+            choices=call.choices,
+            nested=call.nested,
+        )
+        found = self.run(call.given, past_key_values, wanted)
+        if self.output is None:
+            return found
+        names = {field.name for field in fields(self.output)}  # pyright: ignore[reportArgumentType]
+        result = self.output(**{name: value for name, value in found.items() if name in names})
+        return result if return_dict else result.to_tuple()
+
+    @property
+    @nn.nowrap
+    def bare(self) -> Any:
+        """The bare model: the one inside, or this one."""
+        return self.role("model") if self.has("model") else self
+
+    def lookup(self, input_ids: Array) -> Array:
+        """Token ids (b, s) as vectors (b, s, w)."""
+        return model.lookup(self.bare, input_ids)
+
+    def run(
         self, given: Mapping[str, Array], cache: Cache | None = None, wanted: Wanted = AT_REST
     ) -> dict[str, Any]:
         """The outputs by name, without the losses.
@@ -38,29 +107,32 @@ class Network(Backbone):
         (b, n), with a cache (b, max_length); position_ids (b or 1, n); token_type_ids (b, n); mc_token_ids (b,);
         image_patches (P, size) and patch_rows (b, n), which say which patch each token is, -1 for none.
         """
-        x, types = given.get("inputs_embeds"), given.get("token_type_ids")
-        x = self.lookup(given["input_ids"]) if x is None else x.astype(self.dtype)
+        x, types, bare = given.get("inputs_embeds"), given.get("token_type_ids"), self.bare
+        x = model.lookup(bare, given["input_ids"]) if x is None else x.astype(self.dtype)
         if (patches := given.get("image_patches")) is not None:
-            x = self.with_patches(x, patches, given["patch_rows"])
+            x = model.with_patches(bare, x, patches, given["patch_rows"])
         elif self.is_initializing() and self.spec.patches:
-            self.patch_embed(x[..., :1].repeat(self.spec.patches.size, -1))
+            bare.at("patch_embed")(x[..., :1].repeat(self.spec.patches.size, -1))
         if types is not None:
-            x = x + self.lookup(types)
+            x = x + model.lookup(bare, types)
         call = prepare(self.spec, given, x.shape[1], cache, wanted)
-        layers = None if cache is None else tuple(cache.layer(i) for i in range(self.spec.layers))
-        out = self.run(x, call, layers, wanted.hidden_states)
+        layers = (None,) * self.spec.layers
+        if cache is not None:
+            layers = tuple(cache.layer(i) for i in range(self.spec.layers))
+        out = model.hidden_states(bare, x, call, layers)
         found: dict[str, Any] = {"last_hidden_state": out.hidden}
-        if out.hidden_states is not None:
+        if wanted.hidden_states:
             found["hidden_states"] = out.hidden_states
-        if out.attentions is not None:
+        if wanted.attentions:
             found["attentions"] = out.attentions
-        if cache is not None and out.layers is not None:
+        if cache is not None:
+            after: Any = out.layers
             found["past_key_values"] = replace(
                 cache,
-                keys=tuple(layer.keys for layer in out.layers),
-                values=tuple(layer.values for layer in out.layers),
-                length=(0 if wanted.fresh else cache.length) + x.shape[1],
+                keys=tuple(layer.keys for layer in after),
+                values=tuple(layer.values for layer in after),
+                length=jnp.asarray(0 if wanted.fresh else cache.length, jnp.int32) + x.shape[1],
             )
         if self.head_spec is not None:
-            found |= heads.outputs(self.head, out.hidden, self.embed.embedding, given, wanted)
+            found |= heads.outputs(self, out.hidden, given, wanted)
         return found

@@ -1,26 +1,17 @@
-"""What from_pretrained takes out of its keywords before the rest goes to the config."""
+"""What the Flax classes' `from_pretrained` takes: the common options, and its own."""
 
 from __future__ import annotations
 
-import logging
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 
+from monoblock.backends import options
 from monoblock.checkpoint.hub import Kind
-from monoblock.checkpoint.options import HubOptions
 
-log = logging.getLogger("monoblock")
-
-# Arguments of the PyTorch classes that have no meaning here, and what does the same.
-_REFUSED = {
-    "torch_dtype": "dtype= is the computation's type, and to_bf16() or to_fp16() change the parameters'",
-    "device_map": "jax.device_put(params, sharding) places the parameters",
-    "quantization_config": "quantised weights run on PyTorch only",
-    "load_in_4bit": "quantised weights run on PyTorch only",
-    "load_in_8bit": "quantised weights run on PyTorch only",
-    "attn_implementation": "the kernel is chosen by the shapes, and output_attentions=True works with it",
-}
+QUANTISED = "quantised weights run on PyTorch only"
+TORCH_DTYPE = "use dtype=, the computation's type; to_bf16() and to_fp16() change the parameters'"
 
 
 def computation(dtype: Any) -> Any:
@@ -34,20 +25,21 @@ def computation(dtype: Any) -> Any:
     return found
 
 
-class LoadOptions:
+class LoadOptions(options.LoadOptions):
     """The options of a load; the keywords that are no options are left where they were."""
 
+    prefix = "Flax"
+    native: ClassVar[Kind] = "msgpack"
+    refused: ClassVar[Mapping[str, str]] = {
+        "torch_dtype": TORCH_DTYPE,
+        "device_map": "jax.device_put(params, sharding) places the parameters",
+        "quantization_config": QUANTISED,
+        "load_in_4bit": QUANTISED,
+        "load_in_8bit": QUANTISED,
+        **options.KERNEL,
+    }
+
     def __init__(self, kwargs: dict[str, Any]) -> None:
-        self.hub = HubOptions.pop(kwargs)
+        super().__init__(kwargs)
         self.do_init = bool(kwargs.pop("_do_init", True))
         self.init = {name: kwargs.pop(name) for name in ("input_shape", "seed") if name in kwargs}
-        self.ignore_mismatched_sizes = bool(kwargs.pop("ignore_mismatched_sizes", False))
-        self.variant = kwargs.pop("variant", None)
-        self.use_safetensors = kwargs.pop("use_safetensors", None)
-        from_pt = bool(kwargs.pop("from_pt", False))
-        self.prefer: tuple[Kind, ...] = ("safetensors", "bin") if from_pt else ("safetensors", "msgpack")
-        if kwargs.pop("trust_remote_code", False):
-            log.info("trust_remote_code=True: no remote code is run here; the makers' options work natively")
-        for name, instead in _REFUSED.items():
-            if kwargs.pop(name, None):
-                raise ValueError(f"from_pretrained of a Flax class does not take {name}: {instead}")

@@ -13,10 +13,9 @@ from jax.core import Tracer
 
 from monoblock import tree
 from monoblock.backends.flax import loading
-from monoblock.backends.flax.loading import Place, Tree
+from monoblock.backends.flax.loading import Group, Leaf, Place, Tree
 from monoblock.checkpoint.keymap import KeyMap
 from monoblock.checkpoint.save import Made
-from monoblock.checkpoint.weights import laid_out
 from monoblock.errors import ShapeMismatch
 
 if TYPE_CHECKING:
@@ -51,9 +50,18 @@ class Parameters:
         """Second names: canonical name -> the canonical parameter that it shares."""
         return tree.tied(self.spec, self.module.head_spec)
 
+    @functools.cached_property
+    def groups(self) -> dict[str, Group]:
+        """Canonical name -> the leaves that hold it; tied parameters once."""
+        return loading.groups(self.keymap(), self.canonical_shapes(), self.module.layout)
+
+    @functools.cached_property
+    def leaves(self) -> dict[Place, Leaf]:
+        """The leaves by their paths."""
+        return {leaf.path: leaf for group in self.groups.values() for leaf in group.leaves}
+
     def _leaf_shapes(self) -> dict[Place, tuple[int, ...]]:
-        places = ((loading.place(name, len(shape)), shape) for name, shape in self.canonical_shapes().items())
-        return {path: loading.leaf_shape(path, shape) for path, shape in places}
+        return {path: leaf.shape for path, leaf in self.leaves.items()}
 
     @property
     def required_params(self) -> set[Place]:
@@ -170,7 +178,7 @@ class Parameters:
     def hub_tensors(self, params: Mapping[str, Any] | None = None) -> dict[str, Made]:
         """The hub's names, and what makes each tensor, as a NumPy array in PyTorch's layout, when it is called."""
         kept = self.params if params is None else self.checked_params(params)
-        return laid_out(loading.TreeWeights(kept, self.canonical_shapes()), self.keymap())
+        return loading.hub_arrays(kept, self.leaves.values())
 
     def hub_state_dict(self, params: Mapping[str, Any] | None = None) -> dict[str, np.ndarray]:
         """NumPy arrays by the hub's names and in PyTorch's layouts, tied ones once."""
@@ -180,7 +188,7 @@ class Parameters:
         """The tree of arrays (NumPy's, or PyTorch's on the CPU) by the hub's names; the inverse of
         `hub_state_dict`. CheckpointError says what does not fit."""
         arrays = loading.Arrays({name: np.array(array) for name, array in state.items()})
-        made, report = loading.load(arrays, self.keymap(), self.canonical_shapes(), self.tied())
+        made, report = loading.load(arrays, self.keymap(), self.canonical_shapes(), self.tied(), self.groups)
         if report.missing or report.unused:
             bad = report.missing or report.unused
             what = "lacks" if report.missing else "also holds"

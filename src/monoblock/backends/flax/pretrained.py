@@ -16,17 +16,17 @@ from flax.errors import FlaxError
 from monoblock.backends.flax import cache as caches
 from monoblock.backends.flax import loading
 from monoblock.backends.flax.cache import Cache
-from monoblock.backends.flax.checked import checked, has_positions
+from monoblock.backends.flax.checked import checked
 from monoblock.backends.flax.decode import Generation
-from monoblock.backends.flax.inputs import Wanted
 from monoblock.backends.flax.loading import Tree
 from monoblock.backends.flax.network import Network
-from monoblock.backends.flax.options import LoadOptions, computation
+from monoblock.backends.flax.options import TORCH_DTYPE, LoadOptions, computation
 from monoblock.backends.flax.outputs import output_class
 from monoblock.backends.flax.parameters import Parameters
 from monoblock.backends.flax.sharding import Sharded
 from monoblock.backends.flax.training import Training
-from monoblock.checkpoint.hub import find_weights
+from monoblock.backends.xla.inputs import Wanted
+from monoblock.checkpoint.hub import find_weights, of_one_save
 from monoblock.checkpoint.msgpack_save import save_msgpack
 from monoblock.checkpoint.options import HubOptions
 from monoblock.checkpoint.save import save_tensors
@@ -71,14 +71,18 @@ class FlaxPreTrainedModel(Parameters, Sharded, Training, Generation):
         config = as_own_config(config, self.family.config, type(self).__name__)
         remat = kwargs.pop("gradient_checkpointing", getattr(config, "gradient_checkpointing", False))
         if kwargs:
-            raise TypeError(f"{type(self).__name__} has no argument {next(iter(kwargs))!r}")
+            name = next(iter(kwargs))
+            instead = f": {TORCH_DTYPE}" if name == "torch_dtype" else ""
+            raise TypeError(f"{type(self).__name__} has no argument {name!r}{instead}")
         self.config = config
         self.spec = config.to_spec()
         self.name_or_path = config.name_or_path
         self.dtype = computation(dtype)
         self.seed, self.input_shape, self._do_init = seed, input_shape, _do_init
         head = config.to_head(self.row.head) if self.row.head else None
-        self.module = Network(spec=self.spec, dtype=self.dtype, remat=bool(remat), head_spec=head)
+        layout = self.family.layout(config, self.row)
+        kind = output_class(self.row.output)
+        self.module = Network(layout, self.spec, head, dtype=self.dtype, remat=bool(remat), output=kind)
         self.generation_config = self.default_generation_config() if self.can_generate() else None
         self._params: Tree | None = None
 
@@ -100,8 +104,6 @@ class FlaxPreTrainedModel(Parameters, Sharded, Training, Generation):
     ) -> Any:
         """Run the model; inputs, defaults and outputs are in the class's docstring."""
         self._check_names(inputs)
-        if position_ids is not None and not has_positions(self.spec):
-            _warn_once(f"position_ids have no effect: {type(self).__name__} encodes positions as distances")
         arguments = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
@@ -125,7 +127,9 @@ class FlaxPreTrainedModel(Parameters, Sharded, Training, Generation):
         key = self.dropout_key(dropout_rng) if train else None
         kind = output_class(self.row.output)
         try:
-            found = forward(self.module, wanted, _names(kind), kept, call.given, past_key_values, key)
+            found = forward(
+                self.updated_module(), wanted, _names(kind), kept, call.given, past_key_values, key
+            )
         except FlaxError:
             self.checked_params(kept)  # says in words which leaf does not fit
             raise
@@ -183,19 +187,27 @@ class FlaxPreTrainedModel(Parameters, Sharded, Training, Generation):
                 f"{cls.__name__}.from_pretrained takes two positional arguments: a name and a dtype"
             )
         options = LoadOptions(kwargs)
-        settings, unused = cls._config_for(pretrained_model_name_or_path, config, options.hub, kwargs)
-        if unused:
-            raise TypeError(f"from_pretrained does not know the argument {next(iter(unused))!r}")
-        files = find_weights(
-            pretrained_model_name_or_path,
-            options.hub,
-            variant=options.variant,
-            use_safetensors=options.use_safetensors,
-            prefer=options.prefer,
-        )
+        name = pretrained_model_name_or_path
+
+        def read() -> tuple[Any, Any, Any]:
+            settings, unused = cls._config_for(name, config, options.hub, kwargs)
+            if unused:
+                raise TypeError(f"from_pretrained does not know the argument {next(iter(unused))!r}")
+            generation = cls.file_generation_config(name, options.hub) if cls.row.head == "causal" else None
+            files = find_weights(
+                name,
+                options.hub,
+                variant=options.variant,
+                use_safetensors=options.use_safetensors,
+                prefer=options.prefer,
+            )
+            return settings, generation, open_store(files, "np")
+
+        settings, generation, store = of_one_save(name, options.hub, read)
         model = cls(settings, dtype=dtype, _do_init=options.do_init, **options.init)
-        params = model._load(open_store(files, "np"), options)
-        model.generation_config = model.file_generation_config(pretrained_model_name_or_path, options.hub)
+        params = model._load(store, options)
+        if generation is not None:
+            model.generation_config = generation
         if not options.do_init:
             return model, params
         model.params = params
@@ -204,7 +216,12 @@ class FlaxPreTrainedModel(Parameters, Sharded, Training, Generation):
     def _load(self, store: Any, options: LoadOptions) -> Tree:
         keymap, shapes = self.keymap(), self.canonical_shapes()
         params, report = loading.load(
-            store, keymap, shapes, self.tied(), ignore_mismatched_sizes=options.ignore_mismatched_sizes
+            store,
+            keymap,
+            shapes,
+            self.tied(),
+            self.groups,
+            ignore_mismatched_sizes=options.ignore_mismatched_sizes,
         )
         where = self.name_or_path or "the checkpoint"
         if report.made:
@@ -246,7 +263,6 @@ class FlaxPreTrainedModel(Parameters, Sharded, Training, Generation):
         folder = Path(save_directory)
         if folder.is_file():
             raise ValueError(f"save_pretrained needs a folder, but {folder} is a file")
-        folder.mkdir(parents=True, exist_ok=True)
         tensors = self.hub_tensors(params)
         kept = self.params if params is None else params
         self.config.architectures = [self.row.name]
@@ -258,10 +274,7 @@ class FlaxPreTrainedModel(Parameters, Sharded, Training, Generation):
         if safe_serialization:
             save_tensors(folder, tensors, framework="np", max_shard_size=max_shard_size, beside=texts)
             return
-        keymap = self.keymap()
-        tables = [f"{name}.weight" for name in loading.TABLES if f"{name}.weight" in self.canonical_shapes()]
-        names = [name for table in tables for name in keymap.source(table).names]
-        save_msgpack(folder, tensors, embeddings=names, max_shard_size=max_shard_size, beside=texts)
+        save_msgpack(folder, loading.own_arrays(kept), max_shard_size=max_shard_size, beside=texts)
 
     def can_generate(self) -> bool:
         """Whether the class predicts the next token."""
@@ -280,15 +293,10 @@ def forward(
 ) -> dict[str, Any]:
     """The outputs of these names; models of one spec share what is compiled."""
     rngs = None if key is None else {"dropout": key}
-    found = module.apply({"params": params}, given, cache, wanted, rngs=rngs)
+    found = module.apply({"params": params}, given, cache, wanted, rngs=rngs, method="run")
     return {name: value for name, value in found.items() if name in names}  # pyright: ignore
 
 
 @functools.cache
 def _names(kind: Any) -> tuple[str, ...]:
     return tuple(kind.__dataclass_fields__)
-
-
-@functools.cache
-def _warn_once(message: str) -> None:
-    log.warning(message)

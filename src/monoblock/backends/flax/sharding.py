@@ -5,16 +5,16 @@ Nothing of the model changes: `jit` sees where its arguments lie and adds the co
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from monoblock.backends.flax.loading import nested, place, transposed
+from monoblock.backends.flax.loading import Group, nested
 from monoblock.heads import HeadSpec
 from monoblock.partition import tensor_axes
 from monoblock.spec import ArchSpec
-from monoblock.tree import parameters
 
 if TYPE_CHECKING:
     from monoblock.backends.flax.network import Network
@@ -24,7 +24,11 @@ T = TypeVar("T")
 
 
 def partition_specs(
-    spec: ArchSpec, head: HeadSpec | None, mesh: Mesh, tensor_axis: str | None = "tensor"
+    groups: Mapping[str, Group],
+    spec: ArchSpec,
+    head: HeadSpec | None,
+    mesh: Mesh,
+    tensor_axis: str | None = "tensor",
 ) -> Tree:
     """A tree like the parameters', of a PartitionSpec each: the shared plan (`partition.py`) on the mesh's axis of that
     name; None for it: every parameter whole on each device. What the axis does not divide stays whole.
@@ -32,16 +36,19 @@ def partition_specs(
     ValueError if the mesh has no such axis.
     """
     parts = 1 if tensor_axis is None else _size(mesh, tensor_axis, "tensor_axis")
-    axes = tensor_axes(spec, head, parts)
+    axes = tensor_axes(spec, head)
     leaves: dict[tuple[str, ...], PartitionSpec] = {}
-    for name, shape in parameters(spec, head).items():
-        path, axis = place(name, len(shape)), axes[name]
-        if axis is None or tensor_axis is None:
-            leaves[path] = PartitionSpec()
-            continue
-        names: list[str | None] = [None] * len(shape)
-        names[axis] = tensor_axis
-        leaves[path] = PartitionSpec(*(reversed(names) if transposed(path) else names))
+    for name, group in groups.items():
+        for leaf in group.leaves:
+            axis = axes[name]
+            if axis is not None and leaf.path[-1] == "kernel":
+                axis = 1 - axis  # a kernel lies inputs x outputs
+            if axis is None or tensor_axis is None or leaf.shape[axis] % parts:
+                leaves[leaf.path] = PartitionSpec()
+                continue
+            names: list[str | None] = [None] * len(leaf.shape)
+            names[axis] = tensor_axis
+            leaves[leaf.path] = PartitionSpec(*names)
     return nested(leaves)
 
 
@@ -85,6 +92,7 @@ class Sharded:
     spec: ArchSpec
     module: Network
     params: Any
+    groups: Any  # canonical name -> Group
 
     def partition_specs(self, mesh: Mesh, *, tensor_axis: str | None = "tensor") -> Tree:
         """A PartitionSpec for each parameter, as a tree like `params`.
@@ -93,7 +101,7 @@ class Sharded:
         name, those that narrow by their inputs, tables of the vocabulary by their rows. What the axis does not divide
         is whole on every device, as everything is with `tensor_axis=None`. ValueError if the mesh lacks the axis.
         """
-        return partition_specs(self.spec, self.module.head_spec, mesh, tensor_axis)
+        return partition_specs(self.groups, self.spec, self.module.head_spec, mesh, tensor_axis)
 
     def param_shardings(self, mesh: Mesh, *, tensor_axis: str | None = "tensor") -> Tree:
         """The same as NamedShardings: what `jit` takes as `out_shardings`, `jax.device_put` as places, Orbax to

@@ -2,38 +2,92 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
-from monoblock.backends.flax.cache import Cache, Layer, init_cache
-from monoblock.backends.flax.inputs import Wanted
+from monoblock.backends.flax.arrays import on_device
+from monoblock.backends.flax.cache import Cache, init_cache
+from monoblock.backends.flax.checked import checked
+from monoblock.backends.flax.compiled import LOOP
+from monoblock.backends.flax.joining import joined
 from monoblock.backends.flax.network import Network
+from monoblock.backends.xla import cache as caches
+from monoblock.backends.xla import compiled, compiled_beams
+from monoblock.backends.xla.compiled import Loop, Start
+from monoblock.backends.xla.inputs import Wanted
+from monoblock.backends.xla.passes import Given, Pass, of_outputs
+from monoblock.generation.programs import Program
 from monoblock.spec import ArchSpec
 
-Given = Mapping[str, Any]
+
+class Steps:
+    """The passes of a network with these parameters: `xla.passes.Passes`, whose methods these are. Networks that are
+    equal share what is compiled."""
+
+    loop: Loop = LOOP
+
+    def __init__(self, network: Network, params: Any) -> None:
+        self.network, self.params, self.spec = network, params, network.spec
+
+    def joined(self) -> Steps:
+        """The same passes with joint matrices, where there are any to join."""
+        return Steps(*joined(self.network, self.params))
+
+    def checked(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        return checked(self.spec, self.network.head_spec, dict(arguments), None, False, documents=False).given
+
+    def past(self, given: Any) -> Any:
+        return given
+
+    def first(self, given: Given, wanted: Wanted, spec: ArchSpec, max_length: int) -> Pass:
+        return first(self.network, self.params, given, wanted, spec=spec, max_length=max_length)
+
+    def more(self, given: Given, cache: Cache, wanted: Wanted) -> Pass:
+        return more(self.network, self.params, given, cache, wanted)
+
+    def anew(self, given: Given, wanted: Wanted) -> Pass:
+        return anew(self.network, self.params, given, wanted)
+
+    def lookup(self, ids: Any) -> Array:
+        return lookup(self.network, self.params, ids)
+
+    def empty(self, rows: int, spec: ArchSpec, max_length: int) -> Cache:
+        return init_cache(spec, rows, max_length, self.network.dtype)
+
+    def moved(self, cache: Cache, shift: int, spec: ArchSpec, max_length: int) -> Cache:
+        return moved(cache, np.int32(shift), spec=spec, max_length=max_length)
+
+    def reordered(self, cache: Cache, index_b: Any) -> Cache:
+        return reordered(cache, index_b)
+
+    def cut(self, arrays: Sequence[Array], where: tuple[Any, ...]) -> tuple[Array, ...]:
+        # On the host, where new lengths compile nothing.
+        return tuple(on_device(np.asarray(array)[where]) for array in arrays)
+
+    def looped(self, program: Program, start: Start) -> Any:
+        return looped(self.network, program, self.params, start.cache, start._replace(cache=None))
 
 
-class Pass(NamedTuple):
-    """What one pass gives: scores in float32, (b, vocab) of the last token or (b, k, vocab), and the rest."""
+def loop_over_tokens(network: Network, program: Program, params: Any, cache: Cache, start: Start) -> Any:
+    """A whole loop over tokens, to be compiled."""
+    run = compiled.looped if program.width is None else compiled_beams.looped
+    return run(LOOP, partial(passed, network, params), program, start._replace(cache=cache))
 
-    scores: Array
-    cache: Cache | None
-    attentions: tuple[Array, ...] | None
-    hidden_states: tuple[Array, ...] | None
+
+# The cache that comes in is gone afterwards.
+looped = jax.jit(loop_over_tokens, static_argnames=("network", "program"), donate_argnames=("cache",))
 
 
 def passed(network: Network, params: Any, given: Given, cache: Cache | None, wanted: Wanted) -> Pass:
     """One pass, to be compiled into something."""
-    out = network.apply({"params": params}, given, cache, wanted)
-    scores: Any = out["logits"].astype(jnp.float32)  # pyright: ignore
-    last = scores[:, -1] if wanted.keep == 1 else scores
-    return Pass(last, *(out.get(name) for name in ("past_key_values", "attentions", "hidden_states")))  # pyright: ignore
+    out: Any = network.apply({"params": params}, given, cache, wanted, method="run")
+    return of_outputs(out, out["logits"].astype(jnp.float32), wanted)
 
 
 @partial(jax.jit, static_argnames=("network", "wanted"))
@@ -72,19 +126,6 @@ def reordered(cache: Cache, index_b: Any) -> Cache:
 
 @partial(jax.jit, static_argnames=("spec", "max_length"))
 def moved(cache: Cache, shift: Any, *, spec: ArchSpec, max_length: int) -> Cache:
-    """A copy of the cache for `max_length` places and the windows of `spec`, without its first `shift` tokens."""
+    """A copy of the cache for `max_length` slots and the windows of `spec`, without its first `shift` tokens."""
     empty = init_cache(spec, cache.keys[0].shape[0], max_length, cache.keys[0].dtype)
-    layers = [_moved(cache.layer(i), cache.length, shift, empty.layer(i)) for i in range(len(cache.keys))]
-    keys, values = tuple(layer.keys for layer in layers), tuple(layer.values for layer in layers)
-    return replace(empty, keys=keys, values=values, length=cache.length - shift)
-
-
-def _moved(layer: Layer, length: Array, shift: Any, into: Layer) -> Layer:
-    places = layer.places(length) - shift
-    kept = (places >= 0) & (places >= length - shift - into.slots)
-    slots = jnp.where(kept, places % into.slots, into.slots)
-
-    def put(held: Array, new: Array) -> Array:
-        return new.at[:, :, slots].set(held, mode="drop")
-
-    return replace(into, keys=put(layer.keys, into.keys), values=put(layer.values, into.values))
+    return caches.moved(cache, shift, empty)

@@ -8,19 +8,29 @@ import jax
 import jax.numpy as jnp
 
 from monoblock.backends.flax import heads
-from monoblock.backends.flax.checked import as_array, dropouts
+from monoblock.backends.flax.checked import as_array
 from monoblock.backends.flax.outputs import FlaxModelOutput
+from monoblock.backends.xla.checked import dropouts
 
 if TYPE_CHECKING:
     from monoblock.backends.flax.network import Network
+    from monoblock.config import PretrainedConfig
     from monoblock.spec import ArchSpec
 
 
 class Training:
     """The part of a model that only training uses."""
 
+    config: PretrainedConfig
     spec: ArchSpec
     module: Network
+
+    def updated_module(self) -> Network:
+        """The module, its head with what was set on the config since the model was made."""
+        head = self.module.head_spec
+        if head is not None and (now := self.config.updated_head(head)) is not head:
+            self.module = self.module.clone(head_spec=now)
+        return self.module
 
     def compute_losses(self, outputs: FlaxModelOutput, **labels: Any) -> dict[str, jax.Array]:
         """The losses of a call's outputs by name: `loss`, and `mc_loss` of a double head.
@@ -29,7 +39,7 @@ class Training:
         or floats (batch, labels); start_positions and end_positions; mc_labels; and num_items_in_batch, by which the
         sum is divided instead of its own count. Differentiable, and works under `jit`.
         """
-        head = self.module.head_spec
+        head = self.updated_module().head_spec
         if head is None:
             raise ValueError(f"{type(self).__name__} has no head, so no loss")
         known = (*heads.KINDS[head.kind].labels, "num_items_in_batch")

@@ -9,7 +9,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from monoblock.checkpoint.journal import settle
 from monoblock.checkpoint.options import HubOptions
+from monoblock.checkpoint.transaction import staged
 
 
 def peft() -> Any:
@@ -66,6 +68,7 @@ class Adapters:
                 raise ValueError(
                     "load_adapter needs a folder or name, or adapter_state_dict with peft_config"
                 )
+            settle(Path(peft_model_id) / options.subfolder)
             peft_config = peft_config or package.PeftConfig.from_pretrained(str(peft_model_id), **where)
             adapter_state_dict = package.load_peft_weights(str(peft_model_id), device="cpu", **where)
         elif peft_config is None:
@@ -89,9 +92,7 @@ class Adapters:
 
     def set_adapter(self: Any, adapter_name: str | list[str]) -> None:
         """Choose the adapter (or several) that the model computes with. ValueError: there is none of that name."""
-        for name in [adapter_name] if isinstance(adapter_name, str) else adapter_name:
-            if name not in self._adapters():
-                raise ValueError(f"there is no adapter {name!r}; there are: {', '.join(self._adapters())}")
+        self._known(adapter_name)
         for layer in _layers(self):
             layer.enable_adapters(True)
             layer.set_adapter(adapter_name)
@@ -120,9 +121,7 @@ class Adapters:
 
     def delete_adapter(self: Any, adapter_names: str | list[str]) -> None:
         """Remove adapters."""
-        for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
-            if name not in self._adapters():
-                raise ValueError(f"there is no adapter {name!r}; there are: {', '.join(self._adapters())}")
+        for name in self._known(adapter_names):
             for layer in _layers(self):
                 layer.delete_adapter(name)
             del self.peft_config[name]
@@ -132,17 +131,26 @@ class Adapters:
             raise ValueError("the model has no adapter: add_adapter() or load_adapter() first")
         return self.peft_config
 
+    def _known(self: Any, names: str | list[str]) -> list[str]:
+        """The names of adapters, as a list; ValueError: there is none of one of them."""
+        found = [names] if isinstance(names, str) else list(dict.fromkeys(names))
+        for name in found:
+            if name not in self._adapters():
+                raise ValueError(f"there is no adapter {name!r}; there are: {', '.join(self._adapters())}")
+        return found
+
     def save_adapter(self: Any, folder: Path) -> None:
         """Write the chosen adapter as peft does: its config, and its weights in safetensors."""
         from safetensors.torch import save_file
 
         name = self.active_adapters()[0]
         config = self.peft_config[name]
-        config.save_pretrained(str(folder))
         state = {
             f"base_model.model.{key}": x.contiguous() for key, x in self.get_adapter_state_dict(name).items()
         }
-        save_file(state, str(folder / "adapter_model.safetensors"), metadata={"format": "pt"})
+        with staged(folder) as stage:
+            config.save_pretrained(str(stage.files))
+            save_file(state, str(stage.files / "adapter_model.safetensors"), metadata={"format": "pt"})
 
 
 def _layers(model: nn.Module) -> Iterator[Any]:

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from typing import Any
 
 from monoblock import families
+from monoblock.backends import classes
+from monoblock.backends.classes import BASE
 from monoblock.backends.pytorch import pytree
 from monoblock.backends.pytorch.construction import Construction
 from monoblock.backends.pytorch.pretrained import PreTrainedModel
@@ -16,48 +18,13 @@ from monoblock.families import Family, ModelClass
 from monoblock.heads import KINDS
 from monoblock.modules import Part, parts_of
 
-BASE = "PreTrainedModel"  # what the name of a family's base class ends with
-# Arguments that every forward takes by keyword beside those of its own signature.
-EXTRA = (
-    "position_ids",
-    "past_key_values",
-    "use_cache",
-    "return_dict",
-    "cache_position",
-    "sequence_id",
-    "num_items_in_batch",
-)
-
-
 pytree.register_outputs()
 
 
 @functools.cache
 def make_base_class(name: str) -> type[PreTrainedModel]:
     """The base of a family's classes, which holds what they have in common: `<stem>PreTrainedModel`."""
-    stem = name.removesuffix(BASE)
-    kind = next((kind for kind, (own, _) in families.FAMILIES.items() if own == stem), None)
-    if kind is None:
-        raise AttributeError(f"monoblock has no class {name!r}")
-    family = families.family(kind)
-    body: dict[str, Any] = {
-        "family": family,
-        "config_class": family.config,
-        "base_model_prefix": family.prefix,
-        "__module__": "monoblock",
-        "__doc__": f"The base of the classes {', '.join(row.name for row in family.classes)}; no model by itself.",
-        "__new__": _refuse_base,
-    }
-    return types.new_class(
-        name, (PreTrainedModel, Construction), exec_body=lambda namespace: namespace.update(body)
-    )
-
-
-def _refuse_base(cls: type[PreTrainedModel], *_: Any, **__: Any) -> PreTrainedModel:
-    if not hasattr(cls, "row"):
-        known = ", ".join(row.name for row in cls.family.classes)
-        raise TypeError(f"{cls.__name__} is only the base of {known}: make one of these")
-    return object.__new__(cls)
+    return classes.new_base(name, "", (PreTrainedModel, Construction))
 
 
 @functools.cache
@@ -71,19 +38,18 @@ def make_class(name: str) -> type[PreTrainedModel]:
     extra = extra_arguments(family, row)
     layer = next(part.name for part in parts_of(family.tree(family.config())) if part.kind == "layer")
     base = make_base_class(families.FAMILIES[family.name][0] + BASE)
-    body: dict[str, Any] = {
+    own: dict[str, Any] = {
         "row": row,
         "make": staticmethod(make_class),
         "blank": staticmethod(blank),
         "extra": extra,
         "_no_split_modules": [layer],
         "_tied_weights_keys": _tied(family, row),
-        "__module__": "monoblock",
         "__signature__": _signature(row),
         "__doc__": _document(row, extra),
         "forward": _forward(row, headed),
     }
-    return types.new_class(name, (base,), exec_body=lambda namespace: namespace.update(body))
+    return classes.new_class(name, (base,), family, own)
 
 
 def blank(name: str) -> PreTrainedModel:
@@ -116,9 +82,7 @@ def _tied(family: Family, row: ModelClass) -> dict[str, str] | None:
 
 def extra_arguments(family: Family, row: ModelClass) -> tuple[str, ...]:
     """The keywords that a class's forward takes beyond its signature."""
-    own = row.forward.split()
-    causal = ("logits_to_keep",) if row.head == "causal" else ()
-    return tuple(name for name in (*EXTRA, *causal, *family.extra) if name not in own)
+    return classes.extra_arguments(family, row, row.forward.split())
 
 
 def _forward(row: ModelClass, headed: bool) -> Callable[..., Any]:
@@ -130,21 +94,13 @@ def _forward(row: ModelClass, headed: bool) -> Callable[..., Any]:
     )
     forward.__kwdefaults__ = common.__kwdefaults__
 
-    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-    names = [inspect.Parameter("self", kind)]
-    names += [
-        inspect.Parameter(n, kind, default=0 if n == "logits_to_keep" else None) for n in row.forward.split()
-    ]
+    names = [classes.SELF, *classes.parameters(row.forward.split())]
     extra = inspect.Parameter("kwargs", inspect.Parameter.VAR_KEYWORD)
-    forward.__signature__ = inspect.Signature([*names, extra])  # pyright: ignore
-    forward.__doc__ = f"Returns {row.output}, or its tuple with return_dict=False."
-    return forward
+    return classes.signed(forward, [*names, extra], row.output)
 
 
 def _document(row: ModelClass, extra: tuple[str, ...]) -> str:
-    what = f"the model with a head of the kind {row.head!r}" if row.head else "the bare model"
     return (
-        f"{row.name}: {what}.\n\nArguments, in order: {', '.join(row.forward.split())}; by keyword also "
-        f"{', '.join(extra)}. Shapes: input_ids, attention_mask and token labels (batch, tokens); inputs_embeds "
-        f"(batch, tokens, width). Returns `{row.output}`."
+        f"{classes.summary(row.name, row)}.\n\nArguments, in order: {', '.join(row.forward.split())}; by keyword also "
+        f"{', '.join(extra)}. {classes.SHAPES} Returns `{row.output}`."
     )

@@ -68,16 +68,20 @@ class Placement:
             model.hf_device_map = placed
 
 
-def _device(device: Any) -> torch.device:
+def named_device(device: Any, option: str, more: str) -> torch.device:
+    """The device of that name; ValueError if there is none. `option` and `more` (other values that it takes) are for
+    the message."""
     try:
         found = torch.device(device)
     except (RuntimeError, TypeError) as error:
-        raise ValueError(
-            f"device_map names {device!r}, which is no device; try 'cpu', 'cuda:0' or 'auto'"
-        ) from error
+        raise ValueError(f"{option}={device!r} is no device; try 'cpu', 'cuda:0'{more}") from error
     if found.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device_map asks for {found}, but no CUDA GPU is there; use 'cpu' or 'auto'")
+        raise ValueError(f"{option}={device!r}, but no CUDA GPU is there; use 'cpu'")
     return found
+
+
+def _device(device: Any) -> torch.device:
+    return named_device(device, "device_map", " or 'auto'")
 
 
 def _inferred(model: Any, strategy: str, max_memory: Any) -> dict[str, Any]:

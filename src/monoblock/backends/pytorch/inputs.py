@@ -18,7 +18,7 @@ from monoblock.backends.pytorch.foreign_cache import fill_foreign, from_foreign,
 from monoblock.backends.pytorch.kernels import dispatch
 from monoblock.backends.pytorch.model import Call
 from monoblock.backends.pytorch.ops import Scope
-from monoblock.positions import is_dynamic
+from monoblock.positions import has_positions, is_dynamic
 from monoblock.spec import ArchSpec, Learned, Rotary
 
 log = logging.getLogger("monoblock")
@@ -334,11 +334,6 @@ def _restarts(spec: ArchSpec, positions_bs: Tensor, valid: Tensor | None) -> Ten
     if dispatch.readable(positions_bs) and not bool(begins.any()):
         return None
     return F.pad(begins.long().cumsum(-1), (1, 0))
-
-
-def has_positions(spec: ArchSpec) -> bool:
-    """Whether position ids act on this model."""
-    return any(isinstance(p, Learned | Rotary) for p in spec.positions)
 
 
 def flattened(given: dict[str, Any]) -> dict[str, Any]:

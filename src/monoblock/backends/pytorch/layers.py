@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -66,7 +66,8 @@ class RotaryEmbedding(Named):
 
 
 class Conv1D(nn.Module):
-    """`x @ weight + bias` with a weight (inputs, outputs), whose memory lies outputs x inputs, as products want it.
+    """`x @ weight + bias` with a weight (inputs, outputs), whose memory lies outputs x inputs, as products want it,
+    until it is sharded.
 
     To libraries that ask, it is an instance of transformers' Conv1D, once that is imported: adapters choose their layer
     by it.
@@ -102,6 +103,16 @@ class Conv1D(nn.Module):
         weight = self.weight.t()
         return product(x, weight, self.bias)(x, weight, self.bias)
 
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Parameter]]:
+        """As `torch.nn.Module`'s. In a group of processes, FSDP asks each module for its own parameters alone, to shard
+        them, which takes memory in the order of the axes: with `recurse=False` the weight is laid so first."""
+        grouped = not recurse and torch.distributed.is_available() and torch.distributed.is_initialized()
+        if grouped and type(self.weight) is nn.Parameter and not self.weight.is_contiguous():
+            self.weight.data = self.weight.data.contiguous()
+        return super().named_parameters(prefix, recurse, remove_duplicate)
+
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if not keep_vars:  # files hold tensors in the order of their axes
@@ -135,8 +146,7 @@ class Leaves:
     def __init__(self, spec: ArchSpec, head: HeadSpec | None) -> None:
         self.spec, self.head = spec, head
 
-    def __call__(self, role: str, classes: Mapping[str, str], layer: int) -> nn.Module | None:
-        del layer
+    def __call__(self, role: str, classes: Mapping[str, str]) -> nn.Module | None:
         if role.startswith("head_"):
             return self._head(role)
         if (sizes := self._matrix(role)) is not None:

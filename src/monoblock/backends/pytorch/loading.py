@@ -49,6 +49,14 @@ class Uninitialised(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+def new_parameters_device() -> torch.device:
+    """Where a module's new parameters go: PyTorch's default device, unless something like accelerate's
+    `init_empty_weights` puts them elsewhere while they are registered."""
+    probe = nn.Module()
+    probe.register_parameter("probe", nn.Parameter(torch.empty(0)))
+    return probe.get_parameter("probe").device
+
+
 def chosen_dtype(asked: str | torch.dtype | None, configured: str | None, store: Tensors) -> torch.dtype:
     """The dtype to load in. "auto" and None: the config's, else that of the first float tensor in the files."""
     if isinstance(asked, torch.dtype):

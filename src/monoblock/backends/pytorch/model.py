@@ -303,7 +303,7 @@ def layer_calls(part: Any, x: Tensor, call: Call) -> list[tuple[Callable[..., An
         slopes = torch.tensor(alibi.slopes(spec.attention.heads), dtype=torch.float32)
         call.scope.slopes_h = slopes.to(x.device)
     if part.has("rel_bias"):
-        call.scope.relative = _relative(part, spec, call.scope.index_k.shape[0])
+        call.scope.relative = _relative(part, spec, call.scope.index_k)
     rotary = spec.position(Rotary)
     if part.has("rotary") and call.cos is None:
         call.cos, call.sin = part.role("rotary")(x, call.positions_bs)
@@ -340,62 +340,12 @@ def _checkpointed(layer: Any, x: Tensor, call: Call, every_n_layers: int, offloa
         return checkpoint(layer, x, call, **how)
 
 
-def _relative(part: Any, spec: ArchSpec, keys: int) -> Callable[[Tensor], Tensor]:
+def _relative(part: Any, spec: ArchSpec, index_k: Tensor) -> Callable[[Tensor], Tensor]:
     """The bias (h, q, k) of distances (q, k) between keys and queries, from a table of all distances."""
     buckets = spec.position(Buckets)
     assert buckets is not None
     table: nn.Module = part.role("rel_bias")
-    distances = torch.arange(1 - keys, keys, device=next(table.parameters()).device)
+    keys = index_k.shape[0]
+    distances = torch.arange(1 - keys, keys, device=index_k.device)
     bias_nh = table(bucketed(distances, buckets.count, buckets.max_distance))
     return lambda distance_qk: F.embedding(distance_qk + (keys - 1), bias_nh).permute(2, 0, 1)
-
-
-# ---------------------------------------------------------------------------- image patches
-
-
-def with_patches(
-    spec: ArchSpec,
-    project: nn.Module,
-    x_bsw: Tensor,
-    input_ids: Tensor,
-    patches: Tensor | list[Tensor],
-    indices_bs: Tensor | None,
-) -> Tensor:
-    """The tokens with projected image patches at the positions that are theirs.
-
-    `patches`: with `indices_bs`, (n, size) for each row, and which of its row's patches each token is, -1 for none.
-    Without, all patches of the batch in order: the tokens of the patch id take one after the other.
-    """
-    layout = spec.patches
-    if layout is None:
-        raise ValueError("image patches were given, but the model takes text alone")
-    one_set = isinstance(patches, Tensor) and patches.dim() == 2
-    sets: list[Tensor] = [patches] if one_set else list(patches)  # pyright: ignore[reportAssignmentType]
-    for own in sets:
-        if own.shape[-1] != layout.size:
-            raise ValueError(f"image patches must be (.., {layout.size}), got {tuple(own.shape)}")
-    sets = [own.reshape(-1, layout.size).to(x_bsw.device) for own in sets]
-    if indices_bs is None:
-        places = (input_ids == layout.token_id).flatten()
-        taken = torch.cat(sets)
-        if len(taken) != (count := int(places.sum())):
-            raise ValueError(
-                f"{len(taken)} image patches came for {count} tokens of the id {layout.token_id}: without "
-                "image_patches_indices there must be as many"
-            )
-    else:
-        indices = indices_bs[:, -x_bsw.shape[1] :]
-        _check_patches(sets, indices, x_bsw.shape[0])
-        places = (indices >= 0).flatten()
-        taken = torch.cat([own[i[i >= 0]] for own, i in zip(sets, indices, strict=True)])
-    weight = next(project.parameters())
-    vectors = project(taken.to(weight.dtype)).to(x_bsw.dtype)
-    return x_bsw.flatten(0, 1).index_copy(0, places.nonzero()[:, 0], vectors).view_as(x_bsw)
-
-
-def _check_patches(sets: list[Tensor], indices_bs: Tensor, batch: int) -> None:
-    if len(sets) != batch:
-        raise ValueError(f"image_patches must hold one set for each of the {batch} rows, got {len(sets)}")
-    for row, (own, indices) in enumerate(zip(sets, indices_bs, strict=True)):
-        if (needed := int(indices.max()) + 1) > len(own):
-            raise ValueError(f"row {row} has places for {needed} image patches, but {len(own)} came")

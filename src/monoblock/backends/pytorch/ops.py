@@ -83,12 +83,12 @@ def rotate(x_bhqd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate the first `dim` channels by half-rotation: (a, b) -> (a cos - b sin, b cos + a sin). Under autocast the
     angles are of a wider dtype than the heads, which keep theirs."""
     if x_bhqd.shape[2] > 1 and native_ops.usable(x_bhqd, cos, sin):
-        return native_ops.turn(x_bhqd, cos, sin).transpose(1, 2)
+        return native_ops.apply_rope(x_bhqd, cos, sin).transpose(1, 2)
     dim = cos.shape[-1]
-    turned, kept = x_bhqd[..., :dim], x_bhqd[..., dim:]
-    a, b = turned.chunk(2, dim=-1)
-    turned = (turned * cos + torch.cat((-b, a), dim=-1) * sin).to(x_bhqd.dtype)
-    return torch.cat((turned, kept), dim=-1) if kept.shape[-1] else turned
+    rotated, kept = x_bhqd[..., :dim], x_bhqd[..., dim:]
+    a, b = rotated.chunk(2, dim=-1)
+    rotated = (rotated * cos + torch.cat((-b, a), dim=-1) * sin).to(x_bhqd.dtype)
+    return torch.cat((rotated, kept), dim=-1) if kept.shape[-1] else rotated
 
 
 def bucketed(distance: Tensor, count: int, max_distance: int) -> Tensor:

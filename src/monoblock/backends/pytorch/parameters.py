@@ -4,86 +4,32 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from monoblock import tree
 from monoblock.backends.pytorch import loading
-from monoblock.backends.pytorch.parts import Part
-from monoblock.backends.pytorch.quantization import checkpoint, modules, quantize
-from monoblock.backends.pytorch.quantization.modules import PackedMatrix
-from monoblock.checkpoint.keymap import KeyMap, Source
+from monoblock.backends.pytorch.base import ModelBase
+from monoblock.backends.pytorch.parts import replace
+from monoblock.backends.pytorch.quantization import checkpoint, quantize
+from monoblock.checkpoint.keymap import Source
 from monoblock.checkpoint.packed import split
-from monoblock.families import Family, ModelClass
-from monoblock.heads import KINDS, HeadSpec
-from monoblock.quantization import QuantizationConfig, WeightOnlyConfig, wanted
+from monoblock.quantization import WeightOnlyConfig, wanted
 from monoblock.spec import ArchSpec
 
 log = logging.getLogger("monoblock")
 
 
-class Parameters(Part):
+class Parameters(ModelBase):
     """What a model can do with its weights, given a module tree and the family's tables."""
-
-    family: ClassVar[Family]
-    row: ClassVar[ModelClass]
-    config: Any
-    spec: ArchSpec
-    head_spec: HeadSpec | None
-    quantization_config: QuantizationConfig | None = None
-    places: dict[str, str]
-
-    @property
-    def bare(self) -> Any:
-        """The bare model: the one inside, or this one."""
-        return self.role("bare") if self.has("bare") else self
-
-    def keymap(self) -> KeyMap:
-        """The map between the canonical names of all frameworks and files' names, for this class and config."""
-        return self.family.keymap(self.config, self.row.head)
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Canonical name -> canonical shape of each parameter, tied ones once."""
-        return tree.parameters(self.spec, self.head_spec)
-
-    def sources(self) -> dict[str, Source]:
-        """Canonical name -> the names of the parameters here that hold it, and how. Quantised ones too."""
-        keymap = self.keymap()
-        return {name: keymap.source(name) for name in self.shapes()}
 
     def parameter_names(self) -> Iterator[str]:
         """The names of the parameters in files: each once, tied and quantised ones left out."""
         packed = {f"{name}.weight" for name in checkpoint.packed_modules(self)}
         for source in self.sources().values():
             yield from (name for name in source.names if name not in packed)
-
-    def place(self, role: str, layer: int | None = None) -> str:
-        """The dotted name of the module that plays a role."""
-        return self.places[role].replace("{i}", str(layer))
-
-    def at(self, role: str, layer: int | None = None) -> Any:
-        """The module that plays a role, in that layer where it is one of a layer's; None if there is none."""
-        if role not in self.places:
-            return None
-        owner, _, name = self.place(role, layer).rpartition(".")
-        return getattr(self.get_submodule(owner), name, None)
-
-    def tied(self) -> dict[str, str]:
-        """Second names: name of a parameter -> the one that it shares."""
-        found: dict[str, str] = {}
-        if (
-            self.head_spec is not None
-            and KINDS[self.head_spec.kind].size == "vocab"
-            and "head_out" in self.places
-        ):
-            out = self.place("head_out")
-            if self.spec.tie_head:
-                found[f"{out}.weight"] = f"{self.place('embed')}.weight"
-            if self.has("lm_head"):
-                found[f"{out}.bias"] = f"{out.rpartition('.')[0]}.bias"
-        return found
 
     def _canonical_tied(self) -> dict[str, str]:
         return tree.tied(self.spec, self.head_spec)
@@ -157,12 +103,6 @@ class Parameters(Part):
         packed = {f"{name}.weight" for name in checkpoint.packed_modules(self)}
         return not any(name in packed for name in source.names)
 
-    def lay_all(self) -> None:
-        """Put the matrices that kernels want as one side by side, everywhere in the model."""
-        for module in self.modules():
-            if isinstance(module, Part):
-                module.lay()
-
     # ------------------------------------------------------------------ packed weights
 
     def quantize(self, quantization_config: Any) -> Self:
@@ -221,38 +161,16 @@ class Parameters(Part):
             if padding is not None:
                 parameter[padding].zero_()
 
-    def tie_weights(self, *args: Any, **kwargs: Any) -> None:
-        """Make the head's matrix the embedding's, where the spec ties them. Arguments of transformers' method,
-        which say what its loader has missed, change nothing."""
-        del args, kwargs
-        for second, first in self.tied().items():
-            owner, _, leaf = second.rpartition(".")
-            if leaf == "bias":
-                self.get_submodule(owner).register_parameter("bias", self.get_parameter(first))
-            else:
-                table = self.get_submodule(first.rpartition(".")[0])
-                quantize.replace(self, owner, modules.tied(table, self.get_submodule(owner)))
-
-    def get_input_embeddings(self) -> nn.Module:
-        """The token embedding."""
-        return self.get_submodule(self.place("embed"))
-
     def set_input_embeddings(self, value: nn.Module) -> None:
         """Replace the token embedding (and with it a tied head's matrix)."""
-        quantize.replace(self, self.place("embed"), value)
+        replace(self, self.place("embed"), value)
         self.tie_weights()
-
-    def get_output_embeddings(self) -> nn.Module | None:
-        """The projection to the vocabulary, or None."""
-        if self.head_spec is None or KINDS[self.head_spec.kind].size != "vocab":
-            return None
-        return self.get_submodule(self.place("head_out"))
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         """Replace the projection to the vocabulary."""
         if self.get_output_embeddings() is None:
             raise ValueError(f"{self.row.name} has no projection to the vocabulary")
-        quantize.replace(self, self.place("head_out"), new_embeddings)
+        replace(self, self.place("head_out"), new_embeddings)
 
     def resize_token_embeddings(
         self,
@@ -308,17 +226,6 @@ class Parameters(Part):
         else:
             new[kept:].normal_(0.0, self.spec.init_std)
         module.weight = nn.Parameter(new, requires_grad=old.requires_grad)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of the weights."""
-        return next(p.dtype for p in self.parameters() if p.is_floating_point())
-
-    @property
-    def device(self) -> torch.device:
-        """Where the weights are (the first ones, if they are spread)."""
-        embed: Any = self.get_input_embeddings()
-        return (embed.codes if isinstance(embed, PackedMatrix) else next(embed.parameters())).device
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
         """How many numbers the model has, tied ones once; packed ones are never trained."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from monoblock import modules as tree
-from monoblock.backends.pytorch.kernels import dispatch
+from monoblock.backends.pytorch.kernels import dispatch, low_rank
 from monoblock.spec import ArchSpec
 
 GROUPS = tuple(tree.GROUPS)
@@ -75,8 +75,9 @@ class Part(Named):
             return None
         return held
 
-    def joint_obstacle(self, group: tuple[str, ...]) -> str | None:
-        """Why a group's modules must be called one by one; None if they need not."""
+    def joint_obstacle(self, group: tuple[str, ...], *, adapted: bool = False) -> str | None:
+        """Why a group's modules must be called one by one; None if they need not. `adapted`: whether the matrices below
+        LoRA adapters are meant, whose terms the caller adds."""
         held = self.joints.get(group[0])
         if held is None:
             return f"{', '.join(self.roles[role] for role in group)} do not lie side by side"
@@ -84,6 +85,8 @@ class Part(Named):
         first = None
         for role in group:
             module = self.role(role)
+            if adapted:
+                module = low_rank.base(module)
             if (why := dispatch.altered(module)) is not None:
                 return f"{why} on {self.roles[role]}"
             kind = type(module)
@@ -101,7 +104,7 @@ class Part(Named):
                     tensor.data_ptr() != place[name]
                     or tensor.dtype != whole.dtype
                     or tensor.shape[1:] != whole.shape[1:]
-                    or type(tensor) not in (Tensor, nn.Parameter)
+                    or type(tensor) not in dispatch.ORDINARY
                 ):
                     self.joints.pop(group[0])
                     return f"{self.roles[role]}.{name} does not lie beside the others"
@@ -135,10 +138,10 @@ def _tensor(module: nn.Module, name: str) -> Tensor | None:
 def lay_together(part: Part, group: tuple[str, ...]) -> None:
     """Put the tensors of a group's modules side by side in one allocation for each kind, and remember it; nothing is
     done where they are of different kinds, on the meta device, or not ordinary tensors."""
-    if part.joints.get(group[0]) is not None and part.joint_obstacle(group) is None:
+    if part.joints.get(group[0]) is not None and part.joint_obstacle(group, adapted=True) is None:
         return
     part.joints.pop(group[0], None)
-    found = [part.role(role) for role in group]
+    found = [low_rank.base(part.role(role)) for role in group]
     if any(type(module) is not type(found[0]) for module in found):
         return
     wholes: dict[str, Tensor] = {}
@@ -169,7 +172,7 @@ def _rows(module: nn.Module, name: str) -> int:
 def _alike(tensors: Sequence[Tensor]) -> bool:
     first = tensors[0]
     return all(
-        type(x) in (Tensor, nn.Parameter)
+        type(x) in dispatch.ORDINARY
         and x.layout == torch.strided
         and x.device == first.device
         and x.device.type != "meta"
@@ -202,49 +205,51 @@ def views(whole: Tensor, rows: Sequence[int]) -> list[Tensor]:
     return [torch.from_dlpack(view) for view in whole.split(list(rows))]
 
 
-def build(
-    layout: tree.Part,
-    kinds: Mapping[str, type[Part]],
-    leaf: Callable[[str, Mapping[str, str], int], nn.Module | None],
-    prepare: Callable[[Part, int], None],
-    *,
-    layers: int,
-    layer: int = 0,
-    classes: Mapping[str, str] | None = None,
-) -> Part:
-    """The modules of a layout. `leaf` makes the module of a role, or None where the model has none of it; `prepare`
-    tells a part what it is to compute."""
-    made = named(kinds[layout.kind], layout.name)()
-    fill(made, layout, kinds, leaf, prepare, layers=layers, layer=layer, classes=classes)
-    prepare(made, layer)
-    return made
+def replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put the module in the place of that name."""
+    owner, _, last = name.rpartition(".")
+    setattr(model.get_submodule(owner), last, module)
 
 
-def fill(
-    made: Part,
-    layout: tree.Part,
-    kinds: Mapping[str, type[Part]],
-    leaf: Callable[[str, Mapping[str, str], int], nn.Module | None],
-    prepare: Callable[[Part, int], None],
-    *,
-    layers: int,
-    layer: int = 0,
-    classes: Mapping[str, str] | None = None,
-) -> None:
-    """Give a part its children, by the layout."""
-    own = {**(classes or {}), **layout.classes}
-    made.joints = {}
-    made.roles = {} if "roles" not in vars(made) else made.roles
-    made.tuples = layout.tuples
-    options: dict[str, Any] = {"layers": layers, "classes": own}
-    for name, child in layout.children.items():
-        if isinstance(child, str):
-            module, role = leaf(child, own, layer), child
-        elif child.kind == "layer":
-            blocks = [build(child, kinds, leaf, prepare, layer=i, **options) for i in range(layers)]
-            module, role = nn.ModuleList(blocks), "layers"
-        else:
-            module, role = build(child, kinds, leaf, prepare, layer=layer, **options), child.kind
-        if module is not None:
-            made.add_module(name, module)
-            made.roles[role] = name
+class Builder:
+    """Makes the modules of a layout: of `layers` blocks, each part of the class that its kind has in `kinds`.
+
+    `leaf(role, classes)` makes the module of a role, or None where the model has none of it; `prepare(part,
+    layer)` tells a part what it is to compute.
+    """
+
+    def __init__(
+        self,
+        kinds: Mapping[str, type[Part]],
+        leaf: Callable[[str, Mapping[str, str]], nn.Module | None],
+        prepare: Callable[[Part, int], None],
+        layers: int,
+    ) -> None:
+        self.kinds, self.leaf, self.prepare, self.layers = kinds, leaf, prepare, layers
+
+    def build(self, layout: tree.Part, classes: Mapping[str, str], layer: int = 0) -> Part:
+        """The part of a layout with all that is below it. `classes`: those of roles, as the parts around it say."""
+        made = named(self.kinds[layout.kind], layout.name)()
+        self.fill(made, layout, classes, layer)
+        self.prepare(made, layer)
+        return made
+
+    def fill(
+        self, made: Part, layout: tree.Part, classes: Mapping[str, str] | None = None, layer: int = 0
+    ) -> None:
+        """Give a part its children, by the layout."""
+        classes = {**(classes or {}), **layout.classes}
+        made.joints = {}
+        made.roles = {} if "roles" not in vars(made) else made.roles
+        made.tuples = layout.tuples
+        for name, child in layout.children.items():
+            if isinstance(child, str):
+                module, role = self.leaf(child, classes), child
+            elif child.kind == "layer":
+                blocks = [self.build(child, classes, i) for i in range(self.layers)]
+                module, role = nn.ModuleList(blocks), "layers"
+            else:
+                module, role = self.build(child, classes, layer), child.kind
+            if module is not None:
+                made.add_module(name, module)
+                made.roles[role] = name

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from monoblock.backends.pytorch.devices import named_device
+
 
 class Adapter:
     """Runs a PyTorch model on lists of ids: puts it on its device, makes tensors, and gives NumPy back."""
@@ -85,12 +87,4 @@ def found_device(device: Any) -> torch.device:
             count = 0 if found is None else torch.accelerator.device_count()
             raise ValueError(f"device={device}: there are {count} accelerators here; use device='cpu' or -1")
         return torch.device(found.type, device)
-    try:
-        found = torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        raise ValueError(
-            f"device={device!r} is no device; use 'cpu', 'cuda:0', a number or -1 for the CPU"
-        ) from error
-    if found.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device={device!r}, but no CUDA GPU is there; use 'cpu'")
-    return found
+    return named_device(device, "device", ", a number, or -1 for the CPU")

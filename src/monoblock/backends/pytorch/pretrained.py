@@ -34,7 +34,6 @@ from monoblock.backends.pytorch.model import (
     finished,
     layer_calls,
     positioned,
-    with_patches,
 )
 from monoblock.backends.pytorch.options import LoadOptions
 from monoblock.backends.pytorch.parameters import Parameters
@@ -43,7 +42,7 @@ from monoblock.backends.pytorch.quantization import checkpoint
 from monoblock.backends.pytorch.tools import Recognised, Tools
 from monoblock.checkpoint import packed
 from monoblock.checkpoint.adapter_files import base_of, is_adapter
-from monoblock.checkpoint.hub import find_weights
+from monoblock.checkpoint.hub import find_weights, of_one_save
 from monoblock.checkpoint.options import HubOptions
 from monoblock.checkpoint.save import save_tensors
 from monoblock.checkpoint.store import open_store
@@ -63,7 +62,6 @@ class PreTrainedModel(Recognised, Parameters, Generation, Construction, Adapters
     Public classes are made by `make_class` from a family's table.
     """
 
-    extra: ClassVar[tuple[str, ...]]
     make: ClassVar[Any]  # (name) -> the class of that name
     blank: ClassVar[Any]  # (name) -> a model of that class with nothing in it, for pickle
     framework: ClassVar[str] = "pt"
@@ -80,7 +78,7 @@ class PreTrainedModel(Recognised, Parameters, Generation, Construction, Adapters
         self.head_spec = config.to_head(head) if head else None
         self.gradient_checkpointing = False
         self.checkpointing: dict[str, Any] | None = None
-        device = torch.get_default_device()
+        device = loading.new_parameters_device()
         with torch.device("meta"), loading.Uninitialised():
             self._build()
         if getattr(config, "gradient_checkpointing", False):
@@ -96,19 +94,19 @@ class PreTrainedModel(Recognised, Parameters, Generation, Construction, Adapters
         """The modules, by the family's tree; the bare model inside is one of its own class."""
         family, kind = self.family, self.row.head
         layout = family.tree(self.config)
-        leaf = layers.Leaves(self.spec, self.head_spec)
-        own: dict[str, Any] = {"layers": self.spec.layers}
+        leaves = layers.Leaves(self.spec, self.head_spec)
+        builder = parts.Builder(KINDS, leaves, self._prepare, self.spec.layers)
         if kind in (None, "pooler"):
             bare = {n: c for n, c in layout.children.items() if self.head_spec or not _is_pooler(c)}
             layout = replace(layout, children=bare)
-            parts.fill(self, layout, KINDS, leaf, self._prepare, **own)
+            builder.fill(self, layout)
             self.places = {role: ".".join(path) for role, path in layout.paths()}
             return
         self.joints, self.roles, self.tuples = {}, {"bare": family.prefix}, False
         base = self.make(family.bare_class.name)(self.config, add_pooling_layer=kind == "choice")
         self.add_module(family.prefix, base)
         heads = modules.Part(self.row.name, "head", family.heads[kind])
-        parts.fill(self, heads, KINDS, leaf, self._prepare, **own)
+        builder.fill(self, heads)
         if self.has("lm_head"):
             head = self.role("lm_head")
             head.register_parameter("bias", head.role("head_out").bias)
@@ -194,23 +192,6 @@ class PreTrainedModel(Recognised, Parameters, Generation, Construction, Adapters
             return self.role("embeddings")(tokens, call)
         return positioned(self, tokens, call)
 
-    def embed(self, input_ids: Tensor, given: Mapping[str, Any]) -> Tensor:
-        """Token ids as vectors (b, s, w), with image patches at their positions where the call brings any."""
-        x = self.get_input_embeddings()(input_ids)
-        both = (given.get("image_patches"), given.get("pixel_values"))
-        named = [patches for patches in both if patches is not None]
-        indices = given.get("image_patches_indices")
-        if len(named) > 1:
-            raise ValueError("image_patches and pixel_values are two names of the same patches: give one")
-        if not named:
-            if indices is not None:
-                raise ValueError("image_patches_indices say where image_patches go, but none came")
-            return x
-        base = self.bare
-        if not base.has("patch_embed"):
-            raise ValueError("image patches were given, but the model takes text alone")
-        return with_patches(self.spec, base.role("patch_embed"), x, input_ids, named[0], indices)
-
     def _kept(self, given: Mapping[str, Any]) -> int | None:
         """How many last tokens the logits are of, None for all; then the last block needs to compute no others. Hooks
         in that block see all tokens."""
@@ -225,11 +206,6 @@ class PreTrainedModel(Recognised, Parameters, Generation, Construction, Adapters
         seen = [*last.modules(), *([stack.role("final_norm")] if stack.has("final_norm") else [])]
         seen += [base, *([stack] if stack is not base else [])]
         return None if any(module._forward_hooks or module._forward_pre_hooks for module in seen) else keep
-
-    @property
-    def arguments(self) -> frozenset[str]:
-        """The names of all arguments of a forward."""
-        return frozenset((*self.row.forward.split(), *self.extra))
 
     def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         names = self.row.forward.split()
@@ -299,12 +275,16 @@ class PreTrainedModel(Recognised, Parameters, Generation, Construction, Adapters
             name = base_of(adapter, options.hub)
         if name is None and (options.state_dict is None or config is None):
             raise ValueError("from_pretrained(None) needs state_dict= and config=")
-        settings, unused = cls._config_for(name or "", config, options.hub, kwargs)
-        if unused:
-            raise TypeError(f"from_pretrained does not know the argument {next(iter(unused))!r}")
-        if options.state_dict is not None:
-            store: Any = StateTensors(options.state_dict)
-        else:
+
+        def read() -> tuple[Any, Any, Any]:
+            settings, unused = cls._config_for(name or "", config, options.hub, kwargs)
+            if unused:
+                raise TypeError(f"from_pretrained does not know the argument {next(iter(unused))!r}")
+            generation = options.generation_config
+            if generation is None and name is not None and cls.row.head == "causal":
+                generation = cls.file_generation_config(name, options.hub)
+            if options.state_dict is not None:
+                return settings, generation, StateTensors(options.state_dict)
             assert name is not None
             files = find_weights(
                 name,
@@ -313,16 +293,16 @@ class PreTrainedModel(Recognised, Parameters, Generation, Construction, Adapters
                 use_safetensors=options.use_safetensors,
                 prefer=options.prefer,
             )
-            store = open_store(files, "pt")
+            return settings, generation, open_store(files, "pt")
+
+        settings, generation, store = read() if name is None else of_one_save(name, options.hub, read)
         dtype = loading.chosen_dtype(options.dtype, settings.dtype, packed.plain(store))
         with torch.device("meta"):
             model = cls(settings)
         info = model._load(store, dtype, options)
         settings.dtype = dtype
-        if options.generation_config is not None:
-            model.generation_config = own_generation_config(options.generation_config, "generation_config")
-        elif name is not None:
-            model.generation_config = model.file_generation_config(name, options.hub)
+        if generation is not None:
+            model.generation_config = own_generation_config(generation, "generation_config")
         if adapter is not None:
             model.load_adapter(adapter, **{k: v for k, v in asdict(options.hub).items() if v})
         model.eval()
@@ -434,7 +414,6 @@ class PreTrainedModel(Recognised, Parameters, Generation, Construction, Adapters
         folder = Path(save_directory)
         if folder.is_file():
             raise ValueError(f"save_pretrained needs a folder, but {folder} is a file")
-        folder.mkdir(parents=True, exist_ok=True)
         if self._hf_peft_config_loaded:
             self.save_adapter(folder)
             return
@@ -462,10 +441,6 @@ class PreTrainedModel(Recognised, Parameters, Generation, Construction, Adapters
                 module.implementation = name
         # As it was asked for: another library that reads the config has a default of its own.
         self.config._attn_implementation = attn_implementation
-
-    def can_generate(self) -> bool:
-        """Whether the class predicts the next token."""
-        return self.row.head == "causal"
 
     @property
     def base_model(self) -> nn.Module:

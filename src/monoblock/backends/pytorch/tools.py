@@ -10,7 +10,7 @@ import logging
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +18,7 @@ from torch import Tensor, nn
 from monoblock.backends.pytorch import heads
 from monoblock.backends.pytorch.kernels import dispatch
 from monoblock.quantization import BitsAndBytesConfig
-
-if TYPE_CHECKING:
-    from monoblock.backends.pytorch.pretrained import PreTrainedModel
+from monoblock.virtual import both
 
 log = logging.getLogger("monoblock")
 
@@ -57,27 +55,11 @@ class Recognised:
         """The class of this object; with transformers imported, one that derives from transformers' too."""
         own = type(self)
         theirs = getattr(sys.modules.get("transformers.modeling_utils"), "PreTrainedModel", None)
-        return own if theirs is None or issubclass(own, theirs) else _both(own, theirs)
+        return own if theirs is None or issubclass(own, theirs) else both(own, theirs)
 
     @__class__.setter
     def __class__(self, value: Any) -> None:  # FSDP and parametrizations change a module's class
         object.__dict__["__class__"].__set__(self, value)
-
-
-@functools.cache
-def _both(own: type, theirs: type) -> Any:
-    """A class that derives from both, for `isinstance` alone: calling it makes an object of `own`."""
-
-    def new(_: type, *args: Any, **kwargs: Any) -> Any:
-        return own(*args, **kwargs)
-
-    body = {
-        "__new__": new,
-        "__module__": own.__module__,
-        "__qualname__": own.__qualname__,
-        "__doc__": own.__doc__,
-    }
-    return type(own.__name__, (own, theirs), body)
 
 
 class Tools:
@@ -139,8 +121,9 @@ class Tools:
     @property
     def tp_plan(self: Any) -> dict[str, str]:
         """Module name pattern -> how tensor parallelism splits it; empty where transformers has no plan."""
-        inner = f"{self.family.prefix}." if self.has("bare") else ""
-        plan = {inner + name: how for name, how in (self.config.base_model_tp_plan or {}).items()}
+        plan = _from_the_whole(self, self.config.base_model_tp_plan)
+        if plan:
+            plan[self.place("embed")] = "embedding_rowwise"
         if plan and self.row.head == "causal":
             plan[self.place("head_out")] = "colwise_gather_output"
         return plan
@@ -148,22 +131,23 @@ class Tools:
     @property
     def pp_plan(self: Any) -> dict[str, Any]:
         """Module name -> its inputs and outputs, for pipeline parallelism; empty where transformers has no plan."""
-        return dict(self.config.base_model_pp_plan or {})
+        plan = _from_the_whole(self, self.config.base_model_pp_plan)
+        if plan and self.row.head == "causal":
+            plan[self.place("head_out")] = (["hidden_states"], ["logits"])
+        return plan
 
     _tp_plan = tp_plan
     _pp_plan = pp_plan
 
     @property
     def is_loaded_in_8bit(self: Any) -> bool:
-        """Whether bitsandbytes holds the matrices in 8 bits."""
-        how = self.quantization_config
-        return isinstance(how, BitsAndBytesConfig) and bool(how.load_in_8bit)
+        """True where bitsandbytes holds the matrices in 8 bits; no attribute elsewhere, as in transformers."""
+        return _held_by_bitsandbytes(self, "load_in_8bit")
 
     @property
     def is_loaded_in_4bit(self: Any) -> bool:
-        """Whether bitsandbytes holds the matrices in 4 bits."""
-        how = self.quantization_config
-        return isinstance(how, BitsAndBytesConfig) and bool(how.load_in_4bit)
+        """True where bitsandbytes holds the matrices in 4 bits; no attribute elsewhere, as in transformers."""
+        return _held_by_bitsandbytes(self, "load_in_4bit")
 
     @property
     def is_quantized(self: Any) -> bool:
@@ -312,7 +296,7 @@ class Tools:
         self.model_tags = list(dict.fromkeys([*(self.model_tags or []), *given]))
 
     def push_to_hub(
-        self: PreTrainedModel,  # pyright: ignore[reportGeneralTypeIssues]
+        self: Any,
         repo_id: str,
         *,
         commit_message: str = "Upload model",
@@ -352,6 +336,19 @@ class Tools:
         )
 
 
+def _from_the_whole(model: Any, plan: Mapping[str, Any] | None) -> dict[str, Any]:
+    """A plan of the bare model, by the names that its modules have in this one."""
+    inner = f"{model.family.prefix}." if model.has("bare") else ""
+    return {inner + name: how for name, how in (plan or {}).items()}
+
+
+def _held_by_bitsandbytes(model: Any, how: str) -> bool:
+    config = model.quantization_config
+    if not isinstance(config, BitsAndBytesConfig) or not getattr(config, how):
+        raise AttributeError(f"{model.row.name} is not loaded with {how}=True")
+    return True
+
+
 def _loss(
     model: Any,
     logits: Tensor,
@@ -361,8 +358,8 @@ def _loss(
     shift_labels: Tensor | None = None,
     config: Any = None,
 ) -> Tensor:
-    """The loss of the model's kind of head. `shift_labels`: labels that are shifted already."""
-    del config
+    """The loss of the model's kind of head. `shift_labels`: labels that are shifted already. `config`: one whose
+    problem_type counts instead of the model's."""
     if vocab_size is not None and logits.shape[-1] != vocab_size:
         raise ValueError(f"loss_function: logits have {logits.shape[-1]} outputs, vocab_size is {vocab_size}")
     kind = model.row.head
@@ -371,7 +368,8 @@ def _loss(
     if kind == "causal":
         return heads.causal_loss(logits, labels, num_items_in_batch)
     if kind in ("sequence", "first"):
-        return heads.sequence_loss(logits, labels, model.head_spec.problem_type, num_items_in_batch)
+        problem_type = (model.config if config is None else config).problem_type
+        return heads.sequence_loss(logits, labels, problem_type, num_items_in_batch)
     return heads.cross_entropy(logits, labels, num_items_in_batch)
 
 

@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 
 import tensorflow as tf
 
-from monoblock.backends.tf.ops import LOWEST, Scope, Size, Tensor, cut, dropped, size
+from monoblock.backends.tf.ops import LOWEST, Size, Tensor, cut, dropped, size
+from monoblock.backends.tf.scope import Scope
 
 # Queries of one block of the block-wise kernel, and how many blocks a graph writes out one by one, each with the keys
 # up to its own end; longer texts, and those of open length, run in a loop.
@@ -51,9 +52,9 @@ def in_one_block(count: int | None, causal: bool) -> bool:
 def _evened(out_bhqd: Tensor, v_bgkd: Tensor, scope: Scope) -> Tensor:
     """Queries that see no key get equal weights on the keys that the spec says: kernels agree on padding too, which a
     loss over all positions of a row (a span's) takes in."""
-    if (blind := scope.blind()) is None:
+    if (masked := scope.fully_masked()) is None:
         return out_bhqd
-    return tf.where(blind, repeat_groups(scope.mean(v_bgkd), out_bhqd.shape[1]), out_bhqd)
+    return tf.where(masked, repeat_groups(scope.mean(v_bgkd), out_bhqd.shape[1]), out_bhqd)
 
 
 def _written_out(q_bhqd: Tensor, k_bgkd: Tensor, v_bgkd: Tensor, scope: Scope, kernel: Kernel) -> Tensor:
@@ -130,9 +131,9 @@ def attend_eager(
 ) -> tuple[Tensor, Tensor]:
     """Attention by its formula, scores and softmax in fp32; the output and the weights (b, h, q, k) after dropout."""
     found = weights(q_bhqd, k_bgkd, scope, kernel, 0)
-    if (blind := scope.blind()) is not None:
+    if (masked := scope.fully_masked()) is not None:
         # By name, so that masked scores get no gradient.
-        found = tf.where(blind, tf.cast(scope.equal_weights(), found.dtype), found)
+        found = tf.where(masked, tf.cast(scope.equal_weights(), found.dtype), found)
     return _weighted(found, v_bgkd), found
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
-import logging
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -13,8 +11,6 @@ import numpy as np
 import tensorflow as tf
 
 from monoblock.backends.tf.cache import Cache
-
-log = logging.getLogger("monoblock")
 
 # Arguments that are no tensors: they say what to do.
 OPTIONS = ("use_cache", "output_attentions", "output_hidden_states", "return_dict", "logits_to_keep")
@@ -91,9 +87,3 @@ def plainly() -> Iterator[None]:
     except (TypeError, ValueError) as error:
         error._keras_call_info_injected = True  # pyright: ignore[reportAttributeAccessIssue]
         raise
-
-
-@functools.cache
-def warn_once(message: str) -> None:
-    """Log a warning the first time that it is given."""
-    log.warning(message)

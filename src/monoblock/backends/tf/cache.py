@@ -1,51 +1,35 @@
-"""The key/value cache: tensors that are never changed in place, so that a compiled loop can carry them.
-
-Layer tensors are (batch, kv_heads, slots, head_dim). A layer with a window shorter than the cache keeps its window
-only: the token at place p lies in slot p % slots. A cache without `max_length` grows: its slots are the tokens seen so
-far.
-"""
+"""TensorFlow's key/value cache: `xla/cache.py`, and a cache without `max_length`, which grows: its slots are the tokens
+seen so far."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import tensorflow as tf
 from tensorflow.compiler.tf2xla.python.xla import dynamic_update_slice
 
+from monoblock.backends.tf.namespace import XP
 from monoblock.backends.tf.ops import Size, Tensor, size
+from monoblock.backends.xla.cache import CacheBase, LayerBase, slots
+from monoblock.backends.xla.namespace import Namespace
 from monoblock.spec import ArchSpec
 
 Legacy = tuple[tuple[Tensor, Tensor], ...]
 
 
 @dataclass(frozen=True)
-class Cache:
-    """The keys and values of the tokens that a model has seen: `keys[i]` and `values[i]` are layer i's, `length` (an
-    int32 scalar) counts the tokens, of which `max_length` fit (None: the cache grows). `compiled`: only code that XLA
-    compiles uses it, and writes a token in place."""
+class Cache(CacheBase):
+    """See `CacheBase`; without `max_length` the cache grows. `compiled`: only code that XLA compiles uses it, which
+    writes a token in place."""
 
+    xp: ClassVar[Namespace] = XP
     keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
     length: Tensor
     max_length: int | None = None
     compiled: bool = False
-
-    def get_seq_length(self, layer_idx: int = 0) -> Tensor:
-        """How many tokens the layers have seen; the same for all."""
-        del layer_idx
-        return self.length
-
-    def get_max_cache_shape(self) -> int | None:
-        """How many tokens fit; None: no limit."""
-        return self.max_length
-
-    def reorder(self, index_b: Tensor) -> Cache:
-        """Row i is what row `index_b[i]` was; the number of rows may change."""
-        keys = tuple(tf.gather(layer, index_b, axis=0) for layer in self.keys)
-        values = tuple(tf.gather(layer, index_b, axis=0) for layer in self.values)
-        return replace(self, keys=keys, values=values)
 
     def layer(self, layer: int) -> Layer:
         """One layer's part."""
@@ -92,24 +76,19 @@ class Cache:
 
 
 @dataclass(frozen=True)
-class Layer:
-    """One layer of a cache; `length` counts the tokens before those that come in."""
+class Layer(LayerBase):
+    """See `LayerBase`."""
 
+    xp: ClassVar[Namespace] = XP
     keys: Tensor
     values: Tensor
     length: Tensor
     grows: bool = False
     compiled: bool = False
 
-    @property
-    def slots(self) -> Size:
-        """How many tokens the layer holds."""
-        return size(self.keys, 2)
-
     def places(self, length: Tensor) -> Tensor:
-        """Which token each slot holds once `length` tokens were seen, (slots,); negative: none yet."""
-        slot = tf.range(self.slots)
-        return slot if self.grows else length - 1 - (length - 1 - slot) % self.slots
+        """Those of `LayerBase`; a cache that grows holds the tokens in their order."""
+        return tf.range(self.slots) if self.grows else super().places(length)
 
     def filled(self, keys_bgnd: Tensor, values_bgnd: Tensor) -> Layer:
         """The layer with its first n tokens, of a cache that was empty."""
@@ -141,19 +120,15 @@ def init_cache(
 ) -> Cache:
     """An empty cache for `batch` rows of up to `max_length` tokens (None: it grows), `compiled` if XLA alone uses it.
     ValueError for a model that looks both ways."""
-    if not spec.causal:
-        raise ValueError("a model that looks both ways has no cache: leave out use_cache and past_key_values")
     if max_length is not None and max_length < 1:
         raise ValueError(f"a cache needs room for at least 1 token, got {max_length}")
-    att, full = spec.attention, max_length or 0
-    slots = [min(full, window or full) for window in spec.windows]
-    return Cache(
-        keys=tuple(tf.zeros((batch, att.kv_heads, n, att.head_dim), dtype) for n in slots),
-        values=tuple(tf.zeros((batch, att.kv_heads, n, att.head_dim), dtype) for n in slots),
-        length=tf.zeros((), tf.int32),
-        max_length=max_length,
-        compiled=compiled,
+    att, counts = spec.attention, slots(spec, max_length or 0)
+    keys, values = (
+        tuple(tf.zeros((batch, att.kv_heads, count, att.head_dim), dtype) for count in counts)
+        for _ in range(2)
     )
+    length = tf.zeros((), tf.int32)
+    return Cache(keys, values, length=length, max_length=max_length, compiled=compiled)
 
 
 def from_tuples(past: Sequence[Any]) -> Cache:

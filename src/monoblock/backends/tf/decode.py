@@ -2,35 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import tensorflow as tf
 
-from monoblock.backends.tf import compiled, compiled_beams, graph
-from monoblock.backends.tf.arrays import Seeds, TfOps, shown
-from monoblock.backends.tf.decoder import Decoder, Rereader, Source
+from monoblock.backends.tf import graph
+from monoblock.backends.tf.arrays import Seeds, shown
+from monoblock.backends.tf.namespace import XP
 from monoblock.backends.tf.outputs import TFModelOutput
 from monoblock.backends.tf.processors import of_two
-from monoblock.backends.tf.steps import steps_of
-from monoblock.errors import UnsupportedConfig
+from monoblock.backends.tf.steps import Steps, steps_of
+from monoblock.backends.xla import runner
+from monoblock.backends.xla.namespace import Namespace
 from monoblock.generation import loop
-from monoblock.generation.arrays import ArrayOps
 from monoblock.generation.config import GenerationConfig
-from monoblock.generation.mixin import GenerationMixin, check_assistant
+from monoblock.generation.mixin import check_assistant
 from monoblock.generation.programs import Program
 from monoblock.generation.record import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput
-from monoblock.generation.transitions import transition_scores
-from monoblock.spec import Learned
+from monoblock.generation.resolve import Unsupported
 
 if TYPE_CHECKING:
     from monoblock.families import ModelClass
-
-INPUTS = frozenset({"past_key_values", "position_ids", "inputs_embeds"})
-# Inputs that only some models take; new tokens get the last token type.
-MORE = frozenset({"token_type_ids", "image_patches", "image_patches_indices", "pixel_values"})
 
 
 @dataclass
@@ -62,9 +57,10 @@ OUTPUTS: dict[tuple[type, bool], type[TFModelOutput]] = {
 }
 
 
-class Generation(GenerationMixin):
+class Generation(runner.Generation):
     """Adds `generate` to the models that predict the next token."""
 
+    xp: ClassVar[Namespace] = XP
     row: ModelClass
 
     def can_generate(self) -> bool:
@@ -104,24 +100,10 @@ class Generation(GenerationMixin):
             check_assistant(helper, Generation)
             arguments["assistant_model"] = Runner(helper, jit_compile)
         if tf.executing_eagerly():
-            runner = Runner(self, jit_compile)
-            return runner.shown(loop.generate(runner, inputs, generation_config, **arguments))
+            eager = Runner(self, jit_compile)
+            return eager.shown(loop.generate(eager, inputs, generation_config, **arguments))
         traced = InGraph(self, inputs, arguments)
         return traced.shown(loop.generate(traced, None, generation_config, **traced.stand_ins()))
-
-    def compute_transition_scores(
-        self,
-        sequences: Any,
-        scores: Sequence[Any],
-        beam_indices: Any = None,
-        normalize_logits: bool = False,
-    ) -> tf.Tensor:
-        """(rows, new tokens) scores of the chosen tokens, from an output of `generate(..., output_scores=True)`.
-
-        Beam search's scores need its `beam_indices`. `normalize_logits`: log-probabilities instead of raw scores.
-        """
-        rows = None if beam_indices is None else np.asarray(beam_indices)
-        return shown(transition_scores(TfOps(), np.asarray(sequences), scores, rows, normalize_logits))
 
 
 def _random(seed: Any, generator: Any) -> dict[str, Any]:
@@ -139,37 +121,33 @@ def _random(seed: Any, generator: Any) -> dict[str, Any]:
     raise ValueError(f"seed must be a whole number or two of them, got {seed!r}")
 
 
-class Runner:
+# Refused by these classes for reasons of their own.
+UNSUPPORTED: Unsupported = {
+    "cache_implementation": (
+        ("dynamic", "static"),
+        "the caches of the TF classes are 'dynamic' and 'static', in the computation's type",
+    ),
+    "compile_config": (
+        (),
+        "it holds torch.compile's options; jit_compile= and disable_compile= say what TensorFlow compiles",
+    ),
+    "synced_gpus": ((False,), "generation across processes is not built"),
+}
+
+
+class Runner(runner.Runner):
     """What `loop.generate` needs to know of a model."""
 
-    ops: ArrayOps
+    unsupported = UNSUPPORTED
 
     def __init__(self, model: Any, jit_compile: bool) -> None:
-        self.model, self.jit_compile = model, jit_compile
-        self.input_names = INPUTS | MORE.intersection((*model.arguments, *model.extra))
-        self.ops = TfOps()
-        self.generation_config: GenerationConfig | None = model.generation_config
-        learned = model.spec.position(Learned)
-        self.max_positions = learned.size - learned.offset if learned else None
-        self.samples = False
+        super().__init__(model, (*model.arguments, *model.extra))
+        self.jit_compile, self.samples = jit_compile, False
 
-    def compiled(self, generation: Any, program: Program) -> Any:
-        """Run a call as one program."""
-        return (compiled if program.width is None else compiled_beams).run(generation, program)
-
-    def decoder(self, plan: loop.Plan, inputs: dict[str, Any]) -> Any:
-        """A decoder for one call."""
-        if plan.config.cache_implementation == "quantized":
-            raise UnsupportedConfig(
-                "GenerationConfig.cache_implementation='quantized': the TF classes keep their caches in the "
-                "computation's type"
-            )
-        self.samples = bool(plan.config.do_sample)
-        traced = not plan.config.disable_compile
-        steps = steps_of(self.model, compiled=self.jit_compile and traced, traced=traced)
-        source = Source(self.model, steps, self.max_positions)
-        cached = plan.config.use_cache or "past_key_values" in inputs
-        return (Decoder if cached else Rereader)(source, plan, inputs)
+    def passes(self, config: GenerationConfig) -> Steps:
+        traced = not config.disable_compile
+        self.samples = bool(config.do_sample)
+        return steps_of(self.model, compiled=self.jit_compile and traced, traced=traced)
 
     def shown(self, found: Any) -> Any:
         """A result with TensorFlow's arrays in place of NumPy's, and its class."""
@@ -191,8 +169,10 @@ class InGraph(Runner):
         return self.arguments | self.prompt.stand_ins()
 
     def compiled(self, generation: Any, program: Program) -> Any:
+        """The call as a part of the graph."""
         return graph.run(self.prompt, generation, program)
 
     def decoder(self, plan: loop.Plan, inputs: dict[str, Any]) -> Any:
+        """A decoder whose tokens `compiled` makes."""
         self.samples = bool(plan.config.do_sample)
         return graph.Decoder(self.model, plan, inputs, self.max_positions)

@@ -7,13 +7,14 @@ from typing import Any, ClassVar
 
 import tensorflow as tf
 
-from monoblock.backends.tf.binding import OPTIONS, bound, plainly, warn_once, whole
+from monoblock.backends.tf.binding import OPTIONS, bound, plainly, whole
 from monoblock.backends.tf.cache import Cache, from_tuples, init_cache
-from monoblock.backends.tf.checked import Checked, checked, has_positions
+from monoblock.backends.tf.checked import checked
 from monoblock.backends.tf.guards import short, within
-from monoblock.backends.tf.inputs import AT_REST, Wanted
 from monoblock.backends.tf.ops import Size, Tensor, size
 from monoblock.backends.tf.outputs import named, output_class
+from monoblock.backends.xla.checked import Checked
+from monoblock.backends.xla.inputs import AT_REST, Wanted
 from monoblock.families import Family, ModelClass
 from monoblock.heads import HeadSpec
 from monoblock.spec import ArchSpec, Learned
@@ -63,10 +64,7 @@ class Forward:
 
     def bound(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """Every way of giving arguments as keywords of tensors; TypeError for what the class does not take."""
-        given = bound(type(self).__name__, (self.arguments, self.extra), args, kwargs)
-        if "position_ids" in given and not has_positions(self.spec):
-            warn_once(f"position_ids have no effect: {self.row.name} encodes positions as distances")
-        return given
+        return bound(type(self).__name__, (self.arguments, self.extra), args, kwargs)
 
     def _checked(
         self, given: dict[str, Any], options: Mapping[str, Any]

@@ -13,15 +13,17 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from monoblock.backends.tf import compiled, compiled_beams
-from monoblock.backends.tf.arrays import fresh_seeds, shown
+from monoblock.backends.tf.arrays import shown
 from monoblock.backends.tf.binding import tensors
 from monoblock.backends.tf.cache import Cache, init_cache
 from monoblock.backends.tf.checked import checked
-from monoblock.backends.tf.compiled import Start
-from monoblock.backends.tf.inputs import Wanted
+from monoblock.backends.tf.compiled import LOOP
 from monoblock.backends.tf.ops import Tensor, size
-from monoblock.backends.tf.steps import passed
+from monoblock.backends.tf.steps import looped, passed
+from monoblock.backends.xla import compiled_beams
+from monoblock.backends.xla.compiled import Start
+from monoblock.backends.xla.inputs import Wanted
+from monoblock.generation import beam_program as search
 from monoblock.generation.config import GenerationConfig
 from monoblock.generation.decoder import Plan
 from monoblock.generation.programs import OUTSIDE, Program, Text
@@ -92,6 +94,8 @@ class Decoder:
                 f"the model has {max_positions} learned positions, but the text may come to {last} tokens (inside a "
                 "tf.function, padding counts): shorten the prompts, or say a smaller max_new_tokens"
             )
+        if plan.config.prefill_chunk_size is not None:
+            raise ValueError("prefill_chunk_size goes into generate() outside of a tf.function")
         if "past_key_values" in inputs:
             raise ValueError("past_key_values go into generate() outside of a tf.function")
 
@@ -126,7 +130,6 @@ def run(prompt: Prompt, generation: Any, program: Program) -> Any:
         for name in ("token_type_ids", "position_ids")
         if name in given
     }
-    seeds = generation.generator or fresh_seeds()
     valid = mask[:, : ids.shape[1]] != 0
     setting = generation.setting
     numbers = program.given(generation.fields, setting.prompt_bn, None, new)
@@ -137,13 +140,12 @@ def run(prompt: Prompt, generation: Any, program: Program) -> Any:
         text=_placed(program.text(setting.prompt_bn, None), ids, valid),
         given=numbers._replace(prompt=_placed(numbers.prompt, ids, valid)),
         limits=tf.constant((new, new)),
-        seed=seeds.seed,
-        draws=tf.constant(seeds.count),
+        draws=LOOP.draws(generation.generator, needed=True),
     )
     record = Record(plan.config, generation.plain)
     if program.width is not None:
         return _searched(generation, program, start, ids, record)
-    end = compiled.looped(decoder.model, program, start)
+    end = looped(decoder.model, program, start)
     decoder.past_key_values = end.cache
     return record.output(tf.concat((ids, end.new_br[:, :new]), axis=1), decoder)
 
@@ -152,12 +154,33 @@ def _searched(generation: Any, program: Program, start: Start, ids: Tensor, reco
     """The best texts of a search; `ids` have a row for each beam."""
     decoder, plan = generation.decoder, generation.plan
     count = plan.config.num_return_sequences or 1
-    search = tf.nest.map_structure(shown, compiled_beams.begun(generation, program))
-    end = compiled_beams.looped(decoder.model, program, start._replace(search=search))
+    begun = tf.nest.map_structure(shown, compiled_beams.begun(generation, program))
+    end = looped(decoder.model, program, start._replace(search=begun))
     decoder.past_key_values = end.cache
-    new, scores, rows = compiled_beams.texts(end.running, count, program.pad, plan.new_tokens)
+    new, scores, rows = texts(end.running, count, program.pad, plan.new_tokens)
     prompts = tf.repeat(ids[:: plan.copies], count, axis=0)
     return record.beam_output(tf.concat((prompts, new), axis=1), scores, rows, decoder)
+
+
+def texts(running: search.Running, count: int, pad: int, new: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The best `count` texts of each prompt as tensors: tokens (rows, new), pads after a text's end; scores; and the
+    rows that the tokens were chosen from, -1 after the end."""
+    (prompts, beams), room = running.ended_pw.shape, running.tokens_rn.shape[1]
+    scores_pc = running.ended_pw[:, :count]
+    possible_pc = scores_pc > -np.inf
+    lengths_pc = tf.where(possible_pc, running.lengths_pw[:, :count], 0)
+    real = tf.reshape(tf.range(new) < lengths_pc[:, :, None], (prompts * count, new))
+
+    def best(held_rn: Tensor, fill: int) -> Tensor:
+        held = tf.reshape(held_rn, (prompts, beams, room))[:, :count, :new]
+        return tf.where(real, tf.reshape(held, (prompts * count, new)), fill)
+
+    scores = tf.where(possible_pc, scores_pc, search.HOPELESS)
+    return (
+        best(running.ended_tokens_rn, pad),
+        tf.reshape(scores, (prompts * count,)),
+        best(running.ended_rows_rn, -1),
+    )
 
 
 def _of_known_rows(program: Program) -> list[str]:
@@ -174,7 +197,9 @@ def _given(prompt: Prompt, decoder: Decoder, config: GenerationConfig) -> tuple[
     if (mask := prompt.mask(config)) is not None:
         arguments["attention_mask"] = mask
     arguments = {name: tensors(name, value) for name, value in arguments.items()}
-    given = checked(decoder.model.spec, decoder.model.head_spec, arguments, None, False).given
+    given = checked(
+        decoder.model.spec, decoder.model.head_spec, arguments, None, False, documents=False
+    ).given
     tokens = given.get("input_ids", given.get("inputs_embeds"))
     assert tokens is not None
     return given, tokens.shape[1]

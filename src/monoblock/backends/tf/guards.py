@@ -11,7 +11,7 @@ from typing import Any
 import tensorflow as tf
 
 from monoblock.backends.tf.binding import plainly
-from monoblock.backends.tf.checked import on_host
+from monoblock.backends.tf.namespace import XP
 from monoblock.backends.tf.ops import Tensor, size
 
 OURS = "monoblock: "  # which begins what is said here
@@ -52,7 +52,7 @@ def classes(labels_n: Tensor, real_n: Tensor, count: int) -> Tensor:
     """Labels of `count` classes, 0 where they are not `real`; ValueError, or the graph's end, if there is another."""
     labels_n = tf.where(real_n, labels_n, 0)
     advice = "-100 stands for none"
-    if (values := on_host(labels_n)) is None:
+    if (values := XP.values(labels_n)) is None:
         return within("labels", labels_n, count, advice)
     if values.size and (values.min() < 0 or values.max() >= count):
         with plainly():

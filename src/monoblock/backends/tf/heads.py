@@ -12,10 +12,10 @@ from typing import Any
 import tensorflow as tf
 
 from monoblock.backends.tf.guards import classes
-from monoblock.backends.tf.inputs import Wanted
 from monoblock.backends.tf.layers import Tied
 from monoblock.backends.tf.ops import Tensor, size
 from monoblock.backends.tf.parts import Part
+from monoblock.backends.xla.inputs import Wanted
 from monoblock.heads import KINDS, HeadSpec, Summary
 from monoblock.spec import ArchSpec
 
@@ -192,11 +192,10 @@ def span_loss(start_bs: Tensor, end_bs: Tensor, starts: Tensor, ends: Tensor, co
 
 
 class Head:
-    """A model's head in one call: with the table that it may be tied to, and the seed of its dropouts."""
+    """A model's head in one call: its spec now, the table that it may be tied to, the seed of its dropouts."""
 
-    def __init__(self, model: Any, table: Tensor | None, seed: Tensor | None) -> None:
-        self.model, self.table, self.seed = model, table, seed
-        self.spec: HeadSpec = model.head_spec
+    def __init__(self, model: Any, spec: HeadSpec, table: Tensor | None, seed: Tensor | None) -> None:
+        self.model, self.spec, self.table, self.seed = model, spec, table, seed
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """Logits (..., v); those over the vocabulary are scaled and capped as the spec says."""

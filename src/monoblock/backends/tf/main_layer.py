@@ -12,9 +12,8 @@ import tensorflow as tf
 
 from monoblock.backends.tf import heads
 from monoblock.backends.tf.cache import Cache
-from monoblock.backends.tf.checked import dropouts
 from monoblock.backends.tf.forward import Forward
-from monoblock.backends.tf.inputs import AT_REST, Wanted, prepare
+from monoblock.backends.tf.inputs import prepare
 from monoblock.backends.tf.layers import Leaves
 from monoblock.backends.tf.model import (
     Attention,
@@ -34,6 +33,8 @@ from monoblock.backends.tf.model import (
 from monoblock.backends.tf.ops import Tensor, size
 from monoblock.backends.tf.parts import Builder, Part, at, places
 from monoblock.backends.tf.serving import Configured
+from monoblock.backends.xla.checked import dropouts
+from monoblock.backends.xla.inputs import AT_REST, Wanted
 from monoblock.config import PretrainedConfig, as_own_config
 from monoblock.heads import HeadSpec
 

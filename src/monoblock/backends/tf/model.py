@@ -20,7 +20,6 @@ from monoblock.backends.tf import attention
 from monoblock.backends.tf.cache import Layer
 from monoblock.backends.tf.layers import EMBEDDED, OF_LAYER, PLACES, rows_of
 from monoblock.backends.tf.ops import (
-    Scope,
     Tensor,
     biases,
     buckets_of,
@@ -31,6 +30,7 @@ from monoblock.backends.tf.ops import (
 )
 from monoblock.backends.tf.parts import Part
 from monoblock.backends.tf.parts import call as call_layer
+from monoblock.backends.tf.scope import Scope
 from monoblock.positions import is_dynamic
 from monoblock.spec import Alibi, ArchSpec, Buckets, Learned, Rotary
 

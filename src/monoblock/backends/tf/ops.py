@@ -1,4 +1,4 @@
-"""Pure functions on TensorFlow tensors: activations, rotary positions, and which key each query sees.
+"""Pure functions on TensorFlow tensors: activations, positions, and ranges of open size.
 
 Shape suffixes: b batch, q queries, k keys, h heads, d head width.
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -106,136 +105,7 @@ def biases(table: Tensor, buckets_qk: Any) -> Tensor:
     return tf.transpose(tf.gather(tf.cast(table, tf.float32), buckets_qk), (2, 0, 1))[None]
 
 
-# ---------------------------------------------------------------------------- who sees whom
-
-
-@dataclass(frozen=True)
-class Scope:
-    """Which keys each query may see, from indices alone: `valid_k & (k <= q or not causal) & (q - k < window)`.
-
-    `index_q` (q,) and `index_k` (k,) are places in the sequence, negative where nothing is; `valid_bk` is False for
-    padding (None: there is none); `segment_bq` and `segment_bk` number the parts of a packed row (None: one part).
-    `aligned`: queries and keys are the same tokens. `slopes_h` are ALiBi's; `table` (count, h) is the bias of the
-    `buckets` of distances or, without `buckets`, what `bias` has made of it for these queries and keys. `masked_rows`:
-    the spec's.
-    """
-
-    index_q: Tensor
-    index_k: Tensor
-    valid_bk: Tensor | None = None
-    segment_bq: Tensor | None = None
-    segment_bk: Tensor | None = None
-    slopes_h: Tensor | None = None
-    table: Tensor | None = None
-    causal: bool = True
-    aligned: bool = True
-    window: int | None = None
-    buckets: Buckets | None = None
-    masked_rows: str = "all"
-
-    def of_keys(self, index_k: Tensor) -> Scope:
-        """The same scope over keys at these places of the sequence, of which negative ones hold nothing."""
-
-        def placed(x_bk: Tensor | None) -> Tensor | None:
-            return None if x_bk is None else tf.gather(x_bk, tf.maximum(index_k, 0), axis=1)
-
-        return replace(
-            self,
-            index_k=index_k,
-            valid_bk=placed(self.valid_bk),
-            segment_bk=placed(self.segment_bk),
-            aligned=False,
-        )
-
-    def part(self, first_q: Size, queries: Size, first_k: Size, keys: Size) -> Scope:
-        """The scope of a range of queries and one of keys."""
-        return replace(
-            self,
-            index_q=cut(self.index_q, first_q, queries, -1),
-            index_k=cut(self.index_k, first_k, keys, -1),
-            valid_bk=cut(self.valid_bk, first_k, keys, -1),
-            segment_bq=cut(self.segment_bq, first_q, queries, -1),
-            segment_bk=cut(self.segment_bk, first_k, keys, -1),
-        )
-
-    @property
-    def all_seen(self) -> bool:
-        """Whether it is known that every query sees every key."""
-        open_ends = self.aligned and not self.causal and self.window is None
-        return open_ends and self.valid_bk is None and self.segment_bk is None
-
-    def visible(self) -> Tensor:
-        """(b or 1, 1, q, k), True where the query may see the key."""
-        distance = self.index_q[:, None] - self.index_k[None, :]
-        seen = tf.broadcast_to(self.index_k >= 0, tf.shape(distance))
-        if self.causal:
-            seen = seen & (distance >= 0)
-        if self.window is not None:
-            seen = seen & (distance < self.window)
-        seen = seen[None, None]
-        if self.valid_bk is not None:
-            seen = seen & self.valid_bk[:, None, None, :]
-        if self.segment_bq is not None and self.segment_bk is not None:
-            seen = seen & (self.segment_bq[:, None, :, None] == self.segment_bk[:, None, None, :])
-        return seen
-
-    def bias(self) -> Tensor | None:
-        """What is added to the scores, (1, h, q, k) of ALiBi or of the buckets; None if there is nothing."""
-        if self.buckets is None and self.table is not None:
-            return self.table
-        distance = self.index_k[None, :] - self.index_q[:, None]
-        if self.table is not None and self.buckets is not None:
-            return biases(self.table, bucketed(distance, self.buckets.count, self.buckets.max_distance))
-        if self.slopes_h is not None:
-            return (self.slopes_h[:, None, None] * tf.cast(distance, tf.float32))[None]
-        return None
-
-    def blind(self) -> Tensor | None:
-        """(b, 1, q, 1), True for queries that see no key: before a row's first real token, or with nothing but padding
-        in their window. None if no padding can make such, or if keys and queries do not line up."""
-        if self.valid_bk is None or not self.causal or not self.aligned:
-            return None
-        count = tf.cumsum(tf.cast(self.valid_bk, tf.int32), axis=-1)
-        if self.window is not None:
-            before = tf.pad(count, ((0, 0), (self.window, 0)))
-            count = count - before[:, : tf.shape(count)[1]]
-        return (count == 0)[:, None, :, None]
-
-    def mean(self, v_bgkd: Tensor) -> Tensor:
-        """(b, g, 1 or q, d): of the values of the keys on which a query that sees none has equal weights, where keys
-        and queries line up. By sums along the keys, without an array of queries x keys."""
-        if self.masked_rows == "all" or self.valid_bk is None:
-            return tf.reduce_mean(v_bgkd, axis=2, keepdims=True)
-        exact = v_bgkd.dtype if v_bgkd.dtype == tf.float64 else tf.float32
-        wide, real = tf.cast(v_bgkd, exact), tf.cast(self.valid_bk, exact)
-        own = wide * real[:, None, :, None]
-        if self.masked_rows == "real":
-            count = tf.reduce_sum(real, axis=-1)[:, None, None, None]
-            total = tf.reduce_sum(own, axis=2, keepdims=True) / tf.maximum(count, 1)
-            return tf.cast(
-                tf.where(count > 0, total, tf.reduce_mean(wide, axis=2, keepdims=True)), v_bgkd.dtype
-            )
-        every, keys = tf.cumsum(wide, axis=2), size(v_bgkd, 2)
-        count = tf.range(1, keys + 1)
-        if self.window is not None:
-            every -= tf.pad(every, ((0, 0), (0, 0), (self.window, 0), (0, 0)))[:, :, :keys]
-            count = tf.minimum(count, self.window)
-        count = tf.cumsum(real, axis=-1) + tf.cast(count, exact)
-        return tf.cast((every + tf.cumsum(own, axis=2)) / count[:, None, :, None], v_bgkd.dtype)
-
-    def equal_weights(self) -> Tensor:
-        """The weights that `mean` has, (b or 1, 1, 1 or q, k), in float32."""
-        if self.masked_rows == "all" or self.valid_bk is None:
-            chosen = tf.ones_like(self.index_k)[None, None, None] > 0
-        elif self.masked_rows == "real":
-            real = self.valid_bk[:, None, None]
-            chosen = real | ~tf.reduce_any(real, axis=-1, keepdims=True)
-        else:
-            distance = self.index_q[:, None] - self.index_k
-            near = self.valid_bk[:, None, None] | (distance < (self.window or distance + 1))
-            chosen = (distance >= 0) & near
-        chosen = tf.cast(chosen, tf.float32)
-        return chosen / tf.reduce_sum(chosen, axis=-1, keepdims=True)
+# ---------------------------------------------------------------------------- ranges of open size
 
 
 def cut(x: Tensor | None, first: Size, count: Size, axis: int) -> Tensor | None:

@@ -1,43 +1,36 @@
-"""What from_pretrained takes out of its keywords before the rest goes to the config."""
+"""What the TF classes' `from_pretrained` takes: the common options, and its own."""
 
 from __future__ import annotations
 
-import logging
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
+from monoblock.backends import options
 from monoblock.checkpoint.hub import Kind
-from monoblock.checkpoint.options import HubOptions
-
-log = logging.getLogger("monoblock")
-
-# Arguments of the PyTorch classes that have no meaning here, and what does the same.
-_REFUSED = {
-    "device_map": "a tf.distribute strategy or tf.device around the call places the weights",
-    "quantization_config": "model.quantize('int8') is Keras's own",
-    "load_in_4bit": "model.quantize('int4') is Keras's own",
-    "load_in_8bit": "model.quantize('int8') is Keras's own",
-    "attn_implementation": "the kernel is chosen by the shapes, and output_attentions=True works with it",
-}
 
 
-class LoadOptions:
+class LoadOptions(options.LoadOptions):
     """The options of a load; the keywords that are no options are left where they were."""
 
+    prefix = "TF"
+    native: ClassVar[Kind] = "h5"
+    refused: ClassVar[Mapping[str, str]] = {
+        "device_map": "a tf.distribute strategy or tf.device around the call places the weights",
+        "quantization_config": "model.quantize('int8') is Keras's own",
+        "load_in_4bit": "model.quantize('int4') is Keras's own",
+        "load_in_8bit": "model.quantize('int8') is Keras's own",
+        **options.KERNEL,
+    }
+
     def __init__(self, kwargs: dict[str, Any]) -> None:
-        self.hub = HubOptions.pop(kwargs)
+        super().__init__(kwargs)
         self.dtype = kwargs.pop("dtype", kwargs.pop("torch_dtype", None))
         self.name = kwargs.pop("name", None)
-        self.ignore_mismatched_sizes = bool(kwargs.pop("ignore_mismatched_sizes", False))
-        self.variant = kwargs.pop("variant", None)
-        self.use_safetensors = kwargs.pop("use_safetensors", None)
-        from_pt = bool(kwargs.pop("from_pt", False))
+
+    def preferred(self, kwargs: dict[str, Any]) -> tuple[Kind, ...]:
+        """As of all frameworks; `from_tf=True` asks for `tf_model.h5` first."""
         from_tf = bool(kwargs.pop("from_tf", False))
-        if from_pt and from_tf:
+        if from_tf and kwargs.get("from_pt"):
             raise ValueError("from_pt and from_tf say two kinds of files: give one")
-        files: tuple[Kind, ...] = ("safetensors", "bin") if from_pt else ("safetensors", "h5")
-        self.prefer: tuple[Kind, ...] = ("h5", "safetensors") if from_tf else files
-        if kwargs.pop("trust_remote_code", False):
-            log.info("trust_remote_code=True: no remote code is run here; the makers' options work natively")
-        for name, instead in _REFUSED.items():
-            if kwargs.pop(name, None):
-                raise ValueError(f"from_pretrained of a TF class does not take {name}: {instead}")
+        kinds = super().preferred(kwargs)
+        return (self.native, "safetensors") if from_tf else kinds

@@ -14,7 +14,6 @@ from monoblock.backends.tf import heads, layers, loading
 from monoblock.backends.tf.cache import Cache
 from monoblock.backends.tf.decode import Generation
 from monoblock.backends.tf.forward import Forward
-from monoblock.backends.tf.inputs import AT_REST, Wanted
 from monoblock.backends.tf.main_layer import MainLayer
 from monoblock.backends.tf.ops import Tensor, after, size
 from monoblock.backends.tf.options import LoadOptions
@@ -22,11 +21,13 @@ from monoblock.backends.tf.parameters import Parameters
 from monoblock.backends.tf.parts import Builder, Holder
 from monoblock.backends.tf.serving import Serving
 from monoblock.backends.tf.training import Training
+from monoblock.backends.xla.inputs import AT_REST, Wanted
 from monoblock.checkpoint.hdf5 import is_weights
-from monoblock.checkpoint.hub import WeightFiles, find_weights
+from monoblock.checkpoint.hub import WeightFiles, find_weights, of_one_save
 from monoblock.checkpoint.options import HubOptions
 from monoblock.checkpoint.save import save_tensors
 from monoblock.checkpoint.store import open_store
+from monoblock.checkpoint.transaction import staged
 from monoblock.config import CONFIG_NAME, PretrainedConfig, as_own_config
 from monoblock.errors import UnsupportedConfig
 from monoblock.generation.config import GENERATION_CONFIG_NAME
@@ -114,7 +115,9 @@ class TFPreTrainedModel(Forward, Training, Serving, Holder, Parameters, Generati
             seen = 0 if cache is None or wanted.fresh else cache.length
             given = {**given, "attention_mask": after(mask, seen, size(hidden, 1), 1)}
         table = layers.rows_of(main.at("embed")) if self.tied() else None
-        return found | heads.outputs(heads.Head(self, table, seed), hidden, given, wanted)
+        assert self.head_spec is not None
+        head = heads.Head(self, self.config.updated_head(self.head_spec), table, seed)
+        return found | heads.outputs(head, hidden, given, wanted)
 
     @property
     def dummy_inputs(self) -> dict[str, Tensor]:
@@ -148,23 +151,30 @@ class TFPreTrainedModel(Forward, Training, Serving, Holder, Parameters, Generati
                 f"{cls.__name__}.from_pretrained takes one positional argument, got {1 + len(model_args)}"
             )
         options = LoadOptions(kwargs)
-        settings, unused = cls._config_for(pretrained_model_name_or_path, config, options.hub, kwargs)
-        if unused:
-            raise TypeError(f"from_pretrained does not know the argument {next(iter(unused))!r}")
-        files = find_weights(
-            pretrained_model_name_or_path,
-            options.hub,
-            variant=options.variant,
-            use_safetensors=options.use_safetensors,
-            prefer=options.prefer,
-        )
-        store = open_store(files, "np")
+        name = pretrained_model_name_or_path
+
+        def read() -> tuple[Any, Any, Any]:
+            settings, unused = cls._config_for(name, config, options.hub, kwargs)
+            if unused:
+                raise TypeError(f"from_pretrained does not know the argument {next(iter(unused))!r}")
+            generation = cls.file_generation_config(name, options.hub) if cls.row.head == "causal" else None
+            files = find_weights(
+                name,
+                options.hub,
+                variant=options.variant,
+                use_safetensors=options.use_safetensors,
+                prefer=options.prefer,
+            )
+            return settings, generation, open_store(files, "np")
+
+        settings, generation, store = of_one_save(name, options.hub, read)
         with layers.empty():
             dtype = loading.chosen_dtype(options.dtype, settings.dtype, store)
             model = cls(settings, dtype=dtype, name=options.name)
         model._load(store, ignore_mismatched_sizes=options.ignore_mismatched_sizes)
         settings.dtype = model.variable_dtype
-        model.generation_config = model.file_generation_config(pretrained_model_name_or_path, options.hub)
+        if generation is not None:
+            model.generation_config = generation
         return model
 
     def load_weights(self, filepath: Any, skip_mismatch: bool = False, **kwargs: Any) -> None:
@@ -229,18 +239,18 @@ class TFPreTrainedModel(Forward, Training, Serving, Holder, Parameters, Generati
         folder = Path(save_directory)
         if folder.is_file():
             raise ValueError(f"save_pretrained needs a folder, but {folder} is a file")
-        folder.mkdir(parents=True, exist_ok=True)
         self.config.architectures = [self.row.name]
         self.config.dtype = self.variable_dtype
         texts = {CONFIG_NAME: self.config.to_json_string()}
         if self.generation_config is not None:
             self.generation_config.validate()
             texts[GENERATION_CONFIG_NAME] = self.generation_config.to_json_string()
-        save_tensors(
-            folder, self.hub_state_dict(), framework="np", max_shard_size=max_shard_size, beside=texts
-        )
-        if saved_model:
-            self.save_signatures(folder / "saved_model" / str(version), signatures)
+        with staged(folder) as stage:
+            save_tensors(
+                stage, self.hub_state_dict(), framework="np", max_shard_size=max_shard_size, beside=texts
+            )
+            if saved_model:
+                self.save_signatures(stage.files / "saved_model" / str(version), signatures)
 
     # ------------------------------------------------------------------ switches and facts
 

@@ -2,48 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any
 
 import tensorflow as tf
 
 from monoblock.backends.tf.arrays import shown
-from monoblock.backends.tf.cache import Cache, Layer, init_cache
-from monoblock.backends.tf.inputs import Wanted
+from monoblock.backends.tf.binding import tensors
+from monoblock.backends.tf.cache import Cache, from_tuples, init_cache
+from monoblock.backends.tf.checked import checked
+from monoblock.backends.tf.compiled import LOOP
 from monoblock.backends.tf.ops import Tensor, size
+from monoblock.backends.xla import cache as caches
+from monoblock.backends.xla import compiled, compiled_beams
+from monoblock.backends.xla.compiled import Loop, Start
+from monoblock.backends.xla.inputs import Wanted
+from monoblock.backends.xla.passes import Given, Pass, of_outputs
+from monoblock.generation.programs import Program
 from monoblock.spec import ArchSpec
-
-Given = Mapping[str, Tensor]
-
-
-class Pass(NamedTuple):
-    """What one pass gives: scores in float32, (b, vocab) of the last token or (b, k, vocab), and the rest."""
-
-    scores: Tensor
-    cache: Cache | None
-    attentions: tuple[Tensor, ...] | None
-    hidden_states: tuple[Tensor, ...] | None
 
 
 def passed(model: Any, given: Given, cache: Cache | None, wanted: Wanted) -> Pass:
     """One pass, to be traced into something or run as it is."""
     out = model.network(given, cache, wanted)
-    scores = tf.cast(out["logits"], tf.float32)
-    last = scores[:, -1] if wanted.keep == 1 else scores
-    return Pass(last, *(out.get(name) for name in ("past_key_values", "attentions", "hidden_states")))
+    return of_outputs(out, tf.cast(out["logits"], tf.float32), wanted)
+
+
+def looped(model: Any, program: Program, start: Start) -> Any:
+    """A whole loop over tokens, to be traced into something."""
+    run = compiled.looped if program.width is None else compiled_beams.looped
+    return run(LOOP, partial(passed, model), program, start)
 
 
 class Steps:
-    """A model's passes, each a `tf.function` of tensors alone.
+    """A model's passes, each a `tf.function` of tensors alone: `xla.passes.Passes`, whose methods these are.
 
     `compiled`: XLA compiles them. `traced=False`: they run eagerly. What decides the code besides shapes (what is
     wanted, windows, room) makes a function of its own; a new shape traces anew, and shapes are those of buckets.
     TensorFlow's own relaxing of shapes would leave lengths open, and open lengths take slower kernels.
     """
 
+    loop: Loop = LOOP
+
     def __init__(self, model: Any, *, compiled: bool, traced: bool = True) -> None:
         self.model, self.compiled, self.traced = model, compiled and traced, traced
+        self.spec: ArchSpec = model.spec
         self.functions: dict[Any, Any] = {}
 
     def run(self, key: Any, function: Callable[..., Any], *tensors: Any) -> Any:
@@ -62,12 +67,15 @@ class Steps:
         """Whether caches are only touched by what XLA compiles."""
         return self.compiled and not tf.config.functions_run_eagerly()
 
-    def anew(self, given: Given, wanted: Wanted) -> Pass:
-        """A pass over whole texts, without a cache."""
-        return self.run(("anew", wanted), lambda given: passed(self.model, given, None, wanted), given)
+    def checked(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        given = {name: tensors(name, value) for name, value in arguments.items()}
+        return checked(self.spec, self.model.head_spec, given, None, False, documents=False).given
+
+    def past(self, given: Any) -> Cache | None:
+        known = given is None or isinstance(given, Cache)
+        return given if known else from_tuples(tensors("past_key_values", given))
 
     def first(self, given: Given, wanted: Wanted, spec: ArchSpec, max_length: int) -> Pass:
-        """A pass over the prompts, into a new cache of `max_length` places with the windows of `spec`."""
         in_place = self.in_place
 
         def run(given: Given) -> Pass:
@@ -78,15 +86,33 @@ class Steps:
         return self.run(("first", wanted, spec, max_length, in_place), run, given)
 
     def more(self, given: Given, cache: Cache, wanted: Wanted) -> Pass:
-        """A pass over the next tokens."""
         cache = replace(cache, compiled=self.in_place)
         return self.run(
             ("more", wanted), lambda given, cache: passed(self.model, given, cache, wanted), given, cache
         )
 
-    def lookup(self, input_ids: Any) -> Tensor:
-        """Token ids as vectors."""
-        return self.run("lookup", self.model.main.lookup, input_ids)
+    def anew(self, given: Given, wanted: Wanted) -> Pass:
+        return self.run(("anew", wanted), lambda given: passed(self.model, given, None, wanted), given)
+
+    def lookup(self, ids: Any) -> Tensor:
+        return self.run("lookup", self.model.main.lookup, ids)
+
+    def empty(self, rows: int, spec: ArchSpec, max_length: int) -> Cache:
+        return init_cache(spec, rows, max_length, self.model.compute_dtype)
+
+    def moved(self, cache: Cache, shift: int, spec: ArchSpec, max_length: int) -> Cache:
+        empty = init_cache(spec, size(cache.keys[0], 0), max_length, cache.keys[0].dtype)
+        return caches.moved(cache, shift, empty)
+
+    def reordered(self, cache: Cache, index_b: Any) -> Cache:
+        return cache.reorder(index_b)
+
+    def cut(self, arrays: Sequence[Tensor], where: tuple[Any, ...]) -> tuple[Tensor, ...]:
+        return tuple(array[where] for array in arrays)
+
+    def looped(self, program: Program, start: Start) -> Any:
+        start = start._replace(cache=replace(start.cache, compiled=self.in_place))
+        return self.run(("loop", program), partial(looped, self.model, program), start)
 
     def traces(self) -> int:
         """How often anything was traced."""
@@ -104,22 +130,3 @@ def steps_of(model: Any, *, compiled: bool, traced: bool = True) -> Steps:
     if key not in held:
         held[key] = Steps(model, compiled=compiled, traced=traced)
     return held[key]
-
-
-def moved(cache: Cache, shift: int, spec: ArchSpec, max_length: int) -> Cache:
-    """A copy of the cache for `max_length` places and the windows of `spec`, without its first `shift` tokens."""
-    empty = init_cache(spec, size(cache.keys[0], 0), max_length, cache.keys[0].dtype)
-    layers = [_moved(cache.layer(i), cache.length, shift, empty.layer(i)) for i in range(len(cache.keys))]
-    keys, values = tuple(layer.keys for layer in layers), tuple(layer.values for layer in layers)
-    return replace(empty, keys=keys, values=values, length=cache.length - shift)
-
-
-def _moved(layer: Layer, length: Tensor, shift: int, into: Layer) -> Layer:
-    places = into.places(length - shift)
-    known = (places >= 0) & (places + shift >= length - layer.slots)
-    slots = tf.where(known, (places + shift) % layer.slots, 0)
-
-    def put(held: Tensor) -> Tensor:
-        return tf.where(known[:, None], tf.gather(held, slots, axis=2), tf.zeros((), held.dtype))
-
-    return replace(into, keys=put(layer.keys), values=put(layer.values))

@@ -17,6 +17,7 @@ import numpy as np
 from monoblock.checkpoint.casts import cast as cast_array
 from monoblock.checkpoint.files import read_json, write_atomically
 from monoblock.checkpoint.folder import copy_files
+from monoblock.checkpoint.json_text import parsed
 from monoblock.checkpoint.keymap import KeyMap, Op, Row, Same, Spelling, Transposed
 from monoblock.checkpoint.sources import (
     Checkpoint,
@@ -135,11 +136,11 @@ def read(path: Path) -> Checkpoint:
 
 def _read_shapes(path: Path) -> list[Shape]:
     try:
-        content: object = json.loads(path.read_text(encoding="utf-8"))
+        content: object = parsed(path.read_bytes(), path)
     except FileNotFoundError as error:
         raise HubError(f"{path.parent} is no release of OpenAI's: it has no {SHAPES}") from error
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is not valid JSON ({error}): fetch it again") from error
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
     rows = cast("list[object]", content) if isinstance(content, list) else []
     shapes = [tuple(cast("list[int]", row)) for row in rows if isinstance(row, list)]
     layers, rest = divmod(len(shapes) - 2, len(LAYER))
@@ -170,13 +171,19 @@ def _config(path: Path, shapes: list[Shape]) -> OpenAIGPTConfig:
 
 def _read_piece(path: Path) -> Array:
     try:
-        array: Array = np.load(path, mmap_mode="r", allow_pickle=False)
+        found: Any = np.load(path, mmap_mode="r", allow_pickle=False)
     except FileNotFoundError as error:
         raise CheckpointError(
             f"{path} does not exist: the release has {PIECES} such files, fetch it again"
         ) from error
-    except (OSError, ValueError, EOFError) as error:
-        raise CheckpointError(f"{path} is no array of numbers ({error}): fetch it again") from error
+    except (
+        Exception
+    ) as error:  # NumPy evaluates the header as Python's literals, with all that may go wrong then
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"{path} is no array of numbers ({reason}): fetch it again") from error
+    if not isinstance(found, np.ndarray):
+        raise CheckpointError(f"{path} is an archive of arrays and no array: fetch it again")
+    array = cast("Array", found)
     if array.ndim != 1 or array.dtype.name not in ("float32", "float16", "float64"):
         raise CheckpointError(f"{path} holds {array.dtype} {list(array.shape)}; expected a row of floats")
     return array

@@ -10,23 +10,18 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Hashable
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from monoblock.backends.pytorch.cache import DynamicCache, StaticCache
+from monoblock.backends.pytorch.base import ModelBase
+from monoblock.backends.pytorch.cache import Cache, DynamicCache, StaticCache
 from monoblock.backends.pytorch.generation.static_step import Shape, State, static_step
 from monoblock.backends.pytorch.kernels import dispatch
 from monoblock.backends.pytorch.model import Attention
-from monoblock.positions import is_dynamic
-from monoblock.spec import ArchSpec, Buckets, Learned, Rotary
-
-if TYPE_CHECKING:
-    from monoblock.backends.pytorch.generation.decoder import Decoder
-    from monoblock.backends.pytorch.pretrained import PreTrainedModel
-    from monoblock.generation.decoder import Plan
+from monoblock.generation.decoder import Plan
 
 log = logging.getLogger("monoblock")
 
@@ -68,7 +63,7 @@ RECORDERS: dict[str, Callable[[Callable[[], Tensor], torch.device], Replay]] = {
 class Recorded:
     """A step's state and recording. It holds no reference to the model, with which it is released."""
 
-    def __init__(self, model: PreTrainedModel, shape: Shape, weights: Hashable) -> None:
+    def __init__(self, model: ModelBase, shape: Shape, weights: Hashable) -> None:
         self.shape, self.weights = shape, weights
         self.state = state = State(model.spec, shape)
         self.replay = RECORDERS[shape.device.type](lambda: static_step(model, state), shape.device)
@@ -83,7 +78,7 @@ _kept: WeakKeyDictionary[nn.Module, list[Recorded]] = WeakKeyDictionary()
 _lock = threading.Lock()
 
 
-def take(model: PreTrainedModel, shape: Shape) -> Recorded:
+def take(model: ModelBase, shape: Shape) -> Recorded:
     """A recording that nobody else uses: a kept one, if the weights lie where they lay then, else a new one."""
     now = weights(model)
     with _lock:
@@ -110,21 +105,53 @@ def release(model: nn.Module) -> None:
         _kept.pop(model, None)
 
 
-def weights(model: PreTrainedModel) -> Hashable:
+def weights(model: ModelBase) -> Hashable:
     """Where the weights lie and what they are. A recording reads them there: new numbers in the same place are seen,
     tensors in another place are not."""
     tensors = [*model.parameters(), *model.buffers()]
     return tuple((x.data_ptr(), x.dtype, x.shape) for x in tensors), *sorted(_kernels(model))
 
 
-def _kernels(model: PreTrainedModel) -> set[str]:
+def _kernels(model: ModelBase) -> set[str]:
     return {part.implementation for part in model.modules() if isinstance(part, Attention)}
 
 
 # ---------------------------------------------------------------------------- which calls
 
 
-def call_obstacle(decoder: Decoder, plan: Plan) -> str | None:
+class Decoding(Protocol):
+    """What is asked here of a decoder in the middle of one generation (decoder.py)."""
+
+    cache: Cache | None
+    mask: Tensor | None
+    positions: Tensor | None
+    types: Tensor | None
+    wanted: dict[str, bool]
+
+    @property
+    def model(self) -> ModelBase:
+        """The model that computes the tokens."""
+        ...
+
+    @property
+    def past_key_values(self) -> Any:
+        """The cache, in the form in which it came."""
+        ...
+
+    def prefill(self, ids_bn: Tensor, mask_bm: Tensor | None) -> Tensor:
+        """Take the prompts."""
+        ...
+
+    def step(self, ids_b1: Tensor) -> Tensor:
+        """Take one token for each row."""
+        ...
+
+    def reorder(self, index_b: Tensor) -> None:
+        """Row i becomes what row index[i] was."""
+        ...
+
+
+def call_obstacle(decoder: Decoding, plan: Plan) -> str | None:
     """Why a call's tokens cannot come from a captured graph; None if they can: a device that captures, a cache that
     keeps its keys in order, nothing asked for beside scores, and a model without an obstacle."""
     if (wanted := next((name for name, on in decoder.wanted.items() if on), None)) is not None:
@@ -144,40 +171,23 @@ def call_obstacle(decoder: Decoder, plan: Plan) -> str | None:
     return f"fewer than {WORTH} new tokens" if plan.new_tokens < WORTH else None
 
 
-def obstacle(model: PreTrainedModel) -> str | None:
+def obstacle(model: ModelBase) -> str | None:
     """Why this model's steps cannot be captured; None if they can. Hooks and modules of other packages may do what a
     graph cannot repeat."""
     device = model.device
     if device.type not in RECORDERS:
         return f"device {device.type}"
-    if not _is_static(model.spec):
-        return "position encodings or attention whose work changes with the length"
-    if torch.is_autocast_enabled(device.type):
-        return "autocast"
-    if dispatch.hooked_everywhere():
-        return "hooks on all modules (torch.nn.modules.module)"
+    if (why := dispatch.spec_obstacle(model.spec) or dispatch.setting_obstacle(device)) is not None:
+        return why
     for name, module in model.named_modules():
-        if not type(module).__module__.startswith(("torch.nn.modules.", "monoblock")):
-            return f"{dispatch.foreign(module)} in {name}"
-        own = vars(module)
-        if own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own:
-            return f"{dispatch.altered(module)} on {name or 'the model'}"
+        known = type(module).__module__.startswith(("torch.nn.modules.", "monoblock"))
+        if (why := dispatch.module_obstacle(name, module, known=known, captured=True)) is not None:
+            return why
     for name, parameter in model.named_parameters():
         if parameter.device != device:
             return f"{name} is on {parameter.device} and the model on {device}"
     other = _kernels(model) - {"sdpa", "eager", "flex_attention"}
     return f"attn_implementation={other.pop()!r}" if other else None
-
-
-def _is_static(spec: ArchSpec) -> bool:
-    """Whether the work for a token is the same for all: angles of dynamic scaling change with the length."""
-    learned = spec.position(Learned)
-    return (
-        spec.causal
-        and spec.position(Buckets) is None
-        and not is_dynamic(spec.position(Rotary))
-        and (learned is None or learned.pad_id is None)
-    )
 
 
 # ---------------------------------------------------------------------------- in the place of a decoder
@@ -188,7 +198,7 @@ class Graphed:
 
     attentions = hidden_states = None
 
-    def __init__(self, inner: Decoder, plan: Plan, *, given: bool) -> None:
+    def __init__(self, inner: Decoding, plan: Plan, *, given: bool) -> None:
         """`given`: the cache is the caller's, who finds all tokens in it after `close`."""
         self.inner, self.plan, self.given = inner, plan, given
         self.running: Recorded | None = None

@@ -5,27 +5,27 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from monoblock.backends.pytorch.arrays import TorchOps
+from monoblock.backends.pytorch.base import ModelBase
 from monoblock.backends.pytorch.cache import Cache, DynamicCache, StaticCache
 from monoblock.backends.pytorch.generation import cuda_graphs, native_decoder
 from monoblock.backends.pytorch.generation.decoding_path import GRAPH, NATIVE, decoding_path, report
 from monoblock.backends.pytorch.generation.quantized_cache import quantized
 from monoblock.backends.pytorch.inputs import cache_of, in_form
+from monoblock.errors import UnsupportedConfig
 from monoblock.generation import loop
 from monoblock.generation.arrays import ArrayOps
 from monoblock.generation.config import GenerationConfig
 from monoblock.generation.mixin import GenerationMixin, check_assistant
+from monoblock.generation.resolve import Unsupported
 from monoblock.generation.transitions import transition_scores
 from monoblock.positions import is_dynamic
 from monoblock.spec import Learned, Rotary
-
-if TYPE_CHECKING:
-    from monoblock.backends.pytorch.pretrained import PreTrainedModel
 
 INPUTS = frozenset({"past_key_values", "position_ids", "inputs_embeds"})
 # Inputs that only some models take. Images are embedded with the prompt; new tokens get the last token type.
@@ -33,13 +33,14 @@ IMAGES = ("image_patches", "image_patches_indices", "pixel_values")
 MORE = frozenset({"token_type_ids", *IMAGES})
 # Tokens of a long prompt that go through the model at a time: enough for the matrix products to be at their best.
 CHUNK = 1024
+UNSUPPORTED: Unsupported = {}  # refused for reasons of this backend alone
 
 
-class Generation(GenerationMixin):
+class Generation(ModelBase, GenerationMixin):
     """Adds `generate` to the models that predict the next token."""
 
     def generate(
-        self: PreTrainedModel,  # pyright: ignore[reportGeneralTypeIssues]
+        self,
         inputs: Tensor | Mapping[str, Any] | None = None,
         generation_config: GenerationConfig | None = None,
         **kwargs: Any,
@@ -73,7 +74,7 @@ class Generation(GenerationMixin):
         return decoding_path(self)
 
     def compute_transition_scores(
-        self: PreTrainedModel,  # pyright: ignore[reportGeneralTypeIssues]
+        self,
         sequences: Tensor,
         scores: Sequence[Tensor],
         beam_indices: Tensor | None = None,
@@ -89,7 +90,7 @@ class Generation(GenerationMixin):
 
 
 @contextlib.contextmanager
-def _at_rest(model: PreTrainedModel) -> Iterator[None]:
+def _at_rest(model: nn.Module) -> Iterator[None]:
     """The model without dropout, in whatever mode it was before."""
     if not model.training:
         yield
@@ -119,8 +120,9 @@ class Runner:
 
     ops: ArrayOps
     compiled = None
+    unsupported = UNSUPPORTED
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: Generation) -> None:
         self.model = model
         self.input_names = INPUTS | MORE.intersection((*model.row.forward.split(), *model.extra))
         self.ops = TorchOps(model.device)
@@ -154,7 +156,7 @@ class Runner:
 class Decoder:
     """A model in the middle of one generation: its cache, positions and mask."""
 
-    def __init__(self, model: PreTrainedModel, plan: loop.Plan, inputs: dict[str, Any]) -> None:
+    def __init__(self, model: Generation, plan: loop.Plan, inputs: dict[str, Any]) -> None:
         self.model, config = model, plan.config
         self.embeds: Tensor | None = inputs.get("inputs_embeds")
         self.positions: Tensor | None = inputs.get("position_ids")
@@ -162,6 +164,7 @@ class Decoder:
         self.images = {name: inputs[name] for name in IMAGES if name in inputs}
         self.cache, self.form = self._cache(plan, inputs.get("past_key_values"))
         self.attentions = self.hidden_states = None
+        self.chunk = config.prefill_chunk_size
         self.wanted = {
             "output_attentions": bool(config.return_dict_in_generate and config.output_attentions),
             "output_hidden_states": bool(config.return_dict_in_generate and config.output_hidden_states),
@@ -199,19 +202,29 @@ class Decoder:
             self.embeds = self.model.embed(ids_bn, self.images)
         name, tokens = ("input_ids", ids_bn) if self.embeds is None else ("inputs_embeds", self.embeds)
         scores, left = None, tokens.shape[1] - seen
-        own = "prepare_inputs_for_generation" in vars(self.model)
-        for part in tokens[:, seen:].split(CHUNK if self._in_chunks() and not own else left, dim=1):
+        for part in tokens[:, seen:].split(self._chunk() or left, dim=1):
             left -= part.shape[1]
             scores = self._scores(self.model(**self._arguments({name: part}, left=left)))
         assert scores is not None
         return scores[:, -1]
 
-    def _in_chunks(self) -> bool:
-        """Whether a long prompt may go through the model piece by piece, so that memory does not grow with it: on a
-        CPU, where that costs no time, and if each piece finds in the cache what the whole prompt would show it."""
+    def _chunk(self) -> int | None:
+        """How many tokens of a prompt go through the model at a time, so that memory does not grow with it; None: all.
+
+        As many as the call says; else, on a CPU, where that costs no time, `CHUNK`, if each piece finds in the cache
+        what the whole prompt would show it.
+        """
+        own = "prepare_inputs_for_generation" in vars(self.model)
+        dynamic = is_dynamic(self.model.spec.position(Rotary))
+        if self.chunk is not None and (own or dynamic):
+            why = "prepare_inputs_for_generation of its own takes" if own else "RoPE scaling goes by"
+            raise UnsupportedConfig(
+                f"GenerationConfig.prefill_chunk_size={self.chunk}: this model's {why} the whole prompt"
+            )
+        if self.chunk is not None or own or dynamic:
+            return self.chunk
         kept = type(self.cache) in (DynamicCache, StaticCache)
-        same = kept and not is_dynamic(self.model.spec.position(Rotary))
-        return same and self.model.device.type == "cpu" and not any(self.wanted.values())
+        return CHUNK if kept and self.model.device.type == "cpu" and not any(self.wanted.values()) else None
 
     def step(self, ids_b1: Tensor) -> Tensor:
         """Take one token for each row."""
@@ -306,7 +319,7 @@ class Decoder:
         self.ids = new if self.ids is None else torch.cat((self.ids, new), dim=1)
         cached = 0 if self.cache is None else self.cache.get_seq_length()
         mask = self.mask if self.mask is not None else self.ids.new_ones(self.ids.shape)
-        made = self.model.prepare_inputs_for_generation(
+        made = vars(self.model)["prepare_inputs_for_generation"](
             self.ids,
             past_key_values=self.cache if cached else None,
             attention_mask=mask.to(self.ids.dtype),

@@ -1,32 +1,28 @@
 """A few new tokens of a model in one call of the native library: from modules and caches to its structures.
 
 `obstacle` says what stands in the way of that, `of` makes the `Steps` of one generation. What the library computes is
-what the modules compute, with float32 between the matrices whatever their type.
+what the modules compute, with float32 between the matrices whatever their type. LoRA adapters of peft are part of it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from monoblock import native
+from monoblock.backends.pytorch.base import ModelBase
 from monoblock.backends.pytorch.cache import Cache, DynamicCache, StaticCache
 from monoblock.backends.pytorch.generation.structures import Weights, common_dtype
-from monoblock.backends.pytorch.kernels import dispatch
+from monoblock.backends.pytorch.kernels import dispatch, low_rank
 from monoblock.backends.pytorch.kernels.linear import FORMATS
 from monoblock.backends.pytorch.layers import Conv1D
 from monoblock.backends.pytorch.model import Attention
 from monoblock.backends.pytorch.parts import GROUPS, Part
 from monoblock.native.abi import DecodeStep, LayerCache
-from monoblock.positions import is_dynamic
-from monoblock.spec import Buckets, Learned, Rotary
-
-if TYPE_CHECKING:
-    from monoblock.backends.pytorch.pretrained import PreTrainedModel
 
 # Tokens of all rows together that a step takes; more are better off in the modules' large products.
 MOST = 16
@@ -35,7 +31,7 @@ MOST = 16
 # ---------------------------------------------------------------------------- whether
 
 
-def obstacle(model: PreTrainedModel) -> str | None:
+def obstacle(model: ModelBase) -> str | None:
     """Why the library cannot run this model's steps; None if it can."""
     if native.library() is None:
         return f"there are no native kernels ({native.status()})"
@@ -43,33 +39,32 @@ def obstacle(model: PreTrainedModel) -> str | None:
         return f"PyTorch has {torch.get_num_threads()} threads and the native kernels one ({native.status()})"
     if (device := model.device.type) != "cpu":
         return f"device {device}"
-    spec = model.spec
-    rotary, learned = spec.position(Rotary), spec.position(Learned)
-    if not spec.causal:
-        return "bidirectional attention"
-    if spec.position(Buckets) or (learned and learned.pad_id is not None):
-        return "position encodings that the native step does not have"
-    if is_dynamic(rotary):
-        return "dynamic RoPE scaling, which rotates cached keys anew as the text grows"
+    if (why := dispatch.spec_obstacle(model.spec)) is not None:
+        return why
     if "row" not in vars(type(model)) or not model.can_generate():
         return f"{type(model).__name__} may compute something of its own"
-    if torch.is_autocast_enabled("cpu"):
-        return "autocast"
-    if dispatch.hooked_everywhere():
-        return "hooks on all modules (torch.nn.modules.module)"
+    if (why := dispatch.setting_obstacle(model.device)) is not None:
+        return why
+    adaptable = set(_adaptable(model))
     for name, module in model.named_modules():
         kind = type(module)
-        known = kind in _THEIRS or kind.__module__ in _OURS or "row" in vars(kind)
-        if module is not model and not known:
-            return f"{dispatch.foreign(module)} in {name}"
-        if (why := dispatch.altered(module)) is not None:
-            return f"{why} on {name or 'the model'}"
+        if isinstance(module, _DROPS) and module.training and not model.training:
+            return f"dropout in training mode in {name}"
+        if low_rank.is_lora(module) and name in adaptable:
+            if (why := low_rank.obstacle(module) or dispatch.altered(module)) is not None:
+                return f"{why} in {name}"
+            continue
+        known = module is model or kind in _THEIRS or kind.__module__ in _OURS or "row" in vars(kind)
+        if (why := dispatch.module_obstacle(name, module, known=known)) is not None:
+            return why
         if isinstance(module, Attention) and module.implementation != "sdpa":
             return f"attn_implementation={module.implementation!r}"
     for name, module in model.named_modules():
         if isinstance(module, Part):
             for group in GROUPS:
-                if all(map(module.has, group)) and (why := module.joint_obstacle(group)) is not None:
+                if not all(map(module.has, group)):
+                    continue
+                if (why := module.joint_obstacle(group, adapted=True)) is not None:
                     return f"{name}: {why}"
     embed = model.get_input_embeddings()
     if isinstance(embed, nn.Embedding) and embed.max_norm is not None:
@@ -79,7 +74,9 @@ def obstacle(model: PreTrainedModel) -> str | None:
         return f"dtype {str(dtype).removeprefix('torch.')}"
     transposed = {f"{name}.weight" for name, module in model.named_modules() if type(module) is Conv1D}
     for name, tensor in _tensors(model):
-        if type(tensor) not in (nn.Parameter, Tensor) or tensor.device.type != "cpu":
+        if ".lora_" in name:
+            continue
+        if type(tensor) not in dispatch.ORDINARY or tensor.device.type != "cpu":
             return f"{name} is not an ordinary tensor on the CPU"
         if not (tensor.t() if name in transposed else tensor).is_contiguous():
             return f"{name} is not contiguous"
@@ -89,12 +86,27 @@ def obstacle(model: PreTrainedModel) -> str | None:
 
 
 # What the library computes: PyTorch's modules of these types, and all that these files define.
-_THEIRS = {nn.ModuleList, nn.Dropout, nn.Identity, nn.Linear, nn.Embedding, nn.LayerNorm, nn.RMSNorm, nn.Tanh}
+_THEIRS = {
+    *(nn.ModuleList, nn.ModuleDict, nn.ParameterDict, nn.Dropout, nn.Identity),
+    *(nn.Linear, nn.Embedding, nn.LayerNorm, nn.RMSNorm, nn.Tanh),
+}
 _OURS = {
     f"monoblock.backends.pytorch.{name}"
     for name in ("model", "heads", "layers", "kernels.linear", "quantization.modules")
 }
+# What drops activations in training mode.
+_DROPS = (nn.Dropout, Part)
 _PACKED = (".codes", ".scale", ".low")
+# Roles of the matrices to which the library adds low-rank adapters.
+_ADAPTABLE = ("qkv", "qkv_by_head", "q", "k", "v", "out", "gate", "up", "down")
+
+
+def _adaptable(model: ModelBase) -> Iterator[str]:
+    """The names of the modules where LoRA is no obstacle."""
+    for role in _ADAPTABLE:
+        if role in model.places:
+            yield from (model.place(role, i) for i in range(model.spec.layers))
+    yield next(name for name, module in model.named_modules() if module is model.get_output_embeddings())
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -106,8 +118,9 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 _MADE: WeakKeyDictionary[nn.Module, tuple[list[Any], Weights]] = WeakKeyDictionary()
 
 
-def _weights(model: PreTrainedModel, tensors: Sequence[Tensor]) -> Weights:
-    places = [(tensor.data_ptr(), tensor.dtype, tensor.shape) for tensor in tensors]
+def _weights(model: ModelBase, tensors: Sequence[Tensor]) -> Weights:
+    places: list[Any] = [(tensor.data_ptr(), tensor.dtype, tensor.shape) for tensor in tensors]
+    places += [(term.a.data_ptr(), term.scale) for m in model.modules() for term in low_rank.terms(m)]
     made = _MADE.get(model)
     if made is None or made[0] != places:
         made = _MADE[model] = (places, Weights(model))
@@ -117,7 +130,7 @@ def _weights(model: PreTrainedModel, tensors: Sequence[Tensor]) -> Weights:
 # ---------------------------------------------------------------------------- steps
 
 
-def call_obstacle(model: PreTrainedModel, cache: Cache | None) -> str | None:
+def call_obstacle(model: ModelBase, cache: Cache | None) -> str | None:
     """Why the library cannot run the steps of one generation over that cache; None if it can."""
     if cache is None:
         return "use_cache=False"
@@ -126,7 +139,7 @@ def call_obstacle(model: PreTrainedModel, cache: Cache | None) -> str | None:
     return obstacle(model)
 
 
-def of(model: PreTrainedModel, cache: Cache | None) -> Steps | None:
+def of(model: ModelBase, cache: Cache | None) -> Steps | None:
     """The steps of one generation over that cache; None where the modules must run them."""
     if cache is None:
         return None

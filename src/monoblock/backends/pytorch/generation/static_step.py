@@ -11,22 +11,19 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from monoblock.backends.pytorch import heads
+from monoblock.backends.pytorch.base import ModelBase
 from monoblock.backends.pytorch.cache import Cache
 from monoblock.backends.pytorch.kernels.attention_cuda import WIDEST, pieces
 from monoblock.backends.pytorch.model import Attention, Call, run_layers
 from monoblock.backends.pytorch.ops import Scope, turns
 from monoblock.positions import inverse_frequencies
 from monoblock.spec import Alibi, ArchSpec, Learned, Rotary
-
-if TYPE_CHECKING:
-    from monoblock.backends.pytorch.pretrained import PreTrainedModel
-
 
 # Where attention of one token is the Triton kernels', if Triton is installed.
 TRITON = ("cuda",)
@@ -197,7 +194,7 @@ def static_step(model: Any, state: State) -> Tensor:
     return scores
 
 
-def _has_kernels(model: PreTrainedModel, state: State) -> bool:
+def _has_kernels(model: ModelBase, state: State) -> bool:
     """Whether triton_step.py's kernels are there, and are what the model asks for."""
     return (
         state.shape.device.type in TRITON

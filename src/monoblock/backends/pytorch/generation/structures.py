@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from monoblock.backends.pytorch.kernels.linear import FORMATS, PACKED
+from monoblock.backends.pytorch.base import ModelBase
+from monoblock.backends.pytorch.kernels import low_rank
+from monoblock.backends.pytorch.kernels.linear import native_matrix
 from monoblock.backends.pytorch.layers import Conv1D
-from monoblock.native.abi import LayerWeights, Matrix, ModelWeights, NormWeights
+from monoblock.backends.pytorch.quantization.modules import PackedMatrix
+from monoblock.native.abi import Adapters, LayerWeights, LowRank, Matrix, ModelWeights, NormWeights
 from monoblock.positions import inverse_frequencies
 from monoblock.spec import ACTIVATIONS, Alibi, ArchSpec, Learned, Rotary
 
-if TYPE_CHECKING:
-    from monoblock.backends.pytorch.pretrained import PreTrainedModel
 
-
-def common_dtype(model: PreTrainedModel) -> torch.dtype:
+def common_dtype(model: ModelBase) -> torch.dtype:
     """The type of what is never packed."""
     name = model.place("norm1", 0)
     return model.get_submodule(name).get_parameter("weight").dtype
@@ -27,12 +27,12 @@ def common_dtype(model: PreTrainedModel) -> torch.dtype:
 class Weights:
     """A model's weights as the library's structures, which point to where they lie."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: ModelBase) -> None:
         spec = model.spec
         self.bf16 = common_dtype(model) == torch.bfloat16
         self.layers = spec.layers
         head: Any = model.get_output_embeddings()
-        self.vocab = int(head.out_features)
+        self.vocab = int(low_rank.base(head).out_features)
         self._blocks = (LayerWeights * spec.layers)(*(_layer(model, i) for i in range(spec.layers)))
         self._arrays = _constants(spec)
         numbers = _numbers(spec) | {
@@ -45,6 +45,7 @@ class Weights:
             blocks=self._blocks,
             embed=_matrix(model.get_input_embeddings()),
             head=_matrix(head),
+            head_adapters=_adapters([head]),
             position_table=None if learned is None else learned.weight.data_ptr(),
             embed_norm=_norm(model.at("embed_norm")),
             final_norm=_norm(model.at("final_norm")),
@@ -53,12 +54,19 @@ class Weights:
         )
 
 
-def _layer(model: PreTrainedModel, i: int) -> LayerWeights:
+def _layer(model: ModelBase, i: int) -> LayerWeights:
+    qkv = _members(model, i, ("q", "k", "v"), ("qkv", "qkv_by_head"))
+    out, down = [model.at("out", i)], [model.at("down", i)]
+    up = _members(model, i, ("gate", "up"), ("up",))
     return LayerWeights(
-        qkv=_joint(model, i, ("q", "k", "v"), ("qkv", "qkv_by_head")),
-        out=_matrix(model.at("out", i)),
-        up=_joint(model, i, ("gate", "up"), ("up",)),
-        down=_matrix(model.at("down", i)),
+        qkv=_joint(qkv),
+        out=_joint(out),
+        up=_joint(up),
+        down=_joint(down),
+        qkv_adapters=_adapters(qkv),
+        out_adapters=_adapters(out),
+        up_adapters=_adapters(up),
+        down_adapters=_adapters(down),
         norm1=_norm(model.at("norm1", i)),
         norm2=_norm(model.at("norm2", i)),
         q_norm=_norm(model.at("q_norm", i)),
@@ -67,14 +75,34 @@ def _layer(model: PreTrainedModel, i: int) -> LayerWeights:
     )
 
 
-def _joint(model: PreTrainedModel, i: int, group: tuple[str, ...], single: tuple[str, ...]) -> Matrix:
-    """A group's matrices as one, or the one module that holds them all."""
+def _members(model: ModelBase, i: int, group: tuple[str, ...], single: tuple[str, ...]) -> list[Any]:
+    """A group's modules, or the one module that holds all their matrices."""
     members = [model.at(role, i) for role in group]
     if any(member is None for member in members):
-        return _matrix(next(m for role in single if (m := model.at(role, i)) is not None))
+        return [next(m for role in single if (m := model.at(role, i)) is not None)]
+    return members
+
+
+def _joint(members: list[Any]) -> Matrix:
+    """Matrices that lie side by side as one."""
     matrices = [_matrix(member) for member in members]
     matrices[0].outputs = sum(matrix.outputs for matrix in matrices)
     return matrices[0]
+
+
+def _adapters(members: list[Any]) -> Adapters:
+    """The LoRA adapters of matrices that are taken as one."""
+    found: list[LowRank] = []
+    first = 0
+    for member in members:
+        found += [
+            LowRank(
+                a=native_matrix(term.a, None), b=native_matrix(term.b, None), first=first, scale=term.scale
+            )
+            for term in low_rank.terms(member)
+        ]
+        first += _matrix(member).outputs
+    return Adapters(terms=(LowRank * len(found))(*found) if found else None, count=len(found))
 
 
 def _numbers(spec: ArchSpec) -> dict[str, Any]:
@@ -112,26 +140,11 @@ def _constants(spec: ArchSpec) -> dict[str, np.ndarray[Any, Any]]:
 
 
 def _matrix(module: Any) -> Matrix:
+    module = low_rank.base(module)
     bias = getattr(module, "bias", None)
-    if hasattr(module, "codes"):
-        parts = {"data": module.codes, "scale": module.scale, "low": module.low, "bias": bias}
-        return Matrix(
-            **{name: None if part is None else part.data_ptr() for name, part in parts.items()},
-            outputs=module.rows,
-            inputs=module.columns,
-            format=PACKED[module.bits],
-            group=module.group,
-            bias_format=0 if bias is None else FORMATS[bias.dtype],
-        )
-    outputs, inputs = module.weight.shape[::-1] if isinstance(module, Conv1D) else module.weight.shape
-    return Matrix(
-        data=module.weight.data_ptr(),
-        bias=None if bias is None else bias.data_ptr(),
-        outputs=outputs,
-        inputs=inputs,
-        format=FORMATS[module.weight.dtype],
-        bias_format=0 if bias is None else FORMATS[bias.dtype],
-    )
+    if isinstance(module, PackedMatrix):
+        return native_matrix(module.quantized, bias)
+    return native_matrix(module.weight.t() if isinstance(module, Conv1D) else module.weight, bias)
 
 
 def _norm(module: Any) -> NormWeights:

@@ -74,6 +74,9 @@ def _portable(q_bhqd: Tensor, k_bgkd: Tensor, v_bgkd: Tensor, scope: Scope, kern
         is_causal=mask is None and scope.causal,
         scale=kernel.scale,
     )
+    if torch.compiler.is_exporting():
+        # Its memory's order is a choice of the kernel's, which a later lowering may make otherwise.
+        out = out.transpose(1, 2).clone(memory_format=torch.contiguous_format).transpose(1, 2)
     return _evened(out, v_bhkd, scope)
 
 

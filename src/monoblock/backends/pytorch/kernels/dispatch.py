@@ -10,6 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+from monoblock.positions import is_dynamic
+from monoblock.spec import ArchSpec, Buckets, Learned, Rotary
+
+# Classes of tensors whose operators are PyTorch's own: no subclass that shards, quantises or records.
+ORDINARY = (Tensor, nn.Parameter)
+
 
 def transformed() -> bool:
     """Whether this call is compiled, exported, traced, or under a functorch transform, a dispatch mode or forward-mode
@@ -46,7 +52,7 @@ def autocast(device: torch.device) -> bool:
 def readable(*tensors: Tensor | None) -> bool:
     """Whether the host may read values of these tensors: they have memory, and no call is `transformed`."""
     return not transformed() and all(
-        type(x) in (Tensor, nn.Parameter) and x.device.type != "meta" for x in tensors if x is not None
+        type(x) in ORDINARY and x.device.type != "meta" for x in tensors if x is not None
     )
 
 
@@ -61,23 +67,27 @@ def native(*tensors: Tensor | None, gradient: bool = False) -> bool:
     for x in tensors:
         if x is None:
             continue
-        if type(x) not in (Tensor, nn.Parameter) or not x.is_cpu or x.layout != torch.strided:
+        if type(x) not in ORDINARY or not x.is_cpu or x.layout != torch.strided:
             return False
         if graph and x.requires_grad:
             return False
     return True
 
 
-def altered(module: nn.Module) -> str | None:
-    """What makes calling this module more than its class's own forward; None if nothing does."""
+def altered(module: nn.Module, *, captured: bool = False) -> str | None:
+    """What makes calling this module more than its class's own forward; None if nothing does.
+
+    `captured`: the module is called, without gradients, and its kernels are replayed: then only what Python does in
+    each call is lost.
+    """
     own = vars(module)
     if own["_forward_hooks"] or own["_forward_pre_hooks"]:
         return "a forward hook"
-    if own["_backward_hooks"] or own.get("_backward_pre_hooks"):
+    if not captured and (own["_backward_hooks"] or own.get("_backward_pre_hooks")):
         return "a backward hook"
     if "forward" in own:
         return "a forward method of its own"
-    if own.get("_compiled_call_impl") is not None:
+    if not captured and own.get("_compiled_call_impl") is not None:
         return "a compilation of its own"
     return None
 
@@ -101,3 +111,38 @@ def hooked_everywhere() -> bool:
         or module._global_backward_hooks
         or module._global_backward_pre_hooks
     )
+
+
+# ---------------------------------------------------------------------------- whole models, in words
+
+
+def module_obstacle(name: str, module: nn.Module, *, known: bool, captured: bool = False) -> str | None:
+    """Why a module of a model must be called: it is not `known`, or more than its class; None if it need not be."""
+    where = name or "the model"
+    if not known:
+        return f"{foreign(module)} in {where}"
+    why = altered(module, captured=captured)
+    return None if why is None else f"{why} on {where}"
+
+
+def setting_obstacle(device: torch.device) -> str | None:
+    """What PyTorch's settings add to all modules on that device; None if nothing."""
+    if autocast(device):
+        return "autocast"
+    if hooked_everywhere():
+        return "hooks on all modules (torch.nn.modules.module)"
+    return None
+
+
+def spec_obstacle(spec: ArchSpec) -> str | None:
+    """Why a token is not computed by the same program at each position, from cached keys; None if it is."""
+    learned = spec.position(Learned)
+    if not spec.causal:
+        return "bidirectional attention"
+    if spec.position(Buckets) is not None:
+        return "position biases by buckets"
+    if learned is not None and learned.pad_id is not None:
+        return "positions that depend on the ids of padding"
+    if is_dynamic(spec.position(Rotary)):
+        return "dynamic RoPE scaling, which rotates cached keys anew as the text grows"
+    return None

@@ -20,8 +20,8 @@ all that the core can read is 40 GB/s, and two cores together 50 to 80):
                                    orders the weights anew for each product; with AMX, and without either, F.linear
     CPU, packed, any rows          the native kernels; with 512 rows 1.3 times the products a second of bfloat16.
                                    Without AVX-512 VNNI or BF16 more than 16 rows are unpacked. Also where the
-                                   kernels were built without OpenMP: one thread of theirs is still 10 times as
-                                   fast as two of PyTorch's, which unpack first
+                                   kernels were built without OpenMP and have one thread: PyTorch would unpack
+                                   the whole matrix for each product
     all else                       F.linear
 """
 
@@ -39,15 +39,16 @@ from torch import Tensor, nn
 from monoblock import native
 from monoblock.backends.pytorch.kernels import dispatch, packed_cuda
 from monoblock.backends.pytorch.quantization import formats
+from monoblock.backends.pytorch.quantization.formats import QuantizedTensor
 from monoblock.native.abi import Matrix
 from monoblock.quantization import LOSSLESS
 
 FEW = 16  # rows up to which reading the weights is what takes the time
 FEW_OF = {torch.float32: 8, torch.bfloat16: FEW}  # of plain weights
 # Weights that are unpacked at a time: they stay in the caches, and in memory that is used again.
-PIECE = 1 << 22
+BLOCK = 1 << 22
 FORMATS = {torch.float32: native.FORMATS["float32"], torch.bfloat16: native.FORMATS["bfloat16"]}
-PACKED = {8: native.FORMATS["int8"], 4: native.FORMATS["int4"], LOSSLESS: native.FORMATS["lossless"]}
+QUANTIZED = {8: native.FORMATS["int8"], 4: native.FORMATS["int4"], LOSSLESS: native.FORMATS["lossless"]}
 
 # Elsewhere PyTorch is built with libraries for that very processor.
 ONEDNN = (
@@ -108,36 +109,39 @@ def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
-def _native(
-    x: Tensor,
-    data: Tensor,
-    bias: Tensor | None,
-    scale: Tensor | None = None,
-    low: Tensor | None = None,
-    form: int | None = None,
-    group: int = 0,
-) -> Tensor:
-    """`mb_linear` over a matrix: plain weights of x's dtype, or packed ones of a `form`."""
-    inputs = x.shape[-1]
-    flat = x.reshape(-1, inputs)
+def native_matrix(weight: Tensor | QuantizedTensor, bias: Tensor | None) -> Matrix:
+    """A matrix (outputs, inputs) and its bias as the native library reads them: it keeps addresses, no tensors."""
+    where = None if bias is None else bias.data_ptr()
+    bias_format = 0 if bias is None else FORMATS[bias.dtype]
+    if isinstance(weight, QuantizedTensor):
+        codes, scale, low, bits, group, columns = weight
+        return Matrix(
+            codes.data_ptr(),
+            None if scale is None else scale.data_ptr(),
+            None if low is None else low.data_ptr(),
+            where,
+            codes.shape[0],
+            columns,
+            QUANTIZED[bits],
+            group,
+            bias_format,
+        )
+    outputs, inputs = weight.shape
+    return Matrix(
+        weight.data_ptr(), None, None, where, outputs, inputs, FORMATS[weight.dtype], 0, bias_format
+    )
+
+
+def _native(x: Tensor, weight: Tensor | QuantizedTensor, bias: Tensor | None) -> Tensor:
+    """`mb_linear` over plain weights of x's dtype, or quantised ones."""
+    matrix, flat = native_matrix(weight, bias), x.reshape(-1, x.shape[-1])
     if flat.stride(1) != 1:
         flat = flat.contiguous()
-    y = torch.empty((*x.shape[:-1], data.shape[0]), dtype=x.dtype)
-    kind = FORMATS[x.dtype]
-    matrix = Matrix(
-        data.data_ptr(),
-        None if scale is None else scale.data_ptr(),
-        None if low is None else low.data_ptr(),
-        None if bias is None else bias.data_ptr(),
-        data.shape[0],
-        inputs,
-        kind if form is None else form,
-        group,
-        0 if bias is None else FORMATS[bias.dtype],
-    )
-    place = (flat.data_ptr(), kind, flat.stride(0), flat.shape[0], y.data_ptr(), kind, data.shape[0])
+    outputs, kind = matrix.outputs, FORMATS[x.dtype]
+    y = torch.empty((*x.shape[:-1], outputs), dtype=x.dtype)
+    place = (flat.data_ptr(), kind, flat.stride(0), flat.shape[0], y.data_ptr(), kind, outputs)
     if native.library().mb_linear(byref(matrix), *place, torch.get_num_threads()):
-        raise MemoryError(f"no memory for the inputs of a product with {tuple(data.shape)}")
+        raise MemoryError(f"no memory for the inputs of a product with {outputs} x {x.shape[-1]} weights")
     return y
 
 
@@ -208,9 +212,9 @@ def joint(x: Tensor, part: Any, group: tuple[str, ...]) -> Tensor | None:
         trained = [m.bias for m in modules if m.bias is not None and m.bias.requires_grad]
         if trained and torch.is_grad_enabled():
             return None
-        first = modules[0]
-        return packed_dense(
-            x, held["codes"], held.get("scale"), held.get("low"), bias, first.bits, first.group, first.columns
+        form = modules[0].bits, modules[0].group, modules[0].columns
+        return quantized_dense(
+            x, QuantizedTensor(held["codes"], held.get("scale"), held.get("low"), *form), bias
         )
     tensors = [m.weight for m in modules] + ([] if bias is None else [m.bias for m in modules])
     if torch.is_grad_enabled() and (x.requires_grad or any(t.requires_grad for t in tensors)):
@@ -265,56 +269,54 @@ def packed_linear(
     group: int,
     in_features: int,
 ) -> Tensor:
-    """The product with a packed matrix."""
-    return _packed(x, codes, scale, low, bias, bits, group, in_features)
+    """The product with a quantised matrix, whose parts an operator takes one by one."""
+    return _quantized(x, QuantizedTensor(codes, scale, low, bits, group, in_features), bias)
 
 
-def packed_dense(x: Tensor, *packed: Any) -> Tensor:
-    """`packed_linear`, bypassing the dispatcher for plain eager tensors; the same arguments. Function transforms, for
-    which the operator has no rules, go through PyTorch's own operators."""
+def quantized_dense(x: Tensor, matrix: QuantizedTensor, bias: Tensor | None) -> Tensor:
+    """`x @ matrix.T + bias`; `packed_linear`, bypassing the dispatcher for plain eager tensors. Function transforms,
+    for which the operator has no rules, go through PyTorch's own operators."""
     if dispatch.differentiated():
-        return formats.multiply(x, *packed)
-    own = dispatch.readable(x, *packed[:3])
-    bias = packed[3]
+        return formats.multiply(x, matrix, bias)
+    codes, scale, low, *form = matrix
     trained = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
-    return _packed(x, *packed) if own and not trained else packed_linear(x, *packed)
+    if dispatch.readable(x, codes, scale, low) and not trained:
+        return _quantized(x, matrix, bias)
+    return packed_linear(x, codes, scale, low, bias, *form)
 
 
-def _packed(
-    x: Tensor, codes: Tensor, scale: Tensor | None, low: Tensor | None, bias: Tensor | None, *form: int
-) -> Tensor:
-    bits, group, inputs = form
+def _quantized(x: Tensor, matrix: QuantizedTensor, bias: Tensor | None) -> Tensor:
     if x.is_cuda:
-        return packed_cuda.multiply(x, codes, scale, low, bias, bits, group, inputs)
-    parts = [part for part in (codes, scale, low) if part is not None]
-    fits = x.is_cpu and x.dtype in FORMATS and x.shape[-1] == inputs and all(p.is_contiguous() for p in parts)
+        return packed_cuda.multiply(x, matrix, bias)
+    codes, scale, low, _, _, inputs = matrix
+    fits = x.is_cpu and x.dtype in FORMATS and x.shape[-1] == inputs and codes.is_contiguous()
+    fits = fits and (scale is None or scale.is_contiguous()) and (low is None or low.is_contiguous())
     if fits and x.numel() and codes.shape[0] and _bias_fits(bias, codes.shape[0]):
         library = native.library()
         many = _by_pairs(x, inputs) if scale is None else native.multiplies_codes()
         if library is not None and (many or x.numel() <= FEW * inputs):
-            return _native(x, codes, bias, scale, low, PACKED[bits], group)
+            return _native(x, matrix, bias)
         if library is not None and scale is None:
-            return _by_pieces(library, x, codes, bias, inputs)
-    return formats.multiply(x, codes, scale, low, bias, bits, group, inputs)
+            return _by_blocks(library, x, matrix, bias)
+    return formats.multiply(x, matrix, bias)
 
 
-def _by_pieces(library: Any, x: Tensor, codes: Tensor, bias: Tensor | None, inputs: int) -> Tensor:
-    """The product with a matrix that is packed without loss, of which some rows at a time are bfloat16."""
-    y = x.new_empty((*x.shape[:-1], codes.shape[0]))
-    step = max(1, PIECE // inputs)
-    for first in range(0, codes.shape[0], step):
+def _by_blocks(library: Any, x: Tensor, matrix: QuantizedTensor, bias: Tensor | None) -> Tensor:
+    """The product with a matrix in 12 bits, of which a block of rows at a time is bfloat16."""
+    y = x.new_empty((*x.shape[:-1], matrix.rows))
+    step = max(1, BLOCK // matrix.columns)
+    for first in range(0, matrix.rows, step):
         rows = slice(first, first + step)
-        weight = _unfolded(library, codes[rows], inputs).to(x.dtype)
+        weight = _bfloat16(library, matrix.select(rows)).to(x.dtype)
         own = None if bias is None else bias[rows].to(x.dtype)
         y[..., rows] = _fastest(x, weight, own)(x, weight, own)
     return y
 
 
-def _unfolded(library: Any, codes: Tensor, inputs: int) -> Tensor:
-    """What is packed without loss as bfloat16, by the library."""
-    weight = torch.empty((codes.shape[0], inputs), dtype=torch.bfloat16)
-    matrix = Matrix(data=codes.data_ptr(), outputs=codes.shape[0], inputs=inputs, format=PACKED[LOSSLESS])
-    library.mb_unfold(byref(matrix), weight.data_ptr(), torch.get_num_threads())
+def _bfloat16(library: Any, matrix: QuantizedTensor) -> Tensor:
+    """A matrix in 12 bits as bfloat16, by the library."""
+    weight = torch.empty((matrix.rows, matrix.columns), dtype=torch.bfloat16)
+    library.mb_unfold(byref(native_matrix(matrix, None)), weight.data_ptr(), torch.get_num_threads())
     return weight
 
 
@@ -333,10 +335,7 @@ def _packed_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     codes, scale, low = ctx.saved_tensors
     to_x = to_bias = None
     if ctx.needs_input_grad[0]:
-        bits, group, inputs = ctx.form
-        weight = formats.unpack(
-            codes, scale, low, bits=bits, group=group, inputs=inputs, dtype=gradient.dtype
-        )
+        weight = QuantizedTensor(codes, scale, low, *ctx.form).unpack(gradient.dtype)
         to_x = linear(gradient, weight.t(), None)
     if ctx.needs_input_grad[4]:
         to_bias = gradient.reshape(-1, codes.shape[0]).sum(0).to(ctx.bias_dtype)

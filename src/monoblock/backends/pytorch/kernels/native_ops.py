@@ -118,11 +118,11 @@ def norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, rms: bool) 
     return out
 
 
-# ---------------------------------------------------------------------------- rotary positions
+# ---------------------------------------------------------------------------- RoPE
 
 
-def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Queries or keys (b, h, s, d) with the first channels turned by angles (b or 1, 1, s, turned); (b, s, h, d)."""
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Heads (b, h, s, d) with RoPE on the first channels by angles (b or 1, 1, s, channels): (b, s, h, d)."""
     x, cos, sin = _dense(x), cos.contiguous(), sin.contiguous()
     b, h, tokens, d = x.shape
     out = x.new_empty(b, tokens, h, d)

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from monoblock.backends.pytorch.quantization import formats
+from monoblock.backends.pytorch.quantization.formats import QuantizedTensor
 
 FEW = 16  # rows
 
@@ -30,22 +30,12 @@ def kernel() -> Callable[..., Tensor] | None:
     return triton_packed.few_rows
 
 
-def multiply(
-    x: Tensor,
-    codes: Tensor,
-    scale: Tensor | None,
-    low: Tensor | None,
-    bias: Tensor | None,
-    bits: int,
-    group: int,
-    in_features: int,
-) -> Tensor:
-    """`x @ weight.T + bias` in x's dtype, without gradients."""
-    x_rk = x.reshape(-1, in_features)
-    if 0 < x_rk.shape[0] <= FEW and scale is not None and (few_rows := kernel()) is not None:
+def multiply(x: Tensor, matrix: QuantizedTensor, bias: Tensor | None) -> Tensor:
+    """`x @ matrix.T + bias` in x's dtype, without gradients."""
+    x_rk = x.reshape(-1, matrix.columns)
+    if 0 < x_rk.shape[0] <= FEW and matrix.scale is not None and (few_rows := kernel()) is not None:
         with torch.cuda.device_of(x):  # Triton starts kernels on the current one
-            y_rn = few_rows(x_rk, codes, scale, low, bias, bits=bits, group=group)
+            y_rn = few_rows(x_rk, matrix, bias)
     else:
-        weight = formats.unpack(codes, scale, low, bits=bits, group=group, inputs=in_features, dtype=x.dtype)
-        y_rn = F.linear(x_rk, weight, None if bias is None else bias.to(x.dtype))
+        y_rn = F.linear(x_rk, matrix.unpack(x.dtype), None if bias is None else bias.to(x.dtype))
     return y_rn.unflatten(0, x.shape[:-1])

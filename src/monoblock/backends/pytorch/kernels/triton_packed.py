@@ -12,6 +12,8 @@ import triton  # pyright: ignore[reportMissingImports]
 import triton.language as tl  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 
+from monoblock.backends.pytorch.quantization.formats import QuantizedTensor
+
 ROWS = tl.constexpr(16)  # the fewest that the matrix units take; rows that are not there are zeros
 OUTPUTS = 16  # of one program: as few as the matrix units allow, so that there are programs for a whole GPU
 HALF = tl.constexpr(64)  # weights that are unpacked at once: in 4 bits, one half of a run's bytes
@@ -72,19 +74,11 @@ def _kernel(
     tl.store(y_ptr + at, total.to(y_ptr.dtype.element_ty), mask=real_m[:, None] & real_n[None, :])
 
 
-def few_rows(
-    x_rk: Tensor,
-    codes: Tensor,
-    scale: Tensor,
-    low: Tensor | None,
-    bias: Tensor | None,
-    *,
-    bits: int,
-    group: int,
-) -> Tensor:
-    """(rows, outputs) of x (rows, inputs), 1 to 16 rows, times a packed matrix."""
-    rows, inputs = x_rk.shape
-    outputs = codes.shape[0]
+def few_rows(x_rk: Tensor, matrix: QuantizedTensor, bias: Tensor | None) -> Tensor:
+    """(rows, outputs) of x (rows, inputs), 1 to 16 rows, times a matrix in 8 or 4 bits."""
+    codes, scale, low, bits, group, inputs = matrix
+    assert scale is not None
+    rows, outputs = x_rk.shape[0], matrix.rows
     y = x_rk.new_empty(rows, outputs)
     _kernel[(triton.cdiv(outputs, OUTPUTS),)](
         x_rk.contiguous(),

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from monoblock.backends.pytorch.layers import Conv1D
-from monoblock.backends.pytorch.loading import DTYPES
+from monoblock.backends.pytorch.loading import DTYPES, Uninitialised
 from monoblock.backends.pytorch.quantization.modules import matrix
 from monoblock.quantization import BitsAndBytesConfig
 
@@ -29,14 +29,17 @@ def layer(linear: nn.Module, how: BitsAndBytesConfig) -> nn.Module:
     made: Any
     if how.load_in_4bit:
         kind = {"quant_type": how.bnb_4bit_quant_type, "compress_statistics": how.bnb_4bit_use_double_quant}
-        made = bnb.Linear4bit(
-            *shape, bias=bias, compute_dtype=_dtype(how.bnb_4bit_compute_dtype, weight), **kind
-        )
+        compute = _dtype(how.bnb_4bit_compute_dtype, weight)
+        with torch.device("meta"), Uninitialised():
+            made = bnb.Linear4bit(*shape, bias=bias, compute_dtype=compute, **kind)
         size = _block_size(linear)
         made.weight = bnb.Params4bit(weight.clone(), requires_grad=False, blocksize=size, **kind)
     else:
         logging.getLogger("bitsandbytes.autograd._functions").addFilter(_worth_saying)
-        made = bnb.Linear8bitLt(*shape, bias=bias, has_fp16_weights=False, threshold=how.llm_int8_threshold)
+        with torch.device("meta"), Uninitialised():
+            made = bnb.Linear8bitLt(
+                *shape, bias=bias, has_fp16_weights=False, threshold=how.llm_int8_threshold
+            )
         made.weight = bnb.Int8Params(weight.clone(), requires_grad=False, has_fp16_weights=False)
     made.bias = linear.bias
     return made.to(weight.device).train(linear.training)  # it packs when weights are moved to their device

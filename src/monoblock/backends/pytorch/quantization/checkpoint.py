@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from monoblock import tree
 from monoblock.backends.pytorch import loading
+from monoblock.backends.pytorch.base import ModelBase
+from monoblock.backends.pytorch.parts import replace
 from monoblock.backends.pytorch.quantization import formats
-from monoblock.backends.pytorch.quantization.formats import Packed
+from monoblock.backends.pytorch.quantization.formats import QuantizedTensor
 from monoblock.backends.pytorch.quantization.modules import PackedMatrix, packed_module
-from monoblock.backends.pytorch.quantization.quantize import Packer, matrices, replace
+from monoblock.backends.pytorch.quantization.quantize import Packer, matrices
 from monoblock.checkpoint import packed
 from monoblock.checkpoint.fitting import matched
 from monoblock.checkpoint.keymap import Same, Source, Transposed
@@ -21,14 +23,11 @@ from monoblock.checkpoint.weights import Tensors
 from monoblock.errors import CheckpointError
 from monoblock.quantization import QuantizationConfig, WeightOnlyConfig, recorded
 
-if TYPE_CHECKING:
-    from monoblock.backends.pytorch.parameters import Parameters
-
 Device = Callable[[str], torch.device]
 
 
 def load(
-    model: Parameters, store: Tensors, dtype: torch.dtype, device: Device, asked: QuantizationConfig | None
+    model: ModelBase, store: Tensors, dtype: torch.dtype, device: Device, asked: QuantizationConfig | None
 ) -> list[str]:
     """Put the packed matrices of the files in their places; returns the names of those that the model has no use for.
 
@@ -71,15 +70,15 @@ def load(
             part: loading.pieces(
                 here, sources[canonical], parts[part], expected[part][canonical], kind, where
             )
-            for part, kind in _DTYPES.items()
+            for part, kind in formats.DTYPES.items()
             if canonical in (sources := found[part][0])
         }
         for i, name in enumerate(here.names):
             path = name.rpartition(".")[0]
             tensors = {part: piece.parts[i] for part, piece in pieces.items()}
             module = model.get_submodule(path)
-            made = packed_module(module, Packed(**tensors), formats.bits_of(tensors), how.group_size, dtype)
-            replace(model, path, made)
+            quantized = QuantizedTensor.of(tensors, how.group_size, shapes[canonical][1])
+            replace(model, path, packed_module(module, quantized, dtype))
         for part, piece in pieces.items():
             if piece.whole is not None:
                 loading.adopt(
@@ -89,10 +88,7 @@ def load(
     return [f"{name}.codes" for name in found["codes"][1].unused]
 
 
-_DTYPES = {"codes": torch.uint8, "scale": torch.float16, "low": torch.float16}
-
-
-def packer(model: Parameters, how: QuantizationConfig | None) -> Packer | None:
+def packer(model: ModelBase, how: QuantizationConfig | None) -> Packer | None:
     """What packs the model while it is loaded, if that is to be."""
     if isinstance(how, WeightOnlyConfig) and model.quantization_config is None:
         return Packer(model, how)
@@ -104,19 +100,19 @@ def packed_source(source: Source) -> Source:
     return Source(source.names, Same() if isinstance(source.op, Transposed) else source.op)
 
 
-def packed_modules(model: Parameters) -> dict[str, PackedMatrix]:
+def packed_modules(model: ModelBase) -> dict[str, PackedMatrix]:
     """The packed modules by name, tied ones once."""
     tied = {name.rpartition(".")[0] for name in model.tied()}
     found = model.named_modules()
     return {name: m for name, m in found if isinstance(m, PackedMatrix) and name not in tied}
 
 
-def file_state(model: Parameters) -> dict[str, Tensor]:
+def file_state(model: ModelBase) -> dict[str, Tensor]:
     """The tensors of packed matrices as files hold them."""
     return {
         f"{name}.weight.{part}": tensor
         for name, module in packed_modules(model).items()
-        for part, tensor in module.packed.items()
+        for part, tensor in module.quantized.tensors().items()
     }
 
 

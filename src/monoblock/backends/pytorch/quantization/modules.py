@@ -8,10 +8,9 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from monoblock.backends.pytorch.kernels.linear import Linear, packed_dense
+from monoblock.backends.pytorch.kernels.linear import Linear, quantized_dense
 from monoblock.backends.pytorch.layers import Conv1D
-from monoblock.backends.pytorch.quantization import formats
-from monoblock.backends.pytorch.quantization.formats import Packed
+from monoblock.backends.pytorch.quantization.formats import QuantizedTensor
 
 
 class PackedMatrix(nn.Module):
@@ -22,21 +21,22 @@ class PackedMatrix(nn.Module):
     scale: Tensor | None
     low: Tensor | None
 
-    def __init__(self, packed: Packed, bits: int, group: int, columns: int) -> None:
-        super().__init__()
-        self.bits, self.group, self.columns = bits, group, columns
-        for name, tensor in vars(packed).items():
-            self.register_buffer(name, tensor)
+    def __init__(self, matrix: QuantizedTensor) -> None:
+        # Subclasses are kinds of layers too, whose own tensors these take the place of.
+        nn.Module.__init__(self)
+        codes, scale, low, self.bits, self.group, self.columns = matrix
+        self.register_buffer("codes", codes)
+        self.register_buffer("scale", scale)
+        self.register_buffer("low", low)
 
-    def hold(self, other: PackedMatrix) -> None:
-        """Have another one's matrix: the same tensors."""
-        self.bits, self.group, self.columns = other.bits, other.group, other.columns
-        self.codes, self.scale, self.low = other.codes, other.scale, other.low
+    def hold(self, matrix: QuantizedTensor) -> None:
+        """Have another matrix: those very tensors."""
+        self.codes, self.scale, self.low, self.bits, self.group, self.columns = matrix
 
     @property
-    def packed(self) -> Packed:
-        """The tensors."""
-        return Packed(self.codes, self.scale, self.low)
+    def quantized(self) -> QuantizedTensor:
+        """The matrix."""
+        return QuantizedTensor(self.codes, self.scale, self.low, self.bits, self.group, self.columns)
 
     @property
     def rows(self) -> int:
@@ -45,19 +45,7 @@ class PackedMatrix(nn.Module):
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The matrix (rows, columns) as numbers."""
-        return self.unpacked(self.packed, dtype)
-
-    def unpacked(self, packed: Packed, dtype: torch.dtype) -> Tensor:
-        """Rows like this matrix's as numbers."""
-        return formats.unpack(
-            packed.codes,
-            packed.scale,
-            packed.low,
-            bits=self.bits,
-            group=self.group,
-            inputs=self.columns,
-            dtype=dtype,
-        )
+        return self.quantized.unpack(dtype)
 
     def _apply(self, fn: Callable[[Any], Any], recurse: bool = True) -> Self:
         """`.to(device)` moves all; `.to(dtype)` leaves scales and lows, whose dtype is a part of the format."""
@@ -73,48 +61,55 @@ class PackedMatrix(nn.Module):
         return f"{self.columns}, {self.rows}, bits={self.bits}, group={self.group}"
 
 
-class PackedLinear(PackedMatrix):
+class ReadOnlyCodes(Tensor):
+    """Codes of a packed weight, which is no array of numbers to add to."""
+
+    @property
+    def data(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """RuntimeError: numbers were expected here."""
+        raise RuntimeError(
+            "this weight is packed and can be neither read nor changed in place (to merge an adapter, say): call the "
+            "model's dequantize() first"
+        )
+
+
+class PackedLinear(PackedMatrix, nn.Linear):
     """`x @ W.T + bias` with a packed W (out_features, in_features); gradients reach x and the bias, which stays as
-    it was."""
+    it was. An `nn.Linear`, so that adapters are put around it."""
 
     bias: nn.Parameter | None
-    joinable = True  # its product is `packed_dense`, so that several side by side may be one
+    joinable = True  # its product is `quantized_dense`, so that several side by side may be one
 
-    def __init__(
-        self,
-        packed: Packed,
-        bits: int,
-        group: int,
-        in_features: int,
-        bias: Any = None,
-        transposed: bool = False,
-    ) -> None:
+    def __init__(self, matrix: QuantizedTensor, bias: Any = None, transposed: bool = False) -> None:
         """`transposed`: what it stands for keeps its weight inputs x outputs."""
-        super().__init__(packed, bits, group, in_features)
+        super().__init__(matrix)
         self.transposed = transposed
         self.register_parameter("bias", bias)
 
     @property
-    def in_features(self) -> int:
+    def weight(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The codes, for those who ask for a weight's device and dtype; they cannot be changed through it."""
+        return self.codes.as_subclass(ReadOnlyCodes)
+
+    @property
+    def in_features(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
         """The width of what comes in."""
         return self.columns
 
     @property
-    def out_features(self) -> int:
+    def out_features(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
         """The width of what comes out."""
         return self.rows
 
-    def forward(self, x: Tensor) -> Tensor:
-        return packed_dense(
-            x, self.codes, self.scale, self.low, self.bias, self.bits, self.group, self.columns
-        )
+    def forward(self, input: Tensor) -> Tensor:
+        return quantized_dense(input, self.quantized, self.bias)
 
 
 class PackedEmbedding(PackedMatrix):
     """A table (num_embeddings, embedding_dim), of which the rows that are looked up are unpacked into `dtype`."""
 
-    def __init__(self, packed: Packed, bits: int, group: int, width: int, dtype: torch.dtype) -> None:
-        super().__init__(packed, bits, group, width)
+    def __init__(self, matrix: QuantizedTensor, dtype: torch.dtype) -> None:
+        super().__init__(matrix)
         self.dtype = dtype
 
     @property
@@ -129,7 +124,7 @@ class PackedEmbedding(PackedMatrix):
 
     def forward(self, ids: Tensor) -> Tensor:
         flat = ids.flatten()
-        return self.unpacked(self.packed.rows(flat), self.dtype).view(*ids.shape, self.columns)
+        return self.quantized.select(flat).unpack(self.dtype).view(*ids.shape, self.columns)
 
     def _apply(self, fn: Callable[[Any], Any], recurse: bool = True) -> Self:
         # No floating-point buffer shows it what dtype the model is to have.
@@ -145,16 +140,13 @@ def matrix(module: nn.Module, weight: Tensor) -> Tensor:
     return weight.t() if isinstance(module, Conv1D) else weight
 
 
-def packed_module(
-    module: nn.Module, packed: Packed, bits: int, group: int, dtype: torch.dtype
-) -> PackedMatrix:
-    """What stands in a linear layer's or an embedding's place, with these tensors; it keeps the layer's bias."""
+def packed_module(module: nn.Module, matrix: QuantizedTensor, dtype: torch.dtype) -> PackedMatrix:
+    """What stands in a linear layer's or an embedding's place, with that matrix; it keeps the layer's bias."""
     if isinstance(module, nn.Embedding):
-        made: PackedMatrix = PackedEmbedding(packed, bits, group, module.embedding_dim, dtype)
+        made: PackedMatrix = PackedEmbedding(matrix, dtype)
     else:
         assert isinstance(module, nn.Linear | Conv1D)
-        conv = isinstance(module, Conv1D)
-        made = PackedLinear(packed, bits, group, module.in_features, module.bias, conv)
+        made = PackedLinear(matrix, module.bias, isinstance(module, Conv1D))
     return made.train(module.training)
 
 
@@ -184,8 +176,6 @@ def tied(table: nn.Module, layer: Any) -> Any:
         layer.weight = weight
         return layer
     if isinstance(layer, PackedLinear):
-        layer.hold(table)
+        layer.hold(table.quantized)
         return layer
-    return PackedLinear(table.packed, table.bits, table.group, table.columns, layer.bias).train(
-        layer.training
-    )
+    return PackedLinear(table.quantized, layer.bias).train(layer.training)

@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
+import ctypes
+import functools
+import sys
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from monoblock.backends.pytorch import loading
+from monoblock.backends.pytorch.base import ModelBase
 from monoblock.backends.pytorch.layers import Conv1D
-from monoblock.backends.pytorch.parts import GROUPS, Part
+from monoblock.backends.pytorch.parts import GROUPS, Part, replace
 from monoblock.backends.pytorch.quantization import bitsandbytes, formats
 from monoblock.backends.pytorch.quantization.modules import PackedMatrix, matrix, packed_module, plain_module
 from monoblock.quantization import LOSSLESS, QuantizationConfig, WeightOnlyConfig
 
-if TYPE_CHECKING:
-    from monoblock.backends.pytorch.parameters import Parameters
-
 # Of the token embedding and the projection to the vocabulary, by those of the blocks.
 VOCABULARY_BITS = {8: 8, 4: 8, LOSSLESS: LOSSLESS}
+# Weights that are packed before freed memory is returned: few beside a model that this matters for.
+RETURN_AFTER = 1 << 25
 
 
-def quantize(model: Parameters, how: QuantizationConfig) -> None:
+def quantize(model: ModelBase, how: QuantizationConfig) -> None:
     """Replace the matrices of the model that are to be quantised. ValueError names a module that it does not have;
     ImportError, that bitsandbytes is not there."""
     if model.quantization_config is not None:
@@ -38,7 +41,7 @@ def quantize(model: Parameters, how: QuantizationConfig) -> None:
     model.quantization_config = how
 
 
-def dequantize(model: Parameters) -> None:
+def dequantize(model: ModelBase) -> None:
     """Give the model plain matrices again, with the numbers that the packed ones stand for."""
     if not isinstance(model.quantization_config, WeightOnlyConfig):
         raise ValueError(
@@ -57,8 +60,8 @@ def dequantize(model: Parameters) -> None:
 class Packer:
     """Packs the matrices of a model as they come; those that are there already in `finish`."""
 
-    def __init__(self, model: Parameters, how: WeightOnlyConfig) -> None:
-        self.model, self.how = model, how
+    def __init__(self, model: ModelBase, how: WeightOnlyConfig) -> None:
+        self.model, self.how, self.unreturned = model, how, 0
         names = list(matrices(model))
         kept = _kept(model, names, how.modules_to_not_convert or ())
         for second, first in model.tied().items():  # one matrix, under both names
@@ -77,17 +80,23 @@ class Packer:
         if last != "weight" or name not in self.bits:
             loading.assign(self.model, path, tensor)
             return
-        bits, group = self.bits[name], self.how.group_size
         module = self.model.get_submodule(name)
         try:
-            packed = formats.pack(matrix(module, tensor.detach()), bits, group)
+            quantized = formats.pack(matrix(module, tensor.detach()), self.bits[name], self.how.group_size)
         except formats.DoesNotFit:
             self.bits.pop(name)  # it stays as it is
             loading.assign(self.model, path, tensor)
             return
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
-        replace(self.model, name, packed_module(module, packed, bits, group, tensor.dtype))
+        replace(self.model, name, packed_module(module, quantized, tensor.dtype))
+        owner = self.model.get_submodule(name.rpartition(".")[0])
+        if isinstance(owner, Part):
+            owner.lay()  # at once, so that the memory of the single tensors is free for the next ones
+        self.unreturned += tensor.numel()
+        if self.unreturned > RETURN_AFTER:
+            self.unreturned = 0
+            return_free_memory()
 
     def finish(self) -> None:
         """Pack what is there and has not been packed."""
@@ -110,33 +119,39 @@ class Packer:
                         replace(self.model, name, plain_module(member, torch.bfloat16))
 
 
-def matrices(model: Parameters) -> dict[str, nn.Module]:
+def return_free_memory() -> None:
+    """Have the C library give freed memory back to the system, where it can (glibc): arrays of some megabytes that are
+    made and freed by turns leave holes that stay resident."""
+    if (trim := _malloc_trim()) is not None:
+        trim(0)
+
+
+@functools.cache
+def _malloc_trim() -> Any:
+    return getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+
+
+def matrices(model: ModelBase) -> dict[str, nn.Module]:
     """The modules that may be packed, by name: the matrices of the blocks, the token embedding, and the projection to
     the vocabulary."""
     found: dict[str, nn.Module] = {model.place("embed"): model.get_input_embeddings()}
     layers = model.place("layers")
     for name, module in model.get_submodule(layers).named_modules(prefix=layers):
-        if isinstance(module, nn.Linear | Conv1D | PackedMatrix):
+        if isinstance(module, nn.Linear | Conv1D | PackedMatrix) and ".lora_" not in name:
             found[name] = module
     if (out := model.get_output_embeddings()) is not None:
         found[model.place("head_out")] = out
     return found
 
 
-def _vocabulary(model: Parameters) -> set[str]:
+def _vocabulary(model: ModelBase) -> set[str]:
     """The names of the matrices that have a row for each token."""
     return {model.place("embed")} | (
         {model.place("head_out")} if model.get_output_embeddings() is not None else set()
     )
 
 
-def replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Put the module in the place of that name."""
-    owner, _, last = name.rpartition(".")
-    setattr(model.get_submodule(owner), last, module)
-
-
-def _kept(model: Parameters, names: Iterable[str], asked: Iterable[str]) -> set[str]:
+def _kept(model: ModelBase, names: Iterable[str], asked: Iterable[str]) -> set[str]:
     """The modules that are to stay as they are; ValueError for a name that no module of the model has.
 
     What is asked for may be a name, its end, or what it is a part of ("lm_head", "mlp.down_proj", "layers.0"). Matrices
@@ -155,7 +170,7 @@ def _kept(model: Parameters, names: Iterable[str], asked: Iterable[str]) -> set[
     return kept
 
 
-def _groups(model: Parameters) -> list[tuple[str, ...]]:
+def _groups(model: ModelBase) -> list[tuple[str, ...]]:
     """The names of matrices that kernels take as one: quantised together, or not at all."""
     groups: list[tuple[str, ...]] = []
     for name, part in model.named_modules():

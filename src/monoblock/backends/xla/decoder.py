@@ -1,24 +1,20 @@
-"""A model in the middle of one generation, on TensorFlow: what the framework-free loop drives.
+"""A model in the middle of one generation: what the framework-free loop drives, on JAX and on TensorFlow.
 
 Prompts are padded on the left to the length of a bucket and caches have the length of buckets, so that texts of other
-lengths use what is traced already. Masks say where the padding is, and positions do not count it.
+lengths use what is compiled already. Masks say where the padding is, and positions do not count it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import tensorflow as tf
 
-from monoblock.backends.tf import steps
-from monoblock.backends.tf.binding import tensors
-from monoblock.backends.tf.cache import Cache, from_tuples
-from monoblock.backends.tf.checked import checked
-from monoblock.backends.tf.inputs import Wanted
-from monoblock.backends.tf.steps import Steps
+from monoblock.backends.xla.inputs import Wanted
+from monoblock.backends.xla.passes import Pass, Passes
+from monoblock.errors import UnsupportedConfig
 from monoblock.generation.buckets import bucket
 from monoblock.generation.config import GenerationConfig
 from monoblock.generation.decoder import Plan
@@ -27,16 +23,8 @@ from monoblock.spec import ArchSpec, Learned, Rotary
 
 # What lies in an input's places of padding; 0 in those of others.
 FILL = {"patch_rows": -1}
+WHOLE = ("image_patches",)  # inputs without an axis of tokens
 LONGEST_PIECE = 128  # places that the padding of several tokens at once may take at the end of a cache
-
-
-@dataclass(frozen=True)
-class Source:
-    """A model, its traced passes, and how many positions it has (None: no table says)."""
-
-    model: Any
-    steps: Steps
-    max_positions: int | None
 
 
 def _padded(given: Mapping[str, Any], pad: int) -> dict[str, Any]:
@@ -62,17 +50,18 @@ class Decoder:
     Places count the padding of the bucket, `pad`, too; lengths that the loop speaks of do not.
     """
 
-    def __init__(self, source: Source, plan: Plan, inputs: dict[str, Any]) -> None:
-        self.model, self.steps, self.plan = source.model, source.steps, plan
-        self.spec, self.max_positions = source.model.spec, source.max_positions
+    def __init__(self, passes: Passes, plan: Plan, inputs: dict[str, Any]) -> None:
+        self.passes, self.plan, self.spec = passes, plan, passes.spec
+        learned = self.spec.position(Learned)
+        self.max_positions = learned.size - learned.offset if learned else None
         self.inputs = dict(inputs)
-        self.past = _cache(self.inputs.pop("past_key_values", None))
+        self.past = passes.past(self.inputs.pop("past_key_values", None))
         asked = plan.config if plan.config.return_dict_in_generate else GenerationConfig()
         self.wanted = Wanted(
             attentions=bool(asked.output_attentions), hidden_states=bool(asked.output_hidden_states), keep=1
         )
         self.attentions = self.hidden_states = None
-        self.cache: Cache | None = None
+        self.cache: Any = None
         self.given: dict[str, Any] = {}  # the mask of all places, the last token types
         self.last_positions: Any = None  # given ones of the prompt's last tokens
         self.pad = self.length = self.prompt_length = 0  # places
@@ -81,11 +70,11 @@ class Decoder:
     # ------------------------------------------------------------------ the loop's side
 
     @property
-    def past_key_values(self) -> Cache | None:
+    def past_key_values(self) -> Any:
         """The cache without the bucket's padding."""
         if self.cache is None or self.cache.max_length is None:
             return None
-        return steps.moved(self.cache, self.pad, self.spec, self.cache.max_length)
+        return self.passes.moved(self.cache, self.pad, self.spec, self.cache.max_length)
 
     def prefill(self, ids_bn: Any, mask_bm: Any) -> Any:
         """Take the prompts, without the part of them that a given cache already holds."""
@@ -96,20 +85,34 @@ class Decoder:
                 f"past_key_values hold {seen} tokens and the prompt has {count}: give the whole prompt, of which the "
                 "cache is the beginning"
             )
-        self.pad = 0 if seen else bucket(count) - count
+        chunk = self._chunk(count)
+        self.pad = 0 if seen or chunk else bucket(count) - count
         self.length = self.prompt_length = self.pad + count
         given = _padded(given, self.pad)
-        places = self.length + self._room(count) + (LONGEST_PIECE if self.plan.rewinds else 0)
-        mask = np.ones((batch, places), np.int32)
+        slots = bucket(self.length) + self._room(count) + (LONGEST_PIECE if self.plan.rewinds else 0)
+        mask = np.ones((batch, slots), np.int32)
         mask[:, : self.length] = given["attention_mask"]
         self._keep(given, mask)
         given["attention_mask"] = mask
-        if self.past is None or not seen:
+        if seen:
+            self.cache = self.passes.moved(self.past, 0, self._windows(), slots)
+        elif chunk:
+            self.cache = self.passes.empty(batch, self._windows(), slots)
+        else:
             wanted = replace(self.wanted, fresh=True)
-            found = self.steps.first(given, wanted, self._windows(), places)
+            found = self.passes.first(given, wanted, self._windows(), slots)
             return self._taken(found, slice(self.pad, None))
-        self.cache = steps.moved(self.past, 0, self._windows(), places)
-        return self._continued(given, seen, count)
+        return self._continued(given, seen, count, chunk or count)
+
+    def _chunk(self, count: int) -> int | None:
+        """How many tokens of the prompt go through the model at a time; None: all."""
+        chunk = self.plan.config.prefill_chunk_size
+        if chunk is not None and is_dynamic(self.spec.position(Rotary)):
+            raise UnsupportedConfig(
+                f"GenerationConfig.prefill_chunk_size={chunk}: this model's RoPE scaling goes by the whole "
+                "prompt"
+            )
+        return None if chunk is None or chunk >= count else chunk
 
     def _room(self, count: int) -> int:
         """Places for new tokens."""
@@ -120,18 +123,20 @@ class Decoder:
             )
         return bucket(self.plan.new_tokens) if limit is None else max(1, limit - count)
 
-    def _continued(self, given: dict[str, Any], seen: int, count: int) -> Any:
-        """What comes after a given cache, in pieces whose lengths are powers of two: few are ever compiled."""
+    def _continued(self, given: dict[str, Any], seen: int, count: int, chunk: int) -> Any:
+        """What comes after `seen` cached tokens, in pieces of `chunk` tokens and then of powers of two: few lengths are
+        ever compiled."""
         mask, scores, shown = given.pop("attention_mask"), None, []
         while seen < count:
-            size = 1 << ((count - seen).bit_length() - 1)
-            piece = {name: value[:, seen : seen + size] for name, value in given.items()}
+            left = count - seen
+            size = chunk if chunk < left else 1 << (left.bit_length() - 1)
+            piece = {n: x if n in WHOLE else x[:, seen : seen + size] for n, x in given.items()}
             self.length = seen + size
             scores = self._more({**piece, "attention_mask": mask}, size, self.wanted)
             shown.append(self.hidden_states)
             seen += size
         if self.hidden_states is not None:
-            self.hidden_states = tuple(tf.concat(parts, axis=1) for parts in zip(*shown, strict=True))
+            self.hidden_states = tuple(self.passes.loop.xp.concat(x) for x in zip(*shown, strict=True))
         return scores
 
     def step(self, ids_b1: Any) -> Any:
@@ -162,7 +167,7 @@ class Decoder:
         """Row i becomes what row index[i] was."""
         index_b = np.asarray(index_b)
         if self.cache is not None:
-            self.cache = self.cache.reorder(index_b)
+            self.cache = self.passes.reordered(self.cache, index_b)
         self.given = {name: _rows(value, index_b) for name, value in self.given.items()}
         if self.last_positions is not None:
             self.last_positions = _rows(self.last_positions, index_b)
@@ -180,8 +185,7 @@ class Decoder:
         arguments = {**self.inputs, "attention_mask": mask_bm}
         if arguments.get("inputs_embeds") is None:
             arguments["input_ids"] = ids_bn
-        arguments = {name: tensors(name, value) for name, value in arguments.items() if value is not None}
-        made = checked(self.spec, self.model.head_spec, arguments, None, False).given
+        made = self.passes.checked({name: x for name, x in arguments.items() if x is not None})
         given = {name: np.asarray(value) for name, value in made.items()}
         tokens = given.get("input_ids", given.get("inputs_embeds"))
         assert tokens is not None
@@ -214,10 +218,6 @@ class Decoder:
         """What the pass of every new token is given; its position ids are those of the prompt's last tokens."""
         positions = self.last_positions
         return self.given if positions is None else {**self.given, "position_ids": positions}
-
-    def in_place(self) -> Cache | None:
-        """The cache for what the passes' own compiler writes."""
-        return self.cache and replace(self.cache, compiled=self.steps.in_place)
 
     @property
     def room(self) -> int:
@@ -257,21 +257,21 @@ class Decoder:
     def _more(self, given: dict[str, Any], count: int, wanted: Wanted) -> Any:
         assert self.cache is not None
         wanted = replace(wanted, fresh=False)
-        return self._taken(self.steps.more(given, self.cache, wanted), slice(0, count))
+        return self._taken(self.passes.more(given, self.cache, wanted), slice(0, count))
 
-    def _taken(self, found: steps.Pass, here: slice) -> Any:
+    def _taken(self, found: Pass, here: slice) -> Any:
         """Keep what a pass gave, of the tokens that are no padding; its scores."""
         self.cache = found.cache
         if found.attentions is not None:
             seen = slice(self.pad, self.length)
-            self.attentions = _cut(found.attentions, (..., here, seen))
+            self.attentions = self.passes.cut(found.attentions, (..., here, seen))
         if found.hidden_states is not None:
-            self.hidden_states = _cut(found.hidden_states, (..., here, slice(None)))
+            self.hidden_states = self.passes.cut(found.hidden_states, (..., here, slice(None)))
         return found.scores
 
     def _set_length(self) -> None:
         assert self.cache is not None
-        self.cache = replace(self.cache, length=tf.constant(self.length, tf.int32))
+        self.cache = replace(self.cache, length=self.passes.loop.xp.shown(np.array(self.length, np.int32)))
 
 
 class Rereader:
@@ -279,8 +279,8 @@ class Rereader:
 
     past_key_values = None
 
-    def __init__(self, source: Source, plan: Plan, inputs: dict[str, Any]) -> None:
-        self.decoder = Decoder(source, plan, inputs)
+    def __init__(self, passes: Passes, plan: Plan, inputs: dict[str, Any]) -> None:
+        self.decoder, self.passes = Decoder(passes, plan, inputs), passes
         self.attentions = self.hidden_states = None
         self.given: dict[str, Any] = {}
 
@@ -298,7 +298,7 @@ class Rereader:
         ids_bk, count = np.asarray(ids_bk, np.int32), ids_bk.shape[1]
         after = {
             "input_ids": lambda _: ids_bk,
-            "inputs_embeds": lambda _: np.asarray(self.decoder.steps.lookup(ids_bk)),
+            "inputs_embeds": lambda _: np.asarray(self.passes.lookup(ids_bk)),
             "attention_mask": lambda _: np.ones(ids_bk.shape, np.int32),
             "position_ids": lambda x: x[:, -1:] + 1 + np.arange(count, dtype=np.int32),
             "token_type_ids": lambda x: x[:, -1:].repeat(count, axis=1),
@@ -312,33 +312,23 @@ class Rereader:
     def reorder(self, index_b: Any) -> None:
         """Row i becomes what row index[i] was."""
         index_b = np.asarray(index_b)
-        self.given = {n: x if n == "image_patches" else _rows(x, index_b) for n, x in self.given.items()}
+        self.given = {n: x if n in WHOLE else _rows(x, index_b) for n, x in self.given.items()}
 
     def crop(self, length: int) -> None:
         """Forget everything after the first `length` positions."""
-        self.given = {n: x if n == "image_patches" else x[:, :length] for n, x in self.given.items()}
+        self.given = {n: x if n in WHOLE else x[:, :length] for n, x in self.given.items()}
 
     def _passed(self, count: int) -> Any:
         """Scores (rows, count, vocab) of a pass over everything, after each of the last `count` tokens."""
-        source, mask = self.decoder, self.given["attention_mask"]
-        source.check(int(mask.sum(axis=1).max()))
+        decoder, mask = self.decoder, self.given["attention_mask"]
+        decoder.check(int(mask.sum(axis=1).max()))
         pad = bucket(mask.shape[1]) - mask.shape[1]
         # All logits where several are asked for: how many changes from pass to pass.
-        wanted = replace(source.wanted, keep=1 if count == 1 else 0)
-        found = source.steps.anew(_padded(self.given, pad), wanted)
+        wanted = replace(decoder.wanted, keep=1 if count == 1 else 0)
+        found = self.passes.anew(_padded(self.given, pad), wanted)
         here = slice(pad, None)
         if found.attentions is not None:
-            self.attentions = _cut(found.attentions, (..., here, here))
+            self.attentions = self.passes.cut(found.attentions, (..., here, here))
         if found.hidden_states is not None:
-            self.hidden_states = _cut(found.hidden_states, (..., here, slice(None)))
+            self.hidden_states = self.passes.cut(found.hidden_states, (..., here, slice(None)))
         return found.scores[:, None] if count == 1 else np.asarray(found.scores)[:, -count:]
-
-
-def _cut(arrays: Sequence[Any], where: tuple[Any, ...]) -> tuple[Any, ...]:
-    """A part of each array."""
-    return tuple(array[where] for array in arrays)
-
-
-def _cache(past: Any) -> Cache | None:
-    """The cache that a call gives, which may come as tuples of keys and values."""
-    return past if past is None or isinstance(past, Cache) else from_tuples(tensors("past_key_values", past))

@@ -1,0 +1,152 @@
+"""The modules that hold no others: matrices, tables and norms. Which one a role needs, the spec says.
+
+They are Linen's own where it has them, so the leaves have Flax's names: `kernel` (inputs, outputs), `bias`,
+`embedding`, `scale`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import Array
+
+from monoblock.heads import KINDS, HeadSpec
+from monoblock.spec import ArchSpec, Buckets, Learned, Norm
+
+
+class RMSNorm(nn.Module):
+    """`x / sqrt(mean(x²) + epsilon) * weight`, computed in float32 at least. transformers' Flax classes that had an RMS
+    norm of their own called its factors `weight`."""
+
+    epsilon: float
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        weight = self.param("weight", nn.initializers.ones, (x.shape[-1],))
+        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        scale = jnp.reciprocal(jnp.sqrt(jnp.square(wide).mean(axis=-1, keepdims=True) + self.epsilon))
+        return (wide * scale * weight).astype(self.dtype)
+
+
+class Projection(nn.Module):
+    """A dense layer; without a kernel of its own (`own`) it multiplies with a table (outputs, inputs) that is given."""
+
+    size: int
+    bias: bool
+    own: bool
+    std: float
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array, table: Array | None = None) -> Array:
+        bias = self.param("bias", nn.initializers.zeros, (self.size,)) if self.bias else None
+        if self.own:
+            kernel = self.param("kernel", nn.initializers.normal(self.std), (x.shape[-1], self.size))
+            y = jnp.matmul(x.astype(self.dtype), kernel.astype(self.dtype))
+        else:
+            assert table is not None
+            y = jnp.einsum("...w,vw->...v", x.astype(self.dtype), table.astype(self.dtype))
+        return y if bias is None else y + bias.astype(self.dtype)
+
+
+def own_norm(classes: Mapping[str, str]) -> bool:
+    """Whether a norm is of a class of its own, not the framework's: its factors are called `weight`, not `scale`."""
+    return "norm" in classes
+
+
+def make_norm(norm: Norm, classes: Mapping[str, str], dtype: Any) -> nn.Module:
+    """The norm as a module; the statistics are computed in float32 at least."""
+    if norm.kind == "layer":
+        return nn.LayerNorm(epsilon=norm.eps, use_bias=norm.bias, dtype=dtype, use_fast_variance=False)
+    if own_norm(classes):
+        return RMSNorm(norm.eps, dtype)
+    return nn.RMSNorm(epsilon=norm.eps, dtype=dtype, use_fast_variance=False)
+
+
+def leaf(
+    role: str, spec: ArchSpec, head: HeadSpec | None, classes: Mapping[str, str], dtype: Any
+) -> nn.Module | None:
+    """The module of a role; None where the model has none of it, or it is a function here (activations, dropout)."""
+    normal = nn.initializers.normal(spec.init_std)
+    if (matrix := _matrix(role, spec, head)) is not None:
+        return nn.Dense(matrix[0], use_bias=matrix[1], dtype=dtype, kernel_init=normal)
+    if (norm := _norm(role, spec, head)) is not None:
+        return make_norm(norm, classes, dtype)
+    if (table := _table(role, spec)) is not None:
+        return nn.Embed(*table, dtype=dtype, embedding_init=normal)
+    if role == "head_out" and head is not None:
+        return projection(spec, head, KINDS[head.kind].bias, dtype)
+    return None
+
+
+def projection(spec: ArchSpec, head: HeadSpec, bias: bool, dtype: Any) -> Projection | None:
+    """The projection of a head, which has no kernel where it is tied to the embedding; None if there is none."""
+    if (size := head.size(spec.vocab)) is None:
+        return None
+    own = not (KINDS[head.kind].size == "vocab" and spec.tie_head)
+    return Projection(size, bias, own, spec.init_std, dtype)
+
+
+def _matrix(role: str, spec: ArchSpec, head: HeadSpec | None) -> tuple[int, bool] | None:
+    """Outputs, and whether there is a bias."""
+    att, mlp = spec.attention, spec.mlp
+    q, kv = att.heads * att.head_dim, att.kv_heads * att.head_dim
+    match role:
+        case "qkv" | "qkv_by_head":
+            return q + 2 * kv, att.qkv_bias
+        case "q":
+            return q, att.qkv_bias
+        case "k" | "v":
+            return kv, att.qkv_bias
+        case "out":
+            return spec.width, att.out_bias
+        case "up":
+            return mlp.width, mlp.bias
+        case "gate" if mlp.gated:
+            return mlp.width, mlp.bias
+        case "gate_up":
+            return 2 * mlp.width, mlp.bias
+        case "down":
+            return spec.width, mlp.bias
+        case "patch_embed" if spec.patches:
+            return spec.width, True
+        case "head_dense":
+            return spec.width, True
+        case "head_summary" if head and head.summary and head.summary.size is not None:
+            return head.summary.size, True
+        case _:
+            return None
+
+
+def _norm(role: str, spec: ArchSpec, head: HeadSpec | None) -> Norm | None:
+    match role:
+        case "norm1" | "norm2":
+            return spec.norm
+        case "q_norm" | "k_norm":
+            return spec.attention.qk_norm and spec.attention.qk_norm.norm
+        case "embed_norm":
+            return spec.embed_norm
+        case "final_norm":
+            return spec.final_norm
+        case "head_norm":
+            return head and head.norm
+        case _:
+            return None
+
+
+def _table(role: str, spec: ArchSpec) -> tuple[int, int] | None:
+    """Rows and columns."""
+    learned, buckets = spec.position(Learned), spec.position(Buckets)
+    match role:
+        case "embed":
+            return spec.vocab, spec.width
+        case "pos_embed" if learned:
+            return learned.size, spec.width
+        case "rel_bias" if buckets:
+            return buckets.count, spec.attention.heads
+        case _:
+            return None

@@ -1,0 +1,139 @@
+"""`generate` inside a trace: under `jit`, `pmap` and `vmap`, where prompts and parameters have shapes and no values.
+
+The call is checked with a stand-in for the prompts; what is compiled is the pass over them and the loop over tokens,
+which become parts of the caller's program. Nothing that reads values is checked, and every row comes back with all new
+tokens' columns, filled up with the pad token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.core
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from monoblock.backends.flax.steps import Steps, loop_over_tokens
+from monoblock.backends.xla.compiled import Start
+from monoblock.backends.xla.inputs import Wanted
+from monoblock.backends.xla.runner import INPUTS, MORE, Runner
+from monoblock.generation.buckets import bucket
+from monoblock.generation.config import GenerationConfig
+from monoblock.generation.programs import OUTSIDE, Program, Text
+
+INSIDE = "inside jit, pmap or vmap"
+# Without donation of the cache, which only the outermost program may do.
+_looped = jax.jit(loop_over_tokens, static_argnames=("network", "program"))
+
+
+def is_traced(*trees: Any) -> bool:
+    """Whether a leaf of the trees is traced."""
+    return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(trees))
+
+
+class Traced(Runner):
+    """A model as `loop.generate` sees it, in a trace. `inputs` and `arguments` are those of the call."""
+
+    def __init__(self, runner: Any, inputs: Any, arguments: Mapping[str, Any]) -> None:
+        super().__init__(runner.model, ())
+        self.runner, self.unsupported = runner, runner.unsupported
+        given = dict(arguments)
+        named = given.pop("input_ids", None)
+        if (inputs is None) == (named is None):
+            raise ValueError(f"generate() {INSIDE} takes one array of prompts: give input_ids")
+        self.ids_bn = jnp.asarray(named if inputs is None else inputs)
+        if self.ids_bn.ndim != 2 or not jnp.issubdtype(self.ids_bn.dtype, jnp.integer):
+            raise ValueError(
+                f"input_ids must be whole numbers (batch, tokens), got {self.ids_bn.dtype} {self.ids_bn.shape}"
+            )
+        mask = given.pop("attention_mask", None)
+        self.mask_bn = None if mask is None else jnp.asarray(mask) != 0
+        if self.mask_bn is not None and self.mask_bn.shape != self.ids_bn.shape:
+            raise ValueError(
+                f"attention_mask must have the prompt's shape {self.ids_bn.shape}, got {self.mask_bn.shape}"
+            )
+        for name, value in given.items():
+            if name in INPUTS | MORE or (name != "generator" and is_traced(value)):
+                raise ValueError(
+                    f"generate() {INSIDE} takes input_ids, attention_mask, params and a key, not {name}"
+                )
+        if given.get("return_dict_in_generate"):
+            raise ValueError(f"generate() {INSIDE} gives sequences alone: leave out return_dict_in_generate")
+        self.arguments = given
+
+    def stand_ins(self) -> dict[str, Any]:
+        """The call's arguments with prompts of the same shape that have values."""
+        ids_bn = np.zeros(self.ids_bn.shape, np.int32)
+        return {**self.arguments, "input_ids": ids_bn, "attention_mask": ids_bn + 1}
+
+    def decoder(self, plan: Any, inputs: dict[str, Any]) -> Any:
+        """Stands where a call that is no single program would have its decoder."""
+        del plan, inputs
+        return _OnHost()
+
+    def compiled(self, generation: Any, program: Program) -> Any:
+        """The pass over the prompts and the loop; sequences (rows, prompt + new)."""
+        if program.width is not None:
+            raise ValueError(f"generate() {INSIDE} searches no beams: call it outside, it compiles itself")
+        plan, new = generation.plan, generation.plan.new_tokens
+        steps: Steps = self.runner.passes(generation.config)
+        count = self.ids_bn.shape[1]
+        if self.max_positions is not None and count + new - 1 > self.max_positions:
+            raise ValueError(
+                f"the model has {self.max_positions} learned positions; {INSIDE} the prompt's {count} columns all "
+                f"count, and {new} tokens more do not fit: ask for fewer"
+            )
+        ids_bn = jnp.repeat(self.ids_bn.astype(jnp.int32), plan.copies, axis=0)
+        valid_bn = jnp.repeat(self._valid(generation.config), plan.copies, axis=0)
+        mask = jnp.pad(valid_bn.astype(jnp.int32), ((0, 0), (0, bucket(new))), constant_values=1)
+        given = {"input_ids": ids_bn, "attention_mask": mask}
+        found = steps.first(given, Wanted(fresh=True, keep=1), steps.spec, mask.shape[1])
+        stand_in = generation.setting.prompt_bn
+        text = program.text(stand_in, None)
+        numbers = program.given(generation.fields, stand_in, None, new)
+        start = Start(
+            scores_bv=found.scores,
+            cache=None,
+            constant={"attention_mask": mask},
+            text=_filled(text, ids_bn, valid_bn),
+            given=numbers._replace(prompt=_filled(numbers.prompt, ids_bn, valid_bn)),
+            limits=np.array([new, new], np.int32),
+            draws=steps.loop.draws(generation.generator, program.do_sample),
+        )
+        end = _looped(steps.network, program, steps.params, found.cache, start)
+        return jnp.concatenate((ids_bn, end.new_br[:, :new]), axis=1)
+
+    def _valid(self, config: GenerationConfig) -> Array:
+        """Where the prompts are no padding, by the rules of `generation/prompt.py`."""
+        if self.mask_bn is not None:
+            return self.mask_bn
+        pad = config.pad_token_id
+        if pad is None or pad in config.eos_ids:
+            return jnp.ones(self.ids_bn.shape, jnp.bool_)
+        valid = self.ids_bn != pad
+        return valid.at[:, -1].set(valid[:, -1] | ~valid.any(axis=1))
+
+
+class _OnHost:
+    """What a call asks for that needs the host between two tokens."""
+
+    def prefill(self, ids_bn: Any, mask_bm: Any) -> Any:
+        """Refuses the call."""
+        del ids_bn, mask_bm
+        raise ValueError(
+            f"generate() {INSIDE} is one program: streamers, criteria and processors of your own, an assistant, "
+            "recorded scores, use_cache=False and trace=False need the host between tokens; call it outside"
+        )
+
+
+def _filled(text: Text, ids_bn: Array, valid_bn: Array) -> Text:
+    """The text's arrays with the prompts at their end, where they have columns at all."""
+    columns, (rows, count) = text.ids_bt.shape[1], ids_bn.shape
+    if columns == 0:
+        empty = jnp.zeros((rows, 0), jnp.int32)
+        return Text(empty, empty != 0, text.length)
+    before = ((0, 0), (columns - count, 0))
+    return Text(jnp.pad(ids_bn, before, constant_values=OUTSIDE), jnp.pad(valid_bn, before), text.length)

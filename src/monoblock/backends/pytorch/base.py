@@ -1,0 +1,157 @@
+"""What the files of this backend know of a model: its family's tables, and its modules by the roles that they play."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from monoblock import tree
+from monoblock.backends.pytorch.parts import Part, replace
+from monoblock.backends.pytorch.patches import with_patches
+from monoblock.backends.pytorch.quantization import modules
+from monoblock.backends.pytorch.quantization.modules import PackedMatrix
+from monoblock.checkpoint.keymap import KeyMap, Source
+from monoblock.families import Family, ModelClass
+from monoblock.heads import KINDS, HeadSpec
+from monoblock.quantization import QuantizationConfig
+from monoblock.spec import ArchSpec
+
+
+class ModelBase(Part):
+    """A model as a module tree with roles; what it does with them is in the classes that derive from this one."""
+
+    family: ClassVar[Family]
+    row: ClassVar[ModelClass]
+    extra: ClassVar[tuple[str, ...]]
+    config: Any
+    name_or_path: str
+    spec: ArchSpec
+    head_spec: HeadSpec | None
+    quantization_config: QuantizationConfig | None = None
+    places: dict[str, str]
+
+    @property
+    def arguments(self) -> frozenset[str]:
+        """The names of all arguments of a forward."""
+        return frozenset((*self.row.forward.split(), *self.extra))
+
+    def can_generate(self) -> bool:
+        """Whether the class predicts the next token."""
+        return self.row.head == "causal"
+
+    @property
+    def current_head(self) -> HeadSpec:
+        """The head, with what was set on the config since the model was made."""
+        assert self.head_spec is not None
+        return self.config.updated_head(self.head_spec)
+
+    # ------------------------------------------------------------------ names
+
+    @property
+    def bare(self) -> Any:
+        """The bare model: the one inside, or this one."""
+        return self.role("bare") if self.has("bare") else self
+
+    def keymap(self) -> KeyMap:
+        """The map between the canonical names of all frameworks and files' names, for this class and config."""
+        return self.family.keymap(self.config, self.row.head)
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Canonical name -> canonical shape of each parameter, tied ones once."""
+        return tree.parameters(self.spec, self.head_spec)
+
+    def sources(self) -> dict[str, Source]:
+        """Canonical name -> the names of the parameters here that hold it, and how. Quantised ones too."""
+        keymap = self.keymap()
+        return {name: keymap.source(name) for name in self.shapes()}
+
+    def place(self, role: str, layer: int | None = None) -> str:
+        """The dotted name of the module that plays a role."""
+        return self.places[role].replace("{i}", str(layer))
+
+    def at(self, role: str, layer: int | None = None) -> Any:
+        """The module that plays a role, in that layer where it is one of a layer's; None if there is none."""
+        if role not in self.places:
+            return None
+        owner, _, name = self.place(role, layer).rpartition(".")
+        return getattr(self.get_submodule(owner), name, None)
+
+    def tied(self) -> dict[str, str]:
+        """Second names: name of a parameter -> the one that it shares."""
+        found: dict[str, str] = {}
+        if (
+            self.head_spec is not None
+            and KINDS[self.head_spec.kind].size == "vocab"
+            and "head_out" in self.places
+        ):
+            out = self.place("head_out")
+            if self.spec.tie_head:
+                found[f"{out}.weight"] = f"{self.place('embed')}.weight"
+            if self.has("lm_head"):
+                found[f"{out}.bias"] = f"{out.rpartition('.')[0]}.bias"
+        return found
+
+    # ------------------------------------------------------------------ modules and weights
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The token embedding."""
+        return self.get_submodule(self.place("embed"))
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        """The projection to the vocabulary, or None."""
+        if self.head_spec is None or KINDS[self.head_spec.kind].size != "vocab":
+            return None
+        return self.get_submodule(self.place("head_out"))
+
+    def embed(self, input_ids: Tensor, given: Mapping[str, Any]) -> Tensor:
+        """Token ids as vectors (b, s, w), with image patches at their positions where the call brings any."""
+        x = self.get_input_embeddings()(input_ids)
+        both = (given.get("image_patches"), given.get("pixel_values"))
+        named = [patches for patches in both if patches is not None]
+        indices = given.get("image_patches_indices")
+        if len(named) > 1:
+            raise ValueError("image_patches and pixel_values are two names of the same patches: give one")
+        if not named:
+            if indices is not None:
+                raise ValueError("image_patches_indices say where image_patches go, but none came")
+            return x
+        base = self.bare
+        if not base.has("patch_embed"):
+            raise ValueError("image patches were given, but the model takes text alone")
+        return with_patches(self.spec, base.role("patch_embed"), x, input_ids, named[0], indices)
+
+    def tie_weights(self, *args: Any, **kwargs: Any) -> None:
+        """Make the head's matrix the embedding's, where the spec ties them. Arguments of transformers' method,
+        which say what its loader has missed, change nothing."""
+        del args, kwargs
+        for second, first in self.tied().items():
+            owner, _, leaf = second.rpartition(".")
+            if leaf == "bias":
+                self.get_submodule(owner).register_parameter("bias", self.get_parameter(first))
+            else:
+                table = self.get_submodule(first.rpartition(".")[0])
+                replace(self, owner, modules.tied(table, self.get_submodule(owner)))
+
+    def lay_all(self) -> None:
+        """Put the matrices that kernels want as one side by side, everywhere in the model."""
+        for module in self.modules():
+            if isinstance(module, Part):
+                module.lay()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the weights."""
+        return next(p.dtype for p in self.parameters() if p.is_floating_point())
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are (the first ones, if they are spread); of offloaded ones, where accelerate brings them
+        for a call."""
+        embed: Any = self.get_input_embeddings()
+        found = (embed.codes if isinstance(embed, PackedMatrix) else next(embed.parameters())).device
+        hooks = (getattr(module, "_hf_hook", None) for module in (embed, *self.modules()))
+        devices = (getattr(hook, "execution_device", None) for hook in hooks if found.type == "meta")
+        return torch.device(next((device for device in devices if device is not None), found))

@@ -1,0 +1,45 @@
+"""Which key each query sees, and what is added to their scores."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import tensorflow as tf
+
+from monoblock.backends.tf.namespace import XP
+from monoblock.backends.tf.ops import Tensor, biases, bucketed
+from monoblock.backends.xla.namespace import Namespace
+from monoblock.backends.xla.scope import ScopeBase
+from monoblock.spec import Buckets
+
+
+@dataclass(frozen=True)
+class Scope(ScopeBase):
+    """See `ScopeBase`. `slopes_h` are ALiBi's; `table` (count, h) is the bias of the `buckets` of distances or, without
+    `buckets`, what `bias` has made of it for these queries and keys."""
+
+    xp: ClassVar[Namespace] = XP
+    index_q: Tensor
+    index_k: Tensor
+    valid_bk: Tensor | None = None
+    segment_bq: Tensor | None = None
+    segment_bk: Tensor | None = None
+    slopes_h: Tensor | None = None
+    table: Tensor | None = None
+    causal: bool = True
+    aligned: bool = True
+    window: int | None = None
+    buckets: Buckets | None = None
+    masked_rows: str = "all"
+
+    def bias(self) -> Tensor | None:
+        """What is added to the scores, (1, h, q, k) of ALiBi or of the buckets; None if there is nothing."""
+        if self.buckets is None and self.table is not None:
+            return self.table
+        distance = self.index_k[None, :] - self.index_q[:, None]
+        if self.table is not None and self.buckets is not None:
+            return biases(self.table, bucketed(distance, self.buckets.count, self.buckets.max_distance))
+        if self.slopes_h is not None:
+            return (self.slopes_h[:, None, None] * tf.cast(distance, tf.float32))[None]
+        return None

@@ -1,0 +1,72 @@
+"""Generation of the models of either framework: what `loop.generate` knows of them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+
+from monoblock.backends.xla import compiled, compiled_beams
+from monoblock.backends.xla.decoder import Decoder, Rereader
+from monoblock.backends.xla.namespace import Namespace
+from monoblock.backends.xla.passes import Passes
+from monoblock.generation.config import GenerationConfig
+from monoblock.generation.decoder import Plan
+from monoblock.generation.mixin import GenerationMixin
+from monoblock.generation.programs import Program
+from monoblock.generation.resolve import Unsupported
+from monoblock.generation.transitions import transition_scores
+from monoblock.spec import Learned
+
+INPUTS = frozenset({"past_key_values", "position_ids", "inputs_embeds"})
+# Inputs that only some models take; new tokens get the last token type.
+MORE = frozenset({"token_type_ids", "image_patches", "image_patches_indices", "pixel_values"})
+
+
+class Generation(GenerationMixin):
+    """What `generate` has beside it in the models of both frameworks; `xp` is the framework's."""
+
+    xp: ClassVar[Namespace]
+
+    def compute_transition_scores(
+        self,
+        sequences: Any,
+        scores: Sequence[Any],
+        beam_indices: Any = None,
+        normalize_logits: bool = False,
+    ) -> Any:
+        """(rows, new tokens) scores of the chosen tokens, from an output of `generate(..., output_scores=True)`.
+
+        Beam search's scores need its `beam_indices`. `normalize_logits`: log-probabilities instead of raw scores.
+        """
+        rows = None if beam_indices is None else np.asarray(beam_indices)
+        return self.xp.shown(
+            transition_scores(self.xp, np.asarray(sequences), scores, rows, normalize_logits)
+        )
+
+
+class Runner:
+    """A model as `loop.generate` sees it. `inputs`: the names of the inputs that its call takes."""
+
+    unsupported: Unsupported
+
+    def __init__(self, model: Any, inputs: Collection[str]) -> None:
+        self.model, self.ops = model, model.xp
+        self.input_names = INPUTS | MORE.intersection(inputs)
+        self.generation_config: GenerationConfig | None = model.generation_config
+        learned = model.spec.position(Learned)
+        self.max_positions = learned.size - learned.offset if learned else None
+
+    def compiled(self, generation: Any, program: Program) -> Any:
+        """Run a call as one program."""
+        return (compiled if program.width is None else compiled_beams).run(generation, program)
+
+    def passes(self, config: GenerationConfig) -> Passes:
+        """The passes of a call."""
+        raise NotImplementedError
+
+    def decoder(self, plan: Plan, inputs: dict[str, Any]) -> Any:
+        """A decoder for one call."""
+        cached = plan.config.use_cache or "past_key_values" in inputs
+        return (Decoder if cached else Rereader)(self.passes(plan.config), plan, inputs)

@@ -1,0 +1,115 @@
+"""Stages: hidden folders of random names that a save writes its files into before they take their places."""
+
+import os
+import secrets
+import shutil
+import socket
+from collections.abc import Generator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from monoblock.checkpoint import journal
+from monoblock.checkpoint.journal import FILES, STAGE, Journal, names_in
+from monoblock.checkpoint.locks import locked
+from monoblock.errors import CheckpointError
+
+
+def new_stage(folder: Path) -> Path:
+    """An empty hidden folder, only for this process; beside the folder if its files can be renamed from there."""
+    name = _stage_name()
+    if not folder.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        _remove_orphans(folder.parent)
+        stage = folder.parent / name
+        stage.mkdir(mode=0o700)
+        return stage
+    with locked(folder):
+        journal.complete(folder)
+        inside, outside = folder / name, folder.parent / name
+        inside.mkdir(mode=0o700)
+        try:
+            inside.rename(outside)
+        except OSError:
+            outside = inside
+    _remove_orphans(folder)
+    _remove_orphans(folder.parent)
+    return outside
+
+
+def _stage_name() -> str:
+    return f"{STAGE}{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(8)}"
+
+
+def _remove_orphans(place: Path) -> None:
+    """Remove the stages of this user's dead processes on this machine."""
+    with suppress(OSError):
+        for path in list(place.glob(f"{STAGE}*")):
+            host, _, process = path.name.removeprefix(STAGE).rpartition("-")[0].rpartition("-")
+            if host != socket.gethostname() or not process.isdecimal() or alive(int(process)):
+                continue
+            with suppress(OSError):
+                if os.name == "nt" or path.lstat().st_uid == os.geteuid():
+                    clear(path)
+
+
+def alive(pid: int) -> bool:
+    """Whether a process of that number runs on this machine (yes, where that cannot be asked)."""
+    if os.name == "nt":  # there os.kill(pid, 0) would end the process instead of asking after it
+        return True
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def clear(stage: Path) -> None:
+    """Remove a stage, whatever state it is in."""
+    with suppress(OSError, CheckpointError):
+        found = journal.read(stage)
+        if found is not None and found.replaced == identity(stage / FILES):
+            with locked(stage.parent / found.folder):
+                finish_exchange(stage, found)
+    shutil.rmtree(stage, ignore_errors=True)
+
+
+def finish_exchange(stage: Path, done: Journal) -> None:
+    """Remove the replaced folder, which now is the stage's. What another program wrote there after the files were
+    linked moves into the new one."""
+    old, folder = stage / FILES, stage.parent / done.folder
+    for name in names_in(old):
+        path = old / name
+        linked = name in done.kept and (path.is_symlink() or path.lstat().st_ino == done.kept[name])
+        if linked or name in done.put or name in done.remove:
+            path.unlink()
+        else:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            path.replace(folder / name)
+    journal.drop(stage)
+
+
+@contextmanager
+def scratch(beside: Path) -> Generator[Path, None, None]:
+    """An empty hidden folder in the parent of that path, gone when the block ends. CheckpointError if it cannot be
+    made."""
+    try:
+        beside.parent.mkdir(parents=True, exist_ok=True)
+        _remove_orphans(beside.parent)
+        stage = beside.parent / _stage_name()
+        stage.mkdir(mode=0o700)
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot write into {beside.parent}: {error.strerror or error}; choose another place"
+        ) from error
+    try:
+        yield stage
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+
+
+def identity(path: Path) -> list[int]:
+    """The device and the inode of a path, followed through links."""
+    found = path.stat()
+    return [found.st_dev, found.st_ino]

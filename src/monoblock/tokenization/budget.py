@@ -1,0 +1,405 @@
+"""How much a chat template may do: time, and the size of every value that it makes.
+
+No value is larger than `MAX_TEXT` characters, written out, and what grows a value is refused before it does. So each
+operation takes a fraction of a second, and the clock, which is asked at each of them, stops the rest. Lists may hold
+one another many times over; `weigh` counts what they would be, written out, not what they take.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Callable, ItemsView, Iterable, Iterator, KeysView, Mapping, Sequence, ValuesView
+from dataclasses import dataclass, field
+from typing import Any, NoReturn, cast
+
+from jinja2 import TemplateError
+from jinja2.exceptions import SecurityError
+
+MAX_SECONDS = 2.0  # of the processor, for one conversation; one of 10,000 messages takes 0.3
+MAX_TEXT = 16 * 2**20  # characters, of the result and of any value on the way
+MAX_MADE = 16 * MAX_TEXT  # characters of all values together, so that they fit into memory if all are kept
+MAX_BITS = 4096  # of a whole number
+MAX_SOURCE = 2**16  # characters of a template; the longest known have 20,000
+ITEM = 8  # what an item of a list, a number, ... counts as, beside its characters
+_COPIED = 2  # what each place of a list adds to all that is made: 8 bytes, where few of the copies are kept
+_KEPT = 256  # lists whose weight is at least this are weighed once
+
+Container = str | list[Any] | tuple[Any, ...] | dict[Any, Any]
+
+
+class ChatTemplateError(TemplateError, ValueError):
+    """A chat template is missing, broken, refused, or refuses the conversation; the message says which."""
+
+
+@dataclass
+class Run:
+    """One rendering: how much it has done, and the marks around its generation blocks."""
+
+    marks: tuple[str, str] | None = None
+    made_so_far: int = 0
+    _start: float = field(default_factory=time.monotonic)
+    _used: float = field(default_factory=time.thread_time)
+    _weights: dict[int, tuple[Any, int]] = field(default_factory=dict[int, tuple[Any, int]])
+
+    def step(self) -> None:
+        """Called at each turn of a loop and each operation; ChatTemplateError once the time is over."""
+        # The clock that is quick to ask first; another process may have had the processor meanwhile.
+        if time.monotonic() - self._start > MAX_SECONDS and time.thread_time() - self._used > MAX_SECONDS:
+            raise ChatTemplateError(
+                f"the chat template was stopped after {MAX_SECONDS:g} s; it may never end"
+            )
+
+    def made(self, value: Any) -> Any:
+        """A value that an operation has made, counted; ChatTemplateError if it is too large, or all are."""
+        if isinstance(value, str):
+            check_size(len(value))
+            self._count(len(value))
+        elif isinstance(value, list | tuple | dict):
+            self.weigh(cast("Container", value))
+            self._count(_COPIED * len(cast("Container", value)))
+        return cast("Any", value)
+
+    def _count(self, size: int) -> None:
+        self.made_so_far += size
+        if self.made_so_far > MAX_MADE:
+            raise ChatTemplateError(
+                f"the chat template was stopped: it makes texts of over {MAX_MADE:,} characters together"
+            )
+
+    def weigh(self, value: Any) -> int:
+        """How many characters a value has, written out; ChatTemplateError if these are too many."""
+        if type(value) is str:
+            return len(value) + ITEM
+        if not isinstance(value, list | tuple | dict):
+            if isinstance(value, KeysView | ValuesView | ItemsView):
+                return self.weigh(tuple(cast("Iterable[Any]", value)))
+            return ITEM + (len(value) if isinstance(value, str) else 0)
+        held = cast("list[Any]", value)
+        if (known := self._weights.get(id(held))) is not None:
+            return known[1]
+        weight = ITEM * (len(held) + 1)
+        parts: tuple[Iterable[Any], ...] = (held,)
+        if isinstance(value, dict):
+            parts = (held, cast("dict[Any, Any]", value).values())
+        for part in parts:
+            for item in part:
+                weight += len(item) + ITEM if type(item) is str else self.weigh(item)
+                if weight > MAX_TEXT:
+                    check_size(weight)
+        if weight >= _KEPT:
+            self._weights[id(held)] = (held, weight)  # it is kept, so that no other value gets its id
+        return weight
+
+    def joined(self, value: Any, weight: int) -> Any:
+        """A list of parts that were weighed before, whose weights add up to this."""
+        check_size(weight)
+        self._weights[id(value)] = (value, weight)
+        return self.made(value)
+
+    def text(self, value: Any) -> str:
+        """A value written out."""
+        if not isinstance(value, str):
+            self.weigh(value)
+            value = str(value)
+        check_size(len(value))
+        return value
+
+    def metered(self, values: Iterable[Any]) -> Iterator[Any]:
+        """The values, with a step for each."""
+        for value in values:
+            self.step()
+            if isinstance(value, list | tuple | dict):
+                self.weigh(cast("Container", value))
+            yield value
+
+    def listed(self, values: Any) -> list[Any]:
+        """The values as a list, of which no more are taken than may be."""
+        found: list[Any] = []
+        for value in self.metered(values):
+            found.append(value)
+            check_size(ITEM * len(found))
+        return found
+
+
+def check_size(size: float) -> None:
+    """ChatTemplateError for a text or a list of that size."""
+    if size > MAX_TEXT:
+        raise ChatTemplateError(
+            f"the chat template was stopped: it makes a text of over {MAX_TEXT:,} characters"
+        )
+
+
+def check_number(value: Any) -> None:
+    """SecurityError for a whole number that takes long to compute with."""
+    if isinstance(value, int) and value.bit_length() > MAX_BITS:
+        raise SecurityError("it computes with numbers of thousands of digits")
+
+
+def _limited(value: Any, most: int, what: str) -> None:
+    if isinstance(value, int | float) and not abs(value) <= most:
+        raise ChatTemplateError(f"the chat template was stopped: it asks for {what} of over {most:,}")
+
+
+# ------------------------------------------------------------------ operators
+
+
+def binary(run: Run, operator: str, left: Any, right: Any, compute: Callable[[Any, Any], Any]) -> Any:
+    """The value of an operator, if it is not too large."""
+    run.step()
+    check_number(left)
+    check_number(right)
+    if isinstance(left, int) and isinstance(right, int):
+        bits = (
+            left.bit_length() * max(right, 1) if operator == "**" else left.bit_length() + right.bit_length()
+        )
+        if operator in ("*", "**") and bits > MAX_BITS:
+            raise SecurityError("it computes with numbers of thousands of digits")
+        return compute(left, right)
+    lists = isinstance(left, list | tuple) or isinstance(right, list | tuple)
+    if operator == "+" and lists:
+        return run.joined(compute(left, right), run.weigh(left) + run.weigh(right))
+    if operator == "*":
+        times = left if isinstance(left, int) else right if isinstance(right, int) else 1
+        text = left if isinstance(left, str) else right if isinstance(right, str) else None
+        once = max(run.weigh(left), run.weigh(right)) if text is None else len(text)
+        weight = once * max(times, 0)
+        check_size(weight)
+        return run.joined(compute(left, right), weight) if lists else run.made(compute(left, right))
+    if operator == "%" and isinstance(left, str):
+        check_percent(run, left, right)
+    elif operator == "+":
+        check_size(run.weigh(left) + run.weigh(right))
+    return run.made(compute(left, right))
+
+
+_STARRED = re.compile(r"%[^a-zA-Z%]*\*")
+_NESTED = re.compile(r"\{[^{}]*:[^{}]*\{")
+_DIGITS = re.compile(r"\d+")
+
+
+def _widths(form: str) -> int:
+    """The widths and precisions of a format together, or more."""
+    found = _DIGITS.findall(form)
+    if any(len(digits) > 6 for digits in found):
+        raise SecurityError("it formats to a width of millions")
+    return sum(map(int, found))
+
+
+def check_percent(run: Run, form: str, values: Any) -> None:
+    """Refuse `form % values` that would be too long."""
+    if _STARRED.search(form):
+        raise SecurityError("it formats to a width that it computes")
+    check_size(len(form) + _widths(form) + form.count("%") * 4 * run.weigh(values))
+
+
+def check_format(run: Run, form: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    """The same for `form.format(...)`."""
+    if _NESTED.search(form):
+        raise SecurityError("it formats to a width that it computes")
+    check_size(len(form) + _widths(form) + form.count("{") * 4 * run.weigh([*args, *kwargs.values()]))
+
+
+# ------------------------------------------------------------------ methods
+
+# What a template may call of the values that it gets; anything else of theirs is refused. Of strings, those are left
+# out that lead to bytes and to tables, whose methods nobody needs here.
+METHODS: dict[type[Any], frozenset[str]] = {
+    str: frozenset(name for name in dir(str) if name[0] != "_")
+    - {"encode", "format_map", "maketrans", "translate"},
+    list: frozenset({"count", "index", "copy"}),
+    tuple: frozenset({"count", "index"}),
+    dict: frozenset({"get", "items", "keys", "values", "copy"}),
+    int: frozenset({"bit_length", "bit_count", "real", "imag", "numerator", "denominator", "conjugate"}),
+    float: frozenset({"is_integer", "real", "imag", "conjugate"}),
+}
+
+
+def check_method(run: Run, owner: str, name: str, args: list[Any], kwargs: Mapping[str, Any]) -> None:
+    """Refuse to call a method of a string whose result would be too long; a generator among `args` becomes a list."""
+    if name in ("center", "ljust", "rjust", "zfill"):
+        _limited(args[0] if args else kwargs.get("width"), MAX_TEXT, "a width")
+    elif name == "expandtabs":
+        size = args[0] if args else kwargs.get("tabsize", 8)
+        check_size(len(owner) + owner.count("\t") * (size if isinstance(size, int) else 8))
+    elif name == "replace" and len(args) >= 2:
+        check_replaced(owner, args[0], args[1])
+    elif name == "join" and args:
+        if not isinstance(args[0], str | list | tuple | dict):
+            args[0] = run.listed(args[0])
+        check_size(run.weigh(args[0]) + len(owner) * len(cast("Container", args[0])))
+    elif name == "format":
+        check_format(run, owner, args, kwargs)
+    elif name == "striptags":  # of marked-up text; it takes the square of the length
+        check_slow(run, owner, 2**15)
+
+
+def check_replaced(text: str, old: Any, new: Any) -> None:
+    """Refuse a replacement by something longer, too often."""
+    if isinstance(old, str) and isinstance(new, str) and len(new) > len(old):
+        check_size(len(text) + text.count(old) * (len(new) - len(old)))
+
+
+def check_slow(run: Run, value: Any, most: int) -> None:
+    """ChatTemplateError for a value that a slow operation takes too long for."""
+    if run.weigh(value) > most:
+        raise ChatTemplateError(
+            f"the chat template was stopped: it spends too long on a text of over {most:,} characters"
+        )
+
+
+# ------------------------------------------------------------------ filters
+
+# (run, the filter's arguments, its keywords) -> nothing, or the arguments to use instead
+Rule = Callable[[Run, list[Any], dict[str, Any]], None]
+
+
+def _argument(args: list[Any], kwargs: Mapping[str, Any], place: int, name: str) -> Any:
+    return args[place] if len(args) > place else kwargs.get(name)
+
+
+def _slow(most: int) -> Rule:
+    return lambda run, args, kwargs: check_slow(run, [*args, *kwargs.values()], most)
+
+
+def _number(place: int, name: str, most: int, what: str) -> Rule:
+    return lambda _, args, kwargs: _limited(_argument(args, kwargs, place, name), most, what)
+
+
+def _iterated(run: Run, args: list[Any], kwargs: dict[str, Any]) -> None:
+    del kwargs
+    if args and not isinstance(args[0], str | dict):
+        args[0] = run.metered(args[0])
+
+
+def _collected(run: Run, args: list[Any], kwargs: dict[str, Any]) -> None:
+    del kwargs
+    if args and not isinstance(args[0], str | dict | list | tuple):
+        args[0] = run.listed(args[0])
+
+
+def _joined(run: Run, args: list[Any], kwargs: dict[str, Any]) -> None:
+    _collected(run, args, kwargs)
+    between = run.text(_argument(args, kwargs, 1, "d") or "")
+    check_size(run.weigh(args[0]) + len(between) * len(args[0]))
+
+
+def _replaced(run: Run, args: list[Any], kwargs: dict[str, Any]) -> None:
+    old, new = _argument(args, kwargs, 1, "old"), _argument(args, kwargs, 2, "new")
+    check_replaced(run.text(args[0]), run.text(old), run.text(new))
+
+
+def _indented(run: Run, args: list[Any], kwargs: dict[str, Any]) -> None:
+    text, width = run.text(args[0]), _argument(args, kwargs, 1, "width")
+    _limited(width, MAX_TEXT, "a width")
+    size = len(width) if isinstance(width, str) else max(int(width), 0) if isinstance(width, int) else 4
+    check_size(len(text) + size * (len(text.splitlines()) + 1))
+
+
+def _formatted(run: Run, args: list[Any], kwargs: dict[str, Any]) -> None:
+    check_percent(run, run.text(args[0]), [*args[1:], *kwargs.values()])
+
+
+def _wrapped(run: Run, args: list[Any], kwargs: dict[str, Any]) -> None:
+    check_slow(run, args[0], 2**17)
+    between = run.text(_argument(args, kwargs, 3, "wrapstring") or "\n")
+    check_size(len(between) * (len(run.text(args[0])) + 1))
+
+
+def _as_json(run: Run, args: list[Any], kwargs: dict[str, Any]) -> None:
+    weight = run.weigh(args[0])
+    indent, separators = _argument(args, kwargs, 2, "indent"), _argument(args, kwargs, 3, "separators")
+    if separators is not None:
+        check_size(run.weigh(separators) * (weight // ITEM))
+    if indent is not None:
+        check_slow(run, args[0], 2**21)
+        width = len(indent) if isinstance(indent, str) else indent
+        _limited(width, 1000, "an indentation")
+        check_size(weight + weight // ITEM * max(int(width), 0) * _depth(args[0]))
+
+
+def _depth(value: Any) -> int:
+    """How deep a value is nested."""
+    if isinstance(value, dict):
+        return 1 + max(map(_depth, cast("dict[Any, Any]", value).values()), default=0)
+    return 1 + max(map(_depth, cast("list[Any]", value)), default=0) if isinstance(value, list | tuple) else 0
+
+
+def _from_json(run: Run, args: list[Any], kwargs: dict[str, Any]) -> None:
+    del run, kwargs
+    if isinstance(args[0], str) and args[0].count("[") + args[0].count("{") > MAX_TEXT // 64:
+        raise ChatTemplateError("the chat template was stopped: it reads JSON of too many objects")
+
+
+def _whole(run: Run, args: list[Any], kwargs: dict[str, Any]) -> None:
+    del run, kwargs
+    if isinstance(args[0], str) and len(args[0]) > 4000:  # no number that Python reads
+        args[0] = ""
+
+
+def _filled(run: Run, args: list[Any], kwargs: dict[str, Any]) -> None:
+    _collected(run, args, kwargs)
+    _limited(_argument(args, kwargs, 1, "linecount"), 100_000, "a length")
+    _limited(_argument(args, kwargs, 1, "slices"), 100_000, "a number of slices")
+
+
+def _any(run: Run, args: list[Any], kwargs: dict[str, Any]) -> None:
+    """Nothing to refuse: it takes time, and makes a value, in proportion to what it gets."""
+    del run, args, kwargs
+
+
+# The filters that there are. Those of a later Jinja that are not here do not exist for a template.
+RULES: dict[str, Rule] = {
+    **dict.fromkeys(("abs", "attr", "capitalize", "count", "d", "default", "dictsort", "e", "escape"), _any),
+    **dict.fromkeys(("first", "float", "forceescape", "length", "last", "lower", "items", "reverse"), _any),
+    **dict.fromkeys(("safe", "string", "trim", "truncate", "upper", "random", "filesizeformat"), _any),
+    **dict.fromkeys(("list", "map", "max", "min", "reject", "rejectattr", "select", "selectattr"), _iterated),
+    **dict.fromkeys(("sort", "sum", "unique"), _iterated),
+    "groupby": _collected,
+    "batch": _filled,
+    "slice": _filled,
+    "center": _number(1, "width", MAX_TEXT, "a width"),
+    "format": _formatted,
+    "from_json": _from_json,
+    "indent": _indented,
+    "int": _whole,
+    "join": _joined,
+    "pprint": _slow(2**16),
+    "replace": _replaced,
+    "round": _number(1, "precision", 100, "a precision"),
+    "striptags": _slow(2**15),
+    "title": _slow(2**20),
+    "tojson": _as_json,
+    "urlencode": _slow(2**20),
+    "urlize": _slow(2**15),
+    "wordcount": _slow(2**21),
+    "wordwrap": _wrapped,
+    "xmlattr": _slow(2**20),
+}
+
+
+def to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: Any = None,
+    separators: Any = None,
+    sort_keys: bool = False,
+) -> str:
+    """JSON as it is: Jinja's own filter escapes for HTML, and its escapes would be read by the model."""
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
+
+
+def from_json(text: str) -> Any:
+    """What a JSON text says; other texts as they are. A template asks `'from_json' is filter`, as others lack it."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def refuse(message: Any) -> NoReturn:
+    """What `raise_exception` does: the template refuses the conversation."""
+    raise ChatTemplateError(str(message)[:10_000])

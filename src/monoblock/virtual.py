@@ -1,0 +1,22 @@
+"""Virtual subclasses: what an object says its class is, so that `isinstance` takes it for another library's."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+
+@functools.cache
+def both(own: type, theirs: type) -> Any:
+    """A class that derives from both, for `isinstance` alone: calling it makes an object of `own`."""
+
+    def new(_: type, *args: Any, **kwargs: Any) -> Any:
+        return own(*args, **kwargs)
+
+    body = {
+        "__new__": new,
+        "__module__": own.__module__,
+        "__qualname__": own.__qualname__,
+        "__doc__": own.__doc__,
+    }
+    return type(own.__name__, (own, theirs), body)

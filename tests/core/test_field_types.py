@@ -1,0 +1,282 @@
+"""Declared types of fields, in configs and their files: what fits, what is refused, and what the errors say."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any, Literal, TypedDict
+
+import numpy as np
+import pytest
+
+import monoblock
+from monoblock.checkpoint.files import read_json
+from monoblock.errors import CheckpointError, FieldError
+from monoblock.families import FAMILIES, family
+from monoblock.field_types import LARGEST, brief, checked, declared
+
+
+class Inner(TypedDict, total=False):
+    """Fields in a field."""
+
+    name: str
+    factor: float | None
+
+
+FITS: list[tuple[Any, Any, Any]] = [
+    (int, 3, 3),
+    (int, 32.0, 32),
+    (int, np.int64(5), 5),
+    (int, LARGEST, LARGEST),
+    (float, 3, 3),
+    (float, 0.5, 0.5),
+    (float, np.float32(0.5), 0.5),
+    (bool, True, True),
+    (str, "a", "a"),
+    (int | None, None, None),
+    (int | None, 2.0, 2),
+    (float | int, 4.0, 4.0),
+    (bool | str | None, "never", "never"),
+    (int | list[int] | None, [1, 2.0], [1, 2]),
+    (list[str] | None, ["a"], ["a"]),
+    (tuple[int, float], [3, 1.5], [3, 1.5]),
+    (list[tuple[list[str], int]], [[["a"], 2.0]], [[["a"], 2]]),
+    (dict[str, int], {"a": 1.0}, {"a": 1}),
+    (Inner | None, {"name": "a", "factor": None, "more": [1]}, {"name": "a", "factor": None, "more": [1]}),
+    (Literal["left", "right"], "left", "left"),
+    (Any, object, object),
+]
+
+MISFITS: list[tuple[Any, Any, str]] = [
+    (int, "3", r"Owner\.field must be a whole number, got '3'"),
+    (int, 3.5, "a whole number, got 3.5"),
+    (int, True, "a whole number, got True"),
+    (int, None, "a whole number, got None"),
+    (int, 2**63, "a whole number of at most 63 bits, got 9223372036854775808"),
+    (int, 1e300, "a whole number of at most 63 bits"),
+    (float, "0.1", "a number, got '0.1'"),
+    (float, float("nan"), "a finite number, got nan"),
+    (float, float("inf"), "a finite number, got inf"),
+    (bool, 1, "True or False, got 1"),
+    (str, 3, "a string, got 3"),
+    (int | None, [1], r"a whole number or None, got \[1\]"),
+    (list[str] | None, "a", "a list of strings or None, got 'a'"),
+    (list[str] | None, ["a", 3], r"Owner\.field\[1\] must be a string, got 3"),
+    (int | list[int] | None, [1, "b"], r"Owner\.field\[1\] must be a whole number, got 'b'"),
+    (tuple[int, float], [3], r"a list of 2 values, got \[3\]"),
+    (dict[str, int], {"a": "b"}, r"Owner\.field\['a'\] must be a whole number, got 'b'"),
+    (dict[str, int], [1], r"a dict, got \[1\]"),
+    (Inner | None, {"factor": "x"}, r"Owner\.field\.factor must be a number or None, got 'x'"),
+    (Inner, {"name": None}, r"Owner\.field\.name must be a string, got None"),
+    (Literal["left", "right"], "up", "'left' or 'right', got 'up'"),
+]
+
+
+@pytest.mark.parametrize(("kind", "value", "expected"), FITS, ids=str)
+def test_what_fits(kind: Any, value: Any, expected: Any) -> None:
+    found = checked("Owner", "field", value, kind)
+    assert found == expected
+    assert type(found) is type(expected)
+
+
+@pytest.mark.parametrize(("kind", "value", "said"), MISFITS, ids=str)
+def test_what_does_not_fit(kind: Any, value: Any, said: str) -> None:
+    with pytest.raises(FieldError, match=said) as caught:
+        checked("Owner", "field", value, kind)
+    assert caught.value.field == "field"
+
+
+def test_a_message_is_short_whatever_the_value() -> None:
+    for value in ("x" * 10**6, [[0] * 1000] * 1000, {str(i): i for i in range(10**4)}, 10**4000):
+        assert len(brief(value)) < 400
+
+
+def test_every_field_of_every_config_has_a_type() -> None:
+    """Also those in fields that are dicts; so an annotation that cannot be read would be seen."""
+    for model_type in FAMILIES:
+        config = family(model_type).config
+        for kind in (config, *config.sub_configs.values()):
+            untyped = [name for name in kind.fields if kind._types[name] is Any]
+            assert set(untyped) <= set(kind.sub_configs)
+    assert Any not in declared(monoblock.families.common.RopeFields).values()
+
+
+# ------------------------------------------------------------------ configs and their files
+
+SIZES = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4}
+MISTRAL = {"model_type": "mistral", "vocab_size": 61, "num_key_value_heads": 4, **SIZES}
+
+
+def config_file(folder: Path, **fields: Any) -> Path:
+    (folder / "config.json").write_text(json.dumps({**MISTRAL, **fields}))
+    return folder
+
+
+BROKEN: list[tuple[dict[str, Any], str]] = [
+    ({"num_hidden_layers": "3"}, "num_hidden_layers must be a whole number, got '3'"),
+    ({"num_hidden_layers": None}, "num_hidden_layers must be a whole number, got None"),
+    ({"num_hidden_layers": 10**9}, "num_hidden_layers must be at least 1 and at most 1024, got 1000000000"),
+    ({"vocab_size": [61]}, r"vocab_size must be a whole number, got \[61\]"),
+    ({"rms_norm_eps": "1e-5"}, "rms_norm_eps must be a number, got '1e-5'"),
+    ({"rope_theta": float("inf")}, "rope_theta must be a finite number"),
+    ({"rope_scaling": {"rope_type": None}}, "rope_scaling.rope_type must be a string, got None"),
+    ({"rope_scaling": {"rope_type": "yarn", "factor": [2]}}, "rope_scaling.factor must be a number"),
+    ({"rope_scaling": "linear"}, "rope_scaling must be a dict or None, got 'linear'"),
+    ({"rope_parameters": {"rope_theta": None}}, "rope_parameters.rope_theta must be a number, got None"),
+    ({"eos_token_id": "2"}, "eos_token_id must be a whole number or a list of whole numbers or None"),
+    ({"eos_token_id": [2, None]}, r"eos_token_id\[1\] must be a whole number, got None"),
+    ({"pad_token_id": {}}, "pad_token_id must be a whole number or None"),
+    ({"tie_word_embeddings": "false"}, "tie_word_embeddings must be True or False, got 'false'"),
+    ({"architectures": "MistralForCausalLM"}, "architectures must be a list of strings or None"),
+    ({"id2label": {"zero": "a"}}, "id2label must have whole numbers for ids, got 'zero'"),
+    ({"id2label": ["a"]}, "id2label must be a dict or None"),
+    ({"label2id": {"a": "b"}}, "label2id must have whole numbers for ids, got 'b'"),
+    ({"num_labels": 10**7}, "num_labels must be a whole number of at least 1 and at most 1,048,576"),
+    ({"num_labels": "2"}, "num_labels must be a whole number, got '2'"),
+    ({"torch_dtype": 16}, "dtype must be a string or None, got 16"),
+    ({"classifier_dropout": "0.1"}, "classifier_dropout must be a number or None"),
+    ({"temperature": "hot"}, "temperature must be a number or None, got 'hot'"),
+    ({"attn_implementation": 3}, "attn_implementation must be a string or None"),
+]
+
+
+@pytest.mark.parametrize(("fields", "said"), BROKEN, ids=str)
+def test_a_wrong_type_names_file_field_type_and_value(tmp_path: Path, fields: Any, said: str) -> None:
+    folder = config_file(tmp_path, **fields)
+    for read in (monoblock.AutoConfig.from_pretrained, monoblock.MistralConfig.from_pretrained):
+        with pytest.raises(FieldError, match=said) as caught:
+            read(folder).to_spec()
+        if "num_hidden_layers must be at least" not in said:  # a type that fits, in a config that does not
+            assert str(caught.value).startswith(f"{folder / 'config.json'}: MistralConfig.")
+
+
+def test_an_argument_is_not_blamed_on_the_file(tmp_path: Path) -> None:
+    folder = config_file(tmp_path)
+    with pytest.raises(FieldError, match=r"^MistralConfig\.vocab_size must be a whole number"):
+        monoblock.AutoConfig.from_pretrained(folder, vocab_size="many")
+
+
+def test_an_argument_takes_the_place_of_a_wrong_field(tmp_path: Path) -> None:
+    folder = config_file(tmp_path, vocab_size="many")
+    assert monoblock.AutoConfig.from_pretrained(folder, vocab_size=61).vocab_size == 61
+
+
+@pytest.mark.parametrize("model_type", [3, None, ["mistral"], {"a": 1}, ""], ids=str)
+def test_a_model_type_that_is_none(tmp_path: Path, model_type: Any) -> None:
+    with pytest.raises(ValueError, match=r"model_type|no family"):
+        monoblock.AutoConfig.from_pretrained(config_file(tmp_path, model_type=model_type))
+    if model_type:
+        with pytest.raises(ValueError, match="reads checkpoints of type 'mistral'"):
+            monoblock.MistralConfig.from_pretrained(tmp_path)
+
+
+def test_whole_floats_are_whole_numbers(tmp_path: Path) -> None:
+    fields = {name: float(value) for name, value in MISTRAL.items() if isinstance(value, int)}
+    plain = monoblock.AutoConfig.from_pretrained(config_file(tmp_path))
+    config = monoblock.AutoConfig.from_pretrained(config_file(tmp_path, **fields))
+    assert config == plain
+    assert config.to_spec() == plain.to_spec()
+    assert type(config.vocab_size) is int
+
+
+def test_fields_are_checked_whenever_they_are_set() -> None:
+    config = monoblock.MptConfig(d_model=64)
+    for name in ("d_model", "hidden_size"):  # an alias too
+        with pytest.raises(FieldError, match=r"MptConfig.d_model must be a whole number, got '64'"):
+            setattr(config, name, "64")
+    with pytest.raises(FieldError, match=r"MptConfig.ffn_config.ffn_act_fn.name must be a string, got 3"):
+        monoblock.MptConfig(ffn_config={"ffn_act_fn": {"name": 3}})
+    with pytest.raises(FieldError, match=r"MptAttentionConfig.kv_n_heads must be a whole number or None"):
+        monoblock.MptConfig(attn_config={"kv_n_heads": "2"})
+    with pytest.raises(FieldError, match=r"GPTNeoConfig.attention_types\[0\]\[1\] must be a whole number"):
+        monoblock.GPTNeoConfig(attention_types=[[["global"], "2"]])
+    with pytest.raises(FieldError, match="attention_types must name at most 1024 layers, got 1000000000"):
+        monoblock.GPTNeoConfig(attention_types=[[["global"], 10**9]], num_layers=10**9)
+    with pytest.raises(FieldError, match=r"FuyuConfig.hidden_size must be a whole number, got 'wide'"):
+        monoblock.FuyuConfig(text_config={"hidden_size": "wide"})
+
+
+ROPES: list[tuple[dict[str, Any], str]] = [
+    (
+        {"rope_type": "llama3", "factor": 2.0, "low_freq_factor": 4.0},
+        "low_freq_factor below high_freq_factor",
+    ),
+    (
+        {"rope_type": "yarn", "factor": 2.0, "beta_fast": -1.0},
+        "beta_fast, beta_slow and attention_factor above 0",
+    ),
+    ({"rope_type": "yarn", "factor": 2.0, "rope_theta": 1.0}, "a theta above 1"),
+    (
+        {"rope_type": "yarn", "factor": 2.0, "mscale": -1.0, "mscale_all_dim": 1.0},
+        "an mscale_all_dim above 0",
+    ),
+]
+
+
+@pytest.mark.parametrize(("rope", "said"), ROPES, ids=str)
+def test_rope_scalings_that_divide_by_zero_are_refused(rope: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        monoblock.MistralConfig(rope_parameters=rope).to_spec()
+
+
+# ------------------------------------------------------------------ generation_config.json
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"temperature": "hot"}, "temperature must be a number or None, got 'hot'"),
+        ({"max_new_tokens": "20"}, "max_new_tokens must be a whole number or None, got '20'"),
+        ({"do_sample": 1}, "do_sample must be True or False or None, got 1"),
+        ({"eos_token_id": [1, "2"]}, r"eos_token_id\[1\] must be a whole number"),
+        ({"bad_words_ids": [1]}, r"bad_words_ids\[0\] must be a list of whole numbers, got 1"),
+        ({"exponential_decay_length_penalty": [1]}, "exponential_decay_length_penalty must be a list of 2"),
+    ],
+    ids=str,
+)
+def test_generation_files_are_checked_too(tmp_path: Path, fields: Any, said: str) -> None:
+    path = tmp_path / "generation_config.json"
+    path.write_text(json.dumps(fields))
+    named = f"^{re.escape(str(path))}: GenerationConfig.{said}"
+    with pytest.raises(FieldError, match=named):
+        monoblock.GenerationConfig.from_pretrained(tmp_path)
+    with pytest.raises(FieldError, match=named):
+        monoblock.GenerationConfig.from_json_file(path)
+
+
+def test_whole_floats_in_generation_files(tmp_path: Path) -> None:
+    config = monoblock.GenerationConfig.from_dict({"max_new_tokens": 20.0, "temperature": 1})
+    assert (config.max_new_tokens, config.temperature) == (20, 1)
+    assert type(config.max_new_tokens) is int
+
+
+# ------------------------------------------------------------------ the text of JSON files
+
+TEXTS: list[tuple[bytes, str]] = [
+    (b"[1]", "holds a JSON list; expected an object"),
+    (b"", "is not valid JSON"),
+    (b"{" * 100_000, "is not valid JSON"),
+    (b'{"a": ' + b"[" * 200 + b"]" * 200 + b"}", "is nested more than 64 levels deep"),
+    (b'{"a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "is not valid JSON"),
+    (b'{"a": [' + b"[]," * 4_000_000 + b"[]]}", "holds over 4,000,000 objects and lists"),
+    (b'{"a": "' + b"x" * (64 << 20) + b'"}', "expected at most 67,108,864"),
+    (b'{"a": "\\ud83d"}', "half a character"),
+    (b'{"a": "\\ud83d\\ud83d\\ude00"}', "half a character"),
+    (b'{"a": "\xff"}', "is not UTF-8 text"),
+    (b'{"a": ' + b"9" * 5000 + b"}", "is not valid JSON"),
+]
+
+
+@pytest.mark.parametrize(("text", "said"), TEXTS, ids=[said for _, said in TEXTS])
+def test_json_that_is_refused(tmp_path: Path, text: bytes, said: str) -> None:
+    path = tmp_path / "config.json"
+    path.write_bytes(text)
+    with pytest.raises(CheckpointError, match=said):
+        read_json(path)
+
+
+def test_json_that_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(r'{"a": "\ud83d\ude00", "b": "\\ud83d", "c": [[[{}]]]}')
+    assert read_json(path) == {"a": "😀", "b": "\\ud83d", "c": [[[{}]]]}

@@ -1,0 +1,70 @@
+"""Long loops over tokens multiply with q, k and v (gate and up) as one matrix: the same numbers and tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from flax_models import flax_model, ids_of
+from measure import assert_close
+
+from monoblock.backends.flax import decode, joining, loading, steps
+
+# Class -> what its layers' paths end with, where matrices are joined. MPNet's have biases.
+JOINT = {
+    "MistralForCausalLM": {"self_attn/qkv/kernel", "mlp/gate_up/kernel"},
+    "GPTNeoForCausalLM": {"attention/qkv/kernel"},
+    "MPNetForMaskedLM": {"attn/qkv/kernel", "attn/qkv/bias"},
+}
+ATOL = 1e-5  # fp32, 3 layers, logits of about 10
+
+
+def logits(network: Any, params: Any) -> Any:
+    return network.apply({"params": params}, ids_of()).logits
+
+
+@pytest.mark.parametrize("name", JOINT)
+def test_joint_matrices_give_the_same(name: str) -> None:
+    model = flax_model(name)
+    network, params = joining.joined(model.module, model.params)
+    before, after = (loading.flat(tree) for tree in (model.params, params))
+    assert {"/".join(path[-3:]) for path in after.keys() - before.keys()} == JOINT[name]
+    gone = {path[-2][0] for path in before.keys() - after.keys()}
+    assert gone == ({"q", "k", "v", "g", "u"} if "Mistral" in name else {"q", "k", "v"})
+    assert sum(x.size for x in after.values()) == sum(x.size for x in before.values())
+    assert_close(f"{name}: joint", logits(network, params), logits(model.module, model.params), ATOL)
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+def test_generate_joins_for_long_texts_alone(beams: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, joined = flax_model("MistralForCausalLM"), []
+    asked = {"do_sample": False, "eos_token_id": None, "max_new_tokens": 12, "num_beams": beams}
+
+    def counted(network: Any, params: Any) -> Any:
+        joined.append(network)
+        return joining.joined(network, params)
+
+    monkeypatch.setattr(steps, "joined", counted)
+    expected = model.generate(ids_of(), **asked).sequences
+    assert not joined
+    monkeypatch.setattr(decode, "LONG", 12)
+    assert np.array_equal(model.generate(ids_of(), **asked).sequences, expected)
+    assert joined == [model.module]
+
+
+def test_what_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Families whose files have one matrix, traced parameters, and matrices that are large."""
+    for name in ("MptForCausalLM", "FuyuForCausalLM"):
+        model = flax_model(name)
+        assert joining.joined(model.module, model.params) == (model.module, model.params)
+    model = flax_model("MistralForCausalLM")
+
+    def traced(params: Any) -> Any:
+        assert joining.joined(model.module, params)[0] is model.module
+        return params
+
+    jax.eval_shape(traced, model.params)
+    monkeypatch.setattr(joining, "LARGEST", 1000)
+    assert joining.joined(model.module, model.params)[0] is model.module

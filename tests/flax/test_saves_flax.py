@@ -1,0 +1,46 @@
+"""Saves of Flax models that are cut off anywhere: the whole old model or the whole new one."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+import saves_framework
+
+import monoblock
+
+POINTS = 8
+
+
+@pytest.fixture(autouse=True)
+def no_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "fsync", lambda _: None)
+
+
+def model(tag: int) -> Any:
+    made = monoblock.FlaxMptForCausalLM(saves_framework.config(tag))
+    made.params = jax.tree.map(lambda x: jnp.full_like(x, tag), made.params)
+    return made
+
+
+@pytest.mark.parametrize("safetensors", [True, False])
+@saves_framework.LAYOUT
+def test_model(tmp_path: Path, layout: str, safetensors: bool) -> None:
+    folder = tmp_path / "model"
+    models = {tag: model(tag) for tag in (1, 2)}
+
+    def read() -> set[int]:
+        loaded = monoblock.FlaxMptForCausalLM.from_pretrained(folder)
+        return saves_framework.tags(loaded, loaded.hub_tensors())
+
+    saves_framework.check(
+        folder,
+        lambda tag, keywords: models[tag].save_pretrained(folder, safe_serialization=safetensors, **keywords),
+        read,
+        layout,
+        POINTS,
+    )

@@ -1,0 +1,154 @@
+"""The long run of the fuzzers: `python tests/fuzz/run.py [--inputs 20000] [--reader NAME] [--keep FOLDER]`.
+
+Each reader runs in a process of its own, which is started again after an input that ends or hangs it. An input's number
+is its seed: `--first N --inputs 1` reads one of them again. The last lines are the table of docs/security.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import selectors
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE), str(HERE.parent)]
+PATIENCE = 40  # seconds without a line from the process, whose own limit for an input is 10
+
+
+def worker(name: str, first: int, last: int, keep: Path | None) -> None:
+    """Reads inputs and says so, line by line."""
+    import readers
+    from harness import attempt
+
+    readers.quiet()
+    out = os.fdopen(os.dup(1), "w")
+    with open(os.devnull, "w") as nowhere:  # noqa: PTH123
+        os.dup2(nowhere.fileno(), 1)
+        os.dup2(nowhere.fileno(), 2)
+    with readers.prepared(readers.reader(name)) as one:
+        for number in range(first, last):
+            print(f"begin {number}", file=out, flush=True)
+            folder, restore, size = one.spoilt(number)
+            outcome = attempt(lambda folder=folder: one.read(folder), size=size)
+            if keep is not None and outcome.kind == "failed":
+                _kept(keep, name, number, folder)
+            restore()
+            print(f"end {outcome.kind} {outcome.seconds:.3f} {outcome.what}", file=out, flush=True)
+
+
+def _kept(keep: Path, name: str, number: int, folder: Path) -> None:
+    import shutil
+
+    place = keep / f"{name.partition(' ')[0].strip(',')}-{number}"
+    shutil.copytree(folder, place, dirs_exist_ok=True)
+
+
+class Run:
+    """One reader's inputs, in as many processes as it takes."""
+
+    def __init__(self, name: str, first: int, count: int, keep: Path | None):
+        self.name, self.next, self.last, self.keep = name, first, first + count, keep
+        self.ends: Counter[str] = Counter()
+        self.failures: list[str] = []
+        self.slowest = 0.0
+
+    def go(self) -> None:
+        while self.next < self.last:
+            self._process()
+
+    def _process(self) -> None:
+        arguments = [sys.executable, __file__, "--worker", "--reader", self.name]
+        arguments += ["--first", str(self.next), "--inputs", str(self.last - self.next)]
+        arguments += ["--keep", str(self.keep)] if self.keep else []
+        current: int | None = None
+        with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+            assert process.stdout is not None and process.stderr is not None
+            chooser = selectors.DefaultSelector()
+            chooser.register(process.stdout, selectors.EVENT_READ)
+            rest, hung = b"", False
+            while True:
+                if not chooser.select(PATIENCE if current is not None else 300):
+                    process.kill()
+                    hung = True
+                    break
+                piece = os.read(process.stdout.fileno(), 65536)
+                if not piece:
+                    break
+                *lines, rest = (rest + piece).split(b"\n")
+                for line in lines:
+                    current = self._line(line.decode(), current)
+            said = process.stderr.read().decode(errors="replace")
+            process.wait()
+        if self.next < self.last:
+            if current is None:
+                raise RuntimeError(f"{self.name} does not start: {said[-2000:]}")
+            how = "hung" if hung else f"ended with {process.returncode}"
+            self._failed(current, f"the process {how}")
+            self.next = current + 1
+
+    def _line(self, line: str, current: int | None) -> int | None:
+        word, _, rest = line.partition(" ")
+        if word == "begin":
+            return int(rest)
+        kind, seconds, what = rest.split(" ", 2)
+        self.slowest = max(self.slowest, float(seconds))
+        assert current is not None
+        self.next = current + 1
+        if kind == "failed":
+            self._failed(current, what)
+        else:
+            self.ends[kind] += 1
+        return current
+
+    def _failed(self, number: int, what: str) -> None:
+        self.ends["failed"] += 1
+        self.failures.append(f"{number}: {what}")
+        print(f"{self.name} {number}: {what}", flush=True)
+
+    def row(self) -> str:
+        total = sum(self.ends.values())
+        return (
+            f"| {self.name} | {total:,} | {self.ends['read']:,} | {self.ends['refused']:,} | "
+            f"{self.ends['failed']:,} | {self.slowest:.1f} |"
+        )
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--inputs", type=int, default=20_000, help="for each reader")
+    parser.add_argument("--first", type=int, default=0, help="the number of the first input")
+    parser.add_argument("--reader", action="append", help="only this one; may be given several times")
+    parser.add_argument("--keep", type=Path, help="a folder for the inputs that fail")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    given: Any = parser.parse_args(arguments)
+    if given.worker:
+        worker(given.reader[0], given.first, given.first + given.inputs, given.keep)
+        return 0
+    import readers
+
+    names = given.reader or [one.name for one in readers.READERS]
+    rows, failed = (
+        ["| reader | inputs | read | refused | failed | slowest, s |", "|---|---|---|---|---|---|"],
+        0,
+    )
+    for name in names:
+        start = time.monotonic()
+        run = Run(name, given.first, given.inputs, given.keep)
+        with contextlib.suppress(KeyboardInterrupt):
+            run.go()
+        rows.append(run.row())
+        failed += run.ends["failed"]
+        print(f"{rows[-1]}  ({time.monotonic() - start:.0f} s)", flush=True)
+    print("\n".join(rows))
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

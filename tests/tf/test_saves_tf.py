@@ -1,0 +1,61 @@
+"""Saves of TensorFlow models that are cut off anywhere: the whole old model or the whole new one."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import kill_points
+import numpy as np
+import pytest
+import saves_framework
+
+import monoblock
+
+POINTS = 8
+
+
+@pytest.fixture(autouse=True)
+def no_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "fsync", lambda _: None)
+
+
+def model(tag: int) -> Any:
+    made = monoblock.TFMptForCausalLM(saves_framework.config(tag))
+    for variable in made.variables:
+        variable.assign(np.full(variable.shape, tag))
+    return made
+
+
+def read(folder: Path) -> set[int]:
+    loaded = monoblock.TFMptForCausalLM.from_pretrained(folder)
+    return saves_framework.tags(loaded, loaded.hub_state_dict())
+
+
+@saves_framework.LAYOUT
+def test_model(tmp_path: Path, layout: str) -> None:
+    folder = tmp_path / "model"
+    models = {tag: model(tag) for tag in (1, 2)}
+    saves_framework.check(
+        folder,
+        lambda tag, keywords: models[tag].save_pretrained(folder, **keywords),
+        lambda: read(folder),
+        layout,
+        POINTS,
+    )
+
+
+def test_saved_model_is_part_of_the_save(tmp_path: Path) -> None:
+    """Until all of it is written, the folder is as it was."""
+    folder = tmp_path / "model"
+    models = {tag: model(tag) for tag in (1, 2)}
+    models[1].save_pretrained(folder)
+    count = len(kill_points.operations(lambda: models[2].save_pretrained(folder, saved_model=True)))
+    assert (folder / "saved_model" / "1" / "saved_model.pb").is_file()
+    for at in (count // 2, count):
+        shutil.rmtree(folder)
+        models[1].save_pretrained(folder)
+        kill_points.cut_off(lambda: models[2].save_pretrained(folder, saved_model=True), at)
+        assert (folder / "saved_model").exists() == (read(folder) == {2})

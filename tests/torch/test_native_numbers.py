@@ -1,0 +1,111 @@
+"""Inputs that are no numbers, infinite, tiny or huge: they stay in their rows, and nothing overflows on the way.
+
+`make sanitize` runs these with kernels that watch for undefined behaviour.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import helpers
+import pytest
+import torch
+from test_linear import made
+
+import monoblock
+from monoblock.backends.pytorch.kernels.linear import packed_dense
+from monoblock.backends.pytorch.quantization import formats
+
+INFINITE = float("inf")
+STRANGE = {
+    "nan": [float("nan")],
+    "inf": [INFINITE],
+    "-inf": [-INFINITE],
+    "both": [INFINITE, -INFINITE],
+    "all": [float("nan"), INFINITE, -INFINITE],
+}
+FINITE = {
+    "denormal": 1e-42,
+    "whose inverse is infinite": 2e-38,
+    "beside that": 1e-36,
+    "small": 1e-30,
+    "huge": 1e30,
+    "largest": 3e38,
+}
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def product(x: torch.Tensor, packed: Any, bits: int, inputs: int) -> torch.Tensor:
+    return packed_dense(x, packed.codes, packed.scale, packed.low, None, bits, 64, inputs)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("kind", STRANGE)
+@torch.no_grad()
+def test_strange_inputs_spoil_their_row_alone(level: str, kind: str, bits: int) -> None:
+    inputs = 200
+    packed = formats.pack(made(9, inputs), bits, 64)
+    for rows in (1, 3, 20):
+        x = made(rows, inputs, seed=1)
+        plain = product(x, packed, bits, inputs)
+        for place in (0, 70, 199):
+            spoilt = x.clone()
+            spoilt[-1, place] = STRANGE[kind][0]
+            for i, value in enumerate(STRANGE[kind]):
+                spoilt[-1, (place + i) % inputs] = value
+            y = product(spoilt, packed, bits, inputs)
+            assert not y[-1].isfinite().any(), (level, rows, place)
+            assert torch.equal(y[:-1], plain[:-1])
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("kind", FINITE)
+@torch.no_grad()
+def test_tiny_and_huge_inputs(level: str, kind: str, bits: int) -> None:
+    """A group's inputs are off by half a step of 127 at most; the tiniest count as 0."""
+    inputs, size = 192, FINITE[kind]
+    packed = formats.pack(torch.rand(9, inputs) * 1e-3, bits, 64)
+    weight = formats.unpack(
+        packed.codes, packed.scale, packed.low, bits=bits, group=64, inputs=inputs, dtype=torch.float64
+    )
+    for rows in (1, 3, 20):
+        x = (torch.rand(rows, inputs) * 2 - 1) * size
+        y = product(x, packed, bits, inputs)
+        # Sums of products are made with codes up to 255, of which the middle goes again.
+        allowed = (0.5 / 127 + 1e-4) * size * weight.abs().sum(-1) + 1e-36
+        assert ((y - x.double() @ weight.T).abs() <= allowed).all(), (level, rows)
+
+
+@pytest.mark.parametrize("name", ["MistralForCausalLM", "GPTNeoForCausalLM", "MptForCausalLM"])
+@pytest.mark.parametrize("value", [float("nan"), INFINITE, -3e38])
+@torch.no_grad()
+def test_models_with_such_weights(level: str, name: str, value: float) -> None:
+    """Norms, activations, attention and sampling of a whole model, packed and plain: no fault, and no number lost."""
+    import families_made
+
+    if name.startswith("Mpt"):
+        model: Any = helpers.model(name)
+    else:
+        model = families_made.ours_of(name, **families_made.fields(families_made.CLASSES[name]))
+    ids = torch.arange(12).view(1, -1)
+    for form in (None, "int8", "int4"):
+        if form is not None:
+            model = model.dequantize() or model if form == "int4" else model
+            model.quantize(form)
+        norm = next(p for n, p in model.named_parameters() if "norm" in n or "ln" in n)
+        before = norm[0].item()
+        norm[0] = value
+        logits = model(ids).logits
+        assert not logits.isfinite().all() or value == -3e38
+        model.generate(ids, max_new_tokens=3, do_sample=False, pad_token_id=0)
+        norm[0] = before
+        assert model(ids).logits.isfinite().all()
+    assert isinstance(model, monoblock.PreTrainedModel)

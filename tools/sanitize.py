@@ -1,0 +1,67 @@
+"""The native kernels' tests, with kernels that the address and undefined-behaviour sanitizers watch.
+
+`python tools/sanitize.py [arguments of pytest]`. The package is copied, and its kernels are compiled there with
+`-fsanitize=address,undefined`; the first fault ends the process, which says where it is. Needs g++ on Linux.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+FLAGS = (
+    *("-O1", "-g", "-fno-omit-frame-pointer"),
+    *("-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
+)
+TESTS = (
+    "test_attention_kernels",
+    "test_fused",
+    "test_linear",
+    "test_lossless",
+    "test_low_rank",
+    "test_native_numbers",
+    "test_native_threads",
+    "test_packed",
+    "test_prompt",
+)
+# Python and the frameworks keep memory to the end; they and their libraries define some names twice.
+ASAN = "detect_leaks=0:detect_odr_violation=0:abort_on_error=1"
+UBSAN = "print_stacktrace=1:abort_on_error=1"
+BUILD = "from monoblock.native import build; made = build.build(extra={flags!r}); print(made.line); assert made.levels"
+
+
+def main(arguments: list[str]) -> int:
+    """The exit status of the tests."""
+    runtimes = [_runtime(name) for name in ("libasan.so", "libubsan.so")]
+    with tempfile.TemporaryDirectory(prefix="monoblock-sanitize-") as scratch:
+        ignored = shutil.ignore_patterns("*.so", "__pycache__")
+        shutil.copytree(ROOT / "src" / "monoblock", Path(scratch) / "monoblock", ignore=ignored)
+        environment = {**os.environ, "PYTHONPATH": scratch}
+        subprocess.run([sys.executable, "-c", BUILD.format(flags=FLAGS)], env=environment, check=True)
+        environment |= {"LD_PRELOAD": " ".join(runtimes), "ASAN_OPTIONS": ASAN, "UBSAN_OPTIONS": UBSAN}
+        tests = [str(ROOT / "tests" / "torch" / f"{name}.py") for name in TESTS]
+        return subprocess.run(
+            [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *tests, *arguments],
+            env=environment,
+            cwd=ROOT,
+            check=False,
+        ).returncode
+
+
+def _runtime(name: str) -> str:
+    command = os.environ.get("CXX", "g++")
+    found = subprocess.run(
+        [command, f"-print-file-name={name}"], capture_output=True, text=True, check=True
+    ).stdout.strip()
+    if not Path(found).is_absolute():
+        raise SystemExit(f"{command} has no {name}: install its sanitizers")
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
