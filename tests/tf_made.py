@@ -49,7 +49,8 @@ def model(name: str, **more: Any) -> Any:
     generator = np.random.default_rng(0)
     for variable in made.trainable_variables:
         noise = generator.standard_normal(variable.shape)
-        variable.assign(1 + 0.3 * noise if variable.name == "gamma" else 0.2 * noise)
+        scale = variable.name in ("gamma", "weight") and len(variable.shape) == 1
+        variable.assign(1 + 0.3 * noise if scale else 0.2 * noise)
     return made
 
 
@@ -80,14 +81,12 @@ def close(
     assert_close(what, ours, theirs.detach(), bound, where)
 
 
-def canonical_gradients(model: Any, gradients: list[Any]) -> dict[str, np.ndarray]:
-    """Gradients of `model.trainable_variables` by canonical name, laid as PyTorch has them; without those of what the
-    call did not use."""
+def file_gradients(model: Any, gradients: list[Any]) -> dict[str, np.ndarray]:
+    """Gradients of `model.trainable_variables` by their names in files, laid as PyTorch has them; without those of what
+    the call did not use."""
     found = {id(v): g for v, g in zip(model.trainable_variables, gradients, strict=True) if g is not None}
-    made = {}
-    for canonical, variable in model.parameter_variables().items():
-        if id(variable) not in found:
-            continue
-        gradient = tf.convert_to_tensor(found[id(variable)]).numpy()
-        made[canonical] = gradient.T if variable.name == "kernel" else gradient
-    return made
+    return {
+        name: slot.laid(tf.convert_to_tensor(found[id(slot.variable)]).numpy())
+        for name, slot in model.slots().items()
+        if id(slot.variable) in found
+    }

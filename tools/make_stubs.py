@@ -39,6 +39,7 @@ from typing import Any
 
 from torch import Tensor
 
+from monoblock.backends.tf.main_layer import MainLayer
 from monoblock import (
 {packages}
 )
@@ -61,14 +62,16 @@ def stub() -> str:
         parts.append(f"from {home} import (\n" + "".join(f"    {n} as {n},\n" for n in sorted(names)) + ")\n")
     parts.append("\n__version__: str\n\ndef extra_of(module: str | None) -> str | None: ...\n")
     for names in monoblock._BASES_OF.values():
-        parts += ["\n", *(f"class {name}({_prefix(name)}PreTrainedModel): ...\n" for name in sorted(names))]
+        parts += ["\n", *(_base(name) for name in sorted(names))]
     for module in monoblock._MODELS:
         parts += [WRITERS[module](importlib.import_module(module), *row) for row in rows.values()]
     return "".join(parts)
 
 
-def _prefix(name: str) -> str:
-    return next((prefix for prefix in ("Flax", "TF") if name.startswith(prefix)), "")
+def _base(name: str) -> str:
+    prefix = next((prefix for prefix in ("Flax", "TF") if name.startswith(prefix)), "")
+    parent = "MainLayer" if name.endswith("MainLayer") else f"{prefix}PreTrainedModel"
+    return f"class {name}({parent}): ...\n"
 
 
 def _row(name: str) -> tuple[Family, ModelClass]:
@@ -111,7 +114,7 @@ def _tf_class(module: Any, family: Family, row: ModelClass) -> str:
     _, *parameters = inspect.signature(cls.call).parameters.values()
     arguments = [f"{p.name}: Any = None" for p in parameters]
     return f"""
-class {cls.__name__}(TFPreTrainedModel):
+class {cls.__name__}(TF{families.FAMILIES[family.name][0]}{module.BASE}):
     config: {family.config.__name__}
     def call(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,

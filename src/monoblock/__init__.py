@@ -103,6 +103,9 @@ _HOME: dict[str, str] = {
     "FLAX_MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING": "monoblock.auto",
     "FLAX_MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING": "monoblock.auto",
     "TFPreTrainedModel": "monoblock.backends.tf.pretrained",
+    "KerasMetricCallback": "monoblock.backends.tf.callbacks",
+    "TFLogitsProcessor": "monoblock.backends.tf.processors",
+    "TFLogitsProcessorList": "monoblock.backends.tf.processors",
     "TFBaseModelOutput": "monoblock.backends.tf.outputs",
     "TFBaseModelOutputWithPast": "monoblock.backends.tf.outputs",
     "TFBaseModelOutputWithPastAndCrossAttentions": "monoblock.backends.tf.outputs",
@@ -157,15 +160,8 @@ _CLASSES = (
     "OpenAIGPTModel",
 )
 
-# The bases of each family's classes, without a framework's prefix.
-_BASES = (
-    "FuyuPreTrainedModel",
-    "GPTNeoPreTrainedModel",
-    "MPNetPreTrainedModel",
-    "MistralPreTrainedModel",
-    "MptPreTrainedModel",
-    "OpenAIGPTPreTrainedModel",
-)
+# The stems of the families' names.
+_STEMS = ("Fuyu", "GPTNeo", "MPNet", "Mistral", "Mpt", "OpenAIGPT")
 
 # The model classes of each framework: module -> names.
 _MODELS: dict[str, tuple[str, ...]] = {
@@ -174,10 +170,13 @@ _MODELS: dict[str, tuple[str, ...]] = {
     "monoblock.backends.tf.classes": tuple(f"TF{name}" for name in _CLASSES),
 }
 
-# The same for the bases.
+# Further classes of each family: module -> names.
 _BASES_OF: dict[str, tuple[str, ...]] = {
-    "monoblock.backends.pytorch.classes": _BASES,
-    "monoblock.backends.flax.classes": tuple(f"Flax{name}" for name in _BASES),
+    "monoblock.backends.pytorch.classes": tuple(f"{stem}PreTrainedModel" for stem in _STEMS),
+    "monoblock.backends.flax.classes": tuple(f"Flax{stem}PreTrainedModel" for stem in _STEMS),
+    "monoblock.backends.tf.classes": tuple(
+        f"TF{stem}{ending}" for stem in _STEMS for ending in ("MainLayer", "PreTrainedModel")
+    ),
 }
 
 # Packages of this one that are there without an import of their own.
@@ -186,9 +185,8 @@ _PACKAGES = ("demo", "pipelines", "utils")
 # What to install when a framework is missing.
 _EXTRAS = {"torch": "torch", "jax": "jax", "flax": "jax", "tensorflow": "tf", "keras": "tf"}
 
-_NAMES = frozenset(
-    [*_HOME, *(name for homes in (_MODELS, _BASES_OF) for names in homes.values() for name in names)]
-)
+_MADE = {name: module for table in (_MODELS, _BASES_OF) for module, names in table.items() for name in names}
+_NAMES = frozenset([*_HOME, *_MADE])
 __all__ = [*_NAMES]  # pyright: ignore[reportUnsupportedDunderAll]
 
 
@@ -199,7 +197,7 @@ def __getattr__(name: str) -> Any:
         value = getattr(_load(home, name), name)
     elif home := next((module for module, names in _BASES_OF.items() if name in names), None):
         value = _load(home, name).make_base_class(name)
-    elif home := next((module for module, names in _MODELS.items() if name in names), None):
+    elif (home := _MADE.get(name)) is not None:
         value = _load(home, name).make_class(name)
     else:
         raise AttributeError(f"module 'monoblock' has no attribute {name!r}")

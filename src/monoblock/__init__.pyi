@@ -4,6 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
+from monoblock.backends.tf.main_layer import MainLayer
 from monoblock import (
     demo as demo,
     pipelines as pipelines,
@@ -91,6 +92,9 @@ from monoblock.backends.pytorch.generation.quantized_cache import (
 from monoblock.backends.pytorch.pretrained import (
     PreTrainedModel as PreTrainedModel,
 )
+from monoblock.backends.tf.callbacks import (
+    KerasMetricCallback as KerasMetricCallback,
+)
 from monoblock.backends.tf.outputs import (
     TFBaseModelOutput as TFBaseModelOutput,
     TFBaseModelOutputWithPast as TFBaseModelOutputWithPast,
@@ -109,6 +113,10 @@ from monoblock.backends.tf.outputs import (
 )
 from monoblock.backends.tf.pretrained import (
     TFPreTrainedModel as TFPreTrainedModel,
+)
+from monoblock.backends.tf.processors import (
+    TFLogitsProcessor as TFLogitsProcessor,
+    TFLogitsProcessorList as TFLogitsProcessorList,
 )
 from monoblock.config import (
     PretrainedConfig as PretrainedConfig,
@@ -205,6 +213,19 @@ class FlaxMPNetPreTrainedModel(FlaxPreTrainedModel): ...
 class FlaxMistralPreTrainedModel(FlaxPreTrainedModel): ...
 class FlaxMptPreTrainedModel(FlaxPreTrainedModel): ...
 class FlaxOpenAIGPTPreTrainedModel(FlaxPreTrainedModel): ...
+
+class TFFuyuMainLayer(MainLayer): ...
+class TFFuyuPreTrainedModel(TFPreTrainedModel): ...
+class TFGPTNeoMainLayer(MainLayer): ...
+class TFGPTNeoPreTrainedModel(TFPreTrainedModel): ...
+class TFMPNetMainLayer(MainLayer): ...
+class TFMPNetPreTrainedModel(TFPreTrainedModel): ...
+class TFMistralMainLayer(MainLayer): ...
+class TFMistralPreTrainedModel(TFPreTrainedModel): ...
+class TFMptMainLayer(MainLayer): ...
+class TFMptPreTrainedModel(TFPreTrainedModel): ...
+class TFOpenAIGPTMainLayer(MainLayer): ...
+class TFOpenAIGPTPreTrainedModel(TFPreTrainedModel): ...
 
 class FuyuForCausalLM(FuyuPreTrainedModel):
     config: FuyuConfig
@@ -1323,7 +1344,7 @@ class FlaxOpenAIGPTModel(FlaxOpenAIGPTPreTrainedModel):
         sequence_id: Any = None,
     ) -> FlaxBaseModelOutput | tuple[Any, ...]: ...
 
-class TFFuyuForCausalLM(TFPreTrainedModel):
+class TFFuyuForCausalLM(TFFuyuPreTrainedModel):
     config: FuyuConfig
     def call(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -1353,7 +1374,7 @@ class TFFuyuForCausalLM(TFPreTrainedModel):
         **kwargs: Any,
     ) -> TFCausalLMOutputWithPast | tuple[Any, ...]: ...
 
-class TFGPTNeoForCausalLM(TFPreTrainedModel):
+class TFGPTNeoForCausalLM(TFGPTNeoPreTrainedModel):
     config: GPTNeoConfig
     def call(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -1382,7 +1403,7 @@ class TFGPTNeoForCausalLM(TFPreTrainedModel):
         **kwargs: Any,
     ) -> TFCausalLMOutputWithCrossAttentions | tuple[Any, ...]: ...
 
-class TFGPTNeoForQuestionAnswering(TFPreTrainedModel):
+class TFGPTNeoForQuestionAnswering(TFGPTNeoPreTrainedModel):
     config: GPTNeoConfig
     def call(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -1411,7 +1432,7 @@ class TFGPTNeoForQuestionAnswering(TFPreTrainedModel):
         **kwargs: Any,
     ) -> TFQuestionAnsweringModelOutput | tuple[Any, ...]: ...
 
-class TFGPTNeoForSequenceClassification(TFPreTrainedModel):
+class TFGPTNeoForSequenceClassification(TFGPTNeoPreTrainedModel):
     config: GPTNeoConfig
     def call(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -1439,7 +1460,7 @@ class TFGPTNeoForSequenceClassification(TFPreTrainedModel):
         **kwargs: Any,
     ) -> TFSequenceClassifierOutputWithPast | tuple[Any, ...]: ...
 
-class TFGPTNeoForTokenClassification(TFPreTrainedModel):
+class TFGPTNeoForTokenClassification(TFGPTNeoPreTrainedModel):
     config: GPTNeoConfig
     def call(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -1467,7 +1488,7 @@ class TFGPTNeoForTokenClassification(TFPreTrainedModel):
         **kwargs: Any,
     ) -> TFTokenClassifierOutput | tuple[Any, ...]: ...
 
-class TFGPTNeoModel(TFPreTrainedModel):
+class TFGPTNeoModel(TFGPTNeoPreTrainedModel):
     config: GPTNeoConfig
     def call(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -1494,7 +1515,7 @@ class TFGPTNeoModel(TFPreTrainedModel):
         **kwargs: Any,
     ) -> TFBaseModelOutputWithPastAndCrossAttentions | tuple[Any, ...]: ...
 
-class TFMPNetForMaskedLM(TFPreTrainedModel):
+class TFMPNetForMaskedLM(TFMPNetPreTrainedModel):
     config: MPNetConfig
     def call(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -1521,7 +1542,7 @@ class TFMPNetForMaskedLM(TFPreTrainedModel):
         **kwargs: Any,
     ) -> TFMaskedLMOutput | tuple[Any, ...]: ...
 
-class TFMPNetForMultipleChoice(TFPreTrainedModel):
+class TFMPNetForMultipleChoice(TFMPNetPreTrainedModel):
     config: MPNetConfig
     def call(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -1548,7 +1569,7 @@ class TFMPNetForMultipleChoice(TFPreTrainedModel):
         **kwargs: Any,
     ) -> TFMultipleChoiceModelOutput | tuple[Any, ...]: ...
 
-class TFMPNetForQuestionAnswering(TFPreTrainedModel):
+class TFMPNetForQuestionAnswering(TFMPNetPreTrainedModel):
     config: MPNetConfig
     def call(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -1576,7 +1597,7 @@ class TFMPNetForQuestionAnswering(TFPreTrainedModel):
         **kwargs: Any,
     ) -> TFQuestionAnsweringModelOutput | tuple[Any, ...]: ...
 
-class TFMPNetForSequenceClassification(TFPreTrainedModel):
+class TFMPNetForSequenceClassification(TFMPNetPreTrainedModel):
     config: MPNetConfig
     def call(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -1603,7 +1624,7 @@ class TFMPNetForSequenceClassification(TFPreTrainedModel):
         **kwargs: Any,
     ) -> TFSequenceClassifierOutput | tuple[Any, ...]: ...
 
-class TFMPNetForTokenClassification(TFPreTrainedModel):
+class TFMPNetForTokenClassification(TFMPNetPreTrainedModel):
     config: MPNetConfig
     def call(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -1630,7 +1651,7 @@ class TFMPNetForTokenClassification(TFPreTrainedModel):
         **kwargs: Any,
     ) -> TFTokenClassifierOutput | tuple[Any, ...]: ...
 
-class TFMPNetModel(TFPreTrainedModel):
+class TFMPNetModel(TFMPNetPreTrainedModel):
     config: MPNetConfig
     def call(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -1656,7 +1677,7 @@ class TFMPNetModel(TFPreTrainedModel):
         **kwargs: Any,
     ) -> TFBaseModelOutputWithPooling | tuple[Any, ...]: ...
 
-class TFMistralForCausalLM(TFPreTrainedModel):
+class TFMistralForCausalLM(TFMistralPreTrainedModel):
     config: MistralConfig
     def call(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -1683,7 +1704,7 @@ class TFMistralForCausalLM(TFPreTrainedModel):
         **kwargs: Any,
     ) -> TFCausalLMOutputWithPast | tuple[Any, ...]: ...
 
-class TFMistralForQuestionAnswering(TFPreTrainedModel):
+class TFMistralForQuestionAnswering(TFMistralPreTrainedModel):
     config: MistralConfig
     def call(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -1710,7 +1731,7 @@ class TFMistralForQuestionAnswering(TFPreTrainedModel):
         **kwargs: Any,
     ) -> TFQuestionAnsweringModelOutput | tuple[Any, ...]: ...
 
-class TFMistralForSequenceClassification(TFPreTrainedModel):
+class TFMistralForSequenceClassification(TFMistralPreTrainedModel):
     config: MistralConfig
     def call(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -1736,7 +1757,7 @@ class TFMistralForSequenceClassification(TFPreTrainedModel):
         **kwargs: Any,
     ) -> TFSequenceClassifierOutputWithPast | tuple[Any, ...]: ...
 
-class TFMistralForTokenClassification(TFPreTrainedModel):
+class TFMistralForTokenClassification(TFMistralPreTrainedModel):
     config: MistralConfig
     def call(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -1762,7 +1783,7 @@ class TFMistralForTokenClassification(TFPreTrainedModel):
         **kwargs: Any,
     ) -> TFTokenClassifierOutput | tuple[Any, ...]: ...
 
-class TFMistralModel(TFPreTrainedModel):
+class TFMistralModel(TFMistralPreTrainedModel):
     config: MistralConfig
     def call(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -1787,7 +1808,7 @@ class TFMistralModel(TFPreTrainedModel):
         **kwargs: Any,
     ) -> TFBaseModelOutputWithPast | tuple[Any, ...]: ...
 
-class TFMptForCausalLM(TFPreTrainedModel):
+class TFMptForCausalLM(TFMptPreTrainedModel):
     config: MptConfig
     def call(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -1814,7 +1835,7 @@ class TFMptForCausalLM(TFPreTrainedModel):
         **kwargs: Any,
     ) -> TFCausalLMOutputWithCrossAttentions | tuple[Any, ...]: ...
 
-class TFMptForQuestionAnswering(TFPreTrainedModel):
+class TFMptForQuestionAnswering(TFMptPreTrainedModel):
     config: MptConfig
     def call(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -1841,7 +1862,7 @@ class TFMptForQuestionAnswering(TFPreTrainedModel):
         **kwargs: Any,
     ) -> TFQuestionAnsweringModelOutput | tuple[Any, ...]: ...
 
-class TFMptForSequenceClassification(TFPreTrainedModel):
+class TFMptForSequenceClassification(TFMptPreTrainedModel):
     config: MptConfig
     def call(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -1867,7 +1888,7 @@ class TFMptForSequenceClassification(TFPreTrainedModel):
         **kwargs: Any,
     ) -> TFSequenceClassifierOutputWithPast | tuple[Any, ...]: ...
 
-class TFMptForTokenClassification(TFPreTrainedModel):
+class TFMptForTokenClassification(TFMptPreTrainedModel):
     config: MptConfig
     def call(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -1893,7 +1914,7 @@ class TFMptForTokenClassification(TFPreTrainedModel):
         **kwargs: Any,
     ) -> TFTokenClassifierOutput | tuple[Any, ...]: ...
 
-class TFMptModel(TFPreTrainedModel):
+class TFMptModel(TFMptPreTrainedModel):
     config: MptConfig
     def call(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -1918,7 +1939,7 @@ class TFMptModel(TFPreTrainedModel):
         **kwargs: Any,
     ) -> TFBaseModelOutputWithPastAndCrossAttentions | tuple[Any, ...]: ...
 
-class TFOpenAIGPTDoubleHeadsModel(TFPreTrainedModel):
+class TFOpenAIGPTDoubleHeadsModel(TFOpenAIGPTPreTrainedModel):
     config: OpenAIGPTConfig
     def call(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -1948,7 +1969,7 @@ class TFOpenAIGPTDoubleHeadsModel(TFPreTrainedModel):
         **kwargs: Any,
     ) -> TFOpenAIGPTDoubleHeadsModelOutput | tuple[Any, ...]: ...
 
-class TFOpenAIGPTForSequenceClassification(TFPreTrainedModel):
+class TFOpenAIGPTForSequenceClassification(TFOpenAIGPTPreTrainedModel):
     config: OpenAIGPTConfig
     def call(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -1976,7 +1997,7 @@ class TFOpenAIGPTForSequenceClassification(TFPreTrainedModel):
         **kwargs: Any,
     ) -> TFSequenceClassifierOutput | tuple[Any, ...]: ...
 
-class TFOpenAIGPTLMHeadModel(TFPreTrainedModel):
+class TFOpenAIGPTLMHeadModel(TFOpenAIGPTPreTrainedModel):
     config: OpenAIGPTConfig
     def call(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -2005,7 +2026,7 @@ class TFOpenAIGPTLMHeadModel(TFPreTrainedModel):
         **kwargs: Any,
     ) -> TFCausalLMOutput | tuple[Any, ...]: ...
 
-class TFOpenAIGPTModel(TFPreTrainedModel):
+class TFOpenAIGPTModel(TFOpenAIGPTPreTrainedModel):
     config: OpenAIGPTConfig
     def call(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,

@@ -84,6 +84,19 @@ class Part:
                 yield role, (*steps, *path)
 
 
+@dataclass(frozen=True)
+class KerasNames:
+    """The names of a family's layers and variables on Keras, beyond those that follow from the tree.
+
+    `numbered`: a layer in a list. `table`: the token embedding's variable. `first`: attributes that are made before
+    their siblings, in this order; Keras's `.h5` files hold weights in the order in which they were made.
+    """
+
+    numbered: str = "{name}_._{i}"
+    table: str = "embeddings"
+    first: tuple[str, ...] = ()
+
+
 def part(
     name: str,
     kind: str,

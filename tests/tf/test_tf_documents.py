@@ -78,7 +78,7 @@ def test_what_begins_a_document() -> None:
 
     def segments(positions: Any, cache: Any = None) -> Any:
         given = {"input_ids": tf.constant(ids), "position_ids": tf.constant(positions)}
-        return checked(model.spec, model.head.spec, given, cache, False).given.get("sequence_id")
+        return checked(model.spec, model.head_spec, given, cache, False).given.get("sequence_id")
 
     assert segments(np.arange(COUNT)[None] * 3) is None
     np.testing.assert_array_equal(segments(own), NUMBERS)

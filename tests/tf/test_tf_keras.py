@@ -231,16 +231,68 @@ def test_exported_signatures(tmp_path: Path) -> None:
 
 def test_strategies() -> None:
     """Two replicas of half a batch each take the step of one with the whole."""
-    devices = [f"/cpu:{i}" for i in range(len(tf.config.list_logical_devices("CPU")))]
     x, y = toy("causal")
     results = []
-    for strategy in (tf.distribute.MirroredStrategy(devices), tf.distribute.get_strategy()):
+    for strategy in strategies():
         with strategy.scope():
             ours = model("GPTNeoForCausalLM", **AT_REST)
             ours.compile(keras.optimizers.SGD(0.1), jit_compile=False)
         ours.fit({**x, **y}, batch_size=32, verbose=0, shuffle=False)
-        results.append(ours.variable("blocks.0.attn.qkv.weight").numpy())
+        results.append(ours.variable("transformer.h.0.attn.attention.k_proj.weight").numpy())
     assert_close("strategies", *results, 1e-5)
+
+
+def strategies() -> list[Any]:
+    devices = [f"/cpu:{i}" for i in range(len(tf.config.list_logical_devices("CPU")))]
+    assert len(devices) == 2
+    # Without collective operations, whose shapes TensorFlow takes to be the same for all models of a process.
+    ops = tf.distribute.ReductionToOneDevice()
+    return [tf.distribute.MirroredStrategy(devices, cross_device_ops=ops), tf.distribute.get_strategy()]
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["alone", "in another model"])
+def test_losses_of_keras_under_strategies(inside: bool) -> None:
+    """A Keras loss and metrics, whose state Keras makes on the mean of the replicas' batches; then `predict`."""
+    x, y = toy("sequence")
+    results = []
+    for strategy in strategies():
+        with strategy.scope():
+            body: Any = model("MistralForSequenceClassification", **AT_REST, num_labels=LABELS)
+            ours = Wrapped(body) if inside else body
+            own = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+            ours.compile(keras.optimizers.SGD(0.1), loss=own, metrics=["accuracy"], jit_compile=False)
+        history = ours.fit(x, y["labels"], batch_size=32, verbose=0, shuffle=False).history
+        predicted = ours.predict(x, batch_size=24, verbose=0)  # the last batch is smaller
+        results.append([predicted if inside else predicted.logits, history["accuracy"], history["loss"]])
+    assert results[0][0].shape == (ROWS, LABELS)
+    for name, one, two in zip(("logits", "accuracy", "loss"), *results, strict=True):
+        assert_close(f"strategies: {name}", one, two, 1e-5)
+
+
+class Wrapped(keras.Model):
+    """A model of the user's around one of ours."""
+
+    def __init__(self, body: Any) -> None:
+        super().__init__()
+        self.body = body
+
+    def call(self, x: Any, training: bool = False) -> Any:
+        return self.body(x, training=training).logits
+
+
+def test_predictions_under_strategies() -> None:
+    """Outputs whose fields are tuples, too, in the structure in which one replica gives them."""
+    x, _ = toy("span")
+    strategy = strategies()[0]
+    with strategy.scope():
+        ours = model("MPNetForQuestionAnswering", output_hidden_states=True, output_attentions=True)
+    ours.compile(jit_compile=False)
+    found = ours.predict(x, batch_size=32, verbose=0)
+    expected = ours(x)
+    assert type(found) is type(expected)
+    tf.nest.assert_same_structure(found, expected)
+    for one, two in zip(tf.nest.flatten(found), tf.nest.flatten(expected), strict=True):
+        assert_close("predictions", one, two, 1e-5)
 
 
 def test_summary() -> None:

@@ -104,6 +104,13 @@ class Hdf5:
         return self._side.lay(adapter("np").raw(array), self.dtype(name), self.shape(name))
 
 
+def is_weights(path: Path) -> bool:
+    """Whether an .h5 file holds the weights of layers, and not a whole Keras model."""
+    h5py = _import_h5py(path)
+    with h5py.File(path, "r") as file:
+        return "layer_names" in file.attrs
+
+
 def _line(error: Exception) -> str:
     return next(iter(str(error).splitlines()), type(error).__name__)
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import functools
 import importlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from monoblock.checkpoint.keymap import KeyMap
 from monoblock.config import PretrainedConfig
 from monoblock.field_types import brief
-from monoblock.modules import Part, whole
+from monoblock.modules import KerasNames, Part, whole
 
 # Kind of head -> the modules that it adds to the bare model, by attribute name.
 Heads = Mapping[str, Mapping[str, str | Part]]
@@ -34,7 +34,8 @@ class Family:
 
     `prefix` is the attribute name of the bare model inside a model with a head; `tree` gives the bare model's module
     tree, `heads` the modules beside it for each kind of head. `extra`: keywords of every forward beyond the
-    signatures. `bare`: the class of the bare model where it is not public here.
+    signatures. `bare`: the class of the bare model where it is not public here. `keras_names`: what the TF
+    classes call otherwise than the tree says.
     """
 
     config: type[PretrainedConfig]
@@ -45,6 +46,7 @@ class Family:
     classes: tuple[ModelClass, ...]
     extra: tuple[str, ...] = ()
     bare: ModelClass | None = None
+    keras_names: KerasNames = field(default_factory=KerasNames)
 
     @property
     def bare_class(self) -> ModelClass:

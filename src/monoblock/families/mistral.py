@@ -9,7 +9,7 @@ from monoblock import modules
 from monoblock.checkpoint.keymap import KeyMap
 from monoblock.families import Family, Heads, ModelClass
 from monoblock.families.common import RopeConfig, RopeFields, activation, layers, quotient
-from monoblock.modules import Part, part
+from monoblock.modules import KerasNames, Part, part
 from monoblock.spec import ArchSpec, Attention, Dropout, Mlp, Norm
 
 
@@ -127,6 +127,7 @@ FAMILY = Family(
     keymap=keymap,
     tree=tree,
     heads=HEADS,
+    keras_names=KerasNames(numbered="{name}.{i}"),
     classes=(
         ModelClass("MistralModel", None, f"{_IN} {_OUT} cache_position", "BaseModelOutputWithPast"),
         ModelClass(

@@ -13,7 +13,7 @@ from monoblock.config import PretrainedConfig
 from monoblock.families import Family, Heads, ModelClass
 from monoblock.families.common import activation, layers, quotient
 from monoblock.heads import HeadSpec
-from monoblock.modules import Part, part
+from monoblock.modules import KerasNames, Part, part
 from monoblock.spec import ArchSpec, Attention, Buckets, Dropout, Learned, Mlp, Norm
 
 MAX_DISTANCE = 128  # T5's, which no config of this family holds
@@ -171,6 +171,7 @@ FAMILY = Family(
     keymap=keymap,
     tree=tree,
     heads=HEADS,
+    keras_names=KerasNames(table="weight", first=("relative_attention_bias", "encoder", "pooler")),
     classes=(
         ModelClass("MPNetModel", "pooler", f"{_IN} {_OUT}", "BaseModelOutputWithPooling"),
         ModelClass("MPNetForMaskedLM", "masked", f"{_IN} labels {_OUT}", "MaskedLMOutput"),

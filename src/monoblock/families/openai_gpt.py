@@ -13,7 +13,7 @@ from monoblock.config import PretrainedConfig
 from monoblock.families import Family, Heads, ModelClass
 from monoblock.families.common import layers, quotient
 from monoblock.heads import HeadSpec, Summary
-from monoblock.modules import Part, part
+from monoblock.modules import KerasNames, Part, part
 from monoblock.spec import ArchSpec, Attention, Dropout, Learned, Mlp, Norm
 
 # GPT-1's "gelu" is the tanh form.
@@ -160,6 +160,7 @@ FAMILY = Family(
     keymap=keymap,
     tree=tree,
     heads=HEADS,
+    keras_names=KerasNames(table="weight", first=("score", "positions_embed")),
     classes=(
         ModelClass("OpenAIGPTModel", None, f"{_IN} {_OUT}", "BaseModelOutput"),
         ModelClass("OpenAIGPTLMHeadModel", "causal", f"{_IN} labels {_OUT}", "CausalLMOutput"),

@@ -15,6 +15,9 @@ from monoblock.backends.tf.cache import Cache
 # Arguments that are no tensors: they say what to do.
 OPTIONS = ("use_cache", "output_attentions", "output_hidden_states", "return_dict", "logits_to_keep")
 
+# Arguments of whole numbers.
+WHOLE = ("input_ids", "token_type_ids", "position_ids", "mc_token_ids")
+
 
 def bound(
     model: str,
@@ -49,6 +52,16 @@ def bound(
         for name, value in given.items()
         if value is not None
     }
+
+
+def whole(name: str, x: Any) -> Any:
+    """Ids and positions of a float type that holds them exactly, as int32: Keras traces with float32 where it does not
+    know better, and makes its inputs so. Values that can be seen must be whole."""
+    if name not in WHOLE or not tf.is_tensor(x) or x.dtype not in (tf.float32, tf.float64):
+        return x
+    if hasattr(x, "numpy") and not bool(tf.reduce_all(x == tf.floor(x))):
+        return x  # which is told where the shapes are checked
+    return tf.cast(x, tf.int32)
 
 
 def tensors(name: str, value: Any) -> Any:

@@ -8,31 +8,80 @@ from typing import Any
 
 import keras
 
+from monoblock import families
 from monoblock.backends import classes
+from monoblock.backends.classes import BASE
+from monoblock.backends.tf.main_layer import MainLayer
+from monoblock.backends.tf.parts import PREFIX
 from monoblock.backends.tf.pretrained import TFPreTrainedModel
 from monoblock.families import Family, ModelClass
 from monoblock.heads import KINDS
 
-PREFIX = "TF"
+MAIN = "MainLayer"  # what the name of a main layer's class ends with
 
 
 @functools.cache
-def make_class(name: str) -> type[TFPreTrainedModel]:
-    """The public class of that name, from its family's table."""
+def make_class(name: str) -> type[Any]:
+    """The class of that name, from its family's table: a model, `TF<stem>PreTrainedModel` or `TF<stem>MainLayer`."""
+    if name.endswith((BASE, MAIN)):
+        return make_base_class(name)
     family, row = classes.row_of(name, PREFIX)
     names, extra = arguments(row), extra_arguments(family, row)
     own: dict[str, Any] = {
         "row": row,
         "arguments": names,
         "extra": extra,
-        "__doc__": _document(name, row, names, extra),
+        "__doc__": _document(f"{classes.summary(name, row)}, a `keras.Model`.", row, names, extra),
         "call": _call(row, names, extra),
-        family.prefix: property(lambda self: self.backbone),
     }
-    if projection := family.projections.get(row.head or ""):
-        own[projection] = property(lambda self: self.head.out)
-    made = classes.new_class(name, (TFPreTrainedModel,), family, own)
+    base = make_base_class(PREFIX + families.FAMILIES[family.name][0] + BASE)
+    return _registered(classes.new_class(name, (base,), family, own))
+
+
+@functools.cache
+def make_base_class(name: str) -> type[Any]:
+    """The base of a family's models, which holds what they have in common, or the class of their main layers."""
+    ending = MAIN if name.endswith(MAIN) else BASE
+    stem = name.removeprefix(PREFIX).removesuffix(ending)
+    kind = next((kind for kind, (own, _) in families.FAMILIES.items() if own == stem), None)
+    if kind is None or name != PREFIX + stem + ending:
+        raise AttributeError(f"monoblock has no class {name!r}")
+    family = families.family(kind)
+    models = ", ".join(PREFIX + row.name for row in family.classes)
+    if ending == MAIN:
+        return _main_class(name, family, models)
+
+    def refuse(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        if not hasattr(cls, "row"):
+            raise TypeError(f"{cls.__name__} is only the base of {models}: make one of these")
+        return TFPreTrainedModel.__new__(cls, *args, **kwargs)
+
+    own = {
+        "__doc__": f"The base of the classes {models}; no model by itself.",
+        "__new__": refuse,
+        "main_class": make_base_class(PREFIX + stem + MAIN),
+    }
+    return classes.new_class(name, (TFPreTrainedModel,), family, own)
+
+
+def _main_class(name: str, family: Family, models: str) -> type[MainLayer]:
+    row = family.bare_class
+    names, extra = arguments(row), extra_arguments(family, row)
+    what = f"{name}: the bare model as a layer, which {models} hold as `{family.prefix}`."
+    own: dict[str, Any] = {
+        "row": row,
+        "arguments": names,
+        "extra": extra,
+        "__doc__": _document(what, row, names, extra),
+        "call": _call(row, names, extra),
+    }
+    return _registered(classes.new_class(name, (MainLayer,), family, own))
+
+
+def _registered(made: Any) -> Any:
+    """A class that Keras finds by its name when it reads a file: in the `.keras` format, and in `.h5`."""
     keras.saving.register_keras_serializable("monoblock")(made)
+    keras.saving.get_custom_objects()[made.__name__] = made
     return made
 
 
@@ -56,16 +105,16 @@ def extra_arguments(family: Family, row: ModelClass) -> tuple[str, ...]:
 def _call(row: ModelClass, names: tuple[str, ...], extra: tuple[str, ...]) -> Callable[..., Any]:
     """The common call under the class's own signature, from which Keras reads what a model takes."""
 
-    def call(self: TFPreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         return self.run({**dict(zip(names, args, strict=False)), **kwargs})
 
     every = classes.parameters((*names, "training", *extra), keep=None)
     return classes.signed(call, [classes.SELF, *every], f"TF{row.output}")
 
 
-def _document(name: str, row: ModelClass, names: tuple[str, ...], extra: tuple[str, ...]) -> str:
+def _document(what: str, row: ModelClass, names: tuple[str, ...], extra: tuple[str, ...]) -> str:
     return (
-        f"{classes.summary(name, row)}, a `keras.Model`.\n\nArguments, in order: {', '.join(names)}, training; by "
-        f"keyword also {', '.join(extra)}. All of them by keyword, or in the first argument: a tensor (input_ids), a "
-        f"list or tuple in that order, or a dict. {classes.SHAPES} Returns `TF{row.output}`."
+        f"{what}\n\nArguments, in order: {', '.join(names)}, training; by keyword also {', '.join(extra)}. All of them "
+        f"by keyword, or in the first argument: a tensor (input_ids), a list or tuple in that order, or a dict. "
+        f"{classes.SHAPES} Returns `TF{row.output}`."
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -14,6 +13,7 @@ from monoblock.backends.tf import graph
 from monoblock.backends.tf.arrays import Seeds, shown
 from monoblock.backends.tf.namespace import XP
 from monoblock.backends.tf.outputs import TFModelOutput
+from monoblock.backends.tf.processors import of_two
 from monoblock.backends.tf.steps import Steps, steps_of
 from monoblock.backends.xla import runner
 from monoblock.backends.xla.namespace import Namespace
@@ -67,6 +67,7 @@ class Generation(runner.Generation):
         """Whether the class predicts the next token."""
         return self.row.head == "causal"
 
+    @tf.autograph.experimental.do_not_convert
     def generate(
         self,
         inputs: Any = None,
@@ -93,7 +94,7 @@ class Generation(runner.Generation):
         """
         inputs, arguments = self.generate_arguments(inputs, kwargs)
         if logits_processor is not None:
-            arguments["logits_processor"] = [_of_two(own) for own in logits_processor]
+            arguments["logits_processor"] = [of_two(own) for own in logits_processor]
         arguments |= _random(seed, arguments.pop("generator", None))
         if (helper := arguments.get("assistant_model")) is not None:
             check_assistant(helper, Generation)
@@ -103,13 +104,6 @@ class Generation(runner.Generation):
             return eager.shown(loop.generate(eager, inputs, generation_config, **arguments))
         traced = InGraph(self, inputs, arguments)
         return traced.shown(loop.generate(traced, None, generation_config, **traced.stand_ins()))
-
-
-def _of_two(processor: Any) -> Any:
-    """A processor as a function of ids and scores; transformers' TF processors took the text's length besides."""
-    if not callable(processor) or "cur_len" not in inspect.signature(processor).parameters:
-        return processor
-    return lambda ids, scores: processor(ids, scores, cur_len=ids.shape[1])
 
 
 def _random(seed: Any, generator: Any) -> dict[str, Any]:

@@ -198,7 +198,7 @@ def _given(prompt: Prompt, decoder: Decoder, config: GenerationConfig) -> tuple[
         arguments["attention_mask"] = mask
     arguments = {name: tensors(name, value) for name, value in arguments.items()}
     given = checked(
-        decoder.model.spec, decoder.model.head.spec, arguments, None, False, documents=False
+        decoder.model.spec, decoder.model.head_spec, arguments, None, False, documents=False
     ).given
     tokens = given.get("input_ids", given.get("inputs_embeds"))
     assert tokens is not None

@@ -6,65 +6,85 @@ for labels of rows. The mean of either is the loss of the other frameworks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import tensorflow as tf
 
-from monoblock.backends.tf.layers import NormLayer, Part, Tied, make_linear
-from monoblock.backends.tf.model import HEAD
-from monoblock.backends.tf.ops import Tensor, dropped, size
+from monoblock.backends.tf.guards import classes
+from monoblock.backends.tf.layers import Tied
+from monoblock.backends.tf.ops import Tensor, size
+from monoblock.backends.tf.parts import Part
 from monoblock.backends.xla.inputs import Wanted
-from monoblock.heads import KINDS, HeadSpec
+from monoblock.heads import KINDS, HeadSpec, Summary
 from monoblock.spec import ArchSpec
 
 IGNORED = -100
 Given = Mapping[str, Any]
 
 
-class Head(Part):
-    """Dropout, a dense layer where the kind has one, and a projection; a tied one's matrix is the embedding's."""
+class Pooler(Part):
+    """The first token's hidden state through a dense layer and tanh; (b, w)."""
 
-    def __init__(self, spec: ArchSpec, head: HeadSpec, tied: bool, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.spec, self.arch, kind, policy = head, spec, KINDS[head.kind], self.dtype_policy
-        self.vocabulary, self.tied = kind.size == "vocab", tied
-        self.dense = make_linear(spec, spec.width, True, "dense", policy) if kind.dense else None
-        self.act = _DENSE_ACT[kind.dense] if kind.dense else None
-        self.drop_in = kind.drop_in
-        self.norm = NormLayer(head.norm, name="norm", dtype=policy) if head.norm else None
-        outputs, summary = head.size(spec.vocab), head.summary
-        self.out = self.summary = None
-        if tied:
-            self.out = Tied(kind.bias, name="out", dtype=policy)
-        elif outputs is not None:
-            self.out = make_linear(spec, outputs, kind.bias, "out", policy)
-        if summary and summary.size is not None:
-            self.summary = make_linear(spec, summary.size, True, "summary", policy)
+    def call(self, hidden_bsw: Tensor) -> Tensor:
+        return self.role("head_act")(self.call_role("head_dense", hidden_bsw[:, 0]))
+
+
+class LMHead(Part):
+    """Dense layer, GELU, norm, and the projection to the vocabulary, whose bias is the part's own."""
+
+    def prepare(self, spec: ArchSpec, layer: int) -> None:
+        """How many ids the vocabulary has."""
+        del layer
+        self.spec = spec
 
     def make(self) -> None:
-        for part in (self.dense, self.norm, self.summary):
-            if part is not None:
-                part.build((None, None, self.arch.width))
-        if self.out is not None:
-            self.out.build((self.arch.vocab,) if self.tied else (None, None, self.arch.width))
+        self.bias = self.add_weight(name="bias", shape=(self.spec.vocab,), initializer="zeros")
 
-    def call(self, hidden: Tensor, table: Tensor | None = None, seed: Tensor | None = None) -> Tensor:
-        """Logits (..., v) of hidden states (..., w); those over the vocabulary are scaled and capped as the spec says.
-        Without a projection, the dense layer's output. `table` (v, w) is the embedding's, where it is tied."""
-        if self.dense is not None and self.act is not None:
-            hidden = dropped(hidden, self.spec.dropout if self.drop_in else 0.0, seed, HEAD)
-            hidden = self.act(self.dense(hidden))
-            hidden = hidden if self.norm is None else self.norm(hidden)
-        if self.out is None:
-            return hidden
-        hidden = dropped(hidden, self.spec.dropout, seed, HEAD + 1)
-        logits = self.out(hidden, table=table) if self.tied else self.out(hidden)
-        if self.vocabulary and self.arch.logit_scale != 1.0:
-            logits = logits * self.arch.logit_scale
-        if self.vocabulary and (cap := self.arch.logit_softcap) is not None:
-            logits = cap * tf.tanh(logits / cap)
-        return logits
+    def call(self, hidden: Tensor, table: Tensor | None = None) -> Tensor:
+        hidden = tf.nn.gelu(self.call_role("head_dense", hidden), approximate=False)
+        logits = projected(self.role("head_out"), self.call_role("head_norm", hidden), table)
+        return logits + tf.cast(self.bias, logits.dtype)
+
+
+class ClassifierHead(Part):
+    """The first token's hidden state through a dense layer and tanh, projected; dropout before both."""
+
+    def call(self, hidden_bsw: Tensor, seed: Tensor | None = None) -> Tensor:
+        drop = self.role("head_drop")
+        hidden = tf.tanh(self.call_role("head_dense", drop(hidden_bsw[:, 0], seed=seed)))
+        return self.role("head_out")(drop(hidden, seed=seed, shift=1))
+
+
+class SummaryHead(Part):
+    """One vector a row, (b, labels) or (b, w): of the position asked for (the last one by default), projected."""
+
+    how: Summary
+
+    def call(self, hidden_bsw: Tensor, positions: Tensor | None = None, seed: Tensor | None = None) -> Tensor:
+        summary = self.how
+        if summary.pool == "mean":
+            x = tf.reduce_mean(hidden_bsw, axis=1)
+        elif summary.pool == "cls_index" and positions is not None:
+            x = tf.gather(hidden_bsw, tf.reshape(positions, (-1,)), batch_dims=1)
+        else:
+            x = hidden_bsw[:, 0 if summary.pool == "first" else -1]
+        x = self.role("head_drop_in")(x, seed=seed)
+        x = self.role("head_summary")(x) if self.has("head_summary") else x
+        return self.role("head_drop_out")(self.role("head_act")(x), seed=seed)
+
+
+KINDS_OF_PARTS: dict[str, type[Part]] = {
+    "pooler": Pooler,
+    "lm_head": LMHead,
+    "classifier_head": ClassifierHead,
+    "summary": SummaryHead,
+}
+
+
+def projected(out: Any, hidden: Tensor, table: Tensor | None) -> Tensor:
+    """Hidden states through the last matrix, which is the embedding's `table` (v, w) where they are tied."""
+    return out(hidden, table=table) if isinstance(out, Tied) else out(hidden)
 
 
 def last_tokens(
@@ -90,11 +110,13 @@ def last_tokens(
 
 
 def each(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """The cross-entropy of each label (n,), 0 for those that are -100, and 1 for the others, 0 for those."""
+    """The cross-entropy of each label (n,), 0 for those that are -100, and 1 for the others, 0 for those. ValueError:
+    there is no such class."""
     logits = tf.reshape(wide(logits), (-1, logits.shape[-1]))
     labels = tf.cast(tf.reshape(labels, (-1,)), tf.int32)
     real = labels != IGNORED
-    found = tf.nn.sparse_softmax_cross_entropy_with_logits(tf.where(real, labels, 0), logits)
+    labels = classes(labels, real, logits.shape[-1])
+    found = tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits)
     return tf.where(real, found, 0.0), tf.cast(real, found.dtype)
 
 
@@ -169,22 +191,41 @@ def span_loss(start_bs: Tensor, end_bs: Tensor, starts: Tensor, ends: Tensor, co
 # ---------------------------------------------------------------------------- outputs
 
 
-class Projection:
-    """A head in one call: its spec now, the table that it may be tied to, and the seed of its dropouts."""
+class Head:
+    """A model's head in one call: its spec now, the table that it may be tied to, the seed of its dropouts."""
 
-    def __init__(self, head: Head, spec: HeadSpec, table: Tensor | None, seed: Tensor | None) -> None:
-        self.head, self.spec, self.table, self.seed = head, spec, table, seed
+    def __init__(self, model: Any, spec: HeadSpec, table: Tensor | None, seed: Tensor | None) -> None:
+        self.model, self.spec, self.table, self.seed = model, spec, table, seed
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        return self.head(hidden, table=self.table, seed=self.seed)
+        """Logits (..., v); those over the vocabulary are scaled and capped as the spec says."""
+        model = self.model
+        if model.has("classifier_head"):
+            return model.role("classifier_head")(hidden, seed=self.seed)
+        if model.has("head_drop"):
+            hidden = model.role("head_drop")(hidden, seed=self.seed, shift=1)
+        if model.has("lm_head"):
+            logits = model.role("lm_head")(hidden, table=self.table)
+        else:
+            logits = projected(model.role("head_out"), hidden, self.table)
+        return scaled(logits, model.spec) if KINDS[self.spec.kind].size == "vocab" else logits
 
 
-def outputs(head: Projection, hidden_bsw: Tensor, given: Given, wanted: Wanted) -> dict[str, Any]:
+def scaled(logits: Tensor, spec: ArchSpec) -> Tensor:
+    """Scores of the vocabulary with the model's factor and cap."""
+    if spec.logit_scale != 1.0:
+        logits = logits * spec.logit_scale
+    if (cap := spec.logit_softcap) is not None:
+        logits = cap * tf.tanh(logits / cap)
+    return logits
+
+
+def outputs(head: Head, hidden_bsw: Tensor, given: Given, wanted: Wanted) -> dict[str, Any]:
     """The logits and, with labels, the loss, by the names of the head kind's output."""
     return _OUTPUTS[head.spec.kind](head, hidden_bsw, given, wanted)
 
 
-def _causal(head: Projection, hidden: Tensor, given: Given, wanted: Wanted) -> dict[str, Any]:
+def _causal(head: Head, hidden: Tensor, given: Given, wanted: Wanted) -> dict[str, Any]:
     if wanted.keep:
         hidden = hidden[:, -wanted.keep :]
     logits, labels = head(hidden), given.get("labels")
@@ -192,7 +233,7 @@ def _causal(head: Projection, hidden: Tensor, given: Given, wanted: Wanted) -> d
     return {"loss": loss, "logits": logits}
 
 
-def _sequence(head: Projection, hidden: Tensor, given: Given, _: Wanted) -> dict[str, Any]:
+def _sequence(head: Head, hidden: Tensor, given: Given, _: Wanted) -> dict[str, Any]:
     pad_id = head.spec.pad_id
     if pad_id is None and (hidden.shape[0] or 1) > 1:
         raise ValueError(
@@ -202,31 +243,29 @@ def _sequence(head: Projection, hidden: Tensor, given: Given, _: Wanted) -> dict
     return _classified(head, head(last_tokens(hidden, ids, mask, pad_id)), given)
 
 
-def _first(head: Projection, hidden: Tensor, given: Given, _: Wanted) -> dict[str, Any]:
-    return _classified(head, head(hidden[:, 0]), given)
+def _first(head: Head, hidden: Tensor, given: Given, _: Wanted) -> dict[str, Any]:
+    return _classified(head, head(hidden), given)
 
 
-def _classified(head: Projection, logits: Tensor, given: Given) -> dict[str, Any]:
+def _classified(head: Head, logits: Tensor, given: Given) -> dict[str, Any]:
     labels, loss = given.get("labels"), None
     if labels is not None:
         loss = sequence_loss(logits, labels, head.spec.problem_type, given.get("num_items_in_batch"))
     return {"loss": loss, "logits": logits}
 
 
-def _pooler(head: Projection, hidden: Tensor, _: Given, __: Wanted) -> dict[str, Any]:
-    return {"last_hidden_state": hidden, "pooler_output": head(hidden[:, 0])}
-
-
-def _choice(head: Projection, hidden: Tensor, given: Given, wanted: Wanted) -> dict[str, Any]:
+def _choice(head: Head, hidden: Tensor, given: Given, wanted: Wanted) -> dict[str, Any]:
     labels, count = given.get("labels"), given.get("num_items_in_batch")
-    logits = tf.reshape(head(hidden[:, 0]), (-1, wanted.choices))
+    pooled = head.model.main.role("pooler")(hidden)
+    logits = tf.reshape(head(pooled), (-1, wanted.choices))
     return {"loss": None if labels is None else row_loss(logits, labels, count), "logits": logits}
 
 
-def _double(head: Projection, hidden: Tensor, given: Given, wanted: Wanted) -> dict[str, Any]:
+def _double(head: Head, hidden: Tensor, given: Given, wanted: Wanted) -> dict[str, Any]:
     """Language model and multiple choice over hidden states of (batch * choices, s, w)."""
     count, choices = given.get("num_items_in_batch"), wanted.choices
-    logits, scores = head(hidden), summarised(head, hidden, given.get("mc_token_ids"))
+    summary = head.model.role("summary")
+    logits, scores = head(hidden), summary(hidden, positions=given.get("mc_token_ids"), seed=head.seed)
     loss = mc_loss = None
     if (labels := given.get("labels")) is not None:
         loss = causal_loss(logits, tf.reshape(labels, (-1, size(labels, -1))), count)
@@ -240,29 +279,13 @@ def _double(head: Projection, hidden: Tensor, given: Given, wanted: Wanted) -> d
     return {"loss": loss, "mc_loss": mc_loss, "logits": logits, "mc_logits": scores}
 
 
-def summarised(head: Projection, hidden_bsw: Tensor, places: Tensor | None) -> Tensor:
-    """One vector a row, (b, labels) or (b, w): of the place asked for (the last one by default), projected."""
-    summary = head.spec.summary
-    assert summary is not None
-    if summary.pool == "mean":
-        x = tf.reduce_mean(hidden_bsw, axis=1)
-    elif summary.pool == "cls_index" and places is not None:
-        x = tf.gather(hidden_bsw, tf.reshape(places, (-1,)), batch_dims=1)
-    else:
-        x = hidden_bsw[:, 0 if summary.pool == "first" else -1]
-    x = dropped(x, summary.dropout_in, head.seed, HEAD + 2)
-    x = head.head.summary(x) if head.head.summary is not None else x
-    x = tf.tanh(x) if summary.tanh else x
-    return dropped(x, summary.dropout_out, head.seed, HEAD + 3)
-
-
-def _token(head: Projection, hidden: Tensor, given: Given, _: Wanted) -> dict[str, Any]:
+def _token(head: Head, hidden: Tensor, given: Given, _: Wanted) -> dict[str, Any]:
     logits, labels = head(hidden), given.get("labels")
     loss = None if labels is None else token_loss(logits, labels, given.get("num_items_in_batch"))
     return {"loss": loss, "logits": logits}
 
 
-def _span(head: Projection, hidden: Tensor, given: Given, _: Wanted) -> dict[str, Any]:
+def _span(head: Head, hidden: Tensor, given: Given, _: Wanted) -> dict[str, Any]:
     start, end = tf.unstack(head(hidden), num=2, axis=-1)
     starts, ends = given.get("start_positions"), given.get("end_positions")
     loss = None
@@ -271,11 +294,6 @@ def _span(head: Projection, hidden: Tensor, given: Given, _: Wanted) -> dict[str
     return {"loss": loss, "start_logits": start, "end_logits": end}
 
 
-_DENSE_ACT: dict[str, Callable[[Tensor], Tensor]] = {
-    "tanh": tf.tanh,
-    "gelu": lambda x: tf.nn.gelu(x, approximate=False),
-}
-
 _OUTPUTS = {
     "causal": _causal,
     "masked": _token,
@@ -283,7 +301,6 @@ _OUTPUTS = {
     "sequence": _sequence,
     "first": _first,
     "choice": _choice,
-    "pooler": _pooler,
     "token": _token,
     "span": _span,
 }

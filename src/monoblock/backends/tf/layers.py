@@ -1,19 +1,25 @@
-"""The parts that blocks and heads are made of: Keras's own, and a norm; and how their weights begin."""
+"""The layers without children: matrices, tables, norms, dropouts. Which one a role needs, the spec says."""
 
 from __future__ import annotations
 
 import contextlib
 import contextvars
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import keras
 import tensorflow as tf
 
-from monoblock.backends.tf.ops import Tensor
-from monoblock.spec import ArchSpec, Norm
+from monoblock.backends.tf.ops import ACT, Tensor, dropped
+from monoblock.heads import KINDS, HeadSpec
+from monoblock.spec import ArchSpec, Buckets, Learned, Norm
 
 _EMPTY = contextvars.ContextVar("empty", default=False)
+
+# What the seed of a dropout's mask is made of besides the call's: the embedding's number, and those of each layer.
+EMBEDDED, OF_LAYER, HEAD = 0, 4, -4
+PLACES = {"out_drop": 0, "layer_drop": 0, "mlp_drop": 1, "attn_drop": 2}
 
 
 @contextlib.contextmanager
@@ -31,56 +37,56 @@ def initial(spec: ArchSpec) -> Any:
     return "zeros" if _EMPTY.get() else keras.initializers.RandomNormal(stddev=spec.init_std)
 
 
-class Part(keras.layers.Layer):
-    """A layer that knows the shapes of its weights, and so needs no input to build them."""
+class Conv1D(keras.layers.Dense):
+    """`x @ weight + bias`, the weight (inputs, outputs) and the bias (1, outputs)."""
 
-    def build(self, input_shape: Any = None) -> None:
-        """Make the weights."""
-        del input_shape
-        self.make()
+    def add_weight(self, *args: Any, name: Any = None, shape: Any = None, **kwargs: Any) -> Any:
+        """As Keras's, by this layer's names and shapes."""
+        name, shape = {"kernel": "weight"}.get(name, name), (1, *shape) if name == "bias" else shape
+        return super().add_weight(*args, name=name, shape=shape, **kwargs)
 
-    def make(self) -> None:
-        """Make the weights of the layer and of its parts."""
-        raise NotImplementedError
+    def quantize(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, mode: Any = None, type_check: bool = True, **how: Any
+    ) -> None:
+        """As Keras's, which takes no subclasses."""
+        del type_check
+        super().quantize(mode, type_check=False, **how)
 
+    @property
+    def weight(self) -> Any:
+        """The matrix (inputs, outputs)."""
+        return self.kernel
 
-class NormLayer(keras.layers.Layer):
-    """Layer norm or RMS norm; the statistics are computed in float32 at least, in two passes."""
+    @property
+    def nf(self) -> int:
+        """The width of what goes out."""
+        return self.units
 
-    def __init__(self, norm: Norm, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.norm = norm
-        self.beta = None
-
-    def build(self, input_shape: Any) -> None:
-        """Make the weights for inputs (..., width)."""
-        self.gamma = self.add_weight(name="gamma", shape=(input_shape[-1],), initializer="ones")
-        if self.norm.bias:
-            self.beta = self.add_weight(name="beta", shape=(input_shape[-1],), initializer="zeros")
-
-    def call(self, x: Tensor) -> Tensor:
-        wide = x if x.dtype == tf.float64 else tf.cast(x, tf.float32)
-        if self.norm.kind == "layer":
-            wide = wide - tf.reduce_mean(wide, axis=-1, keepdims=True)
-        power = tf.reduce_mean(tf.square(wide), axis=-1, keepdims=True)
-        y = wide * tf.math.rsqrt(power + self.norm.eps) * tf.cast(self.gamma, wide.dtype)
-        if self.beta is not None:
-            y = y + tf.cast(self.beta, wide.dtype)
-        return tf.cast(y, x.dtype)
+    @property
+    def nx(self) -> int:
+        """The width of what comes in."""
+        kernel: Any = self.kernel
+        return kernel.shape[0]
 
 
-def make_linear(spec: ArchSpec, outputs: int, bias: bool, name: str, policy: Any) -> keras.layers.Dense:
-    """A dense layer, begun as the spec says."""
-    return keras.layers.Dense(
-        outputs, use_bias=bias, kernel_initializer=initial(spec), name=name, dtype=policy
-    )
+class Table(keras.layers.Embedding):
+    """An embedding whose variable is called `weight`."""
 
+    def add_weight(self, *args: Any, name: Any = None, **kwargs: Any) -> Any:
+        """As Keras's, by this layer's name."""
+        return super().add_weight(*args, name={"embeddings": "weight"}.get(name, name), **kwargs)
 
-def make_table(spec: ArchSpec, rows: int, columns: int, name: str, policy: Any) -> keras.layers.Embedding:
-    """An embedding, begun as the spec says."""
-    return keras.layers.Embedding(
-        rows, columns, embeddings_initializer=initial(spec), name=name, dtype=policy
-    )
+    def quantize(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, mode: Any = None, type_check: bool = True, **how: Any
+    ) -> None:
+        """As Keras's, which takes no subclasses."""
+        del type_check
+        super().quantize(mode, type_check=False, **how)
+
+    @property
+    def weight(self) -> Any:
+        """The table (rows, columns)."""
+        return self.embeddings
 
 
 def rows_of(table: keras.layers.Embedding) -> Tensor:
@@ -90,19 +96,170 @@ def rows_of(table: keras.layers.Embedding) -> Tensor:
     return table(tf.range(table.input_dim))
 
 
-class Tied(keras.layers.Layer):
-    """A projection to the vocabulary by the embedding's matrix (v, w), with a bias of its own or none."""
+class NormLayer(keras.layers.Layer):
+    """Layer norm (`gamma`, `beta`) or RMS norm (`weight`); the statistics are computed in float32 at least, in two
+    passes."""
 
-    def __init__(self, use_bias: bool, **kwargs: Any) -> None:
+    def __init__(self, norm: Norm, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.use_bias = use_bias
-        self.bias = None
+        self.norm = norm
+        self.beta = None
 
     def build(self, input_shape: Any) -> None:
-        """Make the bias, of as many numbers as the vocabulary has ids."""
-        if self.use_bias:
-            self.bias = self.add_weight(name="bias", shape=input_shape, initializer="zeros")
+        """Make the weights for inputs (..., width)."""
+        name = "gamma" if self.norm.kind == "layer" else "weight"
+        self.factors = self.add_weight(name=name, shape=(input_shape[-1],), initializer="ones")
+        setattr(self, name, self.factors)
+        if self.norm.bias:
+            self.beta = self.add_weight(name="beta", shape=(input_shape[-1],), initializer="zeros")
+
+    def call(self, x: Tensor) -> Tensor:
+        wide = x if x.dtype == tf.float64 else tf.cast(x, tf.float32)
+        if self.norm.kind == "layer":
+            wide = wide - tf.reduce_mean(wide, axis=-1, keepdims=True)
+        power = tf.reduce_mean(tf.square(wide), axis=-1, keepdims=True)
+        y = wide * tf.math.rsqrt(power + self.norm.eps) * tf.cast(self.factors, wide.dtype)
+        if self.beta is not None:
+            y = y + tf.cast(self.beta, wide.dtype)
+        return tf.cast(y, x.dtype)
+
+
+class Dropout(keras.layers.Layer):
+    """Dropout whose mask depends on the call's seed and the layer's place alone, so that a backward pass that computes
+    a block again draws the same one."""
+
+    def __init__(self, rate: float, place: int, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.rate, self.place = rate, place
+
+    def call(self, x: Tensor, seed: Tensor | None = None, shift: int = 0) -> Tensor:
+        return dropped(x, self.rate, seed, self.place + shift)
+
+
+class Tied(keras.layers.Layer):
+    """A projection to the vocabulary by the embedding's matrix (v, w)."""
 
     def call(self, hidden: Tensor, table: Tensor) -> Tensor:
-        logits = tf.matmul(hidden, tf.cast(table, hidden.dtype), transpose_b=True)
-        return logits if self.bias is None else logits + tf.cast(self.bias, logits.dtype)
+        return tf.matmul(hidden, tf.cast(table, hidden.dtype), transpose_b=True)
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """A module without children, and the shape that builds it."""
+
+    layer: Any
+    shape: tuple[int | None, ...] | None = None
+
+
+class Leaves:
+    """Makes the layer of a role; None where the model has none of it. `table`: what the token embedding's variable is
+    called."""
+
+    def __init__(self, spec: ArchSpec, head: HeadSpec | None, policy: Any, table: str) -> None:
+        self.spec, self.head, self.policy, self.table = spec, head, policy, table
+
+    def __call__(self, role: str, classes: Mapping[str, str], name: str, layer: int) -> Leaf | None:
+        if role.startswith("head_"):
+            return self._head(role, name)
+        if (sizes := self._matrix(role)) is not None:
+            return self._linear(*sizes, name, conv=classes.get("linear") == "Conv1D")
+        spec, att, drop = self.spec, self.spec.attention, self.spec.dropout
+        match role:
+            case "embed":
+                return self._rows(spec.vocab, spec.width, name, self.table)
+            case "pos_embed":
+                learned = spec.position(Learned)
+                return learned and self._rows(learned.size, spec.width, name)
+            case "rel_bias":
+                buckets = spec.position(Buckets)
+                return buckets and self._rows(buckets.count, att.heads, name)
+            case "q_norm" | "k_norm":
+                if att.qk_norm is None:
+                    return None
+                heads = att.heads if role == "q_norm" else att.kv_heads
+                width = att.head_dim * (1 if att.qk_norm.span == "head" else heads)
+                return self._norm(att.qk_norm.norm, width, name)
+            case "act":
+                return Leaf(ACT[spec.mlp.act])
+            case "embed_drop":
+                return self._dropout(drop.embed, EMBEDDED, name)
+            case "attn_drop" | "out_drop" | "mlp_drop" | "layer_drop":
+                rate = drop.attention if role == "attn_drop" else drop.residual
+                return self._dropout(rate, OF_LAYER * (layer + 1) + PLACES[role], name)
+            case "gate" | "patch_embed" | "rotary":  # what is computed without a layer, or not there
+                return None
+            case "embed_norm" | "norm1" | "norm2" | "final_norm":
+                norms = {"embed_norm": spec.embed_norm, "final_norm": spec.final_norm}
+                return self._norm(norms.get(role, spec.norm), spec.width, name)
+            case _:
+                raise ValueError(f"no layer plays the role {role!r}")
+
+    def _matrix(self, role: str) -> tuple[int, int, bool] | None:
+        """Inputs, outputs and whether there is a bias."""
+        spec, att, mlp = self.spec, self.spec.attention, self.spec.mlp
+        q, kv = att.heads * att.head_dim, att.kv_heads * att.head_dim
+        match role:
+            case "qkv" | "qkv_by_head":
+                return spec.width, q + 2 * kv, att.qkv_bias
+            case "q":
+                return spec.width, q, att.qkv_bias
+            case "k" | "v":
+                return spec.width, kv, att.qkv_bias
+            case "out":
+                return q, spec.width, att.out_bias
+            case "up":
+                return spec.width, mlp.width, mlp.bias
+            case "down":
+                return mlp.width, spec.width, mlp.bias
+            case "gate" if mlp.gated:
+                return spec.width, mlp.width, mlp.bias
+            case "patch_embed" if spec.patches:
+                return spec.patches.size, spec.width, True
+            case _:
+                return None
+
+    def _head(self, role: str, name: str) -> Leaf | None:
+        spec, head = self.spec, self.head
+        assert head is not None
+        kind, summary = KINDS[head.kind], head.summary
+        match role:
+            case "head_out":
+                outputs = head.size(spec.vocab)
+                if kind.size == "vocab" and spec.tie_head:
+                    return Leaf(Tied(name=name, dtype=self.policy))
+                # The bias over the vocabulary is the part's around it.
+                bias = kind.bias and kind.size != "vocab"
+                return None if outputs is None else self._linear(spec.width, outputs, bias, name)
+            case "head_dense":
+                return self._linear(spec.width, spec.width, True, name)
+            case "head_norm":
+                return self._norm(head.norm, spec.width, name)
+            case "head_drop":
+                return self._dropout(head.dropout, HEAD, name)
+            case "head_act":
+                return Leaf(tf.identity if summary and not summary.tanh else tf.tanh)
+            case "head_summary" if summary and summary.size is not None:
+                return self._linear(spec.width, summary.size, True, name)
+            case "head_drop_in" if summary:
+                return self._dropout(summary.dropout_in, HEAD + 2, name)
+            case "head_drop_out" if summary:
+                return self._dropout(summary.dropout_out, HEAD + 3, name)
+            case _:
+                return None
+
+    def _linear(self, inputs: int, outputs: int, bias: bool, name: str, conv: bool = False) -> Leaf:
+        kind = Conv1D if conv else keras.layers.Dense
+        begun = initial(self.spec)
+        made = kind(outputs, use_bias=bias, kernel_initializer=begun, name=name, dtype=self.policy)
+        return Leaf(made, (None, None, inputs))
+
+    def _rows(self, rows: int, columns: int, name: str, variable: str = "embeddings") -> Leaf:
+        kind = keras.layers.Embedding if variable == "embeddings" else Table
+        begun = initial(self.spec)
+        return Leaf(kind(rows, columns, embeddings_initializer=begun, name=name, dtype=self.policy))
+
+    def _norm(self, norm: Norm | None, width: int, name: str) -> Leaf | None:
+        return norm and Leaf(NormLayer(norm, name=name, dtype=self.policy), (None, None, width))
+
+    def _dropout(self, rate: float, place: int, name: str) -> Leaf:
+        return Leaf(Dropout(rate, place, name=name, dtype=self.policy))

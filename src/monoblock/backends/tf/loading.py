@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import keras
 import ml_dtypes
 import numpy as np
 
+from monoblock.backends.tf.layers import Conv1D
 from monoblock.checkpoint.fitting import Report, fitted
 from monoblock.checkpoint.keymap import KeyMap
-from monoblock.checkpoint.weights import Tensors
+from monoblock.checkpoint.weights import Tensors, laid_out
 
 Array = np.ndarray[Any, Any]
 DTYPES: dict[str, Any] = {
@@ -21,13 +23,63 @@ DTYPES: dict[str, Any] = {
     "float64": np.float64,
 }
 STORED = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-# A Keras variable's name -> what the canonical tree calls it. Kernels are (inputs, outputs): the tree's, transposed.
-CANONICAL = {"kernel": "weight", "embeddings": "weight", "gamma": "weight", "bias": "bias", "beta": "bias"}
+# A variable's name -> what the hub's files call it.
+IN_FILES = {
+    "kernel": "weight",
+    "embeddings": "weight",
+    "gamma": "weight",
+    "weight": "weight",
+    "bias": "bias",
+    "beta": "bias",
+}
 
 
-def turned(variable: Any) -> bool:
-    """Whether a variable has the other axis first."""
-    return variable.name == "kernel"
+@dataclass(frozen=True)
+class Slot:
+    """A variable of a layer, as the hub's files hold it: matrices are outputs x inputs, but for Conv1D's, and biases
+    have one axis."""
+
+    layer: Any
+    variable: Any
+
+    @property
+    def transposed(self) -> bool:
+        """Whether the variable has the other axis first."""
+        return isinstance(self.layer, keras.layers.Dense) and not isinstance(self.layer, Conv1D)
+
+    def laid(self, values: Array) -> Array:
+        """Values in the file's layout, of ones in the variable's or the other way round."""
+        if IN_FILES[self.variable.name] == "bias":
+            return values.reshape(-1)
+        return values.T if self.transposed else values
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape in files."""
+        shape = tuple(self.variable.shape)
+        if IN_FILES[self.variable.name] == "bias":
+            return shape[-1:]
+        return shape[::-1] if self.transposed else shape
+
+    def read(self) -> Array:
+        """The values as files hold them, adapters (`enable_lora`) taken in."""
+        value: Any = self.variable
+        if IN_FILES[value.name] == "weight" and isinstance(self.layer, keras.layers.Dense):
+            value = self.layer.kernel
+        elif isinstance(self.layer, keras.layers.Embedding):
+            value = self.layer.embeddings
+        return self.laid(np.asarray(value.numpy() if hasattr(value, "numpy") else value))
+
+    def assign(self, values: Array) -> None:
+        """Take values as files hold them."""
+        values = self.laid(np.asarray(values)).reshape(self.variable.shape)
+        self.variable.assign(np.ascontiguousarray(values, dtype=DTYPES[self.variable.dtype]))
+
+
+def slots(layer: Any, name: str) -> dict[str, Slot]:
+    """The parameters of a layer's own, by their names in files; `name` is the layer's."""
+    own = [*layer._trainable_variables, *layer._non_trainable_variables]
+    return {f"{name}.{IN_FILES[v.name]}": Slot(layer, v) for v in own if v.name in IN_FILES}
 
 
 def chosen_dtype(asked: Any, configured: str | None, tensors: Tensors) -> Any:
@@ -51,7 +103,7 @@ def chosen_dtype(asked: Any, configured: str | None, tensors: Tensors) -> Any:
 
 
 def load(
-    variables: Mapping[str, Any],
+    found: Mapping[str, Slot],
     shapes: Mapping[str, tuple[int, ...]],
     keymap: KeyMap,
     tensors: Tensors,
@@ -59,13 +111,12 @@ def load(
     *,
     ignore_mismatched_sizes: bool = False,
 ) -> Report:
-    """Fill the variables, given by canonical name, from tensors by the hub's names; what was found and what not.
+    """Fill the parameters, given by their names in files, from tensors by the hub's names; what was found and what not.
+    `shapes` are those of the canonical parameters.
 
     MissingKeys, UnexpectedKeys, UnreadKeys and ShapeMismatch name the first tensor that does not fit.
     """
     weights, report = fitted(tensors, keymap, shapes, tied, ignore_mismatched_sizes=ignore_mismatched_sizes)
-    for canonical in weights.shapes():
-        variable, array = variables[canonical], np.asarray(weights.read(canonical))
-        array = array.T if turned(variable) else array
-        variable.assign(np.ascontiguousarray(array, dtype=DTYPES[variable.dtype]))
+    for name, made in laid_out(weights, keymap).items():
+        found[name].assign(made())
     return report

@@ -26,3 +26,11 @@ class LoadOptions(options.LoadOptions):
         super().__init__(kwargs)
         self.dtype = kwargs.pop("dtype", kwargs.pop("torch_dtype", None))
         self.name = kwargs.pop("name", None)
+
+    def preferred(self, kwargs: dict[str, Any]) -> tuple[Kind, ...]:
+        """As of all frameworks; `from_tf=True` asks for `tf_model.h5` first."""
+        from_tf = bool(kwargs.pop("from_tf", False))
+        if from_tf and kwargs.get("from_pt"):
+            raise ValueError("from_pt and from_tf say two kinds of files: give one")
+        kinds = super().preferred(kwargs)
+        return (self.native, "safetensors") if from_tf else kinds

@@ -4,30 +4,26 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-import keras
 import tensorflow as tf
 
-from monoblock import tree
 from monoblock.backends.tf import heads, layers, loading
-from monoblock.backends.tf.binding import OPTIONS, bound, plainly
-from monoblock.backends.tf.cache import Cache, from_tuples, init_cache
-from monoblock.backends.tf.checked import checked
+from monoblock.backends.tf.cache import Cache
 from monoblock.backends.tf.decode import Generation
-from monoblock.backends.tf.inputs import prepare
-from monoblock.backends.tf.model import Backbone
+from monoblock.backends.tf.forward import Forward
+from monoblock.backends.tf.main_layer import MainLayer
 from monoblock.backends.tf.ops import Tensor, after, size
 from monoblock.backends.tf.options import LoadOptions
-from monoblock.backends.tf.outputs import named, output_class
 from monoblock.backends.tf.parameters import Parameters
+from monoblock.backends.tf.parts import Builder, Holder
 from monoblock.backends.tf.serving import Serving
 from monoblock.backends.tf.training import Training
-from monoblock.backends.xla.checked import Checked, dropouts
 from monoblock.backends.xla.inputs import AT_REST, Wanted
-from monoblock.checkpoint.hub import find_weights, of_one_save
+from monoblock.checkpoint.hdf5 import is_weights
+from monoblock.checkpoint.hub import WeightFiles, find_weights, of_one_save
 from monoblock.checkpoint.options import HubOptions
 from monoblock.checkpoint.save import save_tensors
 from monoblock.checkpoint.store import open_store
@@ -38,19 +34,20 @@ from monoblock.generation.config import GENERATION_CONFIG_NAME
 
 log = logging.getLogger("monoblock")
 
+OLD_FILES = (".h5", ".hdf5")  # what Keras 2 wrote
 
-class TFPreTrainedModel(Training, Serving, Parameters, Generation):
-    """The base of all TF models, a `keras.Model`: `backbone`, and `head` where the class has one.
+
+class TFPreTrainedModel(Forward, Training, Serving, Holder, Parameters, Generation):
+    """The base of all TF models, a `keras.Model`: the main layer under the family's prefix, and the head's layers
+    beside it.
 
     Public classes are made by `make_class` from a family's table; their names, signatures, defaults and outputs
     are the hub's.
     """
 
-    arguments: ClassVar[tuple[str, ...]]
-    extra: ClassVar[tuple[str, ...]]
+    main_class: ClassVar[type[MainLayer]]
     framework: ClassVar[str] = "tf"
     supports_gradient_checkpointing: ClassVar[bool] = True
-    main_input_name: ClassVar[str] = "input_ids"
 
     def __init__(self, config: PretrainedConfig, *inputs: Any, **kwargs: Any) -> None:
         """`kwargs`: Keras's `name`, `dtype` (a policy or its name) and `trainable`."""
@@ -66,148 +63,61 @@ class TFPreTrainedModel(Training, Serving, Parameters, Generation):
         self.config = config
         self.spec = config.to_spec()
         self.name_or_path = config.name_or_path
-        head = config.to_head(self.row.head) if self.row.head else None
-        self.backbone = Backbone(self.spec, name="backbone", dtype=self.dtype_policy)
-        self.backbone.gradient_checkpointing = bool(getattr(config, "gradient_checkpointing", False))
-        self.head = head and heads.Head(
-            self.spec, head, tied=bool(tree.tied(self.spec, head)), name="head", dtype=self.dtype_policy
-        )
-        self.seeds = keras.random.SeedGenerator() if any(dropouts(self.spec, head)) else None
+        self.head_spec = config.to_head(self.row.head) if self.row.head else None
+        self._make_layers()
         self.generation_config = self.default_generation_config() if self.can_generate() else None
         self.build()
+
+    def _make_layers(self) -> None:
+        """The main layer and those of the head, by the family's tables."""
+        family, names = self.family, self.family.keras_names
+        children = self.head_layers()
+        leaf = layers.Leaves(self.spec, self.head_spec, self.dtype_policy, names.table)
+        builder = Builder(self.spec, heads.KINDS_OF_PARTS, leaf, names)
+        self.roles, self.shapes = {}, {}
+        for name in builder.ordered((family.prefix, *children)):
+            if name == family.prefix:
+                head = self.head_spec if self.headed else None
+                main = self.main_class(self.config, head=head, name=name, dtype=self.dtype_policy)
+                setattr(self, name, main)
+                self.shapes[name] = None
+            else:
+                builder.add(self, name, children[name], {})
+        if self.has("summary") and self.head_spec is not None and self.head_spec.summary is not None:
+            self.role("summary").how = self.head_spec.summary
+
+    @property
+    def base_model(self) -> MainLayer:
+        """The main layer: what the hub's classes call by the family's prefix."""
+        return self.main
+
+    @property
+    def seeds(self) -> Any:
+        """The generator of the dropouts' seeds; None if nothing ever drops."""
+        return self.main.seeds
 
     def build(self, input_shape: Any = None) -> None:
         """Make the weights, whose shapes depend on no input; the constructor has done so."""
         del input_shape
-        if not self.backbone.built:
-            self.backbone.build()
-            if self.head is not None:
-                self.head.build()
-
-    # ------------------------------------------------------------------ forward
-
-    @tf.autograph.experimental.do_not_convert
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the model; arguments, defaults and outputs are in the class's docstring."""
-        return super().__call__(**self.bound(args, kwargs))
-
-    def run(self, arguments: dict[str, Any]) -> Any:
-        """The output of arguments that `bound` has made."""
-        given = {name: value for name, value in arguments.items() if value is not None}
-        options = {name: given.pop(name) for name in OPTIONS if name in given}
-        with plainly():
-            made, cache, wanted = self._checked(given, options)
-        values = self.network(made.given, cache, wanted)
-        if made.legacy and "past_key_values" in values:
-            values["past_key_values"] = values["past_key_values"].to_legacy_cache()
-        result = named(output_class(self.row.output), values)
-        return result if self._option(options, "return_dict") else result.to_tuple()
-
-    def _checked(
-        self, given: dict[str, Any], options: Mapping[str, Any]
-    ) -> tuple[Checked, Cache | None, Wanted]:
-        """What the network takes: tensors, the cache and what is wanted; ValueError says what is wrong."""
-        train = bool(given.pop("training", False))
-        cache, legacy = self._cache(given, given.pop("past_key_values", None), options, train)
-        head = self.head.spec if self.head is not None else None
-        made = checked(self.spec, head, given, cache, train)
-        made.legacy = legacy
-        return made, cache, self._wanted(made, options, train)
+        self.build_children()
 
     @tf.autograph.experimental.do_not_convert
     def network(
         self, given: Mapping[str, Tensor], cache: Cache | None = None, wanted: Wanted = AT_REST
     ) -> dict[str, Any]:
-        """The outputs by name, from tensors alone; all of it can be traced.
-
-        `given`, each where it is needed: input_ids int32 (b, n) or inputs_embeds (b, n, w); attention_mask and
-        sequence_id (b, n), with a static cache (b, max_length); position_ids (b or 1, n); token_type_ids (b, n);
-        mc_token_ids (b,); head_mask; image_patches (P, size) and patch_rows (b, n), which say which patch each token
-        is, -1 for none; labels.
-        """
-        backbone, x, types = self.backbone, given.get("inputs_embeds"), given.get("token_type_ids")
-        x = backbone.lookup(given["input_ids"]) if x is None else tf.cast(x, self.compute_dtype)
-        if (patches := given.get("image_patches")) is not None:
-            x = backbone.with_patches(x, tf.cast(patches, self.compute_dtype), given["patch_rows"])
-        if types is not None:
-            x = x + backbone.lookup(types)
-        count = size(x, 1)
-        call = prepare(self.spec, given, count, cache, wanted)
-        if wanted.train and self.seeds is not None:
-            call = replace(call, seed=tf.cast(self.seeds.next(), tf.int32))
-        held = None if cache is None else tuple(cache.layer(i) for i in range(self.spec.layers))
-        out = backbone(x, call=call, layers=held, hidden_states=wanted.hidden_states)
-        found = {
-            "last_hidden_state": out.hidden,
-            "hidden_states": out.hidden_states,
-            "attentions": out.attentions,
-        }
-        seen = tf.zeros((), tf.int32) if cache is None or wanted.fresh else cache.length
-        if cache is not None and out.layers is not None:
-            found["past_key_values"] = replace(
-                cache,
-                keys=tuple(layer.keys for layer in out.layers),
-                values=tuple(layer.values for layer in out.layers),
-                length=seen + count,
-            )
-        if self.head is not None:
-            if (mask := given.get("attention_mask")) is not None:
-                given = {**given, "attention_mask": after(mask, seen, count, 1)}
-            table = layers.rows_of(backbone.embed) if self.tied() else None
-            head = heads.Projection(self.head, self.config.updated_head(self.head.spec), table, call.seed)
-            found |= heads.outputs(head, out.hidden, given, wanted)
-        return found
-
-    def bound(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Every way of giving arguments as keywords of tensors; TypeError for what the class does not take."""
-        return bound(type(self).__name__, (self.arguments, self.extra), args, kwargs)
-
-    def _cache(
-        self, given: Mapping[str, Any], past: Any, options: Mapping[str, Any], train: bool
-    ) -> tuple[Cache | None, bool]:
-        """The cache, and whether it goes out as tuples (the form in which it came, or the hub's when none did)."""
-        asked = options.get("use_cache")
-        use = bool(getattr(self.config, "use_cache", False) and not train if asked is None else asked)
-        if not self.spec.causal:
-            if asked or past is not None:
-                raise ValueError(
-                    "a model that looks both ways has no cache: leave out use_cache and past_key_values"
-                )
-            return None, False
-        if isinstance(past, Cache):
-            return past, False
-        if past is not None:
-            return from_tuples(past), True
-        if not use:
-            return None, False
-        tokens = given.get("input_ids", given.get("inputs_embeds"))
-        nested = tokens is not None and len(tokens.shape) == (3 if "input_ids" in given else 4)
-        rows = 0 if tokens is None else size(tokens, 0) * (size(tokens, 1) if nested else 1)
-        return init_cache(self.spec, rows, None, self.compute_dtype), True
-
-    def init_cache(self, batch_size: int, max_length: int) -> Cache:
-        """An empty cache for so many rows of up to `max_length` tokens, to be given as `past_key_values`."""
-        return init_cache(self.spec, batch_size, max_length, self.compute_dtype)
-
-    def _wanted(self, made: Checked, options: Mapping[str, Any], train: bool) -> Wanted:
-        keep = options.get("logits_to_keep") or 0
-        if not isinstance(keep, int):
-            raise TypeError(
-                f"logits_to_keep must be how many of the last tokens, an int, got {type(keep).__name__}"
-            )
-        return Wanted(
-            train=train,
-            attentions=self._option(options, "output_attentions"),
-            hidden_states=self._option(options, "output_hidden_states"),
-            fresh=made.fresh,
-            keep=keep,
-            choices=made.choices,
-            nested=made.nested,
-        )
-
-    def _option(self, options: Mapping[str, Any], name: str) -> bool:
-        value = options.get(name)
-        return bool(getattr(self.config, name) if value is None else value)
+        main = self.main
+        if not self.headed:
+            return main.network(given, cache, wanted)
+        seed = main.seed(wanted)
+        found = main.hidden(given, cache, wanted, seed)
+        hidden = found["last_hidden_state"]
+        if (mask := given.get("attention_mask")) is not None:
+            seen = 0 if cache is None or wanted.fresh else cache.length
+            given = {**given, "attention_mask": after(mask, seen, size(hidden, 1), 1)}
+        table = layers.rows_of(main.at("embed")) if self.tied() else None
+        assert self.head_spec is not None
+        head = heads.Head(self, self.config.updated_head(self.head_spec), table, seed)
+        return found | heads.outputs(head, hidden, given, wanted)
 
     @property
     def dummy_inputs(self) -> dict[str, Tensor]:
@@ -230,7 +140,8 @@ class TFPreTrainedModel(Training, Serving, Parameters, Generation):
         The checkpoint is a folder or a name on the hub. `dtype` (or `torch_dtype`): "auto" (the default: Keras's global
         policy, or the checkpoint's own dtype), a dtype's name, or a Keras policy such as "mixed_bfloat16".
         `ignore_mismatched_sizes=True` makes tensors of other shapes anew instead of raising ShapeMismatch.
-        `from_pt=True` reads PyTorch's files even where there is a `tf_model.h5`. `revision`, `token`, `cache_dir`,
+        `from_pt=True` reads PyTorch's files even where there is a `tf_model.h5`, `from_tf=True` the `tf_model.h5` even
+        where there are others. `revision`, `token`, `cache_dir`,
         `local_files_only`, `force_download`, `subfolder`, `variant`, `use_safetensors` say which files. Other keywords
         set fields of the config (`num_labels=3`). HubError: the files cannot be had. CheckpointError: they do not fit.
         ValueError: an argument is wrong.
@@ -260,32 +171,33 @@ class TFPreTrainedModel(Training, Serving, Parameters, Generation):
         with layers.empty():
             dtype = loading.chosen_dtype(options.dtype, settings.dtype, store)
             model = cls(settings, dtype=dtype, name=options.name)
-        model._load(store, options)
+        model._load(store, ignore_mismatched_sizes=options.ignore_mismatched_sizes)
         settings.dtype = model.variable_dtype
         if generation is not None:
             model.generation_config = generation
         return model
 
-    def _load(self, store: Any, options: LoadOptions) -> None:
-        keymap = self.keymap()
-        report = loading.load(
-            self.parameter_variables(),
-            self.parameter_shapes(),
-            keymap,
-            store,
-            self.tied(),
-            ignore_mismatched_sizes=options.ignore_mismatched_sizes,
-        )
-        for canonical in report.made:
-            self.init_parameter(canonical)
+    def load_weights(self, filepath: Any, skip_mismatch: bool = False, **kwargs: Any) -> None:
+        """Keras's; weights of Keras 2's `.h5` files, as the old classes wrote (`tf_model.h5`), are found by their names
+        in it."""
+        path = Path(filepath)
+        if path.suffix in OLD_FILES and not path.name.endswith(".weights.h5") and is_weights(path):
+            if unknown := kwargs.keys() - {"by_name"}:
+                raise TypeError(f"load_weights of a {path.suffix} file has no argument {min(unknown)!r}")
+            store = open_store(WeightFiles(kind="h5", paths=(path,)), "np")
+            self._load(store, ignore_mismatched_sizes=skip_mismatch)
+        else:
+            super().load_weights(filepath, skip_mismatch=skip_mismatch, **kwargs)
+
+    def _load(self, store: Any, *, ignore_mismatched_sizes: bool) -> None:
+        report = self.load_parameters(store, ignore_mismatched_sizes=ignore_mismatched_sizes)
         where = self.name_or_path or "the checkpoint"
         if report.made:
-            hub = ", ".join(keymap.source(name).names[0] for name in report.made)
             log.warning(
                 "%s: newly initialised, because %s has none that fits: %s. Train it.",
                 type(self).__name__,
                 where,
-                hub,
+                ", ".join(report.made),
             )
         if report.unused:
             unused = ", ".join(report.unused)
@@ -307,11 +219,18 @@ class TFPreTrainedModel(Training, Serving, Parameters, Generation):
         max_shard_size: int | str = "50GB",
         safe_serialization: bool = True,
         saved_model: bool = False,
+        version: int = 1,
+        signatures: Any = None,
         push_to_hub: bool = False,
     ) -> None:
         """Write config.json, generation_config.json and safetensors by the hub's names, which every framework's classes
-        read; whole or not at all. `saved_model=True`: an exported SavedModel besides, in `saved_model/1`.
-        `max_shard_size`: bytes, or "5GB"."""
+        read; whole or not at all. `max_shard_size`: bytes, or "5GB".
+
+        `saved_model=True`: a SavedModel besides, in `saved_model/<version>`, with these `signatures` (name ->
+        `tf.function`); by default `serving_default` and, for ids of 64 bits, `int64_serving`.
+        """
+        if signatures is not None and not saved_model:
+            raise ValueError("signatures are a SavedModel's: say saved_model=True besides")
         if not safe_serialization or push_to_hub:
             name = "push_to_hub=True" if push_to_hub else "safe_serialization=False"
             raise ValueError(
@@ -331,24 +250,19 @@ class TFPreTrainedModel(Training, Serving, Parameters, Generation):
                 stage, self.hub_state_dict(), framework="np", max_shard_size=max_shard_size, beside=texts
             )
             if saved_model:
-                self.export(stage.files / "saved_model" / "1", verbose=False)
+                self.save_signatures(stage.files / "saved_model" / str(version), signatures)
 
     # ------------------------------------------------------------------ switches and facts
 
     def gradient_checkpointing_enable(self) -> None:
         """While training, keep only each block's input and compute the rest again in the backward pass."""
-        self.backbone.gradient_checkpointing = True
+        self.main.gradient_checkpointing = True
 
     def gradient_checkpointing_disable(self) -> None:
         """Keep all activations again."""
-        self.backbone.gradient_checkpointing = False
+        self.main.gradient_checkpointing = False
 
     @property
     def is_gradient_checkpointing(self) -> bool:
         """Whether activations are computed again in the backward pass."""
-        return self.backbone.gradient_checkpointing
-
-    @property
-    def base_model(self) -> Backbone:
-        """The backbone: what the hub's classes call by the family's prefix."""
-        return self.backbone
+        return self.main.gradient_checkpointing

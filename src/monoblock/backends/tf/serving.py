@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import keras
-import numpy as np
 import tensorflow as tf
 
 from monoblock.outputs import ModelOutput
@@ -18,15 +17,13 @@ if TYPE_CHECKING:
 SAVED_MODEL = "tf_saved_model"
 
 
-class Serving(keras.Model):
-    """Adds `get_config` and `from_config` (by which `model.save` and `keras.saving.load_model` work) and `export`."""
+class Configured:
+    """Adds `get_config` and `from_config`, by which Keras's files hold a model or its main layer."""
 
     family: ClassVar[Family]
-    row: ClassVar[ModelClass]
     config: Any
-    seeds: keras.random.SeedGenerator | None
 
-    def get_config(self) -> dict[str, Any]:
+    def get_config(self: Any) -> dict[str, Any]:
         """The model's config and Keras's own fields."""
         own = {"name": self.name, "trainable": self.trainable}
         policy = keras.dtype_policies.serialize(self.dtype_policy)
@@ -34,26 +31,21 @@ class Serving(keras.Model):
 
     @classmethod
     def from_config(cls, config: Any, custom_objects: Any = None) -> Self:
-        """A model with new weights, from what `get_config` gave, or from a config of the hub's (as the old classes
-        took)."""
+        """One with new weights, from what `get_config` gave, or from a config of the hub's, as the old classes took."""
         del custom_objects  # nothing in the entry is an object of the user's
         if isinstance(config, cls.family.config):
-            return cls(config)  # pyright: ignore[reportCallIssue, reportArgumentType]
+            return cls(config)  # pyright: ignore[reportCallIssue]
         fields = dict(config)
         made = cls.family.config.from_dict(fields.pop("config"))
         if isinstance(fields.get("dtype"), dict):
             fields["dtype"] = keras.dtype_policies.deserialize(fields["dtype"])
-        return cls(made, **fields)  # pyright: ignore[reportCallIssue, reportArgumentType]
+        return cls(made, **fields)  # pyright: ignore[reportCallIssue]
 
-    def save_own_variables(self, store: Any) -> None:
-        """Beside the layers' weights, the state of the dropouts: training goes on as if it had not been cut."""
-        if self.seeds is not None:
-            store["seeds"] = self.seeds.state.numpy()
 
-    def load_own_variables(self, store: Any) -> None:
-        """What `save_own_variables` kept; files without it are fine."""
-        if self.seeds is not None and "seeds" in store.keys():  # noqa: SIM118, as it is no dict
-            self.seeds.state.assign(np.asarray(store["seeds"]))
+class Serving(Configured, keras.Model):
+    """Adds `export`, and what `model.save` and `keras.saving.load_model` need."""
+
+    row: ClassVar[ModelClass]
 
     def export(
         self,
@@ -87,6 +79,44 @@ class Serving(keras.Model):
         archive.track(self)
         archive.add_endpoint("serve", self.serve, input_signature=[signature])
         archive.write_out(str(filepath), verbose=bool(verbose))
+
+    @property
+    def input_signature(self) -> dict[str, tf.TensorSpec]:
+        """The inputs of `serving`."""
+        return self.serving_signature()
+
+    @property
+    def serving(self) -> Any:
+        """A `tf.function` of a dict of inputs, which gives the outputs by name."""
+        return tf.function(self.serve, input_signature=[self.input_signature], autograph=False)
+
+    @property
+    def _default_save_signature(self) -> Any:
+        """What `tf.saved_model.save(model, folder)` takes for `serving_default`."""
+        return self.serving
+
+    def _get_save_spec(self, dynamic_batch: bool = True) -> Any:
+        """What `TFLiteConverter.from_keras_model` asks for."""
+        del dynamic_batch
+        raise ValueError(
+            "from_keras_model says no lengths: give export() an input_signature of known shapes, and its folder to "
+            "TFLiteConverter.from_saved_model"
+        )
+
+    def save_signatures(self, folder: str | Path, signatures: Any = None) -> None:
+        """Write a SavedModel with these signatures (name -> `tf.function` or concrete function, or one of them); by
+        default `serving_default`, and `int64_serving` for ids of 64 bits."""
+        if signatures is None:
+            wide = {
+                name: tf.TensorSpec(spec.shape, tf.int64, name=name)
+                for name, spec in self.input_signature.items()
+            }
+            long = tf.function(self.serve, input_signature=[wide], autograph=False)
+            signatures = {"serving_default": self.serving, "int64_serving": long}
+        # The variables alone, as in `export`: TFLite reads wrong numbers from SavedModels of whole Keras 3 models.
+        held: Any = tf.Module()
+        held.held = [variable.value for variable in self.variables]
+        tf.saved_model.save(held, str(folder), signatures=signatures)
 
     @tf.autograph.experimental.do_not_convert
     def serve(self, inputs: dict[str, Any]) -> dict[str, Any]:

@@ -69,7 +69,7 @@ class Steps:
 
     def checked(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
         given = {name: tensors(name, value) for name, value in arguments.items()}
-        return checked(self.spec, self.model.head.spec, given, None, False, documents=False).given
+        return checked(self.spec, self.model.head_spec, given, None, False, documents=False).given
 
     def past(self, given: Any) -> Cache | None:
         known = given is None or isinstance(given, Cache)
@@ -95,7 +95,7 @@ class Steps:
         return self.run(("anew", wanted), lambda given: passed(self.model, given, None, wanted), given)
 
     def lookup(self, ids: Any) -> Tensor:
-        return self.run("lookup", self.model.backbone.lookup, ids)
+        return self.run("lookup", self.model.main.lookup, ids)
 
     def empty(self, rows: int, spec: ArchSpec, max_length: int) -> Cache:
         return init_cache(spec, rows, max_length, self.model.compute_dtype)

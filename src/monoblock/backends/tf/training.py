@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
 import keras
 import tensorflow as tf
 
+from monoblock.backends.tf.guards import sentence
 from monoblock.heads import KINDS
 from monoblock.outputs import ModelOutput
 
@@ -24,8 +26,29 @@ OWN = (None, "passthrough", "auto_with_warning")
 plain = tf.autograph.experimental.do_not_convert
 
 
+def told(name: str) -> Any:
+    """Keras's method, which ends with one sentence where the graph finds a wrong value."""
+    method = getattr(keras.Model, name)
+
+    @functools.wraps(method)
+    def call(self: keras.Model, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return method(self, *args, **kwargs)
+        except tf.errors.InvalidArgumentError as error:
+            if (said := sentence(error)) is None:
+                raise
+        raise ValueError(said)
+
+    return call
+
+
 class Training(keras.Model):
     """Adds the model's own loss to `compile`, `fit`, `evaluate` and `predict`."""
+
+    fit, evaluate, predict = (told(name) for name in ("fit", "evaluate", "predict"))
+    train_on_batch, test_on_batch, predict_on_batch = (
+        told(f"{name}_on_batch") for name in ("train", "test", "predict")
+    )
 
     own_loss = True
 
@@ -54,6 +77,17 @@ class Training(keras.Model):
     def predict_step(self, data: Any) -> Any:
         given, _, _ = self._arranged((keras.utils.unpack_x_y_sample_weight(data)[0],))
         return super().predict_step((given,))
+
+    def _maybe_symbolic_build(self, iterator: Any = None, data_batch: Any = None) -> None:
+        """Under a strategy, Keras makes the state of losses and metrics on the mean of the replicas' batches, in which
+        ids are floats; here on the first replica's."""
+        strategy = self.distribute_strategy
+        for _, _, batches in iterator or ():
+            data_batch = keras.tree.map_structure(
+                lambda x: strategy.experimental_local_results(x)[0], next(batches)
+            )
+            break
+        super()._maybe_symbolic_build(data_batch=data_batch)
 
     def _arranged(self, data: Any) -> tuple[dict[str, Any], Any, Any]:
         """x by names, with the labels in it if the loss is the model's own; y as the metrics take it; weights."""

@@ -1,0 +1,143 @@
+"""The public call: arguments in every form, checked and made tensors, and the output's class."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import tensorflow as tf
+
+from monoblock.backends.tf.binding import OPTIONS, bound, plainly, whole
+from monoblock.backends.tf.cache import Cache, from_tuples, init_cache
+from monoblock.backends.tf.checked import checked
+from monoblock.backends.tf.guards import short, within
+from monoblock.backends.tf.ops import Size, Tensor, size
+from monoblock.backends.tf.outputs import named, output_class
+from monoblock.backends.xla.checked import Checked
+from monoblock.backends.xla.inputs import AT_REST, Wanted
+from monoblock.families import Family, ModelClass
+from monoblock.heads import HeadSpec
+from monoblock.spec import ArchSpec, Learned
+
+
+class Forward:
+    """What a model and the main layer inside it have in common: they are called with the arguments of their class, and
+    give its output. `network` is what they compute."""
+
+    family: ClassVar[Family]
+    row: ClassVar[ModelClass]
+    arguments: ClassVar[tuple[str, ...]]
+    extra: ClassVar[tuple[str, ...]]
+    main_input_name: ClassVar[str] = "input_ids"
+    config: Any
+    spec: ArchSpec
+    head_spec: HeadSpec | None
+
+    def network(
+        self, given: Mapping[str, Tensor], cache: Cache | None = None, wanted: Wanted = AT_REST
+    ) -> dict[str, Any]:
+        """The outputs by name, from tensors alone; all of it can be traced.
+
+        `given`, each where it is needed: input_ids int32 (b, n) or inputs_embeds (b, n, w); attention_mask and
+        sequence_id (b, n), with a static cache (b, max_length); position_ids (b or 1, n); token_type_ids (b, n);
+        mc_token_ids (b,); head_mask; image_patches (P, size) and patch_rows (b, n), which say which patch each token
+        is, -1 for none; labels.
+        """
+        raise NotImplementedError
+
+    @tf.autograph.experimental.do_not_convert
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model; arguments, defaults and outputs are in the class's docstring."""
+        return super().__call__(**self.bound(args, kwargs))  # pyright: ignore[reportAttributeAccessIssue]
+
+    def run(self, arguments: dict[str, Any]) -> Any:
+        """The output of arguments that `bound` has made."""
+        given = {name: whole(name, value) for name, value in arguments.items() if value is not None}
+        options = {name: given.pop(name) for name in OPTIONS if name in given}
+        with plainly():
+            made, cache, wanted = self._checked(given, options)
+        values = self.network(made.given, cache, wanted)
+        if made.legacy and "past_key_values" in values:
+            values["past_key_values"] = values["past_key_values"].to_legacy_cache()
+        result = named(output_class(self.row.output), values)
+        return result if self._option(options, "return_dict") else result.to_tuple()
+
+    def bound(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Every way of giving arguments as keywords of tensors; TypeError for what the class does not take."""
+        return bound(type(self).__name__, (self.arguments, self.extra), args, kwargs)
+
+    def _checked(
+        self, given: dict[str, Any], options: Mapping[str, Any]
+    ) -> tuple[Checked, Cache | None, Wanted]:
+        """What the network takes: tensors, the cache and what is wanted; ValueError says what is wrong."""
+        train = bool(given.pop("training", False))
+        cache, legacy = self._cache(given, given.pop("past_key_values", None), options, train)
+        made = checked(self.spec, self.head_spec, given, cache, train)
+        made.legacy = legacy
+        self._guard(made.given)
+        return made, cache, self._wanted(made, options, train)
+
+    def _guard(self, given: dict[str, Any]) -> None:
+        """Have a graph check the values that it gets. ValueError: what is traced is too long, padding included."""
+        vocab, learned = self.spec.vocab, self.spec.position(Learned)
+        for name in ("input_ids", "token_type_ids"):
+            if name in given:
+                given[name] = within(name, given[name], vocab, "is this the tokenizer of this model?")
+        if learned is None or tf.executing_eagerly():
+            return
+        if "position_ids" in given:
+            advice = f"the model has {learned.size} learned positions"
+            given["position_ids"] = within("position_ids", given["position_ids"], learned.size, advice)
+            return
+        tokens = "input_ids" if "input_ids" in given else "inputs_embeds"
+        given[tokens] = short(given[tokens], learned.size - learned.offset)
+
+    def _cache(
+        self, given: Mapping[str, Any], past: Any, options: Mapping[str, Any], train: bool
+    ) -> tuple[Cache | None, bool]:
+        """The cache, and whether it goes out as tuples (the form in which it came, or the hub's when none did)."""
+        asked = options.get("use_cache")
+        use = bool(getattr(self.config, "use_cache", False) and not train if asked is None else asked)
+        if not self.spec.causal:
+            if asked or past is not None:
+                raise ValueError(
+                    "a model that looks both ways has no cache: leave out use_cache and past_key_values"
+                )
+            return None, False
+        if isinstance(past, Cache):
+            return past, False
+        if past is not None:
+            return from_tuples(past), True
+        if not use:
+            return None, False
+        tokens = given.get("input_ids", given.get("inputs_embeds"))
+        nested = tokens is not None and len(tokens.shape) == (3 if "input_ids" in given else 4)
+        rows = 0 if tokens is None else size(tokens, 0) * (size(tokens, 1) if nested else 1)
+        return self._new_cache(rows, None), True
+
+    def init_cache(self, batch_size: int, max_length: int) -> Cache:
+        """An empty cache for so many rows of up to `max_length` tokens, to be given as `past_key_values`."""
+        return self._new_cache(batch_size, max_length)
+
+    def _new_cache(self: Any, rows: Size, max_length: int | None) -> Cache:
+        return init_cache(self.spec, rows, max_length, self.compute_dtype)
+
+    def _wanted(self, made: Checked, options: Mapping[str, Any], train: bool) -> Wanted:
+        keep = options.get("logits_to_keep") or 0
+        if not isinstance(keep, int):
+            raise TypeError(
+                f"logits_to_keep must be how many of the last tokens, an int, got {type(keep).__name__}"
+            )
+        return Wanted(
+            train=train,
+            attentions=self._option(options, "output_attentions"),
+            hidden_states=self._option(options, "output_hidden_states"),
+            fresh=made.fresh,
+            keep=keep,
+            choices=made.choices,
+            nested=made.nested,
+        )
+
+    def _option(self, options: Mapping[str, Any], name: str) -> bool:
+        value = options.get(name)
+        return bool(getattr(self.config, name) if value is None else value)

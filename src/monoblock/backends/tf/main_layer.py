@@ -1,0 +1,146 @@
+"""The bare model as a layer, which every model holds under the family's prefix; `TF*MainLayer` are made of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from monoblock.backends.tf import heads
+from monoblock.backends.tf.cache import Cache
+from monoblock.backends.tf.forward import Forward
+from monoblock.backends.tf.inputs import prepare
+from monoblock.backends.tf.layers import Leaves
+from monoblock.backends.tf.model import (
+    Attention,
+    AttentionNorm,
+    Block,
+    Embeddings,
+    Mlp,
+    Narrow,
+    Stack,
+    Widen,
+    Wrapper,
+    looked_up,
+    positioned,
+    run_layers,
+    with_patches,
+)
+from monoblock.backends.tf.ops import Tensor, size
+from monoblock.backends.tf.parts import Builder, Part, at, places
+from monoblock.backends.tf.serving import Configured
+from monoblock.backends.xla.checked import dropouts
+from monoblock.backends.xla.inputs import AT_REST, Wanted
+from monoblock.config import PretrainedConfig, as_own_config
+from monoblock.heads import HeadSpec
+
+KINDS: dict[str, type[Part]] = {
+    "attention": Attention,
+    "attention_norm": AttentionNorm,
+    "embeddings": Embeddings,
+    "layer": Block,
+    "mlp": Mlp,
+    "mlp_add": Mlp,
+    "narrow": Narrow,
+    "stack": Stack,
+    "widen": Widen,
+    "wrapper": Wrapper,
+    **heads.KINDS_OF_PARTS,
+}
+
+
+class MainLayer(Forward, Configured, Part):
+    """The bare model: hidden states, and what a pooler makes of them where the family has one.
+
+    Its weights are made by the model that holds it, or at its first call. `head`: that model's, whose dropouts draw
+    from the layer's seeds too.
+    """
+
+    def __init__(self, config: PretrainedConfig, *, head: HeadSpec | None = None, **kwargs: Any) -> None:
+        super().__init__(autocast=False, **kwargs)
+        self.config = as_own_config(config, self.family.config, type(self).__name__)
+        self.spec, kind = config.to_spec(), self.row.head
+        self.head_spec = config.to_head(kind) if kind else None
+        self.gradient_checkpointing = bool(getattr(config, "gradient_checkpointing", False))
+        self.layout, names = self.family.tree(config), self.family.keras_names
+        leaf = Leaves(self.spec, self.head_spec, self.dtype_policy, names.table)
+        Builder(self.spec, KINDS, leaf, names).fill(self, self.layout)
+        self.places = places(self.layout)
+        rates = [*dropouts(self.spec, self.head_spec), *dropouts(self.spec, head)]
+        self.seeds = keras.random.SeedGenerator() if any(rates) else None
+
+    def at(self, role: str, layer: int | None = None) -> Any:
+        """The layer that plays a role, in that block where it is one of a block's; None if there is none."""
+        return at(self, self.places[role], layer) if role in self.places else None
+
+    def lookup(self, input_ids: Tensor) -> Tensor:
+        """Token ids (b, s) as vectors (b, s, w)."""
+        return looked_up(self.at("embed"), input_ids, self.spec)
+
+    def seed(self, wanted: Wanted) -> Tensor | None:
+        """The seed of a call's dropouts; None if nothing drops."""
+        return tf.cast(self.seeds.next(), tf.int32) if wanted.train and self.seeds is not None else None
+
+    @tf.autograph.experimental.do_not_convert
+    def network(
+        self, given: Mapping[str, Tensor], cache: Cache | None = None, wanted: Wanted = AT_REST
+    ) -> dict[str, Any]:
+        found = self.hidden(given, cache, wanted, self.seed(wanted))
+        if self.has("pooler"):
+            found["pooler_output"] = self.call_role("pooler", found["last_hidden_state"])
+        return found
+
+    def hidden(
+        self, given: Mapping[str, Tensor], cache: Cache | None, wanted: Wanted, seed: Tensor | None
+    ) -> dict[str, Any]:
+        """The outputs without the pooler's; see `network`."""
+        x, types = given.get("inputs_embeds"), given.get("token_type_ids")
+        x = self.lookup(given["input_ids"]) if x is None else tf.cast(x, self.compute_dtype)
+        if (patches := given.get("image_patches")) is not None:
+            patches = tf.cast(patches, self.compute_dtype)
+            x = with_patches(self.role("patch_embed"), x, patches, given["patch_rows"])
+        if types is not None:
+            x = x + self.lookup(types)
+        count = size(x, 1)
+        call = prepare(self.spec, given, count, cache, wanted)
+        call = replace(call, seed=seed, checkpointing=self.gradient_checkpointing)
+        held = None if cache is None else tuple(cache.layer(i) for i in range(self.spec.layers))
+        x = (
+            self.call_role("embeddings", x, call=call)
+            if self.has("embeddings")
+            else positioned(self, x, call)
+        )
+        if self.has("stack"):
+            out = self.call_role("stack", x, call=call, layers=held, hidden_states=wanted.hidden_states)
+        else:
+            out = run_layers(self, x, call, held, wanted.hidden_states)
+        found = {
+            "last_hidden_state": out.hidden,
+            "hidden_states": out.hidden_states,
+            "attentions": out.attentions,
+        }
+        if cache is not None and out.layers is not None:
+            seen = tf.zeros((), tf.int32) if wanted.fresh else cache.length
+            found["past_key_values"] = replace(
+                cache,
+                keys=tuple(layer.keys for layer in out.layers),
+                values=tuple(layer.values for layer in out.layers),
+                length=seen + count,
+            )
+        return found
+
+    # ------------------------------------------------------------------ Keras's files
+
+    def save_own_variables(self, store: Any) -> None:
+        """Beside the layers' weights, the state of the dropouts: training goes on as if it had not been cut."""
+        if self.seeds is not None:
+            store["seeds"] = self.seeds.state.numpy()
+
+    def load_own_variables(self, store: Any) -> None:
+        """What `save_own_variables` kept; files without it are fine."""
+        if self.seeds is not None and "seeds" in store.keys():  # noqa: SIM118, as it is no dict
+            self.seeds.state.assign(np.asarray(store["seeds"]))

@@ -1,0 +1,89 @@
+"""What is wrong with values that a graph gets is said in one sentence: while tracing where it can be seen, else when it
+runs; and AutoGraph has nothing to say."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from tf_made import model
+
+IDS = np.array([[5, 9, 11, 20], [7, 30, 31, 32]], np.int32)
+OPEN = tf.TensorSpec((None, None), tf.int32)
+LONG = np.full((1, 70), 7, np.int32)
+
+LOOPS: dict[str, tuple[dict[str, Any], str]] = {
+    "ids": (
+        {"input_ids": IDS + 80, "labels": IDS % 3},
+        r"input_ids must be 0 to 88 \(is this the tokenizer of this model\?\), but go from 85 to 112",
+    ),
+    "negative": ({"input_ids": IDS - 6, "labels": IDS % 3}, r"input_ids must be .* but go from -1 to 26"),
+    "labels": (
+        {"input_ids": IDS, "labels": np.where(IDS == 9, -100, IDS)},
+        r"labels must be 0 to 3 \(-100 stands for none\), but go from 0 to 32",
+    ),
+    "length": (
+        {"input_ids": LONG, "labels": LONG % 3},
+        "has 64 learned positions, but the text has 70 tokens",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", LOOPS)
+@pytest.mark.parametrize("known", [True, False], ids=["known lengths", "open lengths"])
+def test_loops_of_keras(case: str, known: bool) -> None:
+    given, message = LOOPS[case]
+    ours = model("MPNetForTokenClassification")
+    ours.compile("sgd", jit_compile=False)
+    data: Any = given
+    if not known:
+        spec = dict.fromkeys(given, OPEN)
+        data = tf.data.Dataset.from_generator(lambda: iter([given]), output_signature=spec)
+    for loop in (ours.fit, ours.evaluate, *(() if case == "labels" else (ours.predict,))):
+        with pytest.raises(ValueError, match=message) as caught:
+            loop(data, verbose=0)
+        text = str(caught.value)
+        assert "\n" not in text or "while tracing" in text or "user code" in text
+
+
+@pytest.mark.parametrize("name", ["MPNetModel", "GPTNeoModel", "OpenAIGPTModel"])
+def test_too_long_while_tracing(name: str) -> None:
+    """Positions from ids, and from the mask, have no values in a graph: padding counts there."""
+    ours = model(name)
+
+    @tf.function(autograph=False)
+    def run(ids: Any) -> Any:
+        return ours(input_ids=ids, attention_mask=tf.ones_like(ids)).last_hidden_state
+
+    with pytest.raises(ValueError, match=r"has 6\d learned positions, but the text has 70 tokens"):
+        run.get_concrete_function(tf.TensorSpec((1, 70), tf.int32))
+    open_ = tf.function(run.python_function, input_signature=[OPEN], autograph=False)
+    assert open_(tf.constant(IDS)).shape == (2, 4, 36)
+    with pytest.raises(tf.errors.InvalidArgumentError, match=r"learned positions, but the text has\] \[70"):
+        open_(tf.constant(LONG))
+
+
+def test_graphs_of_the_users() -> None:
+    ours = model("GPTNeoForCausalLM")
+    run = tf.function(ours, autograph=False)
+    with pytest.raises(tf.errors.InvalidArgumentError, match="input_ids must be 0 to 88"):
+        run(tf.constant(IDS + 80))
+    with pytest.raises(tf.errors.InvalidArgumentError, match="position_ids must be 0 to 63"):
+        run(input_ids=tf.constant(IDS), position_ids=tf.constant(IDS * 3))
+    with pytest.raises(
+        ValueError, match=r"^labels must be 0 to 88 \(-100 stands for none\), but go from 99 to 99$"
+    ):
+        ours(IDS, labels=np.full_like(IDS, 99))
+
+
+def test_autograph_says_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    ours = model("GPTNeoForCausalLM")
+    with caplog.at_level(logging.WARNING):
+        for options in ({"jit_compile": True}, {}):
+            run = tf.function(ours.generate, **options)
+            assert run(tf.constant(IDS), max_new_tokens=2, do_sample=False).shape == (2, 6)
+        assert tf.function(ours)(tf.constant(IDS)).logits.shape == (2, 4, 89)
+    assert not [record for record in caplog.records if "AutoGraph" in record.getMessage()]
