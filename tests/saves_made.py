@@ -52,7 +52,7 @@ def save_again(folder: Path, tag: int) -> None:
 def save_flax(folder: Path, tag: int, *, per_shard: int = 3) -> None:
     """The same, as flax_model.msgpack."""
     beside = {"config.json": config(tag)}
-    save_msgpack(folder, tensors(tag), embeddings=(), max_shard_size=per_shard * BYTES, beside=beside)
+    save_msgpack(folder, tensors(tag), max_shard_size=per_shard * BYTES, beside=beside)
 
 
 def replace(folder: Path, tag: int) -> None:

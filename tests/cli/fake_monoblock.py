@@ -73,9 +73,9 @@ class Model:
         return SimpleNamespace(past_key_values=None)
 
 
-def load(source: Source, hub: Hub, attention: str | None = None) -> engine.Engine:
+def load(source: Source, hub: Hub, attention: str | None = None, what: str = "") -> engine.Engine:
     """In place of `engine.load`."""
-    del hub, attention
+    del hub, attention, what
     if source.model == "missing":
         raise OSError("missing is not a folder, and the hub has no model of that name")
     tokenizer = Tokenizer(template=source.model == "with-template")

@@ -6,8 +6,9 @@ import logging
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from monoblock.checkpoint.hub import Kind
+from monoblock.checkpoint.hub import Kind, find_weights, of_one_save
 from monoblock.checkpoint.options import HubOptions
+from monoblock.checkpoint.store import open_store
 
 log = logging.getLogger("monoblock")
 
@@ -43,3 +44,26 @@ class LoadOptions:
     def preferred(self, kwargs: dict[str, Any]) -> tuple[Kind, ...]:
         """The kinds of files in the order in which they are looked for; `from_pt=True` asks for PyTorch's own."""
         return ("safetensors", "bin" if kwargs.pop("from_pt", False) else self.native)
+
+
+def opened(
+    cls: Any, name: Any, config: Any, options: LoadOptions, kwargs: dict[str, Any]
+) -> tuple[Any, Any, Any]:
+    """What a model of a class is made of: its config, its generation config (or None) and its opened weights, all of
+    one save of the folder or repository `name`. TypeError: a keyword that the config does not know."""
+
+    def read() -> tuple[Any, Any, Any]:
+        settings, unused = cls._config_for(name, config, options.hub, kwargs)
+        if unused:
+            raise TypeError(f"from_pretrained does not know the argument {next(iter(unused))!r}")
+        generation = cls.file_generation_config(name, options.hub) if cls.row.head == "causal" else None
+        files = find_weights(
+            name,
+            options.hub,
+            variant=options.variant,
+            use_safetensors=options.use_safetensors,
+            prefer=options.prefer,
+        )
+        return settings, generation, open_store(files, "np")
+
+    return of_one_save(name, options.hub, read)

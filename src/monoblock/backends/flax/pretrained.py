@@ -25,12 +25,11 @@ from monoblock.backends.flax.outputs import output_class
 from monoblock.backends.flax.parameters import Parameters
 from monoblock.backends.flax.sharding import Sharded
 from monoblock.backends.flax.training import Training
+from monoblock.backends.options import opened
 from monoblock.backends.xla.inputs import Wanted
-from monoblock.checkpoint.hub import find_weights, of_one_save
 from monoblock.checkpoint.msgpack_save import save_msgpack
 from monoblock.checkpoint.options import HubOptions
 from monoblock.checkpoint.save import save_tensors
-from monoblock.checkpoint.store import open_store
 from monoblock.config import CONFIG_NAME, PretrainedConfig, as_own_config
 from monoblock.generation.config import GENERATION_CONFIG_NAME
 
@@ -187,23 +186,7 @@ class FlaxPreTrainedModel(Parameters, Sharded, Training, Generation):
                 f"{cls.__name__}.from_pretrained takes two positional arguments: a name and a dtype"
             )
         options = LoadOptions(kwargs)
-        name = pretrained_model_name_or_path
-
-        def read() -> tuple[Any, Any, Any]:
-            settings, unused = cls._config_for(name, config, options.hub, kwargs)
-            if unused:
-                raise TypeError(f"from_pretrained does not know the argument {next(iter(unused))!r}")
-            generation = cls.file_generation_config(name, options.hub) if cls.row.head == "causal" else None
-            files = find_weights(
-                name,
-                options.hub,
-                variant=options.variant,
-                use_safetensors=options.use_safetensors,
-                prefer=options.prefer,
-            )
-            return settings, generation, open_store(files, "np")
-
-        settings, generation, store = of_one_save(name, options.hub, read)
+        settings, generation, store = opened(cls, pretrained_model_name_or_path, config, options, kwargs)
         model = cls(settings, dtype=dtype, _do_init=options.do_init, **options.init)
         params = model._load(store, options)
         if generation is not None:

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Self
 
 import tensorflow as tf
 
+from monoblock.backends.options import opened
 from monoblock.backends.tf import heads, layers, loading
 from monoblock.backends.tf.cache import Cache
 from monoblock.backends.tf.decode import Generation
@@ -23,7 +24,7 @@ from monoblock.backends.tf.serving import Serving
 from monoblock.backends.tf.training import Training
 from monoblock.backends.xla.inputs import AT_REST, Wanted
 from monoblock.checkpoint.hdf5 import is_weights
-from monoblock.checkpoint.hub import WeightFiles, find_weights, of_one_save
+from monoblock.checkpoint.hub import WeightFiles
 from monoblock.checkpoint.options import HubOptions
 from monoblock.checkpoint.save import save_tensors
 from monoblock.checkpoint.store import open_store
@@ -151,23 +152,7 @@ class TFPreTrainedModel(Forward, Training, Serving, Holder, Parameters, Generati
                 f"{cls.__name__}.from_pretrained takes one positional argument, got {1 + len(model_args)}"
             )
         options = LoadOptions(kwargs)
-        name = pretrained_model_name_or_path
-
-        def read() -> tuple[Any, Any, Any]:
-            settings, unused = cls._config_for(name, config, options.hub, kwargs)
-            if unused:
-                raise TypeError(f"from_pretrained does not know the argument {next(iter(unused))!r}")
-            generation = cls.file_generation_config(name, options.hub) if cls.row.head == "causal" else None
-            files = find_weights(
-                name,
-                options.hub,
-                variant=options.variant,
-                use_safetensors=options.use_safetensors,
-                prefer=options.prefer,
-            )
-            return settings, generation, open_store(files, "np")
-
-        settings, generation, store = of_one_save(name, options.hub, read)
+        settings, generation, store = opened(cls, pretrained_model_name_or_path, config, options, kwargs)
         with layers.empty():
             dtype = loading.chosen_dtype(options.dtype, settings.dtype, store)
             model = cls(settings, dtype=dtype, name=options.name)
