@@ -22,8 +22,6 @@ COUNT = sum(LENGTHS)
 NUMBERS = np.repeat(np.arange(len(LENGTHS)), LENGTHS)[None]
 PLACES = np.concatenate([np.arange(length) for length in LENGTHS])[None]
 ENDS = np.cumsum(LENGTHS)
-# fp32, 3 layers, logits up to 12, as for PyTorch's: sums in another order.
-ATOL = 1e-5
 
 
 def ids_of(rows: int = 1) -> np.ndarray[Any, Any]:

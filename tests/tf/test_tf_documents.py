@@ -10,12 +10,17 @@ import pytest
 import tensorflow as tf
 import tf_made
 from helpers import PAD
-from measure import assert_close
-from packed_rows import ATOL, COUNT, NAMES, NUMBERS, definition, documents, ids_of, positions
+from measure import assert_close, rounding
+from packed_rows import COUNT, NAMES, NUMBERS, definition, documents, ids_of, positions
 
 from monoblock.backends.tf.checked import checked
 
 MISTRAL = "MistralForCausalLM"
+
+
+def bound(model: Any) -> float:
+    """How far two orders of summation may be apart."""
+    return rounding(model.spec, model(ids_of(), output_hidden_states=True))
 
 
 def alone(model: Any, ids: Any) -> Any:
@@ -29,11 +34,11 @@ def test_logits_and_gradients(name: str, tmp_path: Path) -> None:
     ids, own = ids_of(), positions(theirs.spec)
     expected = alone(model, ids)
     found = model(ids, position_ids=own, output_hidden_states=True)
-    assert_close(f"{name} packed", found.logits, expected, ATOL)
+    assert_close(f"{name} packed", found.logits, expected, bound(model))
     oracle = definition(theirs, ids, position_ids=own)
-    assert_close(f"{name} packed, oracle", found.hidden_states[-1], oracle, ATOL)
+    assert_close(f"{name} packed, oracle", found.hidden_states[-1], oracle, bound(model))
     eager = model(ids, position_ids=own, output_attentions=True).logits
-    assert_close(f"{name} eager", eager, expected, ATOL)
+    assert_close(f"{name} eager", eager, expected, bound(model))
     weights = np.random.default_rng(0).standard_normal(expected.shape).astype(np.float32) / COUNT / 89
 
     @tf.function(autograph=False)
@@ -61,13 +66,13 @@ def test_rows_and_padding(name: str) -> None:
     expected, own = alone(model, ids).numpy(), positions(model.spec)
     mixed = np.concatenate((own, own[:, :1] + np.arange(COUNT)))
     whole = np.concatenate((expected[:1], model(ids[1:]).logits))
-    assert_close(f"{name} packed and not", model(ids, position_ids=mixed).logits, whole, ATOL)
+    assert_close(f"{name} packed and not", model(ids, position_ids=mixed).logits, whole, bound(model))
     for padded in (slice(37, None), slice(0, 12), slice(12, 17)):
         mask = np.ones_like(ids)
         mask[0, padded] = 0
         pads = np.where(mask == 0, PAD, ids)
         found = model(pads, attention_mask=mask, position_ids=own.repeat(2, axis=0)).logits.numpy()
-        assert_close(f"{name} packed, padded", found[mask != 0], expected[mask != 0], ATOL)
+        assert_close(f"{name} packed, padded", found[mask != 0], expected[mask != 0], bound(model))
 
 
 def test_what_begins_a_document() -> None:
@@ -84,6 +89,6 @@ def test_what_begins_a_document() -> None:
     np.testing.assert_array_equal(segments(own), NUMBERS)
     for use_cache in (False, True):
         found = model(ids, position_ids=own, use_cache=use_cache)
-        assert_close("packed, cached", found.logits, alone(model, ids), ATOL)
+        assert_close("packed, cached", found.logits, alone(model, ids), bound(model))
     past = model(ids, past_key_values=model.init_cache(1, 2 * COUNT)).past_key_values
     assert segments(own, past) is None
