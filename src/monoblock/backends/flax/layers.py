@@ -13,8 +13,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
+from monoblock import roles
 from monoblock.heads import KINDS, HeadSpec
-from monoblock.spec import ArchSpec, Buckets, Learned, Norm
+from monoblock.spec import ArchSpec, Norm
 
 
 class RMSNorm(nn.Module):
@@ -72,11 +73,12 @@ def leaf(
 ) -> nn.Module | None:
     """The module of a role; None where the model has none of it, or it is a function here (activations, dropout)."""
     normal = nn.initializers.normal(spec.init_std)
-    if (matrix := _matrix(role, spec, head)) is not None:
-        return nn.Dense(matrix[0], use_bias=matrix[1], dtype=dtype, kernel_init=normal)
-    if (norm := _norm(role, spec, head)) is not None:
-        return make_norm(norm, classes, dtype)
-    if (table := _table(role, spec)) is not None:
+    if (matrix := roles.matrix(role, spec, head)) is not None:
+        _, outputs, bias = matrix
+        return nn.Dense(outputs, use_bias=bias, dtype=dtype, kernel_init=normal)
+    if (norm := roles.norm(role, spec, head)) is not None:
+        return make_norm(norm[0], classes, dtype)
+    if (table := roles.table(role, spec)) is not None:
         return nn.Embed(*table, dtype=dtype, embedding_init=normal)
     if role == "head_out" and head is not None:
         return projection(spec, head, KINDS[head.kind].bias, dtype)
@@ -89,64 +91,3 @@ def projection(spec: ArchSpec, head: HeadSpec, bias: bool, dtype: Any) -> Projec
         return None
     own = not (KINDS[head.kind].size == "vocab" and spec.tie_head)
     return Projection(size, bias, own, spec.init_std, dtype)
-
-
-def _matrix(role: str, spec: ArchSpec, head: HeadSpec | None) -> tuple[int, bool] | None:
-    """Outputs, and whether there is a bias."""
-    att, mlp = spec.attention, spec.mlp
-    q, kv = att.heads * att.head_dim, att.kv_heads * att.head_dim
-    match role:
-        case "qkv" | "qkv_by_head":
-            return q + 2 * kv, att.qkv_bias
-        case "q":
-            return q, att.qkv_bias
-        case "k" | "v":
-            return kv, att.qkv_bias
-        case "out":
-            return spec.width, att.out_bias
-        case "up":
-            return mlp.width, mlp.bias
-        case "gate" if mlp.gated:
-            return mlp.width, mlp.bias
-        case "gate_up":
-            return 2 * mlp.width, mlp.bias
-        case "down":
-            return spec.width, mlp.bias
-        case "patch_embed" if spec.patches:
-            return spec.width, True
-        case "head_dense":
-            return spec.width, True
-        case "head_summary" if head and head.summary and head.summary.size is not None:
-            return head.summary.size, True
-        case _:
-            return None
-
-
-def _norm(role: str, spec: ArchSpec, head: HeadSpec | None) -> Norm | None:
-    match role:
-        case "norm1" | "norm2":
-            return spec.norm
-        case "q_norm" | "k_norm":
-            return spec.attention.qk_norm and spec.attention.qk_norm.norm
-        case "embed_norm":
-            return spec.embed_norm
-        case "final_norm":
-            return spec.final_norm
-        case "head_norm":
-            return head and head.norm
-        case _:
-            return None
-
-
-def _table(role: str, spec: ArchSpec) -> tuple[int, int] | None:
-    """Rows and columns."""
-    learned, buckets = spec.position(Learned), spec.position(Buckets)
-    match role:
-        case "embed":
-            return spec.vocab, spec.width
-        case "pos_embed" if learned:
-            return learned.size, spec.width
-        case "rel_bias" if buckets:
-            return buckets.count, spec.attention.heads
-        case _:
-            return None

@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from monoblock import roles
 from monoblock.backends.pytorch.kernels import dispatch, native_ops
 from monoblock.backends.pytorch.kernels.linear import Linear, product
 from monoblock.backends.pytorch.ops import ACT, rotations
 from monoblock.backends.pytorch.parts import Named, named
 from monoblock.heads import KINDS, HeadSpec
-from monoblock.spec import ACTIVATIONS, ArchSpec, Buckets, Learned, Norm, Rotary
+from monoblock.spec import ACTIVATIONS, ArchSpec, Learned, Norm, Rotary
 
 
 class RMSNorm(Named, nn.RMSNorm):
@@ -147,40 +148,19 @@ class Leaves:
         self.spec, self.head = spec, head
 
     def __call__(self, role: str, classes: Mapping[str, str]) -> nn.Module | None:
+        spec, head, drop = self.spec, self.head, self.spec.dropout
+        if (sizes := roles.matrix(role, spec, head)) is not None:
+            return (Conv1D if roles.transposed(role, classes) else Linear)(*sizes)
+        if (norm := roles.norm(role, spec, head)) is not None:
+            return make_norm(*norm, classes.get("norm"))
         if role.startswith("head_"):
             return self._head(role)
-        if (sizes := self._matrix(role)) is not None:
-            return (Conv1D if classes.get("linear") == "Conv1D" else Linear)(*sizes)
-        spec, att, drop = self.spec, self.spec.attention, self.spec.dropout
-        norms = {
-            "embed_norm": spec.embed_norm,
-            "norm1": spec.norm,
-            "norm2": spec.norm,
-            "final_norm": spec.final_norm,
-        }
+        if (table := roles.table(role, spec)) is not None:
+            return nn.Embedding(*table, padding_idx=self._padding(role))
         match role:
-            case "embed":
-                # Padding that is told by its id is not trained, nor is its position.
-                learned = spec.position(Learned)
-                return nn.Embedding(spec.vocab, spec.width, padding_idx=learned.pad_id if learned else None)
-            case "pos_embed":
-                learned = spec.position(Learned)
-                if learned is None:
-                    return None
-                padding = None if learned.pad_id is None else learned.offset - 1
-                return nn.Embedding(learned.size, spec.width, padding_idx=padding)
-            case "rel_bias":
-                buckets = spec.position(Buckets)
-                return buckets and nn.Embedding(buckets.count, att.heads)
             case "rotary":
                 rotary = spec.position(Rotary)
                 return rotary and named(RotaryEmbedding, classes.get("rotary", "RotaryEmbedding"))(rotary)
-            case "q_norm" | "k_norm":
-                if att.qk_norm is None:
-                    return None
-                heads = att.heads if role == "q_norm" else att.kv_heads
-                width = att.head_dim * (1 if att.qk_norm.span == "head" else heads)
-                return make_norm(att.qk_norm.norm, width, classes.get("norm"))
             case "act":
                 return named(Activation, classes.get("act", NAMES[spec.mlp.act]))(spec.mlp.act)
             case "embed_drop":
@@ -189,37 +169,17 @@ class Leaves:
                 return nn.Dropout(drop.attention)
             case "out_drop" | "mlp_drop" | "layer_drop":
                 return nn.Dropout(drop.residual)
-            case "gate" | "patch_embed":
+            case _ if role in roles.OPTIONAL:
                 return None
-            case _ if role in norms:
-                norm = norms[role]
-                return norm and make_norm(norm, spec.width, classes.get("norm"))
             case _:
                 raise ValueError(f"no module plays the role {role!r}")
 
-    def _matrix(self, role: str) -> tuple[int, int, bool] | None:
-        """Inputs, outputs and whether there is a bias."""
-        spec, att, mlp = self.spec, self.spec.attention, self.spec.mlp
-        q, kv = att.heads * att.head_dim, att.kv_heads * att.head_dim
-        match role:
-            case "qkv" | "qkv_by_head":
-                return spec.width, q + 2 * kv, att.qkv_bias
-            case "q":
-                return spec.width, q, att.qkv_bias
-            case "k" | "v":
-                return spec.width, kv, att.qkv_bias
-            case "out":
-                return q, spec.width, att.out_bias
-            case "up":
-                return spec.width, mlp.width, mlp.bias
-            case "down":
-                return mlp.width, spec.width, mlp.bias
-            case "gate" if mlp.gated:
-                return spec.width, mlp.width, mlp.bias
-            case "patch_embed" if spec.patches:
-                return spec.patches.size, spec.width, True
-            case _:
-                return None
+    def _padding(self, role: str) -> int | None:
+        """The row of a table that is not trained: padding that is told by its id, and its position."""
+        learned = self.spec.position(Learned)
+        if learned is None or learned.pad_id is None:
+            return None
+        return {"embed": learned.pad_id, "pos_embed": learned.offset - 1}.get(role)
 
     def _head(self, role: str) -> nn.Module | None:
         spec, head = self.spec, self.head
@@ -229,14 +189,10 @@ class Leaves:
             case "head_out":
                 size = head.size(spec.vocab)
                 return None if size is None else Linear(spec.width, size, bias=kind.bias)
-            case "head_dense":
-                return Linear(spec.width, spec.width)
-            case "head_norm":
-                return head.norm and make_norm(head.norm, spec.width)
             case "head_drop":
                 return nn.Dropout(head.dropout)
-            case "head_summary" if summary:
-                return nn.Identity() if summary.size is None else Linear(spec.width, summary.size)
+            case "head_summary" if summary:  # without a size
+                return nn.Identity()
             case "head_act":
                 return nn.Identity() if summary and not summary.tanh else nn.Tanh()
             case "head_drop_in" if summary:

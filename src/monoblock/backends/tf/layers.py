@@ -11,9 +11,10 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from monoblock import roles
 from monoblock.backends.tf.ops import ACT, Tensor, dropped
 from monoblock.heads import KINDS, HeadSpec
-from monoblock.spec import ArchSpec, Buckets, Learned, Norm
+from monoblock.spec import ArchSpec, Norm
 
 _EMPTY = contextvars.ContextVar("empty", default=False)
 
@@ -37,20 +38,23 @@ def initial(spec: ArchSpec) -> Any:
     return "zeros" if _EMPTY.get() else keras.initializers.RandomNormal(stddev=spec.init_std)
 
 
-class Conv1D(keras.layers.Dense):
+class _Quantized:
+    """Keras's quantisation for subclasses of its layers, which it refuses by their type."""
+
+    def quantize(self, mode: Any = None, type_check: bool = True, **how: Any) -> None:
+        """As Keras's."""
+        del type_check
+        parent: Any = super()
+        parent.quantize(mode, type_check=False, **how)
+
+
+class Conv1D(_Quantized, keras.layers.Dense):  # pyright: ignore[reportIncompatibleMethodOverride]
     """`x @ weight + bias`, the weight (inputs, outputs) and the bias (1, outputs)."""
 
     def add_weight(self, *args: Any, name: Any = None, shape: Any = None, **kwargs: Any) -> Any:
         """As Keras's, by this layer's names and shapes."""
         name, shape = {"kernel": "weight"}.get(name, name), (1, *shape) if name == "bias" else shape
         return super().add_weight(*args, name=name, shape=shape, **kwargs)
-
-    def quantize(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self, mode: Any = None, type_check: bool = True, **how: Any
-    ) -> None:
-        """As Keras's, which takes no subclasses."""
-        del type_check
-        super().quantize(mode, type_check=False, **how)
 
     @property
     def weight(self) -> Any:
@@ -69,19 +73,12 @@ class Conv1D(keras.layers.Dense):
         return kernel.shape[0]
 
 
-class Table(keras.layers.Embedding):
+class Table(_Quantized, keras.layers.Embedding):  # pyright: ignore[reportIncompatibleMethodOverride]
     """An embedding whose variable is called `weight`."""
 
     def add_weight(self, *args: Any, name: Any = None, **kwargs: Any) -> Any:
         """As Keras's, by this layer's name."""
         return super().add_weight(*args, name={"embeddings": "weight"}.get(name, name), **kwargs)
-
-    def quantize(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self, mode: Any = None, type_check: bool = True, **how: Any
-    ) -> None:
-        """As Keras's, which takes no subclasses."""
-        del type_check
-        super().quantize(mode, type_check=False, **how)
 
     @property
     def weight(self) -> Any:
@@ -159,26 +156,16 @@ class Leaves:
         self.spec, self.head, self.policy, self.table = spec, head, policy, table
 
     def __call__(self, role: str, classes: Mapping[str, str], name: str, layer: int) -> Leaf | None:
+        spec, head, drop = self.spec, self.head, self.spec.dropout
+        if (sizes := roles.matrix(role, spec, head)) is not None:
+            return self._linear(*sizes, name, conv=roles.transposed(role, classes))
+        if (norm := roles.norm(role, spec, head)) is not None:
+            return self._norm(*norm, name)
+        if (table := roles.table(role, spec)) is not None:
+            return self._rows(*table, name, self.table if role == "embed" else "embeddings")
         if role.startswith("head_"):
             return self._head(role, name)
-        if (sizes := self._matrix(role)) is not None:
-            return self._linear(*sizes, name, conv=classes.get("linear") == "Conv1D")
-        spec, att, drop = self.spec, self.spec.attention, self.spec.dropout
         match role:
-            case "embed":
-                return self._rows(spec.vocab, spec.width, name, self.table)
-            case "pos_embed":
-                learned = spec.position(Learned)
-                return learned and self._rows(learned.size, spec.width, name)
-            case "rel_bias":
-                buckets = spec.position(Buckets)
-                return buckets and self._rows(buckets.count, att.heads, name)
-            case "q_norm" | "k_norm":
-                if att.qk_norm is None:
-                    return None
-                heads = att.heads if role == "q_norm" else att.kv_heads
-                width = att.head_dim * (1 if att.qk_norm.span == "head" else heads)
-                return self._norm(att.qk_norm.norm, width, name)
             case "act":
                 return Leaf(ACT[spec.mlp.act])
             case "embed_drop":
@@ -186,37 +173,12 @@ class Leaves:
             case "attn_drop" | "out_drop" | "mlp_drop" | "layer_drop":
                 rate = drop.attention if role == "attn_drop" else drop.residual
                 return self._dropout(rate, OF_LAYER * (layer + 1) + PLACES[role], name)
-            case "gate" | "patch_embed" | "rotary":  # what is computed without a layer, or not there
+            case _ if (
+                role in roles.OPTIONAL or role == "rotary"
+            ):  # what is not there, or computed without a layer
                 return None
-            case "embed_norm" | "norm1" | "norm2" | "final_norm":
-                norms = {"embed_norm": spec.embed_norm, "final_norm": spec.final_norm}
-                return self._norm(norms.get(role, spec.norm), spec.width, name)
             case _:
                 raise ValueError(f"no layer plays the role {role!r}")
-
-    def _matrix(self, role: str) -> tuple[int, int, bool] | None:
-        """Inputs, outputs and whether there is a bias."""
-        spec, att, mlp = self.spec, self.spec.attention, self.spec.mlp
-        q, kv = att.heads * att.head_dim, att.kv_heads * att.head_dim
-        match role:
-            case "qkv" | "qkv_by_head":
-                return spec.width, q + 2 * kv, att.qkv_bias
-            case "q":
-                return spec.width, q, att.qkv_bias
-            case "k" | "v":
-                return spec.width, kv, att.qkv_bias
-            case "out":
-                return q, spec.width, att.out_bias
-            case "up":
-                return spec.width, mlp.width, mlp.bias
-            case "down":
-                return mlp.width, spec.width, mlp.bias
-            case "gate" if mlp.gated:
-                return spec.width, mlp.width, mlp.bias
-            case "patch_embed" if spec.patches:
-                return spec.patches.size, spec.width, True
-            case _:
-                return None
 
     def _head(self, role: str, name: str) -> Leaf | None:
         spec, head = self.spec, self.head
@@ -230,16 +192,10 @@ class Leaves:
                 # The bias over the vocabulary is the part's around it.
                 bias = kind.bias and kind.size != "vocab"
                 return None if outputs is None else self._linear(spec.width, outputs, bias, name)
-            case "head_dense":
-                return self._linear(spec.width, spec.width, True, name)
-            case "head_norm":
-                return self._norm(head.norm, spec.width, name)
             case "head_drop":
                 return self._dropout(head.dropout, HEAD, name)
             case "head_act":
                 return Leaf(tf.identity if summary and not summary.tanh else tf.tanh)
-            case "head_summary" if summary and summary.size is not None:
-                return self._linear(spec.width, summary.size, True, name)
             case "head_drop_in" if summary:
                 return self._dropout(summary.dropout_in, HEAD + 2, name)
             case "head_drop_out" if summary:
@@ -258,8 +214,8 @@ class Leaves:
         begun = initial(self.spec)
         return Leaf(kind(rows, columns, embeddings_initializer=begun, name=name, dtype=self.policy))
 
-    def _norm(self, norm: Norm | None, width: int, name: str) -> Leaf | None:
-        return norm and Leaf(NormLayer(norm, name=name, dtype=self.policy), (None, None, width))
+    def _norm(self, norm: Norm, width: int, name: str) -> Leaf:
+        return Leaf(NormLayer(norm, name=name, dtype=self.policy), (None, None, width))
 
     def _dropout(self, rate: float, place: int, name: str) -> Leaf:
         return Leaf(Dropout(rate, place, name=name, dtype=self.policy))
