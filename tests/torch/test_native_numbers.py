@@ -70,15 +70,31 @@ def test_strange_inputs_spoil_their_row_alone(level: str, kind: str, bits: int) 
 @torch.no_grad()
 def test_tiny_and_huge_inputs(level: str, kind: str, bits: int) -> None:
     """A group's inputs are off by half a step of 127 at most; the tiniest count as 0."""
-    inputs, size = 192, FINITE[kind]
+    for rows in (1, 3, 20):
+        _, error, allowed = of_size(FINITE[kind], rows, bits)
+        assert (error <= allowed).all(), (level, rows)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@torch.no_grad()
+def test_sums_of_the_largest_inputs_overflow_openly(level: str, bits: int) -> None:
+    """Sums of a group's inputs, and products with codes, pass float32's largest number long before the result does:
+    what they give is then not finite, and never another number."""
+    for rows in (1, 3, 20):
+        y, error, allowed = of_size(3e38, rows, bits)
+        assert (~y.isfinite() | (error <= allowed)).all(), (level, rows)
+
+
+def of_size(size: float, rows: int, bits: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A product with inputs of that size, how far it is from the exact one, and how far it may be."""
+    inputs = 192
     packed = formats.pack(torch.rand(9, inputs) * 1e-3, bits, 64)
     weight = packed.unpack(torch.float64)
-    for rows in (1, 3, 20):
-        x = (torch.rand(rows, inputs) * 2 - 1) * size
-        y = product(x, packed)
-        # Sums of products are made with codes up to 255, of which the middle goes again.
-        allowed = (0.5 / 127 + 1e-4) * size * weight.abs().sum(-1) + 1e-36
-        assert ((y - x.double() @ weight.T).abs() <= allowed).all(), (level, rows)
+    x = (torch.rand(rows, inputs) * 2 - 1) * size
+    y = product(x, packed)
+    # Sums of products are made with codes up to 255, of which the middle goes again.
+    allowed = (0.5 / 127 + 1e-4) * size * weight.abs().sum(-1) + 1e-36
+    return y, (y - x.double() @ weight.T).abs(), allowed
 
 
 @pytest.mark.parametrize("name", ["MistralForCausalLM", "GPTNeoForCausalLM", "MptForCausalLM"])
