@@ -106,7 +106,7 @@ def _adaptable(model: ModelBase) -> Iterator[str]:
     for role in _ADAPTABLE:
         if role in model.places:
             yield from (model.place(role, i) for i in range(model.spec.layers))
-    yield next(name for name, module in model.named_modules() if module is model.get_output_embeddings())
+    yield model.place("head_out")
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
