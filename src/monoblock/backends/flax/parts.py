@@ -34,9 +34,9 @@ def computes(kind: str) -> Callable[[T], T]:
     return note
 
 
-class Part(nn.Module):
-    """A module that holds others. `index` is the number of the layer that it is of, `remat`: the backward pass computes
-    each layer again."""
+class _Node(nn.Module):
+    """What parts and the list of layers are made of. `index` is the number of the layer that it is of, `remat`: the
+    backward pass computes each layer again."""
 
     layout: tree.Part
     spec: ArchSpec
@@ -44,6 +44,10 @@ class Part(nn.Module):
     dtype: Any = jnp.float32
     remat: bool = False
     index: int = 0
+
+
+class Part(_Node):
+    """A module that holds others."""
 
     def setup(self) -> None:
         roles: dict[str, str] = {}
@@ -89,15 +93,8 @@ class Part(nn.Module):
         return dropout(self, x, p, train)
 
 
-class Layers(nn.Module):
+class Layers(_Node):
     """The layers one after the other, named by their numbers."""
-
-    layout: tree.Part
-    spec: ArchSpec
-    head_spec: HeadSpec | None = None
-    dtype: Any = jnp.float32
-    remat: bool = False
-    index: int = 0
 
     def setup(self) -> None:
         make = KINDS["layer"]
