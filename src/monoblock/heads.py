@@ -10,6 +10,17 @@ from monoblock.spec import Norm
 Pool = Literal["all", "last", "first"]
 
 
+# Arguments that have an axis of choices where input_ids or inputs_embeds have one.
+BY_CHOICE = (
+    "input_ids",
+    "attention_mask",
+    "token_type_ids",
+    "position_ids",
+    "sequence_id",
+    "inputs_embeds",
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class HeadKind:
     """A kind of head.

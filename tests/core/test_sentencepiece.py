@@ -5,11 +5,11 @@ from __future__ import annotations
 import itertools
 import json
 import random
-import struct
 from pathlib import Path
 
 import pytest
 from mixed_text import mixed_lines
+from protobuf_made import field
 
 from monoblock import AutoTokenizer, CheckpointError, HubError, LlamaTokenizer, UnsupportedConfig
 from monoblock.tokenization.protobuf import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED, read_model
@@ -18,32 +18,14 @@ Piece = tuple[str, float, int]
 BPE, UNIGRAM, CHAR = 2, 1, 4
 
 
-def varint(number: int) -> bytes:
-    number &= (1 << 64) - 1
-    out = bytearray()
-    while number > 0x7F:
-        out.append(number & 0x7F | 0x80)
-        number >>= 7
-    return bytes([*out, number])
-
-
-def part(number: int, value: bytes | int | float) -> bytes:
-    """A field of a message: bytes, an integer or a float."""
-    if isinstance(value, bytes):
-        return varint(number << 3 | 2) + varint(len(value)) + value
-    if isinstance(value, float):
-        return varint(number << 3 | 5) + struct.pack("<f", value)
-    return varint(number << 3) + varint(value)
-
-
 def message(pieces: list[Piece], kind: int = BPE, normalizer: bytes = b"", trainer: bytes = b"") -> bytes:
     """A model: its pieces, and a normaliser that changes nothing and puts a space before the text."""
     rows = b"".join(
-        part(1, part(1, text.encode()) + part(2, score) + (part(3, type_) if type_ != NORMAL else b""))
+        field(1, field(1, text.encode()) + field(2, score) + (field(3, type_) if type_ != NORMAL else b""))
         for text, score, type_ in pieces
     )
-    fallback = part(35, 1) if any(type_ == BYTE for *_, type_ in pieces) else b""
-    return rows + part(2, part(3, kind) + fallback + trainer) + part(3, part(4, 0) + normalizer)
+    fallback = field(35, 1) if any(type_ == BYTE for *_, type_ in pieces) else b""
+    return rows + field(2, field(3, kind) + fallback + trainer) + field(3, field(4, 0) + normalizer)
 
 
 HEAD: list[Piece] = [("<unk>", 0.0, UNKNOWN), ("<s>", 0.0, CONTROL), ("</s>", 0.0, CONTROL)]
@@ -210,9 +192,9 @@ def test_special_tokens_that_the_model_lacks_are_not_made_up(tmp_path: Path) -> 
 
 def test_normaliser_and_other_spaces(tmp_path: Path) -> None:
     pieces = [*HEAD, ("▁a", -1.0, NORMAL), ("▁", -2.0, NORMAL), ("a", -3.0, NORMAL)]
-    strip = LlamaTokenizer.from_pretrained(model(tmp_path, message(pieces, normalizer=part(4, 1))))
+    strip = LlamaTokenizer.from_pretrained(model(tmp_path, message(pieces, normalizer=field(4, 1))))
     assert strip.tokenize("  a   a ") == ["▁a", "▁a"] and strip.tokenize("   ") == []
-    bare = LlamaTokenizer.from_pretrained(model(tmp_path, message(pieces, normalizer=part(3, 0))))
+    bare = LlamaTokenizer.from_pretrained(model(tmp_path, message(pieces, normalizer=field(3, 0))))
     assert bare.tokenize("a a") == ["a", "▁a"]
 
 
@@ -232,8 +214,8 @@ def test_save_vocabulary_copies_the_file(tmp_path: Path) -> None:
 
 
 def test_fields_in_any_order_and_unknown_ones(tmp_path: Path) -> None:
-    odd = part(3, CONTROL) + part(2, -1.5) + part(9, b"later") + part(10, 7) + part(1, b"x" * 200)
-    model(tmp_path, part(7, 3) + part(1, odd) + part(2, part(40, -1)) + part(1, part(1, b"y")))
+    odd = field(3, CONTROL) + field(2, -1.5) + field(9, b"later") + field(10, 7) + field(1, b"x" * 200)
+    model(tmp_path, field(7, 3) + field(1, odd) + field(2, field(40, -1)) + field(1, field(1, b"y")))
     read = read_model(tmp_path / "tokenizer.model")
     assert read.pieces == ["x" * 200, "y"] and read.scores == [-1.5, 0.0] and read.types == [CONTROL, NORMAL]
     assert read.unk_id == -1 and read.kind == "unigram" and read.dummy_prefix and read.strip
@@ -248,9 +230,9 @@ def test_fields_in_any_order_and_unknown_ones(tmp_path: Path) -> None:
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:4\n", "not a SentencePiece model"),
         (b"<!DOCTYPE html><html></html>", "not a SentencePiece model"),
         (b"\xff" * 50, "a number has no end"),
-        (part(1, part(1, b"\xff\xfe")), "not a SentencePiece model"),
-        (part(1, part(1, 5)), "fields of the wrong type"),
-        (part(1, part(1, b"a") + part(2, b"abc")), "not a SentencePiece model"),
+        (field(1, field(1, b"\xff\xfe")), "not a SentencePiece model"),
+        (field(1, field(1, 5)), "fields of the wrong type"),
+        (field(1, field(1, b"a") + field(2, b"abc")), "not a SentencePiece model"),
     ],
 )
 def test_damaged_files(tmp_path: Path, data: bytes, says: str) -> None:
@@ -263,11 +245,11 @@ def test_damaged_files(tmp_path: Path, data: bytes, says: str) -> None:
     ("data", "says"),
     [
         (message(vocabulary(), CHAR), "model type is 'char'"),
-        (message(vocabulary(), trainer=part(24, 1)), "treat_whitespace_as_suffix"),
-        (message(vocabulary(), normalizer=part(5, 0)), "escape_whitespaces"),
+        (message(vocabulary(), trainer=field(24, 1)), "treat_whitespace_as_suffix"),
+        (message(vocabulary(), normalizer=field(5, 0)), "escape_whitespaces"),
         (message([*vocabulary(), ("q", 0.0, UNUSED)]), "unused pieces, 'q'"),
-        (message(vocabulary()) + part(5, part(2, b"table")), "denormalizer_spec"),
-        (message(HEAD[1:], trainer=part(40, 7)), "unk_id"),
+        (message(vocabulary()) + field(5, field(2, b"table")), "denormalizer_spec"),
+        (message(HEAD[1:], trainer=field(40, 7)), "unk_id"),
     ],
 )
 def test_what_is_not_supported(tmp_path: Path, data: bytes, says: str) -> None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import base64
 import io
 import json
-import struct
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from protobuf_made import field
 
 import monoblock
 
@@ -422,24 +422,6 @@ def trained_model() -> bytes | None:
     return out.getvalue()
 
 
-def _varint(number: int) -> bytes:
-    number &= (1 << 64) - 1
-    out = bytearray()
-    while number > 0x7F:
-        out.append(number & 0x7F | 0x80)
-        number >>= 7
-    return bytes([*out, number])
-
-
-def field(number: int, value: bytes | int | float) -> bytes:
-    """A field of a protocol buffer's message."""
-    if isinstance(value, bytes):
-        return _varint(number << 3 | 2) + _varint(len(value)) + value
-    if isinstance(value, float):
-        return _varint(number << 3 | 5) + struct.pack("<f", value)
-    return _varint(number << 3) + _varint(value)
-
-
 def sentencepiece_model(kind: int) -> bytes:
     """A tokenizer.model written by hand: 1 Unigram, 2 BPE, 3 words."""
     pieces: list[tuple[str, float, int]] = [("<unk>", 0.0, 2), ("<s>", 0.0, 3), ("</s>", 0.0, 3)]
@@ -487,8 +469,8 @@ def shards(folder: Path) -> None:
 def msgpack(folder: Path) -> None:
     from monoblock.checkpoint.msgpack_save import save_msgpack
 
-    arrays = {name: array for name, array in ARRAYS.items() if array.dtype != np.int64}
-    save_msgpack(folder, arrays, embeddings=["embed.weight"])
+    leaves = {name.replace(".", "/"): x for name, x in ARRAYS.items() if x.dtype != np.int64}
+    save_msgpack(folder, leaves)
 
 
 def chunked_msgpack(folder: Path) -> None:

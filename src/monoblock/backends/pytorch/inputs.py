@@ -18,6 +18,7 @@ from monoblock.backends.pytorch.foreign_cache import fill_foreign, from_foreign,
 from monoblock.backends.pytorch.kernels import dispatch
 from monoblock.backends.pytorch.model import Call
 from monoblock.backends.pytorch.ops import Scope
+from monoblock.heads import BY_CHOICE
 from monoblock.positions import has_positions, is_dynamic
 from monoblock.spec import ArchSpec, Learned, Rotary
 
@@ -346,15 +347,7 @@ def flattened(given: dict[str, Any]) -> dict[str, Any]:
     nested = tokens is not None and tokens.dim() == dims
     flat = dict(given, choices=tokens.shape[1] if nested and tokens is not None else 1, nested=nested)
     if nested:
-        names = (
-            "input_ids",
-            "attention_mask",
-            "token_type_ids",
-            "position_ids",
-            "sequence_id",
-            "inputs_embeds",
-        )
-        for name in names:
+        for name in BY_CHOICE:
             value = flat.get(name)
             if value is not None and value.dim() == (4 if name == "inputs_embeds" else 3):
                 flat[name] = value.flatten(0, 1)

@@ -24,7 +24,7 @@ from monoblock.backends.xla.namespace import (
     shown,
 )
 from monoblock.backends.xla.patches import NAMES, patches
-from monoblock.heads import KINDS, HeadSpec
+from monoblock.heads import BY_CHOICE, KINDS, HeadSpec
 from monoblock.positions import has_positions
 from monoblock.spec import ArchSpec, Learned
 
@@ -32,15 +32,6 @@ log = logging.getLogger("monoblock")
 
 CHOOSING = ("choice", "double")
 LABELS = ("labels", "mc_labels", "start_positions", "end_positions", "num_items_in_batch")
-# Arguments that have an axis of choices where input_ids or inputs_embeds have one.
-BY_CHOICE = (
-    "input_ids",
-    "attention_mask",
-    "token_type_ids",
-    "position_ids",
-    "sequence_id",
-    "inputs_embeds",
-)
 
 
 @dataclass
