@@ -42,7 +42,6 @@ class ModelBase(Part):
         """Whether the class predicts the next token."""
         return self.row.head == "causal"
 
-    @property
     def current_head(self) -> HeadSpec:
         """The head, with what was set on the config since the model was made."""
         assert self.head_spec is not None

@@ -172,7 +172,7 @@ def _causal(model: Any, out: Any, given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _sequence(model: Any, out: Any, given: dict[str, Any]) -> dict[str, Any]:
-    hidden, pad_id = out.last_hidden_state, model.current_head.pad_id
+    hidden, pad_id = out.last_hidden_state, model.current_head().pad_id
     if pad_id is None and hidden.shape[0] > 1:
         raise ValueError(
             "Cannot handle batch sizes > 1 if no padding token is defined: set model.config.pad_token_id"
@@ -188,7 +188,9 @@ def _first(model: Any, out: Any, given: dict[str, Any]) -> dict[str, Any]:
 def _classified(model: Any, scores: Tensor, given: dict[str, Any]) -> dict[str, Any]:
     labels, loss = given.get("labels"), None
     if labels is not None:
-        loss = sequence_loss(scores, labels, model.current_head.problem_type, given.get("num_items_in_batch"))
+        loss = sequence_loss(
+            scores, labels, model.current_head().problem_type, given.get("num_items_in_batch")
+        )
     return {"loss": loss, "logits": scores}
 
 
