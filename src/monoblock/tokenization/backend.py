@@ -20,9 +20,11 @@ from monoblock.checkpoint.json_text import MOST_BYTES, parsed
 from monoblock.errors import CheckpointError, FieldError, HubError, UnsupportedConfig
 from monoblock.tokenization import charsmap
 
-# Characters of a token, a pattern or any other text in a tokenizer.json: its tries are as deep as the longest token,
-# and are freed by functions that call themselves. The longest that is known has some 1,000.
+# Characters of a token or any other text in a tokenizer.json: its tries are as deep as the longest token, and are freed
+# by functions that call themselves. The longest that is known has some 1,000.
 MOST_TEXT = 4096
+# Characters of a regular expression: Mistral's tokenizers need 22,000, an alternative for each special token.
+MOST_PATTERN = 1 << 20
 
 _OURS = (CheckpointError, FieldError, HubError, UnsupportedConfig)
 # An ASCII letter need not be escaped; one that is may hide a name from a search.
@@ -83,9 +85,10 @@ def check(raw: bytes, path: Path | str) -> None:
                 fault = "it is not base64"
             if fault is not None:
                 raise CheckpointError(f"{path} has a damaged precompiled_charsmap ({fault}): fetch it again")
-        elif len(text) > MOST_TEXT:
+        elif len(text) > (most := MOST_PATTERN if key == "Regex" else MOST_TEXT):
+            what = "regular expression" if key == "Regex" else "text"
             raise CheckpointError(
-                f"{path} holds a text of {len(text):,} characters; expected at most {MOST_TEXT:,}"
+                f"{path} holds a {what} of {len(text):,} characters; expected at most {most:,}"
             )
 
 
