@@ -61,8 +61,7 @@ def stub() -> str:
     for home, names in sorted(homes.items()):
         parts.append(f"from {home} import (\n" + "".join(f"    {n} as {n},\n" for n in sorted(names)) + ")\n")
     parts.append("\n__version__: str\n\ndef extra_of(module: str | None) -> str | None: ...\n")
-    for names in monoblock._BASES_OF.values():
-        parts += ["\n", *(_base(name) for name in sorted(names))]
+    parts += ["\n", *(_base(name) for names in monoblock._BASES_OF.values() for name in sorted(names))]
     for module in monoblock._MODELS:
         parts += [WRITERS[module](importlib.import_module(module), *row) for row in rows.values()]
     return "".join(parts)

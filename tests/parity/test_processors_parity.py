@@ -226,6 +226,7 @@ def ours(peer, ids, **arguments):
     model = SimpleNamespace(
         ops=TorchOps(),
         generation_config=None,
+        unsupported={},
         input_names=frozenset(),
         max_positions=None,
         compiled=None,
