@@ -224,7 +224,7 @@ class TFPreTrainedModel(Forward, Training, Serving, Holder, Parameters, Generati
         folder = Path(save_directory)
         if folder.is_file():
             raise ValueError(f"save_pretrained needs a folder, but {folder} is a file")
-        self.config.architectures = [self.row.name]
+        self.config.architectures = [self.config.stored_class(self.row.name)]
         self.config.dtype = self.variable_dtype
         texts = {CONFIG_NAME: self.config.to_json_string()}
         if self.generation_config is not None:
