@@ -98,7 +98,9 @@ class RopeConfig(PretrainedConfig):
 
     def finish(self, _given: frozenset[str], /) -> None:
         """Newer files' one dict becomes the two fields, whichever was given."""
-        found = vars(self).pop("rope_parameters", None) or getattr(self, "rope_scaling", None) or {}
+        found: dict[str, Any] = (
+            vars(self).pop("rope_parameters", None) or getattr(self, "rope_scaling", None) or {}
+        )
         scaling = self._alike(dict(found))
         known = frozenset(RopeFields.__annotations__) | _ROPE_NOTES
         if unknown := [name for name in scaling if name not in known and scaling[name] is not None]:

@@ -6,7 +6,7 @@ Source: https://github.com/mistralai/mistral-inference (model.py, args.py).
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from monoblock import tree
 from monoblock.checkpoint.files import read_json, write_atomically
@@ -103,7 +103,8 @@ def config_of(params: dict[str, Any], where: Path) -> MistralConfig:
     if isinstance(window, str) and window.isdigit():  # as some files have it
         fields["sliding_window"] = int(window)
     elif isinstance(window, list):
-        fields["sliding_window"], kinds = _by_layer(window, fields["n_layers"], where)
+        listed = cast("list[Any]", window)
+        fields["sliding_window"], kinds = _by_layer(listed, fields["n_layers"], where)
     elif window is not None and not isinstance(window, int):
         raise UnsupportedConfig(
             f"{where}: sliding_window={brief(window)} is not supported: expected a number, null, or a list of these"
