@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import subprocess
 import sys
@@ -13,12 +14,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import wrong_calls
 from flax_models import CLASSES, config_of, flax_model, ids_of
 from jax.sharding import Mesh, PartitionSpec
 from measure import assert_close
 
 import monoblock
 from monoblock.backends.flax import loading, pretrained
+from monoblock.backends.flax.outputs import output_class
+from monoblock.backends.flax.pretrained import ELSEWHERE
 from monoblock.errors import ShapeMismatch
 
 NAME = "GPTNeoForCausalLM"
@@ -315,6 +319,35 @@ def test_wrong_inputs_get_one_clear_sentence(text: str) -> None:
     with pytest.raises(error, match=text) as caught:
         model(**given)
     assert "\n" not in str(caught.value)
+
+
+@functools.cache
+def scores_of(name: str) -> Any:
+    """What a call gives, with no call: labels are checked by the shapes of scores."""
+    ours = flax_model(name)
+    ids = wrong_calls.CHOICES if ours.row.head in ("double", "choice") else wrong_calls.IDS
+    shapes = jax.eval_shape(lambda: dict(ours(ids, params=ours.params).items()))
+    zeros = {key: jnp.zeros(x.shape) for key, x in shapes.items()}
+    return output_class(ours.row.output)(**zeros)
+
+
+@pytest.mark.parametrize("case", wrong_calls.WRONG)
+def test_wrong_values_get_one_clear_sentence(case: str) -> None:
+    name, given = wrong_calls.arguments(case)
+    ours = flax_model(name)
+    labels = {key: x for key, x in given.items() if key in ELSEWHERE}
+    with pytest.raises(ValueError, match=wrong_calls.WRONG[case][2]) as caught:
+        if labels:
+            ours.compute_loss(scores_of(name), **labels)
+        ours(**given)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("case", wrong_calls.RIGHT)
+def test_whole_numbers_of_any_size_are_ids(case: str) -> None:
+    given, ours = wrong_calls.RIGHT[case], flax_model(NAME)
+    expected = ours(**{name: x.astype(np.int32) for name, x in given.items()}).logits
+    assert np.array_equal(ours(**given).logits, expected)
 
 
 def test_caches_that_do_not_fit_are_refused() -> None:

@@ -8,10 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from monoblock.backends.pytorch.checked import check_chosen
+from monoblock.backends.pytorch.kernels import dispatch
 from monoblock.backends.pytorch.parts import Part
+from monoblock.call_checks import IGNORED, Labels, check_classes, check_places, problem_of
 from monoblock.heads import KINDS, Summary
 
-IGNORED = -100
 Count = Tensor | int | None
 
 
@@ -48,6 +50,7 @@ class SummaryHead(Part):
         if summary.pool == "mean":
             x = hidden_bsw.mean(dim=1)
         elif summary.pool == "cls_index" and positions is not None:
+            check_chosen(positions, *hidden_bsw.shape[:2])
             rows = torch.arange(hidden_bsw.shape[0], device=hidden_bsw.device)
             x = hidden_bsw[rows, positions.reshape(-1).to(hidden_bsw.device)]
         else:
@@ -104,9 +107,21 @@ def last_tokens(
     return hidden_bsw[torch.arange(b, device=last.device), last]
 
 
-def cross_entropy(logits: Tensor, labels: Tensor, count: Count = None) -> Tensor:
+def _described(name: str, labels: Tensor) -> Labels:
+    """Labels for the checks; values of those on the CPU alone, for others the host would wait."""
+    seen = labels.device.type == "cpu" and not labels.is_floating_point() and dispatch.readable(labels)
+    values = labels.numpy() if seen else None
+    return Labels(name, labels.shape, str(labels.dtype).removeprefix("torch."), values)
+
+
+def cross_entropy(logits: Tensor, labels: Tensor, count: Count = None, name: str = "labels") -> Tensor:
     """Mean over the labels that are not -100, or their sum over `count` (for accumulated gradients). Without any
-    label the loss is 0, with a zero gradient."""
+    label the loss is 0, with a zero gradient. ValueError: `name` holds no class for each of the logits (..., v)."""
+    check_classes(_described(name, labels), logits.shape)
+    return _cross_entropy(logits, labels, count)
+
+
+def _cross_entropy(logits: Tensor, labels: Tensor, count: Count) -> Tensor:
     logits, labels = logits.float().flatten(0, -2), labels.long().flatten().to(logits.device)
     total = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
     if count is None:
@@ -121,20 +136,17 @@ def causal_loss(logits_bsv: Tensor, labels_bs: Tensor, count: Count = None) -> T
             f"labels of {labels_bs.shape[1]} tokens came with logits of {logits_bsv.shape[1]}: "
             "leave logits_to_keep at 0 when labels are given"
         )
-    return cross_entropy(logits_bsv[:, :-1], labels_bs[:, 1:], count)
+    check_classes(_described("labels", labels_bs), logits_bsv.shape)
+    return _cross_entropy(logits_bsv[:, :-1], labels_bs[:, 1:], count)
 
 
 def sequence_loss(logits_bv: Tensor, labels: Tensor, problem_type: str | None, count: Count = None) -> Tensor:
     """Regression (mean square), one class (cross-entropy) or several (binary cross-entropy); the type is inferred
     from the labels of this call when None is given."""
-    labels = labels.to(logits_bv.device)
-    if problem_type is None:
-        whole = not labels.is_floating_point()
-        problem_type = "single_label_classification" if whole else "multi_label_classification"
-        if logits_bv.shape[-1] == 1:
-            problem_type = "regression"
+    problem_type = problem_of(_described("labels", labels), logits_bv.shape, problem_type)
     if problem_type == "single_label_classification":
         return cross_entropy(logits_bv, labels, count)
+    labels = labels.to(logits_bv.device)
     logits_bv = logits_bv.float()
     labels = labels.to(logits_bv.dtype).reshape(logits_bv.shape)
     loss = F.mse_loss if problem_type == "regression" else F.binary_cross_entropy_with_logits
@@ -150,8 +162,10 @@ def span_loss(start_bs: Tensor, end_bs: Tensor, starts: Tensor, ends: Tensor, co
     def one(logits: Tensor, positions: Tensor) -> Tensor:
         positions = positions.to(logits.device).long().reshape(-1)
         outside = (positions < 0) | (positions >= length)
-        return cross_entropy(logits, positions.masked_fill(outside, IGNORED), count)
+        return _cross_entropy(logits, positions.masked_fill(outside, IGNORED), count)
 
+    for name, places in (("start_positions", starts), ("end_positions", ends)):
+        check_places(_described(name, places), start_bs.shape[0])
     return (one(start_bs, starts) + one(end_bs, ends)) / 2
 
 
@@ -210,7 +224,10 @@ def _double(model: Any, out: Any, given: dict[str, Any]) -> dict[str, Any]:
         loss = causal_loss(words, labels.reshape(-1, labels.shape[-1]), count)
     scores = (scores.view(-1, choices, *scores.shape[1:]) if given["nested"] else scores).squeeze(-1)
     if (mc_labels := given.get("mc_labels")) is not None:
-        mc_loss = cross_entropy(scores, mc_labels, count)
+        choices_bv = (
+            scores if scores.dim() > 1 else scores[None]
+        )  # rows without choices are those of one text
+        mc_loss = cross_entropy(choices_bv, mc_labels, count, "mc_labels")
     words = words.view(-1, choices, *words.shape[1:]) if given["nested"] else words
     return {"loss": loss, "mc_loss": mc_loss, "logits": words, "mc_logits": scores}
 

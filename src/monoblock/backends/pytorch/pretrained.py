@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from monoblock import modules, outputs, tree
 from monoblock.backends.pytorch import devices, heads, layers, loading, parts
 from monoblock.backends.pytorch.adapters import Adapters
+from monoblock.backends.pytorch.checked import TENSORS, as_indices, check_tensor, check_tokens, check_types
 from monoblock.backends.pytorch.construction import Construction
 from monoblock.backends.pytorch.generation.decoder import Generation
-from monoblock.backends.pytorch.inputs import PACKED, check_tokens, flattened, prepare
+from monoblock.backends.pytorch.inputs import PACKED, flattened, prepare
 from monoblock.backends.pytorch.kernels import attention
 from monoblock.backends.pytorch.model import (
     Attention,
@@ -136,6 +137,8 @@ class PreTrainedModel(Recognised, Parameters, Generation, Construction, Adapters
             )
         ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
         shape = check_tokens(self.spec, ids, embeds)
+        if ids is not None:
+            given["input_ids"] = ids = as_indices(ids)
         inputs = prepare(self.spec, shape, given, self._uses_cache(given))
         if ids is None and (given.get("image_patches") is not None or given.get("pixel_values") is not None):
             raise ValueError("image patches go to the places of their ids: give input_ids, not inputs_embeds")
@@ -144,7 +147,8 @@ class PreTrainedModel(Recognised, Parameters, Generation, Construction, Adapters
         if ids is not None and not (self.has("embeddings") and types is None):
             tokens = self.embed(ids, given)
         if types is not None:
-            tokens = tokens + self.get_input_embeddings()(types)
+            check_types(types, shape[:2], self.spec)
+            tokens = tokens + self.get_input_embeddings()(as_indices(types))
         call = inputs.call
         call.attentions = [] if self._option(given, "output_attentions") else None
         call.hidden_states = [] if self._option(given, "output_hidden_states") else None
@@ -222,6 +226,9 @@ class PreTrainedModel(Recognised, Parameters, Generation, Construction, Adapters
                     f"{self.row.name} has no argument {name!r}; it takes: {', '.join((*names, *self.extra))}"
                 )
             given[name] = value
+        for name, value in given.items():
+            if name in TENSORS and value is not None and type(value) is not Tensor:
+                check_tensor(name, value)
         return given
 
     def _option(self, given: Mapping[str, Any], name: str) -> bool:
