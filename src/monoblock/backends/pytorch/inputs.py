@@ -154,7 +154,7 @@ def cache_of(past: Any, spec: ArchSpec, batch: int) -> tuple[Cache, Any]:
         return past, None
     if is_foreign(past):
         return from_foreign(past, spec.windows), past
-    if not isinstance(past, Sequence):
+    if not isinstance(past, Sequence) or isinstance(past, str):
         raise ValueError(f"past_key_values must be a Cache or a tuple of layers, got {type(past).__name__}")
     if len(past) != spec.layers:
         raise ValueError(f"past_key_values must hold {spec.layers} layers, got {len(past)}")

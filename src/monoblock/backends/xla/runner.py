@@ -13,6 +13,7 @@ from monoblock.backends.xla.namespace import Namespace
 from monoblock.backends.xla.passes import Passes
 from monoblock.generation.config import GenerationConfig
 from monoblock.generation.decoder import Plan
+from monoblock.generation.limits import check_memory
 from monoblock.generation.mixin import GenerationMixin
 from monoblock.generation.programs import Program
 from monoblock.generation.resolve import Unsupported
@@ -57,6 +58,7 @@ class Runner:
         self.generation_config: GenerationConfig | None = model.generation_config
         learned = model.spec.position(Learned)
         self.max_positions = learned.size - learned.offset if learned else None
+        self.vocab: int | None = model.spec.vocab
 
     def compiled(self, generation: Any, program: Program) -> Any:
         """Run a call as one program."""
@@ -69,4 +71,6 @@ class Runner:
     def decoder(self, plan: Plan, inputs: dict[str, Any]) -> Any:
         """A decoder for one call."""
         cached = plan.config.use_cache or "past_key_values" in inputs
+        if cached:  # in two bytes a number at least, on devices that may have more memory than the host
+            check_memory(self.model.spec, plan.rows, plan.max_length, 2, times=4)
         return (Decoder if cached else Rereader)(self.passes(plan.config), plan, inputs)
