@@ -116,3 +116,51 @@ def arguments(case: str) -> tuple[str, dict[str, Any]]:
     """A case's class, and all its arguments."""
     name, given, _ = WRONG[case]
     return name, {"input_ids": CHOICES if "Double" in name or "Choice" in name else IDS, **given}
+
+
+# What `generate` of a GPT Neo of 64 learned positions refuses: its arguments beside the prompts, and what is said.
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "more tokens than positions": (
+        {"max_new_tokens": 58},
+        "58 new tokens do not fit: the model has 64 learned positions and the prompt takes 8 of them, so that",
+    ),
+    "a longer text than positions": ({"max_length": 66}, "58 new tokens do not fit"),
+    "a pad token": (
+        {"pad_token_id": 500, "eos_token_id": 5},
+        "filled with the token 500, but .* ids 0 to 88",
+    ),
+    "a forced token": (
+        {"forced_eos_token_id": 89},
+        "forced_eos_token_id holds the token 89, but .* ids 0 to 88",
+    ),
+    "a suppressed token": ({"suppress_tokens": [500]}, "suppress_tokens holds the token 500"),
+    "an eos token": ({"eos_token_id": 500}, "eos_token_id holds the token 500"),
+    "another tokenizer's prompt": (
+        {"input_ids": IDS + 70},
+        "input_ids hold the token 95, but .* ids 0 to 88",
+    ),
+    "no prompts": ({"input_ids": IDS[:0]}, r"input_ids must have the shape \(rows, tokens\), got \(0, 8\)"),
+    "a mask of NaN": ({"attention_mask": _all(NAN)}, "attention_mask .* must be 1 .*got NaN"),
+    "embeddings of another shape": (
+        {"input_ids": None, "inputs_embeds": np.zeros((2, 8), np.float32)},
+        r"inputs_embeds must be \(rows, positions, width\), none of them 0, got \(2, 8\)",
+    ),
+    "beams beyond all bounds": ({"num_beams": 10**7}, "20000000 rows, more than the 65536 of a call"),
+    "tokens beyond all bounds": (
+        {"max_new_tokens": 10**12},
+        "max_new_tokens=1000000000000: expected .* at most 2147",
+    ),
+    "a seed of more than 64 bits": (
+        {"do_sample": True, "seed": 10**23},
+        "seed must be a whole number of 64 bits",
+    ),
+}
+MOST_SEEDS = (-1, 2**63, 2**64 - 1)
+
+
+def refused(case: str) -> dict[str, Any]:
+    """All arguments of a call of `generate` that is refused."""
+    given = {"input_ids": IDS, "max_new_tokens": 3, **REFUSED[case][0]}
+    if "max_length" in given:
+        del given["max_new_tokens"]
+    return given

@@ -21,6 +21,11 @@ def checked_seed(seed: Any) -> int:
     return int(seed)
 
 
+def after(seed: int, count: int) -> int:
+    """The seed that many after this one; after the highest comes 0."""
+    return (seed + count) % (MOST + 1)
+
+
 def signed(seed: int) -> int:
     """A checked seed with a sign, which is the same 64 bits."""
     return seed - 2**64 if seed >= 2**63 else seed

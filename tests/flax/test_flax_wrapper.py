@@ -21,9 +21,11 @@ from measure import assert_close
 
 import monoblock
 from monoblock.backends.flax import loading, pretrained
+from monoblock.backends.flax.arrays import JaxOps
 from monoblock.backends.flax.outputs import output_class
 from monoblock.backends.flax.pretrained import ELSEWHERE
 from monoblock.errors import ShapeMismatch
+from monoblock.generation import scores
 
 NAME = "GPTNeoForCausalLM"
 CALL = {
@@ -348,6 +350,33 @@ def test_whole_numbers_of_any_size_are_ids(case: str) -> None:
     given, ours = wrong_calls.RIGHT[case], flax_model(NAME)
     expected = ours(**{name: x.astype(np.int32) for name, x in given.items()}).logits
     assert np.array_equal(ours(**given).logits, expected)
+
+
+@pytest.mark.parametrize("case", wrong_calls.REFUSED)
+def test_generate_refuses_at_the_door(case: str) -> None:
+    with pytest.raises(ValueError, match=wrong_calls.REFUSED[case][1]) as caught:
+        flax_model(NAME).generate(**wrong_calls.refused(case))
+    assert "\n" not in str(caught.value)
+
+
+def test_seeds_of_64_bits() -> None:
+    ours = flax_model(NAME)
+    draws = [
+        [
+            np.asarray(ours.generate(IDS, max_new_tokens=3, do_sample=True, seed=seed).sequences)
+            for _ in range(2)
+        ]
+        for seed in wrong_calls.MOST_SEEDS
+    ]
+    assert all(np.array_equal(*pair) for pair in draws)
+    with pytest.raises(ValueError, match="seed must be a whole number of 64 bits"):
+        _ = monoblock.FlaxGPTNeoForCausalLM(config_of(NAME), seed=10**23).params
+
+
+def test_powers_stay_finite() -> None:
+    """In a compiled loop, where the exponent is the device's."""
+    found = jax.jit(lambda n: scores.power(JaxOps(), 1.9, n))(jnp.int32(2000))
+    assert float(found) == pytest.approx(1e30)
 
 
 def test_caches_that_do_not_fit_are_refused() -> None:

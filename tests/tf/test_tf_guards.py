@@ -13,6 +13,9 @@ import tensorflow as tf
 import wrong_calls
 from tf_made import model
 
+from monoblock.backends.tf.arrays import TfOps
+from monoblock.generation import scores
+
 IDS = np.array([[5, 9, 11, 20], [7, 30, 31, 32]], np.int32)
 OPEN = tf.TensorSpec((None, None), tf.int32)
 LONG = np.full((1, 70), 7, np.int32)
@@ -116,3 +119,24 @@ def test_labels_of_an_unknown_number_of_axes() -> None:
     ours = made("MptForCausalLM")
     run = tf.function(lambda labels: ours(IDS, labels=labels).loss, autograph=False)
     assert run.get_concrete_function(tf.TensorSpec(None, tf.int32))(tf.constant(IDS)).shape == (1,)
+
+
+@pytest.mark.parametrize("case", wrong_calls.REFUSED)
+def test_generate_refuses_at_the_door(case: str) -> None:
+    with pytest.raises(ValueError, match=wrong_calls.REFUSED[case][1]) as caught:
+        made("GPTNeoForCausalLM").generate(**wrong_calls.refused(case))
+    assert "\n" not in str(caught.value)
+
+
+def test_seeds_of_64_bits() -> None:
+    ours = made("GPTNeoForCausalLM")
+    for seed in wrong_calls.MOST_SEEDS:
+        given = {"max_new_tokens": 3, "do_sample": True, "seed": seed, "disable_compile": True}
+        one, two = (np.asarray(ours.generate(IDS, **given)) for _ in range(2))
+        assert np.array_equal(one, two)
+
+
+def test_powers_stay_finite() -> None:
+    """In a compiled loop, where the exponent is the device's."""
+    found = tf.function(lambda n: scores.power(TfOps(), 1.9, n))(tf.constant(2000.0))
+    assert float(found) == pytest.approx(1e30)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -137,6 +138,57 @@ def test_relative_positions_are_any_whole_numbers() -> None:
     for start in (-5, 1000):
         moved = ours(ids, position_ids=(torch.arange(8) + start)[None]).last_hidden_state
         assert_close(f"moved by {start}", moved, here, 1e-4)
+
+
+@pytest.mark.parametrize("case", wrong_calls.REFUSED)
+def test_generate_refuses_at_the_door(case: str) -> None:
+    """Nothing is computed, and a streamer gets nothing."""
+    ours, seen = made("GPTNeoForCausalLM"), []
+    streamer = SimpleNamespace(put=seen.append, end=lambda: None)
+    given = {
+        name: torch.as_tensor(x) if isinstance(x, np.ndarray) else x
+        for name, x in wrong_calls.refused(case).items()
+    }
+    with pytest.raises(ValueError, match=wrong_calls.REFUSED[case][1]) as caught:
+        ours.generate(**given)
+    assert "\n" not in str(caught.value)
+    if given["input_ids"] is not None and len(given["input_ids"]):
+        one_row = {name: x[:1] if isinstance(x, torch.Tensor) else x for name, x in given.items()}
+        if case not in ("a pad token", "beams beyond all bounds", "another tokenizer's prompt"):
+            with pytest.raises(ValueError, match=wrong_calls.REFUSED[case][1]):
+                ours.generate(**one_row, streamer=streamer)
+    assert seen == []
+
+
+def test_generate_takes_tensors() -> None:
+    for name in ("position_ids", "inputs_embeds", "token_type_ids"):
+        ours = made("GPTNeoForCausalLM" if name != "token_type_ids" else "OpenAIGPTLMHeadModel")
+        with pytest.raises(TypeError, match=f"{name} must be a torch.Tensor, got ndarray"):
+            ours.generate(IDS, max_new_tokens=2, **{name: np.zeros((2, 6))})
+    with pytest.raises(ValueError, match="past_key_values must be a Cache or a tuple of layers, got str"):
+        made("GPTNeoForCausalLM").generate(IDS, past_key_values="abc", max_new_tokens=2)
+
+
+def test_all_positions_can_be_used() -> None:
+    """In every way of making tokens; the cache is full then, the last token is not in it."""
+    ours, ids = made("OpenAIGPTLMHeadModel"), torch.as_tensor(wrong_calls.IDS[:1])
+    plain = ours.generate(ids, max_new_tokens=57, eos_token_id=None)
+    assert plain.shape == (1, 65)
+    for more in (
+        {"num_beams": 1, "use_cache": False},
+        {"prompt_lookup_num_tokens": 4},
+        {"assistant_model": ours},
+    ):
+        assert torch.equal(ours.generate(ids, max_new_tokens=57, eos_token_id=None, **more), plain)
+    assert ours.generate(ids, max_new_tokens=57, eos_token_id=None, num_beams=2).shape == (1, 65)
+    assert (ours.max_positions, ours.room(8), ours.room(65), model().room(8)) == (64, 57, 0, None)
+
+
+@pytest.mark.parametrize("seed", wrong_calls.MOST_SEEDS)
+def test_seeds_of_64_bits(seed: int) -> None:
+    ours = made("GPTNeoForCausalLM")
+    one, two = (ours.generate(IDS, max_new_tokens=3, do_sample=True, seed=seed) for _ in range(2))
+    assert torch.equal(one, two)
 
 
 def test_wrong_inputs_by_position() -> None:

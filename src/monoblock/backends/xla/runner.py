@@ -18,7 +18,6 @@ from monoblock.generation.mixin import GenerationMixin
 from monoblock.generation.programs import Program
 from monoblock.generation.resolve import Unsupported
 from monoblock.generation.transitions import transition_scores
-from monoblock.spec import Learned
 
 INPUTS = frozenset({"past_key_values", "position_ids", "inputs_embeds"})
 # Inputs that only some models take; new tokens get the last token type.
@@ -56,8 +55,7 @@ class Runner:
         self.model, self.ops = model, model.xp
         self.input_names = INPUTS | MORE.intersection(inputs)
         self.generation_config: GenerationConfig | None = model.generation_config
-        learned = model.spec.position(Learned)
-        self.max_positions = learned.size - learned.offset if learned else None
+        self.max_positions: int | None = model.max_positions
         self.vocab: int | None = model.spec.vocab
 
     def compiled(self, generation: Any, program: Program) -> Any:

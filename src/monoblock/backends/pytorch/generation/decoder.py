@@ -27,7 +27,7 @@ from monoblock.generation.mixin import GenerationMixin, check_assistant
 from monoblock.generation.resolve import Unsupported
 from monoblock.generation.transitions import transition_scores
 from monoblock.positions import is_dynamic
-from monoblock.spec import Learned, Rotary
+from monoblock.spec import Rotary
 
 INPUTS = frozenset({"past_key_values", "position_ids", "inputs_embeds"})
 # Inputs that only some models take. Images are embedded with the prompt; new tokens get the last token type.
@@ -132,8 +132,7 @@ class Runner:
         self.input_names = INPUTS | MORE.intersection((*model.row.forward.split(), *model.extra))
         self.ops = TorchOps(model.device)
         self.generation_config = model.generation_config
-        learned = model.spec.position(Learned)
-        self.max_positions = learned.size - learned.offset if learned else None
+        self.max_positions = model.max_positions
         self.vocab: int | None = model.spec.vocab
         self.graphed: list[cuda_graphs.Graphed] = []
         self.decoders: list[Decoder] = []
