@@ -88,21 +88,23 @@ def _at(hidden_bsw: Array, places_b: Array) -> Array:
 
 
 def last_tokens(
-    hidden_bsw: Array, input_ids: Array | None, attention_mask: Array | None, pad_id: int | None
+    hidden_bsw: Array, input_ids: Array | None, attention_mask: Array | None, head: HeadSpec
 ) -> Array:
-    """The hidden state (b, w) of each row's last token that is not padding.
+    """The hidden state (b, w) of each row's last token.
 
-    An attention mask tells padding from a real token of the same id; without one the pad id does. With neither,
-    or with embeddings as input, it is the last place.
+    That is the last one that is not the pad token, of those that the attention mask keeps if there is one; a row of pad
+    tokens ends where its mask does. By `head.last_by` the mask alone may decide: it tells padding from a real token of
+    the same id. Of embeddings it always does; with neither, it is the last place.
     """
     s = hidden_bsw.shape[1]
-    if attention_mask is not None:
-        real = attention_mask[:, :s] != 0
-    elif input_ids is not None and pad_id is not None:
-        real = input_ids != pad_id
-    else:
+    text = None if input_ids is None or head.pad_id is None else input_ids != head.pad_id
+    kept = None if attention_mask is None else attention_mask[:, :s] != 0
+    if (real := text if kept is None else kept) is None:
         return hidden_bsw[:, -1]
-    return _at(hidden_bsw, (jnp.arange(s) * real).argmax(-1))
+    rank = jnp.arange(1, s + 1) * real
+    if kept is not None and text is not None and head.last_by == "pad_id":
+        rank = rank + s * (kept & text)
+    return _at(hidden_bsw, rank.argmax(-1))
 
 
 # ---------------------------------------------------------------------------- outputs
@@ -141,12 +143,12 @@ def _every(network: Any, hidden: Array, _: Mapping[str, Any], wanted: Wanted) ->
 
 
 def _sequence(network: Any, hidden: Array, given: Mapping[str, Any], wanted: Wanted) -> dict[str, Any]:
-    ids, mask, pad_id = given.get("input_ids"), given.get("attention_mask"), network.head_spec.pad_id
-    if pad_id is None and hidden.shape[0] > 1:
+    ids, mask, head = given.get("input_ids"), given.get("attention_mask"), network.head_spec
+    if head.pad_id is None and hidden.shape[0] > 1:
         raise ValueError(
             "Cannot handle batch sizes > 1 if no padding token is defined: set model.config.pad_token_id"
         )
-    return {"logits": logits(network, last_tokens(hidden, ids, mask, pad_id), wanted)}
+    return {"logits": logits(network, last_tokens(hidden, ids, mask, head), wanted)}
 
 
 def _pooler(network: Any, hidden: Array, _: Mapping[str, Any], __: Wanted) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from monoblock.backends.pytorch.checked import check_chosen
 from monoblock.backends.pytorch.kernels import dispatch
 from monoblock.backends.pytorch.parts import Part
 from monoblock.call_checks import IGNORED, Labels, check_classes, check_places, problem_of
-from monoblock.heads import KINDS, Summary
+from monoblock.heads import KINDS, HeadSpec, Summary
 
 Count = Tensor | int | None
 
@@ -88,23 +88,24 @@ def _scaled(model: Any, logits: Tensor) -> Tensor:
 
 
 def last_tokens(
-    hidden_bsw: Tensor, input_ids: Tensor | None, attention_mask: Tensor | None, pad_id: int | None
+    hidden_bsw: Tensor, input_ids: Tensor | None, attention_mask: Tensor | None, head: HeadSpec
 ) -> Tensor:
-    """The hidden state (b, w) of each row's last token that is not padding.
+    """The hidden state (b, w) of each row's last token.
 
-    An attention mask tells padding from a real token of the same id; without one the pad id does. With neither,
-    or with embeddings as input, it is the last place.
+    That is the last one that is not the pad token, of those that the attention mask keeps if there is one; a row of pad
+    tokens ends where its mask does. By `head.last_by` the mask alone may decide: it tells padding from a real token of
+    the same id. Of embeddings it always does; with neither, it is the last place.
     """
     b, s = hidden_bsw.shape[:2]
-    if attention_mask is not None and attention_mask.dim() == 2:
-        real = attention_mask[:, -s:] != 0
-    elif input_ids is not None and pad_id is not None:
-        real = input_ids != pad_id
-    else:
+    text = None if input_ids is None or head.pad_id is None else input_ids != head.pad_id
+    kept = None if attention_mask is None or attention_mask.dim() != 2 else attention_mask[:, -s:] != 0
+    if (real := text if kept is None else kept) is None:
         return hidden_bsw[:, -1]
-    places = torch.arange(s, device=hidden_bsw.device)
-    last = (places * real.to(places.device)).argmax(-1)
-    return hidden_bsw[torch.arange(b, device=last.device), last]
+    places = torch.arange(1, s + 1, device=hidden_bsw.device)
+    rank = places * real.to(places.device)
+    if kept is not None and text is not None and head.last_by == "pad_id":
+        rank = rank + s * (kept & text).to(places.device)
+    return hidden_bsw[torch.arange(b, device=rank.device), rank.argmax(-1)]
 
 
 def _described(name: str, labels: Tensor) -> Labels:
@@ -186,13 +187,13 @@ def _causal(model: Any, out: Any, given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _sequence(model: Any, out: Any, given: dict[str, Any]) -> dict[str, Any]:
-    hidden, pad_id = out.last_hidden_state, model.current_head().pad_id
-    if pad_id is None and hidden.shape[0] > 1:
+    hidden, head = out.last_hidden_state, model.current_head()
+    if head.pad_id is None and hidden.shape[0] > 1:
         raise ValueError(
             "Cannot handle batch sizes > 1 if no padding token is defined: set model.config.pad_token_id"
         )
     ids, mask = given.get("input_ids"), given.get("attention_mask")
-    return _classified(model, logits(model, last_tokens(hidden, ids, mask, pad_id)), given)
+    return _classified(model, logits(model, last_tokens(hidden, ids, mask, head)), given)
 
 
 def _first(model: Any, out: Any, given: dict[str, Any]) -> dict[str, Any]:

@@ -91,21 +91,27 @@ def projected(out: Any, hidden: Tensor, table: Tensor | None) -> Tensor:
 
 
 def last_tokens(
-    hidden_bsw: Tensor, input_ids: Tensor | None, attention_mask: Tensor | None, pad_id: int | None
+    hidden_bsw: Tensor, input_ids: Tensor | None, attention_mask: Tensor | None, head: HeadSpec
 ) -> Tensor:
-    """The hidden state (b, w) of each row's last token that is not padding.
+    """The hidden state (b, w) of each row's last token.
 
-    An attention mask tells padding from a real token of the same id; without one the pad id does. With neither,
-    or with embeddings as input, it is the last place.
+    That is the last one that is not the pad token, of those that the attention mask keeps if there is one; a row of pad
+    tokens ends where its mask does. By `head.last_by` the mask alone may decide: it tells padding from a real token of
+    the same id. Of embeddings it always does; with neither, it is the last place.
     """
-    count = size(hidden_bsw, 1)
-    if attention_mask is not None:
-        real = attention_mask[:, -count:] != 0
-    elif input_ids is not None and pad_id is not None:
-        real = input_ids != tf.cast(pad_id, input_ids.dtype)
-    else:
+    s = size(hidden_bsw, 1)
+    text = (
+        None
+        if input_ids is None or head.pad_id is None
+        else input_ids != tf.cast(head.pad_id, input_ids.dtype)
+    )
+    kept = None if attention_mask is None else attention_mask[:, -s:] != 0
+    if (real := text if kept is None else kept) is None:
         return hidden_bsw[:, -1]
-    last = tf.argmax(tf.range(count) * tf.cast(real, tf.int32), axis=-1, output_type=tf.int32)
+    rank = tf.range(1, s + 1) * tf.cast(real, tf.int32)
+    if kept is not None and text is not None and head.last_by == "pad_id":
+        rank += s * tf.cast(kept & text, tf.int32)
+    last = tf.argmax(rank, axis=-1, output_type=tf.int32)
     return tf.gather(hidden_bsw, last, batch_dims=1)
 
 
@@ -253,13 +259,12 @@ def _causal(head: Head, hidden: Tensor, given: Given, wanted: Wanted) -> dict[st
 
 
 def _sequence(head: Head, hidden: Tensor, given: Given, _: Wanted) -> dict[str, Any]:
-    pad_id = head.spec.pad_id
-    if pad_id is None and (hidden.shape[0] or 1) > 1:
+    if head.spec.pad_id is None and (hidden.shape[0] or 1) > 1:
         raise ValueError(
             "Cannot handle batch sizes > 1 if no padding token is defined: set model.config.pad_token_id"
         )
     ids, mask = given.get("input_ids"), given.get("attention_mask")
-    return _classified(head, head(last_tokens(hidden, ids, mask, pad_id)), given)
+    return _classified(head, head(last_tokens(hidden, ids, mask, head.spec)), given)
 
 
 def _first(head: Head, hidden: Tensor, given: Given, _: Wanted) -> dict[str, Any]:
