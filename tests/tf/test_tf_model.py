@@ -16,6 +16,7 @@ import old_files
 import pytest
 import tensorflow as tf
 import torch
+from foreign_tensors import check_passed_over
 from measure import assert_close
 from tf_made import CLASSES, bound_of, close, inputs, labels, model, numpy, pair
 
@@ -440,3 +441,16 @@ def test_keras_names_the_layers() -> None:
 def test_a_loss_for_each_token_is_refused() -> None:
     with pytest.raises(UnsupportedConfig, match="tf_legacy_loss=True: losses are a mean"):
         monoblock.TFMPNetForTokenClassification(monoblock.MPNetConfig(tf_legacy_loss=True))
+
+
+def test_foreign_tensors_and_fewer_layers(tmp_path: Path, logs: pytest.LogCaptureFixture) -> None:
+    theirs, ours = pair("GPTNeoForCausalLM", tmp_path / "saved")
+    whole, short = check_passed_over(type(ours), tmp_path / "saved", tmp_path, logs)
+    held = ours.hub_state_dict()
+    for loaded in (whole, short):
+        found = loaded.hub_state_dict()
+        assert all(
+            np.array_equal(np.asarray(made()), np.asarray(held[name]())) for name, made in found.items()
+        )
+    assert whole.hub_state_dict().keys() == held.keys()
+    assert len(theirs.transformer.h) > len(short.main.role("layers"))

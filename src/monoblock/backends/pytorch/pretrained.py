@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from monoblock import modules, outputs, tree
+from monoblock.backends.options import loading_info, told_of_unused
 from monoblock.backends.pytorch import devices, heads, layers, loading, parts
 from monoblock.backends.pytorch.adapters import Adapters
 from monoblock.backends.pytorch.checked import TENSORS, as_indices, check_tensor, check_tokens, check_types
@@ -260,7 +261,7 @@ class PreTrainedModel(Recognised, Parameters, Generation, Construction, Adapters
         `device_map`: "auto", a device, or a dict (through accelerate), with `max_memory` and, for the device
         "disk", `offload_folder`. `state_dict`: tensors by name instead of files (then `config` is needed, or the
         name gives it). `ignore_mismatched_sizes=True` makes tensors of other shapes anew instead of raising
-        ShapeMismatch; `strict=False` passes over tensors that the model has no place for.
+        ShapeMismatch; `strict=False` passes over tensors that the model has no place for, with a warning.
         `output_loading_info=True` gives (model, {"missing_keys", "unexpected_keys", "mismatched_keys",
         "error_msgs"}). `generation_config`: one to use instead of the checkpoint's. `quantization_config`:
         "int8", "int4", "lossless", a WeightOnlyConfig or a BitsAndBytesConfig; or `load_in_4bit`, `load_in_8bit`
@@ -318,7 +319,7 @@ class PreTrainedModel(Recognised, Parameters, Generation, Construction, Adapters
     def _load(self, store: Any, dtype: torch.dtype, options: LoadOptions) -> dict[str, Any]:
         keymap = self.keymap()
         placed = devices.Placement(self, options.device_map, options.max_memory, options.offload_folder)
-        kept = checkpoint.load(self, store, dtype, placed.device, options.quantization)
+        kept = checkpoint.load(self, store, dtype, placed.device, options.quantization, strict=options.strict)
         packer = checkpoint.packer(self, options.quantization)
         packed_names = {f"{name}.weight" for name in checkpoint.packed_modules(self)}
         own = {
@@ -337,8 +338,11 @@ class PreTrainedModel(Recognised, Parameters, Generation, Construction, Adapters
             tied=tree.tied(self.spec, self.head_spec),
             ignore_mismatched_sizes=options.ignore_mismatched_sizes,
             put=packer.put if packer else None,
-            extra_allowed=self._allowed(options.strict),
+            ignored=self._ignored,
+            strict=options.strict,
         )
+        report.unused += kept.unused
+        report.extra += kept.extra
         made = [name for canonical in report.made for name in own[canonical].names]
         for name in made:
             shape = self.get_parameter(name).shape
@@ -359,19 +363,15 @@ class PreTrainedModel(Recognised, Parameters, Generation, Construction, Adapters
                 where,
                 ", ".join(made),
             )
-        if unused := [*kept, *report.unused]:
-            log.info("%s: %s also holds %s, not used here", self.row.name, where, ", ".join(unused))
-        return {
-            "missing_keys": sorted(n for c in report.missing for n in own[c].names),
-            "unexpected_keys": sorted(unused),
-            "mismatched_keys": sorted(n for c in report.mismatched for n in own[c].names),
-            "error_msgs": [],
-        }
+        told_of_unused(self.row.name, where, report)
+        missing, mismatched = (
+            [n for c in names for n in own[c].names] for names in (report.missing, report.mismatched)
+        )
+        return loading_info(missing, mismatched, report)
 
-    def _allowed(self, strict: bool) -> Callable[[str], bool]:
-        """Whether a tensor of a file may be passed over although the model has no place for it."""
-        patterns = self._keys_to_ignore_on_load_unexpected or []
-        return lambda name: not strict or any(re.search(pattern, name) for pattern in patterns)
+    def _ignored(self, name: str) -> bool:
+        """Whether a tensor of a file is to be passed over without a word, although the model has no place for it."""
+        return any(re.search(pattern, name) for pattern in self._keys_to_ignore_on_load_unexpected or ())
 
     @classmethod
     def _config_for(
