@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sizes_checked
 import torch
 from families_made import fields, ours_of
 from foreign_tensors import FEWER, check_passed_over
@@ -499,3 +500,7 @@ def test_many_foreign_tensors_make_a_short_warning(saved: Path, logs: pytest.Log
     assert len(info["unexpected_keys"]) == 70
     [warning] = [message for message in logs.messages if "strict=False" in message]
     assert warning.endswith(" and 20 more")
+
+
+def test_a_config_that_asks_for_more_than_the_files_hold(tmp_path: Path) -> None:
+    sizes_checked.check(monoblock.MistralForCausalLM, tmp_path)
