@@ -42,6 +42,7 @@ MODELS = (
     "MptForQuestionAnswering",
     "OpenAIGPTDoubleHeadsModel",
     "MPNetForMultipleChoice",
+    "FuyuForCausalLM",
 )
 GENERATING = MODELS[:4]
 PACKED = "int8"

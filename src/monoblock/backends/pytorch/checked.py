@@ -27,6 +27,7 @@ TENSORS = frozenset(
         "attention_mask",
         "position_ids",
         "token_type_ids",
+        "image_patches_indices",
         "cache_position",
         "sequence_id",
         "seq_idx",

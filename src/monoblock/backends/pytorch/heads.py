@@ -59,7 +59,7 @@ class SummaryHead(Part):
         elif summary.pool == "cls_index" and positions is not None:
             checked.check_chosen(positions, *hidden_bsw.shape[:2])
             rows = torch.arange(hidden_bsw.shape[0], device=hidden_bsw.device)
-            x = hidden_bsw[rows, positions.reshape(-1).to(hidden_bsw.device)]
+            x = hidden_bsw[rows, positions.reshape(-1).long().to(hidden_bsw.device)]
         else:
             x = hidden_bsw[:, 0 if summary.pool == "first" else -1]
         x = self.role("head_act")(self.role("head_summary")(self.role("head_drop_in")(x)))
