@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import sizes_checked
 import torch
 from flax_models import CLASSES, config_of, flax_model, ids_of, same_bits, torch_model
 from foreign_tensors import VALUE_HEAD, check_passed_over
@@ -271,3 +272,7 @@ def test_foreign_tensors_and_fewer_layers(tmp_path: Path, logs: pytest.LogCaptur
     )
     assert info["unexpected_keys"] == VALUE_HEAD
     assert np.isfinite(model(ids_of(), params=params).logits).all()
+
+
+def test_a_config_that_asks_for_more_than_the_files_hold(tmp_path: Path) -> None:
+    sizes_checked.check(monoblock.FlaxMistralForCausalLM, tmp_path)

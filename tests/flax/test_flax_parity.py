@@ -121,6 +121,10 @@ def test_losses_and_gradients(name: str, tmp_path: Path) -> None:
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "no window": ("MistralForCausalLM", {"sliding_window": None}),
+    "a window in some layers": (
+        "MistralForCausalLM",
+        {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+    ),
     "theta and head_dim": (
         "MistralForCausalLM",
         {

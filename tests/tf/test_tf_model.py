@@ -14,6 +14,7 @@ import keras
 import numpy as np
 import old_files
 import pytest
+import sizes_checked
 import tensorflow as tf
 import torch
 from foreign_tensors import check_passed_over
@@ -454,3 +455,7 @@ def test_foreign_tensors_and_fewer_layers(tmp_path: Path, logs: pytest.LogCaptur
         )
     assert whole.hub_state_dict().keys() == held.keys()
     assert len(theirs.transformer.h) > len(short.main.role("layers"))
+
+
+def test_a_config_that_asks_for_more_than_the_files_hold(tmp_path: Path) -> None:
+    sizes_checked.check(monoblock.TFMistralForCausalLM, tmp_path)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sizes_checked
 import torch
 from families_made import fields, ours_of
 from foreign_tensors import FEWER, check_passed_over
@@ -520,3 +521,7 @@ def test_the_model_cards_lines(saved: Path, logs: pytest.LogCaptureFixture) -> N
     with pytest.raises(TypeError, match="no argument 'nonsense'"):
         pipeline("text-generation", nonsense=1, trust_remote_code=True)
     assert sum("trust_remote_code=True changes nothing" in message for message in logs.messages) == 1
+
+
+def test_a_config_that_asks_for_more_than_the_files_hold(tmp_path: Path) -> None:
+    sizes_checked.check(monoblock.MistralForCausalLM, tmp_path)

@@ -10,6 +10,7 @@ from monoblock.checkpoint.fitting import Report
 from monoblock.checkpoint.hub import Kind, find_weights, of_one_save
 from monoblock.checkpoint.options import HubOptions
 from monoblock.checkpoint.store import open_store
+from monoblock.families import warn_of_another_class
 
 log = logging.getLogger("monoblock")
 
@@ -86,6 +87,7 @@ def opened(
         settings, unused = cls._config_for(name, config, options.hub, kwargs)
         if unused:
             raise TypeError(f"from_pretrained does not know the argument {next(iter(unused))!r}")
+        warn_of_another_class(settings, cls.row)
         generation = cls.file_generation_config(name, options.hub) if cls.row.head == "causal" else None
         files = find_weights(
             name,

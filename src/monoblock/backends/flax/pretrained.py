@@ -254,7 +254,7 @@ class FlaxPreTrainedModel(Parameters, Sharded, Training, Generation):
             raise ValueError(f"save_pretrained needs a folder, but {folder} is a file")
         tensors = self.hub_tensors(params)
         kept = self.params if params is None else params
-        self.config.architectures = [self.row.name]
+        self.config.architectures = [self.config.stored_class(self.row.name)]
         self.config.dtype = str(next(iter(jax.tree.leaves(kept))).dtype)
         texts = {CONFIG_NAME: self.config.to_json_string()}
         if self.generation_config is not None:

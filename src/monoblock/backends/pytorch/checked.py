@@ -161,7 +161,7 @@ def check_cache_position(position: Tensor | None, past: int, count: int) -> None
     if position.shape != (count,) or int(position[0]) != past or int(position[-1]) != past + count - 1:
         raise ValueError(
             f"cache_position must be {past} to {past + count - 1}, the places after the {past} cached tokens, got "
-            f"{brief(position.tolist())}; crop() the cache to write at an earlier place"
+            f"{brief(position.tolist()) if position.dim() == 1 else tuple(position.shape)}; crop() the cache to write at an earlier place"
         )
 
 

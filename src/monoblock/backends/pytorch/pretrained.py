@@ -57,6 +57,7 @@ from monoblock.checkpoint.save import save_tensors
 from monoblock.checkpoint.store import open_store
 from monoblock.checkpoint.weights import StateTensors
 from monoblock.config import CONFIG_NAME, PretrainedConfig, as_own_config
+from monoblock.families import warn_of_another_class
 from monoblock.generation.config import GENERATION_CONFIG_NAME
 from monoblock.generation.config import as_own_config as own_generation_config
 from monoblock.quantization import BitsAndBytesConfig
@@ -296,6 +297,7 @@ class PreTrainedModel(Recognised, Parameters, Generation, Construction, Adapters
             settings, unused = cls._config_for(name or "", config, options.hub, kwargs)
             if unused:
                 raise TypeError(f"from_pretrained does not know the argument {next(iter(unused))!r}")
+            warn_of_another_class(settings, cls.row)
             generation = options.generation_config
             if generation is None and name is not None and cls.row.head == "causal":
                 generation = cls.file_generation_config(name, options.hub)
@@ -433,7 +435,7 @@ class PreTrainedModel(Recognised, Parameters, Generation, Construction, Adapters
             self.save_adapter(folder)
             return
         tensors = self.hub_state_dict() if state_dict is None else self.file_names(state_dict)
-        self.config.architectures = [self.row.name]
+        self.config.architectures = [self.config.stored_class(self.row.name)]
         self.config.dtype = self.dtype
         self.record_quantization()
         texts = {CONFIG_NAME: self.config.to_json_string()}

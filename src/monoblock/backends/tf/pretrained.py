@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 import tensorflow as tf
 
+from monoblock import tree
 from monoblock.backends.options import loading_info, opened, told_of_unused
 from monoblock.backends.tf import heads, layers, loading
 from monoblock.backends.tf.cache import Cache
@@ -23,6 +24,7 @@ from monoblock.backends.tf.parts import Builder, Holder
 from monoblock.backends.tf.serving import Serving
 from monoblock.backends.tf.training import Training
 from monoblock.backends.xla.inputs import AT_REST, Wanted
+from monoblock.checkpoint.fitting import matched
 from monoblock.checkpoint.hdf5 import is_weights
 from monoblock.checkpoint.hub import WeightFiles
 from monoblock.checkpoint.options import HubOptions
@@ -154,6 +156,7 @@ class TFPreTrainedModel(Forward, Training, Serving, Holder, Parameters, Generati
             )
         options = LoadOptions(kwargs)
         settings, generation, store = opened(cls, pretrained_model_name_or_path, config, options, kwargs)
+        cls._check_tensors(settings, store, options)
         with layers.empty():
             dtype = loading.chosen_dtype(options.dtype, settings.dtype, store)
             model = cls(settings, dtype=dtype, name=options.name)
@@ -164,6 +167,20 @@ class TFPreTrainedModel(Forward, Training, Serving, Holder, Parameters, Generati
         if generation is not None:
             model.generation_config = generation
         return (model, info) if options.loading_info else model
+
+    @classmethod
+    def _check_tensors(cls, config: PretrainedConfig, store: Any, options: LoadOptions) -> None:
+        """The errors of `load_parameters` before any variable is made: a config may ask for any size."""
+        spec, kind = config.to_spec(), cls.row.head
+        head = config.to_head(kind) if kind else None
+        matched(
+            store,
+            cls.family.keymap(config, kind),
+            tree.parameters(spec, head),
+            tree.tied(spec, head),
+            ignore_mismatched_sizes=options.ignore_mismatched_sizes,
+            strict=options.strict,
+        )
 
     def load_weights(self, filepath: Any, skip_mismatch: bool = False, **kwargs: Any) -> None:
         """Keras's; weights of Keras 2's `.h5` files, as the old classes wrote (`tf_model.h5`), are found by their names
@@ -228,7 +245,7 @@ class TFPreTrainedModel(Forward, Training, Serving, Holder, Parameters, Generati
         folder = Path(save_directory)
         if folder.is_file():
             raise ValueError(f"save_pretrained needs a folder, but {folder} is a file")
-        self.config.architectures = [self.row.name]
+        self.config.architectures = [self.config.stored_class(self.row.name)]
         self.config.dtype = self.variable_dtype
         texts = {CONFIG_NAME: self.config.to_json_string()}
         if self.generation_config is not None:
