@@ -161,8 +161,8 @@ def check_cache_position(position: Tensor | None, past: int, count: int) -> None
     if position.shape != (count,) or int(position[0]) != past or int(position[-1]) != past + count - 1:
         got = brief(position.tolist()) if position.dim() == 1 else tuple(position.shape)
         raise ValueError(
-            f"cache_position must be {past} to {past + count - 1}, the places after the {past} cached tokens, got {got}; "
-            "crop() the cache to write at an earlier place"
+            f"cache_position must be {past} to {past + count - 1}, the places after the {past} cached tokens, got "
+            f"{got}; crop() the cache to write at an earlier place"
         )
 
 
