@@ -95,7 +95,7 @@ class Layout:
     @classmethod
     def of(cls, mesh: Mesh | AbstractMesh, inputs: Any, cache: Any = None, vocabulary: Any = None) -> Layout:
         """That of a call with these inputs."""
-        return cls(mesh, rows_of(inputs), vocabulary, jax.tree.map(spec_of, cache))
+        return cls(mesh, _rows(inputs), vocabulary, jax.tree.map(spec_of, cache))
 
     def __call__(self, result: Any) -> Any:
         """A PartitionSpec for each array of a call's outputs."""
@@ -105,14 +105,16 @@ class Layout:
         name = getattr(path[0], "name", getattr(path[0], "key", None)) if path else None
         if name == "past_key_values" and self.cache is not None:
             return dict(jax.tree_util.tree_leaves_with_path(self.cache))[path[1:]]
-        rows = self.rows if leaf.ndim and leaf.shape[0] % _parts(self.mesh, self.rows) == 0 else None
+        if leaf.ndim == 0:
+            return PartitionSpec()
+        rows = None if leaf.shape[0] % _parts(self.mesh, self.rows) else self.rows
         if name != "logits" or leaf.shape[-1] % _parts(self.mesh, self.vocabulary):
             return PartitionSpec(rows)
         rest = [axis for axis in _axes(self.vocabulary) if axis not in _axes(rows)]
         return PartitionSpec(rows, *[None] * (leaf.ndim - 2), tuple(rest) or None)
 
 
-def rows_of(inputs: Any) -> Any:
+def _rows(inputs: Any) -> Any:
     """What splits the rows of inputs: the entry of the first array that has one."""
     arrays = (leaf for leaf in jax.tree.leaves(inputs) if isinstance(leaf, jax.Array) and leaf.ndim > 1)
     return next((spec[0] for leaf in arrays if (spec := spec_of(leaf)) and spec[0] is not None), None)
