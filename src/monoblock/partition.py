@@ -23,8 +23,8 @@ Names = tuple[str, ...]
 Given = str | Names | None  # an axis, several that split together, the first one coarsest, or none
 
 # The end of a canonical name -> the axis of its shape (matrices are outputs x inputs) that the tensor axis splits, and
-# the one of the model's width, which fsdp splits. Norms, and all biases but those of widening layers, are whole on
-# every device, as is a table of distances.
+# the one of the model's width, which fsdp splits. Whole on every device are norms, all biases but those of widening
+# layers, and tables of positions and distances, which are small.
 _LAYER: dict[str, tuple[int | None, int | None]] = {
     "attn.qkv.weight": (0, 1),
     "attn.qkv.bias": (0, None),
@@ -37,7 +37,6 @@ _LAYER: dict[str, tuple[int | None, int | None]] = {
 }
 _OUTSIDE: dict[str, tuple[int | None, int | None]] = {
     "embed.weight": (0, 1),
-    "pos_embed.weight": (None, 1),
     "patch_embed.weight": (None, 0),
     "head.dense.weight": (None, 1),
     "head.summary.weight": (None, 1),

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import flax_processes
-import jax
 import numpy as np
 import pytest
 from flax_processes import GREEDY, OPTIMIZER, RATE, SAMPLED

@@ -21,10 +21,12 @@ def placed(x: Any, sharding: NamedSharding) -> Any:
 def from_host(x: Any, sharding: NamedSharding) -> jax.Array:
     """An array on the host, of which nothing is read but what lies on this process's devices."""
 
-    def part(index: Any) -> Any:
-        return np.array(x[index], order="C")  # a copy: the memory of what was read goes back
+    dtype = jax.dtypes.canonicalize_dtype(x.dtype)
 
-    return jax.make_array_from_callback(x.shape, sharding, part, dtype=x.dtype)
+    def part(index: Any) -> Any:
+        return np.array(x[index], dtype, order="C")  # a copy: the memory of what was read goes back
+
+    return jax.make_array_from_callback(x.shape, sharding, part, dtype=dtype)
 
 
 def rows_of(x: Any) -> NamedSharding | None:
