@@ -19,7 +19,6 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 from monoblock.backends.flax.placing import placed
 
 T = TypeVar("T")
-M = TypeVar("M", Mesh, AbstractMesh)
 
 
 def explicit(*trees: Any) -> Mesh | AbstractMesh | None:
@@ -45,12 +44,12 @@ def _is_explicit(mesh: Any) -> bool:
     return mesh is not None and AxisType.Explicit in mesh.axis_types
 
 
-def automatic(mesh: M) -> M:
+def automatic(mesh: Mesh) -> Mesh:
     """The same mesh with automatic axes in place of explicit ones."""
-    kinds = tuple(AxisType.Auto if kind == AxisType.Explicit else kind for kind in mesh.axis_types)
-    if isinstance(mesh, Mesh):
-        return Mesh(mesh.devices, mesh.axis_names, axis_types=kinds)
-    return mesh.update_axis_types(dict(zip(mesh.axis_names, kinds, strict=True)))
+    kinds = {AxisType.Explicit: AxisType.Auto}
+    return Mesh(
+        mesh.devices, mesh.axis_names, axis_types=tuple(kinds.get(kind, kind) for kind in mesh.axis_types)
+    )
 
 
 def on_automatic(leaf: Any) -> Any:
@@ -60,9 +59,8 @@ def on_automatic(leaf: Any) -> Any:
         return leaf
     if isinstance(leaf, Tracer):
         return jax.sharding.reshard(leaf, PartitionSpec())  # a type says nothing of automatic axes
-    assert isinstance(leaf.sharding, NamedSharding)
-    # The same memory.
-    return jax.device_put(leaf, NamedSharding(automatic(leaf.sharding.mesh), leaf.sharding.spec))
+    sharding: Any = leaf.sharding
+    return jax.device_put(leaf, NamedSharding(automatic(sharding.mesh), sharding.spec))  # the same memory
 
 
 def run(
@@ -70,8 +68,10 @@ def run(
 ) -> T:
     """`function(*trees)` on automatic axes; its result on the explicit ones of the mesh, as `specs` of it says: a tree
     of the same form, of a PartitionSpec for each array."""
-    inner = automatic(mesh)
-    with jax.sharding.use_abstract_mesh(inner.abstract_mesh if isinstance(inner, Mesh) else inner):
+    abstract = mesh.abstract_mesh if isinstance(mesh, Mesh) else mesh
+    kinds = zip(abstract.axis_names, abstract.axis_types, strict=True)
+    inner = abstract.update_axis_types({n: AxisType.Auto for n, kind in kinds if kind == AxisType.Explicit})
+    with jax.sharding.use_abstract_mesh(inner):
         result = function(*jax.tree.map(on_automatic, trees))
 
     def laid(leaf: Any, spec: PartitionSpec) -> Any:
