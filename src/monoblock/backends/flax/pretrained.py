@@ -185,8 +185,8 @@ class FlaxPreTrainedModel(Parameters, Sharded, Training, Generation):
         puts PyTorch's own before the others. `ignore_mismatched_sizes=True` makes parameters of other shapes anew
         instead of raising ShapeMismatch. `revision`, `token`, `cache_dir`, `local_files_only`, `force_download`,
         `subfolder`, `variant`, `use_safetensors` say which files. `mesh`, with `tensor_axis`, `fsdp_axis` and
-        `data_axis`, lays the parameters onto a mesh of devices as `shard_params` does; each process of the mesh reads
-        and holds its part only. Other keywords set fields of the config (`num_labels=3`).
+        `data_axis`, lays the parameters onto a mesh of devices as `shard_params` does; each process of the mesh keeps
+        its part only. Other keywords set fields of the config (`num_labels=3`).
 
         A head that the files lack is made anew, with a warning; with `_do_init=False` it is not in the parameters:
         `model.init_weights(key, params=params)` adds it. HubError: the files cannot be had. CheckpointError: they do
