@@ -76,11 +76,17 @@ def main(number: int, port: str, folder: Path) -> None:
     found["sampled"] = model.generate(**inputs, params=params, **SAMPLED).sequences
     found["stepwise"] = model.generate(**inputs, params=params, trace=False, **GREEDY).sequences
     model.save_pretrained(folder / "saved", params=params)
+    whole = model.hub_state_dict(params)
     found["files"] = sorted(path.name for path in (folder / "saved").iterdir())
     try:
         model.save_pretrained(folder / "failed", params=params, max_shard_size="large")
     except (CheckpointError, ValueError) as error:
         found["failed"] = f"{type(error).__name__}: {error}"
+    near = Mesh(np.array(jax.devices()[:2]).reshape(1, 2), ("data", "tensor"))  # process 0's
+    try:
+        model.save_pretrained(folder / "near", params=model.shard_params(near, model.params_from_hub(whole)))
+    except ValueError as error:
+        found["near"] = str(error)
     # The same axes the other way round, of explicit types: what was saved comes back onto them.
     other = mesh("data", AxisType.Explicit)
     with ocp.StandardCheckpointer() as states:

@@ -266,8 +266,6 @@ class FlaxPreTrainedModel(Parameters, Sharded, Training, Generation):
         if push_to_hub:
             raise ValueError("save_pretrained does not support push_to_hub=True: it writes to a local folder")
         folder = Path(save_directory)
-        if folder.is_file():
-            raise ValueError(f"save_pretrained needs a folder, but {folder} is a file")
         kept = loading.flat(self.params if params is None else self.checked_params(params))
         self.config.architectures = [self.row.name]
         self.config.dtype = str(next(iter(kept.values())).dtype)
@@ -279,6 +277,9 @@ class FlaxPreTrainedModel(Parameters, Sharded, Training, Generation):
         leaves = self.leaves.values()
 
         def write(read: Read) -> None:
+            if folder.is_file():
+                raise ValueError(f"save_pretrained needs a folder, but {folder} is a file")
+
             def values(path: loading.Place) -> Any:
                 return read(numbers[path])
 
