@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from monoblock.backends.flax.processes import is_elsewhere, on_host
+from monoblock.backends.flax.processes import on_host
 from monoblock.generation.arrays import NOTHING_TO_DRAW, NumpyOps
 
 
@@ -70,9 +70,9 @@ class JaxOps(NumpyOps):
     """`ArrayOps` for JAX; each method is the protocol's. Draws take a `Keys`; there is no global source."""
 
     def array(self, values: Any) -> Any:
-        return (
-            values if _traced(values) else super().array(on_host(values) if is_elsewhere(values) else values)
-        )
+        if _traced(values):
+            return values
+        return super().array(on_host(values) if isinstance(values, jax.Array) else values)
 
     def to_numpy(self, x: Any) -> Any:
         return on_host(x)

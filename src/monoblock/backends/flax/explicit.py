@@ -8,8 +8,7 @@ what comes out is laid on the explicit ones again.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from math import prod
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import jax
@@ -17,6 +16,7 @@ from jax.core import Tracer
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from monoblock.backends.flax.placing import placed
+from monoblock.partition import names, parts
 
 T = TypeVar("T")
 
@@ -90,12 +90,13 @@ class Layout:
     mesh: Mesh | AbstractMesh
     rows: Any = None  # an entry of a PartitionSpec
     vocabulary: Any = None
-    cache: Any = None
+    cache: dict[Any, PartitionSpec] = field(default_factory=dict)  # by path
 
     @classmethod
     def of(cls, mesh: Mesh | AbstractMesh, inputs: Any, cache: Any = None, vocabulary: Any = None) -> Layout:
         """That of a call with these inputs."""
-        return cls(mesh, _rows(inputs), vocabulary, jax.tree.map(spec_of, cache))
+        leaves = jax.tree_util.tree_leaves_with_path(cache)
+        return cls(mesh, _rows(inputs), vocabulary, {path: spec_of(leaf) for path, leaf in leaves})
 
     def __call__(self, result: Any) -> Any:
         """A PartitionSpec for each array of a call's outputs."""
@@ -103,14 +104,15 @@ class Layout:
 
     def _spec(self, path: tuple[Any, ...], leaf: Any) -> PartitionSpec:
         name = getattr(path[0], "name", getattr(path[0], "key", None)) if path else None
-        if name == "past_key_values" and self.cache is not None:
-            return dict(jax.tree_util.tree_leaves_with_path(self.cache))[path[1:]]
+        if name == "past_key_values" and self.cache:
+            return self.cache[path[1:]]
         if leaf.ndim == 0:
             return PartitionSpec()
-        rows = None if leaf.shape[0] % _parts(self.mesh, self.rows) else self.rows
-        if name != "logits" or leaf.shape[-1] % _parts(self.mesh, self.vocabulary):
+        sizes = self.mesh.shape
+        rows = None if leaf.shape[0] % parts(names(self.rows), sizes) else self.rows
+        if name != "logits" or leaf.shape[-1] % parts(names(self.vocabulary), sizes):
             return PartitionSpec(rows)
-        rest = [axis for axis in _axes(self.vocabulary) if axis not in _axes(rows)]
+        rest = [axis for axis in names(self.vocabulary) if axis not in names(rows)]
         return PartitionSpec(rows, *[None] * (leaf.ndim - 2), tuple(rest) or None)
 
 
@@ -123,11 +125,3 @@ def _rows(inputs: Any) -> Any:
 def spec_of(leaf: Any) -> PartitionSpec:
     """How an array lies on explicit axes; others are not in its type."""
     return jax.typeof(leaf).sharding.spec
-
-
-def _axes(entry: Any) -> tuple[str, ...]:
-    return (entry,) if isinstance(entry, str) else entry or ()
-
-
-def _parts(mesh: Mesh | AbstractMesh, entry: Any) -> int:
-    return prod(mesh.shape[axis] for axis in _axes(entry))

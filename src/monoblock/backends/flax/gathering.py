@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import prod
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +11,7 @@ from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec
 
 from monoblock.backends.xla.namespace import known
+from monoblock.partition import names, parts
 
 
 @dataclass(frozen=True)
@@ -23,8 +23,7 @@ class Gathering:
 
     def split(self, x_bsw: Array) -> Array:
         """Hidden states with their rows split, if there are as many; an export may leave open how many there are."""
-        mesh, (axes, *_) = self.rows.mesh, self.rows.spec
-        count = prod(mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes))
+        count = parts(names(self.rows.spec[0]), self.rows.mesh.shape)
         if not known(x_bsw.shape[0]) or x_bsw.shape[0] % count:
             return x_bsw
         return jax.lax.with_sharding_constraint(x_bsw, self.rows)

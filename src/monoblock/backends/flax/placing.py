@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from math import prod
 from typing import Any
 
 import jax
 import numpy as np
 from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
+
+from monoblock.partition import names, parts
 
 
 def placed(x: Any, sharding: NamedSharding) -> Any:
@@ -20,7 +21,6 @@ def placed(x: Any, sharding: NamedSharding) -> Any:
 
 def from_host(x: Any, sharding: NamedSharding) -> jax.Array:
     """An array on the host, of which nothing is read but what lies on this process's devices."""
-
     dtype = jax.dtypes.canonicalize_dtype(x.dtype)
 
     def part(index: Any) -> Any:
@@ -39,8 +39,7 @@ def rows_of(x: Any) -> NamedSharding | None:
 
 def split_rows(x: Any, rows: NamedSharding) -> Any:
     """An array of the host with its rows split, where there are as many; others as they are."""
-    (axes,) = rows.spec
-    count = prod(rows.mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes))
+    count = parts(names(rows.spec[0]), rows.mesh.shape)
     if not isinstance(x, np.ndarray) or not x.ndim or x.shape[0] % count:
         return x
     return placed(x, rows)
