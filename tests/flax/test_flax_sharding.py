@@ -9,7 +9,6 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 import jax
@@ -41,20 +40,23 @@ def outputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
     }
     folder = tmp_path_factory.mktemp("meshes")
+    script, pipe = str(TESTS / "flax_sharded.py"), subprocess.PIPE
+    processes = {
+        part: subprocess.Popen(
+            [sys.executable, script, part, str(folder)], env=env, stdout=pipe, stderr=pipe, text=True
+        )
+        for part in ("families", "meshes")
+    }
     found: dict[str, Any] = {}
-
-    def run(part: str) -> None:
-        command = [sys.executable, str(TESTS / "flax_sharded.py"), part, str(folder)]
-        found[part] = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
-
-    threads = [Thread(target=run, args=(part,)) for part in ("families", "meshes")]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for result in found.values():
-        assert result.returncode == 0, result.stderr
-    return {part: json.loads(result.stdout) for part, result in found.items()}
+    try:
+        for part, process in processes.items():
+            output, errors = process.communicate(timeout=300)
+            assert process.returncode == 0, errors
+            found[part] = json.loads(output)
+    finally:
+        for process in processes.values():
+            process.kill()
+    return found
 
 
 @pytest.fixture(scope="module")
