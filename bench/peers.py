@@ -1,10 +1,11 @@
 """Forward and generate of the JAX or TensorFlow classes beside those of transformers 4, which had them last.
 
-    python bench/peers.py --framework flax|tf [--peer-python PATH] [--cases mistral,gpt_neo] [--runs 5] [--small]
+    python bench/peers.py --framework flax|tf [--peer-python PATH | --before CHECKOUT] [--cases mistral,gpt_neo]
+        [--runs 5] [--small]
 
 PATH is the Python of an environment with transformers 4.53, and Flax, or TensorFlow and tf-keras, in it. Both sides are
 processes that live through the whole run and take turns, pass by pass, in float32 with random weights of equal shapes.
-Without PATH our own side runs alone.
+CHECKOUT is one of another commit of monoblock, which takes the peer's place. Without either our own side runs alone.
 
 forward: one pass over the tokens, `model(ids)` inside the framework's own `jit` (TensorFlow: `tf.function`, with XLA).
 as called: the same without it, as most code calls a model.
@@ -70,6 +71,8 @@ SMALL = {
     "openai_gpt": {"n_embd": 64, "n_layer": 2, "n_head": 4},
     "mpnet": {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128},
 }
+BEFORE = "monoblock, before"
+OURS = ("monoblock", BEFORE)
 # Config, class without its prefix, tokens of a forward pass.
 CLASSES = {
     "mistral": ("MistralConfig", "MistralForCausalLM", 512),
@@ -97,8 +100,8 @@ def worker(who: str, framework: str) -> None:
     for line in sys.stdin:
         asked = json.loads(line)
         if "versions" in asked:
-            keras = "keras" if who == "monoblock" else "tf-keras"
-            names = {"flax": (who, "jax", "flax"), "tf": (who, "tensorflow-cpu", keras)}[framework]
+            library, keras = who.split(",")[0], "keras" if who in OURS else "tf-keras"
+            names = {"flax": (library, "jax", "flax"), "tf": (library, "tensorflow-cpu", keras)}[framework]
             answer: Any = {"versions": ", ".join(f"{name} {version(name)}" for name in names)}
         elif "case" in asked:
             tasks = {}  # lets the last model go before the next one is made
@@ -119,7 +122,7 @@ def _ids(tokens: int, seed: int) -> Any:
 
 
 def _model(who: str, framework: str, case: str, small: bool) -> Any:
-    library: Any = __import__(who)
+    library: Any = __import__(who.split(",")[0])
     config, cls, _ = CLASSES[case]
     made = getattr(library, config)(**(SMALL if small else FULL)[case])
     return getattr(library, {"flax": "Flax", "tf": "TF"}[framework] + cls)(made)
@@ -143,7 +146,7 @@ def _flax(who: str, model: Any) -> dict[str, Callable[[Any], Any]]:
     if not model.can_generate():
         return tasks
     tasks["generate"] = lambda ids: ready(model.generate(ids, **OPTIONS).sequences)
-    if who != "monoblock":
+    if who not in OURS:
         tasks["compiled"] = lambda ids: ready(compiled(params, ids))
     return tasks
 
@@ -160,7 +163,7 @@ def _tf(who: str, model: Any) -> dict[str, Callable[[Any], Any]]:
     if not model.can_generate():
         return tasks
     tasks["generate"] = lambda ids: model.generate(tf.constant(ids), **OPTIONS).numpy()
-    if who != "monoblock" and model.supports_xla_generation:
+    if who not in OURS and model.supports_xla_generation:
         compiled = tf.function(model.generate, jit_compile=True)
         tasks["compiled"] = lambda ids: compiled(tf.constant(ids), **OPTIONS).numpy()
     return tasks
@@ -174,17 +177,19 @@ _SIDES = {"flax": _flax, "tf": _tf}
 class Side:
     """A worker process; what it prints besides answers is in `log`."""
 
-    def __init__(self, who: str, python: str, framework: str, log: Path) -> None:
+    def __init__(self, who: str, python: str, framework: str, log: Path, before: Path | None) -> None:
         self.who, self.log = who, log
         # The peer's TensorFlow classes are Keras 2; ours are Keras 3.
-        legacy = {"TF_USE_LEGACY_KERAS": "0" if who == "monoblock" else "1", "TF_CPP_MIN_LOG_LEVEL": "2"}
+        environment = {"TF_USE_LEGACY_KERAS": "0" if who in OURS else "1", "TF_CPP_MIN_LOG_LEVEL": "2"}
+        if who == BEFORE and before is not None:
+            environment["PYTHONPATH"] = str(before.resolve() / "src")
         self.process = subprocess.Popen(
             [python, __file__, "--framework", framework, "--worker", who],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log.open("w"),
             text=True,
-            env=os.environ | legacy,
+            env=os.environ | environment,
         )
 
     def ask(self, **question: Any) -> dict[str, Any]:
@@ -256,7 +261,9 @@ def _arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--framework", choices=tuple(CASES), required=True)
-    parser.add_argument("--peer-python", help="the Python of the peer's environment")
+    peer = parser.add_mutually_exclusive_group()
+    peer.add_argument("--peer-python", help="the Python of the peer's environment")
+    peer.add_argument("--before", type=Path, metavar="CHECKOUT", help="of another commit of monoblock")
     parser.add_argument("--cases", help="some of the models, with commas")
     parser.add_argument("--runs", type=int, default=5, help="at most 15")
     parser.add_argument("--small", action="store_true", help="tiny models, to try the script")
@@ -273,10 +280,15 @@ def main() -> None:
     pythons = {"monoblock": sys.executable}
     if args.peer_python:
         pythons["transformers"] = args.peer_python
+    elif args.before:
+        pythons[BEFORE] = sys.executable
     else:
         print("no --peer-python: our own side alone")
     with tempfile.TemporaryDirectory() as folder:
-        sides = [Side(who, python, args.framework, Path(folder, who)) for who, python in pythons.items()]
+        sides = [
+            Side(who, python, args.framework, Path(folder, who), args.before)
+            for who, python in pythons.items()
+        ]
         print(f"{_machine()}; tokens per second: median (range) of {args.runs}")
         for side in sides:
             print(f"{side.who}: {side.ask(versions=True)['versions']}")

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from figures import LOSSLESS
+from figures import BEFORE, LOSSLESS
 
 PROMPT = 32  # tokens before those that decoding makes
-ALL = ("monoblock", LOSSLESS, "transformers", "llama.cpp", "OpenVINO", "CTranslate2")
-HUB = ("monoblock", "transformers")
+ALL = ("monoblock", BEFORE, LOSSLESS, "transformers", "llama.cpp", "OpenVINO", "CTranslate2")
+HUB = ("monoblock", BEFORE, "transformers")
 CHECKED = 24  # tokens of the check of accuracy
 
 

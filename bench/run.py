@@ -2,12 +2,14 @@
 
     python bench/run.py [--quick | --full] [--models FOLDER] [--json FILE] [--minutes 15] [--only mistral-1b/int8]
         [--peer-python OpenVINO=PATH] [--peer-python CTranslate2=PATH] [--peer-python llama.cpp=PATH]
-        [--llama-bench PATH] [--llama-convert PATH]
+        [--llama-bench PATH] [--llama-convert PATH] [--before CHECKOUT]
 
 Contestants are processes that hold the same random weights and take turns, round by round; a ratio compares
 neighbours in time. A peer that is not installed is skipped, and the output says so. PATH of --peer-python is the Python
 that has openvino-genai, optimum-intel and nncf; ctranslate2 and transformers; or (llama.cpp) what its converter needs.
---llama-convert is llama.cpp's convert_hf_to_gguf.py. Converted models are kept in --models, about 25 GB in all.
+--llama-convert is llama.cpp's convert_hf_to_gguf.py. --before is a checkout of another commit, its kernels built
+(`python -m monoblock.native.build`): what a change costs or brings is read off the same run. Converted models are kept
+in --models, about 25 GB in all.
 `bench/report.py FILE` makes the tables and pictures of docs/performance.md from the JSON.
 """
 
@@ -28,7 +30,7 @@ import machine
 import report
 import shapes
 import sides
-from figures import FRESH
+from figures import BEFORE, FRESH
 from plan import PLANS, PROMPT, Group, Measure
 from sides import CONTESTANTS, FORMS, PAUSE, UNKNOWN, Busy, Failed, LlamaBench, Process, Tools
 
@@ -273,6 +275,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--peer-python", action="append", default=[], metavar="NAME=PATH")
     parser.add_argument("--llama-bench")
     parser.add_argument("--llama-convert")
+    parser.add_argument("--before", type=Path, metavar="CHECKOUT")
     return parser.parse_args()
 
 
@@ -294,7 +297,14 @@ def main() -> None:
     args = _arguments()
     groups = _wanted(PLANS[args.plan], args.only)
     args.models.mkdir(parents=True, exist_ok=True)
-    tools = Tools(args.models, args.threads, _pythons(args.peer_python), args.llama_bench, args.llama_convert)
+    if args.before is None:
+        args.without.append(BEFORE)
+    elif not (args.before / "src" / "monoblock").is_dir():
+        raise SystemExit(f"--before {args.before}: expected a checkout, with src/monoblock in it")
+    pythons = _pythons(args.peer_python)
+    tools = Tools(
+        args.models, args.threads, pythons, args.llama_bench, args.llama_convert, before=args.before
+    )
     memory = machine.Memory(args.threads)
     begin = time.time()
     results: dict[str, Any] = {

@@ -14,11 +14,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from figures import LOSSLESS
+from figures import BEFORE, LOSSLESS
 
 BENCH = Path(__file__).parent
 CONTESTANTS = (
     "monoblock",
+    BEFORE,
     LOSSLESS,
     "monoblock, plain",
     "transformers",
@@ -29,6 +30,7 @@ CONTESTANTS = (
 # What each can run. A form that is not here does not exist, or not on a CPU.
 FORMS = {
     "monoblock": ("float32", "bfloat16", "int8", "int4"),
+    BEFORE: ("float32", "bfloat16", "int8", "int4"),
     LOSSLESS: ("bfloat16",),
     "monoblock, plain": ("float32", "bfloat16"),  # packed weights without kernels are not meant to be fast
     "transformers": ("float32", "bfloat16"),
@@ -60,16 +62,20 @@ class Busy(Failed):
 
 @dataclass
 class Tools:
-    """Where contestants live: the Pythons of peers, llama.cpp's programs, a folder for models."""
+    """Where contestants live: the Pythons of peers, llama.cpp's programs, another checkout of monoblock, a folder for
+    models."""
 
     models: Path
     threads: int
     pythons: dict[str, str] = field(default_factory=dict[str, str])
     llama_bench: str | None = None
     llama_convert: str | None = None
+    before: Path | None = None
 
     def missing(self, who: str) -> str:
         """Why a contestant is not here; empty where it is."""
+        if who == BEFORE:
+            return "" if self.before else "no --before CHECKOUT"
         if who == "llama.cpp":
             return "" if self.llama_bench else "no --llama-bench PATH"
         if who in OWN_FORMAT and who not in self.pythons:
@@ -78,6 +84,15 @@ class Tools:
         probe = f"import importlib.util, sys; sys.exit(importlib.util.find_spec({package!r}) is None)"
         found = subprocess.run([self.python(who), "-c", probe], capture_output=True, check=False)
         return f"{package} is not installed in {self.python(who)}" if found.returncode else ""
+
+    def environment(self, who: str) -> dict[str, str]:
+        """The environment variables of a contestant's processes."""
+        found = os.environ | {"OMP_NUM_THREADS": str(self.threads)}
+        if who == "monoblock, plain":
+            found["MONOBLOCK_NATIVE"] = "0"
+        if who == BEFORE:
+            found["PYTHONPATH"] = str(self.before and self.before.resolve() / "src")
+        return found
 
     def python(self, who: str) -> str:
         """The Python of a contestant."""
@@ -98,7 +113,8 @@ def weights_for(who: str, source: Path, form: str, tools: Tools) -> Path:
         target = source.with_name(f"{source.name}--{who}-bfloat16")
     if not target.is_dir():
         worker = [tools.python(who), str(BENCH / "worker.py"), who, "--prepare"]
-        _make(target, [*worker, str(source), "{}", "bfloat16" if target.name.endswith("bfloat16") else form])
+        kind = "bfloat16" if target.name.endswith("bfloat16") else form
+        _make(target, [*worker, str(source), "{}", kind], tools.environment(who))
     return target
 
 
@@ -134,7 +150,7 @@ def _makers_names(source: Path) -> Path:
     return copy
 
 
-def _make(target: Path, command: list[str]) -> None:
+def _make(target: Path, command: list[str], environment: dict[str, str] | None = None) -> None:
     """Run a command that writes what `{}` stands for; the name appears when that is complete."""
     unfinished = target.with_name(f"unfinished-{target.name}")
     done = subprocess.run(
@@ -142,6 +158,7 @@ def _make(target: Path, command: list[str]) -> None:
         capture_output=True,
         text=True,
         check=False,
+        env=environment,
     )
     if done.returncode:
         raise Failed(f"making {target.name} failed: {_last_words(done.stderr)}")
@@ -157,7 +174,6 @@ class Process:
 
     def __init__(self, who: str, tools: Tools) -> None:
         self.who, self.facts = who, dict[str, Any]()
-        native = {"MONOBLOCK_NATIVE": "0"} if who == "monoblock, plain" else {}
         self.log = tools.models / f"{who.replace(', ', '-')}.log"
         self.process = subprocess.Popen(
             [tools.python(who), str(BENCH / "worker.py"), who],
@@ -165,7 +181,7 @@ class Process:
             stdout=subprocess.PIPE,
             stderr=self.log.open("w"),
             text=True,
-            env=os.environ | {"OMP_NUM_THREADS": str(tools.threads)} | native,
+            env=tools.environment(who),
         )
 
     def ask(self, do: str, **question: Any) -> dict[str, Any]:

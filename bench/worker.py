@@ -18,6 +18,7 @@ from typing import Any
 # Contestant: its module in contestants/, and what its `Side` is made with.
 MODULES: dict[str, tuple[str, tuple[str, ...]]] = {
     "monoblock": ("torch_models", ("monoblock",)),
+    "monoblock, before": ("torch_models", ("monoblock",)),
     "monoblock, lossless": ("torch_models", ("monoblock",)),
     "monoblock, plain": ("torch_models", ("monoblock",)),
     "transformers": ("torch_models", ("transformers",)),

@@ -1,12 +1,16 @@
-"""Writes docs/families.md's table from the specs of the default configs: `python tools/make_family_table.py`."""
+"""Writes docs/families.md's tables, from the specs of the default configs and the configs' own tables of fields:
+`python tools/make_family_table.py`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 from monoblock import tree
 from monoblock.checkpoint.keymap import Op, PerHead, Same, Split, Transposed
+from monoblock.config_fields import COMMON, HARMLESS, REFUSED
 from monoblock.families import FAMILIES, family
 from monoblock.spec import Alibi, ArchSpec, Buckets, Learned, Norm, Position, Rotary
 
@@ -139,11 +143,73 @@ def table() -> str:
     return "\n".join(lines) + "\n"
 
 
+# Declared for transformers' signature or upstream's files; results do not depend on them.
+INERT = frozenset({"init_config", "init_device", "verbose", "use_pad_tok_in_ffn", "fuse_norm_attn_norm"})
+
+
+def _code(names: Iterable[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)
+
+
+def _values(allowed: Iterable[Any]) -> str:
+    return " or ".join(f"`{json.dumps(value)}`" for value in (*allowed, None))
+
+
+def fields_honoured() -> str:
+    """A row for each family: the fields of its config.json that decide something."""
+    lines = ["| family | fields |", "|---|---|"]
+    for name in FAMILIES:
+        config = family(name).config
+        names = [field for field in config.fields if field not in INERT]
+        for inner, kind in config.sub_configs.items():
+            at = names.index(inner)
+            names[at : at + 1] = [f"{inner}.{field}" for field in kind.fields]
+        aliases = [f"{alias} ({field})" for alias, field in config.attribute_map.items()]
+        others = f"; as other names: {_code(aliases)}" if aliases else ""
+        types = f" (also `{'`, `'.join(config.other_types)}`)" if config.other_types else ""
+        lines.append(f"| {TITLES[name]}{types} | {_code(names)}{others} |")
+    common = [name for name in COMMON if name not in REFUSED]
+    lines.append(f"| all | {_code([*common, 'id2label', 'label2id', 'num_labels', 'attn_implementation'])} |")
+    return "\n".join(lines) + "\n"
+
+
+def fields_refused() -> str:
+    """A row for each field that no value but the given ones can be honoured of."""
+    kinds = {TITLES[name]: family(name).config.refused() for name in FAMILIES}
+    lines = ["| field | may be | else refused by | because |", "|---|---|---|---|"]
+    rows: dict[tuple[str, str, str], list[str]] = {}
+    for title, rules in kinds.items():
+        for field, (allowed, hint) in rules.items():
+            rows.setdefault((field, _values(allowed), hint), []).append(title)
+    for (field, allowed, hint), titles in sorted(rows.items()):
+        who = "all" if len(titles) == len(kinds) else ", ".join(titles)
+        lines.append(f"| `{field}` | {allowed} | {who} | {hint} |")
+    return "\n".join(lines) + "\n"
+
+
+def fields_harmless() -> str:
+    """A row for each group of fields that are kept without a warning."""
+    lines = ["| group | fields |", "|---|---|"]
+    lines += [f"| {group} | {_code(names.split())} |" for group, names in HARMLESS.items()]
+    return "\n".join(lines) + "\n"
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    BEGIN: table,
+    "<!-- fields honoured, made by tools/make_family_table.py -->\n": fields_honoured,
+    "<!-- fields refused, made by tools/make_family_table.py -->\n": fields_refused,
+    "<!-- fields kept, made by tools/make_family_table.py -->\n": fields_harmless,
+}
+
+
 def updated(text: str) -> str:
-    """The document's text with the table of today."""
-    before, _, rest = text.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    return f"{before}{BEGIN}\n{table()}\n{END}{after}"
+    """The document's text with the tables of today."""
+    for begin, made in TABLES.items():
+        before, found, rest = text.partition(begin)
+        _, end, after = rest.partition(END)
+        assert found and end, f"the document lacks {begin.strip()}"
+        text = f"{before}{begin}\n{made()}\n{END}{after}"
+    return text
 
 
 if __name__ == "__main__":

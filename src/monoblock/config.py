@@ -46,10 +46,14 @@ class PretrainedConfig(ToolFacts):
     """
 
     model_type: ClassVar[str] = ""
+    # Other model types of config.json that this class describes too.
+    other_types: ClassVar[tuple[str, ...]] = ()
     attribute_map: ClassVar[Mapping[str, str]] = {}
     sub_configs: ClassVar[Mapping[str, type[PretrainedConfig]]] = {}
     # From this field on, fields are written only when they differ from their default: the hub's class has none of them.
     makers_from: ClassVar[str] = ""
+    # Fields of other configs: the values that say what this family does anyway, and why no other can be honoured.
+    implied: ClassVar[Mapping[str, tuple[tuple[Any, ...], str]]] = {}
     fields: ClassVar[dict[str, Any]] = {}
     _types: ClassVar[dict[str, Any]] = {}
 
@@ -179,7 +183,7 @@ class PretrainedConfig(ToolFacts):
         raise FieldError(f"{type(self).__name__}.{name} must be a dict, got {brief(value)}", name)
 
     def _is_known(self, name: str) -> bool:
-        tables = (self.fields, COMMON, QUIET, REFUSED, self.attribute_map, ("torch_dtype",))
+        tables = (self.fields, COMMON, QUIET, REFUSED, self.implied, self.attribute_map, ("torch_dtype",))
         return any(name in table for table in tables)
 
     def _warn_unknown(self, name: str) -> None:
@@ -192,11 +196,23 @@ class PretrainedConfig(ToolFacts):
             brief(name),
         )
 
-    def _refuse(self) -> None:
-        for name, (allowed, hint) in REFUSED.items():
-            value = getattr(self, name, allowed)
-            if value is not None and value != allowed:
-                raise UnsupportedConfig(f"{type(self).__name__}.{name}={value!r} cannot be honoured: {hint}")
+    @classmethod
+    def refused(cls) -> dict[str, tuple[tuple[Any, ...], str]]:
+        """Fields with which this family cannot be told to do otherwise: the values that change nothing (None beside
+        them), and why no other is taken."""
+        own = {*cls.fields, *cls.attribute_map}
+        return {**{name: rule for name, rule in REFUSED.items() if name not in own}, **cls.implied}
+
+    def _refuse(self, fields: Mapping[str, Any] | None = None) -> None:
+        """UnsupportedConfig for the first field, of those given or of this config, that cannot be honoured."""
+        given = vars(self) if fields is None else fields
+        for name, (allowed, hint) in self.refused().items():
+            value = given.get(name)
+            if value is not None and not any(value == other for other in allowed):
+                taken = " or ".join(map(repr, (*allowed, None)))
+                raise UnsupportedConfig(
+                    f"{type(self).__name__}.{name}={brief(value)} cannot be honoured: {hint}; it may be {taken}"
+                )
         recorded(self)
         self._check_problem_type()
 
@@ -245,21 +261,26 @@ class PretrainedConfig(ToolFacts):
             dropout=dropout,
             problem_type=self.problem_type,
             pad_id=self.pad_token_id,
+            last_by=self._last_by(),
         )
 
+    def _last_by(self) -> Any:
+        return getattr(self, "last_token_by", None) or "pad_id"
+
     def updated_head(self, head: HeadSpec) -> HeadSpec:
-        """A model's head with the fields that count at each call, not only when the model is made: problem_type and
-        pad_token_id. ValueError: there is no such problem_type."""
-        if (self.problem_type, self.pad_token_id) == (head.problem_type, head.pad_id):
+        """A model's head with the fields that count at each call, not only when the model is made: problem_type,
+        pad_token_id and last_token_by. ValueError: there is no such problem_type."""
+        now = (self.problem_type, self.pad_token_id, self._last_by())
+        if now == (head.problem_type, head.pad_id, head.last_by):
             return head
         self._check_problem_type()
-        return replace(head, problem_type=self.problem_type, pad_id=self.pad_token_id)
+        return replace(head, problem_type=now[0], pad_id=now[1], last_by=now[2])
 
     # ------------------------------------------------------------------ dicts and files
 
     def to_dict(self) -> dict[str, Any]:
         """Every field as JSON-ready values, nested configs as dicts."""
-        out: dict[str, Any] = {"model_type": self.model_type} if self.model_type else {}
+        out: dict[str, Any] = {"model_type": self.stored_type()} if self.model_type else {}
         names = list(self.fields)
         makers = names[names.index(self.makers_from) :] if self.makers_from else []
         for name, value in vars(self).items():
@@ -272,6 +293,14 @@ class PretrainedConfig(ToolFacts):
         if "id2label" in out:
             out["id2label"] = {str(i): label for i, label in out["id2label"].items()}
         return out
+
+    def stored_type(self) -> str:
+        """The `model_type` under which other programs compute what this config says."""
+        return self.model_type
+
+    def stored_class(self, name: str) -> str:
+        """The name under which other programs know the public class `name` with this config."""
+        return name
 
     def to_diff_dict(self) -> dict[str, Any]:
         """What goes into config.json: the family's fields, and the common ones that are not at their default."""
@@ -361,7 +390,7 @@ class PretrainedConfig(ToolFacts):
         """
         path, data = cls.read_file(pretrained_model_name_or_path, HubOptions.pop(kwargs))
         found = data.get("model_type", cls.model_type)
-        if cls.model_type and found != cls.model_type:
+        if cls.model_type and found not in (cls.model_type, *cls.other_types):
             raise ValueError(
                 f"{cls.__name__} reads checkpoints of type {cls.model_type!r}, but {pretrained_model_name_or_path} "
                 f"is of type {brief(found)}; use AutoConfig to choose by type"
@@ -415,7 +444,7 @@ def as_own_config(config: Any, kind: type[Config], owner: str = "this") -> Confi
     if isinstance(config, kind):
         return config
     fields = None if isinstance(config, PretrainedConfig) else foreign_fields(config)
-    if fields is None or fields["model_type"] != kind.model_type:
+    if fields is None or fields["model_type"] not in (kind.model_type, *kind.other_types):
         other = "" if fields is None else f" of the model type {fields['model_type']!r}"
         raise ValueError(
             f"{owner} takes a {kind.__name__}, got {type(config).__name__}{other}; transformers' config objects of the "

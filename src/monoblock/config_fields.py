@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 # Fields that every config of the hub has, with the hub's defaults.
 COMMON: dict[str, Any] = {
@@ -33,6 +33,8 @@ TYPES: dict[str, Any] = {
     **dict.fromkeys(("pad_token_id", "bos_token_id", "sep_token_id"), int | None),
     **dict.fromkeys(("eos_token_id", "decoder_start_token_id"), _IDS),
     **dict.fromkeys(("classifier_dropout", "hidden_dropout"), float | None),
+    # By what a head over texts finds their last token; see `HeadSpec.last_by`.
+    "last_token_by": Literal["pad_id", "attention_mask"] | None,
     "prefix": str | None,
     "tokenizer_class": str | None,
     # What old files say about generation.
@@ -50,71 +52,80 @@ TYPES: dict[str, Any] = {
     "exponential_decay_length_penalty": tuple[int, float] | None,
 }
 
-# Fields that say nothing about the model (in old files), or that others take over: a generation config, or how weights
-# are packed. They are kept and written back; no warning is due.
-QUIET = frozenset(
-    [
-        "transformers_version",
-        "auto_map",
-        "quantization_config",
-        "tokenizer_class",
-        "finetuning_task",
-        "task_specific_params",
-        "prefix",
-        "is_decoder",
-        "add_cross_attention",
-        "cross_attention_hidden_size",
-        "tie_encoder_decoder",
-        "pruned_heads",
-        "torchscript",
-        "use_bfloat16",
-        "sep_token_id",
-        "decoder_start_token_id",
-        "max_length",
-        "min_length",
-        "do_sample",
-        "early_stopping",
-        "num_beams",
-        "num_beam_groups",
-        "diversity_penalty",
-        "temperature",
-        "top_k",
-        "top_p",
-        "typical_p",
-        "repetition_penalty",
-        "length_penalty",
-        "no_repeat_ngram_size",
-        "encoder_no_repeat_ngram_size",
-        "bad_words_ids",
-        "num_return_sequences",
-        "output_scores",
-        "return_dict_in_generate",
-        "forced_bos_token_id",
-        "forced_eos_token_id",
-        "remove_invalid_values",
-        "suppress_tokens",
-        "begin_suppress_tokens",
-        "exponential_decay_length_penalty",
-        "tf_legacy_loss",
-        "classifier_dropout",
-        "hidden_dropout",
-        "gradient_checkpointing",
-        "n_ctx",
-        "n_special",
-        "predict_special_tokens",
-        "summary_activation",
-        "summary_first_dropout",
-        "summary_proj_to_labels",
-        "summary_type",
-        "summary_use_proj",
-    ]
-)
+# Fields that say nothing about what a model computes, or that something else reads (a generation config, a tokenizer,
+# the reader of packed weights). They are kept and written back without a warning, in these groups:
+HARMLESS: dict[str, str] = {
+    "where the file comes from": """
+        transformers_version auto_map name tokenizer_name tokenizer_class finetuning_task task_specific_params prefix
+        export_model_type file_name transformers.js_config sentence_transformers sbert_ce_default_activation_function
+        unsloth_version unsloth_fixed vocab_type model_max_length max_sequence_length max_seq_length
+        tokenizer_model_max_length tokenizer_padding_side padding_side
+    """,
+    "read elsewhere": """
+        quantization_config sep_token_id decoder_start_token_id unk_token_id mask_token_id cls_token_id
+        classifier_dropout hidden_dropout tf_legacy_loss gradient_checkpointing
+    """,
+    "generation": """
+        max_length max_new_tokens min_length do_sample early_stopping num_beams num_beam_groups diversity_penalty
+        temperature top_k top_p typical_p repetition_penalty length_penalty no_repeat_ngram_size
+        encoder_no_repeat_ngram_size bad_words_ids num_return_sequences output_scores return_dict_in_generate
+        forced_bos_token_id forced_eos_token_id remove_invalid_values suppress_tokens begin_suppress_tokens
+        exponential_decay_length_penalty use_cache output_past
+    """,
+    "how weights were made or trained": """
+        init_config init_device initializer_range init_std verbose neftune_noise_alpha pretraining_tp
+        output_router_logits label_smoothing
+    """,
+    "options of this library, which act": "last_token_by",
+    "which kernel computes": """
+        attn_implementation use_bfloat16 use_flash_attention use_flash_attn flash_attn reorder_and_upcast_attn
+    """,
+    "parts that these models do not have": """
+        is_decoder cross_attention_hidden_size tie_encoder_decoder n_ctx n_special predict_special_tokens
+        summary_activation summary_first_dropout summary_proj_to_labels summary_type summary_use_proj
+        type_vocab_size
+    """,
+}
+QUIET = frozenset(name for names in HARMLESS.values() for name in names.split())
 
-# Values that no family here can honour; any other value of these fields is fine.
-REFUSED: dict[str, tuple[Any, str]] = {
-    "is_encoder_decoder": (False, "all families here are single-stack models"),
-    "add_cross_attention": (False, "no family here has cross-attention"),
-    "torchscript": (False, "use torch.compile or torch.export on the model"),
-    "pruned_heads": ({}, "save the checkpoint with its heads in place"),
-    "chunk_size_feed_forward": (0, "feed-forward chunking is not implemented"),
+# Fields of other models that change what is computed: the values that mean what every family here does anyway, and why
+# no other can be honoured. A family that declares such a field honours it; `PretrainedConfig.implied` adds its own.
+REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "is_encoder_decoder": ((False,), "all families here are single-stack models"),
+    "add_cross_attention": ((False,), "no family here has cross-attention"),
+    "torchscript": ((False,), "use torch.compile or torch.export on the model"),
+    "pruned_heads": (({},), "save the checkpoint with its heads in place"),
+    "chunk_size_feed_forward": ((0,), "feed-forward chunking is not implemented"),
+    "attention_bias": ((False,), "this family's projections are fixed by its architecture"),
+    "qkv_bias": ((False,), "this family's projections are fixed by its architecture"),
+    "mlp_bias": ((False,), "this family's MLP is fixed by its architecture"),
+    "attn_logit_softcapping": ((), "this family does not cap its scores"),
+    "final_logit_softcapping": ((), "this family does not cap its logits"),
+    "logit_scale": ((1.0,), "this family does not scale its logits"),
+    "logits_scaling": ((1.0,), "this family does not scale its logits"),
+    "embedding_multiplier": ((1.0,), "this family does not scale its embedding"),
+    "residual_multiplier": ((1.0,), "this family does not scale its residuals"),
+    "attention_multiplier": ((), "this family's scale of the scores is fixed"),
+    "query_pre_attn_scalar": ((), "this family's scale of the scores is fixed"),
+    "use_qk_norm": ((False,), "this family does not normalise queries and keys"),
+    "qk_norm": ((False,), "this family does not normalise queries and keys"),
+    "parallel_attn": ((False,), "attention and MLP follow one another in every family here"),
+    "use_parallel_residual": ((False,), "attention and MLP follow one another in every family here"),
+    "alibi": ((False,), "ALiBi is an option of MPT's attn_config alone"),
+    "num_local_experts": ((0, 1), "no family here is a mixture of experts"),
+    "num_experts": ((0, 1), "no family here is a mixture of experts"),
+    "n_routed_experts": ((0,), "no family here is a mixture of experts"),
+    "no_rope_layers": (([],), "RoPE is applied in every layer"),
+    "no_rope_layer_interval": ((0,), "RoPE is applied in every layer"),
+    "layer_types": ((), "this family's layers are alike, or said by its own fields"),
+    "partial_rotary_factor": ((1.0,), "this family applies RoPE to whole heads, or not at all"),
+    "rotary_pct": ((1.0,), "this family applies RoPE to whole heads, or not at all"),
+    "use_bidirectional_attention": ((False,), "this family's mask is fixed"),
+    "bidirectional": ((False,), "this family's mask is fixed"),
+    "attention_sink": ((False,), "no family here has attention sinks"),
+    "quantization": ((), "weights packed by MLX cannot be read: use the checkpoint that they were made from"),
+    "compression_config": (
+        (),
+        "weights compressed by another tool: use the checkpoint that they were made from",
+    ),
 }

@@ -8,6 +8,28 @@ import random
 import sys
 from typing import Any
 
+from monoblock.field_types import brief
+
+# What every framework's generators take: 64 bits, signed or not.
+LEAST, MOST = -(2**63), 2**64 - 1
+
+
+def checked_seed(seed: Any) -> int:
+    """The seed of a generator; ValueError for what is none."""
+    if isinstance(seed, bool) or not hasattr(seed, "__index__") or not LEAST <= int(seed) <= MOST:
+        raise ValueError(f"seed must be a whole number of 64 bits, at most {MOST}, got {brief(seed)}")
+    return int(seed)
+
+
+def after(seed: int, count: int) -> int:
+    """The seed that many after this one; after the highest comes 0."""
+    return (seed + count) % (MOST + 1)
+
+
+def signed(seed: int) -> int:
+    """A checked seed with a sign, which is the same 64 bits."""
+    return seed - 2**64 if seed >= 2**63 else seed
+
 
 def set_seed(seed: int, deterministic: bool = False) -> None:
     """Seed the global generators of Python, NumPy and PyTorch (all devices), and TensorFlow's.
@@ -16,6 +38,7 @@ def set_seed(seed: int, deterministic: bool = False) -> None:
     JAX has no global generator: give its models `seed`. `deterministic`: PyTorch uses deterministic algorithms from
     now on, and raises where an operation has none.
     """
+    seed = checked_seed(seed)
     random.seed(seed)
     if (numpy := _module("numpy")) is not None:
         numpy.random.seed(seed % 2**32)
@@ -26,7 +49,7 @@ def set_seed(seed: int, deterministic: bool = False) -> None:
     elif deterministic:
         raise ValueError("set_seed(deterministic=True) is for PyTorch, which is not installed")
     if (tensorflow := sys.modules.get("tensorflow")) is not None:
-        tensorflow.random.set_seed(seed)
+        tensorflow.random.set_seed(signed(seed))
 
 
 def _module(name: str) -> Any:

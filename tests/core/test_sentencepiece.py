@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from mixed_text import mixed_lines
-from protobuf_made import field
+from protobuf_made import field, varint
 
 from monoblock import AutoTokenizer, CheckpointError, HubError, LlamaTokenizer, UnsupportedConfig
 from monoblock.tokenization.protobuf import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED, read_model
@@ -233,6 +233,22 @@ def test_fields_in_any_order_and_unknown_ones(tmp_path: Path) -> None:
         (field(1, field(1, b"\xff\xfe")), "not a SentencePiece model"),
         (field(1, field(1, 5)), "fields of the wrong type"),
         (field(1, field(1, b"a") + field(2, b"abc")), "not a SentencePiece model"),
+        # Lengths that lead backwards if read as signed numbers (23 bytes that were read for ever), or beyond the file.
+        (varint(1 << 3 | 2) + varint(-11) + bytes(12), "bytes too early"),
+        (varint(9 << 3 | 2) + varint(-23) + bytes(12), "bytes too early"),
+        (varint(1 << 3 | 2) + varint(2**40) + bytes(12), "bytes too early"),
+        (varint(1 << 3 | 3) + bytes(30), "no field of wire type 3"),
+        (message([*vocabulary(), ("q" * 600, 0.0, NORMAL)]), "a piece has 600 characters"),
+        # Tables that the tokenizers library would panic on.
+        (
+            message(vocabulary(), normalizer=field(2, b"\x10\0\0\0" + b"\xff" * 16 + b"abc")),
+            "its trie has no root",
+        ),
+        (
+            message(vocabulary(), normalizer=field(2, b"\x10\0\0\0" + b"\1\2\3\4" * 4 + b"abc")),
+            "leads out of itself",
+        ),
+        (message(vocabulary(), normalizer=field(2, b"\x10")), "it is cut off"),
     ],
 )
 def test_damaged_files(tmp_path: Path, data: bytes, says: str) -> None:

@@ -155,6 +155,9 @@ WHOLE = json.dumps(content())
         (json.dumps({**content(), "vocab": [content()["vocab"][0]] * 999}), "ranks are missing"),
         (json.dumps(content(default_vocab_size="many")), "is damaged"),
         (json.dumps(content(default_num_special_tokens=5)), "lists 20 special tokens and has room for 5"),
+        (json.dumps(content(default_num_special_tokens=2**31)), "expected at most 65,536"),
+        (json.dumps(content(default_num_special_tokens=-1)), "it has -1 special tokens"),
+        (json.dumps(content(default_vocab_size=2**40)), "tokens of the 1099511627746"),
         (json.dumps(content(pattern="(")), "is damaged"),
         (json.dumps({**content(), "special_tokens": [{"rank": 3, "token_str": "<s>"}]}), "have gaps"),
         (

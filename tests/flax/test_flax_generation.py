@@ -113,6 +113,16 @@ def test_no_cache_and_no_window() -> None:
     assert tokens(ours, given, **asked, use_cache=False) == expected
 
 
+def test_a_window_in_some_layers() -> None:
+    """Windowed layers drop what full ones keep, in the compiled loop and in the host's."""
+    theirs, ours = pair(MISTRAL, layer_types=["full_attention", "sliding_attention", "full_attention"])
+    given = prompts(MISTRAL)
+    expected = tokens(theirs, given, **VARIED)
+    assert len({token for row in expected for token in row[23:]}) > 10, "tokens that say something"
+    assert tokens(ours, given, **VARIED) == expected
+    assert tokens(ours, given, **VARIED, disable_compile=True) == expected
+
+
 BEAMS = {"num_beams": 4, "num_return_sequences": 3, "max_new_tokens": 14, "eos_token_id": [2, 17, 30]}
 
 

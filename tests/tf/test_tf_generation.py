@@ -125,6 +125,17 @@ def test_the_same_tokens_as_pytorch_padded_and_past_the_window(
     assert [row[9:] for row in alone] == [expected[1][23:]], "a row on its own"
 
 
+def test_a_window_in_some_layers(tmp_path: Path) -> None:
+    """Windowed layers drop what full ones keep, in a graph and eagerly."""
+    layers = ["full_attention", "sliding_attention", "full_attention"]
+    theirs, ours = tf_made.pair(MISTRAL, tmp_path, layer_types=layers)
+    given = prompts(MISTRAL)
+    expected = tokens(theirs, given, **VARIED)
+    assert len({token for row in expected for token in row[23:]}) > 10, "tokens that say something"
+    assert tokens(ours, given, **VARIED, **GRAPH) == expected
+    assert tokens(ours, given, **VARIED, **EAGER) == expected
+
+
 @pytest.mark.parametrize("name", [name for name in old_files.TENSORFLOW if old_files.prompt(name)])
 def test_the_recorded_tokens_of_the_old_classes(name: str) -> None:
     found = old_files.prompt(name)

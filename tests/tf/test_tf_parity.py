@@ -85,6 +85,9 @@ YARN = {"rope_type": "yarn", "rope_theta": 500.0, "factor": 3.0, "original_max_p
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 500.0, "factor": 2.0, "original_max_position_embeddings": 8}
 VARIANTS: dict[str, dict[str, Any]] = {
     "no window": {"sliding_window": None},
+    "a window in some layers": {
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    },
     "theta, head_dim": {"rope_parameters": {"rope_type": "default", "rope_theta": 77.0}, "head_dim": 14},
     "yarn": {"rope_parameters": YARN, "sliding_window": None},
     "dynamic": {"rope_parameters": DYNAMIC, "max_position_embeddings": 8},

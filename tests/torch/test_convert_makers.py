@@ -177,12 +177,24 @@ def test_mistral_and_back(tmp_path: Path) -> None:
     assert result.comparison.equal == result.comparison.tensors and result.comparison.logits.agreement == 1
 
 
+def test_mistral_windows_in_some_layers_and_back(tmp_path: Path) -> None:
+    """Ministral's params.json holds a list of windows, which is repeated over the layers."""
+    convert(made.mistral_release(tmp_path / "a", sliding_window=[None, 7]), tmp_path / "b")
+    config = monoblock.AutoConfig.from_pretrained(tmp_path / "b")
+    assert config.layer_types == ["full_attention", "sliding_attention"]
+    assert config.to_spec().windows == (None, 7)
+    convert(tmp_path / "b", tmp_path / "c", Options(target_format="mistral"))
+    assert json.loads((tmp_path / "c" / "params.json").read_text())["sliding_window"] == [None, 7]
+
+
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
         ({"moe": {"num_experts": 8}}, "moe"),
         ({"quantization": {"qformat_weight": "fp8_e4m3"}}, "quantization"),
-        ({"sliding_window": [7, None]}, "sliding_window"),
+        ({"sliding_window": [7, 9]}, "sliding_window"),
+        ({"sliding_window": [7, None, None]}, "sliding_window"),
+        ({"sliding_window": [7, "all"]}, "sliding_window"),
         ({"use_biases": True}, "use_biases"),
     ],
 )

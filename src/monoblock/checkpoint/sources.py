@@ -139,8 +139,7 @@ def class_of(config: PretrainedConfig, keys: Iterable[str]) -> ModelClass:
     """The class that a config's `architectures` name; without one, of those that need just these tensors the one that
     would write most of these names."""
     family = families.family(config.model_type)
-    wanted = {name.lower() for name in config.architectures or ()}  # MPT's makers write MPTForCausalLM
-    if named := [row for row in family.classes if row.name.lower() in wanted]:
+    if named := families.named_classes(config):
         return named[0]
     keys = frozenset(keys)
     # Where several are as good, or none fits, the one whose errors say most.
@@ -192,7 +191,7 @@ def hub_config(config: PretrainedConfig, row: ModelClass, dtype: str | None) -> 
     not copied."""
     new = copy.deepcopy(config)
     vars(new).pop("auto_map", None)
-    new.architectures = [row.name]
+    new.architectures = [config.stored_class(row.name)]
     new.dtype = dtype
     return new
 

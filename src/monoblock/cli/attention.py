@@ -142,13 +142,12 @@ def _load(visualizer: AttentionMaskVisualizer, path: str, where: dict[str, Any],
     """The model in the class that its config names, so that all its weights have a place."""
     import monoblock
     from monoblock.cli.engine import device_map
-    from monoblock.families import FAMILIES, class_names
+    from monoblock.families import FAMILIES, class_names, named_classes
 
     config = visualizer.config
-    known = {name.lower(): name for name in class_names(config.model_type)}
-    named = [known[name.lower()] for name in config.architectures or [] if name.lower() in known]
+    known, named = class_names(config.model_type), named_classes(config)
     bare = FAMILIES[config.model_type][0] + "Model"
-    chosen = named[0] if named else bare if bare.lower() in known else class_names(config.model_type)[0]
+    chosen = named[0].name if named else bare if bare in known else known[0]
     if device := device_map(source.device):
         where = where | {"device_map": device}
     return getattr(monoblock, chosen).from_pretrained(path, **source.kwargs(), **where).eval()

@@ -151,11 +151,10 @@ def runtime(path: str, hub: Hub) -> dict[str, Any]:
 
 def _parameters(config: PretrainedConfig, spec: ArchSpec) -> int:
     """How many numbers the model of the config's architecture has; without one, the bare model's."""
-    from monoblock.families import family
+    from monoblock.families import named_classes
     from monoblock.tree import parameters
 
-    wanted = {name.lower() for name in config.architectures or []}  # the makers' files say MPTForCausalLM
-    heads = [c.head for c in family(config.model_type).classes if c.name.lower() in wanted and c.head]
+    heads = [row.head for row in named_classes(config) if row.head]
     head = config.to_head(heads[0]) if heads else None
     return sum(prod(shape) for shape in parameters(spec, head).values())
 

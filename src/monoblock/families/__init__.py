@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +13,9 @@ from monoblock.checkpoint.keymap import KeyMap
 from monoblock.config import PretrainedConfig
 from monoblock.field_types import brief
 from monoblock.modules import KerasNames, Part, whole
+
+log = logging.getLogger("monoblock")
+_warned: set[str] = set()
 
 # Kind of head -> the modules that it adds to the bare model, by attribute name.
 Heads = Mapping[str, Mapping[str, str | Part]]
@@ -113,18 +117,53 @@ AUTO: dict[str, tuple[str, ...]] = {
 
 
 def family(model_type: str) -> Family:
-    """The family of a `model_type`; ValueError with the known ones if there is none."""
-    if model_type not in FAMILIES:
-        raise ValueError(
-            f"monoblock has no family {brief(model_type)}; it has: {', '.join(sorted(FAMILIES))}"
-        )
-    return importlib.import_module(f"monoblock.families.{model_type.replace('-', '_')}").FAMILY
+    """The family of a `model_type`, its own or another that its config describes too; ValueError with the known ones if
+    there is none."""
+    if model_type in FAMILIES:
+        return importlib.import_module(f"monoblock.families.{model_type.replace('-', '_')}").FAMILY
+    for own in map(family, FAMILIES):
+        if model_type in own.config.other_types:
+            return own
+    raise ValueError(f"monoblock has no family {brief(model_type)}; it has: {', '.join(sorted(FAMILIES))}")
 
 
 def class_names(model_type: str) -> tuple[str, ...]:
     """The public model classes of a family, without a framework's prefix."""
     stem, endings = FAMILIES[model_type]
     return tuple(stem + ending for ending in endings.split())
+
+
+def named_classes(config: PretrainedConfig) -> tuple[ModelClass, ...]:
+    """The public classes that a config's `architectures` name, in any letter case (upstream writes MPTForCausalLM) and
+    with the stem of another model type of the family (MinistralForCausalLM)."""
+    own = family(config.model_type)
+    stem = FAMILIES[own.name][0].lower()
+    stems = [stem, *own.config.other_types]
+    wanted = {name.lower() for name in config.architectures or ()}
+    return tuple(
+        row
+        for row in own.classes
+        if any(row.name.lower().replace(stem, other, 1) in wanted for other in stems)
+    )
+
+
+def warn_of_another_class(config: PretrainedConfig, chosen: ModelClass) -> None:
+    """One warning for each class that a checkpoint's config names and that is none of its family's: what it computes
+    beside them (attention in both directions, another head) is code that is not run here."""
+    if not config.architectures or named_classes(config):
+        return
+    name = config.architectures[0]
+    stripped = name.removeprefix("TF").removeprefix("Flax")
+    if stripped in class_names(family(config.model_type).name) or name in _warned:
+        return
+    _warned.add(name)
+    log.warning(
+        "config.json names the class %s, which is none of monoblock's: the weights are loaded as %s, and what else %s "
+        "computes is left out",
+        brief(name),
+        chosen.name,
+        brief(name),
+    )
 
 
 def family_of(class_name: str) -> Family | None:

@@ -8,6 +8,7 @@ from typing import Any, TypedDict
 from monoblock.checkpoint.keymap import Row, row
 from monoblock.config import PretrainedConfig
 from monoblock.errors import FieldError, UnsupportedConfig
+from monoblock.field_types import brief
 from monoblock.spec import RopeScaling, Rotary
 
 # The hub's names of activations -> the spec's.
@@ -81,14 +82,32 @@ def head_rows(**names: str) -> dict[str, tuple[Row, ...]]:
     return {kind: (row("head.out.{p}", name + ".{p}"),) for kind, name in names.items()}
 
 
+# What every family of decoders implies: see `PretrainedConfig.implied`.
+CAUSAL: dict[str, tuple[tuple[Any, ...], str]] = {
+    "is_causal": ((True,), "every token attends to those before it and itself")
+}
+
+# Keys of published files that say nothing about the angles: "finetuned" of YaRN's own releases.
+_ROPE_NOTES = frozenset({"finetuned"})
+# Newer files may say the parameters once for each kind of layer.
+_ROPE_BY_LAYER = frozenset({"full_attention", "sliding_attention"})
+
+
 class RopeConfig(PretrainedConfig):
     """Reads `rope_parameters` (newer files) as well as `rope_theta` and `rope_scaling`; writes the latter."""
 
     def finish(self, _given: frozenset[str], /) -> None:
         """Newer files' one dict becomes the two fields, whichever was given."""
-        scaling: dict[str, Any] = dict(
+        found: dict[str, Any] = (
             vars(self).pop("rope_parameters", None) or getattr(self, "rope_scaling", None) or {}
         )
+        scaling = self._alike(dict(found))
+        known = frozenset(RopeFields.__annotations__) | _ROPE_NOTES
+        if unknown := [name for name in scaling if name not in known and scaling[name] is not None]:
+            raise UnsupportedConfig(
+                f"{type(self).__name__}.rope_parameters.{unknown[0]} is not supported; it may hold "
+                + ", ".join(sorted(known))
+            )
         for name in ("rope_theta", "partial_rotary_factor"):
             if name in scaling and name in self.fields:
                 setattr(self, name, scaling.pop(name))
@@ -99,6 +118,18 @@ class RopeConfig(PretrainedConfig):
         if "type" in scaling:
             scaling.setdefault("rope_type", scaling.pop("type"))
         self.rope_scaling = scaling if scaling.get("rope_type", "default") != "default" else None
+
+    def _alike(self, scaling: dict[str, Any]) -> dict[str, Any]:
+        """The parameters of all layers, of a dict by kind of layer too; UnsupportedConfig if the kinds differ."""
+        if not scaling or not scaling.keys() <= _ROPE_BY_LAYER:
+            return scaling
+        parts = [self._as_mapping(f"rope_parameters.{kind}", part) for kind, part in scaling.items()]
+        if any(part != parts[0] for part in parts):
+            raise UnsupportedConfig(
+                f"{type(self).__name__}.rope_parameters differ between {' and '.join(scaling)}: RoPE is one for all "
+                f"layers here, got {brief(scaling)}"
+            )
+        return parts[0]
 
     def rotary(self, dim: int) -> Rotary:
         """RoPE on the first `dim` channels as this config has it."""

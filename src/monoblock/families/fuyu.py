@@ -11,9 +11,12 @@ from typing import Any
 from monoblock import modules
 from monoblock.checkpoint.keymap import KeyMap, Row, Spelling, row
 from monoblock.families import Family, Heads, ModelClass
-from monoblock.families.common import RopeConfig, RopeFields, activation, layers, quotient
+from monoblock.families.common import CAUSAL, RopeConfig, RopeFields, activation, layers, quotient
 from monoblock.modules import Part, part
 from monoblock.spec import ArchSpec, Attention, Dropout, Mlp, Norm, Patches, QkNorm
+
+# What the nested config of a Persimmon says of itself.
+_NESTED = frozenset({"model_type", "id2label", "label2id", "num_labels"})
 
 
 class FuyuConfig(RopeConfig):
@@ -48,15 +51,19 @@ class FuyuConfig(RopeConfig):
     image_token_id: int = 71011
     rope_parameters: RopeFields | None = None
 
+    implied = CAUSAL
     makers_from = "text_config"
 
     def finish(self, given: frozenset[str], /) -> None:
         """Newer files nest the language model's fields; they stand beside the others here."""
         nested = self.text_config
         if nested is not None:
+            self._refuse(nested)
             for name, value in nested.items():
                 if name in self.fields and name not in given:
                     setattr(self, name, value)
+                elif name not in _NESTED:
+                    self._warn_unknown(name)
             self.text_config = None
         super().finish(given)
 

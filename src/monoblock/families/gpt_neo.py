@@ -13,7 +13,7 @@ from monoblock.checkpoint.keymap import KeyMap
 from monoblock.config import PretrainedConfig
 from monoblock.errors import FieldError
 from monoblock.families import Family, Heads, ModelClass
-from monoblock.families.common import MOST_LAYERS, activation, quotient
+from monoblock.families.common import CAUSAL, MOST_LAYERS, activation, quotient
 from monoblock.modules import Part, part
 from monoblock.spec import ArchSpec, Attention, Dropout, Learned, Mlp, Norm
 
@@ -44,6 +44,12 @@ class GPTNeoConfig(PretrainedConfig):
     bos_token_id: int | None = 50256
     eos_token_id: int | list[int] | None = 50256
     attention_layers: list[str] | None = None
+
+    implied = {  # noqa: RUF012
+        **CAUSAL,
+        "scale_attn_weights": ((False,), "scores are never divided by the root of the head's width"),
+        "rotary": ((False,), "positions are a learned table"),
+    }
 
     def finish(self, _given: frozenset[str], /) -> None:
         """`attention_layers` spells `attention_types` out, a word for each layer."""

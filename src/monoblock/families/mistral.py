@@ -7,17 +7,23 @@ from __future__ import annotations
 
 from monoblock import modules
 from monoblock.checkpoint.keymap import KeyMap
+from monoblock.errors import FieldError, UnsupportedConfig
 from monoblock.families import Family, Heads, ModelClass
-from monoblock.families.common import RopeConfig, RopeFields, activation, layers, quotient
+from monoblock.families.common import CAUSAL, RopeConfig, RopeFields, activation, layers, quotient
+from monoblock.field_types import brief
 from monoblock.modules import KerasNames, Part, part
 from monoblock.spec import ArchSpec, Attention, Dropout, Mlp, Norm
 
+SLIDING, FULL = "sliding_attention", "full_attention"
+
 
 class MistralConfig(RopeConfig):
-    """The config of a Mistral model. `head_dim=None` means hidden_size / heads, which newer models differ from;
-    `sliding_window=None` means that every token sees all before it."""
+    """The config of a Mistral or Ministral model. `head_dim=None` means hidden_size / heads, which newer models differ
+    from; `sliding_window=None` means that every token attends to all before it. `layer_types` names each layer
+    "sliding_attention" or "full_attention" (Ministral); None: all layers have the window."""
 
     model_type = "mistral"
+    other_types = ("ministral",)
 
     vocab_size: int = 32000
     hidden_size: int = 4096
@@ -40,7 +46,10 @@ class MistralConfig(RopeConfig):
     attention_dropout: float = 0.0
     rope_scaling: RopeFields | None = None
     rope_parameters: RopeFields | None = None
+    layer_types: list[str] | None = None
+    use_sliding_window: bool | None = None
 
+    implied = CAUSAL
     makers_from = "rope_scaling"
     base_model_tp_plan = {  # noqa: RUF012
         **{f"layers.*.self_attn.{x}_proj": "colwise" for x in "qkv"},
@@ -72,13 +81,47 @@ class MistralConfig(RopeConfig):
             ),
             mlp=Mlp(width=self.intermediate_size, act=activation(self, "hidden_act"), gated=True, bias=False),
             norm=norm,
-            windows=(self.sliding_window,) * layers(self, "num_hidden_layers"),
+            windows=self._windows(),
             positions=(self.rotary(head_dim),),
             final_norm=norm,
             dropout=Dropout(attention=self.attention_dropout),
             tie_head=self.tie_word_embeddings,
             init_std=self.initializer_range,
         ).validate("MistralConfig")
+
+    def _windows(self) -> tuple[int | None, ...]:
+        """The window of each layer."""
+        count, kinds = layers(self, "num_hidden_layers"), self.layer_types
+        if self.use_sliding_window is False and self.sliding_window is not None:
+            raise UnsupportedConfig(
+                f"MistralConfig.use_sliding_window=False contradicts sliding_window={self.sliding_window}, which "
+                "transformers follows: give sliding_window=None for no window, use_sliding_window=None for this one"
+            )
+        if kinds is None:
+            return (self.sliding_window,) * count
+        if len(kinds) != count or not set(kinds) <= {SLIDING, FULL}:
+            raise FieldError(
+                f"MistralConfig.layer_types must name {SLIDING!r} or {FULL!r} for each of the {count} layers of "
+                f"num_hidden_layers, got {len(kinds)}: {brief(kinds)}",
+                "layer_types",
+            )
+        if SLIDING in kinds and self.sliding_window is None:
+            raise FieldError(
+                f"MistralConfig.layer_types names {SLIDING!r}, which needs a sliding_window, got None",
+                "sliding_window",
+            )
+        return tuple(self.sliding_window if kind == SLIDING else None for kind in kinds)
+
+    def _mixed(self) -> bool:
+        return self.layer_types is not None and len(set(self._windows())) > 1
+
+    def stored_type(self) -> str:
+        """ "ministral" where layers differ: transformers' Mistral gives all of them the window."""
+        return "ministral" if self._mixed() else "mistral"
+
+    def stored_class(self, name: str) -> str:
+        """The name of the class in config.json, which goes with `stored_type`."""
+        return name.replace("Mistral", "Ministral", 1) if self._mixed() else name
 
 
 def tree(_: MistralConfig) -> Part:

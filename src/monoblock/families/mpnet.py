@@ -40,6 +40,13 @@ class MPNetConfig(PretrainedConfig):
     bos_token_id: int | None = 0
     eos_token_id: int | None = 2
 
+    implied = {  # noqa: RUF012
+        "is_causal": ((False,), "every token attends to all others"),
+        "is_decoder": ((False,), "every token attends to all others"),
+        "position_embedding_type": (("absolute",), "positions are a learned table and relative buckets"),
+        "relative_attention_max_distance": ((MAX_DISTANCE,), "the buckets reach that far"),
+    }
+
     def to_spec(self) -> ArchSpec:
         """The architecture; UnsupportedConfig or ValueError names the field that cannot be honoured."""
         head_dim = quotient(self, "hidden_size", "num_attention_heads")

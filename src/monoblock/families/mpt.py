@@ -13,7 +13,7 @@ from monoblock.checkpoint.keymap import KeyMap, Same, Spelling, Split
 from monoblock.config import PretrainedConfig
 from monoblock.families import Family, Heads, ModelClass
 from monoblock.families import mpt_options as options
-from monoblock.families.common import layers, quotient
+from monoblock.families.common import CAUSAL, layers, quotient
 from monoblock.modules import Part, part
 from monoblock.spec import ArchSpec, Attention, Dropout, Norm
 
@@ -63,6 +63,7 @@ class MptConfig(PretrainedConfig):
     block_overrides: dict[str, Any] | None = None
     fuse_norm_attn_norm: bool = False
 
+    implied = CAUSAL
     makers_from = "head_dim"
 
     def finish(self, given: frozenset[str], /) -> None:

@@ -134,6 +134,10 @@ class MptAttentionConfig(PretrainedConfig):
     attn_temperature_tuning: TuningFields | None = None
     seq_parallel_world_size: int | None = None
 
+    implied = {  # noqa: RUF012
+        "reuse_kv_layer_idx": ((), "every layer has keys and values of its own"),
+        "reuse_kv_x_layer_idx": ((), "every layer has keys and values of its own"),
+    }
     makers_from = "qk_gn"
 
     def finish(self, given: frozenset[str], /) -> None:

@@ -11,7 +11,7 @@ from monoblock import modules
 from monoblock.checkpoint.keymap import KeyMap
 from monoblock.config import PretrainedConfig
 from monoblock.families import Family, Heads, ModelClass
-from monoblock.families.common import layers, quotient
+from monoblock.families.common import CAUSAL, layers, quotient
 from monoblock.heads import HeadSpec, Summary
 from monoblock.modules import KerasNames, Part, part
 from monoblock.spec import ArchSpec, Attention, Dropout, Learned, Mlp, Norm
@@ -49,6 +49,11 @@ class OpenAIGPTConfig(PretrainedConfig):
     summary_first_dropout: float = 0.1
     summary_last_dropout: float = 0.0
 
+    implied = {  # noqa: RUF012
+        **CAUSAL,
+        "scale_attn_weights": ((True,), "scores are always divided by the root of the head's width"),
+        "scale_attn_by_inverse_layer_idx": ((False,), "every layer scales its scores alike"),
+    }
     makers_from = "summary_last_dropout"
 
     def to_spec(self) -> ArchSpec:

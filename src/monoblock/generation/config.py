@@ -176,7 +176,7 @@ class GenerationConfig:
                 continue
             fits, expected = CHECKS[name]
             if not fits(value):
-                raise ValueError(f"GenerationConfig.{name}={value!r}: expected {expected}")
+                raise ValueError(f"GenerationConfig.{name}={brief(value)}: expected {expected}")
         for forced in ("forced_bos_token_id", "forced_eos_token_id"):
             ids = set(as_ids(getattr(self, forced)))
             if ids and ids <= set(self.suppress_tokens or ()):

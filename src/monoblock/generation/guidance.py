@@ -11,6 +11,7 @@ import numpy as np
 
 from monoblock.generation.arrays import Array, ArrayOps
 from monoblock.generation.decoder import Decoder, Model, Plan
+from monoblock.generation.limits import check_prompt, check_room
 from monoblock.generation.prompt import Call
 
 
@@ -65,6 +66,10 @@ def build(
             )
         return None
     ids_bm, mask_bm = _negative_prompt(ops, call, prompt_bn)
+    values = ops.to_numpy(ids_bm)
+    check_prompt("negative_prompt_ids", int(values.min()), int(values.max()), model.vocab)
+    used = values.shape[1] if mask_bm is None else int(ops.to_numpy(mask_bm).sum(1).max())
+    check_room("the negative prompt", used, plan.new_tokens, model.max_positions)
     config = copy.copy(plan.config)
     config.return_dict_in_generate = False
     own = dataclasses.replace(plan, config=config, prompt_length=int(ids_bm.shape[1]))

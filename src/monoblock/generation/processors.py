@@ -141,7 +141,9 @@ def _decay(value: tuple[int, float], s: Setting) -> Processor | None:
     def grow(ids: Array, scores: Array) -> Array:
         past = s.length(ids) - start
         return s.ops.choose(
-            past > 0, lambda: sc.raise_columns(s.ops, scores, index_k, factor**past - 1), lambda: scores
+            past > 0,
+            lambda: sc.raise_columns(s.ops, scores, index_k, sc.power(s.ops, factor, past) - 1),
+            lambda: scores,
         )
 
     return grow

@@ -9,8 +9,11 @@ from typing import Any
 
 import numpy as np
 
+from monoblock.call_checks import check_mask
 from monoblock.generation.arrays import Array, ArrayOps
 from monoblock.generation.config import GenerationConfig
+from monoblock.generation.limits import check_prompt
+from monoblock.seeds import checked_seed
 
 log = logging.getLogger("monoblock")
 
@@ -41,18 +44,27 @@ CALL_NAMES = frozenset(field.name for field in fields(Call))
 
 def embedded_length(inputs: Mapping[str, Any]) -> int:
     """Positions of a prompt that is given as embeddings (rows, positions, width); 0 if it is not."""
-    embeds = inputs.get("inputs_embeds")
-    return 0 if embeds is None else int(embeds.shape[1])
+    if (embeds := inputs.get("inputs_embeds")) is None:
+        return 0
+    if len(shape := np.shape(embeds)) != 3 or 0 in shape:
+        raise ValueError(
+            f"inputs_embeds must be (rows, positions, width), none of them 0, got {tuple(shape)}"
+        )
+    return int(shape[1])
 
 
-def prompt_ids(ops: ArrayOps, call: Call, config: GenerationConfig, inputs: Mapping[str, Any]) -> Array:
+def prompt_ids(
+    ops: ArrayOps, call: Call, config: GenerationConfig, inputs: Mapping[str, Any], vocab: int | None = None
+) -> Array:
     """The prompts' ids (rows, tokens), on the device; without any, one row of the bos token.
 
-    A prompt that is given as embeddings alone has no tokens. ValueError if there is nothing to start from.
+    A prompt that is given as embeddings alone has no tokens. ValueError if there is nothing to start from, or an id is
+    none of the `vocab`.
     """
     if call.inputs is not None and call.input_ids is not None:
         raise ValueError("generate() got both inputs and input_ids: they are the same argument, give one")
     given = call.input_ids if call.inputs is None else call.inputs
+    embedded_length(inputs)
     embeds = inputs.get("inputs_embeds")
     if given is None and embeds is not None:
         return ops.array(np.zeros((int(embeds.shape[0]), 0), dtype=np.int64))
@@ -76,6 +88,9 @@ def prompt_ids(ops: ArrayOps, call: Call, config: GenerationConfig, inputs: Mapp
         raise ValueError("the prompt is empty: give at least one token, such as the bos token")
     if "int" not in str(ids_bn.dtype):
         raise ValueError(f"input_ids must be whole numbers, got {ids_bn.dtype}")
+    if ids_bn.shape[1] > 0:
+        values = ops.to_numpy(ids_bn)
+        check_prompt("input_ids", int(values.min()), int(values.max()), vocab)
     return ids_bn
 
 
@@ -88,7 +103,9 @@ def prompt_mask(
     """
     columns = embedded_length(inputs) or int(ids_bn.shape[1])
     if call.attention_mask is not None:
-        mask = ops.to_numpy(ops.array(call.attention_mask)) != 0
+        given = ops.to_numpy(ops.array(call.attention_mask))
+        check_mask(given)
+        mask = given != 0
         _check_shape(mask.shape, int(ids_bn.shape[0]), columns, longer="past_key_values" in inputs)
     elif config.pad_token_id is not None and ids_bn.shape[1] > 0:
         ids = ops.to_numpy(ids_bn)
@@ -134,6 +151,4 @@ def random_source(ops: ArrayOps, call: Call) -> Any:
         return call.generator
     if call.generator is not None:
         raise ValueError("generate() got both seed and generator: give one")
-    if isinstance(call.seed, bool) or not isinstance(call.seed, int):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise ValueError(f"seed must be a whole number, got {call.seed!r}")
-    return ops.generator(call.seed)
+    return ops.generator(checked_seed(call.seed))

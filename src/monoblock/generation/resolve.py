@@ -175,7 +175,8 @@ def _warn_of_no_effect(config: GenerationConfig, own: Mapping[str, Any], assiste
 
 
 def new_tokens(config: GenerationConfig, prompt_length: int, max_positions: int | None = None) -> int:
-    """How many tokens may be generated after a prompt of that length; ValueError if the prompt is too long."""
+    """How many tokens are asked for after a prompt of that length; ValueError if the prompt is too long. Where nobody
+    has said a number, no more than fit `max_positions`."""
     if config.max_new_tokens is not None:
         return config.max_new_tokens
     if config.max_length is not None:

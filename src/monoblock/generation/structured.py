@@ -16,6 +16,7 @@ import numpy as np
 
 from monoblock.generation.arrays import Array, ArrayOps
 from monoblock.generation.config import GenerationConfig
+from monoblock.texts import check_characters
 
 FORMS = (
     '{"type": "json_schema", "schema": {...}}, {"type": "json_object"} or {"type": "regex", "pattern": "..."}'
@@ -125,6 +126,7 @@ def _grammar(library: Any, wanted: Any) -> str:
     if kind == "regex":
         if not isinstance(value, str) or not value:
             raise ValueError(f"response_format's regular expression must be a text, got {value!r}")
+        check_characters(value, "response_format's regular expression")
         return library.LLMatcher.grammar_from_regex(value)
     if isinstance(value, Mapping) and "schema" in value and "json_schema" in given:
         value = cast(Mapping[str, Any], value)["schema"]  # {"json_schema": {"name": ..., "schema": {...}}}

@@ -67,7 +67,7 @@ def _adjust(backend: Tokenizer, options: Mapping[str, Any]) -> None:
 
 LLAMA = TokenizerFamily(
     names=("LlamaTokenizer", "LlamaTokenizerFast", "MistralCommonBackend", "MistralCommonTokenizer"),
-    model_types=("mistral", "llama", "fuyu", "persimmon"),
+    model_types=("mistral", "ministral", "llama", "fuyu", "persimmon"),
     vocab_files=tuple({"vocab_file": name} for name in FILES),
     defaults={
         "unk_token": "<unk>",

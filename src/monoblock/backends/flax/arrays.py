@@ -18,6 +18,7 @@ from jax import Array, lax
 
 from monoblock.backends.flax.processes import on_host
 from monoblock.generation.arrays import NOTHING_TO_DRAW, NumpyOps
+from monoblock.seeds import signed
 
 
 class Keys:
@@ -167,7 +168,7 @@ class JaxOps(NumpyOps):
         return super().concat(parts) if _here(*parts) else jnp.concatenate(list(parts), axis=1)
 
     def generator(self, seed: int) -> Keys:
-        return Keys(jax.random.PRNGKey(seed))
+        return Keys(jax.random.PRNGKey(signed(seed)))
 
     def sample(self, scores_bv: Any, generator: Keys) -> Any:
         token_b, fine, generator.key = _drawn(generator.key, scores_bv)

@@ -114,13 +114,16 @@ def load(
     place: Callable[[Leaf, Any], Any],
     *,
     ignore_mismatched_sizes: bool = False,
+    strict: bool = True,
 ) -> tuple[Tree, Report]:
     """The tree of a model with canonical parameters of these shapes, which are these groups of leaves, as far as the
     files hold it, in their dtypes. `place` makes a leaf of a view of the file, of which it may read a part.
 
     MissingKeys, UnexpectedKeys, UnreadKeys and ShapeMismatch name the first tensor that does not fit.
     """
-    weights, report = fitted(tensors, keymap, shapes, tied, ignore_mismatched_sizes=ignore_mismatched_sizes)
+    weights, report = fitted(
+        tensors, keymap, shapes, tied, ignore_mismatched_sizes=ignore_mismatched_sizes, strict=strict
+    )
     leaves: dict[Place, Any] = {}
     for canonical in weights.shapes():
         group = own[canonical]

@@ -18,6 +18,7 @@ from monoblock.backends.flax.processes import on_host
 from monoblock.checkpoint.keymap import KeyMap
 from monoblock.checkpoint.save import Made
 from monoblock.errors import ShapeMismatch
+from monoblock.seeds import checked_seed, signed
 
 if TYPE_CHECKING:
     from monoblock.backends.flax.network import Network
@@ -83,7 +84,7 @@ class Parameters:
         with (
             jax.ensure_compile_time_eval()
         ):  # what is kept must not belong to a trace that happens to be open
-            return jax.random.PRNGKey(self.seed)
+            return jax.random.PRNGKey(signed(checked_seed(self.seed)))
 
     @property
     def params(self) -> Tree:

@@ -27,7 +27,7 @@ from monoblock.backends.flax.placing import from_host, placed
 from monoblock.backends.flax.processes import Read, write_once
 from monoblock.backends.flax.sharding import Sharded
 from monoblock.backends.flax.training import Training
-from monoblock.backends.options import opened
+from monoblock.backends.options import loading_info, opened, told_of_unused
 from monoblock.backends.xla.inputs import Wanted
 from monoblock.checkpoint.msgpack_save import save_msgpack
 from monoblock.checkpoint.options import HubOptions
@@ -183,10 +183,12 @@ class FlaxPreTrainedModel(Parameters, Sharded, Training, Generation):
         the files (`to_bf16`, `to_fp16` and `to_fp32` change it). Read are safetensors, then flax_model.msgpack,
         pytorch_model.bin (which needs PyTorch) and tf_model.h5; `from_pt=True`, as the hub's older classes need it,
         puts PyTorch's own before the others. `ignore_mismatched_sizes=True` makes parameters of other shapes anew
-        instead of raising ShapeMismatch. `revision`, `token`, `cache_dir`, `local_files_only`, `force_download`,
-        `subfolder`, `variant`, `use_safetensors` say which files. `mesh`, with `tensor_axis`, `fsdp_axis` and
-        `data_axis`, lays the parameters onto a mesh of devices as `shard_params` does; each process of the mesh keeps
-        its part only. Other keywords set fields of the config (`num_labels=3`).
+        instead of raising ShapeMismatch; `strict=False` passes over tensors that the model has no place for, with a
+        warning. `output_loading_info=True` gives besides, as the last of the results, {"missing_keys",
+        "unexpected_keys", "mismatched_keys", "error_msgs"}. `revision`, `token`, `cache_dir`, `local_files_only`,
+        `force_download`, `subfolder`, `variant`, `use_safetensors` say which files. `mesh`, with `tensor_axis`,
+        `fsdp_axis` and `data_axis`, lays the parameters onto a mesh of devices as `shard_params` does; each process of
+        the mesh keeps its part only. Other keywords set fields of the config (`num_labels=3`).
 
         A head that the files lack is made anew, with a warning; with `_do_init=False` it is not in the parameters:
         `model.init_weights(key, params=params)` adds it. HubError: the files cannot be had. CheckpointError: they do
@@ -199,15 +201,16 @@ class FlaxPreTrainedModel(Parameters, Sharded, Training, Generation):
         options = LoadOptions(kwargs)
         settings, generation, store = opened(cls, pretrained_model_name_or_path, config, options, kwargs)
         model = cls(settings, dtype=dtype, _do_init=options.do_init, **options.init)
-        params = model._load(store, options)
+        params, info = model._load(store, options)
         if generation is not None:
             model.generation_config = generation
+        more = (info,) if options.loading_info else ()
         if not options.do_init:
-            return model, params
+            return (model, params, *more)
         model.params = params
-        return model
+        return (model, *more) if more else model
 
-    def _load(self, store: Any, options: LoadOptions) -> Tree:
+    def _load(self, store: Any, options: LoadOptions) -> tuple[Tree, dict[str, list[str]]]:
         keymap, shapes = self.keymap(), self.canonical_shapes()
         shardings = None if options.mesh is None else self.laid_out(options.mesh, **options.axes)
         places = loading.flat(shardings or {})
@@ -223,22 +226,23 @@ class FlaxPreTrainedModel(Parameters, Sharded, Training, Generation):
             self.groups,
             place,
             ignore_mismatched_sizes=options.ignore_mismatched_sizes,
+            strict=options.strict,
         )
         where = self.name_or_path or "the checkpoint"
+        missing, mismatched = (
+            [keymap.source(name).names[0] for name in names] for names in (report.missing, report.mismatched)
+        )
         if report.made:
-            hub = ", ".join(keymap.source(name).names[0] for name in report.made)
+            hub = ", ".join((*missing, *mismatched))
             what = "newly initialised" if self._do_init else "not in params"
             log.warning(
                 "%s: %s, because %s has none that fits: %s. Train it.", type(self).__name__, what, where, hub
             )
-        if report.unused:
-            log.info(
-                "%s: %s also holds %s, not used here", type(self).__name__, where, ", ".join(report.unused)
-            )
-        if not (self._do_init and report.made):
-            return params
-        params = self.init_weights(self.key, params=params)
-        return params if shardings is None else jax.tree.map(placed, params, shardings)
+        told_of_unused(type(self).__name__, where, report)
+        if self._do_init and report.made:
+            params = self.init_weights(self.key, params=params)
+            params = params if shardings is None else jax.tree.map(placed, params, shardings)
+        return params, loading_info(missing, mismatched, report)
 
     @classmethod
     def _config_for(
@@ -267,7 +271,7 @@ class FlaxPreTrainedModel(Parameters, Sharded, Training, Generation):
             raise ValueError("save_pretrained does not support push_to_hub=True: it writes to a local folder")
         folder = Path(save_directory)
         kept = loading.flat(self.params if params is None else self.checked_params(params))
-        self.config.architectures = [self.row.name]
+        self.config.architectures = [self.config.stored_class(self.row.name)]
         self.config.dtype = str(next(iter(kept.values())).dtype)
         texts = {CONFIG_NAME: self.config.to_json_string()}
         if self.generation_config is not None:

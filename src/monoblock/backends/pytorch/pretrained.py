@@ -14,11 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from monoblock import modules, outputs, tree
+from monoblock.backends.options import loading_info, told_of_unused
 from monoblock.backends.pytorch import devices, heads, layers, loading, parts
 from monoblock.backends.pytorch.adapters import Adapters
+from monoblock.backends.pytorch.checked import TENSORS, as_indices, check_tensor, check_tokens, check_types
 from monoblock.backends.pytorch.construction import Construction
 from monoblock.backends.pytorch.generation.decoder import Generation
-from monoblock.backends.pytorch.inputs import PACKED, check_tokens, flattened, prepare
+from monoblock.backends.pytorch.inputs import PACKED, flattened, prepare
 from monoblock.backends.pytorch.kernels import attention
 from monoblock.backends.pytorch.model import (
     Attention,
@@ -48,6 +50,7 @@ from monoblock.checkpoint.save import save_tensors
 from monoblock.checkpoint.store import open_store
 from monoblock.checkpoint.weights import StateTensors
 from monoblock.config import CONFIG_NAME, PretrainedConfig, as_own_config
+from monoblock.families import warn_of_another_class
 from monoblock.generation.config import GENERATION_CONFIG_NAME
 from monoblock.generation.config import as_own_config as own_generation_config
 from monoblock.quantization import BitsAndBytesConfig
@@ -136,6 +139,8 @@ class PreTrainedModel(Recognised, Parameters, Generation, Construction, Adapters
             )
         ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
         shape = check_tokens(self.spec, ids, embeds)
+        if ids is not None:
+            given["input_ids"] = ids = as_indices(ids)
         inputs = prepare(self.spec, shape, given, self._uses_cache(given))
         if ids is None and (given.get("image_patches") is not None or given.get("pixel_values") is not None):
             raise ValueError("image patches go to the places of their ids: give input_ids, not inputs_embeds")
@@ -144,7 +149,8 @@ class PreTrainedModel(Recognised, Parameters, Generation, Construction, Adapters
         if ids is not None and not (self.has("embeddings") and types is None):
             tokens = self.embed(ids, given)
         if types is not None:
-            tokens = tokens + self.get_input_embeddings()(types)
+            check_types(types, shape[:2], self.spec)
+            tokens = tokens + self.get_input_embeddings()(as_indices(types))
         call = inputs.call
         call.attentions = [] if self._option(given, "output_attentions") else None
         call.hidden_states = [] if self._option(given, "output_hidden_states") else None
@@ -222,6 +228,9 @@ class PreTrainedModel(Recognised, Parameters, Generation, Construction, Adapters
                     f"{self.row.name} has no argument {name!r}; it takes: {', '.join((*names, *self.extra))}"
                 )
             given[name] = value
+        for name, value in given.items():
+            if name in TENSORS and value is not None and type(value) is not Tensor:
+                check_tensor(name, value)
         return given
 
     def _option(self, given: Mapping[str, Any], name: str) -> bool:
@@ -253,7 +262,7 @@ class PreTrainedModel(Recognised, Parameters, Generation, Construction, Adapters
         `device_map`: "auto", a device, or a dict (through accelerate), with `max_memory` and, for the device
         "disk", `offload_folder`. `state_dict`: tensors by name instead of files (then `config` is needed, or the
         name gives it). `ignore_mismatched_sizes=True` makes tensors of other shapes anew instead of raising
-        ShapeMismatch; `strict=False` passes over tensors that the model has no place for.
+        ShapeMismatch; `strict=False` passes over tensors that the model has no place for, with a warning.
         `output_loading_info=True` gives (model, {"missing_keys", "unexpected_keys", "mismatched_keys",
         "error_msgs"}). `generation_config`: one to use instead of the checkpoint's. `quantization_config`:
         "int8", "int4", "lossless", a WeightOnlyConfig or a BitsAndBytesConfig; or `load_in_4bit`, `load_in_8bit`
@@ -280,6 +289,7 @@ class PreTrainedModel(Recognised, Parameters, Generation, Construction, Adapters
             settings, unused = cls._config_for(name or "", config, options.hub, kwargs)
             if unused:
                 raise TypeError(f"from_pretrained does not know the argument {next(iter(unused))!r}")
+            warn_of_another_class(settings, cls.row)
             generation = options.generation_config
             if generation is None and name is not None and cls.row.head == "causal":
                 generation = cls.file_generation_config(name, options.hub)
@@ -311,7 +321,7 @@ class PreTrainedModel(Recognised, Parameters, Generation, Construction, Adapters
     def _load(self, store: Any, dtype: torch.dtype, options: LoadOptions) -> dict[str, Any]:
         keymap = self.keymap()
         placed = devices.Placement(self, options.device_map, options.max_memory, options.offload_folder)
-        kept = checkpoint.load(self, store, dtype, placed.device, options.quantization)
+        kept = checkpoint.load(self, store, dtype, placed.device, options.quantization, strict=options.strict)
         packer = checkpoint.packer(self, options.quantization)
         packed_names = {f"{name}.weight" for name in checkpoint.packed_modules(self)}
         own = {
@@ -330,8 +340,11 @@ class PreTrainedModel(Recognised, Parameters, Generation, Construction, Adapters
             tied=tree.tied(self.spec, self.head_spec),
             ignore_mismatched_sizes=options.ignore_mismatched_sizes,
             put=packer.put if packer else None,
-            extra_allowed=self._allowed(options.strict),
+            ignored=self._ignored,
+            strict=options.strict,
         )
+        report.unused += kept.unused
+        report.extra += kept.extra
         made = [name for canonical in report.made for name in own[canonical].names]
         for name in made:
             shape = self.get_parameter(name).shape
@@ -352,19 +365,15 @@ class PreTrainedModel(Recognised, Parameters, Generation, Construction, Adapters
                 where,
                 ", ".join(made),
             )
-        if unused := [*kept, *report.unused]:
-            log.info("%s: %s also holds %s, not used here", self.row.name, where, ", ".join(unused))
-        return {
-            "missing_keys": sorted(n for c in report.missing for n in own[c].names),
-            "unexpected_keys": sorted(unused),
-            "mismatched_keys": sorted(n for c in report.mismatched for n in own[c].names),
-            "error_msgs": [],
-        }
+        told_of_unused(self.row.name, where, report)
+        missing, mismatched = (
+            [n for c in names for n in own[c].names] for names in (report.missing, report.mismatched)
+        )
+        return loading_info(missing, mismatched, report)
 
-    def _allowed(self, strict: bool) -> Callable[[str], bool]:
-        """Whether a tensor of a file may be passed over although the model has no place for it."""
-        patterns = self._keys_to_ignore_on_load_unexpected or []
-        return lambda name: not strict or any(re.search(pattern, name) for pattern in patterns)
+    def _ignored(self, name: str) -> bool:
+        """Whether a tensor of a file is to be passed over without a word, although the model has no place for it."""
+        return any(re.search(pattern, name) for pattern in self._keys_to_ignore_on_load_unexpected or ())
 
     @classmethod
     def _config_for(
@@ -418,7 +427,7 @@ class PreTrainedModel(Recognised, Parameters, Generation, Construction, Adapters
             self.save_adapter(folder)
             return
         tensors = self.hub_state_dict() if state_dict is None else self.file_names(state_dict)
-        self.config.architectures = [self.row.name]
+        self.config.architectures = [self.config.stored_class(self.row.name)]
         self.config.dtype = self.dtype
         self.record_quantization()
         texts = {CONFIG_NAME: self.config.to_json_string()}

@@ -6,7 +6,7 @@ Source: https://github.com/mistralai/mistral-inference (model.py, args.py).
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from monoblock import tree
 from monoblock.checkpoint.files import read_json, write_atomically
@@ -26,7 +26,8 @@ from monoblock.checkpoint.sources import (
 from monoblock.checkpoint.weights import Joined, Tensors, laid_out, stored_shapes
 from monoblock.errors import CheckpointError, HubError, UnsupportedConfig
 from monoblock.families.common import head_rows
-from monoblock.families.mistral import MistralConfig
+from monoblock.families.mistral import FULL, SLIDING, MistralConfig
+from monoblock.field_types import brief
 
 PARAMS = "params.json"
 
@@ -98,14 +99,35 @@ def config_of(params: dict[str, Any], where: Path) -> MistralConfig:
                 f"{where}: {name}={value!r} is not supported: only Mistral's dense text models are"
             )
     fields = {**DEFAULTS, "n_kv_heads": params["n_heads"], **params}
-    window = fields["sliding_window"]
+    window, kinds = fields["sliding_window"], None
     if isinstance(window, str) and window.isdigit():  # as some files have it
         fields["sliding_window"] = int(window)
+    elif isinstance(window, list):
+        listed = cast("list[Any]", window)
+        fields["sliding_window"], kinds = _by_layer(listed, fields["n_layers"], where)
     elif window is not None and not isinstance(window, int):
         raise UnsupportedConfig(
-            f"{where}: sliding_window={window!r} is not supported: expected one number or null"
+            f"{where}: sliding_window={brief(window)} is not supported: expected a number, null, or a list of these"
         )
-    return MistralConfig(**{ours: fields[theirs] for theirs, ours in FIELDS.items() if theirs in fields})
+    return MistralConfig(
+        **{ours: fields[theirs] for theirs, ours in FIELDS.items() if theirs in fields}, layer_types=kinds
+    )
+
+
+def _by_layer(windows: list[Any], layers: Any, where: Path) -> tuple[int | None, list[str]]:
+    """One window and the kind of each layer, from a list that is repeated over the layers (null: no window)."""
+    sizes = sorted({size for size in windows if isinstance(size, int)})
+    if (
+        len(sizes) > 1
+        or any(size is not None and type(size) is not int for size in windows)
+        or not (isinstance(layers, int) and windows and layers % len(windows) == 0)
+    ):
+        raise UnsupportedConfig(
+            f"{where}: sliding_window={brief(windows)} is not supported: a list may hold one number and null, and its "
+            f"length must divide n_layers ({brief(layers)})"
+        )
+    kinds = [FULL if size is None else SLIDING for size in windows] * (layers // len(windows))
+    return (sizes or [None])[0], kinds
 
 
 def _inert(name: str, value: Any) -> bool:
@@ -179,6 +201,10 @@ def write(folder: Path, checkpoint: Checkpoint, options: Options) -> None:
     spec = config.to_spec()
     values = {theirs: getattr(config, ours) for theirs, ours in FIELDS.items()}
     values |= {"head_dim": spec.attention.head_dim, "n_kv_heads": spec.attention.kv_heads}
+    if len(set(spec.windows)) > 1:
+        values["sliding_window"] = list(spec.windows)
+    else:
+        values["sliding_window"] = spec.windows[0]
     params = {
         name: value for name, value in values.items() if name in REQUIRED or value != DEFAULTS.get(name, ...)
     }

@@ -1,0 +1,200 @@
+"""Fields of other programs' configs: honoured, refused by name, or kept without a warning; never "unknown, no effect"
+for one that changes what is computed."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from monoblock import AutoConfig
+from monoblock.config import PretrainedConfig
+from monoblock.config_fields import HARMLESS, QUIET, REFUSED
+from monoblock.errors import UnsupportedConfig
+from monoblock.families import FAMILIES, ModelClass, family, named_classes, warn_of_another_class
+
+# What published configs carry beyond the fields of transformers' classes, by family and model.
+PUBLISHED: dict[str, dict[str, dict[str, Any]]] = {
+    "mpt": {
+        "mosaicml/mpt-7b": {
+            "attn_config": {"attn_impl": "torch", "attn_pdrop": 0, "prefix_lm": False, "softmax_scale": None},
+            "auto_map": {"AutoConfig": "configuration_mpt.MPTConfig"},
+            "embedding_fraction": 1.0,
+            "init_config": {"name": "kaiming_normal_", "init_gain": 0, "verbose": 0},
+            "init_device": "cpu",
+            "tokenizer_name": "EleutherAI/gpt-neox-20b",
+            "torch_dtype": "bfloat16",
+            "verbose": 0,
+        },
+    },
+    "mistral": {
+        "teknium/OpenHermes-2.5-Mistral-7B": {"sliding_window": 4096, "torch_dtype": "bfloat16"},
+        "unsloth/mistral-7b": {"unsloth_version": "2024.9", "unsloth_fixed": True, "pretraining_tp": 1},
+        "a llama-like finetune": {
+            "attention_bias": False,
+            "mlp_bias": False,
+            "use_sliding_window": None,
+            "output_router_logits": False,
+            "_attn_implementation_autoset": True,
+            "neftune_noise_alpha": 5,
+            "model_max_length": 32768,
+        },
+        "NousResearch/Yarn-Mistral-7b-128k": {
+            "max_sequence_length": 131072,
+            "rope_scaling": {
+                "factor": 16.0,
+                "finetuned": True,
+                "original_max_position_embeddings": 8192,
+                "type": "yarn",
+            },
+        },
+    },
+    "openai-gpt": {
+        "openai-community/openai-gpt": {
+            "n_ctx": 512,
+            "n_special": 0,
+            "predict_special_tokens": True,
+            "task_specific_params": {"text-generation": {"do_sample": True, "max_length": 50}},
+        },
+    },
+    "gpt_neo": {
+        "EleutherAI/gpt-neo-125m": {
+            "gradient_checkpointing": False,
+            "summary_activation": None,
+            "summary_first_dropout": 0.1,
+            "summary_proj_to_labels": True,
+            "summary_type": "cls_index",
+            "summary_use_proj": True,
+            "tokenizer_class": "GPT2Tokenizer",
+        },
+    },
+    "mpnet": {
+        "sentence-transformers/all-mpnet-base-v2": {"transformers_version": "4.8.2"},
+        "a cross-encoder": {
+            "position_embedding_type": "absolute",
+            "type_vocab_size": 2,
+            "use_cache": True,
+            "sentence_transformers": {
+                "activation_fn": "torch.nn.modules.linear.Identity",
+                "version": "5.0.0",
+            },
+            "transformers.js_config": {"dtype": "q8"},
+        },
+    },
+    "fuyu": {"adept/fuyu-8b": {"model_max_length": 16384, "tokenizer_class": "LlamaTokenizer"}},
+}
+CASES = [(model, name) for model, cases in PUBLISHED.items() for name in cases]
+
+
+def config(model_type: str, **fields: Any) -> PretrainedConfig:
+    return family(model_type).config(**fields)
+
+
+@pytest.mark.parametrize(("model_type", "name"), CASES, ids=str)
+def test_published_configs_load_without_a_warning(
+    model_type: str, name: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(PretrainedConfig, "_warned", set())
+    given = PUBLISHED[model_type][name]
+    with caplog.at_level(logging.WARNING, logger="monoblock"):
+        made = config(model_type, **given)
+        made.to_spec()
+    assert caplog.messages == []
+    written = made.to_dict()
+    lost = [name for name in given if name not in written and name not in ("rope_scaling", "torch_dtype")]
+    assert not [name for name in lost if given[name] is not None], "kept and written back"
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_what_would_change_the_results_is_refused(model_type: str) -> None:
+    rules = family(model_type).config.refused()
+    assert {"is_causal", "mlp_bias", "num_local_experts", "layer_types"} - rules.keys() <= {"layer_types"}
+    for field, (allowed, _) in rules.items():
+        for value in (*allowed, None):
+            assert getattr(config(model_type, **{field: value}), field) == value
+        other = "something else" if field not in ("chunk_size_feed_forward",) else 7
+        if field in ("is_encoder_decoder", "add_cross_attention", "torchscript", "is_decoder"):
+            other = True
+        with pytest.raises(UnsupportedConfig, match=rf"\.{field}=.* cannot be honoured"):
+            config(model_type, **{field: other})
+
+
+def test_the_tables_do_not_contradict_each_other() -> None:
+    assert not QUIET & REFUSED.keys()
+    names = [name for group in HARMLESS.values() for name in group.split()]
+    assert len(names) == len(set(names)), "a field is in one group"
+    for model_type in FAMILIES:
+        own = family(model_type).config
+        assert not own.implied.keys() & own.fields.keys(), f"{model_type} declares what it refuses"
+
+
+def test_unknown_fields_are_kept_and_warned_about_once(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(PretrainedConfig, "_warned", set())
+    with caplog.at_level(logging.WARNING, logger="monoblock"):
+        made = [config("mistral", my_own_field=3) for _ in range(2)]
+    assert [message for message in caplog.messages if "my_own_field" in message] == caplog.messages
+    assert len(caplog.messages) == 1
+    assert made[0].to_dict()["my_own_field"] == 3
+
+
+def test_a_window_that_is_not_to_be_used() -> None:
+    """As Qwen's configs say it: no contradiction where there is no window anyway."""
+    config("mistral", use_sliding_window=False, sliding_window=None).to_spec()
+    config("mistral", use_sliding_window=True, sliding_window=7).to_spec()
+    with pytest.raises(UnsupportedConfig, match="contradicts sliding_window=7"):
+        config("mistral", use_sliding_window=False, sliding_window=7).to_spec()
+
+
+def test_rope_keys_that_would_go_unheard_are_refused() -> None:
+    rope = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8192}
+    for key, value in {"llama_4_scaling_beta": 0.1, "mrope_section": [2, 3], "short_factor": [1.0]}.items():
+        with pytest.raises(UnsupportedConfig, match=rf"rope_parameters\.{key} is not supported"):
+            config("mistral", rope_parameters={**rope, key: value})
+        config("mistral", rope_parameters={**rope, key: None})
+
+
+def test_the_fields_of_a_nested_config_are_checked_too(caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(UnsupportedConfig, match="use_parallel_residual"):
+        config("fuyu", text_config={"model_type": "persimmon", "use_parallel_residual": True})
+    with caplog.at_level(logging.WARNING, logger="monoblock"):
+        config("fuyu", text_config={"model_type": "persimmon", "hidden_size": 64, "a_new_field": 1})
+    assert [message for message in caplog.messages if "a_new_field" in message] == caplog.messages != []
+
+
+def test_the_type_of_other_classes_files(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "ministral"}))
+    assert type(AutoConfig.from_pretrained(tmp_path)) is family("mistral").config
+    with pytest.raises(ValueError, match="no family 'ministral3'"):
+        AutoConfig.for_model("ministral3")
+
+
+@pytest.mark.parametrize(
+    ("architectures", "found"),
+    [
+        (["MistralForCausalLM"], "MistralForCausalLM"),
+        (["MinistralForCausalLM"], "MistralForCausalLM"),
+        (["mistralmodel"], "MistralModel"),
+        (["MistralBiModel"], None),
+        (None, None),
+    ],
+)
+def test_the_class_that_a_config_names(architectures: list[str] | None, found: str | None) -> None:
+    rows = named_classes(config("mistral", architectures=architectures))
+    assert [row.name for row in rows] == ([] if found is None else [found])
+
+
+def test_a_class_of_the_files_own_code_is_warned_about(caplog: pytest.LogCaptureFixture) -> None:
+    row: ModelClass = family("mistral").model_class("MistralModel")
+    with caplog.at_level(logging.WARNING, logger="monoblock"):
+        for name in ("MistralModel", "TFMistralModel", "FlaxMistralModel", "MinistralModel", None):
+            warn_of_another_class(config("mistral", architectures=name and [name]), row)
+        assert caplog.messages == []
+        for _ in range(2):
+            warn_of_another_class(config("mistral", architectures=["MistralBiModel"]), row)
+    assert len(caplog.messages) == 1
+    assert "names the class 'MistralBiModel', which is none of monoblock's" in caplog.messages[0]
