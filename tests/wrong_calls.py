@@ -56,7 +56,7 @@ WRONG: dict[str, tuple[str, dict[str, Any], str]] = {
     "labels of more rows": (
         "MistralForCausalLM",
         {"labels": np.zeros((3, 8), np.int64)},
-        r"labels must be \(2, 8\), a class for each, got \(3, 8\)",
+        r"labels must be \(batch, tokens\) = \(2, 8\), got \(3, 8\)",
     ),
     "fractional labels": (
         "MistralForCausalLM",

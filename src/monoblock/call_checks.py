@@ -50,6 +50,17 @@ def check_classes(labels: Labels, scores: Sequence[Any]) -> None:
         )
 
 
+def check_tokens_have_labels(labels: Labels, scores: Sequence[Any]) -> None:
+    """ValueError unless labels have an axis of tokens, and as many of it as the `scores` (rows, tokens, classes), but
+    for the number of tokens in a row, of which the loss itself speaks."""
+    rows, tokens, _ = scores
+    shape = tuple(labels.shape)
+    if not _known(*shape, rows, tokens):
+        return
+    if len(shape) < 2 or math.prod(shape[:-1]) != rows or shape[-1] == 0:
+        raise ValueError(f"labels must be (batch, tokens) = {_words((rows, tokens))}, got {shape}")
+
+
 def check_places(labels: Labels, rows: Any) -> None:
     """ValueError unless there is a whole number for each row, the place of a token; those outside the text count as
     none."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import operator
 import random
 import sys
 from typing import Any
@@ -16,9 +17,13 @@ LEAST, MOST = -(2**63), 2**64 - 1
 
 def checked_seed(seed: Any) -> int:
     """The seed of a generator; ValueError for what is none."""
-    if isinstance(seed, bool) or not hasattr(seed, "__index__") or not LEAST <= int(seed) <= MOST:
+    try:
+        found = LEAST - 1 if isinstance(seed, bool) else operator.index(seed)
+    except (TypeError, ValueError, RuntimeError):  # of no number, or an array of several
+        found = LEAST - 1
+    if not LEAST <= found <= MOST:
         raise ValueError(f"seed must be a whole number of 64 bits, at most {MOST}, got {brief(seed)}")
-    return int(seed)
+    return found
 
 
 def after(seed: int, count: int) -> int:

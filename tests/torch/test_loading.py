@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 import monoblock
 from monoblock import (
+    AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -31,7 +32,9 @@ from monoblock import (
     ShapeMismatch,
     UnexpectedKeys,
     UnreadKeys,
+    pipeline,
 )
+from monoblock.checkpoint import options
 
 WEIGHTS = "model.safetensors"
 
@@ -500,6 +503,24 @@ def test_many_foreign_tensors_make_a_short_warning(saved: Path, logs: pytest.Log
     assert len(info["unexpected_keys"]) == 70
     [warning] = [message for message in logs.messages if "strict=False" in message]
     assert warning.endswith(" and 20 more")
+
+
+def test_the_model_cards_lines(saved: Path, logs: pytest.LogCaptureFixture) -> None:
+    """Of the makers' models: a config whose kernel is chosen by an item, and code that is trusted."""
+    options.warn_of_remote_code.cache_clear()
+    config = AutoConfig.from_pretrained(saved, trust_remote_code=True)
+    config.attn_config["attn_impl"] = "triton"
+    config.init_device = "cpu"
+    loaded = AutoModelForCausalLM.from_pretrained(
+        saved, config=config, torch_dtype=torch.float32, trust_remote_code=True
+    )
+    assert same(loaded, model())
+    ids = torch.arange(10, 20)[None]
+    assert torch.equal(loaded(ids).logits, model()(ids).logits)
+    AutoModelForCausalLM.from_config(config, trust_remote_code=True)
+    with pytest.raises(TypeError, match="no argument 'nonsense'"):
+        pipeline("text-generation", nonsense=1, trust_remote_code=True)
+    assert sum("trust_remote_code=True changes nothing" in message for message in logs.messages) == 1
 
 
 def test_a_config_that_asks_for_more_than_the_files_hold(tmp_path: Path) -> None:

@@ -42,8 +42,6 @@ class LoadOptions:
         self.variant: str | None = kwargs.pop("variant", None)
         self.use_safetensors: bool | None = kwargs.pop("use_safetensors", None)
         self.prefer = self.preferred(kwargs)
-        if kwargs.pop("trust_remote_code", False):
-            log.info("trust_remote_code=True: no remote code is run here; the makers' options work natively")
         for name, instead in self.refused.items():
             if kwargs.pop(name, None):
                 raise ValueError(f"from_pretrained of a {self.prefix} class does not take {name}: {instead}")

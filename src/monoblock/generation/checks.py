@@ -15,6 +15,19 @@ def as_ids(value: int | Sequence[int] | None) -> tuple[int, ...]:
     return (int(value),) if not isinstance(value, Sequence) else tuple(int(id) for id in value)
 
 
+def plain(name: str, value: Any) -> Any:
+    """The value of a field: an array of one number as that number. ValueError for other arrays, which comparisons would
+    not take."""
+    if not (hasattr(value, "shape") and hasattr(value, "dtype")):
+        return value
+    if tuple(value.shape) == () and hasattr(value, "item"):
+        return value.item()
+    raise ValueError(
+        f"GenerationConfig.{name} must be a plain value, got {type(value).__name__} {tuple(value.shape)}: .tolist() "
+        "makes lists of numbers"
+    )
+
+
 Check = tuple[Callable[[Any], bool], str]
 
 
@@ -58,7 +71,10 @@ def _is_id(value: Any) -> bool:
 
 _FLAG: Check = (lambda v: isinstance(v, bool), "True or False")
 _IDS: Check = (lambda v: _is_whole(v) or _all(v, _is_whole), "a token id or a list of them")
-_EACH_ID: Check = (lambda v: _is_id(v) or _all(v, _is_id), "a token id or a list of them")
+_EACH_ID: Check = (
+    lambda v: _is_id(v) or (_all(v, _is_id) and len(v) > 0),
+    "a token id or a list of at least one",
+)
 _ID_LIST: Check = (lambda v: _all(v, _is_id), "a list of token ids")
 _POSITIVE = _number(0, open_low=True)
 _FACTOR = _number(LEAST, MOST)

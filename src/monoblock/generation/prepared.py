@@ -12,6 +12,8 @@ from monoblock.generation.decoder import Model, Plan
 from monoblock.generation.prompt import (
     CALL_NAMES,
     Call,
+    check_functions,
+    check_positions,
     embedded_length,
     prompt_ids,
     prompt_mask,
@@ -35,6 +37,7 @@ def prepare(model: Model, arguments: Mapping[str, Any], plain: Plain = ids_alone
     known = CALL_NAMES | GenerationConfig.FIELDS | model.input_names
     refuse_unknown(given.keys() - UNSUPPORTED_ARGUMENTS.keys(), known)
     call = Call(**{name: value for name, value in given.items() if name in CALL_NAMES})
+    check_functions(call)
     model_inputs = {n: v for n, v in given.items() if n in model.input_names and v is not None}
     config = resolve(
         {name: value for name, value in given.items() if name in GenerationConfig.FIELDS},
@@ -92,6 +95,8 @@ class Generation:
         batch, columns = (int(size) for size in self.prompt_bn.shape)
         self.embedded = embedded_length(inputs)
         given = self.embedded or columns
+        if (positions := inputs.get("position_ids")) is not None:
+            check_positions(ops, positions, batch, given)
         self.guesses = _guesses(call, config)
         copies = _copies(config)
         limits.check_rows(batch, copies)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
 
 from monoblock.call_checks import check_mask
+from monoblock.field_types import brief
 from monoblock.generation.arrays import Array, ArrayOps
 from monoblock.generation.config import GenerationConfig
 from monoblock.generation.limits import check_prompt
@@ -76,12 +77,7 @@ def prompt_ids(
         raise TypeError(
             "generate() takes token ids, got text: give it tokenizer(text, return_tensors=...) first"
         )
-    try:
-        ids_bn = ops.array(given)
-    except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"input_ids must be token ids of shape (rows, tokens), rows of equal length: {error}"
-        ) from error
+    ids_bn = as_array(ops, "input_ids", given, "token ids of shape (rows, tokens), rows of equal length")
     if len(ids_bn.shape) != 2 or ids_bn.shape[0] == 0:
         raise ValueError(f"input_ids must have the shape (rows, tokens), got {tuple(ids_bn.shape)}")
     if ids_bn.shape[1] == 0 and embeds is None:
@@ -94,6 +90,44 @@ def prompt_ids(
     return ids_bn
 
 
+def as_array(ops: ArrayOps, name: str, value: Any, expected: str) -> Array:
+    """The argument `name` as an array of numbers; ValueError for what is none."""
+    try:
+        made = ops.array(value)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        why = str(error).partition("\n")[0]
+        raise ValueError(f"{name} must be {expected}, got {brief(value)}: {why}") from error
+    if not any(kind in str(made.dtype) for kind in ("int", "float", "bool")):
+        raise ValueError(f"{name} must be {expected}, got {made.dtype}")
+    return made
+
+
+def check_positions(ops: ArrayOps, positions: Any, rows: int, columns: int) -> None:
+    """ValueError unless there is a position, a whole number, for each token of the prompts (or of one for all)."""
+    made = as_array(ops, "position_ids", positions, "whole numbers (rows, tokens)")
+    if tuple(made.shape) not in ((rows, columns), (1, columns)) or "int" not in str(made.dtype):
+        raise ValueError(
+            f"position_ids must be whole numbers (rows, tokens) = ({rows}, {columns}), got {made.dtype} "
+            f"{tuple(made.shape)}"
+        )
+
+
+def check_functions(call: Call) -> None:
+    """TypeError for an argument that is to be called, or holds what is, and cannot."""
+    for name in ("logits_processor", "stopping_criteria"):
+        value = getattr(call, name)
+        if value is not None and (not isinstance(value, Sequence) or isinstance(value, str)):
+            raise TypeError(f"{name} must be a list of callables, got {brief(value)}")
+    if call.prefix_allowed_tokens_fn is not None and not callable(call.prefix_allowed_tokens_fn):
+        got = brief(call.prefix_allowed_tokens_fn)
+        raise TypeError(f"prefix_allowed_tokens_fn must be a function of a row and its ids, got {got}")
+    streamer = call.streamer
+    if streamer is not None and not all(callable(getattr(streamer, name, None)) for name in ("put", "end")):
+        raise TypeError(f"streamer must have put and end, as TextStreamer has, got {brief(streamer)}")
+    if call.tokenizer is not None and not callable(getattr(call.tokenizer, "decode", None)):
+        raise TypeError(f"tokenizer must be the model's, which has decode, got {brief(call.tokenizer)}")
+
+
 def prompt_mask(
     ops: ArrayOps, ids_bn: Array, call: Call, config: GenerationConfig, inputs: Mapping[str, Any]
 ) -> Array | None:
@@ -103,7 +137,11 @@ def prompt_mask(
     """
     columns = embedded_length(inputs) or int(ids_bn.shape[1])
     if call.attention_mask is not None:
-        given = ops.to_numpy(ops.array(call.attention_mask))
+        given = ops.to_numpy(
+            as_array(
+                ops, "attention_mask", call.attention_mask, "1 for tokens and 0 for padding (rows, tokens)"
+            )
+        )
         check_mask(given)
         mask = given != 0
         _check_shape(mask.shape, int(ids_bn.shape[0]), columns, longer="past_key_values" in inputs)

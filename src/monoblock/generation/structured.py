@@ -14,6 +14,7 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 
+from monoblock.field_types import brief
 from monoblock.generation.arrays import Array, ArrayOps
 from monoblock.generation.config import GenerationConfig
 from monoblock.texts import check_characters
@@ -119,7 +120,7 @@ def _grammar(library: Any, wanted: Any) -> str:
     }
     given = {name for name in form if name != "type"}
     if kind not in names or len(given) != bool(names[kind]) or not given <= set(names[kind]):
-        raise ValueError(f"response_format must be {FORMS}, got {wanted!r}")
+        raise ValueError(f"response_format must be {FORMS}, got {brief(wanted)}")
     if kind == "json_object":
         return library.LLMatcher.grammar_from_json_schema({"type": "object"}, COMPACT)
     value: Any = form[next(iter(given))]

@@ -18,7 +18,7 @@ from monoblock.backends.flax.namespace import XP
 from monoblock.backends.flax.parts import Part, computes, dropout
 from monoblock.backends.xla.checked import described
 from monoblock.backends.xla.inputs import Wanted
-from monoblock.call_checks import IGNORED, check_classes, check_places, problem_of
+from monoblock.call_checks import IGNORED, check_classes, check_places, check_tokens_have_labels, problem_of
 from monoblock.heads import KINDS, HeadSpec
 
 Count = Array | int | None
@@ -206,6 +206,7 @@ def _cross_entropy(logits: Array, labels: Array, count: Count) -> Array:
 
 def causal_loss(logits_bsv: Array, labels_bs: Array, count: Count = None) -> Array:
     """Each token predicts the next one: labels are the input ids, shifted here."""
+    check_tokens_have_labels(described(XP, "labels", labels_bs), logits_bsv.shape)
     if logits_bsv.shape[1] != labels_bs.shape[1]:
         raise ValueError(
             f"labels of {labels_bs.shape[1]} tokens came with logits of {logits_bsv.shape[1]}: "
@@ -268,8 +269,9 @@ def losses(head: HeadSpec, found: dict[str, Any], given: Mapping[str, Any]) -> d
 
 
 def _shifted(_: HeadSpec, logits: Array, labels: Array, count: Count) -> Array:
-    rows = (-1, labels.shape[-1])
-    return causal_loss(logits.reshape(*rows, logits.shape[-1]), labels.reshape(rows), count)
+    scores_bsv = logits.reshape(-1, *logits.shape[-2:])
+    check_tokens_have_labels(described(XP, "labels", labels), scores_bsv.shape)
+    return causal_loss(scores_bsv, labels.reshape(-1, labels.shape[-1]), count)
 
 
 def _classified(head: HeadSpec, logits: Array, labels: Array, count: Count) -> Array:

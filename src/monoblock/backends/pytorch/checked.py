@@ -6,6 +6,8 @@ compiled, traced or transformed has none.
 
 from __future__ import annotations
 
+import numbers
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +16,7 @@ from torch import Tensor
 
 from monoblock import call_checks
 from monoblock.backends.pytorch.kernels import dispatch
+from monoblock.field_types import brief
 from monoblock.spec import ArchSpec
 
 # Arguments that are tensors in every class that has them.
@@ -24,6 +27,7 @@ TENSORS = frozenset(
         "attention_mask",
         "position_ids",
         "token_type_ids",
+        "image_patches_indices",
         "cache_position",
         "sequence_id",
         "seq_idx",
@@ -38,6 +42,14 @@ TENSORS = frozenset(
     }
 )
 INDICES = (torch.int64, torch.int32)  # what an embedding takes
+
+
+def check_flag(name: str, value: Any) -> bool:
+    """An argument that is True or False; TypeError for arrays, texts and the like."""
+    # NumPy's truth value, and a tracer's.
+    if isinstance(value, int) or type(value).__name__ in ("bool", "bool_", "SymBool"):
+        return bool(value)
+    raise TypeError(f"{name} must be True or False, got {type(value).__name__}")
 
 
 def check_tensor(name: str, value: Any) -> None:
@@ -144,11 +156,46 @@ def check_cache_position(position: Tensor | None, past: int, count: int) -> None
     """Positions must follow the cache; anything else would be written to one place and seen from another."""
     if position is None or not dispatch.readable(position):
         return
+    if not whole(position):
+        raise ValueError(f"cache_position must be whole numbers, got {position.dtype}")
     if position.shape != (count,) or int(position[0]) != past or int(position[-1]) != past + count - 1:
+        got = brief(position.tolist()) if position.dim() == 1 else tuple(position.shape)
         raise ValueError(
             f"cache_position must be {past} to {past + count - 1}, the places after the {past} cached tokens, got "
-            f"{position.tolist()}; crop() the cache to write at an earlier place"
+            f"{got}; crop() the cache to write at an earlier place"
         )
+
+
+def check_kept(keep: Any, count: int) -> None:
+    """ValueError for logits_to_keep that is neither how many of the last of `count` tokens, nor the places of some."""
+    if isinstance(keep, Tensor):
+        if not whole(keep) or keep.dim() != 1:
+            raise ValueError(
+                f"logits_to_keep must be how many of the last tokens, or the places of some (n,), got {keep.dtype} "
+                f"{tuple(keep.shape)}"
+            )
+        if keep.numel() and keep.device.type == "cpu" and dispatch.readable(keep):
+            low, high = (int(x) for x in keep.long().aminmax())
+            if low < -count or high >= count:
+                raise ValueError(
+                    f"logits_to_keep must be places of the {count} tokens, got {brief(keep.tolist())}"
+                )
+    elif keep is not None and (isinstance(keep, bool) or not isinstance(keep, numbers.Integral) or keep < 0):
+        raise ValueError(f"logits_to_keep must be how many of the last tokens, got {brief(keep)}")
+
+
+def check_count(count: Any) -> Any:
+    """`num_items_in_batch`, or 1 where it is 0: the sum of no losses is divided by something. ValueError for what is no
+    number above that."""
+    if isinstance(count, Tensor):
+        if count.numel() != 1 or count.dtype == torch.bool or count.is_complex():
+            raise ValueError(f"num_items_in_batch must be one number, got {count.dtype} {tuple(count.shape)}")
+        if count.device.type == "cpu" and dispatch.readable(count):
+            check_count(count.item())
+        return torch.where(count == 0, 1, count).reshape(())
+    if isinstance(count, bool) or not isinstance(count, int | float) or not 0 <= count <= sys.float_info.max:
+        raise ValueError(f"num_items_in_batch must be a number of at least 0, got {brief(count)}")
+    return float(count or 1)
 
 
 def check_chosen(tokens: Tensor, batch: int, count: int) -> None:

@@ -8,10 +8,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from monoblock.backends.pytorch.checked import check_chosen
+from monoblock.backends.pytorch import checked
 from monoblock.backends.pytorch.kernels import dispatch
 from monoblock.backends.pytorch.parts import Part
-from monoblock.call_checks import IGNORED, Labels, check_classes, check_places, problem_of
+from monoblock.call_checks import (
+    IGNORED,
+    Labels,
+    check_classes,
+    check_places,
+    check_tokens_have_labels,
+    problem_of,
+)
 from monoblock.heads import KINDS, HeadSpec, Summary
 
 Count = Tensor | int | None
@@ -50,9 +57,9 @@ class SummaryHead(Part):
         if summary.pool == "mean":
             x = hidden_bsw.mean(dim=1)
         elif summary.pool == "cls_index" and positions is not None:
-            check_chosen(positions, *hidden_bsw.shape[:2])
+            checked.check_chosen(positions, *hidden_bsw.shape[:2])
             rows = torch.arange(hidden_bsw.shape[0], device=hidden_bsw.device)
-            x = hidden_bsw[rows, positions.reshape(-1).to(hidden_bsw.device)]
+            x = hidden_bsw[rows, positions.reshape(-1).long().to(hidden_bsw.device)]
         else:
             x = hidden_bsw[:, 0 if summary.pool == "first" else -1]
         x = self.role("head_act")(self.role("head_summary")(self.role("head_drop_in")(x)))
@@ -126,12 +133,13 @@ def _cross_entropy(logits: Tensor, labels: Tensor, count: Count) -> Tensor:
     logits, labels = logits.float().flatten(0, -2), labels.long().flatten().to(logits.device)
     total = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
     if count is None:
-        count = (labels != IGNORED).sum().clamp(min=1)
-    return total / count
+        return total / (labels != IGNORED).sum().clamp(min=1)
+    return total / checked.check_count(count)
 
 
 def causal_loss(logits_bsv: Tensor, labels_bs: Tensor, count: Count = None) -> Tensor:
     """Each token predicts the next one: labels are the input ids, shifted here."""
+    check_tokens_have_labels(_described("labels", labels_bs), logits_bsv.shape)
     if logits_bsv.shape[1] != labels_bs.shape[1]:
         raise ValueError(
             f"labels of {labels_bs.shape[1]} tokens came with logits of {logits_bsv.shape[1]}: "
@@ -153,7 +161,7 @@ def sequence_loss(logits_bv: Tensor, labels: Tensor, problem_type: str | None, c
     loss = F.mse_loss if problem_type == "regression" else F.binary_cross_entropy_with_logits
     if count is None:
         return loss(logits_bv, labels)
-    return loss(logits_bv, labels, reduction="sum") / (count * logits_bv.shape[-1])
+    return loss(logits_bv, labels, reduction="sum") / (checked.check_count(count) * logits_bv.shape[-1])
 
 
 def span_loss(start_bs: Tensor, end_bs: Tensor, starts: Tensor, ends: Tensor, count: Count = None) -> Tensor:
@@ -177,8 +185,9 @@ def outputs(model: Any, out: Any, given: dict[str, Any]) -> dict[str, Any]:
 
 def _causal(model: Any, out: Any, given: dict[str, Any]) -> dict[str, Any]:
     hidden, keep = out.last_hidden_state, given.get("logits_to_keep")
+    checked.check_kept(keep, hidden.shape[1])
     if isinstance(keep, Tensor):
-        hidden = hidden[:, keep]
+        hidden = hidden[:, keep.long()]
     elif keep:
         hidden = hidden[:, -keep:]
     scores, labels = logits(model, hidden), given.get("labels")
@@ -222,6 +231,7 @@ def _double(model: Any, out: Any, given: dict[str, Any]) -> dict[str, Any]:
     scores = model.role("summary")(hidden, given.get("mc_token_ids"))
     loss = mc_loss = None
     if (labels := given.get("labels")) is not None:
+        check_tokens_have_labels(_described("labels", labels), words.shape)
         loss = causal_loss(words, labels.reshape(-1, labels.shape[-1]), count)
     scores = (scores.view(-1, choices, *scores.shape[1:]) if given["nested"] else scores).squeeze(-1)
     if (mc_labels := given.get("mc_labels")) is not None:

@@ -206,8 +206,8 @@ class Scope:
             away = (self.index_k[None, first:last] - self.index_q[start:stop, None]).to(torch.float32)
             added = added + (self.slopes_h[None, :, None, None] * away).to(dtype)
         if self.given is not None and self.given.dtype != torch.bool:
-            # A mask of a wider dtype may hold minima beyond this one's.
-            given = self.given[:, :, start:stop, first:last].clamp(min=lowest).to(dtype)
+            # A mask of a wider dtype may hold minima beyond this one's, which then are -inf.
+            given = self.given[:, :, start:stop, first:last].to(dtype).clamp(min=lowest)
             added = (added + given).clamp(min=lowest)
         return torch.where(seen, added, lowest)
 

@@ -17,7 +17,14 @@ from monoblock import modules, outputs, tree
 from monoblock.backends.options import loading_info, told_of_unused
 from monoblock.backends.pytorch import devices, heads, layers, loading, parts
 from monoblock.backends.pytorch.adapters import Adapters
-from monoblock.backends.pytorch.checked import TENSORS, as_indices, check_tensor, check_tokens, check_types
+from monoblock.backends.pytorch.checked import (
+    TENSORS,
+    as_indices,
+    check_flag,
+    check_tensor,
+    check_tokens,
+    check_types,
+)
 from monoblock.backends.pytorch.construction import Construction
 from monoblock.backends.pytorch.generation.decoder import Generation
 from monoblock.backends.pytorch.inputs import PACKED, flattened, prepare
@@ -235,10 +242,11 @@ class PreTrainedModel(Recognised, Parameters, Generation, Construction, Adapters
 
     def _option(self, given: Mapping[str, Any], name: str) -> bool:
         value = given.get(name)
-        return bool(getattr(self.config, name) if value is None else value)
+        return bool(getattr(self.config, name)) if value is None else check_flag(name, value)
 
     def _uses_cache(self, given: Mapping[str, Any]) -> bool:
         wanted = given.get("use_cache")
+        wanted = None if wanted is None else check_flag("use_cache", wanted)
         if self.training and self.gradient_checkpointing:
             if wanted:
                 _warn_once("use_cache=True cannot go with gradient checkpointing: no cache is kept")

@@ -19,7 +19,7 @@ from monoblock.backends.tf.ops import Tensor, size
 from monoblock.backends.tf.parts import Part
 from monoblock.backends.xla.checked import described
 from monoblock.backends.xla.inputs import Wanted
-from monoblock.call_checks import IGNORED, check_classes, check_places, problem_of
+from monoblock.call_checks import IGNORED, check_classes, check_places, check_tokens_have_labels, problem_of
 from monoblock.heads import KINDS, HeadSpec, Summary
 from monoblock.spec import ArchSpec
 
@@ -166,6 +166,8 @@ def row_loss(logits: Tensor, labels: Tensor, count: Any = None, name: str = "lab
 
 def causal_loss(logits_bsv: Tensor, labels_bs: Tensor, count: Any = None) -> Tensor:
     """Each token predicts the next one: labels are the input ids, shifted here."""
+    with plainly():
+        check_tokens_have_labels(described(XP, "labels", labels_bs), logits_bsv.shape)
     if None not in (known := (logits_bsv.shape[1], labels_bs.shape[1])) and known[0] != known[1]:
         raise ValueError(
             f"labels of {labels_bs.shape[1]} tokens came with logits of {logits_bsv.shape[1]}: "
@@ -292,6 +294,8 @@ def _double(head: Head, hidden: Tensor, given: Given, wanted: Wanted) -> dict[st
     logits, scores = head(hidden), summary(hidden, positions=given.get("mc_token_ids"), seed=head.seed)
     loss = mc_loss = None
     if (labels := given.get("labels")) is not None:
+        with plainly():
+            check_tokens_have_labels(described(XP, "labels", labels), logits.shape)
         loss = causal_loss(logits, tf.reshape(labels, (-1, size(labels, -1))), count)
     if wanted.nested:
         scores = tf.reshape(scores, (-1, choices, *scores.shape[1:]))

@@ -25,6 +25,7 @@ from monoblock.backends.xla.namespace import (
 )
 from monoblock.backends.xla.patches import NAMES, patches
 from monoblock.call_checks import Labels, check_mask, check_positions
+from monoblock.field_types import brief
 from monoblock.heads import BY_CHOICE, KINDS, HeadSpec
 from monoblock.positions import has_positions
 from monoblock.spec import ArchSpec, Learned
@@ -223,7 +224,7 @@ def _check_cache_position(xp: Namespace, positions: Array | None, seen: int | No
     ):
         raise ValueError(
             f"cache_position must be {seen} to {(seen or 0) + count - 1}, the places after the {seen} cached tokens, "
-            f"got {values.tolist()}"
+            f"got {brief(values.tolist())}"
         )
 
 
@@ -297,7 +298,7 @@ def _chosen_tokens(xp: Namespace, tokens: Array, batch: Size, count: Size) -> Ar
     values = xp.values(tokens)
     if values is not None and known(count) and not (values.min() >= 0 and values.max() < count):
         raise ValueError(
-            f"mc_token_ids must be 0 to {count - 1}, places of the {count} tokens, got {values.tolist()}"
+            f"mc_token_ids must be 0 to {count - 1}, places of the {count} tokens, got {brief(values.tolist())}"
         )
     return xp.int32(xp.reshape(tokens, (-1,)))
 

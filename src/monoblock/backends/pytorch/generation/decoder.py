@@ -62,6 +62,8 @@ class Generation(ModelBase, GenerationMixin):
         for name in self.arguments & TENSORS & kwargs.keys() - {"input_ids", "attention_mask"}:
             if kwargs[name] is not None:
                 check_tensor(name, kwargs[name])
+        if not isinstance(generator := kwargs.get("generator"), torch.Generator | None):
+            raise TypeError(f"generator must be a torch.Generator, got {type(generator).__name__}")
         with (
             torch.inference_mode(),
             _at_rest(self),
