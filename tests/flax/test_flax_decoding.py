@@ -239,7 +239,7 @@ def test_chunks_of_images() -> None:
 REASONS = {
     "cache_implementation": "the caches of the JAX classes are 'dynamic' and 'static'",
     "compile_config": "jax.jit compiles the loop over tokens, or with trace=False each step",
-    "synced_gpus": "sharded params= spread a call over the devices of one",
+    "synced_gpus": "processes that share parameters make the same calls",
 }
 
 
