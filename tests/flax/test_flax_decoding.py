@@ -274,7 +274,10 @@ def test_what_is_wrong_is_told(model: Any) -> None:
             {"prefill_chunk_size": 2, "return_dict_in_generate": True, "output_hidden_states": True},
             "does not go with output_hidden_states=True",
         ),
-        ({"bad_words_ids": [[5], [9999]]}, "token 9999, but the vocabulary ends at"),
+        (
+            {"bad_words_ids": [[5], [9999]]},
+            "holds the token 9999, but the model's vocabulary has the ids 0 to",
+        ),
     ]
     for more, sentence in wrong:
         with pytest.raises(ValueError, match=re.escape(sentence)):
