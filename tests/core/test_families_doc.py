@@ -45,7 +45,7 @@ def test_the_table_says_what_the_papers_say() -> None:
     assert cells["norm"]["mpt"] == "layer norm without bias, pre"
     assert cells["position"]["fuyu"] == "RoPE, theta 25000, on 0.5 of each head"
     assert cells["a token sees"]["gpt_neo"] == "by layer: all before it, the last 256"
-    assert cells["a token sees"]["mpnet"] == "all, both ways"
+    assert cells["a token sees"]["mpnet"] == "all (bidirectional)"
     assert cells["scores times"]["gpt_neo"] == "1"
     assert cells["key heads"]["mistral"] == "8 for 32 heads"
     assert cells["biases"]["gpt_neo"] == "output, MLP"

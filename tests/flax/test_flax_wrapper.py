@@ -391,9 +391,9 @@ def test_caches_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ValueError, match="past_key_values must hold 3 layers, got 1"):
         model(IDS[:, :1], past_key_values=past.replace(keys=past.keys[:1]))
     both_ways = flax_model("MPNetModel")
-    with pytest.raises(ValueError, match="both ways has no cache"):
+    with pytest.raises(ValueError, match="a bidirectional model has no cache"):
         both_ways(IDS, past_key_values=past)
-    with pytest.raises(ValueError, match="both ways has no cache"):
+    with pytest.raises(ValueError, match="a bidirectional model has no cache"):
         both_ways.init_cache(2, 8)
 
 

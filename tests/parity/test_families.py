@@ -452,7 +452,7 @@ def test_errors(name: str) -> None:
         ours(torch.full_like(ids, 89))
     if KIND[name] in ("masked", "pooler") or CLASSES[name] == "mpnet":
         for given in ({"use_cache": True}, {"past_key_values": monoblock.DynamicCache()}):
-            with pytest.raises(ValueError, match="a model that looks both ways has no cache"):
+            with pytest.raises(ValueError, match="a bidirectional model has no cache"):
                 ours(ids, **given)
         with pytest.raises(TypeError, match="has no argument 'token_type_ids'"):
             ours(ids, token_type_ids=torch.zeros_like(ids))

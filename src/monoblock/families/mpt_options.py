@@ -53,7 +53,7 @@ SUPPORTED: dict[str, tuple[Any, ...]] = {
     "norm_type": tuple(NORMS),
 }
 
-# The keys of the options that are dicts; one more is a wish that would go unheard.
+# The keys of the options that are dicts; one more would be an ignored option.
 KEYS: dict[str, frozenset[str]] = {
     "ffn_config": frozenset({"ffn_type", "ffn_hidden_size", "ffn_act_fn", "fc_type"}),
     "attn_config.rope_dail_config": frozenset({"type", "pos_idx_in_fp32", "xpos_scale_base"}),

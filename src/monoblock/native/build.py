@@ -103,9 +103,11 @@ def build(folder: Path = HERE, extra: tuple[str, ...] = (), seconds: float = 600
 def _build(folder: Path, more: tuple[str, ...], seconds: float) -> Outcome:
     command = compiler()
     if command is None:
-        wish = os.environ.get("CXX")
+        named = os.environ.get("CXX")
         missing = (
-            f"CXX is {wish!r}, which is no program" if wish else "no C++ compiler (g++ or clang++) was found"
+            f"CXX is {named!r}, which is no program"
+            if named
+            else "no C++ compiler (g++ or clang++) was found"
         )
         return Outcome(
             (), f"monoblock is installed without its native kernels: {missing}; PyTorch does the work."

@@ -141,7 +141,7 @@ class Attention(Part):
     def remembered(
         self, k: Array, v: Array, call: Call, layer: Layer | None
     ) -> tuple[Array, Array, Scope, Layer | None]:
-        """The keys and values that these queries see, who sees whom, and the layer of the cache with the new ones."""
+        """The keys and values to attend to, the attention mask, and the layer of the cache with the new ones."""
         if layer is None or call.fresh:
             return k, v, call.scope, None if layer is None else layer.filled(k, v)
         count, after = k.shape[2], layer.appended(k, v)

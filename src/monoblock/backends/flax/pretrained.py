@@ -162,7 +162,7 @@ class FlaxPreTrainedModel(Parameters, Sharded, Training, Generation):
     def init_cache(self, batch_size: int, max_length: int) -> Cache:
         """An empty cache for so many rows of up to `max_length` tokens, to be given as `past_key_values`.
 
-        Layers with a window keep no more than that. ValueError for a model that looks both ways.
+        Layers with a window keep no more than that. ValueError for a bidirectional model.
         """
         return caches.init_cache(self.spec, batch_size, max_length, self.dtype)
 

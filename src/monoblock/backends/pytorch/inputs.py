@@ -163,7 +163,7 @@ def cache_of(past: Any, spec: ArchSpec, batch: int) -> tuple[Cache, Any]:
 
 def _cache(spec: ArchSpec, past: Any, batch: int, use_cache: bool) -> tuple[Cache | None, Any]:
     if not spec.causal and (use_cache or past is not None):
-        raise ValueError("a model that looks both ways has no cache: leave out use_cache and past_key_values")
+        raise ValueError("a bidirectional model has no cache: leave out use_cache and past_key_values")
     if past is None:
         return (DynamicCache(config=spec) if use_cache else None), None
     return cache_of(past, spec, batch)

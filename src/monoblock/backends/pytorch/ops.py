@@ -106,7 +106,7 @@ def bucketed(distance: Tensor, count: int, max_distance: int) -> Tensor:
     return torch.where(distance > 0, half, 0) + table[distance.abs().clamp(max=max_distance)]
 
 
-# ---------------------------------------------------------------------------- who sees whom
+# ---------------------------------------------------------------------------- attention mask
 
 # Stands on GPUs for a score that does not count. Their kernels multiply it by log2(e): the lowest number of a dtype,
 # which CPUs get, would become infinite, and a row of nothing else no number.

@@ -165,7 +165,7 @@ def _seen(xp: Namespace, spec: ArchSpec, cache: Any, batch: Size, count: Size) -
     if cache is None:
         return 0
     if not spec.causal:
-        raise ValueError("a model that looks both ways has no cache: leave out past_key_values")
+        raise ValueError("a bidirectional model has no cache: leave out past_key_values")
     if len(cache.keys) != spec.layers:
         raise ValueError(f"past_key_values must hold {spec.layers} layers, got {len(cache.keys)}")
     rows = cache.keys[0].shape[0]
