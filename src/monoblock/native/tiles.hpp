@@ -267,9 +267,7 @@ struct CodeTile {
 template <class Tile, int R, int T>
 INLINE void tile(const Matrix& m, const Prepared& x, int64_t output, int64_t gap, int row, float* y, int64_t ldy) {
   float out[R][T];
-  if constexpr (T > MOST_OF_FEW)
-    Tile::template run<Hint::at_run_time, R, T>(m, x, output, gap, row, out);
-  else if (NON_TEMPORAL)
+  if (NON_TEMPORAL)
     Tile::template run<Hint::non_temporal, R, T>(m, x, output, gap, row, out);
   else
     Tile::template run<Hint::temporal, R, T>(m, x, output, gap, row, out);
