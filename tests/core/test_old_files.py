@@ -422,6 +422,23 @@ def made_h5(folder: Path, **datasets: Any) -> Path:
     return path
 
 
+def test_hdf5_named_types_are_no_weights(tmp_path: Path) -> None:
+    h5py = needs_h5py()
+    with h5py.File(tmp_path / "tf_model.h5", "w") as file:
+        file["a/kernel:0"] = SMALL
+        file["a/kind"] = np.dtype("<f4")
+    assert list(contents(opened(tmp_path))) == ["a.weight"]
+
+
+def test_hdf5_names_that_are_no_text(tmp_path: Path) -> None:
+    path = made_h5(tmp_path, a_kernel=SMALL)
+    data = path.read_bytes()
+    assert data.count(b"a_kernel") == 1
+    path.write_bytes(data.replace(b"a_kernel", b"a\x80kernel"))
+    with pytest.raises(CheckpointError, match="is damaged"):
+        opened(tmp_path)
+
+
 def test_hdf5_in_other_layouts(tmp_path: Path) -> None:
     """Big-endian, compressed, half precision, one row of biases: numbers as they are meant."""
     h5py = needs_h5py()

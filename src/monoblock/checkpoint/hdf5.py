@@ -44,14 +44,17 @@ class Hdf5:
         """Note all weights: what the file itself holds, neither by soft links nor by those to other files."""
         try:
             self._file.visititems(self._add)
-        except (OSError, RuntimeError, KeyError) as error:
+        except CheckpointError:
+            raise
+        except (OSError, RuntimeError, KeyError, ValueError) as error:
+            # ValueError: a name that is no UTF-8 text, a floating-point type that NumPy has none for.
             raise CheckpointError(f"{self.path} is damaged ({_line(error)}): fetch it again") from error
         if not self._datasets:
             raise CheckpointError(f"{self.path} is an HDF5 file without weights: fetch it again")
 
     def _add(self, key: str | bytes, new: Any) -> None:
-        if not hasattr(new, "dtype"):
-            return  # a group
+        if not hasattr(new, "chunks"):
+            return  # a group, or a named type, which holds no numbers
         if not isinstance(key, str):
             raise CheckpointError(f"{self.path} is damaged (a name is no text): fetch it again")
         name = self._without_model(key)
@@ -97,7 +100,7 @@ class Hdf5:
     def tensor(self, name: str) -> Any:
         try:
             array = self._datasets[name][()]
-        except OSError as error:
+        except (OSError, ValueError) as error:
             raise CheckpointError(
                 f"{self.path} is damaged at '{name}' ({_line(error)}): fetch it again"
             ) from error
