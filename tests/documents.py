@@ -30,6 +30,10 @@ def run(command: list[str], folder: Path) -> None:
     assert result.returncode == 0, result.stdout + result.stderr
 
 
-def run_python(document: Path, folder: Path) -> None:
-    """Run a document's Python, one example after the other in one process."""
-    run([sys.executable, "-c", "\n".join(blocks(document, "python"))], folder)
+def run_python(folder: Path, *documents: Path) -> None:
+    """Run the documents' Python, one example after the other in one process; the documents share no names."""
+    code = ["\n".join(blocks(document, "python")) for document in documents]
+    run(
+        [sys.executable, "-c", "\n".join(f"exec({text!r}, {{'__name__': '__main__'}})" for text in code)],
+        folder,
+    )

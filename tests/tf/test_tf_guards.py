@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tensorflow as tf
-from tf_made import model
+from tf_made import shallow
 
 IDS = np.array([[5, 9, 11, 20], [7, 30, 31, 32]], np.int32)
 OPEN = tf.TensorSpec((None, None), tf.int32)
@@ -32,12 +32,18 @@ LOOPS: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
-@pytest.mark.parametrize("case", LOOPS)
-@pytest.mark.parametrize("known", [True, False], ids=["known lengths", "open lengths"])
-def test_loops_of_keras(case: str, known: bool) -> None:
-    given, message = LOOPS[case]
-    ours = model("MPNetForTokenClassification")
+@pytest.fixture(scope="module", params=[True, False], ids=["known lengths", "open lengths"])
+def loops(request: pytest.FixtureRequest) -> tuple[Any, bool]:
+    """A compiled model, whose loops are traced once for all cases; and whether it is to know the lengths."""
+    ours = shallow("MPNetForTokenClassification")
     ours.compile("sgd", jit_compile=False)
+    return ours, request.param
+
+
+@pytest.mark.parametrize("case", LOOPS)
+def test_loops_of_keras(case: str, loops: tuple[Any, bool]) -> None:
+    given, message = LOOPS[case]
+    ours, known = loops
     data: Any = given
     if not known:
         spec = dict.fromkeys(given, OPEN)
@@ -52,7 +58,7 @@ def test_loops_of_keras(case: str, known: bool) -> None:
 @pytest.mark.parametrize("name", ["MPNetModel", "GPTNeoModel", "OpenAIGPTModel"])
 def test_too_long_while_tracing(name: str) -> None:
     """Positions from ids, and from the mask, have no values in a graph: padding counts there."""
-    ours = model(name)
+    ours = shallow(name)
 
     @tf.function(autograph=False)
     def run(ids: Any) -> Any:
@@ -67,7 +73,7 @@ def test_too_long_while_tracing(name: str) -> None:
 
 
 def test_graphs_of_the_users() -> None:
-    ours = model("GPTNeoForCausalLM")
+    ours = shallow("GPTNeoForCausalLM")
     run = tf.function(ours, autograph=False)
     with pytest.raises(tf.errors.InvalidArgumentError, match="input_ids must be 0 to 88"):
         run(tf.constant(IDS + 80))
@@ -80,7 +86,7 @@ def test_graphs_of_the_users() -> None:
 
 
 def test_autograph_says_nothing(caplog: pytest.LogCaptureFixture) -> None:
-    ours = model("GPTNeoForCausalLM")
+    ours = shallow("GPTNeoForCausalLM")
     with caplog.at_level(logging.WARNING):
         for options in ({"jit_compile": True}, {}):
             run = tf.function(ours.generate, **options)
