@@ -59,7 +59,8 @@ def command_of(part: str, arguments: list[str], bare: str) -> list[str]:
 
 def run(part: str, command: list[str], counts: Path) -> int:
     """One process; its lines are printed as they come. Returns its exit status."""
-    environment = {**os.environ, "MONOBLOCK_TEST_COUNTS": str(counts)}
+    # Threads of OpenMP that have nothing to do would keep the cores from the other process.
+    environment = {"OMP_WAIT_POLICY": "passive", **os.environ, "MONOBLOCK_TEST_COUNTS": str(counts)}
     if part == "bare":
         environment["MONOBLOCK_TEST_NO_FRAMEWORK"] = "1"
     with subprocess.Popen(
