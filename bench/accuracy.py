@@ -1,4 +1,4 @@
-"""How far a contestant's logits and greedy tokens are from those of the same weights in float32."""
+"""How far a backend's logits and greedy tokens are from those of the same weights in float32."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from plan import CHECKED, PROMPT
+from runners import Failed, LlamaBench, Process, Tools, weights_for
 from shapes import SHAPES
-from sides import Failed, LlamaBench, Process, Tools, weights_for
 from worker import prompts_of
 
 SEED = 77
@@ -15,17 +15,19 @@ BATCHES = (1, 8)
 
 
 def sample(
-    side: Process | LlamaBench, model: str, form: str, vocab: int, folder: Path
+    runner: Process | LlamaBench, model: str, form: str, vocab: int, folder: Path
 ) -> list[dict[str, Any]]:
-    """The greedy texts of a contestant, alone and eight at once, and its logits where it shows them."""
-    if isinstance(side, LlamaBench):
+    """The greedy texts of a backend, alone and eight at once, and its logits where it shows them."""
+    if isinstance(runner, LlamaBench):
         return []
     found = []
     for batch in BATCHES:
-        file = folder / f"{side.who}-{model}-{form}-{batch}.npy"
+        file = folder / f"{runner.who}-{model}-{form}-{batch}.npy"
         sizes = {"batch": batch, "length": PROMPT, "vocab": vocab, "new": CHECKED, "seed": SEED}
-        answer = side.ask("step_logits", file=str(file), **sizes)
-        found.append({"who": side.who, "model": model, "form": form, "batch": batch, "vocab": vocab} | answer)
+        answer = runner.ask("step_logits", file=str(file), **sizes)
+        found.append(
+            {"who": runner.who, "model": model, "form": form, "batch": batch, "vocab": vocab} | answer
+        )
     return found
 
 

@@ -19,7 +19,7 @@ LOSSLESS = "monoblock, lossless"  # bfloat16 in 12 bits
 FRESH = "the memory alone"  # how long the system takes to give what a loaded model needs
 # Less than this is not told from nothing.
 SMALLEST = {"s": 1e-3, "MB": 1.0}
-# Contestants that say what a token reads; of the others only the size of all weights is known.
+# Backends that say what a token reads; of the others only the size of all weights is known.
 EXACT = (OURS, BEFORE, LOSSLESS, "transformers")
 
 
@@ -83,12 +83,12 @@ class Results:
         )
 
     def values(self, model: str, form: str, measure: str, who: str = OURS) -> list[float]:
-        """All rounds of one contestant; empty if it did not run."""
+        """All rounds of one backend; empty if it did not run."""
         figure = self.figure(model, form, measure)
         return figure["values"].get(who, []) if figure else []
 
     def ratio(self, figure: dict[str, Any], who: str, own: str = OURS) -> Spread | None:
-        """How many times what the contestant has is ours, round by round; of seconds and MB the other way round."""
+        """How many times what the backend has is ours, round by round; of seconds and MB the other way round."""
         ours, theirs = figure["values"].get(own, []), figure["values"].get(who, [])
         if who == own or not ours or not theirs:
             return None

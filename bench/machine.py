@@ -24,7 +24,7 @@ IMPORTS = (
 
 
 def describe() -> dict[str, Any]:
-    """The hardware and what all contestants share."""
+    """The hardware and what all backends share."""
     names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
     pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return {

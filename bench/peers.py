@@ -3,9 +3,9 @@
     python bench/peers.py --framework flax|tf [--peer-python PATH | --before CHECKOUT] [--cases mistral,gpt_neo]
         [--runs 5] [--small]
 
-PATH is the Python of an environment with transformers 4.53, and Flax, or TensorFlow and tf-keras, in it. Both sides are
+PATH is the Python of an environment with transformers 4.53, and Flax, or TensorFlow and tf-keras, in it. Both are
 processes that live through the whole run and take turns, pass by pass, in float32 with random weights of equal shapes.
-CHECKOUT is one of another commit of monoblock, which takes the peer's place. Without either our own side runs alone.
+CHECKOUT is one of another commit of monoblock, which takes the peer's place. Without either ours runs alone.
 
 forward: one pass over the tokens, `model(ids)` inside the framework's own `jit` (TensorFlow: `tf.function`, with XLA).
 as called: the same without it, as most code calls a model.
@@ -89,7 +89,7 @@ OPTIONS: dict[str, Any] = {
     "eos_token_id": None,
 }
 
-# ---------------------------------------------------------------------------- one side, in a process of its own
+# ---------------------------------------------------------------------------- one library, in a process of its own
 
 
 def worker(who: str, framework: str) -> None:
@@ -105,7 +105,7 @@ def worker(who: str, framework: str) -> None:
             answer: Any = {"versions": ", ".join(f"{name} {version(name)}" for name in names)}
         elif "case" in asked:
             tasks = {}  # lets the last model go before the next one is made
-            tasks = _SIDES[framework](who, _model(who, framework, asked["case"], asked["small"]))
+            tasks = _TASKS[framework](who, _model(who, framework, asked["case"], asked["small"]))
             answer = {"tasks": list(tasks)}
         else:
             ids = _ids(*asked["ids"])
@@ -169,12 +169,12 @@ def _tf(who: str, model: Any) -> dict[str, Callable[[Any], Any]]:
     return tasks
 
 
-_SIDES = {"flax": _flax, "tf": _tf}
+_TASKS = {"flax": _flax, "tf": _tf}
 
 # ---------------------------------------------------------------------------- both, in turn
 
 
-class Side:
+class Runner:
     """A worker process; what it prints besides answers is in `log`."""
 
     def __init__(self, who: str, python: str, framework: str, log: Path, before: Path | None) -> None:
@@ -214,43 +214,45 @@ def lengths(new: bool) -> Iterator[int]:
     return iter(order) if new else itertools.repeat(PROMPT)
 
 
-def in_turn(sides: list[Side], task: dict[str, str], sizes: Iterator[int], runs: int) -> list[list[float]]:
-    """Seconds of each side's calls, after one that warms up unless `sizes` are new ones."""
-    took: list[list[float]] = [[] for _ in sides]
+def in_turn(
+    runners: list[Runner], task: dict[str, str], sizes: Iterator[int], runs: int
+) -> list[list[float]]:
+    """Seconds of each runner's calls, after one that warms up unless `sizes` are new ones."""
+    took: list[list[float]] = [[] for _ in runners]
     for run, tokens in zip(range(runs), sizes, strict=False):
-        for side, times in zip(sides, took, strict=True):
-            times.append(side.ask(task=task[side.who], ids=[tokens, run])["seconds"])
+        for runner, times in zip(runners, took, strict=True):
+            times.append(runner.ask(task=task[runner.who], ids=[tokens, run])["seconds"])
     return took
 
 
-def rows_of(case: str, sides: list[Side], args: argparse.Namespace) -> Iterator[list[str]]:
+def rows_of(case: str, runners: list[Runner], args: argparse.Namespace) -> Iterator[list[str]]:
     """The table's rows of one model."""
-    known = [set(side.ask(case=case, small=args.small)["tasks"]) for side in sides]
+    known = [set(runner.ask(case=case, small=args.small)["tasks"]) for runner in runners]
     shared, tokens = set.intersection(*known), CLASSES[case][2]
     same = [("forward", "forward", tokens), ("as called", "as called", tokens)]
     for name, task, length in same:
-        one = {side.who: task for side in sides}
-        in_turn(sides, one, itertools.repeat(length), 1)
-        yield row(case, name, length, sides, in_turn(sides, one, itertools.repeat(length), args.runs))
+        one = {runner.who: task for runner in runners}
+        in_turn(runners, one, itertools.repeat(length), 1)
+        yield row(case, name, length, runners, in_turn(runners, one, itertools.repeat(length), args.runs))
     if "generate" not in shared:
         return
-    one = {side.who: "generate" for side in sides}
-    in_turn(sides, one, lengths(False), 1)
-    yield row(case, "generate, new lengths", NEW, sides, in_turn(sides, one, lengths(True), args.runs))
-    yield row(case, "generate, same length", NEW, sides, in_turn(sides, one, lengths(False), args.runs))
-    if len(sides) > 1 and "compiled" in known[1]:
-        one[sides[1].who] = "compiled"
-        in_turn(sides, one, lengths(False), 1)
-        yield row(case, "generate, compiled", NEW, sides, in_turn(sides, one, lengths(False), args.runs))
+    one = {runner.who: "generate" for runner in runners}
+    in_turn(runners, one, lengths(False), 1)
+    yield row(case, "generate, new lengths", NEW, runners, in_turn(runners, one, lengths(True), args.runs))
+    yield row(case, "generate, same length", NEW, runners, in_turn(runners, one, lengths(False), args.runs))
+    if len(runners) > 1 and "compiled" in known[1]:
+        one[runners[1].who] = "compiled"
+        in_turn(runners, one, lengths(False), 1)
+        yield row(case, "generate, compiled", NEW, runners, in_turn(runners, one, lengths(False), args.runs))
 
 
-def row(case: str, name: str, tokens: int, sides: list[Side], took: list[list[float]]) -> list[str]:
-    """Tokens per second, each side's median and range, and the median ratio of neighbours in time."""
+def row(case: str, name: str, tokens: int, runners: list[Runner], took: list[list[float]]) -> list[str]:
+    """Tokens per second, each runner's median and range, and the median ratio of neighbours in time."""
     cells = [
         f"{tokens / statistics.median(times):.1f} ({tokens / max(times):.1f}-{tokens / min(times):.1f})"
         for times in took
     ]
-    if len(sides) > 1:
+    if len(runners) > 1:
         ratios = [peer / ours for ours, peer in zip(*took, strict=True)]
         cells.append(f"{statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})")
     return [case, name, *cells]
@@ -272,7 +274,7 @@ def _arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Start both sides, let them take turns, print one table."""
+    """Start the processes, let them take turns, print one table."""
     args = _arguments()
     if args.worker:
         worker(args.worker, args.framework)
@@ -283,22 +285,22 @@ def main() -> None:
     elif args.before:
         pythons[BEFORE] = sys.executable
     else:
-        print("no --peer-python: our own side alone")
+        print("no --peer-python: our own alone")
     with tempfile.TemporaryDirectory() as folder:
-        sides = [
-            Side(who, python, args.framework, Path(folder, who), args.before)
+        runners = [
+            Runner(who, python, args.framework, Path(folder, who), args.before)
             for who, python in pythons.items()
         ]
         print(f"{_machine()}; tokens per second: median (range) of {args.runs}")
-        for side in sides:
-            print(f"{side.who}: {side.ask(versions=True)['versions']}")
-        titles = ["model", "what", *pythons, *(["ratio"] if len(sides) > 1 else [])]
+        for runner in runners:
+            print(f"{runner.who}: {runner.ask(versions=True)['versions']}")
+        titles = ["model", "what", *pythons, *(["ratio"] if len(runners) > 1 else [])]
         print("| " + " | ".join(titles) + " |\n" + "|---" * len(titles) + "|")
         for case in args.cases.split(",") if args.cases else CASES[args.framework]:
-            for cells in rows_of(case, sides, args):
+            for cells in rows_of(case, runners, args):
                 print("| " + " | ".join(cells) + " |", flush=True)
-        for side in sides:
-            side.end()
+        for runner in runners:
+            runner.end()
 
 
 def _machine() -> str:

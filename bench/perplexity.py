@@ -51,7 +51,7 @@ LIMITS = {"int8": 0.005, "int4": 0.03}  # relative to bfloat16
 
 @dataclass(frozen=True)
 class Found:
-    """Of one contestant: bytes of its weights, mean loss and divergence in nats per token, seconds to load."""
+    """Of one backend: bytes of its weights, mean loss and divergence in nats per token, seconds to load."""
 
     name: str
     size: int
@@ -115,12 +115,12 @@ def train(documents: Any, tokenizer: Tokenizer, steps: int, folder: Path) -> Non
 
 
 def measure(folder: Path, windows: Tensor) -> list[Found]:
-    """Every contestant on these windows, and beside it the predictions of float32."""
+    """Every backend on these windows, and beside it the predictions of float32."""
     reference = [
         F.log_softmax(logits, -1) for logits in predictions(load(folder, dtype=torch.float32), windows)
     ]
     found: list[Found] = []
-    for name, make in contestants(folder).items():
+    for name, make in backends(folder).items():
         start = time.perf_counter()
         try:
             model = make()
@@ -139,7 +139,7 @@ def measure(folder: Path, windows: Tensor) -> list[Found]:
     return found
 
 
-def contestants(folder: Path) -> dict[str, Callable[[], Any]]:
+def backends(folder: Path) -> dict[str, Callable[[], Any]]:
     """How each is loaded, by name; all compute in bfloat16, which is first."""
     ways: dict[str, Any] = {
         "bf16": None,

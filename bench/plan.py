@@ -1,4 +1,4 @@
-"""What the benchmark measures: groups of a model and a form of its weights, with contestants that take turns."""
+"""What the benchmark measures: groups of a model and a form of its weights, with backends that take turns."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Measure:
     """One figure: what is timed, its size, and how often.
 
     kind "decode": `size` texts at once, `new` tokens each. "prefill": a prompt of `size` tokens and one token more.
-    "train": a step on 4 texts of `size` tokens. `who`: the contestants, where not all of the group's.
+    "train": a step on 4 texts of `size` tokens. `who`: the backends, where not all of the group's.
     """
 
     kind: str
@@ -39,7 +39,7 @@ class Measure:
 
 @dataclass(frozen=True)
 class Group:
-    """A model in one form; all its contestants are loaded at once. `seconds`: what it may take of 15 minutes; then
+    """A model in one form; all its backends are loaded at once. `seconds`: what it may take of 15 minutes; then
     no rounds begin beyond the second. `starts`: how often each is started anew, for the figures of loading. `fresh`:
     whether loading needs memory of its own. Then the system is asked for as much before each loading, which is a figure
     too, and gets it back: the host of a virtual machine may have to find it first, whoever asks.
@@ -63,7 +63,7 @@ def _prefill(size: int, rounds: int, who: tuple[str, ...] | None = None) -> Meas
     return Measure("prefill", size, rounds, who=who)
 
 
-# What the aims of docs/performance.md speak of.
+# What the targets of docs/performance.md speak of.
 ESSENTIAL = (
     Group("mistral-1b", "bfloat16", ALL, (_decode(1, 5), _prefill(512, 3), _decode(8, 3)), 360, starts=3),
     Group("mistral-1b", "float32", HUB, (_decode(1, 3, 16), _prefill(512, 2)), 93, starts=4, fresh=True),

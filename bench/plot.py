@@ -9,7 +9,7 @@ from figures import LOSSLESS, OURS, Results, Spread, number, spread
 
 WIDTH, NAMES, VALUES = 760, 210, 150  # of the picture, of the column of names, of the column of figures
 BAR, GAP, TITLE, HEAD = 16, 6, 30, 72
-# Contestant: its colour; all are told from a white and from a dark page, and by their names beside them.
+# Backend: its colour; all are told from a white and from a dark page, and by their names beside them.
 COLOURS = {
     OURS: "#2f7fd6",
     LOSSLESS: "#1f9fb8",

@@ -15,9 +15,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-import aims
 import machine
 import plot
+import targets
 from figures import OURS, Results, Spread, number, spread
 
 # The pictures that stand above a part's table.
@@ -32,7 +32,7 @@ def table(titles: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 
 
 def speeds(results: Results, names: list[str], share: Callable[..., Spread | None], title: str) -> str:
-    """A table of some measures: each contestant's speed, ours over it, and its share of a limit."""
+    """A table of some measures: each backend's speed, ours over it, and its share of a limit."""
     rows: list[list[str]] = []
     for name in names:
         for figure in results.named(name):
@@ -44,7 +44,7 @@ def speeds(results: Results, names: list[str], share: Callable[..., Spread | Non
 
 
 def _cells(results: Results, name: str, figure: dict[str, Any], who: str) -> list[str]:
-    """A contestant's figure, and what ours is beside it."""
+    """A backend's figure, and what ours is beside it."""
     ratio = results.ratio(figure, who)
     what = [figure["model"], figure["form"], name.split()[-1], who]
     return [*what, str(spread(figure["values"][who])), "" if ratio is None else str(ratio)]
@@ -86,7 +86,7 @@ def overhead(results: Results) -> str:
     rows = [
         [who, f"{1e3 * found[0]:.3f}", f"{1e3 * found[1]:.3f}"]
         for who in (OURS, "transformers")
-        if (found := aims.overhead(results, who))
+        if (found := targets.overhead(results, who))
     ]
     return table(["who", "ms for a layer", "ms for a token besides"], rows)
 
@@ -127,7 +127,7 @@ def sections(results: Results) -> dict[str, str]:
     about += f" in {data['minutes']} minutes.\n" if "minutes" in data else ".\n"
     found = {"machine": about}
     if data["plan"] != "quick":  # small models reach nothing
-        found["aims"] = aims.table_of(results, table)
+        found["targets"] = targets.table_of(results, table)
     for kind, share, title in (
         ("decode", results.bandwidth_share, "share of the bandwidth"),
         ("prefill", results.matrix_share, "share of the matrix rate"),
@@ -141,7 +141,7 @@ def sections(results: Results) -> dict[str, str]:
         "memory": memory(results),
         "accuracy": accuracy(results),
     }
-    if results.named("decode 1") and aims.overhead(results, OURS):
+    if results.named("decode 1") and targets.overhead(results, OURS):
         found["overhead"] = overhead(results)
     return found | {"skipped": skipped or "- nothing\n"}
 

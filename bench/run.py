@@ -4,7 +4,7 @@
         [--peer-python OpenVINO=PATH] [--peer-python CTranslate2=PATH] [--peer-python llama.cpp=PATH]
         [--llama-bench PATH] [--llama-convert PATH] [--before CHECKOUT]
 
-Contestants are processes that hold the same random weights and take turns, round by round; a ratio compares
+Backends are processes that hold the same random weights and take turns, round by round; a ratio compares
 neighbours in time. A peer that is not installed is skipped, and the output says so. PATH of --peer-python is the Python
 that has openvino-genai, optimum-intel and nncf; ctranslate2 and transformers; or (llama.cpp) what its converter needs.
 --llama-convert is llama.cpp's convert_hf_to_gguf.py. --before is a checkout of another commit, its kernels built
@@ -28,11 +28,11 @@ from typing import Any, Protocol
 import accuracy
 import machine
 import report
+import runners
 import shapes
-import sides
 from figures import BEFORE, FRESH
 from plan import PLANS, PROMPT, Group, Measure
-from sides import CONTESTANTS, FORMS, PAUSE, UNKNOWN, Busy, Failed, LlamaBench, Process, Tools
+from runners import BACKENDS, FORMS, PAUSE, UNKNOWN, Busy, Failed, LlamaBench, Process, Tools
 
 FACTS = ("import s", "load s", "first token s", "load peak MB")
 
@@ -78,8 +78,8 @@ class Run:
             if group.accuracy:
                 self._sample(group, alive, folders, vocab)
         finally:
-            for side in alive:
-                side.close()
+            for runner in alive:
+                runner.close()
 
     def _folders(self, group: Group, source: Path) -> Iterator[tuple[str, Path]]:
         for who in group.who:
@@ -91,7 +91,7 @@ class Run:
                 self.skip(f"{who}: its converter does not know {group.model}")
             else:
                 with self._noted():
-                    yield who, sides.weights_for(who, source, group.form, self.tools)
+                    yield who, runners.weights_for(who, source, group.form, self.tools)
 
     def _class(self, model: str) -> str:
         return shapes.SHAPES[model].model
@@ -104,31 +104,31 @@ class Run:
             self.skip(str(failure))
 
     def _started(self, group: Group, folders: dict[str, Path]) -> list[Process | LlamaBench]:
-        """The contestants, loaded; each `starts` times, of which the last stays."""
+        """The backends, loaded; each `starts` times, of which the last stays."""
         taken: dict[str, dict[str, list[float]]] = {fact: {} for fact in FACTS}
         alive: list[Process | LlamaBench] = []
         size = 4 * sum(_blocks(self.sources[group.model]).values())  # of the matrices, in float32
         for start in range(group.starts):
             for who, folder in folders.items():
-                side = sides.side_of(who, self.tools)
+                runner = runners.runner_of(who, self.tools)
                 try:
-                    side.start(self._class(group.model))
+                    runner.start(self._class(group.model))
                     machine.read_once(folder)
                     if group.fresh:
                         taken["load s"].setdefault(FRESH, []).append(machine.fresh(size, self.tools.threads))
-                    side.load(folder, group.form)
+                    runner.load(folder, group.form)
                 except Failed as failure:
                     self.skip(f"{group.model} {group.form}: {failure}")
-                    side.close()
+                    runner.close()
                     continue
                 for fact in FACTS:
-                    taken[fact].setdefault(who, []).append(side.facts[fact])
-                self.versions |= side.facts["versions"]
-                self.weights.setdefault(f"{group.model} {group.form}", {})[who] = side.facts["weight bytes"]
+                    taken[fact].setdefault(who, []).append(runner.facts[fact])
+                self.versions |= runner.facts["versions"]
+                self.weights.setdefault(f"{group.model} {group.form}", {})[who] = runner.facts["weight bytes"]
                 if start == group.starts - 1:
-                    alive.append(side)
+                    alive.append(runner)
                 else:
-                    side.close()
+                    runner.close()
         for fact, values in taken.items():
             self._record(group, fact.removesuffix(" s").removesuffix(" MB"), fact.split()[-1], values)
         return alive
@@ -143,7 +143,7 @@ class Run:
     ) -> None:
         figure = {"model": group.model, "form": group.form, "measure": name, "unit": unit}
         same = next((one for one in self.figures if figure.items() <= one.items()), None)
-        if same:  # an addition to what was measured before, of some contestants
+        if same:  # an addition to what was measured before, of some backends
             for key, added in ({"values": values} | rest).items():
                 for who, more in added.items():
                     same[key].setdefault(who, []).extend(more)
@@ -156,7 +156,7 @@ class Run:
         speed: dict[str, list[float]] = {}
         memory: dict[str, list[float]] = {}
         reads: dict[str, list[float]] = {}
-        racing = [side for side in alive if measure.who is None or side.who in measure.who]
+        racing = [runner for runner in alive if measure.who is None or runner.who in measure.who]
         for round_ in range(-1 if measure.size < 4096 else 0, measure.rounds):
             if round_ > 1 and time.monotonic() > deadline:
                 break
@@ -165,20 +165,20 @@ class Run:
             )
             before = self._read(measure) if round_ >= 0 else 0.0
             # Each second round goes backwards, so that nobody always follows the same neighbour.
-            for side in racing[:: -1 if round_ % 2 else 1]:
+            for runner in racing[:: -1 if round_ % 2 else 1]:
                 try:
-                    seconds, megabytes = _timed(side, group, measure, vocab, round_)
+                    seconds, megabytes = _timed(runner, group, measure, vocab, round_)
                 except Failed as failure:
                     if round_ < 0 and isinstance(failure, Busy):
                         continue  # the few tokens that warm up are hard to time, and need not be
                     self.skip(f"{group.model} {group.form} {measure.name}: {failure}")
-                    racing = [other for other in racing if other is not side]
+                    racing = [other for other in racing if other is not runner]
                     continue
                 if round_ >= 0:
-                    speed.setdefault(side.who, []).append(measure.tokens / seconds)
-                    memory.setdefault(side.who, []).append(megabytes)
+                    speed.setdefault(runner.who, []).append(measure.tokens / seconds)
+                    memory.setdefault(runner.who, []).append(megabytes)
                     after = self._read(measure)
-                    reads.setdefault(side.who, []).append((before + after) / 2)
+                    reads.setdefault(runner.who, []).append((before + after) / 2)
                     before = after
         if measure.kind == "decode":
             self._record(group, measure.name, "tok/s", speed, **{"read GB/s": reads})
@@ -197,9 +197,9 @@ class Run:
         self, group: Group, alive: list[Process | LlamaBench], folders: dict[str, Path], vocab: int
     ) -> None:
         self.step(f"{group.model} {group.form}: logits")
-        for side in alive:
+        for runner in alive:
             with self._noted():
-                self.samples += accuracy.sample(side, group.model, group.form, vocab, self.scratch)
+                self.samples += accuracy.sample(runner, group.model, group.form, vocab, self.scratch)
         if "monoblock" not in folders or group.form not in FORMS["monoblock, plain"]:
             return
         plain = Process("monoblock, plain", self.tools)
@@ -213,19 +213,19 @@ class Run:
 
 
 def _timed(
-    side: Process | LlamaBench, group: Group, measure: Measure, vocab: int, round_: int
+    runner: Process | LlamaBench, group: Group, measure: Measure, vocab: int, round_: int
 ) -> tuple[float, float]:
     """Seconds and MB; round -1 warms up, with as little as will do."""
     seed = 100 + round_
     match measure.kind:
         case "decode":
             new = measure.new if round_ >= 0 else 2
-            return side.decode(measure.size, PROMPT, new, vocab, seed), 0.0
+            return runner.decode(measure.size, PROMPT, new, vocab, seed), 0.0
         case "prefill":
-            found = side.prefill(measure.size, vocab, seed)
+            found = runner.prefill(measure.size, vocab, seed)
         case _:
-            assert isinstance(side, Process)
-            found = side.ask("train", batch=4, length=measure.size, vocab=vocab, form=group.form, seed=seed)
+            assert isinstance(runner, Process)
+            found = runner.ask("train", batch=4, length=measure.size, vocab=vocab, form=group.form, seed=seed)
     return found["seconds"], found["MB"]
 
 
@@ -271,7 +271,7 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--threads", type=int, default=machine.describe()["cores"])
     parser.add_argument("--only", action="append", default=[], help="a model, a form, or MODEL/FORM")
-    parser.add_argument("--without", action="append", default=[], choices=CONTESTANTS[1:])
+    parser.add_argument("--without", action="append", default=[], choices=BACKENDS[1:])
     parser.add_argument("--peer-python", action="append", default=[], metavar="NAME=PATH")
     parser.add_argument("--llama-bench")
     parser.add_argument("--llama-convert")
@@ -283,8 +283,8 @@ def _pythons(given: list[str]) -> dict[str, str]:
     found: dict[str, str] = {}
     for one in given:
         name, _, path = one.partition("=")
-        if name not in CONTESTANTS or not Path(path).is_file():
-            names = ", ".join(CONTESTANTS[1:])
+        if name not in BACKENDS or not Path(path).is_file():
+            names = ", ".join(BACKENDS[1:])
             raise SystemExit(f"--peer-python {one}: expected NAME=PATH of a Python; NAME is one of {names}")
         found[name] = path
     return found

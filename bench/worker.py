@@ -1,7 +1,7 @@
-"""One contestant in a process of its own: a JSON object per line in, one per line out (see `answer`).
+"""One backend in a process of its own: a JSON object per line in, one per line out (see `answer`).
 
 python worker.py NAME                            answer questions on standard input
-python worker.py NAME --prepare SOURCE TARGET FORM   write a model in the contestant's own format
+python worker.py NAME --prepare SOURCE TARGET FORM   write a model in the backend's own format
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ import time
 from pathlib import Path
 from typing import Any
 
-# Contestant: its module in contestants/, and what its `Side` is made with.
+# Backend: its module in backends/, and what its `Backend` is made with.
 MODULES: dict[str, tuple[str, tuple[str, ...]]] = {
     "monoblock": ("torch_models", ("monoblock",)),
     "monoblock, before": ("torch_models", ("monoblock",)),
     "monoblock, lossless": ("torch_models", ("monoblock",)),
     "monoblock, plain": ("torch_models", ("monoblock",)),
     "transformers": ("torch_models", ("transformers",)),
-    "OpenVINO": ("openvino_genai_side", ()),
-    "CTranslate2": ("ctranslate2_side", ()),
+    "OpenVINO": ("openvino_genai_backend", ()),
+    "CTranslate2": ("ctranslate2_backend", ()),
 }
 
 
@@ -41,7 +41,7 @@ def forget_peak() -> None:
 
 
 def prompts_of(batch: int, length: int, vocab: int, seed: int) -> list[list[int]]:
-    """Random tokens, the same for all contestants; 0, 1 and 2 have meanings."""
+    """Random tokens, the same for all backends; 0, 1 and 2 have meanings."""
     draw = random.Random(seed)
     return [[draw.randrange(3, vocab) for _ in range(length)] for _ in range(batch)]
 
@@ -51,29 +51,29 @@ class Worker:
 
     def __init__(self, name: str) -> None:
         module, arguments = MODULES[name]
-        self.side: Any = importlib.import_module(f"contestants.{module}").Side(*arguments)
+        self.backend: Any = importlib.import_module(f"backends.{module}").Backend(*arguments)
 
     def start(self, architecture: str) -> dict[str, Any]:
         """Import the libraries, and the model's class where they have one."""
         begin = time.perf_counter()
-        self.side.start()
-        if hasattr(self.side, "import_class"):
-            self.side.import_class(architecture)
+        self.backend.start()
+        if hasattr(self.backend, "import_class"):
+            self.backend.import_class(architecture)
         return {"import s": time.perf_counter() - begin}
 
     def load(self, folder: str, form: str) -> dict[str, Any]:
         """Load, and make one token, which a model that loads lazily may need time for."""
         forget_peak()
         idle, begin = memory("VmRSS"), time.perf_counter()
-        self.side.load(folder, form)
+        self.backend.load(folder, form)
         loaded = time.perf_counter()
-        self.side.generate(prompts_of(1, 8, 500, 0), 1)
+        self.backend.generate(prompts_of(1, 8, 500, 0), 1)
         return {
             "load s": loaded - begin,
             "first token s": time.perf_counter() - loaded,
             "load peak MB": (memory("VmHWM") - idle) / 1e6,
-            "weight bytes": self.side.weight_bytes(),
-            "versions": self.side.versions(),
+            "weight bytes": self.backend.weight_bytes(),
+            "versions": self.backend.versions(),
         }
 
     def generate(self, batch: int, length: int, vocab: int, new: int, seed: int) -> dict[str, Any]:
@@ -81,7 +81,7 @@ class Worker:
         prompts = prompts_of(batch, length, vocab, seed)
         forget_peak()
         held, begin = memory("VmRSS"), time.perf_counter()
-        tokens = self.side.generate(prompts, new)
+        tokens = self.backend.generate(prompts, new)
         seconds = time.perf_counter() - begin
         if any(len(one) != new for one in tokens):
             raise RuntimeError(f"{new} tokens were asked for, {[len(one) for one in tokens]} came")
@@ -90,13 +90,13 @@ class Worker:
     def step_logits(
         self, batch: int, length: int, vocab: int, new: int, seed: int, file: str
     ) -> dict[str, Any]:
-        """New tokens, and in `file` (npy) the logits they were chosen from, if the contestant shows them."""
+        """New tokens, and in `file` (npy) the logits they were chosen from, if the backend shows them."""
         prompts = prompts_of(batch, length, vocab, seed)
-        if not hasattr(self.side, "step_logits"):
-            return {"tokens": self.side.generate(prompts, new), "file": None}
+        if not hasattr(self.backend, "step_logits"):
+            return {"tokens": self.backend.generate(prompts, new), "file": None}
         import numpy
 
-        tokens, logits = self.side.step_logits(prompts, new)
+        tokens, logits = self.backend.step_logits(prompts, new)
         numpy.save(file, logits)
         return {"tokens": tokens, "file": file}
 
@@ -104,7 +104,7 @@ class Worker:
         """In `file` (npy) the logits of the `last` tokens of each text, each from all before it."""
         import numpy
 
-        numpy.save(file, self.side.logits(sequences)[:, -last - 1 : -1])
+        numpy.save(file, self.backend.logits(sequences)[:, -last - 1 : -1])
         return {"file": file}
 
     def train(self, batch: int, length: int, vocab: int, form: str, seed: int) -> dict[str, Any]:
@@ -112,7 +112,7 @@ class Worker:
         tokens = prompts_of(batch, length, vocab, seed)
         forget_peak()
         begin = time.perf_counter()
-        self.side.train(tokens, form)
+        self.backend.train(tokens, form)
         return {"seconds": time.perf_counter() - begin, "MB": memory("VmHWM") / 1e6}
 
     def answer(self, question: dict[str, Any]) -> dict[str, Any]:
@@ -125,7 +125,7 @@ def main() -> None:
     name, *rest = sys.argv[1:]
     if rest and rest[0] == "--prepare":
         module, _ = MODULES[name]
-        importlib.import_module(f"contestants.{module}").prepare(*rest[1:])
+        importlib.import_module(f"backends.{module}").prepare(*rest[1:])
         return
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print goes to standard error

@@ -65,6 +65,7 @@ class TableModel:
     def __init__(self, scores: Callable[[list[int]], np.ndarray], generation_config: Any = None):
         self.scores, self.generation_config = scores, generation_config
         self.max_positions: int | None = None
+        self.vocab: int | None = None
         self.log: list[Any] = []
         self.plan: Any = None
 

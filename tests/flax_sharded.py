@@ -1,4 +1,8 @@
-"""Run in a process of its own, which has eight devices: each family on a 2 x 4 mesh beside one device. Prints JSON."""
+"""Run in a process of its own, which has eight devices, beside what one device computes. Prints JSON.
+
+python flax_sharded.py families    each family on a 2 x 4 mesh, whose axes are explicit
+python flax_sharded.py meshes      meshes of other kinds
+"""
 
 from __future__ import annotations
 
@@ -13,12 +17,14 @@ os.environ["XLA_FLAGS"] = quick_xla.flags("--xla_force_host_platform_device_coun
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 from flax_tiny import MODELS, batch, tiny
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXES = ("data", "tensor")
-GENERATED = ("FlaxMistralForCausalLM", "FlaxOpenAIGPTLMHeadModel")  # every further one costs 4 s
+GENERATED = ("FlaxOpenAIGPTLMHeadModel",)  # every further one costs 4 s
 
 
 def largest(ours: Any, theirs: Any) -> float:
@@ -49,7 +55,7 @@ def shapes(tree: Any) -> dict[str, tuple[list[int], list[int]]]:
 
 
 def compared(name: str) -> dict[str, Any]:
-    model, mesh = tiny(name, shallow=True), jax.make_mesh((2, 4), AXES)
+    model, mesh = tiny(name, shallow=True), jax.make_mesh((2, 4), AXES, axis_types=(AxisType.Explicit,) * 2)
     inputs = batch(padded=name != "FlaxFuyuForCausalLM")
     params, step = model.params, losses(model)
     (_, logits), gradients = step(params, inputs)
@@ -96,5 +102,140 @@ def mapped() -> dict[str, float]:
     return {"loss": largest(value, expected), "gradients": largest(gradients, whole)}
 
 
+def fully_sharded(name: str, kind: AxisType) -> dict[str, Any]:
+    """A step of training on 2 x 2 x 2 devices whose parameters lie along the width of the model, too."""
+    model, inputs = tiny(name, shallow=True), batch()
+    optimizer = optax.sgd(0.1, momentum=0.9)
+
+    @jax.jit
+    def step(params: Any, state: Any, inputs: Any) -> Any:
+        def loss(params: Any) -> Any:
+            out = model(**inputs, params=params, output_hidden_states=True)
+            return model.compute_loss(out, labels=inputs["input_ids"]), out
+
+        (_, out), gradients = jax.value_and_grad(loss, has_aux=True)(params)
+        updates, state = optimizer.update(gradients, state, params)
+        return out.logits, out.hidden_states[1], optax.apply_updates(params, updates), state
+
+    logits, _, after, state = step(model.params, optimizer.init(model.params), inputs)
+    mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(kind,) * 3)
+    params = model.shard_params(mesh, fsdp_axis="fsdp")
+    begun = optimizer.init(params)
+    rows = model.shard_batch(inputs, mesh, fsdp_axis="fsdp")
+    ours, hidden, moved_params, moved = step(params, begun, rows)
+    return {
+        "logits": largest(ours, logits),
+        "gradients": largest(moved[0].trace, state[0].trace),
+        "parameters": largest(moved_params, after),
+        "shapes": shapes(params),
+        "first_moments": shapes(begun[0].trace),
+        "hidden": list(hidden.addressable_shards[0].data.shape),
+    }
+
+
+def several_names() -> dict[str, Any]:
+    """The rows over two axes of a mesh, and the parameters over two axes of another one."""
+    model, inputs = tiny("FlaxMistralForCausalLM", shallow=True), batch()
+    expected = model(**inputs).logits
+    kinds = (AxisType.Auto,) * 3
+    mesh = jax.make_mesh((2, 2, 2), ("replica", "data", "tensor"), axis_types=kinds)
+    rows = model.shard_batch(inputs, mesh, data_axis=("replica", "data"))
+    by_rows = model(**rows, params=model.shard_params(mesh)).logits
+    mesh = jax.make_mesh((2, 2, 2), ("data", "x", "y"), axis_types=kinds)
+    params = model.shard_params(mesh, tensor_axis=("x", "y"))
+    by_outputs = model(**model.shard_batch(inputs, mesh), params=params).logits
+    return {
+        "logits": max(largest(by_rows, expected), largest(by_outputs, expected)),
+        "rows": list(rows["input_ids"].addressable_shards[0].data.shape),
+        "shapes": shapes(params),
+    }
+
+
+def in_a_context() -> dict[str, Any]:
+    """Explicit axes of the context's mesh: plain calls, `jit`, `grad`, generation, and a decoding loop of one's own."""
+    model, inputs = tiny("FlaxMistralForCausalLM", shallow=True), batch()
+    greedy: Any = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
+    params = model.params
+    logits, tokens = model(**inputs).logits, model.generate(**inputs, **greedy).sequences
+
+    def loss(params: Any, inputs: Any) -> Any:
+        out = model(**inputs, params=params)
+        mask, ids = inputs["attention_mask"], inputs["input_ids"]
+        return model.compute_loss(out, labels=jnp.where(mask == 1, ids, -100)), out.logits
+
+    gradients, _ = jax.jit(jax.grad(loss, has_aux=True))(params, inputs)
+    mesh = jax.make_mesh((2, 4), AXES, axis_types=(AxisType.Explicit,) * 2)
+    with jax.set_mesh(mesh):
+        params, rows = model.shard_params(mesh, params), model.shard_batch(inputs, mesh)
+        ours, split = jax.jit(jax.grad(loss, has_aux=True))(params, rows)[::-1]
+        applied = model.module.apply({"params": params}, rows["input_ids"], rows["attention_mask"]).logits
+        inside = jax.jit(lambda params, rows: model.generate(**rows, params=params, **greedy).sequences)
+        given, made = model.prepare_inputs_for_generation(rows["input_ids"], 19, rows["attention_mask"]), []
+        out = model(rows["input_ids"], params=params, **given)
+        for _ in range(4):
+            made.append(out.logits[:, -1:].argmax(-1))
+            given = model.update_inputs_for_generation(out, given)
+            out = model(made[-1], params=params, **given)
+        return {
+            "logits": max(largest(ours, logits), largest(applied, logits)),
+            "gradients": largest(split, gradients),
+            "type": str(jax.typeof(ours)),
+            "gradient_types": [str(jax.typeof(x)) for x in jax.tree.leaves(split)],
+            "parameter_types": [str(jax.typeof(x)) for x in jax.tree.leaves(params)],
+            "tokens": bool((np.asarray(inside(params, rows)) == np.asarray(tokens)).all()),
+            "looped": bool((np.concatenate(made, 1) == np.asarray(tokens)[:, 14:18]).all()),
+        }
+
+
+class Recorded:
+    """An array on the host that notes what is read of it."""
+
+    def __init__(self, x: np.ndarray) -> None:
+        self.x, self.shape, self.dtype, self.read = x, x.shape, x.dtype, []
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        self.read.append(self.x[index].size)
+        return self.x[index]
+
+
+def loaded(folder: str) -> dict[str, Any]:
+    """A checkpoint onto a mesh, part after part."""
+    from monoblock.backends.flax.placing import from_host
+
+    model = tiny("FlaxGPTNeoForCausalLM", shallow=True)
+    model.save_pretrained(folder)
+    mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"))
+    again = type(model).from_pretrained(folder, mesh=mesh, fsdp_axis="fsdp")
+    places = model.param_shardings(mesh, fsdp_axis="fsdp")
+    right = jax.tree.map(lambda x, place: x.sharding == place, again.params, places)
+    array = Recorded(np.arange(64.0).reshape(8, 8))
+    from_host(array, NamedSharding(mesh, PartitionSpec("fsdp", "tensor")))
+    headed = tiny("FlaxGPTNeoForSequenceClassification", shallow=True, num_labels=4)
+    head = type(headed).from_pretrained(folder, mesh=mesh, tensor_axis=None, num_labels=4).params["score"]
+    return {
+        "equal": largest(again.params, model.params) == 0,
+        "placed": all(jax.tree.leaves(right)),
+        "read": array.read,
+        "head": head["kernel"].sharding.device_set == set(mesh.devices.flat),
+    }
+
+
+def meshes(folder: str) -> dict[str, Any]:
+    kinds = {
+        "FlaxMistralForCausalLM": AxisType.Explicit,
+        "FlaxMptForCausalLM": AxisType.Auto,
+        "FlaxGPTNeoForCausalLM": AxisType.Auto,
+    }
+    return {name: fully_sharded(name, kind) for name, kind in kinds.items()} | {
+        "several": several_names(),
+        "context": in_a_context(),
+        "loaded": loaded(folder),
+    }
+
+
 if __name__ == "__main__":
-    print(json.dumps({name: compared(name) for name in MODELS} | {"shard_map": mapped()}), file=sys.stdout)
+    if sys.argv[1] == "families":
+        found = {name: compared(name) for name in MODELS} | {"shard_map": mapped()}
+    else:
+        found = meshes(sys.argv[2])
+    print(json.dumps(found), file=sys.stdout)

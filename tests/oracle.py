@@ -337,16 +337,20 @@ def logits(spec: ArchSpec, params: Params, hidden: Array, kind: str) -> Array:
     return y
 
 
-def pooled(hidden: Array, ids: Array | None, mask: Array | None, pad_id: int | None) -> Array:
-    """The hidden state of each row's rightmost real token: real by the mask, else by the pad id, else all are."""
+def pooled(
+    hidden: Array, ids: Array | None, mask: Array | None, pad_id: int | None, by: str = "pad_id"
+) -> Array:
+    """The hidden state of each row's last token: the rightmost that the mask keeps and that is not the pad token, else
+    the rightmost that the mask keeps; `by` the mask alone, or where ids or pad id are not known, only the latter."""
     picked = []
     for b, row in enumerate(hidden):
-        real = np.ones(len(row), bool)
-        if mask is not None:
-            real = np.asarray(mask[b]) != 0
-        elif ids is not None and pad_id is not None:
-            real = np.asarray(ids[b]) != pad_id
-        picked.append(row[max(np.flatnonzero(real), default=0)])
+        kept = [i for i in range(len(row)) if mask is None or mask[b][i]]
+        text = [i for i in kept if ids is None or pad_id is None or ids[b][i] != pad_id]
+        if mask is None:
+            last = text[-1:] or [0]
+        else:
+            last = (text if by == "pad_id" else kept)[-1:] or kept[-1:] or [0]
+        picked.append(row[last[0]])
     return np.stack(picked)
 
 

@@ -62,7 +62,7 @@ def _position(position: Position, spec: ArchSpec) -> str:
 
 
 def _sees(spec: ArchSpec) -> str:
-    direction = "all before it" if spec.causal else "all, both ways"
+    direction = "all before it" if spec.causal else "all (bidirectional)"
     windows = set(spec.windows)
     if windows == {None}:
         return direction

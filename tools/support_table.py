@@ -46,7 +46,7 @@ def _cell(model_type: str, prefix: str) -> str:
     if model_type not in FAMILIES:
         return "planned"
     stem = FAMILIES[model_type][0]
-    names = [name for name in class_names(model_type) if prefix + name in monoblock.__all__]
+    names = [name for name in class_names(model_type) if prefix + name in dir(monoblock)]
     return ", ".join(HEADS[name.removeprefix(stem)] for name in names) or "planned"
 
 

@@ -1,12 +1,13 @@
 """monoblock: one transformer block, six model families, three frameworks.
 
 Every public name is imported when it is first used: `from monoblock import MptForCausalLM` loads PyTorch then,
-and `import monoblock` loads nothing.
+and `import monoblock` loads nothing. `from monoblock import *` takes the names of the frameworks that are installed.
 """
 
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from typing import Any
 
 __version__ = "0.1.0"
@@ -187,10 +188,17 @@ _EXTRAS = {"torch": "torch", "jax": "jax", "flax": "jax", "tensorflow": "tf", "k
 
 _MADE = {name: module for table in (_MODELS, _BASES_OF) for module, names in table.items() for name in names}
 _NAMES = frozenset([*_HOME, *_MADE])
-__all__ = [*_NAMES]  # pyright: ignore[reportUnsupportedDunderAll]
+# What the modules of each framework import, and so what must be installed for their names.
+_FRAMEWORKS = {
+    "monoblock.backends.pytorch.": ("torch",),
+    "monoblock.backends.flax.": ("jax", "flax"),
+    "monoblock.backends.tf.": ("tensorflow", "keras"),
+}
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__all__":  # looked up by `import *`, which must not fail where a framework is not installed
+        return _available()
     if name in _PACKAGES:
         return importlib.import_module(f"monoblock.{name}")
     if (home := _HOME.get(name)) is not None:
@@ -203,6 +211,17 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'monoblock' has no attribute {name!r}")
     globals()[name] = value
     return value
+
+
+def _available() -> list[str]:
+    """The public names whose framework is installed; nothing is imported for that."""
+    missing = tuple(
+        stem
+        for stem, needed in _FRAMEWORKS.items()
+        if any(importlib.util.find_spec(module) is None for module in needed)
+    )
+    homes = {**_HOME, **_MADE}
+    return sorted(name for name in _NAMES if not homes[name].startswith(missing))
 
 
 def __dir__() -> list[str]:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import monoblock
 from monoblock import families
 from monoblock.checkpoint.adapter_files import base_of, is_adapter
-from monoblock.checkpoint.options import HubOptions
+from monoblock.checkpoint.options import HubOptions, pop_remote_code
 from monoblock.config import PretrainedConfig, as_own_config
 from monoblock.config_tools import foreign_fields
 from monoblock.field_types import checked, in_file
@@ -26,7 +26,6 @@ class AutoConfig:
     @staticmethod
     def from_pretrained(pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Any:
         """The config of a checkpoint, of the class of its family; keywords as in `PretrainedConfig`'s."""
-        kwargs.pop("trust_remote_code", None)  # no remote code is ever run
         path, data = PretrainedConfig.read_file(pretrained_model_name_or_path, HubOptions.pop(kwargs))
         with in_file(path, kwargs):
             model_type = checked("config", "model_type", data.get("model_type"), str | None)
@@ -80,7 +79,7 @@ class _AutoModel:
         with the other frameworks those of the class's constructor. `trust_remote_code` changes nothing: no remote code
         is ever run. ValueError: another keyword, or a config of no family here.
         """
-        kwargs.pop("trust_remote_code", None)
+        pop_remote_code(kwargs)
         config = own_config(config)
         chosen = cls._class(config)
         if unknown := next((name for name in kwargs if name not in cls._arguments), None):

@@ -261,15 +261,20 @@ class PretrainedConfig(ToolFacts):
             dropout=dropout,
             problem_type=self.problem_type,
             pad_id=self.pad_token_id,
+            last_by=self._last_by(),
         )
 
+    def _last_by(self) -> Any:
+        return getattr(self, "last_token_by", None) or "pad_id"
+
     def updated_head(self, head: HeadSpec) -> HeadSpec:
-        """A model's head with the fields that count at each call, not only when the model is made: problem_type and
-        pad_token_id. ValueError: there is no such problem_type."""
-        if (self.problem_type, self.pad_token_id) == (head.problem_type, head.pad_id):
+        """A model's head with the fields that count at each call, not only when the model is made: problem_type,
+        pad_token_id and last_token_by. ValueError: there is no such problem_type."""
+        now = (self.problem_type, self.pad_token_id, self._last_by())
+        if now == (head.problem_type, head.pad_id, head.last_by):
             return head
         self._check_problem_type()
-        return replace(head, problem_type=self.problem_type, pad_id=self.pad_token_id)
+        return replace(head, problem_type=now[0], pad_id=now[1], last_by=now[2])
 
     # ------------------------------------------------------------------ dicts and files
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 # Fields that every config of the hub has, with the hub's defaults.
 COMMON: dict[str, Any] = {
@@ -33,6 +33,8 @@ TYPES: dict[str, Any] = {
     **dict.fromkeys(("pad_token_id", "bos_token_id", "sep_token_id"), int | None),
     **dict.fromkeys(("eos_token_id", "decoder_start_token_id"), _IDS),
     **dict.fromkeys(("classifier_dropout", "hidden_dropout"), float | None),
+    # By what a head over texts finds their last token; see `HeadSpec.last_by`.
+    "last_token_by": Literal["pad_id", "attention_mask"] | None,
     "prefix": str | None,
     "tokenizer_class": str | None,
     # What old files say about generation.
@@ -74,6 +76,7 @@ HARMLESS: dict[str, str] = {
         init_config init_device initializer_range init_std verbose neftune_noise_alpha pretraining_tp
         output_router_logits label_smoothing
     """,
+    "options of this library, which act": "last_token_by",
     "which kernel computes": """
         attn_implementation use_bfloat16 use_flash_attention use_flash_attn flash_attn reorder_and_upcast_attn
     """,

@@ -39,8 +39,8 @@ _short.maxlong = 40
 
 
 def brief(value: Any) -> str:
-    """The value as an error message shows it, whatever its size."""
-    return _short.repr(value)
+    """The value as an error message shows it, whatever its size: on one line."""
+    return " ".join(_short.repr(value).splitlines())
 
 
 class _Misfit(Exception):

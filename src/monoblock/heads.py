@@ -68,6 +68,8 @@ class HeadSpec:
     """A head as one model has it: its kind, and the numbers that the config gives.
 
     `dropout` acts on what is projected. `norm` follows the dense layer. `pad_id` tells where a row ends.
+    `last_by`: by what a row's last token is found where both a pad id and an attention mask can say it: the last that
+    is not the pad token, as in transformers, or the last that the mask keeps, whatever its id.
     `problem_type` fixes the loss of a head over sequences; None infers it from the labels of each call.
     """
 
@@ -76,6 +78,7 @@ class HeadSpec:
     dropout: float = 0.0
     problem_type: str | None = None
     pad_id: int | None = None
+    last_by: Literal["pad_id", "attention_mask"] = "pad_id"
     norm: Norm | None = None
     summary: Summary | None = None
 

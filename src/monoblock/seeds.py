@@ -4,9 +4,36 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import operator
 import random
 import sys
 from typing import Any
+
+from monoblock.field_types import brief
+
+# What every framework's generators take: 64 bits, signed or not.
+LEAST, MOST = -(2**63), 2**64 - 1
+
+
+def checked_seed(seed: Any) -> int:
+    """The seed of a generator; ValueError for what is none."""
+    try:
+        found = LEAST - 1 if isinstance(seed, bool) else operator.index(seed)
+    except (TypeError, ValueError, RuntimeError):  # of no number, or an array of several
+        found = LEAST - 1
+    if not LEAST <= found <= MOST:
+        raise ValueError(f"seed must be a whole number of 64 bits, at most {MOST}, got {brief(seed)}")
+    return found
+
+
+def after(seed: int, count: int) -> int:
+    """The seed that many after this one; after the highest comes 0."""
+    return (seed + count) % (MOST + 1)
+
+
+def signed(seed: int) -> int:
+    """A checked seed with a sign, which is the same 64 bits."""
+    return seed - 2**64 if seed >= 2**63 else seed
 
 
 def set_seed(seed: int, deterministic: bool = False) -> None:
@@ -16,6 +43,7 @@ def set_seed(seed: int, deterministic: bool = False) -> None:
     JAX has no global generator: give its models `seed`. `deterministic`: PyTorch uses deterministic algorithms from
     now on, and raises where an operation has none.
     """
+    seed = checked_seed(seed)
     random.seed(seed)
     if (numpy := _module("numpy")) is not None:
         numpy.random.seed(seed % 2**32)
@@ -26,7 +54,7 @@ def set_seed(seed: int, deterministic: bool = False) -> None:
     elif deterministic:
         raise ValueError("set_seed(deterministic=True) is for PyTorch, which is not installed")
     if (tensorflow := sys.modules.get("tensorflow")) is not None:
-        tensorflow.random.set_seed(seed)
+        tensorflow.random.set_seed(signed(seed))
 
 
 def _module(name: str) -> Any:

@@ -56,6 +56,9 @@ class Model:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
 
+    def room(self, tokens: int) -> None:
+        """Any number of tokens fit."""
+
     def generate(self, input_ids: Any, streamer: Any, **options: Any) -> SimpleNamespace:
         prompt = self.tokenizer.decode(input_ids[0], skip_special_tokens=True)
         if log := os.environ.get("FAKE_LOG"):

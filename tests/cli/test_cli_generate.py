@@ -101,6 +101,21 @@ def test_debug_shows_the_traceback() -> None:
     assert "ValueError: the model fell over" in result.stderr
 
 
+def test_seeds_that_no_generator_takes_are_wrong_usage() -> None:
+    result = run("a", "--seed", str(10**23))
+    assert result.returncode == 2
+    assert "--seed" in result.stderr
+    assert "18446744073709551615" in result.stderr
+
+
+def test_a_prompt_file_that_is_not_utf8(tmp_path: Path) -> None:
+    file = tmp_path / "latin"
+    file.write_bytes(b"gr\xf6\xdfer")
+    result = run("--file", str(file))
+    assert result.returncode == 1
+    assert result.stderr == f"monoblock: {file} is no UTF-8 text: byte 2 is 0xF6; save it as UTF-8\n"
+
+
 def test_a_fault_of_the_program_is_called_one() -> None:
     result = run("fail key")
     assert result.returncode == 1

@@ -14,12 +14,12 @@ from documents import DOCS, ROOT
 
 sys.path.insert(0, str(ROOT / "bench"))
 
-import aims
 import plan
 import plot
 import report
+import runners
 import shapes
-import sides
+import targets
 import worker
 from figures import Results, Spread, number
 
@@ -113,14 +113,14 @@ def test_shares_are_shown_with_their_range() -> None:
 
 
 def test_overhead_is_the_slope_of_two_depths(results: Results) -> None:
-    found = aims.overhead(results, "monoblock")
+    found = targets.overhead(results, "monoblock")
     assert found is not None
     assert [1e3 * seconds for seconds in found] == pytest.approx([0.05, 0.15])
-    assert aims.overhead(results, "transformers") is None
+    assert targets.overhead(results, "transformers") is None
 
 
 def test_aims_are_judged(results: Results) -> None:
-    rows = [line.split(" | ") for line in aims.table_of(results, report.table).splitlines()[2:]]
+    rows = [line.split(" | ") for line in targets.table_of(results, report.table).splitlines()[2:]]
     reached = {row[0].removeprefix("| "): row[2].removesuffix(" |") for row in rows}
     assert reached["mistral-1b, bfloat16, decoding: 1.5 x transformers"] == "yes"
     assert reached["... and 80% of the bandwidth"].startswith("no: ")
@@ -134,10 +134,10 @@ def test_memory_that_loading_needs_stands_beside_it(results: Results) -> None:
     results.data["figures"].append(figure("load", "s", **alone) | {"form": "float32"})
     row = next(line for line in report.loading(results).splitlines() if "alone" in line)
     assert row == "| mistral-1b | float32 | the memory alone |  | 2.00 (1.50-2.50) |  |  |  |"
-    aim = next(
-        line for line in aims.table_of(results, report.table).splitlines() if "loading float32" in line
+    target = next(
+        line for line in targets.table_of(results, report.table).splitlines() if "loading float32" in line
     )
-    assert aim.endswith("| 2.50 (2.00-3.00) s; the memory alone: 2.00 (1.50-2.50) | yes |")
+    assert target.endswith("| 2.50 (2.00-3.00) s; the memory alone: 2.00 (1.50-2.50) | yes |")
 
 
 def test_the_page_has_a_place_for_every_table(results: Results) -> None:
@@ -162,7 +162,7 @@ def test_pictures_compare_and_stay_in_their_frame(results: Results) -> None:
         width = float(picture.attrib["width"])
         for bar in picture.iter("{http://www.w3.org/2000/svg}rect"):
             assert 0 <= float(bar.attrib["x"]) + float(bar.attrib["width"]) <= width
-    # A model with one contestant is compared with nothing.
+    # A model with one backend is compared with nothing.
     assert "thin-" not in found["decode"]
     assert "limit 30.0" in found["decode"]
     bars = [float(w) for w in re.findall(r"<rect[^>]* width='([\d.]+)'", found["decode"])]
@@ -195,10 +195,10 @@ def test_plans_name_what_there_is() -> None:
     for groups in plan.PLANS.values():
         for group in groups:
             assert group.model in shapes.SHAPES
-            assert set(group.who) <= set(sides.CONTESTANTS)
-            assert group.form in sides.FORMS["monoblock"]
+            assert set(group.who) <= set(runners.BACKENDS)
+            assert group.form in runners.FORMS["monoblock"]
             assert all(measure.kind in ("decode", "prefill", "train") for measure in group.measures)
-    # Contestants take turns within fifteen minutes, which other work shares.
+    # Backends take turns within fifteen minutes, which other work shares.
     assert sum(group.seconds for group in plan.ESSENTIAL) <= 16 * 60
 
 
@@ -209,7 +209,7 @@ def test_prompts_are_the_same_for_all() -> None:
 
 
 def test_a_peer_that_is_missing_is_named(tmp_path: Path) -> None:
-    tools = sides.Tools(tmp_path, 1)
+    tools = runners.Tools(tmp_path, 1)
     assert tools.missing("llama.cpp") == "no --llama-bench PATH"
     assert tools.missing("OpenVINO") == "no --peer-python OpenVINO=PATH"
     assert not tools.missing("monoblock")
@@ -222,7 +222,7 @@ def test_makers_names_leave_the_weights_where_they_are(tmp_path: Path) -> None:
         '{"model_type": "mpt", "architectures": ["MptForCausalLM"], "d_model": 8}'
     )
     (source / "model.safetensors").write_bytes(b"weights")
-    copy = sides._makers_names(source)
+    copy = runners._makers_names(source)
     assert json.loads((copy / "config.json").read_text())["architectures"] == ["MPTForCausalLM"]
     assert (copy / "model.safetensors").is_symlink()
     assert json.loads((source / "config.json").read_text())["architectures"] == ["MptForCausalLM"]

@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import json
+import pickle
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from monoblock import AutoConfig, MptAttentionConfig, MptConfig, PretrainedConfig, UnsupportedConfig
+from monoblock import (
+    AutoConfig,
+    AutoTokenizer,
+    GenerationConfig,
+    MptAttentionConfig,
+    MptConfig,
+    PretrainedConfig,
+    PreTrainedTokenizerFast,
+    UnsupportedConfig,
+)
+from monoblock.checkpoint import options as checkpoint_options
+from monoblock.families import mpt_options
 from monoblock.spec import Alibi, Learned, Rotary
 
 # The two pages' signature of MptConfig, in their order (the newer page has no `verbose` in its code, but lists it).
@@ -121,6 +135,92 @@ def test_attn_config_is_a_config_however_it_is_given() -> None:
     assert MptConfig(attn_config=None).attn_config == MptAttentionConfig()
     with pytest.raises(ValueError, match=r"MptConfig.attn_config must be a .*dict.*, got 3"):
         MptConfig(attn_config=3)
+
+
+def test_attn_config_is_a_dict_too(logs: pytest.LogCaptureFixture) -> None:
+    """As in the makers' code, whose model cards set its items."""
+    mpt_options.warn_of_kernel.cache_clear()
+    config = MptConfig(**TINY)
+    attention = config.attn_config
+    for kernel in ("triton", "flash", "triton", "torch"):
+        attention["attn_impl"] = kernel
+        assert attention.attn_impl == attention["attn_impl"] == kernel
+    assert len(logs.messages) == 2  # each of the others once, with what it means here
+    assert all("compute the same" in m and "attn_implementation='sdpa'" in m for m in logs.messages)
+    attention.clip_qkv = 6
+    assert (attention.get("clip_qkv"), attention.get("nothing"), attention.get("nothing", 3)) == (6, None, 3)
+    assert "alibi" in attention and "nothing" not in attention and "return_dict" not in attention
+    assert [*DOCUMENTED_ATTENTION] == [*attention][:10]
+    assert len(attention) == len(attention.keys()) == len(attention.items()) == len({**attention})
+    attention.update({"clip_qkv": 7, "alibi_bias_max": 4}, qk_ln=True)
+    assert (attention.clip_qkv, attention.alibi_bias_max, attention.setdefault("qk_ln", False)) == (
+        7,
+        4,
+        True,
+    )
+    assert attention == {**attention} == dict(attention) and attention != {"clip_qkv": 7} and attention != {}
+    for copied in (
+        attention.copy(),
+        copy.copy(attention),
+        copy.deepcopy(attention),
+        pickle.loads(pickle.dumps(attention)),
+    ):
+        assert copied == attention and type(copied) is MptAttentionConfig
+        copied["clip_qkv"] = 1
+        assert attention["clip_qkv"] == 7
+    assert (
+        MptConfig(**TINY, attn_config=dict(attention)) == config == MptConfig(**TINY, attn_config=attention)
+    )
+    assert MptConfig.from_dict(json.loads(config.to_json_string())) == config
+    assert json.loads(json.dumps(dict(attention)))["qk_ln"] is True
+    assert config.to_spec().attention.clip == 7
+    attention["colour"] = "blue"  # kept, as by the constructor
+    assert "does not know the field 'colour'" in logs.messages[-1]
+    assert json.loads(config.to_json_string())["attn_config"]["colour"] == "blue"
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("attn_impl", "cuda", "attn_impl='cuda' is not supported: it must be 'torch' or 'flash' or 'triton'"),
+        ("prefix_lm", True, "prefix_lm=True is not supported: it must be False"),
+        ("rope_hf_config", {"speed": 3}, "rope_hf_config.speed is not supported; it may hold factor"),
+        ("alibi", "yes", "alibi must be True or False, got 'yes'"),
+        ("check", 1, "attn_config has fields by name, and 'check' is none"),
+        (3, 1, "attn_config has fields by name, and 3 is none"),
+    ],
+)
+def test_items_of_attn_config_that_are_refused(key: Any, value: Any, words: str) -> None:
+    """When they are set; what was there stays."""
+    attention = MptAttentionConfig()
+    with pytest.raises(ValueError, match=re.escape(words)):
+        attention[key] = value
+    assert attention == MptAttentionConfig()
+    with pytest.raises(TypeError, match="cannot be removed: set 'alibi' to its default"):
+        del attention["alibi"]
+    with pytest.raises(KeyError, match="nothing"):
+        _ = attention["nothing"]
+
+
+def test_trust_remote_code_is_told_once(tmp_path: Path, logs: pytest.LogCaptureFixture) -> None:
+    """By all that reads files; False says nothing."""
+    MptConfig(**TINY).save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").write_text(
+        json.dumps({"version": "1.0", "model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}})
+    )
+    (tmp_path / "generation_config.json").write_text("{}")
+    readers = (AutoConfig, MptConfig, AutoTokenizer, PreTrainedTokenizerFast, GenerationConfig)
+    for reader in readers:
+        checkpoint_options.warn_of_remote_code.cache_clear()
+        made = reader.from_pretrained(tmp_path, trust_remote_code=False)
+        assert not any("trust_remote_code" in message for message in logs.messages)
+        for _ in range(2):
+            made = reader.from_pretrained(tmp_path, trust_remote_code=True)
+        assert not hasattr(made, "trust_remote_code")
+        told = [message for message in logs.messages if "trust_remote_code=True changes nothing" in message]
+        assert len(told) == 1, reader
+        assert "no code of a model's folder is ever run" in told[0]
+        logs.clear()
 
 
 def test_instances_share_nothing() -> None:

@@ -45,7 +45,7 @@ def test_the_table_says_what_the_papers_say() -> None:
     assert cells["norm"]["mpt"] == "layer norm without bias, pre"
     assert cells["position"]["fuyu"] == "RoPE, theta 25000, on 0.5 of each head"
     assert cells["a token sees"]["gpt_neo"] == "by layer: all before it, the last 256"
-    assert cells["a token sees"]["mpnet"] == "all, both ways"
+    assert cells["a token sees"]["mpnet"] == "all (bidirectional)"
     assert cells["scores times"]["gpt_neo"] == "1"
     assert cells["key heads"]["mistral"] == "8 for 32 heads"
     assert cells["biases"]["gpt_neo"] == "output, MLP"
@@ -81,6 +81,6 @@ def test_options_are_fields(model_type: str) -> None:
         "mean",
         "tanh",
     }
-    values |= {"MPTForCausalLM", "text_config"}
+    values |= {"MPTForCausalLM", "text_config", "sliding_attention", "full_attention"}
     named = set(re.findall(r"`([A-Za-z_0-9]+)(?:=[^`]*)?`", options[1]))
     assert named - known - values == set()

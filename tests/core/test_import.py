@@ -70,6 +70,43 @@ def test_all_names_exist_and_are_listed() -> None:
         _ = monoblock.MptForEverything
 
 
+# Modules that are hidden, and how names must begin, or may not.
+HIDDEN = {
+    "no JAX": (("jax", "jaxlib"), ("MptForCausalLM", "DynamicCache"), "Flax"),
+    "no Flax": (("flax", "tensorflow"), ("MptForCausalLM",), "Flax"),
+    "no framework": (("torch", "flax", "jax", "tensorflow", "keras", "PIL", "transformers"), (), "Flax"),
+    "no TensorFlow": (("tensorflow", "keras", "torch"), (), "TF"),
+}
+
+
+@pytest.mark.parametrize("case", HIDDEN)
+def test_a_star_takes_what_is_installed(case: str) -> None:
+    """And none of what is not; no framework is imported to find out."""
+    hidden, expected, without = HIDDEN[case]
+    if expected and not installed("torch"):
+        pytest.skip("torch is not installed")
+    stars = case in ("no JAX", "no framework")
+    if case == "no JAX":
+        hidden = (*hidden, "tensorflow")  # it takes seconds to import
+    code = (
+        f"import sys; sys.modules.update(dict.fromkeys({hidden!r}))\n"
+        "import monoblock\n"
+        "names = monoblock.__all__\n"
+        "loaded = {name for name, module in sys.modules.items() if module}\n"
+        "assert loaded.isdisjoint({'torch', 'jax', 'tensorflow', 'numpy'})\n"
+        + ("from monoblock import *\nassert all(name in globals() for name in names)\n" if stars else "")
+        + "print(*names)"
+    )
+    result = python(code)
+    assert result.returncode == 0, result.stderr
+    names = result.stdout.split()
+    assert {*expected, *CORE} <= set(names) <= set(dir(monoblock))
+    for name in names:  # of classes that are chosen by a config, which need no framework before
+        assert not name.startswith(without) or "Auto" in name or name.startswith("FLAX_"), name
+    if "torch" in hidden:
+        assert {"MptForCausalLM", "DynamicCache", "PreTrainedModel"}.isdisjoint(names)
+
+
 def test_packages_are_attributes() -> None:
     """As `from monoblock import demo` gives them, without a framework."""
     code = "import monoblock, sys; print(monoblock.demo.path(), *{'torch', 'jax', 'tensorflow'} & set(sys.modules))"

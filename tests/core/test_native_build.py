@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -210,8 +211,10 @@ def test_a_build_without_openmp_says_so_and_is_preferred_to_one_thread(
 ) -> None:
     whole = build._run
 
-    def compiled(command: list[str]) -> str:
-        return "unsupported option '-fopenmp'" if not openmp and "-fopenmp" in command else whole(command)
+    def compiled(command: list[str], seconds: float = 600) -> str:
+        if not openmp and "-fopenmp" in command:
+            return "unsupported option '-fopenmp'"
+        return whole(command, seconds)
 
     monkeypatch.setattr(build, "_run", compiled)
     outcome = build.build(folder)
@@ -247,3 +250,13 @@ def test_env_says_what_is_in_use() -> None:
     for environ, expected in ((off, "off: MONOBLOCK_NATIVE is 0"), ({**os.environ}, native.status())):
         done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=60, check=True)
         assert json.loads(done.stdout)["native_kernels"] == expected
+
+
+def test_a_compiler_that_takes_too_long_ends_with_its_processes(tmp_path: Path) -> None:
+    """A driver such as g++ starts the compiler proper, which must not go on alone."""
+    sign = tmp_path / "alive"
+    script = f"(while :; do echo >> {sign}; sleep 0.05; done) & wait"
+    assert build._run(["sh", "-c", script], seconds=1) == "sh took more than 1 s"
+    size = sign.stat().st_size
+    time.sleep(0.5)
+    assert sign.stat().st_size == size > 0

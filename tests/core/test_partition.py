@@ -1,9 +1,14 @@
-"""The plan of tensor parallelism, by canonical names."""
+"""The plan of how parameters are split, by canonical names."""
 
 from __future__ import annotations
 
+import re
+from typing import Any
+
+import pytest
+
 import monoblock
-from monoblock.partition import tensor_axes
+from monoblock.partition import Axes, Given, split
 
 CONFIG = {
     "hidden_size": 32,
@@ -15,41 +20,109 @@ CONFIG = {
 }
 
 
-def plan(head: str | None, parts: int, **fields: object) -> dict[str, int | None]:
-    config = monoblock.MistralConfig(**{**CONFIG, **fields})
-    return tensor_axes(config.to_spec(), config.to_head(head) if head else None, parts)
+SIZES = {"data": 2, "fsdp": 2, "x": 2, "y": 2}
+
+
+def config(**fields: object) -> monoblock.MistralConfig:
+    return monoblock.MistralConfig(**{**CONFIG, **fields})
+
+
+def plan(
+    head: str | None,
+    sizes: dict[str, int],
+    tensor: Given = "x",
+    fsdp: Given = None,
+    made: Any = None,
+) -> dict[str, tuple[tuple[str, ...], ...]]:
+    made = made or config()
+    axes = Axes.of(sizes, tensor=tensor, fsdp=fsdp)
+    return split(made.to_spec(), made.to_head(head) if head else None, axes, sizes)
 
 
 def test_what_widens_by_outputs_what_narrows_by_inputs_the_vocabulary_by_rows() -> None:
-    split = {name: axis for name, axis in plan("causal", 2).items() if axis is not None}
-    assert split == {
-        "embed.weight": 0,
-        "blocks.0.attn.qkv.weight": 0,
-        "blocks.0.attn.out.weight": 1,
-        "blocks.0.mlp.gate_up.weight": 0,
-        "blocks.0.mlp.down.weight": 1,
-        "head.out.weight": 0,
+    found = {name: axes for name, axes in plan("causal", SIZES).items() if any(axes)}
+    assert found == {
+        "embed.weight": (("x",), ()),
+        "blocks.0.attn.qkv.weight": (("x",), ()),
+        "blocks.0.attn.out.weight": ((), ("x",)),
+        "blocks.0.mlp.gate_up.weight": (("x",), ()),
+        "blocks.0.mlp.down.weight": ((), ("x",)),
+        "head.out.weight": (("x",), ()),
     }
 
 
-def test_what_does_not_divide_stays_whole() -> None:
-    axes = plan("causal", 4)  # 62 rows of the vocabulary
-    assert axes["embed.weight"] is None
-    assert axes["head.out.weight"] is None
-    assert axes["blocks.0.attn.qkv.weight"] == 0
-    assert not any(axis is not None for axis in plan("causal", 5).values())
+def test_fsdp_splits_the_width_of_every_matrix_of_the_layers() -> None:
+    found = plan("causal", SIZES, tensor=None, fsdp="fsdp")
+    assert {name: axes for name, axes in found.items() if any(axes)} == {
+        "embed.weight": ((), ("fsdp",)),
+        "blocks.0.attn.qkv.weight": ((), ("fsdp",)),
+        "blocks.0.attn.out.weight": (("fsdp",), ()),
+        "blocks.0.mlp.gate_up.weight": ((), ("fsdp",)),
+        "blocks.0.mlp.down.weight": (("fsdp",), ()),
+        "head.out.weight": ((), ("fsdp",)),
+    }
+    small = plan("sequence", SIZES, tensor=None, fsdp="fsdp")
+    assert small["head.out.weight"] == ((), ("fsdp",))
+
+
+def test_several_axes_split_together() -> None:
+    found = plan(None, SIZES, tensor=("x", "y"), fsdp=("fsdp",))
+    assert found["blocks.0.attn.qkv.weight"] == (("x", "y"), ("fsdp",))
+    assert found["embed.weight"] == ((), ("fsdp",))  # 62 rows, which 4 does not divide
+
+
+def test_the_rows_of_a_batch_go_over_data_and_fsdp() -> None:
+    assert Axes.of(SIZES, data=("x", "data"), fsdp=("data", "fsdp")).rows == ("x", "data", "fsdp")
+
+
+@pytest.mark.parametrize(
+    "made, sizes, tensor, fsdp, message",
+    [
+        (
+            config(),
+            {"x": 5},
+            "x",
+            None,
+            "the 32 channels of the queries do not split into the 5 parts of the mesh's axis 'x': give a mesh whose "
+            "parts divide them, or tensor_axis=None",
+        ),
+        (config(), {"x": 32}, "x", None, "the 16 channels of the keys do not split into the 32 parts"),
+        (config(intermediate_size=42), {"x": 4}, "x", None, "the 42 channels of the MLP do not split"),
+        (
+            config(),
+            {"x": 2, "y": 3},
+            None,
+            ("x", "y"),
+            "the 32 channels of the model's width do not split into the 6 parts of the mesh's axes 'x' and 'y': give a "
+            "mesh whose parts divide them, or fsdp_axis=None",
+        ),
+    ],
+)
+def test_sizes_that_do_not_divide_are_refused(
+    made: Any, sizes: dict[str, int], tensor: Given, fsdp: Given, message: str
+) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        plan("causal", sizes, tensor, fsdp, made)
+
+
+def test_a_vocabulary_that_does_not_divide_stays_whole() -> None:
+    found = plan("causal", {"x": 4})  # 62 rows
+    assert found["embed.weight"] == found["head.out.weight"] == ((), ())
+    assert found["blocks.0.attn.qkv.weight"] == (("x",), ())
 
 
 def test_small_heads_stay_whole() -> None:
-    assert plan("sequence", 2)["head.out.weight"] is None
+    assert plan("sequence", SIZES)["head.out.weight"] == ((), ())
 
 
 def test_biases_follow_the_outputs_of_their_layer() -> None:
-    config = monoblock.MPNetConfig(
+    made = monoblock.MPNetConfig(
         hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, vocab_size=64
     )
-    axes = tensor_axes(config.to_spec(), config.to_head("masked"), 4)
-    assert axes["blocks.0.attn.qkv.bias"] == axes["blocks.0.mlp.up.bias"] == axes["head.out.bias"] == 0
+    found = plan("masked", SIZES, fsdp="fsdp", made=made)
+    assert found["blocks.0.attn.qkv.bias"] == found["blocks.0.mlp.up.bias"] == (("x",),)
+    assert found["head.out.bias"] == (("x",),)
     # Added once to a sum over the devices.
-    assert axes["blocks.0.attn.out.bias"] is axes["blocks.0.mlp.down.bias"] is None
-    assert axes["rel_bias.weight"] is axes["pos_embed.weight"] is axes["head.dense.weight"] is None
+    assert found["blocks.0.attn.out.bias"] == found["blocks.0.mlp.down.bias"] == ((),)
+    assert found["rel_bias.weight"] == found["pos_embed.weight"] == ((), ())
+    assert found["head.dense.weight"] == ((), ("fsdp",))

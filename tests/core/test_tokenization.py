@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
 import subprocess
 import sys
 import threading
@@ -15,6 +16,7 @@ import pytest
 from tokenizers import AddedToken
 from tokenizers_made import TEXT, tokenizer
 
+from monoblock.generation.stopping import StopStringCriteria
 from monoblock.tokenization import BatchEncoding, PreTrainedTokenizerFast
 from monoblock.tokenization.tensors import CONVERTERS, converter
 
@@ -119,6 +121,32 @@ def test_refused_calls(args: tuple[Any, ...], options: dict[str, Any], words: st
     message = str(caught.value)
     assert words in message
     assert "\n" not in message
+
+
+def test_lone_surrogates_are_named() -> None:
+    """Halves of UTF-16 pairs, as `errors="surrogateescape"` leaves them; whole pairs are characters."""
+    t, bad = tokenizer(), "der \ud800Fluß"
+    calls: dict[str, Any] = {
+        "text": lambda: t(bad),
+        "text[1]": lambda: t(["a", bad]),
+        "text_pair": lambda: t("a", bad),
+        "text[0]": lambda: t([["a", bad]], is_split_into_words=True),
+        "text_target": lambda: t(text_target=bad),
+        "a token": lambda: t.convert_tokens_to_ids(["a", bad]),
+        "a special token": lambda: t.add_special_tokens({"pad_token": bad}),
+        "stop_strings": lambda: StopStringCriteria(t, ["x", bad]),
+    }
+    for name, call in calls.items():
+        with pytest.raises(
+            ValueError, match=rf"^{re.escape(name)} holds the lone surrogate U\+D800 as character 4,"
+        ):
+            call()
+    with pytest.raises(ValueError, match="a token holds the lone surrogate"):
+        t.add_tokens([bad])
+    template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    with pytest.raises(ValueError, match="text holds the lone surrogate"):
+        t.apply_chat_template([{"role": "user", "content": bad}], chat_template=template)
+    assert t("\U0001f600 Fluß")["input_ids"]
 
 
 def test_unknown_arguments_are_refused() -> None:

@@ -239,7 +239,7 @@ def test_chunks_of_images() -> None:
 REASONS = {
     "cache_implementation": "the caches of the JAX classes are 'dynamic' and 'static'",
     "compile_config": "jax.jit compiles the loop over tokens, or with trace=False each step",
-    "synced_gpus": "sharded params= spread a call over the devices of one",
+    "synced_gpus": "processes that share parameters make the same calls",
 }
 
 
@@ -274,7 +274,10 @@ def test_what_is_wrong_is_told(model: Any) -> None:
             {"prefill_chunk_size": 2, "return_dict_in_generate": True, "output_hidden_states": True},
             "does not go with output_hidden_states=True",
         ),
-        ({"bad_words_ids": [[5], [9999]]}, "token 9999, but the vocabulary ends at"),
+        (
+            {"bad_words_ids": [[5], [9999]]},
+            "holds the token 9999, but the model's vocabulary has the ids 0 to",
+        ),
     ]
     for more, sentence in wrong:
         with pytest.raises(ValueError, match=re.escape(sentence)):

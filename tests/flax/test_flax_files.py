@@ -12,8 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import sizes_checked
 import torch
 from flax_models import CLASSES, config_of, flax_model, ids_of, same_bits, torch_model
+from foreign_tensors import VALUE_HEAD, check_passed_over
 from helpers import same
 from measure import assert_close
 
@@ -255,3 +257,22 @@ LABELLED: dict[str, dict[str, Any]] = {
     "span": {"start_positions": np.array([1, 9]), "end_positions": np.array([3, 6])},
     "double": {"labels": np.stack([TOKENS, TOKENS], 1), "mc_labels": np.array([0, 1])},
 }
+
+
+def test_foreign_tensors_and_fewer_layers(tmp_path: Path, logs: pytest.LogCaptureFixture) -> None:
+    theirs, cls = torch_model(NAME), monoblock.FlaxGPTNeoForCausalLM
+    theirs.save_pretrained(tmp_path / "saved")
+    whole, short = check_passed_over(cls, tmp_path / "saved", tmp_path, logs)
+    assert same_bits(bits(whole), bits(theirs))
+    assert bits(short).items() and all(
+        np.array_equal(x, bits(theirs)[name]) for name, x in bits(short).items()
+    )
+    model, params, info = cls.from_pretrained(
+        tmp_path / "headed", strict=False, output_loading_info=True, _do_init=False
+    )
+    assert info["unexpected_keys"] == VALUE_HEAD
+    assert np.isfinite(model(ids_of(), params=params).logits).all()
+
+
+def test_a_config_that_asks_for_more_than_the_files_hold(tmp_path: Path) -> None:
+    sizes_checked.check(monoblock.FlaxMistralForCausalLM, tmp_path)

@@ -18,6 +18,7 @@ from flax_tiny import MODELS, batch, tiny
 from jax.sharding import Mesh, PartitionSpec
 
 TESTS = Path(__file__).parents[1]
+FULLY = ("FlaxMistralForCausalLM", "FlaxMptForCausalLM", "FlaxGPTNeoForCausalLM")
 LOGITS, GRADIENTS = 1e-5, 5e-5  # fp32; sums of four parts round otherwise: measured 3e-6 and 4e-7
 
 
@@ -31,19 +32,43 @@ VOCABULARY = tuple(f".{x}.embedding" for x in ("wte", "embed_tokens", "tokens_em
 
 
 @pytest.fixture(scope="module")
-def found() -> dict[str, Any]:
-    """What eight virtual devices gave beside one, in one process for all families (about 20 s, all compilation)."""
+def outputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What eight virtual devices gave beside one: two processes at once (about 20 s each, all compilation)."""
     env = os.environ | {
         "PYTHONPATH": os.pathsep.join([str(TESTS), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]),
         "JAX_PLATFORMS": "cpu",
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
     }
-    script = TESTS / "flax_sharded.py"
-    result = subprocess.run(
-        [sys.executable, str(script)], env=env, capture_output=True, text=True, timeout=300
-    )
-    assert result.returncode == 0, result.stderr
-    return json.loads(result.stdout)
+    folder = tmp_path_factory.mktemp("meshes")
+    script, pipe = str(TESTS / "flax_sharded.py"), subprocess.PIPE
+    processes = {
+        part: subprocess.Popen(
+            [sys.executable, script, part, str(folder)], env=env, stdout=pipe, stderr=pipe, text=True
+        )
+        for part in ("families", "meshes")
+    }
+    found: dict[str, Any] = {}
+    try:
+        for part, process in processes.items():
+            output, errors = process.communicate(timeout=300)
+            assert process.returncode == 0, errors
+            found[part] = json.loads(output)
+    finally:
+        for process in processes.values():
+            process.kill()
+    return found
+
+
+@pytest.fixture(scope="module")
+def found(outputs: dict[str, Any]) -> dict[str, Any]:
+    """Each family on a mesh whose axes are explicit."""
+    return outputs["families"]
+
+
+@pytest.fixture(scope="module")
+def meshes(outputs: dict[str, Any]) -> dict[str, Any]:
+    """Meshes of other kinds."""
+    return outputs["meshes"]
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -55,7 +80,7 @@ def test_a_mesh_gives_what_one_device_gives(name: str, found: dict[str, Any]) ->
 
 def test_generation_under_sharded_parameters(found: dict[str, Any]) -> None:
     tokens = {name: result["tokens"] for name, result in found.items() if "tokens" in result}
-    assert tokens == {"FlaxMistralForCausalLM": True, "FlaxOpenAIGPTLMHeadModel": True}
+    assert tokens == {"FlaxOpenAIGPTLMHeadModel": True}
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -76,6 +101,54 @@ def test_parameters_and_gradients_are_split(name: str, found: dict[str, Any]) ->
 def test_shard_map_over_the_data(found: dict[str, Any]) -> None:
     assert found["shard_map"]["loss"] <= LOGITS
     assert found["shard_map"]["gradients"] <= GRADIENTS
+
+
+@pytest.mark.parametrize("name", FULLY)
+def test_fully_sharded_training_gives_what_one_device_gives(name: str, meshes: dict[str, Any]) -> None:
+    result = meshes[name]
+    assert result["logits"] <= LOGITS
+    assert result["gradients"] <= GRADIENTS
+    assert result["parameters"] <= GRADIENTS
+
+
+@pytest.mark.parametrize("name", FULLY)
+def test_fully_sharded_parameters_and_moments_are_gathered_where_they_are_used(
+    name: str, meshes: dict[str, Any]
+) -> None:
+    """A device has half of every matrix's width, and half of its other axis, which the tensor axis splits; and whole
+    hidden states of one row of four, not a part of them of two rows."""
+    result = meshes[name]
+    assert result["first_moments"] == result["shapes"]
+    split = {leaf for leaf, (whole, part) in result["shapes"].items() if np.prod(part) * 4 == np.prod(whole)}
+    matrices = {leaf for leaf in result["shapes"] if leaf.endswith(("kernel", "embedding"))}
+    assert split == {leaf for leaf in matrices if ".wpe." not in leaf}
+    for leaf, (whole, part) in result["shapes"].items():
+        if leaf.endswith(("scale", "weight")) or ".wpe." in leaf:
+            assert part == whole, leaf
+    assert result["hidden"] == [1, 14, 32]
+
+
+def test_axes_of_several_names(meshes: dict[str, Any]) -> None:
+    result = meshes["several"]
+    assert result["logits"] <= LOGITS
+    assert result["rows"] == [1, 14]  # of 4, over replica and data
+    assert result["shapes"]["model.layers.0.mlp.up_proj.kernel"] == [[32, 48], [32, 12]]
+
+
+def test_explicit_axes_of_the_context(meshes: dict[str, Any]) -> None:
+    result = meshes["context"]
+    assert result["logits"] <= LOGITS
+    assert result["gradients"] <= GRADIENTS
+    assert result["tokens"] and result["looped"]
+    assert result["type"] == "float32[4@data,14,64@tensor]"
+    assert result["gradient_types"] == result["parameter_types"]
+    assert "float32[32,48@tensor]" in result["parameter_types"]
+
+
+def test_a_checkpoint_is_read_part_by_part(meshes: dict[str, Any]) -> None:
+    result = meshes["loaded"]
+    assert result["equal"] and result["placed"] and result["head"]
+    assert set(result["read"]) == {16}  # of 64 numbers, for each device
 
 
 # ---------------------------------------------------------------------------- what one device can tell
@@ -128,6 +201,30 @@ def test_a_mesh_without_the_axis_is_explained() -> None:
         model.partition_specs(mesh("data"))
     with pytest.raises(ValueError, match=r"no axis 'data' \(it has 'x', 'y'\): name one with data_axis="):
         model.shard_batch(batch(), mesh("x", "y"))
+    with pytest.raises(ValueError, match="shard_batch needs an axis to split the rows over"):
+        model.shard_batch(batch(), mesh("x"), data_axis=None)
+    with pytest.raises(ValueError, match="'x' is in tensor_axis and in fsdp_axis"):
+        model.partition_specs(mesh("x", "y"), tensor_axis=("y", "x"), fsdp_axis="x")
+    with pytest.raises(ValueError, match="names an axis twice"):
+        model.partition_specs(mesh("x"), tensor_axis=("x", "x"))
+    with pytest.raises(ValueError, match="tensor_axis names an axis of a mesh: give mesh="):
+        type(model).from_pretrained("nowhere", tensor_axis="x")
+
+
+def test_an_fsdp_axis_splits_the_width_and_the_rows() -> None:
+    model = tiny("FlaxGPTNeoForCausalLM")
+    specs = model.partition_specs(mesh("fsdp", "tensor"), fsdp_axis="fsdp")["transformer"]
+    layer = specs["h"]["0"]
+    assert specs["wte"]["embedding"] == PartitionSpec("tensor", "fsdp")
+    assert specs["wpe"]["embedding"] == PartitionSpec()
+    assert layer["attn"]["attention"]["q_proj"]["kernel"] == PartitionSpec("fsdp", "tensor")
+    assert layer["mlp"]["c_proj"]["kernel"] == PartitionSpec("tensor", "fsdp")
+    assert layer["mlp"]["c_fc"]["bias"] == PartitionSpec("tensor")
+    assert layer["ln_1"]["scale"] == PartitionSpec()
+    rows = model.shard_batch(batch(), mesh("x", "y", "fsdp"), data_axis=("x", "y"), fsdp_axis="fsdp")
+    assert rows["input_ids"].sharding.spec == PartitionSpec(("x", "y", "fsdp"))
+    both = model.shard_batch(batch(), mesh("data"), fsdp_axis="data")
+    assert both["input_ids"].sharding.spec == PartitionSpec("data")
 
 
 def test_rows_that_do_not_divide_are_explained() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import subprocess
 import sys
@@ -13,13 +14,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import wrong_calls
 from flax_models import CLASSES, config_of, flax_model, ids_of
 from jax.sharding import Mesh, PartitionSpec
 from measure import assert_close
 
 import monoblock
 from monoblock.backends.flax import loading, pretrained
+from monoblock.backends.flax.arrays import JaxOps
+from monoblock.backends.flax.outputs import output_class
+from monoblock.backends.flax.pretrained import ELSEWHERE
 from monoblock.errors import ShapeMismatch
+from monoblock.generation import scores
 
 NAME = "GPTNeoForCausalLM"
 CALL = {
@@ -317,6 +323,62 @@ def test_wrong_inputs_get_one_clear_sentence(text: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+@functools.cache
+def scores_of(name: str) -> Any:
+    """What a call gives, with no call: labels are checked by the shapes of scores."""
+    ours = flax_model(name)
+    ids = wrong_calls.CHOICES if ours.row.head in ("double", "choice") else wrong_calls.IDS
+    shapes = jax.eval_shape(lambda: dict(ours(ids, params=ours.params).items()))
+    zeros = {key: jnp.zeros(x.shape) for key, x in shapes.items()}
+    return output_class(ours.row.output)(**zeros)
+
+
+@pytest.mark.parametrize("case", wrong_calls.WRONG)
+def test_wrong_values_get_one_clear_sentence(case: str) -> None:
+    name, given = wrong_calls.arguments(case)
+    ours = flax_model(name)
+    labels = {key: x for key, x in given.items() if key in ELSEWHERE}
+    with pytest.raises(ValueError, match=wrong_calls.WRONG[case][2]) as caught:
+        if labels:
+            ours.compute_loss(scores_of(name), **labels)
+        ours(**given)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("case", wrong_calls.RIGHT)
+def test_whole_numbers_of_any_size_are_ids(case: str) -> None:
+    given, ours = wrong_calls.RIGHT[case], flax_model(NAME)
+    expected = ours(**{name: x.astype(np.int32) for name, x in given.items()}).logits
+    assert np.array_equal(ours(**given).logits, expected)
+
+
+@pytest.mark.parametrize("case", wrong_calls.REFUSED)
+def test_generate_refuses_at_the_door(case: str) -> None:
+    with pytest.raises(ValueError, match=wrong_calls.REFUSED[case][1]) as caught:
+        flax_model(NAME).generate(**wrong_calls.refused(case))
+    assert "\n" not in str(caught.value)
+
+
+def test_seeds_of_64_bits() -> None:
+    ours = flax_model(NAME)
+    draws = [
+        [
+            np.asarray(ours.generate(IDS, max_new_tokens=3, do_sample=True, seed=seed).sequences)
+            for _ in range(2)
+        ]
+        for seed in wrong_calls.MOST_SEEDS
+    ]
+    assert all(np.array_equal(*pair) for pair in draws)
+    with pytest.raises(ValueError, match="seed must be a whole number of 64 bits"):
+        _ = monoblock.FlaxGPTNeoForCausalLM(config_of(NAME), seed=10**23).params
+
+
+def test_powers_stay_finite() -> None:
+    """In a compiled loop, where the exponent is the device's."""
+    found = jax.jit(lambda n: scores.power(JaxOps(), 1.9, n))(jnp.int32(2000))
+    assert float(found) == pytest.approx(1e30)
+
+
 def test_caches_that_do_not_fit_are_refused() -> None:
     model = flax_model(NAME)
     past = model(IDS, past_key_values=model.init_cache(2, 8)).past_key_values
@@ -329,9 +391,9 @@ def test_caches_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ValueError, match="past_key_values must hold 2 layers, got 1"):
         model(IDS[:, :1], past_key_values=past.replace(keys=past.keys[:1]))
     both_ways = flax_model("MPNetModel")
-    with pytest.raises(ValueError, match="both ways has no cache"):
+    with pytest.raises(ValueError, match="a bidirectional model has no cache"):
         both_ways(IDS, past_key_values=past)
-    with pytest.raises(ValueError, match="both ways has no cache"):
+    with pytest.raises(ValueError, match="a bidirectional model has no cache"):
         both_ways.init_cache(2, 8)
 
 

@@ -39,9 +39,9 @@ class Outcome:
     seconds: float
 
 
-def deliberate(error: BaseException) -> bool:
-    """Whether the library has raised this error itself, for a file that is at fault."""
-    if not isinstance(error, ValueError | OSError):
+def deliberate(error: BaseException, kinds: tuple[type[Exception], ...] = (ValueError, OSError)) -> bool:
+    """Whether the library has raised this error itself, for a file, or a call, that is at fault."""
+    if not isinstance(error, kinds):
         return False
     frames = list(traceback.walk_tb(error.__traceback__))
     if not frames:

@@ -352,14 +352,20 @@ def test_a_row_is_classified_at_its_last_real_token(name: str) -> None:
     expected = theirs(**theirs_inputs(name, ids, mask)).logits
     assert_close("classified by mask", ours(ids, attention_mask=mask).logits, expected, FUSED)
     assert_close("classified by pad id", ours(ids).logits, theirs(ids).logits, FUSED)
-    # With pad == eos, transformers classifies at the token before a final eos; the mask says that it is real.
+    # With pad == eos, a mask changes nothing: heads were trained at the token before a final eos.
     ids[torch.arange(3), mask.sum(1) - 1] = pad
+    expected = theirs(**theirs_inputs(name, ids, mask)).logits
+    assert_close("a final eos, by mask", ours(ids, attention_mask=mask).logits, expected, FUSED)
+    assert_close("a final eos, by pad id", ours(ids).logits, theirs(ids).logits, FUSED)
+    ours.config.last_token_by = "attention_mask"  # of each call
     out = ours(ids, attention_mask=mask, output_hidden_states=True)
+    ours.config.last_token_by = None
     hidden = out.hidden_states[-1].double().numpy()
-    picked = oracle.pooled(hidden, ids.numpy(), mask.numpy(), pad)
+    picked = oracle.pooled(hidden, ids.numpy(), mask.numpy(), pad, "attention_mask")
     assert_close(
         "the final eos", out.logits, oracle.logits(ours.spec, parameters(ours), picked, "sequence"), ATOL
     )
+    assert (out.logits - expected).abs().max() > 0.1
     without = ours_of(name, **fields(CLASSES[name], pad_token_id=None))
     with pytest.raises(ValueError, match="Cannot handle batch sizes > 1 if no padding token is defined"):
         without(ids)
@@ -446,7 +452,7 @@ def test_errors(name: str) -> None:
         ours(torch.full_like(ids, 89))
     if KIND[name] in ("masked", "pooler") or CLASSES[name] == "mpnet":
         for given in ({"use_cache": True}, {"past_key_values": monoblock.DynamicCache()}):
-            with pytest.raises(ValueError, match="a model that looks both ways has no cache"):
+            with pytest.raises(ValueError, match="a bidirectional model has no cache"):
                 ours(ids, **given)
         with pytest.raises(TypeError, match="has no argument 'token_type_ids'"):
             ours(ids, token_type_ids=torch.zeros_like(ids))

@@ -299,17 +299,23 @@ def test_masks_of_any_number_type() -> None:
 # ---------------------------------------------------------------------------- where the definition decides
 
 
-def test_a_final_eos_that_is_also_the_padding_is_classified() -> None:
-    """With pad == eos transformers classifies at the token before the final eos."""
+@pytest.mark.parametrize("by", ["pad_id", "attention_mask"])
+@torch.no_grad()
+def test_the_last_token_of_a_row(by: str) -> None:
+    """With pad == eos: a final eos, a row of nothing else, and both without a mask."""
     _, ours = pair("MptForSequenceClassification")
+    ours.config.last_token_by = by
     ids, mask = batch("right")
-    last = mask.sum(1) - 1
-    ids[torch.arange(3), last] = PAD
-    out = ours(ids, attention_mask=mask, output_hidden_states=True)
-    hidden = out.hidden_states[-1].detach().double().numpy()
-    picked = oracle.pooled(hidden, ids.numpy(), mask.numpy(), PAD)
-    expected = oracle.logits(ours.spec, parameters(ours), picked, "sequence")
-    assert_close("pooled logits", out.logits, expected, ATOL)
+    ids[torch.arange(3), mask.sum(1) - 1] = PAD
+    ids[2] = PAD
+    for given in (mask, None):
+        out = ours(ids, attention_mask=given, output_hidden_states=True)
+        hidden = out.hidden_states[-1].double().numpy()
+        masks = None if given is None else given.numpy()
+        picked = oracle.pooled(hidden, ids.numpy(), masks, PAD, by)
+        expected = oracle.logits(ours.spec, parameters(ours), picked, "sequence")
+        assert_close("pooled logits", out.logits, expected, ATOL)
+    ours.config.last_token_by = None
 
 
 @torch.no_grad()

@@ -124,5 +124,5 @@ def test_what_does_not_fit_is_refused() -> None:
         ours(ids, past_key_values=((ids, ids),) * 2)
     with pytest.raises(ValueError, match=r"cached tokens included, got \(2, 4\)"):
         ours(ids, past_key_values=ours(ids).past_key_values, attention_mask=np.ones((2, 4)))
-    with pytest.raises(ValueError, match="looks both ways has no cache"):
+    with pytest.raises(ValueError, match="a bidirectional model has no cache"):
         model("MPNetModel")(ids, use_cache=True)

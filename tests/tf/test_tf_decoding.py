@@ -270,7 +270,10 @@ def test_what_is_wrong_is_told(model: Any, pairs: Pairs) -> None:
         ),
         ({"token_type_ids": ids}, "token_type_ids"),
         ({"prefill_chunk_size": 2, "use_cache": False}, "does not go with use_cache=False"),
-        ({"bad_words_ids": [[5], [9999]]}, "token 9999, but the vocabulary ends at"),
+        (
+            {"bad_words_ids": [[5], [9999]]},
+            "holds the token 9999, but the model's vocabulary has the ids 0 to",
+        ),
     ]
     for more, sentence in wrong:
         with pytest.raises(ValueError, match=re.escape(sentence)):

@@ -405,9 +405,7 @@ def test_texts_end_with_the_table_of_positions(how: dict[str, Any], pair: Callab
     given = {"input_ids": prompts(GPT_NEO, "none")["input_ids"].repeat(1, 3)[:1, :50]}
     asked = {**VARIED, "max_new_tokens": 64 - 50 + 1}
     assert tokens(ours, given, **asked, **how) == tokens(theirs, given, **asked)
-    with pytest.raises(
-        ValueError, match="the model has 64 learned positions, but the text with its past has 65"
-    ):
+    with pytest.raises(ValueError, match="16 new tokens do not fit: the model has 64 learned positions"):
         tokens(ours, given, **{**asked, "max_new_tokens": 64 - 50 + 2}, **how)
 
 
@@ -494,7 +492,7 @@ def test_what_a_graph_cannot_do_is_told(pair: Callable[[str], Pair]) -> None:
         (open_rows, {"num_beams": 2}, "num_beams: inside a tf.function this needs a known number of rows"),
         (closed, {"use_cache": False}, "is one graph, and this call needs Python between two tokens"),
         (closed, {"logits_processor": [lambda ids, scores: scores]}, "needs Python between two tokens"),
-        (closed, {"max_new_tokens": 62}, "64 learned positions, but the text may come to 65 tokens"),
+        (closed, {"max_new_tokens": 62}, "62 new tokens do not fit: the model has 64 learned positions"),
     ]
     for spec, asked, sentence in wrong:
         with pytest.raises(ValueError, match=re.escape(sentence)):

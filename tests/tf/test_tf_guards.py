@@ -3,13 +3,18 @@ runs; and AutoGraph has nothing to say."""
 
 from __future__ import annotations
 
+import functools
 import logging
 from typing import Any
 
 import numpy as np
 import pytest
 import tensorflow as tf
+import wrong_calls
 from tf_made import shallow
+
+from monoblock.backends.tf.arrays import TfOps
+from monoblock.generation import scores
 
 IDS = np.array([[5, 9, 11, 20], [7, 30, 31, 32]], np.int32)
 OPEN = tf.TensorSpec((None, None), tf.int32)
@@ -93,3 +98,51 @@ def test_autograph_says_nothing(caplog: pytest.LogCaptureFixture) -> None:
             assert run(tf.constant(IDS), max_new_tokens=2, do_sample=False).shape == (2, 6)
         assert tf.function(ours)(tf.constant(IDS)).logits.shape == (2, 4, 89)
     assert not [record for record in caplog.records if "AutoGraph" in record.getMessage()]
+
+
+@functools.cache
+def made(name: str) -> Any:
+    return shallow(name, num_labels=4)
+
+
+@pytest.mark.parametrize("case", wrong_calls.WRONG)
+def test_wrong_values_get_one_clear_sentence(case: str) -> None:
+    name, given = wrong_calls.arguments(case)
+    with pytest.raises(ValueError, match=wrong_calls.WRONG[case][2]) as caught:
+        made(name)(**given)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("case", wrong_calls.RIGHT)
+def test_whole_numbers_of_any_size_are_ids(case: str) -> None:
+    given, ours = wrong_calls.RIGHT[case], made("GPTNeoForCausalLM")
+    expected = ours(**{name: x.astype(np.int32) for name, x in given.items()}).logits
+    assert np.array_equal(ours(**given).logits, expected)
+
+
+def test_labels_of_an_unknown_number_of_axes() -> None:
+    """A graph that knows no shape of its labels says nothing while tracing."""
+    ours = made("MptForCausalLM")
+    run = tf.function(lambda labels: ours(IDS, labels=labels).loss, autograph=False)
+    assert run.get_concrete_function(tf.TensorSpec(None, tf.int32))(tf.constant(IDS)).shape == (1,)
+
+
+@pytest.mark.parametrize("case", wrong_calls.REFUSED)
+def test_generate_refuses_at_the_door(case: str) -> None:
+    with pytest.raises(ValueError, match=wrong_calls.REFUSED[case][1]) as caught:
+        made("GPTNeoForCausalLM").generate(**wrong_calls.refused(case))
+    assert "\n" not in str(caught.value)
+
+
+def test_seeds_of_64_bits() -> None:
+    ours = made("GPTNeoForCausalLM")
+    for seed in wrong_calls.MOST_SEEDS:
+        given = {"max_new_tokens": 3, "do_sample": True, "seed": seed, "disable_compile": True}
+        one, two = (np.asarray(ours.generate(IDS, **given)) for _ in range(2))
+        assert np.array_equal(one, two)
+
+
+def test_powers_stay_finite() -> None:
+    """In a compiled loop, where the exponent is the device's."""
+    found = tf.function(lambda n: scores.power(TfOps(), 1.9, n))(tf.constant(2000.0))
+    assert float(found) == pytest.approx(1e30)

@@ -14,8 +14,10 @@ import keras
 import numpy as np
 import old_files
 import pytest
+import sizes_checked
 import tensorflow as tf
 import torch
+from foreign_tensors import check_passed_over
 from measure import assert_close
 from tf_made import CLASSES, bound_of, close, inputs, labels, model, numpy, pair, shallow
 
@@ -168,6 +170,25 @@ def test_the_config_counts_at_each_call(tmp_path: Path) -> None:
     ours.config.pad_token_id = None
     with pytest.raises(ValueError, match="no padding token is defined"):
         ours(numpy(given)["input_ids"])
+
+
+@pytest.mark.parametrize("name", ["MptForSequenceClassification", "OpenAIGPTForSequenceClassification"])
+def test_the_last_token_of_a_row(name: str, tmp_path: Path) -> None:
+    """With pad == eos, a final eos; by the pad id and by the mask, which the config says at each call."""
+    theirs, ours = pair(name, tmp_path, last_token_by="attention_mask")
+    assert ours.config.last_token_by == "attention_mask"  # of the file
+    given = inputs(name, "right")
+    pad = theirs.config.pad_token_id
+    given["input_ids"][torch.arange(3), given["attention_mask"].sum(1) - 1] = pad
+    found = []
+    for by in ("attention_mask", "pad_id", None):
+        ours.config.last_token_by = theirs.config.last_token_by = by
+        with torch.no_grad():
+            expected = theirs(**given).logits
+        found.append(np.asarray(ours(**numpy(given)).logits))
+        assert_close(f"by {by}", found[-1], expected, 1e-4)
+    assert np.abs(found[0] - found[1]).max() > 0.1
+    assert np.array_equal(found[1], found[2])
 
 
 def test_accumulated_gradients(tmp_path: Path) -> None:
@@ -421,3 +442,20 @@ def test_keras_names_the_layers() -> None:
 def test_a_loss_for_each_token_is_refused() -> None:
     with pytest.raises(UnsupportedConfig, match="tf_legacy_loss=True: losses are a mean"):
         monoblock.TFMPNetForTokenClassification(monoblock.MPNetConfig(tf_legacy_loss=True))
+
+
+def test_foreign_tensors_and_fewer_layers(tmp_path: Path, logs: pytest.LogCaptureFixture) -> None:
+    theirs, ours = pair("GPTNeoForCausalLM", tmp_path / "saved")
+    whole, short = check_passed_over(type(ours), tmp_path / "saved", tmp_path, logs)
+    held = ours.hub_state_dict()
+    for loaded in (whole, short):
+        found = loaded.hub_state_dict()
+        assert all(
+            np.array_equal(np.asarray(made()), np.asarray(held[name]())) for name, made in found.items()
+        )
+    assert whole.hub_state_dict().keys() == held.keys()
+    assert len(theirs.transformer.h) > len(short.main.role("layers"))
+
+
+def test_a_config_that_asks_for_more_than_the_files_hold(tmp_path: Path) -> None:
+    sizes_checked.check(monoblock.TFMistralForCausalLM, tmp_path)

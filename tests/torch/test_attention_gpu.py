@@ -134,12 +134,12 @@ def test_a_bias_in_channels_is_exact(dtype: Any, scale: float) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("groups", [2, 8])
-@pytest.mark.parametrize("case", ["plain", "alibi", "padding", "both", "both ways"])
+@pytest.mark.parametrize("case", ["plain", "alibi", "padding", "both", "bidirectional"])
 def test_prompts_through_flash(case: str, groups: int, dtype: Any) -> None:
-    given: dict[str, Any] = {"causal": case != "both ways"}
+    given: dict[str, Any] = {"causal": case != "bidirectional"}
     if case in ("alibi", "both"):
         given["slopes_h"] = SLOPES
-    if case in ("padding", "both", "both ways"):
+    if case in ("padding", "both", "bidirectional"):
         given["valid_bk"] = padding(150, 20)
     scope, kernel = scope_of(150, **given), Kernel(scale=0.25)
     q, k, v = heads(150, 150, groups, dtype)

@@ -8,11 +8,12 @@ from typing import Any
 import families_made
 import fuyu_tokenizer
 import numpy as np
+import pipelines_made
 import pytest
 from families_made import ours_of
 from PIL import Image
 
-from monoblock import FuyuImageProcessor, FuyuProcessor, PreTrainedTokenizerFast
+from monoblock import FuyuImageProcessor, FuyuProcessor, PreTrainedTokenizerFast, pipeline
 from monoblock.cli import engine
 from monoblock.cli.conversation import Conversation
 from monoblock.cli.options import AnySource, Hub
@@ -67,6 +68,44 @@ def test_another_beginning_is_computed_anew(demo: engine.Engine) -> None:
     demo.past.cache, demo.past.ids = object(), [1, 2, 3]
     assert demo.past.take([1, 2, 3]) is None  # nothing new to feed
     assert demo.past.cache is None
+
+
+@pytest.fixture(scope="module")
+def short(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of 64 learned positions."""
+    return pipelines_made.folder(tmp_path_factory.mktemp("short"), "GPTNeoForCausalLM", eos_token_id=None)
+
+
+def test_a_reply_ends_where_the_positions_do(short: Path) -> None:
+    """The number of tokens is the command's own; one that the user asks for is refused, before anything is shown."""
+    loaded, seen = engine.load(AnySource(model=str(short), device="cpu"), Hub()), []
+    greedy = {"do_sample": False}
+    reply = loaded.complete("abcd" * 5, loaded.limits(128) | greedy, seen.append)
+    assert (reply.prompt_tokens, reply.tokens) == (20, 45)
+    messages = [{"role": "user", "content": "abcd"}]
+    assert loaded.answer(messages, loaded.limits(512) | greedy, seen.append).tokens > 0
+    assert loaded.model.generation_config.max_new_tokens is None
+    seen.clear()
+    with pytest.raises(
+        ValueError, match=r"46 new tokens do not fit: .* takes 20 of them, so that at most 45 can follow"
+    ):
+        loaded.complete("abcd" * 5, loaded.limits(128) | greedy | {"max_new_tokens": 46}, seen.append)
+    with pytest.raises(
+        ValueError, match="the prompt has 80 tokens, and the model has 64 learned positions: shorten it"
+    ):
+        loaded.complete("abcd" * 20, loaded.limits(128) | greedy, seen.append)
+    assert "".join(seen) == ""
+
+
+def test_a_pipeline_ends_where_the_positions_do(short: Path) -> None:
+    pipe = pipeline("text-generation", str(short), device="cpu")
+    new = {"return_tensors": True, "do_sample": False}
+    [[one], [two]] = pipe(["abcd" * 5, "abcd" * 10], batch_size=2, **new)
+    assert [len(row["generated_token_ids"]) for row in (one, two)] == [65, 65]
+    with pytest.raises(ValueError, match="46 new tokens do not fit"):
+        pipe("abcd" * 5, max_new_tokens=46)
+    with pytest.raises(ValueError, match="the prompt has 80 tokens"):
+        pipe("abcd" * 20)
 
 
 def test_fuyu_answers_about_an_image(tmp_path: Path) -> None:

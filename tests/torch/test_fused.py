@@ -581,7 +581,9 @@ def test_what_is_outside_a_table_is_refused_as_by_the_modules() -> None:
         assert steps.run(ids[:, :1], positions_bn=torch.tensor([[64]])) is None
         assert cache.get_seq_length() == 9
         assert steps.run(ids[:, :1], positions_bn=torch.tensor([[63]])) is not None
-    with pytest.raises(ValueError, match=r"input_ids hold the token 99"):
+    with pytest.raises(
+        ValueError, match=r"filled with the token 99, but the model.s vocabulary has the ids 0 to 88"
+    ):
         module.generate(several, **{**ASKED, "pad_token_id": 99}, stopping_criteria=[_first_ends()])
 
 

@@ -9,12 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sizes_checked
 import torch
+from families_made import fields, ours_of
+from foreign_tensors import FEWER, check_passed_over
 from helpers import CLASSES, KIND, batch, config, model, same
 from safetensors.torch import load_file, save_file
 
 import monoblock
 from monoblock import (
+    AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -28,7 +32,9 @@ from monoblock import (
     ShapeMismatch,
     UnexpectedKeys,
     UnreadKeys,
+    pipeline,
 )
+from monoblock.checkpoint import options
 
 WEIGHTS = "model.safetensors"
 
@@ -466,3 +472,56 @@ def test_a_passed_config_takes_fields_as_a_constructor_does(saved: Path) -> None
     assert config.to_dict() == before
     with pytest.raises(TypeError, match="does not know the argument 'no_such'"):
         monoblock.MptForCausalLM.from_pretrained(saved, config=config, no_such=1)
+
+
+def test_foreign_tensors_and_fewer_layers(tmp_path: Path, logs: pytest.LogCaptureFixture) -> None:
+    neo = ours_of("GPTNeoForCausalLM", **fields("gpt_neo"))
+    neo.save_pretrained(tmp_path / "saved")
+    whole, short = check_passed_over(monoblock.GPTNeoForCausalLM, tmp_path / "saved", tmp_path, logs)
+    assert same(whole, neo)
+    kept = short.state_dict()
+    assert all(torch.equal(kept[name], tensor) for name, tensor in neo.state_dict().items() if name in kept)
+    assert len(short.transformer.h) == 1
+
+
+def test_fewer_packed_layers(tmp_path: Path, logs: pytest.LogCaptureFixture) -> None:
+    ours_of("GPTNeoForCausalLM", **fields("gpt_neo")).quantize("int8").save_pretrained(tmp_path)
+    with pytest.raises(UnreadKeys, match=r"strict=False\) loads the rest without them"):
+        monoblock.GPTNeoForCausalLM.from_pretrained(tmp_path, **FEWER)
+    short, info = monoblock.GPTNeoForCausalLM.from_pretrained(
+        tmp_path, strict=False, output_loading_info=True, **FEWER
+    )
+    assert "transformer.h.2.attn.attention.k_proj.weight.codes" in info["unexpected_keys"]
+    assert all(".h.1." in name or ".h.2." in name for name in info["unexpected_keys"])
+    assert short(torch.arange(10, 20)[None]).logits.isfinite().all()
+    assert sum("strict=False passes over" in message for message in logs.messages) == 1
+
+
+def test_many_foreign_tensors_make_a_short_warning(saved: Path, logs: pytest.LogCaptureFixture) -> None:
+    rewritten(saved, lambda tensors: tensors.update({f"extra.{i}": torch.ones(1) for i in range(70)}))
+    _, info = MptForCausalLM.from_pretrained(saved, strict=False, output_loading_info=True)
+    assert len(info["unexpected_keys"]) == 70
+    [warning] = [message for message in logs.messages if "strict=False" in message]
+    assert warning.endswith(" and 20 more")
+
+
+def test_the_model_cards_lines(saved: Path, logs: pytest.LogCaptureFixture) -> None:
+    """Of the makers' models: a config whose kernel is chosen by an item, and code that is trusted."""
+    options.warn_of_remote_code.cache_clear()
+    config = AutoConfig.from_pretrained(saved, trust_remote_code=True)
+    config.attn_config["attn_impl"] = "triton"
+    config.init_device = "cpu"
+    loaded = AutoModelForCausalLM.from_pretrained(
+        saved, config=config, torch_dtype=torch.float32, trust_remote_code=True
+    )
+    assert same(loaded, model())
+    ids = torch.arange(10, 20)[None]
+    assert torch.equal(loaded(ids).logits, model()(ids).logits)
+    AutoModelForCausalLM.from_config(config, trust_remote_code=True)
+    with pytest.raises(TypeError, match="no argument 'nonsense'"):
+        pipeline("text-generation", nonsense=1, trust_remote_code=True)
+    assert sum("trust_remote_code=True changes nothing" in message for message in logs.messages) == 1
+
+
+def test_a_config_that_asks_for_more_than_the_files_hold(tmp_path: Path) -> None:
+    sizes_checked.check(monoblock.MistralForCausalLM, tmp_path)

@@ -97,7 +97,7 @@ ATTENTION: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
     "alibi": ((90, 300, 4, 4, 16), {"slopes": torch.tensor([0.5, 0.25, 0.1, 0.01])}),
     "padding": ((70, 70, 2, 1, 24), {"valid": _valid(0.6, 70)}),
     "little but padding": ((70, 280, 2, 1, 24), {"valid": _valid(0.02, 280), "window": 9}),
-    "both ways": ((70, 70, 2, 1, 24), {"valid": _valid(0.6, 70), "causal": False}),
+    "bidirectional": ((70, 70, 2, 1, 24), {"valid": _valid(0.6, 70), "causal": False}),
     "segments": ((60, 70, 2, 1, 24), {"segments": (torch.arange(140).view(2, 70) // 23).int()}),
     "cap": ((60, 60, 2, 1, 24), {"softcap": 0.7}),
 }

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+import wrong_calls
+from families_made import CLASSES, fields, ours_of
 from helpers import model
+from measure import assert_close
 
 import monoblock
 from monoblock.backends.pytorch import inputs
@@ -31,6 +37,31 @@ WRONG: dict[str, tuple[type[Exception], dict[str, Any]]] = {
         ValueError,
         {"inputs_embeds": torch.zeros(2, 6, 35)},
     ),
+    r"inputs_embeds must be floating-point numbers, got torch.int64": (
+        ValueError,
+        {"inputs_embeds": torch.zeros(2, 6, 36, dtype=torch.long)},
+    ),
+    r"input_ids must be whole numbers \(batch, tokens\), got torch.bool": (
+        ValueError,
+        {"input_ids": IDS > 12},
+    ),
+    r"input_ids must be a torch.Tensor, got list: torch.tensor\(\) makes one": (
+        TypeError,
+        {"input_ids": IDS.tolist()},
+    ),
+    r"input_ids must be a torch.Tensor, got dict: model\(\*\*inputs\)": (
+        TypeError,
+        {"input_ids": {"a": IDS}},
+    ),
+    r"attention_mask must be a torch.Tensor, got ndarray": (
+        TypeError,
+        {"input_ids": IDS, "attention_mask": np.ones((2, 6))},
+    ),
+    r"labels must be a torch.Tensor, got ndarray": (TypeError, {"input_ids": IDS, "labels": IDS.numpy()}),
+    r"a floating-point attention_mask is added to the scores: it must not hold NaN or inf": (
+        ValueError,
+        {"input_ids": IDS, "attention_mask": torch.full((2, 1, 6, 6), float("nan"))},
+    ),
     r"attention_mask must be \(batch, tokens\) = \(2, 6\), .* got \(2, 5\)": (
         ValueError,
         {"input_ids": IDS, "attention_mask": torch.ones(2, 5)},
@@ -40,7 +71,7 @@ WRONG: dict[str, tuple[type[Exception], dict[str, Any]]] = {
         {"input_ids": IDS, "attention_mask": torch.ones(2, 6, 6)},
     ),
     r"cache_position must be 0 to 5": (ValueError, {"input_ids": IDS, "cache_position": torch.arange(1, 7)}),
-    r"position_ids must be \(batch, 6\), got \(1, 7\)": (
+    r"position_ids must be \(batch, tokens\) = \(2, 6\), got \(1, 7\)": (
         ValueError,
         {"input_ids": IDS, "position_ids": torch.arange(7)[None]},
     ),
@@ -70,6 +101,94 @@ def test_wrong_inputs_get_one_clear_sentence(text: str) -> None:
     with pytest.raises(error, match=text) as caught:
         model()(**given)
     assert "\n" not in str(caught.value)
+
+
+@functools.cache
+def made(name: str) -> Any:
+    return model(name, num_labels=4) if name.startswith("Mpt") else ours_of(name, **fields(CLASSES[name]))
+
+
+def tensors(given: dict[str, Any]) -> dict[str, Any]:
+    return {name: torch.as_tensor(x) for name, x in given.items()}
+
+
+@pytest.mark.parametrize("case", wrong_calls.WRONG)
+def test_wrong_values_get_one_clear_sentence(case: str) -> None:
+    name, given = wrong_calls.arguments(case)
+    with pytest.raises(ValueError, match=wrong_calls.WRONG[case][2]) as caught:
+        made(name)(**tensors(given))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("packed", ["", "int8", "int4"])
+@pytest.mark.parametrize("case", wrong_calls.RIGHT)
+def test_whole_numbers_of_any_size_are_ids(case: str, packed: str) -> None:
+    """As indices, those of 8 bits would be a mask."""
+    ours = ours_of("GPTNeoForCausalLM", **fields("gpt_neo"))
+    ours = ours.quantize(packed) if packed else ours
+    given = tensors(wrong_calls.RIGHT[case])
+    expected = ours(**{name: x.long() for name, x in given.items()}).logits
+    assert torch.equal(ours(**given).logits, expected)
+
+
+def test_relative_positions_are_any_whole_numbers() -> None:
+    """RoPE has no table: a text's scores do not change with where it begins."""
+    ours, ids = made("MistralModel"), torch.as_tensor(wrong_calls.IDS)
+    here = ours(ids).last_hidden_state
+    for start in (-5, 1000):
+        moved = ours(ids, position_ids=(torch.arange(8) + start)[None]).last_hidden_state
+        assert_close(f"moved by {start}", moved, here, 1e-4)
+
+
+@pytest.mark.parametrize("case", wrong_calls.REFUSED)
+def test_generate_refuses_at_the_door(case: str) -> None:
+    """Nothing is computed, and a streamer gets nothing."""
+    ours, seen = made("GPTNeoForCausalLM"), []
+    streamer = SimpleNamespace(put=seen.append, end=lambda: None)
+    given = {
+        name: torch.as_tensor(x) if isinstance(x, np.ndarray) else x
+        for name, x in wrong_calls.refused(case).items()
+    }
+    with pytest.raises(ValueError, match=wrong_calls.REFUSED[case][1]) as caught:
+        ours.generate(**given)
+    assert "\n" not in str(caught.value)
+    if given["input_ids"] is not None and len(given["input_ids"]):
+        one_row = {name: x[:1] if isinstance(x, torch.Tensor) else x for name, x in given.items()}
+        if case not in ("a pad token", "beams beyond all bounds", "another tokenizer's prompt"):
+            with pytest.raises(ValueError, match=wrong_calls.REFUSED[case][1]):
+                ours.generate(**one_row, streamer=streamer)
+    assert seen == []
+
+
+def test_generate_takes_tensors() -> None:
+    for name in ("position_ids", "inputs_embeds", "token_type_ids"):
+        ours = made("GPTNeoForCausalLM" if name != "token_type_ids" else "OpenAIGPTLMHeadModel")
+        with pytest.raises(TypeError, match=f"{name} must be a torch.Tensor, got ndarray"):
+            ours.generate(IDS, max_new_tokens=2, **{name: np.zeros((2, 6))})
+    with pytest.raises(ValueError, match="past_key_values must be a Cache or a tuple of layers, got str"):
+        made("GPTNeoForCausalLM").generate(IDS, past_key_values="abc", max_new_tokens=2)
+
+
+def test_all_positions_can_be_used() -> None:
+    """In every way of making tokens; the cache is full then, the last token is not in it."""
+    ours, ids = made("OpenAIGPTLMHeadModel"), torch.as_tensor(wrong_calls.IDS[:1])
+    plain = ours.generate(ids, max_new_tokens=57, eos_token_id=None)
+    assert plain.shape == (1, 65)
+    for more in (
+        {"num_beams": 1, "use_cache": False},
+        {"prompt_lookup_num_tokens": 4},
+        {"assistant_model": ours},
+    ):
+        assert torch.equal(ours.generate(ids, max_new_tokens=57, eos_token_id=None, **more), plain)
+    assert ours.generate(ids, max_new_tokens=57, eos_token_id=None, num_beams=2).shape == (1, 65)
+    assert (ours.max_positions, ours.room(8), ours.room(65), model().room(8)) == (64, 57, 0, None)
+
+
+@pytest.mark.parametrize("seed", wrong_calls.MOST_SEEDS)
+def test_seeds_of_64_bits(seed: int) -> None:
+    ours = made("GPTNeoForCausalLM")
+    one, two = (ours.generate(IDS, max_new_tokens=3, do_sample=True, seed=seed) for _ in range(2))
+    assert torch.equal(one, two)
 
 
 def test_wrong_inputs_by_position() -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
+from monoblock.checkpoint.fitting import Report
 from monoblock.checkpoint.hub import Kind, find_weights, of_one_save
 from monoblock.checkpoint.options import HubOptions
 from monoblock.checkpoint.store import open_store
@@ -17,6 +18,9 @@ log = logging.getLogger("monoblock")
 KERNEL = {
     "attn_implementation": "the kernel is chosen by the shapes, and output_attentions=True works with it"
 }
+
+
+MOST_SHOWN = 50  # names in a warning; `output_loading_info` has all
 
 
 class LoadOptions:
@@ -33,11 +37,11 @@ class LoadOptions:
     def __init__(self, kwargs: dict[str, Any]) -> None:
         self.hub = HubOptions.pop(kwargs)
         self.ignore_mismatched_sizes = bool(kwargs.pop("ignore_mismatched_sizes", False))
+        self.strict = bool(kwargs.pop("strict", True))
+        self.loading_info = bool(kwargs.pop("output_loading_info", False))
         self.variant: str | None = kwargs.pop("variant", None)
         self.use_safetensors: bool | None = kwargs.pop("use_safetensors", None)
         self.prefer = self.preferred(kwargs)
-        if kwargs.pop("trust_remote_code", False):
-            log.info("trust_remote_code=True: no remote code is run here; the makers' options work natively")
         for name, instead in self.refused.items():
             if kwargs.pop(name, None):
                 raise ValueError(f"from_pretrained of a {self.prefix} class does not take {name}: {instead}")
@@ -45,6 +49,32 @@ class LoadOptions:
     def preferred(self, kwargs: dict[str, Any]) -> tuple[Kind, ...]:
         """The kinds of files in the order in which they are looked for; `from_pt=True` asks for PyTorch's own."""
         return ("safetensors", "bin" if kwargs.pop("from_pt", False) else self.native)
+
+
+def told_of_unused(name: str, where: str, report: Report) -> None:
+    """Log what a load into a model of the class `name` did not use: a warning for what strict=False passed over."""
+    if report.unused:
+        log.info("%s: %s also holds %s, not used here", name, where, ", ".join(report.unused))
+    if extra := report.extra:
+        shown = ", ".join(extra[:MOST_SHOWN]) + (
+            f" and {left} more" if (left := len(extra) - MOST_SHOWN) > 0 else ""
+        )
+        log.warning(
+            "%s: strict=False passes over what %s holds and the model has no place for: %s",
+            name,
+            where,
+            shown,
+        )
+
+
+def loading_info(missing: Iterable[str], mismatched: Iterable[str], report: Report) -> dict[str, list[str]]:
+    """What `output_loading_info=True` gives; `missing` and `mismatched`: names of parameters that were made anew."""
+    return {
+        "missing_keys": sorted(missing),
+        "unexpected_keys": report.unexpected,
+        "mismatched_keys": sorted(mismatched),
+        "error_msgs": [],
+    }
 
 
 def opened(

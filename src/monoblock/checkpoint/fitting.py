@@ -13,16 +13,23 @@ from monoblock.errors import MissingKeys, ShapeMismatch, UnexpectedKeys, UnreadK
 
 @dataclass
 class Report:
-    """What the files lack or have in another shape (both are to be made anew), and what was not used of them."""
+    """What the files lack or have in another shape (both are to be made anew); what was not used of them, as is usual;
+    and what was passed over because the load was not strict."""
 
     missing: list[str] = field(default_factory=list[str])
     mismatched: list[str] = field(default_factory=list[str])
     unused: list[str] = field(default_factory=list[str])
+    extra: list[str] = field(default_factory=list[str])
 
     @property
     def made(self) -> list[str]:
         """The canonical names of what must be made anew."""
         return [*self.missing, *self.mismatched]
+
+    @property
+    def unexpected(self) -> list[str]:
+        """The names of all tensors that were not used, in order."""
+        return sorted({*self.unused, *self.extra})
 
 
 def matched(
@@ -32,23 +39,23 @@ def matched(
     tied: Iterable[str],
     *,
     ignore_mismatched_sizes: bool = False,
-    extra_allowed: Callable[[str], bool] | None = None,
+    ignored: Callable[[str], bool] | None = None,
+    strict: bool = True,
 ) -> tuple[dict[str, Source], Report]:
     """Where a model with parameters of these `shapes` finds them, as far as the files have them: by canonical name.
 
-    A head may be missing, and heads of other kinds may be there; `extra_allowed` says which other names may be,
-    too. MissingKeys, UnexpectedKeys, UnreadKeys and ShapeMismatch (unless sizes may differ) name the first other
+    A head may be missing, and heads of other kinds may be there, and names that are `ignored`; with `strict=False` any
+    others too. MissingKeys, UnexpectedKeys, UnreadKeys and ShapeMismatch (unless sizes may differ) name the first
     tensor that does not fit.
     """
     plan = keymap.of(tensors).plan(shapes, tensors, tied)
-    if extra_allowed is not None:
-        extra = [name for name in (*plan.unknown, *plan.unread) if extra_allowed(name)]
-        plan.unknown = [name for name in plan.unknown if name not in extra]
-    else:
-        extra = []
-    unused = [name for name in plan.unread if keymap.is_head(name) or name in extra]
-    _check_names(tensors, keymap, plan, [name for name in plan.unread if name not in unused])
-    report = Report(missing=plan.missing, unused=sorted({*unused, *extra}))
+    unused = [name for name in plan.unread if keymap.is_head(name)]
+    if ignored is not None:
+        unused += [name for name in (*plan.unknown, *plan.unread) if ignored(name)]
+    known = frozenset(unused)
+    unknown, unread = ([name for name in names if name not in known] for names in (plan.unknown, plan.unread))
+    _check_names(tensors, keymap, plan, *((unknown, unread) if strict else ([], [])))
+    report = Report(missing=plan.missing, unused=sorted(known), extra=[] if strict else [*unknown, *unread])
     for canonical in plan.sources:
         if problem := _misfit(tensors, plan, canonical, shapes[canonical]):
             if not ignore_mismatched_sizes:
@@ -65,14 +72,20 @@ def fitted(
     tied: Iterable[str],
     *,
     ignore_mismatched_sizes: bool = False,
+    strict: bool = True,
 ) -> tuple[FileWeights, Report]:
     """What `matched` finds, as weights to read; the same errors. CheckpointError: the weights are packed."""
     packed.refuse(tensors)
-    sources, report = matched(tensors, keymap, shapes, tied, ignore_mismatched_sizes=ignore_mismatched_sizes)
+    sources, report = matched(
+        tensors, keymap, shapes, tied, ignore_mismatched_sizes=ignore_mismatched_sizes, strict=strict
+    )
     return FileWeights(tensors, {name: shapes[name] for name in sources}, sources), report
 
 
-def _check_names(tensors: Tensors, keymap: KeyMap, plan: Plan, unread: list[str]) -> None:
+_LEAVE_OUT = "from_pretrained(..., strict=False) loads the rest without"
+
+
+def _check_names(tensors: Tensors, keymap: KeyMap, plan: Plan, unknown: list[str], unread: list[str]) -> None:
     if needed := [name for name in plan.missing if not name.startswith("head.")]:
         name = keymap.source(needed[0]).names[0]
         close = nearest(name, plan.unknown)
@@ -81,17 +94,18 @@ def _check_names(tensors: Tensors, keymap: KeyMap, plan: Plan, unread: list[str]
             + (f"; the nearest name in it is {close}" if close else "")
             + ": is it of this model class, and complete?"
         )
-    if plan.unknown:
-        name = plan.unknown[0]
+    if unknown:
+        name = unknown[0]
         close = nearest(name, (known for known in tensors if known not in plan.unknown))
         raise UnexpectedKeys(
-            f"{tensors.path(name).name} holds {name}{_others(plan.unknown)}, which is no name of this family"
-            + (f"; the nearest is {close}" if close else "")
+            f"{tensors.path(name).name} holds {name}{_others(unknown)}, which is no name of this family"
+            + (f"; the nearest is {close}. " if close else ". ")
+            + f"{_LEAVE_OUT} {_them(unknown)}"
         )
     if unread:
         raise UnreadKeys(
             f"{tensors.path(unread[0]).name} holds {unread[0]}{_others(unread)}, for which the config has no place: "
-            "it describes a smaller or differently built model"
+            f"it describes a smaller or differently built model. {_LEAVE_OUT} {_them(unread)}"
         )
 
 
@@ -105,6 +119,10 @@ def _misfit(tensors: Tensors, plan: Plan, canonical: str, shape: Shape) -> str |
                 f"{list(expected)}: do config.json and the weights belong together?"
             )
     return None
+
+
+def _them(names: list[str]) -> str:
+    return "them" if len(names) > 1 else "it"
 
 
 def _others(names: list[str]) -> str:

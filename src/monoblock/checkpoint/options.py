@@ -1,5 +1,7 @@
 """What a user may say about where a model's files come from."""
 
+import functools
+import logging
 from collections.abc import MutableMapping
 from dataclasses import dataclass, fields
 from pathlib import Path, PurePosixPath
@@ -12,6 +14,24 @@ _REFUSED = {
     "mirror": "set the environment variable HF_ENDPOINT instead",
     "gguf_file": "GGUF files are not read; name a folder or model with safetensors",
 }
+
+
+log = logging.getLogger("monoblock")
+
+
+def pop_remote_code(kwargs: MutableMapping[str, Any]) -> None:
+    """Take `trust_remote_code` out of `kwargs`, which is changed; True is told once what it does."""
+    if kwargs.pop("trust_remote_code", None):
+        warn_of_remote_code()
+
+
+@functools.cache
+def warn_of_remote_code() -> None:
+    """Say once what trust_remote_code=True does: nothing."""
+    log.warning(
+        "trust_remote_code=True changes nothing: no code of a model's folder is ever run here; the options of its "
+        "makers' code work without it, or are refused by name"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,8 +63,9 @@ class HubOptions:
         """Take the options out of `kwargs`, which is changed; arguments that cannot be honoured raise
         `TypeError`.
 
-        `resume_download` is taken too and changes nothing: a cut download is always resumed.
+        `resume_download` is taken too and changes nothing: a cut download is always resumed. So is `trust_remote_code`.
         """
+        pop_remote_code(kwargs)
         for name, instead in _REFUSED.items():
             if kwargs.pop(name, None) is not None:
                 raise TypeError(f"{name}= is not supported: {instead}")

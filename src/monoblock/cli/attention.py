@@ -77,7 +77,7 @@ def attention(
     if weighed:
         _check(visualizer, layer, wanted)
         panels = _weights(visualizer, text, (path, where, source), (layer, wanted))
-        title = title.replace("who sees whom", "attention weights")
+        title = title.replace("attention mask", "attention weights")
     else:
         panels = visualizer.panels()
     if not files.given():

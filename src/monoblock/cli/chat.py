@@ -13,6 +13,7 @@ from monoblock.cli import console
 from monoblock.cli.app import EXIT_CODES, sub_app
 from monoblock.cli.conversation import Conversation
 from monoblock.cli.options import AnySource, Hub, Sampling
+from monoblock.texts import read_text
 
 if TYPE_CHECKING:
     from monoblock.cli.settings import Settings
@@ -75,7 +76,7 @@ def chat(
         settings.change(saved | settings.values)
     if system is not None:
         conversation.system = system
-    text = template.read_text(encoding="utf-8") if template else None
+    text = read_text(template) if template else None
     from monoblock.cli import engine
     from monoblock.cli.session import Session
 

@@ -26,6 +26,10 @@ NO_REUSE = (
 )
 
 
+# A number of new tokens for want of the user's; no argument of `generate`.
+DEFAULT_TOKENS = "default_new_tokens"
+
+
 @dataclass
 class Reply:
     """What a model answered, as far as it came, and how long that took (seconds)."""
@@ -87,8 +91,9 @@ class Engine:
         return getattr(self.tokenizer, "chat_template", None) is not None
 
     def limits(self, fallback: int) -> dict[str, int]:
-        """How long a text may get if the user does not say: as the model's file says, else `fallback` tokens."""
-        return {"max_new_tokens": getattr(self.config, "max_new_tokens", None) or fallback}
+        """How long a text may get if the user does not say: as the model's file says, else `fallback` tokens; or as
+        many as fit in the model, if that is less."""
+        return {DEFAULT_TOKENS: getattr(self.config, "max_new_tokens", None) or fallback}
 
     @property
     def config(self) -> Any:
@@ -135,6 +140,10 @@ class Engine:
         self, inputs: Any, options: dict[str, Any], write: Callable[[str], None], past: Past | None = None
     ) -> Reply:
         reply = Reply()
+        count = (options := dict(options)).pop(DEFAULT_TOKENS, None)
+        if count is not None and "max_new_tokens" not in options:
+            room = self.model.room(len(inputs["input_ids"][0]))
+            options["max_new_tokens"] = count if room is None else max(1, min(count, room))
         streamer = _streamer(self.tokenizer, reply, write)
         if "stop_strings" in options:
             options = options | {"tokenizer": self.tokenizer}

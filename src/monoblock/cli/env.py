@@ -16,6 +16,7 @@ from monoblock import native
 from monoblock.cli import console
 from monoblock.cli.app import EXIT_CODES, sub_app
 from monoblock.cli.options import Json
+from monoblock.generation.limits import host_memory
 
 app = sub_app()
 
@@ -61,7 +62,7 @@ def describe() -> dict[str, Any]:
         "cpu_units": [unit for unit in CPU_UNITS if unit in _cpu_units()],
         "native_kernels": native.status(),
         "threads": _threads(),
-        "memory": _memory() or "not known",
+        "memory": host_memory() or "not known",
         "gpus": _gpus(),
     }
 
@@ -107,13 +108,6 @@ def _threads() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
-
-
-def _memory() -> int | None:
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):
-        return None
 
 
 def _gpus() -> list[str]:

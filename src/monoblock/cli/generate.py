@@ -11,6 +11,7 @@ import typer
 from monoblock.cli import console
 from monoblock.cli.app import EXIT_CODES, sub_app
 from monoblock.cli.options import AnySource, Hub, Sampling
+from monoblock.texts import read_text
 
 app = sub_app()
 MAX_NEW_TOKENS = 128
@@ -66,7 +67,7 @@ def read_prompt(prompt: str | None, file: Path | None) -> str:
     if prompt is not None and file is not None:
         raise typer.BadParameter("give the prompt as an argument or with --file, not both")
     if file is not None:
-        text = _drop_line_end(file.read_text(encoding="utf-8"))
+        text = _drop_line_end(read_text(file))
     elif prompt is not None and prompt != "-":
         text = prompt
     elif prompt is None and sys.stdin.isatty():

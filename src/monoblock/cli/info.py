@@ -104,7 +104,7 @@ def describe(path: str, hub: Hub) -> dict[str, Any]:
     spec = config.to_spec()
     contents = _local(Path(path)) if Path(path).is_dir() else _remote(path, hub)
     count = _parameters(config, spec)
-    # A model that looks both ways keeps no cache.
+    # A bidirectional model keeps no cache.
     widths = CACHE_BYTES if spec.causal else {}
     per_token = {name: _cache_per_token(spec, width) for name, width in widths.items()}
     return {

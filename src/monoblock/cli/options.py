@@ -8,6 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
+from monoblock import seeds
+
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
@@ -114,7 +116,9 @@ class Sampling:
     repetition_penalty: Annotated[
         float | None, typer.Option(min=0, help="Above 1: tokens that are in the text become less likely.")
     ] = None
-    seed: Annotated[int | None, typer.Option(min=0, help="The same seed samples the same text.")] = None
+    seed: Annotated[
+        int | None, typer.Option(min=0, max=seeds.MOST, help="The same seed samples the same text.")
+    ] = None
     stop: Annotated[
         list[str] | None, typer.Option(help="Stop after this text; may be given several times.")
     ] = None
@@ -138,7 +142,7 @@ class Sampling:
         rest = {
             "max_new_tokens": self.max_new_tokens,
             "repetition_penalty": self.repetition_penalty,
-            "seed": None if self.seed is None else self.seed + retry,
+            "seed": None if self.seed is None else seeds.after(self.seed, retry),
             "stop_strings": self.stop or None,
         }
         return choice | {name: value for name, value in rest.items() if value is not None}

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from monoblock import seeds
 from monoblock.cli.options import Sampling
 
 SEED = "seed"
@@ -63,9 +64,8 @@ class Settings:
                 hint = f"did you mean {near[0]}?" if near else "the names are those of generation_config.json"
                 raise ValueError(f"{name} is no setting of a chat: {hint}")
         values = {name: v for name, v in (self.values | dict(given)).items() if v is not None}
-        seed = values.get(SEED, 0)
-        if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
-            raise ValueError(f"seed={seed!r}: expected a whole number of at least 0")
+        if seeds.checked_seed(values.get(SEED, 0)) < 0:
+            raise ValueError(f"seed={values[SEED]}: expected a whole number of at least 0")
         resolve(_arguments(values), None, None)
         self.values = values
 
@@ -73,7 +73,7 @@ class Settings:
         """The arguments of `generate`; `retry` counts up from the seed so that another try differs."""
         options = _arguments(self.values)
         if SEED in self.values:
-            options[SEED] = self.values[SEED] + retry
+            options[SEED] = seeds.after(self.values[SEED], retry)
         return options
 
     def lines(self) -> list[str]:

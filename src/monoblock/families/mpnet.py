@@ -1,4 +1,4 @@
-"""MPNet (Microsoft, 2020): a BERT that looks both ways, with relative position buckets shared by all layers.
+"""MPNet (Microsoft, 2020): a bidirectional encoder like BERT, with relative position buckets shared by all layers.
 
 Source: arXiv:2004.09297 and the hub's MPNetConfig.
 """

@@ -5,11 +5,16 @@ The hub's class documents some of them, the makers' code the rest: https://githu
 
 from __future__ import annotations
 
+import copy
+import functools
+import logging
 import math
-from typing import Any, Literal, TypedDict
+from collections.abc import Iterator, Mapping, MutableMapping
+from typing import Any, Literal, TypedDict, cast
 
 from monoblock.config import PretrainedConfig
-from monoblock.errors import UnsupportedConfig
+from monoblock.config_fields import COMMON
+from monoblock.errors import FieldError, UnsupportedConfig
 from monoblock.field_types import brief
 from monoblock.spec import Alibi, Learned, Mlp, Norm, Position, QkNorm, RopeScaling, Rotary
 
@@ -48,7 +53,7 @@ SUPPORTED: dict[str, tuple[Any, ...]] = {
     "norm_type": tuple(NORMS),
 }
 
-# The keys of the options that are dicts; one more is a wish that would go unheard.
+# The keys of the options that are dicts; one more would be an ignored option.
 KEYS: dict[str, frozenset[str]] = {
     "ffn_config": frozenset({"ffn_type", "ffn_hidden_size", "ffn_act_fn", "fc_type"}),
     "attn_config.rope_dail_config": frozenset({"type", "pos_idx_in_fp32", "xpos_scale_base"}),
@@ -57,6 +62,14 @@ KEYS: dict[str, frozenset[str]] = {
     ),
     "attn_config.attn_temperature_tuning": frozenset({"floor_scale", "attn_scale"}),
 }
+
+
+# Those of `attn_config`, by its own names.
+_INNER = "attn_config."
+_VALUES = {name.removeprefix(_INNER): found for name, found in SUPPORTED.items() if name.startswith(_INNER)}
+_KEYS = {name.removeprefix(_INNER): found for name, found in KEYS.items() if name.startswith(_INNER)}
+
+log = logging.getLogger("monoblock")
 
 
 class ActivationFields(TypedDict, total=False):
@@ -106,8 +119,12 @@ class TuningFields(TypedDict, total=False):
     attn_scale: float | None
 
 
-class MptAttentionConfig(PretrainedConfig):
-    """The `attn_config` of an `MptConfig`; from `qk_gn` on, the options of the makers' own code."""
+class MptAttentionConfig(PretrainedConfig, MutableMapping[str, Any]):
+    """The `attn_config` of an `MptConfig`; from `qk_gn` on, the options of the makers' own code.
+
+    In that code it is a dict, and the model cards write `config.attn_config["attn_impl"] = "triton"`. So it is a
+    mapping of its fields too. A value that is not supported is refused when it is set so; a field cannot be removed.
+    """
 
     attn_type: str = "multihead_attention"
     attn_pdrop: float = 0
@@ -140,6 +157,61 @@ class MptAttentionConfig(PretrainedConfig):
     }
     makers_from = "qk_gn"
 
+    # ------------------------------------------------------------------ as a mapping
+
+    def __getitem__(self, key: str) -> Any:
+        if key in self._keys():
+            return getattr(self, key)
+        raise KeyError(key)
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        if not isinstance(key, str) or (key not in self.fields and hasattr(type(self), key)):  # pyright: ignore
+            raise FieldError(f"attn_config has fields by name, and {key!r} is none")
+        previous = vars(self).get(key)
+        setattr(self, key, value)
+        try:
+            self.check({name: values for name, values in _VALUES.items() if name.partition(".")[0] == key})
+            self.check_keys({name: keys for name, keys in _KEYS.items() if name == key})
+        except ValueError:
+            vars(self)[key] = previous
+            raise
+        self._warn_unknown(key)
+        if key == "attn_impl" and value != "torch":
+            warn_of_kernel(value)
+
+    def __delitem__(self, key: str) -> None:
+        raise TypeError(f"the fields of attn_config cannot be removed: set {key!r} to its default instead")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._keys())
+
+    def __len__(self) -> int:
+        return len(self._keys())
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._keys()
+
+    def _keys(self) -> list[str]:
+        """The names of the fields, and of unknown ones that were kept; not of what all configs have."""
+        other = {*COMMON, "id2label", "label2id", "name_or_path"}
+        return [name for name in vars(self) if not name.startswith("_") and name not in other]
+
+    def update(self, config_dict: Any = (), /, **fields: Any) -> None:
+        """Set fields, as a dict's `update` does."""
+        for name, value in {**dict(config_dict), **fields}.items():
+            self[name] = value
+
+    def copy(self) -> MptAttentionConfig:
+        """A config of its own with the same fields."""
+        return copy.deepcopy(self)
+
+    def __eq__(self, other: object) -> bool:
+        if isinstance(other, Mapping) and not isinstance(other, PretrainedConfig):
+            return dict(self) == dict(cast("Mapping[str, Any]", other))
+        return PretrainedConfig.__eq__(self, other)
+
+    __hash__ = None  # pyright: ignore[reportAssignmentType]
+
     def finish(self, given: frozenset[str], /) -> None:
         """The makers' default of `alibi` is False; the hub's True holds unless rope is asked for."""
         if self.rope and "alibi" not in given:
@@ -147,6 +219,16 @@ class MptAttentionConfig(PretrainedConfig):
         # transformers 5 takes whole numbers only, and 0.0 is what most files hold.
         if self.attn_pdrop == int(self.attn_pdrop):
             self.attn_pdrop = int(self.attn_pdrop)
+
+
+@functools.cache
+def warn_of_kernel(name: str) -> None:
+    """Say once what a kernel of the makers' code means here."""
+    log.warning(
+        "attn_impl=%r: all of the makers' kernels compute the same, by the attention that this library chooses; "
+        "attn_implementation='sdpa', 'eager', 'flex_attention' or 'flash_attention_2' chooses another",
+        name,
+    )
 
 
 def kv_heads(config: Any) -> int:

@@ -38,7 +38,7 @@ class Width:
 
 def norms(rules: Rules, room: int) -> np.ndarray[Any, Any]:
     """What scores of 1, 2, ... `room` new tokens are divided by, and at last those of the longest text."""
-    return np.array([n**rules.length_penalty for n in (*range(1, room + 1), rules.longest)], np.float32)
+    return np.array([rules.norm(n) for n in (*range(1, room + 1), rules.longest)], np.float32)
 
 
 class Running(NamedTuple):

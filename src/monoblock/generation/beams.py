@@ -8,6 +8,7 @@ model's device; what is chosen from them is kept on the host. The rules, ties in
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
@@ -16,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from monoblock.generation.arrays import Array
+from monoblock.generation.checks import LEAST, MOST
 from monoblock.generation.config import GenerationConfig
 from monoblock.generation.prepared import Generation
 from monoblock.generation.record import Text
@@ -48,9 +50,20 @@ class Rules:
         penalty = 1.0 if config.length_penalty is None else float(config.length_penalty)
         return cls(config.num_beams or 1, penalty, config.early_stopping or False, longest)
 
+    def norm(self, length: int) -> float:
+        """length ** length_penalty, kept where scores over it are float32 numbers."""
+        power = self.length_penalty * math.log(length)
+        return (
+            MOST
+            if power > math.log(MOST)
+            else LEAST
+            if power < math.log(LEAST)
+            else length**self.length_penalty
+        )
+
     def normed(self, scores_k: NDArray[np.float32], length: int) -> NDArray[np.float32]:
         """Scores by which texts of that many new tokens compete."""
-        return scores_k / length**self.length_penalty
+        return scores_k / self.norm(length)
 
 
 class Search:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
@@ -14,6 +15,19 @@ def as_ids(value: int | Sequence[int] | None) -> tuple[int, ...]:
     return (int(value),) if not isinstance(value, Sequence) else tuple(int(id) for id in value)
 
 
+def plain(name: str, value: Any) -> Any:
+    """The value of a field: an array of one number as that number. ValueError for other arrays, which comparisons would
+    not take."""
+    if not (hasattr(value, "shape") and hasattr(value, "dtype")):
+        return value
+    if tuple(value.shape) == () and hasattr(value, "item"):
+        return value.item()
+    raise ValueError(
+        f"GenerationConfig.{name} must be a plain value, got {type(value).__name__} {tuple(value.shape)}: .tolist() "
+        "makes lists of numbers"
+    )
+
+
 Check = tuple[Callable[[Any], bool], str]
 
 
@@ -21,18 +35,28 @@ def _is_whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _whole(least: int) -> Check:
-    return lambda v: _is_whole(v) and v >= least, f"a whole number of at least {least}"
+MOST_TOKENS = 2**31 - 1  # positions are int32 in compiled programs
+LEAST, MOST = (
+    1e-30,
+    1e30,
+)  # factors with which scores stay float32 numbers: no infinity, whose quotients are NaN
+
+
+def _whole(least: int, most: int | None = None) -> Check:
+    words = f"a whole number of at least {least}" + ("" if most is None else f" and at most {most}")
+    return lambda v: _is_whole(v) and v >= least and (most is None or v <= most), words
 
 
 def _number(low: float, high: float = math.inf, *, open_low: bool = False) -> Check:
     def fits(value: Any) -> bool:
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, int | float)
+            or not abs(value) <= sys.float_info.max
+        ):
             return False
         return (low < value if open_low else low <= value) and value <= high
 
-    if low == -math.inf and high == math.inf:
-        return fits, "a number"
     edge = "more than" if open_low else "at least"
     return fits, f"a number of {edge} {low:g}" + ("" if high == math.inf else f" and at most {high:g}")
 
@@ -47,8 +71,18 @@ def _is_id(value: Any) -> bool:
 
 _FLAG: Check = (lambda v: isinstance(v, bool), "True or False")
 _IDS: Check = (lambda v: _is_whole(v) or _all(v, _is_whole), "a token id or a list of them")
+_EACH_ID: Check = (
+    lambda v: _is_id(v) or (_all(v, _is_id) and len(v) > 0),
+    "a token id or a list of at least one",
+)
 _ID_LIST: Check = (lambda v: _all(v, _is_id), "a list of token ids")
 _POSITIVE = _number(0, open_low=True)
+_FACTOR = _number(LEAST, MOST)
+
+
+def _is_bias_value(value: Any) -> bool:
+    """A number, or -inf for a ban."""
+    return isinstance(value, int | float) and -math.inf <= value <= MOST
 
 
 def _is_bias(value: Any) -> bool:
@@ -56,19 +90,21 @@ def _is_bias(value: Any) -> bool:
     return (
         _all(pairs, lambda pair: isinstance(pair, list | tuple) and len(cast(Sequence[Any], pair)) == 2)
         and len(pairs) > 0
-        and all(_all(ids, _is_id) and len(ids) > 0 and isinstance(bias, int | float) for ids, bias in pairs)
+        and all(_all(ids, _is_id) and len(ids) > 0 and _is_bias_value(bias) for ids, bias in pairs)
     )
 
 
 def _is_decay(value: Any) -> bool:
-    return _all(value, lambda item: isinstance(item, int | float)) and len(value) == 2 and _is_whole(value[0])
+    return _all(value, lambda item: isinstance(item, int | float)) and (
+        len(value) == 2 and _is_whole(value[0]) and _FACTOR[0](value[1])
+    )
 
 
 CHECKS: dict[str, Check] = {
-    "max_length": _whole(1),
-    "max_new_tokens": _whole(1),
-    "min_length": _whole(0),
-    "min_new_tokens": _whole(0),
+    "max_length": _whole(1, MOST_TOKENS),
+    "max_new_tokens": _whole(1, MOST_TOKENS),
+    "min_length": _whole(0, MOST_TOKENS),
+    "min_new_tokens": _whole(0, MOST_TOKENS),
     "max_time": _POSITIVE,
     "stop_strings": (
         lambda v: (isinstance(v, str) and v != "") or _all(v, lambda s: isinstance(s, str) and s != ""),
@@ -77,12 +113,12 @@ CHECKS: dict[str, Check] = {
     "early_stopping": (lambda v: isinstance(v, bool) or v == "never", "True, False or 'never'"),
     "num_beams": _whole(1),
     "num_return_sequences": _whole(1),
-    "length_penalty": _number(-math.inf),
-    "guidance_scale": _number(-math.inf),
-    "max_cache_len": _whole(1),
-    "prefill_chunk_size": _whole(1),
+    "length_penalty": _number(-100, 100),
+    "guidance_scale": _number(-MOST, MOST),
+    "max_cache_len": _whole(1, MOST_TOKENS),
+    "prefill_chunk_size": _whole(1, MOST_TOKENS),
     "prompt_lookup_num_tokens": _whole(1),
-    "max_matching_ngram_size": _whole(1),
+    "max_matching_ngram_size": _whole(1, 1024),  # each length has a table of its own
     "num_assistant_tokens": _whole(1),
     "num_assistant_tokens_schedule": (
         lambda v: v in ("constant", "heuristic_transient"),
@@ -90,8 +126,8 @@ CHECKS: dict[str, Check] = {
     ),
     "assistant_confidence_threshold": _number(0, 1),
     "temperature": (
-        _POSITIVE[0],
-        "a number of more than 0 for sampling; for greedy decoding say do_sample=False",
+        _FACTOR[0],
+        f"a number of at least {LEAST:g} and at most {MOST:g} for sampling; for greedy decoding say do_sample=False",
     ),
     "top_k": (_whole(0)[0], "a whole number of at least 0 (0 keeps all tokens)"),
     "top_p": _number(0, 1),
@@ -100,8 +136,8 @@ CHECKS: dict[str, Check] = {
     "typical_p": _number(0, 1, open_low=True),
     "epsilon_cutoff": (lambda v: _number(0, 1)[0](v) and v < 1, "a number of at least 0 and less than 1"),
     "eta_cutoff": (lambda v: _number(0, 1)[0](v) and v < 1, "a number of at least 0 and less than 1"),
-    "repetition_penalty": _POSITIVE,
-    "encoder_repetition_penalty": _POSITIVE,
+    "repetition_penalty": _FACTOR,
+    "encoder_repetition_penalty": _FACTOR,
     "no_repeat_ngram_size": _whole(0),
     "encoder_no_repeat_ngram_size": _whole(0),
     "bad_words_ids": (
@@ -109,9 +145,9 @@ CHECKS: dict[str, Check] = {
         "a list of lists of token ids, none of them empty",
     ),
     "sequence_bias": (_is_bias, "{(id, ...): bias} or [[[id, ...], bias], ...] with at least one entry"),
-    "exponential_decay_length_penalty": (_is_decay, "(start, factor): a whole number and a number"),
+    "exponential_decay_length_penalty": (_is_decay, "(start, factor): a whole number, and a number above 0"),
     "forced_bos_token_id": (_is_id, "a token id"),
-    "forced_eos_token_id": _IDS,
+    "forced_eos_token_id": _EACH_ID,
     "suppress_tokens": _ID_LIST,
     "begin_suppress_tokens": _ID_LIST,
     "eos_token_id": _IDS,

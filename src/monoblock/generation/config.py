@@ -18,7 +18,7 @@ from monoblock.checkpoint.hub import find_file
 from monoblock.checkpoint.options import HubOptions
 from monoblock.errors import FieldError
 from monoblock.field_types import brief, checked_fields, declared, in_file
-from monoblock.generation.checks import CHECKS, SAMPLING_FIELDS, as_ids
+from monoblock.generation.checks import CHECKS, SAMPLING_FIELDS, as_ids, plain
 
 GENERATION_CONFIG_NAME = "generation_config.json"
 METADATA = frozenset({"transformers_version", "_from_model_config"})
@@ -133,7 +133,7 @@ class GenerationConfig:
                 continue
             if name not in self.FIELDS | METADATA and (name == "_loaded" or hasattr(type(self), name)):
                 raise FieldError(f"GenerationConfig.{name} is an attribute of the class and no field", name)
-            setattr(self, name, value)
+            setattr(self, name, plain(name, value) if name in self.FIELDS else value)
             if name not in self.FIELDS | METADATA and name not in self._warned:
                 self._warned.add(name)
                 log.warning(
@@ -176,7 +176,7 @@ class GenerationConfig:
                 continue
             fits, expected = CHECKS[name]
             if not fits(value):
-                raise ValueError(f"GenerationConfig.{name}={value!r}: expected {expected}")
+                raise ValueError(f"GenerationConfig.{name}={brief(value)}: expected {expected}")
         for forced in ("forced_bos_token_id", "forced_eos_token_id"):
             ids = set(as_ids(getattr(self, forced)))
             if ids and ids <= set(self.suppress_tokens or ()):
@@ -189,7 +189,7 @@ class GenerationConfig:
         """Set the fields that this config has; returns the other arguments."""
         known = {name: value for name, value in kwargs.items() if name in self.FIELDS or hasattr(self, name)}
         for name, value in known.items():
-            setattr(self, name, value)
+            setattr(self, name, plain(name, value))
             self._loaded.pop(name, None)
         self.validate()
         return {name: value for name, value in kwargs.items() if name not in known}

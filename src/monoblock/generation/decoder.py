@@ -77,6 +77,7 @@ class Model(Protocol):
     generation_config: GenerationConfig | None
     input_names: frozenset[str]
     max_positions: int | None
+    vocab: int | None  # ids that there are; None: not known before the first scores
 
     @property
     def unsupported(self) -> Unsupported:

@@ -11,7 +11,8 @@ import numpy as np
 
 from monoblock.generation.arrays import Array, ArrayOps
 from monoblock.generation.decoder import Decoder, Model, Plan
-from monoblock.generation.prompt import Call
+from monoblock.generation.limits import check_prompt, check_room
+from monoblock.generation.prompt import Call, as_array
 
 
 class Guidance:
@@ -65,10 +66,14 @@ def build(
             )
         return None
     ids_bm, mask_bm = _negative_prompt(ops, call, prompt_bn)
+    values = ops.to_numpy(ids_bm)
+    check_prompt("negative_prompt_ids", int(values.min()), int(values.max()), model.vocab)
+    used = values.shape[1] if mask_bm is None else int(ops.to_numpy(mask_bm).sum(1).max())
+    check_room("the negative prompt", used, plan.new_tokens, model.max_positions)
     config = copy.copy(plan.config)
     config.return_dict_in_generate = False
     own = dataclasses.replace(plan, config=config, prompt_length=int(ids_bm.shape[1]))
-    return Guidance(ops, scale, model.decoder(own, {}), (ids_bm, mask_bm), copied)
+    return Guidance(ops, float(scale), model.decoder(own, {}), (ids_bm, mask_bm), copied)
 
 
 def _negative_prompt(ops: ArrayOps, call: Call, prompt_bn: Array) -> tuple[Array, Array | None]:
@@ -79,7 +84,7 @@ def _negative_prompt(ops: ArrayOps, call: Call, prompt_bn: Array) -> tuple[Array
         if prompt_bn.shape[1] == 0:
             raise ValueError("guidance of a prompt that is given as inputs_embeds needs negative_prompt_ids")
         return prompt_bn[:, -1:], None
-    ids_bm: Any = ops.array(call.negative_prompt_ids)
+    ids_bm: Any = as_array(ops, "negative_prompt_ids", call.negative_prompt_ids, "token ids (rows, tokens)")
     if len(ids_bm.shape) != 2 or ids_bm.shape[0] != prompt_bn.shape[0] or ids_bm.shape[1] == 0:
         raise ValueError(
             f"negative_prompt_ids must have the shape ({prompt_bn.shape[0]}, tokens), one row for each prompt, got "
@@ -87,7 +92,8 @@ def _negative_prompt(ops: ArrayOps, call: Call, prompt_bn: Array) -> tuple[Array
         )
     if call.negative_prompt_attention_mask is None:
         return ids_bm, None
-    mask = ops.to_numpy(ops.array(call.negative_prompt_attention_mask)) != 0
+    name = "negative_prompt_attention_mask"
+    mask = ops.to_numpy(as_array(ops, name, getattr(call, name), "1 for tokens and 0 for padding")) != 0
     if mask.shape != tuple(ids_bm.shape):
         raise ValueError(
             f"negative_prompt_attention_mask must have the shape of negative_prompt_ids, {tuple(ids_bm.shape)}, got "

@@ -7,6 +7,7 @@ A backend plugs in with two objects. A `Model` describes what `generate` runs on
         generation_config = ...                # the model's own GenerationConfig, or None
         input_names = frozenset({"past_key_values", "position_ids", "inputs_embeds"})
         max_positions = None                   # the length of a position table, if there is one
+        vocab = 89                             # how many ids there are
         unsupported = {}                       # options that are refused for a reason of this backend's own
         compiled = None                        # what runs a whole call as one program, if the backend can
         def decoder(self, plan, inputs): ...   # a Decoder for one call; `inputs` hold some of input_names

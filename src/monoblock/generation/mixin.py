@@ -9,17 +9,30 @@ from typing import Any, cast
 from monoblock.checkpoint.hub import find_file
 from monoblock.checkpoint.options import HubOptions
 from monoblock.generation.config import GENERATION_CONFIG_NAME, GenerationConfig
+from monoblock.spec import ArchSpec, Learned
 
 
 class GenerationMixin:
     """The part of `generate` that has no framework."""
 
     config: Any
+    spec: ArchSpec
     generation_config: GenerationConfig | None
 
     def can_generate(self) -> bool:
         """Whether the model predicts the next token."""
         raise NotImplementedError
+
+    @property
+    def max_positions(self) -> int | None:
+        """The length of the table of positions; None: there is none, and texts may have any length."""
+        learned = self.spec.position(Learned)
+        return learned.size - learned.offset if learned else None
+
+    def room(self, tokens: int) -> int | None:
+        """How many new tokens fit after a prompt of so many; None: any number."""
+        positions = self.max_positions
+        return None if positions is None else max(0, positions - tokens + 1)
 
     def default_generation_config(self) -> GenerationConfig:
         """What the model's config says about generation."""

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from monoblock.generation import guidance, processors, stopping, structured
+from monoblock.generation import guidance, limits, processors, stopping, structured
 from monoblock.generation.arrays import Array
 from monoblock.generation.config import GenerationConfig, as_own_config
 from monoblock.generation.decoder import Model, Plan
 from monoblock.generation.prompt import (
     CALL_NAMES,
     Call,
+    check_functions,
+    check_positions,
     embedded_length,
     prompt_ids,
     prompt_mask,
@@ -35,6 +37,7 @@ def prepare(model: Model, arguments: Mapping[str, Any], plain: Plain = ids_alone
     known = CALL_NAMES | GenerationConfig.FIELDS | model.input_names
     refuse_unknown(given.keys() - UNSUPPORTED_ARGUMENTS.keys(), known)
     call = Call(**{name: value for name, value in given.items() if name in CALL_NAMES})
+    check_functions(call)
     model_inputs = {n: v for n, v in given.items() if n in model.input_names and v is not None}
     config = resolve(
         {name: value for name, value in given.items() if name in GenerationConfig.FIELDS},
@@ -48,7 +51,9 @@ def prepare(model: Model, arguments: Mapping[str, Any], plain: Plain = ids_alone
             "speculative decoding and beam search do not go together: leave out num_beams, or assistant_model and "
             "prompt_lookup_num_tokens"
         )
-    return Generation(model, call, config, model_inputs, plain)
+    own = call.generation_config.own_fields() if call.generation_config else {}
+    asked = frozenset({*own, *(name for name, value in given.items() if value is not None)})
+    return Generation(model, call, config, model_inputs, plain, asked)
 
 
 def _guesses(call: Call, config: GenerationConfig) -> bool:
@@ -77,24 +82,31 @@ class Generation:
         call: Call,
         config: GenerationConfig,
         inputs: dict[str, Any],
-        plain: Plain = ids_alone,
+        plain: Plain,
+        asked: frozenset[str],
     ):
+        """`asked`: the arguments that the call gives, and the fields that its config sets."""
         self.ops = ops = model.ops
         self.config, self.plain = config, plain
         self.streamer = call.streamer
-        self.prompt_bn = prompt_ids(ops, call, config, inputs)
+        limits.check_ids(config, model.vocab, asked)
+        self.prompt_bn = prompt_ids(ops, call, config, inputs, model.vocab)
         self.mask_bm = prompt_mask(ops, self.prompt_bn, call, config, inputs)
         batch, columns = (int(size) for size in self.prompt_bn.shape)
         self.embedded = embedded_length(inputs)
         given = self.embedded or columns
+        if (positions := inputs.get("position_ids")) is not None:
+            check_positions(ops, positions, batch, given)
         self.guesses = _guesses(call, config)
+        copies = _copies(config)
+        limits.check_rows(batch, copies)
         self.plan = Plan(
             config=config,
             # A mask with more columns speaks of tokens that are in the cache already.
             prompt_length=given if self.mask_bm is None else max(given, int(self.mask_bm.shape[1])),
-            new_tokens=new_tokens(config, given, model.max_positions),
+            new_tokens=self._new_tokens(model, given, inputs, asked),
             batch=batch,
-            copies=_copies(config),
+            copies=copies,
             rewinds=self.guesses,
         )
         if self.streamer is not None and self.plan.rows > 1:
@@ -102,6 +114,8 @@ class Generation:
         self.own_criteria: list[Any] = list(call.stopping_criteria or ())
         self.eos = frozenset(config.eos_ids)
         self.pad = self._pad()
+        if self.plan.rows > 1 and (self.own_criteria or config.stop_strings or self._ends(model.vocab)):
+            limits.check_pad(self.pad, model.vocab)
         self.generator = random_source(ops, call)
         self.copy_of = ops.array([row // self.plan.copies for row in range(self.plan.rows)])
         self.setting = self._setting()
@@ -115,8 +129,31 @@ class Generation:
             config.max_time, config.stop_strings, self.own_criteria, call.tokenizer
         )
         self.assistant = call.assistant_model
-        self.vocab = 0  # known from the first scores on
+        self.vocab = 0  # as the first scores have it
         self.decoder = model.decoder(self.plan, inputs)
+
+    def _new_tokens(self, model: Model, given: int, inputs: Mapping[str, Any], asked: frozenset[str]) -> int:
+        """How many tokens to make after a prompt of `given` positions. ValueError: the call asked for more than the
+        model's table of positions has room for. A number of the model's own files is lowered to what there is."""
+        new = new_tokens(self.config, given, model.max_positions)
+        if (positions := model.max_positions) is None:
+            return new
+        used = self._used(given, inputs)
+        if not {"max_new_tokens", "max_length"} & asked and used <= positions:
+            new = min(new, positions - used + 1)
+        limits.check_room("the prompt", used, new, positions)
+        return new
+
+    def _used(self, given: int, inputs: Mapping[str, Any]) -> int:
+        """How many positions of its table the longest prompt takes: by those that are given, else its tokens without
+        padding."""
+        if (positions := inputs.get("position_ids")) is not None:
+            return int(self.ops.to_numpy(self.ops.array(positions)).max()) + 1
+        return given if self.mask_bm is None else int((self.ops.to_numpy(self.mask_bm) != 0).sum(1).max())
+
+    def _ends(self, vocab: int | None) -> bool:
+        """Whether a row may end by an eos token before others do."""
+        return any(vocab is None or token < vocab for token in self.eos)
 
     def _pad(self) -> int:
         if self.config.pad_token_id is not None and self.config.pad_token_id >= 0:

@@ -79,12 +79,18 @@ def _limit(function: Callable[..., Array]) -> Build:
     return lambda value, s: lambda _ids, scores: function(s.ops, scores, value, s.keep)
 
 
+def _real(value: Any) -> Any:
+    """A number as a float, which an array takes whatever its size; the device's as it is."""
+    return float(value) if isinstance(value, int) else value
+
+
 def _repetition(penalty: float, s: Setting) -> Processor:
-    return lambda ids, scores: sc.repetition_penalty(s.ops, scores, ids, penalty, s.valid(ids))
+    return lambda ids, scores: sc.repetition_penalty(s.ops, scores, ids, _real(penalty), s.valid(ids))
 
 
 def _prompt_repetition(penalty: float, s: Setting) -> Processor:
-    return lambda _ids, scores: sc.repetition_penalty(s.ops, scores, s.prompt_bn, 1 / penalty, s.valid_bn)
+    factor = 1 / _real(penalty)
+    return lambda _ids, scores: sc.repetition_penalty(s.ops, scores, s.prompt_bn, factor, s.valid_bn)
 
 
 def _ngrams(size: int, s: Setting) -> Processor:
@@ -141,7 +147,9 @@ def _decay(value: tuple[int, float], s: Setting) -> Processor | None:
     def grow(ids: Array, scores: Array) -> Array:
         past = s.length(ids) - start
         return s.ops.choose(
-            past > 0, lambda: sc.raise_columns(s.ops, scores, index_k, factor**past - 1), lambda: scores
+            past > 0,
+            lambda: sc.raise_columns(s.ops, scores, index_k, sc.power(s.ops, factor, past) - 1),
+            lambda: scores,
         )
 
     return grow
@@ -169,7 +177,7 @@ ALWAYS: tuple[Row, ...] = (
     ("begin_suppress_tokens", None, lambda v, s: _ban_while(s, v, lambda n: n == _first_choice(s))),
 )
 SAMPLING: tuple[Row, ...] = (
-    ("temperature", 1.0, lambda v, _: lambda _i, x: x / v),
+    ("temperature", 1.0, lambda v, _: lambda _i, x: x / _real(v)),
     ("top_h", None, _simple(sc.top_h)),
     ("top_k", 0, _limit(sc.top_k)),
     ("top_p", 1.0, _limit(sc.top_p)),

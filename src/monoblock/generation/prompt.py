@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
 
+from monoblock.call_checks import check_mask
+from monoblock.field_types import brief
 from monoblock.generation.arrays import Array, ArrayOps
 from monoblock.generation.config import GenerationConfig
+from monoblock.generation.limits import check_prompt
+from monoblock.seeds import checked_seed
 
 log = logging.getLogger("monoblock")
 
@@ -41,18 +45,27 @@ CALL_NAMES = frozenset(field.name for field in fields(Call))
 
 def embedded_length(inputs: Mapping[str, Any]) -> int:
     """Positions of a prompt that is given as embeddings (rows, positions, width); 0 if it is not."""
-    embeds = inputs.get("inputs_embeds")
-    return 0 if embeds is None else int(embeds.shape[1])
+    if (embeds := inputs.get("inputs_embeds")) is None:
+        return 0
+    if len(shape := np.shape(embeds)) != 3 or 0 in shape:
+        raise ValueError(
+            f"inputs_embeds must be (rows, positions, width), none of them 0, got {tuple(shape)}"
+        )
+    return int(shape[1])
 
 
-def prompt_ids(ops: ArrayOps, call: Call, config: GenerationConfig, inputs: Mapping[str, Any]) -> Array:
+def prompt_ids(
+    ops: ArrayOps, call: Call, config: GenerationConfig, inputs: Mapping[str, Any], vocab: int | None = None
+) -> Array:
     """The prompts' ids (rows, tokens), on the device; without any, one row of the bos token.
 
-    A prompt that is given as embeddings alone has no tokens. ValueError if there is nothing to start from.
+    A prompt that is given as embeddings alone has no tokens. ValueError if there is nothing to start from, or an id is
+    none of the `vocab`.
     """
     if call.inputs is not None and call.input_ids is not None:
         raise ValueError("generate() got both inputs and input_ids: they are the same argument, give one")
     given = call.input_ids if call.inputs is None else call.inputs
+    embedded_length(inputs)
     embeds = inputs.get("inputs_embeds")
     if given is None and embeds is not None:
         return ops.array(np.zeros((int(embeds.shape[0]), 0), dtype=np.int64))
@@ -64,19 +77,55 @@ def prompt_ids(ops: ArrayOps, call: Call, config: GenerationConfig, inputs: Mapp
         raise TypeError(
             "generate() takes token ids, got text: give it tokenizer(text, return_tensors=...) first"
         )
-    try:
-        ids_bn = ops.array(given)
-    except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"input_ids must be token ids of shape (rows, tokens), rows of equal length: {error}"
-        ) from error
+    ids_bn = as_array(ops, "input_ids", given, "token ids of shape (rows, tokens), rows of equal length")
     if len(ids_bn.shape) != 2 or ids_bn.shape[0] == 0:
         raise ValueError(f"input_ids must have the shape (rows, tokens), got {tuple(ids_bn.shape)}")
     if ids_bn.shape[1] == 0 and embeds is None:
         raise ValueError("the prompt is empty: give at least one token, such as the bos token")
     if "int" not in str(ids_bn.dtype):
         raise ValueError(f"input_ids must be whole numbers, got {ids_bn.dtype}")
+    if ids_bn.shape[1] > 0:
+        values = ops.to_numpy(ids_bn)
+        check_prompt("input_ids", int(values.min()), int(values.max()), vocab)
     return ids_bn
+
+
+def as_array(ops: ArrayOps, name: str, value: Any, expected: str) -> Array:
+    """The argument `name` as an array of numbers; ValueError for what is none."""
+    try:
+        made = ops.array(value)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        why = str(error).partition("\n")[0]
+        raise ValueError(f"{name} must be {expected}, got {brief(value)}: {why}") from error
+    if not any(kind in str(made.dtype) for kind in ("int", "float", "bool")):
+        raise ValueError(f"{name} must be {expected}, got {made.dtype}")
+    return made
+
+
+def check_positions(ops: ArrayOps, positions: Any, rows: int, columns: int) -> None:
+    """ValueError unless there is a position, a whole number, for each token of the prompts (or of one for all)."""
+    made = as_array(ops, "position_ids", positions, "whole numbers (rows, tokens)")
+    if tuple(made.shape) not in ((rows, columns), (1, columns)) or "int" not in str(made.dtype):
+        raise ValueError(
+            f"position_ids must be whole numbers (rows, tokens) = ({rows}, {columns}), got {made.dtype} "
+            f"{tuple(made.shape)}"
+        )
+
+
+def check_functions(call: Call) -> None:
+    """TypeError for an argument that is to be called, or holds what is, and cannot."""
+    for name in ("logits_processor", "stopping_criteria"):
+        value = getattr(call, name)
+        if value is not None and (not isinstance(value, Sequence) or isinstance(value, str)):
+            raise TypeError(f"{name} must be a list of callables, got {brief(value)}")
+    if call.prefix_allowed_tokens_fn is not None and not callable(call.prefix_allowed_tokens_fn):
+        got = brief(call.prefix_allowed_tokens_fn)
+        raise TypeError(f"prefix_allowed_tokens_fn must be a function of a row and its ids, got {got}")
+    streamer = call.streamer
+    if streamer is not None and not all(callable(getattr(streamer, name, None)) for name in ("put", "end")):
+        raise TypeError(f"streamer must have put and end, as TextStreamer has, got {brief(streamer)}")
+    if call.tokenizer is not None and not callable(getattr(call.tokenizer, "decode", None)):
+        raise TypeError(f"tokenizer must be the model's, which has decode, got {brief(call.tokenizer)}")
 
 
 def prompt_mask(
@@ -88,7 +137,13 @@ def prompt_mask(
     """
     columns = embedded_length(inputs) or int(ids_bn.shape[1])
     if call.attention_mask is not None:
-        mask = ops.to_numpy(ops.array(call.attention_mask)) != 0
+        given = ops.to_numpy(
+            as_array(
+                ops, "attention_mask", call.attention_mask, "1 for tokens and 0 for padding (rows, tokens)"
+            )
+        )
+        check_mask(given)
+        mask = given != 0
         _check_shape(mask.shape, int(ids_bn.shape[0]), columns, longer="past_key_values" in inputs)
     elif config.pad_token_id is not None and ids_bn.shape[1] > 0:
         ids = ops.to_numpy(ids_bn)
@@ -134,6 +189,4 @@ def random_source(ops: ArrayOps, call: Call) -> Any:
         return call.generator
     if call.generator is not None:
         raise ValueError("generate() got both seed and generator: give one")
-    if isinstance(call.seed, bool) or not isinstance(call.seed, int):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise ValueError(f"seed must be a whole number, got {call.seed!r}")
-    return ops.generator(call.seed)
+    return ops.generator(checked_seed(call.seed))

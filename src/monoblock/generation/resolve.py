@@ -9,7 +9,8 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from monoblock.errors import UnsupportedConfig
-from monoblock.generation.checks import SAMPLING_FIELDS
+from monoblock.field_types import brief
+from monoblock.generation.checks import SAMPLING_FIELDS, plain
 from monoblock.generation.config import GenerationConfig
 
 log = logging.getLogger("monoblock")
@@ -117,7 +118,9 @@ def resolve(
     is None switches its field off, as on the hub. Lengths stay as they were set: see `new_tokens`. UnsupportedConfig
     (a ValueError) names a field that cannot be honoured; ValueError an impossible value.
     """
-    sources = [arguments, passed.set_fields() if passed else {}, model.set_fields() if model else {}]
+    given = [arguments, passed.set_fields() if passed else {}, model.set_fields() if model else {}]
+    sources = [{name: plain(name, value) for name, value in fields.items()} for fields in given]
+    arguments = sources[0]
     values: dict[str, Any] = {}
     for source in sources:
         settled = set(values)
@@ -160,7 +163,7 @@ def refuse_unsupported(
         allowed, reason = (own or {}).get(name, row)
         value = given.get(name)
         if value is not None and not any(value is fine or value == fine for fine in allowed):
-            raise UnsupportedConfig(f"{prefix}{name}={value!r}: {reason}")
+            raise UnsupportedConfig(f"{prefix}{name}={brief(value)}: {reason}")
 
 
 def _warn_of_no_effect(config: GenerationConfig, own: Mapping[str, Any], assisted: bool) -> None:
@@ -175,7 +178,8 @@ def _warn_of_no_effect(config: GenerationConfig, own: Mapping[str, Any], assiste
 
 
 def new_tokens(config: GenerationConfig, prompt_length: int, max_positions: int | None = None) -> int:
-    """How many tokens may be generated after a prompt of that length; ValueError if the prompt is too long."""
+    """How many tokens are asked for after a prompt of that length; ValueError if the prompt is too long. Where nobody
+    has said a number, no more than fit `max_positions`."""
     if config.max_new_tokens is not None:
         return config.max_new_tokens
     if config.max_length is not None:

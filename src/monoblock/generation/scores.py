@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 from monoblock.generation.arrays import Array, ArrayOps
+from monoblock.generation.checks import MOST
 
 NEVER = -math.inf
 FLOAT32_MAX = 3.4028234663852886e38
@@ -251,6 +252,14 @@ def remove_invalid(ops: ArrayOps, scores_bv: Array) -> Array:
     scores_bv = ops.where(scores_bv != scores_bv, 0.0, scores_bv)
     scores_bv = ops.where(scores_bv == math.inf, FLOAT32_MAX, scores_bv)
     return ops.where(scores_bv == NEVER, -FLOAT32_MAX, scores_bv)
+
+
+def power(ops: ArrayOps, base: float, exponent: Any) -> Any:
+    """base ** exponent, at most MOST: infinity times a score of 0 is no number. `exponent`: an int, or the device's."""
+    if not isinstance(exponent, int):
+        grown = base**exponent
+        return ops.where(grown < MOST, grown, MOST)
+    return MOST if exponent * math.log(base) > math.log(MOST) else base**exponent
 
 
 def raise_columns(ops: ArrayOps, scores_bv: Array, index_k: Array, factor: float) -> Array:

@@ -9,6 +9,7 @@ from typing import Any, cast
 
 from monoblock.generation.arrays import Array
 from monoblock.generation.checks import as_ids
+from monoblock.texts import check_characters
 
 Rows = list[list[int]]  # token ids of each row, prompt included
 
@@ -107,6 +108,8 @@ class StopStringCriteria(HostCriteria):
 
     def __init__(self, tokenizer: Any, stop_strings: str | Sequence[str]):
         self.stop_strings = (stop_strings,) if isinstance(stop_strings, str) else tuple(stop_strings)
+        for string in self.stop_strings:
+            check_characters(string, "stop_strings")
         self._decode = text_of(tokenizer)
         # Enough tokens for the longest string, if each gave a single byte, and one more whose leading space a
         # tokenizer may drop.

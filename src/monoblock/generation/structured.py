@@ -14,8 +14,10 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 
+from monoblock.field_types import brief
 from monoblock.generation.arrays import Array, ArrayOps
 from monoblock.generation.config import GenerationConfig
+from monoblock.texts import check_characters
 
 FORMS = (
     '{"type": "json_schema", "schema": {...}}, {"type": "json_object"} or {"type": "regex", "pattern": "..."}'
@@ -118,13 +120,14 @@ def _grammar(library: Any, wanted: Any) -> str:
     }
     given = {name for name in form if name != "type"}
     if kind not in names or len(given) != bool(names[kind]) or not given <= set(names[kind]):
-        raise ValueError(f"response_format must be {FORMS}, got {wanted!r}")
+        raise ValueError(f"response_format must be {FORMS}, got {brief(wanted)}")
     if kind == "json_object":
         return library.LLMatcher.grammar_from_json_schema({"type": "object"}, COMPACT)
     value: Any = form[next(iter(given))]
     if kind == "regex":
         if not isinstance(value, str) or not value:
             raise ValueError(f"response_format's regular expression must be a text, got {value!r}")
+        check_characters(value, "response_format's regular expression")
         return library.LLMatcher.grammar_from_regex(value)
     if isinstance(value, Mapping) and "schema" in value and "json_schema" in given:
         value = cast(Mapping[str, Any], value)["schema"]  # {"json_schema": {"name": ..., "schema": {...}}}

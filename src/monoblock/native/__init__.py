@@ -64,23 +64,23 @@ def _opened() -> tuple[Any, str | None, str]:
     return choose(os.environ.get(VARIABLE, ""))
 
 
-def choose(wish: str) -> tuple[Any, str | None, str]:
+def choose(chosen: str) -> tuple[Any, str | None, str]:
     """The library, its level and the status for a value of `MONOBLOCK_NATIVE`."""
     from monoblock.native import (
         build,
     )  # here, so that it can be run as a script without being imported before
 
-    wish = wish.strip().lower()
-    if wish in ("0", "off", "no", "false"):
-        return None, None, f"off: {VARIABLE} is {wish}"
+    chosen = chosen.strip().lower()
+    if chosen in ("0", "off", "no", "false"):
+        return None, None, f"off: {VARIABLE} is {chosen}"
     names = list(build.LEVELS)
-    if wish and wish not in (*names, "1", "on"):
-        return None, None, f"off: {VARIABLE} is {wish!r}, which is none of 0, {', '.join(names)}"
+    if chosen and chosen not in (*names, "1", "on"):
+        return None, None, f"off: {VARIABLE} is {chosen!r}, which is none of 0, {', '.join(names)}"
     if not build.path_of("base").exists():
         return None, None, "none: not built; python -m monoblock.native.build does, with a C++ compiler"
     try:
         highest = ctypes.CDLL(str(build.path_of("base"))).mb_level()
-        limit = min(highest, names.index(wish)) if wish in names else highest
+        limit = min(highest, names.index(chosen)) if chosen in names else highest
         best = next(name for name in reversed(names[: limit + 1]) if build.path_of(name).exists())
         found = ctypes.CDLL(str(build.path_of(best)))
         abi.bind(found, ("mb_sources",))
@@ -95,5 +95,5 @@ def choose(wish: str) -> tuple[Any, str | None, str]:
             return None, None, f"none: {difference}; they are of different versions: install monoblock again"
     except (OSError, AttributeError) as error:
         return None, None, f"none: {error}"
-    said = best if best == names[highest] or wish in names else f"{best}; {names[highest]} was not built"
+    said = best if best == names[highest] or chosen in names else f"{best}; {names[highest]} was not built"
     return found, best, said if has_openmp(found) else f"{said}; {SERIAL}"

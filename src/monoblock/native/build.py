@@ -11,6 +11,7 @@ import os
 import platform
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -90,21 +91,23 @@ def ready(folder: Path = HERE) -> Outcome | None:
     return None
 
 
-def build(folder: Path = HERE, extra: tuple[str, ...] = ()) -> Outcome:
-    """Compile every level into `folder`; what cannot be compiled is left out, and the line says why. `extra`: more
-    flags of the compiler."""
-    outcome = _build(folder, extra)
+def build(folder: Path = HERE, extra: tuple[str, ...] = (), seconds: float = 600) -> Outcome:
+    """Compile every level into `folder`; what cannot be compiled within `seconds` is left out, and the line says why.
+    `extra`: more flags of the compiler."""
+    outcome = _build(folder, extra, seconds)
     for level in set(LEVELS) - set(outcome.levels):
         path_of(level, folder).unlink(missing_ok=True)  # of other sources, or another compiler
     return outcome
 
 
-def _build(folder: Path, more: tuple[str, ...]) -> Outcome:
+def _build(folder: Path, more: tuple[str, ...], seconds: float) -> Outcome:
     command = compiler()
     if command is None:
-        wish = os.environ.get("CXX")
+        named = os.environ.get("CXX")
         missing = (
-            f"CXX is {wish!r}, which is no program" if wish else "no C++ compiler (g++ or clang++) was found"
+            f"CXX is {named!r}, which is no program"
+            if named
+            else "no C++ compiler (g++ or clang++) was found"
         )
         return Outcome(
             (), f"monoblock is installed without its native kernels: {missing}; PyTorch does the work."
@@ -115,7 +118,7 @@ def _build(folder: Path, more: tuple[str, ...]) -> Outcome:
 
         def one(level: str, own: tuple[str, ...]) -> str:
             made = Path(scratch) / path_of(level).name
-            errors = _run([*command, *flags, *own, str(HERE / "kernels.cpp"), "-o", str(made)])
+            errors = _run([*command, *flags, *own, str(HERE / "kernels.cpp"), "-o", str(made)], seconds)
             if not errors:
                 made.replace(path_of(level, folder))  # whole or not at all
             return errors
@@ -147,13 +150,30 @@ def _openmp(command: list[str], scratch: Path) -> tuple[str, ...]:
     return () if _run([*command, "-fopenmp", str(probe), "-o", str(scratch / "probe")]) else ("-fopenmp",)
 
 
-def _run(command: list[str]) -> str:
-    """What went wrong, or nothing."""
+def _run(command: list[str], seconds: float = 600) -> str:
+    """What went wrong, or nothing. After `seconds` the command ends, and the processes that it has started."""
+    groups = hasattr(os, "killpg")
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
-    except (OSError, subprocess.SubprocessError) as error:
+        process = subprocess.Popen(
+            command,
+            text=True,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            start_new_session=groups,
+        )
+    except OSError as error:
         return str(error)
-    return "" if done.returncode == 0 else done.stderr.strip() or f"{command[0]} gave {done.returncode}"
+    with process:
+        try:
+            errors = process.communicate(timeout=seconds)[1]
+        except subprocess.TimeoutExpired:
+            if groups:
+                os.killpg(process.pid, signal.SIGKILL)
+            else:
+                process.kill()
+            return f"{command[0]} took more than {seconds:g} s"
+    return "" if process.returncode == 0 else errors.strip() or f"{command[0]} gave {process.returncode}"
 
 
 def _last(errors: str) -> str:

@@ -62,23 +62,23 @@ class Run {
   void run(int thread) {
     Arena arena(mine + thread * own_bytes());
     Own own(*this, thread, arena);
-    own.soon = first_weights(entry(0), thread);
+    own.next = first_weights(entry(0), thread);
     embed(own);
     const NormWeights none = {};
     for (int64_t i = 0; i < m.layers; ++i) {
       const LayerWeights& layer = m.blocks[i];
       norm_input(m.pre_norm ? layer.norm1 : i ? m.blocks[i - 1].norm2 : none, own);
-      own.soon = first_weights(layer.out, thread);
+      own.next = first_weights(layer.out, thread);
       linear(layer.qkv, layer.qkv_adapters, own.h, h_stride, qkv, qkv_size, own);
       finish_qkv(layer, s.caches[i], own);
       s.cache_bf16 ? attend<uint16_t>(layer, s.caches[i], own) : attend<float>(layer, s.caches[i], own);
       gather_heads(own);
-      own.soon = first_weights(layer.up, thread, m.gated ? 2 : 1);
+      own.next = first_weights(layer.up, thread, m.gated ? 2 : 1);
       residual(layer.out, layer.out_adapters, own.wide, wide_stride, own);
       norm_input(m.pre_norm ? layer.norm2 : layer.norm1, own);
-      own.soon = first_weights(layer.down, thread);
+      own.next = first_weights(layer.down, thread);
       m.gated ? mlp_gated_up(layer.up, layer.up_adapters, own) : mlp_up(layer.up, layer.up_adapters, own);
-      own.soon = first_weights(entry(i + 1), thread);
+      own.next = first_weights(entry(i + 1), thread);
       residual(layer.down, layer.down_adapters, inner, inner_stride, own);
     }
     norm_input(m.pre_norm ? none : m.blocks[m.layers - 1].norm2, own);
@@ -86,7 +86,7 @@ class Run {
       float* h = own.h + t * h_stride;
       normed(m.final_norm, m.bf16, h, m.width, h);
     }
-    own.soon = Soon();
+    own.next = WeightPrefetch();
     logits(own);
   }
 
@@ -108,7 +108,7 @@ class Run {
     const int thread;
     float *h, *wide, *query, *scores, *block;
     Prepared prepared;
-    Soon soon;
+    WeightPrefetch next;
   };
 
   int64_t own_bytes() const {
@@ -131,7 +131,7 @@ class Run {
   // A phase: `work` for 0 .. count - 1. Threads at the barrier prefetch the weights of the next phase.
   template <class F>
   void phase(Own& own, int64_t n, F work) {
-    team.parallel_for(own.thread, n, work, [&] { return own.soon.ask(); });
+    team.parallel_for(own.thread, n, work, [&] { return own.next.step(); });
   }
 
   // Embedded tokens, and RoPE's cosines and sines.
@@ -187,21 +187,21 @@ class Run {
   const Matrix& entry(int64_t layer) const { return layer < m.layers ? m.blocks[layer].qkv : m.head; }
 
   // The weights that a thread reads first when the outputs of W are divided; of several matrices in one, of the first.
-  Soon first_weights(const Matrix& w, int thread, int parts = 1) const {
+  WeightPrefetch first_weights(const Matrix& w, int thread, int parts = 1) const {
     const int64_t outputs = w.outputs / parts;
     const int64_t chunk = chunk_of(outputs), first = std::min(thread * chunk, outputs);
     const int streams = streams_of(w.format, count > MOST_OF_FEW);
-    return Soon(w, first, std::min(first + chunk, outputs), streams, NEXT / streams);
+    return WeightPrefetch(w, first, std::min(first + chunk, outputs), streams, NEXT / streams);
   }
 
   // The inputs of W in its format; before, low = A x of its adapters, whose threads at the barrier prefetch W (`parts`: of
   // several matrices in one, the first).
   void inputs_of(const Matrix& w, const Adapters& adapters, const float* from, int64_t step, Own& own, int parts = 1) {
     if (adapters.count) {
-      const Soon later = own.soon;
-      own.soon = first_weights(w, own.thread, parts);
+      const WeightPrefetch later = own.next;
+      own.next = first_weights(w, own.thread, parts);
       project(adapters, from, step, own);
-      own.soon = later;
+      own.next = later;
     }
     prepare(w, from, step, count, own.prepared);
   }

@@ -1,4 +1,4 @@
-// The functions of one variable that a transformer needs, on vectors of floats, to a few units of the last place.
+// The functions of one variable that a transformer needs, on vectors of floats, to a few ulp.
 #pragma once
 
 #include <initializer_list>
@@ -14,7 +14,7 @@ INLINE Floats smallest(Floats a, Floats b) { return a < b ? a : b; }
 // ---------------------------------------------------------------------------- as many sums as a vector has lanes
 
 // Of both vectors, runs of 2 * D lanes become runs of D lanes: their second halves are added to the first.
-constexpr int lane(int place, int run, int half) { return place / run * 2 * run + half * run + place % run; }
+constexpr int lane(int index, int run, int half) { return index / run * 2 * run + half * run + index % run; }
 
 template <int D, size_t... L>
 INLINE Floats folded(Floats a, Floats b, std::index_sequence<L...>) {

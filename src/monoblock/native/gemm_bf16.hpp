@@ -30,8 +30,8 @@ struct PackedBlock {
 };
 
 // The rows [first, first + PANEL), or none beyond the end.
-inline Soon rows_from(const Matrix& m, int64_t first) {
-  return Soon(m, first, first + PANEL < m.outputs ? first + PANEL : m.outputs);
+inline WeightPrefetch rows_from(const Matrix& m, int64_t first) {
+  return WeightPrefetch(m, first, first + PANEL < m.outputs ? first + PANEL : m.outputs);
 }
 
 // The weights [k, k + count) of a row; `to` is for those in 12 bits.
@@ -66,14 +66,14 @@ inline void pack_k_block(const Matrix& m, int64_t first, int64_t k, int64_t coun
 // T rows of inputs times a packed K block; their sums begin at 0 where it is the first.
 template <int T>
 inline void multiply_k_block(const uint32_t* weights, const uint16_t* x, int64_t ldx, int64_t pairs, float* sums,
-                             bool first, Soon& soon) {
+                             bool first, WeightPrefetch& prefetch) {
   constexpr int64_t AT_A_TIME = 16;  // pairs between two lines that are prefetched
   Floats own[T][ACROSS] = {};
   if (!first)
     UNROLL for (int t = 0; t < T; ++t)
       UNROLL for (int i = 0; i < ACROSS; ++i) own[t][i] = load<Floats>(sums + t * PANEL + i * SIDE);
   for (int64_t start = 0; start < pairs; start += AT_A_TIME) {
-    soon.ask();
+    prefetch.step();
     const int64_t end = start + AT_A_TIME < pairs ? start + AT_A_TIME : pairs;
     _Pragma("GCC unroll 2") for (int64_t p = start; p < end; ++p) {
       __m512bh two[ACROSS];
@@ -91,18 +91,18 @@ inline void multiply_k_block(const uint32_t* weights, const uint16_t* x, int64_t
 
 // All rows of inputs (at most ROW_BLOCK) times a packed K block, which begins at input k.
 inline void multiply_rows(const PackedBlock& w, const uint16_t* x, int64_t ldx, int64_t rows, int64_t k, int64_t count,
-                      Soon& soon) {
+                      WeightPrefetch& prefetch) {
   const int64_t pairs = count / 2;
   x += k;
   for (int64_t row = 0; row < rows; row += TOKENS, x += TOKENS * ldx) {
     float* sums = w.sums + row * PANEL;
     switch (rows - row) {
-      case 1: multiply_k_block<1>(w.weights, x, ldx, pairs, sums, !k, soon); break;
-      case 2: multiply_k_block<2>(w.weights, x, ldx, pairs, sums, !k, soon); break;
-      case 3: multiply_k_block<3>(w.weights, x, ldx, pairs, sums, !k, soon); break;
-      case 4: multiply_k_block<4>(w.weights, x, ldx, pairs, sums, !k, soon); break;
-      case 5: multiply_k_block<5>(w.weights, x, ldx, pairs, sums, !k, soon); break;
-      default: multiply_k_block<TOKENS>(w.weights, x, ldx, pairs, sums, !k, soon);
+      case 1: multiply_k_block<1>(w.weights, x, ldx, pairs, sums, !k, prefetch); break;
+      case 2: multiply_k_block<2>(w.weights, x, ldx, pairs, sums, !k, prefetch); break;
+      case 3: multiply_k_block<3>(w.weights, x, ldx, pairs, sums, !k, prefetch); break;
+      case 4: multiply_k_block<4>(w.weights, x, ldx, pairs, sums, !k, prefetch); break;
+      case 5: multiply_k_block<5>(w.weights, x, ldx, pairs, sums, !k, prefetch); break;
+      default: multiply_k_block<TOKENS>(w.weights, x, ldx, pairs, sums, !k, prefetch);
     }
   }
 }
@@ -132,13 +132,13 @@ inline void bf16_panel(const Matrix& m, const PackedBlock& w, int64_t first, int
                          int64_t ldx, int64_t rows, char* y, int32_t y_format, int64_t ldy) {
   const int64_t k_blocks = (m.inputs + K_BLOCK - 1) / K_BLOCK;
   const int64_t each = round_up((m.inputs + k_blocks - 1) / k_blocks, RUN);
-  Soon soon = rows_from(m, next);
+  WeightPrefetch prefetch = rows_from(m, next);
   for (int64_t row = 0; row < rows; row += ROW_BLOCK) {
     const int64_t count = rows - row < ROW_BLOCK ? rows - row : ROW_BLOCK;
     for (int64_t k = 0; k < m.inputs; k += each) {
       const int64_t here = m.inputs - k < each ? m.inputs - k : each;
       if (!row || k_blocks > 1) pack_k_block(m, first, k, here, w);
-      multiply_rows(w, x + row * ldx, ldx, count, k, here, soon);
+      multiply_rows(w, x + row * ldx, ldx, count, k, here, prefetch);
     }
     store_panel(m, w.sums, first, count, y + row * ldy * (y_format == BF16 ? 2 : 4), y_format, ldy);
   }

@@ -12,7 +12,7 @@
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
-// The highest of build.py's levels that this machine can run; asked of the base library.
+// The highest of build.py's levels that this machine can run; called on the base library.
 EXPORT int mb_level() {
 #if defined(__x86_64__) || defined(_M_X64)
   __builtin_cpu_init();
@@ -29,7 +29,7 @@ EXPORT int mb_level() {
 // Whether the machine has matrix units for bf16 (AMX): with them PyTorch's products of many rows are several times as fast.
 EXPORT int mb_amx() {
 #if defined(__x86_64__) || defined(_M_X64)
-  static const int found = [] {  // asked once: a virtual machine's host answers it
+  static const int found = [] {  // once: on a virtual machine each CPUID exits to the host
     unsigned a, b, c, d;
     return int(__get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 22 & 1));
   }();

@@ -11,7 +11,7 @@ namespace matrices {
 
 constexpr int AT_ONCE = 16;  // rows of inputs that are prepared together
 constexpr int STRIP = 512;   // outputs that a thread keeps as floats before it rounds them
-constexpr int CHUNK = 512;    // outputs that a thread takes at a time, and then asks for more; fewer for small matrices
+constexpr int CHUNK = 512;    // outputs that a thread takes at a time from the loop's counter; fewer for small matrices
 constexpr int64_t ALONE = 1 << 16;  // products that one thread has done before another would have woken up
 
 inline int thread_number() {

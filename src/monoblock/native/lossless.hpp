@@ -36,7 +36,7 @@ struct Row {
   const uint8_t* runs;
   int64_t columns;
   int count;         // of weights in the head
-  uint16_t highest;  // in an exponent's place
+  uint16_t highest;  // in the exponent's bits
 };
 
 // The weights from 32 * J + word on of a run, as many as a vector of bf16 holds; `lower` is the run's words from `word` on.

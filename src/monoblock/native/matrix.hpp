@@ -91,7 +91,7 @@ INLINE float bias_of(const Matrix& m, int64_t output) {
 #include "prepare.hpp"
 #include "tiles.hpp"
 #include "lossless.hpp"
-#include "soon.hpp"
+#include "weight_prefetch.hpp"
 
 namespace matrices {
 

@@ -85,8 +85,7 @@ class Arena {
   int64_t used = 0;
 };
 
-// From row to row of what a matrix reads: not a power of two, for then all rows would meet in the same few places of the
-// nearest cache.
+// The row stride of a matrix's inputs, in elements: not a power of two, or all rows would map to the same few sets of L1.
 constexpr int64_t apart(int64_t width) { return round_up(width, 16) + 16; }
 
 template <class F>

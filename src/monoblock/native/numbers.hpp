@@ -125,7 +125,7 @@ INLINE float read1(const uint16_t* from) { return from_bf16(*from); }
 INLINE void write1(float* to, float x) { *to = x; }
 INLINE void write1(uint16_t* to, float x) { *to = to_bf16(x); }
 
-// IEEE half precision: exponent and mantissa move into a float's place, and 2^112 makes up for the bias.
+// IEEE half precision: exponent and mantissa are shifted into a float's bits, and 2^112 corrects the exponent bias.
 INLINE float from_half(uint16_t v) {
   float size = bits<float>(uint32_t(v & 0x7fff) << 13) * 0x1p112f;
   return bits<float>(bits<uint32_t>(size) | uint32_t(v & 0x8000) << 16);

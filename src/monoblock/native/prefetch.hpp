@@ -16,7 +16,7 @@ inline bool non_temporal_is_better() {
 #endif
 }
 
-// Asked once, when the library is loaded. Loops keep it in a register; the branch is always foreseen and costs nothing
+// Set once, when the library is loaded. Loops keep it in a register; the branch is always predicted and costs nothing
 // measurable, while a second instantiation of every kernel would double the library.
 static const bool NON_TEMPORAL = non_temporal_is_better();
 

@@ -3,8 +3,8 @@
 
 namespace matrices {
 
-// Whether rows of inputs meet bf16 weights as bf16 pairs. For one row exact inputs cost nothing, the memory being slower
-// than the arithmetic; four of them would take half again as long.
+// Whether inputs are rounded to bf16 pairs for bf16 weights. For one row fp32 inputs cost nothing, because the memory is
+// slower than the arithmetic; four rows of fp32 would take 1.5 times as long.
 INLINE bool by_pairs(int rows) {
 #if defined(__AVX512BF16__)
   return rows > 1;
@@ -19,7 +19,7 @@ inline void pad(const float* x, int64_t inputs, float* to, int64_t padded) {
   memset(to + inputs, 0, (padded - inputs) * sizeof(float));
 }
 
-// In every run of 2 * LANES inputs, those of even places before those of odd places.
+// In every run of 2 * LANES inputs, those of even index before those of odd index.
 inline void part(const float* x, int64_t inputs, float* to, int64_t padded) {
   for (int64_t k = 0; k < padded; k += 2 * LANES)
     for (int i = 0; i < LANES; ++i) {

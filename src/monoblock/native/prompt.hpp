@@ -32,7 +32,7 @@ INLINE void write_some(T* to, Floats x, int count) {
   for (int i = 0; i < count; ++i) write1(to + i, x[i]);
 }
 
-// f(place, lanes) for each vector of `count` numbers; the last one may have fewer lanes.
+// f(index, lanes) for each vector of `count` numbers; the last one may have fewer lanes.
 template <class F>
 INLINE void over(int64_t count, F f) {
   int64_t i = 0;

@@ -1,10 +1,10 @@
 // The products of R rows of weights with T rows of inputs, for each format. Part of matrix.hpp.
 //
-// The rows of a tile are `gap` rows apart, and the next tile has those that follow them: so each of its streams is one
-// long run through the memory, which the processor foresees. Neighbouring rows would be streams that end after a row.
-// Few streams are foreseen best: against eight, four are +10% and, for the many lines of 8-bit codes, two are +25%. Of
-// bf16, two are +15% against three where rows are long and the memory quick; but three rows of it with eight of inputs just
-// fit the registers, and are +25% against two.
+// The rows of a tile are `gap` rows apart, and the next tile has the rows that follow them: each stream is sequential, so
+// that the hardware prefetcher follows it. Adjacent rows would be streams that end after one row. The hardware prefetcher
+// does best with few streams: against eight, four are +10% and, for 8-bit codes with their many lines, two are +25%. For
+// bf16, two are +15% against three where rows are long and the memory fast; but three rows of weights with eight of inputs
+// just fit the registers, and are +25% against two.
 #pragma once
 
 #include "prefetch.hpp"
@@ -13,13 +13,13 @@ namespace matrices {
 
 constexpr int MOST_OF_FEW = 4;  // rows of inputs
 
-// Rows of weights that are read side by side, where up to four rows of inputs meet them or more do.
+// Rows of weights that are read in parallel, for up to four rows of inputs or for more (`more`).
 constexpr int streams_of(int32_t format, bool more) {
   return format == INT8 ? 2 : format == BF16 ? (more ? 3 : 2) : 4;
 }
 
-// The weights that a stream soon comes to; the further on, the less of the time goes by until then. On AMD that is +50% with
-// eight rows of inputs and +10% with one; on Intel, +30%, and distances of 1 to 3 KiB differ by no more than 5%.
+// Software prefetch of a stream's own weights, 2 or 3 KiB ahead. On AMD it is +50% with eight rows of inputs and +10% with
+// one; on Intel +30%, and distances of 1 to 3 KiB differ by no more than 5%.
 template <int T>
 INLINE void ahead(const void* from) {
   prefetch_ahead<T == 1 ? 2048 : 3072>(from);
@@ -141,7 +141,7 @@ struct CodeTile {
   static constexpr int32_t FORMAT = CODES;
   typedef uint8_t Codes __attribute__((vector_size(64)));
   static constexpr int PANEL = 64;  // groups whose scales are made at once
-  static constexpr int SOON = 128;  // scales of coming rows that are asked for: no processor foresees so few bytes a row
+  static constexpr int SCALES_AHEAD = 128;  // elements; hardware prefetchers do not follow so few bytes a row
 
   template <int R, int T>
   static INLINE void run(const Matrix& m, const Prepared& p, int64_t output, int64_t gap, int row,
@@ -206,8 +206,8 @@ struct CodeTile {
     for (int g = 0; g < count; g += LANES)
       UNROLL for (int r = 0; r < R; ++r) {
         const int64_t at = (output + r * gap) * groups + first + g;
-        __builtin_prefetch(m.scale + at + SOON);
-        if (FORMAT == INT4) __builtin_prefetch(m.low + at + SOON);
+        __builtin_prefetch(m.scale + at + SCALES_AHEAD);
+        if (FORMAT == INT4) __builtin_prefetch(m.low + at + SCALES_AHEAD);
         Floats scale = halves(m.scale + at, count - g);
         Floats low = FORMAT == INT8 ? scale * -128.0f : halves(m.low + at, count - g);
         UNROLL for (int t = 0; t < T; ++t) {
@@ -291,7 +291,7 @@ INLINE void by_strips(int streams, int64_t first, int64_t last, F strip) {
   for (int64_t output = first + gap * streams; output < last; ++output) strip(output, 0);
 }
 
-// All rows of inputs meet a strip of weights before the next, so that only the first pass reads the memory.
+// All rows of inputs are multiplied with a strip of weights before the next strip, so that DRAM is read once.
 template <class Tile, int STREAMS>
 inline void by_streams(const Matrix& m, const Prepared& x, int rows, float* y, int64_t ldy, int64_t first, int64_t last) {
   by_strips(STREAMS, first, last, [&](int64_t output, int64_t gap) {

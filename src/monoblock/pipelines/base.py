@@ -115,12 +115,9 @@ class Pipeline:
     @property
     def limit(self) -> int | None:
         """The tokens that fit in the model, by the tokenizer's files or else by the config; None: any number."""
-        from monoblock.spec import Learned
-
         if self.tokenizer.model_max_length <= NO_LIMIT:
             return int(self.tokenizer.model_max_length)
-        learned = self.model.config.to_spec().position(Learned)
-        return learned.size - learned.offset if learned else None
+        return self.model.max_positions
 
     def merged(self, call: dict[str, Any]) -> dict[str, Any]:
         """The constructor's settings with the call's over them; TypeError for a name that is not known."""

@@ -10,6 +10,7 @@ from typing import Any
 from monoblock import demo, families
 from monoblock.checkpoint.contents import SENTENCE_TRANSFORMERS
 from monoblock.checkpoint.hub import HubOptions, find_file, find_weights
+from monoblock.checkpoint.options import pop_remote_code
 from monoblock.checkpoint.sources import lacks
 from monoblock.checkpoint.store import open_store
 from monoblock.pipelines import frameworks
@@ -46,7 +47,6 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "video_processor": ((), "no model here takes videos"),
     "pipeline_class": ((), "make an object of your own class instead"),
     "use_fast": ((True,), "all tokenizers here are fast"),
-    "trust_remote_code": ((False, True), "no code from the hub is ever run"),
 }
 
 
@@ -90,6 +90,7 @@ def pipeline(
         ImportError with what to install for a framework that is not there.
     """
     _refuse(kwargs)
+    pop_remote_code(kwargs)
     if device is not None and device_map is not None:
         raise ValueError("device and device_map exclude each other: give one")
     loading = _loading(

@@ -42,8 +42,8 @@ class Generating(Pipeline):
             options = options | {"stop_strings": [stop] if isinstance(stop, str) else stop}
         return options
 
-    def generation(self, options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The keywords of `generate` for this call, and all that is set about generation, by whomever."""
+    def generation(self, options: dict[str, Any], length: int = 0) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The keywords of `generate` for prompts of that length, and all that is set about generation, by whomever."""
         given = {name: value for name, value in options.items() if name in self.more}
         said: dict[str, Any] = {}
         for config in (self.model.generation_config, given.get("generation_config")):
@@ -56,6 +56,8 @@ class Generating(Pipeline):
         missing = {name: value for name, value in defaults.items() if name not in said}
         if "max_length" in said:
             missing.pop("max_new_tokens", None)
+        if "max_new_tokens" in missing and (room := self.model.room(length)) is not None:
+            missing["max_new_tokens"] = max(1, min(missing["max_new_tokens"], room))
         if not {**missing, **said}.get("do_sample"):
             missing = {name: value for name, value in missing.items() if name not in SAMPLING}
         if said.get("stop_strings") or said.get("response_format") is not None:

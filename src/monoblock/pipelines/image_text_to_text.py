@@ -110,7 +110,7 @@ class ImageTextToTextPipeline(Generating):
         return batch if pictured is None else {**batch, PATCHES: [row[PATCHES] for row in rows]}
 
     def forward(self, batch: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
-        sequences = self.adapter.generate(batch, self.generation(options)[0])
+        sequences = self.adapter.generate(batch, self.generation(options, len(batch["input_ids"][0]))[0])
         rows = len(batch["input_ids"])
         return {"sequences": split(sequences, rows), "prompt": batch["input_ids"]}
 

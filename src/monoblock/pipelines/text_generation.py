@@ -133,7 +133,7 @@ class TextGenerationPipeline(Generating):
         return {name: value[-keep:] for name, value in inputs.items()}
 
     def forward(self, batch: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
-        keywords, said = self.generation(options)
+        keywords, said = self.generation(options, len(batch["input_ids"][0]))
         if prefix := self._prefix(options):
             length = len(
                 self.tokenizer(prefix, add_special_tokens=bool(options["add_special_tokens"])).input_ids

@@ -15,7 +15,7 @@ IMAGE_FILE = "preprocessor_config.json"
 PROCESSOR_FILE = "processor_config.json"  # newer; may hold the image processor's settings as well
 
 # Arguments of the hub's that have no effect here.
-_NO_EFFECT = ("trust_remote_code", "use_fast", "backend", "code_revision", "_from_auto", "_commit_hash")
+_NO_EFFECT = ("use_fast", "backend", "code_revision", "_from_auto", "_commit_hash")
 
 
 def pop_options(kwargs: dict[str, Any]) -> HubOptions:

@@ -42,7 +42,7 @@ _NOT_ARGUMENTS = (
     "merges",
 )
 # Accepted by from_pretrained and without effect: there is one class, and no code from the hub is run.
-_NO_EFFECT = ("use_fast", "trust_remote_code", "code_revision", "_from_auto", "_commit_hash")
+_NO_EFFECT = ("use_fast", "code_revision", "_from_auto", "_commit_hash")
 
 
 def load(name: str | Path, family: TokenizerFamily, overrides: Mapping[str, Any]) -> dict[str, Any]:

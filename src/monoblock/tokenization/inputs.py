@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
+from monoblock.texts import check_characters
+
 PADDING = ("longest", "max_length", "do_not_pad")
 TRUNCATION = ("longest_first", "only_first", "only_second", "do_not_truncate")
 SIDES = ("right", "left")
@@ -157,12 +159,15 @@ def _check_one(text: Any, words: bool, name: str) -> None:
         if isinstance(text, list | tuple) and all(
             isinstance(word, str) for word in cast(Sequence[Any], text)
         ):
+            for word in cast(Sequence[str], text):
+                check_characters(word, name)
             return
         raise ValueError(
             f"{name} is {_kind(text)}; with is_split_into_words=True a text is a list of words (strings)"
         )
     if not isinstance(text, str):
         raise ValueError(f"{name} is {_kind(text)}; {_EXPECTED}")
+    check_characters(text, name)
 
 
 def _check_item(item: Any, words: bool, name: str) -> None:

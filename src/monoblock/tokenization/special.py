@@ -7,6 +7,8 @@ from typing import Any, cast
 
 from tokenizers import AddedToken
 
+from monoblock.texts import check_characters
+
 # The named special tokens that every tokenizer may have; each is an attribute, and `<name>_id` its id.
 NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 EXTRA = ("extra_special_tokens", "additional_special_tokens")  # the newer and the older name of one list
@@ -16,6 +18,8 @@ Token = str | AddedToken
 
 def as_special(token: Token) -> AddedToken:
     """A special token that is found in the text exactly as it is written."""
+    if not isinstance(token, AddedToken):
+        check_characters(token, "a special token")
     return token if isinstance(token, AddedToken) else AddedToken(token, normalized=False, special=True)
 
 
@@ -87,6 +91,8 @@ class SpecialTokens:
 
     def _add(self, tokens: Sequence[Token], special: bool = False) -> int:
         """Add tokens to the backend; returns how many were new."""
+        for token in tokens:
+            check_characters(str(token), "a token")
         return (self._tokenizer.add_special_tokens if special else self._tokenizer.add_tokens)(list(tokens))
 
     def __getattr__(self, name: str) -> Any:
@@ -134,6 +140,7 @@ class SpecialTokens:
         """The id of a token, or the ids of a list of tokens; `unk_token_id` (or None) for an unknown one."""
         if not isinstance(tokens, str):
             return [self.convert_tokens_to_ids(token) for token in tokens]
+        check_characters(tokens, "a token")
         index = self._tokenizer.token_to_id(tokens)
         if index is None and (unk := self._named.get("unk_token")) is not None:
             return self._tokenizer.token_to_id(str(unk))

@@ -74,7 +74,7 @@ class AttentionMaskVisualizer:
     # ------------------------------------------------------------------------ texts in
 
     def __call__(self, text: str | Sequence[str], *, head: int | None = None, **more: Any) -> None:
-        """Print who sees whom, one picture for each kind of layer and each text.
+        """Print the attention mask, one picture for each kind of layer and each text.
 
         Args:
             text: a text, or a batch of texts, which are padded to the longest.
@@ -233,7 +233,7 @@ class AttentionMaskVisualizer:
     def title(self) -> str:
         """What pictures are headed with."""
         name = "" if self._name is None else f" ({Path(self._name).name})"
-        return f"{self.config.model_type}{name}: who sees whom"
+        return f"{self.config.model_type}{name}: attention mask"
 
     def _repr_html_(self) -> str | None:
         """The pictures in a notebook; None before the first text."""

@@ -93,7 +93,7 @@ def _layers(layers: Sequence[int], count: int) -> str:
 
 def _sight(spec: ArchSpec, window: int | None, length: int) -> str:
     if not spec.causal:
-        return "both ways"
+        return "bidirectional"
     if window is None:
         return "causal"
     return f"causal, window of {window}" + (", wider than the text" if window >= length else "")

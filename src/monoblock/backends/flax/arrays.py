@@ -16,7 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from monoblock.backends.flax.processes import on_host
 from monoblock.generation.arrays import NOTHING_TO_DRAW, NumpyOps
+from monoblock.seeds import signed
 
 
 class Keys:
@@ -69,14 +71,19 @@ class JaxOps(NumpyOps):
     """`ArrayOps` for JAX; each method is the protocol's. Draws take a `Keys`; there is no global source."""
 
     def array(self, values: Any) -> Any:
-        return values if _traced(values) else super().array(values)
+        if _traced(values):
+            return values
+        return super().array(on_host(values) if isinstance(values, jax.Array) else values)
+
+    def to_numpy(self, x: Any) -> Any:
+        return on_host(x)
 
     def shown(self, x: Any) -> Any:
         return on_device(x)
 
     def argmax(self, x_bk: Any) -> Any:
         found = super().argmax(x_bk) if _here(x_bk) else jnp.argmax(x_bk, axis=-1)
-        return found if _traced(found) else np.asarray(found)
+        return found if _traced(found) else on_host(found)
 
     def softmax(self, x_bk: Any) -> Any:
         return super().softmax(x_bk) if _here(x_bk) else jax.nn.softmax(x_bk, axis=-1)
@@ -161,7 +168,7 @@ class JaxOps(NumpyOps):
         return super().concat(parts) if _here(*parts) else jnp.concatenate(list(parts), axis=1)
 
     def generator(self, seed: int) -> Keys:
-        return Keys(jax.random.PRNGKey(seed))
+        return Keys(jax.random.PRNGKey(signed(seed)))
 
     def sample(self, scores_bv: Any, generator: Keys) -> Any:
         token_b, fine, generator.key = _drawn(generator.key, scores_bv)
@@ -178,7 +185,7 @@ class JaxOps(NumpyOps):
             return drawn
         if not fine:
             raise ValueError(NOTHING_TO_DRAW)
-        return np.asarray(drawn)
+        return on_host(drawn)
 
 
 def _rows_of(index_bk: Any) -> Any:

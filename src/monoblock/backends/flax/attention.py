@@ -40,7 +40,7 @@ def attend(
         out = _block(q_bhqd, k_bgkd, v_bgkd, scope, kernel, key)
     else:
         out = _by_blocks(q_bhqd, k_bgkd, v_bgkd, scope, kernel, key)
-    return _evened(out, v_bgkd, scope)
+    return fill_fully_masked(out, v_bgkd, scope)
 
 
 def _block_size(q_bhqd: Array, k_bgkd: Array, scope: Scope) -> int:
@@ -57,7 +57,7 @@ def _block_size(q_bhqd: Array, k_bgkd: Array, scope: Scope) -> int:
     return size
 
 
-def _evened(out_bhqd: Array, v_bgkd: Array, scope: Scope) -> Array:
+def fill_fully_masked(out_bhqd: Array, v_bgkd: Array, scope: Scope) -> Array:
     """Queries that see no key get equal weights on the keys that the spec says: kernels agree on padding too, which a
     loss over all positions of a row (a span's) takes in."""
     if (masked := scope.fully_masked()) is None:

@@ -73,7 +73,7 @@ class Layer(LayerBase):
 
 
 def init_cache(spec: ArchSpec, batch: int, max_length: int, dtype: Any = jnp.float32) -> Cache:
-    """An empty cache for `batch` rows of up to `max_length` tokens. ValueError for a model that looks both ways."""
+    """An empty cache for `batch` rows of up to `max_length` tokens. ValueError for a bidirectional model."""
     if batch < 1 or max_length < 1:
         raise ValueError(f"a cache needs at least 1 row and 1 token, got {batch} and {max_length}")
     att = spec.attention

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 
 from monoblock.backends.flax import cache as caches
+from monoblock.backends.flax import explicit
 from monoblock.backends.flax.arrays import Keys, on_device
 from monoblock.backends.flax.joining import LONG
 from monoblock.backends.flax.namespace import XP
 from monoblock.backends.flax.network import Network
 from monoblock.backends.flax.outputs import FlaxModelOutput, pytree
+from monoblock.backends.flax.placing import rows_of
 from monoblock.backends.flax.processors import of_two
 from monoblock.backends.flax.steps import Steps
 from monoblock.backends.flax.traced import Traced, is_traced
@@ -24,6 +28,7 @@ from monoblock.generation.config import GenerationConfig
 from monoblock.generation.mixin import check_assistant
 from monoblock.generation.programs import Program
 from monoblock.generation.resolve import Unsupported
+from monoblock.outputs import ModelOutput
 from monoblock.positions import has_positions
 from monoblock.spec import ArchSpec
 
@@ -71,8 +76,30 @@ class Generation(runner.Generation):
         values of ids are not checked then, and the rows come back with all new tokens' columns, filled with the pad
         token.
         """
-        inputs, arguments = self.generate_arguments(inputs, kwargs)
-        params = self.params if params is None else params
+        given = (inputs, self.params if params is None else params, prng_key, kwargs)
+        run = functools.partial(self._generated, generation_config, trace)
+        if (mesh := explicit.explicit(given)) is None:
+            return run(*given)
+        kind: list[Any] = []
+
+        def fields_of(*given: Any) -> Any:
+            result = run(*given)
+            kind.append(type(result))
+            return dict(result.items()) if isinstance(result, ModelOutput) else result
+
+        found = explicit.run(mesh, fields_of, given, explicit.Layout.of(mesh, (inputs, kwargs)))
+        return kind[0](**found) if isinstance(found, dict) else found
+
+    def _generated(
+        self,
+        generation_config: GenerationConfig | None,
+        trace: bool,
+        inputs: Any,
+        params: Any,
+        prng_key: Any,
+        arguments: Mapping[str, Any],
+    ) -> Any:
+        inputs, arguments = self.generate_arguments(inputs, arguments)
         if not trace:
             arguments["disable_compile"] = True
         arguments |= _random(prng_key, arguments)
@@ -87,7 +114,10 @@ class Generation(runner.Generation):
             ids = loop.generate(traced, None, generation_config, **traced.stand_ins())
             return ids if alone else FlaxGenerateOutput(sequences=ids)
         plain = _ids if alone else FlaxGenerateOutput
-        result = loop.generate(Runner(self, params), inputs, generation_config, plain=plain, **arguments)
+        prompts = (inputs, arguments.get("input_ids"), arguments.get("inputs_embeds"))
+        rows = next((found for x in prompts if (found := rows_of(x)) is not None), None)
+        runner = Runner(self, params, rows)
+        result = loop.generate(runner, inputs, generation_config, plain=plain, **arguments)
         return on_device(result) if alone else _all_shown(result)
 
     def prepare_inputs_for_generation(
@@ -98,7 +128,8 @@ class Generation(runner.Generation):
         batch, count = jnp.shape(input_ids)
         mask = jnp.ones((batch, max_length), jnp.int32)
         if attention_mask is not None:
-            mask = mask.at[:, :count].set(jnp.asarray(attention_mask, jnp.int32)[:, :count])
+            known = jnp.asarray(attention_mask, jnp.int32)[:, :count]
+            mask = jnp.pad(known, ((0, 0), (0, max_length - count)), constant_values=1)
         given = {
             "past_key_values": caches.init_cache(self.spec, batch, max_length, self.dtype),
             "attention_mask": mask,
@@ -154,7 +185,7 @@ UNSUPPORTED: Unsupported = {
     ),
     "synced_gpus": (
         (False,),
-        "generation across processes is not built; sharded params= spread a call over the devices of one",
+        "processes that share parameters make the same calls, and come to the end of each together",
     ),
 }
 
@@ -164,9 +195,9 @@ class Runner(runner.Runner):
 
     unsupported = UNSUPPORTED
 
-    def __init__(self, model: Any, params: Any) -> None:
+    def __init__(self, model: Any, params: Any, rows: NamedSharding | None = None) -> None:
         super().__init__(model, model.inputs)
-        self.params = params
+        self.params, self.rows = params, rows
 
     def compiled(self, generation: Any, program: Program) -> Any:
         """Run a call as one program."""
@@ -176,4 +207,4 @@ class Runner(runner.Runner):
 
     def passes(self, config: GenerationConfig) -> Steps:
         del config  # `disable_compile` compiles each step alone
-        return Steps(self.model.module, self.params)
+        return Steps(self.model.module, self.params, self.rows)

@@ -14,11 +14,13 @@ from flax import linen as nn
 from jax import Array
 
 from monoblock.backends.flax.layers import projection
+from monoblock.backends.flax.namespace import XP
 from monoblock.backends.flax.parts import Part, computes, dropout
+from monoblock.backends.xla.checked import described
 from monoblock.backends.xla.inputs import Wanted
+from monoblock.call_checks import IGNORED, check_classes, check_places, check_tokens_have_labels, problem_of
 from monoblock.heads import KINDS, HeadSpec
 
-IGNORED = -100
 Count = Array | int | None
 
 
@@ -86,21 +88,23 @@ def _at(hidden_bsw: Array, places_b: Array) -> Array:
 
 
 def last_tokens(
-    hidden_bsw: Array, input_ids: Array | None, attention_mask: Array | None, pad_id: int | None
+    hidden_bsw: Array, input_ids: Array | None, attention_mask: Array | None, head: HeadSpec
 ) -> Array:
-    """The hidden state (b, w) of each row's last token that is not padding.
+    """The hidden state (b, w) of each row's last token.
 
-    An attention mask tells padding from a real token of the same id; without one the pad id does. With neither,
-    or with embeddings as input, it is the last place.
+    That is the last one that is not the pad token, of those that the attention mask keeps if there is one; a row of pad
+    tokens ends where its mask does. By `head.last_by` the mask alone may decide: it tells padding from a real token of
+    the same id. Of embeddings it always does; with neither, it is the last place.
     """
     s = hidden_bsw.shape[1]
-    if attention_mask is not None:
-        real = attention_mask[:, :s] != 0
-    elif input_ids is not None and pad_id is not None:
-        real = input_ids != pad_id
-    else:
+    text = None if input_ids is None or head.pad_id is None else input_ids != head.pad_id
+    kept = None if attention_mask is None else attention_mask[:, :s] != 0
+    if (real := text if kept is None else kept) is None:
         return hidden_bsw[:, -1]
-    return _at(hidden_bsw, (jnp.arange(s) * real).argmax(-1))
+    rank = jnp.arange(1, s + 1) * real
+    if kept is not None and text is not None and head.last_by == "pad_id":
+        rank = rank + s * (kept & text)
+    return _at(hidden_bsw, rank.argmax(-1))
 
 
 # ---------------------------------------------------------------------------- outputs
@@ -139,12 +143,12 @@ def _every(network: Any, hidden: Array, _: Mapping[str, Any], wanted: Wanted) ->
 
 
 def _sequence(network: Any, hidden: Array, given: Mapping[str, Any], wanted: Wanted) -> dict[str, Any]:
-    ids, mask, pad_id = given.get("input_ids"), given.get("attention_mask"), network.head_spec.pad_id
-    if pad_id is None and hidden.shape[0] > 1:
+    ids, mask, head = given.get("input_ids"), given.get("attention_mask"), network.head_spec
+    if head.pad_id is None and hidden.shape[0] > 1:
         raise ValueError(
             "Cannot handle batch sizes > 1 if no padding token is defined: set model.config.pad_token_id"
         )
-    return {"logits": logits(network, last_tokens(hidden, ids, mask, pad_id), wanted)}
+    return {"logits": logits(network, last_tokens(hidden, ids, mask, head), wanted)}
 
 
 def _pooler(network: Any, hidden: Array, _: Mapping[str, Any], __: Wanted) -> dict[str, Any]:
@@ -185,9 +189,14 @@ _OUTPUTS = {
 # ---------------------------------------------------------------------------- losses
 
 
-def cross_entropy(logits: Array, labels: Array, count: Count = None) -> Array:
+def cross_entropy(logits: Array, labels: Array, count: Count = None, name: str = "labels") -> Array:
     """Mean over the labels that are not -100, or their sum over `count` (for accumulated gradients). Without any
-    label the loss is 0, with a zero gradient."""
+    label the loss is 0, with a zero gradient. ValueError: `name` holds no class for each of the logits (..., v)."""
+    check_classes(described(XP, name, labels), logits.shape)
+    return _cross_entropy(logits, labels, count)
+
+
+def _cross_entropy(logits: Array, labels: Array, count: Count) -> Array:
     logits, labels = logits.reshape(-1, logits.shape[-1]).astype(jnp.float32), labels.reshape(-1)
     real = labels != IGNORED
     chosen = jnp.take_along_axis(logits, jnp.where(real, labels, 0)[:, None], axis=-1)[:, 0]
@@ -197,22 +206,20 @@ def cross_entropy(logits: Array, labels: Array, count: Count = None) -> Array:
 
 def causal_loss(logits_bsv: Array, labels_bs: Array, count: Count = None) -> Array:
     """Each token predicts the next one: labels are the input ids, shifted here."""
+    check_tokens_have_labels(described(XP, "labels", labels_bs), logits_bsv.shape)
     if logits_bsv.shape[1] != labels_bs.shape[1]:
         raise ValueError(
             f"labels of {labels_bs.shape[1]} tokens came with logits of {logits_bsv.shape[1]}: "
             "leave logits_to_keep at 0 when labels are given"
         )
-    return cross_entropy(logits_bsv[:, :-1], labels_bs[:, 1:], count)
+    check_classes(described(XP, "labels", labels_bs), logits_bsv.shape)
+    return _cross_entropy(logits_bsv[:, :-1], labels_bs[:, 1:], count)
 
 
 def sequence_loss(logits_bv: Array, labels: Array, problem_type: str | None, count: Count = None) -> Array:
     """Regression (mean square), one class (cross-entropy) or several (binary cross-entropy); the type is inferred
     from the labels of this call when None is given."""
-    if problem_type is None:
-        whole = not jnp.issubdtype(labels.dtype, jnp.floating)
-        problem_type = "single_label_classification" if whole else "multi_label_classification"
-        if logits_bv.shape[-1] == 1:
-            problem_type = "regression"
+    problem_type = problem_of(described(XP, "labels", labels), logits_bv.shape, problem_type)
     if problem_type == "single_label_classification":
         return cross_entropy(logits_bv, labels, count)
     logits_bv = logits_bv.astype(jnp.float32)
@@ -231,8 +238,10 @@ def span_loss(start_bs: Array, end_bs: Array, starts: Array, ends: Array, count:
     def one(logits: Array, positions: Array) -> Array:
         positions = positions.reshape(-1)
         outside = (positions < 0) | (positions >= length)
-        return cross_entropy(logits, jnp.where(outside, IGNORED, positions), count)
+        return _cross_entropy(logits, jnp.where(outside, IGNORED, positions), count)
 
+    for name, places in (("start_positions", starts), ("end_positions", ends)):
+        check_places(described(XP, name, places), start_bs.shape[0])
     return (one(start_bs, starts) + one(end_bs, ends)) / 2
 
 
@@ -253,13 +262,16 @@ def losses(head: HeadSpec, found: dict[str, Any], given: Mapping[str, Any]) -> d
     if "labels" in labels:
         made["loss"] = _LOSSES[head.kind](head, found["logits"], labels["labels"], count)
     if "mc_labels" in labels:
-        made["mc_loss"] = cross_entropy(found["mc_logits"], labels["mc_labels"], count)
+        scores = found["mc_logits"]
+        choices_bv = scores if scores.ndim > 1 else scores[None]  # rows without choices are those of one text
+        made["mc_loss"] = cross_entropy(choices_bv, labels["mc_labels"], count, "mc_labels")
     return made
 
 
 def _shifted(_: HeadSpec, logits: Array, labels: Array, count: Count) -> Array:
-    rows = (-1, labels.shape[-1])
-    return causal_loss(logits.reshape(*rows, logits.shape[-1]), labels.reshape(rows), count)
+    scores_bsv = logits.reshape(-1, *logits.shape[-2:])
+    check_tokens_have_labels(described(XP, "labels", labels), scores_bsv.shape)
+    return causal_loss(scores_bsv, labels.reshape(-1, labels.shape[-1]), count)
 
 
 def _classified(head: HeadSpec, logits: Array, labels: Array, count: Count) -> Array:

@@ -8,14 +8,12 @@ canonical names (`checkpoint/keymap.py`), which one leaf or several hold.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from monoblock.backends.flax.layers import own_norm
@@ -113,38 +111,43 @@ def load(
     shapes: Mapping[str, tuple[int, ...]],
     tied: Iterable[str],
     own: Mapping[str, Group],
+    place: Callable[[Leaf, Any], Any],
     *,
     ignore_mismatched_sizes: bool = False,
+    strict: bool = True,
 ) -> tuple[Tree, Report]:
     """The tree of a model with canonical parameters of these shapes, which are these groups of leaves, as far as the
-    files hold it, in their dtypes.
+    files hold it, in their dtypes. `place` makes a leaf of a view of the file, of which it may read a part.
 
     MissingKeys, UnexpectedKeys, UnreadKeys and ShapeMismatch name the first tensor that does not fit.
     """
-    weights, report = fitted(tensors, keymap, shapes, tied, ignore_mismatched_sizes=ignore_mismatched_sizes)
+    weights, report = fitted(
+        tensors, keymap, shapes, tied, ignore_mismatched_sizes=ignore_mismatched_sizes, strict=strict
+    )
     leaves: dict[Place, Any] = {}
     for canonical in weights.shapes():
         group = own[canonical]
         for leaf, array in zip(group.leaves, weights.stored(canonical, group.op), strict=True):
             if (kind := dtype_of(array)) not in FLOATS:
                 raise CheckpointError(f"{leaf.name} has the dtype {kind}: a Flax model takes plain floats")
-            leaves[leaf.path] = jnp.asarray(leaf.of_hub(array))
+            leaves[leaf.path] = place(leaf, leaf.of_hub(array))
     return nested(leaves), report
 
 
-def hub_arrays(tree: Mapping[str, Any], leaves: Iterable[Leaf]) -> dict[str, Made]:
-    """The hub's names, and what makes each tensor of a tree as a NumPy array in the hub's layout."""
+def hub_arrays(
+    arrays: Mapping[Place, Any], leaves: Iterable[Leaf], read: Callable[[Place], Any]
+) -> dict[str, Made]:
+    """The hub's names, and what makes each tensor, of which these are the arrays, in NumPy and the hub's layout; `read`
+    gives an array's values."""
     return {
-        leaf.name: _made(_at(tree, leaf.path), partial(_of_hub, leaf, tree), leaf.transposed)
-        for leaf in leaves
+        leaf.name: _made(arrays[leaf.path], partial(_of_hub, leaf, read), leaf.transposed) for leaf in leaves
     }
 
 
-def own_arrays(tree: Mapping[str, Any]) -> dict[str, Made]:
-    """The leaves' paths, with slashes, and what makes each as a NumPy array."""
+def own_arrays(arrays: Mapping[Place, Any], read: Callable[[Place], Any]) -> dict[str, Made]:
+    """The leaves' paths, with slashes, and what makes each in NumPy."""
     return {
-        "/".join(path): _made(leaf, partial(_on_host, tree, path), transposed=False)
-        for path, leaf in flat(tree).items()
+        "/".join(path): _made(leaf, partial(read, path), transposed=False) for path, leaf in arrays.items()
     }
 
 
@@ -153,19 +156,8 @@ def _made(leaf: Any, make: Any, transposed: bool) -> Made:
     return Made(dtype=dtype_of(leaf), shape=shape[::-1] if transposed else shape, make=make)
 
 
-def _of_hub(leaf: Leaf, tree: Mapping[str, Any]) -> Any:
-    return leaf.of_hub(_on_host(tree, leaf.path))
-
-
-def _on_host(tree: Mapping[str, Any], path: Place) -> Any:
-    return np.asarray(jax.device_get(_at(tree, path)))
-
-
-def _at(tree: Mapping[str, Any], path: Place) -> Any:
-    node: Any = tree
-    for name in path:
-        node = node[name]
-    return node
+def _of_hub(leaf: Leaf, read: Callable[[Place], Any]) -> Any:
+    return leaf.of_hub(read(leaf.path))
 
 
 @dataclass(frozen=True)

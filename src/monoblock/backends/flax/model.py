@@ -20,6 +20,7 @@ from jax import Array
 
 from monoblock.backends.flax import attention
 from monoblock.backends.flax.cache import Layer
+from monoblock.backends.flax.gathering import Gathering
 from monoblock.backends.flax.ops import ACT, rotate, rotations
 from monoblock.backends.flax.parts import Part, computes, dropout
 from monoblock.backends.flax.scope import Scope
@@ -140,7 +141,7 @@ class Attention(Part):
     def remembered(
         self, k: Array, v: Array, call: Call, layer: Layer | None
     ) -> tuple[Array, Array, Scope, Layer | None]:
-        """The keys and values that these queries see, who sees whom, and the layer of the cache with the new ones."""
+        """The keys and values to attend to, the attention mask, and the layer of the cache with the new ones."""
         if layer is None or call.fresh:
             return k, v, call.scope, None if layer is None else layer.filled(k, v)
         count, after = k.shape[2], layer.appended(k, v)
@@ -322,9 +323,10 @@ class Model(Part):
     """A bare model inside one with a head, which calls the functions below on it."""
 
 
-def lookup(bare: Any, input_ids: Array) -> Array:
+def lookup(bare: Any, input_ids: Array, gathering: Gathering | None = None) -> Array:
     """Token ids (b, s) as vectors (b, s, w)."""
-    x, learned = bare.at("embed")(input_ids), bare.spec.position(Learned)
+    table, learned = bare.at("embed"), bare.spec.position(Learned)
+    x = table(input_ids) if gathering is None else gathering.looked_up(table, input_ids)
     if learned is None or learned.pad_id is None:
         return x
     return untrained(x, input_ids == learned.pad_id)

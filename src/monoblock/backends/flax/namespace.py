@@ -27,7 +27,7 @@ class JaxNamespace(JaxOps):
     def values(self, x: Any, *, wait: bool = False) -> np.ndarray[Any, Any] | None:
         if isinstance(x, np.ndarray):
             return x
-        if isinstance(x, Tracer) or not x.is_fully_addressable:
+        if isinstance(x, Tracer) or not (x.is_fully_addressable or x.is_fully_replicated):
             return None
         near = wait or all(device.platform == "cpu" for device in x.devices())
         return np.asarray(x) if near else None

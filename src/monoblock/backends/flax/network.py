@@ -10,9 +10,10 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
-from monoblock.backends.flax import heads, model
+from monoblock.backends.flax import explicit, heads, model
 from monoblock.backends.flax.cache import Cache
 from monoblock.backends.flax.checked import checked
+from monoblock.backends.flax.gathering import Gathering
 from monoblock.backends.flax.inputs import prepare
 from monoblock.backends.flax.parts import Part
 from monoblock.backends.xla.inputs import AT_REST, Wanted
@@ -23,10 +24,12 @@ class Network(Part):
     """A bare model, or one with a head, with the modules of its layout.
 
     Its fields are the layout, the spec, the head's spec, the dtype of the computation, whether the backward pass
-    computes each layer anew (`remat`), and the class of the output; equal networks share what `jit` compiles.
+    computes each layer anew (`remat`), the class of the output, and what an fsdp axis needs; equal networks share what
+    `jit` compiles.
     """
 
     output: type[ModelOutput] | None = None
+    gathering: Gathering | None = None
 
     def __call__(
         self,
@@ -88,6 +91,15 @@ class Network(Part):
         result = self.output(**{name: value for name, value in found.items() if name in names})
         return result if return_dict else result.to_tuple()
 
+    @nn.nowrap
+    def apply(self, variables: Any, *args: Any, **kwargs: Any) -> Any:
+        """Linen's, which runs on meshes with explicit axes too (`explicit.py`)."""
+        run = super().apply
+        if (mesh := explicit.explicit(variables, args, kwargs)) is None:
+            return run(variables, *args, **kwargs)
+        layout = explicit.Layout.of(mesh, (args, kwargs), kwargs.get("past_key_values"))
+        return explicit.run(mesh, lambda v, a, k: run(v, *a, **k), (variables, args, kwargs), layout)
+
     @property
     @nn.nowrap
     def bare(self) -> Any:
@@ -96,7 +108,7 @@ class Network(Part):
 
     def lookup(self, input_ids: Array) -> Array:
         """Token ids (b, s) as vectors (b, s, w)."""
-        return model.lookup(self.bare, input_ids)
+        return model.lookup(self.bare, input_ids, self.gathering)
 
     def run(
         self, given: Mapping[str, Array], cache: Cache | None = None, wanted: Wanted = AT_REST
@@ -108,13 +120,15 @@ class Network(Part):
         image_patches (P, size) and patch_rows (b, n), which say which patch each token is, -1 for none.
         """
         x, types, bare = given.get("inputs_embeds"), given.get("token_type_ids"), self.bare
-        x = model.lookup(bare, given["input_ids"]) if x is None else x.astype(self.dtype)
+        x = self.lookup(given["input_ids"]) if x is None else x.astype(self.dtype)
         if (patches := given.get("image_patches")) is not None:
             x = model.with_patches(bare, x, patches, given["patch_rows"])
         elif self.is_initializing() and self.spec.patches:
             bare.at("patch_embed")(x[..., :1].repeat(self.spec.patches.size, -1))
         if types is not None:
-            x = x + model.lookup(bare, types)
+            x = x + self.lookup(types)
+        if self.gathering is not None:
+            x = self.gathering.split(x)
         call = prepare(self.spec, given, x.shape[1], cache, wanted)
         layers = (None,) * self.spec.layers
         if cache is not None:

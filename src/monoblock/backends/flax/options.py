@@ -6,11 +6,14 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from monoblock.backends import options
 from monoblock.checkpoint.hub import Kind
+from monoblock.partition import Given
 
 QUANTISED = "quantised weights run on PyTorch only"
+AXES = ("tensor_axis", "fsdp_axis", "data_axis")
 TORCH_DTYPE = "use dtype=, the computation's type; to_bf16() and to_fp16() change the parameters'"
 
 
@@ -32,7 +35,7 @@ class LoadOptions(options.LoadOptions):
     native: ClassVar[Kind] = "msgpack"
     refused: ClassVar[Mapping[str, str]] = {
         "torch_dtype": TORCH_DTYPE,
-        "device_map": "jax.device_put(params, sharding) places the parameters",
+        "device_map": "mesh= lays the parameters onto devices",
         "quantization_config": QUANTISED,
         "load_in_4bit": QUANTISED,
         "load_in_8bit": QUANTISED,
@@ -42,4 +45,8 @@ class LoadOptions(options.LoadOptions):
     def __init__(self, kwargs: dict[str, Any]) -> None:
         super().__init__(kwargs)
         self.do_init = bool(kwargs.pop("_do_init", True))
+        self.mesh: Mesh | None = kwargs.pop("mesh", None)
+        self.axes: dict[str, Given] = {name: kwargs.pop(name) for name in AXES if name in kwargs}
+        if self.axes and self.mesh is None:
+            raise ValueError(f"{next(iter(self.axes))} names an axis of a mesh: give mesh=, too")
         self.init = {name: kwargs.pop(name) for name in ("input_shape", "seed") if name in kwargs}

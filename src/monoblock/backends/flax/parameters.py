@@ -14,9 +14,11 @@ from jax.core import Tracer
 from monoblock import tree
 from monoblock.backends.flax import loading
 from monoblock.backends.flax.loading import Group, Leaf, Place, Tree
+from monoblock.backends.flax.processes import on_host
 from monoblock.checkpoint.keymap import KeyMap
 from monoblock.checkpoint.save import Made
 from monoblock.errors import ShapeMismatch
+from monoblock.seeds import checked_seed, signed
 
 if TYPE_CHECKING:
     from monoblock.backends.flax.network import Network
@@ -82,7 +84,7 @@ class Parameters:
         with (
             jax.ensure_compile_time_eval()
         ):  # what is kept must not belong to a trace that happens to be open
-            return jax.random.PRNGKey(self.seed)
+            return jax.random.PRNGKey(signed(checked_seed(self.seed)))
 
     @property
     def params(self) -> Tree:
@@ -177,8 +179,8 @@ class Parameters:
 
     def hub_tensors(self, params: Mapping[str, Any] | None = None) -> dict[str, Made]:
         """The hub's names, and what makes each tensor, as a NumPy array in PyTorch's layout, when it is called."""
-        kept = self.params if params is None else self.checked_params(params)
-        return loading.hub_arrays(kept, self.leaves.values())
+        kept = loading.flat(self.params if params is None else self.checked_params(params))
+        return loading.hub_arrays(kept, self.leaves.values(), lambda path: on_host(kept[path]))
 
     def hub_state_dict(self, params: Mapping[str, Any] | None = None) -> dict[str, np.ndarray]:
         """NumPy arrays by the hub's names and in PyTorch's layouts, tied ones once."""
@@ -188,7 +190,14 @@ class Parameters:
         """The tree of arrays (NumPy's, or PyTorch's on the CPU) by the hub's names; the inverse of
         `hub_state_dict`. CheckpointError says what does not fit."""
         arrays = loading.Arrays({name: np.array(array) for name, array in state.items()})
-        made, report = loading.load(arrays, self.keymap(), self.canonical_shapes(), self.tied(), self.groups)
+        made, report = loading.load(
+            arrays,
+            self.keymap(),
+            self.canonical_shapes(),
+            self.tied(),
+            self.groups,
+            lambda _, array: jnp.asarray(array),
+        )
         if report.missing or report.unused:
             bad = report.missing or report.unused
             what = "lacks" if report.missing else "also holds"

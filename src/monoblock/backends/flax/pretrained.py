@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax.errors import FlaxError
 
 from monoblock.backends.flax import cache as caches
-from monoblock.backends.flax import loading
+from monoblock.backends.flax import explicit, loading
 from monoblock.backends.flax.cache import Cache
 from monoblock.backends.flax.checked import checked
 from monoblock.backends.flax.decode import Generation
@@ -23,9 +23,11 @@ from monoblock.backends.flax.network import Network
 from monoblock.backends.flax.options import TORCH_DTYPE, LoadOptions, computation
 from monoblock.backends.flax.outputs import output_class
 from monoblock.backends.flax.parameters import Parameters
+from monoblock.backends.flax.placing import from_host, placed
+from monoblock.backends.flax.processes import Read, write_once
 from monoblock.backends.flax.sharding import Sharded
 from monoblock.backends.flax.training import Training
-from monoblock.backends.options import opened
+from monoblock.backends.options import loading_info, opened, told_of_unused
 from monoblock.backends.xla.inputs import Wanted
 from monoblock.checkpoint.msgpack_save import save_msgpack
 from monoblock.checkpoint.options import HubOptions
@@ -112,28 +114,36 @@ class FlaxPreTrainedModel(Parameters, Sharded, Training, Generation):
         keep = arguments.pop("logits_to_keep", None) or 0
         if not isinstance(keep, int) or keep < 0:
             raise ValueError(f"logits_to_keep must be how many of the last tokens, got {keep!r}")
-        call = checked(self.spec, self.module.head_spec, arguments, past_key_values, train)
         wanted = Wanted(
             train=bool(train),
             attentions=self._option(output_attentions, "output_attentions"),
             hidden_states=self._option(output_hidden_states, "output_hidden_states"),
-            fresh=call.fresh,
             keep=keep,
-            choices=call.choices,
-            nested=call.nested,
         )
         kept = self.params if params is None else params
         key = self.dropout_key(dropout_rng) if train else None
-        kind = output_class(self.row.output)
-        try:
-            found = forward(
-                self.updated_module(), wanted, _names(kind), kept, call.given, past_key_values, key
-            )
-        except FlaxError:
-            self.checked_params(kept)  # says in words which leaf does not fit
-            raise
-        result = kind(**found)
+        given = (arguments, kept, past_key_values, key)
+        run = functools.partial(self._run, wanted)
+        if (mesh := explicit.explicit(given)) is None:
+            found = run(*given)
+        else:
+            layout = explicit.Layout.of(mesh, arguments, past_key_values, self.vocabulary_axes(kept))
+            found = explicit.run(mesh, run, given, layout)
+        result = output_class(self.row.output)(**found)
         return result if self._option(return_dict, "return_dict") else result.to_tuple()
+
+    def _run(
+        self, wanted: Wanted, arguments: dict[str, Any], params: Any, cache: Any, key: Any
+    ) -> dict[str, Any]:
+        """The outputs by name."""
+        call = checked(self.spec, self.module.head_spec, arguments, cache, wanted.train)
+        wanted = replace(wanted, fresh=call.fresh, choices=call.choices, nested=call.nested)
+        names = _names(output_class(self.row.output))
+        try:
+            return forward(self.updated_module(), wanted, names, params, call.given, cache, key)
+        except FlaxError:
+            self.checked_params(params)  # says in words which leaf does not fit
+            raise
 
     def _check_names(self, inputs: Mapping[str, Any]) -> None:
         for name in inputs:
@@ -152,7 +162,7 @@ class FlaxPreTrainedModel(Parameters, Sharded, Training, Generation):
     def init_cache(self, batch_size: int, max_length: int) -> Cache:
         """An empty cache for so many rows of up to `max_length` tokens, to be given as `past_key_values`.
 
-        Layers with a window keep no more than that. ValueError for a model that looks both ways.
+        Layers with a window keep no more than that. ValueError for a bidirectional model.
         """
         return caches.init_cache(self.spec, batch_size, max_length, self.dtype)
 
@@ -173,9 +183,12 @@ class FlaxPreTrainedModel(Parameters, Sharded, Training, Generation):
         the files (`to_bf16`, `to_fp16` and `to_fp32` change it). Read are safetensors, then flax_model.msgpack,
         pytorch_model.bin (which needs PyTorch) and tf_model.h5; `from_pt=True`, as the hub's older classes need it,
         puts PyTorch's own before the others. `ignore_mismatched_sizes=True` makes parameters of other shapes anew
-        instead of raising ShapeMismatch. `revision`, `token`, `cache_dir`, `local_files_only`, `force_download`,
-        `subfolder`, `variant`, `use_safetensors` say which files. Other keywords set fields of the config
-        (`num_labels=3`).
+        instead of raising ShapeMismatch; `strict=False` passes over tensors that the model has no place for, with a
+        warning. `output_loading_info=True` gives besides, as the last of the results, {"missing_keys",
+        "unexpected_keys", "mismatched_keys", "error_msgs"}. `revision`, `token`, `cache_dir`, `local_files_only`,
+        `force_download`, `subfolder`, `variant`, `use_safetensors` say which files. `mesh`, with `tensor_axis`,
+        `fsdp_axis` and `data_axis`, lays the parameters onto a mesh of devices as `shard_params` does; each process of
+        the mesh keeps its part only. Other keywords set fields of the config (`num_labels=3`).
 
         A head that the files lack is made anew, with a warning; with `_do_init=False` it is not in the parameters:
         `model.init_weights(key, params=params)` adds it. HubError: the files cannot be had. CheckpointError: they do
@@ -188,36 +201,48 @@ class FlaxPreTrainedModel(Parameters, Sharded, Training, Generation):
         options = LoadOptions(kwargs)
         settings, generation, store = opened(cls, pretrained_model_name_or_path, config, options, kwargs)
         model = cls(settings, dtype=dtype, _do_init=options.do_init, **options.init)
-        params = model._load(store, options)
+        params, info = model._load(store, options)
         if generation is not None:
             model.generation_config = generation
+        more = (info,) if options.loading_info else ()
         if not options.do_init:
-            return model, params
+            return (model, params, *more)
         model.params = params
-        return model
+        return (model, *more) if more else model
 
-    def _load(self, store: Any, options: LoadOptions) -> Tree:
+    def _load(self, store: Any, options: LoadOptions) -> tuple[Tree, dict[str, list[str]]]:
         keymap, shapes = self.keymap(), self.canonical_shapes()
+        shardings = None if options.mesh is None else self.laid_out(options.mesh, **options.axes)
+        places = loading.flat(shardings or {})
+
+        def place(leaf: loading.Leaf, array: Any) -> Any:
+            return from_host(array, places[leaf.path]) if places else jnp.asarray(array)
+
         params, report = loading.load(
             store,
             keymap,
             shapes,
             self.tied(),
             self.groups,
+            place,
             ignore_mismatched_sizes=options.ignore_mismatched_sizes,
+            strict=options.strict,
         )
         where = self.name_or_path or "the checkpoint"
+        missing, mismatched = (
+            [keymap.source(name).names[0] for name in names] for names in (report.missing, report.mismatched)
+        )
         if report.made:
-            hub = ", ".join(keymap.source(name).names[0] for name in report.made)
+            hub = ", ".join((*missing, *mismatched))
             what = "newly initialised" if self._do_init else "not in params"
             log.warning(
                 "%s: %s, because %s has none that fits: %s. Train it.", type(self).__name__, what, where, hub
             )
-        if report.unused:
-            log.info(
-                "%s: %s also holds %s, not used here", type(self).__name__, where, ", ".join(report.unused)
-            )
-        return self.init_weights(self.key, params=params) if self._do_init and report.made else params
+        told_of_unused(type(self).__name__, where, report)
+        if self._do_init and report.made:
+            params = self.init_weights(self.key, params=params)
+            params = params if shardings is None else jax.tree.map(placed, params, shardings)
+        return params, loading_info(missing, mismatched, report)
 
     @classmethod
     def _config_for(
@@ -239,25 +264,37 @@ class FlaxPreTrainedModel(Parameters, Sharded, Training, Generation):
         """Write config.json, generation_config.json and safetensors by the hub's names; whole or not at all.
 
         `params`: a tree to write instead of the model's. `max_shard_size`: bytes, or "5GB".
-        `safe_serialization=False` writes flax_model.msgpack, as transformers 4's Flax classes read it.
+        `safe_serialization=False` writes flax_model.msgpack, as transformers 4's Flax classes read it. Parameters on
+        devices of several processes are saved by a call in all of them: process 0 writes, and the others wait.
         """
         if push_to_hub:
             raise ValueError("save_pretrained does not support push_to_hub=True: it writes to a local folder")
         folder = Path(save_directory)
-        if folder.is_file():
-            raise ValueError(f"save_pretrained needs a folder, but {folder} is a file")
-        tensors = self.hub_tensors(params)
-        kept = self.params if params is None else params
+        kept = loading.flat(self.params if params is None else self.checked_params(params))
         self.config.architectures = [self.config.stored_class(self.row.name)]
-        self.config.dtype = str(next(iter(jax.tree.leaves(kept))).dtype)
+        self.config.dtype = str(next(iter(kept.values())).dtype)
         texts = {CONFIG_NAME: self.config.to_json_string()}
         if self.generation_config is not None:
             self.generation_config.validate()
             texts[GENERATION_CONFIG_NAME] = self.generation_config.to_json_string()
-        if safe_serialization:
-            save_tensors(folder, tensors, framework="np", max_shard_size=max_shard_size, beside=texts)
-            return
-        save_msgpack(folder, loading.own_arrays(kept), max_shard_size=max_shard_size, beside=texts)
+        numbers = {path: number for number, path in enumerate(kept)}
+        leaves = self.leaves.values()
+
+        def write(read: Read) -> None:
+            if folder.is_file():
+                raise ValueError(f"save_pretrained needs a folder, but {folder} is a file")
+
+            def values(path: loading.Place) -> Any:
+                return read(numbers[path])
+
+            if safe_serialization:
+                tensors = loading.hub_arrays(kept, leaves, values)
+                save_tensors(folder, tensors, framework="np", max_shard_size=max_shard_size, beside=texts)
+            else:
+                arrays = loading.own_arrays(kept, values)
+                save_msgpack(folder, arrays, max_shard_size=max_shard_size, beside=texts)
+
+        write_once(list(kept.values()), write)
 
     def can_generate(self) -> bool:
         """Whether the class predicts the next token."""

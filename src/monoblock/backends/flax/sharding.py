@@ -1,6 +1,7 @@
-"""Parameters and batches on a mesh of devices: data-parallel and tensor-parallel, by `jax.sharding`.
+"""Parameters and batches on a mesh of devices, by `jax.sharding`: data-parallel, fully sharded and tensor-parallel.
 
-Nothing of the model changes: `jit` sees where its arguments lie and adds the communication that is needed.
+Nothing of the model changes: `jit` sees where its arguments lie and adds the communication that is needed. The devices
+may be those of several processes; each then makes the same calls, and holds what lies on its own.
 """
 
 from __future__ import annotations
@@ -9,11 +10,14 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from monoblock.backends.flax.loading import Group, nested
-from monoblock.heads import HeadSpec
-from monoblock.partition import tensor_axes
+from monoblock.backends.flax.explicit import automatic, spec_of
+from monoblock.backends.flax.gathering import Gathering
+from monoblock.backends.flax.loading import Group, flat, nested
+from monoblock.backends.flax.placing import placed
+from monoblock.heads import KINDS, HeadSpec
+from monoblock.partition import Axes, Given, Names, names, parts, shown, split
 from monoblock.spec import ArchSpec
 
 if TYPE_CHECKING:
@@ -24,103 +28,140 @@ T = TypeVar("T")
 
 
 def partition_specs(
-    groups: Mapping[str, Group],
-    spec: ArchSpec,
-    head: HeadSpec | None,
-    mesh: Mesh,
-    tensor_axis: str | None = "tensor",
+    groups: Mapping[str, Group], spec: ArchSpec, head: HeadSpec | None, mesh: Mesh, axes: Axes
 ) -> Tree:
-    """A tree like the parameters', of a PartitionSpec each: the shared plan (`partition.py`) on the mesh's axis of that
-    name; None for it: every parameter whole on each device. What the axis does not divide stays whole.
-
-    ValueError if the mesh has no such axis.
-    """
-    parts = 1 if tensor_axis is None else _size(mesh, tensor_axis, "tensor_axis")
-    axes = tensor_axes(spec, head)
-    leaves: dict[tuple[str, ...], PartitionSpec] = {}
+    """A tree like the parameters', of a PartitionSpec each: the shared plan (`partition.py`) on the mesh."""
+    plan, leaves = split(spec, head, axes, mesh.shape), {}
     for name, group in groups.items():
         for leaf in group.leaves:
-            axis = axes[name]
-            if axis is not None and leaf.path[-1] == "kernel":
-                axis = 1 - axis  # a kernel lies inputs x outputs
-            if axis is None or tensor_axis is None or leaf.shape[axis] % parts:
-                leaves[leaf.path] = PartitionSpec()
-                continue
-            names: list[str | None] = [None] * len(leaf.shape)
-            names[axis] = tensor_axis
-            leaves[leaf.path] = PartitionSpec(*names)
+            split_by = (
+                plan[name][::-1] if leaf.path[-1] == "kernel" else plan[name]
+            )  # kernel: inputs x outputs
+            leaves[leaf.path] = PartitionSpec(*map(_entry, split_by)) if any(split_by) else PartitionSpec()
     return nested(leaves)
 
 
-def shard_batch(batch: T, mesh: Mesh, data_axis: str = "data") -> T:
-    """A tree of arrays with their rows (first axes) split over the mesh's axis of that name; None stays None.
+def _entry(axes: Names) -> str | Names | None:
+    """One axis's entry in a PartitionSpec."""
+    return axes if len(axes) > 1 else axes[0] if axes else None
 
-    ValueError if the mesh has no such axis, or does not divide the rows.
+
+def shard_batch(batch: T, mesh: Mesh, axes: Axes) -> T:
+    """A tree of arrays with their rows (first axes) split over the mesh; None stays None.
+
+    ValueError if the mesh does not divide the rows.
     """
-    parts = _size(mesh, data_axis, "data_axis")
-    rows = NamedSharding(_automatic(mesh), PartitionSpec(data_axis))
+    count = parts(axes.rows, mesh.shape)
+    rows = NamedSharding(mesh, PartitionSpec(_entry(axes.rows)))
 
     def put(path: Any, x: Any) -> Any:
-        if x.ndim == 0 or x.shape[0] % parts:
+        if x.ndim == 0 or x.shape[0] % count:
             what = f"{jax.tree_util.keystr(path)} of shape {x.shape}".strip()
             raise ValueError(
-                f"the rows of {what} do not split into the {parts} parts of the mesh's axis {data_axis!r}: "
-                f"give a multiple of {parts} rows"
+                f"the rows of {what} do not split into the {count} parts of the mesh's {shown(axes.rows)}: "
+                f"give a multiple of {count} rows"
             )
-        return jax.device_put(x, rows)
+        return placed(x, rows)
 
     return jax.tree_util.tree_map_with_path(put, batch)
 
 
-def _size(mesh: Mesh, axis: str, argument: str) -> int:
-    if axis not in mesh.shape:
-        names = ", ".join(map(repr, mesh.shape)) or "none"
-        none = " or None" if argument == "tensor_axis" else ""
-        raise ValueError(f"the mesh has no axis {axis!r} (it has {names}): name one with {argument}={none}")
-    return mesh.shape[axis]
-
-
-def _automatic(mesh: Mesh) -> Mesh:
-    """The same mesh with every axis left to the compiler: on explicit axes, as `jax.make_mesh` gives them, each
-    operation of a model would have to say how its output lies."""
-    return Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
-
-
 class Sharded:
-    """What a model says and does about meshes of devices."""
+    """What a model says and does about meshes of devices.
+
+    `tensor_axis`, `fsdp_axis` and `data_axis` name axes of a mesh, each one, or several as a tuple, or none.
+    """
 
     spec: ArchSpec
     module: Network
     params: Any
     groups: Any  # canonical name -> Group
 
-    def partition_specs(self, mesh: Mesh, *, tensor_axis: str | None = "tensor") -> Tree:
+    def partition_specs(self, mesh: Mesh, *, tensor_axis: Given = "tensor", fsdp_axis: Given = None) -> Tree:
         """A PartitionSpec for each parameter, as a tree like `params`.
 
-        Layers that widen (query, key and value; gate and up) are split by their outputs over the mesh's axis of that
-        name, those that narrow by their inputs, tables of the vocabulary by their rows. What the axis does not divide
-        is whole on every device, as everything is with `tensor_axis=None`. ValueError if the mesh lacks the axis.
+        The tensor axis splits layers that widen (query, key and value; gate and up) by their outputs, those that
+        narrow by their inputs, tables of the vocabulary by their rows, where it divides these. The fsdp axis splits
+        all matrices and tables along the model's width. Norms are whole on every device. ValueError if the mesh lacks
+        an axis, or it does not divide a size.
         """
-        return partition_specs(self.groups, self.spec, self.module.head_spec, mesh, tensor_axis)
+        axes = Axes.of(mesh.shape, tensor=tensor_axis, fsdp=fsdp_axis)
+        return partition_specs(self.groups, self.spec, self.module.head_spec, mesh, axes)
 
-    def param_shardings(self, mesh: Mesh, *, tensor_axis: str | None = "tensor") -> Tree:
+    def param_shardings(self, mesh: Mesh, *, tensor_axis: Given = "tensor", fsdp_axis: Given = None) -> Tree:
         """The same as NamedShardings: what `jit` takes as `out_shardings`, `jax.device_put` as places, Orbax to
-        restore. Their mesh has automatic axes."""
-        automatic, specs = _automatic(mesh), self.partition_specs(mesh, tensor_axis=tensor_axis)
-        return jax.tree.map(lambda spec: NamedSharding(automatic, spec), specs)
+        restore."""
+        specs = self.partition_specs(mesh, tensor_axis=tensor_axis, fsdp_axis=fsdp_axis)
+        return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
 
-    def shard_params(self, mesh: Mesh, params: Any = None, *, tensor_axis: str | None = "tensor") -> Tree:
-        """The parameters, by default the model's, as arrays that lie on the mesh as `partition_specs` says."""
-        shardings = self.param_shardings(mesh, tensor_axis=tensor_axis)
-        return jax.device_put(self.params if params is None else params, shardings)
+    def laid_out(
+        self,
+        mesh: Mesh,
+        *,
+        tensor_axis: Given = "tensor",
+        fsdp_axis: Given = None,
+        data_axis: Given = "data",
+    ) -> Tree:
+        """`param_shardings`, for parameters that are now laid so: with an fsdp axis, which splits rows besides the
+        data axis, the network is from now on one that gathers them."""
+        shardings = self.param_shardings(mesh, tensor_axis=tensor_axis, fsdp_axis=fsdp_axis)
+        gathering = None
+        if fsdp := names(fsdp_axis):
+            axes = Axes.of(mesh.shape, data=data_axis, fsdp=fsdp)
+            rows = PartitionSpec(_entry(axes.rows), None, None)
+            gathering = Gathering(NamedSharding(automatic(mesh), rows))
+        self.module = self.module.clone(gathering=gathering)
+        return shardings
 
-    def shard(self, mesh: Mesh, *, tensor_axis: str | None = "tensor") -> Self:
-        """Lay the model's own parameters onto the mesh; the model itself."""
-        self.params = self.shard_params(mesh, tensor_axis=tensor_axis)
+    def shard_params(
+        self,
+        mesh: Mesh,
+        params: Any = None,
+        *,
+        tensor_axis: Given = "tensor",
+        fsdp_axis: Given = None,
+        data_axis: Given = "data",
+    ) -> Tree:
+        """The parameters, by default the model's, as arrays that lie on the mesh as `partition_specs` says.
+
+        With an fsdp axis the model's calls gather them from now on, and split the rows of hidden states over it and the
+        data axis.
+        """
+        shardings = self.laid_out(mesh, tensor_axis=tensor_axis, fsdp_axis=fsdp_axis, data_axis=data_axis)
+        return jax.tree.map(placed, self.params if params is None else params, shardings)
+
+    def shard(
+        self,
+        mesh: Mesh,
+        *,
+        tensor_axis: Given = "tensor",
+        fsdp_axis: Given = None,
+        data_axis: Given = "data",
+    ) -> Self:
+        """Lay the model's own parameters onto the mesh, as `shard_params` does; the model itself."""
+        self.params = self.shard_params(
+            mesh, tensor_axis=tensor_axis, fsdp_axis=fsdp_axis, data_axis=data_axis
+        )
         return self
 
+    def vocabulary_axes(self, params: Any) -> Any:
+        """What splits the vocabulary of logits on explicit axes: the entry of a PartitionSpec, of the table that makes
+        them; None if the type of the parameters says nothing of it."""
+        head = self.module.head_spec
+        if head is None or KINDS[head.kind].size != "vocab":
+            return None
+        group = self.groups.get("head.out.weight") or self.groups["embed.weight"]
+        (leaf,) = group.leaves
+        table = flat(params).get(leaf.path)
+        axis = 1 if leaf.path[-1] == "kernel" else 0
+        spec = () if table is None else spec_of(table)
+        return spec[axis] if len(spec) > axis else None
+
     @staticmethod
-    def shard_batch(batch: T, mesh: Mesh, *, data_axis: str = "data") -> T:
-        """Inputs, arrays in dicts or lists, with their rows split over the mesh's axis of that name. ValueError if the
-        mesh lacks the axis, or it does not divide the rows."""
-        return shard_batch(batch, mesh, data_axis)
+    def shard_batch(batch: T, mesh: Mesh, *, data_axis: Given = "data", fsdp_axis: Given = None) -> T:
+        """Inputs, arrays in dicts or lists, with their rows split over the mesh's data and fsdp axes. ValueError if the
+        mesh lacks an axis, or does not divide the rows."""
+        axes = Axes.of(mesh.shape, data=data_axis, fsdp=fsdp_axis)
+        if not axes.rows:
+            raise ValueError("shard_batch needs an axis to split the rows over: name one with data_axis=")
+        return shard_batch(batch, mesh, axes)

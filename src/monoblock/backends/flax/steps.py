@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.sharding import NamedSharding
 
 from monoblock.backends.flax.arrays import on_device
 from monoblock.backends.flax.cache import Cache, init_cache
@@ -17,9 +18,12 @@ from monoblock.backends.flax.checked import checked
 from monoblock.backends.flax.compiled import LOOP
 from monoblock.backends.flax.joining import joined
 from monoblock.backends.flax.network import Network
+from monoblock.backends.flax.placing import split_rows
+from monoblock.backends.flax.processes import on_host
 from monoblock.backends.xla import cache as caches
 from monoblock.backends.xla import compiled, compiled_beams
 from monoblock.backends.xla.compiled import Loop, Start
+from monoblock.backends.xla.decoder import WHOLE
 from monoblock.backends.xla.inputs import Wanted
 from monoblock.backends.xla.passes import Given, Pass, of_outputs
 from monoblock.generation.programs import Program
@@ -32,12 +36,18 @@ class Steps:
 
     loop: Loop = LOOP
 
-    def __init__(self, network: Network, params: Any) -> None:
-        self.network, self.params, self.spec = network, params, network.spec
+    def __init__(self, network: Network, params: Any, rows: NamedSharding | None = None) -> None:
+        self.network, self.params, self.spec, self.rows = network, params, network.spec, rows
 
     def joined(self) -> Steps:
         """The same passes with joint matrices, where there are any to join."""
-        return Steps(*joined(self.network, self.params))
+        return Steps(*joined(self.network, self.params), self.rows)
+
+    def laid(self, given: Given) -> Given:
+        """What a pass is given, with its rows split as the prompts' are."""
+        if (rows := self.rows) is None:
+            return given
+        return {name: x if name in WHOLE else split_rows(x, rows) for name, x in given.items()}
 
     def checked(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
         return checked(self.spec, self.network.head_spec, dict(arguments), None, False, documents=False).given
@@ -46,13 +56,13 @@ class Steps:
         return given
 
     def first(self, given: Given, wanted: Wanted, spec: ArchSpec, max_length: int) -> Pass:
-        return first(self.network, self.params, given, wanted, spec=spec, max_length=max_length)
+        return first(self.network, self.params, self.laid(given), wanted, spec=spec, max_length=max_length)
 
     def more(self, given: Given, cache: Cache, wanted: Wanted) -> Pass:
-        return more(self.network, self.params, given, cache, wanted)
+        return more(self.network, self.params, self.laid(given), cache, wanted)
 
     def anew(self, given: Given, wanted: Wanted) -> Pass:
-        return anew(self.network, self.params, given, wanted)
+        return anew(self.network, self.params, self.laid(given), wanted)
 
     def lookup(self, ids: Any) -> Array:
         return lookup(self.network, self.params, ids)
@@ -68,10 +78,11 @@ class Steps:
 
     def cut(self, arrays: Sequence[Array], where: tuple[Any, ...]) -> tuple[Array, ...]:
         # On the host, where new lengths compile nothing.
-        return tuple(on_device(np.asarray(array)[where]) for array in arrays)
+        return tuple(on_device(on_host(array)[where]) for array in arrays)
 
     def looped(self, program: Program, start: Start) -> Any:
-        return looped(self.network, program, self.params, start.cache, start._replace(cache=None))
+        cache, start = start.cache, start._replace(cache=None, constant=self.laid(start.constant))
+        return looped(self.network, program, self.params, cache, start)
 
 
 def loop_over_tokens(network: Network, program: Program, params: Any, cache: Cache, start: Start) -> Any:

@@ -65,7 +65,7 @@ class Traced(Runner):
         self.arguments = given
 
     def stand_ins(self) -> dict[str, Any]:
-        """The call's arguments with prompts of the same shape that have values."""
+        """The call's arguments with prompts of the same shape that have values; padding counts as tokens there."""
         ids_bn = np.zeros(self.ids_bn.shape, np.int32)
         return {**self.arguments, "input_ids": ids_bn, "attention_mask": ids_bn + 1}
 
@@ -80,12 +80,6 @@ class Traced(Runner):
             raise ValueError(f"generate() {INSIDE} searches no beams: call it outside, it compiles itself")
         plan, new = generation.plan, generation.plan.new_tokens
         steps: Steps = self.runner.passes(generation.config)
-        count = self.ids_bn.shape[1]
-        if self.max_positions is not None and count + new - 1 > self.max_positions:
-            raise ValueError(
-                f"the model has {self.max_positions} learned positions; {INSIDE} the prompt's {count} columns all "
-                f"count, and {new} tokens more do not fit: ask for fewer"
-            )
         ids_bn = jnp.repeat(self.ids_bn.astype(jnp.int32), plan.copies, axis=0)
         valid_bn = jnp.repeat(self._valid(generation.config), plan.copies, axis=0)
         mask = jnp.pad(valid_bn.astype(jnp.int32), ((0, 0), (0, bucket(new))), constant_values=1)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 
-from monoblock.backends.flax import heads
+from monoblock.backends.flax import explicit, heads
 from monoblock.backends.flax.checked import as_array
 from monoblock.backends.flax.outputs import FlaxModelOutput
 from monoblock.backends.xla.checked import dropouts
@@ -50,7 +51,10 @@ class Training:
         given = {
             name: jnp.asarray(as_array(name, value)) for name, value in labels.items() if value is not None
         }
-        return heads.losses(head, dict(outputs.items()), given)
+        found = dict(outputs.items())
+        if (mesh := explicit.explicit(found, given)) is None:
+            return heads.losses(head, found, given)
+        return explicit.run(mesh, partial(heads.losses, head), (found, given), explicit.Layout(mesh))
 
     def compute_loss(self, outputs: FlaxModelOutput, **labels: Any) -> jax.Array:
         """The sum of `compute_losses`: one number to differentiate.

@@ -8,10 +8,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from monoblock.backends.pytorch import checked
+from monoblock.backends.pytorch.kernels import dispatch
 from monoblock.backends.pytorch.parts import Part
-from monoblock.heads import KINDS, Summary
+from monoblock.call_checks import (
+    IGNORED,
+    Labels,
+    check_classes,
+    check_places,
+    check_tokens_have_labels,
+    problem_of,
+)
+from monoblock.heads import KINDS, HeadSpec, Summary
 
-IGNORED = -100
 Count = Tensor | int | None
 
 
@@ -48,8 +57,9 @@ class SummaryHead(Part):
         if summary.pool == "mean":
             x = hidden_bsw.mean(dim=1)
         elif summary.pool == "cls_index" and positions is not None:
+            checked.check_chosen(positions, *hidden_bsw.shape[:2])
             rows = torch.arange(hidden_bsw.shape[0], device=hidden_bsw.device)
-            x = hidden_bsw[rows, positions.reshape(-1).to(hidden_bsw.device)]
+            x = hidden_bsw[rows, positions.reshape(-1).long().to(hidden_bsw.device)]
         else:
             x = hidden_bsw[:, 0 if summary.pool == "first" else -1]
         x = self.role("head_act")(self.role("head_summary")(self.role("head_drop_in")(x)))
@@ -85,62 +95,73 @@ def _scaled(model: Any, logits: Tensor) -> Tensor:
 
 
 def last_tokens(
-    hidden_bsw: Tensor, input_ids: Tensor | None, attention_mask: Tensor | None, pad_id: int | None
+    hidden_bsw: Tensor, input_ids: Tensor | None, attention_mask: Tensor | None, head: HeadSpec
 ) -> Tensor:
-    """The hidden state (b, w) of each row's last token that is not padding.
+    """The hidden state (b, w) of each row's last token.
 
-    An attention mask tells padding from a real token of the same id; without one the pad id does. With neither,
-    or with embeddings as input, it is the last place.
+    That is the last one that is not the pad token, of those that the attention mask keeps if there is one; a row of pad
+    tokens ends where its mask does. By `head.last_by` the mask alone may decide: it tells padding from a real token of
+    the same id. Of embeddings it always does; with neither, it is the last place.
     """
     b, s = hidden_bsw.shape[:2]
-    if attention_mask is not None and attention_mask.dim() == 2:
-        real = attention_mask[:, -s:] != 0
-    elif input_ids is not None and pad_id is not None:
-        real = input_ids != pad_id
-    else:
+    text = None if input_ids is None or head.pad_id is None else input_ids != head.pad_id
+    kept = None if attention_mask is None or attention_mask.dim() != 2 else attention_mask[:, -s:] != 0
+    if (real := text if kept is None else kept) is None:
         return hidden_bsw[:, -1]
-    places = torch.arange(s, device=hidden_bsw.device)
-    last = (places * real.to(places.device)).argmax(-1)
-    return hidden_bsw[torch.arange(b, device=last.device), last]
+    places = torch.arange(1, s + 1, device=hidden_bsw.device)
+    rank = places * real.to(places.device)
+    if kept is not None and text is not None and head.last_by == "pad_id":
+        rank = rank + s * (kept & text).to(places.device)
+    return hidden_bsw[torch.arange(b, device=rank.device), rank.argmax(-1)]
 
 
-def cross_entropy(logits: Tensor, labels: Tensor, count: Count = None) -> Tensor:
+def _described(name: str, labels: Tensor) -> Labels:
+    """Labels for the checks; values of those on the CPU alone, for others the host would wait."""
+    seen = labels.device.type == "cpu" and not labels.is_floating_point() and dispatch.readable(labels)
+    values = labels.numpy() if seen else None
+    return Labels(name, labels.shape, str(labels.dtype).removeprefix("torch."), values)
+
+
+def cross_entropy(logits: Tensor, labels: Tensor, count: Count = None, name: str = "labels") -> Tensor:
     """Mean over the labels that are not -100, or their sum over `count` (for accumulated gradients). Without any
-    label the loss is 0, with a zero gradient."""
+    label the loss is 0, with a zero gradient. ValueError: `name` holds no class for each of the logits (..., v)."""
+    check_classes(_described(name, labels), logits.shape)
+    return _cross_entropy(logits, labels, count)
+
+
+def _cross_entropy(logits: Tensor, labels: Tensor, count: Count) -> Tensor:
     logits, labels = logits.float().flatten(0, -2), labels.long().flatten().to(logits.device)
     total = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
     if count is None:
-        count = (labels != IGNORED).sum().clamp(min=1)
-    return total / count
+        return total / (labels != IGNORED).sum().clamp(min=1)
+    return total / checked.check_count(count)
 
 
 def causal_loss(logits_bsv: Tensor, labels_bs: Tensor, count: Count = None) -> Tensor:
     """Each token predicts the next one: labels are the input ids, shifted here."""
+    check_tokens_have_labels(_described("labels", labels_bs), logits_bsv.shape)
     if logits_bsv.shape[1] != labels_bs.shape[1]:
         raise ValueError(
             f"labels of {labels_bs.shape[1]} tokens came with logits of {logits_bsv.shape[1]}: "
             "leave logits_to_keep at 0 when labels are given"
         )
-    return cross_entropy(logits_bsv[:, :-1], labels_bs[:, 1:], count)
+    check_classes(_described("labels", labels_bs), logits_bsv.shape)
+    return _cross_entropy(logits_bsv[:, :-1], labels_bs[:, 1:], count)
 
 
 def sequence_loss(logits_bv: Tensor, labels: Tensor, problem_type: str | None, count: Count = None) -> Tensor:
     """Regression (mean square), one class (cross-entropy) or several (binary cross-entropy); the type is inferred
     from the labels of this call when None is given."""
-    labels = labels.to(logits_bv.device)
-    if problem_type is None:
-        whole = not labels.is_floating_point()
-        problem_type = "single_label_classification" if whole else "multi_label_classification"
-        if logits_bv.shape[-1] == 1:
-            problem_type = "regression"
+    problem_type = problem_of(_described("labels", labels), logits_bv.shape, problem_type)
     if problem_type == "single_label_classification":
         return cross_entropy(logits_bv, labels, count)
+    labels = labels.to(logits_bv.device)
     logits_bv = logits_bv.float()
     labels = labels.to(logits_bv.dtype).reshape(logits_bv.shape)
     loss = F.mse_loss if problem_type == "regression" else F.binary_cross_entropy_with_logits
     if count is None:
         return loss(logits_bv, labels)
-    return loss(logits_bv, labels, reduction="sum") / (count * logits_bv.shape[-1])
+    return loss(logits_bv, labels, reduction="sum") / (checked.check_count(count) * logits_bv.shape[-1])
 
 
 def span_loss(start_bs: Tensor, end_bs: Tensor, starts: Tensor, ends: Tensor, count: Count = None) -> Tensor:
@@ -150,8 +171,10 @@ def span_loss(start_bs: Tensor, end_bs: Tensor, starts: Tensor, ends: Tensor, co
     def one(logits: Tensor, positions: Tensor) -> Tensor:
         positions = positions.to(logits.device).long().reshape(-1)
         outside = (positions < 0) | (positions >= length)
-        return cross_entropy(logits, positions.masked_fill(outside, IGNORED), count)
+        return _cross_entropy(logits, positions.masked_fill(outside, IGNORED), count)
 
+    for name, places in (("start_positions", starts), ("end_positions", ends)):
+        check_places(_described(name, places), start_bs.shape[0])
     return (one(start_bs, starts) + one(end_bs, ends)) / 2
 
 
@@ -162,8 +185,9 @@ def outputs(model: Any, out: Any, given: dict[str, Any]) -> dict[str, Any]:
 
 def _causal(model: Any, out: Any, given: dict[str, Any]) -> dict[str, Any]:
     hidden, keep = out.last_hidden_state, given.get("logits_to_keep")
+    checked.check_kept(keep, hidden.shape[1])
     if isinstance(keep, Tensor):
-        hidden = hidden[:, keep]
+        hidden = hidden[:, keep.long()]
     elif keep:
         hidden = hidden[:, -keep:]
     scores, labels = logits(model, hidden), given.get("labels")
@@ -172,13 +196,13 @@ def _causal(model: Any, out: Any, given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _sequence(model: Any, out: Any, given: dict[str, Any]) -> dict[str, Any]:
-    hidden, pad_id = out.last_hidden_state, model.current_head().pad_id
-    if pad_id is None and hidden.shape[0] > 1:
+    hidden, head = out.last_hidden_state, model.current_head()
+    if head.pad_id is None and hidden.shape[0] > 1:
         raise ValueError(
             "Cannot handle batch sizes > 1 if no padding token is defined: set model.config.pad_token_id"
         )
     ids, mask = given.get("input_ids"), given.get("attention_mask")
-    return _classified(model, logits(model, last_tokens(hidden, ids, mask, pad_id)), given)
+    return _classified(model, logits(model, last_tokens(hidden, ids, mask, head)), given)
 
 
 def _first(model: Any, out: Any, given: dict[str, Any]) -> dict[str, Any]:
@@ -207,10 +231,14 @@ def _double(model: Any, out: Any, given: dict[str, Any]) -> dict[str, Any]:
     scores = model.role("summary")(hidden, given.get("mc_token_ids"))
     loss = mc_loss = None
     if (labels := given.get("labels")) is not None:
+        check_tokens_have_labels(_described("labels", labels), words.shape)
         loss = causal_loss(words, labels.reshape(-1, labels.shape[-1]), count)
     scores = (scores.view(-1, choices, *scores.shape[1:]) if given["nested"] else scores).squeeze(-1)
     if (mc_labels := given.get("mc_labels")) is not None:
-        mc_loss = cross_entropy(scores, mc_labels, count)
+        choices_bv = (
+            scores if scores.dim() > 1 else scores[None]
+        )  # rows without choices are those of one text
+        mc_loss = cross_entropy(choices_bv, mc_labels, count, "mc_labels")
     words = words.view(-1, choices, *words.shape[1:]) if given["nested"] else words
     return {"loss": loss, "mc_loss": mc_loss, "logits": words, "mc_logits": scores}
 

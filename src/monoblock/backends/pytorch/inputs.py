@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from monoblock.backends.pytorch import checked
 from monoblock.backends.pytorch.cache import Cache, DynamicCache, from_tuples, to_tuples
 from monoblock.backends.pytorch.foreign_cache import fill_foreign, from_foreign, is_foreign
 from monoblock.backends.pytorch.kernels import dispatch
@@ -44,44 +45,18 @@ class Inputs:
         return in_form(self.call.cache, self.form)
 
 
-def check_tokens(spec: ArchSpec, ids: Tensor | None, embeds: Tensor | None) -> tuple[int, int, torch.device]:
-    """Batch, tokens and device; ValueError for anything that is not a batch of ids or of embeddings."""
-    if ids is not None and embeds is not None:
-        raise ValueError(
-            "You cannot specify both input_ids and inputs_embeds at the same time: give one of them"
-        )
-    if ids is None and embeds is None:
-        raise ValueError("You have to specify either input_ids or inputs_embeds")
-    tokens = ids if embeds is None else embeds
-    assert tokens is not None
-    if embeds is not None and (embeds.dim() != 3 or embeds.shape[2] != spec.width):
-        raise ValueError(f"inputs_embeds must be (batch, tokens, {spec.width}), got {tuple(embeds.shape)}")
-    if ids is not None and (ids.dim() != 2 or ids.is_floating_point()):
-        raise ValueError(
-            f"input_ids must be whole numbers (batch, tokens), got {ids.dtype} {tuple(ids.shape)}"
-        )
-    if tokens.shape[1] == 0:
-        raise ValueError("the input has no tokens: give at least one (the bos token, if the text is empty)")
-    if ids is not None and ids.device.type == "cpu" and dispatch.readable(ids):
-        low, high = (int(x) for x in ids.aminmax())
-        if low < 0 or high >= spec.vocab:
-            raise ValueError(
-                f"input_ids hold the token {low if low < 0 else high}, but the model's vocabulary has the ids "
-                f"0 to {spec.vocab - 1}: is this the tokenizer of this model?"
-            )
-    return tokens.shape[0], tokens.shape[1], tokens.device
-
-
 def prepare(
     spec: ArchSpec, shape: tuple[int, int, torch.device], given: dict[str, Any], use_cache: bool
 ) -> Inputs:
     """The call for the blocks. `given` holds the forward's arguments by name."""
     batch, count, device = shape
+    if (positions := given.get("position_ids")) is not None:
+        checked.check_positions(spec, positions, batch, count)
     cache, form = _cache(spec, given.get("past_key_values"), batch, use_cache)
     past = cache.get_seq_length() if cache is not None else 0
     total = past + count
     index_k = torch.arange(total, device=device)
-    _check_cache_position(given.get("cache_position"), past, count)
+    checked.check_cache_position(given.get("cache_position"), past, count)
     valid, whole = _masks(spec, given.get("attention_mask"), batch, past, count)
     lengths = _lengths(given, shape, past)
     if lengths is not None:
@@ -130,11 +105,7 @@ def _positions(
     learned, ids = spec.position(Learned), given.get("input_ids")
     positions = given.get("position_ids")
     if positions is not None:
-        if positions.shape[-1] != counted_bs.shape[1]:
-            raise ValueError(
-                f"position_ids must be (batch, {counted_bs.shape[1]}), got {tuple(positions.shape)}"
-            )
-        positions = positions.reshape(-1, positions.shape[-1])
+        positions = positions.reshape(-1, positions.shape[-1]).long()
     elif learned is None:
         positions = counted_bs
     elif learned.pad_id is not None and ids is not None and not documents:
@@ -183,7 +154,7 @@ def cache_of(past: Any, spec: ArchSpec, batch: int) -> tuple[Cache, Any]:
         return past, None
     if is_foreign(past):
         return from_foreign(past, spec.windows), past
-    if not isinstance(past, Sequence):
+    if not isinstance(past, Sequence) or isinstance(past, str):
         raise ValueError(f"past_key_values must be a Cache or a tuple of layers, got {type(past).__name__}")
     if len(past) != spec.layers:
         raise ValueError(f"past_key_values must hold {spec.layers} layers, got {len(past)}")
@@ -192,21 +163,10 @@ def cache_of(past: Any, spec: ArchSpec, batch: int) -> tuple[Cache, Any]:
 
 def _cache(spec: ArchSpec, past: Any, batch: int, use_cache: bool) -> tuple[Cache | None, Any]:
     if not spec.causal and (use_cache or past is not None):
-        raise ValueError("a model that looks both ways has no cache: leave out use_cache and past_key_values")
+        raise ValueError("a bidirectional model has no cache: leave out use_cache and past_key_values")
     if past is None:
         return (DynamicCache(config=spec) if use_cache else None), None
     return cache_of(past, spec, batch)
-
-
-def _check_cache_position(position: Tensor | None, past: int, count: int) -> None:
-    """Positions must follow the cache; anything else would be written to one place and seen from another."""
-    if position is None or not dispatch.readable(position):
-        return
-    if position.shape != (count,) or int(position[0]) != past or int(position[-1]) != past + count - 1:
-        raise ValueError(
-            f"cache_position must be {past} to {past + count - 1}, the places after the {past} cached tokens, got "
-            f"{position.tolist()}; crop() the cache to write at an earlier place"
-        )
 
 
 def _masks(
@@ -228,12 +188,14 @@ def _masks(
                 "a 4-D attention_mask must be boolean (True: may attend) or floating-point (added to the scores), got "
                 f"{mask.dtype}"
             )
+        checked.check_added_mask(mask)
         return None, mask
     if mask.dim() != 2 or mask.shape != (batch, total):
         raise ValueError(
             f"attention_mask must be (batch, tokens) = ({batch}, {total}), the {past} cached tokens included, "
             f"got {tuple(mask.shape)}"
         )
+    checked.check_mask(mask)
     valid = mask != 0
     return (None if dispatch.readable(mask) and bool(valid.all()) else valid), None
 

@@ -86,7 +86,8 @@ def load(
     tied: Iterable[str],
     ignore_mismatched_sizes: bool,
     put: Callable[[str, Tensor], None] | None = None,
-    extra_allowed: Callable[[str], bool] | None = None,
+    ignored: Callable[[str], bool] | None = None,
+    strict: bool = True,
 ) -> Report:
     """Fill the model. `own`: canonical name -> the parameters of the model that hold it; `shapes` are the
     canonical ones; `device` says where each parameter goes. `put` takes each tensor by its name in the model, if
@@ -101,7 +102,8 @@ def load(
         shapes,
         tied,
         ignore_mismatched_sizes=ignore_mismatched_sizes,
-        extra_allowed=extra_allowed,
+        ignored=ignored,
+        strict=strict,
     )
     for canonical, source in _watched(sources, shapes) if put else sources.items():
         here = own[canonical]

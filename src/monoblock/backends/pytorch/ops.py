@@ -106,7 +106,7 @@ def bucketed(distance: Tensor, count: int, max_distance: int) -> Tensor:
     return torch.where(distance > 0, half, 0) + table[distance.abs().clamp(max=max_distance)]
 
 
-# ---------------------------------------------------------------------------- who sees whom
+# ---------------------------------------------------------------------------- attention mask
 
 # Stands on GPUs for a score that does not count. Their kernels multiply it by log2(e): the lowest number of a dtype,
 # which CPUs get, would become infinite, and a row of nothing else no number.
@@ -206,8 +206,8 @@ class Scope:
             away = (self.index_k[None, first:last] - self.index_q[start:stop, None]).to(torch.float32)
             added = added + (self.slopes_h[None, :, None, None] * away).to(dtype)
         if self.given is not None and self.given.dtype != torch.bool:
-            # A mask of a wider dtype may hold minima beyond this one's.
-            given = self.given[:, :, start:stop, first:last].clamp(min=lowest).to(dtype)
+            # A mask of a wider dtype may hold minima beyond this one's, which then are -inf.
+            given = self.given[:, :, start:stop, first:last].to(dtype).clamp(min=lowest)
             added = (added + given).clamp(min=lowest)
         return torch.where(seen, added, lowest)
 

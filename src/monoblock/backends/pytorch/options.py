@@ -25,8 +25,6 @@ class LoadOptions(options.LoadOptions):
         bits = {f"in_{n}bit": bool(kwargs.pop(f"load_in_{n}bit", False)) for n in (4, 8)}
         self.quantization = wanted(kwargs.pop("quantization_config", None), **bits)
         self.state_dict = kwargs.pop("state_dict", None)
-        self.strict = bool(kwargs.pop("strict", True))
-        self.loading_info = bool(kwargs.pop("output_loading_info", False))
         self.generation_config = kwargs.pop("generation_config", None)
         self.max_memory = kwargs.pop("max_memory", None)
         self.offload_folder = kwargs.pop("offload_folder", None)

@@ -5,6 +5,8 @@ Shape suffixes: b batch, s tokens, w width, p patches of the whole batch.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -31,11 +33,7 @@ def with_patches(
     layout = spec.patches
     if layout is None:
         raise ValueError("image patches were given, but the model takes text alone")
-    one_set = isinstance(patches, Tensor) and patches.dim() == 2
-    sets: list[Tensor] = [patches] if one_set else list(patches)  # pyright: ignore[reportAssignmentType]
-    for own in sets:
-        if own.shape[-1] != layout.size:
-            raise ValueError(f"image patches must be (.., {layout.size}), got {tuple(own.shape)}")
+    sets = _sets(patches, layout.size)
     sets = [own.reshape(-1, layout.size).to(x_bsw.device) for own in sets]
     readable = dispatch.readable(x_bsw, input_ids, indices_bs, *sets)
     if indices_bs is None:
@@ -52,6 +50,23 @@ def with_patches(
     # A row more, so that there is one to gather where no patch came.
     vectors_pw = F.pad(project(all_patches).to(x_bsw.dtype), (0, 0, 0, 1))
     return torch.where((which_bs >= 0)[..., None], vectors_pw[which_bs.clamp(min=0)], x_bsw)
+
+
+def _sets(patches: Any, size: int) -> list[Tensor]:
+    """The patches of each row, or of all; TypeError or ValueError for what is none."""
+    expected = f"image_patches must be a tensor (.., {size}), or a list with one for each row"
+    if isinstance(patches, Tensor) and patches.dim() < 3:
+        found = [patches]
+    elif isinstance(patches, Tensor | list | tuple):
+        found: list[Any] = list(patches)
+    else:
+        raise TypeError(f"{expected}, got {type(patches).__name__}")
+    for own in found:
+        if not isinstance(own, Tensor):
+            raise TypeError(f"{expected}, got a list of {type(own).__name__}")
+        if own.dim() < 2 or own.shape[-1] != size:
+            raise ValueError(f"image patches must be (.., {size}), got {tuple(own.shape)}")
+    return found
 
 
 def _in_order(sets: list[Tensor], ids_bs: Tensor, token_id: int, readable: bool) -> Tensor:

@@ -14,11 +14,20 @@ import torch
 from torch import Tensor, nn
 
 from monoblock import modules, outputs, tree
+from monoblock.backends.options import loading_info, told_of_unused
 from monoblock.backends.pytorch import devices, heads, layers, loading, parts
 from monoblock.backends.pytorch.adapters import Adapters
+from monoblock.backends.pytorch.checked import (
+    TENSORS,
+    as_indices,
+    check_flag,
+    check_tensor,
+    check_tokens,
+    check_types,
+)
 from monoblock.backends.pytorch.construction import Construction
 from monoblock.backends.pytorch.generation.decoder import Generation
-from monoblock.backends.pytorch.inputs import PACKED, check_tokens, flattened, prepare
+from monoblock.backends.pytorch.inputs import PACKED, flattened, prepare
 from monoblock.backends.pytorch.kernels import attention
 from monoblock.backends.pytorch.model import (
     Attention,
@@ -137,6 +146,8 @@ class PreTrainedModel(Recognised, Parameters, Generation, Construction, Adapters
             )
         ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
         shape = check_tokens(self.spec, ids, embeds)
+        if ids is not None:
+            given["input_ids"] = ids = as_indices(ids)
         inputs = prepare(self.spec, shape, given, self._uses_cache(given))
         if ids is None and (given.get("image_patches") is not None or given.get("pixel_values") is not None):
             raise ValueError("image patches go to the places of their ids: give input_ids, not inputs_embeds")
@@ -145,7 +156,8 @@ class PreTrainedModel(Recognised, Parameters, Generation, Construction, Adapters
         if ids is not None and not (self.has("embeddings") and types is None):
             tokens = self.embed(ids, given)
         if types is not None:
-            tokens = tokens + self.get_input_embeddings()(types)
+            check_types(types, shape[:2], self.spec)
+            tokens = tokens + self.get_input_embeddings()(as_indices(types))
         call = inputs.call
         call.attentions = [] if self._option(given, "output_attentions") else None
         call.hidden_states = [] if self._option(given, "output_hidden_states") else None
@@ -223,14 +235,18 @@ class PreTrainedModel(Recognised, Parameters, Generation, Construction, Adapters
                     f"{self.row.name} has no argument {name!r}; it takes: {', '.join((*names, *self.extra))}"
                 )
             given[name] = value
+        for name, value in given.items():
+            if name in TENSORS and value is not None and type(value) is not Tensor:
+                check_tensor(name, value)
         return given
 
     def _option(self, given: Mapping[str, Any], name: str) -> bool:
         value = given.get(name)
-        return bool(getattr(self.config, name) if value is None else value)
+        return bool(getattr(self.config, name)) if value is None else check_flag(name, value)
 
     def _uses_cache(self, given: Mapping[str, Any]) -> bool:
         wanted = given.get("use_cache")
+        wanted = None if wanted is None else check_flag("use_cache", wanted)
         if self.training and self.gradient_checkpointing:
             if wanted:
                 _warn_once("use_cache=True cannot go with gradient checkpointing: no cache is kept")
@@ -254,7 +270,7 @@ class PreTrainedModel(Recognised, Parameters, Generation, Construction, Adapters
         `device_map`: "auto", a device, or a dict (through accelerate), with `max_memory` and, for the device
         "disk", `offload_folder`. `state_dict`: tensors by name instead of files (then `config` is needed, or the
         name gives it). `ignore_mismatched_sizes=True` makes tensors of other shapes anew instead of raising
-        ShapeMismatch; `strict=False` passes over tensors that the model has no place for.
+        ShapeMismatch; `strict=False` passes over tensors that the model has no place for, with a warning.
         `output_loading_info=True` gives (model, {"missing_keys", "unexpected_keys", "mismatched_keys",
         "error_msgs"}). `generation_config`: one to use instead of the checkpoint's. `quantization_config`:
         "int8", "int4", "lossless", a WeightOnlyConfig or a BitsAndBytesConfig; or `load_in_4bit`, `load_in_8bit`
@@ -313,7 +329,7 @@ class PreTrainedModel(Recognised, Parameters, Generation, Construction, Adapters
     def _load(self, store: Any, dtype: torch.dtype, options: LoadOptions) -> dict[str, Any]:
         keymap = self.keymap()
         placed = devices.Placement(self, options.device_map, options.max_memory, options.offload_folder)
-        kept = checkpoint.load(self, store, dtype, placed.device, options.quantization)
+        kept = checkpoint.load(self, store, dtype, placed.device, options.quantization, strict=options.strict)
         packer = checkpoint.packer(self, options.quantization)
         packed_names = {f"{name}.weight" for name in checkpoint.packed_modules(self)}
         own = {
@@ -332,8 +348,11 @@ class PreTrainedModel(Recognised, Parameters, Generation, Construction, Adapters
             tied=tree.tied(self.spec, self.head_spec),
             ignore_mismatched_sizes=options.ignore_mismatched_sizes,
             put=packer.put if packer else None,
-            extra_allowed=self._allowed(options.strict),
+            ignored=self._ignored,
+            strict=options.strict,
         )
+        report.unused += kept.unused
+        report.extra += kept.extra
         made = [name for canonical in report.made for name in own[canonical].names]
         for name in made:
             shape = self.get_parameter(name).shape
@@ -354,19 +373,15 @@ class PreTrainedModel(Recognised, Parameters, Generation, Construction, Adapters
                 where,
                 ", ".join(made),
             )
-        if unused := [*kept, *report.unused]:
-            log.info("%s: %s also holds %s, not used here", self.row.name, where, ", ".join(unused))
-        return {
-            "missing_keys": sorted(n for c in report.missing for n in own[c].names),
-            "unexpected_keys": sorted(unused),
-            "mismatched_keys": sorted(n for c in report.mismatched for n in own[c].names),
-            "error_msgs": [],
-        }
+        told_of_unused(self.row.name, where, report)
+        missing, mismatched = (
+            [n for c in names for n in own[c].names] for names in (report.missing, report.mismatched)
+        )
+        return loading_info(missing, mismatched, report)
 
-    def _allowed(self, strict: bool) -> Callable[[str], bool]:
-        """Whether a tensor of a file may be passed over although the model has no place for it."""
-        patterns = self._keys_to_ignore_on_load_unexpected or []
-        return lambda name: not strict or any(re.search(pattern, name) for pattern in patterns)
+    def _ignored(self, name: str) -> bool:
+        """Whether a tensor of a file is to be passed over without a word, although the model has no place for it."""
+        return any(re.search(pattern, name) for pattern in self._keys_to_ignore_on_load_unexpected or ())
 
     @classmethod
     def _config_for(

@@ -15,6 +15,7 @@ import tensorflow as tf
 
 from monoblock.backends.tf.ops import Tensor, size
 from monoblock.generation.arrays import NOTHING_TO_DRAW, NumpyOps
+from monoblock.seeds import signed
 
 # The same numbers on every device, compiled or not: what TensorFlow would choose goes by the device.
 ALGORITHM = "philox"
@@ -178,7 +179,7 @@ class TfOps(NumpyOps):
 
     def generator(self, seed: int) -> Seeds:
         # Two 32-bit numbers, of which the seed's lower bits are the second.
-        return Seeds(np.array([seed >> 32, seed], np.int64).astype(np.int32))
+        return Seeds(np.array([seed >> 32, signed(seed)], np.int64).astype(np.int32))
 
     def sample(self, scores_bv: Any, generator: Seeds | None) -> Any:
         return self.draw(scores_bv, 1, generator)[:, 0]

@@ -40,16 +40,16 @@ def attend(q_bhqd: Tensor, k_bgkd: Tensor, v_bgkd: Tensor, scope: Scope, kernel:
         out = _written_out(q_bhqd, k_bgkd, v_bgkd, scope, kernel)
     else:
         out = _looped(q_bhqd, k_bgkd, v_bgkd, scope, kernel)
-    return _evened(out, v_bgkd, scope)
+    return fill_fully_masked(out, v_bgkd, scope)
 
 
 def in_one_block(count: int | None, causal: bool) -> bool:
-    """Whether so many queries (None: it is open) go at once. Halves of a text that looks both ways are no less work
+    """Whether so many queries (None: it is open) go at once. Halves of a bidirectional sequence are no less work
     than the whole."""
     return count is not None and count <= QUERY_BLOCK * (1 if causal else 2)
 
 
-def _evened(out_bhqd: Tensor, v_bgkd: Tensor, scope: Scope) -> Tensor:
+def fill_fully_masked(out_bhqd: Tensor, v_bgkd: Tensor, scope: Scope) -> Tensor:
     """Queries that see no key get equal weights on the keys that the spec says: kernels agree on padding too, which a
     loss over all positions of a row (a span's) takes in."""
     if (masked := scope.fully_masked()) is None:

@@ -119,7 +119,7 @@ def init_cache(
     spec: ArchSpec, batch: Size, max_length: int | None, dtype: Any = "float32", *, compiled: bool = False
 ) -> Cache:
     """An empty cache for `batch` rows of up to `max_length` tokens (None: it grows), `compiled` if XLA alone uses it.
-    ValueError for a model that looks both ways."""
+    ValueError for a bidirectional model."""
     if max_length is not None and max_length < 1:
         raise ValueError(f"a cache needs room for at least 1 token, got {max_length}")
     att, counts = spec.attention, slots(spec, max_length or 0)

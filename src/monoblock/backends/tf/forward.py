@@ -101,7 +101,7 @@ class Forward:
         if not self.spec.causal:
             if asked or past is not None:
                 raise ValueError(
-                    "a model that looks both ways has no cache: leave out use_cache and past_key_values"
+                    "a bidirectional model has no cache: leave out use_cache and past_key_values"
                 )
             return None, False
         if isinstance(past, Cache):

@@ -11,15 +11,18 @@ from typing import Any
 
 import tensorflow as tf
 
+from monoblock.backends.tf.binding import plainly
 from monoblock.backends.tf.guards import classes
 from monoblock.backends.tf.layers import Tied
+from monoblock.backends.tf.namespace import XP
 from monoblock.backends.tf.ops import Tensor, size
 from monoblock.backends.tf.parts import Part
+from monoblock.backends.xla.checked import described
 from monoblock.backends.xla.inputs import Wanted
+from monoblock.call_checks import IGNORED, check_classes, check_places, check_tokens_have_labels, problem_of
 from monoblock.heads import KINDS, HeadSpec, Summary
 from monoblock.spec import ArchSpec
 
-IGNORED = -100
 Given = Mapping[str, Any]
 
 
@@ -88,30 +91,47 @@ def projected(out: Any, hidden: Tensor, table: Tensor | None) -> Tensor:
 
 
 def last_tokens(
-    hidden_bsw: Tensor, input_ids: Tensor | None, attention_mask: Tensor | None, pad_id: int | None
+    hidden_bsw: Tensor, input_ids: Tensor | None, attention_mask: Tensor | None, head: HeadSpec
 ) -> Tensor:
-    """The hidden state (b, w) of each row's last token that is not padding.
+    """The hidden state (b, w) of each row's last token.
 
-    An attention mask tells padding from a real token of the same id; without one the pad id does. With neither,
-    or with embeddings as input, it is the last place.
+    That is the last one that is not the pad token, of those that the attention mask keeps if there is one; a row of pad
+    tokens ends where its mask does. By `head.last_by` the mask alone may decide: it tells padding from a real token of
+    the same id. Of embeddings it always does; with neither, it is the last place.
     """
-    count = size(hidden_bsw, 1)
-    if attention_mask is not None:
-        real = attention_mask[:, -count:] != 0
-    elif input_ids is not None and pad_id is not None:
-        real = input_ids != tf.cast(pad_id, input_ids.dtype)
-    else:
+    s = size(hidden_bsw, 1)
+    text = (
+        None
+        if input_ids is None or head.pad_id is None
+        else input_ids != tf.cast(head.pad_id, input_ids.dtype)
+    )
+    kept = None if attention_mask is None else attention_mask[:, -s:] != 0
+    if (real := text if kept is None else kept) is None:
         return hidden_bsw[:, -1]
-    last = tf.argmax(tf.range(count) * tf.cast(real, tf.int32), axis=-1, output_type=tf.int32)
+    rank = tf.range(1, s + 1) * tf.cast(real, tf.int32)
+    if kept is not None and text is not None and head.last_by == "pad_id":
+        rank += s * tf.cast(kept & text, tf.int32)
+    last = tf.argmax(rank, axis=-1, output_type=tf.int32)
     return tf.gather(hidden_bsw, last, batch_dims=1)
 
 
 # ---------------------------------------------------------------------------- losses
 
 
-def each(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def each(logits: Tensor, labels: Tensor, name: str = "labels") -> tuple[Tensor, Tensor]:
     """The cross-entropy of each label (n,), 0 for those that are -100, and 1 for the others, 0 for those. ValueError:
-    there is no such class."""
+    `name` holds no class for each of the logits (..., v)."""
+    with plainly():
+        check_classes(described(XP, name, whole_labels(labels)), logits.shape)
+    return _each(logits, labels)
+
+
+def whole_labels(labels: Tensor) -> Tensor:
+    """Labels as whole numbers where a graph has them as floats, as Keras makes its inputs."""
+    return tf.cast(labels, tf.int32) if labels.dtype.is_floating and XP.values(labels) is None else labels
+
+
+def _each(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     logits = tf.reshape(wide(logits), (-1, logits.shape[-1]))
     labels = tf.cast(tf.reshape(labels, (-1,)), tf.int32)
     real = labels != IGNORED
@@ -128,37 +148,41 @@ def wide(x: Tensor) -> Tensor:
 def token_loss(logits: Tensor, labels: Tensor, count: Any = None) -> Tensor:
     """(1,): the mean over the labels that are not -100, or their sum over `count` (for accumulated gradients). Without
     any label the loss is 0, with a zero gradient."""
-    found, real = each(logits, labels)
+    return _token_loss(*each(logits, labels), count)
+
+
+def _token_loss(found: Tensor, real: Tensor, count: Any) -> Tensor:
     many = tf.maximum(tf.reduce_sum(real), 1.0) if count is None else tf.cast(count, found.dtype)
     return tf.reshape(tf.reduce_sum(found) / many, (1,))
 
 
-def row_loss(logits: Tensor, labels: Tensor, count: Any = None) -> Tensor:
+def row_loss(logits: Tensor, labels: Tensor, count: Any = None, name: str = "labels") -> Tensor:
     """(b,): the cross-entropy of each row, which stands for 1 / `count` of the whole (by default 1 / the number of rows
     whose label is not -100), so that the mean of these is the loss."""
-    found, real = each(logits, labels)
+    found, real = each(logits, labels, name)
     many = tf.maximum(tf.reduce_sum(real), 1.0) if count is None else tf.cast(count, found.dtype)
     return found * (tf.cast(size(found, 0), found.dtype) / many)
 
 
 def causal_loss(logits_bsv: Tensor, labels_bs: Tensor, count: Any = None) -> Tensor:
     """Each token predicts the next one: labels are the input ids, shifted here."""
+    with plainly():
+        check_tokens_have_labels(described(XP, "labels", labels_bs), logits_bsv.shape)
     if None not in (known := (logits_bsv.shape[1], labels_bs.shape[1])) and known[0] != known[1]:
         raise ValueError(
             f"labels of {labels_bs.shape[1]} tokens came with logits of {logits_bsv.shape[1]}: "
             "leave logits_to_keep at 0 when labels are given"
         )
-    return token_loss(logits_bsv[:, :-1], labels_bs[:, 1:], count)
+    with plainly():
+        check_classes(described(XP, "labels", whole_labels(labels_bs)), logits_bsv.shape)
+    return _token_loss(*_each(logits_bsv[:, :-1], labels_bs[:, 1:]), count)
 
 
 def sequence_loss(logits_bv: Tensor, labels: Tensor, problem_type: str | None, count: Any = None) -> Tensor:
     """Regression (mean square), one class (cross-entropy) or several (binary cross-entropy), (b,); the type is
     inferred from the labels of this call when None is given."""
-    if problem_type is None:
-        whole = not labels.dtype.is_floating
-        problem_type = "single_label_classification" if whole else "multi_label_classification"
-        if logits_bv.shape[-1] == 1:
-            problem_type = "regression"
+    with plainly():
+        problem_type = problem_of(described(XP, "labels", labels), logits_bv.shape, problem_type)
     if problem_type == "single_label_classification":
         return row_loss(logits_bv, labels, count)
     logits_bv = wide(logits_bv)
@@ -175,6 +199,9 @@ def sequence_loss(logits_bv: Tensor, labels: Tensor, problem_type: str | None, c
 def span_loss(start_bs: Tensor, end_bs: Tensor, starts: Tensor, ends: Tensor, count: Any = None) -> Tensor:
     """The mean of two cross-entropies over the tokens, (b,); positions outside the text are ignored."""
     length = size(start_bs, 1)
+    with plainly():
+        for name, places in (("start_positions", starts), ("end_positions", ends)):
+            check_places(described(XP, name, whole_labels(places)), start_bs.shape[0])
 
     def one(logits: Tensor, positions: Tensor) -> Tensor:
         positions = tf.cast(tf.reshape(positions, (-1,)), tf.int32)
@@ -234,13 +261,12 @@ def _causal(head: Head, hidden: Tensor, given: Given, wanted: Wanted) -> dict[st
 
 
 def _sequence(head: Head, hidden: Tensor, given: Given, _: Wanted) -> dict[str, Any]:
-    pad_id = head.spec.pad_id
-    if pad_id is None and (hidden.shape[0] or 1) > 1:
+    if head.spec.pad_id is None and (hidden.shape[0] or 1) > 1:
         raise ValueError(
             "Cannot handle batch sizes > 1 if no padding token is defined: set model.config.pad_token_id"
         )
     ids, mask = given.get("input_ids"), given.get("attention_mask")
-    return _classified(head, head(last_tokens(hidden, ids, mask, pad_id)), given)
+    return _classified(head, head(last_tokens(hidden, ids, mask, head.spec)), given)
 
 
 def _first(head: Head, hidden: Tensor, given: Given, _: Wanted) -> dict[str, Any]:
@@ -268,12 +294,17 @@ def _double(head: Head, hidden: Tensor, given: Given, wanted: Wanted) -> dict[st
     logits, scores = head(hidden), summary(hidden, positions=given.get("mc_token_ids"), seed=head.seed)
     loss = mc_loss = None
     if (labels := given.get("labels")) is not None:
+        with plainly():
+            check_tokens_have_labels(described(XP, "labels", labels), logits.shape)
         loss = causal_loss(logits, tf.reshape(labels, (-1, size(labels, -1))), count)
     if wanted.nested:
         scores = tf.reshape(scores, (-1, choices, *scores.shape[1:]))
     scores = tf.squeeze(scores, -1) if scores.shape[-1] == 1 else scores
     if (mc_labels := given.get("mc_labels")) is not None:
-        mc_loss = row_loss(scores, mc_labels, count)
+        choices_bv = (
+            scores if len(scores.shape) > 1 else scores[None]
+        )  # rows without choices are those of one text
+        mc_loss = row_loss(choices_bv, mc_labels, count, "mc_labels")
     if wanted.nested:
         logits = tf.reshape(logits, (-1, choices, size(logits, 1), logits.shape[-1]))
     return {"loss": loss, "mc_loss": mc_loss, "logits": logits, "mc_logits": scores}

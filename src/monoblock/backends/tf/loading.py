@@ -110,13 +110,16 @@ def load(
     tied: Iterable[str],
     *,
     ignore_mismatched_sizes: bool = False,
+    strict: bool = True,
 ) -> Report:
     """Fill the parameters, given by their names in files, from tensors by the hub's names; what was found and what not.
     `shapes` are those of the canonical parameters.
 
     MissingKeys, UnexpectedKeys, UnreadKeys and ShapeMismatch name the first tensor that does not fit.
     """
-    weights, report = fitted(tensors, keymap, shapes, tied, ignore_mismatched_sizes=ignore_mismatched_sizes)
+    weights, report = fitted(
+        tensors, keymap, shapes, tied, ignore_mismatched_sizes=ignore_mismatched_sizes, strict=strict
+    )
     for name, made in laid_out(weights, keymap).items():
         found[name].assign(made())
     return report

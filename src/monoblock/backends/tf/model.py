@@ -161,7 +161,7 @@ class Attention(Part):
     def remembered(
         self, k: Tensor, v: Tensor, call: Call, layer: Layer | None
     ) -> tuple[Tensor, Tensor, Scope, Layer | None]:
-        """The keys and values that these queries see, who sees whom, and the layer of the cache with the new ones."""
+        """The keys and values to attend to, the attention mask, and the layer of the cache with the new ones."""
         if layer is None or call.fresh:
             return k, v, call.scope, None if layer is None else layer.filled(k, v)
         after = layer.appended(k, v)

@@ -108,7 +108,9 @@ class Parameters:
 
     # ------------------------------------------------------------------ weights
 
-    def load_parameters(self, tensors: Any, *, ignore_mismatched_sizes: bool = False) -> Report:
+    def load_parameters(
+        self, tensors: Any, *, ignore_mismatched_sizes: bool = False, strict: bool = True
+    ) -> Report:
         """Fill the model from tensors by the hub's names; what was made anew and what was not used, by those names. A
         pooler that no output depends on may be missing.
 
@@ -122,6 +124,7 @@ class Parameters:
             tensors,
             self.tied(),
             ignore_mismatched_sizes=ignore_mismatched_sizes,
+            strict=strict,
         )
         made, sources = report.made, self.sources()
         for name in (name for canonical in made for name in sources[canonical].names):
@@ -137,8 +140,10 @@ class Parameters:
             taken |= {name, ours}
         self.unsaved = frozenset(unused) - taken
         return Report(
-            missing=[keymap.source(canonical).names[0] for canonical in made],
+            missing=[keymap.source(canonical).names[0] for canonical in report.missing],
+            mismatched=[keymap.source(canonical).names[0] for canonical in report.mismatched],
             unused=[name for name in report.unused if name not in taken],
+            extra=[name for name in report.extra if name not in taken],
         )
 
     def init_parameter(self, name: str) -> None:

@@ -6,11 +6,12 @@ import logging
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import tensorflow as tf
 
-from monoblock.backends.options import opened
+from monoblock import tree
+from monoblock.backends.options import loading_info, opened, told_of_unused
 from monoblock.backends.tf import heads, layers, loading
 from monoblock.backends.tf.cache import Cache
 from monoblock.backends.tf.decode import Generation
@@ -23,6 +24,7 @@ from monoblock.backends.tf.parts import Builder, Holder
 from monoblock.backends.tf.serving import Serving
 from monoblock.backends.tf.training import Training
 from monoblock.backends.xla.inputs import AT_REST, Wanted
+from monoblock.checkpoint.fitting import matched
 from monoblock.checkpoint.hdf5 import is_weights
 from monoblock.checkpoint.hub import WeightFiles
 from monoblock.checkpoint.options import HubOptions
@@ -135,17 +137,18 @@ class TFPreTrainedModel(Forward, Training, Serving, Holder, Parameters, Generati
         *model_args: Any,
         config: PretrainedConfig | str | Path | None = None,
         **kwargs: Any,
-    ) -> Self:
+    ) -> Any:
         """A model with a checkpoint's weights.
 
         The checkpoint is a folder or a name on the hub. `dtype` (or `torch_dtype`): "auto" (the default: Keras's global
         policy, or the checkpoint's own dtype), a dtype's name, or a Keras policy such as "mixed_bfloat16".
-        `ignore_mismatched_sizes=True` makes tensors of other shapes anew instead of raising ShapeMismatch.
-        `from_pt=True` reads PyTorch's files even where there is a `tf_model.h5`, `from_tf=True` the `tf_model.h5` even
-        where there are others. `revision`, `token`, `cache_dir`,
-        `local_files_only`, `force_download`, `subfolder`, `variant`, `use_safetensors` say which files. Other keywords
-        set fields of the config (`num_labels=3`). HubError: the files cannot be had. CheckpointError: they do not fit.
-        ValueError: an argument is wrong.
+        `ignore_mismatched_sizes=True` makes tensors of other shapes anew instead of raising ShapeMismatch;
+        `strict=False` passes over tensors that the model has no place for, with a warning. `output_loading_info=True`
+        gives (model, {"missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"}). `from_pt=True` reads
+        PyTorch's files even where there is a `tf_model.h5`, `from_tf=True` the `tf_model.h5` even where there are
+        others. `revision`, `token`, `cache_dir`, `local_files_only`, `force_download`, `subfolder`, `variant`,
+        `use_safetensors` say which files. Other keywords set fields of the config (`num_labels=3`). HubError: the files
+        cannot be had. CheckpointError: they do not fit. ValueError: an argument is wrong.
         """
         if model_args:
             raise TypeError(
@@ -153,14 +156,31 @@ class TFPreTrainedModel(Forward, Training, Serving, Holder, Parameters, Generati
             )
         options = LoadOptions(kwargs)
         settings, generation, store = opened(cls, pretrained_model_name_or_path, config, options, kwargs)
+        cls._check_tensors(settings, store, options)
         with layers.empty():
             dtype = loading.chosen_dtype(options.dtype, settings.dtype, store)
             model = cls(settings, dtype=dtype, name=options.name)
-        model._load(store, ignore_mismatched_sizes=options.ignore_mismatched_sizes)
+        info = model._load(
+            store, ignore_mismatched_sizes=options.ignore_mismatched_sizes, strict=options.strict
+        )
         settings.dtype = model.variable_dtype
         if generation is not None:
             model.generation_config = generation
-        return model
+        return (model, info) if options.loading_info else model
+
+    @classmethod
+    def _check_tensors(cls, config: PretrainedConfig, store: Any, options: LoadOptions) -> None:
+        """The errors of `load_parameters` before any variable is made: a config may ask for any size."""
+        spec, kind = config.to_spec(), cls.row.head
+        head = config.to_head(kind) if kind else None
+        matched(
+            store,
+            cls.family.keymap(config, kind),
+            tree.parameters(spec, head),
+            tree.tied(spec, head),
+            ignore_mismatched_sizes=options.ignore_mismatched_sizes,
+            strict=options.strict,
+        )
 
     def load_weights(self, filepath: Any, skip_mismatch: bool = False, **kwargs: Any) -> None:
         """Keras's; weights of Keras 2's `.h5` files, as the old classes wrote (`tf_model.h5`), are found by their names
@@ -174,8 +194,10 @@ class TFPreTrainedModel(Forward, Training, Serving, Holder, Parameters, Generati
         else:
             super().load_weights(filepath, skip_mismatch=skip_mismatch, **kwargs)
 
-    def _load(self, store: Any, *, ignore_mismatched_sizes: bool) -> None:
-        report = self.load_parameters(store, ignore_mismatched_sizes=ignore_mismatched_sizes)
+    def _load(
+        self, store: Any, *, ignore_mismatched_sizes: bool, strict: bool = True
+    ) -> dict[str, list[str]]:
+        report = self.load_parameters(store, ignore_mismatched_sizes=ignore_mismatched_sizes, strict=strict)
         where = self.name_or_path or "the checkpoint"
         if report.made:
             log.warning(
@@ -184,9 +206,8 @@ class TFPreTrainedModel(Forward, Training, Serving, Holder, Parameters, Generati
                 where,
                 ", ".join(report.made),
             )
-        if report.unused:
-            unused = ", ".join(report.unused)
-            log.info("%s: %s also holds %s, not used here", type(self).__name__, where, unused)
+        told_of_unused(type(self).__name__, where, report)
+        return loading_info(report.missing, report.mismatched, report)
 
     @classmethod
     def _config_for(

@@ -60,9 +60,9 @@ class LayerBase:
 
 
 def slots(spec: ArchSpec, max_length: int) -> list[int]:
-    """The slots of each layer of a cache; ValueError for a model that looks both ways."""
+    """The slots of each layer of a cache; ValueError for a bidirectional model."""
     if not spec.causal:
-        raise ValueError("a model that looks both ways has no cache: leave out use_cache and past_key_values")
+        raise ValueError("a bidirectional model has no cache: leave out use_cache and past_key_values")
     return [min(max_length, window or max_length) for window in spec.windows]
 
 

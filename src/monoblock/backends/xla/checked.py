@@ -24,6 +24,8 @@ from monoblock.backends.xla.namespace import (
     shown,
 )
 from monoblock.backends.xla.patches import NAMES, patches
+from monoblock.call_checks import Labels, check_mask, check_positions
+from monoblock.field_types import brief
 from monoblock.heads import BY_CHOICE, KINDS, HeadSpec
 from monoblock.positions import has_positions
 from monoblock.spec import ArchSpec, Learned
@@ -117,6 +119,8 @@ def _tokens(xp: Namespace, spec: ArchSpec, given: dict[str, Any], made: Checked)
         made.given["input_ids"] = tokens = _ids(xp, spec, "input_ids", ids, None)
     else:
         raise ValueError("You have to specify either input_ids or inputs_embeds")
+    if known(tokens.shape[0]) and tokens.shape[0] == 0:
+        raise ValueError("the input has no rows: give at least one text")
     if known(tokens.shape[1]) and tokens.shape[1] == 0:
         raise ValueError("the input has no tokens: give at least one (the bos token, if the text is empty)")
     return xp.size(tokens, 0), xp.size(tokens, 1)
@@ -161,7 +165,7 @@ def _seen(xp: Namespace, spec: ArchSpec, cache: Any, batch: Size, count: Size) -
     if cache is None:
         return 0
     if not spec.causal:
-        raise ValueError("a model that looks both ways has no cache: leave out past_key_values")
+        raise ValueError("a bidirectional model has no cache: leave out past_key_values")
     if len(cache.keys) != spec.layers:
         raise ValueError(f"past_key_values must hold {spec.layers} layers, got {len(cache.keys)}")
     rows = cache.keys[0].shape[0]
@@ -204,6 +208,8 @@ class _Span:
 
 def _mask(made: Checked, mask: Array, span: _Span, *, needed: bool) -> None:
     """The mask; left out where it is known to mask nothing, unless the head is to see it."""
+    if (values := span.xp.values(mask)) is not None:
+        check_mask(values)
     mask = span.of("attention_mask", span.xp.int32(mask != 0))
     values = None if needed or span.total is None else span.xp.values(mask)
     if values is None or not values[:, : span.total].all():
@@ -218,7 +224,7 @@ def _check_cache_position(xp: Namespace, positions: Array | None, seen: int | No
     ):
         raise ValueError(
             f"cache_position must be {seen} to {(seen or 0) + count - 1}, the places after the {seen} cached tokens, "
-            f"got {values.tolist()}"
+            f"got {brief(values.tolist())}"
         )
 
 
@@ -234,6 +240,8 @@ def _positions(spec: ArchSpec, made: Checked, positions: Array, span: _Span) -> 
                 f"position_ids must be whole numbers {shown(span.batch, span.count)}, got {positions.dtype.name} "
                 f"{tuple(positions.shape)}"
             )
+        if (values := xp.values(positions)) is not None:
+            check_positions(spec, int(values.min()), int(values.max()))
         made.given["position_ids"] = xp.int32(positions)
     if learned is None:
         return
@@ -289,7 +297,9 @@ def _chosen_tokens(xp: Namespace, tokens: Array, batch: Size, count: Size) -> Ar
         )
     values = xp.values(tokens)
     if values is not None and known(count) and not (values.min() >= 0 and values.max() < count):
-        raise ValueError(f"mc_token_ids must be 0 to {count - 1}, got {values.tolist()}")
+        raise ValueError(
+            f"mc_token_ids must be 0 to {count - 1}, places of the {count} tokens, got {brief(values.tolist())}"
+        )
     return xp.int32(xp.reshape(tokens, (-1,)))
 
 
@@ -302,6 +312,13 @@ def _head_mask(xp: Namespace, spec: ArchSpec, mask: Array) -> Array:
         )
     rows = xp.stacked([xp.reshape(mask, (-1, heads))] * (spec.layers if len(mask.shape) == 1 else 1))
     return xp.reshape(rows, (spec.layers, 1, heads, 1, 1))
+
+
+def described(xp: Namespace, name: str, labels: Array) -> Labels:
+    """Labels for the checks."""
+    open_ = getattr(labels.shape, "rank", 0) is None  # a graph may not even know how many axes there are
+    shape = (None,) if open_ else tuple(labels.shape)
+    return Labels(name, shape, labels.dtype.name, xp.values(labels))
 
 
 def dropouts(spec: ArchSpec, head: HeadSpec | None) -> list[float]:

@@ -82,9 +82,10 @@ class Loop(Protocol):
 
 def run(generation: Any, program: Program) -> Any:
     """A whole call: the prompt's pass, then the loop."""
+    xp = generation.decoder.passes.loop.xp
     text, record, scores_bv = generation.begin()
     end = ended(generation, program, scores_bv)
-    made, new_br, finished_b = int(end.made), np.asarray(end.new_br), np.asarray(end.finished_b)
+    made, new_br, finished_b = int(end.made), xp.to_numpy(end.new_br), xp.to_numpy(end.finished_b)
     unfinished = made < generation.plan.new_tokens and not finished_b.all()
     generation.decoder.advance(made - 1 + unfinished)
     text.extend(new_br[:, :made])

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from monoblock.backends.xla.compiled import Forward, Loop, Start, ended, next_pass
 from monoblock.backends.xla.namespace import Array
 from monoblock.generation import beam_program as search
@@ -38,7 +36,8 @@ def run(generation: Any, program: Program) -> Any:
     _, record, scores_bv = generation.begin()
     end = ended(generation, program, scores_bv, begun(generation, program))
     generation.decoder.advance(int(end.made) - 1 + bool(end.going))
-    running = search.Running(*(np.asarray(part) for part in end.running))
+    xp = generation.decoder.passes.loop.xp
+    running = search.Running(*(xp.to_numpy(part) for part in end.running))
     return beams.output(generation, search.best(running, generation.config.num_return_sequences or 1), record)
 
 

@@ -148,7 +148,7 @@ class Decoder:
         """Take k tokens for each row; scores after each, on the host."""
         count = ids_bk.shape[1]
         if count == 1:
-            return np.asarray(self.step(ids_bk))[:, None]
+            return self.passes.loop.xp.to_numpy(self.step(ids_bk))[:, None]
         # Angles that change with the length must not see padding.
         exact = is_dynamic(self.spec.position(Rotary))
         size = count if exact else 1 << (count - 1).bit_length()
@@ -161,7 +161,7 @@ class Decoder:
         scores = self._more(given, count, replace(self.wanted, keep=0))
         if size > count:
             self._set_length()
-        return np.asarray(scores)[:, :count]
+        return self.passes.loop.xp.to_numpy(scores)[:, :count]
 
     def reorder(self, index_b: Any) -> None:
         """Row i becomes what row index[i] was."""
@@ -186,7 +186,7 @@ class Decoder:
         if arguments.get("inputs_embeds") is None:
             arguments["input_ids"] = ids_bn
         made = self.passes.checked({name: x for name, x in arguments.items() if x is not None})
-        given = {name: np.asarray(value) for name, value in made.items()}
+        given = {name: self.passes.loop.xp.to_numpy(value) for name, value in made.items()}
         tokens = given.get("input_ids", given.get("inputs_embeds"))
         assert tokens is not None
         batch, count = tokens.shape[:2]
@@ -298,7 +298,7 @@ class Rereader:
         ids_bk, count = np.asarray(ids_bk, np.int32), ids_bk.shape[1]
         after = {
             "input_ids": lambda _: ids_bk,
-            "inputs_embeds": lambda _: np.asarray(self.passes.lookup(ids_bk)),
+            "inputs_embeds": lambda _: self.passes.loop.xp.to_numpy(self.passes.lookup(ids_bk)),
             "attention_mask": lambda _: np.ones(ids_bk.shape, np.int32),
             "position_ids": lambda x: x[:, -1:] + 1 + np.arange(count, dtype=np.int32),
             "token_type_ids": lambda x: x[:, -1:].repeat(count, axis=1),
@@ -331,4 +331,6 @@ class Rereader:
             self.attentions = self.passes.cut(found.attentions, (..., here, here))
         if found.hidden_states is not None:
             self.hidden_states = self.passes.cut(found.hidden_states, (..., here, slice(None)))
-        return found.scores[:, None] if count == 1 else np.asarray(found.scores)[:, -count:]
+        if count == 1:
+            return found.scores[:, None]
+        return self.passes.loop.xp.to_numpy(found.scores)[:, -count:]

@@ -13,11 +13,11 @@ from monoblock.backends.xla.namespace import Namespace
 from monoblock.backends.xla.passes import Passes
 from monoblock.generation.config import GenerationConfig
 from monoblock.generation.decoder import Plan
+from monoblock.generation.limits import check_memory
 from monoblock.generation.mixin import GenerationMixin
 from monoblock.generation.programs import Program
 from monoblock.generation.resolve import Unsupported
 from monoblock.generation.transitions import transition_scores
-from monoblock.spec import Learned
 
 INPUTS = frozenset({"past_key_values", "position_ids", "inputs_embeds"})
 # Inputs that only some models take; new tokens get the last token type.
@@ -55,8 +55,8 @@ class Runner:
         self.model, self.ops = model, model.xp
         self.input_names = INPUTS | MORE.intersection(inputs)
         self.generation_config: GenerationConfig | None = model.generation_config
-        learned = model.spec.position(Learned)
-        self.max_positions = learned.size - learned.offset if learned else None
+        self.max_positions: int | None = model.max_positions
+        self.vocab: int | None = model.spec.vocab
 
     def compiled(self, generation: Any, program: Program) -> Any:
         """Run a call as one program."""
@@ -69,4 +69,6 @@ class Runner:
     def decoder(self, plan: Plan, inputs: dict[str, Any]) -> Any:
         """A decoder for one call."""
         cached = plan.config.use_cache or "past_key_values" in inputs
+        if cached:  # in two bytes a number at least, on devices that may have more memory than the host
+            check_memory(self.model.spec, plan.rows, plan.max_length, 2, times=4)
         return (Decoder if cached else Rereader)(self.passes(plan.config), plan, inputs)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from monoblock.backends.pytorch.arrays import TorchOps
 from monoblock.backends.pytorch.base import ModelBase
 from monoblock.backends.pytorch.cache import Cache, DynamicCache, StaticCache
+from monoblock.backends.pytorch.checked import TENSORS, check_tensor
 from monoblock.backends.pytorch.generation import cuda_graphs, native_decoder
 from monoblock.backends.pytorch.generation.decoding_path import GRAPH, NATIVE, decoding_path, report
 from monoblock.backends.pytorch.generation.quantized_cache import quantized
@@ -21,11 +22,12 @@ from monoblock.errors import UnsupportedConfig
 from monoblock.generation import loop
 from monoblock.generation.arrays import ArrayOps
 from monoblock.generation.config import GenerationConfig
+from monoblock.generation.limits import check_memory
 from monoblock.generation.mixin import GenerationMixin, check_assistant
 from monoblock.generation.resolve import Unsupported
 from monoblock.generation.transitions import transition_scores
 from monoblock.positions import is_dynamic
-from monoblock.spec import Learned, Rotary
+from monoblock.spec import Rotary
 
 INPUTS = frozenset({"past_key_values", "position_ids", "inputs_embeds"})
 # Inputs that only some models take. Images are embedded with the prompt; new tokens get the last token type.
@@ -57,6 +59,11 @@ class Generation(ModelBase, GenerationMixin):
         new text keeps to). ValueError for what is unknown or not supported.
         """
         inputs, kwargs = self.generate_arguments(inputs, kwargs)
+        for name in self.arguments & TENSORS & kwargs.keys() - {"input_ids", "attention_mask"}:
+            if kwargs[name] is not None:
+                check_tensor(name, kwargs[name])
+        if not isinstance(generator := kwargs.get("generator"), torch.Generator | None):
+            raise TypeError(f"generator must be a torch.Generator, got {type(generator).__name__}")
         with (
             torch.inference_mode(),
             _at_rest(self),
@@ -127,8 +134,8 @@ class Runner:
         self.input_names = INPUTS | MORE.intersection((*model.row.forward.split(), *model.extra))
         self.ops = TorchOps(model.device)
         self.generation_config = model.generation_config
-        learned = model.spec.position(Learned)
-        self.max_positions = learned.size - learned.offset if learned else None
+        self.max_positions = model.max_positions
+        self.vocab: int | None = model.spec.vocab
         self.graphed: list[cuda_graphs.Graphed] = []
         self.decoders: list[Decoder] = []
 
@@ -178,7 +185,10 @@ class Decoder:
         if not plan.config.use_cache:
             return None, None
         if plan.config.cache_implementation == "static":
-            return StaticCache(max_cache_len=plan.config.max_cache_len or plan.max_length), None
+            length = plan.config.max_cache_len or plan.max_length
+            if self.model.device.type == "cpu":  # others say so themselves, at once
+                check_memory(self.model.spec, plan.rows, length, self.model.dtype.itemsize)
+            return StaticCache(max_cache_len=length), None
         if plan.config.cache_implementation == "quantized":
             return quantized(plan.config.cache_config or {}), None
         return DynamicCache(config=self.model.spec), None

@@ -37,13 +37,13 @@ def attend(q_bhqd: Tensor, k_bgkd: Tensor, v_bgkd: Tensor, scope: Scope, kernel:
     if q_bhqd.device.type in attention_cuda.DEVICES:
         out = attention_cuda.attend(q_bhqd, k_bgkd, v_bgkd, scope, kernel)
         if out is not None:
-            return _evened(out, v_bgkd, scope)
+            return fill_fully_masked(out, v_bgkd, scope)
     if q_bhqd.shape[2] == 1 and kernel.softcap is None:
         return _one_query(q_bhqd, k_bgkd, v_bgkd, scope, kernel)
     ordinary = scope.in_order and scope.relative is None and scope.given is None and not kernel.dropout
     if ordinary and native_ops.usable(q_bhqd, k_bgkd, v_bgkd):
         out = _native(q_bhqd, k_bgkd, v_bgkd, scope, kernel)
-        return out if scope.masked_rows == "all" else _evened(out, v_bgkd, scope)
+        return out if scope.masked_rows == "all" else fill_fully_masked(out, v_bgkd, scope)
     k_bhkd, v_bhkd = repeat_groups(k_bgkd, q_bhqd.shape[1]), repeat_groups(v_bgkd, q_bhqd.shape[1])
     if scope.aligned and scope.by_key and not kernel.dropout and kernel.softcap is None:
         bias = scope.key_bias()
@@ -53,8 +53,8 @@ def attend(q_bhqd: Tensor, k_bgkd: Tensor, v_bgkd: Tensor, scope: Scope, kernel:
             )
         if dispatch.native(q_bhqd, k_bhkd, v_bhkd, gradient=True):
             out = _flash_cpu(q_bhqd, k_bhkd, v_bhkd, bias, scope.causal, kernel.scale)
-            return _evened(out, v_bhkd, scope)
-    return _evened(_by_blocks(q_bhqd, k_bhkd, v_bhkd, scope, kernel), v_bhkd, scope)
+            return fill_fully_masked(out, v_bhkd, scope)
+    return fill_fully_masked(_by_blocks(q_bhqd, k_bhkd, v_bhkd, scope, kernel), v_bhkd, scope)
 
 
 def _portable(q_bhqd: Tensor, k_bgkd: Tensor, v_bgkd: Tensor, scope: Scope, kernel: Kernel) -> Tensor:
@@ -77,7 +77,7 @@ def _portable(q_bhqd: Tensor, k_bgkd: Tensor, v_bgkd: Tensor, scope: Scope, kern
     if torch.compiler.is_exporting():
         # Its memory's order is a choice of the kernel's, which a later lowering may make otherwise.
         out = out.transpose(1, 2).clone(memory_format=torch.contiguous_format).transpose(1, 2)
-    return _evened(out, v_bhkd, scope)
+    return fill_fully_masked(out, v_bhkd, scope)
 
 
 def _mask(scope: Scope, dtype: torch.dtype) -> Tensor | None:
@@ -105,7 +105,7 @@ def prepare(scope: Scope, windows: Sequence[int | None], dtype: torch.dtype) -> 
 
 def _native(q_bhqd: Tensor, k_bgkd: Tensor, v_bgkd: Tensor, scope: Scope, kernel: Kernel) -> Tensor:
     """The project's own kernel: heads share keys as they lie, ALiBi is exact at any distance, and blocks of keys that
-    no query may see are not computed. Queries that see no key get the mean of all values, as from `_evened`."""
+    are masked for all queries are skipped. Fully masked rows get the mean of all values (`fill_fully_masked`)."""
     segments = None if scope.segment_bk is None else scope.segment_bk.to(torch.int32)
     out_bqhd = native_ops.attention(
         q_bhqd,
@@ -122,7 +122,7 @@ def _native(q_bhqd: Tensor, k_bgkd: Tensor, v_bgkd: Tensor, scope: Scope, kernel
     return out_bqhd.transpose(1, 2)
 
 
-def _evened(out_bhqd: Tensor, v_bgkd: Tensor, scope: Scope) -> Tensor:
+def fill_fully_masked(out_bhqd: Tensor, v_bgkd: Tensor, scope: Scope) -> Tensor:
     """Queries that see no key get equal weights on the keys that the spec says: the kernels agree on padding too, which
     a loss over all positions of a row (a span's) takes in."""
     if (blind := scope.blind()) is None:
@@ -225,7 +225,7 @@ def attend_flex(q_bhqd: Tensor, k_bgkd: Tensor, v_bgkd: Tensor, scope: Scope, ke
     calls, and masks of the caller's, whose blocks are not known."""
     if q_bhqd.shape[2] == 1 or dispatch.transformed() or scope.given is not None:
         return attend(q_bhqd, k_bgkd, v_bgkd, scope, kernel)
-    return _evened(attention_flex.attend(q_bhqd, k_bgkd, v_bgkd, scope, kernel), v_bgkd, scope)
+    return fill_fully_masked(attention_flex.attend(q_bhqd, k_bgkd, v_bgkd, scope, kernel), v_bgkd, scope)
 
 
 def attend_flash2(q_bhqd: Tensor, k_bgkd: Tensor, v_bgkd: Tensor, scope: Scope, kernel: Kernel) -> Tensor:

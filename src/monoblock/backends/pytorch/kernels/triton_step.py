@@ -1,12 +1,13 @@
-"""One token's way from projected queries, keys and values to attention's output, in three Triton kernels.
+"""Attention of one new token per row over a cache, from projected q, k and v to the output, in three Triton kernels.
 
-    _write     turns queries and keys by their positions, and puts keys and values into their slots
-    _partial   attention over a piece of the slots: its output, and the logarithm of the sum of its weights
-    _combine   the pieces' outputs, weighted
+    _write     applies RoPE to queries and keys, and stores keys and values in their slots
+    _partial   attention over one split of the slots: its output, and the log of the sum of its weights
+    _combine   the outputs of the splits, weighted (flash decoding)
 
-In PyTorch's operators the same takes about twenty kernels for each layer, and a recorded kernel costs a microsecond or
-two however small it is. Which place a slot holds, and who sees it, follows from the token's place as in static_step.py;
-ALiBi's bias and the cap on scores are in float32. Block sizes are guesses, since no GPU was at hand to tune them on.
+PyTorch's operators take about twenty kernels per layer for the same, and each captured kernel costs one or two
+microseconds however small it is. The position that a slot holds, and the queries that attend to it, follow from the
+token's position as in static_step.py; ALiBi's bias and the softcap of scores are in float32. Block sizes are guesses,
+since no GPU was at hand to tune them on.
 """
 
 # Triton's types know neither the grid and the options of a launch nor `static_range`.

@@ -17,7 +17,7 @@ from monoblock.backends.pytorch.quantization.formats import QuantizedTensor
 from monoblock.backends.pytorch.quantization.modules import PackedMatrix, packed_module
 from monoblock.backends.pytorch.quantization.quantize import Packer, matrices
 from monoblock.checkpoint import packed
-from monoblock.checkpoint.fitting import matched
+from monoblock.checkpoint.fitting import Report, matched
 from monoblock.checkpoint.keymap import Same, Source, Transposed
 from monoblock.checkpoint.weights import Tensors
 from monoblock.errors import CheckpointError
@@ -27,15 +27,21 @@ Device = Callable[[str], torch.device]
 
 
 def load(
-    model: ModelBase, store: Tensors, dtype: torch.dtype, device: Device, asked: QuantizationConfig | None
-) -> list[str]:
-    """Put the packed matrices of the files in their places; returns the names of those that the model has no use for.
+    model: ModelBase,
+    store: Tensors,
+    dtype: torch.dtype,
+    device: Device,
+    asked: QuantizationConfig | None,
+    *,
+    strict: bool = True,
+) -> Report:
+    """Put the packed matrices of the files in their places; reports the names of those that the model has no use for.
 
     CheckpointError: they do not fit, or config.json does not say how they are packed. ValueError: another
     quantisation was `asked` for.
     """
     if not packed.is_packed(store):
-        return []
+        return Report()
     if (how := recorded(model.config)) is None:
         raise CheckpointError(
             f"{model.name_or_path or 'the checkpoint'} holds packed weights, but its config.json has no "
@@ -60,7 +66,7 @@ def load(
         for part, shape in formats.shapes(bits, how.group_size, rows, columns).items():
             expected[part][canonical] = shape
     found = {
-        part: matched(parts[part], keymap, shapes, tied, ignore_mismatched_sizes=False)
+        part: matched(parts[part], keymap, shapes, tied, ignore_mismatched_sizes=False, strict=strict)
         for part, shapes in expected.items()
     }
     for canonical in held:
@@ -85,7 +91,9 @@ def load(
                     model, [f"{name.rpartition('.')[0]}.{part}" for name in here.names], piece.whole
                 )
     model.quantization_config = how
-    return [f"{name}.codes" for name in found["codes"][1].unused]
+    report = found["codes"][1]
+    unused, extra = ([f"{name}.codes" for name in names] for names in (report.unused, report.extra))
+    return Report(unused=unused, extra=extra)
 
 
 def packer(model: ModelBase, how: QuantizationConfig | None) -> Packer | None:

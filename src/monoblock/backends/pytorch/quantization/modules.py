@@ -123,7 +123,7 @@ class PackedEmbedding(PackedMatrix):
         return self.columns
 
     def forward(self, ids: Tensor) -> Tensor:
-        flat = ids.flatten()
+        flat = ids.flatten().long()  # as indices, numbers of 8 bits would be a mask
         return self.quantized.select(flat).unpack(self.dtype).view(*ids.shape, self.columns)
 
     def _apply(self, fn: Callable[[Any], Any], recurse: bool = True) -> Self:

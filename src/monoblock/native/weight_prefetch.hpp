@@ -1,23 +1,23 @@
-// Weights that will soon be read. They do not depend on what is being computed, so the memory can work on meanwhile.
+// Software prefetch into L2 of weights that a later phase reads: a thread at a barrier issues it, to hide DRAM latency.
 // Part of matrix.hpp.
 #pragma once
 
 namespace matrices {
 
-// Rows of a matrix, asked for line by line: as one stream, or as several that lie side by side.
-class Soon {
+// Rows of a matrix, prefetched cache line by cache line: as one stream, or as several parallel ones.
+class WeightPrefetch {
  public:
-  Soon() = default;
+  WeightPrefetch() = default;
 
   // The rows [first, last) of W, if there are any; of each stream no more than `most` bytes.
-  Soon(const Matrix& w, int64_t first, int64_t last, int streams = 1, int64_t most = INT64_MAX)
+  WeightPrefetch(const Matrix& w, int64_t first, int64_t last, int streams = 1, int64_t most = INT64_MAX)
       : from((const char*)w.data + first * row_bytes(w)), streams(streams) {
     apart = (last - first) / streams * row_bytes(w);
     end = apart < most ? apart : most;
   }
 
-  // Asks for the next line of each stream, to come into the second cache; whether there was one.
-  INLINE bool ask() {
+  // Prefetches the next line (64 bytes) of each stream into L2; false when all lines are done.
+  INLINE bool step() {
     if (at >= end) return false;
     for (int i = 0; i < streams; ++i) __builtin_prefetch(from + i * apart + at, 0, 2);
     at += 64;

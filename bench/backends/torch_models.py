@@ -24,7 +24,7 @@ def prepare(source: str, target: str, form: str) -> None:
     model.save_pretrained(target)
 
 
-class Side:
+class Backend:
     """`library` is the package that gives the classes."""
 
     def __init__(self, library: str) -> None:

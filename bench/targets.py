@@ -20,7 +20,7 @@ class Found:
 
 
 @dataclass(frozen=True)
-class Aim:
+class Target:
     """`measured` gives None where the run lacks what it needs; `least`: at least this much, else at most."""
 
     text: str
@@ -129,37 +129,37 @@ def _tokens(results: Results) -> Found | None:
     )
 
 
-AIMS = (
-    Aim(
+TARGETS = (
+    Target(
         "mistral-1b, bfloat16, decoding: 1.5 x transformers",
         ratio("mistral-1b", "bfloat16", "decode 1", "transformers"),
         1.5,
     ),
-    Aim("... and 80% of the bandwidth", share("mistral-1b", "bfloat16"), 0.80),
-    Aim(
+    Target("... and 80% of the bandwidth", share("mistral-1b", "bfloat16"), 0.80),
+    Target(
         "mpt-1b, bfloat16, decoding: 2.4 x transformers",
         ratio("mpt-1b", "bfloat16", "decode 1", "transformers"),
         2.4,
     ),
-    Aim(
+    Target(
         "... packed without loss",
         ratio("mpt-1b", "bfloat16", "decode 1", "transformers", LOSSLESS),
         2.4,
     ),
-    Aim(
+    Target(
         "gpt-neo-125m, float32, decoding: 1.4 x transformers",
         ratio("gpt-neo-125m", "float32", "decode 1", "transformers"),
         1.4,
     ),
-    Aim(
+    Target(
         "openai-gpt, float32, decoding: 4 x transformers",
         ratio("openai-gpt", "float32", "decode 1", "transformers"),
         4.0,
     ),
-    Aim("mistral-1b, float32, decoding: 88% of the bandwidth", share("mistral-1b", "float32"), 0.88),
-    Aim("int8, decoding: 80% of the bandwidth", share("mistral-1b", "int8"), 0.80),
+    Target("mistral-1b, float32, decoding: 88% of the bandwidth", share("mistral-1b", "float32"), 0.88),
+    Target("int8, decoding: 80% of the bandwidth", share("mistral-1b", "int8"), 0.80),
     *(
-        Aim(f"{form}, decoding: ahead of {who}", ratio("mistral-1b", form, "decode 1", who), 1.0)
+        Target(f"{form}, decoding: ahead of {who}", ratio("mistral-1b", form, "decode 1", who), 1.0)
         for form, who in (
             ("int8", "llama.cpp"),
             ("int8", "OpenVINO"),
@@ -168,70 +168,72 @@ AIMS = (
             ("int4", "OpenVINO"),
         )
     ),
-    Aim(
+    Target(
         "eight texts, bfloat16: 1.5 x transformers",
         ratio("mistral-1b", "bfloat16", "decode 8", "transformers"),
         1.5,
     ),
-    Aim(
+    Target(
         "eight texts, bfloat16: ahead of OpenVINO",
         ratio("mistral-1b", "bfloat16", "decode 8", "OpenVINO"),
         1.0,
     ),
-    Aim(
+    Target(
         "512 tokens, bfloat16: 1.3 x transformers",
         ratio("mistral-1b", "bfloat16", "prefill 512", "transformers"),
         1.3,
     ),
     *(
-        Aim(f"512 tokens, bfloat16: ahead of {who}", ratio("mistral-1b", "bfloat16", "prefill 512", who), 1.0)
+        Target(
+            f"512 tokens, bfloat16: ahead of {who}", ratio("mistral-1b", "bfloat16", "prefill 512", who), 1.0
+        )
         for who in ("llama.cpp", "OpenVINO")
     ),
-    Aim(
+    Target(
         "8,192 tokens of the small MPT: 9 x transformers",
         ratio("mpt-small", "float32", "prefill 8192", "transformers"),
         9.0,
     ),
-    Aim(
+    Target(
         "... in a twelfth of its memory",
         ratio("mpt-small", "float32", "prefill 8192 memory", "transformers"),
         12.0,
     ),
-    Aim(
+    Target(
         "65,536 tokens of it under 3 GB",
         median("mpt-small", "float32", "prefill 65536 memory", "GB", 1e3),
         3.0,
         least=False,
     ),
-    Aim(
+    Target(
         "loading 1.1B in bfloat16: under 0.1 s",
         median("mistral-1b", "bfloat16", "load", "s"),
         0.1,
         least=False,
     ),
-    Aim(
+    Target(
         "loading float32 from bfloat16: under 2.5 s",
         _load_wide,
         2.5,
         least=False,
     ),
-    Aim("... with a peak under 1.1 x the weights", load_peak("mistral-1b", "float32"), 1.1, least=False),
-    Aim("overhead of 22 layers: 0.06 ms for each + 0.15 ms", _overhead_at(22), 1.0, least=False),
+    Target("... with a peak under 1.1 x the weights", load_peak("mistral-1b", "float32"), 1.1, least=False),
+    Target("overhead of 22 layers: 0.06 ms for each + 0.15 ms", _overhead_at(22), 1.0, least=False),
     # Two paths that err by one error each can part where the gap is two of them.
-    Aim("tokens as the plain path's, or a tie", _tokens, 2.0, least=False),
+    Target("tokens as the plain path's, or a tie", _tokens, 2.0, least=False),
 )
 
 
 def table_of(results: Results, table: Callable[..., str]) -> str:
-    """Each aim, what was measured, and whether it is reached."""
+    """Each target, what was measured, and whether it is reached."""
     rows = []
-    for aim in AIMS:
-        found = aim.measured(results)
+    for target in TARGETS:
+        found = target.measured(results)
         if found is None:
-            rows.append([aim.text, "not measured", ""])
+            rows.append([target.text, "not measured", ""])
             continue
-        reached = found.value >= aim.bound if aim.least else found.value <= aim.bound
+        reached = found.value >= target.bound if target.least else found.value <= target.bound
         rows.append(
-            [aim.text, found.text, "yes" if reached else f"no: {number(found.value / aim.bound)} of it"]
+            [target.text, found.text, "yes" if reached else f"no: {number(found.value / target.bound)} of it"]
         )
-    return table(["aim", "measured", "reached"], rows)
+    return table(["target", "measured", "reached"], rows)

@@ -22,7 +22,7 @@ def prepare(source: str, target: str, form: str) -> None:
     model.save_pretrained(target)  # no tokenizer: the benchmark speaks in tokens
 
 
-class Side:
+class Backend:
     """A pipeline with its defaults; "float32" asks for arithmetic in float32 too."""
 
     def start(self) -> None:

@@ -1,4 +1,4 @@
-"""The runner's end of each contestant: a worker process that is asked, or llama.cpp's own benchmark that is run."""
+"""The runner's end of each backend: a worker process that is asked, or llama.cpp's own benchmark that is run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from typing import Any
 from figures import BEFORE, LOSSLESS
 
 BENCH = Path(__file__).parent
-CONTESTANTS = (
+BACKENDS = (
     "monoblock",
     BEFORE,
     LOSSLESS,
@@ -44,7 +44,7 @@ UNKNOWN = {
     "CTranslate2": ("mpt-1b", "gpt-neo-125m", "openai-gpt"),
     "OpenVINO": (),
 }
-# Contestants that do not read a hub folder as it is, and live in a Python of their own.
+# Backends that do not read a hub folder as it is, and live in a Python of their own.
 OWN_FORMAT = ("llama.cpp", "OpenVINO", "CTranslate2")
 TRIES = 3
 PATIENCE = 300  # seconds; one question is one call of a model
@@ -53,7 +53,7 @@ PAUSE = 0.3  # seconds until the threads of the one before stop spinning
 
 
 class Failed(Exception):
-    """A contestant that could not do what it was asked; the text says why."""
+    """A backend that could not do what it was asked; the text says why."""
 
 
 class Busy(Failed):
@@ -62,7 +62,7 @@ class Busy(Failed):
 
 @dataclass
 class Tools:
-    """Where contestants live: the Pythons of peers, llama.cpp's programs, another checkout of monoblock, a folder for
+    """Where backends live: the Pythons of peers, llama.cpp's programs, another checkout of monoblock, a folder for
     models."""
 
     models: Path
@@ -73,7 +73,7 @@ class Tools:
     before: Path | None = None
 
     def missing(self, who: str) -> str:
-        """Why a contestant is not here; empty where it is."""
+        """Why a backend is not here; empty where it is."""
         if who == BEFORE:
             return "" if self.before else "no --before CHECKOUT"
         if who == "llama.cpp":
@@ -86,7 +86,7 @@ class Tools:
         return f"{package} is not installed in {self.python(who)}" if found.returncode else ""
 
     def environment(self, who: str) -> dict[str, str]:
-        """The environment variables of a contestant's processes."""
+        """The environment variables of a backend's processes."""
         found = os.environ | {"OMP_NUM_THREADS": str(self.threads)}
         if who == "monoblock, plain":
             found["MONOBLOCK_NATIVE"] = "0"
@@ -95,12 +95,12 @@ class Tools:
         return found
 
     def python(self, who: str) -> str:
-        """The Python of a contestant."""
+        """The Python of a backend."""
         return self.pythons.get(who, sys.executable)
 
 
 def weights_for(who: str, source: Path, form: str, tools: Tools) -> Path:
-    """What the contestant loads: the hub folder, or its own format or packed weights, made once beside it."""
+    """What the backend loads: the hub folder, or its own format or packed weights, made once beside it."""
     if who == LOSSLESS:
         who, form = "monoblock", "lossless"
     if who not in OWN_FORMAT and form in ("float32", "bfloat16"):
@@ -216,7 +216,7 @@ class Process:
         """Seconds of `new` tokens for each text, without those of the prompt and the first token."""
         sizes = {"batch": batch, "length": prompt, "vocab": vocab}
         for turn in range(TRIES):
-            # Other prompts each time: some contestants keep what they computed of a prompt.
+            # Other prompts each time: some backends keep what they computed of a prompt.
             own = [seed + OTHER * (2 * turn + half) for half in (0, 1)]
             first = self.ask("generate", new=1, seed=own[0], **sizes)["seconds"]
             if (seconds := self.ask("generate", new=1 + new, seed=own[1], **sizes)["seconds"] - first) > 0:
@@ -275,7 +275,14 @@ class LlamaBench:
         """Its only row, and the process's peak memory in bytes."""
         time.sleep(PAUSE)
         command = [str(self.tools.llama_bench), "-m", self.model, "-r", "1", "-o", "json"]
-        script = [sys.executable, str(BENCH / "sides.py"), *command, "-t", str(self.tools.threads), *options]
+        script = [
+            sys.executable,
+            str(BENCH / "runners.py"),
+            *command,
+            "-t",
+            str(self.tools.threads),
+            *options,
+        ]
         done = subprocess.run(script, capture_output=True, text=True, check=False)
         if done.returncode:
             raise Failed(f"llama-bench: {_last_words(done.stderr)}")
@@ -286,8 +293,8 @@ class LlamaBench:
         """Nothing runs between its runs."""
 
 
-def side_of(who: str, tools: Tools) -> Process | LlamaBench:
-    """The runner's end of a contestant."""
+def runner_of(who: str, tools: Tools) -> Process | LlamaBench:
+    """The runner's end of a backend."""
     return LlamaBench(tools) if who == "llama.cpp" else Process(who, tools)
 
 

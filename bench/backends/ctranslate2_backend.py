@@ -18,7 +18,7 @@ def prepare(source: str, target: str, form: str) -> None:
     subprocess.run([*command, "--low_cpu_mem_usage"], check=True)
 
 
-class Side:
+class Backend:
     """A generator on as many threads as there are cores."""
 
     def start(self) -> None:

@@ -1,6 +1,0 @@
-"""One module for each contestant; `worker.py` runs the class `Side` of one of them in a process of its own.
-
-A `Side` needs nothing but what its contestant needs, so that it runs in another Python than the runner's:
-`start()` imports, `versions()` names them, `load(folder, form)` loads, `generate(prompts, new)` gives the new tokens of
-equally long prompts, greedily. Some can do more: `logits`, `train`.
-"""

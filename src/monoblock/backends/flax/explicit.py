@@ -1,0 +1,127 @@
+"""Meshes with explicit axes, as `jax.make_mesh` makes them and `jax.set_mesh` puts them into the context.
+
+There the type of an array says how it lies, and each operation whose result could lie in several ways has to say which.
+The network says nothing of the kind: it runs on the same devices with automatic axes, where the compiler decides, and
+what comes out is laid on the explicit ones again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import jax
+from jax.core import Tracer
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+
+from monoblock.backends.flax.placing import placed
+from monoblock.partition import names, parts
+
+T = TypeVar("T")
+
+
+def explicit(*trees: Any) -> Mesh | AbstractMesh | None:
+    """The mesh with explicit axes that an array of the trees lies on or the context has, one of devices if there is;
+    None without one."""
+    context = jax.sharding.get_abstract_mesh()
+    found = context if _is_explicit(context) else None
+    for leaf in jax.tree.leaves(trees):
+        if isinstance(leaf, jax.Array) and _is_explicit(mesh := _mesh_of(leaf)):
+            if isinstance(mesh, Mesh):
+                return mesh
+            found = found or mesh
+    return found
+
+
+def _mesh_of(leaf: jax.Array) -> Any:
+    """The mesh of an array; without values that is in its type."""
+    sharding = jax.typeof(leaf).sharding if isinstance(leaf, Tracer) else leaf.sharding
+    return getattr(sharding, "mesh", None)
+
+
+def _is_explicit(mesh: Any) -> bool:
+    return mesh is not None and AxisType.Explicit in mesh.axis_types
+
+
+def automatic(mesh: Mesh) -> Mesh:
+    """The same mesh with automatic axes in place of explicit ones."""
+    kinds = {AxisType.Explicit: AxisType.Auto}
+    return Mesh(
+        mesh.devices, mesh.axis_names, axis_types=tuple(kinds.get(kind, kind) for kind in mesh.axis_types)
+    )
+
+
+def on_automatic(leaf: Any) -> Any:
+    """An array that lies on explicit axes as one that lies so on automatic ones; anything else as it is. Where this is
+    traced, those must be the context's."""
+    if not isinstance(leaf, jax.Array) or not _is_explicit(_mesh_of(leaf)):
+        return leaf
+    if isinstance(leaf, Tracer):
+        return jax.sharding.reshard(leaf, PartitionSpec())  # a type says nothing of automatic axes
+    sharding: Any = leaf.sharding
+    return jax.device_put(leaf, NamedSharding(automatic(sharding.mesh), sharding.spec))  # the same memory
+
+
+def run(
+    mesh: Mesh | AbstractMesh, function: Callable[..., T], trees: tuple[Any, ...], specs: Callable[[T], Any]
+) -> T:
+    """`function(*trees)` on automatic axes; its result on the explicit ones of the mesh, as `specs` of it says: a tree
+    of the same form, of a PartitionSpec for each array."""
+    abstract = mesh.abstract_mesh if isinstance(mesh, Mesh) else mesh
+    kinds = zip(abstract.axis_names, abstract.axis_types, strict=True)
+    inner = abstract.update_axis_types({n: AxisType.Auto for n, kind in kinds if kind == AxisType.Explicit})
+    with jax.sharding.use_abstract_mesh(inner):
+        result = function(*jax.tree.map(on_automatic, trees))
+
+    def laid(leaf: Any, spec: PartitionSpec) -> Any:
+        place = NamedSharding(mesh, spec)
+        known = isinstance(mesh, Mesh) and not isinstance(leaf, Tracer)
+        return placed(leaf, place) if known else jax.sharding.reshard(leaf, place)
+
+    return jax.tree.map(laid, result, specs(result))
+
+
+@dataclass
+class Layout:
+    """How outputs lie on explicit axes: their rows as those of the inputs, a cache as the one that came in, and the
+    vocabulary of logits as the table that makes them; all else is whole."""
+
+    mesh: Mesh | AbstractMesh
+    rows: Any = None  # an entry of a PartitionSpec
+    vocabulary: Any = None
+    cache: dict[Any, PartitionSpec] = field(default_factory=dict)  # by path
+
+    @classmethod
+    def of(cls, mesh: Mesh | AbstractMesh, inputs: Any, cache: Any = None, vocabulary: Any = None) -> Layout:
+        """That of a call with these inputs."""
+        leaves = jax.tree_util.tree_leaves_with_path(cache)
+        return cls(mesh, _rows(inputs), vocabulary, {path: spec_of(leaf) for path, leaf in leaves})
+
+    def __call__(self, result: Any) -> Any:
+        """A PartitionSpec for each array of a call's outputs."""
+        return jax.tree_util.tree_map_with_path(self._spec, result)
+
+    def _spec(self, path: tuple[Any, ...], leaf: Any) -> PartitionSpec:
+        name = getattr(path[0], "name", getattr(path[0], "key", None)) if path else None
+        if name == "past_key_values" and self.cache:
+            return self.cache[path[1:]]
+        if leaf.ndim == 0:
+            return PartitionSpec()
+        sizes = self.mesh.shape
+        rows = None if leaf.shape[0] % parts(names(self.rows), sizes) else self.rows
+        if name != "logits" or leaf.shape[-1] % parts(names(self.vocabulary), sizes):
+            return PartitionSpec(rows)
+        rest = [axis for axis in names(self.vocabulary) if axis not in names(rows)]
+        return PartitionSpec(rows, *[None] * (leaf.ndim - 2), tuple(rest) or None)
+
+
+def _rows(inputs: Any) -> Any:
+    """What splits the rows of inputs: the entry of the first array that has one."""
+    arrays = (leaf for leaf in jax.tree.leaves(inputs) if isinstance(leaf, jax.Array) and leaf.ndim > 1)
+    return next((spec[0] for leaf in arrays if (spec := spec_of(leaf)) and spec[0] is not None), None)
+
+
+def spec_of(leaf: Any) -> PartitionSpec:
+    """How an array lies on explicit axes; others are not in its type."""
+    return jax.typeof(leaf).sharding.spec
