@@ -27,8 +27,8 @@ PARTS: dict[str, tuple[str, ...]] = {
     "torch": ("tests/torch",),
     "flax": ("tests/flax",),
     "tf": ("tests/tf",),
-    "parity": ("tests/parity",),
     "core": ("tests/core", "tests/cli", "tests/fuzz"),
+    "parity": ("tests/parity",),
 }
 # What runs beside them with --bare.
 CHECKS = ("types", "bare")
