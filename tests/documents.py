@@ -25,8 +25,7 @@ def run(command: list[str], folder: Path) -> None:
     """Run a command in a folder of its own, off the network; it must succeed."""
     # Commands of the documents are those of this environment.
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    quick = {"XLA_FLAGS": quick_xla.flags(), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-    env = os.environ | {"PATH": path, "HF_HUB_OFFLINE": "1"} | quick
+    env = os.environ | {"PATH": path, "HF_HUB_OFFLINE": "1"} | quick_xla.environment()
     result = subprocess.run(
         command, cwd=folder, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=240
     )

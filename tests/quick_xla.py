@@ -20,3 +20,8 @@ def flags(*more: str) -> str:
     """XLA_FLAGS with these and more."""
     given = os.environ.get("XLA_FLAGS", "").split()
     return " ".join(dict.fromkeys((*given, *FLAGS, *more)))
+
+
+def environment() -> dict[str, str]:
+    """For a process that tests start, which does not know this module."""
+    return {"XLA_FLAGS": flags(), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
