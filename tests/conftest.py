@@ -75,10 +75,10 @@ def _fresh_warnings():
 
 @pytest.fixture(autouse=True)
 def _garbage():
-    """What a test leaves in cycles goes once there is much of it: 100,000 lists, dicts and the like."""
+    """What tests leave in cycles goes once there is much of it: 300,000 lists, dicts and the like."""
     yield
     gc.disable()  # some libraries switch it on
-    if gc.get_count()[0] > 100_000:
+    if gc.get_count()[0] > 300_000:
         gc.collect()
 
 
