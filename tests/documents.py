@@ -33,9 +33,8 @@ def run(command: list[str], folder: Path) -> None:
 
 
 def run_python(folder: Path, *documents: Path) -> None:
-    """Run the documents' Python, one example after the other in one process; the documents share no names."""
-    code = ["\n".join(blocks(document, "python")) for document in documents]
+    """Run the documents' Python, one example after the other in one process."""
     run(
-        [sys.executable, "-c", "\n".join(f"exec({text!r}, {{'__name__': '__main__'}})" for text in code)],
+        [sys.executable, "-c", "\n".join(code for page in documents for code in blocks(page, "python"))],
         folder,
     )

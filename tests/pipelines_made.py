@@ -73,9 +73,7 @@ def letters() -> Tokenizer:
 def folder(at: Path, name: str, **fields: Any) -> Path:
     """A checkpoint of that class, written by transformers, with its tokenizer."""
     model_type = families_made.CLASSES[name]
-    made = theirs_of(
-        name, **families_made.fields(model_type, **families_made.TWO_LAYERS[model_type], **fields)
-    )
+    made = theirs_of(name, **families_made.fields(model_type, **fields))
     made.save_pretrained(at)
     if model_type == "mpnet":
         backend = words()
