@@ -35,6 +35,7 @@ def free_memory() -> None:
     if dynamo := sys.modules.get("torch._dynamo"):
         dynamo.reset()
     gc.collect()
+    gc.freeze()  # what is left are modules and caches, which the next collection need not walk through
     if sys.platform == "linux":  # glibc keeps freed pages for later; other C libraries have no such function
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
         if trim is not None:
