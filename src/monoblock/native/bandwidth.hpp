@@ -5,23 +5,30 @@
 
 namespace matrices {
 
-// Reads everything once, several streams in each thread, and gives a checksum (so that nothing is left out).
+// One thread's share, as several streams; a checksum, so that no read is left out.
+template <Hint HINT, int STREAMS>
+inline uint32_t read_streams(const char* from, int64_t share) {
+  constexpr int FURTHER = 1536;  // bytes; of 1 to 16 streams and several distances, what reads fastest
+  Words sums[STREAMS] = {};
+  for (int64_t at = 0; at < share; at += sizeof(Words))
+    UNROLL for (int s = 0; s < STREAMS; ++s) {
+      prefetch_ahead<FURTHER, HINT>(from + s * share + at);
+      sums[s] += load<Words>(from + s * share + at);
+    }
+  uint32_t total = 0;
+  for (int s = 0; s < STREAMS; ++s)
+    for (int lane = 0; lane < LANES; ++lane) total += sums[s][lane];
+  return total;
+}
+
+// Reads everything once; a checksum.
 inline uint32_t read_all(const void* data, int64_t bytes, int threads) {
-  constexpr int STREAMS = 4, FURTHER = 1536;  // of 1 to 16 streams and prefetches, what reads fastest
+  constexpr int STREAMS = 4;
   const int64_t share = bytes / threads / STREAMS / sizeof(Words) * sizeof(Words);
+  const auto read = NON_TEMPORAL ? read_streams<Hint::non_temporal, STREAMS> : read_streams<Hint::temporal, STREAMS>;
   uint32_t total = 0;
 #pragma omp parallel for num_threads(threads) schedule(static, 1) reduction(+ : total)
-  for (int thread = 0; thread < threads; ++thread) {
-    const char* from = (const char*)data + thread * share * STREAMS;
-    Words sums[STREAMS] = {};
-    for (int64_t at = 0; at < share; at += sizeof(Words))
-      UNROLL for (int s = 0; s < STREAMS; ++s) {
-        prefetch_ahead<FURTHER>(from + s * share + at);
-        sums[s] += load<Words>(from + s * share + at);
-      }
-    for (int s = 0; s < STREAMS; ++s)
-      for (int lane = 0; lane < LANES; ++lane) total += sums[s][lane];
-  }
+  for (int thread = 0; thread < threads; ++thread) total += read((const char*)data + thread * share * STREAMS, share);
   return total;
 }
 

@@ -84,7 +84,7 @@ template <class Step>
 struct LosslessTile {
   static constexpr int32_t FORMAT = LOSSLESS;
 
-  template <int R, int T>
+  template <Hint HINT, int R, int T>
   static INLINE void run(const Matrix& m, const Prepared& p, int64_t output, int64_t gap, int row,
                          float (&out)[R][T]) {
     const auto* x = Step::inputs(p) + row * p.padded;
@@ -96,7 +96,7 @@ struct LosslessTile {
     for (int64_t k = 0; k < m.inputs; k += RUN) {
       const uint8_t* runs = first + k / RUN * RUN_BYTES;
       for (int at = 0; at < RUN_BYTES; at += 64)
-        UNROLL for (int r = 0; r < R; ++r) ahead<T>(runs + r * gap * bytes + at);
+        UNROLL for (int r = 0; r < R; ++r) ahead<HINT, T>(runs + r * gap * bytes + at);
       UNROLL for (int word = 0; word < 32; word += 2 * LANES) {
         Shorts lower[R];
         UNROLL for (int r = 0; r < R; ++r) lower[r] = load<Shorts>(runs + r * gap * bytes + RUN + 2 * word);

@@ -16,14 +16,16 @@ inline bool non_temporal_is_better() {
 #endif
 }
 
-// Set once, when the library is loaded. Loops keep it in a register; the branch is always predicted and costs nothing
-// measurable, while a second instantiation of every kernel would double the library.
-static const bool NON_TEMPORAL = non_temporal_is_better();
+static const bool NON_TEMPORAL = non_temporal_is_better();  // set once, when the library is loaded
+
+// A loop exists for each hint: a branch at each prefetch costs 15% of a float32 product with one row of inputs, and 6% of
+// a 4-bit product with eight.
+enum class Hint { temporal, non_temporal };
 
 // The line `DISTANCE` bytes further on.
-template <int DISTANCE>
+template <int DISTANCE, Hint HINT>
 INLINE void prefetch_ahead(const void* from) {
-  if (NON_TEMPORAL)
+  if (HINT == Hint::non_temporal)
     __builtin_prefetch((const char*)from + DISTANCE, 0, 0);
   else
     __builtin_prefetch((const char*)from + DISTANCE, 0, 3);

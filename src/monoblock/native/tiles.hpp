@@ -20,9 +20,9 @@ constexpr int streams_of(int32_t format, bool more) {
 
 // Software prefetch of a stream's own weights, 2 or 3 KiB ahead. On AMD it is +50% with eight rows of inputs and +10% with
 // one; on Intel +30%, and distances of 1 to 3 KiB differ by no more than 5%.
-template <int T>
+template <Hint HINT, int T>
 INLINE void ahead(const void* from) {
-  prefetch_ahead<T == 1 ? 2048 : 3072>(from);
+  prefetch_ahead<T == 1 ? 2048 : 3072, HINT>(from);
 }
 
 // How many rows of weights a tile takes: the sums, R * T vectors, must stay in registers (32 with AVX-512, else 16).
@@ -37,28 +37,28 @@ constexpr int rows_of() {
 struct FloatTile {
   static constexpr int32_t FORMAT = F32;
 
-  template <int R, int T>
+  template <Hint HINT, int R, int T>
   static INLINE void run(const Matrix& m, const Prepared& p, int64_t output, int64_t gap, int row,
                          float (&out)[R][T]) {
     const float *w = (const float*)m.data + output * m.inputs, *x = p.x + row * p.ldx;
     Floats sums[R][T] = {};
     int64_t k = 0;
-    for (; k + LANES <= m.inputs; k += LANES) step<R, T>(w + k, gap * m.inputs, x + k, p.ldx, sums);
+    for (; k + LANES <= m.inputs; k += LANES) step<HINT, R, T>(w + k, gap * m.inputs, x + k, p.ldx, sums);
     if (int64_t rest = m.inputs - k) {
       float last_w[R][LANES] = {}, last_x[T][LANES] = {};
       for (int r = 0; r < R; ++r) memcpy(last_w[r], w + r * gap * m.inputs + k, rest * 4);
       for (int t = 0; t < T; ++t) memcpy(last_x[t], x + t * p.ldx + k, rest * 4);
-      step<R, T>(last_w[0], LANES, last_x[0], LANES, sums);
+      step<HINT, R, T>(last_w[0], LANES, last_x[0], LANES, sums);
     }
     UNROLL for (int r = 0; r < R; ++r) UNROLL for (int t = 0; t < T; ++t) out[r][t] = sum(sums[r][t]);
   }
 
-  template <int R, int T>
+  template <Hint HINT, int R, int T>
   static INLINE void step(const float* w, int64_t ldw, const float* x, int64_t ldx,
                           Floats (&sums)[R][T]) {
     Floats weights[R];
     UNROLL for (int r = 0; r < R; ++r) {
-      ahead<T>(w + r * ldw);
+      ahead<HINT, T>(w + r * ldw);
       weights[r] = load<Floats>(w + r * ldw);
     }
     UNROLL for (int t = 0; t < T; ++t) {
@@ -73,7 +73,7 @@ template <class Tile>
 struct BfloatTile {
   static constexpr int32_t FORMAT = BF16;
 
-  template <int R, int T>
+  template <Hint HINT, int R, int T>
   static INLINE void run(const Matrix& m, const Prepared& p, int64_t output, int64_t gap, int row,
                          float (&out)[R][T]) {
     constexpr int STEP = 2 * LANES;
@@ -81,19 +81,19 @@ struct BfloatTile {
     const auto* x = Tile::inputs(p) + row * p.padded;
     Floats sums[R][T] = {};
     int64_t k = 0;
-    for (; k + STEP <= m.inputs; k += STEP) step<R, T>(w + k, gap * m.inputs, x + k, p.padded, sums);
+    for (; k + STEP <= m.inputs; k += STEP) step<HINT, R, T>(w + k, gap * m.inputs, x + k, p.padded, sums);
     if (int64_t rest = m.inputs - k) {
       uint16_t last[R][STEP] = {};
       for (int r = 0; r < R; ++r) memcpy(last[r], w + r * gap * m.inputs + k, rest * 2);
-      step<R, T>(last[0], STEP, x + k, p.padded, sums);
+      step<HINT, R, T>(last[0], STEP, x + k, p.padded, sums);
     }
     UNROLL for (int r = 0; r < R; ++r) UNROLL for (int t = 0; t < T; ++t) out[r][t] = sum(sums[r][t]);
   }
 
-  template <int R, int T, class X>
+  template <Hint HINT, int R, int T, class X>
   static INLINE void step(const uint16_t* w, int64_t ldw, const X* x, int64_t ldx, Floats (&sums)[R][T]) {
     Shorts weights[R];
-    UNROLL for (int r = 0; r < R; ++r) ahead<T>(w + r * ldw), weights[r] = once(load<Shorts>(w + r * ldw));
+    UNROLL for (int r = 0; r < R; ++r) ahead<HINT, T>(w + r * ldw), weights[r] = once(load<Shorts>(w + r * ldw));
     Tile::template multiply<R, T>(weights, x, ldx, sums);
   }
 };
@@ -143,14 +143,14 @@ struct CodeTile {
   static constexpr int PANEL = 64;  // groups whose scales are made at once
   static constexpr int SCALES_AHEAD = 128;  // elements; hardware prefetchers do not follow so few bytes a row
 
-  template <int R, int T>
+  template <Hint HINT, int R, int T>
   static INLINE void run(const Matrix& m, const Prepared& p, int64_t output, int64_t gap, int row,
                          float (&out)[R][T]) {
-    return m.group == RUN ? sum_of<R, T, RUN>(m, p, output, gap, row, out)
-                          : sum_of<R, T, RUN / 2>(m, p, output, gap, row, out);
+    return m.group == RUN ? sum_of<HINT, R, T, RUN>(m, p, output, gap, row, out)
+                          : sum_of<HINT, R, T, RUN / 2>(m, p, output, gap, row, out);
   }
 
-  template <int R, int T, int GROUP>
+  template <Hint HINT, int R, int T, int GROUP>
   static INLINE void sum_of(const Matrix& m, const Prepared& p, int64_t output, int64_t gap, int row,
                          float (&out)[R][T]) {
     constexpr int EACH = RUN / GROUP;
@@ -166,7 +166,7 @@ struct CodeTile {
         const int64_t k = (first + g) * GROUP;
         Codes codes[R][2];
         UNROLL for (int r = 0; r < R; ++r)
-          unpack<T>(w + r * gap * bytes + (FORMAT == INT8 ? k : k / 2), codes[r]);
+          unpack<HINT, T>(w + r * gap * bytes + (FORMAT == INT8 ? k : k / 2), codes[r]);
         UNROLL for (int t = 0; t < T; ++t) {
           const int8_t* q = x + t * p.padded + k;
           const __m512i low = _mm512_loadu_si512(q), high = _mm512_loadu_si512(q + 64), none = {};
@@ -185,13 +185,13 @@ struct CodeTile {
   static INLINE Floats floats(__m512i v) { return __builtin_convertvector((Ints)v, Floats); }
 
   // The codes of 128 weights.
-  template <int T>
+  template <Hint HINT, int T>
   static INLINE void unpack(const uint8_t* from, Codes (&codes)[2]) {
     codes[0] = load<Codes>(from);
-    ahead<T>(from);
+    ahead<HINT, T>(from);
     if (FORMAT == INT8) {
       codes[1] = load<Codes>(from + 64);
-      ahead<T>(from + 64);
+      ahead<HINT, T>(from + 64);
     } else {
       codes[1] = codes[0] >> 4;
       codes[0] &= 15;
@@ -229,7 +229,7 @@ struct CodeTile {
 template <int32_t CODES>
 struct CodeTile {
   static constexpr int32_t FORMAT = CODES;
-  template <int R, int T>
+  template <Hint HINT, int R, int T>
   static INLINE void run(const Matrix& m, const Prepared& p, int64_t output, int64_t gap, int row,
                          float (&out)[R][T]) {
     const int64_t groups = groups_of(m), bytes = FORMAT == INT8 ? p.padded : p.padded / 2;
@@ -242,7 +242,7 @@ struct CodeTile {
       int64_t at = FORMAT == INT8 ? b * BLOCK : b / 2 * BLOCK;
       int shift = FORMAT == INT8 ? 0 : b % 2 * 4;
       for (int r = 0; r < R; ++r) {
-        ahead<T>(w + r * gap * bytes + at);
+        ahead<HINT, T>(w + r * gap * bytes + at);
         float scale = from_half(m.scale[group + r * gap * groups]);
         float low = FORMAT == INT8 ? -128 * scale : from_half(m.low[group + r * gap * groups]);
         Floats part[T] = {};
@@ -267,7 +267,10 @@ struct CodeTile {
 template <class Tile, int R, int T>
 INLINE void tile(const Matrix& m, const Prepared& x, int64_t output, int64_t gap, int row, float* y, int64_t ldy) {
   float out[R][T];
-  Tile::template run<R, T>(m, x, output, gap, row, out);
+  if (NON_TEMPORAL)
+    Tile::template run<Hint::non_temporal, R, T>(m, x, output, gap, row, out);
+  else
+    Tile::template run<Hint::temporal, R, T>(m, x, output, gap, row, out);
   for (int r = 0; r < R; ++r) {
     float bias = bias_of(m, output + r * gap);
     for (int t = 0; t < T; ++t) y[(row + t) * ldy + output + r * gap] = out[r][t] + bias;

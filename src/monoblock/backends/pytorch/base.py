@@ -151,6 +151,8 @@ class ModelBase(Part):
         for a call."""
         embed: Any = self.get_input_embeddings()
         found = (embed.codes if isinstance(embed, PackedMatrix) else next(embed.parameters())).device
+        if found.type != "meta":
+            return found
         hooks = (getattr(module, "_hf_hook", None) for module in (embed, *self.modules()))
-        devices = (getattr(hook, "execution_device", None) for hook in hooks if found.type == "meta")
+        devices = (getattr(hook, "execution_device", None) for hook in hooks)
         return torch.device(next((device for device in devices if device is not None), found))

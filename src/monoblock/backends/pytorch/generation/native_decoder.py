@@ -31,8 +31,29 @@ MOST = 16
 # ---------------------------------------------------------------------------- whether
 
 
-def obstacle(model: ModelBase) -> str | None:
-    """Why the library cannot run this model's steps; None if it can."""
+class Inventory:
+    """A model's modules and tensors by name, listed once: a walk over the tree takes a millisecond in a deep model."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.modules = list(model.named_modules())
+
+    def lay(self) -> None:
+        """Put the matrices that kernels want as one side by side, as `lay_all` does."""
+        for _, module in self.modules:
+            if isinstance(module, Part):
+                module.lay()
+
+    def tensors(self) -> Iterator[tuple[str, nn.Module, Tensor]]:
+        """Name, module and tensor of all parameters and buffers."""
+        for name, module in self.modules:
+            for table in (module._parameters, module._buffers):
+                for own, tensor in table.items():
+                    if tensor is not None:
+                        yield f"{name}.{own}" if name else own, module, tensor
+
+
+def obstacle(model: ModelBase, inventory: Inventory | None = None) -> str | None:
+    """Why the library cannot run this model's steps; None if it can. `inventory`: this model's, after its `lay`."""
     if native.library() is None:
         return f"there are no native kernels ({native.status()})"
     if native.preferred(torch.get_num_threads()) is None:
@@ -45,8 +66,10 @@ def obstacle(model: ModelBase) -> str | None:
         return f"{type(model).__name__} may compute something of its own"
     if (why := dispatch.setting_obstacle(model.device)) is not None:
         return why
+    laid = inventory is not None
+    inventory = inventory or Inventory(model)
     adaptable = set(_adaptable(model))
-    for name, module in model.named_modules():
+    for name, module in inventory.modules:
         kind = type(module)
         if isinstance(module, _DROPS) and module.training and not model.training:
             return f"dropout in training mode in {name}"
@@ -59,10 +82,10 @@ def obstacle(model: ModelBase) -> str | None:
             return why
         if isinstance(module, Attention) and module.implementation != "sdpa":
             return f"attn_implementation={module.implementation!r}"
-    for name, module in model.named_modules():
+    for name, module in inventory.modules:
         if isinstance(module, Part):
             for group in GROUPS:
-                if not all(map(module.has, group)):
+                if not all(map(module.has, group)) or (laid and group[0] in module.joints):
                     continue
                 if (why := module.joint_obstacle(group, adapted=True)) is not None:
                     return f"{name}: {why}"
@@ -72,13 +95,13 @@ def obstacle(model: ModelBase) -> str | None:
     dtype = common_dtype(model)
     if dtype not in FORMATS:
         return f"dtype {str(dtype).removeprefix('torch.')}"
-    transposed = {f"{name}.weight" for name, module in model.named_modules() if type(module) is Conv1D}
-    for name, tensor in _tensors(model):
+    for name, module, tensor in inventory.tensors():
         if ".lora_" in name:
             continue
         if type(tensor) not in dispatch.ORDINARY or tensor.device.type != "cpu":
             return f"{name} is not an ordinary tensor on the CPU"
-        if not (tensor.t() if name in transposed else tensor).is_contiguous():
+        transposed = type(module) is Conv1D and tensor.dim() == 2
+        if not (tensor.t() if transposed else tensor).is_contiguous():
             return f"{name} is not contiguous"
         if tensor.dtype != dtype and not name.endswith(_PACKED):
             return f"{name} is {tensor.dtype} in a model of {dtype}"
@@ -109,18 +132,13 @@ def _adaptable(model: ModelBase) -> Iterator[str]:
     yield model.place("head_out")
 
 
-def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from model.named_parameters()
-    yield from model.named_buffers()
-
-
 # Each model's weights as they were last found, and where they lay: not part of the model, so neither copied nor saved.
 _MADE: WeakKeyDictionary[nn.Module, tuple[list[Any], Weights]] = WeakKeyDictionary()
 
 
-def _weights(model: ModelBase, tensors: Sequence[Tensor]) -> Weights:
+def _weights(model: ModelBase, inventory: Inventory, tensors: Sequence[Tensor]) -> Weights:
     places: list[Any] = [(tensor.data_ptr(), tensor.dtype, tensor.shape) for tensor in tensors]
-    places += [(term.a.data_ptr(), term.scale) for m in model.modules() for term in low_rank.terms(m)]
+    places += [(term.a.data_ptr(), term.scale) for _, m in inventory.modules for term in low_rank.terms(m)]
     made = _MADE.get(model)
     if made is None or made[0] != places:
         made = _MADE[model] = (places, Weights(model))
@@ -130,25 +148,27 @@ def _weights(model: ModelBase, tensors: Sequence[Tensor]) -> Weights:
 # ---------------------------------------------------------------------------- steps
 
 
-def call_obstacle(model: ModelBase, cache: Cache | None) -> str | None:
-    """Why the library cannot run the steps of one generation over that cache; None if it can."""
+def call_obstacle(model: ModelBase, cache: Cache | None, inventory: Inventory | None = None) -> str | None:
+    """Why the library cannot run the steps of one generation over that cache; None if it can. `inventory`: see
+    `obstacle`."""
     if cache is None:
         return "use_cache=False"
     if type(cache) not in (DynamicCache, StaticCache):
         return f"a cache of the class {type(cache).__name__}"
-    return obstacle(model)
+    return obstacle(model, inventory)
 
 
 def of(model: ModelBase, cache: Cache | None) -> Steps | None:
     """The steps of one generation over that cache; None where the modules must run them."""
     if cache is None:
         return None
-    model.lay_all()  # merging an adapter, say, gives a matrix other memory
-    if call_obstacle(model, cache) is not None:
+    inventory = Inventory(model)
+    inventory.lay()  # merging an adapter, say, gives a matrix other memory
+    if call_obstacle(model, cache, inventory) is not None:
         return None
     # The tensors themselves, so that nothing that the structures point to goes while they are in use.
-    tensors = [tensor.detach() for _, tensor in _tensors(model)]
-    return Steps(_weights(model, tensors), tensors, cache)
+    tensors = [tensor.detach() for _, _, tensor in inventory.tensors()]
+    return Steps(_weights(model, inventory, tensors), tensors, cache)
 
 
 class Steps:
