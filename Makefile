@@ -27,7 +27,9 @@ help: ## this list
 demo: $(VENV)/.installed-torch ## install, then stream a completion from the embedded model
 	@$(VENV)/bin/monoblock generate --echo "$(PROMPT)"
 
-test: lint types test-core test-all ## lint, types, the core without any framework, then every test
+test: lint $(CORE_VENV)/.installed ## lint; then types, the core without any framework, and every test
+	@echo "== types, the core without a framework, and every test"
+	@$(VENV)/bin/python tools/run_tests.py --bare $(CORE_VENV)/bin/python
 
 lint: $(VENV)/.installed-test ## ruff: rules and format
 	@echo "== ruff"

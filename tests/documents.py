@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import quick_xla
+
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 BLOCK = re.compile(r"^```(python|sh)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -23,13 +25,16 @@ def run(command: list[str], folder: Path) -> None:
     """Run a command in a folder of its own, off the network; it must succeed."""
     # Commands of the documents are those of this environment.
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    env = os.environ | {"PATH": path, "HF_HUB_OFFLINE": "1"}
+    env = os.environ | {"PATH": path, "HF_HUB_OFFLINE": "1"} | quick_xla.environment()
     result = subprocess.run(
         command, cwd=folder, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=240
     )
     assert result.returncode == 0, result.stdout + result.stderr
 
 
-def run_python(document: Path, folder: Path) -> None:
-    """Run a document's Python, one example after the other in one process."""
-    run([sys.executable, "-c", "\n".join(blocks(document, "python"))], folder)
+def run_python(folder: Path, *documents: Path) -> None:
+    """Run the documents' Python, one example after the other in one process."""
+    run(
+        [sys.executable, "-c", "\n".join(code for page in documents for code in blocks(page, "python"))],
+        folder,
+    )

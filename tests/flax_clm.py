@@ -12,7 +12,9 @@ import json
 import os
 import sys
 
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0"
+import quick_xla
+
+os.environ["XLA_FLAGS"] = quick_xla.flags("--xla_force_host_platform_device_count=2")
 
 from collections.abc import Callable
 from pathlib import Path
@@ -32,16 +34,16 @@ MODEL_TYPES = tuple(config.model_type for config in FLAX_MODEL_FOR_CAUSAL_LM_MAP
 FIELDS: dict[str, dict[str, Any]] = {
     "gpt_neo": {
         "hidden_size": 32,
-        "num_layers": 2,
+        "num_layers": 1,
         "num_heads": 4,
-        "attention_types": [[["global", "local"], 1]],
+        "attention_types": [[["local"], 1]],
         "window_size": 6,
         "max_position_embeddings": 32,
     },
     "mistral": {
         "hidden_size": 32,
         "intermediate_size": 48,
-        "num_hidden_layers": 2,
+        "num_hidden_layers": 1,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
     },

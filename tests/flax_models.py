@@ -1,4 +1,4 @@
-"""Tiny models of every class in PyTorch and Flax, with the same weights."""
+"""Tiny models of every class in PyTorch and Flax, of two layers and with the same weights."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ def config_of(name: str, **more: Any) -> Any:
     """A tiny config for a class, with a value of its own in each field."""
     if name.startswith("Mpt"):
         return helpers.config(num_labels=LABELS, **more)
-    return family_of(name).config(**families_made.fields(families_made.CLASSES[name], **more))
+    kind = families_made.CLASSES[name]
+    return family_of(name).config(**families_made.fields(kind, **{**families_made.TWO_LAYERS[kind], **more}))
 
 
 @functools.cache

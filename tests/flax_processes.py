@@ -11,9 +11,11 @@ import faulthandler
 import os
 import sys
 
+import quick_xla
+
 if __name__ == "__main__":
     faulthandler.dump_traceback_later(float(sys.argv[4]), exit=True)
-    os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0"
+    os.environ["XLA_FLAGS"] = quick_xla.flags("--xla_force_host_platform_device_count=2")
 
 from pathlib import Path
 from typing import Any

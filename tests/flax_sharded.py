@@ -10,7 +10,9 @@ import json
 import os
 import sys
 
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+import quick_xla
+
+os.environ["XLA_FLAGS"] = quick_xla.flags("--xla_force_host_platform_device_count=8")
 
 from typing import Any
 

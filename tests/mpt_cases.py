@@ -87,9 +87,10 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 
-def made(case: str) -> Any:
+def made(case: str, **more: Any) -> Any:
+    """A model with that case's options, and with these fields."""
     attn, fields = CASES[case]
-    module = model(attn=attn, **fields)
+    module = model(attn=attn, **fields, **more)
     if case == "storywriter":  # projections large enough for a clip of 6 to bite
         with torch.no_grad():
             for i in range(module.spec.layers):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from helpers import expected
+from helpers import PAD, expected
 
 from monoblock.spec import Learned
 
@@ -21,7 +21,6 @@ LENGTHS = (12, 5, 20, 1)  # longer and shorter than the windows
 COUNT = sum(LENGTHS)
 NUMBERS = np.repeat(np.arange(len(LENGTHS)), LENGTHS)[None]
 PLACES = np.concatenate([np.arange(length) for length in LENGTHS])[None]
-ENDS = np.cumsum(LENGTHS)
 
 
 def ids_of(rows: int = 1) -> np.ndarray[Any, Any]:
@@ -34,9 +33,22 @@ def positions(spec: Any) -> np.ndarray[Any, Any]:
     return PLACES + (learned.offset if learned else 0)
 
 
-def documents(x: Any) -> list[Any]:
-    """The documents of rows, each as a batch of its own."""
-    return np.split(x, ENDS[:-1], axis=1)
+def apart(ids: np.ndarray[Any, Any]) -> dict[str, np.ndarray[Any, Any]]:
+    """The documents of rows (rows, COUNT), each in a row of its own: (rows x documents, longest), padded after it.
+
+    One shape for all of them: for each length JAX would compile another program.
+    """
+    wide = np.full((len(ids), len(LENGTHS), max(LENGTHS)), PAD)
+    wide[:, NUMBERS[0], PLACES[0]] = ids
+    mask = (np.arange(max(LENGTHS)) < np.array(LENGTHS)[:, None]).astype(int)
+    flat = (-1, max(LENGTHS))
+    return {"input_ids": wide.reshape(flat), "attention_mask": np.tile(mask, (len(ids), 1))}
+
+
+def places(rows: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Where the tokens of packed rows are in what `apart` gives: row and column, each (rows, COUNT)."""
+    first = len(LENGTHS) * np.arange(rows)[:, None]
+    return first + NUMBERS, PLACES.repeat(rows, axis=0)
 
 
 def definition(theirs: Any, ids: np.ndarray[Any, Any], **given: Any) -> np.ndarray[Any, Any]:

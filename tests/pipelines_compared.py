@@ -8,7 +8,7 @@ from typing import Any
 import fuyu_tokenizer
 import numpy as np
 import pytest
-from families_made import fields, ours_of
+from families_made import CLASSES, TWO_LAYERS, fields, ours_of
 from PIL import Image
 from pipelines_made import LABELS, LONG, NLI, TEXT, folder
 
@@ -151,7 +151,7 @@ def alike(ours: Any, theirs: Any) -> None:
 def compare(case: Any, framework: str, at: Any, **settings: Any) -> None:
     """The calls of a case on a framework (with settings of its own) and on PyTorch give the same answers."""
     task, name, made, calls = case
-    place = str(folder(at, name, **made))
+    place = str(folder(at, name, **TWO_LAYERS[CLASSES[name]], **made))
     theirs = pipeline(task, place, framework="pt", device=-1)
     ours = pipeline(task, place, framework=framework, device=-1, **settings)
     assert ours.model.framework == framework

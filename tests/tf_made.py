@@ -25,10 +25,11 @@ HEADS = {name: 3 if "QuestionAnswering" in name or "Token" in name else 6 for na
 
 
 def fields(name: str) -> dict[str, Any]:
-    """The fields of a tiny config of that class."""
+    """The fields of a tiny config of that class, of two layers."""
     if name.startswith("Mpt"):
-        return mpt_pairs.fields(HEADS[name])
-    return families_made.fields(families_made.CLASSES[name], HEADS[name])
+        return {**mpt_pairs.fields(HEADS[name]), "n_layers": 2}
+    kind = families_made.CLASSES[name]
+    return families_made.fields(kind, HEADS[name], **families_made.TWO_LAYERS[kind])
 
 
 def pair(name: str, folder: Path, **more: Any) -> tuple[Any, Any]:
@@ -52,6 +53,11 @@ def model(name: str, **more: Any) -> Any:
         scale = variable.name in ("gamma", "weight") and len(variable.shape) == 1
         variable.assign(1 + 0.3 * noise if scale else 0.2 * noise)
     return made
+
+
+def shallow(name: str, **more: Any) -> Any:
+    """A random TF model of one layer, for what does not depend on their number: traces are short."""
+    return model(name, **families_made.ONE_LAYER[family_of(name).name], **more)
 
 
 def inputs(name: str, padding: str = "none") -> dict[str, torch.Tensor]:

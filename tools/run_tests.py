@@ -3,6 +3,9 @@
 One process for all would hold what PyTorch, JAX and TensorFlow compile and cache at once. The processes run two at a
 time where the machine has the cores and the memory; all of them run, and one failure fails the whole. Each line of
 output begins with its process's name, and the last one is pytest's summary over all of them.
+
+`--bare PYTHON` is for `make test`: beside the tests run the type checker, and the core's tests with that Python, which
+has no framework.
 """
 
 from __future__ import annotations
@@ -24,9 +27,11 @@ PARTS: dict[str, tuple[str, ...]] = {
     "torch": ("tests/torch",),
     "flax": ("tests/flax",),
     "tf": ("tests/tf",),
-    "parity": ("tests/parity",),
     "core": ("tests/core", "tests/cli", "tests/fuzz"),
+    "parity": ("tests/parity",),
 }
+# What runs beside them with --bare.
+CHECKS = ("types", "bare")
 # The exit status of a pytest that found no test to run, as `-k` may leave it.
 NO_TESTS = 5
 # The order of pytest's own summary.
@@ -43,10 +48,21 @@ def default_jobs() -> int:
     return 2 if cores >= 2 and memory >= 10 << 30 else 1
 
 
-def run(part: str, arguments: list[str], counts: Path) -> int:
-    """One process of tests; its lines are printed as they come. Returns its exit status."""
-    command = [sys.executable, "-u", "-m", "pytest", *PARTS[part], *arguments]
-    environment = {**os.environ, "MONOBLOCK_TEST_COUNTS": str(counts)}
+def command_of(part: str, arguments: list[str], bare: str) -> list[str]:
+    """What a part runs."""
+    if part == "types":
+        return [sys.executable, "-m", "pyright", "--pythonpath", sys.executable]
+    if part == "bare":
+        return [bare, "-u", "-m", "pytest", "tests/core", *arguments]
+    return [sys.executable, "-u", "-m", "pytest", *PARTS[part], *arguments]
+
+
+def run(part: str, command: list[str], counts: Path) -> int:
+    """One process; its lines are printed as they come. Returns its exit status."""
+    # Threads of OpenMP that have nothing to do would keep the cores from the other process.
+    environment = {"OMP_WAIT_POLICY": "passive", **os.environ, "MONOBLOCK_TEST_COUNTS": str(counts)}
+    if part == "bare":
+        environment["MONOBLOCK_TEST_NO_FRAMEWORK"] = "1"
     with subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as process:
@@ -62,25 +78,36 @@ def summary(counts: Counter[str], seconds: float) -> str:
     return f"{found or 'no tests ran'} in {seconds:.2f}s ({minutes // 60}:{minutes % 60:02}:{rest:02})"
 
 
+def option(name: str, arguments: list[str]) -> str | None:
+    """The value that follows that name; both are taken out of the arguments."""
+    if name not in arguments:
+        return None
+    at = arguments.index(name)
+    value = arguments[at + 1]
+    del arguments[at : at + 2]
+    return value
+
+
 def main(arguments: list[str]) -> int:
-    jobs = default_jobs()
-    if "--jobs" in arguments:
-        at = arguments.index("--jobs")
-        jobs = int(arguments[at + 1])
-        arguments = arguments[:at] + arguments[at + 2 :]
+    arguments = [*arguments]
+    jobs = int(option("--jobs", arguments) or default_jobs())
+    bare = option("--bare", arguments)
+    parts = (*PARTS, *(CHECKS if bare else ()))
     start = time.monotonic()
     total: Counter[str] = Counter()
     with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(jobs) as pool:
-        files = {part: Path(scratch) / f"{part}.json" for part in PARTS}
-        statuses = dict(
-            zip(PARTS, pool.map(lambda part: run(part, arguments, files[part]), PARTS), strict=True)
-        )
-        for part, status in statuses.items():
+        files = {part: Path(scratch) / f"{part}.json" for part in parts}
+
+        def status(part: str) -> int:
+            return run(part, command_of(part, arguments, bare or ""), files[part])
+
+        statuses = dict(zip(parts, pool.map(status, parts), strict=True))
+        for part, code in statuses.items():
             if files[part].is_file():
                 total.update(json.loads(files[part].read_text()))
-            elif status not in (0, NO_TESTS):
+            elif code not in (0, NO_TESTS):
                 total["error"] += 1  # it ended before its summary
-    failed = [part for part, status in statuses.items() if status not in (0, NO_TESTS)]
+    failed = [part for part, code in statuses.items() if code not in (0, NO_TESTS)]
     if failed:
         print(f"failed: {', '.join(failed)}; see the lines that begin so")
     print(summary(total, time.monotonic() - start), flush=True)

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import quick_xla
 
 from monoblock import demo
 from monoblock.pipelines.frameworks import FRAMEWORKS
@@ -38,7 +39,7 @@ def run(place: Path, hidden: str, *args: str, text: str = "") -> subprocess.Comp
         text=True,
         input=text,
         timeout=240,
-        env={**os.environ, "PYTHONPATH": path},
+        env={**os.environ, **quick_xla.environment(), "PYTHONPATH": path},
     )
 
 

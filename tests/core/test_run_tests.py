@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -53,8 +54,8 @@ def test_one_failure_fails_the_whole(
     """All parts run, whatever the others did."""
     ran: list[str] = []
 
-    def run(part: str, arguments: list[str], counts: Path) -> int:
-        assert arguments == ["-x"]
+    def run(part: str, command: list[str], counts: Path) -> int:
+        assert command[-len(run_tests.PARTS[part]) - 1 :] == [*run_tests.PARTS[part], "-x"]
         ran.append(part)
         status = statuses.get(part, 0)
         if status in (0, 1):
@@ -65,3 +66,32 @@ def test_one_failure_fails_the_whole(
     assert run_tests.main(["--jobs", "1", "-x"]) == expected
     assert ran == list(run_tests.PARTS)
     assert capsys.readouterr().out.splitlines()[-1].startswith(f"{last} in ")
+
+
+@pytest.mark.parametrize("broken", [None, *run_tests.CHECKS])
+def test_checks_beside_the_tests(broken: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their failure is the whole's; the core's tests run with the other Python."""
+    commands: dict[str, list[str]] = {}
+
+    def run(part: str, command: list[str], counts: Path) -> int:
+        commands[part] = command
+        if part != "types":
+            counts.write_text(json.dumps({"passed": 1}))
+        return int(part == broken)
+
+    monkeypatch.setattr(run_tests, "run", run)
+    assert run_tests.main(["--bare", "other/python", "-x"]) == int(broken is not None)
+    assert commands.keys() == {*run_tests.PARTS, "types", "bare"}
+    assert commands["bare"] == ["other/python", "-u", "-m", "pytest", "tests/core", "-x"]
+    assert "pyright" in commands["types"]
+    assert "-x" not in commands["types"]
+
+
+def test_processes_get_their_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("MONOBLOCK_TEST_NO_FRAMEWORK", raising=False)
+    code = "import os; print(os.environ.get('MONOBLOCK_TEST_NO_FRAMEWORK')); raise SystemExit(3)"
+    for part, expected in (("bare", "1"), ("core", "None")):
+        assert run_tests.run(part, [sys.executable, "-c", code], tmp_path / "counts") == 3
+        assert capsys.readouterr().out == f"{part:6} | {expected}\n"

@@ -12,7 +12,7 @@ import pytest
 from flax_models import flax_model, torch_model
 from helpers import PAD
 from measure import assert_close, rounding
-from packed_rows import COUNT, NAMES, NUMBERS, definition, documents, ids_of, positions
+from packed_rows import COUNT, NAMES, NUMBERS, apart, definition, ids_of, places, positions
 
 from monoblock.backends.flax.checked import checked
 from monoblock.backends.xla import checked as shared
@@ -25,8 +25,9 @@ def bound(model: Any) -> float:
     return rounding(model.spec, model(ids_of(), output_hidden_states=True))
 
 
-def alone(model: Any, ids: Any) -> Any:
-    return jnp.concatenate([model(part).logits for part in documents(ids)], axis=1)
+def alone(model: Any, ids: Any, params: Any = None) -> Any:
+    """Logits of the documents of packed rows, each of which was a row by itself."""
+    return model(**apart(ids), params=params).logits[places(len(ids))]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -45,12 +46,11 @@ def test_logits_and_gradients(name: str) -> None:
     def packed(params: Any, positions: Any) -> Any:
         return (model(ids, position_ids=positions, params=params).logits * weights).sum()
 
-    def apart(params: Any) -> Any:
-        parts = [model(part, params=params).logits for part in documents(ids)]
-        return (jnp.concatenate(parts, axis=1) * weights).sum()
+    def by_row(params: Any) -> Any:
+        return (alone(model, ids, params) * weights).sum()
 
     gradients = jax.jit(jax.grad(packed))(model.params, given["position_ids"])
-    wanted = jax.jit(jax.grad(apart))(model.params)
+    wanted = jax.jit(jax.grad(by_row))(model.params)
     jax.tree.map(lambda a, b: assert_close(f"{name} packed, gradients", a, b, 1e-6), gradients, wanted)
 
 

@@ -14,7 +14,7 @@ from measure import assert_close
 
 from monoblock.backends.flax import attention
 
-ATOL = 1e-5  # fp32, 3 layers, sums in another order: measured 4e-6
+ATOL = 1e-5  # fp32, 2 layers, sums in another order: measured 4e-6
 NAMES = (
     "MptForCausalLM",
     "MistralForSequenceClassification",
@@ -35,7 +35,7 @@ def arrays(shape: tuple[int, ...]) -> tuple[Any, Any]:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_open_batch_and_length(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One token, and texts of one block of queries and of several, beyond every window."""
+    """One token, and texts of several blocks of queries, beyond every window; of one block in a family."""
     monkeypatch.setattr(attention, "QUERY_BLOCK", 8)
     model = flax_model(name)
     choices = (2,) if name in ("OpenAIGPTDoubleHeadsModel", "MPNetForMultipleChoice") else ()
@@ -47,7 +47,8 @@ def test_open_batch_and_length(name: str, monkeypatch: pytest.MonkeyPatch) -> No
     ids = jax.ShapeDtypeStruct((batch, *choices, tokens), jnp.int32)
     params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), model.params)
     program = export.deserialize(export.export(jax.jit(run))(params, ids, ids).serialize())
-    for rows, count in ((1, 1), (3, 7), (2, 29)):
+    shapes = ((1, 1), (3, 7), (2, 29)) if name == NAMES[0] else ((1, 1), (2, 29))
+    for rows, count in shapes:
         given = arrays((rows, *choices, count))
         for ours, theirs in zip(program.call(model.params, *given), run(model.params, *given), strict=True):
             assert ours.shape == theirs.shape

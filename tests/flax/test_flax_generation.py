@@ -115,7 +115,9 @@ def test_no_cache_and_no_window() -> None:
 
 def test_a_window_in_some_layers() -> None:
     """Windowed layers drop what full ones keep, in the compiled loop and in the host's."""
-    theirs, ours = pair(MISTRAL, layer_types=["full_attention", "sliding_attention", "full_attention"])
+    theirs, ours = pair(
+        MISTRAL, num_hidden_layers=3, layer_types=["full_attention", "sliding_attention", "full_attention"]
+    )
     given = prompts(MISTRAL)
     expected = tokens(theirs, given, **VARIED)
     assert len({token for row in expected for token in row[23:]}) > 10, "tokens that say something"

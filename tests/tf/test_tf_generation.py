@@ -128,7 +128,7 @@ def test_the_same_tokens_as_pytorch_padded_and_past_the_window(
 def test_a_window_in_some_layers(tmp_path: Path) -> None:
     """Windowed layers drop what full ones keep, in a graph and eagerly."""
     layers = ["full_attention", "sliding_attention", "full_attention"]
-    theirs, ours = tf_made.pair(MISTRAL, tmp_path, layer_types=layers)
+    theirs, ours = tf_made.pair(MISTRAL, tmp_path, layer_types=layers, num_hidden_layers=3)
     given = prompts(MISTRAL)
     expected = tokens(theirs, given, **VARIED)
     assert len({token for row in expected for token in row[23:]}) > 10, "tokens that say something"

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 import wrong_calls
-from tf_made import model
+from tf_made import shallow
 
 from monoblock.backends.tf.arrays import TfOps
 from monoblock.generation import scores
@@ -37,12 +37,18 @@ LOOPS: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
-@pytest.mark.parametrize("case", LOOPS)
-@pytest.mark.parametrize("known", [True, False], ids=["known lengths", "open lengths"])
-def test_loops_of_keras(case: str, known: bool) -> None:
-    given, message = LOOPS[case]
-    ours = model("MPNetForTokenClassification")
+@pytest.fixture(scope="module", params=[True, False], ids=["known lengths", "open lengths"])
+def loops(request: pytest.FixtureRequest) -> tuple[Any, bool]:
+    """A compiled model, whose loops are traced once for all cases; and whether it is to know the lengths."""
+    ours = shallow("MPNetForTokenClassification")
     ours.compile("sgd", jit_compile=False)
+    return ours, request.param
+
+
+@pytest.mark.parametrize("case", LOOPS)
+def test_loops_of_keras(case: str, loops: tuple[Any, bool]) -> None:
+    given, message = LOOPS[case]
+    ours, known = loops
     data: Any = given
     if not known:
         spec = dict.fromkeys(given, OPEN)
@@ -57,7 +63,7 @@ def test_loops_of_keras(case: str, known: bool) -> None:
 @pytest.mark.parametrize("name", ["MPNetModel", "GPTNeoModel", "OpenAIGPTModel"])
 def test_too_long_while_tracing(name: str) -> None:
     """Positions from ids, and from the mask, have no values in a graph: padding counts there."""
-    ours = model(name)
+    ours = shallow(name)
 
     @tf.function(autograph=False)
     def run(ids: Any) -> Any:
@@ -72,7 +78,7 @@ def test_too_long_while_tracing(name: str) -> None:
 
 
 def test_graphs_of_the_users() -> None:
-    ours = model("GPTNeoForCausalLM")
+    ours = shallow("GPTNeoForCausalLM")
     run = tf.function(ours, autograph=False)
     with pytest.raises(tf.errors.InvalidArgumentError, match="input_ids must be 0 to 88"):
         run(tf.constant(IDS + 80))
@@ -85,7 +91,7 @@ def test_graphs_of_the_users() -> None:
 
 
 def test_autograph_says_nothing(caplog: pytest.LogCaptureFixture) -> None:
-    ours = model("GPTNeoForCausalLM")
+    ours = shallow("GPTNeoForCausalLM")
     with caplog.at_level(logging.WARNING):
         for options in ({"jit_compile": True}, {}):
             run = tf.function(ours.generate, **options)
@@ -96,7 +102,7 @@ def test_autograph_says_nothing(caplog: pytest.LogCaptureFixture) -> None:
 
 @functools.cache
 def made(name: str) -> Any:
-    return model(name, num_labels=4)
+    return shallow(name, num_labels=4)
 
 
 @pytest.mark.parametrize("case", wrong_calls.WRONG)

@@ -12,8 +12,9 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from families_made import ONE_LAYER
 from measure import assert_close
-from tf_made import fields, model
+from tf_made import fields, shallow
 
 from monoblock.backends.tf.classes import make_class
 from monoblock.families import family_of
@@ -96,18 +97,14 @@ def test_fit_learns(run: str) -> None:
         assert right.mean() > 0.95, label
 
 
-ONE_LAYER: dict[str, dict[str, Any]] = {
-    "Mistral": {"num_hidden_layers": 1},
-    "MPNet": {"num_hidden_layers": 1, "hidden_dropout_prob": 0.0},
-    "GPTNeo": {"num_layers": 1, "attention_types": [[["local"], 1]]},
-}
-
-
 def untrained(name: str, policy: str | None = None) -> Any:
     """A tiny model as its config begins it, with weights wide enough to learn soon."""
     labels = {"num_labels": 2 if "Question" in name else LABELS, "initializer_range": 0.2}
-    own = next(more for stem, more in ONE_LAYER.items() if name.startswith(stem))
-    return make_class("TF" + name)(family_of(name).config(**{**fields(name), **labels, **own}), dtype=policy)
+    family = family_of(name)
+    given = {**fields(name), **labels, **ONE_LAYER[family.name]}
+    if family.name == "mpnet":
+        given["hidden_dropout_prob"] = 0.0
+    return make_class("TF" + name)(family.config(**given), dtype=policy)
 
 
 def test_losses_and_metrics_of_the_users() -> None:
@@ -146,7 +143,7 @@ def test_sample_weights_and_missing_labels() -> None:
         ours.train_step((x,))
     with pytest.raises(ValueError, match="own loss takes the labels labels, got targets"):
         ours.train_step((x, {"targets": y["labels"]}))
-    causal = model("GPTNeoForCausalLM")
+    causal = shallow("GPTNeoForCausalLM")
     causal.compile("adam", run_eagerly=True)
     x, y = toy("causal")
     with pytest.raises(ValueError, match="sample_weight weighs rows"):
@@ -177,7 +174,7 @@ def test_training_goes_on_where_it_was_saved(tmp_path: Path) -> None:
 
 def test_functional_models(tmp_path: Path) -> None:
     """As a layer of another model: outputs by name and by index, and saved with it."""
-    body = model("MistralModel")
+    body = shallow("MistralModel")
     ids, mask = (keras.Input((None,), dtype="int32", name=name) for name in ("ids", "mask"))
     out = body({"input_ids": ids, "attention_mask": mask}, use_cache=False)
     pooled = keras.layers.GlobalAveragePooling1D()(out.last_hidden_state)
@@ -204,7 +201,7 @@ print("difference:", float(np.abs(out["logits"] - found["logits"]).max()) < 1e-5
 
 
 def test_exported_models_run_without_monoblock(tmp_path: Path) -> None:
-    ours = model("GPTNeoForCausalLM")
+    ours = shallow("GPTNeoForCausalLM")
     ours.save_pretrained(tmp_path, saved_model=True)
     x, _ = toy("causal")
     ids, mask = x["input_ids"][:3], x["attention_mask"][:3].copy()
@@ -219,7 +216,7 @@ def test_exported_models_run_without_monoblock(tmp_path: Path) -> None:
 
 
 def test_exported_signatures(tmp_path: Path) -> None:
-    ours = model("MPNetForMultipleChoice")
+    ours = shallow("MPNetForMultipleChoice")
     signature = {"input_ids": tf.TensorSpec((1, 2, 5), tf.int32, name="input_ids")}
     ours.export(tmp_path, input_signature=signature, verbose=False)
     served = tf.saved_model.load(str(tmp_path)).signatures["serving_default"]
@@ -235,7 +232,7 @@ def test_strategies() -> None:
     results = []
     for strategy in strategies():
         with strategy.scope():
-            ours = model("GPTNeoForCausalLM", **AT_REST)
+            ours = shallow("GPTNeoForCausalLM", **AT_REST)
             ours.compile(keras.optimizers.SGD(0.1), jit_compile=False)
         ours.fit({**x, **y}, batch_size=32, verbose=0, shuffle=False)
         results.append(ours.variable("transformer.h.0.attn.attention.k_proj.weight").numpy())
@@ -257,7 +254,7 @@ def test_losses_of_keras_under_strategies(inside: bool) -> None:
     results = []
     for strategy in strategies():
         with strategy.scope():
-            body: Any = model("MistralForSequenceClassification", **AT_REST, num_labels=LABELS)
+            body: Any = shallow("MistralForSequenceClassification", **AT_REST, num_labels=LABELS)
             ours = Wrapped(body) if inside else body
             own = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
             ours.compile(keras.optimizers.SGD(0.1), loss=own, metrics=["accuracy"], jit_compile=False)
@@ -285,7 +282,7 @@ def test_predictions_under_strategies() -> None:
     x, _ = toy("span")
     strategy = strategies()[0]
     with strategy.scope():
-        ours = model("MPNetForQuestionAnswering", output_hidden_states=True, output_attentions=True)
+        ours = shallow("MPNetForQuestionAnswering", output_hidden_states=True, output_attentions=True)
     ours.compile(jit_compile=False)
     found = ours.predict(x, batch_size=32, verbose=0)
     expected = ours(x)
@@ -297,7 +294,7 @@ def test_predictions_under_strategies() -> None:
 
 def test_summary() -> None:
     lines: list[str] = []
-    ours = model("MistralForCausalLM")
+    ours = shallow("MistralForCausalLM")
     ours.summary(print_fn=lambda text, **_: lines.append(text))
     assert f"{ours.num_parameters():,}" in "\n".join(lines)
     assert ours.count_params() == ours.num_parameters()

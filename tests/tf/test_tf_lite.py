@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from measure import assert_close
-from tf_made import model
+from tf_made import shallow
 
 TOKENS = 8
 IDS = np.random.default_rng(0).integers(3, 80, (1, TOKENS)).astype(np.int32)
@@ -44,7 +44,7 @@ def run(flat: bytes, **given: Any) -> dict[str, Any]:
     ],
 )
 def test_exported_models(name: str, tmp_path: Path) -> None:
-    ours = model(name)
+    ours = shallow(name)
     given = {
         "input_ids": np.where(MASK == 0, ours.config.pad_token_id, IDS).astype(np.int32),
         "attention_mask": MASK,
@@ -59,7 +59,7 @@ def test_exported_models(name: str, tmp_path: Path) -> None:
 
 
 def test_signatures_and_functions(tmp_path: Path) -> None:
-    ours = model("MPNetModel")
+    ours = shallow("MPNetModel")
 
     @tf.function(input_signature=[tf.TensorSpec((1, TOKENS), tf.int32, name="ids")], autograph=False)
     def pooled(ids: Any) -> Any:

@@ -12,7 +12,7 @@ import old_files
 import pytest
 import tensorflow as tf
 from measure import assert_close
-from tf_made import model
+from tf_made import shallow
 
 import monoblock
 
@@ -25,7 +25,7 @@ class Wrapped(keras.Model):
 
     def __init__(self) -> None:
         super().__init__()
-        self.body = model("MPNetModel")
+        self.body = shallow("MPNetModel")
         self.score = keras.layers.Dense(3)
 
     def call(self, ids: Any, training: bool = False) -> Any:
@@ -50,7 +50,7 @@ def test_models_around_ours(how: str, tmp_path: Path) -> None:
 
 def test_float_ids() -> None:
     """Keras's inputs are float32 unless they say so: ids may come in them, and only ids."""
-    body = model("MPNetModel")
+    body = shallow("MPNetModel")
     ids = keras.Input((None,))
     whole = keras.Model(ids, body(ids)[1])
     assert_close("float input", whole(IDS), body(IDS)[1], 1e-6)
@@ -62,7 +62,7 @@ def test_float_ids() -> None:
 
 def test_saved_by_tensorflow(tmp_path: Path) -> None:
     """`tf.saved_model.save(model)` has the signature that `export` writes."""
-    ours = model("GPTNeoForCausalLM")
+    ours = shallow("GPTNeoForCausalLM")
     tf.saved_model.save(ours, str(tmp_path))
     served = tf.saved_model.load(str(tmp_path)).signatures["serving_default"]
     found = served(input_ids=tf.constant(IDS), attention_mask=tf.constant(MASK))
@@ -72,7 +72,7 @@ def test_saved_by_tensorflow(tmp_path: Path) -> None:
 
 def test_signatures(tmp_path: Path) -> None:
     """`save_pretrained(saved_model=True)` has a signature for each width of ids, or those that are given."""
-    ours = model("MPNetForTokenClassification")
+    ours = shallow("MPNetForTokenClassification")
     expected = ours(IDS, MASK).logits
     ours.save_pretrained(tmp_path, saved_model=True)
     saved = tf.saved_model.load(str(tmp_path / "saved_model" / "1"))
@@ -137,7 +137,7 @@ def batches(*, inside: bool) -> tf.data.Dataset:
 
 @pytest.mark.parametrize("inside", [True, False], ids=["labels in x", "labels as y"])
 def test_metrics_in_python(inside: bool) -> None:
-    ours = model("MPNetForTokenClassification")
+    ours = shallow("MPNetForTokenClassification")
     seen = []
 
     def metric(found: Any) -> dict[str, Any]:
@@ -159,7 +159,7 @@ def test_metrics_in_python(inside: bool) -> None:
 
 
 def test_metrics_of_spans_and_of_texts() -> None:
-    span = model("MPNetForQuestionAnswering")
+    span = shallow("MPNetForQuestionAnswering")
     y = {"start_positions": np.array([0, 1]), "end_positions": np.array([1, 2])}
     seen: list[Any] = []
 
@@ -174,7 +174,7 @@ def test_metrics_of_spans_and_of_texts() -> None:
     assert span.fit({"input_ids": IDS, **y}, verbose=0, callbacks=[own]).history["one"] == [1.0]
     assert seen[0][0].shape == (2, 4)
     assert set(seen[0][1]) == set(y)
-    text = model("GPTNeoForCausalLM")
+    text = shallow("GPTNeoForCausalLM")
     data = tf.data.Dataset.from_tensor_slices({"input_ids": IDS, "labels": IDS}).batch(2)
     how = {"max_new_tokens": 3, "do_sample": False}
     own = monoblock.KerasMetricCallback(metric, data, predict_with_generate=True, generate_kwargs=how)

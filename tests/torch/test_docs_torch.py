@@ -18,7 +18,7 @@ DOCUMENTS = [ROOT / "README.md", *sorted(path for path in DOCS.glob("*.md") if p
     "document", [d for d in DOCUMENTS if blocks(d, "python")], ids=lambda path: path.name
 )
 def test_python_examples(document: Path, tmp_path: Path) -> None:
-    run_python(document, tmp_path)
+    run_python(tmp_path, document)
 
 
 COMMANDS = [
