@@ -230,6 +230,7 @@ def ours(peer, ids, **arguments):
         input_names=frozenset(),
         max_positions=None,
         compiled=None,
+        vocab=VOCAB,
         decoder=lambda plan, inputs: Recomputing(peer, plan.config),
     )
     with torch.no_grad():
