@@ -7,7 +7,6 @@ and `import monoblock` loads nothing. `from monoblock import *` takes the names 
 from __future__ import annotations
 
 import importlib
-import importlib.util
 from typing import Any
 
 __version__ = "0.1.0"
@@ -215,11 +214,9 @@ def __getattr__(name: str) -> Any:
 
 def _available() -> list[str]:
     """The public names whose framework is installed; nothing is imported for that."""
-    missing = tuple(
-        stem
-        for stem, needed in _FRAMEWORKS.items()
-        if any(importlib.util.find_spec(module) is None for module in needed)
-    )
+    from monoblock.installed import installed
+
+    missing = tuple(stem for stem, needed in _FRAMEWORKS.items() if not all(map(installed, needed)))
     homes = {**_HOME, **_MADE}
     return sorted(name for name in _NAMES if not homes[name].startswith(missing))
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import operator
 import random
 import sys
 from typing import Any
 
 from monoblock.field_types import brief
+from monoblock.installed import installed
 
 # What every framework's generators take: 64 bits, signed or not.
 LEAST, MOST = -(2**63), 2**64 - 1
@@ -58,4 +58,4 @@ def set_seed(seed: int, deterministic: bool = False) -> None:
 
 
 def _module(name: str) -> Any:
-    return importlib.import_module(name) if importlib.util.find_spec(name) else None
+    return importlib.import_module(name) if installed(name) else None

@@ -1,7 +1,6 @@
 """Whether a checkpoint that was written holds what it should: tensor by tensor, and by the logits of both sides."""
 
 import importlib
-import importlib.util
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +10,7 @@ from monoblock.checkpoint.sources import Checkpoint
 from monoblock.checkpoint.views import DTYPE_NAMES, Array
 from monoblock.conversion.logits import LogitComparison
 from monoblock.errors import CheckpointError
+from monoblock.installed import installed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +40,7 @@ def compare(source: Checkpoint, expected: Checkpoint, written: Checkpoint) -> Co
         equal += moved == 0
         difference = max(difference, moved)
     logits, why = None, "PyTorch is not installed"
-    if importlib.util.find_spec("torch"):
+    if installed("torch"):
         run = importlib.import_module("monoblock.backends.pytorch.compare")
         logits, why = run.compare(source, written), ""
         same_model = equal == len(names) and source.weights.shapes() == written.weights.shapes()

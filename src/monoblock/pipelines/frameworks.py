@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 from dataclasses import dataclass
 from typing import Any
+
+from monoblock.installed import installed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +32,7 @@ class Framework:
 
     def missing(self) -> str | None:
         """The first of its packages that is not installed; None if all are."""
-        return next((package for package in self.needs if not _installed(package)), None)
+        return next((package for package in self.needs if not installed(package)), None)
 
 
 # In the order in which they are tried where nothing says which.
@@ -78,11 +79,3 @@ def known(name: Any) -> Framework:
         names = ", ".join(f"{key!r} ({framework.name})" for key, framework in FRAMEWORKS.items())
         raise ValueError(f"framework={name!r}: expected one of {names}, or None")
     return FRAMEWORKS[name]
-
-
-def _installed(package: str) -> bool:
-    try:
-        spec = importlib.util.find_spec(package)
-    except ValueError:  # a module that was put in place by hand says not where it is from
-        return True
-    return spec is not None and spec.origin is not None  # a folder of that name is no package

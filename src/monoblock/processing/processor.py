@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any, Self, cast
 
 import numpy as np
 
+from monoblock.installed import installed
 from monoblock.processing import pixels
 from monoblock.processing.arguments import is_picture, padded_length, pairs, refuse_text_only, sorted_in
 from monoblock.processing.auto_image import AutoImageProcessor
@@ -173,7 +173,7 @@ class FuyuProcessor:
             data["pixel_values"] = np.concatenate([row.patches for row in rows])
         tensors = arguments["return_tensors"]
         if tensors is None:
-            tensors = "pt" if importlib.util.find_spec("torch") else "np"
+            tensors = "pt" if installed("torch") else "np"
         return FuyuBatchEncoding(data, tensor_type=tensors)
 
     # --- outputs to text
