@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 import transformers
-from helpers import PAD, batch, randomised
+from helpers import PAD, PADDINGS, batch, randomised
+from measure import assert_close, rounding
 
 import monoblock
 from monoblock.families import FAMILIES, class_names, family, family_of
@@ -157,6 +158,18 @@ def logits_of(out: Any) -> torch.Tensor:
     if "start_logits" in out:
         return torch.stack((out.start_logits, out.end_logits), dim=-1)
     return out.logits if "logits" in out else out.last_hidden_state
+
+
+def same_logits(what: str, name: str, theirs: Any, ours: Any) -> None:
+    """Logits of the class `name`, with each padding and in the kernels that a CPU has."""
+    for padding in PADDINGS:
+        ids, mask = texts(name, padding)
+        there = theirs(ids, attention_mask=mask, output_hidden_states=True)
+        bound = rounding(ours.spec, there)
+        for kernel in ("sdpa", "eager"):
+            ours.set_attn_implementation(kernel)
+            found = ours(ids, attention_mask=mask).logits
+            assert_close(f"{what}, {padding}, {kernel}", found, there.logits, bound, mask)
 
 
 def by_token(name: str) -> bool:

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from families_made import fields, logits_of, texts
-from helpers import PADDINGS, randomised
+from families_made import fields, logits_of, same_logits, texts
+from helpers import randomised
 from measure import assert_close, rounding
 
 import monoblock
@@ -42,14 +42,7 @@ def pair(layers: str, ending: str = "ForCausalLM") -> tuple[Any, Any]:
 def test_logits(layers: str) -> None:
     theirs, ours = pair(layers)
     assert ours.spec.windows == tuple(WINDOW if kind == SLIDING else None for kind in LAYERS[layers])
-    for padding in PADDINGS:
-        ids, mask = texts("MistralForCausalLM", padding)
-        there = theirs(ids, attention_mask=mask, output_hidden_states=True)
-        bound = rounding(ours.spec, there)
-        for kernel in ("sdpa", "eager"):
-            ours.set_attn_implementation(kernel)
-            found = ours(ids, attention_mask=mask).logits
-            assert_close(f"{layers}, {padding}, {kernel}", found, there.logits, bound, mask)
+    same_logits(layers, "MistralForCausalLM", theirs, ours)
 
 
 @pytest.mark.parametrize("ending", ["Model", "ForSequenceClassification", "ForTokenClassification"])
@@ -106,12 +99,18 @@ def test_files_there_and_back(tmp_path: Path) -> None:
     assert_close("ours, read here", again(ids).logits, there.logits, bound)
 
 
-def test_one_kind_of_layer_is_stored_as_mistral(tmp_path: Path) -> None:
-    """What transformers' Mistral computes too keeps its name."""
-    given = fields("mistral", layer_types=LAYERS["all sliding"])
+@pytest.mark.parametrize(
+    ("layers", "window", "stored"),
+    [("all sliding", WINDOW, "Mistral"), ("all full", None, "Mistral"), ("all full", WINDOW, "Ministral")],
+)
+def test_what_mistral_computes_too_keeps_its_name(
+    layers: str, window: int | None, stored: str, tmp_path: Path
+) -> None:
+    """transformers' Mistral does not read layer_types: it gives every layer the window, if there is one."""
+    given = fields("mistral", layer_types=LAYERS[layers], sliding_window=window)
     monoblock.MistralForCausalLM(monoblock.MistralConfig(**given)).save_pretrained(tmp_path)
     written = json.loads((tmp_path / "config.json").read_text())
-    assert (written["model_type"], written["architectures"]) == ("mistral", ["MistralForCausalLM"])
+    assert (written["model_type"], written["architectures"]) == (stored.lower(), [f"{stored}ForCausalLM"])
 
 
 def test_a_mistral_file_with_layer_types_is_honoured(tmp_path: Path) -> None:

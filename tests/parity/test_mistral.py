@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from families_made import fields, made_pair, ours_of, texts
+from families_made import fields, made_pair, ours_of, same_logits, texts
 from helpers import PADDINGS, expected, expected_logits
 from measure import assert_close, rounding
 
@@ -78,14 +78,7 @@ WINDOWS = {"none": None, "one": 1, "two": 2, "seven": 7, "as long as the text": 
 @torch.no_grad()
 def test_windows(window: str) -> None:
     theirs, ours = made_pair(NAME, **fields("mistral", sliding_window=WINDOWS[window]))
-    for padding in PADDINGS:
-        ids, mask = texts(NAME, padding)
-        there = theirs(ids, attention_mask=mask, output_hidden_states=True)
-        bound = rounding(ours.spec, there)
-        for kernel in ("sdpa", "eager"):
-            ours.set_attn_implementation(kernel)
-            found = ours(ids, attention_mask=mask).logits
-            assert_close(f"Mistral, window {window}", found, there.logits, bound, mask)
+    same_logits(f"Mistral, window {window}", NAME, theirs, ours)
 
 
 @pytest.mark.parametrize(

@@ -87,10 +87,10 @@ CAUSAL: dict[str, tuple[tuple[Any, ...], str]] = {
     "is_causal": ((True,), "every token attends to those before it and itself")
 }
 
-# Keys of published files that say nothing about the angles: "finetuned" of YaRN's own releases.
-_ROPE_NOTES = frozenset({"finetuned"})
-# Newer files may say the parameters once for each kind of layer.
-_ROPE_BY_LAYER = frozenset({"full_attention", "sliding_attention"})
+# "finetuned", of YaRN's own releases, says nothing about the angles.
+_ROPE_KEYS = frozenset({*RopeFields.__annotations__, "finetuned"})
+# The kinds of layers in `layer_types`; newer files may give the parameters of RoPE for each of them.
+SLIDING, FULL = "sliding_attention", "full_attention"
 
 
 class RopeConfig(PretrainedConfig):
@@ -102,12 +102,9 @@ class RopeConfig(PretrainedConfig):
             vars(self).pop("rope_parameters", None) or getattr(self, "rope_scaling", None) or {}
         )
         scaling = self._alike(dict(found))
-        known = frozenset(RopeFields.__annotations__) | _ROPE_NOTES
-        if unknown := [name for name in scaling if name not in known and scaling[name] is not None]:
-            raise UnsupportedConfig(
-                f"{type(self).__name__}.rope_parameters.{unknown[0]} is not supported; it may hold "
-                + ", ".join(sorted(known))
-            )
+        self.rope_parameters = {name: value for name, value in scaling.items() if value is not None}
+        self.check_keys({"rope_parameters": _ROPE_KEYS})
+        del self.rope_parameters
         for name in ("rope_theta", "partial_rotary_factor"):
             if name in scaling and name in self.fields:
                 setattr(self, name, scaling.pop(name))
@@ -121,7 +118,7 @@ class RopeConfig(PretrainedConfig):
 
     def _alike(self, scaling: dict[str, Any]) -> dict[str, Any]:
         """The parameters of all layers, of a dict by kind of layer too; UnsupportedConfig if the kinds differ."""
-        if not scaling or not scaling.keys() <= _ROPE_BY_LAYER:
+        if not scaling or not scaling.keys() <= {SLIDING, FULL}:
             return scaling
         parts = [self._as_mapping(f"rope_parameters.{kind}", part) for kind, part in scaling.items()]
         if any(part != parts[0] for part in parts):

@@ -9,12 +9,19 @@ from monoblock import modules
 from monoblock.checkpoint.keymap import KeyMap
 from monoblock.errors import FieldError, UnsupportedConfig
 from monoblock.families import Family, Heads, ModelClass
-from monoblock.families.common import CAUSAL, RopeConfig, RopeFields, activation, layers, quotient
+from monoblock.families.common import (
+    CAUSAL,
+    FULL,
+    SLIDING,
+    RopeConfig,
+    RopeFields,
+    activation,
+    layers,
+    quotient,
+)
 from monoblock.field_types import brief
 from monoblock.modules import KerasNames, Part, part
 from monoblock.spec import ArchSpec, Attention, Dropout, Mlp, Norm
-
-SLIDING, FULL = "sliding_attention", "full_attention"
 
 
 class MistralConfig(RopeConfig):
@@ -112,16 +119,17 @@ class MistralConfig(RopeConfig):
             )
         return tuple(self.sliding_window if kind == SLIDING else None for kind in kinds)
 
-    def _mixed(self) -> bool:
-        return self.layer_types is not None and len(set(self._windows())) > 1
+    def _is_ministral(self) -> bool:
+        """Whether some layer has no window where transformers' Mistral gives it one."""
+        return self.sliding_window is not None and FULL in (self.layer_types or ())
 
     def stored_type(self) -> str:
-        """ "ministral" where layers differ: transformers' Mistral gives all of them the window."""
-        return "ministral" if self._mixed() else "mistral"
+        """ "ministral" where `layer_types` takes the window from a layer: transformers' Mistral does not read it."""
+        return "ministral" if self._is_ministral() else "mistral"
 
     def stored_class(self, name: str) -> str:
         """The name of the class in config.json, which goes with `stored_type`."""
-        return name.replace("Mistral", "Ministral", 1) if self._mixed() else name
+        return name.replace("Mistral", "Ministral", 1) if self._is_ministral() else name
 
 
 def tree(_: MistralConfig) -> Part:

@@ -25,8 +25,8 @@ from monoblock.checkpoint.sources import (
 )
 from monoblock.checkpoint.weights import Joined, Tensors, laid_out, stored_shapes
 from monoblock.errors import CheckpointError, HubError, UnsupportedConfig
-from monoblock.families.common import head_rows
-from monoblock.families.mistral import FULL, SLIDING, MistralConfig
+from monoblock.families.common import FULL, SLIDING, head_rows
+from monoblock.families.mistral import MistralConfig
 from monoblock.field_types import brief
 
 PARAMS = "params.json"
@@ -201,10 +201,7 @@ def write(folder: Path, checkpoint: Checkpoint, options: Options) -> None:
     spec = config.to_spec()
     values = {theirs: getattr(config, ours) for theirs, ours in FIELDS.items()}
     values |= {"head_dim": spec.attention.head_dim, "n_kv_heads": spec.attention.kv_heads}
-    if len(set(spec.windows)) > 1:
-        values["sliding_window"] = list(spec.windows)
-    else:
-        values["sliding_window"] = spec.windows[0]
+    values["sliding_window"] = list(spec.windows) if len(set(spec.windows)) > 1 else spec.windows[0]
     params = {
         name: value for name, value in values.items() if name in REQUIRED or value != DEFAULTS.get(name, ...)
     }
