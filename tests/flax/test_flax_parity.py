@@ -9,6 +9,7 @@ from typing import Any
 import families_made
 import jax
 import jax.numpy as jnp
+import last_token_checked
 import mpt_pairs
 import numpy as np
 import pytest
@@ -243,17 +244,6 @@ def test_embeddings_as_inputs(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["MptForSequenceClassification", "OpenAIGPTForSequenceClassification"])
 def test_the_last_token_of_a_row(name: str, tmp_path: Path) -> None:
     """With pad == eos, a final eos; by the pad id and by the mask, which the config says at each call."""
-    theirs, ours = pair(name, tmp_path, last_token_by="attention_mask")
-    assert ours.config.last_token_by == "attention_mask"  # of the file
-    given = inputs(name, "right")
-    pad = theirs.config.pad_token_id
-    given["input_ids"][torch.arange(3), given["attention_mask"].sum(1) - 1] = pad
-    found = []
-    for by in ("attention_mask", "pad_id", None):
-        ours.config.last_token_by = theirs.config.last_token_by = by
-        with torch.no_grad():
-            expected = theirs(**given).logits
-        found.append(np.asarray(ours(**numpy(given)).logits))
-        assert_close(f"by {by}", found[-1], expected, 1e-4)
-    assert np.abs(found[0] - found[1]).max() > 0.1
-    assert np.array_equal(found[1], found[2])
+    last_token_checked.check(
+        *pair(name, tmp_path, last_token_by="attention_mask"), inputs(name, "right"), numpy
+    )

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import keras
+import last_token_checked
 import numpy as np
 import old_files
 import pytest
@@ -175,20 +176,9 @@ def test_the_config_counts_at_each_call(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["MptForSequenceClassification", "OpenAIGPTForSequenceClassification"])
 def test_the_last_token_of_a_row(name: str, tmp_path: Path) -> None:
     """With pad == eos, a final eos; by the pad id and by the mask, which the config says at each call."""
-    theirs, ours = pair(name, tmp_path, last_token_by="attention_mask")
-    assert ours.config.last_token_by == "attention_mask"  # of the file
-    given = inputs(name, "right")
-    pad = theirs.config.pad_token_id
-    given["input_ids"][torch.arange(3), given["attention_mask"].sum(1) - 1] = pad
-    found = []
-    for by in ("attention_mask", "pad_id", None):
-        ours.config.last_token_by = theirs.config.last_token_by = by
-        with torch.no_grad():
-            expected = theirs(**given).logits
-        found.append(np.asarray(ours(**numpy(given)).logits))
-        assert_close(f"by {by}", found[-1], expected, 1e-4)
-    assert np.abs(found[0] - found[1]).max() > 0.1
-    assert np.array_equal(found[1], found[2])
+    last_token_checked.check(
+        *pair(name, tmp_path, last_token_by="attention_mask"), inputs(name, "right"), numpy
+    )
 
 
 def test_accumulated_gradients(tmp_path: Path) -> None:

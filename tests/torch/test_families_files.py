@@ -726,56 +726,6 @@ def test_the_hubs_common_names_of_fields(name: str) -> None:
     assert (config.n_layer if name == "OpenAIGPTConfig" else config.num_layers) == 3
 
 
-# What the hub's files hold beside the fields of the pages, and that says nothing about the model.
-PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
-    "openai-gpt": (
-        "OpenAIGPTConfig",
-        {
-            "architectures": ["OpenAIGPTLMHeadModel"],
-            "n_ctx": 512,
-            "n_special": 0,
-            "predict_special_tokens": True,
-            "task_specific_params": {"text-generation": {"do_sample": True, "max_length": 50}},
-        },
-    ),
-    "EleutherAI/gpt-neo-1.3B": (
-        "GPTNeoConfig",
-        {
-            "attention_layers": ["global", "local"] * 12,
-            "gradient_checkpointing": False,
-            "summary_activation": None,
-            "summary_first_dropout": 0.1,
-            "summary_proj_to_labels": True,
-            "summary_type": "cls_index",
-            "summary_use_proj": True,
-            "tokenizer_class": "GPT2Tokenizer",
-            "transformers_version": "4.9.0.dev0",
-        },
-    ),
-    "microsoft/mpnet-base": (
-        "MPNetConfig",
-        {"gradient_checkpointing": False, "layer_norm_eps": 1e-5, "max_position_embeddings": 514},
-    ),
-    "mistralai/Mistral-7B-v0.1": (
-        "MistralConfig",
-        {"max_position_embeddings": 32768, "rms_norm_eps": 1e-5, "torch_dtype": "bfloat16"},
-    ),
-    "adept/fuyu-8b": ("FuyuConfig", {"_name_or_path": "fuyu-8b", "torch_dtype": "bfloat16"}),
-}
-
-
-@pytest.mark.parametrize("case", PUBLISHED)
-def test_published_configs_need_no_warning(case: str, logs: pytest.LogCaptureFixture) -> None:
-    name, data = PUBLISHED[case]
-    config = getattr(monoblock, name)(**data)
-    assert config.to_spec().layers > 0
-    assert not logs.messages
-    kept = config.to_dict()
-    assert {k: v for k, v in kept.items() if k in data and k not in ("torch_dtype", "_name_or_path")} == {
-        k: v for k, v in data.items() if k not in ("torch_dtype", "_name_or_path")
-    }
-
-
 def test_gradient_checkpointing_of_an_old_config(logs: pytest.LogCaptureFixture) -> None:
     """Fine-tuned checkpoints of 2021 hold this switch."""
     model = ours_of("GPTNeoForCausalLM", **fields("gpt_neo", gradient_checkpointing=True))
