@@ -99,15 +99,13 @@ def check_mask(values: np.ndarray[Any, Any]) -> None:
     """ValueError for a mask of keys that holds numbers which stand neither for tokens nor for padding."""
     if not values.size or values.dtype == bool:
         return
-    if np.iscomplexobj(values) or not values.min() >= 0:
-        got = (
-            "complex numbers"
-            if np.iscomplexobj(values)
-            else "NaN"
-            if np.isnan(values).any()
-            else values.min()
-        )
-        raise ValueError(f"attention_mask (batch, tokens) must be 1 for tokens and 0 for padding, got {got}")
+    if np.iscomplexobj(values):
+        got = "complex numbers"
+    elif values.min() >= 0:  # false for NaN
+        return
+    else:
+        got = "NaN" if np.isnan(values).any() else values.min()
+    raise ValueError(f"attention_mask (batch, tokens) must be 1 for tokens and 0 for padding, got {got}")
 
 
 def check_positions(spec: ArchSpec, low: int, high: int) -> None:

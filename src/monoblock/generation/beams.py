@@ -53,13 +53,9 @@ class Rules:
     def norm(self, length: int) -> float:
         """length ** length_penalty, kept where scores over it are float32 numbers."""
         power = self.length_penalty * math.log(length)
-        return (
-            MOST
-            if power > math.log(MOST)
-            else LEAST
-            if power < math.log(LEAST)
-            else length**self.length_penalty
-        )
+        if power > math.log(MOST):
+            return MOST
+        return LEAST if power < math.log(LEAST) else length**self.length_penalty
 
     def normed(self, scores_k: NDArray[np.float32], length: int) -> NDArray[np.float32]:
         """Scores by which texts of that many new tokens compete."""

@@ -36,10 +36,8 @@ def _is_whole(value: Any) -> bool:
 
 
 MOST_TOKENS = 2**31 - 1  # positions are int32 in compiled programs
-LEAST, MOST = (
-    1e-30,
-    1e30,
-)  # factors with which scores stay float32 numbers: no infinity, whose quotients are NaN
+# Factors with which scores stay float32 numbers: no infinity, whose quotients are NaN.
+LEAST, MOST = 1e-30, 1e30
 
 
 def _whole(least: int, most: int | None = None) -> Check:

@@ -206,13 +206,14 @@ def _cross_entropy(logits: Array, labels: Array, count: Count) -> Array:
 
 def causal_loss(logits_bsv: Array, labels_bs: Array, count: Count = None) -> Array:
     """Each token predicts the next one: labels are the input ids, shifted here."""
-    check_tokens_have_labels(described(XP, "labels", labels_bs), logits_bsv.shape)
+    labels = described(XP, "labels", labels_bs)
+    check_tokens_have_labels(labels, logits_bsv.shape)
     if logits_bsv.shape[1] != labels_bs.shape[1]:
         raise ValueError(
             f"labels of {labels_bs.shape[1]} tokens came with logits of {logits_bsv.shape[1]}: "
             "leave logits_to_keep at 0 when labels are given"
         )
-    check_classes(described(XP, "labels", labels_bs), logits_bsv.shape)
+    check_classes(labels, logits_bsv.shape)
     return _cross_entropy(logits_bsv[:, :-1], labels_bs[:, 1:], count)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from monoblock import tree
-from monoblock.backends.pytorch.parts import Part, replace
+from monoblock.backends.pytorch.parts import Part, lay_all, replace
 from monoblock.backends.pytorch.patches import with_patches
 from monoblock.backends.pytorch.quantization import modules
 from monoblock.backends.pytorch.quantization.modules import PackedMatrix
@@ -136,9 +136,7 @@ class ModelBase(Part):
 
     def lay_all(self) -> None:
         """Put the matrices that kernels want as one side by side, everywhere in the model."""
-        for module in self.modules():
-            if isinstance(module, Part):
-                module.lay()
+        lay_all(self.modules())
 
     @property
     def dtype(self) -> torch.dtype:

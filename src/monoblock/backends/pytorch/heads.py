@@ -139,13 +139,14 @@ def _cross_entropy(logits: Tensor, labels: Tensor, count: Count) -> Tensor:
 
 def causal_loss(logits_bsv: Tensor, labels_bs: Tensor, count: Count = None) -> Tensor:
     """Each token predicts the next one: labels are the input ids, shifted here."""
-    check_tokens_have_labels(_described("labels", labels_bs), logits_bsv.shape)
+    labels = _described("labels", labels_bs)
+    check_tokens_have_labels(labels, logits_bsv.shape)
     if logits_bsv.shape[1] != labels_bs.shape[1]:
         raise ValueError(
             f"labels of {labels_bs.shape[1]} tokens came with logits of {logits_bsv.shape[1]}: "
             "leave logits_to_keep at 0 when labels are given"
         )
-    check_classes(_described("labels", labels_bs), logits_bsv.shape)
+    check_classes(labels, logits_bsv.shape)
     return _cross_entropy(logits_bsv[:, :-1], labels_bs[:, 1:], count)
 
 
@@ -235,9 +236,8 @@ def _double(model: Any, out: Any, given: dict[str, Any]) -> dict[str, Any]:
         loss = causal_loss(words, labels.reshape(-1, labels.shape[-1]), count)
     scores = (scores.view(-1, choices, *scores.shape[1:]) if given["nested"] else scores).squeeze(-1)
     if (mc_labels := given.get("mc_labels")) is not None:
-        choices_bv = (
-            scores if scores.dim() > 1 else scores[None]
-        )  # rows without choices are those of one text
+        # Rows without an axis of choices are the choices of one text.
+        choices_bv = scores if scores.dim() > 1 else scores[None]
         mc_loss = cross_entropy(choices_bv, mc_labels, count, "mc_labels")
     words = words.view(-1, choices, *words.shape[1:]) if given["nested"] else words
     return {"loss": loss, "mc_loss": mc_loss, "logits": words, "mc_logits": scores}

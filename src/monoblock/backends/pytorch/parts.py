@@ -8,7 +8,7 @@ since tools take tensors that share a storage for one and the same, and drop all
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Self
 
 import torch
@@ -128,6 +128,13 @@ class Part(Named):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.lay()
+
+
+def lay_all(modules: Iterable[nn.Module]) -> None:
+    """Put the matrices that kernels want as one side by side, in all parts among the modules."""
+    for module in modules:
+        if isinstance(module, Part):
+            module.lay()
 
 
 def _tensor(module: nn.Module, name: str) -> Tensor | None:

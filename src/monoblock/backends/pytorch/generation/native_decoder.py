@@ -21,7 +21,7 @@ from monoblock.backends.pytorch.kernels import dispatch, low_rank
 from monoblock.backends.pytorch.kernels.linear import FORMATS
 from monoblock.backends.pytorch.layers import Conv1D
 from monoblock.backends.pytorch.model import Attention
-from monoblock.backends.pytorch.parts import GROUPS, Part
+from monoblock.backends.pytorch.parts import GROUPS, Part, lay_all
 from monoblock.native.abi import DecodeStep, LayerCache
 
 # Tokens of all rows together that a step takes; more are better off in the modules' large products.
@@ -39,9 +39,7 @@ class Inventory:
 
     def lay(self) -> None:
         """Put the matrices that kernels want as one side by side, as `lay_all` does."""
-        for _, module in self.modules:
-            if isinstance(module, Part):
-                module.lay()
+        lay_all(module for _, module in self.modules)
 
     def tensors(self) -> Iterator[tuple[str, nn.Module, Tensor]]:
         """Name, module and tensor of all parameters and buffers."""
