@@ -19,7 +19,7 @@ from typing import Any
 
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
-PATIENCE = 40  # seconds without a line from the process, whose own limit for an input is 10
+PATIENCE = 300  # seconds without a line from the process, whose own limit for an input is 10 of the processor
 
 
 def worker(name: str, first: int, last: int, keep: Path | None) -> None:
