@@ -29,7 +29,7 @@ class Faults:
     cut: dict[str, int] = field(default_factory=dict)  # close the connection once, after so many bytes
     reset: dict[str, int] = field(default_factory=dict)  # the same with a TCP reset
     hang: set[str] = field(default_factory=set)  # "HEAD x" or "GET x": never answer
-    slow: set[str] = field(default_factory=set)  # pause between pieces
+    slow: set[str] = field(default_factory=set)  # pause a second between chunks
     status: dict[str, int] = field(default_factory=dict)  # "HEAD x" or "GET x": answer with this status
 
 
@@ -176,7 +176,7 @@ class _Handler(BaseHTTPRequestHandler):
         for place in range(start, end, _PIECE):
             self.wfile.write(content[place : min(place + _PIECE, end)])
             if filename in faults.slow:
-                time.sleep(0.05)
+                self.hub.ended.wait(1)
         self.close_connection = end < len(content)
         if reset is not None:
             time.sleep(0.1)  # let the client read what came before

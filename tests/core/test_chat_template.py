@@ -94,10 +94,10 @@ def test_there_is_nothing_to_reach(source: str) -> None:
 )
 def test_an_endless_template_is_stopped(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(budget, "MAX_SECONDS", 0.3)  # so that the test is quick; the rule is the same
-    began = time.perf_counter()
+    began = time.process_time()
     with pytest.raises(ChatTemplateError, match=r"stopped|range|Range"):
         render(source)
-    assert time.perf_counter() - began < 10  # seconds; without the bound these run for hours
+    assert time.process_time() - began < 10  # seconds; without the bound these run for hours
 
 
 GROWING = [

@@ -170,10 +170,10 @@ def test_a_failed_shard_stops_the_others(server, cache):
     parts = {name: name.encode() + BIG * 4 for name in SHARDS}
     server.add(NAME, {"model.safetensors.index.json": INDEX, **parts})
     server.faults.status[f"GET {SHARDS[1]}"] = 500
-    server.faults.slow = {SHARDS[0], SHARDS[2]}  # each takes 64 pieces x 0.05 s = 3.2 s
+    server.faults.slow = {SHARDS[0], SHARDS[2]}  # each takes 64 chunks x 1 s
     start = time.monotonic()
     refusal(lambda: find_weights(NAME, HubOptions(cache_dir=cache)), SHARDS[1], "500")
-    assert time.monotonic() - start < 2
+    assert time.monotonic() - start < 30  # also on a busy machine
 
 
 @pytest.mark.parametrize("fault", ["cut", "reset"])
@@ -262,8 +262,8 @@ def test_server_that_never_answers(server, cache, monkeypatch, method):
     start = time.monotonic()
     options = HubOptions(cache_dir=cache)
     refusal(lambda: find_file(NAME, "config.json", options), "in time", "config.json", "HF_HUB_ETAG_TIMEOUT")
-    # two looks of 0.3 s, or huggingface_hub's six tries at a download
-    assert time.monotonic() - start < (1.5 if method == "HEAD" else 4)
+    # Two requests of 0.3 s, or huggingface_hub's six tries at a download; its own timeouts are 10 s each.
+    assert time.monotonic() - start < (10 if method == "HEAD" else 30)
 
 
 def test_unknown_model(server, cache):
