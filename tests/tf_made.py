@@ -6,36 +6,22 @@ from pathlib import Path
 from typing import Any
 
 import families_made
-import mpt_pairs
 import numpy as np
 import tensorflow as tf
 import torch
-from families_made import labels_of, texts
-from helpers import randomised
+from contract.models import fields, reference
 from measure import assert_close, rounding
 
-import monoblock
 from monoblock.backends.tf.classes import make_class
-from monoblock.families import FAMILIES, class_names, family_of
+from monoblock.families import family_of
 
 torch.set_num_threads(1)
-
-CLASSES = tuple(name for model_type in FAMILIES for name in class_names(model_type))
-HEADS = {name: 3 if "QuestionAnswering" in name or "Token" in name else 6 for name in CLASSES}
-
-
-def fields(name: str) -> dict[str, Any]:
-    """The fields of a tiny config of that class, of two layers."""
-    if name.startswith("Mpt"):
-        return {**mpt_pairs.fields(HEADS[name]), "n_layers": 2}
-    kind = families_made.CLASSES[name]
-    return families_made.fields(kind, HEADS[name], **families_made.TWO_LAYERS[kind])
 
 
 def pair(name: str, folder: Path, **more: Any) -> tuple[Any, Any]:
     """A random model on PyTorch, and on TensorFlow from its files."""
-    theirs = getattr(monoblock, name)(family_of(name).config(**{**fields(name), **more})).eval()
-    return theirs, twin(randomised(theirs), folder)
+    theirs = reference(name, **more)
+    return theirs, twin(theirs, folder)
 
 
 def twin(theirs: Any, folder: Path) -> Any:
@@ -58,21 +44,6 @@ def model(name: str, **more: Any) -> Any:
 def shallow(name: str, **more: Any) -> Any:
     """A random TF model of one layer, for what does not depend on their number: traces are short."""
     return model(name, **families_made.ONE_LAYER[family_of(name).name], **more)
-
-
-def inputs(name: str, padding: str = "none") -> dict[str, torch.Tensor]:
-    """Ids and mask for a class, past the windows."""
-    ids, mask = texts(name.replace("Mpt", "Mistral"), padding)  # the same kinds of heads
-    return {"input_ids": ids} if mask is None else {"input_ids": ids, "attention_mask": mask}
-
-
-def labels(name: str, given: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Labels for the class's loss."""
-    return labels_of(name.replace("Mpt", "Mistral"), given["input_ids"], given.get("attention_mask"))
-
-
-def numpy(tensors: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
-    return {key: x.numpy() for key, x in tensors.items()}
 
 
 def bound_of(theirs: Any, out: Any) -> float:

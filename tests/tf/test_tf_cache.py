@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import tensorflow as tf
 import torch
+from contract.models import inputs, numpy
 from families_made import GENERATING
 from measure import assert_close
-from tf_made import bound_of, close, inputs, model, numpy, pair
+from tf_made import bound_of, close, model, pair
 
 from monoblock.backends.tf.cache import Cache, init_cache
 from monoblock.backends.xla.inputs import Wanted

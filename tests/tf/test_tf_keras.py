@@ -12,9 +12,10 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from contract.models import fields
 from families_made import ONE_LAYER
 from measure import assert_close
-from tf_made import fields, shallow
+from tf_made import shallow
 
 from monoblock.backends.tf.classes import make_class
 from monoblock.families import family_of

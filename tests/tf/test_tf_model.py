@@ -18,9 +18,10 @@ import pytest
 import sizes_checked
 import tensorflow as tf
 import torch
+from contract.models import CLASSES, inputs, labels, numpy
 from foreign_tensors import check_passed_over
 from measure import assert_close
-from tf_made import CLASSES, bound_of, close, inputs, labels, model, numpy, pair, shallow
+from tf_made import bound_of, close, model, pair, shallow
 
 import monoblock
 from monoblock.backends.tf.classes import make_class

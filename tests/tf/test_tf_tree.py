@@ -12,8 +12,9 @@ import numpy as np
 import old_files
 import pytest
 import tensorflow as tf
+from contract.models import CLASSES, fields
 from measure import assert_close
-from tf_made import CLASSES, fields, model
+from tf_made import model
 
 import monoblock
 from monoblock.backends.tf.classes import make_class
