@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from old_files import FLAX, FOLDER, NAMES, class_name
 from safetensors.numpy import save_file
+from v4_checkpoints import FLAX, FOLDER, NAMES, class_name
 
 from monoblock import families, tree
 from monoblock.auto import AutoConfig

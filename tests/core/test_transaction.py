@@ -18,8 +18,8 @@ from typing import Any
 import kill_points
 import numpy as np
 import pytest
-import saves_made as made
-from saves_made import CASES
+import save_cases as made
+from save_cases import CASES
 
 from monoblock.checkpoint import transaction
 from monoblock.checkpoint.folder import new_folder
