@@ -139,17 +139,17 @@ def clock(facts: Facts) -> str:
     if facts.run.minutes is None:
         return "The same seed, corpus and machine give the same run, up to the rounding of threads."
     return (
-        f"The learning rate of this run followed the clock (`--minutes {facts.run.minutes:g}`), which on another\n"
-        "machine is another number of steps; with `--steps` it follows the steps, and seed and corpus alone decide\n"
-        "the run."
+        f"The learning rate of this run followed the elapsed time (`--minutes {facts.run.minutes:g}`), which is\n"
+        "another number of steps on another machine; with `--steps` it follows the step count, and seed and corpus\n"
+        "determine the run."
     )
 
 
 INTRODUCTION = """# The embedded demo
 
-The package contains one tiny MPT, so that `monoblock generate` and `monoblock chat` work on a new machine without a
-network. It was trained from scratch by `tools/train_demo.py`, with this library's `MptForCausalLM`, on text that
-every Python installation has: the source of the standard library.
+The package contains one tiny MPT, so that `monoblock generate` and `monoblock chat` work on a new machine
+without a network. It was trained from scratch by `tools/train_demo.py`, with this library's `MptForCausalLM`,
+on text that every Python installation has: the source of the standard library.
 
 ```
 monoblock generate "def fibonacci(n):"
@@ -168,30 +168,31 @@ model = MptForCausalLM.from_pretrained(demo.path())
 `tools/train_demo.py` writes this page.
 """
 
-CORPUS = """Every `.py` file of the standard library, sorted by name, that parses and is not a duplicate. Codec tables, the help
-topics and test data are left out, as is any file with more digits, backslashes or non-ASCII characters than code
-has. Test modules are truncated to whole statements within 60,000 characters. One file in fifty, chosen by the
-SHA-256 of its name, is held out from the training of the weights and of the tokenizer.
+CORPUS = """Every `.py` file of the standard library, sorted by name, that parses and is not a duplicate. Codec tables,
+the help topics and test data are left out, as is any file with more digits, backslashes or non-ASCII
+characters than code has. Test modules are truncated to whole statements within 60,000 characters. One file in
+fifty, chosen by the SHA-256 of its name, is held out from the training of the weights and of the tokenizer.
 
 For chat, functions and classes are extracted from the same files: the first sentence of the docstring is the
-request, the code without it the reply; for top-level definitions without a docstring the first line is the request.
+request, the code without it the reply; for top-level definitions without a docstring the first line is the
+request.
 """
 
 TRAINING = """## Training
 
-Next-token loss on windows of one stream of files in random order; a window begins at the beginning of a line, with
-its indentation, so that a window that begins with a word begins at column 0, like prompts. Muon for the matrices of
-the blocks and AdamW for the embedding and the norms; linear warm-up over 100 steps, then linear decay to zero;
-bfloat16 products with float32 weights. The weights were rounded to bfloat16 once, at the end; the figures above are
-those of the rounded weights, in float32 arithmetic. To repeat the run:
+Next-token loss on windows of one stream of files in random order; a window begins at the beginning of a line,
+with its indentation, so that a window that begins with a word begins at column 0, like prompts. Muon for the
+matrices of the blocks and AdamW for the embedding and the norms; linear warm-up over 100 steps, then linear
+decay to zero; bfloat16 products with float32 weights. The weights were rounded to bfloat16 once, at the end;
+the figures above are those of the rounded weights, in float32 arithmetic. To repeat the run:
 """
 
 LIMITS = """## Limits
 
-It was trained on some twenty megabytes of one style of code. It has learned Python's syntax, common names and idioms
-and the style of the standard library; it does not know what a Fibonacci number is, and its output is not meant to
-be run.
+It was trained on some twenty megabytes of one style of code. It has learned Python's syntax, common names and
+idioms and the style of the standard library; it does not know what a Fibonacci number is, and its output is
+not meant to be run.
 
-Use prompts without a line break at the end: a line break and the indentation after it are one token, and a line
-break alone means that the next line begins at column 0.
+Use prompts without a line break at the end: a line break and the indentation after it are one token, and a
+line break alone means that the next line begins at column 0.
 """
