@@ -13,7 +13,7 @@ from helpers import PAD
 from measure import assert_close, rounding
 from packed_rows import COUNT, NAMES, NUMBERS, apart, definition, ids_of, places, positions
 
-from monoblock.backends.tf.checked import checked
+from monoblock.backends.tf.checked import check_inputs
 
 MISTRAL = "MistralForCausalLM"
 
@@ -84,7 +84,7 @@ def test_what_begins_a_document() -> None:
 
     def segments(positions: Any, cache: Any = None) -> Any:
         given = {"input_ids": tf.constant(ids), "position_ids": tf.constant(positions)}
-        return checked(model.spec, model.head_spec, given, cache, False).given.get("sequence_id")
+        return check_inputs(model.spec, model.head_spec, given, cache, False).given.get("sequence_id")
 
     assert segments(np.arange(COUNT)[None] * 3) is None
     np.testing.assert_array_equal(segments(own), NUMBERS)

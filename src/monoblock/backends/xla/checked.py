@@ -37,7 +37,7 @@ LABELS = ("labels", "mc_labels", "start_positions", "end_positions", "num_items_
 
 
 @dataclass
-class Checked:
+class CheckedInputs:
     """What the network gets: arrays by name, whether the cache is empty, and the choices that the rows are of.
     `legacy`: the cache goes out as tuples."""
 
@@ -48,7 +48,7 @@ class Checked:
     legacy: bool = False
 
 
-def checked(
+def check_inputs(
     xp: Namespace,
     spec: ArchSpec,
     head: HeadSpec | None,
@@ -57,13 +57,13 @@ def checked(
     *,
     train: bool,
     documents: bool,
-) -> Checked:
+) -> CheckedInputs:
     """The arguments, which are arrays, as the network takes them; ValueError says what is wrong.
 
     `documents`: position ids that begin anew within a row begin another document, which attends to itself alone.
     """
     given = {name: value for name, value in arguments.items() if name not in NAMES}
-    made = Checked()
+    made = CheckedInputs()
     if head is not None and head.kind in CHOOSING:
         given, made.choices, made.nested = _flattened(xp, given)
     batch, count = _tokens(xp, spec, given, made)
@@ -102,7 +102,7 @@ def checked(
     return made
 
 
-def _tokens(xp: Namespace, spec: ArchSpec, given: dict[str, Any], made: Checked) -> tuple[Size, Size]:
+def _tokens(xp: Namespace, spec: ArchSpec, given: dict[str, Any], made: CheckedInputs) -> tuple[Size, Size]:
     """Batch and tokens of the ids or embeddings."""
     ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
     if ids is not None and embeds is not None:
@@ -206,7 +206,7 @@ class _Span:
         return self.xp.pad(x, 0, self.limit - self.xp.size(x, 1))
 
 
-def _mask(made: Checked, mask: Array, span: _Span, *, needed: bool) -> None:
+def _mask(made: CheckedInputs, mask: Array, span: _Span, *, needed: bool) -> None:
     """The mask; left out where it is known to mask nothing, unless the head is to see it."""
     if (values := span.xp.values(mask)) is not None:
         check_mask(values)
@@ -228,7 +228,7 @@ def _check_cache_position(xp: Namespace, positions: Array | None, seen: int | No
         )
 
 
-def _positions(spec: ArchSpec, made: Checked, positions: Array, span: _Span) -> None:
+def _positions(spec: ArchSpec, made: CheckedInputs, positions: Array, span: _Span) -> None:
     """Position ids, if any, as int32 (batch or 1, tokens); ValueError if the table of positions has no such row."""
     learned, xp = spec.position(Learned), span.xp
     if positions is not None:
@@ -267,7 +267,7 @@ def _needed(learned: Learned, given: dict[str, Any], span: _Span) -> int | None:
     return None if values is None else int(values[:, : span.total].sum(-1).max())
 
 
-def _separate(xp: Namespace, spec: ArchSpec, made: Checked, span: _Span) -> bool:
+def _separate(xp: Namespace, spec: ArchSpec, made: CheckedInputs, span: _Span) -> bool:
     """Whether rows may hold several documents, which positions that begin anew tell: they become segments beside those
     of sequence_id."""
     mask = made.given.get("attention_mask")
