@@ -18,13 +18,14 @@ from typing import Any
 import kill_points
 import numpy as np
 import pytest
-import saves_made as made
-from saves_made import CASES
+import save_cases as made
+from save_cases import CASES
 
 from monoblock.checkpoint import transaction
 from monoblock.checkpoint.folder import new_folder
 from monoblock.checkpoint.hub import HubOptions, consistent_read, find_file, find_weights
 from monoblock.checkpoint.journal import COMMIT, STAGE
+from monoblock.checkpoint.msgpack_save import save_msgpack
 from monoblock.checkpoint.save import save_tensors
 from monoblock.checkpoint.store import open_store
 from monoblock.checkpoint.transaction import staged, write_atomically
@@ -511,6 +512,24 @@ def test_mixture_by_another_program(tmp_path: Path, which: str) -> None:
     else:
         with pytest.raises(CheckpointError, match="weights of two saves"):
             open_store(find_weights(tmp_path / "2"), "np")
+
+
+@pytest.mark.parametrize("size", [8, 200_000])
+@pytest.mark.parametrize("which", ["flax_model-00002-of-00002.msgpack", "flax_model.msgpack.index.json"])
+def test_mixture_of_msgpack_shards(tmp_path: Path, which: str, size: int) -> None:
+    """The format has no metadata, so the index has fingerprints of the shards: of all bytes, or of samples."""
+    for tag in (1, 2):
+        leaves = {name: np.full(size, tag + i, np.float32) for i, name in enumerate("ab")}
+        save_msgpack(tmp_path / str(tag), leaves, max_shard_size=4 * size)
+    open_store(find_weights(tmp_path / "2"), "np")
+    shutil.copy(tmp_path / "1" / which, tmp_path / "2" / which)
+    with pytest.raises(CheckpointError, match=r"weights of two saves: flax_model-0000\d-of-00002\.msgpack"):
+        open_store(find_weights(tmp_path / "2"), "np")
+    index = tmp_path / "2" / "flax_model.msgpack.index.json"
+    content = json.loads(index.read_text())
+    del content["metadata"]["fingerprints"]
+    index.write_text(json.dumps(content))
+    open_store(find_weights(tmp_path / "2"), "np")
 
 
 def test_one_file_is_the_same_each_time(tmp_path: Path) -> None:

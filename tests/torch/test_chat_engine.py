@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import families_made
 import fuyu_tokenizer
 import numpy as np
-import pipelines_made
 import pytest
-from families_made import ours_of
+import tiny_families
+import tiny_pipelines
 from PIL import Image
+from tiny_families import monoblock_model
 
 from monoblock import FuyuImageProcessor, FuyuProcessor, PreTrainedTokenizerFast, pipeline
 from monoblock.cli import engine
@@ -73,7 +73,7 @@ def test_another_beginning_is_computed_anew(demo: engine.Engine) -> None:
 @pytest.fixture(scope="module")
 def short(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model of 64 learned positions."""
-    return pipelines_made.folder(tmp_path_factory.mktemp("short"), "GPTNeoForCausalLM", eos_token_id=None)
+    return tiny_pipelines.folder(tmp_path_factory.mktemp("short"), "GPTNeoForCausalLM", eos_token_id=None)
 
 
 def test_a_reply_ends_where_the_positions_do(short: Path) -> None:
@@ -112,10 +112,10 @@ def test_fuyu_answers_about_an_image(tmp_path: Path) -> None:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=fuyu_tokenizer.backend(), **fuyu_tokenizer.SPECIAL)
     images = FuyuImageProcessor(patch_size={"height": 4, "width": 4}, size={"height": 20, "width": 24})
     processor = FuyuProcessor(images, tokenizer)
-    fields = families_made.fields("fuyu", vocab_size=len(tokenizer), eos_token_id=None)
+    fields = tiny_families.fields("fuyu", vocab_size=len(tokenizer), eos_token_id=None)
     fields["image_token_id"] = tokenizer.convert_tokens_to_ids("|SPEAKER|")
     folder = tmp_path / "fuyu"
-    ours_of("FuyuForCausalLM", **fields).save_pretrained(folder)
+    monoblock_model("FuyuForCausalLM", **fields).save_pretrained(folder)
     processor.save_pretrained(folder)
     path = tmp_path / "cat.png"
     pixels = np.random.default_rng(0).integers(0, 256, (12, 16, 3), dtype=np.uint8)

@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from checkpoints_made import mistral, names, saved
 from helpers import model, randomised
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from upstream_releases import mistral, names, saved
 
 import monoblock
 from monoblock.checkpoint import casts

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from monoblock.checkpoint.array_adapters import Adapter, Description, Framework, adapter
+from monoblock.checkpoint.fingerprint import FINGERPRINTS, fingerprint
 from monoblock.checkpoint.header import ITEM_BYTES, make_header
 from monoblock.checkpoint.transaction import SAVE_ID, Staging, staged
 from monoblock.errors import CheckpointError
@@ -145,7 +146,8 @@ def save_shards(
     metadata: bool = False,
 ) -> list[Path]:
     """What `save_tensors` does, in any format: `write` puts tensors of these descriptions into a file, and, if the
-    format has a place for it, `metadata`.
+    format has a field for it, `metadata`. For a format without (`metadata=False`), the index has fingerprints of the
+    shards instead.
 
     `single` is the name of a file that holds all; those of shards and their `index` follow from it. `stale` matches
     the names of such files as go when the new ones are in place.
@@ -162,7 +164,10 @@ def save_shards(
                 write(file, shard.tensors, ids)
         if count > 1:
             index = index or f"{single}.index.json"
-            stage.write(index, _index(names, shards, ids))
+            prints = (
+                {} if metadata else {FINGERPRINTS: {name: fingerprint(stage.files / name) for name in names}}
+            )
+            stage.write(index, _index(names, shards, {**ids, **prints}))
             names.append(index)
         for name, text in (beside or {}).items():
             stage.write(name, text)
@@ -239,8 +244,8 @@ def write_bytes(file: BinaryIO, raw: memoryview) -> None:
         file.write(raw[start : start + _CHUNK])
 
 
-def _index(names: list[str], shards: list[_Shard], ids: Mapping[str, str]) -> str:
+def _index(names: list[str], shards: list[_Shard], notes: Mapping[str, Any]) -> str:
     weight_map = {key: name for name, shard in zip(names, shards, strict=True) for key in shard.tensors}
-    metadata = {"total_size": sum(shard.bytes for shard in shards), **ids}
+    metadata = {"total_size": sum(shard.bytes for shard in shards), **notes}
     index = {"metadata": metadata, "weight_map": weight_map}
     return json.dumps(index, indent=2, sort_keys=True) + "\n"

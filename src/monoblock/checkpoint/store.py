@@ -10,6 +10,7 @@ from typing import Any, cast
 
 from monoblock.checkpoint import pages
 from monoblock.checkpoint.array_adapters import Adapter, Framework, adapter, import_torch
+from monoblock.checkpoint.fingerprint import fingerprint
 from monoblock.checkpoint.hdf5 import Hdf5
 from monoblock.checkpoint.header import ITEM_BYTES, Entry, Header, read_header
 from monoblock.checkpoint.hub import Kind, WeightFiles
@@ -125,11 +126,17 @@ def _check_save(files: WeightFiles, shards: Mapping[Path, Shard]) -> None:
     first: tuple[str, str] | None = ("their index", files.save_id) if files.save_id else None
     for name, save in known.items():
         if save is not None and first is not None and save != first[1]:
-            raise CheckpointError(
-                f"{next(iter(shards)).parent} holds weights of two saves: {name} does not belong to {first[0]}; "
-                "copy or save the model again"
-            )
+            raise _two_saves(next(iter(shards)).parent, name, first[0])
         first = first or ((name, save) if save is not None else None)
+    for path, listed in files.fingerprints.items():
+        if fingerprint(path) != listed:
+            raise _two_saves(path.parent, path.name, "their index")
+
+
+def _two_saves(folder: Path, name: str, first: str) -> CheckpointError:
+    return CheckpointError(
+        f"{folder} holds weights of two saves: {name} does not belong to {first}; copy or save the model again"
+    )
 
 
 class _Mapped:
