@@ -10,15 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from families_made import texts, with_images
 from flax_models import flax_model, ids_of, torch_model
 from measure import assert_close
+from tiny_families import model_inputs, with_images
 
 import monoblock
 from monoblock import GenerationConfig
 from monoblock.backends.flax import passes
 from monoblock.errors import UnsupportedConfig
-from monoblock.generation.record import GenerateDecoderOnlyOutput
+from monoblock.generation.outputs import GenerateDecoderOnlyOutput
 from monoblock.generation.resolve import UNSUPPORTED, UNSUPPORTED_ARGUMENTS
 
 torch.set_num_threads(1)
@@ -101,7 +101,7 @@ def test_processors_and_criteria_of_the_callers_get_jax_arrays(model: Any) -> No
 @pytest.mark.parametrize("cached", [True, False])
 def test_what_is_recorded(model: Any, cached: bool) -> None:
     """Places of the bucket's padding are nobody's."""
-    ids, mask = texts(NAME, "left")
+    ids, mask = model_inputs(NAME, "left")
     asked = {
         **VARIED,
         "max_new_tokens": 3,
@@ -199,7 +199,7 @@ def test_a_prompt_in_chunks(model: Any, monkeypatch: pytest.MonkeyPatch) -> None
 
     monkeypatch.setattr(passes, "extend", counted)
     monkeypatch.setattr(passes, "prefill", None)
-    ids, mask = (x.numpy() for x in texts(NAME, "left"))
+    ids, mask = (x.numpy() for x in model_inputs(NAME, "left"))
     whole = torch_model(NAME).generate(torch.as_tensor(ids), attention_mask=torch.as_tensor(mask), **VARIED)
     found = model.generate(ids, attention_mask=mask, prefill_chunk_size=6, **VARIED)
     assert found.sequences.tolist() == whole.tolist()

@@ -9,9 +9,9 @@ import jax
 import numpy as np
 import pytest
 import torch
-from families_made import with_images
 from flax_models import flax_model, torch_model
 from measure import assert_close
+from tiny_families import with_images
 
 NAME = "FuyuForCausalLM"
 IDS, MASK, PATCHES, PLACES = with_images((4, 2))

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from flax_made import given, network_of, run
+from flax_networks import given, network_of, run
 from helpers import batch, expected, expected_logits, model
 from measure import assert_close
-from mpt_cases import CASES, LENGTHS, ROPE, made
+from mpt_cases import CASES, LENGTHS, ROPE, mpt_model
 
 from monoblock.backends.flax import attention
 from monoblock.backends.flax.cache import init_cache
@@ -48,7 +48,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def module_of(case: str) -> Any:
-    return made(case, n_layers=2 if case in DEEP else 1)
+    return mpt_model(case, n_layers=2 if case in DEEP else 1)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import tensorflow as tf
 import torch
-from families_made import GENERATING
 from measure import assert_close
-from tf_made import bound_of, close, inputs, model, numpy, pair
+from tf_pairs import close, inputs, model, numpy, pair, rounding_bound
+from tiny_families import GENERATING
 
 from monoblock.backends.tf.cache import Cache, init_cache
 from monoblock.backends.xla.inputs import ForwardOptions
@@ -29,7 +29,7 @@ def test_pieces_give_what_the_whole_gives(name: str, padding: str, tmp_path: Pat
     ids, mask = given["input_ids"].numpy(), given.get("attention_mask")
     with torch.no_grad():
         out = theirs(**given, output_hidden_states=True)
-    expected, bound = out.logits, bound_of(theirs, out)
+    expected, bound = out.logits, rounding_bound(theirs, out)
     kinds = {
         "tuples": None,
         "growing": init_cache(ours.spec, len(ids), None),

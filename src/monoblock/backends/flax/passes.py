@@ -26,7 +26,7 @@ from monoblock.backends.xla.compiled import LoopOps, LoopStart
 from monoblock.backends.xla.decoder import WHOLE
 from monoblock.backends.xla.inputs import ForwardOptions
 from monoblock.backends.xla.passes import Given, PassOutput, pass_output
-from monoblock.generation.programs import Program
+from monoblock.generation.compiled_loop import Program
 from monoblock.spec import ArchSpec
 
 
@@ -89,7 +89,7 @@ class FlaxPasses:
 
 def compiled_loop(network: Network, program: Program, params: Any, cache: Cache, start: LoopStart) -> Any:
     """A whole loop over tokens, to be compiled."""
-    run = compiled.token_loop if program.width is None else compiled_beams.beam_loop
+    run = compiled.token_loop if program.search is None else compiled_beams.beam_loop
     return run(LOOP_OPS, partial(forward_pass, network, params), program, start._replace(cache=cache))
 
 

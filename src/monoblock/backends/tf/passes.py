@@ -20,7 +20,7 @@ from monoblock.backends.xla import compiled, compiled_beams
 from monoblock.backends.xla.compiled import LoopOps, LoopStart
 from monoblock.backends.xla.inputs import ForwardOptions
 from monoblock.backends.xla.passes import Given, PassOutput, pass_output
-from monoblock.generation.programs import Program
+from monoblock.generation.compiled_loop import Program
 from monoblock.spec import ArchSpec
 
 
@@ -32,7 +32,7 @@ def forward_pass(model: Any, given: Given, cache: Cache | None, options: Forward
 
 def compiled_loop(model: Any, program: Program, start: LoopStart) -> Any:
     """A whole loop over tokens, to be traced into something."""
-    run = compiled.token_loop if program.width is None else compiled_beams.beam_loop
+    run = compiled.token_loop if program.search is None else compiled_beams.beam_loop
     return run(LOOP_OPS, partial(forward_pass, model), program, start)
 
 

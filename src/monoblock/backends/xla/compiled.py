@@ -14,7 +14,7 @@ import numpy as np
 from monoblock.backends.xla.inputs import ForwardOptions
 from monoblock.backends.xla.namespace import Array, Namespace
 from monoblock.generation.arrays import NOTHING_TO_DRAW
-from monoblock.generation.programs import Given, Program, Text
+from monoblock.generation.compiled_loop import Program, ProgramInputs, TokenBuffer
 
 NEXT = ForwardOptions(fresh=False, keep=1)
 # One pass over the next tokens: inputs by name, cache, what is options -> scores, cache and the rest (a `PassOutput`).
@@ -29,8 +29,8 @@ class LoopStart(NamedTuple):
     scores_bv: Array
     cache: Any
     constant: Mapping[str, Any]
-    text: Text
-    given: Given
+    text: TokenBuffer
+    given: ProgramInputs
     limits: Array
     draws: Any
     search: Any = ()
@@ -44,7 +44,7 @@ class LoopState(NamedTuple):
     new_br: Array
     token_b: Array
     finished_b: Array
-    text: Text
+    text: TokenBuffer
     draws: Any
     fine: Array
     cache: Any
@@ -71,7 +71,7 @@ class LoopOps(Protocol):
         """Its state."""
         ...
 
-    def numbers(self, text: Text, given: Given) -> tuple[Text, Given]:
+    def numbers(self, text: TokenBuffer, given: ProgramInputs) -> tuple[TokenBuffer, ProgramInputs]:
         """The text and the numbers for processors, of the types in which the framework computes."""
         ...
 
@@ -94,14 +94,14 @@ def run(generation: Any, program: Program) -> Any:
 
 def ended(generation: Any, program: Program, scores_bv: Array, search: Any = ()) -> Any:
     """A loop's state at its end; ValueError if there was nothing to draw."""
-    decoder, setting, new = generation.decoder, generation.setting, generation.plan.new_tokens
+    decoder, setting, new = generation.decoder, generation.context, generation.plan.new_tokens
     loop, prompts = decoder.passes.loop_ops, (setting.prompt_bn, setting.valid_bn)
     start = LoopStart(
         scores_bv=scores_bv,
         cache=decoder.cache,
         constant=decoder.constants(),
-        text=program.text(*prompts),
-        given=program.given(generation.fields, *prompts, new),
+        text=program.token_buffer(*prompts),
+        given=program.inputs(generation.fields, *prompts, new),
         # The last token takes no position: nothing comes after it.
         limits=np.array([min(new, decoder.room + 1), new], np.int32),
         draws=loop.draws(generation.generator, program.do_sample),
@@ -121,7 +121,7 @@ def token_loop(loop: LoopOps, forward: ForwardFn, program: Program, start: LoopS
     xp = loop.xp
     rows = xp.size(start.scores_bv, 0)
     text, given = loop.numbers(start.text, start.given)
-    columns_1n = np.arange(program.room, dtype=np.int32)[None]
+    columns_1n = np.arange(program.max_new_tokens, dtype=np.int32)[None]
 
     def chosen(scores_bv: Array, state: LoopState) -> LoopState:
         scores_bv = program.processed(xp, scores_bv, state.text, given)
@@ -147,7 +147,7 @@ def token_loop(loop: LoopOps, forward: ForwardFn, program: Program, start: LoopS
 
     first = LoopState(
         made=xp.full((), 0),
-        new_br=xp.full((rows, program.room), program.pad),
+        new_br=xp.full((rows, program.max_new_tokens), program.pad),
         token_b=xp.full((rows,), 0),
         finished_b=xp.full((rows,), False),
         text=text,

@@ -17,7 +17,7 @@ from monoblock.backends.xla.passes import Passes, PassOutput
 from monoblock.errors import UnsupportedConfig
 from monoblock.generation.buckets import bucket
 from monoblock.generation.config import GenerationConfig
-from monoblock.generation.decoder import Plan
+from monoblock.generation.decoder import GenerationPlan
 from monoblock.positions import is_dynamic
 from monoblock.spec import ArchSpec, Learned, Rotary
 
@@ -50,7 +50,7 @@ class CachedDecoder:
     Places count the padding of the bucket, `pad`, too; lengths that the loop speaks of do not.
     """
 
-    def __init__(self, passes: Passes, plan: Plan, inputs: dict[str, Any]) -> None:
+    def __init__(self, passes: Passes, plan: GenerationPlan, inputs: dict[str, Any]) -> None:
         self.passes, self.plan, self.spec = passes, plan, passes.spec
         learned = self.spec.position(Learned)
         self.max_positions = learned.size - learned.offset if learned else None
@@ -272,7 +272,7 @@ class CachedDecoder:
     def _set_length(self) -> None:
         assert self.cache is not None
         self.cache = replace(
-            self.cache, length=self.passes.loop_ops.xp.shown(np.array(self.length, np.int32))
+            self.cache, length=self.passes.loop_ops.xp.to_framework(np.array(self.length, np.int32))
         )
 
 
@@ -281,7 +281,7 @@ class UncachedDecoder:
 
     past_key_values = None
 
-    def __init__(self, passes: Passes, plan: Plan, inputs: dict[str, Any]) -> None:
+    def __init__(self, passes: Passes, plan: GenerationPlan, inputs: dict[str, Any]) -> None:
         self.decoder, self.passes = CachedDecoder(passes, plan, inputs), passes
         self.attentions = self.hidden_states = None
         self.given: dict[str, Any] = {}

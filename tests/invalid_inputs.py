@@ -18,7 +18,7 @@ def _all(value: Any) -> np.ndarray:
 
 _POSITIONS = r"position_ids must be 0 to 63, the rows of the model's table, got -1"
 # case -> class, arguments beside the ids, and what is said.
-WRONG: dict[str, tuple[str, dict[str, Any], str]] = {
+INVALID: dict[str, tuple[str, dict[str, Any], str]] = {
     "mask of NaN": (
         "GPTNeoForCausalLM",
         {"attention_mask": _all(NAN)},
@@ -106,7 +106,7 @@ WRONG: dict[str, tuple[str, dict[str, Any], str]] = {
     ),
     "no rows": ("OpenAIGPTModel", {"input_ids": IDS[:0]}, "the input has no rows: give at least one text"),
 }
-RIGHT = {
+VALID = {
     "eight bits": {"input_ids": IDS.astype(np.uint8), "attention_mask": _all(1).astype(np.uint8)},
     "sixteen bits": {"input_ids": IDS.astype(np.int16), "position_ids": np.arange(8)[None].astype(np.int16)},
 }
@@ -114,7 +114,7 @@ RIGHT = {
 
 def arguments(case: str) -> tuple[str, dict[str, Any]]:
     """A case's class, and all its arguments."""
-    name, given, _ = WRONG[case]
+    name, given, _ = INVALID[case]
     return name, {"input_ids": CHOICES if "Double" in name or "Choice" in name else IDS, **given}
 
 
@@ -155,7 +155,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         "seed must be a whole number of 64 bits",
     ),
 }
-MOST_SEEDS = (-1, 2**63, 2**64 - 1)
+EXTREME_SEEDS = (-1, 2**63, 2**64 - 1)
 
 
 def refused(case: str) -> dict[str, Any]:
