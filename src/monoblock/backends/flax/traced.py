@@ -47,7 +47,7 @@ class TracedRunner(XlaRunner):
         self.ids_bn = jnp.asarray(named if inputs is None else inputs)
         if self.ids_bn.ndim != 2 or not jnp.issubdtype(self.ids_bn.dtype, jnp.integer):
             raise ValueError(
-                f"input_ids must be whole numbers (batch, tokens), got {self.ids_bn.dtype} {self.ids_bn.shape}"
+                f"input_ids must be integers (batch, tokens), got {self.ids_bn.dtype} {self.ids_bn.shape}"
             )
         mask = given.pop("attention_mask", None)
         self.mask_bn = None if mask is None else jnp.asarray(mask) != 0

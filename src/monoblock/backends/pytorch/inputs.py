@@ -120,7 +120,7 @@ def _positions(
     if int(positions.max()) >= learned.size:
         room, needed = learned.size - learned.offset, int(positions.max()) + 1 - learned.offset
         raise ValueError(
-            f"the model has {room} learned positions, but the text with its past has {needed} tokens: shorten it"
+            f"the model has {room} learned positions, but the sequence, cache included, has {needed} tokens: shorten it"
         )
     return positions
 

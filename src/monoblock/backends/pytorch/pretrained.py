@@ -150,7 +150,9 @@ class PreTrainedModel(Recognised, Parameters, Generation, Construction, Adapters
             given["input_ids"] = ids = as_indices(ids)
         inputs = prepare(self.spec, shape, given, self._uses_cache(given))
         if ids is None and (given.get("image_patches") is not None or given.get("pixel_values") is not None):
-            raise ValueError("image patches go to the places of their ids: give input_ids, not inputs_embeds")
+            raise ValueError(
+                "image patches replace the tokens of their id: give input_ids, not inputs_embeds"
+            )
         tokens: Any = ids if embeds is None else embeds
         types = given.get("token_type_ids")
         if ids is not None and not (self.has("embeddings") and types is None):

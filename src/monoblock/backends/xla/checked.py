@@ -120,9 +120,9 @@ def _tokens(xp: Namespace, spec: ArchSpec, given: dict[str, Any], made: CheckedI
     else:
         raise ValueError("You have to specify either input_ids or inputs_embeds")
     if known(tokens.shape[0]) and tokens.shape[0] == 0:
-        raise ValueError("the input has no rows: give at least one text")
+        raise ValueError("the input has no rows: give at least one sequence")
     if known(tokens.shape[1]) and tokens.shape[1] == 0:
-        raise ValueError("the input has no tokens: give at least one (the bos token, if the text is empty)")
+        raise ValueError("the input has no tokens: give at least one (the bos token, for an empty string)")
     return xp.size(tokens, 0), xp.size(tokens, 1)
 
 
@@ -130,9 +130,7 @@ def _ids(xp: Namespace, spec: ArchSpec, name: str, ids: Array, shape: tuple[Size
     """Token ids as int32 (batch, tokens), of that shape if one is given."""
     empty = any(known(n) and n == 0 for n in ids.shape)  # lists without numbers have no type of their own
     if len(ids.shape) != 2 or not (empty or is_integer(ids)):
-        raise ValueError(
-            f"{name} must be whole numbers (batch, tokens), got {ids.dtype.name} {tuple(ids.shape)}"
-        )
+        raise ValueError(f"{name} must be integers (batch, tokens), got {ids.dtype.name} {tuple(ids.shape)}")
     if shape is not None and not fits(ids.shape, *shape):
         raise ValueError(f"{name} must be (batch, tokens) = {shown(*shape)}, got {tuple(ids.shape)}")
     if (values := xp.values(ids)) is not None and values.size:
@@ -223,7 +221,7 @@ def _check_cache_position(xp: Namespace, positions: Array | None, seen: int | No
         values.shape != (count,) or values[0] != seen or values[-1] != seen + count - 1
     ):
         raise ValueError(
-            f"cache_position must be {seen} to {(seen or 0) + count - 1}, the places after the {seen} cached tokens, "
+            f"cache_position must be {seen} to {(seen or 0) + count - 1}, the positions after {seen} cached tokens, "
             f"got {brief(values.tolist())}"
         )
 
@@ -237,7 +235,7 @@ def _positions(spec: ArchSpec, made: CheckedInputs, positions: Array, span: _Spa
         rows = any(fits(positions.shape, rows, span.count) for rows in (1, span.batch))
         if not (is_integer(positions) and rows):
             raise ValueError(
-                f"position_ids must be whole numbers {shown(span.batch, span.count)}, got {positions.dtype.name} "
+                f"position_ids must be integers {shown(span.batch, span.count)}, got {positions.dtype.name} "
                 f"{tuple(positions.shape)}"
             )
         if (values := xp.values(positions)) is not None:
@@ -248,7 +246,7 @@ def _positions(spec: ArchSpec, made: CheckedInputs, positions: Array, span: _Spa
     needed = _needed(learned, made.given, span)
     if needed is not None and needed > (room := learned.size - learned.offset):
         raise ValueError(
-            f"the model has {room} learned positions, but the text with its past has {needed} tokens: shorten it"
+            f"the model has {room} learned positions, but the sequence, cache included, has {needed} tokens: shorten it"
         )
 
 
@@ -292,13 +290,13 @@ def _chosen_tokens(xp: Namespace, tokens: Array, batch: Size, count: Size) -> Ar
     sized = not known(batch, *tokens.shape) or math.prod(tokens.shape) == batch
     if not (is_integer(tokens) and sized):
         raise ValueError(
-            f"mc_token_ids must be a whole number for each of the {shown(batch)[1:-1]} texts, got {tokens.dtype.name} "
+            f"mc_token_ids must be an integer for each of the {shown(batch)[1:-1]} rows, got {tokens.dtype.name} "
             f"{tuple(tokens.shape)}"
         )
     values = xp.values(tokens)
     if values is not None and known(count) and not (values.min() >= 0 and values.max() < count):
         raise ValueError(
-            f"mc_token_ids must be 0 to {count - 1}, places of the {count} tokens, got {brief(values.tolist())}"
+            f"mc_token_ids must be 0 to {count - 1}, positions of the {count} tokens, got {brief(values.tolist())}"
         )
     return xp.int32(xp.reshape(tokens, (-1,)))
 
