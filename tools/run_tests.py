@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -34,6 +35,8 @@ PARTS: dict[str, tuple[str, ...]] = {
 CHECKS = ("types", "bare")
 # The exit status of a pytest that found no test to run, as `-k` may leave it.
 NO_TESTS = 5
+# A line of pytest's short summary, of its assertion reports, or of pyright that names a failure.
+FAILURE = re.compile(r"(FAILED|ERROR) |E  |.* - error: ")
 # The order of pytest's own summary.
 OUTCOMES = ("failed", "passed", "skipped", "deselected", "xfailed", "xpassed", "error")
 
@@ -57,8 +60,11 @@ def command_of(part: str, arguments: list[str], bare: str) -> list[str]:
     return [sys.executable, "-u", "-m", "pytest", *PARTS[part], *arguments]
 
 
-def run(part: str, command: list[str], counts: Path) -> int:
-    """One process; its lines are printed as they come. Returns its exit status."""
+def run(part: str, command: list[str], counts: Path, failures: list[str]) -> int:
+    """Run one process and print its lines as they come; those that name a failure are also added to `failures`.
+
+    Returns the exit status.
+    """
     # Threads of OpenMP that have nothing to do would keep the cores from the other process.
     environment = {"OMP_WAIT_POLICY": "passive", **os.environ, "MONOBLOCK_TEST_COUNTS": str(counts)}
     if part == "bare":
@@ -68,6 +74,8 @@ def run(part: str, command: list[str], counts: Path) -> int:
     ) as process:
         for line in process.stdout or ():
             print(f"{part:6} | {line}", end="", flush=True)
+            if FAILURE.match(line):
+                failures.append(f"{part:6} | {line.rstrip()}")
         return process.wait()
 
 
@@ -95,11 +103,12 @@ def main(arguments: list[str]) -> int:
     parts = (*PARTS, *(CHECKS if bare else ()))
     start = time.monotonic()
     total: Counter[str] = Counter()
+    failures: list[str] = []
     with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(jobs) as pool:
         files = {part: Path(scratch) / f"{part}.json" for part in parts}
 
         def status(part: str) -> int:
-            return run(part, command_of(part, arguments, bare or ""), files[part])
+            return run(part, command_of(part, arguments, bare or ""), files[part], failures)
 
         statuses = dict(zip(parts, pool.map(status, parts), strict=True))
         for part, code in statuses.items():
@@ -109,7 +118,8 @@ def main(arguments: list[str]) -> int:
                 total["error"] += 1  # it ended before its summary
     failed = [part for part, code in statuses.items() if code not in (0, NO_TESTS)]
     if failed:
-        print(f"failed: {', '.join(failed)}; see the lines that begin so")
+        # Repeated here, because a log of which only the end is kept would not name them.
+        print("\n".join([*failures[-40:], f"failed: {', '.join(failed)}; see the lines that begin so"]))
     print(summary(total, time.monotonic() - start), flush=True)
     return 1 if failed or not total["passed"] else 0
 

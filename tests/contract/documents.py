@@ -9,7 +9,16 @@ import pytest
 from contract.models import Contract, Pair
 from helpers import PAD
 from measure import assert_close, rounding
-from packed_rows import COUNT, NAMES, NUMBERS, apart, definition, ids_of, places, positions
+from packed_documents import (
+    COUNT,
+    NAMES,
+    SEGMENTS,
+    expected_hidden,
+    ids_of,
+    positions,
+    unpacked,
+    unpacked_indices,
+)
 
 MISTRAL = "MistralForCausalLM"
 
@@ -22,7 +31,7 @@ def bound(model: Any) -> float:
 class DocumentsContract(Contract):
     def alone(self, model: Any, ids: Any, **given: Any) -> Any:
         """Logits of the documents of packed rows, computed with each document in a row of its own."""
-        return np.asarray(model(**apart(ids), **given).logits)[places(len(ids))]
+        return np.asarray(model(**unpacked(ids), **given).logits)[unpacked_indices(len(ids))]
 
     def gradients(self, model: Any, ids: Any, weights: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         """Gradients of the sum of weighted logits by parameter: of packed rows, traced, and of `alone`."""
@@ -40,7 +49,7 @@ class DocumentsContract(Contract):
         expected = self.alone(model, ids)
         found = model(ids, position_ids=own, output_hidden_states=True)
         assert_close(f"{name} packed", found.logits, expected, bound(model))
-        oracle = definition(theirs, ids, position_ids=own)
+        oracle = expected_hidden(theirs, ids, position_ids=own)
         assert_close(f"{name} packed, oracle", found.hidden_states[-1], oracle, bound(model))
         eager = model(ids, position_ids=own, output_attentions=True).logits
         assert_close(f"{name} eager", eager, expected, bound(model))
@@ -71,7 +80,7 @@ class DocumentsContract(Contract):
         model, ids = pair(MISTRAL)[1], ids_of()
         own = positions(model.spec)
         assert self.segments(model, ids, np.arange(COUNT)[None] * 3) is None
-        np.testing.assert_array_equal(self.segments(model, ids, own), NUMBERS)
+        np.testing.assert_array_equal(self.segments(model, ids, own), SEGMENTS)
         out = model(ids, position_ids=own, past_key_values=model.init_cache(1, COUNT + 4))
         assert_close("packed, cached", out.logits, self.alone(model, ids), bound(model))
         past = model(ids, past_key_values=model.init_cache(1, 2 * COUNT)).past_key_values

@@ -22,7 +22,7 @@ from contract.models import (
     reference,
     tokens,
 )
-from families_made import GENERATING, VOCAB
+from tiny_families import GENERATING, VOCAB
 
 MPT, MISTRAL, GPT_NEO = "MptForCausalLM", "MistralForCausalLM", "GPTNeoForCausalLM"
 NEW = 41  # tokens: several windows beyond the prompt

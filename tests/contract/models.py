@@ -7,9 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
-import families_made
 import numpy as np
 import pytest
+import tiny_families
 import torch
 from helpers import randomised
 
@@ -25,8 +25,8 @@ Pair = Callable[..., tuple[Any, Any]]
 
 def fields(name: str, **more: Any) -> dict[str, Any]:
     """The fields of a tiny two-layer config of that class."""
-    kind = families_made.MODEL_TYPES[name]
-    return families_made.fields(kind, HEADS[name], **{**families_made.TWO_LAYERS[kind], **more})
+    kind = tiny_families.MODEL_TYPES[name]
+    return tiny_families.fields(kind, HEADS[name], **{**tiny_families.TWO_LAYERS[kind], **more})
 
 
 def reference(name: str, **more: Any) -> Any:
@@ -62,18 +62,18 @@ class Contract:
 
 def inputs(name: str, padding: str = "none") -> dict[str, torch.Tensor]:
     """Ids and mask for a class, longer than the windows."""
-    ids, mask = families_made.texts(name, padding)
+    ids, mask = tiny_families.model_inputs(name, padding)
     return {"input_ids": ids} if mask is None else {"input_ids": ids, "attention_mask": mask}
 
 
 def labels(name: str, given: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Labels for the class's loss."""
-    return families_made.labels_of(name, given["input_ids"], given.get("attention_mask"))
+    return tiny_families.labels_of(name, given["input_ids"], given.get("attention_mask"))
 
 
 def ids_of(rows: int, tokens: int, seed: int = 1) -> np.ndarray[Any, Any]:
     """Random ids without special tokens, (rows, tokens)."""
-    return np.random.default_rng(seed).integers(10, families_made.VOCAB, (rows, tokens))
+    return np.random.default_rng(seed).integers(10, tiny_families.VOCAB, (rows, tokens))
 
 
 def numpy(given: dict[str, Any]) -> dict[str, Any]:
@@ -89,7 +89,7 @@ def numpy(given: dict[str, Any]) -> dict[str, Any]:
 
 def image_inputs(counts: tuple[int, ...]) -> dict[str, Any]:
     """Left-padded prompts of a Fuyu whose rows begin with that many patches."""
-    ids, mask, patches, indices = families_made.with_images(counts)
+    ids, mask, patches, indices = tiny_families.with_images(counts)
     given = {"input_ids": ids, "attention_mask": mask}
     return given | {"image_patches": patches, "image_patches_indices": indices}
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, ClassVar
 
-import last_token_checked
+import last_token_checks
 import numpy as np
 import pytest
 import torch
@@ -172,4 +172,4 @@ class ParityContract(Contract):
     def test_last_token_of_a_row(self, name: str, tmp_path: Path) -> None:
         """With pad == eos and a final eos: found by the pad id or by the mask, as the config has it at each call."""
         pair = self.made(name, tmp_path, last_token_by="attention_mask")
-        last_token_checked.check(*pair, inputs(name, "right"), numpy)
+        last_token_checks.check(*pair, inputs(name, "right"), numpy)

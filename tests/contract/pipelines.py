@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 import torch
-from pipelines_compared import CASES, NAMES, alike, compare, seen
-from pipelines_made import TEXT, folder
+from pipeline_checks import CASES, NAMES, assert_equivalent, compare, seen
+from tiny_pipelines import TEXT, folder
 
 import monoblock
 from monoblock import AutoTokenizer, pipeline
@@ -43,7 +43,7 @@ class PipelinesContract:
         compare(case, self.framework, tmp_path, **self.settings.get(case[1], {}))
 
     def test_image_text_to_text(self, tmp_path: Path) -> None:
-        alike(*seen(self.framework, tmp_path, disable_compile=True))
+        assert_equivalent(*seen(self.framework, tmp_path, disable_compile=True))
 
     def test_sampling_varies_unless_a_seed_is_given(self) -> None:
         options = {"max_new_tokens": 8, "return_full_text": False}
@@ -85,7 +85,7 @@ class PipelinesContract:
         features = pipe(TEXT, truncation=True, return_tensors=True)
         assert type(features) is type(model(np.ones((1, 2), int)).last_hidden_state)
         assert features.dtype == self.dtypes["float32"]
-        alike(np.asarray(features).tolist(), pipe(TEXT, truncation=True))
+        assert_equivalent(np.asarray(features).tolist(), pipe(TEXT, truncation=True))
 
     def test_refused_settings(self, classifier: str) -> None:
         model = getattr(monoblock, f"{self.prefix}MPNetModel").from_pretrained(classifier)

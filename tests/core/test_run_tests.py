@@ -54,9 +54,10 @@ def test_one_failure_fails_the_whole(
     """All parts run, whatever the others did."""
     ran: list[str] = []
 
-    def run(part: str, command: list[str], counts: Path) -> int:
+    def run(part: str, command: list[str], counts: Path, failures: list[str]) -> int:
         assert command[-len(run_tests.PARTS[part]) - 1 :] == [*run_tests.PARTS[part], "-x"]
         ran.append(part)
+        assert not failures
         status = statuses.get(part, 0)
         if status in (0, 1):
             counts.write_text(json.dumps({"passed": 2 - status, **({"failed": 1} if status else {})}))
@@ -69,18 +70,22 @@ def test_one_failure_fails_the_whole(
 
 
 @pytest.mark.parametrize("broken", [None, *run_tests.CHECKS])
-def test_checks_beside_the_tests(broken: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_checks_beside_the_tests(
+    broken: str | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Their failure is the whole's; the core's tests run with the other Python."""
     commands: dict[str, list[str]] = {}
 
-    def run(part: str, command: list[str], counts: Path) -> int:
+    def run(part: str, command: list[str], counts: Path, failures: list[str]) -> int:
         commands[part] = command
+        failures.append(f"{part} | FAILED a test")
         if part != "types":
             counts.write_text(json.dumps({"passed": 1}))
         return int(part == broken)
 
     monkeypatch.setattr(run_tests, "run", run)
     assert run_tests.main(["--bare", "other/python", "-x"]) == int(broken is not None)
+    assert ("bare | FAILED a test" in capsys.readouterr().out) == (broken is not None)
     assert commands.keys() == {*run_tests.PARTS, "types", "bare"}
     assert commands["bare"] == ["other/python", "-u", "-m", "pytest", "tests/core", "-x"]
     assert "pyright" in commands["types"]
@@ -91,7 +96,9 @@ def test_processes_get_their_environment(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.delenv("MONOBLOCK_TEST_NO_FRAMEWORK", raising=False)
-    code = "import os; print(os.environ.get('MONOBLOCK_TEST_NO_FRAMEWORK')); raise SystemExit(3)"
+    code = "import os; print('FAILED', os.environ.get('MONOBLOCK_TEST_NO_FRAMEWORK')); raise SystemExit(3)"
     for part, expected in (("bare", "1"), ("core", "None")):
-        assert run_tests.run(part, [sys.executable, "-c", code], tmp_path / "counts") == 3
-        assert capsys.readouterr().out == f"{part:6} | {expected}\n"
+        failures: list[str] = []
+        assert run_tests.run(part, [sys.executable, "-c", code], tmp_path / "counts", failures) == 3
+        assert capsys.readouterr().out == f"{part:6} | FAILED {expected}\n"
+        assert failures == [f"{part:6} | FAILED {expected}"]

@@ -12,7 +12,7 @@ from contract.decoding import NAME, OPTIONS, VARIED, DecodingContract, of
 from contract.models import Pair, ids_of, tokens
 
 from monoblock import GenerationConfig
-from monoblock.backends.flax import steps
+from monoblock.backends.flax import passes
 
 
 class TestDecoding(DecodingContract):
@@ -33,19 +33,19 @@ class TestDecoding(DecodingContract):
     @pytest.fixture
     def chunk_sizes(self, monkeypatch: pytest.MonkeyPatch) -> list[int]:
         sizes: list[int] = []
-        more = steps.more
+        more = passes.extend
 
         def counted(network: Any, params: Any, given: Any, cache: Any, wanted: Any) -> Any:
             sizes.append(given["input_ids"].shape[1])
             return more(network, params, given, cache, wanted)
 
         counted.program = more
-        monkeypatch.setattr(steps, "more", counted)
-        monkeypatch.setattr(steps, "first", None)
+        monkeypatch.setattr(passes, "extend", counted)
+        monkeypatch.setattr(passes, "prefill", None)
         return sizes
 
     def programs(self, model: Any) -> Any:
-        return steps.more.program._cache_size(), steps.looped._cache_size()
+        return passes.extend.program._cache_size(), passes.run_loop._cache_size()
 
     def test_calls_of_transformers_flax_classes(self, pair: Pair) -> None:
         model, ids = pair(NAME)[1], ids_of(2, 7)

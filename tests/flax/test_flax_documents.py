@@ -11,10 +11,10 @@ import pytest
 from contract.documents import MISTRAL, DocumentsContract, bound
 from contract.models import Pair
 from measure import assert_close
-from packed_rows import COUNT, apart, ids_of, places, positions
+from packed_documents import COUNT, ids_of, positions, unpacked, unpacked_indices
 
 from monoblock.backends.flax import loading
-from monoblock.backends.flax.checked import checked
+from monoblock.backends.flax.checked import check_inputs
 from monoblock.backends.xla import checked as shared
 
 
@@ -26,15 +26,15 @@ class TestDocuments(DocumentsContract):
             return (model(ids, position_ids=positions, params=params).logits * weights).sum()
 
         def by_row(params: Any) -> Any:
-            logits = model(**apart(ids), params=params).logits
-            return (logits[places(len(ids))] * weights).sum()
+            logits = model(**unpacked(ids), params=params).logits
+            return (logits[unpacked_indices(len(ids))] * weights).sum()
 
         found = jax.jit(jax.grad(packed))(model.params, positions(model.spec))
         return loading.flat(found), loading.flat(jax.jit(jax.grad(by_row))(model.params))
 
     def segments(self, model: Any, ids: Any, positions: Any, cache: Any = None) -> Any:
         given = {"input_ids": ids, "position_ids": positions}
-        return checked(model.spec, model.module.head_spec, given, cache, False).given.get("sequence_id")
+        return check_inputs(model.spec, model.module.head_spec, given, cache, False).given.get("sequence_id")
 
     def test_traced_positions_of_one_document(self, pair: Pair) -> None:
         model, ids = pair(MISTRAL)[1], ids_of()

@@ -12,7 +12,7 @@ import numpy as np
 from contract.generation import BEAMS, MISTRAL, OPTIONS, GenerationContract, prompts
 from contract.models import Pair, ids_of, numpy, tokens
 
-from monoblock.backends.flax import steps
+from monoblock.backends.flax import passes
 
 
 @contextmanager
@@ -50,11 +50,11 @@ class TestGeneration(GenerationContract):
         options = {**OPTIONS, "max_new_tokens": 9}
         first = model.generate(ids_of(1, 17), **options).sequences
         other = type(model)(model.config, seed=3)
-        before = steps.looped._cache_size(), steps.first._cache_size()
+        before = passes.run_loop._cache_size(), passes.prefill._cache_size()
         assert other.generate(ids_of(1, 17), **options).sequences.tolist() != first.tolist()
         found = model.generate(ids_of(1, 17), params=other.params, **options).sequences
         assert found.tolist() != first.tolist()
-        assert (steps.looped._cache_size(), steps.first._cache_size()) == before
+        assert (passes.run_loop._cache_size(), passes.prefill._cache_size()) == before
 
     def test_prng_keys_are_seeds(self, pair: Pair) -> None:
         _, model = pair(MISTRAL)

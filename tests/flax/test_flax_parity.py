@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import torch
 from contract.parity import ParityContract
-from flax_made import canonical_of
+from flax_networks import canonical_of
 from helpers import canonical
 
 

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 from contract.pipelines import PipelinesContract
-from families_made import fields
-from pipelines_compared import alike
-from pipelines_made import folder
+from pipeline_checks import assert_equivalent
+from tiny_families import fields
+from tiny_pipelines import folder
 
 import monoblock
 from monoblock import AutoTokenizer, pipeline
@@ -51,8 +51,8 @@ class TestPipelines(PipelinesContract):
         )
         for pipe in (ours, theirs):
             pipe.tokenizer.model_input_names = ["input_ids"]
-        alike(ours("the dog<pad>", top_k=None), theirs("the dog<pad>", top_k=None))
-        alike(ours("the dog<pad>", top_k=None), ours("the dog", top_k=None))
+        assert_equivalent(ours("the dog<pad>", top_k=None), theirs("the dog<pad>", top_k=None))
+        assert_equivalent(ours("the dog<pad>", top_k=None), ours("the dog", top_k=None))
 
     def test_torch_dtype_of_model_kwargs(self, classifier: str, tmp_path: Path) -> None:
         pipeline(model=classifier, framework="flax", dtype="float16").save_pretrained(tmp_path)

@@ -8,7 +8,10 @@ from typing import Any
 import oracle
 import pytest
 import torch
-from families_made import (
+from helpers import PADDINGS, parameters
+from helpers import expected as defined
+from measure import EPS, assert_close, largest, rounding
+from tiny_families import (
     GENERATING,
     KIND,
     LABELS,
@@ -16,23 +19,20 @@ from families_made import (
     PADS,
     TOKENS,
     VOCAB,
-    by_token,
     fields,
     labels_of,
     logits_of,
-    made_pair,
-    ours_of,
+    model_inputs,
+    model_pair,
+    monoblock_model,
     pair,
+    per_token,
     places,
-    texts,
     theirs_inputs,
 )
-from families_made import (
+from tiny_families import (
     MODEL_TYPES as CLASSES,
 )
-from helpers import PADDINGS, parameters
-from helpers import expected as defined
-from measure import EPS, assert_close, largest, rounding
 
 import monoblock
 from monoblock.backends.pytorch.layers import Conv1D
@@ -61,12 +61,12 @@ def flat(mask: torch.Tensor | None) -> torch.Tensor | None:
 @torch.no_grad()
 def test_states_attentions_and_logits(name: str, heads: int, padding: str) -> None:
     theirs, ours = pair(name, heads)
-    ids, mask = texts(name, padding)
+    ids, mask = model_inputs(name, padding)
     options = {"output_hidden_states": True, "output_attentions": True}
     expected = theirs(**theirs_inputs(name, ids, mask), **options)
     # MPT's kernels agree with transformers at padding too, which a span's loss includes.
     mpt = CLASSES[name] == "mpt"
-    at, rows = (mask if by_token(name) and not mpt else None), (None if mpt else flat(mask))
+    at, rows = (mask if per_token(name) and not mpt else None), (None if mpt else flat(mask))
     bound = rounding(ours.spec, expected)
     for kernel in ("sdpa", "eager"):
         ours.set_attn_implementation(kernel)
@@ -109,7 +109,7 @@ def test_inputs_embeds(name: str) -> None:
 def test_position_ids(name: str) -> None:
     """Positions with unequal steps: equal steps would not change attention under RoPE."""
     theirs, ours = pair(name)
-    ids, _ = texts(name, "none")
+    ids, _ = model_inputs(name, "none")
     positions = (torch.arange(TOKENS) * 2 + 3).expand(ids.shape).clone()
     positions[..., 5:] += 4
     expected = theirs(ids, position_ids=positions.flatten(0, -2) if KIND[name] == "double" else positions)
@@ -123,12 +123,12 @@ def test_position_ids(name: str) -> None:
 @torch.no_grad()
 def test_token_type_ids(name: str) -> None:
     theirs, ours = pair(name)
-    ids, mask = texts(name, "left")
+    ids, mask = model_inputs(name, "left")
     types = (ids * 3 + 1) % VOCAB
     expected = theirs(**theirs_inputs(name, ids, mask), token_type_ids=types)
     found = ours(ids, attention_mask=mask, token_type_ids=types)
     assert_close(
-        f"{name} token types", logits_of(found), logits_of(expected), FUSED, mask if by_token(name) else None
+        f"{name} token types", logits_of(found), logits_of(expected), FUSED, mask if per_token(name) else None
     )
 
 
@@ -141,7 +141,7 @@ def test_head_mask(name: str) -> None:
     argument, which the documentation of 4.37 has."""
     _, ours = pair(name)
     heads, layers, width = 6, 3, ours.spec.attention.head_dim
-    ids, mask = texts(name, "left")
+    ids, mask = model_inputs(name, "left")
     factors = torch.rand(layers, heads, generator=torch.Generator().manual_seed(4)).round(decimals=1)
     factors[1, 2], factors[0, 0] = 0, 1
     for given in (factors, factors[1]):
@@ -172,7 +172,7 @@ def test_head_mask(name: str) -> None:
 @torch.no_grad()
 def test_logits_to_keep(name: str, keep: Any) -> None:
     theirs, ours = pair(name)
-    ids, _ = texts(name, "none")
+    ids, _ = model_inputs(name, "none")
     found, expected = ours(ids, logits_to_keep=keep), theirs(ids, logits_to_keep=keep)
     assert_close("logits_to_keep", found.logits, expected.logits, ATOL)
 
@@ -225,7 +225,7 @@ PADDED = [n for n in HEADED if KIND[n] != "span" or CLASSES[n] in ("mpnet", "mpt
     ("name", "padding"), [(n, p) for n in HEADED for p in PADDINGS if p == "none" or n in PADDED]
 )
 def test_losses_and_gradients(name: str, padding: str) -> None:
-    ids, mask = texts(name, padding)
+    ids, mask = model_inputs(name, padding)
     compared(name, name, pair(name), ids, mask, **labels_of(name, ids, mask))
 
 
@@ -234,7 +234,7 @@ def test_losses_and_gradients(name: str, padding: str) -> None:
 def test_padded_span_losses(name: str, padding: str) -> None:
     """Fully masked queries, before the first token or with only padding in their window, weigh all keys equally."""
     _, ours = pair(name)
-    ids, mask = texts(name, padding)
+    ids, mask = model_inputs(name, padding)
     run = defined(ours, ids, mask)
     scores = oracle.logits(ours.spec, parameters(ours), run.hidden, "span")
     labels = labels_of(name, ids, mask)
@@ -262,7 +262,7 @@ SEQUENCE_LABELS = {
 def test_sequence_losses_and_gradients(name: str, case: str) -> None:
     count, problem, labels = SEQUENCE_LABELS[case]
     theirs, ours = pair(name, labels=count)
-    ids, mask = texts(name, "left")
+    ids, mask = model_inputs(name, "left")
     theirs.config.problem_type = ours.config.problem_type = problem
     try:
         compared(f"{name}, {case}", name, (theirs, ours), ids, mask, labels=labels)
@@ -275,7 +275,7 @@ def test_sequence_losses_and_gradients(name: str, case: str) -> None:
 def test_problem_type_is_read_from_the_config_at_each_call(name: str) -> None:
     """In the forward pass, compiled ones too, and in `loss_function`, whatever it was at construction."""
     theirs, ours = pair(name, labels=LABELS)
-    ids, mask = texts(name, "left")
+    ids, mask = model_inputs(name, "left")
     labels = torch.tensor([[1.0, 0, 0, 1], [0, 0, 1, 0], [1, 1, 1, 0]])
     compiled = torch.compile(ours, backend="eager", fullgraph=True)
     losses = []
@@ -299,7 +299,7 @@ def test_problem_type_is_read_from_the_config_at_each_call(name: str) -> None:
 @pytest.mark.parametrize("name", CAUSAL)
 def test_causal_losses_with_num_items_in_batch(name: str) -> None:
     theirs, ours = pair(name)
-    ids, mask = texts(name, "left")
+    ids, mask = model_inputs(name, "left")
     labels = labels_of(name, ids, mask)
     expected = theirs(
         **theirs_inputs(name, ids, mask), **labels, num_items_in_batch=77, output_hidden_states=True
@@ -313,7 +313,7 @@ def test_causal_losses_with_num_items_in_batch(name: str) -> None:
 def test_every_loss_is_divided_by_num_items_in_batch(name: str, count: Any) -> None:
     """transformers honours num_items_in_batch for causal heads only; gradient accumulation needs it for all heads."""
     _, ours = pair(name)
-    ids, mask = texts(name, "right")
+    ids, mask = model_inputs(name, "right")
     labels = labels_of(name, ids, mask)
     out = ours(ids, attention_mask=mask, **labels, num_items_in_batch=count)
     scores, number = logits_of(out).detach().double().numpy(), None if count is None else int(count)
@@ -339,7 +339,7 @@ def test_every_loss_is_divided_by_num_items_in_batch(name: str, count: Any) -> N
 def test_all_labels_ignored_is_a_loss_of_zero(name: str) -> None:
     """It is NaN in transformers, which ends a training run."""
     _, ours = pair(name)
-    ids, _ = texts(name, "none")
+    ids, _ = model_inputs(name, "none")
     outside = {"start_positions": torch.tensor([-1, TOKENS, 500]), "end_positions": torch.full((3,), 99)}
     given = outside if KIND[name] == "span" else {"labels": torch.full_like(ids, -100)}
     ours.zero_grad()
@@ -354,7 +354,7 @@ def test_all_labels_ignored_is_a_loss_of_zero(name: str) -> None:
 def test_a_row_is_classified_at_its_last_token_before_padding(name: str) -> None:
     theirs, ours = pair(name)
     pad = PADS[CLASSES[name]]
-    ids, mask = texts(name, "right")
+    ids, mask = model_inputs(name, "right")
     ids[0, 4] = pad  # a pad id within the sequence
     expected = theirs(**theirs_inputs(name, ids, mask)).logits
     assert_close("classified by mask", ours(ids, attention_mask=mask).logits, expected, FUSED)
@@ -373,7 +373,7 @@ def test_a_row_is_classified_at_its_last_token_before_padding(name: str) -> None
         "the final eos", out.logits, oracle.logits(ours.spec, parameters(ours), picked, "sequence"), ATOL
     )
     assert (out.logits - expected).abs().max() > 0.1
-    without = ours_of(name, **fields(CLASSES[name], pad_token_id=None))
+    without = monoblock_model(name, **fields(CLASSES[name], pad_token_id=None))
     with pytest.raises(ValueError, match="Cannot handle batch sizes > 1 if no padding token is defined"):
         without(ids)
     assert without(ids[:1]).logits.shape == (1, LABELS)
@@ -397,7 +397,7 @@ CROSS = {"BaseModelOutputWithPastAndCrossAttentions", "CausalLMOutputWithCrossAt
 @pytest.mark.parametrize("name", CLASSES)
 def test_output_types_and_fields(name: str) -> None:
     theirs, ours = pair(name)
-    ids, _ = texts(name, "none")
+    ids, _ = model_inputs(name, "none")
     cached = {"use_cache": True} if name in CACHED else {}
     for given in ({}, FLAGS, cached, {**(labels_of(name, ids, None) if name in HEADED else {}), **FLAGS}):
         found, expected = ours(ids, **given), theirs(ids, **given)
@@ -419,7 +419,7 @@ def test_output_types_and_fields(name: str) -> None:
 @torch.no_grad()
 def test_flags_from_the_config(name: str) -> None:
     _, ours = pair(name)
-    ids, _ = texts(name, "none")
+    ids, _ = model_inputs(name, "none")
     keys = ours(ids, **FLAGS).keys()
     before = vars(ours.config).copy()
     try:
@@ -443,7 +443,7 @@ def test_flags_from_the_config(name: str) -> None:
 def test_a_cache_is_returned_by_default_and_not_with_use_cache_false(name: str) -> None:
     """The default of these families' configs is use_cache=True, of MPT's False."""
     theirs, ours = pair(name)
-    ids, _ = texts(name, "none")
+    ids, _ = model_inputs(name, "none")
     assert "past_key_values" in ours(ids)
     assert "past_key_values" in theirs(ids)
     assert "past_key_values" not in ours(ids, use_cache=False)
@@ -452,7 +452,7 @@ def test_a_cache_is_returned_by_default_and_not_with_use_cache_false(name: str) 
 @pytest.mark.parametrize("name", CLASSES)
 def test_errors(name: str) -> None:
     _, ours = pair(name)
-    ids, _ = texts(name, "none")
+    ids, _ = model_inputs(name, "none")
     with pytest.raises(ValueError, match="either input_ids or inputs_embeds"):
         ours()
     with pytest.raises(ValueError, match="both input_ids and inputs_embeds"):
@@ -473,7 +473,7 @@ def test_errors(name: str) -> None:
 @torch.no_grad()
 def test_masks_of_any_number_type(name: str) -> None:
     _, ours = pair(name)
-    ids, mask = texts(name, "left")
+    ids, mask = model_inputs(name, "left")
     expected = logits_of(ours(ids, attention_mask=mask))
     for dtype in (torch.bool, torch.float32, torch.int32, torch.bfloat16):
         assert torch.equal(logits_of(ours(ids, attention_mask=mask.to(dtype))), expected)
@@ -489,7 +489,7 @@ def test_masks_of_any_number_type(name: str) -> None:
 def test_positions_count_tokens_without_padding(name: str) -> None:
     """transformers counts padding too: there, a left-padded row differs from the row alone."""
     theirs, ours = pair(name)
-    ids, mask = texts(name, "left")
+    ids, mask = model_inputs(name, "left")
     for row, real in enumerate(mask == 1):
         alone = ours(ids[row, real][None]).logits[0]
         assert_close(f"{name} alone", ours(ids, attention_mask=mask).logits[row, real], alone, FUSED)
@@ -504,8 +504,8 @@ def test_positions_count_tokens_without_padding(name: str) -> None:
 @pytest.mark.parametrize("tied", [True, False])
 @torch.no_grad()
 def test_tied_and_untied_heads(name: str, tied: bool) -> None:
-    theirs, ours = made_pair(name, **fields(CLASSES[name], tie_word_embeddings=tied))
-    ids, _ = texts(name, "none")
+    theirs, ours = model_pair(name, **fields(CLASSES[name], tie_word_embeddings=tied))
+    ids, _ = model_inputs(name, "none")
     assert (ours.at("head_out").weight is ours.get_input_embeddings().weight) == tied
     assert_close(f"{name} tied {tied}", ours(ids).logits, theirs(ids).logits, FUSED)
 
@@ -517,9 +517,9 @@ def test_half_precision_is_close(name: str) -> None:
     import copy
 
     theirs, ours = pair(name)
-    ids, mask = texts(name, "left")
+    ids, mask = model_inputs(name, "left")
     expected = logits_of(theirs(**theirs_inputs(name, ids, mask)))
     half = copy.deepcopy(ours).to(torch.bfloat16)
-    at = mask if by_token(name) else None
+    at = mask if per_token(name) else None
     scale = 0.05 * float(expected.abs().max())
     assert_close("bf16 logits", logits_of(half(ids, attention_mask=mask)), expected, max(scale, 0.3), at)

@@ -9,9 +9,9 @@ import oracle
 import pytest
 import torch
 import transformers
-from families_made import TOKENS, VOCAB, fields, logits_of, pair
 from helpers import CLASSES, KIND, PAD, PADDINGS, batch, chunks, one_by_one, parameters
 from measure import assert_close
+from tiny_families import TOKENS, VOCAB, fields, logits_of, pair
 
 from monoblock import DynamicCache, StaticCache
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import oracle
 import pytest
 import torch
-from families_made import fields, pair
 from helpers import CLASSES, KIND, batch, randomised
 from measure import assert_close
+from tiny_families import fields, pair
 
 import monoblock
 

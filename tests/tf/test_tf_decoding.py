@@ -13,7 +13,7 @@ from contract.decoding import EAGER, NAME, OPTIONS, VARIED, DecodingContract, of
 from contract.models import Pair, ids_of, tokens
 
 from monoblock import GenerationConfig
-from monoblock.backends.tf.steps import Steps, steps_of
+from monoblock.backends.tf.passes import TFPasses, passes_of
 
 tf.get_logger().setLevel("ERROR")
 GRAPH: dict[str, Any] = {"jit_compile": False}
@@ -39,18 +39,18 @@ class TestDecoding(DecodingContract):
     @pytest.fixture
     def chunk_sizes(self, monkeypatch: pytest.MonkeyPatch) -> list[int]:
         sizes: list[int] = []
-        more = Steps.more
+        more = TFPasses.extend
 
-        def counted(self: Steps, given: Any, cache: Any, wanted: Any) -> Any:
+        def counted(self: TFPasses, given: Any, cache: Any, wanted: Any) -> Any:
             sizes.append(given["input_ids"].shape[1])
             return more(self, given, cache, wanted)
 
-        monkeypatch.setattr(Steps, "more", counted)
-        monkeypatch.setattr(Steps, "first", None)
+        monkeypatch.setattr(TFPasses, "extend", counted)
+        monkeypatch.setattr(TFPasses, "prefill", None)
         return sizes
 
     def programs(self, model: Any) -> Any:
-        return steps_of(model, compiled=False).traces()
+        return passes_of(model, compiled=False).traces()
 
     def test_calls_of_transformers_tf_classes(self, pair: Pair) -> None:
         model, ids = pair(NAME)[1], ids_of(2, 7)

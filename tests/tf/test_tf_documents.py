@@ -9,9 +9,9 @@ import tensorflow as tf
 from contract.documents import MISTRAL, DocumentsContract, bound
 from contract.models import Pair
 from measure import assert_close
-from packed_rows import apart, ids_of, places, positions
+from packed_documents import ids_of, positions, unpacked, unpacked_indices
 
-from monoblock.backends.tf.checked import checked
+from monoblock.backends.tf.checked import check_inputs
 
 
 class TestDocuments(DocumentsContract):
@@ -25,8 +25,10 @@ class TestDocuments(DocumentsContract):
             return tape.gradient(total, model.trainable_variables)
 
         with tf.GradientTape() as tape:
-            logits = model(**apart(ids), use_cache=False).logits
-            total = tf.reduce_sum(tf.gather_nd(logits, np.stack(places(len(ids)), axis=-1)) * weights)
+            logits = model(**unpacked(ids), use_cache=False).logits
+            total = tf.reduce_sum(
+                tf.gather_nd(logits, np.stack(unpacked_indices(len(ids)), axis=-1)) * weights
+            )
         by_row = tape.gradient(total, model.trainable_variables)
         found = packed(tf.constant(ids), tf.constant(positions(model.spec)))
 
@@ -38,7 +40,7 @@ class TestDocuments(DocumentsContract):
 
     def segments(self, model: Any, ids: Any, positions: Any, cache: Any = None) -> Any:
         given = {"input_ids": tf.constant(ids), "position_ids": tf.constant(positions)}
-        return checked(model.spec, model.head_spec, given, cache, False).given.get("sequence_id")
+        return check_inputs(model.spec, model.head_spec, given, cache, False).given.get("sequence_id")
 
     def test_calls_that_create_a_cache(self, pair: Pair) -> None:
         model, ids = pair(MISTRAL)[1], ids_of()

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from page_examples import run
-from tf_made import model
+from tf_pairs import model
 
 import monoblock
 

@@ -12,9 +12,9 @@ from typing import Any, ClassVar
 
 import array_calls
 import numpy as np
-import old_files
 import pytest
 import tensorflow as tf
+import v4_checkpoints
 from contract.generation import (
     BEAMS,
     EAGER,
@@ -29,11 +29,11 @@ from contract.generation import (
     prompts,
 )
 from contract.models import Pair, ids_of, numpy, tokens
-from families_made import VOCAB
+from tiny_families import VOCAB
 
 import monoblock
 from monoblock.backends.tf.arrays import TfOps, largest
-from monoblock.backends.tf.steps import steps_of
+from monoblock.backends.tf.passes import passes_of
 from monoblock.generation.arrays import NumpyOps
 
 # Tests make many small graphs one after the other, of which TensorFlow warns.
@@ -89,12 +89,12 @@ def test_top_k_of_long_rows() -> None:
         np.testing.assert_array_equal(index, indices)
 
 
-@pytest.mark.parametrize("name", [name for name in old_files.TENSORFLOW if old_files.prompt(name)])
+@pytest.mark.parametrize("name", [name for name in v4_checkpoints.TENSORFLOW if v4_checkpoints.prompt(name)])
 def test_stored_tokens_of_transformers_tf_classes(name: str) -> None:
-    found = old_files.prompt(name)
+    found = v4_checkpoints.prompt(name)
     assert found is not None
     ids, expected = found
-    model = getattr(monoblock, name).from_pretrained(old_files.FOLDER / name)
+    model = getattr(monoblock, name).from_pretrained(v4_checkpoints.FOLDER / name)
     assert (
         model.generate(ids, max_new_tokens=12, do_sample=False, **EAGER).numpy().tolist() == expected.tolist()
     )
@@ -107,9 +107,9 @@ class TestGeneration(GenerationContract):
 
     @contextmanager
     def no_new_programs(self, model: Any) -> Iterator[None]:
-        before = steps_of(model, compiled=False).traces()
+        before = passes_of(model, compiled=False).traces()
         yield
-        assert steps_of(model, compiled=False).traces() == before
+        assert passes_of(model, compiled=False).traces() == before
 
     def test_xla_compiles_a_step_once(self, pair: Pair) -> None:
         """And not again for each length of the cache, as a slice in the step would cause."""
@@ -130,12 +130,12 @@ class TestGeneration(GenerationContract):
         model, ids = pair(MISTRAL, num_hidden_layers=1)[1], [[10, 11, 12]]
         options = {**OPTIONS, "max_new_tokens": 4, **GRAPH}
         first = model.generate(ids, **options).numpy().tolist()
-        traces = steps_of(model, compiled=False).traces()
+        traces = passes_of(model, compiled=False).traces()
         for variable in model.trainable_variables:
             variable.assign(variable * -0.7)
         other = model.generate(ids, **options).numpy().tolist()
         assert other != first
-        assert steps_of(model, compiled=False).traces() == traces
+        assert passes_of(model, compiled=False).traces() == traces
         model.resize_token_embeddings(VOCAB + 3)
         assert model.generate([[VOCAB + 1]], **options).shape == (1, 5)
 
@@ -143,13 +143,13 @@ class TestGeneration(GenerationContract):
         """TensorFlow's debugging switch applies to `generate`."""
         theirs, ours = pair(MISTRAL)
         options = {**VARIED, "max_new_tokens": 4}
-        before = steps_of(ours, compiled=True).traces()
+        before = passes_of(ours, compiled=True).traces()
         tf.config.run_functions_eagerly(True)
         try:
             assert tokens(ours, prompts(), **options) == tokens(theirs, prompts(), **options)
         finally:
             tf.config.run_functions_eagerly(False)
-        assert steps_of(ours, compiled=True).traces() == before
+        assert passes_of(ours, compiled=True).traces() == before
 
     def test_generators_and_global_seed(self, pair: Pair) -> None:
         _, model = pair(MISTRAL)

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from contract.models import fields
-from families_made import ONE_LAYER
 from measure import assert_close
-from tf_made import shallow
+from tf_pairs import shallow
+from tiny_families import ONE_LAYER
 
 from monoblock.backends.tf.classes import make_class
 from monoblock.families import family_of

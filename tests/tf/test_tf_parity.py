@@ -6,17 +6,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, ClassVar
 
-import families_made
 import mpt_cases
 import numpy as np
 import pytest
 import tensorflow as tf
+import tiny_families
 import torch
 from contract.models import inputs, labels, numpy
 from contract.parity import VARIANTS, ParityContract
 from helpers import chunks
 from measure import assert_close
-from tf_made import bound_of, close, file_gradients, pair, twin
+from tf_pairs import close, file_gradients, pair, rounding_bound, tf_copy
 
 
 class TestParity(ParityContract):
@@ -48,7 +48,7 @@ def test_chunks_with_a_cache(variant: str, tmp_path: Path) -> None:
         given = inputs("MistralForCausalLM", padding)
         ids, mask = given["input_ids"], given.get("attention_mask", torch.ones_like(given["input_ids"]))
         with torch.no_grad():
-            bound = bound_of(theirs, theirs(**given, output_hidden_states=True))
+            bound = rounding_bound(theirs, theirs(**given, output_hidden_states=True))
             expected = chunks(theirs, ids, mask, CHUNKS)
         start, past, logits = 0, None, []
         for size in CHUNKS:
@@ -65,25 +65,27 @@ def test_chunks_with_a_cache(variant: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("case", mpt_cases.CASES)
 def test_mpt_options(case: str, tmp_path: Path) -> None:
     """Every option of the block, alone and all together."""
-    theirs = mpt_cases.made(case)
-    ours = twin(theirs, tmp_path)
+    theirs = mpt_cases.mpt_model(case)
+    ours = tf_copy(theirs, tmp_path)
     given = inputs("MptForCausalLM", "left")
     with torch.no_grad():
         expected = theirs(**given, use_cache=False, output_hidden_states=True)
     found = ours(**numpy(given), use_cache=False).logits
-    close(f"options: {case}", found, expected.logits, bound_of(theirs, expected), given["attention_mask"])
+    close(
+        f"options: {case}", found, expected.logits, rounding_bound(theirs, expected), given["attention_mask"]
+    )
 
 
 def test_packed_documents_by_sequence_id(tmp_path: Path) -> None:
     """`sequence_id` separates the documents of a packed row."""
     theirs = mpt_cases.model(attn={"attn_uses_sequence_id": True})
-    ours = twin(theirs, tmp_path)
+    ours = tf_copy(theirs, tmp_path)
     ids = inputs("MptForCausalLM")["input_ids"]
     segments = (torch.arange(ids.shape[1]) // 6).expand(ids.shape)
     with torch.no_grad():
         expected = theirs(ids, sequence_id=segments, output_hidden_states=True)
     found = ours(ids.numpy(), sequence_id=segments.numpy()).logits
-    close("segments", found, expected.logits, bound_of(theirs, expected))
+    close("segments", found, expected.logits, rounding_bound(theirs, expected))
     assert np.abs(ours(ids.numpy()).logits - found).max() > 1e-2
     with pytest.raises(ValueError, match="training needs sequence_id"):
         ours(ids.numpy(), training=True)
@@ -92,9 +94,9 @@ def test_packed_documents_by_sequence_id(tmp_path: Path) -> None:
 def test_batched_images(tmp_path: Path) -> None:
     """`image_patches` as one padded array; too few patches raise."""
     _, ours = pair("FuyuForCausalLM", tmp_path)
-    ids, mask, patches, indices = families_made.with_images((4, 7, 2))
+    ids, mask, patches, indices = tiny_families.with_images((4, 7, 2))
     given = {"input_ids": ids.numpy(), "attention_mask": mask.numpy()}
-    batched = np.zeros((3, 7, families_made.PATCH_SIZE), np.float32)
+    batched = np.zeros((3, 7, tiny_families.PATCH_SIZE), np.float32)
     for row, one in zip(batched, patches, strict=True):
         row[: len(one)] = one
     expected = ours(
@@ -103,7 +105,7 @@ def test_batched_images(tmp_path: Path) -> None:
     found = ours(**given, image_patches=batched, image_patches_indices=indices.numpy()).logits
     assert_close("images in a batch", found, expected, 1e-6, mask)
     with pytest.raises(ValueError, match="13 tokens of the id"):
-        ours(**given, image_patches=np.zeros((5, families_made.PATCH_SIZE), np.float32))
+        ours(**given, image_patches=np.zeros((5, tiny_families.PATCH_SIZE), np.float32))
 
 
 ONE_LAYER: dict[str, dict[str, Any]] = {
@@ -140,7 +142,7 @@ def test_blocks_of_queries(name: str, tmp_path: Path, monkeypatch: pytest.Monkey
     expected = theirs(**given, labels=wanted)
     expected.loss.backward()
     watched = next(key for key, p in theirs.named_parameters() if p.dim() == 2 and key.endswith(WATCHED))
-    gradient, slot = theirs.get_parameter(watched).grad, ours.slots()[watched]
+    gradient, slot = theirs.get_parameter(watched).grad, ours.stored_variables()[watched]
     spec = tf.TensorSpec((None, None), tf.int64)
 
     def step(ids: Any, mask: Any, labels: Any) -> Any:
