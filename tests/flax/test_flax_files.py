@@ -11,10 +11,9 @@ import flax.serialization
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oversized_configs
 import pytest
 import torch
-from extra_tensors import VALUE_HEAD, check_strict
+from extra_tensors import VALUE_HEAD, with_value_head
 from flax_models import CLASSES, config_of, flax_model, ids_of, same_bits, torch_model
 from helpers import same
 from measure import assert_close
@@ -184,30 +183,6 @@ def test_auto_classes(tmp_path: Path) -> None:
         monoblock.FlaxAutoModel()
 
 
-def test_the_config_counts_at_each_call() -> None:
-    """Its problem_type and pad_token_id, whatever they were when the model was made."""
-    name = "MistralForSequenceClassification"
-    model, theirs = flax_model(name), torch_model(name)
-    labels = np.random.default_rng(0).random((2, theirs.head_spec.labels), np.float32)
-    ids = np.arange(10, 24).reshape(2, 7)
-    found = []
-    kept = model.config.pad_token_id
-    try:
-        for kind in ("regression", "multi_label_classification"):
-            model.config.problem_type = theirs.config.problem_type = kind
-            with torch.no_grad():
-                out = theirs(torch.as_tensor(ids), labels=torch.as_tensor(labels))
-            found.append(model.compute_loss(_output({"logits": out.logits.numpy()}), labels=labels))
-            assert_close(f"flax: {kind}, set later", found[-1], out.loss, 1e-5)  # fp32, losses of about 1
-        assert abs(found[0] - found[1]) > 0.01
-        model.config.pad_token_id = None
-        with pytest.raises(ValueError, match="no padding token is defined"):
-            model(ids)
-    finally:
-        model.config.problem_type = theirs.config.problem_type = None
-        model.config.pad_token_id = kept
-
-
 @pytest.mark.parametrize("name", CLASSES)
 def test_losses_equal_pytorchs(name: str) -> None:
     """From the same logits, so that nothing is compiled but the losses."""
@@ -259,20 +234,13 @@ LABELLED: dict[str, dict[str, Any]] = {
 }
 
 
-def test_foreign_tensors_and_fewer_layers(tmp_path: Path, logs: pytest.LogCaptureFixture) -> None:
-    theirs, cls = torch_model(NAME), monoblock.FlaxGPTNeoForCausalLM
-    theirs.save_pretrained(tmp_path / "saved")
-    whole, short = check_strict(cls, tmp_path / "saved", tmp_path, logs)
-    assert same_bits(bits(whole), bits(theirs))
-    assert bits(short).items() and all(
-        np.array_equal(x, bits(theirs)[name]) for name, x in bits(short).items()
-    )
-    model, params, info = cls.from_pretrained(
-        tmp_path / "headed", strict=False, output_loading_info=True, _do_init=False
+def test_params_of_a_checkpoint_with_extra_tensors(tmp_path: Path) -> None:
+    torch_model(NAME).save_pretrained(tmp_path / "saved")
+    model, params, info = monoblock.FlaxGPTNeoForCausalLM.from_pretrained(
+        with_value_head(tmp_path / "saved", tmp_path / "headed"),
+        strict=False,
+        output_loading_info=True,
+        _do_init=False,
     )
     assert info["unexpected_keys"] == VALUE_HEAD
     assert np.isfinite(model(ids_of(), params=params).logits).all()
-
-
-def test_a_config_that_asks_for_more_than_the_files_hold(tmp_path: Path) -> None:
-    oversized_configs.check(monoblock.FlaxMistralForCausalLM, tmp_path)

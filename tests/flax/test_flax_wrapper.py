@@ -7,7 +7,7 @@ import inspect
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.core
 import invalid_inputs
@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from contract.calls import CallsContract
 from flax_models import CLASSES, config_of, flax_model, ids_of
 from jax.sharding import Mesh, PartitionSpec
 from measure import assert_close
@@ -259,142 +260,54 @@ def test_logits_to_keep() -> None:
 
 
 IDS = ids_of(2, 6)
-EMBEDS = np.zeros((2, 6, 36), np.float32)
-WRONG: dict[str, tuple[type[Exception], dict[str, Any]]] = {
-    r"input_ids hold the token 99, but the model's vocabulary has the ids 0 to 88": (
-        ValueError,
-        {"input_ids": np.full((1, 2), 99)},
-    ),
-    r"input_ids must be integers \(batch, tokens\), got float32 \(2, 6\)": (
-        ValueError,
-        {"input_ids": IDS.astype(np.float32)},
-    ),
-    r"got int64 \(6,\)": (ValueError, {"input_ids": IDS[0]}),
-    r"input_ids must be an array, or nested lists of equal lengths": (
-        ValueError,
-        {"input_ids": [[1], [1, 2]]},
-    ),
-    r"the input has no tokens": (ValueError, {"input_ids": [[], []]}),
-    r"You have to specify either input_ids or inputs_embeds": (ValueError, {}),
-    r"cannot specify both": (ValueError, {"input_ids": IDS, "inputs_embeds": EMBEDS}),
-    r"inputs_embeds must be \(batch, tokens, 36\), got float32 \(2, 6, 35\)": (
-        ValueError,
-        {"inputs_embeds": EMBEDS[..., 1:]},
-    ),
-    r"attention_mask must be \(batch, tokens\) = \(2, 6\), got \(2, 5\)": (
-        ValueError,
-        {"input_ids": IDS, "attention_mask": np.ones((2, 5))},
-    ),
-    r"position_ids must be integers \(2, 6\), got int64 \(1, 7\)": (
-        ValueError,
-        {"input_ids": IDS, "position_ids": np.arange(7)[None]},
-    ),
-    r"the model has 64 learned positions, but the sequence, cache included, has 65 tokens": (
-        ValueError,
-        {"input_ids": ids_of(1, 65)},
-    ),
-    r"past_key_values must be what init_cache\(batch, max_length\) or an output holds, got dict": (
-        ValueError,
-        {"input_ids": IDS, "past_key_values": {}},
-    ),
-    r"sequence_id would have no effect": (ValueError, {"input_ids": IDS, "sequence_id": IDS}),
-    r"logits_to_keep must be how many": (ValueError, {"input_ids": IDS, "logits_to_keep": -1}),
-    r"no argument 'labels': model.compute_loss\(outputs, labels=...\) gives the loss": (
-        TypeError,
-        {"input_ids": IDS, "labels": IDS},
-    ),
-    r"no argument 'use_cache': .*init_cache": (TypeError, {"input_ids": IDS, "use_cache": True}),
-    r"no argument 'attn_mask'; beside those of its signature it takes: inputs_embeds": (
-        TypeError,
-        {"input_ids": IDS, "attn_mask": IDS},
-    ),
-    r"train=True drops out at random: give dropout_rng": (ValueError, {"input_ids": IDS, "train": True}),
-}
-
-
-@pytest.mark.parametrize("text", WRONG)
-def test_wrong_inputs_get_one_clear_sentence(text: str) -> None:
-    error, given = WRONG[text]
-    model = flax_model(NAME)
-    if given.get("train"):
-        model = monoblock.FlaxGPTNeoForCausalLM(config_of(NAME, embed_dropout=0.1))
-    with pytest.raises(error, match=text) as caught:
-        model(**given)
-    assert "\n" not in str(caught.value)
 
 
 @functools.cache
-def scores_of(name: str) -> Any:
-    """What a call gives, with no call: labels are checked by the shapes of scores."""
-    ours = flax_model(name)
-    ids = invalid_inputs.CHOICES if ours.row.head in ("double", "choice") else invalid_inputs.IDS
-    shapes = jax.eval_shape(lambda: dict(ours(ids, params=ours.params).items()))
-    zeros = {key: jnp.zeros(x.shape) for key, x in shapes.items()}
-    return output_class(ours.row.output)(**zeros)
+def zero_output(model: Any) -> Any:
+    """The output of a model with zeros of the right shapes: a loss reads no more than these to check its labels."""
+    ids = invalid_inputs.CHOICES if model.row.head in ("double", "choice") else invalid_inputs.IDS
+    shapes = jax.eval_shape(lambda: dict(model(ids, params=model.params).items()))
+    return output_class(model.row.output)(**{key: jnp.zeros(x.shape) for key, x in shapes.items()})
 
 
-@pytest.mark.parametrize("case", invalid_inputs.INVALID)
-def test_wrong_values_get_one_clear_sentence(case: str) -> None:
-    name, given = invalid_inputs.arguments(case)
-    ours = flax_model(name)
-    labels = {key: x for key, x in given.items() if key in ELSEWHERE}
-    with pytest.raises(ValueError, match=invalid_inputs.INVALID[case][2]) as caught:
+class TestCalls(CallsContract):
+    prefix = "Flax"
+    invalid: ClassVar = {
+        r"past_key_values must be what init_cache\(batch, max_length\) or an output holds, got dict": (
+            ValueError,
+            {"input_ids": IDS, "past_key_values": {}},
+        ),
+        r"logits_to_keep must be how many": (ValueError, {"input_ids": IDS, "logits_to_keep": -1}),
+        r"no argument 'labels': model.compute_loss\(outputs, labels=...\) gives the loss": (
+            TypeError,
+            {"input_ids": IDS, "labels": IDS},
+        ),
+        r"no argument 'use_cache': .*init_cache": (TypeError, {"input_ids": IDS, "use_cache": True}),
+    }
+
+    def call(self, model: Any, **given: Any) -> Any:
+        labels = {key: x for key, x in given.items() if key in ELSEWHERE}
         if labels:
-            ours.compute_loss(scores_of(name), **labels)
-        ours(**given)
-    assert "\n" not in str(caught.value)
+            model.compute_loss(zero_output(model), **labels)
+        return model(**given)
 
+    def loss(self, model: Any, given: dict[str, Any], labels: Any) -> Any:
+        return model.compute_loss(model(**given), labels=labels)
 
-@pytest.mark.parametrize("case", invalid_inputs.VALID)
-def test_whole_numbers_of_any_size_are_ids(case: str) -> None:
-    given, ours = invalid_inputs.VALID[case], flax_model(NAME)
-    expected = ours(**{name: x.astype(np.int32) for name, x in given.items()}).logits
-    assert np.array_equal(ours(**given).logits, expected)
+    def test_training_with_dropout_needs_a_key(self) -> None:
+        model = monoblock.FlaxGPTNeoForCausalLM(config_of(NAME, embed_dropout=0.1))
+        with pytest.raises(ValueError, match="train=True drops out at random: give dropout_rng"):
+            model(IDS, train=True)
 
-
-@pytest.mark.parametrize("case", invalid_inputs.REFUSED)
-def test_generate_refuses_at_the_door(case: str) -> None:
-    with pytest.raises(ValueError, match=invalid_inputs.REFUSED[case][1]) as caught:
-        flax_model(NAME).generate(**invalid_inputs.refused(case))
-    assert "\n" not in str(caught.value)
-
-
-def test_seeds_of_64_bits() -> None:
-    ours = flax_model(NAME)
-    draws = [
-        [
-            np.asarray(ours.generate(IDS, max_new_tokens=3, do_sample=True, seed=seed).sequences)
-            for _ in range(2)
-        ]
-        for seed in invalid_inputs.EXTREME_SEEDS
-    ]
-    assert all(np.array_equal(*pair) for pair in draws)
-    with pytest.raises(ValueError, match="seed must be a whole number of 64 bits"):
-        _ = monoblock.FlaxGPTNeoForCausalLM(config_of(NAME), seed=10**23).params
+    def test_seeds_of_models_have_64_bits(self) -> None:
+        with pytest.raises(ValueError, match="seed must be"):
+            _ = monoblock.FlaxGPTNeoForCausalLM(config_of(NAME), seed=10**23).params
 
 
 def test_powers_stay_finite() -> None:
     """In a compiled loop, where the exponent is the device's."""
     found = jax.jit(lambda n: scores.power(JaxOps(), 1.9, n))(jnp.int32(2000))
     assert float(found) == pytest.approx(1e30)
-
-
-def test_caches_that_do_not_fit_are_refused() -> None:
-    model = flax_model(NAME)
-    past = model(IDS, past_key_values=model.init_cache(2, 8)).past_key_values
-    with pytest.raises(ValueError, match="the cache holds 8 tokens: 6 are in it and 6 more came"):
-        model(IDS, past_key_values=past)
-    with pytest.raises(ValueError, match="past_key_values hold 2 rows, and the input has 1"):
-        model(IDS[:1], past_key_values=past)
-    with pytest.raises(ValueError, match=r"\(2, 7\) or \(2, 8\), the cached tokens included, got \(2, 1\)"):
-        model(IDS[:, :1], past_key_values=past, attention_mask=np.ones((2, 1)))
-    with pytest.raises(ValueError, match="past_key_values must hold 2 layers, got 1"):
-        model(IDS[:, :1], past_key_values=past.replace(keys=past.keys[:1]))
-    both_ways = flax_model("MPNetModel")
-    with pytest.raises(ValueError, match="a bidirectional model has no cache"):
-        both_ways(IDS, past_key_values=past)
-    with pytest.raises(ValueError, match="a bidirectional model has no cache"):
-        both_ways.init_cache(2, 8)
 
 
 def test_a_constructor_refuses_what_it_does_not_know() -> None:

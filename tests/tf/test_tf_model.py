@@ -8,18 +8,16 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import keras
-import last_token_checks
 import numpy as np
-import oversized_configs
 import pytest
 import tensorflow as tf
 import torch
 import v4_checkpoints
-from contract.models import CLASSES, inputs, labels, numpy
-from extra_tensors import check_strict
+from contract.calls import CallsContract
+from contract.models import CLASSES, Pair, inputs, labels, numpy
 from measure import assert_close
 from tf_pairs import close, model, pair, rounding_bound, shallow
 
@@ -108,35 +106,22 @@ def test_values_are_the_same_whatever_the_mode() -> None:
     assert_close("compiled", compiled(*given.values()), expected, 5e-5)
 
 
-WRONG: dict[str, tuple[Any, dict[str, Any], type[Exception], str]] = {
-    "none": ((), {}, ValueError, "either input_ids or inputs_embeds"),
-    "both": ((IDS,), {"inputs_embeds": np.zeros((2, 4, 36), np.float32)}, ValueError, "at the same time"),
-    "floats": ((IDS / 2,), {}, ValueError, "whole numbers"),
-    "flat": ((IDS[0],), {}, ValueError, r"\(batch, tokens\), got int64 \(4,\)"),
-    "too large": ((IDS + 80,), {}, ValueError, "0 to 88: is this the tokenizer"),
-    "empty": ((IDS[:, :0],), {}, ValueError, "has no tokens"),
-    "width": ((), {"inputs_embeds": np.zeros((2, 4, 7), np.float32)}, ValueError, r"\(batch, tokens, 36\)"),
-    "mask": ((IDS, MASK[:, :3]), {}, ValueError, r"\(2, 4\), got \(2, 3\)"),
-    "unknown": ((IDS,), {"attention": MASK}, TypeError, "has no argument 'attention'"),
-    "twice": ((IDS,), {"input_ids": IDS}, TypeError, "'input_ids' twice"),
-    "head_mask": ((IDS,), {"head_mask": np.ones(5)}, ValueError, r"\(6,\) or \(2, 6\)"),
-    "positions": ((IDS,), {"position_ids": np.array([[1, 2]])}, ValueError, r"\(2, 4\), got int64 \(1, 2\)"),
-    "far": ((IDS,), {"position_ids": np.full((2, 4), 64)}, ValueError, "64 learned positions"),
-    "segments": ((IDS,), {"sequence_id": IDS}, ValueError, "attn_uses_sequence_id"),
-    "ragged": (([[1, 2], [3]],), {}, ValueError, "nested lists of equal lengths"),
-    "words": (("text",), {}, ValueError, "must be a tensor or array of numbers, got str"),
-    "labels": ((IDS,), {"labels": IDS[:, :2]}, ValueError, "labels of 2 tokens"),
-}
+class TestCalls(CallsContract):
+    prefix = "TF"
+    invalid: ClassVar = {
+        r"head_mask must be \(6,\) or \(2, 6\)": (ValueError, {"input_ids": IDS, "head_mask": np.ones(5)}),
+        r"keys and values": (ValueError, {"input_ids": IDS, "past_key_values": ((IDS, IDS),) * 2}),
+        r"labels of 2 tokens": (ValueError, {"input_ids": IDS, "labels": IDS[:, :2]}),
+    }
 
+    def loss(self, model: Any, given: dict[str, Any], labels: Any) -> Any:
+        found = model(**given, labels=labels).loss
+        assert found.shape == (3,)
+        return tf.reduce_mean(found)
 
-@pytest.mark.parametrize("case", WRONG)
-def test_wrong_inputs(case: str) -> None:
-    """One sentence, without Keras's listing of all arguments."""
-    args, kwargs, kind, message = WRONG[case]
-    with pytest.raises(kind, match=message) as caught:
-        model("OpenAIGPTLMHeadModel")(*args, **kwargs)
-    if case != "labels":
-        assert "Arguments received" not in str(caught.value)
+    def test_an_argument_given_twice_raises(self, pair: Pair) -> None:
+        with pytest.raises(TypeError, match="'input_ids' twice"):
+            pair("GPTNeoForCausalLM")[1](IDS, input_ids=IDS)
 
 
 def test_batches_need_a_padding_id() -> None:
@@ -156,30 +141,6 @@ def test_other_losses_of_sequences(kind: str, tmp_path: Path) -> None:
     found = ours(**numpy(given), labels=wanted.numpy()).loss
     assert found.shape == (3,)
     assert_close(f"{kind} loss", tf.reduce_mean(found), expected.detach(), 1e-5)
-
-
-def test_the_config_counts_at_each_call(tmp_path: Path) -> None:
-    """Its problem_type and pad_token_id, whatever they were when the model was made."""
-    theirs, ours = pair("MistralForSequenceClassification", tmp_path, num_labels=4)
-    given = inputs("MistralForSequenceClassification", "left")
-    wanted = torch.rand(3, 4, generator=torch.Generator().manual_seed(0))
-    found = []
-    for kind in ("regression", "multi_label_classification"):
-        ours.config.problem_type = theirs.config.problem_type = kind
-        found.append(tf.reduce_mean(ours(**numpy(given), labels=wanted.numpy()).loss))
-        assert_close(f"{kind}, set later", found[-1], theirs(**given, labels=wanted).loss.detach(), 1e-5)
-    assert abs(found[0] - found[1]) > 0.01
-    ours.config.pad_token_id = None
-    with pytest.raises(ValueError, match="no padding token is defined"):
-        ours(numpy(given)["input_ids"])
-
-
-@pytest.mark.parametrize("name", ["MptForSequenceClassification", "OpenAIGPTForSequenceClassification"])
-def test_the_last_token_of_a_row(name: str, tmp_path: Path) -> None:
-    """With pad == eos, a final eos; by the pad id and by the mask, which the config says at each call."""
-    last_token_checks.check(
-        *pair(name, tmp_path, last_token_by="attention_mask"), inputs(name, "right"), numpy
-    )
 
 
 def test_accumulated_gradients(tmp_path: Path) -> None:
@@ -435,20 +396,3 @@ def test_keras_names_the_layers() -> None:
 def test_a_loss_for_each_token_is_refused() -> None:
     with pytest.raises(UnsupportedConfig, match="tf_legacy_loss=True: losses are a mean"):
         monoblock.TFMPNetForTokenClassification(monoblock.MPNetConfig(tf_legacy_loss=True))
-
-
-def test_foreign_tensors_and_fewer_layers(tmp_path: Path, logs: pytest.LogCaptureFixture) -> None:
-    theirs, ours = pair("GPTNeoForCausalLM", tmp_path / "saved")
-    whole, short = check_strict(type(ours), tmp_path / "saved", tmp_path, logs)
-    held = ours.hub_state_dict()
-    for loaded in (whole, short):
-        found = loaded.hub_state_dict()
-        assert all(
-            np.array_equal(np.asarray(made()), np.asarray(held[name]())) for name, made in found.items()
-        )
-    assert whole.hub_state_dict().keys() == held.keys()
-    assert len(theirs.transformer.h) > len(short.main.role("layers"))
-
-
-def test_a_config_that_asks_for_more_than_the_files_hold(tmp_path: Path) -> None:
-    oversized_configs.check(monoblock.TFMistralForCausalLM, tmp_path)
