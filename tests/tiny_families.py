@@ -148,8 +148,8 @@ def model_inputs(name: str, padding: str = "left", seed: int = 1) -> tuple[torch
     return ids.unflatten(0, (3, CHOICES)), None if mask is None else mask.unflatten(0, (3, CHOICES))
 
 
-def places(model_type: str, mask: torch.Tensor | None) -> dict[str, torch.Tensor]:
-    """What transformers needs to be told: position tables there do not see the attention mask."""
+def left_padded_positions(model_type: str, mask: torch.Tensor | None) -> dict[str, torch.Tensor]:
+    """`position_ids` for transformers, whose learned positions ignore the attention mask."""
     if mask is None or model_type not in LEARNED:
         return {}
     first = mask.argmax(-1, keepdim=True)
@@ -157,8 +157,8 @@ def places(model_type: str, mask: torch.Tensor | None) -> dict[str, torch.Tensor
 
 
 def theirs_inputs(name: str, ids: torch.Tensor, mask: torch.Tensor | None) -> dict[str, Any]:
-    """The same inputs for transformers, whose double heads take masks and places of rows, not of choices."""
-    given = {"attention_mask": mask, **places(MODEL_TYPES[name], mask)}
+    """The same inputs for transformers, whose double heads take masks and positions by row, not by choice."""
+    given = {"attention_mask": mask, **left_padded_positions(MODEL_TYPES[name], mask)}
     if KIND[name] == "double":
         given = {key: None if x is None else x.flatten(0, 1) for key, x in given.items()}
     return {"input_ids": ids, **given}
@@ -209,7 +209,7 @@ def labels_of(name: str, ids: torch.Tensor, mask: torch.Tensor | None) -> dict[s
 
 
 def with_images(counts: tuple[int, ...], newline: int = 8, columns: int = 3) -> tuple[Any, ...]:
-    """Left-padded ids, mask, each row's patches (counts[i], 48) and the index of each place's patch, or -1; rows of
+    """Left-padded ids, mask, each row's patches (counts[i], 48) and the index of each token's patch, or -1; rows of
     patches end with a newline, as the processor makes them."""
     generator = torch.Generator().manual_seed(9)
     rows, indices = [], []
@@ -228,5 +228,5 @@ def with_images(counts: tuple[int, ...], newline: int = 8, columns: int = 3) -> 
     length = max(map(len, rows))
     ids = torch.tensor([[PADS["fuyu"]] * (length - len(row)) + row for row in rows])
     mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows])
-    places = torch.tensor([[-1] * (length - len(index)) + index for index in indices])
-    return ids, mask, [torch.randn(count, PATCH_SIZE, generator=generator) for count in counts], places
+    image_indices = torch.tensor([[-1] * (length - len(index)) + index for index in indices])
+    return ids, mask, [torch.randn(count, PATCH_SIZE, generator=generator) for count in counts], image_indices

@@ -21,13 +21,13 @@ from tiny_families import (
     VOCAB,
     fields,
     labels_of,
+    left_padded_positions,
     logits_of,
     model_inputs,
     model_pair,
     monoblock_model,
     pair,
     per_token,
-    places,
     theirs_inputs,
 )
 from tiny_families import (
@@ -495,7 +495,7 @@ def test_positions_count_tokens_without_padding(name: str) -> None:
         assert_close(f"{name} alone", ours(ids, attention_mask=mask).logits[row, real], alone, FUSED)
     off = (
         theirs(ids, attention_mask=mask).logits
-        - theirs(ids, attention_mask=mask, **places(CLASSES[name], mask)).logits
+        - theirs(ids, attention_mask=mask, **left_padded_positions(CLASSES[name], mask)).logits
     )
     assert off[mask == 1].abs().max() > 0.05
 
