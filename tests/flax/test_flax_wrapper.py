@@ -1,4 +1,4 @@
-"""The wrapper around the Linen networks: signatures, parameters, dtypes, caches, errors, and JAX's transformations."""
+"""Flax models: the contract of calls; signatures, parameters, dtypes, outputs, caches, and JAX's transformations."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def defaults(function: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", CLASSES)
-def test_signatures_are_those_of_the_pages(name: str) -> None:
+def test_documented_signatures(name: str) -> None:
     cls = getattr(monoblock, "Flax" + name)
     _, *made = inspect.signature(cls.__init__).parameters.values()
     assert [(p.name, p.default) for p in made[1:5]] == [
@@ -72,7 +72,7 @@ def test_signatures_are_those_of_the_pages(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CLASSES)
-def test_the_tree_is_the_networks_own(name: str) -> None:
+def test_params_shape_tree_is_that_of_module_init(name: str) -> None:
     model = getattr(monoblock, "Flax" + name)(config_of(name), _do_init=False)
     given = {"input_ids": jnp.zeros((1, 3), jnp.int32)}
     made = jax.eval_shape(
@@ -87,13 +87,13 @@ def test_the_tree_is_the_networks_own(name: str) -> None:
 # ---------------------------------------------------------------------------- parameters
 
 
-def test_random_parameters_are_those_of_the_seed() -> None:
+def test_random_parameters_are_determined_by_the_seed() -> None:
     cls, config = monoblock.FlaxGPTNeoForCausalLM, config_of(NAME)
     one, two, other = cls(config), cls(config, seed=0), cls(config, seed=1)
-    assert one._params is None  # made when first used
+    assert one._params is None  # initialised at first use
     kernel, same, different = (layer(m.params, 1)["mlp"]["c_fc"]["kernel"] for m in (one, two, other))
     assert np.array_equal(kernel, same) and not np.allclose(kernel, different)
-    assert abs(float(kernel.std()) - config.initializer_range) < 2e-3  # of 3,888 draws, 9 standard errors
+    assert abs(float(kernel.std()) - config.initializer_range) < 2e-3  # 3,888 draws, 9 standard errors
     assert not np.allclose(kernel, layer(one.params, 0)["mlp"]["c_fc"]["kernel"])
     leaves = loading.flat(one.params)
     assert {float(x.max()) for p, x in leaves.items() if p[-1] == "bias"} == {0.0}
@@ -101,7 +101,7 @@ def test_random_parameters_are_those_of_the_seed() -> None:
     assert {x.dtype for x in leaves.values()} == {jnp.dtype("float32")}
 
 
-def test_init_weights_under_jit_and_for_what_lacks() -> None:
+def test_init_weights_under_jit_and_for_missing_parameters() -> None:
     model = monoblock.FlaxGPTNeoForTokenClassification(config_of("GPTNeoForTokenClassification"))
     plain = model.init_weights(model.key, (1, 1))
     traced = jax.jit(model.init_weights, static_argnames=["input_shape"])(model.key, (1, 1))
@@ -113,14 +113,14 @@ def test_init_weights_under_jit_and_for_what_lacks() -> None:
     assert np.array_equal(whole["classifier"]["kernel"], plain["classifier"]["kernel"])
 
 
-def test_params_asked_for_first_inside_a_trace_can_be_kept() -> None:
+def test_params_first_used_inside_a_trace() -> None:
     model = monoblock.FlaxGPTNeoModel(config_of("GPTNeoModel"))
     total = jax.jit(lambda: sum(x.sum() for x in jax.tree.leaves(model.params)))()
     assert np.isfinite(float(total))
     assert not isinstance(model.params["wte"]["embedding"], jax.core.Tracer)
 
 
-def test_without_parameters_of_its_own() -> None:
+def test_do_init_false() -> None:
     kept = flax_model(NAME)
     model = monoblock.FlaxGPTNeoForCausalLM(config_of(NAME), _do_init=False)
     for use in (lambda: model.params, lambda: model(ids_of())):
@@ -132,7 +132,7 @@ def test_without_parameters_of_its_own() -> None:
     assert model.init_weights(jax.random.PRNGKey(1)).keys() == kept.params.keys()
 
 
-def test_params_that_do_not_fit_are_named() -> None:
+def test_params_of_another_structure_raise() -> None:
     model = monoblock.FlaxGPTNeoForCausalLM(config_of(NAME))
     tree = flax_model(NAME).params
     model.params = flax.core.freeze(tree)
@@ -153,7 +153,7 @@ def test_params_that_do_not_fit_are_named() -> None:
     )
 
 
-def test_dtype_is_the_computations() -> None:
+def test_dtype_is_that_of_computation() -> None:
     params = flax_model(NAME).params
     for dtype in (jnp.bfloat16, "bfloat16"):
         model = monoblock.FlaxGPTNeoForCausalLM(config_of(NAME), dtype=dtype, _do_init=False)
@@ -164,7 +164,7 @@ def test_dtype_is_the_computations() -> None:
             monoblock.FlaxGPTNeoForCausalLM(config_of(NAME), dtype=wrong)
 
 
-def test_casts() -> None:
+def test_to_bf16_fp16_and_fp32() -> None:
     model = flax_model(NAME)
     for cast, dtype in (
         (model.to_bf16, jnp.bfloat16),
@@ -175,13 +175,15 @@ def test_casts() -> None:
     mask = loading.nested({p: p[-1] != "scale" for p in loading.flat(model.params)})
     cast = loading.flat(model.to_bf16(model.params, mask))
     assert {p[-1] for p, x in cast.items() if x.dtype == jnp.float32} == {"scale"}
-    assert model.params["transformer"]["wte"]["embedding"].dtype == jnp.float32  # the model's own stay
+    assert (
+        model.params["transformer"]["wte"]["embedding"].dtype == jnp.float32
+    )  # the model's parameters are unchanged
 
 
 # ---------------------------------------------------------------------------- calls
 
 
-def test_inputs_of_many_kinds_give_the_same() -> None:
+def test_inputs_of_any_array_type() -> None:
     model, ids = flax_model(NAME), ids_of()
     expected = model(ids).logits
     for given in (ids.tolist(), jnp.asarray(ids), ids.astype(np.int32), ids.astype(np.uint8)):
@@ -198,7 +200,7 @@ def test_outputs_are_pytrees_dicts_and_tuples() -> None:
     model, ids = flax_model(NAME), ids_of()
     out = model(ids, output_hidden_states=True, output_attentions=True)
     assert type(out) is monoblock.FlaxCausalLMOutputWithCrossAttentions
-    assert isinstance(out, monoblock.FlaxMaskedLMOutput)  # what the pages of this family say
+    assert isinstance(out, monoblock.FlaxMaskedLMOutput)  # the class documented for this family
     assert list(out) == ["logits", "hidden_states", "attentions"]
     assert out[0] is out.logits is out["logits"] and "loss" not in out
     assert [x.shape for x in out.hidden_states] == [(2, 7, 36)] * 3
@@ -210,7 +212,7 @@ def test_outputs_are_pytrees_dicts_and_tuples() -> None:
     assert isinstance(flat, tuple) and len(flat) == 3
 
 
-def test_each_class_returns_the_hubs_output() -> None:
+def test_output_classes_are_transformers() -> None:
     kinds = {
         "MistralModel": "FlaxBaseModelOutputWithPast",
         "MistralForCausalLM": "FlaxCausalLMOutputWithCrossAttentions",
@@ -227,15 +229,16 @@ def test_each_class_returns_the_hubs_output() -> None:
         assert jax.tree.leaves(made(**{first: 1})) == [1]
 
 
-def pieces(model: Any, ids: np.ndarray, mask: Any, whole_mask: bool) -> Any:
-    """Logits of a text taken in three pieces with a cache of 10 places."""
+def chunked(model: Any, ids: np.ndarray, mask: Any, whole_mask: bool) -> Any:
+    """Logits of a sequence in three chunks with a cache of 10 slots."""
     past, start, logits = model.init_cache(2, 10), 0, []
     for stop in (4, 5, ids.shape[1]):
-        seen = mask
+        visible = mask
         if mask is not None:
-            seen = mask[:, :stop]
-            seen = np.pad(seen, ((0, 0), (0, 10 - stop)), constant_values=1) if whole_mask else seen
-        out = model(ids[:, start:stop], attention_mask=seen, past_key_values=past)
+            visible = mask[:, :stop]
+            pad = ((0, 0), (0, 10 - stop))
+            visible = np.pad(visible, pad, constant_values=1) if whole_mask else visible
+        out = model(ids[:, start:stop], attention_mask=visible, past_key_values=past)
         assert list(out) == ["logits", "past_key_values"]
         past, start = out.past_key_values, stop
         logits.append(out.logits)
@@ -243,15 +246,15 @@ def pieces(model: Any, ids: np.ndarray, mask: Any, whole_mask: bool) -> Any:
     return jnp.concatenate(logits, axis=1)
 
 
-def test_a_cache_gives_what_the_whole_gives() -> None:
+def test_chunks_with_a_cache_equal_one_pass() -> None:
     model, ids = flax_model(NAME), ids_of(tokens=9)
     mask = np.ones_like(ids)
     mask[0, :3] = 0
-    for seen in (None, mask):
-        expected = np.asarray(model(ids, seen).logits)
-        for whole_mask in (False, True) if seen is not None else (False,):
-            got = pieces(model, ids, seen, whole_mask)
-            assert_close("flax: in pieces", got, expected, ATOL, None if seen is None else mask)
+    for given in (None, mask):
+        expected = np.asarray(model(ids, given).logits)
+        for whole_mask in (False, True) if given is not None else (False,):
+            got = chunked(model, ids, given, whole_mask)
+            assert_close("flax: in chunks", got, expected, ATOL, given)
 
 
 def test_logits_to_keep() -> None:
@@ -305,12 +308,12 @@ class TestCalls(CallsContract):
 
 
 def test_powers_stay_finite() -> None:
-    """In a compiled loop, where the exponent is the device's."""
+    """In a compiled loop, where the exponent is a device array."""
     found = jax.jit(lambda n: scores.power(JaxOps(), 1.9, n))(jnp.int32(2000))
     assert float(found) == pytest.approx(1e30)
 
 
-def test_a_constructor_refuses_what_it_does_not_know() -> None:
+def test_unknown_constructor_arguments_raise() -> None:
     with pytest.raises(ValueError, match="FlaxGPTNeoModel takes a GPTNeoConfig, got MptConfig"):
         monoblock.FlaxGPTNeoModel(config_of("MptModel"))
     with pytest.raises(TypeError, match="FlaxGPTNeoModel has no argument 'dtyp'"):
@@ -343,7 +346,7 @@ def test_under_jit_grad_vmap_checkpoint_and_shard_map() -> None:
     assert np.isfinite(float(value))
 
 
-def test_a_step_with_a_traced_cache() -> None:
+def test_decoding_step_with_a_traced_cache() -> None:
     model, ids = flax_model(NAME), ids_of(tokens=9)
 
     @jax.jit
@@ -361,17 +364,17 @@ def test_a_step_with_a_traced_cache() -> None:
         step(past, ids[:, :1], np.ones((2, 8)))
 
 
-def test_dropout_takes_its_key() -> None:
+def test_dropout_depends_on_its_key() -> None:
     config = config_of(NAME, embed_dropout=0.5, resid_dropout=0.5, attention_dropout=0.5)
     model = monoblock.FlaxGPTNeoForCausalLM(config, seed=3)
     one, two = jax.random.split(jax.random.PRNGKey(0))
     a, b, c = (model(IDS, train=True, dropout_rng=key).logits for key in (one, one, two))
     assert np.array_equal(a, b) and not np.allclose(a, c)
-    rest = model(IDS, dropout_rng=one).logits  # not training: the key changes nothing
+    rest = model(IDS, dropout_rng=one).logits  # without training, the key has no effect
     assert np.array_equal(rest, model(IDS).logits) and not np.allclose(rest, a)
 
 
-def test_gradient_checkpointing_gives_the_same_gradients() -> None:
+def test_gradient_checkpointing_keeps_the_gradients() -> None:
     model = monoblock.FlaxGPTNeoForCausalLM(config_of(NAME), _do_init=False)
     params = flax_model(NAME).params
 
