@@ -186,7 +186,7 @@ def test_shard_params_of_given_params() -> None:
     assert placed["model"]["embed_tokens"]["embedding"].sharding.spec == PartitionSpec("tensor", None)
 
 
-def test_shard_places_the_params_of_the_model() -> None:
+def test_shard_moves_params_to_the_mesh() -> None:
     model = tiny("FlaxMistralForCausalLM")
     assert model.shard(mesh("data", "tensor")) is model
     shardings = model.param_shardings(mesh("data", "tensor"))

@@ -1,4 +1,4 @@
-"""Caches of TF models: tuples and `Cache`s that grow, static ones with windows that roll, eagerly and compiled."""
+"""Caches of TF models: tuples, growing and static `Cache`s with rolling windows, eagerly and compiled."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ROOM = 30
 
 @pytest.mark.parametrize("name", CAUSAL)
 @pytest.mark.parametrize("padding", ["none", "left"])
-def test_pieces_give_what_the_whole_gives(name: str, padding: str, tmp_path: Path) -> None:
+def test_chunks_with_a_cache_equal_one_pass(name: str, padding: str, tmp_path: Path) -> None:
     theirs, ours = pair(name, tmp_path)
     given = inputs(name, padding)
     ids, mask = given["input_ids"].numpy(), given.get("attention_mask")
@@ -39,8 +39,8 @@ def test_pieces_give_what_the_whole_gives(name: str, padding: str, tmp_path: Pat
         start, logits = 0, []
         for count in (14, 1, 1, 4, 1, 2):
             stop = start + count
-            seen = None if mask is None else mask[:, :stop].numpy()
-            out = ours(ids[:, start:stop], attention_mask=seen, past_key_values=past, use_cache=True)
+            visible = None if mask is None else mask[:, :stop].numpy()
+            out = ours(ids[:, start:stop], attention_mask=visible, past_key_values=past, use_cache=True)
             past, start = out.past_key_values, stop
             assert isinstance(past, tuple if kind == "tuples" else Cache)
             logits.append(out.logits)
@@ -53,8 +53,8 @@ def test_pieces_give_what_the_whole_gives(name: str, padding: str, tmp_path: Pat
 
 @pytest.mark.parametrize("compiled", [True, False])
 @pytest.mark.parametrize("name", ["MistralForCausalLM", "GPTNeoForCausalLM"])
-def test_a_compiled_loop_over_a_static_cache(name: str, compiled: bool) -> None:
-    """What generation does: a prompt that fills windows over, then one token after the other in a `tf.while_loop`."""
+def test_compiled_loop_with_a_static_cache(name: str, compiled: bool) -> None:
+    """As generation does: a prompt longer than the windows, then one token per step in a `tf.while_loop`."""
     ours = model(name)
     given = numpy(inputs(name, "left"))
     ids, mask = given["input_ids"].astype(np.int32), given["attention_mask"].astype(np.int32)
@@ -85,16 +85,16 @@ def test_a_compiled_loop_over_a_static_cache(name: str, compiled: bool) -> None:
     assert_close(f"{name}, compiled", tf.concat((first, rest), 1), expected[:, prompt - 1 :], 5e-5)
 
 
-def test_rows_of_a_cache() -> None:
+def test_reordered_rows_of_a_cache() -> None:
     ours = model("MistralForCausalLM")
     ids = numpy(inputs("MistralForCausalLM"))["input_ids"]
     cache = ours(ids[:, :20], past_key_values=init_cache(ours.spec, 3, ROOM)).past_key_values
-    turned = cache.reorder(tf.constant([2, 0]))
-    after = ours(ids[[2, 0], 20:], past_key_values=turned).logits
+    reordered = cache.reorder(tf.constant([2, 0]))
+    after = ours(ids[[2, 0], 20:], past_key_values=reordered).logits
     assert_close("reordered", after, ours(ids, use_cache=False).logits.numpy()[[2, 0], 20:], 1e-5)
 
 
-def test_a_cache_goes_into_and_out_of_a_graph() -> None:
+def test_caches_as_arguments_and_results_of_a_graph() -> None:
     ours = model("MistralForCausalLM")
     ids = numpy(inputs("MistralForCausalLM"))["input_ids"]
 
