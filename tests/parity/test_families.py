@@ -277,6 +277,7 @@ def test_problem_type_is_read_from_the_config_at_each_call(name: str) -> None:
     theirs, ours = pair(name, labels=LABELS)
     ids, mask = model_inputs(name, "left")
     labels = torch.tensor([[1.0, 0, 0, 1], [0, 0, 1, 0], [1, 1, 1, 0]])
+    torch._dynamo.reset()  # each class is a recompilation of the same code
     compiled = torch.compile(ours, backend="eager", fullgraph=True)
     losses = []
     try:
