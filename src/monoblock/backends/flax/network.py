@@ -129,11 +129,11 @@ class Network(Part):
             x = x + self.lookup(types)
         if self.gathering is not None:
             x = self.gathering.split(x)
-        call = prepare(self.spec, given, x.shape[1], cache, wanted)
+        context = prepare(self.spec, given, x.shape[1], cache, wanted)
         layers = (None,) * self.spec.layers
         if cache is not None:
             layers = tuple(cache.layer(i) for i in range(self.spec.layers))
-        out = model.hidden_states(bare, x, call, layers)
+        out = model.hidden_states(bare, x, context, layers)
         found: dict[str, Any] = {"last_hidden_state": out.hidden}
         if wanted.hidden_states:
             found["hidden_states"] = out.hidden_states
