@@ -638,6 +638,6 @@ def test_copies_and_pickles_hold_nothing_of_it() -> None:
     file = io.BytesIO()
     torch.save(other.state_dict(), file)
     assert "Weights" not in file.getvalue().decode("latin-1")
-    assert not any(isinstance(value, native_decoder.Weights) for value in vars(other).values())
+    assert not any(isinstance(value, native_decoder.NativeWeights) for value in vars(other).values())
     again = pickle.loads(pickle.dumps(other.bare))
     assert torch.equal(again.get_input_embeddings().weight, other.get_input_embeddings().weight)
