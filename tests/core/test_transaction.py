@@ -18,13 +18,14 @@ from typing import Any
 import kill_points
 import numpy as np
 import pytest
-import saves_made as made
-from saves_made import CASES
+import save_cases as made
+from save_cases import CASES
 
 from monoblock.checkpoint import transaction
 from monoblock.checkpoint.folder import new_folder
-from monoblock.checkpoint.hub import HubOptions, find_file, find_weights, of_one_save
+from monoblock.checkpoint.hub import HubOptions, consistent_read, find_file, find_weights
 from monoblock.checkpoint.journal import COMMIT, STAGE
+from monoblock.checkpoint.msgpack_save import save_msgpack
 from monoblock.checkpoint.save import save_tensors
 from monoblock.checkpoint.store import open_store
 from monoblock.checkpoint.transaction import staged, write_atomically
@@ -513,6 +514,24 @@ def test_mixture_by_another_program(tmp_path: Path, which: str) -> None:
             open_store(find_weights(tmp_path / "2"), "np")
 
 
+@pytest.mark.parametrize("size", [8, 200_000])
+@pytest.mark.parametrize("which", ["flax_model-00002-of-00002.msgpack", "flax_model.msgpack.index.json"])
+def test_mixture_of_msgpack_shards(tmp_path: Path, which: str, size: int) -> None:
+    """The format has no metadata, so the index has fingerprints of the shards: of all bytes, or of samples."""
+    for tag in (1, 2):
+        leaves = {name: np.full(size, tag + i, np.float32) for i, name in enumerate("ab")}
+        save_msgpack(tmp_path / str(tag), leaves, max_shard_size=4 * size)
+    open_store(find_weights(tmp_path / "2"), "np")
+    shutil.copy(tmp_path / "1" / which, tmp_path / "2" / which)
+    with pytest.raises(CheckpointError, match=r"weights of two saves: flax_model-0000\d-of-00002\.msgpack"):
+        open_store(find_weights(tmp_path / "2"), "np")
+    index = tmp_path / "2" / "flax_model.msgpack.index.json"
+    content = json.loads(index.read_text())
+    del content["metadata"]["fingerprints"]
+    index.write_text(json.dumps(content))
+    open_store(find_weights(tmp_path / "2"), "np")
+
+
 def test_one_file_is_the_same_each_time(tmp_path: Path) -> None:
     for name in "ab":
         made.save(tmp_path / name, 1)
@@ -527,7 +546,7 @@ def test_store_of_a_folder_that_is_saved_to(folder: Path) -> None:
     save_tensors(folder, {name: -array[:300] for name, array in big.items()}, framework="np")
     for _ in range(2):
         assert all(np.array_equal(store.tensor(name), big[name]) for name in big)
-        assert np.array_equal(store.joined(["b", "a"]), np.concatenate([big["b"], big["a"]]))
+        assert np.array_equal(store.concatenated(["b", "a"]), np.concatenate([big["b"], big["a"]]))
 
 
 def test_reader_reads_again_what_was_replaced(folder: Path) -> None:
@@ -543,7 +562,7 @@ def test_reader_reads_again_what_was_replaced(folder: Path) -> None:
         tags.append(first)
         return first, float(open_store(find_weights(folder), "np").tensor("a.weight")[0])
 
-    assert of_one_save(folder, HubOptions(), read) == (2, 2.0)
+    assert consistent_read(folder, HubOptions(), read) == (2, 2.0)
     assert tags == [1, 2]
 
     def never() -> None:
@@ -551,13 +570,13 @@ def test_reader_reads_again_what_was_replaced(folder: Path) -> None:
         tags.append(0)
 
     with pytest.raises(CheckpointError, match="again and again"):
-        of_one_save(folder, HubOptions(), never)
+        consistent_read(folder, HubOptions(), never)
 
     def gone() -> None:
         raise HubError("not there")
 
     with pytest.raises(HubError, match="not there"):
-        of_one_save(folder, HubOptions(), gone)
+        consistent_read(folder, HubOptions(), gone)
 
 
 # --- journals that no save wrote -------------------------------------------------------------------------

@@ -6,12 +6,13 @@ The hub is reached through huggingface_hub, whose environment (HF_ENDPOINT, HF_H
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, Protocol, TypeVar, cast
 
 from monoblock.checkpoint.contents import explained
 from monoblock.checkpoint.files import read_json
+from monoblock.checkpoint.fingerprint import FINGERPRINTS
 from monoblock.checkpoint.journal import hidden, located, version
 from monoblock.checkpoint.options import HubOptions
 from monoblock.checkpoint.remote import Remote
@@ -45,13 +46,14 @@ class WeightFiles:
     """The local files that hold a model's weights.
 
     `weight_map` says for each tensor that the index lists which of `paths` holds it; None for a single file.
-    `save_id`: which save wrote the index, if it says so.
+    `save_id`: which save wrote the index, if it says so. `fingerprints`: of the files, if the index has them.
     """
 
     kind: Kind
     paths: tuple[Path, ...]
     weight_map: Mapping[str, Path] | None = None
     save_id: str | None = None
+    fingerprints: Mapping[Path, str] = field(default_factory=dict[Path, str])
 
 
 class _Place(Protocol):
@@ -136,7 +138,9 @@ def find_weights(
     raise _no_weights(place, variant, use_safetensors)
 
 
-def of_one_save(name_or_path: str | os.PathLike[str], options: HubOptions, read: Callable[[], Read]) -> Read:
+def consistent_read(
+    name_or_path: str | os.PathLike[str], options: HubOptions, read: Callable[[], Read]
+) -> Read:
     """What `read` gives of a model's files. Where a save into a local folder replaced them meanwhile, they are read
     again; CheckpointError if that does not end."""
     folder = Path(name_or_path).expanduser() / options.subfolder
@@ -202,7 +206,7 @@ def _with_variant(filename: str, variant: str | None) -> str:
 
 
 def _sharded(place: _Place, kind: Kind, index: Path) -> WeightFiles:
-    listed, save_id = _read_index(index)
+    listed, save_id, prints = _read_index(index)
     names = sorted(set(listed.values()))
     paths: dict[str, Path] = {}
     for name, path in zip(names, place.get_all(names), strict=True):
@@ -210,12 +214,18 @@ def _sharded(place: _Place, kind: Kind, index: Path) -> WeightFiles:
             raise CheckpointError(f"{place} has no {name}, which {index.name} lists: fetch the model again")
         paths[name] = path
     weight_map = {tensor: paths[name] for tensor, name in listed.items()}
-    return WeightFiles(kind=kind, paths=tuple(paths.values()), weight_map=weight_map, save_id=save_id)
+    return WeightFiles(
+        kind=kind,
+        paths=tuple(paths.values()),
+        weight_map=weight_map,
+        save_id=save_id,
+        fingerprints={path: prints[name] for name, path in paths.items() if name in prints},
+    )
 
 
-def _read_index(index: Path) -> tuple[dict[str, str], str | None]:
-    """Tensor name -> file name, checked: an index from the net may name no file outside its folder. And the id of the
-    save that wrote it."""
+def _read_index(index: Path) -> tuple[dict[str, str], str | None, dict[str, str]]:
+    """Tensor name -> file name, checked: an index from the net may name no file outside its folder. Also the id of the
+    save that wrote it, and file name -> fingerprint, where it has them."""
     content = read_json(index)
     listed, metadata = content.get("weight_map"), content.get("metadata")
     if not isinstance(listed, dict) or not listed:
@@ -227,8 +237,14 @@ def _read_index(index: Path) -> tuple[dict[str, str], str | None]:
             raise CheckpointError(
                 f"{index} is refused: it places {brief(tensor)} in {brief(name)}, which is no file of its folder"
             )
-    save_id: object = cast(dict[str, Any], metadata).get(SAVE_ID) if isinstance(metadata, dict) else None
-    return cast(dict[str, str], listed), save_id if isinstance(save_id, str) else None
+    notes = cast(dict[str, Any], metadata) if isinstance(metadata, dict) else {}
+    save_id, found = notes.get(SAVE_ID), notes.get(FINGERPRINTS)
+    prints = cast(dict[str, Any], found) if isinstance(found, dict) else {}
+    return (
+        cast(dict[str, str], listed),
+        save_id if isinstance(save_id, str) else None,
+        {name: value for name, value in prints.items() if isinstance(value, str)},
+    )
 
 
 def _is_inside(name: str) -> bool:

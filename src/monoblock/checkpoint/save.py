@@ -10,9 +10,10 @@ from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from monoblock.checkpoint.array_adapters import Adapter, Description, Framework, adapter
+from monoblock.checkpoint.fingerprint import FINGERPRINTS, fingerprint
 from monoblock.checkpoint.header import ITEM_BYTES, make_header
 from monoblock.checkpoint.transaction import SAVE_ID, Staging, staged
-from monoblock.checkpoint.views import Adapter, Description, Framework, adapter
 from monoblock.errors import CheckpointError
 
 SINGLE = "model.safetensors"
@@ -46,7 +47,7 @@ def parse_size(size: int | str) -> int:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Made:
+class LazyTensor:
     """A tensor that is made when it is written, and whose dtype (the hub's name) and shape are known before."""
 
     dtype: str
@@ -93,7 +94,7 @@ def save_tensors(
     """Write `tensors` under the hub's file names; returns the files, the index last if there is one.
 
     A value is a tensor (torch for "pt", NumPy for "np"), or a function of no arguments that makes it; such a
-    function is called twice (a `Made` once) and its tensor is dropped at once, so no more than one made tensor
+    function is called twice (a `LazyTensor` once) and its tensor is dropped at once, so no more than one made tensor
     exists at a time. Memory beyond the tensors given is one tensor at most: none for what lies contiguous on the CPU.
 
     Tensors that are the same memory (tied weights) are written once, under the first of their names; the
@@ -145,7 +146,8 @@ def save_shards(
     metadata: bool = False,
 ) -> list[Path]:
     """What `save_tensors` does, in any format: `write` puts tensors of these descriptions into a file, and, if the
-    format has a place for it, `metadata`.
+    format has a field for it, `metadata`. For a format without (`metadata=False`), the index has fingerprints of the
+    shards instead.
 
     `single` is the name of a file that holds all; those of shards and their `index` follow from it. `stale` matches
     the names of such files as go when the new ones are in place.
@@ -162,7 +164,10 @@ def save_shards(
                 write(file, shard.tensors, ids)
         if count > 1:
             index = index or f"{single}.index.json"
-            stage.write(index, _index(names, shards, ids))
+            prints = (
+                {} if metadata else {FINGERPRINTS: {name: fingerprint(stage.files / name) for name in names}}
+            )
+            stage.write(index, _index(names, shards, {**ids, **prints}))
             names.append(index)
         for name, text in (beside or {}).items():
             stage.write(name, text)
@@ -194,7 +199,7 @@ def _describe(side: Adapter, tensors: Mapping[str, Any]) -> tuple[dict[str, Desc
     for name, value in tensors.items():
         if name == "__metadata__":
             raise CheckpointError("a tensor cannot be called '__metadata__': safetensors keep that name")
-        if isinstance(value, Made):
+        if isinstance(value, LazyTensor):
             description = Description(dtype=value.dtype, shape=value.shape, identity=None)
         else:
             description = side.describe(name, made(value))
@@ -239,8 +244,8 @@ def write_bytes(file: BinaryIO, raw: memoryview) -> None:
         file.write(raw[start : start + _CHUNK])
 
 
-def _index(names: list[str], shards: list[_Shard], ids: Mapping[str, str]) -> str:
+def _index(names: list[str], shards: list[_Shard], notes: Mapping[str, Any]) -> str:
     weight_map = {key: name for name, shard in zip(names, shards, strict=True) for key in shard.tensors}
-    metadata = {"total_size": sum(shard.bytes for shard in shards), **ids}
+    metadata = {"total_size": sum(shard.bytes for shard in shards), **notes}
     index = {"metadata": metadata, "weight_map": weight_map}
     return json.dumps(index, indent=2, sort_keys=True) + "\n"

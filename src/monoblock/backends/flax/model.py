@@ -19,7 +19,7 @@ from flax import struct
 from jax import Array
 
 from monoblock.backends.flax import attention
-from monoblock.backends.flax.cache import Layer
+from monoblock.backends.flax.cache import CacheLayer
 from monoblock.backends.flax.gathering import Gathering
 from monoblock.backends.flax.ops import ACT, rotate, rotations
 from monoblock.backends.flax.parts import Part, computes, dropout
@@ -55,7 +55,7 @@ class StackOutput:
     hidden: Array
     hidden_states: tuple[Array, ...]
     attentions: tuple[Array | None, ...]
-    layers: tuple[Layer | None, ...]
+    layers: tuple[CacheLayer | None, ...]
 
 
 # ---------------------------------------------------------------------------- attention
@@ -76,8 +76,8 @@ class Attention(Part):
         self.late_rotary = rotary if is_dynamic(rotary) else None
 
     def __call__(
-        self, x_bsw: Array, context: ForwardContext, layer: Layer | None
-    ) -> tuple[Array, Array | None, Layer | None]:
+        self, x_bsw: Array, context: ForwardContext, layer: CacheLayer | None
+    ) -> tuple[Array, Array | None, CacheLayer | None]:
         q, k, v = self.heads(*self.projected(x_bsw))
         if context.cos is not None and context.sin is not None:
             q = rotate(q, context.cos, context.sin)
@@ -118,10 +118,16 @@ class Attention(Part):
         )
 
     def next(
-        self, q: Array, k: Array, v: Array, context: ForwardContext, layer: Layer, kernel: attention.Kernel
-    ) -> tuple[Array, Layer]:
+        self,
+        q: Array,
+        k: Array,
+        v: Array,
+        context: ForwardContext,
+        layer: CacheLayer,
+        kernel: attention.Kernel,
+    ) -> tuple[Array, CacheLayer]:
         """One token over the cache and itself, and the layer with it."""
-        places = jnp.concatenate((layer.places(layer.length), context.scope.index_q))
+        places = jnp.concatenate((layer.token_indices(layer.length), context.scope.index_q))
         scope = replace(context.scope.of_keys(places), window=self.window)
         held = (layer.keys.astype(k.dtype), layer.values.astype(v.dtype))
         out = attention.attend_next(q, (k, v), held, scope, kernel)
@@ -141,17 +147,17 @@ class Attention(Part):
         return q, k, v
 
     def remembered(
-        self, k: Array, v: Array, context: ForwardContext, layer: Layer | None
-    ) -> tuple[Array, Array, Scope, Layer | None]:
+        self, k: Array, v: Array, context: ForwardContext, layer: CacheLayer | None
+    ) -> tuple[Array, Array, Scope, CacheLayer | None]:
         """The keys and values to attend to, the attention mask, and the layer of the cache with the new ones."""
         if layer is None or context.fresh:
             return k, v, context.scope, None if layer is None else layer.filled(k, v)
         count, after = k.shape[2], layer.appended(k, v)
         if count == 1 or layer.slots == context.max_length:
-            places = after.places(layer.length + count)
+            places = after.token_indices(layer.length + count)
             return after.keys, after.values, context.scope.of_keys(places), after
         # A window that rolls: the new tokens would push out what the first of them still see.
-        places = jnp.concatenate((layer.places(layer.length), context.scope.index_q))
+        places = jnp.concatenate((layer.token_indices(layer.length), context.scope.index_q))
         k, v = (
             jnp.concatenate((held.astype(new.dtype), new), axis=2)
             for held, new in ((layer.keys, k), (layer.values, v))
@@ -174,8 +180,8 @@ class Wrapper(Part):
     """Calls the attention that it holds."""
 
     def __call__(
-        self, x_bsw: Array, context: ForwardContext, layer: Layer | None
-    ) -> tuple[Array, Array | None, Layer | None]:
+        self, x_bsw: Array, context: ForwardContext, layer: CacheLayer | None
+    ) -> tuple[Array, Array | None, CacheLayer | None]:
         return self.role("attention")(x_bsw, context, layer)
 
 
@@ -184,8 +190,8 @@ class AttentionNorm(Part):
     """`norm(x + dropout(attention(x)))`."""
 
     def __call__(
-        self, x: Array, context: ForwardContext, layer: Layer | None
-    ) -> tuple[Array, Array | None, Layer | None]:
+        self, x: Array, context: ForwardContext, layer: CacheLayer | None
+    ) -> tuple[Array, Array | None, CacheLayer | None]:
         y, weights, layer = self.role("attention")(x, context, layer)
         y = self.dropped(y, "out_drop", self.spec.dropout.residual, context.train)
         return self.role("norm1")(y + x), weights, layer
@@ -247,8 +253,8 @@ class Block(Part):
     """Attention and MLP, each with its residual; the norm before the sub-layer or after the sum."""
 
     def __call__(
-        self, x: Array, context: ForwardContext, layer: Layer | None
-    ) -> tuple[Array, Array | None, Layer | None]:
+        self, x: Array, context: ForwardContext, layer: CacheLayer | None
+    ) -> tuple[Array, Array | None, CacheLayer | None]:
         train = context.train
         if self.has("attention_norm"):  # sub-layers that add and norm by themselves
             x, weights, layer = self.role("attention_norm")(x, context, layer)
@@ -301,13 +307,13 @@ class Stack(Part):
     """All layers and the final norm."""
 
     def __call__(
-        self, x_bsw: Array, context: ForwardContext, layers: tuple[Layer | None, ...]
+        self, x_bsw: Array, context: ForwardContext, layers: tuple[CacheLayer | None, ...]
     ) -> StackOutput:
         return run_layers(self, x_bsw, context, layers)
 
 
 def run_layers(
-    part: Part, x: Array, context: ForwardContext, layers: tuple[Layer | None, ...]
+    part: Part, x: Array, context: ForwardContext, layers: tuple[CacheLayer | None, ...]
 ) -> StackOutput:
     """All layers and the final norm, on embedded tokens (b, s, w)."""
     spec, scope = part.spec, context.scope
@@ -329,7 +335,7 @@ def run_layers(
 
 
 @computes("model")
-class Model(Part):
+class BareModel(Part):
     """A bare model inside one with a head, which calls the functions below on it."""
 
 
@@ -351,7 +357,7 @@ def with_patches(bare: Any, x_bsw: Array, patches: Array, rows_bs: Array) -> Arr
 
 
 def hidden_states(
-    bare: Any, x_bsw: Array, context: ForwardContext, layers: tuple[Layer | None, ...]
+    bare: Any, x_bsw: Array, context: ForwardContext, layers: tuple[CacheLayer | None, ...]
 ) -> StackOutput:
     """Everything between the embedded tokens and the head."""
     embed = bare.role("embeddings") if bare.has("embeddings") else None

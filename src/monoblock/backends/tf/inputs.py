@@ -11,15 +11,15 @@ from monoblock.backends.tf.namespace import XP
 from monoblock.backends.tf.ops import Size, Tensor
 from monoblock.backends.tf.scope import Scope
 from monoblock.backends.xla import inputs
-from monoblock.backends.xla.inputs import Kinds, Wanted
+from monoblock.backends.xla.inputs import ForwardOptions, Kinds
 from monoblock.spec import ArchSpec
 
 KINDS = Kinds(ForwardContext, Scope)
 
 
 def prepare(
-    spec: ArchSpec, given: Mapping[str, Tensor], count: Size, cache: Cache | None, wanted: Wanted
+    spec: ArchSpec, given: Mapping[str, Tensor], count: Size, cache: Cache | None, options: ForwardOptions
 ) -> ForwardContext:
     """The forward context of the blocks, for `count` tokens."""
-    context = inputs.prepare(XP, KINDS, spec, given, count, cache, wanted)
+    context = inputs.prepare(XP, KINDS, spec, given, count, cache, options)
     return replace(context, head_mask=given.get("head_mask"))

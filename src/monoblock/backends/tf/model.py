@@ -17,7 +17,7 @@ from typing import Any
 import tensorflow as tf
 
 from monoblock.backends.tf import attention
-from monoblock.backends.tf.cache import Layer
+from monoblock.backends.tf.cache import CacheLayer
 from monoblock.backends.tf.layers import EMBEDDED, OF_LAYER, PLACES, rows_of
 from monoblock.backends.tf.ops import (
     Tensor,
@@ -34,7 +34,7 @@ from monoblock.backends.tf.scope import Scope
 from monoblock.positions import is_dynamic
 from monoblock.spec import Alibi, ArchSpec, Buckets, Learned, Rotary
 
-Given = tuple[Tensor, Tensor | None, Layer | None]  # a state, attention weights, a layer of the cache
+Given = tuple[Tensor, Tensor | None, CacheLayer | None]  # a state, attention weights, a layer of the cache
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class StackOutput:
     """The hidden state after the last norm, and what was asked for besides."""
 
     hidden: Tensor
-    layers: tuple[Layer, ...] | None
+    layers: tuple[CacheLayer, ...] | None
     hidden_states: tuple[Tensor, ...] | None
     attentions: tuple[Tensor, ...] | None
 
@@ -95,7 +95,7 @@ class Attention(Part):
         rotary = spec.position(Rotary)
         self.late_rotary = rotary if is_dynamic(rotary) else None
 
-    def call(self, x_bsw: Tensor, context: ForwardContext, layer: Layer | None = None) -> Given:
+    def call(self, x_bsw: Tensor, context: ForwardContext, layer: CacheLayer | None = None) -> Given:
         q, k, v = self.heads(*self.projected(x_bsw))
         if context.cos is not None and context.sin is not None:
             q = rotate(q, context.cos, context.sin)
@@ -159,18 +159,18 @@ class Attention(Part):
         return attention.attend(q, k, v, scope, kernel), None
 
     def remembered(
-        self, k: Tensor, v: Tensor, context: ForwardContext, layer: Layer | None
-    ) -> tuple[Tensor, Tensor, Scope, Layer | None]:
+        self, k: Tensor, v: Tensor, context: ForwardContext, layer: CacheLayer | None
+    ) -> tuple[Tensor, Tensor, Scope, CacheLayer | None]:
         """The keys and values to attend to, the attention mask, and the layer of the cache with the new ones."""
         if layer is None or context.fresh:
             return k, v, context.scope, None if layer is None else layer.filled(k, v)
         after = layer.appended(k, v)
         if layer.grows or k.shape[2] == 1 or layer.slots == context.max_length:
-            places = after.places(layer.length + size(k, 2))
+            places = after.token_indices(layer.length + size(k, 2))
             keys, values = tf.cast(after.keys, k.dtype), tf.cast(after.values, v.dtype)
             return keys, values, context.scope.of_keys(places), after
         # A window that rolls: the new tokens would push out what the first of them still see.
-        places = tf.concat((layer.places(layer.length), context.scope.index_q), axis=0)
+        places = tf.concat((layer.token_indices(layer.length), context.scope.index_q), axis=0)
         k, v = (
             tf.concat((tf.cast(held, new.dtype), new), axis=2)
             for held, new in ((layer.keys, k), (layer.values, v))
@@ -189,14 +189,14 @@ class Attention(Part):
 class Wrapper(Part):
     """Calls the attention that it holds."""
 
-    def call(self, x_bsw: Tensor, context: ForwardContext, layer: Layer | None = None) -> Given:
+    def call(self, x_bsw: Tensor, context: ForwardContext, layer: CacheLayer | None = None) -> Given:
         return self.call_role("attention", x_bsw, context=context, layer=layer)
 
 
 class AttentionNorm(Part):
     """`norm(x + dropout(attention(x)))`."""
 
-    def call(self, x: Tensor, context: ForwardContext, layer: Layer | None = None) -> Given:
+    def call(self, x: Tensor, context: ForwardContext, layer: CacheLayer | None = None) -> Given:
         y, weights, layer = self.call_role("attention", x, context=context, layer=layer)
         return self.call_role("norm1", dropout(self, "out_drop", y, context) + x), weights, layer
 
@@ -251,7 +251,7 @@ class Block(Part):
         )
         self.adds = self.has("mlp_add")
 
-    def call(self, x: Tensor, context: ForwardContext, layer: Layer | None = None) -> Given:
+    def call(self, x: Tensor, context: ForwardContext, layer: CacheLayer | None = None) -> Given:
         attend = functools.partial(self.call_role, self.attention_role)
         if self.order == "pre":  # norms before the sub-layers
             y, weights, layer = attend(self.call_role("norm1", x), context=context, layer=layer)
@@ -342,14 +342,14 @@ class Stack(Part):
         self,
         x_bsw: Tensor,
         context: ForwardContext,
-        layers: tuple[Layer, ...] | None = None,
+        layers: tuple[CacheLayer, ...] | None = None,
         hidden_states: bool = False,
     ) -> StackOutput:
         return run_layers(self, x_bsw, context, layers, hidden_states)
 
 
 def run_layers(
-    part: Any, x: Tensor, context: ForwardContext, layers: tuple[Layer, ...] | None, hidden_states: bool
+    part: Any, x: Tensor, context: ForwardContext, layers: tuple[CacheLayer, ...] | None, hidden_states: bool
 ) -> StackOutput:
     """All layers and the final norm, on embedded tokens (b, s, w)."""
     context = prepared(part, x, context, cached=layers is not None)

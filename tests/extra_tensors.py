@@ -26,7 +26,7 @@ def with_value_head(folder: Path, target: Path) -> Path:
     return target
 
 
-def check_passed_over(cls: Any, folder: Path, tmp_path: Path, logs: Any) -> tuple[Any, Any]:
+def check_strict(cls: Any, folder: Path, tmp_path: Path, logs: Any) -> tuple[Any, Any]:
     """Loads a GPT Neo's folder with a value head, and with a layer alone: refused, and with `strict=False` told of in
     one warning and in the loading info. Returns both models."""
     headed = with_value_head(folder, tmp_path / "headed")

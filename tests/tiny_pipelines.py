@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import families_made
+import tiny_families
 import transformers
-from families_made import theirs_of
+from tiny_families import transformers_model
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 LABELS = {0: "O", 1: "B-PER", 2: "I-PER", 3: "I-LOC"}
@@ -62,7 +62,7 @@ def letters() -> Tokenizer:
     """Bytes of ASCII, few enough for the tiny vocabulary; ids 0 to 3 are the special tokens."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     first = [c for c in alphabet if c.isascii() and (c.islower() or c in "<>,.?!BTW")] + ["Ġ", "Ċ"]
-    kept = [*first, *(c for c in alphabet if c not in first)][: families_made.VOCAB - 4]
+    kept = [*first, *(c for c in alphabet if c not in first)][: tiny_families.VOCAB - 4]
     vocab = {token: i for i, token in enumerate(["<unk>", "<s>", "</s>", "<pad>", *kept])}
     tokenizer = Tokenizer(models.BPE(vocab, [], unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -72,8 +72,8 @@ def letters() -> Tokenizer:
 
 def folder(at: Path, name: str, **fields: Any) -> Path:
     """A checkpoint of that class, written by transformers, with its tokenizer."""
-    model_type = families_made.CLASSES[name]
-    made = theirs_of(name, **families_made.fields(model_type, **fields))
+    model_type = tiny_families.CLASSES[name]
+    made = transformers_model(name, **tiny_families.fields(model_type, **fields))
     made.save_pretrained(at)
     if model_type == "mpnet":
         backend = words()

@@ -20,7 +20,7 @@ from monoblock import (
 TEXTS = ["the quick brown fox", "the dog"]
 
 
-def of_tokenizers(kind: str, array: type, integer: Any) -> None:
+def check_tokenizer(kind: str, array: type, integer: Any) -> None:
     """Ids and masks: equal to the lists, padded again, decoded, and moved into other frameworks' arrays."""
     made = PreTrainedTokenizerFast(tokenizer_object=byte_level("the"), pad_token="<eos>")
     lists = made(TEXTS, padding=True)
@@ -47,7 +47,7 @@ def of_tokenizers(kind: str, array: type, integer: Any) -> None:
         out.to("cpu")
 
 
-def of_processors(kind: str, array: type) -> None:
+def check_processor(kind: str, array: type) -> None:
     """Fuyu's batches: ids, patches in lists, the newer form, and images that are such arrays themselves."""
     text = PreTrainedTokenizerFast(tokenizer_object=fuyu_tokenizer.backend(), **fuyu_tokenizer.SPECIAL)
     sizes = {"patch_size": {"height": 4, "width": 4}, "size": {"height": 20, "width": 24}}

@@ -12,9 +12,9 @@ import json
 import os
 import sys
 
-import quick_xla
+import xla_test_flags
 
-os.environ["XLA_FLAGS"] = quick_xla.flags("--xla_force_host_platform_device_count=2")
+os.environ["XLA_FLAGS"] = xla_test_flags.flags("--xla_force_host_platform_device_count=2")
 
 from collections.abc import Callable
 from pathlib import Path

@@ -8,9 +8,9 @@ from typing import Any
 import fuyu_tokenizer
 import numpy as np
 import pytest
-from families_made import CLASSES, TWO_LAYERS, fields, ours_of
 from PIL import Image
-from pipelines_made import LABELS, LONG, NLI, TEXT, folder
+from tiny_families import CLASSES, TWO_LAYERS, fields, monoblock_model
+from tiny_pipelines import LABELS, LONG, NLI, TEXT, folder
 
 from monoblock import FuyuImageProcessor, FuyuProcessor, PreTrainedTokenizerFast, pipeline
 
@@ -133,17 +133,17 @@ CASES: tuple[tuple[str, str, dict[str, Any], Calls], ...] = (
 NAMES = [f"{task}-{name}" for task, name, _, _ in CASES]
 
 
-def alike(ours: Any, theirs: Any) -> None:
+def assert_equivalent(ours: Any, theirs: Any) -> None:
     """Equal; numbers that are not whole to the tolerance."""
     if isinstance(theirs, float):
         assert ours == pytest.approx(theirs, abs=TOLERANCE, rel=TOLERANCE)
     elif isinstance(theirs, dict):
         assert list(ours) == list(theirs)
-        alike(list(ours.values()), list(theirs.values()))
+        assert_equivalent(list(ours.values()), list(theirs.values()))
     elif isinstance(theirs, list):
         assert len(ours) == len(theirs)
         for one, other in zip(ours, theirs, strict=True):
-            alike(one, other)
+            assert_equivalent(one, other)
     else:
         assert ours == theirs
 
@@ -158,14 +158,14 @@ def compare(case: Any, framework: str, at: Any, **settings: Any) -> None:
     for call in calls:
         for pipe in (ours, theirs):
             pipe.tokenizer.padding_side = "left" if task == "text-generation" else "right"
-        alike(call(ours), call(theirs))
+        assert_equivalent(call(ours), call(theirs))
 
 
 def seen(framework: str, at: Any, **settings: Any) -> list[Any]:
     """What a tiny Fuyu says about images, on a framework and on PyTorch."""
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=fuyu_tokenizer.backend(), **fuyu_tokenizer.SPECIAL)
     patch = tokenizer.convert_tokens_to_ids("|SPEAKER|")
-    model = ours_of(
+    model = monoblock_model(
         "FuyuForCausalLM",
         **fields("fuyu", vocab_size=len(tokenizer), eos_token_id=None, image_token_id=patch),
     )

@@ -1,6 +1,6 @@
 """Run as two processes with two devices each: what a mesh across them computes and saves, for the test beside it.
 
-    python flax_processes.py NUMBER PORT FOLDER SECONDS
+    python flax_multiprocess.py NUMBER PORT FOLDER SECONDS
 
 FOLDER/start is a checkpoint. Each process writes FOLDER/NUMBER.npz, and ends after SECONDS whatever it waits for.
 """
@@ -11,11 +11,11 @@ import faulthandler
 import os
 import sys
 
-import quick_xla
+import xla_test_flags
 
 if __name__ == "__main__":
     faulthandler.dump_traceback_later(float(sys.argv[4]), exit=True)
-    os.environ["XLA_FLAGS"] = quick_xla.flags("--xla_force_host_platform_device_count=2")
+    os.environ["XLA_FLAGS"] = xla_test_flags.flags("--xla_force_host_platform_device_count=2")
 
 from pathlib import Path
 from typing import Any

@@ -7,10 +7,10 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
-import checkpoints_made as made
 import numpy as np
 import pytest
 import torch
+import upstream_releases
 from helpers import randomised
 from safetensors.torch import load_file, save_file
 
@@ -98,16 +98,16 @@ def mistral_logits(state: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPat
 
 
 def test_mistral_equals_the_makers_arithmetic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    state = made.mistral_state()
-    result = convert(made.mistral_release(tmp_path / "a", state), tmp_path / "b")
+    state = upstream_releases.mistral_state()
+    result = convert(upstream_releases.mistral_release(tmp_path / "a", state), tmp_path / "b")
     assert result.source_format == "mistral" and result.architecture == "MistralForCausalLM"
     expected = mistral_logits(state, monkeypatch)
     torch.testing.assert_close(logits(tmp_path / "b", "MistralForCausalLM"), expected, atol=2e-5, rtol=0)
 
 
 def test_mistral_permutation_by_index(tmp_path: Path) -> None:
-    state = made.mistral_state()
-    convert(made.mistral_release(tmp_path / "a", state), tmp_path / "b")
+    state = upstream_releases.mistral_state()
+    convert(upstream_releases.mistral_release(tmp_path / "a", state), tmp_path / "b")
     found = load_file(tmp_path / "b" / "model.safetensors")
     for theirs, ours, heads in (("wq", "q_proj", 4), ("wk", "k_proj", 2)):
         old = state[f"layers.1.attention.{theirs}.weight"]
@@ -120,7 +120,9 @@ def test_mistral_permutation_by_index(tmp_path: Path) -> None:
 
 
 def test_mistral_files_and_config(tmp_path: Path) -> None:
-    convert(made.mistral_release(tmp_path / "a", sliding_window="7", max_seq_len=99), tmp_path / "b")
+    convert(
+        upstream_releases.mistral_release(tmp_path / "a", sliding_window="7", max_seq_len=99), tmp_path / "b"
+    )
     config = monoblock.MistralConfig.from_pretrained(tmp_path / "b")
     assert (config.sliding_window, config.rope_theta, config.head_dim, config.num_key_value_heads) == (
         7,
@@ -134,7 +136,7 @@ def test_mistral_files_and_config(tmp_path: Path) -> None:
 
 
 def test_mistral_shards_of_two_ranks(tmp_path: Path) -> None:
-    state, folder = made.mistral_state(), made.mistral_release(tmp_path / "a")
+    state, folder = upstream_releases.mistral_state(), upstream_releases.mistral_release(tmp_path / "a")
     along_columns = ("tok_embeddings", "wo", "w2")
     for rank in (0, 1):
         part: dict[str, torch.Tensor] = {}
@@ -150,36 +152,36 @@ def test_mistral_shards_of_two_ranks(tmp_path: Path) -> None:
                 part[name] = (tensor[:cut] if rank == 0 else tensor[cut:]).clone()
         torch.save(part, folder / f"consolidated.{rank:02}.pth")
     convert(folder, tmp_path / "b")
-    convert(made.mistral_release(tmp_path / "whole", state), tmp_path / "c")
+    convert(upstream_releases.mistral_release(tmp_path / "whole", state), tmp_path / "c")
     same_tensors(tmp_path / "b", tmp_path / "c")
 
 
 def test_mistral_files_with_tensors_of_their_own(tmp_path: Path) -> None:
-    state, folder = made.mistral_state(), made.mistral_release(tmp_path / "a")
+    state, folder = upstream_releases.mistral_state(), upstream_releases.mistral_release(tmp_path / "a")
     (folder / "consolidated.00.pth").unlink()
     names = sorted(state)
     save_file({name: state[name] for name in names[:9]}, folder / "consolidated-00001-of-00002.safetensors")
     save_file({name: state[name] for name in names[9:]}, folder / "consolidated-00002-of-00002.safetensors")
     convert(folder, tmp_path / "b")
-    convert(made.mistral_release(tmp_path / "whole", state), tmp_path / "c")
+    convert(upstream_releases.mistral_release(tmp_path / "whole", state), tmp_path / "c")
     same_tensors(tmp_path / "b", tmp_path / "c")
 
 
 def test_mistral_and_back(tmp_path: Path) -> None:
-    state = {name: tensor.bfloat16() for name, tensor in made.mistral_state().items()}
-    convert(made.mistral_release(tmp_path / "a", state), tmp_path / "b")
+    state = {name: tensor.bfloat16() for name, tensor in upstream_releases.mistral_state().items()}
+    convert(upstream_releases.mistral_release(tmp_path / "a", state), tmp_path / "b")
     result = convert(tmp_path / "b", tmp_path / "c", Options(target_format="mistral", check=True))
     back = load_file(tmp_path / "c" / "consolidated.safetensors")
     assert back.keys() == state.keys()
     assert all(torch.equal(back[name], state[name]) for name in state)
-    assert json.loads((tmp_path / "c" / "params.json").read_text()) == made.MISTRAL
+    assert json.loads((tmp_path / "c" / "params.json").read_text()) == upstream_releases.MISTRAL
     assert result.comparison is not None and result.comparison.logits is not None
     assert result.comparison.equal == result.comparison.tensors and result.comparison.logits.agreement == 1
 
 
 def test_mistral_windows_in_some_layers_and_back(tmp_path: Path) -> None:
     """Ministral's params.json holds a list of windows, which is repeated over the layers."""
-    convert(made.mistral_release(tmp_path / "a", sliding_window=[None, 7]), tmp_path / "b")
+    convert(upstream_releases.mistral_release(tmp_path / "a", sliding_window=[None, 7]), tmp_path / "b")
     config = monoblock.AutoConfig.from_pretrained(tmp_path / "b")
     assert config.layer_types == ["full_attention", "sliding_attention"]
     assert config.to_spec().windows == (None, 7)
@@ -200,7 +202,7 @@ def test_mistral_windows_in_some_layers_and_back(tmp_path: Path) -> None:
 )
 def test_mistral_refuses_what_it_cannot_honour(tmp_path: Path, fields: dict[str, Any], words: str) -> None:
     with pytest.raises(monoblock.UnsupportedConfig, match=words):
-        convert(made.mistral_release(tmp_path / "a", **fields), tmp_path / "b")
+        convert(upstream_releases.mistral_release(tmp_path / "a", **fields), tmp_path / "b")
     assert not (tmp_path / "b").exists()
 
 
@@ -210,7 +212,7 @@ def test_mistral_refuses_what_it_cannot_honour(tmp_path: Path, fields: dict[str,
 @pytest.mark.parametrize("pieces", [10])
 def test_openai_and_back(tmp_path: Path, pieces: int) -> None:
     model = gpt()
-    made.openai_release(tmp_path / "a", model, pieces)
+    upstream_releases.openai_release(tmp_path / "a", model, pieces)
     result = convert(tmp_path / "a", tmp_path / "b", Options(check=True))
     assert result.source_format == "openai-gpt" and result.architecture == "OpenAIGPTLMHeadModel"
     with torch.no_grad():
@@ -226,7 +228,7 @@ def test_openai_and_back(tmp_path: Path, pieces: int) -> None:
 
 
 def test_openai_equals_transformers(tmp_path: Path) -> None:
-    made.openai_release(tmp_path / "a", gpt())
+    upstream_releases.openai_release(tmp_path / "a", gpt())
     convert(tmp_path / "a", tmp_path / "b")
     theirs = transformers.OpenAIGPTLMHeadModel.from_pretrained(tmp_path / "b").eval()
     with torch.no_grad():
@@ -236,7 +238,7 @@ def test_openai_equals_transformers(tmp_path: Path) -> None:
 
 def test_openai_heads_of_other_sizes_need_a_config(tmp_path: Path) -> None:
     model = gpt(heads=3, width=36)
-    made.openai_release(tmp_path / "a", model)
+    upstream_releases.openai_release(tmp_path / "a", model)
     with pytest.raises(monoblock.CheckpointError, match="n_head"):
         convert(tmp_path / "a", tmp_path / "b")
     (tmp_path / "a" / "config.json").write_text('{"n_head": 3}')
@@ -251,7 +253,7 @@ def test_openai_heads_of_other_sizes_need_a_config(tmp_path: Path) -> None:
 @pytest.mark.parametrize("form", ["folder", "tar", "file"])
 def test_fuyu_from_the_makers_checkpoint(tmp_path: Path, form: str) -> None:
     model = fuyu()
-    source = made.fuyu_release(tmp_path / "a", model)
+    source = upstream_releases.fuyu_release(tmp_path / "a", model)
     if form == "tar":
         source = tmp_path / "release.tar"
         with tarfile.open(source, "w") as archive:
@@ -272,7 +274,7 @@ def test_fuyu_from_the_makers_checkpoint(tmp_path: Path, form: str) -> None:
 
 
 def test_fuyu_and_back(tmp_path: Path) -> None:
-    source = made.fuyu_release(tmp_path / "a", fuyu())
+    source = upstream_releases.fuyu_release(tmp_path / "a", fuyu())
     convert(source, tmp_path / "b", Options(dtype="bfloat16"))
     convert(tmp_path / "b", tmp_path / "c", Options(target_format="fuyu", check=True))
     assert sorted(
@@ -311,7 +313,7 @@ def foundry_model() -> Any:
 @pytest.mark.parametrize("prefix", ["", "model."])
 def test_llm_foundry_export(tmp_path: Path, prefix: str) -> None:
     model = foundry_model()
-    source = made.foundry_release(tmp_path / "a", model, prefix)
+    source = upstream_releases.foundry_release(tmp_path / "a", model, prefix)
     result = convert(source, tmp_path / "b", Options(check=True))
     assert result.source_format == "llm-foundry" and result.architecture == "MptForCausalLM"
     with torch.no_grad():
@@ -326,12 +328,16 @@ def test_llm_foundry_export(tmp_path: Path, prefix: str) -> None:
 
 def test_composer_checkpoint(tmp_path: Path) -> None:
     model = foundry_model()
-    exported = made.foundry_release(tmp_path / "a", model)
+    exported = upstream_releases.foundry_release(tmp_path / "a", model)
     content = json.loads((exported / "config.json").read_text())
     state = {"model." + name: tensor for name, tensor in model.hub_state_dict().items()}
     huggingface = {"model": {"config": {"content": content}}}
     whole = {
-        "state": {"model": state, "integrations": {"huggingface": huggingface}, "run_name": made.Megatron()}
+        "state": {
+            "model": state,
+            "integrations": {"huggingface": huggingface},
+            "run_name": upstream_releases.Megatron(),
+        }
     }
     torch.save(whole, tmp_path / "ep1-ba100.pt")
     convert(tmp_path / "ep1-ba100.pt", tmp_path / "b")

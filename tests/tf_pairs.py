@@ -5,14 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import families_made
 import mpt_pairs
 import numpy as np
 import tensorflow as tf
+import tiny_families
 import torch
-from families_made import labels_of, texts
 from helpers import randomised
 from measure import assert_close, rounding
+from tiny_families import labels_of, model_inputs
 
 import monoblock
 from monoblock.backends.tf.classes import make_class
@@ -28,17 +28,17 @@ def fields(name: str) -> dict[str, Any]:
     """The fields of a tiny config of that class, of two layers."""
     if name.startswith("Mpt"):
         return {**mpt_pairs.fields(HEADS[name]), "n_layers": 2}
-    kind = families_made.CLASSES[name]
-    return families_made.fields(kind, HEADS[name], **families_made.TWO_LAYERS[kind])
+    kind = tiny_families.CLASSES[name]
+    return tiny_families.fields(kind, HEADS[name], **tiny_families.TWO_LAYERS[kind])
 
 
 def pair(name: str, folder: Path, **more: Any) -> tuple[Any, Any]:
     """A random model on PyTorch, and on TensorFlow from its files."""
     theirs = getattr(monoblock, name)(family_of(name).config(**{**fields(name), **more})).eval()
-    return theirs, twin(randomised(theirs), folder)
+    return theirs, tf_copy(randomised(theirs), folder)
 
 
-def twin(theirs: Any, folder: Path) -> Any:
+def tf_copy(theirs: Any, folder: Path) -> Any:
     """A PyTorch model's files, read by the TF class."""
     theirs.save_pretrained(folder)
     return make_class("TF" + theirs.row.name).from_pretrained(folder)
@@ -57,12 +57,12 @@ def model(name: str, **more: Any) -> Any:
 
 def shallow(name: str, **more: Any) -> Any:
     """A random TF model of one layer, for what does not depend on their number: traces are short."""
-    return model(name, **families_made.ONE_LAYER[family_of(name).name], **more)
+    return model(name, **tiny_families.ONE_LAYER[family_of(name).name], **more)
 
 
 def inputs(name: str, padding: str = "none") -> dict[str, torch.Tensor]:
     """Ids and mask for a class, past the windows."""
-    ids, mask = texts(name.replace("Mpt", "Mistral"), padding)  # the same kinds of heads
+    ids, mask = model_inputs(name.replace("Mpt", "Mistral"), padding)  # the same kinds of heads
     return {"input_ids": ids} if mask is None else {"input_ids": ids, "attention_mask": mask}
 
 
@@ -75,7 +75,7 @@ def numpy(tensors: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
     return {key: x.numpy() for key, x in tensors.items()}
 
 
-def bound_of(theirs: Any, out: Any) -> float:
+def rounding_bound(theirs: Any, out: Any) -> float:
     """How far TensorFlow may be from a PyTorch model's output, which has the hidden states."""
     assert "hidden_states" in out
     return rounding(theirs.spec, out)
@@ -93,6 +93,6 @@ def file_gradients(model: Any, gradients: list[Any]) -> dict[str, np.ndarray]:
     found = {id(v): g for v, g in zip(model.trainable_variables, gradients, strict=True) if g is not None}
     return {
         name: slot.laid(tf.convert_to_tensor(found[id(slot.variable)]).numpy())
-        for name, slot in model.slots().items()
+        for name, slot in model.stored_variables().items()
         if id(slot.variable) in found
     }

@@ -96,7 +96,7 @@ def fields(model_type: str, heads: int = 6, **more: Any) -> dict[str, Any]:
     return {**ids, **_FIELDS[model_type](heads), "num_labels": LABELS, **more}
 
 
-def theirs_of(name: str, **kwargs: Any) -> Any:
+def transformers_model(name: str, **kwargs: Any) -> Any:
     """transformers' model of that class, random, in evaluation mode; eager, so that attentions can be had."""
     cls = getattr(transformers, name)
     made = cls(cls.config_class(**kwargs, attn_implementation="eager"))
@@ -105,7 +105,7 @@ def theirs_of(name: str, **kwargs: Any) -> Any:
     return made.eval()
 
 
-def ours_of(name: str, theirs: Any = None, **kwargs: Any) -> Any:
+def monoblock_model(name: str, theirs: Any = None, **kwargs: Any) -> Any:
     """The same model here: from transformers' weights, or random ones of its own."""
     made = getattr(monoblock, name)(family_of(name).config(**kwargs)).eval()
     if theirs is None:
@@ -119,15 +119,15 @@ def pair(name: str, heads: int = 6, labels: int = LABELS) -> tuple[Any, Any]:
     """The same random model in transformers and here."""
     if name == "MPNetForQuestionAnswering":
         labels = 2  # transformers gives this one head an output for each label of the config
-    return made_pair(name, **fields(CLASSES[name], heads, num_labels=labels))
+    return model_pair(name, **fields(CLASSES[name], heads, num_labels=labels))
 
 
-def made_pair(name: str, **kwargs: Any) -> tuple[Any, Any]:
-    theirs = theirs_of(name, **kwargs)
-    return theirs, ours_of(name, theirs, **kwargs)
+def model_pair(name: str, **kwargs: Any) -> tuple[Any, Any]:
+    theirs = transformers_model(name, **kwargs)
+    return theirs, monoblock_model(name, theirs, **kwargs)
 
 
-def texts(name: str, padding: str = "left", seed: int = 1) -> tuple[torch.Tensor, torch.Tensor | None]:
+def model_inputs(name: str, padding: str = "left", seed: int = 1) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Ids and mask for a class: (batch, tokens), or (batch, choices, tokens) where it chooses."""
     pad = PADS[CLASSES[name]]
     if KIND[name] not in ("choice", "double"):
@@ -160,10 +160,10 @@ def logits_of(out: Any) -> torch.Tensor:
     return out.logits if "logits" in out else out.last_hidden_state
 
 
-def same_logits(what: str, name: str, theirs: Any, ours: Any) -> None:
+def assert_same_logits(what: str, name: str, theirs: Any, ours: Any) -> None:
     """Logits of the class `name`, with each padding and in the kernels that a CPU has."""
     for padding in PADDINGS:
-        ids, mask = texts(name, padding)
+        ids, mask = model_inputs(name, padding)
         there = theirs(ids, attention_mask=mask, output_hidden_states=True)
         bound = rounding(ours.spec, there)
         for kernel in ("sdpa", "eager"):
@@ -172,7 +172,7 @@ def same_logits(what: str, name: str, theirs: Any, ours: Any) -> None:
             assert_close(f"{what}, {padding}, {kernel}", found, there.logits, bound, mask)
 
 
-def by_token(name: str) -> bool:
+def per_token(name: str) -> bool:
     """Whether a head says something at every token."""
     return KIND[name] not in ("sequence", "first", "choice")
 

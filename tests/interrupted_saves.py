@@ -36,7 +36,7 @@ def tags(model: Any, tensors: dict[str, Any]) -> set[int]:
     return {int(tag) for tag in found}
 
 
-def save_beside(folder: Path, tag: int) -> None:
+def save_companions(folder: Path, tag: int) -> None:
     """What belongs to a model, one after the other: a tokenizer, a generation config, an image processor."""
     backend = word_piece("a", "b")
     tokenizer = monoblock.PreTrainedTokenizerFast(tokenizer_object=backend, model_max_length=tag)
@@ -46,8 +46,8 @@ def save_beside(folder: Path, tag: int) -> None:
     monoblock.FuyuImageProcessor(size={"height": 30 * tag, "width": 30}).save_pretrained(folder)
 
 
-def beside(folder: Path) -> list[int]:
-    """The tags of what `save_beside` wrote, of those that were written in the order of saving."""
+def companion_tags(folder: Path) -> list[int]:
+    """The tags of what `save_companions` wrote, of those that were written in the order of saving."""
     tokenizer = monoblock.AutoTokenizer.from_pretrained(folder)
     assert tokenizer.chat_template == {
         "default": str(tokenizer.model_max_length),
@@ -58,19 +58,19 @@ def beside(folder: Path) -> list[int]:
     return [tokenizer.model_max_length, other, image]
 
 
-def check_beside(folder: Path, points: int) -> None:
+def check_companions(folder: Path, points: int) -> None:
     """Each of these saves is whole, and a later one has not begun before an earlier one was done."""
 
     def prepare() -> None:
         shutil.rmtree(folder, ignore_errors=True)
-        save_beside(folder, 1)
+        save_companions(folder, 1)
 
     prepare()
-    count = len(kill_points.operations(lambda: save_beside(folder, 2)))
+    count = len(kill_points.operations(lambda: save_companions(folder, 2)))
     for at in kill_points.spread(count, points):
         prepare()
-        assert kill_points.cut_off(lambda: save_beside(folder, 2), at) == (at < count)
-        found = beside(folder)
+        assert kill_points.interrupted(lambda: save_companions(folder, 2), at) == (at < count)
+        found = companion_tags(folder)
         assert found == sorted(found, reverse=True)
         assert set(found) <= {1, 2}
 
@@ -95,7 +95,7 @@ def check(
     seen: set[int] = set()
     for at in kill_points.spread(count, points):
         prepare()
-        assert kill_points.cut_off(lambda: save(2, after), at) == (at < count)
+        assert kill_points.interrupted(lambda: save(2, after), at) == (at < count)
         found = read()
         assert found in ({1}, {2}), f"mixed after {at} of {count} operations: {found}"
         assert (folder / "README.md").read_text() == "mine"

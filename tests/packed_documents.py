@@ -19,8 +19,8 @@ NAMES = (
 )
 LENGTHS = (12, 5, 20, 1)  # longer and shorter than the windows
 COUNT = sum(LENGTHS)
-NUMBERS = np.repeat(np.arange(len(LENGTHS)), LENGTHS)[None]
-PLACES = np.concatenate([np.arange(length) for length in LENGTHS])[None]
+SEGMENTS = np.repeat(np.arange(len(LENGTHS)), LENGTHS)[None]
+POSITIONS = np.concatenate([np.arange(length) for length in LENGTHS])[None]
 
 
 def ids_of(rows: int = 1) -> np.ndarray[Any, Any]:
@@ -30,27 +30,27 @@ def ids_of(rows: int = 1) -> np.ndarray[Any, Any]:
 def positions(spec: Any) -> np.ndarray[Any, Any]:
     """Positions that begin anew, as this model's table numbers them."""
     learned = spec.position(Learned)
-    return PLACES + (learned.offset if learned else 0)
+    return POSITIONS + (learned.offset if learned else 0)
 
 
-def apart(ids: np.ndarray[Any, Any]) -> dict[str, np.ndarray[Any, Any]]:
+def unpacked(ids: np.ndarray[Any, Any]) -> dict[str, np.ndarray[Any, Any]]:
     """The documents of rows (rows, COUNT), each in a row of its own: (rows x documents, longest), padded after it.
 
     One shape for all of them: for each length JAX would compile another program.
     """
     wide = np.full((len(ids), len(LENGTHS), max(LENGTHS)), PAD)
-    wide[:, NUMBERS[0], PLACES[0]] = ids
+    wide[:, SEGMENTS[0], POSITIONS[0]] = ids
     mask = (np.arange(max(LENGTHS)) < np.array(LENGTHS)[:, None]).astype(int)
     flat = (-1, max(LENGTHS))
     return {"input_ids": wide.reshape(flat), "attention_mask": np.tile(mask, (len(ids), 1))}
 
 
-def places(rows: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+def unpacked_indices(rows: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
     """Where the tokens of packed rows are in what `apart` gives: row and column, each (rows, COUNT)."""
     first = len(LENGTHS) * np.arange(rows)[:, None]
-    return first + NUMBERS, PLACES.repeat(rows, axis=0)
+    return first + SEGMENTS, POSITIONS.repeat(rows, axis=0)
 
 
-def definition(theirs: Any, ids: np.ndarray[Any, Any], **given: Any) -> np.ndarray[Any, Any]:
+def expected_hidden(theirs: Any, ids: np.ndarray[Any, Any], **given: Any) -> np.ndarray[Any, Any]:
     """The oracle's last hidden states of packed rows, with the PyTorch model's weights."""
-    return expected(theirs, ids, segments=np.broadcast_to(NUMBERS, ids.shape), **given).hidden
+    return expected(theirs, ids, segments=np.broadcast_to(SEGMENTS, ids.shape), **given).hidden
