@@ -57,7 +57,7 @@ def test_an_eos_of_the_files_that_the_vocabulary_lacks_is_of_no_use() -> None:
 def test_a_pad_token_that_rows_would_be_fed_with() -> None:
     rows = [[7, 8], [1, 2]]
     with pytest.raises(
-        ValueError, match=r"filled with the token 100, but .* 0 to 99: say another pad_token_id"
+        ValueError, match=r"filled with the token 100, but .* 0 to 99: set another pad_token_id"
     ):
         limited().generate(rows, max_new_tokens=2, eos_token_id=9, pad_token_id=100)
     with pytest.raises(ValueError, match="filled with the token 500"):
