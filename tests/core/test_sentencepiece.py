@@ -224,7 +224,7 @@ def test_fields_in_any_order_and_unknown_ones(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("data", "says"),
     [
-        (b"", "holds no vocabulary"),
+        (b"", "has no vocabulary"),
         (message(vocabulary())[:-7], "ends . bytes too early"),
         (message(vocabulary())[:4000], "too early"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:4\n", "not a SentencePiece model"),
