@@ -159,10 +159,10 @@ class NumpyOps:
     """`ArrayOps` on NumPy arrays: the reference for backends, and the backend of the unit tests."""
 
     def array(self, values: Any) -> Array:
-        made = np.asarray(values)
-        if made.dtype == np.bool_:
-            return made
-        return made.astype(np.float32 if made.dtype.kind == "f" else np.int64, copy=False)
+        x = np.asarray(values)
+        if x.dtype == np.bool_:
+            return x
+        return x.astype(np.float32 if x.dtype.kind == "f" else np.int64, copy=False)
 
     def to_numpy(self, x: Array) -> np.ndarray[Any, Any]:
         return np.asarray(x)

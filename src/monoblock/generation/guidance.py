@@ -32,7 +32,7 @@ class Guidance:
     ):
         self.ops, self.scale, self.decoder = ops, scale, decoder
         self.prompt, self.expand = prompt, expand
-        self.begun = False
+        self.prefilled = False
 
     def __call__(self, ids_bn: Array, scores_bv: Array) -> Array:
         logs_bv = self.ops.log_softmax(scores_bv)
@@ -40,9 +40,9 @@ class Guidance:
         return self.scale * (logs_bv - other_bv) + other_bv
 
     def _other(self, ids_bn: Array) -> Array:
-        if self.begun:
+        if self.prefilled:
             return self.decoder.step(ids_bn[:, -1:])
-        self.begun = True
+        self.prefilled = True
         first_bv = self.decoder.prefill(*self.prompt)
         if first_bv.shape[0] == ids_bn.shape[0]:
             return first_bv

@@ -167,9 +167,9 @@ class GenerationRun:
             return self.config.pad_token_id
         if self.config.eos_ids:
             return self.config.eos_ids[0]
-        apart = any(not isinstance(own, stopping.ENDS_ALL_ROWS) for own in self.own_criteria)
+        per_row = any(not isinstance(own, stopping.ENDS_ALL_ROWS) for own in self.own_criteria)
         returned = self.plan.batch * (self.config.num_return_sequences or 1)
-        if returned > 1 and (self.config.stop_strings or apart):
+        if returned > 1 and (self.config.stop_strings or per_row):
             raise ValueError(
                 "rows of a batch can finish at different times, and there is no token to pad them with: set "
                 "pad_token_id"

@@ -95,22 +95,22 @@ def prompt_ids(
 def as_array(ops: ArrayOps, name: str, value: Any, expected: str) -> Array:
     """The argument `name` as an array of numbers; ValueError for other values."""
     try:
-        made = ops.array(value)
+        array = ops.array(value)
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         why = str(error).partition("\n")[0]
         raise ValueError(f"{name} must be {expected}, got {brief(value)}: {why}") from error
-    if not any(kind in str(made.dtype) for kind in ("int", "float", "bool")):
-        raise ValueError(f"{name} must be {expected}, got {made.dtype}")
-    return made
+    if not any(kind in str(array.dtype) for kind in ("int", "float", "bool")):
+        raise ValueError(f"{name} must be {expected}, got {array.dtype}")
+    return array
 
 
 def check_positions(ops: ArrayOps, positions: Any, rows: int, columns: int) -> None:
     """ValueError unless there is an integer position for each token of the prompts (or of one row for all)."""
-    made = as_array(ops, "position_ids", positions, "integers (rows, tokens)")
-    if tuple(made.shape) not in ((rows, columns), (1, columns)) or "int" not in str(made.dtype):
+    array = as_array(ops, "position_ids", positions, "integers (rows, tokens)")
+    if tuple(array.shape) not in ((rows, columns), (1, columns)) or "int" not in str(array.dtype):
         raise ValueError(
-            f"position_ids must be integers (rows, tokens) = ({rows}, {columns}), got {made.dtype} "
-            f"{tuple(made.shape)}"
+            f"position_ids must be integers (rows, tokens) = ({rows}, {columns}), got {array.dtype} "
+            f"{tuple(array.shape)}"
         )
 
 
@@ -159,7 +159,7 @@ def prompt_mask(
             return None
         mask = ids != config.pad_token_id
         mask[~mask.any(axis=1), -1] = (
-            True  # a prompt of one pad token is no padding: some models begin with it
+            True  # a prompt of one pad token is not padding: some models begin with it
         )
     else:
         return None

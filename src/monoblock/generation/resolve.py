@@ -165,7 +165,7 @@ def refuse_unsupported(
     for name, row in table.items():
         allowed, reason = (own or {}).get(name, row)
         value = given.get(name)
-        if value is not None and not any(value is fine or value == fine for fine in allowed):
+        if value is not None and not any(value is supported or value == supported for supported in allowed):
             raise UnsupportedConfig(f"{prefix}{name}={brief(value)}: {reason}")
 
 

@@ -28,13 +28,13 @@ def _cut(ops: ArrayOps, scores_bv: Array, remove_bv: Array) -> Array:
 
 
 def top_k(ops: ArrayOps, scores_bv: Array, k: int, keep: int = 1) -> Array:
-    """Only the k most likely tokens, and those tied with the last of them."""
+    """Only the k most likely tokens, and those tied with the last of them (arXiv 1805.04833)."""
     best_bk, _ = ops.top_k(scores_bv, min(max(k, keep), scores_bv.shape[-1]))
     return _cut(ops, scores_bv, scores_bv < best_bk[:, -1:])
 
 
 def top_p(ops: ArrayOps, scores_bv: Array, p: float, keep: int = 1) -> Array:
-    """Only the smallest set of likeliest tokens whose probabilities add up to at least p."""
+    """Only the smallest set of likeliest tokens whose probabilities add up to at least p (arXiv 1904.09751)."""
     vocab = scores_bv.shape[-1]
     if vocab > WINDOW:
         best_bk, index_bk = ops.top_k(scores_bv, WINDOW)
@@ -70,7 +70,7 @@ def _spare_first(ops: ArrayOps, remove_bk: Array, keep: int) -> Array:
 
 
 def min_p(ops: ArrayOps, scores_bv: Array, p: float, keep: int = 1) -> Array:
-    """Only tokens with at least p times the probability of the likeliest one."""
+    """Only tokens with at least p times the probability of the likeliest one (arXiv 2407.01082)."""
     if p == 0:
         return scores_bv
     # The ratio of two probabilities is the difference of their scores: no softmax over the vocabulary.

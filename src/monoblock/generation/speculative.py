@@ -121,8 +121,8 @@ def _drawn(generation: GenerationRun, p_scores_1v: Array, q_scores_1v: Array, dr
     """A sample of the distribution p, by way of a draft token that was drawn from q."""
     ops, generator = generation.ops, generation.generator
     p_1v, q_1v = ops.softmax(p_scores_1v), ops.softmax(q_scores_1v)
-    here = ops.array([[draft_token]])
-    [[p]], [[q]] = ops.to_list(ops.take_along(p_1v, here)), ops.to_list(ops.take_along(q_1v, here))
+    index_11 = ops.array([[draft_token]])
+    [[p]], [[q]] = ops.to_list(ops.take_along(p_1v, index_11)), ops.to_list(ops.take_along(q_1v, index_11))
     if p >= q:
         return draft_token
     # Two outcomes with their log-probabilities as scores: accept with probability p / q.

@@ -26,7 +26,7 @@ FORMS = (
 COMPACT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 # llguidance's form of a tokenizer takes about a second to build for a large vocabulary.
-_made: WeakKeyDictionary[Any, dict[tuple[int, tuple[int, ...]], Any]] = WeakKeyDictionary()
+_llguidance_tokenizers: WeakKeyDictionary[Any, dict[tuple[int, tuple[int, ...]], Any]] = WeakKeyDictionary()
 
 
 class Structured:
@@ -143,13 +143,13 @@ def _grammar(library: Any, wanted: Any) -> str:
 
 
 def _tokenizer(library: Any, tokenizer: Any, vocab: int, eos: tuple[int, ...]) -> Any:
-    made = _made.setdefault(tokenizer, {})
-    if (vocab, eos) not in made:
+    cached = _llguidance_tokenizers.setdefault(tokenizer, {})
+    if (vocab, eos) not in cached:
         try:
             text = tokenizer.backend_tokenizer.to_str()
-            made[vocab, eos] = library.LLTokenizer(text, n_vocab=vocab, eos_token=list(eos))
+            cached[vocab, eos] = library.LLTokenizer(text, n_vocab=vocab, eos_token=list(eos))
         except Exception as error:  # any error of the library's Rust side for an unsupported tokenizer
             raise ValueError(
                 f"response_format cannot use this tokenizer with a model of {vocab} tokens: {error}"
             ) from error
-    return made[vocab, eos]
+    return cached[vocab, eos]

@@ -114,12 +114,12 @@ def pipeline(
         frameworks.of_model(model, framework)
         _check_object(config, {k: v for k, v in loading.items() if not (named and k in HUB)})
         task = task or default_task([type(model).__name__])
-        made = model
+        loaded_model = model
     else:
-        made, task = _load(frameworks.chosen(framework), task, source, config, device, loading)
+        loaded_model, task = _load(frameworks.chosen(framework), task, source, config, device, loading)
     components = _components(task, source, hub, tokenizer, image_processor, processor)
     module = importlib.import_module(f"monoblock.pipelines.{task.replace('-', '_')}")
-    return getattr(module, TASKS[task][0])(made, device=device, **components, **kwargs)
+    return getattr(module, TASKS[task][0])(loaded_model, device=device, **components, **kwargs)
 
 
 def known_task(task: str) -> str:
@@ -146,9 +146,9 @@ def default_task(architectures: Any) -> str:
 
 
 def _refuse(kwargs: dict[str, Any]) -> None:
-    for name, (fine, why) in REFUSED.items():
+    for name, (harmless, why) in REFUSED.items():
         value = kwargs.pop(name, None)
-        if value is not None and value not in fine:
+        if value is not None and value not in harmless:
             raise ValueError(f"pipeline does not support {name}={value!r}: {why}")
 
 

@@ -106,7 +106,7 @@ def like(example: Any) -> Callable[[Any], Any]:
     def back(value: Any) -> Any:
         if isinstance(value, list | tuple):
             return [back(item) for item in cast("Sequence[Any]", value)]
-        made = convert(value)
-        return made.to(example.device) if framework == "pt" else made
+        converted = convert(value)
+        return converted.to(example.device) if framework == "pt" else converted
 
     return back

@@ -91,10 +91,10 @@ class PreTrainedTokenizerFast(SavingMixin, PaddingMixin, TransformersClassMixin)
 
     def _current_bos_eos(self) -> tuple[bool, bool]:
         """Whether the backend's post-processor adds bos before a text, and eos after it."""
-        made = self._with_special_tokens([], None).ids
+        ids = self._with_special_tokens([], None).ids
         text = self._with_special_tokens([0], None)
-        at = text.mask.index(0) if 0 in text.mask else len(made)
-        return self.bos_token_id in made[:at], self.eos_token_id in made[at:]
+        at = text.mask.index(0) if 0 in text.mask else len(ids)
+        return self.bos_token_id in ids[:at], self.eos_token_id in ids[at:]
 
     def _take_backend_settings(self, kwargs: dict[str, Any]) -> None:
         """Use padding and truncation of a tokenizer.json as defaults; each call sets its own."""

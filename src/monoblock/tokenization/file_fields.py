@@ -69,11 +69,11 @@ class ConfigFields(TypedDict, total=False):
 def check_config(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
     """The content of tokenizer_config.json, with tokens as objects; FieldError names the file and the field."""
     with in_file(path):
-        made = {name: _with_tokens(name, value) for name, value in config.items()}
+        fields = {name: _with_tokens(name, value) for name, value in config.items()}
         for name in ("model_max_length", "max_len"):
-            if name in made:
-                made[name] = length(name, made[name])
-        return checked_fields(OWNER, made, declared(ConfigFields))
+            if name in fields:
+                fields[name] = length(name, fields[name])
+        return checked_fields(OWNER, fields, declared(ConfigFields))
 
 
 def _with_tokens(name: str, value: Any) -> Any:

@@ -68,8 +68,8 @@ class SpecialTokensMixin:
             if isinstance(value, Mapping):
                 more.update(cast(Mapping[str, Any], value))
             else:
-                there = {str(token) for token in extra}
-                extra += [token for token in _checked_list(name, value or []) if str(token) not in there]
+                present = {str(token) for token in extra}
+                extra += [token for token in _checked_list(name, value or []) if str(token) not in present]
         for key in [key for key in kwargs if key.endswith("_token")]:
             if key in NAMES or isinstance(kwargs[key], str | AddedToken):
                 more[key] = kwargs.pop(key)

@@ -106,23 +106,23 @@ class _BudgetTransformer(NodeTransformer):
 
     def visit_Getitem(self, node: nodes.Getitem) -> nodes.Node:
         self.generic_visit(node)
-        return _filtered("made", node, node.lineno) if isinstance(node.arg, nodes.Slice) else node
+        return _filtered("counted", node, node.lineno) if isinstance(node.arg, nodes.Slice) else node
 
     def visit_List(self, node: nodes.List) -> nodes.Node:
         self.generic_visit(node)
-        return _filtered("made", node, node.lineno)
+        return _filtered("counted", node, node.lineno)
 
     def visit_Dict(self, node: nodes.Dict) -> nodes.Node:
         self.generic_visit(node)
-        return _filtered("made", node, node.lineno)
+        return _filtered("counted", node, node.lineno)
 
     def visit_Tuple(self, node: nodes.Tuple) -> nodes.Node:
         self.generic_visit(node)
-        return _filtered("made", node, node.lineno) if node.ctx == "load" else node
+        return _filtered("counted", node, node.lineno) if node.ctx == "load" else node
 
     def visit_AssignBlock(self, node: nodes.AssignBlock) -> nodes.Node:
         self.generic_visit(node)
-        node.filter = _filtered("made", node.filter, node.lineno)
+        node.filter = _filtered("counted", node.filter, node.lineno)
         return node
 
 
@@ -135,7 +135,7 @@ def _metered(_: Any, values: Iterable[Any]) -> Iterator[Any]:
 
 
 @pass_context
-def _made(_: Any, value: Any) -> Any:
+def _counted(_: Any, value: Any) -> Any:
     run = _run.get()
     run.step()
     return run.count(value)
@@ -223,7 +223,7 @@ def _environment() -> _Sandbox:
     )
     filters = {**sandbox.filters, "tojson": budget.to_json, "from_json": budget.from_json}
     sandbox.filters = {name: _guarded(filters[name], rule) for name, rule in budget.RULES.items()}
-    sandbox.filters.update(metered=_metered, made=_made, written=_written, concatenated=_concatenated)
+    sandbox.filters.update(metered=_metered, counted=_counted, written=_written, concatenated=_concatenated)
     sandbox.tests = {name: _guarded(function, None) for name, function in sandbox.tests.items()}
     sandbox.globals.pop("lipsum")
     sandbox.globals.update(

@@ -59,9 +59,9 @@ class AttentionMaskVisualizer:
     @classmethod
     def from_config(cls, config: PretrainedConfig, tokenizer: Any) -> Self:
         """A visualizer for a config and a tokenizer, without files."""
-        made = cls.__new__(cls)
-        made._set_up(config, tokenizer, None, {})
-        return made
+        visualizer = cls.__new__(cls)
+        visualizer._set_up(config, tokenizer, None, {})
+        return visualizer
 
     def _set_up(
         self, config: PretrainedConfig, tokenizer: Any, name: str | Path | None, options: dict[str, Any]

@@ -182,12 +182,12 @@ def drawing(panels: Sequence[Panel], title: str) -> Drawing:
         + 24
     )
     tall = side + 64
-    made = Drawing(across * wide + 16, math.ceil(len(panels) / across) * tall + 40, title)
-    made.texts.append(TextElement(16, 20, title, 15, "#111111"))
+    canvas = Drawing(across * wide + 16, math.ceil(len(panels) / across) * tall + 40, title)
+    canvas.texts.append(TextElement(16, 20, title, 15, "#111111"))
     for number, panel in enumerate(panels):
         row, column = divmod(number, across)
-        _draw(made, panel, (16 + column * wide, 40 + row * tall), (margin, cell, letter))
-    return made
+        _draw(canvas, panel, (16 + column * wide, 40 + row * tall), (margin, cell, letter))
+    return canvas
 
 
 def _words(panel: Panel) -> str:
@@ -195,13 +195,13 @@ def _words(panel: Panel) -> str:
     return words + ("; orange: image patch" if panel.image.any() else "")
 
 
-def _draw(made: Drawing, panel: Panel, corner: tuple[int, int], sizes: tuple[int, int, int]) -> None:
+def _draw(canvas: Drawing, panel: Panel, corner: tuple[int, int], sizes: tuple[int, int, int]) -> None:
     margin, cell, letter = sizes
     count = len(panel.labels)
     left, top = corner[0] + margin, corner[1] + 22 + margin
-    made.texts.append(TextElement(corner[0], corner[1] + 10, panel.title, 13, "#111111"))
-    made.texts.append(TextElement(corner[0], top + count * cell + 16, _words(panel), 11, "#666666"))
-    made.box(MASKED, left, top, count * cell, count * cell)
+    canvas.texts.append(TextElement(corner[0], corner[1] + 10, panel.title, 13, "#111111"))
+    canvas.texts.append(TextElement(corner[0], top + count * cell + 16, _words(panel), 11, "#666666"))
+    canvas.box(MASKED, left, top, count * cell, count * cell)
     gap = 1 if cell >= 6 else 0
     rows = levels(panel.shade, LEVELS)
     codes = np.where(rows < 0, -1, rows + LEVELS * panel.image[None, :])
@@ -211,18 +211,18 @@ def _draw(made: Drawing, panel: Panel, corner: tuple[int, int], sizes: tuple[int
         for start, length, code in runs:
             if code >= 0:
                 x, y = left + start * cell, top + query * cell
-                made.box(shade_colour(code), x, y, length * cell - gap, cell - gap)
+                canvas.box(shade_colour(code), x, y, length * cell - gap, cell - gap)
     if gap:
         for key in range(1, count):
-            made.gaps.append((left + key * cell - 1, top, 1, count * cell))
-            made.gaps.append((left, top + key * cell - 1, count * cell, 1))
+            canvas.gaps.append((left + key * cell - 1, top, 1, count * cell))
+            canvas.gaps.append((left, top + key * cell - 1, count * cell, 1))
     step = math.ceil((letter + 1) / cell)
     for index in range(0, count, step):
         middle = (index + 0.5) * cell
         colour = "#b0b0b0" if panel.padding[index] else "#333333"
         label = clipped(panel.labels[index], 24)
-        made.texts.append(TextElement(left - 5, top + middle, label, letter, colour, "end"))
-        made.texts.append(TextElement(left + middle, top - 5, label, letter, colour, upright=True))
+        canvas.texts.append(TextElement(left - 5, top + middle, label, letter, colour, "end"))
+        canvas.texts.append(TextElement(left + middle, top - 5, label, letter, colour, upright=True))
 
 
 def shade_colour(code: int) -> str:

@@ -18,13 +18,13 @@ def mask_panels(spec: ArchSpec, tokens: Tokens, head: int | None) -> list[Panel]
     """A panel for each kind of layer and each text; ALiBi shades are those of `head`, or the mean of all heads."""
     strength = visibility.strength(spec, tokens.length, head)
     legend = _legend(spec, head)
-    made: list[Panel] = []
+    panels: list[Panel] = []
     for window, layers in visibility.layer_kinds(spec).items():
         visible_bqk = visibility.mask(spec, layers[0], tokens.batch)
         shades = np.where(visible_bqk, strength, np.float32(np.nan))
         name = f"{_layers(layers, spec.layers)}: {_mask_kind(spec, window, tokens.length)}"
-        made += _squares(tokens, name, [legend] * len(visible_bqk), shades)
-    return made
+        panels += _squares(tokens, name, [legend] * len(visible_bqk), shades)
+    return panels
 
 
 def weight_panels(
@@ -34,19 +34,19 @@ def weight_panels(
     if len(attentions) != spec.layers:
         raise ValueError(f"attentions must hold {spec.layers} layers, got {len(attentions)}")
     shape = (len(tokens.labels), spec.attention.heads, tokens.length, tokens.length)
-    made: list[Panel] = []
+    panels: list[Panel] = []
     for index in range(spec.layers) if layer is None else [check_layer(spec, layer)]:
         weights = np.asarray(attentions[index], np.float32)
         if weights.shape != shape:
             raise ValueError(f"attentions of layer {index} must be {shape}, got {weights.shape}")
         visible_bqk = visibility.mask(spec, index, tokens.batch)
         if head == "mean":
-            made += _heat(tokens, f"layer {index}, mean of all heads", weights.mean(axis=1), visible_bqk)
+            panels += _heat(tokens, f"layer {index}, mean of all heads", weights.mean(axis=1), visible_bqk)
             continue
         heads = range(spec.attention.heads) if head == "all" else [check_head(spec, head)]
         for number in heads:
-            made += _heat(tokens, f"layer {index}, head {number}", weights[:, number], visible_bqk)
-    return made
+            panels += _heat(tokens, f"layer {index}, head {number}", weights[:, number], visible_bqk)
+    return panels
 
 
 def check_layer(spec: ArchSpec, layer: int) -> int:

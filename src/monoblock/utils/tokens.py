@@ -64,8 +64,8 @@ class Reader:
         """The ids of each text; in a batch with an image, the processor encodes every text."""
         if all(image is None for image in images):
             return [list(self.tokenizer(text)["input_ids"]) for text in texts]
-        made = [self.processor([t], [i], return_tensors="np") for t, i in zip(texts, images, strict=True)]
-        return [row["input_ids"][0].tolist() for row in made]
+        encoded = [self.processor([t], [i], return_tensors="np") for t, i in zip(texts, images, strict=True)]
+        return [row["input_ids"][0].tolist() for row in encoded]
 
     def _image_names(self) -> Mapping[int, str]:
         if self.spec.patches is None:
