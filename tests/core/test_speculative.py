@@ -225,7 +225,10 @@ def test_the_latest_and_longest_match_is_taken_and_goes_round():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"inputs": [[1], [2]], "prompt_lookup_num_tokens": 3}, "needs one prompt and one sequence, got 2 rows"),
+        (
+            {"inputs": [[1], [2]], "prompt_lookup_num_tokens": 3},
+            "needs one prompt and one sequence, got 2 rows",
+        ),
         (
             {"inputs": [[1]], "prompt_lookup_num_tokens": 3, "num_return_sequences": 2, "do_sample": True},
             "needs one prompt and one sequence, got 2 rows",

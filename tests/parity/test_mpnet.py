@@ -13,7 +13,7 @@ from tiny_families import fields, model_inputs, model_pair, monoblock_model, pai
 from transformers.models.mpnet.modeling_mpnet import MPNetEncoder
 
 from monoblock import MPNetConfig
-from monoblock.backends.pytorch.ops import bucketed
+from monoblock.backends.pytorch.ops import relative_position_bucket
 
 ATOL = 2e-5  # fp32 through the fused kernels
 NAME = "MPNetModel"
@@ -22,11 +22,11 @@ NAME = "MPNetModel"
 def test_buckets() -> None:
     """Every distance within the longest text: as trained checkpoints have them, and by definition."""
     distance = torch.arange(-600, 601)
-    ours = bucketed(distance, 32, 128)
+    ours = relative_position_bucket(distance, 32, 128)
     assert torch.equal(ours, MPNetEncoder.relative_position_bucket(distance))
     for count, farthest in ((32, 128), (20, 50), (8, 128), (4, 9), (64, 128)):
         defined = [oracle.bucket(int(d), count, farthest) for d in distance]
-        assert bucketed(distance, count, farthest).tolist() == defined
+        assert relative_position_bucket(distance, count, farthest).tolist() == defined
 
 
 @pytest.mark.parametrize("buckets", [8, 20, 32, 64])
@@ -101,7 +101,8 @@ def test_two_places_are_not_for_tokens() -> None:
     assert ours.config.max_position_embeddings == 66
     assert ours(torch.randint(10, 80, (1, 64))).last_hidden_state.shape[1] == 64
     with pytest.raises(
-        ValueError, match="the model has 64 learned positions, but the text with its past has 65 tokens"
+        ValueError,
+        match="the model has 64 learned positions, but the sequence, cache included, has 65 tokens",
     ):
         ours(torch.randint(10, 80, (1, 65)))
     padded = torch.randint(10, 80, (1, 70))

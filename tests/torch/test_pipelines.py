@@ -62,7 +62,9 @@ def test_sentence_transformers_get_no_random_head(places: dict[str, str], tmp_pa
     made = pipeline(model=str(place), device="cpu")
     assert made.task == "feature-extraction"
     assert type(made.model).__name__ == "MPNetModel"
-    with pytest.raises(ValueError, match="no head for 'fill-mask', only the weights that sentence-transformers"):
+    with pytest.raises(
+        ValueError, match="no head for 'fill-mask', only the weights that sentence-transformers"
+    ):
         pipeline("fill-mask", str(place), device="cpu")
     assert not [message for message in logs.messages if "newly initialised" in message]
     whole = tmp_path / "whole"

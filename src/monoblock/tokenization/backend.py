@@ -16,7 +16,7 @@ from typing import Any, cast
 
 from tokenizers import Tokenizer
 
-from monoblock.checkpoint.json_text import MOST_BYTES, parsed
+from monoblock.checkpoint.json_text import MAX_JSON_BYTES, parsed
 from monoblock.errors import CheckpointError, FieldError, HubError, UnsupportedConfig
 from monoblock.tokenization import charsmap
 
@@ -71,8 +71,8 @@ def read_backend(path: Path) -> Tokenizer:
 
 def check(raw: bytes, path: Path | str) -> None:
     """CheckpointError for the content of a tokenizer.json that would crash the library."""
-    if len(raw) > MOST_BYTES:
-        raise CheckpointError(f"{path} has {len(raw):,} bytes; expected at most {MOST_BYTES:,}")
+    if len(raw) > MAX_JSON_BYTES:
+        raise CheckpointError(f"{path} has {len(raw):,} bytes; expected at most {MAX_JSON_BYTES:,}")
     # Splitting at unescaped quotes gives the strings and the text between them.
     bare = raw.replace(b"\\\\", b"..").replace(b'\\"', b"..")
     if max(map(len, bare.split(b'"'))) <= MOST_TEXT and b"recompiled" not in raw and not _HIDDEN.search(raw):

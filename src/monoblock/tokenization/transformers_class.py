@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 from typing import Any, cast
 
-from monoblock.virtual import both
+from monoblock.virtual import virtual_subclass
 
 # transformers 5's and 4's tokenizer over `tokenizers`, and their base: the first module that is imported counts.
 BASES = (
@@ -29,7 +29,7 @@ class TransformersClassMixin:
         own = type(self)
         for module, name in BASES:
             if (base := getattr(sys.modules.get(module), name, None)) is not None:
-                return both(own, base)
+                return virtual_subclass(own, base)
         return own
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
