@@ -308,7 +308,7 @@ def test_broken_vocabularies(tmp_path: Path) -> None:
             GPT2Tokenizer.from_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"OpenAI GPT's tokenizer needs both"):
         OpenAIGPTTokenizer(vocab={"<unk>": 0})
-    for text, says in (("a\nb\n", "lacks the special token '</s>'"), ("a\na\n", "occur twice")):
+    for text, says in (("a\nb\n", "lacks the special token '</s>'"), ("a\na\n", "duplicate tokens")):
         (tmp_path / "vocab.txt").write_text(text)
         with pytest.raises(CheckpointError, match=says):
             MPNetTokenizer.from_pretrained(tmp_path)

@@ -306,7 +306,7 @@ def test_what_is_no_id_cannot_be_decoded(given: Any) -> None:
 
 
 def test_negative_ids_are_explained() -> None:
-    with pytest.raises(ValueError, match="-100 is no token id"):
+    with pytest.raises(ValueError, match="-100 is not a token id"):
         tokenizer().decode([3, -100])
 
 

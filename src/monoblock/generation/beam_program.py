@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from monoblock.generation.arrays import Array, ArrayOps
-from monoblock.generation.beams import HOPELESS, Beam, Rules
+from monoblock.generation.beams import HOPELESS, Beam, BeamScorer
 from monoblock.generation.scores import NEVER
 
 
@@ -29,19 +29,19 @@ class BeamConfig:
     far: bool
 
     @classmethod
-    def of(cls, rules: Rules, eos: int) -> BeamConfig:
+    def of(cls, scorer: BeamScorer, eos: int) -> BeamConfig:
         """The static arguments for `eos` eos tokens."""
         return cls(
-            beams=rules.width,
-            candidates=max(2, 1 + eos) * rules.width,
-            early=rules.early_stopping is True,
-            far=rules.early_stopping == "never" and rules.length_penalty > 0,
+            beams=scorer.width,
+            candidates=max(2, 1 + eos) * scorer.width,
+            early=scorer.early_stopping is True,
+            far=scorer.early_stopping == "never" and scorer.length_penalty > 0,
         )
 
 
-def norms(rules: Rules, room: int) -> np.ndarray[Any, Any]:
+def norms(scorer: BeamScorer, room: int) -> np.ndarray[Any, Any]:
     """Divisors of the scores of hypotheses of 1, 2, ... `room` new tokens, and last of those of the maximum length."""
-    return np.array([rules.norm(n) for n in (*range(1, room + 1), rules.longest)], np.float32)
+    return np.array([scorer.norm(n) for n in (*range(1, room + 1), scorer.longest)], np.float32)
 
 
 class BeamState(NamedTuple):

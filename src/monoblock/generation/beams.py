@@ -36,7 +36,7 @@ class Beam:
 
 
 @dataclass(frozen=True)
-class Rules:
+class BeamScorer:
     """The options of a beam search, from the config, and its length normalisation."""
 
     width: int
@@ -45,7 +45,7 @@ class Rules:
     longest: int  # maximum of new tokens
 
     @classmethod
-    def of(cls, config: GenerationConfig, longest: int) -> Rules:
+    def of(cls, config: GenerationConfig, longest: int) -> BeamScorer:
         """The options of a resolved config."""
         penalty = 1.0 if config.length_penalty is None else float(config.length_penalty)
         return cls(config.num_beams or 1, penalty, config.early_stopping or False, longest)
@@ -65,31 +65,31 @@ class Rules:
 class BeamSearch:
     """The beam search of one prompt: its running beams and its best finished hypotheses."""
 
-    def __init__(self, rules: Rules, first_row: int):
-        self.rules, self.first_row = rules, first_row
+    def __init__(self, scorer: BeamScorer, first_row: int):
+        self.scorer, self.first_row = scorer, first_row
         # All beams equal the prompt, so only the first one competes in the first step.
-        self.running = [Beam(HOPELESS if index else 0.0) for index in range(rules.width)]
+        self.running = [Beam(HOPELESS if index else 0.0) for index in range(scorer.width)]
         self.ended: list[Beam] = []
         self.open = True  # whether a running beam may still enter the result
 
     @property
     def full(self) -> bool:
         """Whether as many hypotheses have finished as there are beams."""
-        return len(self.ended) >= self.rules.width
+        return len(self.ended) >= self.scorer.width
 
     def advance(
         self, scores_k: NDArray[np.float32], parents: list[int], tokens: list[int], ends_k: NDArray[np.bool_]
     ) -> None:
         """Advance by candidates k: each a parent among the running beams and a token; `ends_k`: it finishes."""
-        width, length = self.rules.width, len(self.running[0].tokens) + 1
-        normed_k = self.rules.normed(scores_k, length)
+        width, length = self.scorer.width, len(self.running[0].tokens) + 1
+        normed_k = self.scorer.normed(scores_k, length)
 
         def beam(index: int, scores: NDArray[np.float32]) -> Beam:
             parent = self.running[parents[index]]
             row = self.first_row + parents[index]
             return Beam(float(scores[index]), (*parent.tokens, tokens[index]), (*parent.rows, row))
 
-        if self.open and not (self.full and self.rules.early_stopping is True):
+        if self.open and not (self.full and self.scorer.early_stopping is True):
             first = range(min(width, len(tokens)))
             ends = [index for index in first if ends_k[index] and scores_k[index] > HOPELESS / 2]
             self.ended += [beam(index, normed_k) for index in ends]
@@ -103,8 +103,8 @@ class BeamSearch:
         if not self.full:
             return True
         # With a positive length_penalty a longer hypothesis can score higher; "never" waits for the longest possible.
-        far = self.rules.early_stopping == "never" and self.rules.length_penalty > 0
-        reach = self.rules.normed(best_1, self.rules.longest if far else length)
+        far = self.scorer.early_stopping == "never" and self.scorer.length_penalty > 0
+        reach = self.scorer.normed(best_1, self.scorer.longest if far else length)
         return bool(reach[0] > np.float32(self.ended[-1].score))
 
     def parents(self) -> list[int]:
@@ -119,9 +119,9 @@ class BeamSearch:
 def run(generation: GenerationRun) -> Any:
     """Beam search, greedy or sampled, over all prompts of the run."""
     ops, plan, decoder = generation.ops, generation.plan, generation.decoder
-    rules = Rules.of(generation.config, plan.new_tokens)
-    searches = [BeamSearch(rules, prompt * rules.width) for prompt in range(plan.batch)]
-    sequences, outputs, logits_bv = generation.begin()
+    scorer = BeamScorer.of(generation.config, plan.new_tokens)
+    searches = [BeamSearch(scorer, prompt * scorer.width) for prompt in range(plan.batch)]
+    sequences, outputs, logits_bv = generation.prefill()
     for left in range(plan.new_tokens - 1, -1, -1):
         beams = [beam for search in searches for beam in search.running]
         logs_bv = generation.processed(ops.log_softmax(logits_bv), _ids_of(generation, sequences, beams))
@@ -135,7 +135,7 @@ def run(generation: GenerationRun) -> Any:
         ends_pk = np.array(ends).reshape(values.shape) | (left == 0)
         for prompt, search in enumerate(searches):
             search.advance(values[prompt], parents[prompt], tokens[prompt], ends_pk[prompt])
-        enough = rules.early_stopping is True and all(search.full for search in searches)
+        enough = scorer.early_stopping is True and all(search.full for search in searches)
         if ends_pk.all() or enough or not any(search.open for search in searches):
             break
         generation.reorder([row for search in searches for row in search.parents()])

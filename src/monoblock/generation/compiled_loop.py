@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from monoblock.generation import processors
 from monoblock.generation.arrays import Array, ArrayOps
 from monoblock.generation.beam_program import BeamConfig
-from monoblock.generation.beams import Rules
+from monoblock.generation.beams import BeamScorer
 from monoblock.generation.buckets import bucket
 from monoblock.generation.config import GenerationConfig
 from monoblock.generation.preparation import GenerationRun
@@ -156,7 +156,7 @@ def program_of(generation: GenerationRun) -> Program | None:
         generation.streamer,
         generation.criteria,
         generation.guidance,
-        generation.own_processors,
+        generation.user_processors,
         "prefix_allowed_tokens_fn" in generation.fields,
         plan.rewinds,
         not config.use_cache,
@@ -182,7 +182,11 @@ def program_of(generation: GenerationRun) -> Program | None:
 
 def _search(config: GenerationConfig, new: int) -> BeamConfig | None:
     """The static arguments of the beam search; None without one."""
-    return None if (config.num_beams or 1) == 1 else BeamConfig.of(Rules.of(config, new), len(config.eos_ids))
+    return (
+        None
+        if (config.num_beams or 1) == 1
+        else BeamConfig.of(BeamScorer.of(config, new), len(config.eos_ids))
+    )
 
 
 def _recorded(config: GenerationConfig) -> Any:

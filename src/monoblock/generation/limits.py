@@ -16,15 +16,15 @@ MOST_ROWS = 2**16  # sequences of one call, beams included
 _ID_FIELDS = ("forced_bos_token_id", "forced_eos_token_id", "suppress_tokens", "begin_suppress_tokens")
 
 
-def check_ids(config: GenerationConfig, vocab: int | None, asked: Iterable[str]) -> None:
-    """ValueError for a field with an id outside the vocabulary; eos tokens are checked only if the call `asked` for
-    them, since those of a file are harmless. None: the size of the vocabulary is not known yet."""
+def check_ids(config: GenerationConfig, vocab: int | None, explicit: Iterable[str]) -> None:
+    """ValueError for a field with an id outside the vocabulary; eos tokens are checked only if the call sets them
+    explicitly, since those of a file are harmless. None: the size of the vocabulary is not known yet."""
     if vocab is None:
         return
     named: dict[str, Sequence[int]] = {name: as_ids(getattr(config, name)) for name in _ID_FIELDS}
     named["bad_words_ids"] = [id for word in config.bad_words_ids or () for id in word]
     named["sequence_bias"] = [id for ids in _biased(config.sequence_bias) for id in ids]
-    if "eos_token_id" in asked:
+    if "eos_token_id" in explicit:
         named["eos_token_id"] = config.eos_ids
     for name, ids in named.items():
         if (outside := next((id for id in ids if not 0 <= id < vocab), None)) is not None:

@@ -57,8 +57,8 @@ def prepare(
             "prompt_lookup_num_tokens"
         )
     own = call.generation_config.own_fields() if call.generation_config else {}
-    asked = frozenset({*own, *(name for name, value in given.items() if value is not None)})
-    return GenerationRun(model, call, config, model_inputs, make_result, asked)
+    explicit = frozenset({*own, *(name for name, value in given.items() if value is not None)})
+    return GenerationRun(model, call, config, model_inputs, make_result, explicit)
 
 
 def _is_speculative(call: GenerateArguments, config: GenerationConfig) -> bool:
@@ -67,15 +67,15 @@ def _is_speculative(call: GenerateArguments, config: GenerationConfig) -> bool:
 
 def _copies(config: GenerationConfig) -> int:
     """Rows for each prompt."""
-    beams, wanted = config.num_beams or 1, config.num_return_sequences or 1
-    if beams > 1 and wanted > beams:
-        raise ValueError(f"num_return_sequences={wanted} is more than num_beams={beams}: search more beams")
-    if beams == 1 and wanted > 1 and not config.do_sample:
+    beams, returned = config.num_beams or 1, config.num_return_sequences or 1
+    if beams > 1 and returned > beams:
+        raise ValueError(f"num_return_sequences={returned} is more than num_beams={beams}: search more beams")
+    if beams == 1 and returned > 1 and not config.do_sample:
         raise ValueError(
-            f"num_return_sequences={wanted} without sampling would give equal sequences: set do_sample=True or "
+            f"num_return_sequences={returned} without sampling would give equal sequences: set do_sample=True or "
             "num_beams"
         )
-    return max(beams, wanted)
+    return max(beams, returned)
 
 
 class GenerationRun:
@@ -88,13 +88,13 @@ class GenerationRun:
         config: GenerationConfig,
         inputs: dict[str, Any],
         make_result: ResultFn,
-        asked: frozenset[str],
+        explicit: frozenset[str],
     ):
-        """`asked`: the arguments of the call and the fields that its config sets."""
+        """`explicit`: the arguments of the call and the fields that its config sets."""
         self.ops = ops = model.ops
         self.config, self.make_result = config, make_result
         self.streamer = call.streamer
-        limits.check_ids(config, model.vocab, asked)
+        limits.check_ids(config, model.vocab, explicit)
         self.prompt_bn = prompt_ids(ops, call, config, inputs, model.vocab)
         self.mask_bm = prompt_mask(ops, self.prompt_bn, call, config, inputs)
         batch, columns = (int(size) for size in self.prompt_bn.shape)
@@ -109,36 +109,38 @@ class GenerationRun:
             config=config,
             # A mask with more columns includes the tokens of past_key_values.
             prompt_length=given if self.mask_bm is None else max(given, int(self.mask_bm.shape[1])),
-            new_tokens=self._new_tokens(model, given, inputs, asked),
+            new_tokens=self._new_tokens(model, given, inputs, explicit),
             batch=batch,
             copies=copies,
             rewinds=self.speculative,
         )
         if self.streamer is not None and self.plan.rows > 1:
             raise ValueError(f"a streamer takes one sequence at a time, got {self.plan.rows} rows")
-        self.own_criteria: list[Any] = list(call.stopping_criteria or ())
+        self.user_criteria: list[Any] = list(call.stopping_criteria or ())
         self.eos = frozenset(config.eos_ids)
         self.pad = self._pad()
-        if self.plan.rows > 1 and (self.own_criteria or config.stop_strings or self._ends(model.vocab)):
+        if self.plan.rows > 1 and (
+            self.user_criteria or config.stop_strings or self._eos_possible(model.vocab)
+        ):
             limits.check_pad(self.pad, model.vocab)
         self.generator = random_source(ops, call)
         self.copy_of = ops.array([row // self.plan.copies for row in range(self.plan.rows)])
         self.context = self._context()
         self.guidance = guidance.build(model, call, self.plan, self.prompt_bn, self.expand)
         self.processors = [self.guidance] if self.guidance else []
-        shape = structured.build(ops, columns, call.response_format, call.tokenizer, config)
-        self.own_processors = [*(call.logits_processor or ()), *([shape] if shape else [])]
+        grammar = structured.build(ops, columns, call.response_format, call.tokenizer, config)
+        self.user_processors = [*(call.logits_processor or ()), *([grammar] if grammar else [])]
         self.fields = processors.wanted(config, call.prefix_allowed_tokens_fn)
-        self.processors += processors.build(self.context, self.fields, self.own_processors)
+        self.processors += processors.build(self.context, self.fields, self.user_processors)
         self.criteria = stopping.build(
-            config.max_time, config.stop_strings, self.own_criteria, call.tokenizer
+            config.max_time, config.stop_strings, self.user_criteria, call.tokenizer
         )
         self.assistant = call.assistant_model
         self.vocab = 0  # set from the first scores
         self.decoder = model.decoder(self.plan, inputs)
 
     def _new_tokens(
-        self, model: GenerativeModel, given: int, inputs: Mapping[str, Any], asked: frozenset[str]
+        self, model: GenerativeModel, given: int, inputs: Mapping[str, Any], explicit: frozenset[str]
     ) -> int:
         """The number of tokens to generate after `given` positions. ValueError if the call requests more than the table
         of learned positions allows; a number from the model's own files is lowered to what fits."""
@@ -146,7 +148,7 @@ class GenerationRun:
         if (positions := model.max_positions) is None:
             return new
         used = self._used(given, inputs)
-        if not {"max_new_tokens", "max_length"} & asked and used <= positions:
+        if not {"max_new_tokens", "max_length"} & explicit and used <= positions:
             new = min(new, positions - used + 1)
         limits.check_room("the prompt", used, new, positions)
         return new
@@ -158,7 +160,7 @@ class GenerationRun:
             return int(self.ops.to_numpy(self.ops.array(positions)).max()) + 1
         return given if self.mask_bm is None else int((self.ops.to_numpy(self.mask_bm) != 0).sum(1).max())
 
-    def _ends(self, vocab: int | None) -> bool:
+    def _eos_possible(self, vocab: int | None) -> bool:
         """Whether an eos token may finish a row before others."""
         return any(vocab is None or token < vocab for token in self.eos)
 
@@ -167,7 +169,7 @@ class GenerationRun:
             return self.config.pad_token_id
         if self.config.eos_ids:
             return self.config.eos_ids[0]
-        per_row = any(not isinstance(own, stopping.ENDS_ALL_ROWS) for own in self.own_criteria)
+        per_row = any(not isinstance(own, stopping.ENDS_ALL_ROWS) for own in self.user_criteria)
         returned = self.plan.batch * (self.config.num_return_sequences or 1)
         if returned > 1 and (self.config.stop_strings or per_row):
             raise ValueError(
@@ -198,7 +200,7 @@ class GenerationRun:
 
     # ------------------------------------------------------------------ steps of every decoding strategy
 
-    def begin(self) -> tuple[GeneratedSequences, OutputCollector, Array]:
+    def prefill(self) -> tuple[GeneratedSequences, OutputCollector, Array]:
         """Run the prompts through the model: sequences, collector, and scores (rows, vocab) of the first new token."""
         sequences, outputs = self.start()
         return sequences, outputs, self.first(self.decoder.prefill(self.prompt_bn, self.mask_bm), outputs)

@@ -52,7 +52,7 @@ def run(generation: GenerationRun) -> Any:
     _check(generation)
     source = _source(generation)
     ops, plan, decoder = generation.ops, generation.plan, cast(RewindableDecoder, generation.decoder)
-    sequences, outputs, scores_1v = generation.begin()
+    sequences, outputs, scores_1v = generation.prefill()
     if not sequences.rows:
         sequences.rows = ops.to_list(generation.prompt_bn)
     ids = sequences.rows[0]
