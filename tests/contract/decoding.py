@@ -211,10 +211,10 @@ class DecodingContract(Contract):
                 model.generate(ids_of(1, 7), **{**OPTIONS, **more}, **EAGER)
         with pytest.raises(ValueError, match="input_ids hold the token 1000, but the model's vocabulary has"):
             model.generate([[1000]], **OPTIONS)
-        message = rf"{self.prefix}MistralModel predicts no next token: generate with a \.\.\.ForCausalLM"
+        message = rf"{self.prefix}MistralModel has no language-model head: generate with a \.\.\.ForCausalLM"
         with pytest.raises(TypeError, match=message):
             pair("MistralModel")[1].generate(ids_of(1, 7))
-        with pytest.raises(TypeError, match="predicts no next token"):
+        with pytest.raises(TypeError, match="no language-model head"):
             pair("MPNetForMaskedLM")[1].generate(ids_of(1, 7))
         with pytest.raises(TypeError, match="assistant_model must be one of monoblock's"):
             model.generate(ids_of(1, 7), assistant_model=pair(NAME)[0], **OPTIONS)

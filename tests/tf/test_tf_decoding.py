@@ -32,7 +32,7 @@ class TestDecoding(DecodingContract):
         ({"seed": (1, 2, 3)}, "seed must be"),
         (
             {"generator": tf.random.Generator.from_seed(1), "seed": 1},
-            "generate() got both seed and generator: give one",
+            "generate() got both seed and generator: pass one",
         ),
     ]
 

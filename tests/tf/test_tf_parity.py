@@ -103,7 +103,7 @@ def test_batched_images(tmp_path: Path) -> None:
         **given, image_patches=[one.numpy() for one in patches], image_patches_indices=indices.numpy()
     ).logits
     found = ours(**given, image_patches=batched, image_patches_indices=indices.numpy()).logits
-    assert_close("images in a batch", found, expected, 1e-6, mask)
+    assert_close("images in a batch", found, expected, 1e-5, mask)  # fp32, logits of 2
     with pytest.raises(ValueError, match="13 tokens of the id"):
         ours(**given, image_patches=np.zeros((5, tiny_families.PATCH_SIZE), np.float32))
 
