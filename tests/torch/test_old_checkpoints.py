@@ -93,7 +93,7 @@ def test_a_bare_model_and_one_with_a_head_read_each_other_s_files(name: str) -> 
 
 
 @pytest.mark.parametrize("name", [FLAX[0], "TFMPNetForMaskedLM"])
-def test_saved_anew_it_is_the_same_model(name: str, tmp_path: Any) -> None:
+def test_saved_again_it_is_the_same_model(name: str, tmp_path: Any) -> None:
     model = loaded(name)
     model.save_pretrained(tmp_path)
     again = type(model).from_pretrained(tmp_path)

@@ -1,4 +1,4 @@
-"""Matrices as codes: the formats by hand, how near they come, and the plain product with its gradients."""
+"""Quantised formats: their layout, their error, and the product with its gradients."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def matrix(outputs: int, inputs: int, seed: int = 0, std: float = 0.02) -> torch
 
 
 def by_hand(packed: QuantizedTensor) -> np.ndarray:
-    """The weights one by one, as the format says."""
+    """The weights one by one, by the format's definition."""
     _, _, _, bits, group, inputs = packed
     assert packed.scale is not None
     codes, scale = packed.codes.numpy(), packed.scale.float().numpy()
@@ -44,7 +44,7 @@ def by_hand(packed: QuantizedTensor) -> np.ndarray:
 
 @pytest.mark.parametrize(("bits", "group"), FORMS)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_the_format_by_hand(shape: tuple[int, int], bits: int, group: int) -> None:
+def test_format(shape: tuple[int, int], bits: int, group: int) -> None:
     weight = matrix(*shape)
     packed = formats.pack(weight, bits, group)
     assert packed[3:] == (bits, group, shape[1]) and packed.rows == shape[0]
@@ -70,7 +70,7 @@ def error(weight: torch.Tensor, made: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_how_near_the_codes_come(dtype: torch.dtype) -> None:
+def test_quantisation_error(dtype: torch.dtype) -> None:
     """Normal weights: measured 0.0067 and 0.096 (their own type is counted as exact)."""
     weight = matrix(96, 1024).to(dtype)
     errors = {
@@ -96,7 +96,7 @@ def test_four_bits_beat_rounding_to_the_nearest(group: int) -> None:
 
 
 @pytest.mark.parametrize(("bits", "group"), FORMS)
-def test_rows_without_width_are_exact(bits: int, group: int) -> None:
+def test_constant_rows(bits: int, group: int) -> None:
     weight = torch.zeros(4, 192)
     weight[1] = 0.5
     weight[2, 100:] = -0.25
@@ -113,14 +113,14 @@ def test_rows_do_not_depend_on_each_other(bits: int, group: int, monkeypatch: py
     weight = matrix(9, 200)
     whole = formats.pack(weight, bits, group)
     monkeypatch.setattr(formats, "_PIECE", 400)
-    parts = [formats.pack(weight[rows], bits, group) for rows in (slice(0, 4), slice(4, 9))]
+    blocks = [formats.pack(weight[rows], bits, group) for rows in (slice(0, 4), slice(4, 9))]
     for name, tensor in whole.tensors().items():
-        assert torch.equal(tensor, torch.cat([getattr(part, name) for part in parts])), name
+        assert torch.equal(tensor, torch.cat([getattr(part, name) for part in blocks])), name
 
 
 @pytest.mark.parametrize(("value", "words"), [(float("nan"), "not finite"), (9e6, "beyond fp16's range")])
 @pytest.mark.parametrize("bits", formats.BITS)
-def test_what_cannot_be_packed_is_refused(bits: int, value: float, words: str) -> None:
+def test_invalid_weights_raise(bits: int, value: float, words: str) -> None:
     weight = matrix(2, 128)
     weight[1, 5] = value
     with pytest.raises(ValueError, match=words):
@@ -129,7 +129,7 @@ def test_what_cannot_be_packed_is_refused(bits: int, value: float, words: str) -
 
 @pytest.mark.parametrize(("bits", "group"), FORMS)
 @pytest.mark.parametrize("piece", [1 << 20, 500])
-def test_the_plain_product(bits: int, group: int, piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_product_without_kernels(bits: int, group: int, piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whole, and a few rows at a time, with gradients of x and the bias."""
     monkeypatch.setattr(formats, "_PIECE", piece)
     monkeypatch.setattr(native, "library", lambda: None)

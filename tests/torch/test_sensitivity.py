@@ -206,7 +206,7 @@ def observed(spec: ArchSpec, what: str) -> Any:
     if what == "training":
         torch.manual_seed(0)
         module.train()
-    if what == "unmasked":  # padding told by its id alone
+    if what == "unmasked":  # padding found by its id alone
         given = {}
     if what == "segments" and spec.attention.by_segment:
         given["sequence_id"] = (torch.arange(TOKENS) > 15).long().expand(3, -1)
@@ -237,5 +237,5 @@ def test_a_changed_field_changes_the_model(name: str, row: tuple[ArchSpec, str, 
     ids=["alibi", "learned", "rotary", "buckets", "qk norm"],
 )
 def test_the_same_spec_is_the_same_model(spec: ArchSpec) -> None:
-    """What the mutants are measured against does not move by itself."""
+    """Observations are deterministic."""
     assert torch.equal(observed(spec, "output"), observed(replace(spec), "output"))

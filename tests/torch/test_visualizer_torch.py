@@ -1,4 +1,4 @@
-"""The visualizer's masks and biases are those that the PyTorch models used, layer by layer, in all six families."""
+"""Masks and biases of the visualizer equal those of the PyTorch models, layer by layer, in all families."""
 
 from __future__ import annotations
 
@@ -64,9 +64,9 @@ def check(visualizer: Any, model: Any, scopes: list[Scope], attentions: Any) -> 
         added = scope.bias(0, length, 0, length, torch.float32).detach().numpy()
         np.testing.assert_array_equal(bias, np.broadcast_to(added, bias.shape))
         # What the model did in the end: a weight where something may be seen, nothing elsewhere.
-        lively = mask.any(-1)[:, None, :, None]  # a query that sees nothing gives all keys the same
+        unmasked = mask.any(-1)[:, None, :, None]  # a query that sees nothing gives all keys the same
         given = weights.detach().numpy() > 0
-        assert (given == mask[:, None])[np.broadcast_to(lively, given.shape)].all(), layer
+        assert (given == mask[:, None])[np.broadcast_to(unmasked, given.shape)].all(), layer
 
 
 @pytest.mark.parametrize("side", SIDES)
@@ -83,7 +83,7 @@ def test_masks_and_biases_are_the_model_s(family: str, side: str, scopes: list[S
 
 
 @pytest.mark.parametrize("family", MODELS)
-def test_one_text_without_padding(family: str, scopes: list[Scope]) -> None:
+def test_one_sequence_without_padding(family: str, scopes: list[Scope]) -> None:
     visualizer = visualizer_cases.visualizer(family)
     visualizer.read(visualizer_cases.TEXTS[0])
     model = model_of(visualizer, MODELS[family])
@@ -122,7 +122,7 @@ def test_packed_rows_are_the_model_s(scopes: list[Scope]) -> None:
 
 
 @pytest.mark.parametrize(("count", "distance"), [(32, 128), (12, 128), (6, 20), (64, 1000)])
-def test_buckets_are_the_backend_s_at_every_distance(count: int, distance: int) -> None:
+def test_buckets_equal_the_backends(count: int, distance: int) -> None:
     far = torch.arange(-1500, 1500)
     ours = visibility.relative_position_bucket(far.numpy(), Buckets(count=count, max_distance=distance))
     assert (ours == relative_position_bucket(far, count, distance).numpy()).all()
