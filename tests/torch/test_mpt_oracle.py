@@ -199,14 +199,14 @@ def test_each_dropout_field(field: str, kernel: str, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("field", ["emb_pdrop", "resid_pdrop", "attn_pdrop"])
-def test_dropout_is_random_in_training_only(place: str) -> None:
-    attn, fields = ({place: 0.5}, {}) if place == "attn_pdrop" else ({}, {place: 0.5})
+def test_dropout_is_random_in_training_only(field: str) -> None:
+    attn, fields = ({field: 0.5}, {}) if field == "attn_pdrop" else ({}, {field: 0.5})
     module = model("MptModel", attn=attn, **fields)
     ids, _ = batch("none")
     assert torch.equal(module(ids)[0], module(ids)[0])
     module.train()
     assert not torch.equal(module(ids)[0], module(ids)[0])
-    if place == "emb_pdrop":
+    if field == "emb_pdrop":
         dropped = module(ids, output_hidden_states=True).hidden_states[0] == 0
         assert 0.4 < dropped.float().mean() < 0.6
 
