@@ -35,10 +35,10 @@ INVALID: list[tuple[dict[str, Any], str]] = [
     ),
     ({"token_type_ids": ids_of(1, 7)}, "token_type_ids"),
     ({"prefill_chunk_size": 0}, "prefill_chunk_size=0: expected"),
-    ({"prefill_chunk_size": 2, "use_cache": False}, "does not go with use_cache=False"),
+    ({"prefill_chunk_size": 2, "use_cache": False}, "cannot be combined with use_cache=False"),
     (
         {"prefill_chunk_size": 2, "return_dict_in_generate": True, "output_hidden_states": True},
-        "does not go with output_hidden_states=True",
+        "cannot be combined with output_hidden_states=True",
     ),
     ({"bad_words_ids": [[5], [9999]]}, "holds the token 9999, but the model's vocabulary has the ids 0 to"),
 ]

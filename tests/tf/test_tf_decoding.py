@@ -26,7 +26,7 @@ class TestDecoding(DecodingContract):
     reasons: ClassVar = {
         "cache_implementation": "the caches of the TF classes are 'dynamic' and 'static'",
         "compile_config": "jit_compile= and disable_compile= say what TensorFlow compiles",
-        "synced_gpus": "generation across processes is not built",
+        "synced_gpus": "generation across processes is not implemented",
     }
     invalid: ClassVar = [
         ({"seed": (1, 2, 3)}, "seed must be"),
