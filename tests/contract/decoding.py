@@ -51,7 +51,7 @@ def of(ids: Any) -> dict[str, torch.Tensor]:
 class DecodingContract(Contract):
     # The class of the output of a greedy search.
     output: str
-    # Option -> why this backend refuses it, where the reason differs from PyTorch's.
+    # Option -> why this backend raises, where the reason differs from PyTorch's.
     reasons: ClassVar[dict[str, str]]
     # As INVALID, for arguments of this backend alone.
     invalid: ClassVar[list[tuple[dict[str, Any], str]]] = []

@@ -1,4 +1,4 @@
-"""The contract of pipelines: PyTorch's answers for every task, dtypes, devices, objects, and refused settings."""
+"""The contract of pipelines: PyTorch's answers for every task, dtypes, devices, objects, and invalid settings."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class PipelinesContract:
     # Class -> settings of its pipeline in `test_answers_equal_pytorchs`.
     settings: ClassVar[dict[str, dict[str, Any]]] = {}
     # As `REFUSED`, of this framework.
-    refused: ClassVar[dict[str, dict[str, Any]]] = {}
+    invalid: ClassVar[dict[str, dict[str, Any]]] = {}
 
     def weight_dtypes(self, model: Any) -> set[Any]:
         raise NotImplementedError
@@ -64,7 +64,7 @@ class PipelinesContract:
         [expected] = pipeline(model=classifier, device=-1)("the dog")
         assert label["score"] == pytest.approx(expected["score"], abs=0.05)
 
-    def test_default_dtype_is_the_checkpoints(self, classifier: str, tmp_path: Path) -> None:
+    def test_default_dtype_is_that_of_the_checkpoint(self, classifier: str, tmp_path: Path) -> None:
         half = pipeline(model=classifier, framework=self.framework, torch_dtype="float16")
         half.save_pretrained(tmp_path)
         for dtype in ("auto", None):
@@ -87,7 +87,7 @@ class PipelinesContract:
         assert features.dtype == self.dtypes["float32"]
         assert_equivalent(np.asarray(features).tolist(), pipe(TEXT, truncation=True))
 
-    def test_refused_settings(self, classifier: str) -> None:
+    def test_invalid_settings_raise(self, classifier: str) -> None:
         model = getattr(monoblock, f"{self.prefix}MPNetModel").from_pretrained(classifier)
         other = {"model": model, "tokenizer": classifier, "framework": "pt"}
         quantized = {"quantization_config": {"load_in_8bit": True}}
@@ -99,7 +99,7 @@ class PipelinesContract:
             "there are 0 accelerators": {"device": 1},
             "dtype must be": {"dtype": "int8"},
             f"of framework='{self.framework}'": other,
-            **self.refused,
+            **self.invalid,
         }
         for message, settings in cases.items():
             with pytest.raises(ValueError, match=re.escape(message)):

@@ -63,17 +63,17 @@ def test_greedy_tokens_with_every_cache(layers: str, monkeypatch: pytest.MonkeyP
     theirs, ours = pair(layers)
     ids, mask = model_inputs("MistralForCausalLM", "left")
     # Small random models soon repeat one token, which would hide a wrong cache.
-    asked = {"max_new_tokens": 38, "min_new_tokens": 38, "do_sample": False, "no_repeat_ngram_size": 2}
-    expected = theirs.generate(ids, attention_mask=mask, **asked)
+    options = {"max_new_tokens": 38, "min_new_tokens": 38, "do_sample": False, "no_repeat_ngram_size": 2}
+    expected = theirs.generate(ids, attention_mask=mask, **options)
     assert ours.decoding_path().startswith("native step")
-    out = ours.generate(ids, attention_mask=mask, **asked, return_dict_in_generate=True)
+    out = ours.generate(ids, attention_mask=mask, **options, return_dict_in_generate=True)
     assert torch.equal(out.sequences, expected)
     cache = out.past_key_values
     for i, kind in enumerate(LAYERS[layers]):
         assert cache.get_seq_length(i) == expected.shape[1] - 1
         assert (cache.held(i) < cache.get_seq_length(i)) == (kind == SLIDING), f"layer {i}"
     for how in ({"use_cache": False}, {"cache_implementation": "static"}):
-        assert torch.equal(ours.generate(ids, attention_mask=mask, **asked, **how), expected), how
+        assert torch.equal(ours.generate(ids, attention_mask=mask, **options, **how), expected), how
 
 
 @torch.no_grad()
@@ -113,7 +113,7 @@ def test_layer_types_that_mistral_has_too_keep_its_model_type(
     assert (written["model_type"], written["architectures"]) == (stored.lower(), [f"{stored}ForCausalLM"])
 
 
-def test_layer_types_of_a_mistral_config_are_honoured(tmp_path: Path) -> None:
+def test_layer_types_of_a_mistral_config(tmp_path: Path) -> None:
     """Some Ministral checkpoints have the model_type "mistral"; transformers warns and ignores their layer_types."""
     content = {"model_type": "mistral", **fields("mistral", layer_types=LAYERS["alternating"])}
     (tmp_path / "config.json").write_text(json.dumps(content))

@@ -68,7 +68,7 @@ def test_rope_scaling(case: str, spelling: str) -> None:
     )
 
 
-def test_both_spellings_give_the_same_spec() -> None:
+def test_both_forms_of_the_fields_give_the_same_spec() -> None:
     for case in SCALINGS:
         flat, new = (MistralConfig(**scaled(case, spelling)).to_spec() for spelling in ("flat", "new"))
         assert flat == new

@@ -37,7 +37,7 @@ def theirs(ours: Any, tmp_path: Path) -> Any:
 # ---------------------------------------------------------------------------- instance checks
 
 
-def test_it_is_an_instance_of_transformers_classes(ours: Any) -> None:
+def test_instances_of_transformers_classes(ours: Any) -> None:
     assert isinstance(ours, transformers.PreTrainedTokenizerBase)
     assert isinstance(ours, transformers.PreTrainedTokenizerFast)
     assert not isinstance(ours, transformers.PreTrainedTokenizer), "the slow class"

@@ -252,7 +252,7 @@ class TestGeneration(GenerationContract):
                 theirs, some, **{**OPTIONS, "max_new_tokens": 6}
             )
 
-    def test_what_a_graph_cannot_do_raises(self, pair: Pair) -> None:
+    def test_graph_mode_limitations_raise(self, pair: Pair) -> None:
         _, ours = pair(GPT_NEO)
         any_length, any_rows, fixed = (tf.TensorSpec(s, tf.int32) for s in ((1, None), (None, 4), (1, 4)))
 

@@ -52,7 +52,7 @@ def converse(
     return replies, [count for count in fed if count > 1]
 
 
-def test_greedy_replies_are_the_same_with_and_without_reuse(
+def test_greedy_replies_are_equal_with_and_without_reuse(
     demo: engine.Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain, whole = converse(demo, monkeypatch, reuse=False)

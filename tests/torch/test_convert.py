@@ -174,7 +174,7 @@ def test_pooled_heads_are_means(tmp_path: Path, kv_heads: int) -> None:
     assert result.comparison.logits.difference > 0  # another model
 
 
-def test_pooling_equal_heads_changes_nothing(tmp_path: Path) -> None:
+def test_pooling_equal_heads_keeps_the_output(tmp_path: Path) -> None:
     """MPT with biases, whose heads of a group are the same: pooling must not change the output."""
     twin = model(no_bias=False, n_heads=6)
     with torch.no_grad():

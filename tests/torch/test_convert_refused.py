@@ -25,7 +25,7 @@ from monoblock.conversion.convert import FORMATS, Options, convert
 # ------------------------------------------------------------------ whole or not at all
 
 
-def test_interrupted_leaves_nothing(tmp_path: Path) -> None:
+def test_interruption_leaves_no_files(tmp_path: Path) -> None:
     source = saved(mistral(), tmp_path / "a")
 
     def stop(done: int, of: int, what: str) -> None:
@@ -37,7 +37,7 @@ def test_interrupted_leaves_nothing(tmp_path: Path) -> None:
     assert names(tmp_path) == ["a"]
 
 
-def test_failed_check_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_check_leaves_no_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from monoblock.conversion import convert as module
 
     source = saved(mistral(), tmp_path / "a")

@@ -167,7 +167,7 @@ def test_mistral_tensors_split_over_files(tmp_path: Path) -> None:
     same_tensors(tmp_path / "b", tmp_path / "c")
 
 
-def test_mistral_and_back(tmp_path: Path) -> None:
+def test_mistral_round_trip(tmp_path: Path) -> None:
     state = {name: tensor.bfloat16() for name, tensor in upstream_releases.mistral_state().items()}
     convert(upstream_releases.mistral_release(tmp_path / "a", state), tmp_path / "b")
     result = convert(tmp_path / "b", tmp_path / "c", Options(target_format="mistral", check=True))
@@ -179,7 +179,7 @@ def test_mistral_and_back(tmp_path: Path) -> None:
     assert result.comparison.equal == result.comparison.tensors and result.comparison.logits.agreement == 1
 
 
-def test_mistral_windows_in_some_layers_and_back(tmp_path: Path) -> None:
+def test_mistral_windows_in_some_layers_round_trip(tmp_path: Path) -> None:
     """Ministral's params.json holds a list of windows, which is repeated over the layers."""
     convert(upstream_releases.mistral_release(tmp_path / "a", sliding_window=[None, 7]), tmp_path / "b")
     config = monoblock.AutoConfig.from_pretrained(tmp_path / "b")
@@ -210,7 +210,7 @@ def test_unsupported_mistral_params_raise(tmp_path: Path, fields: dict[str, Any]
 
 
 @pytest.mark.parametrize("files", [10])
-def test_openai_and_back(tmp_path: Path, files: int) -> None:
+def test_openai_round_trip(tmp_path: Path, files: int) -> None:
     model = gpt()
     upstream_releases.openai_release(tmp_path / "a", model, files)
     result = convert(tmp_path / "a", tmp_path / "b", Options(check=True))
@@ -273,7 +273,7 @@ def test_fuyu_from_the_upstream_checkpoint(tmp_path: Path, form: str) -> None:
     assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith(".")) == []
 
 
-def test_fuyu_and_back(tmp_path: Path) -> None:
+def test_fuyu_round_trip(tmp_path: Path) -> None:
     source = upstream_releases.fuyu_release(tmp_path / "a", fuyu())
     convert(source, tmp_path / "b", Options(dtype="bfloat16"))
     convert(tmp_path / "b", tmp_path / "c", Options(target_format="fuyu", check=True))

@@ -89,7 +89,7 @@ def test_files_of_the_checkpoint():
     assert sum(path.stat().st_size for path in shipped) <= SIZE_LIMIT
 
 
-def test_it_is_a_tiny_mpt_in_bfloat16():
+def test_architecture_and_dtype():
     model = MptForCausalLM.from_pretrained(demo.path())
     assert AutoConfig.from_pretrained(demo.path()).model_type == "mpt"
     assert {param.dtype for param in model.parameters()} == {torch.bfloat16}
@@ -143,12 +143,12 @@ def test_tokenizer_is_lossless(text):
 @pytest.mark.parametrize(
     "text", ["\r\n\t x  \n   \n", "\ufeffé 中 🙂", "\x00\x7f", "    pass  \n", " <|end|> don't"]
 )
-def test_the_tokenizer_gives_back_awkward_text(tokenizer, text):
+def test_tokenizer_is_lossless_on_special_characters(tokenizer, text):
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
 
 
 def test_tokens_of_code(tokenizer):
-    """A line break with its indentation is one token, digits stand alone, and pad is not eos."""
+    """A line break with its indentation is one token, digits are single tokens, and pad is not eos."""
     tokens = tokenizer.convert_ids_to_tokens(tokenizer("if x:\n        return 2048\n")["input_ids"])
     assert "Ċ" + 8 * "Ġ" in tokens
     assert tokens[-5:] == ["Ġ2", "0", "4", "8", "Ċ"]
@@ -205,7 +205,7 @@ def test_documentation_matches_the_model(model):
     assert len(picture.findall("{http://www.w3.org/2000/svg}polyline")) == 2
 
 
-def test_the_weights_are_bfloat16_on_disk_under_the_hub_s_names():
+def test_weights_are_bfloat16_with_transformers_names():
     with (demo.path() / "model.safetensors").open("rb") as file:
         header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
     header.pop("__metadata__")

@@ -72,7 +72,7 @@ def test_long_tests_are_cut_between_statements(library):
     ast.parse(text)
 
 
-def test_dialogues_are_docstrings_and_what_they_describe():
+def test_dialogues_are_docstrings_and_their_code():
     document = corpus.Document(name="a.py", text=CODE, is_test=False)
     assert list(corpus.dialogues(document)) == [
         (
@@ -133,7 +133,7 @@ def test_sliced_loss_equals_cross_entropy():
 
 
 @pytest.mark.parametrize("shape", [(32, 32), (24, 64), (64, 24), (3, 32, 32)])
-def test_muon_brings_singular_values_near_one(shape):
+def test_muon_singular_values_are_close_to_one(shape):
     torch.manual_seed(0)
     values = torch.linalg.svdvals(optim.orthogonal(torch.randn(shape)))
     assert values.min() > 0.3 and values.max() < 1.3  # five steps leave the smallest ones short of 0.7

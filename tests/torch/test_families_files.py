@@ -52,7 +52,7 @@ def same_weights(a: Any, b: Any) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("name", CLASSES)
 @torch.no_grad()
-def test_from_transformers_and_back(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+def test_round_trip_with_transformers(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
     theirs, _ = pair(name)
     copy.deepcopy(theirs).to(dtype).save_pretrained(tmp_path / "theirs")
     ours = getattr(monoblock, name).from_pretrained(tmp_path / "theirs")

@@ -79,8 +79,8 @@ def stepped(
     """Scores (batch, tokens, vocabulary) after every token but those of the first chunk, which the modules run."""
     cache = DynamicCache(config=module.spec) if cache is None else cache
     start = sizes[0]
-    seen = None if mask is None else mask[:, :start]
-    module(ids[:, :start], attention_mask=seen, past_key_values=cache, use_cache=True)
+    valid = None if mask is None else mask[:, :start]
+    module(ids[:, :start], attention_mask=valid, past_key_values=cache, use_cache=True)
     steps = native_decoder.of(module, cache)
     assert steps is not None, native_decoder.obstacle(module)
     scores = []
@@ -324,8 +324,8 @@ def test_a_windowed_layer_drops_keys(taken: Any, monkeypatch: pytest.MonkeyPatch
     ids, mask = model_inputs("MistralForCausalLM", "left")
 
     def run() -> Any:
-        asked = {**VARIED, "max_new_tokens": 41, "return_dict_in_generate": True}
-        return module.generate(ids, attention_mask=mask, **asked)
+        options = {**VARIED, "max_new_tokens": 41, "return_dict_in_generate": True}
+        return module.generate(ids, attention_mask=mask, **options)
 
     ours, plain = run(), by_modules(run)
     assert len(taken) == 40
@@ -476,10 +476,10 @@ OBSTACLES: dict[str, tuple[Callable[[Any], Any], str]] = {
 def test_obstacles_are_named(what: str, taken: Any) -> None:
     module = model(MPT)
     assert native_decoder.obstacle(module) is None
-    change, said = OBSTACLES[what]
+    change, reason = OBSTACLES[what]
     with torch.no_grad():
         change(module)
-    assert said in (native_decoder.obstacle(module) or "")
+    assert reason in (native_decoder.obstacle(module) or "")
     module.generate(batch("none")[0], **OPTIONS)
     assert not taken
 
@@ -611,7 +611,7 @@ def test_changed_weights_take_effect(by_modules: Any) -> None:
     def run() -> Any:
         return module.generate(ids, **VARIED)
 
-    seen = [run()]
+    outputs = [run()]
     other = model(MPT, seed=1).state_dict()
     changes: list[Callable[[], Any]] = [
         lambda: module.at("up", 0).weight.mul_(-1.5),
@@ -624,11 +624,11 @@ def test_changed_weights_take_effect(by_modules: Any) -> None:
     for change in changes:
         with torch.no_grad():
             change()
-        seen.append(run())
+        outputs.append(run())
         assert native_decoder.obstacle(module) is None
         if module.dtype == torch.float32:
-            assert torch.equal(seen[-1], by_modules(run))
-    assert not any(torch.equal(one, other) for one, other in itertools.pairwise(seen[:4]))
+            assert torch.equal(outputs[-1], by_modules(run))
+    assert not any(torch.equal(one, other) for one, other in itertools.pairwise(outputs[:4]))
 
 
 def test_copies_and_pickles_exclude_native_state() -> None:

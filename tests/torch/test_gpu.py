@@ -1,4 +1,4 @@
-"""Tests that need a CUDA GPU: captured graphs, attention, quantised matrices. `pytest -m gpu` runs these alone."""
+"""Tests that need a CUDA GPU: captured graphs, attention, quantised matrices. `pytest -m gpu` runs only these."""
 
 from __future__ import annotations
 
@@ -172,13 +172,13 @@ def test_prompts_through_flash(dtype: Any) -> None:
         out = attention_cuda.attend(q, k, v, scope, kernel)
     assert out is not None
     expected = attend_eager(q.float(), k.float(), v.float(), scope, kernel)[0]
-    seen = ~scope.fully_masked()[:, 0, :, 0]  # pyright: ignore
+    visible = ~scope.fully_masked()[:, 0, :, 0]  # pyright: ignore
     assert_close(
         "flash",
         out.transpose(1, 2),
         expected.transpose(1, 2),
         16 * torch.finfo(dtype).eps,
-        seen.expand(2, 500),
+        visible.expand(2, 500),
     )
 
 
@@ -188,8 +188,8 @@ def test_flex_attention(window: int | None) -> None:
     q, k, v = heads(620, 620, torch.bfloat16)
     out = attention_flex.attend(q, k, v, scope, kernel)
     expected = attend_eager(q.float(), k.float(), v.float(), scope, kernel)[0]
-    seen = ~scope.fully_masked()[:, 0, :, 0]  # pyright: ignore
-    assert_close("flex", out.transpose(1, 2), expected.transpose(1, 2), 0.06, seen.expand(2, 620))
+    visible = ~scope.fully_masked()[:, 0, :, 0]  # pyright: ignore
+    assert_close("flex", out.transpose(1, 2), expected.transpose(1, 2), 0.06, visible.expand(2, 620))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

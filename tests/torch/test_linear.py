@@ -207,7 +207,7 @@ def test_shapes_and_strides() -> None:
 
 
 @pytest.mark.parametrize("rows", [3, 20])
-def test_gradients_are_those_of_f_linear(rows: int) -> None:
+def test_gradients_equal_f_linear(rows: int) -> None:
     x, weight, bias = (made(*s).requires_grad_() for s in ((2, rows, 10), (7, 10), (7,)))
     upstream = made(2, rows, 7, seed=3)
     found = torch.autograd.grad(dense(x, weight, bias), (x, weight, bias), upstream)

@@ -63,7 +63,7 @@ def test_option(case: str) -> None:
 @pytest.mark.parametrize("case", CASES)
 @torch.no_grad()
 def test_option_cached(case: str) -> None:
-    """Growing = static = no cache, given in pieces and token by token; a row of a batch = the text alone."""
+    """Growing, static and no cache are equal, also in chunks; a row of a batch equals its sequence alone."""
     module = mpt_model(case)
     if case == "rope, dynamic":
         # The angles of a token change as the text grows, so a deeper layer's cached states are those of a shorter
@@ -78,7 +78,7 @@ def test_option_cached(case: str) -> None:
                 if case == "rope, dynamic" and len(sizes) != 3:
                     continue
                 logits = chunks(module, ids, mask, sizes, past)
-                if case == "rope, dynamic":  # earlier pieces were seen by a shorter text's angles
+                if case == "rope, dynamic":  # earlier chunks used the angles of a shorter length
                     assert_close(
                         f"{case}, cached",
                         logits[:, -1],
@@ -134,12 +134,12 @@ def test_sequence_id(padding: str, more: dict[str, Any]) -> None:
 
 @torch.no_grad()
 def test_sequence_id_without_the_option() -> None:
-    """It acts where it is given; the option makes training ask for it."""
+    """It takes effect without the option, which only makes it required in training."""
     ids, _ = batch("none")
     segments = (torch.arange(ids.shape[1]) > 9).long().expand(ids.shape)
     found = model()(ids, sequence_id=segments).logits
-    asked = model(attn={"attn_uses_sequence_id": True})(ids, sequence_id=segments).logits
-    assert torch.equal(found, asked)
+    trained_option = model(attn={"attn_uses_sequence_id": True})(ids, sequence_id=segments).logits
+    assert torch.equal(found, trained_option)
     assert (found - model()(ids).logits).abs().max() > 0.01
 
 
@@ -164,7 +164,7 @@ def test_embedding_fraction_scales_the_gradient() -> None:
 @pytest.mark.parametrize("kernel", ["sdpa", "eager"])
 @pytest.mark.parametrize("field", ["emb_pdrop", "resid_pdrop", "attn_pdrop"])
 def test_each_dropout_field(field: str, kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A dropout that multiplies by 1 + p, told from the parameters that would have the same effect."""
+    """A dropout that multiplies by 1 + p equals scaled parameters."""
     p, factor = 0.25, 1.25
     attn, fields = ({field: p}, {}) if field == "attn_pdrop" else ({}, {field: p})
     module = model("MptModel", attn=attn, **fields)

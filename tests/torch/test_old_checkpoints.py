@@ -69,8 +69,8 @@ def test_outputs_and_tokens(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in TENSORFLOW if "OpenAIGPT" in name])
-def test_the_old_gelu_explains_the_whole_difference(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """So no weight of these files is in a wrong place by a little."""
+def test_the_old_gelu_explains_the_difference(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any error in the assignment of weights would exceed this."""
     monkeypatch.setitem(openai_gpt.ACTIVATIONS, "gelu", "gelu")
     model = loaded(name)
     found = differences(model, name)
@@ -78,7 +78,7 @@ def test_the_old_gelu_explains_the_whole_difference(name: str, monkeypatch: pyte
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_bare_model_and_one_with_a_head_read_each_other_s_files(name: str) -> None:
+def test_models_with_and_without_a_head_load_each_others_files(name: str) -> None:
     """As with the hub's files: the prefix may be there or not."""
     stem = next(s for s in ("GPTNeo", "Mistral", "MPNet", "OpenAIGPT") if s in name)
     bare = getattr(monoblock, stem + "Model").from_pretrained(FOLDER / name)
@@ -88,7 +88,7 @@ def test_a_bare_model_and_one_with_a_head_read_each_other_s_files(name: str) -> 
     )
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
-    # A Conv1D's lies outputs x inputs.
+    # Conv1D weights are transposed views.
     assert all(value.is_contiguous() or value.t().is_contiguous() for value in ours.values())
 
 

@@ -130,7 +130,7 @@ def half_steps(weight: torch.Tensor, packed: Any) -> float:
 
 
 def native_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Products in PyTorch alone."""
+    """Products by PyTorch only."""
     monkeypatch.setattr(native, "_opened", lambda: (None, None, "off: a test"))
 
 
@@ -233,17 +233,17 @@ def test_codes_are_memory_mapped(packed: Path) -> None:
 
 def test_plain_matrices_are_freed_while_quantising(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """While a model is packed, one plain matrix is there at a time."""
-    seen: list[Any] = []
+    storages: list[Any] = []
     original = formats.pack
 
     def pack(weight: torch.Tensor, bits: int, group: int) -> formats.QuantizedTensor:
-        assert not any(reference() is not None for reference in seen)
-        seen.append(weakref.ref(weight.untyped_storage()))
+        assert not any(reference() is not None for reference in storages)
+        storages.append(weakref.ref(weight.untyped_storage()))
         return original(weight, bits, group)
 
     monkeypatch.setattr(formats, "pack", pack)
     AutoModelForCausalLM.from_pretrained(folder, quantization_config="int8")
-    assert len(seen) == 3 * 7 + 2
+    assert len(storages) == 3 * 7 + 2
 
 
 def test_dtypes_of_other_parameters(folder: Path, packed: Path) -> None:
@@ -384,7 +384,7 @@ def test_footprint_and_device(folder: Path) -> None:
     assert "bits=4, group=128" in repr(model)
 
 
-# ---------------------------------------------------------------------------- refused
+# ---------------------------------------------------------------------------- errors
 
 
 def load(folder: Path, **how: Any) -> Any:

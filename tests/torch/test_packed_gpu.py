@@ -43,7 +43,7 @@ def test_products(shape: tuple[int, ...], bits: int, group: int, monkeypatch: py
     assert_close("unpacked", y, x.double() @ numbers.T + bias, 1e-4)  # sums of 200 numbers of the order of 1
 
 
-def test_few_rows_go_to_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_few_rows_use_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = []
 
     def few_rows(x: torch.Tensor, matrix: formats.QuantizedTensor, _: Any) -> torch.Tensor:

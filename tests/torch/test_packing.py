@@ -14,7 +14,7 @@ from monoblock.backends.pytorch.quantization.formats import QuantizedTensor
 
 torch.set_num_threads(1)
 
-# Rows of whole runs, a run and a piece, less than a group, and one weight.
+# Rows of whole runs, a run and a rest, less than a group, and one weight.
 SHAPES = [(5, 256), (3, 200), (7, 36), (2, 1)]
 FORMS = [(bits, group) for bits in formats.BITS for group in formats.GROUPS]
 
@@ -109,7 +109,7 @@ def test_constant_rows(bits: int, group: int) -> None:
 
 @pytest.mark.parametrize(("bits", "group"), FORMS)
 def test_rows_do_not_depend_on_each_other(bits: int, group: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that fused matrices are joined rows; and it does not matter in which pieces they are packed."""
+    """So that fused matrices are joined rows; and packing by blocks of rows gives the same codes."""
     weight = matrix(9, 200)
     whole = formats.pack(weight, bits, group)
     monkeypatch.setattr(formats, "_PIECE", 400)
@@ -128,10 +128,10 @@ def test_invalid_weights_raise(bits: int, value: float, words: str) -> None:
 
 
 @pytest.mark.parametrize(("bits", "group"), FORMS)
-@pytest.mark.parametrize("piece", [1 << 20, 500])
-def test_product_without_kernels(bits: int, group: int, piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("block", [1 << 20, 500])
+def test_product_without_kernels(bits: int, group: int, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whole, and a few rows at a time, with gradients of x and the bias."""
-    monkeypatch.setattr(formats, "_PIECE", piece)
+    monkeypatch.setattr(formats, "_PIECE", block)
     monkeypatch.setattr(native, "library", lambda: None)
     packed, x = formats.pack(matrix(11, 200), bits, group), matrix(6, 200, seed=1, std=1.0).view(2, 3, 200)
     x, bias = x.requires_grad_(), matrix(1, 11, seed=2)[0].requires_grad_()

@@ -279,7 +279,7 @@ def test_settings_of_answers(paths: dict[str, str]) -> None:
 # ---------------------------------------------------------------------- entities
 
 
-def piece(best: int, start: int, end: int, continues: bool = False, score: float = 0.9) -> TokenGroup:
+def token(best: int, start: int, end: int, continues: bool = False, score: float = 0.9) -> TokenGroup:
     scores = np.full(3, (1 - score) / 2)
     scores[best] = score
     return TokenGroup(scores, [f"t{start}"], start, end, start, continues)
@@ -287,14 +287,14 @@ def piece(best: int, start: int, end: int, continues: bool = False, score: float
 
 def test_entities_of_tags() -> None:
     labels = {0: "B-A", 1: "I-A", 2: "I-B"}
-    pieces = [piece(0, 0, 1), piece(1, 1, 2), piece(0, 2, 3), piece(2, 3, 4), piece(2, 4, 5)]
-    found = merge_entities(pieces, labels, " ".join, words=False)
+    tokens = [token(0, 0, 1), token(1, 1, 2), token(0, 2, 3), token(2, 3, 4), token(2, 4, 5)]
+    found = merge_entities(tokens, labels, " ".join, words=False)
     assert [(e["entity_group"], e["start"], e["end"], e["word"]) for e in found] == [
         ("A", 0, 2, "t0 t1"),
         ("A", 2, 3, "t2"),
         ("B", 3, 5, "t3 t4"),
     ]
-    word = [piece(0, 0, 1, score=0.6), piece(2, 1, 2, continues=True, score=0.8)]
+    word = [token(0, 0, 1, score=0.6), token(2, 1, 2, continues=True, score=0.8)]
     assert {s: merge_words(word, s)[0].best for s in ("first", "max", "average")} == {
         "first": 0,
         "max": 2,

@@ -241,7 +241,7 @@ def test_models_use_the_kernels(case: str, monkeypatch: pytest.MonkeyPatch) -> N
 @native_only
 @torch.no_grad()
 def test_exported_programs_need_no_kernels() -> None:
-    """What is exported may run anywhere: it holds PyTorch's operators alone."""
+    """Exported programs contain PyTorch's operators only."""
     module = model("MptModel", n_layers=1)
     module.config.return_dict = False
     program = torch.export.export(module, (batch("none")[0],), {"use_cache": False})

@@ -15,7 +15,7 @@ IDS = torch.randint(0, 89, (2, 12), generator=torch.Generator().manual_seed(3))
 
 
 def filled(cache: Any, tokens: int, steps: int = 1, layers: int = 2) -> tuple[Any, torch.Tensor]:
-    """The cache with that many tokens in it, given in `steps` pieces; and what it was given, (b, g, n, d)."""
+    """The cache with that many tokens in it, given in `steps` chunks; and what it was given, (b, g, n, d)."""
     x = torch.randn(2, 3, tokens, 16, generator=torch.Generator().manual_seed(0))
     for chunk in x.chunk(steps, dim=2):
         for layer in range(layers):

@@ -57,7 +57,7 @@ def test_static_cache_and_padded_prompt():
             assert got.tolist() == plain
 
 
-def test_the_cache_that_comes_back_holds_what_plain_decoding_leaves():
+def test_returned_cache_equals_plain_decoding():
     model, _ = pair("MptForCausalLM")
     ids = next(iter(prompts(89)))
     options = {"max_new_tokens": 12, "return_dict_in_generate": True, "eos_token_id": None}

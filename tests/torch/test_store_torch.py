@@ -53,7 +53,7 @@ def opened(folder, framework="pt"):
     return open_store(find_weights(folder), framework)
 
 
-def refusal(call, *words, error=CheckpointError):
+def assert_raises(call, *words, error=CheckpointError):
     with pytest.raises(error) as caught:
         call()
     message = str(caught.value)
@@ -155,7 +155,7 @@ def test_tensors_are_memory_mapped_privately(tmp_path):
     ],
 )
 def test_invalid_tensors_raise(tmp_path, value, words):
-    refusal(lambda: save_tensors(tmp_path, {"bad": value}, framework="pt"), "'bad'", words)
+    assert_raises(lambda: save_tensors(tmp_path, {"bad": value}, framework="pt"), "'bad'", words)
     assert not list(tmp_path.iterdir())
 
 
@@ -282,7 +282,7 @@ def test_pickle_with_code_raises_and_is_not_executed(tmp_path, write):
     else:
         torch.save(content, path, _use_new_zipfile_serialization=write == "zip")
     system = f"{os.system.__module__}.system"
-    refusal(lambda: opened(tmp_path), str(path), "is refused", "code", system, "safetensors")
+    assert_raises(lambda: opened(tmp_path), str(path), "is refused", "code", system, "safetensors")
     assert not witness.exists()
 
 
@@ -290,13 +290,13 @@ def test_pickle_with_code_raises_and_is_not_executed(tmp_path, write):
 def test_pickle_of_another_protocol_is_not_executed(tmp_path):
     path, witness = tmp_path / "pytorch_model.bin", tmp_path / "witness"
     path.write_bytes(pickle.dumps(Code(f"touch {witness}"), protocol=5))
-    refusal(lambda: opened(tmp_path), str(path), "cannot be read", "Unsupported operand")
+    assert_raises(lambda: opened(tmp_path), str(path), "cannot be read", "Unsupported operand")
     assert not witness.exists()
 
 
 def test_pickled_module_raises(tmp_path):
     torch.save(torch.nn.Linear(1, 1), tmp_path / "pytorch_model.bin")
-    refusal(lambda: opened(tmp_path), "is refused", "torch.nn.modules.linear.Linear")
+    assert_raises(lambda: opened(tmp_path), "is refused", "torch.nn.modules.linear.Linear")
 
 
 @pytest.mark.parametrize(
@@ -304,7 +304,7 @@ def test_pickled_module_raises(tmp_path):
 )
 def test_bin_without_a_dict_of_tensors(tmp_path, content):
     torch.save(content, tmp_path / "pytorch_model.bin")
-    refusal(lambda: opened(tmp_path), "pytorch_model.bin", "tensors")
+    assert_raises(lambda: opened(tmp_path), "pytorch_model.bin", "tensors")
 
 
 @pytest.mark.parametrize("zipped", [True, False])
@@ -313,7 +313,7 @@ def test_truncated_bin(tmp_path, weights, zipped, share):
     path = tmp_path / "pytorch_model.bin"
     torch.save(weights, path, _use_new_zipfile_serialization=zipped)
     path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
-    refusal(lambda: opened(tmp_path), str(path), "fetch it again")
+    assert_raises(lambda: opened(tmp_path), str(path), "fetch it again")
 
 
 @pytest.mark.parametrize(
@@ -327,10 +327,10 @@ def test_truncated_bin(tmp_path, weights, zipped, share):
 )
 def test_bin_in_another_format(tmp_path, data, words):
     (tmp_path / "pytorch_model.bin").write_bytes(data)
-    message = refusal(lambda: opened(tmp_path), "pytorch_model.bin")
+    message = assert_raises(lambda: opened(tmp_path), "pytorch_model.bin")
     assert words in message or "refused" in message
 
 
 def test_missing_bin(tmp_path):
     files = WeightFiles(kind="bin", paths=(tmp_path / "gone.bin",))
-    refusal(lambda: open_store(files, "pt"), "gone.bin", "does not exist")
+    assert_raises(lambda: open_store(files, "pt"), "gone.bin", "does not exist")

@@ -46,7 +46,7 @@ TYPES = {
 
 
 def fits(value, schema):
-    """Whether a value is valid, for the keywords that are used here; written from the standard alone."""
+    """Whether a value is valid, for the keywords that are used here; written from the standard only."""
     if "enum" in schema or "const" in schema:
         return value in schema.get("enum", [schema.get("const")])
     if "anyOf" in schema:

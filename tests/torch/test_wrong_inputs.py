@@ -164,7 +164,7 @@ def test_generate_raises_before_it_computes(case: str) -> None:
     assert streamed == []
 
 
-def test_generate_refuses_other_arrays() -> None:
+def test_generate_raises_on_other_arrays() -> None:
     for name in ("position_ids", "inputs_embeds", "token_type_ids"):
         ours = made("GPTNeoForCausalLM" if name != "token_type_ids" else "OpenAIGPTLMHeadModel")
         with pytest.raises(TypeError, match=f"{name} must be a torch.Tensor, got ndarray"):
