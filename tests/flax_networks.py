@@ -1,4 +1,4 @@
-"""JAX models with the weights of a PyTorch one, without any file: the bare Linen network and its parameters."""
+"""Linen networks with the weights of PyTorch models, converted in memory."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from monoblock.backends.xla.inputs import AT_REST, Wanted
 
 
 def canonical_of(tree: Mapping[str, Any], model: Any) -> dict[str, np.ndarray]:
-    """A tree of arrays like a Flax model's parameters (gradients, say) by canonical name, laid as PyTorch has them."""
+    """A tree of arrays (parameters, gradients) by canonical name, in PyTorch's layout."""
     found, leaves = {}, loading.flat(tree)
     for canonical, group in model.groups.items():
         found[canonical] = np.empty(model.canonical_shapes()[canonical], np.float32)
@@ -37,7 +37,7 @@ def network_of(module: Any) -> tuple[Network, dict[str, Any]]:
 
 @functools.partial(jax.jit, static_argnums=(0, 4))
 def run(network: Network, params: Any, given: Any, cache: Any = None, wanted: Wanted = AT_REST) -> Any:
-    """The network, compiled."""
+    """`Network.run` under `jax.jit`."""
     return network.apply({"params": params}, given, cache, wanted, method="run")
 
 

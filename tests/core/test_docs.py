@@ -1,4 +1,4 @@
-"""The documents tell the truth: the table of what works, the links, the options of the command line."""
+"""The documents agree with the code: the support table, links, command-line options, constraints."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def options(command: str) -> set[str]:
     return {name for p in parameters for name in (*p.opts, *p.secondary_opts) if name.startswith("-")}
 
 
-def test_the_table_of_what_works_is_of_today() -> None:
+def test_the_support_table_is_up_to_date() -> None:
     file = ROOT / "tools" / "support_table.py"
     spec = importlib.util.spec_from_file_location("support_table", file)
     assert spec and spec.loader
@@ -35,23 +35,23 @@ def test_the_table_of_what_works_is_of_today() -> None:
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
-def test_links_lead_somewhere(document: Path) -> None:
+def test_relative_links_exist(document: Path) -> None:
     links = re.findall(r"\]\(([^)#\s]+)", document.read_text(encoding="utf-8"))
     files = [link for link in links if not link.startswith(("https://", "http://"))]
     assert [link for link in files if not (document.parent / link).exists()] == []
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_option_is_in_the_document_of_the_command_line(command: str) -> None:
+def test_every_command_line_option_is_documented(command: str) -> None:
     text = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
     assert f"## monoblock {command}" in text
     found = options(command)
     assert "--debug" in found
-    default = {"--stream"}  # what is so anyhow needs no line
+    default = {"--stream"}  # the default
     assert {name for name in found - default if not re.search(f"`{name}[` ]", text)} == set()
 
 
-def test_no_document_names_an_option_that_is_not_there() -> None:
+def test_documented_options_exist() -> None:
     known = set().union(
         *map(options, COMMANDS), {"--help", "--version", "--install-completion", "--show-completion"}
     )
@@ -73,7 +73,7 @@ def test_the_check_script_runs_the_tests() -> None:
     assert "make test" in script.read_text()
 
 
-def test_constraints_hold_what_the_package_asks_for() -> None:
+def test_constraints_satisfy_the_requirements() -> None:
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     tested = dict(line.split("==") for line in lines if not line.startswith("#"))
     tested = {name.lower().replace("-", "_"): version for name, version in tested.items()}
@@ -81,8 +81,8 @@ def test_constraints_hold_what_the_package_asks_for() -> None:
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     project = tomllib.loads(text)["project"]
     extras = project["optional-dependencies"]
-    asked = [line for name in ("torch", "jax", "tf", "test", "ecosystem") for line in extras[name]]
-    for line in [*project["dependencies"], *asked]:
-        wanted = Requirement(line)
-        if wanted.name != "monoblock" and (wanted.marker is None or wanted.marker.evaluate()):
-            assert wanted.specifier.contains(tested[wanted.name.lower().replace("-", "_")]), line
+    required = [line for name in ("torch", "jax", "tf", "test", "ecosystem") for line in extras[name]]
+    for line in [*project["dependencies"], *required]:
+        requirement = Requirement(line)
+        if requirement.name != "monoblock" and (requirement.marker is None or requirement.marker.evaluate()):
+            assert requirement.specifier.contains(tested[requirement.name.lower().replace("-", "_")]), line

@@ -1,4 +1,4 @@
-"""docs/families.md: its table is of today's specs, and every class and every option that it names is there."""
+"""docs/families.md: its table is generated from the specs, and the classes and options that it names exist."""
 
 from __future__ import annotations
 
@@ -29,12 +29,11 @@ def section(model_type: str) -> str:
     return TEXT.partition(f"\n## {title}\n")[2].partition("\n## ")[0]
 
 
-def test_the_table_is_of_today() -> None:
+def test_the_table_is_up_to_date() -> None:
     assert tool().updated(TEXT) == TEXT, "run: python tools/make_family_table.py"
 
 
-def test_the_table_says_what_the_papers_say() -> None:
-    """A few cells by hand, so that the tool cannot be wrong all by itself."""
+def test_cells_of_the_table_agree_with_the_papers() -> None:
     rows = {line.split(" | ")[0].strip("| "): line.split(" | ")[1:] for line in tool().table().splitlines()}
     columns = list(FAMILIES)
     cells = {
@@ -54,7 +53,7 @@ def test_the_table_says_what_the_papers_say() -> None:
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
-def test_every_family_has_its_section(model_type: str) -> None:
+def test_every_family_has_a_section_with_its_classes(model_type: str) -> None:
     text = section(model_type)
     assert "```python" in text
     assert "Unlike transformers" in text
@@ -62,7 +61,7 @@ def test_every_family_has_its_section(model_type: str) -> None:
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
-def test_options_are_fields(model_type: str) -> None:
+def test_options_of_note_are_config_fields(model_type: str) -> None:
     options = re.search(r"Options of note: (.*?)\n\n", section(model_type), re.DOTALL)
     assert options
     config = family(model_type).config

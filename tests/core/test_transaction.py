@@ -18,7 +18,7 @@ from typing import Any
 import kill_points
 import numpy as np
 import pytest
-import save_cases as made
+import save_cases
 from save_cases import CASES
 
 from monoblock.checkpoint import transaction
@@ -64,11 +64,11 @@ def without_exchange(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_how_a_save_comes_there(folder: Path, name: str) -> None:
     """The cases are what they say they are, and leave nothing but the model and the files of others."""
     case = CASES[name]
-    case.made(folder)
+    case.prepare(folder)
     found = kill_points.operations(lambda: case.do(folder))
     assert ("exchange" in found) == (case.by == "exchange")
-    assert made.model_in(folder) == 2
-    assert not made.litter(folder)
+    assert save_cases.model_in(folder) == 2
+    assert not save_cases.leftovers(folder)
     for other, text in case.others.items():
         assert (folder / other).is_file() == case.stays
         assert not case.stays or (folder / other).read_text() == text
@@ -85,48 +85,48 @@ def test_killed_while_a_tokenizer_is_saved(folder: Path, others: dict[str, str])
 
     def prepare() -> None:
         shutil.rmtree(folder, ignore_errors=True)
-        made.save(folder, 1)
-        made.save_texts(folder, 1)
+        save_cases.save(folder, 1)
+        save_cases.save_tokenizer(folder, 1)
         for name, text in others.items():
             (folder / name).parent.mkdir()
             (folder / name).write_text(text)
 
     prepare()
-    count = len(kill_points.operations(lambda: made.save_texts(folder, 2)))
+    count = len(kill_points.operations(lambda: save_cases.save_tokenizer(folder, 2)))
     for at in kill_points.spread(count, 12):
         prepare()
-        assert kill_points.killed(lambda: made.save_texts(folder, 2), at) == (at < count)
-        assert made.texts_in(folder) in ({1}, {2})
-        assert made.model_in(folder) == 1
+        assert kill_points.killed(lambda: save_cases.save_tokenizer(folder, 2), at) == (at < count)
+        assert save_cases.tokenizer_tags(folder) in ({1}, {2})
+        assert save_cases.model_in(folder) == 1
 
 
 def test_killed_while_flax_weights_are_saved(folder: Path) -> None:
     """Shards of a format without metadata, of the same number."""
-    made.save_flax(folder, 1, per_shard=1)
-    count = len(kill_points.operations(lambda: made.save_flax(folder, 2, per_shard=1)))
+    save_cases.save_flax(folder, 1, per_shard=1)
+    count = len(kill_points.operations(lambda: save_cases.save_flax(folder, 2, per_shard=1)))
     for at in kill_points.spread(count, SAMPLE):
         shutil.rmtree(folder)
-        made.save_flax(folder, 1, per_shard=1)
+        save_cases.save_flax(folder, 1, per_shard=1)
         (folder / "checkpoint-1").mkdir()
-        kill_points.killed(lambda: made.save_flax(folder, 2, per_shard=1), at)
-        assert made.model_in(folder) in (1, 2)
+        kill_points.killed(lambda: save_cases.save_flax(folder, 2, per_shard=1), at)
+        assert save_cases.model_in(folder) in (1, 2)
 
 
 def test_killed_while_it_completes_a_save(folder: Path) -> None:
     """A load that completes another program's save may be killed in turn."""
     case = CASES["trainer, to shards"]
-    case.made(folder)
+    case.prepare(folder)
     committed = kill_points.operations(lambda: case.do(folder)).index("os.chmod") + 2
-    case.made(folder)
+    case.prepare(folder)
     kill_points.killed(lambda: case.do(folder), committed)
     shutil.copytree(folder, folder.with_name("copy"))
-    count = len(kill_points.operations(lambda: made.model_in(folder)))
+    count = len(kill_points.operations(lambda: save_cases.model_in(folder)))
     assert count > 5
     for at in range(count):
         shutil.rmtree(folder)
         shutil.copytree(folder.with_name("copy"), folder)
-        assert kill_points.killed(lambda: made.model_in(folder), at)
-        assert made.model_in(folder) == 2
+        assert kill_points.killed(lambda: save_cases.model_in(folder), at)
+        assert save_cases.model_in(folder) == 2
 
 
 @pytest.mark.parametrize("name", ["same layout", "to shards", "from shards", "replaced"])
@@ -155,7 +155,7 @@ def test_place_beside_the_folder_that_is_not_writable(folder: Path, monkeypatch:
 
 def test_what_another_program_wrote_meanwhile(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Files that come or change between the list of files and the exchange are in the new folder too."""
-    made.save(folder, 1)
+    save_cases.save(folder, 1)
     (folder / "README.md").write_text("old")
     exchange = transaction.exchange
 
@@ -166,15 +166,15 @@ def test_what_another_program_wrote_meanwhile(folder: Path, monkeypatch: pytest.
         exchange(first, second)
 
     monkeypatch.setattr(transaction, "exchange", late)
-    made.save(folder, 2)
-    assert made.model_in(folder) == 2
+    save_cases.save(folder, 2)
+    assert save_cases.model_in(folder) == 2
     assert [(folder / name).read_text() for name in ("log", "README.md")] == ["new", "new"]
-    assert not made.litter(folder)
+    assert not save_cases.leftovers(folder)
 
 
 def test_stages_of_other_users_and_machines_stay(folder: Path) -> None:
     """Only what a dead process of this machine and user left is removed; a name proves nothing."""
-    made.save(folder, 1)
+    save_cases.save(folder, 1)
     dead = subprocess.run(
         [sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True
     )
@@ -188,7 +188,7 @@ def test_stages_of_other_users_and_machines_stay(folder: Path) -> None:
     gone = f"{STAGE}{mine}-{dead.stdout.strip()}-00"
     for name in (*kept, gone):
         (folder.parent / name / "files").mkdir(parents=True)
-    made.save(folder, 2)
+    save_cases.save(folder, 2)
     assert sorted(path.name for path in folder.parent.glob(".*")) == sorted(kept)
 
 
@@ -198,14 +198,14 @@ def test_stages_of_other_users_and_machines_stay(folder: Path) -> None:
 def many(folder: Path, first: int, rounds: int) -> None:
     """Saves of different layouts and kinds, with their numbers as tags."""
     for i in range(rounds):
-        made.save(folder, first + i, per_shard=1 + (first + i) % 3)
-        made.save_texts(folder, first + i)
+        save_cases.save(folder, first + i, per_shard=1 + (first + i) % 3)
+        save_cases.save_tokenizer(folder, first + i)
 
 
 def reading(folder: Path, stop: threading.Event, wrong: list[BaseException]) -> None:
     while not stop.is_set():
         try:
-            made.model_in(folder)
+            save_cases.model_in(folder)
         except BaseException as error:
             wrong.append(error)
             return
@@ -214,7 +214,7 @@ def reading(folder: Path, stop: threading.Event, wrong: list[BaseException]) -> 
 @pytest.mark.parametrize("others", [{}, {"checkpoint-1/optimizer.pt": "x"}])
 def test_four_threads(folder: Path, others: dict[str, str]) -> None:
     """Whoever saves last wins, whole; meanwhile a reader sees no mixture."""
-    made.save(folder, 1)
+    save_cases.save(folder, 1)
     for name, text in others.items():
         (folder / name).parent.mkdir()
         (folder / name).write_text(text)
@@ -230,13 +230,13 @@ def test_four_threads(folder: Path, others: dict[str, str]) -> None:
     reader.join()
     if wrong:
         raise wrong[0]
-    assert (made.model_in(folder) or 0) > 99
-    assert len(made.texts_in(folder)) == 1
-    assert not made.litter(folder)
+    assert (save_cases.model_in(folder) or 0) > 99
+    assert len(save_cases.tokenizer_tags(folder)) == 1
+    assert not save_cases.leftovers(folder)
 
 
 def test_four_processes(folder: Path) -> None:
-    made.save(folder, 1)
+    save_cases.save(folder, 1)
     processes: list[int] = []
     for n in range(1, 5):
         processes.append(os.fork())
@@ -249,20 +249,20 @@ def test_four_processes(folder: Path) -> None:
                 os._exit(status)
     running = set(processes)
     while running:
-        made.model_in(folder)
+        save_cases.model_in(folder)
         for process in list(running):
             done, status = os.waitpid(process, os.WNOHANG)
             if done:
                 running.remove(process)
                 assert status == 0
-    assert (made.model_in(folder) or 0) > 99
-    assert len(made.texts_in(folder)) == 1
-    assert not made.litter(folder)
+    assert (save_cases.model_in(folder) or 0) > 99
+    assert len(save_cases.tokenizer_tags(folder)) == 1
+    assert not save_cases.leftovers(folder)
 
 
 def test_lock_of_a_killed_process(folder: Path) -> None:
     """It ends with the process; its file is taken over and removed."""
-    made.save(folder, 1)
+    save_cases.save(folder, 1)
     code = f"""
 import os, signal
 from pathlib import Path
@@ -272,19 +272,19 @@ with locked(Path({str(folder)!r})):
 """
     subprocess.run([sys.executable, "-c", code], timeout=60, check=False)
     assert (folder / ".monoblock-lock").exists()
-    made.save(folder, 2)
-    assert made.model_in(folder) == 2
-    assert not made.litter(folder)
+    save_cases.save(folder, 2)
+    assert save_cases.model_in(folder) == 2
+    assert not save_cases.leftovers(folder)
 
 
 def test_link_in_the_place_of_the_lock(folder: Path, tmp_path: Path) -> None:
-    made.save(folder, 1)
+    save_cases.save(folder, 1)
     (tmp_path / "secret").write_text("x")
     (folder / ".monoblock-lock").symlink_to(tmp_path / "secret")
     with pytest.raises(CheckpointError, match="cannot save into"):
-        made.save(folder, 2)
+        save_cases.save(folder, 2)
     assert (tmp_path / "secret").read_text() == "x"
-    assert made.model_in(folder) == 1
+    assert save_cases.model_in(folder) == 1
 
 
 # --- what fails on the way -------------------------------------------------------------------------------
@@ -294,11 +294,11 @@ def test_link_in_the_place_of_the_lock(folder: Path, tmp_path: Path) -> None:
 def test_full_disk(folder: Path, name: str) -> None:
     """Any one operation fails: the old model stays, and nothing else does; or the new one is there."""
     case = CASES[name]
-    case.made(folder)
+    case.prepare(folder)
     count = len(kill_points.operations(lambda: case.do(folder)))
     for at in kill_points.spread(count, 2 * SAMPLE):
-        case.made(folder)
-        before = made.model_in(folder)
+        case.prepare(folder)
+        before = save_cases.model_in(folder)
         try:
             with kill_points.failing(at):
                 case.do(folder)
@@ -306,9 +306,9 @@ def test_full_disk(folder: Path, name: str) -> None:
             words = str(error)
             assert "No space left" in words
             there = "the next load or save" in words or "holds all the new files" in words
-            assert made.model_in(folder) == (2 if there else before)
+            assert save_cases.model_in(folder) == (2 if there else before)
         else:
-            assert made.model_in(folder) == 2
+            assert save_cases.model_in(folder) == 2
         case.check(folder)
 
 
@@ -316,7 +316,7 @@ def test_full_disk(folder: Path, name: str) -> None:
 @pytest.mark.parametrize("name", ["to shards", "trainer, from shards", "replaced"])
 def test_file_that_may_not_get_larger(folder: Path, name: str, most: int) -> None:
     case = CASES[name]
-    case.made(folder)
+    case.prepare(folder)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (most, hard))
     try:
@@ -324,8 +324,8 @@ def test_file_that_may_not_get_larger(folder: Path, name: str, most: int) -> Non
             case.do(folder)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert not made.litter(folder)
-    assert made.model_in(folder) == 1
+    assert not save_cases.leftovers(folder)
+    assert save_cases.model_in(folder) == 1
 
 
 def as_nobody(do: Callable[[], object]) -> int:
@@ -354,33 +354,33 @@ def open_to_all(tmp_path: Path) -> None:
 
 def test_folder_that_may_not_be_written(folder: Path, tmp_path: Path) -> None:
     open_to_all(tmp_path)
-    made.save(folder, 1)
+    save_cases.save(folder, 1)
     folder.chmod(0o555)
     folder.parent.chmod(0o555)
     try:
-        assert as_nobody(lambda: made.save(folder, 2)) == 7
-        assert as_nobody(lambda: made.save(folder.with_name("other"), 2)) == 7
+        assert as_nobody(lambda: save_cases.save(folder, 2)) == 7
+        assert as_nobody(lambda: save_cases.save(folder.with_name("other"), 2)) == 7
     finally:
         folder.parent.chmod(0o755)
         folder.chmod(0o755)
-    assert made.model_in(folder) == 1
-    assert not made.litter(folder)
+    assert save_cases.model_in(folder) == 1
+    assert not save_cases.leftovers(folder)
 
 
 def test_cut_off_save_in_a_folder_that_may_not_be_written(folder: Path, tmp_path: Path) -> None:
     """A reader without rights sees the new model, whole, where it is."""
     open_to_all(tmp_path)
     case = CASES["trainer, from shards"]
-    case.made(folder)
+    case.prepare(folder)
     committed = kill_points.operations(lambda: case.do(folder)).index("os.chmod") + 2
     for at in range(committed, committed + 12):
-        case.made(folder)
+        case.prepare(folder)
         kill_points.killed(lambda: case.do(folder), at)
         for place in (folder, *(path for path in folder.rglob("*") if path.is_dir())):
             place.chmod(0o555)
 
         def read() -> None:
-            assert made.model_in(folder) == 2
+            assert save_cases.model_in(folder) == 2
 
         assert as_nobody(read) == 0
         for place in (folder, *(path for path in folder.rglob("*") if path.is_dir())):
@@ -391,14 +391,14 @@ def test_cut_off_save_in_a_folder_that_may_not_be_written(folder: Path, tmp_path
 
 
 def test_folder_keeps_its_rights_and_the_files_of_others(folder: Path) -> None:
-    made.save(folder, 1)
+    save_cases.save(folder, 1)
     (folder / "notes").write_text("mine")
     (folder / "link").symlink_to("notes")
     (folder / "away").symlink_to("/nowhere")
     os.link(folder / "notes", folder.parent / "second name")
     folder.chmod(0o750)
     inode = (folder / "notes").stat().st_ino
-    assert "exchange" in kill_points.operations(lambda: made.save(folder, 2, per_shard=1))
+    assert "exchange" in kill_points.operations(lambda: save_cases.save(folder, 2, per_shard=1))
     assert stat.S_IMODE(folder.stat().st_mode) == 0o750
     assert (folder / "notes").stat().st_ino == inode
     assert (folder / "link").readlink() == Path("notes")
@@ -414,55 +414,55 @@ def _umask() -> int:
 
 def test_working_folder_stays(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A folder that this or another process works in is not exchanged: the process would stay in the old one."""
-    made.save(folder, 1)
+    save_cases.save(folder, 1)
     inode = folder.stat().st_ino
     with subprocess.Popen(["sleep", "60"], cwd=folder) as other:
-        made.save(folder, 2, per_shard=1)
+        save_cases.save(folder, 2, per_shard=1)
         assert folder.stat().st_ino == inode
         other.kill()
     monkeypatch.chdir(folder)
-    made.save(Path(), 3)
-    assert (folder.stat().st_ino, made.model_in(Path())) == (inode, 3)
+    save_cases.save(Path(), 3)
+    assert (folder.stat().st_ino, save_cases.model_in(Path())) == (inode, 3)
     monkeypatch.chdir("/")
-    made.save(folder, 4, per_shard=1)
+    save_cases.save(folder, 4, per_shard=1)
     assert folder.stat().st_ino != inode
 
 
 def test_folder_by_a_link(folder: Path) -> None:
-    made.save(folder, 1)
+    save_cases.save(folder, 1)
     latest = folder.with_name("latest")
     latest.symlink_to("model")
-    made.save(latest, 2, per_shard=2)
+    save_cases.save(latest, 2, per_shard=2)
     assert latest.is_symlink()
-    assert made.model_in(folder) == made.model_in(latest) == 2
+    assert save_cases.model_in(folder) == save_cases.model_in(latest) == 2
     latest.unlink()
     latest.symlink_to("not there yet")
-    made.save(latest, 3)
-    assert made.model_in(folder.with_name("not there yet")) == 3
+    save_cases.save(latest, 3)
+    assert save_cases.model_in(folder.with_name("not there yet")) == 3
 
 
 def test_things_that_are_no_files(folder: Path) -> None:
     """A named pipe cannot be linked, so the journal does it."""
-    made.save(folder, 1)
+    save_cases.save(folder, 1)
     os.mkfifo(folder / "pipe")
-    made.save(folder, 2, per_shard=1)
-    assert made.model_in(folder) == 2
+    save_cases.save(folder, 2, per_shard=1)
+    assert save_cases.model_in(folder) == 2
     assert stat.S_ISFIFO((folder / "pipe").stat().st_mode)
     (folder / "pipe").unlink()
     (folder / "config.json").unlink()
     (folder / "config.json").mkdir()
     with pytest.raises(CheckpointError, match=r"config\.json is a folder"):
-        made.save(folder, 3)
+        save_cases.save(folder, 3)
 
 
 def test_nothing_is_written_behind_a_link(folder: Path, tmp_path: Path) -> None:
-    made.save(folder, 1)
+    save_cases.save(folder, 1)
     (tmp_path / "elsewhere").mkdir()
     (folder / "additional_chat_templates").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(CheckpointError, match="is a file or a link"):
-        made.save_texts(folder, 2)
+        save_cases.save_tokenizer(folder, 2)
     assert not list((tmp_path / "elsewhere").iterdir())
-    assert made.model_in(folder) == 1
+    assert save_cases.model_in(folder) == 1
 
 
 def test_temporary_names_cannot_be_foretold(folder: Path) -> None:
@@ -483,12 +483,12 @@ def test_temporary_names_cannot_be_foretold(folder: Path) -> None:
 
 def test_same_content_is_not_written_again(folder: Path) -> None:
     """Then a save that changes the weights alone is one rename, and one that changes nothing is nothing."""
-    made.save_again(folder, 1)
+    save_cases.save_again(folder, 1)
     config = (folder / "config.json").stat()
-    assert kill_points.operations(lambda: made.save_again(folder, 2)).count("exchange") == 0
+    assert kill_points.operations(lambda: save_cases.save_again(folder, 2)).count("exchange") == 0
     assert (folder / "config.json").stat().st_ino == config.st_ino
     before = folder.stat().st_ino, sorted(folder.iterdir())
-    made.save_again(folder, 2)
+    save_cases.save_again(folder, 2)
     assert (folder.stat().st_ino, sorted(folder.iterdir())) == before
 
 
@@ -499,7 +499,7 @@ def test_same_content_is_not_written_again(folder: Path) -> None:
 def test_mixture_by_another_program(tmp_path: Path, which: str) -> None:
     """Shards and index say of which save they are; files that say nothing are taken."""
     for tag in (1, 2):
-        made.save(tmp_path / str(tag), tag, per_shard=1)
+        save_cases.save(tmp_path / str(tag), tag, per_shard=1)
     shutil.copy(tmp_path / "1" / which, tmp_path / "2" / which)
     with pytest.raises(CheckpointError, match="weights of two saves"):
         open_store(find_weights(tmp_path / "2"), "np")
@@ -534,7 +534,7 @@ def test_mixture_of_msgpack_shards(tmp_path: Path, which: str, size: int) -> Non
 
 def test_one_file_is_the_same_each_time(tmp_path: Path) -> None:
     for name in "ab":
-        made.save(tmp_path / name, 1)
+        save_cases.save(tmp_path / name, 1)
     assert (tmp_path / "a/model.safetensors").read_bytes() == (tmp_path / "b/model.safetensors").read_bytes()
 
 
@@ -550,7 +550,7 @@ def test_store_of_a_folder_that_is_saved_to(folder: Path) -> None:
 
 
 def test_reader_reads_again_what_was_replaced(folder: Path) -> None:
-    made.save(folder, 1)
+    save_cases.save(folder, 1)
     tags: list[Any] = []
 
     def read() -> tuple[Any, Any]:
@@ -558,7 +558,7 @@ def test_reader_reads_again_what_was_replaced(folder: Path) -> None:
         assert path is not None
         first = json.loads(path.read_text())["tag"]
         if not tags:
-            made.save(folder, 2, per_shard=1)
+            save_cases.save(folder, 2, per_shard=1)
         tags.append(first)
         return first, float(open_store(find_weights(folder), "np").tensor("a.weight")[0])
 
@@ -566,7 +566,7 @@ def test_reader_reads_again_what_was_replaced(folder: Path) -> None:
     assert tags == [1, 2]
 
     def never() -> None:
-        made.save(folder, 2 + len(tags), per_shard=1)
+        save_cases.save(folder, 2 + len(tags), per_shard=1)
         tags.append(0)
 
     with pytest.raises(CheckpointError, match="again and again"):
@@ -583,7 +583,7 @@ def test_reader_reads_again_what_was_replaced(folder: Path) -> None:
 
 
 def journal(folder: Path, fields: dict[str, Any] | None = None) -> Path:
-    made.save(folder, 1)
+    save_cases.save(folder, 1)
     commit = folder / COMMIT
     (commit / "files").mkdir(parents=True)
     whole = {"put": [], "remove": [], "kept": {}, "folder": folder.name, "replaced": [0, 0], **(fields or {})}
@@ -610,7 +610,7 @@ def journal(folder: Path, fields: dict[str, Any] | None = None) -> Path:
 def test_journal_that_leads_elsewhere(folder: Path, fields: dict[str, Any]) -> None:
     (folder.parent / "secret").write_text("x")
     journal(folder, fields)
-    for call in (lambda: made.model_in(folder), lambda: made.save(folder, 2)):
+    for call in (lambda: save_cases.model_in(folder), lambda: save_cases.save(folder, 2)):
         with pytest.raises(CheckpointError, match="not what a save leaves"):
             call()
     assert (folder.parent / "secret").read_text() == "x"
@@ -625,7 +625,7 @@ def test_journal_behind_links(folder: Path, tmp_path: Path) -> None:
     (commit / "files").rmdir()
     (commit / "files").symlink_to(outside)
     (folder / "way").symlink_to(outside)
-    assert made.model_in(folder) == 1
+    assert save_cases.model_in(folder) == 1
     assert (outside / "key").read_text() == "secret"
     assert not (folder / "key").exists()
     shutil.rmtree(folder)
@@ -634,13 +634,13 @@ def test_journal_behind_links(folder: Path, tmp_path: Path) -> None:
     (commit / "files" / "way").mkdir()
     (commit / "files" / "way" / "key").write_text("other")
     with pytest.raises(CheckpointError, match="is a file or a link"):
-        made.model_in(folder)
+        save_cases.model_in(folder)
     assert (outside / "key").read_text() == "secret"
     shutil.rmtree(commit)
     commit.symlink_to(outside)
     (outside / "journal.json").write_text("{}")
     with pytest.raises(CheckpointError, match="not what a save leaves"):
-        made.model_in(folder)
+        save_cases.model_in(folder)
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b"3", b"{", b"\xff", b"[" * 100_000, None])
@@ -653,13 +653,13 @@ def test_broken_journal(folder: Path, content: bytes | None) -> None:
     else:
         path.write_bytes(content)
     with pytest.raises(CheckpointError, match="not what a save leaves"):
-        made.model_in(folder)
+        save_cases.model_in(folder)
 
 
 def test_file_in_the_place_of_a_journal(folder: Path) -> None:
-    made.save(folder, 1)
+    save_cases.save(folder, 1)
     (folder / COMMIT).write_text("x")
-    for call in (lambda: made.model_in(folder), lambda: made.save(folder, 2)):
+    for call in (lambda: save_cases.model_in(folder), lambda: save_cases.save(folder, 2)):
         with pytest.raises(CheckpointError, match="not what a save leaves"):
             call()
 
@@ -668,13 +668,13 @@ def test_file_in_the_place_of_a_journal(folder: Path) -> None:
 
 
 def test_new_folder_refuses(folder: Path) -> None:
-    made.save(folder, 1)
+    save_cases.save(folder, 1)
     with pytest.raises(CheckpointError, match="holds files already"), new_folder(folder, replace=False):
         pass
     (folder / "checkpoint-1").mkdir()
     with pytest.raises(CheckpointError, match="has a sub-folder"), new_folder(folder, replace=True):
         pass
-    assert made.model_in(folder) == 1
+    assert save_cases.model_in(folder) == 1
 
 
 def test_one_file_written_whole(folder: Path) -> None:
@@ -691,4 +691,4 @@ def test_one_file_written_whole(folder: Path) -> None:
         assert kill_points.killed(lambda: write("new"), at)
         assert path.read_text() in ("old", "new")
     write("new")
-    assert not made.litter(folder)
+    assert not save_cases.leftovers(folder)

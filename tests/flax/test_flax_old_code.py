@@ -301,5 +301,5 @@ def test_a_training_script(kind: str, clm: dict[str, Any]) -> None:
 def test_the_scripts_decay_mask_spares_norms_and_biases(clm: dict[str, Any]) -> None:
     assert clm["gpt_neo"]["decayed"] == clm["mistral"]["decayed"] == ["embedding", "kernel"]
     names = {"ln_1/scale", "ln_1/bias", "ln_2/scale", "ln_2/bias", "ln_f/scale", "ln_f/bias", "c_fc/bias"}
-    assert names <= set(clm["gpt_neo"]["kept"])
-    assert {"input_layernorm/weight", "post_attention_layernorm/weight"} <= set(clm["mistral"]["kept"])
+    assert names <= set(clm["gpt_neo"]["not decayed"])
+    assert {"input_layernorm/weight", "post_attention_layernorm/weight"} <= set(clm["mistral"]["not decayed"])
