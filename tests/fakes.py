@@ -55,7 +55,7 @@ class TableDecoder:
 
 
 class TableModel:
-    """`loop.Model` over a `TableDecoder`; `log` records the decoder's calls."""
+    """`loop.GenerativeModel` over a `TableDecoder`; `log` records the decoder's calls."""
 
     ops = NumpyOps()
     unsupported: ClassVar[dict[str, Any]] = {}

@@ -16,7 +16,7 @@ import numpy as np
 from monoblock.checkpoint import journal
 from monoblock.checkpoint.folder import new_folder
 from monoblock.checkpoint.header import read_header
-from monoblock.checkpoint.hub import HubOptions, find_file, find_weights, of_one_save
+from monoblock.checkpoint.hub import HubOptions, consistent_read, find_file, find_weights
 from monoblock.checkpoint.msgpack_save import save_msgpack
 from monoblock.checkpoint.save import save_tensors
 from monoblock.checkpoint.store import open_store
@@ -87,7 +87,7 @@ def model_in(folder: Path) -> int | None:
 
     if not folder.is_dir():
         return None
-    found = of_one_save(folder, HubOptions(), read)
+    found = consistent_read(folder, HubOptions(), read)
     assert len(found) < 2, f"mixed: {found}"
     return next(iter(found), None)
 

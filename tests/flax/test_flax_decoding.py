@@ -18,7 +18,7 @@ import monoblock
 from monoblock import GenerationConfig
 from monoblock.backends.flax import steps
 from monoblock.errors import UnsupportedConfig
-from monoblock.generation.record import GenerateDecoderOnlyOutput
+from monoblock.generation.outputs import GenerateDecoderOnlyOutput
 from monoblock.generation.resolve import UNSUPPORTED, UNSUPPORTED_ARGUMENTS
 
 torch.set_num_threads(1)

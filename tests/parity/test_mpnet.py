@@ -13,7 +13,7 @@ from tiny_families import fields, model_inputs, model_pair, monoblock_model, pai
 from transformers.models.mpnet.modeling_mpnet import MPNetEncoder
 
 from monoblock import MPNetConfig
-from monoblock.backends.pytorch.ops import bucketed
+from monoblock.backends.pytorch.ops import relative_position_bucket
 
 ATOL = 2e-5  # fp32 through the fused kernels
 NAME = "MPNetModel"
@@ -22,11 +22,11 @@ NAME = "MPNetModel"
 def test_buckets() -> None:
     """Every distance within the longest text: as trained checkpoints have them, and by definition."""
     distance = torch.arange(-600, 601)
-    ours = bucketed(distance, 32, 128)
+    ours = relative_position_bucket(distance, 32, 128)
     assert torch.equal(ours, MPNetEncoder.relative_position_bucket(distance))
     for count, farthest in ((32, 128), (20, 50), (8, 128), (4, 9), (64, 128)):
         defined = [oracle.bucket(int(d), count, farthest) for d in distance]
-        assert bucketed(distance, count, farthest).tolist() == defined
+        assert relative_position_bucket(distance, count, farthest).tolist() == defined
 
 
 @pytest.mark.parametrize("buckets", [8, 20, 32, 64])

@@ -24,7 +24,7 @@ from tf_pairs import CLASSES, close, inputs, labels, model, numpy, pair, roundin
 
 import monoblock
 from monoblock.backends.tf.classes import make_class
-from monoblock.backends.tf.ops import bucketed
+from monoblock.backends.tf.ops import relative_position_bucket
 from monoblock.backends.tf.outputs import TFModelOutput, output_class
 from monoblock.errors import CheckpointError, ShapeMismatch, UnsupportedConfig
 
@@ -191,12 +191,12 @@ def test_accumulated_gradients(tmp_path: Path) -> None:
 
 
 def test_buckets_are_pytorchs() -> None:
-    from monoblock.backends.pytorch.ops import bucketed as theirs
+    from monoblock.backends.pytorch.ops import relative_position_bucket as theirs
 
     for count, far in ((32, 128), (8, 20), (12, 90)):
         distance = np.arange(-3 * far, 3 * far, dtype=np.int32)
         expected = theirs(torch.from_numpy(distance), count, far).numpy()
-        np.testing.assert_array_equal(bucketed(tf.constant(distance), count, far), expected)
+        np.testing.assert_array_equal(relative_position_bucket(tf.constant(distance), count, far), expected)
 
 
 # ---------------------------------------------------------------------------- files

@@ -16,7 +16,7 @@ from tiny_families import monoblock_model
 from monoblock import FuyuImageProcessor, FuyuProcessor, PreTrainedTokenizerFast, pipeline
 from monoblock.cli import engine
 from monoblock.cli.conversation import Conversation
-from monoblock.cli.options import AnySource, Hub
+from monoblock.cli.options import DownloadOptions, FrameworkModelOptions
 
 GREEDY = {"do_sample": False, "max_new_tokens": 24}
 
@@ -27,7 +27,7 @@ def nowhere(text: str) -> None:
 
 @pytest.fixture(scope="module")
 def demo() -> engine.Engine:
-    return engine.load(AnySource(device="cpu"), Hub())
+    return engine.load(FrameworkModelOptions(device="cpu"), DownloadOptions())
 
 
 def talk(
@@ -78,7 +78,7 @@ def short(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_reply_ends_where_the_positions_do(short: Path) -> None:
     """The number of tokens is the command's own; one that the user asks for is refused, before anything is shown."""
-    loaded, seen = engine.load(AnySource(model=str(short), device="cpu"), Hub()), []
+    loaded, seen = engine.load(FrameworkModelOptions(model=str(short), device="cpu"), DownloadOptions()), []
     greedy = {"do_sample": False}
     reply = loaded.complete("abcd" * 5, loaded.limits(128) | greedy, seen.append)
     assert (reply.prompt_tokens, reply.tokens) == (20, 45)
@@ -120,7 +120,7 @@ def test_fuyu_answers_about_an_image(tmp_path: Path) -> None:
     path = tmp_path / "cat.png"
     pixels = np.random.default_rng(0).integers(0, 256, (12, 16, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(path)
-    loaded = engine.load(AnySource(model=str(folder), device="cpu"), Hub())
+    loaded = engine.load(FrameworkModelOptions(model=str(folder), device="cpu"), DownloadOptions())
     conversation = Conversation()
     conversation.say("what is in the box", str(path))
     options = {"do_sample": False, "max_new_tokens": 4}

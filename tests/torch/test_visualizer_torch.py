@@ -11,7 +11,7 @@ import visualizer_cases
 
 import monoblock
 from monoblock.backends.pytorch.kernels import attention
-from monoblock.backends.pytorch.ops import Scope, bucketed
+from monoblock.backends.pytorch.ops import Scope, relative_position_bucket
 from monoblock.spec import Buckets
 from monoblock.utils import visibility
 
@@ -124,5 +124,5 @@ def test_packed_rows_are_the_model_s(scopes: list[Scope]) -> None:
 @pytest.mark.parametrize(("count", "distance"), [(32, 128), (12, 128), (6, 20), (64, 1000)])
 def test_buckets_are_the_backend_s_at_every_distance(count: int, distance: int) -> None:
     far = torch.arange(-1500, 1500)
-    ours = visibility.bucketed(far.numpy(), Buckets(count=count, max_distance=distance))
-    assert (ours == bucketed(far, count, distance).numpy()).all()
+    ours = visibility.relative_position_bucket(far.numpy(), Buckets(count=count, max_distance=distance))
+    assert (ours == relative_position_bucket(far, count, distance).numpy()).all()

@@ -78,7 +78,7 @@ class JaxOps(NumpyOps):
     def to_numpy(self, x: Any) -> Any:
         return on_host(x)
 
-    def shown(self, x: Any) -> Any:
+    def to_framework(self, x: Any) -> Any:
         return on_device(x)
 
     def argmax(self, x_bk: Any) -> Any:

@@ -13,7 +13,7 @@ from monoblock.backends.flax.arrays import Keys
 from monoblock.backends.flax.namespace import XP
 from monoblock.backends.xla.compiled import Loop
 from monoblock.backends.xla.namespace import Namespace
-from monoblock.generation.programs import Given, Text
+from monoblock.generation.compiled_loop import ProgramInputs, TokenBuffer
 
 
 class JaxLoop:
@@ -33,8 +33,8 @@ class JaxLoop:
     def state(self, source: Keys) -> Array:
         return source.key
 
-    def numbers(self, text: Text, given: Given) -> tuple[Text, Given]:
-        return Text(*(jnp.asarray(part) for part in text)), given
+    def numbers(self, text: TokenBuffer, given: ProgramInputs) -> tuple[TokenBuffer, ProgramInputs]:
+        return TokenBuffer(*(jnp.asarray(part) for part in text)), given
 
     def run(self, goes_on: Callable[[Any], Array], step: Callable[[Any], Any], start: Any) -> Any:
         return lax.while_loop(goes_on, step, start)

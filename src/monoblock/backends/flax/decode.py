@@ -24,9 +24,9 @@ from monoblock.backends.flax.traced import Traced, is_traced
 from monoblock.backends.xla import runner
 from monoblock.backends.xla.namespace import Namespace
 from monoblock.generation import loop
+from monoblock.generation.compiled_loop import Program
 from monoblock.generation.config import GenerationConfig
 from monoblock.generation.mixin import check_assistant
-from monoblock.generation.programs import Program
 from monoblock.generation.resolve import Unsupported
 from monoblock.outputs import ModelOutput
 from monoblock.positions import has_positions
@@ -117,7 +117,7 @@ class Generation(runner.Generation):
         prompts = (inputs, arguments.get("input_ids"), arguments.get("inputs_embeds"))
         rows = next((found for x in prompts if (found := rows_of(x)) is not None), None)
         runner = Runner(self, params, rows)
-        result = loop.generate(runner, inputs, generation_config, plain=plain, **arguments)
+        result = loop.generate(runner, inputs, generation_config, make_result=plain, **arguments)
         return on_device(result) if alone else _all_shown(result)
 
     def prepare_inputs_for_generation(
@@ -201,7 +201,7 @@ class Runner(runner.Runner):
 
     def compiled(self, generation: Any, program: Program) -> Any:
         """Run a call as one program."""
-        if program.room >= LONG:
+        if program.max_new_tokens >= LONG:
             generation.decoder.passes = generation.decoder.passes.joined()
         return super().compiled(generation, program)
 

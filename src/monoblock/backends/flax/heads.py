@@ -18,7 +18,13 @@ from monoblock.backends.flax.namespace import XP
 from monoblock.backends.flax.parts import Part, computes, dropout
 from monoblock.backends.xla.checked import described
 from monoblock.backends.xla.inputs import Wanted
-from monoblock.call_checks import IGNORED, check_classes, check_places, check_tokens_have_labels, problem_of
+from monoblock.call_checks import (
+    IGNORED,
+    check_classes,
+    check_token_positions,
+    check_tokens_have_labels,
+    problem_of,
+)
 from monoblock.heads import KINDS, HeadSpec
 
 Count = Array | int | None
@@ -242,7 +248,7 @@ def span_loss(start_bs: Array, end_bs: Array, starts: Array, ends: Array, count:
         return _cross_entropy(logits, jnp.where(outside, IGNORED, positions), count)
 
     for name, places in (("start_positions", starts), ("end_positions", ends)):
-        check_places(described(XP, name, places), start_bs.shape[0])
+        check_token_positions(described(XP, name, places), start_bs.shape[0])
     return (one(start_bs, starts) + one(end_bs, ends)) / 2
 
 

@@ -18,12 +18,12 @@ import numpy as np
 
 from monoblock.backends.flax.layers import own_norm
 from monoblock.checkpoint.casts import FLOATS, dtype_of
-from monoblock.checkpoint.fitting import Report, fitted
-from monoblock.checkpoint.keymap import KeyMap, Op, Source, Transposed
-from monoblock.checkpoint.save import Made
+from monoblock.checkpoint.keymap import KeyMap, Op, TensorSource, Transposed
+from monoblock.checkpoint.matching import LoadReport, match_weights
+from monoblock.checkpoint.save import LazyTensor
 from monoblock.checkpoint.weights import Tensors, stored_shapes
 from monoblock.errors import CheckpointError
-from monoblock.modules import CANONICAL, Part, classes_of
+from monoblock.modules import CANONICAL, ModuleSpec, classes_of
 
 Tree = dict[str, Any]
 Place = tuple[str, ...]
@@ -53,7 +53,7 @@ class Group:
     leaves: tuple[Leaf, ...]
 
 
-def groups(keymap: KeyMap, shapes: Mapping[str, tuple[int, ...]], layout: Part) -> dict[str, Group]:
+def groups(keymap: KeyMap, shapes: Mapping[str, tuple[int, ...]], layout: ModuleSpec) -> dict[str, Group]:
     """Where each canonical parameter (of these shapes) is in the tree of a class with that module tree."""
     named_weight = {
         CANONICAL[role] for role, classes in classes_of(layout) if role in CANONICAL and own_norm(classes)
@@ -61,7 +61,7 @@ def groups(keymap: KeyMap, shapes: Mapping[str, tuple[int, ...]], layout: Part) 
     return {name: _group(keymap.source(name), name, shape, named_weight) for name, shape in shapes.items()}
 
 
-def _group(source: Source, canonical: str, shape: tuple[int, ...], named_weight: set[str]) -> Group:
+def _group(source: TensorSource, canonical: str, shape: tuple[int, ...], named_weight: set[str]) -> Group:
     module, _, kind = canonical.rpartition(".")
     leaf = kind
     if kind == "weight" and module.rpartition(".")[2] in TABLES:
@@ -115,13 +115,13 @@ def load(
     *,
     ignore_mismatched_sizes: bool = False,
     strict: bool = True,
-) -> tuple[Tree, Report]:
+) -> tuple[Tree, LoadReport]:
     """The tree of a model with canonical parameters of these shapes, which are these groups of leaves, as far as the
     files hold it, in their dtypes. `place` makes a leaf of a view of the file, of which it may read a part.
 
     MissingKeys, UnexpectedKeys, UnreadKeys and ShapeMismatch name the first tensor that does not fit.
     """
-    weights, report = fitted(
+    weights, report = match_weights(
         tensors, keymap, shapes, tied, ignore_mismatched_sizes=ignore_mismatched_sizes, strict=strict
     )
     leaves: dict[Place, Any] = {}
@@ -136,7 +136,7 @@ def load(
 
 def hub_arrays(
     arrays: Mapping[Place, Any], leaves: Iterable[Leaf], read: Callable[[Place], Any]
-) -> dict[str, Made]:
+) -> dict[str, LazyTensor]:
     """The hub's names, and what makes each tensor, of which these are the arrays, in NumPy and the hub's layout; `read`
     gives an array's values."""
     return {
@@ -144,16 +144,16 @@ def hub_arrays(
     }
 
 
-def own_arrays(arrays: Mapping[Place, Any], read: Callable[[Place], Any]) -> dict[str, Made]:
+def own_arrays(arrays: Mapping[Place, Any], read: Callable[[Place], Any]) -> dict[str, LazyTensor]:
     """The leaves' paths, with slashes, and what makes each in NumPy."""
     return {
         "/".join(path): _made(leaf, partial(read, path), transposed=False) for path, leaf in arrays.items()
     }
 
 
-def _made(leaf: Any, make: Any, transposed: bool) -> Made:
+def _made(leaf: Any, make: Any, transposed: bool) -> LazyTensor:
     shape = tuple(np.shape(leaf))
-    return Made(dtype=dtype_of(leaf), shape=shape[::-1] if transposed else shape, make=make)
+    return LazyTensor(dtype=dtype_of(leaf), shape=shape[::-1] if transposed else shape, make=make)
 
 
 def _of_hub(leaf: Leaf, read: Callable[[Place], Any]) -> Any:

@@ -16,7 +16,7 @@ from monoblock.backends.flax import loading
 from monoblock.backends.flax.loading import Group, Leaf, Place, Tree
 from monoblock.backends.flax.processes import on_host
 from monoblock.checkpoint.keymap import KeyMap
-from monoblock.checkpoint.save import Made
+from monoblock.checkpoint.save import LazyTensor
 from monoblock.errors import ShapeMismatch
 from monoblock.seeds import checked_seed, signed
 
@@ -177,7 +177,7 @@ class Parameters:
 
     # ------------------------------------------------------------------ the hub's names
 
-    def hub_tensors(self, params: Mapping[str, Any] | None = None) -> dict[str, Made]:
+    def hub_tensors(self, params: Mapping[str, Any] | None = None) -> dict[str, LazyTensor]:
         """The hub's names, and what makes each tensor, as a NumPy array in PyTorch's layout, when it is called."""
         kept = loading.flat(self.params if params is None else self.checked_params(params))
         return loading.hub_arrays(kept, self.leaves.values(), lambda path: on_host(kept[path]))

@@ -9,7 +9,7 @@ import numpy as np
 from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 
-from monoblock.partition import names, parts
+from monoblock.partition import axis_names, shard_count
 
 
 def placed(x: Any, sharding: NamedSharding) -> Any:
@@ -39,7 +39,7 @@ def rows_of(x: Any) -> NamedSharding | None:
 
 def split_rows(x: Any, rows: NamedSharding) -> Any:
     """An array of the host with its rows split, where there are as many; others as they are."""
-    count = parts(names(rows.spec[0]), rows.mesh.shape)
+    count = shard_count(axis_names(rows.spec[0]), rows.mesh.shape)
     if not isinstance(x, np.ndarray) or not x.ndim or x.shape[0] % count:
         return x
     return placed(x, rows)

@@ -26,7 +26,7 @@ from monoblock.backends.xla.compiled import Loop, Start
 from monoblock.backends.xla.decoder import WHOLE
 from monoblock.backends.xla.inputs import Wanted
 from monoblock.backends.xla.passes import Given, Pass, of_outputs
-from monoblock.generation.programs import Program
+from monoblock.generation.compiled_loop import Program
 from monoblock.spec import ArchSpec
 
 
@@ -87,7 +87,7 @@ class Steps:
 
 def loop_over_tokens(network: Network, program: Program, params: Any, cache: Cache, start: Start) -> Any:
     """A whole loop over tokens, to be compiled."""
-    run = compiled.looped if program.width is None else compiled_beams.looped
+    run = compiled.looped if program.search is None else compiled_beams.looped
     return run(LOOP, partial(passed, network, params), program, start._replace(cache=cache))
 
 

@@ -21,8 +21,8 @@ from monoblock.backends.xla.compiled import Start
 from monoblock.backends.xla.inputs import Wanted
 from monoblock.backends.xla.runner import INPUTS, MORE, Runner
 from monoblock.generation.buckets import bucket
+from monoblock.generation.compiled_loop import NO_TOKEN, Program, TokenBuffer
 from monoblock.generation.config import GenerationConfig
-from monoblock.generation.programs import OUTSIDE, Program, Text
 
 INSIDE = "inside jit, pmap or vmap"
 # Without donation of the cache, which only the outermost program may do.
@@ -76,7 +76,7 @@ class Traced(Runner):
 
     def compiled(self, generation: Any, program: Program) -> Any:
         """The pass over the prompts and the loop; sequences (rows, prompt + new)."""
-        if program.width is not None:
+        if program.search is not None:
             raise ValueError(f"generate() {INSIDE} searches no beams: call it outside, it compiles itself")
         plan, new = generation.plan, generation.plan.new_tokens
         steps: Steps = self.runner.passes(generation.config)
@@ -85,9 +85,9 @@ class Traced(Runner):
         mask = jnp.pad(valid_bn.astype(jnp.int32), ((0, 0), (0, bucket(new))), constant_values=1)
         given = {"input_ids": ids_bn, "attention_mask": mask}
         found = steps.first(given, Wanted(fresh=True, keep=1), steps.spec, mask.shape[1])
-        stand_in = generation.setting.prompt_bn
-        text = program.text(stand_in, None)
-        numbers = program.given(generation.fields, stand_in, None, new)
+        stand_in = generation.context.prompt_bn
+        text = program.token_buffer(stand_in, None)
+        numbers = program.inputs(generation.fields, stand_in, None, new)
         start = Start(
             scores_bv=found.scores,
             cache=None,
@@ -123,11 +123,13 @@ class _OnHost:
         )
 
 
-def _filled(text: Text, ids_bn: Array, valid_bn: Array) -> Text:
+def _filled(text: TokenBuffer, ids_bn: Array, valid_bn: Array) -> TokenBuffer:
     """The text's arrays with the prompts at their end, where they have columns at all."""
     columns, (rows, count) = text.ids_bt.shape[1], ids_bn.shape
     if columns == 0:
         empty = jnp.zeros((rows, 0), jnp.int32)
-        return Text(empty, empty != 0, text.length)
+        return TokenBuffer(empty, empty != 0, text.length)
     before = ((0, 0), (columns - count, 0))
-    return Text(jnp.pad(ids_bn, before, constant_values=OUTSIDE), jnp.pad(valid_bn, before), text.length)
+    return TokenBuffer(
+        jnp.pad(ids_bn, before, constant_values=NO_TOKEN), jnp.pad(valid_bn, before), text.length
+    )

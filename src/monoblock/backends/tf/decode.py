@@ -18,10 +18,10 @@ from monoblock.backends.tf.steps import Steps, steps_of
 from monoblock.backends.xla import runner
 from monoblock.backends.xla.namespace import Namespace
 from monoblock.generation import loop
+from monoblock.generation.compiled_loop import Program
 from monoblock.generation.config import GenerationConfig
 from monoblock.generation.mixin import check_assistant
-from monoblock.generation.programs import Program
-from monoblock.generation.record import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput
+from monoblock.generation.outputs import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput
 from monoblock.generation.resolve import Unsupported
 
 if TYPE_CHECKING:
@@ -172,7 +172,7 @@ class InGraph(Runner):
         """The call as a part of the graph."""
         return graph.run(self.prompt, generation, program)
 
-    def decoder(self, plan: loop.Plan, inputs: dict[str, Any]) -> Any:
+    def decoder(self, plan: loop.GenerationPlan, inputs: dict[str, Any]) -> Any:
         """A decoder whose tokens `compiled` makes."""
         self.samples = bool(plan.config.do_sample)
         return graph.Decoder(self.model, plan, inputs, self.max_positions)

@@ -24,10 +24,10 @@ from monoblock.backends.xla import compiled_beams
 from monoblock.backends.xla.compiled import Start
 from monoblock.backends.xla.inputs import Wanted
 from monoblock.generation import beam_program as search
+from monoblock.generation.compiled_loop import NO_TOKEN, Program, TokenBuffer
 from monoblock.generation.config import GenerationConfig
-from monoblock.generation.decoder import Plan
-from monoblock.generation.programs import OUTSIDE, Program, Text
-from monoblock.generation.record import Record
+from monoblock.generation.decoder import GenerationPlan
+from monoblock.generation.outputs import OutputCollector
 
 HOST = (
     "generate() inside a tf.function is one graph, and this call needs Python between two tokens (streamers, "
@@ -85,7 +85,9 @@ class Decoder:
 
     attentions = hidden_states = None
 
-    def __init__(self, model: Any, plan: Plan, inputs: dict[str, Any], max_positions: int | None) -> None:
+    def __init__(
+        self, model: Any, plan: GenerationPlan, inputs: dict[str, Any], max_positions: int | None
+    ) -> None:
         self.model, self.plan, self.inputs = model, plan, inputs
         self.past_key_values: Cache | None = None
         last = plan.max_length - 1
@@ -131,26 +133,26 @@ def run(prompt: Prompt, generation: Any, program: Program) -> Any:
         if name in given
     }
     valid = mask[:, : ids.shape[1]] != 0
-    setting = generation.setting
-    numbers = program.given(generation.fields, setting.prompt_bn, None, new)
+    setting = generation.context
+    numbers = program.inputs(generation.fields, setting.prompt_bn, None, new)
     start = Start(
         scores_bv=scores,
         cache=found.cache if plan.copies == 1 else found.cache.reorder(copy_of),
         constant=constant,
-        text=_placed(program.text(setting.prompt_bn, None), ids, valid),
+        text=_placed(program.token_buffer(setting.prompt_bn, None), ids, valid),
         given=numbers._replace(prompt=_placed(numbers.prompt, ids, valid)),
         limits=tf.constant((new, new)),
         draws=LOOP.draws(generation.generator, needed=True),
     )
-    record = Record(plan.config, generation.plain)
-    if program.width is not None:
+    record = OutputCollector(plan.config, generation.make_result)
+    if program.search is not None:
         return _searched(generation, program, start, ids, record)
     end = looped(decoder.model, program, start)
     decoder.past_key_values = end.cache
     return record.output(tf.concat((ids, end.new_br[:, :new]), axis=1), decoder)
 
 
-def _searched(generation: Any, program: Program, start: Start, ids: Tensor, record: Record) -> Any:
+def _searched(generation: Any, program: Program, start: Start, ids: Tensor, record: OutputCollector) -> Any:
     """The best texts of a search; `ids` have a row for each beam."""
     decoder, plan = generation.decoder, generation.plan
     count = plan.config.num_return_sequences or 1
@@ -162,7 +164,7 @@ def _searched(generation: Any, program: Program, start: Start, ids: Tensor, reco
     return record.beam_output(tf.concat((prompts, new), axis=1), scores, rows, decoder)
 
 
-def texts(running: search.Running, count: int, pad: int, new: int) -> tuple[Tensor, Tensor, Tensor]:
+def texts(running: search.BeamState, count: int, pad: int, new: int) -> tuple[Tensor, Tensor, Tensor]:
     """The best `count` texts of each prompt as tensors: tokens (rows, new), pads after a text's end; scores; and the
     rows that the tokens were chosen from, -1 after the end."""
     (prompts, beams), room = running.ended_pw.shape, running.tokens_rn.shape[1]
@@ -185,7 +187,7 @@ def texts(running: search.Running, count: int, pad: int, new: int) -> tuple[Tens
 
 def _of_known_rows(program: Program) -> list[str]:
     """What of a call cannot be without the number of its rows."""
-    beams = ["num_beams"] if program.width else []
+    beams = ["num_beams"] if program.search else []
     return [*beams, *dict(program.fields), *(name for name in program.numbers if name != "temperature")]
 
 
@@ -205,12 +207,12 @@ def _given(prompt: Prompt, decoder: Decoder, config: GenerationConfig) -> tuple[
     return given, tokens.shape[1]
 
 
-def _placed(text: Text, ids_bn: Tensor, valid_bn: Tensor) -> Text:
+def _placed(text: TokenBuffer, ids_bn: Tensor, valid_bn: Tensor) -> TokenBuffer:
     """A stand-in's text with the real prompts in it."""
-    text = Text(*(shown(np.asarray(part)) for part in text))
+    text = TokenBuffer(*(shown(np.asarray(part)) for part in text))
     if not (columns := text.ids_bt.shape[1]):
         return text
     before = ((0, 0), (columns - ids_bn.shape[1], 0))
     return text._replace(
-        ids_bt=tf.pad(ids_bn, before, constant_values=OUTSIDE), valid_bt=tf.pad(valid_bn, before)
+        ids_bt=tf.pad(ids_bn, before, constant_values=NO_TOKEN), valid_bt=tf.pad(valid_bn, before)
     )

@@ -19,7 +19,13 @@ from monoblock.backends.tf.ops import Tensor, size
 from monoblock.backends.tf.parts import Part
 from monoblock.backends.xla.checked import described
 from monoblock.backends.xla.inputs import Wanted
-from monoblock.call_checks import IGNORED, check_classes, check_places, check_tokens_have_labels, problem_of
+from monoblock.call_checks import (
+    IGNORED,
+    check_classes,
+    check_token_positions,
+    check_tokens_have_labels,
+    problem_of,
+)
 from monoblock.heads import KINDS, HeadSpec, Summary
 from monoblock.spec import ArchSpec
 
@@ -201,7 +207,7 @@ def span_loss(start_bs: Tensor, end_bs: Tensor, starts: Tensor, ends: Tensor, co
     length = size(start_bs, 1)
     with plainly():
         for name, places in (("start_positions", starts), ("end_positions", ends)):
-            check_places(described(XP, name, whole_labels(places)), start_bs.shape[0])
+            check_token_positions(described(XP, name, whole_labels(places)), start_bs.shape[0])
 
     def one(logits: Tensor, positions: Tensor) -> Tensor:
         positions = tf.cast(tf.reshape(positions, (-1,)), tf.int32)

@@ -11,9 +11,9 @@ import ml_dtypes
 import numpy as np
 
 from monoblock.backends.tf.layers import Conv1D
-from monoblock.checkpoint.fitting import Report, fitted
 from monoblock.checkpoint.keymap import KeyMap
-from monoblock.checkpoint.weights import Tensors, laid_out
+from monoblock.checkpoint.matching import LoadReport, match_weights
+from monoblock.checkpoint.weights import Tensors, lazy_tensors
 
 Array = np.ndarray[Any, Any]
 DTYPES: dict[str, Any] = {
@@ -111,15 +111,15 @@ def load(
     *,
     ignore_mismatched_sizes: bool = False,
     strict: bool = True,
-) -> Report:
+) -> LoadReport:
     """Fill the parameters, given by their names in files, from tensors by the hub's names; what was found and what not.
     `shapes` are those of the canonical parameters.
 
     MissingKeys, UnexpectedKeys, UnreadKeys and ShapeMismatch name the first tensor that does not fit.
     """
-    weights, report = fitted(
+    weights, report = match_weights(
         tensors, keymap, shapes, tied, ignore_mismatched_sizes=ignore_mismatched_sizes, strict=strict
     )
-    for name, made in laid_out(weights, keymap).items():
+    for name, made in lazy_tensors(weights, keymap).items():
         found[name].assign(made())
     return report

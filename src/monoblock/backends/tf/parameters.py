@@ -13,10 +13,10 @@ from monoblock.backends.tf import loading
 from monoblock.backends.tf.layers import Tied
 from monoblock.backends.tf.loading import DTYPES, IN_FILES, Array, Slot
 from monoblock.backends.tf.parts import layers_of
-from monoblock.checkpoint.fitting import Report
-from monoblock.checkpoint.keymap import KeyMap, Source
-from monoblock.checkpoint.save import Made
-from monoblock.checkpoint.views import HUB_NAMES
+from monoblock.checkpoint.array_adapters import HUB_NAMES
+from monoblock.checkpoint.keymap import KeyMap, TensorSource
+from monoblock.checkpoint.matching import LoadReport
+from monoblock.checkpoint.save import LazyTensor
 from monoblock.heads import KINDS
 from monoblock.spec import ArchSpec
 
@@ -49,7 +49,7 @@ class Parameters:
         """The main layer."""
         return getattr(self, self.family.prefix)
 
-    def head_layers(self) -> Mapping[str, str | modules.Part]:
+    def head_layers(self) -> Mapping[str, str | modules.ModuleSpec]:
         """The head's layers beside the main layer: attribute names and roles or parts."""
         return self.family.heads[self.row.head or ""] if self.headed else {}
 
@@ -61,7 +61,7 @@ class Parameters:
         """Canonical name -> canonical shape, in which matrices are outputs x inputs; tied ones left out."""
         return tree.parameters(self.spec, self.head_spec)
 
-    def sources(self) -> dict[str, Source]:
+    def sources(self) -> dict[str, TensorSource]:
         """Canonical name -> the names of the parameters here that hold it, and how."""
         keymap = self.keymap()
         return {name: keymap.source(name) for name in self.parameter_shapes()}
@@ -72,7 +72,7 @@ class Parameters:
         inside, found = f"{self.family.prefix}." if self.headed else "", {}
         for path, layer in layers_of(self.main, self.main.layout, self.spec.layers):
             found |= loading.slots(layer, inside + path)
-        for path, layer in layers_of(self, modules.Part("", "", self.head_layers()), 0):
+        for path, layer in layers_of(self, modules.ModuleSpec("", "", self.head_layers()), 0):
             found |= loading.slots(layer, path)
         used = [name for source in self.sources().values() for name in source.names]
         return {name: found[name] for name in (*used, *(name for name in found if name not in used))}
@@ -93,11 +93,11 @@ class Parameters:
         """Second names: canonical name -> the canonical parameter that it shares."""
         return tree.tied(self.spec, self.head_spec)
 
-    def hub_state_dict(self) -> dict[str, Made]:
+    def hub_state_dict(self) -> dict[str, LazyTensor]:
         """The weights by the hub's names, tied ones once, each made when it is called for (`made()`, a NumPy array)."""
         self._check_not_quantized("saved by the hub's names")
         return {
-            name: Made(dtype=HUB_NAMES[slot.variable.dtype], shape=slot.shape, make=slot.read)
+            name: LazyTensor(dtype=HUB_NAMES[slot.variable.dtype], shape=slot.shape, make=slot.read)
             for name, slot in self.slots().items()
             if name not in self.unsaved
         }
@@ -110,7 +110,7 @@ class Parameters:
 
     def load_parameters(
         self, tensors: Any, *, ignore_mismatched_sizes: bool = False, strict: bool = True
-    ) -> Report:
+    ) -> LoadReport:
         """Fill the model from tensors by the hub's names; what was made anew and what was not used, by those names. A
         pooler that no output depends on may be missing.
 
@@ -139,7 +139,7 @@ class Parameters:
             found[name].assign(tensors.tensor(ours))
             taken |= {name, ours}
         self.unsaved = frozenset(unused) - taken
-        return Report(
+        return LoadReport(
             missing=[keymap.source(canonical).names[0] for canonical in report.missing],
             mismatched=[keymap.source(canonical).names[0] for canonical in report.mismatched],
             unused=[name for name in report.unused if name not in taken],

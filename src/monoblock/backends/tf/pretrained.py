@@ -24,9 +24,9 @@ from monoblock.backends.tf.parts import Builder, Holder
 from monoblock.backends.tf.serving import Serving
 from monoblock.backends.tf.training import Training
 from monoblock.backends.xla.inputs import AT_REST, Wanted
-from monoblock.checkpoint.fitting import fitted
 from monoblock.checkpoint.hdf5 import is_weights
 from monoblock.checkpoint.hub import WeightFiles
+from monoblock.checkpoint.matching import match_weights
 from monoblock.checkpoint.options import HubOptions
 from monoblock.checkpoint.save import save_tensors
 from monoblock.checkpoint.store import open_store
@@ -173,7 +173,7 @@ class TFPreTrainedModel(Forward, Training, Serving, Holder, Parameters, Generati
         """The errors of `load_parameters` before any variable is made: a config may ask for any size."""
         spec, kind = config.to_spec(), cls.row.head
         head = config.to_head(kind) if kind else None
-        fitted(
+        match_weights(
             store,
             cls.family.keymap(config, kind),
             tree.parameters(spec, head),

@@ -20,7 +20,7 @@ from monoblock.backends.xla import compiled, compiled_beams
 from monoblock.backends.xla.compiled import Loop, Start
 from monoblock.backends.xla.inputs import Wanted
 from monoblock.backends.xla.passes import Given, Pass, of_outputs
-from monoblock.generation.programs import Program
+from monoblock.generation.compiled_loop import Program
 from monoblock.spec import ArchSpec
 
 
@@ -32,7 +32,7 @@ def passed(model: Any, given: Given, cache: Cache | None, wanted: Wanted) -> Pas
 
 def looped(model: Any, program: Program, start: Start) -> Any:
     """A whole loop over tokens, to be traced into something."""
-    run = compiled.looped if program.width is None else compiled_beams.looped
+    run = compiled.looped if program.search is None else compiled_beams.looped
     return run(LOOP, partial(passed, model), program, start)
 
 

@@ -26,7 +26,7 @@ from monoblock.backends.xla.namespace import (
 from monoblock.backends.xla.patches import NAMES, patches
 from monoblock.call_checks import Labels, check_mask, check_positions
 from monoblock.field_types import brief
-from monoblock.heads import BY_CHOICE, KINDS, HeadSpec
+from monoblock.heads import CHOICE_INPUTS, KINDS, HeadSpec
 from monoblock.positions import has_positions
 from monoblock.spec import ArchSpec, Learned
 
@@ -152,7 +152,7 @@ def _flattened(xp: Namespace, given: dict[str, Any]) -> tuple[dict[str, Any], Si
     if tokens is None or len(tokens.shape) != dims:
         return given, 1, False
     flat = dict(given)
-    for name in BY_CHOICE:
+    for name in CHOICE_INPUTS:
         value = given.get(name)
         if value is not None and len(value.shape) == (4 if name == "inputs_embeds" else 3):
             rows, choices, *rest = (xp.size(value, axis) for axis in range(len(value.shape)))

@@ -14,7 +14,7 @@ import numpy as np
 from monoblock.backends.xla.inputs import Wanted
 from monoblock.backends.xla.namespace import Array, Namespace
 from monoblock.generation.arrays import NOTHING_TO_DRAW
-from monoblock.generation.programs import Given, Program, Text
+from monoblock.generation.compiled_loop import Program, ProgramInputs, TokenBuffer
 
 NEXT = Wanted(fresh=False, keep=1)
 # One pass over the next tokens: inputs by name, cache, what is wanted -> scores, cache and the rest (a `Pass`).
@@ -29,8 +29,8 @@ class Start(NamedTuple):
     scores_bv: Array
     cache: Any
     constant: Mapping[str, Any]
-    text: Text
-    given: Given
+    text: TokenBuffer
+    given: ProgramInputs
     limits: Array
     draws: Any
     search: Any = ()
@@ -44,7 +44,7 @@ class State(NamedTuple):
     new_br: Array
     token_b: Array
     finished_b: Array
-    text: Text
+    text: TokenBuffer
     draws: Any
     fine: Array
     cache: Any
@@ -71,7 +71,7 @@ class Loop(Protocol):
         """Its state."""
         ...
 
-    def numbers(self, text: Text, given: Given) -> tuple[Text, Given]:
+    def numbers(self, text: TokenBuffer, given: ProgramInputs) -> tuple[TokenBuffer, ProgramInputs]:
         """The text and the numbers for processors, of the types in which the framework computes."""
         ...
 
@@ -94,14 +94,14 @@ def run(generation: Any, program: Program) -> Any:
 
 def ended(generation: Any, program: Program, scores_bv: Array, search: Any = ()) -> Any:
     """A loop's state at its end; ValueError if there was nothing to draw."""
-    decoder, setting, new = generation.decoder, generation.setting, generation.plan.new_tokens
+    decoder, setting, new = generation.decoder, generation.context, generation.plan.new_tokens
     loop, prompts = decoder.passes.loop, (setting.prompt_bn, setting.valid_bn)
     start = Start(
         scores_bv=scores_bv,
         cache=decoder.cache,
         constant=decoder.constants(),
-        text=program.text(*prompts),
-        given=program.given(generation.fields, *prompts, new),
+        text=program.token_buffer(*prompts),
+        given=program.inputs(generation.fields, *prompts, new),
         # The last token takes no position: nothing comes after it.
         limits=np.array([min(new, decoder.room + 1), new], np.int32),
         draws=loop.draws(generation.generator, program.do_sample),
@@ -121,7 +121,7 @@ def looped(loop: Loop, forward: Forward, program: Program, start: Start) -> Stat
     xp = loop.xp
     rows = xp.size(start.scores_bv, 0)
     text, given = loop.numbers(start.text, start.given)
-    columns_1n = np.arange(program.room, dtype=np.int32)[None]
+    columns_1n = np.arange(program.max_new_tokens, dtype=np.int32)[None]
 
     def chosen(scores_bv: Array, state: State) -> State:
         scores_bv = program.processed(xp, scores_bv, state.text, given)
@@ -147,7 +147,7 @@ def looped(loop: Loop, forward: Forward, program: Program, start: Start) -> Stat
 
     first = State(
         made=xp.full((), 0),
-        new_br=xp.full((rows, program.room), program.pad),
+        new_br=xp.full((rows, program.max_new_tokens), program.pad),
         token_b=xp.full((rows,), 0),
         finished_b=xp.full((rows,), False),
         text=text,

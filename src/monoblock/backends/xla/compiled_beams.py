@@ -8,7 +8,7 @@ from monoblock.backends.xla.compiled import Forward, Loop, Start, ended, next_pa
 from monoblock.backends.xla.namespace import Array
 from monoblock.generation import beam_program as search
 from monoblock.generation import beams
-from monoblock.generation.programs import Program, Text
+from monoblock.generation.compiled_loop import Program, TokenBuffer
 
 
 class State(NamedTuple):
@@ -16,8 +16,8 @@ class State(NamedTuple):
     of the random source, and whether there was something to draw."""
 
     made: Array
-    running: search.Running
-    text: Text
+    running: search.BeamState
+    text: TokenBuffer
     going: Array
     draws: Any
     fine: Array
@@ -27,7 +27,7 @@ class State(NamedTuple):
 class Begun(NamedTuple):
     """What a search begins with: the beams, and what scores are divided by (see `beam_program.norms`)."""
 
-    running: search.Running
+    running: search.BeamState
     norms_n: Any
 
 
@@ -37,21 +37,21 @@ def run(generation: Any, program: Program) -> Any:
     end = ended(generation, program, scores_bv, begun(generation, program))
     generation.decoder.advance(int(end.made) - 1 + bool(end.going))
     xp = generation.decoder.passes.loop.xp
-    running = search.Running(*(xp.to_numpy(part) for part in end.running))
+    running = search.BeamState(*(xp.to_numpy(part) for part in end.running))
     return beams.output(generation, search.best(running, generation.config.num_return_sequences or 1), record)
 
 
 def begun(generation: Any, program: Program) -> Begun:
     """The beginning of a call's search, on the host."""
-    assert program.width is not None
+    assert program.search is not None
     rules = beams.Rules.of(generation.config, generation.plan.new_tokens)
-    running = search.begun(generation.plan.batch, program.width, program.room)
-    return Begun(running, search.norms(rules, program.room))
+    running = search.initial_beams(generation.plan.batch, program.search, program.max_new_tokens)
+    return Begun(running, search.norms(rules, program.max_new_tokens))
 
 
 def looped(loop: Loop, forward: Forward, program: Program, start: Start) -> State:
     """The loop, to be compiled into something: the state at its end."""
-    xp, width, begun = loop.xp, program.width, start.search
+    xp, width, begun = loop.xp, program.search, start.search
     assert width is not None
     rows, vocab = start.scores_bv.shape
     prompts = rows // width.beams
@@ -71,11 +71,11 @@ def looped(loop: Loop, forward: Forward, program: Program, start: Start) -> Stat
         token_pk = index_pk % vocab
         ends_pk = program.ends(token_pk) | (state.made + 1 == start.limits[1])
         found = search.Candidates(values_pk, index_pk // vocab, token_pk, ends_pk)
-        running = search.advanced(xp, width, state.running, found, state.made, begun.norms_n)
+        running = search.advance(xp, width, state.running, found, state.made, begun.norms_n)
         return state._replace(
             made=state.made + 1,
             running=running,
-            going=search.goes_on(xp, width, running, ends_pk),
+            going=search.continues(xp, width, running, ends_pk),
             draws=loop.state(source),
             fine=source.fine,
         )
@@ -89,7 +89,7 @@ def looped(loop: Loop, forward: Forward, program: Program, start: Start) -> Stat
         row_b = xp.take_along(state.running.rows_rn, last_b1)[:, 0]
         token_b1 = xp.take_along(state.running.tokens_rn, last_b1)
         ids_bt, valid_bt = (xp.take_rows(x, row_b) for x in (state.text.ids_bt, state.text.valid_bt))
-        text = Text(ids_bt, valid_bt, state.text.length).appended(xp, token_b1[:, 0])
+        text = TokenBuffer(ids_bt, valid_bt, state.text.length).appended(xp, token_b1[:, 0])
         found = next_pass(forward, start, state.made, token_b1, state.cache.reorder(row_b))
         return chosen(found.scores, state._replace(cache=found.cache, text=text))
 

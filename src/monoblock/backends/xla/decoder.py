@@ -17,7 +17,7 @@ from monoblock.backends.xla.passes import Pass, Passes
 from monoblock.errors import UnsupportedConfig
 from monoblock.generation.buckets import bucket
 from monoblock.generation.config import GenerationConfig
-from monoblock.generation.decoder import Plan
+from monoblock.generation.decoder import GenerationPlan
 from monoblock.positions import is_dynamic
 from monoblock.spec import ArchSpec, Learned, Rotary
 
@@ -50,7 +50,7 @@ class Decoder:
     Places count the padding of the bucket, `pad`, too; lengths that the loop speaks of do not.
     """
 
-    def __init__(self, passes: Passes, plan: Plan, inputs: dict[str, Any]) -> None:
+    def __init__(self, passes: Passes, plan: GenerationPlan, inputs: dict[str, Any]) -> None:
         self.passes, self.plan, self.spec = passes, plan, passes.spec
         learned = self.spec.position(Learned)
         self.max_positions = learned.size - learned.offset if learned else None
@@ -271,7 +271,9 @@ class Decoder:
 
     def _set_length(self) -> None:
         assert self.cache is not None
-        self.cache = replace(self.cache, length=self.passes.loop.xp.shown(np.array(self.length, np.int32)))
+        self.cache = replace(
+            self.cache, length=self.passes.loop.xp.to_framework(np.array(self.length, np.int32))
+        )
 
 
 class Rereader:
@@ -279,7 +281,7 @@ class Rereader:
 
     past_key_values = None
 
-    def __init__(self, passes: Passes, plan: Plan, inputs: dict[str, Any]) -> None:
+    def __init__(self, passes: Passes, plan: GenerationPlan, inputs: dict[str, Any]) -> None:
         self.decoder, self.passes = Decoder(passes, plan, inputs), passes
         self.attentions = self.hidden_states = None
         self.given: dict[str, Any] = {}

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Protocol
 from monoblock.backends.xla.compiled import Loop, Start
 from monoblock.backends.xla.inputs import Wanted
 from monoblock.backends.xla.namespace import Array
-from monoblock.generation.programs import Program
+from monoblock.generation.compiled_loop import Program
 from monoblock.spec import ArchSpec
 
 Given = Mapping[str, Any]

@@ -8,10 +8,11 @@ from typing import Any
 from monoblock.generation import guidance, limits, processors, stopping, structured
 from monoblock.generation.arrays import Array
 from monoblock.generation.config import GenerationConfig, as_own_config
-from monoblock.generation.decoder import Model, Plan
+from monoblock.generation.decoder import GenerationPlan, GenerativeModel
+from monoblock.generation.outputs import GeneratedSequences, OutputCollector, ResultFn, ids_only
 from monoblock.generation.prompt import (
-    CALL_NAMES,
-    Call,
+    ARGUMENT_NAMES,
+    GenerateArguments,
     check_functions,
     check_positions,
     embedded_length,
@@ -19,7 +20,6 @@ from monoblock.generation.prompt import (
     prompt_mask,
     random_source,
 )
-from monoblock.generation.record import Plain, Record, Text, ids_alone
 from monoblock.generation.resolve import (
     UNSUPPORTED_ARGUMENTS,
     new_tokens,
@@ -29,14 +29,16 @@ from monoblock.generation.resolve import (
 )
 
 
-def prepare(model: Model, arguments: Mapping[str, Any], plain: Plain = ids_alone) -> Generation:
+def prepare(
+    model: GenerativeModel, arguments: Mapping[str, Any], make_result: ResultFn = ids_only
+) -> GenerationRun:
     """The call with these arguments of `loop.generate`. ValueError for what is unknown, impossible or not supported."""
     given = dict(arguments)
     given["generation_config"] = as_own_config(given.get("generation_config"))
     refuse_unsupported(given, UNSUPPORTED_ARGUMENTS, model.unsupported)
-    known = CALL_NAMES | GenerationConfig.FIELDS | model.input_names
+    known = ARGUMENT_NAMES | GenerationConfig.FIELDS | model.input_names
     refuse_unknown(given.keys() - UNSUPPORTED_ARGUMENTS.keys(), known)
-    call = Call(**{name: value for name, value in given.items() if name in CALL_NAMES})
+    call = GenerateArguments(**{name: value for name, value in given.items() if name in ARGUMENT_NAMES})
     check_functions(call)
     model_inputs = {n: v for n, v in given.items() if n in model.input_names and v is not None}
     config = resolve(
@@ -53,10 +55,10 @@ def prepare(model: Model, arguments: Mapping[str, Any], plain: Plain = ids_alone
         )
     own = call.generation_config.own_fields() if call.generation_config else {}
     asked = frozenset({*own, *(name for name, value in given.items() if value is not None)})
-    return Generation(model, call, config, model_inputs, plain, asked)
+    return GenerationRun(model, call, config, model_inputs, make_result, asked)
 
 
-def _guesses(call: Call, config: GenerationConfig) -> bool:
+def _guesses(call: GenerateArguments, config: GenerationConfig) -> bool:
     return call.assistant_model is not None or config.prompt_lookup_num_tokens is not None
 
 
@@ -73,21 +75,21 @@ def _copies(config: GenerationConfig) -> int:
     return max(beams, wanted)
 
 
-class Generation:
+class GenerationRun:
     """One call, prepared: everything is checked here, before the model computes anything."""
 
     def __init__(
         self,
-        model: Model,
-        call: Call,
+        model: GenerativeModel,
+        call: GenerateArguments,
         config: GenerationConfig,
         inputs: dict[str, Any],
-        plain: Plain,
+        make_result: ResultFn,
         asked: frozenset[str],
     ):
         """`asked`: the arguments that the call gives, and the fields that its config sets."""
         self.ops = ops = model.ops
-        self.config, self.plain = config, plain
+        self.config, self.make_result = config, make_result
         self.streamer = call.streamer
         limits.check_ids(config, model.vocab, asked)
         self.prompt_bn = prompt_ids(ops, call, config, inputs, model.vocab)
@@ -100,7 +102,7 @@ class Generation:
         self.guesses = _guesses(call, config)
         copies = _copies(config)
         limits.check_rows(batch, copies)
-        self.plan = Plan(
+        self.plan = GenerationPlan(
             config=config,
             # A mask with more columns speaks of tokens that are in the cache already.
             prompt_length=given if self.mask_bm is None else max(given, int(self.mask_bm.shape[1])),
@@ -118,13 +120,13 @@ class Generation:
             limits.check_pad(self.pad, model.vocab)
         self.generator = random_source(ops, call)
         self.copy_of = ops.array([row // self.plan.copies for row in range(self.plan.rows)])
-        self.setting = self._setting()
+        self.context = self._context()
         self.guidance = guidance.build(model, call, self.plan, self.prompt_bn, self.copied)
         self.processors = [self.guidance] if self.guidance else []
         shape = structured.build(ops, columns, call.response_format, call.tokenizer, config)
         self.own_processors = [*(call.logits_processor or ()), *([shape] if shape else [])]
         self.fields = processors.wanted(config, call.prefix_allowed_tokens_fn)
-        self.processors += processors.build(self.setting, self.fields, self.own_processors)
+        self.processors += processors.build(self.context, self.fields, self.own_processors)
         self.criteria = stopping.build(
             config.max_time, config.stop_strings, self.own_criteria, call.tokenizer
         )
@@ -132,7 +134,9 @@ class Generation:
         self.vocab = 0  # as the first scores have it
         self.decoder = model.decoder(self.plan, inputs)
 
-    def _new_tokens(self, model: Model, given: int, inputs: Mapping[str, Any], asked: frozenset[str]) -> int:
+    def _new_tokens(
+        self, model: GenerativeModel, given: int, inputs: Mapping[str, Any], asked: frozenset[str]
+    ) -> int:
         """How many tokens to make after a prompt of `given` positions. ValueError: the call asked for more than the
         model's table of positions has room for. A number of the model's own files is lowered to what there is."""
         new = new_tokens(self.config, given, model.max_positions)
@@ -169,12 +173,12 @@ class Generation:
             )
         return 0  # never used: all rows finish together
 
-    def _setting(self) -> processors.Setting:
+    def _context(self) -> processors.ProcessorContext:
         columns = int(self.prompt_bn.shape[1])
         if self.config.min_length:  # it counts embedded positions; the ids that processors see do not
             self.config.min_length = max(0, self.config.min_length - max(0, self.embedded - columns))
         is_mask = self.mask_bm is not None and self.mask_bm.shape == self.prompt_bn.shape
-        return processors.Setting(
+        return processors.ProcessorContext(
             ops=self.ops,
             config=self.config,
             prompt_bn=self.copied(self.prompt_bn),
@@ -191,19 +195,19 @@ class Generation:
 
     # ------------------------------------------------------------------ what every strategy does
 
-    def begin(self) -> tuple[Text, Record, Array]:
+    def begin(self) -> tuple[GeneratedSequences, OutputCollector, Array]:
         """The prompt run through the model: text, record, and the scores (rows, vocab) of the first new token."""
         text, record = self.start()
         return text, record, self.first(self.decoder.prefill(self.prompt_bn, self.mask_bm), record)
 
-    def start(self) -> tuple[Text, Record]:
+    def start(self) -> tuple[GeneratedSequences, OutputCollector]:
         """Text and record, before the prompt is run; the streamer gets the prompt."""
-        text = Text(self.ops, self.copied(self.prompt_bn), wants_rows=bool(self.criteria))
+        text = GeneratedSequences(self.ops, self.copied(self.prompt_bn), wants_rows=bool(self.criteria))
         if self.streamer is not None:
             self.streamer.put(self.ops.host(self.prompt_bn))
-        return text, Record(self.config, self.plain)
+        return text, OutputCollector(self.config, self.make_result)
 
-    def first(self, scores_bv: Array, record: Record) -> Array:
+    def first(self, scores_bv: Array, record: OutputCollector) -> Array:
         """The scores of the first new token, one row for each copy of a prompt, from those of the prompts."""
         self.vocab = int(scores_bv.shape[-1])
         record.forward(self.decoder)
@@ -230,7 +234,7 @@ class Generation:
         return scores_bv
 
     def ended(
-        self, tokens: list[int], rows: stopping.Rows, ids: Callable[[], Array], record: Record
+        self, tokens: list[int], rows: stopping.Rows, ids: Callable[[], Array], record: OutputCollector
     ) -> list[bool]:
         """Whether each row ends with its last token; `rows` and `ids` are the texts with it."""
         done = [token in self.eos for token in tokens]
@@ -238,7 +242,7 @@ class Generation:
             if isinstance(criterion, stopping.HostCriteria):
                 verdict = criterion.after(rows)
             else:
-                verdict = criterion(self.ops.shown(ids()), record.all_scores())
+                verdict = criterion(self.ops.to_framework(ids()), record.all_scores())
             answers = stopping.per_row(verdict, len(done), criterion)
             done = [before or now for before, now in zip(done, answers, strict=True)]
         return done

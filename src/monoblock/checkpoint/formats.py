@@ -8,11 +8,11 @@ from typing import Any
 
 from monoblock import families, tree
 from monoblock.auto import AutoConfig
-from monoblock.checkpoint import packed
+from monoblock.checkpoint import quantized
 from monoblock.checkpoint.hub import HubOptions, WeightFiles, find_file, find_weights, kind_of
-from monoblock.checkpoint.keymap import KeyMap, Plan
+from monoblock.checkpoint.keymap import KeyMap, KeyMatch
 from monoblock.checkpoint.store import Store, open_store
-from monoblock.checkpoint.weights import Shape, Tensors, Weights, opened
+from monoblock.checkpoint.weights import CanonicalWeights, Shape, Tensors, open_weights
 from monoblock.config import PretrainedConfig
 from monoblock.families import Family, ModelClass
 
@@ -35,7 +35,7 @@ class Checkpoint:
 
     config: PretrainedConfig
     row: ModelClass
-    weights: Weights
+    weights: CanonicalWeights
     companions: Mapping[str, Path] = field(default_factory=dict[str, Path])
     texts: Mapping[str, str] = field(default_factory=dict[str, str])
     left_out: tuple[str, ...] = ()
@@ -100,7 +100,7 @@ def assembled(
 ) -> Checkpoint:
     """A checkpoint of tensors that a key map names; CheckpointError says what does not fit."""
     spec, head = config.to_spec(), config.to_head(row.head) if row.head else None
-    weights, plan = opened(tensors, keymap, tree.parameters(spec, head), tree.tied(spec, head))
+    weights, plan = open_weights(tensors, keymap, tree.parameters(spec, head), tree.tied(spec, head))
     return Checkpoint(
         config=config,
         row=row,
@@ -128,7 +128,7 @@ def read_hub(name: Path | str, options: HubOptions) -> Checkpoint:
     }
     config = AutoConfig.from_pretrained(str(name), **kwargs)
     store = open_store(find_weights(name, options), "np")
-    packed.refuse(store)
+    quantized.refuse(store)
     row = class_of(config, store)
     keymap = families.family(config.model_type).keymap(config, row.head)
     kwargs["pretrained_model_name_or_path"] = str(name)
@@ -163,10 +163,10 @@ def lacks(config: PretrainedConfig, row: ModelClass, keys: Iterable[str]) -> boo
 
 def _planned(
     family: Family, config: PretrainedConfig, row: ModelClass, keys: frozenset[str]
-) -> tuple[Plan, KeyMap, Mapping[str, Shape]]:
+) -> tuple[KeyMatch, KeyMap, Mapping[str, Shape]]:
     spec, head = config.to_spec(), config.to_head(row.head) if row.head else None
     keymap, parameters = family.keymap(config, row.head), tree.parameters(spec, head)
-    return keymap.plan(parameters, keys, tree.tied(spec, head)), keymap, parameters
+    return keymap.match(parameters, keys, tree.tied(spec, head)), keymap, parameters
 
 
 def companions(name: Path | str, options: HubOptions | None = None) -> dict[str, Path]:

@@ -14,12 +14,11 @@ from typing import Any, cast
 
 import numpy as np
 
+from monoblock.checkpoint.array_adapters import HUB_NAMES, Array
 from monoblock.checkpoint.casts import cast as cast_array
 from monoblock.checkpoint.files import read_json, write_atomically
 from monoblock.checkpoint.folder import copy_files
-from monoblock.checkpoint.json_text import parsed
-from monoblock.checkpoint.keymap import KeyMap, Op, Row, Same, Spelling, Transposed
-from monoblock.checkpoint.sources import (
+from monoblock.checkpoint.formats import (
     Checkpoint,
     Format,
     Options,
@@ -29,8 +28,9 @@ from monoblock.checkpoint.sources import (
     hub_config,
     local,
 )
-from monoblock.checkpoint.views import HUB_NAMES, Array
-from monoblock.checkpoint.weights import Shape, laid_out
+from monoblock.checkpoint.json_text import parsed
+from monoblock.checkpoint.keymap import KeyMap, KeyRow, Op, Same, Spelling, Transposed
+from monoblock.checkpoint.weights import Shape, lazy_tensors
 from monoblock.errors import CheckpointError, HubError
 from monoblock.families.openai_gpt import OpenAIGPTConfig
 
@@ -56,11 +56,11 @@ TOKENIZER = {"encoder_bpe_40000.json": "vocab.json", "vocab_40000.bpe": "merges.
 
 KEYMAP = KeyMap(
     rows=(
-        Row("pos_embed.weight", (Spelling(("positions",)),)),
-        Row("embed.weight", (Spelling(("we",)),)),
-        *(Row("blocks.{i}." + ours, (Spelling(("h{i}/" + theirs,), op),)) for theirs, ours, op in LAYER),
+        KeyRow("pos_embed.weight", (Spelling(("positions",)),)),
+        KeyRow("embed.weight", (Spelling(("we",)),)),
+        *(KeyRow("blocks.{i}." + ours, (Spelling(("h{i}/" + theirs,), op),)) for theirs, ours, op in LAYER),
     ),
-    heads={"causal": (Row("head.out.weight", (Spelling(("we",)),)),)},  # the same tensor
+    heads={"causal": (KeyRow("head.out.weight", (Spelling(("we",)),)),)},  # the same tensor
     head="causal",
     prefix="",
 )
@@ -72,7 +72,7 @@ def names_of(layers: int) -> list[str]:
 
 
 @dataclass(frozen=True)
-class Pieces:
+class ShardedTensors:
     """The parameters as they lie in the row of numbers that the files are cut from."""
 
     files: tuple[Path, ...]
@@ -131,7 +131,7 @@ def read(path: Path) -> Checkpoint:
     places = {name: (starts[i], plain[i]) for i, name in enumerate(names_of(layers))}
     found_files = companions(path)
     found_files |= {hub: path / name for name, hub in TOKENIZER.items() if (path / name).is_file()}
-    return assembled(config, causal_class(config), Pieces(files, arrays, places), KEYMAP, found_files)
+    return assembled(config, causal_class(config), ShardedTensors(files, arrays, places), KEYMAP, found_files)
 
 
 def _read_shapes(path: Path) -> list[Shape]:
@@ -203,7 +203,7 @@ def write(folder: Path, checkpoint: Checkpoint, options: Options) -> None:
         raise ValueError(
             "OpenAI's files have no place for a head that is not tied (tie_word_embeddings=False)"
         )
-    makers = laid_out(checkpoint.weights, KEYMAP)
+    makers = lazy_tensors(checkpoint.weights, KEYMAP)
     makers = {name: makers[name] for name in names_of(config.n_layer)}
     count = sum(prod(shape) for shape in checkpoint.weights.shapes().values())
     ends = [count * (i + 1) // PIECES for i in range(PIECES)]

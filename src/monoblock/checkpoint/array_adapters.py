@@ -67,7 +67,7 @@ class Adapter(Protocol):
         that."""
         ...
 
-    def lay(self, buffer: Any, dtype: str, shape: tuple[int, ...]) -> Any:
+    def from_buffer(self, buffer: Any, dtype: str, shape: tuple[int, ...]) -> Any:
         """A tensor over `buffer`, sharing its memory."""
         ...
 
@@ -109,7 +109,7 @@ class _NumpyAdapter:
         array = _little_endian(self._numpy.ascontiguousarray(tensor))
         return memoryview(array.reshape(-1).view(self._numpy.uint8))
 
-    def lay(self, buffer: Any, dtype: str, shape: tuple[int, ...]) -> Any:
+    def from_buffer(self, buffer: Any, dtype: str, shape: tuple[int, ...]) -> Any:
         kind = numpy_dtype(dtype)
         if not len(buffer):  # numpy and torch refuse an empty buffer
             return self._numpy.empty(shape, dtype=kind)
@@ -161,7 +161,7 @@ class _TorchAdapter:
         plain = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
         return memoryview(plain.reshape(-1).view(self._torch.uint8).numpy())
 
-    def lay(self, buffer: Any, dtype: str, shape: tuple[int, ...]) -> Any:
+    def from_buffer(self, buffer: Any, dtype: str, shape: tuple[int, ...]) -> Any:
         kind = getattr(self._torch, DTYPE_NAMES[dtype], None)
         if kind is None:
             raise CheckpointError(f"this PyTorch has no dtype for {dtype}: upgrade it")

@@ -16,11 +16,11 @@ from numpy.typing import NDArray
 
 from monoblock.generation import processors
 from monoblock.generation.arrays import Array, ArrayOps
-from monoblock.generation.beam_program import Width
+from monoblock.generation.beam_program import BeamConfig
 from monoblock.generation.beams import Rules
 from monoblock.generation.buckets import bucket
 from monoblock.generation.config import GenerationConfig
-from monoblock.generation.prepared import Generation
+from monoblock.generation.preparation import GenerationRun
 
 # Fields whose values come with each call, as float32 or int32; those of the others are compiled in.
 NUMBERS: dict[str, type[np.generic]] = {
@@ -40,34 +40,34 @@ NUMBERS: dict[str, type[np.generic]] = {
     "min_new_tokens": np.int32,
 }
 PROMPT_READERS = frozenset({"encoder_repetition_penalty", "encoder_no_repeat_ngram_size"})
-OUTSIDE = -1  # in places of the text's arrays that hold none of it; no token has that id
+NO_TOKEN = -1  # in places of the text's arrays that hold none of it; no token has that id
 
 
-class Text(NamedTuple):
+class TokenBuffer(NamedTuple):
     """The text in a compiled loop: ids and where they are no padding, (rows, columns), and its length, a number."""
 
     ids_bt: Array
     valid_bt: Array
     length: Array
 
-    def appended(self, ops: ArrayOps, token_b: Array) -> Text:
+    def appended(self, ops: ArrayOps, token_b: Array) -> TokenBuffer:
         """With one more token for each row."""
         if self.ids_bt.shape[1] == 0:
-            return Text(self.ids_bt, self.valid_bt, self.length + 1)
+            return TokenBuffer(self.ids_bt, self.valid_bt, self.length + 1)
         token_b1 = token_b[:, None]
-        return Text(
+        return TokenBuffer(
             ops.concat([self.ids_bt[:, 1:], token_b1]),
             ops.concat([self.valid_bt[:, 1:], token_b1 == token_b1]),
             self.length + 1,
         )
 
 
-class Given(NamedTuple):
+class ProgramInputs(NamedTuple):
     """What a call gives to a program besides the text: numbers of the processors by name, the prompt as a `Text`,
     and how long the text may become."""
 
     numbers: Mapping[str, Any]
-    prompt: Text
+    prompt: TokenBuffer
     max_length: Any
 
 
@@ -86,16 +86,16 @@ class Program:
     pad: int
     do_sample: bool
     keep: int
-    room: int
+    max_new_tokens: int
     forced_bos: int | None
-    width: Width | None
+    search: BeamConfig | None
 
-    def processed(self, ops: ArrayOps, scores_bv: Array, text: Text, given: Given) -> Array:
+    def processed(self, ops: ArrayOps, scores_bv: Array, text: TokenBuffer, given: ProgramInputs) -> Array:
         """The scores after all processors; inside the program."""
         values = dict(self.fields) | {name: given.numbers[name] for name in self.numbers}
         config = GenerationConfig()
         config.eos_token_id, config.forced_bos_token_id = list(self.eos), self.forced_bos
-        setting = processors.Setting(
+        context = processors.ProcessorContext(
             ops=ops,
             config=config,
             prompt_bn=given.prompt.ids_bt,
@@ -106,7 +106,7 @@ class Program:
             text_length=text.length,
             text_valid_bn=text.valid_bt,
         )
-        for processor in processors.build(setting, values):
+        for processor in processors.build(context, values):
             scores_bv = processor(text.ids_bt, scores_bv)
         return scores_bv
 
@@ -122,35 +122,35 @@ class Program:
         """Whether a processor looks at the text."""
         return not processors.READERS.isdisjoint((*dict(self.fields), *self.numbers))
 
-    def text(self, prompt_bn: NDArray[Any], valid_bn: NDArray[Any] | None) -> Text:
+    def token_buffer(self, prompt_bn: NDArray[Any], valid_bn: NDArray[Any] | None) -> TokenBuffer:
         """The prompts as the text to begin with, on the host."""
-        columns = bucket(prompt_bn.shape[1]) + self.room if self.reads else 0
+        columns = bucket(prompt_bn.shape[1]) + self.max_new_tokens if self.reads else 0
         return _at_the_end(prompt_bn, valid_bn, columns)
 
-    def given(
+    def inputs(
         self, fields: Mapping[str, Any], prompt_bn: NDArray[Any], valid_bn: NDArray[Any] | None, new: int
-    ) -> Given:
+    ) -> ProgramInputs:
         """What a call with these fields gives besides, on the host."""
         names = {*dict(self.fields), *self.numbers}
         columns = 0 if PROMPT_READERS.isdisjoint(names) else bucket(prompt_bn.shape[1])
-        return Given(
+        return ProgramInputs(
             numbers={name: np.asarray(fields.get(name, 1), NUMBERS[name]) for name in self.numbers},
             prompt=_at_the_end(prompt_bn, valid_bn, columns),
             max_length=np.asarray(prompt_bn.shape[1] + new, np.int32),
         )
 
 
-def _at_the_end(ids_bn: NDArray[Any], valid_bn: NDArray[Any] | None, columns: int) -> Text:
+def _at_the_end(ids_bn: NDArray[Any], valid_bn: NDArray[Any] | None, columns: int) -> TokenBuffer:
     rows, length = ids_bn.shape
-    ids_bt = np.full((rows, columns), OUTSIDE, np.int32)
+    ids_bt = np.full((rows, columns), NO_TOKEN, np.int32)
     valid_bt = np.zeros((rows, columns), np.bool_)
     if columns and length:
         ids_bt[:, -length:] = ids_bn
         valid_bt[:, -length:] = True if valid_bn is None else valid_bn
-    return Text(ids_bt, valid_bt, np.asarray(length, np.int32))
+    return TokenBuffer(ids_bt, valid_bt, np.asarray(length, np.int32))
 
 
-def of(generation: Generation) -> Program | None:
+def program_of(generation: GenerationRun) -> Program | None:
     """The program of a call; None if the call needs the host between two tokens."""
     config, plan = generation.config, generation.plan
     host = (
@@ -174,16 +174,16 @@ def of(generation: Generation) -> Program | None:
         eos=tuple(config.eos_ids),
         pad=generation.pad,
         do_sample=bool(config.do_sample),
-        keep=generation.setting.keep,
-        room=bucket(plan.new_tokens),
+        keep=generation.context.keep,
+        max_new_tokens=bucket(plan.new_tokens),
         forced_bos=config.forced_bos_token_id,
-        width=_width(config, plan.new_tokens),
+        search=_search(config, plan.new_tokens),
     )
 
 
-def _width(config: GenerationConfig, new: int) -> Width | None:
+def _search(config: GenerationConfig, new: int) -> BeamConfig | None:
     """Of a search; None without one."""
-    return None if (config.num_beams or 1) == 1 else Width.of(Rules.of(config, new), len(config.eos_ids))
+    return None if (config.num_beams or 1) == 1 else BeamConfig.of(Rules.of(config, new), len(config.eos_ids))
 
 
 def _recorded(config: GenerationConfig) -> Any:

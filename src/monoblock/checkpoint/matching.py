@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
-from monoblock.checkpoint import packed
-from monoblock.checkpoint.keymap import KeyMap, Plan, Source, nearest
+from monoblock.checkpoint import quantized
+from monoblock.checkpoint.keymap import KeyMap, KeyMatch, TensorSource, nearest
 from monoblock.checkpoint.weights import FileWeights, Shape, Tensors, stored_shapes
 from monoblock.errors import MissingKeys, ShapeMismatch, UnexpectedKeys, UnreadKeys
 
 
 @dataclass
-class Report:
+class LoadReport:
     """What the files lack or have in another shape (both are to be made anew); what was not used of them, as is usual;
     and what was passed over because the load was not strict."""
 
@@ -32,7 +32,7 @@ class Report:
         return sorted({*self.unused, *self.extra})
 
 
-def matched(
+def match_tensors(
     tensors: Tensors,
     keymap: KeyMap,
     shapes: Mapping[str, Shape],
@@ -41,21 +41,23 @@ def matched(
     ignore_mismatched_sizes: bool = False,
     ignored: Callable[[str], bool] | None = None,
     strict: bool = True,
-) -> tuple[dict[str, Source], Report]:
+) -> tuple[dict[str, TensorSource], LoadReport]:
     """Where a model with parameters of these `shapes` finds them, as far as the files have them: by canonical name.
 
     A head may be missing, and heads of other kinds may be there, and names that are `ignored`; with `strict=False` any
     others too. MissingKeys, UnexpectedKeys, UnreadKeys and ShapeMismatch (unless sizes may differ) name the first
     tensor that does not fit.
     """
-    plan = keymap.of(tensors).plan(shapes, tensors, tied)
+    plan = keymap.of(tensors).match(shapes, tensors, tied)
     unused = [name for name in plan.unread if keymap.is_head(name)]
     if ignored is not None:
         unused += [name for name in (*plan.unknown, *plan.unread) if ignored(name)]
     known = frozenset(unused)
     unknown, unread = ([name for name in names if name not in known] for names in (plan.unknown, plan.unread))
     _check_names(tensors, keymap, plan, *((unknown, unread) if strict else ([], [])))
-    report = Report(missing=plan.missing, unused=sorted(known), extra=[] if strict else [*unknown, *unread])
+    report = LoadReport(
+        missing=plan.missing, unused=sorted(known), extra=[] if strict else [*unknown, *unread]
+    )
     for canonical in plan.sources:
         if problem := _misfit(tensors, plan, canonical, shapes[canonical]):
             if not ignore_mismatched_sizes:
@@ -65,7 +67,7 @@ def matched(
     return found, report
 
 
-def fitted(
+def match_weights(
     tensors: Tensors,
     keymap: KeyMap,
     shapes: Mapping[str, Shape],
@@ -73,10 +75,10 @@ def fitted(
     *,
     ignore_mismatched_sizes: bool = False,
     strict: bool = True,
-) -> tuple[FileWeights, Report]:
-    """What `matched` finds, as weights to read; the same errors. CheckpointError: the weights are packed."""
-    packed.refuse(tensors)
-    sources, report = matched(
+) -> tuple[FileWeights, LoadReport]:
+    """What `match_tensors` finds, as weights to read; the same errors. CheckpointError: the weights are packed."""
+    quantized.refuse(tensors)
+    sources, report = match_tensors(
         tensors, keymap, shapes, tied, ignore_mismatched_sizes=ignore_mismatched_sizes, strict=strict
     )
     return FileWeights(tensors, {name: shapes[name] for name in sources}, sources), report
@@ -85,7 +87,9 @@ def fitted(
 _LEAVE_OUT = "from_pretrained(..., strict=False) loads the rest without"
 
 
-def _check_names(tensors: Tensors, keymap: KeyMap, plan: Plan, unknown: list[str], unread: list[str]) -> None:
+def _check_names(
+    tensors: Tensors, keymap: KeyMap, plan: KeyMatch, unknown: list[str], unread: list[str]
+) -> None:
     if needed := [name for name in plan.missing if not name.startswith("head.")]:
         name = keymap.source(needed[0]).names[0]
         close = nearest(name, plan.unknown)
@@ -109,7 +113,7 @@ def _check_names(tensors: Tensors, keymap: KeyMap, plan: Plan, unknown: list[str
         )
 
 
-def _misfit(tensors: Tensors, plan: Plan, canonical: str, shape: Shape) -> str | None:
+def _misfit(tensors: Tensors, plan: KeyMatch, canonical: str, shape: Shape) -> str | None:
     """What is wrong with the shapes of a parameter's tensors in the files, if anything."""
     source = plan.sources[canonical]
     for name, expected in zip(source.names, stored_shapes(source.op, shape), strict=True):

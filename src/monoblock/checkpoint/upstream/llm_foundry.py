@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any, cast
 
 from monoblock.checkpoint.files import read_json
+from monoblock.checkpoint.formats import Checkpoint, Format, assembled, causal_class, companions
 from monoblock.checkpoint.hub import HubOptions, find_file, find_weights
-from monoblock.checkpoint.makers.held import Held
 from monoblock.checkpoint.pickles import flat_tensors, unpickled
-from monoblock.checkpoint.sources import Checkpoint, Format, assembled, causal_class, companions
 from monoblock.checkpoint.store import open_store
-from monoblock.checkpoint.weights import Renamed, Tensors
+from monoblock.checkpoint.upstream.pickled import PickledTensors
+from monoblock.checkpoint.weights import RenamedTensors, Tensors
 from monoblock.errors import CheckpointError
 from monoblock.families.mpt import MptConfig
 from monoblock.families.mpt import keymap as mpt_keymap
@@ -70,7 +70,7 @@ def read(path: Path | str, options: HubOptions) -> Checkpoint:
                 f"{path} is no Composer checkpoint of a whole model: expected its weights under state.model and its "
                 f"config under {'.'.join(CONFIG_KEYS)}"
             )
-        tensors, found = Held(flat_tensors(state, path), path), dict[str, Path]()
+        tensors, found = PickledTensors(flat_tensors(state, path), path), dict[str, Path]()
     if cast("dict[str, Any]", content).get("model_type", "mpt") != "mpt":
         raise CheckpointError(
             f"{path} is of type {content['model_type']!r}: only MPT is read from llm-foundry"
@@ -78,7 +78,7 @@ def read(path: Path | str, options: HubOptions) -> Checkpoint:
     config = config_of(cast("dict[str, Any]", content))
     names = list(tensors)
     if all(name.startswith(PREFIX) for name in names):
-        tensors = Renamed(tensors, {name.removeprefix(PREFIX): name for name in names})
+        tensors = RenamedTensors(tensors, {name.removeprefix(PREFIX): name for name in names})
     row = causal_class(config)
     return assembled(config, row, tensors, mpt_keymap(config, row.head), found)
 

@@ -8,14 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
+from monoblock.checkpoint.array_adapters import import_torch
 from monoblock.checkpoint.files import write_atomically
 from monoblock.checkpoint.folder import copy_files
-from monoblock.checkpoint.hub import WeightFiles
-from monoblock.checkpoint.keymap import KeyMap, PerHead, Spelling, row
-from monoblock.checkpoint.makers.held import Held
-from monoblock.checkpoint.pickles import flat_tensors, unpickled
-from monoblock.checkpoint.save import save_tensors
-from monoblock.checkpoint.sources import (
+from monoblock.checkpoint.formats import (
     Checkpoint,
     Format,
     Options,
@@ -24,9 +20,13 @@ from monoblock.checkpoint.sources import (
     companions,
     local,
 )
+from monoblock.checkpoint.hub import WeightFiles
+from monoblock.checkpoint.keymap import KeyMap, PerHead, Spelling, row
+from monoblock.checkpoint.pickles import flat_tensors, unpickled
+from monoblock.checkpoint.save import save_tensors
 from monoblock.checkpoint.store import Store, open_store
-from monoblock.checkpoint.views import import_torch
-from monoblock.checkpoint.weights import Tensors, laid_out
+from monoblock.checkpoint.upstream.pickled import PickledTensors
+from monoblock.checkpoint.weights import Tensors, lazy_tensors
 from monoblock.errors import CheckpointError, HubError
 from monoblock.families.fuyu import FuyuConfig
 
@@ -104,7 +104,7 @@ def read(path: Path) -> Checkpoint:
     content = unpickled(files[0], stand_ins=True)
     if isinstance(content, Mapping):
         content = cast("dict[str, object]", content).get("model", cast(object, content))
-    tensors = Held(flat_tensors(content, files[0]), files[0])
+    tensors = PickledTensors(flat_tensors(content, files[0]), files[0])
     config = config_of(tensors)
     found = companions(folder)
     if vocabulary := next(iter(sorted(folder.rglob(VOCABULARY))), None):
@@ -178,7 +178,7 @@ def write(folder: Path, checkpoint: Checkpoint, options: Options) -> None:
     _check(config)
     scratch = folder / "scratch"
     paths = save_tensors(
-        scratch, laid_out(checkpoint.weights, keymap(config)), framework="np", max_shard_size=2**62
+        scratch, lazy_tensors(checkpoint.weights, keymap(config)), framework="np", max_shard_size=2**62
     )
     store = open_store(WeightFiles(kind="safetensors", paths=tuple(paths)), "pt")
     (folder / PLACE).parent.mkdir()

@@ -11,29 +11,31 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from monoblock.checkpoint.keymap import KeyMap, Op, Row, Same, Transposed
-from monoblock.checkpoint.weights import Renamed, Tensors
+from monoblock.checkpoint.keymap import KeyMap, KeyRow, Op, Same, Transposed
+from monoblock.checkpoint.weights import RenamedTensors, Tensors
 from monoblock.errors import CheckpointError
 
-PARTS = ("codes", "scale", "low")
-_ENDINGS = tuple(f".weight.{part}" for part in PARTS)
+COMPONENTS = ("codes", "scale", "low")
+_ENDINGS = tuple(f".weight.{component}" for component in COMPONENTS)
 
 
-def part(tensors: Tensors, name: str) -> Renamed:
+def component(tensors: Tensors, name: str) -> RenamedTensors:
     """The tensors of one kind ("codes", "scale", "low"), by the names of their matrices."""
     ending = f".weight.{name}"
-    return Renamed(tensors, {key.removesuffix(f".{name}"): key for key in tensors if key.endswith(ending)})
+    return RenamedTensors(
+        tensors, {key.removesuffix(f".{name}"): key for key in tensors if key.endswith(ending)}
+    )
 
 
 def plain(tensors: Tensors) -> Tensors:
     """All other tensors."""
-    if not is_packed(tensors):
+    if not is_quantized(tensors):
         return tensors
-    return Renamed(tensors, {key: key for key in tensors if not key.endswith(_ENDINGS)})
+    return RenamedTensors(tensors, {key: key for key in tensors if not key.endswith(_ENDINGS)})
 
 
-def is_packed(names: Iterable[str]) -> bool:
-    """Whether any of these tensors is part of a packed matrix."""
+def is_quantized(names: Iterable[str]) -> bool:
+    """Whether any of these tensors is component of a packed matrix."""
     return any(name.endswith(_ENDINGS) for name in names)
 
 
@@ -52,7 +54,7 @@ def by_rows(keymap: KeyMap) -> KeyMap:
     return replace(keymap, rows=_by_rows(keymap.rows), heads=heads)
 
 
-def _by_rows(rows: Iterable[Row]) -> tuple[Row, ...]:
+def _by_rows(rows: Iterable[KeyRow]) -> tuple[KeyRow, ...]:
     return tuple(
         replace(row, spellings=tuple(replace(s, op=_row_op(s.op)) for s in row.spellings)) for row in rows
     )
@@ -62,9 +64,9 @@ def _row_op(op: Op) -> Op:
     return Same() if isinstance(op, Transposed) else op
 
 
-def split(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+def split_state(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
     """A state dict by the hub's names: its plain tensors, and those of packed matrices, kind -> matrix -> tensor."""
-    parts: dict[str, dict[str, Any]] = {name: {} for name in PARTS}
+    parts: dict[str, dict[str, Any]] = {name: {} for name in COMPONENTS}
     rest: dict[str, Any] = {}
     for key, tensor in state.items():
         matrix, _, kind = key.rpartition(".")

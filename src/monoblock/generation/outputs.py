@@ -48,7 +48,7 @@ class GenerateBeamDecoderOnlyOutput(ModelOutput):
     past_key_values: Any = None
 
 
-class Text:
+class GeneratedSequences:
     """All token ids so far: on the device, joined only when someone looks, and on the host if criteria want."""
 
     def __init__(self, ops: ArrayOps, prompt_bn: Array, wants_rows: bool):
@@ -76,20 +76,20 @@ class Text:
 
 
 # What a call gets that asks for no output object, from the ids and the scores of beams (None of others).
-Plain = Callable[[Array, Array | None], Any]
+ResultFn = Callable[[Array, Array | None], Any]
 
 
-def ids_alone(ids_bn: Array, scores_b: Array | None) -> Any:
+def ids_only(ids_bn: Array, scores_b: Array | None) -> Any:
     """The ids."""
     del scores_b
     return ids_bn
 
 
-class Record:
+class OutputCollector:
     """What the call wants back besides the sequences."""
 
-    def __init__(self, config: GenerationConfig, plain: Plain = ids_alone):
-        self.plain = plain
+    def __init__(self, config: GenerationConfig, make_result: ResultFn = ids_only):
+        self.make_result = make_result
         wanted = bool(config.return_dict_in_generate)
         self.as_dict = wanted
         self.scores: list[Array] | None = [] if wanted and config.output_scores else None
@@ -133,13 +133,13 @@ class Record:
     def output(self, ids_bn: Array, decoder: Decoder) -> Any:
         """The ids, or all that was asked for."""
         if not self.as_dict:
-            return self.plain(ids_bn, None)
+            return self.make_result(ids_bn, None)
         return GenerateDecoderOnlyOutput(sequences=ids_bn, **self._kept(decoder))
 
     def beam_output(self, ids_bn: Array, scores_b: Array, beam_indices_bn: Array, decoder: Decoder) -> Any:
         """The same for beam search."""
         if not self.as_dict:
-            return self.plain(ids_bn, scores_b)
+            return self.make_result(ids_bn, scores_b)
         return GenerateBeamDecoderOnlyOutput(
             sequences=ids_bn,
             sequences_scores=None if self.scores is None else scores_b,

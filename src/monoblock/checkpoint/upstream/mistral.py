@@ -11,9 +11,7 @@ from typing import Any, cast
 from monoblock import tree
 from monoblock.checkpoint.files import read_json, write_atomically
 from monoblock.checkpoint.folder import copy_files
-from monoblock.checkpoint.keymap import Interleaved, KeyMap, Parts, Same, Spelling, Split, row
-from monoblock.checkpoint.save import SINGLE, save_tensors
-from monoblock.checkpoint.sources import (
+from monoblock.checkpoint.formats import (
     Checkpoint,
     Format,
     Options,
@@ -23,7 +21,9 @@ from monoblock.checkpoint.sources import (
     local,
     local_store,
 )
-from monoblock.checkpoint.weights import Joined, Tensors, laid_out, stored_shapes
+from monoblock.checkpoint.keymap import Interleaved, KeyMap, Same, Spelling, Split, SplitEach, row
+from monoblock.checkpoint.save import SINGLE, save_tensors
+from monoblock.checkpoint.weights import ConcatenatedTensors, Tensors, lazy_tensors, stored_shapes
 from monoblock.errors import CheckpointError, HubError, UnsupportedConfig
 from monoblock.families.common import FULL, SLIDING, head_rows
 from monoblock.families.mistral import MistralConfig
@@ -64,7 +64,7 @@ def keymap(config: MistralConfig) -> KeyMap:
     spec = config.to_spec()
     att, width, layer = spec.attention, spec.mlp.width, "layers.{i}."
     kv = att.kv_heads * att.head_dim
-    qkv = Parts(
+    qkv = SplitEach(
         (att.heads * att.head_dim, kv, kv), (Interleaved(att.heads), Interleaved(att.kv_heads), Same())
     )
     names = tuple(f"{layer}attention.w{x}.{{p}}" for x in "qkv")
@@ -190,7 +190,7 @@ def _together(stores: list[Tensors], files: list[Path], config: MistralConfig, n
     for canonical, shape in tree.parameters(config.to_spec(), config.to_head("causal")).items():
         source = names.source(canonical)
         expected |= dict(zip(source.names, stored_shapes(source.op, shape), strict=True))
-    return Joined(stores, expected)
+    return ConcatenatedTensors(stores, expected)
 
 
 def write(folder: Path, checkpoint: Checkpoint, options: Options) -> None:
@@ -205,7 +205,7 @@ def write(folder: Path, checkpoint: Checkpoint, options: Options) -> None:
     params = {
         name: value for name, value in values.items() if name in REQUIRED or value != DEFAULTS.get(name, ...)
     }
-    tensors = laid_out(checkpoint.weights, keymap(config))
+    tensors = lazy_tensors(checkpoint.weights, keymap(config))
     size = options.max_shard_size or 2**62  # the makers' programs read one file
     for path in save_tensors(folder, tensors, framework="np", max_shard_size=size):
         if path.name == SINGLE:

@@ -4,10 +4,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from monoblock.checkpoint.views import Array, adapter
+from monoblock.checkpoint.array_adapters import Array, adapter
 
 
-class Held:
+class PickledTensors:
     """PyTorch tensors of one file, given out as NumPy arrays over the same memory."""
 
     def __init__(self, tensors: Mapping[str, Any], path: Path):
@@ -29,4 +29,4 @@ class Held:
 
     def tensor(self, name: str) -> Array:
         raw = adapter("pt").raw(self._tensors[name])
-        return adapter("np").lay(raw, self.dtype(name), self.shape(name))
+        return adapter("np").from_buffer(raw, self.dtype(name), self.shape(name))
