@@ -84,7 +84,7 @@ def test_empty_inputs() -> None:
         ((["a"], "b"), {}, "text_pair must be a list"),
         ((["a"], ["b", "c"]), {}, "text has 1 items and text_pair 2"),
         ((["a"], [None]), {}, "text_pair[0] is NoneType"),
-        (("a b",), {"is_split_into_words": True}, "list of expected"),
+        (("a b",), {"is_split_into_words": True}, "list of words"),
         ((["a", 3],), {"is_split_into_words": True}, "text is a list with int inside"),
         (([["a"], "b"],), {"is_split_into_words": True}, "text[1] is str"),
         ((None,), {}, "nothing to encode"),
