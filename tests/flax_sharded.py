@@ -200,7 +200,7 @@ class ReadLog:
 
 def loaded(folder: str) -> dict[str, Any]:
     """Loads a checkpoint onto a mesh, shard by shard."""
-    from monoblock.backends.flax.placing import from_host
+    from monoblock.backends.flax.placement import from_host
 
     model = tiny("FlaxGPTNeoForCausalLM", shallow=True)
     model.save_pretrained(folder)

@@ -37,7 +37,7 @@ def check_classes(labels: Labels, scores: Sequence[Any]) -> None:
         raise ValueError(f"{labels.name} must be {_words(rows)}, a class for each, got {tuple(labels.shape)}")
     if "float" in labels.dtype or "complex" in labels.dtype:
         raise ValueError(
-            f"{labels.name} must be whole numbers, the classes 0 to {count - 1} or {IGNORED} for none, got "
+            f"{labels.name} must be integers, the classes 0 to {count - 1} or {IGNORED} for none, got "
             f"{labels.dtype}"
         )
     if (values := labels.values) is None or not _known(count):
@@ -67,7 +67,7 @@ def check_token_positions(labels: Labels, rows: Any) -> None:
     if _known(*labels.shape, rows) and math.prod(labels.shape) != rows:
         raise ValueError(f"{labels.name} must be ({rows},), a place for each row, got {tuple(labels.shape)}")
     if "int" not in labels.dtype:
-        raise ValueError(f"{labels.name} must be whole numbers, the places of tokens, got {labels.dtype}")
+        raise ValueError(f"{labels.name} must be integers, positions of tokens, got {labels.dtype}")
 
 
 def problem_of(labels: Labels, scores: Sequence[Any], problem_type: str | None) -> str:

@@ -45,7 +45,7 @@ class Terminal:
         os.write(self.screen, text.encode())
 
     def interrupt_prompt(self) -> None:
-        """Ctrl-C at a prompt. Waits first, since readline misses signals between printing a prompt and reading a key."""
+        """Ctrl-C at a prompt. Waits, since readline misses signals between printing a prompt and reading."""
         time.sleep(0.3)
         self.type(CTRL_C)
 

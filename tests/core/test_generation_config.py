@@ -76,7 +76,7 @@ def test_saving_over_a_file_is_refused(tmp_path):
 def test_an_invalid_value_is_not_saved(tmp_path):
     config = GenerationConfig()
     config.max_new_tokens = -1
-    with pytest.raises(ValueError, match="max_new_tokens=-1: expected a whole number of at least 1"):
+    with pytest.raises(ValueError, match="max_new_tokens=-1: expected an integer of at least 1"):
         config.save_pretrained(tmp_path)
     assert list(tmp_path.iterdir()) == []
 

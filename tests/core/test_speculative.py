@@ -230,16 +230,19 @@ def test_prompt_lookup_takes_the_longest_then_latest_match_and_wraps_around():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"inputs": [[1], [2]], "prompt_lookup_num_tokens": 3}, "continues one prompt once, got 2 rows"),
+        (
+            {"inputs": [[1], [2]], "prompt_lookup_num_tokens": 3},
+            "needs one prompt and one sequence, got 2 rows",
+        ),
         (
             {"inputs": [[1]], "prompt_lookup_num_tokens": 3, "num_return_sequences": 2, "do_sample": True},
-            "continues one prompt once, got 2 rows",
+            "needs one prompt and one sequence, got 2 rows",
         ),
         ({"inputs": [[1]], "prompt_lookup_num_tokens": 0}, "prompt_lookup_num_tokens=0"),
         ({"inputs": [[1]], "assistant_model": counting(50)}, "vocabulary of 100 tokens, and has 50"),
         (
             {"inputs": [[1]], "assistant_model": counting(), "prompt_lookup_num_tokens": 3},
-            "give one of them",
+            "pass one of them",
         ),
         (
             {"inputs": [[1]], "assistant_model": counting(), "num_assistant_tokens_schedule": "heuristic"},
@@ -247,7 +250,7 @@ def test_prompt_lookup_takes_the_longest_then_latest_match_and_wraps_around():
         ),
         (
             {"inputs_embeds": np.zeros((1, 2, 3)), "assistant_model": counting()},
-            "give input_ids in place of inputs_embeds",
+            "pass input_ids instead of inputs_embeds",
         ),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
