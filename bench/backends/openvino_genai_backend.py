@@ -9,7 +9,7 @@ FORMS = ("float32", "bfloat16", "int8", "int4")
 
 
 def prepare(source: str, target: str, form: str) -> None:
-    """Exports a transformers folder; nncf quantises to int8 per channel, or to int4 in groups of 128 with embeddings and
+    """Exports a transformers folder; nncf quantises to int8 per channel or int4 in groups of 128, with embeddings and
     head in int8 (optimum's defaults)."""
     from optimum.intel import OVModelForCausalLM, OVWeightQuantizationConfig
 
