@@ -53,7 +53,7 @@ def line(found: dict[str, Any], limits: list[dict[str, float]]) -> str:
     )
     return (
         f"{found['cores']} cores of {found['cpu']} ({', '.join(found['units'])}), {found['memory GiB']} GiB, "
-        f"{found['system']}, Python {found['python']}, PyTorch {found['torch']}; at the start / the end: {rates}"
+        f"{found['system']}, Python {found['python']}, PyTorch {found['torch']}; at the start and the end: {rates}"
     )
 
 

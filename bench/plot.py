@@ -106,13 +106,13 @@ TITLES = {
 
 def pictures(results: Results) -> dict[str, str]:
     """The pictures of docs/performance.md for which the run has figures, by name."""
-    limit = "dashed: the limit by the measured bandwidth for the bytes that monoblock reads"
+    limit = "dashed: what the measured bandwidth allows for the bytes that monoblock reads"
     prompts = _groups(results, results.measures("prefill"))
     wanted = {
         "decode": (limit, _groups(results, ["decode 1"], True), "tok/s"),
         "batch": ("tokens of all sequences", _groups(results, ["decode 8"]), "tok/s"),
-        "prefill": ("tokens of the prompt, up to the first new token", prompts, "tok/s"),
-        "memory": ("peak without the libraries; shorter is better", _groups(results, ["load peak"]), "MB"),
+        "prefill": ("tokens of one prompt, until the first new token", prompts, "tok/s"),
+        "memory": ("peak beyond the libraries; shorter is better", _groups(results, ["load peak"]), "MB"),
     }
     return {
         name: chart(TITLES[name], note, groups, unit)

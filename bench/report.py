@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import textwrap
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ def speeds(results: Results, names: list[str], share: Callable[..., Spread | Non
             for who in figure["values"]:
                 found = share(figure, who)
                 rows.append([*_cells(results, name, figure, who), found.percent if found else ""])
-    size = {"decode": "batch", "prefill": "tokens", "train": "tokens x 4"}[names[0].split()[0]]
+    size = {"decode": "batch size", "prefill": "tokens", "train": "tokens x 4"}[names[0].split()[0]]
     return table(
         ["model", "weights", size, "backend", "tok/s (range)", "monoblock / backend (range)", title], rows
     )
@@ -62,7 +63,7 @@ def loading(results: Results) -> str:
             size = results.data["weights"].get(f"{model} {form}", {}).get(who)
             cells = [str(spread(v)) if v else "" for v in (others[0], seconds, *others[1:])]
             rows.append([model, form, who, *cells, number(size / 1e6) if size else ""])
-    titles = ["import s", "load s", "first token s", "peak while loading, MB", "weights read per token, MB"]
+    titles = ["import s", "load s", "first token s", "peak of loading, MB", "weights read per token, MB"]
     return table(["model", "weights", "backend", *titles], rows)
 
 
@@ -92,7 +93,7 @@ def overhead(results: Results) -> str:
         for who in (OURS, "transformers")
         if (found := targets.overhead(results, who))
     ]
-    return table(["backend", "ms per layer", "ms per token in addition"], rows)
+    return table(["backend", "ms per layer", "other ms per token"], rows)
 
 
 def accuracy(results: Results) -> str:
@@ -104,7 +105,7 @@ def accuracy(results: Results) -> str:
         if "as plain" in row:
             gaps = row["margins at divergence"]
             plain = f"{row['as plain']} of {row['tokens in all']}" + (
-                f"; diverge at margins up to {max(gaps):.1e}" if gaps else ""
+                f"; differs at ties within {max(gaps):.1e}" if gaps else ""
             )
         equal = f"{row['tokens equal']} of {row['tokens in all']}"
         cells = [row["model"], row["form"], row["who"], str(row["batch"])]
@@ -112,11 +113,11 @@ def accuracy(results: Results) -> str:
     titles = [
         "logits' error, rms",
         "at most",
-        "tokens equal to the reference",
-        "largest margin",
-        "equal to the plain path",
+        "tokens equal to the reference's",
+        "furthest from a tie",
+        "equal to plain PyTorch",
     ]
-    return table(["model", "weights", "backend", "batch", *titles], rows)
+    return table(["model", "weights", "backend", "batch size", *titles], rows)
 
 
 def sections(results: Results) -> dict[str, str]:
@@ -129,12 +130,12 @@ def sections(results: Results) -> dict[str, str]:
         about += f"; during decoding: read GB/s {results.reads(decoding)}"
     about += f". {versions}. Measured on {data['date']}"
     about += f" in {data['minutes']} minutes.\n" if "minutes" in data else ".\n"
-    found = {"machine": about}
+    found = {"machine": textwrap.fill(about, 110, break_on_hyphens=False) + "\n"}
     if data["plan"] != "quick":  # targets are for the full sizes
         found["targets"] = targets.table_of(results, table)
     for kind, share, title in (
-        ("decode", results.bandwidth_share, "of the bandwidth"),
-        ("prefill", results.matrix_share, "of the matrix rate"),
+        ("decode", results.bandwidth_share, "share of the bandwidth"),
+        ("prefill", results.matrix_share, "share of the matrix rate"),
         ("train", lambda *_: None, ""),
     ):
         if names := results.measures(kind):

@@ -125,7 +125,7 @@ def _tokens(results: Results) -> Found | None:
     far = max((max(r["margins at divergence"], default=0.0) / r["worst"] for r in rows), default=0.0)
     equal, all_ = sum(r["as plain"] for r in rows), sum(r["tokens in all"] for r in rows)
     return Found(
-        far, f"{equal} of {all_} tokens before outputs diverge; the largest margin is {far:.1f} errors"
+        far, f"{equal} of {all_} tokens before the first difference, where the gap is {far:.1f} errors"
     )
 
 
@@ -142,7 +142,7 @@ TARGETS = (
         2.4,
     ),
     Target(
-        "... with lossless 12-bit weights",
+        "... lossless",
         ratio("mpt-1b", "bfloat16", "decode 1", "transformers", LOSSLESS),
         2.4,
     ),
@@ -218,9 +218,9 @@ TARGETS = (
         least=False,
     ),
     Target("... with a peak under 1.1 x the weights", load_peak("mistral-1b", "float32"), 1.1, least=False),
-    Target("overhead of 22 layers: 0.06 ms each + 0.15 ms", _overhead_at(22), 1.0, least=False),
+    Target("overhead of 22 layers: 0.06 ms per layer + 0.15 ms", _overhead_at(22), 1.0, least=False),
     # Two paths with an error of one unit each can diverge at a margin of two.
-    Target("tokens equal to the plain path, or a tie", _tokens, 2.0, least=False),
+    Target("tokens equal to plain PyTorch, or a tie", _tokens, 2.0, least=False),
 )
 
 

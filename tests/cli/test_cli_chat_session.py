@@ -34,7 +34,7 @@ def test_set_and_undo(tmp_path: Path) -> None:
             ("/set top_p", "needs a value"),
             ("/set seed -1", "at least 0"),
             ("/set num_beams 3", "no setting of a chat"),
-            ("/set watermarking_config {}", "not built"),
+            ("/set watermarking_config {}", "not implemented"),
         ):
             reply = ask(terminal, command)
             assert message in reply, reply

@@ -126,7 +126,7 @@ def test_targets(results: Results) -> None:
     assert reached["... and 80% of the bandwidth"].startswith("no: ")
     assert reached["loading 1.1B in bfloat16: under 0.1 s"] == "yes"
     assert reached["int8, decoding: ahead of OpenVINO"] == ""
-    assert reached["overhead of 22 layers: 0.06 ms each + 0.15 ms"] == "yes"
+    assert reached["overhead of 22 layers: 0.06 ms per layer + 0.15 ms"] == "yes"
 
 
 def test_allocation_time_is_next_to_the_loading_time(results: Results) -> None:
