@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # Where each public name is, but for the model classes, which are made from the families' tables.
 _HOME: dict[str, str] = {
