@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import quick_xla
+import xla_test_flags
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -25,7 +25,7 @@ def run(command: list[str], folder: Path) -> None:
     """Run a command in a folder of its own, off the network; it must succeed."""
     # Commands of the documents are those of this environment.
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    env = os.environ | {"PATH": path, "HF_HUB_OFFLINE": "1"} | quick_xla.environment()
+    env = os.environ | {"PATH": path, "HF_HUB_OFFLINE": "1"} | xla_test_flags.environment()
     result = subprocess.run(
         command, cwd=folder, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=240
     )

@@ -55,7 +55,7 @@ class TableDecoder:
 
 
 class TableModel:
-    """`loop.Model` over a `TableDecoder`; `log` tells what the loop asked for."""
+    """`loop.GenerativeModel` over a `TableDecoder`; `log` tells what the loop asked for."""
 
     ops = NumpyOps()
     unsupported: ClassVar[dict[str, Any]] = {}

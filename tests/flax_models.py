@@ -5,11 +5,11 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-import families_made
 import helpers
 import jax.numpy as jnp
 import numpy as np
-from families_made import LABELS
+import tiny_families
+from tiny_families import LABELS
 
 import monoblock
 from monoblock.families import FAMILIES, class_names, family_of
@@ -21,8 +21,8 @@ def config_of(name: str, **more: Any) -> Any:
     """A tiny config for a class, with a value of its own in each field."""
     if name.startswith("Mpt"):
         return helpers.config(num_labels=LABELS, **more)
-    kind = families_made.CLASSES[name]
-    return family_of(name).config(**families_made.fields(kind, **{**families_made.TWO_LAYERS[kind], **more}))
+    kind = tiny_families.CLASSES[name]
+    return family_of(name).config(**tiny_families.fields(kind, **{**tiny_families.TWO_LAYERS[kind], **more}))
 
 
 @functools.cache
@@ -43,7 +43,7 @@ def flax_model(name: str) -> Any:
 
 def ids_of(rows: int = 2, tokens: int = 7, seed: int = 0) -> np.ndarray:
     """Random ids beyond the special ones."""
-    return np.random.default_rng(seed).integers(10, families_made.VOCAB, (rows, tokens))
+    return np.random.default_rng(seed).integers(10, tiny_families.VOCAB, (rows, tokens))
 
 
 def same_bits(one: dict[str, Any], two: dict[str, Any]) -> bool:

@@ -10,9 +10,9 @@ import json
 import os
 import sys
 
-import quick_xla
+import xla_test_flags
 
-os.environ["XLA_FLAGS"] = quick_xla.flags("--xla_force_host_platform_device_count=8")
+os.environ["XLA_FLAGS"] = xla_test_flags.flags("--xla_force_host_platform_device_count=8")
 
 from typing import Any
 
@@ -200,7 +200,7 @@ class Recorded:
 
 def loaded(folder: str) -> dict[str, Any]:
     """A checkpoint onto a mesh, part after part."""
-    from monoblock.backends.flax.placing import from_host
+    from monoblock.backends.flax.placement import from_host
 
     model = tiny("FlaxGPTNeoForCausalLM", shallow=True)
     model.save_pretrained(folder)

@@ -14,7 +14,7 @@ import torch
 import monoblock
 from monoblock import MptConfig, modules
 from monoblock.families import family
-from monoblock.modules import Part, part
+from monoblock.modules import ModuleSpec, module
 from monoblock.spec import ArchSpec
 
 torch.set_num_threads(1)
@@ -121,9 +121,9 @@ class SpecConfig(MptConfig):
         return self.__dict__["spec"].validate()
 
 
-def spec_tree(_: Any) -> Part:
+def spec_tree(_: Any) -> ModuleSpec:
     """A module tree that has every role."""
-    attention = part(
+    attention = module(
         "Attention",
         "attention",
         qkv="qkv",
@@ -133,8 +133,8 @@ def spec_tree(_: Any) -> Part:
         attn_drop="attn_drop",
         out_drop="out_drop",
     )
-    mlp = part("Mlp", "mlp", gate="gate", up="up", act="act", down="down", mlp_drop="mlp_drop")
-    return part(
+    mlp = module("Mlp", "mlp", gate="gate", up="up", act="act", down="down", mlp_drop="mlp_drop")
+    return module(
         "MptModel",
         "model",
         wte="embed",
@@ -143,7 +143,7 @@ def spec_tree(_: Any) -> Part:
         patch_embed="patch_embed",
         norm_e="embed_norm",
         drop="embed_drop",
-        blocks=part("Block", "layer", norm_1="norm1", attn=attention, norm_2="norm2", mlp=mlp),
+        blocks=module("Block", "layer", norm_1="norm1", attn=attention, norm_2="norm2", mlp=mlp),
         norm_f="final_norm",
         rotary="rotary",
     )

@@ -1,6 +1,6 @@
 """A process that is killed at a file operation of its choice, and what a save must have left then.
 
-`killed` forks a process that is killed by SIGKILL before its n-th operation. `cut_off` does the same without a new
+`killed` forks a process that is killed by SIGKILL before its n-th operation. `interrupted` does the same without a new
 process, for frameworks that do not survive a fork: from the n-th operation on none is done, and `Killed` is raised.
 """
 
@@ -120,7 +120,7 @@ def killed(do: Callable[[], object], at: int) -> bool:
     return code != 0
 
 
-def cut_off(do: Callable[[], object], at: int) -> bool:
+def interrupted(do: Callable[[], object], at: int) -> bool:
     """As `killed`, in this process."""
     _tried[0] += 1
     left = [at]

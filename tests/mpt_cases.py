@@ -87,7 +87,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 
-def made(case: str, **more: Any) -> Any:
+def mpt_model(case: str, **more: Any) -> Any:
     """A model with that case's options, and with these fields."""
     attn, fields = CASES[case]
     module = model(attn=attn, **fields, **more)

@@ -15,7 +15,7 @@ import numpy as np
 from monoblock.spec import ArchSpec, Learned
 
 IGNORED = -100  # the label of a place that has none
-FARTHEST = 2**24  # position up to which all whole numbers are float32 numbers, of which angles are made
+MAX_POSITION = 2**24  # position up to which all whole numbers are float32 numbers, of which angles are made
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ def check_classes(labels: Labels, scores: Sequence[Any]) -> None:
         raise ValueError(f"{labels.name} must be {_words(rows)}, a class for each, got {tuple(labels.shape)}")
     if "float" in labels.dtype or "complex" in labels.dtype:
         raise ValueError(
-            f"{labels.name} must be whole numbers, the classes 0 to {count - 1} or {IGNORED} for none, got "
+            f"{labels.name} must be integers, the classes 0 to {count - 1} or {IGNORED} for none, got "
             f"{labels.dtype}"
         )
     if (values := labels.values) is None or not _known(count):
@@ -61,13 +61,13 @@ def check_tokens_have_labels(labels: Labels, scores: Sequence[Any]) -> None:
         raise ValueError(f"labels must be (batch, tokens) = {_words((rows, tokens))}, got {shape}")
 
 
-def check_places(labels: Labels, rows: Any) -> None:
+def check_token_positions(labels: Labels, rows: Any) -> None:
     """ValueError unless there is a whole number for each row, the place of a token; those outside the text count as
     none."""
     if _known(*labels.shape, rows) and math.prod(labels.shape) != rows:
         raise ValueError(f"{labels.name} must be ({rows},), a place for each row, got {tuple(labels.shape)}")
     if "int" not in labels.dtype:
-        raise ValueError(f"{labels.name} must be whole numbers, the places of tokens, got {labels.dtype}")
+        raise ValueError(f"{labels.name} must be integers, positions of tokens, got {labels.dtype}")
 
 
 def problem_of(labels: Labels, scores: Sequence[Any], problem_type: str | None) -> str:
@@ -117,10 +117,10 @@ def check_positions(spec: ArchSpec, low: int, high: int) -> None:
             f"position_ids must be 0 to {learned.size - 1}, the rows of the model's table, got {low}; at padding "
             "any of them will do: clamp them at 0"
         )
-    if max(-low, high) > FARTHEST:
+    if max(-low, high) > MAX_POSITION:
         raise ValueError(
-            f"position_ids must be at most {FARTHEST}, the last that fp32 tells from the next, got "
-            f"{high if high > FARTHEST else low}"
+            f"position_ids must be at most {MAX_POSITION}, the last that fp32 tells from the next, got "
+            f"{high if high > MAX_POSITION else low}"
         )
 
 

@@ -24,7 +24,7 @@ from monoblock.config_tools import ToolFacts, foreign_fields
 from monoblock.errors import FieldError, UnsupportedConfig
 from monoblock.field_types import brief, checked, declared, in_file
 from monoblock.heads import HeadSpec
-from monoblock.quantization import recorded
+from monoblock.quantization import stored_quantization
 from monoblock.spec import ArchSpec
 
 CONFIG_NAME = "config.json"
@@ -213,7 +213,7 @@ class PretrainedConfig(ToolFacts):
                 raise UnsupportedConfig(
                     f"{type(self).__name__}.{name}={brief(value)} cannot be honoured: {hint}; it may be {taken}"
                 )
-        recorded(self)
+        stored_quantization(self)
         self._check_problem_type()
 
     def _check_problem_type(self) -> None:

@@ -11,7 +11,7 @@ Pool = Literal["all", "last", "first"]
 
 
 # Arguments that have an axis of choices where input_ids or inputs_embeds have one.
-BY_CHOICE = (
+CHOICE_INPUTS = (
     "input_ids",
     "attention_mask",
     "token_type_ids",

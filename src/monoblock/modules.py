@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
-from monoblock.checkpoint.keymap import KeyMap, Op, PerHead, Row, Same, Spelling, Split, Transposed, row
+from monoblock.checkpoint.keymap import KeyMap, KeyRow, Op, PerHead, Same, Spelling, Split, Transposed, row
 from monoblock.spec import ArchSpec
 
 # Roles of modules with parameters -> the canonical name that all frameworks share; `{i}` is the layer.
@@ -55,7 +55,7 @@ GROUPS: dict[tuple[str, ...], str] = {
 
 
 @dataclass(frozen=True)
-class Part:
+class ModuleSpec:
     """A module that holds others.
 
     `name` is transformers' class name, `children` maps attribute names to roles or parts. `classes` names the classes
@@ -65,7 +65,7 @@ class Part:
 
     name: str
     kind: str
-    children: Mapping[str, str | Part]
+    children: Mapping[str, str | ModuleSpec]
     classes: Mapping[str, str] = field(default_factory=dict[str, str])
     tuples: bool = False
 
@@ -97,28 +97,28 @@ class KerasNames:
     first: tuple[str, ...] = ()
 
 
-def part(
+def module(
     name: str,
     kind: str,
     /,
     *,
     classes: Mapping[str, str] | None = None,
     tuples: bool = False,
-    **children: str | Part,
-) -> Part:
+    **children: str | ModuleSpec,
+) -> ModuleSpec:
     """A part from its class name, its kind and its children."""
-    return Part(name, kind, children, classes or {}, tuples)
+    return ModuleSpec(name, kind, children, classes or {}, tuples)
 
 
 def keymap(
-    tree: Part,
-    heads: Mapping[str, Mapping[str, str | Part]],
+    tree: ModuleSpec,
+    heads: Mapping[str, Mapping[str, str | ModuleSpec]],
     spec: ArchSpec,
     *,
     head: str | None,
     prefix: str,
     older: Mapping[str, tuple[str | Spelling, ...]] | None = None,
-    head_rows: Mapping[str, tuple[Row, ...]] | None = None,
+    head_rows: Mapping[str, tuple[KeyRow, ...]] | None = None,
     ignored: tuple[str, ...] = (),
     other_prefixes: tuple[str, ...] = (),
 ) -> KeyMap:
@@ -129,7 +129,7 @@ def keymap(
     """
     made = {kind: _rows(dict(_paths(children)), spec, {}, False) for kind, children in heads.items()}
     base = {role: path for role, path in _paths(tree.children) if not role.startswith("head_")}
-    transposed = any(p.classes.get("linear") == "Conv1D" for p in parts_of(tree))
+    transposed = any(p.classes.get("linear") == "Conv1D" for p in submodules(tree))
     return KeyMap(
         rows=_rows(base, spec, older or {}, transposed),
         heads={**made, **(head_rows or {})},
@@ -145,7 +145,7 @@ def _rows(
     spec: ArchSpec,
     older: Mapping[str, tuple[str | Spelling, ...]],
     transposed: bool,
-) -> tuple[Row, ...]:
+) -> tuple[KeyRow, ...]:
     att, mlp = spec.attention, spec.mlp
     paths = {role: path for role, path in paths.items() if role != "gate" or mlp.gated}
     kv = att.kv_heads * att.head_dim
@@ -169,57 +169,61 @@ def _rows(
     return tuple(row(f"{name}.{{p}}", spelling, *older.get(name, ())) for name, spelling in found)
 
 
-def _paths(children: Mapping[str, str | Part]) -> Iterator[tuple[str, str]]:
-    for role, path in Part("", "", children).paths():
+def _paths(children: Mapping[str, str | ModuleSpec]) -> Iterator[tuple[str, str]]:
+    for role, path in ModuleSpec("", "", children).paths():
         yield role, ".".join(path)
 
 
-def parts_of(tree: Part) -> Iterator[Part]:
+def submodules(tree: ModuleSpec) -> Iterator[ModuleSpec]:
     """The part itself and all parts below it."""
     yield tree
     for child in tree.children.values():
-        if isinstance(child, Part):
-            yield from parts_of(child)
+        if isinstance(child, ModuleSpec):
+            yield from submodules(child)
 
 
-def within(child: Part, outer: Part) -> Part:
+def with_outer_classes(child: ModuleSpec, outer: ModuleSpec) -> ModuleSpec:
     """The child with the classes of the part around it, where it names no others."""
     return replace(child, classes={**outer.classes, **child.classes})
 
 
-def joint_role(roles: tuple[str, ...]) -> str:
+def fused_role(roles: tuple[str, ...]) -> str:
     """The role, and the name, of a module that holds the matrices of a group as one."""
     return GROUPS[roles].rpartition(".")[2]
 
 
-def with_joint(tree: Part, groups: Iterable[tuple[str, ...]]) -> Part:
+def with_fused(tree: ModuleSpec, groups: Iterable[tuple[str, ...]]) -> ModuleSpec:
     """The tree in which each of these groups of modules, where one part holds them, is one module."""
     children = {
-        name: with_joint(child, groups) if isinstance(child, Part) else child
+        name: with_fused(child, groups) if isinstance(child, ModuleSpec) else child
         for name, child in tree.children.items()
     }
     for roles in groups:
         if all(role in children.values() for role in roles):
             children = {name: child for name, child in children.items() if child not in roles}
-            children[joint_role(roles)] = joint_role(roles)
+            children[fused_role(roles)] = fused_role(roles)
     return replace(tree, children=children)
 
 
-def classes_of(tree: Part) -> Iterator[tuple[str, Mapping[str, str]]]:
+def classes_of(tree: ModuleSpec) -> Iterator[tuple[str, Mapping[str, str]]]:
     """Each role, and the classes that hold where it is."""
     for child in tree.children.values():
-        if isinstance(child, Part):
-            yield from classes_of(within(child, tree))
+        if isinstance(child, ModuleSpec):
+            yield from classes_of(with_outer_classes(child, tree))
         else:
             yield child, tree.classes
 
 
-def whole(name: str, bare: Part, prefix: str, heads: Mapping[str, str | Part], kind: str | None) -> Part:
+def class_tree(
+    name: str, bare: ModuleSpec, prefix: str, heads: Mapping[str, str | ModuleSpec], kind: str | None
+) -> ModuleSpec:
     """The module tree of the class `name` with a head of that kind: the bare model under its prefix and `heads` beside
     it, or the bare model itself. A pooler is a part of it where the head is one, or needs one."""
     pooled = kind in ("pooler", "choice")
     kept = {
-        n: c for n, c in bare.children.items() if pooled or not (isinstance(c, Part) and c.kind == "pooler")
+        n: c
+        for n, c in bare.children.items()
+        if pooled or not (isinstance(c, ModuleSpec) and c.kind == "pooler")
     }
     bare = replace(bare, children=kept)
-    return bare if kind in (None, "pooler") else Part(name, "head", {prefix: bare, **heads})
+    return bare if kind in (None, "pooler") else ModuleSpec(name, "head", {prefix: bare, **heads})

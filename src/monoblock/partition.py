@@ -20,7 +20,7 @@ from monoblock.spec import ArchSpec
 from monoblock.tree import parameters
 
 Names = tuple[str, ...]
-Given = str | Names | None  # an axis, several that split together, the first one coarsest, or none
+AxisNames = str | Names | None  # an axis, several that split together, the first one coarsest, or none
 
 # The end of a canonical name -> the axis of its shape (matrices are outputs x inputs) that the tensor axis splits, and
 # the one of the model's width, which fsdp splits. Whole on every device are norms, all biases but those of widening
@@ -57,9 +57,11 @@ class Axes:
     tensor: Names = ()
 
     @staticmethod
-    def of(sizes: Mapping[str, int], *, data: Given = None, fsdp: Given = None, tensor: Given = None) -> Axes:
+    def of(
+        sizes: Mapping[str, int], *, data: AxisNames = None, fsdp: AxisNames = None, tensor: AxisNames = None
+    ) -> Axes:
         """Those axes of a mesh of these sizes. ValueError if it lacks one, or one is there twice."""
-        found = {"data": names(data), "fsdp": names(fsdp), "tensor": names(tensor)}
+        found = {"data": axis_names(data), "fsdp": axis_names(fsdp), "tensor": axis_names(tensor)}
         for what, axes in found.items():
             for axis in axes:
                 if axis not in sizes:
@@ -82,17 +84,17 @@ class Axes:
         return tuple(dict.fromkeys((*self.data, *self.fsdp)))
 
 
-def names(axis: Given) -> Names:
+def axis_names(axis: AxisNames) -> Names:
     """The names of an axis, of several, or of none."""
     return () if axis is None else (axis,) if isinstance(axis, str) else tuple(axis)
 
 
-def parts(axes: Names, sizes: Mapping[str, int]) -> int:
+def shard_count(axes: Names, sizes: Mapping[str, int]) -> int:
     """Into how many parts axes of a mesh of these sizes split."""
     return prod(sizes[axis] for axis in axes)
 
 
-def shown(axes: Names) -> str:
+def axes_text(axes: Names) -> str:
     """Axes for a message."""
     return f"axis {axes[0]!r}" if len(axes) == 1 else "axes " + " and ".join(map(repr, axes))
 
@@ -107,7 +109,7 @@ def split(
     `[q|k|v]` and `[gate|up]` are one axis here: where no compiler moves what ends up elsewhere, split each of their
     pieces for itself.
     """
-    tensor, fsdp = parts(axes.tensor, sizes), parts(axes.fsdp, sizes)
+    tensor, fsdp = shard_count(axes.tensor, sizes), shard_count(axes.fsdp, sizes)
     att = spec.attention
     for what, size in (
         ("channels of the queries", att.heads * att.head_dim),
@@ -136,6 +138,6 @@ def split(
 def _check(what: str, size: int, axes: Names, count: int, argument: str) -> None:
     if size % count:
         raise ValueError(
-            f"the {size} {what} do not split into the {count} parts of the mesh's {shown(axes)}: give a mesh whose "
+            f"the {size} {what} do not split into the {count} parts of the mesh's {axes_text(axes)}: give a mesh whose "
             f"parts divide them, or {argument}=None"
         )

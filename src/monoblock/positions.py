@@ -77,7 +77,7 @@ def _yarn(rotary: Rotary, scaling: RopeScaling, inverse: Floats) -> tuple[Floats
 _SCALINGS = {"linear": _linear, "llama3": _llama3, "yarn": _yarn}
 
 
-def bucketed(distance: Ints, layout: Buckets) -> Ints:
+def relative_position_bucket(distance: Ints, layout: Buckets) -> Ints:
     """T5's bucket of each distance (key - query): one half looks back, the other ahead; in each, half are exact and the
     rest grow with the logarithm up to `max_distance` (arXiv:1910.10683)."""
     half = layout.count // 2
@@ -91,10 +91,10 @@ def bucketed(distance: Ints, layout: Buckets) -> Ints:
 
 
 @functools.lru_cache(maxsize=16)
-def buckets_behind(count: int, max_distance: int) -> Ints:
+def past_position_buckets(count: int, max_distance: int) -> Ints:
     """The buckets of keys 0 to `max_distance` places before the query, int32; farther ones have the last.
 
     For compilers: their logarithm may round a distance on the edge of two buckets either way, so it stays here.
     """
     layout = Buckets(count=count, max_distance=max_distance)
-    return bucketed(-np.arange(max_distance + 1), layout).astype(np.int32)
+    return relative_position_bucket(-np.arange(max_distance + 1), layout).astype(np.int32)

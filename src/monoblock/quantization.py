@@ -120,7 +120,7 @@ _NAMES = '"int8", "int4", "lossless", a WeightOnlyConfig or a BitsAndBytesConfig
 _ELSEWHERE = "load the checkpoint's unquantised weights"
 
 
-def wanted(given: Any, in_4bit: bool = False, in_8bit: bool = False) -> QuantizationConfig | None:
+def parse_quantization(given: Any, in_4bit: bool = False, in_8bit: bool = False) -> QuantizationConfig | None:
     """The quantisation that from_pretrained's arguments ask for, if any; ValueError for what is none."""
     if given is not None and (in_4bit or in_8bit):
         raise ValueError("give quantization_config, or load_in_4bit or load_in_8bit, not both")
@@ -165,7 +165,7 @@ def _of_dict(given: dict[str, Any]) -> QuantizationConfig:
     return kinds[method](**values)
 
 
-def recorded(config: Any) -> WeightOnlyConfig | None:
+def stored_quantization(config: Any) -> WeightOnlyConfig | None:
     """How the weights of a checkpoint are packed, by its config's `quantization_config`; None: they are not.
 
     UnsupportedConfig names any method but our own.

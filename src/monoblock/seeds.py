@@ -12,23 +12,23 @@ from monoblock.field_types import brief
 from monoblock.installed import installed
 
 # What every framework's generators take: 64 bits, signed or not.
-LEAST, MOST = -(2**63), 2**64 - 1
+MIN_SEED, MAX_SEED = -(2**63), 2**64 - 1
 
 
 def checked_seed(seed: Any) -> int:
     """The seed of a generator; ValueError for what is none."""
     try:
-        found = LEAST - 1 if isinstance(seed, bool) else operator.index(seed)
+        found = MIN_SEED - 1 if isinstance(seed, bool) else operator.index(seed)
     except (TypeError, ValueError, RuntimeError):  # of no number, or an array of several
-        found = LEAST - 1
-    if not LEAST <= found <= MOST:
-        raise ValueError(f"seed must be a whole number of 64 bits, at most {MOST}, got {brief(seed)}")
+        found = MIN_SEED - 1
+    if not MIN_SEED <= found <= MAX_SEED:
+        raise ValueError(f"seed must be a whole number of 64 bits, at most {MAX_SEED}, got {brief(seed)}")
     return found
 
 
-def after(seed: int, count: int) -> int:
+def advance(seed: int, count: int) -> int:
     """The seed that many after this one; after the highest comes 0."""
-    return (seed + count) % (MOST + 1)
+    return (seed + count) % (MAX_SEED + 1)
 
 
 def signed(seed: int) -> int:

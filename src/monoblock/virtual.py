@@ -7,7 +7,7 @@ from typing import Any
 
 
 @functools.cache
-def both(own: type, theirs: type) -> Any:
+def virtual_subclass(own: type, theirs: type) -> Any:
     """A class that derives from both, for `isinstance` alone: calling it makes an object of `own`."""
 
     def new(_: type, *args: Any, **kwargs: Any) -> Any:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from monoblock.cli import engine, main
-from monoblock.cli.options import Hub, Source
+from monoblock.cli.options import DownloadOptions, ModelOptions
 
 
 class Batch(dict[str, Any]):
@@ -76,7 +76,9 @@ class Model:
         return SimpleNamespace(past_key_values=None)
 
 
-def load(source: Source, hub: Hub, attention: str | None = None, what: str = "") -> engine.Engine:
+def load(
+    source: ModelOptions, hub: DownloadOptions, attention: str | None = None, what: str = ""
+) -> engine.Engine:
     """In place of `engine.load`."""
     del hub, attention, what
     if source.model == "missing":

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import visualized
+import visualizer_cases
 from terminal import Terminal
 from typer.testing import CliRunner
 
@@ -24,7 +24,7 @@ CLASSES = {
     "gpt_neo": "GPTNeoForTokenClassification",
     "mpnet": "MPNetForMaskedLM",
 }
-TEXT = visualized.TEXTS[0]
+TEXT = visualizer_cases.TEXTS[0]
 
 
 def run(*args: str, options: tuple[str, ...] = (), **more: Any) -> subprocess.CompletedProcess[str]:
@@ -42,9 +42,9 @@ def saved(family: str, name: str, folder: Path) -> Any:
     import torch
 
     torch.manual_seed(0)
-    model = getattr(monoblock, name)(visualized.config(family)).eval()
+    model = getattr(monoblock, name)(visualizer_cases.config(family)).eval()
     model.save_pretrained(folder)
-    visualized.tokenizer(family).save_pretrained(folder)
+    visualizer_cases.tokenizer(family).save_pretrained(folder)
     return model
 
 

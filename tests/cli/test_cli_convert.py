@@ -6,8 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import checkpoints_made as made
 import pytest
+import upstream_releases as made
 from terminal import Terminal
 
 from monoblock.cli.convert import From, To

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from old_files import FOLDER
+from v4_checkpoints import FOLDER
 
 from monoblock import AutoConfig, MptConfig, MptForCausalLM, native
 from monoblock.checkpoint.header import make_header

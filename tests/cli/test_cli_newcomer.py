@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-import quick_xla
+import xla_test_flags
 
 from monoblock import demo
 from monoblock.pipelines.frameworks import FRAMEWORKS
@@ -39,7 +39,7 @@ def run(place: Path, hidden: str, *args: str, text: str = "") -> subprocess.Comp
         text=True,
         input=text,
         timeout=240,
-        env={**os.environ, **quick_xla.environment(), "PYTHONPATH": path},
+        env={**os.environ, **xla_test_flags.environment(), "PYTHONPATH": path},
     )
 
 

@@ -6,7 +6,7 @@ from numpy.testing import assert_array_equal
 
 from monoblock.generation import beam_program
 from monoblock.generation.arrays import NumpyOps
-from monoblock.generation.beams import HOPELESS, Beam, Rules, Search
+from monoblock.generation.beams import HOPELESS, Beam, BeamSearch, Rules
 
 OPS = NumpyOps()
 PROMPTS, VOCAB, ROOM = 3, 7, 9
@@ -30,11 +30,11 @@ def candidates(running, rng, width, last):
 
 @pytest.mark.parametrize("rules", RULES, ids=str)
 def test_the_same_texts_as_the_hosts_search(rules):
-    width = beam_program.Width.of(rules, eos=2)
+    width = beam_program.BeamConfig.of(rules, eos=2)
     for seed in range(8):
         rng = np.random.default_rng(seed)
-        searches = [Search(rules, prompt * rules.width) for prompt in range(PROMPTS)]
-        running = beam_program.begun(PROMPTS, width, ROOM)
+        searches = [BeamSearch(rules, prompt * rules.width) for prompt in range(PROMPTS)]
+        running = beam_program.initial_beams(PROMPTS, width, ROOM)
         norms = beam_program.norms(rules, ROOM)
         for made in range(ROOM):
             found = candidates(running, rng, width, made == ROOM - 1)
@@ -43,7 +43,7 @@ def test_the_same_texts_as_the_hosts_search(rules):
                 search.advance(
                     scores, found.parents_pk[prompt].tolist(), found.tokens_pk[prompt].tolist(), ends
                 )
-            running = beam_program.advanced(OPS, width, running, found, np.array(made), norms)
+            running = beam_program.advance(OPS, width, running, found, np.array(made), norms)
             beams = [beam for search in searches for beam in search.running]
             assert_array_equal(running.scores_pw.reshape(-1), np.float32([beam.score for beam in beams]))
             assert_array_equal(running.tokens_rn[:, : made + 1], [beam.tokens for beam in beams])
@@ -51,7 +51,7 @@ def test_the_same_texts_as_the_hosts_search(rules):
             assert running.open_p1[:, 0].tolist() == [search.open for search in searches]
             enough = rules.early_stopping is True and all(search.full for search in searches)
             stops = found.ends_pk.all() or enough or not any(search.open for search in searches)
-            assert bool(beam_program.goes_on(OPS, width, running, found.ends_pk)) == (not stops)
+            assert bool(beam_program.continues(OPS, width, running, found.ends_pk)) == (not stops)
             if stops:
                 break
         expected = [beam for search in searches for beam in search.best(rules.width)]
@@ -61,5 +61,5 @@ def test_the_same_texts_as_the_hosts_search(rules):
 
 
 def test_texts_of_nothing_possible_are_empty():
-    width = beam_program.Width.of(RULES[0], eos=1)
-    assert beam_program.best(beam_program.begun(2, width, ROOM), 2) == [Beam(HOPELESS)] * 4
+    width = beam_program.BeamConfig.of(RULES[0], eos=1)
+    assert beam_program.best(beam_program.initial_beams(2, width, ROOM), 2) == [Beam(HOPELESS)] * 4

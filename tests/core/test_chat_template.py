@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 from fuzz.harness import attempt
-from tokenizers_made import tokenizer
+from trained_tokenizers import tokenizer
 
 from monoblock.tokenization import ChatTemplateError, budget, get_json_schema
 from monoblock.tokenization.chat import plain

@@ -8,7 +8,7 @@ from fakes import TableModel, constant, counting
 
 from monoblock.generation import GenerationConfig
 from monoblock.generation.arrays import NumpyOps
-from monoblock.generation.record import GenerateBeamDecoderOnlyOutput
+from monoblock.generation.outputs import GenerateBeamDecoderOnlyOutput
 
 VOCAB = 4
 TABLE = np.random.default_rng(8).normal(size=(VOCAB, VOCAB, VOCAB)) * 2

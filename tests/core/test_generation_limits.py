@@ -223,11 +223,11 @@ def test_seeds_that_no_generator_takes(seed: Any) -> None:
 
 def test_the_ends_of_the_range_of_seeds() -> None:
     state = random.getstate()
-    for seed in (seeds.LEAST, -1, 0, np.int64(3), seeds.MOST):
+    for seed in (seeds.MIN_SEED, -1, 0, np.int64(3), seeds.MAX_SEED):
         seeds.set_seed(int(seed))
         assert seeds.checked_seed(seed) == int(seed)
         assert -(2**63) <= seeds.signed(int(seed)) < 2**63
     random.setstate(state)
-    assert seeds.signed(seeds.MOST) == -1
-    assert seeds.after(seeds.MOST, 1) == 0
-    assert seeds.after(4, 2) == 6
+    assert seeds.signed(seeds.MAX_SEED) == -1
+    assert seeds.advance(seeds.MAX_SEED, 1) == 0
+    assert seeds.advance(4, 2) == 6

@@ -12,21 +12,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from monoblock import MistralConfig, MptConfig, OpenAIGPTConfig, tree
-from monoblock.checkpoint import packed
-from monoblock.checkpoint.fitting import fitted
+from monoblock.checkpoint import quantized
 from monoblock.checkpoint.keymap import (
     Interleaved,
     KeyMap,
     Op,
-    Parts,
     PerHead,
     Same,
     Spelling,
     Split,
+    SplitEach,
     Transposed,
     nearest,
     row,
 )
+from monoblock.checkpoint.matching import match_weights
 from monoblock.errors import CheckpointError
 from monoblock.families import FAMILIES, family
 
@@ -46,7 +46,10 @@ def ops_and_tensors(draw: st.DrawFn) -> tuple[Op, np.ndarray]:
                 (Split(parts), sum(parts)),
                 (PerHead(heads), 3 * heads * half),
                 (Interleaved(heads), 2 * heads * half),
-                (Parts((2 * heads * half, heads), (Interleaved(heads), Same())), 2 * heads * half + heads),
+                (
+                    SplitEach((2 * heads * half, heads), (Interleaved(heads), Same())),
+                    2 * heads * half + heads,
+                ),
             ]
         )
     )
@@ -115,9 +118,9 @@ def test_what_is_written_is_read(case: str, head: str | None) -> None:
     keymap, parameters, tied = described(CONFIGS[case], head)
     keys = [name for canonical in parameters for name in keymap.source(canonical).names]
     assert len(set(keys)) == len(keys), "two parameters under one name"
-    plan = keymap.plan(parameters, keys, tied)
-    assert plan.sources == {name: keymap.source(name) for name in parameters}
-    assert not (plan.missing or plan.unread or plan.unknown)
+    match = keymap.match(parameters, keys, tied)
+    assert match.sources == {name: keymap.source(name) for name in parameters}
+    assert not (match.missing or match.unread or match.unknown)
 
 
 def test_the_hubs_names() -> None:
@@ -163,11 +166,11 @@ def test_every_spelling_is_found(case: str, prefix: str, apart: bool, fused: boo
     for head in (None, "causal"):
         keymap, parameters, tied = described(CONFIGS[case], head)
         keys = spelled(keymap, parameters, prefix, apart, fused)
-        plan = keymap.plan(parameters, keys, tied)
-        assert not (plan.missing or plan.unread or plan.unknown)
-        assert {name for source in plan.sources.values() for name in source.names} == keys
+        match = keymap.match(parameters, keys, tied)
+        assert not (match.missing or match.unread or match.unknown)
+        assert {name for source in match.sources.values() for name in source.names} == keys
         if apart:
-            assert plan.sources["blocks.0.attn.qkv.weight"].op == Split((24, 24, 24))
+            assert match.sources["blocks.0.attn.qkv.weight"].op == Split((24, 24, 24))
 
 
 def test_missing_unread_and_unknown_are_three_things() -> None:
@@ -181,18 +184,18 @@ def test_missing_unread_and_unknown_are_three_things() -> None:
         "lm_head.weight",  # the embedding's second name
         "transformer.blocks.0.attn.rotary_embedding.inv_freq",  # a buffer
     }
-    plan = keymap.plan(parameters, keys, tied)
-    assert plan.missing == ["blocks.1.attn.out.weight"]
-    assert plan.unread == ["score.weight", "transformer.blocks.2.norm_1.weight"]
-    assert plan.unknown == ["transformer.blocks.0.attn.Wqvk.weight"]
-    assert [keymap.is_head(key) for key in plan.unread] == [True, False]
+    match = keymap.match(parameters, keys, tied)
+    assert match.missing == ["blocks.1.attn.out.weight"]
+    assert match.unread == ["score.weight", "transformer.blocks.2.norm_1.weight"]
+    assert match.unknown == ["transformer.blocks.0.attn.Wqvk.weight"]
+    assert [keymap.is_head(key) for key in match.unread] == [True, False]
 
 
 def test_an_untied_heads_matrix_is_not_ignored() -> None:
     keymap, parameters, tied = described({"tie_word_embeddings": False}, "causal")
     assert "head.out.weight" in parameters
-    plan = keymap.plan(parameters, ["lm_head.weight"], tied)
-    assert plan.sources.keys() == {"head.out.weight"}
+    match = keymap.match(parameters, ["lm_head.weight"], tied)
+    assert match.sources.keys() == {"head.out.weight"}
 
 
 def test_the_nearest_name() -> None:
@@ -220,8 +223,8 @@ def test_every_family_maps_each_of_its_parameters_to_names_of_its_own(model_type
         parameters = tree.parameters(config.to_spec(), config.to_head(public.head) if public.head else None)
         keys = [name for canonical in parameters for name in keymap.source(canonical).names]
         assert len(set(keys)) == len(keys), public.name
-        plan = keymap.plan(parameters, keys, ())
-        assert not (plan.missing or plan.unread or plan.unknown), public.name
+        match = keymap.match(parameters, keys, ())
+        assert not (match.missing or match.unread or match.unknown), public.name
 
 
 def test_packed_weights_are_refused_where_plain_ones_are_read() -> None:
@@ -239,12 +242,12 @@ def test_packed_weights_are_refused_where_plain_ones_are_read() -> None:
     with pytest.raises(
         CheckpointError, match=r"up_proj\.weight\.codes\), which only the PyTorch classes read"
     ):
-        fitted(Files(), family("mistral").keymap(MistralConfig(), None), {}, ())  # pyright: ignore
-    assert list(packed.plain(Files())) == ["norm.weight"]  # pyright: ignore
-    assert list(packed.part(Files(), "codes")) == ["layers.0.mlp.up_proj.weight"]  # pyright: ignore
-    assert list(packed.part(Files(), "low")) == []  # pyright: ignore
+        match_weights(Files(), family("mistral").keymap(MistralConfig(), None), {}, ())  # pyright: ignore
+    assert list(quantized.plain(Files())) == ["norm.weight"]  # pyright: ignore
+    assert list(quantized.component(Files(), "codes")) == ["layers.0.mlp.up_proj.weight"]  # pyright: ignore
+    assert list(quantized.component(Files(), "low")) == []  # pyright: ignore
 
 
 def test_rows_of_packed_matrices_are_never_transposed() -> None:
-    keymap = packed.by_rows(family("openai-gpt").keymap(OpenAIGPTConfig(), "causal"))
+    keymap = quantized.by_rows(family("openai-gpt").keymap(OpenAIGPTConfig(), "causal"))
     assert {type(keymap.source(f"blocks.0.{name}.weight").op) for name in ("attn.qkv", "mlp.down")} == {Same}

@@ -12,20 +12,20 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from old_files import FLAX, FOLDER, NAMES, class_name
 from safetensors.numpy import save_file
+from v4_checkpoints import FLAX, FOLDER, NAMES, class_name
 
 from monoblock import families, tree
 from monoblock.auto import AutoConfig
 from monoblock.checkpoint import msgpack_save
 from monoblock.checkpoint import store as store_module
+from monoblock.checkpoint.array_adapters import DTYPE_NAMES, numpy_dtype
 from monoblock.checkpoint.hub import WeightFiles, find_weights
 from monoblock.checkpoint.msgpack import read_msgpack
 from monoblock.checkpoint.msgpack_save import save_msgpack
 from monoblock.checkpoint.naming import flax_name, tensorflow_name
-from monoblock.checkpoint.save import Made, save_tensors
+from monoblock.checkpoint.save import LazyTensor, save_tensors
 from monoblock.checkpoint.store import open_store
-from monoblock.checkpoint.views import DTYPE_NAMES, numpy_dtype
 from monoblock.errors import CheckpointError
 
 RNG = np.random.default_rng(0)
@@ -114,7 +114,7 @@ def test_every_file_has_the_hub_s_names_and_shapes(name: str) -> None:
     head = family.model_class(class_name(name)).head
     spec, heads = config.to_spec(), config.to_head(head) if head else None
     shapes, keymap = tree.parameters(spec, heads), family.keymap(config, head)
-    plan = keymap.plan(shapes, store, tree.tied(spec, heads))
+    plan = keymap.match(shapes, store, tree.tied(spec, heads))
     assert (plan.missing, plan.unknown) == ([], [])
     # Only MPNet's classes kept a pooler that their head does not use.
     assert {key.rpartition(".")[0] for key in plan.unread} <= {"mpnet.pooler.dense"}
@@ -299,10 +299,10 @@ def test_what_would_be_read_in_its_place_is_named(tmp_path: Path, caplog: pytest
 
 def test_what_makes_arrays_is_called_when_needed(tmp_path: Path) -> None:
     value = random((4, 3), "float32")
-    made = Made(dtype="F32", shape=(4, 3), make=lambda: value)
+    made = LazyTensor(dtype="F32", shape=(4, 3), make=lambda: value)
     (path,) = save_msgpack(tmp_path, {"a/weight": made, "b/weight": lambda: value})
     assert contents(opened(path)) == {"a.weight": bits(value), "b.weight": bits(value)}
-    wrong = Made(dtype="F32", shape=(4, 4), make=lambda: value)
+    wrong = LazyTensor(dtype="F32", shape=(4, 4), make=lambda: value)
     with pytest.raises(CheckpointError, match="another size"):
         save_msgpack(tmp_path, {"a/weight": wrong})
     assert contents(opened(path)) == {"a.weight": bits(value), "b.weight": bits(value)}  # the old file stayed

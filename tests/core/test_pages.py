@@ -37,15 +37,15 @@ def test_rows_follow_each_other(tmp_path: Path) -> None:
     store, arrays = stored(tmp_path, a=3, b=1, c=2)
     for names in (("c", "a", "b"), ("a", "b", "c"), ("b", "b")):
         expected = np.concatenate([arrays[name] for name in names])
-        joined = store.joined(names)
+        joined = store.concatenated(names)
         assert np.array_equal(joined, expected)
         assert joined.base is not None
         joined += 1
-        assert np.array_equal(store.joined(names), expected)
+        assert np.array_equal(store.concatenated(names), expected)
         assert np.array_equal(store.tensor(names[0]), arrays[names[0]])
     del joined
     gc.collect()
-    assert np.array_equal(store.joined(("a", "c")), np.concatenate([arrays["a"], arrays["c"]]))
+    assert np.array_equal(store.concatenated(("a", "c")), np.concatenate([arrays["a"], arrays["c"]]))
 
 
 def test_what_needs_a_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -59,9 +59,9 @@ def test_what_needs_a_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     save_tensors(tmp_path, arrays, framework="np", max_shard_size="50GB", beside={})
     store = open_store(WeightFiles(kind="safetensors", paths=(tmp_path / "model.safetensors",)), "np")
     for names in (("a", "d"), ("b", "d"), ("b", "c")):
-        assert store.joined(names) is None
+        assert store.concatenated(names) is None
     (tmp_path / "more").mkdir()
     store, _ = stored(tmp_path / "more", a=1, b=1)
-    assert store.joined(("a", "b")) is not None
+    assert store.concatenated(("a", "b")) is not None
     monkeypatch.setattr(pages, "LEAST", 1 << 20)
-    assert store.joined(("a", "b")) is None
+    assert store.concatenated(("a", "b")) is None

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 import monoblock
-from monoblock.partition import Axes, Given, split
+from monoblock.partition import Axes, AxisNames, split
 
 CONFIG = {
     "hidden_size": 32,
@@ -30,8 +30,8 @@ def config(**fields: object) -> monoblock.MistralConfig:
 def plan(
     head: str | None,
     sizes: dict[str, int],
-    tensor: Given = "x",
-    fsdp: Given = None,
+    tensor: AxisNames = "x",
+    fsdp: AxisNames = None,
     made: Any = None,
 ) -> dict[str, tuple[tuple[str, ...], ...]]:
     made = made or config()
@@ -99,7 +99,7 @@ def test_the_rows_of_a_batch_go_over_data_and_fsdp() -> None:
     ],
 )
 def test_sizes_that_do_not_divide_are_refused(
-    made: Any, sizes: dict[str, int], tensor: Given, fsdp: Given, message: str
+    made: Any, sizes: dict[str, int], tensor: AxisNames, fsdp: AxisNames, message: str
 ) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         plan("causal", sizes, tensor, fsdp, made)

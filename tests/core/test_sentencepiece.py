@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from mixed_text import mixed_lines
-from protobuf_made import field, varint
+from protobuf_writer import field, varint
 
 from monoblock import AutoTokenizer, CheckpointError, HubError, LlamaTokenizer, UnsupportedConfig
 from monoblock.tokenization.protobuf import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED, read_model

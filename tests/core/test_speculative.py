@@ -9,7 +9,7 @@ from fakes import TableModel, counting, one_hot
 
 from monoblock.errors import UnsupportedConfig
 from monoblock.generation import GenerationConfig
-from monoblock.generation.speculative import LONGEST_DRAFT, Assistant, Lookup
+from monoblock.generation.speculative import LONGEST_DRAFT, Assistant, PromptLookup
 
 VOCAB = 7
 RNG = np.random.default_rng(4)
@@ -215,7 +215,7 @@ def test_own_processors_see_real_texts_only():
 
 
 def test_the_latest_and_longest_match_is_taken_and_goes_round():
-    source = Lookup(6, 2)
+    source = PromptLookup(6, 2)
     assert source.propose([5], 9).tokens == []
     assert source.propose([5, 1, 2, 9, 1, 3, 1], 9).tokens == [3, 1, 3, 1, 3, 1]  # after "1": 3, then round
     assert source.propose([5, 1, 2, 9, 1, 3, 1, 2], 3).tokens == [9, 1, 3]  # "1 2" is longer than "2"

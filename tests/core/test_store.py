@@ -18,10 +18,10 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from monoblock.checkpoint import save as save_module
+from monoblock.checkpoint.array_adapters import numpy_dtype
 from monoblock.checkpoint.files import read_json, write_atomically
 from monoblock.checkpoint.hub import WeightFiles, find_weights
 from monoblock.checkpoint.store import open_store, parse_size, save_tensors
-from monoblock.checkpoint.views import numpy_dtype
 from monoblock.errors import CheckpointError
 
 RNG = np.random.default_rng(0)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from tokenizers import AddedToken
-from tokenizers_made import TEXT, tokenizer
+from trained_tokenizers import TEXT, tokenizer
 
 from monoblock.generation.stopping import StopStringCriteria
 from monoblock.tokenization import BatchEncoding, PreTrainedTokenizerFast
@@ -31,7 +31,7 @@ def test_package_loads_nothing_until_a_name_is_asked_for() -> None:
 
 def test_tokenizing_loads_no_framework_and_no_jinja() -> None:
     code = (
-        "import sys; from tokenizers_made import tokenizer; tokenizer()('hi', return_tensors='np');"
+        "import sys; from trained_tokenizers import tokenizer; tokenizer()('hi', return_tensors='np');"
         "print({'torch', 'jax', 'tensorflow', 'jinja2', 'huggingface_hub'} & {*sys.modules})"
     )
     folder = __file__.rpartition("/")[0]

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from hub_server import HubServer
-from tokenizers_made import TEXT, backend, tokenizer
+from trained_tokenizers import TEXT, backend, tokenizer
 
 from monoblock.checkpoint.transaction import Staging
 from monoblock.errors import CheckpointError, FieldError, HubError

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from tokenizers import processors
-from tokenizers_made import backend
+from trained_tokenizers import backend
 
 from monoblock import AutoTokenizer
 

@@ -18,12 +18,12 @@ from typing import Any
 import kill_points
 import numpy as np
 import pytest
-import saves_made as made
-from saves_made import CASES
+import save_cases as made
+from save_cases import CASES
 
 from monoblock.checkpoint import transaction
 from monoblock.checkpoint.folder import new_folder
-from monoblock.checkpoint.hub import HubOptions, find_file, find_weights, of_one_save
+from monoblock.checkpoint.hub import HubOptions, consistent_read, find_file, find_weights
 from monoblock.checkpoint.journal import COMMIT, STAGE
 from monoblock.checkpoint.msgpack_save import save_msgpack
 from monoblock.checkpoint.save import save_tensors
@@ -546,7 +546,7 @@ def test_store_of_a_folder_that_is_saved_to(folder: Path) -> None:
     save_tensors(folder, {name: -array[:300] for name, array in big.items()}, framework="np")
     for _ in range(2):
         assert all(np.array_equal(store.tensor(name), big[name]) for name in big)
-        assert np.array_equal(store.joined(["b", "a"]), np.concatenate([big["b"], big["a"]]))
+        assert np.array_equal(store.concatenated(["b", "a"]), np.concatenate([big["b"], big["a"]]))
 
 
 def test_reader_reads_again_what_was_replaced(folder: Path) -> None:
@@ -562,7 +562,7 @@ def test_reader_reads_again_what_was_replaced(folder: Path) -> None:
         tags.append(first)
         return first, float(open_store(find_weights(folder), "np").tensor("a.weight")[0])
 
-    assert of_one_save(folder, HubOptions(), read) == (2, 2.0)
+    assert consistent_read(folder, HubOptions(), read) == (2, 2.0)
     assert tags == [1, 2]
 
     def never() -> None:
@@ -570,13 +570,13 @@ def test_reader_reads_again_what_was_replaced(folder: Path) -> None:
         tags.append(0)
 
     with pytest.raises(CheckpointError, match="again and again"):
-        of_one_save(folder, HubOptions(), never)
+        consistent_read(folder, HubOptions(), never)
 
     def gone() -> None:
         raise HubError("not there")
 
     with pytest.raises(HubError, match="not there"):
-        of_one_save(folder, HubOptions(), gone)
+        consistent_read(folder, HubOptions(), gone)
 
 
 # --- journals that no save wrote -------------------------------------------------------------------------

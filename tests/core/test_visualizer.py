@@ -16,7 +16,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 import text_tokenizers
-import visualized
+import visualizer_cases
 
 from monoblock.families import FAMILIES
 from monoblock.tokenization import PreTrainedTokenizerFast
@@ -28,7 +28,7 @@ from monoblock.utils.labels import TokenLabels, clipped, clusters, readable, wid
 from monoblock.utils.tokens import ranges
 from monoblock.utils.visibility import Batch
 
-TEXT = visualized.TEXTS[0]
+TEXT = visualizer_cases.TEXTS[0]
 
 
 def picture(visualizer: AttentionMaskVisualizer, columns: int = 80, **style: bool) -> list[str]:
@@ -39,8 +39,8 @@ def picture(visualizer: AttentionMaskVisualizer, columns: int = 80, **style: boo
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A tiny Mistral's config and tokenizer, as `save_pretrained` leaves them; no weights."""
-    visualized.config("mistral").save_pretrained(tmp_path)
-    visualized.tokenizer("mistral").save_pretrained(tmp_path)
+    visualizer_cases.config("mistral").save_pretrained(tmp_path)
+    visualizer_cases.tokenizer("mistral").save_pretrained(tmp_path)
     return tmp_path
 
 
@@ -84,7 +84,7 @@ def test_the_formula_pair_by_pair(causal: bool, window: int | None) -> None:
 
 
 def test_each_kind_of_layer_has_a_picture() -> None:
-    visualizer = visualized.visualizer("gpt_neo")
+    visualizer = visualizer_cases.visualizer("gpt_neo")
     visualizer.read(TEXT)
     titles = [panel.title for panel in visualizer.panels()]
     assert titles == ["layers 0, 2: causal", "layers 1, 3: causal, window of 3"]
@@ -95,8 +95,8 @@ def test_each_kind_of_layer_has_a_picture() -> None:
 
 
 def test_both_ways_and_its_buckets() -> None:
-    visualizer = visualized.visualizer("mpnet")
-    visualizer.read(visualized.TEXTS)
+    visualizer = visualizer_cases.visualizer("mpnet")
+    visualizer.read(visualizer_cases.TEXTS)
     mask = visualizer.mask()
     assert (mask == visualizer.tokens.batch.valid_bk[:, None, :]).all()
     buckets = visualizer.buckets()
@@ -113,7 +113,7 @@ def test_both_ways_and_its_buckets() -> None:
 
 
 def test_alibi_is_a_bias_and_a_shade() -> None:
-    visualizer = visualized.visualizer("mpt")
+    visualizer = visualizer_cases.visualizer("mpt")
     visualizer.read(TEXT)
     slopes = visualizer.spec.positions[0].slopes(6)
     bias = visualizer.bias(1)
@@ -130,7 +130,7 @@ def test_alibi_is_a_bias_and_a_shade() -> None:
 
 
 def test_padding_is_on_the_side_that_was_asked_for() -> None:
-    visualizer = visualized.visualizer("openai-gpt")
+    visualizer = visualizer_cases.visualizer("openai-gpt")
     for side, place in (("left", 0), ("right", -1)):
         visualizer.read(["def", TEXT], padding_side=side)
         assert visualizer.tokens.labels[0][place] == "<pad>"
@@ -145,7 +145,7 @@ def test_padding_is_on_the_side_that_was_asked_for() -> None:
 
 
 def test_patches_of_images() -> None:
-    visualizer = visualized.visualizer("fuyu")
+    visualizer = visualizer_cases.visualizer("fuyu")
     visualizer.read("what is", patches=(2, 3))
     labels = visualizer.tokens.labels[0]
     grid = ("<img>", "<img>", "<img>", "<row>")
@@ -163,8 +163,8 @@ def test_patches_of_images() -> None:
 def test_image_settings_are_those_of_the_files(tmp_path: Path) -> None:
     from monoblock.processing import FuyuImageProcessor
 
-    visualized.config("fuyu").save_pretrained(tmp_path)
-    visualized.tokenizer("fuyu").save_pretrained(tmp_path)
+    visualizer_cases.config("fuyu").save_pretrained(tmp_path)
+    visualizer_cases.tokenizer("fuyu").save_pretrained(tmp_path)
     size, patch = {"height": 8, "width": 8}, {"height": 4, "width": 4}
     FuyuImageProcessor(size=size, patch_size=patch).save_pretrained(tmp_path)
     visualizer = AttentionMaskVisualizer(tmp_path)
@@ -218,7 +218,7 @@ def columns_of(line: str) -> int:
 def test_wide_tokens_are_aligned() -> None:
     backend = text_tokenizers.byte_level("你好", "吗", "🎉", "e\u0301", "def")
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
-    visualizer = AttentionMaskVisualizer.from_config(visualized.config("openai-gpt"), tokenizer)
+    visualizer = AttentionMaskVisualizer.from_config(visualizer_cases.config("openai-gpt"), tokenizer)
     visualizer.read("你好def🎉吗e\u0301")
     made = picture(visualizer)
     rows = [line for line in made if re.search(r"\d [█·]", line)]
@@ -228,7 +228,7 @@ def test_wide_tokens_are_aligned() -> None:
 
 
 def test_colours_are_for_terminals_that_want_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    visualizer = visualized.visualizer("mistral")
+    visualizer = visualizer_cases.visualizer("mistral")
     visualizer.read(TEXT)
 
     class Terminal(io.StringIO):
@@ -252,7 +252,7 @@ def test_colours_are_for_terminals_that_want_them(monkeypatch: pytest.MonkeyPatc
 
 
 def test_coloured_and_plain_pictures_show_the_same() -> None:
-    visualizer = visualized.visualizer("fuyu")
+    visualizer = visualizer_cases.visualizer("fuyu")
     visualizer.read("what is", patches=(1, 2))
     plain, coloured = picture(visualizer), picture(visualizer, colour=True)
     bare = [re.sub(r"\x1b\[[\d;]*m", "", line).replace("██", "█ ").rstrip() for line in coloured]
@@ -261,7 +261,7 @@ def test_coloured_and_plain_pictures_show_the_same() -> None:
 
 
 def test_long_texts_are_cut_to_the_width() -> None:
-    visualizer = visualized.visualizer("mistral")
+    visualizer = visualizer_cases.visualizer("mistral")
     visualizer.read("the quick brown fox " * 30)
     assert visualizer.tokens.length > 60
     for columns in (20, 61, 80, 200):
@@ -276,7 +276,7 @@ def test_long_texts_are_cut_to_the_width() -> None:
 
 
 def test_a_stream_that_takes_ascii_alone_gets_it() -> None:
-    visualizer = visualized.visualizer("mpt")
+    visualizer = visualizer_cases.visualizer("mpt")
     visualizer.read("def f(n): é\nx" + TEXT)
     stream = io.TextIOWrapper(buffer := io.BytesIO(), encoding="ascii")
     show(visualizer.panels(), stream)
@@ -298,7 +298,7 @@ def area(svg: str, colours: set[str]) -> float:
 
 
 def test_a_drawing_fills_what_may_be_seen() -> None:
-    visualizer = visualized.visualizer("mistral")
+    visualizer = visualizer_cases.visualizer("mistral")
     visualizer.read("x" * 400)  # cells of 4 pixels, with no gaps between them
     svg = visualizer.svg()
     assert area(svg, {shade_colour(LEVELS - 1)}) == visualizer.mask().sum() * 16
@@ -306,7 +306,7 @@ def test_a_drawing_fills_what_may_be_seen() -> None:
 
 
 def test_svg_and_html_files(tmp_path: Path) -> None:
-    visualizer = visualized.visualizer("gpt_neo")
+    visualizer = visualizer_cases.visualizer("gpt_neo")
     visualizer.read(["a <b> & 'c'", TEXT])
     text = visualizer.svg(tmp_path / "mask.svg")
     assert (tmp_path / "mask.svg").read_text(encoding="utf-8") == text == visualizer.svg()
@@ -324,7 +324,7 @@ def test_svg_and_html_files(tmp_path: Path) -> None:
 
 def test_png_files(tmp_path: Path) -> None:
     image = pytest.importorskip("PIL.Image")
-    visualizer = visualized.visualizer("mpt")
+    visualizer = visualizer_cases.visualizer("mpt")
     visualizer.read(TEXT)
     assert visualizer.png(tmp_path / "mask.png") == (tmp_path / "mask.png").read_bytes()
     opened = image.open(tmp_path / "mask.png").convert("RGB")
@@ -345,7 +345,7 @@ def test_png_without_pillow_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_weights_become_heat_maps() -> None:
-    visualizer = visualized.visualizer("mistral")
+    visualizer = visualizer_cases.visualizer("mistral")
     visualizer.read(TEXT)
     rng = np.random.default_rng(0)
     attentions = [rng.random((1, 6, 9, 9), np.float32) * visualizer.mask(0)[:, None] for _ in range(3)]
@@ -393,7 +393,7 @@ def test_weights_become_heat_maps() -> None:
 )
 def test_what_cannot_be_shown_is_refused(family: str, call: dict, words: str) -> None:
     with pytest.raises(ValueError, match=words):
-        visualized.visualizer(family)(**call)
+        visualizer_cases.visualizer(family)(**call)
 
 
 def test_other_mistakes(folder: Path) -> None:
@@ -410,7 +410,7 @@ def test_other_mistakes(folder: Path) -> None:
         visualizer.buckets()
     with pytest.raises(ValueError, match="table would have no effect"):
         visualizer.bias(table=np.zeros((1, 1)))
-    packed = visualized.visualizer("mpt", attn_config={"attn_uses_sequence_id": True})
+    packed = visualizer_cases.visualizer("mpt", attn_config={"attn_uses_sequence_id": True})
     with pytest.raises(ValueError, match=r"every token of every text, \[9\], got \[2\]"):
         packed.read(TEXT, sequence_id=[0, 1])
     with pytest.raises(OSError, match="nowhere"):

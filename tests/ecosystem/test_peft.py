@@ -422,7 +422,7 @@ def test_adapter_whose_save_is_cut_off(tmp_path: Path, more: list[str]) -> None:
     prepare()
     for at in range(len(kill_points.operations(lambda: adapted[2].save_pretrained(folder)))):
         prepare()
-        assert kill_points.cut_off(lambda: adapted[2].save_pretrained(folder), at)
+        assert kill_points.interrupted(lambda: adapted[2].save_pretrained(folder), at)
         plain = monoblock.MptForCausalLM(adapted[1].config)
         plain.load_adapter(folder)
         rank = json.loads((folder / "adapter_config.json").read_text())["r"]

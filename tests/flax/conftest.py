@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 
-import quick_xla
+import xla_test_flags
 
-os.environ["XLA_FLAGS"] = quick_xla.flags()
+os.environ["XLA_FLAGS"] = xla_test_flags.flags()
 
 import jax
 import pytest

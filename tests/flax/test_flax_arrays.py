@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from arrays_checked import of_processors, of_tokenizers
+from return_tensors_checks import check_processor, check_tokenizer
 
 
 def test_ids_and_masks() -> None:
-    of_tokenizers("jax", jax.Array, jnp.int32)
+    check_tokenizer("jax", jax.Array, jnp.int32)
 
 
 def test_images() -> None:
-    of_processors("jax", jax.Array)
+    check_processor("jax", jax.Array)

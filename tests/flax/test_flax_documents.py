@@ -12,9 +12,18 @@ import pytest
 from flax_models import flax_model, torch_model
 from helpers import PAD
 from measure import assert_close, rounding
-from packed_rows import COUNT, NAMES, NUMBERS, apart, definition, ids_of, places, positions
+from packed_documents import (
+    COUNT,
+    NAMES,
+    SEGMENTS,
+    expected_hidden,
+    ids_of,
+    positions,
+    unpacked,
+    unpacked_indices,
+)
 
-from monoblock.backends.flax.checked import checked
+from monoblock.backends.flax.checked import check_inputs
 from monoblock.backends.xla import checked as shared
 
 MISTRAL = "MistralForCausalLM"
@@ -27,7 +36,7 @@ def bound(model: Any) -> float:
 
 def alone(model: Any, ids: Any, params: Any = None) -> Any:
     """Logits of the documents of packed rows, each of which was a row by itself."""
-    return model(**apart(ids), params=params).logits[places(len(ids))]
+    return model(**unpacked(ids), params=params).logits[unpacked_indices(len(ids))]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -38,7 +47,7 @@ def test_logits_and_gradients(name: str) -> None:
     expected = alone(model, ids)
     found = model(ids, **given, output_hidden_states=True)
     assert_close(f"{name} packed", found.logits, expected, bound(model))
-    oracle = definition(torch_model(name), ids, position_ids=given["position_ids"])
+    oracle = expected_hidden(torch_model(name), ids, position_ids=given["position_ids"])
     assert_close(f"{name} packed, oracle", found.hidden_states[-1], oracle, bound(model))
     assert_close(f"{name} eager", model(ids, **given, output_attentions=True).logits, expected, bound(model))
     weights = np.random.default_rng(0).standard_normal(expected.shape).astype(np.float32) / expected.size
@@ -77,10 +86,10 @@ def test_what_begins_a_document() -> None:
 
     def segments(positions: Any, cache: Any = None, **given: Any) -> Any:
         arguments = {"input_ids": ids, "position_ids": positions, **given}
-        return checked(model.spec, head, arguments, cache, False).given.get("sequence_id")
+        return check_inputs(model.spec, head, arguments, cache, False).given.get("sequence_id")
 
     assert segments(np.arange(COUNT)[None] * 3) is None
-    np.testing.assert_array_equal(segments(positions(model.spec)), NUMBERS)
+    np.testing.assert_array_equal(segments(positions(model.spec)), SEGMENTS)
     past = model(ids, past_key_values=model.init_cache(1, 2 * COUNT)).past_key_values
     assert segments(positions(model.spec), past) is None, "a cache holds what came before"
     jumping = np.arange(COUNT)[None] * 3

@@ -11,11 +11,11 @@ import flax.serialization
 import jax
 import jax.numpy as jnp
 import numpy as np
+import oversized_configs
 import pytest
-import sizes_checked
 import torch
+from extra_tensors import VALUE_HEAD, check_strict
 from flax_models import CLASSES, config_of, flax_model, ids_of, same_bits, torch_model
-from foreign_tensors import VALUE_HEAD, check_passed_over
 from helpers import same
 from measure import assert_close
 
@@ -262,7 +262,7 @@ LABELLED: dict[str, dict[str, Any]] = {
 def test_foreign_tensors_and_fewer_layers(tmp_path: Path, logs: pytest.LogCaptureFixture) -> None:
     theirs, cls = torch_model(NAME), monoblock.FlaxGPTNeoForCausalLM
     theirs.save_pretrained(tmp_path / "saved")
-    whole, short = check_passed_over(cls, tmp_path / "saved", tmp_path, logs)
+    whole, short = check_strict(cls, tmp_path / "saved", tmp_path, logs)
     assert same_bits(bits(whole), bits(theirs))
     assert bits(short).items() and all(
         np.array_equal(x, bits(theirs)[name]) for name, x in bits(short).items()
@@ -275,4 +275,4 @@ def test_foreign_tensors_and_fewer_layers(tmp_path: Path, logs: pytest.LogCaptur
 
 
 def test_a_config_that_asks_for_more_than_the_files_hold(tmp_path: Path) -> None:
-    sizes_checked.check(monoblock.FlaxMistralForCausalLM, tmp_path)
+    oversized_configs.check(monoblock.FlaxMistralForCausalLM, tmp_path)

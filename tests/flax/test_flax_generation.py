@@ -6,18 +6,18 @@ import logging
 from contextlib import contextmanager
 from typing import Any
 
-import families_made
 import helpers
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny_families
 import torch
-from families_made import GENERATING, VOCAB, texts, with_images
 from flax_models import config_of, flax_model, ids_of, torch_model
+from tiny_families import GENERATING, VOCAB, model_inputs, with_images
 
 import monoblock
-from monoblock.backends.flax import steps
+from monoblock.backends.flax import passes
 
 torch.set_num_threads(1)
 MPT = "MptForCausalLM"
@@ -44,7 +44,7 @@ def windowed(name: str) -> tuple[Any, Any]:
 
 
 def prompts(name: str) -> dict[str, torch.Tensor]:
-    ids, mask = texts(MISTRAL if name == MPT else name, "left")
+    ids, mask = model_inputs(MISTRAL if name == MPT else name, "left")
     return {"input_ids": ids, "attention_mask": mask}
 
 
@@ -264,10 +264,10 @@ def test_a_model_of_the_same_shape_shares_what_is_compiled() -> None:
     asked = {**ASKED, "max_new_tokens": 9}
     first = model.generate(ids_of(1, 17), **asked).sequences
     other = getattr(monoblock, "Flax" + MISTRAL)(config_of(MISTRAL), seed=3)
-    before = steps.looped._cache_size(), steps.first._cache_size()
+    before = passes.run_loop._cache_size(), passes.prefill._cache_size()
     assert other.generate(ids_of(1, 17), **asked).sequences.tolist() != first.tolist()
     assert model.generate(ids_of(1, 17), params=other.params, **asked).sequences.tolist() != first.tolist()
-    assert (steps.looped._cache_size(), steps.first._cache_size()) == before
+    assert (passes.run_loop._cache_size(), passes.prefill._cache_size()) == before
 
 
 # ---------------------------------------------------------------------------- ends and draws
@@ -330,7 +330,7 @@ def test_nothing_to_draw_is_told_by_either_loop() -> None:
 def test_texts_end_with_the_table_of_positions(how: dict[str, Any]) -> None:
     """The bucket of a prompt does not count; a text may take the last position and have one token more."""
     theirs, ours = pair("GPTNeoForCausalLM")
-    given = {"input_ids": families_made.texts("GPTNeoForCausalLM", "none")[0][:1, :20]}
+    given = {"input_ids": tiny_families.model_inputs("GPTNeoForCausalLM", "none")[0][:1, :20]}
     asked = {**VARIED, "max_new_tokens": 64 - 20 + 1}
     assert tokens(ours, given, **asked, **how) == tokens(theirs, given, **asked)
     with pytest.raises(ValueError, match="46 new tokens do not fit: the model has 64 learned positions"):

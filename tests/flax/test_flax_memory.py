@@ -21,7 +21,7 @@ NARROW = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, 
 def optimised() -> Iterator[None]:
     """Compile as users do: without XLA's optimisers nothing is fused, and each step has an array of its own.
 
-    quick_xla.py's flags concern the code for a plan, not the plan: a gradient's 543 MB differ by 192 bytes.
+    xla_test_flags.py's flags concern the code for a plan, not the plan: a gradient's 543 MB differ by 192 bytes.
     """
     before = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", False)

@@ -282,7 +282,7 @@ def clm(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "JAX_PLATFORMS": "cpu",
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
     }
-    command = [sys.executable, str(TESTS / "flax_clm.py"), str(tmp_path_factory.mktemp("clm"))]
+    command = [sys.executable, str(TESTS / "flax_train_script.py"), str(tmp_path_factory.mktemp("clm"))]
     result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout)

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from old_files import FLAX, FOLDER, atol, difference, inputs, outputs, prompt, record
+from v4_checkpoints import FLAX, FOLDER, atol, difference, inputs, outputs, prompt, record
 
 import monoblock
 

@@ -6,19 +6,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import families_made
 import jax
 import jax.numpy as jnp
-import last_token_checked
+import last_token_checks
 import mpt_pairs
 import numpy as np
 import pytest
+import tiny_families
 import torch
-from families_made import labels_of, texts
-from flax_made import canonical_of
+from flax_networks import canonical_of
 from helpers import canonical as canonical_tensors
 from helpers import randomised
 from measure import assert_close, rounding
+from tiny_families import labels_of, model_inputs
 
 import monoblock
 from monoblock.families import FAMILIES, class_names, family_of
@@ -31,8 +31,8 @@ HEADS = {name: 3 if "QuestionAnswering" in name or "Token" in name else 6 for na
 def fields(name: str) -> dict[str, Any]:
     if name.startswith("Mpt"):
         return {**mpt_pairs.fields(HEADS[name]), "n_layers": 2}
-    kind = families_made.CLASSES[name]
-    return families_made.fields(kind, HEADS[name], **families_made.TWO_LAYERS[kind])
+    kind = tiny_families.CLASSES[name]
+    return tiny_families.fields(kind, HEADS[name], **tiny_families.TWO_LAYERS[kind])
 
 
 def pair(name: str, folder: Path, **more: Any) -> tuple[Any, Any]:
@@ -45,7 +45,7 @@ def pair(name: str, folder: Path, **more: Any) -> tuple[Any, Any]:
 
 def inputs(name: str, padding: str) -> dict[str, torch.Tensor]:
     like = name.replace("Mpt", "Mistral")  # the same kinds of heads
-    ids, mask = texts(like, padding)
+    ids, mask = model_inputs(like, padding)
     return {"input_ids": ids} if mask is None else {"input_ids": ids, "attention_mask": mask}
 
 
@@ -196,7 +196,7 @@ def test_variants(variant: str, tmp_path: Path) -> None:
 
 def test_images(tmp_path: Path) -> None:
     theirs, ours = pair("FuyuForCausalLM", tmp_path)
-    ids, mask, patches, places = families_made.with_images((4, 7, 2))
+    ids, mask, patches, places = tiny_families.with_images((4, 7, 2))
     with torch.no_grad():
         expected = theirs(
             ids,
@@ -244,6 +244,6 @@ def test_embeddings_as_inputs(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["MptForSequenceClassification", "OpenAIGPTForSequenceClassification"])
 def test_the_last_token_of_a_row(name: str, tmp_path: Path) -> None:
     """With pad == eos, a final eos; by the pad id and by the mask, which the config says at each call."""
-    last_token_checked.check(
+    last_token_checks.check(
         *pair(name, tmp_path, last_token_by="attention_mask"), inputs(name, "right"), numpy
     )

@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 import torch
-from families_made import fields
-from pipelines_compared import CASES, NAMES, alike, compare, seen
-from pipelines_made import TEXT, folder
+from pipeline_checks import CASES, NAMES, assert_equivalent, compare, seen
+from tiny_families import fields
+from tiny_pipelines import TEXT, folder
 
 import monoblock
 from monoblock import AutoTokenizer, pipeline
@@ -33,7 +33,7 @@ def test_answers_are_those_of_pytorch(case: Any, tmp_path: Path) -> None:
 
 
 def test_texts_about_images(tmp_path: Path) -> None:
-    alike(*seen("flax", tmp_path))
+    assert_equivalent(*seen("flax", tmp_path))
 
 
 def test_ten_lengths_in_a_bucket_compile_once(labelling: str) -> None:
@@ -56,8 +56,8 @@ def test_without_a_mask_the_pad_id_says_where_a_text_ends(tmp_path: Path) -> Non
     )
     for pipe in (ours, theirs):
         pipe.tokenizer.model_input_names = ["input_ids"]
-    alike(ours("the dog<pad>", top_k=None), theirs("the dog<pad>", top_k=None))
-    alike(ours("the dog<pad>", top_k=None), ours("the dog", top_k=None))
+    assert_equivalent(ours("the dog<pad>", top_k=None), theirs("the dog<pad>", top_k=None))
+    assert_equivalent(ours("the dog<pad>", top_k=None), ours("the dog", top_k=None))
 
 
 @pytest.mark.parametrize("asked", ["bfloat16", jnp.bfloat16, torch.bfloat16], ids=["name", "jax", "torch"])
@@ -95,7 +95,7 @@ def test_objects(labelling: str) -> None:
     features = pipe(TEXT, truncation=True, return_tensors=True)
     assert isinstance(features, jax.Array)
     assert features.dtype == jnp.float32
-    alike(features.tolist(), pipe(TEXT, truncation=True))
+    assert_equivalent(features.tolist(), pipe(TEXT, truncation=True))
     model.params = jax.device_get(model.params)
     assert pipeline(model=model, tokenizer=tokenizer).device == CPU
     assert isinstance(jax.tree.leaves(model.params)[0], jax.Array)

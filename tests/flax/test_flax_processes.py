@@ -10,10 +10,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-import flax_processes
+import flax_multiprocess
 import numpy as np
 import pytest
-from flax_processes import GREEDY, OPTIMIZER, RATE, SAMPLED
+from flax_multiprocess import GREEDY, OPTIMIZER, RATE, SAMPLED
 from flax_tiny import batch, tiny
 from measure import EPS, assert_close, largest, rounding
 
@@ -62,7 +62,7 @@ def ended(processes: list[subprocess.Popen[bytes]]) -> list[int | None]:
 
 
 def started(number: int, port: int, folder: Path) -> subprocess.Popen[bytes]:
-    script = Path(flax_processes.__file__)
+    script = Path(flax_multiprocess.__file__)
     paths = [str(script.parent), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
     env = os.environ | {
         "PYTHONPATH": os.pathsep.join(paths),
@@ -79,7 +79,7 @@ def alone(model: Any) -> dict[str, Any]:
     inputs = batch()
     out = model(**inputs, output_hidden_states=True)
     result: dict[str, Any] = {"logits": out.logits, "rounding": rounding(model.spec, out) / largest(out)}
-    result["loss"], params, state = flax_processes.step(model)(
+    result["loss"], params, state = flax_multiprocess.step(model)(
         model.params, OPTIMIZER.init(model.params), inputs
     )
     result |= {"params": tree(params), "gradients": tree(state[0].trace)}

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import flax.core
+import invalid_inputs
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import wrong_calls
 from flax_models import CLASSES, config_of, flax_model, ids_of
 from jax.sharding import Mesh, PartitionSpec
 from measure import assert_close
@@ -265,7 +265,7 @@ WRONG: dict[str, tuple[type[Exception], dict[str, Any]]] = {
         ValueError,
         {"input_ids": np.full((1, 2), 99)},
     ),
-    r"input_ids must be whole numbers \(batch, tokens\), got float32 \(2, 6\)": (
+    r"input_ids must be integers \(batch, tokens\), got float32 \(2, 6\)": (
         ValueError,
         {"input_ids": IDS.astype(np.float32)},
     ),
@@ -285,11 +285,11 @@ WRONG: dict[str, tuple[type[Exception], dict[str, Any]]] = {
         ValueError,
         {"input_ids": IDS, "attention_mask": np.ones((2, 5))},
     ),
-    r"position_ids must be whole numbers \(2, 6\), got int64 \(1, 7\)": (
+    r"position_ids must be integers \(2, 6\), got int64 \(1, 7\)": (
         ValueError,
         {"input_ids": IDS, "position_ids": np.arange(7)[None]},
     ),
-    r"the model has 64 learned positions, but the text with its past has 65 tokens": (
+    r"the model has 64 learned positions, but the sequence, cache included, has 65 tokens": (
         ValueError,
         {"input_ids": ids_of(1, 65)},
     ),
@@ -327,35 +327,35 @@ def test_wrong_inputs_get_one_clear_sentence(text: str) -> None:
 def scores_of(name: str) -> Any:
     """What a call gives, with no call: labels are checked by the shapes of scores."""
     ours = flax_model(name)
-    ids = wrong_calls.CHOICES if ours.row.head in ("double", "choice") else wrong_calls.IDS
+    ids = invalid_inputs.CHOICES if ours.row.head in ("double", "choice") else invalid_inputs.IDS
     shapes = jax.eval_shape(lambda: dict(ours(ids, params=ours.params).items()))
     zeros = {key: jnp.zeros(x.shape) for key, x in shapes.items()}
     return output_class(ours.row.output)(**zeros)
 
 
-@pytest.mark.parametrize("case", wrong_calls.WRONG)
+@pytest.mark.parametrize("case", invalid_inputs.INVALID)
 def test_wrong_values_get_one_clear_sentence(case: str) -> None:
-    name, given = wrong_calls.arguments(case)
+    name, given = invalid_inputs.arguments(case)
     ours = flax_model(name)
     labels = {key: x for key, x in given.items() if key in ELSEWHERE}
-    with pytest.raises(ValueError, match=wrong_calls.WRONG[case][2]) as caught:
+    with pytest.raises(ValueError, match=invalid_inputs.INVALID[case][2]) as caught:
         if labels:
             ours.compute_loss(scores_of(name), **labels)
         ours(**given)
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("case", wrong_calls.RIGHT)
+@pytest.mark.parametrize("case", invalid_inputs.VALID)
 def test_whole_numbers_of_any_size_are_ids(case: str) -> None:
-    given, ours = wrong_calls.RIGHT[case], flax_model(NAME)
+    given, ours = invalid_inputs.VALID[case], flax_model(NAME)
     expected = ours(**{name: x.astype(np.int32) for name, x in given.items()}).logits
     assert np.array_equal(ours(**given).logits, expected)
 
 
-@pytest.mark.parametrize("case", wrong_calls.REFUSED)
+@pytest.mark.parametrize("case", invalid_inputs.REFUSED)
 def test_generate_refuses_at_the_door(case: str) -> None:
-    with pytest.raises(ValueError, match=wrong_calls.REFUSED[case][1]) as caught:
-        flax_model(NAME).generate(**wrong_calls.refused(case))
+    with pytest.raises(ValueError, match=invalid_inputs.REFUSED[case][1]) as caught:
+        flax_model(NAME).generate(**invalid_inputs.refused(case))
     assert "\n" not in str(caught.value)
 
 
@@ -366,7 +366,7 @@ def test_seeds_of_64_bits() -> None:
             np.asarray(ours.generate(IDS, max_new_tokens=3, do_sample=True, seed=seed).sequences)
             for _ in range(2)
         ]
-        for seed in wrong_calls.MOST_SEEDS
+        for seed in invalid_inputs.EXTREME_SEEDS
     ]
     assert all(np.array_equal(*pair) for pair in draws)
     with pytest.raises(ValueError, match="seed must be a whole number of 64 bits"):

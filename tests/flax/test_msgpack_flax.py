@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import serialization
 from flax.traverse_util import flatten_dict
-from old_files import FLAX, FOLDER
+from v4_checkpoints import FLAX, FOLDER
 
 from monoblock.checkpoint import msgpack_save
 from monoblock.checkpoint.hub import find_weights

@@ -6,10 +6,10 @@ import os
 from pathlib import Path
 from typing import Any
 
+import interrupted_saves
 import jax
 import jax.numpy as jnp
 import pytest
-import saves_framework
 
 import monoblock
 
@@ -22,22 +22,22 @@ def no_disk(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def model(tag: int) -> Any:
-    made = monoblock.FlaxMptForCausalLM(saves_framework.config(tag))
+    made = monoblock.FlaxMptForCausalLM(interrupted_saves.config(tag))
     made.params = jax.tree.map(lambda x: jnp.full_like(x, tag), made.params)
     return made
 
 
 @pytest.mark.parametrize("safetensors", [True, False])
-@saves_framework.LAYOUT
+@interrupted_saves.LAYOUT
 def test_model(tmp_path: Path, layout: str, safetensors: bool) -> None:
     folder = tmp_path / "model"
     models = {tag: model(tag) for tag in (1, 2)}
 
     def read() -> set[int]:
         loaded = monoblock.FlaxMptForCausalLM.from_pretrained(folder)
-        return saves_framework.tags(loaded, loaded.hub_tensors())
+        return interrupted_saves.tags(loaded, loaded.hub_tensors())
 
-    saves_framework.check(
+    interrupted_saves.check(
         folder,
         lambda tag, keywords: models[tag].save_pretrained(folder, safe_serialization=safetensors, **keywords),
         read,

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from protobuf_made import field
+from protobuf_writer import field
 
 import monoblock
 

@@ -13,11 +13,11 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import numpy as np  # noqa: E402
-from families_made import CLASSES, fields, ours_of  # noqa: E402
 from fuzz.harness import attempt, deliberate  # noqa: E402
 from helpers import model  # noqa: E402
 from hypothesis import HealthCheck, given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
+from tiny_families import CLASSES, fields, monoblock_model  # noqa: E402
 
 from monoblock.generation.config import GenerationConfig  # noqa: E402
 
@@ -50,7 +50,11 @@ PACKED = "int8"
 
 @functools.cache
 def made(name: str, packed: bool = False) -> Any:
-    ours = model(name, num_labels=4) if name.startswith("Mpt") else ours_of(name, **fields(CLASSES[name]))
+    ours = (
+        model(name, num_labels=4)
+        if name.startswith("Mpt")
+        else monoblock_model(name, **fields(CLASSES[name]))
+    )
     return ours.quantize(PACKED) if packed else ours
 
 

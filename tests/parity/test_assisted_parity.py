@@ -5,9 +5,9 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from families_made import GENERATING, VOCAB, pair  # noqa: E402
 from helpers import PAD, batch  # noqa: E402
 from test_beams_parity import mpt_pair  # noqa: E402
+from tiny_families import GENERATING, VOCAB, pair  # noqa: E402
 
 NAMES = ("MptForCausalLM", *GENERATING)
 

@@ -7,8 +7,8 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from families_made import GENERATING, VOCAB, pair  # noqa: E402
 from helpers import PAD, batch, config, randomised  # noqa: E402
+from tiny_families import GENERATING, VOCAB, pair  # noqa: E402
 
 import monoblock  # noqa: E402
 

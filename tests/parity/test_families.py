@@ -7,7 +7,10 @@ from typing import Any
 import oracle
 import pytest
 import torch
-from families_made import (
+from helpers import PADDINGS, parameters
+from helpers import expected as defined
+from measure import EPS, assert_close, largest, rounding
+from tiny_families import (
     CLASSES,
     GENERATING,
     KIND,
@@ -16,20 +19,17 @@ from families_made import (
     PADS,
     TOKENS,
     VOCAB,
-    by_token,
     fields,
     labels_of,
     logits_of,
-    made_pair,
-    ours_of,
+    model_inputs,
+    model_pair,
+    monoblock_model,
     pair,
+    per_token,
     places,
-    texts,
     theirs_inputs,
 )
-from helpers import PADDINGS, parameters
-from helpers import expected as defined
-from measure import EPS, assert_close, largest, rounding
 
 import monoblock
 from monoblock.backends.pytorch.layers import Conv1D
@@ -57,10 +57,10 @@ def flat(mask: torch.Tensor | None) -> torch.Tensor | None:
 @torch.no_grad()
 def test_states_attentions_and_logits(name: str, heads: int, padding: str) -> None:
     theirs, ours = pair(name, heads)
-    ids, mask = texts(name, padding)
+    ids, mask = model_inputs(name, padding)
     asked = {"output_hidden_states": True, "output_attentions": True}
     expected = theirs(**theirs_inputs(name, ids, mask), **asked)
-    at, rows = (mask if by_token(name) else None), flat(mask)
+    at, rows = (mask if per_token(name) else None), flat(mask)
     bound = rounding(ours.spec, expected)
     for kernel in ("sdpa", "eager"):
         ours.set_attn_implementation(kernel)
@@ -103,7 +103,7 @@ def test_inputs_embeds(name: str) -> None:
 def test_position_ids(name: str) -> None:
     """Places that jump; equal steps leave RoPE as it is, so these do not."""
     theirs, ours = pair(name)
-    ids, _ = texts(name, "none")
+    ids, _ = model_inputs(name, "none")
     positions = (torch.arange(TOKENS) * 2 + 3).expand(ids.shape).clone()
     positions[..., 5:] += 4
     expected = theirs(ids, position_ids=positions.flatten(0, -2) if KIND[name] == "double" else positions)
@@ -117,12 +117,12 @@ def test_position_ids(name: str) -> None:
 @torch.no_grad()
 def test_token_type_ids(name: str) -> None:
     theirs, ours = pair(name)
-    ids, mask = texts(name, "left")
+    ids, mask = model_inputs(name, "left")
     types = (ids * 3 + 1) % VOCAB
     expected = theirs(**theirs_inputs(name, ids, mask), token_type_ids=types)
     found = ours(ids, attention_mask=mask, token_type_ids=types)
     assert_close(
-        f"{name} token types", logits_of(found), logits_of(expected), FUSED, mask if by_token(name) else None
+        f"{name} token types", logits_of(found), logits_of(expected), FUSED, mask if per_token(name) else None
     )
 
 
@@ -135,7 +135,7 @@ def test_head_mask(name: str) -> None:
     dropped the argument; the pages have it."""
     _, ours = pair(name)
     heads, layers, width = 6, 3, ours.spec.attention.head_dim
-    ids, mask = texts(name, "left")
+    ids, mask = model_inputs(name, "left")
     factors = torch.rand(layers, heads, generator=torch.Generator().manual_seed(4)).round(decimals=1)
     factors[1, 2], factors[0, 0] = 0, 1
     for given in (factors, factors[1]):
@@ -166,7 +166,7 @@ def test_head_mask(name: str) -> None:
 @torch.no_grad()
 def test_logits_to_keep(name: str, keep: Any) -> None:
     theirs, ours = pair(name)
-    ids, _ = texts(name, "none")
+    ids, _ = model_inputs(name, "none")
     found, expected = ours(ids, logits_to_keep=keep), theirs(ids, logits_to_keep=keep)
     assert_close("logits_to_keep", found.logits, expected.logits, ATOL)
 
@@ -218,7 +218,7 @@ PADDED = [n for n in ACTING if KIND[n] != "span" or CLASSES[n] == "mpnet"]
     ("name", "padding"), [(n, p) for n in ACTING for p in PADDINGS if p == "none" or n in PADDED]
 )
 def test_losses_and_gradients(name: str, padding: str) -> None:
-    ids, mask = texts(name, padding)
+    ids, mask = model_inputs(name, padding)
     compared(name, name, pair(name), ids, mask, **labels_of(name, ids, mask))
 
 
@@ -227,7 +227,7 @@ def test_losses_and_gradients(name: str, padding: str) -> None:
 def test_padded_span_losses(name: str, padding: str) -> None:
     """Queries that see no key, before a text or with only padding in their window, weigh all keys the same."""
     _, ours = pair(name)
-    ids, mask = texts(name, padding)
+    ids, mask = model_inputs(name, padding)
     run = defined(ours, ids, mask)
     scores = oracle.logits(ours.spec, parameters(ours), run.hidden, "span")
     labels = labels_of(name, ids, mask)
@@ -255,7 +255,7 @@ SEQUENCE_LABELS = {
 def test_sequence_losses_and_gradients(name: str, case: str) -> None:
     count, problem, labels = SEQUENCE_LABELS[case]
     theirs, ours = pair(name, labels=count)
-    ids, mask = texts(name, "left")
+    ids, mask = model_inputs(name, "left")
     theirs.config.problem_type = ours.config.problem_type = problem
     try:
         compared(f"{name}, {case}", name, (theirs, ours), ids, mask, labels=labels)
@@ -268,7 +268,7 @@ def test_sequence_losses_and_gradients(name: str, case: str) -> None:
 def test_the_configs_problem_type_counts_at_each_call(name: str) -> None:
     """In the forward and in `loss_function`, whatever it was when the model was made; compiled ones too."""
     theirs, ours = pair(name, labels=LABELS)
-    ids, mask = texts(name, "left")
+    ids, mask = model_inputs(name, "left")
     labels = torch.tensor([[1.0, 0, 0, 1], [0, 0, 1, 0], [1, 1, 1, 0]])
     compiled = torch.compile(ours, backend="eager", fullgraph=True)
     losses = []
@@ -292,7 +292,7 @@ def test_the_configs_problem_type_counts_at_each_call(name: str) -> None:
 @pytest.mark.parametrize("name", GENERATING)
 def test_causal_losses_with_a_count(name: str) -> None:
     theirs, ours = pair(name)
-    ids, mask = texts(name, "left")
+    ids, mask = model_inputs(name, "left")
     labels = labels_of(name, ids, mask)
     expected = theirs(
         **theirs_inputs(name, ids, mask), **labels, num_items_in_batch=77, output_hidden_states=True
@@ -306,7 +306,7 @@ def test_causal_losses_with_a_count(name: str) -> None:
 def test_every_loss_is_divided_by_the_count(name: str, count: Any) -> None:
     """transformers takes num_items_in_batch for the causal heads only; accumulation needs it for all."""
     _, ours = pair(name)
-    ids, mask = texts(name, "right")
+    ids, mask = model_inputs(name, "right")
     labels = labels_of(name, ids, mask)
     out = ours(ids, attention_mask=mask, **labels, num_items_in_batch=count)
     scores, number = logits_of(out).detach().double().numpy(), None if count is None else int(count)
@@ -332,7 +332,7 @@ def test_every_loss_is_divided_by_the_count(name: str, count: Any) -> None:
 def test_no_label_at_all_is_a_loss_of_zero(name: str) -> None:
     """transformers gives NaN, which ends a training run."""
     _, ours = pair(name)
-    ids, _ = texts(name, "none")
+    ids, _ = model_inputs(name, "none")
     outside = {"start_positions": torch.tensor([-1, TOKENS, 500]), "end_positions": torch.full((3,), 99)}
     given = outside if KIND[name] == "span" else {"labels": torch.full_like(ids, -100)}
     ours.zero_grad()
@@ -347,7 +347,7 @@ def test_no_label_at_all_is_a_loss_of_zero(name: str) -> None:
 def test_a_row_is_classified_at_its_last_real_token(name: str) -> None:
     theirs, ours = pair(name)
     pad = PADS[CLASSES[name]]
-    ids, mask = texts(name, "right")
+    ids, mask = model_inputs(name, "right")
     ids[0, 4] = pad  # a pad id within the text
     expected = theirs(**theirs_inputs(name, ids, mask)).logits
     assert_close("classified by mask", ours(ids, attention_mask=mask).logits, expected, FUSED)
@@ -366,7 +366,7 @@ def test_a_row_is_classified_at_its_last_real_token(name: str) -> None:
         "the final eos", out.logits, oracle.logits(ours.spec, parameters(ours), picked, "sequence"), ATOL
     )
     assert (out.logits - expected).abs().max() > 0.1
-    without = ours_of(name, **fields(CLASSES[name], pad_token_id=None))
+    without = monoblock_model(name, **fields(CLASSES[name], pad_token_id=None))
     with pytest.raises(ValueError, match="Cannot handle batch sizes > 1 if no padding token is defined"):
         without(ids)
     assert without(ids[:1]).logits.shape == (1, LABELS)
@@ -390,7 +390,7 @@ CROSS = {"BaseModelOutputWithPastAndCrossAttentions", "CausalLMOutputWithCrossAt
 @pytest.mark.parametrize("name", CLASSES)
 def test_output_types_and_fields(name: str) -> None:
     theirs, ours = pair(name)
-    ids, _ = texts(name, "none")
+    ids, _ = model_inputs(name, "none")
     cached = {"use_cache": True} if name in CACHED else {}
     for given in ({}, FLAGS, cached, {**(labels_of(name, ids, None) if name in ACTING else {}), **FLAGS}):
         found, expected = ours(ids, **given), theirs(ids, **given)
@@ -412,7 +412,7 @@ def test_output_types_and_fields(name: str) -> None:
 @torch.no_grad()
 def test_flags_from_the_config(name: str) -> None:
     _, ours = pair(name)
-    ids, _ = texts(name, "none")
+    ids, _ = model_inputs(name, "none")
     keys = ours(ids, **FLAGS).keys()
     before = vars(ours.config).copy()
     try:
@@ -432,7 +432,7 @@ def test_flags_from_the_config(name: str) -> None:
 def test_the_cache_is_given_by_default_and_not_if_unwanted(name: str) -> None:
     """These families' configs say use_cache=True."""
     theirs, ours = pair(name)
-    ids, _ = texts(name, "none")
+    ids, _ = model_inputs(name, "none")
     assert "past_key_values" in ours(ids)
     assert "past_key_values" in theirs(ids)
     assert "past_key_values" not in ours(ids, use_cache=False)
@@ -441,7 +441,7 @@ def test_the_cache_is_given_by_default_and_not_if_unwanted(name: str) -> None:
 @pytest.mark.parametrize("name", CLASSES)
 def test_errors(name: str) -> None:
     _, ours = pair(name)
-    ids, _ = texts(name, "none")
+    ids, _ = model_inputs(name, "none")
     with pytest.raises(ValueError, match="either input_ids or inputs_embeds"):
         ours()
     with pytest.raises(ValueError, match="both input_ids and inputs_embeds"):
@@ -462,7 +462,7 @@ def test_errors(name: str) -> None:
 @torch.no_grad()
 def test_masks_of_any_number_type(name: str) -> None:
     _, ours = pair(name)
-    ids, mask = texts(name, "left")
+    ids, mask = model_inputs(name, "left")
     expected = logits_of(ours(ids, attention_mask=mask))
     for dtype in (torch.bool, torch.float32, torch.int32, torch.bfloat16):
         assert torch.equal(logits_of(ours(ids, attention_mask=mask.to(dtype))), expected)
@@ -479,7 +479,7 @@ def test_masks_of_any_number_type(name: str) -> None:
 def test_positions_count_what_is_no_padding(name: str) -> None:
     """transformers' forward counts padding too: a left-padded row there differs from the row alone."""
     theirs, ours = pair(name)
-    ids, mask = texts(name, "left")
+    ids, mask = model_inputs(name, "left")
     for row, real in enumerate(mask == 1):
         alone = ours(ids[row, real][None]).logits[0]
         assert_close(f"{name} alone", ours(ids, attention_mask=mask).logits[row, real], alone, FUSED)
@@ -494,8 +494,8 @@ def test_positions_count_what_is_no_padding(name: str) -> None:
 @pytest.mark.parametrize("tied", [True, False])
 @torch.no_grad()
 def test_tied_and_untied_heads(name: str, tied: bool) -> None:
-    theirs, ours = made_pair(name, **fields(CLASSES[name], tie_word_embeddings=tied))
-    ids, _ = texts(name, "none")
+    theirs, ours = model_pair(name, **fields(CLASSES[name], tie_word_embeddings=tied))
+    ids, _ = model_inputs(name, "none")
     assert (ours.at("head_out").weight is ours.get_input_embeddings().weight) == tied
     assert_close(f"{name} tied {tied}", ours(ids).logits, theirs(ids).logits, FUSED)
 
@@ -507,9 +507,9 @@ def test_half_precision_is_near(name: str) -> None:
     import copy
 
     theirs, ours = pair(name)
-    ids, mask = texts(name, "left")
+    ids, mask = model_inputs(name, "left")
     expected = logits_of(theirs(**theirs_inputs(name, ids, mask)))
     half = copy.deepcopy(ours).to(torch.bfloat16)
-    at = mask if by_token(name) else None
+    at = mask if per_token(name) else None
     scale = 0.05 * float(expected.abs().max())
     assert_close("bf16 logits", logits_of(half(ids, attention_mask=mask)), expected, max(scale, 0.3), at)

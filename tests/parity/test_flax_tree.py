@@ -7,10 +7,10 @@ from typing import Any
 
 import flax.serialization
 import numpy as np
-import old_files
 import pytest
 import torch
 import transformers
+import v4_checkpoints
 from test_module_tree import CLASSES, theirs_of
 from torch import nn
 
@@ -26,13 +26,13 @@ def shapes(tree: Any) -> Shapes:
 
 def recorded(name: str) -> Shapes:
     """The tree of the old class's file."""
-    file = old_files.FOLDER / name / "flax_model.msgpack"
+    file = v4_checkpoints.FOLDER / name / "flax_model.msgpack"
     return shapes(flax.serialization.msgpack_restore(file.read_bytes()))
 
 
-@pytest.mark.parametrize("name", old_files.FLAX)
+@pytest.mark.parametrize("name", v4_checkpoints.FLAX)
 def test_the_tree_is_the_old_class_s(name: str) -> None:
-    model = getattr(monoblock, name).from_pretrained(old_files.FOLDER / name)
+    model = getattr(monoblock, name).from_pretrained(v4_checkpoints.FOLDER / name)
     assert shapes(model.params) == shapes(model.params_shape_tree) == recorded(name)
 
 
@@ -71,10 +71,10 @@ def test_the_tree_has_the_names_of_the_pytorch_modules(name: str) -> None:
     assert shapes(model.params_shape_tree) == expected(name)
 
 
-@pytest.mark.parametrize("name", old_files.FLAX)
+@pytest.mark.parametrize("name", v4_checkpoints.FLAX)
 def test_the_old_tree_follows_from_the_rule(name: str) -> None:
     """The rule for classes that never were gives the trees of those that were."""
-    config = transformers.AutoConfig.from_pretrained(old_files.FOLDER / name)
+    config = transformers.AutoConfig.from_pretrained(v4_checkpoints.FOLDER / name)
     model = getattr(transformers, name.removeprefix("Flax"))(config)
     names = {".".join(path[:-1]) for path in recorded(name)}
     assert names == {key.rpartition(".")[0] for key, _ in model.named_parameters()}

@@ -5,11 +5,11 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-import families_made
 import pytest
+import tiny_families
 import torch
 import transformers
-from families_made import pair, texts
+from tiny_families import model_inputs, pair
 
 import monoblock
 from monoblock import GenerationConfig
@@ -20,7 +20,7 @@ ATOL = 1e-5  # float32, 3 layers, numbers of about 1; as in the parity tests of 
 
 
 def ids_of(name: str, tokens: int = 23) -> torch.Tensor:
-    return texts(name, "none")[0][:1, :tokens]
+    return model_inputs(name, "none")[0][:1, :tokens]
 
 
 # ---------------------------------------------------------------------------- generation configs
@@ -205,7 +205,7 @@ def test_other_caches_are_refused_in_words() -> None:
 
 
 def test_flax_generates_by_a_generation_config() -> None:
-    config = families_made.family_of("GPTNeoForCausalLM").config(**families_made.fields("gpt_neo"))
+    config = tiny_families.family_of("GPTNeoForCausalLM").config(**tiny_families.fields("gpt_neo"))
     model = monoblock.FlaxGPTNeoForCausalLM(config)
     ids = ids_of("GPTNeoForCausalLM", 5).numpy()
     theirs = transformers.GenerationConfig(max_new_tokens=3, repetition_penalty=1.7, pad_token_id=0)

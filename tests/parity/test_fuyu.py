@@ -6,9 +6,20 @@ from typing import Any
 
 import pytest
 import torch
-from families_made import PADS, PATCH, PATCH_SIZE, VOCAB, fields, made_pair, ours_of, pair, texts, with_images
 from helpers import PADDINGS, expected, expected_logits
 from measure import assert_close
+from tiny_families import (
+    PADS,
+    PATCH,
+    PATCH_SIZE,
+    VOCAB,
+    fields,
+    model_inputs,
+    model_pair,
+    monoblock_model,
+    pair,
+    with_images,
+)
 
 from monoblock import FuyuConfig
 
@@ -106,7 +117,7 @@ def test_wrong_patches_are_refused() -> None:
         ),
         (
             {"image_patches": [patches[0][:4], *patches[1:]], "image_patches_indices": places},
-            "row 0 has places for 6 image patches, but 4 came",
+            "row 0 has tokens for 6 image patches, but 4 came",
         ),
         (
             {"image_patches": patches, "image_patches_indices": places[:, :-1]},
@@ -160,15 +171,15 @@ def test_partial_rope_and_scaling(case: str, share: float) -> None:
             "pad_token_id": PADS["fuyu"],
         },
     }
-    theirs, ours = made_pair(NAME, **whole)
+    theirs, ours = model_pair(NAME, **whole)
     assert ours.spec.positions[0].dim == int(8 * share)
     scaling = {"rope_scaling": ROPES[case]} if ROPES[case] else {}
-    same = ours_of(
+    same = monoblock_model(
         NAME, theirs, **{**flat, **nested, "rope_theta": 300.0, "partial_rotary_factor": share, **scaling}
     )
     assert same.spec == ours.spec
     for padding in PADDINGS:
-        ids, mask = texts(NAME, padding)
+        ids, mask = model_inputs(NAME, padding)
         found = ours(ids, attention_mask=mask).logits
         if case != "dynamic" or mask is None:
             assert_close(f"Fuyu, {case}", found, theirs(ids, attention_mask=mask).logits, ATOL, mask)
@@ -183,9 +194,9 @@ def test_partial_rope_and_scaling(case: str, share: float) -> None:
 
 @torch.no_grad()
 def test_without_qk_norms() -> None:
-    theirs, ours = made_pair(NAME, **fields("fuyu", qk_layernorm=False))
+    theirs, ours = model_pair(NAME, **fields("fuyu", qk_layernorm=False))
     assert ours.spec.attention.qk_norm is None
-    ids, mask = texts(NAME, "left")
+    ids, mask = model_inputs(NAME, "left")
     assert_close(
         "Fuyu, no norms",
         ours(ids, attention_mask=mask).logits,
@@ -197,15 +208,15 @@ def test_without_qk_norms() -> None:
 
 @torch.no_grad()
 def test_relu_squared() -> None:
-    theirs, ours = made_pair(NAME, **fields("fuyu", hidden_act="relu2"))
-    ids, _ = texts(NAME, "none")
+    theirs, ours = model_pair(NAME, **fields("fuyu", hidden_act="relu2"))
+    ids, _ = model_inputs(NAME, "none")
     assert_close("Fuyu, relu2", ours(ids).logits, theirs(ids).logits, ATOL)
 
 
 def test_the_text_alone_agrees_for_the_right_reason() -> None:
     """The comparisons above are of numbers that are there: not all the same, and not without the attention."""
     theirs, ours = pair(NAME)
-    ids, mask = texts(NAME, "left")
+    ids, mask = model_inputs(NAME, "left")
     logits = ours(ids, attention_mask=mask).logits
     assert logits[mask == 1].std() > 0.5
     other = ids.clone()

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from families_made import PADS, fields, made_pair, texts, theirs_inputs
 from helpers import PADDINGS, expected, expected_logits
 from measure import assert_close, rounding
+from tiny_families import PADS, fields, model_inputs, model_pair, theirs_inputs
 
 from monoblock import GPTNeoConfig
 
@@ -29,9 +29,9 @@ TYPES = {
 def test_layers_and_windows(case: str, window: int) -> None:
     layers = sum(len(kinds) * count for kinds, count in TYPES[case])
     given = fields("gpt_neo", attention_types=TYPES[case], num_layers=layers, window_size=window)
-    theirs, ours = made_pair(NAME, **given)
+    theirs, ours = model_pair(NAME, **given)
     for padding in PADDINGS:
-        ids, mask = texts(NAME, padding)
+        ids, mask = model_inputs(NAME, padding)
         there = theirs(**theirs_inputs(NAME, ids, mask), output_hidden_states=True)
         bound = rounding(ours.spec, there)
         for kernel in ("sdpa", "eager"):
@@ -45,17 +45,17 @@ def test_layers_and_windows(case: str, window: int) -> None:
 
 @torch.no_grad()
 def test_scores_are_not_divided() -> None:
-    theirs, ours = made_pair(NAME, **fields("gpt_neo"))
+    theirs, ours = model_pair(NAME, **fields("gpt_neo"))
     assert ours.spec.attention.scale == 1.0
-    ids, _ = texts(NAME, "none")
+    ids, _ = model_inputs(NAME, "none")
     assert_close("scores", ours(ids).logits, theirs(ids).logits, ATOL)
 
 
 @torch.no_grad()
 def test_scores_that_half_precision_cannot_hold() -> None:
     """Scores without a divisor grow large: they are kept in fp32, as by the makers."""
-    _, ours = made_pair(NAME, **fields("gpt_neo"))
-    ids, mask = texts(NAME, "left")
+    _, ours = model_pair(NAME, **fields("gpt_neo"))
+    ids, mask = model_inputs(NAME, "left")
     for i in range(ours.spec.layers):
         ours.at("q", i).weight.mul_(60)
         ours.at("k", i).weight.mul_(60)
@@ -72,9 +72,9 @@ def test_scores_that_half_precision_cannot_hold() -> None:
 @pytest.mark.parametrize("inner", [None, 20])
 @torch.no_grad()
 def test_intermediate_size(inner: int | None) -> None:
-    theirs, ours = made_pair(NAME, **fields("gpt_neo", intermediate_size=inner))
+    theirs, ours = model_pair(NAME, **fields("gpt_neo", intermediate_size=inner))
     assert ours.spec.mlp.width == (inner or 4 * 36)
-    ids, _ = texts(NAME, "none")
+    ids, _ = model_inputs(NAME, "none")
     assert_close("intermediate_size", ours(ids).logits, theirs(ids).logits, ATOL)
 
 
@@ -89,9 +89,11 @@ def test_types_and_layers_must_agree() -> None:
 
 @torch.no_grad()
 def test_past_the_table_is_a_clear_error() -> None:
-    _, ours = made_pair(NAME, **fields("gpt_neo"))
+    _, ours = model_pair(NAME, **fields("gpt_neo"))
     long = torch.randint(10, 80, (1, 65))
-    with pytest.raises(ValueError, match="64 learned positions, but the text with its past has 65 tokens"):
+    with pytest.raises(
+        ValueError, match="64 learned positions, but the sequence, cache included, has 65 tokens"
+    ):
         ours(long)
     mask = torch.ones_like(long)
     mask[:, :2] = 0

@@ -5,8 +5,8 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from families_made import VOCAB, pair  # noqa: E402
 from helpers import PAD, batch  # noqa: E402
+from tiny_families import VOCAB, pair  # noqa: E402
 
 NAMES = ("MistralForCausalLM", "GPTNeoForCausalLM", "OpenAIGPTLMHeadModel")
 

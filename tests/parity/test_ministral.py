@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from families_made import fields, logits_of, same_logits, texts
 from helpers import randomised
 from measure import assert_close, rounding
+from tiny_families import assert_same_logits, fields, logits_of, model_inputs
 
 import monoblock
 from monoblock import DynamicCache
@@ -42,14 +42,14 @@ def pair(layers: str, ending: str = "ForCausalLM") -> tuple[Any, Any]:
 def test_logits(layers: str) -> None:
     theirs, ours = pair(layers)
     assert ours.spec.windows == tuple(WINDOW if kind == SLIDING else None for kind in LAYERS[layers])
-    same_logits(layers, "MistralForCausalLM", theirs, ours)
+    assert_same_logits(layers, "MistralForCausalLM", theirs, ours)
 
 
 @pytest.mark.parametrize("ending", ["Model", "ForSequenceClassification", "ForTokenClassification"])
 @torch.no_grad()
 def test_the_other_classes(ending: str) -> None:
     theirs, ours = pair("alternating", ending)
-    ids, mask = texts("MistralForCausalLM", "right")
+    ids, mask = model_inputs("MistralForCausalLM", "right")
     there = theirs(ids, attention_mask=mask, output_hidden_states=True)
     found = ours(ids, attention_mask=mask)
     per_token = mask if ending != "ForSequenceClassification" else None
@@ -61,7 +61,7 @@ def test_the_same_tokens_with_every_cache(layers: str, monkeypatch: pytest.Monke
     """Greedy tokens are transformers', and full layers keep what windowed layers drop."""
     monkeypatch.setattr(DynamicCache, "SLACK", 4)
     theirs, ours = pair(layers)
-    ids, mask = texts("MistralForCausalLM", "left")
+    ids, mask = model_inputs("MistralForCausalLM", "left")
     # A small random model falls into one token's loop, where a wrong cache would go unseen.
     asked = {"max_new_tokens": 38, "min_new_tokens": 38, "do_sample": False, "no_repeat_ngram_size": 2}
     expected = theirs.generate(ids, attention_mask=mask, **asked)
@@ -79,7 +79,7 @@ def test_the_same_tokens_with_every_cache(layers: str, monkeypatch: pytest.Monke
 @torch.no_grad()
 def test_files_there_and_back(tmp_path: Path) -> None:
     theirs, ours = pair("alternating")
-    ids, _ = texts("MistralForCausalLM", "none")
+    ids, _ = model_inputs("MistralForCausalLM", "none")
     there = theirs(ids, output_hidden_states=True)
     bound = rounding(ours.spec, there)
 

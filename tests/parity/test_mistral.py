@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from families_made import fields, made_pair, ours_of, same_logits, texts
 from helpers import PADDINGS, expected, expected_logits
 from measure import assert_close, rounding
+from tiny_families import assert_same_logits, fields, model_inputs, model_pair, monoblock_model
 
 from monoblock import MistralConfig
 from monoblock.errors import UnsupportedConfig
@@ -51,9 +51,9 @@ def scaled(case: str, spelling: str, **more: Any) -> dict[str, Any]:
 @pytest.mark.parametrize("case", SCALINGS)
 @torch.no_grad()
 def test_rope_scaling(case: str, spelling: str) -> None:
-    theirs, ours = made_pair(NAME, **scaled(case, spelling))
+    theirs, ours = model_pair(NAME, **scaled(case, spelling))
     for padding in PADDINGS:
-        ids, mask = texts(NAME, padding)
+        ids, mask = model_inputs(NAME, padding)
         out = ours(ids, attention_mask=mask, output_hidden_states=True)
         found, bound = out.logits, rounding(ours.spec, out)
         if case != "dynamic" or mask is None:
@@ -61,7 +61,7 @@ def test_rope_scaling(case: str, spelling: str) -> None:
         # A row's angles are those of its own length here, of the batch's longest row in transformers.
         defined = expected_logits(ours, expected(ours, ids, mask))
         assert_close(f"Mistral, {case}, by definition", found, defined, bound, mask)
-    plain = ours_of(NAME, theirs, **scaled("none", "new"))
+    plain = monoblock_model(NAME, theirs, **scaled("none", "new"))
     assert (case == "none") == torch.equal(plain(ids).logits, ours(ids).logits), "the scaling must bite"
 
 
@@ -77,8 +77,8 @@ WINDOWS = {"none": None, "one": 1, "two": 2, "seven": 7, "as long as the text": 
 @pytest.mark.parametrize("window", WINDOWS)
 @torch.no_grad()
 def test_windows(window: str) -> None:
-    theirs, ours = made_pair(NAME, **fields("mistral", sliding_window=WINDOWS[window]))
-    same_logits(f"Mistral, window {window}", NAME, theirs, ours)
+    theirs, ours = model_pair(NAME, **fields("mistral", sliding_window=WINDOWS[window]))
+    assert_same_logits(f"Mistral, window {window}", NAME, theirs, ours)
 
 
 @pytest.mark.parametrize(
@@ -95,8 +95,8 @@ def test_windows(window: str) -> None:
 )
 @torch.no_grad()
 def test_heads(shape: dict[str, Any]) -> None:
-    theirs, ours = made_pair(NAME, **fields("mistral", **shape))
-    ids, mask = texts(NAME, "left")
+    theirs, ours = model_pair(NAME, **fields("mistral", **shape))
+    ids, mask = model_inputs(NAME, "left")
     assert_close(
         "Mistral, heads",
         ours(ids, attention_mask=mask).logits,
@@ -117,8 +117,8 @@ def test_no_groups_unless_said() -> None:
 )
 @torch.no_grad()
 def test_activations(act: str) -> None:
-    theirs, ours = made_pair(NAME, **fields("mistral", hidden_act=act))
-    ids, _ = texts(NAME, "none")
+    theirs, ours = model_pair(NAME, **fields("mistral", hidden_act=act))
+    ids, _ = model_inputs(NAME, "none")
     assert_close(f"Mistral, {act}", ours(ids).logits, theirs(ids).logits, ATOL)
 
 

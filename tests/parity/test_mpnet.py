@@ -7,13 +7,13 @@ from typing import Any
 import oracle
 import pytest
 import torch
-from families_made import fields, made_pair, ours_of, pair, texts
 from helpers import PADDINGS, expected, parameters
 from measure import assert_close
+from tiny_families import fields, model_inputs, model_pair, monoblock_model, pair
 from transformers.models.mpnet.modeling_mpnet import MPNetEncoder
 
 from monoblock import MPNetConfig
-from monoblock.backends.pytorch.ops import bucketed
+from monoblock.backends.pytorch.ops import relative_position_bucket
 
 ATOL = 2e-5  # fp32 through the fused kernels
 NAME = "MPNetModel"
@@ -22,11 +22,11 @@ NAME = "MPNetModel"
 def test_buckets() -> None:
     """Every distance within the longest text: as trained checkpoints have them, and by definition."""
     distance = torch.arange(-600, 601)
-    ours = bucketed(distance, 32, 128)
+    ours = relative_position_bucket(distance, 32, 128)
     assert torch.equal(ours, MPNetEncoder.relative_position_bucket(distance))
     for count, farthest in ((32, 128), (20, 50), (8, 128), (4, 9), (64, 128)):
         defined = [oracle.bucket(int(d), count, farthest) for d in distance]
-        assert bucketed(distance, count, farthest).tolist() == defined
+        assert relative_position_bucket(distance, count, farthest).tolist() == defined
 
 
 @pytest.mark.parametrize("buckets", [8, 20, 32, 64])
@@ -34,7 +34,7 @@ def test_buckets() -> None:
 def test_relative_attention_num_buckets(buckets: int) -> None:
     """transformers makes a table of that many rows and numbers them as if there were 32."""
     long = {"max_position_embeddings": 202}
-    ours = ours_of(NAME, **fields("mpnet", relative_attention_num_buckets=buckets, **long))
+    ours = monoblock_model(NAME, **fields("mpnet", relative_attention_num_buckets=buckets, **long))
     assert ours.at("rel_bias").weight.shape == (buckets, 6)
     ids = torch.randint(10, 89, (2, 150), generator=torch.Generator().manual_seed(2))
     mask = torch.ones_like(ids)
@@ -47,8 +47,8 @@ def test_relative_attention_num_buckets(buckets: int) -> None:
         for a, b in zip(found.hidden_states, run.hidden_states, strict=True):
             assert_close(f"MPNet, {buckets} buckets", a, b, ATOL)
     if buckets == 32:
-        theirs, _ = made_pair(NAME, **fields("mpnet", **long))
-        same = ours_of(NAME, theirs, **fields("mpnet", **long))
+        theirs, _ = model_pair(NAME, **fields("mpnet", **long))
+        same = monoblock_model(NAME, theirs, **fields("mpnet", **long))
         there = theirs(ids, attention_mask=mask).last_hidden_state
         assert_close("MPNet, 150 tokens", same(ids, attention_mask=mask).last_hidden_state, there, ATOL)
 
@@ -57,7 +57,7 @@ def test_relative_attention_num_buckets(buckets: int) -> None:
 @torch.no_grad()
 def test_positions_with_padding_anywhere(padding: str) -> None:
     theirs, ours = pair(NAME)
-    ids, mask = texts(NAME, padding)
+    ids, mask = model_inputs(NAME, padding)
     ids[:, 4], ids[2, 11], ids[1, 20] = 1, 1, 1  # pad ids within the texts, masked or not
     for given in ({"attention_mask": mask}, {}, {"attention_mask": (ids != 1).long()}):
         found, there = ours(ids, **given), theirs(ids, **given)
@@ -70,7 +70,7 @@ def test_positions_with_padding_anywhere(padding: str) -> None:
 def test_embeddings_count_the_mask() -> None:
     """With embeddings as input the attention mask alone tells padding; transformers counts all places."""
     theirs, ours = pair(NAME)
-    ids, mask = texts(NAME, "left")
+    ids, mask = model_inputs(NAME, "left")
     embeds = ours.get_input_embeddings()(ids)
     found = ours(inputs_embeds=embeds, attention_mask=mask).last_hidden_state
     by_ids = ours(ids, attention_mask=mask).last_hidden_state
@@ -87,9 +87,9 @@ def test_embeddings_count_the_mask() -> None:
 def test_another_pad_token() -> None:
     """transformers takes 1 for the padding whatever the config says."""
     given = fields("mpnet", pad_token_id=5, max_position_embeddings=40)
-    ours = ours_of(NAME, **given)
+    ours = monoblock_model(NAME, **given)
     assert ours.spec.positions[0].offset == 6
-    ids, mask = texts(NAME, "right")
+    ids, mask = model_inputs(NAME, "right")
     ids = ids.masked_fill(mask == 0, 5)
     run = expected(ours, ids, mask)
     assert_close("another pad token", ours(ids, attention_mask=mask).last_hidden_state, run.hidden, ATOL)
@@ -101,7 +101,8 @@ def test_two_places_are_not_for_tokens() -> None:
     assert ours.config.max_position_embeddings == 66
     assert ours(torch.randint(10, 80, (1, 64))).last_hidden_state.shape[1] == 64
     with pytest.raises(
-        ValueError, match="the model has 64 learned positions, but the text with its past has 65 tokens"
+        ValueError,
+        match="the model has 64 learned positions, but the sequence, cache included, has 65 tokens",
     ):
         ours(torch.randint(10, 80, (1, 65)))
     padded = torch.randint(10, 80, (1, 70))
@@ -112,7 +113,7 @@ def test_two_places_are_not_for_tokens() -> None:
 @torch.no_grad()
 def test_masked_head_by_definition() -> None:
     theirs, ours = pair("MPNetForMaskedLM")
-    ids, mask = texts("MPNetForMaskedLM", "right")
+    ids, mask = model_inputs("MPNetForMaskedLM", "right")
     params = parameters(ours)
     run = expected(ours, ids, mask)
     x = oracle.ACTIVATIONS["gelu"](oracle.linear(run.hidden, params, "head.dense"))
@@ -125,7 +126,7 @@ def test_masked_head_by_definition() -> None:
 @torch.no_grad()
 def test_choices() -> None:
     theirs, ours = pair("MPNetForMultipleChoice")
-    ids, mask = texts("MPNetForMultipleChoice", "right")
+    ids, mask = model_inputs("MPNetForMultipleChoice", "right")
     found, there = ours(ids, attention_mask=mask), theirs(ids, attention_mask=mask)
     assert found.logits.shape == (3, 2)
     assert_close("choices", found.logits, there.logits, ATOL)

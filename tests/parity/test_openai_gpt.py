@@ -7,9 +7,9 @@ from typing import Any
 import oracle
 import pytest
 import torch
-from families_made import CHOICES, fields, made_pair, ours_of, pair, texts, theirs_inputs
 from helpers import parameters
 from measure import assert_close
+from tiny_families import CHOICES, fields, model_inputs, model_pair, monoblock_model, pair, theirs_inputs
 
 from monoblock import OpenAIGPTConfig, OpenAIGPTDoubleHeadsModel
 from monoblock.errors import UnsupportedConfig
@@ -26,8 +26,8 @@ LM = "OpenAIGPTLMHeadModel"
 @torch.no_grad()
 def test_summary_options(kind: str, act: str | None, use_proj: bool, to_labels: bool) -> None:
     summary = {"summary_type": kind, "summary_activation": act, "summary_use_proj": use_proj}
-    theirs, ours = made_pair(DOUBLE, **fields("openai-gpt", **summary, summary_proj_to_labels=to_labels))
-    ids, _ = texts(DOUBLE, "none")
+    theirs, ours = model_pair(DOUBLE, **fields("openai-gpt", **summary, summary_proj_to_labels=to_labels))
+    ids, _ = model_inputs(DOUBLE, "none")
     places = torch.tensor([[3, 22], [0, 11], [22, 7]])
     for given in ({}, {"mc_token_ids": places}):
         found = ours(ids, **given)
@@ -59,7 +59,7 @@ def test_summary_type_attn_was_never_there() -> None:
 def test_double_heads_of_plain_rows() -> None:
     """Rows without choices: one score each."""
     theirs, ours = pair(DOUBLE)
-    ids, _ = texts(LM, "none")
+    ids, _ = model_inputs(LM, "none")
     found, there = ours(ids), theirs(ids)
     assert found.mc_logits.shape == there.mc_logits.shape == (3,)
     assert_close("plain rows", found.mc_logits, there.mc_logits, ATOL)
@@ -70,7 +70,7 @@ def test_double_heads_of_plain_rows() -> None:
 def test_places_of_padded_choices() -> None:
     """transformers crashes on a mask of choices; by rows it takes one."""
     theirs, ours = pair(DOUBLE)
-    ids, mask = texts(DOUBLE, "right")
+    ids, mask = model_inputs(DOUBLE, "right")
     places = mask.sum(-1) - 1
     types = (ids * 5) % 89
     given = theirs_inputs(DOUBLE, ids, mask)
@@ -82,7 +82,7 @@ def test_places_of_padded_choices() -> None:
 
 def test_both_losses_are_trained_at_once() -> None:
     theirs, ours = pair(DOUBLE)
-    ids, _ = texts(DOUBLE, "none")
+    ids, _ = model_inputs(DOUBLE, "none")
     labels = {"labels": ids, "mc_labels": torch.tensor([1, 0, 1])}
     found, there = ours(ids, **labels), theirs(ids, **labels)
     assert_close("loss", found.loss, there.loss, ATOL)
@@ -94,17 +94,17 @@ def test_both_losses_are_trained_at_once() -> None:
 @pytest.mark.parametrize("act", ["gelu", "relu", "silu", "swish"])
 @torch.no_grad()
 def test_activations(act: str) -> None:
-    theirs, ours = made_pair(LM, **fields("openai-gpt", afn=act))
-    ids, _ = texts(LM, "none")
+    theirs, ours = model_pair(LM, **fields("openai-gpt", afn=act))
+    ids, _ = model_inputs(LM, "none")
     assert_close(f"afn={act}", ours(ids).logits, theirs(ids).logits, ATOL)
 
 
 @torch.no_grad()
 def test_gelu_new_is_what_gelu_means_here() -> None:
     """The page offers "gelu_new"; transformers fails on it. GPT-1's "gelu" is that very function."""
-    theirs, _ = made_pair(LM, **fields("openai-gpt", afn="gelu"))
-    ours = ours_of(LM, theirs, **fields("openai-gpt", afn="gelu_new"))
-    ids, _ = texts(LM, "none")
+    theirs, _ = model_pair(LM, **fields("openai-gpt", afn="gelu"))
+    ours = monoblock_model(LM, theirs, **fields("openai-gpt", afn="gelu_new"))
+    ids, _ = model_inputs(LM, "none")
     assert_close("gelu_new", ours(ids).logits, theirs(ids).logits, ATOL)
     with pytest.raises(UnsupportedConfig, match=r"OpenAIGPTConfig.afn='mish' is not supported: it must be"):
         OpenAIGPTConfig(afn="mish").to_spec()
@@ -114,7 +114,7 @@ def test_gelu_new_is_what_gelu_means_here() -> None:
 def test_padded_texts_by_definition() -> None:
     """transformers masks the future by -10000 only; with scores as large as that the definition decides."""
     _, ours = pair(LM)
-    ids, mask = texts(LM, "left")
+    ids, mask = model_inputs(LM, "left")
     run = oracle.run(ours.spec, parameters(ours), ids.numpy(), mask.numpy())
     found = ours(ids, attention_mask=mask, output_hidden_states=True)
     for a, b in zip(found.hidden_states, run.hidden_states, strict=True):
@@ -125,7 +125,8 @@ def test_padded_texts_by_definition() -> None:
 def test_past_the_table_is_a_clear_error() -> None:
     _, ours = pair(LM)
     with pytest.raises(
-        ValueError, match="64 learned positions, but the text with its past has 70 tokens: shorten it"
+        ValueError,
+        match="64 learned positions, but the sequence, cache included, has 70 tokens: shorten it",
     ):
         ours(torch.randint(10, 80, (1, 70)))
 
@@ -133,7 +134,7 @@ def test_past_the_table_is_a_clear_error() -> None:
 def test_there_is_a_cache() -> None:
     """transformers swallows use_cache here."""
     _, ours = pair(LM)
-    ids, _ = texts(LM, "none")
+    ids, _ = model_inputs(LM, "none")
     whole = ours(ids).logits
     past: Any = None
     pieces = []

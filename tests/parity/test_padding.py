@@ -7,25 +7,25 @@ from typing import Any
 
 import pytest
 import torch
-from families_made import (
+from measure import assert_close
+from mpt_pairs import pair as mpt_pair
+from tiny_families import (
     CLASSES,
     KIND,
     PADS,
-    by_token,
     fields,
     logits_of,
-    made_pair,
+    model_inputs,
+    model_pair,
     pair,
-    texts,
+    per_token,
     theirs_inputs,
 )
-from measure import assert_close
-from mpt_pairs import pair as mpt_pair
 
 # fp32, 3 layers, states up to 12, the fused kernels: measured 6e-6.
 ATOL = 2e-5
 
-TOKENS = [name for name in CLASSES if by_token(name)]
+TOKENS = [name for name in CLASSES if per_token(name)]
 SPANS = [name for name in CLASSES if KIND[name] == "span"]
 
 
@@ -36,7 +36,7 @@ SPANS = [name for name in CLASSES if KIND[name] == "span"]
 def test_logits_at_padding(name: str, padding: str, kernel: str) -> None:
     """Left-padded positions of GPT-1 and GPT Neo are given to transformers, whose tables count the padding."""
     theirs, ours = pair(name)
-    ids, mask = texts(name, padding)
+    ids, mask = model_inputs(name, padding)
     expected = theirs(**theirs_inputs(name, ids, mask), output_hidden_states=True)
     ours.set_attn_implementation(kernel)
     found = ours(ids, attention_mask=mask, output_hidden_states=True)
@@ -55,8 +55,8 @@ def test_span_losses_of_padded_rows(name: str, window: int | None) -> None:
         "mistral": {"sliding_window": window},
         "gpt_neo": {"window_size": window or 64},
     }.get(model_type, {})
-    theirs, ours = made_pair(name, **fields(model_type, num_labels=2, **more))
-    ids, mask = texts(name, "right")
+    theirs, ours = model_pair(name, **fields(model_type, num_labels=2, **more))
+    ids, mask = model_inputs(name, "right")
     spans = {"start_positions": torch.tensor([3, 1, 4]), "end_positions": torch.tensor([9, 5, 12])}
     losses = [model(ids, attention_mask=mask, **spans).loss for model in (ours, theirs)]
     assert_close(f"{name} loss", losses[0], losses[1], 5e-6)
@@ -84,8 +84,8 @@ def ours_by_name(model: Any) -> dict[str, torch.Tensor]:
 
 def test_the_padding_s_embedding_is_not_trained() -> None:
     """MPNet's, by its id, and the position of padding."""
-    theirs, ours = made_pair("MPNetForQuestionAnswering", **fields("mpnet", num_labels=2))
-    ids, mask = texts("MPNetForQuestionAnswering", "right")
+    theirs, ours = model_pair("MPNetForQuestionAnswering", **fields("mpnet", num_labels=2))
+    ids, mask = model_inputs("MPNetForQuestionAnswering", "right")
     spans = {"start_positions": torch.tensor([3, 1, 4]), "end_positions": torch.tensor([9, 5, 12])}
     for model in (theirs, ours):
         model(ids, attention_mask=mask, **spans).loss.backward()
@@ -102,6 +102,6 @@ def test_the_padding_s_embedding_is_not_trained() -> None:
 @torch.no_grad()
 def test_mpt(padding: str) -> None:
     theirs, ours = mpt_pair("MptForCausalLM")
-    ids, mask = texts("MistralForCausalLM", padding)
+    ids, mask = model_inputs("MistralForCausalLM", padding)
     expected = theirs(ids, attention_mask=mask).logits
     assert_close("MPT at padding", ours(ids, attention_mask=mask).logits, expected, ATOL)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import families_made
 import fuyu_tokenizer
 import numpy as np
 import pytest
+import tiny_families
 import torch
 import transformers
 from PIL import Image
@@ -24,9 +24,9 @@ def both() -> tuple[Any, Any]:
     backend, special = fuyu_tokenizer.backend(), fuyu_tokenizer.SPECIAL
     their_tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, **special)
     our_tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **special)
-    fields = families_made.fields("fuyu", vocab_size=len(our_tokenizer), eos_token_id=None)
+    fields = tiny_families.fields("fuyu", vocab_size=len(our_tokenizer), eos_token_id=None)
     fields["image_token_id"] = our_tokenizer.convert_tokens_to_ids("|SPEAKER|")
-    theirs, ours = families_made.made_pair("FuyuForCausalLM", **fields)
+    theirs, ours = tiny_families.model_pair("FuyuForCausalLM", **fields)
     our_processor = FuyuProcessor(FuyuImageProcessor(**SIZES), our_tokenizer)
     their_processor = TheirProcessor(Reference(**SIZES), their_tokenizer)
     return (

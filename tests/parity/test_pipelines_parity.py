@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from pipelines_made import LABELS, LONG, NLI, TEXT, folder
+from tiny_pipelines import LABELS, LONG, NLI, TEXT, folder
 
 from monoblock import pipeline
 

@@ -48,7 +48,7 @@ def peers_processors(peer, fields, ids, mask, allowed=None):
 def our_processors(fields, ids, mask, allowed=None):
     from monoblock.generation.resolve import resolve
 
-    setting = processors.Setting(
+    setting = processors.ProcessorContext(
         ops=TorchOps(),
         config=resolve(fields, None, None),
         prompt_bn=ids[:, :PROMPT],

@@ -6,9 +6,9 @@ import logging
 import random
 from typing import Any
 
-import families_made
 import numpy
 import pytest
+import tiny_families
 import torch
 import transformers
 
@@ -22,7 +22,7 @@ MPT = {"d_model": 32, "n_heads": 4, "n_layers": 2, "vocab_size": 89, "attn_confi
 
 def theirs(model_type: str, **more: Any) -> Any:
     """transformers' tiny config object of a family."""
-    fields = MPT | more if model_type == "mpt" else families_made.fields(model_type, **more)
+    fields = MPT | more if model_type == "mpt" else tiny_families.fields(model_type, **more)
     return getattr(transformers, STEMS[model_type] + "Config")(**fields)
 
 

@@ -7,10 +7,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import interrupted_saves
 import kill_points
 import numpy as np
 import pytest
-import saves_framework
 
 import monoblock
 
@@ -23,7 +23,7 @@ def no_disk(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def model(tag: int) -> Any:
-    made = monoblock.TFMptForCausalLM(saves_framework.config(tag))
+    made = monoblock.TFMptForCausalLM(interrupted_saves.config(tag))
     for variable in made.variables:
         variable.assign(np.full(variable.shape, tag))
     return made
@@ -31,14 +31,14 @@ def model(tag: int) -> Any:
 
 def read(folder: Path) -> set[int]:
     loaded = monoblock.TFMptForCausalLM.from_pretrained(folder)
-    return saves_framework.tags(loaded, loaded.hub_state_dict())
+    return interrupted_saves.tags(loaded, loaded.hub_state_dict())
 
 
-@saves_framework.LAYOUT
+@interrupted_saves.LAYOUT
 def test_model(tmp_path: Path, layout: str) -> None:
     folder = tmp_path / "model"
     models = {tag: model(tag) for tag in (1, 2)}
-    saves_framework.check(
+    interrupted_saves.check(
         folder,
         lambda tag, keywords: models[tag].save_pretrained(folder, **keywords),
         lambda: read(folder),
@@ -57,5 +57,5 @@ def test_saved_model_is_part_of_the_save(tmp_path: Path) -> None:
     for at in (count // 2, count):
         shutil.rmtree(folder)
         models[1].save_pretrained(folder)
-        kill_points.cut_off(lambda: models[2].save_pretrained(folder, saved_model=True), at)
+        kill_points.interrupted(lambda: models[2].save_pretrained(folder, saved_model=True), at)
         assert (folder / "saved_model").exists() == (read(folder) == {2})

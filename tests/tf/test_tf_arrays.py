@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import tensorflow as tf
-from arrays_checked import of_processors, of_tokenizers
+from return_tensors_checks import check_processor, check_tokenizer
 
 
 def test_ids_and_masks() -> None:
-    of_tokenizers("tf", tf.Tensor, tf.int32)
+    check_tokenizer("tf", tf.Tensor, tf.int32)
 
 
 def test_images() -> None:
-    of_processors("tf", tf.Tensor)
+    check_processor("tf", tf.Tensor)

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import tensorflow as tf
 import torch
-from families_made import GENERATING
 from measure import assert_close
-from tf_made import bound_of, close, inputs, model, numpy, pair
+from tf_pairs import close, inputs, model, numpy, pair, rounding_bound
+from tiny_families import GENERATING
 
 from monoblock.backends.tf.cache import Cache, init_cache
-from monoblock.backends.xla.inputs import Wanted
+from monoblock.backends.xla.inputs import ForwardOptions
 
 CAUSAL = ("MptForCausalLM", *GENERATING)
 ROOM = 30
@@ -29,7 +29,7 @@ def test_pieces_give_what_the_whole_gives(name: str, padding: str, tmp_path: Pat
     ids, mask = given["input_ids"].numpy(), given.get("attention_mask")
     with torch.no_grad():
         out = theirs(**given, output_hidden_states=True)
-    expected, bound = out.logits, bound_of(theirs, out)
+    expected, bound = out.logits, rounding_bound(theirs, out)
     kinds = {
         "tuples": None,
         "growing": init_cache(ours.spec, len(ids), None),
@@ -65,12 +65,12 @@ def test_a_compiled_loop_over_a_static_cache(name: str, compiled: bool) -> None:
     def run(ids: Any, mask: Any) -> Any:
         cache = init_cache(ours.spec, rows, ROOM, compiled=compiled)
         first = {"input_ids": ids[:, :prompt], "attention_mask": mask}
-        out = ours.network(first, cache, Wanted(keep=1))
+        out = ours.network(first, cache, ForwardOptions(keep=1))
         cache = out["past_key_values"]
 
         def step(i: Any, written: Any, *tensors: Any) -> Any:
             now = {"input_ids": tf.slice(ids, (0, i), (rows, 1)), "attention_mask": mask}
-            out = ours.network(now, cache.with_tensors(tensors), Wanted(fresh=False))
+            out = ours.network(now, cache.with_tensors(tensors), ForwardOptions(fresh=False))
             written = written.write(i - prompt, out["logits"][:, 0])
             return (i + 1, written, *out["past_key_values"].tensors())
 

@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 import tensorflow as tf
-import tf_made
+import tf_pairs
 import torch
-from families_made import texts
 from measure import assert_close
+from tiny_families import model_inputs
 
 from monoblock import GenerationConfig
 from monoblock.backends.tf.decode import TFGreedySearchDecoderOnlyOutput
-from monoblock.backends.tf.steps import Steps, steps_of
+from monoblock.backends.tf.passes import TFPasses, passes_of
 from monoblock.errors import UnsupportedConfig
 from monoblock.generation.resolve import UNSUPPORTED, UNSUPPORTED_ARGUMENTS
 
@@ -36,7 +36,7 @@ Pairs = Callable[[str], tuple[Any, Any]]
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory: pytest.TempPathFactory) -> Pairs:
     """The same random model on PyTorch and on TensorFlow, once for all tests."""
-    return functools.cache(lambda name: tf_made.pair(name, tmp_path_factory.mktemp(name)))
+    return functools.cache(lambda name: tf_pairs.pair(name, tmp_path_factory.mktemp(name)))
 
 
 @pytest.fixture
@@ -121,7 +121,7 @@ def test_processors_and_criteria_of_the_callers_get_tensors(model: Any) -> None:
 def test_what_is_recorded(how: dict[str, Any], pairs: Pairs) -> None:
     """Places of the bucket's padding are nobody's."""
     theirs, model = pairs(NAME)
-    ids, mask = texts(NAME, "left")
+    ids, mask = model_inputs(NAME, "left")
     kinds = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
     asked = {
         **VARIED,
@@ -194,7 +194,7 @@ def test_guidance(model: Any, expected: Callable[..., list[list[int]]]) -> None:
 
 def test_half_precision(pairs: Pairs) -> None:
     """The cache has the computation's type; the tokens are those of passes without one."""
-    model = tf_made.make_class("TF" + NAME)(pairs(NAME)[1].config, dtype="mixed_bfloat16")
+    model = tf_pairs.make_class("TF" + NAME)(pairs(NAME)[1].config, dtype="mixed_bfloat16")
     out = model.generate(ids_of(1, 9), return_dict_in_generate=True, **ASKED, **GRAPH)
     assert {layer.dtype for layer in out.past_key_values.keys} == {tf.bfloat16}
     text = out.sequences.numpy()
@@ -212,24 +212,24 @@ def test_a_prompt_in_chunks(
 ) -> None:
     """Past the window and padded; the rest of a prompt goes in powers of two, so that few lengths are traced."""
     sizes: list[int] = []
-    more = Steps.more
+    extend = TFPasses.extend
 
-    def counted(self: Steps, given: Any, cache: Any, wanted: Any) -> Any:
+    def counted(self: TFPasses, given: Any, cache: Any, options: Any) -> Any:
         sizes.append(given["input_ids"].shape[1])
-        return more(self, given, cache, wanted)
+        return extend(self, given, cache, options)
 
-    monkeypatch.setattr(Steps, "more", counted)
-    monkeypatch.setattr(Steps, "first", None)
+    monkeypatch.setattr(TFPasses, "extend", counted)
+    monkeypatch.setattr(TFPasses, "prefill", None)
     ids = ids_of(1, 23)
     mask = np.ones_like(ids)
     mask[:, :5] = 0
     found = model.generate(ids, attention_mask=mask, prefill_chunk_size=6, **VARIED, **GRAPH)
     assert found.numpy().tolist() == expected(ids, attention_mask=torch.as_tensor(mask))
     assert sizes == [6, 6, 6, 4, 1]
-    before = steps_of(model, compiled=False).traces()
+    before = passes_of(model, compiled=False).traces()
     found = model.generate(ids_of(1, 29), prefill_chunk_size=6, **VARIED, **GRAPH)
     assert found.numpy().tolist() == expected(ids_of(1, 29))
-    assert steps_of(model, compiled=False).traces() == before
+    assert passes_of(model, compiled=False).traces() == before
 
     @tf.function(autograph=False)
     def inside(ids: Any) -> Any:
@@ -283,9 +283,9 @@ def test_what_is_wrong_is_told(model: Any, pairs: Pairs) -> None:
     with pytest.raises(
         TypeError, match=r"TFMistralModel predicts no next token: generate with a \.\.\.ForCausalLM"
     ):
-        tf_made.model("MistralModel").generate(ids)
+        tf_pairs.model("MistralModel").generate(ids)
     with pytest.raises(TypeError, match="predicts no next token"):
-        tf_made.model("MPNetForMaskedLM").generate(ids)
+        tf_pairs.model("MPNetForMaskedLM").generate(ids)
     with pytest.raises(TypeError, match="assistant_model must be one of monoblock's"):
         model.generate(ids, assistant_model=pairs(NAME)[0], **ASKED)
     with pytest.raises(TypeError, match=r"generator must be a tf\.random\.Generator, got Generator"):

@@ -8,12 +8,21 @@ from typing import Any
 import numpy as np
 import pytest
 import tensorflow as tf
-import tf_made
+import tf_pairs
 from helpers import PAD
 from measure import assert_close, rounding
-from packed_rows import COUNT, NAMES, NUMBERS, apart, definition, ids_of, places, positions
+from packed_documents import (
+    COUNT,
+    NAMES,
+    SEGMENTS,
+    expected_hidden,
+    ids_of,
+    positions,
+    unpacked,
+    unpacked_indices,
+)
 
-from monoblock.backends.tf.checked import checked
+from monoblock.backends.tf.checked import check_inputs
 
 MISTRAL = "MistralForCausalLM"
 
@@ -25,18 +34,20 @@ def bound(model: Any) -> float:
 
 def alone(model: Any, ids: Any) -> Any:
     """Logits of the documents of packed rows, each of which was a row by itself."""
-    return tf.gather_nd(model(**apart(ids), use_cache=False).logits, np.stack(places(len(ids)), axis=-1))
+    return tf.gather_nd(
+        model(**unpacked(ids), use_cache=False).logits, np.stack(unpacked_indices(len(ids)), axis=-1)
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_logits_and_gradients(name: str, tmp_path: Path) -> None:
     """Those of the documents alone and of the oracle; the same in a graph, where nothing has values yet."""
-    theirs, model = tf_made.pair(name, tmp_path)
+    theirs, model = tf_pairs.pair(name, tmp_path)
     ids, own = ids_of(), positions(theirs.spec)
     expected = alone(model, ids)
     found = model(ids, position_ids=own, output_hidden_states=True)
     assert_close(f"{name} packed", found.logits, expected, bound(model))
-    oracle = definition(theirs, ids, position_ids=own)
+    oracle = expected_hidden(theirs, ids, position_ids=own)
     assert_close(f"{name} packed, oracle", found.hidden_states[-1], oracle, bound(model))
     eager = model(ids, position_ids=own, output_attentions=True).logits
     assert_close(f"{name} eager", eager, expected, bound(model))
@@ -63,7 +74,7 @@ def test_logits_and_gradients(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_rows_and_padding(name: str) -> None:
     """One row holds documents and the other none; padding after, before and between documents."""
-    model, ids = tf_made.model(name), ids_of(2)
+    model, ids = tf_pairs.model(name), ids_of(2)
     expected, own = alone(model, ids).numpy(), positions(model.spec)
     mixed = np.concatenate((own, own[:, :1] + np.arange(COUNT)))
     whole = np.concatenate((expected[:1], model(ids[1:]).logits))
@@ -79,15 +90,15 @@ def test_rows_and_padding(name: str) -> None:
 def test_what_begins_a_document() -> None:
     """A lower or equal position; where none is known to, nothing is compared. A cache that is only made now holds
     nothing, and one that holds tokens means one document."""
-    model, ids = tf_made.model(MISTRAL), ids_of()
+    model, ids = tf_pairs.model(MISTRAL), ids_of()
     own = positions(model.spec)
 
     def segments(positions: Any, cache: Any = None) -> Any:
         given = {"input_ids": tf.constant(ids), "position_ids": tf.constant(positions)}
-        return checked(model.spec, model.head_spec, given, cache, False).given.get("sequence_id")
+        return check_inputs(model.spec, model.head_spec, given, cache, False).given.get("sequence_id")
 
     assert segments(np.arange(COUNT)[None] * 3) is None
-    np.testing.assert_array_equal(segments(own), NUMBERS)
+    np.testing.assert_array_equal(segments(own), SEGMENTS)
     for use_cache in (False, True):
         found = model(ids, position_ids=own, use_cache=use_cache)
         assert_close("packed, cached", found.logits, alone(model, ids), bound(model))

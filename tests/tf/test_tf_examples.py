@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tensorflow as tf
-from tf_made import model
+from tf_pairs import model
 
 import monoblock
 

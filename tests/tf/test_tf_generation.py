@@ -12,16 +12,16 @@ from typing import Any
 
 import array_calls
 import numpy as np
-import old_files
 import pytest
 import tensorflow as tf
-import tf_made
+import tf_pairs
 import torch
-from families_made import GENERATING, VOCAB, with_images
+import v4_checkpoints
+from tiny_families import GENERATING, VOCAB, with_images
 
 import monoblock
 from monoblock.backends.tf.arrays import TfOps, largest
-from monoblock.backends.tf.steps import steps_of
+from monoblock.backends.tf.passes import passes_of
 from monoblock.generation.arrays import NumpyOps
 
 torch.set_num_threads(1)
@@ -44,11 +44,11 @@ Pair = tuple[Any, Any]
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pair]:
     """The same random model on PyTorch and on TensorFlow, once for all tests."""
-    return functools.cache(lambda name: tf_made.pair(name, tmp_path_factory.mktemp(name)))
+    return functools.cache(lambda name: tf_pairs.pair(name, tmp_path_factory.mktemp(name)))
 
 
 def prompts(name: str = MISTRAL, padding: str = "left") -> dict[str, torch.Tensor]:
-    return tf_made.inputs(name, padding)
+    return tf_pairs.inputs(name, padding)
 
 
 def numpy(given: dict[str, Any]) -> dict[str, Any]:
@@ -128,7 +128,7 @@ def test_the_same_tokens_as_pytorch_padded_and_past_the_window(
 def test_a_window_in_some_layers(tmp_path: Path) -> None:
     """Windowed layers drop what full ones keep, in a graph and eagerly."""
     layers = ["full_attention", "sliding_attention", "full_attention"]
-    theirs, ours = tf_made.pair(MISTRAL, tmp_path, layer_types=layers, num_hidden_layers=3)
+    theirs, ours = tf_pairs.pair(MISTRAL, tmp_path, layer_types=layers, num_hidden_layers=3)
     given = prompts(MISTRAL)
     expected = tokens(theirs, given, **VARIED)
     assert len({token for row in expected for token in row[23:]}) > 10, "tokens that say something"
@@ -136,12 +136,12 @@ def test_a_window_in_some_layers(tmp_path: Path) -> None:
     assert tokens(ours, given, **VARIED, **EAGER) == expected
 
 
-@pytest.mark.parametrize("name", [name for name in old_files.TENSORFLOW if old_files.prompt(name)])
+@pytest.mark.parametrize("name", [name for name in v4_checkpoints.TENSORFLOW if v4_checkpoints.prompt(name)])
 def test_the_recorded_tokens_of_the_old_classes(name: str) -> None:
-    found = old_files.prompt(name)
+    found = v4_checkpoints.prompt(name)
     assert found is not None
     ids, expected = found
-    model = getattr(monoblock, name).from_pretrained(old_files.FOLDER / name)
+    model = getattr(monoblock, name).from_pretrained(v4_checkpoints.FOLDER / name)
     assert (
         model.generate(ids, max_new_tokens=12, do_sample=False, **EAGER).numpy().tolist() == expected.tolist()
     )
@@ -266,13 +266,13 @@ def test_ten_prompts_of_ten_lengths_are_traced_once(
     _, model = pair(MISTRAL)
     ids = prompts(padding="none")["input_ids"].numpy()[:1].repeat(2, axis=1)
     model.generate(ids[:, :17], **{**ASKED, **asked, "max_new_tokens": 9}, **GRAPH)
-    before = steps_of(model, compiled=False).traces()
+    before = passes_of(model, compiled=False).traces()
     for length in range(18, 28):
         numbers = {"temperature": length / 20, "top_p": 0.5 + length / 100, "repetition_penalty": length / 9}
         asked = asked | {name: value for name, value in numbers.items() if name in asked}
         out = model.generate(ids[:, :length], **{**ASKED, **asked, "max_new_tokens": length - 15}, **GRAPH)
         assert out.shape == (1, 2 * length - 15)
-    assert steps_of(model, compiled=False).traces() == before
+    assert passes_of(model, compiled=False).traces() == before
 
 
 def test_xla_compiles_a_step_once(pair: Callable[[str], Pair]) -> None:
@@ -292,15 +292,15 @@ def test_xla_compiles_a_step_once(pair: Callable[[str], Pair]) -> None:
 
 
 def test_other_weights_need_no_trace_and_other_variables_do() -> None:
-    model, ids = tf_made.model(MISTRAL), [[10, 11, 12]]
+    model, ids = tf_pairs.model(MISTRAL), [[10, 11, 12]]
     asked = {**ASKED, "max_new_tokens": 4, **GRAPH}
     first = model.generate(ids, **asked).numpy().tolist()
-    traces = steps_of(model, compiled=False).traces()
+    traces = passes_of(model, compiled=False).traces()
     for variable in model.trainable_variables:
         variable.assign(variable * -0.7)
     other = model.generate(ids, **asked).numpy().tolist()
     assert other != first
-    assert steps_of(model, compiled=False).traces() == traces
+    assert passes_of(model, compiled=False).traces() == traces
     model.resize_token_embeddings(VOCAB + 3)
     assert model.generate([[VOCAB + 1]], **asked).shape == (1, 5)
 
@@ -309,13 +309,13 @@ def test_functions_run_eagerly(pair: Callable[[str], Pair]) -> None:
     """TensorFlow's own switch for debugging holds for whole generations too."""
     theirs, ours = pair(MISTRAL)
     asked = {**VARIED, "max_new_tokens": 4}
-    before = steps_of(ours, compiled=True).traces()
+    before = passes_of(ours, compiled=True).traces()
     tf.config.run_functions_eagerly(True)
     try:
         assert tokens(ours, prompts(), **asked) == tokens(theirs, prompts(), **asked)
     finally:
         tf.config.run_functions_eagerly(False)
-    assert steps_of(ours, compiled=True).traces() == before
+    assert passes_of(ours, compiled=True).traces() == before
 
 
 # ---------------------------------------------------------------------------- ends and draws
@@ -390,7 +390,7 @@ def test_sampled_beams_draw_the_same_in_either_loop(pair: Callable[[str], Pair])
 
 
 def test_nothing_to_draw_is_told_by_either_loop() -> None:
-    model = tf_made.model(MISTRAL)
+    model = tf_pairs.model(MISTRAL)
     table = model.get_input_embeddings().embeddings
     table.assign(table * np.nan)
     for how in (GRAPH, EAGER):

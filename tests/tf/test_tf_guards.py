@@ -7,11 +7,11 @@ import functools
 import logging
 from typing import Any
 
+import invalid_inputs
 import numpy as np
 import pytest
 import tensorflow as tf
-import wrong_calls
-from tf_made import shallow
+from tf_pairs import shallow
 
 from monoblock.backends.tf.arrays import TfOps
 from monoblock.generation import scores
@@ -105,17 +105,17 @@ def made(name: str) -> Any:
     return shallow(name, num_labels=4)
 
 
-@pytest.mark.parametrize("case", wrong_calls.WRONG)
+@pytest.mark.parametrize("case", invalid_inputs.INVALID)
 def test_wrong_values_get_one_clear_sentence(case: str) -> None:
-    name, given = wrong_calls.arguments(case)
-    with pytest.raises(ValueError, match=wrong_calls.WRONG[case][2]) as caught:
+    name, given = invalid_inputs.arguments(case)
+    with pytest.raises(ValueError, match=invalid_inputs.INVALID[case][2]) as caught:
         made(name)(**given)
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("case", wrong_calls.RIGHT)
+@pytest.mark.parametrize("case", invalid_inputs.VALID)
 def test_whole_numbers_of_any_size_are_ids(case: str) -> None:
-    given, ours = wrong_calls.RIGHT[case], made("GPTNeoForCausalLM")
+    given, ours = invalid_inputs.VALID[case], made("GPTNeoForCausalLM")
     expected = ours(**{name: x.astype(np.int32) for name, x in given.items()}).logits
     assert np.array_equal(ours(**given).logits, expected)
 
@@ -127,16 +127,16 @@ def test_labels_of_an_unknown_number_of_axes() -> None:
     assert run.get_concrete_function(tf.TensorSpec(None, tf.int32))(tf.constant(IDS)).shape == (1,)
 
 
-@pytest.mark.parametrize("case", wrong_calls.REFUSED)
+@pytest.mark.parametrize("case", invalid_inputs.REFUSED)
 def test_generate_refuses_at_the_door(case: str) -> None:
-    with pytest.raises(ValueError, match=wrong_calls.REFUSED[case][1]) as caught:
-        made("GPTNeoForCausalLM").generate(**wrong_calls.refused(case))
+    with pytest.raises(ValueError, match=invalid_inputs.REFUSED[case][1]) as caught:
+        made("GPTNeoForCausalLM").generate(**invalid_inputs.refused(case))
     assert "\n" not in str(caught.value)
 
 
 def test_seeds_of_64_bits() -> None:
     ours = made("GPTNeoForCausalLM")
-    for seed in wrong_calls.MOST_SEEDS:
+    for seed in invalid_inputs.EXTREME_SEEDS:
         given = {"max_new_tokens": 3, "do_sample": True, "seed": seed, "disable_compile": True}
         one, two = (np.asarray(ours.generate(IDS, **given)) for _ in range(2))
         assert np.array_equal(one, two)

@@ -12,9 +12,9 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from families_made import ONE_LAYER
 from measure import assert_close
-from tf_made import fields, shallow
+from tf_pairs import fields, shallow
+from tiny_families import ONE_LAYER
 
 from monoblock.backends.tf.classes import make_class
 from monoblock.families import family_of

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from measure import assert_close
-from tf_made import shallow
+from tf_pairs import shallow
 
 TOKENS = 8
 IDS = np.random.default_rng(0).integers(3, 80, (1, TOKENS)).astype(np.int32)

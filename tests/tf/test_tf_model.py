@@ -11,20 +11,20 @@ from pathlib import Path
 from typing import Any
 
 import keras
-import last_token_checked
+import last_token_checks
 import numpy as np
-import old_files
+import oversized_configs
 import pytest
-import sizes_checked
 import tensorflow as tf
 import torch
-from foreign_tensors import check_passed_over
+import v4_checkpoints
+from extra_tensors import check_strict
 from measure import assert_close
-from tf_made import CLASSES, bound_of, close, inputs, labels, model, numpy, pair, shallow
+from tf_pairs import CLASSES, close, inputs, labels, model, numpy, pair, rounding_bound, shallow
 
 import monoblock
 from monoblock.backends.tf.classes import make_class
-from monoblock.backends.tf.ops import bucketed
+from monoblock.backends.tf.ops import relative_position_bucket
 from monoblock.backends.tf.outputs import TFModelOutput, output_class
 from monoblock.errors import CheckpointError, ShapeMismatch, UnsupportedConfig
 
@@ -176,7 +176,7 @@ def test_the_config_counts_at_each_call(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["MptForSequenceClassification", "OpenAIGPTForSequenceClassification"])
 def test_the_last_token_of_a_row(name: str, tmp_path: Path) -> None:
     """With pad == eos, a final eos; by the pad id and by the mask, which the config says at each call."""
-    last_token_checked.check(
+    last_token_checks.check(
         *pair(name, tmp_path, last_token_by="attention_mask"), inputs(name, "right"), numpy
     )
 
@@ -191,12 +191,12 @@ def test_accumulated_gradients(tmp_path: Path) -> None:
 
 
 def test_buckets_are_pytorchs() -> None:
-    from monoblock.backends.pytorch.ops import bucketed as theirs
+    from monoblock.backends.pytorch.ops import relative_position_bucket as theirs
 
     for count, far in ((32, 128), (8, 20), (12, 90)):
         distance = np.arange(-3 * far, 3 * far, dtype=np.int32)
         expected = theirs(torch.from_numpy(distance), count, far).numpy()
-        np.testing.assert_array_equal(bucketed(tf.constant(distance), count, far), expected)
+        np.testing.assert_array_equal(relative_position_bucket(tf.constant(distance), count, far), expected)
 
 
 # ---------------------------------------------------------------------------- files
@@ -217,14 +217,16 @@ def test_saved_files_are_the_hubs(name: str, tmp_path: Path) -> None:
     assert not more or "pooler" in "".join(ours.parameter_variables().keys() - held.keys())
 
 
-@pytest.mark.parametrize("name", old_files.TENSORFLOW)
+@pytest.mark.parametrize("name", v4_checkpoints.TENSORFLOW)
 def test_old_files(name: str) -> None:
     """`tf_model.h5` of transformers 4, and what its classes gave."""
-    ours = make_class(name).from_pretrained(old_files.FOLDER / name)
-    out = ours(old_files.inputs(name), output_hidden_states=True, output_attentions=True)
-    for (field, layer), wanted in old_files.outputs(name).items():
+    ours = make_class(name).from_pretrained(v4_checkpoints.FOLDER / name)
+    out = ours(v4_checkpoints.inputs(name), output_hidden_states=True, output_attentions=True)
+    for (field, layer), wanted in v4_checkpoints.outputs(name).items():
         got = out[field] if layer is None else out[field][layer]
-        assert old_files.difference(name, field, np.asarray(got), wanted) <= old_files.atol(name, ours.spec)
+        assert v4_checkpoints.difference(name, field, np.asarray(got), wanted) <= v4_checkpoints.atol(
+            name, ours.spec
+        )
 
 
 def test_dtypes(tmp_path: Path) -> None:
@@ -240,7 +242,7 @@ def test_dtypes(tmp_path: Path) -> None:
     assert {v.dtype for v in again.weights} == {"float32"}
     with torch.no_grad():
         widened = theirs.float()(torch.tensor(given["input_ids"]), output_hidden_states=True)
-    close("bfloat16 read as float32", again(**given).logits, widened.logits, bound_of(theirs, widened))
+    close("bfloat16 read as float32", again(**given).logits, widened.logits, rounding_bound(theirs, widened))
     mixed = load(tmp_path / "a", dtype="mixed_bfloat16")
     assert {v.dtype for v in mixed.weights} == {"float32"}
     expected = ours(**given).logits
@@ -436,7 +438,7 @@ def test_a_loss_for_each_token_is_refused() -> None:
 
 def test_foreign_tensors_and_fewer_layers(tmp_path: Path, logs: pytest.LogCaptureFixture) -> None:
     theirs, ours = pair("GPTNeoForCausalLM", tmp_path / "saved")
-    whole, short = check_passed_over(type(ours), tmp_path / "saved", tmp_path, logs)
+    whole, short = check_strict(type(ours), tmp_path / "saved", tmp_path, logs)
     held = ours.hub_state_dict()
     for loaded in (whole, short):
         found = loaded.hub_state_dict()
@@ -448,4 +450,4 @@ def test_foreign_tensors_and_fewer_layers(tmp_path: Path, logs: pytest.LogCaptur
 
 
 def test_a_config_that_asks_for_more_than_the_files_hold(tmp_path: Path) -> None:
-    sizes_checked.check(monoblock.TFMistralForCausalLM, tmp_path)
+    oversized_configs.check(monoblock.TFMistralForCausalLM, tmp_path)

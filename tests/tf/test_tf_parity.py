@@ -6,15 +6,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import families_made
 import mpt_cases
 import numpy as np
 import pytest
 import tensorflow as tf
+import tiny_families
 import torch
 from helpers import chunks
 from measure import assert_close
-from tf_made import CLASSES, bound_of, close, file_gradients, inputs, labels, numpy, pair, twin
+from tf_pairs import CLASSES, close, file_gradients, inputs, labels, numpy, pair, rounding_bound, tf_copy
 
 GRADIENT = 5e-5  # of the largest of a parameter's gradients, or of 1
 
@@ -45,7 +45,7 @@ def test_outputs(name: str, tmp_path: Path) -> None:
         mask = given.get("attention_mask")
         with torch.no_grad():
             expected = theirs(**given, **more)
-        bound = bound_of(theirs, expected)
+        bound = rounding_bound(theirs, expected)
         compare(f"{name}, {padding}", ours(**numpy(given), **more), expected, mask, bound)
         plain = ours(**numpy(given), use_cache=False)
         for key in plain:
@@ -69,7 +69,7 @@ def test_losses_and_gradients(name: str, tmp_path: Path) -> None:
     # A loss is a mean of differences of logits, whose own states may be larger.
     with torch.no_grad():
         states = theirs(**given, output_hidden_states=True)
-    assert_close("losses", value, total.detach(), bound_of(theirs, states))
+    assert_close("losses", value, total.detach(), rounding_bound(theirs, states))
     gradients = file_gradients(ours, tape.gradient(value, ours.trainable_variables))
     grads = {key: p.grad for key, p in theirs.named_parameters() if p.grad is not None}
     assert set(gradients) == set(grads)
@@ -105,7 +105,7 @@ def test_variants(variant: str, tmp_path: Path) -> None:
         with torch.no_grad():
             expected = theirs(**given, output_hidden_states=True, use_cache=False)
         found = ours(**numpy(given), output_hidden_states=True, use_cache=False)
-        bound = bound_of(theirs, expected)
+        bound = rounding_bound(theirs, expected)
         compare(f"{variant}, {padding}", found, expected, given.get("attention_mask"), bound)
         mask = given.get("attention_mask", torch.ones_like(given["input_ids"]))
         with torch.no_grad():
@@ -135,25 +135,27 @@ def pieces_of(ours: Any, ids: torch.Tensor, mask: torch.Tensor) -> Any:
 @pytest.mark.parametrize("case", mpt_cases.CASES)
 def test_options(case: str, tmp_path: Path) -> None:
     """Every option of the block, singly and all at once."""
-    theirs = mpt_cases.made(case)
-    ours = twin(theirs, tmp_path)
+    theirs = mpt_cases.mpt_model(case)
+    ours = tf_copy(theirs, tmp_path)
     given = inputs("MptForCausalLM", "left")
     with torch.no_grad():
         expected = theirs(**given, use_cache=False, output_hidden_states=True)
     found = ours(**numpy(given), use_cache=False).logits
-    close(f"options: {case}", found, expected.logits, bound_of(theirs, expected), given["attention_mask"])
+    close(
+        f"options: {case}", found, expected.logits, rounding_bound(theirs, expected), given["attention_mask"]
+    )
 
 
 def test_segments(tmp_path: Path) -> None:
     """Packed rows."""
     theirs = mpt_cases.model(attn={"attn_uses_sequence_id": True})
-    ours = twin(theirs, tmp_path)
+    ours = tf_copy(theirs, tmp_path)
     ids = inputs("MptForCausalLM")["input_ids"]
     segments = (torch.arange(ids.shape[1]) // 6).expand(ids.shape)
     with torch.no_grad():
         expected = theirs(ids, sequence_id=segments, output_hidden_states=True)
     found = ours(ids.numpy(), sequence_id=segments.numpy()).logits
-    close("segments", found, expected.logits, bound_of(theirs, expected))
+    close("segments", found, expected.logits, rounding_bound(theirs, expected))
     assert np.abs(ours(ids.numpy()).logits - found).max() > 1e-2
     with pytest.raises(ValueError, match="training needs sequence_id"):
         ours(ids.numpy(), training=True)
@@ -161,7 +163,7 @@ def test_segments(tmp_path: Path) -> None:
 
 def test_images(tmp_path: Path) -> None:
     theirs, ours = pair("FuyuForCausalLM", tmp_path)
-    ids, mask, patches, places = families_made.with_images((4, 7, 2))
+    ids, mask, patches, places = tiny_families.with_images((4, 7, 2))
     with torch.no_grad():
         expected = theirs(
             ids,
@@ -170,7 +172,7 @@ def test_images(tmp_path: Path) -> None:
             image_patches_indices=places,
             output_hidden_states=True,
         )
-    bound = bound_of(theirs, expected)
+    bound = rounding_bound(theirs, expected)
     own = {"input_ids": ids.numpy(), "attention_mask": mask.numpy()}
     found = ours(
         **own, image_patches=[one.numpy() for one in patches], image_patches_indices=places.numpy()
@@ -178,14 +180,14 @@ def test_images(tmp_path: Path) -> None:
     close("images", found, expected.logits, bound, mask)
     in_order = ours(**own, image_patches=np.concatenate([one.numpy() for one in patches])).logits
     close("images in order", in_order, expected.logits, bound, mask)
-    batched = np.zeros((3, 7, families_made.PATCH_SIZE), np.float32)
+    batched = np.zeros((3, 7, tiny_families.PATCH_SIZE), np.float32)
     for row, one in zip(batched, patches, strict=True):
         row[: len(one)] = one
     again = ours(**own, image_patches=batched, image_patches_indices=places.numpy()).logits
     close("images in a batch", again, expected.logits, bound, mask)
     assert np.abs(ours(**own).logits - found).max() > 1e-2
     with pytest.raises(ValueError, match="13 tokens of the id"):
-        ours(**own, image_patches=np.zeros((5, families_made.PATCH_SIZE), np.float32))
+        ours(**own, image_patches=np.zeros((5, tiny_families.PATCH_SIZE), np.float32))
 
 
 @pytest.mark.parametrize("name", ["OpenAIGPTModel", "MPNetModel", "GPTNeoModel", "MistralModel", "MptModel"])
@@ -202,7 +204,7 @@ def test_embeddings_as_inputs(name: str, tmp_path: Path) -> None:
         more["head_mask"] = torch.rand(2, 6, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         expected = theirs(**more, output_attentions=True, output_hidden_states=True)
-    bound = bound_of(theirs, expected)
+    bound = rounding_bound(theirs, expected)
     found = ours(**numpy(more), output_attentions=True)
     close(f"{name}, embeddings", found.last_hidden_state, expected.last_hidden_state, bound)
     close(f"{name}, embeddings", found.attentions[1], expected.attentions[1], bound)
@@ -242,7 +244,7 @@ def test_blocks_of_queries(name: str, tmp_path: Path, monkeypatch: pytest.Monkey
     expected = theirs(**given, labels=wanted)
     expected.loss.backward()
     watched = next(key for key, p in theirs.named_parameters() if p.dim() == 2 and key.endswith(WATCHED))
-    gradient, slot = theirs.get_parameter(watched).grad, ours.slots()[watched]
+    gradient, slot = theirs.get_parameter(watched).grad, ours.stored_variables()[watched]
     spec = tf.TensorSpec((None, None), tf.int64)
 
     def step(ids: Any, mask: Any, labels: Any) -> Any:

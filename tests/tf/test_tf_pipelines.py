@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import tensorflow as tf
 import torch
-from pipelines_compared import CASES, NAMES, alike, compare, seen
-from pipelines_made import TEXT, folder
+from pipeline_checks import CASES, NAMES, assert_equivalent, compare, seen
+from tiny_pipelines import TEXT, folder
 
 import monoblock
 from monoblock import AutoTokenizer, pipeline
@@ -29,7 +29,7 @@ def test_answers_are_those_of_pytorch(case: Any, tmp_path: Path) -> None:
 
 
 def test_texts_about_images(tmp_path: Path) -> None:
-    alike(*seen("tf", tmp_path, disable_compile=True))
+    assert_equivalent(*seen("tf", tmp_path, disable_compile=True))
 
 
 def test_sampling_differs_from_call_to_call_unless_there_is_a_seed() -> None:
@@ -76,7 +76,7 @@ def test_objects(labelling: str) -> None:
     features = pipe(TEXT, truncation=True, return_tensors=True)
     assert tf.is_tensor(features)
     assert features.dtype == tf.float32
-    alike(features.numpy().tolist(), pipe(TEXT, truncation=True))
+    assert_equivalent(features.numpy().tolist(), pipe(TEXT, truncation=True))
 
 
 def test_what_is_refused(labelling: str) -> None:

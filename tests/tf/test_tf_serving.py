@@ -8,11 +8,11 @@ from typing import Any
 
 import keras
 import numpy as np
-import old_files
 import pytest
 import tensorflow as tf
+import v4_checkpoints
 from measure import assert_close
-from tf_made import shallow
+from tf_pairs import shallow
 
 import monoblock
 
@@ -56,7 +56,7 @@ def test_float_ids() -> None:
     assert_close("float input", whole(IDS), body(IDS)[1], 1e-6)
     assert_close("float values", body(IDS.astype(np.float32))[1], body(IDS)[1], 0.0)
     for wrong in (IDS + 0.5, tf.cast(IDS, tf.bfloat16)):
-        with pytest.raises(ValueError, match="input_ids must be whole numbers"):
+        with pytest.raises(ValueError, match="input_ids must be integers"):
             body(wrong)
 
 
@@ -99,7 +99,7 @@ def test_signatures(tmp_path: Path) -> None:
 
 def test_from_tf(tmp_path: Path) -> None:
     """Which of two kinds of files is read."""
-    folder = old_files.FOLDER / "TFMPNetForMaskedLM"
+    folder = v4_checkpoints.FOLDER / "TFMPNetForMaskedLM"
     for name in ("config.json", "tf_model.h5"):
         (tmp_path / name).write_bytes((folder / name).read_bytes())
     old = monoblock.TFMPNetForMaskedLM.from_pretrained(tmp_path)

@@ -9,11 +9,11 @@ from typing import Any
 import h5py
 import keras
 import numpy as np
-import old_files
 import pytest
 import tensorflow as tf
+import v4_checkpoints
 from measure import assert_close
-from tf_made import CLASSES, fields, model
+from tf_pairs import CLASSES, fields, model
 
 import monoblock
 from monoblock.backends.tf.classes import make_class
@@ -27,7 +27,7 @@ Weights = list[tuple[str, tuple[int, ...]]]
 def recorded(name: str) -> Weights:
     """Names and shapes of a `tf_model.h5`, in the order of the old class; what two of its layers shared stands once."""
     found: dict[str, tuple[int, ...]] = {}
-    with h5py.File(old_files.FOLDER / name / "tf_model.h5") as file:
+    with h5py.File(v4_checkpoints.FOLDER / name / "tf_model.h5") as file:
         for layer in file.attrs["layer_names"]:
             for weight in file[layer].attrs["weight_names"]:
                 found.setdefault(weight.removesuffix(":0"), file[layer][weight].shape)
@@ -38,14 +38,14 @@ def held(ours: Any) -> Weights:
     return [(v.path, tuple(v.shape)) for v in ours.weights]
 
 
-@pytest.mark.parametrize("name", old_files.TENSORFLOW)
+@pytest.mark.parametrize("name", v4_checkpoints.TENSORFLOW)
 def test_weights_are_the_old_ones(name: str) -> None:
     keras.backend.clear_session()  # so that no number is added to the model's name
-    assert held(make_class(name).from_pretrained(old_files.FOLDER / name)) == recorded(name)
+    assert held(make_class(name).from_pretrained(v4_checkpoints.FOLDER / name)) == recorded(name)
 
 
 def test_the_old_classes_are_all_there() -> None:
-    assert len(old_files.TENSORFLOW) == 13
+    assert len(v4_checkpoints.TENSORFLOW) == 13
 
 
 # Of the classes without an old one: the module names of the PyTorch class, layers numbered as in the old classes of
@@ -226,8 +226,8 @@ def test_bases_and_unknown_classes_are_refused() -> None:
 def test_a_pooler_that_no_output_depends_on(tmp_path: Path, logs: pytest.LogCaptureFixture) -> None:
     """Read and written where the files have it; else it begins anew, without a warning, and is not written."""
     load = monoblock.TFMPNetForMaskedLM.from_pretrained
-    old = load(old_files.FOLDER / "TFMPNetForMaskedLM")
-    with h5py.File(old_files.FOLDER / "TFMPNetForMaskedLM" / "tf_model.h5") as file:
+    old = load(v4_checkpoints.FOLDER / "TFMPNetForMaskedLM")
+    with h5py.File(v4_checkpoints.FOLDER / "TFMPNetForMaskedLM" / "tf_model.h5") as file:
         kernel = file["mpnet/tfmp_net_for_masked_lm/mpnet/pooler/dense/kernel:0"][()]
     np.testing.assert_array_equal(old.mpnet.pooler.dense.kernel, kernel)
     old.save_pretrained(tmp_path / "old")
@@ -240,7 +240,7 @@ def test_a_pooler_that_no_output_depends_on(tmp_path: Path, logs: pytest.LogCapt
     assert not logs.messages
     assert np.asarray(without.mpnet.pooler.dense.kernel).std() > 0.1
     assert "mpnet.pooler.dense.weight" not in without.hub_state_dict()
-    inside = load(old_files.FOLDER / "TFMPNetModel")  # from a bare model, whose names have no prefix
+    inside = load(v4_checkpoints.FOLDER / "TFMPNetModel")  # from a bare model, whose names have no prefix
     assert "mpnet.pooler.dense.weight" in inside.hub_state_dict()
 
 
@@ -251,9 +251,9 @@ def test_h5_files_of_whole_models(tmp_path: Path) -> None:
     again = keras.saving.load_model(tmp_path / "whole.h5")
     assert type(again) is type(ours)
     assert_close("h5", again(IDS).logits, ours(IDS).logits, 0.0)
-    for name in old_files.TENSORFLOW:
-        expected = make_class(name).from_pretrained(old_files.FOLDER / name)
+    for name in v4_checkpoints.TENSORFLOW:
+        expected = make_class(name).from_pretrained(v4_checkpoints.FOLDER / name)
         fresh = make_class(name)(expected.config)
-        fresh.load_weights(old_files.FOLDER / name / "tf_model.h5")
+        fresh.load_weights(v4_checkpoints.FOLDER / name / "tf_model.h5")
         for a, b in zip(fresh.weights, expected.weights, strict=True):
             np.testing.assert_array_equal(a, b)

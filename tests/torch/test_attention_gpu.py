@@ -10,7 +10,7 @@ import pytest
 import torch
 from helpers import batch, chunks, expected, expected_logits, has_compiler, model
 from measure import assert_close
-from mpt_cases import CASES, LENGTHS, made
+from mpt_cases import CASES, LENGTHS, mpt_model
 
 from monoblock.backends.pytorch.kernels import attention, attention_cuda, attention_flex
 from monoblock.backends.pytorch.kernels.attention import Kernel, attend_eager
@@ -203,7 +203,7 @@ def test_what_is_left_to_blocks_of_queries(scope: Any, kernel: Any, width: int, 
 def test_models_through_the_gpus_table(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Prompt, chunks and single tokens, in fp32: the same logits as ever."""
     monkeypatch.setattr(attention_cuda, "DEVICES", ("cpu",))
-    module = made(case)
+    module = mpt_model(case)
     ids, mask = batch("left", LENGTHS)
     logits = expected_logits(module, expected(module, ids, mask))
     if case != "rope, dynamic":  # whose keys are turned by each length anew

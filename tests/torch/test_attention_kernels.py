@@ -11,7 +11,7 @@ import pytest
 import torch
 from helpers import batch, chunks, config, expected, expected_logits, has_compiler, model
 from measure import assert_close
-from mpt_cases import LENGTHS, made
+from mpt_cases import LENGTHS, mpt_model
 
 from monoblock import MptForCausalLM, MptModel
 from monoblock.backends.pytorch.kernels import attention
@@ -102,7 +102,7 @@ def test_flash_attentions_arguments(case: str, monkeypatch: pytest.MonkeyPatch) 
     package.flash_attn_func, flash_attn_func.calls = flash_attn_func, []
     monkeypatch.setitem(sys.modules, "flash_attn", package)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    module = made(case)
+    module = mpt_model(case)
     module.set_attn_implementation("flash_attention_2")
     monkeypatch.undo()
     monkeypatch.setitem(sys.modules, "flash_attn", package)

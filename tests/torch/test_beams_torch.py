@@ -4,9 +4,9 @@ import copy
 
 import pytest
 import torch
-from families_made import CLASSES, GENERATING, fields, ours_of
 from helpers import batch
 from helpers import model as mpt_model
+from tiny_families import CLASSES, GENERATING, fields, monoblock_model
 
 NAMES = ("MptForCausalLM", *GENERATING)
 OPTIONS = {
@@ -20,7 +20,7 @@ OPTIONS = {
 
 
 def made(name):
-    return mpt_model() if name == "MptForCausalLM" else ours_of(name, **fields(CLASSES[name]))
+    return mpt_model() if name == "MptForCausalLM" else monoblock_model(name, **fields(CLASSES[name]))
 
 
 @pytest.mark.parametrize("name", NAMES)

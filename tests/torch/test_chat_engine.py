@@ -5,18 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import families_made
 import fuyu_tokenizer
 import numpy as np
-import pipelines_made
 import pytest
-from families_made import ours_of
+import tiny_families
+import tiny_pipelines
 from PIL import Image
+from tiny_families import monoblock_model
 
 from monoblock import FuyuImageProcessor, FuyuProcessor, PreTrainedTokenizerFast, pipeline
 from monoblock.cli import engine
 from monoblock.cli.conversation import Conversation
-from monoblock.cli.options import AnySource, Hub
+from monoblock.cli.options import DownloadOptions, FrameworkModelOptions
 
 GREEDY = {"do_sample": False, "max_new_tokens": 24}
 
@@ -27,7 +27,7 @@ def nowhere(text: str) -> None:
 
 @pytest.fixture(scope="module")
 def demo() -> engine.Engine:
-    return engine.load(AnySource(device="cpu"), Hub())
+    return engine.load(FrameworkModelOptions(device="cpu"), DownloadOptions())
 
 
 def talk(
@@ -73,12 +73,12 @@ def test_another_beginning_is_computed_anew(demo: engine.Engine) -> None:
 @pytest.fixture(scope="module")
 def short(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model of 64 learned positions."""
-    return pipelines_made.folder(tmp_path_factory.mktemp("short"), "GPTNeoForCausalLM", eos_token_id=None)
+    return tiny_pipelines.folder(tmp_path_factory.mktemp("short"), "GPTNeoForCausalLM", eos_token_id=None)
 
 
 def test_a_reply_ends_where_the_positions_do(short: Path) -> None:
     """The number of tokens is the command's own; one that the user asks for is refused, before anything is shown."""
-    loaded, seen = engine.load(AnySource(model=str(short), device="cpu"), Hub()), []
+    loaded, seen = engine.load(FrameworkModelOptions(model=str(short), device="cpu"), DownloadOptions()), []
     greedy = {"do_sample": False}
     reply = loaded.complete("abcd" * 5, loaded.limits(128) | greedy, seen.append)
     assert (reply.prompt_tokens, reply.tokens) == (20, 45)
@@ -112,15 +112,15 @@ def test_fuyu_answers_about_an_image(tmp_path: Path) -> None:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=fuyu_tokenizer.backend(), **fuyu_tokenizer.SPECIAL)
     images = FuyuImageProcessor(patch_size={"height": 4, "width": 4}, size={"height": 20, "width": 24})
     processor = FuyuProcessor(images, tokenizer)
-    fields = families_made.fields("fuyu", vocab_size=len(tokenizer), eos_token_id=None)
+    fields = tiny_families.fields("fuyu", vocab_size=len(tokenizer), eos_token_id=None)
     fields["image_token_id"] = tokenizer.convert_tokens_to_ids("|SPEAKER|")
     folder = tmp_path / "fuyu"
-    ours_of("FuyuForCausalLM", **fields).save_pretrained(folder)
+    monoblock_model("FuyuForCausalLM", **fields).save_pretrained(folder)
     processor.save_pretrained(folder)
     path = tmp_path / "cat.png"
     pixels = np.random.default_rng(0).integers(0, 256, (12, 16, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(path)
-    loaded = engine.load(AnySource(model=str(folder), device="cpu"), Hub())
+    loaded = engine.load(FrameworkModelOptions(model=str(folder), device="cpu"), DownloadOptions())
     conversation = Conversation()
     conversation.say("what is in the box", str(path))
     options = {"do_sample": False, "max_new_tokens": 4}

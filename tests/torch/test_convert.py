@@ -11,16 +11,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from checkpoints_made import mistral, names, saved
 from helpers import model, randomised
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from upstream_releases import mistral, names, saved
 
 import monoblock
 from monoblock.checkpoint import casts
-from monoblock.checkpoint.keymap import Interleaved, Parts, PerHead, Same, Split, Transposed
-from monoblock.checkpoint.views import numpy_dtype
+from monoblock.checkpoint.array_adapters import numpy_dtype
+from monoblock.checkpoint.keymap import Interleaved, PerHead, Same, Split, SplitEach, Transposed
 from monoblock.conversion.convert import Options, convert
 
 # ------------------------------------------------------------------ types
@@ -230,7 +230,7 @@ def test_one_tensor_is_in_memory_at_a_time(tmp_path: Path) -> None:
 def test_every_op_moves_each_number_once(heads: int, kv: int, half: int, width: int) -> None:
     """Writing through the views fills the tensor, and every number is read back from where it was written."""
     q, k = 2 * half * heads, 2 * half * kv
-    parts = Parts((q, k, k), (Interleaved(heads), Interleaved(kv), Same()))
+    parts = SplitEach((q, k, k), (Interleaved(heads), Interleaved(kv), Same()))
     cases = [(parts, q + 2 * k), (Split((q, k, k)), q + 2 * k), (Interleaved(heads), q), (Transposed(), q)]
     for op, rows in [*cases, (PerHead(heads), 3 * q)]:
         for shape in ((rows, width), (rows,)):

@@ -9,8 +9,8 @@ import sys
 import tarfile
 from pathlib import Path
 
-import checkpoints_made as made
 import pytest
+import upstream_releases
 from helpers import model, randomised
 
 import monoblock
@@ -27,15 +27,15 @@ def blocks(language: str) -> list[str]:
 @pytest.fixture
 def here(tmp_path: Path) -> Path:
     """A folder with a Mistral release, Fuyu's archive and an MPT of the hub, tiny and under the page's names."""
-    hub = made.saved(made.mistral(), tmp_path / "source")
+    hub = upstream_releases.saved(upstream_releases.mistral(), tmp_path / "source")
     convert(hub, tmp_path / "mistral-7B-v0.1", Options(target_format="mistral"))
     convert(hub, tmp_path / "given", Options(target_format="mistral"))
     sizes = {"vocab_size": 67, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2}
     config = monoblock.FuyuConfig(**sizes, num_attention_heads=3, patch_size=4)
-    fuyu = made.fuyu_release(tmp_path / "fuyu", randomised(monoblock.FuyuForCausalLM(config)))
+    fuyu = upstream_releases.fuyu_release(tmp_path / "fuyu", randomised(monoblock.FuyuForCausalLM(config)))
     with tarfile.open(tmp_path / "fuyu-8b-model-weights.tar", "w") as archive:
         archive.add(fuyu, "8b_base_model_release")
-    made.saved(model(), tmp_path / "mosaicml" / "mpt-7b")
+    upstream_releases.saved(model(), tmp_path / "mosaicml" / "mpt-7b")
     return tmp_path
 
 

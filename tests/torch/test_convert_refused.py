@@ -10,13 +10,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import checkpoints_made as made
 import numpy as np
 import pytest
 import torch
-from checkpoints_made import mistral, names, saved
+import upstream_releases
 from helpers import model, randomised
 from safetensors.torch import load_file, save_file
+from upstream_releases import mistral, names, saved
 
 import monoblock
 from monoblock.checkpoint.journal import STAGE
@@ -132,7 +132,9 @@ def test_wrong_options(tmp_path: Path) -> None:
 
 def test_damaged_openai_files(tmp_path: Path) -> None:
     config = monoblock.OpenAIGPTConfig(vocab_size=61, n_positions=16, n_embd=64, n_layer=1, n_head=1)
-    folder = made.openai_release(tmp_path / "a", randomised(monoblock.OpenAIGPTLMHeadModel(config)))
+    folder = upstream_releases.openai_release(
+        tmp_path / "a", randomised(monoblock.OpenAIGPTLMHeadModel(config))
+    )
     piece = folder / "params_4.npy"
     whole = piece.read_bytes()
     for content, words in (
@@ -155,17 +157,17 @@ def test_damaged_openai_files(tmp_path: Path) -> None:
 
 
 def test_tensors_that_do_not_fit(tmp_path: Path) -> None:
-    state = made.mistral_state()
+    state = upstream_releases.mistral_state()
     del state["layers.1.attention.wk.weight"]
     with pytest.raises(monoblock.MissingKeys, match=r"layers\.1\.attention"):
-        convert(made.mistral_release(tmp_path / "a", state), tmp_path / "b")
-    state = made.mistral_state() | {"vision_encoder.patch.weight": torch.ones(2)}
+        convert(upstream_releases.mistral_release(tmp_path / "a", state), tmp_path / "b")
+    state = upstream_releases.mistral_state() | {"vision_encoder.patch.weight": torch.ones(2)}
     with pytest.raises(monoblock.UnexpectedKeys, match="vision_encoder"):
-        convert(made.mistral_release(tmp_path / "a", state), tmp_path / "b")
+        convert(upstream_releases.mistral_release(tmp_path / "a", state), tmp_path / "b")
     with pytest.raises(monoblock.ShapeMismatch, match="attention"):
-        convert(made.mistral_release(tmp_path / "a", n_kv_heads=4), tmp_path / "b")
+        convert(upstream_releases.mistral_release(tmp_path / "a", n_kv_heads=4), tmp_path / "b")
     with pytest.raises(monoblock.UnreadKeys, match=r"layers\.1"):
-        convert(made.mistral_release(tmp_path / "a", n_layers=1), tmp_path / "b")
+        convert(upstream_releases.mistral_release(tmp_path / "a", n_layers=1), tmp_path / "b")
     assert names(tmp_path) == ["a"]
 
 
@@ -178,7 +180,9 @@ class Bomb:
 
 def test_pickled_code_does_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    folder = made.mistral_release(tmp_path / "a", {**made.mistral_state(), "x": Bomb()})  # type: ignore[dict-item]
+    folder = upstream_releases.mistral_release(
+        tmp_path / "a", {**upstream_releases.mistral_state(), "x": Bomb()}
+    )  # type: ignore[dict-item]
     with pytest.raises(monoblock.CheckpointError, match="refused"):
         convert(folder, tmp_path / "b")
     (tmp_path / "f").mkdir()
@@ -211,7 +215,7 @@ def test_a_trainers_objects_are_replaced_and_not_run(tmp_path: Path, monkeypatch
 
 def test_without_pytorch(tmp_path: Path) -> None:
     saved(mistral().bfloat16(), tmp_path / "a")
-    made.mistral_release(tmp_path / "p")
+    upstream_releases.mistral_release(tmp_path / "p")
     code = f"""
 import sys
 sys.modules["torch"] = None

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from families_made import CLASSES, fields, logits_of, ours_of, theirs_of
 from helpers import PAD, has_compiler, model
 from measure import assert_close
+from tiny_families import CLASSES, fields, logits_of, monoblock_model, transformers_model
 from torch import Tensor
 
 from monoblock.spec import Alibi, Learned
@@ -32,7 +32,7 @@ LENGTHS = (12, 5, 20, 1)  # longer and shorter than the windows
 def made(family: str) -> Any:
     if family == "mpt":
         return model(NAMES[family], attn={"sliding_window_size": 8})
-    return ours_of(NAMES[family], **fields(CLASSES[NAMES[family]]))
+    return monoblock_model(NAMES[family], **fields(CLASSES[NAMES[family]]))
 
 
 def ids_of(rows: int = 1) -> Tensor:
@@ -117,7 +117,7 @@ def gradients(module: Any, run: Any, weights: Tensor) -> dict[str, Tensor]:
 @torch.no_grad()
 def test_flex_attention(way: str) -> None:
     module, ids = (
-        ours_of("MistralForCausalLM", **fields("mistral", num_hidden_layers=1, head_dim=16)),
+        monoblock_model("MistralForCausalLM", **fields("mistral", num_hidden_layers=1, head_dim=16)),
         ids_of(),
     )
     expected = alone(module, ids)
@@ -173,8 +173,8 @@ def test_positions_that_jump_are_one_document() -> None:
 def test_mask_that_looks_ahead() -> None:
     """A 4-D mask takes the causal mask's place: a prefix sees itself both ways, as in transformers."""
     options = fields("mistral", sliding_window=None)
-    theirs = theirs_of("MistralForCausalLM", **options)
-    module, ids = ours_of("MistralForCausalLM", theirs, **options), ids_of(2)
+    theirs = transformers_model("MistralForCausalLM", **options)
+    module, ids = monoblock_model("MistralForCausalLM", theirs, **options), ids_of(2)
     count = ids.shape[1]
     mask = torch.ones(count, count, dtype=torch.bool).tril()
     mask[:9, :9] = True
@@ -196,15 +196,15 @@ def test_mask_that_looks_ahead() -> None:
 @torch.no_grad()
 def test_transformers_packed_rows(name: str) -> None:
     options = fields(CLASSES[name])
-    theirs = theirs_of(name, **options)
-    module, ids = ours_of(name, theirs, **options), ids_of()
+    theirs = transformers_model(name, **options)
+    module, ids = monoblock_model(name, theirs, **options), ids_of()
     expected = theirs(ids, position_ids=PLACES, use_cache=False).logits
     assert_close(f"{name} packed", module(ids, position_ids=PLACES).logits, expected, 2 * ATOL)
 
 
 @torch.no_grad()
 def test_classifiers_take_4d_masks() -> None:
-    module, ids = ours_of("MistralForSequenceClassification", **fields("mistral")), ids_of()
+    module, ids = monoblock_model("MistralForSequenceClassification", **fields("mistral")), ids_of()
     causal = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool).tril()[None, None]
     assert_close("4-D mask", module(ids, attention_mask=causal).logits, module(ids).logits, ATOL)
 

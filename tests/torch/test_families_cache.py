@@ -7,7 +7,10 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from families_made import (
+from helpers import chunks, one_by_one
+from helpers import model as mpt
+from measure import assert_close
+from tiny_families import (
     CLASSES,
     FAMILY_NAMES,
     GENERATING,
@@ -18,14 +21,11 @@ from families_made import (
     fields,
     labels_of,
     logits_of,
-    made_pair,
-    ours_of,
-    texts,
+    model_inputs,
+    model_pair,
+    monoblock_model,
     with_images,
 )
-from helpers import chunks, one_by_one
-from helpers import model as mpt
-from measure import assert_close
 
 from monoblock import DynamicCache, StaticCache
 
@@ -38,11 +38,11 @@ WINDOW = {"MistralForCausalLM": 9, "GPTNeoForCausalLM": 7, MPT: 6}
 def made(name: str, **more: Any) -> Any:
     if name == MPT:
         return mpt(MPT, {"sliding_window_size": 5}, **more)
-    return ours_of(name, **fields(CLASSES[name], **more))
+    return monoblock_model(name, **fields(CLASSES[name], **more))
 
 
 def prompts(name: str) -> tuple[torch.Tensor, torch.Tensor]:
-    ids, mask = texts("MistralForCausalLM" if name == MPT else name, "left")
+    ids, mask = model_inputs("MistralForCausalLM" if name == MPT else name, "left")
     assert mask is not None
     return ids, mask
 
@@ -86,7 +86,7 @@ def test_the_same_tokens_with_every_cache(name: str, monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize("name", GENERATING)
 def test_greedy_tokens_are_transformers(name: str) -> None:
-    theirs, ours = made_pair(name, **fields(CLASSES[name]))
+    theirs, ours = model_pair(name, **fields(CLASSES[name]))
     ids, mask = prompts(name)
     asked = {"max_new_tokens": 36, "min_new_tokens": 36, "do_sample": False}
     rows = [(ids, mask)]
@@ -122,7 +122,7 @@ def test_token_types_of_new_tokens_are_the_last_ones(name: str) -> None:
 def test_positions_that_are_given_go_on(name: str, cached: bool) -> None:
     """Places of the prompt as told, the new ones after them."""
     model = made(name)
-    ids, _ = texts(name, "none")
+    ids, _ = model_inputs(name, "none")
     places = (torch.arange(ids.shape[1]) + 5).expand(3, -1)
     found = model.generate(ids, position_ids=places, use_cache=cached, **{**ASKED, "max_new_tokens": 6})
     for _ in range(6):
@@ -143,7 +143,7 @@ def test_an_input_that_a_model_does_not_take_is_refused() -> None:
 
 
 def test_images_through_generate() -> None:
-    theirs, model = made_pair("FuyuForCausalLM", **fields("fuyu"))
+    theirs, model = model_pair("FuyuForCausalLM", **fields("fuyu"))
     ids, mask, patches, places = with_images((6, 0, 9))
     asked = {"attention_mask": mask, **ASKED, "max_new_tokens": 12}
     images = {"image_patches": patches, "image_patches_indices": places}
@@ -191,7 +191,7 @@ def test_texts_in_pieces(name: str, sizes: tuple[int, ...], monkeypatch: pytest.
     monkeypatch.setattr(DynamicCache, "SLACK", 0)
     model = made(name)
     for padding in ("left", "right", "none"):
-        ids, mask = texts("MistralForCausalLM" if name == MPT else name, padding)
+        ids, mask = model_inputs("MistralForCausalLM" if name == MPT else name, padding)
         whole = model(ids, attention_mask=mask).logits
         for past in (None, DynamicCache(), DynamicCache(config=model.config), StaticCache(max_cache_len=23)):
             assert_close(f"{name} in pieces", chunks(model, ids, mask, sizes, past), whole, ATOL, mask)
@@ -269,8 +269,8 @@ def test_old_tuples_come_and_go(name: str) -> None:
 @torch.no_grad()
 def test_cached_keys_are_the_hubs() -> None:
     for name in ("MistralForCausalLM", "GPTNeoForCausalLM", "FuyuForCausalLM"):
-        theirs, ours = made_pair(name, **fields(CLASSES[name]))
-        ids, _ = texts(name, "none")
+        theirs, ours = model_pair(name, **fields(CLASSES[name]))
+        ids, _ = model_inputs(name, "none")
         found = ours(ids, past_key_values=DynamicCache(), use_cache=True).past_key_values
         expected = theirs(ids, past_key_values=transformers.DynamicCache(), use_cache=True).past_key_values
         for (k, v), layer in zip(found, expected.layers, strict=True):
@@ -285,7 +285,7 @@ def test_cached_keys_are_the_hubs() -> None:
 def test_gradient_checkpointing_changes_no_gradient(name: str) -> None:
     """With dropout, whose choices must come again in the second pass."""
     model = made(name).train()
-    ids, mask = texts(name, "left")
+    ids, mask = model_inputs(name, "left")
     grads = []
     for _ in range(2):
         model.zero_grad()
@@ -314,7 +314,7 @@ def test_dropout_acts_while_training_only(model_type: str) -> None:
         "mpnet": {"attention_probs_dropout_prob": 0.5, "hidden_dropout_prob": 0.5},
     }
     name = next(n for n in CLASSES if CLASSES[n] == model_type)
-    ids, mask = texts(name, "left")
+    ids, mask = model_inputs(name, "left")
     none = dict.fromkeys(dropouts[model_type], 0.0)
     plain = made(name, **none).eval()
     expected = logits_of(plain(ids, attention_mask=mask))

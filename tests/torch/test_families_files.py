@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from families_made import CLASSES, KIND, fields, logits_of, ours_of, pair, texts, theirs_inputs
 from helpers import randomised
 from measure import assert_close
 from safetensors.torch import load_file, save_file
+from tiny_families import CLASSES, KIND, fields, logits_of, model_inputs, monoblock_model, pair, theirs_inputs
 
 import monoblock
 from monoblock.backends.pytorch.ops import ACT
@@ -31,7 +31,7 @@ State = dict[str, torch.Tensor]
 
 def written(name: str, folder: Path, change: Callable[[State], State] | None = None, **more: Any) -> Any:
     """A random model of that class saved in the folder, its file's tensors changed; the model."""
-    model = ours_of(name, **fields(CLASSES[name], **more))
+    model = monoblock_model(name, **fields(CLASSES[name], **more))
     model.save_pretrained(folder)
     if change is not None:
         file = folder / "model.safetensors"
@@ -64,7 +64,7 @@ def test_from_transformers_and_back(name: str, dtype: torch.dtype, tmp_path: Pat
     first = getattr(transformers, name).from_pretrained(tmp_path / "theirs").state_dict()
     for key, tensor in again.state_dict().items():
         assert torch.equal(tensor, first[key]), key
-    ids, mask = texts(name, "right")
+    ids, mask = model_inputs(name, "right")
     if dtype == torch.float32:
         there, found = again.eval()(**theirs_inputs(name, ids, mask)), ours(ids, attention_mask=mask)
         at = mask if KIND[name] not in ("sequence", "first", "choice") else None
@@ -221,7 +221,7 @@ def test_spellings_of_the_hubs_files(case: str, tmp_path: Path, logs: pytest.Log
         if (tmp_path / "w.bin").exists()
         else load_file(tmp_path / "model.safetensors")
     )
-    fresh = ours_of(name, **fields(CLASSES[name]))
+    fresh = monoblock_model(name, **fields(CLASSES[name]))
     with torch.no_grad():
         for parameter in fresh.parameters():
             parameter.zero_()
@@ -728,10 +728,10 @@ def test_the_hubs_common_names_of_fields(name: str) -> None:
 
 def test_gradient_checkpointing_of_an_old_config(logs: pytest.LogCaptureFixture) -> None:
     """Fine-tuned checkpoints of 2021 hold this switch."""
-    model = ours_of("GPTNeoForCausalLM", **fields("gpt_neo", gradient_checkpointing=True))
+    model = monoblock_model("GPTNeoForCausalLM", **fields("gpt_neo", gradient_checkpointing=True))
     assert model.is_gradient_checkpointing
     assert not logs.messages
-    assert not ours_of("GPTNeoForCausalLM", **fields("gpt_neo")).is_gradient_checkpointing
+    assert not monoblock_model("GPTNeoForCausalLM", **fields("gpt_neo")).is_gradient_checkpointing
 
 
 @pytest.mark.parametrize("nested", [False, True], ids=["flat", "training run"])
@@ -743,7 +743,7 @@ def test_pickled_parameters_load(name: str, nested: bool, tmp_path: Path) -> Non
     ours.config.save_pretrained(tmp_path)
     torch.save({"state_dict": tensors} if nested else tensors, tmp_path / "pytorch_model.bin")
     read = getattr(monoblock, name).from_pretrained(tmp_path)
-    ids, _ = texts(name, "none")
+    ids, _ = model_inputs(name, "none")
     assert torch.equal(logits_of(read(ids)), logits_of(ours(ids)))
     assert all(parameter.is_leaf and parameter.requires_grad for parameter in read.parameters())
 
@@ -752,7 +752,7 @@ def test_pickled_parameters_load(name: str, nested: bool, tmp_path: Path) -> Non
 def test_a_model_is_pickled_whole(name: str, tmp_path: Path) -> None:
     """By `pickle` and by `torch.save(model)`: the class is found again by its name, and nothing in it is a lambda."""
     _, ours = pair(name)
-    ids, mask = texts(name)
+    ids, mask = model_inputs(name)
     wanted = logits_of(ours(ids, attention_mask=mask))
     torch.save(ours, tmp_path / "model.pt")
     for again in (

@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from families_made import CLASSES, GENERATING, fields, ours_of, texts, with_images
 from helpers import PAD, batch, expected, expected_logits, model, randomised
 from measure import assert_close
-from mpt_cases import CASES, LENGTHS, made
+from mpt_cases import CASES, LENGTHS, mpt_model
+from tiny_families import CLASSES, GENERATING, fields, model_inputs, monoblock_model, with_images
 from torch import Tensor, nn
 
 from monoblock import DynamicCache, StaticCache, native
@@ -36,7 +36,7 @@ VARIED: dict[str, Any] = {**ASKED, "no_repeat_ngram_size": 2}  # small random mo
 
 
 def family(name: str) -> Any:
-    return model(MPT) if name == MPT else ours_of(name, **fields(CLASSES[name]))
+    return model(MPT) if name == MPT else monoblock_model(name, **fields(CLASSES[name]))
 
 
 @pytest.fixture
@@ -105,7 +105,7 @@ PIECES = (8, 1, 3, 5, 1, 4, 1)
 
 @pytest.mark.parametrize("case", [case for case in CASES if case != LATE])
 def test_every_option(case: str) -> None:
-    module = made(case)
+    module = mpt_model(case)
     for padding, sizes in (("none", ONES), ("left", PIECES)):
         check(module, padding, sizes, what=f"fused, {case}")
 
@@ -114,7 +114,7 @@ def test_every_option(case: str) -> None:
 def test_every_family(name: str) -> None:
     """With windows, grouped heads, learned positions and both placements of the norms."""
     module = family(name)
-    ids, mask = texts(name, "left")
+    ids, mask = model_inputs(name, "left")
     wanted = expected_logits(module, expected(module, ids, mask))[:, 8:]
     assert mask is not None
     for sizes in (ONES, PIECES):
@@ -123,7 +123,7 @@ def test_every_family(name: str) -> None:
 
 def test_the_static_cache() -> None:
     for case in ("alibi_bias_max", "sliding window, rope"):
-        check(made(case), "left", PIECES, StaticCache(max_cache_len=23))
+        check(mpt_model(case), "left", PIECES, StaticCache(max_cache_len=23))
 
 
 @pytest.mark.parametrize("head_dim", [6, 16, 40, 64, 112])
@@ -141,7 +141,7 @@ def test_every_instruction_set(level: str, monkeypatch: pytest.MonkeyPatch) -> N
         pytest.skip(f"this machine has no {level}: {status}")
     monkeypatch.setattr(native, "library", lambda: library)
     for case in ("all at once", "rope", "qk_ln", "activation {'name': 'gelu', 'approximate': 'tanh'}"):
-        check(made(case), "left", PIECES)
+        check(mpt_model(case), "left", PIECES)
 
 
 @pytest.fixture
@@ -161,13 +161,13 @@ def test_several_threads_share_rows_heads_and_keys(count: int) -> None:
     ids = torch.randint(PAD + 1, 89, (1, 420), generator=generator)
     wanted = expected_logits(module, expected(module, ids))[:, 410:]
     assert_close("fused, divided keys", stepped(module, ids, None, (410, 1, 4, 5)), wanted, ATOL)
-    check(made("grouped"), "left", PIECES)
+    check(mpt_model("grouped"), "left", PIECES)
 
 
 def test_bfloat16_is_closer_to_the_definition_than_the_modules() -> None:
     """Both get the same rounded weights; the library rounds keys and values alone."""
     for case in ("alibi_bias_max", "rope", "mptglu", "all at once"):
-        module = made(case).bfloat16()
+        module = mpt_model(case).bfloat16()
         ids, mask = batch("left", LENGTHS)
         wanted = expected_logits(module.float(), expected(module, ids, mask))[:, 8:]
         module.bfloat16()
@@ -261,7 +261,7 @@ def test_rows_of_q_k_and_v_by_head(case: str, form: str, taken: Any) -> None:
 @pytest.mark.parametrize("name", [MPT, *GENERATING])
 def test_greedy_tokens_are_the_modules(name: str, taken: Any, by_modules: Any) -> None:
     module = family(name)
-    ids, mask = texts("MistralForCausalLM" if name == MPT else name, "left")
+    ids, mask = model_inputs("MistralForCausalLM" if name == MPT else name, "left")
 
     def run() -> Any:
         return module.generate(ids, attention_mask=mask, **VARIED)
@@ -317,7 +317,7 @@ def test_guesses_of_an_assistant(taken: Any, by_modules: Any) -> None:
 def test_a_windowed_layer_drops_keys(taken: Any, monkeypatch: pytest.MonkeyPatch, by_modules: Any) -> None:
     monkeypatch.setattr(DynamicCache, "SLACK", 4)
     module = family("MistralForCausalLM")
-    ids, mask = texts("MistralForCausalLM", "left")
+    ids, mask = model_inputs("MistralForCausalLM", "left")
 
     def run() -> Any:
         asked = {**VARIED, "max_new_tokens": 41, "return_dict_in_generate": True}
@@ -489,8 +489,10 @@ def test_mixed_types_stand_in_the_way() -> None:
 
 
 def test_models_and_settings_that_stand_in_the_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "dynamic RoPE scaling" in (native_decoder.obstacle(made(LATE)) or "")
-    assert "bidirectional" in (native_decoder.obstacle(ours_of("MPNetForMaskedLM", **fields("mpnet"))) or "")
+    assert "dynamic RoPE scaling" in (native_decoder.obstacle(mpt_model(LATE)) or "")
+    assert "bidirectional" in (
+        native_decoder.obstacle(monoblock_model("MPNetForMaskedLM", **fields("mpnet"))) or ""
+    )
     module = model(MPT)
     own = type("Own", (type(module),), {})(module.config)
     assert "Own may compute something of its own" in (native_decoder.obstacle(own) or "")

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from families_made import CLASSES as FAMILY_OF
-from families_made import GENERATING, fields, ours_of, texts
 from helpers import batch, model
 from measure import assert_close
-from mpt_cases import CASES, LENGTHS, made
+from mpt_cases import CASES, LENGTHS, mpt_model
+from tiny_families import CLASSES as FAMILY_OF
+from tiny_families import GENERATING, fields, model_inputs, monoblock_model
 
 from monoblock import MptForCausalLM
 from monoblock.backends.pytorch.generation import cuda_graphs
@@ -71,8 +71,8 @@ def compare(played: Any, plain: Any, bound: float = ATOL) -> None:
 @pytest.mark.parametrize("padding", ["none", "left"])
 @pytest.mark.parametrize("name", GENERATING)
 def test_families(name: str, padding: str) -> None:
-    module = ours_of(name, **fields(FAMILY_OF[name]))
-    ids, mask = texts(name, padding)
+    module = monoblock_model(name, **fields(FAMILY_OF[name]))
+    ids, mask = model_inputs(name, padding)
     here = module.generate(ids, attention_mask=mask, max_new_tokens=NEW, eos_token_id=-1)
     module.to(DEVICE)
     played, plain = both(module, *moved(ids, mask))
@@ -82,7 +82,7 @@ def test_families(name: str, padding: str) -> None:
 
 @pytest.mark.parametrize("case", [case for case in CASES if case != "rope, dynamic"])
 def test_options(case: str) -> None:
-    compare(*both(made(case).to(DEVICE), *moved(*batch("left", LENGTHS))))
+    compare(*both(mpt_model(case).to(DEVICE), *moved(*batch("left", LENGTHS))))
 
 
 @pytest.mark.parametrize(

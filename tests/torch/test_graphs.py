@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from families_made import CLASSES as FAMILY_OF
-from families_made import GENERATING, fields, ours_of, pair, texts
 from helpers import batch, model
 from measure import assert_close
-from mpt_cases import CASES, LENGTHS, made
+from mpt_cases import CASES, LENGTHS, mpt_model
+from tiny_families import CLASSES as FAMILY_OF
+from tiny_families import GENERATING, fields, model_inputs, monoblock_model, pair
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -103,7 +103,7 @@ def test_families(
     name: str, padding: str, recording: Any, really: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module = pair(name)[1]
-    ids, mask = texts(name, padding)
+    ids, mask = model_inputs(name, padding)
     played, plain = both(module, ids, mask, monkeypatch)
     compare(played, plain)
     same_cache(played.past_key_values, plain.past_key_values)
@@ -120,13 +120,13 @@ PLAIN = {"rope, dynamic"}
 @pytest.mark.parametrize("case", CASES)
 def test_options(case: str, recording: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     ids, mask = batch("left", LENGTHS)
-    compare(*both(made(case), ids, mask, monkeypatch, max_new_tokens=cuda_graphs.WORTH))
+    compare(*both(mpt_model(case), ids, mask, monkeypatch, max_new_tokens=cuda_graphs.WORTH))
     assert bool(recording) == (case not in PLAIN)
 
 
 @pytest.mark.parametrize("implementation", ["eager", "flex_attention"])
 def test_other_kernels(implementation: str, recording: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    module = made("all at once" if implementation == "eager" else "sliding window, rope")
+    module = mpt_model("all at once" if implementation == "eager" else "sliding window, rope")
     module.set_attn_implementation("sdpa")
     ids, mask = batch("left", LENGTHS)
     reference = both(module, ids, mask, monkeypatch)[1]
@@ -141,9 +141,9 @@ def test_other_kernels(implementation: str, recording: Any, monkeypatch: pytest.
 
 # Heads of a width that the kernel for pieces takes.
 WIDE: dict[str, Callable[[], Any]] = {
-    "mistral": lambda: ours_of("MistralForCausalLM", **fields("mistral", head_dim=12)),
+    "mistral": lambda: monoblock_model("MistralForCausalLM", **fields("mistral", head_dim=12)),
     "mpt": lambda: model(head_dim=8),
-    "fuyu": lambda: ours_of("FuyuForCausalLM", **fields("fuyu")),
+    "fuyu": lambda: monoblock_model("FuyuForCausalLM", **fields("fuyu")),
 }
 
 
@@ -168,7 +168,7 @@ def test_with_the_gpus_attention(name: str, recording: Any, monkeypatch: pytest.
 def test_static_caches(recording: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A static cache keeps all tokens, also of windowed layers: no slot is used twice."""
     ids, mask = batch("left", LENGTHS)
-    module = made("sliding window, rope")
+    module = mpt_model("sliding window, rope")
     played, plain = both(module, ids, mask, monkeypatch, cache_implementation="static")
     compare(played, plain)
     assert type(played.past_key_values) is StaticCache
@@ -229,7 +229,7 @@ def test_strategies(given: dict[str, Any], recording: Any, monkeypatch: pytest.M
 
 
 def test_images_in_the_prompt(recording: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from families_made import with_images
+    from tiny_families import with_images
 
     ids, mask, patches, indices = with_images((5, 2))
     images = {"image_patches": patches, "image_patches_indices": indices}
@@ -245,7 +245,7 @@ def test_packed_weights(bits: int, recording: Any, monkeypatch: pytest.MonkeyPat
     become one of a whole step.
     """
     monkeypatch.setattr(native, "_opened", lambda: (None, None, "off: a test"))
-    module = ours_of("MistralForCausalLM", **fields("mistral"))
+    module = monoblock_model("MistralForCausalLM", **fields("mistral"))
     ids, mask = batch("left", LENGTHS)
     compare(*both(module, ids, mask, monkeypatch))
     before = len(recording)
@@ -256,7 +256,7 @@ def test_packed_weights(bits: int, recording: Any, monkeypatch: pytest.MonkeyPat
 
 
 def test_bf16(recording: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    module = made("grouped").to(torch.bfloat16)
+    module = mpt_model("grouped").to(torch.bfloat16)
     ids, mask = batch("left", LENGTHS)
     played, plain = both(module, ids, mask, monkeypatch)
     # The same kernels on the same numbers but for the order of sums: half a unit of 8 bits at logits up to 16.
@@ -365,7 +365,7 @@ REFUSED: dict[str, tuple[dict[str, Any], Callable[[Any], None] | None]] = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_is_left_to_the_plain_path(case: str, recording: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     given, change = REFUSED[case]
-    module, (ids, _) = made("rope"), batch("none", (9,))
+    module, (ids, _) = mpt_model("rope"), batch("none", (9,))
     if change is not None:
         change(module)
     asked = {"max_new_tokens": NEW, "eos_token_id": -1, **given}
@@ -403,10 +403,10 @@ def state_of(module: Any, *, rows: int = 2, place: int = 0, device: str = "cpu",
 
 
 FIT = {
-    **{name: lambda name=name: ours_of(name, **fields(FAMILY_OF[name])) for name in GENERATING},
+    **{name: lambda name=name: monoblock_model(name, **fields(FAMILY_OF[name])) for name in GENERATING},
     **WIDE,
-    "mpt, all at once": lambda: made("all at once"),
-    "mpt, rope": lambda: made("rope, llama3"),
+    "mpt, all at once": lambda: mpt_model("all at once"),
+    "mpt, rope": lambda: mpt_model("rope, llama3"),
 }
 
 

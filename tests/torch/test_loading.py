@@ -8,13 +8,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import oversized_configs
 import pytest
-import sizes_checked
 import torch
-from families_made import fields, ours_of
-from foreign_tensors import FEWER, check_passed_over
+from extra_tensors import FEWER, check_strict
 from helpers import CLASSES, KIND, batch, config, model, same
 from safetensors.torch import load_file, save_file
+from tiny_families import fields, monoblock_model
 
 import monoblock
 from monoblock import (
@@ -475,9 +475,9 @@ def test_a_passed_config_takes_fields_as_a_constructor_does(saved: Path) -> None
 
 
 def test_foreign_tensors_and_fewer_layers(tmp_path: Path, logs: pytest.LogCaptureFixture) -> None:
-    neo = ours_of("GPTNeoForCausalLM", **fields("gpt_neo"))
+    neo = monoblock_model("GPTNeoForCausalLM", **fields("gpt_neo"))
     neo.save_pretrained(tmp_path / "saved")
-    whole, short = check_passed_over(monoblock.GPTNeoForCausalLM, tmp_path / "saved", tmp_path, logs)
+    whole, short = check_strict(monoblock.GPTNeoForCausalLM, tmp_path / "saved", tmp_path, logs)
     assert same(whole, neo)
     kept = short.state_dict()
     assert all(torch.equal(kept[name], tensor) for name, tensor in neo.state_dict().items() if name in kept)
@@ -485,7 +485,7 @@ def test_foreign_tensors_and_fewer_layers(tmp_path: Path, logs: pytest.LogCaptur
 
 
 def test_fewer_packed_layers(tmp_path: Path, logs: pytest.LogCaptureFixture) -> None:
-    ours_of("GPTNeoForCausalLM", **fields("gpt_neo")).quantize("int8").save_pretrained(tmp_path)
+    monoblock_model("GPTNeoForCausalLM", **fields("gpt_neo")).quantize("int8").save_pretrained(tmp_path)
     with pytest.raises(UnreadKeys, match=r"strict=False\) loads the rest without them"):
         monoblock.GPTNeoForCausalLM.from_pretrained(tmp_path, **FEWER)
     short, info = monoblock.GPTNeoForCausalLM.from_pretrained(
@@ -524,4 +524,4 @@ def test_the_model_cards_lines(saved: Path, logs: pytest.LogCaptureFixture) -> N
 
 
 def test_a_config_that_asks_for_more_than_the_files_hold(tmp_path: Path) -> None:
-    sizes_checked.check(monoblock.MistralForCausalLM, tmp_path)
+    oversized_configs.check(monoblock.MistralForCausalLM, tmp_path)

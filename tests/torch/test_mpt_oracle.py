@@ -24,7 +24,7 @@ from helpers import (
     parameters,
 )
 from measure import assert_close, rounding
-from mpt_cases import CASES, LENGTHS, ROPE, made
+from mpt_cases import CASES, LENGTHS, ROPE, mpt_model
 
 from monoblock import DynamicCache, StaticCache
 from monoblock.backends.pytorch.kernels import attention
@@ -42,7 +42,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("case", CASES)
 @torch.no_grad()
 def test_option(case: str) -> None:
-    module = made(case)
+    module = mpt_model(case)
     for padding in PADDINGS:
         ids, mask = batch(padding, LENGTHS)
         run = expected(module, ids, mask)
@@ -64,7 +64,7 @@ def test_option(case: str) -> None:
 @torch.no_grad()
 def test_option_cached(case: str) -> None:
     """Growing = static = no cache, given in pieces and token by token; a row of a batch = the text alone."""
-    module = made(case)
+    module = mpt_model(case)
     if case == "rope, dynamic":
         # The angles of a token change as the text grows, so a deeper layer's cached states are those of a shorter
         # text: with one layer there are none.
@@ -95,7 +95,7 @@ def test_option_cached(case: str) -> None:
 
 
 def test_storywriters_clip_bites() -> None:
-    module = made("storywriter")
+    module = mpt_model("storywriter")
     ids, _ = batch("none")
     with_clip = expected(module, ids).hidden
     unclipped = copy.copy(module.spec)
@@ -223,7 +223,7 @@ def test_gradients_in_blocks_are_those_of_the_eager_kernel(
     labels = ids.masked_fill(mask == 0, -100)
     grads = []
     for kernel, again in (("eager", False), ("sdpa", False), ("sdpa", True)):
-        module = made(case).train()
+        module = mpt_model(case).train()
         module.set_attn_implementation(kernel)
         if again:
             module.gradient_checkpointing_enable()
@@ -284,7 +284,7 @@ def test_a_long_text_keeps_its_precision() -> None:
 @torch.no_grad()
 def test_bf16_is_near(case: str) -> None:
     """bf16 has 8 bits: 0.4 % of each of some ten sums of values up to 10."""
-    module = made(case)
+    module = mpt_model(case)
     ids, mask = batch("left", LENGTHS)
     run = expected(module, ids, mask)
     half = copy.deepcopy(module).to(torch.bfloat16)

@@ -102,12 +102,12 @@ def of_size(size: float, rows: int, bits: int) -> tuple[torch.Tensor, torch.Tens
 @torch.no_grad()
 def test_models_with_such_weights(level: str, name: str, value: float) -> None:
     """Norms, activations, attention and sampling of a whole model, packed and plain: no fault, and no number lost."""
-    import families_made
+    import tiny_families
 
     if name.startswith("Mpt"):
         model: Any = helpers.model(name)
     else:
-        model = families_made.ours_of(name, **families_made.fields(families_made.CLASSES[name]))
+        model = tiny_families.monoblock_model(name, **tiny_families.fields(tiny_families.CLASSES[name]))
     ids = torch.arange(12).view(1, -1)
     for form in (None, "int8", "int4"):
         if form is not None:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from old_files import (
+from v4_checkpoints import (
     FLAX,
     FOLDER,
     NAMES,

@@ -7,9 +7,9 @@ import weakref
 from pathlib import Path
 from typing import Any
 
-import families_made as made
 import helpers
 import pytest
+import tiny_families
 import torch
 from safetensors.torch import load_file
 
@@ -28,7 +28,7 @@ from monoblock.errors import CheckpointError, MissingKeys, ShapeMismatch, Unsupp
 
 torch.set_num_threads(1)
 
-CLASSES = (*helpers.CLASSES, *made.CLASSES)
+CLASSES = (*helpers.CLASSES, *tiny_families.CLASSES)
 FORMS: dict[str, Any] = {"int8": "int8", "int4": WeightOnlyConfig(bits=4, group_size=64)}
 MISTRAL = "MistralForCausalLM"
 
@@ -36,16 +36,16 @@ MISTRAL = "MistralForCausalLM"
 def plain(name: str) -> Any:
     if name in helpers.CLASSES:
         return helpers.model(name)
-    return made.ours_of(name, **made.fields(made.CLASSES[name]))
+    return tiny_families.ours_of(name, **tiny_families.fields(tiny_families.CLASSES[name]))
 
 
 def answer(name: str, model: Any) -> torch.Tensor:
     if name in helpers.CLASSES:
         ids, mask = helpers.batch("right")
     else:
-        ids, mask = made.texts(name, "right")
+        ids, mask = tiny_families.texts(name, "right")
     with torch.no_grad():
-        return made.logits_of(model(ids, attention_mask=mask)).float()
+        return tiny_families.logits_of(model(ids, attention_mask=mask)).float()
 
 
 def packed_names(model: Any) -> dict[str, int]:
@@ -180,7 +180,7 @@ def test_names_and_types_in_the_file(packed: Path) -> None:
         for part in ("scale", "low"):
             assert tensors[f"{name}.{part}"].shape == (rows, 1)
             assert tensors[f"{name}.{part}"].dtype == torch.float16
-    assert tensors["lm_head.weight.codes"].shape == (made.VOCAB, 128)  # 8 bits
+    assert tensors["lm_head.weight.codes"].shape == (tiny_families.VOCAB, 128)  # 8 bits
     assert "lm_head.weight.low" not in tensors
     assert tensors["model.norm.weight"].shape == (width,)
     config = json.loads((packed / "config.json").read_text())

@@ -8,19 +8,19 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import families_made
 import numpy as np
 import pytest
+import tiny_families
 import torch
-from families_made import ours_of
-from pipelines_made import LONG, TEXT, folder
+from tiny_families import monoblock_model
+from tiny_pipelines import LONG, TEXT, folder
 
 import monoblock
 from monoblock import AutoTokenizer, pipeline
 from monoblock.pipelines import TASKS, KeyDataset
-from monoblock.pipelines.entities import Piece, by_word, groups, without_overlaps
+from monoblock.pipelines.entities import TokenGroup, by_word, groups, without_overlaps
 
-TINY = ours_of("MPNetModel", **families_made.fields("mpnet"))
+TINY = monoblock_model("MPNetModel", **tiny_families.fields("mpnet"))
 GREEDY = {"do_sample": False, "max_new_tokens": 5}
 
 
@@ -277,10 +277,10 @@ def test_answers_keep_to_their_settings(places: dict[str, str]) -> None:
 # ---------------------------------------------------------------------- entities
 
 
-def piece(best: int, start: int, end: int, continues: bool = False, score: float = 0.9) -> Piece:
+def piece(best: int, start: int, end: int, continues: bool = False, score: float = 0.9) -> TokenGroup:
     scores = np.full(3, (1 - score) / 2)
     scores[best] = score
-    return Piece(scores, [f"t{start}"], start, end, start, continues)
+    return TokenGroup(scores, [f"t{start}"], start, end, start, continues)
 
 
 def test_entities_of_tags() -> None:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import families_made
 import fuyu_tokenizer
 import numpy as np
 import pytest
-from families_made import ours_of
+import tiny_families
 from PIL import Image
+from tiny_families import monoblock_model
 
 from monoblock import FuyuImageProcessor, FuyuProcessor, PreTrainedTokenizerFast, pipeline
 
@@ -19,9 +19,9 @@ def seeing() -> Any:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=fuyu_tokenizer.backend(), **fuyu_tokenizer.SPECIAL)
     images = FuyuImageProcessor(patch_size={"height": 4, "width": 4}, size={"height": 20, "width": 24})
     processor = FuyuProcessor(images, tokenizer)
-    fields = families_made.fields("fuyu", vocab_size=len(tokenizer), eos_token_id=None)
+    fields = tiny_families.fields("fuyu", vocab_size=len(tokenizer), eos_token_id=None)
     fields["image_token_id"] = tokenizer.convert_tokens_to_ids("|SPEAKER|")
-    model = ours_of("FuyuForCausalLM", **fields)
+    model = monoblock_model("FuyuForCausalLM", **fields)
     return pipeline("image-text-to-text", model, processor=processor, device=-1, max_new_tokens=4)
 
 

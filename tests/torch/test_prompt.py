@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from families_made import GENERATING, texts
 from helpers import batch, model, same
 from measure import assert_close
-from mpt_cases import LENGTHS, made
+from mpt_cases import LENGTHS, mpt_model
 from test_families_cache import MPT, prompts
 from test_families_cache import made as small
+from tiny_families import GENERATING, model_inputs
 
 from monoblock import DynamicCache, MistralConfig, MistralForCausalLM, StaticCache, native
 from monoblock.backends.pytorch import ops
@@ -151,7 +151,7 @@ def test_steps_do_not_lose_nan() -> None:
     """One cached key that is NaN, one channel of an activation that would make 0 of it."""
     ids = batch("none")[0]
     for spoiled in ("key", "relu"):
-        module = made("activation {'name': 'relu'}")
+        module = mpt_model("activation {'name': 'relu'}")
         cache = DynamicCache(config=module.spec)
         module(ids, past_key_values=cache, use_cache=True)
         steps = native_decoder.of(module, cache)
@@ -219,7 +219,7 @@ def test_norms_rotations_and_activations(width: int, dtype: str) -> None:
 @torch.no_grad()
 def test_models_use_them(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A model without gradients calls them, in the same numbers as without; one with gradients does not."""
-    module = made(case)
+    module = mpt_model(case)
     ids, mask = batch("left", LENGTHS)
     called: list[str] = []
     for name in ("attention", "norm", "apply_rope", "activate"):
@@ -295,7 +295,7 @@ def test_prompts_in_pieces(name: str, cache: str, monkeypatch: pytest.MonkeyPatc
 def test_pieces_of_all_that_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
     """Positions, token types, embeddings, and a cache that holds the prompt's beginning."""
     module = small("OpenAIGPTLMHeadModel")
-    ids, _ = texts("OpenAIGPTLMHeadModel", "none")
+    ids, _ = model_inputs("OpenAIGPTLMHeadModel", "none")
     more = {
         "position_ids": torch.arange(ids.shape[1]).flip(0)[None] + 3,
         "token_type_ids": (torch.arange(ids.shape[1])[None] * 7 % 5).expand(len(ids), -1),
@@ -313,7 +313,7 @@ def test_pieces_of_all_that_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_stays_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     """Angles by the text's length, caches that round what they hold, states and attentions, and no cache at all."""
     ids = batch("none")[0]
-    same_in_pieces(monkeypatch, made("rope, dynamic"), ids, dict, 1)
+    same_in_pieces(monkeypatch, mpt_model("rope, dynamic"), ids, dict, 1)
     module = model()
     for given in (
         {"cache_implementation": "quantized"},
@@ -346,7 +346,7 @@ def test_chunks_that_the_call_asks_for(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(
         UnsupportedConfig, match="prefill_chunk_size=5: this model's RoPE scaling goes by the whole"
     ):
-        made("rope, dynamic").generate(batch("none")[0], prefill_chunk_size=5, **ASKED)
+        mpt_model("rope, dynamic").generate(batch("none")[0], prefill_chunk_size=5, **ASKED)
     for asked in ("output_attentions=True", "use_cache=False"):
         name, value = asked.split("=")
         with pytest.raises(ValueError, match=f"prefill_chunk_size=5 does not go with {asked}"):

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import families_made as made
 import pytest
+import tiny_families
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -29,9 +29,9 @@ UNKNOWN_DTYPE = {"load_in_4bit": True, "bnb_4bit_compute_dtype": "f"}
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Mistral with a tokenizer and a chat template."""
     place = tmp_path_factory.mktemp("mistral")
-    made.randomised(monoblock.MistralForCausalLM(monoblock.MistralConfig(**SIZES, **HEADS))).save_pretrained(
-        place
-    )
+    tiny_families.randomised(
+        monoblock.MistralForCausalLM(monoblock.MistralConfig(**SIZES, **HEADS))
+    ).save_pretrained(place)
     backend = Tokenizer(models.BPE())
     backend.decoder = decoders.ByteLevel()
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

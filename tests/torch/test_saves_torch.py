@@ -8,9 +8,9 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import interrupted_saves
 import kill_points
 import pytest
-import saves_framework
 import torch
 
 import monoblock
@@ -27,7 +27,7 @@ def no_disk(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def model(tag: int) -> Any:
-    made = monoblock.MptForCausalLM(saves_framework.config(tag))
+    made = monoblock.MptForCausalLM(interrupted_saves.config(tag))
     for parameter in made.parameters():
         parameter.data.fill_(tag)
     return made
@@ -35,14 +35,14 @@ def model(tag: int) -> Any:
 
 def read(folder: Path) -> set[int]:
     loaded = monoblock.MptForCausalLM.from_pretrained(folder)
-    return saves_framework.tags(loaded, {n: x.detach() for n, x in loaded.state_dict().items()})
+    return interrupted_saves.tags(loaded, {n: x.detach() for n, x in loaded.state_dict().items()})
 
 
-@saves_framework.LAYOUT
+@interrupted_saves.LAYOUT
 def test_model(tmp_path: Path, layout: str) -> None:
     folder = tmp_path / "model"
     models = {tag: model(tag) for tag in (1, 2)}
-    saves_framework.check(
+    interrupted_saves.check(
         folder,
         lambda tag, keywords: models[tag].save_pretrained(folder, **keywords),
         lambda: read(folder),
@@ -52,7 +52,7 @@ def test_model(tmp_path: Path, layout: str) -> None:
 
 
 def test_what_belongs_to_a_model(tmp_path: Path) -> None:
-    saves_framework.check_beside(tmp_path / "model", 3 * POINTS)
+    interrupted_saves.check_companions(tmp_path / "model", 3 * POINTS)
 
 
 def test_four_threads(tmp_path: Path) -> None:
@@ -86,7 +86,7 @@ def test_force(tmp_path: Path, command: str) -> None:
     source, target = tmp_path / "source", tmp_path / "target"
     models[2].save_pretrained(source)
     if command == "quantize":
-        wide = monoblock.MptConfig(**{**saves_framework.CONFIG, "d_model": 64}, eos_token_id=2)
+        wide = monoblock.MptConfig(**{**interrupted_saves.CONFIG, "d_model": 64}, eos_token_id=2)
         monoblock.MptForCausalLM(wide).save_pretrained(source)
 
     def do() -> None:
@@ -107,14 +107,14 @@ def test_force(tmp_path: Path, command: str) -> None:
     assert "old" not in new
     for at in kill_points.spread(count, POINTS):
         prepare()
-        assert kill_points.cut_off(do, at) == (at < count)
+        assert kill_points.interrupted(do, at) == (at < count)
         if names(target) == old:
             assert read(target) == {1}
         else:
             assert names(target) == new
             assert monoblock.MptForCausalLM.from_pretrained(target).config.eos_token_id == 2
     shutil.rmtree(target)
-    kill_points.cut_off(do, count // 2)
+    kill_points.interrupted(do, count // 2)
     assert not target.exists()
 
 
@@ -126,7 +126,7 @@ def test_session_of_a_chat(tmp_path: Path) -> None:
     count = len(kill_points.operations(lambda: new.save(path, {"top_k": 2})))
     for at in range(count):
         path.write_text(text)
-        assert kill_points.cut_off(lambda: new.save(path, {"top_k": 2}), at)
+        assert kill_points.interrupted(lambda: new.save(path, {"top_k": 2}), at)
         conversation, settings = Conversation.load(path)
         assert (conversation.system, settings["top_k"]) in (("old", 1), ("new", 2))
 

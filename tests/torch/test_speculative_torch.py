@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from families_made import CLASSES, GENERATING, fields, ours_of
 from helpers import model as mpt_model
+from tiny_families import CLASSES, GENERATING, fields, monoblock_model
 
 from monoblock import AutoTokenizer, MptForCausalLM, TextStreamer, demo
 
@@ -19,7 +19,7 @@ def pair(name):
     if name == "MptForCausalLM":
         made = [mpt_model(name, seed=0), mpt_model(name, seed=0)]
     else:
-        made = [ours_of(name, **fields(CLASSES[name])) for _ in range(2)]
+        made = [monoblock_model(name, **fields(CLASSES[name])) for _ in range(2)]
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter in made[1].parameters():

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from families_made import CLASSES, fields, ours_of, with_images
 from helpers import PAD, has_compiler, model
 from measure import assert_close, rounding
+from tiny_families import CLASSES, fields, monoblock_model, with_images
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 from torch.autograd import forward_ad
@@ -44,7 +44,7 @@ SHAPES = [(3, 23), (5, 21), (4, 17), (2, 15), (3, 12), (4, 19), (3, 30), (3, 40)
 def made(family: str) -> Any:
     if family == "mpt":
         return model(NAMES[family])
-    return ours_of(NAMES[family], **fields(CLASSES[NAMES[family]]))
+    return monoblock_model(NAMES[family], **fields(CLASSES[NAMES[family]]))
 
 
 def inputs(rows: int, tokens: int) -> tuple[Tensor, Tensor]:
@@ -90,7 +90,7 @@ def test_ten_shapes_are_two_graphs(family: str) -> None:
 @pytest.mark.skipif(not has_compiler(), reason="the default backend needs a C++ compiler")
 @torch.no_grad()
 def test_the_default_backend() -> None:
-    module = ours_of("MistralForCausalLM", **fields("mistral", num_hidden_layers=1))
+    module = monoblock_model("MistralForCausalLM", **fields("mistral", num_hidden_layers=1))
     torch._dynamo.reset()
     compiled = torch.compile(module)
     before = torch._dynamo.utils.counters["stats"]["unique_graphs"]

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from families_made import CLASSES as FAMILY_OF
-from families_made import GENERATING, fields, ours_of
 from measure import assert_close
-from mpt_cases import CASES, made
+from mpt_cases import CASES, mpt_model
 from test_graphs import state_of
+from tiny_families import CLASSES as FAMILY_OF
+from tiny_families import GENERATING, fields, monoblock_model
 
 from monoblock.backends.pytorch.generation import static_step
 from monoblock.backends.pytorch.kernels import attention_cuda
@@ -44,7 +44,7 @@ def scores(module: Any, device_types: tuple[str, ...], monkeypatch: pytest.Monke
 @torch.no_grad()
 def test_a_step_with_the_kernels(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention_cuda, "FEWEST_KEYS", 16)
-    module = made(name) if name in CASES else ours_of(name, **fields(FAMILY_OF[name]))
+    module = mpt_model(name) if name in CASES else monoblock_model(name, **fields(FAMILY_OF[name]))
     plain = scores(module, (), monkeypatch)
     assert_close("kernels", scores(module, ("cpu",), monkeypatch), plain, 2e-5)  # fp32; measured 4e-6
 

@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import visualized
+import visualizer_cases
 
 import monoblock
 from monoblock.backends.pytorch.kernels import attention
-from monoblock.backends.pytorch.ops import Scope, bucketed
+from monoblock.backends.pytorch.ops import Scope, relative_position_bucket
 from monoblock.spec import Buckets
 from monoblock.utils import visibility
 
@@ -72,28 +72,28 @@ def check(visualizer: Any, model: Any, scopes: list[Scope], attentions: Any) -> 
 @pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize("family", MODELS)
 def test_masks_and_biases_are_the_model_s(family: str, side: str, scopes: list[Scope]) -> None:
-    visualizer = visualized.visualizer(family)
-    visualizer.read(visualized.TEXTS, padding_side=side)
+    visualizer = visualizer_cases.visualizer(family)
+    visualizer.read(visualizer_cases.TEXTS, padding_side=side)
     assert visualizer.tokens.length > 2 * max(w or 0 for w in visualizer.spec.windows)  # windows bite
     assert not visualizer.tokens.batch.valid_bk.all()
     visualizer.tokenizer.pad_token = visualizer.tokenizer.pad_token or "<unk>"  # Fuyu's tokenizer has none
     model = model_of(visualizer, MODELS[family])
-    out = model(**padded(visualizer, visualized.TEXTS, side), output_attentions=True)
+    out = model(**padded(visualizer, visualizer_cases.TEXTS, side), output_attentions=True)
     check(visualizer, model, scopes, out.attentions)
 
 
 @pytest.mark.parametrize("family", MODELS)
 def test_one_text_without_padding(family: str, scopes: list[Scope]) -> None:
-    visualizer = visualized.visualizer(family)
-    visualizer.read(visualized.TEXTS[0])
+    visualizer = visualizer_cases.visualizer(family)
+    visualizer.read(visualizer_cases.TEXTS[0])
     model = model_of(visualizer, MODELS[family])
-    ids = torch.tensor([visualizer.tokenizer(visualized.TEXTS[0])["input_ids"]])
+    ids = torch.tensor([visualizer.tokenizer(visualizer_cases.TEXTS[0])["input_ids"]])
     check(visualizer, model, scopes, model(input_ids=ids, output_attentions=True).attentions)
 
 
 @pytest.mark.parametrize("side", SIDES)
 def test_image_patches_and_texts_in_one_batch(side: str, scopes: list[Scope]) -> None:
-    visualizer = visualized.visualizer("fuyu")
+    visualizer = visualizer_cases.visualizer("fuyu")
     image = np.full((8, 12, 3), 200, np.uint8)
     texts, images = ["what is in the box?", "cat"], [image, None]
     visualizer.read(texts, images=images, padding_side=side)
@@ -111,10 +111,10 @@ def test_image_patches_and_texts_in_one_batch(side: str, scopes: list[Scope]) ->
 
 
 def test_packed_rows_are_the_model_s(scopes: list[Scope]) -> None:
-    visualizer = visualized.visualizer("mpt", attn_config={"attn_uses_sequence_id": True})
-    ids = visualizer.tokenizer(visualized.TEXTS[1])["input_ids"]
+    visualizer = visualizer_cases.visualizer("mpt", attn_config={"attn_uses_sequence_id": True})
+    ids = visualizer.tokenizer(visualizer_cases.TEXTS[1])["input_ids"]
     segments = [int(i >= 4) for i in range(len(ids))]
-    visualizer.read(visualized.TEXTS[1], sequence_id=segments)
+    visualizer.read(visualizer_cases.TEXTS[1], sequence_id=segments)
     model = model_of(visualizer, "MptModel")
     out = model(input_ids=torch.tensor([ids]), sequence_id=torch.tensor([segments]), output_attentions=True)
     check(visualizer, model, scopes, out.attentions)
@@ -124,5 +124,5 @@ def test_packed_rows_are_the_model_s(scopes: list[Scope]) -> None:
 @pytest.mark.parametrize(("count", "distance"), [(32, 128), (12, 128), (6, 20), (64, 1000)])
 def test_buckets_are_the_backend_s_at_every_distance(count: int, distance: int) -> None:
     far = torch.arange(-1500, 1500)
-    ours = visibility.bucketed(far.numpy(), Buckets(count=count, max_distance=distance))
-    assert (ours == bucketed(far, count, distance).numpy()).all()
+    ours = visibility.relative_position_bucket(far.numpy(), Buckets(count=count, max_distance=distance))
+    assert (ours == relative_position_bucket(far, count, distance).numpy()).all()

@@ -6,13 +6,13 @@ import functools
 from types import SimpleNamespace
 from typing import Any
 
+import invalid_inputs
 import numpy as np
 import pytest
 import torch
-import wrong_calls
-from families_made import CLASSES, fields, ours_of
 from helpers import model
 from measure import assert_close
+from tiny_families import CLASSES, fields, monoblock_model
 
 import monoblock
 from monoblock.backends.pytorch import inputs
@@ -25,11 +25,11 @@ WRONG: dict[str, tuple[type[Exception], dict[str, Any]]] = {
     ),
     r"hold the token -100": (ValueError, {"input_ids": torch.full((1, 3), -100)}),
     r"the input has no tokens": (ValueError, {"input_ids": torch.zeros(1, 0, dtype=torch.long)}),
-    r"input_ids must be whole numbers \(batch, tokens\), got torch.float32": (
+    r"input_ids must be integers \(batch, tokens\), got torch.float32": (
         ValueError,
         {"input_ids": IDS.float()},
     ),
-    r"input_ids must be whole numbers \(batch, tokens\), got torch.int64 \(6,\)": (
+    r"input_ids must be integers \(batch, tokens\), got torch.int64 \(6,\)": (
         ValueError,
         {"input_ids": IDS[0]},
     ),
@@ -41,7 +41,7 @@ WRONG: dict[str, tuple[type[Exception], dict[str, Any]]] = {
         ValueError,
         {"inputs_embeds": torch.zeros(2, 6, 36, dtype=torch.long)},
     ),
-    r"input_ids must be whole numbers \(batch, tokens\), got torch.bool": (
+    r"input_ids must be integers \(batch, tokens\), got torch.bool": (
         ValueError,
         {"input_ids": IDS > 12},
     ),
@@ -105,57 +105,61 @@ def test_wrong_inputs_get_one_clear_sentence(text: str) -> None:
 
 @functools.cache
 def made(name: str) -> Any:
-    return model(name, num_labels=4) if name.startswith("Mpt") else ours_of(name, **fields(CLASSES[name]))
+    return (
+        model(name, num_labels=4)
+        if name.startswith("Mpt")
+        else monoblock_model(name, **fields(CLASSES[name]))
+    )
 
 
 def tensors(given: dict[str, Any]) -> dict[str, Any]:
     return {name: torch.as_tensor(x) for name, x in given.items()}
 
 
-@pytest.mark.parametrize("case", wrong_calls.WRONG)
+@pytest.mark.parametrize("case", invalid_inputs.INVALID)
 def test_wrong_values_get_one_clear_sentence(case: str) -> None:
-    name, given = wrong_calls.arguments(case)
-    with pytest.raises(ValueError, match=wrong_calls.WRONG[case][2]) as caught:
+    name, given = invalid_inputs.arguments(case)
+    with pytest.raises(ValueError, match=invalid_inputs.INVALID[case][2]) as caught:
         made(name)(**tensors(given))
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("packed", ["", "int8", "int4"])
-@pytest.mark.parametrize("case", wrong_calls.RIGHT)
+@pytest.mark.parametrize("case", invalid_inputs.VALID)
 def test_whole_numbers_of_any_size_are_ids(case: str, packed: str) -> None:
     """As indices, those of 8 bits would be a mask."""
-    ours = ours_of("GPTNeoForCausalLM", **fields("gpt_neo"))
+    ours = monoblock_model("GPTNeoForCausalLM", **fields("gpt_neo"))
     ours = ours.quantize(packed) if packed else ours
-    given = tensors(wrong_calls.RIGHT[case])
+    given = tensors(invalid_inputs.VALID[case])
     expected = ours(**{name: x.long() for name, x in given.items()}).logits
     assert torch.equal(ours(**given).logits, expected)
 
 
 def test_relative_positions_are_any_whole_numbers() -> None:
     """RoPE has no table: a text's scores do not change with where it begins."""
-    ours, ids = made("MistralModel"), torch.as_tensor(wrong_calls.IDS)
+    ours, ids = made("MistralModel"), torch.as_tensor(invalid_inputs.IDS)
     here = ours(ids).last_hidden_state
     for start in (-5, 1000):
         moved = ours(ids, position_ids=(torch.arange(8) + start)[None]).last_hidden_state
         assert_close(f"moved by {start}", moved, here, 1e-4)
 
 
-@pytest.mark.parametrize("case", wrong_calls.REFUSED)
+@pytest.mark.parametrize("case", invalid_inputs.REFUSED)
 def test_generate_refuses_at_the_door(case: str) -> None:
     """Nothing is computed, and a streamer gets nothing."""
     ours, seen = made("GPTNeoForCausalLM"), []
     streamer = SimpleNamespace(put=seen.append, end=lambda: None)
     given = {
         name: torch.as_tensor(x) if isinstance(x, np.ndarray) else x
-        for name, x in wrong_calls.refused(case).items()
+        for name, x in invalid_inputs.refused(case).items()
     }
-    with pytest.raises(ValueError, match=wrong_calls.REFUSED[case][1]) as caught:
+    with pytest.raises(ValueError, match=invalid_inputs.REFUSED[case][1]) as caught:
         ours.generate(**given)
     assert "\n" not in str(caught.value)
     if given["input_ids"] is not None and len(given["input_ids"]):
         one_row = {name: x[:1] if isinstance(x, torch.Tensor) else x for name, x in given.items()}
         if case not in ("a pad token", "beams beyond all bounds", "another tokenizer's prompt"):
-            with pytest.raises(ValueError, match=wrong_calls.REFUSED[case][1]):
+            with pytest.raises(ValueError, match=invalid_inputs.REFUSED[case][1]):
                 ours.generate(**one_row, streamer=streamer)
     assert seen == []
 
@@ -171,7 +175,7 @@ def test_generate_takes_tensors() -> None:
 
 def test_all_positions_can_be_used() -> None:
     """In every way of making tokens; the cache is full then, the last token is not in it."""
-    ours, ids = made("OpenAIGPTLMHeadModel"), torch.as_tensor(wrong_calls.IDS[:1])
+    ours, ids = made("OpenAIGPTLMHeadModel"), torch.as_tensor(invalid_inputs.IDS[:1])
     plain = ours.generate(ids, max_new_tokens=57, eos_token_id=None)
     assert plain.shape == (1, 65)
     for more in (
@@ -184,7 +188,7 @@ def test_all_positions_can_be_used() -> None:
     assert (ours.max_positions, ours.room(8), ours.room(65), model().room(8)) == (64, 57, 0, None)
 
 
-@pytest.mark.parametrize("seed", wrong_calls.MOST_SEEDS)
+@pytest.mark.parametrize("seed", invalid_inputs.EXTREME_SEEDS)
 def test_seeds_of_64_bits(seed: int) -> None:
     ours = made("GPTNeoForCausalLM")
     one, two = (ours.generate(IDS, max_new_tokens=3, do_sample=True, seed=seed) for _ in range(2))

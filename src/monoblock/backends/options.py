@@ -6,8 +6,8 @@ import logging
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
-from monoblock.checkpoint.fitting import Report
-from monoblock.checkpoint.hub import Kind, find_weights, of_one_save
+from monoblock.checkpoint.hub import Kind, consistent_read, find_weights
+from monoblock.checkpoint.matching import LoadReport
 from monoblock.checkpoint.options import HubOptions
 from monoblock.checkpoint.store import open_store
 from monoblock.families import warn_of_another_class
@@ -51,7 +51,7 @@ class LoadOptions:
         return ("safetensors", "bin" if kwargs.pop("from_pt", False) else self.native)
 
 
-def told_of_unused(name: str, where: str, report: Report) -> None:
+def told_of_unused(name: str, where: str, report: LoadReport) -> None:
     """Log what a load into a model of the class `name` did not use: a warning for what strict=False passed over."""
     if report.unused:
         log.info("%s: %s also holds %s, not used here", name, where, ", ".join(report.unused))
@@ -67,7 +67,9 @@ def told_of_unused(name: str, where: str, report: Report) -> None:
         )
 
 
-def loading_info(missing: Iterable[str], mismatched: Iterable[str], report: Report) -> dict[str, list[str]]:
+def loading_info(
+    missing: Iterable[str], mismatched: Iterable[str], report: LoadReport
+) -> dict[str, list[str]]:
     """What `output_loading_info=True` gives; `missing` and `mismatched`: names of parameters that were made anew."""
     return {
         "missing_keys": sorted(missing),
@@ -98,4 +100,4 @@ def opened(
         )
         return settings, generation, open_store(files, "np")
 
-    return of_one_save(name, options.hub, read)
+    return consistent_read(name, options.hub, read)

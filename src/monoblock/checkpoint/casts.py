@@ -5,7 +5,7 @@ Arrays are as `views.numpy_dtype` describes them: without `ml_dtypes`, bfloat16 
 
 import numpy as np
 
-from monoblock.checkpoint.views import DTYPE_NAMES, HUB_NAMES, Array, numpy_dtype
+from monoblock.checkpoint.array_adapters import DTYPE_NAMES, HUB_NAMES, Array, numpy_dtype
 from monoblock.errors import CheckpointError
 
 FLOATS = ("F64", "F32", "F16", "BF16")

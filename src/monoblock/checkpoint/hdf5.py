@@ -6,8 +6,8 @@ from collections.abc import KeysView, Mapping
 from pathlib import Path
 from typing import Any
 
+from monoblock.checkpoint.array_adapters import HUB_NAMES, Adapter, adapter
 from monoblock.checkpoint.header import check_weight_file
-from monoblock.checkpoint.views import HUB_NAMES, Adapter, adapter
 from monoblock.errors import CheckpointError
 
 # How often the file's bytes its compressed numbers may have (weights hardly shrink), and bytes that are always fine.
@@ -104,7 +104,7 @@ class Hdf5:
             raise CheckpointError(
                 f"{self.path} is damaged at '{name}' ({_line(error)}): fetch it again"
             ) from error
-        return self._side.lay(adapter("np").raw(array), self.dtype(name), self.shape(name))
+        return self._side.from_buffer(adapter("np").raw(array), self.dtype(name), self.shape(name))
 
 
 def is_weights(path: Path) -> bool:

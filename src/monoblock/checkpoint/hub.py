@@ -138,7 +138,9 @@ def find_weights(
     raise _no_weights(place, variant, use_safetensors)
 
 
-def of_one_save(name_or_path: str | os.PathLike[str], options: HubOptions, read: Callable[[], Read]) -> Read:
+def consistent_read(
+    name_or_path: str | os.PathLike[str], options: HubOptions, read: Callable[[], Read]
+) -> Read:
     """What `read` gives of a model's files. Where a save into a local folder replaced them meanwhile, they are read
     again; CheckpointError if that does not end."""
     folder = Path(name_or_path).expanduser() / options.subfolder

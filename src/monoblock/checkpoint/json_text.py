@@ -11,20 +11,20 @@ from typing import Any, cast
 
 from monoblock.errors import CheckpointError
 
-MOST_BYTES = 64 * 2**20  # tokenizer.json and tekken.json, the largest, have up to 35 MB
-MOST_CONTAINERS = 4_000_000  # objects and lists; each takes 56 bytes or more
-MOST_DEPTH = 64
+MAX_JSON_BYTES = 64 * 2**20  # tokenizer.json and tekken.json, the largest, have up to 35 MB
+MAX_CONTAINERS = 4_000_000  # objects and lists; each takes 56 bytes or more
+MAX_DEPTH = 64
 
 _ESCAPE = re.compile(rb"\\(?:u([0-9a-fA-F]{4})|.)", re.DOTALL)
 
 
 def parsed(raw: bytes, path: Path | str) -> Any:
     """The value of a JSON text; `CheckpointError` names the file and the place where it breaks."""
-    if len(raw) > MOST_BYTES:
-        raise CheckpointError(f"{path} has {len(raw):,} bytes of JSON; expected at most {MOST_BYTES:,}")
+    if len(raw) > MAX_JSON_BYTES:
+        raise CheckpointError(f"{path} has {len(raw):,} bytes of JSON; expected at most {MAX_JSON_BYTES:,}")
     containers = raw.count(b"{") + raw.count(b"[")
-    if containers > MOST_CONTAINERS:
-        raise CheckpointError(f"{path} holds over {MOST_CONTAINERS:,} objects and lists: it is no model's")
+    if containers > MAX_CONTAINERS:
+        raise CheckpointError(f"{path} holds over {MAX_CONTAINERS:,} objects and lists: it is no model's")
     try:
         content: object = json.loads(raw.decode("utf-8"))
     except UnicodeDecodeError as error:
@@ -35,8 +35,8 @@ def parsed(raw: bytes, path: Path | str) -> Any:
         raise CheckpointError(
             f"{path} has half a character (a lone surrogate) at byte {half}: fetch it again"
         )
-    if containers > MOST_DEPTH and _deeper(content, MOST_DEPTH):
-        raise CheckpointError(f"{path} is nested more than {MOST_DEPTH} levels deep: it is no model's")
+    if containers > MAX_DEPTH and _deeper(content, MAX_DEPTH):
+        raise CheckpointError(f"{path} is nested more than {MAX_DEPTH} levels deep: it is no model's")
     return content
 
 

@@ -74,7 +74,7 @@ class Interleaved:
 
 
 @dataclass(frozen=True)
-class Parts:
+class SplitEach:
     """Stored as several tensors of these many rows, as `Split`, each then in its own way (an op of one tensor)."""
 
     sizes: tuple[int, ...]
@@ -94,20 +94,20 @@ class Spelling:
 
 
 @dataclass(frozen=True)
-class Row:
+class KeyRow:
     """A canonical parameter and its spellings; the first is the one that is written."""
 
     canonical: str
     spellings: tuple[Spelling, ...]
 
 
-def row(canonical: str, *spellings: str | Spelling) -> Row:
+def row(canonical: str, *spellings: str | Spelling) -> KeyRow:
     """A row from plain names (stored as they are) and `Spelling`s."""
-    return Row(canonical, tuple(Spelling((s,)) if isinstance(s, str) else s for s in spellings))
+    return KeyRow(canonical, tuple(Spelling((s,)) if isinstance(s, str) else s for s in spellings))
 
 
 @dataclass(frozen=True)
-class Source:
+class TensorSource:
     """Where a canonical parameter comes from: the names in the file and the op that views it as them."""
 
     names: tuple[str, ...]
@@ -115,10 +115,10 @@ class Source:
 
 
 @dataclass
-class Plan:
+class KeyMatch:
     """What to read: sources by canonical name, what is not there, and what is there but not used."""
 
-    sources: dict[str, Source]
+    sources: dict[str, TensorSource]
     missing: list[str]
     unread: list[str]
     unknown: list[str]
@@ -133,8 +133,8 @@ class KeyMap:
     parameter (buffers of old files); `other_prefixes` are further prefixes met in files.
     """
 
-    rows: tuple[Row, ...]
-    heads: Mapping[str, tuple[Row, ...]]
+    rows: tuple[KeyRow, ...]
+    heads: Mapping[str, tuple[KeyRow, ...]]
     prefix: str
     head: str | None = None
     ignored: tuple[str, ...] = ()
@@ -151,7 +151,7 @@ class KeyMap:
         if not getattr(tensors, "outputs_first", False):
             return self
 
-        def same(known: Row) -> Row:
+        def same(known: KeyRow) -> KeyRow:
             return replace(
                 known,
                 spellings=tuple(
@@ -161,17 +161,17 @@ class KeyMap:
 
         return replace(self, rows=tuple(same(known) for known in self.rows))
 
-    def source(self, canonical: str) -> Source:
+    def source(self, canonical: str) -> TensorSource:
         """The spelling under which a canonical parameter is written."""
         return self._candidates(canonical)[0]
 
-    def plan(self, parameters: Iterable[str], keys: Iterable[str], tied: Iterable[str] = ()) -> Plan:
+    def match(self, parameters: Iterable[str], keys: Iterable[str], tied: Iterable[str] = ()) -> KeyMatch:
         """Match the parameters of a model with the keys of a file.
 
         `tied` names parameters that are another one's second name: their copies in a file are not needed.
         """
         left = set(keys)
-        sources: dict[str, Source] = {}
+        sources: dict[str, TensorSource] = {}
         missing: list[str] = []
         for canonical in parameters:
             found = next((s for s in self._candidates(canonical) if all(n in left for n in s.names)), None)
@@ -186,13 +186,13 @@ class KeyMap:
                 left.difference_update(source.names)
         left = {key for key in left if not any(re.search(pattern, key) for pattern in self.ignored)}
         known = {key for key in left if self._is_known(key)}
-        return Plan(sources, missing, sorted(known), sorted(left - known))
+        return KeyMatch(sources, missing, sorted(known), sorted(left - known))
 
     def is_head(self, key: str) -> bool:
         """Whether a name of a file belongs to a head of this family, of whatever kind."""
         return any(_matches(row, key, "") for rows in self.heads.values() for row in rows)
 
-    def _candidates(self, canonical: str) -> list[Source]:
+    def _candidates(self, canonical: str) -> list[TensorSource]:
         if canonical.startswith("head."):
             return _spelled(self.heads[self.head or ""], canonical, ("",))
         first, second = (self.prefix, "") if self.inside else ("", self.prefix)
@@ -210,19 +210,19 @@ def nearest(name: str, names: Iterable[str]) -> str | None:
     return next(iter(difflib.get_close_matches(name, list(names), n=1, cutoff=0.6)), None)
 
 
-def _spelled(rows: Iterable[Row], canonical: str, prefixes: tuple[str, ...]) -> list[Source]:
+def _spelled(rows: Iterable[KeyRow], canonical: str, prefixes: tuple[str, ...]) -> list[TensorSource]:
     for candidate in rows:
         if match := _pattern(candidate.canonical).fullmatch(canonical):
             values = match.groupdict()
             return [
-                Source(tuple(prefix + _filled(name, values) for name in spelling.names), spelling.op)
+                TensorSource(tuple(prefix + _filled(name, values) for name in spelling.names), spelling.op)
                 for spelling in candidate.spellings
                 for prefix in prefixes
             ]
     raise KeyError(f"the key map has no row for {canonical!r}")
 
 
-def _matches(candidate: Row, key: str, prefix: str) -> bool:
+def _matches(candidate: KeyRow, key: str, prefix: str) -> bool:
     names = (name for spelling in candidate.spellings for name in spelling.names)
     return key.startswith(prefix) and any(
         _pattern(name).fullmatch(key.removeprefix(prefix)) for name in names

@@ -13,8 +13,8 @@ from math import prod
 from pathlib import Path
 from typing import cast
 
+from monoblock.checkpoint.array_adapters import HUB_NAMES
 from monoblock.checkpoint.header import ITEM_BYTES, Entry, Header, check_weight_file
-from monoblock.checkpoint.views import HUB_NAMES
 from monoblock.errors import CheckpointError
 from monoblock.field_types import brief
 

@@ -8,11 +8,11 @@ from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
+from monoblock.checkpoint.array_adapters import DTYPE_NAMES, Adapter, Description, adapter
 from monoblock.checkpoint.header import ITEM_BYTES
 from monoblock.checkpoint.msgpack import CHUNKED
 from monoblock.checkpoint.save import SINGLE as SAFETENSORS
-from monoblock.checkpoint.save import Made, made, save_shards, write_bytes
-from monoblock.checkpoint.views import DTYPE_NAMES, Adapter, Description, adapter
+from monoblock.checkpoint.save import LazyTensor, made, save_shards, write_bytes
 from monoblock.errors import CheckpointError
 
 log = logging.getLogger("monoblock")
@@ -41,7 +41,7 @@ def save_msgpack(
     side = adapter("np")
     described: dict[str, Description] = {}
     for path, value in leaves.items():
-        found = value if isinstance(value, Made) else side.describe(path, made(value))
+        found = value if isinstance(value, LazyTensor) else side.describe(path, made(value))
         described[path] = Description(dtype=found.dtype, shape=found.shape, identity=None)
 
     def write(file: BinaryIO, part: Mapping[str, Description], metadata: Mapping[str, str]) -> None:

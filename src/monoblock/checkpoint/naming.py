@@ -52,7 +52,7 @@ class Shard(Protocol):
     def tensor(self, name: str) -> Any: ...
 
 
-class Renamed:
+class RenamedShard:
     """A file of a framework's own names and layouts, by the hub's names and in PyTorch's layouts."""
 
     def __init__(self, shard: Shard, naming: Naming):

@@ -16,7 +16,7 @@ _FAILED = ctypes.c_void_p(-1).value
 
 
 @dataclass(frozen=True)
-class Piece:
+class FileRange:
     """Bytes [begin, end) of an open file, by its descriptor."""
 
     file: int
@@ -40,7 +40,7 @@ def _libc() -> Any:
     return libc
 
 
-def joined(pieces: Sequence[Piece]) -> Any:
+def map_contiguous(pieces: Sequence[FileRange]) -> Any:
     """The pieces one after the other as one buffer over the files' own pages, or None where they do not fit.
 
     They fit if each begins as many bytes into a page as the one before it ends: then pages of files can follow each

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
+from monoblock.checkpoint.array_adapters import import_torch
 from monoblock.checkpoint.header import check_weight_file
 from monoblock.checkpoint.pickle_scan import check_storages, is_archive
-from monoblock.checkpoint.views import import_torch
 from monoblock.errors import CheckpointError
 from monoblock.field_types import brief
 

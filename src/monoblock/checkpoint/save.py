@@ -10,10 +10,10 @@ from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from monoblock.checkpoint.array_adapters import Adapter, Description, Framework, adapter
 from monoblock.checkpoint.fingerprint import FINGERPRINTS, fingerprint
 from monoblock.checkpoint.header import ITEM_BYTES, make_header
 from monoblock.checkpoint.transaction import SAVE_ID, Staging, staged
-from monoblock.checkpoint.views import Adapter, Description, Framework, adapter
 from monoblock.errors import CheckpointError
 
 SINGLE = "model.safetensors"
@@ -47,7 +47,7 @@ def parse_size(size: int | str) -> int:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Made:
+class LazyTensor:
     """A tensor that is made when it is written, and whose dtype (the hub's name) and shape are known before."""
 
     dtype: str
@@ -94,7 +94,7 @@ def save_tensors(
     """Write `tensors` under the hub's file names; returns the files, the index last if there is one.
 
     A value is a tensor (torch for "pt", NumPy for "np"), or a function of no arguments that makes it; such a
-    function is called twice (a `Made` once) and its tensor is dropped at once, so no more than one made tensor
+    function is called twice (a `LazyTensor` once) and its tensor is dropped at once, so no more than one made tensor
     exists at a time. Memory beyond the tensors given is one tensor at most: none for what lies contiguous on the CPU.
 
     Tensors that are the same memory (tied weights) are written once, under the first of their names; the
@@ -199,7 +199,7 @@ def _describe(side: Adapter, tensors: Mapping[str, Any]) -> tuple[dict[str, Desc
     for name, value in tensors.items():
         if name == "__metadata__":
             raise CheckpointError("a tensor cannot be called '__metadata__': safetensors keep that name")
-        if isinstance(value, Made):
+        if isinstance(value, LazyTensor):
             description = Description(dtype=value.dtype, shape=value.shape, identity=None)
         else:
             description = side.describe(name, made(value))

@@ -9,16 +9,16 @@ from pathlib import Path
 from typing import Any, cast
 
 from monoblock.checkpoint import pages
+from monoblock.checkpoint.array_adapters import Adapter, Framework, adapter, import_torch
 from monoblock.checkpoint.fingerprint import fingerprint
 from monoblock.checkpoint.hdf5 import Hdf5
 from monoblock.checkpoint.header import ITEM_BYTES, Entry, Header, read_header
 from monoblock.checkpoint.hub import Kind, WeightFiles
 from monoblock.checkpoint.msgpack import read_msgpack
-from monoblock.checkpoint.naming import Naming, Renamed, Shard, flax_name, tensorflow_name
+from monoblock.checkpoint.naming import Naming, RenamedShard, Shard, flax_name, tensorflow_name
 from monoblock.checkpoint.pickles import plain_tensor, unpickled
 from monoblock.checkpoint.save import parse_size, save_tensors
 from monoblock.checkpoint.transaction import SAVE_ID
-from monoblock.checkpoint.views import Adapter, Framework, adapter, import_torch
 from monoblock.errors import CheckpointError
 from monoblock.field_types import brief
 
@@ -73,18 +73,18 @@ class Store:
         """The tensor itself, in its own dtype, over the file's memory."""
         return self._homes[name].tensor(name)
 
-    def joined(self, names: Sequence[str]) -> Any:
+    def concatenated(self, names: Sequence[str]) -> Any:
         """The tensors as one, along their first axis, over the files' memory; None where that takes a copy."""
         shards = [self._homes[name] for name in names]
         if not all(isinstance(shard, _Mapped) for shard in shards):
             return None
-        return _Mapped.joined(cast(list[_Mapped], shards), names)
+        return _Mapped.concatenated(cast(list[_Mapped], shards), names)
 
     @property
     def outputs_first(self) -> bool:
         """Whether every matrix is given outputs x inputs: Flax's files do not tell those that the hub has the other
         way round (Conv1D's) from others."""
-        return any(isinstance(shard, Renamed) and shard.naming is flax_name for shard in self._shards)
+        return any(isinstance(shard, RenamedShard) and shard.naming is flax_name for shard in self._shards)
 
     @property
     def metadata(self) -> dict[str, str]:
@@ -110,7 +110,7 @@ def open_store(files: WeightFiles, framework: Framework) -> Store:
             homes[name] = shard
     _check_save(files, shards)
     for name, path in listed.items():
-        if isinstance(shards[path], Renamed):
+        if isinstance(shards[path], RenamedShard):
             continue  # the index has the framework's own names; what is missing shows when a model is loaded
         if name not in shards[path].names():
             raise CheckpointError(
@@ -177,21 +177,21 @@ class _Mapped:
         # Frameworks want elements that are aligned, and in one piece.
         direct = not entry.rest and not entry.begin % ITEM_BYTES[entry.dtype]
         buffer = self._buffer(name, entry) if direct else self._copied(entry)
-        return self._side.lay(buffer, entry.dtype, entry.shape)
+        return self._side.from_buffer(buffer, entry.dtype, entry.shape)
 
     @staticmethod
-    def joined(shards: Sequence["_Mapped"], names: Sequence[str]) -> Any:
-        """See `Store.joined`."""
+    def concatenated(shards: Sequence["_Mapped"], names: Sequence[str]) -> Any:
+        """See `Store.concatenated`."""
         entries = [shard._entries[name] for shard, name in zip(shards, names, strict=True)]
         first = entries[0]
         alike = all(e.dtype == first.dtype and e.shape[1:] == first.shape[1:] and not e.rest for e in entries)
         if not alike or not first.shape or first.begin % ITEM_BYTES[first.dtype]:
             return None
-        pieces = [pages.Piece(s._file, e.begin, e.end) for s, e in zip(shards, entries, strict=True)]
-        if (buffer := pages.joined(pieces)) is None:
+        pieces = [pages.FileRange(s._file, e.begin, e.end) for s, e in zip(shards, entries, strict=True)]
+        if (buffer := pages.map_contiguous(pieces)) is None:
             return None
         shape = (sum(entry.shape[0] for entry in entries), *first.shape[1:])
-        return shards[0]._side.lay(buffer, first.dtype, shape)
+        return shards[0]._side.from_buffer(buffer, first.dtype, shape)
 
     def _copied(self, entry: Entry) -> bytearray:
         """The entry's bytes, as a copy; what reading them brings into memory goes back on the way."""
@@ -237,7 +237,7 @@ def _safetensors(path: Path, side: Adapter) -> Shard:
     """A safetensors file; what transformers 4's other classes wrote says so, and has their names."""
     shard = _Mapped(path, side, read_header)
     naming = _NAMINGS.get(shard.metadata.get("format", ""))
-    return Renamed(shard, naming) if naming else shard
+    return RenamedShard(shard, naming) if naming else shard
 
 
 class _Pickle:
@@ -264,7 +264,7 @@ class _Pickle:
         tensor = self._tensors[name]
         if self._side is self._torch_side:
             return tensor
-        return self._side.lay(self._torch_side.raw(tensor), self.dtype(name), self.shape(name))
+        return self._side.from_buffer(self._torch_side.raw(tensor), self.dtype(name), self.shape(name))
 
 
 def _load_pickle(path: Path) -> dict[str, Any]:
@@ -289,6 +289,6 @@ _NAMINGS: dict[str, Naming] = {"flax": flax_name, "tf": tensorflow_name}
 _OPENERS: dict[Kind, Callable[[Path, Adapter], Shard]] = {
     "safetensors": _safetensors,
     "bin": _Pickle,
-    "msgpack": lambda path, side: Renamed(_Mapped(path, side, read_msgpack), flax_name),
-    "h5": lambda path, side: Renamed(Hdf5(path, side), tensorflow_name),
+    "msgpack": lambda path, side: RenamedShard(_Mapped(path, side, read_msgpack), flax_name),
+    "h5": lambda path, side: RenamedShard(Hdf5(path, side), tensorflow_name),
 }

@@ -11,9 +11,9 @@ from typing import Any, Protocol
 import numpy as np
 
 from monoblock.checkpoint import casts
-from monoblock.checkpoint.keymap import KeyMap, Op, Plan, Source, nearest
-from monoblock.checkpoint.save import Made
-from monoblock.checkpoint.views import DTYPE_NAMES, Array
+from monoblock.checkpoint.array_adapters import DTYPE_NAMES, Array
+from monoblock.checkpoint.keymap import KeyMap, KeyMatch, Op, TensorSource, nearest
+from monoblock.checkpoint.save import LazyTensor
 from monoblock.errors import MissingKeys, ShapeMismatch, UnexpectedKeys, UnreadKeys
 from monoblock.spec import ArchSpec
 
@@ -30,7 +30,7 @@ class Tensors(Protocol):
     def tensor(self, name: str) -> Array: ...
 
 
-class Weights(Protocol):
+class CanonicalWeights(Protocol):
     """Weights by canonical name."""
 
     def shapes(self) -> Mapping[str, Shape]: ...
@@ -63,7 +63,7 @@ class StateTensors:
         return tensor.detach() if hasattr(tensor, "detach") else tensor
 
 
-class Renamed:
+class RenamedTensors:
     """Tensors under other names, new name -> old name; those not listed are left out."""
 
     def __init__(self, tensors: Tensors, names: Mapping[str, str]):
@@ -90,13 +90,13 @@ class Renamed:
         """See `Store.outputs_first`."""
         return getattr(self._tensors, "outputs_first", False)
 
-    def joined(self, names: Sequence[str]) -> Any:
-        """See `Store.joined`; None where the tensors are no store's."""
-        join = getattr(self._tensors, "joined", None)
+    def concatenated(self, names: Sequence[str]) -> Any:
+        """See `Store.concatenated`; None where the tensors are no store's."""
+        join = getattr(self._tensors, "concatenated", None)
         return join([self._names[name] for name in names]) if join else None
 
 
-class Joined:
+class ConcatenatedTensors:
     """Files of which each holds one part of every tensor, along the axis in which the parts' sizes add up to the
     `expected` size; a tensor that has its expected shape in each file is the same in all."""
 
@@ -135,9 +135,9 @@ class Joined:
 
 
 class FileWeights:
-    """The weights that a key map finds in tensors; made by `opened`, which checks that they fit."""
+    """The weights that a key map finds in tensors; made by `open_weights`, which checks that they fit."""
 
-    def __init__(self, tensors: Tensors, shapes: Mapping[str, Shape], sources: Mapping[str, Source]):
+    def __init__(self, tensors: Tensors, shapes: Mapping[str, Shape], sources: Mapping[str, TensorSource]):
         self._tensors = tensors
         self._shapes = shapes
         self._sources = sources
@@ -170,15 +170,15 @@ class FileWeights:
         return [_stored(view, whole.ndim) for view in op.views(whole)]
 
 
-def opened(
+def open_weights(
     tensors: Tensors, keymap: KeyMap, shapes: Mapping[str, Shape], tied: Iterable[str]
-) -> tuple[FileWeights, Plan]:
+) -> tuple[FileWeights, KeyMatch]:
     """The weights of a model with parameters of these `shapes`, and what was found.
 
     MissingKeys, UnexpectedKeys, UnreadKeys and ShapeMismatch name the first tensor that does not fit. A head
     that the model does not have is no error: its tensors are in the plan's `unread`.
     """
-    plan = keymap.of(tensors).plan(shapes, tensors, tied)
+    plan = keymap.of(tensors).match(shapes, tensors, tied)
     if plan.missing:
         name = keymap.source(plan.missing[0]).names[0]
         close = nearest(name, plan.unknown)
@@ -202,7 +202,7 @@ def opened(
     return FileWeights(tensors, shapes, plan.sources), plan
 
 
-def _check_shapes(tensors: Tensors, source: Source, canonical: str, shape: Shape) -> None:
+def _check_shapes(tensors: Tensors, source: TensorSource, canonical: str, shape: Shape) -> None:
     for name, expected in zip(source.names, stored_shapes(source.op, shape), strict=True):
         if tensors.shape(name) != expected:
             raise ShapeMismatch(
@@ -228,10 +228,10 @@ def _is_same(op: Op, shape: Shape) -> bool:
 
 
 @dataclass(frozen=True)
-class Cast:
+class CastWeights:
     """Weights in another floating-point type; other tensors stay."""
 
-    weights: Weights
+    weights: CanonicalWeights
     to: str
 
     def shapes(self) -> Mapping[str, Shape]:
@@ -246,10 +246,10 @@ class Cast:
 
 
 @dataclass(frozen=True)
-class Pooled:
+class PooledKVWeights:
     """Weights whose key and value heads are the means of equal groups of the given ones (arXiv:2305.13245)."""
 
-    weights: Weights
+    weights: CanonicalWeights
     spec: ArchSpec
     kv_heads: int
 
@@ -276,17 +276,17 @@ class Pooled:
         return np.concatenate([array[:rows], casts.cast(means, casts.dtype_of(array), canonical)])
 
 
-def laid_out(weights: Weights, keymap: KeyMap) -> dict[str, Made]:
+def lazy_tensors(weights: CanonicalWeights, keymap: KeyMap) -> dict[str, LazyTensor]:
     """What a file by that key map holds: its names, and each tensor as it is made when its turn comes."""
     recent = _Recent(weights)
-    made: dict[str, Made] = {}
+    made: dict[str, LazyTensor] = {}
     for canonical, shape in weights.shapes().items():
         source = keymap.source(canonical)
         reader = recent if len(source.names) > 1 else weights
         stored = stored_shapes(source.op, shape)
         for place, name in enumerate(source.names):
             make = _maker(reader, canonical, source.op, place)
-            made[name] = Made(dtype=weights.dtype(canonical), shape=stored[place], make=make)
+            made[name] = LazyTensor(dtype=weights.dtype(canonical), shape=stored[place], make=make)
     return made
 
 
@@ -301,7 +301,7 @@ def _maker(weights: Any, canonical: str, op: Op, place: int) -> Callable[[], Arr
 class _Recent:
     """Keeps the last parameter that was read: the parts of a fused one are written one after the other."""
 
-    def __init__(self, weights: Weights):
+    def __init__(self, weights: CanonicalWeights):
         self._weights = weights
         self._name, self._array = "", None
 

@@ -11,7 +11,7 @@ import typer
 
 from monoblock.cli import console
 from monoblock.cli.app import EXIT_CODES, sub_app
-from monoblock.cli.options import Dtype, Hub, Source
+from monoblock.cli.options import DownloadOptions, Dtype, ModelOptions
 
 if TYPE_CHECKING:
     from monoblock.utils.attention_visualizer import AttentionMaskVisualizer
@@ -42,8 +42,8 @@ def attention(
         list[str],
         typer.Argument(metavar="[MODEL] TEXT", help="A model as in --model, and the text; - reads the text."),
     ],
-    source: Source,
-    hub: Hub,
+    source: ModelOptions,
+    hub: DownloadOptions,
     layer: Annotated[
         int | None, typer.Option(min=0, help="Show the weights of this layer; default: all.")
     ] = None,
@@ -123,7 +123,7 @@ def _check(visualizer: AttentionMaskVisualizer, layer: int | None, head: int | s
 def _weights(
     visualizer: AttentionMaskVisualizer,
     text: str,
-    files: tuple[str, dict[str, Any], Source],
+    files: tuple[str, dict[str, Any], ModelOptions],
     chosen: tuple[int | None, int | str],
 ) -> list[Panel]:
     """Runs the model on the text."""
@@ -138,7 +138,7 @@ def _weights(
     return visualizer.weights(arrays, layer=layer, head=head)
 
 
-def _load(visualizer: AttentionMaskVisualizer, path: str, where: dict[str, Any], source: Source) -> Any:
+def _load(visualizer: AttentionMaskVisualizer, path: str, where: dict[str, Any], source: ModelOptions) -> Any:
     """The model in the class that its config names, so that all its weights have a place."""
     import monoblock
     from monoblock.cli.engine import device_map

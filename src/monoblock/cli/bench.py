@@ -15,7 +15,7 @@ import typer
 
 from monoblock.cli import console
 from monoblock.cli.app import EXIT_CODES, sub_app
-from monoblock.cli.options import Dtype, Hub, Json, Quantize
+from monoblock.cli.options import DownloadOptions, Dtype, Json, Quantize
 
 app = sub_app()
 
@@ -57,7 +57,7 @@ def bench(
     device: Annotated[str, typer.Option(help="auto (a GPU if there is one), cpu, cuda, cuda:1, mps, ...")] = (
         "auto"
     ),
-    hub: Hub,
+    hub: DownloadOptions,
     as_json: Json = False,
 ) -> None:
     """Measure how fast a model loads, reads a prompt and makes tokens here, through `generate` as programs call it.

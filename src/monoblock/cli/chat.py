@@ -12,7 +12,7 @@ import typer
 from monoblock.cli import console
 from monoblock.cli.app import EXIT_CODES, sub_app
 from monoblock.cli.conversation import Conversation
-from monoblock.cli.options import AnySource, Hub, Sampling
+from monoblock.cli.options import DownloadOptions, FrameworkModelOptions, SamplingOptions
 from monoblock.texts import read_text
 
 if TYPE_CHECKING:
@@ -38,9 +38,9 @@ def chat(
             show_default=False,
         ),
     ] = None,
-    source: AnySource,
-    hub: Hub,
-    sampling: Sampling,
+    source: FrameworkModelOptions,
+    hub: DownloadOptions,
+    sampling: SamplingOptions,
     system: Annotated[
         str | None,
         typer.Option("--system", "--system-prompt", help="What the model is told before the conversation."),
@@ -86,7 +86,7 @@ def chat(
     Session(loaded, settings, conversation, autosave=history, quiet=quiet).run()
 
 
-def _sorted_words(words: list[str], source: AnySource) -> tuple[AnySource, list[str]]:
+def _sorted_words(words: list[str], source: FrameworkModelOptions) -> tuple[FrameworkModelOptions, list[str]]:
     """The source with the model that the words name, and the settings among them."""
     flags = [word for word in words if re.match(r"[a-z_0-9]+=", word)]
     names = [word for word in words if word not in flags]
@@ -101,7 +101,7 @@ def _sorted_words(words: list[str], source: AnySource) -> tuple[AnySource, list[
     return (replace(source, model=names[0]) if names else source), flags
 
 
-def _settings(sampling: Sampling, flags: list[str]) -> Settings:
+def _settings(sampling: SamplingOptions, flags: list[str]) -> Settings:
     from monoblock.cli.settings import Settings
 
     try:

@@ -13,7 +13,7 @@ import typer
 
 from monoblock.cli import console
 from monoblock.cli.app import EXIT_CODES, sub_app
-from monoblock.cli.options import Dtype, Hub, shard_size
+from monoblock.cli.options import DownloadOptions, Dtype, shard_size
 
 if TYPE_CHECKING:
     from monoblock.conversion.compare import Comparison
@@ -73,7 +73,7 @@ def convert(
     force: Annotated[
         bool, typer.Option("--force", help="Replace the target folder; the files in it are deleted.")
     ] = False,
-    hub: Hub,
+    hub: DownloadOptions,
 ) -> None:
     """Convert a checkpoint into a new folder: another format, type, shard size, or number of key and value heads.
 

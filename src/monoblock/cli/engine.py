@@ -10,7 +10,7 @@ from typing import Any
 
 import typer
 
-from monoblock.cli.options import AnySource, Hub
+from monoblock.cli.options import DownloadOptions, FrameworkModelOptions
 
 # {"role": "system" | "user" | "assistant", "content": ...}, and "image": PATH where a user shows one.
 Message = dict[str, str]
@@ -173,7 +173,10 @@ def _tokens(count: int) -> str:
 
 
 def load(
-    source: AnySource, hub: Hub, attention: str | None = None, what: str = "monoblock generate"
+    source: FrameworkModelOptions,
+    hub: DownloadOptions,
+    attention: str | None = None,
+    what: str = "monoblock generate",
 ) -> Engine:
     """The model and tokenizer of these options; `attention` is from_pretrained's `attn_implementation`, `what` the
     command."""

@@ -10,7 +10,7 @@ import typer
 
 from monoblock.cli import console
 from monoblock.cli.app import EXIT_CODES, sub_app
-from monoblock.cli.options import AnySource, Hub, Sampling
+from monoblock.cli.options import DownloadOptions, FrameworkModelOptions, SamplingOptions
 from monoblock.texts import read_text
 
 app = sub_app()
@@ -27,9 +27,9 @@ def generate(
     file: Annotated[
         Path | None, typer.Option("--file", "-f", help="Read the text to continue from a file.")
     ] = None,
-    source: AnySource,
-    hub: Hub,
-    sampling: Sampling,
+    source: FrameworkModelOptions,
+    hub: DownloadOptions,
+    sampling: SamplingOptions,
     stream: Annotated[
         bool, typer.Option("--stream/--no-stream", help="Print text as it comes, or at the end.")
     ] = True,

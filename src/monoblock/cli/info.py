@@ -14,7 +14,7 @@ from monoblock.checkpoint.contents import SENTENCE_TRANSFORMERS, explained
 from monoblock.checkpoint.journal import hidden
 from monoblock.cli import console
 from monoblock.cli.app import EXIT_CODES, sub_app
-from monoblock.cli.options import Hub, Json
+from monoblock.cli.options import DownloadOptions, Json
 
 if TYPE_CHECKING:
     from monoblock.checkpoint.hub import WeightFiles
@@ -42,7 +42,7 @@ def info(
         str | None,
         typer.Option("--model", "-m", help="Folder, or name on the hub; default: the embedded demo model."),
     ] = None,
-    hub: Hub,
+    hub: DownloadOptions,
     as_json: Json = False,
     with_runtime: Annotated[
         bool,
@@ -62,7 +62,7 @@ def info(
         raise typer.BadParameter(f"two models are given, {name} and --model {model}; drop one")
     model = model or name
     path, name = locate(model)
-    hub = hub if model else Hub()
+    hub = hub if model else DownloadOptions()
     if is_adapter(path, HubOptions(**hub.kwargs())):
         if with_runtime:
             raise ValueError(f"{name} holds an adapter, and --runtime loads a model: give its base model")
@@ -95,10 +95,10 @@ class Contents:
     note: str | None = None
 
 
-def describe(path: str, hub: Hub) -> dict[str, Any]:
+def describe(path: str, hub: DownloadOptions) -> dict[str, Any]:
     """Everything `monoblock info` shows, by name; all but the spec is ready for JSON. Sizes are in bytes."""
     from monoblock import AutoConfig
-    from monoblock.quantization import recorded
+    from monoblock.quantization import stored_quantization
 
     config = AutoConfig.from_pretrained(path, **hub.kwargs())
     spec = config.to_spec()
@@ -116,14 +116,16 @@ def describe(path: str, hub: Hub) -> dict[str, Any]:
         "weights": list(contents.read),
         "note": contents.note,
         "kind": "sentence-transformers" if SENTENCE_TRANSFORMERS in contents.files else None,
-        "quantization": how.to_dict() | {"summary": how.summary} if (how := recorded(config)) else None,
+        "quantization": how.to_dict() | {"summary": how.summary}
+        if (how := stored_quantization(config))
+        else None,
         "memory": {name: count * bits // 8 for name, bits in DTYPE_BITS.items()},
         "cache_per_token": per_token,
         "files": contents.files,
     }
 
 
-def runtime(path: str, hub: Hub) -> dict[str, Any]:
+def runtime(path: str, hub: DownloadOptions) -> dict[str, Any]:
     """The loaded model on the device that the other commands would take: how it decodes, or why it takes no fast path;
     its dtype and device, PyTorch's threads, and the native kernels' level."""
     from monoblock.cli.engine import device_map, need_pytorch
@@ -227,7 +229,7 @@ def _adapter_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
     return [(name, str(value)) for name, value in rows if value is not None]
 
 
-def _remote(name: str, hub: Hub) -> Contents:
+def _remote(name: str, hub: DownloadOptions) -> Contents:
     """The files of a model on the hub; of their content, only headers are fetched.
 
     Without the network there is nothing to list; the rest is known from config.json, so a note is enough.

@@ -39,7 +39,7 @@ class Framework(StrEnum):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Hub:
+class DownloadOptions:
     """Where a model's files come from."""
 
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a model on the hub.")] = None
@@ -58,7 +58,7 @@ class Hub:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Source:
+class ModelOptions:
     """Which model is loaded, and how."""
 
     model: Annotated[
@@ -81,7 +81,7 @@ class Source:
 
 
 @dataclass(frozen=True, kw_only=True)
-class AnySource(Source):
+class FrameworkModelOptions(ModelOptions):
     """The same, on any framework."""
 
     framework: Annotated[
@@ -93,7 +93,7 @@ class AnySource(Source):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sampling:
+class SamplingOptions:
     """How the next token is chosen. What is not given is as the model's generation_config.json says."""
 
     max_new_tokens: Annotated[
@@ -117,7 +117,7 @@ class Sampling:
         float | None, typer.Option(min=0, help="Above 1: tokens that are in the text become less likely.")
     ] = None
     seed: Annotated[
-        int | None, typer.Option(min=0, max=seeds.MOST, help="The same seed samples the same text.")
+        int | None, typer.Option(min=0, max=seeds.MAX_SEED, help="The same seed samples the same text.")
     ] = None
     stop: Annotated[
         list[str] | None, typer.Option(help="Stop after this text; may be given several times.")
@@ -142,7 +142,7 @@ class Sampling:
         rest = {
             "max_new_tokens": self.max_new_tokens,
             "repetition_penalty": self.repetition_penalty,
-            "seed": None if self.seed is None else seeds.after(self.seed, retry),
+            "seed": None if self.seed is None else seeds.advance(self.seed, retry),
             "stop_strings": self.stop or None,
         }
         return choice | {name: value for name, value in rest.items() if value is not None}

@@ -12,7 +12,7 @@ import typer
 
 from monoblock.cli import console
 from monoblock.cli.app import EXIT_CODES, sub_app
-from monoblock.cli.options import Dtype, Hub, shard_size
+from monoblock.cli.options import DownloadOptions, Dtype, shard_size
 
 if TYPE_CHECKING:
     from monoblock.checkpoint.options import HubOptions
@@ -74,7 +74,7 @@ def quantize(
     force: Annotated[
         bool, typer.Option("--force", help="Replace the target folder; the files in it are deleted.")
     ] = False,
-    hub: Hub,
+    hub: DownloadOptions,
 ) -> None:
     """Pack a model's weights in 8 or 4 bits, or in 12 without loss, into a new folder that loads like any other.
 
@@ -82,8 +82,8 @@ def quantize(
     there are the packed weights and one matrix.
     """
     from monoblock.checkpoint.folder import check_target, copy_files, new_folder
+    from monoblock.checkpoint.formats import companions
     from monoblock.checkpoint.options import HubOptions
-    from monoblock.checkpoint.sources import companions
     from monoblock.cli.engine import need_pytorch
     from monoblock.conversion.convert import check_apart
 
@@ -121,15 +121,15 @@ def _class_and_size(model: str, options: HubOptions) -> tuple[type, int]:
     from math import prod
 
     import monoblock
-    from monoblock.checkpoint import packed
+    from monoblock.checkpoint import quantized
+    from monoblock.checkpoint.formats import class_of
     from monoblock.checkpoint.header import ITEM_BYTES
     from monoblock.checkpoint.hub import find_weights
-    from monoblock.checkpoint.sources import class_of
     from monoblock.checkpoint.store import open_store
 
     config = monoblock.AutoConfig.from_pretrained(model, **vars(options))
     store = open_store(find_weights(model, options), "np")
-    if packed.is_packed(store):
+    if quantized.is_quantized(store):
         raise ValueError(
             f"{model} holds packed weights already: quantise the folder that they were made from"
         )

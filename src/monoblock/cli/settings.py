@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from monoblock import seeds
-from monoblock.cli.options import Sampling
+from monoblock.cli.options import SamplingOptions
 
 SEED = "seed"
 # Fields that would change what comes back, of which a chat shows one text; and what streams cannot show.
@@ -24,7 +24,7 @@ class Settings:
     values: dict[str, Any] = field(default_factory=dict[str, Any])
 
     @classmethod
-    def of(cls, sampling: Sampling, flags: Sequence[str] = ()) -> Settings:
+    def of(cls, sampling: SamplingOptions, flags: Sequence[str] = ()) -> Settings:
         """From the options of a command and `name=value` words; ValueError if one is wrong or given twice."""
         options = {
             "max_new_tokens": sampling.max_new_tokens,
@@ -73,7 +73,7 @@ class Settings:
         """The arguments of `generate`; `retry` counts up from the seed so that another try differs."""
         options = _arguments(self.values)
         if SEED in self.values:
-            options[SEED] = seeds.after(self.values[SEED], retry)
+            options[SEED] = seeds.advance(self.values[SEED], retry)
         return options
 
     def lines(self) -> list[str]:

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from monoblock.checkpoint import casts
-from monoblock.checkpoint.sources import Checkpoint
-from monoblock.checkpoint.views import DTYPE_NAMES, Array
+from monoblock.checkpoint.array_adapters import DTYPE_NAMES, Array
+from monoblock.checkpoint.formats import Checkpoint
 from monoblock.conversion.logits import LogitComparison
 from monoblock.errors import CheckpointError
 from monoblock.installed import installed

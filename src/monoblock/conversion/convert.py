@@ -11,15 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from monoblock.checkpoint import casts
+from monoblock.checkpoint.array_adapters import Array
 from monoblock.checkpoint.files import write_atomically
 from monoblock.checkpoint.folder import check_target, copy_files, new_folder, unpacked
+from monoblock.checkpoint.formats import Checkpoint, Format, Options, hub_config, read_hub
 from monoblock.checkpoint.hub import WEIGHT_NAMES, find_file, read_json
 from monoblock.checkpoint.journal import settle
-from monoblock.checkpoint.makers import fuyu, llm_foundry, mistral, openai_gpt
 from monoblock.checkpoint.save import parse_size, save_tensors
-from monoblock.checkpoint.sources import Checkpoint, Format, Options, hub_config, read_hub
-from monoblock.checkpoint.views import Array
-from monoblock.checkpoint.weights import Cast, Pooled, Shape, Weights, laid_out
+from monoblock.checkpoint.upstream import fuyu, llm_foundry, mistral, openai_gpt
+from monoblock.checkpoint.weights import CanonicalWeights, CastWeights, PooledKVWeights, Shape, lazy_tensors
 from monoblock.config import PretrainedConfig
 from monoblock.conversion.compare import Comparison, compare
 from monoblock.errors import CheckpointError, HubError
@@ -160,11 +160,11 @@ def _check_target_format(checkpoint: Checkpoint, to: Format) -> None:
 
 
 def _cast(checkpoint: Checkpoint, dtype: str) -> Checkpoint:
-    return replace(checkpoint, weights=Cast(checkpoint.weights, casts.hub_dtype(dtype)))
+    return replace(checkpoint, weights=CastWeights(checkpoint.weights, casts.hub_dtype(dtype)))
 
 
 def _pooled(checkpoint: Checkpoint, heads: int) -> Checkpoint:
-    weights = Pooled(checkpoint.weights, checkpoint.config.to_spec(), heads)
+    weights = PooledKVWeights(checkpoint.weights, checkpoint.config.to_spec(), heads)
     return replace(checkpoint, config=_with_kv_heads(checkpoint.config, heads), weights=weights)
 
 
@@ -215,7 +215,7 @@ def _is_hub(path: Path) -> bool:
 def _write_hub(folder: Path, checkpoint: Checkpoint, options: Options) -> None:
     """Weights, config.json, and the files that go with them; generation_config.json also where the source has none
     of the hub's files."""
-    tensors = laid_out(checkpoint.weights, checkpoint.keymap())
+    tensors = lazy_tensors(checkpoint.weights, checkpoint.keymap())
     save_tensors(folder, tensors, framework="np", max_shard_size=options.max_shard_size or "50GB")
     names = [checkpoint.weights.dtype(name) for name in checkpoint.weights.shapes()]
     stored = next((casts.DTYPE_NAMES[name] for name in names if name in casts.FLOATS), None)
@@ -258,7 +258,7 @@ def _silent(done: int, of: int, what: str) -> None:
 class _Watched:
     """Weights that tell how many of them were read."""
 
-    def __init__(self, weights: Weights, progress: Progress):
+    def __init__(self, weights: CanonicalWeights, progress: Progress):
         self._weights = weights
         self._progress = progress
         self._done, self._of = 0, len(weights.shapes())

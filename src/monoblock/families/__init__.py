@@ -12,13 +12,13 @@ from typing import Any
 from monoblock.checkpoint.keymap import KeyMap
 from monoblock.config import PretrainedConfig
 from monoblock.field_types import brief
-from monoblock.modules import KerasNames, Part, whole
+from monoblock.modules import KerasNames, ModuleSpec, class_tree
 
 log = logging.getLogger("monoblock")
 _warned: set[str] = set()
 
 # Kind of head -> the modules that it adds to the bare model, by attribute name.
-Heads = Mapping[str, Mapping[str, str | Part]]
+Heads = Mapping[str, Mapping[str, str | ModuleSpec]]
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Family:
     config: type[PretrainedConfig]
     prefix: str
     keymap: Callable[[Any, str | None], KeyMap]
-    tree: Callable[[Any], Part]
+    tree: Callable[[Any], ModuleSpec]
     heads: Heads
     classes: tuple[ModelClass, ...]
     extra: tuple[str, ...] = ()
@@ -69,10 +69,10 @@ class Family:
         }
         return {kind: name.removesuffix(".{p}") for kind, name in names.items() if name.count(".") == 1}
 
-    def layout(self, config: PretrainedConfig, row: ModelClass) -> Part:
+    def layout(self, config: PretrainedConfig, row: ModelClass) -> ModuleSpec:
         """The module tree of a class, its head's modules included."""
-        heads: Mapping[str, str | Part] = {} if row.head is None else self.heads[row.head]
-        return whole(row.name, self.tree(config), self.prefix, heads, row.head)
+        heads: Mapping[str, str | ModuleSpec] = {} if row.head is None else self.heads[row.head]
+        return class_tree(row.name, self.tree(config), self.prefix, heads, row.head)
 
     @property
     def name(self) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any, TypedDict
 
-from monoblock.checkpoint.keymap import Row, row
+from monoblock.checkpoint.keymap import KeyRow, row
 from monoblock.config import PretrainedConfig
 from monoblock.errors import FieldError, UnsupportedConfig
 from monoblock.field_types import brief
@@ -77,7 +77,7 @@ def quotient(config: PretrainedConfig, width: str, heads: str) -> int:
     return w // h
 
 
-def head_rows(**names: str) -> dict[str, tuple[Row, ...]]:
+def head_rows(**names: str) -> dict[str, tuple[KeyRow, ...]]:
     """Rows of heads that are one projection each: kind -> its name in files."""
     return {kind: (row("head.out.{p}", name + ".{p}"),) for kind, name in names.items()}
 

@@ -9,10 +9,10 @@ from dataclasses import replace
 from typing import Any
 
 from monoblock import modules
-from monoblock.checkpoint.keymap import KeyMap, Row, Spelling, row
+from monoblock.checkpoint.keymap import KeyMap, KeyRow, Spelling, row
 from monoblock.families import Family, Heads, ModelClass
 from monoblock.families.common import CAUSAL, RopeConfig, RopeFields, activation, layers, quotient
-from monoblock.modules import Part, part
+from monoblock.modules import ModuleSpec, module
 from monoblock.spec import ArchSpec, Attention, Dropout, Mlp, Norm, Patches, QkNorm
 
 # What the nested config of a Persimmon says of itself.
@@ -104,9 +104,9 @@ class FuyuConfig(RopeConfig):
         ).validate("FuyuConfig")
 
 
-def tree(_: FuyuConfig) -> Part:
+def tree(_: FuyuConfig) -> ModuleSpec:
     """transformers' module tree: the language model inside is a Persimmon."""
-    attention = part(
+    attention = module(
         "PersimmonAttention",
         "attention",
         query_key_value="qkv_by_head",
@@ -115,19 +115,19 @@ def tree(_: FuyuConfig) -> Part:
         k_layernorm="k_norm",
         attention_dropout="attn_drop",
     )
-    layer = part(
+    layer = module(
         "PersimmonDecoderLayer",
         "layer",
         self_attn=attention,
-        mlp=part("PersimmonMLP", "mlp", dense_h_to_4h="up", dense_4h_to_h="down", act="act"),
+        mlp=module("PersimmonMLP", "mlp", dense_h_to_4h="up", dense_4h_to_h="down", act="act"),
         input_layernorm="norm1",
         post_attention_layernorm="norm2",
         dropout="layer_drop",
     )
-    return part(
+    return module(
         "FuyuModel",
         "model",
-        language_model=part(
+        language_model=module(
             "PersimmonModel",
             "stack",
             classes={"rotary": "PersimmonRotaryEmbedding"},
@@ -149,7 +149,7 @@ def keymap(config: FuyuConfig, head: str | None) -> KeyMap:
         tree(config), HEADS, config.to_spec(), head=head, prefix="model.", ignored=(r"rotary_emb\.inv_freq$",)
     )
 
-    def both(known: Row) -> Row:
+    def both(known: KeyRow) -> KeyRow:
         now = known.spellings[0]
         old = tuple(name.replace("language_model.", "language_model.model.") for name in now.names)
         return known if old == now.names else replace(known, spellings=(now, Spelling(old, now.op)))

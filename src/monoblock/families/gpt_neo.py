@@ -14,7 +14,7 @@ from monoblock.config import PretrainedConfig
 from monoblock.errors import FieldError
 from monoblock.families import Family, Heads, ModelClass
 from monoblock.families.common import CAUSAL, MOST_LAYERS, activation, quotient
-from monoblock.modules import Part, part
+from monoblock.modules import ModuleSpec, module
 from monoblock.spec import ArchSpec, Attention, Dropout, Learned, Mlp, Norm
 
 
@@ -98,9 +98,9 @@ class GPTNeoConfig(PretrainedConfig):
         ).validate("GPTNeoConfig")
 
 
-def tree(_: GPTNeoConfig) -> Part:
+def tree(_: GPTNeoConfig) -> ModuleSpec:
     """transformers' module tree."""
-    attention = part(
+    attention = module(
         "GPTNeoSelfAttention",
         "attention",
         attn_dropout="attn_drop",
@@ -110,16 +110,16 @@ def tree(_: GPTNeoConfig) -> Part:
         q_proj="q",
         out_proj="out",
     )
-    layer = part(
+    layer = module(
         "GPTNeoBlock",
         "layer",
         tuples=True,
         ln_1="norm1",
-        attn=part("GPTNeoAttention", "wrapper", attention=attention),
+        attn=module("GPTNeoAttention", "wrapper", attention=attention),
         ln_2="norm2",
-        mlp=part("GPTNeoMLP", "mlp", c_fc="up", c_proj="down", act="act", dropout="mlp_drop"),
+        mlp=module("GPTNeoMLP", "mlp", c_fc="up", c_proj="down", act="act", dropout="mlp_drop"),
     )
-    return part(
+    return module(
         "GPTNeoModel", "model", wte="embed", wpe="pos_embed", drop="embed_drop", h=layer, ln_f="final_norm"
     )
 

@@ -20,7 +20,7 @@ from monoblock.families.common import (
     quotient,
 )
 from monoblock.field_types import brief
-from monoblock.modules import KerasNames, Part, part
+from monoblock.modules import KerasNames, ModuleSpec, module
 from monoblock.spec import ArchSpec, Attention, Dropout, Mlp, Norm
 
 
@@ -132,18 +132,20 @@ class MistralConfig(RopeConfig):
         return name.replace("Mistral", "Ministral", 1) if self._is_ministral() else name
 
 
-def tree(_: MistralConfig) -> Part:
+def tree(_: MistralConfig) -> ModuleSpec:
     """transformers' module tree."""
-    return part(
+    return module(
         "MistralModel",
         "model",
         classes={"norm": "MistralRMSNorm", "rotary": "MistralRotaryEmbedding"},
         embed_tokens="embed",
-        layers=part(
+        layers=module(
             "MistralDecoderLayer",
             "layer",
-            self_attn=part("MistralAttention", "attention", q_proj="q", k_proj="k", v_proj="v", o_proj="out"),
-            mlp=part("MistralMLP", "mlp", gate_proj="gate", up_proj="up", down_proj="down", act_fn="act"),
+            self_attn=module(
+                "MistralAttention", "attention", q_proj="q", k_proj="k", v_proj="v", o_proj="out"
+            ),
+            mlp=module("MistralMLP", "mlp", gate_proj="gate", up_proj="up", down_proj="down", act_fn="act"),
             input_layernorm="norm1",
             post_attention_layernorm="norm2",
         ),

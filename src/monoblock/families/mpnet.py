@@ -13,7 +13,7 @@ from monoblock.config import PretrainedConfig
 from monoblock.families import Family, Heads, ModelClass
 from monoblock.families.common import activation, layers, quotient
 from monoblock.heads import HeadSpec
-from monoblock.modules import KerasNames, Part, part
+from monoblock.modules import KerasNames, ModuleSpec, module
 from monoblock.spec import ArchSpec, Attention, Buckets, Dropout, Learned, Mlp, Norm
 
 MAX_DISTANCE = 128  # T5's, which no config of this family holds
@@ -90,27 +90,27 @@ class MPNetConfig(PretrainedConfig):
         return replace(super().to_head(kind), dropout=dropout, norm=norm)
 
 
-def tree(_: MPNetConfig) -> Part:
+def tree(_: MPNetConfig) -> ModuleSpec:
     """transformers' module tree; the pooler is there in some classes only."""
-    attention = part(
+    attention = module(
         "MPNetAttention",
         "attention_norm",
-        attn=part("MPNetSelfAttention", "attention", q="q", k="k", v="v", o="out", dropout="attn_drop"),
+        attn=module("MPNetSelfAttention", "attention", q="q", k="k", v="v", o="out", dropout="attn_drop"),
         LayerNorm="norm1",
         dropout="out_drop",
     )
-    layer = part(
+    layer = module(
         "MPNetLayer",
         "layer",
         tuples=True,
         attention=attention,
-        intermediate=part("MPNetIntermediate", "widen", dense="up", intermediate_act_fn="act"),
-        output=part("MPNetOutput", "narrow", dense="down", LayerNorm="norm2", dropout="mlp_drop"),
+        intermediate=module("MPNetIntermediate", "widen", dense="up", intermediate_act_fn="act"),
+        output=module("MPNetOutput", "narrow", dense="down", LayerNorm="norm2", dropout="mlp_drop"),
     )
-    return part(
+    return module(
         "MPNetModel",
         "model",
-        embeddings=part(
+        embeddings=module(
             "MPNetEmbeddings",
             "embeddings",
             word_embeddings="embed",
@@ -118,19 +118,19 @@ def tree(_: MPNetConfig) -> Part:
             LayerNorm="embed_norm",
             dropout="embed_drop",
         ),
-        encoder=part("MPNetEncoder", "stack", layer=layer, relative_attention_bias="rel_bias"),
-        pooler=part("MPNetPooler", "pooler", dense="head_dense", activation="head_act"),
+        encoder=module("MPNetEncoder", "stack", layer=layer, relative_attention_bias="rel_bias"),
+        pooler=module("MPNetPooler", "pooler", dense="head_dense", activation="head_act"),
     )
 
 
 HEADS: Heads = {
     "masked": {
-        "lm_head": part(
+        "lm_head": module(
             "MPNetLMHead", "lm_head", dense="head_dense", layer_norm="head_norm", decoder="head_out"
         )
     },
     "first": {
-        "classifier": part(
+        "classifier": module(
             "MPNetClassificationHead",
             "classifier_head",
             dense="head_dense",

@@ -14,7 +14,7 @@ from monoblock.config import PretrainedConfig
 from monoblock.families import Family, Heads, ModelClass
 from monoblock.families import mpt_options as options
 from monoblock.families.common import CAUSAL, layers, quotient
-from monoblock.modules import Part, part
+from monoblock.modules import ModuleSpec, module
 from monoblock.spec import ArchSpec, Attention, Dropout, Norm
 
 
@@ -108,21 +108,21 @@ class MptConfig(PretrainedConfig):
         ).validate("MptConfig")
 
 
-def tree(config: MptConfig) -> Part:
+def tree(config: MptConfig) -> ModuleSpec:
     """transformers' module tree, with what upstream's options add; upstream may keep q, k and v apart."""
     fused = config.attn_config.fused_qkv
     projections = {"Wqkv": "qkv"} if fused else {"Wq": "q", "Wk": "k", "Wv": "v"}
-    attention = Part(
+    attention = ModuleSpec(
         "MptAttention", "attention", {**projections, "q_ln": "q_norm", "k_ln": "k_norm", "out_proj": "out"}
     )
-    mlp = part("MptMLP", "mlp_add", gate_proj="gate", up_proj="up", act="act", down_proj="down")
-    return part(
+    mlp = module("MptMLP", "mlp_add", gate_proj="gate", up_proj="up", act="act", down_proj="down")
+    return module(
         "MptModel",
         "model",
         classes={"act": "GELU"},
         wte="embed",
         wpe="pos_embed",
-        blocks=part(
+        blocks=module(
             "MptBlock",
             "layer",
             tuples=True,

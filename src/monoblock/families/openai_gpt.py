@@ -13,7 +13,7 @@ from monoblock.config import PretrainedConfig
 from monoblock.families import Family, Heads, ModelClass
 from monoblock.families.common import CAUSAL, layers, quotient
 from monoblock.heads import HeadSpec, Summary
-from monoblock.modules import KerasNames, Part, part
+from monoblock.modules import KerasNames, ModuleSpec, module
 from monoblock.spec import ArchSpec, Attention, Dropout, Learned, Mlp, Norm
 
 # GPT-1's "gelu" is the tanh form.
@@ -103,10 +103,10 @@ class OpenAIGPTConfig(PretrainedConfig):
         return replace(super().to_head(kind), labels=1, summary=summary)
 
 
-def tree(_: OpenAIGPTConfig) -> Part:
+def tree(_: OpenAIGPTConfig) -> ModuleSpec:
     """transformers' module tree; matrices are stored inputs x outputs (Conv1D)."""
     conv = {"linear": "Conv1D"}
-    attention = part(
+    attention = module(
         "Attention",
         "attention",
         classes=conv,
@@ -115,14 +115,14 @@ def tree(_: OpenAIGPTConfig) -> Part:
         attn_dropout="attn_drop",
         resid_dropout="out_drop",
     )
-    mlp = part("MLP", "mlp", classes=conv, c_fc="up", c_proj="down", act="act", dropout="mlp_drop")
-    return part(
+    mlp = module("MLP", "mlp", classes=conv, c_fc="up", c_proj="down", act="act", dropout="mlp_drop")
+    return module(
         "OpenAIGPTModel",
         "model",
         tokens_embed="embed",
         positions_embed="pos_embed",
         drop="embed_drop",
-        h=part("Block", "layer", tuples=True, attn=attention, ln_1="norm1", mlp=mlp, ln_2="norm2"),
+        h=module("Block", "layer", tuples=True, attn=attention, ln_1="norm1", mlp=mlp, ln_2="norm2"),
     )
 
 
@@ -131,7 +131,7 @@ HEADS: Heads = {
     "sequence": {"score": "head_out"},
     "double": {
         "lm_head": "head_out",
-        "multiple_choice_head": part(
+        "multiple_choice_head": module(
             "OpenAIGPTSequenceSummary",
             "summary",
             summary="head_summary",

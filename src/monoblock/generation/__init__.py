@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from monoblock.generation.config import GenerationConfig as GenerationConfig
     from monoblock.generation.loop import generate as generate
+    from monoblock.generation.outputs import GenerateBeamDecoderOnlyOutput as GenerateBeamDecoderOnlyOutput
+    from monoblock.generation.outputs import GenerateDecoderOnlyOutput as GenerateDecoderOnlyOutput
     from monoblock.generation.processors import LogitsProcessor as LogitsProcessor
     from monoblock.generation.processors import LogitsProcessorList as LogitsProcessorList
-    from monoblock.generation.record import GenerateBeamDecoderOnlyOutput as GenerateBeamDecoderOnlyOutput
-    from monoblock.generation.record import GenerateDecoderOnlyOutput as GenerateDecoderOnlyOutput
     from monoblock.generation.stopping import EosTokenCriteria as EosTokenCriteria
     from monoblock.generation.stopping import MaxLengthCriteria as MaxLengthCriteria
     from monoblock.generation.stopping import MaxTimeCriteria as MaxTimeCriteria
@@ -28,7 +28,7 @@ _WHERE = {
     "config": ("GenerationConfig",),
     "loop": ("generate",),
     "processors": ("LogitsProcessor", "LogitsProcessorList"),
-    "record": ("GenerateBeamDecoderOnlyOutput", "GenerateDecoderOnlyOutput"),
+    "outputs": ("GenerateBeamDecoderOnlyOutput", "GenerateDecoderOnlyOutput"),
     "stopping": (
         "EosTokenCriteria",
         "MaxLengthCriteria",

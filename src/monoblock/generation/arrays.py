@@ -40,7 +40,7 @@ class ArrayOps(Protocol):
         """The same array of the framework in host memory, for streamers."""
         ...
 
-    def shown(self, x: Array) -> Array:
+    def to_framework(self, x: Array) -> Array:
         """The same as an array of the framework, wherever it lies: what callers' own functions get."""
         ...
 
@@ -173,7 +173,7 @@ class NumpyOps:
     def host(self, x: Array) -> Array:
         return x
 
-    def shown(self, x: Array) -> Array:
+    def to_framework(self, x: Array) -> Array:
         return x
 
     def argmax(self, x_bk: Array) -> Array:

@@ -16,7 +16,7 @@ from monoblock.generation.scores import NEVER
 
 
 @dataclass(frozen=True)
-class Width:
+class BeamConfig:
     """What of a search is compiled in. `early`: a prompt is done when enough texts have ended; `far`: not before no
     length could make another one better."""
 
@@ -26,7 +26,7 @@ class Width:
     far: bool
 
     @classmethod
-    def of(cls, rules: Rules, eos: int) -> Width:
+    def of(cls, rules: Rules, eos: int) -> BeamConfig:
         """The width of a search with so many tokens that end a text."""
         return cls(
             beams=rules.width,
@@ -41,7 +41,7 @@ def norms(rules: Rules, room: int) -> np.ndarray[Any, Any]:
     return np.array([rules.norm(n) for n in (*range(1, room + 1), rules.longest)], np.float32)
 
 
-class Running(NamedTuple):
+class BeamState(NamedTuple):
     """The beams that go on, and the best that have ended (score -inf: none yet); whether a prompt is still open."""
 
     scores_pw: Array
@@ -63,12 +63,12 @@ class Candidates(NamedTuple):
     ends_pk: Array
 
 
-def begun(prompts: int, width: Width, room: int) -> Running:
+def initial_beams(prompts: int, config: BeamConfig, room: int) -> BeamState:
     """All beams are the prompt: only the first one's continuations count. On the host."""
-    scores_pw = np.full((prompts, width.beams), HOPELESS, np.float32)
+    scores_pw = np.full((prompts, config.beams), HOPELESS, np.float32)
     scores_pw[:, 0] = 0
-    none_rn = np.zeros((prompts * width.beams, room), np.int32)
-    return Running(
+    none_rn = np.zeros((prompts * config.beams, room), np.int32)
+    return BeamState(
         scores_pw=scores_pw,
         tokens_rn=none_rn,
         rows_rn=none_rn,
@@ -80,11 +80,11 @@ def begun(prompts: int, width: Width, room: int) -> Running:
     )
 
 
-def advanced(
-    ops: ArrayOps, width: Width, running: Running, found: Candidates, made: Array, norms_n: Array
-) -> Running:
+def advance(
+    ops: ArrayOps, config: BeamConfig, running: BeamState, found: Candidates, made: Array, norms_n: Array
+) -> BeamState:
     """The beams after one more token; `made` is how many they had, `norms_n` see `norms`."""
-    (prompts, count), beams = found.scores_pk.shape, width.beams
+    (prompts, count), beams = found.scores_pk.shape, config.beams
     room = running.tokens_rn.shape[1]
     prompt_p1 = np.arange(prompts, dtype=np.int32)[:, None]
     here_1n = np.arange(room, dtype=np.int32)[None] == made
@@ -98,7 +98,7 @@ def advanced(
     )
     # Those among the first that end compete with those that have ended before.
     first_pw, ends_pw = found.scores_pk[:, :beams], found.ends_pk[:, :beams]
-    takes_p1 = running.open_p1 & ~_full(ops, running.ended_pw) if width.early else running.open_p1
+    takes_p1 = running.open_p1 & ~_full(ops, running.ended_pw) if config.early else running.open_p1
     joins_pw = ends_pw & (first_pw > HOPELESS / 2) & takes_p1
     joining_pw = ops.where(joins_pw, first_pw / norm_1, NEVER)
     ended_pw, place_pw = ops.top_k(ops.concat([running.ended_pw, joining_pw]), beams)
@@ -114,9 +114,9 @@ def advanced(
     going_pk = ops.where(found.ends_pk, found.scores_pk + np.float32(HOPELESS), found.scores_pk)
     scores_pw, going_pw = ops.top_k(going_pk, beams)
     going_r = ops.reshape(prompt_p1 * count + going_pw, (prompts * beams,))
-    reach_p1 = scores_pw[:, :1] / (norms_n[-1:] if width.far else norm_1)
+    reach_p1 = scores_pw[:, :1] / (norms_n[-1:] if config.far else norm_1)
     better_p1 = ~_full(ops, ended_pw) | (reach_p1 > ended_pw[:, -1:])
-    return Running(
+    return BeamState(
         scores_pw=scores_pw,
         tokens_rn=ops.take_rows(texts[0], going_r),
         rows_rn=ops.take_rows(texts[1], going_r),
@@ -128,10 +128,10 @@ def advanced(
     )
 
 
-def goes_on(ops: ArrayOps, width: Width, running: Running, ends_pk: Array) -> Array:
+def continues(ops: ArrayOps, config: BeamConfig, running: BeamState, ends_pk: Array) -> Array:
     """Whether the search does, after a step whose candidates ended like that; one truth value."""
     done = _every(ops, ends_pk) | ~_any(ops, running.open_p1)
-    return ~(done | _every(ops, _full(ops, running.ended_pw))) if width.early else ~done
+    return ~(done | _every(ops, _full(ops, running.ended_pw))) if config.early else ~done
 
 
 def _full(ops: ArrayOps, ended_pw: Array) -> Array:
@@ -147,7 +147,7 @@ def _any(ops: ArrayOps, x_pk: Array) -> Array:
     return ~_every(ops, ~x_pk)
 
 
-def best(running: Running, count: int) -> list[Beam]:
+def best(running: BeamState, count: int) -> list[Beam]:
     """The best `count` texts of each prompt, from arrays on the host; empty ones where nothing possible was met."""
     found: list[Beam] = []
     prompts, beams = running.ended_pw.shape

@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from monoblock.generation.arrays import Array
 from monoblock.generation.checks import LEAST, MOST
 from monoblock.generation.config import GenerationConfig
-from monoblock.generation.prepared import Generation
-from monoblock.generation.record import Text
+from monoblock.generation.outputs import GeneratedSequences
+from monoblock.generation.preparation import GenerationRun
 
 # Instead of log 0, where a sum must stay comparable. No text that can be met is half as unlikely.
 HOPELESS = -1e9
@@ -62,7 +62,7 @@ class Rules:
         return scores_k / self.norm(length)
 
 
-class Search:
+class BeamSearch:
     """The beams of one prompt: those that go on, and the best that have ended."""
 
     def __init__(self, rules: Rules, first_row: int):
@@ -116,11 +116,11 @@ class Search:
         return (self.ended + [Beam(HOPELESS)] * count)[:count]
 
 
-def run(generation: Generation) -> Any:
+def run(generation: GenerationRun) -> Any:
     """Beam search, greedy or sampled, over all prompts of the call."""
     ops, plan, decoder = generation.ops, generation.plan, generation.decoder
     rules = Rules.of(generation.config, plan.new_tokens)
-    searches = [Search(rules, prompt * rules.width) for prompt in range(plan.batch)]
+    searches = [BeamSearch(rules, prompt * rules.width) for prompt in range(plan.batch)]
     text, record, logits_bv = generation.begin()
     for left in range(plan.new_tokens - 1, -1, -1):
         beams = [beam for search in searches for beam in search.running]
@@ -147,7 +147,7 @@ def run(generation: Generation) -> Any:
     return output(generation, [beam for search in searches for beam in search.best(count)], record)
 
 
-def _ids_of(generation: Generation, text: Text, beams: list[Beam]) -> Callable[[], Array]:
+def _ids_of(generation: GenerationRun, text: GeneratedSequences, beams: list[Beam]) -> Callable[[], Array]:
     """The texts of the running beams, for processors."""
     new = [list(beam.tokens) for beam in beams]
     prompt_bn = text.ids()
@@ -155,7 +155,7 @@ def _ids_of(generation: Generation, text: Text, beams: list[Beam]) -> Callable[[
 
 
 def _candidates(
-    generation: Generation, logs_bv: Array, beams: list[Beam]
+    generation: GenerationRun, logs_bv: Array, beams: list[Beam]
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
     """Log-probabilities (prompts, k) of the likeliest continuations, or of drawn ones, and their places among all
     of a prompt's."""
@@ -175,8 +175,8 @@ def _candidates(
 class _Candidates:
     """All candidates of a step as texts, one row after the other."""
 
-    text: Text
-    searches: list[Search]
+    text: GeneratedSequences
+    searches: list[BeamSearch]
     parents: list[list[int]]
     tokens: list[list[int]]
 
@@ -191,7 +191,7 @@ class _Candidates:
         ]
 
 
-def output(generation: Generation, best: list[Beam], record: Any) -> Any:
+def output(generation: GenerationRun, best: list[Beam], record: Any) -> Any:
     """What the call gets: of each prompt as many of the best texts as it asks for."""
     ops, count = generation.ops, generation.config.num_return_sequences or 1
     longest = max(len(beam.tokens) for beam in best)

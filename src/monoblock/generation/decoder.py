@@ -12,7 +12,7 @@ from monoblock.generation.resolve import Unsupported
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class GenerationPlan:
     """What is decided before the first forward pass."""
 
     config: GenerationConfig  # resolved: no default is left open
@@ -70,7 +70,7 @@ class RewindableDecoder(Decoder, Protocol):
         ...
 
 
-class Model(Protocol):
+class GenerativeModel(Protocol):
     """What `generate` needs to know about a model; see the module's text."""
 
     ops: ArrayOps
@@ -86,10 +86,12 @@ class Model(Protocol):
 
     @property
     def compiled(self) -> Callable[[Any, Any], Any] | None:
-        """Runs a call (`prepared.Generation`) that does not need the host between tokens as one `programs.Program`;
-        None where tokens are always made one by one."""
+        """Runs a `GenerationRun` that needs no host code between tokens as one compiled `Program`.
+
+        None where the host loop generates token by token.
+        """
         ...
 
-    def decoder(self, plan: Plan, inputs: dict[str, Any]) -> Decoder:
+    def decoder(self, plan: GenerationPlan, inputs: dict[str, Any]) -> Decoder:
         """A decoder for one call."""
         ...

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from monoblock.generation.arrays import Array, ArrayOps
-from monoblock.generation.decoder import Decoder, Model, Plan
+from monoblock.generation.decoder import Decoder, GenerationPlan, GenerativeModel
 from monoblock.generation.limits import check_prompt, check_room
-from monoblock.generation.prompt import Call, as_array
+from monoblock.generation.prompt import GenerateArguments, as_array
 
 
 class Guidance:
@@ -55,7 +55,11 @@ class Guidance:
 
 
 def build(
-    model: Model, call: Call, plan: Plan, prompt_bn: Array, copied: Callable[[Array], Array]
+    model: GenerativeModel,
+    call: GenerateArguments,
+    plan: GenerationPlan,
+    prompt_bn: Array,
+    copied: Callable[[Array], Array],
 ) -> Guidance | None:
     """The guidance that a call asks for; ValueError if its negative prompt does not fit."""
     scale, ops = plan.config.guidance_scale, model.ops
@@ -76,7 +80,7 @@ def build(
     return Guidance(ops, float(scale), model.decoder(own, {}), (ids_bm, mask_bm), copied)
 
 
-def _negative_prompt(ops: ArrayOps, call: Call, prompt_bn: Array) -> tuple[Array, Array | None]:
+def _negative_prompt(ops: ArrayOps, call: GenerateArguments, prompt_bn: Array) -> tuple[Array, Array | None]:
     """Ids and mask; without ids the last token of each prompt, as on the hub."""
     if call.negative_prompt_ids is None:
         if call.negative_prompt_attention_mask is not None:

@@ -28,38 +28,38 @@ from __future__ import annotations
 from contextlib import nullcontext
 from typing import Any
 
-from monoblock.generation import beams, programs, speculative
+from monoblock.generation import beams, compiled_loop, speculative
 from monoblock.generation.config import GenerationConfig
-from monoblock.generation.decoder import Model, Plan
-from monoblock.generation.prepared import prepare
-from monoblock.generation.record import GenerateDecoderOnlyOutput, Plain, ids_alone
+from monoblock.generation.decoder import GenerationPlan, GenerativeModel
+from monoblock.generation.outputs import GenerateDecoderOnlyOutput, ResultFn, ids_only
+from monoblock.generation.preparation import prepare
 from monoblock.generation.streamers import streaming
 
-__all__ = ["GenerateDecoderOnlyOutput", "Model", "Plan", "generate"]
+__all__ = ["GenerateDecoderOnlyOutput", "GenerationPlan", "GenerativeModel", "generate"]
 
 
 def generate(
-    model: Model,
+    model: GenerativeModel,
     inputs: Any = None,
     generation_config: GenerationConfig | None = None,
     *,
-    plain: Plain = ids_alone,
+    make_result: ResultFn = ids_only,
     **arguments: Any,
 ) -> Any:
     """Continue prompts: token ids (rows, prompt + new), or an output object if the config says so.
 
     `arguments` are transformers': `input_ids`, `attention_mask`, `logits_processor`, `stopping_criteria`,
-    `prefix_allowed_tokens_fn`, `streamer`, `tokenizer` (for stop strings), `assistant_model` (a `Model` here),
+    `prefix_allowed_tokens_fn`, `streamer`, `tokenizer` (for stop strings), `assistant_model` (a `GenerativeModel`),
     `negative_prompt_ids`, the model's own inputs, and every field of `GenerationConfig`; besides, `seed` or
-    `generator` for sampling, and `response_format`. Rows that are finished are filled with `pad_token_id`. `plain`
-    makes the result where no output object is asked for.
+    `generator` for sampling, and `response_format`. Finished rows are filled with `pad_token_id`.
+    `make_result` builds the return value where no output object is requested.
     ValueError for what is unknown, impossible or not supported.
     """
     streamer = arguments.get("streamer")
     with streaming(streamer) if streamer is not None else nullcontext():
         given = {**arguments, "inputs": inputs, "generation_config": generation_config}
-        run = prepare(model, given, plain)
-        if model.compiled is not None and (program := programs.of(run)) is not None:
+        run = prepare(model, given, make_result)
+        if model.compiled is not None and (program := compiled_loop.program_of(run)) is not None:
             return model.compiled(run, program)
         if (run.config.num_beams or 1) > 1:
             return beams.run(run)

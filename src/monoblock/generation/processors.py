@@ -35,7 +35,7 @@ class LogitsProcessorList(list[Any]):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Setting:
+class ProcessorContext:
     """What a processor may need besides its own field. Lengths count the columns of `ids`."""
 
     ops: ArrayOps
@@ -64,9 +64,9 @@ class Setting:
 
 
 # Makes a field's processor from its value; None if there is nothing to do.
-Build = Callable[[Any, Setting], Processor | None]
+Build = Callable[[Any, ProcessorContext], Processor | None]
 # A field, the value at which it does nothing, and its Build.
-Row = tuple[str, Any, Build]
+ProcessorEntry = tuple[str, Any, Build]
 
 
 def _simple(function: Callable[..., Array]) -> Build:
@@ -84,40 +84,40 @@ def _real(value: Any) -> Any:
     return float(value) if isinstance(value, int) else value
 
 
-def _repetition(penalty: float, s: Setting) -> Processor:
+def _repetition(penalty: float, s: ProcessorContext) -> Processor:
     return lambda ids, scores: sc.repetition_penalty(s.ops, scores, ids, _real(penalty), s.valid(ids))
 
 
-def _prompt_repetition(penalty: float, s: Setting) -> Processor:
+def _prompt_repetition(penalty: float, s: ProcessorContext) -> Processor:
     factor = 1 / _real(penalty)
     return lambda _ids, scores: sc.repetition_penalty(s.ops, scores, s.prompt_bn, factor, s.valid_bn)
 
 
-def _ngrams(size: int, s: Setting) -> Processor:
+def _ngrams(size: int, s: ProcessorContext) -> Processor:
     return lambda ids, scores: sc.ban_ngrams(s.ops, scores, ids, size, ids, s.valid(ids))
 
 
-def _prompt_ngrams(size: int, s: Setting) -> Processor:
+def _prompt_ngrams(size: int, s: ProcessorContext) -> Processor:
     return lambda ids, scores: sc.ban_ngrams(s.ops, scores, ids, size, s.prompt_bn, s.valid_bn)
 
 
-def _bias(value: Mapping[tuple[int, ...], float] | Sequence[Any], s: Setting) -> Processor:
+def _bias(value: Mapping[tuple[int, ...], float] | Sequence[Any], s: ProcessorContext) -> Processor:
     pairs: Iterable[Any] = cast(Any, value.items()) if isinstance(value, Mapping) else value
     return sc.SequenceBias(s.ops, {tuple(ids): float(bias) for ids, bias in pairs})
 
 
-def _bad_words(words: Sequence[Sequence[int]], s: Setting) -> Processor | None:
+def _bad_words(words: Sequence[Sequence[int]], s: ProcessorContext) -> Processor | None:
     # A ban of an eos token alone is dropped, as on the hub: it would make every sequence run to its limit.
     kept = {tuple(word): sc.NEVER for word in words if len(word) > 1 or word[0] not in s.config.eos_ids}
     return sc.SequenceBias(s.ops, kept) if kept else None
 
 
-def _at(s: Setting, when: Callable[[Any], Any], change: Callable[[Array], Array]) -> Processor:
+def _at(s: ProcessorContext, when: Callable[[Any], Any], change: Callable[[Array], Array]) -> Processor:
     """A change of the scores at the lengths for which `when` holds."""
     return lambda ids, scores: s.ops.choose(when(s.length(ids)), lambda: change(scores), lambda: scores)
 
 
-def _ban_while(s: Setting, tokens: Sequence[int], when: Callable[[Any], Any]) -> Processor | None:
+def _ban_while(s: ProcessorContext, tokens: Sequence[int], when: Callable[[Any], Any]) -> Processor | None:
     """-inf for these tokens while `when(length so far)`."""
     if not tokens:
         return None
@@ -125,12 +125,12 @@ def _ban_while(s: Setting, tokens: Sequence[int], when: Callable[[Any], Any]) ->
     return _at(s, when, lambda scores: s.ops.fill_columns(scores, index_k, sc.NEVER))
 
 
-def _force_at(s: Setting, tokens: Sequence[int], length: int) -> Processor:
+def _force_at(s: ProcessorContext, tokens: Sequence[int], length: int) -> Processor:
     index_k = s.ops.array(list(tokens))
     return _at(s, lambda n: n == length, lambda scores: sc.only(s.ops, scores, index_k))
 
 
-def _first_choice(s: Setting) -> Any:
+def _first_choice(s: ProcessorContext) -> Any:
     """The length at which the first free choice is made."""
     start = s.prompt_length
     if s.config.forced_bos_token_id is None:
@@ -138,7 +138,7 @@ def _first_choice(s: Setting) -> Any:
     return s.ops.choose(start <= 1, lambda: start + 1, lambda: start)
 
 
-def _decay(value: tuple[int, float], s: Setting) -> Processor | None:
+def _decay(value: tuple[int, float], s: ProcessorContext) -> Processor | None:
     if not s.config.eos_ids:
         return None
     start, factor = value[0] + s.prompt_length, float(value[1])
@@ -155,7 +155,7 @@ def _decay(value: tuple[int, float], s: Setting) -> Processor | None:
     return grow
 
 
-ALWAYS: tuple[Row, ...] = (
+ALWAYS: tuple[ProcessorEntry, ...] = (
     ("sequence_bias", None, _bias),
     ("encoder_repetition_penalty", 1.0, _prompt_repetition),
     ("repetition_penalty", 1.0, _repetition),
@@ -176,7 +176,7 @@ ALWAYS: tuple[Row, ...] = (
     ("suppress_tokens", None, lambda v, s: _ban_while(s, v, lambda _: True)),
     ("begin_suppress_tokens", None, lambda v, s: _ban_while(s, v, lambda n: n == _first_choice(s))),
 )
-SAMPLING: tuple[Row, ...] = (
+SAMPLING: tuple[ProcessorEntry, ...] = (
     ("temperature", 1.0, lambda v, _: lambda _i, x: x / _real(v)),
     ("top_h", None, _simple(sc.top_h)),
     ("top_k", 0, _limit(sc.top_k)),
@@ -186,7 +186,9 @@ SAMPLING: tuple[Row, ...] = (
     ("epsilon_cutoff", 0.0, _limit(sc.epsilon_cutoff)),
     ("eta_cutoff", 0.0, _limit(sc.eta_cutoff)),
 )
-LAST: tuple[Row, ...] = (("renormalize_logits", False, lambda _, s: lambda _i, x: s.ops.log_softmax(x)),)
+LAST: tuple[ProcessorEntry, ...] = (
+    ("renormalize_logits", False, lambda _, s: lambda _i, x: s.ops.log_softmax(x)),
+)
 
 
 # Processors that look at the text, not at its length alone.
@@ -209,14 +211,16 @@ def wanted(config: GenerationConfig, allowed: Any = None) -> dict[str, Any]:
     return {name: value for name, value, off in given if value is not None and value != off}
 
 
-def build(setting: Setting, values: Mapping[str, Any], own: Iterable[Processor] = ()) -> list[Processor]:
+def build(
+    context: ProcessorContext, values: Mapping[str, Any], own: Iterable[Processor] = ()
+) -> list[Processor]:
     """The processors of these fields (see `wanted`), in order; `own` are the caller's."""
 
-    def of(table: Iterable[Row]) -> list[Processor]:
-        built = (build(values[name], setting) for name, _, build in table if name in values)
+    def of(table: Iterable[ProcessorEntry]) -> list[Processor]:
+        built = (build(values[name], context) for name, _, build in table if name in values)
         return [processor for processor in built if processor is not None]
 
-    return [*of(ALWAYS), *(_checked(setting.ops, processor) for processor in own), *of(SAMPLING), *of(LAST)]
+    return [*of(ALWAYS), *(_checked(context.ops, processor) for processor in own), *of(SAMPLING), *of(LAST)]
 
 
 def _checked(ops: ArrayOps, processor: Any) -> Processor:
@@ -227,7 +231,7 @@ def _checked(ops: ArrayOps, processor: Any) -> Processor:
         )
 
     def run(ids: Array, scores: Array) -> Array:
-        changed = processor(ops.shown(ids), ops.shown(scores))
+        changed = processor(ops.to_framework(ids), ops.to_framework(scores))
         if getattr(changed, "shape", None) != scores.shape:
             got = (
                 "nothing" if changed is None else f"shape {getattr(changed, 'shape', type(changed).__name__)}"

@@ -20,7 +20,7 @@ log = logging.getLogger("monoblock")
 
 
 @dataclass(kw_only=True)
-class Call:
+class GenerateArguments:
     """The arguments of `generate` that are neither fields of a config nor inputs of the model."""
 
     inputs: Any = None
@@ -40,7 +40,7 @@ class Call:
     generator: Any = None
 
 
-CALL_NAMES = frozenset(field.name for field in fields(Call))
+ARGUMENT_NAMES = frozenset(field.name for field in fields(GenerateArguments))
 
 
 def embedded_length(inputs: Mapping[str, Any]) -> int:
@@ -55,7 +55,11 @@ def embedded_length(inputs: Mapping[str, Any]) -> int:
 
 
 def prompt_ids(
-    ops: ArrayOps, call: Call, config: GenerationConfig, inputs: Mapping[str, Any], vocab: int | None = None
+    ops: ArrayOps,
+    call: GenerateArguments,
+    config: GenerationConfig,
+    inputs: Mapping[str, Any],
+    vocab: int | None = None,
 ) -> Array:
     """The prompts' ids (rows, tokens), on the device; without any, one row of the bos token.
 
@@ -83,7 +87,7 @@ def prompt_ids(
     if ids_bn.shape[1] == 0 and embeds is None:
         raise ValueError("the prompt is empty: give at least one token, such as the bos token")
     if "int" not in str(ids_bn.dtype):
-        raise ValueError(f"input_ids must be whole numbers, got {ids_bn.dtype}")
+        raise ValueError(f"input_ids must be integers, got {ids_bn.dtype}")
     if ids_bn.shape[1] > 0:
         values = ops.to_numpy(ids_bn)
         check_prompt("input_ids", int(values.min()), int(values.max()), vocab)
@@ -107,12 +111,12 @@ def check_positions(ops: ArrayOps, positions: Any, rows: int, columns: int) -> N
     made = as_array(ops, "position_ids", positions, "whole numbers (rows, tokens)")
     if tuple(made.shape) not in ((rows, columns), (1, columns)) or "int" not in str(made.dtype):
         raise ValueError(
-            f"position_ids must be whole numbers (rows, tokens) = ({rows}, {columns}), got {made.dtype} "
+            f"position_ids must be integers (rows, tokens) = ({rows}, {columns}), got {made.dtype} "
             f"{tuple(made.shape)}"
         )
 
 
-def check_functions(call: Call) -> None:
+def check_functions(call: GenerateArguments) -> None:
     """TypeError for an argument that is to be called, or holds what is, and cannot."""
     for name in ("logits_processor", "stopping_criteria"):
         value = getattr(call, name)
@@ -129,7 +133,7 @@ def check_functions(call: Call) -> None:
 
 
 def prompt_mask(
-    ops: ArrayOps, ids_bn: Array, call: Call, config: GenerationConfig, inputs: Mapping[str, Any]
+    ops: ArrayOps, ids_bn: Array, call: GenerateArguments, config: GenerationConfig, inputs: Mapping[str, Any]
 ) -> Array | None:
     """1 for tokens and 0 for padding (rows, positions); None if nothing is padding.
 
@@ -183,7 +187,7 @@ def _check_shape(shape: tuple[int, ...], rows: int, columns: int, longer: bool) 
         )
 
 
-def random_source(ops: ArrayOps, call: Call) -> Any:
+def random_source(ops: ArrayOps, call: GenerateArguments) -> Any:
     """What sampling draws from: the call's generator, a new one for its seed, or None (the global one)."""
     if call.seed is None:
         return call.generator

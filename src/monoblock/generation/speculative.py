@@ -17,8 +17,8 @@ from typing import Any, Protocol, cast
 from monoblock.generation import processors
 from monoblock.generation.arrays import Array
 from monoblock.generation.config import GenerationConfig, as_own_config
-from monoblock.generation.decoder import Model, RewindableDecoder
-from monoblock.generation.prepared import Generation
+from monoblock.generation.decoder import GenerativeModel, RewindableDecoder
+from monoblock.generation.preparation import GenerationRun
 
 # A windowed cache takes back that many tokens.
 LONGEST_DRAFT = 64
@@ -39,7 +39,7 @@ class Draft:
     scores: list[Array] = field(default_factory=list[Array])
 
 
-class Source(Protocol):
+class DraftSource(Protocol):
     """Where guesses come from."""
 
     def propose(self, ids: list[int], room: int) -> Draft:
@@ -47,7 +47,7 @@ class Source(Protocol):
         ...
 
 
-def run(generation: Generation) -> Any:
+def run(generation: GenerationRun) -> Any:
     """One prompt continued by guessing and checking."""
     _check(generation)
     source = _source(generation)
@@ -83,7 +83,7 @@ def run(generation: Generation) -> Any:
         scores_1kv = decoder.extend(ops.array([[ids[-1], *draft.tokens]]))
 
 
-def _check(generation: Generation) -> None:
+def _check(generation: GenerationRun) -> None:
     if generation.plan.rows > 1:
         raise ValueError(
             f"speculative decoding continues one prompt once, got {generation.plan.rows} rows: leave out "
@@ -95,15 +95,15 @@ def _check(generation: Generation) -> None:
         )
 
 
-def _source(generation: Generation) -> Source:
+def _source(generation: GenerationRun) -> DraftSource:
     config = generation.config
     if generation.assistant is not None:
         return Assistant(generation, generation.assistant)
     assert config.prompt_lookup_num_tokens is not None
-    return Lookup(config.prompt_lookup_num_tokens, config.max_matching_ngram_size or DEFAULT_MATCH)
+    return PromptLookup(config.prompt_lookup_num_tokens, config.max_matching_ngram_size or DEFAULT_MATCH)
 
 
-def _choose(generation: Generation, scores_1v: Array, draft: Draft, place: int) -> tuple[int, bool]:
+def _choose(generation: GenerationRun, scores_1v: Array, draft: Draft, place: int) -> tuple[int, bool]:
     """The token at a place, and whether it is the one that was guessed."""
     ops = generation.ops
     guess = draft.tokens[place] if place < len(draft.tokens) else None
@@ -117,7 +117,7 @@ def _choose(generation: Generation, scores_1v: Array, draft: Draft, place: int) 
     return token, token == guess
 
 
-def _drawn(generation: Generation, p_scores_1v: Array, q_scores_1v: Array, guess: int) -> int:
+def _drawn(generation: GenerationRun, p_scores_1v: Array, q_scores_1v: Array, guess: int) -> int:
     """A token of the distribution p, by way of a guess that was drawn from q."""
     ops, generator = generation.ops, generation.generator
     p_1v, q_1v = ops.softmax(p_scores_1v), ops.softmax(q_scores_1v)
@@ -137,7 +137,7 @@ def _drawn(generation: Generation, p_scores_1v: Array, q_scores_1v: Array, guess
     return token
 
 
-class Lookup:
+class PromptLookup:
     """Guesses that the text goes on as it did after the latest place where its last tokens stood before."""
 
     def __init__(self, count: int, longest: int):
@@ -172,7 +172,7 @@ def _options(config: GenerationConfig, own: GenerationConfig | None) -> dict[str
 class Assistant:
     """Guesses of a smaller model with the same vocabulary, which keeps its own cache of the text."""
 
-    def __init__(self, generation: Generation, model: Model):
+    def __init__(self, generation: GenerationRun, model: GenerativeModel):
         if generation.embedded:
             raise ValueError(
                 "assistant_model reads token ids: give input_ids in place of inputs_embeds, or leave it out"
@@ -188,7 +188,7 @@ class Assistant:
         plan = dataclasses.replace(generation.plan, config=config)
         self.decoder = cast(RewindableDecoder, model.decoder(plan, {}))
         # The caller's own processors see only texts that are real; q may be any distribution.
-        self.processors = processors.build(generation.setting, processors.wanted(generation.config))
+        self.processors = processors.build(generation.context, processors.wanted(generation.config))
         self.fed = 0  # tokens of the text that the assistant's cache holds
         self.last = (0, 0)  # length of the text before the last draft, and the draft's
 

@@ -18,7 +18,7 @@ NO_LIMIT = 10**20  # a tokenizer's model_max_length above this means that its fi
 
 
 @dataclass
-class Row:
+class PipelineInput:
     """One row of a batch: the ids and masks that the model gets, what the answer needs beside, and the output."""
 
     inputs: dict[str, Any]
@@ -82,7 +82,7 @@ class Pipeline:
 
     # ------------------------------------------------------------------ what a task defines
 
-    def rows(self, item: Any, options: dict[str, Any]) -> list[Row]:
+    def rows(self, item: Any, options: dict[str, Any]) -> list[PipelineInput]:
         """One input as rows of model inputs."""
         raise NotImplementedError
 
@@ -90,7 +90,7 @@ class Pipeline:
         """The outputs that answers are made of, [rows, ...]; [rows, tokens, ...] for those in `by_token`."""
         raise NotImplementedError
 
-    def answer(self, rows: list[Row], options: dict[str, Any]) -> Any:
+    def answer(self, rows: list[PipelineInput], options: dict[str, Any]) -> Any:
         """The answer to one input, from its rows."""
         raise NotImplementedError
 
@@ -164,8 +164,8 @@ class Pipeline:
 
     def stream(self, items: Iterable[Any], size: int, options: dict[str, Any]) -> Iterator[Any]:
         """Answers in the order of the inputs, each as soon as its last row has been run."""
-        groups: deque[list[Row]] = deque()
-        waiting: list[Row] = []
+        groups: deque[list[PipelineInput]] = deque()
+        waiting: list[PipelineInput] = []
         for item in items:
             groups.append(self.rows(item, options))
             waiting += groups[-1]
@@ -179,7 +179,7 @@ class Pipeline:
         while groups:
             yield self.answer(groups.popleft(), options)
 
-    def _run(self, rows: list[Row], options: dict[str, Any]) -> None:
+    def _run(self, rows: list[PipelineInput], options: dict[str, Any]) -> None:
         batch = self.collate([row.inputs for row in rows])
         outputs = self.forward(batch, options)
         width = np.shape(batch["input_ids"])[-1]

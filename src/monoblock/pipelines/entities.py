@@ -13,7 +13,7 @@ BY_WORD = ("first", "average", "max")
 
 
 @dataclass
-class Piece:
+class TokenGroup:
     """A token, or the tokens of a word: its scores [labels], and the characters of the text that it stands for."""
 
     scores: np.ndarray
@@ -28,31 +28,31 @@ class Piece:
         return int(self.scores.argmax())
 
 
-def _first(pieces: Sequence[Piece]) -> np.ndarray:
+def _first(pieces: Sequence[TokenGroup]) -> np.ndarray:
     return pieces[0].scores
 
 
-def _surest(pieces: Sequence[Piece]) -> np.ndarray:
+def _surest(pieces: Sequence[TokenGroup]) -> np.ndarray:
     return max(pieces, key=lambda piece: piece.scores.max()).scores
 
 
-def _average(pieces: Sequence[Piece]) -> np.ndarray:
+def _average(pieces: Sequence[TokenGroup]) -> np.ndarray:
     return np.nanmean(np.stack([piece.scores for piece in pieces]), axis=0)
 
 
 _SCORES = {"first": _first, "max": _surest, "average": _average}
 
 
-def by_word(pieces: Sequence[Piece], strategy: str) -> list[Piece]:
+def by_word(pieces: Sequence[TokenGroup], strategy: str) -> list[TokenGroup]:
     """Words instead of tokens, each with the scores that the strategy gives it."""
-    words: list[list[Piece]] = []
+    words: list[list[TokenGroup]] = []
     for piece in pieces:
         if piece.continues and words:
             words[-1].append(piece)
         else:
             words.append([piece])
     return [
-        Piece(
+        TokenGroup(
             _SCORES[strategy](word),
             [t for p in word for t in p.tokens],
             word[0].start,
@@ -69,13 +69,13 @@ def tag_of(label: str) -> tuple[bool, str]:
 
 
 def groups(
-    pieces: Sequence[Piece], labels: Mapping[int, str], join: Callable[[list[str]], str], words: bool
+    pieces: Sequence[TokenGroup], labels: Mapping[int, str], join: Callable[[list[str]], str], words: bool
 ) -> list[dict[str, Any]]:
     """Neighbours of one tag as one entity; a B- label begins a new one.
 
     `join`: tokens to text. `words`: the pieces are words, each of which is joined for itself before all are.
     """
-    found: list[list[Piece]] = []
+    found: list[list[TokenGroup]] = []
     last: str | None = None
     for piece in pieces:
         begins, tag = tag_of(labels[piece.best])

@@ -9,9 +9,9 @@ from typing import Any
 
 from monoblock import demo, families
 from monoblock.checkpoint.contents import SENTENCE_TRANSFORMERS
+from monoblock.checkpoint.formats import lacks
 from monoblock.checkpoint.hub import HubOptions, find_file, find_weights
 from monoblock.checkpoint.options import pop_remote_code
-from monoblock.checkpoint.sources import lacks
 from monoblock.checkpoint.store import open_store
 from monoblock.pipelines import frameworks
 from monoblock.pipelines.frameworks import Framework

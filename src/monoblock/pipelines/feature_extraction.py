@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from monoblock.pipelines.base import Pipeline, Row, text
+from monoblock.pipelines.base import Pipeline, PipelineInput, text
 
 
 class FeatureExtractionPipeline(Pipeline):
@@ -29,18 +29,18 @@ class FeatureExtractionPipeline(Pipeline):
             raise ValueError("truncation is given twice: as an argument and in tokenize_kwargs")
         return options
 
-    def rows(self, item: Any, options: dict[str, Any]) -> list[Row]:
+    def rows(self, item: Any, options: dict[str, Any]) -> list[PipelineInput]:
         encode = dict(options["tokenize_kwargs"] or {})
         if options["truncation"] is not None:
             encode["truncation"] = options["truncation"]
             if encode["truncation"] and "max_length" not in encode and self.limit is not None:
                 encode["max_length"] = self.limit
-        return [Row(self.model_inputs(self.tokenizer(text(item, self.task), **encode)))]
+        return [PipelineInput(self.model_inputs(self.tokenizer(text(item, self.task), **encode)))]
 
     def forward(self, batch: dict[str, Any], options: dict[str, Any]) -> dict[str, np.ndarray]:
         del options
         return {"features": self.adapter.numpy(self.adapter.run(batch)[0])}
 
-    def answer(self, rows: list[Row], options: dict[str, Any]) -> Any:
+    def answer(self, rows: list[PipelineInput], options: dict[str, Any]) -> Any:
         features = rows[0].output["features"][None]
         return self.adapter.native(features) if options["return_tensors"] else features.tolist()

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from monoblock.pipelines.arrays import softmax
-from monoblock.pipelines.base import Pipeline, Row, count_or_none, text
+from monoblock.pipelines.base import Pipeline, PipelineInput, count_or_none, text
 
 log = logging.getLogger("monoblock")
 
@@ -56,17 +56,17 @@ class FillMaskPipeline(Pipeline):
             raise ValueError("targets must name at least one token of the vocabulary")
         return sorted(set(ids))
 
-    def rows(self, item: Any, options: dict[str, Any]) -> list[Row]:
+    def rows(self, item: Any, options: dict[str, Any]) -> list[PipelineInput]:
         encoded = self.tokenizer(text(item, self.task), **(options["tokenizer_kwargs"] or {}))
         if self.tokenizer.mask_token_id not in encoded["input_ids"]:
             raise ValueError(f"the text has no mask: put {self.tokenizer.mask_token} where a token is wanted")
-        return [Row(self.model_inputs(encoded))]
+        return [PipelineInput(self.model_inputs(encoded))]
 
     def forward(self, batch: dict[str, Any], options: dict[str, Any]) -> dict[str, np.ndarray]:
         del options
         return {"logits": self.adapter.numpy(self.adapter.run(batch).logits)}
 
-    def answer(self, rows: list[Row], options: dict[str, Any]) -> Any:
+    def answer(self, rows: list[PipelineInput], options: dict[str, Any]) -> Any:
         [row] = rows
         ids = list(row.inputs["input_ids"])
         masks = [i for i, id in enumerate(ids) if id == self.tokenizer.mask_token_id]

@@ -6,13 +6,18 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from monoblock.generation.config import GenerationConfig, as_own_config
-from monoblock.generation.prompt import CALL_NAMES
+from monoblock.generation.prompt import ARGUMENT_NAMES
 from monoblock.generation.resolve import UNSUPPORTED_ARGUMENTS
 from monoblock.pipelines.base import Pipeline
 
 FIELDS = GenerationConfig.FIELDS
 # Arguments of the call that are no fields, but for those that the pipeline makes; what is refused, `generate` refuses.
-CALL = (CALL_NAMES | UNSUPPORTED_ARGUMENTS.keys()) - {"inputs", "input_ids", "attention_mask", "tokenizer"}
+CALL = (ARGUMENT_NAMES | UNSUPPORTED_ARGUMENTS.keys()) - {
+    "inputs",
+    "input_ids",
+    "attention_mask",
+    "tokenizer",
+}
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from monoblock.pipelines.base import Row, is_stream
+from monoblock.pipelines.base import PipelineInput, is_stream
 from monoblock.pipelines.generating import Generating, is_chat, split
 
 INDICES, PATCHES = "image_patches_indices", "image_patches"
@@ -71,7 +71,7 @@ class ImageTextToTextPipeline(Generating):
             raise ValueError("return_full_text and return_tensors exclude each other: give one")
         return super().checked(options | inner)
 
-    def rows(self, item: Any, options: dict[str, Any]) -> list[Row]:
+    def rows(self, item: Any, options: dict[str, Any]) -> list[PipelineInput]:
         if is_chat(item):
             raise TypeError("'image-text-to-text' takes no conversations: its models have no chat template")
         if isinstance(item, Mapping):
@@ -89,10 +89,10 @@ class ImageTextToTextPipeline(Generating):
         more = options["processor_kwargs"] or {}
         if images is None:
             encoded = self.processor(text=text, **more)
-            return [Row(self.model_inputs(encoded), text)]
+            return [PipelineInput(self.model_inputs(encoded), text)]
         encoded = self.processor(text=[text], images=[images], return_tensors="np", **more)
         inputs = {name: encoded[name][0].tolist() for name in ("input_ids", "attention_mask", INDICES)}
-        return [Row({**inputs, PATCHES: encoded[PATCHES][0]}, text)]
+        return [PipelineInput({**inputs, PATCHES: encoded[PATCHES][0]}, text)]
 
     def collate(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         width = max(len(row["input_ids"]) for row in rows)
@@ -114,7 +114,7 @@ class ImageTextToTextPipeline(Generating):
         rows = len(batch["input_ids"])
         return {"sequences": split(sequences, rows), "prompt": batch["input_ids"]}
 
-    def answer(self, rows: list[Row], options: dict[str, Any]) -> Any:
+    def answer(self, rows: list[PipelineInput], options: dict[str, Any]) -> Any:
         [row] = rows
         sequences = row.output["sequences"]
         if options["return_tensors"]:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 
 from monoblock.pipelines.arrays import softmax
-from monoblock.pipelines.base import Pipeline, Row, count_or_none, is_stream
+from monoblock.pipelines.base import Pipeline, PipelineInput, count_or_none, is_stream
 
 MAX_SEQ_LEN, DOC_STRIDE = 384, 128  # the hub's, where the model's length leaves room for them
 
@@ -87,7 +87,7 @@ class QuestionAnsweringPipeline(Pipeline):
             raise TypeError("an input is {'question': ..., 'context': ...}, or give question= and context=")
         return inputs
 
-    def rows(self, item: Any, options: dict[str, Any]) -> list[Row]:
+    def rows(self, item: Any, options: dict[str, Any]) -> list[PipelineInput]:
         question, context = _checked(item)
         first = self.tokenizer.padding_side == "right"
         short = self.tokenizer(question, add_special_tokens=False, verbose=False)
@@ -103,7 +103,7 @@ class QuestionAnsweringPipeline(Pipeline):
             return_overflowing_tokens=True,
         )
         return [
-            Row(self.model_inputs(encoded, i), self._chunk(context, encoded[i], int(first)))
+            PipelineInput(self.model_inputs(encoded, i), self._chunk(context, encoded[i], int(first)))
             for i in range(len(encoded["input_ids"]))
         ]
 
@@ -136,7 +136,7 @@ class QuestionAnsweringPipeline(Pipeline):
         out = self.adapter.run(batch)
         return {"start": self.adapter.numpy(out.start_logits), "end": self.adapter.numpy(out.end_logits)}
 
-    def answer(self, rows: list[Row], options: dict[str, Any]) -> Any:
+    def answer(self, rows: list[PipelineInput], options: dict[str, Any]) -> Any:
         answers: dict[str, dict[str, Any]] = {}
         words, k = options["align_to_words"], options["top_k"]
         none = 1.0  # how probable it is that no chunk has an answer: the least of the chunks

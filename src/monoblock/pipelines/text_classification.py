@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from monoblock.pipelines.arrays import sigmoid, softmax
-from monoblock.pipelines.base import Pipeline, Row, count_or_none, one_of, text
+from monoblock.pipelines.base import Pipeline, PipelineInput, count_or_none, one_of, text
 
 BEST = "best"  # top_k not given: the best label alone, without a list of its own
 FUNCTIONS = {"softmax": softmax, "sigmoid": sigmoid, "none": lambda scores: scores}
@@ -48,7 +48,7 @@ class TextClassificationPipeline(Pipeline):
             one_of("function_to_apply", wanted, ("default", *FUNCTIONS))
         return options
 
-    def rows(self, item: Any, options: dict[str, Any]) -> list[Row]:
+    def rows(self, item: Any, options: dict[str, Any]) -> list[PipelineInput]:
         encode = {name: options[name] for name in TOKENIZER if name in options}
         # The hub's old form of a pair: [["text", "pair"]] inside a list of inputs.
         if isinstance(item, list) and len(item) == 1 and isinstance(item[0], list) and len(item[0]) == 2:
@@ -61,13 +61,13 @@ class TextClassificationPipeline(Pipeline):
             raise TypeError("give pairs of texts as {'text': ..., 'text_pair': ...}, not as lists")
         else:
             encoded = self.tokenizer(text(item, self.task), **encode)
-        return [Row(self.model_inputs(encoded))]
+        return [PipelineInput(self.model_inputs(encoded))]
 
     def forward(self, batch: dict[str, Any], options: dict[str, Any]) -> dict[str, np.ndarray]:
         del options
         return {"logits": self.adapter.numpy(self.adapter.run(batch).logits)}
 
-    def answer(self, rows: list[Row], options: dict[str, Any]) -> Any:
+    def answer(self, rows: list[PipelineInput], options: dict[str, Any]) -> Any:
         scores = FUNCTIONS[self._function(options["function_to_apply"])](rows[0].output["logits"])
         order = np.argsort(-scores, kind="stable")
         labels = self.model.config.id2label

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from itertools import chain
 from typing import Any, ClassVar
 
-from monoblock.pipelines.base import Row, is_stream, text
+from monoblock.pipelines.base import PipelineInput, is_stream, text
 from monoblock.pipelines.generating import Generating, carries_on, is_chat, is_message, split
 
 TOKENIZER = ("add_special_tokens", "padding", "truncation", "max_length")
@@ -78,7 +78,7 @@ class TextGenerationPipeline(Generating):
             return _One(inputs)
         return inputs if is_stream(inputs) else super().items(inputs, options)
 
-    def rows(self, item: Any, options: dict[str, Any]) -> list[Row]:
+    def rows(self, item: Any, options: dict[str, Any]) -> list[PipelineInput]:
         encode = {name: options[name] for name in TOKENIZER if options.get(name) is not None}
         encode |= options["tokenizer_encode_kwargs"] or {}
         if isinstance(item, _One):
@@ -102,7 +102,7 @@ class TextGenerationPipeline(Generating):
             inputs = {"input_ids": [self._start()], "attention_mask": [1]}
         if options["handle_long_generation"] == "hole":
             inputs = self._cut(inputs, options)
-        return [Row(inputs, item)]
+        return [PipelineInput(inputs, item)]
 
     def _prefix(self, options: dict[str, Any]) -> str:
         prefix = (
@@ -145,11 +145,11 @@ class TextGenerationPipeline(Generating):
         sequences = self.adapter.generate(batch, keywords)
         return {"sequences": split(sequences, rows), "width": [width] * rows}
 
-    def answer(self, rows: list[Row], options: dict[str, Any]) -> Any:
+    def answer(self, rows: list[PipelineInput], options: dict[str, Any]) -> Any:
         [row] = rows
         return [self._record(row, ids, options) for ids in row.output["sequences"]]
 
-    def _record(self, row: Row, ids: list[int], options: dict[str, Any]) -> dict[str, Any]:
+    def _record(self, row: PipelineInput, ids: list[int], options: dict[str, Any]) -> dict[str, Any]:
         if options["return_tensors"]:
             return {"generated_token_ids": ids}
         new: Any = self.tokenizer.decode(

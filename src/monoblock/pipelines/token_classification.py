@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 import numpy as np
 
 from monoblock.pipelines.arrays import softmax
-from monoblock.pipelines.base import Pipeline, Row, one_of, text
-from monoblock.pipelines.entities import BY_WORD, STRATEGIES, Piece, by_word, groups, without_overlaps
+from monoblock.pipelines.base import Pipeline, PipelineInput, one_of, text
+from monoblock.pipelines.entities import BY_WORD, STRATEGIES, TokenGroup, by_word, groups, without_overlaps
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class TokenClassificationPipeline(Pipeline):
         options["offset_mapping"] = iter(mappings)
         return inputs
 
-    def rows(self, item: Any, options: dict[str, Any]) -> list[Row]:
+    def rows(self, item: Any, options: dict[str, Any]) -> list[PipelineInput]:
         encode: dict[str, Any] = {"return_special_tokens_mask": True, "return_offsets_mapping": True}
         if self.limit:
             encode |= {"truncation": True, "max_length": self.limit}
@@ -121,14 +121,14 @@ class TokenClassificationPipeline(Pipeline):
                     f"offset_mapping has {len(offsets)} places for {len(row['input_ids'])} tokens: give one for each"
                 )
             chunk = _Chunk(sentence, encoded.tokens(i), row["special_tokens_mask"], offsets)
-            found.append(Row(self.model_inputs(row), chunk))
+            found.append(PipelineInput(self.model_inputs(row), chunk))
         return found
 
     def forward(self, batch: dict[str, Any], options: dict[str, Any]) -> dict[str, np.ndarray]:
         del options
         return {"logits": self.adapter.numpy(self.adapter.run(batch).logits)}
 
-    def answer(self, rows: list[Row], options: dict[str, Any]) -> Any:
+    def answer(self, rows: list[PipelineInput], options: dict[str, Any]) -> Any:
         strategy, labels = options["aggregation_strategy"], self.model.config.id2label
         entities: list[dict[str, Any]] = []
         for row in rows:
@@ -143,11 +143,11 @@ class TokenClassificationPipeline(Pipeline):
             entities += [e for e in found if e.get("entity", e.get("entity_group")) not in ignored]
         return without_overlaps(entities) if len(rows) > 1 else entities
 
-    def _pieces(self, row: Row) -> list[Piece]:
+    def _pieces(self, row: PipelineInput) -> list[TokenGroup]:
         chunk: _Chunk = row.info
         scores = softmax(row.output["logits"])
         prefix = getattr(self.tokenizer.backend_tokenizer.model, "continuing_subword_prefix", None)
-        pieces: list[Piece] = []
+        pieces: list[TokenGroup] = []
         for i, token in enumerate(chunk.tokens):
             if chunk.special[i]:
                 continue
@@ -159,11 +159,11 @@ class TokenClassificationPipeline(Pipeline):
                 continues = start > 0 and " " not in chunk.sentence[start - 1 : start + 1]
             if row.inputs["input_ids"][i] == self.tokenizer.unk_token_id:
                 token, continues = written, False
-            pieces.append(Piece(scores[i], [token], start, end, i, continues))
+            pieces.append(TokenGroup(scores[i], [token], start, end, i, continues))
         return pieces
 
 
-def _single(piece: Piece, labels: Mapping[int, str]) -> dict[str, Any]:
+def _single(piece: TokenGroup, labels: Mapping[int, str]) -> dict[str, Any]:
     return {
         "entity": labels[piece.best],
         "score": float(piece.scores[piece.best]),

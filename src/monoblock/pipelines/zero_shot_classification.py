@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from monoblock.pipelines.arrays import softmax
-from monoblock.pipelines.base import Pipeline, Row, text
+from monoblock.pipelines.base import Pipeline, PipelineInput, text
 
 log = logging.getLogger("monoblock")
 
@@ -59,11 +59,11 @@ class ZeroShotClassificationPipeline(Pipeline):
             raise ValueError(f"hypothesis_template={template!r} has no {{}} where the label goes")
         return options | {"candidate_labels": list(labels)}
 
-    def rows(self, item: Any, options: dict[str, Any]) -> list[Row]:
+    def rows(self, item: Any, options: dict[str, Any]) -> list[PipelineInput]:
         premise = text(item, self.task)
         template: str = options["hypothesis_template"]
         return [
-            Row(self.model_inputs(self._encoded(premise, template.format(label))), premise)
+            PipelineInput(self.model_inputs(self._encoded(premise, template.format(label))), premise)
             for label in options["candidate_labels"]
         ]
 
@@ -77,7 +77,7 @@ class ZeroShotClassificationPipeline(Pipeline):
         del options
         return {"logits": self.adapter.numpy(self.adapter.run(batch).logits)}
 
-    def answer(self, rows: list[Row], options: dict[str, Any]) -> Any:
+    def answer(self, rows: list[PipelineInput], options: dict[str, Any]) -> Any:
         logits = np.stack([row.output["logits"] for row in rows])
         entails = self.entailment_id
         if options["multi_label"] or len(rows) == 1:

@@ -16,7 +16,7 @@ from typing import Any, cast
 
 from tokenizers import Tokenizer
 
-from monoblock.checkpoint.json_text import MOST_BYTES, parsed
+from monoblock.checkpoint.json_text import MAX_JSON_BYTES, parsed
 from monoblock.errors import CheckpointError, FieldError, HubError, UnsupportedConfig
 from monoblock.tokenization import charsmap
 
@@ -71,8 +71,8 @@ def read_backend(path: Path) -> Tokenizer:
 
 def check(raw: bytes, path: Path | str) -> None:
     """CheckpointError for the text of a tokenizer.json that the backend would not survive."""
-    if len(raw) > MOST_BYTES:
-        raise CheckpointError(f"{path} has {len(raw):,} bytes; expected at most {MOST_BYTES:,}")
+    if len(raw) > MAX_JSON_BYTES:
+        raise CheckpointError(f"{path} has {len(raw):,} bytes; expected at most {MAX_JSON_BYTES:,}")
     # Between two quotes that are not escaped there is a string, or what stands between strings.
     bare = raw.replace(b"\\\\", b"..").replace(b'\\"', b"..")
     if max(map(len, bare.split(b'"'))) <= MOST_TEXT and b"recompiled" not in raw and not _HIDDEN.search(raw):

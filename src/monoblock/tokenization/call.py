@@ -9,7 +9,7 @@ from typing import Any
 from tokenizers import Encoding
 
 from monoblock.tokenization.encoding import BatchEncoding
-from monoblock.tokenization.inputs import Plan, as_batch, check_stride, plan
+from monoblock.tokenization.inputs import EncodingPlan, as_batch, check_stride, plan
 from monoblock.tokenization.special import SpecialTokens
 
 log = logging.getLogger("monoblock")
@@ -134,7 +134,7 @@ class Encode(SpecialTokens):
 
     def _plan(
         self, padding: Any, truncation: Any, max_length: Any, multiple: Any, side: Any, verbose: bool
-    ) -> Plan:
+    ) -> EncodingPlan:
         decided = plan(
             padding,
             truncation,
@@ -192,7 +192,7 @@ class Encode(SpecialTokens):
             data["length"] = [len(row) for row in rows]
         return data
 
-    def _run(self, items: list[Any], plan: Plan, options: dict[str, Any]) -> list[Encoding]:
+    def _run(self, items: list[Any], plan: EncodingPlan, options: dict[str, Any]) -> list[Encoding]:
         special = options["add_special_tokens"]
         stride = check_stride(options["stride"], plan, self.num_special_tokens_to_add() if special else 0)
         split = options["split_special_tokens"]
@@ -238,7 +238,7 @@ class Encode(SpecialTokens):
             )
 
 
-def _set_up(backend: Any, plan: Plan, stride: int, owner: Encode) -> None:
+def _set_up(backend: Any, plan: EncodingPlan, stride: int, owner: Encode) -> None:
     """Give the backend the plan; unchanged settings are left, since setting them costs more than a short text."""
     truncation = padding = None
     if plan.truncates:

@@ -11,7 +11,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, normalizers, pre_tokeniz
 from tokenizers.models import BPE, WordPiece
 
 from monoblock.checkpoint.files import read_json
-from monoblock.checkpoint.json_text import MOST_BYTES
+from monoblock.checkpoint.json_text import MAX_JSON_BYTES
 from monoblock.errors import CheckpointError
 from monoblock.field_types import brief, checked, in_file
 from monoblock.tokenization.backend import faults
@@ -103,8 +103,8 @@ def merge_pairs(merges: Any) -> list[tuple[str, str]]:
 
 def read_text(path: str | Path) -> str:
     """The text of a vocabulary file or a template; CheckpointError if it is none."""
-    if (size := Path(path).stat().st_size) > MOST_BYTES:
-        raise CheckpointError(f"{path} has {size:,} bytes; expected at most {MOST_BYTES:,}")
+    if (size := Path(path).stat().st_size) > MAX_JSON_BYTES:
+        raise CheckpointError(f"{path} has {size:,} bytes; expected at most {MAX_JSON_BYTES:,}")
     try:
         return Path(path).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:

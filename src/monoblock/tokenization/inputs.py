@@ -16,7 +16,7 @@ UNLIMITED = 10**20  # a model_max_length above this means that the files name no
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class EncodingPlan:
     """Padding and truncation, decided: no booleans, no missing length where one is needed."""
 
     padding: str
@@ -63,7 +63,7 @@ def plan(
     side: str,
     model_max_length: int,
     verbose: bool = True,
-) -> Plan:
+) -> EncodingPlan:
     """Decide padding and truncation by the hub's rules.
 
     `max_length` alone truncates; without it the model's length counts; where that is unknown too, neither padding
@@ -96,7 +96,7 @@ def plan(
             f"max_length={max_length} is not a multiple of pad_to_multiple_of={multiple}: texts cut to it could not be "
             "padded to a multiple"
         )
-    return Plan(
+    return EncodingPlan(
         padding=fill,
         truncation=cut,
         max_length=max_length,
@@ -105,7 +105,7 @@ def plan(
     )
 
 
-def check_stride(stride: Any, plan: Plan, special: int) -> int:
+def check_stride(stride: Any, plan: EncodingPlan, special: int) -> int:
     """The stride, an integer less than the tokens of text that fit in one row."""
     stride = _count("stride", stride, 0) or 0
     if plan.truncates and plan.max_length is not None and stride and stride >= plan.max_length - special:

@@ -19,7 +19,7 @@ from tokenizers import Encoding, Tokenizer, decoders, normalizers, pre_tokenizer
 from monoblock.tokenization.encoding import BatchEncoding
 from monoblock.tokenization.families import Built, TokenizerFamily, bpe
 from monoblock.tokenization.fast import PreTrainedTokenizerFast
-from monoblock.tokenization.inputs import Plan
+from monoblock.tokenization.inputs import EncodingPlan
 
 log = logging.getLogger("monoblock")
 
@@ -128,7 +128,7 @@ class OpenAIGPTTokenizer(PreTrainedTokenizerFast):
             )
         return super()._encode(text, pair, name, options)
 
-    def _run(self, items: list[Any], plan: Plan, options: dict[str, Any]) -> list[Encoding]:
+    def _run(self, items: list[Any], plan: EncodingPlan, options: dict[str, Any]) -> list[Encoding]:
         if not self._original:
             return super()._run(items, plan, options)
         split = options["split_special_tokens"]

@@ -7,7 +7,7 @@ from typing import Any, cast
 
 from monoblock.tokenization.call import Encode
 from monoblock.tokenization.encoding import BatchEncoding
-from monoblock.tokenization.inputs import Plan
+from monoblock.tokenization.inputs import EncodingPlan
 from monoblock.tokenization.tensors import CONVERTERS, as_list
 
 
@@ -128,7 +128,7 @@ def _framework_of(ids: Any) -> str | None:
     return roots[root]
 
 
-def _target(plan: Plan, ids: list[list[int]], multiple: int | None) -> int:
+def _target(plan: EncodingPlan, ids: list[list[int]], multiple: int | None) -> int:
     length = max(map(len, ids)) if plan.padding == "longest" or plan.max_length is None else plan.max_length
     return -(-length // multiple) * multiple if multiple else length
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 from typing import Any, cast
 
-from monoblock.virtual import both
+from monoblock.virtual import virtual_subclass
 
 # Where transformers 5 and 4 define their tokenizer over `tokenizers`, and its base: the first that is imported counts.
 PLACES = (
@@ -29,7 +29,7 @@ class Recognised:
         own = type(self)
         for module, name in PLACES:
             if (base := getattr(sys.modules.get(module), name, None)) is not None:
-                return both(own, base)
+                return virtual_subclass(own, base)
         return own
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:

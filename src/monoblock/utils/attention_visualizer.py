@@ -195,7 +195,7 @@ class AttentionMaskVisualizer:
         if layout is None:
             raise ValueError(f"{self.config.model_type} has no relative position buckets")
         index = np.arange(self.tokens.length)
-        return visibility.bucketed(index[None, :] - index[:, None], layout)
+        return visibility.relative_position_bucket(index[None, :] - index[:, None], layout)
 
     # ------------------------------------------------------------------------ pictures
 

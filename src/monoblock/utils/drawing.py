@@ -14,7 +14,7 @@ _PLAIN = {"␣": "_", "↵": "\\n", "⇥": "\\t", "…": "..."}
 
 
 @dataclass(frozen=True)
-class Text:
+class TextElement:
     """A text that starts, centres or ends at (x, y), the middle of its height; `upright` turns it to read upwards."""
 
     x: float
@@ -39,7 +39,7 @@ class Drawing:
     gaps: list[tuple[float, float, float, float]] = field(
         default_factory=list[tuple[float, float, float, float]]
     )
-    texts: list[Text] = field(default_factory=list[Text])
+    texts: list[TextElement] = field(default_factory=list[TextElement])
 
     def box(self, colour: str, x: float, y: float, width: float, height: float) -> None:
         """Add a filled rectangle."""
@@ -93,7 +93,7 @@ class Drawing:
         return file.getvalue()
 
 
-def _svg_text(text: Text) -> str:
+def _svg_text(text: TextElement) -> str:
     # A third of the height below the middle is the line that letters stand on.
     low = text.size * 0.35
     place = f'x="{text.x:g}" y="{text.y + low:g}"'
@@ -114,7 +114,7 @@ def _font(size: float) -> Any:
     return ImageFont.load_default(size)
 
 
-def _write(image: Any, text: Text, font: Any) -> None:
+def _write(image: Any, text: TextElement, font: Any) -> None:
     from PIL import Image, ImageDraw
 
     words = "".join(_drawable(sign, font) for sign in text.text)

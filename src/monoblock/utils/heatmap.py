@@ -10,7 +10,7 @@ from html import escape
 
 import numpy as np
 
-from monoblock.utils.drawing import Drawing, Text
+from monoblock.utils.drawing import Drawing, TextElement
 from monoblock.utils.labels import clipped, clusters, width
 from monoblock.utils.visibility import Bools, Floats, Ints
 
@@ -179,7 +179,7 @@ def drawing(panels: Sequence[Panel], title: str) -> Drawing:
     )
     tall = side + 64
     made = Drawing(across * wide + 16, math.ceil(len(panels) / across) * tall + 40, title)
-    made.texts.append(Text(16, 20, title, 15, "#111111"))
+    made.texts.append(TextElement(16, 20, title, 15, "#111111"))
     for number, panel in enumerate(panels):
         row, column = divmod(number, across)
         _draw(made, panel, (16 + column * wide, 40 + row * tall), (margin, cell, letter))
@@ -195,8 +195,8 @@ def _draw(made: Drawing, panel: Panel, corner: tuple[int, int], sizes: tuple[int
     margin, cell, letter = sizes
     count = len(panel.labels)
     left, top = corner[0] + margin, corner[1] + 22 + margin
-    made.texts.append(Text(corner[0], corner[1] + 10, panel.title, 13, "#111111"))
-    made.texts.append(Text(corner[0], top + count * cell + 16, _words(panel), 11, "#666666"))
+    made.texts.append(TextElement(corner[0], corner[1] + 10, panel.title, 13, "#111111"))
+    made.texts.append(TextElement(corner[0], top + count * cell + 16, _words(panel), 11, "#666666"))
     made.box(UNSEEN, left, top, count * cell, count * cell)
     gap = 1 if cell >= 6 else 0
     rows = levels(panel.shade, LEVELS)
@@ -217,8 +217,8 @@ def _draw(made: Drawing, panel: Panel, corner: tuple[int, int], sizes: tuple[int
         middle = (index + 0.5) * cell
         colour = "#b0b0b0" if panel.padding[index] else "#333333"
         label = clipped(panel.labels[index], 24)
-        made.texts.append(Text(left - 5, top + middle, label, letter, colour, "end"))
-        made.texts.append(Text(left + middle, top - 5, label, letter, colour, upright=True))
+        made.texts.append(TextElement(left - 5, top + middle, label, letter, colour, "end"))
+        made.texts.append(TextElement(left + middle, top - 5, label, letter, colour, upright=True))
 
 
 def shade_colour(code: int) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from monoblock.positions import bucketed
+from monoblock.positions import relative_position_bucket
 from monoblock.spec import Alibi, ArchSpec, Buckets
 
 Bools = NDArray[np.bool_]
@@ -74,7 +74,7 @@ def _bucket_bias(layout: Buckets, heads: int, table: Any, distance: Ints) -> Flo
     rows = np.asarray(table, np.float32)
     if rows.shape != expected:
         raise ValueError(f"table must be (buckets, heads) = {expected}, got {rows.shape}")
-    return rows[bucketed(distance, layout)].transpose(2, 0, 1)
+    return rows[relative_position_bucket(distance, layout)].transpose(2, 0, 1)
 
 
 def _distance(length: int) -> Ints:
@@ -97,7 +97,7 @@ def strength(spec: ArchSpec, length: int, head: int | None = None) -> Floats:
         by_distance = np.exp(slopes[:, None] * np.minimum(distance, 0)).mean(axis=0)
     elif layout := spec.position(Buckets):
         half = layout.count // 2
-        by_distance = 1 - bucketed(distance, layout) % half / (half - 1)
+        by_distance = 1 - relative_position_bucket(distance, layout) % half / (half - 1)
     else:
         by_distance = np.ones(distance.shape)
     return by_distance.astype(np.float32)[_distance(length) + length - 1]

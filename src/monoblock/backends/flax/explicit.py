@@ -15,8 +15,8 @@ import jax
 from jax.core import Tracer
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from monoblock.backends.flax.placing import placed
-from monoblock.partition import names, parts
+from monoblock.backends.flax.placement import placed
+from monoblock.partition import axis_names, shard_count
 
 T = TypeVar("T")
 
@@ -109,10 +109,10 @@ class Layout:
         if leaf.ndim == 0:
             return PartitionSpec()
         sizes = self.mesh.shape
-        rows = None if leaf.shape[0] % parts(names(self.rows), sizes) else self.rows
-        if name != "logits" or leaf.shape[-1] % parts(names(self.vocabulary), sizes):
+        rows = None if leaf.shape[0] % shard_count(axis_names(self.rows), sizes) else self.rows
+        if name != "logits" or leaf.shape[-1] % shard_count(axis_names(self.vocabulary), sizes):
             return PartitionSpec(rows)
-        rest = [axis for axis in names(self.vocabulary) if axis not in names(rows)]
+        rest = [axis for axis in axis_names(self.vocabulary) if axis not in axis_names(rows)]
         return PartitionSpec(rows, *[None] * (leaf.ndim - 2), tuple(rest) or None)
 
 

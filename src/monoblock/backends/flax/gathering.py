@@ -11,7 +11,7 @@ from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec
 
 from monoblock.backends.xla.namespace import known
-from monoblock.partition import names, parts
+from monoblock.partition import axis_names, shard_count
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Gathering:
 
     def split(self, x_bsw: Array) -> Array:
         """Hidden states with their rows split, if there are as many; an export may leave open how many there are."""
-        count = parts(names(self.rows.spec[0]), self.rows.mesh.shape)
+        count = shard_count(axis_names(self.rows.spec[0]), self.rows.mesh.shape)
         if not known(x_bsw.shape[0]) or x_bsw.shape[0] % count:
             return x_bsw
         return jax.lax.with_sharding_constraint(x_bsw, self.rows)

@@ -11,14 +11,14 @@ from monoblock.backends.flax.model import Call
 from monoblock.backends.flax.namespace import XP
 from monoblock.backends.flax.scope import Scope
 from monoblock.backends.xla import inputs
-from monoblock.backends.xla.inputs import Kinds, Wanted
+from monoblock.backends.xla.inputs import ForwardOptions, Kinds
 from monoblock.spec import ArchSpec
 
 KINDS = Kinds(Call, Scope)
 
 
 def prepare(
-    spec: ArchSpec, given: Mapping[str, Array], count: int, cache: Cache | None, wanted: Wanted
+    spec: ArchSpec, given: Mapping[str, Array], count: int, cache: Cache | None, options: ForwardOptions
 ) -> Call:
     """The call for the blocks, of `count` tokens."""
-    return inputs.prepare(XP, KINDS, spec, given, count, cache, wanted)
+    return inputs.prepare(XP, KINDS, spec, given, count, cache, options)

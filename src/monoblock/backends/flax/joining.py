@@ -17,7 +17,7 @@ from jax import Array
 
 from monoblock.backends.flax.loading import Tree
 from monoblock.backends.flax.network import Network
-from monoblock.modules import GROUPS, Part, joint_role, with_joint
+from monoblock.modules import GROUPS, ModuleSpec, fused_role, with_fused
 
 LONG = 128  # new tokens from which joining pays
 # Bytes of one group's matrices: the time of larger products is that of reading them, and a copy takes memory.
@@ -39,7 +39,7 @@ def joined(network: Network, params: Mapping[str, Any]) -> tuple[Network, Mappin
     if not found:
         return network, params
     made = iter(_concatenated(found))
-    layout = with_joint(network.layout, groups)
+    layout = with_fused(network.layout, groups)
     return network.clone(layout=layout), _replaced(network.layout, params, groups, made)
 
 
@@ -65,7 +65,9 @@ def _concatenated(groups: Sequence[tuple[Any, ...]]) -> list[Any]:
     return [jax.tree.map(along, *modules) for modules in groups]
 
 
-def _collect(layout: Part, params: Mapping[str, Any], groups: Sequence[Roles], found: list[Any]) -> None:
+def _collect(
+    layout: ModuleSpec, params: Mapping[str, Any], groups: Sequence[Roles], found: list[Any]
+) -> None:
     for inner, node in _parts(layout, params):
         _collect(inner, node, groups, found)
     for roles in groups:
@@ -73,11 +75,11 @@ def _collect(layout: Part, params: Mapping[str, Any], groups: Sequence[Roles], f
             found.append(tuple(params[name] for name in names))
 
 
-def _replaced(layout: Part, params: Mapping[str, Any], groups: Sequence[Roles], made: Any) -> Tree:
+def _replaced(layout: ModuleSpec, params: Mapping[str, Any], groups: Sequence[Roles], made: Any) -> Tree:
     """The tree with the joint modules, in the order of `_collect`."""
     tree = dict(params)
     for name, child in layout.children.items():
-        if isinstance(child, Part) and name in params:
+        if isinstance(child, ModuleSpec) and name in params:
             node = params[name]
             tree[name] = (
                 {number: _replaced(child, layer, groups, made) for number, layer in node.items()}
@@ -87,21 +89,21 @@ def _replaced(layout: Part, params: Mapping[str, Any], groups: Sequence[Roles], 
     for roles in groups:
         if names := _names(layout, roles):
             tree = {name: node for name, node in tree.items() if name not in names}
-            tree[joint_role(roles)] = next(made)
+            tree[fused_role(roles)] = next(made)
     return tree
 
 
-def _parts(layout: Part, params: Mapping[str, Any]) -> list[tuple[Part, Mapping[str, Any]]]:
+def _parts(layout: ModuleSpec, params: Mapping[str, Any]) -> list[tuple[ModuleSpec, Mapping[str, Any]]]:
     """The parts below, with their parameters; a list of layers as many."""
-    found: list[tuple[Part, Mapping[str, Any]]] = []
+    found: list[tuple[ModuleSpec, Mapping[str, Any]]] = []
     for name, child in layout.children.items():
-        if isinstance(child, Part) and name in params:
+        if isinstance(child, ModuleSpec) and name in params:
             nodes = params[name].values() if child.kind == "layer" else (params[name],)
             found += [(child, node) for node in nodes]
     return found
 
 
-def _names(layout: Part, roles: Roles) -> tuple[str, ...] | None:
+def _names(layout: ModuleSpec, roles: Roles) -> tuple[str, ...] | None:
     """The names of the modules that play these roles here; None unless all are here."""
     names = {child: name for name, child in layout.children.items() if isinstance(child, str)}
     return tuple(names[role] for role in roles) if all(role in names for role in roles) else None

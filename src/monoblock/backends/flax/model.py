@@ -19,7 +19,7 @@ from flax import struct
 from jax import Array
 
 from monoblock.backends.flax import attention
-from monoblock.backends.flax.cache import Layer
+from monoblock.backends.flax.cache import CacheLayer
 from monoblock.backends.flax.gathering import Gathering
 from monoblock.backends.flax.ops import ACT, rotate, rotations
 from monoblock.backends.flax.parts import Part, computes, dropout
@@ -55,7 +55,7 @@ class StackOutput:
     hidden: Array
     hidden_states: tuple[Array, ...]
     attentions: tuple[Array | None, ...]
-    layers: tuple[Layer | None, ...]
+    layers: tuple[CacheLayer | None, ...]
 
 
 # ---------------------------------------------------------------------------- attention
@@ -76,8 +76,8 @@ class Attention(Part):
         self.late_rotary = rotary if is_dynamic(rotary) else None
 
     def __call__(
-        self, x_bsw: Array, call: Call, layer: Layer | None
-    ) -> tuple[Array, Array | None, Layer | None]:
+        self, x_bsw: Array, call: Call, layer: CacheLayer | None
+    ) -> tuple[Array, Array | None, CacheLayer | None]:
         q, k, v = self.heads(*self.projected(x_bsw))
         if call.cos is not None and call.sin is not None:
             q = rotate(q, call.cos, call.sin)
@@ -116,10 +116,10 @@ class Attention(Part):
         return q.shape[2] == 1 and not (call.fresh or call.train or call.attentions or self.late_rotary)
 
     def next(
-        self, q: Array, k: Array, v: Array, call: Call, layer: Layer, kernel: attention.Kernel
-    ) -> tuple[Array, Layer]:
+        self, q: Array, k: Array, v: Array, call: Call, layer: CacheLayer, kernel: attention.Kernel
+    ) -> tuple[Array, CacheLayer]:
         """One token over the cache and itself, and the layer with it."""
-        places = jnp.concatenate((layer.places(layer.length), call.scope.index_q))
+        places = jnp.concatenate((layer.token_indices(layer.length), call.scope.index_q))
         scope = replace(call.scope.of_keys(places), window=self.window)
         held = (layer.keys.astype(k.dtype), layer.values.astype(v.dtype))
         out = attention.attend_next(q, (k, v), held, scope, kernel)
@@ -139,17 +139,17 @@ class Attention(Part):
         return q, k, v
 
     def remembered(
-        self, k: Array, v: Array, call: Call, layer: Layer | None
-    ) -> tuple[Array, Array, Scope, Layer | None]:
+        self, k: Array, v: Array, call: Call, layer: CacheLayer | None
+    ) -> tuple[Array, Array, Scope, CacheLayer | None]:
         """The keys and values to attend to, the attention mask, and the layer of the cache with the new ones."""
         if layer is None or call.fresh:
             return k, v, call.scope, None if layer is None else layer.filled(k, v)
         count, after = k.shape[2], layer.appended(k, v)
         if count == 1 or layer.slots == call.max_length:
-            places = after.places(layer.length + count)
+            places = after.token_indices(layer.length + count)
             return after.keys, after.values, call.scope.of_keys(places), after
         # A window that rolls: the new tokens would push out what the first of them still see.
-        places = jnp.concatenate((layer.places(layer.length), call.scope.index_q))
+        places = jnp.concatenate((layer.token_indices(layer.length), call.scope.index_q))
         k, v = (
             jnp.concatenate((held.astype(new.dtype), new), axis=2)
             for held, new in ((layer.keys, k), (layer.values, v))
@@ -172,8 +172,8 @@ class Wrapper(Part):
     """Calls the attention that it holds."""
 
     def __call__(
-        self, x_bsw: Array, call: Call, layer: Layer | None
-    ) -> tuple[Array, Array | None, Layer | None]:
+        self, x_bsw: Array, call: Call, layer: CacheLayer | None
+    ) -> tuple[Array, Array | None, CacheLayer | None]:
         return self.role("attention")(x_bsw, call, layer)
 
 
@@ -181,7 +181,9 @@ class Wrapper(Part):
 class AttentionNorm(Part):
     """`norm(x + dropout(attention(x)))`."""
 
-    def __call__(self, x: Array, call: Call, layer: Layer | None) -> tuple[Array, Array | None, Layer | None]:
+    def __call__(
+        self, x: Array, call: Call, layer: CacheLayer | None
+    ) -> tuple[Array, Array | None, CacheLayer | None]:
         y, weights, layer = self.role("attention")(x, call, layer)
         y = self.dropped(y, "out_drop", self.spec.dropout.residual, call.train)
         return self.role("norm1")(y + x), weights, layer
@@ -242,7 +244,9 @@ class Narrow(Part):
 class Block(Part):
     """Attention and MLP, each with its residual; the norm before the sub-layer or after the sum."""
 
-    def __call__(self, x: Array, call: Call, layer: Layer | None) -> tuple[Array, Array | None, Layer | None]:
+    def __call__(
+        self, x: Array, call: Call, layer: CacheLayer | None
+    ) -> tuple[Array, Array | None, CacheLayer | None]:
         train = call.train
         if self.has("attention_norm"):  # sub-layers that add and norm by themselves
             x, weights, layer = self.role("attention_norm")(x, call, layer)
@@ -294,11 +298,11 @@ def positioned(part: Part, x: Array, call: Call) -> Array:
 class Stack(Part):
     """All layers and the final norm."""
 
-    def __call__(self, x_bsw: Array, call: Call, layers: tuple[Layer | None, ...]) -> StackOutput:
+    def __call__(self, x_bsw: Array, call: Call, layers: tuple[CacheLayer | None, ...]) -> StackOutput:
         return run_layers(self, x_bsw, call, layers)
 
 
-def run_layers(part: Part, x: Array, call: Call, layers: tuple[Layer | None, ...]) -> StackOutput:
+def run_layers(part: Part, x: Array, call: Call, layers: tuple[CacheLayer | None, ...]) -> StackOutput:
     """All layers and the final norm, on embedded tokens (b, s, w)."""
     spec, scope = part.spec, call.scope
     if alibi := spec.position(Alibi):
@@ -319,7 +323,7 @@ def run_layers(part: Part, x: Array, call: Call, layers: tuple[Layer | None, ...
 
 
 @computes("model")
-class Model(Part):
+class BareModel(Part):
     """A bare model inside one with a head, which calls the functions below on it."""
 
 
@@ -340,7 +344,7 @@ def with_patches(bare: Any, x_bsw: Array, patches: Array, rows_bs: Array) -> Arr
     return jnp.where(rows_bs[..., None] >= 0, taken, x_bsw)
 
 
-def hidden_states(bare: Any, x_bsw: Array, call: Call, layers: tuple[Layer | None, ...]) -> StackOutput:
+def hidden_states(bare: Any, x_bsw: Array, call: Call, layers: tuple[CacheLayer | None, ...]) -> StackOutput:
     """Everything between the embedded tokens and the head."""
     embed = bare.role("embeddings") if bare.has("embeddings") else None
     x = positioned(bare, x_bsw, call) if embed is None else embed(x_bsw, call)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from monoblock.positions import buckets_behind, inverse_frequencies, is_dynamic, steps
+from monoblock.positions import inverse_frequencies, is_dynamic, past_position_buckets, steps
 from monoblock.spec import RopeScaling, Rotary
 
 ACT: dict[str, Callable[[Array], Array]] = {
@@ -64,8 +64,10 @@ def rotate(x_bhqd: Array, cos: Array, sin: Array) -> Array:
     return jnp.concatenate((turned, kept), axis=-1) if kept.shape[-1] else turned
 
 
-def bucketed(distance: Array, count: int, max_distance: int) -> Array:
+def relative_position_bucket(distance: Array, count: int, max_distance: int) -> Array:
     """T5's bucket of each distance (key - query): half of the buckets look ahead; in each half, half are exact and the
     rest grow with the logarithm up to `max_distance`."""
     far = jnp.minimum(jnp.abs(distance), max_distance)
-    return jnp.where(distance > 0, count // 2, 0) + jnp.asarray(buckets_behind(count, max_distance))[far]
+    return (
+        jnp.where(distance > 0, count // 2, 0) + jnp.asarray(past_position_buckets(count, max_distance))[far]
+    )

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from monoblock.backends import options
 from monoblock.checkpoint.hub import Kind
-from monoblock.partition import Given
+from monoblock.partition import AxisNames
 
 QUANTISED = "quantised weights run on PyTorch only"
 AXES = ("tensor_axis", "fsdp_axis", "data_axis")
@@ -46,7 +46,7 @@ class LoadOptions(options.LoadOptions):
         super().__init__(kwargs)
         self.do_init = bool(kwargs.pop("_do_init", True))
         self.mesh: Mesh | None = kwargs.pop("mesh", None)
-        self.axes: dict[str, Given] = {name: kwargs.pop(name) for name in AXES if name in kwargs}
+        self.axes: dict[str, AxisNames] = {name: kwargs.pop(name) for name in AXES if name in kwargs}
         if self.axes and self.mesh is None:
             raise ValueError(f"{next(iter(self.axes))} names an axis of a mesh: give mesh=, too")
         self.init = {name: kwargs.pop(name) for name in ("input_shape", "seed") if name in kwargs}

@@ -38,7 +38,7 @@ class _Node(nn.Module):
     """What parts and the list of layers are made of. `index` is the number of the layer that it is of, `remat`: the
     backward pass computes each layer again."""
 
-    layout: tree.Part
+    layout: tree.ModuleSpec
     spec: ArchSpec
     head_spec: HeadSpec | None = None
     dtype: Any = jnp.float32
@@ -59,11 +59,11 @@ class Part(_Node):
         self.roles = roles
 
     @nn.nowrap
-    def made(self, child: str | tree.Part) -> nn.Module | None:
+    def made(self, child: str | tree.ModuleSpec) -> nn.Module | None:
         """The module of a child; None where it holds no parameters and computes nothing by itself."""
         if isinstance(child, str):
             return leaf(child, self.spec, self.head_spec, self.layout.classes, self.dtype)
-        child = tree.within(child, self.layout)
+        child = tree.with_outer_classes(child, self.layout)
         kind = Layers if child.kind == "layer" else KINDS[child.kind]
         return kind(child, self.spec, self.head_spec, self.dtype, self.remat, self.index)
 
@@ -121,7 +121,7 @@ def _called(layer: Any, x: Array, call: Any, cache: Any) -> Any:
     return layer(x, call, cache)
 
 
-def _role(child: tree.Part) -> str:
+def _role(child: tree.ModuleSpec) -> str:
     return "layers" if child.kind == "layer" else child.kind
 
 

@@ -9,7 +9,7 @@ from flax import struct
 from jax import Array
 
 from monoblock.backends.flax.namespace import XP
-from monoblock.backends.flax.ops import bucketed
+from monoblock.backends.flax.ops import relative_position_bucket
 from monoblock.backends.xla.namespace import Namespace
 from monoblock.backends.xla.scope import ScopeBase
 from monoblock.spec import Buckets
@@ -37,7 +37,7 @@ class Scope(ScopeBase):
         """What is added to the scores, (1, h, q, k) of ALiBi or of the buckets; None if there is nothing."""
         distance = self.index_k[None, :] - self.index_q[:, None]
         if self.table is not None and self.buckets is not None:
-            buckets = bucketed(distance, self.buckets.count, self.buckets.max_distance)
+            buckets = relative_position_bucket(distance, self.buckets.count, self.buckets.max_distance)
             return jnp.take(self.table.astype(jnp.float32), buckets, axis=0).transpose(2, 0, 1)[None]
         if self.slopes_h is not None:
             return (self.slopes_h[:, None, None] * distance.astype(jnp.float32))[None]

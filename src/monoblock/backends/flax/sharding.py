@@ -14,10 +14,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from monoblock.backends.flax.explicit import automatic, spec_of
 from monoblock.backends.flax.gathering import Gathering
-from monoblock.backends.flax.loading import Group, flat, nested
-from monoblock.backends.flax.placing import placed
+from monoblock.backends.flax.loading import LeafGroup, flat, nested
+from monoblock.backends.flax.placement import placed
 from monoblock.heads import KINDS, HeadSpec
-from monoblock.partition import Axes, Given, Names, names, parts, shown, split
+from monoblock.partition import Axes, AxisNames, Names, axes_text, axis_names, shard_count, split
 from monoblock.spec import ArchSpec
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ T = TypeVar("T")
 
 
 def partition_specs(
-    groups: Mapping[str, Group], spec: ArchSpec, head: HeadSpec | None, mesh: Mesh, axes: Axes
+    groups: Mapping[str, LeafGroup], spec: ArchSpec, head: HeadSpec | None, mesh: Mesh, axes: Axes
 ) -> Tree:
     """A tree like the parameters', of a PartitionSpec each: the shared plan (`partition.py`) on the mesh."""
     plan, leaves = split(spec, head, axes, mesh.shape), {}
@@ -51,14 +51,14 @@ def shard_batch(batch: T, mesh: Mesh, axes: Axes) -> T:
 
     ValueError if the mesh does not divide the rows.
     """
-    count = parts(axes.rows, mesh.shape)
+    count = shard_count(axes.rows, mesh.shape)
     rows = NamedSharding(mesh, PartitionSpec(_entry(axes.rows)))
 
     def put(path: Any, x: Any) -> Any:
         if x.ndim == 0 or x.shape[0] % count:
             what = f"{jax.tree_util.keystr(path)} of shape {x.shape}".strip()
             raise ValueError(
-                f"the rows of {what} do not split into the {count} parts of the mesh's {shown(axes.rows)}: "
+                f"the rows of {what} do not split into the {count} parts of the mesh's {axes_text(axes.rows)}: "
                 f"give a multiple of {count} rows"
             )
         return placed(x, rows)
@@ -75,9 +75,11 @@ class Sharded:
     spec: ArchSpec
     module: Network
     params: Any
-    groups: Any  # canonical name -> Group
+    groups: Any  # canonical name -> LeafGroup
 
-    def partition_specs(self, mesh: Mesh, *, tensor_axis: Given = "tensor", fsdp_axis: Given = None) -> Tree:
+    def partition_specs(
+        self, mesh: Mesh, *, tensor_axis: AxisNames = "tensor", fsdp_axis: AxisNames = None
+    ) -> Tree:
         """A PartitionSpec for each parameter, as a tree like `params`.
 
         The tensor axis splits layers that widen (query, key and value; gate and up) by their outputs, those that
@@ -88,7 +90,9 @@ class Sharded:
         axes = Axes.of(mesh.shape, tensor=tensor_axis, fsdp=fsdp_axis)
         return partition_specs(self.groups, self.spec, self.module.head_spec, mesh, axes)
 
-    def param_shardings(self, mesh: Mesh, *, tensor_axis: Given = "tensor", fsdp_axis: Given = None) -> Tree:
+    def param_shardings(
+        self, mesh: Mesh, *, tensor_axis: AxisNames = "tensor", fsdp_axis: AxisNames = None
+    ) -> Tree:
         """The same as NamedShardings: what `jit` takes as `out_shardings`, `jax.device_put` as places, Orbax to
         restore."""
         specs = self.partition_specs(mesh, tensor_axis=tensor_axis, fsdp_axis=fsdp_axis)
@@ -98,15 +102,15 @@ class Sharded:
         self,
         mesh: Mesh,
         *,
-        tensor_axis: Given = "tensor",
-        fsdp_axis: Given = None,
-        data_axis: Given = "data",
+        tensor_axis: AxisNames = "tensor",
+        fsdp_axis: AxisNames = None,
+        data_axis: AxisNames = "data",
     ) -> Tree:
         """`param_shardings`, for parameters that are now laid so: with an fsdp axis, which splits rows besides the
         data axis, the network is from now on one that gathers them."""
         shardings = self.param_shardings(mesh, tensor_axis=tensor_axis, fsdp_axis=fsdp_axis)
         gathering = None
-        if fsdp := names(fsdp_axis):
+        if fsdp := axis_names(fsdp_axis):
             axes = Axes.of(mesh.shape, data=data_axis, fsdp=fsdp)
             rows = PartitionSpec(_entry(axes.rows), None, None)
             gathering = Gathering(NamedSharding(automatic(mesh), rows))
@@ -118,9 +122,9 @@ class Sharded:
         mesh: Mesh,
         params: Any = None,
         *,
-        tensor_axis: Given = "tensor",
-        fsdp_axis: Given = None,
-        data_axis: Given = "data",
+        tensor_axis: AxisNames = "tensor",
+        fsdp_axis: AxisNames = None,
+        data_axis: AxisNames = "data",
     ) -> Tree:
         """The parameters, by default the model's, as arrays that lie on the mesh as `partition_specs` says.
 
@@ -134,9 +138,9 @@ class Sharded:
         self,
         mesh: Mesh,
         *,
-        tensor_axis: Given = "tensor",
-        fsdp_axis: Given = None,
-        data_axis: Given = "data",
+        tensor_axis: AxisNames = "tensor",
+        fsdp_axis: AxisNames = None,
+        data_axis: AxisNames = "data",
     ) -> Self:
         """Lay the model's own parameters onto the mesh, as `shard_params` does; the model itself."""
         self.params = self.shard_params(
@@ -158,7 +162,7 @@ class Sharded:
         return spec[axis] if len(spec) > axis else None
 
     @staticmethod
-    def shard_batch(batch: T, mesh: Mesh, *, data_axis: Given = "data", fsdp_axis: Given = None) -> T:
+    def shard_batch(batch: T, mesh: Mesh, *, data_axis: AxisNames = "data", fsdp_axis: AxisNames = None) -> T:
         """Inputs, arrays in dicts or lists, with their rows split over the mesh's data and fsdp axes. ValueError if the
         mesh lacks an axis, or does not divide the rows."""
         axes = Axes.of(mesh.shape, data=data_axis, fsdp=fsdp_axis)

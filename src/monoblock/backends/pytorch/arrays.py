@@ -35,7 +35,7 @@ class TorchOps:
     def host(self, x: Tensor) -> Tensor:
         return x.cpu()
 
-    def shown(self, x: Tensor) -> Tensor:
+    def to_framework(self, x: Tensor) -> Tensor:
         return x
 
     def argmax(self, x_bk: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from monoblock.backends.pytorch.parts import Part, lay_all, replace
 from monoblock.backends.pytorch.patches import with_patches
 from monoblock.backends.pytorch.quantization import modules
 from monoblock.backends.pytorch.quantization.modules import PackedMatrix
-from monoblock.checkpoint.keymap import KeyMap, Source
+from monoblock.checkpoint.keymap import KeyMap, TensorSource
 from monoblock.families import Family, ModelClass
 from monoblock.heads import KINDS, HeadSpec
 from monoblock.quantization import QuantizationConfig
@@ -62,7 +62,7 @@ class ModelBase(Part):
         """Canonical name -> canonical shape of each parameter, tied ones once."""
         return tree.parameters(self.spec, self.head_spec)
 
-    def sources(self) -> dict[str, Source]:
+    def sources(self) -> dict[str, TensorSource]:
         """Canonical name -> the names of the parameters here that hold it, and how. Quantised ones too."""
         keymap = self.keymap()
         return {name: keymap.source(name) for name in self.shapes()}

@@ -16,7 +16,7 @@ from monoblock.backends.pytorch.construction import Construction
 from monoblock.backends.pytorch.pretrained import PreTrainedModel
 from monoblock.families import Family, ModelClass
 from monoblock.heads import KINDS
-from monoblock.modules import Part, parts_of
+from monoblock.modules import ModuleSpec, submodules
 
 pytree.register_outputs()
 
@@ -36,7 +36,7 @@ def make_class(name: str) -> type[PreTrainedModel]:
     family, row = families.row_of(name)
     headed = row.head not in (None, "pooler")
     extra = extra_arguments(family, row)
-    layer = next(part.name for part in parts_of(family.tree(family.config())) if part.kind == "layer")
+    layer = next(part.name for part in submodules(family.tree(family.config())) if part.kind == "layer")
     base = make_base_class(families.FAMILIES[family.name][0] + BASE)
     own: dict[str, Any] = {
         "row": row,
@@ -72,7 +72,7 @@ def _tied(family: Family, row: ModelClass) -> dict[str, str] | None:
     if row.head is None or KINDS[row.head].size != "vocab":
         return None
     places = {role: ".".join(path) for role, path in family.tree(family.config()).paths()}
-    heads = dict(Part("", "", family.heads[row.head]).paths())
+    heads = dict(ModuleSpec("", "", family.heads[row.head]).paths())
     out = ".".join(heads["head_out"])
     tied = {f"{out}.weight": f"{family.prefix}.{places['embed']}.weight"}
     if "lm_head" in heads:

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from monoblock.backends.pytorch import loading
 from monoblock.backends.pytorch.classes import make_class
-from monoblock.checkpoint.sources import Checkpoint
-from monoblock.checkpoint.views import adapter
+from monoblock.checkpoint.array_adapters import adapter
+from monoblock.checkpoint.formats import Checkpoint
 from monoblock.conversion.logits import LogitComparison
 from monoblock.heads import KINDS
 from monoblock.spec import Learned
@@ -65,7 +65,7 @@ def _loaded(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
     for canonical, source in model.sources().items():
         array = checkpoint.weights.read(canonical)
         name = checkpoint.weights.dtype(canonical)
-        tensor = adapter("pt").lay(bytearray(adapter("np").raw(array)), name, array.shape)
+        tensor = adapter("pt").from_buffer(bytearray(adapter("np").raw(array)), name, array.shape)
         for own, part in zip(source.names, loading.own_pieces(source, tensor.to(dtype)).parts, strict=True):
             loading.assign(model, own, part)
     model.tie_weights()

@@ -15,7 +15,7 @@ from monoblock.call_checks import (
     IGNORED,
     Labels,
     check_classes,
-    check_places,
+    check_token_positions,
     check_tokens_have_labels,
     problem_of,
 )
@@ -175,7 +175,7 @@ def span_loss(start_bs: Tensor, end_bs: Tensor, starts: Tensor, ends: Tensor, co
         return _cross_entropy(logits, positions.masked_fill(outside, IGNORED), count)
 
     for name, places in (("start_positions", starts), ("end_positions", ends)):
-        check_places(_described(name, places), start_bs.shape[0])
+        check_token_positions(_described(name, places), start_bs.shape[0])
     return (one(start_bs, starts) + one(end_bs, ends)) / 2
 
 

@@ -19,7 +19,7 @@ from monoblock.backends.pytorch.foreign_cache import fill_foreign, from_foreign,
 from monoblock.backends.pytorch.kernels import dispatch
 from monoblock.backends.pytorch.model import Call
 from monoblock.backends.pytorch.ops import Scope
-from monoblock.heads import BY_CHOICE
+from monoblock.heads import CHOICE_INPUTS
 from monoblock.positions import has_positions, is_dynamic
 from monoblock.spec import ArchSpec, Learned, Rotary
 
@@ -120,7 +120,7 @@ def _positions(
     if int(positions.max()) >= learned.size:
         room, needed = learned.size - learned.offset, int(positions.max()) + 1 - learned.offset
         raise ValueError(
-            f"the model has {room} learned positions, but the text with its past has {needed} tokens: shorten it"
+            f"the model has {room} learned positions, but the sequence, cache included, has {needed} tokens: shorten it"
         )
     return positions
 
@@ -309,7 +309,7 @@ def flattened(given: dict[str, Any]) -> dict[str, Any]:
     nested = tokens is not None and tokens.dim() == dims
     flat = dict(given, choices=tokens.shape[1] if nested and tokens is not None else 1, nested=nested)
     if nested:
-        for name in BY_CHOICE:
+        for name in CHOICE_INPUTS:
             value = flat.get(name)
             if value is not None and value.dim() == (4 if name == "inputs_embeds" else 3):
                 flat[name] = value.flatten(0, 1)

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from monoblock.backends.pytorch.parts import views
-from monoblock.checkpoint.fitting import Report, matched
-from monoblock.checkpoint.keymap import KeyMap, PerHead, Same, Source, Split
+from monoblock.checkpoint.array_adapters import DTYPE_NAMES
+from monoblock.checkpoint.keymap import KeyMap, PerHead, Same, Split, TensorSource
+from monoblock.checkpoint.matching import LoadReport, match_tensors
 from monoblock.checkpoint.store import Store
-from monoblock.checkpoint.views import DTYPE_NAMES
-from monoblock.checkpoint.weights import Renamed, Tensors
+from monoblock.checkpoint.weights import RenamedTensors, Tensors
 from monoblock.errors import CheckpointError, ShapeMismatch
 
 log = logging.getLogger("monoblock")
@@ -76,7 +76,7 @@ def chosen_dtype(asked: str | torch.dtype | None, configured: str | None, store:
 
 def load(
     model: Any,
-    own: Mapping[str, Source],
+    own: Mapping[str, TensorSource],
     keymap: KeyMap,
     store: Tensors,
     *,
@@ -88,7 +88,7 @@ def load(
     put: Callable[[str, Tensor], None] | None = None,
     ignored: Callable[[str], bool] | None = None,
     strict: bool = True,
-) -> Report:
+) -> LoadReport:
     """Fill the model. `own`: canonical name -> the parameters of the model that hold it; `shapes` are the
     canonical ones; `device` says where each parameter goes. `put` takes each tensor by its name in the model, if
     it is not just to become the parameter.
@@ -96,7 +96,7 @@ def load(
     MissingKeys, UnexpectedKeys, UnreadKeys and ShapeMismatch name the first offender and the nearest known name.
     A head that the files lack is left to be made anew, and reported.
     """
-    sources, report = matched(
+    sources, report = match_tensors(
         store,
         keymap,
         shapes,
@@ -110,7 +110,7 @@ def load(
         if put is not None and isinstance(here.op, Split) and source.op == here.op:
             # One at a time, so that no two plain matrices are held while they are packed.
             for i, (name, size) in enumerate(zip(here.names, here.op.sizes, strict=True)):
-                one = Source(source.names[i : i + 1], Same())
+                one = TensorSource(source.names[i : i + 1], Same())
                 put(name, read(one, store, (size, *shapes[canonical][1:]), dtype, device(name)))
             continue
         tensors = pieces(here, source, store, shapes[canonical], dtype, device(here.names[0]))
@@ -130,8 +130,8 @@ class Pieces:
 
 
 def pieces(
-    own: Source,
-    source: Source,
+    own: TensorSource,
+    source: TensorSource,
     store: Tensors,
     shape: tuple[int, ...],
     dtype: torch.dtype,
@@ -139,11 +139,11 @@ def pieces(
 ) -> Pieces:
     """A canonical tensor out of the files, as the model's own parameters have it."""
     if isinstance(own.op, PerHead) and source.op == own.op:
-        return Pieces([read(Source(source.names, Same()), store, shape, dtype, device)])
+        return Pieces([read(TensorSource(source.names, Same()), store, shape, dtype, device)])
     return own_pieces(own, read(source, store, shape, dtype, device))
 
 
-def own_pieces(own: Source, whole: Tensor) -> Pieces:
+def own_pieces(own: TensorSource, whole: Tensor) -> Pieces:
     """A canonical tensor as the model's own parameters."""
     match own.op:
         case Split(sizes=sizes):
@@ -163,8 +163,8 @@ def adopt(model: Any, names: Sequence[str], whole: Tensor) -> None:
 
 
 def _watched(
-    sources: Mapping[str, Source], shapes: Mapping[str, tuple[int, ...]]
-) -> Iterator[tuple[str, Source]]:
+    sources: Mapping[str, TensorSource], shapes: Mapping[str, tuple[int, ...]]
+) -> Iterator[tuple[str, TensorSource]]:
     """The sources, with a bar at a terminal where there is enough to pack that one waits for it."""
     from monoblock.pipelines.progress import shown
 
@@ -181,7 +181,7 @@ def assign(model: nn.Module, path: str, tensor: Tensor) -> None:
 
 
 def read(
-    source: Source, store: Tensors, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+    source: TensorSource, store: Tensors, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
 ) -> Tensor:
     """A canonical tensor out of the files: as it lies there if it can be, else assembled in its final memory."""
     plain = device.type == "cpu" and all(_stored(store, name) == dtype for name in source.names)
@@ -189,8 +189,8 @@ def read(
         # A transposed view, of another framework's file, becomes an ordinary parameter.
         return store.tensor(source.names[0]).contiguous()
     whole = (
-        store.joined(source.names)
-        if plain and type(source.op) is Split and isinstance(store, Store | Renamed)
+        store.concatenated(source.names)
+        if plain and type(source.op) is Split and isinstance(store, Store | RenamedTensors)
         else None
     )
     if whole is not None:
@@ -212,7 +212,7 @@ def _others(names: list[str]) -> str:
 
 def split_state(
     keymap: KeyMap,
-    own: Mapping[str, Source],
+    own: Mapping[str, TensorSource],
     shapes: Mapping[str, tuple[int, ...]],
     state: Mapping[str, Any],
     tied: Iterable[str],
@@ -220,7 +220,7 @@ def split_state(
 ) -> dict[str, Tensor] | None:
     """A state dict of any spelling by the model's own names; None if it is not of this family at all, or (not `strict`)
     holds more than that. CheckpointError says what does not fit."""
-    plan = keymap.plan(shapes, state, tied)
+    plan = keymap.match(shapes, state, tied)
     bad = plan.unknown or plan.unread
     if not plan.sources or (bad and not strict):
         return None

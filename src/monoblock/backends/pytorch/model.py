@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from monoblock.backends.pytorch.cache import Cache
 from monoblock.backends.pytorch.kernels import attention, dispatch, linear, native_ops
 from monoblock.backends.pytorch.layers import Activation
-from monoblock.backends.pytorch.ops import ACT, Kernel, Scope, bucketed, rotate, rotations
+from monoblock.backends.pytorch.ops import ACT, Kernel, Scope, relative_position_bucket, rotate, rotations
 from monoblock.backends.pytorch.parts import Part
 from monoblock.positions import is_dynamic
 from monoblock.spec import Alibi, ArchSpec, Buckets, Rotary
@@ -347,5 +347,5 @@ def _relative(part: Any, spec: ArchSpec, index_k: Tensor) -> Callable[[Tensor], 
     table: nn.Module = part.role("rel_bias")
     keys = index_k.shape[0]
     distances = torch.arange(1 - keys, keys, device=index_k.device)
-    bias_nh = table(bucketed(distances, buckets.count, buckets.max_distance))
+    bias_nh = table(relative_position_bucket(distances, buckets.count, buckets.max_distance))
     return lambda distance_qk: F.embedding(distance_qk + (keys - 1), bias_nh).permute(2, 0, 1)

@@ -91,7 +91,7 @@ def rotate(x_bhqd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((rotated, kept), dim=-1) if kept.shape[-1] else rotated
 
 
-def bucketed(distance: Tensor, count: int, max_distance: int) -> Tensor:
+def relative_position_bucket(distance: Tensor, count: int, max_distance: int) -> Tensor:
     """T5's bucket of each distance (key - query): half of the buckets look ahead; in each half, half are exact and the
     rest grow with the logarithm up to `max_distance`."""
     # From a table, since compilers may round a logarithm on the edge of two buckets either way.

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from monoblock.backends import options
 from monoblock.checkpoint.hub import Kind
-from monoblock.quantization import wanted
+from monoblock.quantization import parse_quantization
 
 
 class LoadOptions(options.LoadOptions):
@@ -23,7 +23,7 @@ class LoadOptions(options.LoadOptions):
         self.dtype = kwargs.pop("dtype", kwargs.pop("torch_dtype", None))
         self.device_map = kwargs.pop("device_map", None)
         bits = {f"in_{n}bit": bool(kwargs.pop(f"load_in_{n}bit", False)) for n in (4, 8)}
-        self.quantization = wanted(kwargs.pop("quantization_config", None), **bits)
+        self.quantization = parse_quantization(kwargs.pop("quantization_config", None), **bits)
         self.state_dict = kwargs.pop("state_dict", None)
         self.generation_config = kwargs.pop("generation_config", None)
         self.max_memory = kwargs.pop("max_memory", None)

@@ -14,9 +14,9 @@ from monoblock.backends.pytorch import loading
 from monoblock.backends.pytorch.base import ModelBase
 from monoblock.backends.pytorch.parts import replace
 from monoblock.backends.pytorch.quantization import checkpoint, quantize
-from monoblock.checkpoint.keymap import Source
-from monoblock.checkpoint.packed import split
-from monoblock.quantization import WeightOnlyConfig, wanted
+from monoblock.checkpoint.keymap import TensorSource
+from monoblock.checkpoint.quantized import split_state
+from monoblock.quantization import WeightOnlyConfig, parse_quantization
 from monoblock.spec import ArchSpec
 
 log = logging.getLogger("monoblock")
@@ -73,7 +73,7 @@ class Parameters(ModelBase):
         """As `torch.nn.Module`'s; names of other spellings are understood too, and second names need not be there."""
         own = self.state_dict()
         if any(name not in own for name in state_dict):
-            rest, parts = split(state_dict)
+            rest, parts = split_state(state_dict)
             plain = {name: source for name, source in self.sources().items() if self._is_plain(source)}
             shapes = {name: shape for name, shape in self.shapes().items() if name in plain}
             found = loading.split_state(self.keymap(), plain, shapes, rest, self._canonical_tied(), strict)
@@ -99,7 +99,7 @@ class Parameters(ModelBase):
             self.lay_all()
         return result
 
-    def _is_plain(self, source: Source) -> bool:
+    def _is_plain(self, source: TensorSource) -> bool:
         packed = {f"{name}.weight" for name in checkpoint.packed_modules(self)}
         return not any(name in packed for name in source.names)
 
@@ -111,7 +111,7 @@ class Parameters(ModelBase):
 
         ValueError: they are packed already, or the config names a module that is not there.
         """
-        how = wanted(quantization_config)
+        how = parse_quantization(quantization_config)
         if how is None:
             raise ValueError('quantize() needs a quantization_config, such as "int8"')
         quantize.quantize(self, how)

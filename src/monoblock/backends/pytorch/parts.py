@@ -234,7 +234,7 @@ class Builder:
     ) -> None:
         self.kinds, self.leaf, self.prepare, self.layers = kinds, leaf, prepare, layers
 
-    def build(self, layout: tree.Part, classes: Mapping[str, str], layer: int = 0) -> Part:
+    def build(self, layout: tree.ModuleSpec, classes: Mapping[str, str], layer: int = 0) -> Part:
         """The part of a layout with all that is below it. `classes`: those of roles, as the parts around it say."""
         made = named(self.kinds[layout.kind], layout.name)()
         self.fill(made, layout, classes, layer)
@@ -242,7 +242,7 @@ class Builder:
         return made
 
     def fill(
-        self, made: Part, layout: tree.Part, classes: Mapping[str, str] | None = None, layer: int = 0
+        self, made: Part, layout: tree.ModuleSpec, classes: Mapping[str, str] | None = None, layer: int = 0
     ) -> None:
         """Give a part its children, by the layout."""
         classes = {**(classes or {}), **layout.classes}

@@ -49,9 +49,9 @@ from monoblock.backends.pytorch.parameters import Parameters
 from monoblock.backends.pytorch.parts import Part
 from monoblock.backends.pytorch.quantization import checkpoint
 from monoblock.backends.pytorch.tools import Recognised, Tools
-from monoblock.checkpoint import packed
+from monoblock.checkpoint import quantized
 from monoblock.checkpoint.adapter_files import base_of, is_adapter
-from monoblock.checkpoint.hub import find_weights, of_one_save
+from monoblock.checkpoint.hub import consistent_read, find_weights
 from monoblock.checkpoint.options import HubOptions
 from monoblock.checkpoint.save import save_tensors
 from monoblock.checkpoint.store import open_store
@@ -115,7 +115,7 @@ class PreTrainedModel(Recognised, Parameters, Generation, Construction, Adapters
         self.joints, self.roles, self.tuples = {}, {"bare": family.prefix}, False
         base = self.make(family.bare_class.name)(self.config, add_pooling_layer=kind == "choice")
         self.add_module(family.prefix, base)
-        heads = modules.Part(self.row.name, "head", family.heads[kind])
+        heads = modules.ModuleSpec(self.row.name, "head", family.heads[kind])
         builder.fill(self, heads)
         if self.has("lm_head"):
             head = self.role("lm_head")
@@ -150,7 +150,9 @@ class PreTrainedModel(Recognised, Parameters, Generation, Construction, Adapters
             given["input_ids"] = ids = as_indices(ids)
         inputs = prepare(self.spec, shape, given, self._uses_cache(given))
         if ids is None and (given.get("image_patches") is not None or given.get("pixel_values") is not None):
-            raise ValueError("image patches go to the places of their ids: give input_ids, not inputs_embeds")
+            raise ValueError(
+                "image patches replace the tokens of their id: give input_ids, not inputs_embeds"
+            )
         tokens: Any = ids if embeds is None else embeds
         types = given.get("token_type_ids")
         if ids is not None and not (self.has("embeddings") and types is None):
@@ -313,8 +315,8 @@ class PreTrainedModel(Recognised, Parameters, Generation, Construction, Adapters
             )
             return settings, generation, open_store(files, "pt")
 
-        settings, generation, store = read() if name is None else of_one_save(name, options.hub, read)
-        dtype = loading.chosen_dtype(options.dtype, settings.dtype, packed.plain(store))
+        settings, generation, store = read() if name is None else consistent_read(name, options.hub, read)
+        dtype = loading.chosen_dtype(options.dtype, settings.dtype, quantized.plain(store))
         with torch.device("meta"):
             model = cls(settings)
         info = model._load(store, dtype, options)
@@ -341,7 +343,7 @@ class PreTrainedModel(Recognised, Parameters, Generation, Construction, Adapters
             self,
             own,
             keymap,
-            packed.plain(store),
+            quantized.plain(store),
             dtype=dtype,
             device=placed.device,
             shapes={canonical: shape for canonical, shape in self.shapes().items() if canonical in own},
@@ -482,7 +484,7 @@ KINDS: dict[str, type[Part]] = {
 
 
 def _is_pooler(child: Any) -> bool:
-    return isinstance(child, modules.Part) and child.kind == "pooler"
+    return isinstance(child, modules.ModuleSpec) and child.kind == "pooler"
 
 
 @functools.cache

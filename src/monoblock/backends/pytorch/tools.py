@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from monoblock.backends.pytorch import heads
 from monoblock.backends.pytorch.kernels import dispatch
 from monoblock.quantization import BitsAndBytesConfig
-from monoblock.virtual import both
+from monoblock.virtual import virtual_subclass
 
 log = logging.getLogger("monoblock")
 
@@ -55,7 +55,7 @@ class Recognised:
         """The class of this object; with transformers imported, one that derives from transformers' too."""
         own = type(self)
         theirs = getattr(sys.modules.get("transformers.modeling_utils"), "PreTrainedModel", None)
-        return own if theirs is None or issubclass(own, theirs) else both(own, theirs)
+        return own if theirs is None or issubclass(own, theirs) else virtual_subclass(own, theirs)
 
     @__class__.setter
     def __class__(self, value: Any) -> None:  # FSDP and parametrizations change a module's class

@@ -82,7 +82,7 @@ class TfOps(NumpyOps):
     def array(self, values: Any) -> Any:
         return super().array(values) if has_values(values) else values
 
-    def shown(self, x: Any) -> Any:
+    def to_framework(self, x: Any) -> Any:
         return shown(x)
 
     def argmax(self, x_bk: Any) -> Any:

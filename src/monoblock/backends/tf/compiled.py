@@ -10,14 +10,14 @@ import tensorflow as tf
 from monoblock.backends.tf.arrays import Seeds, fresh_seeds
 from monoblock.backends.tf.namespace import XP
 from monoblock.backends.tf.ops import Tensor
-from monoblock.backends.xla.compiled import Loop
+from monoblock.backends.xla.compiled import LoopOps
 from monoblock.backends.xla.namespace import Namespace
-from monoblock.generation.programs import Given, Text
+from monoblock.generation.compiled_loop import ProgramInputs, TokenBuffer
 
 
-class TfLoop:
-    """`Loop` for TensorFlow; each method is the protocol's. The state of a random source is its seed, and the count of
-    draws that were made."""
+class TfLoopOps:
+    """`LoopOps` for TensorFlow; each method is the protocol's. The state of a random source is its seed and
+    the number of draws made."""
 
     xp: Namespace = XP
 
@@ -34,17 +34,17 @@ class TfLoop:
     def state(self, source: Seeds) -> tuple[Tensor, Tensor]:
         return source.seed, source.count
 
-    def numbers(self, text: Text, given: Given) -> tuple[Text, Given]:
+    def numbers(self, text: TokenBuffer, given: ProgramInputs) -> tuple[TokenBuffer, ProgramInputs]:
         # As float32, in which they are exact: TensorFlow computes with one kind of number at a time, and a processor
         # may raise a number to a length's power.
         def wide(x: Any) -> Tensor:
             return tf.cast(x, tf.float32)
 
-        def measured(text: Text) -> Text:
+        def measured(text: TokenBuffer) -> TokenBuffer:
             return text._replace(length=wide(text.length))
 
         numbers = {name: wide(value) for name, value in given.numbers.items()}
-        return measured(text), Given(numbers, measured(given.prompt), wide(given.max_length))
+        return measured(text), ProgramInputs(numbers, measured(given.prompt), wide(given.max_length))
 
     def run(self, goes_on: Callable[[Any], Tensor], step: Callable[[Any], Any], start: Any) -> Any:
         def packed(flat: Any) -> Any:
@@ -59,4 +59,4 @@ class TfLoop:
         return packed(end)
 
 
-LOOP: Loop = TfLoop()
+LOOP_OPS: LoopOps = TfLoopOps()

@@ -11,15 +11,15 @@ from monoblock.backends.tf.namespace import XP
 from monoblock.backends.tf.ops import Size, Tensor
 from monoblock.backends.tf.scope import Scope
 from monoblock.backends.xla import inputs
-from monoblock.backends.xla.inputs import Kinds, Wanted
+from monoblock.backends.xla.inputs import ForwardOptions, Kinds
 from monoblock.spec import ArchSpec
 
 KINDS = Kinds(Call, Scope)
 
 
 def prepare(
-    spec: ArchSpec, given: Mapping[str, Tensor], count: Size, cache: Cache | None, wanted: Wanted
+    spec: ArchSpec, given: Mapping[str, Tensor], count: Size, cache: Cache | None, options: ForwardOptions
 ) -> Call:
     """The call for the blocks, of `count` tokens."""
-    call = inputs.prepare(XP, KINDS, spec, given, count, cache, wanted)
+    call = inputs.prepare(XP, KINDS, spec, given, count, cache, options)
     return replace(call, head_mask=given.get("head_mask"))

@@ -11,9 +11,9 @@ import ml_dtypes
 import numpy as np
 
 from monoblock.backends.tf.layers import Conv1D
-from monoblock.checkpoint.fitting import Report, fitted
 from monoblock.checkpoint.keymap import KeyMap
-from monoblock.checkpoint.weights import Tensors, laid_out
+from monoblock.checkpoint.matching import LoadReport, match_weights
+from monoblock.checkpoint.weights import Tensors, lazy_tensors
 
 Array = np.ndarray[Any, Any]
 DTYPES: dict[str, Any] = {
@@ -35,7 +35,7 @@ IN_FILES = {
 
 
 @dataclass(frozen=True)
-class Slot:
+class StoredVariable:
     """A variable of a layer, as the hub's files hold it: matrices are outputs x inputs, but for Conv1D's, and biases
     have one axis."""
 
@@ -76,10 +76,10 @@ class Slot:
         self.variable.assign(np.ascontiguousarray(values, dtype=DTYPES[self.variable.dtype]))
 
 
-def slots(layer: Any, name: str) -> dict[str, Slot]:
+def stored_variables(layer: Any, name: str) -> dict[str, StoredVariable]:
     """The parameters of a layer's own, by their names in files; `name` is the layer's."""
     own = [*layer._trainable_variables, *layer._non_trainable_variables]
-    return {f"{name}.{IN_FILES[v.name]}": Slot(layer, v) for v in own if v.name in IN_FILES}
+    return {f"{name}.{IN_FILES[v.name]}": StoredVariable(layer, v) for v in own if v.name in IN_FILES}
 
 
 def chosen_dtype(asked: Any, configured: str | None, tensors: Tensors) -> Any:
@@ -103,7 +103,7 @@ def chosen_dtype(asked: Any, configured: str | None, tensors: Tensors) -> Any:
 
 
 def load(
-    found: Mapping[str, Slot],
+    found: Mapping[str, StoredVariable],
     shapes: Mapping[str, tuple[int, ...]],
     keymap: KeyMap,
     tensors: Tensors,
@@ -111,15 +111,15 @@ def load(
     *,
     ignore_mismatched_sizes: bool = False,
     strict: bool = True,
-) -> Report:
+) -> LoadReport:
     """Fill the parameters, given by their names in files, from tensors by the hub's names; what was found and what not.
     `shapes` are those of the canonical parameters.
 
     MissingKeys, UnexpectedKeys, UnreadKeys and ShapeMismatch name the first tensor that does not fit.
     """
-    weights, report = fitted(
+    weights, report = match_weights(
         tensors, keymap, shapes, tied, ignore_mismatched_sizes=ignore_mismatched_sizes, strict=strict
     )
-    for name, made in laid_out(weights, keymap).items():
+    for name, made in lazy_tensors(weights, keymap).items():
         found[name].assign(made())
     return report

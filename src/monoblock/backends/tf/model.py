@@ -17,7 +17,7 @@ from typing import Any
 import tensorflow as tf
 
 from monoblock.backends.tf import attention
-from monoblock.backends.tf.cache import Layer
+from monoblock.backends.tf.cache import CacheLayer
 from monoblock.backends.tf.layers import EMBEDDED, OF_LAYER, PLACES, rows_of
 from monoblock.backends.tf.ops import (
     Tensor,
@@ -34,7 +34,7 @@ from monoblock.backends.tf.scope import Scope
 from monoblock.positions import is_dynamic
 from monoblock.spec import Alibi, ArchSpec, Buckets, Learned, Rotary
 
-Given = tuple[Tensor, Tensor | None, Layer | None]  # a state, attention weights, a layer of the cache
+Given = tuple[Tensor, Tensor | None, CacheLayer | None]  # a state, attention weights, a layer of the cache
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class StackOutput:
     """The hidden state after the last norm, and what was asked for besides."""
 
     hidden: Tensor
-    layers: tuple[Layer, ...] | None
+    layers: tuple[CacheLayer, ...] | None
     hidden_states: tuple[Tensor, ...] | None
     attentions: tuple[Tensor, ...] | None
 
@@ -95,7 +95,7 @@ class Attention(Part):
         rotary = spec.position(Rotary)
         self.late_rotary = rotary if is_dynamic(rotary) else None
 
-    def call(self, x_bsw: Tensor, call: Call, layer: Layer | None = None) -> Given:
+    def call(self, x_bsw: Tensor, call: Call, layer: CacheLayer | None = None) -> Given:
         q, k, v = self.heads(*self.projected(x_bsw))
         if call.cos is not None and call.sin is not None:
             q = rotate(q, call.cos, call.sin)
@@ -159,18 +159,18 @@ class Attention(Part):
         return attention.attend(q, k, v, scope, kernel), None
 
     def remembered(
-        self, k: Tensor, v: Tensor, call: Call, layer: Layer | None
-    ) -> tuple[Tensor, Tensor, Scope, Layer | None]:
+        self, k: Tensor, v: Tensor, call: Call, layer: CacheLayer | None
+    ) -> tuple[Tensor, Tensor, Scope, CacheLayer | None]:
         """The keys and values to attend to, the attention mask, and the layer of the cache with the new ones."""
         if layer is None or call.fresh:
             return k, v, call.scope, None if layer is None else layer.filled(k, v)
         after = layer.appended(k, v)
         if layer.grows or k.shape[2] == 1 or layer.slots == call.max_length:
-            places = after.places(layer.length + size(k, 2))
+            places = after.token_indices(layer.length + size(k, 2))
             keys, values = tf.cast(after.keys, k.dtype), tf.cast(after.values, v.dtype)
             return keys, values, call.scope.of_keys(places), after
         # A window that rolls: the new tokens would push out what the first of them still see.
-        places = tf.concat((layer.places(layer.length), call.scope.index_q), axis=0)
+        places = tf.concat((layer.token_indices(layer.length), call.scope.index_q), axis=0)
         k, v = (
             tf.concat((tf.cast(held, new.dtype), new), axis=2)
             for held, new in ((layer.keys, k), (layer.values, v))
@@ -189,14 +189,14 @@ class Attention(Part):
 class Wrapper(Part):
     """Calls the attention that it holds."""
 
-    def call(self, x_bsw: Tensor, call: Call, layer: Layer | None = None) -> Given:
+    def call(self, x_bsw: Tensor, call: Call, layer: CacheLayer | None = None) -> Given:
         return self.call_role("attention", x_bsw, call=call, layer=layer)
 
 
 class AttentionNorm(Part):
     """`norm(x + dropout(attention(x)))`."""
 
-    def call(self, x: Tensor, call: Call, layer: Layer | None = None) -> Given:
+    def call(self, x: Tensor, call: Call, layer: CacheLayer | None = None) -> Given:
         y, weights, layer = self.call_role("attention", x, call=call, layer=layer)
         return self.call_role("norm1", dropout(self, "out_drop", y, call) + x), weights, layer
 
@@ -249,7 +249,7 @@ class Block(Part):
         )
         self.adds = self.has("mlp_add")
 
-    def call(self, x: Tensor, call: Call, layer: Layer | None = None) -> Given:
+    def call(self, x: Tensor, call: Call, layer: CacheLayer | None = None) -> Given:
         attend = functools.partial(self.call_role, self.attention_role)
         if self.order == "pre":  # norms before the sub-layers
             y, weights, layer = attend(self.call_role("norm1", x), call=call, layer=layer)
@@ -340,14 +340,14 @@ class Stack(Part):
         self,
         x_bsw: Tensor,
         call: Call,
-        layers: tuple[Layer, ...] | None = None,
+        layers: tuple[CacheLayer, ...] | None = None,
         hidden_states: bool = False,
     ) -> StackOutput:
         return run_layers(self, x_bsw, call, layers, hidden_states)
 
 
 def run_layers(
-    part: Any, x: Tensor, call: Call, layers: tuple[Layer, ...] | None, hidden_states: bool
+    part: Any, x: Tensor, call: Call, layers: tuple[CacheLayer, ...] | None, hidden_states: bool
 ) -> StackOutput:
     """All layers and the final norm, on embedded tokens (b, s, w)."""
     call = prepared(part, x, call, cached=layers is not None)

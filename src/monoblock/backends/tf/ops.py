@@ -14,7 +14,7 @@ import numpy as np
 import tensorflow as tf
 
 from monoblock import positions
-from monoblock.positions import buckets_behind, inverse_frequencies, is_dynamic, steps
+from monoblock.positions import inverse_frequencies, is_dynamic, past_position_buckets, steps
 from monoblock.spec import Buckets, RopeScaling, Rotary
 
 Tensor = Any  # tf.Tensor, for which TensorFlow ships no types
@@ -85,11 +85,11 @@ def rotate(x_bhqd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return tf.concat((turned, kept), axis=-1) if kept.shape[-1] else turned
 
 
-def bucketed(distance: Tensor, count: int, max_distance: int) -> Tensor:
+def relative_position_bucket(distance: Tensor, count: int, max_distance: int) -> Tensor:
     """T5's bucket of each distance (key - query): half of the buckets look ahead; in each half, half are exact and the
     rest grow with the logarithm up to `max_distance`."""
     far = tf.minimum(tf.abs(distance), max_distance)
-    return tf.where(distance > 0, count // 2, 0) + tf.gather(buckets_behind(count, max_distance), far)
+    return tf.where(distance > 0, count // 2, 0) + tf.gather(past_position_buckets(count, max_distance), far)
 
 
 @functools.lru_cache(maxsize=8)
@@ -97,7 +97,7 @@ def buckets_of(count: int, buckets: Buckets) -> np.ndarray[Any, Any]:
     """The buckets (count, count) of the distances in a text, as a constant: XLA would look them up for each query
     and key of every head in every layer."""
     place = np.arange(count)
-    return positions.bucketed(place[None, :] - place[:, None], buckets)
+    return positions.relative_position_bucket(place[None, :] - place[:, None], buckets)
 
 
 def biases(table: Tensor, buckets_qk: Any) -> Tensor:

@@ -123,7 +123,7 @@ class Builder:
     names: modules.KerasNames
 
     def part(
-        self, layout: modules.Part, name: str, layer: int = 0, classes: Mapping[str, str] | None = None
+        self, layout: modules.ModuleSpec, name: str, layer: int = 0, classes: Mapping[str, str] | None = None
     ) -> Part:
         """A part with all that is below it; `name` is the layer's."""
         kind: Any = self.kinds[layout.kind]
@@ -133,7 +133,7 @@ class Builder:
         return made
 
     def fill(
-        self, made: Any, layout: modules.Part, layer: int = 0, classes: Mapping[str, str] | None = None
+        self, made: Any, layout: modules.ModuleSpec, layer: int = 0, classes: Mapping[str, str] | None = None
     ) -> None:
         """Give a part its children, by the layout."""
         own = {**(classes or {}), **layout.classes}
@@ -142,7 +142,12 @@ class Builder:
             self.add(made, name, layout.children[name], own, layer)
 
     def add(
-        self, made: Any, name: str, child: str | modules.Part, classes: Mapping[str, str], layer: int = 0
+        self,
+        made: Any,
+        name: str,
+        child: str | modules.ModuleSpec,
+        classes: Mapping[str, str],
+        layer: int = 0,
     ) -> None:
         """Give a part one child, if the model has it."""
         shape = None
@@ -167,7 +172,7 @@ class Builder:
         return sorted(children, key=lambda name: first.index(name) if name in first else len(first))
 
 
-def places(layout: modules.Part) -> dict[str, tuple[str, ...]]:
+def places(layout: modules.ModuleSpec) -> dict[str, tuple[str, ...]]:
     """Role or kind -> the path of names from the layout's own part."""
     return dict(layout.paths())
 
@@ -179,7 +184,7 @@ def at(owner: Any, path: Iterable[str], layer: int | None = None) -> Any:
     return owner
 
 
-def layers_of(owner: Any, layout: modules.Part, layers: int) -> Iterator[tuple[str, Any]]:
+def layers_of(owner: Any, layout: modules.ModuleSpec, layers: int) -> Iterator[tuple[str, Any]]:
     """(dotted path of names, layer) of everything below a part that is there, in the order of the tree."""
     for path in layout.paths():
         steps = path[1]

@@ -8,7 +8,7 @@ from typing import ClassVar
 import tensorflow as tf
 
 from monoblock.backends.tf.namespace import XP
-from monoblock.backends.tf.ops import Tensor, biases, bucketed
+from monoblock.backends.tf.ops import Tensor, biases, relative_position_bucket
 from monoblock.backends.xla.namespace import Namespace
 from monoblock.backends.xla.scope import ScopeBase
 from monoblock.spec import Buckets
@@ -39,7 +39,9 @@ class Scope(ScopeBase):
             return self.table
         distance = self.index_k[None, :] - self.index_q[:, None]
         if self.table is not None and self.buckets is not None:
-            return biases(self.table, bucketed(distance, self.buckets.count, self.buckets.max_distance))
+            return biases(
+                self.table, relative_position_bucket(distance, self.buckets.count, self.buckets.max_distance)
+            )
         if self.slopes_h is not None:
             return (self.slopes_h[:, None, None] * tf.cast(distance, tf.float32))[None]
         return None

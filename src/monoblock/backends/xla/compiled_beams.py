@@ -4,61 +4,61 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from monoblock.backends.xla.compiled import Forward, Loop, Start, ended, next_pass
+from monoblock.backends.xla.compiled import ForwardFn, LoopOps, LoopStart, ended, next_pass
 from monoblock.backends.xla.namespace import Array
 from monoblock.generation import beam_program as search
 from monoblock.generation import beams
-from monoblock.generation.programs import Program, Text
+from monoblock.generation.compiled_loop import Program, TokenBuffer
 
 
-class State(NamedTuple):
+class BeamLoopState(NamedTuple):
     """The loop's state: how many tokens are made, the beams, the text for the processors, whether to go on, the state
     of the random source, and whether there was something to draw."""
 
     made: Array
-    running: search.Running
-    text: Text
+    running: search.BeamState
+    text: TokenBuffer
     going: Array
     draws: Any
     fine: Array
     cache: Any
 
 
-class Begun(NamedTuple):
+class BeamStart(NamedTuple):
     """What a search begins with: the beams, and what scores are divided by (see `beam_program.norms`)."""
 
-    running: search.Running
+    running: search.BeamState
     norms_n: Any
 
 
 def run(generation: Any, program: Program) -> Any:
     """A whole call: the prompt's pass, then the loop."""
     _, record, scores_bv = generation.begin()
-    end = ended(generation, program, scores_bv, begun(generation, program))
+    end = ended(generation, program, scores_bv, beam_start(generation, program))
     generation.decoder.advance(int(end.made) - 1 + bool(end.going))
-    xp = generation.decoder.passes.loop.xp
-    running = search.Running(*(xp.to_numpy(part) for part in end.running))
+    xp = generation.decoder.passes.loop_ops.xp
+    running = search.BeamState(*(xp.to_numpy(part) for part in end.running))
     return beams.output(generation, search.best(running, generation.config.num_return_sequences or 1), record)
 
 
-def begun(generation: Any, program: Program) -> Begun:
+def beam_start(generation: Any, program: Program) -> BeamStart:
     """The beginning of a call's search, on the host."""
-    assert program.width is not None
+    assert program.search is not None
     rules = beams.Rules.of(generation.config, generation.plan.new_tokens)
-    running = search.begun(generation.plan.batch, program.width, program.room)
-    return Begun(running, search.norms(rules, program.room))
+    running = search.initial_beams(generation.plan.batch, program.search, program.max_new_tokens)
+    return BeamStart(running, search.norms(rules, program.max_new_tokens))
 
 
-def looped(loop: Loop, forward: Forward, program: Program, start: Start) -> State:
+def beam_loop(loop: LoopOps, forward: ForwardFn, program: Program, start: LoopStart) -> BeamLoopState:
     """The loop, to be compiled into something: the state at its end."""
-    xp, width, begun = loop.xp, program.width, start.search
+    xp, width, begun = loop.xp, program.search, start.search
     assert width is not None
     rows, vocab = start.scores_bv.shape
     prompts = rows // width.beams
     count = min(width.candidates, width.beams * vocab)
     text, given = loop.numbers(start.text, start.given)
 
-    def chosen(scores_bv: Array, state: State) -> State:
+    def chosen(scores_bv: Array, state: BeamLoopState) -> BeamLoopState:
         logs_bv = program.processed(xp, xp.log_softmax(scores_bv), state.text, given)
         total_bv = logs_bv + xp.reshape(state.running.scores_pw, (rows, 1))
         total_pw = xp.reshape(total_bv, (prompts, width.beams * vocab))
@@ -71,29 +71,29 @@ def looped(loop: Loop, forward: Forward, program: Program, start: Start) -> Stat
         token_pk = index_pk % vocab
         ends_pk = program.ends(token_pk) | (state.made + 1 == start.limits[1])
         found = search.Candidates(values_pk, index_pk // vocab, token_pk, ends_pk)
-        running = search.advanced(xp, width, state.running, found, state.made, begun.norms_n)
+        running = search.advance(xp, width, state.running, found, state.made, begun.norms_n)
         return state._replace(
             made=state.made + 1,
             running=running,
-            going=search.goes_on(xp, width, running, ends_pk),
+            going=search.continues(xp, width, running, ends_pk),
             draws=loop.state(source),
             fine=source.fine,
         )
 
-    def goes_on(state: State) -> Array:
+    def goes_on(state: BeamLoopState) -> Array:
         return (state.made < start.limits[0]) & state.going & state.fine
 
-    def step(state: State) -> State:
+    def step(state: BeamLoopState) -> BeamLoopState:
         """Each beam goes on from the row that its last token was chosen from."""
         last_b1 = xp.full((rows, 1), 0) + (state.made - 1)
         row_b = xp.take_along(state.running.rows_rn, last_b1)[:, 0]
         token_b1 = xp.take_along(state.running.tokens_rn, last_b1)
         ids_bt, valid_bt = (xp.take_rows(x, row_b) for x in (state.text.ids_bt, state.text.valid_bt))
-        text = Text(ids_bt, valid_bt, state.text.length).appended(xp, token_b1[:, 0])
+        text = TokenBuffer(ids_bt, valid_bt, state.text.length).appended(xp, token_b1[:, 0])
         found = next_pass(forward, start, state.made, token_b1, state.cache.reorder(row_b))
         return chosen(found.scores, state._replace(cache=found.cache, text=text))
 
-    first = State(
+    first = BeamLoopState(
         made=xp.full((), 0),
         running=begun.running,
         text=text,

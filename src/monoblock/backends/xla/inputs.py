@@ -12,7 +12,7 @@ from monoblock.spec import ArchSpec, Learned, Rotary
 
 
 @dataclass(frozen=True)
-class Wanted:
+class ForwardOptions:
     """What a call asks for that decides which code is compiled.
 
     `fresh`: no token came before (keys and queries line up). `keep`: the logits of the last tokens only, 0 for all.
@@ -28,7 +28,7 @@ class Wanted:
     nested: bool = False
 
 
-AT_REST = Wanted()
+DEFAULT_OPTIONS = ForwardOptions()
 
 
 class Kinds(NamedTuple):
@@ -45,11 +45,11 @@ def prepare(
     given: Mapping[str, Array],
     count: Size,
     cache: Any,
-    wanted: Wanted,
+    options: ForwardOptions,
 ) -> Any:
     """The call for the blocks, of `count` tokens: its scope, the positions of the tokens (b, count) and of all keys
-    (b, k), where a first axis of 1 stands for all rows, and what is wanted."""
-    fresh = cache is None or wanted.fresh
+    (b, k), where a first axis of 1 stands for all rows, and what is options."""
+    fresh = cache is None or options.fresh
     past = 0 if cache is None or fresh else cache.length
     total = _total(xp, count, cache, fresh)
     index_k = xp.arange(total)
@@ -77,8 +77,8 @@ def prepare(
         key_positions_bk=key_positions_bk,
         fresh=fresh,
         max_length=None if cache is None else cache.max_length,
-        attentions=wanted.attentions,
-        train=wanted.train,
+        attentions=options.attentions,
+        train=options.train,
     )
 
 

@@ -1,4 +1,4 @@
-"""Generation of the models of either framework: what `loop.generate` knows of them."""
+"""XlaGenerationMixin of the models of either framework: what `loop.generate` knows of them."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Any, ClassVar
 import numpy as np
 
 from monoblock.backends.xla import compiled, compiled_beams
-from monoblock.backends.xla.decoder import Decoder, Rereader
+from monoblock.backends.xla.decoder import CachedDecoder, UncachedDecoder
 from monoblock.backends.xla.namespace import Namespace
 from monoblock.backends.xla.passes import Passes
+from monoblock.generation.compiled_loop import Program
 from monoblock.generation.config import GenerationConfig
-from monoblock.generation.decoder import Plan
+from monoblock.generation.decoder import GenerationPlan
 from monoblock.generation.limits import check_memory
 from monoblock.generation.mixin import GenerationMixin
-from monoblock.generation.programs import Program
 from monoblock.generation.resolve import Unsupported
 from monoblock.generation.transitions import transition_scores
 
@@ -24,7 +24,7 @@ INPUTS = frozenset({"past_key_values", "position_ids", "inputs_embeds"})
 MORE = frozenset({"token_type_ids", "image_patches", "image_patches_indices", "pixel_values"})
 
 
-class Generation(GenerationMixin):
+class XlaGenerationMixin(GenerationMixin):
     """What `generate` has beside it in the models of both frameworks; `xp` is the framework's."""
 
     xp: ClassVar[Namespace]
@@ -41,12 +41,12 @@ class Generation(GenerationMixin):
         Beam search's scores need its `beam_indices`. `normalize_logits`: log-probabilities instead of raw scores.
         """
         rows = None if beam_indices is None else np.asarray(beam_indices)
-        return self.xp.shown(
+        return self.xp.to_framework(
             transition_scores(self.xp, np.asarray(sequences), scores, rows, normalize_logits)
         )
 
 
-class Runner:
+class XlaRunner:
     """A model as `loop.generate` sees it. `inputs`: the names of the inputs that its call takes."""
 
     unsupported: Unsupported
@@ -60,15 +60,15 @@ class Runner:
 
     def compiled(self, generation: Any, program: Program) -> Any:
         """Run a call as one program."""
-        return (compiled if program.width is None else compiled_beams).run(generation, program)
+        return (compiled if program.search is None else compiled_beams).run(generation, program)
 
     def passes(self, config: GenerationConfig) -> Passes:
         """The passes of a call."""
         raise NotImplementedError
 
-    def decoder(self, plan: Plan, inputs: dict[str, Any]) -> Any:
+    def decoder(self, plan: GenerationPlan, inputs: dict[str, Any]) -> Any:
         """A decoder for one call."""
         cached = plan.config.use_cache or "past_key_values" in inputs
         if cached:  # in two bytes a number at least, on devices that may have more memory than the host
             check_memory(self.model.spec, plan.rows, plan.max_length, 2, times=4)
-        return (Decoder if cached else Rereader)(self.passes(plan.config), plan, inputs)
+        return (CachedDecoder if cached else UncachedDecoder)(self.passes(plan.config), plan, inputs)

@@ -21,7 +21,7 @@ from monoblock.backends.pytorch.cache import Cache, DynamicCache, StaticCache
 from monoblock.backends.pytorch.generation.static_step import Shape, State, static_step
 from monoblock.backends.pytorch.kernels import dispatch
 from monoblock.backends.pytorch.model import Attention
-from monoblock.generation.decoder import Plan
+from monoblock.generation.decoder import GenerationPlan
 
 log = logging.getLogger("monoblock")
 
@@ -151,7 +151,7 @@ class Decoding(Protocol):
         ...
 
 
-def call_obstacle(decoder: Decoding, plan: Plan) -> str | None:
+def call_obstacle(decoder: Decoding, plan: GenerationPlan) -> str | None:
     """Why a call's tokens cannot come from a captured graph; None if they can: a device that captures, a cache that
     keeps its keys in order, nothing asked for beside scores, and a model without an obstacle."""
     if (wanted := next((name for name, on in decoder.wanted.items() if on), None)) is not None:
@@ -198,7 +198,7 @@ class Graphed:
 
     attentions = hidden_states = None
 
-    def __init__(self, inner: Decoding, plan: Plan, *, given: bool) -> None:
+    def __init__(self, inner: Decoding, plan: GenerationPlan, *, given: bool) -> None:
         """`given`: the cache is the caller's, who finds all tokens in it after `close`."""
         self.inner, self.plan, self.given = inner, plan, given
         self.running: Recorded | None = None

@@ -139,7 +139,7 @@ class Runner:
         self.graphed: list[cuda_graphs.Graphed] = []
         self.decoders: list[Decoder] = []
 
-    def decoder(self, plan: loop.Plan, inputs: dict[str, Any]) -> Decoder | cuda_graphs.Graphed:
+    def decoder(self, plan: loop.GenerationPlan, inputs: dict[str, Any]) -> Decoder | cuda_graphs.Graphed:
         """A decoder for one call."""
         decoder = Decoder(self.model, plan, inputs)
         self.decoders.append(decoder)
@@ -163,7 +163,7 @@ class Runner:
 class Decoder:
     """A model in the middle of one generation: its cache, positions and mask."""
 
-    def __init__(self, model: Generation, plan: loop.Plan, inputs: dict[str, Any]) -> None:
+    def __init__(self, model: Generation, plan: loop.GenerationPlan, inputs: dict[str, Any]) -> None:
         self.model, config = model, plan.config
         self.embeds: Tensor | None = inputs.get("inputs_embeds")
         self.positions: Tensor | None = inputs.get("position_ids")
@@ -179,7 +179,7 @@ class Decoder:
         self.mask: Tensor | None = None
         self.ids: Tensor | None = None
 
-    def _cache(self, plan: loop.Plan, past: Any) -> tuple[Cache | None, Any]:
+    def _cache(self, plan: loop.GenerationPlan, past: Any) -> tuple[Cache | None, Any]:
         if past is not None:
             return cache_of(past, self.model.spec, plan.batch)
         if not plan.config.use_cache:

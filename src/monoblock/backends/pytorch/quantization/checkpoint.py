@@ -16,12 +16,12 @@ from monoblock.backends.pytorch.quantization import formats
 from monoblock.backends.pytorch.quantization.formats import QuantizedTensor
 from monoblock.backends.pytorch.quantization.modules import PackedMatrix, packed_module
 from monoblock.backends.pytorch.quantization.quantize import Packer, matrices
-from monoblock.checkpoint import packed
-from monoblock.checkpoint.fitting import Report, matched
-from monoblock.checkpoint.keymap import Same, Source, Transposed
+from monoblock.checkpoint import quantized
+from monoblock.checkpoint.keymap import Same, TensorSource, Transposed
+from monoblock.checkpoint.matching import LoadReport, match_tensors
 from monoblock.checkpoint.weights import Tensors
 from monoblock.errors import CheckpointError
-from monoblock.quantization import QuantizationConfig, WeightOnlyConfig, recorded
+from monoblock.quantization import QuantizationConfig, WeightOnlyConfig, stored_quantization
 
 Device = Callable[[str], torch.device]
 
@@ -34,15 +34,15 @@ def load(
     asked: QuantizationConfig | None,
     *,
     strict: bool = True,
-) -> Report:
+) -> LoadReport:
     """Put the packed matrices of the files in their places; reports the names of those that the model has no use for.
 
     CheckpointError: they do not fit, or config.json does not say how they are packed. ValueError: another
     quantisation was `asked` for.
     """
-    if not packed.is_packed(store):
-        return Report()
-    if (how := recorded(model.config)) is None:
+    if not quantized.is_quantized(store):
+        return LoadReport()
+    if (how := stored_quantization(model.config)) is None:
         raise CheckpointError(
             f"{model.name_or_path or 'the checkpoint'} holds packed weights, but its config.json has no "
             "quantization_config that says how: restore it"
@@ -52,21 +52,21 @@ def load(
             f"the checkpoint's weights are packed already, by {how}: leave quantization_config out, or load the "
             "unquantised weights"
         )
-    parts = {name: packed.part(store, name) for name in packed.PARTS}
-    keymap, tied = packed.by_rows(model.keymap()), tree.tied(model.spec, model.head_spec)
+    parts = {name: quantized.component(store, name) for name in quantized.COMPONENTS}
+    keymap, tied = quantized.by_rows(model.keymap()), tree.tied(model.spec, model.head_spec)
     shapes, own = model.shapes(), {name: packed_source(s) for name, s in model.sources().items()}
     allowed = set(matrices(model))
     names = [c for c, s in own.items() if c.endswith(".weight") and s.names[0].rpartition(".")[0] in allowed]
-    held = keymap.plan(names, parts["codes"], tied).sources
-    kinds = {kind: keymap.plan(held, parts[kind], tied).sources for kind in ("scale", "low")}
-    expected: dict[str, dict[str, tuple[int, int]]] = {name: {} for name in packed.PARTS}
+    held = keymap.match(names, parts["codes"], tied).sources
+    kinds = {kind: keymap.match(held, parts[kind], tied).sources for kind in ("scale", "low")}
+    expected: dict[str, dict[str, tuple[int, int]]] = {name: {} for name in quantized.COMPONENTS}
     for canonical in held:
         rows, columns = shapes[canonical]
         bits = formats.bits_of(kind for kind, sources in kinds.items() if canonical in sources)
         for part, shape in formats.shapes(bits, how.group_size, rows, columns).items():
             expected[part][canonical] = shape
     found = {
-        part: matched(parts[part], keymap, shapes, tied, ignore_mismatched_sizes=False, strict=strict)
+        part: match_tensors(parts[part], keymap, shapes, tied, ignore_mismatched_sizes=False, strict=strict)
         for part, shapes in expected.items()
     }
     for canonical in held:
@@ -83,8 +83,8 @@ def load(
             path = name.rpartition(".")[0]
             tensors = {part: piece.parts[i] for part, piece in pieces.items()}
             module = model.get_submodule(path)
-            quantized = QuantizedTensor.of(tensors, how.group_size, shapes[canonical][1])
-            replace(model, path, packed_module(module, quantized, dtype))
+            matrix = QuantizedTensor.of(tensors, how.group_size, shapes[canonical][1])
+            replace(model, path, packed_module(module, matrix, dtype))
         for part, piece in pieces.items():
             if piece.whole is not None:
                 loading.adopt(
@@ -93,7 +93,7 @@ def load(
     model.quantization_config = how
     report = found["codes"][1]
     unused, extra = ([f"{name}.codes" for name in names] for names in (report.unused, report.extra))
-    return Report(unused=unused, extra=extra)
+    return LoadReport(unused=unused, extra=extra)
 
 
 def packer(model: ModelBase, how: QuantizationConfig | None) -> Packer | None:
@@ -103,9 +103,9 @@ def packer(model: ModelBase, how: QuantizationConfig | None) -> Packer | None:
     return None
 
 
-def packed_source(source: Source) -> Source:
+def packed_source(source: TensorSource) -> TensorSource:
     """The parameters of a source as packed rows: those of a transposed matrix are its outputs, too."""
-    return Source(source.names, Same() if isinstance(source.op, Transposed) else source.op)
+    return TensorSource(source.names, Same() if isinstance(source.op, Transposed) else source.op)
 
 
 def packed_modules(model: ModelBase) -> dict[str, PackedMatrix]:
