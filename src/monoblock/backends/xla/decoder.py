@@ -242,8 +242,8 @@ class CachedDecoder:
         """ValueError if there are not so many positions."""
         if self.max_positions is not None and used > self.max_positions:
             raise ValueError(
-                f"the model has {self.max_positions} learned positions, but the sequence, cache included, has {used} tokens: "
-                "shorten it"
+                f"the model has {self.max_positions} learned positions, but the sequence, cache included, has {used} "
+                "tokens: shorten it"
             )
 
     def _windows(self) -> ArchSpec:

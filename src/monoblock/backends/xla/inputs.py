@@ -34,7 +34,7 @@ DEFAULT_OPTIONS = ForwardOptions()
 class Kinds(NamedTuple):
     """A framework's classes of what `prepare` makes."""
 
-    call: Callable[..., Any]
+    context: Callable[..., Any]
     scope: Callable[..., Any]
 
 
@@ -47,8 +47,8 @@ def prepare(
     cache: Any,
     options: ForwardOptions,
 ) -> Any:
-    """The call for the blocks, of `count` tokens: its scope, the positions of the tokens (b, count) and of all keys
-    (b, k), where a first axis of 1 stands for all rows, and what is options."""
+    """The forward context of the blocks, for `count` tokens: scope, positions of the tokens (b, count) and of all keys
+    (b, k), where a first axis of 1 broadcasts over the rows, and the requested outputs."""
     fresh = cache is None or options.fresh
     past = 0 if cache is None or fresh else cache.length
     total = _total(xp, count, cache, fresh)
@@ -71,7 +71,7 @@ def prepare(
         segment_bk=segment_bk,
         masked_rows=spec.attention.masked_rows,
     )
-    return kinds.call(
+    return kinds.context(
         scope=scope,
         positions_bs=_positions(xp, spec, given, of_queries(key_positions_bk)),
         key_positions_bk=key_positions_bk,
