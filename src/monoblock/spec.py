@@ -188,7 +188,10 @@ class ArchSpec:
 
     def position(self, kind: type[P]) -> P | None:
         """The position encoding of that kind, or None."""
-        return next((p for p in self.positions if isinstance(p, kind)), None)
+        for position in self.positions:  # torch.compile of PyTorch 2.7 cannot trace next() over a generator
+            if isinstance(position, kind):
+                return position
+        return None
 
     def validate(self, name: str = "config") -> ArchSpec:
         """The spec itself; a ValueError that lists every gap at once if it cannot be built."""

@@ -228,7 +228,7 @@ class PreTrainedModel(Recognised, Parameters, Generation, Construction, Adapters
             raise TypeError(
                 f"{self.row.name} takes at most {len(names)} positional arguments, got {len(args)}"
             )
-        given = dict(zip(names, args, strict=False))
+        given = dict(zip(names[: len(args)], args, strict=True))
         for name, value in kwargs.items():
             if name in given:
                 raise TypeError(f"{self.row.name} got {name!r} twice")
