@@ -22,7 +22,7 @@ PROMPT    ?= def fibonacci(n):
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint format types test-core test-all test-ecosystem clean
-.PHONY: fuzz fuzz-readers fuzz-saves sanitize test-oldest wheel
+.PHONY: fuzz fuzz-readers fuzz-saves sanitize test-oldest wheel mutate
 # A stamp whose recipe failed half-way must not count as done.
 .DELETE_ON_ERROR:
 # The steps of `test` share the cores, and pytest's summary is to come last.
@@ -69,6 +69,9 @@ test-oldest-core: export MONOBLOCK_TEST_NO_FRAMEWORK = 1
 test-oldest-%: .venv-oldest-%/.installed
 	@echo "== the oldest $*"
 	@.venv-oldest-$*/bin/python -m pytest $(OLDEST_TESTS_$*)
+
+mutate: $(VENV)/.installed-test ## 200 changes of the sources, each of which a test must notice (hours)
+	@$(VENV)/bin/python tools/mutate.py
 
 wheel: $(DIST_VENV)/.installed ## sdist and manylinux wheel into dist/, the wheel tried without a compiler
 	@$(DIST_VENV)/bin/python tools/wheel.py

@@ -1,4 +1,4 @@
-"""Mutation test: changes the sources one place at a time and checks that a test fails.
+"""Mutation test: changes the sources by one expression at a time and checks that a test fails.
 
     python tools/mutate.py [--count 200] [--seed 0] [--only FILE] [--jobs N] [--report FILE]
 
@@ -124,7 +124,16 @@ class Mutant:
     line: int
     old: str
     new: str
-    source: str  # the whole file with the change
+    number: int  # which of the file's changes it is
+
+    def source(self) -> str:
+        """The whole file with the change."""
+        tree = ast.parse(self.path.read_text())
+        for number, (parent, field, index, _, changed) in enumerate(_alternatives(tree)):
+            if number == self.number:
+                _put(parent, field, index, changed)
+                return ast.unparse(ast.fix_missing_locations(tree))
+        raise ValueError(f"{self.path} has no change {self.number}")
 
     @property
     def name(self) -> str:
@@ -175,7 +184,7 @@ def _is_text(node: ast.BinOp) -> bool:
     )
 
 
-def places(tree: ast.AST) -> Iterator[tuple[ast.AST, str, int | None, ast.AST]]:
+def expressions(tree: ast.AST) -> Iterator[tuple[ast.AST, str, int | None, ast.AST]]:
     """Each expression that may change, as (parent, field, index, node): none in annotations, decorators, messages,
     `raise`, `assert` and `TYPE_CHECKING`, nor defaults of fields that only say how a dataclass is made."""
     for parent in _reached(tree):
@@ -205,17 +214,17 @@ def _reached(node: ast.AST) -> Iterator[ast.AST]:
 
 def mutants_of(path: Path, group: str) -> list[Mutant]:
     """Every mutant of a file."""
-    source = path.read_text()
-    tree = ast.parse(source)
-    found: list[Mutant] = []
-    for parent, field, index, node in places(tree):
+    return [
+        Mutant(group, path, getattr(node, "lineno", 0), ast.unparse(node), ast.unparse(changed), number)
+        for number, (_, _, _, node, changed) in enumerate(_alternatives(ast.parse(path.read_text())))
+    ]
+
+
+def _alternatives(tree: ast.AST) -> Iterator[tuple[ast.AST, str, int | None, ast.AST, ast.AST]]:
+    """(parent, field, index, node, replacement) for each change, in a fixed order."""
+    for parent, field, index, node in expressions(tree):
         for changed in changes(node):
-            _put(parent, field, index, changed)
-            text = ast.unparse(ast.fix_missing_locations(tree))
-            _put(parent, field, index, node)
-            old, new = ast.unparse(node), ast.unparse(changed)
-            found.append(Mutant(group, path, getattr(node, "lineno", 0), old, new, text))
-    return found
+            yield parent, field, index, node, changed
 
 
 def _put(parent: ast.AST, field: str, index: int | None, node: ast.AST) -> None:
@@ -263,7 +272,7 @@ def _passes(tests: tuple[str, ...], seconds: float, mutant: Mutant | None, folde
     source = folder / "src"
     shutil.copytree(SOURCES, source / "monoblock", ignore=shutil.ignore_patterns("__pycache__"))
     if mutant is not None:
-        (source / "monoblock" / mutant.path.relative_to(SOURCES)).write_text(mutant.source)
+        (source / "monoblock" / mutant.path.relative_to(SOURCES)).write_text(mutant.source())
     child = os.fork()
     if child == 0:
         _run_tests(source, folder, tests)

@@ -61,7 +61,12 @@ def patterns() -> re.Pattern[str]:
 
 def files() -> list[Path]:
     if not (ROOT / ".git").exists():  # an unpacked sdist
-        listed = [str(path.relative_to(ROOT)) for top in FOLDERS for path in (ROOT / top).rglob("*") if path.is_file()]
+        listed = [
+            str(path.relative_to(ROOT))
+            for top in FOLDERS
+            for path in (ROOT / top).rglob("*")
+            if path.is_file()
+        ]
     else:
         command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
         run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
