@@ -11,6 +11,7 @@ OLDEST_TESTS_core := tests/core
 OLDEST_TESTS_torch := tests/torch tests/cli
 OLDEST_TESTS_jax := tests/flax
 OLDEST_TESTS_tf := tests/tf
+DOCS_VENV := .venv-docs
 PYTHON    ?= $(shell for p in python3.11 python3.12 python3.13 python3.14 python3 python; do \
 	if $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then command -v $$p; break; fi; done)
 PIP       := -m pip --disable-pip-version-check --quiet install -c constraints.txt
@@ -21,7 +22,7 @@ INSTALLED := pyproject.toml constraints.txt hatch_build.py $(wildcard src/monobl
 PROMPT    ?= def fibonacci(n):
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format types test-core test-all test-ecosystem clean
+.PHONY: help demo test lint format types test-core test-all test-ecosystem docs clean
 .PHONY: fuzz fuzz-readers fuzz-saves sanitize test-oldest wheel mutate
 # A stamp whose recipe failed half-way must not count as done.
 .DELETE_ON_ERROR:
@@ -76,6 +77,12 @@ mutate: $(VENV)/.installed-test ## 200 changes of the sources, each of which a t
 wheel: $(DIST_VENV)/.installed ## sdist and manylinux wheel into dist/, the wheel tried without a compiler
 	@$(DIST_VENV)/bin/python tools/wheel.py
 
+docs: $(DOCS_VENV)/.installed ## the documentation as a site in site/; links, anchors and the API reference are checked
+	@echo "== the documentation site"
+	@NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --quiet --clean
+	@$(DOCS_VENV)/bin/python tools/check_site.py
+	@echo "read it: $(DOCS_VENV)/bin/python -m http.server -d site"
+
 fuzz: fuzz-readers fuzz-saves ## hostile files, and saves that are killed (hours; not in `test`)
 
 fuzz-saves: $(VENV)/.installed-test ## saves, killed at every file operation (`test` takes a sample)
@@ -91,7 +98,8 @@ fuzz-readers: $(VENV)/.installed-test ## 20,000 hostile inputs for each reader o
 	@$(VENV)/bin/python tests/fuzz/run.py
 
 clean: ## remove the environments and all caches
-	rm -rf $(VENV) $(CORE_VENV) $(ECOSYSTEM_VENV) $(DIST_VENV) $(OLDEST:%=.venv-oldest-%) .pytest_cache .ruff_cache .hypothesis build dist
+	rm -rf $(VENV) $(CORE_VENV) $(ECOSYSTEM_VENV) $(DIST_VENV) $(DOCS_VENV) $(OLDEST:%=.venv-oldest-%) site
+	rm -rf .pytest_cache .ruff_cache .hypothesis build dist
 	find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Some systems ship Python without ensurepip: then the system's own pip fills the environment.
@@ -112,6 +120,9 @@ $(CORE_VENV)/bin/python:
 
 $(ECOSYSTEM_VENV)/bin/python:
 	$(call make_venv,$(ECOSYSTEM_VENV))
+
+$(DOCS_VENV)/bin/python:
+	$(call make_venv,$(DOCS_VENV))
 
 $(VENV)/.installed-torch: $(INSTALLED) | $(VENV)/bin/python
 	@echo "== installing monoblock with PyTorch into $(VENV)"
@@ -142,4 +153,8 @@ $(DIST_VENV)/.installed: pyproject.toml constraints.txt
 	$(call make_venv,.venv-oldest-$*)
 	@echo "== installing the oldest $* into .venv-oldest-$*"
 	@.venv-oldest-$*/bin/python -m pip --disable-pip-version-check --quiet install -r tools/oldest/$*.txt
+
+$(DOCS_VENV)/.installed: $(INSTALLED) | $(DOCS_VENV)/bin/python
+	@echo "== installing monoblock with the documentation tools into $(DOCS_VENV)"
+	@$(DOCS_VENV)/bin/python $(PIP) -e ".[docs]"
 	@touch $@

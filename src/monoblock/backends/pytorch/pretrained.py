@@ -188,7 +188,8 @@ class PreTrainedModel(Recognised, Parameters, Generation, Construction, Adapters
             given = flattened(given)
         base = self.bare
         inner = {name: value for name, value in given.items() if name in base.arguments or name in PACKED}
-        inner |= {name: self._option(given, name) for name in ("output_attentions", "output_hidden_states")}
+        for name in ("output_attentions", "output_hidden_states"):
+            inner[name] = self._option(given, name)
         inner["return_dict"] = True
         if (keep := self._kept(given)) is not None:
             inner["keep"] = keep
