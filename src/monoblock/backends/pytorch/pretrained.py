@@ -390,7 +390,7 @@ class PreTrainedModel(Recognised, Parameters, Generation, Construction, Adapters
     def _config_for(
         cls, name: str | Path, config: Any, hub: HubOptions, kwargs: dict[str, Any]
     ) -> tuple[Any, dict[str, Any]]:
-        if config is not None and not isinstance(config, str | Path):
+        if config is not None and not isinstance(config, (str, Path)):
             return as_own_config(config, cls.family.config, cls.__name__).changed(**kwargs)
         source = name if config is None else config
         return cls.family.config.from_pretrained(source, return_unused_kwargs=True, **asdict(hub), **kwargs)
