@@ -261,8 +261,8 @@ TEXTS: list[tuple[bytes, str]] = [
     (b'{"a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "is not valid JSON"),
     (b'{"a": [' + b"[]," * 4_000_000 + b"[]]}", "holds over 4,000,000 objects and lists"),
     (b'{"a": "' + b"x" * (64 << 20) + b'"}', "expected at most 67,108,864"),
-    (b'{"a": "\\ud83d"}', "half a character"),
-    (b'{"a": "\\ud83d\\ud83d\\ude00"}', "half a character"),
+    (b'{"a": "\\ud83d"}', "a lone surrogate"),
+    (b'{"a": "\\ud83d\\ud83d\\ude00"}', "a lone surrogate"),
     (b'{"a": "\xff"}', "is not UTF-8 text"),
     (b'{"a": ' + b"9" * 5000 + b"}", "is not valid JSON"),
 ]

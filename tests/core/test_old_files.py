@@ -292,7 +292,7 @@ def test_what_would_be_read_in_its_place_is_named(tmp_path: Path, caplog: pytest
     assert not caplog.records
     save_tensors(tmp_path, {"a": SMALL + 1}, framework="np")
     save_msgpack(tmp_path, {"a": SMALL})
-    assert "model.safetensors, which is read before flax_model.msgpack" in caplog.text
+    assert "model.safetensors, which is read in preference to flax_model.msgpack" in caplog.text
     assert find_weights(tmp_path).kind == "safetensors"
     assert find_weights(tmp_path, prefer="msgpack").kind == "msgpack"
 
@@ -333,7 +333,7 @@ BROKEN = {
     ),
     "two names for one tensor": (table(a=table(kernel=LEAF, scale=LEAF)), "one tensor"),
     "more than a tree": (table(a=LEAF) + b"\x00", "1 bytes follow"),
-    "a byte that begins nothing": (b"\xc1", "begins no value"),
+    "a byte that begins nothing": (b"\xc1", "is no msgpack tag"),
     "a deep tree": (b"\x81\xa1a" * 2000 + LEAF, "levels deep"),
     "a gap in the chunks": (table(a=chunked([SMALL[0]], (2, 3))), "do not fill"),
     "chunks of two dtypes": (table(a=chunked([SMALL[0], SMALL[1].astype("f8")], (2, 3))), "no array"),

@@ -29,7 +29,7 @@ def stored(folder: Path, **rows: int) -> tuple[Store, dict[str, np.ndarray]]:
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pages, "LEAST", 0)
+    monkeypatch.setattr(pages, "MIN_BYTES", 0)
 
 
 def test_rows_follow_each_other(tmp_path: Path) -> None:
@@ -63,5 +63,5 @@ def test_what_needs_a_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     (tmp_path / "more").mkdir()
     store, _ = stored(tmp_path / "more", a=1, b=1)
     assert store.concatenated(("a", "b")) is not None
-    monkeypatch.setattr(pages, "LEAST", 1 << 20)
+    monkeypatch.setattr(pages, "MIN_BYTES", 1 << 20)
     assert store.concatenated(("a", "b")) is None

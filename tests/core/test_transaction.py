@@ -672,7 +672,7 @@ def test_new_folder_refuses(folder: Path) -> None:
     with pytest.raises(CheckpointError, match="holds files already"), new_folder(folder, replace=False):
         pass
     (folder / "checkpoint-1").mkdir()
-    with pytest.raises(CheckpointError, match="has a sub-folder"), new_folder(folder, replace=True):
+    with pytest.raises(CheckpointError, match="has a subfolder"), new_folder(folder, replace=True):
         pass
     assert made.model_in(folder) == 1
 
