@@ -61,7 +61,7 @@ INVALID: dict[str, tuple[str, dict[str, Any], str]] = {
     "fractional labels": (
         "MistralForCausalLM",
         {"labels": _all(1.5)},
-        "labels must be whole numbers, the classes 0 to 88 or -100",
+        "labels must be integers, the classes 0 to 88 or -100",
     ),
     "label of a row": (
         "MistralForSequenceClassification",
@@ -71,27 +71,27 @@ INVALID: dict[str, tuple[str, dict[str, Any], str]] = {
     "labels of too many rows": (
         "MPNetForSequenceClassification",
         {"labels": np.array([0, 1, 2])},
-        r"labels must be \(2,\), a class for each, got \(3,\)",
+        r"labels must be \(2,\), one class each, got \(3,\)",
     ),
     "whole numbers for several labels": (
         "GPTNeoForSequenceClassification",
         {"labels": np.ones((2, LABELS), np.int64)},
-        r"labels \(2, 4\) hold a number for each class.*problem_type='multi_label_classification', or give floating",
+        r"labels \(2, 4\) hold one number per class.*problem_type='multi_label_classification', or give floating",
     ),
     "numbers for other labels": (
         "MptForSequenceClassification",
         {"labels": np.ones((2, LABELS - 1), np.float32)},
-        r"labels of a multi_label_classification must be \(2, 4\), a number for each, got \(2, 3\)",
+        r"labels of a multi_label_classification must be \(2, 4\), one number per class, got \(2, 3\)",
     ),
     "spans of more rows": (
         "MistralForQuestionAnswering",
         {"start_positions": np.array([0, 1, 2]), "end_positions": np.array([1, 2])},
-        r"start_positions must be \(2,\), a place for each row, got \(3,\)",
+        r"start_positions must be \(2,\), one token index per row, got \(3,\)",
     ),
     "fractional spans": (
         "MptForQuestionAnswering",
         {"start_positions": np.array([0, 1]), "end_positions": np.array([0.5, 1])},
-        "end_positions must be whole numbers, the places of tokens",
+        "end_positions must be integers, the indices of tokens",
     ),
     "choice": ("MPNetForMultipleChoice", {"labels": np.array([2])}, "labels must be 0 to 1 .*from 2 to 2"),
     "second head's place": (
@@ -152,7 +152,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "a seed of more than 64 bits": (
         {"do_sample": True, "seed": 10**23},
-        "seed must be a whole number of 64 bits",
+        "seed must be an integer of 64 bits",
     ),
 }
 EXTREME_SEEDS = (-1, 2**63, 2**64 - 1)

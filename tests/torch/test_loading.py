@@ -98,7 +98,7 @@ def test_auto_classes(saved: Path) -> None:
     assert type(chosen) is MptForSequenceClassification
     assert chosen.at("head_out").out_features == 3
     assert type(AutoModelForCausalLM.from_config(config())) is MptForCausalLM
-    with pytest.raises(TypeError, match="not made directly"):
+    with pytest.raises(TypeError, match="cannot be instantiated"):
         AutoModel()
 
 
@@ -312,7 +312,7 @@ def test_missing_unknown_and_unread_tensors(saved: Path) -> None:
     rewritten(saved, lambda tensors: tensors.update({name.replace("1", "0") + "s": torch.zeros(2)}))
     with pytest.raises(
         UnexpectedKeys,
-        match=r"out_proj\.weights, .*no name of this family; the nearest is .*out_proj\.weight",
+        match=r"out_proj\.weights, .*no parameter of this family; the nearest is .*out_proj\.weight",
     ):
         MptForCausalLM.from_pretrained(saved)
     (saved / WEIGHTS).write_bytes(original)
