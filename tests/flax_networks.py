@@ -13,7 +13,7 @@ import torch
 
 from monoblock.backends.flax import loading
 from monoblock.backends.flax.network import Network
-from monoblock.backends.xla.inputs import AT_REST, Wanted
+from monoblock.backends.xla.inputs import DEFAULT_OPTIONS, ForwardOptions
 
 
 def canonical_of(tree: Mapping[str, Any], model: Any) -> dict[str, np.ndarray]:
@@ -36,9 +36,11 @@ def network_of(module: Any) -> tuple[Network, dict[str, Any]]:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4))
-def run(network: Network, params: Any, given: Any, cache: Any = None, wanted: Wanted = AT_REST) -> Any:
+def run(
+    network: Network, params: Any, given: Any, cache: Any = None, options: ForwardOptions = DEFAULT_OPTIONS
+) -> Any:
     """The network, compiled."""
-    return network.apply({"params": params}, given, cache, wanted, method="run")
+    return network.apply({"params": params}, given, cache, options, method="run")
 
 
 def given(**tensors: torch.Tensor | None) -> dict[str, Any]:

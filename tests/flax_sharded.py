@@ -200,7 +200,7 @@ class Recorded:
 
 def loaded(folder: str) -> dict[str, Any]:
     """A checkpoint onto a mesh, part after part."""
-    from monoblock.backends.flax.placing import from_host
+    from monoblock.backends.flax.placement import from_host
 
     model = tiny("FlaxGPTNeoForCausalLM", shallow=True)
     model.save_pretrained(folder)

@@ -44,7 +44,7 @@ INVALID: dict[str, tuple[str, dict[str, Any], str]] = {
     "fractional positions": (
         "MistralModel",
         {"position_ids": _all(0.5)},
-        "position_ids must be whole numbers",
+        "position_ids must be integers",
     ),
     "label beyond the vocabulary": (
         "MptForCausalLM",
@@ -86,25 +86,29 @@ INVALID: dict[str, tuple[str, dict[str, Any], str]] = {
     "spans of more rows": (
         "MistralForQuestionAnswering",
         {"start_positions": np.array([0, 1, 2]), "end_positions": np.array([1, 2])},
-        r"start_positions must be \(2,\), one token index per row, got \(3,\)",
+        r"start_positions must be \(2,\), one token position per row, got \(3,\)",
     ),
     "fractional spans": (
         "MptForQuestionAnswering",
         {"start_positions": np.array([0, 1]), "end_positions": np.array([0.5, 1])},
-        "end_positions must be integers, the indices of tokens",
+        "end_positions must be integers, positions of tokens",
     ),
     "choice": ("MPNetForMultipleChoice", {"labels": np.array([2])}, "labels must be 0 to 1 .*from 2 to 2"),
     "second head's place": (
         "OpenAIGPTDoubleHeadsModel",
         {"mc_token_ids": np.array([[7, 8]])},
-        "mc_token_ids must be 0 to 7, places of the 8 tokens, got",
+        "mc_token_ids must be 0 to 7, positions of the 8 tokens, got",
     ),
     "second head's label": (
         "OpenAIGPTDoubleHeadsModel",
         {"mc_labels": np.array([2])},
         "mc_labels must be 0 to 1 .*from 2 to 2",
     ),
-    "no rows": ("OpenAIGPTModel", {"input_ids": IDS[:0]}, "the input has no rows: give at least one text"),
+    "no rows": (
+        "OpenAIGPTModel",
+        {"input_ids": IDS[:0]},
+        "the input has no rows: give at least one sequence",
+    ),
 }
 VALID = {
     "eight bits": {"input_ids": IDS.astype(np.uint8), "attention_mask": _all(1).astype(np.uint8)},

@@ -66,10 +66,10 @@ def check_token_positions(labels: Labels, rows: Any) -> None:
     ignored."""
     if _known(*labels.shape, rows) and math.prod(labels.shape) != rows:
         raise ValueError(
-            f"{labels.name} must be ({rows},), one token index per row, got {tuple(labels.shape)}"
+            f"{labels.name} must be ({rows},), one token position per row, got {tuple(labels.shape)}"
         )
     if "int" not in labels.dtype:
-        raise ValueError(f"{labels.name} must be integers, the indices of tokens, got {labels.dtype}")
+        raise ValueError(f"{labels.name} must be integers, positions of tokens, got {labels.dtype}")
 
 
 def problem_of(labels: Labels, scores: Sequence[Any], problem_type: str | None) -> str:

@@ -16,7 +16,7 @@ from tiny_families import model_inputs, with_images
 
 import monoblock
 from monoblock import GenerationConfig
-from monoblock.backends.flax import steps
+from monoblock.backends.flax import passes
 from monoblock.errors import UnsupportedConfig
 from monoblock.generation.outputs import GenerateDecoderOnlyOutput
 from monoblock.generation.resolve import UNSUPPORTED, UNSUPPORTED_ARGUMENTS
@@ -191,14 +191,14 @@ def test_guidance(model: Any) -> None:
 def test_a_prompt_in_chunks(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Past the window and padded; the rest of a prompt goes in powers of two, so that few lengths are compiled."""
     sizes: list[int] = []
-    more = steps.more
+    extend = passes.extend
 
-    def counted(network: Any, params: Any, given: Any, cache: Any, wanted: Any) -> Any:
+    def counted(network: Any, params: Any, given: Any, cache: Any, options: Any) -> Any:
         sizes.append(given["input_ids"].shape[1])
-        return more(network, params, given, cache, wanted)
+        return extend(network, params, given, cache, options)
 
-    monkeypatch.setattr(steps, "more", counted)
-    monkeypatch.setattr(steps, "first", None)
+    monkeypatch.setattr(passes, "extend", counted)
+    monkeypatch.setattr(passes, "prefill", None)
     ids, mask = (x.numpy() for x in model_inputs(NAME, "left"))
     whole = torch_model(NAME).generate(torch.as_tensor(ids), attention_mask=torch.as_tensor(mask), **VARIED)
     found = model.generate(ids, attention_mask=mask, prefill_chunk_size=6, **VARIED)
@@ -207,9 +207,9 @@ def test_a_prompt_in_chunks(model: Any, monkeypatch: pytest.MonkeyPatch) -> None
     assert model.generate(ids_of(1, 23), prefill_chunk_size=6, **VARIED).sequences.tolist() == expected(
         ids_of(1, 23)
     )
-    compiled = more._cache_size(), steps.looped._cache_size()
+    compiled = extend._cache_size(), passes.run_loop._cache_size()
     model.generate(ids_of(1, 29), prefill_chunk_size=6, **VARIED)
-    assert (more._cache_size(), steps.looped._cache_size()) == compiled
+    assert (extend._cache_size(), passes.run_loop._cache_size()) == compiled
     monkeypatch.undo()
     # A cache that was given, and chunks after it.
     cache = model.generate(ids_of(1, 9), return_dict_in_generate=True, **VARIED).past_key_values

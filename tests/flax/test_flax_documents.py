@@ -23,7 +23,7 @@ from packed_documents import (
     unpacked_indices,
 )
 
-from monoblock.backends.flax.checked import checked
+from monoblock.backends.flax.checked import check_inputs
 from monoblock.backends.xla import checked as shared
 
 MISTRAL = "MistralForCausalLM"
@@ -86,7 +86,7 @@ def test_what_begins_a_document() -> None:
 
     def segments(positions: Any, cache: Any = None, **given: Any) -> Any:
         arguments = {"input_ids": ids, "position_ids": positions, **given}
-        return checked(model.spec, head, arguments, cache, False).given.get("sequence_id")
+        return check_inputs(model.spec, head, arguments, cache, False).given.get("sequence_id")
 
     assert segments(np.arange(COUNT)[None] * 3) is None
     np.testing.assert_array_equal(segments(positions(model.spec)), SEGMENTS)

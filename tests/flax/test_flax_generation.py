@@ -17,7 +17,7 @@ from flax_models import config_of, flax_model, ids_of, torch_model
 from tiny_families import GENERATING, VOCAB, model_inputs, with_images
 
 import monoblock
-from monoblock.backends.flax import steps
+from monoblock.backends.flax import passes
 
 torch.set_num_threads(1)
 MPT = "MptForCausalLM"
@@ -264,10 +264,10 @@ def test_a_model_of_the_same_shape_shares_what_is_compiled() -> None:
     asked = {**ASKED, "max_new_tokens": 9}
     first = model.generate(ids_of(1, 17), **asked).sequences
     other = getattr(monoblock, "Flax" + MISTRAL)(config_of(MISTRAL), seed=3)
-    before = steps.looped._cache_size(), steps.first._cache_size()
+    before = passes.run_loop._cache_size(), passes.prefill._cache_size()
     assert other.generate(ids_of(1, 17), **asked).sequences.tolist() != first.tolist()
     assert model.generate(ids_of(1, 17), params=other.params, **asked).sequences.tolist() != first.tolist()
-    assert (steps.looped._cache_size(), steps.first._cache_size()) == before
+    assert (passes.run_loop._cache_size(), passes.prefill._cache_size()) == before
 
 
 # ---------------------------------------------------------------------------- ends and draws

@@ -49,7 +49,7 @@ WRONG: dict[str, dict[str, Any]] = {
     "image_patches and pixel_values are two names": {"image_patches": SETS, "pixel_values": SETS},
     "image_patches_indices say where": {"image_patches_indices": PLACES},
     "one set for each of the 2 rows, got 1": {"image_patches": SETS[:1], "image_patches_indices": PLACES},
-    "row 0 has places for 4 image patches, but 1 came": {
+    "row 0 has tokens for 4 image patches, but 1 came": {
         "image_patches": [own[:1] for own in SETS],
         "image_patches_indices": PLACES,
     },

@@ -10,7 +10,7 @@ import pytest
 from flax_models import flax_model, ids_of
 from measure import assert_close
 
-from monoblock.backends.flax import decode, joining, loading, steps
+from monoblock.backends.flax import decode, joining, loading, passes
 
 # Class -> what its layers' paths end with, where matrices are joined. MPNet's have biases.
 JOINT = {
@@ -46,7 +46,7 @@ def test_generate_joins_for_long_texts_alone(beams: int, monkeypatch: pytest.Mon
         joined.append(network)
         return joining.joined(network, params)
 
-    monkeypatch.setattr(steps, "joined", counted)
+    monkeypatch.setattr(passes, "joined", counted)
     expected = model.generate(ids_of(), **asked).sequences
     assert not joined
     monkeypatch.setattr(decode, "LONG", 12)

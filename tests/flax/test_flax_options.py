@@ -16,7 +16,7 @@ from mpt_cases import CASES, LENGTHS, ROPE, mpt_model
 
 from monoblock.backends.flax import attention
 from monoblock.backends.flax.cache import init_cache
-from monoblock.backends.xla.inputs import Wanted
+from monoblock.backends.xla.inputs import ForwardOptions
 
 # What acts on keys, values or places, and so on a cache.
 CACHED = (
@@ -37,8 +37,8 @@ ATTENDING = {case for case, (attn, _) in CASES.items() if attn} | {"head_dim", "
 # What is the same in each layer compiles in half the time as one; of these there are two.
 DEEP = ("alibi_bias_max", "all at once")
 ATOL = 1e-5  # fp32, 2 layers, values of the order of 1 to 10: the PyTorch backend measures 7e-6
-WHOLE = Wanted(hidden_states=True)
-NEXT = Wanted(fresh=False)
+WHOLE = ForwardOptions(hidden_states=True)
+NEXT = ForwardOptions(fresh=False)
 
 
 @pytest.fixture(autouse=True)
@@ -56,7 +56,7 @@ def test_option(case: str) -> None:
     module = module_of(case)
     network, params = network_of(module)
 
-    def check(padding: str, wanted: Wanted) -> tuple[Any, Any, Any]:
+    def check(padding: str, wanted: ForwardOptions) -> tuple[Any, Any, Any]:
         """Checks the logits; the outputs, the oracle's and the mask."""
         ids, mask = batch(padding, LENGTHS)
         expect = expected(module, ids, mask)
@@ -72,7 +72,7 @@ def test_option(case: str) -> None:
             assert_close(f"{case}, states", a, b, ATOL, mask)
     if case not in ATTENDING:
         return
-    out, expect, mask = check("right", Wanted(attentions=True))
+    out, expect, mask = check("right", ForwardOptions(attentions=True))
     for a, b in zip(out["attentions"], expect.attentions, strict=True):
         assert_close(f"{case}, attentions", a.swapaxes(1, 2), b.swapaxes(1, 2), ATOL, mask)
 
@@ -91,7 +91,7 @@ def test_option_cached(case: str) -> None:
     cache, logits, start = init_cache(module.spec, 3, 30), [], 0
     for size in (12, 1, 1, 4, 1, 4):
         inputs = {"input_ids": jnp.asarray(ids[:, start : start + size].numpy()), "attention_mask": seen}
-        out = run(network, params, inputs, cache, NEXT if start else Wanted())
+        out = run(network, params, inputs, cache, NEXT if start else ForwardOptions())
         cache, start = out["past_key_values"], start + size
         logits.append(out["logits"])
     assert int(cache.length) == 23
@@ -129,7 +129,7 @@ def test_rows_of_several_texts() -> None:
         alone = run(network, params, {"input_ids": inputs["input_ids"][:, start:stop]})["logits"]
         np.testing.assert_allclose(packed[:, start:stop], alone, atol=ATOL)
     cache = init_cache(module.spec, 3, 23)
-    out = run(network, params, {k: v[:, :11] for k, v in inputs.items()}, cache, Wanted())
+    out = run(network, params, {k: v[:, :11] for k, v in inputs.items()}, cache, ForwardOptions())
     rest = {"input_ids": inputs["input_ids"][:, 11:], "sequence_id": parts}
     out = run(network, params, rest, out["past_key_values"], NEXT)
     np.testing.assert_allclose(out["logits"], packed[:, 11:], atol=ATOL)

@@ -265,7 +265,7 @@ WRONG: dict[str, tuple[type[Exception], dict[str, Any]]] = {
         ValueError,
         {"input_ids": np.full((1, 2), 99)},
     ),
-    r"input_ids must be whole numbers \(batch, tokens\), got float32 \(2, 6\)": (
+    r"input_ids must be integers \(batch, tokens\), got float32 \(2, 6\)": (
         ValueError,
         {"input_ids": IDS.astype(np.float32)},
     ),
@@ -285,11 +285,11 @@ WRONG: dict[str, tuple[type[Exception], dict[str, Any]]] = {
         ValueError,
         {"input_ids": IDS, "attention_mask": np.ones((2, 5))},
     ),
-    r"position_ids must be whole numbers \(2, 6\), got int64 \(1, 7\)": (
+    r"position_ids must be integers \(2, 6\), got int64 \(1, 7\)": (
         ValueError,
         {"input_ids": IDS, "position_ids": np.arange(7)[None]},
     ),
-    r"the model has 64 learned positions, but the text with its past has 65 tokens": (
+    r"the model has 64 learned positions, but the sequence, cache included, has 65 tokens": (
         ValueError,
         {"input_ids": ids_of(1, 65)},
     ),

@@ -117,7 +117,7 @@ def test_wrong_patches_are_refused() -> None:
         ),
         (
             {"image_patches": [patches[0][:4], *patches[1:]], "image_patches_indices": places},
-            "row 0 has places for 6 image patches, but 4 came",
+            "row 0 has tokens for 6 image patches, but 4 came",
         ),
         (
             {"image_patches": patches, "image_patches_indices": places[:, :-1]},

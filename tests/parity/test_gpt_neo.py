@@ -89,7 +89,9 @@ def test_types_and_layers_must_agree() -> None:
 def test_past_the_table_is_a_clear_error() -> None:
     _, ours = model_pair(NAME, **fields("gpt_neo"))
     long = torch.randint(10, 80, (1, 65))
-    with pytest.raises(ValueError, match="64 learned positions, but the text with its past has 65 tokens"):
+    with pytest.raises(
+        ValueError, match="64 learned positions, but the sequence, cache included, has 65 tokens"
+    ):
         ours(long)
     mask = torch.ones_like(long)
     mask[:, :2] = 0

@@ -101,7 +101,8 @@ def test_two_places_are_not_for_tokens() -> None:
     assert ours.config.max_position_embeddings == 66
     assert ours(torch.randint(10, 80, (1, 64))).last_hidden_state.shape[1] == 64
     with pytest.raises(
-        ValueError, match="the model has 64 learned positions, but the text with its past has 65 tokens"
+        ValueError,
+        match="the model has 64 learned positions, but the sequence, cache included, has 65 tokens",
     ):
         ours(torch.randint(10, 80, (1, 65)))
     padded = torch.randint(10, 80, (1, 70))

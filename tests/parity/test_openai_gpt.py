@@ -125,7 +125,8 @@ def test_padded_texts_by_definition() -> None:
 def test_past_the_table_is_a_clear_error() -> None:
     _, ours = pair(LM)
     with pytest.raises(
-        ValueError, match="64 learned positions, but the text with its past has 70 tokens: shorten it"
+        ValueError,
+        match="64 learned positions, but the sequence, cache included, has 70 tokens: shorten it",
     ):
         ours(torch.randint(10, 80, (1, 70)))
 

@@ -15,7 +15,7 @@ from tf_pairs import close, inputs, model, numpy, pair, rounding_bound
 from tiny_families import GENERATING
 
 from monoblock.backends.tf.cache import Cache, init_cache
-from monoblock.backends.xla.inputs import Wanted
+from monoblock.backends.xla.inputs import ForwardOptions
 
 CAUSAL = ("MptForCausalLM", *GENERATING)
 ROOM = 30
@@ -65,12 +65,12 @@ def test_a_compiled_loop_over_a_static_cache(name: str, compiled: bool) -> None:
     def run(ids: Any, mask: Any) -> Any:
         cache = init_cache(ours.spec, rows, ROOM, compiled=compiled)
         first = {"input_ids": ids[:, :prompt], "attention_mask": mask}
-        out = ours.network(first, cache, Wanted(keep=1))
+        out = ours.network(first, cache, ForwardOptions(keep=1))
         cache = out["past_key_values"]
 
         def step(i: Any, written: Any, *tensors: Any) -> Any:
             now = {"input_ids": tf.slice(ids, (0, i), (rows, 1)), "attention_mask": mask}
-            out = ours.network(now, cache.with_tensors(tensors), Wanted(fresh=False))
+            out = ours.network(now, cache.with_tensors(tensors), ForwardOptions(fresh=False))
             written = written.write(i - prompt, out["logits"][:, 0])
             return (i + 1, written, *out["past_key_values"].tensors())
 

@@ -17,7 +17,7 @@ from tiny_families import model_inputs
 
 from monoblock import GenerationConfig
 from monoblock.backends.tf.decode import TFGreedySearchDecoderOnlyOutput
-from monoblock.backends.tf.steps import Steps, steps_of
+from monoblock.backends.tf.passes import TFPasses, passes_of
 from monoblock.errors import UnsupportedConfig
 from monoblock.generation.resolve import UNSUPPORTED, UNSUPPORTED_ARGUMENTS
 
@@ -212,24 +212,24 @@ def test_a_prompt_in_chunks(
 ) -> None:
     """Past the window and padded; the rest of a prompt goes in powers of two, so that few lengths are traced."""
     sizes: list[int] = []
-    more = Steps.more
+    extend = TFPasses.extend
 
-    def counted(self: Steps, given: Any, cache: Any, wanted: Any) -> Any:
+    def counted(self: TFPasses, given: Any, cache: Any, options: Any) -> Any:
         sizes.append(given["input_ids"].shape[1])
-        return more(self, given, cache, wanted)
+        return extend(self, given, cache, options)
 
-    monkeypatch.setattr(Steps, "more", counted)
-    monkeypatch.setattr(Steps, "first", None)
+    monkeypatch.setattr(TFPasses, "extend", counted)
+    monkeypatch.setattr(TFPasses, "prefill", None)
     ids = ids_of(1, 23)
     mask = np.ones_like(ids)
     mask[:, :5] = 0
     found = model.generate(ids, attention_mask=mask, prefill_chunk_size=6, **VARIED, **GRAPH)
     assert found.numpy().tolist() == expected(ids, attention_mask=torch.as_tensor(mask))
     assert sizes == [6, 6, 6, 4, 1]
-    before = steps_of(model, compiled=False).traces()
+    before = passes_of(model, compiled=False).traces()
     found = model.generate(ids_of(1, 29), prefill_chunk_size=6, **VARIED, **GRAPH)
     assert found.numpy().tolist() == expected(ids_of(1, 29))
-    assert steps_of(model, compiled=False).traces() == before
+    assert passes_of(model, compiled=False).traces() == before
 
     @tf.function(autograph=False)
     def inside(ids: Any) -> Any:

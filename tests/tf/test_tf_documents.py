@@ -22,7 +22,7 @@ from packed_documents import (
     unpacked_indices,
 )
 
-from monoblock.backends.tf.checked import checked
+from monoblock.backends.tf.checked import check_inputs
 
 MISTRAL = "MistralForCausalLM"
 
@@ -95,7 +95,7 @@ def test_what_begins_a_document() -> None:
 
     def segments(positions: Any, cache: Any = None) -> Any:
         given = {"input_ids": tf.constant(ids), "position_ids": tf.constant(positions)}
-        return checked(model.spec, model.head_spec, given, cache, False).given.get("sequence_id")
+        return check_inputs(model.spec, model.head_spec, given, cache, False).given.get("sequence_id")
 
     assert segments(np.arange(COUNT)[None] * 3) is None
     np.testing.assert_array_equal(segments(own), SEGMENTS)

@@ -21,7 +21,7 @@ from tiny_families import GENERATING, VOCAB, with_images
 
 import monoblock
 from monoblock.backends.tf.arrays import TfOps, largest
-from monoblock.backends.tf.steps import steps_of
+from monoblock.backends.tf.passes import passes_of
 from monoblock.generation.arrays import NumpyOps
 
 torch.set_num_threads(1)
@@ -266,13 +266,13 @@ def test_ten_prompts_of_ten_lengths_are_traced_once(
     _, model = pair(MISTRAL)
     ids = prompts(padding="none")["input_ids"].numpy()[:1].repeat(2, axis=1)
     model.generate(ids[:, :17], **{**ASKED, **asked, "max_new_tokens": 9}, **GRAPH)
-    before = steps_of(model, compiled=False).traces()
+    before = passes_of(model, compiled=False).traces()
     for length in range(18, 28):
         numbers = {"temperature": length / 20, "top_p": 0.5 + length / 100, "repetition_penalty": length / 9}
         asked = asked | {name: value for name, value in numbers.items() if name in asked}
         out = model.generate(ids[:, :length], **{**ASKED, **asked, "max_new_tokens": length - 15}, **GRAPH)
         assert out.shape == (1, 2 * length - 15)
-    assert steps_of(model, compiled=False).traces() == before
+    assert passes_of(model, compiled=False).traces() == before
 
 
 def test_xla_compiles_a_step_once(pair: Callable[[str], Pair]) -> None:
@@ -295,12 +295,12 @@ def test_other_weights_need_no_trace_and_other_variables_do() -> None:
     model, ids = tf_pairs.model(MISTRAL), [[10, 11, 12]]
     asked = {**ASKED, "max_new_tokens": 4, **GRAPH}
     first = model.generate(ids, **asked).numpy().tolist()
-    traces = steps_of(model, compiled=False).traces()
+    traces = passes_of(model, compiled=False).traces()
     for variable in model.trainable_variables:
         variable.assign(variable * -0.7)
     other = model.generate(ids, **asked).numpy().tolist()
     assert other != first
-    assert steps_of(model, compiled=False).traces() == traces
+    assert passes_of(model, compiled=False).traces() == traces
     model.resize_token_embeddings(VOCAB + 3)
     assert model.generate([[VOCAB + 1]], **asked).shape == (1, 5)
 
@@ -309,13 +309,13 @@ def test_functions_run_eagerly(pair: Callable[[str], Pair]) -> None:
     """TensorFlow's own switch for debugging holds for whole generations too."""
     theirs, ours = pair(MISTRAL)
     asked = {**VARIED, "max_new_tokens": 4}
-    before = steps_of(ours, compiled=True).traces()
+    before = passes_of(ours, compiled=True).traces()
     tf.config.run_functions_eagerly(True)
     try:
         assert tokens(ours, prompts(), **asked) == tokens(theirs, prompts(), **asked)
     finally:
         tf.config.run_functions_eagerly(False)
-    assert steps_of(ours, compiled=True).traces() == before
+    assert passes_of(ours, compiled=True).traces() == before
 
 
 # ---------------------------------------------------------------------------- ends and draws

@@ -244,7 +244,7 @@ def test_blocks_of_queries(name: str, tmp_path: Path, monkeypatch: pytest.Monkey
     expected = theirs(**given, labels=wanted)
     expected.loss.backward()
     watched = next(key for key, p in theirs.named_parameters() if p.dim() == 2 and key.endswith(WATCHED))
-    gradient, slot = theirs.get_parameter(watched).grad, ours.slots()[watched]
+    gradient, slot = theirs.get_parameter(watched).grad, ours.stored_variables()[watched]
     spec = tf.TensorSpec((None, None), tf.int64)
 
     def step(ids: Any, mask: Any, labels: Any) -> Any:

@@ -25,11 +25,11 @@ WRONG: dict[str, tuple[type[Exception], dict[str, Any]]] = {
     ),
     r"hold the token -100": (ValueError, {"input_ids": torch.full((1, 3), -100)}),
     r"the input has no tokens": (ValueError, {"input_ids": torch.zeros(1, 0, dtype=torch.long)}),
-    r"input_ids must be whole numbers \(batch, tokens\), got torch.float32": (
+    r"input_ids must be integers \(batch, tokens\), got torch.float32": (
         ValueError,
         {"input_ids": IDS.float()},
     ),
-    r"input_ids must be whole numbers \(batch, tokens\), got torch.int64 \(6,\)": (
+    r"input_ids must be integers \(batch, tokens\), got torch.int64 \(6,\)": (
         ValueError,
         {"input_ids": IDS[0]},
     ),
@@ -41,7 +41,7 @@ WRONG: dict[str, tuple[type[Exception], dict[str, Any]]] = {
         ValueError,
         {"inputs_embeds": torch.zeros(2, 6, 36, dtype=torch.long)},
     ),
-    r"input_ids must be whole numbers \(batch, tokens\), got torch.bool": (
+    r"input_ids must be integers \(batch, tokens\), got torch.bool": (
         ValueError,
         {"input_ids": IDS > 12},
     ),

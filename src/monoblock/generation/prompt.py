@@ -87,7 +87,7 @@ def prompt_ids(
     if ids_bn.shape[1] == 0 and embeds is None:
         raise ValueError("the prompt is empty: give at least one token, such as the bos token")
     if "int" not in str(ids_bn.dtype):
-        raise ValueError(f"input_ids must be whole numbers, got {ids_bn.dtype}")
+        raise ValueError(f"input_ids must be integers, got {ids_bn.dtype}")
     if ids_bn.shape[1] > 0:
         values = ops.to_numpy(ids_bn)
         check_prompt("input_ids", int(values.min()), int(values.max()), vocab)
@@ -111,7 +111,7 @@ def check_positions(ops: ArrayOps, positions: Any, rows: int, columns: int) -> N
     made = as_array(ops, "position_ids", positions, "whole numbers (rows, tokens)")
     if tuple(made.shape) not in ((rows, columns), (1, columns)) or "int" not in str(made.dtype):
         raise ValueError(
-            f"position_ids must be whole numbers (rows, tokens) = ({rows}, {columns}), got {made.dtype} "
+            f"position_ids must be integers (rows, tokens) = ({rows}, {columns}), got {made.dtype} "
             f"{tuple(made.shape)}"
         )
 

@@ -21,7 +21,7 @@ from monoblock.generation.arrays import NOTHING_TO_DRAW, NumpyOps
 from monoblock.seeds import signed
 
 
-class Keys:
+class PRNGKeys:
     """A source of random numbers: each draw splits the key as transformers' Flax classes did, so that the same key
     draws the same tokens. `fine`: whether every row so far had a token to draw; None before the first."""
 
@@ -42,7 +42,7 @@ def drawable(scores_bk: Array) -> Array:
 @jax.jit
 def _drawn(key: Array, scores_bv: Array) -> tuple[Array, Array, Array]:
     """A token for each row, whether there was one, and the key that is left."""
-    keys = Keys(key)
+    keys = PRNGKeys(key)
     return jax.random.categorical(keys.next(), scores_bv, axis=-1), drawable(scores_bv), keys.key
 
 
@@ -68,7 +68,7 @@ def _traced(value: Any) -> bool:
 
 
 class JaxOps(NumpyOps):
-    """`ArrayOps` for JAX; each method is the protocol's. Draws take a `Keys`; there is no global source."""
+    """`ArrayOps` for JAX; each method is the protocol's. Draws take a `PRNGKeys`; there is no global source."""
 
     def array(self, values: Any) -> Any:
         if _traced(values):
@@ -167,18 +167,18 @@ class JaxOps(NumpyOps):
     def concat(self, parts: Sequence[Any]) -> Any:
         return super().concat(parts) if _here(*parts) else jnp.concatenate(list(parts), axis=1)
 
-    def generator(self, seed: int) -> Keys:
-        return Keys(jax.random.PRNGKey(signed(seed)))
+    def generator(self, seed: int) -> PRNGKeys:
+        return PRNGKeys(jax.random.PRNGKey(signed(seed)))
 
-    def sample(self, scores_bv: Any, generator: Keys) -> Any:
+    def sample(self, scores_bv: Any, generator: PRNGKeys) -> Any:
         token_b, fine, generator.key = _drawn(generator.key, scores_bv)
         return self._checked(token_b, fine, generator)
 
-    def draw(self, scores_bk: Any, count: int, generator: Keys) -> Any:
+    def draw(self, scores_bk: Any, count: int, generator: PRNGKeys) -> Any:
         _, index_bk = lax.top_k(noisy(generator.next(), jnp.asarray(scores_bk)), count)
         return self._checked(index_bk, drawable(jnp.asarray(scores_bk)), generator)
 
-    def _checked(self, drawn: Any, fine: Any, generator: Keys) -> Any:
+    def _checked(self, drawn: Any, fine: Any, generator: PRNGKeys) -> Any:
         """What was drawn, on the host where it can be; in a trace the generator keeps whether it could be drawn."""
         if _traced(drawn):
             generator.fine = fine if generator.fine is None else generator.fine & fine

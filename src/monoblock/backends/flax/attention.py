@@ -82,7 +82,7 @@ def attend_next(
     """
     (k_bgkd, v_bgkd), (k_bg1d, v_bg1d) = held, new
     g, d = k_bg1d.shape[1], k_bg1d.shape[3]
-    # Keys come first in the product: the other way round XLA turns the cache over, for each token.
+    # PRNGKeys come first in the product: the other way round XLA turns the cache over, for each token.
     q_bgrd = q_bh1d.reshape(q_bh1d.shape[0], g, -1, d)
     product = (((3,), (3,)), ((0, 1), (0, 1)))
     scores = lax.dot_general(k_bgkd, q_bgrd, product, preferred_element_type=jnp.float32).swapaxes(2, 3)
@@ -197,6 +197,6 @@ def _weighted(weights_bhqk: Array, v_bgkd: Array) -> Array:
 
 
 def repeat_groups(x_bgkd: Array, heads: int) -> Array:
-    """Keys or values of `g` groups as those of `heads` heads, neighbours sharing one."""
+    """PRNGKeys or values of `g` groups as those of `heads` heads, neighbours sharing one."""
     groups = x_bgkd.shape[1]
     return x_bgkd if groups == heads else jnp.repeat(x_bgkd, heads // groups, axis=1)

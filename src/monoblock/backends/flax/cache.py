@@ -11,7 +11,7 @@ from flax import struct
 from jax import Array, lax
 
 from monoblock.backends.flax.namespace import XP
-from monoblock.backends.xla.cache import CacheBase, LayerBase, slots
+from monoblock.backends.xla.cache import CacheBase, CacheLayerBase, slots
 from monoblock.backends.xla.namespace import Namespace
 from monoblock.spec import ArchSpec
 
@@ -26,21 +26,21 @@ class Cache(CacheBase):
     length: Array
     max_length: int = struct.field(pytree_node=False)
 
-    def layer(self, layer: int) -> Layer:
+    def layer(self, layer: int) -> CacheLayer:
         """One layer's part."""
-        return Layer(keys=self.keys[layer], values=self.values[layer], length=self.length)
+        return CacheLayer(keys=self.keys[layer], values=self.values[layer], length=self.length)
 
 
 @struct.dataclass
-class Layer(LayerBase):
-    """See `LayerBase`."""
+class CacheLayer(CacheLayerBase):
+    """See `CacheLayerBase`."""
 
     xp: ClassVar[Namespace] = XP
     keys: Array
     values: Array
     length: Array
 
-    def filled(self, keys_bgnd: Array, values_bgnd: Array) -> Layer:
+    def filled(self, keys_bgnd: Array, values_bgnd: Array) -> CacheLayer:
         """The layer with its first n tokens, of a cache that was empty."""
         n, slots = keys_bgnd.shape[2], self.slots
 
@@ -52,7 +52,7 @@ class Layer(LayerBase):
 
         return replace(self, keys=put(self.keys, keys_bgnd), values=put(self.values, values_bgnd))
 
-    def appended(self, keys_bgnd: Array, values_bgnd: Array, read_bhnd: Array | None = None) -> Layer:
+    def appended(self, keys_bgnd: Array, values_bgnd: Array, read_bhnd: Array | None = None) -> CacheLayer:
         """The layer with n more tokens after `length` ones. `read_bhnd` is what was computed from the layer as it was:
         a loop can write where it lies only after that, and XLA must be told, or it copies the whole layer."""
         n, slots = keys_bgnd.shape[2], self.slots

@@ -10,7 +10,7 @@ import numpy as np
 from monoblock.backends.flax.cache import Cache
 from monoblock.backends.flax.namespace import XP
 from monoblock.backends.xla import checked as shared
-from monoblock.backends.xla.checked import Checked
+from monoblock.backends.xla.checked import CheckedInputs
 from monoblock.heads import HeadSpec
 from monoblock.spec import ArchSpec
 
@@ -30,7 +30,7 @@ def as_array(name: str, value: Any) -> Any:
     return array
 
 
-def checked(
+def check_inputs(
     spec: ArchSpec,
     head: HeadSpec | None,
     arguments: dict[str, Any],
@@ -38,7 +38,7 @@ def checked(
     train: bool,
     *,
     documents: bool = True,
-) -> Checked:
+) -> CheckedInputs:
     """The arguments (None where one was not given) as the network takes them; ValueError says what is wrong. See
     `xla/checked.py`."""
     given = {
@@ -50,7 +50,7 @@ def checked(
         raise ValueError(
             f"past_key_values must be what init_cache(batch, max_length) or an output holds, got {type(cache).__name__}"
         )
-    return shared.checked(XP, spec, head, given, cache, train=train, documents=documents)
+    return shared.check_inputs(XP, spec, head, given, cache, train=train, documents=documents)
 
 
 def _sets(value: Any) -> Any:

@@ -9,28 +9,28 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from monoblock.backends.flax.arrays import Keys
+from monoblock.backends.flax.arrays import PRNGKeys
 from monoblock.backends.flax.namespace import XP
-from monoblock.backends.xla.compiled import Loop
+from monoblock.backends.xla.compiled import LoopOps
 from monoblock.backends.xla.namespace import Namespace
 from monoblock.generation.compiled_loop import ProgramInputs, TokenBuffer
 
 
-class JaxLoop:
-    """`Loop` for JAX; each method is the protocol's. The state of a random source is its key."""
+class JaxLoopOps:
+    """`LoopOps` for JAX; each method is the protocol's. The state of a random source is its key."""
 
     xp: Namespace = XP
 
-    def draws(self, generator: Keys | None, needed: bool) -> Any:
+    def draws(self, generator: PRNGKeys | None, needed: bool) -> Any:
         return generator.key if needed and generator is not None else np.zeros(2, np.uint32)
 
-    def kept(self, generator: Keys, draws: Array) -> None:
+    def kept(self, generator: PRNGKeys, draws: Array) -> None:
         generator.key = draws
 
-    def source(self, draws: Array, fine: Array) -> Keys:
-        return Keys(draws, fine)
+    def source(self, draws: Array, fine: Array) -> PRNGKeys:
+        return PRNGKeys(draws, fine)
 
-    def state(self, source: Keys) -> Array:
+    def state(self, source: PRNGKeys) -> Array:
         return source.key
 
     def numbers(self, text: TokenBuffer, given: ProgramInputs) -> tuple[TokenBuffer, ProgramInputs]:
@@ -40,4 +40,4 @@ class JaxLoop:
         return lax.while_loop(goes_on, step, start)
 
 
-LOOP: Loop = JaxLoop()
+LOOP_OPS: LoopOps = JaxLoopOps()

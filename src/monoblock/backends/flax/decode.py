@@ -1,4 +1,4 @@
-"""Generation on JAX: the `generate` of the models, and what the framework-free loop knows of them."""
+"""FlaxGenerationMixin on JAX: the `generate` of the models, and what the framework-free loop knows of them."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from jax.sharding import NamedSharding
 
 from monoblock.backends.flax import cache as caches
 from monoblock.backends.flax import explicit
-from monoblock.backends.flax.arrays import Keys, on_device
+from monoblock.backends.flax.arrays import PRNGKeys, on_device
 from monoblock.backends.flax.joining import LONG
 from monoblock.backends.flax.namespace import XP
 from monoblock.backends.flax.network import Network
 from monoblock.backends.flax.outputs import FlaxModelOutput, pytree
-from monoblock.backends.flax.placing import rows_of
+from monoblock.backends.flax.passes import FlaxPasses
+from monoblock.backends.flax.placement import rows_of
 from monoblock.backends.flax.processors import of_two
-from monoblock.backends.flax.steps import Steps
-from monoblock.backends.flax.traced import Traced, is_traced
+from monoblock.backends.flax.traced import TracedRunner, is_traced
 from monoblock.backends.xla import runner
 from monoblock.backends.xla.namespace import Namespace
 from monoblock.generation import loop
@@ -42,7 +42,7 @@ class FlaxGenerateOutput(FlaxModelOutput):
     scores: Any = None
 
 
-class Generation(runner.Generation):
+class FlaxGenerationMixin(runner.XlaGenerationMixin):
     """Adds `generate` to the models that predict the next token."""
 
     xp: ClassVar[Namespace] = XP
@@ -106,17 +106,17 @@ class Generation(runner.Generation):
         if (processors := arguments.get("logits_processor")) is not None:
             arguments["logits_processor"] = [of_two(processor) for processor in processors]
         if (helper := arguments.get("assistant_model")) is not None:
-            check_assistant(helper, Generation)
-            arguments["assistant_model"] = Runner(helper, helper.params)
+            check_assistant(helper, FlaxGenerationMixin)
+            arguments["assistant_model"] = FlaxRunner(helper, helper.params)
         alone = arguments.get("return_dict_in_generate") is False
         if is_traced(inputs, arguments, params, prng_key):
-            traced = Traced(Runner(self, params), inputs, arguments)
+            traced = TracedRunner(FlaxRunner(self, params), inputs, arguments)
             ids = loop.generate(traced, None, generation_config, **traced.stand_ins())
             return ids if alone else FlaxGenerateOutput(sequences=ids)
         plain = _ids if alone else FlaxGenerateOutput
         prompts = (inputs, arguments.get("input_ids"), arguments.get("inputs_embeds"))
         rows = next((found for x in prompts if (found := rows_of(x)) is not None), None)
-        runner = Runner(self, params, rows)
+        runner = FlaxRunner(self, params, rows)
         result = loop.generate(runner, inputs, generation_config, make_result=plain, **arguments)
         return on_device(result) if alone else _all_shown(result)
 
@@ -158,7 +158,7 @@ def _random(key: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
     if named == ["seed"]:
         return {}
     key = given[named[0]]
-    return {"generator": key if isinstance(key, Keys) else Keys(jnp.asarray(key))}
+    return {"generator": key if isinstance(key, PRNGKeys) else PRNGKeys(jnp.asarray(key))}
 
 
 def _ids(ids_bn: Any, scores_b: Any) -> Any:
@@ -190,7 +190,7 @@ UNSUPPORTED: Unsupported = {
 }
 
 
-class Runner(runner.Runner):
+class FlaxRunner(runner.XlaRunner):
     """What `loop.generate` needs to know of a model with these parameters."""
 
     unsupported = UNSUPPORTED
@@ -205,6 +205,6 @@ class Runner(runner.Runner):
             generation.decoder.passes = generation.decoder.passes.joined()
         return super().compiled(generation, program)
 
-    def passes(self, config: GenerationConfig) -> Steps:
+    def passes(self, config: GenerationConfig) -> FlaxPasses:
         del config  # `disable_compile` compiles each step alone
-        return Steps(self.model.module, self.params, self.rows)
+        return FlaxPasses(self.model.module, self.params, self.rows)

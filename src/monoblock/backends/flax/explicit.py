@@ -15,7 +15,7 @@ import jax
 from jax.core import Tracer
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from monoblock.backends.flax.placing import placed
+from monoblock.backends.flax.placement import placed
 from monoblock.partition import axis_names, shard_count
 
 T = TypeVar("T")

@@ -17,7 +17,7 @@ from monoblock.backends.flax.layers import projection
 from monoblock.backends.flax.namespace import XP
 from monoblock.backends.flax.parts import Part, computes, dropout
 from monoblock.backends.xla.checked import described
-from monoblock.backends.xla.inputs import Wanted
+from monoblock.backends.xla.inputs import ForwardOptions
 from monoblock.call_checks import (
     IGNORED,
     check_classes,
@@ -116,16 +116,16 @@ def last_tokens(
 # ---------------------------------------------------------------------------- outputs
 
 
-def logits(network: Any, hidden: Array, wanted: Wanted) -> Array:
+def logits(network: Any, hidden: Array, options: ForwardOptions) -> Array:
     """Logits (..., v) of hidden states (..., w); those over the vocabulary are scaled and capped as the spec says."""
     spec, head = network.spec, network.head_spec
     table = network.at("embed").embedding  # of a tied head
     if network.has("lm_head"):
         scores = network.role("lm_head")(hidden, table)
     elif network.has("classifier_head"):
-        scores = network.role("classifier_head")(hidden, wanted.train)
+        scores = network.role("classifier_head")(hidden, options.train)
     else:
-        hidden = network.dropped(hidden, "head_drop", head.dropout, wanted.train)
+        hidden = network.dropped(hidden, "head_drop", head.dropout, options.train)
         scores = network.role("head_out")(hidden, table)
     if KINDS[head.kind].size != "vocab":
         return scores
@@ -135,48 +135,52 @@ def logits(network: Any, hidden: Array, wanted: Wanted) -> Array:
     return scores if cap is None else cap * jnp.tanh(scores / cap)
 
 
-def outputs(network: Any, hidden_bsw: Array, given: Mapping[str, Any], wanted: Wanted) -> dict[str, Any]:
+def outputs(
+    network: Any, hidden_bsw: Array, given: Mapping[str, Any], options: ForwardOptions
+) -> dict[str, Any]:
     """What the head computes, by the names of its kind's output."""
-    return _OUTPUTS[network.head_spec.kind](network, hidden_bsw, given, wanted)
+    return _OUTPUTS[network.head_spec.kind](network, hidden_bsw, given, options)
 
 
-def _vocabulary(network: Any, hidden: Array, _: Mapping[str, Any], wanted: Wanted) -> dict[str, Any]:
-    return {"logits": logits(network, hidden[:, -wanted.keep :], wanted)}
+def _vocabulary(network: Any, hidden: Array, _: Mapping[str, Any], options: ForwardOptions) -> dict[str, Any]:
+    return {"logits": logits(network, hidden[:, -options.keep :], options)}
 
 
-def _every(network: Any, hidden: Array, _: Mapping[str, Any], wanted: Wanted) -> dict[str, Any]:
-    return {"logits": logits(network, hidden, wanted)}
+def _every(network: Any, hidden: Array, _: Mapping[str, Any], options: ForwardOptions) -> dict[str, Any]:
+    return {"logits": logits(network, hidden, options)}
 
 
-def _sequence(network: Any, hidden: Array, given: Mapping[str, Any], wanted: Wanted) -> dict[str, Any]:
+def _sequence(
+    network: Any, hidden: Array, given: Mapping[str, Any], options: ForwardOptions
+) -> dict[str, Any]:
     ids, mask, head = given.get("input_ids"), given.get("attention_mask"), network.head_spec
     if head.pad_id is None and hidden.shape[0] > 1:
         raise ValueError(
             "Cannot handle batch sizes > 1 if no padding token is defined: set model.config.pad_token_id"
         )
-    return {"logits": logits(network, last_tokens(hidden, ids, mask, head), wanted)}
+    return {"logits": logits(network, last_tokens(hidden, ids, mask, head), options)}
 
 
-def _pooler(network: Any, hidden: Array, _: Mapping[str, Any], __: Wanted) -> dict[str, Any]:
+def _pooler(network: Any, hidden: Array, _: Mapping[str, Any], __: ForwardOptions) -> dict[str, Any]:
     return {"last_hidden_state": hidden, "pooler_output": network.role("pooler")(hidden)}
 
 
-def _choice(network: Any, hidden: Array, _: Mapping[str, Any], wanted: Wanted) -> dict[str, Any]:
+def _choice(network: Any, hidden: Array, _: Mapping[str, Any], options: ForwardOptions) -> dict[str, Any]:
     pooled = network.bare.role("pooler")(hidden)
-    return {"logits": logits(network, pooled, wanted).reshape(-1, wanted.choices)}
+    return {"logits": logits(network, pooled, options).reshape(-1, options.choices)}
 
 
-def _double(network: Any, hidden: Array, given: Mapping[str, Any], wanted: Wanted) -> dict[str, Any]:
+def _double(network: Any, hidden: Array, given: Mapping[str, Any], options: ForwardOptions) -> dict[str, Any]:
     """Language model and multiple choice over hidden states of (batch * choices, s, w)."""
-    words = logits(network, hidden, wanted)
-    scores = network.role("summary")(hidden, given.get("mc_token_ids"), wanted.train)
-    if wanted.nested:
-        words, scores = (x.reshape(-1, wanted.choices, *x.shape[1:]) for x in (words, scores))
+    words = logits(network, hidden, options)
+    scores = network.role("summary")(hidden, given.get("mc_token_ids"), options.train)
+    if options.nested:
+        words, scores = (x.reshape(-1, options.choices, *x.shape[1:]) for x in (words, scores))
     return {"logits": words, "mc_logits": scores.squeeze(-1) if scores.shape[-1] == 1 else scores}
 
 
-def _span(network: Any, hidden: Array, _: Mapping[str, Any], wanted: Wanted) -> dict[str, Any]:
-    scores = logits(network, hidden, wanted)
+def _span(network: Any, hidden: Array, _: Mapping[str, Any], options: ForwardOptions) -> dict[str, Any]:
+    scores = logits(network, hidden, options)
     return {"start_logits": scores[..., 0], "end_logits": scores[..., 1]}
 
 
@@ -261,8 +265,8 @@ def losses(head: HeadSpec, found: dict[str, Any], given: Mapping[str, Any]) -> d
     count, made = given.get("num_items_in_batch"), {}
     labels = {n: given[n] for n in KINDS[head.kind].labels if given.get(n) is not None}
     if not labels or (head.kind == "span" and len(labels) < 2):
-        wanted = " and ".join(KINDS[head.kind].labels) or "no labels"
-        raise ValueError(f"a loss of this head takes {wanted}, got {', '.join(given) or 'none'}")
+        expected = " and ".join(KINDS[head.kind].labels) or "no labels"
+        raise ValueError(f"a loss of this head takes {expected}, got {', '.join(given) or 'none'}")
     if head.kind == "span":
         starts, ends = labels["start_positions"], labels["end_positions"]
         return {"loss": span_loss(found["start_logits"], found["end_logits"], starts, ends, count)}

@@ -26,16 +26,16 @@ from monoblock.errors import CheckpointError
 from monoblock.modules import CANONICAL, ModuleSpec, classes_of
 
 Tree = dict[str, Any]
-Place = tuple[str, ...]
+LeafPath = tuple[str, ...]
 
 TABLES = ("embed", "pos_embed", "rel_bias")  # whose weight is called `embedding`
 
 
 @dataclass(frozen=True)
-class Leaf:
+class ParamLeaf:
     """A leaf of the tree: its path and shape, the hub's name of it, and whether the hub has the other axis first."""
 
-    path: Place
+    path: LeafPath
     shape: tuple[int, ...]
     name: str
     transposed: bool
@@ -46,14 +46,14 @@ class Leaf:
 
 
 @dataclass(frozen=True)
-class Group:
+class LeafGroup:
     """The leaves that one canonical parameter becomes, and how."""
 
     op: Op
-    leaves: tuple[Leaf, ...]
+    leaves: tuple[ParamLeaf, ...]
 
 
-def groups(keymap: KeyMap, shapes: Mapping[str, tuple[int, ...]], layout: ModuleSpec) -> dict[str, Group]:
+def groups(keymap: KeyMap, shapes: Mapping[str, tuple[int, ...]], layout: ModuleSpec) -> dict[str, LeafGroup]:
     """Where each canonical parameter (of these shapes) is in the tree of a class with that module tree."""
     named_weight = {
         CANONICAL[role] for role, classes in classes_of(layout) if role in CANONICAL and own_norm(classes)
@@ -61,7 +61,7 @@ def groups(keymap: KeyMap, shapes: Mapping[str, tuple[int, ...]], layout: Module
     return {name: _group(keymap.source(name), name, shape, named_weight) for name, shape in shapes.items()}
 
 
-def _group(source: TensorSource, canonical: str, shape: tuple[int, ...], named_weight: set[str]) -> Group:
+def _group(source: TensorSource, canonical: str, shape: tuple[int, ...], named_weight: set[str]) -> LeafGroup:
     module, _, kind = canonical.rpartition(".")
     leaf = kind
     if kind == "weight" and module.rpartition(".")[2] in TABLES:
@@ -71,10 +71,10 @@ def _group(source: TensorSource, canonical: str, shape: tuple[int, ...], named_w
     elif kind == "weight" and re.sub(r"\.\d+\.", ".{i}.", module) not in named_weight:
         leaf = "scale"
     transposed = leaf == "kernel" and not isinstance(source.op, Transposed)
-    return Group(
+    return LeafGroup(
         source.op,
         tuple(
-            Leaf(
+            ParamLeaf(
                 path=(*name.split(".")[:-1], leaf),
                 shape=stored[::-1] if transposed else stored,
                 name=name,
@@ -85,7 +85,7 @@ def _group(source: TensorSource, canonical: str, shape: tuple[int, ...], named_w
     )
 
 
-def nested(leaves: Mapping[Place, Any]) -> Tree:
+def nested(leaves: Mapping[LeafPath, Any]) -> Tree:
     """A tree of dicts from leaves by their paths."""
     tree: Tree = {}
     for path, leaf in leaves.items():
@@ -96,9 +96,9 @@ def nested(leaves: Mapping[Place, Any]) -> Tree:
     return tree
 
 
-def flat(tree: Mapping[str, Any], above: Place = ()) -> dict[Place, Any]:
+def flat(tree: Mapping[str, Any], above: LeafPath = ()) -> dict[LeafPath, Any]:
     """The leaves of a tree of dicts by their paths."""
-    found: dict[Place, Any] = {}
+    found: dict[LeafPath, Any] = {}
     for name, node in tree.items():
         path = (*above, str(name))
         found |= flat(node, path) if isinstance(node, Mapping) else {path: node}
@@ -110,8 +110,8 @@ def load(
     keymap: KeyMap,
     shapes: Mapping[str, tuple[int, ...]],
     tied: Iterable[str],
-    own: Mapping[str, Group],
-    place: Callable[[Leaf, Any], Any],
+    own: Mapping[str, LeafGroup],
+    place: Callable[[ParamLeaf, Any], Any],
     *,
     ignore_mismatched_sizes: bool = False,
     strict: bool = True,
@@ -124,7 +124,7 @@ def load(
     weights, report = match_weights(
         tensors, keymap, shapes, tied, ignore_mismatched_sizes=ignore_mismatched_sizes, strict=strict
     )
-    leaves: dict[Place, Any] = {}
+    leaves: dict[LeafPath, Any] = {}
     for canonical in weights.shapes():
         group = own[canonical]
         for leaf, array in zip(group.leaves, weights.stored(canonical, group.op), strict=True):
@@ -135,7 +135,7 @@ def load(
 
 
 def hub_arrays(
-    arrays: Mapping[Place, Any], leaves: Iterable[Leaf], read: Callable[[Place], Any]
+    arrays: Mapping[LeafPath, Any], leaves: Iterable[ParamLeaf], read: Callable[[LeafPath], Any]
 ) -> dict[str, LazyTensor]:
     """The hub's names, and what makes each tensor, of which these are the arrays, in NumPy and the hub's layout; `read`
     gives an array's values."""
@@ -144,7 +144,7 @@ def hub_arrays(
     }
 
 
-def own_arrays(arrays: Mapping[Place, Any], read: Callable[[Place], Any]) -> dict[str, LazyTensor]:
+def own_arrays(arrays: Mapping[LeafPath, Any], read: Callable[[LeafPath], Any]) -> dict[str, LazyTensor]:
     """The leaves' paths, with slashes, and what makes each in NumPy."""
     return {
         "/".join(path): _made(leaf, partial(read, path), transposed=False) for path, leaf in arrays.items()
@@ -156,7 +156,7 @@ def _made(leaf: Any, make: Any, transposed: bool) -> LazyTensor:
     return LazyTensor(dtype=dtype_of(leaf), shape=shape[::-1] if transposed else shape, make=make)
 
 
-def _of_hub(leaf: Leaf, read: Callable[[Place], Any]) -> Any:
+def _of_hub(leaf: ParamLeaf, read: Callable[[LeafPath], Any]) -> Any:
     return leaf.of_hub(read(leaf.path))
 
 

@@ -19,7 +19,7 @@ from flax import struct
 from jax import Array
 
 from monoblock.backends.flax import attention
-from monoblock.backends.flax.cache import Layer
+from monoblock.backends.flax.cache import CacheLayer
 from monoblock.backends.flax.gathering import Gathering
 from monoblock.backends.flax.ops import ACT, rotate, rotations
 from monoblock.backends.flax.parts import Part, computes, dropout
@@ -29,7 +29,7 @@ from monoblock.spec import Alibi, Buckets, Learned, Rotary
 
 
 @struct.dataclass
-class Call:
+class ForwardContext:
     """What one forward pass gives to every block.
 
     Positions, of the tokens that come in and of all places, count tokens without padding; a first axis of 1 stands
@@ -55,7 +55,7 @@ class StackOutput:
     hidden: Array
     hidden_states: tuple[Array, ...]
     attentions: tuple[Array | None, ...]
-    layers: tuple[Layer | None, ...]
+    layers: tuple[CacheLayer | None, ...]
 
 
 # ---------------------------------------------------------------------------- attention
@@ -76,27 +76,27 @@ class Attention(Part):
         self.late_rotary = rotary if is_dynamic(rotary) else None
 
     def __call__(
-        self, x_bsw: Array, call: Call, layer: Layer | None
-    ) -> tuple[Array, Array | None, Layer | None]:
+        self, x_bsw: Array, context: ForwardContext, layer: CacheLayer | None
+    ) -> tuple[Array, Array | None, CacheLayer | None]:
         q, k, v = self.heads(*self.projected(x_bsw))
-        if call.cos is not None and call.sin is not None:
-            q = rotate(q, call.cos, call.sin)
-            k = k if self.late_rotary else rotate(k, call.cos, call.sin)
-        att, p = self.spec.attention, self.spec.dropout.attention if call.train else 0.0
+        if context.cos is not None and context.sin is not None:
+            q = rotate(q, context.cos, context.sin)
+            k = k if self.late_rotary else rotate(k, context.cos, context.sin)
+        att, p = self.spec.attention, self.spec.dropout.attention if context.train else 0.0
         kernel, weights = attention.Kernel(scale=att.scale, softcap=att.softcap, dropout=p), None
-        if layer is not None and self.steps(q, call):
-            out, layer = self.next(q, k, v, call, layer, kernel)
+        if layer is not None and self.steps(q, context):
+            out, layer = self.next(q, k, v, context, layer, kernel)
         else:
-            k, v, scope, layer = self.remembered(k, v, call, layer)
-            k, scope = self.turned(k, call, scope), replace(scope, window=self.window)
+            k, v, scope, layer = self.remembered(k, v, context, layer)
+            k, scope = self.turned(k, context, scope), replace(scope, window=self.window)
             key = self.make_rng("dropout") if p else None
-            if call.attentions:
+            if context.attentions:
                 out, weights = attention.attend_eager(q, k, v, scope, kernel, key)
             else:
                 out = attention.attend(q, k, v, scope, kernel, key)
         out = out.swapaxes(1, 2).reshape(*x_bsw.shape[:2], self.sizes[0])
         out = self.role("out")(out)
-        return self.dropped(out, "out_drop", self.spec.dropout.residual, call.train), weights, layer
+        return self.dropped(out, "out_drop", self.spec.dropout.residual, context.train), weights, layer
 
     def projected(self, x_bsw: Array) -> tuple[Array, Array, Array]:
         """Queries, keys and values, (b, s, h * d); (b, s, h, d) where each head's lie together."""
@@ -111,16 +111,24 @@ class Attention(Part):
             return q, k, v
         return self.role("q")(x_bsw), self.role("k")(x_bsw), self.role("v")(x_bsw)
 
-    def steps(self, q: Array, call: Call) -> bool:
+    def steps(self, q: Array, context: ForwardContext) -> bool:
         """Whether this is one token after others, with nothing that needs its key among theirs."""
-        return q.shape[2] == 1 and not (call.fresh or call.train or call.attentions or self.late_rotary)
+        return q.shape[2] == 1 and not (
+            context.fresh or context.train or context.attentions or self.late_rotary
+        )
 
     def next(
-        self, q: Array, k: Array, v: Array, call: Call, layer: Layer, kernel: attention.Kernel
-    ) -> tuple[Array, Layer]:
+        self,
+        q: Array,
+        k: Array,
+        v: Array,
+        context: ForwardContext,
+        layer: CacheLayer,
+        kernel: attention.Kernel,
+    ) -> tuple[Array, CacheLayer]:
         """One token over the cache and itself, and the layer with it."""
-        places = jnp.concatenate((layer.places(layer.length), call.scope.index_q))
-        scope = replace(call.scope.of_keys(places), window=self.window)
+        places = jnp.concatenate((layer.token_indices(layer.length), context.scope.index_q))
+        scope = replace(context.scope.of_keys(places), window=self.window)
         held = (layer.keys.astype(k.dtype), layer.values.astype(v.dtype))
         out = attention.attend_next(q, (k, v), held, scope, kernel)
         return out, layer.appended(k, v, read_bhnd=out)
@@ -139,30 +147,30 @@ class Attention(Part):
         return q, k, v
 
     def remembered(
-        self, k: Array, v: Array, call: Call, layer: Layer | None
-    ) -> tuple[Array, Array, Scope, Layer | None]:
+        self, k: Array, v: Array, context: ForwardContext, layer: CacheLayer | None
+    ) -> tuple[Array, Array, Scope, CacheLayer | None]:
         """The keys and values to attend to, the attention mask, and the layer of the cache with the new ones."""
-        if layer is None or call.fresh:
-            return k, v, call.scope, None if layer is None else layer.filled(k, v)
+        if layer is None or context.fresh:
+            return k, v, context.scope, None if layer is None else layer.filled(k, v)
         count, after = k.shape[2], layer.appended(k, v)
-        if count == 1 or layer.slots == call.max_length:
-            places = after.places(layer.length + count)
-            return after.keys, after.values, call.scope.of_keys(places), after
+        if count == 1 or layer.slots == context.max_length:
+            places = after.token_indices(layer.length + count)
+            return after.keys, after.values, context.scope.of_keys(places), after
         # A window that rolls: the new tokens would push out what the first of them still see.
-        places = jnp.concatenate((layer.places(layer.length), call.scope.index_q))
+        places = jnp.concatenate((layer.token_indices(layer.length), context.scope.index_q))
         k, v = (
             jnp.concatenate((held.astype(new.dtype), new), axis=2)
             for held, new in ((layer.keys, k), (layer.values, v))
         )
-        return k, v, call.scope.of_keys(places), after
+        return k, v, context.scope.of_keys(places), after
 
-    def turned(self, k: Array, call: Call, scope: Scope) -> Array:
+    def turned(self, k: Array, context: ForwardContext, scope: Scope) -> Array:
         """The keys; those that were cached unturned are turned by the angles of today's length."""
         if self.late_rotary is None:
             return k
         last = scope.index_q[-1:]
-        length_b = jnp.take(call.key_positions_bk, last, axis=1)[:, 0] + 1
-        positions = jnp.take(call.key_positions_bk, jnp.maximum(scope.index_k, 0), axis=1)
+        length_b = jnp.take(context.key_positions_bk, last, axis=1)[:, 0] + 1
+        positions = jnp.take(context.key_positions_bk, jnp.maximum(scope.index_k, 0), axis=1)
         cos, sin = rotations(positions, self.late_rotary, k.dtype, length_b)
         return rotate(k, cos, sin)
 
@@ -172,18 +180,20 @@ class Wrapper(Part):
     """Calls the attention that it holds."""
 
     def __call__(
-        self, x_bsw: Array, call: Call, layer: Layer | None
-    ) -> tuple[Array, Array | None, Layer | None]:
-        return self.role("attention")(x_bsw, call, layer)
+        self, x_bsw: Array, context: ForwardContext, layer: CacheLayer | None
+    ) -> tuple[Array, Array | None, CacheLayer | None]:
+        return self.role("attention")(x_bsw, context, layer)
 
 
 @computes("attention_norm")
 class AttentionNorm(Part):
     """`norm(x + dropout(attention(x)))`."""
 
-    def __call__(self, x: Array, call: Call, layer: Layer | None) -> tuple[Array, Array | None, Layer | None]:
-        y, weights, layer = self.role("attention")(x, call, layer)
-        y = self.dropped(y, "out_drop", self.spec.dropout.residual, call.train)
+    def __call__(
+        self, x: Array, context: ForwardContext, layer: CacheLayer | None
+    ) -> tuple[Array, Array | None, CacheLayer | None]:
+        y, weights, layer = self.role("attention")(x, context, layer)
+        y = self.dropped(y, "out_drop", self.spec.dropout.residual, context.train)
         return self.role("norm1")(y + x), weights, layer
 
 
@@ -242,17 +252,19 @@ class Narrow(Part):
 class Block(Part):
     """Attention and MLP, each with its residual; the norm before the sub-layer or after the sum."""
 
-    def __call__(self, x: Array, call: Call, layer: Layer | None) -> tuple[Array, Array | None, Layer | None]:
-        train = call.train
+    def __call__(
+        self, x: Array, context: ForwardContext, layer: CacheLayer | None
+    ) -> tuple[Array, Array | None, CacheLayer | None]:
+        train = context.train
         if self.has("attention_norm"):  # sub-layers that add and norm by themselves
-            x, weights, layer = self.role("attention_norm")(x, call, layer)
+            x, weights, layer = self.role("attention_norm")(x, context, layer)
             return self.role("narrow")(self.role("widen")(x), x, train), weights, layer
         attend = self.role("wrapper" if self.has("wrapper") else "attention")
         if self.spec.placement == "post":
-            y, weights, layer = attend(x, call, layer)
+            y, weights, layer = attend(x, context, layer)
             x = self.role("norm1")(x + y)
             return self.role("norm2")(x + self.role("mlp")(x, train)), weights, layer
-        y, weights, layer = attend(self.role("norm1")(x), call, layer)
+        y, weights, layer = attend(self.role("norm1")(x), context, layer)
         if self.has("mlp_add"):
             x = x + self.with_dropout(y, train)
             return self.role("mlp_add")(self.role("norm2")(x), x, train), weights, layer
@@ -271,44 +283,48 @@ class Block(Part):
 class Embeddings(Part):
     """Embedded tokens with positions, norm and dropout."""
 
-    def __call__(self, x_bsw: Array, call: Call) -> Array:
-        return positioned(self, x_bsw, call)
+    def __call__(self, x_bsw: Array, context: ForwardContext) -> Array:
+        return positioned(self, x_bsw, context)
 
 
-def positioned(part: Part, x: Array, call: Call) -> Array:
+def positioned(part: Part, x: Array, context: ForwardContext) -> Array:
     """Embedded tokens with their positions, norm and dropout; a share of the gradient if the spec says so."""
     spec = part.spec
     if learned := spec.position(Learned):
-        places = part.role("pos_embed")(call.positions_bs)
+        places = part.role("pos_embed")(context.positions_bs)
         if learned.pad_id is not None:
-            places = untrained(places, call.positions_bs == learned.offset - 1)
+            places = untrained(places, context.positions_bs == learned.offset - 1)
         x = x + places
     if spec.embed_norm:
         x = part.role("embed_norm")(x)
     if (share := spec.embed_gradient) != 1.0:
         x = x * share + jax.lax.stop_gradient(x) * (1 - share)
-    return dropout(part, x, spec.dropout.embed, call.train)
+    return dropout(part, x, spec.dropout.embed, context.train)
 
 
 @computes("stack")
 class Stack(Part):
     """All layers and the final norm."""
 
-    def __call__(self, x_bsw: Array, call: Call, layers: tuple[Layer | None, ...]) -> StackOutput:
-        return run_layers(self, x_bsw, call, layers)
+    def __call__(
+        self, x_bsw: Array, context: ForwardContext, layers: tuple[CacheLayer | None, ...]
+    ) -> StackOutput:
+        return run_layers(self, x_bsw, context, layers)
 
 
-def run_layers(part: Part, x: Array, call: Call, layers: tuple[Layer | None, ...]) -> StackOutput:
+def run_layers(
+    part: Part, x: Array, context: ForwardContext, layers: tuple[CacheLayer | None, ...]
+) -> StackOutput:
     """All layers and the final norm, on embedded tokens (b, s, w)."""
-    spec, scope = part.spec, call.scope
+    spec, scope = part.spec, context.scope
     if alibi := spec.position(Alibi):
         scope = replace(scope, slopes_h=jnp.asarray(alibi.slopes(spec.attention.heads), jnp.float32))
     if buckets := spec.position(Buckets):
         scope = replace(scope, table=part.role("rel_bias").embedding, buckets=buckets)
     if rotary := spec.position(Rotary):
-        cos, sin = rotations(call.positions_bs, rotary, x.dtype)
-        call = replace(call, cos=cos, sin=sin)
-    states, weights, after = part.role("layers")(x, replace(call, scope=scope), layers)
+        cos, sin = rotations(context.positions_bs, rotary, x.dtype)
+        context = replace(context, cos=cos, sin=sin)
+    states, weights, after = part.role("layers")(x, replace(context, scope=scope), layers)
     hidden = part.role("final_norm")(states[-1]) if part.has("final_norm") else states[-1]
     return StackOutput(
         hidden=hidden,
@@ -319,7 +335,7 @@ def run_layers(part: Part, x: Array, call: Call, layers: tuple[Layer | None, ...
 
 
 @computes("model")
-class Model(Part):
+class BareModel(Part):
     """A bare model inside one with a head, which calls the functions below on it."""
 
 
@@ -340,13 +356,15 @@ def with_patches(bare: Any, x_bsw: Array, patches: Array, rows_bs: Array) -> Arr
     return jnp.where(rows_bs[..., None] >= 0, taken, x_bsw)
 
 
-def hidden_states(bare: Any, x_bsw: Array, call: Call, layers: tuple[Layer | None, ...]) -> StackOutput:
+def hidden_states(
+    bare: Any, x_bsw: Array, context: ForwardContext, layers: tuple[CacheLayer | None, ...]
+) -> StackOutput:
     """Everything between the embedded tokens and the head."""
     embed = bare.role("embeddings") if bare.has("embeddings") else None
-    x = positioned(bare, x_bsw, call) if embed is None else embed(x_bsw, call)
+    x = positioned(bare, x_bsw, context) if embed is None else embed(x_bsw, context)
     if bare.has("stack"):
-        return bare.role("stack")(x, call, layers)
-    return run_layers(bare, x, call, layers)
+        return bare.role("stack")(x, context, layers)
+    return run_layers(bare, x, context, layers)
 
 
 def untrained(x_bsw: Array, padding_bs: Array) -> Array:

@@ -12,11 +12,11 @@ from jax import Array
 
 from monoblock.backends.flax import explicit, heads, model
 from monoblock.backends.flax.cache import Cache
-from monoblock.backends.flax.checked import checked
+from monoblock.backends.flax.checked import check_inputs
 from monoblock.backends.flax.gathering import Gathering
 from monoblock.backends.flax.inputs import prepare
 from monoblock.backends.flax.parts import Part
-from monoblock.backends.xla.inputs import AT_REST, Wanted
+from monoblock.backends.xla.inputs import DEFAULT_OPTIONS, ForwardOptions
 from monoblock.outputs import ModelOutput
 
 
@@ -75,16 +75,16 @@ class Network(Part):
             "sequence_id": sequence_id,
         }
         train = not deterministic
-        call = checked(self.spec, self.head_spec, arguments, past_key_values, train)
-        wanted = Wanted(
+        checked = check_inputs(self.spec, self.head_spec, arguments, past_key_values, train)
+        options = ForwardOptions(
             train=train,
             attentions=output_attentions,
             hidden_states=output_hidden_states,
-            fresh=call.fresh,
-            choices=call.choices,
-            nested=call.nested,
+            fresh=checked.fresh,
+            choices=checked.choices,
+            nested=checked.nested,
         )
-        found = self.run(call.given, past_key_values, wanted)
+        found = self.run(checked.given, past_key_values, options)
         if self.output is None:
             return found
         names = {field.name for field in fields(self.output)}  # pyright: ignore[reportArgumentType]
@@ -111,7 +111,10 @@ class Network(Part):
         return model.lookup(self.bare, input_ids, self.gathering)
 
     def run(
-        self, given: Mapping[str, Array], cache: Cache | None = None, wanted: Wanted = AT_REST
+        self,
+        given: Mapping[str, Array],
+        cache: Cache | None = None,
+        options: ForwardOptions = DEFAULT_OPTIONS,
     ) -> dict[str, Any]:
         """The outputs by name, without the losses.
 
@@ -129,15 +132,15 @@ class Network(Part):
             x = x + self.lookup(types)
         if self.gathering is not None:
             x = self.gathering.split(x)
-        call = prepare(self.spec, given, x.shape[1], cache, wanted)
+        context = prepare(self.spec, given, x.shape[1], cache, options)
         layers = (None,) * self.spec.layers
         if cache is not None:
             layers = tuple(cache.layer(i) for i in range(self.spec.layers))
-        out = model.hidden_states(bare, x, call, layers)
+        out = model.hidden_states(bare, x, context, layers)
         found: dict[str, Any] = {"last_hidden_state": out.hidden}
-        if wanted.hidden_states:
+        if options.hidden_states:
             found["hidden_states"] = out.hidden_states
-        if wanted.attentions:
+        if options.attentions:
             found["attentions"] = out.attentions
         if cache is not None:
             after: Any = out.layers
@@ -145,8 +148,8 @@ class Network(Part):
                 cache,
                 keys=tuple(layer.keys for layer in after),
                 values=tuple(layer.values for layer in after),
-                length=jnp.asarray(0 if wanted.fresh else cache.length, jnp.int32) + x.shape[1],
+                length=jnp.asarray(0 if options.fresh else cache.length, jnp.int32) + x.shape[1],
             )
         if self.head_spec is not None:
-            found |= heads.outputs(self, out.hidden, given, wanted)
+            found |= heads.outputs(self, out.hidden, given, options)
         return found

@@ -13,7 +13,7 @@ from jax.core import Tracer
 
 from monoblock import tree
 from monoblock.backends.flax import loading
-from monoblock.backends.flax.loading import Group, Leaf, Place, Tree
+from monoblock.backends.flax.loading import LeafGroup, LeafPath, ParamLeaf, Tree
 from monoblock.backends.flax.processes import on_host
 from monoblock.checkpoint.keymap import KeyMap
 from monoblock.checkpoint.save import LazyTensor
@@ -53,20 +53,20 @@ class Parameters:
         return tree.tied(self.spec, self.module.head_spec)
 
     @functools.cached_property
-    def groups(self) -> dict[str, Group]:
+    def groups(self) -> dict[str, LeafGroup]:
         """Canonical name -> the leaves that hold it; tied parameters once."""
         return loading.groups(self.keymap(), self.canonical_shapes(), self.module.layout)
 
     @functools.cached_property
-    def leaves(self) -> dict[Place, Leaf]:
+    def leaves(self) -> dict[LeafPath, ParamLeaf]:
         """The leaves by their paths."""
         return {leaf.path: leaf for group in self.groups.values() for leaf in group.leaves}
 
-    def _leaf_shapes(self) -> dict[Place, tuple[int, ...]]:
+    def _leaf_shapes(self) -> dict[LeafPath, tuple[int, ...]]:
         return {path: leaf.shape for path, leaf in self.leaves.items()}
 
     @property
-    def required_params(self) -> set[Place]:
+    def required_params(self) -> set[LeafPath]:
         """The paths of all leaves."""
         return set(self._leaf_shapes())
 
@@ -140,12 +140,12 @@ class Parameters:
         """
         del input_shape
         given = loading.flat(params or {})
-        leaves: dict[Place, Any] = {}
+        leaves: dict[LeafPath, Any] = {}
         for number, (path, shape) in enumerate(self._leaf_shapes().items()):
             leaves[path] = given[path] if path in given else self._begin(rng, number, path, shape)
         return self.checked_params(loading.nested({**given, **leaves}))
 
-    def _begin(self, rng: jax.Array, number: int, path: Place, shape: tuple[int, ...]) -> jax.Array:
+    def _begin(self, rng: jax.Array, number: int, path: LeafPath, shape: tuple[int, ...]) -> jax.Array:
         if len(shape) == 1:
             return jnp.full(shape, 0.0 if path[-1] == "bias" else 1.0, jnp.float32)
         count = int(np.prod(shape))

@@ -16,19 +16,19 @@ from flax.errors import FlaxError
 from monoblock.backends.flax import cache as caches
 from monoblock.backends.flax import explicit, loading
 from monoblock.backends.flax.cache import Cache
-from monoblock.backends.flax.checked import checked
-from monoblock.backends.flax.decode import Generation
+from monoblock.backends.flax.checked import check_inputs
+from monoblock.backends.flax.decode import FlaxGenerationMixin
 from monoblock.backends.flax.loading import Tree
 from monoblock.backends.flax.network import Network
 from monoblock.backends.flax.options import TORCH_DTYPE, LoadOptions, computation
 from monoblock.backends.flax.outputs import output_class
 from monoblock.backends.flax.parameters import Parameters
-from monoblock.backends.flax.placing import from_host, placed
+from monoblock.backends.flax.placement import from_host, placed
 from monoblock.backends.flax.processes import Read, write_once
 from monoblock.backends.flax.sharding import Sharded
 from monoblock.backends.flax.training import Training
 from monoblock.backends.options import loading_info, opened, told_of_unused
-from monoblock.backends.xla.inputs import Wanted
+from monoblock.backends.xla.inputs import ForwardOptions
 from monoblock.checkpoint.msgpack_save import save_msgpack
 from monoblock.checkpoint.options import HubOptions
 from monoblock.checkpoint.save import save_tensors
@@ -48,7 +48,7 @@ ELSEWHERE = {
 }
 
 
-class FlaxPreTrainedModel(Parameters, Sharded, Training, Generation):
+class FlaxPreTrainedModel(Parameters, Sharded, Training, FlaxGenerationMixin):
     """The base of all Flax models: a Linen network (`module`) and its parameters (`params`, nested dicts).
 
     `dtype` is the computation's type and leaves the parameters' alone. `input_shape` is the hub's argument; no
@@ -114,7 +114,7 @@ class FlaxPreTrainedModel(Parameters, Sharded, Training, Generation):
         keep = arguments.pop("logits_to_keep", None) or 0
         if not isinstance(keep, int) or keep < 0:
             raise ValueError(f"logits_to_keep must be how many of the last tokens, got {keep!r}")
-        wanted = Wanted(
+        options = ForwardOptions(
             train=bool(train),
             attentions=self._option(output_attentions, "output_attentions"),
             hidden_states=self._option(output_hidden_states, "output_hidden_states"),
@@ -123,7 +123,7 @@ class FlaxPreTrainedModel(Parameters, Sharded, Training, Generation):
         kept = self.params if params is None else params
         key = self.dropout_key(dropout_rng) if train else None
         given = (arguments, kept, past_key_values, key)
-        run = functools.partial(self._run, wanted)
+        run = functools.partial(self._run, options)
         if (mesh := explicit.explicit(given)) is None:
             found = run(*given)
         else:
@@ -133,14 +133,14 @@ class FlaxPreTrainedModel(Parameters, Sharded, Training, Generation):
         return result if self._option(return_dict, "return_dict") else result.to_tuple()
 
     def _run(
-        self, wanted: Wanted, arguments: dict[str, Any], params: Any, cache: Any, key: Any
+        self, options: ForwardOptions, arguments: dict[str, Any], params: Any, cache: Any, key: Any
     ) -> dict[str, Any]:
         """The outputs by name."""
-        call = checked(self.spec, self.module.head_spec, arguments, cache, wanted.train)
-        wanted = replace(wanted, fresh=call.fresh, choices=call.choices, nested=call.nested)
+        call = check_inputs(self.spec, self.module.head_spec, arguments, cache, options.train)
+        options = replace(options, fresh=call.fresh, choices=call.choices, nested=call.nested)
         names = _names(output_class(self.row.output))
         try:
-            return forward(self.updated_module(), wanted, names, params, call.given, cache, key)
+            return forward(self.updated_module(), options, names, params, call.given, cache, key)
         except FlaxError:
             self.checked_params(params)  # says in words which leaf does not fit
             raise
@@ -215,7 +215,7 @@ class FlaxPreTrainedModel(Parameters, Sharded, Training, Generation):
         shardings = None if options.mesh is None else self.laid_out(options.mesh, **options.axes)
         places = loading.flat(shardings or {})
 
-        def place(leaf: loading.Leaf, array: Any) -> Any:
+        def place(leaf: loading.ParamLeaf, array: Any) -> Any:
             return from_host(array, places[leaf.path]) if places else jnp.asarray(array)
 
         params, report = loading.load(
@@ -284,7 +284,7 @@ class FlaxPreTrainedModel(Parameters, Sharded, Training, Generation):
             if folder.is_file():
                 raise ValueError(f"save_pretrained needs a folder, but {folder} is a file")
 
-            def values(path: loading.Place) -> Any:
+            def values(path: loading.LeafPath) -> Any:
                 return read(numbers[path])
 
             if safe_serialization:
@@ -304,7 +304,7 @@ class FlaxPreTrainedModel(Parameters, Sharded, Training, Generation):
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def forward(
     module: Network,
-    wanted: Wanted,
+    options: ForwardOptions,
     names: tuple[str, ...],
     params: Mapping[str, Any],
     given: Mapping[str, jax.Array],
@@ -313,7 +313,7 @@ def forward(
 ) -> dict[str, Any]:
     """The outputs of these names; models of one spec share what is compiled."""
     rngs = None if key is None else {"dropout": key}
-    found = module.apply({"params": params}, given, cache, wanted, rngs=rngs, method="run")
+    found = module.apply({"params": params}, given, cache, options, rngs=rngs, method="run")
     return {name: value for name, value in found.items() if name in names}  # pyright: ignore
 
 

@@ -14,8 +14,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from monoblock.backends.flax.explicit import automatic, spec_of
 from monoblock.backends.flax.gathering import Gathering
-from monoblock.backends.flax.loading import Group, flat, nested
-from monoblock.backends.flax.placing import placed
+from monoblock.backends.flax.loading import LeafGroup, flat, nested
+from monoblock.backends.flax.placement import placed
 from monoblock.heads import KINDS, HeadSpec
 from monoblock.partition import Axes, AxisNames, Names, axes_text, axis_names, shard_count, split
 from monoblock.spec import ArchSpec
@@ -28,7 +28,7 @@ T = TypeVar("T")
 
 
 def partition_specs(
-    groups: Mapping[str, Group], spec: ArchSpec, head: HeadSpec | None, mesh: Mesh, axes: Axes
+    groups: Mapping[str, LeafGroup], spec: ArchSpec, head: HeadSpec | None, mesh: Mesh, axes: Axes
 ) -> Tree:
     """A tree like the parameters', of a PartitionSpec each: the shared plan (`partition.py`) on the mesh."""
     plan, leaves = split(spec, head, axes, mesh.shape), {}
@@ -75,7 +75,7 @@ class Sharded:
     spec: ArchSpec
     module: Network
     params: Any
-    groups: Any  # canonical name -> Group
+    groups: Any  # canonical name -> LeafGroup
 
     def partition_specs(
         self, mesh: Mesh, *, tensor_axis: AxisNames = "tensor", fsdp_axis: AxisNames = None

@@ -16,17 +16,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from monoblock.backends.flax.steps import Steps, loop_over_tokens
-from monoblock.backends.xla.compiled import Start
-from monoblock.backends.xla.inputs import Wanted
-from monoblock.backends.xla.runner import INPUTS, MORE, Runner
+from monoblock.backends.flax.passes import FlaxPasses, compiled_loop
+from monoblock.backends.xla.compiled import LoopStart
+from monoblock.backends.xla.inputs import ForwardOptions
+from monoblock.backends.xla.runner import INPUTS, MORE, XlaRunner
 from monoblock.generation.buckets import bucket
 from monoblock.generation.compiled_loop import NO_TOKEN, Program, TokenBuffer
 from monoblock.generation.config import GenerationConfig
 
 INSIDE = "inside jit, pmap or vmap"
 # Without donation of the cache, which only the outermost program may do.
-_looped = jax.jit(loop_over_tokens, static_argnames=("network", "program"))
+_run_loop = jax.jit(compiled_loop, static_argnames=("network", "program"))
 
 
 def is_traced(*trees: Any) -> bool:
@@ -34,7 +34,7 @@ def is_traced(*trees: Any) -> bool:
     return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(trees))
 
 
-class Traced(Runner):
+class TracedRunner(XlaRunner):
     """A model as `loop.generate` sees it, in a trace. `inputs` and `arguments` are those of the call."""
 
     def __init__(self, runner: Any, inputs: Any, arguments: Mapping[str, Any]) -> None:
@@ -47,7 +47,7 @@ class Traced(Runner):
         self.ids_bn = jnp.asarray(named if inputs is None else inputs)
         if self.ids_bn.ndim != 2 or not jnp.issubdtype(self.ids_bn.dtype, jnp.integer):
             raise ValueError(
-                f"input_ids must be whole numbers (batch, tokens), got {self.ids_bn.dtype} {self.ids_bn.shape}"
+                f"input_ids must be integers (batch, tokens), got {self.ids_bn.dtype} {self.ids_bn.shape}"
             )
         mask = given.pop("attention_mask", None)
         self.mask_bn = None if mask is None else jnp.asarray(mask) != 0
@@ -72,32 +72,32 @@ class Traced(Runner):
     def decoder(self, plan: Any, inputs: dict[str, Any]) -> Any:
         """Stands where a call that is no single program would have its decoder."""
         del plan, inputs
-        return _OnHost()
+        return _HostLoopDecoder()
 
     def compiled(self, generation: Any, program: Program) -> Any:
         """The pass over the prompts and the loop; sequences (rows, prompt + new)."""
         if program.search is not None:
             raise ValueError(f"generate() {INSIDE} searches no beams: call it outside, it compiles itself")
         plan, new = generation.plan, generation.plan.new_tokens
-        steps: Steps = self.runner.passes(generation.config)
+        passes: FlaxPasses = self.runner.passes(generation.config)
         ids_bn = jnp.repeat(self.ids_bn.astype(jnp.int32), plan.copies, axis=0)
         valid_bn = jnp.repeat(self._valid(generation.config), plan.copies, axis=0)
         mask = jnp.pad(valid_bn.astype(jnp.int32), ((0, 0), (0, bucket(new))), constant_values=1)
         given = {"input_ids": ids_bn, "attention_mask": mask}
-        found = steps.first(given, Wanted(fresh=True, keep=1), steps.spec, mask.shape[1])
+        found = passes.prefill(given, ForwardOptions(fresh=True, keep=1), passes.spec, mask.shape[1])
         stand_in = generation.context.prompt_bn
         text = program.token_buffer(stand_in, None)
         numbers = program.inputs(generation.fields, stand_in, None, new)
-        start = Start(
+        start = LoopStart(
             scores_bv=found.scores,
             cache=None,
             constant={"attention_mask": mask},
             text=_filled(text, ids_bn, valid_bn),
             given=numbers._replace(prompt=_filled(numbers.prompt, ids_bn, valid_bn)),
             limits=np.array([new, new], np.int32),
-            draws=steps.loop.draws(generation.generator, program.do_sample),
+            draws=passes.loop_ops.draws(generation.generator, program.do_sample),
         )
-        end = _looped(steps.network, program, steps.params, found.cache, start)
+        end = _run_loop(passes.network, program, passes.params, found.cache, start)
         return jnp.concatenate((ids_bn, end.new_br[:, :new]), axis=1)
 
     def _valid(self, config: GenerationConfig) -> Array:
@@ -111,7 +111,7 @@ class Traced(Runner):
         return valid.at[:, -1].set(valid[:, -1] | ~valid.any(axis=1))
 
 
-class _OnHost:
+class _HostLoopDecoder:
     """What a call asks for that needs the host between two tokens."""
 
     def prefill(self, ids_bn: Any, mask_bm: Any) -> Any:

@@ -77,13 +77,11 @@ def check_tokens(spec: ArchSpec, ids: Tensor | None, embeds: Tensor | None) -> t
     if embeds is not None and not embeds.is_floating_point():
         raise ValueError(f"inputs_embeds must be floating-point numbers, got {embeds.dtype}")
     if ids is not None and (ids.dim() != 2 or not whole(ids)):
-        raise ValueError(
-            f"input_ids must be whole numbers (batch, tokens), got {ids.dtype} {tuple(ids.shape)}"
-        )
+        raise ValueError(f"input_ids must be integers (batch, tokens), got {ids.dtype} {tuple(ids.shape)}")
     if tokens.shape[0] == 0:
-        raise ValueError("the input has no rows: give at least one text")
+        raise ValueError("the input has no rows: give at least one sequence")
     if tokens.shape[1] == 0:
-        raise ValueError("the input has no tokens: give at least one (the bos token, if the text is empty)")
+        raise ValueError("the input has no tokens: give at least one (the bos token, for an empty string)")
     if ids is not None:
         check_ids("input_ids", ids, spec)
     return tokens.shape[0], tokens.shape[1], tokens.device
@@ -115,7 +113,7 @@ def check_types(types: Tensor, shape: tuple[int, int], spec: ArchSpec) -> None:
     """ValueError unless there is a token type, which is an id of the vocabulary, for each token."""
     if not whole(types) or tuple(types.shape) != shape:
         raise ValueError(
-            f"token_type_ids must be whole numbers (batch, tokens) = {shape}, got {types.dtype} {tuple(types.shape)}"
+            f"token_type_ids must be integers (batch, tokens) = {shape}, got {types.dtype} {tuple(types.shape)}"
         )
     check_ids("token_type_ids", types, spec)
 
@@ -145,7 +143,7 @@ def check_positions(spec: ArchSpec, positions: Tensor, batch: int, count: int) -
             f"position_ids must be (batch, tokens) = ({batch}, {count}), got {tuple(positions.shape)}"
         )
     if not whole(positions):
-        raise ValueError(f"position_ids must be whole numbers, got {positions.dtype}")
+        raise ValueError(f"position_ids must be integers, got {positions.dtype}")
     if positions.device.type != "cpu" or not dispatch.readable(positions):
         return
     low, high = (int(x) for x in positions.long().aminmax())
@@ -157,11 +155,11 @@ def check_cache_position(position: Tensor | None, past: int, count: int) -> None
     if position is None or not dispatch.readable(position):
         return
     if not whole(position):
-        raise ValueError(f"cache_position must be whole numbers, got {position.dtype}")
+        raise ValueError(f"cache_position must be integers, got {position.dtype}")
     if position.shape != (count,) or int(position[0]) != past or int(position[-1]) != past + count - 1:
         got = brief(position.tolist()) if position.dim() == 1 else tuple(position.shape)
         raise ValueError(
-            f"cache_position must be {past} to {past + count - 1}, the places after the {past} cached tokens, got "
+            f"cache_position must be {past} to {past + count - 1}, the positions after {past} cached tokens, got "
             f"{got}; crop() the cache to write at an earlier place"
         )
 
@@ -171,14 +169,14 @@ def check_kept(keep: Any, count: int) -> None:
     if isinstance(keep, Tensor):
         if not whole(keep) or keep.dim() != 1:
             raise ValueError(
-                f"logits_to_keep must be how many of the last tokens, or the places of some (n,), got {keep.dtype} "
+                f"logits_to_keep must be how many of the last tokens, or positions of tokens (n,), got {keep.dtype} "
                 f"{tuple(keep.shape)}"
             )
         if keep.numel() and keep.device.type == "cpu" and dispatch.readable(keep):
             low, high = (int(x) for x in keep.long().aminmax())
             if low < -count or high >= count:
                 raise ValueError(
-                    f"logits_to_keep must be places of the {count} tokens, got {brief(keep.tolist())}"
+                    f"logits_to_keep must be positions of the {count} tokens, got {brief(keep.tolist())}"
                 )
     elif keep is not None and (isinstance(keep, bool) or not isinstance(keep, numbers.Integral) or keep < 0):
         raise ValueError(f"logits_to_keep must be how many of the last tokens, got {brief(keep)}")
@@ -202,12 +200,13 @@ def check_chosen(tokens: Tensor, batch: int, count: int) -> None:
     """ValueError unless mc_token_ids are a place in the text for each row."""
     if not whole(tokens) or tokens.numel() != batch:
         raise ValueError(
-            f"mc_token_ids must be a whole number for each of the {batch} texts, got {tokens.dtype} "
+            f"mc_token_ids must be an integer for each of the {batch} rows, got {tokens.dtype} "
             f"{tuple(tokens.shape)}"
         )
     if tokens.device.type == "cpu" and dispatch.readable(tokens):
         low, high = (int(x) for x in tokens.aminmax())
         if low < 0 or high >= count:
             raise ValueError(
-                f"mc_token_ids must be 0 to {count - 1}, places of the {count} tokens, got {low if low < 0 else high}"
+                f"mc_token_ids must be 0 to {count - 1}, positions of the {count} tokens, "
+                f"got {low if low < 0 else high}"
             )

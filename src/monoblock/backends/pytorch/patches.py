@@ -96,7 +96,7 @@ def _by_index(sets: list[Tensor], indices_bs: Tensor, ids_bs: Tensor, readable: 
     found: list[Tensor] = []
     for row, (indices_s, count) in enumerate(zip(indices_bs.unbind(), counts, strict=True)):
         if readable and (needed := int(indices_s.max()) + 1) > count:
-            raise ValueError(f"row {row} has places for {needed} image patches, but {count} came")
+            raise ValueError(f"row {row} has tokens for {needed} image patches, but {count} came")
         which = torch.where(indices_s < count, indices_s + before, sum(counts) + 1)
         found.append(torch.where(indices_s >= 0, which, -1))
         before += count

@@ -13,7 +13,7 @@ import tensorflow as tf
 from monoblock.backends.tf.cache import Cache
 
 # Arguments that are no tensors: they say what to do.
-OPTIONS = ("use_cache", "output_attentions", "output_hidden_states", "return_dict", "logits_to_keep")
+CALL_OPTIONS = ("use_cache", "output_attentions", "output_hidden_states", "return_dict", "logits_to_keep")
 
 # Arguments of whole numbers.
 WHOLE = ("input_ids", "token_type_ids", "position_ids", "mc_token_ids")
@@ -48,7 +48,7 @@ def bound(
     if unknown := [name for name in given if name not in known]:
         raise TypeError(f"{model} has no argument {unknown[0]!r}; it takes: {', '.join(known)}")
     return {
-        name: value if name in (*OPTIONS, "training") else tensors(name, value)
+        name: value if name in (*CALL_OPTIONS, "training") else tensors(name, value)
         for name, value in given.items()
         if value is not None
     }

@@ -12,7 +12,7 @@ from tensorflow.compiler.tf2xla.python.xla import dynamic_update_slice
 
 from monoblock.backends.tf.namespace import XP
 from monoblock.backends.tf.ops import Size, Tensor, size
-from monoblock.backends.xla.cache import CacheBase, LayerBase, slots
+from monoblock.backends.xla.cache import CacheBase, CacheLayerBase, slots
 from monoblock.backends.xla.namespace import Namespace
 from monoblock.spec import ArchSpec
 
@@ -31,10 +31,10 @@ class Cache(CacheBase):
     max_length: int | None = None
     compiled: bool = False
 
-    def layer(self, layer: int) -> Layer:
+    def layer(self, layer: int) -> CacheLayer:
         """One layer's part."""
         grows = self.max_length is None
-        return Layer(self.keys[layer], self.values[layer], self.length, grows, self.compiled)
+        return CacheLayer(self.keys[layer], self.values[layer], self.length, grows, self.compiled)
 
     def tensors(self) -> list[Tensor]:
         """All tensors, in the order that `with_tensors` takes: what a loop carries."""
@@ -76,8 +76,8 @@ class Cache(CacheBase):
 
 
 @dataclass(frozen=True)
-class Layer(LayerBase):
-    """See `LayerBase`."""
+class CacheLayer(CacheLayerBase):
+    """See `CacheLayerBase`."""
 
     xp: ClassVar[Namespace] = XP
     keys: Tensor
@@ -86,15 +86,15 @@ class Layer(LayerBase):
     grows: bool = False
     compiled: bool = False
 
-    def places(self, length: Tensor) -> Tensor:
-        """Those of `LayerBase`; a cache that grows holds the tokens in their order."""
-        return tf.range(self.slots) if self.grows else super().places(length)
+    def token_indices(self, length: Tensor) -> Tensor:
+        """Those of `CacheLayerBase`; a cache that grows holds the tokens in their order."""
+        return tf.range(self.slots) if self.grows else super().token_indices(length)
 
-    def filled(self, keys_bgnd: Tensor, values_bgnd: Tensor) -> Layer:
+    def filled(self, keys_bgnd: Tensor, values_bgnd: Tensor) -> CacheLayer:
         """The layer with its first n tokens, of a cache that was empty."""
         return self.appended(keys_bgnd, values_bgnd)
 
-    def appended(self, keys_bgnd: Tensor, values_bgnd: Tensor) -> Layer:
+    def appended(self, keys_bgnd: Tensor, values_bgnd: Tensor) -> CacheLayer:
         """The layer with n more tokens after `length` ones."""
         keys, values = (tf.cast(new, self.keys.dtype) for new in (keys_bgnd, values_bgnd))
         if self.grows:
@@ -105,7 +105,7 @@ class Layer(LayerBase):
             keys = dynamic_update_slice(self.keys, keys, slot)
             return replace(self, keys=keys, values=dynamic_update_slice(self.values, values, slot))
         count = size(keys, 2)
-        places = self.places(self.length + count)
+        places = self.token_indices(self.length + count)
         taken = tf.clip_by_value(places - self.length, 0, count - 1)
         new = (places >= self.length)[None, None, :, None]
         return replace(

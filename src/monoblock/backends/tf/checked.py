@@ -7,12 +7,12 @@ from typing import Any
 from monoblock.backends.tf.cache import Cache
 from monoblock.backends.tf.namespace import XP
 from monoblock.backends.xla import checked as shared
-from monoblock.backends.xla.checked import Checked
+from monoblock.backends.xla.checked import CheckedInputs
 from monoblock.heads import HeadSpec
 from monoblock.spec import ArchSpec
 
 
-def checked(
+def check_inputs(
     spec: ArchSpec,
     head: HeadSpec | None,
     arguments: dict[str, Any],
@@ -20,7 +20,7 @@ def checked(
     train: bool,
     *,
     documents: bool = True,
-) -> Checked:
+) -> CheckedInputs:
     """The arguments (tensors; None left out) as the network takes them; ValueError says what is wrong. See
     `xla/checked.py`."""
-    return shared.checked(XP, spec, head, arguments, cache, train=train, documents=documents)
+    return shared.check_inputs(XP, spec, head, arguments, cache, train=train, documents=documents)

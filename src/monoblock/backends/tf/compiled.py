@@ -10,14 +10,14 @@ import tensorflow as tf
 from monoblock.backends.tf.arrays import Seeds, fresh_seeds
 from monoblock.backends.tf.namespace import XP
 from monoblock.backends.tf.ops import Tensor
-from monoblock.backends.xla.compiled import Loop
+from monoblock.backends.xla.compiled import LoopOps
 from monoblock.backends.xla.namespace import Namespace
 from monoblock.generation.compiled_loop import ProgramInputs, TokenBuffer
 
 
-class TfLoop:
-    """`Loop` for TensorFlow; each method is the protocol's. The state of a random source is its seed, and the count of
-    draws that were made."""
+class TfLoopOps:
+    """`LoopOps` for TensorFlow; each method is the protocol's. The state of a random source is its seed and
+    the number of draws made."""
 
     xp: Namespace = XP
 
@@ -59,4 +59,4 @@ class TfLoop:
         return packed(end)
 
 
-LOOP: Loop = TfLoop()
+LOOP_OPS: LoopOps = TfLoopOps()

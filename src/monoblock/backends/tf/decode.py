@@ -1,4 +1,4 @@
-"""Generation on TensorFlow: the `generate` of the models, and what the framework-free loop knows of them."""
+"""TFGenerationMixin on TensorFlow: the `generate` of the models, and what the framework-free loop knows of them."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from monoblock.backends.tf import graph
 from monoblock.backends.tf.arrays import Seeds, shown
 from monoblock.backends.tf.namespace import XP
 from monoblock.backends.tf.outputs import TFModelOutput
+from monoblock.backends.tf.passes import TFPasses, passes_of
 from monoblock.backends.tf.processors import of_two
-from monoblock.backends.tf.steps import Steps, steps_of
 from monoblock.backends.xla import runner
 from monoblock.backends.xla.namespace import Namespace
 from monoblock.generation import loop
@@ -57,7 +57,7 @@ OUTPUTS: dict[tuple[type, bool], type[TFModelOutput]] = {
 }
 
 
-class Generation(runner.Generation):
+class TFGenerationMixin(runner.XlaGenerationMixin):
     """Adds `generate` to the models that predict the next token."""
 
     xp: ClassVar[Namespace] = XP
@@ -97,12 +97,12 @@ class Generation(runner.Generation):
             arguments["logits_processor"] = [of_two(own) for own in logits_processor]
         arguments |= _random(seed, arguments.pop("generator", None))
         if (helper := arguments.get("assistant_model")) is not None:
-            check_assistant(helper, Generation)
-            arguments["assistant_model"] = Runner(helper, jit_compile)
+            check_assistant(helper, TFGenerationMixin)
+            arguments["assistant_model"] = TFRunner(helper, jit_compile)
         if tf.executing_eagerly():
-            eager = Runner(self, jit_compile)
+            eager = TFRunner(self, jit_compile)
             return eager.shown(loop.generate(eager, inputs, generation_config, **arguments))
-        traced = InGraph(self, inputs, arguments)
+        traced = GraphRunner(self, inputs, arguments)
         return traced.shown(loop.generate(traced, None, generation_config, **traced.stand_ins()))
 
 
@@ -135,7 +135,7 @@ UNSUPPORTED: Unsupported = {
 }
 
 
-class Runner(runner.Runner):
+class TFRunner(runner.XlaRunner):
     """What `loop.generate` needs to know of a model."""
 
     unsupported = UNSUPPORTED
@@ -144,10 +144,10 @@ class Runner(runner.Runner):
         super().__init__(model, (*model.arguments, *model.extra))
         self.jit_compile, self.samples = jit_compile, False
 
-    def passes(self, config: GenerationConfig) -> Steps:
+    def passes(self, config: GenerationConfig) -> TFPasses:
         traced = not config.disable_compile
         self.samples = bool(config.do_sample)
-        return steps_of(self.model, compiled=self.jit_compile and traced, traced=traced)
+        return passes_of(self.model, compiled=self.jit_compile and traced, traced=traced)
 
     def shown(self, found: Any) -> Any:
         """A result with TensorFlow's arrays in place of NumPy's, and its class."""
@@ -156,7 +156,7 @@ class Runner(runner.Runner):
         return kind(**{name: tf.nest.map_structure(shown, value) for name, value in found.items()})
 
 
-class InGraph(Runner):
+class GraphRunner(TFRunner):
     """The same inside a `tf.function`, where the prompts have shapes and no values yet."""
 
     def __init__(self, model: Any, inputs: Any, arguments: Mapping[str, Any]) -> None:
@@ -175,4 +175,4 @@ class InGraph(Runner):
     def decoder(self, plan: loop.GenerationPlan, inputs: dict[str, Any]) -> Any:
         """A decoder whose tokens `compiled` makes."""
         self.samples = bool(plan.config.do_sample)
-        return graph.Decoder(self.model, plan, inputs, self.max_positions)
+        return graph.GraphDecoder(self.model, plan, inputs, self.max_positions)

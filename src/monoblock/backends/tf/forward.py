@@ -7,14 +7,14 @@ from typing import Any, ClassVar
 
 import tensorflow as tf
 
-from monoblock.backends.tf.binding import OPTIONS, bound, plainly, whole
+from monoblock.backends.tf.binding import CALL_OPTIONS, bound, plainly, whole
 from monoblock.backends.tf.cache import Cache, from_tuples, init_cache
-from monoblock.backends.tf.checked import checked
+from monoblock.backends.tf.checked import check_inputs
 from monoblock.backends.tf.guards import short, within
 from monoblock.backends.tf.ops import Size, Tensor, size
 from monoblock.backends.tf.outputs import named, output_class
-from monoblock.backends.xla.checked import Checked
-from monoblock.backends.xla.inputs import AT_REST, Wanted
+from monoblock.backends.xla.checked import CheckedInputs
+from monoblock.backends.xla.inputs import DEFAULT_OPTIONS, ForwardOptions
 from monoblock.families import Family, ModelClass
 from monoblock.heads import HeadSpec
 from monoblock.spec import ArchSpec, Learned
@@ -34,7 +34,10 @@ class Forward:
     head_spec: HeadSpec | None
 
     def network(
-        self, given: Mapping[str, Tensor], cache: Cache | None = None, wanted: Wanted = AT_REST
+        self,
+        given: Mapping[str, Tensor],
+        cache: Cache | None = None,
+        options: ForwardOptions = DEFAULT_OPTIONS,
     ) -> dict[str, Any]:
         """The outputs by name, from tensors alone; all of it can be traced.
 
@@ -53,29 +56,29 @@ class Forward:
     def run(self, arguments: dict[str, Any]) -> Any:
         """The output of arguments that `bound` has made."""
         given = {name: whole(name, value) for name, value in arguments.items() if value is not None}
-        options = {name: given.pop(name) for name in OPTIONS if name in given}
+        call_options = {name: given.pop(name) for name in CALL_OPTIONS if name in given}
         with plainly():
-            made, cache, wanted = self._checked(given, options)
-        values = self.network(made.given, cache, wanted)
+            made, cache, options = self._checked(given, call_options)
+        values = self.network(made.given, cache, options)
         if made.legacy and "past_key_values" in values:
             values["past_key_values"] = values["past_key_values"].to_legacy_cache()
         result = named(output_class(self.row.output), values)
-        return result if self._option(options, "return_dict") else result.to_tuple()
+        return result if self._option(call_options, "return_dict") else result.to_tuple()
 
     def bound(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """Every way of giving arguments as keywords of tensors; TypeError for what the class does not take."""
         return bound(type(self).__name__, (self.arguments, self.extra), args, kwargs)
 
     def _checked(
-        self, given: dict[str, Any], options: Mapping[str, Any]
-    ) -> tuple[Checked, Cache | None, Wanted]:
-        """What the network takes: tensors, the cache and what is wanted; ValueError says what is wrong."""
+        self, given: dict[str, Any], call_options: Mapping[str, Any]
+    ) -> tuple[CheckedInputs, Cache | None, ForwardOptions]:
+        """What the network takes: tensors, the cache and the forward pass's options; ValueError says what is wrong."""
         train = bool(given.pop("training", False))
-        cache, legacy = self._cache(given, given.pop("past_key_values", None), options, train)
-        made = checked(self.spec, self.head_spec, given, cache, train)
+        cache, legacy = self._cache(given, given.pop("past_key_values", None), call_options, train)
+        made = check_inputs(self.spec, self.head_spec, given, cache, train)
         made.legacy = legacy
         self._guard(made.given)
-        return made, cache, self._wanted(made, options, train)
+        return made, cache, self._forward_options(made, call_options, train)
 
     def _guard(self, given: dict[str, Any]) -> None:
         """Have a graph check the values that it gets. ValueError: what is traced is too long, padding included."""
@@ -93,10 +96,10 @@ class Forward:
         given[tokens] = short(given[tokens], learned.size - learned.offset)
 
     def _cache(
-        self, given: Mapping[str, Any], past: Any, options: Mapping[str, Any], train: bool
+        self, given: Mapping[str, Any], past: Any, call_options: Mapping[str, Any], train: bool
     ) -> tuple[Cache | None, bool]:
         """The cache, and whether it goes out as tuples (the form in which it came, or the hub's when none did)."""
-        asked = options.get("use_cache")
+        asked = call_options.get("use_cache")
         use = bool(getattr(self.config, "use_cache", False) and not train if asked is None else asked)
         if not self.spec.causal:
             if asked or past is not None:
@@ -122,22 +125,24 @@ class Forward:
     def _new_cache(self: Any, rows: Size, max_length: int | None) -> Cache:
         return init_cache(self.spec, rows, max_length, self.compute_dtype)
 
-    def _wanted(self, made: Checked, options: Mapping[str, Any], train: bool) -> Wanted:
-        keep = options.get("logits_to_keep") or 0
+    def _forward_options(
+        self, made: CheckedInputs, call_options: Mapping[str, Any], train: bool
+    ) -> ForwardOptions:
+        keep = call_options.get("logits_to_keep") or 0
         if not isinstance(keep, int):
             raise TypeError(
                 f"logits_to_keep must be how many of the last tokens, an int, got {type(keep).__name__}"
             )
-        return Wanted(
+        return ForwardOptions(
             train=train,
-            attentions=self._option(options, "output_attentions"),
-            hidden_states=self._option(options, "output_hidden_states"),
+            attentions=self._option(call_options, "output_attentions"),
+            hidden_states=self._option(call_options, "output_hidden_states"),
             fresh=made.fresh,
             keep=keep,
             choices=made.choices,
             nested=made.nested,
         )
 
-    def _option(self, options: Mapping[str, Any], name: str) -> bool:
-        value = options.get(name)
+    def _option(self, call_options: Mapping[str, Any], name: str) -> bool:
+        value = call_options.get(name)
         return bool(getattr(self.config, name) if value is None else value)

@@ -16,13 +16,13 @@ import tensorflow as tf
 from monoblock.backends.tf.arrays import shown
 from monoblock.backends.tf.binding import tensors
 from monoblock.backends.tf.cache import Cache, init_cache
-from monoblock.backends.tf.checked import checked
-from monoblock.backends.tf.compiled import LOOP
+from monoblock.backends.tf.checked import check_inputs
+from monoblock.backends.tf.compiled import LOOP_OPS
 from monoblock.backends.tf.ops import Tensor, size
-from monoblock.backends.tf.steps import looped, passed
+from monoblock.backends.tf.passes import compiled_loop, forward_pass
 from monoblock.backends.xla import compiled_beams
-from monoblock.backends.xla.compiled import Start
-from monoblock.backends.xla.inputs import Wanted
+from monoblock.backends.xla.compiled import LoopStart
+from monoblock.backends.xla.inputs import ForwardOptions
 from monoblock.generation import beam_program as search
 from monoblock.generation.compiled_loop import NO_TOKEN, Program, TokenBuffer
 from monoblock.generation.config import GenerationConfig
@@ -80,7 +80,7 @@ def prompt(inputs: Any, arguments: dict[str, Any]) -> Prompt:
     return Prompt(ids, None if mask is None else tf.cast(tensors("attention_mask", mask), tf.int32))
 
 
-class Decoder:
+class GraphDecoder:
     """What the framework-free loop asks for; the tokens are made by `run`."""
 
     attentions = hidden_states = None
@@ -122,7 +122,7 @@ def run(prompt: Prompt, generation: Any, program: Program) -> Any:
     mask = given.get("attention_mask", tf.ones((rows, count), tf.int32))
     mask = tf.concat((mask, tf.ones((rows, new), mask.dtype)), axis=1)
     cache = init_cache(decoder.model.spec, rows, count + new, decoder.model.compute_dtype)
-    found = passed(decoder.model, {**given, "attention_mask": mask}, cache, Wanted(keep=1))
+    found = forward_pass(decoder.model, {**given, "attention_mask": mask}, cache, ForwardOptions(keep=1))
     assert found.cache is not None
     copy_of = tf.repeat(tf.range(rows), plan.copies)
     ids = tf.zeros((rows, 0), tf.int32) if prompt.ids_bn is None else prompt.ids_bn
@@ -135,29 +135,31 @@ def run(prompt: Prompt, generation: Any, program: Program) -> Any:
     valid = mask[:, : ids.shape[1]] != 0
     setting = generation.context
     numbers = program.inputs(generation.fields, setting.prompt_bn, None, new)
-    start = Start(
+    start = LoopStart(
         scores_bv=scores,
         cache=found.cache if plan.copies == 1 else found.cache.reorder(copy_of),
         constant=constant,
         text=_placed(program.token_buffer(setting.prompt_bn, None), ids, valid),
         given=numbers._replace(prompt=_placed(numbers.prompt, ids, valid)),
         limits=tf.constant((new, new)),
-        draws=LOOP.draws(generation.generator, needed=True),
+        draws=LOOP_OPS.draws(generation.generator, needed=True),
     )
     record = OutputCollector(plan.config, generation.make_result)
     if program.search is not None:
         return _searched(generation, program, start, ids, record)
-    end = looped(decoder.model, program, start)
+    end = compiled_loop(decoder.model, program, start)
     decoder.past_key_values = end.cache
     return record.output(tf.concat((ids, end.new_br[:, :new]), axis=1), decoder)
 
 
-def _searched(generation: Any, program: Program, start: Start, ids: Tensor, record: OutputCollector) -> Any:
+def _searched(
+    generation: Any, program: Program, start: LoopStart, ids: Tensor, record: OutputCollector
+) -> Any:
     """The best texts of a search; `ids` have a row for each beam."""
     decoder, plan = generation.decoder, generation.plan
     count = plan.config.num_return_sequences or 1
-    begun = tf.nest.map_structure(shown, compiled_beams.begun(generation, program))
-    end = looped(decoder.model, program, start._replace(search=begun))
+    begun = tf.nest.map_structure(shown, compiled_beams.beam_start(generation, program))
+    end = compiled_loop(decoder.model, program, start._replace(search=begun))
     decoder.past_key_values = end.cache
     new, scores, rows = texts(end.running, count, program.pad, plan.new_tokens)
     prompts = tf.repeat(ids[:: plan.copies], count, axis=0)
@@ -191,7 +193,7 @@ def _of_known_rows(program: Program) -> list[str]:
     return [*beams, *dict(program.fields), *(name for name in program.numbers if name != "temperature")]
 
 
-def _given(prompt: Prompt, decoder: Decoder, config: GenerationConfig) -> tuple[dict[str, Any], int]:
+def _given(prompt: Prompt, decoder: GraphDecoder, config: GenerationConfig) -> tuple[dict[str, Any], int]:
     """The prompt's inputs as the network takes them, and how many tokens they are."""
     arguments = dict(decoder.inputs)
     if prompt.ids_bn is not None and "inputs_embeds" not in arguments:
@@ -199,7 +201,7 @@ def _given(prompt: Prompt, decoder: Decoder, config: GenerationConfig) -> tuple[
     if (mask := prompt.mask(config)) is not None:
         arguments["attention_mask"] = mask
     arguments = {name: tensors(name, value) for name, value in arguments.items()}
-    given = checked(
+    given = check_inputs(
         decoder.model.spec, decoder.model.head_spec, arguments, None, False, documents=False
     ).given
     tokens = given.get("input_ids", given.get("inputs_embeds"))

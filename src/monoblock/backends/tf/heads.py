@@ -18,7 +18,7 @@ from monoblock.backends.tf.namespace import XP
 from monoblock.backends.tf.ops import Tensor, size
 from monoblock.backends.tf.parts import Part
 from monoblock.backends.xla.checked import described
-from monoblock.backends.xla.inputs import Wanted
+from monoblock.backends.xla.inputs import ForwardOptions
 from monoblock.call_checks import (
     IGNORED,
     check_classes,
@@ -253,20 +253,20 @@ def scaled(logits: Tensor, spec: ArchSpec) -> Tensor:
     return logits
 
 
-def outputs(head: Head, hidden_bsw: Tensor, given: Given, wanted: Wanted) -> dict[str, Any]:
+def outputs(head: Head, hidden_bsw: Tensor, given: Given, options: ForwardOptions) -> dict[str, Any]:
     """The logits and, with labels, the loss, by the names of the head kind's output."""
-    return _OUTPUTS[head.spec.kind](head, hidden_bsw, given, wanted)
+    return _OUTPUTS[head.spec.kind](head, hidden_bsw, given, options)
 
 
-def _causal(head: Head, hidden: Tensor, given: Given, wanted: Wanted) -> dict[str, Any]:
-    if wanted.keep:
-        hidden = hidden[:, -wanted.keep :]
+def _causal(head: Head, hidden: Tensor, given: Given, options: ForwardOptions) -> dict[str, Any]:
+    if options.keep:
+        hidden = hidden[:, -options.keep :]
     logits, labels = head(hidden), given.get("labels")
     loss = None if labels is None else causal_loss(logits, labels, given.get("num_items_in_batch"))
     return {"loss": loss, "logits": logits}
 
 
-def _sequence(head: Head, hidden: Tensor, given: Given, _: Wanted) -> dict[str, Any]:
+def _sequence(head: Head, hidden: Tensor, given: Given, _: ForwardOptions) -> dict[str, Any]:
     if head.spec.pad_id is None and (hidden.shape[0] or 1) > 1:
         raise ValueError(
             "Cannot handle batch sizes > 1 if no padding token is defined: set model.config.pad_token_id"
@@ -275,7 +275,7 @@ def _sequence(head: Head, hidden: Tensor, given: Given, _: Wanted) -> dict[str, 
     return _classified(head, head(last_tokens(hidden, ids, mask, head.spec)), given)
 
 
-def _first(head: Head, hidden: Tensor, given: Given, _: Wanted) -> dict[str, Any]:
+def _first(head: Head, hidden: Tensor, given: Given, _: ForwardOptions) -> dict[str, Any]:
     return _classified(head, head(hidden), given)
 
 
@@ -286,16 +286,16 @@ def _classified(head: Head, logits: Tensor, given: Given) -> dict[str, Any]:
     return {"loss": loss, "logits": logits}
 
 
-def _choice(head: Head, hidden: Tensor, given: Given, wanted: Wanted) -> dict[str, Any]:
+def _choice(head: Head, hidden: Tensor, given: Given, options: ForwardOptions) -> dict[str, Any]:
     labels, count = given.get("labels"), given.get("num_items_in_batch")
     pooled = head.model.main.role("pooler")(hidden)
-    logits = tf.reshape(head(pooled), (-1, wanted.choices))
+    logits = tf.reshape(head(pooled), (-1, options.choices))
     return {"loss": None if labels is None else row_loss(logits, labels, count), "logits": logits}
 
 
-def _double(head: Head, hidden: Tensor, given: Given, wanted: Wanted) -> dict[str, Any]:
+def _double(head: Head, hidden: Tensor, given: Given, options: ForwardOptions) -> dict[str, Any]:
     """Language model and multiple choice over hidden states of (batch * choices, s, w)."""
-    count, choices = given.get("num_items_in_batch"), wanted.choices
+    count, choices = given.get("num_items_in_batch"), options.choices
     summary = head.model.role("summary")
     logits, scores = head(hidden), summary(hidden, positions=given.get("mc_token_ids"), seed=head.seed)
     loss = mc_loss = None
@@ -303,7 +303,7 @@ def _double(head: Head, hidden: Tensor, given: Given, wanted: Wanted) -> dict[st
         with plainly():
             check_tokens_have_labels(described(XP, "labels", labels), logits.shape)
         loss = causal_loss(logits, tf.reshape(labels, (-1, size(labels, -1))), count)
-    if wanted.nested:
+    if options.nested:
         scores = tf.reshape(scores, (-1, choices, *scores.shape[1:]))
     scores = tf.squeeze(scores, -1) if scores.shape[-1] == 1 else scores
     if (mc_labels := given.get("mc_labels")) is not None:
@@ -311,18 +311,18 @@ def _double(head: Head, hidden: Tensor, given: Given, wanted: Wanted) -> dict[st
             scores if len(scores.shape) > 1 else scores[None]
         )  # rows without choices are those of one text
         mc_loss = row_loss(choices_bv, mc_labels, count, "mc_labels")
-    if wanted.nested:
+    if options.nested:
         logits = tf.reshape(logits, (-1, choices, size(logits, 1), logits.shape[-1]))
     return {"loss": loss, "mc_loss": mc_loss, "logits": logits, "mc_logits": scores}
 
 
-def _token(head: Head, hidden: Tensor, given: Given, _: Wanted) -> dict[str, Any]:
+def _token(head: Head, hidden: Tensor, given: Given, _: ForwardOptions) -> dict[str, Any]:
     logits, labels = head(hidden), given.get("labels")
     loss = None if labels is None else token_loss(logits, labels, given.get("num_items_in_batch"))
     return {"loss": loss, "logits": logits}
 
 
-def _span(head: Head, hidden: Tensor, given: Given, _: Wanted) -> dict[str, Any]:
+def _span(head: Head, hidden: Tensor, given: Given, _: ForwardOptions) -> dict[str, Any]:
     start, end = tf.unstack(head(hidden), num=2, axis=-1)
     starts, ends = given.get("start_positions"), given.get("end_positions")
     loss = None

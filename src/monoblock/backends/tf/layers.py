@@ -141,7 +141,7 @@ class Tied(keras.layers.Layer):
 
 
 @dataclass(frozen=True)
-class Leaf:
+class LeafLayer:
     """A module without children, and the shape that builds it."""
 
     layer: Any
@@ -155,7 +155,7 @@ class Leaves:
     def __init__(self, spec: ArchSpec, head: HeadSpec | None, policy: Any, table: str) -> None:
         self.spec, self.head, self.policy, self.table = spec, head, policy, table
 
-    def __call__(self, role: str, classes: Mapping[str, str], name: str, layer: int) -> Leaf | None:
+    def __call__(self, role: str, classes: Mapping[str, str], name: str, layer: int) -> LeafLayer | None:
         spec, head, drop = self.spec, self.head, self.spec.dropout
         if (sizes := roles.matrix(role, spec, head)) is not None:
             return self._linear(*sizes, name, conv=roles.transposed(role, classes))
@@ -167,7 +167,7 @@ class Leaves:
             return self._head(role, name)
         match role:
             case "act":
-                return Leaf(ACT[spec.mlp.act])
+                return LeafLayer(ACT[spec.mlp.act])
             case "embed_drop":
                 return self._dropout(drop.embed, EMBEDDED, name)
             case "attn_drop" | "out_drop" | "mlp_drop" | "layer_drop":
@@ -180,7 +180,7 @@ class Leaves:
             case _:
                 raise ValueError(f"no layer plays the role {role!r}")
 
-    def _head(self, role: str, name: str) -> Leaf | None:
+    def _head(self, role: str, name: str) -> LeafLayer | None:
         spec, head = self.spec, self.head
         assert head is not None
         kind, summary = KINDS[head.kind], head.summary
@@ -188,14 +188,14 @@ class Leaves:
             case "head_out":
                 outputs = head.size(spec.vocab)
                 if kind.size == "vocab" and spec.tie_head:
-                    return Leaf(Tied(name=name, dtype=self.policy))
+                    return LeafLayer(Tied(name=name, dtype=self.policy))
                 # The bias over the vocabulary is the part's around it.
                 bias = kind.bias and kind.size != "vocab"
                 return None if outputs is None else self._linear(spec.width, outputs, bias, name)
             case "head_drop":
                 return self._dropout(head.dropout, HEAD, name)
             case "head_act":
-                return Leaf(tf.identity if summary and not summary.tanh else tf.tanh)
+                return LeafLayer(tf.identity if summary and not summary.tanh else tf.tanh)
             case "head_drop_in" if summary:
                 return self._dropout(summary.dropout_in, HEAD + 2, name)
             case "head_drop_out" if summary:
@@ -203,19 +203,19 @@ class Leaves:
             case _:
                 return None
 
-    def _linear(self, inputs: int, outputs: int, bias: bool, name: str, conv: bool = False) -> Leaf:
+    def _linear(self, inputs: int, outputs: int, bias: bool, name: str, conv: bool = False) -> LeafLayer:
         kind = Conv1D if conv else keras.layers.Dense
         begun = initial(self.spec)
         made = kind(outputs, use_bias=bias, kernel_initializer=begun, name=name, dtype=self.policy)
-        return Leaf(made, (None, None, inputs))
+        return LeafLayer(made, (None, None, inputs))
 
-    def _rows(self, rows: int, columns: int, name: str, variable: str = "embeddings") -> Leaf:
+    def _rows(self, rows: int, columns: int, name: str, variable: str = "embeddings") -> LeafLayer:
         kind = keras.layers.Embedding if variable == "embeddings" else Table
         begun = initial(self.spec)
-        return Leaf(kind(rows, columns, embeddings_initializer=begun, name=name, dtype=self.policy))
+        return LeafLayer(kind(rows, columns, embeddings_initializer=begun, name=name, dtype=self.policy))
 
-    def _norm(self, norm: Norm, width: int, name: str) -> Leaf:
-        return Leaf(NormLayer(norm, name=name, dtype=self.policy), (None, None, width))
+    def _norm(self, norm: Norm, width: int, name: str) -> LeafLayer:
+        return LeafLayer(NormLayer(norm, name=name, dtype=self.policy), (None, None, width))
 
-    def _dropout(self, rate: float, place: int, name: str) -> Leaf:
-        return Leaf(Dropout(rate, place, name=name, dtype=self.policy))
+    def _dropout(self, rate: float, place: int, name: str) -> LeafLayer:
+        return LeafLayer(Dropout(rate, place, name=name, dtype=self.policy))

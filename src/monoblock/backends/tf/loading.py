@@ -35,7 +35,7 @@ IN_FILES = {
 
 
 @dataclass(frozen=True)
-class Slot:
+class StoredVariable:
     """A variable of a layer, as the hub's files hold it: matrices are outputs x inputs, but for Conv1D's, and biases
     have one axis."""
 
@@ -76,10 +76,10 @@ class Slot:
         self.variable.assign(np.ascontiguousarray(values, dtype=DTYPES[self.variable.dtype]))
 
 
-def slots(layer: Any, name: str) -> dict[str, Slot]:
+def stored_variables(layer: Any, name: str) -> dict[str, StoredVariable]:
     """The parameters of a layer's own, by their names in files; `name` is the layer's."""
     own = [*layer._trainable_variables, *layer._non_trainable_variables]
-    return {f"{name}.{IN_FILES[v.name]}": Slot(layer, v) for v in own if v.name in IN_FILES}
+    return {f"{name}.{IN_FILES[v.name]}": StoredVariable(layer, v) for v in own if v.name in IN_FILES}
 
 
 def chosen_dtype(asked: Any, configured: str | None, tensors: Tensors) -> Any:
@@ -103,7 +103,7 @@ def chosen_dtype(asked: Any, configured: str | None, tensors: Tensors) -> Any:
 
 
 def load(
-    found: Mapping[str, Slot],
+    found: Mapping[str, StoredVariable],
     shapes: Mapping[str, tuple[int, ...]],
     keymap: KeyMap,
     tensors: Tensors,

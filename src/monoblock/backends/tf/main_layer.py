@@ -34,7 +34,7 @@ from monoblock.backends.tf.ops import Tensor, size
 from monoblock.backends.tf.parts import Builder, Part, at, places
 from monoblock.backends.tf.serving import Configured
 from monoblock.backends.xla.checked import dropouts
-from monoblock.backends.xla.inputs import AT_REST, Wanted
+from monoblock.backends.xla.inputs import DEFAULT_OPTIONS, ForwardOptions
 from monoblock.config import PretrainedConfig, as_own_config
 from monoblock.heads import HeadSpec
 
@@ -81,21 +81,24 @@ class MainLayer(Forward, Configured, Part):
         """Token ids (b, s) as vectors (b, s, w)."""
         return looked_up(self.at("embed"), input_ids, self.spec)
 
-    def seed(self, wanted: Wanted) -> Tensor | None:
+    def seed(self, options: ForwardOptions) -> Tensor | None:
         """The seed of a call's dropouts; None if nothing drops."""
-        return tf.cast(self.seeds.next(), tf.int32) if wanted.train and self.seeds is not None else None
+        return tf.cast(self.seeds.next(), tf.int32) if options.train and self.seeds is not None else None
 
     @tf.autograph.experimental.do_not_convert
     def network(
-        self, given: Mapping[str, Tensor], cache: Cache | None = None, wanted: Wanted = AT_REST
+        self,
+        given: Mapping[str, Tensor],
+        cache: Cache | None = None,
+        options: ForwardOptions = DEFAULT_OPTIONS,
     ) -> dict[str, Any]:
-        found = self.hidden(given, cache, wanted, self.seed(wanted))
+        found = self.hidden(given, cache, options, self.seed(options))
         if self.has("pooler"):
             found["pooler_output"] = self.call_role("pooler", found["last_hidden_state"])
         return found
 
     def hidden(
-        self, given: Mapping[str, Tensor], cache: Cache | None, wanted: Wanted, seed: Tensor | None
+        self, given: Mapping[str, Tensor], cache: Cache | None, options: ForwardOptions, seed: Tensor | None
     ) -> dict[str, Any]:
         """The outputs without the pooler's; see `network`."""
         x, types = given.get("inputs_embeds"), given.get("token_type_ids")
@@ -106,25 +109,27 @@ class MainLayer(Forward, Configured, Part):
         if types is not None:
             x = x + self.lookup(types)
         count = size(x, 1)
-        call = prepare(self.spec, given, count, cache, wanted)
-        call = replace(call, seed=seed, checkpointing=self.gradient_checkpointing)
+        context = prepare(self.spec, given, count, cache, options)
+        context = replace(context, seed=seed, checkpointing=self.gradient_checkpointing)
         held = None if cache is None else tuple(cache.layer(i) for i in range(self.spec.layers))
         x = (
-            self.call_role("embeddings", x, call=call)
+            self.call_role("embeddings", x, context=context)
             if self.has("embeddings")
-            else positioned(self, x, call)
+            else positioned(self, x, context)
         )
         if self.has("stack"):
-            out = self.call_role("stack", x, call=call, layers=held, hidden_states=wanted.hidden_states)
+            out = self.call_role(
+                "stack", x, context=context, layers=held, hidden_states=options.hidden_states
+            )
         else:
-            out = run_layers(self, x, call, held, wanted.hidden_states)
+            out = run_layers(self, x, context, held, options.hidden_states)
         found = {
             "last_hidden_state": out.hidden,
             "hidden_states": out.hidden_states,
             "attentions": out.attentions,
         }
         if cache is not None and out.layers is not None:
-            seen = tf.zeros((), tf.int32) if wanted.fresh else cache.length
+            seen = tf.zeros((), tf.int32) if options.fresh else cache.length
             found["past_key_values"] = replace(
                 cache,
                 keys=tuple(layer.keys for layer in out.layers),

@@ -17,7 +17,7 @@ from typing import Any
 import tensorflow as tf
 
 from monoblock.backends.tf import attention
-from monoblock.backends.tf.cache import Layer
+from monoblock.backends.tf.cache import CacheLayer
 from monoblock.backends.tf.layers import EMBEDDED, OF_LAYER, PLACES, rows_of
 from monoblock.backends.tf.ops import (
     Tensor,
@@ -34,11 +34,11 @@ from monoblock.backends.tf.scope import Scope
 from monoblock.positions import is_dynamic
 from monoblock.spec import Alibi, ArchSpec, Buckets, Learned, Rotary
 
-Given = tuple[Tensor, Tensor | None, Layer | None]  # a state, attention weights, a layer of the cache
+Given = tuple[Tensor, Tensor | None, CacheLayer | None]  # a state, attention weights, a layer of the cache
 
 
 @dataclass(frozen=True)
-class Call:
+class ForwardContext:
     """What one forward pass gives to every block.
 
     Positions, of the tokens that come in and of all places, count tokens without padding; a first axis of 1 stands
@@ -66,16 +66,16 @@ class StackOutput:
     """The hidden state after the last norm, and what was asked for besides."""
 
     hidden: Tensor
-    layers: tuple[Layer, ...] | None
+    layers: tuple[CacheLayer, ...] | None
     hidden_states: tuple[Tensor, ...] | None
     attentions: tuple[Tensor, ...] | None
 
 
-def dropout(part: Part, role: str, x: Tensor, call: Call, shift: int = 0) -> Tensor:
+def dropout(part: Part, role: str, x: Tensor, context: ForwardContext, shift: int = 0) -> Tensor:
     """With the dropout that plays a role, where there is one."""
-    if call.seed is None or not part.has(role):
+    if context.seed is None or not part.has(role):
         return x
-    return part.role(role)(x, seed=call.seed, shift=shift)
+    return part.role(role)(x, seed=context.seed, shift=shift)
 
 
 # ---------------------------------------------------------------------------- attention
@@ -95,23 +95,23 @@ class Attention(Part):
         rotary = spec.position(Rotary)
         self.late_rotary = rotary if is_dynamic(rotary) else None
 
-    def call(self, x_bsw: Tensor, call: Call, layer: Layer | None = None) -> Given:
+    def call(self, x_bsw: Tensor, context: ForwardContext, layer: CacheLayer | None = None) -> Given:
         q, k, v = self.heads(*self.projected(x_bsw))
-        if call.cos is not None and call.sin is not None:
-            q = rotate(q, call.cos, call.sin)
-            k = k if self.late_rotary else rotate(k, call.cos, call.sin)
-        k, v, scope, layer = self.remembered(k, v, call, layer)
+        if context.cos is not None and context.sin is not None:
+            q = rotate(q, context.cos, context.sin)
+            k = k if self.late_rotary else rotate(k, context.cos, context.sin)
+        k, v, scope, layer = self.remembered(k, v, context, layer)
         if self.late_rotary:
-            k = self.rotated(k, call, scope)
+            k = self.rotated(k, context, scope)
         scope = replace(scope, window=self.window)
-        out, weights = self.attended(q, k, v, scope, call)
-        if call.head_mask is not None:
+        out, weights = self.attended(q, k, v, scope, context)
+        if context.head_mask is not None:
             # A factor on a head's weights is one on its output.
-            factor = tf.cast(call.head_mask[self.index], out.dtype)
+            factor = tf.cast(context.head_mask[self.index], out.dtype)
             out = out * factor
             weights = None if weights is None else weights * factor
         out = tf.reshape(tf.transpose(out, (0, 2, 1, 3)), (size(x_bsw, 0), size(x_bsw, 1), self.q_size))
-        return dropout(self, "out_drop", self.call_role("out", out), call), weights, layer
+        return dropout(self, "out_drop", self.call_role("out", out), context), weights, layer
 
     def projected(self, x_bsw: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries (b, s, h * d), keys and values (b, s, g * d)."""
@@ -145,43 +145,43 @@ class Attention(Part):
         return q, k, v
 
     def attended(
-        self, q: Tensor, k: Tensor, v: Tensor, scope: Scope, call: Call
+        self, q: Tensor, k: Tensor, v: Tensor, scope: Scope, context: ForwardContext
     ) -> tuple[Tensor, Tensor | None]:
         """The attention's output (b, h, s, d), and its weights if they are asked for."""
         att, rate, seed = self.spec, self.rate, None
         if self.has("attn_drop"):
             rate = self.role("attn_drop").rate
-        if call.seed is not None and rate:
-            seed = tf.random.fold_in(call.seed, OF_LAYER * (self.index + 1) + PLACES["attn_drop"])
-        kernel = attention.Kernel(att.scale, att.softcap, rate, seed, again=call.train)
-        if call.attentions:
+        if context.seed is not None and rate:
+            seed = tf.random.fold_in(context.seed, OF_LAYER * (self.index + 1) + PLACES["attn_drop"])
+        kernel = attention.Kernel(att.scale, att.softcap, rate, seed, again=context.train)
+        if context.attentions:
             return attention.attend_eager(q, k, v, scope, kernel)
         return attention.attend(q, k, v, scope, kernel), None
 
     def remembered(
-        self, k: Tensor, v: Tensor, call: Call, layer: Layer | None
-    ) -> tuple[Tensor, Tensor, Scope, Layer | None]:
+        self, k: Tensor, v: Tensor, context: ForwardContext, layer: CacheLayer | None
+    ) -> tuple[Tensor, Tensor, Scope, CacheLayer | None]:
         """The keys and values to attend to, the attention mask, and the layer of the cache with the new ones."""
-        if layer is None or call.fresh:
-            return k, v, call.scope, None if layer is None else layer.filled(k, v)
+        if layer is None or context.fresh:
+            return k, v, context.scope, None if layer is None else layer.filled(k, v)
         after = layer.appended(k, v)
-        if layer.grows or k.shape[2] == 1 or layer.slots == call.max_length:
-            places = after.places(layer.length + size(k, 2))
+        if layer.grows or k.shape[2] == 1 or layer.slots == context.max_length:
+            places = after.token_indices(layer.length + size(k, 2))
             keys, values = tf.cast(after.keys, k.dtype), tf.cast(after.values, v.dtype)
-            return keys, values, call.scope.of_keys(places), after
+            return keys, values, context.scope.of_keys(places), after
         # A window that rolls: the new tokens would push out what the first of them still see.
-        places = tf.concat((layer.places(layer.length), call.scope.index_q), axis=0)
+        places = tf.concat((layer.token_indices(layer.length), context.scope.index_q), axis=0)
         k, v = (
             tf.concat((tf.cast(held, new.dtype), new), axis=2)
             for held, new in ((layer.keys, k), (layer.values, v))
         )
-        return k, v, call.scope.of_keys(places), after
+        return k, v, context.scope.of_keys(places), after
 
-    def rotated(self, k: Tensor, call: Call, scope: Scope) -> Tensor:
+    def rotated(self, k: Tensor, context: ForwardContext, scope: Scope) -> Tensor:
         """All cached keys rotated by the angles of today's length."""
         assert self.late_rotary is not None
-        length_b = tf.gather(call.key_positions_bk, scope.index_q[-1], axis=1) + 1
-        positions = tf.gather(call.key_positions_bk, tf.maximum(scope.index_k, 0), axis=1)
+        length_b = tf.gather(context.key_positions_bk, scope.index_q[-1], axis=1) + 1
+        positions = tf.gather(context.key_positions_bk, tf.maximum(scope.index_k, 0), axis=1)
         cos, sin = rotations(positions, self.late_rotary, k.dtype, length_b)
         return rotate(k, cos, sin)
 
@@ -189,16 +189,16 @@ class Attention(Part):
 class Wrapper(Part):
     """Calls the attention that it holds."""
 
-    def call(self, x_bsw: Tensor, call: Call, layer: Layer | None = None) -> Given:
-        return self.call_role("attention", x_bsw, call=call, layer=layer)
+    def call(self, x_bsw: Tensor, context: ForwardContext, layer: CacheLayer | None = None) -> Given:
+        return self.call_role("attention", x_bsw, context=context, layer=layer)
 
 
 class AttentionNorm(Part):
     """`norm(x + dropout(attention(x)))`."""
 
-    def call(self, x: Tensor, call: Call, layer: Layer | None = None) -> Given:
-        y, weights, layer = self.call_role("attention", x, call=call, layer=layer)
-        return self.call_role("norm1", dropout(self, "out_drop", y, call) + x), weights, layer
+    def call(self, x: Tensor, context: ForwardContext, layer: CacheLayer | None = None) -> Given:
+        y, weights, layer = self.call_role("attention", x, context=context, layer=layer)
+        return self.call_role("norm1", dropout(self, "out_drop", y, context) + x), weights, layer
 
 
 # ---------------------------------------------------------------------------- MLP
@@ -212,12 +212,12 @@ class Mlp(Part):
         self.gated, self.rate = spec.mlp.gated, spec.dropout.residual
         self.place = OF_LAYER * (layer + 1) + PLACES["mlp_drop"]
 
-    def call(self, x_bsw: Tensor, call: Call, residual_bsw: Tensor | None = None) -> Tensor:
+    def call(self, x_bsw: Tensor, context: ForwardContext, residual_bsw: Tensor | None = None) -> Tensor:
         act, up = self.role("act"), self.call_role("up", x_bsw)
         y = self.call_role("down", act(self.call_role("gate", x_bsw)) * up if self.gated else act(up))
         if residual_bsw is not None:
-            return dropped(y, self.rate, call.seed, self.place) + residual_bsw
-        return dropout(self, "mlp_drop", y, call)
+            return dropped(y, self.rate, context.seed, self.place) + residual_bsw
+        return dropout(self, "mlp_drop", y, context)
 
 
 class Widen(Part):
@@ -230,8 +230,10 @@ class Widen(Part):
 class Narrow(Part):
     """`norm(dropout(down(x)) + residual)`."""
 
-    def call(self, x: Tensor, call: Call, residual: Tensor) -> Tensor:
-        return self.call_role("norm2", dropout(self, "mlp_drop", self.call_role("down", x), call) + residual)
+    def call(self, x: Tensor, context: ForwardContext, residual: Tensor) -> Tensor:
+        return self.call_role(
+            "norm2", dropout(self, "mlp_drop", self.call_role("down", x), context) + residual
+        )
 
 
 # ---------------------------------------------------------------------------- block
@@ -249,24 +251,24 @@ class Block(Part):
         )
         self.adds = self.has("mlp_add")
 
-    def call(self, x: Tensor, call: Call, layer: Layer | None = None) -> Given:
+    def call(self, x: Tensor, context: ForwardContext, layer: CacheLayer | None = None) -> Given:
         attend = functools.partial(self.call_role, self.attention_role)
         if self.order == "pre":  # norms before the sub-layers
-            y, weights, layer = attend(self.call_role("norm1", x), call=call, layer=layer)
+            y, weights, layer = attend(self.call_role("norm1", x), context=context, layer=layer)
             if self.adds:
-                x = x + dropout(self, "layer_drop", y, call)
-                x = self.call_role("mlp_add", self.call_role("norm2", x), call=call, residual_bsw=x)
+                x = x + dropout(self, "layer_drop", y, context)
+                x = self.call_role("mlp_add", self.call_role("norm2", x), context=context, residual_bsw=x)
             else:
                 x = x + y
-                y = self.call_role("mlp", self.call_role("norm2", x), call=call)
-                x = x + dropout(self, "layer_drop", y, call, shift=1)
+                y = self.call_role("mlp", self.call_role("norm2", x), context=context)
+                x = x + dropout(self, "layer_drop", y, context, shift=1)
         elif self.order == "post":  # norms after the sums
-            y, weights, layer = attend(x, call=call, layer=layer)
+            y, weights, layer = attend(x, context=context, layer=layer)
             x = self.call_role("norm1", x + y)
-            x = self.call_role("norm2", x + self.call_role("mlp", x, call=call))
+            x = self.call_role("norm2", x + self.call_role("mlp", x, context=context))
         else:  # sub-layers that add and norm by themselves
-            x, weights, layer = attend(x, call=call, layer=layer)
-            x = self.call_role("narrow", self.call_role("widen", x), call=call, residual=x)
+            x, weights, layer = attend(x, context=context, layer=layer)
+            x = self.call_role("narrow", self.call_role("widen", x), context=context, residual=x)
         return x, weights, layer
 
 
@@ -286,25 +288,25 @@ class Embeddings(Part):
         """The table of the tokens' vectors."""
         return self.role("embed").embeddings
 
-    def call(self, x_bsw: Tensor, call: Call) -> Tensor:
-        return positioned(self, x_bsw, call)
+    def call(self, x_bsw: Tensor, context: ForwardContext) -> Tensor:
+        return positioned(self, x_bsw, context)
 
 
-def positioned(part: Any, x: Tensor, call: Call) -> Tensor:
+def positioned(part: Any, x: Tensor, context: ForwardContext) -> Tensor:
     """Embedded tokens with their positions, norm and dropout; a share of the gradient if the spec says so."""
     spec: ArchSpec = part.spec
     if part.has("pos_embed"):
-        learned, rows = spec.position(Learned), part.role("pos_embed")(call.positions_bs)
+        learned, rows = spec.position(Learned), part.role("pos_embed")(context.positions_bs)
         if learned is not None and learned.pad_id is not None:
-            rows = untrained(rows, call.positions_bs == learned.offset - 1)
+            rows = untrained(rows, context.positions_bs == learned.offset - 1)
         x = x + rows
     if part.has("embed_norm"):
         x = part.call_role("embed_norm", x)
     if (share := spec.embed_gradient) != 1.0:
         x = x * share + tf.stop_gradient(x) * (1 - share)
     if part.has("embed_drop"):
-        return dropout(part, "embed_drop", x, call)
-    return dropped(x, spec.dropout.embed, call.seed, EMBEDDED)
+        return dropout(part, "embed_drop", x, context)
+    return dropped(x, spec.dropout.embed, context.seed, EMBEDDED)
 
 
 def looked_up(table: Any, input_ids: Tensor, spec: ArchSpec) -> Tensor:
@@ -339,25 +341,25 @@ class Stack(Part):
     def call(
         self,
         x_bsw: Tensor,
-        call: Call,
-        layers: tuple[Layer, ...] | None = None,
+        context: ForwardContext,
+        layers: tuple[CacheLayer, ...] | None = None,
         hidden_states: bool = False,
     ) -> StackOutput:
-        return run_layers(self, x_bsw, call, layers, hidden_states)
+        return run_layers(self, x_bsw, context, layers, hidden_states)
 
 
 def run_layers(
-    part: Any, x: Tensor, call: Call, layers: tuple[Layer, ...] | None, hidden_states: bool
+    part: Any, x: Tensor, context: ForwardContext, layers: tuple[CacheLayer, ...] | None, hidden_states: bool
 ) -> StackOutput:
     """All layers and the final norm, on embedded tokens (b, s, w)."""
-    call = prepared(part, x, call, cached=layers is not None)
+    context = prepared(part, x, context, cached=layers is not None)
     blocks = part.role("layers")
     states, weights, after = [x], [], []
     for block, layer in zip(blocks, layers or (None,) * len(blocks), strict=True):
-        if call.checkpointing and call.train and layer is None and not call.attentions:
-            x = again(block, x, call)
+        if context.checkpointing and context.train and layer is None and not context.attentions:
+            x = again(block, x, context)
         else:
-            x, weight, layer = call_layer(block, x, call=call, layer=layer)
+            x, weight, layer = call_layer(block, x, context=context, layer=layer)
             weights.append(weight)
             after.append(layer)
         states.append(x)
@@ -366,13 +368,13 @@ def run_layers(
         hidden=hidden,
         layers=tuple(after) if layers else None,
         hidden_states=tuple(states) if hidden_states else None,
-        attentions=tuple(weights) if call.attentions else None,
+        attentions=tuple(weights) if context.attentions else None,
     )
 
 
-def prepared(part: Any, x: Tensor, call: Call, cached: bool) -> Call:
+def prepared(part: Any, x: Tensor, context: ForwardContext, cached: bool) -> ForwardContext:
     """The call with what all layers share: ALiBi's slopes, the buckets' biases, RoPE's angles."""
-    spec, scope = part.spec, call.scope
+    spec, scope = part.spec, context.scope
     if alibi := spec.position(Alibi):
         scope = replace(scope, slopes_h=tf.constant(alibi.slopes(spec.attention.heads), tf.float32))
     if buckets := spec.position(Buckets):
@@ -381,18 +383,18 @@ def prepared(part: Any, x: Tensor, call: Call, cached: bool) -> Call:
         if not cached and attention.in_one_block(x.shape[1], scope.causal):  # once for all layers
             scope = replace(scope, table=biases(table, buckets_of(x.shape[1], buckets)), buckets=None)
     if rotary := spec.position(Rotary):
-        cos, sin = rotations(call.positions_bs, rotary, x.dtype)
-        call = replace(call, cos=cos, sin=sin)
-    return replace(call, scope=scope)
+        cos, sin = rotations(context.positions_bs, rotary, x.dtype)
+        context = replace(context, cos=cos, sin=sin)
+    return replace(context, scope=scope)
 
 
-def again(block: Any, x: Tensor, call: Call) -> Tensor:
+def again(block: Any, x: Tensor, context: ForwardContext) -> Tensor:
     """A block of which only the input is kept: the backward pass computes it anew. Tables that every block shares are
     arguments, since a gradient reaches nothing else."""
 
     def run(x: Tensor, *table: Tensor) -> Tensor:
-        scope = replace(call.scope, table=table[0]) if table else call.scope
-        return block(x, call=replace(call, scope=scope))[0]
+        scope = replace(context.scope, table=table[0]) if table else context.scope
+        return block(x, context=replace(context, scope=scope))[0]
 
-    arguments = (x,) if call.scope.table is None else (x, call.scope.table)
+    arguments = (x,) if context.scope.table is None else (x, context.scope.table)
     return tf.recompute_grad(run)(*arguments)

@@ -11,7 +11,7 @@ import numpy as np
 from monoblock import modules, tree
 from monoblock.backends.tf import loading
 from monoblock.backends.tf.layers import Tied
-from monoblock.backends.tf.loading import DTYPES, IN_FILES, Array, Slot
+from monoblock.backends.tf.loading import DTYPES, IN_FILES, Array, StoredVariable
 from monoblock.backends.tf.parts import layers_of
 from monoblock.checkpoint.array_adapters import HUB_NAMES
 from monoblock.checkpoint.keymap import KeyMap, TensorSource
@@ -66,28 +66,28 @@ class Parameters:
         keymap = self.keymap()
         return {name: keymap.source(name) for name in self.parameter_shapes()}
 
-    def slots(self) -> dict[str, Slot]:
+    def stored_variables(self) -> dict[str, StoredVariable]:
         """Name in files -> the variable of that parameter, in the order of the forward pass; then those that no output
         depends on."""
         inside, found = f"{self.family.prefix}." if self.headed else "", {}
         for path, layer in layers_of(self.main, self.main.layout, self.spec.layers):
-            found |= loading.slots(layer, inside + path)
+            found |= loading.stored_variables(layer, inside + path)
         for path, layer in layers_of(self, modules.ModuleSpec("", "", self.head_layers()), 0):
-            found |= loading.slots(layer, path)
+            found |= loading.stored_variables(layer, path)
         used = [name for source in self.sources().values() for name in source.names]
         return {name: found[name] for name in (*used, *(name for name in found if name not in used))}
 
     def parameter_variables(self) -> dict[str, Any]:
         """Name in files -> Keras variable. A `kernel` is the file's matrix transposed."""
-        return {name: slot.variable for name, slot in self.slots().items()}
+        return {name: slot.variable for name, slot in self.stored_variables().items()}
 
     def variable(self, name: str) -> Any:
         """The Keras variable of a parameter, by its name in files."""
-        return self.slots()[name].variable
+        return self.stored_variables()[name].variable
 
     def parameter(self, name: str) -> Array:
         """A parameter's values as files hold them, adapters (`enable_lora`) taken in."""
-        return self.slots()[name].read()
+        return self.stored_variables()[name].read()
 
     def tied(self) -> dict[str, str]:
         """Second names: canonical name -> the canonical parameter that it shares."""
@@ -98,12 +98,12 @@ class Parameters:
         self._check_not_quantized("saved by the hub's names")
         return {
             name: LazyTensor(dtype=HUB_NAMES[slot.variable.dtype], shape=slot.shape, make=slot.read)
-            for name, slot in self.slots().items()
+            for name, slot in self.stored_variables().items()
             if name not in self.unsaved
         }
 
     def _check_not_quantized(self, what: str) -> None:
-        if any(slot.layer.quantization_mode is not None for slot in self.slots().values()):
+        if any(slot.layer.quantization_mode is not None for slot in self.stored_variables().values()):
             raise ValueError(f"quantised weights cannot be {what}: do that before model.quantize()")
 
     # ------------------------------------------------------------------ weights
@@ -116,7 +116,7 @@ class Parameters:
 
         MissingKeys, UnexpectedKeys, UnreadKeys and ShapeMismatch name the first tensor that does not fit.
         """
-        keymap, found = self.keymap(), self.slots()
+        keymap, found = self.keymap(), self.stored_variables()
         report = loading.load(
             found,
             self.parameter_shapes(),
@@ -169,12 +169,12 @@ class Parameters:
         holder: Any = self
         return (holder.role("lm_head") if holder.has("lm_head") else holder).role("head_out")
 
-    def _vocabulary_bias(self) -> Slot | None:
+    def _vocabulary_bias(self) -> StoredVariable | None:
         """The bias of the projection to the vocabulary, if there is one."""
         source = self.sources().get("head.out.bias")
         if self.get_output_embeddings() is None or source is None:
             return None
-        return self.slots()[source.names[0]]
+        return self.stored_variables()[source.names[0]]
 
     def get_bias(self) -> dict[str, Any] | None:
         """The bias of the projection to the vocabulary as {"bias": variable}, or None."""
@@ -202,9 +202,9 @@ class Parameters:
             return embed
         self._check_not_quantized("resized")
         bias, out = self._vocabulary_bias(), self.get_output_embeddings()
-        resized = [*loading.slots(embed, "").values(), *([] if bias is None else [bias])]
+        resized = [*loading.stored_variables(embed, "").values(), *([] if bias is None else [bias])]
         if out is not None and not isinstance(out, Tied):
-            resized += loading.slots(out, "").values()
+            resized += loading.stored_variables(out, "").values()
             out.units = new
         for slot in resized:
             self._resize(slot, new, mean_resizing)
@@ -217,7 +217,7 @@ class Parameters:
                 layer.spec = spec
         return embed
 
-    def _resize(self, slot: Slot, rows: int, mean: bool) -> None:
+    def _resize(self, slot: StoredVariable, rows: int, mean: bool) -> None:
         """Give a layer a variable of another size. Keras locks what is built; its own layers open it in this way."""
         layer, old = slot.layer, slot.variable
         values = slot.read()
@@ -238,13 +238,13 @@ class Parameters:
         made = layer.add_weight(name=name, shape=size, initializer="zeros", trainable=old.trainable)
         layer._tracker.lock()
         setattr(layer, attribute, made)
-        Slot(layer, made).assign(new)
+        StoredVariable(layer, made).assign(new)
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
         """How many numbers the model has, tied ones once."""
         return sum(
             int(np.prod(slot.shape))
-            for slot in self.slots().values()
+            for slot in self.stored_variables().values()
             if (slot.variable.trainable or not only_trainable)
             and not (exclude_embeddings and isinstance(slot.layer, keras.layers.Embedding))
         )

@@ -14,7 +14,7 @@ from monoblock import tree
 from monoblock.backends.options import loading_info, opened, told_of_unused
 from monoblock.backends.tf import heads, layers, loading
 from monoblock.backends.tf.cache import Cache
-from monoblock.backends.tf.decode import Generation
+from monoblock.backends.tf.decode import TFGenerationMixin
 from monoblock.backends.tf.forward import Forward
 from monoblock.backends.tf.main_layer import MainLayer
 from monoblock.backends.tf.ops import Tensor, after, size
@@ -23,7 +23,7 @@ from monoblock.backends.tf.parameters import Parameters
 from monoblock.backends.tf.parts import Builder, Holder
 from monoblock.backends.tf.serving import Serving
 from monoblock.backends.tf.training import Training
-from monoblock.backends.xla.inputs import AT_REST, Wanted
+from monoblock.backends.xla.inputs import DEFAULT_OPTIONS, ForwardOptions
 from monoblock.checkpoint.hdf5 import is_weights
 from monoblock.checkpoint.hub import WeightFiles
 from monoblock.checkpoint.matching import match_weights
@@ -40,7 +40,7 @@ log = logging.getLogger("monoblock")
 OLD_FILES = (".h5", ".hdf5")  # what Keras 2 wrote
 
 
-class TFPreTrainedModel(Forward, Training, Serving, Holder, Parameters, Generation):
+class TFPreTrainedModel(Forward, Training, Serving, Holder, Parameters, TFGenerationMixin):
     """The base of all TF models, a `keras.Model`: the main layer under the family's prefix, and the head's layers
     beside it.
 
@@ -106,21 +106,24 @@ class TFPreTrainedModel(Forward, Training, Serving, Holder, Parameters, Generati
 
     @tf.autograph.experimental.do_not_convert
     def network(
-        self, given: Mapping[str, Tensor], cache: Cache | None = None, wanted: Wanted = AT_REST
+        self,
+        given: Mapping[str, Tensor],
+        cache: Cache | None = None,
+        options: ForwardOptions = DEFAULT_OPTIONS,
     ) -> dict[str, Any]:
         main = self.main
         if not self.headed:
-            return main.network(given, cache, wanted)
-        seed = main.seed(wanted)
-        found = main.hidden(given, cache, wanted, seed)
+            return main.network(given, cache, options)
+        seed = main.seed(options)
+        found = main.hidden(given, cache, options, seed)
         hidden = found["last_hidden_state"]
         if (mask := given.get("attention_mask")) is not None:
-            seen = 0 if cache is None or wanted.fresh else cache.length
+            seen = 0 if cache is None or options.fresh else cache.length
             given = {**given, "attention_mask": after(mask, seen, size(hidden, 1), 1)}
         table = layers.rows_of(main.at("embed")) if self.tied() else None
         assert self.head_spec is not None
         head = heads.Head(self, self.config.updated_head(self.head_spec), table, seed)
-        return found | heads.outputs(head, hidden, given, wanted)
+        return found | heads.outputs(head, hidden, given, options)
 
     @property
     def dummy_inputs(self) -> dict[str, Tensor]:

@@ -1,7 +1,7 @@
 """The key/value cache: arrays that are never changed in place, so that a compiled loop can carry them.
 
-Layer arrays are (batch, kv_heads, slots, head_dim). A layer with a window shorter than the cache keeps its window only:
-the token of index p lies in slot p % slots. A framework's cache is a dataclass with these fields.
+A layer's arrays are (batch, kv_heads, slots, head_dim). A layer with a window shorter than the cache is a ring buffer
+of its window: the token of index p is in slot p % slots. A framework's cache is a dataclass with these fields.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class CacheBase:
         return replace(self, **changes)  # pyright: ignore[reportArgumentType]
 
 
-class LayerBase:
+class CacheLayerBase:
     """One layer of a cache; `length` counts the tokens before those that come in."""
 
     xp: ClassVar[Namespace]
@@ -54,7 +54,7 @@ class LayerBase:
         """How many tokens the layer holds."""
         return self.xp.size(self.keys, 2)
 
-    def places(self, length: Array) -> Array:
+    def token_indices(self, length: Array) -> Array:
         """The index of the token that each slot holds once `length` tokens were seen, (slots,); negative: none yet."""
         return length - 1 - (length - 1 - self.xp.arange(self.slots)) % self.slots
 
@@ -66,13 +66,13 @@ def slots(spec: ArchSpec, max_length: int) -> list[int]:
     return [min(max_length, window or max_length) for window in spec.windows]
 
 
-def moved(cache: Any, shift: Any, empty: Any) -> Any:
+def shifted(cache: Any, shift: Any, empty: Any) -> Any:
     """A copy of the cache in an empty one, without its first `shift` tokens."""
     xp: Namespace = cache.xp
     changes: dict[str, list[Array]] = {"keys": [], "values": []}
     for number in range(len(cache.keys)):
         held, into = cache.layer(number), empty.layer(number)
-        index_s = into.places(cache.length - shift)
+        index_s = into.token_indices(cache.length - shift)
         known_s1 = ((index_s >= 0) & (index_s + shift >= cache.length - held.slots))[:, None]
         slot_s = xp.where(known_s1[:, 0], (index_s + shift) % held.slots, 0)
         for name, arrays in changes.items():

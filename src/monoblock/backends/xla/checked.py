@@ -37,7 +37,7 @@ LABELS = ("labels", "mc_labels", "start_positions", "end_positions", "num_items_
 
 
 @dataclass
-class Checked:
+class CheckedInputs:
     """What the network gets: arrays by name, whether the cache is empty, and the choices that the rows are of.
     `legacy`: the cache goes out as tuples."""
 
@@ -48,7 +48,7 @@ class Checked:
     legacy: bool = False
 
 
-def checked(
+def check_inputs(
     xp: Namespace,
     spec: ArchSpec,
     head: HeadSpec | None,
@@ -57,13 +57,13 @@ def checked(
     *,
     train: bool,
     documents: bool,
-) -> Checked:
+) -> CheckedInputs:
     """The arguments, which are arrays, as the network takes them; ValueError says what is wrong.
 
     `documents`: position ids that begin anew within a row begin another document, which attends to itself alone.
     """
     given = {name: value for name, value in arguments.items() if name not in NAMES}
-    made = Checked()
+    made = CheckedInputs()
     if head is not None and head.kind in CHOOSING:
         given, made.choices, made.nested = _flattened(xp, given)
     batch, count = _tokens(xp, spec, given, made)
@@ -102,7 +102,7 @@ def checked(
     return made
 
 
-def _tokens(xp: Namespace, spec: ArchSpec, given: dict[str, Any], made: Checked) -> tuple[Size, Size]:
+def _tokens(xp: Namespace, spec: ArchSpec, given: dict[str, Any], made: CheckedInputs) -> tuple[Size, Size]:
     """Batch and tokens of the ids or embeddings."""
     ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
     if ids is not None and embeds is not None:
@@ -120,9 +120,9 @@ def _tokens(xp: Namespace, spec: ArchSpec, given: dict[str, Any], made: Checked)
     else:
         raise ValueError("You have to specify either input_ids or inputs_embeds")
     if known(tokens.shape[0]) and tokens.shape[0] == 0:
-        raise ValueError("the input has no rows: give at least one text")
+        raise ValueError("the input has no rows: give at least one sequence")
     if known(tokens.shape[1]) and tokens.shape[1] == 0:
-        raise ValueError("the input has no tokens: give at least one (the bos token, if the text is empty)")
+        raise ValueError("the input has no tokens: give at least one (the bos token, for an empty string)")
     return xp.size(tokens, 0), xp.size(tokens, 1)
 
 
@@ -130,9 +130,7 @@ def _ids(xp: Namespace, spec: ArchSpec, name: str, ids: Array, shape: tuple[Size
     """Token ids as int32 (batch, tokens), of that shape if one is given."""
     empty = any(known(n) and n == 0 for n in ids.shape)  # lists without numbers have no type of their own
     if len(ids.shape) != 2 or not (empty or is_integer(ids)):
-        raise ValueError(
-            f"{name} must be whole numbers (batch, tokens), got {ids.dtype.name} {tuple(ids.shape)}"
-        )
+        raise ValueError(f"{name} must be integers (batch, tokens), got {ids.dtype.name} {tuple(ids.shape)}")
     if shape is not None and not fits(ids.shape, *shape):
         raise ValueError(f"{name} must be (batch, tokens) = {shown(*shape)}, got {tuple(ids.shape)}")
     if (values := xp.values(ids)) is not None and values.size:
@@ -206,7 +204,7 @@ class _Span:
         return self.xp.pad(x, 0, self.limit - self.xp.size(x, 1))
 
 
-def _mask(made: Checked, mask: Array, span: _Span, *, needed: bool) -> None:
+def _mask(made: CheckedInputs, mask: Array, span: _Span, *, needed: bool) -> None:
     """The mask; left out where it is known to mask nothing, unless the head is to see it."""
     if (values := span.xp.values(mask)) is not None:
         check_mask(values)
@@ -223,12 +221,12 @@ def _check_cache_position(xp: Namespace, positions: Array | None, seen: int | No
         values.shape != (count,) or values[0] != seen or values[-1] != seen + count - 1
     ):
         raise ValueError(
-            f"cache_position must be {seen} to {(seen or 0) + count - 1}, the places after the {seen} cached tokens, "
+            f"cache_position must be {seen} to {(seen or 0) + count - 1}, the positions after {seen} cached tokens, "
             f"got {brief(values.tolist())}"
         )
 
 
-def _positions(spec: ArchSpec, made: Checked, positions: Array, span: _Span) -> None:
+def _positions(spec: ArchSpec, made: CheckedInputs, positions: Array, span: _Span) -> None:
     """Position ids, if any, as int32 (batch or 1, tokens); ValueError if the table of positions has no such row."""
     learned, xp = spec.position(Learned), span.xp
     if positions is not None:
@@ -237,7 +235,7 @@ def _positions(spec: ArchSpec, made: Checked, positions: Array, span: _Span) -> 
         rows = any(fits(positions.shape, rows, span.count) for rows in (1, span.batch))
         if not (is_integer(positions) and rows):
             raise ValueError(
-                f"position_ids must be whole numbers {shown(span.batch, span.count)}, got {positions.dtype.name} "
+                f"position_ids must be integers {shown(span.batch, span.count)}, got {positions.dtype.name} "
                 f"{tuple(positions.shape)}"
             )
         if (values := xp.values(positions)) is not None:
@@ -248,7 +246,7 @@ def _positions(spec: ArchSpec, made: Checked, positions: Array, span: _Span) -> 
     needed = _needed(learned, made.given, span)
     if needed is not None and needed > (room := learned.size - learned.offset):
         raise ValueError(
-            f"the model has {room} learned positions, but the text with its past has {needed} tokens: shorten it"
+            f"the model has {room} learned positions, but the sequence, cache included, has {needed} tokens: shorten it"
         )
 
 
@@ -267,7 +265,7 @@ def _needed(learned: Learned, given: dict[str, Any], span: _Span) -> int | None:
     return None if values is None else int(values[:, : span.total].sum(-1).max())
 
 
-def _separate(xp: Namespace, spec: ArchSpec, made: Checked, span: _Span) -> bool:
+def _separate(xp: Namespace, spec: ArchSpec, made: CheckedInputs, span: _Span) -> bool:
     """Whether rows may hold several documents, which positions that begin anew tell: they become segments beside those
     of sequence_id."""
     mask = made.given.get("attention_mask")
@@ -292,13 +290,13 @@ def _chosen_tokens(xp: Namespace, tokens: Array, batch: Size, count: Size) -> Ar
     sized = not known(batch, *tokens.shape) or math.prod(tokens.shape) == batch
     if not (is_integer(tokens) and sized):
         raise ValueError(
-            f"mc_token_ids must be a whole number for each of the {shown(batch)[1:-1]} texts, got {tokens.dtype.name} "
+            f"mc_token_ids must be an integer for each of the {shown(batch)[1:-1]} rows, got {tokens.dtype.name} "
             f"{tuple(tokens.shape)}"
         )
     values = xp.values(tokens)
     if values is not None and known(count) and not (values.min() >= 0 and values.max() < count):
         raise ValueError(
-            f"mc_token_ids must be 0 to {count - 1}, places of the {count} tokens, got {brief(values.tolist())}"
+            f"mc_token_ids must be 0 to {count - 1}, positions of the {count} tokens, got {brief(values.tolist())}"
         )
     return xp.int32(xp.reshape(tokens, (-1,)))
 

@@ -11,19 +11,19 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from monoblock.backends.xla.inputs import Wanted
+from monoblock.backends.xla.inputs import ForwardOptions
 from monoblock.backends.xla.namespace import Array, Namespace
 from monoblock.generation.arrays import NOTHING_TO_DRAW
 from monoblock.generation.compiled_loop import Program, ProgramInputs, TokenBuffer
 
-NEXT = Wanted(fresh=False, keep=1)
-# One pass over the next tokens: inputs by name, cache, what is wanted -> scores, cache and the rest (a `Pass`).
-Forward = Callable[[Mapping[str, Any], Any, Wanted], Any]
+NEXT = ForwardOptions(fresh=False, keep=1)
+# One pass over the next tokens: inputs by name, cache, what is options -> scores, cache and the rest (a `PassOutput`).
+ForwardFn = Callable[[Mapping[str, Any], Any, ForwardOptions], Any]
 
 
-class Start(NamedTuple):
+class LoopStart(NamedTuple):
     """What a loop begins with: the scores of the first tokens, the cache, what the pass of every new token is given,
-    the text and the numbers for the processors, how many tokens there are positions for and how many are wanted, the
+    the text and the numbers for the processors, how many tokens there are positions for and how many are options, the
     state of the random source, and what a search needs besides."""
 
     scores_bv: Array
@@ -36,7 +36,7 @@ class Start(NamedTuple):
     search: Any = ()
 
 
-class State(NamedTuple):
+class LoopState(NamedTuple):
     """The loop's state: how many tokens are made, they themselves (rows, room), the last ones, who is finished, the
     text for the processors, the state of the random source, and whether every row had a token to draw."""
 
@@ -50,7 +50,7 @@ class State(NamedTuple):
     cache: Any
 
 
-class Loop(Protocol):
+class LoopOps(Protocol):
     """What a loop is made of in a framework."""
 
     xp: Namespace
@@ -82,7 +82,7 @@ class Loop(Protocol):
 
 def run(generation: Any, program: Program) -> Any:
     """A whole call: the prompt's pass, then the loop."""
-    xp = generation.decoder.passes.loop.xp
+    xp = generation.decoder.passes.loop_ops.xp
     text, record, scores_bv = generation.begin()
     end = ended(generation, program, scores_bv)
     made, new_br, finished_b = int(end.made), xp.to_numpy(end.new_br), xp.to_numpy(end.finished_b)
@@ -95,8 +95,8 @@ def run(generation: Any, program: Program) -> Any:
 def ended(generation: Any, program: Program, scores_bv: Array, search: Any = ()) -> Any:
     """A loop's state at its end; ValueError if there was nothing to draw."""
     decoder, setting, new = generation.decoder, generation.context, generation.plan.new_tokens
-    loop, prompts = decoder.passes.loop, (setting.prompt_bn, setting.valid_bn)
-    start = Start(
+    loop, prompts = decoder.passes.loop_ops, (setting.prompt_bn, setting.valid_bn)
+    start = LoopStart(
         scores_bv=scores_bv,
         cache=decoder.cache,
         constant=decoder.constants(),
@@ -107,7 +107,7 @@ def ended(generation: Any, program: Program, scores_bv: Array, search: Any = ())
         draws=loop.draws(generation.generator, program.do_sample),
         search=search,
     )
-    end = decoder.passes.looped(program, start)
+    end = decoder.passes.run_loop(program, start)
     if not end.fine:
         raise ValueError(NOTHING_TO_DRAW)
     if program.do_sample and generation.generator is not None:
@@ -116,14 +116,14 @@ def ended(generation: Any, program: Program, scores_bv: Array, search: Any = ())
     return end
 
 
-def looped(loop: Loop, forward: Forward, program: Program, start: Start) -> State:
+def token_loop(loop: LoopOps, forward: ForwardFn, program: Program, start: LoopStart) -> LoopState:
     """The loop, to be compiled into something: the state at its end."""
     xp = loop.xp
     rows = xp.size(start.scores_bv, 0)
     text, given = loop.numbers(start.text, start.given)
     columns_1n = np.arange(program.max_new_tokens, dtype=np.int32)[None]
 
-    def chosen(scores_bv: Array, state: State) -> State:
+    def chosen(scores_bv: Array, state: LoopState) -> LoopState:
         scores_bv = program.processed(xp, scores_bv, state.text, given)
         source = loop.source(state.draws, state.fine)
         token_b = xp.sample(scores_bv, source) if program.do_sample else xp.argmax(scores_bv)
@@ -138,14 +138,14 @@ def looped(loop: Loop, forward: Forward, program: Program, start: Start) -> Stat
             fine=source.fine,
         )
 
-    def goes_on(state: State) -> Array:
+    def goes_on(state: LoopState) -> Array:
         return (state.made < start.limits[0]) & ~xp.all(state.finished_b) & state.fine
 
-    def step(state: State) -> State:
+    def step(state: LoopState) -> LoopState:
         found = next_pass(forward, start, state.made, state.token_b[:, None], state.cache)
         return chosen(found.scores, state._replace(cache=found.cache))
 
-    first = State(
+    first = LoopState(
         made=xp.full((), 0),
         new_br=xp.full((rows, program.max_new_tokens), program.pad),
         token_b=xp.full((rows,), 0),
@@ -158,7 +158,7 @@ def looped(loop: Loop, forward: Forward, program: Program, start: Start) -> Stat
     return loop.run(goes_on, step, chosen(start.scores_bv, first))
 
 
-def next_pass(forward: Forward, start: Start, made: Array, token_b1: Array, cache: Any) -> Any:
+def next_pass(forward: ForwardFn, start: LoopStart, made: Array, token_b1: Array, cache: Any) -> Any:
     """The pass of the last of the `made` new tokens."""
     tokens = {**start.constant, "input_ids": token_b1}
     if (before := start.constant.get("position_ids")) is not None:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from monoblock.backends.xla.compiled import Forward, Loop, Start, ended, next_pass
+from monoblock.backends.xla.compiled import ForwardFn, LoopOps, LoopStart, ended, next_pass
 from monoblock.backends.xla.namespace import Array
 from monoblock.generation import beam_program as search
 from monoblock.generation import beams
 from monoblock.generation.compiled_loop import Program, TokenBuffer
 
 
-class State(NamedTuple):
+class BeamLoopState(NamedTuple):
     """The loop's state: how many tokens are made, the beams, the text for the processors, whether to go on, the state
     of the random source, and whether there was something to draw."""
 
@@ -24,7 +24,7 @@ class State(NamedTuple):
     cache: Any
 
 
-class Begun(NamedTuple):
+class BeamStart(NamedTuple):
     """What a search begins with: the beams, and what scores are divided by (see `beam_program.norms`)."""
 
     running: search.BeamState
@@ -34,22 +34,22 @@ class Begun(NamedTuple):
 def run(generation: Any, program: Program) -> Any:
     """A whole call: the prompt's pass, then the loop."""
     _, record, scores_bv = generation.begin()
-    end = ended(generation, program, scores_bv, begun(generation, program))
+    end = ended(generation, program, scores_bv, beam_start(generation, program))
     generation.decoder.advance(int(end.made) - 1 + bool(end.going))
-    xp = generation.decoder.passes.loop.xp
+    xp = generation.decoder.passes.loop_ops.xp
     running = search.BeamState(*(xp.to_numpy(part) for part in end.running))
     return beams.output(generation, search.best(running, generation.config.num_return_sequences or 1), record)
 
 
-def begun(generation: Any, program: Program) -> Begun:
+def beam_start(generation: Any, program: Program) -> BeamStart:
     """The beginning of a call's search, on the host."""
     assert program.search is not None
     rules = beams.Rules.of(generation.config, generation.plan.new_tokens)
     running = search.initial_beams(generation.plan.batch, program.search, program.max_new_tokens)
-    return Begun(running, search.norms(rules, program.max_new_tokens))
+    return BeamStart(running, search.norms(rules, program.max_new_tokens))
 
 
-def looped(loop: Loop, forward: Forward, program: Program, start: Start) -> State:
+def beam_loop(loop: LoopOps, forward: ForwardFn, program: Program, start: LoopStart) -> BeamLoopState:
     """The loop, to be compiled into something: the state at its end."""
     xp, width, begun = loop.xp, program.search, start.search
     assert width is not None
@@ -58,7 +58,7 @@ def looped(loop: Loop, forward: Forward, program: Program, start: Start) -> Stat
     count = min(width.candidates, width.beams * vocab)
     text, given = loop.numbers(start.text, start.given)
 
-    def chosen(scores_bv: Array, state: State) -> State:
+    def chosen(scores_bv: Array, state: BeamLoopState) -> BeamLoopState:
         logs_bv = program.processed(xp, xp.log_softmax(scores_bv), state.text, given)
         total_bv = logs_bv + xp.reshape(state.running.scores_pw, (rows, 1))
         total_pw = xp.reshape(total_bv, (prompts, width.beams * vocab))
@@ -80,10 +80,10 @@ def looped(loop: Loop, forward: Forward, program: Program, start: Start) -> Stat
             fine=source.fine,
         )
 
-    def goes_on(state: State) -> Array:
+    def goes_on(state: BeamLoopState) -> Array:
         return (state.made < start.limits[0]) & state.going & state.fine
 
-    def step(state: State) -> State:
+    def step(state: BeamLoopState) -> BeamLoopState:
         """Each beam goes on from the row that its last token was chosen from."""
         last_b1 = xp.full((rows, 1), 0) + (state.made - 1)
         row_b = xp.take_along(state.running.rows_rn, last_b1)[:, 0]
@@ -93,7 +93,7 @@ def looped(loop: Loop, forward: Forward, program: Program, start: Start) -> Stat
         found = next_pass(forward, start, state.made, token_b1, state.cache.reorder(row_b))
         return chosen(found.scores, state._replace(cache=found.cache, text=text))
 
-    first = State(
+    first = BeamLoopState(
         made=xp.full((), 0),
         running=begun.running,
         text=text,

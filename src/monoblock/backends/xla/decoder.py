@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from monoblock.backends.xla.inputs import Wanted
-from monoblock.backends.xla.passes import Pass, Passes
+from monoblock.backends.xla.inputs import ForwardOptions
+from monoblock.backends.xla.passes import Passes, PassOutput
 from monoblock.errors import UnsupportedConfig
 from monoblock.generation.buckets import bucket
 from monoblock.generation.config import GenerationConfig
@@ -44,7 +44,7 @@ def _rows(value: Any, index_b: Any) -> Any:
     return value if value.shape[0] == 1 and len(index_b) else value[index_b]
 
 
-class Decoder:
+class CachedDecoder:
     """A model in the middle of one generation: its cache, and what later passes are given besides tokens.
 
     Places count the padding of the bucket, `pad`, too; lengths that the loop speaks of do not.
@@ -55,9 +55,9 @@ class Decoder:
         learned = self.spec.position(Learned)
         self.max_positions = learned.size - learned.offset if learned else None
         self.inputs = dict(inputs)
-        self.past = passes.past(self.inputs.pop("past_key_values", None))
+        self.past = passes.as_cache(self.inputs.pop("past_key_values", None))
         asked = plan.config if plan.config.return_dict_in_generate else GenerationConfig()
-        self.wanted = Wanted(
+        self.options = ForwardOptions(
             attentions=bool(asked.output_attentions), hidden_states=bool(asked.output_hidden_states), keep=1
         )
         self.attentions = self.hidden_states = None
@@ -74,7 +74,7 @@ class Decoder:
         """The cache without the bucket's padding."""
         if self.cache is None or self.cache.max_length is None:
             return None
-        return self.passes.moved(self.cache, self.pad, self.spec, self.cache.max_length)
+        return self.passes.shifted_cache(self.cache, self.pad, self.spec, self.cache.max_length)
 
     def prefill(self, ids_bn: Any, mask_bm: Any) -> Any:
         """Take the prompts, without the part of them that a given cache already holds."""
@@ -95,12 +95,12 @@ class Decoder:
         self._keep(given, mask)
         given["attention_mask"] = mask
         if seen:
-            self.cache = self.passes.moved(self.past, 0, self._windows(), slots)
+            self.cache = self.passes.shifted_cache(self.past, 0, self._windows(), slots)
         elif chunk:
-            self.cache = self.passes.empty(batch, self._windows(), slots)
+            self.cache = self.passes.empty_cache(batch, self._windows(), slots)
         else:
-            wanted = replace(self.wanted, fresh=True)
-            found = self.passes.first(given, wanted, self._windows(), slots)
+            options = replace(self.options, fresh=True)
+            found = self.passes.prefill(given, options, self._windows(), slots)
             return self._taken(found, slice(self.pad, None))
         return self._continued(given, seen, count, chunk or count)
 
@@ -132,23 +132,23 @@ class Decoder:
             size = chunk if chunk < left else 1 << (left.bit_length() - 1)
             piece = {n: x if n in WHOLE else x[:, seen : seen + size] for n, x in given.items()}
             self.length = seen + size
-            scores = self._more({**piece, "attention_mask": mask}, size, self.wanted)
+            scores = self._more({**piece, "attention_mask": mask}, size, self.options)
             shown.append(self.hidden_states)
             seen += size
         if self.hidden_states is not None:
-            self.hidden_states = tuple(self.passes.loop.xp.concat(x) for x in zip(*shown, strict=True))
+            self.hidden_states = tuple(self.passes.loop_ops.xp.concat(x) for x in zip(*shown, strict=True))
         return scores
 
     def step(self, ids_b1: Any) -> Any:
         """Take one token for each row."""
         self.advance(1)
-        return self._more(self.next_given() | {"input_ids": np.asarray(ids_b1, np.int32)}, 1, self.wanted)
+        return self._more(self.next_given() | {"input_ids": np.asarray(ids_b1, np.int32)}, 1, self.options)
 
     def extend(self, ids_bk: Any) -> Any:
         """Take k tokens for each row; scores after each, on the host."""
         count = ids_bk.shape[1]
         if count == 1:
-            return self.passes.loop.xp.to_numpy(self.step(ids_bk))[:, None]
+            return self.passes.loop_ops.xp.to_numpy(self.step(ids_bk))[:, None]
         # Angles that change with the length must not see padding.
         exact = is_dynamic(self.spec.position(Rotary))
         size = count if exact else 1 << (count - 1).bit_length()
@@ -158,16 +158,16 @@ class Decoder:
         given["input_ids"] = np.pad(np.asarray(ids_bk, np.int32), ((0, 0), (0, size - count)), mode="edge")
         if not exact:
             given["position_ids"] = self._places_of(given, start, count, size)
-        scores = self._more(given, count, replace(self.wanted, keep=0))
+        scores = self._more(given, count, replace(self.options, keep=0))
         if size > count:
             self._set_length()
-        return self.passes.loop.xp.to_numpy(scores)[:, :count]
+        return self.passes.loop_ops.xp.to_numpy(scores)[:, :count]
 
     def reorder(self, index_b: Any) -> None:
         """Row i becomes what row index[i] was."""
         index_b = np.asarray(index_b)
         if self.cache is not None:
-            self.cache = self.passes.reordered(self.cache, index_b)
+            self.cache = self.passes.reordered_cache(self.cache, index_b)
         self.given = {name: _rows(value, index_b) for name, value in self.given.items()}
         if self.last_positions is not None:
             self.last_positions = _rows(self.last_positions, index_b)
@@ -185,8 +185,8 @@ class Decoder:
         arguments = {**self.inputs, "attention_mask": mask_bm}
         if arguments.get("inputs_embeds") is None:
             arguments["input_ids"] = ids_bn
-        made = self.passes.checked({name: x for name, x in arguments.items() if x is not None})
-        given = {name: self.passes.loop.xp.to_numpy(value) for name, value in made.items()}
+        made = self.passes.check_inputs({name: x for name, x in arguments.items() if x is not None})
+        given = {name: self.passes.loop_ops.xp.to_numpy(value) for name, value in made.items()}
         tokens = given.get("input_ids", given.get("inputs_embeds"))
         assert tokens is not None
         batch, count = tokens.shape[:2]
@@ -242,47 +242,47 @@ class Decoder:
         """ValueError if there are not so many positions."""
         if self.max_positions is not None and used > self.max_positions:
             raise ValueError(
-                f"the model has {self.max_positions} learned positions, but the text with its past has {used} tokens: "
-                "shorten it"
+                f"the model has {self.max_positions} learned positions, but the sequence, cache included, has {used} "
+                "tokens: shorten it"
             )
 
     def _windows(self) -> ArchSpec:
         """The spec by which the cache is made: one that drops nothing where tokens are taken back or weights shown."""
         spec = self.spec
-        whole = self.plan.rewinds or self.wanted.attentions
+        whole = self.plan.rewinds or self.options.attentions
         return replace(spec, windows=(None,) * spec.layers) if whole else spec
 
     # ------------------------------------------------------------------ passes
 
-    def _more(self, given: dict[str, Any], count: int, wanted: Wanted) -> Any:
+    def _more(self, given: dict[str, Any], count: int, options: ForwardOptions) -> Any:
         assert self.cache is not None
-        wanted = replace(wanted, fresh=False)
-        return self._taken(self.passes.more(given, self.cache, wanted), slice(0, count))
+        options = replace(options, fresh=False)
+        return self._taken(self.passes.extend(given, self.cache, options), slice(0, count))
 
-    def _taken(self, found: Pass, here: slice) -> Any:
+    def _taken(self, found: PassOutput, here: slice) -> Any:
         """Keep what a pass gave, of the tokens that are no padding; its scores."""
         self.cache = found.cache
         if found.attentions is not None:
             seen = slice(self.pad, self.length)
-            self.attentions = self.passes.cut(found.attentions, (..., here, seen))
+            self.attentions = self.passes.sliced(found.attentions, (..., here, seen))
         if found.hidden_states is not None:
-            self.hidden_states = self.passes.cut(found.hidden_states, (..., here, slice(None)))
+            self.hidden_states = self.passes.sliced(found.hidden_states, (..., here, slice(None)))
         return found.scores
 
     def _set_length(self) -> None:
         assert self.cache is not None
         self.cache = replace(
-            self.cache, length=self.passes.loop.xp.to_framework(np.array(self.length, np.int32))
+            self.cache, length=self.passes.loop_ops.xp.to_framework(np.array(self.length, np.int32))
         )
 
 
-class Rereader:
+class UncachedDecoder:
     """The same without a cache: each pass is over everything so far."""
 
     past_key_values = None
 
     def __init__(self, passes: Passes, plan: GenerationPlan, inputs: dict[str, Any]) -> None:
-        self.decoder, self.passes = Decoder(passes, plan, inputs), passes
+        self.decoder, self.passes = CachedDecoder(passes, plan, inputs), passes
         self.attentions = self.hidden_states = None
         self.given: dict[str, Any] = {}
 
@@ -300,7 +300,7 @@ class Rereader:
         ids_bk, count = np.asarray(ids_bk, np.int32), ids_bk.shape[1]
         after = {
             "input_ids": lambda _: ids_bk,
-            "inputs_embeds": lambda _: self.passes.loop.xp.to_numpy(self.passes.lookup(ids_bk)),
+            "inputs_embeds": lambda _: self.passes.loop_ops.xp.to_numpy(self.passes.lookup(ids_bk)),
             "attention_mask": lambda _: np.ones(ids_bk.shape, np.int32),
             "position_ids": lambda x: x[:, -1:] + 1 + np.arange(count, dtype=np.int32),
             "token_type_ids": lambda x: x[:, -1:].repeat(count, axis=1),
@@ -326,13 +326,13 @@ class Rereader:
         decoder.check(int(mask.sum(axis=1).max()))
         pad = bucket(mask.shape[1]) - mask.shape[1]
         # All logits where several are asked for: how many changes from pass to pass.
-        wanted = replace(decoder.wanted, keep=1 if count == 1 else 0)
-        found = self.passes.anew(_padded(self.given, pad), wanted)
+        options = replace(decoder.options, keep=1 if count == 1 else 0)
+        found = self.passes.uncached(_padded(self.given, pad), options)
         here = slice(pad, None)
         if found.attentions is not None:
-            self.attentions = self.passes.cut(found.attentions, (..., here, here))
+            self.attentions = self.passes.sliced(found.attentions, (..., here, here))
         if found.hidden_states is not None:
-            self.hidden_states = self.passes.cut(found.hidden_states, (..., here, slice(None)))
+            self.hidden_states = self.passes.sliced(found.hidden_states, (..., here, slice(None)))
         if count == 1:
             return found.scores[:, None]
-        return self.passes.loop.xp.to_numpy(found.scores)[:, -count:]
+        return self.passes.loop_ops.xp.to_numpy(found.scores)[:, -count:]

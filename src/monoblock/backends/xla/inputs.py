@@ -12,7 +12,7 @@ from monoblock.spec import ArchSpec, Learned, Rotary
 
 
 @dataclass(frozen=True)
-class Wanted:
+class ForwardOptions:
     """What a call asks for that decides which code is compiled.
 
     `fresh`: no token came before (keys and queries line up). `keep`: the logits of the last tokens only, 0 for all.
@@ -28,13 +28,13 @@ class Wanted:
     nested: bool = False
 
 
-AT_REST = Wanted()
+DEFAULT_OPTIONS = ForwardOptions()
 
 
 class Kinds(NamedTuple):
     """A framework's classes of what `prepare` makes."""
 
-    call: Callable[..., Any]
+    context: Callable[..., Any]
     scope: Callable[..., Any]
 
 
@@ -45,11 +45,11 @@ def prepare(
     given: Mapping[str, Array],
     count: Size,
     cache: Any,
-    wanted: Wanted,
+    options: ForwardOptions,
 ) -> Any:
-    """The call for the blocks, of `count` tokens: its scope, the positions of the tokens (b, count) and of all keys
-    (b, k), where a first axis of 1 stands for all rows, and what is wanted."""
-    fresh = cache is None or wanted.fresh
+    """The forward context of the blocks, for `count` tokens: scope, positions of the tokens (b, count) and of all keys
+    (b, k), where a first axis of 1 broadcasts over the rows, and the requested outputs."""
+    fresh = cache is None or options.fresh
     past = 0 if cache is None or fresh else cache.length
     total = _total(xp, count, cache, fresh)
     index_k = xp.arange(total)
@@ -71,14 +71,14 @@ def prepare(
         segment_bk=segment_bk,
         masked_rows=spec.attention.masked_rows,
     )
-    return kinds.call(
+    return kinds.context(
         scope=scope,
         positions_bs=_positions(xp, spec, given, of_queries(key_positions_bk)),
         key_positions_bk=key_positions_bk,
         fresh=fresh,
         max_length=None if cache is None else cache.max_length,
-        attentions=wanted.attentions,
-        train=wanted.train,
+        attentions=options.attentions,
+        train=options.train,
     )
 
 

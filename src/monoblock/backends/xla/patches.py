@@ -32,7 +32,7 @@ def patches(
     if layout is None:
         raise ValueError("image patches were given, but the model takes text alone")
     if ids is None:
-        raise ValueError("image patches go to the places of their ids: give input_ids, not inputs_embeds")
+        raise ValueError("image patches replace the tokens of their id: give input_ids, not inputs_embeds")
     joined, counts = _joined(xp, value, layout.size)
     if (indices := images.get("image_patches_indices")) is None:
         rows = _in_order(xp, joined, ids, layout.token_id)
@@ -78,6 +78,6 @@ def _by_index(xp: Namespace, counts: list[Size] | Array, indices: Array, shape: 
     if values is not None and isinstance(counts, list) and known(*counts):
         for row, (needed, came) in enumerate(zip(values.max(-1) + 1, counts, strict=True)):
             if needed > came:
-                raise ValueError(f"row {row} has places for {needed} image patches, but {came} came")
+                raise ValueError(f"row {row} has tokens for {needed} image patches, but {came} came")
     counts = xp.int32(counts)
     return xp.where(indices >= 0, indices + (xp.cumsum(counts) - counts)[:, None], -1)

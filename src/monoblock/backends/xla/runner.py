@@ -1,4 +1,4 @@
-"""Generation of the models of either framework: what `loop.generate` knows of them."""
+"""XlaGenerationMixin of the models of either framework: what `loop.generate` knows of them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from monoblock.backends.xla import compiled, compiled_beams
-from monoblock.backends.xla.decoder import Decoder, Rereader
+from monoblock.backends.xla.decoder import CachedDecoder, UncachedDecoder
 from monoblock.backends.xla.namespace import Namespace
 from monoblock.backends.xla.passes import Passes
 from monoblock.generation.compiled_loop import Program
@@ -24,7 +24,7 @@ INPUTS = frozenset({"past_key_values", "position_ids", "inputs_embeds"})
 MORE = frozenset({"token_type_ids", "image_patches", "image_patches_indices", "pixel_values"})
 
 
-class Generation(GenerationMixin):
+class XlaGenerationMixin(GenerationMixin):
     """What `generate` has beside it in the models of both frameworks; `xp` is the framework's."""
 
     xp: ClassVar[Namespace]
@@ -46,7 +46,7 @@ class Generation(GenerationMixin):
         )
 
 
-class Runner:
+class XlaRunner:
     """A model as `loop.generate` sees it. `inputs`: the names of the inputs that its call takes."""
 
     unsupported: Unsupported
@@ -71,4 +71,4 @@ class Runner:
         cached = plan.config.use_cache or "past_key_values" in inputs
         if cached:  # in two bytes a number at least, on devices that may have more memory than the host
             check_memory(self.model.spec, plan.rows, plan.max_length, 2, times=4)
-        return (Decoder if cached else Rereader)(self.passes(plan.config), plan, inputs)
+        return (CachedDecoder if cached else UncachedDecoder)(self.passes(plan.config), plan, inputs)

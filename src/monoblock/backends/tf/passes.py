@@ -12,39 +12,39 @@ import tensorflow as tf
 from monoblock.backends.tf.arrays import shown
 from monoblock.backends.tf.binding import tensors
 from monoblock.backends.tf.cache import Cache, from_tuples, init_cache
-from monoblock.backends.tf.checked import checked
-from monoblock.backends.tf.compiled import LOOP
+from monoblock.backends.tf.checked import check_inputs
+from monoblock.backends.tf.compiled import LOOP_OPS
 from monoblock.backends.tf.ops import Tensor, size
 from monoblock.backends.xla import cache as caches
 from monoblock.backends.xla import compiled, compiled_beams
-from monoblock.backends.xla.compiled import Loop, Start
-from monoblock.backends.xla.inputs import Wanted
-from monoblock.backends.xla.passes import Given, Pass, of_outputs
+from monoblock.backends.xla.compiled import LoopOps, LoopStart
+from monoblock.backends.xla.inputs import ForwardOptions
+from monoblock.backends.xla.passes import Given, PassOutput, pass_output
 from monoblock.generation.compiled_loop import Program
 from monoblock.spec import ArchSpec
 
 
-def passed(model: Any, given: Given, cache: Cache | None, wanted: Wanted) -> Pass:
+def forward_pass(model: Any, given: Given, cache: Cache | None, options: ForwardOptions) -> PassOutput:
     """One pass, to be traced into something or run as it is."""
-    out = model.network(given, cache, wanted)
-    return of_outputs(out, tf.cast(out["logits"], tf.float32), wanted)
+    out = model.network(given, cache, options)
+    return pass_output(out, tf.cast(out["logits"], tf.float32), options)
 
 
-def looped(model: Any, program: Program, start: Start) -> Any:
+def compiled_loop(model: Any, program: Program, start: LoopStart) -> Any:
     """A whole loop over tokens, to be traced into something."""
-    run = compiled.looped if program.search is None else compiled_beams.looped
-    return run(LOOP, partial(passed, model), program, start)
+    run = compiled.token_loop if program.search is None else compiled_beams.beam_loop
+    return run(LOOP_OPS, partial(forward_pass, model), program, start)
 
 
-class Steps:
+class TFPasses:
     """A model's passes, each a `tf.function` of tensors alone: `xla.passes.Passes`, whose methods these are.
 
     `compiled`: XLA compiles them. `traced=False`: they run eagerly. What decides the code besides shapes (what is
-    wanted, windows, room) makes a function of its own; a new shape traces anew, and shapes are those of buckets.
+    options, windows, room) makes a function of its own; a new shape traces anew, and shapes are those of buckets.
     TensorFlow's own relaxing of shapes would leave lengths open, and open lengths take slower kernels.
     """
 
-    loop: Loop = LOOP
+    loop_ops: LoopOps = LOOP_OPS
 
     def __init__(self, model: Any, *, compiled: bool, traced: bool = True) -> None:
         self.model, self.compiled, self.traced = model, compiled and traced, traced
@@ -67,66 +67,71 @@ class Steps:
         """Whether caches are only touched by what XLA compiles."""
         return self.compiled and not tf.config.functions_run_eagerly()
 
-    def checked(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    def check_inputs(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
         given = {name: tensors(name, value) for name, value in arguments.items()}
-        return checked(self.spec, self.model.head_spec, given, None, False, documents=False).given
+        return check_inputs(self.spec, self.model.head_spec, given, None, False, documents=False).given
 
-    def past(self, given: Any) -> Cache | None:
+    def as_cache(self, given: Any) -> Cache | None:
         known = given is None or isinstance(given, Cache)
         return given if known else from_tuples(tensors("past_key_values", given))
 
-    def first(self, given: Given, wanted: Wanted, spec: ArchSpec, max_length: int) -> Pass:
+    def prefill(self, given: Given, options: ForwardOptions, spec: ArchSpec, max_length: int) -> PassOutput:
         in_place = self.in_place
 
-        def run(given: Given) -> Pass:
+        def run(given: Given) -> PassOutput:
             rows, dtype = size(given["attention_mask"], 0), self.model.compute_dtype
             cache = init_cache(spec, rows, max_length, dtype, compiled=in_place)
-            return passed(self.model, given, cache, wanted)
+            return forward_pass(self.model, given, cache, options)
 
-        return self.run(("first", wanted, spec, max_length, in_place), run, given)
+        return self.run(("prefill", options, spec, max_length, in_place), run, given)
 
-    def more(self, given: Given, cache: Cache, wanted: Wanted) -> Pass:
+    def extend(self, given: Given, cache: Cache, options: ForwardOptions) -> PassOutput:
         cache = replace(cache, compiled=self.in_place)
         return self.run(
-            ("more", wanted), lambda given, cache: passed(self.model, given, cache, wanted), given, cache
+            ("extend", options),
+            lambda given, cache: forward_pass(self.model, given, cache, options),
+            given,
+            cache,
         )
 
-    def anew(self, given: Given, wanted: Wanted) -> Pass:
-        return self.run(("anew", wanted), lambda given: passed(self.model, given, None, wanted), given)
+    def uncached(self, given: Given, options: ForwardOptions) -> PassOutput:
+        return self.run(
+            ("uncached", options), lambda given: forward_pass(self.model, given, None, options), given
+        )
 
     def lookup(self, ids: Any) -> Tensor:
         return self.run("lookup", self.model.main.lookup, ids)
 
-    def empty(self, rows: int, spec: ArchSpec, max_length: int) -> Cache:
+    def empty_cache(self, rows: int, spec: ArchSpec, max_length: int) -> Cache:
         return init_cache(spec, rows, max_length, self.model.compute_dtype)
 
-    def moved(self, cache: Cache, shift: int, spec: ArchSpec, max_length: int) -> Cache:
+    def shifted_cache(self, cache: Cache, shift: int, spec: ArchSpec, max_length: int) -> Cache:
         empty = init_cache(spec, size(cache.keys[0], 0), max_length, cache.keys[0].dtype)
-        return caches.moved(cache, shift, empty)
+        return caches.shifted(cache, shift, empty)
 
-    def reordered(self, cache: Cache, index_b: Any) -> Cache:
+    def reordered_cache(self, cache: Cache, index_b: Any) -> Cache:
         return cache.reorder(index_b)
 
-    def cut(self, arrays: Sequence[Tensor], where: tuple[Any, ...]) -> tuple[Tensor, ...]:
+    def sliced(self, arrays: Sequence[Tensor], where: tuple[Any, ...]) -> tuple[Tensor, ...]:
         return tuple(array[where] for array in arrays)
 
-    def looped(self, program: Program, start: Start) -> Any:
+    def run_loop(self, program: Program, start: LoopStart) -> Any:
         start = start._replace(cache=replace(start.cache, compiled=self.in_place))
-        return self.run(("loop", program), partial(looped, self.model, program), start)
+        return self.run(("loop", program), partial(compiled_loop, self.model, program), start)
 
     def traces(self) -> int:
         """How often anything was traced."""
         return sum(function.experimental_get_tracing_count() for function in self.functions.values())
 
 
-def steps_of(model: Any, *, compiled: bool, traced: bool = True) -> Steps:
+def passes_of(model: Any, *, compiled: bool, traced: bool = True) -> TFPasses:
     """The model's passes of that kind, kept with it; made anew when its variables are others."""
-    held = vars(model).setdefault("_generation_steps", {})
+    held = vars(model).setdefault("_generation_passes", {})
     variables = tuple(id(variable) for variable in model.variables)
     if held.get("variables") != variables:
         held.clear()
         held["variables"] = variables
     key = (compiled, traced)
     if key not in held:
-        held[key] = Steps(model, compiled=compiled, traced=traced)
+        held[key] = TFPasses(model, compiled=compiled, traced=traced)
     return held[key]
