@@ -220,8 +220,8 @@ def test_shards_are_counted_by_their_index(folder: Path) -> None:
 
 
 KINDS = {
-    "model-00001-of-00002.safetensors": "without their index, model.safetensors.index.json",
-    "pytorch_model-00001-of-00002.bin": "without their index, pytorch_model.bin.index.json",
+    "model-00001-of-00002.safetensors": "but not their index model.safetensors.index.json",
+    "pytorch_model-00001-of-00002.bin": "but not their index pytorch_model.bin.index.json",
     "model.fp16.safetensors": "load it with variant='fp16'",
     "model.fp16-00001-of-00002.safetensors": "load it with variant='fp16'",
     "pytorch_model.bf16.bin": "load it with variant='bf16'",

@@ -219,7 +219,7 @@ def test_trust_remote_code_is_told_once(tmp_path: Path, logs: pytest.LogCaptureF
         assert not hasattr(made, "trust_remote_code")
         told = [message for message in logs.messages if "trust_remote_code=True has no effect" in message]
         assert len(told) == 1, reader
-        assert "no code of a model's folder is ever run" in told[0]
+        assert "code in a model's folder is never run" in told[0]
         logs.clear()
 
 

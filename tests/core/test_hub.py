@@ -339,7 +339,9 @@ def test_connection_that_always_breaks(server, cache):
     server.add(NAME, {"config.json": BIG})
     server.faults.cut = Always({"config.json": 0})
     options = HubOptions(cache_dir=cache)
-    refusal(lambda: find_file(NAME, "config.json", options), "broke", "config.json", "check the connection")
+    refusal(
+        lambda: find_file(NAME, "config.json", options), "was lost", "config.json", "check the connection"
+    )
 
 
 class Always(dict):

@@ -23,7 +23,7 @@ def explained(names: Collection[str]) -> str | None:
         )
     for name in sorted(names):
         if _RELEASE.fullmatch(name):
-            return f"it holds weights in their original release format ({name}): convert them with `monoblock convert"
+            return f"it holds weights in their original release format ({name}): convert them with `monoblock convert`"
     for name in sorted(names):
         if shard := _SHARD.fullmatch(name):
             index = f"{shard[1]}.{shard[2]}.index.json"

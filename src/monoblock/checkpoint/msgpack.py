@@ -203,7 +203,7 @@ def _flat(node: object, name: str) -> Iterator[tuple[str, Entry]]:
     if isinstance(node, Entry):
         yield name or "array", node
     elif not isinstance(node, dict):
-        raise ValueError(f"{brief(name)} is no array, but a {type(node).__name__}")
+        raise ValueError(f"{brief(name)} is no array, but of type {type(node).__name__}")
     elif CHUNKED in node:
         yield name, _joined(cast(dict[str, object], node), name)
     else:

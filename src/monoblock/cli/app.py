@@ -16,7 +16,7 @@ COMMANDS = ("generate", "chat", "attention", "info", "convert", "quantize", "ben
 PLAIN: dict[str, Any] = {"rich_markup_mode": None, "pretty_exceptions_enable": False}
 
 EXIT_CODES = (
-    "Exit codes: 0 success; 1 error of the model, its files or the hub (a one-line message on stderr); "
+    "Exit codes: 0 success; 1 error of the model, its files or the hub (a message on stderr); "
     "2 usage error; 130 interrupted by Ctrl-C; 141 broken pipe: the reader of the output exited."
 )
 

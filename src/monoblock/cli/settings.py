@@ -65,7 +65,7 @@ class Settings:
                 raise ValueError(f"{name} is no setting of a chat: {hint}")
         values = {name: v for name, v in (self.values | dict(given)).items() if v is not None}
         if seeds.checked_seed(values.get(SEED, 0)) < 0:
-            raise ValueError(f"seed={values[SEED]}: expected a non-negative integer")
+            raise ValueError(f"seed={values[SEED]}: expected an integer of at least 0")
         resolve(_arguments(values), None, None)
         self.values = values
 
