@@ -166,10 +166,10 @@ def _watched(
     sources: Mapping[str, TensorSource], shapes: Mapping[str, tuple[int, ...]]
 ) -> Iterator[tuple[str, TensorSource]]:
     """The sources, with a bar at a terminal where there is enough to pack that one waits for it."""
-    from monoblock.pipelines.progress import shown
+    from monoblock.pipelines.progress import with_progress_bar
 
     many = sum(prod(shapes[name]) for name in sources) > MANY
-    return shown(iter(sources.items()), len(sources), None if many else False)
+    return with_progress_bar(iter(sources.items()), len(sources), None if many else False)
 
 
 def assign(model: nn.Module, path: str, tensor: Tensor) -> None:

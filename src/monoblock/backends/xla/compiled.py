@@ -83,7 +83,7 @@ class LoopOps(Protocol):
 def run(generation: Any, program: Program) -> Any:
     """A whole call: the prompt's pass, then the loop."""
     xp = generation.decoder.passes.loop_ops.xp
-    text, record, scores_bv = generation.begin()
+    text, record, scores_bv = generation.prefill()
     end = ended(generation, program, scores_bv)
     made, new_br, finished_b = int(end.made), xp.to_numpy(end.new_br), xp.to_numpy(end.finished_b)
     unfinished = made < generation.plan.new_tokens and not finished_b.all()

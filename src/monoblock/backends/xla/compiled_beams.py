@@ -33,7 +33,7 @@ class BeamStart(NamedTuple):
 
 def run(generation: Any, program: Program) -> Any:
     """A whole call: the prompt's pass, then the loop."""
-    _, record, scores_bv = generation.begin()
+    _, record, scores_bv = generation.prefill()
     end = ended(generation, program, scores_bv, beam_start(generation, program))
     generation.decoder.advance(int(end.made) - 1 + bool(end.going))
     xp = generation.decoder.passes.loop_ops.xp
@@ -44,7 +44,7 @@ def run(generation: Any, program: Program) -> Any:
 def beam_start(generation: Any, program: Program) -> BeamStart:
     """The beginning of a call's search, on the host."""
     assert program.search is not None
-    rules = beams.Rules.of(generation.config, generation.plan.new_tokens)
+    rules = beams.BeamScorer.of(generation.config, generation.plan.new_tokens)
     running = search.initial_beams(generation.plan.batch, program.search, program.max_new_tokens)
     return BeamStart(running, search.norms(rules, program.max_new_tokens))
 
