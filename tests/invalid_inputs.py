@@ -16,7 +16,7 @@ def _all(value: Any) -> np.ndarray:
     return np.full((2, 8), value)
 
 
-_POSITIONS = r"position_ids must be 0 to 63, the rows of the model's table, got -1"
+_POSITIONS = r"position_ids must be 0 to 63, the rows of the position table, got -1"
 # case -> class, arguments beside the ids, and what is said.
 INVALID: dict[str, tuple[str, dict[str, Any], str]] = {
     "mask of NaN": (

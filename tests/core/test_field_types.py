@@ -209,7 +209,7 @@ ROPES: list[tuple[dict[str, Any], str]] = [
     ({"rope_type": "yarn", "factor": 2.0, "rope_theta": 1.0}, "a theta above 1"),
     (
         {"rope_type": "yarn", "factor": 2.0, "mscale": -1.0, "mscale_all_dim": 1.0},
-        "an mscale_all_dim above 0",
+        "a positive mscale and mscale_all_dim",
     ),
 ]
 

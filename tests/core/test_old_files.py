@@ -275,7 +275,7 @@ def test_a_file_of_many_gigabytes_is_not_read_to_be_opened(tmp_path: Path) -> No
 def test_shards_and_their_index(tmp_path: Path) -> None:
     store = opened(FOLDER / "FlaxGPTNeoForCausalLM")
     tensors = leaves("FlaxGPTNeoForCausalLM")
-    files = save_msgpack(tmp_path, tensors, max_shard_size="50kB", beside={"config.json": "{}"})
+    files = save_msgpack(tmp_path, tensors, max_shard_size="50kB", extra_files={"config.json": "{}"})
     names = [f"flax_model-0000{i}-of-00003.msgpack" for i in (1, 2, 3)]
     assert [path.name for path in files] == [*names, "flax_model.msgpack.index.json"]
     index = json.loads(files[-1].read_text())

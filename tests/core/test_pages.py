@@ -23,7 +23,7 @@ WIDTH = 1024  # in float32 a row is a page of 4 KiB
 def stored(folder: Path, **rows: int) -> tuple[Store, dict[str, np.ndarray]]:
     rng = np.random.default_rng(0)
     arrays = {name: rng.standard_normal((count, WIDTH), dtype=np.float32) for name, count in rows.items()}
-    save_tensors(folder, arrays, framework="np", max_shard_size="50GB", beside={})
+    save_tensors(folder, arrays, framework="np", max_shard_size="50GB", extra_files={})
     return open_store(WeightFiles(kind="safetensors", paths=(folder / "model.safetensors",)), "np"), arrays
 
 
@@ -56,7 +56,7 @@ def test_what_needs_a_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         "c": np.ones((2, 5), np.int32),
         "d": np.ones((3, 5), np.float32),
     }
-    save_tensors(tmp_path, arrays, framework="np", max_shard_size="50GB", beside={})
+    save_tensors(tmp_path, arrays, framework="np", max_shard_size="50GB", extra_files={})
     store = open_store(WeightFiles(kind="safetensors", paths=(tmp_path / "model.safetensors",)), "np")
     for names in (("a", "d"), ("b", "d"), ("b", "c")):
         assert store.concatenated(names) is None

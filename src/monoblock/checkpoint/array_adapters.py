@@ -42,7 +42,7 @@ DTYPE_NAMES = {
     "I64": "int64",
     "U64": "uint64",
 }
-HUB_NAMES = {name: hub for hub, name in DTYPE_NAMES.items()}
+SAFETENSORS_DTYPES = {name: hub for hub, name in DTYPE_NAMES.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +97,7 @@ class _NumpyAdapter:
     def describe(self, name: str, tensor: Any) -> Description:
         array = self._numpy.asarray(tensor)
         kind = array.dtype
-        dtype: str = kind.names[0] if kind.names else HUB_NAMES.get(kind.name, "")
+        dtype: str = kind.names[0] if kind.names else SAFETENSORS_DTYPES.get(kind.name, "")
         if ITEM_BYTES.get(dtype) != kind.itemsize:
             raise CheckpointError(f"tensor '{name}' has dtype {kind}, which safetensors does not support")
         identity = (array.ctypes.data, array.strides, array.shape, dtype) if array.nbytes else None
@@ -115,16 +115,16 @@ class _NumpyAdapter:
 
 
 @cache
-def numpy_dtype(hub_name: str) -> Any:
+def numpy_dtype(safetensors_name: str) -> Any:
     """The NumPy dtype of a safetensors name: NumPy's, that of `ml_dtypes` if installed, or a one-field structure."""
     numpy: Any = importlib.import_module("numpy")
-    name = DTYPE_NAMES[hub_name]
+    name = DTYPE_NAMES[safetensors_name]
     if not name.startswith(("bfloat", "float8")):
         return numpy.dtype(name).newbyteorder("<")
     try:
         return numpy.dtype(getattr(importlib.import_module("ml_dtypes"), name))
     except (ImportError, AttributeError):
-        return numpy.dtype([(hub_name, f"<u{ITEM_BYTES[hub_name]}")])
+        return numpy.dtype([(safetensors_name, f"<u{ITEM_BYTES[safetensors_name]}")])
 
 
 class _TorchAdapter:
@@ -143,7 +143,7 @@ class _TorchAdapter:
             raise CheckpointError(
                 f"tensor '{name}' is on the meta device and holds no values: load the model first"
             )
-        dtype = HUB_NAMES.get(str(tensor.dtype).removeprefix("torch."))
+        dtype = SAFETENSORS_DTYPES.get(str(tensor.dtype).removeprefix("torch."))
         if dtype is None:
             raise CheckpointError(
                 f"tensor '{name}' has dtype {tensor.dtype}, which safetensors does not support"

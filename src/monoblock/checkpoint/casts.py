@@ -5,7 +5,7 @@ Without `ml_dtypes`, bfloat16 arrays have a structured dtype of one field (`arra
 
 import numpy as np
 
-from monoblock.checkpoint.array_adapters import DTYPE_NAMES, HUB_NAMES, Array, numpy_dtype
+from monoblock.checkpoint.array_adapters import DTYPE_NAMES, SAFETENSORS_DTYPES, Array, numpy_dtype
 from monoblock.errors import CheckpointError
 
 FLOATS = ("F64", "F32", "F16", "BF16")
@@ -14,9 +14,9 @@ FLOATS = ("F64", "F32", "F16", "BF16")
 ROUNDING = {"F64": (0.0, 0.0), "F32": (2**-24, 2**-150), "F16": (2**-11, 2**-25), "BF16": (2**-8, 2**-134)}
 
 
-def hub_dtype(name: str) -> str:
+def safetensors_dtype(name: str) -> str:
     """The safetensors name of a dtype that weights can be cast to; ValueError for any other."""
-    found = HUB_NAMES.get(name.removeprefix("torch."), "")
+    found = SAFETENSORS_DTYPES.get(name.removeprefix("torch."), "")
     if found not in ("F32", "F16", "BF16"):
         raise ValueError(
             f"dtype={name!r}: expected 'float32', 'float16' or 'bfloat16', or None to keep the stored dtype"
@@ -27,7 +27,7 @@ def hub_dtype(name: str) -> str:
 def dtype_of(array: Array) -> str:
     """The safetensors name of an array's dtype; "" if it has none."""
     kind = array.dtype
-    return kind.names[0] if kind.names else HUB_NAMES.get(kind.name, "")
+    return kind.names[0] if kind.names else SAFETENSORS_DTYPES.get(kind.name, "")
 
 
 def widened(array: Array) -> Array:

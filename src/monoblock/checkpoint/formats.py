@@ -188,7 +188,7 @@ def local_store(paths: Iterable[Path]) -> Store:
     return open_store(WeightFiles(kind=kind_of(paths[0]), paths=paths), "np")
 
 
-def hub_config(config: PretrainedConfig, row: ModelClass, dtype: str | None) -> PretrainedConfig:
+def config_to_write(config: PretrainedConfig, row: ModelClass, dtype: str | None) -> PretrainedConfig:
     """The config to write to config.json, with that class and dtype, and without `auto_map` (remote code is not
     copied)."""
     new = copy.deepcopy(config)

@@ -6,7 +6,7 @@ from collections.abc import KeysView, Mapping
 from pathlib import Path
 from typing import Any
 
-from monoblock.checkpoint.array_adapters import HUB_NAMES, Adapter, adapter
+from monoblock.checkpoint.array_adapters import SAFETENSORS_DTYPES, Adapter, adapter
 from monoblock.checkpoint.header import check_weight_file
 from monoblock.errors import CheckpointError
 
@@ -60,7 +60,7 @@ class Hdf5:
         name = self._without_model(key)
         if new.external or new.is_virtual:
             raise CheckpointError(f"{self.path} is refused: the data of '{name}' are in other files")
-        if new.shape is None or new.dtype.name not in HUB_NAMES:
+        if new.shape is None or new.dtype.name not in SAFETENSORS_DTYPES:
             raise CheckpointError(f"{self.path}: '{name}' has dtype {new.dtype}, which is not supported")
         self._check_stored(name, new)
         known = self._datasets.setdefault(name, new)  # a tensor that two layers share is stored in both
@@ -95,7 +95,7 @@ class Hdf5:
         return self._datasets[name].shape
 
     def dtype(self, name: str) -> str:
-        return HUB_NAMES[self._datasets[name].dtype.name]
+        return SAFETENSORS_DTYPES[self._datasets[name].dtype.name]
 
     def tensor(self, name: str) -> Any:
         try:

@@ -13,7 +13,7 @@ from math import prod
 from pathlib import Path
 from typing import cast
 
-from monoblock.checkpoint.array_adapters import HUB_NAMES
+from monoblock.checkpoint.array_adapters import SAFETENSORS_DTYPES
 from monoblock.checkpoint.header import ITEM_BYTES, Entry, Header, check_weight_file
 from monoblock.errors import CheckpointError
 from monoblock.field_types import brief
@@ -184,12 +184,12 @@ _TAGS: dict[int, Callable[[_Reader], object]] = {
 
 
 def _entry(shape: list[object], dtype: str, span: _Span) -> Entry:
-    if dtype not in HUB_NAMES:
+    if dtype not in SAFETENSORS_DTYPES:
         raise ValueError(f"an array has dtype {brief(dtype)}, which is not supported")
     sizes = _sizes(shape)
-    if sizes is None or span.end - span.begin != prod(sizes) * ITEM_BYTES[HUB_NAMES[dtype]]:
+    if sizes is None or span.end - span.begin != prod(sizes) * ITEM_BYTES[SAFETENSORS_DTYPES[dtype]]:
         raise ValueError(f"an array of {dtype} {brief(shape)} has {span.end - span.begin} bytes")
-    return Entry(dtype=HUB_NAMES[dtype], shape=sizes, begin=span.begin, end=span.end)
+    return Entry(dtype=SAFETENSORS_DTYPES[dtype], shape=sizes, begin=span.begin, end=span.end)
 
 
 def _sizes(shape: list[object]) -> tuple[int, ...] | None:

@@ -29,7 +29,7 @@ def save_msgpack(
     leaves: Mapping[str, Any],
     *,
     max_shard_size: int | str = "50GB",
-    beside: Mapping[str, str] | None = None,
+    extra_files: Mapping[str, str] | None = None,
 ) -> list[Path]:
     """Write a tree of arrays as flax_model.msgpack, or as shards and their index; returns the files, the index last.
 
@@ -55,7 +55,7 @@ def save_msgpack(
         single=SINGLE,
         stale=_STALE,
         max_shard_size=max_shard_size,
-        beside=beside,
+        extra_files=extra_files,
     )
     if first := [
         name for name in (SAFETENSORS, f"{SAFETENSORS}.index.json") if (Path(folder) / name).is_file()

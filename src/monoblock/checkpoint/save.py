@@ -88,7 +88,7 @@ def save_tensors(
     framework: Framework,
     max_shard_size: int | str = "50GB",
     metadata: Mapping[str, str] | None = None,
-    beside: Mapping[str, str] | None = None,
+    extra_files: Mapping[str, str] | None = None,
     variant: str | None = None,
 ) -> list[Path]:
     """Write `tensors` to model.safetensors, or to shards and their index; returns the files, the index last.
@@ -100,7 +100,7 @@ def save_tensors(
     Tensors that share memory (tied weights) are written once, under the first name; the file's metadata maps the other
     names to it. `metadata` defaults to `{"format": "pt"}`, which transformers requires.
 
-    `beside`: further files to commit with the weights, file name -> text (config.json). `variant`: "fp16" writes
+    `extra_files`: further files to commit with the weights, file name -> text (config.json). `variant`: "fp16" writes
     model.fp16.safetensors and keeps the files of other variants. `folder` may be a `Staging`, to which the caller adds
     files and which it commits.
 
@@ -127,7 +127,7 @@ def save_tensors(
         index=f"{SINGLE}.index.json" if variant is None else f"{SINGLE}.index.{variant}.json",
         stale=_STALE if variant is None else re.compile(stem),
         max_shard_size=max_shard_size,
-        beside=beside,
+        extra_files=extra_files,
         metadata=True,
     )
 
@@ -141,7 +141,7 @@ def save_shards(
     index: str | None = None,
     stale: re.Pattern[str],
     max_shard_size: int | str,
-    beside: Mapping[str, str] | None,
+    extra_files: Mapping[str, str] | None,
     metadata: bool = False,
 ) -> list[Path]:
     """`save_tensors` for any format: `write(file, tensors, metadata)` writes the described tensors to one file.
@@ -167,7 +167,7 @@ def save_shards(
             )
             stage.write(index, _index(names, shards, {**ids, **prints}))
             names.append(index)
-        for name, text in (beside or {}).items():
+        for name, text in (extra_files or {}).items():
             stage.write(name, text)
         stage.remove(stale)
     target = folder.folder if isinstance(folder, Staging) else Path(folder)

@@ -92,17 +92,17 @@ def finish_exchange(stage: Path, done: Journal) -> None:
 
 
 @contextmanager
-def scratch(beside: Path) -> Generator[Path, None, None]:
-    """An empty hidden folder next to `beside`, removed when the block ends. CheckpointError if it cannot be
+def scratch(target: Path) -> Generator[Path, None, None]:
+    """An empty hidden folder next to `target`, removed when the block ends. CheckpointError if it cannot be
     created."""
     try:
-        beside.parent.mkdir(parents=True, exist_ok=True)
-        _remove_orphans(beside.parent)
-        stage = beside.parent / _stage_name()
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _remove_orphans(target.parent)
+        stage = target.parent / _stage_name()
         stage.mkdir(mode=0o700)
     except OSError as error:
         raise CheckpointError(
-            f"cannot write into {beside.parent}: {error.strerror or error}; choose another folder"
+            f"cannot write into {target.parent}: {error.strerror or error}; choose another folder"
         ) from error
     try:
         yield stage

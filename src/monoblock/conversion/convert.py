@@ -14,7 +14,7 @@ from monoblock.checkpoint import casts
 from monoblock.checkpoint.array_adapters import Array
 from monoblock.checkpoint.files import write_atomically
 from monoblock.checkpoint.folder import check_target, copy_files, new_folder, unpacked
-from monoblock.checkpoint.formats import Checkpoint, Format, Options, hub_config, read_hub
+from monoblock.checkpoint.formats import Checkpoint, Format, Options, config_to_write, read_hub
 from monoblock.checkpoint.hub import WEIGHT_NAMES, find_file, read_json
 from monoblock.checkpoint.journal import settle
 from monoblock.checkpoint.save import parse_size, save_tensors
@@ -105,7 +105,7 @@ def _check(options: Options) -> Format:
     if options.target_format not in written:
         raise ValueError(f"target_format={options.target_format!r}: expected one of {', '.join(written)}")
     if options.dtype is not None:
-        casts.hub_dtype(options.dtype)
+        casts.safetensors_dtype(options.dtype)
     if options.max_shard_size is not None:
         parse_size(options.max_shard_size)
     if options.kv_heads is not None and options.kv_heads < 1:
@@ -157,7 +157,7 @@ def _check_target_format(checkpoint: Checkpoint, to: Format) -> None:
 
 
 def _cast(checkpoint: Checkpoint, dtype: str) -> Checkpoint:
-    return replace(checkpoint, weights=CastWeights(checkpoint.weights, casts.hub_dtype(dtype)))
+    return replace(checkpoint, weights=CastWeights(checkpoint.weights, casts.safetensors_dtype(dtype)))
 
 
 def _pooled(checkpoint: Checkpoint, heads: int) -> Checkpoint:
@@ -215,7 +215,7 @@ def _write_hub(folder: Path, checkpoint: Checkpoint, options: Options) -> None:
     save_tensors(folder, tensors, framework="np", max_shard_size=options.max_shard_size or "50GB")
     names = [checkpoint.weights.dtype(name) for name in checkpoint.weights.shapes()]
     stored = next((casts.DTYPE_NAMES[name] for name in names if name in casts.FLOATS), None)
-    hub_config(checkpoint.config, checkpoint.row, stored).save_pretrained(folder)
+    config_to_write(checkpoint.config, checkpoint.row, stored).save_pretrained(folder)
     copy_files(folder, checkpoint.companions)
     for name, text in checkpoint.texts.items():
         if name not in checkpoint.companions:

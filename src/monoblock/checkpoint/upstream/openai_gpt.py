@@ -14,7 +14,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from monoblock.checkpoint.array_adapters import HUB_NAMES, Array
+from monoblock.checkpoint.array_adapters import SAFETENSORS_DTYPES, Array
 from monoblock.checkpoint.casts import cast as cast_array
 from monoblock.checkpoint.files import read_json, write_atomically
 from monoblock.checkpoint.folder import copy_files
@@ -25,7 +25,7 @@ from monoblock.checkpoint.formats import (
     assembled,
     causal_class,
     companions,
-    hub_config,
+    config_to_write,
     local,
 )
 from monoblock.checkpoint.json_text import parsed
@@ -87,7 +87,7 @@ class ShardedTensors:
 
     def dtype(self, name: str) -> str:
         del name
-        return HUB_NAMES[self.arrays[0].dtype.name]
+        return SAFETENSORS_DTYPES[self.arrays[0].dtype.name]
 
     def path(self, name: str) -> Path:
         start, begin = 0, self.slices[name][0]
@@ -207,7 +207,7 @@ def write(folder: Path, checkpoint: Checkpoint, options: Options) -> None:
     ends = [count * (i + 1) // SHARDS for i in range(SHARDS)]
     shapes = _write_shards(folder, tensors, [0, *ends])
     write_atomically(folder / SHAPES, lambda path: path.write_text(json.dumps(shapes), encoding="utf-8"))
-    hub_config(config, checkpoint.row, "float32").save_pretrained(folder)
+    config_to_write(config, checkpoint.row, "float32").save_pretrained(folder)
     there = checkpoint.companions
     copy_files(folder, {theirs: there[hub] for theirs, hub in TOKENIZER.items() if hub in there})
 
