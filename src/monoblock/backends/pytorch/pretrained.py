@@ -446,7 +446,7 @@ class PreTrainedModel(Recognised, Parameters, Generation, Construction, Adapters
             self.generation_config.validate()
             texts[GENERATION_CONFIG_NAME] = self.generation_config.to_json_string()
         save_tensors(
-            folder, tensors, framework="pt", max_shard_size=max_shard_size, beside=texts, variant=variant
+            folder, tensors, framework="pt", max_shard_size=max_shard_size, extra_files=texts, variant=variant
         )
         if push_to_hub:
             self.push_to_hub(kwargs.pop("repo_id", folder.name), token=token, **kwargs)
