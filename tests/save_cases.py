@@ -40,19 +40,21 @@ def config(tag: int) -> str:
 
 def save(folder: Path, tag: int, *, per_shard: int = 3) -> None:
     """Saves a model whose elements all equal `tag`, with `per_shard` tensors in a file."""
-    beside = {"config.json": config(tag), "generation_config.json": json.dumps({"tag": tag})}
-    save_tensors(folder, tensors(tag), framework="np", max_shard_size=per_shard * BYTES, beside=beside)
+    extra_files = {"config.json": config(tag), "generation_config.json": json.dumps({"tag": tag})}
+    save_tensors(
+        folder, tensors(tag), framework="np", max_shard_size=per_shard * BYTES, extra_files=extra_files
+    )
 
 
 def save_again(folder: Path, tag: int) -> None:
     """Saves a model whose config does not depend on the tag."""
-    save_tensors(folder, tensors(tag), framework="np", beside={"config.json": "{}"})
+    save_tensors(folder, tensors(tag), framework="np", extra_files={"config.json": "{}"})
 
 
 def save_flax(folder: Path, tag: int, *, per_shard: int = 3) -> None:
     """Like `save`, as flax_model.msgpack."""
-    beside = {"config.json": config(tag)}
-    save_msgpack(folder, tensors(tag), max_shard_size=per_shard * BYTES, beside=beside)
+    extra_files = {"config.json": config(tag)}
+    save_msgpack(folder, tensors(tag), max_shard_size=per_shard * BYTES, extra_files=extra_files)
 
 
 def replace(folder: Path, tag: int) -> None:

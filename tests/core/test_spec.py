@@ -74,7 +74,7 @@ INVALID: dict[str, ArchSpec] = {
     "window of layer 1 must be at least 1 key, got 0": replace(SPEC, windows=(None, 0)),
     "window of layer 1 needs causal=True": replace(SPEC, causal=False),
     "each kind of position encoding may appear once": replace(SPEC, positions=SPEC.positions * 2),
-    "a position table of 2 leaves no room after its offset of 2": replace(
+    "a position table of 2 rows has none left after its offset of 2": replace(
         SPEC, positions=(Learned(size=2, offset=2),)
     ),
     "rotary dim must be even and at most head_dim (8), got 10": rotary(dim=10),
@@ -92,7 +92,7 @@ INVALID: dict[str, ArchSpec] = {
 def test_invalid_specs_are_refused(message: str) -> None:
     with pytest.raises(ValueError) as error:
         INVALID[message].validate("ThatConfig")
-    assert str(error.value).startswith("ThatConfig does not describe a model that can be built: ")
+    assert str(error.value).startswith("ThatConfig does not describe a valid model: ")
     assert message in str(error.value)
 
 
