@@ -293,7 +293,7 @@ WRONG: dict[str, tuple[type[Exception], dict[str, Any]]] = {
         ValueError,
         {"input_ids": ids_of(1, 65)},
     ),
-    r"past_key_values must be what init_cache\(batch, max_length\) or an output holds, got dict": (
+    r"past_key_values must come from init_cache\(batch, max_length\) or an output, got dict": (
         ValueError,
         {"input_ids": IDS, "past_key_values": {}},
     ),
@@ -382,7 +382,7 @@ def test_powers_stay_finite() -> None:
 def test_caches_that_do_not_fit_are_refused() -> None:
     model = flax_model(NAME)
     past = model(IDS, past_key_values=model.init_cache(2, 8)).past_key_values
-    with pytest.raises(ValueError, match="the cache holds 8 tokens: 6 are in it and 6 more came"):
+    with pytest.raises(ValueError, match="the cache has room for 8 tokens: 6 are cached and the input has 6"):
         model(IDS, past_key_values=past)
     with pytest.raises(ValueError, match="past_key_values hold 2 rows, and the input has 1"):
         model(IDS[:1], past_key_values=past)

@@ -205,7 +205,9 @@ def test_wrong_inputs_by_position() -> None:
 def test_a_static_cache_that_is_too_small() -> None:
     cache = monoblock.StaticCache(max_cache_len=8)
     out = model()(IDS, past_key_values=cache, use_cache=True)
-    with pytest.raises(ValueError, match="the static cache holds 8 tokens: 6 are in it and 6 more came"):
+    with pytest.raises(
+        ValueError, match="the static cache has room for 8 tokens: 6 are cached and the input has 6"
+    ):
         model()(IDS, past_key_values=out.past_key_values)
     with pytest.raises(ValueError, match="max_cache_len of at least 1"):
         monoblock.StaticCache(max_cache_len=0)

@@ -10,7 +10,7 @@ from flax import linen as nn
 from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec
 
-from monoblock.backends.xla.namespace import known
+from monoblock.backends.xla.namespace import is_static
 from monoblock.partition import axis_names, shard_count
 
 
@@ -24,7 +24,7 @@ class Gathering:
     def split(self, x_bsw: Array) -> Array:
         """Hidden states with their rows split, if there are as many; an export may leave open how many there are."""
         count = shard_count(axis_names(self.rows.spec[0]), self.rows.mesh.shape)
-        if not known(x_bsw.shape[0]) or x_bsw.shape[0] % count:
+        if not is_static(x_bsw.shape[0]) or x_bsw.shape[0] % count:
             return x_bsw
         return jax.lax.with_sharding_constraint(x_bsw, self.rows)
 

@@ -16,7 +16,7 @@ from jax import Array
 from monoblock.backends.flax.layers import projection
 from monoblock.backends.flax.namespace import XP
 from monoblock.backends.flax.parts import Part, computes, dropout
-from monoblock.backends.xla.checked import described
+from monoblock.backends.xla.checked import describe_labels
 from monoblock.backends.xla.inputs import ForwardOptions
 from monoblock.call_checks import (
     IGNORED,
@@ -202,7 +202,7 @@ _OUTPUTS = {
 def cross_entropy(logits: Array, labels: Array, count: Count = None, name: str = "labels") -> Array:
     """Mean over the labels that are not -100, or their sum over `count` (for accumulated gradients). Without any
     label the loss is 0, with a zero gradient. ValueError: `name` holds no class for each of the logits (..., v)."""
-    check_classes(described(XP, name, labels), logits.shape)
+    check_classes(describe_labels(XP, name, labels), logits.shape)
     return _cross_entropy(logits, labels, count)
 
 
@@ -216,7 +216,7 @@ def _cross_entropy(logits: Array, labels: Array, count: Count) -> Array:
 
 def causal_loss(logits_bsv: Array, labels_bs: Array, count: Count = None) -> Array:
     """Each token predicts the next one: labels are the input ids, shifted here."""
-    labels = described(XP, "labels", labels_bs)
+    labels = describe_labels(XP, "labels", labels_bs)
     check_tokens_have_labels(labels, logits_bsv.shape)
     if logits_bsv.shape[1] != labels_bs.shape[1]:
         raise ValueError(
@@ -230,7 +230,7 @@ def causal_loss(logits_bsv: Array, labels_bs: Array, count: Count = None) -> Arr
 def sequence_loss(logits_bv: Array, labels: Array, problem_type: str | None, count: Count = None) -> Array:
     """Regression (mean square), one class (cross-entropy) or several (binary cross-entropy); the type is inferred
     from the labels of this call when None is given."""
-    problem_type = problem_of(described(XP, "labels", labels), logits_bv.shape, problem_type)
+    problem_type = problem_of(describe_labels(XP, "labels", labels), logits_bv.shape, problem_type)
     if problem_type == "single_label_classification":
         return cross_entropy(logits_bv, labels, count)
     logits_bv = logits_bv.astype(jnp.float32)
@@ -252,7 +252,7 @@ def span_loss(start_bs: Array, end_bs: Array, starts: Array, ends: Array, count:
         return _cross_entropy(logits, jnp.where(outside, IGNORED, positions), count)
 
     for name, places in (("start_positions", starts), ("end_positions", ends)):
-        check_token_positions(described(XP, name, places), start_bs.shape[0])
+        check_token_positions(describe_labels(XP, name, places), start_bs.shape[0])
     return (one(start_bs, starts) + one(end_bs, ends)) / 2
 
 
@@ -281,7 +281,7 @@ def losses(head: HeadSpec, found: dict[str, Any], given: Mapping[str, Any]) -> d
 
 def _shifted(_: HeadSpec, logits: Array, labels: Array, count: Count) -> Array:
     scores_bsv = logits.reshape(-1, *logits.shape[-2:])
-    check_tokens_have_labels(described(XP, "labels", labels), scores_bsv.shape)
+    check_tokens_have_labels(describe_labels(XP, "labels", labels), scores_bsv.shape)
     return causal_loss(scores_bsv, labels.reshape(-1, labels.shape[-1]), count)
 
 

@@ -16,14 +16,14 @@ from monoblock.backends.flax.arrays import on_device
 from monoblock.backends.flax.cache import Cache, init_cache
 from monoblock.backends.flax.checked import check_inputs
 from monoblock.backends.flax.compiled import LOOP_OPS
-from monoblock.backends.flax.joining import joined
+from monoblock.backends.flax.fusing import fuse_projections
 from monoblock.backends.flax.network import Network
 from monoblock.backends.flax.placement import split_rows
 from monoblock.backends.flax.processes import on_host
 from monoblock.backends.xla import cache as caches
 from monoblock.backends.xla import compiled, compiled_beams
 from monoblock.backends.xla.compiled import LoopOps, LoopStart
-from monoblock.backends.xla.decoder import WHOLE
+from monoblock.backends.xla.decoder import NO_TOKEN_AXIS
 from monoblock.backends.xla.inputs import ForwardOptions
 from monoblock.backends.xla.passes import Given, PassOutput, pass_output
 from monoblock.generation.compiled_loop import Program
@@ -39,15 +39,15 @@ class FlaxPasses:
     def __init__(self, network: Network, params: Any, rows: NamedSharding | None = None) -> None:
         self.network, self.params, self.spec, self.rows = network, params, network.spec, rows
 
-    def joined(self) -> FlaxPasses:
+    def fused(self) -> FlaxPasses:
         """The same passes with joint matrices, where there are any to join."""
-        return FlaxPasses(*joined(self.network, self.params), self.rows)
+        return FlaxPasses(*fuse_projections(self.network, self.params), self.rows)
 
     def laid(self, given: Given) -> Given:
         """What a pass is given, with its rows split as the prompts' are."""
         if (rows := self.rows) is None:
             return given
-        return {name: x if name in WHOLE else split_rows(x, rows) for name, x in given.items()}
+        return {name: x if name in NO_TOKEN_AXIS else split_rows(x, rows) for name, x in given.items()}
 
     def check_inputs(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
         return check_inputs(
@@ -83,7 +83,7 @@ class FlaxPasses:
         return tuple(on_device(on_host(array)[where]) for array in arrays)
 
     def run_loop(self, program: Program, start: LoopStart) -> Any:
-        cache, start = start.cache, start._replace(cache=None, constant=self.laid(start.constant))
+        cache, start = start.cache, start._replace(cache=None, fixed_inputs=self.laid(start.fixed_inputs))
         return run_loop(self.network, program, self.params, cache, start)
 
 
@@ -143,4 +143,4 @@ def reordered_cache(cache: Cache, index_b: Any) -> Cache:
 def shifted_cache(cache: Cache, shift: Any, *, spec: ArchSpec, max_length: int) -> Cache:
     """A copy of the cache for `max_length` slots and the windows of `spec`, without its first `shift` tokens."""
     empty = init_cache(spec, cache.keys[0].shape[0], max_length, cache.keys[0].dtype)
-    return caches.shifted(cache, shift, empty)
+    return caches.copy_shifted(cache, shift, empty)

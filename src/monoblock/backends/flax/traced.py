@@ -19,7 +19,7 @@ from jax import Array
 from monoblock.backends.flax.passes import FlaxPasses, compiled_loop
 from monoblock.backends.xla.compiled import LoopStart
 from monoblock.backends.xla.inputs import ForwardOptions
-from monoblock.backends.xla.runner import INPUTS, MORE, XlaRunner
+from monoblock.backends.xla.runner import INPUTS, OPTIONAL_INPUTS, XlaRunner
 from monoblock.generation.buckets import bucket
 from monoblock.generation.compiled_loop import NO_TOKEN, Program, TokenBuffer
 from monoblock.generation.config import GenerationConfig
@@ -56,7 +56,7 @@ class TracedRunner(XlaRunner):
                 f"attention_mask must have the prompt's shape {self.ids_bn.shape}, got {self.mask_bn.shape}"
             )
         for name, value in given.items():
-            if name in INPUTS | MORE or (name != "generator" and is_traced(value)):
+            if name in INPUTS | OPTIONAL_INPUTS or (name != "generator" and is_traced(value)):
                 raise ValueError(
                     f"generate() {INSIDE} takes input_ids, attention_mask, params and a key, not {name}"
                 )
@@ -91,14 +91,14 @@ class TracedRunner(XlaRunner):
         start = LoopStart(
             scores_bv=found.scores,
             cache=None,
-            constant={"attention_mask": mask},
-            text=_filled(text, ids_bn, valid_bn),
-            given=numbers._replace(prompt=_filled(numbers.prompt, ids_bn, valid_bn)),
+            fixed_inputs={"attention_mask": mask},
+            buffer=_filled(text, ids_bn, valid_bn),
+            inputs=numbers._replace(prompt=_filled(numbers.prompt, ids_bn, valid_bn)),
             limits=np.array([new, new], np.int32),
-            draws=passes.loop_ops.draws(generation.generator, program.do_sample),
+            rng_state=passes.loop_ops.rng_state(generation.generator, program.do_sample),
         )
-        end = _run_loop(passes.network, program, passes.params, found.cache, start)
-        return jnp.concatenate((ids_bn, end.new_br[:, :new]), axis=1)
+        state = _run_loop(passes.network, program, passes.params, found.cache, start)
+        return jnp.concatenate((ids_bn, state.tokens_br[:, :new]), axis=1)
 
     def _valid(self, config: GenerationConfig) -> Array:
         """Where the prompts are no padding, by the rules of `generation/prompt.py`."""

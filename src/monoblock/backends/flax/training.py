@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from monoblock.backends.flax import explicit, heads
 from monoblock.backends.flax.checked import as_array
 from monoblock.backends.flax.outputs import FlaxModelOutput
-from monoblock.backends.xla.checked import dropouts
+from monoblock.backends.xla.checked import dropout_rates
 
 if TYPE_CHECKING:
     from monoblock.backends.flax.network import Network
@@ -66,7 +66,7 @@ class Training:
 
     def dropout_key(self, key: jax.Array | None) -> jax.Array | None:
         """The key of a training step; ValueError if the model drops out and none came."""
-        if key is None and any(dropouts(self.spec, self.module.head_spec)):
+        if key is None and any(dropout_rates(self.spec, self.module.head_spec)):
             raise ValueError(
                 "train=True drops out at random: give dropout_rng, a new key for each step (jax.random.split)"
             )

@@ -23,11 +23,11 @@ ALGORITHM = "philox"
 
 class Seeds:
     """A source of random numbers: each draw takes a seed of its own, made from the first one (two integers) and the
-    count of draws. `fine`: whether every row so far had a token to draw; None before the first."""
+    count of draws. `can_sample`: whether every row so far had a token to draw; None before the first."""
 
-    def __init__(self, seed: Any, count: Any = 0, fine: Any = None) -> None:
+    def __init__(self, seed: Any, count: Any = 0, can_sample: Any = None) -> None:
         self.seed = tf.cast(tf.convert_to_tensor(seed), tf.int32)
-        self.count, self.fine = count, fine
+        self.count, self.can_sample = count, can_sample
 
     def next(self) -> Tensor:
         """A seed for one draw."""
@@ -187,10 +187,12 @@ class TfOps(NumpyOps):
     def draw(self, scores_bk: Any, count: int, generator: Seeds | None) -> Any:
         scores_bk, generator = tf.convert_to_tensor(scores_bk), generator or fresh_seeds()
         _, index_bk = largest(noisy(generator.next(), scores_bk), count)
-        fine = drawable(scores_bk)
-        if not has_values(fine):  # in a graph the generator keeps whether it could be drawn
-            generator.fine = fine if generator.fine is None else generator.fine & fine
-        elif not fine:
+        can_sample = drawable(scores_bk)
+        if not has_values(can_sample):  # in a graph the generator keeps whether it could be drawn
+            generator.can_sample = (
+                can_sample if generator.can_sample is None else generator.can_sample & can_sample
+            )
+        elif not can_sample:
             raise ValueError(NOTHING_TO_DRAW)
         return _read(index_bk)
 

@@ -65,7 +65,7 @@ def _written_out(q_bhqd: Tensor, k_bgkd: Tensor, v_bgkd: Tensor, scope: Scope, k
         if scope.aligned:
             last = stop if scope.causal else keys
             first = 0 if scope.window is None else max(0, start - scope.window + 1)
-        part = scope.part(start, stop - start, first, last - first)
+        part = scope.block(start, stop - start, first, last - first)
         k, v = cut(k_bgkd, first, last - first, 2), cut(v_bgkd, first, last - first, 2)
         out.append(_block(q_bhqd[:, :, start:stop], k, v, part, kernel, number))
     return tf.concat(out, axis=2)
@@ -98,7 +98,7 @@ def _looped(q_bhqd: Tensor, k_bgkd: Tensor, v_bgkd: Tensor, scope: Scope, kernel
         first = start if rolls else 0
         q = cut(q_bhqd, start, QUERY_BLOCK, 2)
         k, v = (k_bgkd, v_bgkd) if not rolls else (cut(x, first, keys, 2) for x in (k_bgkd, v_bgkd))
-        return _block(q, k, v, scope.part(start, QUERY_BLOCK, first, keys), kernel, number)
+        return _block(q, k, v, scope.block(start, QUERY_BLOCK, first, keys), kernel, number)
 
     spec = tf.TensorSpec((q_bhqd.shape[0], q_bhqd.shape[1], QUERY_BLOCK, q_bhqd.shape[3]), q_bhqd.dtype)
     out = tf.map_fn(one, tf.range(blocks), fn_output_signature=spec, parallel_iterations=1)
@@ -148,7 +148,7 @@ def weights(q_bhqd: Tensor, k_bgkd: Tensor, scope: Scope, kernel: Kernel, number
         scores = kernel.softcap * tf.tanh(scores / kernel.softcap)
     if (bias := scope.bias()) is not None:
         scores = scores + tf.cast(bias, exact)
-    if not scope.all_seen:
+    if not scope.all_visible:
         scores = tf.where(scope.visible(), scores, LOWEST)
     found = tf.nn.softmax(scores, axis=-1)
     return tf.cast(dropped(found, kernel.dropout, kernel.seed, number), q_bhqd.dtype)

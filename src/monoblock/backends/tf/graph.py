@@ -127,7 +127,7 @@ def run(prompt: Prompt, generation: Any, program: Program) -> Any:
     copy_of = tf.repeat(tf.range(rows), plan.copies)
     ids = tf.zeros((rows, 0), tf.int32) if prompt.ids_bn is None else prompt.ids_bn
     ids, mask, scores = (tf.gather(x, copy_of) for x in (ids, mask, found.scores))
-    constant = {"attention_mask": mask} | {
+    fixed_inputs = {"attention_mask": mask} | {
         name: tf.gather(given[name][:, -1:], copy_of) if given[name].shape[0] != 1 else given[name][:, -1:]
         for name in ("token_type_ids", "position_ids")
         if name in given
@@ -138,18 +138,18 @@ def run(prompt: Prompt, generation: Any, program: Program) -> Any:
     start = LoopStart(
         scores_bv=scores,
         cache=found.cache if plan.copies == 1 else found.cache.reorder(copy_of),
-        constant=constant,
-        text=_placed(program.token_buffer(setting.prompt_bn, None), ids, valid),
-        given=numbers._replace(prompt=_placed(numbers.prompt, ids, valid)),
+        fixed_inputs=fixed_inputs,
+        buffer=_placed(program.token_buffer(setting.prompt_bn, None), ids, valid),
+        inputs=numbers._replace(prompt=_placed(numbers.prompt, ids, valid)),
         limits=tf.constant((new, new)),
-        draws=LOOP_OPS.draws(generation.generator, needed=True),
+        rng_state=LOOP_OPS.rng_state(generation.generator, needed=True),
     )
     record = OutputCollector(plan.config, generation.make_result)
     if program.search is not None:
         return _searched(generation, program, start, ids, record)
-    end = compiled_loop(decoder.model, program, start)
-    decoder.past_key_values = end.cache
-    return record.output(tf.concat((ids, end.new_br[:, :new]), axis=1), decoder)
+    state = compiled_loop(decoder.model, program, start)
+    decoder.past_key_values = state.cache
+    return record.output(tf.concat((ids, state.tokens_br[:, :new]), axis=1), decoder)
 
 
 def _searched(
@@ -158,10 +158,10 @@ def _searched(
     """The best texts of a search; `ids` have a row for each beam."""
     decoder, plan = generation.decoder, generation.plan
     count = plan.config.num_return_sequences or 1
-    begun = tf.nest.map_structure(shown, compiled_beams.beam_start(generation, program))
-    end = compiled_loop(decoder.model, program, start._replace(search=begun))
-    decoder.past_key_values = end.cache
-    new, scores, rows = texts(end.running, count, program.pad, plan.new_tokens)
+    beam_start = tf.nest.map_structure(shown, compiled_beams.beam_start(generation, program))
+    state = compiled_loop(decoder.model, program, start._replace(search=beam_start))
+    decoder.past_key_values = state.cache
+    new, scores, rows = texts(state.beam_state, count, program.pad, plan.new_tokens)
     prompts = tf.repeat(ids[:: plan.copies], count, axis=0)
     return record.beam_output(tf.concat((prompts, new), axis=1), scores, rows, decoder)
 

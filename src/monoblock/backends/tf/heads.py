@@ -17,7 +17,7 @@ from monoblock.backends.tf.layers import Tied
 from monoblock.backends.tf.namespace import XP
 from monoblock.backends.tf.ops import Tensor, size
 from monoblock.backends.tf.parts import Part
-from monoblock.backends.xla.checked import described
+from monoblock.backends.xla.checked import describe_labels
 from monoblock.backends.xla.inputs import ForwardOptions
 from monoblock.call_checks import (
     IGNORED,
@@ -128,7 +128,7 @@ def each(logits: Tensor, labels: Tensor, name: str = "labels") -> tuple[Tensor, 
     """The cross-entropy of each label (n,), 0 for those that are -100, and 1 for the others, 0 for those. ValueError:
     `name` holds no class for each of the logits (..., v)."""
     with plainly():
-        check_classes(described(XP, name, whole_labels(labels)), logits.shape)
+        check_classes(describe_labels(XP, name, whole_labels(labels)), logits.shape)
     return _each(logits, labels)
 
 
@@ -173,14 +173,14 @@ def row_loss(logits: Tensor, labels: Tensor, count: Any = None, name: str = "lab
 def causal_loss(logits_bsv: Tensor, labels_bs: Tensor, count: Any = None) -> Tensor:
     """Each token predicts the next one: labels are the input ids, shifted here."""
     with plainly():
-        check_tokens_have_labels(described(XP, "labels", labels_bs), logits_bsv.shape)
+        check_tokens_have_labels(describe_labels(XP, "labels", labels_bs), logits_bsv.shape)
     if None not in (known := (logits_bsv.shape[1], labels_bs.shape[1])) and known[0] != known[1]:
         raise ValueError(
             f"labels of {labels_bs.shape[1]} tokens came with logits of {logits_bsv.shape[1]}: "
             "leave logits_to_keep at 0 when labels are given"
         )
     with plainly():
-        check_classes(described(XP, "labels", whole_labels(labels_bs)), logits_bsv.shape)
+        check_classes(describe_labels(XP, "labels", whole_labels(labels_bs)), logits_bsv.shape)
     return _token_loss(*_each(logits_bsv[:, :-1], labels_bs[:, 1:]), count)
 
 
@@ -188,7 +188,7 @@ def sequence_loss(logits_bv: Tensor, labels: Tensor, problem_type: str | None, c
     """Regression (mean square), one class (cross-entropy) or several (binary cross-entropy), (b,); the type is
     inferred from the labels of this call when None is given."""
     with plainly():
-        problem_type = problem_of(described(XP, "labels", labels), logits_bv.shape, problem_type)
+        problem_type = problem_of(describe_labels(XP, "labels", labels), logits_bv.shape, problem_type)
     if problem_type == "single_label_classification":
         return row_loss(logits_bv, labels, count)
     logits_bv = wide(logits_bv)
@@ -207,7 +207,7 @@ def span_loss(start_bs: Tensor, end_bs: Tensor, starts: Tensor, ends: Tensor, co
     length = size(start_bs, 1)
     with plainly():
         for name, places in (("start_positions", starts), ("end_positions", ends)):
-            check_token_positions(described(XP, name, whole_labels(places)), start_bs.shape[0])
+            check_token_positions(describe_labels(XP, name, whole_labels(places)), start_bs.shape[0])
 
     def one(logits: Tensor, positions: Tensor) -> Tensor:
         positions = tf.cast(tf.reshape(positions, (-1,)), tf.int32)
@@ -301,7 +301,7 @@ def _double(head: Head, hidden: Tensor, given: Given, options: ForwardOptions) -
     loss = mc_loss = None
     if (labels := given.get("labels")) is not None:
         with plainly():
-            check_tokens_have_labels(described(XP, "labels", labels), logits.shape)
+            check_tokens_have_labels(describe_labels(XP, "labels", labels), logits.shape)
         loss = causal_loss(logits, tf.reshape(labels, (-1, size(labels, -1))), count)
     if options.nested:
         scores = tf.reshape(scores, (-1, choices, *scores.shape[1:]))

@@ -33,7 +33,7 @@ from monoblock.backends.tf.model import (
 from monoblock.backends.tf.ops import Tensor, size
 from monoblock.backends.tf.parts import Builder, Part, at, places
 from monoblock.backends.tf.serving import Configured
-from monoblock.backends.xla.checked import dropouts
+from monoblock.backends.xla.checked import dropout_rates
 from monoblock.backends.xla.inputs import DEFAULT_OPTIONS, ForwardOptions
 from monoblock.config import PretrainedConfig, as_own_config
 from monoblock.heads import HeadSpec
@@ -70,7 +70,7 @@ class MainLayer(Forward, Configured, Part):
         leaf = Leaves(self.spec, self.head_spec, self.dtype_policy, names.table)
         Builder(self.spec, KINDS, leaf, names).fill(self, self.layout)
         self.places = places(self.layout)
-        rates = [*dropouts(self.spec, self.head_spec), *dropouts(self.spec, head)]
+        rates = [*dropout_rates(self.spec, self.head_spec), *dropout_rates(self.spec, head)]
         self.seeds = keras.random.SeedGenerator() if any(rates) else None
 
     def at(self, role: str, layer: int | None = None) -> Any:

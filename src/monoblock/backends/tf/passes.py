@@ -107,7 +107,7 @@ class TFPasses:
 
     def shifted_cache(self, cache: Cache, shift: int, spec: ArchSpec, max_length: int) -> Cache:
         empty = init_cache(spec, size(cache.keys[0], 0), max_length, cache.keys[0].dtype)
-        return caches.shifted(cache, shift, empty)
+        return caches.copy_shifted(cache, shift, empty)
 
     def reordered_cache(self, cache: Cache, index_b: Any) -> Cache:
         return cache.reorder(index_b)
