@@ -125,7 +125,7 @@ def test_without_parameters_of_its_own() -> None:
     for use in (lambda: model.params, lambda: model(ids_of())):
         with pytest.raises(ValueError, match=r"_do_init=False: keep them yourself.* pass them"):
             use()
-    with pytest.raises(ValueError, match="holds no params"):
+    with pytest.raises(ValueError, match="has no params"):
         model.params = kept.params
     assert np.array_equal(model(ids_of(), params=kept.params).logits, kept(ids_of()).logits)
     assert model.init_weights(jax.random.PRNGKey(1)).keys() == kept.params.keys()

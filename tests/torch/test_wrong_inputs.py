@@ -87,7 +87,7 @@ WRONG: dict[str, tuple[type[Exception], dict[str, Any]]] = {
         ValueError,
         {"input_ids": IDS, "past_key_values": {}},
     ),
-    r"labels of 5 tokens came with logits of 6": (ValueError, {"input_ids": IDS, "labels": IDS[:, :5]}),
+    r"labels have 5 tokens, but logits have 6": (ValueError, {"input_ids": IDS, "labels": IDS[:, :5]}),
     r"MptForCausalLM has no argument 'attn_mask'; it takes: input_ids": (
         TypeError,
         {"input_ids": IDS, "attn_mask": IDS},

@@ -23,7 +23,7 @@ from monoblock.backends.flax.network import Network
 from monoblock.backends.flax.options import TORCH_DTYPE, LoadOptions, computation
 from monoblock.backends.flax.outputs import output_class
 from monoblock.backends.flax.parameters import Parameters
-from monoblock.backends.flax.placement import from_host, placed
+from monoblock.backends.flax.placement import from_host, put
 from monoblock.backends.flax.processes import Read, write_once
 from monoblock.backends.flax.sharding import Sharded
 from monoblock.backends.flax.training import Training
@@ -241,7 +241,7 @@ class FlaxPreTrainedModel(Parameters, Sharded, Training, FlaxGenerationMixin):
         told_of_unused(type(self).__name__, where, report)
         if self._do_init and report.made:
             params = self.init_weights(self.key, params=params)
-            params = params if shardings is None else jax.tree.map(placed, params, shardings)
+            params = params if shardings is None else jax.tree.map(put, params, shardings)
         return params, loading_info(missing, mismatched, report)
 
     @classmethod

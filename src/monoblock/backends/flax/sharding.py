@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from monoblock.backends.flax.explicit import automatic, spec_of
 from monoblock.backends.flax.gathering import Gathering
 from monoblock.backends.flax.loading import LeafGroup, flat, nested
-from monoblock.backends.flax.placement import placed
+from monoblock.backends.flax.placement import put
 from monoblock.heads import KINDS, HeadSpec
 from monoblock.partition import Axes, AxisNames, Names, axes_text, axis_names, shard_count, split
 from monoblock.spec import ArchSpec
@@ -54,16 +54,16 @@ def shard_batch(batch: T, mesh: Mesh, axes: Axes) -> T:
     count = shard_count(axes.rows, mesh.shape)
     rows = NamedSharding(mesh, PartitionSpec(_entry(axes.rows)))
 
-    def put(path: Any, x: Any) -> Any:
+    def shard_rows(path: Any, x: Any) -> Any:
         if x.ndim == 0 or x.shape[0] % count:
             what = f"{jax.tree_util.keystr(path)} of shape {x.shape}".strip()
             raise ValueError(
                 f"the rows of {what} do not split into the {count} parts of the mesh's {axes_text(axes.rows)}: "
                 f"give a multiple of {count} rows"
             )
-        return placed(x, rows)
+        return put(x, rows)
 
-    return jax.tree_util.tree_map_with_path(put, batch)
+    return jax.tree_util.tree_map_with_path(shard_rows, batch)
 
 
 class Sharded:
@@ -132,7 +132,7 @@ class Sharded:
         data axis.
         """
         shardings = self.laid_out(mesh, tensor_axis=tensor_axis, fsdp_axis=fsdp_axis, data_axis=data_axis)
-        return jax.tree.map(placed, self.params if params is None else params, shardings)
+        return jax.tree.map(put, self.params if params is None else params, shardings)
 
     def shard(
         self,

@@ -176,7 +176,7 @@ def causal_loss(logits_bsv: Tensor, labels_bs: Tensor, count: Any = None) -> Ten
         check_tokens_have_labels(describe_labels(XP, "labels", labels_bs), logits_bsv.shape)
     if None not in (known := (logits_bsv.shape[1], labels_bs.shape[1])) and known[0] != known[1]:
         raise ValueError(
-            f"labels of {labels_bs.shape[1]} tokens came with logits of {logits_bsv.shape[1]}: "
+            f"labels have {labels_bs.shape[1]} tokens, but logits have {logits_bsv.shape[1]}: "
             "leave logits_to_keep at 0 when labels are given"
         )
     with plainly():

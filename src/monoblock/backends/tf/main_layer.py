@@ -25,7 +25,7 @@ from monoblock.backends.tf.model import (
     Stack,
     Widen,
     Wrapper,
-    looked_up,
+    embed_tokens,
     positioned,
     run_layers,
     with_patches,
@@ -77,9 +77,9 @@ class MainLayer(Forward, Configured, Part):
         """The layer that plays a role, in that block where it is one of a block's; None if there is none."""
         return at(self, self.places[role], layer) if role in self.places else None
 
-    def lookup(self, input_ids: Tensor) -> Tensor:
+    def embed_tokens(self, input_ids: Tensor) -> Tensor:
         """Token ids (b, s) as vectors (b, s, w)."""
-        return looked_up(self.at("embed"), input_ids, self.spec)
+        return embed_tokens(self.at("embed"), input_ids, self.spec)
 
     def seed(self, options: ForwardOptions) -> Tensor | None:
         """The seed of a call's dropouts; None if nothing drops."""
@@ -102,12 +102,12 @@ class MainLayer(Forward, Configured, Part):
     ) -> dict[str, Any]:
         """The outputs without the pooler's; see `network`."""
         x, types = given.get("inputs_embeds"), given.get("token_type_ids")
-        x = self.lookup(given["input_ids"]) if x is None else tf.cast(x, self.compute_dtype)
+        x = self.embed_tokens(given["input_ids"]) if x is None else tf.cast(x, self.compute_dtype)
         if (patches := given.get("image_patches")) is not None:
             patches = tf.cast(patches, self.compute_dtype)
             x = with_patches(self.role("patch_embed"), x, patches, given["patch_rows"])
         if types is not None:
-            x = x + self.lookup(types)
+            x = x + self.embed_tokens(types)
         count = size(x, 1)
         call = prepare(self.spec, given, count, cache, options)
         call = replace(call, seed=seed, checkpointing=self.gradient_checkpointing)

@@ -30,7 +30,7 @@ ACT: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": tf.nn.silu,
 }
 
-# Finite, so that a row that may see nothing becomes a mean and not NaN.
+# Finite, so that a fully masked row becomes a mean instead of NaN.
 LOWEST = float(np.finfo(np.float32).min)
 
 
@@ -52,8 +52,8 @@ def dropped(x: Tensor, rate: float, seed: Tensor | None, place: int) -> Tensor:
 # ---------------------------------------------------------------------------- positions
 
 
-def stretched(rotary: Rotary, scaling: RopeScaling, length_b: Tensor) -> Tensor:
-    """The factor (b, dim / 2) of dynamic scaling on the frequencies of texts of these lengths."""
+def dynamic_factor(rotary: Rotary, scaling: RopeScaling, length_b: Tensor) -> Tensor:
+    """The factor (b, dim / 2) of dynamic scaling on the RoPE frequencies, for sequences of these lengths."""
     original = scaling.original_length
     ratio = tf.cast(tf.maximum(length_b, original), tf.float64) / original
     growth = tf.math.log(scaling.factor * ratio - (scaling.factor - 1)) * (rotary.dim / (rotary.dim - 2))
@@ -63,33 +63,35 @@ def stretched(rotary: Rotary, scaling: RopeScaling, length_b: Tensor) -> Tensor:
 def rotations(
     positions_bq: Tensor, rotary: Rotary, dtype: Any, length_b: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """cos and sin of the rotary angles, each (b, 1, q, dim). Dynamic scaling goes by each row's own length: the given
-    one, else the last position's."""
+    """cos and sin of the RoPE angles, each (b, 1, q, dim). Dynamic scaling depends on each row's length: `length_b`,
+    else the highest position + 1."""
     inverse, factor = inverse_frequencies(rotary)
     inverse_b = tf.constant(inverse)[None]
     if is_dynamic(rotary):
         assert rotary.scaling is not None
         length_b = tf.reduce_max(positions_bq, axis=-1) + 1 if length_b is None else length_b
-        inverse_b = inverse_b * stretched(rotary, rotary.scaling, length_b)
+        inverse_b = inverse_b * dynamic_factor(rotary, rotary.scaling, length_b)
     angles = tf.cast(positions_bq[:, None, :, None], tf.float32) * inverse_b[:, None, None]
     angles = tf.concat((angles, angles), axis=-1)
     return tf.cast(tf.cos(angles) * factor, dtype), tf.cast(tf.sin(angles) * factor, dtype)
 
 
 def rotate(x_bhqd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the first `dim` channels by half-rotation: (a, b) -> (a cos - b sin, b cos + a sin)."""
+    """Apply RoPE to the first `dim` channels, whose halves a, b become (a cos - b sin, b cos + a sin)."""
     dim = cos.shape[-1]
-    turned, kept = x_bhqd[..., :dim], x_bhqd[..., dim:]
-    a, b = tf.split(turned, 2, axis=-1)
-    turned = turned * cos + tf.concat((-b, a), axis=-1) * sin
-    return tf.concat((turned, kept), axis=-1) if kept.shape[-1] else turned
+    rotated, rest = x_bhqd[..., :dim], x_bhqd[..., dim:]
+    a, b = tf.split(rotated, 2, axis=-1)
+    rotated = rotated * cos + tf.concat((-b, a), axis=-1) * sin
+    return tf.concat((rotated, rest), axis=-1) if rest.shape[-1] else rotated
 
 
 def relative_position_bucket(distance: Tensor, count: int, max_distance: int) -> Tensor:
-    """T5's bucket of each distance (key - query): half of the buckets look ahead; in each half, half are exact and the
-    rest grow with the logarithm up to `max_distance`."""
-    far = tf.minimum(tf.abs(distance), max_distance)
-    return tf.where(distance > 0, count // 2, 0) + tf.gather(past_position_buckets(count, max_distance), far)
+    """T5's bucket of each distance (key - query): half of the buckets are for later keys; in each half, half are exact
+    and the others grow with the logarithm up to `max_distance`."""
+    clipped = tf.minimum(tf.abs(distance), max_distance)
+    return tf.where(distance > 0, count // 2, 0) + tf.gather(
+        past_position_buckets(count, max_distance), clipped
+    )
 
 
 @functools.lru_cache(maxsize=8)

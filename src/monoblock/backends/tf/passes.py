@@ -99,8 +99,8 @@ class TFPasses:
             ("uncached", options), lambda given: forward_pass(self.model, given, None, options), given
         )
 
-    def lookup(self, ids: Any) -> Tensor:
-        return self.run("lookup", self.model.main.lookup, ids)
+    def embed_tokens(self, ids: Any) -> Tensor:
+        return self.run("embed_tokens", self.model.main.embed_tokens, ids)
 
     def empty_cache(self, rows: int, spec: ArchSpec, max_length: int) -> Cache:
         return init_cache(spec, rows, max_length, self.model.compute_dtype)
