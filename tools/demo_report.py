@@ -52,16 +52,16 @@ def page(facts: Facts) -> str:
             "## Figures\n",
             *figures(facts),
             "\n![Training and held-out loss](demo-loss.svg)\n",
-            "The held-out line is measured on a quarter of the held-out text, the table on all of it.\n",
+            "The held-out curve is measured on a quarter of the held-out text, the table on all of it.\n",
             *lengths(facts),
-            "\n## What it was trained on\n",
+            "\n## Training data\n",
             CORPUS,
             *texts(facts),
             TRAINING,
             "```\n" + command(facts) + "\n```\n",
             clock(facts) + "\n",
-            "## What it says\n",
-            "Taken as they came, with the folder's own sampling settings, in bfloat16, 120 tokens at most, seed 0:\n",
+            "## Samples\n",
+            "Not selected, with the folder's sampling settings, in bfloat16, at most 120 tokens, seed 0:\n",
             *(
                 f"**{title}**\n\n```python\n{prompt}{reply.rstrip()}\n```\n"
                 for title, prompt, reply in facts.samples
@@ -99,7 +99,7 @@ def lengths(facts: Facts) -> list[str]:
         for length, loss in facts.held_out.items()
     ]
     return [
-        f"ALiBi extrapolates: no training window was longer than {facts.run.length} tokens.\n",
+        f"ALiBi extrapolates; all training windows had {facts.run.length} tokens.\n",
         "| Window, tokens | Loss | Perplexity | Bits per byte |",
         "|---|---|---|---|",
         *rows,
@@ -139,24 +139,24 @@ def clock(facts: Facts) -> str:
     if facts.run.minutes is None:
         return "The same seed, corpus and machine give the same run, up to the rounding of threads."
     return (
-        f"The learning rate of this run followed the clock (`--minutes {facts.run.minutes:g}`), which on another\n"
-        "machine is another number of steps; with `--steps` it follows the steps, and seed and corpus alone decide\n"
-        "the run."
+        f"The learning rate of this run followed the elapsed time (`--minutes {facts.run.minutes:g}`), which is\n"
+        "another number of steps on another machine; with `--steps` it follows the step count, and seed and corpus\n"
+        "determine the run."
     )
 
 
 INTRODUCTION = """# The embedded demo
 
-The package carries one tiny MPT, so that `monoblock generate` and `monoblock chat` do something real on a fresh
-machine with no network. It was trained from scratch, by this repository's own script and on this library's own
-`MptForCausalLM`, on text that every Python installation has: the source of the standard library.
+The package contains one tiny MPT, so that `monoblock generate` and `monoblock chat` work on a new machine
+without a network. It was trained from scratch by `tools/train_demo.py`, with this library's `MptForCausalLM`,
+on text that every Python installation has: the source of the standard library.
 
 ```
 monoblock generate "def fibonacci(n):"
 monoblock chat
 ```
 
-From Python it is a folder like any other checkpoint:
+In Python it is a folder like any other checkpoint:
 
 ```python
 from monoblock import AutoTokenizer, MptForCausalLM, demo
@@ -165,33 +165,34 @@ tokenizer = AutoTokenizer.from_pretrained(demo.path())
 model = MptForCausalLM.from_pretrained(demo.path())
 ```
 
-This page is written by `tools/train_demo.py`.
+`tools/train_demo.py` writes this page.
 """
 
-CORPUS = """Every `.py` file of the standard library, sorted by name, that parses, that is no copy of another and
-that reads like code: codec tables, the help topics and test data are left out, and so is any file with more digits,
-backslashes or characters beyond ASCII than code has. Test modules are cut to whole statements within 60,000
-characters. One file in fifty, chosen by the SHA-256 of its name, is held out: no weight and no token was learned
-from it.
+CORPUS = """Every `.py` file of the standard library, sorted by name, that parses and is not a duplicate. Codec tables,
+the help topics and test data are left out, as is any file with more digits, backslashes or non-ASCII
+characters than code has. Test modules are truncated to whole statements within 60,000 characters. One file in
+fifty, chosen by the SHA-256 of its name, is held out from the training of the weights and of the tokenizer.
 
-For the chat, functions and classes are cut out of the same files: the first sentence of the docstring is the
-request, the code without it the reply; what is at the top level and has no docstring answers to its own first line.
+For chat, functions and classes are extracted from the same files: the first sentence of the docstring is the
+request, the code without it the reply; for top-level definitions without a docstring the first line is the
+request.
 """
 
-TRAINING = """## How
+TRAINING = """## Training
 
-Next-token loss on windows of one stream of files in random order; a window begins where a line does, with the line's
-indentation, so that a text that begins with a word begins at column 0, as prompts do. Muon for the matrices of the
-blocks and AdamW for the embedding and the norms; linear warm-up over 100 steps, then a straight line to a learning
-rate of zero; bfloat16 products over float32 weights. The weights were rounded to bfloat16 once, at the end; the
-figures above are those of the rounded weights, in float32 arithmetic. To do it again:
+Next-token loss on windows of one stream of files in random order; a window begins at the beginning of a line,
+with its indentation, so that a window that begins with a word begins at column 0, like prompts. Muon for the
+matrices of the blocks and AdamW for the embedding and the norms; linear warm-up over 100 steps, then linear
+decay to zero; bfloat16 products with float32 weights. The weights were rounded to bfloat16 once, at the end;
+the figures above are those of the rounded weights, in float32 arithmetic. To repeat the run:
 """
 
-LIMITS = """## What it is not
+LIMITS = """## Limits
 
-It has seen some twenty megabytes of one style of code. It knows the look of Python, common names and idioms and the
-manners of the standard library; it does not know what a Fibonacci number is, and what it writes is not meant to be run.
+It was trained on some twenty megabytes of one style of code. It has learned Python's syntax, common names and
+idioms and the style of the standard library; it does not know what a Fibonacci number is, and its output is
+not meant to be run.
 
-Give it prompts without a line break at the end: a break and the indentation after it are one token, and a bare break
-says that the next line begins at column 0.
+Use prompts without a line break at the end: a line break and the indentation after it are one token, and a
+line break alone means that the next line begins at column 0.
 """

@@ -1,4 +1,4 @@
-"""Writes docs/families.md's tables, from the specs of the default configs and the configs' own tables of fields:
+"""Writes the tables of docs/families.md from the specs of the default configs and the configs' tables of fields:
 `python tools/make_family_table.py`."""
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ ACTIVATIONS = {
 }
 STORED: dict[type[Op], str] = {
     Same: "fused",
-    Split: "three matrices",
-    PerHead: "fused, head by head",
+    Split: "separate",
+    PerHead: "fused, per head",
     Transposed: "fused, transposed",
 }
 
@@ -44,31 +44,31 @@ def _norm(norm: Norm) -> str:
 
 
 def _outside(spec: ArchSpec) -> str:
-    named = {"on the embedding": spec.embed_norm, "at the end": spec.final_norm}
+    named = {"embedding": spec.embed_norm, "final": spec.final_norm}
     return ", ".join(where for where, norm in named.items() if norm) or "none"
 
 
 def _position(position: Position, spec: ArchSpec) -> str:
     match position:
         case Learned(size=size, offset=offset):
-            return f"table of {size}" + (f", the first token at {offset}" if offset else "")
+            return f"table of {size}" + (f", first position {offset}" if offset else "")
         case Rotary(dim=dim, theta=theta):
             share = dim / spec.attention.head_dim
             return f"RoPE, theta {theta:g}" + ("" if share == 1 else f", on {share:g} of each head")
         case Alibi(bias_max=bias_max):
-            return f"ALiBi, up to 2^-{bias_max:g}"
+            return f"ALiBi, bias_max {bias_max:g}"
         case Buckets(count=count, max_distance=distance):
-            return f"{count} relative buckets up to {distance}"
+            return f"{count} relative buckets, max distance {distance}"
 
 
-def _sees(spec: ArchSpec) -> str:
-    direction = "all before it" if spec.causal else "all (bidirectional)"
+def _attention(spec: ArchSpec) -> str:
+    direction = "causal" if spec.causal else "bidirectional"
     windows = set(spec.windows)
     if windows == {None}:
         return direction
     sizes = sorted(window for window in windows if window is not None)
-    text = f"the last {sizes[0]}"
-    return text if len(windows) == 1 else f"by layer: {direction}, {text}"
+    window = f"{direction}, window {sizes[0]}"
+    return window if len(windows) == 1 else f"per layer: {direction}; {window}"
 
 
 def _biases(spec: ArchSpec) -> str:
@@ -99,44 +99,44 @@ def _qk(spec: ArchSpec) -> str:
 
 AXES: dict[str, Callable[[ArchSpec], str]] = {
     "norm": lambda spec: f"{_norm(spec.norm)}, {spec.placement}",
-    "norm outside the blocks": _outside,
-    "position": lambda spec: "; ".join(_position(p, spec) for p in spec.positions),
-    "a token sees": _sees,
-    "key heads": _kv,
-    "on q and k": _qk,
-    "scores times": _scale,
+    "other norms": _outside,
+    "positions": lambda spec: "; ".join(_position(p, spec) for p in spec.positions),
+    "attention": _attention,
+    "key/value heads": _kv,
+    "q and k norm": _qk,
+    "score scale": _scale,
     "MLP": _mlp,
     "biases": _biases,
-    "images": lambda spec: f"patches of {spec.patches.size} numbers" if spec.patches else "-",
-    "head over the vocabulary": lambda spec: "tied" if spec.tie_head else "its own",
+    "images": lambda spec: f"patches of {spec.patches.size} values" if spec.patches else "-",
+    "LM head": lambda spec: "tied" if spec.tie_head else "untied",
 }
 
 
 def _stored(model_type: str) -> str:
-    """How files hold q, k and v."""
+    """How files store q, k and v."""
     config = family(model_type).config()
     source = family(model_type).keymap(config, None).source("blocks.0.attn.qkv.weight")
     return STORED[type(source.op)]
 
 
 def _size(model_type: str) -> str:
-    numbers = 0
+    total = 0
     for shape in tree.parameters(family(model_type).config().to_spec()).values():
         count = 1
         for side in shape:
             count *= side
-        numbers += count
-    return f"{numbers / 1e9:.1f} billion" if numbers >= 1e9 else f"{numbers / 1e6:.0f} million"
+        total += count
+    return f"{total / 1e9:.1f} billion" if total >= 1e9 else f"{total / 1e6:.0f} million"
 
 
 def table() -> str:
-    """A row for each axis, a column for each family."""
+    """A row for each option of the architecture, a column for each family."""
     specs = {name: family(name).config().to_spec() for name in FAMILIES}
     rows = [["", *(TITLES[name] for name in specs)]]
     rows += [[axis, *(describe(spec) for spec in specs.values())] for axis, describe in AXES.items()]
     rows += [
         ["q, k, v in files", *map(_stored, specs)],
-        ["weights of the default config, without a head", *map(_size, specs)],
+        ["parameters of the default config, without head", *map(_size, specs)],
     ]
     lines = [f"| {' | '.join(row)} |" for row in rows]
     lines.insert(1, "|---" * (1 + len(specs)) + "|")
@@ -156,7 +156,7 @@ def _values(allowed: Iterable[Any]) -> str:
 
 
 def fields_honoured() -> str:
-    """A row for each family: the fields of its config.json that decide something."""
+    """A row for each family: the fields of its config.json that affect the results."""
     lines = ["| family | fields |", "|---|---|"]
     for name in FAMILIES:
         config = family(name).config
@@ -165,7 +165,7 @@ def fields_honoured() -> str:
             at = names.index(inner)
             names[at : at + 1] = [f"{inner}.{field}" for field in kind.fields]
         aliases = [f"{alias} ({field})" for alias, field in config.attribute_map.items()]
-        others = f"; as other names: {_code(aliases)}" if aliases else ""
+        others = f"; aliases: {_code(aliases)}" if aliases else ""
         types = f" (also `{'`, `'.join(config.other_types)}`)" if config.other_types else ""
         lines.append(f"| {TITLES[name]}{types} | {_code(names)}{others} |")
     common = [name for name in COMMON if name not in REFUSED]
@@ -174,16 +174,16 @@ def fields_honoured() -> str:
 
 
 def fields_refused() -> str:
-    """A row for each field that no value but the given ones can be honoured of."""
+    """A row for each field of which only the listed values are supported."""
     kinds = {TITLES[name]: family(name).config.refused() for name in FAMILIES}
-    lines = ["| field | may be | else refused by | because |", "|---|---|---|---|"]
+    lines = ["| field | accepted values | refused by | reason |", "|---|---|---|---|"]
     rows: dict[tuple[str, str, str], list[str]] = {}
     for title, rules in kinds.items():
         for field, (allowed, hint) in rules.items():
             rows.setdefault((field, _values(allowed), hint), []).append(title)
     for (field, allowed, hint), titles in sorted(rows.items()):
-        who = "all" if len(titles) == len(kinds) else ", ".join(titles)
-        lines.append(f"| `{field}` | {allowed} | {who} | {hint} |")
+        refusing = "all" if len(titles) == len(kinds) else ", ".join(titles)
+        lines.append(f"| `{field}` | {allowed} | {refusing} | {hint} |")
     return "\n".join(lines) + "\n"
 
 
@@ -203,7 +203,7 @@ TABLES: dict[str, Callable[[], str]] = {
 
 
 def updated(text: str) -> str:
-    """The document's text with the tables of today."""
+    """The text of the document with current tables."""
     for begin, made in TABLES.items():
         before, found, rest = text.partition(begin)
         _, end, after = rest.partition(END)

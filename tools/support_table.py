@@ -1,16 +1,16 @@
-"""Writes README's table of what works today, from the registry: `python tools/support_table.py`."""
+"""Writes the table of model classes in README.md from the families' registry: `python tools/support_table.py`."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import monoblock
-from monoblock.families import FAMILIES, class_names
+from monoblock.families import class_names
 
 README = Path(__file__).parents[1] / "README.md"
 BEGIN, END = "<!-- made by tools/support_table.py -->\n", "<!-- end -->\n"
 
-# model_type -> the family's name; in the order in which they came to the project.
+# model_type -> the family's name, in the order of the table.
 TITLES = {
     "mpt": "MPT",
     "mistral": "Mistral",
@@ -19,39 +19,25 @@ TITLES = {
     "gpt_neo": "GPT Neo",
     "mpnet": "MPNet",
 }
-FRAMEWORKS = {"PyTorch": "", "JAX": "Flax", "TensorFlow": "TF"}  # and what class names start with
-HEADS = {
-    "Model": "bare",
-    "ForCausalLM": "causal LM",
-    "LMHeadModel": "causal LM",
-    "ForMaskedLM": "masked LM",
-    "DoubleHeadsModel": "double heads",
-    "ForMultipleChoice": "multiple choice",
-    "ForSequenceClassification": "sequence classification",
-    "ForTokenClassification": "token classification",
-    "ForQuestionAnswering": "question answering",
-}
+PREFIXES = ("", "Flax", "TF")  # of the class names on PyTorch, JAX and TensorFlow
 
 
 def table() -> str:
-    """A row for each family, a column for each framework; a cell lists the heads whose classes are public."""
-    lines = ["| family | " + " | ".join(FRAMEWORKS) + " |", "|---" * (1 + len(FRAMEWORKS)) + "|"]
-    for model_type, title in TITLES.items():
-        cells = (_cell(model_type, prefix) for prefix in FRAMEWORKS.values())
-        lines.append(f"| {title} | " + " | ".join(cells) + " |")
+    """A row for each family: its title and its PyTorch classes."""
+    lines = ["| family | classes |", "|---|---|"]
+    lines += [f"| {title} | {_classes(model_type)} |" for model_type, title in TITLES.items()]
     return "\n".join(lines) + "\n"
 
 
-def _cell(model_type: str, prefix: str) -> str:
-    if model_type not in FAMILIES:
-        return "planned"
-    stem = FAMILIES[model_type][0]
-    names = [name for name in class_names(model_type) if prefix + name in dir(monoblock)]
-    return ", ".join(HEADS[name.removeprefix(stem)] for name in names) or "planned"
+def _classes(model_type: str) -> str:
+    """The names of a family's classes, which every framework must have."""
+    public, names = dir(monoblock), class_names(model_type)
+    assert all(prefix + name in public for name in names for prefix in PREFIXES), model_type
+    return ", ".join(f"`{name}`" for name in names)
 
 
 def updated(text: str) -> str:
-    """A README's text with the table of today."""
+    """The text of README.md with a current table."""
     before, _, rest = text.partition(BEGIN)
     _, _, after = rest.partition(END)
     return f"{before}{BEGIN}\n{table()}\n{END}{after}"

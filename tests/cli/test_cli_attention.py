@@ -63,7 +63,7 @@ def test_colours_at_a_terminal() -> None:
     args = ("-m", "monoblock.cli", "attention", "def f(x):")
     with Terminal(args, env={"TERM": "xterm", "COLUMNS": "80"}) as terminal:
         terminal.expect("\x1b[38;5;87m██")
-        terminal.expect("not seen")
+        terminal.expect("masked")
         assert terminal.end() == 0
 
 

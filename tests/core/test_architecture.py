@@ -231,3 +231,79 @@ def test_the_test_finds_what_it_looks_for() -> None:
     typed = {module: imports(ast.parse(text), circle, ast.walk) for module, text in circle.items()}
     assert circles(typed) == ["a", "b", "d", "e", "p.c"]
     assert "monoblock.spec" in reached(GRAPH, "monoblock.backends.pytorch.model")
+
+
+# ---------------------------------------------------------------------------- docs/architecture.md
+
+PAGE = (PACKAGE.parents[1] / "docs" / "architecture.md").read_text(encoding="utf-8")
+GROUP_ROWS = re.findall(r"^\| (\w+) \| ((?:`[\w/.]+`(?:, )?)+) \| ([\w, -]+) \|$", PAGE, flags=re.MULTILINE)
+TABLES = re.findall(r"^\| file in `([\w/]+)/` \|.*\n\|[-|]+\n((?:\|.*\n)+)", PAGE, flags=re.MULTILINE)
+
+
+def group_of(module: str, groups: Mapping[str, str]) -> str | None:
+    """The group of the import table with the longest path that contains the module."""
+    path = module.replace(".", "/").removeprefix("monoblock/")
+    found = [part for part in groups if path == part.removesuffix(".py") or f"{path}/".startswith(part)]
+    return groups[max(found, key=len)] if found else None
+
+
+def test_the_import_table_is_current() -> None:
+    groups = {path: name for name, paths, _ in GROUP_ROWS for path in re.findall(r"`(.+?)`", paths)}
+    found: dict[str | None, set[str]] = {name: set() for name, _, _ in GROUP_ROWS}
+    for module, imported in GRAPH.items():
+        if module != "monoblock":
+            own = group_of(module, groups)
+            assert own is not None, f"docs/architecture.md: no group has {module}"
+            others = {group_of(other, groups) for other in imported} - {own, None}
+            found[own] |= {other for other in others if other is not None}
+    assert {name: ", ".join(sorted(found[name])) or "-" for name in found} == {n: i for n, _, i in GROUP_ROWS}
+
+
+def has_function(path: Path, name: str) -> bool:
+    """Whether a Python file defines the (qualified) name, or a C++ file a function of that name."""
+    if not path.exists():
+        return False
+    text = path.read_text(encoding="utf-8")
+    if path.suffix != ".py":
+        return re.search(rf"^[^/\n]*\b[\w>*]+\s+{name}\(", text, flags=re.MULTILINE) is not None
+    scope: list[ast.stmt] = ast.parse(text).body
+    for part in name.split("."):
+        kinds = ast.FunctionDef | ast.ClassDef
+        match = next((node for node in scope if isinstance(node, kinds) and node.name == part), None)
+        if match is None:
+            return False
+        scope = match.body
+    return True
+
+
+def test_functions_of_the_page_exist() -> None:
+    named = set(re.findall(r"`([\w/]+\.(?:py|hpp|cpp)):([\w.]+)`", PAGE)) - {("file.py", "function")}
+    assert len(named) > 25
+    assert {(file, name) for file, name in named if not has_function(PACKAGE / file, name)} == set()
+
+
+def test_files_of_the_page_exist() -> None:
+    """Paths from the package or the repository; in the tables of one folder, names in that folder."""
+    root = PACKAGE.parents[1]
+    rest, missing = PAGE, set[str]()
+    for folder, rows in TABLES:
+        rest = rest.replace(rows, "")
+        names = [
+            name
+            for row in rows.splitlines()
+            for name in re.findall(r"`([\w/]+(?:\.py|/))`", row.split("|")[1])
+        ]
+        assert names
+        missing |= {f"{folder}/{name}" for name in names if not (PACKAGE / folder / name).exists()}
+    paths = set(re.findall(r"`((?:\w+/)+(?:[\w*]+\.\w+)?|\w+\.py)(?::[\w.]+)?`", rest)) - {"file.py"}
+    assert len(TABLES) >= 3 and len(paths) > 40
+    short = {"attention_cuda.py", "attention_flex.py", "namespace.py", "model.py"}
+    missing |= {p for p in paths - short if not any([*PACKAGE.glob(p), *root.glob(p)])}
+    assert missing == set()
+
+
+def test_missing_functions_are_found() -> None:
+    assert has_function(PACKAGE / "native" / "kernels.cpp", "mb_step")
+    assert not has_function(PACKAGE / "native" / "kernels.cpp", "mb_stop")
+    assert not has_function(PACKAGE / "config.py", "PretrainedConfig.to_speck")
+    assert not has_function(PACKAGE / "config.py", "to_spec")

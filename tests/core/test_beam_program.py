@@ -6,12 +6,12 @@ from numpy.testing import assert_array_equal
 
 from monoblock.generation import beam_program
 from monoblock.generation.arrays import NumpyOps
-from monoblock.generation.beams import HOPELESS, Beam, BeamSearch, Rules
+from monoblock.generation.beams import HOPELESS, Beam, BeamScorer, BeamSearch
 
 OPS = NumpyOps()
 PROMPTS, VOCAB, ROOM = 3, 7, 9
 RULES = [
-    Rules(width, penalty, early, ROOM)
+    BeamScorer(width, penalty, early, ROOM)
     for width in (2, 3)
     for penalty in (1.0, 0.0, -2.0, 1.5)
     for early in (False, True, "never")

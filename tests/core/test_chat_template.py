@@ -457,7 +457,7 @@ def test_functions_that_cannot_be_tools() -> None:
         (unhinted, "'x' of the tool unhinted has no type hint"),
         (undescribed, "does not describe its argument 'x'"),
         (strange, "'x' of the tool strange has no JSON schema"),
-        (chosen, "no JSON list"),
+        (chosen, "not a JSON list"),
     ):
         with pytest.raises(ValueError, match=words):
             get_json_schema(function)

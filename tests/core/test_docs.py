@@ -1,4 +1,4 @@
-"""The documents tell the truth: the table of what works, the links, the options of the command line."""
+"""The documents are current: the table of classes, links and anchors, the options of the command line."""
 
 from __future__ import annotations
 
@@ -15,7 +15,15 @@ from packaging.requirements import Requirement
 from monoblock.cli.app import COMMANDS
 
 ROOT = Path(__file__).parents[2]
-DOCUMENTS = sorted([ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md")])
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / ".github").rglob("*.md")])
+FENCE = re.compile(r"^( *```).*?^\1$", flags=re.MULTILINE | re.DOTALL)
+
+
+def anchors(document: Path) -> set[str]:
+    """The anchors of a document's headings, as GitHub and the documentation site derive them."""
+    prose = FENCE.sub("", document.read_text(encoding="utf-8"))
+    titles = re.findall(r"^#+ (.+)$", prose, flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
 def options(command: str) -> set[str]:
@@ -24,7 +32,7 @@ def options(command: str) -> set[str]:
     return {name for p in parameters for name in (*p.opts, *p.secondary_opts) if name.startswith("-")}
 
 
-def test_the_table_of_what_works_is_of_today() -> None:
+def test_the_table_of_classes_is_current() -> None:
     file = ROOT / "tools" / "support_table.py"
     spec = importlib.util.spec_from_file_location("support_table", file)
     assert spec and spec.loader
@@ -34,11 +42,25 @@ def test_the_table_of_what_works_is_of_today() -> None:
     assert tool.updated(text) == text, "run: python tools/support_table.py"
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
-def test_links_lead_somewhere(document: Path) -> None:
-    links = re.findall(r"\]\(([^)#\s]+)", document.read_text(encoding="utf-8"))
-    files = [link for link in links if not link.startswith(("https://", "http://"))]
-    assert [link for link in files if not (document.parent / link).exists()] == []
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_and_anchors_exist(document: Path) -> None:
+    prose = FENCE.sub("", document.read_text(encoding="utf-8"))
+    for link in re.findall(r"\]\(([^)\s]+)", prose):
+        if not link.startswith(("https://", "http://")):
+            path, _, anchor = link.partition("#")
+            target = document.parent / path if path else document
+            assert target.exists(), link
+            assert not anchor or anchor in anchors(target), link
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_lines_are_wrapped(document: Path) -> None:
+    """At 110 columns: prose and lists; tables, code, images and a single long word need not be."""
+    prose = FENCE.sub("", document.read_text(encoding="utf-8"))
+    long = [
+        line for line in prose.splitlines() if len(line) > 110 and not line.startswith(("|", "![", "<!--"))
+    ]
+    assert [line for line in long if " " in line.lstrip(" -")] == []
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -59,10 +81,17 @@ def test_no_document_names_an_option_that_is_not_there() -> None:
     assert set(re.findall(r"`(?:monoblock )?(--[a-z-]+)", text)) <= known
 
 
-def test_readme_starts_with_the_two_commands() -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    first = text.partition("```sh\n")[2].partition("```")[0]
-    assert [line.split("#")[0].strip() for line in first.splitlines()] == ["make demo", "make test"]
+def test_the_first_screen_of_the_readme() -> None:
+    """pip install, five lines of code, the sentence about the import line, a figure, the two commands."""
+    first = "\n".join((ROOT / "README.md").read_text(encoding="utf-8").splitlines()[:30])
+    blocks = re.findall(r"^```(sh|python)\n(.*?)^```$", first, flags=re.MULTILINE | re.DOTALL)
+    assert [kind for kind, _ in blocks] == ["sh", "python", "sh"]
+    install, code, commands = (text.splitlines() for _, text in blocks)
+    assert len(install) == 1 and install[0].startswith("pip install ")
+    assert len([line for line in code if line]) == 5
+    assert "Change `transformers` to `monoblock`" in first and "keep the rest" in first
+    assert first.count("![") == 1
+    assert [line.split("#")[0].strip() for line in commands] == ["make demo", "make test"]
     targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
     assert {"demo", "test"} <= set(targets)
 

@@ -184,7 +184,7 @@ def test_draws_without_replacement_follow_the_softmax():
         ({"num_beams": 2, "prompt_lookup_num_tokens": 4}, "do not go together"),
         ({"num_beams": 2, "assistant_model": counting()}, "do not go together"),
         ({"num_beams": 2, "num_beam_groups": 2}, "num_beam_groups=2: diverse beam search is not built"),
-        ({"num_return_sequences": 2}, "say do_sample=True or num_beams"),
+        ({"num_return_sequences": 2}, "set do_sample=True or num_beams"),
         (
             {"num_beams": 2, "streamer": type("S", (), {"put": print, "end": lambda self: None})()},
             "one sequence",

@@ -76,7 +76,7 @@ def test_a_file_in_place_of_the_folder_is_refused(tmp_path):
 def test_a_bad_value_is_not_saved(tmp_path):
     config = GenerationConfig()
     config.max_new_tokens = -1
-    with pytest.raises(ValueError, match="max_new_tokens=-1: expected a whole number of at least 1"):
+    with pytest.raises(ValueError, match="max_new_tokens=-1: expected an integer of at least 1"):
         config.save_pretrained(tmp_path)
     assert list(tmp_path.iterdir()) == []
 

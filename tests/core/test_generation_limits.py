@@ -13,7 +13,7 @@ from fakes import TableModel, counting, one_hot
 from monoblock import GenerationConfig, MptConfig, seeds
 from monoblock.generation import limits, scores
 from monoblock.generation.arrays import NumpyOps
-from monoblock.generation.beams import Rules
+from monoblock.generation.beams import BeamScorer
 
 PROMPT = [[7, 8]]
 
@@ -57,7 +57,7 @@ def test_an_eos_of_the_files_that_the_vocabulary_lacks_is_of_no_use() -> None:
 def test_a_pad_token_that_rows_would_be_fed_with() -> None:
     rows = [[7, 8], [1, 2]]
     with pytest.raises(
-        ValueError, match=r"filled with the token 100, but .* 0 to 99: say another pad_token_id"
+        ValueError, match=r"filled with the token 100, but .* 0 to 99: set another pad_token_id"
     ):
         limited().generate(rows, max_new_tokens=2, eos_token_id=9, pad_token_id=100)
     with pytest.raises(ValueError, match="filled with the token 500"):
@@ -204,10 +204,10 @@ def test_powers_stay_finite() -> None:
         PROMPT, max_new_tokens=1500, eos_token_id=2, exponential_decay_length_penalty=(0, 1.9)
     )
     assert out.shape == (1, 1502)  # scores of 0 do not grow
-    rules = Rules(width=2, length_penalty=100.0, early_stopping=False, longest=10**6)
+    rules = BeamScorer(width=2, length_penalty=100.0, early_stopping=False, longest=10**6)
     assert rules.norm(10**6) == 1e30
-    assert Rules(2, 50.0, False, 9).norm(3) == 3.0**50
-    assert Rules(2, -100.0, False, 9).norm(10**6) == 1e-30
+    assert BeamScorer(2, 50.0, False, 9).norm(3) == 3.0**50
+    assert BeamScorer(2, -100.0, False, 9).norm(10**6) == 1e-30
 
 
 # ---------------------------------------------------------------------- seeds

@@ -111,7 +111,7 @@ def test_the_pad_token_is_text_where_it_is_eos_too(caplog):
     assert model.log[0][2] is None
     model.generate([[5, 1], [1, 2]], max_new_tokens=1, pad_token_id=5, eos_token_id=5)
     assert model.log[1][2] is None
-    assert "give attention_mask" in caplog.text
+    assert "pass attention_mask" in caplog.text
 
 
 def test_right_padding_is_said(caplog):
@@ -125,19 +125,19 @@ def test_right_padding_is_said(caplog):
 @pytest.mark.parametrize(
     ("prompt", "arguments", "message"),
     [
-        ([[]], {}, "prompt is empty: give at least one token"),
+        ([[]], {}, "prompt is empty: pass at least one token"),
         ([], {}, r"shape \(rows, tokens\)"),
         ([1, 2], {}, r"shape \(rows, tokens\), got \(2,\)"),
         ([[1, 2], [3]], {}, "rows of equal length"),
-        ([[0.5]], {}, "whole numbers"),
-        (None, {}, "nothing to start from: give input_ids, or set bos_token_id"),
+        ([[0.5]], {}, "must be integers"),
+        (None, {}, "has no prompt: pass input_ids, or set bos_token_id"),
         ([[1]], {"input_ids": [[1]]}, "both inputs and input_ids"),
         ([[1, 2]], {"attention_mask": [[1]]}, r"prompt's shape \(1, 2\).*got \(1, 1\)"),
         ([[1, 2]], {"attention_mask": [1, 1]}, r"prompt's shape"),
         ([[1], [2]], {"attention_mask": [[1], [0]]}, "row 1 of the prompt is all padding"),
         ([[1]], {"max_new_token": 3}, "unknown argument 'max_new_token': did you mean 'max_new_tokens'?"),
-        ([[1]], {"zzzzzz": 3}, "unknown argument 'zzzzzz': it is no field"),
-        ([[1]], {"max_new_tokens": 0}, "max_new_tokens=0: expected a whole number of at least 1"),
+        ([[1]], {"zzzzzz": 3}, "unknown argument 'zzzzzz': it is neither a field"),
+        ([[1]], {"max_new_tokens": 0}, "max_new_tokens=0: expected an integer of at least 1"),
         ([[1]], {"temperature": 0, "do_sample": True}, "temperature=0: .*do_sample=False"),
         ([[1]], {"temperature": float("nan"), "do_sample": True}, "temperature=nan"),
         (
@@ -243,14 +243,14 @@ def test_own_criteria_see_all_scores_when_they_are_kept():
 
 
 def test_a_criterion_with_the_wrong_number_of_answers_is_refused():
-    with pytest.raises(ValueError, match="answered for 2 rows; expected one bool, or 1"):
+    with pytest.raises(ValueError, match="returned 2 values; expected one bool, or 1"):
         counting().generate([[8]], max_new_tokens=3, stopping_criteria=[lambda ids, scores: [True, False]])
     with pytest.raises(TypeError, match="expected callables"):
         counting().generate([[8]], max_new_tokens=3, stopping_criteria=[3])
 
 
 def test_rows_that_finish_apart_need_a_pad_token():
-    with pytest.raises(ValueError, match="say pad_token_id"):
+    with pytest.raises(ValueError, match="set pad_token_id"):
         counting().generate([[8], [9]], stopping_criteria=[lambda ids, scores: ids[:, -1] > 9])
 
 

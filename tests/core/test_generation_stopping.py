@@ -105,7 +105,7 @@ def test_criteria_of_the_hub_work_on_their_own():
     assert both(ids, None) == [True, True]
     assert StoppingCriteriaList()(ids, None) == [False, False]
     assert StoppingCriteriaList([EosTokenCriteria(3), MaxLengthCriteria(7)]).max_length == 7
-    with pytest.raises(ValueError, match="answered for 3 rows"):
+    with pytest.raises(ValueError, match="returned 3 values"):
         StoppingCriteriaList([lambda i, s: [True] * 3])(ids, None)
 
 

@@ -71,7 +71,7 @@ def test_names_and_objects() -> None:
         pipeline("text-generation", framework="torch")
     model = SimpleNamespace(framework="flax", row=None)
     assert frameworks.of_model(model).name == frameworks.of_model(model, "flax").name == "JAX"
-    with pytest.raises(ValueError, match="of framework='flax': leave framework out"):
+    with pytest.raises(ValueError, match="of framework='flax': leave out framework"):
         frameworks.of_model(model, "tf")
     with pytest.raises(TypeError, match="one of monoblock's models, got SimpleNamespace"):
         frameworks.of_model(SimpleNamespace(framework="flax"))

@@ -208,7 +208,7 @@ def test_save_vocabulary_copies_the_file(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"not read from a tokenizer\.model"):
         saved.save_vocabulary(tmp_path / "none")
     path.unlink()
-    with pytest.raises(ValueError, match="is gone"):
+    with pytest.raises(ValueError, match="no longer exists"):
         tokenizer.save_vocabulary(tmp_path / "none")
     assert not (tmp_path / "none").exists()
 
@@ -224,7 +224,7 @@ def test_fields_in_any_order_and_unknown_ones(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("data", "says"),
     [
-        (b"", "holds no vocabulary"),
+        (b"", "has no vocabulary"),
         (message(vocabulary())[:-7], "ends . bytes too early"),
         (message(vocabulary())[:4000], "too early"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:4\n", "not a SentencePiece model"),
@@ -263,7 +263,7 @@ def test_damaged_files(tmp_path: Path, data: bytes, says: str) -> None:
         (message(vocabulary(), CHAR), "model type is 'char'"),
         (message(vocabulary(), trainer=field(24, 1)), "treat_whitespace_as_suffix"),
         (message(vocabulary(), normalizer=field(5, 0)), "escape_whitespaces"),
-        (message([*vocabulary(), ("q", 0.0, UNUSED)]), "unused pieces, 'q'"),
+        (message([*vocabulary(), ("q", 0.0, UNUSED)]), "unused pieces, such as 'q'"),
         (message(vocabulary()) + field(5, field(2, b"table")), "denormalizer_spec"),
         (message(HEAD[1:], trainer=field(40, 7)), "unk_id"),
     ],

@@ -92,10 +92,10 @@ def spacy(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         module.__spec__ = types.SimpleNamespace(name=name)  # type: ignore[assignment]
         monkeypatch.setitem(sys.modules, name, module)
     openai_gpt._packages.cache_clear()
-    openai_gpt._say.cache_clear()
+    openai_gpt._log_choice.cache_clear()
     yield
     openai_gpt._packages.cache_clear()
-    openai_gpt._say.cache_clear()
+    openai_gpt._log_choice.cache_clear()
 
 
 # --- GPT-1
@@ -114,7 +114,7 @@ def test_papers_way(tmp_path: Path, spacy: None, caplog: pytest.LogCaptureFixtur
     with caplog.at_level(logging.WARNING, "monoblock"):
         tokenizers = [AutoTokenizer.from_pretrained(gpt1(tmp_path)) for _ in range(3)]
     said = [record.getMessage() for record in caplog.records]
-    assert len(said) == 1 and "the paper's way" in said[0] and "original=True" in said[0]
+    assert len(said) == 1 and "as in the paper" in said[0] and "original=True" in said[0]
     tokenizer = tokenizers[0]
     assert tokenizer.original
     # Accents and line breaks stay; signs are made plainer.
@@ -308,7 +308,7 @@ def test_broken_vocabularies(tmp_path: Path) -> None:
             GPT2Tokenizer.from_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"OpenAI GPT's tokenizer needs both"):
         OpenAIGPTTokenizer(vocab={"<unk>": 0})
-    for text, says in (("a\nb\n", "lacks the special token '</s>'"), ("a\na\n", "occur twice")):
+    for text, says in (("a\nb\n", "lacks the special token '</s>'"), ("a\na\n", "duplicate tokens")):
         (tmp_path / "vocab.txt").write_text(text)
         with pytest.raises(CheckpointError, match=says):
             MPNetTokenizer.from_pretrained(tmp_path)

@@ -225,16 +225,19 @@ def test_the_latest_and_longest_match_is_taken_and_goes_round():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"inputs": [[1], [2]], "prompt_lookup_num_tokens": 3}, "continues one prompt once, got 2 rows"),
+        (
+            {"inputs": [[1], [2]], "prompt_lookup_num_tokens": 3},
+            "needs one prompt and one sequence, got 2 rows",
+        ),
         (
             {"inputs": [[1]], "prompt_lookup_num_tokens": 3, "num_return_sequences": 2, "do_sample": True},
-            "continues one prompt once, got 2 rows",
+            "needs one prompt and one sequence, got 2 rows",
         ),
         ({"inputs": [[1]], "prompt_lookup_num_tokens": 0}, "prompt_lookup_num_tokens=0"),
         ({"inputs": [[1]], "assistant_model": counting(50)}, "vocabulary of 100 tokens, and has 50"),
         (
             {"inputs": [[1]], "assistant_model": counting(), "prompt_lookup_num_tokens": 3},
-            "give one of them",
+            "pass one of them",
         ),
         (
             {"inputs": [[1]], "assistant_model": counting(), "num_assistant_tokens_schedule": "heuristic"},
@@ -242,7 +245,7 @@ def test_the_latest_and_longest_match_is_taken_and_goes_round():
         ),
         (
             {"inputs_embeds": np.zeros((1, 2, 3)), "assistant_model": counting()},
-            "give input_ids in place of inputs_embeds",
+            "pass input_ids instead of inputs_embeds",
         ),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

@@ -162,7 +162,7 @@ WHOLE = json.dumps(content())
         (json.dumps({**content(), "special_tokens": [{"rank": 3, "token_str": "<s>"}]}), "have gaps"),
         (
             json.dumps({**content(), "special_tokens": [{"rank": 0, "token_str": "a"}]}),
-            "'a' is a special token and",
+            "'a' is both a special token and",
         ),
         (WHOLE.replace('"token_bytes": "AA=="', '"token_bytes": "A"', 1), "is damaged"),
     ],

@@ -106,7 +106,7 @@ def test_empty_inputs() -> None:
             {"padding": "max_length", "truncation": True, "max_length": 9, "pad_to_multiple_of": 8},
             "multiple",
         ),
-        (("a b c d", "e"), {"truncation": "only_second", "max_length": 2}, "cannot be cut"),
+        (("a b c d", "e"), {"truncation": "only_second", "max_length": 2}, "cannot be truncated"),
         (
             ("a",),
             {"return_tensors": "cupy"},
@@ -306,7 +306,7 @@ def test_what_is_no_id_cannot_be_decoded(given: Any) -> None:
 
 
 def test_negative_ids_are_explained() -> None:
-    with pytest.raises(ValueError, match="-100 is no token id"):
+    with pytest.raises(ValueError, match="-100 is not a token id"):
         tokenizer().decode([3, -100])
 
 
@@ -347,7 +347,7 @@ def test_special_tokens_of_the_models_own() -> None:
         (lambda t: setattr(t, "extra_special_tokens", "abc"), "must be a list"),
         (lambda t: setattr(t, "extra_special_tokens", [3]), "must hold strings"),
         (lambda t: t.add_tokens([3]), "must hold strings"),
-        (lambda t: t.add_special_tokens({"nonsense": "x"}), "names no special token"),
+        (lambda t: t.add_special_tokens({"nonsense": "x"}), "is not a special token"),
         (lambda t: t.add_special_tokens({"pad_token": None}), "cannot be added"),
         (
             lambda t: (

@@ -23,7 +23,7 @@ from monoblock.tokenization import PreTrainedTokenizerFast
 from monoblock.utils import visibility
 from monoblock.utils.attention_visualizer import AttentionMaskVisualizer, show
 from monoblock.utils.drawing import Drawing
-from monoblock.utils.heatmap import LEVELS, UNSEEN, Style, levels, lines, shade_colour
+from monoblock.utils.heatmap import LEVELS, MASKED, Style, levels, lines, shade_colour
 from monoblock.utils.labels import TokenLabels, clipped, clusters, readable, width
 from monoblock.utils.tokens import ranges
 from monoblock.utils.visibility import Batch
@@ -104,7 +104,7 @@ def test_both_ways_and_its_buckets() -> None:
     shade = visualizer.panels()[0].shade
     assert shade[0, 0] == 1
     assert (np.diff(shade[0, :9]) <= 0).all()  # farther is weaker
-    with pytest.raises(ValueError, match=r"learned: give the model's table \(12, 6\)"):
+    with pytest.raises(ValueError, match=r"learned: pass the model's table \(12, 6\)"):
         visualizer.bias()
     with pytest.raises(ValueError, match=r"must be \(buckets, heads\) = \(12, 6\), got \(3, 6\)"):
         visualizer.bias(table=np.zeros((3, 6)))
@@ -302,7 +302,7 @@ def test_a_drawing_fills_what_may_be_seen() -> None:
     visualizer.read("x" * 400)  # cells of 4 pixels, with no gaps between them
     svg = visualizer.svg()
     assert area(svg, {shade_colour(LEVELS - 1)}) == visualizer.mask().sum() * 16
-    assert area(svg, {UNSEEN}) == 400 * 400 * 16
+    assert area(svg, {MASKED}) == 400 * 400 * 16
 
 
 def test_svg_and_html_files(tmp_path: Path) -> None:
@@ -332,7 +332,7 @@ def test_png_files(tmp_path: Path) -> None:
     assert opened.size == tuple(map(int, size))
     colours = {f"#{r:02x}{g:02x}{b:02x}" for _, (r, g, b) in opened.getcolors(100_000)}
     drawn = {int(code) for code in np.unique(levels(visualizer.panels()[0].shade, LEVELS)) if code >= 0}
-    assert {UNSEEN, *map(shade_colour, drawn)} <= colours
+    assert {MASKED, *map(shade_colour, drawn)} <= colours
 
 
 def test_png_without_pillow_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -268,7 +268,7 @@ def test_what_is_wrong_is_told(model: Any) -> None:
             "generate() got prng_key and seed: give one of them",
         ),
         ({"token_type_ids": ids}, "token_type_ids"),
-        ({"prefill_chunk_size": 0}, "prefill_chunk_size=0: expected a whole number of at least 1"),
+        ({"prefill_chunk_size": 0}, "prefill_chunk_size=0: expected an integer of at least 1"),
         ({"prefill_chunk_size": 2, "use_cache": False}, "does not go with use_cache=False"),
         (
             {"prefill_chunk_size": 2, "return_dict_in_generate": True, "output_hidden_states": True},
@@ -285,10 +285,10 @@ def test_what_is_wrong_is_told(model: Any) -> None:
     with pytest.raises(ValueError, match="input_ids hold the token 1000, but the model's vocabulary has"):
         model.generate([[1000]], **ASKED)
     with pytest.raises(
-        TypeError, match=r"FlaxMistralModel predicts no next token: generate with a \.\.\.ForCausalLM"
+        TypeError, match=r"FlaxMistralModel has no language-model head: generate with a \.\.\.ForCausalLM"
     ):
         flax_model("MistralModel").generate(ids)
-    with pytest.raises(TypeError, match="predicts no next token"):
+    with pytest.raises(TypeError, match="no language-model head"):
         flax_model("MPNetForMaskedLM").generate(ids)
     with pytest.raises(TypeError, match="assistant_model must be one of monoblock's"):
         model.generate(ids, assistant_model=torch_model(NAME), **ASKED)

@@ -134,7 +134,7 @@ def test_transition_scores_equal(models, fields, normalize):
         ({"guidance_scale": 2.0, "negative_prompt_ids": [[5]]}, r"shape \(2, tokens\).*got \(1, 1\)"),
         (
             {"guidance_scale": 2.0, "negative_prompt_attention_mask": [[1]]},
-            "came without negative_prompt_ids",
+            "negative_prompt_attention_mask needs negative_prompt_ids",
         ),
         (
             {

@@ -156,7 +156,7 @@ JOINT = {kind: next(name for name in CLASSES if CLASSES[name] == kind) for kind 
 
 def joint(model: Any, kind: str) -> bool:
     parts = [model.at("attention", 1), model.at("mlp", 1) if ("gate", "up") in GROUPS[kind] else None]
-    return all(part.joint(group) is not None for part, group in zip(parts, GROUPS[kind], strict=False))
+    return all(part.fused(group) is not None for part, group in zip(parts, GROUPS[kind], strict=False))
 
 
 @pytest.mark.parametrize("kind", GROUPS)
@@ -210,8 +210,8 @@ def test_gradients_of_joint_products(kind: str) -> None:
     ours.set_attn_implementation("eager")  # the fused kernels have no second derivative
     other = copy.deepcopy(ours)
     for part in other.modules():
-        if hasattr(part, "joints"):
-            part.joints = {}
+        if hasattr(part, "fused_tensors"):
+            part.fused_tensors = {}
     ids = batch(JOINT[kind])
     results = []
     for model in (ours, other):

@@ -266,7 +266,7 @@ def test_what_is_wrong_is_told(model: Any, pairs: Pairs) -> None:
         ({"seed": (1, 2, 3)}, "seed must be a whole number or two of them"),
         (
             {"generator": tf.random.Generator.from_seed(1), "seed": 1},
-            "generate() got both seed and generator: give one",
+            "generate() got both seed and generator: pass one",
         ),
         ({"token_type_ids": ids}, "token_type_ids"),
         ({"prefill_chunk_size": 2, "use_cache": False}, "does not go with use_cache=False"),
@@ -281,10 +281,10 @@ def test_what_is_wrong_is_told(model: Any, pairs: Pairs) -> None:
     with pytest.raises(ValueError, match="input_ids hold the token 1000, but the model's vocabulary has"):
         model.generate([[1000]], **ASKED)
     with pytest.raises(
-        TypeError, match=r"TFMistralModel predicts no next token: generate with a \.\.\.ForCausalLM"
+        TypeError, match=r"TFMistralModel has no language-model head: generate with a \.\.\.ForCausalLM"
     ):
         tf_pairs.model("MistralModel").generate(ids)
-    with pytest.raises(TypeError, match="predicts no next token"):
+    with pytest.raises(TypeError, match="no language-model head"):
         tf_pairs.model("MPNetForMaskedLM").generate(ids)
     with pytest.raises(TypeError, match="assistant_model must be one of monoblock's"):
         model.generate(ids, assistant_model=pairs(NAME)[0], **ASKED)

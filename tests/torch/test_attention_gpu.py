@@ -56,15 +56,15 @@ def test_pieces_are_the_whole(case: str, groups: int, monkeypatch: pytest.Monkey
     if case in ("alibi", "all"):
         given["slopes_h"] = SLOPES
     if case in ("padding", "all"):
-        given["valid_bk"] = padding(keys, 170)  # whole pieces of one row are padding
+        given["valid_bk"] = padding(keys, 170)  # whole splits of one row are padding
     if case in ("window", "all"):
         given["window"] = 33
     scope, kernel = scope_of(keys, 1, **given), Kernel(scale=0.3)
     q, k, v = heads(keys, 1, groups)
-    assert attention_cuda.pieces(2 * groups, keys) == 4
+    assert attention_cuda.kv_splits(2 * groups, keys) == 4
     out = attention_cuda.attend(q, k, v, scope, kernel)
     assert out is not None
-    assert_close("pieces", out, attend_eager(q, k, v, scope, kernel)[0], ATOL)
+    assert_close("splits", out, attend_eager(q, k, v, scope, kernel)[0], ATOL)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -78,14 +78,14 @@ def test_pieces_that_see_nothing_weigh_nothing(dtype: Any, monkeypatch: pytest.M
 
 
 def test_how_many_pieces() -> None:
-    pieces = attention_cuda.pieces
-    assert pieces(8, 2048) == 16  # 7B with grouped heads: 128 blocks of threads
-    assert pieces(32, 2048) == 4
-    assert pieces(8, 256) == 2  # no piece is smaller than 128 keys
-    assert pieces(128, 4096) == 1
-    assert pieces(8, 1000) == 1  # masks of 500 keys would not be aligned
+    kv_splits = attention_cuda.kv_splits
+    assert kv_splits(8, 2048) == 16  # 7B with grouped heads: 128 blocks of threads
+    assert kv_splits(32, 2048) == 4
+    assert kv_splits(8, 256) == 2  # no split is smaller than 128 keys
+    assert kv_splits(128, 4096) == 1
+    assert kv_splits(8, 1000) == 1  # masks of 500 keys would not be aligned
     for keys in (256, 512, 1024, 8192):
-        assert keys // pieces(8, keys) % 16 == 0
+        assert keys // kv_splits(8, keys) % 16 == 0
 
 
 def test_keys_that_do_not_lie_together_are_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,7 +146,11 @@ def test_prompts_through_flash(case: str, groups: int, dtype: Any) -> None:
     out = attention_cuda.attend(q, k, v, scope, kernel)
     assert out is not None
     reference = attend_eager(q.float(), k.float(), v.float(), scope, kernel)[0]
-    seen = torch.ones(2, 150, dtype=torch.bool) if scope.blind() is None else ~scope.blind()[:, 0, :, 0]
+    seen = (
+        torch.ones(2, 150, dtype=torch.bool)
+        if scope.fully_masked() is None
+        else ~scope.fully_masked()[:, 0, :, 0]
+    )
     assert_close(
         "flash",
         out.transpose(1, 2),
@@ -207,7 +211,7 @@ def test_models_through_the_gpus_table(case: str, monkeypatch: pytest.MonkeyPatc
     ids, mask = batch("left", LENGTHS)
     logits = expected_logits(module, expected(module, ids, mask))
     if case != "rope, dynamic":  # whose keys are turned by each length anew
-        assert_close("in pieces", chunks(module, ids, mask, (9, 12, 1, 1)), logits, 2 * ATOL, mask)
+        assert_close("in chunks", chunks(module, ids, mask, (9, 12, 1, 1)), logits, 2 * ATOL, mask)
     assert_close("whole", module(ids, attention_mask=mask).logits, logits, 2 * ATOL, mask)
 
 

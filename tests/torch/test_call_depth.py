@@ -89,7 +89,7 @@ def test_frames_between_generate_and_a_product(
     steps = noted.pop("mb_step", set())
     products = set().union(*noted.values())
     # q, k and v, and gate and up, in one product each; out and down; the head.
-    assert {chain[-2] for chain in products} >= {"joint", "Linear.forward"} or native.library() is None
+    assert {chain[-2] for chain in products} >= {"fused", "Linear.forward"} or native.library() is None
     assert {chain[0] for chain in products} == {"Generation.generate"}
     assert max(map(len, products)) <= PROMPT, max(products, key=len)
     if native.preferred(torch.get_num_threads()) is not None:
@@ -102,7 +102,7 @@ def test_frames_between_generate_and_a_quantised_product(noted: dict[str, set[tu
     model = MistralForCausalLM(SMALL).eval().quantize("int4")
     model.generate(torch.arange(4)[None], max_new_tokens=1, pad_token_id=0)
     products = noted["mb_linear"]
-    assert {chain[-4] for chain in products} == {"joint", "PackedLinear.forward"}
+    assert {chain[-4] for chain in products} == {"fused", "QuantizedLinear.forward"}
     assert max(map(len, products)) <= QUANTIZED, max(products, key=len)
 
 

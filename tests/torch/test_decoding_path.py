@@ -142,7 +142,7 @@ def test_a_model_that_predicts_no_token() -> None:
 def test_graphs(model: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     """Where the device captures graphs; here the CPU, whose graph is the step itself."""
     caplog.set_level(logging.INFO, "monoblock")
-    monkeypatch.setitem(cuda_graphs.RECORDERS, "cpu", lambda run, _: run)
+    monkeypatch.setitem(cuda_graphs.CAPTURE, "cpu", lambda run, _: run)
     assert model.decoding_path() == "CUDA graph"
     model.generate(IDS, **{**CALL, "max_new_tokens": 20})
     model.generate(IDS, **CALL)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from monoblock import DynamicCache, StaticCache, native
 from monoblock.backends.pytorch.generation import native_decoder
 from monoblock.backends.pytorch.quantization import formats
-from monoblock.backends.pytorch.quantization.modules import packed_module
+from monoblock.backends.pytorch.quantization.modules import quantized_module
 from monoblock.native import build
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason=f"no native kernels: {native.status()}")
@@ -384,7 +384,7 @@ def packed(module: Any, bits: int) -> Any:
     for name, part in list(module.named_modules()):
         if isinstance(part, nn.Linear | nn.Embedding):
             owner, _, last = name.rpartition(".")
-            made_part = packed_module(part, formats.pack(part.weight, bits, 64), torch.float32)
+            made_part = quantized_module(part, formats.pack(part.weight, bits, 64), torch.float32)
             setattr(module.get_submodule(owner), last, made_part)
             plain.get_submodule(name).weight.copy_(made_part.dequantize())
     return plain
@@ -640,6 +640,6 @@ def test_copies_and_pickles_hold_nothing_of_it() -> None:
     file = io.BytesIO()
     torch.save(other.state_dict(), file)
     assert "Weights" not in file.getvalue().decode("latin-1")
-    assert not any(isinstance(value, native_decoder.Weights) for value in vars(other).values())
+    assert not any(isinstance(value, native_decoder.NativeWeights) for value in vars(other).values())
     again = pickle.loads(pickle.dumps(other.bare))
     assert torch.equal(again.get_input_embeddings().weight, other.get_input_embeddings().weight)

@@ -15,7 +15,7 @@ from tiny_families import GENERATING, fields, model_inputs, monoblock_model
 
 from monoblock import MptForCausalLM
 from monoblock.backends.pytorch.generation import cuda_graphs
-from monoblock.backends.pytorch.kernels import attention_cuda, attention_flex, packed_cuda
+from monoblock.backends.pytorch.kernels import attention_cuda, attention_flex, quantized_cuda
 from monoblock.backends.pytorch.kernels.attention import Kernel, attend_eager
 from monoblock.backends.pytorch.ops import Scope
 from monoblock.backends.pytorch.quantization import formats
@@ -34,7 +34,7 @@ ATOL = 1e-4  # fp32 on another device: sums in another order, values of the orde
 @pytest.fixture(autouse=True)
 def _short_recordings(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Texts outgrow their recording; products of float32 are of float32."""
-    monkeypatch.setattr(cuda_graphs, "SHORTEST", 32)
+    monkeypatch.setattr(cuda_graphs, "MIN_LENGTH", 32)
     monkeypatch.setattr(cuda_graphs, "ROOM", 1)
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
@@ -158,10 +158,10 @@ def scope_of(keys: int, queries: int, **given: Any) -> Scope:
 def test_one_query_in_pieces(dtype: Any, window: int | None) -> None:
     scope, kernel = scope_of(1024, 1, window=window), Kernel(scale=0.0884)
     q, k, v = heads(1024, 1, dtype)
-    assert attention_cuda.pieces(4, 1024) == 8
+    assert attention_cuda.kv_splits(4, 1024) == 8
     out = attention_cuda.attend(q, k, v, scope, kernel)
     expected = attend_eager(q.float(), k.float(), v.float(), scope, kernel)[0]
-    assert_close("pieces", out, expected, max(1e-4, 8 * torch.finfo(dtype).eps))
+    assert_close("splits", out, expected, max(1e-4, 8 * torch.finfo(dtype).eps))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -172,7 +172,7 @@ def test_prompts_through_flash(dtype: Any) -> None:
         out = attention_cuda.attend(q, k, v, scope, kernel)
     assert out is not None
     expected = attend_eager(q.float(), k.float(), v.float(), scope, kernel)[0]
-    seen = ~scope.blind()[:, 0, :, 0]  # pyright: ignore
+    seen = ~scope.fully_masked()[:, 0, :, 0]  # pyright: ignore
     assert_close(
         "flash",
         out.transpose(1, 2),
@@ -188,7 +188,7 @@ def test_flex_attention(window: int | None) -> None:
     q, k, v = heads(620, 620, torch.bfloat16)
     out = attention_flex.attend(q, k, v, scope, kernel)
     expected = attend_eager(q.float(), k.float(), v.float(), scope, kernel)[0]
-    seen = ~scope.blind()[:, 0, :, 0]  # pyright: ignore
+    seen = ~scope.fully_masked()[:, 0, :, 0]  # pyright: ignore
     assert_close("flex", out.transpose(1, 2), expected.transpose(1, 2), 0.06, seen.expand(2, 620))
 
 
@@ -199,7 +199,7 @@ def test_flex_attention(window: int | None) -> None:
 def test_packed_products(rows: int, bits: int, group: int, dtype: Any) -> None:
     made = formats.pack(torch.randn(300, 1000, device=DEVICE), bits, group)
     x, bias = torch.randn(rows, 1000, device=DEVICE).to(dtype), torch.randn(300, device=DEVICE).to(dtype)
-    y = packed_cuda.multiply(x, made, bias)
+    y = quantized_cuda.multiply(x, made, bias)
     numbers = made.unpack(torch.float64)
     # Sums of 1,000 products, of the order of 100.
     bound = 1e-3 if dtype == torch.float32 else 200 * torch.finfo(dtype).eps

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from monoblock import DynamicCache, StaticCache, WeightOnlyConfig, native
 from monoblock.backends.pytorch.generation import cuda_graphs
-from monoblock.backends.pytorch.generation.static_step import Shape, State, held, static_step
+from monoblock.backends.pytorch.generation.static_step import Shape, StepState, held_positions, static_step
 from monoblock.backends.pytorch.kernels import attention_cuda
 from monoblock.backends.pytorch.quantization.quantize import quantize
 
@@ -36,18 +36,18 @@ def operators(run: Callable[[], torch.Tensor], device: torch.device) -> cuda_gra
 
 
 @pytest.fixture
-def recording(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[cuda_graphs.Recorded]]:
+def recording(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[cuda_graphs.CapturedStep]]:
     """Lets CPUs run steps, unrecorded, which takes less time; short texts outgrow theirs. Gives what was made."""
-    recorded: list[cuda_graphs.Recorded] = []
-    begin = cuda_graphs.Recorded.__init__
+    recorded: list[cuda_graphs.CapturedStep] = []
+    begin = cuda_graphs.CapturedStep.__init__
 
     def noted(self: Any, *given: Any) -> None:
         begin(self, *given)
         recorded.append(self)
 
-    monkeypatch.setattr(cuda_graphs.Recorded, "__init__", noted)
-    monkeypatch.setitem(cuda_graphs.RECORDERS, "cpu", lambda run, _: run)
-    monkeypatch.setattr(cuda_graphs, "SHORTEST", 32)
+    monkeypatch.setattr(cuda_graphs.CapturedStep, "__init__", noted)
+    monkeypatch.setitem(cuda_graphs.CAPTURE, "cpu", lambda run, _: run)
+    monkeypatch.setattr(cuda_graphs, "MIN_LENGTH", 32)
     monkeypatch.setattr(cuda_graphs, "ROOM", 1)
     monkeypatch.setattr(cuda_graphs, "ALIGN", 4)
     cuda_graphs._kept.clear()
@@ -59,7 +59,7 @@ def recording(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[cuda_graphs.Reco
 @pytest.fixture
 def really(recording: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Steps are recorded, and the recording is played."""
-    monkeypatch.setitem(cuda_graphs.RECORDERS, "cpu", operators)
+    monkeypatch.setitem(cuda_graphs.CAPTURE, "cpu", operators)
 
 
 def both(module: Any, ids: Any, mask: Any, monkeypatch: pytest.MonkeyPatch, **given: Any) -> tuple[Any, Any]:
@@ -74,7 +74,7 @@ def both(module: Any, ids: Any, mask: Any, monkeypatch: pytest.MonkeyPatch, **gi
     }
     played = module.generate(ids, attention_mask=mask, **asked)
     with monkeypatch.context() as patch:
-        patch.delitem(cuda_graphs.RECORDERS, "cpu")
+        patch.delitem(cuda_graphs.CAPTURE, "cpu")
         plain = module.generate(ids, attention_mask=mask, **asked)
     return played, plain
 
@@ -120,7 +120,7 @@ PLAIN = {"rope, dynamic"}
 @pytest.mark.parametrize("case", CASES)
 def test_options(case: str, recording: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     ids, mask = batch("left", LENGTHS)
-    compare(*both(mpt_model(case), ids, mask, monkeypatch, max_new_tokens=cuda_graphs.WORTH))
+    compare(*both(mpt_model(case), ids, mask, monkeypatch, max_new_tokens=cuda_graphs.MIN_NEW_TOKENS))
     assert bool(recording) == (case not in PLAIN)
 
 
@@ -160,7 +160,7 @@ def test_with_the_gpus_attention(name: str, recording: Any, monkeypatch: pytest.
     parts: list[int] = []
     partial = attention_cuda.PARTIAL["cpu"]
     monkeypatch.setitem(attention_cuda.PARTIAL, "cpu", lambda *given: (parts.append(1), partial(*given))[1])
-    monkeypatch.setattr(cuda_graphs, "SHORTEST", 64)
+    monkeypatch.setattr(cuda_graphs, "MIN_LENGTH", 64)
     compare(both(module, ids, mask, monkeypatch)[0], plain)
     assert parts
 
@@ -187,7 +187,7 @@ def test_a_given_cache_holds_all_tokens_afterwards(
     for cpu in (True, False):
         with monkeypatch.context() as patch:
             if not cpu:
-                patch.delitem(cuda_graphs.RECORDERS, "cpu")
+                patch.delitem(cuda_graphs.CAPTURE, "cpu")
             cache = (
                 StaticCache(max_cache_len=60) if kind is StaticCache else DynamicCache(config=module.config)
             )
@@ -311,7 +311,7 @@ def test_recordings_go_with_their_model(recording: Any, really: None) -> None:
 
 def test_release_and_the_limit(recording: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     module, (ids, _) = model(), batch("none", (9,))
-    monkeypatch.setattr(cuda_graphs, "KEPT", 2)
+    monkeypatch.setattr(cuda_graphs, "MAX_KEPT", 2)
     for rows in (1, 2, 3):
         module.generate(ids.expand(rows, -1), max_new_tokens=NEW, eos_token_id=-1)
     assert [r.shape.rows for r in cuda_graphs._kept[module]] == [2, 3]
@@ -328,7 +328,7 @@ def test_a_recording_that_fails_leaves_the_plain_path(
     module, (ids, _) = model(), batch("none", (9,))
     expected = module.generate(ids, max_new_tokens=NEW, eos_token_id=-1)
     cuda_graphs.release(module)
-    monkeypatch.setitem(cuda_graphs.RECORDERS, "cpu", fails)
+    monkeypatch.setitem(cuda_graphs.CAPTURE, "cpu", fails)
     assert torch.equal(module.generate(ids, max_new_tokens=NEW, eos_token_id=-1), expected)
     assert sum("goes on without CUDA graphs" in message for message in logs.messages) == 1
 
@@ -371,7 +371,7 @@ def test_what_is_left_to_the_plain_path(case: str, recording: Any, monkeypatch: 
     asked = {"max_new_tokens": NEW, "eos_token_id": -1, **given}
     played = module.generate(ids, **asked)
     assert not recording
-    monkeypatch.delitem(cuda_graphs.RECORDERS, "cpu")
+    monkeypatch.delitem(cuda_graphs.CAPTURE, "cpu")
     plain = module.generate(ids, **asked)
     assert torch.equal(getattr(played, "sequences", played), getattr(plain, "sequences", plain))
 
@@ -385,7 +385,9 @@ def test_without_a_gpu_nothing_is_recorded() -> None:
 # ---------------------------------------------------------------------------- fit for recording
 
 
-def state_of(module: Any, *, rows: int = 2, place: int = 0, device: str = "cpu", length: int = 32) -> State:
+def state_of(
+    module: Any, *, rows: int = 2, place: int = 0, device: str = "cpu", length: int = 32
+) -> StepState:
     spec = module.spec
     slots = tuple(length if window is None else min(length, 16) for window in spec.windows)
     shape = Shape(
@@ -396,8 +398,8 @@ def state_of(module: Any, *, rows: int = 2, place: int = 0, device: str = "cpu",
         dtype=module.dtype,
         device=torch.device(device),
     )
-    state = State(spec, shape)
-    state.place_1.fill_(place)
+    state = StepState(spec, shape)
+    state.position_1.fill_(place)
     state.positions_b1.fill_(place + state.offset)
     return state
 
@@ -467,7 +469,7 @@ def test_a_step_runs_the_same_operators_at_every_place(name: str, table: None) -
         state = state_of(module, place=place)
         state.ids_b1.fill_(place)
         state.valid_bl[0, :place] = False
-        state.place_1.fill_(place)
+        state.position_1.fill_(place)
         with Log() as log:
             static_step(module, state)
         logs.append(log.calls)
@@ -515,4 +517,4 @@ def test_slots() -> None:
         for place in range(11):
             written[place % slots] = place
             expected = [written.get(slot, place + 1) for slot in range(slots)]
-            assert held(torch.tensor([place]), slots).tolist() == expected
+            assert held_positions(torch.tensor([place]), slots).tolist() == expected

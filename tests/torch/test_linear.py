@@ -69,9 +69,9 @@ def test_packed_weights(level: str, bits: int, group: int) -> None:
             y = quantized_dense(x, packed, bias)
             expected = F.linear(x.double(), weight, bias.double())
             allowed = bound(x, weight, bias, expected, dtype)
-            if native.multiplies_codes():
+            if native.has_int8_gemm():
                 allowed += rounding_of_inputs(x, weight, group)
-            by_torch = level == "0" or (rows > linear.FEW and not native.multiplies_codes())
+            by_torch = level == "0" or (rows > linear.FEW and not native.has_int8_gemm())
             if by_torch and dtype == torch.bfloat16:
                 # PyTorch's own way rounds the weights to bfloat16, and the product before the bias comes to it.
                 allowed += 2 * HALF_STEP * (x.double().abs() @ weight.abs().T + bias.double().abs())
@@ -95,7 +95,7 @@ def test_many_inputs(level: str) -> None:
         y = quantized_dense(x, packed, None)
         expected = x.double() @ packed.unpack(torch.float64).T
         # Codes are up to 255, of which the middle, 128, goes again: sums are as much larger as what comes out of them.
-        limit = 0.01 if native.multiplies_codes() else 5e-6  # measured 6e-3 and 1.2e-6
+        limit = 0.01 if native.has_int8_gemm() else 5e-6  # measured 6e-3 and 1.2e-6
         assert (y - expected).norm() < limit * expected.norm(), level
 
 
@@ -123,7 +123,7 @@ def test_threads_do_not_change_the_result(level: str) -> None:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
             y = quantized_dense(x, packed, None)
-            own = level != "0" and (rows < 17 or native.multiplies_halves(200))
+            own = level != "0" and (rows < 17 or native.has_bf16_gemm(200))
             found.append((dense(x, weight, None) if own else y, y))
         assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
 
@@ -145,7 +145,7 @@ def test_few_rows_are_the_kernels_work(monkeypatch: pytest.MonkeyPatch) -> None:
         for rows in (1, 16, 17):
             layer(made(1, rows, inputs, dtype=torch.bfloat16))
         # Pairs of inputs can be multiplied in any number of rows.
-        most = 17 if native.multiplies_halves(inputs) else 16
+        most = 17 if native.has_bf16_gemm(inputs) else 16
         assert calls == [(1, rows, inputs) for rows in (1, 16, 17) if rows <= most]
     calls.clear()
     for rows in (8, 9):
@@ -160,9 +160,9 @@ def test_few_rows_are_the_kernels_work(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_matrix_units_are_pytorchs(monkeypatch: pytest.MonkeyPatch, amx: int) -> None:
     library = SimpleNamespace(mb_amx=lambda: amx)
     monkeypatch.setattr(native, "_opened", lambda: (library, "avx512_vnni_bf16", ""))
-    assert native.multiplies_halves(8) is not bool(amx) and not native.multiplies_halves(7)
+    assert native.has_bf16_gemm(8) is not bool(amx) and not native.has_bf16_gemm(7)
     monkeypatch.setattr(native, "_opened", lambda: (library, "avx512", ""))
-    assert not native.multiplies_halves(8)
+    assert not native.has_bf16_gemm(8)
 
 
 @torch.no_grad()
@@ -179,10 +179,10 @@ def test_many_rows_of_pairs(level: str) -> None:
             dense(x, weight, bias.to(dtype)),
             F.linear(x.double(), weight.double(), bias.to(dtype).double()),
         )
-        factor = 1 if native.multiplies_halves(inputs) else 2
+        factor = 1 if native.has_bf16_gemm(inputs) else 2
         off = (y - expected).abs()
         assert (off <= factor * bound(x, weight, bias, expected, dtype)).all(), (level, rows, outputs, inputs)
-        if native.multiplies_halves(inputs):
+        if native.has_bf16_gemm(inputs):
             packed = formats.pack(weight, 12, 128)
             assert torch.equal(quantized_dense(x, packed, bias.to(dtype)), y)
 
@@ -251,7 +251,7 @@ def test_the_operators_keep_the_rules_of_operators() -> None:
     torch.library.opcheck(linear.linear, (x.detach().bfloat16(), weight.detach().bfloat16(), None))
     for bits in (8, 4):
         packed = formats.pack(made(7, 10), bits, 128)
-        torch.library.opcheck(linear.packed_linear, (x, *packed[:3], bias, *packed[3:]))
+        torch.library.opcheck(linear.quantized_linear, (x, *packed[:3], bias, *packed[3:]))
 
 
 def test_compiled_exported_mapped_and_cast() -> None:

@@ -15,9 +15,9 @@ import monoblock
 from monoblock import AutoModelForCausalLM, DynamicCache, native
 from monoblock.backends.pytorch.generation import native_decoder
 from monoblock.backends.pytorch.kernels import linear
-from monoblock.backends.pytorch.kernels.linear import packed_linear, quantized_dense
+from monoblock.backends.pytorch.kernels.linear import quantized_dense, quantized_linear
 from monoblock.backends.pytorch.quantization import bf12, formats
-from monoblock.backends.pytorch.quantization.modules import PackedMatrix
+from monoblock.backends.pytorch.quantization.modules import QuantizedMatrix
 
 torch.set_num_threads(1)
 
@@ -140,7 +140,7 @@ def test_the_operator_and_its_gradients() -> None:
     weight = torch.randn(7, 256).bfloat16()
     packed = formats.pack(weight, 12, 128)
     x, bias = torch.randn(5, 256, requires_grad=True), torch.randn(7, requires_grad=True)
-    torch.library.opcheck(packed_linear, (x, *packed[:3], bias, *packed[3:]))
+    torch.library.opcheck(quantized_linear, (x, *packed[:3], bias, *packed[3:]))
     y, upstream = quantized_dense(x, packed, bias), torch.randn(5, 7)
     found = torch.autograd.grad(y, (x, bias), upstream)
     torch.testing.assert_close(found, (upstream @ weight.float(), upstream.sum(0)), rtol=1e-5, atol=1e-5)
@@ -182,7 +182,7 @@ def test_models_are_what_they_were(name: str, tmp_path: Path) -> None:
     plain, state = model(IDS).logits, {k: v.clone() for k, v in model.hub_state_dict().items()}
     model.save_pretrained(tmp_path / "plain")
     loaded = getattr(monoblock, name).from_pretrained(tmp_path / "plain", quantization_config="lossless")
-    inner = [m for m in loaded.modules() if isinstance(m, PackedMatrix)]
+    inner = [m for m in loaded.modules() if isinstance(m, QuantizedMatrix)]
     assert len(inner) >= 8 and {m.bits for m in inner} == {12}
     assert loaded.get_memory_footprint() < 0.87 * model.get_memory_footprint()
     assert torch.equal(loaded(IDS).logits, plain)
@@ -223,7 +223,7 @@ def test_matrices_that_do_not_fit_stay_as_they_are(tmp_path: Path) -> None:
     model.quantize("lossless").save_pretrained(tmp_path)
     again: Any = AutoModelForCausalLM.from_pretrained(tmp_path)
     for each in (model, again):
-        assert isinstance(each.at("down", 0), PackedMatrix)
+        assert isinstance(each.at("down", 0), QuantizedMatrix)
         assert torch.equal(each.at("down", 1).weight, kept)
 
 

@@ -23,7 +23,11 @@ from monoblock import (
     pipeline,
 )
 from monoblock.backends.pytorch.quantization import formats
-from monoblock.backends.pytorch.quantization.modules import PackedEmbedding, PackedLinear, PackedMatrix
+from monoblock.backends.pytorch.quantization.modules import (
+    QuantizedEmbedding,
+    QuantizedLinear,
+    QuantizedMatrix,
+)
 from monoblock.errors import CheckpointError, MissingKeys, ShapeMismatch, UnsupportedConfig
 
 torch.set_num_threads(1)
@@ -49,7 +53,7 @@ def answer(name: str, model: Any) -> torch.Tensor:
 
 
 def packed_names(model: Any) -> dict[str, int]:
-    return {name: m.bits for name, m in model.named_modules() if isinstance(m, PackedMatrix)}
+    return {name: m.bits for name, m in model.named_modules() if isinstance(m, QuantizedMatrix)}
 
 
 def same_bits(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
@@ -140,12 +144,12 @@ def test_what_is_packed(name: str, form: str) -> None:
     """Every matrix of the blocks; the token embedding and the projection to the vocabulary in 8 bits; no other."""
     model = plain(name).quantize(FORMS[form])
     bits = {"int8": 8, "int4": 4}[form]
-    expected = {model.place("embed"): 8}
+    expected = {model.module_path("embed"): 8}
     for i in range(model.spec.layers):
         roles = ("q", "k", "v", "qkv", "qkv_by_head", "out", "gate", "up", "down")
-        expected |= {model.place(role, i): bits for role in roles if model.at(role, i) is not None}
+        expected |= {model.module_path(role, i): bits for role in roles if model.at(role, i) is not None}
     if model.row.head in ("causal", "masked", "double"):
-        expected[model.place("head_out")] = 8
+        expected[model.module_path("head_out")] = 8
     assert packed_names(model) == expected
     trainable = {n for n, p in model.named_parameters() if p.requires_grad}
     assert not {n for n in trainable if n.removesuffix(".weight") in expected}
@@ -198,7 +202,7 @@ def test_what_is_stored_transposed_is_not_when_packed(tmp_path: Path) -> None:
 def test_a_tied_head_is_one_table_in_memory_and_in_the_file(name: str, tmp_path: Path) -> None:
     model = plain(name).quantize("int8")
     table, head = model.get_input_embeddings(), model.at("head_out")
-    assert isinstance(table, PackedEmbedding) and isinstance(head, PackedLinear)
+    assert isinstance(table, QuantizedEmbedding) and isinstance(head, QuantizedLinear)
     model.save_pretrained(tmp_path)
     again = getattr(monoblock, name).from_pretrained(tmp_path)
     moved = getattr(monoblock, name).from_pretrained(tmp_path).to(torch.bfloat16).to("cpu")
@@ -247,7 +251,7 @@ def test_dtypes_of_what_is_not_packed(folder: Path, packed: Path) -> None:
     for place, how in ((folder, {"quantization_config": "int8"}), (packed, {})):
         model = AutoModelForCausalLM.from_pretrained(place, dtype=torch.bfloat16, **how)
         assert model.dtype == model(ids).logits.dtype == torch.bfloat16
-        assert {t.dtype for m in model.modules() if isinstance(m, PackedMatrix) for t in m.buffers()} <= {
+        assert {t.dtype for m in model.modules() if isinstance(m, QuantizedMatrix) for t in m.buffers()} <= {
             torch.uint8,
             torch.float16,
         }
@@ -368,7 +372,7 @@ def test_adapters_train_on_packed_weights(packed: Path, monkeypatch: pytest.Monk
 
 def test_pipelines_take_it() -> None:
     made_ = pipeline("text-generation", model=str(demo.path()), model_kwargs={"quantization_config": "int8"})
-    assert isinstance(made_.model.at("head_out"), PackedLinear)
+    assert isinstance(made_.model.at("head_out"), QuantizedLinear)
     assert made_("def add(", max_new_tokens=4)[0]["generated_text"].startswith("def add(")
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from measure import assert_close
 
-from monoblock.backends.pytorch.kernels import packed_cuda
+from monoblock.backends.pytorch.kernels import quantized_cuda
 from monoblock.backends.pytorch.quantization import formats
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -36,10 +36,10 @@ def rows_of(rows: int, inputs: int, dtype: Any) -> torch.Tensor:
 @torch.no_grad()
 def test_products(shape: tuple[int, ...], bits: int, group: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the kernel: the weights are unpacked, and the shape stays."""
-    monkeypatch.setattr(packed_cuda, "kernel", lambda: None)
+    monkeypatch.setattr(quantized_cuda, "kernel", lambda: None)
     made, numbers = packed(24, 200, bits, group)
     x, bias = torch.randn(*shape, 200), torch.randn(24)
-    y = packed_cuda.multiply(x, made, bias)
+    y = quantized_cuda.multiply(x, made, bias)
     assert_close("unpacked", y, x.double() @ numbers.T + bias, 1e-4)  # sums of 200 numbers of the order of 1
 
 
@@ -50,18 +50,18 @@ def test_few_rows_go_to_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
         rows.append(x.shape[0])
         return x.new_zeros(x.shape[0], matrix.rows)
 
-    monkeypatch.setattr(packed_cuda, "kernel", lambda: few_rows)
+    monkeypatch.setattr(quantized_cuda, "kernel", lambda: few_rows)
     made, _ = packed(24, 200, 8, 128)
     for shape in ((1,), (2, 8), (17,), (0,)):
-        packed_cuda.multiply(torch.zeros(*shape, 200), made, None)
+        quantized_cuda.multiply(torch.zeros(*shape, 200), made, None)
     assert rows == [1, 16]
 
 
 def test_without_triton_there_is_no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
-    packed_cuda.kernel.cache_clear()
-    assert packed_cuda.kernel() is None
-    packed_cuda.kernel.cache_clear()
+    quantized_cuda.kernel.cache_clear()
+    assert quantized_cuda.kernel() is None
+    quantized_cuda.kernel.cache_clear()
 
 
 CASES = [(bits, group, *size) for bits in (8, 4) for group in (64, 128) for size in ((40, 200), (16, 64))]
@@ -76,7 +76,7 @@ def test_the_kernel_interpreted(bits: int, group: int, outputs: int, inputs: int
     made, numbers = packed(outputs, inputs, bits, group)
     for rows, bias in ((1, None), (3, torch.randn(outputs).to(dtype)), (16, None)):
         x = rows_of(rows, inputs, dtype)
-        y = packed_cuda.multiply(x, made, bias)
+        y = quantized_cuda.multiply(x, made, bias)
         reference = x.double() @ numbers.T + (0 if bias is None else bias.double())
         # Sums of the order of 40; in fp16 the result is rounded to 11 bits.
         assert_close("kernel", y, reference, 5e-5 if dtype == torch.float32 else 0.04)
@@ -92,16 +92,16 @@ def test_the_kernel_compiles_for_a_gpu(bits: int, dtype: str, capability: int) -
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from monoblock.backends.pytorch.kernels import triton_packed
+    from monoblock.backends.pytorch.kernels import triton_quantized
 
     pointers = {"x": dtype, "codes": "u8", "scale": "fp16", "low": "fp16", "bias": dtype, "y": dtype}
     signature = {f"{name}_ptr": f"*{kind}" for name, kind in pointers.items()}
     signature |= dict.fromkeys(("rows", "outputs", "inputs", "padded"), "i32")
-    constants = {"BITS": bits, "GROUP": 128, "BIAS": True, "N": triton_packed.OUTPUTS}
+    constants = {"BITS": bits, "GROUP": 128, "BIAS": True, "N": triton_quantized.OUTPUTS}
     signature |= dict.fromkeys(constants, "constexpr")
-    names = triton_packed._kernel.arg_names
+    names = triton_quantized._kernel.arg_names
     source = ASTSource(
-        fn=triton_packed._kernel,
+        fn=triton_quantized._kernel,
         signature=signature,
         constexprs={(names.index(name),): value for name, value in constants.items()},
     )

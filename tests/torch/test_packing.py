@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from monoblock import native
-from monoblock.backends.pytorch.kernels.linear import packed_linear
+from monoblock.backends.pytorch.kernels.linear import quantized_linear
 from monoblock.backends.pytorch.quantization import formats
 from monoblock.backends.pytorch.quantization.formats import QuantizedTensor
 
@@ -135,7 +135,7 @@ def test_the_plain_product(bits: int, group: int, piece: int, monkeypatch: pytes
     monkeypatch.setattr(native, "library", lambda: None)
     packed, x = formats.pack(matrix(11, 200), bits, group), matrix(6, 200, seed=1, std=1.0).view(2, 3, 200)
     x, bias = x.requires_grad_(), matrix(1, 11, seed=2)[0].requires_grad_()
-    y = packed_linear(x, *packed[:3], bias, *packed[3:])
+    y = quantized_linear(x, *packed[:3], bias, *packed[3:])
     expected = F.linear(x, packed.unpack(torch.float32), bias)
     torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-6)
     weights = matrix(6, 11, seed=3, std=1.0).view_as(y)

@@ -18,7 +18,7 @@ from tiny_pipelines import LONG, TEXT, folder
 import monoblock
 from monoblock import AutoTokenizer, pipeline
 from monoblock.pipelines import TASKS, KeyDataset
-from monoblock.pipelines.entities import TokenGroup, by_word, groups, without_overlaps
+from monoblock.pipelines.entities import TokenGroup, merge_entities, merge_words, without_overlaps
 
 TINY = monoblock_model("MPNetModel", **tiny_families.fields("mpnet"))
 GREEDY = {"do_sample": False, "max_new_tokens": 5}
@@ -62,7 +62,9 @@ def test_sentence_transformers_get_no_random_head(places: dict[str, str], tmp_pa
     made = pipeline(model=str(place), device="cpu")
     assert made.task == "feature-extraction"
     assert type(made.model).__name__ == "MPNetModel"
-    with pytest.raises(ValueError, match="no head for 'fill-mask', only what sentence-transformers needs"):
+    with pytest.raises(
+        ValueError, match="no head for 'fill-mask', only the weights that sentence-transformers"
+    ):
         pipeline("fill-mask", str(place), device="cpu")
     assert not [message for message in logs.messages if "newly initialised" in message]
     whole = tmp_path / "whole"
@@ -96,8 +98,8 @@ def test_what_is_refused(places: dict[str, str]) -> None:
         (ValueError, "did you mean 'text-generation'", {"task": "text-generatoin"}),
         (ValueError, "did you mean 'ner'", {"task": "nerr", "model": place}),
         (ValueError, "no default model", {"task": "fill-mask"}),
-        (ValueError, "give a task", {}),
-        (ValueError, "without its model", {"task": "ner", "tokenizer": place}),
+        (ValueError, "pass a task", {}),
+        (ValueError, "without a model", {"task": "ner", "tokenizer": place}),
         (TypeError, "did you mean 'max_new_tokens'", {"model": place, "max_new_token": 3}),
         (TypeError, "did you mean 'batch_size'", {"model": place, "batchsize": 3}),
         (TypeError, "no argument 'input_ids'", {"model": place, "input_ids": []}),
@@ -106,7 +108,7 @@ def test_what_is_refused(places: dict[str, str]) -> None:
         (ValueError, "the model is a MPNetModel, of framework='pt'", {"model": TINY, "framework": "flax"}),
         (ValueError, "exclude each other", {"model": place, "device": 0, "device_map": "auto"}),
         (ValueError, "is no device", {"model": place, "device": "nowhere"}),
-        (ValueError, "two names", {"model": place, "dtype": "float32", "torch_dtype": "float32"}),
+        (ValueError, "are the same argument", {"model": place, "dtype": "float32", "torch_dtype": "float32"}),
         (ValueError, "given twice", {"model": place, "revision": "a", "model_kwargs": {"revision": "b"}}),
         (
             TypeError,
@@ -270,7 +272,7 @@ def test_answers_keep_to_their_settings(places: dict[str, str]) -> None:
             pipe(**ask, **arguments)
     with pytest.raises(ValueError, match="needs a 'context'"):
         pipe(question="who?", context="")
-    with pytest.raises(ValueError, match="give question= and context="):
+    with pytest.raises(ValueError, match="pass question= and context="):
         pipe(question="who?")
 
 
@@ -286,14 +288,14 @@ def piece(best: int, start: int, end: int, continues: bool = False, score: float
 def test_entities_of_tags() -> None:
     labels = {0: "B-A", 1: "I-A", 2: "I-B"}
     pieces = [piece(0, 0, 1), piece(1, 1, 2), piece(0, 2, 3), piece(2, 3, 4), piece(2, 4, 5)]
-    found = groups(pieces, labels, " ".join, words=False)
+    found = merge_entities(pieces, labels, " ".join, words=False)
     assert [(e["entity_group"], e["start"], e["end"], e["word"]) for e in found] == [
         ("A", 0, 2, "t0 t1"),
         ("A", 2, 3, "t2"),
         ("B", 3, 5, "t3 t4"),
     ]
     word = [piece(0, 0, 1, score=0.6), piece(2, 1, 2, continues=True, score=0.8)]
-    assert {s: by_word(word, s)[0].best for s in ("first", "max", "average")} == {
+    assert {s: merge_words(word, s)[0].best for s in ("first", "max", "average")} == {
         "first": 0,
         "max": 2,
         "average": 2,
@@ -322,7 +324,7 @@ def test_what_calls_are_refused(places: dict[str, str]) -> None:
     ):
         with pytest.raises(ValueError, match=re.escape(message)):
             pipe("the dog", **arguments)
-    with pytest.raises(TypeError, match="takes texts"):
+    with pytest.raises(TypeError, match="takes strings"):
         labels(3)
     zero = pipeline("zero-shot-classification", places["MPNetForSequenceClassification"], device=-1)
     with pytest.raises(ValueError, match="at least one label"):
@@ -352,10 +354,10 @@ def test_offsets_of_the_users_own(places: dict[str, str]) -> None:
     assert [(e["start"], e["end"]) for e in pipe("the dog", offset_mapping=given)] == given[1:3]
     both = pipe(["the dog", "the fox"], offset_mapping=[given, given])
     assert [[e["start"] for e in one] for one in both] == [[10, 14]] * 2
-    for offsets, message in (([given] * 2, "2 lists for 1 texts"), (given[:2], "2 places for 4 tokens")):
+    for offsets, message in (([given] * 2, "2 lists for 1 texts"), (given[:2], "2 spans for 4 tokens")):
         with pytest.raises(ValueError, match=message):
             pipe("the dog", offset_mapping=offsets)
-    with pytest.raises(ValueError, match="give one of both"):
+    with pytest.raises(ValueError, match="pass one of both"):
         pipe("the dog", offset_mapping=given, stride=1, aggregation_strategy="max")
 
 

@@ -69,7 +69,7 @@ def test_the_blocks_are_packed_and_nothing_else(folder: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=how)
     packed = {n for n, m in model.named_modules() if isinstance(m, bitsandbytes.nn.Linear4bit)}
     roles = ("q", "k", "v", "out", "gate", "up")
-    assert packed == {model.place(role, i) for i in range(2) for role in roles}
+    assert packed == {model.module_path(role, i) for i in range(2) for role in roles}
     assert model.at("q", 0).weight.dtype == torch.uint8
     with pytest.raises(ValueError, match="save the model before quantising"):
         model.save_pretrained(folder / "packed")

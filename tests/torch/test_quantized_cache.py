@@ -9,7 +9,7 @@ import torch
 from helpers import model
 
 from monoblock import DynamicCache, QuantizedCache
-from monoblock.backends.pytorch.generation.quantized_cache import Packed
+from monoblock.backends.pytorch.generation.quantized_cache import QuantizedBlock
 
 IDS = torch.randint(0, 89, (2, 12), generator=torch.Generator().manual_seed(3))
 
@@ -27,12 +27,12 @@ def filled(cache: Any, tokens: int, steps: int = 1, layers: int = 2) -> tuple[An
 @pytest.mark.parametrize("group", [4, 16])
 def test_packing_is_off_by_half_a_step_at_most(bits: int, group: int) -> None:
     x = torch.randn(2, 3, 5, 16) * 7
-    packed = Packed.of(x, bits, group)
-    off = (packed.unpacked(bits, x.dtype) - x).abs().unflatten(-1, (-1, group))
+    packed = QuantizedBlock.of(x, bits, group)
+    off = (packed.dequantized(bits, x.dtype) - x).abs().unflatten(-1, (-1, group))
     assert (off <= packed.step / 2 * 1.001).all()  # and a rounding of fp32
     assert packed.codes.numel() == x.numel() * bits // 8
     even = torch.full((1, 1, 1, 16), 3.5)
-    assert torch.equal(Packed.of(even, bits, group).unpacked(bits, even.dtype), even)
+    assert torch.equal(QuantizedBlock.of(even, bits, group).dequantized(bits, even.dtype), even)
 
 
 @pytest.mark.parametrize("steps", [1, 4, 40])

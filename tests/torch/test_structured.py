@@ -194,10 +194,10 @@ def test_forms_of_chat_apis(demo_model, tokenizer):
         ({"type": "regex", "pattern": "a", "schema": {}}, "response_format must be"),
         ("json", "response_format must be"),
         ({"type": "regex", "pattern": "(a"}, "cannot be used: .*unclosed group"),
-        ({"type": "regex", "pattern": ""}, "must be a text"),
+        ({"type": "regex", "pattern": ""}, "must be a string"),
         ({"type": "json_schema", "schema": {"type": "strange"}}, "cannot be used: Invalid type: strange"),
-        ({"type": "json_schema", "schema": "{"}, "is no JSON"),
-        ({"type": "json_schema", "schema": [1]}, "a dict or a JSON text, got list"),
+        ({"type": "json_schema", "schema": "{"}, "is not valid JSON"),
+        ({"type": "json_schema", "schema": [1]}, "a dict or a JSON string, got list"),
     ],
     ids=str,
 )
@@ -213,7 +213,7 @@ def test_what_is_missing_is_said(demo_model, tokenizer):
     form = {"type": "regex", "pattern": "a+"}
     with pytest.raises(ValueError, match="tokenizer=tokenizer"):
         demo_model.generate(ids, response_format=form)
-    with pytest.raises(ValueError, match="say eos_token_id"):
+    with pytest.raises(ValueError, match="set eos_token_id"):
         demo_model.generate(ids, response_format=form, tokenizer=tokenizer, eos_token_id=None)
     with pytest.raises(ValueError, match="a model of 89 tokens"):
         tiny(0, 89).generate(ids, response_format=form, tokenizer=tokenizer, eos_token_id=0)

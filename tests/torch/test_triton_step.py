@@ -50,16 +50,16 @@ def test_a_step_with_the_kernels(name: str, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 ARGUMENTS = {
-    "_write": "q:t k:t v:t turned:t keys:t values:t cos:t sin:t place:i64 q_row k_row v_row angle_row slots",
-    "_partial": "turned:t keys:t values:t slopes:fp32 valid:i1 place:i64 out:fp32 log:fp32 scale:s softcap:s slots "
-    "piece window length",
-    "_combine": "out:fp32 log:fp32 y:t pieces",
+    "_write": "q:t k:t v:t rotated:t keys:t values:t cos:t sin:t position:i64 q_row k_row v_row angle_row slots",
+    "_partial": "rotated:t keys:t values:t slopes:fp32 valid:i1 position:i64 out:fp32 log:fp32 scale:s softcap:s slots "
+    "split_size window length",
+    "_combine": "out:fp32 log:fp32 y:t splits",
 }
 CONSTANTS: dict[str, dict[str, Any]] = {
-    "_write": {"H": 32, "G": 8, "D": 128, "TURNED": 128, "WIDTH": 128},
+    "_write": {"H": 32, "G": 8, "D": 128, "ROTARY": 128, "WIDTH": 128},
     "_partial": {"R": 4, "G": 8, "D": 128, "WIDTH": 128, "KEYS": 64, "QUERIES": 16}
     | {"ALIBI": True, "CAPPED": True, "WINDOWED": True, "PADDED": True},
-    "_combine": {"D": 128, "WIDTH": 128, "PIECES": 16},
+    "_combine": {"D": 128, "WIDTH": 128, "SPLITS": 16},
 }
 
 

@@ -1,6 +1,6 @@
-"""Generation without a framework: config, processors, stopping, streamers and the one loop over a backend's decoder.
+"""Text generation without a framework: config, logits processors, stopping criteria, streamers and the decoding loop.
 
-Public names are found where they live when they are first asked for, so that importing this costs nothing.
+Public names are imported lazily, on first access, so that importing this package is cheap.
 """
 
 import importlib

@@ -1,8 +1,8 @@
-"""The array operations that generation needs, as a protocol, and their NumPy form.
+"""`ArrayOps`: the array operations of generation as a protocol, with its NumPy implementation.
 
-Everything in `monoblock.generation` computes through an `ArrayOps`, so that processors, stopping and the loop are
-written once for all frameworks. Operators (`+ * / ** < <= == & | ~`), `.shape` and reading by slices are taken
-from the arrays themselves. Shape suffixes: `b` rows, `n` tokens so far, `v` vocabulary, `k` any last axis.
+All of `monoblock.generation` computes through an `ArrayOps`, so that processors, stopping criteria and the loop are
+written once for all frameworks. Operators (`+ * / ** < <= == & | ~`), `.shape` and read-only slicing are those of the
+arrays themselves. Shape suffixes: `b` rows, `n` tokens so far, `v` vocabulary, `k` any last axis.
 """
 
 from __future__ import annotations
@@ -16,36 +16,36 @@ Array = Any  # an array of the backend's framework
 
 
 class ArrayOps(Protocol):
-    """What a backend implements. No function changes its arguments; ids are int64, scores float32.
+    """Operations that a backend implements. None modifies its arguments; ids are int64, scores float32.
 
-    "Along" functions work on the last axis, and their index has as many axes as the array.
+    The `*_along` functions work on the last axis; their index has as many axes as the array.
     """
 
     def array(self, values: Any) -> Array:
         """An array on the model's device, from Python lists, a NumPy array or an array of the framework.
 
-        Whole numbers become int64, floats float32, truth values stay.
+        Integers become int64, floats float32; booleans stay bool.
         """
         ...
 
     def to_numpy(self, x: Array) -> np.ndarray[Any, Any]:
-        """The values on the host; waits for the device."""
+        """The values as a NumPy array on the host; synchronises with the device."""
         ...
 
     def to_list(self, x: Array) -> Any:
-        """The values as Python numbers in nested lists; waits for the device."""
+        """The values as nested lists of Python numbers; synchronises with the device."""
         ...
 
     def host(self, x: Array) -> Array:
-        """The same array of the framework in host memory, for streamers."""
+        """The same framework array in host memory, for streamers."""
         ...
 
     def to_framework(self, x: Array) -> Array:
-        """The same as an array of the framework, wherever it lies: what callers' own functions get."""
+        """The same values as a framework array on any device, as user-defined functions receive them."""
         ...
 
     def argmax(self, x_bk: Array) -> Array:
-        """The index of the largest value of each row, the first one if several are equal."""
+        """The index of the largest value of each row; of equal ones the first."""
         ...
 
     def softmax(self, x_bk: Array) -> Array:
@@ -61,11 +61,11 @@ class ArrayOps(Protocol):
         ...
 
     def log(self, x: Array) -> Array:
-        """The natural logarithm of every value; -inf of 0."""
+        """The natural logarithm of every value; -inf for 0."""
         ...
 
     def abs(self, x: Array) -> Array:
-        """Every value without its sign."""
+        """The absolute value of every element."""
         ...
 
     def max(self, x_bk: Array) -> Array:
@@ -73,7 +73,7 @@ class ArrayOps(Protocol):
         ...
 
     def sum(self, x_bk: Array) -> Array:
-        """The sum of each row, as (rows, 1); of truth values, how many are true."""
+        """The sum of each row, as (rows, 1); of booleans, the number of true ones."""
         ...
 
     def cumsum(self, x_bk: Array) -> Array:
@@ -81,15 +81,15 @@ class ArrayOps(Protocol):
         ...
 
     def all(self, x: Array) -> Array:
-        """Whether all are true along the last axis, which goes away."""
+        """Whether all values along the last axis are true; the axis is removed."""
         ...
 
     def sort(self, x_bk: Array) -> tuple[Array, Array]:
-        """Each row in rising order, and the indices that sort it."""
+        """Each row in ascending order, and the indices that sort it."""
         ...
 
     def top_k(self, x_bk: Array, k: int) -> tuple[Array, Array]:
-        """The k largest values of each row in falling order, and their indices."""
+        """The k largest values of each row in descending order, and their indices."""
         ...
 
     def take_along(self, x_bv: Array, index_bk: Array) -> Array:
@@ -101,7 +101,7 @@ class ArrayOps(Protocol):
         ...
 
     def add_along(self, x_bv: Array, index_bk: Array, values_bk: Array) -> Array:
-        """A copy with `x[i, index[i, j]] += values[i, j]`, repeated indices added up."""
+        """A copy with `x[i, index[i, j]] += values[i, j]`; repeated indices accumulate."""
         ...
 
     def fill_columns(self, x_bv: Array, index_k: Array, value: float) -> Array:
@@ -109,18 +109,18 @@ class ArrayOps(Protocol):
         ...
 
     def where(self, condition: Array, x: Array, y: Array) -> Array:
-        """Values of x where the condition holds, else of y; either may be a number."""
+        """Values of x where the condition is true, else of y; either may be a number."""
         ...
 
     def choose(self, condition: Any, yes: Callable[[], Array], no: Callable[[], Array]) -> Array:
-        """`yes()` if the one truth value holds, else `no()`; both have the same shape and kind.
+        """`yes()` if the scalar condition is true, else `no()`; both return the same shape and dtype.
 
-        In a loop that is compiled the condition may be the device's, and both are compiled.
+        In a compiled loop the condition may be a device scalar; both branches are then compiled.
         """
         ...
 
     def full_like(self, x: Array, value: float) -> Array:
-        """An array of the same shape, kind and device, all `value`."""
+        """An array of the same shape, dtype and device, filled with `value`."""
         ...
 
     def mask(self, rows: int, columns: int) -> Array:
@@ -136,33 +136,33 @@ class ArrayOps(Protocol):
         ...
 
     def concat(self, parts: Sequence[Array]) -> Array:
-        """The parts joined along axis 1."""
+        """The arrays joined along axis 1."""
         ...
 
     def generator(self, seed: int) -> Any:
-        """A source of random numbers that starts from that seed, for `sample`."""
+        """A random number generator with that seed, for `sample`."""
         ...
 
     def sample(self, scores_bv: Array, generator: Any) -> Array:
-        """One token id for each row, drawn from softmax(scores); `None` means the framework's global source.
+        """One token id for each row, drawn from softmax(scores); `None` means the framework's global generator.
 
-        ValueError when a row has no token that can be drawn.
+        ValueError for a row without a token that can be drawn.
         """
         ...
 
     def draw(self, scores_bk: Array, count: int, generator: Any) -> Array:
-        """Indices (rows, count) drawn without replacement from softmax(scores), in the order of the draws."""
+        """Indices (rows, count) drawn without replacement from softmax(scores), in draw order."""
         ...
 
 
 class NumpyOps:
-    """`ArrayOps` on NumPy arrays: the reference for backends and what the tests run on."""
+    """`ArrayOps` on NumPy arrays: the reference for backends, and the backend of the unit tests."""
 
     def array(self, values: Any) -> Array:
-        made = np.asarray(values)
-        if made.dtype == np.bool_:
-            return made
-        return made.astype(np.float32 if made.dtype.kind == "f" else np.int64, copy=False)
+        x = np.asarray(values)
+        if x.dtype == np.bool_:
+            return x
+        return x.astype(np.float32 if x.dtype.kind == "f" else np.int64, copy=False)
 
     def to_numpy(self, x: Array) -> np.ndarray[Any, Any]:
         return np.asarray(x)
@@ -180,7 +180,7 @@ class NumpyOps:
         return np.argmax(x_bk, axis=-1)
 
     def softmax(self, x_bk: Array) -> Array:
-        with np.errstate(invalid="ignore"):  # a row of -inf only: nan, which sample() reports
+        with np.errstate(invalid="ignore"):  # a row of -inf alone gives NaN, which sample() reports
             weights = np.exp(x_bk - np.max(x_bk, axis=-1, keepdims=True))
         return weights / weights.sum(axis=-1, keepdims=True)
 
@@ -238,7 +238,7 @@ class NumpyOps:
         return out
 
     def where(self, condition: Array, x: Array, y: Array) -> Array:
-        # A Python number takes the other side's type, as in the frameworks, instead of making it float64.
+        # A Python number takes the other operand's dtype, as in the frameworks, and does not promote it to float64.
         kind: Any = next((side.dtype for side in (x, y) if hasattr(side, "dtype")), None)
         return np.asarray(cast(Any, np.where(condition, x, y)), dtype=kind)
 
@@ -269,11 +269,11 @@ class NumpyOps:
             raise ValueError(NOTHING_TO_DRAW)
         uniform = (generator or np.random).random((probabilities.shape[0], 1))
         edges = np.cumsum(probabilities, axis=-1)
-        # The last edge is 1 but for rounding; scaling by it keeps a draw near 1 inside the table.
+        # The last edge is 1 up to rounding; the draw is scaled by it, so that one near 1 stays within the table.
         return (edges > uniform * edges[:, -1:]).argmax(axis=-1)
 
     def draw(self, scores_bk: Array, count: int, generator: Any) -> Array:
-        # The largest of score + Gumbel noise is a draw from the softmax, the next largest one from the rest, ...
+        # Gumbel top-k: the largest score + Gumbel noise is a draw from the softmax, the next a draw from the rest, ...
         scores = np.asarray(scores_bk, dtype=np.float64)
         if not np.isfinite(self.softmax(scores)).all():
             raise ValueError(NOTHING_TO_DRAW)

@@ -1,4 +1,4 @@
-"""Lengths rounded up, so that what is compiled for one length serves its neighbours."""
+"""Lengths rounded up to buckets, so that programs are compiled for few shapes."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ SMALLEST = 16
 
 
 def bucket(length: int) -> int:
-    """The smallest of 16, 32, 64, 96, 128, 192, 256, 384, ... that is not below `length`.
+    """The smallest of 16, 32, 64, 96, 128, 192, 256, 384, ... that is at least `length`.
 
-    Powers of two, and from 64 on half-way between them: less than half as much again is computed in vain there.
+    Powers of two and, from 64 on, the midpoints between them: at most half of the computation is padding there.
     """
     power = SMALLEST
     while power < length:

@@ -1,4 +1,4 @@
-"""Which values the fields of a `GenerationConfig` can have."""
+"""Valid values of the fields of a `GenerationConfig`."""
 
 from __future__ import annotations
 
@@ -9,15 +9,17 @@ from typing import Any, cast
 
 
 def as_ids(value: int | Sequence[int] | None) -> tuple[int, ...]:
-    """One id, several or none, as a tuple."""
+    """One id, several or None, as a tuple."""
     if value is None:
         return ()
     return (int(value),) if not isinstance(value, Sequence) else tuple(int(id) for id in value)
 
 
 def plain(name: str, value: Any) -> Any:
-    """The value of a field: an array of one number as that number. ValueError for other arrays, which comparisons would
-    not take."""
+    """The value of a field; a zero-dimensional array becomes a number.
+
+    ValueError for other arrays, whose comparisons are not booleans.
+    """
     if not (hasattr(value, "shape") and hasattr(value, "dtype")):
         return value
     if tuple(value.shape) == () and hasattr(value, "item"):
@@ -36,12 +38,12 @@ def _is_whole(value: Any) -> bool:
 
 
 MOST_TOKENS = 2**31 - 1  # positions are int32 in compiled programs
-# Factors with which scores stay float32 numbers: no infinity, whose quotients are NaN.
+# The range of factors that keep scores finite in float32 (quotients of infinities are NaN).
 LEAST, MOST = 1e-30, 1e30
 
 
 def _whole(least: int, most: int | None = None) -> Check:
-    words = f"a whole number of at least {least}" + ("" if most is None else f" and at most {most}")
+    words = f"an integer of at least {least}" + ("" if most is None else f" and at most {most}")
     return lambda v: _is_whole(v) and v >= least and (most is None or v <= most), words
 
 
@@ -116,18 +118,18 @@ CHECKS: dict[str, Check] = {
     "max_cache_len": _whole(1, MOST_TOKENS),
     "prefill_chunk_size": _whole(1, MOST_TOKENS),
     "prompt_lookup_num_tokens": _whole(1),
-    "max_matching_ngram_size": _whole(1, 1024),  # each length has a table of its own
+    "max_matching_ngram_size": _whole(1, 1024),  # prompt lookup has a table for each length
     "num_assistant_tokens": _whole(1),
     "num_assistant_tokens_schedule": (
         lambda v: v in ("constant", "heuristic_transient"),
-        "'constant' or 'heuristic_transient' ('heuristic' would keep its count from call to call)",
+        "'constant' or 'heuristic_transient' ('heuristic' would keep its count across calls)",
     ),
     "assistant_confidence_threshold": _number(0, 1),
     "temperature": (
         _FACTOR[0],
-        f"a number of at least {LEAST:g} and at most {MOST:g} for sampling; for greedy decoding say do_sample=False",
+        f"a number of at least {LEAST:g} and at most {MOST:g} for sampling; for greedy decoding set do_sample=False",
     ),
-    "top_k": (_whole(0)[0], "a whole number of at least 0 (0 keeps all tokens)"),
+    "top_k": (_whole(0)[0], "an integer of at least 0 (0 keeps all tokens)"),
     "top_p": _number(0, 1),
     "min_p": _number(0, 1),
     "top_h": _number(0, 1, open_low=True),
@@ -143,7 +145,7 @@ CHECKS: dict[str, Check] = {
         "a list of lists of token ids, none of them empty",
     ),
     "sequence_bias": (_is_bias, "{(id, ...): bias} or [[[id, ...], bias], ...] with at least one entry"),
-    "exponential_decay_length_penalty": (_is_decay, "(start, factor): a whole number, and a number above 0"),
+    "exponential_decay_length_penalty": (_is_decay, "(start, factor): an integer, and a number above 0"),
     "forced_bos_token_id": (_is_id, "a token id"),
     "forced_eos_token_id": _EACH_ID,
     "suppress_tokens": _ID_LIST,
@@ -167,7 +169,7 @@ CHECKS: dict[str, Check] = {
     ),
 }
 
-# Fields that act on sampling only.
+# Fields that have an effect only with do_sample=True.
 SAMPLING_FIELDS = frozenset(
     {"temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff"}
 )

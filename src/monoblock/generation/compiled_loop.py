@@ -1,8 +1,8 @@
-"""Calls that run as one compiled program: which they are, and what of them is compiled in.
+"""Generation as one compiled program: which calls allow it, and the static arguments and inputs of the program.
 
-A backend compiles the whole loop over tokens for a `Program`, which says all that decides its code, and gives it the
-rest as arrays: the numbers of the processors (a new temperature compiles nothing), how many tokens to make, and the
-text. The text lies at the end of arrays whose columns stay the same in number: with each token it moves to the left.
+A backend compiles the whole loop over tokens once per `Program` (the static arguments) and passes the rest as arrays:
+the numeric options of the processors (a new temperature does not recompile), the number of tokens to generate, and the
+token buffer. The buffer has a fixed number of columns and is right-aligned: each new token shifts it to the left.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from numpy.typing import NDArray
 from monoblock.generation import processors
 from monoblock.generation.arrays import Array, ArrayOps
 from monoblock.generation.beam_program import BeamConfig
-from monoblock.generation.beams import Rules
+from monoblock.generation.beams import BeamScorer
 from monoblock.generation.buckets import bucket
 from monoblock.generation.config import GenerationConfig
 from monoblock.generation.preparation import GenerationRun
 
-# Fields whose values come with each call, as float32 or int32; those of the others are compiled in.
+# Fields whose values are inputs of the program, as float32 or int32; the values of all others are static arguments.
 NUMBERS: dict[str, type[np.generic]] = {
     **dict.fromkeys(
         (
@@ -40,18 +40,18 @@ NUMBERS: dict[str, type[np.generic]] = {
     "min_new_tokens": np.int32,
 }
 PROMPT_READERS = frozenset({"encoder_repetition_penalty", "encoder_no_repeat_ngram_size"})
-NO_TOKEN = -1  # in places of the text's arrays that hold none of it; no token has that id
+NO_TOKEN = -1  # fills the unused columns of a token buffer; not a valid token id
 
 
 class TokenBuffer(NamedTuple):
-    """The text in a compiled loop: ids and where they are no padding, (rows, columns), and its length, a number."""
+    """A right-aligned token buffer: ids and validity mask, (rows, columns), and the number of tokens, a scalar."""
 
     ids_bt: Array
     valid_bt: Array
     length: Array
 
     def appended(self, ops: ArrayOps, token_b: Array) -> TokenBuffer:
-        """With one more token for each row."""
+        """The buffer with one more token for each row."""
         if self.ids_bt.shape[1] == 0:
             return TokenBuffer(self.ids_bt, self.valid_bt, self.length + 1)
         token_b1 = token_b[:, None]
@@ -63,8 +63,8 @@ class TokenBuffer(NamedTuple):
 
 
 class ProgramInputs(NamedTuple):
-    """What a call gives to a program besides the text: numbers of the processors by name, the prompt as a `Text`,
-    and how long the text may become."""
+    """Inputs of a program besides the sequences so far: numeric options of the processors by name, the prompts, and the
+    maximum length."""
 
     numbers: Mapping[str, Any]
     prompt: TokenBuffer
@@ -73,11 +73,10 @@ class ProgramInputs(NamedTuple):
 
 @dataclass(frozen=True)
 class Program:
-    """All that decides what is compiled, besides shapes; hashable.
+    """The static arguments of a compiled loop, besides shapes; hashable.
 
-    `fields`: what acts on the scores, with the values that are compiled in. `numbers`: the names of what acts on them
-    by a number of the call. `room`: new tokens that fit, at least as many as any call may ask for. `width`: of a beam
-    search.
+    `fields`: processor options that are compiled in, by name. `numbers`: names of the numeric options that are inputs.
+    `max_new_tokens`: the capacity, at least the number of tokens that a call may request. `search`: of a beam search.
     """
 
     fields: tuple[tuple[str, Any], ...]
@@ -91,7 +90,7 @@ class Program:
     search: BeamConfig | None
 
     def processed(self, ops: ArrayOps, scores_bv: Array, text: TokenBuffer, given: ProgramInputs) -> Array:
-        """The scores after all processors; inside the program."""
+        """The scores after all processors; called inside the program."""
         values = dict(self.fields) | {name: given.numbers[name] for name in self.numbers}
         config = GenerationConfig()
         config.eos_token_id, config.forced_bos_token_id = list(self.eos), self.forced_bos
@@ -111,7 +110,7 @@ class Program:
         return scores_bv
 
     def ends(self, token_b: Array) -> Array:
-        """Which of these tokens end a text."""
+        """Which of these tokens are eos tokens."""
         ends_b = token_b != token_b
         for token in self.eos:
             ends_b = ends_b | (token_b == token)
@@ -119,18 +118,18 @@ class Program:
 
     @property
     def reads(self) -> bool:
-        """Whether a processor looks at the text."""
+        """Whether a processor reads the tokens so far."""
         return not processors.READERS.isdisjoint((*dict(self.fields), *self.numbers))
 
     def token_buffer(self, prompt_bn: NDArray[Any], valid_bn: NDArray[Any] | None) -> TokenBuffer:
-        """The prompts as the text to begin with, on the host."""
+        """The prompts as the initial token buffer, on the host."""
         columns = bucket(prompt_bn.shape[1]) + self.max_new_tokens if self.reads else 0
         return _at_the_end(prompt_bn, valid_bn, columns)
 
     def inputs(
         self, fields: Mapping[str, Any], prompt_bn: NDArray[Any], valid_bn: NDArray[Any] | None, new: int
     ) -> ProgramInputs:
-        """What a call with these fields gives besides, on the host."""
+        """The inputs for a call with these fields, on the host."""
         names = {*dict(self.fields), *self.numbers}
         columns = 0 if PROMPT_READERS.isdisjoint(names) else bucket(prompt_bn.shape[1])
         return ProgramInputs(
@@ -151,13 +150,13 @@ def _at_the_end(ids_bn: NDArray[Any], valid_bn: NDArray[Any] | None, columns: in
 
 
 def program_of(generation: GenerationRun) -> Program | None:
-    """The program of a call; None if the call needs the host between two tokens."""
+    """The program of a run; None if the run needs host code between two tokens."""
     config, plan = generation.config, generation.plan
     host = (
         generation.streamer,
         generation.criteria,
         generation.guidance,
-        generation.own_processors,
+        generation.user_processors,
         "prefix_allowed_tokens_fn" in generation.fields,
         plan.rewinds,
         not config.use_cache,
@@ -166,7 +165,7 @@ def program_of(generation: GenerationRun) -> Program | None:
     )
     if any(host):
         return None
-    # Sampling divides by a temperature always: to come back to 1 compiles nothing.
+    # Sampling always divides by a temperature, so that 1.0 and other values share a program.
     tempered = ("temperature",) if config.do_sample and "temperature" not in generation.fields else ()
     return Program(
         fields=tuple((n, _frozen(v)) for n, v in generation.fields.items() if n not in NUMBERS),
@@ -182,12 +181,16 @@ def program_of(generation: GenerationRun) -> Program | None:
 
 
 def _search(config: GenerationConfig, new: int) -> BeamConfig | None:
-    """Of a search; None without one."""
-    return None if (config.num_beams or 1) == 1 else BeamConfig.of(Rules.of(config, new), len(config.eos_ids))
+    """The static arguments of the beam search; None without one."""
+    return (
+        None
+        if (config.num_beams or 1) == 1
+        else BeamConfig.of(BeamScorer.of(config, new), len(config.eos_ids))
+    )
 
 
 def _recorded(config: GenerationConfig) -> Any:
-    """Whether something of every step is wanted back."""
+    """Whether the call requests per-step outputs."""
     return (
         config.output_scores
         or config.output_logits

@@ -1,7 +1,7 @@
-"""`GenerationConfig`: the hub's generation_config.json, field for field.
+"""`GenerationConfig`: the fields of generation_config.json, under transformers' names.
 
-Every field is None until someone sets it: what unset fields mean is decided per call, in `resolve.py`, after the
-call's own arguments and the model's file have had their say.
+A field is None until it is set. `resolve.py` fills in defaults per call, after the call's own arguments and the model's
+file.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from monoblock.generation.checks import CHECKS, SAMPLING_FIELDS, as_ids, plain
 
 GENERATION_CONFIG_NAME = "generation_config.json"
 METADATA = frozenset({"transformers_version", "_from_model_config"})
-# Fields that configs of the hub have held at some time and that change nothing anywhere.
+# Fields found in published configs that have no effect.
 INERT = frozenset({"_commit_hash", "_original_object_hash"})
 
 log = logging.getLogger("monoblock")
 
 
 class GenerationConfig:
-    """How to generate: lengths, strategy, cache, processors, outputs and special tokens, by the hub's names.
+    """Options of generation: lengths, strategy, cache, processors, outputs and special tokens, as in transformers.
 
-    Unknown keywords are kept, written back and warned about once. Values that a file brings must be of the declared
-    types (FieldError, a ValueError) and are judged when they are used; values that come from Python are checked at once
-    (`ValueError`).
+    Unknown keywords are kept, written back and warned about once. Values from a file must have the declared types
+    (FieldError, a ValueError), and their ranges are checked when they are used; values passed in Python are checked at
+    once (ValueError).
     """
 
     # Length
@@ -109,7 +109,7 @@ class GenerationConfig:
     compile_config: Any = None
     disable_compile: bool | None = None
     continuous_batching_config: Any = None
-    # Strategies that the hub has moved out of its library
+    # Strategies that transformers has moved out of the library
     low_memory: bool | None = None
     penalty_alpha: float | None = None
     dola_layers: str | list[int] | None = None
@@ -132,7 +132,7 @@ class GenerationConfig:
             if name in INERT:
                 continue
             if name not in self.FIELDS | METADATA and (name == "_loaded" or hasattr(type(self), name)):
-                raise FieldError(f"GenerationConfig.{name} is an attribute of the class and no field", name)
+                raise FieldError(f"GenerationConfig.{name} is an attribute of the class, not a field", name)
             setattr(self, name, plain(name, value) if name in self.FIELDS else value)
             if name not in self.FIELDS | METADATA and name not in self._warned:
                 self._warned.add(name)
@@ -148,7 +148,7 @@ class GenerationConfig:
         return {name: value for name in self.FIELDS if (value := getattr(self, name)) is not None}
 
     def own_fields(self) -> dict[str, Any]:
-        """The set fields whose values were given in Python, not read from a file."""
+        """The set fields whose values were passed in Python rather than read from a file."""
         missing = object()
         return {
             name: value
@@ -162,15 +162,15 @@ class GenerationConfig:
         return tuple(id for id in as_ids(self.eos_token_id) if id >= 0)
 
     def validate(self) -> None:
-        """ValueError if a value given in Python is impossible, or two given ones contradict each other.
+        """ValueError if a value passed in Python is out of range or two such values contradict each other.
 
-        The limits of sampling fields hold only with `do_sample=True`: many files say `temperature: 0` and mean
-        greedy decoding.
+        The ranges of sampling fields apply only with `do_sample=True`: many files set `temperature: 0` for greedy
+        decoding.
         """
         self.check(self.own_fields())
 
     def check(self, fields: Mapping[str, Any]) -> None:
-        """The same for just these fields."""
+        """The same for these fields only."""
         for name, value in fields.items():
             if name not in CHECKS or (name in SAMPLING_FIELDS and not self.do_sample):
                 continue
@@ -186,7 +186,7 @@ class GenerationConfig:
                 )
 
     def update(self, **kwargs: Any) -> dict[str, Any]:
-        """Set the fields that this config has; returns the other arguments."""
+        """Set the fields that this config has; returns the remaining keywords."""
         known = {name: value for name, value in kwargs.items() if name in self.FIELDS or hasattr(self, name)}
         for name, value in known.items():
             setattr(self, name, plain(name, value))
@@ -197,31 +197,31 @@ class GenerationConfig:
     # ------------------------------------------------------------------ dicts and files
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields as JSON-ready values, the unset ones as None, and the unknown ones."""
+        """All fields as JSON-serialisable values, unset ones as None, together with the unknown ones."""
         values = {name: getattr(self, name) for name in self.FIELDS}
         values |= {name: v for name, v in vars(self).items() if name not in ("_loaded", *INERT)}
         return {name: _plain(value) for name, value in values.items()}
 
     def to_diff_dict(self) -> dict[str, Any]:
-        """What goes into generation_config.json: what is set."""
+        """The content of generation_config.json: the fields that are set."""
         return {name: value for name, value in self.to_dict().items() if value is not None}
 
     def to_json_string(self, use_diff: bool = True, ignore_metadata: bool = False) -> str:
-        """generation_config.json's text: sorted keys, two spaces, a final newline."""
+        """generation_config.json as a string: sorted keys, indented by two spaces, with a final newline."""
         data = self.to_diff_dict() if use_diff else self.to_dict()
         if ignore_metadata:
             data = {name: value for name, value in data.items() if name not in METADATA}
         return json.dumps(data, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
 
     def to_json_file(self, json_file_path: str | Path, use_diff: bool = True) -> None:
-        """Write `to_json_string()` to that file, whole or not at all."""
+        """Write `to_json_string()` to that file, atomically."""
         text = self.to_json_string(use_diff)
         write_atomically(json_file_path, lambda path: path.write_text(text, encoding="utf-8"))
 
     def save_pretrained(
         self, save_directory: str | Path, config_file_name: str = GENERATION_CONFIG_NAME
     ) -> None:
-        """Write generation_config.json into that folder, which is made if need be; ValueError if invalid."""
+        """Write generation_config.json into that folder, which is created if needed; ValueError if invalid."""
         folder = Path(save_directory)
         if folder.is_file():
             raise ValueError(f"save_pretrained needs a folder, but {folder} is a file")
@@ -231,9 +231,9 @@ class GenerationConfig:
 
     @classmethod
     def from_dict(cls, config_dict: Mapping[str, Any], **kwargs: Any) -> Any:
-        """A config from what a file holds; keywords override its fields.
+        """A config from the content of a file; keywords override its fields.
 
-        With `return_unused_kwargs=True` the keywords that are no fields come back beside the config.
+        With `return_unused_kwargs=True`: a tuple of the config and the keywords that are not fields.
         """
         unused: dict[str, Any] = {}
         if kwargs.pop("return_unused_kwargs", False):
@@ -269,7 +269,7 @@ class GenerationConfig:
     ) -> Any:
         """The config in a folder or in a repository of the hub; HubError (an OSError) if it has none.
 
-        Keywords are the hub's options (`revision`, `token`, `cache_dir`, `local_files_only`, `force_download`,
+        Keywords are the download options (`revision`, `token`, `cache_dir`, `local_files_only`, `force_download`,
         `subfolder`), `return_unused_kwargs`, and fields that override the file's.
         """
         options = HubOptions.pop(kwargs)
@@ -280,7 +280,7 @@ class GenerationConfig:
 
     @classmethod
     def from_model_config(cls, model_config: Any) -> Self:
-        """What an old config.json says about generation, and its special ids; for models without a file of ours.
+        """The generation fields and special token ids of a config.json, for models without a generation_config.json.
 
         `model_config` is a config with `to_dict()`, or a mapping such as `{"eos_token_id": 0}`.
         """
@@ -309,14 +309,14 @@ GenerationConfig.FIELDS = frozenset(
 
 
 def as_own_config(config: Any, name: str = "generation_config") -> GenerationConfig | None:
-    """That config as one of ours: itself, None, or made from the set fields of transformers' object, which then count
-    as given in Python. ValueError for anything else; `name`: of the argument."""
+    """The config as a `GenerationConfig`: itself, None, or the set fields of a transformers object, which then count as
+    passed in Python. ValueError for anything else; `name`: of the argument."""
     if config is None or isinstance(config, GenerationConfig):
         return config
     if type(config).__name__ != "GenerationConfig" or not callable(getattr(config, "to_dict", None)):
         raise ValueError(
-            f"{name} must be a GenerationConfig, ours or transformers', got {type(config).__name__}; fields can be "
-            "given to generate() by name"
+            f"{name} must be a GenerationConfig of monoblock or transformers, got {type(config).__name__}; fields can "
+            "be passed to generate() by name"
         )
     fields: dict[str, Any] = config.to_dict()
     return GenerationConfig(
@@ -324,12 +324,12 @@ def as_own_config(config: Any, name: str = "generation_config") -> GenerationCon
     )
 
 
-# Fields of a model's config.json whose names they share, but which say how the model's forward pass behaves.
+# Fields that a model's config.json has under the same names, but with which it sets the defaults of its forward pass.
 NOT_THE_MODELS = frozenset({"use_cache", "output_attentions", "output_hidden_states"})
 
 
 def _plain(value: Any) -> Any:
-    """JSON's form of a field: tuple keys (sequence_bias) become [[ids, bias], ...], as the hub writes them."""
+    """The JSON form of a field: tuple keys (sequence_bias) become [[ids, bias], ...], as transformers writes them."""
     if isinstance(value, Mapping):
         pairs = cast(Mapping[Any, Any], value)
         if any(isinstance(key, tuple) for key in pairs):

@@ -1,4 +1,4 @@
-"""What the loop asks of a backend: a `Model` that makes a `Decoder` for each call's `Plan`."""
+"""The interface of a backend: a `GenerativeModel` makes a `Decoder` for the `GenerationPlan` of a run."""
 
 from __future__ import annotations
 
@@ -13,32 +13,32 @@ from monoblock.generation.resolve import Unsupported
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationPlan:
-    """What is decided before the first forward pass."""
+    """Sizes and options of a run, fixed before the first forward pass."""
 
-    config: GenerationConfig  # resolved: no default is left open
-    prompt_length: int  # positions that the prompt takes, be it ids or embeddings
+    config: GenerationConfig  # resolved: defaults are filled in
+    prompt_length: int  # positions of the prompt, ids or embeddings
     new_tokens: int
     batch: int  # prompts
-    copies: int  # rows that continue each prompt; consecutive
-    rewinds: bool = False  # whether tokens are taken back: the cache must not drop any
+    copies: int  # consecutive rows for each prompt (beams or returned sequences)
+    rewinds: bool = False  # whether the cache is cropped during the run: it must not drop any position
 
     @property
     def rows(self) -> int:
-        """Rows of the cache once the prompts are in."""
+        """Rows of the cache after the prompts are expanded."""
         return self.batch * self.copies
 
     @property
     def max_length(self) -> int:
-        """Positions that a row can take, prompt included; the last token is never fed back."""
+        """Positions that a row can occupy, prompt included; the last token is never fed back."""
         return self.prompt_length + self.new_tokens
 
 
 class Decoder(Protocol):
-    """A model in the middle of one generation: its cache, positions and mask.
+    """A model during one run: its KV cache, position ids and mask.
 
-    Scores are float32 and must stay as they are when later calls return others. After each call, `attentions` and
-    `hidden_states` are those of that call if the config asks for them, one array per layer, else None.
-    `past_key_values` is what the caller gets back.
+    Scores are float32, and later calls must not overwrite them. After each call, `attentions` and `hidden_states` are
+    those of that call if the config requests them, one array per layer, else None. `past_key_values` is returned to the
+    caller.
     """
 
     attentions: Any
@@ -46,42 +46,42 @@ class Decoder(Protocol):
     past_key_values: Any
 
     def prefill(self, ids_bn: Array, mask_bm: Array | None) -> Array:
-        """Take the prompts; scores (rows, vocab) of the token after each. No mask: nothing is padding."""
+        """Process the prompts; scores (rows, vocab) of the token after each. Without a mask there is no padding."""
         ...
 
     def step(self, ids_b1: Array) -> Array:
-        """Take one token for each row; scores (rows, vocab) of the next."""
+        """Process one token for each row; scores (rows, vocab) of the next."""
         ...
 
     def reorder(self, index_b: Array) -> None:
-        """Row i becomes what row index[i] was; the number of rows may change (copies of a prompt, beams)."""
+        """Replace row i by row index[i]; the number of rows may change (copies of a prompt, beams)."""
         ...
 
 
 class RewindableDecoder(Decoder, Protocol):
-    """A decoder that can try tokens and take them back, as speculative decoding does."""
+    """A decoder whose cache can be cropped, as speculative decoding does with rejected tokens."""
 
     def extend(self, ids_bk: Array) -> Array:
-        """Take k tokens for each row; scores (rows, k, vocab) of the one after each."""
+        """Process k tokens for each row; scores (rows, k, vocab) of the token after each."""
         ...
 
     def crop(self, length: int) -> None:
-        """Forget everything after the first `length` positions."""
+        """Drop all but the first `length` positions from the cache."""
         ...
 
 
 class GenerativeModel(Protocol):
-    """What `generate` needs to know about a model; see the module's text."""
+    """The description of a model that `generate` needs; see `loop.py`."""
 
     ops: ArrayOps
     generation_config: GenerationConfig | None
     input_names: frozenset[str]
     max_positions: int | None
-    vocab: int | None  # ids that there are; None: not known before the first scores
+    vocab: int | None  # size of the vocabulary; None: not known before the first scores
 
     @property
     def unsupported(self) -> Unsupported:
-        """Rows that take the place of those in `resolve.UNSUPPORTED` and `resolve.UNSUPPORTED_ARGUMENTS`."""
+        """Entries that override those of `resolve.UNSUPPORTED` and `resolve.UNSUPPORTED_ARGUMENTS`."""
         ...
 
     @property
@@ -93,5 +93,5 @@ class GenerativeModel(Protocol):
         ...
 
     def decoder(self, plan: GenerationPlan, inputs: dict[str, Any]) -> Decoder:
-        """A decoder for one call."""
+        """A decoder for one run."""
         ...

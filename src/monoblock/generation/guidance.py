@@ -1,4 +1,4 @@
-"""Classifier-free guidance (arXiv 2306.17806): the model's text drawn away from what another prompt would give."""
+"""Classifier-free guidance (arXiv 2306.17806): logits pushed away from those of a negative prompt."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from monoblock.generation.prompt import GenerateArguments, as_array
 
 
 class Guidance:
-    """A processor: log p' + scale * (log p - log p'), where p' continues the negative prompt by the same text.
+    """A processor: log p' + scale * (log p - log p'), where p' continues the negative prompt with the same tokens.
 
-    It runs the model once more for each token, on a cache of its own, so that it must see every step once and in
-    order, and must be told when rows change places.
+    It runs the model once more for each token, on a cache of its own. It must therefore be called once per step, in
+    order, and `reorder` must be called when rows are reordered.
     """
 
     def __init__(
@@ -28,11 +28,11 @@ class Guidance:
         scale: float,
         decoder: Decoder,
         prompt: tuple[Array, Array | None],
-        copied: Callable[[Array], Array],
+        expand: Callable[[Array], Array],
     ):
         self.ops, self.scale, self.decoder = ops, scale, decoder
-        self.prompt, self.copied = prompt, copied
-        self.begun = False
+        self.prompt, self.expand = prompt, expand
+        self.prefilled = False
 
     def __call__(self, ids_bn: Array, scores_bv: Array) -> Array:
         logs_bv = self.ops.log_softmax(scores_bv)
@@ -40,17 +40,17 @@ class Guidance:
         return self.scale * (logs_bv - other_bv) + other_bv
 
     def _other(self, ids_bn: Array) -> Array:
-        if self.begun:
+        if self.prefilled:
             return self.decoder.step(ids_bn[:, -1:])
-        self.begun = True
+        self.prefilled = True
         first_bv = self.decoder.prefill(*self.prompt)
         if first_bv.shape[0] == ids_bn.shape[0]:
             return first_bv
-        self.decoder.reorder(self.copied(self.ops.array(list(range(int(first_bv.shape[0]))))))
-        return self.copied(first_bv)
+        self.decoder.reorder(self.expand(self.ops.array(list(range(int(first_bv.shape[0]))))))
+        return self.expand(first_bv)
 
     def reorder(self, index_b: Array) -> None:
-        """Row i becomes what row index[i] was."""
+        """Replace row i by row index[i]."""
         self.decoder.reorder(index_b)
 
 
@@ -59,14 +59,14 @@ def build(
     call: GenerateArguments,
     plan: GenerationPlan,
     prompt_bn: Array,
-    copied: Callable[[Array], Array],
+    expand: Callable[[Array], Array],
 ) -> Guidance | None:
-    """The guidance that a call asks for; ValueError if its negative prompt does not fit."""
+    """The guidance that the call requests, or None; ValueError if its negative prompt does not fit."""
     scale, ops = plan.config.guidance_scale, model.ops
     if scale is None or scale == 1:
         if call.negative_prompt_ids is not None or call.negative_prompt_attention_mask is not None:
             raise ValueError(
-                "negative_prompt_ids have no effect without guidance_scale: say how much, such as 1.5"
+                "negative_prompt_ids have no effect without guidance_scale: set it, for example to 1.5"
             )
         return None
     ids_bm, mask_bm = _negative_prompt(ops, call, prompt_bn)
@@ -77,14 +77,14 @@ def build(
     config = copy.copy(plan.config)
     config.return_dict_in_generate = False
     own = dataclasses.replace(plan, config=config, prompt_length=int(ids_bm.shape[1]))
-    return Guidance(ops, float(scale), model.decoder(own, {}), (ids_bm, mask_bm), copied)
+    return Guidance(ops, float(scale), model.decoder(own, {}), (ids_bm, mask_bm), expand)
 
 
 def _negative_prompt(ops: ArrayOps, call: GenerateArguments, prompt_bn: Array) -> tuple[Array, Array | None]:
-    """Ids and mask; without ids the last token of each prompt, as on the hub."""
+    """Ids and mask; without ids the last token of each prompt, as in transformers."""
     if call.negative_prompt_ids is None:
         if call.negative_prompt_attention_mask is not None:
-            raise ValueError("negative_prompt_attention_mask came without negative_prompt_ids: give both")
+            raise ValueError("negative_prompt_attention_mask needs negative_prompt_ids: pass both")
         if prompt_bn.shape[1] == 0:
             raise ValueError("guidance of a prompt that is given as inputs_embeds needs negative_prompt_ids")
         return prompt_bn[:, -1:], None

@@ -1,26 +1,26 @@
-"""The generation loop, once for all frameworks.
+"""The generation loop of all frameworks.
 
-A backend plugs in with two objects. A `Model` describes what `generate` runs on:
+A backend implements two protocols. A `GenerativeModel` describes the model:
 
-    class TorchModel:                          # one per model, made once
+    class TorchModel:                          # one per model
         ops = TorchOps(device)                 # arrays.ArrayOps
         generation_config = ...                # the model's own GenerationConfig, or None
         input_names = frozenset({"past_key_values", "position_ids", "inputs_embeds"})
-        max_positions = None                   # the length of a position table, if there is one
-        vocab = 89                             # how many ids there are
-        unsupported = {}                       # options that are refused for a reason of this backend's own
-        compiled = None                        # what runs a whole call as one program, if the backend can
-        def decoder(self, plan, inputs): ...   # a Decoder for one call; `inputs` hold some of input_names
+        max_positions = None                   # the size of the table of learned positions, if there is one
+        vocab = 89                             # the size of the vocabulary
+        unsupported = {}                       # options that this backend does not support
+        compiled = None                        # runs a call as one compiled program, if the backend can
+        def decoder(self, plan, inputs): ...   # a Decoder for one run; `inputs` hold some of input_names
 
 and a `Decoder` computes scores: `prefill(ids, mask)` once, then `step(ids)` for each new token. It owns the cache,
-positions and mask, reads `plan.config.use_cache`, `cache_implementation`, `output_attentions` and so on, and knows
-from `plan.rows` and `plan.max_length` how large a static cache must be. Then `model.generate(...)` is
+positions and mask, reads `plan.config.use_cache`, `cache_implementation`, `output_attentions` and so on, and takes the
+size of a static cache from `plan.rows` and `plan.max_length`. Then `model.generate(...)` is
 
     def generate(self, inputs=None, generation_config=None, **kwargs):
         with torch.inference_mode():
             return loop.generate(TorchModel(self), inputs, generation_config, **kwargs)
 
-Each step reads the new tokens back to the host once: finishing, stop strings and streamers work on Python lists.
+Each step copies the new tokens to the host once: eos tokens, stop strings and streamers work on Python lists.
 """
 
 from __future__ import annotations
@@ -46,14 +46,14 @@ def generate(
     make_result: ResultFn = ids_only,
     **arguments: Any,
 ) -> Any:
-    """Continue prompts: token ids (rows, prompt + new), or an output object if the config says so.
+    """Continue prompts: token ids (rows, prompt + new), or an output object with `return_dict_in_generate=True`.
 
     `arguments` are transformers': `input_ids`, `attention_mask`, `logits_processor`, `stopping_criteria`,
     `prefix_allowed_tokens_fn`, `streamer`, `tokenizer` (for stop strings), `assistant_model` (a `GenerativeModel`),
-    `negative_prompt_ids`, the model's own inputs, and every field of `GenerationConfig`; besides, `seed` or
+    `negative_prompt_ids`, the model's own inputs, and every field of `GenerationConfig`; in addition `seed` or
     `generator` for sampling, and `response_format`. Finished rows are filled with `pad_token_id`.
     `make_result` builds the return value where no output object is requested.
-    ValueError for what is unknown, impossible or not supported.
+    ValueError for arguments that are unknown, out of range or not supported.
     """
     streamer = arguments.get("streamer")
     with streaming(streamer) if streamer is not None else nullcontext():
@@ -63,29 +63,29 @@ def generate(
             return model.compiled(run, program)
         if (run.config.num_beams or 1) > 1:
             return beams.run(run)
-        if run.guesses:
+        if run.speculative:
             return speculative.run(run)
 
-        # Greedy decoding and sampling: one token after the other until every row is finished.
+        # Greedy decoding and sampling: one token per step until every row is finished.
         ops, decoder = run.ops, run.decoder
-        text, record = run.start()
-        scores_bv = run.first(decoder.prefill(run.prompt_bn, run.mask_bm), record)
+        sequences, outputs = run.start()
+        scores_bv = run.first(decoder.prefill(run.prompt_bn, run.mask_bm), outputs)
         finished = [False] * run.plan.rows
         for left in range(run.plan.new_tokens - 1, -1, -1):
-            chosen_bv = run.processed(scores_bv, text.ids)
-            record.choice(scores_bv, chosen_bv)
+            chosen_bv = run.processed(scores_bv, sequences.ids)
+            outputs.add_scores(scores_bv, chosen_bv)
             token_b = ops.sample(chosen_bv, run.generator) if run.config.do_sample else ops.argmax(chosen_bv)
             tokens: list[int] = ops.to_list(token_b)
             if True in finished:
                 tokens = [run.pad if done else token for done, token in zip(finished, tokens, strict=True)]
                 token_b = ops.array(tokens)
-            text.append(token_b, tokens)
+            sequences.append(token_b, tokens)
             if run.streamer is not None:
                 run.streamer.put(ops.host(token_b))
-            now = run.ended(tokens, text.rows, text.ids, record)
+            now = run.ended(tokens, sequences.rows, sequences.ids, outputs)
             finished = [before or ends for before, ends in zip(finished, now, strict=True)]
             if left == 0 or all(finished):
                 break
             scores_bv = decoder.step(token_b[:, None])
-            record.forward(decoder)
-        return record.output(text.ids(), decoder)
+            outputs.add_forward(decoder)
+        return outputs.output(sequences.ids(), decoder)

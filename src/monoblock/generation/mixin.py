@@ -1,4 +1,4 @@
-"""What the models of all frameworks share of `generate`: which config they have, and how a call's arguments come."""
+"""The framework-independent base of models that generate: their configs and the arguments of `generate`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from monoblock.spec import ArchSpec, Learned
 
 
 class GenerationMixin:
-    """The part of `generate` that has no framework."""
+    """The methods of models with `generate` that do not depend on the framework."""
 
     config: Any
     spec: ArchSpec
@@ -25,17 +25,17 @@ class GenerationMixin:
 
     @property
     def max_positions(self) -> int | None:
-        """The length of the table of positions; None: there is none, and texts may have any length."""
+        """The size of the table of learned positions; None without one, for inputs of any length."""
         learned = self.spec.position(Learned)
         return learned.size - learned.offset if learned else None
 
     def room(self, tokens: int) -> int | None:
-        """How many new tokens fit after a prompt of so many; None: any number."""
+        """How many new tokens fit after a prompt of `tokens`; None: any number."""
         positions = self.max_positions
         return None if positions is None else max(0, positions - tokens + 1)
 
     def default_generation_config(self) -> GenerationConfig:
-        """What the model's config says about generation."""
+        """The generation fields of the model's config."""
         return GenerationConfig.from_model_config(self.config)
 
     @staticmethod
@@ -45,13 +45,13 @@ class GenerationMixin:
         return GenerationConfig.from_json_file(path) if path else None
 
     def generate_arguments(self, inputs: Any, arguments: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
-        """The prompts and the other arguments of `generate`, of which a tokenizer's output holds several.
+        """The prompts and the other arguments of `generate`; `inputs` may be a tokenizer's output with several of them.
 
-        TypeError for a model that predicts no next token, or an argument that is given twice.
+        TypeError for a model without a language-model head, or an argument that is given twice.
         """
         if not self.can_generate():
             raise TypeError(
-                f"{type(self).__name__} predicts no next token: generate with a ...ForCausalLM class"
+                f"{type(self).__name__} has no language-model head: generate with a ...ForCausalLM class"
             )
         if not isinstance(inputs, Mapping):
             return inputs, dict(arguments)
@@ -62,7 +62,7 @@ class GenerationMixin:
 
 
 def check_assistant(helper: Any, kind: type[GenerationMixin]) -> None:
-    """TypeError unless `helper` is a model of that kind that generates."""
+    """TypeError unless `helper` is a model of that class that generates."""
     if not (isinstance(helper, kind) and helper.can_generate()):
         raise TypeError(
             f"assistant_model must be one of monoblock's ...ForCausalLM models, got {type(helper).__name__}"

@@ -1,4 +1,4 @@
-"""What a generation has made so far, and what the call gets back."""
+"""The sequences and per-step outputs that a run collects, and its return value."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from monoblock.outputs import ModelOutput
 
 @dataclass
 class GenerateDecoderOnlyOutput(ModelOutput):
-    """What `return_dict_in_generate=True` gives.
+    """The output of `generate(..., return_dict_in_generate=True)`.
 
-    sequences (rows, prompt + new); scores and logits one (rows, vocab) for each new token, after and before the
-    processors; attentions and hidden_states one tuple over layers for each forward pass.
+    sequences: (rows, prompt + new). scores and logits: one (rows, vocab) for each new token, after and before the
+    processors. attentions and hidden_states: one tuple over layers for each forward pass.
     """
 
     sequences: Any = None
@@ -31,10 +31,10 @@ class GenerateDecoderOnlyOutput(ModelOutput):
 
 @dataclass
 class GenerateBeamDecoderOnlyOutput(ModelOutput):
-    """The same for beam search, whose arrays have a row for each beam.
+    """The output of beam search, whose arrays have a row for each beam.
 
-    sequences_scores (prompts * num_return_sequences,), with `output_scores=True`: log-probability / length **
-    length_penalty. scores: log-probabilities after the processors. beam_indices (rows, new): the row of `scores`
+    sequences_scores: (prompts * num_return_sequences,), with `output_scores=True`: log-probability / length **
+    length_penalty. scores: log-probabilities after the processors. beam_indices: (rows, new), the row of `scores`
     that each token was chosen from, -1 after a sequence's end.
     """
 
@@ -49,7 +49,7 @@ class GenerateBeamDecoderOnlyOutput(ModelOutput):
 
 
 class GeneratedSequences:
-    """All token ids so far: on the device, joined only when someone looks, and on the host if criteria want."""
+    """The token ids so far: on the device, concatenated on demand, and on the host if stopping criteria need them."""
 
     def __init__(self, ops: ArrayOps, prompt_bn: Array, wants_rows: bool):
         self._ops = ops
@@ -58,13 +58,13 @@ class GeneratedSequences:
         self.rows: Rows = ops.to_list(prompt_bn) if wants_rows else []
 
     def append(self, token_b: Array, tokens: list[int]) -> None:
-        """One more token for each row."""
+        """Append one token to each row."""
         self._new.append(token_b[:, None])
         for row, token in zip(self.rows, tokens, strict=False):
             row.append(token)
 
     def extend(self, tokens_bk: Array) -> None:
-        """Several tokens more, after which nobody looks at the host's rows."""
+        """Append several tokens to each row; the host's rows are not updated."""
         self._new.append(tokens_bk)
 
     def ids(self) -> Array:
@@ -75,18 +75,18 @@ class GeneratedSequences:
         return self._ids
 
 
-# What a call gets that asks for no output object, from the ids and the scores of beams (None of others).
+# Makes the return value of a call without an output object, from the ids and the scores of beam search (else None).
 ResultFn = Callable[[Array, Array | None], Any]
 
 
 def ids_only(ids_bn: Array, scores_b: Array | None) -> Any:
-    """The ids."""
+    """The ids without scores."""
     del scores_b
     return ids_bn
 
 
 class OutputCollector:
-    """What the call wants back besides the sequences."""
+    """Collects the requested outputs besides the sequences."""
 
     def __init__(self, config: GenerationConfig, make_result: ResultFn = ids_only):
         self.make_result = make_result
@@ -97,57 +97,57 @@ class OutputCollector:
         self.attentions: list[Any] | None = [] if wanted and config.output_attentions else None
         self.hidden_states: list[Any] | None = [] if wanted and config.output_hidden_states else None
 
-    def forward(self, decoder: Decoder) -> None:
-        """A forward pass of the prompt or of one token."""
+    def add_forward(self, decoder: Decoder) -> None:
+        """Add the outputs of a forward pass over the prompt or one token."""
         if self.attentions is not None:
             self.attentions.append(decoder.attentions)
         if self.hidden_states is not None:
             self.hidden_states.append(decoder.hidden_states)
 
-    def part(self, decoder: Decoder, place: int, after: int) -> None:
-        """One place of a pass of several tokens, as if it had been run alone; `after` more follow it there."""
-        here = slice(place, place + 1)
+    def add_position(self, decoder: Decoder, index: int, after: int) -> None:
+        """Add one position of a pass over several tokens, as if it had been run alone; `after` positions follow it."""
+        at = slice(index, index + 1)
         if self.attentions is not None:
-            cut = [w[:, :, here, : w.shape[-1] - after] for w in decoder.attentions]
+            cut = [w[:, :, at, : w.shape[-1] - after] for w in decoder.attentions]
             self.attentions.append(tuple(cut))
         if self.hidden_states is not None:
-            self.hidden_states.append(tuple(x[:, here] for x in decoder.hidden_states))
+            self.hidden_states.append(tuple(x[:, at] for x in decoder.hidden_states))
 
-    def repeat(self, copied: Callable[[Array], Array]) -> None:
-        """The prompt's forward pass, as if it had been run on every copy."""
-        for kept in (self.attentions, self.hidden_states):
-            if kept:
-                kept[0] = tuple(copied(layer) for layer in kept[0])
+    def expand(self, expand_rows: Callable[[Array], Array]) -> None:
+        """Expand the outputs of the prompt's forward pass to the copies of each prompt."""
+        for collected in (self.attentions, self.hidden_states):
+            if collected:
+                collected[0] = tuple(expand_rows(layer) for layer in collected[0])
 
-    def choice(self, logits_bv: Array, scores_bv: Array) -> None:
-        """The scores that a token was chosen from, before and after the processors."""
+    def add_scores(self, logits_bv: Array, scores_bv: Array) -> None:
+        """Add the scores that a token was chosen from, before and after the processors."""
         if self.scores is not None:
             self.scores.append(scores_bv)
         if self.logits is not None:
             self.logits.append(logits_bv)
 
     def all_scores(self) -> tuple[Array, ...] | None:
-        """The scores of all steps, if they are kept; what criteria get to see."""
+        """The scores of all steps, for stopping criteria; None if they are not collected."""
         return _tuple(self.scores)
 
     def output(self, ids_bn: Array, decoder: Decoder) -> Any:
-        """The ids, or all that was asked for."""
+        """The return value: the ids, or an output object."""
         if not self.as_dict:
             return self.make_result(ids_bn, None)
-        return GenerateDecoderOnlyOutput(sequences=ids_bn, **self._kept(decoder))
+        return GenerateDecoderOnlyOutput(sequences=ids_bn, **self._collected(decoder))
 
     def beam_output(self, ids_bn: Array, scores_b: Array, beam_indices_bn: Array, decoder: Decoder) -> Any:
-        """The same for beam search."""
+        """The return value of beam search."""
         if not self.as_dict:
             return self.make_result(ids_bn, scores_b)
         return GenerateBeamDecoderOnlyOutput(
             sequences=ids_bn,
             sequences_scores=None if self.scores is None else scores_b,
             beam_indices=beam_indices_bn,
-            **self._kept(decoder),
+            **self._collected(decoder),
         )
 
-    def _kept(self, decoder: Decoder) -> dict[str, Any]:
+    def _collected(self, decoder: Decoder) -> dict[str, Any]:
         return {
             "scores": _tuple(self.scores),
             "logits": _tuple(self.logits),
@@ -157,5 +157,5 @@ class OutputCollector:
         }
 
 
-def _tuple(kept: list[Any] | None) -> tuple[Any, ...] | None:
-    return None if kept is None else tuple(kept)
+def _tuple(collected: list[Any] | None) -> tuple[Any, ...] | None:
+    return None if collected is None else tuple(collected)

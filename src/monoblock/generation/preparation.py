@@ -1,4 +1,4 @@
-"""One call of `generate`, checked and prepared, before the model computes anything."""
+"""Validates the arguments of a `generate` call and prepares its run, before any forward pass."""
 
 from __future__ import annotations
 
@@ -32,7 +32,10 @@ from monoblock.generation.resolve import (
 def prepare(
     model: GenerativeModel, arguments: Mapping[str, Any], make_result: ResultFn = ids_only
 ) -> GenerationRun:
-    """The call with these arguments of `loop.generate`. ValueError for what is unknown, impossible or not supported."""
+    """The run for these arguments of `loop.generate`.
+
+    ValueError for arguments that are unknown, out of range or not supported.
+    """
     given = dict(arguments)
     given["generation_config"] = as_own_config(given.get("generation_config"))
     refuse_unsupported(given, UNSUPPORTED_ARGUMENTS, model.unsupported)
@@ -48,35 +51,35 @@ def prepare(
         assisted=call.assistant_model is not None,
         unsupported=model.unsupported,
     )
-    if _guesses(call, config) and (config.num_beams or 1) > 1:
+    if _is_speculative(call, config) and (config.num_beams or 1) > 1:
         raise ValueError(
             "speculative decoding and beam search do not go together: leave out num_beams, or assistant_model and "
             "prompt_lookup_num_tokens"
         )
     own = call.generation_config.own_fields() if call.generation_config else {}
-    asked = frozenset({*own, *(name for name, value in given.items() if value is not None)})
-    return GenerationRun(model, call, config, model_inputs, make_result, asked)
+    explicit = frozenset({*own, *(name for name, value in given.items() if value is not None)})
+    return GenerationRun(model, call, config, model_inputs, make_result, explicit)
 
 
-def _guesses(call: GenerateArguments, config: GenerationConfig) -> bool:
+def _is_speculative(call: GenerateArguments, config: GenerationConfig) -> bool:
     return call.assistant_model is not None or config.prompt_lookup_num_tokens is not None
 
 
 def _copies(config: GenerationConfig) -> int:
     """Rows for each prompt."""
-    beams, wanted = config.num_beams or 1, config.num_return_sequences or 1
-    if beams > 1 and wanted > beams:
-        raise ValueError(f"num_return_sequences={wanted} is more than num_beams={beams}: search more beams")
-    if beams == 1 and wanted > 1 and not config.do_sample:
+    beams, returned = config.num_beams or 1, config.num_return_sequences or 1
+    if beams > 1 and returned > beams:
+        raise ValueError(f"num_return_sequences={returned} is more than num_beams={beams}: search more beams")
+    if beams == 1 and returned > 1 and not config.do_sample:
         raise ValueError(
-            f"num_return_sequences={wanted} without sampling would give equal sequences: say do_sample=True or "
+            f"num_return_sequences={returned} without sampling would give equal sequences: set do_sample=True or "
             "num_beams"
         )
-    return max(beams, wanted)
+    return max(beams, returned)
 
 
 class GenerationRun:
-    """One call, prepared: everything is checked here, before the model computes anything."""
+    """The state of one `generate` call; its constructor makes all checks."""
 
     def __init__(
         self,
@@ -85,13 +88,13 @@ class GenerationRun:
         config: GenerationConfig,
         inputs: dict[str, Any],
         make_result: ResultFn,
-        asked: frozenset[str],
+        explicit: frozenset[str],
     ):
-        """`asked`: the arguments that the call gives, and the fields that its config sets."""
+        """`explicit`: the arguments of the call and the fields that its config sets."""
         self.ops = ops = model.ops
         self.config, self.make_result = config, make_result
         self.streamer = call.streamer
-        limits.check_ids(config, model.vocab, asked)
+        limits.check_ids(config, model.vocab, explicit)
         self.prompt_bn = prompt_ids(ops, call, config, inputs, model.vocab)
         self.mask_bm = prompt_mask(ops, self.prompt_bn, call, config, inputs)
         batch, columns = (int(size) for size in self.prompt_bn.shape)
@@ -99,64 +102,66 @@ class GenerationRun:
         given = self.embedded or columns
         if (positions := inputs.get("position_ids")) is not None:
             check_positions(ops, positions, batch, given)
-        self.guesses = _guesses(call, config)
+        self.speculative = _is_speculative(call, config)
         copies = _copies(config)
         limits.check_rows(batch, copies)
         self.plan = GenerationPlan(
             config=config,
-            # A mask with more columns speaks of tokens that are in the cache already.
+            # A mask with more columns includes the tokens of past_key_values.
             prompt_length=given if self.mask_bm is None else max(given, int(self.mask_bm.shape[1])),
-            new_tokens=self._new_tokens(model, given, inputs, asked),
+            new_tokens=self._new_tokens(model, given, inputs, explicit),
             batch=batch,
             copies=copies,
-            rewinds=self.guesses,
+            rewinds=self.speculative,
         )
         if self.streamer is not None and self.plan.rows > 1:
             raise ValueError(f"a streamer takes one sequence at a time, got {self.plan.rows} rows")
-        self.own_criteria: list[Any] = list(call.stopping_criteria or ())
+        self.user_criteria: list[Any] = list(call.stopping_criteria or ())
         self.eos = frozenset(config.eos_ids)
         self.pad = self._pad()
-        if self.plan.rows > 1 and (self.own_criteria or config.stop_strings or self._ends(model.vocab)):
+        if self.plan.rows > 1 and (
+            self.user_criteria or config.stop_strings or self._eos_possible(model.vocab)
+        ):
             limits.check_pad(self.pad, model.vocab)
         self.generator = random_source(ops, call)
         self.copy_of = ops.array([row // self.plan.copies for row in range(self.plan.rows)])
         self.context = self._context()
-        self.guidance = guidance.build(model, call, self.plan, self.prompt_bn, self.copied)
+        self.guidance = guidance.build(model, call, self.plan, self.prompt_bn, self.expand)
         self.processors = [self.guidance] if self.guidance else []
-        shape = structured.build(ops, columns, call.response_format, call.tokenizer, config)
-        self.own_processors = [*(call.logits_processor or ()), *([shape] if shape else [])]
+        grammar = structured.build(ops, columns, call.response_format, call.tokenizer, config)
+        self.user_processors = [*(call.logits_processor or ()), *([grammar] if grammar else [])]
         self.fields = processors.wanted(config, call.prefix_allowed_tokens_fn)
-        self.processors += processors.build(self.context, self.fields, self.own_processors)
+        self.processors += processors.build(self.context, self.fields, self.user_processors)
         self.criteria = stopping.build(
-            config.max_time, config.stop_strings, self.own_criteria, call.tokenizer
+            config.max_time, config.stop_strings, self.user_criteria, call.tokenizer
         )
         self.assistant = call.assistant_model
-        self.vocab = 0  # as the first scores have it
+        self.vocab = 0  # set from the first scores
         self.decoder = model.decoder(self.plan, inputs)
 
     def _new_tokens(
-        self, model: GenerativeModel, given: int, inputs: Mapping[str, Any], asked: frozenset[str]
+        self, model: GenerativeModel, given: int, inputs: Mapping[str, Any], explicit: frozenset[str]
     ) -> int:
-        """How many tokens to make after a prompt of `given` positions. ValueError: the call asked for more than the
-        model's table of positions has room for. A number of the model's own files is lowered to what there is."""
+        """The number of tokens to generate after `given` positions. ValueError if the call requests more than the table
+        of learned positions allows; a number from the model's own files is lowered to what fits."""
         new = new_tokens(self.config, given, model.max_positions)
         if (positions := model.max_positions) is None:
             return new
         used = self._used(given, inputs)
-        if not {"max_new_tokens", "max_length"} & asked and used <= positions:
+        if not {"max_new_tokens", "max_length"} & explicit and used <= positions:
             new = min(new, positions - used + 1)
         limits.check_room("the prompt", used, new, positions)
         return new
 
     def _used(self, given: int, inputs: Mapping[str, Any]) -> int:
-        """How many positions of its table the longest prompt takes: by those that are given, else its tokens without
+        """The number of learned positions that the longest prompt takes: by position_ids, else its tokens without
         padding."""
         if (positions := inputs.get("position_ids")) is not None:
             return int(self.ops.to_numpy(self.ops.array(positions)).max()) + 1
         return given if self.mask_bm is None else int((self.ops.to_numpy(self.mask_bm) != 0).sum(1).max())
 
-    def _ends(self, vocab: int | None) -> bool:
-        """Whether a row may end by an eos token before others do."""
+    def _eos_possible(self, vocab: int | None) -> bool:
+        """Whether an eos token may finish a row before others."""
         return any(vocab is None or token < vocab for token in self.eos)
 
     def _pad(self) -> int:
@@ -164,61 +169,61 @@ class GenerationRun:
             return self.config.pad_token_id
         if self.config.eos_ids:
             return self.config.eos_ids[0]
-        apart = any(not isinstance(own, stopping.ENDS_ALL_ROWS) for own in self.own_criteria)
+        per_row = any(not isinstance(own, stopping.ENDS_ALL_ROWS) for own in self.user_criteria)
         returned = self.plan.batch * (self.config.num_return_sequences or 1)
-        if returned > 1 and (self.config.stop_strings or apart):
+        if returned > 1 and (self.config.stop_strings or per_row):
             raise ValueError(
-                "rows of a batch can finish at different times, and there is no token to fill them with: say "
+                "rows of a batch can finish at different times, and there is no token to pad them with: set "
                 "pad_token_id"
             )
         return 0  # never used: all rows finish together
 
     def _context(self) -> processors.ProcessorContext:
         columns = int(self.prompt_bn.shape[1])
-        if self.config.min_length:  # it counts embedded positions; the ids that processors see do not
+        if self.config.min_length:  # counts embedded positions, which the ids of processors do not include
             self.config.min_length = max(0, self.config.min_length - max(0, self.embedded - columns))
         is_mask = self.mask_bm is not None and self.mask_bm.shape == self.prompt_bn.shape
         return processors.ProcessorContext(
             ops=self.ops,
             config=self.config,
-            prompt_bn=self.copied(self.prompt_bn),
-            valid_bn=self.copied(self.mask_bm != 0) if is_mask else None,
+            prompt_bn=self.expand(self.prompt_bn),
+            valid_bn=self.expand(self.mask_bm != 0) if is_mask else None,
             prompt_length=columns,
             max_length=columns + self.plan.new_tokens,
             copies=self.plan.copies,
             keep=1 if (self.config.num_beams or 1) == 1 else 1 + max(1, len(self.eos)),
         )
 
-    def copied(self, x: Array) -> Array:
-        """An array with a row for each prompt as one with a row for each copy."""
+    def expand(self, x: Array) -> Array:
+        """An array with a row for each prompt, expanded to a row for each copy."""
         return x if self.plan.copies == 1 else self.ops.take_rows(x, self.copy_of)
 
-    # ------------------------------------------------------------------ what every strategy does
+    # ------------------------------------------------------------------ steps of every decoding strategy
 
-    def begin(self) -> tuple[GeneratedSequences, OutputCollector, Array]:
-        """The prompt run through the model: text, record, and the scores (rows, vocab) of the first new token."""
-        text, record = self.start()
-        return text, record, self.first(self.decoder.prefill(self.prompt_bn, self.mask_bm), record)
+    def prefill(self) -> tuple[GeneratedSequences, OutputCollector, Array]:
+        """Run the prompts through the model: sequences, collector, and scores (rows, vocab) of the first new token."""
+        sequences, outputs = self.start()
+        return sequences, outputs, self.first(self.decoder.prefill(self.prompt_bn, self.mask_bm), outputs)
 
     def start(self) -> tuple[GeneratedSequences, OutputCollector]:
-        """Text and record, before the prompt is run; the streamer gets the prompt."""
-        text = GeneratedSequences(self.ops, self.copied(self.prompt_bn), wants_rows=bool(self.criteria))
+        """Sequences and collector before the forward pass; the streamer receives the prompt."""
+        sequences = GeneratedSequences(self.ops, self.expand(self.prompt_bn), wants_rows=bool(self.criteria))
         if self.streamer is not None:
             self.streamer.put(self.ops.host(self.prompt_bn))
-        return text, OutputCollector(self.config, self.make_result)
+        return sequences, OutputCollector(self.config, self.make_result)
 
-    def first(self, scores_bv: Array, record: OutputCollector) -> Array:
-        """The scores of the first new token, one row for each copy of a prompt, from those of the prompts."""
+    def first(self, scores_bv: Array, outputs: OutputCollector) -> Array:
+        """Scores of the first new token with a row for each copy, from those with a row for each prompt."""
         self.vocab = int(scores_bv.shape[-1])
-        record.forward(self.decoder)
+        outputs.add_forward(self.decoder)
         if self.plan.copies > 1:
-            scores_bv = self.copied(scores_bv)
+            scores_bv = self.expand(scores_bv)
             self.decoder.reorder(self.copy_of)
-            record.repeat(self.copied)
+            outputs.expand(self.expand)
         return scores_bv
 
     def reorder(self, rows: list[int]) -> None:
-        """Let row i go on from what row rows[i] was."""
+        """Continue row i from the state of row rows[i]."""
         if rows != list(range(len(rows))):
             index_b = self.ops.array(rows)
             self.decoder.reorder(index_b)
@@ -226,7 +231,7 @@ class GenerationRun:
                 self.guidance.reorder(index_b)
 
     def processed(self, scores_bv: Array, ids: Callable[[], Array]) -> Array:
-        """The scores after all processors; `ids` gives the text so far."""
+        """The scores after all processors; `ids` returns the sequences so far."""
         if self.processors:
             ids_bn = ids()
             for processor in self.processors:
@@ -234,15 +239,15 @@ class GenerationRun:
         return scores_bv
 
     def ended(
-        self, tokens: list[int], rows: stopping.Rows, ids: Callable[[], Array], record: OutputCollector
+        self, tokens: list[int], rows: stopping.Rows, ids: Callable[[], Array], outputs: OutputCollector
     ) -> list[bool]:
-        """Whether each row ends with its last token; `rows` and `ids` are the texts with it."""
+        """Whether each row ends with its last token; `rows` and `ids` are the sequences that include it."""
         done = [token in self.eos for token in tokens]
         for criterion in self.criteria:
             if isinstance(criterion, stopping.HostCriteria):
                 verdict = criterion.after(rows)
             else:
-                verdict = criterion(self.ops.to_framework(ids()), record.all_scores())
+                verdict = criterion(self.ops.to_framework(ids()), outputs.all_scores())
             answers = stopping.per_row(verdict, len(done), criterion)
             done = [before or now for before, now in zip(done, answers, strict=True)]
         return done

@@ -1,7 +1,7 @@
-"""Processors: from the fields of a `GenerationConfig` to the functions of `scores.py`, in transformers' order.
+"""Logits processors: from the fields of a `GenerationConfig` to the functions of `scores.py`, in transformers' order.
 
-First those that always apply, then the caller's own, then those of sampling, then normalisation. A new processor is
-a pure function in `scores.py`, a row here, and a check in `checks.py`.
+First the processors of every strategy, then the user's own, then those of sampling, then normalisation. A new processor
+is a pure function in `scores.py`, an entry here, and a check in `checks.py`.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ Processor = Callable[[Array, Array], Array]
 
 
 class LogitsProcessor:
-    """Base of user-made processors; any callable `(ids_bn, scores_bv) -> scores_bv` will do as well."""
+    """Base of user-defined processors; any callable `(ids_bn, scores_bv) -> scores_bv` works as well."""
 
     def __call__(self, input_ids: Array, scores: Array) -> Array:
-        raise NotImplementedError(f"{type(self).__name__} does not say what it does to the scores")
+        raise NotImplementedError(f"{type(self).__name__} does not implement __call__(input_ids, scores)")
 
 
 class LogitsProcessorList(list[Any]):
-    """Processors that are applied one after the other."""
+    """Processors that are applied in order."""
 
     def __call__(self, input_ids: Array, scores: Array, **kwargs: Any) -> Array:
         for processor in self:
@@ -36,36 +36,36 @@ class LogitsProcessorList(list[Any]):
 
 @dataclass(frozen=True, kw_only=True)
 class ProcessorContext:
-    """What a processor may need besides its own field. Lengths count the columns of `ids`."""
+    """Inputs of the processors besides their own fields. Lengths count the columns of `ids`."""
 
     ops: ArrayOps
     config: GenerationConfig
     prompt_bn: Array
-    valid_bn: Array | None  # where the prompt is no padding; None: everywhere
+    valid_bn: Array | None  # False for padding of the prompt; None: there is no padding
     prompt_length: int
     max_length: int
-    copies: int = 1  # consecutive rows that continue the same prompt
-    keep: int = 1  # tokens that sampling's limits leave at least
-    # In a compiled loop `ids` have a fixed number of columns, the text at their end: how long it is and where. The
-    # lengths may be the device's there, and so may numbers that fields hold.
+    copies: int = 1  # consecutive rows for each prompt
+    keep: int = 1  # minimum of tokens that sampling filters keep
+    # In a compiled loop `ids` is a right-aligned buffer with a fixed number of columns; these are its length and mask.
+    # Lengths, and the numbers in fields, may be device scalars there.
     text_length: Any = None
     text_valid_bn: Array | None = None
 
     def length(self, ids_bn: Array) -> Any:
-        """How long the text is."""
+        """The number of tokens so far."""
         return ids_bn.shape[1] if self.text_length is None else self.text_length
 
     def valid(self, ids_bn: Array) -> Array | None:
-        """Where `ids` is no padding of the prompt."""
+        """The mask of `ids` that is False for padding of the prompt."""
         if self.text_valid_bn is not None or self.valid_bn is None:
             return self.text_valid_bn
         new = self.ops.mask(ids_bn.shape[0], ids_bn.shape[1] - self.prompt_length)
         return self.ops.concat([self.valid_bn, ~new])
 
 
-# Makes a field's processor from its value; None if there is nothing to do.
+# Makes the processor of a field from its value; None if it has no effect.
 Build = Callable[[Any, ProcessorContext], Processor | None]
-# A field, the value at which it does nothing, and its Build.
+# A field, the value without effect, and its Build.
 ProcessorEntry = tuple[str, Any, Build]
 
 
@@ -75,12 +75,12 @@ def _simple(function: Callable[..., Array]) -> Build:
 
 
 def _limit(function: Callable[..., Array]) -> Build:
-    """The same for limits, which take how many tokens they must leave."""
+    """For filters, functions of (ops, scores, value, keep)."""
     return lambda value, s: lambda _ids, scores: function(s.ops, scores, value, s.keep)
 
 
 def _real(value: Any) -> Any:
-    """A number as a float, which an array takes whatever its size; the device's as it is."""
+    """An int as a float, so that an array takes any size of it; a device scalar is unchanged."""
     return float(value) if isinstance(value, int) else value
 
 
@@ -107,13 +107,13 @@ def _bias(value: Mapping[tuple[int, ...], float] | Sequence[Any], s: ProcessorCo
 
 
 def _bad_words(words: Sequence[Sequence[int]], s: ProcessorContext) -> Processor | None:
-    # A ban of an eos token alone is dropped, as on the hub: it would make every sequence run to its limit.
+    # A ban of a single eos token is dropped, as in transformers: it would make every sequence run to its limit.
     kept = {tuple(word): sc.NEVER for word in words if len(word) > 1 or word[0] not in s.config.eos_ids}
     return sc.SequenceBias(s.ops, kept) if kept else None
 
 
 def _at(s: ProcessorContext, when: Callable[[Any], Any], change: Callable[[Array], Array]) -> Processor:
-    """A change of the scores at the lengths for which `when` holds."""
+    """Apply `change` at the lengths for which `when` is true."""
     return lambda ids, scores: s.ops.choose(when(s.length(ids)), lambda: change(scores), lambda: scores)
 
 
@@ -131,7 +131,7 @@ def _force_at(s: ProcessorContext, tokens: Sequence[int], length: int) -> Proces
 
 
 def _first_choice(s: ProcessorContext) -> Any:
-    """The length at which the first free choice is made."""
+    """The length at which the first token that is not forced is chosen."""
     start = s.prompt_length
     if s.config.forced_bos_token_id is None:
         return start
@@ -191,7 +191,7 @@ LAST: tuple[ProcessorEntry, ...] = (
 )
 
 
-# Processors that look at the text, not at its length alone.
+# Processors that read the tokens so far, not only their number.
 READERS = frozenset(
     {
         "sequence_bias",
@@ -204,7 +204,7 @@ READERS = frozenset(
 
 
 def wanted(config: GenerationConfig, allowed: Any = None) -> dict[str, Any]:
-    """The fields that do something to the scores of a call, and their values; `allowed`: its prefix function."""
+    """The fields that change the scores of a call, and their values; `allowed`: its prefix_allowed_tokens_fn."""
     values = {**config.set_fields(), "prefix_allowed_tokens_fn": allowed}
     tables = (*ALWAYS, *(SAMPLING if config.do_sample else ()), *LAST)
     given = ((name, values.get(name), off) for name, off, _ in tables)
@@ -214,7 +214,7 @@ def wanted(config: GenerationConfig, allowed: Any = None) -> dict[str, Any]:
 def build(
     context: ProcessorContext, values: Mapping[str, Any], own: Iterable[Processor] = ()
 ) -> list[Processor]:
-    """The processors of these fields (see `wanted`), in order; `own` are the caller's."""
+    """The processors of these fields (see `wanted`), in order; `own` are the user's."""
 
     def of(table: Iterable[ProcessorEntry]) -> list[Processor]:
         built = (build(values[name], context) for name, _, build in table if name in values)
@@ -224,7 +224,7 @@ def build(
 
 
 def _checked(ops: ArrayOps, processor: Any) -> Processor:
-    """The caller's processor, whose result is checked before the loop trusts it."""
+    """The user's processor, with a check of the shape that it returns."""
     if not callable(processor):
         raise TypeError(
             f"logits_processor holds {type(processor).__name__}; expected callables (input_ids, scores) -> scores"

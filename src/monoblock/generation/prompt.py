@@ -1,4 +1,4 @@
-"""The arguments of one call, and the prompt they hold: token ids and where they are padding."""
+"""The arguments of one `generate` call, and its prompts: token ids and padding mask."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ log = logging.getLogger("monoblock")
 
 @dataclass(kw_only=True)
 class GenerateArguments:
-    """The arguments of `generate` that are neither fields of a config nor inputs of the model."""
+    """The arguments of `generate` that are neither config fields nor model inputs."""
 
     inputs: Any = None
     input_ids: Any = None
@@ -44,7 +44,7 @@ ARGUMENT_NAMES = frozenset(field.name for field in fields(GenerateArguments))
 
 
 def embedded_length(inputs: Mapping[str, Any]) -> int:
-    """Positions of a prompt that is given as embeddings (rows, positions, width); 0 if it is not."""
+    """The length of a prompt that is given as embeddings (rows, positions, width); 0 without embeddings."""
     if (embeds := inputs.get("inputs_embeds")) is None:
         return 0
     if len(shape := np.shape(embeds)) != 3 or 0 in shape:
@@ -61,13 +61,13 @@ def prompt_ids(
     inputs: Mapping[str, Any],
     vocab: int | None = None,
 ) -> Array:
-    """The prompts' ids (rows, tokens), on the device; without any, one row of the bos token.
+    """The prompts' ids (rows, tokens), on the device; by default one row with the bos token.
 
-    A prompt that is given as embeddings alone has no tokens. ValueError if there is nothing to start from, or an id is
-    none of the `vocab`.
+    A prompt of embeddings alone has no tokens. ValueError without any prompt, or for an id outside the vocabulary of
+    size `vocab`.
     """
     if call.inputs is not None and call.input_ids is not None:
-        raise ValueError("generate() got both inputs and input_ids: they are the same argument, give one")
+        raise ValueError("generate() got both inputs and input_ids, which are the same argument: pass one")
     given = call.input_ids if call.inputs is None else call.inputs
     embedded_length(inputs)
     embeds = inputs.get("inputs_embeds")
@@ -75,17 +75,15 @@ def prompt_ids(
         return ops.array(np.zeros((int(embeds.shape[0]), 0), dtype=np.int64))
     if given is None:
         if config.bos_token_id is None or config.bos_token_id < 0:
-            raise ValueError("generate() has nothing to start from: give input_ids, or set bos_token_id")
+            raise ValueError("generate() has no prompt: pass input_ids, or set bos_token_id")
         return ops.array([[config.bos_token_id]])
     if isinstance(given, str):
-        raise TypeError(
-            "generate() takes token ids, got text: give it tokenizer(text, return_tensors=...) first"
-        )
+        raise TypeError("generate() takes token ids, got a string: pass tokenizer(text, return_tensors=...)")
     ids_bn = as_array(ops, "input_ids", given, "token ids of shape (rows, tokens), rows of equal length")
     if len(ids_bn.shape) != 2 or ids_bn.shape[0] == 0:
         raise ValueError(f"input_ids must have the shape (rows, tokens), got {tuple(ids_bn.shape)}")
     if ids_bn.shape[1] == 0 and embeds is None:
-        raise ValueError("the prompt is empty: give at least one token, such as the bos token")
+        raise ValueError("the prompt is empty: pass at least one token, such as the bos token")
     if "int" not in str(ids_bn.dtype):
         raise ValueError(f"input_ids must be integers, got {ids_bn.dtype}")
     if ids_bn.shape[1] > 0:
@@ -95,29 +93,29 @@ def prompt_ids(
 
 
 def as_array(ops: ArrayOps, name: str, value: Any, expected: str) -> Array:
-    """The argument `name` as an array of numbers; ValueError for what is none."""
+    """The argument `name` as an array of numbers; ValueError for other values."""
     try:
-        made = ops.array(value)
+        array = ops.array(value)
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         why = str(error).partition("\n")[0]
         raise ValueError(f"{name} must be {expected}, got {brief(value)}: {why}") from error
-    if not any(kind in str(made.dtype) for kind in ("int", "float", "bool")):
-        raise ValueError(f"{name} must be {expected}, got {made.dtype}")
-    return made
+    if not any(kind in str(array.dtype) for kind in ("int", "float", "bool")):
+        raise ValueError(f"{name} must be {expected}, got {array.dtype}")
+    return array
 
 
 def check_positions(ops: ArrayOps, positions: Any, rows: int, columns: int) -> None:
-    """ValueError unless there is a position, a whole number, for each token of the prompts (or of one for all)."""
-    made = as_array(ops, "position_ids", positions, "whole numbers (rows, tokens)")
-    if tuple(made.shape) not in ((rows, columns), (1, columns)) or "int" not in str(made.dtype):
+    """ValueError unless there is an integer position for each token of the prompts (or of one row for all)."""
+    array = as_array(ops, "position_ids", positions, "integers (rows, tokens)")
+    if tuple(array.shape) not in ((rows, columns), (1, columns)) or "int" not in str(array.dtype):
         raise ValueError(
-            f"position_ids must be integers (rows, tokens) = ({rows}, {columns}), got {made.dtype} "
-            f"{tuple(made.shape)}"
+            f"position_ids must be integers (rows, tokens) = ({rows}, {columns}), got {array.dtype} "
+            f"{tuple(array.shape)}"
         )
 
 
 def check_functions(call: GenerateArguments) -> None:
-    """TypeError for an argument that is to be called, or holds what is, and cannot."""
+    """TypeError for an argument that must be callable, or hold callables, and does not."""
     for name in ("logits_processor", "stopping_criteria"):
         value = getattr(call, name)
         if value is not None and (not isinstance(value, Sequence) or isinstance(value, str)):
@@ -135,9 +133,9 @@ def check_functions(call: GenerateArguments) -> None:
 def prompt_mask(
     ops: ArrayOps, ids_bn: Array, call: GenerateArguments, config: GenerationConfig, inputs: Mapping[str, Any]
 ) -> Array | None:
-    """1 for tokens and 0 for padding (rows, positions); None if nothing is padding.
+    """1 for tokens and 0 for padding (rows, positions); None without padding.
 
-    Without an `attention_mask`, pad tokens in the prompt are padding unless the pad token also ends sequences.
+    Without an `attention_mask`, pad tokens in the prompt are padding unless the pad token is also an eos token.
     """
     columns = embedded_length(inputs) or int(ids_bn.shape[1])
     if call.attention_mask is not None:
@@ -154,20 +152,20 @@ def prompt_mask(
         if config.pad_token_id in config.eos_ids:
             if len(ids) > 1 and (ids[:, 0] == config.pad_token_id).any():
                 log.warning(
-                    "the prompts begin with the pad token %d, which also ends sequences: give attention_mask to say "
-                    "which tokens are padding",
+                    "the prompts begin with the pad token %d, which is also an eos token: pass attention_mask to mark "
+                    "the padding",
                     config.pad_token_id,
                 )
             return None
         mask = ids != config.pad_token_id
         mask[~mask.any(axis=1), -1] = (
-            True  # a prompt that is one pad token is that token: some models start so
+            True  # a prompt of one pad token is not padding: some models begin with it
         )
     else:
         return None
     if not mask.any(axis=1).all():
         raise ValueError(
-            f"row {int(mask.any(axis=1).argmin())} of the prompt is all padding; give it a token"
+            f"row {int(mask.any(axis=1).argmin())} of the prompt is all padding; it needs at least one token"
         )
     if mask.all() and mask.shape[1] == columns:
         return None
@@ -188,9 +186,9 @@ def _check_shape(shape: tuple[int, ...], rows: int, columns: int, longer: bool) 
 
 
 def random_source(ops: ArrayOps, call: GenerateArguments) -> Any:
-    """What sampling draws from: the call's generator, a new one for its seed, or None (the global one)."""
+    """The random generator for sampling: the call's generator, a new one for its seed, or None (the global one)."""
     if call.seed is None:
         return call.generator
     if call.generator is not None:
-        raise ValueError("generate() got both seed and generator: give one")
+        raise ValueError("generate() got both seed and generator: pass one")
     return ops.generator(checked_seed(call.seed))

@@ -1,4 +1,4 @@
-"""One config for one call: call > passed config > the model's file > the library's defaults; the rest is refused."""
+"""Resolves the config of one call (call > passed config > the model's file > defaults) and refuses the unsupported."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from monoblock.generation.config import GenerationConfig
 
 log = logging.getLogger("monoblock")
 
-# The hub's defaults, for what nobody has set.
+# transformers' defaults for unset fields.
 DEFAULTS: dict[str, Any] = {
     "do_sample": False,
     "use_cache": True,
@@ -33,9 +33,9 @@ DEFAULTS: dict[str, Any] = {
 }
 DEFAULT_NEW_TOKENS = 20
 
-# Names of which only these values (and None) can be honoured today, and why.
+# The supported values of an option (None is always one), and the reason why others are refused.
 Unsupported = Mapping[str, tuple[tuple[Any, ...], str]]
-# Fields, in every backend; a backend's own rows (`Model.unsupported`) take the place of these.
+# Fields, in every backend; a backend's own entries (`GenerativeModel.unsupported`) override these.
 UNSUPPORTED: Unsupported = {
     "num_beam_groups": ((1,), "diverse beam search is not built"),
     "diversity_penalty": ((0,), "diverse beam search is not built"),
@@ -46,15 +46,18 @@ UNSUPPORTED: Unsupported = {
     "dola_layers": ((), "DoLa decoding is not built"),
     "watermarking_config": ((), "watermarks are not built"),
     "token_healing": ((False,), "token healing is not built"),
-    "is_assistant": ((False,), "a draft model is given to the call: generate(..., assistant_model=model)"),
+    "is_assistant": ((False,), "pass the draft model to the call: generate(..., assistant_model=model)"),
     "assistant_early_exit": ((), "no family here can stop at an earlier layer"),
     "assistant_ensemble_weight": (
         (),
-        "speculation here keeps the model's distribution, and a weight would not",
+        "speculative decoding here keeps the model's distribution, which a weight would not",
     ),
     "assistant_lookbehind": ((10,), "an assistant with another tokenizer is not built"),
     "target_lookbehind": ((10,), "an assistant with another tokenizer is not built"),
-    "speculation_type": ((), "speculation is chosen by assistant_model or prompt_lookup_num_tokens"),
+    "speculation_type": (
+        (),
+        "speculative decoding is enabled by assistant_model or prompt_lookup_num_tokens",
+    ),
     "use_mtp": ((False,), "no family here predicts several tokens at once"),
     "cache_implementation": (
         ("dynamic", "static", "quantized"),
@@ -63,16 +66,16 @@ UNSUPPORTED: Unsupported = {
     "compile_config": ((), "generate() does not call torch.compile: compile the model yourself"),
     "continuous_batching_config": ((), "continuous batching is not built"),
 }
-# The same for arguments of the call that are no fields.
+# The same for arguments of the call that are not fields.
 UNSUPPORTED_ARGUMENTS: Unsupported = {
     "assistant_tokenizer": ((), "an assistant with another tokenizer is not built"),
-    "custom_generate": ((), "code from the hub is never run"),
-    "trust_remote_code": ((False,), "code from the hub is never run"),
+    "custom_generate": ((), "remote code is never run"),
+    "trust_remote_code": ((False,), "remote code is never run"),
     "synced_gpus": ((False,), "generation across sharded processes is not built"),
 }
 
 
-# A condition in words, and whether a resolved config fulfils it.
+# A condition in words, and whether a resolved config meets it.
 Condition = tuple[str, Callable[[GenerationConfig], Any]]
 
 _SAMPLES: Condition = ("do_sample=True", lambda c: c.do_sample)
@@ -83,7 +86,7 @@ _AS_DICT: Condition = ("return_dict_in_generate=True", lambda c: c.return_dict_i
 _STATIC: Condition = ("cache_implementation='static'", lambda c: c.cache_implementation == "static")
 _QUANTIZED: Condition = ("cache_implementation='quantized'", lambda c: c.cache_implementation == "quantized")
 
-# Fields that act only together with another one, and the values at which they ask for nothing.
+# Fields that have an effect only together with another one, and their values without effect.
 NEEDS: dict[str, tuple[Condition, tuple[Any, ...]]] = {
     **dict.fromkeys(SAMPLING_FIELDS, (_SAMPLES, (1.0, 0.0))),
     "top_k": (_SAMPLES, (50, 0)),
@@ -99,7 +102,7 @@ NEEDS: dict[str, tuple[Condition, tuple[Any, ...]]] = {
         ("output_scores", "output_logits", "output_attentions", "output_hidden_states"), (_AS_DICT, (False,))
     ),
 }
-# Fields that say one thing in two ways; a source that sets one overrules what weaker sources say by the other.
+# Two fields of one meaning; a source that sets one overrides either of them in sources of lower priority.
 TWINS = (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens"))
 
 
@@ -111,12 +114,12 @@ def resolve(
     assisted: bool = False,
     unsupported: Unsupported | None = None,
 ) -> GenerationConfig:
-    """The config of one call, with the defaults filled in, checked.
+    """The validated config of one call, with the defaults filled in.
 
-    `arguments` are the call's keywords that are fields, `passed` its `generation_config`, `model` the one that came
-    with the model; `assisted`: the call has an assistant_model; `unsupported`: the backend's own rows. A keyword that
-    is None switches its field off, as on the hub. Lengths stay as they were set: see `new_tokens`. UnsupportedConfig
-    (a ValueError) names a field that cannot be honoured; ValueError an impossible value.
+    `arguments`: keywords of the call that are fields; `passed`: its `generation_config`; `model`: the model's own
+    config; `assisted`: whether the call has an assistant_model; `unsupported`: the backend's own entries. A keyword
+    that is None unsets its field, as in transformers. Lengths stay as they were set: see `new_tokens`.
+    UnsupportedConfig (a ValueError) for a field that is not supported; ValueError for a value out of range.
     """
     given = [arguments, passed.set_fields() if passed else {}, model.set_fields() if model else {}]
     sources = [{name: plain(name, value) for name, value in fields.items()} for fields in given]
@@ -128,7 +131,7 @@ def resolve(
             if any(values.get(name) is not None for name in pair):
                 settled |= set(pair)
         values |= {name: value for name, value in source.items() if name not in settled}
-    # A model's file does not switch the cache off: the hub's files do so for models that had none.
+    # A model's file does not disable the cache: published files do so for models whose implementation had none.
     own = (passed.own_fields() if passed else {}) | {n: v for n, v in arguments.items() if v is not None}
     values["use_cache"] = own.get("use_cache", True)
     config = GenerationConfig()
@@ -142,7 +145,7 @@ def resolve(
 
 
 def _check_chunks(config: GenerationConfig) -> None:
-    """ValueError where a prompt cannot go through the model in chunks."""
+    """ValueError where the prompt cannot be processed in chunks."""
     if (chunk := config.prefill_chunk_size) is None:
         return
     names = ("output_attentions", "output_hidden_states")
@@ -157,12 +160,12 @@ def _check_chunks(config: GenerationConfig) -> None:
 def refuse_unsupported(
     given: Mapping[str, Any], table: Unsupported, own: Unsupported | None = None, prefix: str = ""
 ) -> None:
-    """UnsupportedConfig for the first given value that its row of the table does not allow. `own`: rows of a backend
-    that take the place of the table's."""
+    """UnsupportedConfig for the first value that the table does not allow. `own`: entries of a backend, which override
+    the table's."""
     for name, row in table.items():
         allowed, reason = (own or {}).get(name, row)
         value = given.get(name)
-        if value is not None and not any(value is fine or value == fine for fine in allowed):
+        if value is not None and not any(value is supported or value == supported for supported in allowed):
             raise UnsupportedConfig(f"{prefix}{name}={brief(value)}: {reason}")
 
 
@@ -178,31 +181,35 @@ def _warn_of_no_effect(config: GenerationConfig, own: Mapping[str, Any], assiste
 
 
 def new_tokens(config: GenerationConfig, prompt_length: int, max_positions: int | None = None) -> int:
-    """How many tokens are asked for after a prompt of that length; ValueError if the prompt is too long. Where nobody
-    has said a number, no more than fit `max_positions`."""
+    """The number of tokens to generate after a prompt of that length, by default no more than fit `max_positions`.
+
+    ValueError if the prompt is too long.
+    """
     if config.max_new_tokens is not None:
         return config.max_new_tokens
     if config.max_length is not None:
         if prompt_length >= config.max_length:
             raise ValueError(
                 f"the prompt has {prompt_length} tokens and max_length={config.max_length} counts them too: "
-                "nothing could be generated; raise max_length, or say max_new_tokens"
+                "nothing could be generated; raise max_length, or set max_new_tokens"
             )
         return config.max_length - prompt_length
     log.warning(
-        "no length was set: at most %d new tokens are generated; say max_new_tokens", DEFAULT_NEW_TOKENS
+        "no length was set: at most %d new tokens are generated; set max_new_tokens", DEFAULT_NEW_TOKENS
     )
     room = DEFAULT_NEW_TOKENS if max_positions is None else max_positions - prompt_length
     return max(1, min(DEFAULT_NEW_TOKENS, room))
 
 
 def refuse_unknown(names: Collection[str], known: Collection[str]) -> None:
-    """ValueError for the first name that is not known, with the nearest one that is."""
+    """ValueError for the first unknown name, with the closest known one."""
     for name in names:
         if name in known:
             continue
         near = difflib.get_close_matches(name, known, n=1)
         hint = (
-            f"did you mean {near[0]!r}?" if near else "it is no field of GenerationConfig and no model input"
+            f"did you mean {near[0]!r}?"
+            if near
+            else "it is neither a field of GenerationConfig nor a model input"
         )
         raise ValueError(f"generate() got an unknown argument {name!r}: {hint}")

@@ -1,8 +1,8 @@
-"""What can be done to the scores before a token is chosen: one pure function each.
+"""Transformations of the scores before a token is chosen: one pure function each.
 
-`scores_bv` are float32 logits of the next token, `ids_bn` everything so far, prompt included; `keep` is how many of
-the likeliest tokens survive whatever the limit is. The functions agree with transformers 5.23's processors, but for
-padding, which they do not count as text.
+`scores_bv` are float32 logits of the next token, `ids_bn` all tokens so far, prompt included; `keep` is the number of
+likeliest tokens that a filter must leave. The functions agree with transformers 5.23's processors, except that they
+ignore padding.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from monoblock.generation.checks import MOST
 
 NEVER = -math.inf
 FLOAT32_MAX = 3.4028234663852886e38
-TOP_H_CANDIDATES = 100  # the method's authors look at no more tokens than this
+TOP_H_CANDIDATES = 100  # the paper's implementation considers no more tokens
 TINY = 1e-30  # above 0 in float32
-WINDOW = 256  # tokens that top_p looks at before it sorts a whole vocabulary (40 times the work at 50k)
+WINDOW = 256  # tokens that top_p considers before it sorts the whole vocabulary (40 times the work at 50k)
 
 # ---------------------------------------------------------------------- scaling and cutting a distribution
 
@@ -28,25 +28,25 @@ def _cut(ops: ArrayOps, scores_bv: Array, remove_bv: Array) -> Array:
 
 
 def top_k(ops: ArrayOps, scores_bv: Array, k: int, keep: int = 1) -> Array:
-    """Only the k most likely tokens, and those that are as likely as the last of them."""
+    """Only the k most likely tokens, and those tied with the last of them (arXiv 1805.04833)."""
     best_bk, _ = ops.top_k(scores_bv, min(max(k, keep), scores_bv.shape[-1]))
     return _cut(ops, scores_bv, scores_bv < best_bk[:, -1:])
 
 
 def top_p(ops: ArrayOps, scores_bv: Array, p: float, keep: int = 1) -> Array:
-    """Only the smallest set of likeliest tokens whose probabilities add up to at least p."""
+    """Only the smallest set of likeliest tokens whose probabilities add up to at least p (arXiv 1904.09751)."""
     vocab = scores_bv.shape[-1]
     if vocab > WINDOW:
         best_bk, index_bk = ops.top_k(scores_bv, WINDOW)
         top_b1 = best_bk[:, :1]
         probs_bk = ops.exp(best_bk - top_b1) / ops.sum(ops.exp(scores_bv - top_b1))
         mass_bk = ops.cumsum(probs_bk)
-        # The mass before the likeliest token is exactly 0: any positive limit spares it, whatever p is.
+        # The mass before the likeliest token is exactly 0, so that it survives any p.
         before_bk = mass_bk - probs_bk
         remove_bk = (before_bk >= p) & (before_bk >= TINY)
         if keep > 1:
             remove_bk = _spare_first(ops, remove_bk, keep)
-        # Decided inside the window, unless a row is so flat that the set is larger.
+        # The window decides, unless the distribution of a row is so flat that its nucleus is larger.
         return ops.choose(
             ops.all(mass_bk[:, -1] >= p),
             lambda: ops.put_along(
@@ -70,7 +70,7 @@ def _spare_first(ops: ArrayOps, remove_bk: Array, keep: int) -> Array:
 
 
 def min_p(ops: ArrayOps, scores_bv: Array, p: float, keep: int = 1) -> Array:
-    """Only tokens with at least p times the probability of the likeliest one."""
+    """Only tokens with at least p times the probability of the likeliest one (arXiv 2407.01082)."""
     if p == 0:
         return scores_bv
     # The ratio of two probabilities is the difference of their scores: no softmax over the vocabulary.
@@ -103,7 +103,7 @@ def _entropy_terms(ops: ArrayOps, logs_bk: Array) -> Array:
 
 
 def typical_p(ops: ArrayOps, scores_bv: Array, mass: float, keep: int = 1) -> Array:
-    """The tokens whose surprise is nearest to the expected one, up to that mass (arXiv 2202.00666)."""
+    """The tokens whose information content is nearest to the entropy, up to that mass (arXiv 2202.00666)."""
     logs_bv = ops.log_softmax(scores_bv)
     distance_bv = ops.abs(-logs_bv - ops.sum(_entropy_terms(ops, logs_bv)))
     rising_bv, index_bv = ops.sort(distance_bv)
@@ -115,35 +115,37 @@ def typical_p(ops: ArrayOps, scores_bv: Array, mass: float, keep: int = 1) -> Ar
 
 
 def epsilon_cutoff(ops: ArrayOps, scores_bv: Array, epsilon: float, keep: int = 1) -> Array:
-    """Only tokens of at least that probability (arXiv 2210.15191)."""
+    """Only tokens with at least that probability (arXiv 2210.15191)."""
     return _cut(ops, scores_bv, (ops.softmax(scores_bv) < epsilon) & _below_best(ops, scores_bv, keep))
 
 
 def eta_cutoff(ops: ArrayOps, scores_bv: Array, epsilon: float, keep: int = 1) -> Array:
-    """The same with min(epsilon, sqrt(epsilon) exp(-entropy)) as the limit (arXiv 2210.15191)."""
+    """Epsilon cutoff with the threshold min(epsilon, sqrt(epsilon) exp(-entropy)) (arXiv 2210.15191)."""
     logs_bv = ops.log_softmax(scores_bv)
     scaled_b1 = ops.exp(-ops.sum(_entropy_terms(ops, logs_bv))) * math.sqrt(epsilon)
     limit_b1 = ops.where(scaled_b1 < epsilon, scaled_b1, epsilon)
     return _cut(ops, scores_bv, (ops.exp(logs_bv) < limit_b1) & _below_best(ops, scores_bv, keep))
 
 
-# ---------------------------------------------------------------------- tokens seen, banned and forced
+# ---------------------------------------------------------------------- repeated, banned and forced tokens
 
 
 def _marked(ops: ArrayOps, index_bk: Array, chosen_bk: Array | None, vocab: int) -> Array:
-    """A mask (rows, vocab) of the chosen indices; those beyond the vocabulary are nobody's."""
+    """A mask (rows, vocab) of the chosen indices; those outside the vocabulary are ignored."""
     inside_bk = index_bk < vocab
     chosen_bk = inside_bk if chosen_bk is None else inside_bk & chosen_bk
-    spread_bk = ops.where(chosen_bk, index_bk, vocab)
-    return ops.put_along(ops.mask(index_bk.shape[0], vocab + 1), spread_bk, True)[:, :vocab]
+    index_bk = ops.where(chosen_bk, index_bk, vocab)
+    return ops.put_along(ops.mask(index_bk.shape[0], vocab + 1), index_bk, True)[:, :vocab]
 
 
 def repetition_penalty(
     ops: ArrayOps, scores_bv: Array, ids_bn: Array, penalty: float, valid_bn: Array | None = None
 ) -> Array:
     """Positive scores of tokens in `ids` divided by the penalty, negative ones multiplied (arXiv 1909.05858)."""
-    seen_bv = _marked(ops, ids_bn, valid_bn, scores_bv.shape[-1])
-    return ops.where(seen_bv, ops.where(scores_bv < 0, scores_bv * penalty, scores_bv / penalty), scores_bv)
+    present_bv = _marked(ops, ids_bn, valid_bn, scores_bv.shape[-1])
+    return ops.where(
+        present_bv, ops.where(scores_bv < 0, scores_bv * penalty, scores_bv / penalty), scores_bv
+    )
 
 
 def ban_ngrams(
@@ -154,7 +156,7 @@ def ban_ngrams(
     source_bm: Array,
     valid_bm: Array | None = None,
 ) -> Array:
-    """No token that would complete, at the end of `ids`, an n-gram of that size which is in `source`."""
+    """Ban tokens that would complete, at the end of `ids`, an n-gram of that size which occurs in `source`."""
     windows = source_bm.shape[1] - size + 1
     length = ids_bn.shape[1]
     if windows < 1 or length < size - 1:
@@ -162,15 +164,15 @@ def ban_ngrams(
     last_bw = source_bm[:, size - 1 :]
     match_bw = last_bw == last_bw
     for offset in range(size - 1):
-        here = length - size + 1 + offset
-        match_bw = match_bw & (source_bm[:, offset : offset + windows] == ids_bn[:, here : here + 1])
+        position = length - size + 1 + offset
+        match_bw = match_bw & (source_bm[:, offset : offset + windows] == ids_bn[:, position : position + 1])
     for offset in range(size if valid_bm is not None else 0):
         match_bw = match_bw & cast(Any, valid_bm)[:, offset : offset + windows]
     return _cut(ops, scores_bv, _marked(ops, last_bw, match_bw, scores_bv.shape[-1]))
 
 
 class SequenceBias:
-    """Adds a bias to the last token of each sequence when the text so far ends with the tokens before it."""
+    """Adds a bias to the last token of each sequence when the tokens so far end with the tokens before it."""
 
     def __init__(self, ops: ArrayOps, biases: Mapping[tuple[int, ...], float]):
         self.ops = ops
@@ -209,7 +211,7 @@ class SequenceBias:
 
 
 def only(ops: ArrayOps, scores_bv: Array, index_k: Array) -> Array:
-    """Score 0 for these tokens, nothing for all others."""
+    """Score 0 for these tokens, -inf for all others."""
     return ops.fill_columns(ops.full_like(scores_bv, NEVER), index_k, 0.0)
 
 
@@ -220,9 +222,9 @@ def allowed_only(
     allowed: Callable[[int, Array], Sequence[int]],
     copies: int = 1,
 ) -> Array:
-    """Only the tokens that `allowed(prompt index, ids so far)` names for each row, which is `copies` to a prompt.
+    """Only the tokens that `allowed(prompt index, ids so far)` returns for each row; `copies` rows per prompt.
 
-    Where all of them are already impossible in every copy of a prompt, they are made equally possible instead.
+    Where all of them have the score -inf in every copy of a prompt, they get equal scores instead.
     """
     rows, vocab = scores_bv.shape
     named: list[list[int]] = []
@@ -239,10 +241,10 @@ def allowed_only(
     mask_bv = ops.put_along(ops.full_like(scores_bv, NEVER), index_bk, 0.0)
     allowed_bv = scores_bv + mask_bv
     possible = [best > NEVER for [best] in ops.to_list(ops.max(allowed_bv))]
-    hopeless = [not any(possible[row // copies * copies :][:copies]) for row in range(rows)]
+    impossible = [not any(possible[row // copies * copies :][:copies]) for row in range(rows)]
     return (
-        ops.where(ops.array([[lost] for lost in hopeless]), mask_bv, allowed_bv)
-        if any(hopeless)
+        ops.where(ops.array([[blocked] for blocked in impossible]), mask_bv, allowed_bv)
+        if any(impossible)
         else allowed_bv
     )
 
@@ -255,7 +257,7 @@ def remove_invalid(ops: ArrayOps, scores_bv: Array) -> Array:
 
 
 def power(ops: ArrayOps, base: float, exponent: Any) -> Any:
-    """base ** exponent, at most MOST: infinity times a score of 0 is no number. `exponent`: an int, or the device's."""
+    """base ** exponent, at most MOST, since inf times a score of 0 is NaN. `exponent`: an int or a device scalar."""
     if not isinstance(exponent, int):
         grown = base**exponent
         return ops.where(grown < MOST, grown, MOST)
@@ -263,8 +265,8 @@ def power(ops: ArrayOps, base: float, exponent: Any) -> Any:
 
 
 def raise_columns(ops: ArrayOps, scores_bv: Array, index_k: Array, factor: float) -> Array:
-    """These columns grown by |score| x factor; infinite ones stay."""
+    """Add |score| * factor to these columns; infinite scores stay."""
     grown_bv = scores_bv + ops.abs(scores_bv) * factor
     finite_bv = (scores_bv < math.inf) & (scores_bv > NEVER)
-    here_bv = ops.fill_columns(ops.full_like(scores_bv, 0.0), index_k, 1.0) > 0
-    return ops.where(here_bv & finite_bv, grown_bv, scores_bv)
+    raised_bv = ops.fill_columns(ops.full_like(scores_bv, 0.0), index_k, 1.0) > 0
+    return ops.where(raised_bv & finite_bv, grown_bv, scores_bv)

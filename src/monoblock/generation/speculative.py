@@ -1,9 +1,9 @@
-"""Speculative decoding: a cheap guess at the next tokens, checked by the model in one pass.
+"""Speculative decoding: cheap draft tokens, verified by the model in one forward pass.
 
-The text has exactly the distribution that plain decoding gives it. Greedily a guess stands while it is what the model
-would choose; sampled, the rule of arXiv 2211.17192: a guess that was drawn from q stands with probability
-min(1, p/q), else the token is drawn anew from what p has more than q. Guesses come from an earlier place of the text
-(prompt lookup) or from a smaller model (`assistant_model`).
+The distribution of the output is exactly that of plain decoding. Greedy: a draft token is accepted while it is the
+model's own choice. Sampling: speculative sampling of arXiv 2211.17192: a token drawn from the draft distribution q is
+accepted with probability min(1, p/q), else a token is drawn from the normalised max(0, p - q). Drafts come from an
+earlier occurrence of the last tokens (prompt lookup) or from a smaller model (`assistant_model`).
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from monoblock.generation.config import GenerationConfig, as_own_config
 from monoblock.generation.decoder import GenerativeModel, RewindableDecoder
 from monoblock.generation.preparation import GenerationRun
 
-# A windowed cache takes back that many tokens.
+# A sliding-window cache can be cropped by that many tokens.
 LONGEST_DRAFT = 64
-DEFAULT_MATCH = 2  # tokens, the hub's max_matching_ngram_size
-# The hub's defaults for an assistant.
+DEFAULT_MATCH = 2  # tokens, transformers' default of max_matching_ngram_size
+# transformers' defaults for an assistant.
 DEFAULT_ASSISTANT: dict[str, Any] = {
     "num_assistant_tokens": 20,
     "num_assistant_tokens_schedule": "constant",
@@ -33,52 +33,52 @@ DEFAULT_ASSISTANT: dict[str, Any] = {
 
 @dataclass
 class Draft:
-    """Guessed tokens, and the scores (1, vocab) that each was drawn from; none if the guess was no draw."""
+    """Draft tokens, and the scores (1, vocab) that each was drawn from; without scores if the draft was not sampled."""
 
     tokens: list[int] = field(default_factory=list[int])
     scores: list[Array] = field(default_factory=list[Array])
 
 
 class DraftSource(Protocol):
-    """Where guesses come from."""
+    """A source of draft tokens."""
 
     def propose(self, ids: list[int], room: int) -> Draft:
-        """At most `room` tokens that may follow the text."""
+        """At most `room` tokens that may follow `ids`."""
         ...
 
 
 def run(generation: GenerationRun) -> Any:
-    """One prompt continued by guessing and checking."""
+    """Continue one prompt by drafting and verifying."""
     _check(generation)
     source = _source(generation)
     ops, plan, decoder = generation.ops, generation.plan, cast(RewindableDecoder, generation.decoder)
-    text, record, scores_1v = generation.begin()
-    if not text.rows:
-        text.rows = ops.to_list(generation.prompt_bn)
-    ids = text.rows[0]
+    sequences, outputs, scores_1v = generation.prefill()
+    if not sequences.rows:
+        sequences.rows = ops.to_list(generation.prompt_bn)
+    ids = sequences.rows[0]
     start = len(ids)
     scores_1kv, draft = scores_1v[:, None], Draft()
     done, left = False, plan.new_tokens
     while True:
-        for place in range(len(draft.tokens) + 1):
-            logits_1v = scores_1kv[:, place]
-            chosen_1v = generation.processed(logits_1v, text.ids)
-            record.choice(logits_1v, chosen_1v)
-            if len(ids) > start:  # the prompt's pass is recorded already
-                record.part(decoder, place, len(draft.tokens) - place)
-            token, stands = _choose(generation, chosen_1v, draft, place)
+        for index in range(len(draft.tokens) + 1):
+            logits_1v = scores_1kv[:, index]
+            chosen_1v = generation.processed(logits_1v, sequences.ids)
+            outputs.add_scores(logits_1v, chosen_1v)
+            if len(ids) > start:  # the forward pass of the prompt is collected already
+                outputs.add_position(decoder, index, len(draft.tokens) - index)
+            token, accepted = _choose(generation, chosen_1v, draft, index)
             token_1 = ops.array([token])
-            text.append(token_1, [token])
+            sequences.append(token_1, [token])
             if generation.streamer is not None:
                 generation.streamer.put(ops.host(token_1))
-            done = generation.ended([token], text.rows, text.ids, record)[0]
+            done = generation.ended([token], sequences.rows, sequences.ids, outputs)[0]
             left = plan.new_tokens - (len(ids) - start)
-            if done or left == 0 or not stands:
+            if done or left == 0 or not accepted:
                 break
-        # The last token is not in the cache yet; guesses behind it that did not stand are.
+        # The last token is not in the cache yet; rejected draft tokens are.
         decoder.crop(plan.prompt_length + len(ids) - start - 1)
         if done or left == 0:
-            return record.output(text.ids(), decoder)
+            return outputs.output(sequences.ids(), decoder)
         draft = source.propose(ids, min(left - 1, LONGEST_DRAFT))
         scores_1kv = decoder.extend(ops.array([[ids[-1], *draft.tokens]]))
 
@@ -86,12 +86,12 @@ def run(generation: GenerationRun) -> Any:
 def _check(generation: GenerationRun) -> None:
     if generation.plan.rows > 1:
         raise ValueError(
-            f"speculative decoding continues one prompt once, got {generation.plan.rows} rows: leave out "
+            f"speculative decoding needs one prompt and one sequence, got {generation.plan.rows} rows: leave out "
             "assistant_model and prompt_lookup_num_tokens for batches"
         )
     if generation.assistant is not None and generation.config.prompt_lookup_num_tokens is not None:
         raise ValueError(
-            "guesses come either from assistant_model or from prompt_lookup_num_tokens: give one of them"
+            "drafts come either from assistant_model or from prompt_lookup_num_tokens: pass one of them"
         )
 
 
@@ -103,51 +103,51 @@ def _source(generation: GenerationRun) -> DraftSource:
     return PromptLookup(config.prompt_lookup_num_tokens, config.max_matching_ngram_size or DEFAULT_MATCH)
 
 
-def _choose(generation: GenerationRun, scores_1v: Array, draft: Draft, place: int) -> tuple[int, bool]:
-    """The token at a place, and whether it is the one that was guessed."""
+def _choose(generation: GenerationRun, scores_1v: Array, draft: Draft, index: int) -> tuple[int, bool]:
+    """The token at a position of the draft, and whether it is the draft token."""
     ops = generation.ops
-    guess = draft.tokens[place] if place < len(draft.tokens) else None
+    draft_token = draft.tokens[index] if index < len(draft.tokens) else None
     if not generation.config.do_sample:
         [token] = ops.to_list(ops.argmax(scores_1v))
-    elif guess is None or not draft.scores:
-        # A guess that was no draw has q = 1: to draw from p and see whether it is the guess is the rule.
+    elif draft_token is None or not draft.scores:
+        # A draft that was not sampled has q = 1: the rule is to draw from p and compare.
         [token] = ops.to_list(ops.sample(scores_1v, generation.generator))
     else:
-        token = _drawn(generation, scores_1v, draft.scores[place], guess)
-    return token, token == guess
+        token = _drawn(generation, scores_1v, draft.scores[index], draft_token)
+    return token, token == draft_token
 
 
-def _drawn(generation: GenerationRun, p_scores_1v: Array, q_scores_1v: Array, guess: int) -> int:
-    """A token of the distribution p, by way of a guess that was drawn from q."""
+def _drawn(generation: GenerationRun, p_scores_1v: Array, q_scores_1v: Array, draft_token: int) -> int:
+    """A sample of the distribution p, by way of a draft token that was drawn from q."""
     ops, generator = generation.ops, generation.generator
     p_1v, q_1v = ops.softmax(p_scores_1v), ops.softmax(q_scores_1v)
-    here = ops.array([[guess]])
-    [[p]], [[q]] = ops.to_list(ops.take_along(p_1v, here)), ops.to_list(ops.take_along(q_1v, here))
+    index_11 = ops.array([[draft_token]])
+    [[p]], [[q]] = ops.to_list(ops.take_along(p_1v, index_11)), ops.to_list(ops.take_along(q_1v, index_11))
     if p >= q:
-        return guess
-    # Two outcomes, whose logarithms are their scores: the guess stands with probability p / q.
+        return draft_token
+    # Two outcomes with their log-probabilities as scores: accept with probability p / q.
     odds = ops.array([[math.log(p / q) if p else -math.inf, math.log1p(-p / q)]])
     if ops.to_list(ops.sample(odds, generator)) == [0]:
-        return guess
+        return draft_token
     more_1v = ops.where(p_1v > q_1v, p_1v - q_1v, 0.0)
     [[most]] = ops.to_list(ops.max(more_1v))
-    # p and q that differ by rounding alone leave nothing: then p itself.
+    # If p and q differ only by rounding, p - q is 0 everywhere: draw from p.
     rest_1v = ops.log(more_1v) if most > 0 else p_scores_1v
     [token] = ops.to_list(ops.sample(rest_1v, generator))
     return token
 
 
 class PromptLookup:
-    """Guesses that the text goes on as it did after the latest place where its last tokens stood before."""
+    """Prompt lookup: drafts the continuation of the latest earlier occurrence of the last tokens."""
 
     def __init__(self, count: int, longest: int):
         self.count = count
-        # n-gram -> where it ended last, for each length.
+        # For each length: n-gram -> the position after its latest occurrence.
         self.ends: list[dict[tuple[int, ...], int]] = [{} for _ in range(longest)]
         self.read = 1
 
     def propose(self, ids: list[int], room: int) -> Draft:
-        """The tokens after the longest match; past the end of the text they repeat what lies between."""
+        """The tokens after the longest match; past the end of the sequence they repeat periodically."""
         for end in range(self.read, len(ids)):
             for size, ends in enumerate(self.ends[:end], start=1):
                 ends[tuple(ids[end - size : end])] = end
@@ -156,12 +156,12 @@ class PromptLookup:
             start = self.ends[size - 1].get(tuple(ids[-size:]))
             if start is not None:
                 period = len(ids) - start
-                return Draft([ids[start + place % period] for place in range(min(self.count, room))])
+                return Draft([ids[start + index % period] for index in range(min(self.count, room))])
         return Draft()
 
 
 def _options(config: GenerationConfig, own: GenerationConfig | None) -> dict[str, Any]:
-    """How to draft: the call's word, then the assistant's own file's, then the hub's default."""
+    """Draft options: of the call, then of the assistant's own file, then transformers' defaults."""
     own_fields = {} if own is None else own.set_fields()
     given = {**own_fields, **config.set_fields()}
     options = {name: given.get(name, default) for name, default in DEFAULT_ASSISTANT.items()}
@@ -170,12 +170,12 @@ def _options(config: GenerationConfig, own: GenerationConfig | None) -> dict[str
 
 
 class Assistant:
-    """Guesses of a smaller model with the same vocabulary, which keeps its own cache of the text."""
+    """Drafts of a smaller model with the same vocabulary, which has its own KV cache."""
 
     def __init__(self, generation: GenerationRun, model: GenerativeModel):
         if generation.embedded:
             raise ValueError(
-                "assistant_model reads token ids: give input_ids in place of inputs_embeds, or leave it out"
+                "assistant_model needs token ids: pass input_ids instead of inputs_embeds, or leave it out"
             )
         own = as_own_config(model.generation_config, "assistant_model.generation_config")
         options = _options(generation.config, own)
@@ -187,24 +187,24 @@ class Assistant:
         config.use_cache, config.return_dict_in_generate, config.cache_implementation = True, False, None
         plan = dataclasses.replace(generation.plan, config=config)
         self.decoder = cast(RewindableDecoder, model.decoder(plan, {}))
-        # The caller's own processors see only texts that are real; q may be any distribution.
+        # The user's own processors are called on accepted sequences only; q may be any distribution.
         self.processors = processors.build(generation.context, processors.wanted(generation.config))
-        self.fed = 0  # tokens of the text that the assistant's cache holds
-        self.last = (0, 0)  # length of the text before the last draft, and the draft's
+        self.fed = 0  # tokens in the assistant's cache
+        self.last = (0, 0)  # length of the sequence before the last draft, and length of the draft
 
     def propose(self, ids: list[int], room: int) -> Draft:
-        """Tokens drawn one after the other, until one was no likelier than the threshold."""
+        """Tokens drawn one after the other, until one is less probable than the threshold."""
         self._adapt(len(ids))
         count = min(self.count, room)
         if self.max_positions is not None:
             count = min(count, self.max_positions - len(ids))
         draft = Draft()
         if count > 0:
-            scores_1v = self._read(ids)
+            scores_1v = self._next_scores(ids)
             while True:
-                token, likely = self._guess(ids, scores_1v, draft)
-                if likely < self.threshold or len(draft.tokens) >= count:
-                    # The unlikely guess is kept: to drop a draw for its value would bend the distribution.
+                token, probability = self._draft_token(ids, scores_1v, draft)
+                if probability < self.threshold or len(draft.tokens) >= count:
+                    # The improbable token is kept: dropping a sample by its value would bias the distribution.
                     break
                 scores_1v = self.decoder.step(self.generation.ops.array([[token]]))
                 self.fed += 1
@@ -212,12 +212,12 @@ class Assistant:
         return draft
 
     def _adapt(self, length: int) -> None:
-        before, guessed = self.last
-        if self.adapts and guessed:
-            self.count = self.count + 2 if length - before > guessed else max(1, self.count - 1)
+        before, drafted = self.last
+        if self.adapts and drafted:
+            self.count = self.count + 2 if length - before > drafted else max(1, self.count - 1)
 
-    def _read(self, ids: list[int]) -> Array:
-        """The scores after the text; what the cache holds of it stays."""
+    def _next_scores(self, ids: list[int]) -> Array:
+        """The scores after `ids`; only tokens that the cache lacks are processed."""
         run = self.generation
         if not self.fed:
             first_1v = self.decoder.prefill(run.prompt_bn, run.mask_bm)
@@ -234,16 +234,16 @@ class Assistant:
         self.fed = len(ids)
         return scores_1kv[:, -1]
 
-    def _guess(self, ids: list[int], scores_1v: Array, draft: Draft) -> tuple[int, float]:
-        """One more token of the draft, and its probability."""
+    def _draft_token(self, ids: list[int], scores_1v: Array, draft: Draft) -> tuple[int, float]:
+        """One more draft token, and its probability."""
         run, ops = self.generation, self.generation.ops
         if self.processors:
             ids_1n = ops.array([ids + draft.tokens])
             for processor in self.processors:
                 scores_1v = processor(ids_1n, scores_1v)
         index_1 = ops.sample(scores_1v, run.generator) if run.config.do_sample else ops.argmax(scores_1v)
-        [[likely]] = ops.to_list(ops.take_along(ops.softmax(scores_1v), index_1[:, None]))
+        [[probability]] = ops.to_list(ops.take_along(ops.softmax(scores_1v), index_1[:, None]))
         [token] = ops.to_list(index_1)
         draft.tokens.append(token)
         draft.scores.append(scores_1v)
-        return token, likely
+        return token, probability

@@ -1,4 +1,4 @@
-"""When to stop: criteria that see what has been generated so far, row by row."""
+"""Stopping criteria, which decide for each row whether it is finished."""
 
 from __future__ import annotations
 
@@ -15,30 +15,30 @@ Rows = list[list[int]]  # token ids of each row, prompt included
 
 
 class StoppingCriteria:
-    """Base of user-made criteria; any callable `(input_ids, scores) -> bool, or one bool for each row` will do.
+    """Base of user-defined criteria; any callable `(input_ids, scores) -> bool or one bool for each row` will do.
 
-    `input_ids` is an array (rows, tokens) of the framework, prompt included; `scores` the scores of all steps if the
-    call says `return_dict_in_generate=True, output_scores=True`, else None.
+    `input_ids` is an array (rows, tokens) of the framework, prompt included; `scores` the scores of all steps with
+    `return_dict_in_generate=True, output_scores=True`, else None.
     """
 
     def __call__(self, input_ids: Array, scores: Any, **kwargs: Any) -> Any:
-        raise NotImplementedError(f"{type(self).__name__} does not say when to stop")
+        raise NotImplementedError(f"{type(self).__name__} does not implement __call__(input_ids, scores)")
 
 
 class HostCriteria(StoppingCriteria):
-    """A criterion that needs token ids only, as Python lists: it costs no copy from the device."""
+    """A criterion on token ids as Python lists, without a copy from the device."""
 
     def after(self, rows: Rows) -> list[bool]:
         """Whether each row is finished."""
         raise NotImplementedError
 
     def __call__(self, input_ids: Array, scores: Any = None, **kwargs: Any) -> list[bool]:
-        del scores, kwargs  # the hub's signature; ids are enough here
+        del scores, kwargs  # transformers' signature
         return self.after(input_ids.tolist())
 
 
 class StoppingCriteriaList(list[Any]):
-    """Criteria of which any may end a row."""
+    """Criteria any of which may end a row."""
 
     def __call__(self, input_ids: Array, scores: Any = None, **kwargs: Any) -> list[bool]:
         rows = int(input_ids.shape[0])
@@ -52,21 +52,21 @@ class StoppingCriteriaList(list[Any]):
 
 
 def per_row(verdict: Any, rows: int, criterion: Any) -> list[bool]:
-    """A criterion's answer as one bool for each row; ValueError if it has another length."""
+    """A criterion's result as one bool for each row; ValueError for another length."""
     plain = verdict.tolist() if hasattr(verdict, "tolist") else verdict
     if not isinstance(plain, Sequence):
         return [bool(plain)] * rows
     flat = [bool(cast(Any, v)[0] if isinstance(v, Sequence) else v) for v in cast(Sequence[Any], plain)]
     if len(flat) != rows:
         raise ValueError(
-            f"the stopping criterion {type(criterion).__name__} answered for {len(flat)} rows; expected one bool, "
+            f"the stopping criterion {type(criterion).__name__} returned {len(flat)} values; expected one bool, "
             f"or {rows}"
         )
     return flat
 
 
 class MaxLengthCriteria(HostCriteria):
-    """Ends rows that have that many tokens, prompt included."""
+    """Ends rows of `max_length` tokens, prompt included."""
 
     def __init__(self, max_length: int):
         self.max_length = max_length
@@ -76,7 +76,7 @@ class MaxLengthCriteria(HostCriteria):
 
 
 class MaxTimeCriteria(HostCriteria):
-    """Ends all rows after that many seconds since it was made, or since `initial_timestamp` (a `time.time()`)."""
+    """Ends all rows `max_time` seconds after its construction, or after `initial_timestamp` (a `time.time()`)."""
 
     def __init__(self, max_time: float, initial_timestamp: float | None = None):
         self.max_time = max_time
@@ -90,7 +90,7 @@ ENDS_ALL_ROWS = (MaxLengthCriteria, MaxTimeCriteria)  # at the same step
 
 
 class EosTokenCriteria(HostCriteria):
-    """Ends rows whose last token is one of these."""
+    """Ends rows whose last token is one of `eos_token_id`."""
 
     def __init__(self, eos_token_id: int | Sequence[int]):
         self.eos_token_id = frozenset(as_ids(eos_token_id))
@@ -100,10 +100,10 @@ class EosTokenCriteria(HostCriteria):
 
 
 class StopStringCriteria(HostCriteria):
-    """Ends rows whose text has just come to hold one of the strings.
+    """Ends rows whose last token completes one of the strings.
 
-    The string may begin and end inside tokens, and begin in the prompt, but its last character must come from the
-    last token: a string that was there before does not count. `tokenizer` is anything with `decode(ids)`.
+    The string may begin and end inside tokens, and begin in the prompt, but its last character must come from the last
+    token: an earlier occurrence does not count. `tokenizer` is anything with `decode(ids)`.
     """
 
     def __init__(self, tokenizer: Any, stop_strings: str | Sequence[str]):
@@ -111,8 +111,8 @@ class StopStringCriteria(HostCriteria):
         for string in self.stop_strings:
             check_characters(string, "stop_strings")
         self._decode = text_of(tokenizer)
-        # Enough tokens for the longest string, if each gave a single byte, and one more whose leading space a
-        # tokenizer may drop.
+        # Enough tokens for the longest string at one byte per token, and one more, whose leading space a tokenizer may
+        # drop.
         self._tail = max(len(string.encode()) for string in self.stop_strings) + 2
 
     def after(self, rows: Rows) -> list[bool]:
@@ -122,13 +122,13 @@ class StopStringCriteria(HostCriteria):
         text = self._decode(tail)
         if not any(string in text for string in self.stop_strings):
             return False
-        # An unfinished character before the last token reads as U+FFFD, and as something else after it.
+        # Before the last token an incomplete character decodes to U+FFFD, after it to another character.
         before = len(self._decode(tail[:-1]).rstrip("\ufffd"))
         return any(text.find(string, max(0, before - len(string) + 1)) >= 0 for string in self.stop_strings)
 
 
 def text_of(tokenizer: Any) -> Callable[[list[int]], str]:
-    """`tokenizer.decode` with every token shown and nothing tidied, for tokenizers of any library."""
+    """`tokenizer.decode` with special tokens and without clean-up, for tokenizers of any library."""
     wanted = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
     parameters = inspect.signature(tokenizer.decode).parameters
     takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
@@ -139,7 +139,7 @@ def text_of(tokenizer: Any) -> Callable[[list[int]], str]:
 def build(
     max_time: float | None, stop_strings: Any, own: Iterable[Any], tokenizer: Any
 ) -> list[Callable[..., Any]]:
-    """The criteria of a call besides its length and eos ids, which the loop knows itself."""
+    """The criteria of a call besides its length and eos ids, which the loop checks itself."""
     criteria: list[Callable[..., Any]] = []
     if max_time is not None:
         criteria.append(MaxTimeCriteria(max_time))

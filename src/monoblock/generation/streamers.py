@@ -1,4 +1,4 @@
-"""Streamers: text as it is generated, by the hub's interface (`put`, `end`, `on_finalized_text`)."""
+"""Streamers: decoded text during generation, with transformers' interface (`put`, `end`, `on_finalized_text`)."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from typing import Any, Self, cast
 
-UNFINISHED = "\ufffd"  # what a decoder writes for bytes that are no whole character (yet)
-MOST_PENDING = 64  # tokens held back at most: longer than any character, so those bytes are broken for good
-CONTEXT = 16  # tokens that are decoded along with a new one, at most, where that is safe
+UNFINISHED = "\ufffd"  # decoders write it for bytes that are not a complete character (yet)
+MOST_PENDING = 64  # tokens held back at most: longer than any character, so the bytes are invalid
+CONTEXT = 16  # tokens at most that are decoded again with a new one, where that is safe
 
 
 class BaseStreamer:
-    """What `generate` calls: `put` with the prompt, then with every token; then `end`.
+    """The interface that `generate` calls: `put` with the prompt, then with every token; then `end`.
 
-    If generation stops with an error, `fail(error)` is called instead of `end()`, if there is one.
+    If generation raises, `fail(error)` is called instead of `end()`, if it exists.
     """
 
     def put(self, value: Any) -> None:
@@ -24,15 +24,15 @@ class BaseStreamer:
         raise NotImplementedError
 
     def end(self) -> None:
-        """The sequence is complete."""
+        """Called when the sequence is complete."""
         raise NotImplementedError
 
 
 class TextStreamer(BaseStreamer):
-    """Prints text as soon as whole characters are there, and a newline at the end.
+    """Prints text as soon as its characters are complete, and a newline at the end.
 
-    Subclasses change `on_finalized_text`. `decode_kwargs` go to `tokenizer.decode`, such as `skip_special_tokens`.
-    What is emitted, put together, is the text of all tokens; each token is decoded a bounded number of times.
+    Subclasses override `on_finalized_text`. `decode_kwargs` go to `tokenizer.decode`, such as `skip_special_tokens`.
+    The emitted strings, concatenated, are the decoded sequence; each token is decoded a bounded number of times.
     """
 
     def __init__(self, tokenizer: Any, skip_prompt: bool = False, **decode_kwargs: Any):
@@ -43,11 +43,11 @@ class TextStreamer(BaseStreamer):
 
     def _restart(self) -> None:
         self.next_tokens_are_prompt = True
-        self._tokens: list[int] = []  # those of the last emitted text, then those that are pending
+        self._tokens: list[int] = []  # the tokens of the last emitted text, then the pending ones
         self._emitted = 0  # how many of them are emitted
 
     def put(self, value: Any) -> None:
-        """Decode these tokens with the few before them, and emit what is new and final."""
+        """Decode these tokens together with a few before them, and emit the new text that is final."""
         ids = _flat(value)
         is_prompt, self.next_tokens_are_prompt = self.next_tokens_are_prompt, False
         if is_prompt and self.skip_prompt:
@@ -56,7 +56,7 @@ class TextStreamer(BaseStreamer):
         self._emit(final=len(self._tokens) - self._emitted > MOST_PENDING and not is_prompt)
 
     def end(self) -> None:
-        """Emit what is still pending, whatever it is, and be ready for the next sequence."""
+        """Emit the pending text, complete or not, and reset for the next sequence."""
         text = self._pending()
         self._restart()
         self.on_finalized_text(text, stream_end=True)
@@ -69,7 +69,7 @@ class TextStreamer(BaseStreamer):
         return self.tokenizer.decode(ids, **self.decode_kwargs) if ids else ""
 
     def _pending(self) -> str:
-        # The tokens before are decoded along: some tokenizers drop a leading space, or join a word's parts.
+        # Decoded with the tokens before: some tokenizers drop a leading space, or merge the tokens of a word.
         return self._decode(self._tokens)[len(self._decode(self._tokens[: self._emitted])) :]
 
     def _emit(self, final: bool) -> None:
@@ -81,7 +81,7 @@ class TextStreamer(BaseStreamer):
         self.on_finalized_text(text)
 
     def _context(self, ids: list[int]) -> list[int]:
-        """The end of a long text, if it reads well on its own, so that a prompt is not decoded again and again."""
+        """The last tokens of a long sequence if they decode on their own: its beginning is not decoded again."""
         tail = ids[-CONTEXT:]
         text = self._decode(tail) if len(ids) > CONTEXT else ""
         return tail if text and UNFINISHED not in text else ids
@@ -104,14 +104,14 @@ class StreamTimeout(TimeoutError, queue.Empty):
 
 
 class _End:
-    """What a queue holds after the last text: the end, and what ended it."""
+    """The end of a queue, with the error that ended generation, if any."""
 
     def __init__(self, error: BaseException | None = None):
         self.error = error
 
 
 class _QueueStreamer(TextStreamer):
-    """A streamer whose text goes into a queue, for a reader elsewhere."""
+    """A streamer that puts its text into a queue, for a consumer in another thread or task."""
 
     def __init__(
         self, tokenizer: Any, skip_prompt: bool = False, timeout: float | None = None, **decode_kwargs: Any
@@ -124,14 +124,14 @@ class _QueueStreamer(TextStreamer):
         raise NotImplementedError
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        """Queue the text; after the last, the end."""
+        """Queue the text, and the end after the last one."""
         if text:
             self._send(text)
         if stream_end:
             self._send(_End())
 
     def fail(self, error: BaseException) -> None:
-        """Queue what is pending, then the error, which the reader gets; a Ctrl-C is an end like others."""
+        """Queue the pending text, then the error, which is raised in the consumer; Ctrl-C is a normal end."""
         text = self._pending()
         self._restart()
         if text:
@@ -139,7 +139,7 @@ class _QueueStreamer(TextStreamer):
         self._send(_End(error if isinstance(error, Exception) else None))
 
     def _received(self, item: str | _End) -> str | None:
-        """The text, or None at the end; raises what ended it."""
+        """The text, or None at the end; raises the error that ended generation."""
         if isinstance(item, str):
             return item
         self._finished = True
@@ -147,16 +147,16 @@ class _QueueStreamer(TextStreamer):
             raise item.error
         return None
 
-    def _too_late(self) -> StreamTimeout:
+    def _timeout_error(self) -> StreamTimeout:
         return StreamTimeout(
             f"no text came within {self.timeout} s; is generate() running in another thread?"
         )
 
 
 class TextIteratorStreamer(_QueueStreamer):
-    """An iterator over the text, for `generate` running in another thread.
+    """An iterator over the text, for `generate` in another thread.
 
-    An error in that thread is raised here as well. `timeout` (seconds) limits the wait for each piece:
+    An error in that thread is raised here as well. `timeout` (seconds) limits the wait for each string:
     `StreamTimeout`, which is a TimeoutError and a queue.Empty.
     """
 
@@ -179,14 +179,14 @@ class TextIteratorStreamer(_QueueStreamer):
         try:
             item = self.text_queue.get(timeout=self.timeout)
         except queue.Empty:
-            raise self._too_late() from None
+            raise self._timeout_error() from None
         if (text := self._received(item)) is None:
             raise StopIteration
         return text
 
 
 class AsyncTextIteratorStreamer(_QueueStreamer):
-    """The same for `async for`; make it inside a coroutine, whose event loop it uses."""
+    """An asynchronous iterator over the text; construct it in a coroutine, whose event loop it uses."""
 
     def __init__(
         self, tokenizer: Any, skip_prompt: bool = False, timeout: float | None = None, **decode_kwargs: Any
@@ -209,7 +209,7 @@ class AsyncTextIteratorStreamer(_QueueStreamer):
             async with asyncio.timeout(self.timeout):
                 item = await self.text_queue.get()
         except TimeoutError:
-            raise self._too_late() from None
+            raise self._timeout_error() from None
         if (text := self._received(item)) is None:
             raise StopAsyncIteration
         return text
@@ -217,11 +217,11 @@ class AsyncTextIteratorStreamer(_QueueStreamer):
 
 @contextmanager
 def streaming(streamer: Any) -> Generator[None]:
-    """Around the whole of a generation: the streamer is ended, or told of the error, whatever happens inside."""
+    """A context for a whole generation: calls the streamer's `end`, or its `fail` on an error."""
     try:
         yield
     except BaseException as error:
-        # The error that is on its way matters more than one from a streamer that cannot print any more.
+        # The original error takes precedence over one from a streamer that can no longer print.
         with suppress(Exception):
             streamer.fail(error) if hasattr(streamer, "fail") else streamer.end()
         raise

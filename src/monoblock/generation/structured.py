@@ -1,7 +1,7 @@
-"""Structured output: only tokens that keep the new text inside a JSON schema or a regular expression.
+"""Structured output: restricts the new tokens to a JSON schema or a regular expression.
 
-The grammars are llguidance's (a Rust library without dependencies): for each row a matcher says which tokens may come
-next. It is loaded when a call asks for `response_format`.
+The grammars are llguidance's (a Rust library without dependencies): a matcher for each row gives the allowed next
+tokens. The library is imported when a call passes `response_format`.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from monoblock.texts import check_characters
 FORMS = (
     '{"type": "json_schema", "schema": {...}}, {"type": "json_object"} or {"type": "regex", "pattern": "..."}'
 )
-# Without these a text may go on for ever between two tokens of JSON.
+# Without these, whitespace between two JSON tokens is unbounded.
 COMPACT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
-# Tokenizers as llguidance wants them take a second to make for large vocabularies.
-_made: WeakKeyDictionary[Any, dict[tuple[int, tuple[int, ...]], Any]] = WeakKeyDictionary()
+# llguidance's form of a tokenizer takes about a second to build for a large vocabulary.
+_llguidance_tokenizers: WeakKeyDictionary[Any, dict[tuple[int, tuple[int, ...]], Any]] = WeakKeyDictionary()
 
 
 class Structured:
-    """A processor that bars every token with which the new text could no longer become one that fits.
+    """A processor that masks every token after which the new text could no longer match the grammar.
 
-    A row's matcher is found by the row's text, so that rows may change places, and be tried twice.
+    Matchers are keyed by the new tokens of a row, so that rows can be reordered and evaluated twice.
     """
 
     def __init__(self, ops: ArrayOps, start: int, eos: Sequence[int], matcher: Callable[[int], Any]):
@@ -51,7 +51,7 @@ class Structured:
         for row, [best] in zip(rows, ops.to_list(ops.max(kept_bv)), strict=True):
             if best == -np.inf and not known[tuple(row)].is_error():
                 raise ValueError(
-                    "response_format leaves no token: all that may come next is barred by other settings, such as "
+                    "response_format leaves no token: all allowed tokens are banned by other options, such as "
                     "bad_words_ids, suppress_tokens or min_new_tokens"
                 )
         return kept_bv
@@ -61,7 +61,7 @@ class Structured:
             return self.matchers[text]
         before = self.matchers[text[:-1]]
         if before.is_stopped():
-            return before  # the text is complete: what follows is the eos token and padding
+            return before  # the match is complete; the eos token and padding follow
         after = before.deep_copy()
         after.consume_token(text[-1])
         return after
@@ -69,7 +69,7 @@ class Structured:
     def _allowed(self, matcher: Any, vocab: int) -> np.ndarray[Any, np.dtype[np.bool_]]:
         if matcher.is_stopped():
             allowed = np.zeros(vocab, dtype=np.bool_)
-            # A beam that has no possible continuation left comes here in error.
+            # A beam without any possible continuation has a matcher in the error state.
             allowed[[] if matcher.is_error() else self.eos] = True
             return allowed
         bits = np.frombuffer(matcher.compute_bitmask(), dtype=np.uint8)
@@ -79,9 +79,9 @@ class Structured:
 def build(
     ops: ArrayOps, start: int, wanted: Any, tokenizer: Any, config: GenerationConfig
 ) -> Structured | None:
-    """The processor for a `response_format`; `start` is where the new text begins.
+    """The processor for a `response_format`, or None; `start` is the index of the first new token.
 
-    ValueError for a format, schema or expression that is wrong or not supported; ImportError without llguidance.
+    ValueError for an invalid or unsupported format, schema or expression; ImportError without llguidance.
     """
     if wanted is None:
         return None
@@ -93,7 +93,7 @@ def build(
     if getattr(tokenizer, "backend_tokenizer", None) is None:
         raise ValueError("response_format needs the model's tokenizer: generate(..., tokenizer=tokenizer)")
     if not config.eos_ids:
-        raise ValueError("response_format needs a token that ends the text: say eos_token_id")
+        raise ValueError("response_format needs an eos token: set eos_token_id")
     eos = config.eos_ids
     return Structured(
         ops, start, eos, lambda vocab: library.LLMatcher(_tokenizer(library, tokenizer, vocab, eos), grammar)
@@ -110,7 +110,7 @@ def _library() -> Any:
 
 
 def _grammar(library: Any, wanted: Any) -> str:
-    """The grammar of a response format, in its short form or in that of chat APIs."""
+    """The grammar of a response format, in the short form or that of chat APIs."""
     form: Mapping[str, Any] = cast(Mapping[str, Any], wanted) if isinstance(wanted, Mapping) else {}
     kind: Any = form.get("type")
     names: dict[Any, tuple[str, ...]] = {
@@ -126,32 +126,30 @@ def _grammar(library: Any, wanted: Any) -> str:
     value: Any = form[next(iter(given))]
     if kind == "regex":
         if not isinstance(value, str) or not value:
-            raise ValueError(f"response_format's regular expression must be a text, got {value!r}")
+            raise ValueError(f"response_format's regular expression must be a string, got {value!r}")
         check_characters(value, "response_format's regular expression")
         return library.LLMatcher.grammar_from_regex(value)
     if isinstance(value, Mapping) and "schema" in value and "json_schema" in given:
         value = cast(Mapping[str, Any], value)["schema"]  # {"json_schema": {"name": ..., "schema": {...}}}
     if not isinstance(value, Mapping | str):
         raise ValueError(
-            f"response_format's schema must be a dict or a JSON text, got {type(value).__name__}"
+            f"response_format's schema must be a dict or a JSON string, got {type(value).__name__}"
         )
     try:
         schema: Any = json.loads(value) if isinstance(value, str) else dict(cast(Mapping[str, Any], value))
     except json.JSONDecodeError as error:
-        raise ValueError(f"response_format's schema is no JSON: {error}") from error
+        raise ValueError(f"response_format's schema is not valid JSON: {error}") from error
     return library.LLMatcher.grammar_from_json_schema(schema, COMPACT)
 
 
 def _tokenizer(library: Any, tokenizer: Any, vocab: int, eos: tuple[int, ...]) -> Any:
-    made = _made.setdefault(tokenizer, {})
-    if (vocab, eos) not in made:
+    cached = _llguidance_tokenizers.setdefault(tokenizer, {})
+    if (vocab, eos) not in cached:
         try:
             text = tokenizer.backend_tokenizer.to_str()
-            made[vocab, eos] = library.LLTokenizer(text, n_vocab=vocab, eos_token=list(eos))
-        except (
-            Exception
-        ) as error:  # whatever the library's Rust side raises for a tokenizer that it cannot read
+            cached[vocab, eos] = library.LLTokenizer(text, n_vocab=vocab, eos_token=list(eos))
+        except Exception as error:  # any error of the library's Rust side for an unsupported tokenizer
             raise ValueError(
-                f"response_format cannot work with this tokenizer and a model of {vocab} tokens: {error}"
+                f"response_format cannot use this tokenizer with a model of {vocab} tokens: {error}"
             ) from error
-    return made[vocab, eos]
+    return cached[vocab, eos]

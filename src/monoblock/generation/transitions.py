@@ -1,4 +1,4 @@
-"""The score of each token of a generated text, looked up in what the generation recorded."""
+"""The score of each generated token, looked up in the scores that `generate` returned."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ def transition_scores(
     beam_indices: Array | None = None,
     normalize_logits: bool = False,
 ) -> Array:
-    """(rows, new tokens) scores of the tokens that were chosen, 0 after a beam's end.
+    """(rows, new tokens) scores of the chosen tokens, 0 after the end of a beam.
 
-    `sequences`, `scores` and `beam_indices` are those of an output with `output_scores=True`. With
-    `normalize_logits=True` they become log-probabilities first; beam search's are such already.
+    `sequences`, `scores` and `beam_indices` are those of an output with `output_scores=True`. `normalize_logits=True`
+    first applies log_softmax; the scores of beam search are log-probabilities already.
     """
     if not scores:
         raise ValueError(

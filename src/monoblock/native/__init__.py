@@ -44,12 +44,12 @@ def level() -> str | None:
     return _opened()[1]
 
 
-def multiplies_codes() -> bool:
+def has_int8_gemm() -> bool:
     """Whether many rows of inputs are multiplied with packed weights by whole-number products (AVX-512 VNNI)."""
     return level() == "avx512_vnni_bf16"
 
 
-def multiplies_halves(inputs: int) -> bool:
+def has_bf16_gemm(inputs: int) -> bool:
     """Whether many rows of so many bfloat16 inputs are multiplied in pairs (AVX-512 BF16; AMX is PyTorch's)."""
     return level() == "avx512_vnni_bf16" and inputs % 2 == 0 and not library().mb_amx()
 

@@ -66,7 +66,7 @@ class AttentionCall(Structure):
 
 
 class NormCall(Structure):
-    """`NormCall` of prompt.hpp, the argument of `mb_norm`."""
+    """`NormCall` of prompt_ops.hpp, the argument of `mb_norm`."""
 
     _fields_ = _fields(
         (c_void_p, "x weight bias out"),
@@ -77,7 +77,7 @@ class NormCall(Structure):
 
 
 class RopeCall(Structure):
-    """`RopeCall` of prompt.hpp, the argument of `mb_rope`."""
+    """`RopeCall` of prompt_ops.hpp, the argument of `mb_rope`."""
 
     _fields_ = _fields(
         (c_void_p, "x cos sin out"),
@@ -88,7 +88,7 @@ class RopeCall(Structure):
 
 
 class ActivationCall(Structure):
-    """`ActivationCall` of prompt.hpp, the argument of `mb_activate`."""
+    """`ActivationCall` of prompt_ops.hpp, the argument of `mb_activate`."""
 
     _fields_ = _fields(
         (c_void_p, "x out"),

@@ -11,7 +11,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "prompt.hpp"
+#include "prompt_ops.hpp"
 
 namespace prompt {
 

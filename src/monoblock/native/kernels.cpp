@@ -71,7 +71,7 @@ EXPORT int mb_read(const void* data, int64_t bytes, int threads, uint32_t* sum) 
   return 0;
 }
 
-// For prompts; see attention.hpp and prompt.hpp.
+// For prompts; see attention.hpp and prompt_ops.hpp.
 EXPORT int mb_attention(const prompt::AttentionCall* a) { return prompt::attention(*a); }
 EXPORT int mb_norm(const prompt::NormCall* a) { return prompt::norm(*a); }
 EXPORT int mb_rope(const prompt::RopeCall* a) { return prompt::rope(*a); }

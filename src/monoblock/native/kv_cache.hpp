@@ -3,7 +3,7 @@
 
 #include <math.h>
 
-#include "functions.hpp"
+#include "vector_math.hpp"
 
 namespace decode {
 

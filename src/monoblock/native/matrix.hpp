@@ -6,7 +6,7 @@
 
 #include <type_traits>
 
-#include "numbers.hpp"
+#include "simd.hpp"
 
 namespace matrices {
 
@@ -88,8 +88,8 @@ INLINE float bias_of(const Matrix& m, int64_t output) {
 
 }  // namespace matrices
 
-#include "prepare.hpp"
-#include "tiles.hpp"
+#include "prepare_inputs.hpp"
+#include "gemv_tiles.hpp"
 #include "lossless.hpp"
 #include "weight_prefetch.hpp"
 

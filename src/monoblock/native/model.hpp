@@ -4,7 +4,7 @@
 
 #include <math.h>
 
-#include "functions.hpp"
+#include "vector_math.hpp"
 #include "matrix.hpp"
 
 namespace decode {

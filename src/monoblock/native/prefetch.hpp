@@ -1,7 +1,7 @@
 // Software prefetch of weights that are read once, in order. Part of matrix.hpp.
 #pragma once
 
-#include "numbers.hpp"
+#include "simd.hpp"
 
 namespace matrices {
 

@@ -1,4 +1,4 @@
-"""Pipelines: from texts and images to answers in one call, by task."""
+"""Pipelines: a model with its pre- and postprocessing, by task."""
 
 from monoblock.pipelines.base import KeyDataset, Pipeline
 from monoblock.pipelines.factory import ALIASES, TASKS, pipeline

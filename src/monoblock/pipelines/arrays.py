@@ -1,4 +1,4 @@
-"""The adapter between the pipelines, which work on lists and NumPy, and the framework of a model."""
+"""The adapter between the pipelines, which work on lists and NumPy arrays, and the framework of a model."""
 
 from __future__ import annotations
 
@@ -9,30 +9,30 @@ import numpy as np
 
 
 class Adapter(Protocol):
-    """Runs a model of one framework on lists of rows, and gives NumPy arrays back."""
+    """Runs a model of one framework on lists of rows and returns NumPy arrays."""
 
     model: Any
-    accepts: frozenset[str]  # the inputs that the model's call takes
+    accepts: frozenset[str]  # names of the model's inputs
 
     @property
     def device(self) -> Any:
-        """Where the model is."""
+        """The model's device."""
         ...
 
     @property
     def dtype(self) -> Any:
-        """The type that the model computes in."""
+        """The dtype of the model's computation."""
         ...
 
     def run(self, inputs: Mapping[str, Any]) -> Any:
-        """The model's output for these rows, of one length; no cache is kept.
+        """The model's output for these rows of equal length, without a cache.
 
-        It may have more rows and more places, after those that were given.
+        It may have padding rows and positions after the given ones.
         """
         ...
 
     def generate(self, inputs: Mapping[str, Any], options: Mapping[str, Any]) -> list[list[int]]:
-        """The ids that the model's `generate` gives, one row for each sequence."""
+        """The ids that the model's `generate` returns, one row for each sequence."""
         ...
 
     def numpy(self, array: Any) -> np.ndarray:
@@ -40,7 +40,7 @@ class Adapter(Protocol):
         ...
 
     def native(self, array: np.ndarray) -> Any:
-        """A NumPy array as the framework's, in the model's type."""
+        """A NumPy array as an array of the framework, in the model's dtype."""
         ...
 
 
@@ -51,5 +51,5 @@ def softmax(scores: np.ndarray) -> np.ndarray:
 
 
 def sigmoid(scores: np.ndarray) -> np.ndarray:
-    """1 / (1 + e^-x), element by element."""
+    """1 / (1 + e^-x), elementwise."""
     return 1 / (1 + np.exp(-scores))

@@ -1,4 +1,4 @@
-"""What all pipelines share: inputs become rows, rows become batches, outputs become answers, one after the other."""
+"""The base of all pipelines: inputs to rows, rows to batches, and model outputs to results, as a stream."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import numpy as np
 
 from monoblock.pipelines import frameworks
 from monoblock.pipelines.arrays import Adapter
-from monoblock.pipelines.progress import shown
+from monoblock.pipelines.progress import with_progress_bar
 
-NO_LIMIT = 10**20  # a tokenizer's model_max_length above this means that its files name none
+NO_LIMIT = 10**20  # a larger model_max_length of a tokenizer stands for an unknown one
 
 
 @dataclass
 class PipelineInput:
-    """One row of a batch: the ids and masks that the model gets, what the answer needs beside, and the output."""
+    """One row of a batch: the model's inputs, data that `answer` needs, and the model's output."""
 
     inputs: dict[str, Any]
     info: Any = None
@@ -40,17 +40,17 @@ class KeyDataset:
 
 
 class Pipeline:
-    """A model with what prepares its inputs and reads its outputs; call it with texts.
+    """A model with the preprocessing of its inputs and the postprocessing of its outputs; call it with inputs.
 
-    A list gives a list of answers. A dataset (anything else with a length and indices) or an iterator gives an
-    iterator of answers, made as they are asked for, `batch_size` rows at a time; answers do not depend on it.
-    Settings given to the constructor hold for every call that does not give its own.
+    A list returns a list of results. A dataset (anything else with a length and indices) or an iterator returns an
+    iterator of results, computed lazily in batches of `batch_size` rows; results do not depend on the batch size.
+    Options of the constructor are the defaults of every call.
     """
 
     task: ClassVar[str]
-    heads: ClassVar[tuple[str | None, ...]] = ()  # the kinds of head that it can use; none named: any
-    settings: ClassVar[dict[str, Any]] = {}  # the arguments, with their defaults
-    more: ClassVar[frozenset[str]] = frozenset()  # arguments that are passed on, without a default of ours
+    heads: ClassVar[tuple[str | None, ...]] = ()  # supported kinds of head; empty: any
+    settings: ClassVar[dict[str, Any]] = {}  # the options, with their defaults
+    more: ClassVar[frozenset[str]] = frozenset()  # options that are passed on, without a default here
 
     def __init__(
         self,
@@ -71,31 +71,31 @@ class Pipeline:
         self.adapter: Adapter = frameworks.of_model(model).adapter.Adapter(model, device)
         if self.heads and model.row.head not in self.heads:
             raise ValueError(
-                f"{model.row.name} cannot do {self.task!r}: that needs a head of the kind "
+                f"{model.row.name} does not support {self.task!r}: that needs a head of the kind "
                 + " or ".join(map(repr, self.heads))
             )
         if self.tokenizer is None:
-            raise ValueError(f"{self.task!r} needs a tokenizer: give tokenizer= beside a model object")
+            raise ValueError(f"{self.task!r} needs a tokenizer: pass tokenizer= with a model object")
         self.batch_size = _count("batch_size", batch_size)
         self.given: dict[str, Any] = {}
         self.given = self.merged(settings)
 
-    # ------------------------------------------------------------------ what a task defines
+    # ------------------------------------------------------------------ defined by each task
 
     def rows(self, item: Any, options: dict[str, Any]) -> list[PipelineInput]:
-        """One input as rows of model inputs."""
+        """The rows of model inputs of one input."""
         raise NotImplementedError
 
     def forward(self, batch: dict[str, Any], options: dict[str, Any]) -> dict[str, np.ndarray]:
-        """The outputs that answers are made of, [rows, ...]; [rows, tokens, ...] for those in `by_token`."""
+        """The arrays that `answer` needs, [rows, ...]; [rows, tokens, ...] for those in `by_token`."""
         raise NotImplementedError
 
     def answer(self, rows: list[PipelineInput], options: dict[str, Any]) -> Any:
-        """The answer to one input, from its rows."""
+        """The result of one input, from its rows."""
         raise NotImplementedError
 
     def checked(self, options: dict[str, Any]) -> dict[str, Any]:
-        """The settings of a call, put in order; ValueError for what cannot be."""
+        """The options of a call, normalised; ValueError for invalid ones."""
         return options
 
     by_token: ClassVar[tuple[str, ...]] = ()
@@ -104,23 +104,23 @@ class Pipeline:
 
     @property
     def device(self) -> Any:
-        """Where the model is."""
+        """The model's device."""
         return self.adapter.device
 
     @property
     def dtype(self) -> Any:
-        """The type that the model computes in."""
+        """The dtype of the model's computation."""
         return self.adapter.dtype
 
     @property
     def limit(self) -> int | None:
-        """The tokens that fit in the model, by the tokenizer's files or else by the config; None: any number."""
+        """The maximum of tokens per row, from the tokenizer's files, else from the config; None: unlimited."""
         if self.tokenizer.model_max_length <= NO_LIMIT:
             return int(self.tokenizer.model_max_length)
         return self.model.max_positions
 
     def merged(self, call: dict[str, Any]) -> dict[str, Any]:
-        """The constructor's settings with the call's over them; TypeError for a name that is not known."""
+        """The constructor's options, overridden by the call's; TypeError for an unknown name."""
         known = [*self.settings, *self.more]
         for name in call:
             if name not in known:
@@ -138,10 +138,10 @@ class Pipeline:
         progress: bool | None = None,
         **options: Any,
     ) -> Any:
-        """The answers to these inputs.
+        """The results for these inputs.
 
-        batch_size: rows that the model gets at once. num_workers: None or 0, as inputs are prepared in this process.
-        progress: whether to show a progress bar for many inputs; default: on a terminal. Others: the task's own.
+        batch_size: rows per forward pass. num_workers: None or 0, as inputs are prepared in this process.
+        progress: whether to show a progress bar for many inputs; default: on a terminal. options: the task's own.
         """
         if num_workers:
             raise ValueError(f"num_workers={num_workers}: inputs are prepared in this process; leave it out")
@@ -149,21 +149,21 @@ class Pipeline:
         chosen = self.checked({**self.settings, **self.merged(options)})
         inputs = self.items(inputs, chosen)
         if isinstance(inputs, list):
-            return list(shown(self.stream(inputs, size, chosen), len(inputs), progress))
+            return list(with_progress_bar(self.stream(inputs, size, chosen), len(inputs), progress))
         if is_stream(inputs):
             total = len(inputs) if hasattr(inputs, "__len__") else None
-            return shown(self.stream(_iterate(inputs), size, chosen), total, progress)
+            return with_progress_bar(self.stream(_iterate(inputs), size, chosen), total, progress)
         return next(self.stream([inputs], size, chosen))
 
     predict = transform = __call__
 
     def items(self, inputs: Any, options: dict[str, Any]) -> Any:
-        """A list of inputs, a stream of them, or one; here a tuple is a list."""
+        """A list of inputs, a stream of inputs, or one input; a tuple becomes a list."""
         del options
         return list(inputs) if isinstance(inputs, tuple) else inputs
 
     def stream(self, items: Iterable[Any], size: int, options: dict[str, Any]) -> Iterator[Any]:
-        """Answers in the order of the inputs, each as soon as its last row has been run."""
+        """Results in the order of the inputs, each as soon as its last row has been run."""
         groups: deque[list[PipelineInput]] = deque()
         waiting: list[PipelineInput] = []
         for item in items:
@@ -190,14 +190,14 @@ class Pipeline:
             row.output = {k: v[i][real] if k in self.by_token else v[i] for k, v in outputs.items()}
 
     def collate(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        """Rows padded to one length, as the tokenizer pads; rows of one length stay as they are."""
+        """Rows padded by the tokenizer to one length; rows of equal length stay as they are."""
         if len({len(row["input_ids"]) for row in rows}) == 1:
             return {name: [row[name] for row in rows] for name in rows[0]}
         return dict(self.tokenizer.pad(rows, return_attention_mask=True))
 
     def model_inputs(self, encoded: Mapping[str, Any], row: int | None = None) -> dict[str, Any]:
-        """What the model takes of what the tokenizer gave: some tokenizers' files name token types for models that
-        have none."""
+        """The tokenizer's outputs that the model takes: some tokenizers' files list token_type_ids for models without
+        token types."""
         names = [
             name
             for name in encoded
@@ -206,7 +206,7 @@ class Pipeline:
         return {name: encoded[name] if row is None else encoded[name][row] for name in names}
 
     def save_pretrained(self, save_directory: Any) -> None:
-        """Write the model, and its tokenizer or processor, into a folder."""
+        """Write the model and its tokenizer or processor to a folder."""
         self.model.save_pretrained(save_directory)
         (self.processor or self.tokenizer).save_pretrained(save_directory)
 
@@ -216,7 +216,7 @@ class Pipeline:
 
 
 def is_stream(inputs: Any) -> bool:
-    """Whether it holds many inputs that are made one by one: an iterator, or a dataset."""
+    """Whether `inputs` is a lazy collection: an iterator, or a dataset."""
     if isinstance(inputs, str | Mapping | Sequence):
         return False
     return isinstance(inputs, Iterator) or (hasattr(inputs, "__len__") and hasattr(inputs, "__getitem__"))
@@ -229,17 +229,17 @@ def _iterate(inputs: Any) -> Iterator[Any]:
 
 def _count(name: str, value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name}={value!r}: expected a whole number of at least 1")
+        raise ValueError(f"{name}={value!r}: expected an integer of at least 1")
     return value
 
 
 def count_or_none(name: str, value: Any) -> int | None:
-    """A whole number of at least 1, or None."""
+    """An integer of at least 1, or None."""
     return None if value is None else _count(name, value)
 
 
 def one_of(name: str, value: Any, known: Sequence[str]) -> str:
-    """`value` if it is one of `known`, in any case; enums of other libraries count by their value."""
+    """`value` if it is one of `known`, in any case; enums of other libraries are compared by value."""
     found = str(getattr(value, "value", value)).lower()
     if found not in known:
         raise ValueError(f"{name}={value!r}: expected one of {', '.join(map(repr, known))}")
@@ -247,7 +247,7 @@ def one_of(name: str, value: Any, known: Sequence[str]) -> str:
 
 
 def text(value: Any, task: str) -> str:
-    """`value` if it is a text."""
+    """`value` if it is a string, else TypeError."""
     if not isinstance(value, str):
-        raise TypeError(f"{task!r} takes texts, or lists of them; got {type(value).__name__}")
+        raise TypeError(f"{task!r} takes strings, or lists of them; got {type(value).__name__}")
     return value

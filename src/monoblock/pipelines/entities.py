@@ -1,4 +1,4 @@
-"""Entities from the scores of tokens: words, groups of tokens with one tag, and groups that chunks share."""
+"""Entities from token scores: words, groups of adjacent tokens with one tag, and overlaps between chunks."""
 
 from __future__ import annotations
 
@@ -14,43 +14,43 @@ BY_WORD = ("first", "average", "max")
 
 @dataclass
 class TokenGroup:
-    """A token, or the tokens of a word: its scores [labels], and the characters of the text that it stands for."""
+    """A token, or the tokens of a word: scores [labels], and the range of characters in the text."""
 
     scores: np.ndarray
     tokens: list[str]
     start: int
     end: int
     index: int
-    continues: bool = False  # whether it goes on with the word before
+    continues: bool = False  # whether it continues the word of the group before
 
     @property
     def best(self) -> int:
         return int(self.scores.argmax())
 
 
-def _first(pieces: Sequence[TokenGroup]) -> np.ndarray:
-    return pieces[0].scores
+def _first(groups: Sequence[TokenGroup]) -> np.ndarray:
+    return groups[0].scores
 
 
-def _surest(pieces: Sequence[TokenGroup]) -> np.ndarray:
-    return max(pieces, key=lambda piece: piece.scores.max()).scores
+def _most_confident(groups: Sequence[TokenGroup]) -> np.ndarray:
+    return max(groups, key=lambda group: group.scores.max()).scores
 
 
-def _average(pieces: Sequence[TokenGroup]) -> np.ndarray:
-    return np.nanmean(np.stack([piece.scores for piece in pieces]), axis=0)
+def _average(groups: Sequence[TokenGroup]) -> np.ndarray:
+    return np.nanmean(np.stack([group.scores for group in groups]), axis=0)
 
 
-_SCORES = {"first": _first, "max": _surest, "average": _average}
+_SCORES = {"first": _first, "max": _most_confident, "average": _average}
 
 
-def by_word(pieces: Sequence[TokenGroup], strategy: str) -> list[TokenGroup]:
-    """Words instead of tokens, each with the scores that the strategy gives it."""
+def merge_words(groups: Sequence[TokenGroup], strategy: str) -> list[TokenGroup]:
+    """The groups of words, with the scores that the strategy chooses from those of their tokens."""
     words: list[list[TokenGroup]] = []
-    for piece in pieces:
-        if piece.continues and words:
-            words[-1].append(piece)
+    for group in groups:
+        if group.continues and words:
+            words[-1].append(group)
         else:
-            words.append([piece])
+            words.append([group])
     return [
         TokenGroup(
             _SCORES[strategy](word),
@@ -64,40 +64,42 @@ def by_word(pieces: Sequence[TokenGroup], strategy: str) -> list[TokenGroup]:
 
 
 def tag_of(label: str) -> tuple[bool, str]:
-    """Whether a label begins an entity, and the entity's name: "B-PER" -> (True, "PER")."""
+    """Whether a label begins an entity, and the entity's tag: "B-PER" -> (True, "PER")."""
     return label.startswith("B-"), label[2:] if label.startswith(("B-", "I-")) else label
 
 
-def groups(
-    pieces: Sequence[TokenGroup], labels: Mapping[int, str], join: Callable[[list[str]], str], words: bool
+def merge_entities(
+    groups: Sequence[TokenGroup], labels: Mapping[int, str], join: Callable[[list[str]], str], words: bool
 ) -> list[dict[str, Any]]:
-    """Neighbours of one tag as one entity; a B- label begins a new one.
+    """Merges adjacent groups of one tag into an entity; a B- label begins a new one.
 
-    `join`: tokens to text. `words`: the pieces are words, each of which is joined for itself before all are.
+    `join`: tokens to text. `words`: the groups are words, whose tokens are joined before the words are.
     """
     found: list[list[TokenGroup]] = []
     last: str | None = None
-    for piece in pieces:
-        begins, tag = tag_of(labels[piece.best])
+    for group in groups:
+        begins, tag = tag_of(labels[group.best])
         if found and tag == last and not begins:
-            found[-1].append(piece)
+            found[-1].append(group)
         else:
-            found.append([piece])
+            found.append([group])
         last = tag
     return [
         {
-            "entity_group": labels[group[0].best].split("-", 1)[-1],
-            "score": float(np.nanmean([piece.scores[piece.best] for piece in group])),
-            "word": join([join(p.tokens) for p in group] if words else [t for p in group for t in p.tokens]),
-            "start": group[0].start,
-            "end": group[-1].end,
+            "entity_group": labels[members[0].best].split("-", 1)[-1],
+            "score": float(np.nanmean([group.scores[group.best] for group in members])),
+            "word": join(
+                [join(p.tokens) for p in members] if words else [t for p in members for t in p.tokens]
+            ),
+            "start": members[0].start,
+            "end": members[-1].end,
         }
-        for group in found
+        for members in found
     ]
 
 
 def without_overlaps(entities: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Of entities that overlap, because chunks do, the longer one, or of two as long the surer one."""
+    """Of overlapping entities (chunks overlap) the longest; of equally long ones that with the highest score."""
     kept: list[dict[str, Any]] = []
     for entity in sorted(entities, key=lambda entity: entity["start"]):
         last = kept[-1] if kept else None

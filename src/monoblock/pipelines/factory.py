@@ -1,4 +1,4 @@
-"""`pipeline`: the task, the model and what goes with it, from names, folders or objects."""
+"""`pipeline`: loads a task's model, tokenizer and processor from names, folders or objects."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from monoblock.checkpoint.store import open_store
 from monoblock.pipelines import frameworks
 from monoblock.pipelines.frameworks import Framework
 
-# task -> the class, in the module of the task's name, and the Auto class that loads its model.
+# task -> its class, in the module of the task's name, and the Auto class that loads its model.
 TASKS: dict[str, tuple[str, str]] = {
     "text-generation": ("TextGenerationPipeline", "AutoModelForCausalLM"),
     "text-classification": ("TextClassificationPipeline", "AutoModelForSequenceClassification"),
@@ -28,7 +28,7 @@ TASKS: dict[str, tuple[str, str]] = {
     "image-text-to-text": ("ImageTextToTextPipeline", "AutoModelForImageTextToText"),
 }
 ALIASES = {"sentiment-analysis": "text-classification", "ner": "token-classification"}
-# Endings of the class names in a config's `architectures` -> their task, the longer ones first.
+# Suffix of a class name in a config's `architectures` -> its task; longer suffixes first.
 DEFAULTS = {
     "FuyuForCausalLM": "image-text-to-text",
     "ForSequenceClassification": "text-classification",
@@ -41,11 +41,11 @@ DEFAULTS = {
     "Model": "feature-extraction",
 }
 HUB = ("revision", "token", "cache_dir", "local_files_only", "force_download", "subfolder")
-# The hub's arguments that ask for what is not here, and the values that ask for nothing.
+# Arguments of transformers' `pipeline` that are not supported: their values without effect, and the reason.
 REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "feature_extractor": ((), "no model here takes audio"),
     "video_processor": ((), "no model here takes videos"),
-    "pipeline_class": ((), "make an object of your own class instead"),
+    "pipeline_class": ((), "construct your own class instead"),
     "use_fast": ((True,), "all tokenizers here are fast"),
 }
 
@@ -68,31 +68,31 @@ def pipeline(
     model_kwargs: dict[str, Any] | None = None,
     **kwargs: Any,
 ) -> Any:
-    """A pipeline: a model with what prepares its inputs and reads its outputs.
+    """A pipeline: a model with the preprocessing of its inputs and the postprocessing of its outputs.
 
     Args:
-        task: one of `monoblock.pipelines.TASKS` ("sentiment-analysis" and "ner" are other names of two); by default
-            the one that the model was made for.
-        model: a name on the hub, a folder, or a model object. Without one, "text-generation" has the embedded demo
+        task: one of `monoblock.pipelines.TASKS`, or an alias ("sentiment-analysis", "ner"); by default the task of the
+            model's architecture.
+        model: a name on the hub, a folder, or a model object. The default for "text-generation" is the embedded demo
             model.
         config, tokenizer, image_processor, processor: names, folders or objects; by default those of the model.
-        framework: "pt", "flax" or "tf", whose classes load the model; by default a model object's own, else the first
-            that is installed, in this order.
-        revision, token: which version on the hub, and what to log in with.
-        device: the framework's name of one ("cpu", "cuda:0", "gpu:0"), the number of an accelerator, or -1 for the CPU;
-            by default the first accelerator, if there is one.
-        dtype (or torch_dtype): the type of weights and computation, by default ("auto") the checkpoint's own.
+        framework: "pt", "flax" or "tf", whose classes load the model; by default that of a model object, else the first
+            installed one, in this order.
+        revision, token: the version on the hub, and the access token.
+        device: a device name of the framework ("cpu", "cuda:0", "gpu:0"), the index of an accelerator, or -1 for the
+            CPU; by default the first accelerator, if there is one.
+        dtype (or torch_dtype): the dtype of weights and computation, by default ("auto") the checkpoint's.
         device_map, model_kwargs: for the model's `from_pretrained`.
-        kwargs: `batch_size`, and the task's own arguments for all calls.
+        kwargs: `batch_size`, and default options of the task.
 
     Returns:
-        A `Pipeline`, to be called with inputs. ValueError or TypeError for what is unknown, with the nearest name;
-        ImportError with what to install for a framework that is not there.
+        A `Pipeline`, to be called with inputs. ValueError or TypeError for an unknown argument or value, with the
+        closest known name; ImportError with the pip command for a framework that is not installed.
     """
     _refuse(kwargs)
     pop_remote_code(kwargs)
     if device is not None and device_map is not None:
-        raise ValueError("device and device_map exclude each other: give one")
+        raise ValueError("device and device_map exclude each other: pass one")
     loading = _loading(
         model_kwargs,
         revision=revision,
@@ -108,20 +108,22 @@ def pipeline(
     hub = {name: loading[name] for name in HUB if name in loading}
     source = model if isinstance(model, str | Path) else None
     if source is None:
-        named = any(isinstance(part, str | Path) for part in (tokenizer, image_processor, processor))
+        named = any(
+            isinstance(component, str | Path) for component in (tokenizer, image_processor, processor)
+        )
         frameworks.of_model(model, framework)
         _check_object(config, {k: v for k, v in loading.items() if not (named and k in HUB)})
         task = task or default_task([type(model).__name__])
-        made = model
+        loaded_model = model
     else:
-        made, task = _load(frameworks.chosen(framework), task, source, config, device, loading)
-    parts = _parts(task, source, hub, tokenizer, image_processor, processor)
+        loaded_model, task = _load(frameworks.chosen(framework), task, source, config, device, loading)
+    components = _components(task, source, hub, tokenizer, image_processor, processor)
     module = importlib.import_module(f"monoblock.pipelines.{task.replace('-', '_')}")
-    return getattr(module, TASKS[task][0])(made, device=device, **parts, **kwargs)
+    return getattr(module, TASKS[task][0])(loaded_model, device=device, **components, **kwargs)
 
 
 def known_task(task: str) -> str:
-    """The task of that name; ValueError with the nearest one if there is none."""
+    """The task of that name or alias; ValueError with the closest name for an unknown one."""
     task = ALIASES.get(task, task)
     if task in TASKS:
         return task
@@ -132,24 +134,26 @@ def known_task(task: str) -> str:
 
 
 def default_task(architectures: Any) -> str:
-    """The task that a model of these classes was made for."""
+    """The task of a model with these architectures."""
     for name in architectures or ():
         for ending, task in DEFAULTS.items():
             if name.endswith(ending) and task:
                 return task
     found = ", ".join(architectures or ()) or "no class"
-    raise ValueError(f"the config names {found}, which says no task: give task=, one of {', '.join(TASKS)}")
+    raise ValueError(
+        f"the config names {found}, which has no default task: pass task=, one of {', '.join(TASKS)}"
+    )
 
 
 def _refuse(kwargs: dict[str, Any]) -> None:
-    for name, (fine, why) in REFUSED.items():
+    for name, (harmless, why) in REFUSED.items():
         value = kwargs.pop(name, None)
-        if value is not None and value not in fine:
+        if value is not None and value not in harmless:
             raise ValueError(f"pipeline does not support {name}={value!r}: {why}")
 
 
 def _loading(model_kwargs: dict[str, Any] | None, **given: Any) -> dict[str, Any]:
-    """The keywords of the model's `from_pretrained`, each said once."""
+    """The keywords of the model's `from_pretrained`; ValueError for one that is given twice."""
     loading = dict(model_kwargs or {})
     for name, value in given.items():
         if value is not None and name in loading:
@@ -158,25 +162,25 @@ def _loading(model_kwargs: dict[str, Any] | None, **given: Any) -> dict[str, Any
             loading[name] = value
     if "torch_dtype" in loading:
         if "dtype" in loading:
-            raise ValueError("dtype and torch_dtype are two names of the same: give one")
+            raise ValueError("dtype and torch_dtype are the same argument: pass one")
         loading["dtype"] = loading.pop("torch_dtype")
     return loading
 
 
 def _check_object(config: Any, loading: dict[str, Any]) -> None:
-    """That nothing is said about loading, where the model is there already."""
-    said = [*(["config"] if config is not None else []), *(k for k, v in loading.items() if v != "auto")]
-    if said:
-        raise ValueError(f"{said[0]} has no effect on a model object: give the model's name or folder")
+    """ValueError for loading options together with a model object."""
+    unused = [*(["config"] if config is not None else []), *(k for k, v in loading.items() if v != "auto")]
+    if unused:
+        raise ValueError(f"{unused[0]} has no effect on a model object: pass the model's name or folder")
 
 
 def _default(task: str | None, tokenizer: Any) -> str:
     if tokenizer is not None:
-        raise ValueError("a tokenizer without its model: give model= too")
+        raise ValueError("a tokenizer without a model: pass model= as well")
     if task is None:
-        raise ValueError("give a task, a model, or both")
+        raise ValueError("pass a task, a model, or both")
     if task != "text-generation":
-        raise ValueError(f"{task!r} has no default model: give model=, a name on the hub or a folder")
+        raise ValueError(f"{task!r} has no default model: pass model=, a name on the hub or a folder")
     return str(demo.path())
 
 
@@ -194,7 +198,7 @@ def _load(
     if task == "fill-mask" and _has_no_head(source, config, loading):
         if not inferred:
             raise ValueError(
-                f"{source} holds no head for 'fill-mask', only what sentence-transformers needs: its task is "
+                f"{source} has no head for 'fill-mask', only the weights that sentence-transformers needs: its task is "
                 "'feature-extraction'"
             )
         task = "feature-extraction"
@@ -203,8 +207,7 @@ def _load(
 
 
 def _has_no_head(source: Any, config: Any, loading: dict[str, Any]) -> bool:
-    """Whether these are files of sentence-transformers, whose config still names the class that the model came from,
-    with a head that the files lack."""
+    """Whether these are files of sentence-transformers without the head of the class that their config still names."""
     options = HubOptions(**{name: loading[name] for name in HUB if name in loading})
     if find_file(source, SENTENCE_TRANSFORMERS, options, required=False) is None:
         return False
@@ -214,10 +217,10 @@ def _has_no_head(source: Any, config: Any, loading: dict[str, Any]) -> bool:
     return all(lacks(config, row, store) for row in rows if row.head == "masked")
 
 
-def _parts(
+def _components(
     task: str, source: Any, hub: dict[str, Any], tokenizer: Any, image_processor: Any, processor: Any
 ) -> dict[str, Any]:
-    """The tokenizer, and the processor of a task with images; names are loaded."""
+    """The tokenizer, and the processor of a task with images; loaded if given as names."""
     import monoblock
 
     def loaded(what: Any, auto: str) -> Any:
@@ -228,16 +231,16 @@ def _parts(
 
     if task != "image-text-to-text":
         if image_processor is not None:
-            raise ValueError(f"{task!r} takes no images: leave image_processor out")
+            raise ValueError(f"{task!r} takes no images: leave out image_processor")
         if processor is not None:
             processor = loaded(processor, "AutoProcessor")
             if tokenizer is None:
                 return {"processor": processor}
         return {"tokenizer": loaded(tokenizer, "AutoTokenizer"), "processor": processor}
     if processor is None and tokenizer is not None and image_processor is not None:
-        pictures = loaded(image_processor, "AutoImageProcessor")
-        return {"processor": monoblock.FuyuProcessor(pictures, loaded(tokenizer, "AutoTokenizer"))}
+        images = loaded(image_processor, "AutoImageProcessor")
+        return {"processor": monoblock.FuyuProcessor(images, loaded(tokenizer, "AutoTokenizer"))}
     processor = loaded(processor, "AutoProcessor")
     if tokenizer is not None or image_processor is not None:
-        raise ValueError("give processor=, or both image_processor= and tokenizer=")
+        raise ValueError("pass processor=, or both image_processor= and tokenizer=")
     return {"processor": processor}

@@ -1,4 +1,4 @@
-"""feature-extraction: the hidden states of a text."""
+"""feature-extraction: the hidden states of texts."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from monoblock.pipelines.base import Pipeline, PipelineInput, text
 
 
 class FeatureExtractionPipeline(Pipeline):
-    """Gives the last hidden states, [1, tokens, width], as nested lists, or as an array with `return_tensors=True`.
+    """Returns the last hidden states, [1, tokens, width], as nested lists, or as an array with `return_tensors=True`.
 
-    A model with a head gives its logits, as on the hub. `truncation=True` cuts texts to the model's length;
-    `tokenize_kwargs` holds more of the tokenizer's arguments. Padding of a batch is taken off again.
+    A model with a head returns its logits, as in transformers. `truncation=True` truncates texts to the model's maximum
+    length; `tokenize_kwargs` holds further arguments of the tokenizer. Padding of a batch is removed.
     """
 
     task = "feature-extraction"

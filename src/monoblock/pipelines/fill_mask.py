@@ -1,4 +1,4 @@
-"""fill-mask: what may stand at the masked places of a text."""
+"""fill-mask: the most probable tokens at the masked positions of texts."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ log = logging.getLogger("monoblock")
 
 
 class FillMaskPipeline(Pipeline):
-    """Gives the `top_k` best fillings: `{"score", "token", "token_str", "sequence"}`, a list for each mask if there
-    are several. `targets`: words to choose among. `tokenizer_kwargs`: the tokenizer's arguments, such as truncation.
+    """Returns the `top_k` best tokens, `{"score", "token", "token_str", "sequence"}`; a list for each mask if there are
+    several. `targets`: words to choose among. `tokenizer_kwargs`: arguments of the tokenizer, such as truncation.
     """
 
     task = "fill-mask"
@@ -29,7 +29,7 @@ class FillMaskPipeline(Pipeline):
             raise ValueError("'fill-mask' needs a tokenizer with a mask token: set tokenizer.mask_token")
 
     def __call__(self, inputs: Any, **options: Any) -> Any:
-        """The fillings of these texts; a list of one text gives what the text alone gives, as on the hub."""
+        """The results for these texts; a list of one text returns that text's result, as in transformers."""
         answers = super().__call__(inputs, **options)
         return answers[0] if isinstance(inputs, list) and len(inputs) == 1 else answers
 
@@ -50,7 +50,9 @@ class FillMaskPipeline(Pipeline):
             )
             if target not in vocab:
                 instead = self.tokenizer.convert_ids_to_tokens(found[0]) if found else None
-                log.warning("the target %r is no token of the vocabulary; taken instead: %r", target, instead)
+                log.warning(
+                    "the target %r is not in the vocabulary; its first token is used: %r", target, instead
+                )
             ids += found[:1]
         if not ids:
             raise ValueError("targets must name at least one token of the vocabulary")
@@ -59,7 +61,9 @@ class FillMaskPipeline(Pipeline):
     def rows(self, item: Any, options: dict[str, Any]) -> list[PipelineInput]:
         encoded = self.tokenizer(text(item, self.task), **(options["tokenizer_kwargs"] or {}))
         if self.tokenizer.mask_token_id not in encoded["input_ids"]:
-            raise ValueError(f"the text has no mask: put {self.tokenizer.mask_token} where a token is wanted")
+            raise ValueError(
+                f"the text has no mask: insert {self.tokenizer.mask_token} at the position to fill"
+            )
         return [PipelineInput(self.model_inputs(encoded))]
 
     def forward(self, batch: dict[str, Any], options: dict[str, Any]) -> dict[str, np.ndarray]:
@@ -71,18 +75,20 @@ class FillMaskPipeline(Pipeline):
         ids = list(row.inputs["input_ids"])
         masks = [i for i, id in enumerate(ids) if id == self.tokenizer.mask_token_id]
         lists: list[list[dict[str, Any]]] = []
-        for place in masks:
-            scores = softmax(row.output["logits"][place])
-            among = np.arange(len(scores)) if options["targets"] is None else np.asarray(options["targets"])
-            best = among[np.argsort(-scores[among], kind="stable")[: options["top_k"]]]
+        for position in masks:
+            scores = softmax(row.output["logits"][position])
+            candidates = (
+                np.arange(len(scores)) if options["targets"] is None else np.asarray(options["targets"])
+            )
+            best = candidates[np.argsort(-scores[candidates], kind="stable")[: options["top_k"]]]
             lists.append(
-                [self._filling(ids, place, int(id), float(scores[id]), len(masks) == 1) for id in best]
+                [self._filling(ids, position, int(id), float(scores[id]), len(masks) == 1) for id in best]
             )
         return lists[0] if len(lists) == 1 else lists
 
-    def _filling(self, ids: list[int], place: int, id: int, score: float, only: bool) -> dict[str, Any]:
-        filled = [id if i == place else old for i, old in enumerate(ids)]
+    def _filling(self, ids: list[int], position: int, id: int, score: float, only: bool) -> dict[str, Any]:
+        filled = [id if i == position else old for i, old in enumerate(ids)]
         filled = [one for one in filled if one != self.tokenizer.pad_token_id]
-        # With several masks the others stay to be seen, and with them all special tokens.
+        # With several masks the remaining ones are kept in the text, and with them all special tokens.
         sequence = self.tokenizer.decode(filled, skip_special_tokens=only)
         return {"score": score, "token": id, "token_str": self.tokenizer.decode([id]), "sequence": sequence}

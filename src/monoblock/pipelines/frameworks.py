@@ -1,4 +1,4 @@
-"""Which framework a pipeline runs on: the model's own, the one asked for, or the first that is installed."""
+"""The framework of a pipeline: that of the model object, the requested one, or the first that is installed."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from monoblock.installed import installed
 
 @dataclass(frozen=True, kw_only=True)
 class Framework:
-    """A framework: its name in words, what its class names begin with, the packages that it needs, what installs
-    them, and the backend that has its adapter."""
+    """A framework: its name, the prefix of its model classes, the packages that it needs, the extra that installs them,
+    and the backend with its adapter."""
 
     name: str
     prefix: str
@@ -22,20 +22,20 @@ class Framework:
 
     @property
     def install(self) -> str:
-        """The line that installs it."""
+        """The pip command that installs it."""
         return f'pip install "monoblock[{self.extra}]"'
 
     @property
     def adapter(self) -> Any:
-        """The module with the class `Adapter`, which runs a model, and `load`, which makes one from files."""
+        """The backend's module with the class `Adapter`, which runs a model, and `load`, which loads one."""
         return importlib.import_module(f"monoblock.backends.{self.backend}.pipeline_adapter")
 
     def missing(self) -> str | None:
-        """The first of its packages that is not installed; None if all are."""
+        """The first of its packages that is not installed; None if all are installed."""
         return next((package for package in self.needs if not installed(package)), None)
 
 
-# In the order in which they are tried where nothing says which.
+# In the order of preference.
 FRAMEWORKS: dict[str, Framework] = {
     "pt": Framework(name="PyTorch", prefix="", needs=("torch",), extra="torch", backend="pytorch"),
     "flax": Framework(name="JAX", prefix="Flax", needs=("jax", "flax"), extra="jax", backend="flax"),
@@ -44,7 +44,7 @@ FRAMEWORKS: dict[str, Framework] = {
 
 
 def of_model(model: Any, asked: str | None = None) -> Framework:
-    """The framework of a model object; TypeError if it is none of monoblock's, ValueError if another was asked for."""
+    """The framework of a model object; TypeError if it is not one of monoblock's, ValueError if `asked` differs."""
     found = getattr(model, "framework", None)
     if found not in FRAMEWORKS or not hasattr(model, "row"):
         raise TypeError(
@@ -52,15 +52,14 @@ def of_model(model: Any, asked: str | None = None) -> Framework:
         )
     if asked is not None and known(asked) is not FRAMEWORKS[found]:
         raise ValueError(
-            f"framework={asked!r}, but the model is a {type(model).__name__}, of framework={found!r}: leave framework "
-            "out, or give the model's name or folder"
+            f"framework={asked!r}, but the model is a {type(model).__name__}, of framework={found!r}: leave out "
+            "framework, or pass the model's name or folder"
         )
     return FRAMEWORKS[found]
 
 
 def chosen(asked: str | None, what: str = "a pipeline") -> Framework:
-    """The framework of that name, or the first that is installed; ImportError with what to install, as `what` needs
-    one."""
+    """The framework of that name, or the first installed one; ImportError with the pip command, on behalf of `what`."""
     if asked is None:
         found = next((framework for framework in FRAMEWORKS.values() if framework.missing() is None), None)
         if found is None:
@@ -74,7 +73,7 @@ def chosen(asked: str | None, what: str = "a pipeline") -> Framework:
 
 
 def known(name: Any) -> Framework:
-    """The framework of that name; ValueError if there is none."""
+    """The framework of that name; ValueError for an unknown one."""
     if name not in FRAMEWORKS:
         names = ", ".join(f"{key!r} ({framework.name})" for key, framework in FRAMEWORKS.items())
         raise ValueError(f"framework={name!r}: expected one of {names}, or None")

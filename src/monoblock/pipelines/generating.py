@@ -1,4 +1,4 @@
-"""What the generating pipelines share: the arguments of `generate`, its defaults here, and chats."""
+"""The base of pipelines that call `generate`: its arguments, their defaults, and conversations."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from monoblock.generation.resolve import UNSUPPORTED_ARGUMENTS
 from monoblock.pipelines.base import Pipeline
 
 FIELDS = GenerationConfig.FIELDS
-# Arguments of the call that are no fields, but for those that the pipeline makes; what is refused, `generate` refuses.
+# Arguments of `generate` that are not fields, without those that the pipeline sets; `generate` refuses the unsupported.
 CALL = (ARGUMENT_NAMES | UNSUPPORTED_ARGUMENTS.keys()) - {
     "inputs",
     "input_ids",
@@ -21,11 +21,11 @@ CALL = (ARGUMENT_NAMES | UNSUPPORTED_ARGUMENTS.keys()) - {
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
 
 
-class Generating(Pipeline):
+class GenerationPipeline(Pipeline):
     """A pipeline that calls `generate`.
 
-    What neither the user nor the model's generation_config.json says is taken from `generation_defaults`, sampling
-    settings only when sampling.
+    Options that are set neither by the user nor by the model's generation_config.json come from `generation_defaults`;
+    those of sampling only with `do_sample=True`.
     """
 
     heads = ("causal",)
@@ -34,7 +34,7 @@ class Generating(Pipeline):
 
     def merged(self, call: dict[str, Any]) -> dict[str, Any]:
         given = super().merged(call)
-        if call.get("generation_config") is not None:  # it replaces what the constructor said of generation
+        if call.get("generation_config") is not None:  # replaces the constructor's generation options
             given = {k: v for k, v in given.items() if k in call or k not in self.more}
         return given
 
@@ -48,44 +48,44 @@ class Generating(Pipeline):
         return options
 
     def generation(self, options: dict[str, Any], length: int = 0) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The keywords of `generate` for prompts of that length, and all that is set about generation, by whomever."""
+        """The keywords of `generate` for prompts of that length, and all generation options that any source sets."""
         given = {name: value for name, value in options.items() if name in self.more}
-        said: dict[str, Any] = {}
+        explicit: dict[str, Any] = {}
         for config in (self.model.generation_config, given.get("generation_config")):
             own = as_own_config(config)
-            said |= own.set_fields() if own is not None else {}
-        said |= given
+            explicit |= own.set_fields() if own is not None else {}
+        explicit |= given
         defaults = dict(self.generation_defaults)
         if self.tokenizer.pad_token_id is not None:
             defaults["pad_token_id"] = self.tokenizer.pad_token_id
-        missing = {name: value for name, value in defaults.items() if name not in said}
-        if "max_length" in said:
+        missing = {name: value for name, value in defaults.items() if name not in explicit}
+        if "max_length" in explicit:
             missing.pop("max_new_tokens", None)
         if "max_new_tokens" in missing and (room := self.model.room(length)) is not None:
             missing["max_new_tokens"] = max(1, min(missing["max_new_tokens"], room))
-        if not {**missing, **said}.get("do_sample"):
+        if not {**missing, **explicit}.get("do_sample"):
             missing = {name: value for name, value in missing.items() if name not in SAMPLING}
-        if said.get("stop_strings") or said.get("response_format") is not None:
+        if explicit.get("stop_strings") or explicit.get("response_format") is not None:
             given["tokenizer"] = self.tokenizer
-        return {**given, **missing}, {**said, **missing}
+        return {**given, **missing}, {**explicit, **missing}
 
 
 def is_chat(item: Any) -> bool:
-    """Whether it is one conversation: messages with a role and a content."""
+    """Whether `item` is one conversation: messages with a role and a content."""
     return isinstance(item, list | tuple) and bool(item) and is_message(item[0])
 
 
 def is_message(item: Any) -> bool:
-    """Whether it is a message of a conversation."""
+    """Whether `item` is a message of a conversation."""
     return isinstance(item, Mapping) and "role" in item
 
 
-def carries_on(chat: Any, wanted: bool | None) -> bool:
-    """Whether the model goes on with the last message: so by default where that is the assistant's."""
+def continues_last_message(chat: Any, wanted: bool | None) -> bool:
+    """Whether the model continues the last message; by default if it is the assistant's."""
     return chat[-1]["role"] == "assistant" if wanted is None else wanted
 
 
-def split(sequences: list[list[int]], rows: int) -> list[list[list[int]]]:
-    """The sequences of each row."""
+def by_row(sequences: list[list[int]], rows: int) -> list[list[list[int]]]:
+    """The sequences, grouped by row."""
     each = len(sequences) // rows
     return [sequences[i * each : (i + 1) * each] for i in range(rows)]

@@ -1,4 +1,4 @@
-"""The progress bar of many inputs."""
+"""The progress bar of pipelines."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from typing import Any
 
 
-def shown(answers: Iterator[Any], total: int | None, wanted: bool | None) -> Iterator[Any]:
-    """The same answers, with a bar on the terminal's error stream that goes when they end.
+def with_progress_bar(answers: Iterator[Any], total: int | None, wanted: bool | None) -> Iterator[Any]:
+    """The same iterator, with a progress bar on stderr that is removed at the end.
 
     `wanted`: None shows it on a terminal, for more than one input.
     """

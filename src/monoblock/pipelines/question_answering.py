@@ -1,4 +1,4 @@
-"""question-answering: the part of a text that answers a question."""
+"""question-answering: the span of a context that answers a question."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import numpy as np
 from monoblock.pipelines.arrays import softmax
 from monoblock.pipelines.base import Pipeline, PipelineInput, count_or_none, is_stream
 
-MAX_SEQ_LEN, DOC_STRIDE = 384, 128  # the hub's, where the model's length leaves room for them
+MAX_SEQ_LEN, DOC_STRIDE = 384, 128  # transformers' defaults, within the model's maximum length
 
 
 class Span(NamedTuple):
-    """Tokens `start` to `end`, both included, and how probable that answer is."""
+    """Tokens `start` to `end`, both included, and the probability of that answer."""
 
     start: int
     end: int
@@ -23,22 +23,22 @@ class Span(NamedTuple):
 
 class _Chunk(NamedTuple):
     context: str
-    encoding: Any  # of the tokenizer's backend
-    may: np.ndarray  # [tokens], True where an answer may begin and end
-    null: int | None  # the token that says that there is no answer
+    encoding: Any  # of the tokenizers library
+    is_context: np.ndarray  # [tokens], True for tokens of the context
+    null: int | None  # index of the token whose span stands for "no answer"
 
 
 class QuestionAnsweringPipeline(Pipeline):
-    """Finds answers in texts.
+    """Extracts answers from contexts.
 
-    Inputs: `question=` and `context=` (texts, or lists of which one may be a single text for all), or one or many of
-    `{"question": ..., "context": ...}`. Gives `{"score", "start", "end", "answer"}`, a list of the best with `top_k`
-    above 1; `start` and `end` count characters of the context.
+    Inputs: `question=` and `context=` (strings, or lists of which one may be a single string for all), or one or many
+    of `{"question": ..., "context": ...}`. Returns `{"score", "start", "end", "answer"}`, a list of the best with
+    `top_k` above 1; `start` and `end` are character offsets in the context.
 
-    Contexts that do not fit in `max_seq_len` tokens (default 384, or the model's length) are read in chunks that
-    overlap by `doc_stride` (default 128, at most half a chunk). `max_answer_len`: tokens of an answer at most.
-    `max_question_len`: tokens of a question at most; the rest of it is cut. `handle_impossible_answer`: "" is an answer
-    too. `align_to_words`: answers begin and end with words.
+    Contexts that do not fit in `max_seq_len` tokens (default 384, or the model's maximum) are split into chunks that
+    overlap by `doc_stride` tokens (default 128, at most half a chunk). `max_answer_len`: maximum of tokens of an
+    answer. `max_question_len`: maximum of tokens of a question; the rest is truncated. `handle_impossible_answer`:
+    allows the answer "". `align_to_words`: answers begin and end at word boundaries.
     """
 
     task = "question-answering"
@@ -62,11 +62,11 @@ class QuestionAnsweringPipeline(Pipeline):
             or len(inputs) > 1
         ):
             raise ValueError(
-                "give question= and context=, or one {'question': ..., 'context': ...}, or a list of those"
+                "pass question= and context=, or one {'question': ..., 'context': ...}, or a list of those"
             )
         asked = inputs[0] if inputs else _paired(question, context)
         if isinstance(asked, list | tuple) and len(asked) == 1:
-            asked = asked[0]  # as on the hub: a list of one gives no list
+            asked = asked[0]  # as in transformers: a list of one returns no list
         return super().__call__(asked, **options)
 
     def checked(self, options: dict[str, Any]) -> dict[str, Any]:
@@ -76,7 +76,7 @@ class QuestionAnsweringPipeline(Pipeline):
         limit = MAX_SEQ_LEN if self.limit is None else min(self.limit, MAX_SEQ_LEN)
         size = limit if options["max_seq_len"] is None else options["max_seq_len"]
         if (stride := options["doc_stride"]) is not None and stride > size:
-            raise ValueError(f"doc_stride={stride} is more than max_seq_len={size}: give a smaller one")
+            raise ValueError(f"doc_stride={stride} is more than max_seq_len={size}: use a smaller one")
         return options | {"max_seq_len": size}
 
     def items(self, inputs: Any, options: dict[str, Any]) -> Any:
@@ -84,7 +84,7 @@ class QuestionAnsweringPipeline(Pipeline):
         if isinstance(inputs, Mapping) and isinstance(inputs.get("question"), list):
             return _paired(inputs["question"], inputs.get("context"))
         if isinstance(inputs, str) or not (isinstance(inputs, list | Mapping) or is_stream(inputs)):
-            raise TypeError("an input is {'question': ..., 'context': ...}, or give question= and context=")
+            raise TypeError("an input is {'question': ..., 'context': ...}, or pass question= and context=")
         return inputs
 
     def rows(self, item: Any, options: dict[str, Any]) -> list[PipelineInput]:
@@ -108,12 +108,12 @@ class QuestionAnsweringPipeline(Pipeline):
         ]
 
     def _stride(self, asked: int, options: dict[str, Any]) -> int:
-        """By how many tokens chunks overlap, fewer than the tokens of the context that fit beside the question."""
+        """The overlap of chunks in tokens, less than the number of context tokens in a row."""
         size, stride = options["max_seq_len"], options["doc_stride"]
         room = size - asked - self.tokenizer.num_special_tokens_to_add(pair=True)
         if room < 1:
             raise ValueError(
-                f"a question of {asked} tokens leaves no room for the context in {size}: give a smaller "
+                f"a question of {asked} tokens leaves no room for the context in {size}: use a smaller "
                 "max_question_len or a greater max_seq_len"
             )
         if stride is None:
@@ -121,15 +121,15 @@ class QuestionAnsweringPipeline(Pipeline):
             return usual if usual < room else room // 2
         if stride >= room:
             raise ValueError(
-                f"doc_stride={stride} must be less than the {room} tokens of the context that fit beside the question"
+                f"doc_stride={stride} must be less than the {room} tokens of the context that fit next to the question"
             )
         return stride
 
     def _chunk(self, context: str, encoding: Any, sequence: int) -> _Chunk:
-        may = np.array([one == sequence for one in encoding.sequence_ids])
+        is_context = np.array([one == sequence for one in encoding.sequence_ids])
         cls = self.tokenizer.cls_token_id
         null = None if cls is None or cls not in encoding.ids else encoding.ids.index(cls)
-        return _Chunk(context, encoding, may, null)
+        return _Chunk(context, encoding, is_context, null)
 
     def forward(self, batch: dict[str, Any], options: dict[str, Any]) -> dict[str, np.ndarray]:
         del options
@@ -139,17 +139,17 @@ class QuestionAnsweringPipeline(Pipeline):
     def answer(self, rows: list[PipelineInput], options: dict[str, Any]) -> Any:
         answers: dict[str, dict[str, Any]] = {}
         words, k = options["align_to_words"], options["top_k"]
-        none = 1.0  # how probable it is that no chunk has an answer: the least of the chunks
+        none = 1.0  # the probability that no chunk has an answer: the minimum over chunks
         for row in rows:
             chunk: _Chunk = row.info
-            # Several spans can be the same words, so that more are needed than are asked for.
+            # Several token spans can align to the same words, so more than k are needed.
             found, null = spans(row.output, chunk, 2 * k + 10 if words else k, options["max_answer_len"])
             none = min(none, null)
             for span in found:
                 start, end = _characters(chunk.encoding, span, words)
-                said = chunk.context[start:end]
+                string = chunk.context[start:end]
                 known = answers.setdefault(
-                    said.lower(), {"score": 0.0, "start": start, "end": end, "answer": said}
+                    string.lower(), {"score": 0.0, "start": start, "end": end, "answer": string}
                 )
                 known["score"] += span.score
         ranked = list(answers.values())
@@ -162,18 +162,18 @@ class QuestionAnsweringPipeline(Pipeline):
 def spans(
     output: Mapping[str, np.ndarray], chunk: _Chunk, count: int, longest: int
 ) -> tuple[list[Span], float]:
-    """The most probable spans of a chunk, best first, and how probable it is that it has no answer.
+    """The most probable spans of a chunk, best first, and the probability that it has no answer.
 
-    Probabilities are over the tokens of the context and the one that says that there is no answer.
+    Probabilities are over the tokens of the context and the "no answer" token.
     """
-    open_to = chunk.may.copy()
+    allowed = chunk.is_context.copy()
     if chunk.null is not None:
-        open_to[chunk.null] = True
-    start, end = (softmax(np.where(open_to, output[name], -np.inf)) for name in ("start", "end"))
+        allowed[chunk.null] = True
+    start, end = (softmax(np.where(allowed, output[name], -np.inf)) for name in ("start", "end"))
     null = 0.0 if chunk.null is None else float(start[chunk.null] * end[chunk.null])
     joint = np.triu(np.outer(start, end))
     joint = joint - np.triu(joint, longest)
-    joint = np.where(np.outer(chunk.may, chunk.may), joint, -1.0)
+    joint = np.where(np.outer(chunk.is_context, chunk.is_context), joint, -1.0)
     flat = joint.ravel()
     best = np.argsort(-flat, kind="stable")[:count]
     width = len(start)
@@ -196,17 +196,17 @@ def _checked(item: Any) -> tuple[str, str]:
         raise TypeError(f"an input is {{'question': ..., 'context': ...}}; got {type(item).__name__}")
     for name in ("question", "context"):
         if not isinstance(item.get(name), str) or not item[name]:
-            raise ValueError(f"an input needs a {name!r}, a text that is not empty; got {item.get(name)!r}")
+            raise ValueError(f"an input needs a {name!r}, a string that is not empty; got {item.get(name)!r}")
     return item["question"], item["context"]
 
 
 def _paired(question: Any, context: Any) -> Any:
-    """Questions and contexts as inputs; a single text goes with each of a list."""
+    """Questions and contexts as inputs; a single string is paired with each element of a list."""
     if isinstance(question, str) and isinstance(context, str):
         return {"question": question, "context": context}
     sizes = {len(x) for x in (question, context) if not isinstance(x, str) and isinstance(x, Iterable)}  # pyright: ignore
     if len(sizes) != 1:
-        raise ValueError("question and context must be texts, or lists of the same length")
+        raise ValueError("question and context must be strings, or lists of the same length")
     [size] = sizes
     questions, contexts = ([x] * size if isinstance(x, str) else list(x) for x in (question, context))
     return [{"question": q, "context": c} for q, c in zip(questions, contexts, strict=True)]

@@ -1,4 +1,4 @@
-"""text-classification: the labels of a text, or of a pair of texts."""
+"""text-classification: the labels of texts or pairs of texts."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 from monoblock.pipelines.arrays import sigmoid, softmax
 from monoblock.pipelines.base import Pipeline, PipelineInput, count_or_none, one_of, text
 
-BEST = "best"  # top_k not given: the best label alone, without a list of its own
+BEST = "best"  # the default top_k: the best label alone, not in a list
 FUNCTIONS = {"softmax": softmax, "sigmoid": sigmoid, "none": lambda scores: scores}
 TOKENIZER = (
     "add_special_tokens",
@@ -23,12 +23,12 @@ TOKENIZER = (
 
 
 class TextClassificationPipeline(Pipeline):
-    """Labels texts.
+    """Classifies texts.
 
-    Inputs: a text, `{"text": ..., "text_pair": ...}`, or many. Gives `{"label", "score"}` of the best label; with
+    Inputs: a text, `{"text": ..., "text_pair": ...}`, or many. Returns `{"label", "score"}` of the best label; with
     `top_k` a list of the k best, with top_k=None of all. `function_to_apply`: "softmax", "sigmoid" or "none"; by
-    default what the config's problem type asks for. The tokenizer's arguments (`truncation`, `max_length`, ...) too.
-    A single text gives a list of one unless `top_k` is given, as on the hub.
+    default according to the config's problem type. Also takes the tokenizer's `truncation`, `max_length` and others.
+    A single text returns a list of one unless `top_k` is given, as in transformers.
     """
 
     task = "text-classification"
@@ -50,7 +50,7 @@ class TextClassificationPipeline(Pipeline):
 
     def rows(self, item: Any, options: dict[str, Any]) -> list[PipelineInput]:
         encode = {name: options[name] for name in TOKENIZER if name in options}
-        # The hub's old form of a pair: [["text", "pair"]] inside a list of inputs.
+        # The old form of a pair in transformers: [["text", "pair"]] inside a list of inputs.
         if isinstance(item, list) and len(item) == 1 and isinstance(item[0], list) and len(item[0]) == 2:
             item = dict(zip(("text", "text_pair"), item[0], strict=True))
         if isinstance(item, Mapping):
@@ -58,7 +58,7 @@ class TextClassificationPipeline(Pipeline):
                 raise ValueError(f"an input has the keys 'text' and 'text_pair'; got {sorted(unknown)[0]!r}")
             encoded = self.tokenizer(**item, **encode)
         elif isinstance(item, list):
-            raise TypeError("give pairs of texts as {'text': ..., 'text_pair': ...}, not as lists")
+            raise TypeError("pass pairs of texts as {'text': ..., 'text_pair': ...}, not as lists")
         else:
             encoded = self.tokenizer(text(item, self.task), **encode)
         return [PipelineInput(self.model_inputs(encoded))]

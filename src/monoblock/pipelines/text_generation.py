@@ -1,4 +1,4 @@
-"""text-generation: texts and conversations that the model continues."""
+"""text-generation: continuations of texts and conversations."""
 
 from __future__ import annotations
 
@@ -7,24 +7,30 @@ from itertools import chain
 from typing import Any, ClassVar
 
 from monoblock.pipelines.base import PipelineInput, is_stream, text
-from monoblock.pipelines.generating import Generating, carries_on, is_chat, is_message, split
+from monoblock.pipelines.generating import (
+    GenerationPipeline,
+    by_row,
+    continues_last_message,
+    is_chat,
+    is_message,
+)
 
 TOKENIZER = ("add_special_tokens", "padding", "truncation", "max_length")
 
 
-class TextGenerationPipeline(Generating):
+class TextGenerationPipeline(GenerationPipeline):
     """Continues texts and conversations.
 
-    Inputs: a text, a conversation (a list of `{"role", "content"}`), or many of either. Gives a list of
-    `{"generated_text": ...}`, one for each of `num_return_sequences`: the whole text, or with
-    `return_full_text=False` what is new; a conversation comes back with the model's message at its end.
-    `return_tensors=True`: `{"generated_token_ids": ids}` instead. Without other word from the user or the model's files
-    it samples at temperature 0.7, up to 256 new tokens.
+    Inputs: a text, a conversation (a list of `{"role", "content"}`), or many of either. Returns a list of
+    `{"generated_text": ...}`, one for each of `num_return_sequences`: the prompt with its continuation, or with
+    `return_full_text=False` the continuation alone; for a conversation, the messages with the model's at the end.
+    `return_tensors=True`: `{"generated_token_ids": ids}` instead. By default, unless the user or the model's files set
+    other options, it samples at temperature 0.7, at most 256 new tokens.
 
-    `prefix`: a text before every prompt that is not given back. `stop_sequence` (or `stop_strings`): texts that end a
-    reply. `handle_long_generation="hole"`: cut the prompt's beginning so that the new tokens fit. `tools`, `documents`,
-    `continue_final_message`: for the chat template. `max_length` also cuts the prompt, as on the hub;
-    `tokenizer_encode_kwargs` holds what is for the tokenizer alone. The rest is `generate`'s.
+    `prefix`: a text before every prompt that is not returned. `stop_sequence` (or `stop_strings`): strings that end the
+    generation. `handle_long_generation="hole"`: truncates the beginning of the prompt so that the new tokens fit.
+    `tools`, `documents`, `continue_final_message`: for the chat template. `max_length` also truncates the prompt, as in
+    transformers; `tokenizer_encode_kwargs` holds options of the tokenizer alone. Other options go to `generate`.
     """
 
     task = "text-generation"
@@ -53,14 +59,14 @@ class TextGenerationPipeline(Generating):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.tokenizer.padding_side = "left"  # new tokens follow the last of the prompt
+        self.tokenizer.padding_side = "left"  # new tokens directly follow the prompt
 
     def checked(self, options: dict[str, Any]) -> dict[str, Any]:
         given = [n for n in ("return_full_text", "return_text", "return_tensors") if options[n] is not None]
         if len(given) > 1:
-            raise ValueError(f"{given[0]} and {given[1]} exclude each other: give one")
+            raise ValueError(f"{given[0]} and {given[1]} exclude each other: pass one")
         if options["return_text"] is False:
-            raise ValueError("return_text=False says not what to return: give return_tensors=True for ids")
+            raise ValueError("return_text=False selects no output: pass return_tensors=True for ids")
         if options["handle_long_generation"] not in (None, "hole"):
             raise ValueError(
                 f"handle_long_generation={options['handle_long_generation']!r}: expected None or 'hole'"
@@ -69,27 +75,27 @@ class TextGenerationPipeline(Generating):
 
     def items(self, inputs: Any, options: dict[str, Any]) -> Any:
         if isinstance(inputs, Iterator):
-            # A generator of messages is one conversation; otherwise it is a stream of inputs.
+            # A generator of messages is one conversation, any other generator a stream of inputs.
             first = next(inputs, None)
             if first is None:
                 return []
-            return _One([first, *inputs]) if is_message(first) else chain([first], inputs)
+            return _Conversation([first, *inputs]) if is_message(first) else chain([first], inputs)
         if is_chat(inputs):
-            return _One(inputs)
+            return _Conversation(inputs)
         return inputs if is_stream(inputs) else super().items(inputs, options)
 
     def rows(self, item: Any, options: dict[str, Any]) -> list[PipelineInput]:
         encode = {name: options[name] for name in TOKENIZER if options.get(name) is not None}
         encode |= options["tokenizer_encode_kwargs"] or {}
-        if isinstance(item, _One):
+        if isinstance(item, _Conversation):
             item = item.chat
         if is_chat(item):
-            encode.pop("add_special_tokens", None)  # the template writes them
-            carry_on = carries_on(item, options["continue_final_message"])
+            encode.pop("add_special_tokens", None)  # the template adds them
+            continue_last = continues_last_message(item, options["continue_final_message"])
             encoded = self.tokenizer.apply_chat_template(
                 list(item),
-                add_generation_prompt=not carry_on,
-                continue_final_message=carry_on,
+                add_generation_prompt=not continue_last,
+                continue_final_message=continue_last,
                 tools=options["tools"],
                 documents=options["documents"],
                 **encode,
@@ -97,7 +103,7 @@ class TextGenerationPipeline(Generating):
         else:
             encoded = self.tokenizer(self._prefix(options) + text(item, self.task), **encode)
         inputs = self.model_inputs(encoded)
-        inputs.pop("token_type_ids", None)  # of which generation takes none
+        inputs.pop("token_type_ids", None)  # generate takes none
         if not inputs["input_ids"]:
             inputs = {"input_ids": [self._start()], "attention_mask": [1]}
         if options["handle_long_generation"] == "hole":
@@ -114,15 +120,13 @@ class TextGenerationPipeline(Generating):
         config = self.model.generation_config
         start = config.bos_token_id if config.bos_token_id is not None else self.tokenizer.bos_token_id
         if start is None:
-            raise ValueError(
-                "the prompt is empty and the model has no token that begins a text: give a prompt"
-            )
+            raise ValueError("the prompt is empty and the model has no bos token: pass a prompt")
         return start
 
     def _cut(self, inputs: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
-        said = self.generation(options)[1]
+        explicit = self.generation(options)[1]
         length = len(inputs["input_ids"])
-        new = said.get("max_new_tokens") or said["max_length"] - length
+        new = explicit.get("max_new_tokens") or explicit["max_length"] - length
         if self.limit is None or length + new <= self.limit:
             return inputs
         keep = self.limit - new
@@ -133,23 +137,23 @@ class TextGenerationPipeline(Generating):
         return {name: value[-keep:] for name, value in inputs.items()}
 
     def forward(self, batch: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
-        keywords, said = self.generation(options, len(batch["input_ids"][0]))
+        keywords, explicit = self.generation(options, len(batch["input_ids"][0]))
         if prefix := self._prefix(options):
             length = len(
                 self.tokenizer(prefix, add_special_tokens=bool(options["add_special_tokens"])).input_ids
             )
             for whole, new in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
-                if whole in said and new not in said:
-                    keywords[whole] = said[whole] + length
+                if whole in explicit and new not in explicit:
+                    keywords[whole] = explicit[whole] + length
         rows, width = len(batch["input_ids"]), len(batch["input_ids"][0])
         sequences = self.adapter.generate(batch, keywords)
-        return {"sequences": split(sequences, rows), "width": [width] * rows}
+        return {"sequences": by_row(sequences, rows), "width": [width] * rows}
 
     def answer(self, rows: list[PipelineInput], options: dict[str, Any]) -> Any:
         [row] = rows
-        return [self._record(row, ids, options) for ids in row.output["sequences"]]
+        return [self._result(row, ids, options) for ids in row.output["sequences"]]
 
-    def _record(self, row: PipelineInput, ids: list[int], options: dict[str, Any]) -> dict[str, Any]:
+    def _result(self, row: PipelineInput, ids: list[int], options: dict[str, Any]) -> dict[str, Any]:
         if options["return_tensors"]:
             return {"generated_token_ids": ids}
         new: Any = self.tokenizer.decode(
@@ -162,14 +166,14 @@ class TextGenerationPipeline(Generating):
             return {"generated_text": new}
         if isinstance(prompt, str):
             return {"generated_text": prompt + new}
-        if carries_on(prompt, options["continue_final_message"]):
+        if continues_last_message(prompt, options["continue_final_message"]):
             last = prompt[-1]
             return {"generated_text": [*prompt[:-1], {**last, "content": last["content"] + new}]}
         return {"generated_text": [*prompt, {"role": "assistant", "content": new}]}
 
 
-class _One:
-    """One conversation, which is a list but not many inputs."""
+class _Conversation:
+    """One conversation, to tell it from a list of inputs."""
 
     def __init__(self, chat: Any) -> None:
         self.chat = chat

@@ -1,4 +1,4 @@
-"""token-classification: labels of tokens, and the entities that they make."""
+"""token-classification: labels of tokens, and the entities that they form."""
 
 from __future__ import annotations
 
@@ -10,12 +10,19 @@ import numpy as np
 
 from monoblock.pipelines.arrays import softmax
 from monoblock.pipelines.base import Pipeline, PipelineInput, one_of, text
-from monoblock.pipelines.entities import BY_WORD, STRATEGIES, TokenGroup, by_word, groups, without_overlaps
+from monoblock.pipelines.entities import (
+    BY_WORD,
+    STRATEGIES,
+    TokenGroup,
+    merge_entities,
+    merge_words,
+    without_overlaps,
+)
 
 
 @dataclass(frozen=True)
 class _Chunk:
-    """The part of a text that is in one row: what each token is, and where."""
+    """The chunk of a text in one row: its tokens, special-token mask and character offsets."""
 
     sentence: str
     tokens: list[str]
@@ -26,11 +33,11 @@ class _Chunk:
 class TokenClassificationPipeline(Pipeline):
     """Labels the tokens of texts.
 
-    `aggregation_strategy`: "none" gives each token, `{"entity", "score", "index", "word", "start", "end"}`; the others
-    give entities, `{"entity_group", "score", "word", "start", "end"}`: "simple" joins neighbours of one tag; "first",
-    "average" and "max" give all tokens of a word one label before. `start` and `end` count characters of the text.
-    Texts are cut at the model's length; with `stride` (tokens) they are read in chunks that overlap by so many
-    instead. `ignore_labels` are left out. `is_split_into_words`: the texts are lists of words, joined by `delimiter`.
+    `aggregation_strategy`: "none" returns each token, `{"entity", "score", "index", "word", "start", "end"}`; the
+    others return entities, `{"entity_group", "score", "word", "start", "end"}`: "simple" merges adjacent tokens of one
+    tag; "first", "average" and "max" first give all tokens of a word one label. `start` and `end`: character offsets.
+    Texts are truncated to the model's maximum length; with `stride` (tokens) they are split into chunks that overlap by
+    it instead. `ignore_labels` are left out. `is_split_into_words`: inputs are lists of words, joined by `delimiter`.
     """
 
     task = "token-classification"
@@ -50,18 +57,20 @@ class TokenClassificationPipeline(Pipeline):
         if (stride := options["stride"]) is not None:
             if strategy == "none":
                 raise ValueError(
-                    "stride reads a text in chunks, whose entities are put together: choose an aggregation_strategy "
+                    "stride splits a text into chunks, whose entities are merged: choose an aggregation_strategy "
                     "other than 'none'"
                 )
             if self.limit is None:
                 raise ValueError(
-                    "stride needs the length of a chunk, and the files give none: set tokenizer.model_max_length"
+                    "stride needs the length of a chunk, which the files lack: set tokenizer.model_max_length"
                 )
             if not isinstance(stride, int) or not 0 <= stride < self.limit:
-                raise ValueError(f"stride={stride!r}: expected tokens, fewer than the model's {self.limit}")
+                raise ValueError(
+                    f"stride={stride!r}: expected an integer, less than the model's maximum {self.limit}"
+                )
             if options["offset_mapping"] is not None:
                 raise ValueError(
-                    "offset_mapping is of whole texts, and stride reads them in chunks: give one of both"
+                    "offset_mapping applies to whole texts, and stride splits them into chunks: pass one of both"
                 )
         if options["ignore_labels"] is None:
             options = options | {"ignore_labels": ("O",)}
@@ -79,7 +88,7 @@ class TokenClassificationPipeline(Pipeline):
         mappings = [mappings] if mappings and isinstance(mappings[0], tuple) else mappings
         if len(mappings) != len(many):
             raise ValueError(
-                f"offset_mapping has {len(mappings)} lists for {len(many)} texts: give one for each"
+                f"offset_mapping has {len(mappings)} lists for {len(many)} texts: pass one for each"
             )
         options["offset_mapping"] = iter(mappings)
         return inputs
@@ -118,7 +127,7 @@ class TokenClassificationPipeline(Pipeline):
                 offsets = [(a + by, b + by) for (a, b), by in zip(offsets, shifts, strict=True)]
             if len(offsets) < len(row["input_ids"]):
                 raise ValueError(
-                    f"offset_mapping has {len(offsets)} places for {len(row['input_ids'])} tokens: give one for each"
+                    f"offset_mapping has {len(offsets)} spans for {len(row['input_ids'])} tokens: pass one for each"
                 )
             chunk = _Chunk(sentence, encoded.tokens(i), row["special_tokens_mask"], offsets)
             found.append(PipelineInput(self.model_inputs(row), chunk))
@@ -132,43 +141,43 @@ class TokenClassificationPipeline(Pipeline):
         strategy, labels = options["aggregation_strategy"], self.model.config.id2label
         entities: list[dict[str, Any]] = []
         for row in rows:
-            pieces = self._pieces(row)
+            groups = self._token_groups(row)
             if strategy == "none":
-                found = [_single(piece, labels) for piece in pieces]
+                found = [_single(group, labels) for group in groups]
             else:
                 words = strategy in BY_WORD
-                pieces = by_word(pieces, strategy) if words else pieces
-                found = groups(pieces, labels, self.tokenizer.convert_tokens_to_string, words)
+                groups = merge_words(groups, strategy) if words else groups
+                found = merge_entities(groups, labels, self.tokenizer.convert_tokens_to_string, words)
             ignored = set(options["ignore_labels"])
             entities += [e for e in found if e.get("entity", e.get("entity_group")) not in ignored]
         return without_overlaps(entities) if len(rows) > 1 else entities
 
-    def _pieces(self, row: PipelineInput) -> list[TokenGroup]:
+    def _token_groups(self, row: PipelineInput) -> list[TokenGroup]:
         chunk: _Chunk = row.info
         scores = softmax(row.output["logits"])
         prefix = getattr(self.tokenizer.backend_tokenizer.model, "continuing_subword_prefix", None)
-        pieces: list[TokenGroup] = []
+        groups: list[TokenGroup] = []
         for i, token in enumerate(chunk.tokens):
             if chunk.special[i]:
                 continue
-            start, end = (int(place) for place in chunk.offsets[i])
-            written = chunk.sentence[start:end]
+            start, end = (int(offset) for offset in chunk.offsets[i])
+            surface = chunk.sentence[start:end]
             if prefix:
-                continues = len(token) != len(written)
-            else:  # the vocabulary knows no words: what no space divides is one
+                continues = len(token) != len(surface)
+            else:  # the vocabulary does not mark words: text without a space is one word
                 continues = start > 0 and " " not in chunk.sentence[start - 1 : start + 1]
             if row.inputs["input_ids"][i] == self.tokenizer.unk_token_id:
-                token, continues = written, False
-            pieces.append(TokenGroup(scores[i], [token], start, end, i, continues))
-        return pieces
+                token, continues = surface, False
+            groups.append(TokenGroup(scores[i], [token], start, end, i, continues))
+        return groups
 
 
-def _single(piece: TokenGroup, labels: Mapping[int, str]) -> dict[str, Any]:
+def _single(group: TokenGroup, labels: Mapping[int, str]) -> dict[str, Any]:
     return {
-        "entity": labels[piece.best],
-        "score": float(piece.scores[piece.best]),
-        "index": piece.index,
-        "word": piece.tokens[0],
-        "start": piece.start,
-        "end": piece.end,
+        "entity": labels[group.best],
+        "score": float(group.scores[group.best]),
+        "index": group.index,
+        "word": group.tokens[0],
+        "start": group.start,
+        "end": group.end,
     }

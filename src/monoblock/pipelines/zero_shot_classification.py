@@ -1,4 +1,4 @@
-"""zero-shot-classification: labels chosen at the call, judged by a model of natural-language inference."""
+"""zero-shot-classification: labels chosen per call, scored by a natural-language-inference model."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ log = logging.getLogger("monoblock")
 
 
 class ZeroShotClassificationPipeline(Pipeline):
-    """Gives `{"sequence", "labels", "scores"}`, the labels from best to worst.
+    """Returns `{"sequence", "labels", "scores"}`, the labels from best to worst.
 
-    `candidate_labels`: a list, or one string with commas. `hypothesis_template`: a text with {} for the label; the
-    model judges whether the text entails it. `multi_label=True`: each label for itself, entailment against
-    contradiction; otherwise the scores add up to 1. Texts too long for the model are cut, hypotheses are not.
+    `candidate_labels`: a list, or one string with commas. `hypothesis_template`: a string with {} for the label; the
+    model scores whether the text entails it. `multi_label=True`: softmax over entailment and contradiction for each
+    label; otherwise over the labels. Texts that are too long for the model are truncated, hypotheses are not.
     """
 
     task = "zero-shot-classification"
@@ -33,17 +33,17 @@ class ZeroShotClassificationPipeline(Pipeline):
         super().__init__(*args, **kwargs)
         if self.entailment_id == -1:
             log.warning(
-                "the config's label2id has no label that starts with 'entail': the last label is taken for entailment"
+                "the config's label2id has no label that starts with 'entail': the last label is used as entailment"
             )
 
     @property
     def entailment_id(self) -> int:
-        """The label that says that the hypothesis follows; -1 if the config names none."""
+        """The index of the entailment label; -1 if the config has none."""
         labels: dict[str, int] = self.model.config.label2id
         return next((id for label, id in labels.items() if label.lower().startswith("entail")), -1)
 
     def __call__(self, sequences: Any, candidate_labels: Any = None, **options: Any) -> Any:
-        """How well each of the labels fits each of the texts."""
+        """The scores of the candidate labels for each text."""
         if candidate_labels is not None:
             options["candidate_labels"] = candidate_labels
         return super().__call__(sequences, **options)
@@ -56,7 +56,7 @@ class ZeroShotClassificationPipeline(Pipeline):
             raise ValueError("candidate_labels must name at least one label")
         template = options["hypothesis_template"]
         if template.format(labels[0]) == template:
-            raise ValueError(f"hypothesis_template={template!r} has no {{}} where the label goes")
+            raise ValueError(f"hypothesis_template={template!r} has no {{}} for the label")
         return options | {"candidate_labels": list(labels)}
 
     def rows(self, item: Any, options: dict[str, Any]) -> list[PipelineInput]:

@@ -1,4 +1,4 @@
-"""Images and prompts for Fuyu. Names are loaded when first asked for; Pillow only when an image needs it."""
+"""Image and prompt processing for Fuyu. Modules are imported lazily; Pillow only when an image needs it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The arguments of a call of `FuyuProcessor`, sorted and checked."""
+"""Sorts and checks the arguments of `FuyuProcessor.__call__`."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import Any, cast
 
 from monoblock.processing import pixels
 from monoblock.processing.options import SETTINGS, refuse
-from monoblock.processing.patching import whole
+from monoblock.processing.patching import round_up
 
-# Arguments that a tokenizer honours and a batch with images cannot: the values that ask for nothing.
+# Tokenizer arguments that are not supported with images, and their values without effect.
 _TEXT_ONLY: dict[str, tuple[Any, ...]] = {
     "truncation": (None, False, "do_not_truncate"),
     "stride": (0,),
@@ -20,11 +20,15 @@ _TEXT_ONLY: dict[str, tuple[Any, ...]] = {
     "return_length": (False,),
 }
 _IMAGE_ARGUMENTS = (*SETTINGS, "input_data_format")
-_GROUPS = ("text_kwargs", "images_kwargs", "common_kwargs")  # of newer processors: the same arguments, sorted
+_GROUPS = (
+    "text_kwargs",
+    "images_kwargs",
+    "common_kwargs",
+)  # of newer processors: the same arguments, grouped
 
 
-def sorted_in(arguments: dict[str, Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of images among a call's further keywords; those of texts go into `arguments`."""
+def split_arguments(arguments: dict[str, Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The image options among a call's further keywords; text options are stored in `arguments`."""
     settings: dict[str, Any] = {}
     flat = {name: value for name, value in kwargs.items() if name not in _GROUPS}
     for group in (flat, *(kwargs.get(name) or {} for name in _GROUPS)):
@@ -35,7 +39,7 @@ def sorted_in(arguments: dict[str, Any], kwargs: Mapping[str, Any]) -> dict[str,
                 settings[name] = value
     if unknown := [name for name in settings if name not in _IMAGE_ARGUMENTS]:
         raise TypeError(
-            f"FuyuProcessor has no argument {unknown[0]!r}; for images it has: {', '.join(_IMAGE_ARGUMENTS)}"
+            f"FuyuProcessor has no argument {unknown[0]!r}; its image options are: {', '.join(_IMAGE_ARGUMENTS)}"
         )
     return settings
 
@@ -44,11 +48,11 @@ def refuse_text_only(arguments: Mapping[str, Any]) -> None:
     for name, harmless in _TEXT_ONLY.items():
         if arguments[name] not in harmless:
             raise ValueError(
-                f"{name}={arguments[name]!r} is for texts alone, and cannot be honoured with images"
+                f"{name}={arguments[name]!r} applies to text alone, and is not supported with images"
             )
 
 
-def is_picture(value: Any) -> bool:
+def is_image_input(value: Any) -> bool:
     """Whether a value is an image, or a list that begins with one; a path counts as text."""
     while isinstance(value, list | tuple):
         items = cast("Sequence[Any]", value)
@@ -68,17 +72,17 @@ def pairs(text: Any, images: Any) -> list[tuple[str, Any]]:
         )
     if len(texts) != len(samples):
         raise ValueError(
-            f"there are {len(texts)} texts and {len(samples)} images: give one image per text, None for a text without"
+            f"there are {len(texts)} texts and {len(samples)} images: pass one image per text, None for a text without"
         )
     if crowded := [number for number, sample in enumerate(samples) if len(sample) > 1]:
         raise ValueError(
-            f"sample {crowded[0]} has {len(samples[crowded[0]])} images: Fuyu reads one image per text"
+            f"sample {crowded[0]} has {len(samples[crowded[0]])} images: Fuyu takes one image per text"
         )
     return [(one, sample[0] if sample else None) for one, sample in zip(texts, samples, strict=True)]
 
 
 def padded_length(longest: int, arguments: Mapping[str, Any]) -> int:
-    """The length of a batch with images: of its longest row, or more where padding says so."""
+    """The length of a batch with images: that of its longest row, or more as padding requires."""
     padding = getattr(arguments["padding"], "value", arguments["padding"])
     maximum, multiple = arguments["max_length"], arguments["pad_to_multiple_of"] or 1
     if padding not in (False, True, "longest", "do_not_pad", "max_length"):
@@ -87,7 +91,7 @@ def padded_length(longest: int, arguments: Mapping[str, Any]) -> int:
         )
     if (padding == "max_length") != (maximum is not None):
         raise ValueError(
-            f"padding={padding!r} with max_length={maximum}: with images nothing is cut, so max_length goes with "
+            f"padding={padding!r} with max_length={maximum}: with images nothing is truncated, so max_length goes with "
             "padding='max_length' and only with it"
         )
-    return whole(max(longest, maximum or 0), multiple)
+    return round_up(max(longest, maximum or 0), multiple)

@@ -1,4 +1,4 @@
-"""`AutoProcessor`: the class that a model's files ask for."""
+"""`AutoProcessor`: chooses the processor class of a model's files."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from monoblock.processing.processor import FuyuProcessor
 
 
 class AutoProcessor:
-    """Chooses what turns a user's inputs into a model's: a processor, or the tokenizer of a model of text alone."""
+    """Loads a model's processor, or its tokenizer if the model takes text alone."""
 
     def __init__(self) -> None:
         raise OSError("AutoProcessor has no constructor: call AutoProcessor.from_pretrained(name)")
@@ -20,8 +20,8 @@ class AutoProcessor:
     def from_pretrained(pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Any:
         """The processor of a folder or of a model on the hub; keywords as in the class's own `from_pretrained`.
 
-        By `processor_class` in the files, then by the `model_type` of `config.json`. ValueError for a processor that
-        is not known.
+        The class is that of `processor_class` in the files, else that of the `model_type` of `config.json`. ValueError
+        for an unknown processor.
         """
         from monoblock.tokenization import AutoTokenizer
 

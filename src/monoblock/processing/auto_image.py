@@ -1,4 +1,4 @@
-"""`AutoImageProcessor`: the image processor class that a model's files ask for."""
+"""`AutoImageProcessor`: chooses the image processor class of a model's files."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from monoblock.field_types import brief
 from monoblock.processing.files import pop_options, read_image_config
 from monoblock.processing.image import FuyuImageProcessor
 
-# What files say: model types with a processor, and the names of image processors and processors.
+# Names in the files: model types with a processor, processors, and image processors.
 MODEL_TYPES = ("fuyu",)
 PROCESSORS = ("FuyuProcessor",)
 _IMAGE_NAMES = ("FuyuImageProcessor", "FuyuImageProcessorFast", "FuyuImageProcessorPil")
@@ -26,7 +26,7 @@ class AutoImageProcessor:
     def from_pretrained(pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Any:
         """The image processor of a folder, a model on the hub or a JSON file; keywords as in the class's own."""
         path, settings, rest = read_image_config(pretrained_model_name_or_path, kwargs)
-        # Fuyu's first files name no type, only the processor that the image processor belongs to.
+        # Fuyu's first files have no type, only the processor that the image processor belongs to.
         named = settings.get("image_processor_type") or settings.get("feature_extractor_type")
         if named is None and settings.get("processor_class") in PROCESSORS:
             named = _IMAGE_NAMES[0]

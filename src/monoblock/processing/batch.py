@@ -1,4 +1,4 @@
-"""What Fuyu's processors return: arrays of one framework, some of them in lists."""
+"""The output of Fuyu's processors: arrays of one framework, some of them in lists."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from monoblock.tokenization.tensors import CONVERTERS, converter
 class FuyuBatchEncoding(BatchEncoding):
     """`input_ids`, `attention_mask`, `image_patches`, ... by key or as attributes.
 
-    `image_patches` is a list of arrays, one per sample, because images of different sizes have different numbers
-    of patches; `convert_to_tensors` and `to` reach into such lists.
+    `image_patches` is a list of arrays, one per sample, because images of different sizes have different numbers of
+    patches; `convert_to_tensors` and `to` convert the arrays in such lists.
     """
 
     def convert_to_tensors(self, tensor_type: Any = None, prepend_batch_axis: bool = False) -> Self:
@@ -30,11 +30,11 @@ class FuyuBatchEncoding(BatchEncoding):
         return self
 
     def to(self, device: Any = None, dtype: Any = None, *, non_blocking: bool = False) -> Self:
-        """Move the PyTorch tensors to a device and cast the floating ones, in place; lists are reached into.
+        """Move the PyTorch tensors to a device and cast the floating-point ones, in place, also those in lists.
 
         Args:
-            device: "cpu", "cuda:0", an index or a `torch.device`; None leaves the tensors where they are.
-            dtype: a `torch.dtype`, for patches only: ids, indices and masks keep their type. `to(dtype)` works too.
+            device: "cpu", "cuda:0", an index or a `torch.device`; None leaves the tensors on their device.
+            dtype: a `torch.dtype`, for patches only: ids, indices and masks keep their dtype. `to(dtype)` works too.
         """
         if _is_dtype(device):
             device, dtype = (None if dtype is None else dtype), device
@@ -54,17 +54,17 @@ class FuyuBatchEncoding(BatchEncoding):
         self.data = {key: _mapped(value, move) for key, value in self.data.items()}
         if not moved:
             raise ValueError(
-                'to() moves PyTorch tensors, and there are none here: call the processor with return_tensors="pt"'
+                'to() moves PyTorch tensors, and there are none: call the processor with return_tensors="pt"'
             )
         return self
 
 
 def array_converter(tensor_type: Any) -> Callable[[Any], Any]:
-    """NumPy arrays to arrays of a framework, without the way over lists that numbers of a tokenizer take.
+    """A function from NumPy arrays to arrays of a framework, without the conversion to lists of the tokenizers.
 
-    ValueError for a name that is no framework's, ImportError with the pip line for a framework that is missing.
+    ValueError for an unknown framework, ImportError with the pip command for a missing one.
     """
-    converter(tensor_type)  # has the words for both errors
+    converter(tensor_type)  # raises both errors
     row = CONVERTERS[str(getattr(tensor_type, "value", tensor_type))]
     module = importlib.import_module(row.module)
 
@@ -79,7 +79,7 @@ def stacked(value: Any) -> Any:
     if not isinstance(value, list | tuple):
         return np.asarray(value, np.float32 if isinstance(value, float) else None)
     items = [stacked(item) for item in cast("Sequence[Any]", value)]
-    shapes = {getattr(item, "shape", None) for item in items}  # None: a list of arrays that differ
+    shapes = {getattr(item, "shape", None) for item in items}  # None: a list of arrays of different shapes
     return np.stack(items) if len(shapes) == 1 and None not in shapes else items
 
 

@@ -1,7 +1,7 @@
-"""Boxes and points: from prompts to the tokens that Fuyu knows, and from its tokens to text.
+"""Boxes and points: from prompts to Fuyu's tokens, and from its tokens to text.
 
-In a prompt they are `<box>y1, x1, y2, x2</box>` and `<point>x, y</point>`, in pixels of the original image. The model
-sees four or two number tokens between an opening and a closing token: pixels of the resized image, halved.
+In a prompt they are `<box>y1, x1, y2, x2</box>` and `<point>x, y</point>`, in pixels of the original image. The model's
+tokens are four or two numbers between an opening and a closing token, in pixels of the resized image, halved.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from dataclasses import dataclass
 Scale = tuple[float, float]  # resized / original: (height, width)
 
 _AXES = {"y": 0, "x": 1}
-_SHOWN = 40  # characters of a prompt that an error shows
+_SHOWN = 40  # characters of a prompt in an error message
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A box or a point: its name in prompts, which axis each number is on, and its tokens in the vocabulary."""
+    """A box or a point: its name in prompts, the axis of each number, and its tokens in the vocabulary."""
 
     name: str
     axes: str
@@ -28,14 +28,14 @@ class Kind:
 
     @property
     def form(self) -> str:
-        """How to write one."""
+        """The syntax in a prompt."""
         names = {"yxyx": "y1, x1, y2, x2", "xy": "x, y"}[self.axes]
         return f"<{self.name}>{names}</{self.name}>"
 
 
 KINDS = (Kind("box", "yxyx", "<0x00>", "<0x01>"), Kind("point", "xy", "<0x02>", "<0x03>"))
 
-# Every spelling of a tag -> (kind, whether it opens). The tokens' own names are spellings too.
+# Every spelling of a tag -> (kind, whether it opens). The names of the tokens are spellings as well.
 _TAGS = {
     spelling: (kind, opens)
     for kind in KINDS
@@ -50,28 +50,28 @@ _NUMBER = re.compile(r"\s*[+-]?(\d+(\.\d*)?|\.\d+)\s*")
 
 
 @dataclass(frozen=True)
-class Place:
-    """A box or a point in a prompt: its numbers in pixels of the original image, and the character it begins at."""
+class CoordinateTag:
+    """A box or a point in a prompt: its numbers in pixels of the original image, and its character offset."""
 
     kind: Kind
     values: tuple[float, ...]
     start: int
 
     def model_values(self, scale: Scale) -> tuple[int, ...]:
-        """The numbers as the model has them: of the resized image, halved and rounded."""
+        """The model's numbers: in pixels of the resized image, halved and rounded."""
         pairs = zip(self.values, self.kind.axes, strict=True)
         return tuple(round(value / 2 * scale[_AXES[axis]]) for value, axis in pairs)
 
 
 def has_tag(prompt: str) -> bool:
-    """Whether there is any tag of a box or a point in it, also a wrong one."""
+    """Whether the prompt contains any tag of a box or a point, even a misplaced one."""
     return _TAG.search(prompt) is not None
 
 
-def split(prompt: str) -> list[str | Place]:
-    """The texts, boxes and points of a prompt, in order; ValueError shows where one is malformed."""
+def split(prompt: str) -> list[str | CoordinateTag]:
+    """The texts, boxes and points of a prompt, in order; ValueError shows a malformed one."""
     tags = list(_TAG.finditer(prompt))
-    parts: list[str | Place] = []
+    segments: list[str | CoordinateTag] = []
     end = 0
     for index in range(0, len(tags), 2):
         opening = tags[index]
@@ -83,23 +83,23 @@ def split(prompt: str) -> list[str | Place]:
         closing = tags[index + 1]
         if _TAGS[closing[0]] != (kind, False):
             raise _error(prompt, opening.start(), f"opens a {kind.name}, but {closing[0]} comes next", kind)
-        parts.append(prompt[end : opening.start()])
+        segments.append(prompt[end : opening.start()])
         inside = prompt[opening.end() : closing.start()]
-        parts.append(Place(kind, _numbers(prompt, opening.start(), inside, kind), opening.start()))
+        segments.append(CoordinateTag(kind, _numbers(prompt, opening.start(), inside, kind), opening.start()))
         end = closing.end()
-    return [part for part in (*parts, prompt[end:]) if part != ""]
+    return [segment for segment in (*segments, prompt[end:]) if segment != ""]
 
 
 def _numbers(prompt: str, start: int, inside: str, kind: Kind) -> tuple[float, ...]:
-    pieces = inside.split(",")
-    if len(pieces) != len(kind.axes):
-        raise _error(prompt, start, f"has {len(pieces)} numbers, not {len(kind.axes)}", kind)
-    for piece in pieces:
-        if not _NUMBER.fullmatch(piece):
-            raise _error(prompt, start, f"holds {piece.strip()!r}, which is not a number", kind)
-        if float(piece) < 0:
-            raise _error(prompt, start, f"holds {piece.strip()}, which is outside the image", kind)
-    return tuple(map(float, pieces))
+    fields = inside.split(",")
+    if len(fields) != len(kind.axes):
+        raise _error(prompt, start, f"has {len(fields)} numbers, not {len(kind.axes)}", kind)
+    for field in fields:
+        if not _NUMBER.fullmatch(field):
+            raise _error(prompt, start, f"holds {field.strip()!r}, which is not a number", kind)
+        if float(field) < 0:
+            raise _error(prompt, start, f"holds {field.strip()}, which is outside the image", kind)
+    return tuple(map(float, fields))
 
 
 def _error(prompt: str, start: int, what: str, kind: Kind) -> ValueError:
@@ -109,18 +109,18 @@ def _error(prompt: str, start: int, what: str, kind: Kind) -> ValueError:
 
 @dataclass(frozen=True)
 class CoordinateTokens:
-    """The ids of the tags in one vocabulary, and what it takes to read and write around them."""
+    """The ids of the tags in a vocabulary, with its id -> token and text -> ids functions."""
 
     ids: dict[int, tuple[Kind, bool]]
     token: Callable[[int], str]  # the token of an id
-    encode: Callable[[str], list[int]]  # the ids of a text in the middle of a sequence
+    encode: Callable[[str], list[int]]  # the ids of a text inside a sequence, without special tokens
 
     def to_text(self, ids: Sequence[int], scale: Scale, row: int) -> list[int]:
-        """Ids with every box and point of the model written out as text, in pixels of the original image.
+        """Ids with every box and point written as text, in pixels of the original image.
 
-        ValueError with the row and the token where one is malformed.
+        ValueError with the row and the token for a malformed one.
         """
-        tags = [place for place, index in enumerate(ids) if index in self.ids]
+        tags = [position for position, token_id in enumerate(ids) if token_id in self.ids]
         if len(tags) % 2 == 1:
             tags.append(-1)
         out: list[int] = []
@@ -128,7 +128,7 @@ class CoordinateTokens:
         for start, close in zip(tags[::2], tags[1::2], strict=True):
             kind = self._check(ids, start, close, row)
             out += ids[end:start]
-            values = [self._value(ids[place], row, place, kind) for place in range(start + 1, close)]
+            values = [self._value(ids[position], row, position, kind) for position in range(start + 1, close)]
             pixels = [round(2 * v / scale[_AXES[axis]]) for v, axis in zip(values, kind.axes, strict=True)]
             out += self.encode(f"<{kind.name}>{', '.join(map(str, pixels))}</{kind.name}>")
             end = close + 1
@@ -150,12 +150,12 @@ class CoordinateTokens:
             )
         return kind
 
-    def _value(self, index: int, row: int, place: int, kind: Kind) -> float:
-        token = self.token(index).strip(" \u2581")  # a word that starts with a space begins with U+2581
+    def _value(self, token_id: int, row: int, position: int, kind: Kind) -> float:
+        token = self.token(token_id).strip(" \u2581")  # U+2581 marks a word after a space
         if _NUMBER.fullmatch(token) and math.isfinite(float(token)):
             return float(token)
-        raise _row_error(row, place, f"a {kind.name} holds {token!r}, which is not a number")
+        raise _row_error(row, position, f"a {kind.name} holds {token!r}, which is not a number")
 
 
-def _row_error(row: int, place: int, what: str) -> ValueError:
-    return ValueError(f"output {row}, token {place}: {what}")
+def _row_error(row: int, position: int, what: str) -> ValueError:
+    return ValueError(f"output {row}, token {position}: {what}")

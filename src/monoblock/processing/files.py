@@ -1,4 +1,4 @@
-"""The files of processors: read from a folder or the hub, written whole or not at all."""
+"""The files of processors: read from a folder or the hub, written atomically."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from monoblock.errors import HubError
 IMAGE_FILE = "preprocessor_config.json"
 PROCESSOR_FILE = "processor_config.json"  # newer; may hold the image processor's settings as well
 
-# Arguments of the hub's that have no effect here.
+# Arguments of transformers that have no effect here.
 _NO_EFFECT = ("use_fast", "backend", "code_revision", "_from_auto", "_commit_hash")
 
 
 def pop_options(kwargs: dict[str, Any]) -> HubOptions:
-    """The hub's options out of `kwargs`, which is changed, and away with what has no effect."""
+    """Pop the download options from `kwargs`, in place, and drop the arguments without effect."""
     for name in _NO_EFFECT:
         kwargs.pop(name, None)
     return HubOptions.pop(kwargs)
@@ -28,9 +28,9 @@ def pop_options(kwargs: dict[str, Any]) -> HubOptions:
 def read_image_config(
     name: str | Path, kwargs: Mapping[str, Any], options: HubOptions | None = None
 ) -> tuple[Path, dict[str, Any], dict[str, Any]]:
-    """The file with the image processor's settings in a folder or on the hub, the settings, and the other keywords.
+    """The path of the image processor's config in a folder or on the hub, its settings, and the remaining keywords.
 
-    `HubError` where neither `preprocessor_config.json` nor `processor_config.json` holds any.
+    `HubError` if neither `preprocessor_config.json` nor `processor_config.json` has any.
     """
     rest = dict(kwargs)
     options = pop_options(rest) if options is None else options
@@ -38,7 +38,7 @@ def read_image_config(
         return Path(name), read_json(Path(name)), rest
     path = find_file(name, PROCESSOR_FILE, options, required=False)
     nested = None if path is None else read_json(path).get("image_processor")
-    # Newer than a preprocessor_config.json beside it, as the hub's libraries read it.
+    # Takes precedence over a preprocessor_config.json, as in transformers.
     if path is not None and isinstance(nested, dict):
         return path, cast("dict[str, Any]", nested), rest
     path = find_file(name, IMAGE_FILE, options, required=False)
@@ -50,13 +50,13 @@ def read_image_config(
 
 
 def read_processor_config(name: str | Path, options: HubOptions) -> dict[str, Any]:
-    """The content of `processor_config.json`, {} without one."""
+    """The content of `processor_config.json`; {} if it is missing."""
     path = find_file(name, PROCESSOR_FILE, options, required=False)
     return {} if path is None else read_json(path)
 
 
 def image_files(folder: str | Path, settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """What to write into a folder for an image processor: file name -> content."""
+    """The files of an image processor in a folder: name -> content."""
     files = {IMAGE_FILE: settings}
     other = Path(folder) / PROCESSOR_FILE
     if other.is_file() and "image_processor" in (content := read_json(other)):

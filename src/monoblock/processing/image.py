@@ -1,4 +1,4 @@
-"""Fuyu's image processor: the hub's names and numbers on NumPy and Pillow."""
+"""Fuyu's image processor on NumPy and Pillow, with transformers' names and defaults."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from monoblock.processing import pixels
 from monoblock.processing.batch import FuyuBatchEncoding, stacked
 from monoblock.processing.files import image_files, read_image_config, write_json
 from monoblock.processing.options import SETTINGS, ImageOptions, height_width, layout, refuse
-from monoblock.processing.patching import OUTPUTS, grid, like, to_numpy, tokenizer_info, whole
+from monoblock.processing.patching import OUTPUTS, grid, like, round_up, to_numpy, tokenizer_info
 from monoblock.processing.pixels import Pixels
 
 log = logging.getLogger("monoblock")
 
 _PREPARED = ("images", "image_unpadded_heights", "image_unpadded_widths", "image_scale_factors")
-# In a preprocessor_config.json, but no settings of the images.
+# Entries of a preprocessor_config.json that are not image options.
 _ABOUT = (
     "image_processor_type",
     "feature_extractor_type",
@@ -36,7 +36,7 @@ _ABOUT = (
 
 @dataclass(frozen=True)
 class PatchedImage:
-    """One image for the model: `patches` [rows * columns, 2700] and by how much the image was shrunk each way."""
+    """One image for the model: `patches` [rows * columns, 2700] and the scale of the resizing."""
 
     patches: Pixels
     rows: int
@@ -45,10 +45,10 @@ class PatchedImage:
 
 
 class FuyuImageProcessor:
-    """Images of any size to Fuyu's patches.
+    """Converts images of any size to Fuyu's patches.
 
-    An image larger than `size` is shrunk to fit, at the same ratio; padded at the right and at the bottom with
-    `padding_value`; then rescaled and normalised. Padding comes first, so its default 1.0 ends as -0.992.
+    An image larger than `size` is shrunk to fit, with its aspect ratio; padded at the right and at the bottom with
+    `padding_value`; then rescaled and normalised. Padding comes first, so its default 1.0 becomes -0.992.
 
     Args:
         do_resize, size, resample: fit into `{"height": 1080, "width": 1920}` with a filter of Pillow (2: bilinear).
@@ -56,7 +56,7 @@ class FuyuImageProcessor:
         do_rescale, rescale_factor: multiply by 1/255.
         do_normalize, image_mean, image_std: subtract and divide; one number, or three for red, green and blue.
         patch_size: `{"height": 30, "width": 30}`.
-        kwargs: unknown settings are kept, written back, and warned about.
+        kwargs: unknown options are kept, written back, and warned about.
     """
 
     model_input_names = OUTPUTS
@@ -98,7 +98,7 @@ class FuyuImageProcessor:
             if not refuse(name, value):
                 if name.startswith("_") or hasattr(type(self), name):
                     raise FieldError(
-                        f"FuyuImageProcessor.{name} is an attribute of the class and no setting", name
+                        f"FuyuImageProcessor.{name} is an attribute of the class, not an option", name
                     )
                 self._extra[name] = value
                 setattr(self, name, value)
@@ -106,7 +106,7 @@ class FuyuImageProcessor:
         self._options({})
 
     def _options(self, overrides: Mapping[str, Any]) -> ImageOptions:
-        """This processor's settings with those of one call, checked."""
+        """This processor's options, overridden by those of one call, checked."""
         own = {name: getattr(self, name) for name in SETTINGS}
         return ImageOptions.check(
             own | {k: v for k, v in overrides.items() if v is not None and k in SETTINGS}
@@ -115,7 +115,7 @@ class FuyuImageProcessor:
     # --- images
 
     def __call__(self, images: Any, **kwargs: Any) -> FuyuBatchEncoding:
-        """The same as `preprocess`."""
+        """Same as `preprocess`."""
         return self.preprocess(images, **kwargs)
 
     def preprocess(
@@ -143,17 +143,17 @@ class FuyuImageProcessor:
         Args:
             images: an image (PIL, array, tensor or the path of a file), a list, or one list per sample; None or an
                 empty list is a sample without an image.
-            data_format, input_data_format: "channels_first" or "channels_last", of the result and of arrays given.
+            data_format, input_data_format: "channels_first" or "channels_last", of the result and of input arrays.
             return_tensors: "pt", "np", "jax" or "tf"; None for lists of NumPy arrays.
-            The other arguments stand in for the processor's settings in this call.
+            The other arguments override the processor's options in this call.
 
         Returns:
             `images`, one list of [3, H, W] float32 per sample; their `image_unpadded_heights` and `_widths` after
-            resizing; `image_scale_factors`, resized by original height; `image_sizes`, the (height, width) of each
-            image as it came. With `return_tensors` one array each where all samples have the same shape.
+            resizing; `image_scale_factors`, resized / original height; `image_sizes`, the original (height, width) of
+            each image. With `return_tensors` one array each where all samples have the same shape.
         """
         given = {name: value for name, value in locals().items() if name in SETTINGS}
-        _no_unknown(kwargs)
+        _refuse_unknown(kwargs)
         options, arrays = self._options(given), layout("input_data_format", input_data_format)
         channels_last = layout("data_format", data_format) == "channels_last"
         data: dict[str, list[Any]] = {name: [] for name in _PREPARED}
@@ -162,8 +162,8 @@ class FuyuImageProcessor:
             originals = [pixels.to_rgb(image, arrays) for image in sample]
             sizes += [(image.shape[0], image.shape[1]) for image in originals]
             rows = [self._prepared(image, options, channels_last) for image in originals]
-            for place, values in enumerate(data.values()):
-                values.append([row[place] for row in rows])
+            for index, values in enumerate(data.values()):
+                values.append([row[index] for row in rows])
         data["image_sizes"] = sizes
         if return_tensors is None:
             return FuyuBatchEncoding(data)
@@ -181,18 +181,20 @@ class FuyuImageProcessor:
         return image, height, width, height / original.shape[0]
 
     def patched(self, image: Any, **overrides: Any) -> PatchedImage:
-        """One image as patches, its padding no wider than the last patch needs: what `FuyuProcessor` gives a model."""
+        """One image as patches, padded only to whole patches, as `FuyuProcessor` passes it to the model."""
         arrays = layout("input_data_format", overrides.pop("input_data_format", None))
         settings = {name: overrides.pop(name) for name in SETTINGS if name in overrides}
-        _no_unknown(overrides)
+        _refuse_unknown(overrides)
         options = self._options(settings)
         original = pixels.to_rgb(image, arrays)
         image = self._fit(original, options)
         height, width = image.shape[:2]
         if options.do_pad:
             limit, patch = options.size, options.patch_size
-            fits = height <= limit[0] and width <= limit[1]  # if not, padding to the limit says so
-            size = (whole(height, patch[0], limit[0]), whole(width, patch[1], limit[1])) if fits else limit
+            fits = height <= limit[0] and width <= limit[1]  # if not, pad() raises for the limit
+            size = (
+                (round_up(height, patch[0], limit[0]), round_up(width, patch[1], limit[1])) if fits else limit
+            )
             image = pixels.pad(image, size, options.padding_mode, options.padding_value)
         rows, columns = grid(image.shape[0], image.shape[1], options.patch_size)
         cut = pixels.patches(self._normalized(image, options), options.patch_size)
@@ -215,9 +217,7 @@ class FuyuImageProcessor:
         if options.do_rescale:
             if image.dtype != np.uint8 and image.max() <= 1 and not self._warned_of_scale:
                 self._warned_of_scale = True
-                log.warning(
-                    "an image has no value over 1 and is rescaled all the same: do_rescale=False turns it off"
-                )
+                log.warning("an image without values over 1 is rescaled: do_rescale=False disables rescaling")
             image = pixels.rescale(image, options.rescale_factor)
         return (
             pixels.normalize(image, options.image_mean, options.image_std) if options.do_normalize else image
@@ -226,14 +226,14 @@ class FuyuImageProcessor:
     # --- patches
 
     def get_num_patches(self, image_height: int, image_width: int, patch_size: Any = None) -> int:
-        """Patches in an image of whole patches; ValueError if its height or width is not a multiple of a patch's."""
+        """Patches of an image; ValueError if its height or width is not a multiple of a patch's."""
         rows, columns = grid(image_height, image_width, self._patch_size(patch_size))
         return rows * columns
 
     def patchify_image(self, image: Any, patch_size: Any = None) -> Any:
         """[batch, channels, H, W] (or without a batch) to [batch, patches, patch height * width * channels].
 
-        Patches go row by row, and hold their channels last. The result is of the framework that came in.
+        Patches are in row-major order, with channels last. The result is of the input's framework.
         """
         size = self._patch_size(patch_size)
         array = to_numpy(image)
@@ -260,19 +260,19 @@ class FuyuImageProcessor:
         variable_sized: bool,
         patch_size: Any = None,
     ) -> FuyuBatchEncoding:
-        """Padded images to patches, their placeholder ids, and where each patch belongs.
+        """Padded images to patches, their placeholder ids, and the patch index of each id.
 
         Args:
             image_input: [batch, images, channels, height, width].
-            image_present: [batch, images] or [batch, images, 1]: 0 where there is no image.
+            image_present: [batch, images] or [batch, images, 1]: 0 for a missing image.
             image_unpadded_h, image_unpadded_w: [batch, images], in pixels.
             image_placeholder_id, image_newline_id: the ids of `|SPEAKER|` and `|NEWLINE|`.
-            variable_sized: cut the padding off and end each row of patches with the newline id.
+            variable_sized: crop the padding and end each row of patches with the newline id.
 
         Returns:
             Lists per sample, then per image: `images`, `image_input_ids` (int32), `image_patches`, and
-            `image_patch_indices_per_batch` and `..._per_subsequence` (-1 where no patch is; counted through the
-            sample or anew in each image). Arrays are of the framework of `image_input`.
+            `image_patch_indices_per_batch` and `..._per_subsequence` (-1 for no patch; counted through the sample, or
+            from 0 in each image). Arrays are of the framework of `image_input`.
         """
         present, heights, widths = map(to_numpy, (image_present, image_unpadded_h, image_unpadded_w))
         batch, back = to_numpy(image_input), like(image_input)
@@ -289,18 +289,18 @@ class FuyuImageProcessor:
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Self:
-        """The settings of a folder or of a model on the hub; keywords override them, but for the hub's options
-        (`revision`, `token`, `cache_dir`, `local_files_only`, `force_download`, `subfolder`)."""
+        """The processor of a folder or of a model on the hub; keywords override its options, except the download
+        options (`revision`, `token`, `cache_dir`, `local_files_only`, `force_download`, `subfolder`)."""
         path, settings, rest = read_image_config(pretrained_model_name_or_path, kwargs)
         return cls.from_file(path, settings, rest)
 
     @classmethod
     def from_file(cls, path: Path, settings: Mapping[str, Any], kwargs: Mapping[str, Any]) -> Self:
-        """The same from a file's settings; FieldError, which names the file, where one of them makes no sense."""
+        """The processor with a file's settings; FieldError, which names the file, for an invalid one."""
         with in_file(path, kwargs):
             try:
                 return cls.from_dict(settings, kwargs)
-            except TypeError as error:  # as for an argument
+            except TypeError as error:  # an invalid value in the file
                 if kwargs:
                     raise
                 raise FieldError(str(error)) from error
@@ -309,20 +309,20 @@ class FuyuImageProcessor:
     def from_dict(
         cls, image_processor_dict: Mapping[str, Any], kwargs: Mapping[str, Any] | None = None
     ) -> Self:
-        """A processor with the settings of a `preprocessor_config.json`; `kwargs` override them."""
+        """A processor with the content of a `preprocessor_config.json`; `kwargs` override it."""
         settings = dict(image_processor_dict)
         first = [
             settings.pop(f"target_{side}", None) for side in ("height", "width")
-        ]  # as Fuyu's first files say it
+        ]  # the size in Fuyu's first files
         if first[0] is not None and first[1] is not None:
             settings.setdefault("size", first)
         settings |= kwargs or {}
         return cls(**{k: v for k, v in settings.items() if v is not None and k not in _ABOUT and k[0] != "_"})
 
     def to_dict(self) -> dict[str, Any]:
-        """The settings in the hub's spelling."""
+        """The options under transformers' names."""
         own = {name: getattr(self, name) for name in SETTINGS}
-        own["resample"] = int(self.resample)  # Pillow's enumeration is an int, but JSON need not know it
+        own["resample"] = int(self.resample)  # Pillow's enum as a plain int
         return {**own, **self._extra, "image_processor_type": "FuyuImageProcessor"}
 
     def to_json_string(self) -> str:
@@ -330,9 +330,9 @@ class FuyuImageProcessor:
         return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
 
     def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False) -> list[Path]:
-        """Write `preprocessor_config.json`, whole or not at all; returns the paths of what was written.
+        """Write `preprocessor_config.json` atomically; returns the paths of the written files.
 
-        A `processor_config.json` in the folder that holds settings of images too, and overrules, is brought up to date.
+        A `processor_config.json` in the folder with image options, which would take precedence, is updated as well.
         """
         if push_to_hub:
             raise ValueError(
@@ -348,7 +348,7 @@ def _as_dict(name: str, value: Any) -> dict[str, int]:
     return dict(zip(("height", "width"), height_width(name, value), strict=True))
 
 
-def _no_unknown(kwargs: Mapping[str, Any]) -> None:
+def _refuse_unknown(kwargs: Mapping[str, Any]) -> None:
     for name, value in kwargs.items():
         if not refuse(name, value):
             raise TypeError(f"FuyuImageProcessor has no argument {name!r}; it has: {', '.join(SETTINGS)}")

@@ -1,4 +1,4 @@
-"""The settings of Fuyu's image processor: checked values, and arguments of other processors that it refuses."""
+"""The options of Fuyu's image processor: their validation, and options of other processors that it refuses."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, cast
 from monoblock.field_types import brief
 from monoblock.processing.pixels import PAD_MODES
 
-# Arguments that the hub's processors share and Fuyu has no use for: the value that is harmless, and what to do.
+# Options of transformers' image processors that Fuyu does not support: their value without effect, and the reason.
 _REFUSED: dict[str, tuple[Any, str]] = {
     "do_center_crop": (False, "Fuyu pads its images, it does not crop them"),
     "crop_size": (None, "Fuyu pads its images, it does not crop them"),
@@ -18,18 +18,16 @@ _REFUSED: dict[str, tuple[Any, str]] = {
     "size_divisor": (None, "images are padded to whole patches of patch_size"),
     "default_to_square": (True, "give size as a dictionary"),
     "image_seq_length": (None, "the number of patches follows from the image"),
-    "device": (None, "images are read on the CPU: call .to(device) on the result"),
+    "device": (None, "images are processed on the CPU: call .to(device) on the result"),
 }
-MOST_PIXELS = (
-    2**24
-)  # of the size that images are padded to, or of a patch; Fuyu's are 1080 x 1920, and 30 x 30
-_NO_EFFECT = ("disable_grouping",)  # how another implementation batches its work
+MOST_PIXELS = 2**24  # maximum of the padded size and of a patch; Fuyu's are 1080 x 1920 and 30 x 30
+_NO_EFFECT = ("disable_grouping",)  # an implementation detail of transformers' fast processors
 _LAYOUTS = ("channels_first", "channels_last")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImageOptions:
-    """One call's settings; ValueError or TypeError names the one that makes no sense."""
+    """The options of one call; ValueError or TypeError for an invalid one."""
 
     do_resize: bool
     size: tuple[int, int]
@@ -46,7 +44,7 @@ class ImageOptions:
 
     @classmethod
     def check(cls, values: Mapping[str, Any]) -> ImageOptions:
-        """The settings of a dictionary in the hub's spelling."""
+        """The options of a dictionary with transformers' names."""
         return cls(**{name: check(name, values[name]) for name, check in _CHECKS.items()})
 
 
@@ -68,7 +66,7 @@ def height_width(name: str, value: Any) -> tuple[int, int]:
         ):
             return int(numbers[0]), int(numbers[1])
     raise ValueError(
-        f'{name} must look like {{"height": 30, "width": 30}}, in pixels, at most {MOST_PIXELS:,} of them; got '
+        f'{name} must look like {{"height": 30, "width": 30}}, with at most {MOST_PIXELS:,} pixels; got '
         + brief(value)
     )
 
@@ -79,7 +77,7 @@ def _is_length(value: Any) -> bool:
 
 
 def layout(name: str, value: Any) -> Any:
-    """ "channels_first", "channels_last" or None, also from the hub's enumeration of them."""
+    """ "channels_first", "channels_last" or None, also from transformers' enum."""
     text = getattr(value, "value", value)
     if text is not None and text not in _LAYOUTS:
         raise ValueError(f"{name}={brief(text)}: expected one of {', '.join(map(repr, _LAYOUTS))}")
@@ -87,15 +85,17 @@ def layout(name: str, value: Any) -> Any:
 
 
 def refuse(name: str, value: Any) -> bool:
-    """Whether `name` is an argument of the hub's that is taken and has no effect; TypeError if it would have one."""
+    """Whether `name` is an option of transformers with a value without effect; TypeError for one with an effect."""
     if name in _NO_EFFECT or (name in _REFUSED and value in (None, _REFUSED[name][0])):
         return True
     if name in _REFUSED:
-        raise TypeError(f"FuyuImageProcessor cannot honour {name}={brief(value)}: {_REFUSED[name][1]}")
+        raise TypeError(f"FuyuImageProcessor does not support {name}={brief(value)}: {_REFUSED[name][1]}")
     if name == "do_convert_rgb":
         if value in (None, True):
             return True
-        raise TypeError("FuyuImageProcessor cannot honour do_convert_rgb=False: Fuyu reads RGB images only")
+        raise TypeError(
+            "FuyuImageProcessor does not support do_convert_rgb=False: Fuyu takes RGB images only"
+        )
     return False
 
 

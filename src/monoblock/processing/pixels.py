@@ -1,6 +1,6 @@
-"""Pixels as NumPy arrays: any image to RGB, fitted, padded, normalised and cut into patches.
+"""Images as NumPy arrays: conversion to RGB, resizing, padding, normalisation and patches.
 
-Inside this module an image is [height, width, 3], as Pillow and Fuyu's patches have it.
+Inside this module an image is [height, width, 3], the layout of Pillow and of Fuyu's patches.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Layout = Literal["channels_first", "channels_last"]
 
 log = logging.getLogger("monoblock")
 
-# The hub's names of padding modes, in NumPy's words.
+# transformers' names of padding modes -> NumPy's.
 PAD_MODES = {
     "constant": "constant",
     "edge": "edge",
@@ -33,7 +33,7 @@ _CHANNELS = (1, 3, 4)
 
 
 def pillow(module: str = "Image") -> Any:
-    """A module of Pillow; ImportError with the pip line where it is not installed."""
+    """A module of Pillow; ImportError with the pip command if it is not installed."""
     try:
         return importlib.import_module(f"PIL.{module}")
     except ImportError as error:
@@ -43,12 +43,12 @@ def pillow(module: str = "Image") -> Any:
 
 
 def is_image(value: Any) -> bool:
-    """Whether `value` is one image or one array: no list, no text."""
+    """Whether `value` is one image or one array, not a list or a string."""
     return is_pillow(value) or hasattr(value, "__array__")
 
 
 def as_samples(images: Any) -> list[list[Any]]:
-    """One list of images per sample: of an image, a batch [B, ...] in one array, a list, or lists in a list."""
+    """One list of images per sample: of an image, a batch [B, ...] in one array, a list, or a list of lists."""
     if images is None:
         return [[]]
     if isinstance(images, str | Path):
@@ -66,24 +66,24 @@ def as_samples(images: Any) -> list[list[Any]]:
 
 
 def is_pillow(value: Any) -> bool:
-    """Whether `value` is a PIL image; Pillow is not imported for the question."""
+    """Whether `value` is a PIL image, without importing Pillow."""
     module = sys.modules.get("PIL.Image")
     return module is not None and isinstance(value, module.Image)
 
 
 def to_rgb(image: Any, layout: Layout | None = None) -> Pixels:
-    """Any image as an array [height, width, 3], uint8 where its values are whole numbers from 0 to 255.
+    """Any image as an array [height, width, 3], uint8 if its values are integers from 0 to 255.
 
     Args:
         image: a PIL image, the path of an image file, or an array or tensor [H, W], [H, W, C] or [C, H, W] with 1,
-            3 or 4 channels. Palettes are looked up, grey is repeated, alpha is dropped.
-        layout: "channels_first" or "channels_last" for arrays; None tells by the shape.
+            3 or 4 channels. Palettes are resolved, grey is repeated, alpha is dropped.
+        layout: "channels_first" or "channels_last" for arrays; None infers it from the shape.
     """
     if isinstance(image, str | Path):
         image = _open(str(image))
     if is_pillow(image):
         return _from_pillow(image)
-    if hasattr(image, "detach"):  # PyTorch's may lie on a device, carry a gradient or be bfloat16
+    if hasattr(image, "detach"):  # a PyTorch tensor, perhaps on a device, with a gradient or in bfloat16
         image = image.detach().cpu()
         image = (image.float() if image.is_floating_point() else image).numpy()
     if not hasattr(image, "__array__"):
@@ -96,14 +96,14 @@ def to_rgb(image: Any, layout: Layout | None = None) -> Pixels:
 def _open(path: str) -> Any:
     if path.startswith(("http://", "https://", "data:")):
         raise ValueError(
-            f"{path[:60]!r} is a URL, and nothing is fetched from the net here: open the image with Pillow first"
+            f"{path[:60]!r} is a URL, and nothing is downloaded here: open the image with Pillow first"
         )
     images = pillow()
     if not Path(path).is_file():
         raise ValueError(f"there is no image file {path!r}")
     try:
         with images.open(path) as opened:
-            # Cameras store the turn in the file's metadata; PIL images that are passed in are taken as they are.
+            # Cameras store the orientation in EXIF metadata; PIL images that are passed in are used unchanged.
             return pillow("ImageOps").exif_transpose(opened)
     except images.UnidentifiedImageError as error:
         raise ValueError(f"{path!r} is not an image that Pillow can read") from error
@@ -143,29 +143,27 @@ def _layout_of(array: Pixels) -> Layout:
         raise ValueError(
             f"an image has 1, 3 or 4 channels, first or last; got an array of shape {array.shape}"
         )
-    # Both may be: three channels are likelier than an image three pixels wide or high.
+    # If both could be channels, three channels are more likely than an image three pixels wide or high.
     likely = [
         length == 3 if first in _CHANNELS and last in _CHANNELS else length in _CHANNELS
         for length in (first, last)
     ]
     found: Layout = "channels_last" if likely == [False, True] else "channels_first"
     if first in _CHANNELS and last in _CHANNELS:
-        log.warning(
-            "an image of shape %s is read as %s: input_data_format says otherwise", array.shape, found
-        )
+        log.warning("an image of shape %s is read as %s: otherwise set input_data_format", array.shape, found)
     return found
 
 
 def _as_values(array: Pixels) -> Pixels:
-    """uint8 where that says the same, float32 otherwise."""
+    """uint8 where it represents the values exactly, float32 otherwise."""
     if array.dtype == np.uint8:
         return array
     if array.dtype == np.bool_:
         return array.astype(np.uint8) * np.uint8(255)
     if array.dtype.kind not in "iuf":
-        raise TypeError(f"an image holds whole or floating numbers; got an array of {array.dtype}")
+        raise TypeError(f"an image holds integers or floating-point numbers; got an array of {array.dtype}")
     if not np.isfinite(array).all():
-        raise ValueError("the image has values that are no numbers (NaN or infinite)")
+        raise ValueError("the image has values that are not finite (NaN or infinite)")
     if array.dtype.kind in "iu":
         if array.min() < 0 or array.max() > 255:
             raise ValueError(
@@ -176,7 +174,7 @@ def _as_values(array: Pixels) -> Pixels:
 
 
 def fitted_size(height: int, width: int, limit: tuple[int, int]) -> tuple[int, int]:
-    """(height, width) of an image that fits into `limit`: unchanged if it does, else smaller at the same ratio."""
+    """(height, width) of an image that fits into `limit`: unchanged if it does, else shrunk with its aspect ratio."""
     if height <= limit[0] and width <= limit[1]:
         return height, width
     factor = min(limit[0] / height, limit[1] / width)
@@ -184,7 +182,7 @@ def fitted_size(height: int, width: int, limit: tuple[int, int]) -> tuple[int, i
 
 
 def resize(image: Pixels, size: tuple[int, int], resample: int) -> Pixels:
-    """The image at (height, width) through Pillow's filters; floating values are not rounded on the way."""
+    """The image resized to (height, width) by a filter of Pillow; floating-point values are not rounded."""
     images = pillow()
     if image.dtype == np.float32 and _is_whole(image):
         return resize(image.astype(np.uint8), size, resample).astype(np.float32)
@@ -200,11 +198,11 @@ def _is_whole(image: Pixels) -> bool:
 
 
 def pad(image: Pixels, size: tuple[int, int], mode: str, value: float) -> Pixels:
-    """The image at the top left of one of `size`; the rest is `value` (mode "constant") or continues the image."""
+    """The image at the top left of one of `size`; the rest is `value` (mode "constant") or extends the image."""
     height, width = image.shape[:2]
     if height > size[0] or width > size[1]:
         raise ValueError(
-            f"an image of {height}x{width} does not fit into size {size[0]}x{size[1]}: leave do_resize on, or give a "
+            f"an image of {height}x{width} does not fit into size {size[0]}x{size[1]}: leave do_resize on, or use a "
             "larger size"
         )
     if (height, width) == size:
@@ -213,22 +211,22 @@ def pad(image: Pixels, size: tuple[int, int], mode: str, value: float) -> Pixels
     if PAD_MODES[mode] != "constant":
         return np.pad(image, widths, mode=cast(Any, PAD_MODES[mode]))
     if image.dtype == np.uint8 and not (float(value).is_integer() and 0 <= value <= 255):
-        image = image.astype(np.float32)  # a value that 8 bits cannot hold
+        image = image.astype(np.float32)  # `value` is not a uint8
     return np.pad(image, widths, constant_values=value)
 
 
 def rescale(image: Pixels, factor: float) -> Pixels:
-    """`image * factor` in float32; computed in float64, so that the factor's last digits count."""
+    """`image * factor` in float32; computed in float64, so that the factor is not rounded first."""
     return (image.astype(np.float64) * factor).astype(np.float32)
 
 
 def normalize(image: Pixels, mean: float | tuple[float, ...], std: float | tuple[float, ...]) -> Pixels:
-    """`(image - mean) / std` in float32, per channel where there are three values."""
+    """`(image - mean) / std` in float32; per channel for three values."""
     return (image.astype(np.float32) - np.asarray(mean, np.float32)) / np.asarray(std, np.float32)
 
 
 def patches(image: Pixels, patch: tuple[int, int]) -> Pixels:
-    """[patches, patch height * patch width * channels]: row by row, channels last inside a patch."""
+    """[patches, patch height * patch width * channels]: row-major order, channels last inside a patch."""
     height, width, channels = image.shape
     rows, columns = height // patch[0], width // patch[1]
     cut = image.reshape(rows, patch[0], columns, patch[1], channels).swapaxes(1, 2)

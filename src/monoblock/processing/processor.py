@@ -1,4 +1,4 @@
-"""`FuyuProcessor`: texts and images to a model's inputs, and its outputs to text and coordinates."""
+"""`FuyuProcessor`: texts and images to model inputs, and model outputs to text and coordinates."""
 
 from __future__ import annotations
 
@@ -11,7 +11,13 @@ import numpy as np
 
 from monoblock.installed import installed
 from monoblock.processing import pixels
-from monoblock.processing.arguments import is_picture, padded_length, pairs, refuse_text_only, sorted_in
+from monoblock.processing.arguments import (
+    is_image_input,
+    padded_length,
+    pairs,
+    refuse_text_only,
+    split_arguments,
+)
 from monoblock.processing.auto_image import AutoImageProcessor
 from monoblock.processing.batch import FuyuBatchEncoding
 from monoblock.processing.files import IMAGE_FILE, PROCESSOR_FILE, pop_options, write_json
@@ -26,7 +32,7 @@ _CALL_ONLY = ("self", "kwargs", "text", "images", "return_legacy_image_output")
 
 @dataclass(frozen=True)
 class _Row:
-    """One sample: its ids, and for each the patch that stands there (-1: none)."""
+    """One sample: its ids, and the patch index of each (-1: none)."""
 
     ids: Ids
     indices: Ids
@@ -34,10 +40,10 @@ class _Row:
 
 
 class FuyuProcessor:
-    """A `FuyuImageProcessor` and Fuyu's tokenizer as one.
+    """A `FuyuImageProcessor` and Fuyu's tokenizer in one.
 
-    A sample's ids are, for each row of patches, one `|SPEAKER|` per patch and `|NEWLINE|`; then `<s>`, the text and
-    `<0x04>`, where the answer begins. A tokenizer without a padding token gets id 0, Fuyu's.
+    The ids of a sample are, for each row of patches, one `|SPEAKER|` per patch and `|NEWLINE|`; then `<s>`, the text
+    and `<0x04>`, after which the answer begins. A tokenizer without a padding token gets id 0, as Fuyu's.
     """
 
     def __init__(self, image_processor: FuyuImageProcessor, tokenizer: Any):
@@ -52,7 +58,7 @@ class FuyuProcessor:
 
     @property
     def image_token_ids(self) -> list[int]:
-        """The ids that stand for images: of `|NEWLINE|` and `|SPEAKER|`."""
+        """The ids of an image's placeholders: of `|NEWLINE|` and `|SPEAKER|`."""
         return [self.image_newline_id, self.image_token_id]
 
     @property
@@ -91,42 +97,40 @@ class FuyuProcessor:
         return_legacy_image_output: bool = True,
         **kwargs: Any,
     ) -> FuyuBatchEncoding:
-        """Make a batch for the model. Without images this is the tokenizer's call.
+        """Makes a batch for the model. Without images this is the tokenizer's call.
 
         Args:
-            text: a text or a list; may hold `<box>y1, x1, y2, x2</box>` and `<point>x, y</point>` in pixels of the
-                image as it came. Without a text an image is asked about with an empty one.
+            text: a string or a list; may contain `<box>y1, x1, y2, x2</box>` and `<point>x, y</point>` in pixels of
+                the original image. Without text each image gets an empty prompt.
             images: an image or one entry per text, None or [] for a text without one: PIL images, arrays, tensors or
                 paths, of any size. One image per text. Text and images may be given in either order.
-            add_special_tokens: False leaves `<s>` and `<0x04>` out.
-            padding, max_length, pad_to_multiple_of, padding_side: a batch with images is always padded, on the left
-                unless told otherwise, to its longest row or (padding="max_length") to `max_length`.
-            truncation, stride, return_...: for texts alone; with images they are refused.
-            return_tensors: "pt", "np", "jax" or "tf". None with images is "pt" where PyTorch is installed, else "np".
-            return_legacy_image_output: False gives the newer name: `pixel_values`, all patches of the batch in one
+            add_special_tokens: False leaves out `<s>` and `<0x04>`.
+            padding, max_length, pad_to_multiple_of, padding_side: a batch with images is always padded, by default on
+                the left, to its longest row or (padding="max_length") to `max_length`.
+            truncation, stride, return_...: for text alone; refused with images.
+            return_tensors: "pt", "np", "jax" or "tf". None with images is "pt" if PyTorch is installed, else "np".
+            return_legacy_image_output: False returns `pixel_values`, the newer name: all patches of the batch in one
                 array [patches, 2700] in the order of their placeholders, without indices.
-            kwargs: settings of the image processor for this call, and `text_kwargs`, `images_kwargs`.
+            kwargs: options of the image processor for this call, and `text_kwargs`, `images_kwargs`.
 
         Returns:
             `input_ids`, `attention_mask` [batch, length]; with images also `image_patches`, a list of float32
-            [1, patches, 2700] per sample, and `image_patches_indices` [batch, length]: the patch of the sample that
-            stands at each place, -1 for none.
+            [1, patches, 2700] per sample, and `image_patches_indices` [batch, length]: the patch of the sample at each
+            position, -1 for none.
         """
         if not return_attention_mask:
             raise ValueError(
                 "return_attention_mask=False is not supported: Fuyu needs the mask of its left padding"
             )
         arguments = {k: v for k, v in locals().items() if k not in _CALL_ONLY}
-        settings = sorted_in(arguments, kwargs)
-        if is_picture(text) and not is_picture(images):
+        settings = split_arguments(arguments, kwargs)
+        if is_image_input(text) and not is_image_input(images):
             text, images = images, text
         if images is None:
             if settings:
-                raise TypeError(
-                    f"{next(iter(settings))} is a setting of images, and there are none in this call"
-                )
+                raise TypeError(f"{next(iter(settings))} is an option of images, and this call has none")
             if text is None:
-                raise ValueError("there is nothing to process: give text, images or both")
+                raise ValueError("there is nothing to process: pass text, images or both")
             return self._text_only(text, arguments)
         refuse_text_only(arguments)
         rows = [self._row(*pair, arguments["add_special_tokens"], settings) for pair in pairs(text, images)]
@@ -145,12 +149,12 @@ class FuyuProcessor:
         ids, indices = np.zeros(0, np.int64), np.zeros(0, np.int64)
         if patched is not None:
             ids, indices = placeholders(patched.rows, patched.columns, prompts.image_id, prompts.newline_id)
-        spoken = prompts.prompt(text, None if patched is None else patched.scale)
+        text_ids = prompts.prompt(text, None if patched is None else patched.scale)
         if special:
-            spoken = [prompts.id(BEGIN), *spoken, prompts.id(ANSWER)]
-        none = np.full(len(spoken), -1)
+            text_ids = [prompts.id(BEGIN), *text_ids, prompts.id(ANSWER)]
+        none = np.full(len(text_ids), -1)
         return _Row(
-            np.concatenate([ids, np.asarray(spoken, np.int64)]),
+            np.concatenate([ids, np.asarray(text_ids, np.int64)]),
             np.concatenate([indices, none]),
             self._no_patches(settings) if patched is None else patched.patches,
         )
@@ -204,14 +208,14 @@ class FuyuProcessor:
     def post_process_box_coordinates(self, outputs: Any, target_sizes: Any = None) -> list[Any]:
         """Rows of ids in which boxes and points are written as text, in pixels of the original images.
 
-        Decoding a row gives `<box>top, left, bottom, right</box>` and `<point>x, y</point>`.
+        A decoded row contains `<box>top, left, bottom, right</box>` and `<point>x, y</point>`.
 
         Args:
             outputs: ids [batch, length] as `generate` returns them, or a list of rows.
-            target_sizes: [batch, 2], the (height, width) of each image as it came; None if none was resized.
+            target_sizes: [batch, 2], the original (height, width) of each image; None if none was resized.
 
         Returns:
-            One row per sample, each of the kind that came in. ValueError with row and token for a malformed box.
+            One row per sample, of the input's type. ValueError with row and token for a malformed box.
         """
         rows = list(getattr(outputs, "sequences", outputs))
         if rows and isinstance(as_list(rows[0]), int):
@@ -219,7 +223,7 @@ class FuyuProcessor:
         sizes = [None] * len(rows) if target_sizes is None else as_list(target_sizes)
         if len(sizes) != len(rows):
             raise ValueError(
-                f"there are {len(rows)} outputs and {len(sizes)} target_sizes: give one for each"
+                f"there are {len(rows)} outputs and {len(sizes)} target_sizes: pass one for each"
             )
         tokens = self._prompts.coordinates()
         results: list[Any] = []
@@ -244,8 +248,8 @@ class FuyuProcessor:
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Self:
         """The processor of a folder or of a model on the hub.
 
-        Keywords that are settings of images override those of the files; the hub's options (`revision`, `token`,
-        `cache_dir`, `local_files_only`, `force_download`, `subfolder`) go to both parts, the rest to the tokenizer.
+        Keywords that are image options override those of the files; the download options (`revision`, `token`,
+        `cache_dir`, `local_files_only`, `force_download`, `subfolder`) apply to both, the rest to the tokenizer.
         """
         from monoblock.tokenization import AutoTokenizer
 
@@ -287,6 +291,6 @@ def _like_row(row: Any, ids: list[int]) -> Any:
     """Ids as a list or an array, as `row` is."""
     if isinstance(row, list | tuple):
         return ids
-    if hasattr(row, "new_tensor"):  # PyTorch's: the same type and device
+    if hasattr(row, "new_tensor"):  # PyTorch: the same dtype and device
         return row.new_tensor(ids)
     return like(row)(np.asarray(ids, cast("Ids", row).dtype if isinstance(row, np.ndarray) else np.int64))

@@ -1,22 +1,22 @@
-"""Prompts to ids, with Fuyu's special tokens: what stands between an image's placeholders and the answer."""
+"""Prompts to ids, with Fuyu's special tokens: the text between an image's placeholders and the answer."""
 
 from __future__ import annotations
 
 from typing import Any, cast
 
-from monoblock.processing.coordinates import KINDS, CoordinateTokens, Place, Scale, has_tag, split
+from monoblock.processing.coordinates import KINDS, CoordinateTag, CoordinateTokens, Scale, has_tag, split
 
 IMAGE = "|SPEAKER|"
 NEWLINE = "|NEWLINE|"
 BEGIN = "<s>"
-ANSWER = "<0x04>"  # the answer begins after it
+ANSWER = "<0x04>"  # precedes the answer
 
-# Characters that a text is put behind to be encoded as if in the middle of a sequence.
+# Characters that are put before a text, so that it is encoded as in the middle of a sequence.
 _ANCHORS = ("\n", "a", ".")
 
 
 class Prompts:
-    """A tokenizer with Fuyu's vocabulary; ValueError if it lacks the tokens of images."""
+    """Encodes prompts with a tokenizer of Fuyu's vocabulary; ValueError if it lacks the image tokens."""
 
     def __init__(self, tokenizer: Any):
         self.tokenizer = tokenizer
@@ -42,41 +42,45 @@ class Prompts:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def prompt(self, text: str, scale: Scale | None) -> list[int]:
-        """The ids of a prompt; its boxes and points are scaled to the image that was resized by `scale`.
+        """The ids of a prompt; coordinates are multiplied by `scale`, the resized / original size of the image.
 
-        Each piece of text between boxes is encoded by itself, as the makers do. ValueError for malformed boxes, for
-        boxes without an image (`scale` None), and for texts that hold an image's placeholder.
+        Each text between boxes is encoded separately, as in Adept's implementation. ValueError for malformed boxes,
+        boxes without an image (`scale` None), and texts that contain an image's placeholder.
         """
         if scale is None:
             self.without_image(text)
         ids: list[int] = []
-        for part in split(text):
-            ids += self.encode(part) if isinstance(part, str) else self._place(part, scale or (1.0, 1.0))
+        for segment in split(text):
+            ids += (
+                self.encode(segment)
+                if isinstance(segment, str)
+                else self._tag_ids(segment, scale or (1.0, 1.0))
+            )
         if self.image_id in ids:
             raise ValueError(f"the prompt {text[:60]!r} holds {IMAGE}, which stands for a patch of an image")
         return ids
 
     def without_image(self, text: str) -> None:
-        """ValueError if a text without an image has a box or a point."""
+        """ValueError for a text with a box or a point but without an image."""
         if has_tag(text):
             raise ValueError(
-                f"the prompt {text[:60]!r} has a box or a point, but no image that it could be in: give the image, or "
-                "encode the text with the tokenizer alone"
+                f"the prompt {text[:60]!r} has a box or a point, but no image: pass the image, or encode the text with "
+                "the tokenizer alone"
             )
 
-    def _place(self, place: Place, scale: Scale) -> list[int]:
-        ids = [self.id(place.kind.open_token)]
-        for value in place.model_values(scale):
+    def _tag_ids(self, tag: CoordinateTag, scale: Scale) -> list[int]:
+        ids = [self.id(tag.kind.open_token)]
+        for value in tag.model_values(scale):
             if (index := self.find(str(value))) is None:
                 raise ValueError(
-                    f"the {place.kind.name} at character {place.start} of the prompt needs the coordinate {value} (of "
+                    f"the {tag.kind.name} at character {tag.start} of the prompt needs the coordinate {value} (of "
                     "the resized image, halved), which is not in the vocabulary: is it outside the image?"
                 )
             ids.append(index)
-        return [*ids, self.id(place.kind.close_token)]
+        return [*ids, self.id(tag.kind.close_token)]
 
     def inner(self, text: str) -> list[int]:
-        """The ids of a text in the middle of a sequence: without the space that some tokenizers begin texts with."""
+        """The ids of a text inside a sequence: without the space that some tokenizers insert before a text."""
         for anchor in _ANCHORS:
             encoded = self.tokenizer(anchor + text, add_special_tokens=False, return_offsets_mapping=True)
             spans: list[tuple[int, int]] = [tuple(span) for span in encoded["offset_mapping"]]
@@ -86,7 +90,7 @@ class Prompts:
         return self.encode(text)
 
     def coordinates(self) -> CoordinateTokens:
-        """What turns the model's boxes into text."""
+        """The conversion of the model's boxes and points to text."""
         ids = {self.id(kind.open_token): (kind, True) for kind in KINDS}
         ids |= {self.id(kind.close_token): (kind, False) for kind in KINDS}
         return CoordinateTokens(

@@ -1,4 +1,4 @@
-"""Tokenizers and chat templates. Names are loaded when first asked for: only then is `tokenizers` imported."""
+"""Tokenizers and chat templates. Modules, and with them the `tokenizers` library, are imported on first access."""
 
 from __future__ import annotations
 

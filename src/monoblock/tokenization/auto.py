@@ -1,4 +1,4 @@
-"""`AutoTokenizer`: the tokenizer class that a model's files ask for."""
+"""`AutoTokenizer`: chooses the tokenizer class of a model's files."""
 
 from __future__ import annotations
 
@@ -12,17 +12,15 @@ from monoblock.tokenization.fast import PreTrainedTokenizerFast
 from monoblock.tokenization.files import BACKEND_FILE, is_vocabulary, read_config
 from monoblock.tokenization.llama import FILES
 
-# Of config.json, where it says what tokenizer a model has.
+# Fields of config.json that determine the tokenizer class.
 _KINDS = {"tokenizer_class": str | None, "model_type": str | None}
 
 
 class AutoTokenizer:
-    """Chooses the tokenizer class: by `tokenizer_config.json`, then by `config.json`, then the generic one."""
+    """Loads a tokenizer by `tokenizer_config.json`, then by `config.json`, else with the generic class."""
 
     def __init__(self) -> None:
-        raise OSError(
-            "AutoTokenizer is not made by its constructor: call AutoTokenizer.from_pretrained(name)"
-        )
+        raise OSError("AutoTokenizer has no constructor: call AutoTokenizer.from_pretrained(name)")
 
     @staticmethod
     def from_pretrained(
@@ -35,8 +33,8 @@ class AutoTokenizer:
         """The tokenizer of a folder, of a model on the hub, or of one file (`tokenizer.json`, `.model`, `tekken.json`).
 
         Args:
-            config: a model config; its `model_type` then counts instead of the one in `config.json`.
-            tokenizer_type: a `model_type`; overrules the files.
+            config: a model config, whose `model_type` overrides that of `config.json`.
+            tokenizer_type: a `model_type`; overrides the files.
             kwargs: as in `PreTrainedTokenizerFast.from_pretrained`.
         """
         chosen = _choose(pretrained_model_name_or_path, config, tokenizer_type, kwargs)
@@ -75,10 +73,10 @@ def _choose(
     ):
         return PreTrainedTokenizerFast
     if any(find_file(name, file, options, required=False) for file in FILES):
-        return LlamaTokenizer  # of these files there is one kind of reader, whatever the model
+        return LlamaTokenizer  # the only reader of these files, for any model type
     asked = f"tokenizer_class={class_name!r}" if class_name else f"model_type={model_type!r}"
     raise ValueError(
-        f"{name} asks for {asked}, which is not known, and has no {BACKEND_FILE} to read instead; {_known()}"
+        f"{name} asks for {asked}, which is not known, and has no {BACKEND_FILE} to load instead; {_known()}"
     )
 
 

@@ -1,8 +1,8 @@
-"""How much a chat template may do: time, and the size of every value that it makes.
+"""Limits of a chat template: processor time, and the size of every value that it creates.
 
-No value is larger than `MAX_TEXT` characters, written out, and what grows a value is refused before it does. So each
-operation takes a fraction of a second, and the clock, which is asked at each of them, stops the rest. Lists may hold
-one another many times over; `weigh` counts what they would be, written out, not what they take.
+No value is larger than `MAX_TEXT` characters when formatted; an operation that would create one is refused before it
+runs. So each operation takes a fraction of a second, and a time check before each of them stops the rest. Lists may
+contain one another many times; `weigh` counts their formatted size, not their memory.
 """
 
 from __future__ import annotations
@@ -17,42 +17,42 @@ from typing import Any, NoReturn, cast
 from jinja2 import TemplateError
 from jinja2.exceptions import SecurityError
 
-MAX_SECONDS = 2.0  # of the processor, for one conversation; one of 10,000 messages takes 0.3
-MAX_TEXT = 16 * 2**20  # characters, of the result and of any value on the way
-MAX_MADE = 16 * MAX_TEXT  # characters of all values together, so that they fit into memory if all are kept
-MAX_BITS = 4096  # of a whole number
+MAX_SECONDS = 2.0  # of processor time, for one conversation; one of 10,000 messages takes 0.3
+MAX_TEXT = 16 * 2**20  # characters, of the result and of any intermediate value
+MAX_MADE = 16 * MAX_TEXT  # characters of all values together, so that they fit into memory if all stay alive
+MAX_BITS = 4096  # of an integer
 MAX_SOURCE = 2**16  # characters of a template; the longest known have 20,000
-ITEM = 8  # what an item of a list, a number, ... counts as, beside its characters
-_COPIED = 2  # what each place of a list adds to all that is made: 8 bytes, where few of the copies are kept
-_KEPT = 256  # lists whose weight is at least this are weighed once
+ITEM = 8  # size of an item of a list or a number, in addition to its characters
+_COPIED = 2  # size of each item of a list in the total: a pointer of 8 bytes, of which most copies are freed
+_KEPT = 256  # the weight of lists from this size on is cached
 
 Container = str | list[Any] | tuple[Any, ...] | dict[Any, Any]
 
 
 class ChatTemplateError(TemplateError, ValueError):
-    """A chat template is missing, broken, refused, or refuses the conversation; the message says which."""
+    """A chat template is missing, invalid or refused, or it rejects the conversation; the message says which."""
 
 
 @dataclass
 class Run:
-    """One rendering: how much it has done, and the marks around its generation blocks."""
+    """The state of one rendering: resources used so far, and the markers of its generation blocks."""
 
     marks: tuple[str, str] | None = None
-    made_so_far: int = 0
+    total: int = 0
     _start: float = field(default_factory=time.monotonic)
     _used: float = field(default_factory=time.thread_time)
     _weights: dict[int, tuple[Any, int]] = field(default_factory=dict[int, tuple[Any, int]])
 
     def step(self) -> None:
-        """Called at each turn of a loop and each operation; ChatTemplateError once the time is over."""
-        # The clock that is quick to ask first; another process may have had the processor meanwhile.
+        """Called for each loop iteration and operation; ChatTemplateError when the time is up."""
+        # The cheap clock first; elapsed time alone may be that of other processes.
         if time.monotonic() - self._start > MAX_SECONDS and time.thread_time() - self._used > MAX_SECONDS:
             raise ChatTemplateError(
                 f"the chat template was stopped after {MAX_SECONDS:g} s; it may never end"
             )
 
-    def made(self, value: Any) -> Any:
-        """A value that an operation has made, counted; ChatTemplateError if it is too large, or all are."""
+    def count(self, value: Any) -> Any:
+        """Count a value that an operation created; ChatTemplateError if it, or the total, is too large."""
         if isinstance(value, str):
             check_size(len(value))
             self._count(len(value))
@@ -62,44 +62,44 @@ class Run:
         return cast("Any", value)
 
     def _count(self, size: int) -> None:
-        self.made_so_far += size
-        if self.made_so_far > MAX_MADE:
+        self.total += size
+        if self.total > MAX_MADE:
             raise ChatTemplateError(
-                f"the chat template was stopped: it makes texts of over {MAX_MADE:,} characters together"
+                f"the chat template was stopped: it creates strings of over {MAX_MADE:,} characters in total"
             )
 
     def weigh(self, value: Any) -> int:
-        """How many characters a value has, written out; ChatTemplateError if these are too many."""
+        """The formatted size of a value in characters; ChatTemplateError if it is too large."""
         if type(value) is str:
             return len(value) + ITEM
         if not isinstance(value, list | tuple | dict):
             if isinstance(value, KeysView | ValuesView | ItemsView):
                 return self.weigh(tuple(cast("Iterable[Any]", value)))
             return ITEM + (len(value) if isinstance(value, str) else 0)
-        held = cast("list[Any]", value)
-        if (known := self._weights.get(id(held))) is not None:
+        container = cast("list[Any]", value)
+        if (known := self._weights.get(id(container))) is not None:
             return known[1]
-        weight = ITEM * (len(held) + 1)
-        parts: tuple[Iterable[Any], ...] = (held,)
+        weight = ITEM * (len(container) + 1)
+        iterables: tuple[Iterable[Any], ...] = (container,)
         if isinstance(value, dict):
-            parts = (held, cast("dict[Any, Any]", value).values())
-        for part in parts:
-            for item in part:
+            iterables = (container, cast("dict[Any, Any]", value).values())
+        for values in iterables:
+            for item in values:
                 weight += len(item) + ITEM if type(item) is str else self.weigh(item)
                 if weight > MAX_TEXT:
                     check_size(weight)
         if weight >= _KEPT:
-            self._weights[id(held)] = (held, weight)  # it is kept, so that no other value gets its id
+            self._weights[id(container)] = (container, weight)  # the reference keeps its id from being reused
         return weight
 
-    def joined(self, value: Any, weight: int) -> Any:
-        """A list of parts that were weighed before, whose weights add up to this."""
+    def count_list(self, value: Any, weight: int) -> Any:
+        """A list of values that were weighed before, with the sum of their weights."""
         check_size(weight)
         self._weights[id(value)] = (value, weight)
-        return self.made(value)
+        return self.count(value)
 
     def text(self, value: Any) -> str:
-        """A value written out."""
+        """A value formatted as a string."""
         if not isinstance(value, str):
             self.weigh(value)
             value = str(value)
@@ -107,7 +107,7 @@ class Run:
         return value
 
     def metered(self, values: Iterable[Any]) -> Iterator[Any]:
-        """The values, with a step for each."""
+        """The values, with a `step` for each."""
         for value in values:
             self.step()
             if isinstance(value, list | tuple | dict):
@@ -115,7 +115,7 @@ class Run:
             yield value
 
     def listed(self, values: Any) -> list[Any]:
-        """The values as a list, of which no more are taken than may be."""
+        """The values as a list of limited length."""
         found: list[Any] = []
         for value in self.metered(values):
             found.append(value)
@@ -124,15 +124,15 @@ class Run:
 
 
 def check_size(size: float) -> None:
-    """ChatTemplateError for a text or a list of that size."""
+    """ChatTemplateError for a string or list that exceeds MAX_TEXT."""
     if size > MAX_TEXT:
         raise ChatTemplateError(
-            f"the chat template was stopped: it makes a text of over {MAX_TEXT:,} characters"
+            f"the chat template was stopped: it creates a string of over {MAX_TEXT:,} characters"
         )
 
 
 def check_number(value: Any) -> None:
-    """SecurityError for a whole number that takes long to compute with."""
+    """SecurityError for an integer that is slow to compute with."""
     if isinstance(value, int) and value.bit_length() > MAX_BITS:
         raise SecurityError("it computes with numbers of thousands of digits")
 
@@ -146,7 +146,7 @@ def _limited(value: Any, most: int, what: str) -> None:
 
 
 def binary(run: Run, operator: str, left: Any, right: Any, compute: Callable[[Any, Any], Any]) -> Any:
-    """The value of an operator, if it is not too large."""
+    """The result of a binary operator, if it is not too large."""
     run.step()
     check_number(left)
     check_number(right)
@@ -159,19 +159,19 @@ def binary(run: Run, operator: str, left: Any, right: Any, compute: Callable[[An
         return compute(left, right)
     lists = isinstance(left, list | tuple) or isinstance(right, list | tuple)
     if operator == "+" and lists:
-        return run.joined(compute(left, right), run.weigh(left) + run.weigh(right))
+        return run.count_list(compute(left, right), run.weigh(left) + run.weigh(right))
     if operator == "*":
         times = left if isinstance(left, int) else right if isinstance(right, int) else 1
         text = left if isinstance(left, str) else right if isinstance(right, str) else None
         once = max(run.weigh(left), run.weigh(right)) if text is None else len(text)
         weight = once * max(times, 0)
         check_size(weight)
-        return run.joined(compute(left, right), weight) if lists else run.made(compute(left, right))
+        return run.count_list(compute(left, right), weight) if lists else run.count(compute(left, right))
     if operator == "%" and isinstance(left, str):
         check_percent(run, left, right)
     elif operator == "+":
         check_size(run.weigh(left) + run.weigh(right))
-    return run.made(compute(left, right))
+    return run.count(compute(left, right))
 
 
 _STARRED = re.compile(r"%[^a-zA-Z%]*\*")
@@ -180,7 +180,7 @@ _DIGITS = re.compile(r"\d+")
 
 
 def _widths(form: str) -> int:
-    """The widths and precisions of a format together, or more."""
+    """An upper bound of the sum of widths and precisions in a format string."""
     found = _DIGITS.findall(form)
     if any(len(digits) > 6 for digits in found):
         raise SecurityError("it formats to a width of millions")
@@ -188,14 +188,14 @@ def _widths(form: str) -> int:
 
 
 def check_percent(run: Run, form: str, values: Any) -> None:
-    """Refuse `form % values` that would be too long."""
+    """Refuse `form % values` with a result that is too long."""
     if _STARRED.search(form):
         raise SecurityError("it formats to a width that it computes")
     check_size(len(form) + _widths(form) + form.count("%") * 4 * run.weigh(values))
 
 
 def check_format(run: Run, form: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-    """The same for `form.format(...)`."""
+    """Refuse `form.format(...)` with a result that is too long."""
     if _NESTED.search(form):
         raise SecurityError("it formats to a width that it computes")
     check_size(len(form) + _widths(form) + form.count("{") * 4 * run.weigh([*args, *kwargs.values()]))
@@ -203,8 +203,8 @@ def check_format(run: Run, form: str, args: Sequence[Any], kwargs: Mapping[str, 
 
 # ------------------------------------------------------------------ methods
 
-# What a template may call of the values that it gets; anything else of theirs is refused. Of strings, those are left
-# out that lead to bytes and to tables, whose methods nobody needs here.
+# Methods that a template may call on the values that it gets; all others are refused. Methods of str that lead to bytes
+# or translation tables are left out: no template needs them.
 METHODS: dict[type[Any], frozenset[str]] = {
     str: frozenset(name for name in dir(str) if name[0] != "_")
     - {"encode", "format_map", "maketrans", "translate"},
@@ -217,7 +217,7 @@ METHODS: dict[type[Any], frozenset[str]] = {
 
 
 def check_method(run: Run, owner: str, name: str, args: list[Any], kwargs: Mapping[str, Any]) -> None:
-    """Refuse to call a method of a string whose result would be too long; a generator among `args` becomes a list."""
+    """Refuse a str method whose result would be too long; a generator among `args` becomes a list."""
     if name in ("center", "ljust", "rjust", "zfill"):
         _limited(args[0] if args else kwargs.get("width"), MAX_TEXT, "a width")
     elif name == "expandtabs":
@@ -231,40 +231,40 @@ def check_method(run: Run, owner: str, name: str, args: list[Any], kwargs: Mappi
         check_size(run.weigh(args[0]) + len(owner) * len(cast("Container", args[0])))
     elif name == "format":
         check_format(run, owner, args, kwargs)
-    elif name == "striptags":  # of marked-up text; it takes the square of the length
+    elif name == "striptags":  # of Markup; quadratic in the length
         check_slow(run, owner, 2**15)
 
 
 def check_replaced(text: str, old: Any, new: Any) -> None:
-    """Refuse a replacement by something longer, too often."""
+    """Refuse a replacement whose result would be too long."""
     if isinstance(old, str) and isinstance(new, str) and len(new) > len(old):
         check_size(len(text) + text.count(old) * (len(new) - len(old)))
 
 
 def check_slow(run: Run, value: Any, most: int) -> None:
-    """ChatTemplateError for a value that a slow operation takes too long for."""
+    """ChatTemplateError for a value that is too large for a slow operation."""
     if run.weigh(value) > most:
         raise ChatTemplateError(
-            f"the chat template was stopped: it spends too long on a text of over {most:,} characters"
+            f"the chat template was stopped: it spends too long on a string of over {most:,} characters"
         )
 
 
 # ------------------------------------------------------------------ filters
 
-# (run, the filter's arguments, its keywords) -> nothing, or the arguments to use instead
+# (run, the filter's arguments, its keywords) -> None; may replace the arguments in place
 Rule = Callable[[Run, list[Any], dict[str, Any]], None]
 
 
-def _argument(args: list[Any], kwargs: Mapping[str, Any], place: int, name: str) -> Any:
-    return args[place] if len(args) > place else kwargs.get(name)
+def _argument(args: list[Any], kwargs: Mapping[str, Any], position: int, name: str) -> Any:
+    return args[position] if len(args) > position else kwargs.get(name)
 
 
 def _slow(most: int) -> Rule:
     return lambda run, args, kwargs: check_slow(run, [*args, *kwargs.values()], most)
 
 
-def _number(place: int, name: str, most: int, what: str) -> Rule:
-    return lambda _, args, kwargs: _limited(_argument(args, kwargs, place, name), most, what)
+def _number(position: int, name: str, most: int, what: str) -> Rule:
+    return lambda _, args, kwargs: _limited(_argument(args, kwargs, position, name), most, what)
 
 
 def _iterated(run: Run, args: list[Any], kwargs: dict[str, Any]) -> None:
@@ -280,7 +280,7 @@ def _collected(run: Run, args: list[Any], kwargs: dict[str, Any]) -> None:
 
 
 def _grouped(run: Run, args: list[Any], kwargs: dict[str, Any]) -> None:
-    """Sorting by an attribute takes microseconds for each item, without a turn of a loop that the clock could stop."""
+    """Sorting by an attribute takes microseconds per item, without an iteration in which `step` could stop it."""
     _collected(run, args, kwargs)
     if args:
         _limited(len(args[0]), 2**18, "groups of a sequence")
@@ -288,8 +288,8 @@ def _grouped(run: Run, args: list[Any], kwargs: dict[str, Any]) -> None:
 
 def _joined(run: Run, args: list[Any], kwargs: dict[str, Any]) -> None:
     _collected(run, args, kwargs)
-    between = run.text(_argument(args, kwargs, 1, "d") or "")
-    check_size(run.weigh(args[0]) + len(between) * len(args[0]))
+    separator = run.text(_argument(args, kwargs, 1, "d") or "")
+    check_size(run.weigh(args[0]) + len(separator) * len(args[0]))
 
 
 def _replaced(run: Run, args: list[Any], kwargs: dict[str, Any]) -> None:
@@ -310,8 +310,8 @@ def _formatted(run: Run, args: list[Any], kwargs: dict[str, Any]) -> None:
 
 def _wrapped(run: Run, args: list[Any], kwargs: dict[str, Any]) -> None:
     check_slow(run, args[0], 2**17)
-    between = run.text(_argument(args, kwargs, 3, "wrapstring") or "\n")
-    check_size(len(between) * (len(run.text(args[0])) + 1))
+    separator = run.text(_argument(args, kwargs, 3, "wrapstring") or "\n")
+    check_size(len(separator) * (len(run.text(args[0])) + 1))
 
 
 def _as_json(run: Run, args: list[Any], kwargs: dict[str, Any]) -> None:
@@ -327,7 +327,7 @@ def _as_json(run: Run, args: list[Any], kwargs: dict[str, Any]) -> None:
 
 
 def _depth(value: Any) -> int:
-    """How deep a value is nested."""
+    """The nesting depth of a value."""
     if isinstance(value, dict):
         return 1 + max(map(_depth, cast("dict[Any, Any]", value).values()), default=0)
     return 1 + max(map(_depth, cast("list[Any]", value)), default=0) if isinstance(value, list | tuple) else 0
@@ -339,9 +339,9 @@ def _from_json(run: Run, args: list[Any], kwargs: dict[str, Any]) -> None:
         raise ChatTemplateError("the chat template was stopped: it reads JSON of too many objects")
 
 
-def _whole(run: Run, args: list[Any], kwargs: dict[str, Any]) -> None:
+def _int(run: Run, args: list[Any], kwargs: dict[str, Any]) -> None:
     del run, kwargs
-    if isinstance(args[0], str) and len(args[0]) > 4000:  # no number that Python reads
+    if isinstance(args[0], str) and len(args[0]) > 4000:  # longer than any integer that Python parses
         args[0] = ""
 
 
@@ -351,16 +351,20 @@ def _filled(run: Run, args: list[Any], kwargs: dict[str, Any]) -> None:
     _limited(_argument(args, kwargs, 1, "slices"), 100_000, "a number of slices")
 
 
-def _any(run: Run, args: list[Any], kwargs: dict[str, Any]) -> None:
-    """Nothing to refuse: it takes time, and makes a value, in proportion to what it gets."""
+def _unlimited(run: Run, args: list[Any], kwargs: dict[str, Any]) -> None:
+    """No limit: time and result are proportional to the arguments."""
     del run, args, kwargs
 
 
-# The filters that there are. Those of a later Jinja that are not here do not exist for a template.
+# The available filters. Filters that later versions of Jinja add are not available to templates.
 RULES: dict[str, Rule] = {
-    **dict.fromkeys(("abs", "attr", "capitalize", "count", "d", "default", "dictsort", "e", "escape"), _any),
-    **dict.fromkeys(("first", "float", "forceescape", "length", "last", "lower", "items", "reverse"), _any),
-    **dict.fromkeys(("safe", "string", "trim", "truncate", "upper", "random", "filesizeformat"), _any),
+    **dict.fromkeys(
+        ("abs", "attr", "capitalize", "count", "d", "default", "dictsort", "e", "escape"), _unlimited
+    ),
+    **dict.fromkeys(
+        ("first", "float", "forceescape", "length", "last", "lower", "items", "reverse"), _unlimited
+    ),
+    **dict.fromkeys(("safe", "string", "trim", "truncate", "upper", "random", "filesizeformat"), _unlimited),
     **dict.fromkeys(("list", "map", "max", "min", "reject", "rejectattr", "select", "selectattr"), _iterated),
     **dict.fromkeys(("sort", "sum", "unique"), _iterated),
     "groupby": _grouped,
@@ -370,7 +374,7 @@ RULES: dict[str, Rule] = {
     "format": _formatted,
     "from_json": _from_json,
     "indent": _indented,
-    "int": _whole,
+    "int": _int,
     "join": _joined,
     "pprint": _slow(2**16),
     "replace": _replaced,
@@ -393,14 +397,14 @@ def to_json(
     separators: Any = None,
     sort_keys: bool = False,
 ) -> str:
-    """JSON as it is: Jinja's own filter escapes for HTML, and its escapes would be read by the model."""
+    """JSON without HTML escapes: Jinja's own filter adds them, and the model would see them."""
     return json.dumps(
         value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )
 
 
 def from_json(text: str) -> Any:
-    """What a JSON text says; other texts as they are. A template asks `'from_json' is filter`, as others lack it."""
+    """The value of a JSON string; other strings unchanged. Templates test for it with `'from_json' is filter`."""
     try:
         return json.loads(text)
     except ValueError:
@@ -408,5 +412,5 @@ def from_json(text: str) -> Any:
 
 
 def refuse(message: Any) -> NoReturn:
-    """What `raise_exception` does: the template refuses the conversation."""
+    """`raise_exception` of templates: rejects the conversation."""
     raise ChatTemplateError(str(message)[:10_000])

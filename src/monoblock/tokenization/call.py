@@ -1,4 +1,4 @@
-"""Texts to ids: the tokenizer's call, `encode` and `tokenize`, with the hub's arguments and outputs."""
+"""Texts to ids: the tokenizer's `__call__`, `encode` and `tokenize`, with transformers' arguments and outputs."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 from tokenizers import Encoding
 
 from monoblock.tokenization.encoding import BatchEncoding
-from monoblock.tokenization.inputs import EncodingPlan, as_batch, check_stride, plan
-from monoblock.tokenization.special import SpecialTokens
+from monoblock.tokenization.inputs import EncodingPlan, as_batch, check_stride, encoding_plan
+from monoblock.tokenization.special import SpecialTokensMixin
 
 log = logging.getLogger("monoblock")
 
-# argument of the call -> key of the result and attribute of the backend's encoding; None: by `model_input_names`.
+# argument of the call, key of the result, attribute of the backend's encoding; the default is by `model_input_names`.
 FIELDS: tuple[tuple[str, str, str], ...] = (
     ("return_token_type_ids", "token_type_ids", "type_ids"),
     ("return_attention_mask", "attention_mask", "attention_mask"),
@@ -23,8 +23,8 @@ FIELDS: tuple[tuple[str, str, str], ...] = (
 )
 
 
-class Encode(SpecialTokens):
-    """The part of a tokenizer that turns texts into ids."""
+class EncodingMixin(SpecialTokensMixin):
+    """The methods of a tokenizer that encode texts."""
 
     model_input_names: list[str]
     model_max_length: int
@@ -65,22 +65,22 @@ class Encode(SpecialTokens):
         """Encode a text, a pair, a batch of either, or texts split into words (`is_split_into_words=True`).
 
         Args:
-            text, text_pair: what to encode; `text_target` (and its pair) give `labels` beside it.
+            text, text_pair: the inputs; `text_target` (and its pair) are encoded as `labels`.
             padding: True or "longest", "max_length", False or "do_not_pad".
             truncation: True or "longest_first", "only_first", "only_second", False or "do_not_truncate".
-            max_length: tokens per row at most; default the model's. Alone, it truncates.
-            stride: tokens that a row of overflow repeats from the row before.
-            pad_to_multiple_of, padding_side, return_tensors ("pt", "np", "jax", "tf"): as their names say.
-            return_...: which further keys the result has; with `return_overflowing_tokens` what was cut makes rows
-                of its own, and `overflow_to_sample_mapping` says which text each row is from.
-            split_special_tokens: read special tokens in the text as plain text.
+            max_length: maximum of tokens per row; default the model's. Alone, it enables truncation.
+            stride: number of tokens that each overflowing row repeats from the row before.
+            pad_to_multiple_of, padding_side, return_tensors ("pt", "np", "jax", "tf"): as in transformers.
+            return_...: further keys of the result; with `return_overflowing_tokens` truncated tokens form rows of
+                their own, and `overflow_to_sample_mapping` gives the index of each row's text.
+            split_special_tokens: encode special tokens in the text as plain text.
             tokenizer_kwargs: more of these arguments, as a dictionary.
 
         Returns:
             `BatchEncoding`: lists, one per text (a flat list for a single text), or arrays [texts, tokens].
         """
         if text is None and text_target is None:
-            raise ValueError("there is nothing to encode: give text, or text_target for labels")
+            raise ValueError("there is nothing to encode: pass text, or text_target for labels")
         options: dict[str, Any] = {
             "add_special_tokens": add_special_tokens,
             "padding": padding,
@@ -115,27 +115,27 @@ class Encode(SpecialTokens):
         return encoded
 
     def encode(self, text: Any, text_pair: Any = None, **options: Any) -> Any:
-        """The ids alone: `self(text, text_pair, ...)["input_ids"]`, with the call's arguments."""
+        """The ids alone: `self(text, text_pair, ...)["input_ids"]`; takes the arguments of `__call__`."""
         return self(text, text_pair, **options)["input_ids"]
 
     def tokenize(
         self, text: str, pair: str | None = None, add_special_tokens: bool = False, **options: Any
     ) -> list[str]:
-        """The tokens of a text, as the vocabulary spells them; with the call's arguments."""
+        """The tokens of a text as in the vocabulary; takes the arguments of `__call__`."""
         return self(text, pair, add_special_tokens=add_special_tokens, **options).tokens()
 
     def encode_plus(self, text: Any, text_pair: Any = None, **options: Any) -> BatchEncoding:
-        """The older name of the call for one text."""
+        """Older name of `__call__` for one text."""
         return self(text, text_pair, **options)
 
     def batch_encode_plus(self, batch_text_or_text_pairs: Any, **options: Any) -> BatchEncoding:
-        """The older name of the call for a list of texts or pairs."""
+        """Older name of `__call__` for a list of texts or pairs."""
         return self(batch_text_or_text_pairs, **options)
 
     def _plan(
         self, padding: Any, truncation: Any, max_length: Any, multiple: Any, side: Any, verbose: bool
     ) -> EncodingPlan:
-        decided = plan(
+        plan = encoding_plan(
             padding,
             truncation,
             max_length,
@@ -144,22 +144,22 @@ class Encode(SpecialTokens):
             model_max_length=self.model_max_length,
             verbose=verbose,
         )
-        if decided.pads and self.pad_token is None:
+        if plan.pads and self.pad_token is None:
             raise ValueError(
                 "padding needs a padding token and this tokenizer has none: set tokenizer.pad_token = "
                 "tokenizer.eos_token, or tokenizer.add_special_tokens({'pad_token': '[PAD]'}) and resize the model"
             )
-        if decided.pads and self.pad_token_id is None:
+        if plan.pads and self.pad_token_id is None:
             raise ValueError(
                 f"pad_token={self.pad_token!r} is not in the vocabulary: add it with "
                 f"tokenizer.add_special_tokens({{'pad_token': {self.pad_token!r}}}) and resize the model"
             )
-        return decided
+        return plan
 
     def _encode(self, text: Any, pair: Any, name: str, options: dict[str, Any]) -> BatchEncoding:
-        """One side (text or target) of a call: check, run the backend, and lay the rows out."""
+        """Encode the texts or the targets: check, run the backend, and collect the fields of the result."""
         items, batched = as_batch(text, pair, options["is_split_into_words"], name)
-        decided = self._plan(
+        plan = self._plan(
             options["padding"],
             options["truncation"],
             options["max_length"],
@@ -167,14 +167,14 @@ class Encode(SpecialTokens):
             options["padding_side"],
             options["verbose"],
         )
-        encodings = self._run(items, decided, options)
+        encodings = self._run(items, plan, options)
         overflow = options["return_overflowing_tokens"]
         rows = [[first, *first.overflowing] if overflow else [first] for first in encodings]
         flat = [row for group in rows for row in group]
         data = self._fields(flat, options)
         if overflow:
             data["overflow_to_sample_mapping"] = [sample for sample, group in enumerate(rows) for _ in group]
-        if decided.max_length is None and options["verbose"]:
+        if plan.max_length is None and options["verbose"]:
             self._warn_of_length(flat)
         if not batched and options["return_tensors"] is None and not overflow:
             single: dict[str, Any] = {
@@ -196,35 +196,35 @@ class Encode(SpecialTokens):
         special = options["add_special_tokens"]
         stride = check_stride(options["stride"], plan, self.num_special_tokens_to_add() if special else 0)
         split = options["split_special_tokens"]
-        # The plan is state of the backend: a second thread must not change it before this one has encoded.
+        # Padding and truncation are state of the backend: no other thread may change them before this one has encoded.
         with self._lock:
             backend = self._tokenizer
-            _set_up(backend, plan, stride, self)
+            _configure_backend(backend, plan, stride, self)
             backend.encode_special_tokens = self.split_special_tokens if split is None else split
             try:
                 return backend.encode_batch(
                     items, is_pretokenized=options["is_split_into_words"], add_special_tokens=special
                 )
             except BaseException as error:
-                # What a user can get wrong, the backend raises as plain exceptions, or panics: no class of Exception.
+                # The backend raises plain Exception for invalid arguments, or panics (not a subclass of Exception).
                 if type(error) is not Exception and type(error).__name__ != "PanicException":
                     raise
                 raise ValueError(
-                    f"the texts cannot be cut this way: {error}; choose another truncation, max_length or stride"
+                    f"the texts cannot be truncated this way: {error}; choose another truncation, max_length or stride"
                 ) from error
 
     def num_special_tokens_to_add(self, pair: bool = False) -> int:
-        """How many special tokens the tokenizer puts around a text, or a pair."""
+        """The number of special tokens that are added to a text, or to a pair."""
         return self._tokenizer.num_special_tokens_to_add(pair)
 
     @property
     def max_len_single_sentence(self) -> int:
-        """How many tokens of one text fit in the model."""
+        """The maximum of tokens of one text, without special tokens."""
         return self.model_max_length - self.num_special_tokens_to_add()
 
     @property
     def max_len_sentences_pair(self) -> int:
-        """How many tokens of two texts fit in the model together."""
+        """The maximum of tokens of a pair, without special tokens."""
         return self.model_max_length - self.num_special_tokens_to_add(pair=True)
 
     def _warn_of_length(self, rows: list[Encoding]) -> None:
@@ -232,14 +232,14 @@ class Encode(SpecialTokens):
         if longest > self.model_max_length > 0 and not self._warned_of_length:
             self._warned_of_length = True
             log.warning(
-                "a text has %d tokens, more than the %d that the tokenizer's files give as the model's length",
+                "a text has %d tokens, more than the %d that the tokenizer's files give as the model's maximum",
                 longest,
                 self.model_max_length,
             )
 
 
-def _set_up(backend: Any, plan: EncodingPlan, stride: int, owner: Encode) -> None:
-    """Give the backend the plan; unchanged settings are left, since setting them costs more than a short text."""
+def _configure_backend(backend: Any, plan: EncodingPlan, stride: int, owner: EncodingMixin) -> None:
+    """Set padding and truncation of the backend if they differ: setting them costs more than encoding a short text."""
     truncation = padding = None
     if plan.truncates:
         truncation = {

@@ -1,4 +1,4 @@
-"""Conversations to prompts: `apply_chat_template` and what it needs to know of a tokenizer."""
+"""Conversations to prompts: `apply_chat_template`."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from typing import TYPE_CHECKING, Any, cast
 from tokenizers import Encoding
 
 from monoblock.errors import FieldError
-from monoblock.tokenization.call import Encode
+from monoblock.tokenization.call import EncodingMixin
 
 if TYPE_CHECKING:
     from monoblock.tokenization.template import Rendered
 
-# The names under which messages carry a model's reasoning; templates read the first, gpt-oss's the second.
+# Keys of a model's reasoning in messages; most templates read the first, gpt-oss's the second.
 REASONING = ("reasoning_content", "thinking", "reasoning")
-# Put after a message that is to be continued, to find where it ends; the space shows whether it is trimmed.
+# Appended to a message that is to be continued, to find its end; the space shows whether the template strips it.
 TAG = "MESSAGE-GOES-ON-HERE "
 
 ChatTemplate = str | dict[str, str] | None
 
 
 def named_templates(template: Any) -> ChatTemplate:
-    """A template, or several by name; files write those as a list of `{"name": ..., "template": ...}`."""
+    """A template, or several by name; files store those as a list of `{"name": ..., "template": ...}`."""
     if not isinstance(template, list | tuple):
         return template
     rows = cast(Sequence[dict[str, str]], template)
@@ -34,13 +34,13 @@ def named_templates(template: Any) -> ChatTemplate:
     return {row["name"]: row["template"] for row in rows}
 
 
-class Chat(Encode):
-    """The part of a tokenizer that turns conversations into prompts."""
+class ChatTemplateMixin(EncodingMixin):
+    """The methods of a tokenizer that convert conversations to prompts."""
 
     chat_template: ChatTemplate
 
     def get_chat_template(self, chat_template: str | None = None, tools: Sequence[Any] | None = None) -> str:
-        """The template that a conversation would use: the one given (or named), else the tokenizer's own."""
+        """The template for a conversation: the one that is passed (or named), else the tokenizer's own."""
         from monoblock.tokenization.template import ChatTemplateError
 
         own = self.chat_template
@@ -55,8 +55,8 @@ class Chat(Encode):
             )
         if chat_template is None and own is None:
             raise ChatTemplateError(
-                "this tokenizer has no chat template, as base models have none: pass chat_template=, set "
-                "tokenizer.chat_template, or give the model a plain text"
+                "this tokenizer has no chat template (base models have none): pass chat_template=, set "
+                "tokenizer.chat_template, or tokenize a plain text"
             )
         return cast(str, own if chat_template is None else chat_template)
 
@@ -79,27 +79,27 @@ class Chat(Encode):
         tokenizer_kwargs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> Any:
-        """The prompt of a conversation, in the form that the model was trained on.
+        """The prompt of a conversation, in the format that the model was trained on.
 
         Args:
             conversation: a list of messages, `{"role": ..., "content": ...}`, or a list of such lists.
-            tools: JSON schemas, or Python functions (their schema is made by `get_json_schema`).
-            documents: texts for the model to draw on, `{"title": ..., "text": ...}`.
+            tools: JSON schemas, or Python functions (converted by `get_json_schema`).
+            documents: texts for retrieval-augmented generation, `{"title": ..., "text": ...}`.
             chat_template: a template, or the name of one of the tokenizer's.
-            add_generation_prompt: end with what begins a reply.
-            continue_final_message: end inside the last message, for the model to go on (its `content`, or the field
-                that a string names).
-            tokenize: False for the text itself.
+            add_generation_prompt: append the beginning of an assistant message.
+            continue_final_message: end inside the last message, so that the model continues it (its `content`, or
+                the field that a string names).
+            tokenize: False returns the text.
             padding, truncation, max_length, return_tensors: as in the tokenizer's call; `tokenizer_kwargs` has more.
-            return_dict: False for the ids alone.
+            return_dict: False returns the ids alone.
             return_assistant_tokens_mask: add `assistant_masks`, 1 for tokens inside `{% generation %}` blocks.
-            kwargs: further variables of the template.
+            kwargs: further template variables.
 
         Returns:
             `BatchEncoding`, ids, or text; lists of those for a list of conversations.
 
         Raises:
-            ChatTemplateError: no template, a broken or refused one, or one that refuses this conversation.
+            ChatTemplateError: the template is missing, invalid or refused, or rejects this conversation.
         """
         if sanitize_control_tokens:
             raise ValueError(
@@ -115,7 +115,7 @@ class Chat(Encode):
         source = self.get_chat_template(chat_template, tools)
         chats, batched = _conversations(conversation)
         if "messages" in kwargs:
-            raise TypeError("messages= is the conversation itself: give it as the first argument")
+            raise TypeError("messages= is the conversation itself: pass it as the first argument")
         variables = {
             **self.special_tokens_map,
             **plain(kwargs),
@@ -153,10 +153,10 @@ class Chat(Encode):
         conversation_history: Sequence[Mapping[str, Any]] | None = None,
         **kwargs: Any,
     ) -> list[int]:
-        """The ids that one more message adds to a conversation, from the first that differs on."""
+        """The ids that one more message adds to a conversation, from the first difference on."""
         if "add_generation_prompt" in kwargs:
             raise ValueError(
-                "add_generation_prompt is no part of a message: add it to the whole conversation"
+                "add_generation_prompt does not apply to a message: add it to the whole conversation"
             )
         history = list(conversation_history or [])
         ids = self.apply_chat_template([*history, message], return_dict=False, **kwargs)
@@ -168,7 +168,7 @@ class Chat(Encode):
 
 
 def _conversations(conversation: Any) -> tuple[list[list[dict[str, Any]]], bool]:
-    """The conversations as plain messages, and whether there is a list of them."""
+    """The conversations as plain messages, and whether a list of them was passed."""
     given: Any = getattr(conversation, "messages", conversation)
     items = cast(Sequence[Any], given if isinstance(given, list | tuple) else ())
     batched = bool(items) and (isinstance(items[0], list | tuple) or hasattr(items[0], "messages"))
@@ -191,7 +191,7 @@ def _messages(chat: Any) -> list[dict[str, Any]]:
             raise TypeError(
                 f'message {index} is {type(item).__name__}; expected {{"role": ..., "content": ...}}'
             )
-        # None is "nothing", which templates know as a missing key; many would write "None".
+        # Templates check for missing keys; many would print a None.
         kept = {key: value for key, value in cast(dict[str, Any], message).items() if value is not None}
         reasoning = next((kept[name] for name in REASONING if name in kept), None)
         if reasoning is not None:
@@ -200,7 +200,7 @@ def _messages(chat: Any) -> list[dict[str, Any]]:
     return messages
 
 
-# Subclasses, enums of strings for one, are taken for what they hold.
+# Subclasses, such as string enums, are converted to their base type.
 _SCALARS: tuple[tuple[type, Callable[[Any], Any]], ...] = (
     (str, str.__str__),
     (int, int.__int__),
@@ -209,7 +209,7 @@ _SCALARS: tuple[tuple[type, Callable[[Any], Any]], ...] = (
 
 
 def plain(value: Any) -> Any:
-    """A copy made of JSON's types alone: objects with methods of their own have no place in a template."""
+    """A copy of JSON's types alone, so that templates get no objects with other methods."""
     if value is None or type(value) in (str, int, float, bool):
         return value
     for kind, base in _SCALARS:
@@ -245,18 +245,22 @@ def _documents(documents: Any) -> Any:
 
 
 def _render(
-    source: str, chat: list[dict[str, Any]], variables: dict[str, Any], carry_on: bool | str, track: bool
+    source: str,
+    chat: list[dict[str, Any]],
+    variables: dict[str, Any],
+    continue_final: bool | str,
+    track: bool,
 ) -> Rendered:
     from monoblock.tokenization.template import render
 
-    ending = _open_ending(source, chat, carry_on) if carry_on else None
+    ending = _open_ending(source, chat, continue_final) if continue_final else None
     rendered = render(source, {**variables, "messages": chat}, track=track)
     return rendered if ending is None else rendered._replace(text=_cut(rendered.text, ending))
 
 
-def _open_ending(source: str, chat: list[dict[str, Any]], carry_on: bool | str) -> str:
-    """Tag the end of the last message, in place; returns its text."""
-    name = carry_on if isinstance(carry_on, str) else "content"
+def _open_ending(source: str, chat: list[dict[str, Any]], continue_final: bool | str) -> str:
+    """Append TAG to the last message, in place; returns its original text."""
+    name = continue_final if isinstance(continue_final, str) else "content"
     last = chat[-1]
     ending = last.get(name)
     if ending is None:
@@ -272,7 +276,7 @@ def _open_ending(source: str, chat: list[dict[str, Any]], carry_on: bool | str) 
         ]
         block = next((block for block in reversed(blocks) if "text" in block), None)
         if block is None:
-            raise ValueError("continue_final_message: the last message holds no text to continue")
+            raise ValueError("continue_final_message: the last message has no text to continue")
         text: str = block["text"]
         block["text"] = text + TAG
         return text
@@ -282,19 +286,23 @@ def _open_ending(source: str, chat: list[dict[str, Any]], carry_on: bool | str) 
 
 
 def _cut(text: str, ending: str) -> str:
-    """The text up to the tag."""
+    """The text before the tag."""
     at = text.rfind(TAG.strip())
     if at < 0 or ending.strip() not in text:
-        raise ValueError("continue_final_message: the chat template does not write the last message as it is")
-    kept = text[:at] if text[at : at + len(TAG)] == TAG else text[:at].rstrip()  # what the template trims
-    return kept.replace(TAG, "").replace(TAG.strip(), "")  # a template may write the message more than once
+        raise ValueError(
+            "continue_final_message: the chat template does not write the last message unchanged"
+        )
+    kept = (
+        text[:at] if text[at : at + len(TAG)] == TAG else text[:at].rstrip()
+    )  # the template strips messages
+    return kept.replace(TAG, "").replace(TAG.strip(), "")  # a template may write the message repeatedly
 
 
 def _mask(row: Encoding, spans: Sequence[tuple[int, int]]) -> list[int]:
-    """1 for each token of a row that holds a character of one of the spans."""
+    """1 for each token of a row that overlaps one of the character spans."""
     mask = [0] * len(row)
     for index, ((first, end), sequence) in enumerate(zip(row.offsets, row.sequence_ids, strict=True)):
-        end = max(end, first + 1)  # a token whose characters were all trimmed still stands somewhere
+        end = max(end, first + 1)  # a token whose characters were all stripped has an empty span
         if sequence is not None and any(first < stop and start < end for start, stop in spans):
             mask[index] = 1
     return mask

@@ -1,4 +1,4 @@
-"""The public tokenizer classes: each is `PreTrainedTokenizerFast` with one row of its family's table."""
+"""The public tokenizer classes: `PreTrainedTokenizerFast` with the `TokenizerFamily` of each."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from monoblock.tokenization.sentencepiece import doubles_first_space
 
 
 class GPTNeoXTokenizerFast(PreTrainedTokenizerFast):
-    """The byte-level BPE of GPT-NeoX-20B, which MPT uses: `<|endoftext|>` begins, ends and stands for the unknown.
+    """The byte-level BPE of GPT-NeoX-20B, which MPT uses: `<|endoftext|>` is the bos, eos and unknown token.
 
-    `add_prefix_space=True` reads each text as if a space stood before it; `add_bos_token` and `add_eos_token`
-    put `<|endoftext|>` around it.
+    `add_prefix_space=True` encodes each text as if a space preceded it; `add_bos_token` and `add_eos_token` add
+    `<|endoftext|>` before and after it.
     """
 
     family = GPT_NEOX
 
 
 class GPT2Tokenizer(PreTrainedTokenizerFast):
-    """The byte-level BPE of GPT-2, which GPT Neo uses: `<|endoftext|>` begins and ends; there is no padding token.
+    """The byte-level BPE of GPT-2, which GPT Neo uses: `<|endoftext|>` is bos and eos; there is no padding token.
 
     `add_prefix_space` and `add_bos_token` as for `GPTNeoXTokenizerFast`.
     """
@@ -41,16 +41,16 @@ class GPT2Tokenizer(PreTrainedTokenizerFast):
 
 
 class LlamaTokenizer(PreTrainedTokenizerFast):
-    """Llama's, Mistral's, Fuyu's and Persimmon's: SentencePiece (`tokenizer.model`) or Tekken (`tekken.json`).
+    """The tokenizer of Llama, Mistral, Fuyu and Persimmon: SentencePiece (`tokenizer.model`) or Tekken (`tekken.json`).
 
     Args:
-        vocab_file: the path of a `tokenizer.model` (of any version, `.v3` too) or of a `tekken.json`.
+        vocab_file: the path of a `tokenizer.model` (of any version, also `.v3`) or of a `tekken.json`.
         vocab, merges: token -> id and pairs, or (piece, score) pairs alone for Unigram, instead of a file.
-        add_bos_token, add_eos_token: whether `<s>` and `</s>` stand around a text; `<s>` does, unless a
-            tokenizer.json says otherwise.
-        add_prefix_space: whether a text is read as if a space stood before it; default as the files say.
-        legacy: whether that space also comes after each special token, as in the first versions of this class. It
-            counts where the backend is made from a vocabulary; a tokenizer.json has it written down.
+        add_bos_token, add_eos_token: whether `<s>` and `</s>` are added; by default `<s>` is, unless a tokenizer.json
+            differs.
+        add_prefix_space: whether a text is encoded as if a space preceded it; default as in the files.
+        legacy: whether that space is also inserted after each special token, as in the first versions of this class.
+            Applies to backends that are built from a vocabulary; a tokenizer.json specifies it.
     """
 
     family = LLAMA
@@ -65,7 +65,7 @@ class LlamaTokenizer(PreTrainedTokenizerFast):
 
 
 def _after_normalizing(token: str | AddedToken, special: bool) -> AddedToken:
-    """The token, looked for in the normalised text: see `sentencepiece.FIRST_SPACE`."""
+    """The token, matched in the normalised text: see `sentencepiece.FIRST_SPACE`."""
     if isinstance(token, str):
         return AddedToken(token, normalized=True, special=special)
     kept: dict[str, Any] = {
@@ -75,11 +75,11 @@ def _after_normalizing(token: str | AddedToken, special: bool) -> AddedToken:
 
 
 class MPNetTokenizer(PreTrainedTokenizerFast):
-    """MPNet's lower-case word pieces: `<s> A </s>`, and `<s> A </s></s> B </s>` for a pair; the unknown is `[UNK]`.
+    """MPNet's lower-case WordPiece: `<s> A </s>`, and `<s> A </s></s> B </s>` for a pair; the unknown is `[UNK]`.
 
     Args:
-        vocab_file: a `vocab.txt`, or the `dict.txt` of MPNet's makers.
-        do_lower_case, strip_accents, tokenize_chinese_chars: as BERT's; accents go with the lower case by default.
+        vocab_file: a `vocab.txt`, or the `dict.txt` of fairseq.
+        do_lower_case, strip_accents, tokenize_chinese_chars: as BERT's; by default accents are stripped if lower-cased.
     """
 
     family = MPNET
@@ -88,7 +88,7 @@ class MPNetTokenizer(PreTrainedTokenizerFast):
         super().__init__(vocab_file=vocab_file, tokenizer_file=tokenizer_file, **kwargs)
 
 
-# The slow and the fast name of a tokenizer are one class.
+# The slow and the fast name of a tokenizer are the same class.
 GPT2TokenizerFast = GPT2Tokenizer
 LlamaTokenizerFast = LlamaTokenizer
 MPNetTokenizerFast = MPNetTokenizer
@@ -105,10 +105,10 @@ CLASSES: tuple[type[PreTrainedTokenizerFast], ...] = (
 
 
 def by_name(name: str) -> type[PreTrainedTokenizerFast] | None:
-    """The class of a name in `tokenizer_config.json`, in the slow or the fast spelling."""
+    """The class of a name in `tokenizer_config.json`, slow or fast."""
     return next((cls for cls in CLASSES if name in cls.family.names), None)
 
 
 def by_model_type(model_type: str) -> type[PreTrainedTokenizerFast] | None:
-    """The class that a model's family uses."""
+    """The tokenizer class of a model type."""
     return next((cls for cls in CLASSES if model_type in cls.family.model_types), None)

@@ -1,4 +1,4 @@
-"""What a tokenizer returns: a dictionary of ids and masks that also knows where each token came from."""
+"""`BatchEncoding`: the ids and masks that a tokenizer returns, with the mapping of tokens to words and characters."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ class TokenSpan(NamedTuple):
 class BatchEncoding(UserDict[str, Any]):
     """`input_ids`, `attention_mask`, ... by key or as attributes.
 
-    `encoding[i]` is the i-th `tokenizers.Encoding`; a slice gives several. The methods that take a token, a
-    character or a word take the row first when there is more than one: `char_to_token(row, character)`.
+    `encoding[i]` is the i-th `tokenizers.Encoding`; a slice returns several. The methods that take a token, a character
+    or a word take the row first if there are several: `char_to_token(row, character)`.
 
     Args:
         data: the dictionary.
-        encoding: the backend's encodings, one per row (None if there are none: the mapping methods then raise).
+        encoding: the backend's encodings, one per row (None: the mapping methods raise).
         tensor_type: "pt", "np", "jax" or "tf" to convert the lists to arrays.
-        prepend_batch_axis: put each value in a list of one before it is converted.
+        prepend_batch_axis: wrap each value in a list of one before conversion.
         n_sequences: 1 for single texts, 2 for pairs.
     """
 
@@ -68,7 +68,7 @@ class BatchEncoding(UserDict[str, Any]):
         )
 
     def __getattr__(self, name: str) -> Any:
-        data = self.__dict__.get("data", {})  # empty while a copy or an unpickled object is being filled
+        data = self.__dict__.get("data", {})  # empty during copying and unpickling
         if name in data:
             return data[name]
         raise AttributeError(
@@ -85,12 +85,12 @@ class BatchEncoding(UserDict[str, Any]):
 
     @property
     def is_fast(self) -> bool:
-        """Whether the mapping methods work here."""
+        """Whether the mapping methods are available."""
         return self._encodings is not None
 
     @property
     def n_sequences(self) -> int | None:
-        """1 for single texts, 2 for pairs, None when unknown."""
+        """1 for single texts, 2 for pairs, None if unknown."""
         return self._n_sequences
 
     def _row(self, row: int) -> Encoding:
@@ -110,7 +110,7 @@ class BatchEncoding(UserDict[str, Any]):
         return row, index + len(row) if index < 0 else index
 
     def tokens(self, batch_index: int = 0) -> list[str]:
-        """The tokens of a row, as the vocabulary spells them."""
+        """The tokens of a row, as in the vocabulary."""
         return self._row(batch_index).tokens
 
     def sequence_ids(self, batch_index: int = 0) -> list[int | None]:
@@ -118,15 +118,15 @@ class BatchEncoding(UserDict[str, Any]):
         return self._row(batch_index).sequence_ids
 
     def word_ids(self, batch_index: int = 0) -> list[int | None]:
-        """Per token the index of its word, None for special tokens and padding."""
+        """Per token the index of its word; None for special tokens and padding."""
         return self._row(batch_index).word_ids
 
     def words(self, batch_index: int = 0) -> list[int | None]:
-        """The older name of `word_ids`."""
+        """Older name of `word_ids`."""
         return self.word_ids(batch_index)
 
     def token_to_sequence(self, batch_or_token_index: int, token_index: int | None = None) -> int | None:
-        """Which text of the pair a token belongs to."""
+        """The sequence of the pair (0 or 1) that a token belongs to."""
         row, index = self._token_at(batch_or_token_index, token_index)
         return row.token_to_sequence(index)
 
@@ -136,7 +136,7 @@ class BatchEncoding(UserDict[str, Any]):
         return row.token_to_word(index)
 
     def token_to_chars(self, batch_or_token_index: int, token_index: int | None = None) -> CharSpan | None:
-        """Where in its text a token stands; None for special tokens."""
+        """The character span of a token in its text; None for special tokens."""
         row, index = self._token_at(batch_or_token_index, token_index)
         span = row.token_to_chars(index)
         return None if span is None else CharSpan(*span)
@@ -144,14 +144,14 @@ class BatchEncoding(UserDict[str, Any]):
     def char_to_token(
         self, batch_or_char_index: int, char_index: int | None = None, sequence_index: int = 0
     ) -> int | None:
-        """The token that holds a character; None where no token does."""
+        """The token that contains a character; None where no token does."""
         row, index = self._at(batch_or_char_index, char_index)
         return row.char_to_token(index, sequence_index)
 
     def char_to_word(
         self, batch_or_char_index: int, char_index: int | None = None, sequence_index: int = 0
     ) -> int | None:
-        """The word that holds a character."""
+        """The word that contains a character."""
         row, index = self._at(batch_or_char_index, char_index)
         return row.char_to_word(index, sequence_index)
 
@@ -166,12 +166,12 @@ class BatchEncoding(UserDict[str, Any]):
     def word_to_chars(
         self, batch_or_word_index: int, word_index: int | None = None, sequence_index: int = 0
     ) -> CharSpan:
-        """Where in its text a word stands."""
+        """The character span of a word in its text."""
         row, index = self._at(batch_or_word_index, word_index)
         return CharSpan(*cast(tuple[int, int], row.word_to_chars(index, sequence_index)))
 
     def convert_to_tensors(self, tensor_type: Any = None, prepend_batch_axis: bool = False) -> Self:
-        """Replace the lists by arrays of a framework, in place; values that are such arrays already stay."""
+        """Replace the lists by arrays of a framework, in place; values that already are such arrays stay."""
         if tensor_type is None:
             return self
         convert = converter(tensor_type)
@@ -183,11 +183,11 @@ class BatchEncoding(UserDict[str, Any]):
         """Move the PyTorch tensors to a device, in place: "cpu", "cuda:0", an index or a `torch.device`."""
         if not isinstance(device, str | int) and type(device).__name__ != "device":
             raise TypeError(
-                f"to() takes a device; got {device!r}. Token ids are integers and keep their type"
+                f"to() takes a device; got {device!r}. Token ids are integers and keep their dtype"
             )
         if not any(callable(getattr(value, "to", None)) for value in self.data.values()):
             raise ValueError(
-                'to() moves PyTorch tensors, and there are none here: tokenize with return_tensors="pt"'
+                'to() moves PyTorch tensors, and there are none: tokenize with return_tensors="pt"'
             )
         for key, value in self.data.items():
             if callable(getattr(value, "to", None)):

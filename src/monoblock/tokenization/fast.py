@@ -1,4 +1,4 @@
-"""The tokenizer: one class over the `tokenizers` library, with the hub's names."""
+"""`PreTrainedTokenizerFast`: the tokenizer class, over the `tokenizers` library, with transformers' interface."""
 
 from __future__ import annotations
 
@@ -15,35 +15,35 @@ from monoblock.tokenization.chat import named_templates
 from monoblock.tokenization.families import GENERIC, TokenizerFamily
 from monoblock.tokenization.files import LENGTHS, load, read_backend
 from monoblock.tokenization.inputs import SIDES, one_of
-from monoblock.tokenization.padding import Pad
-from monoblock.tokenization.recognised import Recognised
-from monoblock.tokenization.saving import Saving
-from monoblock.tokenization.template_tokens import Around, around, bos_eos_template
+from monoblock.tokenization.padding import PaddingMixin
+from monoblock.tokenization.saving import SavingMixin
+from monoblock.tokenization.template_tokens import IdsWithSpecialTokens, bos_eos_template, with_special_tokens
 from monoblock.tokenization.tensors import as_list
+from monoblock.tokenization.transformers_class import TransformersClassMixin
 
 log = logging.getLogger("monoblock")
 
-NO_LENGTH = int(1e30)  # the hub's model_max_length where the files name none
+NO_LENGTH = int(1e30)  # transformers' model_max_length if the files have none
 
 CLEAN_BPE = "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output"
 
-# What is cleaned from decoded text when `clean_up_tokenization_spaces` asks for it: the hub's list, in its order.
+# Replacements of `clean_up_tokenization_spaces`, those of transformers in the same order.
 CLEAN_UP = (
     (" .", "."), (" ?", "?"), (" !", "!"), (" ,", ","), (" ' ", "'"),
     (" n't", "n't"), (" 'm", "'m"), (" 's", "'s"), (" 've", "'ve"), (" 're", "'re"),
 )  # fmt: skip
 
 
-class PreTrainedTokenizerFast(Saving, Pad, Recognised):
-    """A tokenizer of the hub: `from_pretrained(name)`, then call it with texts.
+class PreTrainedTokenizerFast(SavingMixin, PaddingMixin, TransformersClassMixin):
+    """A tokenizer: `from_pretrained(name)`, then call it with texts.
 
     Args:
         tokenizer_object: a `tokenizers.Tokenizer`; it is copied.
         tokenizer_file: the path of a `tokenizer.json`.
         vocab_file, merges_file, vocab, merges: for families that are built from vocabulary files or their content.
         kwargs: special tokens (`eos_token="</s>"`), `model_max_length`, `padding_side`, `truncation_side`,
-            `model_input_names`, `chat_template`, `add_bos_token`, `clean_up_tokenization_spaces`, ...; what is not
-            known is kept in `init_kwargs` and written back.
+            `model_input_names`, `chat_template`, `add_bos_token`, `clean_up_tokenization_spaces`, ...; unknown ones are
+            kept in `init_kwargs` and written back.
     """
 
     family: ClassVar[TokenizerFamily] = GENERIC
@@ -73,29 +73,31 @@ class PreTrainedTokenizerFast(Saving, Pad, Recognised):
         self.chat_template = named_templates(kwargs.pop("chat_template", None))
         self._add_added_tokens(kwargs.pop("added_tokens_decoder", None) or {})
         self._register_special_tokens()
-        self._bos_eos = self._wanted_ends(kwargs.get("add_bos_token"), kwargs.get("add_eos_token"))
+        self._bos_eos = self._configure_bos_eos(kwargs.get("add_bos_token"), kwargs.get("add_eos_token"))
 
-    def _wanted_ends(self, bos: bool | None, eos: bool | None) -> tuple[bool, bool]:
-        """Make the backend's template write bos and eos, or neither, as asked; what is not asked for (None) stays as it
-        is. Returns what this class then puts around a text; a template that is left alone does so by itself."""
+    def _configure_bos_eos(self, bos: bool | None, eos: bool | None) -> tuple[bool, bool]:
+        """Make the backend's post-processor add bos and eos as requested (None: unchanged).
+
+        Returns the tokens that this class adds; (False, False) for a post-processor that is left unchanged.
+        """
         own = self.family.owns_template or self._tokenizer.post_processor is None
         if not own and (bos, eos) == (None, None):
             return False, False
-        found = (False, False) if own else self._written_ends()
+        found = (False, False) if own else self._current_bos_eos()
         self._bos_eos = (found[0] if bos is None else bool(bos), found[1] if eos is None else bool(eos))
         if own or self._bos_eos != found:
             self._update_template()
         return self._bos_eos
 
-    def _written_ends(self) -> tuple[bool, bool]:
-        """Whether the backend's template puts bos before a text, and eos after it."""
-        made = self._around([], None).ids
-        text = self._around([0], None)
-        at = text.mask.index(0) if 0 in text.mask else len(made)
-        return self.bos_token_id in made[:at], self.eos_token_id in made[at:]
+    def _current_bos_eos(self) -> tuple[bool, bool]:
+        """Whether the backend's post-processor adds bos before a text, and eos after it."""
+        ids = self._with_special_tokens([], None).ids
+        text = self._with_special_tokens([0], None)
+        at = text.mask.index(0) if 0 in text.mask else len(ids)
+        return self.bos_token_id in ids[:at], self.eos_token_id in ids[at:]
 
     def _take_backend_settings(self, kwargs: dict[str, Any]) -> None:
-        """Padding and truncation that a tokenizer.json carries become defaults; each call sets its own."""
+        """Use padding and truncation of a tokenizer.json as defaults; each call sets its own."""
         if padding := self._tokenizer.padding:
             kwargs.setdefault("pad_token", padding["pad_token"])
             kwargs.setdefault("padding_side", padding["direction"])
@@ -106,7 +108,7 @@ class PreTrainedTokenizerFast(Saving, Pad, Recognised):
         self._tokenizer.no_truncation()
 
     def _add_added_tokens(self, decoder: dict[int, AddedToken]) -> None:
-        # By their representation: a token that is there with other flags takes those of the config.
+        # By their repr: a token that exists with other flags takes those of the config.
         known = {repr(token) for token in self._tokenizer.get_added_tokens_decoder().values()}
         self._add([token for _, token in sorted(decoder.items()) if repr(token) not in known])
 
@@ -115,14 +117,14 @@ class PreTrainedTokenizerFast(Saving, Pad, Recognised):
         """The tokenizer of a local folder, of a model on the hub, or of one `tokenizer.json`.
 
         Args:
-            kwargs: `revision`, `token`, `cache_dir`, `local_files_only`, `force_download`, `subfolder` say where the
-                files come from; everything else overrides what the files say. `use_fast` and `trust_remote_code`
-                are accepted and change nothing: there is one class, and no code from the hub is run.
+            kwargs: `revision`, `token`, `cache_dir`, `local_files_only`, `force_download`, `subfolder` select the
+                files; all others override the content of the files. `use_fast` and `trust_remote_code` are accepted
+                without effect: there is one class, and remote code is never run.
         """
         return cls(**load(pretrained_model_name_or_path, cls.family, kwargs))
 
     def push_to_hub(self, repo_id: str, **_: Any) -> None:
-        """Refused: uploading is huggingface_hub's work."""
+        """Not supported: upload with huggingface_hub."""
         raise NotImplementedError(
             f"push_to_hub is not supported: save_pretrained(folder), then `hf upload {repo_id} folder`"
         )
@@ -131,7 +133,7 @@ class PreTrainedTokenizerFast(Saving, Pad, Recognised):
 
     @property
     def backend_tokenizer(self) -> Tokenizer:
-        """The `tokenizers.Tokenizer` that does the work."""
+        """The underlying `tokenizers.Tokenizer`."""
         return self._tokenizer
 
     @property
@@ -141,20 +143,20 @@ class PreTrainedTokenizerFast(Saving, Pad, Recognised):
 
     @property
     def vocab_size(self) -> int:
-        """Tokens in the vocabulary without the added ones; `len(tokenizer)` counts all."""
+        """Tokens in the vocabulary without the added ones; `len(tokenizer)` includes them."""
         return self._tokenizer.get_vocab_size(with_added_tokens=False)
 
     def get_vocab(self) -> dict[str, int]:
-        """Token -> id, the added ones included."""
+        """Token -> id, including the added tokens."""
         return self._tokenizer.get_vocab(with_added_tokens=True)
 
     @property
     def vocab(self) -> dict[str, int]:
-        """The same as `get_vocab()`."""
+        """Same as `get_vocab()`."""
         return self.get_vocab()
 
     def convert_ids_to_tokens(self, ids: Any, skip_special_tokens: bool = False) -> Any:
-        """The token of an id, or the tokens of a list of ids; None for an id that the vocabulary lacks."""
+        """The token of an id, or the tokens of a list of ids; None for an id outside the vocabulary."""
         ids = _ids(ids)
         if isinstance(ids, int):
             return self._tokenizer.id_to_token(ids)
@@ -162,7 +164,7 @@ class PreTrainedTokenizerFast(Saving, Pad, Recognised):
         return [self._tokenizer.id_to_token(index) for index in ids if index not in skipped]
 
     def convert_tokens_to_string(self, tokens: Sequence[str]) -> str:
-        """The text of tokens, as the decoder joins them."""
+        """The text of tokens, as joined by the decoder."""
         decoder = self._tokenizer.decoder
         return " ".join(tokens) if decoder is None else decoder.decode(list(tokens))
 
@@ -177,10 +179,10 @@ class PreTrainedTokenizerFast(Saving, Pad, Recognised):
         """The text of an id, a list or array of ids, or the dictionary of a call; a list of texts for a batch.
 
         Args:
-            token_ids: ids; those that the vocabulary lacks are left out, negative ones refused.
-            skip_special_tokens: leave the special tokens out of the text.
-            clean_up_tokenization_spaces: remove the spaces before punctuation that word-piece vocabularies leave;
-                ignored for BPE, whose text has its own spaces.
+            token_ids: ids; those outside the vocabulary are left out, negative ones refused.
+            skip_special_tokens: leave out the special tokens.
+            clean_up_tokenization_spaces: remove the spaces before punctuation that WordPiece decoding inserts; ignored
+                for BPE, whose tokens include spaces.
         """
         ids = _ids(token_ids)
         if isinstance(ids, list) and any(isinstance(row, list) for row in ids):
@@ -205,7 +207,7 @@ class PreTrainedTokenizerFast(Saving, Pad, Recognised):
     def _decode(self, ids: list[int], skip: bool, clean: bool | None) -> str:
         if (least := min(ids, default=0)) < 0:
             raise ValueError(
-                f"{least} is no token id: replace it before decoding (labels hold -100 where there is none)"
+                f"{least} is not a token id: replace it before decoding (labels mark ignored positions with -100)"
             )
         text = self._tokenizer.decode(ids, skip_special_tokens=skip)
         if self.clean_up_tokenization_spaces if clean is None else clean:
@@ -214,22 +216,22 @@ class PreTrainedTokenizerFast(Saving, Pad, Recognised):
             if clean and not self._warned_of_cleaning:
                 self._warned_of_cleaning = True
                 log.warning(
-                    "clean_up_tokenization_spaces is for word pieces, and ignored: this is a BPE vocabulary"
+                    "clean_up_tokenization_spaces is for WordPiece, and ignored: this is a BPE vocabulary"
                 )
         return text
 
     @staticmethod
     def clean_up_tokenization(text: str) -> str:
-        """Remove the spaces that joining word pieces leaves before punctuation and contractions."""
+        """Remove the spaces that joining WordPiece tokens leaves before punctuation and contractions."""
         for spaced, joined in CLEAN_UP:
             text = text.replace(spaced, joined)
         return text
 
-    # --- the template of special tokens
+    # --- special tokens around texts
 
     @property
     def add_bos_token(self) -> bool:
-        """Whether this class puts `bos_token` before each text (a tokenizer.json may do so by itself)."""
+        """Whether this class adds `bos_token` before each text (a tokenizer.json may do so as well)."""
         return self._bos_eos[0]
 
     @add_bos_token.setter
@@ -239,7 +241,7 @@ class PreTrainedTokenizerFast(Saving, Pad, Recognised):
 
     @property
     def add_eos_token(self) -> bool:
-        """Whether this class puts `eos_token` after each text."""
+        """Whether this class adds `eos_token` after each text."""
         return self._bos_eos[1]
 
     @add_eos_token.setter
@@ -248,7 +250,7 @@ class PreTrainedTokenizerFast(Saving, Pad, Recognised):
         self._update_template()
 
     def update_post_processor(self) -> None:
-        """Make the template anew, after `bos_token` or `eos_token` has changed."""
+        """Rebuild the post-processor after `bos_token` or `eos_token` has changed."""
         self._update_template()
 
     def _update_template(self) -> None:
@@ -261,23 +263,25 @@ class PreTrainedTokenizerFast(Saving, Pad, Recognised):
         )
         self._tokenizer.post_processor = bos_eos_template(bos, eos)
 
-    def _around(self, first: Sequence[int], second: Sequence[int] | None) -> Around:
+    def _with_special_tokens(
+        self, first: Sequence[int], second: Sequence[int] | None
+    ) -> IdsWithSpecialTokens:
         with self._lock:
             self._tokenizer.no_padding()
             self._tokenizer.no_truncation()
-            return around(self._tokenizer, first, second)
+            return with_special_tokens(self._tokenizer, first, second)
 
     def build_inputs_with_special_tokens(
         self, token_ids_0: Sequence[int], token_ids_1: Sequence[int] | None = None
     ) -> list[int]:
-        """Ids with the special tokens that a call would put around them."""
-        return self._around(token_ids_0, token_ids_1).ids
+        """Ids with the special tokens that a call adds."""
+        return self._with_special_tokens(token_ids_0, token_ids_1).ids
 
     def create_token_type_ids_from_sequences(
         self, token_ids_0: Sequence[int], token_ids_1: Sequence[int] | None = None
     ) -> list[int]:
-        """The token types of `build_inputs_with_special_tokens`."""
-        return self._around(token_ids_0, token_ids_1).types
+        """The token type ids of `build_inputs_with_special_tokens`."""
+        return self._with_special_tokens(token_ids_0, token_ids_1).types
 
     def get_special_tokens_mask(
         self,
@@ -285,9 +289,9 @@ class PreTrainedTokenizerFast(Saving, Pad, Recognised):
         token_ids_1: Sequence[int] | None = None,
         already_has_special_tokens: bool = False,
     ) -> list[int]:
-        """1 for each special token, 0 for text; of ids that have their special tokens, or are to get them."""
+        """1 for each special token, 0 for text; for ids with special tokens, or for the result of adding them."""
         if not already_has_special_tokens:
-            return self._around(token_ids_0, token_ids_1).mask
+            return self._with_special_tokens(token_ids_0, token_ids_1).mask
         if token_ids_1 is not None:
             raise ValueError(
                 "token_ids_1 must be None with already_has_special_tokens=True: one row holds both texts"
@@ -295,7 +299,7 @@ class PreTrainedTokenizerFast(Saving, Pad, Recognised):
         special = set(self.all_special_ids)
         return [int(int(index) in special) for index in token_ids_0]
 
-    # --- the object itself
+    # --- representation and pickling
 
     def __repr__(self) -> str:
         added = "".join(
@@ -316,9 +320,9 @@ class PreTrainedTokenizerFast(Saving, Pad, Recognised):
 
 
 def _ids(ids: Any) -> int | list[Any]:
-    """Ids of any kind as an integer, a list of them, or a list of lists."""
+    """Ids of any type as an integer, a list of them, or a list of lists."""
     if isinstance(ids, str):
-        raise TypeError(f"expected token ids; got the text {ids[:40]!r}")
+        raise TypeError(f"expected token ids; got the string {ids[:40]!r}")
     if hasattr(ids, "keys"):
         ids = ids["input_ids"]
     ids = as_list(ids)
@@ -329,7 +333,7 @@ def _ids(ids: Any) -> int | list[Any]:
         return items if all(isinstance(item, int) for item in items) else [_ids(item) for item in items]
     if not hasattr(ids, "__index__"):
         try:
-            return [_ids(item) for item in ids]  # any other sequence, a range for one
+            return [_ids(item) for item in ids]  # any other sequence, such as a range
         except TypeError:
             raise TypeError(f"expected token ids (integers); got {type(ids).__name__}") from None
     return ids.__index__()

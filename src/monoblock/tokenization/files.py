@@ -1,4 +1,4 @@
-"""A tokenizer's files, read into the constructor's arguments."""
+"""Reads a tokenizer's files into the constructor's arguments."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from monoblock.checkpoint.hub import HubOptions, find_file, read_json
 from monoblock.errors import FieldError, HubError
 from monoblock.field_types import brief, checked, declared, in_file
 from monoblock.tokenization.backend import read_backend as backend_of_file
-from monoblock.tokenization.declared import OWNER, ConfigFields, Token, config_checked, token_id
-from monoblock.tokenization.declared import added as as_added
-from monoblock.tokenization.families import Built, TokenizerFamily, read_text
+from monoblock.tokenization.families import BuiltBackend, TokenizerFamily, read_text
+from monoblock.tokenization.file_fields import OWNER, ConfigFields, Token, check_config, token_id
+from monoblock.tokenization.file_fields import added as as_added
 from monoblock.tokenization.special import EXTRA, NAMES
 
 log = logging.getLogger("monoblock")
@@ -26,9 +26,9 @@ MAP_FILE, ADDED_FILE = "special_tokens_map.json", "added_tokens.json"
 LENGTHS = ("model_max_length", "max_len")
 TEMPLATE_FILE = "chat_template.jinja"
 TEMPLATE_FOLDER = "additional_chat_templates"
-TEMPLATE_NAMES = ("tool_use", "rag")  # looked for on the hub, where a folder cannot be listed file by file
+TEMPLATE_NAMES = ("tool_use", "rag")  # requested by name from the hub, where a folder is not listed
 
-# What the loading code of other libraries writes into tokenizer_config.json and what says nothing here.
+# Entries that other libraries write into tokenizer_config.json and that are not arguments here.
 _NOT_ARGUMENTS = (
     "tokenizer_class",
     "init_inputs",
@@ -36,19 +36,19 @@ _NOT_ARGUMENTS = (
     "vocab_file",
     "merges_file",
     "name_or_path",
-    # Which files are read is not for a file to say.
+    # A file must not choose which files are read.
     "tokenizer_object",
     "vocab",
     "merges",
 )
-# Accepted by from_pretrained and without effect: there is one class, and no code from the hub is run.
+# Accepted by from_pretrained without effect: there is one class, and remote code is never run.
 _NO_EFFECT = ("use_fast", "code_revision", "_from_auto", "_commit_hash")
 
 
 def load(name: str | Path, family: TokenizerFamily, overrides: Mapping[str, Any]) -> dict[str, Any]:
     """The constructor's arguments for the tokenizer of a folder, of the hub or of a tokenizer.json.
 
-    `overrides` are the user's arguments, those of `HubOptions` among them; they win over the files.
+    `overrides` are the user's arguments, including those of `HubOptions`; they override the files.
     """
     overrides = dict(overrides)
     options = HubOptions.pop(overrides)
@@ -61,13 +61,16 @@ def load(name: str | Path, family: TokenizerFamily, overrides: Mapping[str, Any]
     config = read_config(name, options)
     for key in _NOT_ARGUMENTS:
         config.pop(key, None)
-    for names in (EXTRA, LENGTHS):  # two names of one option: an argument overrules the file's, under either
+    for names in (
+        EXTRA,
+        LENGTHS,
+    ):  # two names of one option: an argument overrides the file's under either name
         if overrides.keys() & set(names):
             config = {key: value for key, value in config.items() if key not in names}
     if backend is not None:
         config["tokenizer_file"] = str(backend)
         if not (family.owns_template or family.options_win):
-            _leave_to_template(config, family)
+            _drop_ignored_options(config, family)
     elif not overrides.keys() & {"tokenizer_object", "tokenizer_file", "vocab", "vocab_file"}:
         config |= _vocab_files(name, family, options)
     if (templates := _templates(name, options)) is not None:
@@ -80,23 +83,23 @@ def load(name: str | Path, family: TokenizerFamily, overrides: Mapping[str, Any]
     return {**kwargs, "added_tokens_decoder": added}
 
 
-def _leave_to_template(config: dict[str, Any], family: TokenizerFamily) -> None:
-    """Take out the options that the family's class has never followed where a tokenizer.json has a template."""
+def _drop_ignored_options(config: dict[str, Any], family: TokenizerFamily) -> None:
+    """Remove the options that transformers' class of the family ignores when a tokenizer.json has a post-processor."""
     for key in ("add_bos_token", "add_eos_token"):
         if config.pop(key, None):
             log.info("%s=True in %s: %s leaves it to %s", key, CONFIG_FILE, family.names[0], BACKEND_FILE)
 
 
 def is_vocabulary(path: str | Path) -> bool:
-    """Whether a file is a vocabulary by itself: SentencePiece's `tokenizer.model`, `tekken.json`."""
+    """Whether a file is a complete vocabulary: SentencePiece's `tokenizer.model`, `tekken.json`."""
     name = Path(path).name
     return ".model" in name or name.endswith(".spm") or name.startswith("tekken")
 
 
 def read_config(name: str | Path, options: HubOptions) -> dict[str, Any]:
-    """The content of tokenizer_config.json with its tokens as objects, {} without one."""
+    """The content of tokenizer_config.json with tokens as objects; {} if it is missing."""
     path = find_file(name, CONFIG_FILE, options, required=False)
-    return {} if path is None else config_checked(read_json(path), path)
+    return {} if path is None else check_config(read_json(path), path)
 
 
 def _vocab_files(name: str | Path, family: TokenizerFamily, options: HubOptions) -> dict[str, str]:
@@ -105,11 +108,11 @@ def _vocab_files(name: str | Path, family: TokenizerFamily, options: HubOptions)
         if all(found.values()):
             return {key: str(path) for key, path in found.items()}
     also = "".join(f", nor {' and '.join(files.values())}" for files in family.vocab_files)
-    raise HubError(f"{name} has no {BACKEND_FILE}{also}: give a folder or a model that has a tokenizer")
+    raise HubError(f"{name} has no {BACKEND_FILE}{also}: pass a folder or a model that has a tokenizer")
 
 
 def _templates(name: str | Path, options: HubOptions) -> str | dict[str, str] | None:
-    """The chat templates that are files of their own: one text, or several by name."""
+    """The chat templates in separate files: one, or several by name."""
     paths: dict[str, Path] = {}
     if (default := find_file(name, TEMPLATE_FILE, options, required=False)) is not None:
         paths["default"] = default
@@ -131,7 +134,7 @@ def _added_tokens(
     overrides: Mapping[str, Any],
     options: HubOptions,
 ) -> dict[int, AddedToken]:
-    """Id -> added token, by the newest of the places where files say it; special tokens go into `config`."""
+    """Id -> added token, from the newest file format that is present; special tokens are stored in `config`."""
     decoder = overrides.get("added_tokens_decoder", config.pop("added_tokens_decoder", None))
     if decoder is not None:
         field = "added_tokens_decoder"
@@ -159,7 +162,7 @@ def _added_tokens(
 
 
 def _of_backend(listed: Any) -> dict[int, AddedToken]:
-    """The added tokens that a tokenizer.json lists, by id."""
+    """The added tokens of a tokenizer.json, by id."""
     rows: list[dict[str, Any]] = checked(OWNER, "added_tokens", listed or [], list[dict[str, Any]])
     return {
         token_id("added_tokens", row.get("id")): as_added(
@@ -170,8 +173,7 @@ def _of_backend(listed: Any) -> dict[int, AddedToken]:
 
 
 def _special_tokens(content: Mapping[str, Any]) -> dict[str, Any]:
-    """What special_tokens_map.json holds: names of tokens -> strings or objects with an AddedToken's fields, and lists
-    of those."""
+    """The content of special_tokens_map.json: names of tokens -> strings or AddedTokens, or lists of those."""
     kinds = declared(ConfigFields)
     found: dict[str, Any] = {}
     for key, value in content.items():
@@ -189,7 +191,9 @@ def _special(name: str, value: Any) -> Any:
     return as_added(name, {**fields, "special": True}) if "content" in fields else cast(Any, value)
 
 
-def read_backend(source: Mapping[str, Any], family: TokenizerFamily, options: Mapping[str, Any]) -> Built:
+def read_backend(
+    source: Mapping[str, Any], family: TokenizerFamily, options: Mapping[str, Any]
+) -> BuiltBackend:
     """The backend of the constructor's arguments: an object, a tokenizer.json, or vocabulary files."""
     if (given := source.get("tokenizer_object")) is not None:
         if not isinstance(given, Tokenizer):
@@ -200,7 +204,7 @@ def read_backend(source: Mapping[str, Any], family: TokenizerFamily, options: Ma
     elif family.build is not None and source:
         for key in ("vocab_file", "merges_file"):
             if key in source and not Path(source[key]).is_file():
-                raise HubError(f"{key}={str(source[key])!r} does not exist; give the path of a file")
+                raise HubError(f"{key}={str(source[key])!r} does not exist; pass the path of a file")
         built = family.build(source, options)
         if family.adjust is not None:
             family.adjust(built.backend, options)
@@ -212,4 +216,4 @@ def read_backend(source: Mapping[str, Any], family: TokenizerFamily, options: Ma
         backend.pre_tokenizer.add_prefix_space = prefix  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue]
     if family.adjust is not None:
         family.adjust(backend, options)
-    return Built(backend)
+    return BuiltBackend(backend)

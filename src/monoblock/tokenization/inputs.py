@@ -1,4 +1,4 @@
-"""What a call's arguments mean: the texts as one batch, and the padding and truncation as one plan."""
+"""Normalises the arguments of a call: texts to a batch, padding and truncation options to an `EncodingPlan`."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from monoblock.texts import check_characters
 PADDING = ("longest", "max_length", "do_not_pad")
 TRUNCATION = ("longest_first", "only_first", "only_second", "do_not_truncate")
 SIDES = ("right", "left")
-UNLIMITED = 10**20  # a model_max_length above this means that the files name none
+UNLIMITED = 10**20  # a larger model_max_length stands for an unknown one
 
 
 @dataclass(frozen=True, kw_only=True)
 class EncodingPlan:
-    """Padding and truncation, decided: no booleans, no missing length where one is needed."""
+    """Resolved padding and truncation: a strategy each, with the lengths that they need."""
 
     padding: str
     truncation: str
@@ -35,7 +35,7 @@ class EncodingPlan:
 
 
 def one_of(name: str, value: Any, known: Sequence[str]) -> str:
-    """`value` if it is one of `known`; enums of other libraries count by their value."""
+    """`value` if it is one of `known`; enums of other libraries are compared by value."""
     value = getattr(value, "value", value)
     if value in known:
         return str(value)
@@ -54,7 +54,7 @@ def _count(name: str, value: Any, least: int) -> int | None:
     return int(value)
 
 
-def plan(
+def encoding_plan(
     padding: Any,
     truncation: Any,
     max_length: Any,
@@ -64,10 +64,10 @@ def plan(
     model_max_length: int,
     verbose: bool = True,
 ) -> EncodingPlan:
-    """Decide padding and truncation by the hub's rules.
+    """Resolve padding and truncation by transformers' rules.
 
-    `max_length` alone truncates; without it the model's length counts; where that is unknown too, neither padding
-    to `max_length` nor truncation happens.
+    `max_length` alone enables truncation; its default is the model's; if that is unknown too, neither padding to
+    `max_length` nor truncation takes place.
     """
     max_length, multiple = _count("max_length", max_length, 0), _count("pad_to_multiple_of", multiple, 1)
     if max_length is not None and padding is False and truncation is None:
@@ -76,7 +76,7 @@ def plan(
     if padding is True and max_length is not None and cut == "do_not_truncate" and verbose:
         warnings.warn(
             "max_length has no effect with padding=True and no truncation: pass padding='max_length' to pad to it, "
-            "or truncation=True to cut to it",
+            "or truncation=True to truncate to it",
             stacklevel=5,
         )
     fill = one_of("padding", _named(padding, "longest", "do_not_pad"), PADDING)
@@ -93,7 +93,7 @@ def plan(
         and max_length % multiple
     ):
         raise ValueError(
-            f"max_length={max_length} is not a multiple of pad_to_multiple_of={multiple}: texts cut to it could not be "
+            f"max_length={max_length} is not a multiple of pad_to_multiple_of={multiple}: truncated texts could not be "
             "padded to a multiple"
         )
     return EncodingPlan(
@@ -106,7 +106,7 @@ def plan(
 
 
 def check_stride(stride: Any, plan: EncodingPlan, special: int) -> int:
-    """The stride, an integer less than the tokens of text that fit in one row."""
+    """The stride, an integer less than the number of text tokens that fit in one row."""
     stride = _count("stride", stride, 0) or 0
     if plan.truncates and plan.max_length is not None and stride and stride >= plan.max_length - special:
         raise ValueError(
@@ -123,14 +123,14 @@ _EXPECTED = (
 
 
 def as_batch(text: Any, pair: Any, words: bool, name: str = "text") -> tuple[list[Any], bool]:
-    """The texts, or pairs of texts, as a list; and whether a batch was given (else a single text)."""
+    """The texts, or pairs of texts, as a list; and whether a batch was passed (else a single text)."""
     sequence = isinstance(text, list | tuple)
     if not isinstance(text, str) and not sequence:
         raise ValueError(f"{name} is {_kind(text)}; {_EXPECTED}")
     items = cast(Sequence[Any], text)
     if not (sequence and (not words or (len(items) > 0 and isinstance(items[0], list | tuple)))):
         _check_one(items, words, name)
-        if not pair:  # "" too: an empty second text is no second text
+        if not pair:  # "" as well: an empty second text counts as none
             return [items], False
         _check_one(pair, words, f"{name}_pair")
         return [(items, pair)], False
@@ -145,7 +145,7 @@ def as_batch(text: Any, pair: Any, words: bool, name: str = "text") -> tuple[lis
     pairs = cast(Sequence[Any], pair)
     if len(pairs) != len(items):
         raise ValueError(
-            f"{name} has {len(items)} items and {name}_pair {len(pairs)}: they must be equally many"
+            f"{name} has {len(items)} items and {name}_pair {len(pairs)}: they must have the same length"
         )
     for index, (first, second) in enumerate(zip(items, pairs, strict=True)):
         _check_one(first, words, f"{name}[{index}]")
@@ -154,7 +154,7 @@ def as_batch(text: Any, pair: Any, words: bool, name: str = "text") -> tuple[lis
 
 
 def _check_one(text: Any, words: bool, name: str) -> None:
-    """One text: a string, or with `words` a list of strings."""
+    """Check one text: a string, or with `words` a list of strings."""
     if words:
         if isinstance(text, list | tuple) and all(
             isinstance(word, str) for word in cast(Sequence[Any], text)
@@ -171,7 +171,7 @@ def _check_one(text: Any, words: bool, name: str) -> None:
 
 
 def _check_item(item: Any, words: bool, name: str) -> None:
-    """One item of a batch: a text, or a pair of texts."""
+    """Check one item of a batch: a text, or a pair of texts."""
     if isinstance(item, list | tuple):
         texts = cast(Sequence[Any], item)
         if (words and texts and isinstance(texts[0], list | tuple)) or not words:

@@ -1,12 +1,12 @@
-"""Mistral's prompts, for checkpoints that come without a chat template: versions 1, 2, 3, and 3 with Tekken.
+"""Mistral's chat templates, for checkpoints without one: versions 1, 2, 3, and 3 with Tekken.
 
-The templates follow Mistral's published samples. What the versions share:
-- A prompt is `<s>`, then per turn `[INST] question [/INST] answer</s>`; the system's text goes before a question:
-  the first one's in version 1, the last one's later.
-- Messages of one role in a row are one message.
-- From version 2 on tools stand before the last question, calls and results between tokens of their own, as JSON.
-  Version 2 leaves out the calls before the last question; version 3 names each call by its id.
-- Each piece of text begins with a space, but with Tekken.
+The templates follow Mistral's published samples. Common to all versions:
+- A prompt is `<s>`, then per turn `[INST] question [/INST] answer</s>`; the system message precedes a question: the
+  first one in version 1, the last one later.
+- Consecutive messages of one role are merged.
+- From version 2 on, tools precede the last question; calls and results are JSON between special tokens.
+  Version 2 omits the calls before the last question; version 3 has an id for each call.
+- Each text begins with a space, except with Tekken.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ def template(version: int, *, spaces: bool = True) -> str:
 def sentencepiece_template(path: str | Path, model: SentencePieceModel) -> str | None:
     """The template of a `tokenizer.model`, by the version in its name, else by its special tokens.
 
-    Version 1 has no special tokens of its own, so a `tokenizer.model` without a version may be anybody's: None. So
-    it is for versions after 3, whose prompts differ.
+    None for version 1 without a version in the name, as its vocabulary has no special tokens that identify it, and for
+    versions after 3, whose prompts differ.
     """
     suffix = Path(path).suffix
     if suffix in (".v1", ".v2", ".v3"):
@@ -42,5 +42,5 @@ def sentencepiece_template(path: str | Path, model: SentencePieceModel) -> str |
 
 
 def tekken_template(version: str) -> str | None:
-    """The template of a `tekken.json`, by the version that it says; None for versions after 3."""
+    """The template of a `tekken.json`, by its version; None for versions after 3."""
     return template(3, spaces=False) if version == "v3" else None

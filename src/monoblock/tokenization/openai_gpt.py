@@ -1,7 +1,7 @@
-"""GPT-1's tokenizer: lower-case BPE whose words end in `</w>`, after one of two ways to cut a text into words.
+"""GPT-1's tokenizer: lower-case BPE whose words end in `</w>`, after one of two pre-tokenizations.
 
-The paper's way repairs the text with ftfy and cuts it with spaCy; it keeps accents, and line breaks as `\n</w>`.
-The other is BERT's, which removes accents and has no line breaks. Their ids differ.
+The paper's repairs the text with ftfy and splits it with spaCy; it keeps accents, and line breaks as `\n</w>`. The
+other is BERT's, which removes accents and line breaks. Their ids differ.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from typing import Any, cast
 from tokenizers import Encoding, Tokenizer, decoders, normalizers, pre_tokenizers
 
 from monoblock.tokenization.encoding import BatchEncoding
-from monoblock.tokenization.families import Built, TokenizerFamily, bpe
+from monoblock.tokenization.families import BuiltBackend, TokenizerFamily, bpe
 from monoblock.tokenization.fast import PreTrainedTokenizerFast
 from monoblock.tokenization.inputs import EncodingPlan
 
 log = logging.getLogger("monoblock")
 
-# The paper's own clean-up of a text, after ftfy: some signs by plainer ones, spaces around runs of punctuation,
-# and one space or one line break where there are several.
+# The paper's text clean-up after ftfy: some characters replaced by ASCII, spaces around runs of punctuation, and
+# whitespace collapsed to one space or line break.
 _PLAINER = str.maketrans(dict.fromkeys("\u2013\u2014\u2015", "-") | {"\u2026": "...", "\u00b4": "'"})
 _RUNS = re.compile(r"(-+|~+|!+|\"+|;+|\?+|\++|,+|\)+|\(+|\\+|/+|\*+|\[+|\]+|}+|{+|\|+|_+)")
 _BREAK = re.compile(r"\s*\n\s*")
@@ -32,7 +32,7 @@ _SPACES = re.compile(r"[^\S\n]+")
 
 
 def standardized(text: str) -> str:
-    """The paper's clean-up of a text."""
+    """The paper's text clean-up."""
     text = _RUNS.sub(r" \1 ", text.translate(_PLAINER))
     return _SPACES.sub(" ", _BREAK.sub(" \n ", text)).strip()
 
@@ -43,7 +43,7 @@ def _has_packages() -> bool:
 
 @lru_cache(maxsize=1)
 def _packages() -> tuple[Callable[[str], str], Callable[[str], Any]]:
-    """ftfy's repair of a text, and spaCy's cutting of English into words."""
+    """ftfy's `fix_text`, and spaCy's English tokenizer."""
     try:
         ftfy, english = (importlib.import_module(name) for name in ("ftfy", "spacy.lang.en"))
     except ImportError as error:
@@ -54,23 +54,27 @@ def _packages() -> tuple[Callable[[str], str], Callable[[str], Any]]:
 
 
 @lru_cache(maxsize=2)
-def _say(original: bool) -> None:
-    way = "the paper's way (ftfy and spaCy)" if original else "BERT's way, as ftfy or spaCy is not installed"
+def _log_choice(original: bool) -> None:
+    way = (
+        "as in the paper (with ftfy and spaCy)"
+        if original
+        else "as BERT does, as ftfy or spaCy is not installed"
+    )
     log.warning(
-        "OpenAIGPTTokenizer cuts words %s; ids differ between the two: original=%s fixes the choice",
+        "OpenAIGPTTokenizer splits words %s; ids differ between the two: original=%s fixes the choice",
         way,
         original,
     )
 
 
-def _build(source: Mapping[str, Any], options: Mapping[str, Any]) -> Built:
+def _build(source: Mapping[str, Any], options: Mapping[str, Any]) -> BuiltBackend:
     unk = str(options["unk_token"])
     model = bpe(source, "OpenAI GPT's tokenizer", unk_token=unk, end_of_word_suffix="</w>")
     backend = Tokenizer(model)
     backend.normalizer = normalizers.BertNormalizer(lowercase=True)
     backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     backend.decoder = decoders.BPEDecoder(suffix="</w>")
-    return Built(backend)
+    return BuiltBackend(backend)
 
 
 OPENAI_GPT = TokenizerFamily(
@@ -86,8 +90,8 @@ class OpenAIGPTTokenizer(PreTrainedTokenizerFast):
     """The tokenizer of GPT-1: lower-case BPE, whose words end in `</w>`.
 
     Args:
-        original: True cuts words as the paper did, with ftfy and spaCy, which must be installed; False as BERT does;
-            None the paper's way if both are there. Which it is, is logged once. Offsets exist for BERT's way alone.
+        original: True splits words as in the paper, with ftfy and spaCy, which must be installed; False as BERT does;
+            None (default) as in the paper if both are installed. The choice is logged once. Offsets need False.
     """
 
     family = OPENAI_GPT
@@ -108,7 +112,7 @@ class OpenAIGPTTokenizer(PreTrainedTokenizerFast):
         if self._original:
             _packages()
         if asked is None:
-            _say(self._original)
+            _log_choice(self._original)
 
     @property
     def do_lower_case(self) -> bool:
@@ -117,14 +121,14 @@ class OpenAIGPTTokenizer(PreTrainedTokenizerFast):
 
     @property
     def original(self) -> bool:
-        """Whether words are cut as the paper did."""
+        """Whether words are split as in the paper."""
         return self._original
 
     def _encode(self, text: Any, pair: Any, name: str, options: dict[str, Any]) -> BatchEncoding:
         if self._original and options["return_offsets_mapping"]:
             raise ValueError(
-                "return_offsets_mapping=True needs original=False: ftfy changes the text, so there is no telling where "
-                "in it a token stood"
+                "return_offsets_mapping=True needs original=False: ftfy changes the text, so tokens have no offsets in "
+                "it"
             )
         return super()._encode(text, pair, name, options)
 
@@ -134,7 +138,7 @@ class OpenAIGPTTokenizer(PreTrainedTokenizerFast):
         split = options["split_special_tokens"]
         known = () if (self.split_special_tokens if split is None else split) else self.added_tokens_encoder
         words = [self._item(item, options["is_split_into_words"], tuple(known)) for item in items]
-        with self._lock:  # the words are cut already: the backend is to leave them as they are
+        with self._lock:  # the words are split already: disable the backend's own pre-tokenization
             backend: Any = self._tokenizer
             kept = backend.normalizer, backend.pre_tokenizer
             backend.normalizer, backend.pre_tokenizer = None, None
@@ -150,17 +154,19 @@ class OpenAIGPTTokenizer(PreTrainedTokenizerFast):
         return self._words(item, split, known)
 
     def _words(self, text: Any, split: bool, known: tuple[str, ...]) -> list[str]:
-        pieces: list[str] = list(text) if split else [text]
+        segments: list[str] = list(text) if split else [text]
         if known:
             pattern = "|".join(re.escape(token) for token in sorted(known, key=len, reverse=True))
-            pieces = [part for piece in pieces for part in re.split(f"({pattern})", piece)]
-        repair, cut = _packages()
+            segments = [
+                subsegment for segment in segments for subsegment in re.split(f"({pattern})", segment)
+            ]
+        repair, split_words = _packages()
         words: list[str] = []
-        for piece in pieces:
-            if piece in known:
-                words.append(piece)
-            elif piece:
-                # spaCy's word for a line break has the space after it.
-                found = (str(word.text).lower() for word in cut(standardized(repair(piece))))
+        for segment in segments:
+            if segment in known:
+                words.append(segment)
+            elif segment:
+                # spaCy's token for a line break includes the space after it.
+                found = (str(word.text).lower() for word in split_words(standardized(repair(segment))))
                 words += ["\n" if word.strip(" ") == "\n" else word for word in found]
         return words

@@ -1,18 +1,18 @@
-"""`pad`: rows of ids that were encoded earlier, to one length, as a collator needs it."""
+"""`pad`: pads rows of ids that were encoded earlier to one length, for collators."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
-from monoblock.tokenization.call import Encode
+from monoblock.tokenization.call import EncodingMixin
 from monoblock.tokenization.encoding import BatchEncoding
 from monoblock.tokenization.inputs import EncodingPlan
 from monoblock.tokenization.tensors import CONVERTERS, as_list
 
 
-class Pad(Encode):
-    """The part of a tokenizer that pads."""
+class PaddingMixin(EncodingMixin):
+    """The methods of a tokenizer that pad."""
 
     def pad(
         self,
@@ -29,14 +29,14 @@ class Pad(Encode):
 
         Args:
             encoded_inputs: a dictionary of lists (one text, or one list per text), or a list of dictionaries. Ids,
-                attention masks, token types and special-token masks are padded; other keys (labels) are passed on.
+                attention masks, token types and special-token masks are padded; other keys (labels) are unchanged.
             padding, max_length, pad_to_multiple_of, padding_side, return_tensors: as in the call.
-            return_attention_mask: whether the result has a mask (False removes one that came in); default by
+            return_attention_mask: whether the result has a mask (False removes an existing one); default by
                 `model_input_names`.
 
         Returns:
-            `BatchEncoding`, arrays of the framework that came in unless `return_tensors` says otherwise. The input is
-            left as it is.
+            `BatchEncoding`, with arrays of the input's framework unless `return_tensors` is given. The input is not
+            modified.
         """
         data = _as_columns(encoded_inputs)
         main = self.model_input_names[0]
@@ -46,7 +46,7 @@ class Pad(Encode):
             return_tensors = _framework_of(data[main])
         data = {key: as_list(value) for key, value in data.items()}
         ids = data[main]
-        decided = self._plan(padding, False, max_length, None, padding_side, verbose)
+        plan = self._plan(padding, False, max_length, None, padding_side, verbose)
         with_mask = (
             "attention_mask" in self.model_input_names
             if return_attention_mask is None
@@ -70,8 +70,8 @@ class Pad(Encode):
             raise ValueError(f"pad() got {len(ids)} rows of {main!r} but not as many of {uneven[0]!r}")
         if with_mask and "attention_mask" not in data:
             data["attention_mask"] = [[1] * len(row) for row in ids]
-        if decided.pads:
-            data = self._padded(data, _target(decided, ids, pad_to_multiple_of), decided.side)
+        if plan.pads:
+            data = self._padded(data, _target(plan, ids, pad_to_multiple_of), plan.side)
         return BatchEncoding(
             {key: value[0] for key, value in data.items()} if single else data, tensor_type=return_tensors
         )
@@ -114,7 +114,7 @@ def _as_columns(encoded: Any) -> dict[str, Any]:
 
 
 def _framework_of(ids: Any) -> str | None:
-    """The framework of the arrays that came in, or None for lists."""
+    """The framework of the arrays, or None for lists."""
     while isinstance(ids, list | tuple):
         items = cast(Sequence[Any], ids)
         ids = items[0] if items else 0

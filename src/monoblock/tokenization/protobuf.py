@@ -1,7 +1,7 @@
-"""SentencePiece's `tokenizer.model`, read: the few fields of its protocol buffer that an encoder needs.
+"""Reads SentencePiece's `tokenizer.model`: the fields of its protocol buffer that an encoder needs.
 
-The format: a message is a row of fields, each a number and a wire type in one variable-length integer, then the
-value; numbers and types are those of sentencepiece_model.proto.
+The format: a message is a sequence of fields, each a field number and a wire type in one varint, then the value;
+numbers and types are those of sentencepiece_model.proto.
 """
 
 from __future__ import annotations
@@ -19,28 +19,28 @@ from monoblock.tokenization import charsmap as table
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 MODEL_TYPES = {1: "unigram", 2: "bpe", 3: "word", 4: "char"}
 
-# The largest vocabularies have 256,000 pieces and 5 MB. SentencePiece learns no piece of over 512 characters; what is
-# made of the pieces (merges, tries, patterns) grows with the square of their lengths.
+# The largest vocabularies have 256,000 pieces and 5 MB. SentencePiece learns no piece of over 512 characters; the cost
+# of merges, tries and patterns grows with the square of the lengths.
 MOST_BYTES, MOST_FIELDS, MOST_LENGTH = 64 * 2**20, 2**20, 512
 
 
-class _Broken(Exception):
-    """The bytes are no message."""
+class _InvalidMessage(Exception):
+    """The bytes are not a valid message."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SentencePieceModel:
-    """What a `tokenizer.model` says.
+    """The content of a `tokenizer.model`.
 
     Attributes:
-        pieces, scores, types: one of each per id; a type is one of `NORMAL`, `UNKNOWN`, ....
+        pieces, scores, types: one per id; a type is one of `NORMAL`, `UNKNOWN`, ....
         kind: "unigram", "bpe", "word" or "char".
-        charsmap: the compiled table of the normaliser's replacements; empty for none.
-        dummy_prefix: whether a space is put before each text.
-        strip: whether spaces at the ends are removed, and runs of them made one.
+        charsmap: the normaliser's precompiled charsmap; empty for none.
+        dummy_prefix: whether a space is inserted before each text.
+        strip: whether leading, trailing and repeated spaces are removed.
         escape: whether spaces are written as "▁".
         suffix: whether spaces belong to the word before them.
-        denormalizes: whether decoded text is changed by a table of its own.
+        denormalizes: whether decoded text is changed by a charsmap of its own.
     """
 
     pieces: list[str]
@@ -56,7 +56,7 @@ class SentencePieceModel:
     denormalizes: bool
 
     def of_type(self, *kinds: int) -> list[int]:
-        """The ids of the pieces of some types."""
+        """The ids of the pieces of these types."""
         return [index for index, kind in enumerate(self.types) if kind in kinds]
 
 
@@ -64,19 +64,19 @@ def read_model(path: str | Path) -> SentencePieceModel:
     """Read a `tokenizer.model`.
 
     Raises:
-        CheckpointError: the file is empty, cut off, or no SentencePiece model.
+        CheckpointError: the file is empty, truncated, or not a SentencePiece model.
     """
     if (size := Path(path).stat().st_size) > MOST_BYTES:
         raise CheckpointError(f"{path} has {size:,} bytes; a SentencePiece model has at most {MOST_BYTES:,}")
     data = Path(path).read_bytes()
     try:
         model = _model(data)
-    except (_Broken, UnicodeDecodeError, struct.error) as error:
+    except (_InvalidMessage, UnicodeDecodeError, struct.error) as error:
         raise CheckpointError(
             f"{path} is not a SentencePiece model, or is damaged ({error}): fetch it again"
         ) from error
     if not model.pieces:
-        raise CheckpointError(f"{path} holds no vocabulary: it is empty or no SentencePiece model")
+        raise CheckpointError(f"{path} has no vocabulary: it is empty or not a SentencePiece model")
     return model
 
 
@@ -91,18 +91,18 @@ def _model(data: bytes) -> SentencePieceModel:
             continue
         piece, score, kind = _piece(value)
         if not 0 < len(piece) <= MOST_LENGTH or not math.isfinite(score):
-            raise _Broken(f"a piece has {len(piece)} characters and the score {score}")
+            raise _InvalidMessage(f"a piece has {len(piece)} characters and the score {score}")
         pieces.append(piece)
         scores.append(score)
         types.append(kind)
     if len(set(pieces)) < len(pieces):
-        raise _Broken("a piece occurs twice")
-    trainer = _chosen(specs.get(2, b""), (3, 24, 40))
-    normalizer = _chosen(specs.get(3, b""), (2, 3, 4, 5))
-    denormalizer = _chosen(specs.get(5, b""), (2,))
+        raise _InvalidMessage("a piece occurs twice")
+    trainer = _select(specs.get(2, b""), (3, 24, 40))
+    normalizer = _select(specs.get(3, b""), (2, 3, 4, 5))
+    denormalizer = _select(specs.get(5, b""), (2,))
     charsmap = normalizer.get(2, b"")
-    if charsmap and (fault := table.fault(_bytes(charsmap))) is not None:
-        raise _Broken(f"its table of replacements: {fault}")
+    if charsmap and (first_error := table.first_error(_bytes(charsmap))) is not None:
+        raise _InvalidMessage(f"its charsmap: {first_error}")
     return SentencePieceModel(
         pieces=pieces,
         scores=scores,
@@ -118,73 +118,73 @@ def _model(data: bytes) -> SentencePieceModel:
     )
 
 
-def _chosen(data: int | bytes, numbers: Collection[int]) -> dict[int, int | bytes]:
-    """Those fields of a message that are asked for; of several with one number the last."""
+def _select(data: int | bytes, numbers: Collection[int]) -> dict[int, int | bytes]:
+    """The fields of a message with these numbers; of repeated ones the last."""
     return {number: value for number, value in _fields(_bytes(data)) if number in numbers}
 
 
 def _bytes(value: int | bytes) -> bytes:
     if isinstance(value, int):
-        raise _Broken("a message is stored as a number")
+        raise _InvalidMessage("a message is stored as a number")
     return value
 
 
 def _number(value: int | bytes) -> int:
     if isinstance(value, bytes):
-        raise _Broken("a number is stored as text")
+        raise _InvalidMessage("a number is stored as text")
     return value
 
 
 def _piece(data: bytes) -> tuple[str, float, int]:
-    """A vocabulary entry: its text, its score and its type."""
-    # Nearly all are: field 1 (text), field 2 (32 bits), and field 3 (one byte) unless it is a normal piece.
+    """A vocabulary entry: its string, its score and its type."""
+    # Nearly all have field 1 (string), field 2 (32 bits), and field 3 (one byte) unless the piece is normal.
     if len(data) > 1 and data[0] == 0x0A and data[1] < 0x80:
         end = 2 + data[1]
         rest = data[end:]
         if len(rest) in (5, 7) and rest[0] == 0x15 and (len(rest) == 5 or rest[5] == 0x18):
             kind = NORMAL if len(rest) == 5 else rest[6]
             return data[2:end].decode("utf-8"), struct.unpack_from("<f", rest, 1)[0], kind
-    fields = _chosen(data, (1, 2, 3))
+    fields = _select(data, (1, 2, 3))
     text, score = fields.get(1, b""), fields.get(2, b"\0\0\0\0")
     if not isinstance(text, bytes) or not isinstance(score, bytes):
-        raise _Broken("a vocabulary entry has fields of the wrong type")
+        raise _InvalidMessage("a vocabulary entry has fields of the wrong type")
     return text.decode("utf-8"), struct.unpack("<f", score)[0], _number(fields.get(3, NORMAL))
 
 
 def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
-    """The fields of a message: (number, value); integers as such, everything else as its bytes."""
-    at = count = 0
-    while at < len(data):
+    """The fields of a message: (number, value); varints as integers, all others as bytes."""
+    offset = count = 0
+    while offset < len(data):
         count += 1
         if count > MOST_FIELDS:
-            raise _Broken(f"it has over {MOST_FIELDS:,} fields")
-        tag, at = _varint(data, at)
+            raise _InvalidMessage(f"it has over {MOST_FIELDS:,} fields")
+        tag, offset = _varint(data, offset)
         number, wire = tag >> 3, tag & 7
         if wire == 0:
-            value, at = _varint(data, at)
-            # Negative numbers are written in 64 bits.
+            value, offset = _varint(data, offset)
+            # Negative numbers are encoded in 64 bits.
             yield number, value - (1 << 64) if value >> 63 else value
             continue
         if wire == 2:
-            size, at = _varint(data, at)
+            size, offset = _varint(data, offset)
         elif wire in (1, 5):
             size = 8 if wire == 1 else 4
         else:
-            raise _Broken(f"there is no field of wire type {wire}")
-        if size > len(data) - at:
-            raise _Broken(f"it ends {size - (len(data) - at)} bytes too early")
-        yield number, data[at : at + size]
-        at += size
+            raise _InvalidMessage(f"there is no field of wire type {wire}")
+        if size > len(data) - offset:
+            raise _InvalidMessage(f"it ends {size - (len(data) - offset)} bytes too early")
+        yield number, data[offset : offset + size]
+        offset += size
 
 
-def _varint(data: bytes, at: int) -> tuple[int, int]:
-    """A number of up to 64 bits, none of them a sign, and where it ends."""
+def _varint(data: bytes, offset: int) -> tuple[int, int]:
+    """An unsigned integer of up to 64 bits, and the offset after it."""
     value = shift = 0
-    while at < len(data) and shift < 70:
-        byte = data[at]
-        at += 1
+    while offset < len(data) and shift < 70:
+        byte = data[offset]
+        offset += 1
         value |= (byte & 0x7F) << shift
         if byte < 0x80:
-            return value & (1 << 64) - 1, at
+            return value & (1 << 64) - 1, offset
         shift += 7
-    raise _Broken("a number has no end")
+    raise _InvalidMessage("a number has no end")

@@ -1,4 +1,4 @@
-"""A tokenizer's files, written: each complete or not at all, and readable by the hub's other libraries."""
+"""Writes a tokenizer's files atomically, readable by other libraries."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, ClassVar, cast
 from tokenizers import AddedToken
 
 from monoblock.checkpoint.files import staged
-from monoblock.tokenization.chat import Chat
+from monoblock.tokenization.chat import ChatTemplateMixin
 from monoblock.tokenization.families import TokenizerFamily
 from monoblock.tokenization.files import (
     BACKEND_FILE,
@@ -22,7 +22,7 @@ from monoblock.tokenization.files import (
 )
 from monoblock.tokenization.special import EXTRA, NAMES
 
-# Constructor arguments that belong to this process or to other files, not to tokenizer_config.json.
+# Constructor arguments that are specific to this process or stored in other files, not in tokenizer_config.json.
 _UNSAVED = (
     "name_or_path",
     "added_tokens_decoder",
@@ -37,8 +37,8 @@ _UNSAVED = (
 _ALWAYS = ("model_max_length", "padding_side", "truncation_side", "clean_up_tokenization_spaces")
 
 
-class Saving(Chat):
-    """The part of a tokenizer that writes its files."""
+class SavingMixin(ChatTemplateMixin):
+    """The methods of a tokenizer that write its files."""
 
     family: ClassVar[TokenizerFamily]
     vocab_file: str | None
@@ -58,8 +58,8 @@ class Saving(Chat):
     ) -> tuple[str, ...]:
         """Write tokenizer.json, tokenizer_config.json and the chat templates; returns their paths.
 
-        `save_jinja_files=False` puts the chat templates into the config. It is one transaction: all files are the new
-        ones or all the old ones.
+        `save_jinja_files=False` stores the chat templates in the config. The files are replaced in one transaction: all
+        of them or none.
         """
         if legacy_format:
             raise ValueError("legacy_format=True is not supported: a tokenizer is saved as tokenizer.json")
@@ -80,7 +80,7 @@ class Saving(Chat):
         elif template is not None:
             config["chat_template"] = template
         if wrong := [name for name in templates if Path(name).name != name]:
-            raise ValueError(f"the chat template {wrong[0]!r} cannot be saved: its name is not a file's name")
+            raise ValueError(f"the chat template {wrong[0]!r} cannot be saved: its name is not a file name")
         texts = {prefix + CONFIG_FILE: _json(config)}
         if "default" in templates:
             texts[prefix + TEMPLATE_FILE] = templates.pop("default")
@@ -103,7 +103,7 @@ class Saving(Chat):
             if source is not None and is_vocabulary(source):
                 if not source.is_file():
                     raise ValueError(
-                        f"{source} is gone, so it cannot be copied; save_pretrained needs no such file"
+                        f"{source} no longer exists, so it cannot be copied; save_pretrained does not need it"
                     )
                 names = [prefix + ("tekken.json" if source.suffix == ".json" else "tokenizer.model")]
                 stage.write(names[0], source.read_bytes())
@@ -121,14 +121,14 @@ class Saving(Chat):
         return tuple(str(folder / name) for name in names)
 
     def backend_json(self) -> str:
-        """The content of a tokenizer.json, without what single calls have set."""
+        """The content of a tokenizer.json, without the padding and truncation of single calls."""
         with self._lock:
             self._tokenizer.no_padding()
             self._tokenizer.no_truncation()
             return self._tokenizer.to_str(pretty=True)
 
     def _refreshed(self, folder: Path) -> dict[str, str]:
-        """New content for the files of older formats in the folder: left as they are, they would overrule ours."""
+        """New content for files of older formats in the folder, which would otherwise override the new files."""
         added = {
             token: index
             for token, index in self.get_added_vocab().items()
@@ -141,18 +141,16 @@ class Saving(Chat):
         return {name: _json(content) for name, content in current.items() if (folder / name).is_file()}
 
     def _saved_config(self) -> dict[str, Any]:
-        # What was set on the object since it was made counts, not what it was made with.
+        # Attributes that were changed after construction take precedence over the constructor's arguments.
         config = {
             key: getattr(self, key, value) for key, value in self.init_kwargs.items() if key not in _UNSAVED
         }
         config |= {key: getattr(self, key) for key in _ALWAYS}
         config |= {key: None for key in NAMES if key in config} | self.special_tokens_map
-        if (
-            self.extra_special_tokens
-        ):  # under the older name, which every version of the hub's libraries reads
+        if self.extra_special_tokens:  # under the older name, which every version of transformers reads
             config["additional_special_tokens"] = self.extra_special_tokens
-        # transformers makes the template of some families anew, without bos and eos; as a generic tokenizer it keeps
-        # the one in tokenizer.json.
+        # transformers rebuilds the post-processor of some families, without bos and eos; a generic tokenizer keeps the
+        # one in tokenizer.json.
         generic = self.family.owns_template and any(self._bos_eos)
         own = self.family.saved_as or self.family.names[0]
         config["tokenizer_class"] = "PreTrainedTokenizerFast" if generic else own

@@ -25,7 +25,7 @@ _SECTIONS = ("Args:", "Returns:", "Raises:")
 
 
 def get_json_schema(func: Callable[..., Any]) -> dict[str, Any]:
-    """The tool description of a function, as chat templates take it.
+    """The tool description of a function, as chat templates expect it.
 
     The function needs type hints, and a Google-style docstring that describes each argument. A description that
     ends in `(choices: ["a", "b"])` becomes an `enum`.
@@ -34,7 +34,7 @@ def get_json_schema(func: Callable[..., Any]) -> dict[str, Any]:
         `{"type": "function", "function": {"name", "description", "parameters", "return"?}}`
 
     Raises:
-        ValueError: a hint, a docstring or the description of an argument is missing or cannot be expressed.
+        ValueError: a hint, a docstring or the description of an argument is missing or has no JSON equivalent.
     """
     name = getattr(func, "__name__", "operation")
     doc = inspect.getdoc(func)
@@ -66,12 +66,12 @@ def _choices(text: str, name: str, argument: str) -> list[Any]:
         return [choice.strip() if isinstance(choice, str) else choice for choice in json.loads(text)]
     except ValueError as error:
         raise ValueError(
-            f"the choices of {argument!r} of the tool {name} are no JSON list: {text!r}"
+            f"the choices of {argument!r} of the tool {name} are not a JSON list: {text!r}"
         ) from error
 
 
 def _parameters(func: Callable[..., Any], name: str) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """The schema of the arguments, and that of the result (None without a hint that can be expressed)."""
+    """The schema of the arguments, and that of the result (None without a hint that has a schema)."""
     hints = get_type_hints(func)
     properties: dict[str, Any] = {}
     required: list[str] = []
@@ -88,12 +88,12 @@ def _parameters(func: Callable[..., Any], name: str) -> tuple[dict[str, Any], di
         parameters["required"] = required
     try:
         return parameters, schema_of(hints["return"], "") if "return" in hints else None
-    except ValueError:  # the model never writes the result, so a result that JSON lacks harms nothing
+    except ValueError:  # the model never writes the result, so its schema is optional
         return parameters, None
 
 
 def schema_of(hint: Any, where: str) -> dict[str, Any]:
-    """The JSON schema of a type hint; ValueError, naming `where` it stands, for one that JSON has no word for."""
+    """The JSON schema of a type hint; ValueError, which names `where`, for one without a JSON equivalent."""
     origin, args = get_origin(hint), get_args(hint)
     if hint is Any:
         return {}
@@ -120,7 +120,7 @@ def schema_of(hint: Any, where: str) -> dict[str, Any]:
 def _enum(values: Sequence[Any], where: str) -> dict[str, Any]:
     if not values or any(type(value) not in _SCALARS for value in values):
         raise ValueError(
-            f"the choices {list(values)!r} of {where} must be strings, numbers, booleans or None, one at least"
+            f"the choices {list(values)!r} of {where} must be strings, numbers, booleans or None, at least one"
         )
     kinds = list(dict.fromkeys(JSON_TYPES[type(value)] for value in values))
     return {"type": kinds[0] if len(kinds) == 1 else kinds, "enum": list(values)}
@@ -139,7 +139,7 @@ def _union(args: Sequence[Any], where: str) -> dict[str, Any]:
 
 
 def _sections(doc: str) -> dict[str, str]:
-    """A Google-style docstring by its headings; "" is the text before the first."""
+    """The sections of a Google-style docstring by heading; "" is the text before the first."""
     found: dict[str, list[str]] = {"": []}
     current = ""
     for line in doc.strip().splitlines():
@@ -155,7 +155,7 @@ def _sections(doc: str) -> dict[str, str]:
 
 
 def _arguments(block: str) -> dict[str, str]:
-    """`name: description` lines, each with the deeper lines that continue it, joined by spaces."""
+    """`name: description` lines, each joined with the indented lines that continue it."""
     described: dict[str, list[str]] = {}
     margin: int | None = None
     name = ""
@@ -168,11 +168,11 @@ def _arguments(block: str) -> dict[str, str]:
             described[name] = [match.group(2)]
         elif name:
             described[name].append(line)
-    return {key: " ".join(part.strip() for part in parts if part.strip()) for key, parts in described.items()}
+    return {key: " ".join(line.strip() for line in lines if line.strip()) for key, lines in described.items()}
 
 
 def tool_schema(tool: Any) -> dict[str, Any]:
-    """A tool given as a schema (as it is) or as a function (its schema)."""
+    """The schema of a tool: a schema is returned unchanged, a function converted."""
     if isinstance(tool, dict):
         return cast(dict[str, Any], tool)
     if inspect.isfunction(tool) or inspect.ismethod(tool):

@@ -1,7 +1,7 @@
 """SentencePiece vocabularies as `tokenizers` backends: BPE, Unigram and word models, with byte fallback.
 
-SentencePiece puts one space before the whole text and writes spaces as "▁"; texts that begin with a space then
-begin with two. The backend's own component for this leaves such texts with one, so a normaliser doubles it.
+SentencePiece inserts one space before the whole text and writes spaces as "▁"; a text that begins with a space then
+begins with two. The library's Metaspace leaves such a text with one, so a normaliser doubles it.
 """
 
 from __future__ import annotations
@@ -17,19 +17,17 @@ from monoblock.errors import CheckpointError, UnsupportedConfig
 from monoblock.tokenization.protobuf import BYTE, CONTROL, UNKNOWN, UNUSED, USER_DEFINED, SentencePieceModel
 
 SPACE = "▁"
-MOST_MERGES = (
-    4_000_000  # ways to make a piece of two others; vocabularies of 131,000 pieces have some 270,000
-)
-# A space at the very start of a text gets the prefix too. Special tokens are found after this (`normalized=True`),
-# so that the space after one of them is not taken for the start of the text.
+MOST_MERGES = 4_000_000  # splits of pieces into two others; vocabularies of 131,000 pieces have some 270,000
+# A space at the very start of a text gets the prefix as well. Special tokens are matched after this normalisation
+# (`normalized=True`), so that the space after one of them does not count as the start of the text.
 FIRST_SPACE = rf"\A[ {SPACE}]"
 
 
 def from_model(model: SentencePieceModel, options: Mapping[str, Any], path: str) -> Tokenizer:
     """The backend of a `tokenizer.model`.
 
-    Options: `add_prefix_space` (default: as the model says); `legacy=True` puts the prefix after each special token
-    too, as early versions of the hub's LlamaTokenizer did.
+    Options: `add_prefix_space` (default: as in the model); `legacy=True` also inserts the prefix after each special
+    token, as early versions of transformers' LlamaTokenizer did.
     """
     _check(model, path)
     if model.kind == "bpe":
@@ -76,12 +74,12 @@ def set_up_spaces(
     before: Iterable[Any] = (),
     splits: Iterable[Any] = (),
 ) -> bool:
-    """Give a backend the components that turn spaces into "▁" and back; whether it has `FIRST_SPACE`.
+    """Set the components of a backend that convert spaces to "▁" and back; returns whether it has `FIRST_SPACE`.
 
     `before` are normalisers that run first, `splits` pre-tokenizers that run last.
     """
     normal: list[Any] = list(before)
-    # "first" looks for the text's first character, which the normalisers of `before` may have removed.
+    # "first" checks for the text's first character, which the normalisers of `before` may have removed.
     doubled = prefix and not legacy and not normal
     if doubled:
         normal.append(normalizers.Replace(Regex(FIRST_SPACE), SPACE * 2))
@@ -92,22 +90,22 @@ def set_up_spaces(
     backend.normalizer = _sequence(normal, normalizers.Sequence)
     spaces = [pre_tokenizers.Metaspace(SPACE, "first", split=False)] if doubled else []
     backend.pre_tokenizer = _sequence([*spaces, *splits], pre_tokenizers.Sequence)
-    parts: list[Any] = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
-    backend.decoder = decoders.Sequence([*parts, *([decoders.Strip(" ", 1, 0)] if prefix else [])])
+    components: list[Any] = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    backend.decoder = decoders.Sequence([*components, *([decoders.Strip(" ", 1, 0)] if prefix else [])])
     return doubled
 
 
 def doubles_first_space(backend: Tokenizer) -> bool:
-    """Whether a backend, of this module or read from a file, has `FIRST_SPACE` alone."""
+    """Whether a backend, of this module or from a file, uses the `FIRST_SPACE` normaliser."""
     return FIRST_SPACE in repr(backend.normalizer) if backend.normalizer is not None else False
 
 
-def _sequence(parts: list[Any], many: Callable[[list[Any]], Any]) -> Any:
-    return many(parts) if len(parts) > 1 else parts[0] if parts else None
+def _sequence(components: list[Any], many: Callable[[list[Any]], Any]) -> Any:
+    return many(components) if len(components) > 1 else components[0] if components else None
 
 
 def _check(model: SentencePieceModel, path: str) -> None:
-    """Refuse what would be encoded otherwise than SentencePiece does."""
+    """Refuse models that would be encoded differently from SentencePiece."""
     what = None
     if model.kind not in ("bpe", "unigram", "word"):
         what = f"its model type is {model.kind!r}"
@@ -120,45 +118,45 @@ def _check(model: SentencePieceModel, path: str) -> None:
     elif not 0 <= model.unk_id < len(model.pieces):
         what = f"it has no unknown piece (unk_id={model.unk_id})"
     elif UNUSED in model.types:
-        what = f"it has unused pieces, {model.pieces[model.types.index(UNUSED)]!r} for one"
+        what = f"it has unused pieces, such as {model.pieces[model.types.index(UNUSED)]!r}"
     if what is not None:
         raise UnsupportedConfig(
-            f"{path}: {what}, which is not supported: give a tokenizer.json made from it instead"
+            f"{path}: {what}, which is not supported: use a tokenizer.json made from it instead"
         )
 
 
 def _clean(model: SentencePieceModel) -> list[Any]:
-    """The normalisers of the model: its table of replacements, and the removal of superfluous spaces."""
-    parts: list[Any] = [normalizers.Precompiled(model.charsmap)] if model.charsmap else []
+    """The normalisers of the model: its charsmap, and the removal of extra spaces."""
+    components: list[Any] = [normalizers.Precompiled(model.charsmap)] if model.charsmap else []
     if model.strip:
-        parts += [
+        components += [
             normalizers.Replace(Regex(" {2,}"), " "),
             normalizers.Replace(Regex(r"\A | \z"), ""),
         ]
-    return parts
+    return components
 
 
 def _splits(model: SentencePieceModel) -> list[Any]:
-    """Where the text is cut: around user-defined pieces, known words, and inside what only looks like a piece."""
-    parts: list[Any] = []
+    """Pre-tokenizers that split around user-defined pieces and known words, and inside spellings of special pieces."""
+    components: list[Any] = []
     if user := model.of_type(USER_DEFINED):
         longest = sorted((model.pieces[index] for index in user), key=len, reverse=True)
-        parts.append(pre_tokenizers.Split(Regex("|".join(map(_escape, longest))), "isolated"))
-    if model.kind == "unigram" or parts:
-        # Either would take "</s>" and "<0x0A>" in a text for the pieces of those names: they are cut where they would
-        # be anyway. BPE does so only where one stands alone, after a user-defined piece.
+        components.append(pre_tokenizers.Split(Regex("|".join(map(_escape, longest))), "isolated"))
+    if model.kind == "unigram" or components:
+        # Either would encode "</s>" and "<0x0A>" in a text as the pieces of those names, so such text is split where
+        # its first token ends. BPE does so only where one stands alone, after a user-defined piece.
         start, end = ("", "") if model.kind == "unigram" else (r"\A", r"\z")
-        cuts = [f"{start}{_escape(a)}(?={_escape(b)}{end})" for a, b in _look_alikes(model)]
-        parts.append(pre_tokenizers.Split(Regex("|".join(cuts)), "merged_with_previous"))
+        cuts = [f"{start}{_escape(a)}(?={_escape(b)}{end})" for a, b in _special_spellings(model)]
+        components.append(pre_tokenizers.Split(Regex("|".join(cuts)), "merged_with_previous"))
     elif model.kind == "word":
-        # SentencePiece makes one unknown token of unknown words in a row: cut only around the known ones.
+        # SentencePiece makes one unknown token of consecutive unknown words: split only around the known ones.
         words = _trie_pattern([piece for piece in model.pieces if piece.startswith(SPACE)])
-        parts.append(pre_tokenizers.Split(Regex(f"{words}(?={SPACE}|\\z)"), "isolated"))
-    return parts
+        components.append(pre_tokenizers.Split(Regex(f"{words}(?={SPACE}|\\z)"), "isolated"))
+    return components
 
 
-def _look_alikes(model: SentencePieceModel) -> list[tuple[str, str]]:
-    """The names of the pieces that no text gives, each cut after the first token of its text."""
+def _special_spellings(model: SentencePieceModel) -> list[tuple[str, str]]:
+    """The names of the pieces that no text encodes to, each split after the first token of its text."""
     hidden = [model.pieces[index] for index in model.of_type(UNKNOWN, CONTROL, BYTE)]
     backend = Tokenizer(_bpe(model, whole=False) if model.kind == "bpe" else _unigram(model, hide=True))
     first = [encoding.offsets[0][1] for encoding in backend.encode_batch(hidden)]
@@ -173,8 +171,8 @@ def _escape(text: str) -> str:
 def _trie_pattern(words: Iterable[str]) -> str:
     """A regular expression for any of the words that reads each character once."""
     ordered = sorted(set(words))
-    # Words with a common beginning are neighbours, so their groups are spans of the list. One step opens a span: the
-    # characters that all its words share, then what follows them. No function calls itself: words may be long.
+    # Words with a common prefix are adjacent, so their groups are spans of the list. One step opens a span: the
+    # characters that all its words share, then the alternatives after them. Iterative, as words may be long.
     out: list[str] = []
     steps: list[tuple[int, int, int] | str] = [(0, len(ordered), 0)]
     while steps:
@@ -190,7 +188,7 @@ def _trie_pattern(words: Iterable[str]) -> str:
         while shared < min(len(low), len(high)) and low[shared] == high[shared]:
             shared += 1
         out.append(_escape(low[at:shared]))
-        whole = len(low) == shared  # the first word ends here, and others may go on
+        whole = len(low) == shared  # the first word ends here, and others may be longer
         start = first + whole
         if start == end:
             continue
@@ -209,7 +207,7 @@ def _trie_pattern(words: Iterable[str]) -> str:
 
 def _bpe(model: SentencePieceModel, whole: bool = True) -> BPE:
     vocab = {piece: index for index, piece in enumerate(model.pieces)}
-    # What SentencePiece merges: any two neighbours that are a piece together, the best piece first.
+    # SentencePiece merges any two adjacent pieces that form a piece, the one with the best score first.
     hidden = {model.pieces[index] for index in model.of_type(UNKNOWN, CONTROL, BYTE)}
     scores = {
         piece: score for piece, score in zip(model.pieces, model.scores, strict=True) if piece not in hidden
@@ -221,21 +219,21 @@ def _bpe(model: SentencePieceModel, whole: bool = True) -> BPE:
         fuse_unk=True,
         byte_fallback=BYTE in model.types,
         ignore_merges=whole
-        and USER_DEFINED in model.types,  # those are cut out of the text, and have no merges
+        and USER_DEFINED in model.types,  # those are split off the text, and have no merges
     )
 
 
 def ranked_merges(pieces: Iterable[Any], rank: Callable[[Any], float]) -> list[tuple[Any, Any]]:
-    """Every way to make a piece of two others, in the order in which they are merged.
+    """Every split of a piece into two others, in the order in which they are merged.
 
-    Where pieces have the same rank, as Llama's runs of spaces have, the leftmost pair is merged first: the longest
-    piece, that is, since it is the one on the left that has grown.
+    Among pieces of equal rank, such as Llama's runs of spaces, the leftmost pair is merged first: that is the longest
+    piece, since the left one is the one that has grown.
     """
     known = set(pieces)
     found: list[tuple[float, int, int, Any, Any]] = []
     for piece in known:
         if len(found) > MOST_MERGES:
-            raise CheckpointError(f"the pieces make over {MOST_MERGES:,} merges: they are no vocabulary's")
+            raise CheckpointError(f"the pieces have over {MOST_MERGES:,} merges: this is not a vocabulary")
         key = (rank(piece), -len(piece))
         for cut in range(1, len(piece)):
             left, right = piece[:cut], piece[cut:]
@@ -246,7 +244,7 @@ def ranked_merges(pieces: Iterable[Any], rank: Callable[[Any], float]) -> list[t
 
 
 def _unigram(model: SentencePieceModel, hide: bool = False) -> Unigram:
-    """The model; with `hide` one that no text gives the special pieces of."""
+    """The model; with `hide`, one in which no text encodes to the special pieces."""
     hidden = set(model.of_type(UNKNOWN, CONTROL, BYTE)) if hide else set[int]()
     names = [f"\0{index}" if index in hidden else piece for index, piece in enumerate(model.pieces)]
     return Unigram(

@@ -1,4 +1,4 @@
-"""Special and added tokens: which tokens a tokenizer has beside those of its text, by name and by id."""
+"""Special and added tokens of a tokenizer, by name and by id."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from tokenizers import AddedToken
 
 from monoblock.texts import check_characters
 
-# The named special tokens that every tokenizer may have; each is an attribute, and `<name>_id` its id.
+# The named special tokens of every tokenizer; each is an attribute, and `<name>_id` its id.
 NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 EXTRA = ("extra_special_tokens", "additional_special_tokens")  # the newer and the older name of one list
 
@@ -17,7 +17,7 @@ Token = str | AddedToken
 
 
 def as_special(token: Token) -> AddedToken:
-    """A special token that is found in the text exactly as it is written."""
+    """A special token that is matched in the text exactly."""
     if not isinstance(token, AddedToken):
         check_characters(token, "a special token")
     return token if isinstance(token, AddedToken) else AddedToken(token, normalized=False, special=True)
@@ -27,12 +27,12 @@ def _stem(name: str) -> str:
     return name.removesuffix("_ids").removesuffix("_id")
 
 
-class SpecialTokens:
-    """The part of a tokenizer that knows its special tokens.
+class SpecialTokensMixin:
+    """The special tokens of a tokenizer.
 
-    `bos_token`, `eos_token`, ... are strings or None, `bos_token_id`, ... their ids; both can be set. A file may
-    name more (`image_token`): those are attributes too. `extra_special_tokens` is the list of the unnamed ones.
-    Setting a name to a token that the vocabulary lacks does not add it: `add_special_tokens` does.
+    `bos_token`, `eos_token`, ... are strings or None, `bos_token_id`, ... their ids; both can be set. Files may define
+    more names (`image_token`), which are attributes as well. `extra_special_tokens` is the list of unnamed ones.
+    Setting a name to a token outside the vocabulary does not add it: `add_special_tokens` does.
     """
 
     bos_token: str | None
@@ -54,22 +54,22 @@ class SpecialTokens:
     additional_special_tokens: list[str]
     additional_special_tokens_ids: list[int | None]
 
-    _tokenizer: Any  # a tokenizers.Tokenizer, whose stubs leave too much untyped
+    _tokenizer: Any  # a tokenizers.Tokenizer, whose stubs are largely untyped
     _named: dict[str, Token | None]
     _extra: list[Token]
 
     def _init_special_tokens(self, kwargs: dict[str, Any]) -> None:
-        """Take the special tokens out of the constructor's arguments."""
+        """Pop the special tokens from the constructor's arguments."""
         self._named = dict.fromkeys(NAMES)
         more: dict[str, Any] = dict(kwargs.pop("model_specific_special_tokens", None) or {})
         extra: list[Token] = []
-        for name in EXTRA:  # both names act, where both are given
+        for name in EXTRA:  # both names take effect if both are given
             value = kwargs.pop(name, None)
             if isinstance(value, Mapping):
                 more.update(cast(Mapping[str, Any], value))
             else:
-                there = {str(token) for token in extra}
-                extra += [token for token in _checked_list(name, value or []) if str(token) not in there]
+                present = {str(token) for token in extra}
+                extra += [token for token in _checked_list(name, value or []) if str(token) not in present]
         for key in [key for key in kwargs if key.endswith("_token")]:
             if key in NAMES or isinstance(kwargs[key], str | AddedToken):
                 more[key] = kwargs.pop(key)
@@ -78,7 +78,7 @@ class SpecialTokens:
         self._extra = extra
 
     def _register_special_tokens(self) -> None:
-        """Make the backend treat every special token as one: it is then never split, and can be skipped."""
+        """Register every special token in the backend, so that it is never split and can be skipped."""
         known = {token.content for token in self._tokenizer.get_added_tokens_decoder().values()}
         for token in [*self._named.values(), *self._extra]:
             if token is not None and str(token) not in known:
@@ -90,13 +90,13 @@ class SpecialTokens:
                     self._add([AddedToken(token, special=True)])
 
     def _add(self, tokens: Sequence[Token], special: bool = False) -> int:
-        """Add tokens to the backend; returns how many were new."""
+        """Add tokens to the backend; returns the number of new ones."""
         for token in tokens:
             check_characters(str(token), "a token")
         return (self._tokenizer.add_special_tokens if special else self._tokenizer.add_tokens)(list(tokens))
 
     def __getattr__(self, name: str) -> Any:
-        # Reached only for names that are not ordinary attributes; `__dict__` because a copy starts out empty.
+        # Called only for names that are not ordinary attributes; `__dict__` because a copy starts empty.
         stem, named = _stem(name), self.__dict__.get("_named")
         if named is not None:
             if stem in named:
@@ -130,11 +130,11 @@ class SpecialTokens:
         return token
 
     def __len__(self) -> int:
-        """Tokens in the vocabulary, the added ones included."""
+        """The size of the vocabulary, including added tokens."""
         return self._tokenizer.get_vocab_size(with_added_tokens=True)
 
     def __bool__(self) -> bool:
-        return True  # `if tokenizer:` asks whether there is one, not how many tokens it has
+        return True  # `if tokenizer:` tests for None, not for an empty vocabulary
 
     def convert_tokens_to_ids(self, tokens: Any) -> Any:
         """The id of a token, or the ids of a list of tokens; `unk_token_id` (or None) for an unknown one."""
@@ -172,11 +172,11 @@ class SpecialTokens:
         return {token.content: index for index, token in sorted(self.added_tokens_decoder.items())}
 
     def get_added_vocab(self) -> dict[str, int]:
-        """The same as `added_tokens_encoder`."""
+        """Same as `added_tokens_encoder`."""
         return self.added_tokens_encoder
 
     def add_tokens(self, new_tokens: Token | Sequence[Token], special_tokens: bool = False) -> int:
-        """Add tokens that the vocabulary lacks, after its end; returns how many were new.
+        """Add tokens that the vocabulary lacks, after its end; returns the number of new ones.
 
         The model needs `resize_token_embeddings(len(tokenizer))` afterwards.
         """
@@ -188,16 +188,16 @@ class SpecialTokens:
     def add_special_tokens(
         self, special_tokens_dict: Mapping[str, Any], replace_extra_special_tokens: bool = True
     ) -> int:
-        """Name special tokens and add those that the vocabulary lacks; returns how many were new.
+        """Set special tokens by name and add those that the vocabulary lacks; returns the number of new ones.
 
-        `special_tokens_dict` maps `pad_token` and its like to a token, `extra_special_tokens` (or
-        `additional_special_tokens`) to a list, which replaces the present list or, with
+        `special_tokens_dict` maps names such as `pad_token` to a token, `extra_special_tokens` (or
+        `additional_special_tokens`) to a list, which replaces the current list or, with
         `replace_extra_special_tokens=False`, extends it.
         """
         wrong = [key for key in special_tokens_dict if key not in self._named and key not in EXTRA]
         if wrong:
             raise ValueError(
-                f"{wrong[0]!r} names no special token; the names are: {', '.join([*self._named, EXTRA[0]])}"
+                f"{wrong[0]!r} is not a special token; the names are: {', '.join([*self._named, EXTRA[0]])}"
             )
         new: list[AddedToken] = []
         for key, value in special_tokens_dict.items():

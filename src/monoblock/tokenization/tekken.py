@@ -1,7 +1,7 @@
 """Tekken, the byte-pair vocabulary of Mistral's newer models, from `tekken.json`.
 
-The file holds byte strings by rank, the pattern that cuts texts, and (in newer files) the special tokens. Ids begin
-with the special tokens; a byte string's id is its rank after them.
+The file holds byte strings by rank, the pre-tokenization pattern, and (in newer files) the special tokens. Ids begin
+with the special tokens; the id of a byte string is its rank plus their number.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from tokenizers.models import BPE
 from monoblock.checkpoint.files import read_json
 from monoblock.errors import CheckpointError
 from monoblock.field_types import brief, checked
-from monoblock.tokenization.backend import faults
+from monoblock.tokenization.backend import backend_errors
 from monoblock.tokenization.sentencepiece import ranked_merges
 
 SIZES = ("default_num_special_tokens", "default_vocab_size")
-# Mistral's files have 1,000 special tokens. A token's ways to be made of two others grow with its length.
+# Mistral's files have 1,000 special tokens. The number of splits of a token grows with its length.
 MOST_SPECIAL, MOST_LENGTH = 2**16, 512
 
-# The special tokens of files that do not list their own, by id; up to their number the rest are `<SPECIAL_{id}>`.
+# The special tokens of files without a list of their own, by id; the rest up to their number are `<SPECIAL_{id}>`.
 SPECIAL = (
     *("<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]"),
     *("[TOOL_RESULTS]", "[/TOOL_RESULTS]", "[TOOL_CALLS]", "[IMG]", "<pad>", "[IMG_BREAK]", "[IMG_END]"),
@@ -32,7 +32,7 @@ SPECIAL = (
 
 
 class Tekken(NamedTuple):
-    """What a `tekken.json` says: the backend, the version of its prompts ("v3"), and its special tokens by id."""
+    """The content of a `tekken.json`: the backend, the version of its prompts ("v3"), and the special tokens by id."""
 
     backend: Tokenizer
     version: str
@@ -40,7 +40,7 @@ class Tekken(NamedTuple):
 
 
 def is_tekken(path: str | Path) -> bool:
-    """Whether a file's name is one of a Tekken vocabulary: `tekken.json`, `tekken_240718.json`."""
+    """Whether a file name is that of a Tekken vocabulary: `tekken.json`, `tekken_240718.json`."""
     name = Path(path).name
     return name.startswith("tekken") and name.endswith(".json")
 
@@ -49,7 +49,7 @@ def read_tekken(path: str | Path) -> Tekken:
     """Read a `tekken.json`.
 
     Raises:
-        CheckpointError: the file is cut off, or lacks what a Tekken vocabulary has.
+        CheckpointError: the file is truncated or incomplete.
     """
     try:
         content = read_json(path)
@@ -61,7 +61,7 @@ def read_tekken(path: str | Path) -> Tekken:
             raise ValueError(f"it has {count} special tokens; expected at most {MOST_SPECIAL:,}")
         special = _special(content.get("special_tokens"), count)
         ranked = _bytes_by_rank(content.get("vocab"), size - count)
-        with faults(path):
+        with backend_errors(path):
             splits, backend = Regex(config["pattern"]), Tokenizer(_bpe(ranked, special))
     except (ValueError, CheckpointError) as error:
         what = " ".join(str(error).split())
@@ -69,7 +69,7 @@ def read_tekken(path: str | Path) -> Tekken:
             f"{path} is not a Tekken vocabulary, or is damaged ({what}): fetch it again"
         ) from error
     version = str(config.get("version"))
-    # Texts are cut first; then each byte stands for a character, as in every byte-level BPE.
+    # Texts are split first; then each byte is mapped to a character, as in every byte-level BPE.
     cut = pre_tokenizers.Split(splits, "isolated")
     as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.pre_tokenizer = pre_tokenizers.Sequence([cut, as_bytes])
@@ -80,7 +80,7 @@ def read_tekken(path: str | Path) -> Tekken:
 
 
 class _Config(TypedDict, total=False):
-    """The types of a `tekken.json`'s config."""
+    """The types of the fields of a `tekken.json`'s config."""
 
     pattern: str
     version: str | None
@@ -89,7 +89,7 @@ class _Config(TypedDict, total=False):
 
 
 class _Row(TypedDict, total=False):
-    """The types of an entry of the vocabulary, or of a special token."""
+    """The types of the fields of a vocabulary entry or a special token."""
 
     rank: int
     token_bytes: str
@@ -140,12 +140,12 @@ def _bpe(ranked: list[bytes], special: list[str]) -> BPE:
     vocab = {token: index for index, token in enumerate(special)}
     for token, rank in order.items():
         if vocab.setdefault(token, len(special) + rank) != len(special) + rank:
-            raise ValueError(f"{token!r} is a special token and a token of texts")
+            raise ValueError(f"{token!r} is both a special token and a text token")
     return BPE(vocab, ranked_merges(order, order.__getitem__), ignore_merges=True)
 
 
 def byte_letters() -> list[str]:
-    """The character that stands for each byte in byte-level vocabularies: itself if visible, else one above 255."""
+    """The character for each byte in byte-level vocabularies: itself if visible, else one above 255."""
     visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     hidden = [byte for byte in range(256) if byte not in visible]
     return [chr(byte) if byte in visible else chr(256 + hidden.index(byte)) for byte in range(256)]

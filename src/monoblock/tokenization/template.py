@@ -1,9 +1,8 @@
-"""Chat templates: Jinja from a model's files, which is somebody else's program, run where it can do no harm.
+"""Renders chat templates: untrusted Jinja programs from a model's files, run in a sandbox.
 
-The sandbox refuses attributes that lead to Python's internals, gives the template plain copies of the data, and takes
-each of its operations through `budget`, which bounds the time and the size of all values. For that the syntax tree is
-changed before it is compiled: what loops run over, what is written out, and lists and texts that are put together pass
-through filters of ours.
+The sandbox refuses attributes that lead to Python's internals, passes plain copies of the data, and takes each
+operation through `budget`, which limits the time and the size of all values. For that the syntax tree is changed before
+compilation: the iterables of loops, the output, and constructed lists and strings pass through internal filters.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ __all__ = ["ChatTemplateError", "Rendered", "render"]
 
 
 class Rendered(NamedTuple):
-    """The text of a conversation, and where in it (first character, end) the `{% generation %}` blocks are."""
+    """The text of a conversation, and the character spans (start, end) of its `{% generation %}` blocks."""
 
     text: str
     generated: list[tuple[int, int]]
@@ -42,19 +41,19 @@ _run: ContextVar[Run] = ContextVar("monoblock_template_run")
 
 
 class _Sandbox(ImmutableSandboxedEnvironment):
-    """Jinja's sandbox, which also counts, and refuses at once instead of when a forbidden value is used."""
+    """Jinja's sandbox with a budget; it refuses a forbidden value at its access, not at its use."""
 
     intercepted_binops = frozenset(["+", "-", "*", "/", "//", "**", "%"])
 
     def unsafe_undefined(self, obj: Any, attribute: str) -> NoReturn:
-        raise SecurityError(f"it reaches for {attribute!r} of a {type(obj).__name__}")
+        raise SecurityError(f"it accesses {attribute!r} of a {type(obj).__name__}")
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
         if attr in budget.METHODS.get(cast(Any, type(obj)), ()):
             return True
         kind = next((kind for kind in budget.METHODS if isinstance(obj, kind)), None)
         if kind is not None and type(obj) is not kind and attr not in dir(kind):
-            kind = None  # a subclass's own: marked-up text, a group of `groupby`
+            kind = None  # an attribute of a subclass: Markup, a group of `groupby`
         ours = kind is not None or isinstance(obj, bytes | complex)
         allowed = not ours or (kind is not None and attr in budget.METHODS[kind])
         return allowed and super().is_safe_attribute(obj, attr, value)
@@ -63,10 +62,12 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         run = _run.get()
         run.step()
         context, called, *rest = args
-        function = getattr(called, "__wrapped__", called)  # the sandbox wraps str.format in its own
+        function = getattr(
+            called, "__wrapped__", called
+        )  # the sandbox wraps str.format in a function of its own
         if isinstance(owner := getattr(function, "__self__", None), str):
             budget.check_method(run, owner, getattr(function, "__name__", ""), rest, kwargs)
-        return run.made(super().call(context, called, *rest, **kwargs))
+        return run.count(super().call(context, called, *rest, **kwargs))
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         del context
@@ -74,57 +75,58 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         return budget.binary(_run.get(), operator, left, right, compute)
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
-        return cast(nodes.Template, _Metering().visit(super()._parse(source, name, filename)))
+        return cast(nodes.Template, _BudgetTransformer().visit(super()._parse(source, name, filename)))
 
 
-def _through(name: str, node: Any, line: int) -> Any:
-    """A filter of ours around an expression; around None, around the text of a block."""
+def _filtered(name: str, node: Any, line: int) -> Any:
+    """An internal filter applied to an expression; to None, applied to the text of a block."""
     return nodes.Filter(node, name, [], [], None, None).set_lineno(line)
 
 
-class _Metering(NodeTransformer):
-    """Takes the parts of a template that make values, or make them again and again, through filters of ours."""
+class _BudgetTransformer(NodeTransformer):
+    """Applies internal filters to the nodes that create values or iterate."""
 
     def visit_For(self, node: nodes.For) -> nodes.Node:
         self.generic_visit(node)
-        node.iter = _through("metered", node.iter, node.lineno)
+        node.iter = _filtered("metered", node.iter, node.lineno)
         return node
 
     def visit_Output(self, node: nodes.Output) -> nodes.Node:
         self.generic_visit(node)
-        parts: list[Any] = [
-            nodes.Const(part.data) if isinstance(part, nodes.TemplateData) else part for part in node.nodes
+        values: list[Any] = [
+            nodes.Const(value.data) if isinstance(value, nodes.TemplateData) else value
+            for value in node.nodes
         ]
-        node.nodes = [_through("written", part, node.lineno) for part in parts]
+        node.nodes = [_filtered("written", value, node.lineno) for value in values]
         return node
 
     def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
         self.generic_visit(node)
-        return _through("concatenated", nodes.Tuple(node.nodes, "load"), node.lineno)
+        return _filtered("concatenated", nodes.Tuple(node.nodes, "load"), node.lineno)
 
     def visit_Getitem(self, node: nodes.Getitem) -> nodes.Node:
         self.generic_visit(node)
-        return _through("made", node, node.lineno) if isinstance(node.arg, nodes.Slice) else node
+        return _filtered("counted", node, node.lineno) if isinstance(node.arg, nodes.Slice) else node
 
     def visit_List(self, node: nodes.List) -> nodes.Node:
         self.generic_visit(node)
-        return _through("made", node, node.lineno)
+        return _filtered("counted", node, node.lineno)
 
     def visit_Dict(self, node: nodes.Dict) -> nodes.Node:
         self.generic_visit(node)
-        return _through("made", node, node.lineno)
+        return _filtered("counted", node, node.lineno)
 
     def visit_Tuple(self, node: nodes.Tuple) -> nodes.Node:
         self.generic_visit(node)
-        return _through("made", node, node.lineno) if node.ctx == "load" else node
+        return _filtered("counted", node, node.lineno) if node.ctx == "load" else node
 
     def visit_AssignBlock(self, node: nodes.AssignBlock) -> nodes.Node:
         self.generic_visit(node)
-        node.filter = _through("made", node.filter, node.lineno)
+        node.filter = _filtered("counted", node.filter, node.lineno)
         return node
 
 
-# The filters of `_Metering`. They take the context so that Jinja does not compute them while it compiles.
+# The filters of `_BudgetTransformer`. They take the context so that Jinja does not evaluate them at compile time.
 
 
 @pass_context
@@ -133,51 +135,51 @@ def _metered(_: Any, values: Iterable[Any]) -> Iterator[Any]:
 
 
 @pass_context
-def _made(_: Any, value: Any) -> Any:
+def _counted(_: Any, value: Any) -> Any:
     run = _run.get()
     run.step()
-    return run.made(value)
+    return run.count(value)
 
 
 @pass_context
 def _written(_: Any, value: Any) -> str:
     run = _run.get()
     run.step()
-    return run.made(run.text(value))
+    return run.count(run.text(value))
 
 
 @pass_context
-def _concatenated(_: Any, parts: tuple[Any, ...]) -> str:
+def _concatenated(_: Any, values: tuple[Any, ...]) -> str:
     run = _run.get()
     run.step()
-    texts = [run.text(part) for part in parts]
+    texts = [run.text(value) for value in values]
     check_size(sum(map(len, texts)))
-    return run.made("".join(texts))
+    return run.count("".join(texts))
 
 
 def _guarded(function: Callable[..., Any], rule: budget.Rule | None) -> Callable[..., Any]:
-    """A filter or a test, with its rule asked before and its result counted after."""
-    # Jinja marks functions whose first argument is its own.
-    ahead = 1 if hasattr(function, "jinja_pass_arg") else 0
+    """A filter or a test with its rule checked before and its result counted after the call."""
+    # Jinja passes a context, an environment or the like as the first argument of such functions.
+    implicit = 1 if hasattr(function, "jinja_pass_arg") else 0
 
     @wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         run = _run.get()
         run.step()
         if rule is None:
-            for value in args[ahead:]:
+            for value in args[implicit:]:
                 budget.check_number(value)
                 run.weigh(value)
             return function(*args, **kwargs)
-        given = list(args[ahead:])
+        given = list(args[implicit:])
         rule(run, given, kwargs)
-        return run.made(function(*args[:ahead], *given, **kwargs))
+        return run.count(function(*args[:implicit], *given, **kwargs))
 
     return call
 
 
 class _Generation(Extension):
-    """`{% generation %} ... {% endgeneration %}`: what the model itself wrote."""
+    """`{% generation %} ... {% endgeneration %}`: the text that the model itself generates."""
 
     tags = {"generation"}  # noqa: RUF012 - the extension's own attribute
 
@@ -192,14 +194,14 @@ class _Generation(Extension):
 
 
 class _Namespace(Namespace):
-    """`namespace(...)`, which may hold itself: it is never written out."""
+    """`namespace(...)`, which may contain itself and is therefore never formatted."""
 
     def __repr__(self) -> str:
         return "<Namespace>"
 
 
 class _Dict:
-    """`dict(...)` in a template: it makes dictionaries and gives no way to the class."""
+    """`dict(...)` in a template: makes dictionaries without access to the class."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
         return dict(*args, **kwargs)
@@ -215,13 +217,13 @@ def _now(form: str) -> str:
 
 
 def _environment() -> _Sandbox:
-    # Not optimised: that computes expressions of constants while it compiles, beside all bounds.
+    # Not optimised: the optimiser evaluates constant expressions at compile time, outside the budget.
     sandbox: Any = _Sandbox(
         trim_blocks=True, lstrip_blocks=True, optimized=False, extensions=[_Generation, loopcontrols]
     )
     filters = {**sandbox.filters, "tojson": budget.to_json, "from_json": budget.from_json}
     sandbox.filters = {name: _guarded(filters[name], rule) for name, rule in budget.RULES.items()}
-    sandbox.filters.update(metered=_metered, made=_made, written=_written, concatenated=_concatenated)
+    sandbox.filters.update(metered=_metered, counted=_counted, written=_written, concatenated=_concatenated)
     sandbox.tests = {name: _guarded(function, None) for name, function in sandbox.tests.items()}
     sandbox.globals.pop("lipsum")
     sandbox.globals.update(
@@ -242,35 +244,37 @@ def _compile(source: str) -> Template:
             f"the chat template has {len(source):,} characters; expected at most {MAX_SOURCE:,}"
         )
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", SyntaxWarning)  # Python's, of an index into a number and the like
+        warnings.simplefilter(
+            "ignore", SyntaxWarning
+        )  # of the generated Python, such as an index into a number
         return _sandbox().from_string(source)
 
 
 def render(source: str, variables: Mapping[str, Any], *, track: bool = False) -> Rendered:
-    """Run a template; with `track` also say where its generation blocks are.
+    """Run a template; with `track` also find its generation blocks.
 
     Raises:
-        ChatTemplateError: the template has an error, reaches for what it may not, does not end, or refuses the
+        ChatTemplateError: the template has an error, accesses a forbidden attribute, exceeds its budget, or rejects the
             conversation through `raise_exception`, whose message is then the error's.
     """
     text = _execute(source, variables, None)
     if not track:
         return Rendered(text, [])
-    # Digits between private characters: no filter changes them, and no message holds them by chance.
+    # Digits between private-use characters: no filter changes them, and no message contains them by chance.
     number = secrets.randbelow(10**18)
     marks = (f"\ue000{number}\ue001", f"\ue001{number}\ue000")
     plain, spans = _spans(_execute(source, variables, marks), marks)
     if plain != text:
         raise ChatTemplateError(
             "the chat template changes its {% generation %} blocks after they are written (a filter around them), so "
-            "there is no telling which tokens are the assistant's"
+            "the assistant's tokens cannot be located"
         )
     return Rendered(text, spans)
 
 
 def _execute(source: str, variables: Mapping[str, Any], marks: tuple[str, str] | None) -> str:
     try:
-        return _written_by(_compile(source), variables, marks)
+        return _generate(_compile(source), variables, marks)
     except ChatTemplateError:
         raise
     except TemplateSyntaxError as error:
@@ -282,39 +286,39 @@ def _execute(source: str, variables: Mapping[str, Any], marks: tuple[str, str] |
             f"the chat template is refused: {error}; templates may only format messages"
         ) from error
     except RecursionError as error:
-        raise ChatTemplateError("the chat template was stopped: it calls itself without end") from error
-    except Exception as error:  # a template is a program: anything can go wrong in it
+        raise ChatTemplateError("the chat template was stopped: it recurses without end") from error
+    except Exception as error:  # a template is a program and may raise anything
         raise ChatTemplateError(
             f"the chat template failed on this conversation: {type(error).__name__}: {str(error)[:1000]}"
         ) from error
 
 
-def _written_by(template: Template, variables: Mapping[str, Any], marks: tuple[str, str] | None) -> str:
+def _generate(template: Template, variables: Mapping[str, Any], marks: tuple[str, str] | None) -> str:
     token = _run.set(Run(marks))
     try:
-        pieces: list[str] = []
+        chunks: list[str] = []
         length = 0
-        for piece in template.generate(variables):
-            pieces.append(piece)
-            length += len(piece)
+        for chunk in template.generate(variables):
+            chunks.append(chunk)
+            length += len(chunk)
             check_size(length)
-        return "".join(pieces)
+        return "".join(chunks)
     finally:
         _run.reset(token)
 
 
 def _spans(text: str, marks: tuple[str, str]) -> tuple[str, list[tuple[int, int]]]:
-    """The text without marks, and where the marked pieces are in it."""
+    """The text without marks, and the spans of the marked chunks in it."""
     plain: list[str] = []
     spans: list[tuple[int, int]] = []
     starts: list[int] = []
     length = 0
-    for piece in re.split(f"({re.escape(marks[0])}|{re.escape(marks[1])})", text):
-        if piece == marks[0]:
+    for chunk in re.split(f"({re.escape(marks[0])}|{re.escape(marks[1])})", text):
+        if chunk == marks[0]:
             starts.append(length)
-        elif piece == marks[1]:
+        elif chunk == marks[1]:
             spans.append((starts.pop(), length))
         else:
-            plain.append(piece)
-            length += len(piece)
+            plain.append(chunk)
+            length += len(chunk)
     return "".join(plain), sorted(spans)

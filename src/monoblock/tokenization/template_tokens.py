@@ -1,4 +1,4 @@
-"""The special tokens around a text: making the template that adds them, and reading what one does."""
+"""The special tokens that a post-processor adds to a text: building one, and reading the effect of one."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from tokenizers.processors import TemplateProcessing
 def bos_eos_template(
     bos: tuple[str | None, int | None] | None, eos: tuple[str | None, int | None] | None
 ) -> Any:
-    """The post-processor that writes `bos text eos`, and for a pair `bos first eos bos second eos`.
+    """The post-processor that adds `bos text eos`, and for a pair `bos first eos bos second eos`.
 
-    Each argument is (token, id), or None where there is to be none; ValueError if a wanted token is not set.
+    Each argument is (token, id), or None to leave it out; ValueError if a requested token is not set.
     """
     for name, token in (("bos", bos), ("eos", eos)):
         if token is not None and (token[0] is None or token[1] is None):
@@ -21,47 +21,49 @@ def bos_eos_template(
                 f"add_{name}_token=True needs a {name}_token that the vocabulary has; it is {token[0]!r}"
             )
 
-    def sides(text: str, kind: int) -> list[str]:
-        return [f"{part}:{kind}" for part in (bos and bos[0], text, eos and eos[0]) if part]
+    def template(text: str, kind: int) -> list[str]:
+        return [f"{token}:{kind}" for token in (bos and bos[0], text, eos and eos[0]) if token]
 
     return TemplateProcessing(
-        single=sides("$A", 0),
-        pair=[*sides("$A", 0), *sides("$B", 1)],
+        single=template("$A", 0),
+        pair=[*template("$A", 0), *template("$B", 1)],
         special_tokens=list(dict.fromkeys(token for token in (bos, eos) if token)),
     )
 
 
-class Around(NamedTuple):
-    """Ids with special tokens, their token types, and 1 where a special token is."""
+class IdsWithSpecialTokens(NamedTuple):
+    """Ids with special tokens, their token type ids, and a mask with 1 for special tokens."""
 
     ids: list[int]
     types: list[int]
     mask: list[int]
 
 
-def around(backend: Any, first: Sequence[int], second: Sequence[int] | None = None) -> Around:
-    """What the backend's post-processor puts around ids.
+def with_special_tokens(
+    backend: Any, first: Sequence[int], second: Sequence[int] | None = None
+) -> IdsWithSpecialTokens:
+    """The result of the backend's post-processor for ids.
 
-    The backend takes texts only, so a sample text shows where the texts stand among the special tokens; the
-    ids then take the samples' places.
+    The backend takes texts only, so a sample text shows the positions of the texts among the special tokens; the ids
+    then replace the samples.
     """
-    # A vocabulary that knows no "a" still knows its own tokens.
+    # A vocabulary that cannot encode "a" can encode one of its own tokens.
     text = (
         "a" if backend.encode("a", add_special_tokens=False).ids else next(iter(backend.get_vocab(False)), "")
     )
     sample = backend.encode(text) if second is None else backend.encode(text, text)
-    made = Around([], [], [])
+    result = IdsWithSpecialTokens([], [], [])
     texts: tuple[Sequence[int], Sequence[int]] = (first, second or ())
     done: set[int] = set()
     for index, kind, sequence in zip(sample.ids, sample.type_ids, sample.sequence_ids, strict=True):
         if sequence is None:
-            made.ids.append(index)
-            made.types.append(kind)
-            made.mask.append(1)
+            result.ids.append(index)
+            result.types.append(kind)
+            result.mask.append(1)
         elif sequence not in done:
             done.add(sequence)
             ids = texts[int(sequence)]
-            made.ids.extend(ids)
-            made.types.extend([kind] * len(ids))
-            made.mask.extend([0] * len(ids))
-    return made
+            result.ids.extend(ids)
+            result.types.extend([kind] * len(ids))
+            result.mask.extend([0] * len(ids))
+    return result

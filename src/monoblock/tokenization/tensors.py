@@ -1,4 +1,4 @@
-"""Lists of integers to tensors: one row per framework, imported when first asked for."""
+"""Lists of integers to tensors: a converter per framework, which is imported on first use."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any, cast
 
 @dataclass(frozen=True, kw_only=True)
 class Converter:
-    """How one framework makes its arrays of integers: `make(module, nested_lists)`. NumPy and PyTorch have int64, the
-    others int32, which is what their models take."""
+    """Makes a framework's arrays of integers: `make(module, nested_lists)`. NumPy and PyTorch use int64, the others
+    int32, as their models do."""
 
     module: str
     array: str  # the name of the array class inside the module
@@ -48,12 +48,12 @@ CONVERTERS: dict[str, Converter] = {
 
 
 def _dtype(module: Any, rows: Any, integer: str = "int64") -> dict[str, Any]:
-    """Frameworks take a list without numbers for floats; ids of an empty text are integers all the same."""
+    """The dtype argument for rows without numbers, which frameworks would take for floats."""
     return {} if _has_leaf(rows) else {"dtype": getattr(module, integer)}
 
 
 def _narrow(rows: Any) -> Any:
-    """A NumPy array with integers as int32: JAX takes it in one piece, and nested lists number by number."""
+    """A NumPy array with integers as int32, which JAX copies at once, and nested lists number by number."""
     numpy: Any = importlib.import_module("numpy")
     array = numpy.asarray(rows, **_dtype(numpy, rows))
     if array.dtype != numpy.int64:
@@ -69,7 +69,7 @@ def _has_leaf(rows: Any) -> bool:
 
 
 def _leaf(rows: Any) -> Any:
-    """The first thing in nested lists that is not a list, or None."""
+    """The first element of nested lists that is not a list, or None."""
     while isinstance(rows, list | tuple):
         items = cast(Sequence[Any], rows)
         rows = next((item for item in items if _has_leaf(item)), None)
@@ -77,9 +77,9 @@ def _leaf(rows: Any) -> Any:
 
 
 def converter(tensor_type: Any) -> Callable[[str, Any], Any]:
-    """`convert(key, value) -> array` for "pt", "np", "jax" or "tf"; a value that is an array already stays.
+    """`convert(key, value) -> array` for "pt", "np", "jax" or "tf"; a value that already is an array stays.
 
-    ValueError for another name, ImportError with the pip line when the framework is not installed.
+    ValueError for another name, ImportError with the pip command if the framework is not installed.
     """
     name = str(getattr(tensor_type, "value", tensor_type))
     if name not in CONVERTERS:
@@ -108,12 +108,12 @@ def converter(tensor_type: Any) -> Callable[[str, Any], Any]:
 
 
 def _plain(value: Any) -> Any:
-    """Lists of numbers as they are; arrays inside lists as lists, since no framework reads another's."""
+    """Lists of numbers unchanged; arrays inside lists as lists, since no framework reads another's."""
     return value if isinstance(_leaf(value), int | float | None) else as_list(value)
 
 
 def as_list(value: Any) -> Any:
-    """An array of any framework as nested lists of numbers; lists, numbers and everything else as they are."""
+    """An array of any framework as nested lists of numbers; lists, numbers and everything else unchanged."""
     if isinstance(value, list | tuple):
         items = cast(Sequence[Any], value)
         return (
@@ -123,7 +123,7 @@ def as_list(value: Any) -> Any:
         )
     if hasattr(value, "tolist"):
         return value.tolist()
-    if hasattr(value, "numpy"):  # TensorFlow's tensors have no tolist of their own
+    if hasattr(value, "numpy"):  # TensorFlow's tensors have no tolist
         return value.numpy().tolist()
     return value
 
@@ -141,9 +141,9 @@ def _why(key: str, value: Any) -> str:
             f"{key} has rows of {min(lengths)} to {max(lengths)} values, and tensors need one length: pass "
             "padding=True, and truncation=True where texts may be too long"
         )
-    return f"{key} cannot become a tensor: expected lists of integers, got {_shown(value)}"
+    return f"{key} cannot become a tensor: expected lists of integers, got {_shortened(value)}"
 
 
-def _shown(value: Any) -> str:
+def _shortened(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."

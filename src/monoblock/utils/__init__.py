@@ -1,1 +1,1 @@
-"""What the hub's libraries keep under this name: `monoblock.utils.attention_visualizer`."""
+"""Public utilities under transformers' module names: `monoblock.utils.attention_visualizer`."""

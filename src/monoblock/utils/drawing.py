@@ -1,4 +1,4 @@
-"""A drawing of rectangles and texts, as SVG or as a Pillow image: no plotting library."""
+"""A drawing of rectangles and text, as SVG or as a Pillow image, without a plotting library."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from html import escape
 from typing import Any, Literal
 
 FONT = "ui-monospace, 'DejaVu Sans Mono', Menlo, Consolas, monospace"
-# Fonts that PNG files are drawn with, the first that is there; Pillow's own has Latin letters only.
+# Fonts for PNG files, in order of preference; Pillow's own has Latin letters only.
 _FONT_FILES = ("NotoSansMonoCJK-Regular.ttc", "DejaVuSansMono.ttf", "Menlo.ttc", "consola.ttf")
 _PLAIN = {"␣": "_", "↵": "\\n", "⇥": "\\t", "…": "..."}
 
 
 @dataclass(frozen=True)
 class TextElement:
-    """A text that starts, centres or ends at (x, y), the middle of its height; `upright` turns it to read upwards."""
+    """Text at (x, y), the vertical centre of its `anchor`; `upright` rotates it by 90 degrees, to read upwards."""
 
     x: float
     y: float
@@ -28,7 +28,7 @@ class TextElement:
 
 @dataclass
 class Drawing:
-    """`boxes`: (x, y, width, height) by colour; `gaps` are white and lie above them. Pixels, y downwards."""
+    """`boxes`: (x, y, width, height) by colour; `gaps` are white and drawn above them. In pixels, y downwards."""
 
     width: int
     height: int
@@ -49,7 +49,7 @@ class Drawing:
         return [*self.boxes.items(), ("#ffffff", self.gaps)]
 
     def svg(self) -> str:
-        """The drawing as an SVG document; the same drawing gives the same text."""
+        """The drawing as an SVG document; equal drawings give equal documents."""
         size = f'viewBox="0 0 {self.width} {self.height}" width="{self.width}" height="{self.height}"'
         paths = [
             f'<path fill="{colour}" d="{"".join(f"M{x:g} {y:g}h{w:g}v{h:g}h-{w:g}z" for x, y, w, h in boxes)}"/>'
@@ -70,13 +70,13 @@ class Drawing:
         )
 
     def png(self) -> bytes:
-        """The drawing as a PNG file's bytes; ImportError with the pip line if Pillow is missing."""
+        """The drawing as the bytes of a PNG file; ImportError with the pip command if Pillow is missing."""
         try:
             from PIL import Image, ImageDraw
         except ModuleNotFoundError as error:
             raise ImportError(
                 'PNG pictures need Pillow, which is not installed: pip install "monoblock[vision]"; '
-                "SVG and HTML need nothing"
+                "SVG and HTML need no package"
             ) from error
         image = Image.new("RGB", (self.width, self.height), "#ffffff")
         pen = ImageDraw.Draw(image)
@@ -94,13 +94,15 @@ class Drawing:
 
 
 def _svg_text(text: TextElement) -> str:
-    # A third of the height below the middle is the line that letters stand on.
+    # The baseline is about a third of the font size below the middle.
     low = text.size * 0.35
-    place = f'x="{text.x:g}" y="{text.y + low:g}"'
+    position = f'x="{text.x:g}" y="{text.y + low:g}"'
     if text.upright:
-        place = f'transform="translate({text.x + low:g} {text.y:g})rotate(-90)"'
+        position = f'transform="translate({text.x + low:g} {text.y:g})rotate(-90)"'
     anchor = "" if text.anchor == "start" else f' text-anchor="{text.anchor}"'
-    return f'<text {place} font-size="{text.size:g}" fill="{text.colour}"{anchor}>{escape(text.text)}</text>'
+    return (
+        f'<text {position} font-size="{text.size:g}" fill="{text.colour}"{anchor}>{escape(text.text)}</text>'
+    )
 
 
 def _font(size: float) -> Any:
@@ -117,7 +119,7 @@ def _font(size: float) -> Any:
 def _write(image: Any, text: TextElement, font: Any) -> None:
     from PIL import Image, ImageDraw
 
-    words = "".join(_drawable(sign, font) for sign in text.text)
+    words = "".join(_drawable(character, font) for character in text.text)
     left, _, right, _ = font.getbbox(words)
     width, height = int(right - left) + 2, round(text.size * 1.5)
     strip = Image.new("L", (width, height), 0)
@@ -131,9 +133,9 @@ def _write(image: Any, text: TextElement, font: Any) -> None:
     image.paste(Image.new("RGB", strip.size, text.colour), corner, strip)
 
 
-def _drawable(sign: str, font: Any) -> str:
-    """The sign, or how it is spelled where the font has no picture of it."""
-    # A font draws what it lacks as it draws U+FFFF, which no font has; on signs of no size both are empty.
-    if sign.isascii() or bytes(font.getmask(sign)) != bytes(font.getmask("\uffff")):
-        return sign
-    return _PLAIN.get(sign, f"U+{ord(sign):04X}")
+def _drawable(character: str, font: Any) -> str:
+    """The character, or a replacement if the font has no glyph for it."""
+    # Fonts draw a missing character as U+FFFF, which no font has; for characters without width both are empty.
+    if character.isascii() or bytes(font.getmask(character)) != bytes(font.getmask("\uffff")):
+        return character
+    return _PLAIN.get(character, f"U+{ord(character):04X}")

@@ -1,4 +1,4 @@
-"""Squares of queries and keys as pictures: lines for a terminal, a drawing, a page of HTML."""
+"""Heatmaps of queries and keys: as lines for a terminal, as a drawing, and as an HTML page."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from monoblock.utils.drawing import Drawing, TextElement
 from monoblock.utils.labels import clipped, clusters, width
 from monoblock.utils.visibility import Bools, Floats, Ints
 
-LEVELS = 16  # shades of a drawing
-UNSEEN = "#f1f1f1"
-# The lightest and the darkest shade of a cell, by what its key is: text, a patch of an image.
+LEVELS = 16  # number of shades in a drawing
+MASKED = "#f1f1f1"
+# The lightest and the darkest colour of a cell, for text keys and for image patches.
 _RAMPS = (((205, 223, 241), (8, 48, 107)), ((253, 216, 178), (150, 50, 3)))
-# Terminals: how strong a block looks in characters, and its colours (of 256) on any background.
+# Terminals: block characters by intensity, and their colours (of 256), visible on any background.
 _BLOCKS, _ASCII = "░▒▓█", "-+x#"
 _COLOURS = ((24, 25, 26, 32, 38, 44, 50, 87), (94, 130, 136, 166, 172, 208, 214, 220))
-_LABEL, _HEADER = 16, 10  # columns and lines that labels may take on a terminal
+_LABEL, _HEADER = 16, 10  # maximum of columns and lines of labels on a terminal
 _CELL, _LETTER = 16, 11  # pixels
 
 
 @dataclass(frozen=True)
 class Panel:
-    """One square: `shade` (q, k) in 0..1, NaN where the key may not be seen.
+    """One heatmap: `shade` (q, k) in 0..1, NaN where the key is masked.
 
-    `labels` of the tokens; `image` marks keys that are patches, `padding` tokens that are none; `legend` says what
-    the shades mean.
+    `labels`: of the tokens; `image`: True for keys that are image patches; `padding`: True for padding tokens;
+    `legend`: the meaning of the shades.
     """
 
     title: str
@@ -43,7 +43,7 @@ class Panel:
 
 @dataclass(frozen=True)
 class Style:
-    """What a terminal can show: its columns, colours, and characters beyond ASCII."""
+    """The capabilities of a terminal: columns, colour, and characters beyond ASCII."""
 
     columns: int = 80
     colour: bool = False
@@ -51,7 +51,7 @@ class Style:
 
 
 def levels(shade: Floats, count: int) -> Ints:
-    """Each shade as one of 0..count - 1, -1 where nothing is seen."""
+    """Each shade as an integer in 0..count - 1, -1 where the key is masked."""
     found = np.minimum(np.floor(np.nan_to_num(shade, nan=0.0) * count), count - 1).astype(np.int64)
     return np.where(np.isnan(shade), -1, found)
 
@@ -60,7 +60,7 @@ def levels(shade: Floats, count: int) -> Ints:
 
 
 def lines(panel: Panel, style: Style) -> Iterator[str]:
-    """The panel as lines of text: two columns a key, the first and the last tokens if there are too many."""
+    """The panel as lines of text, two columns per key; the first and the last tokens if they do not all fit."""
     labels = [_plain(label) if style.ascii else label for label in panel.labels]
     digits = len(str(len(labels) - 1))
     widest = min(_LABEL, max(map(width, labels)), max(4, style.columns // 4))
@@ -81,11 +81,11 @@ def lines(panel: Panel, style: Style) -> Iterator[str]:
         left = iter(cells[query])
         row = [("… ", "2") if key is None else next(left) for key in shown]
         yield f"{name} {query:>{digits}} " + _joined(row, style)
-    yield from _remarks(panel, shown, style)
+    yield from _legend_lines(panel, shown, style)
 
 
 def _shown(count: int, room: int) -> list[int | None]:
-    """The tokens that fit; None is where others are left out."""
+    """The indices of the tokens that fit; None where others are left out."""
     if count <= room:
         return list(range(count))
     half = max(room - 1, 2)
@@ -94,45 +94,49 @@ def _shown(count: int, room: int) -> list[int | None]:
 
 
 def _header(labels: Sequence[str], shown: Sequence[int | None], style: Style) -> Iterator[str]:
-    """The keys' labels, each written downwards in its own two columns."""
+    """The keys' labels, each written downwards in its two columns."""
     columns = [[] if k is None else _downwards(labels[k], style) for k in shown]
     height = max(map(len, columns))
     for line in range(height):
-        parts = [column[i] if (i := line - height + len(column)) >= 0 else "" for column in columns]
-        yield "".join(part + " " * (2 - width(part)) for part in parts).rstrip()
+        characters = [column[i] if (i := line - height + len(column)) >= 0 else "" for column in columns]
+        yield "".join(character + " " * (2 - width(character)) for character in characters).rstrip()
 
 
 def _downwards(label: str, style: Style) -> list[str]:
-    signs = clusters(label)
-    return signs if len(signs) <= _HEADER else [*signs[: _HEADER - 1], "~" if style.ascii else "⋮"]
+    characters = clusters(label)
+    return (
+        characters
+        if len(characters) <= _HEADER
+        else [*characters[: _HEADER - 1], "~" if style.ascii else "⋮"]
+    )
 
 
 def _cells(panel: Panel, kept: Sequence[int], style: Style) -> list[list[tuple[str, str]]]:
-    """What each cell between tokens that are kept looks like, two columns wide, and its colour."""
-    unseen = ("· ", "2")
+    """The characters, two columns wide, and the colour of each cell between the kept tokens."""
+    masked = ("· ", "2")
     blocks = _ASCII if style.ascii else _BLOCKS
-    ramps = [[(block + " ", "0") for block in blocks] + [unseen]] * 2
+    ramps = [[(block + " ", "0") for block in blocks] + [masked]] * 2
     if style.colour:
         solid = blocks[-1] * 2
-        ramps = [[(solid, f"38;5;{code}") for code in codes] + [unseen] for codes in _COLOURS]
+        ramps = [[(solid, f"38;5;{code}") for code in codes] + [masked] for codes in _COLOURS]
     rows = levels(panel.shade[np.ix_(kept, kept)], len(ramps[0]) - 1).tolist()
     by_key = [ramps[int(panel.image[key])] for key in kept]
     return [[ramp[level] for ramp, level in zip(by_key, row, strict=True)] for row in rows]
 
 
 def _joined(row: Sequence[tuple[str, str]], style: Style) -> str:
-    """Cells in a line; neighbours of one colour share its code."""
+    """Cells in a line; adjacent cells of one colour share its escape code."""
     runs = itertools.groupby(row, key=lambda cell: cell[1])
     return "".join(_mark("".join(text for text, _ in run), style, code) for code, run in runs).rstrip()
 
 
-def _remarks(panel: Panel, shown: Sequence[int | None], style: Style) -> Iterator[str]:
+def _legend_lines(panel: Panel, shown: Sequence[int | None], style: Style) -> Iterator[str]:
     strong = "##" if style.ascii else "██"
     weak = strong if style.colour else (_ASCII if style.ascii else _BLOCKS)[0]
     ends = {"weak": (weak, _COLOURS[0][0]), "strong": (strong[: 1 + style.colour], _COLOURS[0][-1])}
     keys = {word: _painted(block, f"38;5;{code}", style) for word, (block, code) in ends.items()}
     plain = panel.legend.format(weak=keys["weak"], strong=keys["strong"])
-    note = f"{plain}   {_mark('·', style)} not seen   rows look at columns"
+    note = f"{plain}   {_mark('·', style)} masked   rows: queries, columns: keys"
     if panel.image.any() and style.colour:
         note += "   " + _painted(strong, f"38;5;{_COLOURS[1][-1]}", style) + " image patch"
     yield note
@@ -164,7 +168,7 @@ def _painted(text: str, code: str, style: Style) -> str:
 
 
 def drawing(panels: Sequence[Panel], title: str) -> Drawing:
-    """All panels in one drawing, side by side where they are small; no token is left out."""
+    """All panels in one drawing, side by side if they are small; no token is left out."""
     count = len(panels[0].labels)
     cell = max(1, min(_CELL, 1600 // count))
     letter = min(_LETTER, max(cell, 8))
@@ -178,26 +182,26 @@ def drawing(panels: Sequence[Panel], title: str) -> Drawing:
         + 24
     )
     tall = side + 64
-    made = Drawing(across * wide + 16, math.ceil(len(panels) / across) * tall + 40, title)
-    made.texts.append(TextElement(16, 20, title, 15, "#111111"))
+    canvas = Drawing(across * wide + 16, math.ceil(len(panels) / across) * tall + 40, title)
+    canvas.texts.append(TextElement(16, 20, title, 15, "#111111"))
     for number, panel in enumerate(panels):
         row, column = divmod(number, across)
-        _draw(made, panel, (16 + column * wide, 40 + row * tall), (margin, cell, letter))
-    return made
+        _draw(canvas, panel, (16 + column * wide, 40 + row * tall), (margin, cell, letter))
+    return canvas
 
 
 def _words(panel: Panel) -> str:
-    words = panel.legend.format(weak="light", strong="dark") + "; grey: not seen"
+    words = panel.legend.format(weak="light", strong="dark") + "; grey: masked"
     return words + ("; orange: image patch" if panel.image.any() else "")
 
 
-def _draw(made: Drawing, panel: Panel, corner: tuple[int, int], sizes: tuple[int, int, int]) -> None:
+def _draw(canvas: Drawing, panel: Panel, corner: tuple[int, int], sizes: tuple[int, int, int]) -> None:
     margin, cell, letter = sizes
     count = len(panel.labels)
     left, top = corner[0] + margin, corner[1] + 22 + margin
-    made.texts.append(TextElement(corner[0], corner[1] + 10, panel.title, 13, "#111111"))
-    made.texts.append(TextElement(corner[0], top + count * cell + 16, _words(panel), 11, "#666666"))
-    made.box(UNSEEN, left, top, count * cell, count * cell)
+    canvas.texts.append(TextElement(corner[0], corner[1] + 10, panel.title, 13, "#111111"))
+    canvas.texts.append(TextElement(corner[0], top + count * cell + 16, _words(panel), 11, "#666666"))
+    canvas.box(MASKED, left, top, count * cell, count * cell)
     gap = 1 if cell >= 6 else 0
     rows = levels(panel.shade, LEVELS)
     codes = np.where(rows < 0, -1, rows + LEVELS * panel.image[None, :])
@@ -207,22 +211,22 @@ def _draw(made: Drawing, panel: Panel, corner: tuple[int, int], sizes: tuple[int
         for start, length, code in runs:
             if code >= 0:
                 x, y = left + start * cell, top + query * cell
-                made.box(shade_colour(code), x, y, length * cell - gap, cell - gap)
+                canvas.box(shade_colour(code), x, y, length * cell - gap, cell - gap)
     if gap:
         for key in range(1, count):
-            made.gaps.append((left + key * cell - 1, top, 1, count * cell))
-            made.gaps.append((left, top + key * cell - 1, count * cell, 1))
+            canvas.gaps.append((left + key * cell - 1, top, 1, count * cell))
+            canvas.gaps.append((left, top + key * cell - 1, count * cell, 1))
     step = math.ceil((letter + 1) / cell)
     for index in range(0, count, step):
         middle = (index + 0.5) * cell
         colour = "#b0b0b0" if panel.padding[index] else "#333333"
         label = clipped(panel.labels[index], 24)
-        made.texts.append(TextElement(left - 5, top + middle, label, letter, colour, "end"))
-        made.texts.append(TextElement(left + middle, top - 5, label, letter, colour, upright=True))
+        canvas.texts.append(TextElement(left - 5, top + middle, label, letter, colour, "end"))
+        canvas.texts.append(TextElement(left + middle, top - 5, label, letter, colour, upright=True))
 
 
 def shade_colour(code: int) -> str:
-    """The colour of a level; levels of image patches come after those of text."""
+    """The colour of a level; the levels of image patches follow those of text."""
     ramp, level = divmod(code, LEVELS)
     share = level / (LEVELS - 1)
     light, dark = _RAMPS[ramp]
@@ -231,7 +235,7 @@ def shade_colour(code: int) -> str:
 
 
 def page(panels: Sequence[Panel], title: str) -> str:
-    """A whole HTML page that needs nothing else."""
+    """A self-contained HTML page."""
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         f"<title>{escape(title)}</title>\n"

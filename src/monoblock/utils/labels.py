@@ -1,4 +1,4 @@
-"""Tokens as labels that a person can read, and how wide they are on a terminal."""
+"""Readable labels of tokens, and their width on a terminal."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from typing import Any
 
 SPACE, LINE_END = "␣", "↵"
 _SHOWN = {" ": SPACE, "\n": LINE_END, "\t": "⇥", "\u00a0": SPACE, "\u3000": SPACE * 2}
-# What terminals disagree on: variation selectors, joiners and skin tones change the width of the sign before them.
+# Variation selectors, joiners and skin tones, with which the width of the preceding character depends on the terminal.
 _DROPPED = {*range(0xFE00, 0xFE10), *range(0x1F3FB, 0x1F400)}
 _FLAGS = range(0x1F1E6, 0x1F200)
 
 
 def readable(text: str) -> str:
-    """The text with spaces and line ends shown, and nothing that a terminal obeys or that has no sure width."""
-    return "".join(map(_sign, text))
+    """The text with visible spaces and line ends, without control characters and characters of uncertain width."""
+    return "".join(map(_readable, text))
 
 
-def _sign(character: str) -> str:
+def _readable(character: str) -> str:
     code, kind = ord(character), unicodedata.category(character)
     if character in _SHOWN:
         return _SHOWN[character]
@@ -31,42 +31,42 @@ def _sign(character: str) -> str:
 
 
 def clusters(text: str) -> list[str]:
-    """The text's signs, each with the combining marks that belong to it."""
-    parts: list[str] = []
+    """The characters of the text, each with its combining marks."""
+    characters: list[str] = []
     for character in text:
-        if parts and not _columns(character):
-            parts[-1] += character
+        if characters and not _columns(character):
+            characters[-1] += character
         else:
-            parts.append(character)
-    return parts
+            characters.append(character)
+    return characters
 
 
 def width(text: str) -> int:
-    """How many columns of a terminal a readable text takes."""
+    """The number of terminal columns of a readable text."""
     return sum(map(_columns, text))
 
 
 def _columns(character: str) -> int:
-    # Hangul's medial and final letters join the syllable before them.
+    # Hangul's medial and final letters combine with the syllable before them.
     if unicodedata.category(character) in ("Mn", "Me") or 0x1160 <= ord(character) < 0x1200:
         return 0
     return 2 if unicodedata.east_asian_width(character) in "WF" else 1
 
 
 def clipped(text: str, columns: int) -> str:
-    """The text in at most `columns`, with … in place of its end."""
+    """The text in at most `columns`, with … instead of its end."""
     if width(text) <= columns:
         return text
     kept, room = "", columns - 1
-    for sign in clusters(text):
-        if (room := room - width(sign)) < 0:
+    for character in clusters(text):
+        if (room := room - width(character)) < 0:
             break
-        kept += sign
+        kept += character
     return kept + "…"
 
 
 class TokenLabels:
-    """The labels of a tokenizer's ids: bytes as the text that they spell, special tokens as they are."""
+    """The labels of a tokenizer's ids: decoded bytes, and special tokens unchanged."""
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
@@ -77,7 +77,7 @@ class TokenLabels:
         )
 
     def __call__(self, index: int) -> str:
-        """The label of one id; an id beyond the vocabulary is its number."""
+        """The label of an id; an id outside the vocabulary is shown as a number."""
         token: str | None = self.tokenizer.convert_ids_to_tokens(index)
         if token is None:
             return f"[{index}]"
@@ -85,9 +85,9 @@ class TokenLabels:
 
     def _text(self, token: str) -> str:
         if self.bytes:
-            if not all(sign in self.bytes for sign in token):
+            if not all(character in self.bytes for character in token):
                 return token
-            raw = bytes(self.bytes[sign] for sign in token)
+            raw = bytes(self.bytes[character] for character in token)
             try:
                 return raw.decode()
             except UnicodeDecodeError:
@@ -98,7 +98,7 @@ class TokenLabels:
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """The sign by which byte-level tokenizers write each byte: itself if it can be seen, else one from U+0100 on."""
-    seen = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    hidden = [byte for byte in range(256) if byte not in seen]
-    return {chr(byte): byte for byte in seen} | {chr(256 + i): byte for i, byte in enumerate(hidden)}
+    """The character for each byte in byte-level tokenizers: itself if printable, else one from U+0100 on."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    hidden = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(hidden)}

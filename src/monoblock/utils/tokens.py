@@ -1,4 +1,4 @@
-"""Texts and images as rows of labelled tokens, padded to one length, as a model gets them."""
+"""Texts and images as padded rows of labelled tokens, as a model gets them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PADDING, PATCH, PATCH_ROW_END = "<pad>", "<img>", "<row>"
 
 @dataclass(frozen=True)
 class Tokens:
-    """A batch: `labels` of its rows, which tokens are real (`batch`), and which are image patches (b, k)."""
+    """A batch: the `labels` of its rows, its padding and segments (`batch`), and the mask of image patches (b, k)."""
 
     labels: tuple[tuple[str, ...], ...]
     batch: Batch
@@ -26,20 +26,20 @@ class Tokens:
 
     @property
     def length(self) -> int:
-        """Tokens of each row, padding included."""
+        """Tokens per row, including padding."""
         return self.image_bk.shape[1]
 
 
 @dataclass(frozen=True)
 class Reader:
-    """What turns texts into tokens: the tokenizer, and for a model that takes images their processor."""
+    """Tokenizes texts with a tokenizer, and images with the processor of a model that takes them."""
 
     spec: ArchSpec
     tokenizer: Any
     processor: Any = None
 
     def read(self, texts: Sequence[str], images: Sequence[Any], side: str, segments: Any) -> Tokens:
-        """The texts, each with its image (None: it has none), padded on `side`."""
+        """The texts, each with its image (or None), padded on `side`."""
         rows = self._rows(texts, images)
         self._check([len(ids) for ids in rows])
         labels = TokenLabels(self.tokenizer)
@@ -61,11 +61,11 @@ class Reader:
         )
 
     def _rows(self, texts: Sequence[str], images: Sequence[Any]) -> list[list[int]]:
-        """The ids of each text; in a batch with an image, the processor puts its tokens around every text."""
+        """The ids of each text; in a batch with an image, the processor encodes every text."""
         if all(image is None for image in images):
             return [list(self.tokenizer(text)["input_ids"]) for text in texts]
-        made = [self.processor([t], [i], return_tensors="np") for t, i in zip(texts, images, strict=True)]
-        return [row["input_ids"][0].tolist() for row in made]
+        encoded = [self.processor([t], [i], return_tensors="np") for t, i in zip(texts, images, strict=True)]
+        return [row["input_ids"][0].tolist() for row in encoded]
 
     def _image_names(self) -> Mapping[int, str]:
         if self.spec.patches is None:
@@ -76,9 +76,9 @@ class Reader:
         return names
 
     def _check(self, lengths: Sequence[int]) -> None:
-        """ValueError for what the model itself would refuse."""
+        """ValueError for inputs that the model itself would refuse."""
         if not all(lengths):
-            raise ValueError(f"text {lengths.index(0)} has no tokens: give at least one word")
+            raise ValueError(f"text {lengths.index(0)} has no tokens: pass at least one word")
         learned = self.spec.position(Learned)
         if learned is not None and (room := learned.size - learned.offset) < max(lengths):
             raise ValueError(
@@ -95,13 +95,14 @@ class Reader:
         rows = [list(row) for row in segments]
         if [len(row) for row in rows] != list(lengths):
             raise ValueError(
-                f"sequence_id must number every token of every text, {list(lengths)}, got {[len(row) for row in rows]}"
+                f"sequence_id must have an entry for every token of every text, {list(lengths)}, got "
+                f"{[len(row) for row in rows]}"
             )
         return np.array([padded(row, -1) for row in rows])
 
 
 def ranges(numbers: Sequence[int]) -> str:
-    """Whole numbers in short: [0, 1, 2, 5] is "0-2, 5"."""
+    """Integers in short form: [0, 1, 2, 5] is "0-2, 5"."""
     groups = itertools.groupby(enumerate(numbers), key=lambda pair: pair[1] - pair[0])
     runs = [[number for _, number in group] for _, group in groups]
     return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)

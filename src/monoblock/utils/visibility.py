@@ -1,6 +1,6 @@
-"""Which tokens may see which, from an `ArchSpec` alone, in NumPy: what every backend's attention computes.
+"""The attention mask and bias of an `ArchSpec`, in NumPy: the reference for what every backend's attention computes.
 
-Shape suffixes: b batch, h heads, q queries, k keys. A query is the token that looks, a key one that is looked at.
+Shape suffixes: b batch, h heads, q queries, k keys.
 """
 
 from __future__ import annotations
@@ -23,36 +23,36 @@ LOWEST = float(np.finfo(np.float32).min)
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows of one length: `valid_bk` is False for padding, `segment_bk` numbers the parts of packed rows."""
+    """Rows of one length: `valid_bk` is False for padding, `segment_bk` the index of each token's packed sequence."""
 
     valid_bk: Bools
     segment_bk: Ints | None = None
 
 
 def visible(batch: Batch, *, causal: bool, window: int | None) -> Bools:
-    """(b, q, k): `valid_k & (k <= q or not causal) & (q - k < window)`, within a segment where there are any."""
+    """(b, q, k): `valid_k & (k <= q or not causal) & (q - k < window)`, and within a segment if there are any."""
     distance = _distance(batch.valid_bk.shape[1])
-    seen = batch.valid_bk[:, None, :] & ((distance <= 0) | (not causal))
+    visible_bqk = batch.valid_bk[:, None, :] & ((distance <= 0) | (not causal))
     if window is not None:
-        seen &= -distance < window
+        visible_bqk &= -distance < window
     if batch.segment_bk is not None:
-        seen &= batch.segment_bk[:, :, None] == batch.segment_bk[:, None, :]
-    return seen
+        visible_bqk &= batch.segment_bk[:, :, None] == batch.segment_bk[:, None, :]
+    return visible_bqk
 
 
 def mask(spec: ArchSpec, layer: int, batch: Batch) -> Bools:
-    """What `layer` lets see, (b, q, k)."""
+    """The attention mask of `layer`, (b, q, k)."""
     return visible(batch, causal=spec.causal, window=spec.windows[layer])
 
 
 def bias(spec: ArchSpec, layer: int, batch: Batch, table: Any = None) -> Floats:
-    """What `layer` adds to its scores, (b, h or 1, q, k): 0, ALiBi or the buckets' bias; the lowest float32 where a
-    key may not be seen.
+    """The bias that `layer` adds to its scores, (b, h or 1, q, k): 0, ALiBi or that of relative buckets; the lowest
+    float32 where a key is masked.
 
     Args:
-        table: the learned bias of relative buckets (buckets, heads); needed by a model that has them.
+        table: the learned bias of relative buckets (buckets, heads); required for a model that has them.
     """
-    seen, distance = mask(spec, layer, batch), _distance(batch.valid_bk.shape[1])
+    visible_bqk, distance = mask(spec, layer, batch), _distance(batch.valid_bk.shape[1])
     added = np.zeros((1, *distance.shape), np.float32)
     if alibi := spec.position(Alibi):
         slopes = np.asarray(alibi.slopes(spec.attention.heads), np.float32)
@@ -61,15 +61,15 @@ def bias(spec: ArchSpec, layer: int, batch: Batch, table: Any = None) -> Floats:
         added = _bucket_bias(layout, spec.attention.heads, table, distance)
     elif table is not None:
         raise ValueError("table would have no effect: the model has no relative position buckets")
-    return np.where(seen[:, None], added[None], np.float32(LOWEST))
+    return np.where(visible_bqk[:, None], added[None], np.float32(LOWEST))
 
 
 def _bucket_bias(layout: Buckets, heads: int, table: Any, distance: Ints) -> Floats:
     expected = (layout.count, heads)
     if table is None:
         raise ValueError(
-            f"the bias of relative buckets is learned: give the model's table {expected}, as in bias(layer, "
-            "table=model.backbone.rel_bias.weight.detach().numpy()); which bucket is where needs no weights: buckets()"
+            f"the bias of relative buckets is learned: pass the model's table {expected}, as in bias(layer, "
+            "table=model.backbone.rel_bias.weight.detach().numpy()); the buckets alone need no weights: buckets()"
         )
     rows = np.asarray(table, np.float32)
     if rows.shape != expected:
@@ -86,9 +86,9 @@ def _distance(length: int) -> Ints:
 
 
 def strength(spec: ArchSpec, length: int, head: int | None = None) -> Floats:
-    """How near a key counts, (q, k) in 0..1: what ALiBi multiplies a weight by, or the nearness of the bucket, else 1.
+    """The relative strength of a key, (q, k) in 0..1: ALiBi's factor of its weight, the nearness of its bucket, or 1.
 
-    `head`: whose ALiBi; None is the mean of all.
+    `head`: the head of ALiBi; None is the mean of all heads.
     """
     distance = np.arange(-length + 1, length)
     if alibi := spec.position(Alibi):
@@ -104,7 +104,7 @@ def strength(spec: ArchSpec, length: int, head: int | None = None) -> Floats:
 
 
 def layer_kinds(spec: ArchSpec) -> dict[int | None, list[int]]:
-    """The layers that share a mask: window -> their numbers, in the order of their first layers."""
+    """The layers with the same mask: window -> layer indices, in the order of their first layers."""
     kinds: dict[int | None, list[int]] = {}
     for layer, window in enumerate(spec.windows):
         kinds.setdefault(window, []).append(layer)

@@ -29,7 +29,7 @@ from monoblock.spec import Alibi, Buckets, Learned, Rotary
 
 
 @struct.dataclass
-class Call:
+class ForwardContext:
     """Inputs of all blocks in one forward pass.
 
     Positions, of the new tokens and of all keys, count tokens without padding; a first axis of 1 stands for all rows.
@@ -76,27 +76,27 @@ class Attention(Part):
         self.late_rotary = rotary if is_dynamic(rotary) else None
 
     def __call__(
-        self, x_bsw: Array, call: Call, layer: CacheLayer | None
+        self, x_bsw: Array, context: ForwardContext, layer: CacheLayer | None
     ) -> tuple[Array, Array | None, CacheLayer | None]:
         q, k, v = self.heads(*self.project(x_bsw))
-        if call.cos is not None and call.sin is not None:
-            q = rotate(q, call.cos, call.sin)
-            k = k if self.late_rotary else rotate(k, call.cos, call.sin)
-        att, p = self.spec.attention, self.spec.dropout.attention if call.train else 0.0
+        if context.cos is not None and context.sin is not None:
+            q = rotate(q, context.cos, context.sin)
+            k = k if self.late_rotary else rotate(k, context.cos, context.sin)
+        att, p = self.spec.attention, self.spec.dropout.attention if context.train else 0.0
         kernel, weights = attention.Kernel(scale=att.scale, softcap=att.softcap, dropout=p), None
-        if layer is not None and self.is_decode_step(q, call):
-            out, layer = self.decode_step(q, k, v, call, layer, kernel)
+        if layer is not None and self.is_decode_step(q, context):
+            out, layer = self.decode_step(q, k, v, context, layer, kernel)
         else:
-            k, v, scope, layer = self.update_cache(k, v, call, layer)
-            k, scope = self.rotate_cached_keys(k, call, scope), replace(scope, window=self.window)
+            k, v, scope, layer = self.update_cache(k, v, context, layer)
+            k, scope = self.rotate_cached_keys(k, context, scope), replace(scope, window=self.window)
             key = self.make_rng("dropout") if p else None
-            if call.attentions:
+            if context.attentions:
                 out, weights = attention.attend_eager(q, k, v, scope, kernel, key)
             else:
                 out = attention.attend(q, k, v, scope, kernel, key)
         out = out.swapaxes(1, 2).reshape(*x_bsw.shape[:2], self.sizes[0])
         out = self.role("out")(out)
-        return self.dropped(out, "out_drop", self.spec.dropout.residual, call.train), weights, layer
+        return self.dropped(out, "out_drop", self.spec.dropout.residual, context.train), weights, layer
 
     def project(self, x_bsw: Array) -> tuple[Array, Array, Array]:
         """Queries, keys and values, (b, s, h * d); (b, s, h, d) if the projection is interleaved by head."""
@@ -111,16 +111,24 @@ class Attention(Part):
             return q, k, v
         return self.role("q")(x_bsw), self.role("k")(x_bsw), self.role("v")(x_bsw)
 
-    def is_decode_step(self, q: Array, call: Call) -> bool:
+    def is_decode_step(self, q: Array, context: ForwardContext) -> bool:
         """Whether this is a decode step (one token after past ones) without options that need all keys in one array."""
-        return q.shape[2] == 1 and not (call.fresh or call.train or call.attentions or self.late_rotary)
+        return q.shape[2] == 1 and not (
+            context.fresh or context.train or context.attentions or self.late_rotary
+        )
 
     def decode_step(
-        self, q: Array, k: Array, v: Array, call: Call, layer: CacheLayer, kernel: attention.Kernel
+        self,
+        q: Array,
+        k: Array,
+        v: Array,
+        context: ForwardContext,
+        layer: CacheLayer,
+        kernel: attention.Kernel,
     ) -> tuple[Array, CacheLayer]:
         """Attention of one token over the cached keys and its own, and the updated cache."""
-        index_k = jnp.concatenate((layer.token_indices(layer.length), call.scope.index_q))
-        scope = replace(call.scope.of_keys(index_k), window=self.window)
+        index_k = jnp.concatenate((layer.token_indices(layer.length), context.scope.index_q))
+        scope = replace(context.scope.of_keys(index_k), window=self.window)
         cached = (layer.keys.astype(k.dtype), layer.values.astype(v.dtype))
         out = attention.attend_one_token(q, (k, v), cached, scope, kernel)
         return out, layer.appended(k, v, read_bhnd=out)
@@ -139,30 +147,30 @@ class Attention(Part):
         return q, k, v
 
     def update_cache(
-        self, k: Array, v: Array, call: Call, layer: CacheLayer | None
+        self, k: Array, v: Array, context: ForwardContext, layer: CacheLayer | None
     ) -> tuple[Array, Array, Scope, CacheLayer | None]:
         """The keys and values to attend to, their attention mask, and the updated cache."""
-        if layer is None or call.fresh:
-            return k, v, call.scope, None if layer is None else layer.filled(k, v)
+        if layer is None or context.fresh:
+            return k, v, context.scope, None if layer is None else layer.filled(k, v)
         count, after = k.shape[2], layer.appended(k, v)
-        if count == 1 or layer.slots == call.max_length:
+        if count == 1 or layer.slots == context.max_length:
             index_k = after.token_indices(layer.length + count)
-            return after.keys, after.values, call.scope.of_keys(index_k), after
+            return after.keys, after.values, context.scope.of_keys(index_k), after
         # A ring buffer: the new tokens overwrite keys that the first of them still attend to.
-        index_k = jnp.concatenate((layer.token_indices(layer.length), call.scope.index_q))
+        index_k = jnp.concatenate((layer.token_indices(layer.length), context.scope.index_q))
         k, v = (
             jnp.concatenate((cached.astype(new.dtype), new), axis=2)
             for cached, new in ((layer.keys, k), (layer.values, v))
         )
-        return k, v, call.scope.of_keys(index_k), after
+        return k, v, context.scope.of_keys(index_k), after
 
-    def rotate_cached_keys(self, k: Array, call: Call, scope: Scope) -> Array:
+    def rotate_cached_keys(self, k: Array, context: ForwardContext, scope: Scope) -> Array:
         """The keys; with dynamic scaling, cached keys are rotated by the angles of the current length."""
         if self.late_rotary is None:
             return k
         last = scope.index_q[-1:]
-        length_b = jnp.take(call.key_positions_bk, last, axis=1)[:, 0] + 1
-        positions = jnp.take(call.key_positions_bk, jnp.maximum(scope.index_k, 0), axis=1)
+        length_b = jnp.take(context.key_positions_bk, last, axis=1)[:, 0] + 1
+        positions = jnp.take(context.key_positions_bk, jnp.maximum(scope.index_k, 0), axis=1)
         cos, sin = rotations(positions, self.late_rotary, k.dtype, length_b)
         return rotate(k, cos, sin)
 
@@ -172,9 +180,9 @@ class Wrapper(Part):
     """A module that only contains the attention."""
 
     def __call__(
-        self, x_bsw: Array, call: Call, layer: CacheLayer | None
+        self, x_bsw: Array, context: ForwardContext, layer: CacheLayer | None
     ) -> tuple[Array, Array | None, CacheLayer | None]:
-        return self.role("attention")(x_bsw, call, layer)
+        return self.role("attention")(x_bsw, context, layer)
 
 
 @computes("attention_norm")
@@ -182,10 +190,10 @@ class AttentionNorm(Part):
     """`norm(x + dropout(attention(x)))`."""
 
     def __call__(
-        self, x: Array, call: Call, layer: CacheLayer | None
+        self, x: Array, context: ForwardContext, layer: CacheLayer | None
     ) -> tuple[Array, Array | None, CacheLayer | None]:
-        y, weights, layer = self.role("attention")(x, call, layer)
-        y = self.dropped(y, "out_drop", self.spec.dropout.residual, call.train)
+        y, weights, layer = self.role("attention")(x, context, layer)
+        y = self.dropped(y, "out_drop", self.spec.dropout.residual, context.train)
         return self.role("norm1")(y + x), weights, layer
 
 
@@ -245,18 +253,18 @@ class Block(Part):
     """Attention and MLP, each with a residual connection, pre-norm or post-norm."""
 
     def __call__(
-        self, x: Array, call: Call, layer: CacheLayer | None
+        self, x: Array, context: ForwardContext, layer: CacheLayer | None
     ) -> tuple[Array, Array | None, CacheLayer | None]:
-        train = call.train
+        train = context.train
         if self.has("attention_norm"):  # sub-layers include the residual and the norm
-            x, weights, layer = self.role("attention_norm")(x, call, layer)
+            x, weights, layer = self.role("attention_norm")(x, context, layer)
             return self.role("narrow")(self.role("widen")(x), x, train), weights, layer
         attend = self.role("wrapper" if self.has("wrapper") else "attention")
         if self.spec.placement == "post":
-            y, weights, layer = attend(x, call, layer)
+            y, weights, layer = attend(x, context, layer)
             x = self.role("norm1")(x + y)
             return self.role("norm2")(x + self.role("mlp")(x, train)), weights, layer
-        y, weights, layer = attend(self.role("norm1")(x), call, layer)
+        y, weights, layer = attend(self.role("norm1")(x), context, layer)
         if self.has("mlp_add"):
             x = x + self.with_dropout(y, train)
             return self.role("mlp_add")(self.role("norm2")(x), x, train), weights, layer
@@ -275,44 +283,48 @@ class Block(Part):
 class Embeddings(Part):
     """Adds position embeddings, norm and dropout to embedded tokens."""
 
-    def __call__(self, x_bsw: Array, call: Call) -> Array:
-        return positioned(self, x_bsw, call)
+    def __call__(self, x_bsw: Array, context: ForwardContext) -> Array:
+        return positioned(self, x_bsw, context)
 
 
-def positioned(part: Part, x: Array, call: Call) -> Array:
+def positioned(part: Part, x: Array, context: ForwardContext) -> Array:
     """Add position embeddings, norm and dropout; `spec.embed_gradient` scales the gradient."""
     spec = part.spec
     if learned := spec.position(Learned):
-        positions = part.role("pos_embed")(call.positions_bs)
+        positions = part.role("pos_embed")(context.positions_bs)
         if learned.pad_id is not None:
-            positions = stop_padding_gradient(positions, call.positions_bs == learned.offset - 1)
+            positions = stop_padding_gradient(positions, context.positions_bs == learned.offset - 1)
         x = x + positions
     if spec.embed_norm:
         x = part.role("embed_norm")(x)
     if (share := spec.embed_gradient) != 1.0:
         x = x * share + jax.lax.stop_gradient(x) * (1 - share)
-    return dropout(part, x, spec.dropout.embed, call.train)
+    return dropout(part, x, spec.dropout.embed, context.train)
 
 
 @computes("stack")
 class Stack(Part):
     """All layers and the final norm."""
 
-    def __call__(self, x_bsw: Array, call: Call, layers: tuple[CacheLayer | None, ...]) -> StackOutput:
-        return run_layers(self, x_bsw, call, layers)
+    def __call__(
+        self, x_bsw: Array, context: ForwardContext, layers: tuple[CacheLayer | None, ...]
+    ) -> StackOutput:
+        return run_layers(self, x_bsw, context, layers)
 
 
-def run_layers(part: Part, x: Array, call: Call, layers: tuple[CacheLayer | None, ...]) -> StackOutput:
+def run_layers(
+    part: Part, x: Array, context: ForwardContext, layers: tuple[CacheLayer | None, ...]
+) -> StackOutput:
     """All layers and the final norm, on embedded tokens (b, s, w)."""
-    spec, scope = part.spec, call.scope
+    spec, scope = part.spec, context.scope
     if alibi := spec.position(Alibi):
         scope = replace(scope, slopes_h=jnp.asarray(alibi.slopes(spec.attention.heads), jnp.float32))
     if buckets := spec.position(Buckets):
         scope = replace(scope, table=part.role("rel_bias").embedding, buckets=buckets)
     if rotary := spec.position(Rotary):
-        cos, sin = rotations(call.positions_bs, rotary, x.dtype)
-        call = replace(call, cos=cos, sin=sin)
-    states, weights, after = part.role("layers")(x, replace(call, scope=scope), layers)
+        cos, sin = rotations(context.positions_bs, rotary, x.dtype)
+        context = replace(context, cos=cos, sin=sin)
+    states, weights, after = part.role("layers")(x, replace(context, scope=scope), layers)
     hidden = part.role("final_norm")(states[-1]) if part.has("final_norm") else states[-1]
     return StackOutput(
         hidden=hidden,
@@ -343,13 +355,15 @@ def with_patches(bare: Any, x_bsw: Array, patches: Array, rows_bs: Array) -> Arr
     return jnp.where(rows_bs[..., None] >= 0, taken, x_bsw)
 
 
-def hidden_states(bare: Any, x_bsw: Array, call: Call, layers: tuple[CacheLayer | None, ...]) -> StackOutput:
+def hidden_states(
+    bare: Any, x_bsw: Array, context: ForwardContext, layers: tuple[CacheLayer | None, ...]
+) -> StackOutput:
     """The stack of layers on embedded tokens, with position embeddings before."""
     embed = bare.role("embeddings") if bare.has("embeddings") else None
-    x = positioned(bare, x_bsw, call) if embed is None else embed(x_bsw, call)
+    x = positioned(bare, x_bsw, context) if embed is None else embed(x_bsw, context)
     if bare.has("stack"):
-        return bare.role("stack")(x, call, layers)
-    return run_layers(bare, x, call, layers)
+        return bare.role("stack")(x, context, layers)
+    return run_layers(bare, x, context, layers)
 
 
 def stop_padding_gradient(x_bsw: Array, padding_bs: Array) -> Array:

@@ -74,16 +74,16 @@ class Network(Part):
             "sequence_id": sequence_id,
         }
         train = not deterministic
-        call = check_inputs(self.spec, self.head_spec, arguments, past_key_values, train)
+        checked = check_inputs(self.spec, self.head_spec, arguments, past_key_values, train)
         options = ForwardOptions(
             train=train,
             attentions=output_attentions,
             hidden_states=output_hidden_states,
-            fresh=call.fresh,
-            choices=call.choices,
-            nested=call.nested,
+            fresh=checked.fresh,
+            choices=checked.choices,
+            nested=checked.nested,
         )
-        found = self.run(call.given, past_key_values, options)
+        found = self.run(checked.given, past_key_values, options)
         if self.output is None:
             return found
         names = {field.name for field in fields(self.output)}  # pyright: ignore[reportArgumentType]
@@ -131,11 +131,11 @@ class Network(Part):
             x = x + self.embed_tokens(types)
         if self.gathering is not None:
             x = self.gathering.shard_rows(x)
-        call = prepare(self.spec, given, x.shape[1], cache, options)
+        context = prepare(self.spec, given, x.shape[1], cache, options)
         layers = (None,) * self.spec.layers
         if cache is not None:
             layers = tuple(cache.layer(i) for i in range(self.spec.layers))
-        out = model.hidden_states(bare, x, call, layers)
+        out = model.hidden_states(bare, x, context, layers)
         found: dict[str, Any] = {"last_hidden_state": out.hidden}
         if options.hidden_states:
             found["hidden_states"] = out.hidden_states

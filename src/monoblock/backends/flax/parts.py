@@ -104,21 +104,21 @@ class Layers(_Node):
         ]
 
     def __call__(
-        self, x: Array, call: Any, caches: tuple[Any, ...]
+        self, x: Array, context: Any, caches: tuple[Any, ...]
     ) -> tuple[list[Array], list[Array | None], list[Any]]:
         """The outputs of each layer: hidden states, attention weights, its cache."""
         states, weights, after = [], [], []
         for layer, cache in zip(self.layers, caches, strict=True):
-            run: Any = nn.remat(_call_layer) if self.remat and call.train else _call_layer
-            x, weight, cache = run(layer, x, call, cache)
+            run: Any = nn.remat(_call_layer) if self.remat and context.train else _call_layer
+            x, weight, cache = run(layer, x, context, cache)
             states.append(x)
             weights.append(weight)
             after.append(cache)
         return states, weights, after
 
 
-def _call_layer(layer: Any, x: Array, call: Any, cache: Any) -> Any:
-    return layer(x, call, cache)
+def _call_layer(layer: Any, x: Array, context: Any, cache: Any) -> Any:
+    return layer(x, context, cache)
 
 
 def _role(child: tree.ModuleSpec) -> str:

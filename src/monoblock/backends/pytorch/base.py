@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from monoblock import tree
-from monoblock.backends.pytorch.parts import Part, lay_all, replace
+from monoblock.backends.pytorch.parts import Part, fuse_weights, replace
 from monoblock.backends.pytorch.patches import with_patches
 from monoblock.backends.pytorch.quantization import modules
-from monoblock.backends.pytorch.quantization.modules import PackedMatrix
+from monoblock.backends.pytorch.quantization.modules import QuantizedMatrix
 from monoblock.checkpoint.keymap import KeyMap, TensorSource
 from monoblock.families import Family, ModelClass
 from monoblock.heads import KINDS, HeadSpec
@@ -31,7 +31,7 @@ class ModelBase(Part):
     spec: ArchSpec
     head_spec: HeadSpec | None
     quantization_config: QuantizationConfig | None = None
-    places: dict[str, str]
+    module_paths: dict[str, str]
 
     @property
     def arguments(self) -> frozenset[str]:
@@ -67,15 +67,15 @@ class ModelBase(Part):
         keymap = self.keymap()
         return {name: keymap.source(name) for name in self.shapes()}
 
-    def place(self, role: str, layer: int | None = None) -> str:
+    def module_path(self, role: str, layer: int | None = None) -> str:
         """The dotted name of the module that plays a role."""
-        return self.places[role].replace("{i}", str(layer))
+        return self.module_paths[role].replace("{i}", str(layer))
 
     def at(self, role: str, layer: int | None = None) -> Any:
         """The module that plays a role, in that layer where it is one of a layer's; None if there is none."""
-        if role not in self.places:
+        if role not in self.module_paths:
             return None
-        owner, _, name = self.place(role, layer).rpartition(".")
+        owner, _, name = self.module_path(role, layer).rpartition(".")
         return getattr(self.get_submodule(owner), name, None)
 
     def tied(self) -> dict[str, str]:
@@ -84,11 +84,11 @@ class ModelBase(Part):
         if (
             self.head_spec is not None
             and KINDS[self.head_spec.kind].size == "vocab"
-            and "head_out" in self.places
+            and "head_out" in self.module_paths
         ):
-            out = self.place("head_out")
+            out = self.module_path("head_out")
             if self.spec.tie_head:
-                found[f"{out}.weight"] = f"{self.place('embed')}.weight"
+                found[f"{out}.weight"] = f"{self.module_path('embed')}.weight"
             if self.has("lm_head"):
                 found[f"{out}.bias"] = f"{out.rpartition('.')[0]}.bias"
         return found
@@ -97,13 +97,13 @@ class ModelBase(Part):
 
     def get_input_embeddings(self) -> nn.Module:
         """The token embedding."""
-        return self.get_submodule(self.place("embed"))
+        return self.get_submodule(self.module_path("embed"))
 
     def get_output_embeddings(self) -> nn.Module | None:
         """The projection to the vocabulary, or None."""
         if self.head_spec is None or KINDS[self.head_spec.kind].size != "vocab":
             return None
-        return self.get_submodule(self.place("head_out"))
+        return self.get_submodule(self.module_path("head_out"))
 
     def embed(self, input_ids: Tensor, given: Mapping[str, Any]) -> Tensor:
         """Token ids as vectors (b, s, w), with image patches at their positions where the call brings any."""
@@ -134,9 +134,9 @@ class ModelBase(Part):
                 table = self.get_submodule(first.rpartition(".")[0])
                 replace(self, owner, modules.tied(table, self.get_submodule(owner)))
 
-    def lay_all(self) -> None:
+    def fuse_weights(self) -> None:
         """Put the matrices that kernels want as one side by side, everywhere in the model."""
-        lay_all(self.modules())
+        fuse_weights(self.modules())
 
     @property
     def dtype(self) -> torch.dtype:
@@ -148,7 +148,7 @@ class ModelBase(Part):
         """Where the weights are (the first ones, if they are spread); of offloaded ones, where accelerate brings them
         for a call."""
         embed: Any = self.get_input_embeddings()
-        found = (embed.codes if isinstance(embed, PackedMatrix) else next(embed.parameters())).device
+        found = (embed.codes if isinstance(embed, QuantizedMatrix) else next(embed.parameters())).device
         if found.type != "meta":
             return found
         hooks = (getattr(module, "_hf_hook", None) for module in (embed, *self.modules()))

@@ -66,8 +66,10 @@ def _loaded(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
         array = checkpoint.weights.read(canonical)
         name = checkpoint.weights.dtype(canonical)
         tensor = adapter("pt").from_buffer(bytearray(adapter("np").raw(array)), name, array.shape)
-        for own, part in zip(source.names, loading.own_pieces(source, tensor.to(dtype)).parts, strict=True):
+        for own, part in zip(
+            source.names, loading.as_parameters(source, tensor.to(dtype)).parts, strict=True
+        ):
             loading.assign(model, own, part)
     model.tie_weights()
-    model.lay_all()
+    model.fuse_weights()
     return model.eval()

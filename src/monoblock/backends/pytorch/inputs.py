@@ -17,7 +17,7 @@ from monoblock.backends.pytorch import checked
 from monoblock.backends.pytorch.cache import Cache, DynamicCache, from_tuples, to_tuples
 from monoblock.backends.pytorch.foreign_cache import fill_foreign, from_foreign, is_foreign
 from monoblock.backends.pytorch.kernels import dispatch
-from monoblock.backends.pytorch.model import Call
+from monoblock.backends.pytorch.model import ForwardContext
 from monoblock.backends.pytorch.ops import Scope
 from monoblock.heads import CHOICE_INPUTS
 from monoblock.positions import has_positions, is_dynamic
@@ -37,12 +37,12 @@ class Inputs:
     """A checked call: the tokens' shape, the call for the blocks, and the form of the cache that came in: the kind of
     tuples, or transformers' cache object."""
 
-    call: Call
+    context: ForwardContext
     form: Any
 
     def past(self) -> Any:
         """The cache in the form that it came in."""
-        return in_form(self.call.cache, self.form)
+        return in_form(self.context.cache, self.form)
 
 
 def prepare(
@@ -74,14 +74,14 @@ def prepare(
         given=whole,
         masked_rows=spec.attention.masked_rows,
     )
-    call = Call(
+    context = ForwardContext(
         scope=scope,
         positions_bs=positions,
         key_positions_bk=key_positions,
         cache=cache,
         head_mask=_head_mask(spec, given.get("head_mask")),
     )
-    return Inputs(call, form)
+    return Inputs(context, form)
 
 
 def _counted(spec: ArchSpec, valid_bk: Tensor, index_k: Tensor) -> Tensor:

@@ -113,63 +113,63 @@ def load(
                 one = TensorSource(source.names[i : i + 1], Same())
                 put(name, read(one, store, (size, *shapes[canonical][1:]), dtype, device(name)))
             continue
-        tensors = pieces(here, source, store, shapes[canonical], dtype, device(here.names[0]))
+        tensors = parameter_tensors(here, source, store, shapes[canonical], dtype, device(here.names[0]))
         for name, tensor in zip(here.names, tensors.parts, strict=True):
             (put or functools.partial(assign, model))(name, tensor)
         if put is None and tensors.whole is not None:
-            adopt(model, here.names, tensors.whole)
+            register_fused(model, here.names, tensors.whole)
     return report
 
 
 @dataclass
-class Pieces:
+class ParameterTensors:
     """A canonical tensor as a model's own parameters; `whole`: the one that several of them lie in, side by side."""
 
     parts: list[Tensor]
     whole: Tensor | None = None
 
 
-def pieces(
+def parameter_tensors(
     own: TensorSource,
     source: TensorSource,
     store: Tensors,
     shape: tuple[int, ...],
     dtype: torch.dtype,
     device: torch.device,
-) -> Pieces:
+) -> ParameterTensors:
     """A canonical tensor out of the files, as the model's own parameters have it."""
     if isinstance(own.op, PerHead) and source.op == own.op:
-        return Pieces([read(TensorSource(source.names, Same()), store, shape, dtype, device)])
-    return own_pieces(own, read(source, store, shape, dtype, device))
+        return ParameterTensors([read(TensorSource(source.names, Same()), store, shape, dtype, device)])
+    return as_parameters(own, read(source, store, shape, dtype, device))
 
 
-def own_pieces(own: TensorSource, whole: Tensor) -> Pieces:
+def as_parameters(own: TensorSource, whole: Tensor) -> ParameterTensors:
     """A canonical tensor as the model's own parameters."""
     match own.op:
         case Split(sizes=sizes):
-            return Pieces(views(whole, sizes), whole)
+            return ParameterTensors(views(whole, sizes), whole)
         case PerHead():
-            return Pieces([own.op.views(whole)[0].reshape(whole.shape)])
+            return ParameterTensors([own.op.views(whole)[0].reshape(whole.shape)])
         case _:
-            return Pieces(list(own.op.views(whole)))
+            return ParameterTensors(list(own.op.views(whole)))
 
 
-def adopt(model: Any, names: Sequence[str], whole: Tensor) -> None:
+def register_fused(model: Any, names: Sequence[str], whole: Tensor) -> None:
     """Tell the part that holds these parameters that they lie in one whole."""
     owner, leaf, kind = names[0].rsplit(".", 2)
     part = model.get_submodule(owner)
     role = next(role for role, name in part.roles.items() if name == leaf)
-    part.joints.setdefault(role, {})[kind] = whole
+    part.fused_tensors.setdefault(role, {})[kind] = whole
 
 
 def _watched(
     sources: Mapping[str, TensorSource], shapes: Mapping[str, tuple[int, ...]]
 ) -> Iterator[tuple[str, TensorSource]]:
     """The sources, with a bar at a terminal where there is enough to pack that one waits for it."""
-    from monoblock.pipelines.progress import shown
+    from monoblock.pipelines.progress import with_progress_bar
 
     many = sum(prod(shapes[name]) for name in sources) > MANY
-    return shown(iter(sources.items()), len(sources), None if many else False)
+    return with_progress_bar(iter(sources.items()), len(sources), None if many else False)
 
 
 def assign(model: nn.Module, path: str, tensor: Tensor) -> None:
@@ -239,5 +239,5 @@ def split_state(
             if view.numel() != tensor.numel():
                 raise ShapeMismatch(f"{key} is {list(tensor.shape)}, expected {list(view.shape)}")
             view.copy_(tensor.reshape(view.shape))
-        found |= dict(zip(own[name].names, own_pieces(own[name], whole).parts, strict=True))
+        found |= dict(zip(own[name].names, as_parameters(own[name], whole).parts, strict=True))
     return found

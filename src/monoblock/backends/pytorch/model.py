@@ -32,7 +32,7 @@ from monoblock.spec import Alibi, ArchSpec, Buckets, Rotary
 
 
 @dataclass
-class Call:
+class ForwardContext:
     """What one forward pass gives to every block.
 
     Positions, of the tokens that come in and of all keys; a first axis of 1 stands for all rows. `head_mask`
@@ -86,21 +86,21 @@ class Attention(Part):
         self.kernel_at_rest = replace(self.kernel, dropout=0.0)
         self.implementation = "sdpa"
 
-    def forward(self, x_bsw: Tensor, call: Call) -> tuple[Tensor, Tensor | None]:
+    def forward(self, x_bsw: Tensor, context: ForwardContext) -> tuple[Tensor, Tensor | None]:
         if self.has("qkv_by_head"):  # each head's query, key and value lie together
             qkv = self.role("qkv_by_head")(x_bsw).unflatten(-1, (self.spec.heads, 3, self.spec.head_dim))
             q, k, v = qkv.unbind(3)
         else:
-            whole = self.role("qkv")(x_bsw) if self.has("qkv") else linear.joint(x_bsw, self, ("q", "k", "v"))
+            whole = self.role("qkv")(x_bsw) if self.has("qkv") else linear.fused(x_bsw, self, ("q", "k", "v"))
             if whole is not None:
                 q, k, v = whole.split(self.sizes, dim=-1)
             else:
                 q, k, v = self.role("q")(x_bsw), self.role("k")(x_bsw), self.role("v")(x_bsw)
         q, k, v = self.heads(q, k, v)
-        if call.one_token is not None:
-            y, weights = call.one_token(self, q, k, v), None
+        if context.one_token is not None:
+            y, weights = context.one_token(self, q, k, v), None
         else:
-            y, weights = self.attend(q, k, v, call)
+            y, weights = self.attend(q, k, v, context)
         y = self.role("out")(y)
         return (self.role("out_drop")(y) if self.has("out_drop") else y), weights
 
@@ -117,47 +117,49 @@ class Attention(Part):
             q, k = self.role("q_norm")(q), self.role("k_norm")(k)
         return q, k, v
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor | None]:
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, context: ForwardContext
+    ) -> tuple[Tensor, Tensor | None]:
         """Positions, cache and kernel: what the heads give, (b, s, h * d), and their weights where they are asked
         for."""
-        if call.cos is not None and call.sin is not None:
-            q = rotate(q, call.cos, call.sin)
-            k = k if self.late_rotary else rotate(k, call.cos, call.sin)
-        if call.cache is not None:
-            k, v = call.cache.update(k, v, self.layer)
+        if context.cos is not None and context.sin is not None:
+            q = rotate(q, context.cos, context.sin)
+            k = k if self.late_rotary else rotate(k, context.cos, context.sin)
+        if context.cache is not None:
+            k, v = context.cache.update(k, v, self.layer)
         if self.late_rotary:
-            cos, sin = rotations(call.key_positions_bk[:, -k.shape[2] :], self.late_rotary, k.dtype)
+            cos, sin = rotations(context.key_positions_bk[:, -k.shape[2] :], self.late_rotary, k.dtype)
             k = rotate(k, cos, sin)
-        scope = call.scope if self.window is None else call.scope.narrowed(self.window, k.shape[2])
-        if call.keep is not None:
-            q, scope = q[:, :, -call.keep :], scope.last(call.keep)
+        scope = context.scope if self.window is None else context.scope.with_window(self.window, k.shape[2])
+        if context.keep is not None:
+            q, scope = q[:, :, -context.keep :], scope.last(context.keep)
         kernel = self.kernel if self.training else self.kernel_at_rest
-        if call.attentions is not None:
+        if context.attentions is not None:
             out, weights = attention.attend_eager(q, k, v, scope, kernel)
         else:
             out, weights = attention.IMPLEMENTATIONS[self.implementation](q, k, v, scope, kernel), None
-        if call.head_mask is not None:
+        if context.head_mask is not None:
             # A factor on a head's weights is one on its output.
-            out = out * call.head_mask[self.layer]
-            weights = None if weights is None else weights * call.head_mask[self.layer]
-        if call.attentions is not None and weights is not None:
-            call.attentions.append(weights)
+            out = out * context.head_mask[self.layer]
+            weights = None if weights is None else weights * context.head_mask[self.layer]
+        if context.attentions is not None and weights is not None:
+            context.attentions.append(weights)
         return out.transpose(1, 2).flatten(2), weights
 
 
 class Wrapper(Part):
     """Calls the attention that it holds."""
 
-    def forward(self, x_bsw: Tensor, call: Call) -> tuple[Tensor, Tensor | None]:
-        return self.role("attention")(x_bsw, call)
+    def forward(self, x_bsw: Tensor, context: ForwardContext) -> tuple[Tensor, Tensor | None]:
+        return self.role("attention")(x_bsw, context)
 
 
 class AttentionNorm(Part):
     """`norm(x + dropout(attention(x)))`."""
 
-    def forward(self, x: Tensor, call: Call) -> tuple[Tensor, Tensor | None]:
-        y, weights = self.role("attention")(x, call)
-        return self.role("norm1")(self.role("out_drop")(y) + call.kept(x)), weights
+    def forward(self, x: Tensor, context: ForwardContext) -> tuple[Tensor, Tensor | None]:
+        y, weights = self.role("attention")(x, context)
+        return self.role("norm1")(self.role("out_drop")(y) + context.kept(x)), weights
 
 
 # ---------------------------------------------------------------------------- MLP
@@ -176,7 +178,7 @@ class Mlp(Part):
         if not self.gated:
             hidden = act(self.role("up")(x_bsw))
         elif type(act).forward is Activation.forward and dispatch.altered(act) is None:
-            whole = linear.joint(x_bsw, self, ("gate", "up"))
+            whole = linear.fused(x_bsw, self, ("gate", "up"))
             hidden = None if whole is None else gated(whole, act)
         if hidden is None:
             hidden = act(self.role("gate")(x_bsw)) * self.role("up")(x_bsw)
@@ -223,21 +225,21 @@ class Block(Part):
         )
         self.adds = self.has("mlp_add")
 
-    def forward(self, x: Tensor, call: Call) -> Any:
+    def forward(self, x: Tensor, context: ForwardContext) -> Any:
         if self.order == "pre":  # norms before the sub-layers
-            y, weights = self.role(self.attention_role)(self.role("norm1")(x), call)
+            y, weights = self.role(self.attention_role)(self.role("norm1")(x), context)
             if self.adds:
-                x = call.kept(x) + self.dropped(y)
+                x = context.kept(x) + self.dropped(y)
                 x = self.role("mlp_add")(self.role("norm2")(x), x)
             else:
-                x = call.kept(x) + y
+                x = context.kept(x) + y
                 x = x + self.dropped(self.role("mlp")(self.role("norm2")(x)))
         elif self.order == "post":  # norms after the sums
-            y, weights = self.role(self.attention_role)(x, call)
-            x = self.role("norm1")(call.kept(x) + y)
+            y, weights = self.role(self.attention_role)(x, context)
+            x = self.role("norm1")(context.kept(x) + y)
             x = self.role("norm2")(x + self.role("mlp")(x))
         else:  # sub-layers that add and norm by themselves
-            x, weights = self.role("attention_norm")(x, call)
+            x, weights = self.role("attention_norm")(x, context)
             x = self.role("narrow")(self.role("widen")(x), x)
         return (x, weights) if self.tuples else x
 
@@ -257,15 +259,15 @@ class Embeddings(Part):
         del layer
         self.spec = spec
 
-    def forward(self, tokens: Tensor, call: Call) -> Tensor:
-        return positioned(self, self.role("embed")(tokens) if tokens.dim() == 2 else tokens, call)
+    def forward(self, tokens: Tensor, context: ForwardContext) -> Tensor:
+        return positioned(self, self.role("embed")(tokens) if tokens.dim() == 2 else tokens, context)
 
 
-def positioned(part: Any, x_bsw: Tensor, call: Call) -> Tensor:
+def positioned(part: Any, x_bsw: Tensor, context: ForwardContext) -> Tensor:
     """Embedded tokens with their positions, norm and dropout; a share of the gradient if the spec says so."""
     spec: ArchSpec = part.spec
     if part.has("pos_embed"):
-        x_bsw = x_bsw + part.role("pos_embed")(call.positions_bs)
+        x_bsw = x_bsw + part.role("pos_embed")(context.positions_bs)
     if part.has("embed_norm"):
         x_bsw = part.role("embed_norm")(x_bsw)
     if (share := spec.embed_gradient) != 1.0:
@@ -283,40 +285,42 @@ class Stack(Part):
         del layer
         self.spec = spec
 
-    def forward(self, x_bsw: Tensor, call: Call) -> Tensor:
-        return run_layers(self, x_bsw, call)
+    def forward(self, x_bsw: Tensor, context: ForwardContext) -> Tensor:
+        return run_layers(self, x_bsw, context)
 
 
-def run_layers(part: Any, x_bsw: Tensor, call: Call) -> Tensor:
+def run_layers(part: Any, x_bsw: Tensor, context: ForwardContext) -> Tensor:
     """All layers and the final norm, on embedded tokens."""
-    for layer, own in layer_calls(part, x_bsw, call):
+    for layer, own in layer_contexts(part, x_bsw, context):
         x_bsw = own.after(layer(x_bsw, own))
-    return finished(part, x_bsw, call)
+    return finished(part, x_bsw, context)
 
 
-def layer_calls(part: Any, x: Tensor, call: Call) -> list[tuple[Callable[..., Any], Call]]:
+def layer_contexts(
+    part: Any, x: Tensor, context: ForwardContext
+) -> list[tuple[Callable[..., Any], ForwardContext]]:
     """The layers to run on embedded tokens (b, s, w) one after the other, each with its call. With `call.keep` the last
     one computes so many last tokens alone."""
     spec: ArchSpec = part.spec
-    alibi, keep, call.keep = spec.position(Alibi), call.keep, None
-    if alibi and call.scope.slopes_h is None:
+    alibi, keep, context.keep = spec.position(Alibi), context.keep, None
+    if alibi and context.scope.slopes_h is None:
         slopes = torch.tensor(alibi.slopes(spec.attention.heads), dtype=torch.float32)
-        call.scope.slopes_h = slopes.to(x.device)
+        context.scope.slopes_h = slopes.to(x.device)
     if part.has("rel_bias"):
-        call.scope.relative = _relative(part, spec, call.scope.index_k)
+        context.scope.relative = _relative(part, spec, context.scope.index_k)
     rotary = spec.position(Rotary)
-    if part.has("rotary") and call.cos is None:
-        call.cos, call.sin = part.role("rotary")(x, call.positions_bs)
-    elif rotary and call.cos is None:
-        call.cos, call.sin = rotations(call.positions_bs, rotary, x.dtype)
-    attention.prepare(call.scope, spec.windows, x.dtype)
-    if call.hidden_states is not None:
-        call.hidden_states.append(x)
+    if part.has("rotary") and context.cos is None:
+        context.cos, context.sin = part.role("rotary")(x, context.positions_bs)
+    elif rotary and context.cos is None:
+        context.cos, context.sin = rotations(context.positions_bs, rotary, x.dtype)
+    attention.prepare(context.scope, spec.windows, x.dtype)
+    if context.hidden_states is not None:
+        context.hidden_states.append(x)
     layers: list[Callable[..., Any]] = list(part.role("layers"))
-    last = call if keep is None else replace(call, keep=min(keep, x.shape[1]))
-    calls = [call] * (len(layers) - 1) + [last]
-    if call.checkpointing is not None:
-        every, how = call.checkpointing["every_n_layers"], call.checkpointing
+    last = context if keep is None else replace(context, keep=min(keep, x.shape[1]))
+    calls = [context] * (len(layers) - 1) + [last]
+    if context.checkpointing is not None:
+        every, how = context.checkpointing["every_n_layers"], context.checkpointing
         layers = [
             functools.partial(_checkpointed, layer, **how) if i % every == 0 else layer
             for i, layer in enumerate(layers)
@@ -324,20 +328,22 @@ def layer_calls(part: Any, x: Tensor, call: Call) -> list[tuple[Callable[..., An
     return list(zip(layers, calls, strict=True))
 
 
-def finished(part: Any, x: Tensor, call: Call) -> Tensor:
+def finished(part: Any, x: Tensor, context: ForwardContext) -> Tensor:
     """What the last layer gives, after the final norm."""
     if part.has("final_norm"):
         x = part.role("final_norm")(x)
-    if call.hidden_states is not None:
-        call.hidden_states[-1] = x
+    if context.hidden_states is not None:
+        context.hidden_states[-1] = x
     return x
 
 
-def _checkpointed(layer: Any, x: Tensor, call: Call, every_n_layers: int, offload: bool, **how: Any) -> Any:
+def _checkpointed(
+    layer: Any, x: Tensor, context: ForwardContext, every_n_layers: int, offload: bool, **how: Any
+) -> Any:
     """A block whose activations are computed again in the backward pass, from its input alone."""
     del every_n_layers
     with save_on_cpu() if offload else contextlib.nullcontext():
-        return checkpoint(layer, x, call, **how)
+        return checkpoint(layer, x, context, **how)
 
 
 def _relative(part: Any, spec: ArchSpec, index_k: Tensor) -> Callable[[Tensor], Tensor]:

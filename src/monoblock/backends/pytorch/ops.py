@@ -51,10 +51,10 @@ ACT: dict[str, Callable[[Tensor], Tensor]] = {
 def rotations(positions_bq: Tensor, rotary: Rotary, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """cos and sin of the rotary angles, each (b, 1, q, dim). Dynamic scaling goes by each row's own length."""
     if is_dynamic(rotary):
-        return turns(positions_bq, _dynamic(positions_bq, rotary), 1.0, dtype)
+        return cos_sin(positions_bq, _dynamic(positions_bq, rotary), 1.0, dtype)
     # Compilers warn about caches, and need none.
     inverse, factor = (inverse_frequencies if dispatch.transformed() else _frequencies)(rotary)
-    return turns(positions_bq, torch.as_tensor(inverse).to(positions_bq.device), factor, dtype)
+    return cos_sin(positions_bq, torch.as_tensor(inverse).to(positions_bq.device), factor, dtype)
 
 
 _frequencies = functools.lru_cache(maxsize=16)(inverse_frequencies)
@@ -72,7 +72,9 @@ def _dynamic(positions_bq: Tensor, rotary: Rotary) -> Tensor:
     return (1 / theta_b[:, None, None, None] ** steps).float()
 
 
-def turns(positions_bq: Tensor, inverse: Tensor, factor: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def cos_sin(
+    positions_bq: Tensor, inverse: Tensor, factor: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     """cos and sin of positions times frequencies (b or 1, 1, 1, dim / 2), each (b, 1, q, dim)."""
     angles = positions_bq[:, None, :, None].float() * inverse
     angles = torch.cat((angles, angles), dim=-1)
@@ -150,7 +152,7 @@ class Scope:
     memo: dict[str, Any] = field(default_factory=dict)
     narrow: dict[Any, Scope] = field(default_factory=dict)
 
-    def narrowed(self, window: int, kept: int) -> Scope:
+    def with_window(self, window: int, kept: int) -> Scope:
         """The same scope with a window, over the last `kept` keys; equal windows share one."""
         found = self.narrow.get(window)  # `kept` may be symbolic, and then is no key
         if found is None or not (self.aligned or found.index_k.shape[0] == kept):
@@ -211,16 +213,16 @@ class Scope:
             added = (added + given).clamp(min=lowest)
         return torch.where(seen, added, lowest)
 
-    def blind(self) -> Tensor | None:
+    def fully_masked(self) -> Tensor | None:
         """(b, 1, q, 1), True for queries that see no key: before a row's first real token, or with nothing but padding
         in their window or document. None if no padding can make such."""
         if self.valid_bk is None or not (self.causal or self.segment_bk is not None):
             return None
-        if "blind" not in self.memo:
-            self.memo["blind"] = self._blind(self.valid_bk)
-        return self.memo["blind"]
+        if "fully_masked" not in self.memo:
+            self.memo["fully_masked"] = self._fully_masked(self.valid_bk)
+        return self.memo["fully_masked"]
 
-    def _blind(self, valid_bk: Tensor) -> Tensor:
+    def _fully_masked(self, valid_bk: Tensor) -> Tensor:
         if self.segment_bk is not None:
             if dispatch.transformed():
                 return ~self.visible(0, None, 0, None).any(-1, keepdim=True)

@@ -27,7 +27,7 @@ class Parameters(ModelBase):
 
     def parameter_names(self) -> Iterator[str]:
         """The names of the parameters in files: each once, tied and quantised ones left out."""
-        packed = {f"{name}.weight" for name in checkpoint.packed_modules(self)}
+        packed = {f"{name}.weight" for name in checkpoint.quantized_modules(self)}
         for source in self.sources().values():
             yield from (name for name in source.names if name not in packed)
 
@@ -96,11 +96,11 @@ class Parameters(ModelBase):
             result.missing_keys.extend(name for name in state_dict if name not in given)
         if assign:
             self.tie_weights()
-            self.lay_all()
+            self.fuse_weights()
         return result
 
     def _is_plain(self, source: TensorSource) -> bool:
-        packed = {f"{name}.weight" for name in checkpoint.packed_modules(self)}
+        packed = {f"{name}.weight" for name in checkpoint.quantized_modules(self)}
         return not any(name in packed for name in source.names)
 
     # ------------------------------------------------------------------ packed weights
@@ -142,7 +142,7 @@ class Parameters(ModelBase):
         padding token 0."""
         for name in self.parameter_names():
             self._init_parameter(name)
-        self.lay_all()
+        self.fuse_weights()
         if getattr(self.config, "init_config", None):
             log.warning(
                 "init_config is not used: weights come from a normal distribution of initializer_range"
@@ -163,14 +163,14 @@ class Parameters(ModelBase):
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         """Replace the token embedding (and with it a tied head's matrix)."""
-        replace(self, self.place("embed"), value)
+        replace(self, self.module_path("embed"), value)
         self.tie_weights()
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         """Replace the projection to the vocabulary."""
         if self.get_output_embeddings() is None:
             raise ValueError(f"{self.row.name} has no projection to the vocabulary")
-        replace(self, self.place("head_out"), new_embeddings)
+        replace(self, self.module_path("head_out"), new_embeddings)
 
     def resize_token_embeddings(
         self,
@@ -192,7 +192,7 @@ class Parameters(ModelBase):
         embed: Any = self.get_input_embeddings()
         if new == old:
             return embed
-        if checkpoint.packed_modules(self):
+        if checkpoint.quantized_modules(self):
             raise ValueError("packed weights have a fixed number of rows: resize first, then quantise")
         self.config.vocab_size = new
         spec = self.config.to_spec()
@@ -229,14 +229,14 @@ class Parameters(ModelBase):
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
         """How many numbers the model has, tied ones once; packed ones are never trained."""
-        sizes = {name: m.rows * m.columns for name, m in checkpoint.packed_modules(self).items()}
+        sizes = {name: m.rows * m.columns for name, m in checkpoint.quantized_modules(self).items()}
         tables = (
             {id(m.weight) for m in self.modules() if isinstance(m, nn.Embedding)}
             if exclude_embeddings
             else set()
         )
         if exclude_embeddings:
-            sizes.pop(self.place("embed"), None)
+            sizes.pop(self.module_path("embed"), None)
         plain = sum(
             p.numel()
             for p in self.parameters()

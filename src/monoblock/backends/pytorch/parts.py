@@ -1,7 +1,7 @@
 """Modules that hold others: built from a module tree, found by role, with matrices side by side in memory.
 
 Kernels want some matrices as one (q, k and v; gate and up). They are separate modules here, whose tensors lie one after
-the other in one allocation; `Part.joint` gives them as one where they still do. Each tensor has a storage of its own,
+the other in one allocation; `Part.fused` gives them as one where they still do. Each tensor has a storage of its own,
 since tools take tensors that share a storage for one and the same, and drop all but the first when they save.
 """
 
@@ -54,7 +54,7 @@ class Part(Named):
     """A module that holds others. `roles`: role -> attribute name of the child that plays it."""
 
     roles: dict[str, str]
-    joints: dict[str, dict[str, Tensor]]
+    fused_tensors: dict[str, dict[str, Tensor]]
     tuples: bool
 
     def prepare(self, spec: ArchSpec, layer: int) -> None:
@@ -68,17 +68,17 @@ class Part(Named):
         """Whether a module here plays that role."""
         return role in self.roles
 
-    def joint(self, group: tuple[str, ...]) -> dict[str, Tensor] | None:
+    def fused(self, group: tuple[str, ...]) -> dict[str, Tensor] | None:
         """The tensors of a group's modules, each kind as one; None if any module must be called for itself."""
-        held = self.joints.get(group[0])
-        if held is None or self.joint_obstacle(group) is not None:
+        held = self.fused_tensors.get(group[0])
+        if held is None or self.fusion_obstacle(group) is not None:
             return None
         return held
 
-    def joint_obstacle(self, group: tuple[str, ...], *, adapted: bool = False) -> str | None:
+    def fusion_obstacle(self, group: tuple[str, ...], *, adapted: bool = False) -> str | None:
         """Why a group's modules must be called one by one; None if they need not. `adapted`: whether the matrices below
         LoRA adapters are meant, whose terms the caller adds."""
-        held = self.joints.get(group[0])
+        held = self.fused_tensors.get(group[0])
         if held is None:
             return f"{', '.join(self.roles[role] for role in group)} do not lie side by side"
         place = {name: whole.data_ptr() for name, whole in held.items()}
@@ -90,7 +90,7 @@ class Part(Named):
             if (why := dispatch.altered(module)) is not None:
                 return f"{why} on {self.roles[role]}"
             kind = type(module)
-            if (kind is not nn.Linear and "joinable" not in vars(kind)) or kind is not type(first or module):
+            if (kind is not nn.Linear and "fusible" not in vars(kind)) or kind is not type(first or module):
                 return f"{self.roles[role]} is a {kind.__module__}.{kind.__name__}"
             first = module
             for name in TENSORS:
@@ -106,35 +106,35 @@ class Part(Named):
                     or tensor.shape[1:] != whole.shape[1:]
                     or type(tensor) not in dispatch.ORDINARY
                 ):
-                    self.joints.pop(group[0])
+                    self.fused_tensors.pop(group[0])
                     return f"{self.roles[role]}.{name} does not lie beside the others"
                 place[name] += tensor.numel() * tensor.element_size()
         return None
 
-    def lay(self) -> None:
+    def fuse_groups(self) -> None:
         """Put the tensors of each group side by side, where they are not."""
         for group in GROUPS:
             if all(role in self.roles for role in group):
-                lay_together(self, group)
+                fuse_group(self, group)
 
     def _apply(self, fn: Callable[[Any], Any], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)
-        self.lay()
+        self.fuse_groups()
         return self
 
     def __getstate__(self) -> Any:
-        return {**super().__getstate__(), "joints": {}}
+        return {**super().__getstate__(), "fused_tensors": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.lay()
+        self.fuse_groups()
 
 
-def lay_all(modules: Iterable[nn.Module]) -> None:
+def fuse_weights(modules: Iterable[nn.Module]) -> None:
     """Put the matrices that kernels want as one side by side, in all parts among the modules."""
     for module in modules:
         if isinstance(module, Part):
-            module.lay()
+            module.fuse_groups()
 
 
 def _tensor(module: nn.Module, name: str) -> Tensor | None:
@@ -142,12 +142,12 @@ def _tensor(module: nn.Module, name: str) -> Tensor | None:
     return module._buffers.get(name) if found is None else found
 
 
-def lay_together(part: Part, group: tuple[str, ...]) -> None:
+def fuse_group(part: Part, group: tuple[str, ...]) -> None:
     """Put the tensors of a group's modules side by side in one allocation for each kind, and remember it; nothing is
     done where they are of different kinds, on the meta device, or not ordinary tensors."""
-    if part.joints.get(group[0]) is not None and part.joint_obstacle(group, adapted=True) is None:
+    if part.fused_tensors.get(group[0]) is not None and part.fusion_obstacle(group, adapted=True) is None:
         return
-    part.joints.pop(group[0], None)
+    part.fused_tensors.pop(group[0], None)
     found = [low_rank.base(part.role(role)) for role in group]
     if any(type(module) is not type(found[0]) for module in found):
         return
@@ -167,7 +167,7 @@ def lay_together(part: Part, group: tuple[str, ...]) -> None:
             else:
                 module._parameters[name].data = view
     if wholes:
-        part.joints[group[0]] = wholes
+        part.fused_tensors[group[0]] = wholes
 
 
 def _rows(module: nn.Module, name: str) -> int:
@@ -246,7 +246,7 @@ class Builder:
     ) -> None:
         """Give a part its children, by the layout."""
         classes = {**(classes or {}), **layout.classes}
-        made.joints = {}
+        made.fused_tensors = {}
         made.roles = {} if "roles" not in vars(made) else made.roles
         made.tuples = layout.tuples
         for name, child in layout.children.items():

@@ -33,15 +33,15 @@ from monoblock.backends.pytorch.model import (
     Attention,
     AttentionNorm,
     Block,
-    Call,
     Embeddings,
+    ForwardContext,
     Mlp,
     Narrow,
     Stack,
     Widen,
     Wrapper,
     finished,
-    layer_calls,
+    layer_contexts,
     positioned,
 )
 from monoblock.backends.pytorch.options import LoadOptions
@@ -110,9 +110,9 @@ class PreTrainedModel(Recognised, Parameters, Generation, Construction, Adapters
             bare = {n: c for n, c in layout.children.items() if self.head_spec or not _is_pooler(c)}
             layout = replace(layout, children=bare)
             builder.fill(self, layout)
-            self.places = {role: ".".join(path) for role, path in layout.paths()}
+            self.module_paths = {role: ".".join(path) for role, path in layout.paths()}
             return
-        self.joints, self.roles, self.tuples = {}, {"bare": family.prefix}, False
+        self.fused_tensors, self.roles, self.tuples = {}, {"bare": family.prefix}, False
         base = self.make(family.bare_class.name)(self.config, add_pooling_layer=kind == "choice")
         self.add_module(family.prefix, base)
         heads = modules.ModuleSpec(self.row.name, "head", family.heads[kind])
@@ -120,8 +120,8 @@ class PreTrainedModel(Recognised, Parameters, Generation, Construction, Adapters
         if self.has("lm_head"):
             head = self.role("lm_head")
             head.register_parameter("bias", head.role("head_out").bias)
-        self.places = {role: f"{family.prefix}.{path}" for role, path in base.places.items()}
-        self.places |= {role: ".".join(path) for role, path in heads.paths()}
+        self.module_paths = {role: f"{family.prefix}.{path}" for role, path in base.module_paths.items()}
+        self.module_paths |= {role: ".".join(path) for role, path in heads.paths()}
 
     def _prepare(self, part: Any, layer: int) -> None:
         """Tell a part what it is to compute."""
@@ -160,25 +160,25 @@ class PreTrainedModel(Recognised, Parameters, Generation, Construction, Adapters
         if types is not None:
             check_types(types, shape[:2], self.spec)
             tokens = tokens + self.get_input_embeddings()(as_indices(types))
-        call = inputs.call
-        call.attentions = [] if self._option(given, "output_attentions") else None
-        call.hidden_states = [] if self._option(given, "output_hidden_states") else None
-        call.keep = keep if call.attentions is None and call.hidden_states is None else None
-        call.checkpointing = self.checkpointing if self.gradient_checkpointing and self.training else None
+        context = inputs.context
+        context.attentions = [] if self._option(given, "output_attentions") else None
+        context.hidden_states = [] if self._option(given, "output_hidden_states") else None
+        context.keep = keep if context.attentions is None and context.hidden_states is None else None
+        context.checkpointing = self.checkpointing if self.gradient_checkpointing and self.training else None
         if self.has("stack"):
-            hidden = self.role("stack")(self.embedded(tokens, call), call)
+            hidden = self.role("stack")(self.embedded(tokens, context), context)
         else:  # `run_layers`, without a frame of its own
-            hidden = self.embedded(tokens, call)
-            for layer, own in layer_calls(self, hidden, call):
+            hidden = self.embedded(tokens, context)
+            for layer, own in layer_contexts(self, hidden, context):
                 hidden = own.after(layer(hidden, own))
-            hidden = finished(self, hidden, call)
+            hidden = finished(self, hidden, context)
         return self._output(
             given,
             last_hidden_state=hidden,
             pooler_output=self.role("pooler")(hidden) if self.has("pooler") else None,
             past_key_values=inputs.past(),
-            hidden_states=None if call.hidden_states is None else tuple(call.hidden_states),
-            attentions=None if call.attentions is None else tuple(call.attentions),
+            hidden_states=None if context.hidden_states is None else tuple(context.hidden_states),
+            attentions=None if context.attentions is None else tuple(context.attentions),
         )
 
     def forward_headed(self, *args: Any, **kwargs: Any) -> Any:
@@ -201,11 +201,11 @@ class PreTrainedModel(Recognised, Parameters, Generation, Construction, Adapters
         result = kind(**{name: value for name, value in values.items() if name in kind.__dataclass_fields__})
         return result if self._option(given, "return_dict") else result.to_tuple()
 
-    def embedded(self, tokens: Tensor, call: Call) -> Tensor:
+    def embedded(self, tokens: Tensor, context: ForwardContext) -> Tensor:
         """What the first layer takes, (b, s, w), of ids (b, s) or vectors (b, s, w)."""
         if self.has("embeddings"):
-            return self.role("embeddings")(tokens, call)
-        return positioned(self, tokens, call)
+            return self.role("embeddings")(tokens, context)
+        return positioned(self, tokens, context)
 
     def _kept(self, given: Mapping[str, Any]) -> int | None:
         """How many last tokens the logits are of, None for all; then the last block needs to compute no others. Hooks
@@ -332,8 +332,8 @@ class PreTrainedModel(Recognised, Parameters, Generation, Construction, Adapters
         keymap = self.keymap()
         placed = devices.Placement(self, options.device_map, options.max_memory, options.offload_folder)
         kept = checkpoint.load(self, store, dtype, placed.device, options.quantization, strict=options.strict)
-        packer = checkpoint.packer(self, options.quantization)
-        packed_names = {f"{name}.weight" for name in checkpoint.packed_modules(self)}
+        quantizer = checkpoint.quantizer(self, options.quantization)
+        packed_names = {f"{name}.weight" for name in checkpoint.quantized_modules(self)}
         own = {
             canonical: source
             for canonical, source in self.sources().items()
@@ -349,7 +349,7 @@ class PreTrainedModel(Recognised, Parameters, Generation, Construction, Adapters
             shapes={canonical: shape for canonical, shape in self.shapes().items() if canonical in own},
             tied=tree.tied(self.spec, self.head_spec),
             ignore_mismatched_sizes=options.ignore_mismatched_sizes,
-            put=packer.put if packer else None,
+            put=quantizer.put if quantizer else None,
             ignored=self._ignored,
             strict=options.strict,
         )
@@ -361,9 +361,9 @@ class PreTrainedModel(Recognised, Parameters, Generation, Construction, Adapters
             loading.assign(self, name, torch.empty(shape, dtype=dtype, device=placed.device(name)))
             self._init_parameter(name)
         self.tie_weights()
-        self.lay_all()
-        if packer is not None:
-            packer.finish()
+        self.fuse_weights()
+        if quantizer is not None:
+            quantizer.finish()
         elif isinstance(options.quantization, BitsAndBytesConfig):
             self.quantize(options.quantization)
         placed.dispatch(self)

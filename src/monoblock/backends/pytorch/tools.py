@@ -123,9 +123,9 @@ class Tools:
         """Module name pattern -> how tensor parallelism splits it; empty where transformers has no plan."""
         plan = _from_the_whole(self, self.config.base_model_tp_plan)
         if plan:
-            plan[self.place("embed")] = "embedding_rowwise"
+            plan[self.module_path("embed")] = "embedding_rowwise"
         if plan and self.row.head == "causal":
-            plan[self.place("head_out")] = "colwise_gather_output"
+            plan[self.module_path("head_out")] = "colwise_gather_output"
         return plan
 
     @property
@@ -133,7 +133,7 @@ class Tools:
         """Module name -> its inputs and outputs, for pipeline parallelism; empty where transformers has no plan."""
         plan = _from_the_whole(self, self.config.base_model_pp_plan)
         if plan and self.row.head == "causal":
-            plan[self.place("head_out")] = (["hidden_states"], ["logits"])
+            plan[self.module_path("head_out")] = (["hidden_states"], ["logits"])
         return plan
 
     _tp_plan = tp_plan

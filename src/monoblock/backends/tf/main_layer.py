@@ -109,18 +109,20 @@ class MainLayer(Forward, Configured, Part):
         if types is not None:
             x = x + self.embed_tokens(types)
         count = size(x, 1)
-        call = prepare(self.spec, given, count, cache, options)
-        call = replace(call, seed=seed, checkpointing=self.gradient_checkpointing)
+        context = prepare(self.spec, given, count, cache, options)
+        context = replace(context, seed=seed, checkpointing=self.gradient_checkpointing)
         held = None if cache is None else tuple(cache.layer(i) for i in range(self.spec.layers))
         x = (
-            self.call_role("embeddings", x, call=call)
+            self.call_role("embeddings", x, context=context)
             if self.has("embeddings")
-            else positioned(self, x, call)
+            else positioned(self, x, context)
         )
         if self.has("stack"):
-            out = self.call_role("stack", x, call=call, layers=held, hidden_states=options.hidden_states)
+            out = self.call_role(
+                "stack", x, context=context, layers=held, hidden_states=options.hidden_states
+            )
         else:
-            out = run_layers(self, x, call, held, options.hidden_states)
+            out = run_layers(self, x, context, held, options.hidden_states)
         found = {
             "last_hidden_state": out.hidden,
             "hidden_states": out.hidden_states,

@@ -40,7 +40,7 @@ LayerOutput = tuple[
 
 
 @dataclass(frozen=True)
-class Call:
+class ForwardContext:
     """Inputs of all blocks in one forward pass.
 
     Positions, of the new tokens and of all keys, count tokens without padding; a first axis of 1 stands for all rows.
@@ -72,11 +72,11 @@ class StackOutput:
     attentions: tuple[Tensor, ...] | None
 
 
-def dropout(part: Part, role: str, x: Tensor, call: Call, shift: int = 0) -> Tensor:
+def dropout(part: Part, role: str, x: Tensor, context: ForwardContext, shift: int = 0) -> Tensor:
     """Apply the dropout layer of a role, if there is one."""
-    if call.seed is None or not part.has(role):
+    if context.seed is None or not part.has(role):
         return x
-    return part.role(role)(x, seed=call.seed, shift=shift)
+    return part.role(role)(x, seed=context.seed, shift=shift)
 
 
 # ---------------------------------------------------------------------------- attention
@@ -96,23 +96,23 @@ class Attention(Part):
         rotary = spec.position(Rotary)
         self.late_rotary = rotary if is_dynamic(rotary) else None
 
-    def call(self, x_bsw: Tensor, call: Call, layer: CacheLayer | None = None) -> LayerOutput:
+    def call(self, x_bsw: Tensor, context: ForwardContext, layer: CacheLayer | None = None) -> LayerOutput:
         q, k, v = self.heads(*self.project(x_bsw))
-        if call.cos is not None and call.sin is not None:
-            q = rotate(q, call.cos, call.sin)
-            k = k if self.late_rotary else rotate(k, call.cos, call.sin)
-        k, v, scope, layer = self.update_cache(k, v, call, layer)
+        if context.cos is not None and context.sin is not None:
+            q = rotate(q, context.cos, context.sin)
+            k = k if self.late_rotary else rotate(k, context.cos, context.sin)
+        k, v, scope, layer = self.update_cache(k, v, context, layer)
         if self.late_rotary:
-            k = self.rotate_cached_keys(k, call, scope)
+            k = self.rotate_cached_keys(k, context, scope)
         scope = replace(scope, window=self.window)
-        out, weights = self.attend(q, k, v, scope, call)
-        if call.head_mask is not None:
+        out, weights = self.attend(q, k, v, scope, context)
+        if context.head_mask is not None:
             # Scaling a head's weights scales its output.
-            factor = tf.cast(call.head_mask[self.index], out.dtype)
+            factor = tf.cast(context.head_mask[self.index], out.dtype)
             out = out * factor
             weights = None if weights is None else weights * factor
         out = tf.reshape(tf.transpose(out, (0, 2, 1, 3)), (size(x_bsw, 0), size(x_bsw, 1), self.q_size))
-        return dropout(self, "out_drop", self.call_role("out", out), call), weights, layer
+        return dropout(self, "out_drop", self.call_role("out", out), context), weights, layer
 
     def project(self, x_bsw: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries (b, s, h * d), keys and values (b, s, g * d)."""
@@ -146,43 +146,43 @@ class Attention(Part):
         return q, k, v
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, scope: Scope, call: Call
+        self, q: Tensor, k: Tensor, v: Tensor, scope: Scope, context: ForwardContext
     ) -> tuple[Tensor, Tensor | None]:
         """The attention output (b, h, s, d), and the attention weights if requested."""
         att, rate, seed = self.spec, self.rate, None
         if self.has("attn_drop"):
             rate = self.role("attn_drop").rate
-        if call.seed is not None and rate:
-            seed = tf.random.fold_in(call.seed, OF_LAYER * (self.index + 1) + DROPOUT_INDICES["attn_drop"])
-        kernel = attention.Kernel(att.scale, att.softcap, rate, seed, recompute=call.train)
-        if call.attentions:
+        if context.seed is not None and rate:
+            seed = tf.random.fold_in(context.seed, OF_LAYER * (self.index + 1) + DROPOUT_INDICES["attn_drop"])
+        kernel = attention.Kernel(att.scale, att.softcap, rate, seed, recompute=context.train)
+        if context.attentions:
             return attention.attend_eager(q, k, v, scope, kernel)
         return attention.attend(q, k, v, scope, kernel), None
 
     def update_cache(
-        self, k: Tensor, v: Tensor, call: Call, layer: CacheLayer | None
+        self, k: Tensor, v: Tensor, context: ForwardContext, layer: CacheLayer | None
     ) -> tuple[Tensor, Tensor, Scope, CacheLayer | None]:
         """The keys and values to attend to, their attention mask, and the updated cache."""
-        if layer is None or call.fresh:
-            return k, v, call.scope, None if layer is None else layer.filled(k, v)
+        if layer is None or context.fresh:
+            return k, v, context.scope, None if layer is None else layer.filled(k, v)
         after = layer.appended(k, v)
-        if layer.grows or k.shape[2] == 1 or layer.slots == call.max_length:
+        if layer.grows or k.shape[2] == 1 or layer.slots == context.max_length:
             index_k = after.token_indices(layer.length + size(k, 2))
             keys, values = tf.cast(after.keys, k.dtype), tf.cast(after.values, v.dtype)
-            return keys, values, call.scope.of_keys(index_k), after
+            return keys, values, context.scope.of_keys(index_k), after
         # A ring buffer: the new tokens overwrite keys that the first of them still attend to.
-        index_k = tf.concat((layer.token_indices(layer.length), call.scope.index_q), axis=0)
+        index_k = tf.concat((layer.token_indices(layer.length), context.scope.index_q), axis=0)
         k, v = (
             tf.concat((tf.cast(cached, new.dtype), new), axis=2)
             for cached, new in ((layer.keys, k), (layer.values, v))
         )
-        return k, v, call.scope.of_keys(index_k), after
+        return k, v, context.scope.of_keys(index_k), after
 
-    def rotate_cached_keys(self, k: Tensor, call: Call, scope: Scope) -> Tensor:
+    def rotate_cached_keys(self, k: Tensor, context: ForwardContext, scope: Scope) -> Tensor:
         """All keys, rotated by the angles of the current length."""
         assert self.late_rotary is not None
-        length_b = tf.gather(call.key_positions_bk, scope.index_q[-1], axis=1) + 1
-        positions = tf.gather(call.key_positions_bk, tf.maximum(scope.index_k, 0), axis=1)
+        length_b = tf.gather(context.key_positions_bk, scope.index_q[-1], axis=1) + 1
+        positions = tf.gather(context.key_positions_bk, tf.maximum(scope.index_k, 0), axis=1)
         cos, sin = rotations(positions, self.late_rotary, k.dtype, length_b)
         return rotate(k, cos, sin)
 
@@ -190,16 +190,16 @@ class Attention(Part):
 class Wrapper(Part):
     """A layer that only contains the attention."""
 
-    def call(self, x_bsw: Tensor, call: Call, layer: CacheLayer | None = None) -> LayerOutput:
-        return self.call_role("attention", x_bsw, call=call, layer=layer)
+    def call(self, x_bsw: Tensor, context: ForwardContext, layer: CacheLayer | None = None) -> LayerOutput:
+        return self.call_role("attention", x_bsw, context=context, layer=layer)
 
 
 class AttentionNorm(Part):
     """`norm(x + dropout(attention(x)))`."""
 
-    def call(self, x: Tensor, call: Call, layer: CacheLayer | None = None) -> LayerOutput:
-        y, weights, layer = self.call_role("attention", x, call=call, layer=layer)
-        return self.call_role("norm1", dropout(self, "out_drop", y, call) + x), weights, layer
+    def call(self, x: Tensor, context: ForwardContext, layer: CacheLayer | None = None) -> LayerOutput:
+        y, weights, layer = self.call_role("attention", x, context=context, layer=layer)
+        return self.call_role("norm1", dropout(self, "out_drop", y, context) + x), weights, layer
 
 
 # ---------------------------------------------------------------------------- MLP
@@ -213,12 +213,12 @@ class Mlp(Part):
         self.gated, self.rate = spec.mlp.gated, spec.dropout.residual
         self.dropout_index = OF_LAYER * (layer + 1) + DROPOUT_INDICES["mlp_drop"]
 
-    def call(self, x_bsw: Tensor, call: Call, residual_bsw: Tensor | None = None) -> Tensor:
+    def call(self, x_bsw: Tensor, context: ForwardContext, residual_bsw: Tensor | None = None) -> Tensor:
         act, up = self.role("act"), self.call_role("up", x_bsw)
         y = self.call_role("down", act(self.call_role("gate", x_bsw)) * up if self.gated else act(up))
         if residual_bsw is not None:
-            return dropped(y, self.rate, call.seed, self.dropout_index) + residual_bsw
-        return dropout(self, "mlp_drop", y, call)
+            return dropped(y, self.rate, context.seed, self.dropout_index) + residual_bsw
+        return dropout(self, "mlp_drop", y, context)
 
 
 class Widen(Part):
@@ -231,8 +231,10 @@ class Widen(Part):
 class Narrow(Part):
     """`norm(dropout(down(x)) + residual)`."""
 
-    def call(self, x: Tensor, call: Call, residual: Tensor) -> Tensor:
-        return self.call_role("norm2", dropout(self, "mlp_drop", self.call_role("down", x), call) + residual)
+    def call(self, x: Tensor, context: ForwardContext, residual: Tensor) -> Tensor:
+        return self.call_role(
+            "norm2", dropout(self, "mlp_drop", self.call_role("down", x), context) + residual
+        )
 
 
 # ---------------------------------------------------------------------------- block
@@ -250,24 +252,24 @@ class Block(Part):
         )
         self.adds = self.has("mlp_add")
 
-    def call(self, x: Tensor, call: Call, layer: CacheLayer | None = None) -> LayerOutput:
+    def call(self, x: Tensor, context: ForwardContext, layer: CacheLayer | None = None) -> LayerOutput:
         attend = functools.partial(self.call_role, self.attention_role)
         if self.order == "pre":  # pre-norm
-            y, weights, layer = attend(self.call_role("norm1", x), call=call, layer=layer)
+            y, weights, layer = attend(self.call_role("norm1", x), context=context, layer=layer)
             if self.adds:
-                x = x + dropout(self, "layer_drop", y, call)
-                x = self.call_role("mlp_add", self.call_role("norm2", x), call=call, residual_bsw=x)
+                x = x + dropout(self, "layer_drop", y, context)
+                x = self.call_role("mlp_add", self.call_role("norm2", x), context=context, residual_bsw=x)
             else:
                 x = x + y
-                y = self.call_role("mlp", self.call_role("norm2", x), call=call)
-                x = x + dropout(self, "layer_drop", y, call, shift=1)
+                y = self.call_role("mlp", self.call_role("norm2", x), context=context)
+                x = x + dropout(self, "layer_drop", y, context, shift=1)
         elif self.order == "post":  # post-norm
-            y, weights, layer = attend(x, call=call, layer=layer)
+            y, weights, layer = attend(x, context=context, layer=layer)
             x = self.call_role("norm1", x + y)
-            x = self.call_role("norm2", x + self.call_role("mlp", x, call=call))
+            x = self.call_role("norm2", x + self.call_role("mlp", x, context=context))
         else:  # sub-layers include the residual and the norm
-            x, weights, layer = attend(x, call=call, layer=layer)
-            x = self.call_role("narrow", self.call_role("widen", x), call=call, residual=x)
+            x, weights, layer = attend(x, context=context, layer=layer)
+            x = self.call_role("narrow", self.call_role("widen", x), context=context, residual=x)
         return x, weights, layer
 
 
@@ -287,25 +289,25 @@ class Embeddings(Part):
         """The token embedding matrix."""
         return self.role("embed").embeddings
 
-    def call(self, x_bsw: Tensor, call: Call) -> Tensor:
-        return positioned(self, x_bsw, call)
+    def call(self, x_bsw: Tensor, context: ForwardContext) -> Tensor:
+        return positioned(self, x_bsw, context)
 
 
-def positioned(part: Any, x: Tensor, call: Call) -> Tensor:
+def positioned(part: Any, x: Tensor, context: ForwardContext) -> Tensor:
     """Add position embeddings, norm and dropout; `spec.embed_gradient` scales the gradient."""
     spec: ArchSpec = part.spec
     if part.has("pos_embed"):
-        learned, rows = spec.position(Learned), part.role("pos_embed")(call.positions_bs)
+        learned, rows = spec.position(Learned), part.role("pos_embed")(context.positions_bs)
         if learned is not None and learned.pad_id is not None:
-            rows = stop_padding_gradient(rows, call.positions_bs == learned.offset - 1)
+            rows = stop_padding_gradient(rows, context.positions_bs == learned.offset - 1)
         x = x + rows
     if part.has("embed_norm"):
         x = part.call_role("embed_norm", x)
     if (share := spec.embed_gradient) != 1.0:
         x = x * share + tf.stop_gradient(x) * (1 - share)
     if part.has("embed_drop"):
-        return dropout(part, "embed_drop", x, call)
-    return dropped(x, spec.dropout.embed, call.seed, EMBEDDED)
+        return dropout(part, "embed_drop", x, context)
+    return dropped(x, spec.dropout.embed, context.seed, EMBEDDED)
 
 
 def embed_tokens(table: Any, input_ids: Tensor, spec: ArchSpec) -> Tensor:
@@ -339,25 +341,25 @@ class Stack(Part):
     def call(
         self,
         x_bsw: Tensor,
-        call: Call,
+        context: ForwardContext,
         layers: tuple[CacheLayer, ...] | None = None,
         hidden_states: bool = False,
     ) -> StackOutput:
-        return run_layers(self, x_bsw, call, layers, hidden_states)
+        return run_layers(self, x_bsw, context, layers, hidden_states)
 
 
 def run_layers(
-    part: Any, x: Tensor, call: Call, layers: tuple[CacheLayer, ...] | None, hidden_states: bool
+    part: Any, x: Tensor, context: ForwardContext, layers: tuple[CacheLayer, ...] | None, hidden_states: bool
 ) -> StackOutput:
     """All layers and the final norm, on embedded tokens (b, s, w)."""
-    call = with_shared_inputs(part, x, call, cached=layers is not None)
+    context = with_shared_inputs(part, x, context, cached=layers is not None)
     blocks = part.role("layers")
     states, weights, after = [x], [], []
     for block, layer in zip(blocks, layers or (None,) * len(blocks), strict=True):
-        if call.checkpointing and call.train and layer is None and not call.attentions:
-            x = checkpointed(block, x, call)
+        if context.checkpointing and context.train and layer is None and not context.attentions:
+            x = checkpointed(block, x, context)
         else:
-            x, weight, layer = call_layer(block, x, call=call, layer=layer)
+            x, weight, layer = call_layer(block, x, context=context, layer=layer)
             weights.append(weight)
             after.append(layer)
         states.append(x)
@@ -366,13 +368,13 @@ def run_layers(
         hidden=hidden,
         layers=tuple(after) if layers else None,
         hidden_states=tuple(states) if hidden_states else None,
-        attentions=tuple(weights) if call.attentions else None,
+        attentions=tuple(weights) if context.attentions else None,
     )
 
 
-def with_shared_inputs(part: Any, x: Tensor, call: Call, cached: bool) -> Call:
+def with_shared_inputs(part: Any, x: Tensor, context: ForwardContext, cached: bool) -> ForwardContext:
     """Add inputs that all layers share: ALiBi slopes, relative position biases, RoPE's cos and sin."""
-    spec, scope = part.spec, call.scope
+    spec, scope = part.spec, context.scope
     if alibi := spec.position(Alibi):
         scope = replace(scope, slopes_h=tf.constant(alibi.slopes(spec.attention.heads), tf.float32))
     if buckets := spec.position(Buckets):
@@ -381,18 +383,18 @@ def with_shared_inputs(part: Any, x: Tensor, call: Call, cached: bool) -> Call:
         if not cached and attention.in_one_block(x.shape[1], scope.causal):  # computed once for all layers
             scope = replace(scope, table=biases(table, buckets_of(x.shape[1], buckets)), buckets=None)
     if rotary := spec.position(Rotary):
-        cos, sin = rotations(call.positions_bs, rotary, x.dtype)
-        call = replace(call, cos=cos, sin=sin)
-    return replace(call, scope=scope)
+        cos, sin = rotations(context.positions_bs, rotary, x.dtype)
+        context = replace(context, cos=cos, sin=sin)
+    return replace(context, scope=scope)
 
 
-def checkpointed(block: Any, x: Tensor, call: Call) -> Tensor:
+def checkpointed(block: Any, x: Tensor, context: ForwardContext) -> Tensor:
     """A block with gradient checkpointing: only its input is stored. The shared bias table is an argument, as
     `recompute_grad` has gradients for arguments only."""
 
     def run(x: Tensor, *table: Tensor) -> Tensor:
-        scope = replace(call.scope, table=table[0]) if table else call.scope
-        return block(x, call=replace(call, scope=scope))[0]
+        scope = replace(context.scope, table=table[0]) if table else context.scope
+        return block(x, context=replace(context, scope=scope))[0]
 
-    arguments = (x,) if call.scope.table is None else (x, call.scope.table)
+    arguments = (x,) if context.scope.table is None else (x, context.scope.table)
     return tf.recompute_grad(run)(*arguments)

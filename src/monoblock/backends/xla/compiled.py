@@ -84,7 +84,7 @@ class LoopOps(Protocol):
 def run(generation: Any, program: Program) -> Any:
     """A call of `generate`: the prefill, then the loop."""
     xp = generation.decoder.passes.loop_ops.xp
-    buffer, collector, scores_bv = generation.begin()
+    buffer, collector, scores_bv = generation.prefill()
     state = run_loop(generation, program, scores_bv)
     steps, tokens_br, finished_b = (
         int(state.steps),

@@ -33,7 +33,7 @@ class BeamStart(NamedTuple):
 
 def run(generation: Any, program: Program) -> Any:
     """A call of `generate`: the prefill, then the loop."""
-    _, collector, scores_bv = generation.begin()
+    _, collector, scores_bv = generation.prefill()
     state = run_loop(generation, program, scores_bv, beam_start(generation, program))
     generation.decoder.advance(int(state.steps) - 1 + bool(state.unfinished))
     xp = generation.decoder.passes.loop_ops.xp
@@ -46,7 +46,7 @@ def run(generation: Any, program: Program) -> Any:
 def beam_start(generation: Any, program: Program) -> BeamStart:
     """The initial state of a search, on the host."""
     assert program.search is not None
-    rules = beams.Rules.of(generation.config, generation.plan.new_tokens)
+    rules = beams.BeamScorer.of(generation.config, generation.plan.new_tokens)
     beam_state = search.initial_beams(generation.plan.batch, program.search, program.max_new_tokens)
     return BeamStart(beam_state, search.norms(rules, program.max_new_tokens))
 

@@ -34,7 +34,7 @@ DEFAULT_OPTIONS = ForwardOptions()
 class Kinds(NamedTuple):
     """The classes, of a framework, that `prepare` instantiates."""
 
-    call: Callable[..., Any]
+    context: Callable[..., Any]
     scope: Callable[..., Any]
 
 
@@ -71,7 +71,7 @@ def prepare(
         segment_bk=segment_bk,
         masked_rows=spec.attention.masked_rows,
     )
-    return kinds.call(
+    return kinds.context(
         scope=scope,
         positions_bs=_positions(xp, spec, given, of_queries(key_positions_bk)),
         key_positions_bk=key_positions_bk,

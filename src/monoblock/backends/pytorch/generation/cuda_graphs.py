@@ -1,8 +1,8 @@
-"""Decoding through CUDA graphs: a step is recorded once for each model, batch and length, and played for each token.
+"""Decoding with CUDA graphs: a step is captured once per model, batch size and length, and replayed for each token.
 
-`Graphed` takes the place of a call's decoder. The prompt runs as everywhere; its keys and values then move into the
-state of a static step (see static_step.py), whose recording is played until the text is complete or outgrows it.
-Recordings are kept for later calls, and released with their model.
+`GraphDecoder` wraps the decoder of a `generate` call. The inner decoder runs the prompt; its keys and values are then
+copied into the state of a static step (static_step.py), whose graph is replayed until the sequences are complete or
+longer than its slots. Captured graphs are kept for later calls and released with their model.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from monoblock.backends.pytorch.base import ModelBase
 from monoblock.backends.pytorch.cache import Cache, DynamicCache, StaticCache
-from monoblock.backends.pytorch.generation.static_step import Shape, State, static_step
+from monoblock.backends.pytorch.generation.static_step import Shape, StepState, static_step
 from monoblock.backends.pytorch.kernels import dispatch
 from monoblock.backends.pytorch.model import Attention
 from monoblock.generation.decoder import GenerationPlan
@@ -27,12 +27,12 @@ log = logging.getLogger("monoblock")
 
 Replay = Callable[[], Tensor]
 
-# Lengths are powers of two from SHORTEST on, at least ROOM beyond the text, so that few recordings serve all texts.
-SHORTEST, ROOM = 256, 256
-WORTH = 16  # new tokens from which on a recording, which costs about five steps, is made
+# Lengths are powers of two from MIN_LENGTH on, at least ROOM beyond the text, so that few recordings serve all texts.
+MIN_LENGTH, ROOM = 256, 256
+MIN_NEW_TOKENS = 16  # new tokens from which on a recording, which costs about five steps, is made
 ALIGN = 64  # the slots of a window are a multiple of this, as the kernels like it
-KEPT = 8  # recordings that a model keeps, the latest: lengths up to 32,768 at one batch size
-WARM = 3  # runs before the recording: libraries choose and load their kernels in the first ones
+MAX_KEPT = 8  # recordings that a model keeps, the latest: lengths up to 32,768 at one batch size
+WARMUP_RUNS = 3  # runs before the recording: libraries choose and load their kernels in the first ones
 
 
 def cuda_graph(run: Callable[[], Tensor], device: torch.device) -> Replay:
@@ -41,7 +41,7 @@ def cuda_graph(run: Callable[[], Tensor], device: torch.device) -> Replay:
         here, aside = torch.cuda.current_stream(), torch.cuda.Stream()
         aside.wait_stream(here)
         with torch.cuda.stream(aside):
-            for _ in range(WARM):
+            for _ in range(WARMUP_RUNS):
                 run()
         here.wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
@@ -57,16 +57,16 @@ def cuda_graph(run: Callable[[], Tensor], device: torch.device) -> Replay:
     return replay
 
 
-RECORDERS: dict[str, Callable[[Callable[[], Tensor], torch.device], Replay]] = {"cuda": cuda_graph}
+CAPTURE: dict[str, Callable[[Callable[[], Tensor], torch.device], Replay]] = {"cuda": cuda_graph}
 
 
-class Recorded:
+class CapturedStep:
     """A step's state and recording. It holds no reference to the model, with which it is released."""
 
     def __init__(self, model: ModelBase, shape: Shape, weights: Hashable) -> None:
         self.shape, self.weights = shape, weights
-        self.state = state = State(model.spec, shape)
-        self.replay = RECORDERS[shape.device.type](lambda: static_step(model, state), shape.device)
+        self.state = state = StepState(model.spec, shape)
+        self.replay = CAPTURE[shape.device.type](lambda: static_step(model, state), shape.device)
 
     def __call__(self, ids_b1: Tensor) -> Tensor:
         """Scores (b, v) of the token after these, in memory of their own."""
@@ -74,11 +74,11 @@ class Recorded:
         return self.replay().clone()
 
 
-_kept: WeakKeyDictionary[nn.Module, list[Recorded]] = WeakKeyDictionary()
+_kept: WeakKeyDictionary[nn.Module, list[CapturedStep]] = WeakKeyDictionary()
 _lock = threading.Lock()
 
 
-def take(model: ModelBase, shape: Shape) -> Recorded:
+def take(model: ModelBase, shape: Shape) -> CapturedStep:
     """A recording that nobody else uses: a kept one, if the weights lie where they lay then, else a new one."""
     now = weights(model)
     with _lock:
@@ -88,15 +88,15 @@ def take(model: ModelBase, shape: Shape) -> Recorded:
             if recorded.shape == shape:
                 kept.remove(recorded)
                 return recorded
-    return Recorded(model, shape, now)
+    return CapturedStep(model, shape, now)
 
 
-def give_back(model: nn.Module, recorded: Recorded) -> None:
-    """Keep a recording for the next call; the oldest beyond KEPT is released."""
+def put_back(model: nn.Module, recorded: CapturedStep) -> None:
+    """Keep a recording for the next call; the oldest beyond MAX_KEPT is released."""
     with _lock:
         kept = _kept.setdefault(model, [])
         kept.append(recorded)
-        del kept[:-KEPT]
+        del kept[:-MAX_KEPT]
 
 
 def release(model: nn.Module) -> None:
@@ -168,14 +168,14 @@ def call_obstacle(decoder: Decoding, plan: GenerationPlan) -> str | None:
         return "position_ids or token_type_ids are given"
     if (why := obstacle(decoder.model)) is not None:
         return why
-    return f"fewer than {WORTH} new tokens" if plan.new_tokens < WORTH else None
+    return f"fewer than {MIN_NEW_TOKENS} new tokens" if plan.new_tokens < MIN_NEW_TOKENS else None
 
 
 def obstacle(model: ModelBase) -> str | None:
     """Why this model's steps cannot be captured; None if they can. Hooks and modules of other packages may do what a
     graph cannot repeat."""
     device = model.device
-    if device.type not in RECORDERS:
+    if device.type not in CAPTURE:
         return f"device {device.type}"
     if (why := dispatch.spec_obstacle(model.spec) or dispatch.setting_obstacle(device)) is not None:
         return why
@@ -193,7 +193,7 @@ def obstacle(model: ModelBase) -> str | None:
 # ---------------------------------------------------------------------------- in the place of a decoder
 
 
-class Graphed:
+class GraphDecoder:
     """A decoder whose tokens after the prompt come from recordings. `inner` runs the prompt and keeps the cache."""
 
     attentions = hidden_states = None
@@ -201,7 +201,7 @@ class Graphed:
     def __init__(self, inner: Decoding, plan: GenerationPlan, *, given: bool) -> None:
         """`given`: the cache is the caller's, who finds all tokens in it after `close`."""
         self.inner, self.plan, self.given = inner, plan, given
-        self.running: Recorded | None = None
+        self.running: CapturedStep | None = None
         self.failed = False
         self.place = self.room = 0
 
@@ -239,7 +239,7 @@ class Graphed:
         if self.given:
             self.settle()
         elif self.running is not None:
-            give_back(self.inner.model, self.running)
+            put_back(self.inner.model, self.running)
             self.running = None
 
     # ------------------------------------------------------------------ between cache and recording
@@ -278,7 +278,7 @@ class Graphed:
         cache = self.inner.cache
         assert cache is not None
         needed = max(self.place + 1, min(self.place + ROOM, self.plan.max_length, limit or 1 << 62))
-        length = max(SHORTEST, 1 << (needed - 1).bit_length())
+        length = max(MIN_LENGTH, 1 << (needed - 1).bit_length())
         layers = self.inner.model.spec.layers
         windows = cache.windows if isinstance(cache, DynamicCache) else ()
         # A layer's keys may be overwritten only where the cache would drop them too.
@@ -311,7 +311,7 @@ class Graphed:
         if mask is not None and state.valid_bl is not None:
             self.inner.mask = state.valid_bl[:, : self.place].to(mask.dtype)
         self.running = None
-        give_back(self.inner.model, running)
+        put_back(self.inner.model, running)
 
 
 def _slots(window: int | None, length: int) -> int:

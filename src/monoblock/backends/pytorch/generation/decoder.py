@@ -136,19 +136,21 @@ class Runner:
         self.generation_config = model.generation_config
         self.max_positions = model.max_positions
         self.vocab: int | None = model.spec.vocab
-        self.graphed: list[cuda_graphs.Graphed] = []
+        self.graphed: list[cuda_graphs.GraphDecoder] = []
         self.decoders: list[Decoder] = []
 
-    def decoder(self, plan: loop.GenerationPlan, inputs: dict[str, Any]) -> Decoder | cuda_graphs.Graphed:
+    def decoder(
+        self, plan: loop.GenerationPlan, inputs: dict[str, Any]
+    ) -> Decoder | cuda_graphs.GraphDecoder:
         """A decoder for one call."""
         decoder = Decoder(self.model, plan, inputs)
         self.decoders.append(decoder)
         why = cuda_graphs.call_obstacle(decoder, plan)
-        if self.model.device.type in cuda_graphs.RECORDERS:
+        if self.model.device.type in cuda_graphs.CAPTURE:
             report(self.model, why or GRAPH)
         if why is not None:
             return decoder
-        self.graphed.append(cuda_graphs.Graphed(decoder, plan, given="past_key_values" in inputs))
+        self.graphed.append(cuda_graphs.GraphDecoder(decoder, plan, given="past_key_values" in inputs))
         return self.graphed[-1]
 
     def close(self) -> None:
@@ -269,7 +271,7 @@ class Decoder:
         asked = next((f"{name}=True" for name, on in self.wanted.items() if on), None)
         asked = "a prepare_inputs_for_generation of the model's own" if own else asked
         steps = None if asked else native_decoder.of(self.model, self.cache)
-        if self.model.device.type not in cuda_graphs.RECORDERS:  # of those, `Runner.decoder` has said why
+        if self.model.device.type not in cuda_graphs.CAPTURE:  # of those, `Runner.decoder` has said why
             why = asked or (native_decoder.call_obstacle(self.model, self.cache) if steps is None else None)
             report(self.model, why or NATIVE)
         return steps

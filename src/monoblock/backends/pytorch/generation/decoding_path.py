@@ -22,7 +22,7 @@ def decoding_path(model: Any) -> str:
     """The fast path of this model, or what stands in its way."""
     if not model.can_generate():
         return f"{type(model).__name__} predicts no next token"
-    if model.device.type in cuda_graphs.RECORDERS:
+    if model.device.type in cuda_graphs.CAPTURE:
         return cuda_graphs.obstacle(model) or GRAPH
     return native_decoder.obstacle(model) or NATIVE
 

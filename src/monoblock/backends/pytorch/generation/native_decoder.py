@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from monoblock import native
 from monoblock.backends.pytorch.base import ModelBase
 from monoblock.backends.pytorch.cache import Cache, DynamicCache, StaticCache
-from monoblock.backends.pytorch.generation.structures import Weights, common_dtype
+from monoblock.backends.pytorch.generation.native_weights import NativeWeights, common_dtype
 from monoblock.backends.pytorch.kernels import dispatch, low_rank
 from monoblock.backends.pytorch.kernels.linear import FORMATS
 from monoblock.backends.pytorch.layers import Conv1D
 from monoblock.backends.pytorch.model import Attention
-from monoblock.backends.pytorch.parts import GROUPS, Part, lay_all
+from monoblock.backends.pytorch.parts import GROUPS, Part, fuse_weights
 from monoblock.native.abi import DecodeStep, LayerCache
 
 # Tokens of all rows together that a step takes; more are better off in the modules' large products.
@@ -37,9 +37,9 @@ class Inventory:
     def __init__(self, model: nn.Module) -> None:
         self.modules = list(model.named_modules())
 
-    def lay(self) -> None:
-        """Put the matrices that kernels want as one side by side, as `lay_all` does."""
-        lay_all(module for _, module in self.modules)
+    def fuse_groups(self) -> None:
+        """Put the matrices that kernels want as one side by side, as `fuse_weights` does."""
+        fuse_weights(module for _, module in self.modules)
 
     def tensors(self) -> Iterator[tuple[str, nn.Module, Tensor]]:
         """Name, module and tensor of all parameters and buffers."""
@@ -51,7 +51,7 @@ class Inventory:
 
 
 def obstacle(model: ModelBase, inventory: Inventory | None = None) -> str | None:
-    """Why the library cannot run this model's steps; None if it can. `inventory`: this model's, after its `lay`."""
+    """Why the library cannot run this model's steps; None if it can. `inventory`: after its `fuse_groups`."""
     if native.library() is None:
         return f"there are no native kernels ({native.status()})"
     if native.preferred(torch.get_num_threads()) is None:
@@ -83,9 +83,9 @@ def obstacle(model: ModelBase, inventory: Inventory | None = None) -> str | None
     for name, module in inventory.modules:
         if isinstance(module, Part):
             for group in GROUPS:
-                if not all(map(module.has, group)) or (laid and group[0] in module.joints):
+                if not all(map(module.has, group)) or (laid and group[0] in module.fused_tensors):
                     continue
-                if (why := module.joint_obstacle(group, adapted=True)) is not None:
+                if (why := module.fusion_obstacle(group, adapted=True)) is not None:
                     return f"{name}: {why}"
     embed = model.get_input_embeddings()
     if isinstance(embed, nn.Embedding) and embed.max_norm is not None:
@@ -125,21 +125,21 @@ _ADAPTABLE = ("qkv", "qkv_by_head", "q", "k", "v", "out", "gate", "up", "down")
 def _adaptable(model: ModelBase) -> Iterator[str]:
     """The names of the modules where LoRA is no obstacle."""
     for role in _ADAPTABLE:
-        if role in model.places:
-            yield from (model.place(role, i) for i in range(model.spec.layers))
-    yield model.place("head_out")
+        if role in model.module_paths:
+            yield from (model.module_path(role, i) for i in range(model.spec.layers))
+    yield model.module_path("head_out")
 
 
-# Each model's weights as they were last found, and where they lay: not part of the model, so neither copied nor saved.
-_MADE: WeakKeyDictionary[nn.Module, tuple[list[Any], Weights]] = WeakKeyDictionary()
+# Each model's weights as they were last found, and their addresses: not part of the model, so neither copied nor saved.
+_MADE: WeakKeyDictionary[nn.Module, tuple[list[Any], NativeWeights]] = WeakKeyDictionary()
 
 
-def _weights(model: ModelBase, inventory: Inventory, tensors: Sequence[Tensor]) -> Weights:
+def _weights(model: ModelBase, inventory: Inventory, tensors: Sequence[Tensor]) -> NativeWeights:
     places: list[Any] = [(tensor.data_ptr(), tensor.dtype, tensor.shape) for tensor in tensors]
     places += [(term.a.data_ptr(), term.scale) for _, m in inventory.modules for term in low_rank.terms(m)]
     made = _MADE.get(model)
     if made is None or made[0] != places:
-        made = _MADE[model] = (places, Weights(model))
+        made = _MADE[model] = (places, NativeWeights(model))
     return made[1]
 
 
@@ -161,7 +161,7 @@ def of(model: ModelBase, cache: Cache | None) -> Steps | None:
     if cache is None:
         return None
     inventory = Inventory(model)
-    inventory.lay()  # merging an adapter, say, gives a matrix other memory
+    inventory.fuse_groups()  # merging an adapter, say, gives a matrix other memory
     if call_obstacle(model, cache, inventory) is not None:
         return None
     # The tensors themselves, so that nothing that the structures point to goes while they are in use.
@@ -172,7 +172,7 @@ def of(model: ModelBase, cache: Cache | None) -> Steps | None:
 class Steps:
     """The native steps of one generation: weights, a cache, and memory to work in."""
 
-    def __init__(self, weights: Weights, tensors: list[Tensor], cache: Cache) -> None:
+    def __init__(self, weights: NativeWeights, tensors: list[Tensor], cache: Cache) -> None:
         self.weights, self.tensors, self.cache = weights, tensors, cache
         self._run = native.library().mb_step
         self._caches = (LayerCache * weights.layers)()

@@ -1,7 +1,7 @@
 """A key/value cache in 8 or 4 bits: the newest tokens as they are, all older ones as codes of groups of channels.
 
 A group of channels of one token keeps its smallest number and a step: `x ~ low + step * code`, `code` a whole number
-below 2 ** bits; no number is off by more than half a step. A layer is unpacked when it is used, one at a time.
+below 2 ** bits; no number is off by more than half a step. A layer is dequantized when it is used, one at a time.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from monoblock.backends.pytorch.cache import Cache, Legacy
 
 
 @dataclass
-class Packed:
+class QuantizedBlock:
     """Codes (b, g, n, d * bits / 8) in bytes; steps and lows (b, g, n, groups, 1) in float32."""
 
     codes: Tensor
@@ -25,7 +25,7 @@ class Packed:
     low: Tensor
 
     @classmethod
-    def of(cls, x_bgnd: Tensor, bits: int, group: int) -> Packed:
+    def of(cls, x_bgnd: Tensor, bits: int, group: int) -> QuantizedBlock:
         """The keys or values of n tokens, packed."""
         grouped = x_bgnd.float().unflatten(-1, (-1, group))
         low, high = grouped.amin(-1, keepdim=True), grouped.amax(-1, keepdim=True)
@@ -36,7 +36,7 @@ class Packed:
             codes = codes[..., ::2] | (codes[..., 1::2] << 4)
         return cls(codes, step, low)
 
-    def unpacked(self, bits: int, dtype: torch.dtype) -> Tensor:
+    def dequantized(self, bits: int, dtype: torch.dtype) -> Tensor:
         """The numbers again, (b, g, n, d)."""
         codes = self.codes
         if bits == 4:
@@ -44,17 +44,19 @@ class Packed:
         groups = self.step.shape[-2]
         return (codes.float().unflatten(-1, (groups, -1)) * self.step + self.low).flatten(-2).to(dtype)
 
-    def joined(self, newer: Packed) -> Packed:
+    def joined(self, newer: QuantizedBlock) -> QuantizedBlock:
         """These tokens and then those."""
-        return Packed(*(torch.cat(pair, dim=2) for pair in zip(self.parts(), newer.parts(), strict=True)))
+        return QuantizedBlock(
+            *(torch.cat(pair, dim=2) for pair in zip(self.parts(), newer.parts(), strict=True))
+        )
 
-    def first(self, tokens: int) -> Packed:
+    def first(self, tokens: int) -> QuantizedBlock:
         """The first tokens alone."""
-        return Packed(*(part[:, :, :tokens] for part in self.parts()))
+        return QuantizedBlock(*(part[:, :, :tokens] for part in self.parts()))
 
-    def rows(self, index: Tensor) -> Packed:
+    def rows(self, index: Tensor) -> QuantizedBlock:
         """Rows of the batch, in that order."""
-        return Packed(*(part.index_select(0, index.to(part.device)) for part in self.parts()))
+        return QuantizedBlock(*(part.index_select(0, index.to(part.device)) for part in self.parts()))
 
     def parts(self) -> tuple[Tensor, Tensor, Tensor]:
         """Codes, steps, lows."""
@@ -75,7 +77,7 @@ class QuantizedCache(Cache):
                 f"{residual_length}"
             )
         self.bits, self.group, self.residual = nbits, q_group_size, residual_length
-        self.packed: list[tuple[Packed, Packed] | None] = []
+        self.packed: list[tuple[QuantizedBlock, QuantizedBlock] | None] = []
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
         if layer_idx == len(self.keys):
@@ -89,20 +91,20 @@ class QuantizedCache(Cache):
         self.lengths[layer_idx] += key_states.shape[2]
         result = self._layer(layer_idx)
         if self.keys[layer_idx].shape[2] > 2 * self.residual:
-            self._pack(layer_idx)
+            self._quantize(layer_idx)
         return result
 
-    def _pack(self, layer_idx: int) -> None:
+    def _quantize(self, layer_idx: int) -> None:
         """All but the newest tokens of a layer become codes."""
         head_dim = self.keys[layer_idx].shape[-1]
         group = self.group if head_dim % self.group == 0 else head_dim
-        halves: list[Packed] = []
+        halves: list[QuantizedBlock] = []
         for tensors in (self.keys, self.values):
             old, tensors[layer_idx] = tensors[layer_idx].split(
                 (tensors[layer_idx].shape[2] - self.residual, self.residual), dim=2
             )
             tensors[layer_idx] = tensors[layer_idx].clone()
-            halves.append(Packed.of(old, self.bits, group))
+            halves.append(QuantizedBlock.of(old, self.bits, group))
         before = self.packed[layer_idx]
         if before is not None:
             halves = [old.joined(new) for old, new in zip(before, halves, strict=True)]
@@ -113,8 +115,8 @@ class QuantizedCache(Cache):
         if (packed := self.packed[layer_idx]) is None:
             return keys, values
         return (
-            torch.cat((packed[0].unpacked(self.bits, keys.dtype), keys), dim=2),
-            torch.cat((packed[1].unpacked(self.bits, values.dtype), values), dim=2),
+            torch.cat((packed[0].dequantized(self.bits, keys.dtype), keys), dim=2),
+            torch.cat((packed[1].dequantized(self.bits, values.dtype), values), dim=2),
         )
 
     def crop(self, max_length: int) -> None:

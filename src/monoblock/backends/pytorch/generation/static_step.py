@@ -19,9 +19,9 @@ from torch import Tensor
 from monoblock.backends.pytorch import heads
 from monoblock.backends.pytorch.base import ModelBase
 from monoblock.backends.pytorch.cache import Cache
-from monoblock.backends.pytorch.kernels.attention_cuda import WIDEST, pieces
-from monoblock.backends.pytorch.model import Attention, Call, run_layers
-from monoblock.backends.pytorch.ops import Scope, turns
+from monoblock.backends.pytorch.kernels.attention_cuda import WIDEST, kv_splits
+from monoblock.backends.pytorch.model import Attention, ForwardContext, run_layers
+from monoblock.backends.pytorch.ops import Scope, cos_sin
 from monoblock.positions import inverse_frequencies
 from monoblock.spec import Alibi, ArchSpec, Learned, Rotary
 
@@ -45,16 +45,16 @@ class Shape:
     device: torch.device
 
 
-def held(place_1: Tensor, slots: int) -> Tensor:
+def held_positions(position_1: Tensor, slots: int) -> Tensor:
     """(slots,) whose key each slot holds when the token of `place` has been written to slot `place % slots`: the
     newest place that falls on it. A slot not yet written gets the place after the token's, which nobody may see."""
-    slot = torch.arange(slots, device=place_1.device)
-    at = place_1 - (place_1 - slot).remainder(slots)
-    return torch.where(at < 0, place_1 + 1, at)
+    slot = torch.arange(slots, device=position_1.device)
+    at = position_1 - (position_1 - slot).remainder(slots)
+    return torch.where(at < 0, position_1 + 1, at)
 
 
 @dataclass
-class Slots(Scope):
+class SlotScope(Scope):
     """The scope of one token over slots; `valid_bl` is False for padding, by place."""
 
     in_order: ClassVar[bool] = False
@@ -62,11 +62,11 @@ class Slots(Scope):
     valid_bl: Tensor | None = None
 
     @classmethod
-    def of(cls, state: State) -> Slots:
+    def of(cls, state: StepState) -> SlotScope:
         """Over a layer that keeps all keys."""
         whole = cls(
-            index_q=state.place_1,
-            index_k=state.place_1,
+            index_q=state.position_1,
+            index_k=state.position_1,
             causal=True,
             aligned=False,
             slopes_h=state.slopes_h,
@@ -74,18 +74,18 @@ class Slots(Scope):
         )
         return whole._over(state.shape.length, None)
 
-    def narrowed(self, window: int, kept: int) -> Scope:
+    def with_window(self, window: int, kept: int) -> Scope:
         """Over a layer of that window and that many slots; equal ones share one."""
         if (window, kept) not in self.narrow:
             self.narrow[window, kept] = self._over(kept, window)
         return self.narrow[window, kept]
 
-    def blind(self) -> Tensor | None:
+    def fully_masked(self) -> Tensor | None:
         """None: a new token sees itself."""
         return None
 
-    def _over(self, slots: int, window: int | None) -> Slots:
-        at = held(self.index_q, slots)
+    def _over(self, slots: int, window: int | None) -> SlotScope:
+        at = held_positions(self.index_q, slots)
         valid = self.valid_bl
         if valid is not None:
             # The place after the last token's may lie outside; it is seen by nobody.
@@ -93,13 +93,13 @@ class Slots(Scope):
         return replace(self, index_k=at, valid_bk=valid, window=window, memo={}, narrow={})
 
 
-class Rings(Cache):
+class RingBuffers(Cache):
     """The slots of all layers, written at a place that is a tensor."""
 
-    def __init__(self, state: State) -> None:
+    def __init__(self, state: StepState) -> None:
         super().__init__()
         self.keys, self.values = state.keys, state.values
-        self.slot = {slots: state.place_1.remainder(slots) for slots in set(state.shape.slots)}
+        self.slot = {slots: state.position_1.remainder(slots) for slots in set(state.shape.slots)}
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
         keys, values = self.keys[layer_idx], self.values[layer_idx]
@@ -109,14 +109,14 @@ class Rings(Cache):
         return keys, values
 
 
-class State:
+class StepState:
     """All that a step reads and writes beside the weights: the tokens `ids_b1`, their place and positions, which places
     are padding, the keys and values, and the constants of the position encodings."""
 
     def __init__(self, spec: ArchSpec, shape: Shape) -> None:
         self.shape, device = shape, shape.device
         self.ids_b1 = torch.zeros(shape.rows, 1, dtype=torch.int64, device=device)
-        self.place_1 = torch.zeros(1, dtype=torch.int64, device=device)
+        self.position_1 = torch.zeros(1, dtype=torch.int64, device=device)
         self.positions_b1 = torch.zeros(
             shape.rows if shape.padded else 1, 1, dtype=torch.int64, device=device
         )
@@ -148,7 +148,7 @@ class State:
                 # What an earlier text left is not seen, but 0 times infinity is no number.
                 own.zero_()
                 own.index_copy_(2, at, theirs[:, :, cache.held(i) - kept : cache.held(i)])
-        self.place_1.fill_(place)
+        self.position_1.fill_(place)
         self.positions_b1.fill_(place + self.offset)
         if self.valid_bl is not None:
             assert mask_bl is not None
@@ -171,30 +171,30 @@ class State:
             tensor.copy_(tensor.index_select(0, index_b))
 
 
-def static_step(model: Any, state: State) -> Tensor:
+def static_step(model: Any, state: StepState) -> Tensor:
     """Scores (b, v), float32, of the token after `state.ids_b1`; the state moves on to the next place."""
     x = model.get_input_embeddings()(state.ids_b1)
-    scope = Slots.of(state)
-    call = Call(
+    scope = SlotScope.of(state)
+    context = ForwardContext(
         scope=scope,
         positions_bs=state.positions_b1,
         key_positions_bk=state.positions_b1,
-        cache=Rings(state),
+        cache=RingBuffers(state),
     )
     if state.inverse is not None:
-        call.cos, call.sin = turns(state.positions_b1, state.inverse, state.factor, x.dtype)
+        context.cos, context.sin = cos_sin(state.positions_b1, state.inverse, state.factor, x.dtype)
     if _has_kernels(model, state) and x.dtype == state.shape.dtype:
-        call.one_token = _one_token(state, call)
+        context.one_token = _one_token(state, context)
     bare = model.bare
-    x = bare.embedded(x, call)
-    hidden = bare.role("stack")(x, call) if bare.has("stack") else run_layers(bare, x, call)
+    x = bare.embedded(x, context)
+    hidden = bare.role("stack")(x, context) if bare.has("stack") else run_layers(bare, x, context)
     scores = heads.logits(model, hidden[:, -1]).float()
-    state.place_1.add_(1)
+    state.position_1.add_(1)
     state.positions_b1.add_(1)
     return scores
 
 
-def _has_kernels(model: ModelBase, state: State) -> bool:
+def _has_kernels(model: ModelBase, state: StepState) -> bool:
     """Whether triton_step.py's kernels are there, and are what the model asks for."""
     return (
         state.shape.device.type in TRITON
@@ -204,23 +204,25 @@ def _has_kernels(model: ModelBase, state: State) -> bool:
     )
 
 
-def _one_token(state: State, call: Call) -> Callable[[Attention, Tensor, Tensor, Tensor], Tensor]:
+def _one_token(
+    state: StepState, context: ForwardContext
+) -> Callable[[Attention, Tensor, Tensor, Tensor], Tensor]:
     """Attention of one token over the state, by the Triton kernels."""
     from monoblock.backends.pytorch.kernels import triton_step
 
-    angles = None if call.cos is None or call.sin is None else (call.cos, call.sin)
+    angles = None if context.cos is None or context.sin is None else (context.cos, context.sin)
 
     def one_token(layer: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         keys = state.keys[layer.layer]
         return triton_step.attention(
-            *(q, k, v, keys, state.values[layer.layer], state.place_1),
+            *(q, k, v, keys, state.values[layer.layer], state.position_1),
             angles=angles,
             slopes_h=state.slopes_h,
             valid_bl=state.valid_bl,
             window=layer.window,
             scale=layer.kernel.scale,
             softcap=layer.kernel.softcap,
-            pieces=pieces(keys.shape[0] * keys.shape[1], keys.shape[2]),
+            splits=kv_splits(keys.shape[0] * keys.shape[1], keys.shape[2]),
         )
 
     return one_token

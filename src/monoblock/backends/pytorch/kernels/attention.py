@@ -98,8 +98,8 @@ def prepare(scope: Scope, windows: Sequence[int | None], dtype: torch.dtype) -> 
     if dispatch.autocast(device):
         dtype = torch.get_autocast_dtype(device.type)
     for window in dict.fromkeys(windows):
-        own = scope if window is None else scope.narrowed(window, scope.index_k.shape[0])
-        own.blind()
+        own = scope if window is None else scope.with_window(window, scope.index_k.shape[0])
+        own.fully_masked()
         _mask(own, mask_dtype(dtype, device))
 
 
@@ -125,9 +125,9 @@ def _native(q_bhqd: Tensor, k_bgkd: Tensor, v_bgkd: Tensor, scope: Scope, kernel
 def fill_fully_masked(out_bhqd: Tensor, v_bgkd: Tensor, scope: Scope) -> Tensor:
     """Queries that see no key get equal weights on the keys that the spec says: the kernels agree on padding too, which
     a loss over all positions of a row (a span's) takes in."""
-    if (blind := scope.blind()) is None:
+    if (fully_masked := scope.fully_masked()) is None:
         return out_bhqd
-    return torch.where(blind, repeat_groups(scope.mean(v_bgkd), out_bhqd.shape[1]), out_bhqd)
+    return torch.where(fully_masked, repeat_groups(scope.mean(v_bgkd), out_bhqd.shape[1]), out_bhqd)
 
 
 def _one_query(q_bhqd: Tensor, k_bgkd: Tensor, v_bgkd: Tensor, scope: Scope, kernel: Kernel) -> Tensor:
@@ -189,9 +189,9 @@ def attend_eager(
     k_bhkd, v_bhkd = repeat_groups(k_bgkd, q_bhqd.shape[1]), repeat_groups(v_bgkd, q_bhqd.shape[1])
     bias = scope.bias(0, None, 0, None, torch.float32)
     weights = _weights(q_bhqd, k_bhkd, bias, kernel).to(v_bhkd.dtype)
-    if (blind := scope.blind()) is not None:
+    if (fully_masked := scope.fully_masked()) is not None:
         # By name, so that masked scores get no gradient.
-        weights = torch.where(blind, scope.equal_weights(weights.dtype), weights)
+        weights = torch.where(fully_masked, scope.equal_weights(weights.dtype), weights)
     return weights @ v_bhkd, weights
 
 

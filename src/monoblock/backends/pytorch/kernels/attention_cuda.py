@@ -1,6 +1,6 @@
 """Attention on CUDA: which of PyTorch's fused kernels runs, and what is done to the tensors so that it fits.
 
-    one new token                            memory-efficient kernel with a mask, the keys in pieces
+    one new token                            memory-efficient kernel with a mask, the keys in splits
     a prompt, 16 bits, causal or not         flash kernel, grouped heads as they are
     the same with ALiBi or padding           flash kernel, the bias in eight more channels of the heads
     fp32, windows, packed rows, chunks       `None`: attention.py's blocks of queries, each with its own mask
@@ -9,7 +9,7 @@
 Nothing is compiled. `attn_implementation="flex_attention"` (attention_flex.py) compiles one kernel for windows, caps
 and ALiBi alike.
 
-Shape suffixes: b batch, q queries, k keys, h heads, g key/value heads, r heads of a group, n pieces, d head width.
+Shape suffixes: b batch, q queries, k keys, h heads, g key/value heads, r heads of a group, n splits, d head width.
 """
 
 from __future__ import annotations
@@ -95,17 +95,17 @@ def bias_channels(scope: Scope, scale: float, q_bhqd: Tensor, k_bgkd: Tensor) ->
 
 def one_query(q_bhqd: Tensor, k_bgkd: Tensor, v_bgkd: Tensor, scope: Scope, scale: float) -> Tensor:
     """One query for each head, (b, h, 1, d). The heads of a group become queries of one key/value head; keys that lie
-    in one block of memory are read in pieces by many more multiprocessors than there are such heads."""
+    in one block of memory are read in splits by many more multiprocessors than there are such heads."""
     b, h, _, d = q_bhqd.shape
     g, keys = k_bgkd.shape[1], k_bgkd.shape[2]
     q_bgrd = q_bhqd.reshape(b, g, h // g, d)
     # What the kernel by its own name asks for, and the public function sees to.
     fits = k_bgkd.is_contiguous() and v_bgkd.is_contiguous() and d * q_bhqd.element_size() % 16 == 0
-    n = pieces(b * g, keys) if fits else 1
-    if (bias := scope.memo.get(f"{n} pieces")) is None:
+    n = kv_splits(b * g, keys) if fits else 1
+    if (bias := scope.memo.get(f"{n} splits")) is None:
         whole = scope.bias(0, 1, 0, keys, q_bhqd.dtype).expand(b, h, 1, keys)
         parts = whole.reshape(b, g, h // g, n, keys // n).transpose(2, 3)
-        bias = scope.memo[f"{n} pieces"] = parts.flatten(1, 2).contiguous()
+        bias = scope.memo[f"{n} splits"] = parts.flatten(1, 2).contiguous()
     if n == 1:
         out = F.scaled_dot_product_attention(q_bgrd, k_bgkd, v_bgkd, attn_mask=bias, scale=scale)
         return out.reshape(b, h, 1, d)
@@ -122,8 +122,8 @@ def one_query(q_bhqd: Tensor, k_bgkd: Tensor, v_bgkd: Tensor, scope: Scope, scal
     return whole.to(q_bhqd.dtype).reshape(b, h, 1, d)
 
 
-def pieces(heads: int, keys: int) -> int:
-    """In how many pieces the keys are read: a power of two that divides them and leaves masks aligned."""
+def kv_splits(heads: int, keys: int) -> int:
+    """In how many splits the keys are read: a power of two that divides them and leaves masks aligned."""
     count = 1
     while heads * count < BLOCKS and keys // (2 * count) >= FEWEST_KEYS and keys % (32 * count) == 0:
         count *= 2

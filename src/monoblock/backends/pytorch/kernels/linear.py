@@ -37,7 +37,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from monoblock import native
-from monoblock.backends.pytorch.kernels import dispatch, packed_cuda
+from monoblock.backends.pytorch.kernels import dispatch, quantized_cuda
 from monoblock.backends.pytorch.quantization import formats
 from monoblock.backends.pytorch.quantization.formats import QuantizedTensor
 from monoblock.native.abi import Matrix
@@ -61,7 +61,7 @@ ONEDNN = (
 class Linear(nn.Linear):
     """`nn.Linear`, faster on a CPU."""
 
-    joinable = True  # its product is `dense`, so that several side by side may be one
+    fusible = True  # its product is `dense`, so that several side by side may be one
 
     def forward(self, input: Tensor) -> Tensor:
         return product(input, self.weight, self.bias)(input, self.weight, self.bias)
@@ -98,7 +98,7 @@ def _fastest(x: Tensor, weight: Tensor, bias: Tensor | None) -> Callable[..., Te
 
 def _by_pairs(x: Tensor, inputs: int) -> bool:
     """Whether the native kernels are the fastest way for any number of rows of bfloat16."""
-    return x.dtype == torch.bfloat16 and native.multiplies_halves(inputs)
+    return x.dtype == torch.bfloat16 and native.has_bf16_gemm(inputs)
 
 
 def _bias_fits(bias: Tensor | None, outputs: int) -> bool:
@@ -198,12 +198,12 @@ class Product(torch.autograd.Function):
 # ---------------------------------------------------------------------------- several layers as one
 
 
-def joint(x: Tensor, part: Any, group: tuple[str, ...]) -> Tensor | None:
+def fused(x: Tensor, part: Any, group: tuple[str, ...]) -> Tensor | None:
     """The outputs (..., sum of outputs) of the linear layers of a group in one product; None where the layers must be
-    called one by one (see `Part.joint`)."""
+    called one by one (see `Part.fused`)."""
     if dispatch.transformed() or dispatch.autocast(x.device):
         return None
-    held = part.joint(group)
+    held = part.fused(group)
     if held is None:
         return None
     bias = held.get("bias")
@@ -259,7 +259,7 @@ class JointProduct(torch.autograd.Function):
     schema="(Tensor x, Tensor codes, Tensor? scale, Tensor? low, Tensor? bias, int bits, int group, int in_features)"
     " -> Tensor",
 )
-def packed_linear(
+def quantized_linear(
     x: Tensor,
     codes: Tensor,
     scale: Tensor | None,
@@ -274,7 +274,7 @@ def packed_linear(
 
 
 def quantized_dense(x: Tensor, matrix: QuantizedTensor, bias: Tensor | None) -> Tensor:
-    """`x @ matrix.T + bias`; `packed_linear`, bypassing the dispatcher for plain eager tensors. Function transforms,
+    """`x @ matrix.T + bias`; `quantized_linear`, bypassing the dispatcher for plain eager tensors. Function transforms,
     for which the operator has no rules, go through PyTorch's own operators."""
     if dispatch.differentiated():
         return formats.multiply(x, matrix, bias)
@@ -282,18 +282,18 @@ def quantized_dense(x: Tensor, matrix: QuantizedTensor, bias: Tensor | None) -> 
     trained = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
     if dispatch.readable(x, codes, scale, low) and not trained:
         return _quantized(x, matrix, bias)
-    return packed_linear(x, codes, scale, low, bias, *form)
+    return quantized_linear(x, codes, scale, low, bias, *form)
 
 
 def _quantized(x: Tensor, matrix: QuantizedTensor, bias: Tensor | None) -> Tensor:
     if x.is_cuda:
-        return packed_cuda.multiply(x, matrix, bias)
+        return quantized_cuda.multiply(x, matrix, bias)
     codes, scale, low, _, _, inputs = matrix
     fits = x.is_cpu and x.dtype in FORMATS and x.shape[-1] == inputs and codes.is_contiguous()
     fits = fits and (scale is None or scale.is_contiguous()) and (low is None or low.is_contiguous())
     if fits and x.numel() and codes.shape[0] and _bias_fits(bias, codes.shape[0]):
         library = native.library()
-        many = _by_pairs(x, inputs) if scale is None else native.multiplies_codes()
+        many = _by_pairs(x, inputs) if scale is None else native.has_int8_gemm()
         if library is not None and (many or x.numel() <= FEW * inputs):
             return _native(x, matrix, bias)
         if library is not None and scale is None:
@@ -320,7 +320,7 @@ def _bfloat16(library: Any, matrix: QuantizedTensor) -> Tensor:
     return weight
 
 
-@packed_linear.register_fake
+@quantized_linear.register_fake
 def _(x: Tensor, codes: Tensor, *_: Any) -> Tensor:
     return x.new_empty((*x.shape[:-1], codes.shape[0]))
 
@@ -342,4 +342,4 @@ def _packed_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     return to_x, None, None, None, to_bias, None, None, None
 
 
-packed_linear.register_autograd(_packed_backward, setup_context=_keep_packed)
+quantized_linear.register_autograd(_packed_backward, setup_context=_keep_packed)

@@ -28,12 +28,12 @@ def _write(
     q_ptr,
     k_ptr,
     v_ptr,
-    turned_ptr,
+    rotated_ptr,
     keys_ptr,
     values_ptr,
     cos_ptr,
     sin_ptr,
-    place_ptr,
+    position_ptr,
     q_row,
     k_row,
     v_row,
@@ -42,18 +42,18 @@ def _write(
     H: tl.constexpr,
     G: tl.constexpr,
     D: tl.constexpr,
-    TURNED: tl.constexpr,
+    ROTARY: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """One head of one row: of the H queries, the G keys, or the G values. The first TURNED channels are turned; heads
+    """One head of one row: of the H queries, the G keys, or the G values. The first ROTARY channels are rotated; heads
     lie one after the other, rows where their strides say."""
     row, head = tl.program_id(0), tl.program_id(1)
     c = tl.arange(0, WIDTH)
     real = c < D
-    slot = tl.load(place_ptr) % slots
+    slot = tl.load(position_ptr) % slots
     if head < H:
         at = q_ptr + row * q_row + head * D
-        to = turned_ptr + (row * H + head) * D + c
+        to = rotated_ptr + (row * H + head) * D + c
     elif head < H + G:
         at = k_ptr + row * k_row + (head - H) * D
         to = keys_ptr + ((row * G + head - H).to(tl.int64) * slots + slot) * D + c
@@ -61,31 +61,31 @@ def _write(
         at = v_ptr + row * v_row + (head - H - G) * D
         to = values_ptr + ((row * G + head - H - G).to(tl.int64) * slots + slot) * D + c
     x = tl.load(at + c, mask=real, other=0.0).to(tl.float32)
-    if TURNED > 0:
-        half = TURNED // 2
-        turns = c < tl.where(head < H + G, TURNED, 0)  # values are not
+    if ROTARY > 0:
+        half = ROTARY // 2
+        rotates = c < tl.where(head < H + G, ROTARY, 0)  # values are not
         partner = tl.where(c < half, c + half, c - half)
-        other = tl.load(at + partner, mask=turns, other=0.0).to(tl.float32)
-        cos = tl.load(cos_ptr + row * angle_row + c, mask=turns, other=1.0).to(tl.float32)
-        sin = tl.load(sin_ptr + row * angle_row + c, mask=turns, other=0.0).to(tl.float32)
+        other = tl.load(at + partner, mask=rotates, other=0.0).to(tl.float32)
+        cos = tl.load(cos_ptr + row * angle_row + c, mask=rotates, other=1.0).to(tl.float32)
+        sin = tl.load(sin_ptr + row * angle_row + c, mask=rotates, other=0.0).to(tl.float32)
         x = x * cos + tl.where(c < half, -other, other) * sin
     tl.store(to, x.to(to.dtype.element_ty), mask=real)
 
 
 @triton.jit
 def _partial(
-    turned_ptr,
+    rotated_ptr,
     keys_ptr,
     values_ptr,
     slopes_ptr,
     valid_ptr,
-    place_ptr,
+    position_ptr,
     out_ptr,
     log_ptr,
     scale,
     softcap,
     slots,
-    piece,
+    split_size,
     window,
     length,
     R: tl.constexpr,
@@ -99,29 +99,29 @@ def _partial(
     WINDOWED: tl.constexpr,
     PADDED: tl.constexpr,
 ):
-    """The R queries of a group over one piece of its slots."""
+    """The R queries of a group over one split of its slots."""
     group, part = tl.program_id(0), tl.program_id(1)
     row, first = group // G, (group % G) * R
     r, c = tl.arange(0, QUERIES), tl.arange(0, WIDTH)
     queries = (r[:, None] < R) & (c[None, :] < D)
-    q = tl.load(turned_ptr + (group * R + r[:, None]) * D + c[None, :], mask=queries, other=0.0)
-    place = tl.load(place_ptr)
+    q = tl.load(rotated_ptr + (group * R + r[:, None]) * D + c[None, :], mask=queries, other=0.0)
+    position = tl.load(position_ptr)
     slope = tl.zeros((QUERIES,), dtype=tl.float32)
     if ALIBI:
         slope = tl.load(slopes_ptr + first + r, mask=r < R, other=0.0)
     highest = tl.full((QUERIES,), -1e30, dtype=tl.float32)
     total = tl.zeros((QUERIES,), dtype=tl.float32)
     out = tl.zeros((QUERIES, WIDTH), dtype=tl.float32)
-    for start in range(0, piece, KEYS):
-        slot = part * piece + start + tl.arange(0, KEYS)
-        behind = (place - slot) % slots  # of both signs
+    for start in range(0, split_size, KEYS):
+        slot = part * split_size + start + tl.arange(0, KEYS)
+        behind = (position - slot) % slots  # of both signs
         behind = tl.where(behind < 0, behind + slots, behind)
-        there = (slot < slots) & (start + tl.arange(0, KEYS) < piece)
-        seen = there & (behind <= place)
+        there = (slot < slots) & (start + tl.arange(0, KEYS) < split_size)
+        seen = there & (behind <= position)
         if WINDOWED:
             seen = seen & (behind < window)
         if PADDED:
-            seen = seen & (tl.load(valid_ptr + row * length + place - behind, mask=seen, other=0) != 0)
+            seen = seen & (tl.load(valid_ptr + row * length + position - behind, mask=seen, other=0) != 0)
         at = (group.to(tl.int64) * slots + slot[:, None]) * D + c[None, :]
         k = tl.load(keys_ptr + at, mask=there[:, None] & (c[None, :] < D), other=0.0)
         v = tl.load(values_ptr + at, mask=there[:, None] & (c[None, :] < D), other=0.0)
@@ -137,24 +137,24 @@ def _partial(
         total = total * shrunk + tl.sum(weights, axis=1)
         out = out * shrunk[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
         highest = above
-    # A piece of which nothing is seen has a weight of 0 beside any other.
+    # A fully masked split has a weight of 0.
     some = tl.maximum(total, 1e-37)
-    pieces = tl.num_programs(1)
-    to = (group * R + r) * pieces + part
+    splits = tl.num_programs(1)
+    to = (group * R + r) * splits + part
     tl.store(log_ptr + to, highest + tl.log(some), mask=r < R)
     tl.store(out_ptr + to[:, None] * D + c[None, :], out / some[:, None], mask=queries)
 
 
 @triton.jit
-def _combine(out_ptr, log_ptr, y_ptr, pieces, D: tl.constexpr, WIDTH: tl.constexpr, PIECES: tl.constexpr):
+def _combine(out_ptr, log_ptr, y_ptr, splits, D: tl.constexpr, WIDTH: tl.constexpr, SPLITS: tl.constexpr):
     """One head of one row."""
     head = tl.program_id(0)
-    n, c = tl.arange(0, PIECES), tl.arange(0, WIDTH)
-    logs = tl.load(log_ptr + head * pieces + n, mask=n < pieces, other=-1e30)
+    n, c = tl.arange(0, SPLITS), tl.arange(0, WIDTH)
+    logs = tl.load(log_ptr + head * splits + n, mask=n < splits, other=-1e30)
     weights = tl.exp(logs - tl.max(logs, axis=0))
-    weights = tl.where(n < pieces, weights, 0.0)
-    real = (n[:, None] < pieces) & (c[None, :] < D)
-    out = tl.load(out_ptr + (head * pieces + n[:, None]) * D + c[None, :], mask=real, other=0.0)
+    weights = tl.where(n < splits, weights, 0.0)
+    real = (n[:, None] < splits) & (c[None, :] < D)
+    out = tl.load(out_ptr + (head * splits + n[:, None]) * D + c[None, :], mask=real, other=0.0)
     y = tl.sum(out * weights[:, None], axis=0) / tl.sum(weights, axis=0)
     tl.store(y_ptr + head * D + c, y.to(y_ptr.dtype.element_ty), mask=c < D)
 
@@ -165,7 +165,7 @@ def attention(
     v_bgsd: Tensor,
     keys_bgkd: Tensor,
     values_bgkd: Tensor,
-    place_1: Tensor,
+    position_1: Tensor,
     *,
     angles: tuple[Tensor, Tensor] | None,
     slopes_h: Tensor | None,
@@ -173,34 +173,34 @@ def attention(
     window: int | None,
     scale: float,
     softcap: float | None,
-    pieces: int,
+    splits: int,
 ) -> Tensor:
     """(b, 1, h * d) of one token (s = 1), whose keys and values are put into the slots. Heads of a row lie one after
     the other in q, k and v; `angles` are cos and sin (b or 1, 1, 1, channels); `valid_bl` is False for padding."""
     b, h, _, d = q_bhsd.shape
     g, slots = keys_bgkd.shape[1], keys_bgkd.shape[2]
     width = max(16, triton.next_power_of_2(d))
-    turned = q_bhsd.new_empty(b, h, d)
-    cos, sin = angles or (turned, turned)
+    rotated = q_bhsd.new_empty(b, h, d)
+    cos, sin = angles or (rotated, rotated)
     q, k, v = (_by_head(x) for x in (q_bhsd, k_bgsd, v_bgsd))
     _write[(b, h + 2 * g)](
-        *(q, k, v, turned, keys_bgkd, values_bgkd, cos, sin, place_1),
+        *(q, k, v, rotated, keys_bgkd, values_bgkd, cos, sin, position_1),
         *(q.stride(0), k.stride(0), v.stride(0), 0 if cos.shape[0] == 1 else cos.stride(0), slots),
         H=h,
         G=g,
         D=d,
-        TURNED=cos.shape[-1] if angles else 0,
+        ROTARY=cos.shape[-1] if angles else 0,
         WIDTH=width,
         num_warps=1,
     )
-    out = turned.new_empty(b * h, pieces, d, dtype=torch.float32)
-    logs = turned.new_empty(b * h, pieces, dtype=torch.float32)
-    _partial[(b * g, pieces)](
-        *(turned, keys_bgkd, values_bgkd),
+    out = rotated.new_empty(b * h, splits, d, dtype=torch.float32)
+    logs = rotated.new_empty(b * h, splits, dtype=torch.float32)
+    _partial[(b * g, splits)](
+        *(rotated, keys_bgkd, values_bgkd),
         # Pointers that are not read where there is no such tensor.
-        place_1 if slopes_h is None else slopes_h,
-        place_1 if valid_bl is None else valid_bl,
-        *(place_1, out, logs, scale, softcap or 1.0, slots, slots // pieces, window or 0),
+        position_1 if slopes_h is None else slopes_h,
+        position_1 if valid_bl is None else valid_bl,
+        *(position_1, out, logs, scale, softcap or 1.0, slots, slots // splits, window or 0),
         0 if valid_bl is None else valid_bl.shape[1],
         R=h // g,
         G=g,
@@ -214,9 +214,9 @@ def attention(
         PADDED=valid_bl is not None,
         num_warps=4,
     )
-    y = turned.new_empty(b, 1, h * d)
+    y = rotated.new_empty(b, 1, h * d)
     _combine[(b * h,)](
-        out, logs, y, pieces, D=d, WIDTH=width, PIECES=triton.next_power_of_2(pieces), num_warps=1
+        out, logs, y, splits, D=d, WIDTH=width, SPLITS=triton.next_power_of_2(splits), num_warps=1
     )
     return y
 

@@ -14,8 +14,8 @@ from monoblock.backends.pytorch.base import ModelBase
 from monoblock.backends.pytorch.parts import replace
 from monoblock.backends.pytorch.quantization import formats
 from monoblock.backends.pytorch.quantization.formats import QuantizedTensor
-from monoblock.backends.pytorch.quantization.modules import PackedMatrix, packed_module
-from monoblock.backends.pytorch.quantization.quantize import Packer, matrices
+from monoblock.backends.pytorch.quantization.modules import QuantizedMatrix, quantized_module
+from monoblock.backends.pytorch.quantization.quantize import Quantizer, matrices
 from monoblock.checkpoint import quantized
 from monoblock.checkpoint.keymap import Same, TensorSource, Transposed
 from monoblock.checkpoint.matching import LoadReport, match_tensors
@@ -54,7 +54,7 @@ def load(
         )
     parts = {name: quantized.component(store, name) for name in quantized.COMPONENTS}
     keymap, tied = quantized.by_rows(model.keymap()), tree.tied(model.spec, model.head_spec)
-    shapes, own = model.shapes(), {name: packed_source(s) for name, s in model.sources().items()}
+    shapes, own = model.shapes(), {name: quantized_source(s) for name, s in model.sources().items()}
     allowed = set(matrices(model))
     names = [c for c, s in own.items() if c.endswith(".weight") and s.names[0].rpartition(".")[0] in allowed]
     held = keymap.match(names, parts["codes"], tied).sources
@@ -72,8 +72,8 @@ def load(
     for canonical in held:
         here = own[canonical]
         where = device(here.names[0])
-        pieces = {
-            part: loading.pieces(
+        parameter_tensors = {
+            part: loading.parameter_tensors(
                 here, sources[canonical], parts[part], expected[part][canonical], kind, where
             )
             for part, kind in formats.DTYPES.items()
@@ -81,13 +81,13 @@ def load(
         }
         for i, name in enumerate(here.names):
             path = name.rpartition(".")[0]
-            tensors = {part: piece.parts[i] for part, piece in pieces.items()}
+            tensors = {part: piece.parts[i] for part, piece in parameter_tensors.items()}
             module = model.get_submodule(path)
             matrix = QuantizedTensor.of(tensors, how.group_size, shapes[canonical][1])
-            replace(model, path, packed_module(module, matrix, dtype))
-        for part, piece in pieces.items():
+            replace(model, path, quantized_module(module, matrix, dtype))
+        for part, piece in parameter_tensors.items():
             if piece.whole is not None:
-                loading.adopt(
+                loading.register_fused(
                     model, [f"{name.rpartition('.')[0]}.{part}" for name in here.names], piece.whole
                 )
     model.quantization_config = how
@@ -96,30 +96,30 @@ def load(
     return LoadReport(unused=unused, extra=extra)
 
 
-def packer(model: ModelBase, how: QuantizationConfig | None) -> Packer | None:
+def quantizer(model: ModelBase, how: QuantizationConfig | None) -> Quantizer | None:
     """What packs the model while it is loaded, if that is to be."""
     if isinstance(how, WeightOnlyConfig) and model.quantization_config is None:
-        return Packer(model, how)
+        return Quantizer(model, how)
     return None
 
 
-def packed_source(source: TensorSource) -> TensorSource:
+def quantized_source(source: TensorSource) -> TensorSource:
     """The parameters of a source as packed rows: those of a transposed matrix are its outputs, too."""
     return TensorSource(source.names, Same() if isinstance(source.op, Transposed) else source.op)
 
 
-def packed_modules(model: ModelBase) -> dict[str, PackedMatrix]:
+def quantized_modules(model: ModelBase) -> dict[str, QuantizedMatrix]:
     """The packed modules by name, tied ones once."""
     tied = {name.rpartition(".")[0] for name in model.tied()}
     found = model.named_modules()
-    return {name: m for name, m in found if isinstance(m, PackedMatrix) and name not in tied}
+    return {name: m for name, m in found if isinstance(m, QuantizedMatrix) and name not in tied}
 
 
 def file_state(model: ModelBase) -> dict[str, Tensor]:
     """The tensors of packed matrices as files hold them."""
     return {
         f"{name}.weight.{part}": tensor
-        for name, module in packed_modules(model).items()
+        for name, module in quantized_modules(model).items()
         for part, tensor in module.quantized.tensors().items()
     }
 

@@ -13,7 +13,7 @@ from monoblock.backends.pytorch.layers import Conv1D
 from monoblock.backends.pytorch.quantization.formats import QuantizedTensor
 
 
-class PackedMatrix(nn.Module):
+class QuantizedMatrix(nn.Module):
     """Buffers `codes`, `scale` (8 and 4 bits, else None) and `low` (4 bits, else None) of a matrix (rows, columns) that
     is not trained."""
 
@@ -73,12 +73,12 @@ class ReadOnlyCodes(Tensor):
         )
 
 
-class PackedLinear(PackedMatrix, nn.Linear):
+class QuantizedLinear(QuantizedMatrix, nn.Linear):
     """`x @ W.T + bias` with a packed W (out_features, in_features); gradients reach x and the bias, which stays as
     it was. An `nn.Linear`, so that adapters are put around it."""
 
     bias: nn.Parameter | None
-    joinable = True  # its product is `quantized_dense`, so that several side by side may be one
+    fusible = True  # its product is `quantized_dense`, so that several side by side may be one
 
     def __init__(self, matrix: QuantizedTensor, bias: Any = None, transposed: bool = False) -> None:
         """`transposed`: what it stands for keeps its weight inputs x outputs."""
@@ -105,7 +105,7 @@ class PackedLinear(PackedMatrix, nn.Linear):
         return quantized_dense(input, self.quantized, self.bias)
 
 
-class PackedEmbedding(PackedMatrix):
+class QuantizedEmbedding(QuantizedMatrix):
     """A table (num_embeddings, embedding_dim), of which the rows that are looked up are unpacked into `dtype`."""
 
     def __init__(self, matrix: QuantizedTensor, dtype: torch.dtype) -> None:
@@ -140,25 +140,25 @@ def matrix(module: nn.Module, weight: Tensor) -> Tensor:
     return weight.t() if isinstance(module, Conv1D) else weight
 
 
-def packed_module(module: nn.Module, matrix: QuantizedTensor, dtype: torch.dtype) -> PackedMatrix:
+def quantized_module(module: nn.Module, matrix: QuantizedTensor, dtype: torch.dtype) -> QuantizedMatrix:
     """What stands in a linear layer's or an embedding's place, with that matrix; it keeps the layer's bias."""
     if isinstance(module, nn.Embedding):
-        made: PackedMatrix = PackedEmbedding(matrix, dtype)
+        made: QuantizedMatrix = QuantizedEmbedding(matrix, dtype)
     else:
         assert isinstance(module, nn.Linear | Conv1D)
-        made = PackedLinear(matrix, module.bias, isinstance(module, Conv1D))
+        made = QuantizedLinear(matrix, module.bias, isinstance(module, Conv1D))
     return made.train(module.training)
 
 
-def plain_module(module: PackedMatrix, dtype: torch.dtype) -> Kind:
+def plain_module(module: QuantizedMatrix, dtype: torch.dtype) -> Kind:
     """The layer or embedding that the packed one stands for, its numbers in `dtype`."""
     weight = module.dequantize(dtype)
     with torch.device("meta"):
-        if isinstance(module, PackedLinear) and module.transposed:
+        if isinstance(module, QuantizedLinear) and module.transposed:
             made: Kind = Conv1D(module.in_features, module.out_features, bias=False)
             made.register_parameter("bias", module.bias)
             weight = weight.t()
-        elif isinstance(module, PackedLinear):
+        elif isinstance(module, QuantizedLinear):
             made = Linear(module.in_features, module.out_features, bias=False)
             made.register_parameter("bias", module.bias)
         else:
@@ -169,13 +169,13 @@ def plain_module(module: PackedMatrix, dtype: torch.dtype) -> Kind:
 
 def tied(table: nn.Module, layer: Any) -> Any:
     """The layer with the table's own matrix: one in memory, packed or not."""
-    if not isinstance(table, PackedMatrix):
+    if not isinstance(table, QuantizedMatrix):
         weight = table.get_parameter("weight")
-        if isinstance(layer, PackedMatrix):
+        if isinstance(layer, QuantizedMatrix):
             layer = plain_module(layer, weight.dtype)
         layer.weight = weight
         return layer
-    if isinstance(layer, PackedLinear):
+    if isinstance(layer, QuantizedLinear):
         layer.hold(table.quantized)
         return layer
-    return PackedLinear(table.quantized, layer.bias).train(layer.training)
+    return QuantizedLinear(table.quantized, layer.bias).train(layer.training)

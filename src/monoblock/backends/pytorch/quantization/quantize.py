@@ -16,7 +16,12 @@ from monoblock.backends.pytorch.base import ModelBase
 from monoblock.backends.pytorch.layers import Conv1D
 from monoblock.backends.pytorch.parts import GROUPS, Part, replace
 from monoblock.backends.pytorch.quantization import bitsandbytes, formats
-from monoblock.backends.pytorch.quantization.modules import PackedMatrix, matrix, packed_module, plain_module
+from monoblock.backends.pytorch.quantization.modules import (
+    QuantizedMatrix,
+    matrix,
+    plain_module,
+    quantized_module,
+)
 from monoblock.quantization import LOSSLESS, QuantizationConfig, WeightOnlyConfig
 
 # Of the token embedding and the projection to the vocabulary, by those of the blocks.
@@ -31,7 +36,7 @@ def quantize(model: ModelBase, how: QuantizationConfig) -> None:
     if model.quantization_config is not None:
         raise ValueError("the model's weights are quantised already: call its dequantize() first")
     if isinstance(how, WeightOnlyConfig):
-        Packer(model, how).finish()
+        Quantizer(model, how).finish()
         return
     blocks = [name for name in matrices(model) if name not in _vocabulary(model)]
     kept = _kept(model, blocks, how.llm_int8_skip_modules or ())
@@ -51,13 +56,13 @@ def dequantize(model: ModelBase) -> None:
     dtype = model.dtype
     for name, module in list(model.named_modules()):
         # What is tied to the embedding follows it.
-        if isinstance(module, PackedMatrix) and f"{name}.weight" not in model.tied():
+        if isinstance(module, QuantizedMatrix) and f"{name}.weight" not in model.tied():
             replace(model, name, plain_module(module, dtype))
     model.tie_weights()
     model.quantization_config = None
 
 
-class Packer:
+class Quantizer:
     """Packs the matrices of a model as they come; those that are there already in `finish`."""
 
     def __init__(self, model: ModelBase, how: WeightOnlyConfig) -> None:
@@ -89,10 +94,10 @@ class Packer:
             return
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
-        replace(self.model, name, packed_module(module, quantized, tensor.dtype))
+        replace(self.model, name, quantized_module(module, quantized, tensor.dtype))
         owner = self.model.get_submodule(name.rpartition(".")[0])
         if isinstance(owner, Part):
-            owner.lay()  # at once, so that the memory of the single tensors is free for the next ones
+            owner.fuse_groups()  # at once, so that the memory of the single tensors is free for the next ones
         self.unreturned += tensor.numel()
         if self.unreturned > RETURN_AFTER:
             self.unreturned = 0
@@ -102,20 +107,20 @@ class Packer:
         """Pack what is there and has not been packed."""
         for name in list(self.bits):
             module = self.model.get_submodule(name)
-            if not isinstance(module, PackedMatrix):
+            if not isinstance(module, QuantizedMatrix):
                 self.put(f"{name}.weight", module.get_parameter("weight"))
         self._unpack_mixed()
         self.model.tie_weights()
-        self.model.lay_all()
+        self.model.fuse_weights()
         self.model.quantization_config = self.how
 
     def _unpack_mixed(self) -> None:
         """Where one of the matrices that kernels take as one did not fit, the others stay as they are too."""
         for group in _groups(self.model) if self.how.bits == LOSSLESS else ():
             members = {name: self.model.get_submodule(name) for name in group}
-            if len({isinstance(member, PackedMatrix) for member in members.values()}) > 1:
+            if len({isinstance(member, QuantizedMatrix) for member in members.values()}) > 1:
                 for name, member in members.items():
-                    if isinstance(member, PackedMatrix):
+                    if isinstance(member, QuantizedMatrix):
                         replace(self.model, name, plain_module(member, torch.bfloat16))
 
 
@@ -134,20 +139,20 @@ def _malloc_trim() -> Any:
 def matrices(model: ModelBase) -> dict[str, nn.Module]:
     """The modules that may be packed, by name: the matrices of the blocks, the token embedding, and the projection to
     the vocabulary."""
-    found: dict[str, nn.Module] = {model.place("embed"): model.get_input_embeddings()}
-    layers = model.place("layers")
+    found: dict[str, nn.Module] = {model.module_path("embed"): model.get_input_embeddings()}
+    layers = model.module_path("layers")
     for name, module in model.get_submodule(layers).named_modules(prefix=layers):
-        if isinstance(module, nn.Linear | Conv1D | PackedMatrix) and ".lora_" not in name:
+        if isinstance(module, nn.Linear | Conv1D | QuantizedMatrix) and ".lora_" not in name:
             found[name] = module
     if (out := model.get_output_embeddings()) is not None:
-        found[model.place("head_out")] = out
+        found[model.module_path("head_out")] = out
     return found
 
 
 def _vocabulary(model: ModelBase) -> set[str]:
     """The names of the matrices that have a row for each token."""
-    return {model.place("embed")} | (
-        {model.place("head_out")} if model.get_output_embeddings() is not None else set()
+    return {model.module_path("embed")} | (
+        {model.module_path("head_out")} if model.get_output_embeddings() is not None else set()
     )
 
 

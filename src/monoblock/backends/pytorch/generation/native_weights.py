@@ -12,7 +12,7 @@ from monoblock.backends.pytorch.base import ModelBase
 from monoblock.backends.pytorch.kernels import low_rank
 from monoblock.backends.pytorch.kernels.linear import native_matrix
 from monoblock.backends.pytorch.layers import Conv1D
-from monoblock.backends.pytorch.quantization.modules import PackedMatrix
+from monoblock.backends.pytorch.quantization.modules import QuantizedMatrix
 from monoblock.native.abi import Adapters, LayerWeights, LowRank, Matrix, ModelWeights, NormWeights
 from monoblock.positions import inverse_frequencies
 from monoblock.spec import ACTIVATIONS, Alibi, ArchSpec, Learned, Rotary
@@ -20,11 +20,11 @@ from monoblock.spec import ACTIVATIONS, Alibi, ArchSpec, Learned, Rotary
 
 def common_dtype(model: ModelBase) -> torch.dtype:
     """The type of what is never packed."""
-    name = model.place("norm1", 0)
+    name = model.module_path("norm1", 0)
     return model.get_submodule(name).get_parameter("weight").dtype
 
 
-class Weights:
+class NativeWeights:
     """A model's weights as the library's structures, which point to where they lie."""
 
     def __init__(self, model: ModelBase) -> None:
@@ -37,7 +37,7 @@ class Weights:
         self._arrays = _constants(spec)
         numbers = _numbers(spec) | {
             "qk_norm_by_head": spec.attention.qk_norm is not None and spec.attention.qk_norm.span == "head",
-            "qkv_by_head": "qkv_by_head" in model.places,
+            "qkv_by_head": "qkv_by_head" in model.module_paths,
             "bf16": self.bf16,
         }
         learned = model.at("pos_embed") if spec.position(Learned) else None
@@ -142,7 +142,7 @@ def _constants(spec: ArchSpec) -> dict[str, np.ndarray[Any, Any]]:
 def _matrix(module: Any) -> Matrix:
     module = low_rank.base(module)
     bias = getattr(module, "bias", None)
-    if isinstance(module, PackedMatrix):
+    if isinstance(module, QuantizedMatrix):
         return native_matrix(module.quantized, bias)
     return native_matrix(module.weight.t() if isinstance(module, Conv1D) else module.weight, bias)
 

@@ -5,7 +5,7 @@
 #include <type_traits>
 #include <utility>
 
-#include "numbers.hpp"
+#include "simd.hpp"
 
 namespace matrices {
 

@@ -1,4 +1,4 @@
-"""The types of the fields in a tokenizer's files; fields that are not listed may hold anything, and are kept."""
+"""Types of the fields in a tokenizer's files; unlisted fields may have any type, and are kept."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from monoblock.errors import FieldError
 from monoblock.field_types import brief, checked, checked_fields, declared, in_file
 
 Token = str | AddedToken
-OWNER = "tokenizer"  # before a field's name in errors
-MOST_ID = 2**32 - 1  # of a token, in the backend
+OWNER = "tokenizer"  # prefix of field names in error messages
+MOST_ID = 2**32 - 1  # maximum of a token id in the backend
 
 
 class AddedFields(TypedDict, total=False):
@@ -35,7 +35,7 @@ class TemplateFields(TypedDict, total=False):
 
 
 class ConfigFields(TypedDict, total=False):
-    """tokenizer_config.json, its tokens as objects; the same names are arguments of the constructor."""
+    """tokenizer_config.json, with tokens as objects; the same names are arguments of the constructor."""
 
     tokenizer_class: str | None
     bos_token: Token | None
@@ -66,18 +66,18 @@ class ConfigFields(TypedDict, total=False):
     original: bool | None
 
 
-def config_checked(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    """The content of tokenizer_config.json, its tokens made objects; FieldError names the file and the field."""
+def check_config(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """The content of tokenizer_config.json, with tokens as objects; FieldError names the file and the field."""
     with in_file(path):
-        made = {name: _with_tokens(name, value) for name, value in config.items()}
+        fields = {name: _with_tokens(name, value) for name, value in config.items()}
         for name in ("model_max_length", "max_len"):
-            if name in made:
-                made[name] = length(name, made[name])
-        return checked_fields(OWNER, made, declared(ConfigFields))
+            if name in fields:
+                fields[name] = length(name, fields[name])
+        return checked_fields(OWNER, fields, declared(ConfigFields))
 
 
 def _with_tokens(name: str, value: Any) -> Any:
-    """Tokens are written as objects marked `"__type": "AddedToken"`."""
+    """Converts objects marked `"__type": "AddedToken"`, at any depth."""
     if isinstance(value, dict):
         fields = cast("dict[str, Any]", value)
         if fields.get("__type") == "AddedToken":
@@ -89,15 +89,15 @@ def _with_tokens(name: str, value: Any) -> Any:
 
 
 def length(name: str, value: Any) -> int | None:
-    """A length in tokens; 1e30 and the like mean that there is no limit."""
+    """A length in tokens; 1e30 and similar values stand for no limit."""
     whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
     if value is None or (whole and not isinstance(value, bool) and value > 0):
         return None if value is None else int(value)
-    raise FieldError(f"{OWNER}.{name} must be a whole number above 0 or None, got {brief(value)}", name)
+    raise FieldError(f"{OWNER}.{name} must be an integer above 0 or None, got {brief(value)}", name)
 
 
 def added(name: str, token: Any) -> AddedToken:
-    """An added token, or its fields as files write them; `name`: of the field that it stands in."""
+    """An added token, from itself or from its fields in a file; `name`: of the containing field."""
     if isinstance(token, AddedToken):
         return token
     fields = checked(OWNER, name, token, AddedFields)
@@ -109,7 +109,7 @@ def added(name: str, token: Any) -> AddedToken:
 
 
 def token_id(name: str, value: Any) -> int:
-    """The id of a token; as a key of JSON it is a string."""
+    """The id of a token; as a JSON key it is a string."""
     if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) < 12:
         value = int(value)
     found = checked(OWNER, name, value, int)

@@ -5,7 +5,7 @@
 #include <cmath>
 #include <cstdint>
 
-#include "functions.hpp"
+#include "vector_math.hpp"
 
 namespace prompt {
 

@@ -1,6 +1,6 @@
 """Products with packed matrices on CUDA: a Triton kernel for few rows, which reads codes and unpacks them in registers.
 
-Imported by packed_cuda.py, where Triton is installed. formats.py has the formats; block sizes are guesses, since no
+Imported by quantized_cuda.py, where Triton is installed. formats.py has the formats; block sizes are guesses, since no
 GPU was at hand to tune them on.
 """
 

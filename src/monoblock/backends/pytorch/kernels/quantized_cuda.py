@@ -25,9 +25,9 @@ def kernel() -> Callable[..., Tensor] | None:
     """The Triton kernel for few rows; None where Triton is not installed."""
     if importlib.util.find_spec("triton") is None:
         return None
-    from monoblock.backends.pytorch.kernels import triton_packed
+    from monoblock.backends.pytorch.kernels import triton_quantized
 
-    return triton_packed.few_rows
+    return triton_quantized.few_rows
 
 
 def multiply(x: Tensor, matrix: QuantizedTensor, bias: Tensor | None) -> Tensor:
