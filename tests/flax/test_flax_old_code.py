@@ -191,7 +191,7 @@ def test_sampling_and_ends_under_jit() -> None:
 @pytest.mark.parametrize(
     ("more", "sentence"),
     [
-        ({"num_beams": 2}, "searches no beams"),
+        ({"num_beams": 2}, "does not support beam search"),
         ({"position_ids": np.zeros((4, 14), int)}, "not position_ids"),
         ({"logits_processor": [lambda ids, scores: scores]}, "need the host between tokens"),
         ({"trace": False}, "need the host between tokens"),

@@ -304,11 +304,11 @@ WRONG: dict[str, tuple[type[Exception], dict[str, Any]]] = {
         {"input_ids": IDS, "labels": IDS},
     ),
     r"no argument 'use_cache': .*init_cache": (TypeError, {"input_ids": IDS, "use_cache": True}),
-    r"no argument 'attn_mask'; beside those of its signature it takes: inputs_embeds": (
+    r"no argument 'attn_mask'; the further inputs are: inputs_embeds": (
         TypeError,
         {"input_ids": IDS, "attn_mask": IDS},
     ),
-    r"train=True drops out at random: give dropout_rng": (ValueError, {"input_ids": IDS, "train": True}),
+    r"train=True applies dropout: give dropout_rng": (ValueError, {"input_ids": IDS, "train": True}),
 }
 
 

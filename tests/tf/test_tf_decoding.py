@@ -235,14 +235,14 @@ def test_a_prompt_in_chunks(
     def inside(ids: Any) -> Any:
         return model.generate(ids, prefill_chunk_size=6, **ASKED)
 
-    with pytest.raises(ValueError, match="prefill_chunk_size goes into generate"):
+    with pytest.raises(ValueError, match="prefill_chunk_size is not supported inside"):
         inside(tf.constant(ids))
 
 
 REASONS = {
     "cache_implementation": "the caches of the TF classes are 'dynamic' and 'static'",
     "compile_config": "jit_compile= and disable_compile= say what TensorFlow compiles",
-    "synced_gpus": "generation across processes is not built",
+    "synced_gpus": "generation across processes is not supported",
 }
 
 
@@ -263,7 +263,7 @@ def test_what_is_wrong_is_told(model: Any, pairs: Pairs) -> None:
             {"cache_implementation": "static", "max_cache_len": 9},
             "the static cache holds 9 tokens and 14 may come",
         ),
-        ({"seed": (1, 2, 3)}, "seed must be a whole number or two of them"),
+        ({"seed": (1, 2, 3)}, "seed must be one or two integers"),
         (
             {"generator": tf.random.Generator.from_seed(1), "seed": 1},
             "generate() got both seed and generator: pass one",

@@ -111,7 +111,7 @@ class FlaxGenerationMixin(runner.XlaGenerationMixin):
         ids_only = arguments.get("return_dict_in_generate") is False
         if is_traced(inputs, arguments, params, prng_key):
             traced = TracedRunner(FlaxRunner(self, params), inputs, arguments)
-            ids = loop.generate(traced, None, generation_config, **traced.stand_ins())
+            ids = loop.generate(traced, None, generation_config, **traced.placeholders())
             return ids if ids_only else FlaxGenerateOutput(sequences=ids)
         plain = _ids if ids_only else FlaxGenerateOutput
         prompts = (inputs, arguments.get("input_ids"), arguments.get("inputs_embeds"))

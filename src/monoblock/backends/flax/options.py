@@ -37,7 +37,7 @@ class LoadOptions(options.LoadOptions):
     native: ClassVar[Kind] = "msgpack"
     refused: ClassVar[Mapping[str, str]] = {
         "torch_dtype": TORCH_DTYPE,
-        "device_map": "mesh= places the parameters on devices",
+        "device_map": "mesh= shards the parameters over devices",
         "quantization_config": QUANTISED,
         "load_in_4bit": QUANTISED,
         "load_in_8bit": QUANTISED,

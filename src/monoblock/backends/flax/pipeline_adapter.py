@@ -21,7 +21,7 @@ NO_PARAMS = "a pipeline needs a model with params: make it without _do_init=Fals
 
 
 class Adapter:
-    """Runs a Flax model on lists of ids: places its parameters on a device, and returns NumPy arrays.
+    """Runs a Flax model on lists of ids: moves its parameters to a device, and returns NumPy arrays.
 
     To limit the number of compiled shapes, `run` rounds the number of tokens up to a bucket and the number of rows to
     1, 2, 3, 4, 6, 8, 12, ... `generate` has separate buckets for tokens.

@@ -1,4 +1,4 @@
-"""Pure functions on TensorFlow tensors: activations, positions, and ranges of open size.
+"""Pure functions on TensorFlow tensors: activations, positions, and slices of dynamic size.
 
 Shape suffixes: b batch, q queries, k keys, h heads, d head width.
 """
@@ -17,12 +17,12 @@ from monoblock import positions
 from monoblock.positions import inverse_frequencies, is_dynamic, past_position_buckets, steps
 from monoblock.spec import Buckets, RopeScaling, Rotary
 
-Tensor = Any  # tf.Tensor, for which TensorFlow ships no types
-Size = Any  # an int, or a scalar tensor where a graph leaves an axis open
+Tensor = Any  # tf.Tensor; TensorFlow ships no types
+Size = Any  # an int, or a scalar tensor for a dynamic axis
 
 ACT: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": lambda x: tf.nn.gelu(x, approximate=False),
-    # TensorFlow's own takes eight times as long on CPUs: it has pow(x, 3).
+    # tf.nn.gelu takes eight times as long on CPUs, as it computes pow(x, 3).
     "gelu_tanh": lambda x: 0.5 * x * (1.0 + tf.tanh(math.sqrt(2 / math.pi) * x * (1.0 + 0.044715 * x * x))),
     "quick_gelu": lambda x: x * tf.sigmoid(1.702 * x),
     "relu": tf.nn.relu,
@@ -35,18 +35,17 @@ LOWEST = float(np.finfo(np.float32).min)
 
 
 def size(x: Tensor, axis: int) -> Size:
-    """The size of an axis: an int where it is known, else a scalar tensor."""
-    known = x.shape[axis]
-    return tf.shape(x)[axis] if known is None else known
+    """The size of an axis: an int if it is static, else a scalar tensor."""
+    static = x.shape[axis]
+    return tf.shape(x)[axis] if static is None else static
 
 
-def dropped(x: Tensor, rate: float, seed: Tensor | None, place: int) -> Tensor:
-    """Dropout whose mask depends on the call's seed and the place alone, so that a backward pass that computes a block
-    again draws the same one. Without a seed, or at rate 0, nothing drops."""
+def dropped(x: Tensor, rate: float, seed: Tensor | None, index: int) -> Tensor:
+    """Dropout whose mask depends only on the call's seed and the dropout layer's index, so that gradient checkpointing
+    recomputes the same mask. Without a seed or at rate 0, the identity."""
     if seed is None or not rate:
         return x
-    own = tf.random.fold_in(seed, place)
-    return tf.nn.experimental.stateless_dropout(x, rate, seed=own)
+    return tf.nn.experimental.stateless_dropout(x, rate, seed=tf.random.fold_in(seed, index))
 
 
 # ---------------------------------------------------------------------------- positions
@@ -96,22 +95,22 @@ def relative_position_bucket(distance: Tensor, count: int, max_distance: int) ->
 
 @functools.lru_cache(maxsize=8)
 def buckets_of(count: int, buckets: Buckets) -> np.ndarray[Any, Any]:
-    """The buckets (count, count) of the distances in a text, as a constant: XLA would look them up for each query
+    """The buckets (count, count) of the distances in a sequence, as a constant: XLA would gather them for each query
     and key of every head in every layer."""
-    place = np.arange(count)
-    return positions.relative_position_bucket(place[None, :] - place[:, None], buckets)
+    index = np.arange(count)
+    return positions.relative_position_bucket(index[None, :] - index[:, None], buckets)
 
 
 def biases(table: Tensor, buckets_qk: Any) -> Tensor:
-    """The biases (1, h, q, k) of buckets, from their table (count, h)."""
+    """The biases (1, h, q, k) of the buckets, from their embedding `table` (count, h)."""
     return tf.transpose(tf.gather(tf.cast(table, tf.float32), buckets_qk), (2, 0, 1))[None]
 
 
-# ---------------------------------------------------------------------------- ranges of open size
+# ---------------------------------------------------------------------------- slices of dynamic size
 
 
 def cut(x: Tensor | None, first: Size, count: Size, axis: int) -> Tensor | None:
-    """`count` entries of an axis from `first` on, either of which a graph may leave open."""
+    """`count` entries of an axis from `first`; both may be dynamic."""
     if x is None:
         return None
     axis %= len(x.shape)
@@ -120,7 +119,7 @@ def cut(x: Tensor | None, first: Size, count: Size, axis: int) -> Tensor | None:
 
 
 def after(x: Tensor | None, first: Size, count: Size, axis: int) -> Tensor | None:
-    """`cut` for a `first` that the call brings: XLA would compile a slice anew for each, and a gathering once."""
+    """`cut` with a dynamic `first`: XLA would compile a slice for each value, but compiles a gather once."""
     if x is None or isinstance(first, int):
         return cut(x, first, count, axis)
     return tf.gather(x, first + tf.range(count), axis=axis)
