@@ -99,8 +99,8 @@ class Serving(Configured, keras.Model):
         """Called by `TFLiteConverter.from_keras_model`; ValueError."""
         del dynamic_batch
         raise ValueError(
-            "from_keras_model has no static lengths: give export() an input_signature with static shapes, and its folder "
-            "to TFLiteConverter.from_saved_model"
+            "from_keras_model has no static lengths: give export() an input_signature with static shapes, and its "
+            "folder to TFLiteConverter.from_saved_model"
         )
 
     def save_signatures(self, folder: str | Path, signatures: Any = None) -> None:
