@@ -349,7 +349,7 @@ def test_chunks_that_the_call_asks_for(monkeypatch: pytest.MonkeyPatch) -> None:
         mpt_model("rope, dynamic").generate(batch("none")[0], prefill_chunk_size=5, **ASKED)
     for asked in ("output_attentions=True", "use_cache=False"):
         name, value = asked.split("=")
-        with pytest.raises(ValueError, match=f"prefill_chunk_size=5 does not go with {asked}"):
+        with pytest.raises(ValueError, match=f"prefill_chunk_size=5 cannot be combined with {asked}"):
             module.generate(ids, prefill_chunk_size=5, **{**given, name: value == "True"})
 
 
