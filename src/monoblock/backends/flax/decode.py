@@ -123,7 +123,7 @@ class FlaxGenerationMixin(runner.XlaGenerationMixin):
     def prepare_inputs_for_generation(
         self, input_ids: Any, max_length: int, attention_mask: Any = None
     ) -> dict[str, Any]:
-        """Inputs, besides the ids, of the prefill (batch, tokens) in a custom decoding loop: an empty cache for
+        """Inputs, in addition to the ids, of the prefill (batch, tokens) in a custom decoding loop: an empty cache for
         `max_length` tokens, a mask (batch, max_length), and position ids."""
         batch, count = jnp.shape(input_ids)
         mask = jnp.ones((batch, max_length), jnp.int32)

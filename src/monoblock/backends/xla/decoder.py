@@ -209,7 +209,7 @@ class CachedDecoder:
             self.used = int(positions.max()) + 1 - (learned.offset if learned else 0)
 
     def next_inputs(self, count: int = 1) -> dict[str, Any]:
-        """Inputs, besides the tokens, of a pass over the last `count` tokens."""
+        """Inputs, in addition to the tokens, of a pass over the last `count` tokens."""
         given = dict(self.given)
         if "token_type_ids" in given and count > 1:
             given["token_type_ids"] = given["token_type_ids"].repeat(count, axis=1)
