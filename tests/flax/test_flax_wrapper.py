@@ -123,7 +123,7 @@ def test_without_parameters_of_its_own() -> None:
     kept = flax_model(NAME)
     model = monoblock.FlaxGPTNeoForCausalLM(config_of(NAME), _do_init=False)
     for use in (lambda: model.params, lambda: model(ids_of())):
-        with pytest.raises(ValueError, match=r"_do_init=False: keep them yourself.* pass them"):
+        with pytest.raises(ValueError, match=r"_do_init=False and has no params.* pass them"):
             use()
     with pytest.raises(ValueError, match="has no params"):
         model.params = kept.params
@@ -298,7 +298,7 @@ WRONG: dict[str, tuple[type[Exception], dict[str, Any]]] = {
         {"input_ids": IDS, "past_key_values": {}},
     ),
     r"sequence_id would have no effect": (ValueError, {"input_ids": IDS, "sequence_id": IDS}),
-    r"logits_to_keep must be how many": (ValueError, {"input_ids": IDS, "logits_to_keep": -1}),
+    r"logits_to_keep must be the number": (ValueError, {"input_ids": IDS, "logits_to_keep": -1}),
     r"no argument 'labels': model.compute_loss\(outputs, labels=...\) gives the loss": (
         TypeError,
         {"input_ids": IDS, "labels": IDS},
