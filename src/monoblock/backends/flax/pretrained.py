@@ -290,10 +290,12 @@ class FlaxPreTrainedModel(Parameters, Sharded, Training, FlaxGenerationMixin):
 
             if safe_serialization:
                 tensors = loading.file_tensors(leaf_arrays, leaves, values)
-                save_tensors(folder, tensors, framework="np", max_shard_size=max_shard_size, beside=texts)
+                save_tensors(
+                    folder, tensors, framework="np", max_shard_size=max_shard_size, extra_files=texts
+                )
             else:
                 arrays = loading.leaf_tensors(leaf_arrays, values)
-                save_msgpack(folder, arrays, max_shard_size=max_shard_size, beside=texts)
+                save_msgpack(folder, arrays, max_shard_size=max_shard_size, extra_files=texts)
 
         write_once(list(leaf_arrays.values()), write)
 

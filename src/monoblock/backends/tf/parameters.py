@@ -13,7 +13,7 @@ from monoblock.backends.tf import loading
 from monoblock.backends.tf.layers import Tied
 from monoblock.backends.tf.loading import DTYPES, IN_FILES, Array, StoredVariable
 from monoblock.backends.tf.parts import layers_of
-from monoblock.checkpoint.array_adapters import HUB_NAMES
+from monoblock.checkpoint.array_adapters import SAFETENSORS_DTYPES
 from monoblock.checkpoint.keymap import KeyMap, TensorSource
 from monoblock.checkpoint.matching import LoadReport
 from monoblock.checkpoint.save import LazyTensor
@@ -97,7 +97,9 @@ class Parameters:
         """Lazy NumPy tensors by transformers' parameter names, tied ones once; calling one returns its array."""
         self._check_not_quantized("saved under transformers' names")
         return {
-            name: LazyTensor(dtype=HUB_NAMES[stored.variable.dtype], shape=stored.shape, make=stored.read)
+            name: LazyTensor(
+                dtype=SAFETENSORS_DTYPES[stored.variable.dtype], shape=stored.shape, make=stored.read
+            )
             for name, stored in self.stored_variables().items()
             if name not in self.unsaved
         }
