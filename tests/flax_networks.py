@@ -22,7 +22,7 @@ def canonical_of(tree: Mapping[str, Any], model: Any) -> dict[str, np.ndarray]:
     for canonical, group in model.groups.items():
         found[canonical] = np.empty(model.canonical_shapes()[canonical], np.float32)
         for view, leaf in zip(group.op.views(found[canonical]), group.leaves, strict=True):
-            view[...] = leaf.of_hub(np.asarray(leaves[leaf.path])).reshape(view.shape)
+            view[...] = leaf.convert(np.asarray(leaves[leaf.path])).reshape(view.shape)
     return found
 
 
@@ -31,7 +31,7 @@ def network_of(module: Any) -> tuple[Network, dict[str, Any]]:
     layout, leaves = module.family.layout(module.config, module.row), {}
     for group in loading.groups(module.keymap(), module.shapes(), layout).values():
         for leaf in group.leaves:
-            leaves[leaf.path] = jnp.asarray(leaf.of_hub(module.get_parameter(leaf.name).detach().numpy()))
+            leaves[leaf.path] = jnp.asarray(leaf.convert(module.get_parameter(leaf.name).detach().numpy()))
     return Network(layout, module.spec, module.head_spec), loading.nested(leaves)
 
 

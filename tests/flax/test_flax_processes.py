@@ -155,7 +155,7 @@ def test_processes_without_a_part_are_told(found: dict[str, Any]) -> None:
     assert "local" not in found[0]
     assert (found["folder"] / "local" / "model.safetensors").is_file()
     assert str(found[1]["local"]).startswith(
-        "the parameters lie on devices of 1 of 2 processes: save from a mesh"
+        "the parameters are on devices of 1 of 2 processes: save from a mesh"
     )
 
 
