@@ -1,4 +1,4 @@
-"""TensorFlow models with the weights of PyTorch ones, and inputs for both."""
+"""TensorFlow models with the weights of PyTorch models, and inputs for both."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ torch.set_num_threads(1)
 
 
 def pair(name: str, folder: Path, **more: Any) -> tuple[Any, Any]:
-    """A random model on PyTorch, and on TensorFlow from its files."""
+    """A random PyTorch model, and the TensorFlow model loaded from its checkpoint."""
     theirs = reference(name, **more)
     return theirs, tf_copy(theirs, folder)
 
 
 def tf_copy(theirs: Any, folder: Path) -> Any:
-    """A PyTorch model's files, read by the TF class."""
+    """Saves a PyTorch model and loads it with the TensorFlow class."""
     theirs.save_pretrained(folder)
     return make_class("TF" + theirs.row.name).from_pretrained(folder)
 
 
 def model(name: str, **more: Any) -> Any:
-    """A random TF model; weights as wide as the others', so that everything acts."""
+    """A random TensorFlow model, with weights of the same distribution as `helpers.randomised`."""
     made = make_class("TF" + name)(family_of(name).config(**{**fields(name), **more}))
     generator = np.random.default_rng(0)
     for variable in made.trainable_variables:
@@ -42,12 +42,12 @@ def model(name: str, **more: Any) -> Any:
 
 
 def shallow(name: str, **more: Any) -> Any:
-    """A random TF model of one layer, for what does not depend on their number: traces are short."""
+    """A random one-layer TensorFlow model, which is faster to trace."""
     return model(name, **tiny_families.ONE_LAYER[family_of(name).name], **more)
 
 
 def rounding_bound(theirs: Any, out: Any) -> float:
-    """How far TensorFlow may be from a PyTorch model's output, which has the hidden states."""
+    """The bound on TensorFlow's difference from a PyTorch output with hidden states."""
     assert "hidden_states" in out
     return rounding(theirs.spec, out)
 
@@ -59,8 +59,8 @@ def close(
 
 
 def file_gradients(model: Any, gradients: list[Any]) -> dict[str, np.ndarray]:
-    """Gradients of `model.trainable_variables` by their names in files, laid as PyTorch has them; without those of what
-    the call did not use."""
+    """Gradients of `model.trainable_variables` by checkpoint name, in PyTorch's layout; without variables that have no
+    gradient."""
     found = {id(v): g for v, g in zip(model.trainable_variables, gradients, strict=True) if g is not None}
     return {
         name: slot.laid(tf.convert_to_tensor(found[id(slot.variable)]).numpy())

@@ -102,7 +102,9 @@ class CallsContract(Contract):
     def test_caches_that_do_not_fit_raise(self, pair: Pair) -> None:
         model = pair(NAME)[1]
         past = model(IDS, past_key_values=model.init_cache(2, 8)).past_key_values
-        with pytest.raises(ValueError, match="the cache holds 8 tokens: 6 are in it and 6 more came"):
+        with pytest.raises(
+            ValueError, match="the cache has room for 8 tokens: 6 are cached and the input has 6"
+        ):
             model(IDS, past_key_values=past)
         with pytest.raises(ValueError, match="past_key_values hold 2 rows, and the input has 1"):
             model(IDS[:1], past_key_values=past)

@@ -31,7 +31,7 @@ INVALID: list[tuple[dict[str, Any], str]] = [
     ({"cache_implementation": "quantized"}, "cache_implementation='quantized'"),
     (
         {"cache_implementation": "static", "max_cache_len": 9},
-        "the static cache holds 9 tokens and 14 may come",
+        "the static cache has room for 9 tokens and up to 14 are needed",
     ),
     ({"token_type_ids": ids_of(1, 7)}, "token_type_ids"),
     ({"prefill_chunk_size": 0}, "prefill_chunk_size=0: expected"),

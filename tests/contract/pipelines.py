@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 import torch
-from pipeline_checks import CASES, NAMES, assert_equivalent, compare, seen
+from pipeline_checks import CASES, NAMES, assert_equivalent, compare, image_outputs
 from tiny_pipelines import TEXT, folder
 
 import monoblock
@@ -43,7 +43,7 @@ class PipelinesContract:
         compare(case, self.framework, tmp_path, **self.settings.get(case[1], {}))
 
     def test_image_text_to_text(self, tmp_path: Path) -> None:
-        assert_equivalent(*seen(self.framework, tmp_path, disable_compile=True))
+        assert_equivalent(*image_outputs(self.framework, tmp_path, disable_compile=True))
 
     def test_sampling_varies_unless_a_seed_is_given(self) -> None:
         options = {"max_new_tokens": 8, "return_full_text": False}

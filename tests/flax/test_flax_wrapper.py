@@ -124,9 +124,9 @@ def test_do_init_false() -> None:
     kept = flax_model(NAME)
     model = monoblock.FlaxGPTNeoForCausalLM(config_of(NAME), _do_init=False)
     for use in (lambda: model.params, lambda: model(ids_of())):
-        with pytest.raises(ValueError, match=r"_do_init=False: keep them yourself.* pass them"):
+        with pytest.raises(ValueError, match=r"_do_init=False and has no params.* pass them"):
             use()
-    with pytest.raises(ValueError, match="holds no params"):
+    with pytest.raises(ValueError, match="has no params"):
         model.params = kept.params
     assert np.array_equal(model(ids_of(), params=kept.params).logits, kept(ids_of()).logits)
     assert model.init_weights(jax.random.PRNGKey(1)).keys() == kept.params.keys()
@@ -276,11 +276,11 @@ def zero_output(model: Any) -> Any:
 class TestCalls(CallsContract):
     prefix = "Flax"
     invalid: ClassVar = {
-        r"past_key_values must be what init_cache\(batch, max_length\) or an output holds, got dict": (
+        r"past_key_values must come from init_cache\(batch, max_length\) or an output, got dict": (
             ValueError,
             {"input_ids": IDS, "past_key_values": {}},
         ),
-        r"logits_to_keep must be how many": (ValueError, {"input_ids": IDS, "logits_to_keep": -1}),
+        r"logits_to_keep must be the number": (ValueError, {"input_ids": IDS, "logits_to_keep": -1}),
         r"no argument 'labels': model.compute_loss\(outputs, labels=...\) gives the loss": (
             TypeError,
             {"input_ids": IDS, "labels": IDS},
@@ -299,7 +299,7 @@ class TestCalls(CallsContract):
 
     def test_training_with_dropout_needs_a_key(self) -> None:
         model = monoblock.FlaxGPTNeoForCausalLM(config_of(NAME, embed_dropout=0.1))
-        with pytest.raises(ValueError, match="train=True drops out at random: give dropout_rng"):
+        with pytest.raises(ValueError, match="train=True applies dropout: give dropout_rng"):
             model(IDS, train=True)
 
     def test_seeds_of_models_have_64_bits(self) -> None:

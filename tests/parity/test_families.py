@@ -19,9 +19,9 @@ from tiny_families import (
     PADS,
     TOKENS,
     VOCAB,
+    explicit_positions,
     fields,
     labels_of,
-    left_padded_positions,
     logits_of,
     model_inputs,
     model_pair,
@@ -496,7 +496,7 @@ def test_positions_count_tokens_without_padding(name: str) -> None:
         assert_close(f"{name} alone", ours(ids, attention_mask=mask).logits[row, real], alone, FUSED)
     off = (
         theirs(ids, attention_mask=mask).logits
-        - theirs(ids, attention_mask=mask, **left_padded_positions(CLASSES[name], mask)).logits
+        - theirs(ids, attention_mask=mask, **explicit_positions(CLASSES[name], mask)).logits
     )
     assert off[mask == 1].abs().max() > 0.05
 

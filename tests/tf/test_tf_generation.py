@@ -261,8 +261,12 @@ class TestGeneration(GenerationContract):
             run.get_concrete_function(spec)
 
         wrong: list[tuple[Any, dict[str, Any], str]] = [
-            (any_length, {}, "the prompts must be (rows, tokens) of a known length"),
-            (any_rows, {"num_beams": 2}, "num_beams: inside a tf.function this needs a known number of rows"),
+            (any_length, {}, "the prompts must be (rows, tokens) of a static length"),
+            (
+                any_rows,
+                {"num_beams": 2},
+                "num_beams: inside a tf.function this needs a static number of rows",
+            ),
             (fixed, {"use_cache": False}, "is one graph, and this call needs Python between two tokens"),
             (fixed, {"logits_processor": [lambda ids, scores: scores]}, "needs Python between two tokens"),
             (fixed, {"max_new_tokens": 62}, "62 new tokens do not fit: the model has 64 learned positions"),

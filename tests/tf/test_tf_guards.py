@@ -30,7 +30,7 @@ LOOPS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "length": (
         {"input_ids": LONG, "labels": LONG % 3},
-        "has 64 learned positions, but the text has 70 tokens",
+        "has 64 learned positions, but the input has 70 tokens",
     ),
 }
 
@@ -67,11 +67,11 @@ def test_more_tokens_than_positions_raise_at_tracing(name: str) -> None:
     def run(ids: Any) -> Any:
         return ours(input_ids=ids, attention_mask=tf.ones_like(ids)).last_hidden_state
 
-    with pytest.raises(ValueError, match=r"has 6\d learned positions, but the text has 70 tokens"):
+    with pytest.raises(ValueError, match=r"has 6\d learned positions, but the input has 70 tokens"):
         run.get_concrete_function(tf.TensorSpec((1, 70), tf.int32))
     dynamic = tf.function(run.python_function, input_signature=[DYNAMIC], autograph=False)
     assert dynamic(tf.constant(IDS)).shape == (2, 4, 36)
-    with pytest.raises(tf.errors.InvalidArgumentError, match=r"learned positions, but the text has\] \[70"):
+    with pytest.raises(tf.errors.InvalidArgumentError, match=r"learned positions, but the input has\] \[70"):
         dynamic(tf.constant(LONG))
 
 
