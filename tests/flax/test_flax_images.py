@@ -41,7 +41,7 @@ def test_patches_under_jit() -> None:
 
 WRONG: dict[str, dict[str, Any]] = {
     "image_patches and pixel_values are two names": {"image_patches": ARRAYS, "pixel_values": ARRAYS},
-    "image_patches_indices say where": {"image_patches_indices": INDICES},
+    "image_patches_indices need image_patches": {"image_patches_indices": INDICES},
     "one set for each of the 2 rows, got 1": {"image_patches": ARRAYS[:1], "image_patches_indices": INDICES},
     "row 0 has tokens for 4 image patches, but 1 were given": {
         "image_patches": [own[:1] for own in ARRAYS],
