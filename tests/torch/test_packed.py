@@ -47,7 +47,7 @@ def answer(name: str, model: Any) -> torch.Tensor:
     if name in helpers.CLASSES:
         ids, mask = helpers.batch("right")
     else:
-        ids, mask = tiny_families.texts(name, "right")
+        ids, mask = tiny_families.model_inputs(name, "right")
     with torch.no_grad():
         return tiny_families.logits_of(model(ids, attention_mask=mask)).float()
 
