@@ -111,7 +111,7 @@ class TestCalls(CallsContract):
     invalid: ClassVar = {
         r"head_mask must be \(6,\) or \(2, 6\)": (ValueError, {"input_ids": IDS, "head_mask": np.ones(5)}),
         r"keys and values": (ValueError, {"input_ids": IDS, "past_key_values": ((IDS, IDS),) * 2}),
-        r"labels of 2 tokens": (ValueError, {"input_ids": IDS, "labels": IDS[:, :2]}),
+        r"labels have 2 tokens": (ValueError, {"input_ids": IDS, "labels": IDS[:, :2]}),
     }
 
     def loss(self, model: Any, given: dict[str, Any], labels: Any) -> Any:
