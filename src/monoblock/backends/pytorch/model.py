@@ -61,7 +61,7 @@ class ForwardContext:
 
     def after(self, given: Any) -> Tensor:
         """The hidden states that a layer gives, alone or first in a tuple; noted where they are asked for."""
-        x = given[0] if isinstance(given, tuple | list) else given
+        x = given[0] if isinstance(given, (tuple, list)) else given
         if self.hidden_states is not None:
             self.hidden_states.append(x)
         return x
