@@ -8,7 +8,11 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import importlib.util
 import os
+import sys
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from monoblock.native import abi
@@ -78,6 +82,7 @@ def choose(chosen: str) -> tuple[Any, str | None, str]:
         return None, None, f"off: {VARIABLE} is {chosen!r}, which is none of 0, {', '.join(names)}"
     if not build.path_of("base").exists():
         return None, None, "none: not built; python -m monoblock.native.build does, with a C++ compiler"
+    _open_openmp_runtime()
     try:
         highest = ctypes.CDLL(str(build.path_of("base"))).mb_level()
         limit = min(highest, names.index(chosen)) if chosen in names else highest
@@ -97,3 +102,15 @@ def choose(chosen: str) -> tuple[Any, str | None, str]:
         return None, None, f"none: {error}"
     said = best if best == names[highest] or chosen in names else f"{best}; {names[highest]} was not built"
     return found, best, said if has_openmp(found) else f"{said}; {SERIAL}"
+
+
+def _open_openmp_runtime() -> None:
+    """Open the OpenMP runtime of an installed PyTorch before the kernels look for one by its name.
+
+    Then both have one thread pool whichever is opened first, and the kernels open where the system has no libgomp.
+    """
+    spec = importlib.util.find_spec("torch") if sys.platform == "linux" else None
+    if spec is not None and spec.origin:
+        for path in sorted(Path(spec.origin).parent.glob("lib/libgomp*.so*")):
+            with suppress(OSError):
+                ctypes.CDLL(str(path))
