@@ -119,7 +119,7 @@ def _combined(own: type, theirs: type) -> type:
 
 def _pairs(value: Any, names: tuple[str, ...]) -> dict[str, Any] | None:
     """A mapping or iterable of pairs as a dict, if all keys are field names; None for any other value."""
-    if isinstance(value, Mapping | ItemsView | Iterator) or (isinstance(value, list | tuple) and value):
+    if isinstance(value, (Mapping, ItemsView, Iterator)) or (isinstance(value, (list, tuple)) and value):
         try:
             found = dict(cast(Any, value))
         except (TypeError, ValueError):

@@ -45,7 +45,7 @@ def is_dynamic(rotary: Rotary | None) -> bool:
 
 def has_positions(spec: ArchSpec) -> bool:
     """Whether position ids affect this model."""
-    return any(isinstance(p, Learned | Rotary) for p in spec.positions)
+    return any(isinstance(p, (Learned, Rotary)) for p in spec.positions)
 
 
 def _linear(_: Rotary, scaling: RopeScaling, inverse: Floats) -> tuple[Floats, float]:

@@ -80,7 +80,7 @@ def altered(module: nn.Module, *, captured: bool = False) -> str | None:
     `captured`: the module is called, without gradients, and its kernels are replayed: then only what Python does in
     each call is lost.
     """
-    own = vars(module)
+    own = module.__dict__
     if own["_forward_hooks"] or own["_forward_pre_hooks"]:
         return "a forward hook"
     if not captured and (own["_backward_hooks"] or own.get("_backward_pre_hooks")):
