@@ -84,8 +84,8 @@ def test_without_a_compiler_one_clear_line(folder: Path, monkeypatch: pytest.Mon
     outcome = build.build(folder)
     assert outcome.levels == ()
     assert outcome.line == (
-        "monoblock is installed without its native kernels: CXX is '/nowhere/c++', which is no program; "
-        "PyTorch does the work."
+        "monoblock is installed without its native kernels: CXX='/nowhere/c++' was not found; "
+        "PyTorch's kernels are used instead."
     )
     assert libraries(folder) == set()
     monkeypatch.delenv("CXX")
@@ -119,14 +119,14 @@ def test_a_level_that_cannot_be_built_is_named(folder: Path) -> None:
 def test_the_variable_chooses() -> None:
     assert native.choose("0") == (None, None, "off: MONOBLOCK_NATIVE is 0")
     _, level, status = native.choose("fast")
-    assert level is None and "'fast', which is none of 0, base, avx2" in status
+    assert level is None and "'fast', not one of 0, base, avx2" in status
 
 
 def test_what_was_not_built_is_said(folder: Path) -> None:
     assert folder.exists()
     found = native.choose("")
     assert found[:2] == (None, None)
-    assert found[2].startswith("none: not built; python -m monoblock.native.build")
+    assert found[2].startswith("none: not built; build it by python -m monoblock.native.build")
 
 
 @pytest.fixture
@@ -185,7 +185,7 @@ def test_a_library_of_other_structures_is_not_used(
     monkeypatch.setattr(abi, "STRUCTURES", (type("Pair", (ctypes.Structure,), {"_fields_": fields}),))
     library, level, status = native.choose("base")
     assert (library, level) == (None, None)
-    assert status == f"none: {difference}; they are of different versions: install monoblock again"
+    assert status == f"none: {difference}; the versions differ: reinstall monoblock"
 
 
 @needs_compiler
@@ -224,8 +224,8 @@ def test_a_build_without_openmp_says_so_and_is_preferred_to_one_thread(
     assert level == "base"
     if openmp and status != "base":
         pytest.skip("this compiler has no OpenMP")
-    assert openmp or status == "base; built without OpenMP, so it has one thread"
-    assert openmp != outcome.line.endswith("; without OpenMP, so they have one thread")
+    assert openmp or status == "base; built without OpenMP: single-threaded"
+    assert openmp != outcome.line.endswith("; without OpenMP: single-threaded")
     monkeypatch.setattr(native, "_opened", lambda: found)
     assert native.library() is native.preferred(1) is library
     assert native.preferred(2) is (library if openmp else None)

@@ -1,4 +1,4 @@
-// The memory layout of every structure that native/abi.py declares too, for the loader to compare.
+// The memory layout of every structure that native/abi.py also declares. The loader compares the two.
 #pragma once
 
 #include <stddef.h>
@@ -12,7 +12,7 @@ namespace abi {
 using namespace decode;
 using namespace prompt;
 
-// A structure ("Matrix", 0, its size) or one of its fields ("Matrix.data", offset, size), in bytes.
+// Offset and size in bytes of a structure ("Matrix", offset 0) or of one of its fields ("Matrix.data").
 struct LayoutEntry {
   const char* name;
   int64_t offset, size;
