@@ -78,7 +78,11 @@ def choose(chosen: str) -> tuple[Any, str | None, str]:
     if chosen and chosen not in (*names, "1", "on"):
         return None, None, f"off: {VARIABLE} is {chosen!r}, not one of 0, {', '.join(names)}"
     if not build.path_of("base").exists():
-        return None, None, "none: not built; build it by python -m monoblock.native.build (needs a C++ compiler)"
+        return (
+            None,
+            None,
+            "none: not built; build it by python -m monoblock.native.build (needs a C++ compiler)",
+        )
     try:
         highest = ctypes.CDLL(str(build.path_of("base"))).mb_level()
         limit = min(highest, names.index(chosen)) if chosen in names else highest

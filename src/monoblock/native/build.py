@@ -104,13 +104,10 @@ def _build(folder: Path, more: tuple[str, ...], seconds: float) -> Outcome:
     command = compiler()
     if command is None:
         named = os.environ.get("CXX")
-        missing = (
-            f"CXX={named!r} was not found"
-            if named
-            else "no C++ compiler (g++ or clang++) was found"
-        )
+        missing = f"CXX={named!r} was not found" if named else "no C++ compiler (g++ or clang++) was found"
         return Outcome(
-            (), f"monoblock is installed without its native kernels: {missing}; PyTorch's kernels are used instead."
+            (),
+            f"monoblock is installed without its native kernels: {missing}; PyTorch's kernels are used instead.",
         )
     with tempfile.TemporaryDirectory(dir=folder, prefix=".build-") as scratch:
         openmp = _openmp(command, Path(scratch))
@@ -173,7 +170,9 @@ def _run(command: list[str], seconds: float = 600) -> str:
             else:
                 process.kill()
             return f"{command[0]} took more than {seconds:g} s"
-    return "" if process.returncode == 0 else errors.strip() or f"{command[0]} exited with {process.returncode}"
+    return (
+        "" if process.returncode == 0 else errors.strip() or f"{command[0]} exited with {process.returncode}"
+    )
 
 
 def _last(errors: str) -> str:

@@ -35,7 +35,7 @@ class ThreadTeam {
  public:
   // Calls `work` for the indices 0 .. count - 1, each once on one of the threads; returns when all calls have returned. A
   // thread's first index is its own number, so that its first weights can be prefetched earlier. `idle` is called at the
-  // barrier; it does a small piece of work, or returns false.
+  // barrier; it does a little useful work, or returns false.
   template <class F, class Idle>
   void parallel_for(int thread, int64_t count, F work, Idle idle) {
     for (int64_t index = thread; index < count; index = size + next.fetch_add(1, std::memory_order_relaxed)) work(index);

@@ -54,7 +54,7 @@ class Adapters:
     ) -> None:
         """Load an adapter from a folder or a name on the hub (or `adapter_state_dict` with its `peft_config`).
 
-        Keywords besides are those of the hub (`revision`, `token`, `subfolder`, ...). ValueError: weights are missing,
+        Other keywords are those of the hub (`revision`, `token`, `subfolder`, ...). ValueError: weights are missing,
         or belong to no module of this model.
         """
         package = peft()

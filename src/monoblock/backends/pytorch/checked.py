@@ -1,4 +1,4 @@
-"""A call's arguments, checked before anything is computed with them: each fault is one sentence.
+"""Validation of a forward's arguments, with one error message per fault.
 
 Values are read of tensors on the CPU alone: for others the host would wait for the device at each token. What is
 compiled, traced or transformed has none.

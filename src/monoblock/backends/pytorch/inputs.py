@@ -1,4 +1,4 @@
-"""From a forward's arguments to what the backbone needs: checked ids, masks, positions and the cache."""
+"""Converts a forward's arguments to the ForwardContext of the blocks: masks, positions, documents and the cache."""
 
 from __future__ import annotations
 
@@ -28,27 +28,26 @@ log = logging.getLogger("monoblock")
 
 @functools.cache
 def warn_once(message: str) -> None:
-    """Log a warning the first time that it comes."""
+    """Log a warning once per message."""
     log.warning(message)
 
 
 @dataclass
 class Inputs:
-    """A checked call: the tokens' shape, the call for the blocks, and the form of the cache that came in: the kind of
-    tuples, or transformers' cache object."""
+    """The context for the blocks, and the form in which the cache was passed: a tuple format, or transformers' object."""
 
     context: ForwardContext
     form: Any
 
     def past(self) -> Any:
-        """The cache in the form that it came in."""
+        """The cache in the form in which it was passed."""
         return in_form(self.context.cache, self.form)
 
 
 def prepare(
     spec: ArchSpec, shape: tuple[int, int, torch.device], given: dict[str, Any], use_cache: bool
 ) -> Inputs:
-    """The call for the blocks. `given` holds the forward's arguments by name."""
+    """The context for the blocks. `given`: the forward's arguments by name. ValueError: an invalid argument."""
     batch, count, device = shape
     if (positions := given.get("position_ids")) is not None:
         checked.check_positions(spec, positions, batch, count)
@@ -126,7 +125,7 @@ def _positions(
 
 
 def _head_mask(spec: ArchSpec, mask: Tensor | None) -> Tensor | None:
-    """(layers, 1, h, 1, 1) from the hub's (heads,) or (layers, heads)."""
+    """(layers, 1, h, 1, 1) from transformers' (heads,) or (layers, heads)."""
     if mask is None:
         return None
     heads = spec.attention.heads
@@ -260,8 +259,8 @@ def _segments(
     shape: tuple[int, int, torch.device],
     total: int,
 ) -> Tensor | None:
-    """(b, past + count), a number for each document of packed rows: by `cu_seq_lens_q`, else by positions that begin
-    anew; and by `sequence_id`. None: one document."""
+    """(b, past + count), a number for each document of packed rows: by `cu_seq_lens_q`, else by positions that
+    restart; and by `sequence_id`. None: one document."""
     batch, count, device = shape
     document = None
     positions = given.get("position_ids")

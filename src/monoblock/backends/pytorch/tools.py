@@ -1,4 +1,4 @@
-"""What the libraries around a model ask of it: Trainer, TRL, peft, accelerate, sentence-transformers.
+"""Methods that other libraries expect of a model: Trainer, TRL, peft, accelerate, sentence-transformers.
 
 Names, arguments and results are those of transformers' `PreTrainedModel`.
 """
@@ -31,7 +31,7 @@ LOSSES = {
     "token": "ForTokenClassification",
     "span": "ForQuestionAnswering",
 }
-# What torch.utils.checkpoint.checkpoint takes besides the function and its arguments.
+# Keywords of torch.utils.checkpoint.checkpoint.
 CHECKPOINTING = {
     "use_reentrant",
     "preserve_rng_state",
@@ -183,7 +183,7 @@ class Tools:
     def warn_if_padding_and_no_attention_mask(
         self: Any, input_ids: Tensor | None, attention_mask: Tensor | None
     ) -> None:
-        """Warn once if the first or the last column of `input_ids` holds padding and no mask came."""
+        """Warn once if the first or the last column of `input_ids` holds padding and no mask was given."""
         pad = self.config.pad_token_id
         if attention_mask is not None or input_ids is None or pad is None or not dispatch.readable(input_ids):
             return
