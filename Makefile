@@ -4,6 +4,7 @@
 VENV      := .venv
 CORE_VENV := .venv-core
 ECOSYSTEM_VENV := .venv-ecosystem
+DOCS_VENV := .venv-docs
 PYTHON    ?= $(shell for p in python3.11 python3.12 python3.13 python3.14 python3 python; do \
 	if $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then command -v $$p; break; fi; done)
 PIP       := -m pip --disable-pip-version-check --quiet install -c constraints.txt
@@ -14,7 +15,7 @@ INSTALLED := pyproject.toml constraints.txt hatch_build.py $(wildcard src/monobl
 PROMPT    ?= def fibonacci(n):
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format types test-core test-all test-ecosystem clean
+.PHONY: help demo test lint format types test-core test-all test-ecosystem docs clean
 .PHONY: fuzz fuzz-readers fuzz-saves sanitize
 # A stamp whose recipe failed half-way must not count as done.
 .DELETE_ON_ERROR:
@@ -56,6 +57,12 @@ test-ecosystem: $(ECOSYSTEM_VENV)/.installed ## models with peft, trl, accelerat
 	@echo "== the packages around a model, beside transformers"
 	@MONOBLOCK_TEST_ECOSYSTEM=1 $(ECOSYSTEM_VENV)/bin/python -m pytest tests/ecosystem
 
+docs: $(DOCS_VENV)/.installed ## the documentation as a site in site/; links, anchors and the API reference are checked
+	@echo "== the documentation site"
+	@NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --quiet --clean
+	@$(DOCS_VENV)/bin/python tools/check_site.py
+	@echo "read it: $(DOCS_VENV)/bin/python -m http.server -d site"
+
 fuzz: fuzz-readers fuzz-saves ## hostile files, and saves that are killed (hours; not in `test`)
 
 fuzz-saves: $(VENV)/.installed-test ## saves, killed at every file operation (`test` takes a sample)
@@ -71,7 +78,7 @@ fuzz-readers: $(VENV)/.installed-test ## 20,000 hostile inputs for each reader o
 	@$(VENV)/bin/python tests/fuzz/run.py
 
 clean: ## remove the environments and all caches
-	rm -rf $(VENV) $(CORE_VENV) $(ECOSYSTEM_VENV) .pytest_cache .ruff_cache .hypothesis build dist
+	rm -rf $(VENV) $(CORE_VENV) $(ECOSYSTEM_VENV) $(DOCS_VENV) site .pytest_cache .ruff_cache .hypothesis build dist
 	find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Some systems ship Python without ensurepip: then the system's own pip fills the environment.
@@ -93,6 +100,9 @@ $(CORE_VENV)/bin/python:
 $(ECOSYSTEM_VENV)/bin/python:
 	$(call make_venv,$(ECOSYSTEM_VENV))
 
+$(DOCS_VENV)/bin/python:
+	$(call make_venv,$(DOCS_VENV))
+
 $(VENV)/.installed-torch: $(INSTALLED) | $(VENV)/bin/python
 	@echo "== installing monoblock with PyTorch into $(VENV)"
 	@$(VENV)/bin/python $(PIP) -e ".[torch]"
@@ -111,4 +121,9 @@ $(CORE_VENV)/.installed: $(INSTALLED) | $(CORE_VENV)/bin/python
 $(ECOSYSTEM_VENV)/.installed: $(INSTALLED) | $(ECOSYSTEM_VENV)/bin/python
 	@echo "== installing monoblock with the packages around a model into $(ECOSYSTEM_VENV)"
 	@$(ECOSYSTEM_VENV)/bin/python $(PIP) -e ".[ecosystem]"
+	@touch $@
+
+$(DOCS_VENV)/.installed: $(INSTALLED) | $(DOCS_VENV)/bin/python
+	@echo "== installing monoblock with the documentation tools into $(DOCS_VENV)"
+	@$(DOCS_VENV)/bin/python $(PIP) -e ".[docs]"
 	@touch $@

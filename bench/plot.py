@@ -35,7 +35,7 @@ class Bars:
     limit: float | None = None
 
 
-NOTE = "thin line: the range of all rounds; each group has a scale of its own"
+NOTE = "thin line: the range of all rounds; each group has its own scale"
 
 
 def chart(title: str, note: str, groups: list[Bars], unit: str) -> str:
@@ -97,9 +97,9 @@ def _groups(results: Results, measures: list[str], limits: bool = False) -> list
 
 
 TITLES = {
-    "decode": "Decoding one text",
-    "batch": "Decoding eight texts",
-    "prefill": "Reading a prompt",
+    "decode": "Decoding, batch size 1",
+    "batch": "Decoding, batch size 8",
+    "prefill": "Prefill",
     "memory": "Memory while loading",
 }
 
@@ -110,8 +110,8 @@ def pictures(results: Results) -> dict[str, str]:
     prompts = _groups(results, results.measures("prefill"))
     wanted = {
         "decode": (limit, _groups(results, ["decode 1"], True), "tok/s"),
-        "batch": ("tokens of all texts together", _groups(results, ["decode 8"]), "tok/s"),
-        "prefill": ("tokens of one prompt, to its first answer", prompts, "tok/s"),
+        "batch": ("tokens of all sequences", _groups(results, ["decode 8"]), "tok/s"),
+        "prefill": ("tokens of one prompt, until the first new token", prompts, "tok/s"),
         "memory": ("peak beyond the libraries; shorter is better", _groups(results, ["load peak"]), "MB"),
     }
     return {

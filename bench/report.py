@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import textwrap
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -39,8 +40,10 @@ def speeds(results: Results, names: list[str], share: Callable[..., Spread | Non
             for who in figure["values"]:
                 found = share(figure, who)
                 rows.append([*_cells(results, name, figure, who), found.percent if found else ""])
-    size = {"decode": "texts", "prefill": "tokens", "train": "tokens x 4"}[names[0].split()[0]]
-    return table(["model", "weights", size, "who", "tok/s (range)", "monoblock / it (range)", title], rows)
+    size = {"decode": "batch size", "prefill": "tokens", "train": "tokens x 4"}[names[0].split()[0]]
+    return table(
+        ["model", "weights", size, "backend", "tok/s (range)", "monoblock / backend (range)", title], rows
+    )
 
 
 def _cells(results: Results, name: str, figure: dict[str, Any], who: str) -> list[str]:
@@ -60,8 +63,8 @@ def loading(results: Results) -> str:
             size = results.data["weights"].get(f"{model} {form}", {}).get(who)
             cells = [str(spread(v)) if v else "" for v in (others[0], seconds, *others[1:])]
             rows.append([model, form, who, *cells, number(size / 1e6) if size else ""])
-    titles = ["import s", "load s", "first token s", "peak of loading, MB", "weights a token reads, MB"]
-    return table(["model", "weights", "who", *titles], rows)
+    titles = ["import s", "load s", "first token s", "peak of loading, MB", "weights read per token, MB"]
+    return table(["model", "weights", "backend", *titles], rows)
 
 
 def processes(results: Results) -> str:
@@ -78,7 +81,9 @@ def memory(results: Results) -> str:
             for who in figure["values"]:
                 if who != "llama.cpp":  # known only together with its weights
                     rows.append(_cells(results, name, figure, who))
-    return table(["model", "weights", "tokens", "who", "MB beyond the model", "it / monoblock"], rows)
+    return table(
+        ["model", "weights", "tokens", "backend", "MB beyond the model", "backend / monoblock"], rows
+    )
 
 
 def overhead(results: Results) -> str:
@@ -88,7 +93,7 @@ def overhead(results: Results) -> str:
         for who in (OURS, "transformers")
         if (found := targets.overhead(results, who))
     ]
-    return table(["who", "ms for a layer", "ms for a token besides"], rows)
+    return table(["backend", "ms per layer", "other ms per token"], rows)
 
 
 def accuracy(results: Results) -> str:
@@ -100,7 +105,7 @@ def accuracy(results: Results) -> str:
         if "as plain" in row:
             gaps = row["parted at gaps"]
             plain = f"{row['as plain']} of {row['tokens in all']}" + (
-                f"; parts at ties within {max(gaps):.1e}" if gaps else ""
+                f"; differs at ties within {max(gaps):.1e}" if gaps else ""
             )
         equal = f"{row['tokens equal']} of {row['tokens in all']}"
         where = [row["model"], row["form"], row["who"], str(row["batch"])]
@@ -108,11 +113,11 @@ def accuracy(results: Results) -> str:
     titles = [
         "logits' error, rms",
         "at most",
-        "tokens the reference takes too",
+        "tokens equal to the reference's",
         "furthest from a tie",
-        "as plain",
+        "equal to plain PyTorch",
     ]
-    return table(["model", "weights", "who", "texts", *titles], rows)
+    return table(["model", "weights", "backend", "batch size", *titles], rows)
 
 
 def sections(results: Results) -> dict[str, str]:
@@ -122,10 +127,10 @@ def sections(results: Results) -> dict[str, str]:
     versions = ", ".join(f"{name} {version}" for name, version in data["versions"].items())
     about = f"{machine.line(data['machine'], data['limits'])}"
     if decoding := results.named("decode 1"):
-        about += f"; beside decoding: read GB/s {results.reads(decoding)}"
+        about += f"; during decoding: read GB/s {results.reads(decoding)}"
     about += f". {versions}. Measured on {data['date']}"
     about += f" in {data['minutes']} minutes.\n" if "minutes" in data else ".\n"
-    found = {"machine": about}
+    found = {"machine": textwrap.fill(about, 110, break_on_hyphens=False) + "\n"}
     if data["plan"] != "quick":  # small models reach nothing
         found["targets"] = targets.table_of(results, table)
     for kind, share, title in (

@@ -268,7 +268,7 @@ class LlamaBench:
         """Seconds of `new` tokens after a prompt."""
         del vocab, seed
         if batch > 1:
-            raise Failed("llama-bench has no batches of several texts")
+            raise Failed("llama-bench has no batches")
         return self._run("-p", "0", "-n", str(new), "-d", str(prompt))[0]["avg_ns"] / 1e9
 
     def _run(self, *options: str) -> tuple[dict[str, Any], int]:

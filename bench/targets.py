@@ -112,7 +112,7 @@ def _overhead_at(layers: int) -> Callable[[Results], Found | None]:
             return None
         slope, rest = (1e3 * seconds for seconds in found)
         budget = (rest + layers * slope) / (0.15 + 0.06 * layers)
-        return Found(budget, f"{slope:.3f} ms for a layer + {rest:.2f} ms")
+        return Found(budget, f"{slope:.3f} ms per layer + {rest:.2f} ms")
 
     return read
 
@@ -125,7 +125,7 @@ def _tokens(results: Results) -> Found | None:
     far = max((max(r["parted at gaps"], default=0.0) / r["worst"] for r in rows), default=0.0)
     equal, all_ = sum(r["as plain"] for r in rows), sum(r["tokens in all"] for r in rows)
     return Found(
-        far, f"{equal} of {all_} tokens until a text parts; where one does, the gap is {far:.1f} errors"
+        far, f"{equal} of {all_} tokens before the first difference, where the gap is {far:.1f} errors"
     )
 
 
@@ -142,7 +142,7 @@ TARGETS = (
         2.4,
     ),
     Target(
-        "... packed without loss",
+        "... lossless",
         ratio("mpt-1b", "bfloat16", "decode 1", "transformers", LOSSLESS),
         2.4,
     ),
@@ -169,12 +169,12 @@ TARGETS = (
         )
     ),
     Target(
-        "eight texts, bfloat16: 1.5 x transformers",
+        "batch size 8, bfloat16: 1.5 x transformers",
         ratio("mistral-1b", "bfloat16", "decode 8", "transformers"),
         1.5,
     ),
     Target(
-        "eight texts, bfloat16: ahead of OpenVINO",
+        "batch size 8, bfloat16: ahead of OpenVINO",
         ratio("mistral-1b", "bfloat16", "decode 8", "OpenVINO"),
         1.0,
     ),
@@ -218,7 +218,7 @@ TARGETS = (
         least=False,
     ),
     Target("... with a peak under 1.1 x the weights", load_peak("mistral-1b", "float32"), 1.1, least=False),
-    Target("overhead of 22 layers: 0.06 ms for each + 0.15 ms", _overhead_at(22), 1.0, least=False),
+    Target("overhead of 22 layers: 0.06 ms per layer + 0.15 ms", _overhead_at(22), 1.0, least=False),
     # Two paths that err by one error each can part where the gap is two of them.
     Target("tokens as the plain path's, or a tie", _tokens, 2.0, least=False),
 )

@@ -34,7 +34,7 @@ def test_settings_change_while_it_runs(tmp_path: Path) -> None:
             ("/set top_p", "needs a value"),
             ("/set seed -1", "at least 0"),
             ("/set num_beams 3", "no setting of a chat"),
-            ("/set watermarking_config {}", "not built"),
+            ("/set watermarking_config {}", "not implemented"),
         ):
             said = ask(terminal, wrong)
             assert words in said, said

@@ -126,7 +126,7 @@ def test_aims_are_judged(results: Results) -> None:
     assert reached["... and 80% of the bandwidth"].startswith("no: ")
     assert reached["loading 1.1B in bfloat16: under 0.1 s"] == "yes"
     assert reached["int8, decoding: ahead of OpenVINO"] == ""
-    assert reached["overhead of 22 layers: 0.06 ms for each + 0.15 ms"] == "yes"
+    assert reached["overhead of 22 layers: 0.06 ms per layer + 0.15 ms"] == "yes"
 
 
 def test_memory_that_loading_needs_stands_beside_it(results: Results) -> None:
@@ -176,7 +176,7 @@ def test_pictures_of_the_page(results: Results) -> None:
         assert f"(performance/{picture.name})" in page
     parts = report.illustrated(report.sections(results), plot.pictures(results))
     assert parts["decode"].startswith(
-        "![Decoding one text](performance/decode.svg)\n\n| "
+        "![Decoding, batch size 1](performance/decode.svg)\n\n| "
     )  # eight were not measured
     assert parts["loading"].startswith("![Memory while loading](performance/memory.svg)\n\n| ")
 

@@ -110,7 +110,7 @@ def test_constraints_hold_what_the_package_asks_for() -> None:
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     project = tomllib.loads(text)["project"]
     extras = project["optional-dependencies"]
-    asked = [line for name in ("torch", "jax", "tf", "test", "ecosystem") for line in extras[name]]
+    asked = [line for name in ("torch", "jax", "tf", "test", "ecosystem", "docs") for line in extras[name]]
     for line in [*project["dependencies"], *asked]:
         wanted = Requirement(line)
         if wanted.name != "monoblock" and (wanted.marker is None or wanted.marker.evaluate()):

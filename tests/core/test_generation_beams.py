@@ -181,9 +181,9 @@ def test_draws_without_replacement_follow_the_softmax():
         ({"num_beams": 0}, "num_beams=0"),
         ({"num_beams": 2, "early_stopping": "soon"}, "early_stopping='soon'"),
         ({"num_beams": 2, "length_penalty": "long"}, "length_penalty='long'"),
-        ({"num_beams": 2, "prompt_lookup_num_tokens": 4}, "do not go together"),
-        ({"num_beams": 2, "assistant_model": counting()}, "do not go together"),
-        ({"num_beams": 2, "num_beam_groups": 2}, "num_beam_groups=2: diverse beam search is not built"),
+        ({"num_beams": 2, "prompt_lookup_num_tokens": 4}, "cannot be combined"),
+        ({"num_beams": 2, "assistant_model": counting()}, "cannot be combined"),
+        ({"num_beams": 2, "num_beam_groups": 2}, "num_beam_groups=2: diverse beam search is not implemented"),
         ({"num_return_sequences": 2}, "set do_sample=True or num_beams"),
         (
             {"num_beams": 2, "streamer": type("S", (), {"put": print, "end": lambda self: None})()},

@@ -246,9 +246,9 @@ def test_fields_in_any_order_and_unknown_ones(tmp_path: Path) -> None:
         ),
         (
             message(vocabulary(), normalizer=field(2, b"\x10\0\0\0" + b"\1\2\3\4" * 4 + b"abc")),
-            "leads out of itself",
+            "has an index out of range",
         ),
-        (message(vocabulary(), normalizer=field(2, b"\x10")), "it is cut off"),
+        (message(vocabulary(), normalizer=field(2, b"\x10")), "it is truncated"),
     ],
 )
 def test_damaged_files(tmp_path: Path, data: bytes, says: str) -> None:

@@ -269,10 +269,10 @@ def test_what_is_wrong_is_told(model: Any) -> None:
         ),
         ({"token_type_ids": ids}, "token_type_ids"),
         ({"prefill_chunk_size": 0}, "prefill_chunk_size=0: expected an integer of at least 1"),
-        ({"prefill_chunk_size": 2, "use_cache": False}, "does not go with use_cache=False"),
+        ({"prefill_chunk_size": 2, "use_cache": False}, "cannot be combined with use_cache=False"),
         (
             {"prefill_chunk_size": 2, "return_dict_in_generate": True, "output_hidden_states": True},
-            "does not go with output_hidden_states=True",
+            "cannot be combined with output_hidden_states=True",
         ),
         (
             {"bad_words_ids": [[5], [9999]]},

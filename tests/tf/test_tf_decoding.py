@@ -242,7 +242,7 @@ def test_a_prompt_in_chunks(
 REASONS = {
     "cache_implementation": "the caches of the TF classes are 'dynamic' and 'static'",
     "compile_config": "jit_compile= and disable_compile= say what TensorFlow compiles",
-    "synced_gpus": "generation across processes is not built",
+    "synced_gpus": "generation across processes is not implemented",
 }
 
 
@@ -269,7 +269,7 @@ def test_what_is_wrong_is_told(model: Any, pairs: Pairs) -> None:
             "generate() got both seed and generator: pass one",
         ),
         ({"token_type_ids": ids}, "token_type_ids"),
-        ({"prefill_chunk_size": 2, "use_cache": False}, "does not go with use_cache=False"),
+        ({"prefill_chunk_size": 2, "use_cache": False}, "cannot be combined with use_cache=False"),
         (
             {"bad_words_ids": [[5], [9999]]},
             "holds the token 9999, but the model's vocabulary has the ids 0 to",

@@ -349,7 +349,7 @@ def test_chunks_that_the_call_asks_for(monkeypatch: pytest.MonkeyPatch) -> None:
         mpt_model("rope, dynamic").generate(batch("none")[0], prefill_chunk_size=5, **ASKED)
     for asked in ("output_attentions=True", "use_cache=False"):
         name, value = asked.split("=")
-        with pytest.raises(ValueError, match=f"prefill_chunk_size=5 does not go with {asked}"):
+        with pytest.raises(ValueError, match=f"prefill_chunk_size=5 cannot be combined with {asked}"):
             module.generate(ids, prefill_chunk_size=5, **{**given, name: value == "True"})
 
 
@@ -399,8 +399,8 @@ def test_fused_matrices_are_not_copied(tmp_path: Path, monkeypatch: pytest.Monke
     written.save_pretrained(tmp_path)
     monkeypatch.setattr(pages, "LEAST", 0)
     joined: list[Any] = []
-    join = pages.joined
-    monkeypatch.setattr(pages, "joined", lambda pieces: (joined.append(join(pieces)), joined[-1])[1])
+    join = pages.map_contiguous
+    monkeypatch.setattr(pages, "map_contiguous", lambda pieces: (joined.append(join(pieces)), joined[-1])[1])
     read = MistralForCausalLM.from_pretrained(tmp_path)
     fused = {read.at("q", 0).weight.data_ptr(), read.at("gate", 0).weight.data_ptr()}
     assert {ctypes.addressof(buffer) for buffer in joined} == fused

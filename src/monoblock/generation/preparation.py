@@ -53,7 +53,7 @@ def prepare(
     )
     if _is_speculative(call, config) and (config.num_beams or 1) > 1:
         raise ValueError(
-            "speculative decoding and beam search do not go together: leave out num_beams, or assistant_model and "
+            "speculative decoding and beam search cannot be combined: leave out num_beams, or assistant_model and "
             "prompt_lookup_num_tokens"
         )
     own = call.generation_config.own_fields() if call.generation_config else {}

@@ -37,41 +37,41 @@ DEFAULT_NEW_TOKENS = 20
 Unsupported = Mapping[str, tuple[tuple[Any, ...], str]]
 # Fields, in every backend; a backend's own entries (`GenerativeModel.unsupported`) override these.
 UNSUPPORTED: Unsupported = {
-    "num_beam_groups": ((1,), "diverse beam search is not built"),
-    "diversity_penalty": ((0,), "diverse beam search is not built"),
-    "constraints": ((), "constrained beam search is not built"),
-    "force_words_ids": ((), "constrained beam search is not built"),
-    "penalty_alpha": ((0,), "contrastive search is not built"),
-    "low_memory": ((False,), "contrastive search is not built"),
-    "dola_layers": ((), "DoLa decoding is not built"),
-    "watermarking_config": ((), "watermarks are not built"),
-    "token_healing": ((False,), "token healing is not built"),
+    "num_beam_groups": ((1,), "diverse beam search is not implemented"),
+    "diversity_penalty": ((0,), "diverse beam search is not implemented"),
+    "constraints": ((), "constrained beam search is not implemented"),
+    "force_words_ids": ((), "constrained beam search is not implemented"),
+    "penalty_alpha": ((0,), "contrastive search is not implemented"),
+    "low_memory": ((False,), "contrastive search is not implemented"),
+    "dola_layers": ((), "DoLa decoding is not implemented"),
+    "watermarking_config": ((), "watermarking is not implemented"),
+    "token_healing": ((False,), "token healing is not implemented"),
     "is_assistant": ((False,), "pass the draft model to the call: generate(..., assistant_model=model)"),
-    "assistant_early_exit": ((), "no family here can stop at an earlier layer"),
+    "assistant_early_exit": ((), "no supported model can exit at an earlier layer"),
     "assistant_ensemble_weight": (
         (),
         "speculative decoding here keeps the model's distribution, which a weight would not",
     ),
-    "assistant_lookbehind": ((10,), "an assistant with another tokenizer is not built"),
-    "target_lookbehind": ((10,), "an assistant with another tokenizer is not built"),
+    "assistant_lookbehind": ((10,), "an assistant with another tokenizer is not implemented"),
+    "target_lookbehind": ((10,), "an assistant with another tokenizer is not implemented"),
     "speculation_type": (
         (),
         "speculative decoding is enabled by assistant_model or prompt_lookup_num_tokens",
     ),
-    "use_mtp": ((False,), "no family here predicts several tokens at once"),
+    "use_mtp": ((False,), "no supported model has multi-token prediction"),
     "cache_implementation": (
         ("dynamic", "static", "quantized"),
         "the caches here are 'dynamic', 'static' and 'quantized'",
     ),
     "compile_config": ((), "generate() does not call torch.compile: compile the model yourself"),
-    "continuous_batching_config": ((), "continuous batching is not built"),
+    "continuous_batching_config": ((), "continuous batching is not implemented"),
 }
 # The same for arguments of the call that are not fields.
 UNSUPPORTED_ARGUMENTS: Unsupported = {
-    "assistant_tokenizer": ((), "an assistant with another tokenizer is not built"),
+    "assistant_tokenizer": ((), "an assistant with another tokenizer is not implemented"),
     "custom_generate": ((), "remote code is never run"),
     "trust_remote_code": ((False,), "remote code is never run"),
-    "synced_gpus": ((False,), "generation across sharded processes is not built"),
+    "synced_gpus": ((False,), "generation across sharded processes is not implemented"),
 }
 
 
@@ -152,8 +152,8 @@ def _check_chunks(config: GenerationConfig) -> None:
     asked = [f"{name}=True" for name in names if config.return_dict_in_generate and getattr(config, name)]
     if asked or not config.use_cache:
         raise ValueError(
-            f"prefill_chunk_size={chunk} does not go with {asked[0] if asked else 'use_cache=False'}: leave out one of "
-            "them"
+            f"prefill_chunk_size={chunk} cannot be combined with {asked[0] if asked else 'use_cache=False'}: leave out "
+            "one of them"
         )
 
 

@@ -140,7 +140,7 @@ class CoordinateTokens:
             raise _row_error(row, start, f"a {kind.name} is closed that is not open")
         if close < 0:
             raise _row_error(
-                row, start, f"a {kind.name} is opened and not closed: generate more tokens, or cut it off"
+                row, start, f"a {kind.name} is opened and not closed: generate more tokens, or remove it"
             )
         if self.ids[ids[close]] != (kind, False):
             raise _row_error(row, start, f"a {kind.name} is opened, but {self.token(ids[close])} comes next")

@@ -183,21 +183,21 @@ def _widths(form: str) -> int:
     """An upper bound of the sum of widths and precisions in a format string."""
     found = _DIGITS.findall(form)
     if any(len(digits) > 6 for digits in found):
-        raise SecurityError("it formats to a width of millions")
+        raise SecurityError("it formats to a width of over a million characters")
     return sum(map(int, found))
 
 
 def check_percent(run: Run, form: str, values: Any) -> None:
     """Refuse `form % values` with a result that is too long."""
     if _STARRED.search(form):
-        raise SecurityError("it formats to a width that it computes")
+        raise SecurityError("it formats to a computed width")
     check_size(len(form) + _widths(form) + form.count("%") * 4 * run.weigh(values))
 
 
 def check_format(run: Run, form: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
     """Refuse `form.format(...)` with a result that is too long."""
     if _NESTED.search(form):
-        raise SecurityError("it formats to a width that it computes")
+        raise SecurityError("it formats to a computed width")
     check_size(len(form) + _widths(form) + form.count("{") * 4 * run.weigh([*args, *kwargs.values()]))
 
 

@@ -15,10 +15,10 @@ _LEAF, _VALUE = np.uint32(1 << 8), np.uint32(1 << 31)
 def first_error(charsmap: bytes) -> str | None:
     """A description of the first error in a charsmap; None if it is valid."""
     if len(charsmap) < 4:
-        return "it is cut off"
+        return "it is truncated"
     size = int.from_bytes(charsmap[:4], "little")
     if size > len(charsmap) - 4 or size % 4 or not size:
-        return f"its trie of {size} bytes is not in it"
+        return f"it is shorter than its trie of {size} bytes"
     replacements = charsmap[4 + size :]
     try:
         replacements.decode("utf-8")
@@ -31,10 +31,10 @@ def first_error(charsmap: bytes) -> str | None:
     offsets = (units[nodes] >> 10) << ((units[nodes] & np.uint32(1 << 9)) >> 6)
     bases = nodes ^ offsets.astype(np.int64)
     if len(bases) and int((bases | 0xFF).max()) >= len(units):
-        return "its trie leads out of itself"
+        return "its trie has an index out of range"
     values = units[bases[units[nodes] & _LEAF != 0]] & ~_VALUE
     if len(values) and (int(values.max()) > len(replacements) or _inside(replacements, values)):
-        return "its trie leads to no replacement"
+        return "its trie has an invalid replacement offset"
     return None
 
 

@@ -212,7 +212,7 @@ class _Dict:
 
 def _now(form: str) -> str:
     if len(form) > 200 or re.search(r"\d{3}", form):
-        raise SecurityError("it formats the time to a width of hundreds")
+        raise SecurityError("it formats the time to a width of over 100 characters")
     return datetime.now().strftime(form)
 
 

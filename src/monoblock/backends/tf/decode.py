@@ -109,7 +109,7 @@ class TFGenerationMixin(runner.XlaGenerationMixin):
 def _random(seed: Any, generator: Any) -> dict[str, Any]:
     """The arguments that say what draws come from."""
     if seed is not None and generator is not None:
-        raise ValueError("generate() got both seed and generator: give one")
+        raise ValueError("generate() got both seed and generator: pass one")
     if isinstance(generator, tf.random.Generator):
         return {"generator": Seeds(generator.make_seeds(1)[:, 0])}
     if generator is not None and not isinstance(generator, Seeds):
@@ -131,7 +131,7 @@ UNSUPPORTED: Unsupported = {
         (),
         "it holds torch.compile's options; jit_compile= and disable_compile= say what TensorFlow compiles",
     ),
-    "synced_gpus": ((False,), "generation across processes is not built"),
+    "synced_gpus": ((False,), "generation across processes is not implemented"),
 }
 
 
