@@ -110,7 +110,7 @@ def test_wrong_patches_are_refused() -> None:
     ids, _, patches, places = with_images((6, 0, 9))
     cases: list[tuple[dict[str, Any], str]] = [
         ({"image_patches": patches, "pixel_values": patches}, "two names of the same patches: give one"),
-        ({"image_patches_indices": places}, "say where image_patches go, but none came"),
+        ({"image_patches_indices": places}, "image_patches_indices were given without image_patches"),
         (
             {"image_patches": patches[:2], "image_patches_indices": places},
             "one set for each of the 3 rows, got 2",

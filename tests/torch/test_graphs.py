@@ -113,7 +113,7 @@ def test_families(
     assert {r.shape.padded for r in recording} == {padding == "left"}
 
 
-# Dynamic scaling turns old keys anew as the text grows, which a recording cannot.
+# Dynamic scaling changes the rotation of cached keys with the length, which a captured graph cannot.
 PLAIN = {"rope, dynamic"}
 
 
@@ -330,7 +330,7 @@ def test_a_recording_that_fails_leaves_the_plain_path(
     cuda_graphs.release(module)
     monkeypatch.setitem(cuda_graphs.CAPTURE, "cpu", fails)
     assert torch.equal(module.generate(ids, max_new_tokens=NEW, eos_token_id=-1), expected)
-    assert sum("goes on without CUDA graphs" in message for message in logs.messages) == 1
+    assert sum("continues without CUDA graphs" in message for message in logs.messages) == 1
 
 
 def _hooked(module: Any) -> None:

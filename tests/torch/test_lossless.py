@@ -91,7 +91,7 @@ def test_what_saves_nothing_does_not_fit() -> None:
 
 
 def test_only_bfloat16_numbers_are_packed() -> None:
-    with pytest.raises(ValueError, match=r"float32 that are no bfloat16 numbers.*dtype=torch\.bfloat16"):
+    with pytest.raises(ValueError, match=r"float32 that bfloat16 cannot represent.*dtype=torch\.bfloat16"):
         formats.pack(torch.randn(3, 512), 12, 128)
 
 
@@ -250,7 +250,7 @@ def test_refusals(tmp_path: Path) -> None:
     with torch.no_grad():
         model.at("up", 0).weight.add_(1e-6)
     model.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"ffn\.up_proj\.weight: .*no bfloat16 numbers"):
+    with pytest.raises(ValueError, match=r"ffn\.up_proj\.weight: .*bfloat16 cannot represent"):
         AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config="lossless")
     rounded: Any = AutoModelForCausalLM.from_pretrained(
         tmp_path, quantization_config="lossless", dtype=torch.bfloat16

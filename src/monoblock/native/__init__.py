@@ -50,8 +50,8 @@ def has_int8_gemm() -> bool:
 
 
 def has_bf16_gemm(inputs: int) -> bool:
-    """Whether bfloat16 products with many rows of `inputs` columns use the native GEMM (AVX-512 BF16): not with AMX, where
-    PyTorch's is faster."""
+    """Whether bfloat16 products with many rows of `inputs` columns use the native GEMM (AVX-512 BF16): not with AMX,
+    where PyTorch's is faster."""
     return level() == "avx512_vnni_bf16" and inputs % 2 == 0 and not library().mb_amx()
 
 

@@ -92,8 +92,8 @@ def ready(folder: Path = HERE) -> Outcome | None:
 
 
 def build(folder: Path = HERE, extra: tuple[str, ...] = (), seconds: float = 600) -> Outcome:
-    """Compile every level into `folder`. A level that fails to compile, or takes longer than `seconds`, is left out, and
-    the result's message gives the reason. `extra`: further compiler flags."""
+    """Compile every level into `folder`. A level that fails to compile, or takes longer than `seconds`, is left out,
+    and the result's message gives the reason. `extra`: further compiler flags."""
     outcome = _build(folder, extra, seconds)
     for level in set(LEVELS) - set(outcome.levels):
         path_of(level, folder).unlink(missing_ok=True)  # of an earlier build

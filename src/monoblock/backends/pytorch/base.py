@@ -123,8 +123,8 @@ class ModelBase(Part):
         return with_patches(self.spec, base.role("patch_embed"), x, input_ids, named[0], indices)
 
     def tie_weights(self, *args: Any, **kwargs: Any) -> None:
-        """Share the embedding's matrix with the head, if the spec ties them. The arguments of transformers' method (keys
-        missed by its loader) are ignored."""
+        """Share the embedding's matrix with the head, if the spec ties them. The arguments of transformers' method
+        (keys missed by its loader) are ignored."""
         del args, kwargs
         for second, first in self.tied().items():
             owner, _, leaf = second.rpartition(".")
@@ -145,8 +145,8 @@ class ModelBase(Part):
 
     @property
     def device(self) -> torch.device:
-        """The device of the weights (of the first ones, if on several devices); for offloaded weights, the device to which
-        accelerate moves them during a call."""
+        """The device of the weights (of the first ones, if on several devices); for offloaded weights, the device to
+        which accelerate moves them during a call."""
         embed: Any = self.get_input_embeddings()
         found = (embed.codes if isinstance(embed, QuantizedMatrix) else next(embed.parameters())).device
         if found.type != "meta":

@@ -23,8 +23,8 @@ class Cache:
         self.lengths: list[int] = []
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
-        """Append keys and values (b, g, n, d) to layer `layer_idx`; returns the layer's keys and values that are visible to
-        the new tokens."""
+        """Append keys and values (b, g, n, d) to layer `layer_idx`; returns the layer's keys and values that are
+        visible to the new tokens."""
         if layer_idx == len(self.keys):
             self._begin(key_states, value_states)
         count = key_states.shape[2]

@@ -1,4 +1,5 @@
-"""transformers' cache objects as `past_key_values`: converted to a cache of monoblock, and updated as transformers' models do.
+"""transformers' cache objects as `past_key_values`: converted to a cache of monoblock, and updated as transformers'
+models do.
 
 They are recognised by class name, so that transformers is not imported.
 """

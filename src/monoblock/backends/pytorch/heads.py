@@ -100,8 +100,8 @@ def last_tokens(
     """The hidden state (b, w) of each row's last token.
 
     That is the last unmasked token that is not the pad token; in a row of pad tokens, the last unmasked one. With
-    `head.last_by` other than "pad_id" the attention mask alone decides, which distinguishes padding from a real token of
-    the same id; so it does for embeddings. Without ids and mask, it is the last position.
+    `head.last_by` other than "pad_id" the attention mask alone decides, which distinguishes padding from a real token
+    of the same id; so it does for embeddings. Without ids and mask, it is the last position.
     """
     b, s = hidden_bsw.shape[:2]
     text = None if input_ids is None or head.pad_id is None else input_ids != head.pad_id
@@ -174,8 +174,8 @@ def span_loss(start_bs: Tensor, end_bs: Tensor, starts: Tensor, ends: Tensor, co
         outside = (positions < 0) | (positions >= length)
         return _cross_entropy(logits, positions.masked_fill(outside, IGNORED), count)
 
-    for name, places in (("start_positions", starts), ("end_positions", ends)):
-        check_token_positions(_described(name, places), start_bs.shape[0])
+    for name, positions in (("start_positions", starts), ("end_positions", ends)):
+        check_token_positions(_described(name, positions), start_bs.shape[0])
     return (one(start_bs, starts) + one(end_bs, ends)) / 2
 
 

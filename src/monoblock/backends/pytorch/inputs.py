@@ -34,7 +34,8 @@ def warn_once(message: str) -> None:
 
 @dataclass
 class Inputs:
-    """The context for the blocks, and the form in which the cache was passed: a tuple format, or transformers' object."""
+    """The context for the blocks, and the form in which the cache was passed: a tuple format, or transformers'
+    object."""
 
     context: ForwardContext
     form: Any

@@ -67,8 +67,8 @@ class RotaryEmbedding(Named):
 
 
 class Conv1D(nn.Module):
-    """`x @ weight + bias` with a weight (inputs, outputs), stored transposed in memory, as products need it, until it is
-    sharded.
+    """`x @ weight + bias` with a weight (inputs, outputs), stored transposed in memory, as products need it, until it
+    is sharded.
 
     isinstance() reports transformers' Conv1D once that is imported: adapters choose their layer class by it.
     """
@@ -106,8 +106,8 @@ class Conv1D(nn.Module):
     def named_parameters(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
     ) -> Iterator[tuple[str, nn.Parameter]]:
-        """As `torch.nn.Module`'s. FSDP calls it with `recurse=False` before it shards a module's parameters, which must be
-        contiguous: in a process group the weight is made contiguous first."""
+        """As `torch.nn.Module`'s. FSDP calls it with `recurse=False` before it shards a module's parameters, which must
+        be contiguous: in a process group the weight is made contiguous first."""
         grouped = not recurse and torch.distributed.is_available() and torch.distributed.is_initialized()
         if grouped and type(self.weight) is nn.Parameter and not self.weight.is_contiguous():
             self.weight.data = self.weight.data.contiguous()

@@ -60,7 +60,8 @@ class ForwardContext:
         return x if self.keep is None else x[:, -self.keep :]
 
     def after(self, given: Any) -> Tensor:
-        """The hidden states of a layer's output (a tensor, or first in a tuple); appended to `hidden_states` if requested."""
+        """The hidden states of a layer's output (a tensor, or first in a tuple); appended to `hidden_states` if
+        requested."""
         x = given[0] if isinstance(given, tuple | list) else given
         if self.hidden_states is not None:
             self.hidden_states.append(x)
@@ -299,8 +300,8 @@ def run_layers(part: Any, x_bsw: Tensor, context: ForwardContext) -> Tensor:
 def layer_contexts(
     part: Any, x: Tensor, context: ForwardContext
 ) -> list[tuple[Callable[..., Any], ForwardContext]]:
-    """The layers to run on embedded tokens (b, s, w) one after the other, each with its call. With `call.keep` the last
-    one computes so many last tokens alone."""
+    """The layers to run on embedded tokens (b, s, w) in order, each with its context. With `context.keep` the last
+    layer computes only the last `keep` tokens."""
     spec: ArchSpec = part.spec
     alibi, keep, context.keep = spec.position(Alibi), context.keep, None
     if alibi and context.scope.slopes_h is None:

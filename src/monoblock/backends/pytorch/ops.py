@@ -82,8 +82,8 @@ def cos_sin(
 
 
 def rotate(x_bhqd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Apply RoPE to the first `dim` channels (rotate-half): (a, b) -> (a cos - b sin, b cos + a sin). The result has the
-    heads' dtype, also under autocast, where the angles have a wider one."""
+    """Apply RoPE to the first `dim` channels (rotate-half): (a, b) -> (a cos - b sin, b cos + a sin). The result has
+    the heads' dtype, also under autocast, where the angles have a wider one."""
     if x_bhqd.shape[2] > 1 and native_ops.usable(x_bhqd, cos, sin):
         return native_ops.apply_rope(x_bhqd, cos, sin).transpose(1, 2)
     dim = cos.shape[-1]
@@ -110,8 +110,8 @@ def relative_position_bucket(distance: Tensor, count: int, max_distance: int) ->
 
 # ---------------------------------------------------------------------------- attention mask
 
-# A masked score on GPUs. Their kernels multiply scores by log2(e): the lowest number of the dtype, which is used on CPUs,
-# would overflow, and a fully masked row would be NaN.
+# A masked score on GPUs. Their kernels multiply scores by log2(e): the lowest number of the dtype, which is used on
+# CPUs, would overflow, and a fully masked row would be NaN.
 MASKED = -1e30
 BLOCK = 256  # queries per block of a mask that is reduced block by block
 
@@ -178,7 +178,8 @@ class Scope:
         return replace(self, index_q=self.index_q[-count:], aligned=False, given=given, memo={}, narrow={})
 
     def visible(self, start: int, stop: int | None, first: int, last: int | None) -> Tensor:
-        """(b or 1, h or 1, stop - start, last - first), True where the query may attend to the key. `stop`, `last` None: to the end."""
+        """(b or 1, h or 1, stop - start, last - first), True where the query may attend to the key. `stop`, `last`
+        None: to the end."""
         distance = self.index_q[start:stop, None] - self.index_k[None, first:last]
         visible = distance >= 0 if self.causal else torch.ones_like(distance, dtype=torch.bool)
         if self.window is not None:

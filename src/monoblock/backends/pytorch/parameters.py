@@ -15,7 +15,7 @@ from monoblock.backends.pytorch.base import ModelBase
 from monoblock.backends.pytorch.parts import replace
 from monoblock.backends.pytorch.quantization import checkpoint, quantize
 from monoblock.checkpoint.keymap import TensorSource
-from monoblock.checkpoint.packed import split_state
+from monoblock.checkpoint.quantized import split_state
 from monoblock.quantization import WeightOnlyConfig, parse_quantization
 from monoblock.spec import ArchSpec
 
@@ -70,7 +70,8 @@ class Parameters(ModelBase):
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> Any:
-        """As `torch.nn.Module`'s; other naming schemes of the family are accepted too, and tied parameters may be missing."""
+        """As `torch.nn.Module`'s; other naming schemes of the family are accepted too, and tied parameters may be
+        missing."""
         own = self.state_dict()
         if any(name not in own for name in state_dict):
             rest, parts = split_state(state_dict)
@@ -106,8 +107,8 @@ class Parameters(ModelBase):
     # ------------------------------------------------------------------ quantised weights
 
     def quantize(self, quantization_config: Any) -> Self:
-        """Quantise the model's weights in place; returns the model. `quantization_config`: "int8", "int4", "lossless", a
-        WeightOnlyConfig or a BitsAndBytesConfig.
+        """Quantise the model's weights in place; returns the model. `quantization_config`: "int8", "int4", "lossless",
+        a WeightOnlyConfig or a BitsAndBytesConfig.
 
         ValueError: they are already quantised, or the config names an unknown module.
         """

@@ -1,8 +1,8 @@
 """Modules with submodules: built from a module tree, found by role, with fused weights.
 
-Some matrices (q, k and v; gate and up) are multiplied as one. They are separate modules whose tensors are adjacent in one
-allocation; `Part.fused` returns the fused tensors as long as they are. Each tensor has a separate storage object, since
-tools treat tensors of one storage as shared weights, and save only the first.
+Some matrices (q, k and v; gate and up) are multiplied as one. They are separate modules whose tensors are adjacent in
+one allocation; `Part.fused` returns the fused tensors as long as they are. Each tensor has a separate storage object,
+since tools treat tensors of one storage as shared weights, and save only the first.
 """
 
 from __future__ import annotations
@@ -69,15 +69,16 @@ class Part(Named):
         return role in self.roles
 
     def fused(self, group: tuple[str, ...]) -> dict[str, Tensor] | None:
-        """The fused tensors of a group by kind ("weight", "bias", ..); None if its modules must be called one by one."""
+        """The fused tensors of a group by kind ("weight", "bias", ..); None if its modules must be called one by
+        one."""
         held = self.fused_tensors.get(group[0])
         if held is None or self.fusion_obstacle(group) is not None:
             return None
         return held
 
     def fusion_obstacle(self, group: tuple[str, ...], *, adapted: bool = False) -> str | None:
-        """Why a group's modules must be called one by one; None if they can be fused. `adapted`: check the matrices inside
-        LoRA layers, whose low-rank terms the caller adds."""
+        """Why a group's modules must be called one by one; None if they can be fused. `adapted`: check the matrices
+        inside LoRA layers, whose low-rank terms the caller adds."""
         held = self.fused_tensors.get(group[0])
         if held is None:
             return f"{', '.join(self.roles[role] for role in group)} are not adjacent in memory"

@@ -101,7 +101,8 @@ class PreTrainedModel(Recognised, Parameters, Generation, Construction, Adapters
         self.tie_weights()
 
     def _build(self) -> None:
-        """Build the modules from the family's tree; the bare model inside a headed model is an instance of its class."""
+        """Build the modules from the family's tree; the bare model inside a headed model is an instance of its
+        class."""
         family, kind = self.family, self.row.head
         layout = family.tree(self.config)
         leaves = layers.Leaves(self.spec, self.head_spec)
@@ -208,8 +209,8 @@ class PreTrainedModel(Recognised, Parameters, Generation, Construction, Adapters
         return positioned(self, tokens, context)
 
     def _kept(self, given: Mapping[str, Any]) -> int | None:
-        """The number of last tokens whose logits are needed, for which alone the last block is computed; None: all tokens,
-        also if there are hooks in that block."""
+        """The number of last tokens whose logits are needed, for which alone the last block is computed; None: all
+        tokens, also if there are hooks in that block."""
         keep = given.get("logits_to_keep")
         if not isinstance(keep, int) or keep < 1 or self.row.head != "causal":
             return None

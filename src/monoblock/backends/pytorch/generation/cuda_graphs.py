@@ -27,7 +27,8 @@ log = logging.getLogger("monoblock")
 
 Replay = Callable[[], Tensor]
 
-# Lengths are powers of two from MIN_LENGTH on, at least ROOM beyond the sequences, so that few graphs serve all lengths.
+# Lengths are powers of two from MIN_LENGTH on, at least ROOM beyond the sequences, so that few graphs serve all
+# lengths.
 MIN_LENGTH, ROOM = 256, 256
 MIN_NEW_TOKENS = 16  # new tokens from which a capture, which costs about five steps, pays off
 ALIGN = 64  # the slots of a window are rounded up to a multiple of this, for the kernels
@@ -152,8 +153,8 @@ class Decoding(Protocol):
 
 
 def call_obstacle(decoder: Decoding, plan: GenerationPlan) -> str | None:
-    """Why a call cannot decode with CUDA graphs; None if it can: a supported device, a cache that keeps its keys in order,
-    no outputs requested except logits, and a model without an obstacle."""
+    """Why a call cannot decode with CUDA graphs; None if it can: a supported device, a cache that keeps its keys in
+    order, no outputs requested except logits, and a model without an obstacle."""
     if (wanted := next((name for name, on in decoder.wanted.items() if on), None)) is not None:
         return f"{wanted}=True"
     if plan.rewinds:
@@ -194,7 +195,8 @@ def obstacle(model: ModelBase) -> str | None:
 
 
 class GraphDecoder:
-    """A decoder that replays captured graphs for the tokens after the prompt. `inner` runs the prompt and holds the cache."""
+    """A decoder that replays captured graphs for the tokens after the prompt. `inner` runs the prompt and holds the
+    cache."""
 
     attentions = hidden_states = None
 
@@ -245,8 +247,8 @@ class GraphDecoder:
     # ------------------------------------------------------------------ between cache and graph
 
     def _begin(self) -> None:
-        """Move the cache into a captured step with room for more tokens. Does nothing if the cache is full (`inner` raises
-        the error) or the capture fails."""
+        """Move the cache into a captured step with room for more tokens. Does nothing if the cache is full (`inner`
+        raises the error) or the capture fails."""
         cache = self.inner.cache
         assert cache is not None
         self.length = cache.get_seq_length()

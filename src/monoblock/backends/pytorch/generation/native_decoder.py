@@ -1,7 +1,8 @@
 """Decode steps in the native library: one call runs the whole model for a few new tokens.
 
-`obstacle` returns the reason why a model cannot use it, `of` creates the `Steps` of one generation. The library computes
-the same as the modules, with float32 activations whatever the dtype of the weights, including peft's LoRA adapters.
+`obstacle` returns the reason why a model cannot use it, `of` creates the `Steps` of one generation. The library
+computes the same as the modules, with float32 activations whatever the dtype of the weights, including peft's LoRA
+adapters.
 """
 
 from __future__ import annotations
@@ -191,8 +192,8 @@ class Steps:
     ) -> Tensor | None:
         """Process n tokens per row: logits (b, n, vocabulary) after each, float32.
 
-        `types_bn`: token type ids; `positions_bn` (b or 1, n): explicit positions; `valid_bm` (b, cached + n): booleans,
-        False for padding. Returns None, without any effect, if the modules must process these tokens.
+        `types_bn`: token type ids; `positions_bn` (b or 1, n): explicit positions; `valid_bm` (b, cached + n):
+        booleans, False for padding. Returns None, without any effect, if the modules must process these tokens.
         """
         rows, count = ids_bn.shape
         past = self.cache.get_seq_length()

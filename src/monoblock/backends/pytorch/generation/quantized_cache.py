@@ -1,7 +1,7 @@
-"""A key/value cache in 8 or 4 bits: the newest tokens as they are, all older ones as codes of groups of channels.
+"""A KV cache in 8 or 4 bits: the newest tokens unquantised, older ones quantised per group of channels.
 
-A group of channels of one token keeps its smallest number and a step: `x ~ low + step * code`, `code` a whole number
-below 2 ** bits; no number is off by more than half a step. A layer is dequantized when it is used, one at a time.
+Asymmetric quantisation: each group of channels of a token has a minimum and a step, `x ~ low + step * code` with an
+integer `code` in [0, 2 ** bits), so that the error is at most half a step. A layer is dequantised when it is used.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from monoblock.backends.pytorch.cache import Cache, Legacy
 
 @dataclass
 class QuantizedBlock:
-    """The quantised keys or values of n tokens: codes (b, g, n, d * bits / 8), uint8; step and low (b, g, n, groups, 1),
-    float32."""
+    """The quantised keys or values of n tokens: codes (b, g, n, d * bits / 8), uint8; step and low (b, g, n, groups,
+    1), float32."""
 
     codes: Tensor
     step: Tensor
@@ -59,7 +59,7 @@ class QuantizedBlock:
         """The rows `index` of the batch."""
         return QuantizedBlock(*(tensor.index_select(0, index.to(tensor.device)) for tensor in self.tensors()))
 
-    def parts(self) -> tuple[Tensor, Tensor, Tensor]:
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
         """Codes, steps, lows."""
         return self.codes, self.step, self.low
 

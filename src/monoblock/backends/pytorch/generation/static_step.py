@@ -1,9 +1,9 @@
-"""One new token as a function of tensors that never move: what a CUDA graph can record and play again.
+"""A decode step over tensors with fixed addresses, which a CUDA graph can capture and replay.
 
-Nothing here depends on what is in the tensors: no number is read back, no shape and no branch changes from token to
-token. The place of the token is a tensor too; which key lies in which slot, and who may see it, follows from it.
+The step never depends on values on the host: no value is read back, and no shape or branch changes from token to token.
+The token's position is a tensor too; the key of each slot and the attention mask are computed from it.
 
-Shape suffixes: b batch, k slots, l places, g key/value heads, d head width, v vocabulary.
+Shape suffixes: b batch, k slots, l positions, g key/value heads, d head width, v vocabulary.
 """
 
 from __future__ import annotations

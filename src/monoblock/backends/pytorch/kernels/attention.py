@@ -29,7 +29,8 @@ def attend(q_bhqd: Tensor, k_bgkd: Tensor, v_bgkd: Tensor, scope: Scope, kernel:
     recomputed for the backward pass. Compiled, exported, traced and transformed calls: `_portable`.
     """
     if dispatch.autocast(q_bhqd.device):
-        # The heads have autocast's dtype already; in that dtype a mask's minimum would overflow and ALiBi be too coarse.
+        # The heads have autocast's dtype already; in that dtype a mask's minimum would overflow and ALiBi be too
+        # coarse.
         with torch.autocast(q_bhqd.device.type, enabled=False):
             return attend(q_bhqd.to(v_bgkd.dtype), k_bgkd.to(v_bgkd.dtype), v_bgkd, scope, kernel)
     if dispatch.transformed():
@@ -90,8 +91,8 @@ def _mask(scope: Scope, dtype: torch.dtype) -> Tensor | None:
 
 
 def prepare(scope: Scope, windows: Sequence[int | None], dtype: torch.dtype) -> None:
-    """Precompute the masks that the blocks of a transformed call share, since a compiled, checkpointed block cannot store
-    them. `dtype`: that of the hidden states."""
+    """Precompute the masks that the blocks of a transformed call share, since a compiled, checkpointed block cannot
+    store them. `dtype`: that of the hidden states."""
     if not dispatch.transformed() or not scope.aligned:
         return
     device = scope.index_k.device
@@ -123,8 +124,8 @@ def _native(q_bhqd: Tensor, k_bgkd: Tensor, v_bgkd: Tensor, scope: Scope, kernel
 
 
 def fill_fully_masked(out_bhqd: Tensor, v_bgkd: Tensor, scope: Scope) -> Tensor:
-    """Give fully masked queries equal weights on the keys chosen by the spec's `masked_rows`, so that all kernels agree on
-    padding too, which enters losses over all positions of a row (question answering)."""
+    """Give fully masked queries equal weights on the keys chosen by the spec's `masked_rows`, so that all kernels agree
+    on padding too, which enters losses over all positions of a row (question answering)."""
     if (masked := scope.fully_masked()) is None:
         return out_bhqd
     return torch.where(masked, repeat_groups(scope.mean(v_bgkd), out_bhqd.shape[1]), out_bhqd)

@@ -6,8 +6,8 @@
     fp32, windows, packed rows, chunks       `None`: attention.py's blocks of queries, each with its own mask
     dropout, softcap                         `None`
 
-No kernel is compiled. `attn_implementation="flex_attention"` (attention_flex.py) compiles one kernel for windows, softcaps
-and ALiBi alike.
+No kernel is compiled. `attn_implementation="flex_attention"` (attention_flex.py) compiles one kernel for windows,
+softcaps and ALiBi alike.
 
 Shape suffixes: b batch, q queries, k keys, h heads, g key/value heads, r heads of a group, n splits, d head width.
 """

@@ -1,8 +1,8 @@
 """Conditions for bypassing PyTorch's dispatcher: native kernels take plain eager tensors only.
 
 Native kernels read the tensors' memory directly, so no tracer, compiler, exporter, functorch transform, dispatch mode,
-autocast or tensor subclass may be active. Otherwise PyTorch's operators run. The `*_obstacle` functions return the reason
-against a fast path as text, or None.
+autocast or tensor subclass may be active. Otherwise PyTorch's operators run. The `*_obstacle` functions return the
+reason against a fast path as text, or None.
 """
 
 from __future__ import annotations
@@ -78,8 +78,8 @@ def native(*tensors: Tensor | None, gradient: bool = False) -> bool:
 def altered(module: nn.Module, *, captured: bool = False) -> str | None:
     """The hook or override on this module that calling its class's forward directly would skip; None if there is none.
 
-    `captured`: the module is called during a graph capture, without gradients, so that backward hooks and compilation do
-    not matter.
+    `captured`: the module is called during a graph capture, without gradients, so that backward hooks and compilation
+    do not matter.
     """
     own = vars(module)
     if own["_forward_hooks"] or own["_forward_pre_hooks"]:
@@ -118,7 +118,8 @@ def hooked_everywhere() -> bool:
 
 
 def module_obstacle(name: str, module: nn.Module, *, known: bool, captured: bool = False) -> str | None:
-    """Why a module of a model must be called: it is not `known`, or it is hooked or overridden; None if it need not be."""
+    """Why a module of a model must be called: it is not `known`, or it is hooked or overridden; None if it need not
+    be."""
     where = name or "the model"
     if not known:
         return f"{foreign(module)} in {where}"
@@ -127,7 +128,8 @@ def module_obstacle(name: str, module: nn.Module, *, known: bool, captured: bool
 
 
 def setting_obstacle(device: torch.device) -> str | None:
-    """The global setting of PyTorch (autocast, global hooks) that affects all modules on that device; None if none does."""
+    """The global setting of PyTorch (autocast, global hooks) that affects all modules on that device; None if none
+    does."""
     if autocast(device):
         return "autocast"
     if hooked_everywhere():
@@ -136,7 +138,8 @@ def setting_obstacle(device: torch.device) -> str | None:
 
 
 def spec_obstacle(spec: ArchSpec) -> str | None:
-    """The part of the spec for which decode steps are not the same computation at each position; None if there is none."""
+    """The part of the spec for which decode steps are not the same computation at each position; None if there is
+    none."""
     learned = spec.position(Learned)
     if not spec.causal:
         return "bidirectional attention"

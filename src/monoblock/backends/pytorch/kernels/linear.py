@@ -110,7 +110,8 @@ def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def native_matrix(weight: Tensor | QuantizedTensor, bias: Tensor | None) -> Matrix:
-    """A matrix (outputs, inputs) and its bias as the native library's structure, which holds pointers, not references."""
+    """A matrix (outputs, inputs) and its bias as the native library's structure, which holds pointers, not
+    references."""
     where = None if bias is None else bias.data_ptr()
     bias_format = 0 if bias is None else FORMATS[bias.dtype]
     if isinstance(weight, QuantizedTensor):
@@ -182,8 +183,8 @@ linear.register_autograd(_backward, setup_context=_keep)
 
 
 class Product(torch.autograd.Function):
-    """`linear` with gradients in eager mode: the operator's autograd formula would make PyTorch import its compiler, which
-    takes a second and 70 MB."""
+    """`linear` with gradients in eager mode: the operator's autograd formula would make PyTorch import its compiler,
+    which takes a second and 70 MB."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

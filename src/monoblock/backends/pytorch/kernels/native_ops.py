@@ -1,8 +1,8 @@
 """Attention, norms, RoPE and activations of a prompt by the native CPU kernels, for float32 and bfloat16, without
 gradients.
 
-`usable` tells whether tensors may be passed to them; otherwise PyTorch's operators are used. Shape suffixes: b batch, q queries, k keys,
-s tokens, h heads, g key/value heads, d head width, w width.
+`usable` tells whether tensors may be passed to them; otherwise PyTorch's operators are used. Shape suffixes: b batch, q
+queries, k keys, s tokens, h heads, g key/value heads, d head width, w width.
 """
 
 from __future__ import annotations
@@ -60,9 +60,9 @@ def attention(
 ) -> Tensor:
     """Attention (b, q, h, d) of queries (b, h, q, d), the last of the keys (b, g, k, d), without a scores array.
 
-    `slopes` (h,) are ALiBi's, float32; `valid` (b, k) is False for padding; a query attends to keys of its own
-    document in `segments` (b, k), int32; `softcap` and `window` are 0 for none. The output of a fully masked query is the
-    mean of all values.
+    `slopes` (h,) are ALiBi's, float32; `valid` (b, k) is False for padding; a query attends to keys of its own document
+    in `segments` (b, k), int32; `softcap` and `window` are 0 for none. The output of a fully masked query is the mean
+    of all values.
     """
     q, k, v = _dense(q), _dense(k), _dense(v)
     b, h, queries, d = q.shape

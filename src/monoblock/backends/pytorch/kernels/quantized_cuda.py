@@ -1,8 +1,8 @@
 """Products with quantised matrices on a GPU: dequantised in registers for few rows, in memory for many (and for the
 lossless format, which saves memory on GPUs, not time).
 
-The product of one token is bound by reading the codes, a quarter or an eighth of the size of fp32 weights. That of a prompt
-is bound by arithmetic: the weights are dequantised once and multiplied by PyTorch's matmul.
+The product of one token is bound by reading the codes, a quarter or an eighth of the size of fp32 weights. That of a
+prompt is bound by arithmetic: the weights are dequantised once and multiplied by PyTorch's matmul.
 """
 
 from __future__ import annotations

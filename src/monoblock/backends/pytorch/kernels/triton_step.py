@@ -177,8 +177,9 @@ def attention(
     softcap: float | None,
     splits: int,
 ) -> Tensor:
-    """Attention output (b, 1, h * d) of one token (s = 1); stores its keys and values in their slots. The heads of a row
-    are contiguous in q, k and v; `angles` are cos and sin (b or 1, 1, 1, channels); `valid_bl` is False for padding."""
+    """Attention output (b, 1, h * d) of one token (s = 1); stores its keys and values in their slots. The heads of a
+    row are contiguous in q, k and v; `angles` are cos and sin (b or 1, 1, 1, channels); `valid_bl` is False for
+    padding."""
     b, h, _, d = q_bhsd.shape
     g, slots = keys_bgkd.shape[1], keys_bgkd.shape[2]
     width = max(16, triton.next_power_of_2(d))

@@ -1,8 +1,8 @@
 """Lossless compression of bfloat16 matrices to 12 bits per weight: the format, packing and unpacking.
 
-Signs and mantissas are close to random, exponents are not: nearly all exponents of a row lie in a window of 15 consecutive
-values. A matrix (outputs, inputs) becomes bytes (outputs, header + 3/2 padded), with inputs padded to a multiple of 128.
-Each row:
+Signs and mantissas are close to random, exponents are not: nearly all exponents of a row lie in a window of 15
+consecutive values. A matrix (outputs, inputs) becomes bytes (outputs, header + 3/2 padded), with inputs padded to a
+multiple of 128. Each row:
 
     header  words of 16 bits: the highest exponent of the window; the number of outliers (weights with other exponents);
             column and bits of each outlier. 32 bytes for every 2048 inputs, rounded up
@@ -88,8 +88,8 @@ def unpack(codes: Tensor, inputs: int) -> Tensor:
 def _window(exponent: Tensor, slots: int) -> tuple[Tensor, Tensor]:
     """For each row the highest exponent of the window, and a mask of the outliers: the fewest that were found.
 
-    A window that ends at the row's largest exponent excludes its smallest weights. If those are too many, lower windows,
-    which exclude the largest weights, are tried.
+    A window that ends at the row's largest exponent excludes its smallest weights. If those are too many, lower
+    windows, which exclude the largest weights, are tried.
     """
     highest = exponent.amax(1)
     other = _outside(exponent, highest)

@@ -6,8 +6,8 @@ A matrix (outputs, inputs) is quantised along its inputs, which are padded to a 
     4 bits   codes uint8 (outputs, padded / 2); scale and low fp16 (as above);         weight = scale * code + low
     12 bits  codes uint8 (outputs, bytes of a row), nothing else: lossless bfloat16; see bf12.py
 
-In 4 bits, byte j of each run of 128 weights holds the codes of weights j (low nibble) and j + 64 (high nibble). Rows are
-independent, so that quantised matrices can be concatenated and split by rows.
+In 4 bits, byte j of each run of 128 weights holds the codes of weights j (low nibble) and j + 64 (high nibble). Rows
+are independent, so that quantised matrices can be concatenated and split by rows.
 """
 
 from __future__ import annotations
@@ -178,8 +178,9 @@ def _eight(weights_rgn: Tensor) -> dict[str, Tensor]:
 def _four(weights_rgn: Tensor, padding: int) -> dict[str, Tensor]:
     """Asymmetric quantisation: scale and low with the least error among several starts, each refined by least squares.
 
-    Errors are weighted by the magnitude of the weight (plus a small constant), and by 0 in the last `padding` inputs. On
-    the embedded demo this reduces the divergence from the original's predictions by 13%, unweighted least squares by 6%.
+    Errors are weighted by the magnitude of the weight (plus a small constant), and by 0 in the last `padding` inputs.
+    On the embedded demo this reduces the divergence from the original's predictions by 13%, unweighted least squares by
+    6%.
     """
     counts = weights_rgn.abs()
     counts += counts.mean(-1, keepdim=True) * _FLOOR

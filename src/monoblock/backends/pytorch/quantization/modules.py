@@ -48,7 +48,8 @@ class QuantizedMatrix(nn.Module):
         return self.quantized.unpack(dtype)
 
     def _apply(self, fn: Callable[[Any], Any], recurse: bool = True) -> Self:
-        """`.to(device)` moves all tensors; `.to(dtype)` does not convert scale and low, whose dtype is part of the format."""
+        """`.to(device)` moves all tensors; `.to(dtype)` does not convert scale and low, whose dtype is part of the
+        format."""
         halves = [self.scale, self.low]
         with torch.no_grad():
             kept = [None if x is None else fn(x.view(torch.int16)).view(torch.float16) for x in halves]
@@ -68,8 +69,8 @@ class ReadOnlyCodes(Tensor):
     def data(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
         """RuntimeError: the weight is quantised."""
         raise RuntimeError(
-            "this weight is quantised and can be neither read nor modified in place (to merge an adapter, for example): call the "
-            "model's dequantize() first"
+            "this weight is quantised and can be neither read nor modified in place (for example to merge an "
+            "adapter): call the model's dequantize() first"
         )
 
 
