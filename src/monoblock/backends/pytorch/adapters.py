@@ -15,7 +15,7 @@ from monoblock.checkpoint.transaction import staged
 
 
 def peft() -> Any:
-    """The package. ImportError says how to get it."""
+    """The peft package. ImportError: it is not installed."""
     try:
         import peft as package  # pyright: ignore[reportMissingImports]
     except ImportError as error:
@@ -24,7 +24,7 @@ def peft() -> Any:
 
 
 class Adapters:
-    """Adds, loads and chooses adapters in place: the model itself computes with them."""
+    """Adds, loads and activates adapters in place, in the model's own modules."""
 
     peft_config: dict[str, Any]
     _hf_peft_config_loaded: bool

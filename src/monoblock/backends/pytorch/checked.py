@@ -41,7 +41,7 @@ TENSORS = frozenset(
         "end_positions",
     }
 )
-INDICES = (torch.int64, torch.int32)  # what an embedding takes
+INDICES = (torch.int64, torch.int32)  # dtypes that an embedding takes
 
 
 def check_flag(name: str, value: Any) -> bool:
@@ -160,7 +160,7 @@ def check_cache_position(position: Tensor | None, past: int, count: int) -> None
         got = brief(position.tolist()) if position.dim() == 1 else tuple(position.shape)
         raise ValueError(
             f"cache_position must be {past} to {past + count - 1}, the positions after {past} cached tokens, got "
-            f"{got}; crop() the cache to write at an earlier place"
+            f"{got}; crop() the cache to write at an earlier position"
         )
 
 

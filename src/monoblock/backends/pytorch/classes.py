@@ -23,7 +23,7 @@ pytree.register_outputs()
 
 @functools.cache
 def make_base_class(name: str) -> type[PreTrainedModel]:
-    """The base of a family's classes, which holds what they have in common: `<stem>PreTrainedModel`."""
+    """The base of a family's classes, with their common attributes: `<stem>PreTrainedModel`."""
     return classes.new_base(name, "", (PreTrainedModel, Construction))
 
 

@@ -41,8 +41,8 @@ def from_foreign(past: Any, windows: Sequence[int | None]) -> DynamicCache:
         held = layer.keys.shape[2]
         if held < length and (window is None or held < window - 1):
             raise ValueError(
-                f"past_key_values has kept {held} of {length} tokens in layer {i}, where a token of this model sees "
-                f"{'all' if window is None else window}: make the cache with this model's config"
+                f"past_key_values has kept {held} of {length} tokens in layer {i}, where a token of this model "
+                f"attends to {'all' if window is None else window}: make the cache with this model's config"
             )
         if len(cache) < i:
             raise ValueError(f"past_key_values has tokens in layer {i}, but none in layer {len(cache)}")

@@ -75,7 +75,8 @@ KINDS_OF_PARTS: dict[str, type[Part]] = {
 
 
 def logits(model: Any, hidden: Tensor) -> Tensor:
-    """Logits (..., v) of hidden states (..., w); those over the vocabulary are scaled and capped as the spec says."""
+    """Logits (..., v) of hidden states (..., w); those over the vocabulary are scaled and capped according to the
+    spec."""
     for container in ("lm_head", "classifier_head"):
         if model.has(container):
             return _scaled(model, model.role(container)(hidden))
@@ -104,21 +105,21 @@ def last_tokens(
     of the same id; so it does for embeddings. Without ids and mask, it is the last position.
     """
     b, s = hidden_bsw.shape[:2]
-    text = None if input_ids is None or head.pad_id is None else input_ids != head.pad_id
+    not_pad = None if input_ids is None or head.pad_id is None else input_ids != head.pad_id
     kept = None if attention_mask is None or attention_mask.dim() != 2 else attention_mask[:, -s:] != 0
-    if (real := text if kept is None else kept) is None:
+    if (real := not_pad if kept is None else kept) is None:
         return hidden_bsw[:, -1]
     rank = torch.arange(1, s + 1, device=hidden_bsw.device)
     rank = rank * real.to(rank.device)
-    if kept is not None and text is not None and head.last_by == "pad_id":
-        rank = rank + s * (kept & text).to(rank.device)
+    if kept is not None and not_pad is not None and head.last_by == "pad_id":
+        rank = rank + s * (kept & not_pad).to(rank.device)
     return hidden_bsw[torch.arange(b, device=rank.device), rank.argmax(-1)]
 
 
 def _described(name: str, labels: Tensor) -> Labels:
     """Labels for the checks; with values only if on the CPU, to avoid a synchronisation."""
-    seen = labels.device.type == "cpu" and not labels.is_floating_point() and dispatch.readable(labels)
-    values = labels.numpy() if seen else None
+    on_host = labels.device.type == "cpu" and not labels.is_floating_point() and dispatch.readable(labels)
+    values = labels.numpy() if on_host else None
     return Labels(name, labels.shape, str(labels.dtype).removeprefix("torch."), values)
 
 
@@ -166,7 +167,7 @@ def sequence_loss(logits_bv: Tensor, labels: Tensor, problem_type: str | None, c
 
 
 def span_loss(start_bs: Tensor, end_bs: Tensor, starts: Tensor, ends: Tensor, count: Count = None) -> Tensor:
-    """The mean of two cross-entropies over the tokens; positions outside the text are ignored."""
+    """The mean of two cross-entropies over the tokens; positions outside the sequence are ignored."""
     length = start_bs.shape[1]
 
     def one(logits: Tensor, positions: Tensor) -> Tensor:

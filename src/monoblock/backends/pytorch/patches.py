@@ -53,7 +53,7 @@ def with_patches(
 
 
 def _sets(patches: Any, size: int) -> list[Tensor]:
-    """The patches of each row, or of all; TypeError or ValueError for what is none."""
+    """The patches of each row, or of all rows. TypeError or ValueError: invalid patches."""
     expected = f"image_patches must be a tensor (.., {size}), or a list with one for each row"
     if isinstance(patches, Tensor) and patches.dim() < 3:
         found = [patches]

@@ -219,9 +219,11 @@ class PreTrainedModel(Recognised, Parameters, Generation, Construction, Adapters
             return None
         stack = base.role("stack") if base.has("stack") else base
         last = stack.role("layers")[-1]
-        seen = [*last.modules(), *([stack.role("final_norm")] if stack.has("final_norm") else [])]
-        seen += [base, *([stack] if stack is not base else [])]
-        return None if any(module._forward_hooks or module._forward_pre_hooks for module in seen) else keep
+        observed = [*last.modules(), *([stack.role("final_norm")] if stack.has("final_norm") else [])]
+        observed += [base, *([stack] if stack is not base else [])]
+        return (
+            None if any(module._forward_hooks or module._forward_pre_hooks for module in observed) else keep
+        )
 
     def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         names = self.row.forward.split()
@@ -279,7 +281,7 @@ class PreTrainedModel(Recognised, Parameters, Generation, Construction, Adapters
         "int8", "int4", "lossless", a WeightOnlyConfig or a BitsAndBytesConfig; or `load_in_4bit`, `load_in_8bit`
         for the latter. A folder of quantised weights needs none. `attn_implementation`: "sdpa", "eager",
         "flex_attention" or "flash_attention_2". `revision`, `token`, `cache_dir`, `local_files_only`,
-        `force_download`, `subfolder`, `variant`, `use_safetensors` say which files; `from_flax=True` and
+        `force_download`, `subfolder`, `variant`, `use_safetensors` choose the files; `from_flax=True` and
         `from_tf=True` prefer transformers 4's flax_model.msgpack and tf_model.h5 to others. Other keywords set
         fields of the config (`num_labels=3`). HubError: the files cannot be had. CheckpointError: they do not
         fit. ValueError: an argument is wrong.
@@ -441,12 +443,12 @@ class PreTrainedModel(Recognised, Parameters, Generation, Construction, Adapters
         self.config.architectures = [self.config.stored_class(self.row.name)]
         self.config.dtype = self.dtype
         self.record_quantization()
-        texts = {CONFIG_NAME: self.config.to_json_string()}
+        files = {CONFIG_NAME: self.config.to_json_string()}
         if self.generation_config is not None:
             self.generation_config.validate()
-            texts[GENERATION_CONFIG_NAME] = self.generation_config.to_json_string()
+            files[GENERATION_CONFIG_NAME] = self.generation_config.to_json_string()
         save_tensors(
-            folder, tensors, framework="pt", max_shard_size=max_shard_size, beside=texts, variant=variant
+            folder, tensors, framework="pt", max_shard_size=max_shard_size, beside=files, variant=variant
         )
         if push_to_hub:
             self.push_to_hub(kwargs.pop("repo_id", folder.name), token=token, **kwargs)
@@ -464,7 +466,7 @@ class PreTrainedModel(Recognised, Parameters, Generation, Construction, Adapters
 
     @property
     def base_model(self) -> nn.Module:
-        """The bare model: what is called by the family's prefix."""
+        """The bare model, which is the attribute named by the family's prefix."""
         return self.bare
 
 

@@ -47,16 +47,16 @@ class Generation(ModelBase, GenerationMixin):
         generation_config: GenerationConfig | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Continue prompts, (batch, tokens) or what a tokenizer returns.
+        """Continue prompts (batch, tokens), or a tokenizer's output.
 
         Gives ids (batch, prompt + new), or a GenerateDecoderOnlyOutput with `return_dict_in_generate=True`.
 
-        Keywords are the hub's: the fields of `GenerationConfig` (`max_new_tokens`, `do_sample`, `temperature`, ...),
-        `attention_mask`, `logits_processor`, `stopping_criteria`, `streamer`, `tokenizer` (for `stop_strings` and
+        Keywords are transformers': the fields of `GenerationConfig` (`max_new_tokens`, `do_sample`, `temperature`,
+        ...), `attention_mask`, `logits_processor`, `stopping_criteria`, `streamer`, `tokenizer` (for `stop_strings` and
         `response_format`), `assistant_model` (a smaller model with the same tokenizer), `negative_prompt_ids` (for
         `guidance_scale`), `past_key_values` (the cache of the prompt's beginning), `inputs_embeds`, the model's other
         inputs; besides, `seed` or `generator`, and `response_format` (a JSON schema or a regular expression that the
-        new text keeps to). ValueError for what is unknown or not supported.
+        new text keeps to). ValueError: an unknown or unsupported option.
         """
         inputs, kwargs = self.generate_arguments(inputs, kwargs)
         for name in self.arguments & TENSORS & kwargs.keys() - {"input_ids", "attention_mask"}:
@@ -202,19 +202,19 @@ class Decoder:
 
     def prefill(self, ids_bn: Tensor, mask_bm: Tensor | None) -> Tensor:
         """Process the prompts, except the tokens that a given cache already holds; logits for the next token."""
-        seen = self.cache.get_seq_length() if self.cache is not None else 0
+        cached = self.cache.get_seq_length() if self.cache is not None else 0
         length = ids_bn.shape[1] if self.embeds is None else self.embeds.shape[1]
-        if 0 < length <= seen:
+        if 0 < length <= cached:
             raise ValueError(
-                f"past_key_values hold {seen} tokens and the prompt has {length}: give the whole prompt, of which the "
-                "cache is the beginning, or crop() the cache"
+                f"past_key_values hold {cached} tokens and the prompt has {length}: give the whole prompt, of which "
+                "the cache is the beginning, or crop() the cache"
             )
         self.mask = None if mask_bm is None or bool((mask_bm != 0).all()) else mask_bm != 0
         if self.images:
             self.embeds = self.model.embed(ids_bn, self.images)
         name, tokens = ("input_ids", ids_bn) if self.embeds is None else ("inputs_embeds", self.embeds)
-        scores, left = None, tokens.shape[1] - seen
-        for part in tokens[:, seen:].split(self._chunk() or left, dim=1):
+        scores, left = None, tokens.shape[1] - cached
+        for part in tokens[:, cached:].split(self._chunk() or left, dim=1):
             left -= part.shape[1]
             scores = self._scores(self.model(**self._arguments({name: part}, left=left)))
         assert scores is not None

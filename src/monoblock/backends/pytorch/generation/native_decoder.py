@@ -1,7 +1,7 @@
 """Decode steps in the native library: one call runs the whole model for a few new tokens.
 
 `obstacle` returns the reason why a model cannot use it, `of` creates the `Steps` of one generation. The library
-computes the same as the modules, with float32 activations whatever the dtype of the weights, including peft's LoRA
+computes the same as the modules, with float32 activations for any dtype of the weights, including peft's LoRA
 adapters.
 """
 

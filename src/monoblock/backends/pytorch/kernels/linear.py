@@ -19,8 +19,8 @@ all that the core can read is 40 GB/s, and two cores together 50 to 80):
     CPU, bfloat16, more rows       with AVX-512 BF16 the native kernels, 1.02 to 1.1 times F.linear (oneDNN), which
                                    reorders the weights in each product; with AMX, and without either, F.linear
     CPU, quantised, any rows          the native kernels; with 512 rows 1.3 times the products a second of bfloat16.
-                                   Without AVX-512 VNNI or BF16 more than 16 rows are unpacked. Also where the
-                                   kernels were built without OpenMP and have one thread: PyTorch would unpack
+                                   Without AVX-512 VNNI or BF16 more than 16 rows are dequantised. Also where the
+                                   kernels were built without OpenMP and have one thread: PyTorch would dequantise
                                    the whole matrix for each product
     otherwise                      F.linear
 """

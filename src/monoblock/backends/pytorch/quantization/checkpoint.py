@@ -81,14 +81,14 @@ def load(
         }
         for i, name in enumerate(here.names):
             path = name.rpartition(".")[0]
-            tensors = {part: piece.parts[i] for part, piece in parameter_tensors.items()}
+            tensors = {part: split.parts[i] for part, split in parameter_tensors.items()}
             module = model.get_submodule(path)
             matrix = QuantizedTensor.of(tensors, how.group_size, shapes[canonical][1])
             replace(model, path, quantized_module(module, matrix, dtype))
-        for part, piece in parameter_tensors.items():
-            if piece.whole is not None:
+        for part, split in parameter_tensors.items():
+            if split.whole is not None:
                 loading.register_fused(
-                    model, [f"{name.rpartition('.')[0]}.{part}" for name in here.names], piece.whole
+                    model, [f"{name.rpartition('.')[0]}.{part}" for name in here.names], split.whole
                 )
     model.quantization_config = how
     report = found["codes"][1]

@@ -163,12 +163,12 @@ def _kept(model: ModelBase, names: Iterable[str], asked: Iterable[str]) -> set[s
     matrices of a fused group are kept together.
     """
     known, names = [name for name, _ in model.named_modules() if name], list(names)
-    for word in asked:
-        if not any(_within(word, name) for name in known):
+    for entry in asked:
+        if not any(_within(entry, name) for name in known):
             raise ValueError(
-                f"modules_to_not_convert (or llm_int8_skip_modules) names {word!r}, which is no module of this model"
+                f"modules_to_not_convert (or llm_int8_skip_modules) names {entry!r}, which is no module of this model"
             )
-    kept = {name for name in names if any(_within(word, name) for word in asked)}
+    kept = {name for name in names if any(_within(entry, name) for entry in asked)}
     for group in _groups(model):
         if kept & set(group):
             kept |= set(group) & set(names)
@@ -188,5 +188,5 @@ def _groups(model: ModelBase) -> list[tuple[str, ...]]:
     return groups
 
 
-def _within(word: str, name: str) -> bool:
-    return f".{word}." in f".{name}."
+def _within(entry: str, name: str) -> bool:
+    return f".{entry}." in f".{name}."
