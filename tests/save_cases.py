@@ -25,7 +25,7 @@ from monoblock.checkpoint.transaction import staged
 NAMES = ("a.weight", "b.weight", "c.weight")
 SIZE = 300  # numbers of a tensor
 BYTES = 4 * SIZE
-# What a user or a trainer keeps beside a model.
+# What a user or a trainer keeps extra_files a model.
 OTHERS = {"README.md": "mine", "tokenizer.json": "{}", "optimizer.pt": "state"}
 HIDDEN = ".monoblock"
 
@@ -40,19 +40,21 @@ def config(tag: int) -> str:
 
 def save(folder: Path, tag: int, *, per_shard: int = 3) -> None:
     """A model whose numbers are all `tag`, so many tensors in a file."""
-    beside = {"config.json": config(tag), "generation_config.json": json.dumps({"tag": tag})}
-    save_tensors(folder, tensors(tag), framework="np", max_shard_size=per_shard * BYTES, beside=beside)
+    extra_files = {"config.json": config(tag), "generation_config.json": json.dumps({"tag": tag})}
+    save_tensors(
+        folder, tensors(tag), framework="np", max_shard_size=per_shard * BYTES, extra_files=extra_files
+    )
 
 
 def save_again(folder: Path, tag: int) -> None:
     """A model whose config does not change."""
-    save_tensors(folder, tensors(tag), framework="np", beside={"config.json": "{}"})
+    save_tensors(folder, tensors(tag), framework="np", extra_files={"config.json": "{}"})
 
 
 def save_flax(folder: Path, tag: int, *, per_shard: int = 3) -> None:
     """The same, as flax_model.msgpack."""
-    beside = {"config.json": config(tag)}
-    save_msgpack(folder, tensors(tag), max_shard_size=per_shard * BYTES, beside=beside)
+    extra_files = {"config.json": config(tag)}
+    save_msgpack(folder, tensors(tag), max_shard_size=per_shard * BYTES, extra_files=extra_files)
 
 
 def replace(folder: Path, tag: int) -> None:
@@ -116,7 +118,7 @@ def texts_in(folder: Path) -> set[int]:
 
 
 def litter(folder: Path) -> list[str]:
-    """What is left of saves in a folder and beside it."""
+    """What is left of saves in a folder and extra_files it."""
     places = [place for place in (folder, folder.parent) if place.is_dir()]
     return [path.name for place in places for path in place.iterdir() if path.name.startswith(HIDDEN)]
 

@@ -1,7 +1,7 @@
 """monoblock: one transformer block, six model families, three frameworks.
 
-Every public name is imported when it is first used: `from monoblock import MptForCausalLM` loads PyTorch then,
-and `import monoblock` loads nothing. `from monoblock import *` takes the names of the frameworks that are installed.
+Public names are imported lazily: `import monoblock` loads no framework, `from monoblock import MptForCausalLM` loads
+PyTorch. `from monoblock import *` imports the names of installed frameworks.
 """
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
-# Where each public name is, but for the model classes, which are made from the families' tables.
+# Public name -> module, except for the model classes, which are created from the families' tables.
 _HOME: dict[str, str] = {
     "AutoConfig": "monoblock.auto",
     "AutoImageProcessor": "monoblock.processing",
@@ -130,7 +130,7 @@ _HOME: dict[str, str] = {
     "TFAutoModelForTokenClassification": "monoblock.auto",
 }
 
-# The model classes, without a framework's prefix.
+# The model classes, without a framework prefix.
 _CLASSES = (
     "FuyuForCausalLM",
     "GPTNeoForCausalLM",
@@ -160,7 +160,7 @@ _CLASSES = (
     "OpenAIGPTModel",
 )
 
-# The stems of the families' names.
+# The stems of the families' class names.
 _STEMS = ("Fuyu", "GPTNeo", "MPNet", "Mistral", "Mpt", "OpenAIGPT")
 
 # The model classes of each framework: module -> names.
@@ -179,15 +179,15 @@ _BASES_OF: dict[str, tuple[str, ...]] = {
     ),
 }
 
-# Packages of this one that are there without an import of their own.
+# Subpackages that are imported on attribute access.
 _PACKAGES = ("demo", "pipelines", "utils")
 
-# What to install when a framework is missing.
+# Module of a framework -> the pip extra that installs it.
 _EXTRAS = {"torch": "torch", "jax": "jax", "flax": "jax", "tensorflow": "tf", "keras": "tf"}
 
 _MADE = {name: module for table in (_MODELS, _BASES_OF) for module, names in table.items() for name in names}
 _NAMES = frozenset([*_HOME, *_MADE])
-# What the modules of each framework import, and so what must be installed for their names.
+# Module prefix -> the packages that must be installed for its names.
 _FRAMEWORKS = {
     "monoblock.backends.pytorch.": ("torch",),
     "monoblock.backends.flax.": ("jax", "flax"),
@@ -196,7 +196,7 @@ _FRAMEWORKS = {
 
 
 def __getattr__(name: str) -> Any:
-    if name == "__all__":  # looked up by `import *`, which must not fail where a framework is not installed
+    if name == "__all__":  # used by `import *`, which must not fail if a framework is not installed
         return _available()
     if name in _PACKAGES:
         return importlib.import_module(f"monoblock.{name}")
@@ -213,7 +213,7 @@ def __getattr__(name: str) -> Any:
 
 
 def _available() -> list[str]:
-    """The public names whose framework is installed; nothing is imported for that."""
+    """The public names whose framework is installed, found without importing it."""
     from monoblock.installed import installed
 
     missing = tuple(stem for stem, needed in _FRAMEWORKS.items() if not all(map(installed, needed)))
@@ -238,5 +238,5 @@ def _load(module: str, name: str) -> Any:
 
 
 def extra_of(module: str | None) -> str | None:
-    """The extra of this package that installs a framework's module; None for other modules."""
+    """The pip extra that installs a framework's module; None for other modules."""
     return _EXTRAS.get((module or "").partition(".")[0])

@@ -1,4 +1,4 @@
-"""The `Auto...` classes: they read a checkpoint's config and choose the class that fits."""
+"""The `Auto...` classes, which select a class by a checkpoint's config."""
 
 from __future__ import annotations
 
@@ -16,50 +16,51 @@ from monoblock.field_types import checked, in_file
 
 
 class AutoConfig:
-    """Chooses the config class by a checkpoint's `model_type`."""
+    """Selects the config class by `model_type`."""
 
     def __init__(self) -> None:
         raise TypeError(
-            "AutoConfig is not made directly: use AutoConfig.from_pretrained(name) or for_model(type)"
+            "AutoConfig cannot be instantiated: use AutoConfig.from_pretrained(name) or for_model(type)"
         )
 
     @staticmethod
     def from_pretrained(pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Any:
-        """The config of a checkpoint, of the class of its family; keywords as in `PretrainedConfig`'s."""
+        """The config of a checkpoint, in the class of its family; arguments as in
+        `PretrainedConfig.from_pretrained`."""
         path, data = PretrainedConfig.read_file(pretrained_model_name_or_path, HubOptions.pop(kwargs))
         with in_file(path, kwargs):
             model_type = checked("config", "model_type", data.get("model_type"), str | None)
             if not model_type:
                 raise ValueError(
-                    f"{pretrained_model_name_or_path}: config.json names no model_type; monoblock has: "
+                    f"{pretrained_model_name_or_path}: config.json has no model_type; monoblock supports: "
                     + ", ".join(sorted(families.FAMILIES))
                 )
             return families.family(model_type).config.from_dict(data, **kwargs)
 
     @staticmethod
     def for_model(model_type: str, **kwargs: Any) -> PretrainedConfig:
-        """A config of that family with these fields."""
+        """A new config of that family with these fields."""
         return families.family(model_type).config(**kwargs)
 
 
 class _AutoModel:
-    """Chooses a model class by the checkpoint's config."""
+    """Selects a model class by the config."""
 
     _prefix: ClassVar[str] = ""  # of this framework's class names
-    # What `from_config` takes besides the config.
+    # Keyword arguments of `from_config`.
     _arguments: ClassVar[tuple[str, ...]] = ("dtype", "torch_dtype", "attn_implementation")
 
     def __init__(self) -> None:
         name = type(self).__name__
         raise TypeError(
-            f"{name} is not made directly: use {name}.from_pretrained(name) or from_config(config)"
+            f"{name} cannot be instantiated: use {name}.from_pretrained(name) or from_config(config)"
         )
 
     @classmethod
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | Path, *model_args: Any, **kwargs: Any
     ) -> Any:
-        """The model of a checkpoint; arguments as in the classes' own `from_pretrained`."""
+        """The model of a checkpoint; arguments as in `from_pretrained` of the model classes."""
         config = kwargs.get("config")
         if config is None or isinstance(config, str | Path):
             hub = {k: kwargs[k] for k in _HUB if k in kwargs}
@@ -73,11 +74,11 @@ class _AutoModel:
 
     @classmethod
     def from_config(cls, config: Any, **kwargs: Any) -> Any:
-        """A model of that config, ours or transformers', with random weights.
+        """A model with random weights from a config of monoblock or transformers.
 
-        Keywords on PyTorch: `dtype` (or `torch_dtype`; default: the config's, else PyTorch's), `attn_implementation`;
-        with the other frameworks those of the class's constructor. `trust_remote_code` changes nothing: no remote code
-        is ever run. ValueError: another keyword, or a config of no family here.
+        Keyword arguments in PyTorch: `dtype` (or `torch_dtype`; default: the config's, else PyTorch's) and
+        `attn_implementation`; in other frameworks, those of the class's constructor. `trust_remote_code` has no effect:
+        remote code is never run. ValueError: other keyword arguments, or a config of an unsupported family.
         """
         pop_remote_code(kwargs)
         config = own_config(config)
@@ -92,17 +93,17 @@ class _AutoModel:
 
     @classmethod
     def _class(cls, config: PretrainedConfig) -> Any:
-        # The package's own attribute, which says what to install where a framework is missing.
+        # By the package's attribute, whose error names the pip extra if a framework is missing.
         return getattr(monoblock, families.auto_class(cls.__name__, config, cls._prefix))
 
 
 def own_config(config: Any) -> PretrainedConfig:
-    """A config of a family here: itself, or made from transformers' config object; ValueError for anything else."""
+    """A config of a supported family: the given one, or converted from transformers' config; else ValueError."""
     if isinstance(config, PretrainedConfig):
         return config
     fields = foreign_fields(config)
     if fields is None:
-        raise ValueError(f"expected a config, ours or transformers', got {type(config).__name__}")
+        raise ValueError(f"expected a config of monoblock or transformers, got {type(config).__name__}")
     return as_own_config(config, families.family(fields["model_type"]).config)
 
 
@@ -114,31 +115,31 @@ class AutoModel(_AutoModel):
 
 
 class AutoModelForCausalLM(_AutoModel):
-    """A model that predicts the next token."""
+    """A model with a causal language modeling head."""
 
 
 class AutoModelForSequenceClassification(_AutoModel):
-    """A model that labels texts."""
+    """A model with a sequence classification head."""
 
 
 class AutoModelForTokenClassification(_AutoModel):
-    """A model that labels tokens."""
+    """A model with a token classification head."""
 
 
 class AutoModelForQuestionAnswering(_AutoModel):
-    """A model that finds a span."""
+    """A model with an extractive question answering head."""
 
 
 class AutoModelForMaskedLM(_AutoModel):
-    """A model that fills in masked tokens."""
+    """A model with a masked language modeling head."""
 
 
 class AutoModelForMultipleChoice(_AutoModel):
-    """A model that chooses among texts."""
+    """A model with a multiple choice head."""
 
 
 class AutoModelForImageTextToText(_AutoModel):
-    """A model that continues text about images."""
+    """A model that generates text from images and text."""
 
 
 class _Flax(_AutoModel):
@@ -151,36 +152,36 @@ class FlaxAutoModel(_Flax):
 
 
 class FlaxAutoModelForCausalLM(_Flax):
-    """A Flax model that predicts the next token."""
+    """A Flax model with a causal language modeling head."""
 
 
 class FlaxAutoModelForSequenceClassification(_Flax):
-    """A Flax model that labels texts."""
+    """A Flax model with a sequence classification head."""
 
 
 class FlaxAutoModelForTokenClassification(_Flax):
-    """A Flax model that labels tokens."""
+    """A Flax model with a token classification head."""
 
 
 class FlaxAutoModelForQuestionAnswering(_Flax):
-    """A Flax model that finds a span."""
+    """A Flax model with an extractive question answering head."""
 
 
 class FlaxAutoModelForMaskedLM(_Flax):
-    """A Flax model that fills in masked tokens."""
+    """A Flax model with a masked language modeling head."""
 
 
 class FlaxAutoModelForMultipleChoice(_Flax):
-    """A Flax model that chooses among texts."""
+    """A Flax model with a multiple choice head."""
 
 
 class FlaxAutoModelForImageTextToText(_Flax):
-    """A Flax model that continues text about images."""
+    """A Flax model that generates text from images and text."""
 
 
 class ModelMapping(Mapping[type[PretrainedConfig], type[Any]]):
-    """Config class -> the model class that an `AutoModel...` chooses for it. The framework is imported with the first
-    class that is taken out."""
+    """Config class -> the model class that an `AutoModel...` selects for it. The framework is imported when a value is
+    read."""
 
     def __init__(self, auto: str, prefix: str) -> None:
         self._prefix = prefix
@@ -220,28 +221,28 @@ class TFAutoModel(_TF):
 
 
 class TFAutoModelForCausalLM(_TF):
-    """A TensorFlow model that predicts the next token."""
+    """A TensorFlow model with a causal language modeling head."""
 
 
 class TFAutoModelForSequenceClassification(_TF):
-    """A TensorFlow model that labels texts."""
+    """A TensorFlow model with a sequence classification head."""
 
 
 class TFAutoModelForTokenClassification(_TF):
-    """A TensorFlow model that labels tokens."""
+    """A TensorFlow model with a token classification head."""
 
 
 class TFAutoModelForQuestionAnswering(_TF):
-    """A TensorFlow model that finds a span."""
+    """A TensorFlow model with an extractive question answering head."""
 
 
 class TFAutoModelForMaskedLM(_TF):
-    """A TensorFlow model that fills in masked tokens."""
+    """A TensorFlow model with a masked language modeling head."""
 
 
 class TFAutoModelForMultipleChoice(_TF):
-    """A TensorFlow model that chooses among texts."""
+    """A TensorFlow model with a multiple choice head."""
 
 
 class TFAutoModelForImageTextToText(_TF):
-    """A TensorFlow model that continues text about images."""
+    """A TensorFlow model that generates text from images and text."""

@@ -1,6 +1,6 @@
-"""What can be wrong with a call's labels, masks and positions, in every framework alike: each fault is one sentence.
+"""Validation of labels, masks and positions of a forward pass, with the same error messages in every framework.
 
-Values are NumPy's: what the host can read without waiting for a device.
+Values are NumPy arrays, as far as the host can read them without synchronising with a device.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ import numpy as np
 
 from monoblock.spec import ArchSpec, Learned
 
-IGNORED = -100  # the label of a place that has none
-MAX_POSITION = 2**24  # position up to which all whole numbers are float32 numbers, of which angles are made
+IGNORED = -100  # label of positions without a target
+MAX_POSITION = 2**24  # up to here, every integer is exact in float32, in which RoPE angles are computed
 
 
 @dataclass(frozen=True)
 class Labels:
-    """An array of labels: its argument's name, its shape (what is open of it is no int), the name of its dtype, and its
-    values where the host can read them."""
+    """An array of labels: argument name, shape (symbolic sizes are not ints), dtype name, and values if the host can
+    read them."""
 
     name: str
     shape: Sequence[Any]
@@ -30,11 +30,11 @@ class Labels:
 
 
 def check_classes(labels: Labels, scores: Sequence[Any]) -> None:
-    """ValueError unless there is a class for each of the `scores` (..., classes): as many labels, whole numbers, each a
-    class or -100."""
+    """ValueError unless the labels match `scores` (..., classes): integers, one per row of scores, each a class or
+    -100."""
     *rows, count = scores
     if _known(*labels.shape, *rows) and math.prod(labels.shape) != math.prod(rows):
-        raise ValueError(f"{labels.name} must be {_words(rows)}, a class for each, got {tuple(labels.shape)}")
+        raise ValueError(f"{labels.name} must be {_words(rows)}, one class each, got {tuple(labels.shape)}")
     if "float" in labels.dtype or "complex" in labels.dtype:
         raise ValueError(
             f"{labels.name} must be integers, the classes 0 to {count - 1} or {IGNORED} for none, got "
@@ -51,8 +51,8 @@ def check_classes(labels: Labels, scores: Sequence[Any]) -> None:
 
 
 def check_tokens_have_labels(labels: Labels, scores: Sequence[Any]) -> None:
-    """ValueError unless labels have an axis of tokens, and as many of it as the `scores` (rows, tokens, classes), but
-    for the number of tokens in a row, of which the loss itself speaks."""
+    """ValueError unless labels are (batch, tokens) with the number of rows of `scores` (batch, tokens, classes). The
+    loss itself checks the number of tokens."""
     rows, tokens, _ = scores
     shape = tuple(labels.shape)
     if not _known(*shape, rows, tokens):
@@ -62,17 +62,19 @@ def check_tokens_have_labels(labels: Labels, scores: Sequence[Any]) -> None:
 
 
 def check_token_positions(labels: Labels, rows: Any) -> None:
-    """ValueError unless there is a whole number for each row, the place of a token; those outside the text count as
-    none."""
+    """ValueError unless there is one integer per row, the index of a token; indices outside the sequence are
+    ignored."""
     if _known(*labels.shape, rows) and math.prod(labels.shape) != rows:
-        raise ValueError(f"{labels.name} must be ({rows},), a place for each row, got {tuple(labels.shape)}")
+        raise ValueError(
+            f"{labels.name} must be ({rows},), one token position per row, got {tuple(labels.shape)}"
+        )
     if "int" not in labels.dtype:
         raise ValueError(f"{labels.name} must be integers, positions of tokens, got {labels.dtype}")
 
 
 def problem_of(labels: Labels, scores: Sequence[Any], problem_type: str | None) -> str:
-    """The problem type of labels for rows, scores (rows, classes): as the config has it, else by the labels of this
-    call. ValueError: they are of another number than the scores."""
+    """The problem type of sequence labels for scores (rows, classes): the config's, else inferred from dtype and shape.
+    ValueError: the number of labels does not match the scores."""
     whole = "float" not in labels.dtype
     found = problem_type
     if found is None:
@@ -84,19 +86,19 @@ def problem_of(labels: Labels, scores: Sequence[Any], problem_type: str | None) 
     if found != "single_label_classification":
         if size != every:
             raise ValueError(
-                f"{labels.name} of a {found} must be {_words(scores)}, a number for each, got {tuple(labels.shape)}"
+                f"{labels.name} of a {found} must be {_words(scores)}, one number per class, got {tuple(labels.shape)}"
             )
     elif size == every != scores[0]:
         raise ValueError(
-            f"{labels.name} {tuple(labels.shape)} hold a number for each class, but the loss takes one class a row: "
-            "for several classes a row set config.problem_type='multi_label_classification'"
+            f"{labels.name} {tuple(labels.shape)} hold one number per class, but the loss takes one class per row: "
+            "for several classes per row set config.problem_type='multi_label_classification'"
             + (", or give floating-point labels" if problem_type is None else "")
         )
     return found
 
 
 def check_mask(values: np.ndarray[Any, Any]) -> None:
-    """ValueError for a mask of keys that holds numbers which stand neither for tokens nor for padding."""
+    """ValueError for an attention mask (batch, tokens) with negative, NaN or complex values."""
     if not values.size or values.dtype == bool:
         return
     if np.iscomplexobj(values):
@@ -109,17 +111,17 @@ def check_mask(values: np.ndarray[Any, Any]) -> None:
 
 
 def check_positions(spec: ArchSpec, low: int, high: int) -> None:
-    """ValueError for position ids, which go from `low` to `high`, of which the model can make nothing. A table that
-    ends before the highest is told of elsewhere."""
+    """ValueError for position ids between `low` and `high` that are negative with a learned table, or too large for
+    exact angles. Ids beyond the end of a table are checked elsewhere."""
     learned = spec.position(Learned)
     if learned is not None and low < 0:
         raise ValueError(
-            f"position_ids must be 0 to {learned.size - 1}, the rows of the model's table, got {low}; at padding "
-            "any of them will do: clamp them at 0"
+            f"position_ids must be 0 to {learned.size - 1}, the rows of the position table, got {low}; at padding "
+            "any of them is valid: clamp them at 0"
         )
     if max(-low, high) > MAX_POSITION:
         raise ValueError(
-            f"position_ids must be at most {MAX_POSITION}, the last that fp32 tells from the next, got "
+            f"position_ids must be at most {MAX_POSITION}, up to which integers are exact in fp32, got "
             f"{high if high > MAX_POSITION else low}"
         )
 

@@ -1,7 +1,7 @@
-"""Configs: the hub's `config.json`, name for name, and the way from there to an `ArchSpec`.
+"""Model configs: the fields of `config.json` under transformers' names, and their conversion to an `ArchSpec`.
 
-A family's config is a subclass whose annotated class attributes are its fields and defaults; nothing else
-is needed for its constructor, its signature, its JSON round trip and its aliases.
+A family's config is a subclass whose annotated class attributes are its fields with defaults; constructor, signature,
+JSON round trip and aliases follow from them.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from monoblock.spec import ArchSpec
 
 CONFIG_NAME = "config.json"
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
-# Labels for which names are made up: each takes some 140 bytes. A file may name more.
-MOST_LABELS = 2**20
+# Limit on labels with generated names, which take some 140 bytes each; id2label may be longer.
+MAX_LABELS = 2**20
 
 Config = TypeVar("Config", bound="PretrainedConfig")
 
@@ -38,21 +38,21 @@ log = logging.getLogger("monoblock")
 
 
 class PretrainedConfig(ToolFacts):
-    """The configuration of a model: attributes by the hub's names, one `config.json`.
+    """The configuration of a model: the fields of `config.json` as attributes, under transformers' names.
 
-    Subclasses declare `field: type = default`. Positional arguments follow the order of declaration. A value of another
-    type is a FieldError (a ValueError), whenever it is set; floats that are whole count as whole numbers. Unknown
-    keywords are kept as attributes, written back, and warned about once.
+    Subclasses declare `field: type = default`; positional arguments follow the order of declaration. Setting a value of
+    another type raises FieldError (a ValueError); floats with integer values are accepted as integers. Unknown keyword
+    arguments are kept as attributes and written back, with one warning.
     """
 
     model_type: ClassVar[str] = ""
-    # Other model types of config.json that this class describes too.
+    # Further values of model_type that this class supports.
     other_types: ClassVar[tuple[str, ...]] = ()
     attribute_map: ClassVar[Mapping[str, str]] = {}
     sub_configs: ClassVar[Mapping[str, type[PretrainedConfig]]] = {}
-    # From this field on, fields are written only when they differ from their default: the hub's class has none of them.
-    makers_from: ClassVar[str] = ""
-    # Fields of other configs: the values that say what this family does anyway, and why no other can be honoured.
+    # Fields from this one on are written only if they differ from their defaults: transformers' class lacks them.
+    upstream_from: ClassVar[str] = ""
+    # Fields of other configs -> the values that describe what this family computes anyway, and why others are refused.
     implied: ClassVar[Mapping[str, tuple[tuple[Any, ...], str]]] = {}
     fields: ClassVar[dict[str, Any]] = {}
     _types: ClassVar[dict[str, Any]] = {}
@@ -97,7 +97,7 @@ class PretrainedConfig(ToolFacts):
         for name, value in given.items():
             if not self._is_known(name) and hasattr(type(self), name):
                 raise FieldError(
-                    f"{type(self).__name__}.{name} is an attribute of the class and no field", name
+                    f"{type(self).__name__}.{name} is an attribute of the class, not a field", name
                 )
             setattr(self, name, value)
             self._warn_unknown(name)
@@ -109,7 +109,7 @@ class PretrainedConfig(ToolFacts):
         self._refuse()
 
     def finish(self, given: frozenset[str], /) -> None:
-        """A family's own defaults that depend on which fields were `given`; nothing here."""
+        """Hook for families: derive fields from the `given` ones at the end of the constructor."""
 
     # ------------------------------------------------------------------ attributes and aliases
 
@@ -118,7 +118,7 @@ class PretrainedConfig(ToolFacts):
         if name == "torch_dtype":
             name = "dtype"
         if name == "dtype" and value is not None:
-            # Frameworks' dtypes are objects; what JSON may hold beside a string is none.
+            # Frameworks' dtypes are objects; of JSON values, only strings are dtypes.
             if isinstance(value, bool | int | float | list | dict):
                 self._checked(name, value, str | None)
             value = str(cast("Any", value)).removeprefix("torch.")
@@ -137,15 +137,15 @@ class PretrainedConfig(ToolFacts):
 
     @property
     def num_labels(self) -> int:
-        """How many labels the classification heads have: the length of `id2label`."""
+        """Number of labels of the classification heads: the length of `id2label`."""
         return len(self.id2label)
 
     @num_labels.setter
     def num_labels(self, count: int) -> None:
         count = self._checked("num_labels", count, int)
-        if not 1 <= count <= MOST_LABELS:
+        if not 1 <= count <= MAX_LABELS:
             raise FieldError(
-                f"{type(self).__name__}.num_labels must be a whole number of at least 1 and at most {MOST_LABELS:,}, "
+                f"{type(self).__name__}.num_labels must be an integer from 1 to {MAX_LABELS:,}, "
                 f"got {count}; id2label may name more labels",
                 "num_labels",
             )
@@ -155,7 +155,7 @@ class PretrainedConfig(ToolFacts):
 
     @property
     def use_return_dict(self) -> bool:
-        """The hub's older name of `return_dict`."""
+        """transformers' older name of `return_dict`."""
         return bool(self.return_dict)
 
     def _labels(self, given: dict[str, Any]) -> dict[str, Any]:
@@ -169,12 +169,12 @@ class PretrainedConfig(ToolFacts):
         return labels
 
     def _label_id(self, field: str, value: Any) -> int:
-        """The id of a label; as a key of JSON it is a string."""
+        """The id of a label, which is a string if it is a JSON key."""
         try:
             return int(value) if isinstance(value, str) else self._checked(field, value, int)
         except ValueError:
             raise FieldError(
-                f"{type(self).__name__}.{field} must have whole numbers for ids, got {brief(value)}", field
+                f"{type(self).__name__}.{field} must have integer ids, got {brief(value)}", field
             ) from None
 
     def _as_mapping(self, name: str, value: Any) -> dict[str, Any]:
@@ -198,20 +198,20 @@ class PretrainedConfig(ToolFacts):
 
     @classmethod
     def refused(cls) -> dict[str, tuple[tuple[Any, ...], str]]:
-        """Fields with which this family cannot be told to do otherwise: the values that change nothing (None beside
-        them), and why no other is taken."""
+        """Fields that this family does not support: the values without effect (in addition to None), and why others are
+        refused."""
         own = {*cls.fields, *cls.attribute_map}
         return {**{name: rule for name, rule in REFUSED.items() if name not in own}, **cls.implied}
 
     def _refuse(self, fields: Mapping[str, Any] | None = None) -> None:
-        """UnsupportedConfig for the first field, of those given or of this config, that cannot be honoured."""
+        """UnsupportedConfig for the first unsupported field among those given, or of this config."""
         given = vars(self) if fields is None else fields
         for name, (allowed, hint) in self.refused().items():
             value = given.get(name)
             if value is not None and not any(value == other for other in allowed):
-                taken = " or ".join(map(repr, (*allowed, None)))
+                accepted = " or ".join(map(repr, (*allowed, None)))
                 raise UnsupportedConfig(
-                    f"{type(self).__name__}.{name}={brief(value)} cannot be honoured: {hint}; it may be {taken}"
+                    f"{type(self).__name__}.{name}={brief(value)} is not supported: {hint}; it must be {accepted}"
                 )
         stored_quantization(self)
         self._check_problem_type()
@@ -225,7 +225,7 @@ class PretrainedConfig(ToolFacts):
     def check(self, supported: Mapping[str, tuple[Any, ...]]) -> None:
         """UnsupportedConfig for the first field whose value is not among the supported ones.
 
-        A dotted name leads into nested configs and dicts; what is not there counts as None.
+        A dotted name refers to nested configs and dicts; missing entries count as None.
         """
         for name, values in supported.items():
             found = functools.reduce(_member, name.split("."), cast("Any", self))
@@ -236,7 +236,7 @@ class PretrainedConfig(ToolFacts):
                 )
 
     def check_keys(self, known: Mapping[str, frozenset[str]]) -> None:
-        """UnsupportedConfig for the first key of a field that is a dict which is not among the known ones."""
+        """UnsupportedConfig for the first unknown key of a dict field; names may be dotted."""
         for name, keys in known.items():
             given: Any = functools.reduce(_member, name.split("."), cast("Any", self))
             if unknown := sorted(set(given or ()) - keys):
@@ -245,14 +245,14 @@ class PretrainedConfig(ToolFacts):
                     f"{field}.{unknown[0]} is not supported; it may hold {', '.join(sorted(keys))}"
                 )
 
-    # ------------------------------------------------------------------ what the backends get
+    # ------------------------------------------------------------------ specs for the backends
 
     def to_spec(self) -> ArchSpec:
-        """The architecture with every number explicit; ValueError or UnsupportedConfig if there is none."""
+        """The architecture with all values explicit; ValueError or UnsupportedConfig names an invalid field."""
         raise NotImplementedError(f"{type(self).__name__} is not the config of a model")
 
     def to_head(self, kind: str) -> HeadSpec:
-        """The head of that kind. A token head drops out by `classifier_dropout`, else `hidden_dropout`, else 0.1."""
+        """The head of that kind. A token head has dropout `classifier_dropout`, else `hidden_dropout`, else 0.1."""
         given = (getattr(self, name, None) for name in ("classifier_dropout", "hidden_dropout"))
         dropout = next((p for p in given if p is not None), 0.1) if kind == "token" else 0.0
         return HeadSpec(
@@ -268,8 +268,8 @@ class PretrainedConfig(ToolFacts):
         return getattr(self, "last_token_by", None) or "pad_id"
 
     def updated_head(self, head: HeadSpec) -> HeadSpec:
-        """A model's head with the fields that count at each call, not only when the model is made: problem_type,
-        pad_token_id and last_token_by. ValueError: there is no such problem_type."""
+        """A model's head with the current values of the fields that are read at each call: problem_type, pad_token_id
+        and last_token_by. ValueError: unknown problem_type."""
         now = (self.problem_type, self.pad_token_id, self._last_by())
         if now == (head.problem_type, head.pad_id, head.last_by):
             return head
@@ -279,14 +279,14 @@ class PretrainedConfig(ToolFacts):
     # ------------------------------------------------------------------ dicts and files
 
     def to_dict(self) -> dict[str, Any]:
-        """Every field as JSON-ready values, nested configs as dicts."""
+        """All fields as JSON values, nested configs as dicts."""
         out: dict[str, Any] = {"model_type": self.stored_type()} if self.model_type else {}
         names = list(self.fields)
-        makers = names[names.index(self.makers_from) :] if self.makers_from else []
+        upstream = names[names.index(self.upstream_from) :] if self.upstream_from else []
         for name, value in vars(self).items():
             if name in ("name_or_path", "_attn_implementation"):
                 continue
-            if name in makers and value == self.fields[name]:
+            if name in upstream and value == self.fields[name]:
                 continue
             out[name] = _plain(value)
         out["_name_or_path"] = self.name_or_path
@@ -295,15 +295,15 @@ class PretrainedConfig(ToolFacts):
         return out
 
     def stored_type(self) -> str:
-        """The `model_type` under which other programs compute what this config says."""
+        """The `model_type` to write, with which transformers computes the same."""
         return self.model_type
 
     def stored_class(self, name: str) -> str:
-        """The name under which other programs know the public class `name` with this config."""
+        """The class name to write to config.json for the public class `name`."""
         return name
 
     def to_diff_dict(self) -> dict[str, Any]:
-        """What goes into config.json: the family's fields, and the common ones that are not at their default."""
+        """The contents of config.json: the family's fields, and common fields that differ from their defaults."""
         plain = {
             **COMMON,
             "id2label": {"0": "LABEL_0", "1": "LABEL_1"},
@@ -316,17 +316,17 @@ class PretrainedConfig(ToolFacts):
         }
 
     def to_json_string(self, use_diff: bool = True) -> str:
-        """config.json's text: sorted keys, two spaces, a final newline."""
+        """The text of config.json: sorted keys, an indent of two spaces, a final newline."""
         data = self.to_diff_dict() if use_diff else self.to_dict()
         return json.dumps(data, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
 
     def to_json_file(self, json_file_path: str | Path, use_diff: bool = True) -> None:
-        """Write `to_json_string()` to that file, whole or not at all."""
+        """Write `to_json_string()` to a file, atomically."""
         text = self.to_json_string(use_diff)
         write_atomically(Path(json_file_path), lambda path: path.write_text(text, encoding="utf-8"))
 
     def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False) -> None:
-        """Write config.json into that folder, which is made if need be."""
+        """Write config.json into a folder, which is created if necessary."""
         if push_to_hub:
             self.push_to_hub(Path(save_directory).name)
         folder = Path(save_directory)
@@ -339,7 +339,7 @@ class PretrainedConfig(ToolFacts):
     def from_dict(cls, config_dict: Mapping[str, Any], **kwargs: Any) -> Any:
         """A config from a dict; keywords override its fields.
 
-        With `return_unused_kwargs=True` the keywords that are no fields come back beside the config.
+        With `return_unused_kwargs=True`, returns the config and the keywords that are not fields.
         """
         unused = kwargs.pop("return_unused_kwargs", False)
         known = cls.known_fields() | config_dict.keys()
@@ -352,7 +352,7 @@ class PretrainedConfig(ToolFacts):
 
     @classmethod
     def known_fields(cls) -> frozenset[str]:
-        """The names that this config's constructor understands."""
+        """The names that the constructor knows."""
         labels = {"num_labels", "id2label", "label2id", "torch_dtype"}
         return frozenset({*cls.fields, *COMMON, *cls.attribute_map, *labels, *QUIET, "attn_implementation"})
 
@@ -365,13 +365,13 @@ class PretrainedConfig(ToolFacts):
     def get_config_dict(
         cls, pretrained_model_name_or_path: str | Path, **kwargs: Any
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """config.json as a dict, and the keywords that do not say where it comes from."""
+        """config.json as a dict, and the keyword arguments that are no download options."""
         options = HubOptions.pop(kwargs)
         return cls.read_file(pretrained_model_name_or_path, options)[1], kwargs
 
     @staticmethod
     def read_file(name: str | Path, options: HubOptions) -> tuple[Path, dict[str, Any]]:
-        """The path and the content of a model's config.json; `name`: of the model, or the path of the file."""
+        """The path and the content of config.json; `name`: a folder, a name on the hub, or the path of the file."""
         path = Path(name)
         if not path.is_file():
             found = find_file(name, CONFIG_NAME, options)
@@ -385,7 +385,7 @@ class PretrainedConfig(ToolFacts):
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Any:
         """The config of a checkpoint: a folder, a config file, or a name on the hub.
 
-        Keywords that name fields override the file's; the hub's options are `revision`, `token`, `cache_dir`,
+        Keyword arguments override fields of the file; download options are `revision`, `token`, `cache_dir`,
         `local_files_only`, `force_download`, `subfolder`.
         """
         path, data = cls.read_file(pretrained_model_name_or_path, HubOptions.pop(kwargs))
@@ -399,7 +399,7 @@ class PretrainedConfig(ToolFacts):
             return cls.from_dict(data, **kwargs)
 
     def changed(self, **fields: Any) -> tuple[Self, dict[str, Any]]:
-        """A copy with these fields, read as a constructor reads them; and the keywords that are no fields."""
+        """A copy with these fields changed, and the keyword arguments that are not fields."""
         own = {"_attn_implementation": self._attn_implementation}
         return self.from_dict({**self.to_dict(), **own}, return_unused_kwargs=True, **fields)
 
@@ -422,7 +422,7 @@ class PretrainedConfig(ToolFacts):
 
 def _plain(value: Any) -> Any:
     if isinstance(value, PretrainedConfig):
-        # Nested configs of the hub's files hold their own fields only.
+        # In config.json, nested configs hold only their own fields.
         return {
             k: v
             for k, v in value.to_dict().items()
@@ -437,9 +437,9 @@ def _member(value: Any, name: str) -> Any:
 
 
 def as_own_config(config: Any, kind: type[Config], owner: str = "this") -> Config:
-    """That config as one of the class `kind`: itself, or made from the fields of transformers' config object.
+    """A config of class `kind`: the given one, or one converted from transformers' config object.
 
-    ValueError, which begins with `owner`, for a config of another family and for anything that is no config.
+    ValueError, prefixed with `owner`, for configs of other families and for other objects.
     """
     if isinstance(config, kind):
         return config
@@ -447,7 +447,7 @@ def as_own_config(config: Any, kind: type[Config], owner: str = "this") -> Confi
     if fields is None or fields["model_type"] not in (kind.model_type, *kind.other_types):
         other = "" if fields is None else f" of the model type {fields['model_type']!r}"
         raise ValueError(
-            f"{owner} takes a {kind.__name__}, got {type(config).__name__}{other}; transformers' config objects of the "
-            f"model type {kind.model_type!r} are taken too"
+            f"{owner} takes a {kind.__name__}, got {type(config).__name__}{other}; or transformers' config object of "
+            f"the model type {kind.model_type!r}"
         )
     return kind.from_dict(fields)

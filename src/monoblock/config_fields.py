@@ -1,10 +1,10 @@
-"""The fields that configs of all families share: their defaults, the quiet ones, and the refused ones."""
+"""Config fields common to all families: defaults and types, fields without effect, and unsupported fields."""
 
 from __future__ import annotations
 
 from typing import Any, Literal
 
-# Fields that every config of the hub has, with the hub's defaults.
+# Fields of every config, with transformers' defaults.
 COMMON: dict[str, Any] = {
     "return_dict": True,
     "output_hidden_states": False,
@@ -22,7 +22,7 @@ COMMON: dict[str, Any] = {
 
 _IDS = int | list[int] | None
 
-# The types of these, and of the quiet fields that something reads.
+# Types of these fields, and of fields in HARMLESS that other code reads.
 TYPES: dict[str, Any] = {
     **dict.fromkeys(("return_dict", "output_hidden_states", "output_attentions"), bool | None),
     **dict.fromkeys(("is_encoder_decoder", "gradient_checkpointing", "tf_legacy_loss"), bool | None),
@@ -33,11 +33,11 @@ TYPES: dict[str, Any] = {
     **dict.fromkeys(("pad_token_id", "bos_token_id", "sep_token_id"), int | None),
     **dict.fromkeys(("eos_token_id", "decoder_start_token_id"), _IDS),
     **dict.fromkeys(("classifier_dropout", "hidden_dropout"), float | None),
-    # By what a head over texts finds their last token; see `HeadSpec.last_by`.
+    # How a sequence head locates the last token; see `HeadSpec.last_by`.
     "last_token_by": Literal["pad_id", "attention_mask"] | None,
     "prefix": str | None,
     "tokenizer_class": str | None,
-    # What old files say about generation.
+    # Generation parameters in old files.
     **dict.fromkeys(("max_length", "min_length", "num_beams", "num_beam_groups", "top_k"), int | None),
     **dict.fromkeys(("no_repeat_ngram_size", "encoder_no_repeat_ngram_size"), int | None),
     **dict.fromkeys(("num_return_sequences", "forced_bos_token_id"), int | None),
@@ -52,10 +52,10 @@ TYPES: dict[str, Any] = {
     "exponential_decay_length_penalty": tuple[int, float] | None,
 }
 
-# Fields that say nothing about what a model computes, or that something else reads (a generation config, a tokenizer,
-# the reader of packed weights). They are kept and written back without a warning, in these groups:
+# Fields that do not affect a model's outputs, or are read by other code (generation config, tokenizer, reader of
+# quantised weights). They are kept and written back without a warning, in these groups:
 HARMLESS: dict[str, str] = {
-    "where the file comes from": """
+    "origin of the file": """
         transformers_version auto_map name tokenizer_name tokenizer_class finetuning_task task_specific_params prefix
         export_model_type file_name transformers.js_config sentence_transformers sbert_ce_default_activation_function
         unsloth_version unsloth_fixed vocab_type model_max_length max_sequence_length max_seq_length
@@ -72,15 +72,15 @@ HARMLESS: dict[str, str] = {
         forced_bos_token_id forced_eos_token_id remove_invalid_values suppress_tokens begin_suppress_tokens
         exponential_decay_length_penalty use_cache output_past
     """,
-    "how weights were made or trained": """
+    "initialisation and training": """
         init_config init_device initializer_range init_std verbose neftune_noise_alpha pretraining_tp
         output_router_logits label_smoothing
     """,
-    "options of this library, which act": "last_token_by",
-    "which kernel computes": """
+    "options of this library, which have an effect": "last_token_by",
+    "kernel selection": """
         attn_implementation use_bfloat16 use_flash_attention use_flash_attn flash_attn reorder_and_upcast_attn
     """,
-    "parts that these models do not have": """
+    "components that these models do not have": """
         is_decoder cross_attention_hidden_size tie_encoder_decoder n_ctx n_special predict_special_tokens
         summary_activation summary_first_dropout summary_proj_to_labels summary_type summary_use_proj
         type_vocab_size
@@ -88,8 +88,8 @@ HARMLESS: dict[str, str] = {
 }
 QUIET = frozenset(name for names in HARMLESS.values() for name in names.split())
 
-# Fields of other models that change what is computed: the values that mean what every family here does anyway, and why
-# no other can be honoured. A family that declares such a field honours it; `PretrainedConfig.implied` adds its own.
+# Fields of other models that change their outputs -> the values that describe what every family here computes anyway,
+# and why others are refused. A family that declares such a field supports it; `PretrainedConfig.implied` adds more.
 REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "is_encoder_decoder": ((False,), "all families here are single-stack models"),
     "add_cross_attention": ((False,), "no family here has cross-attention"),
@@ -99,33 +99,33 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "attention_bias": ((False,), "this family's projections are fixed by its architecture"),
     "qkv_bias": ((False,), "this family's projections are fixed by its architecture"),
     "mlp_bias": ((False,), "this family's MLP is fixed by its architecture"),
-    "attn_logit_softcapping": ((), "this family does not cap its scores"),
-    "final_logit_softcapping": ((), "this family does not cap its logits"),
+    "attn_logit_softcapping": ((), "this family has no softcap on attention scores"),
+    "final_logit_softcapping": ((), "this family has no softcap on logits"),
     "logit_scale": ((1.0,), "this family does not scale its logits"),
     "logits_scaling": ((1.0,), "this family does not scale its logits"),
-    "embedding_multiplier": ((1.0,), "this family does not scale its embedding"),
+    "embedding_multiplier": ((1.0,), "this family does not scale its embeddings"),
     "residual_multiplier": ((1.0,), "this family does not scale its residuals"),
-    "attention_multiplier": ((), "this family's scale of the scores is fixed"),
-    "query_pre_attn_scalar": ((), "this family's scale of the scores is fixed"),
+    "attention_multiplier": ((), "this family's scale of attention scores is fixed"),
+    "query_pre_attn_scalar": ((), "this family's scale of attention scores is fixed"),
     "use_qk_norm": ((False,), "this family does not normalise queries and keys"),
     "qk_norm": ((False,), "this family does not normalise queries and keys"),
-    "parallel_attn": ((False,), "attention and MLP follow one another in every family here"),
-    "use_parallel_residual": ((False,), "attention and MLP follow one another in every family here"),
-    "alibi": ((False,), "ALiBi is an option of MPT's attn_config alone"),
+    "parallel_attn": ((False,), "attention and MLP are sequential in every family here"),
+    "use_parallel_residual": ((False,), "attention and MLP are sequential in every family here"),
+    "alibi": ((False,), "ALiBi is an option of MPT's attn_config only"),
     "num_local_experts": ((0, 1), "no family here is a mixture of experts"),
     "num_experts": ((0, 1), "no family here is a mixture of experts"),
     "n_routed_experts": ((0,), "no family here is a mixture of experts"),
     "no_rope_layers": (([],), "RoPE is applied in every layer"),
     "no_rope_layer_interval": ((0,), "RoPE is applied in every layer"),
-    "layer_types": ((), "this family's layers are alike, or said by its own fields"),
+    "layer_types": ((), "this family's layers are all of one kind, or given by other fields"),
     "partial_rotary_factor": ((1.0,), "this family applies RoPE to whole heads, or not at all"),
     "rotary_pct": ((1.0,), "this family applies RoPE to whole heads, or not at all"),
     "use_bidirectional_attention": ((False,), "this family's mask is fixed"),
     "bidirectional": ((False,), "this family's mask is fixed"),
     "attention_sink": ((False,), "no family here has attention sinks"),
-    "quantization": ((), "weights packed by MLX cannot be read: use the checkpoint that they were made from"),
+    "quantization": ((), "weights quantised by MLX are not supported: use the original checkpoint"),
     "compression_config": (
         (),
-        "weights compressed by another tool: use the checkpoint that they were made from",
+        "weights compressed by other tools are not supported: use the original checkpoint",
     ),
 }

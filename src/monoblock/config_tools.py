@@ -1,4 +1,4 @@
-"""What tools around a model (trainers, adapters, parallel plans) ask of a config besides its fields."""
+"""Attributes of configs, other than fields, that training and adapter libraries read."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from typing import Any, ClassVar, NoReturn, Self
 
 
 class ToolFacts:
-    """The part of a config that transformers' Trainer, peft, TRL, accelerate and sentence-transformers read."""
+    """Config attributes read by transformers' Trainer, peft, TRL, accelerate and sentence-transformers."""
 
     name_or_path: str
 
-    # Outputs that an evaluation does not gather.
+    # Outputs that Trainer does not gather in evaluation.
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
-    # Plans over transformers' module names; None: transformers has none for this family.
+    # Parallel plans by module name; None: transformers has none for this family.
     base_model_tp_plan: ClassVar[dict[str, str] | None] = None
     base_model_pp_plan: ClassVar[dict[str, tuple[list[str], list[str]]] | None] = None
     is_heterogeneous: ClassVar[bool] = False  # one config for all layers
@@ -28,32 +28,29 @@ class ToolFacts:
         self.name_or_path = value
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> Self:
-        """The config of the language model: this one, for all families here are flat, with one stack for input and
-        output, whichever of the two is asked for."""
-        del decoder, encoder  # both ends of one stack
+        """The config of the language model: this one, since all families have flat configs and a single stack."""
+        del decoder, encoder  # a single stack
         return self
 
     @property
     def per_layer_config(self) -> tuple[Self, ...]:
-        """The config of each layer, which transformers' caches ask for: this one, for every layer."""
+        """The config of each layer, read by transformers' caches: this one for every layer."""
         return (self,) * int(getattr(self, "num_hidden_layers", 0))
 
     def __iter__(self) -> Iterator[str]:
-        """The names of the fields, without aliases; so `name in config` says whether it is a field."""
+        """The names of the fields, without aliases, so that `name in config` works."""
         return (name for name in vars(self) if not name.startswith("_"))
 
     def push_to_hub(self, repo_id: str, **_: Any) -> NoReturn:
-        """Refused: uploading is huggingface_hub's work."""
+        """Not supported; upload with huggingface_hub."""
         raise NotImplementedError(
             f"push_to_hub is not supported: save_pretrained(folder), then `hf upload {repo_id} folder`"
         )
 
 
 def foreign_fields(config: Any) -> dict[str, Any] | None:
-    """The fields of another library's config object, by its `to_dict()`; None if it is no such object.
-
-    `model_type` is among them; what its `to_dict` leaves out, the attention kernel, is added.
-    """
+    """The fields of another library's config object, from its `to_dict()`, with `model_type` and the attention
+    implementation, which `to_dict()` omits; None for other objects."""
     model_type, to_dict = getattr(config, "model_type", None), getattr(config, "to_dict", None)
     if isinstance(config, type) or not isinstance(model_type, str) or not callable(to_dict):
         return None

@@ -1,16 +1,16 @@
-"""The errors that monoblock raises on purpose.
+"""The exceptions of monoblock.
 
-Each message says what was expected, what came and what to do. They derive from the built-in classes that
-users of the hub's libraries already catch: `ValueError` for a bad value, `OSError` for a file or a network.
+Messages state what was expected, what was found and what to do. The classes derive from the built-in exceptions that
+users of transformers already catch: `ValueError` for invalid values, `OSError` for files and the network.
 """
 
 
 class UnsupportedConfig(ValueError):
-    """A config asks for something that this library cannot honour; the message names the field and value."""
+    """A config has an unsupported value; the message names the field and the value."""
 
 
 class CheckpointError(ValueError):
-    """A checkpoint's content does not fit: bad file, wrong shape, missing, unread or unmatched keys."""
+    """A checkpoint is invalid or does not fit: damaged file, wrong shape, missing, unread or unexpected keys."""
 
 
 class MissingKeys(CheckpointError):
@@ -22,7 +22,7 @@ class UnexpectedKeys(CheckpointError):
 
 
 class UnreadKeys(CheckpointError):
-    """The checkpoint holds tensors whose names are known, but which this model has no place for."""
+    """The checkpoint holds tensors with known names that this model does not use."""
 
 
 class ShapeMismatch(CheckpointError):
@@ -30,11 +30,11 @@ class ShapeMismatch(CheckpointError):
 
 
 class HubError(OSError):
-    """A model's files cannot be had: not there, not allowed, not reachable, or cut off."""
+    """A model's files are missing, forbidden or unreachable, or a download failed."""
 
 
 class FieldError(ValueError):
-    """A field's value is not of the type that it is declared with; `field` is its name."""
+    """A field's value is not of its declared type; `field` is its name."""
 
     def __init__(self, message: str, field: str = ""):
         super().__init__(message)

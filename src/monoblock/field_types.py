@@ -1,7 +1,7 @@
-"""Values of fields against the types with which they are declared, before anything is computed with them.
+"""Check values of fields against their declared types.
 
-Types are those of annotations: `int`, `float`, `bool`, `str`, `None`, unions, `list[T]`, `tuple[A, B]`, `dict[K, V]`,
-`Literal`, a `TypedDict` (of its keys any may be missing, and others may be there), classes, and `Any`.
+Types are annotations: `int`, `float`, `bool`, `str`, `None`, unions, `list[T]`, `tuple[A, B]`, `dict[K, V]`, `Literal`,
+`TypedDict` (keys may be missing, and others present), classes, and `Any`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any, Literal, Union, cast
 from monoblock.errors import FieldError
 
 _WORDS: dict[Any, str] = {
-    int: "a whole number",
+    int: "an integer",
     float: "a number",
     bool: "True or False",
     str: "a string",
@@ -31,7 +31,7 @@ _WORDS: dict[Any, str] = {
     dict: "a dict",
     type(None): "None",
 }
-LARGEST = 2**63 - 1  # of a whole number: what a tensor's sizes can hold
+MAX_INTEGER = 2**63 - 1  # the largest size of a tensor
 
 _short = reprlib.Repr()
 _short.maxstring = _short.maxother = 60
@@ -39,12 +39,12 @@ _short.maxlong = 40
 
 
 def brief(value: Any) -> str:
-    """The value as an error message shows it, whatever its size: on one line."""
+    """The value for an error message: one line, abbreviated."""
     return " ".join(_short.repr(value).splitlines())
 
 
 class _Misfit(Exception):
-    """A value that does not fit; `path`: of keys and indices, to the part of it that does not."""
+    """A value of the wrong type; `path`: keys and indices that lead to the wrong element."""
 
     def __init__(self, expected: str, value: Any, path: str = ""):
         super().__init__(expected)
@@ -52,7 +52,7 @@ class _Misfit(Exception):
 
 
 def checked(owner: str, name: str, value: Any, kind: Any) -> Any:
-    """The value of the field `name` of `owner`, if it is of that type; a whole number that came as a float as an int.
+    """The value of the field `name` of `owner`, if it has that type; floats with integer values become ints.
 
     FieldError names the field, the type and the value.
     """
@@ -65,7 +65,7 @@ def checked(owner: str, name: str, value: Any, kind: Any) -> Any:
 
 
 def checked_fields(owner: str, values: Mapping[str, Any], kinds: Mapping[str, Any]) -> dict[str, Any]:
-    """The same for those of the values that are declared; the others as they are."""
+    """`checked` for the values with declared types; other values are returned unchanged."""
     return {
         name: checked(owner, name, value, kinds[name]) if name in kinds else value
         for name, value in values.items()
@@ -74,7 +74,7 @@ def checked_fields(owner: str, values: Mapping[str, Any], kinds: Mapping[str, An
 
 @contextmanager
 def in_file(path: Path | str, given: Mapping[str, Any] | None = None) -> Generator[None]:
-    """Puts the file's name before a FieldError about one of its fields, which `given` does not overrule."""
+    """Prefix FieldErrors with the file's name, except for fields that `given` overrides."""
     try:
         yield
     except FieldError as error:
@@ -85,7 +85,7 @@ def in_file(path: Path | str, given: Mapping[str, Any] | None = None) -> Generat
 
 @functools.cache
 def declared(cls: type) -> dict[str, Any]:
-    """The types of a class's annotated attributes, its bases' too; `Any` for one whose names are not to be had."""
+    """The types of a class's annotated attributes, including inherited ones; `Any` if a type cannot be resolved."""
     found: dict[str, Any] = {}
     for base in reversed(cls.__mro__):
         names = vars(sys.modules.get(base.__module__, typing))
@@ -104,8 +104,8 @@ _SCALARS = frozenset([int, float, bool, str, type(None)])
 
 
 @functools.cache
-def _parts(kind: Any) -> tuple[Any, tuple[Any, ...]]:
-    """What a type is made of: `Union`, `list`, `tuple`, `dict`, `Literal` or None, and its arguments."""
+def _origin_and_args(kind: Any) -> tuple[Any, tuple[Any, ...]]:
+    """The origin (`Union`, `list`, `tuple`, `dict`, `Literal` or None) and the arguments of a type."""
     origin = typing.get_origin(kind)
     if origin in (Union, types.UnionType):
         return Union, typing.get_args(kind)
@@ -119,7 +119,7 @@ def _fitted(value: Any, kind: Any) -> Any:
         return value
     if kind is None or kind in _SCALARS:
         return _plain(value, kind)
-    origin, args = _parts(kind)
+    origin, args = _origin_and_args(kind)
     if origin is Union:
         return value if value is None and type(None) in args else _of_union(value, args)
     if origin is Literal:
@@ -136,7 +136,7 @@ def _fitted(value: Any, kind: Any) -> Any:
 
 
 def _plain(value: Any, kind: Any) -> Any:
-    """A number, a truth value, a string or None; NumPy's numbers count as Python's."""
+    """A number, a boolean, a string or None; NumPy numbers are converted to Python's."""
     if kind in (None, type(None)):
         if value is None:
             return None
@@ -144,7 +144,7 @@ def _plain(value: Any, kind: Any) -> Any:
         if isinstance(value, kind):
             return value
     elif not isinstance(value, bool):
-        if type(value) is kind is int and -LARGEST <= value <= LARGEST:
+        if type(value) is kind is int and -MAX_INTEGER <= value <= MAX_INTEGER:
             return value
         number: Any = value
         if isinstance(value, numbers.Integral):
@@ -154,7 +154,7 @@ def _plain(value: Any, kind: Any) -> Any:
             if kind is int and number.is_integer():
                 number = int(number)
         if isinstance(number, int):
-            if -LARGEST <= number <= LARGEST:
+            if -MAX_INTEGER <= number <= MAX_INTEGER:
                 return number
             raise _Misfit(f"{_WORDS[kind]} of at most 63 bits", value)
         if kind is float and isinstance(number, float):
@@ -166,7 +166,7 @@ def _plain(value: Any, kind: Any) -> Any:
 
 def _of_union(value: Any, kinds: Sequence[Any]) -> Any:
     inner: _Misfit | None = None
-    later = int if float in kinds else None  # where a float may be one, a whole one stays a float
+    later = int if float in kinds else None  # in `int | float`, an integral float stays a float
     for kind in kinds if later is None else sorted(kinds, key=lambda kind: kind is later):
         try:
             return _fitted(value, kind)
@@ -209,15 +209,15 @@ def _sequence(value: Any, origin: Any, args: tuple[Any, ...]) -> Any:
     return cast("Any", value) if same else type(cast("Any", value))(fitted)
 
 
-def _under(place: str, value: Any, kind: Any) -> Any:
+def _under(prefix: str, value: Any, kind: Any) -> Any:
     try:
         return _fitted(value, kind)
     except _Misfit as misfit:
-        raise _Misfit(misfit.expected, misfit.value, place + misfit.path) from None
+        raise _Misfit(misfit.expected, misfit.value, prefix + misfit.path) from None
 
 
 def _described(kind: Any) -> str:
-    """A type in words."""
+    """A type as text."""
     if kind in _WORDS:
         return _WORDS[kind]
     if kind is None:

@@ -1,4 +1,4 @@
-"""The head kinds as data: what each projects, how it pools, and which outputs and labels it has."""
+"""The kinds of heads as data: pooling, projection, outputs and label arguments."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from monoblock.spec import Norm
 Pool = Literal["all", "last", "first"]
 
 
-# Arguments that have an axis of choices where input_ids or inputs_embeds have one.
+# Arguments with an axis of choices in multiple choice, as input_ids and inputs_embeds have.
 CHOICE_INPUTS = (
     "input_ids",
     "attention_mask",
@@ -25,9 +25,9 @@ CHOICE_INPUTS = (
 class HeadKind:
     """A kind of head.
 
-    `labels`: its label arguments. `pool`: which hidden states are projected: all, the last that is not padding,
-    or the first. `dense`: the activation of a square layer before the projection (None: there is none), whose
-    input drops out too if `drop_in`. `size`: the outputs of the projection (None: there is none).
+    `labels`: its label arguments. `pool`: the hidden states that are projected: all, the last one that is not padding,
+    or the first. `dense`: the activation of a (width, width) layer before the projection (None: no such layer); with
+    `drop_in`, dropout is also applied to its input. `size`: the number of outputs (None: no projection).
     """
 
     labels: tuple[str, ...] = ("labels",)
@@ -53,8 +53,8 @@ KINDS: dict[str, HeadKind] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Summary:
-    """The choice head of a double head: which hidden state, the projection's width (None: no projection), the
-    activation after it, and the dropouts before and after."""
+    """The choice head of a double head: pooling, the projection's outputs (None: no projection), the activation after
+    it, and the dropout probabilities before and after."""
 
     pool: Literal["last", "first", "mean", "cls_index"]
     size: int | None
@@ -65,12 +65,11 @@ class Summary:
 
 @dataclass(frozen=True, kw_only=True)
 class HeadSpec:
-    """A head as one model has it: its kind, and the numbers that the config gives.
+    """The head of a model: its kind, and values from the config.
 
-    `dropout` acts on what is projected. `norm` follows the dense layer. `pad_id` tells where a row ends.
-    `last_by`: by what a row's last token is found where both a pad id and an attention mask can say it: the last that
-    is not the pad token, as in transformers, or the last that the mask keeps, whatever its id.
-    `problem_type` fixes the loss of a head over sequences; None infers it from the labels of each call.
+    `dropout` is applied before the projection. `norm` follows the dense layer. `last_by`: how the last token of a row
+    is located if both `pad_id` and an attention mask are given: the last one that is not `pad_id`, as in transformers,
+    or the last unmasked one. `problem_type` selects the loss of a sequence head; None infers it from the labels.
     """
 
     kind: str
@@ -89,6 +88,6 @@ class HeadSpec:
                 raise ValueError(f"the dropout of a {self.kind} head must be in [0, 1), got {p}")
 
     def size(self, vocab: int) -> int | None:
-        """The number of outputs of the projection; None if there is no projection."""
+        """The number of outputs; None if there is no projection."""
         size = KINDS[self.kind].size
         return None if size is None else {"vocab": vocab, "labels": self.labels, "two": 2, "one": 1}[size]

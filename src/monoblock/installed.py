@@ -1,4 +1,4 @@
-"""Whether a package is installed, found out without importing it."""
+"""Test whether a package is installed, without importing it."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import importlib.util
 
 
 def installed(package: str) -> bool:
-    """True for a package or module that can be imported; a folder of that name on the path is none."""
+    """Whether a package or module can be imported; a namespace package (a folder on the path) does not count."""
     try:
         spec = importlib.util.find_spec(package)
-    except ValueError:  # a module that was put in place by hand, which does not say where it is from
+    except ValueError:  # a module in sys.modules without a spec
         return True
     return spec is not None and spec.origin is not None

@@ -1,18 +1,18 @@
-"""The module tree of a model class, as data: transformers' names and classes, and the role that each module plays.
+"""The module tree of a model class as data: transformers' attribute and class names, and the role of each module.
 
-A family gives its tree as nested `part`s. A part is a module that holds others; its children are roles (of one module
-each) or parts. What a part computes is its `kind`; a kind without a part of its own is computed by the part around it.
-Frameworks build the tree and look modules up by role; `keymap` makes a checkpoint's key map of it,
-which for today's files is the identity.
+A family defines its tree as nested `module(...)` specs. Children of a spec are roles (leaf modules) or further specs.
+The `kind` of a spec determines what it computes; a kind without a spec of its own is computed by the enclosing one.
+Frameworks build the tree and find modules by role. `keymap` derives a checkpoint's key map from the tree, which for
+current files is the identity.
 
 Kinds:
     model       the bare model          embeddings  ids to vectors, with positions
     stack       all layers              layer       one block (a list of them, numbered)
-    attention   self-attention          wrapper     calls the part that it holds
-    mlp         both matrices           mlp_add     the same, and adds the residual that comes second
-    attention_norm, widen, narrow       attention, up and down, where a sub-layer adds its input and norms by itself
-    pooler, lm_head, classifier_head, summary       heads with modules of their own
-    head        a bare model and the modules of a head beside it
+    attention   self-attention          wrapper     calls its only child
+    mlp         both matrices           mlp_add     the same, and adds the residual given as second input
+    attention_norm, widen, narrow       attention, up and down projections with their own residual and norm (BERT style)
+    pooler, lm_head, classifier_head, summary       heads with submodules
+    head        a bare model and the modules of its head
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from dataclasses import dataclass, field, replace
 from monoblock.checkpoint.keymap import KeyMap, KeyRow, Op, PerHead, Same, Spelling, Split, Transposed, row
 from monoblock.spec import ArchSpec
 
-# Roles of modules with parameters -> the canonical name that all frameworks share; `{i}` is the layer.
+# Role of a module with parameters -> its canonical name; `{i}` is the layer index.
 CANONICAL = {
     "embed": "embed",
     "pos_embed": "pos_embed",
@@ -45,9 +45,9 @@ CANONICAL = {
     "head_out": "head.out",
     "head_summary": "head.summary",
 }
-# Roles of the layers' matrices.
+# Roles of the blocks' matrices.
 MATRICES = ("qkv", "out", "up", "down")
-# Roles whose matrices are one in the canonical tree, in that order.
+# Roles whose matrices are fused, in this order, in the canonical tree.
 GROUPS: dict[tuple[str, ...], str] = {
     ("q", "k", "v"): "blocks.{i}.attn.qkv",
     ("gate", "up"): "blocks.{i}.mlp.gate_up",
@@ -56,11 +56,11 @@ GROUPS: dict[tuple[str, ...], str] = {
 
 @dataclass(frozen=True)
 class ModuleSpec:
-    """A module that holds others.
+    """The spec of a module with children.
 
-    `name` is transformers' class name, `children` maps attribute names to roles or parts. `classes` names the classes
-    of some roles' modules where they are not PyTorch's own ("norm", "rotary", "act"; "linear": Conv1D's for matrices
-    that are stored inputs x outputs). `tuples`: a layer returns a tuple, as transformers' does.
+    `name`: transformers' class name. `children`: attribute name -> role or spec. `classes`: class names of leaf modules
+    that are not PyTorch's ("norm", "rotary", "act"; "linear": "Conv1D" for matrices stored as (inputs, outputs)).
+    `tuples`: the layer returns a tuple, as in transformers.
     """
 
     name: str
@@ -70,10 +70,10 @@ class ModuleSpec:
     tuples: bool = False
 
     def __hash__(self) -> int:
-        return hash((self.name, self.kind, *self.children))  # cheap; equality compares the rest
+        return hash((self.name, self.kind, *self.children))  # cheap; equality compares all fields
 
     def paths(self) -> Iterator[tuple[str, tuple[str, ...]]]:
-        """(role or kind, path of attribute names) of everything below; a layer's number is "{i}"."""
+        """(role or kind, path of attribute names) of all descendants; "{i}" is the layer index."""
         for name, child in self.children.items():
             if isinstance(child, str):
                 yield child, (name,)
@@ -86,10 +86,10 @@ class ModuleSpec:
 
 @dataclass(frozen=True)
 class KerasNames:
-    """The names of a family's layers and variables on Keras, beyond those that follow from the tree.
+    """Names of a family's Keras layers and variables that do not follow from the tree.
 
-    `numbered`: a layer in a list. `table`: the token embedding's variable. `first`: attributes that are made before
-    their siblings, in this order; Keras's `.h5` files hold weights in the order in which they were made.
+    `numbered`: template for a layer in a list. `table`: the variable of the token embedding. `first`: attributes that
+    are created before their siblings, in this order; Keras's `.h5` files hold weights in the order of creation.
     """
 
     numbered: str = "{name}_._{i}"
@@ -106,7 +106,7 @@ def module(
     tuples: bool = False,
     **children: str | ModuleSpec,
 ) -> ModuleSpec:
-    """A part from its class name, its kind and its children."""
+    """A ModuleSpec from its class name, its kind and its children."""
     return ModuleSpec(name, kind, children, classes or {}, tuples)
 
 
@@ -122,10 +122,10 @@ def keymap(
     ignored: tuple[str, ...] = (),
     other_prefixes: tuple[str, ...] = (),
 ) -> KeyMap:
-    """The key map of a family: each parameter under its module's name, then under `older` spellings.
+    """The key map of a family: each parameter under its module's name, then under its `older` spellings.
 
-    `older`: canonical name -> further names or spellings. `head_rows`: rows of heads that take the place of those made
-    of `heads`.
+    `older`: canonical name -> further names or spellings. `head_rows`: rows of heads, in place of those derived from
+    `heads`.
     """
     made = {kind: _rows(dict(_paths(children)), spec, {}, False) for kind, children in heads.items()}
     base = {role: path for role, path in _paths(tree.children) if not role.startswith("head_")}
@@ -175,7 +175,7 @@ def _paths(children: Mapping[str, str | ModuleSpec]) -> Iterator[tuple[str, str]
 
 
 def submodules(tree: ModuleSpec) -> Iterator[ModuleSpec]:
-    """The part itself and all parts below it."""
+    """The spec itself and all specs below it."""
     yield tree
     for child in tree.children.values():
         if isinstance(child, ModuleSpec):
@@ -183,17 +183,17 @@ def submodules(tree: ModuleSpec) -> Iterator[ModuleSpec]:
 
 
 def with_outer_classes(child: ModuleSpec, outer: ModuleSpec) -> ModuleSpec:
-    """The child with the classes of the part around it, where it names no others."""
+    """The child with the `classes` of its parent added, unless it overrides them."""
     return replace(child, classes={**outer.classes, **child.classes})
 
 
 def fused_role(roles: tuple[str, ...]) -> str:
-    """The role, and the name, of a module that holds the matrices of a group as one."""
+    """The role, and attribute name, of the module with the fused matrix of a group."""
     return GROUPS[roles].rpartition(".")[2]
 
 
 def with_fused(tree: ModuleSpec, groups: Iterable[tuple[str, ...]]) -> ModuleSpec:
-    """The tree in which each of these groups of modules, where one part holds them, is one module."""
+    """The tree with each of these groups of sibling modules replaced by one fused module."""
     children = {
         name: with_fused(child, groups) if isinstance(child, ModuleSpec) else child
         for name, child in tree.children.items()
@@ -206,7 +206,7 @@ def with_fused(tree: ModuleSpec, groups: Iterable[tuple[str, ...]]) -> ModuleSpe
 
 
 def classes_of(tree: ModuleSpec) -> Iterator[tuple[str, Mapping[str, str]]]:
-    """Each role, and the classes that hold where it is."""
+    """(role, the `classes` in effect there) of all leaf modules."""
     for child in tree.children.values():
         if isinstance(child, ModuleSpec):
             yield from classes_of(with_outer_classes(child, tree))
@@ -217,8 +217,8 @@ def classes_of(tree: ModuleSpec) -> Iterator[tuple[str, Mapping[str, str]]]:
 def class_tree(
     name: str, bare: ModuleSpec, prefix: str, heads: Mapping[str, str | ModuleSpec], kind: str | None
 ) -> ModuleSpec:
-    """The module tree of the class `name` with a head of that kind: the bare model under its prefix and `heads` beside
-    it, or the bare model itself. A pooler is a part of it where the head is one, or needs one."""
+    """The module tree of the class `name` with a head of that kind: the bare model under `prefix` next to the modules
+    of the head, or the bare model itself. It includes the pooler only if the head is or needs one."""
     pooled = kind in ("pooler", "choice")
     kept = {
         n: c

@@ -1,4 +1,4 @@
-"""What models return: dataclasses that are also ordered mappings, as transformers' `ModelOutput`s are."""
+"""Model outputs: dataclasses that are also ordered mappings, like transformers' `ModelOutput`."""
 
 from __future__ import annotations
 
@@ -11,38 +11,36 @@ from typing import Any, ClassVar, NoReturn, cast, overload
 
 
 def _refused(what: str) -> Any:
-    """A method that would put the items out of step with the fields."""
+    """A mapping method that would make items inconsistent with fields, replaced by an error."""
 
     def refuse(self: ModelOutput, *_: Any, **__: Any) -> NoReturn:
-        """Refused: see the class's docstring."""
+        """Not supported; see the docstring of the class."""
         raise TypeError(
-            f"{what} is not for a {type(self).__name__}, whose items are its fields: set output.name = value (None "
-            "takes it out), or work on dict(output)"
+            f"{what} is not supported: the items of a {type(self).__name__} are its fields; set output.name = value "
+            "(None removes the item), or use dict(output)"
         )
 
     return refuse
 
 
-class _Both:
-    """The mark of a class that two libraries' classes make together, for `isinstance` alone."""
+class _Combined:
+    """Marks classes derived from two libraries' classes, which exist only for `isinstance`."""
 
 
 class ModelOutput(OrderedDict[str, Any]):
     """A dataclass whose fields that are not None are also the items of an ordered mapping, in the fields' order.
 
-    They can be read by attribute, key, index and slice. The constructor takes the fields, or, as `dict` does, one
-    mapping or iterable of (name, value) pairs in their place. Items can be set and not removed; a field that is set
-    to None leaves the mapping.
+    They can be read by attribute, key, index and slice. The constructor takes the fields or, like `dict`, one mapping
+    or iterable of (name, value) pairs. Items can be set but not removed; setting a field to None removes its item.
     """
 
-    # The classes that derive from this one, and what is called with each that comes: a framework registers them as
-    # nodes of its trees.
+    # Subclasses, and callbacks for new ones, by which frameworks register them as pytree nodes.
     subclasses: ClassVar[list[type[ModelOutput]]] = []
     on_subclass: ClassVar[list[Callable[[type[ModelOutput]], None]]] = []
-    __match_args__: tuple[str, ...] = ()  # the fields' names, which `dataclass` sets
+    __match_args__: tuple[str, ...] = ()  # field names, set by `dataclass`
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        if issubclass(cls, _Both):
+        if issubclass(cls, _Combined):
             return
         super().__init_subclass__(**kwargs)
         ModelOutput.subclasses.append(cls)
@@ -51,11 +49,11 @@ class ModelOutput(OrderedDict[str, Any]):
 
     @property
     def __class__(self) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """The class of this object; with transformers imported, one that derives from transformers' `ModelOutput` too:
-        its pipelines ask for an instance of that."""
+        """The class of this object; if transformers is imported, one that also derives from its `ModelOutput`, which
+        transformers' pipelines check for."""
         own = type(self)
         theirs = getattr(sys.modules.get("transformers.utils.generic"), "ModelOutput", None)
-        return own if theirs is None else _both(own, theirs)
+        return own if theirs is None else _combined(own, theirs)
 
     def __post_init__(self) -> None:
         names = self.__match_args__
@@ -108,19 +106,19 @@ class ModelOutput(OrderedDict[str, Any]):
 
 
 @functools.cache
-def _both(own: type, theirs: type) -> type:
-    """A class that derives from both; calling it makes an object of `own`."""
+def _combined(own: type, theirs: type) -> type:
+    """A class that derives from both; calling it creates an `own`."""
 
     def new(cls: type, *args: Any, **kwargs: Any) -> Any:
         del cls
         return own(*args, **kwargs)
 
     body = {"__new__": new, "__module__": own.__module__, "__qualname__": own.__qualname__}
-    return type(own.__name__, (own, theirs, _Both), body)
+    return type(own.__name__, (own, theirs, _Combined), body)
 
 
 def _pairs(value: Any, names: tuple[str, ...]) -> dict[str, Any] | None:
-    """A mapping, or an iterable of pairs, whose keys are all fields, as a dict; None for any other value."""
+    """A mapping or iterable of pairs as a dict, if all keys are field names; None for any other value."""
     if isinstance(value, Mapping | ItemsView | Iterator) or (isinstance(value, list | tuple) and value):
         try:
             found = dict(cast(Any, value))
@@ -132,8 +130,8 @@ def _pairs(value: Any, names: tuple[str, ...]) -> dict[str, Any] | None:
 
 @dataclass
 class BaseModelOutputWithPast(ModelOutput):
-    """Shapes: last_hidden_state (batch, tokens, width); hidden_states layers + 1 of it; attentions, one for
-    each layer, (batch, heads, tokens, keys)."""
+    """Shapes: last_hidden_state (batch, tokens, width); hidden_states: layers + 1 arrays of that shape; attentions: one
+    array (batch, heads, tokens, keys) per layer."""
 
     last_hidden_state: Any = None
     past_key_values: Any = None
@@ -143,7 +141,7 @@ class BaseModelOutputWithPast(ModelOutput):
 
 @dataclass
 class BaseModelOutputWithPastAndCrossAttentions(BaseModelOutputWithPast):
-    """The same; `cross_attentions` is always None, as no family here has any."""
+    """With `cross_attentions`, which is always None: no family here has cross-attention."""
 
     cross_attentions: tuple[Any, ...] | None = None
 
@@ -161,7 +159,7 @@ class CausalLMOutputWithPast(ModelOutput):
 
 @dataclass
 class CausalLMOutputWithCrossAttentions(CausalLMOutputWithPast):
-    """The same; `cross_attentions` is always None, as no family here has any."""
+    """With `cross_attentions`, which is always None: no family here has cross-attention."""
 
     cross_attentions: tuple[Any, ...] | None = None
 
@@ -203,8 +201,8 @@ class QuestionAnsweringModelOutput(ModelOutput):
 
 @dataclass
 class BaseModelOutput(ModelOutput):
-    """Shapes: last_hidden_state (batch, tokens, width); hidden_states layers + 1 of it. The hub's class of this name
-    has no cache; here one comes last if it was asked for."""
+    """Shapes: last_hidden_state (batch, tokens, width); hidden_states: layers + 1 arrays of that shape. Unlike
+    transformers' class, it returns a requested cache, as the last item."""
 
     last_hidden_state: Any = None
     hidden_states: tuple[Any, ...] | None = None
@@ -224,8 +222,8 @@ class BaseModelOutputWithPooling(ModelOutput):
 
 @dataclass
 class CausalLMOutput(_Logits):
-    """Shapes: loss (); logits (batch, tokens, vocab). The hub's class of this name has no cache; here one comes last
-    if it was asked for."""
+    """Shapes: loss (); logits (batch, tokens, vocab). Unlike transformers' class, it returns a requested cache, as the
+    last item."""
 
     past_key_values: Any = None
 

@@ -1,12 +1,12 @@
-"""How a model's parameters are split over several devices: one plan by canonical names, for every framework.
+"""Sharding of parameters over a device mesh, by canonical names, for every framework.
 
-Devices form a mesh, and its axes split by what they are for:
+The axes of the mesh have three kinds:
 
-- data: the rows of a batch; every device holds all parameters.
-- fsdp: the rows too, and the parameters along the model's width, which are gathered where they are used
+- data: shards the batch; every device holds all parameters.
+- fsdp: shards the batch, and the parameters along the model's width; they are all-gathered where they are used
   (arXiv:2304.11277).
-- tensor: the parameters alone (arXiv:1909.08053): layers that widen by their outputs, those that narrow by their
-  inputs, tables of the vocabulary by their rows.
+- tensor: shards parameters only (arXiv:1909.08053): column-parallel (outputs) in qkv and up projections, row-parallel
+  (inputs) in out and down projections, and vocabulary tables by rows.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from monoblock.spec import ArchSpec
 from monoblock.tree import parameters
 
 Names = tuple[str, ...]
-AxisNames = str | Names | None  # an axis, several that split together, the first one coarsest, or none
+AxisNames = str | Names | None  # one axis, several that shard jointly (the first one is major), or none
 
-# The end of a canonical name -> the axis of its shape (matrices are outputs x inputs) that the tensor axis splits, and
-# the one of the model's width, which fsdp splits. Whole on every device are norms, all biases but those of widening
-# layers, and tables of positions and distances, which are small.
+# Suffix of a canonical name -> the dimension sharded by the tensor axis, and the dimension of the model's width,
+# sharded by fsdp; matrices are (outputs, inputs). Replicated: norms, biases of row-parallel layers, and position
+# tables, which are small.
 _LAYER: dict[str, tuple[int | None, int | None]] = {
     "attn.qkv.weight": (0, 1),
     "attn.qkv.bias": (0, None),
@@ -50,7 +50,7 @@ _VOCABULARY = ("embed.weight", "head.out.weight", "head.out.bias")
 
 @dataclass(frozen=True)
 class Axes:
-    """The axes of a mesh by what they split. Several names split one after the other, the first one coarsest."""
+    """The mesh axes of each kind. Several names shard jointly; the first one is major."""
 
     data: Names = ()
     fsdp: Names = ()
@@ -60,54 +60,54 @@ class Axes:
     def of(
         sizes: Mapping[str, int], *, data: AxisNames = None, fsdp: AxisNames = None, tensor: AxisNames = None
     ) -> Axes:
-        """Those axes of a mesh of these sizes. ValueError if it lacks one, or one is there twice."""
+        """Axes of a mesh with these sizes. ValueError if an axis is missing or used twice."""
         found = {"data": axis_names(data), "fsdp": axis_names(fsdp), "tensor": axis_names(tensor)}
         for what, axes in found.items():
             for axis in axes:
                 if axis not in sizes:
                     there = ", ".join(map(repr, sizes)) or "none"
                     raise ValueError(
-                        f"the mesh has no axis {axis!r} (it has {there}): name one with {what}_axis= or None"
+                        f"the mesh has no axis {axis!r} (it has {there}): give {what}_axis= one of these or None"
                     )
             if len(set(axes)) < len(axes):
                 raise ValueError(f"{what}_axis={axes} names an axis twice: give each one once")
         if twice := set(found["tensor"]) & set(found["fsdp"]):
             raise ValueError(
-                f"the axis {min(twice)!r} is in tensor_axis and in fsdp_axis, and can split a parameter once only: "
-                "leave it out of one of them"
+                f"the axis {min(twice)!r} is in both tensor_axis and fsdp_axis, but can shard a parameter only once: "
+                "remove it from one of them"
             )
         return Axes(**found)
 
     @property
     def rows(self) -> Names:
-        """What splits the rows of a batch; an axis may be both data's and fsdp's."""
+        """The axes that shard the batch; an axis may be of both kinds."""
         return tuple(dict.fromkeys((*self.data, *self.fsdp)))
 
 
 def axis_names(axis: AxisNames) -> Names:
-    """The names of an axis, of several, or of none."""
+    """One, several or no axes as a tuple of names."""
     return () if axis is None else (axis,) if isinstance(axis, str) else tuple(axis)
 
 
 def shard_count(axes: Names, sizes: Mapping[str, int]) -> int:
-    """Into how many parts axes of a mesh of these sizes split."""
+    """The number of shards: the product of the sizes of these axes."""
     return prod(sizes[axis] for axis in axes)
 
 
 def axes_text(axes: Names) -> str:
-    """Axes for a message."""
+    """Axes as text for an error message."""
     return f"axis {axes[0]!r}" if len(axes) == 1 else "axes " + " and ".join(map(repr, axes))
 
 
 def split(
     spec: ArchSpec, head: HeadSpec | None, axes: Axes, sizes: Mapping[str, int]
 ) -> dict[str, tuple[Names, ...]]:
-    """Canonical name -> the mesh's axes that split each axis of its shape, on a mesh of these sizes.
+    """Canonical name -> the mesh axes that shard each dimension of its shape, on a mesh of these sizes.
 
     ValueError if the tensor axis does not divide the layers' sizes, or the fsdp axis the width. A vocabulary that the
-    tensor axis does not divide stays whole along it: published ones are of any size, and no layer depends on it.
-    `[q|k|v]` and `[gate|up]` are one axis here: where no compiler moves what ends up elsewhere, split each of their
-    pieces for itself.
+    tensor axis does not divide is replicated along it: published sizes are arbitrary, and no layer depends on it. The
+    fused `[q|k|v]` and `[gate|up]` are sharded as one dimension; without a compiler that reshards, shard their
+    components separately.
     """
     tensor, fsdp = shard_count(axes.tensor, sizes), shard_count(axes.fsdp, sizes)
     att = spec.attention
@@ -138,6 +138,6 @@ def split(
 def _check(what: str, size: int, axes: Names, count: int, argument: str) -> None:
     if size % count:
         raise ValueError(
-            f"the {size} {what} do not split into the {count} parts of the mesh's {axes_text(axes)}: give a mesh whose "
-            f"parts divide them, or {argument}=None"
+            f"the {size} {what} are not divisible by the {count} shards of the mesh's {axes_text(axes)}: give a mesh "
+            f"whose size divides them, or {argument}=None"
         )

@@ -1,4 +1,4 @@
-"""How weights are quantised while a model is loaded: the configs, by the hub's names and our own."""
+"""Quantisation configs: weight-only formats of this library, and bitsandbytes, under transformers' names."""
 
 from __future__ import annotations
 
@@ -10,19 +10,20 @@ from monoblock.errors import UnsupportedConfig
 from monoblock.field_types import brief, checked
 
 LOSSLESS = 12  # bits
-# What config.json says under `method`. Under `quant_method`, where first files have it, transformers passes over a name
-# that it does not know and gives a model of random weights; a quantization_config without one it refuses.
+# The value of `method` in config.json. Older files have it under `quant_method`, but there transformers ignores an
+# unknown name and returns a model with random weights; without `quant_method`, transformers raises an error.
 METHOD = "monoblock"
 
 
 @dataclass(kw_only=True)
 class WeightOnlyConfig:
-    """Weights in 8 or 4 bits by groups of `group_size` inputs (64 or 128); what flows through the model stays float.
+    """Weight-only quantisation to 8 or 4 bits, in groups of `group_size` inputs (64 or 128); activations stay
+    floating-point.
 
-    8 bits: one scale for each group. 4 bits: a scale and a lowest value. All matrices of the blocks are packed in
-    `bits`; the token embedding and the projection to the vocabulary in 8 bits. 12 bits: all of these exactly as they
-    are, if they are bfloat16 numbers; there are no groups. `modules_to_not_convert`: names of modules that stay as
-    they are, the hub's or those of `named_modules()`, whole or their last part.
+    8 bits: one scale per group. 4 bits: a scale and a minimum per group. All matrices of the blocks are quantised to
+    `bits`; the token embedding and the language model head to 8 bits. 12 bits: lossless compression of bfloat16
+    weights, without groups. `modules_to_not_convert`: names of modules to leave unquantised, as in `named_modules()` or
+    in transformers, full or last component.
     """
 
     bits: int = 8
@@ -37,7 +38,7 @@ class WeightOnlyConfig:
                 raise ValueError(f"WeightOnlyConfig.{name} must be {values} or {known[-1]}, got {value!r}")
         if self.bits == LOSSLESS and self.group_size != 128:
             raise ValueError(
-                f"WeightOnlyConfig.group_size={self.group_size} is not for 12 bits, which have no groups: leave it out"
+                f"WeightOnlyConfig.group_size={self.group_size} is not for 12 bits, which have no groups: remove it"
             )
         names: Any = self.modules_to_not_convert
         if names is not None and not (
@@ -55,24 +56,23 @@ class WeightOnlyConfig:
 
     @property
     def summary(self) -> str:
-        """In words, without what is not converted."""
+        """A short description, without `modules_to_not_convert`."""
         if self.bits == LOSSLESS:
             return f"bfloat16 in {LOSSLESS} bits, without loss"
         return f"int{self.bits}, groups of {self.group_size}; embedding and head in int8"
 
     def to_dict(self) -> dict[str, Any]:
-        """What config.json holds."""
+        """The contents of `quantization_config` in config.json."""
         return {"method": METHOD, **asdict(self)}
 
 
 @dataclass(kw_only=True)
 class BitsAndBytesConfig:
-    """Weights of the blocks in 4 or 8 bits through bitsandbytes; embeddings, norms and heads stay as they are.
+    """Quantisation of the blocks' weights to 4 or 8 bits by bitsandbytes; embeddings, norms and heads are unquantised.
 
     `load_in_4bit` with `bnb_4bit_quant_type` "fp4" or "nf4" (arXiv:2305.14314), `bnb_4bit_compute_dtype` (None: the
-    model's own), `bnb_4bit_use_double_quant`; or `load_in_8bit` with `llm_int8_threshold` (arXiv:2208.07339), whose
-    inputs pass through float16.
-    `llm_int8_skip_modules`: names of modules, whole or their last part, that stay as they are.
+    model's dtype), `bnb_4bit_use_double_quant`; or `load_in_8bit` with `llm_int8_threshold` (arXiv:2208.07339), which
+    casts inputs to float16. `llm_int8_skip_modules`: names of modules, full or last component, to leave unquantised.
     """
 
     load_in_8bit: bool = False
@@ -111,17 +111,17 @@ class BitsAndBytesConfig:
 
 QuantizationConfig = WeightOnlyConfig | BitsAndBytesConfig
 
-# The words that `quantization_config` may be.
+# The strings that `quantization_config` accepts.
 WORDS = {"int8": 8, "int4": 4, "lossless": LOSSLESS}
 
 _NAMES = '"int8", "int4", "lossless", a WeightOnlyConfig or a BitsAndBytesConfig'
 
-# Checkpoints of other tools, and what to do about them.
+# Advice for checkpoints quantised by other tools.
 _ELSEWHERE = "load the checkpoint's unquantised weights"
 
 
 def parse_quantization(given: Any, in_4bit: bool = False, in_8bit: bool = False) -> QuantizationConfig | None:
-    """The quantisation that from_pretrained's arguments ask for, if any; ValueError for what is none."""
+    """The quantisation requested by arguments of from_pretrained, or None; ValueError if they are invalid."""
     if given is not None and (in_4bit or in_8bit):
         raise ValueError("give quantization_config, or load_in_4bit or load_in_8bit, not both")
     if given is None:
@@ -134,14 +134,14 @@ def parse_quantization(given: Any, in_4bit: bool = False, in_8bit: bool = False)
         return WeightOnlyConfig(bits=WORDS[given])
     if isinstance(given, Mapping):
         return _of_dict(dict(cast("Mapping[str, Any]", given)))
-    # The hub's own config classes are known by what they say of themselves.
+    # transformers' config classes, recognised by their attributes.
     if callable(getattr(given, "to_dict", None)) and hasattr(given, "quant_method"):
         return _of_dict(dict(given.to_dict()))
     raise ValueError(f"quantization_config must be {_NAMES}, got {given!r}")
 
 
 def _of_dict(given: dict[str, Any]) -> QuantizationConfig:
-    """A config of a dict, which says of which kind it is by `quant_method` or by its fields."""
+    """A config from a dict, whose kind is given by `quant_method` or by its fields."""
     ours = "bits" in given or "group_size" in given
     method = given.get("quant_method") or given.get("method")
     method = getattr(method, "value", method) or (METHOD if ours else "bitsandbytes")
@@ -151,11 +151,11 @@ def _of_dict(given: dict[str, Any]) -> QuantizationConfig:
     }
     if not isinstance(method, str) or method not in kinds:
         raise ValueError(
-            f"quantization_config of the method {brief(method)} is not supported here: give {_NAMES}, with "
+            f"quantization_config with method {brief(method)} is not supported: give {_NAMES}, with "
             "a checkpoint of unquantised weights"
         )
     known = {field.name for field in fields(kinds[method])}
-    # The hub's class repeats two fields under private names.
+    # transformers' class repeats two fields under private names.
     named = ("quant_method", "method")
     values = {k: v for k, v in given.items() if k not in named and not k.startswith("_load_in_")}
     if unknown := sorted(values.keys() - known):
@@ -166,9 +166,9 @@ def _of_dict(given: dict[str, Any]) -> QuantizationConfig:
 
 
 def stored_quantization(config: Any) -> WeightOnlyConfig | None:
-    """How the weights of a checkpoint are packed, by its config's `quantization_config`; None: they are not.
+    """The quantisation of a checkpoint's weights, from `quantization_config` in its config; None: unquantised.
 
-    UnsupportedConfig names any method but our own.
+    UnsupportedConfig for methods of other tools.
     """
     found: Any = getattr(config, "quantization_config", None)
     if found is None:
@@ -177,8 +177,8 @@ def stored_quantization(config: Any) -> WeightOnlyConfig | None:
     if (method := held.get("quant_method", held.get("method"))) != METHOD:
         what = f"quant_method={brief(method)}" if method else brief(found)
         raise UnsupportedConfig(
-            f"{type(config).__name__}.quantization_config={what} cannot be honoured: {_ELSEWHERE}, and quantise them "
-            'here with from_pretrained(..., quantization_config="int8") or "int4"'
+            f"{type(config).__name__}.quantization_config={what} is not supported: {_ELSEWHERE}, and quantise them "
+            'with from_pretrained(..., quantization_config="int8") or "int4"'
         )
     try:
         how = _of_dict(dict(held))

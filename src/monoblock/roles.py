@@ -1,6 +1,6 @@
-"""What the module of a role holds, by the spec: sizes of matrices and tables, norms and their widths.
+"""Sizes of the modules of each role (`modules.py`), from the spec: matrices, tables, and norms with their widths.
 
-The roles are those of `modules.py`. Frameworks make modules of their own of these numbers.
+Each framework builds its modules from these numbers.
 """
 
 from __future__ import annotations
@@ -10,14 +10,14 @@ from collections.abc import Mapping
 from monoblock.heads import HeadSpec
 from monoblock.spec import ArchSpec, Buckets, Learned, Norm
 
-# Roles of matrices, tables and norms that some models do not have.
+# Roles that some models lack.
 OPTIONAL = frozenset(
     ("gate", "patch_embed", "pos_embed", "rel_bias", "embed_norm", "final_norm", "q_norm", "k_norm")
 )
 
 
 def matrix(role: str, spec: ArchSpec, head: HeadSpec | None = None) -> tuple[int, int, bool] | None:
-    """Inputs, outputs and whether there is a bias; None where the role is no matrix's or the model has none of it."""
+    """(inputs, outputs, has bias) of the role's matrix; None if it is no matrix or the model lacks it."""
     att, mlp = spec.attention, spec.mlp
     q, kv = att.heads * att.head_dim, att.kv_heads * att.head_dim
     match role:
@@ -48,12 +48,12 @@ def matrix(role: str, spec: ArchSpec, head: HeadSpec | None = None) -> tuple[int
 
 
 def transposed(role: str, classes: Mapping[str, str]) -> bool:
-    """Whether the matrix of a role in the bare model is stored inputs x outputs, by its part's `classes`."""
+    """Whether the role's matrix in the bare model is stored as (inputs, outputs), by its module's `classes`."""
     return classes.get("linear") == "Conv1D" and not role.startswith("head_")
 
 
 def table(role: str, spec: ArchSpec) -> tuple[int, int] | None:
-    """Rows and columns; None where the role is no table's or the model has none of it."""
+    """(rows, columns) of the role's table; None if it is no table or the model lacks it."""
     learned, buckets = spec.position(Learned), spec.position(Buckets)
     match role:
         case "embed":
@@ -67,7 +67,7 @@ def table(role: str, spec: ArchSpec) -> tuple[int, int] | None:
 
 
 def norm(role: str, spec: ArchSpec, head: HeadSpec | None = None) -> tuple[Norm, int] | None:
-    """The norm and its width; None where the role is no norm's or the model has none of it."""
+    """The role's norm and its width; None if it is no norm or the model lacks it."""
     att = spec.attention
     if role in ("q_norm", "k_norm"):
         if att.qk_norm is None:

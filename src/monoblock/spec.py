@@ -1,7 +1,7 @@
-"""What a model is, in numbers: the only thing that a backend knows about a family.
+"""The architecture spec: all that a backend knows about a family.
 
-`config.to_spec()` turns the hub's field names, defaults and omissions into an `ArchSpec`, in which every
-number is explicit and every variant is a type. Backends interpret the spec; they never see a config.
+`config.to_spec()` converts transformers' fields and defaults to an `ArchSpec`, in which every value is explicit and
+every variant is a type. Backends interpret the spec and never read a config.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, Literal, TypeVar
 
-# What no model is near, and what nothing is computed or allocated for: a config may say anything.
-MOST: dict[str, int] = {
+# Limits far above any model, checked before anything is allocated, since a config may be malicious.
+MAX_SIZES: dict[str, int] = {
     "vocab": 2**36,
     "width": 2**22,
     "heads": 2**16,
@@ -34,7 +34,7 @@ class Norm:
 
 @dataclass(frozen=True, kw_only=True)
 class QkNorm:
-    """A norm of queries and keys, over each head (`span="head"`) or over all heads at once (`"width"`)."""
+    """Normalisation of queries and keys, over each head (`span="head"`) or over all heads jointly (`"width"`)."""
 
     norm: Norm
     span: Literal["head", "width"]
@@ -42,10 +42,10 @@ class QkNorm:
 
 @dataclass(frozen=True, kw_only=True)
 class Learned:
-    """A table of `size` positions; the first token has position `offset`.
+    """Learned absolute positions: a table of `size` rows; the first token has position `offset`.
 
-    `pad_id`: where token ids are given, positions count the tokens that are not this one, which has position
-    `offset - 1` (MPNet); None: they count the tokens that the attention mask leaves.
+    `pad_id`: if token ids are given, positions count tokens other than this one, whose own position is `offset - 1`
+    (MPNet); None: positions count the unmasked tokens.
     """
 
     size: int
@@ -55,7 +55,7 @@ class Learned:
 
 @dataclass(frozen=True, kw_only=True)
 class RopeScaling:
-    """How rotary frequencies stretch beyond the trained length (`linear`, `dynamic`, `yarn`, `llama3`)."""
+    """Scaling of RoPE frequencies for lengths beyond `original_length`; see `positions.inverse_frequencies`."""
 
     kind: Literal["linear", "dynamic", "yarn", "llama3"]
     factor: float
@@ -69,7 +69,7 @@ class RopeScaling:
 
 @dataclass(frozen=True, kw_only=True)
 class Rotary:
-    """RoPE (arXiv:2104.09864), half-rotation form, on the first `dim` channels of each head."""
+    """RoPE (arXiv:2104.09864) with pairs dim / 2 apart (NeoX style), on the first `dim` channels of each head."""
 
     dim: int
     theta: float
@@ -85,8 +85,8 @@ class Alibi:
     def slopes(self, heads: int) -> tuple[float, ...]:
         """`2 ** (-bias_max * i / n)`, i = 1..n, n the next power of two >= heads.
 
-        When n is not `heads`, the odd-indexed slopes come first, then the even-indexed ones, cut to `heads`
-        (the rule of MPT's makers; the paper's own differs).
+        If n is not `heads`: the slopes of even i, then those of odd i, truncated to `heads` (llm-foundry's rule, which
+        differs from the paper's).
         """
         n = 1 << max(heads - 1, 0).bit_length()
         slopes = [2.0 ** (-self.bias_max * i / n) for i in range(1, n + 1)]
@@ -95,7 +95,7 @@ class Alibi:
 
 @dataclass(frozen=True, kw_only=True)
 class Buckets:
-    """T5's relative position buckets (arXiv:1910.10683), one table of `count` x heads shared by all layers."""
+    """T5's relative position buckets (arXiv:1910.10683): one (count, heads) table of biases, shared by all layers."""
 
     count: int
     max_distance: int
@@ -107,12 +107,13 @@ P = TypeVar("P", Learned, Rotary, Alibi, Buckets)
 
 @dataclass(frozen=True, kw_only=True)
 class Attention:
-    """Scores are `scale * q·k` (`softcap * tanh(s / softcap)` if capped) over `kv_heads` groups of heads.
+    """Scores are `scale * q·k` (with softcap: `softcap * tanh(s / softcap)`), with `kv_heads` key and value heads
+    (GQA).
 
-    `clip`: queries, keys and values are clamped to [-clip, clip] as projected. `by_segment`: tokens see only
-    tokens of their own segment (`sequence_id`). `masked_rows`: on which keys a query that sees none (padding) has equal
-    weights, as adding up its masks leaves them: on all, on those behind it that are real or in its window, or on the
-    real ones.
+    `clip`: projected queries, keys and values are clamped to [-clip, clip]. `by_segment`: tokens attend only within
+    their segment (`sequence_id`). `masked_rows`: the keys over which a fully masked query (padding) has uniform
+    weights, as the sum of the original's additive masks gives: "all", "past" (keys not after the query that are valid
+    or in its window), or "valid" (keys that are not padding).
     """
 
     heads: int
@@ -125,7 +126,7 @@ class Attention:
     softcap: float | None = None
     qk_norm: QkNorm | None = None
     by_segment: bool = False
-    masked_rows: Literal["all", "behind", "real"] = "all"
+    masked_rows: Literal["all", "past", "valid"] = "all"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,7 +141,7 @@ class Mlp:
 
 @dataclass(frozen=True, kw_only=True)
 class Dropout:
-    """Probabilities while training: on the embedding, the attention weights, and each sub-layer's output."""
+    """Dropout probabilities in training: of the embedding, the attention weights, and each sub-layer's output."""
 
     embed: float = 0.0
     attention: float = 0.0
@@ -149,7 +150,7 @@ class Dropout:
 
 @dataclass(frozen=True, kw_only=True)
 class Patches:
-    """Image patches of `size` numbers, projected into the places of the tokens `token_id` (Fuyu)."""
+    """Image patches of `size` values, projected to embeddings that replace those of the tokens `token_id` (Fuyu)."""
 
     size: int
     token_id: int
@@ -157,9 +158,11 @@ class Patches:
 
 @dataclass(frozen=True, kw_only=True)
 class ArchSpec:
-    """A transformer, whole. `windows[i]` is how many keys layer i sees, the query's own included; None: all.
+    """A transformer architecture. `windows[i]`: the number of keys visible in layer i, including the query's own; None:
+    all.
 
-    `embed_gradient`: the share of the gradient that reaches the embedding.
+    `placement`: norms before ("pre") or after ("post") the sub-layers. `embed_gradient`: the fraction of the gradient
+    that reaches the embedding.
     """
 
     vocab: int
@@ -188,19 +191,22 @@ class ArchSpec:
 
     def position(self, kind: type[P]) -> P | None:
         """The position encoding of that kind, or None."""
-        return next((p for p in self.positions if isinstance(p, kind)), None)
+        for position in self.positions:  # torch.compile of PyTorch 2.7 cannot trace next() over a generator
+            if isinstance(position, kind):
+                return position
+        return None
 
     def validate(self, name: str = "config") -> ArchSpec:
-        """The spec itself; a ValueError that lists every gap at once if it cannot be built."""
-        if gaps := list(_gaps(self)):
-            raise ValueError(f"{name} does not describe a model that can be built: " + "; ".join(gaps))
+        """The spec itself; ValueError, listing all faults, if it is not valid."""
+        if faults := list(_faults(self)):
+            raise ValueError(f"{name} does not describe a valid model: " + "; ".join(faults))
         return self
 
     def __str__(self) -> str:
         return "\n".join(_lines(self))
 
 
-def _gaps(spec: ArchSpec) -> Iterator[str]:
+def _faults(spec: ArchSpec) -> Iterator[str]:
     att, mlp = spec.attention, spec.mlp
     learned, patches = spec.position(Learned), spec.patches
     sizes = {
@@ -215,9 +221,9 @@ def _gaps(spec: ArchSpec) -> Iterator[str]:
         **({"patch size": patches.size} if patches else {}),
     }
     for what, size in sizes.items():
-        most = MOST.get(what, size)
-        if not 1 <= size <= most:
-            yield f"{what} must be at least 1{f' and at most {most:,}' if size > most else ''}, got {size}"
+        limit = MAX_SIZES.get(what, size)
+        if not 1 <= size <= limit:
+            yield f"{what} must be at least 1{f' and at most {limit:,}' if size > limit else ''}, got {size}"
     if att.kv_heads > 0 and att.heads % att.kv_heads:
         yield f"heads ({att.heads}) must be a multiple of kv_heads ({att.kv_heads})"
     if mlp.act not in ACTIVATIONS:
@@ -250,26 +256,26 @@ def _gaps(spec: ArchSpec) -> Iterator[str]:
         if not 0 <= p < 1:
             yield f"{what} dropout must be in [0, 1), got {p}"
     if not 0 <= spec.init_std <= 1e6:
-        yield f"the deviation of initial weights must be at least 0, got {spec.init_std}"
+        yield f"the standard deviation of initial weights must be at least 0, got {spec.init_std}"
     if not 0 < spec.embed_gradient <= 1:
         yield f"embed_gradient must be in (0, 1], got {spec.embed_gradient}"
     for i, window in enumerate(spec.windows):
         if window is not None and window < 1:
             yield f"window of layer {i} must be at least 1 key, got {window}"
         if window is not None and not spec.causal:
-            yield f"window of layer {i} needs causal=True: it has no meaning for keys ahead of the query"
-    yield from _position_gaps(spec)
+            yield f"window of layer {i} needs causal=True: windows are defined for past keys only"
+    yield from _position_faults(spec)
 
 
-def _position_gaps(spec: ArchSpec) -> Iterator[str]:
+def _position_faults(spec: ArchSpec) -> Iterator[str]:
     if len({type(p) for p in spec.positions}) != len(spec.positions):
         yield "each kind of position encoding may appear once"
     for position in spec.positions:
         match position:
             case Learned(size=size, offset=offset) if size <= offset:
-                yield f"a position table of {size} leaves no room after its offset of {offset}"
+                yield f"a position table of {size} rows has none left after its offset of {offset}"
             case Learned(pad_id=int(pad_id)) if not 0 <= pad_id < spec.vocab:
-                yield f"positions that count from a padding id need one of the vocabulary, got {pad_id}"
+                yield f"the padding id of learned positions must be in the vocabulary, got {pad_id}"
             case Rotary(dim=dim) if dim < 2 or dim % 2 or dim > spec.attention.head_dim:
                 yield f"rotary dim must be even and at most head_dim ({spec.attention.head_dim}), got {dim}"
             case Rotary(theta=theta) if not theta > 0:
@@ -307,7 +313,7 @@ def _position_gaps(spec: ArchSpec) -> Iterator[str]:
 
 
 def _lines(node: Any, indent: str = "") -> Iterator[str]:
-    """The spec as indented text, a field a line; equal windows are folded."""
+    """The spec as indented text, one field per line; equal windows are shown once."""
     for field in fields(node):
         value = getattr(node, field.name)
         if field.name == "windows":

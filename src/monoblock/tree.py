@@ -1,4 +1,4 @@
-"""The canonical parameter tree: the names and shapes of a model's parameters, the same in every framework."""
+"""The canonical parameter tree: names and shapes of a model's parameters, identical in every framework."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ Shape = tuple[int, ...]
 
 
 def parameters(spec: ArchSpec, head: HeadSpec | None = None) -> dict[str, Shape]:
-    """Canonical name -> shape (matrices are outputs x inputs), in the order of the forward pass.
+    """Canonical name -> shape, in the order of the forward pass; matrices are (outputs, inputs).
 
-    A tied head has no matrix of its own here: its name is in `tied()`.
+    A tied head's matrix is not listed; see `tied()`.
     """
     return dict([*_backbone(spec), *(_head(spec, head) if head else ())])
 
@@ -33,7 +33,7 @@ def _head(spec: ArchSpec, head: HeadSpec) -> Iterator[tuple[str, Shape]]:
 
 
 def tied(spec: ArchSpec, head: HeadSpec | None) -> dict[str, str]:
-    """Second names of parameters: canonical name -> the parameter that it shares."""
+    """Tied parameters: canonical name -> the parameter whose tensor it shares."""
     if head is not None and KINDS[head.kind].size == "vocab" and spec.tie_head:
         return {"head.out.weight": "embed.weight"}
     return {}

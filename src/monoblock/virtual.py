@@ -1,4 +1,4 @@
-"""Virtual subclasses: what an object says its class is, so that `isinstance` takes it for another library's."""
+"""Classes for `__class__` properties, with which objects pass `isinstance` checks of another library."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 @functools.cache
 def virtual_subclass(own: type, theirs: type) -> Any:
-    """A class that derives from both, for `isinstance` alone: calling it makes an object of `own`."""
+    """A class that derives from both, used only for `isinstance`; calling it creates an `own`."""
 
     def new(_: type, *args: Any, **kwargs: Any) -> Any:
         return own(*args, **kwargs)

@@ -121,8 +121,8 @@ def test_files_take_the_terminal_s_place(tmp_path: Path) -> None:
     ("args", "words"),
     [
         ((), "Missing argument"),
-        (("a", "b", "c"), "one text in quotes"),
-        (("a", "b", "--model", "c"), "a model once"),
+        (("a", "b", "c"), "one quoted text"),
+        (("a", "b", "--model", "c"), "give one model"),
         (("",), "the text is empty"),
         (("x", "--head", "most"), "--head must be a number, mean or all"),
         (("x", "--layer", "4"), "the layer must be 0 to 3, got 4"),

@@ -55,7 +55,7 @@ def test_json_of_the_demo() -> None:
     assert one["bandwidth_share"] == pytest.approx(share)
     # Whoever reads the figures sees what they were measured with.
     assert found["kernels"] and found["threads"] > 0 and found["peak_memory"] > 0
-    assert "decoding, 2 at once ..." in result.stderr.splitlines()
+    assert "decoding, batch size 2 ..." in result.stderr.splitlines()
 
 
 def test_a_line_for_each_figure(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -65,7 +65,7 @@ def test_a_line_for_each_figure(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     lines = dict(bench._lines(found))
     assert lines["class"] == "MptForCausalLM, weights in float32, on cpu"
     assert lines["prompt of 4"].endswith(")")
-    assert lines["decoding, 3 at once"].endswith("of the bandwidth")
+    assert lines["decoding, batch size 3"].endswith("of the bandwidth")
     assert not capsys.readouterr().out
 
 
@@ -83,7 +83,7 @@ def test_every_run_is_a_call_of_generate_with_as_many_tokens(
 
     monkeypatch.setattr(model, "generate", generate)
     bench._decoding(model, 2, bench.Sizes(new=3, runs=2))
-    shape = (2, bench.START)
+    shape = (2, bench.PROMPT)
     assert calls == [(shape, 4), *[(shape, 1), (shape, 4)] * 2]  # the first one warms up
 
 

@@ -79,7 +79,7 @@ def test_clear_retry_help_and_mistakes() -> None:
         terminal.type("/clean\n")
         assert "/clean is not a command" in terminal.expect("\n> ")
         terminal.type("/clear now\n")
-        assert "takes nothing after it" in terminal.expect("\n> ")
+        assert "takes no argument" in terminal.expect("\n> ")
         terminal.type("/save\n")
         assert "needs a file name" in terminal.expect("\n> ")
         terminal.type("/help\n")

@@ -102,7 +102,7 @@ def test_images_are_refused_by_a_model_of_text() -> None:
         terminal.expect("\n> ")
         assert "with-template takes no images" in ask(terminal, "/image cat.png")
         assert "tokens/s" in ask(terminal, "still here")
-        assert "no message to take back" in ask(terminal, "/clear\n/undo") + terminal.expect("\n> ")
+        assert "no message to undo" in ask(terminal, "/clear\n/undo") + terminal.expect("\n> ")
 
 
 def test_the_hub_commands_arguments(tmp_path: Path) -> None:

@@ -83,5 +83,5 @@ def test_bytes_that_are_no_text() -> None:
     """As a shell passes them on, they are halves of UTF-16 pairs."""
     result = run("generate", "ab\udcff", "-n", "2")
     assert result.returncode == 1
-    assert result.stderr.startswith("monoblock: text holds the lone surrogate U+DCFF as character 2")
+    assert result.stderr.startswith("monoblock: text holds the lone surrogate U+DCFF at index 2")
     assert run("generate", "a", "-n", "2", "-t", "1", "--seed", str(2**64 - 1)).returncode == 0

@@ -113,7 +113,7 @@ def test_a_prompt_file_that_is_not_utf8(tmp_path: Path) -> None:
     file.write_bytes(b"gr\xf6\xdfer")
     result = run("--file", str(file))
     assert result.returncode == 1
-    assert result.stderr == f"monoblock: {file} is no UTF-8 text: byte 2 is 0xF6; save it as UTF-8\n"
+    assert result.stderr == f"monoblock: {file} is not UTF-8 text: byte 2 is 0xF6; save it as UTF-8\n"
 
 
 def test_a_fault_of_the_program_is_called_one() -> None:

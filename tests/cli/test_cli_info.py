@@ -16,7 +16,7 @@ from monoblock import AutoConfig, MptConfig, MptForCausalLM, native
 from monoblock.checkpoint.header import make_header
 from monoblock.checkpoint.hub import find_weights
 from monoblock.cli import info
-from monoblock.cli.options import Hub
+from monoblock.cli.options import DownloadOptions
 from monoblock.errors import HubError
 
 CONFIG = {
@@ -81,7 +81,7 @@ def test_loads_no_framework(folder: Path) -> None:
 def test_grouped_heads_need_less_cache(folder: Path) -> None:
     attn = {"attn_type": "grouped_query_attention", "kv_n_heads": 2}
     (folder / "config.json").write_text(json.dumps(CONFIG | {"attn_config": attn}))
-    assert info.describe(str(folder), Hub())["cache_per_token"]["float32"] == 2 * 2 * 16 * 3 * 4
+    assert info.describe(str(folder), DownloadOptions())["cache_per_token"]["float32"] == 2 * 2 * 16 * 3 * 4
 
 
 @pytest.mark.parametrize(
@@ -126,7 +126,7 @@ def test_on_the_hub_headers_are_enough(folder: Path, monkeypatch: pytest.MonkeyP
     config = monoblock.AutoConfig.from_pretrained(folder)
     monkeypatch.setattr(monoblock.AutoConfig, "from_pretrained", staticmethod(lambda *_, **__: config))
     monkeypatch.setattr(huggingface_hub, "HfApi", Api)
-    found = info.describe("someone/model", Hub(revision="v1", token="secret"))
+    found = info.describe("someone/model", DownloadOptions(revision="v1", token="secret"))
     assert found["files"] == {"model.safetensors": 12800}
     assert found["stored"] == {"BF16": 6400}
     assert found["parameters"] == PARAMETERS
@@ -139,7 +139,7 @@ def test_offline_the_config_is_enough(
 
     config = monoblock.AutoConfig.from_pretrained(folder)
     monkeypatch.setattr(monoblock.AutoConfig, "from_pretrained", staticmethod(lambda *_, **__: config))
-    found = info.describe("someone/model", Hub(offline=True))
+    found = info.describe("someone/model", DownloadOptions(offline=True))
     assert (found["files"], found["stored"], found["parameters"]) == ({}, None, PARAMETERS)
     assert "cannot be listed" in capsys.readouterr().err
 
@@ -147,7 +147,7 @@ def test_offline_the_config_is_enough(
 def test_a_model_that_looks_both_ways_keeps_no_cache(tmp_path: Path) -> None:
     config = {"model_type": "mpnet", "architectures": ["MPNetForMaskedLM"]}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    found = info.describe(str(tmp_path), Hub())
+    found = info.describe(str(tmp_path), DownloadOptions())
     assert found["cache_per_token"] == {}
     layer = 4 * (768 * 768 + 768) + 2 * 768 * 3072 + 3072 + 768 + 2 * 2 * 768  # attention, MLP, two norms
     body = 30527 * 768 + 512 * 768 + 2 * 768 + 32 * 12 + 12 * layer  # and tokens, positions, norm, buckets
@@ -157,7 +157,7 @@ def test_a_model_that_looks_both_ways_keeps_no_cache(tmp_path: Path) -> None:
 
 
 def test_what_flax_stored_is_counted_too() -> None:
-    found = info.describe(str(FOLDER / "FlaxMistralForCausalLM"), Hub())
+    found = info.describe(str(FOLDER / "FlaxMistralForCausalLM"), DownloadOptions())
     assert found["stored"] == {"F32": found["parameters"]}
 
 
@@ -198,7 +198,7 @@ def written(folder: Path, name: str, count: int) -> None:
 def test_each_weight_is_counted_once(folder: Path, other: str) -> None:
     """Of two sets of weights, that which a load reads."""
     written(folder, other, 7)
-    found = info.describe(str(folder), Hub())
+    found = info.describe(str(folder), DownloadOptions())
     assert found["stored"] == {"BF16": 6400}
     assert found["weights"] == ["model.safetensors"]
     text = run(str(folder)).stdout
@@ -216,12 +216,12 @@ def test_shards_are_counted_by_their_index(folder: Path) -> None:
         index[f"tensor of {name}"] = name
     written(folder, "consolidated.safetensors", 3)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
-    assert info.describe(str(folder), Hub())["stored"] == {"F32": 3}
+    assert info.describe(str(folder), DownloadOptions())["stored"] == {"F32": 3}
 
 
 KINDS = {
-    "model-00001-of-00002.safetensors": "without their index, model.safetensors.index.json",
-    "pytorch_model-00001-of-00002.bin": "without their index, pytorch_model.bin.index.json",
+    "model-00001-of-00002.safetensors": "but not their index model.safetensors.index.json",
+    "pytorch_model-00001-of-00002.bin": "but not their index pytorch_model.bin.index.json",
     "model.fp16.safetensors": "load it with variant='fp16'",
     "model.fp16-00001-of-00002.safetensors": "load it with variant='fp16'",
     "pytorch_model.bf16.bin": "load it with variant='bf16'",
@@ -254,7 +254,7 @@ def test_adapter(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     written(tmp_path, "adapter_model.safetensors", 70)
     lines = run("--model", str(tmp_path)).stdout.splitlines()
-    assert "adapter: LORA, of the peft package: no model of its own" in lines
+    assert "adapter: LORA (PEFT), without a base model" in lines
     assert {"base model: someone/model", "rank: 8", "target modules: q_proj, v_proj", "stored: 70 F32"} < {
         *lines
     }
@@ -263,14 +263,14 @@ def test_adapter(tmp_path: Path) -> None:
     refused = run(str(tmp_path), "--runtime")
     assert refused.returncode == 1
     assert "give its base model" in refused.stderr
-    with pytest.raises(HubError, match="an adapter of the peft package"):
+    with pytest.raises(HubError, match="a PEFT adapter"):
         AutoConfig.from_pretrained(tmp_path)
 
 
 def test_sentence_transformers(folder: Path) -> None:
     (folder / "modules.json").write_text("[]")
     assert "made for: sentence-transformers" in run("-m", str(folder)).stdout
-    assert info.describe(str(folder), Hub())["kind"] == "sentence-transformers"
+    assert info.describe(str(folder), DownloadOptions())["kind"] == "sentence-transformers"
 
 
 def test_the_model_is_named_once(folder: Path) -> None:

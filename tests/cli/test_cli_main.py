@@ -22,7 +22,7 @@ def test_help_lists_commands_and_exit_codes() -> None:
     for command in COMMANDS:
         assert f"\n  {command} " in result.stdout
     text = " ".join(result.stdout.split())
-    for code in ("0 success", "1 the model", "2 wrong usage", "130 interrupted", "141 the reader"):
+    for code in ("0 success", "1 error of the model", "2 usage error", "130 interrupted", "141 broken pipe"):
         assert code in text
 
 
@@ -56,7 +56,7 @@ def test_version() -> None:
         (("generate",), "empty"),
         (("chat", "model", "stray"), "stray"),
         (("chat", "model", "--model", "other"), "two models"),
-        (("chat", "model", "http://localhost:8000"), "runs the model itself"),
+        (("chat", "model", "http://localhost:8000"), "runs the model in this process"),
         (("chat", "model", "max_new_token=3"), "did you mean max_new_tokens"),
         (("chat", "model", "top_p=7"), "at most 1"),
         (("chat", "temperature=0.5", "do_sample=False"), "drop it or temperature"),

@@ -36,11 +36,11 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_folder_is_made_and_the_command_tells(packed: Path) -> None:
     rows = dict(line.split(": ", 1) for line in packed.with_suffix(".out").read_text().splitlines()[1:])
     assert rows["class"] == "MptForCausalLM" and rows["parameters"] == "5,163,552"
-    assert rows["packed"].startswith("int4, groups of 64") and rows["dtype"] == "bfloat16"
+    assert rows["quantisation"].startswith("int4, groups of 64") and rows["dtype"] == "bfloat16"
     words = rows["weights"].replace(",", "").split()
     after, before = int(words[0]), int(words[3])
     assert after < 0.6 * before  # the fused q, k and v are kept
-    assert packed.with_suffix(".err").read_text().splitlines() == ["packing ...", "writing ..."]
+    assert packed.with_suffix(".err").read_text().splitlines() == ["quantising ...", "writing ..."]
     names = {path.name for path in Path(demo.path()).iterdir() if path.suffix == ".json"}
     assert names < {path.name for path in packed.iterdir()}
     for name in names - {"config.json"}:
@@ -58,19 +58,19 @@ def test_the_folder_generates_and_info_tells(packed: Path) -> None:
     result = run("generate", "-m", str(packed), *PROMPT)
     assert result.returncode == 0 and result.stdout.strip()
     info = run("info", str(packed))
-    assert "packed: int4, groups of 64; embedding and head in int8; not Wqkv" in info.stdout
+    assert "quantisation: int4, groups of 64; embedding and head in int8; not Wqkv" in info.stdout
     found = json.loads(run("info", str(packed), "--json").stdout)
     assert found["quantization"]["bits"] == 4 and found["stored"]["U8"] > 0
-    assert "packed" not in run("info").stdout
+    assert "quantisation" not in run("info").stdout
 
 
 def test_without_loss(tmp_path: Path) -> None:
     """12 bits: the same text; `info` says what it is."""
     result = run("quantize", str(demo.path()), str(tmp_path / "demo"), "--bits", "12")
-    assert result.returncode == 0 and "packed: bfloat16 in 12 bits, without loss" in result.stdout
+    assert result.returncode == 0 and "quantisation: bfloat16 in 12 bits, without loss" in result.stdout
     texts = [run("generate", "-m", str(name), *PROMPT).stdout for name in (demo.path(), tmp_path / "demo")]
     assert texts[0] == texts[1] != ""
-    assert "packed: bfloat16 in 12 bits, without loss" in run("info", str(tmp_path / "demo")).stdout
+    assert "quantisation: bfloat16 in 12 bits, without loss" in run("info", str(tmp_path / "demo")).stdout
     refused = run("quantize", str(demo.path()), str(tmp_path / "b"), "--bits", "12", "--group-size", "64")
     assert refused.returncode != 0 and "no groups" in refused.stderr
 
@@ -86,10 +86,10 @@ def test_quantize_while_loading() -> None:
 def test_errors_are_one_sentence(packed: Path, tmp_path: Path) -> None:
     for args, words in (
         ((str(demo.path()), str(packed)), "holds files already"),
-        ((str(packed), str(tmp_path / "b")), "holds packed weights already"),
+        ((str(packed), str(tmp_path / "b")), "holds quantised weights already"),
         ((str(demo.path()), str(tmp_path / "b"), "--keep", "nothing"), "no module of this model"),
         ((str(packed), str(packed), "--force"), "choose another target"),
-        (("convert", str(packed), str(tmp_path / "b")), "holds packed weights"),
+        (("convert", str(packed), str(tmp_path / "b")), "holds quantised weights"),
     ):
         result = run(*(args if args[0] == "convert" else ("quantize", *args)))
         assert result.returncode == 1 and words in result.stderr and result.stdout == "", result.stderr

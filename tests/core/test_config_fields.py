@@ -128,7 +128,7 @@ def test_what_would_change_the_results_is_refused(model_type: str) -> None:
         other = "something else" if field not in ("chunk_size_feed_forward",) else 7
         if field in ("is_encoder_decoder", "add_cross_attention", "torchscript", "is_decoder"):
             other = True
-        with pytest.raises(UnsupportedConfig, match=rf"\.{field}=.* cannot be honoured"):
+        with pytest.raises(UnsupportedConfig, match=rf"\.{field}=.* is not supported"):
             config(model_type, **{field: other})
 
 

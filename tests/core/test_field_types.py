@@ -14,7 +14,7 @@ import monoblock
 from monoblock.checkpoint.files import read_json
 from monoblock.errors import CheckpointError, FieldError
 from monoblock.families import FAMILIES, family
-from monoblock.field_types import LARGEST, brief, checked, declared
+from monoblock.field_types import MAX_INTEGER, brief, checked, declared
 
 
 class Inner(TypedDict, total=False):
@@ -28,7 +28,7 @@ FITS: list[tuple[Any, Any, Any]] = [
     (int, 3, 3),
     (int, 32.0, 32),
     (int, np.int64(5), 5),
-    (int, LARGEST, LARGEST),
+    (int, MAX_INTEGER, MAX_INTEGER),
     (float, 3, 3),
     (float, 0.5, 0.5),
     (float, np.float32(0.5), 0.5),
@@ -49,23 +49,23 @@ FITS: list[tuple[Any, Any, Any]] = [
 ]
 
 MISFITS: list[tuple[Any, Any, str]] = [
-    (int, "3", r"Owner\.field must be a whole number, got '3'"),
-    (int, 3.5, "a whole number, got 3.5"),
-    (int, True, "a whole number, got True"),
-    (int, None, "a whole number, got None"),
-    (int, 2**63, "a whole number of at most 63 bits, got 9223372036854775808"),
-    (int, 1e300, "a whole number of at most 63 bits"),
+    (int, "3", r"Owner\.field must be an integer, got '3'"),
+    (int, 3.5, "an integer, got 3.5"),
+    (int, True, "an integer, got True"),
+    (int, None, "an integer, got None"),
+    (int, 2**63, "an integer of at most 63 bits, got 9223372036854775808"),
+    (int, 1e300, "an integer of at most 63 bits"),
     (float, "0.1", "a number, got '0.1'"),
     (float, float("nan"), "a finite number, got nan"),
     (float, float("inf"), "a finite number, got inf"),
     (bool, 1, "True or False, got 1"),
     (str, 3, "a string, got 3"),
-    (int | None, [1], r"a whole number or None, got \[1\]"),
+    (int | None, [1], r"an integer or None, got \[1\]"),
     (list[str] | None, "a", "a list of strings or None, got 'a'"),
     (list[str] | None, ["a", 3], r"Owner\.field\[1\] must be a string, got 3"),
-    (int | list[int] | None, [1, "b"], r"Owner\.field\[1\] must be a whole number, got 'b'"),
+    (int | list[int] | None, [1, "b"], r"Owner\.field\[1\] must be an integer, got 'b'"),
     (tuple[int, float], [3], r"a list of 2 values, got \[3\]"),
-    (dict[str, int], {"a": "b"}, r"Owner\.field\['a'\] must be a whole number, got 'b'"),
+    (dict[str, int], {"a": "b"}, r"Owner\.field\['a'\] must be an integer, got 'b'"),
     (dict[str, int], [1], r"a dict, got \[1\]"),
     (Inner | None, {"factor": "x"}, r"Owner\.field\.factor must be a number or None, got 'x'"),
     (Inner, {"name": None}, r"Owner\.field\.name must be a string, got None"),
@@ -114,26 +114,26 @@ def config_file(folder: Path, **fields: Any) -> Path:
 
 
 BROKEN: list[tuple[dict[str, Any], str]] = [
-    ({"num_hidden_layers": "3"}, "num_hidden_layers must be a whole number, got '3'"),
-    ({"num_hidden_layers": None}, "num_hidden_layers must be a whole number, got None"),
+    ({"num_hidden_layers": "3"}, "num_hidden_layers must be an integer, got '3'"),
+    ({"num_hidden_layers": None}, "num_hidden_layers must be an integer, got None"),
     ({"num_hidden_layers": 10**9}, "num_hidden_layers must be at least 1 and at most 1024, got 1000000000"),
-    ({"vocab_size": [61]}, r"vocab_size must be a whole number, got \[61\]"),
+    ({"vocab_size": [61]}, r"vocab_size must be an integer, got \[61\]"),
     ({"rms_norm_eps": "1e-5"}, "rms_norm_eps must be a number, got '1e-5'"),
     ({"rope_theta": float("inf")}, "rope_theta must be a finite number"),
     ({"rope_scaling": {"rope_type": None}}, "rope_scaling.rope_type must be a string, got None"),
     ({"rope_scaling": {"rope_type": "yarn", "factor": [2]}}, "rope_scaling.factor must be a number"),
     ({"rope_scaling": "linear"}, "rope_scaling must be a dict or None, got 'linear'"),
     ({"rope_parameters": {"rope_theta": None}}, "rope_parameters.rope_theta must be a number, got None"),
-    ({"eos_token_id": "2"}, "eos_token_id must be a whole number or a list of whole numbers or None"),
-    ({"eos_token_id": [2, None]}, r"eos_token_id\[1\] must be a whole number, got None"),
-    ({"pad_token_id": {}}, "pad_token_id must be a whole number or None"),
+    ({"eos_token_id": "2"}, "eos_token_id must be an integer or a list of integers or None"),
+    ({"eos_token_id": [2, None]}, r"eos_token_id\[1\] must be an integer, got None"),
+    ({"pad_token_id": {}}, "pad_token_id must be an integer or None"),
     ({"tie_word_embeddings": "false"}, "tie_word_embeddings must be True or False, got 'false'"),
     ({"architectures": "MistralForCausalLM"}, "architectures must be a list of strings or None"),
-    ({"id2label": {"zero": "a"}}, "id2label must have whole numbers for ids, got 'zero'"),
+    ({"id2label": {"zero": "a"}}, "id2label must have integer ids, got 'zero'"),
     ({"id2label": ["a"]}, "id2label must be a dict or None"),
-    ({"label2id": {"a": "b"}}, "label2id must have whole numbers for ids, got 'b'"),
-    ({"num_labels": 10**7}, "num_labels must be a whole number of at least 1 and at most 1,048,576"),
-    ({"num_labels": "2"}, "num_labels must be a whole number, got '2'"),
+    ({"label2id": {"a": "b"}}, "label2id must have integer ids, got 'b'"),
+    ({"num_labels": 10**7}, "num_labels must be an integer from 1 to 1,048,576"),
+    ({"num_labels": "2"}, "num_labels must be an integer, got '2'"),
     ({"torch_dtype": 16}, "dtype must be a string or None, got 16"),
     ({"classifier_dropout": "0.1"}, "classifier_dropout must be a number or None"),
     ({"temperature": "hot"}, "temperature must be a number or None, got 'hot'"),
@@ -153,7 +153,7 @@ def test_a_wrong_type_names_file_field_type_and_value(tmp_path: Path, fields: An
 
 def test_an_argument_is_not_blamed_on_the_file(tmp_path: Path) -> None:
     folder = config_file(tmp_path)
-    with pytest.raises(FieldError, match=r"^MistralConfig\.vocab_size must be a whole number"):
+    with pytest.raises(FieldError, match=r"^MistralConfig\.vocab_size must be an integer"):
         monoblock.AutoConfig.from_pretrained(folder, vocab_size="many")
 
 
@@ -183,17 +183,17 @@ def test_whole_floats_are_whole_numbers(tmp_path: Path) -> None:
 def test_fields_are_checked_whenever_they_are_set() -> None:
     config = monoblock.MptConfig(d_model=64)
     for name in ("d_model", "hidden_size"):  # an alias too
-        with pytest.raises(FieldError, match=r"MptConfig.d_model must be a whole number, got '64'"):
+        with pytest.raises(FieldError, match=r"MptConfig.d_model must be an integer, got '64'"):
             setattr(config, name, "64")
     with pytest.raises(FieldError, match=r"MptConfig.ffn_config.ffn_act_fn.name must be a string, got 3"):
         monoblock.MptConfig(ffn_config={"ffn_act_fn": {"name": 3}})
-    with pytest.raises(FieldError, match=r"MptAttentionConfig.kv_n_heads must be a whole number or None"):
+    with pytest.raises(FieldError, match=r"MptAttentionConfig.kv_n_heads must be an integer or None"):
         monoblock.MptConfig(attn_config={"kv_n_heads": "2"})
-    with pytest.raises(FieldError, match=r"GPTNeoConfig.attention_types\[0\]\[1\] must be a whole number"):
+    with pytest.raises(FieldError, match=r"GPTNeoConfig.attention_types\[0\]\[1\] must be an integer"):
         monoblock.GPTNeoConfig(attention_types=[[["global"], "2"]])
     with pytest.raises(FieldError, match="attention_types must name at most 1024 layers, got 1000000000"):
         monoblock.GPTNeoConfig(attention_types=[[["global"], 10**9]], num_layers=10**9)
-    with pytest.raises(FieldError, match=r"FuyuConfig.hidden_size must be a whole number, got 'wide'"):
+    with pytest.raises(FieldError, match=r"FuyuConfig.hidden_size must be an integer, got 'wide'"):
         monoblock.FuyuConfig(text_config={"hidden_size": "wide"})
 
 
@@ -209,7 +209,7 @@ ROPES: list[tuple[dict[str, Any], str]] = [
     ({"rope_type": "yarn", "factor": 2.0, "rope_theta": 1.0}, "a theta above 1"),
     (
         {"rope_type": "yarn", "factor": 2.0, "mscale": -1.0, "mscale_all_dim": 1.0},
-        "an mscale_all_dim above 0",
+        "a positive mscale and mscale_all_dim",
     ),
 ]
 
@@ -227,10 +227,10 @@ def test_rope_scalings_that_divide_by_zero_are_refused(rope: dict[str, Any], sai
     ("fields", "said"),
     [
         ({"temperature": "hot"}, "temperature must be a number or None, got 'hot'"),
-        ({"max_new_tokens": "20"}, "max_new_tokens must be a whole number or None, got '20'"),
+        ({"max_new_tokens": "20"}, "max_new_tokens must be an integer or None, got '20'"),
         ({"do_sample": 1}, "do_sample must be True or False or None, got 1"),
-        ({"eos_token_id": [1, "2"]}, r"eos_token_id\[1\] must be a whole number"),
-        ({"bad_words_ids": [1]}, r"bad_words_ids\[0\] must be a list of whole numbers, got 1"),
+        ({"eos_token_id": [1, "2"]}, r"eos_token_id\[1\] must be an integer"),
+        ({"bad_words_ids": [1]}, r"bad_words_ids\[0\] must be a list of integers, got 1"),
         ({"exponential_decay_length_penalty": [1]}, "exponential_decay_length_penalty must be a list of 2"),
     ],
     ids=str,
@@ -261,8 +261,8 @@ TEXTS: list[tuple[bytes, str]] = [
     (b'{"a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "is not valid JSON"),
     (b'{"a": [' + b"[]," * 4_000_000 + b"[]]}", "holds over 4,000,000 objects and lists"),
     (b'{"a": "' + b"x" * (64 << 20) + b'"}', "expected at most 67,108,864"),
-    (b'{"a": "\\ud83d"}', "half a character"),
-    (b'{"a": "\\ud83d\\ud83d\\ude00"}', "half a character"),
+    (b'{"a": "\\ud83d"}', "a lone surrogate"),
+    (b'{"a": "\\ud83d\\ud83d\\ude00"}', "a lone surrogate"),
     (b'{"a": "\xff"}', "is not UTF-8 text"),
     (b'{"a": ' + b"9" * 5000 + b"}", "is not valid JSON"),
 ]

@@ -215,9 +215,9 @@ def test_powers_stay_finite() -> None:
 
 @pytest.mark.parametrize("seed", [10**23, -(10**23), "7", 1.5, True])
 def test_seeds_that_no_generator_takes(seed: Any) -> None:
-    with pytest.raises(ValueError, match="seed must be a whole number of 64 bits"):
+    with pytest.raises(ValueError, match="seed must be an integer of 64 bits"):
         limited().generate(PROMPT, max_new_tokens=1, do_sample=True, seed=seed)
-    with pytest.raises(ValueError, match="seed must be a whole number of 64 bits"):
+    with pytest.raises(ValueError, match="seed must be an integer of 64 bits"):
         seeds.set_seed(seed)
 
 

@@ -153,7 +153,7 @@ def test_right_padding_is_said(caplog):
         ([[1]], {"stop_strings": "x"}, "tokenizer=tokenizer"),
         ([[1]], {"stop_strings": [""]}, "none of them empty"),
         ([[1]], {"seed": 1, "generator": object(), "do_sample": True}, "both seed and generator"),
-        ([[1]], {"seed": 1.5, "do_sample": True}, "whole number"),
+        ([[1]], {"seed": 1.5, "do_sample": True}, "integer"),
         ([[1]], {"forced_eos_token_id": 3, "suppress_tokens": [3]}, "every token of it is also in suppress"),
         ([[1]], {"prefix_allowed_tokens_fn": lambda row, ids: []}, "at least one id from 0 to 99"),
     ],

@@ -339,7 +339,9 @@ def test_connection_that_always_breaks(server, cache):
     server.add(NAME, {"config.json": BIG})
     server.faults.cut = Always({"config.json": 0})
     options = HubOptions(cache_dir=cache)
-    refusal(lambda: find_file(NAME, "config.json", options), "broke", "config.json", "check the connection")
+    refusal(
+        lambda: find_file(NAME, "config.json", options), "was lost", "config.json", "check the connection"
+    )
 
 
 class Always(dict):
@@ -486,7 +488,7 @@ def test_folder_without_a_model(tmp_path):
         "model.safetensors or pytorch_model.bin or flax_model.msgpack or tf_model.h5",
         "it holds src/",
     )
-    refusal(lambda: find_weights(tmp_path / "src"), "nothing else is known to be there")
+    refusal(lambda: find_weights(tmp_path / "src"), "no other files are known")
     make(tmp_path, *(f"f{i}" for i in range(30)))
     assert "and 19 more" in refusal(lambda: find_weights(tmp_path), "f0")
 

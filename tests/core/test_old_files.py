@@ -275,7 +275,7 @@ def test_a_file_of_many_gigabytes_is_not_read_to_be_opened(tmp_path: Path) -> No
 def test_shards_and_their_index(tmp_path: Path) -> None:
     store = opened(FOLDER / "FlaxGPTNeoForCausalLM")
     tensors = leaves("FlaxGPTNeoForCausalLM")
-    files = save_msgpack(tmp_path, tensors, max_shard_size="50kB", beside={"config.json": "{}"})
+    files = save_msgpack(tmp_path, tensors, max_shard_size="50kB", extra_files={"config.json": "{}"})
     names = [f"flax_model-0000{i}-of-00003.msgpack" for i in (1, 2, 3)]
     assert [path.name for path in files] == [*names, "flax_model.msgpack.index.json"]
     index = json.loads(files[-1].read_text())
@@ -292,7 +292,7 @@ def test_what_would_be_read_in_its_place_is_named(tmp_path: Path, caplog: pytest
     assert not caplog.records
     save_tensors(tmp_path, {"a": SMALL + 1}, framework="np")
     save_msgpack(tmp_path, {"a": SMALL})
-    assert "model.safetensors, which is read before flax_model.msgpack" in caplog.text
+    assert "model.safetensors, which is read in preference to flax_model.msgpack" in caplog.text
     assert find_weights(tmp_path).kind == "safetensors"
     assert find_weights(tmp_path, prefer="msgpack").kind == "msgpack"
 
@@ -303,7 +303,7 @@ def test_what_makes_arrays_is_called_when_needed(tmp_path: Path) -> None:
     (path,) = save_msgpack(tmp_path, {"a/weight": made, "b/weight": lambda: value})
     assert contents(opened(path)) == {"a.weight": bits(value), "b.weight": bits(value)}
     wrong = LazyTensor(dtype="F32", shape=(4, 4), make=lambda: value)
-    with pytest.raises(CheckpointError, match="another size"):
+    with pytest.raises(CheckpointError, match="has not the size"):
         save_msgpack(tmp_path, {"a/weight": wrong})
     assert contents(opened(path)) == {"a.weight": bits(value), "b.weight": bits(value)}  # the old file stayed
     assert [p.name for p in tmp_path.iterdir()] == ["flax_model.msgpack"]
@@ -318,22 +318,22 @@ BROKEN = {
     "text": (b"hello", "fetch it again"),
     "a pickle": (b"\x80\x04\x95\x00", "fetch it again"),
     "a list": (b"\x91" + LEAF, "list"),
-    "a number": (table(a=b"\x07"), "'a' is no array, but int"),
+    "a number": (table(a=b"\x07"), "'a' is no array, but of type int"),
     "bytes": (table(a=b"\xc4\x01x"), "'a' is no array"),
     "no arrays": (table(a=table()), "no arrays"),
     "a foreign extension": (table(a=b"\xd4\x09x"), "'a' is no array"),
     "a complex number": (table(a=b"\xc7\x01\x02\x00"), "'a' is no array"),
     "an array of objects": (table(a=array(SMALL, "object")), "'object'"),
     "a wrong shape": (table(a=array(SMALL[:1]).replace(b"\x92\x01", b"\x92\x09")), "12 bytes"),
-    "a key that is a number": (b"\x81\x01" + LEAF, "no text"),
-    "a key that occurs twice": (b"\x82" + (text("a") + LEAF) * 2, "'a' twice"),
+    "a key that is a number": (b"\x81\x01" + LEAF, "non-string key 1"),
+    "a key that occurs twice": (b"\x82" + (text("a") + LEAF) * 2, "duplicate or non-string key 'a'"),
     "a name that occurs twice": (
         b"\x82" + text("a.b") + LEAF + text("a") + table(b=LEAF),
         "'a.b' occurs twice",
     ),
-    "two names for one tensor": (table(a=table(kernel=LEAF, scale=LEAF)), "one tensor"),
+    "two names for one tensor": (table(a=table(kernel=LEAF, scale=LEAF)), "the same parameter"),
     "more than a tree": (table(a=LEAF) + b"\x00", "1 bytes follow"),
-    "a byte that begins nothing": (b"\xc1", "begins no value"),
+    "a byte that begins nothing": (b"\xc1", "is no msgpack tag"),
     "a deep tree": (b"\x81\xa1a" * 2000 + LEAF, "levels deep"),
     "a gap in the chunks": (table(a=chunked([SMALL[0]], (2, 3))), "do not fill"),
     "chunks of two dtypes": (table(a=chunked([SMALL[0], SMALL[1].astype("f8")], (2, 3))), "no array"),

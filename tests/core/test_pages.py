@@ -23,13 +23,13 @@ WIDTH = 1024  # in float32 a row is a page of 4 KiB
 def stored(folder: Path, **rows: int) -> tuple[Store, dict[str, np.ndarray]]:
     rng = np.random.default_rng(0)
     arrays = {name: rng.standard_normal((count, WIDTH), dtype=np.float32) for name, count in rows.items()}
-    save_tensors(folder, arrays, framework="np", max_shard_size="50GB", beside={})
+    save_tensors(folder, arrays, framework="np", max_shard_size="50GB", extra_files={})
     return open_store(WeightFiles(kind="safetensors", paths=(folder / "model.safetensors",)), "np"), arrays
 
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pages, "LEAST", 0)
+    monkeypatch.setattr(pages, "MIN_BYTES", 0)
 
 
 def test_rows_follow_each_other(tmp_path: Path) -> None:
@@ -56,12 +56,12 @@ def test_what_needs_a_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         "c": np.ones((2, 5), np.int32),
         "d": np.ones((3, 5), np.float32),
     }
-    save_tensors(tmp_path, arrays, framework="np", max_shard_size="50GB", beside={})
+    save_tensors(tmp_path, arrays, framework="np", max_shard_size="50GB", extra_files={})
     store = open_store(WeightFiles(kind="safetensors", paths=(tmp_path / "model.safetensors",)), "np")
     for names in (("a", "d"), ("b", "d"), ("b", "c")):
         assert store.concatenated(names) is None
     (tmp_path / "more").mkdir()
     store, _ = stored(tmp_path / "more", a=1, b=1)
     assert store.concatenated(("a", "b")) is not None
-    monkeypatch.setattr(pages, "LEAST", 1 << 20)
+    monkeypatch.setattr(pages, "MIN_BYTES", 1 << 20)
     assert store.concatenated(("a", "b")) is None

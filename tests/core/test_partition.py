@@ -83,18 +83,18 @@ def test_the_rows_of_a_batch_go_over_data_and_fsdp() -> None:
             {"x": 5},
             "x",
             None,
-            "the 32 channels of the queries do not split into the 5 parts of the mesh's axis 'x': give a mesh whose "
-            "parts divide them, or tensor_axis=None",
+            "the 32 channels of the queries are not divisible by the 5 shards of the mesh's axis 'x': give a mesh "
+            "whose size divides them, or tensor_axis=None",
         ),
-        (config(), {"x": 32}, "x", None, "the 16 channels of the keys do not split into the 32 parts"),
-        (config(intermediate_size=42), {"x": 4}, "x", None, "the 42 channels of the MLP do not split"),
+        (config(), {"x": 32}, "x", None, "the 16 channels of the keys are not divisible by the 32 shards"),
+        (config(intermediate_size=42), {"x": 4}, "x", None, "the 42 channels of the MLP are not divisible"),
         (
             config(),
             {"x": 2, "y": 3},
             None,
             ("x", "y"),
-            "the 32 channels of the model's width do not split into the 6 parts of the mesh's axes 'x' and 'y': give a "
-            "mesh whose parts divide them, or fsdp_axis=None",
+            "the 32 channels of the model's width are not divisible by the 6 shards of the mesh's axes 'x' and 'y': "
+            "give a mesh whose size divides them, or fsdp_axis=None",
         ),
     ],
 )

@@ -74,7 +74,7 @@ GAPS: dict[str, ArchSpec] = {
     "window of layer 1 must be at least 1 key, got 0": replace(SPEC, windows=(None, 0)),
     "window of layer 1 needs causal=True": replace(SPEC, causal=False),
     "each kind of position encoding may appear once": replace(SPEC, positions=SPEC.positions * 2),
-    "a position table of 2 leaves no room after its offset of 2": replace(
+    "a position table of 2 rows has none left after its offset of 2": replace(
         SPEC, positions=(Learned(size=2, offset=2),)
     ),
     "rotary dim must be even and at most head_dim (8), got 10": rotary(dim=10),
@@ -92,7 +92,7 @@ GAPS: dict[str, ArchSpec] = {
 def test_what_cannot_be_built_is_refused(gap: str) -> None:
     with pytest.raises(ValueError) as error:
         GAPS[gap].validate("ThatConfig")
-    assert str(error.value).startswith("ThatConfig does not describe a model that can be built: ")
+    assert str(error.value).startswith("ThatConfig does not describe a valid model: ")
     assert gap in str(error.value)
 
 

@@ -138,7 +138,7 @@ def test_lone_surrogates_are_named() -> None:
     }
     for name, call in calls.items():
         with pytest.raises(
-            ValueError, match=rf"^{re.escape(name)} holds the lone surrogate U\+D800 as character 4,"
+            ValueError, match=rf"^{re.escape(name)} holds the lone surrogate U\+D800 at index 4,"
         ):
             call()
     with pytest.raises(ValueError, match="a token holds the lone surrogate"):

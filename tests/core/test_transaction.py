@@ -569,7 +569,7 @@ def test_reader_reads_again_what_was_replaced(folder: Path) -> None:
         made.save(folder, 2 + len(tags), per_shard=1)
         tags.append(0)
 
-    with pytest.raises(CheckpointError, match="again and again"):
+    with pytest.raises(CheckpointError, match="was changed by other saves"):
         consistent_read(folder, HubOptions(), never)
 
     def gone() -> None:
@@ -611,7 +611,7 @@ def test_journal_that_leads_elsewhere(folder: Path, fields: dict[str, Any]) -> N
     (folder.parent / "secret").write_text("x")
     journal(folder, fields)
     for call in (lambda: made.model_in(folder), lambda: made.save(folder, 2)):
-        with pytest.raises(CheckpointError, match="not what a save leaves"):
+        with pytest.raises(CheckpointError, match="no valid journal of a save"):
             call()
     assert (folder.parent / "secret").read_text() == "x"
 
@@ -639,7 +639,7 @@ def test_journal_behind_links(folder: Path, tmp_path: Path) -> None:
     shutil.rmtree(commit)
     commit.symlink_to(outside)
     (outside / "journal.json").write_text("{}")
-    with pytest.raises(CheckpointError, match="not what a save leaves"):
+    with pytest.raises(CheckpointError, match="no valid journal of a save"):
         made.model_in(folder)
 
 
@@ -652,7 +652,7 @@ def test_broken_journal(folder: Path, content: bytes | None) -> None:
         os.mkfifo(path)
     else:
         path.write_bytes(content)
-    with pytest.raises(CheckpointError, match="not what a save leaves"):
+    with pytest.raises(CheckpointError, match="no valid journal of a save"):
         made.model_in(folder)
 
 
@@ -660,7 +660,7 @@ def test_file_in_the_place_of_a_journal(folder: Path) -> None:
     made.save(folder, 1)
     (folder / COMMIT).write_text("x")
     for call in (lambda: made.model_in(folder), lambda: made.save(folder, 2)):
-        with pytest.raises(CheckpointError, match="not what a save leaves"):
+        with pytest.raises(CheckpointError, match="no valid journal of a save"):
             call()
 
 
@@ -672,7 +672,7 @@ def test_new_folder_refuses(folder: Path) -> None:
     with pytest.raises(CheckpointError, match="holds files already"), new_folder(folder, replace=False):
         pass
     (folder / "checkpoint-1").mkdir()
-    with pytest.raises(CheckpointError, match="has a sub-folder"), new_folder(folder, replace=True):
+    with pytest.raises(CheckpointError, match="has a subfolder"), new_folder(folder, replace=True):
         pass
     assert made.model_in(folder) == 1
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 SUFFIXES = {".py", ".pyi", ".hpp", ".cpp", ".h", ".md", ".toml", ".cfg", ".yml", ".yaml", ".html", ""}
+FOLDERS = ("src", "tests", "bench", "tools", "examples", "docs")
 # This file holds the phrases; the licence's text is not ours.
 APART = {Path(__file__).resolve(), ROOT / "LICENSE"}
 
@@ -59,10 +60,17 @@ def patterns() -> re.Pattern[str]:
 
 
 def files() -> list[Path]:
-    listed = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
-        cwd=ROOT, capture_output=True, text=True, check=True,
-    ).stdout.splitlines()  # fmt: skip
+    if not (ROOT / ".git").exists():  # an unpacked sdist
+        listed = [
+            str(path.relative_to(ROOT))
+            for top in FOLDERS
+            for path in (ROOT / top).rglob("*")
+            if path.is_file()
+        ]
+    else:
+        command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+        run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+        listed = run.stdout.splitlines()
     return [ROOT / name for name in listed if Path(name).suffix in SUFFIXES]
 
 

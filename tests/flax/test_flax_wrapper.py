@@ -369,7 +369,7 @@ def test_seeds_of_64_bits() -> None:
         for seed in invalid_inputs.EXTREME_SEEDS
     ]
     assert all(np.array_equal(*pair) for pair in draws)
-    with pytest.raises(ValueError, match="seed must be a whole number of 64 bits"):
+    with pytest.raises(ValueError, match="seed must be an integer of 64 bits"):
         _ = monoblock.FlaxGPTNeoForCausalLM(config_of(NAME), seed=10**23).params
 
 

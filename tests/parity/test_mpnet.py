@@ -140,7 +140,7 @@ def test_choices() -> None:
             "MPNetConfig.hidden_size (100) must be a multiple of num_attention_heads (12)",
         ),
         ({"relative_attention_num_buckets": 7}, "bucket count must be even"),
-        ({"max_position_embeddings": 2}, "a position table of 2 leaves no room after its offset of 2"),
+        ({"max_position_embeddings": 2}, "a position table of 2 rows has none left after its offset of 2"),
     ],
 )
 def test_what_cannot_be_built_is_named(given: dict[str, Any], message: str) -> None:

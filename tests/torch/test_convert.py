@@ -71,7 +71,7 @@ def test_dtype_that_cannot_hold_the_numbers(tmp_path: Path) -> None:
         big.get_input_embeddings().weight[3, 4] = 7e4
     source = saved(big, tmp_path / "a")
     with pytest.raises(
-        monoblock.CheckpointError, match=r"embed\.weight holds numbers up to 7e\+04, which float16"
+        monoblock.CheckpointError, match=r"embed\.weight holds values up to 7e\+04, which float16"
     ):
         convert(source, tmp_path / "b", Options(dtype="float16"))
     assert names(tmp_path) == ["a"]

@@ -326,14 +326,14 @@ WRONG: dict[str, tuple[type[Exception], str, Callable[[State], State], str]] = {
         UnexpectedKeys,
         "FuyuForCausalLM",
         more(model__vision_embed_token__weight=lambda state: state["lm_head.weight"]),
-        r"holds model\.vision_embed_token\.weight, which is no name of this family; the nearest is "
+        r"holds model\.vision_embed_token\.weight, which is no parameter of this family; the nearest is "
         r"model\.vision_embed_tokens\.weight",
     ),
     "GPT-1's layer too many": (
         UnreadKeys,
         "OpenAIGPTModel",
         more(h__3__ln_1__weight=lambda state: state["h.2.ln_1.weight"]),
-        r"holds h\.3\.ln_1\.weight, for which the config has no place",
+        r"holds h\.3\.ln_1\.weight, which the config does not allow for",
     ),
     "MPNet's shape": (
         ShapeMismatch,

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import batch, model
+from helpers import batch, model, whole_graph
 from measure import assert_close
 from mpt_cases import CASES, LENGTHS, mpt_model
 from tiny_families import CLASSES as FAMILY_OF
@@ -499,6 +499,7 @@ def test_a_step_needs_no_numbers(name: str, table: None) -> None:
     assert scores.is_meta
 
 
+@whole_graph
 @pytest.mark.parametrize("name", ["MistralForCausalLM", "mpt, all at once"])
 def test_a_step_is_one_graph(name: str) -> None:
     """torch.compile finds no place where it would have to go back to Python."""

@@ -48,7 +48,7 @@ def saved(tmp_path: Path) -> Path:
             lambda name, body: (body[:100] if name.endswith("data/7") else body, zipfile.ZIP_STORED),
             "and has 100",
         ),
-        (lambda name, body: (None if name.endswith("data/7") else body, zipfile.ZIP_STORED), "is not there"),
+        (lambda name, body: (None if name.endswith("data/7") else body, zipfile.ZIP_STORED), "is missing"),
     ],
     ids=["deflated", "cut", "gone"],
 )

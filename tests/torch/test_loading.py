@@ -98,7 +98,7 @@ def test_auto_classes(saved: Path) -> None:
     assert type(chosen) is MptForSequenceClassification
     assert chosen.at("head_out").out_features == 3
     assert type(AutoModelForCausalLM.from_config(config())) is MptForCausalLM
-    with pytest.raises(TypeError, match="not made directly"):
+    with pytest.raises(TypeError, match="cannot be instantiated"):
         AutoModel()
 
 
@@ -312,12 +312,12 @@ def test_missing_unknown_and_unread_tensors(saved: Path) -> None:
     rewritten(saved, lambda tensors: tensors.update({name.replace("1", "0") + "s": torch.zeros(2)}))
     with pytest.raises(
         UnexpectedKeys,
-        match=r"out_proj\.weights, .*no name of this family; the nearest is .*out_proj\.weight",
+        match=r"out_proj\.weights, .*no parameter of this family; the nearest is .*out_proj\.weight",
     ):
         MptForCausalLM.from_pretrained(saved)
     (saved / WEIGHTS).write_bytes(original)
     rewritten(saved, lambda tensors: tensors.update({name.replace("1", "2"): torch.zeros(36, 36)}))
-    with pytest.raises(UnreadKeys, match=r"blocks\.2\.attn\.out_proj.*the config has no place"):
+    with pytest.raises(UnreadKeys, match=r"blocks\.2\.attn\.out_proj.*the config does not allow for"):
         MptForCausalLM.from_pretrained(saved)
     (saved / WEIGHTS).write_bytes(original)
     assert MptForCausalLM.from_pretrained(saved)
@@ -486,7 +486,7 @@ def test_foreign_tensors_and_fewer_layers(tmp_path: Path, logs: pytest.LogCaptur
 
 def test_fewer_packed_layers(tmp_path: Path, logs: pytest.LogCaptureFixture) -> None:
     monoblock_model("GPTNeoForCausalLM", **fields("gpt_neo")).quantize("int8").save_pretrained(tmp_path)
-    with pytest.raises(UnreadKeys, match=r"strict=False\) loads the rest without them"):
+    with pytest.raises(UnreadKeys, match=r"strict=False\) ignores them"):
         monoblock.GPTNeoForCausalLM.from_pretrained(tmp_path, **FEWER)
     short, info = monoblock.GPTNeoForCausalLM.from_pretrained(
         tmp_path, strict=False, output_loading_info=True, **FEWER
@@ -520,7 +520,7 @@ def test_the_model_cards_lines(saved: Path, logs: pytest.LogCaptureFixture) -> N
     AutoModelForCausalLM.from_config(config, trust_remote_code=True)
     with pytest.raises(TypeError, match="no argument 'nonsense'"):
         pipeline("text-generation", nonsense=1, trust_remote_code=True)
-    assert sum("trust_remote_code=True changes nothing" in message for message in logs.messages) == 1
+    assert sum("trust_remote_code=True has no effect" in message for message in logs.messages) == 1
 
 
 def test_a_config_that_asks_for_more_than_the_files_hold(tmp_path: Path) -> None:

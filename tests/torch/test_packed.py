@@ -40,7 +40,7 @@ MISTRAL = "MistralForCausalLM"
 def plain(name: str) -> Any:
     if name in helpers.CLASSES:
         return helpers.model(name)
-    return tiny_families.ours_of(name, **tiny_families.fields(tiny_families.CLASSES[name]))
+    return tiny_families.monoblock_model(name, **tiny_families.fields(tiny_families.CLASSES[name]))
 
 
 def answer(name: str, model: Any) -> torch.Tensor:

@@ -397,7 +397,7 @@ def test_fused_matrices_are_not_copied(tmp_path: Path, monkeypatch: pytest.Monke
     settings = MistralConfig(vocab_size=16, hidden_size=1024, intermediate_size=4, **sizes)
     written = MistralForCausalLM(settings)
     written.save_pretrained(tmp_path)
-    monkeypatch.setattr(pages, "LEAST", 0)
+    monkeypatch.setattr(pages, "MIN_BYTES", 0)
     joined: list[Any] = []
     join = pages.map_contiguous
     monkeypatch.setattr(pages, "map_contiguous", lambda pieces: (joined.append(join(pieces)), joined[-1])[1])

@@ -124,7 +124,7 @@ MUTANTS: dict[str, list[tuple[ArchSpec, str, Any, str]]] = {
     "Attention.softcap": [(BASE, "attention.softcap", 0.5, "output")],
     "Attention.qk_norm": [(BASE, "attention.qk_norm", QkNorm(norm=LAYER, span="head"), "output")],
     "Attention.by_segment": [(SEGMENTED, "attention.by_segment", False, "segments")],
-    "Attention.masked_rows": [(BASE, "attention.masked_rows", rule, "padding") for rule in ("behind", "real")],
+    "Attention.masked_rows": [(BASE, "attention.masked_rows", rule, "padding") for rule in ("past", "valid")],
     "Mlp.width": [(BASE, "mlp.width", 30, "shapes")],
     "Mlp.act": [(BASE, "mlp.act", act, "output") for act in specs.ACTIVATIONS if act != "gelu"],
     "Mlp.gated": [(BASE, "mlp.gated", True, "output")],

@@ -1,4 +1,4 @@
-"""Folders that hold an adapter of the peft package, and no model of its own."""
+"""Recognise folders with a PEFT adapter but no model, and find the adapter's base model."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ ADAPTER_CONFIG_NAME = "adapter_config.json"
 
 
 def is_adapter(name: str | Path, hub: HubOptions) -> bool:
-    """Whether a folder holds an adapter and no model. A name on the hub is taken for a model."""
+    """Whether a local folder holds an adapter and no model. False for names on the hub."""
     folder = Path(name) / hub.subfolder
     return located(folder, ADAPTER_CONFIG_NAME) is not None and located(folder, "config.json") is None
 
 
 def base_of(name: str | Path, hub: HubOptions) -> str:
-    """The model that an adapter was made for, as its file names it. ValueError if it names none."""
+    """The base model named in an adapter's config. ValueError if there is none."""
     path = find_file(name, ADAPTER_CONFIG_NAME, hub)
     assert path is not None
     base = read_json(path).get("base_model_name_or_path")

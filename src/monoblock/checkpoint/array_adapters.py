@@ -1,11 +1,11 @@
-"""Tensors as bytes and back, for each framework, without a copy and without a cast.
+"""Convert between tensors of a framework and raw bytes, without copies or casts.
 
-An `Adapter` says what a tensor is in the hub's words and gives its bytes, and lays a tensor over bytes. A
-framework is imported when its adapter is asked for, never before.
+An `Adapter` describes a tensor (safetensors dtype name, shape), returns its bytes, and creates tensors over a buffer. A
+framework is imported only when its adapter is requested.
 
-Without `ml_dtypes`, NumPy has no bfloat16 and no float8. Such values then travel as one-field records, for
-instance `dtype([("BF16", "<u2")])`: they can be sliced, split, joined and transposed like any array, keep
-their name, and any arithmetic on them is an error instead of a wrong number.
+Without `ml_dtypes`, NumPy has no bfloat16 and no float8. Such arrays then have a structured dtype of one field, such as
+`dtype([("BF16", "<u2")])`: they can be sliced, concatenated and transposed like any array, and arithmetic on them
+raises an error instead of giving wrong results.
 """
 
 import importlib
@@ -20,7 +20,7 @@ from monoblock.errors import CheckpointError
 Framework = Literal["pt", "np"]
 Array = Any  # a NumPy array, whose type the core does not import
 
-# The hub's dtype names -> the names that torch, NumPy and ml_dtypes share.
+# safetensors dtype names -> the names of torch, NumPy and ml_dtypes.
 DTYPE_NAMES = {
     "BOOL": "bool",
     "U8": "uint8",
@@ -42,13 +42,12 @@ DTYPE_NAMES = {
     "I64": "int64",
     "U64": "uint64",
 }
-HUB_NAMES = {name: hub for hub, name in DTYPE_NAMES.items()}
+SAFETENSORS_DTYPES = {name: hub for hub, name in DTYPE_NAMES.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Description:
-    """What a tensor is: dtype in the hub's words, shape, and an identity that tied tensors share (None: no
-    bytes)."""
+    """A tensor's dtype (safetensors name), its shape, and an identity that tied tensors share (None: no bytes)."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -56,19 +55,18 @@ class Description:
 
 
 class Adapter(Protocol):
-    """One framework's side of the checkpoint code."""
+    """The operations on tensors that the checkpoint code needs of a framework."""
 
     def describe(self, name: str, tensor: Any) -> Description:
-        """What `tensor` is; `CheckpointError` says why if it has no place in a checkpoint."""
+        """The description of `tensor`; `CheckpointError` if it cannot be stored in a checkpoint."""
         ...
 
     def raw(self, tensor: Any) -> memoryview:
-        """The tensor's bytes, row-major and little-endian; a view where the memory already looks like
-        that."""
+        """The tensor's bytes, row-major and little-endian; a view if its memory has that layout."""
         ...
 
     def from_buffer(self, buffer: Any, dtype: str, shape: tuple[int, ...]) -> Any:
-        """A tensor over `buffer`, sharing its memory."""
+        """A tensor that shares the memory of `buffer`."""
         ...
 
 
@@ -81,7 +79,7 @@ def adapter(framework: str) -> Adapter:
 
 
 def import_torch(why: str) -> Any:
-    """The torch module, or an ImportError that says what needed it and how to get it."""
+    """The torch module; ImportError, with `why` and the pip command, if it is not installed."""
     try:
         return importlib.import_module("torch")
     except ImportError as error:
@@ -99,9 +97,9 @@ class _NumpyAdapter:
     def describe(self, name: str, tensor: Any) -> Description:
         array = self._numpy.asarray(tensor)
         kind = array.dtype
-        dtype: str = kind.names[0] if kind.names else HUB_NAMES.get(kind.name, "")
+        dtype: str = kind.names[0] if kind.names else SAFETENSORS_DTYPES.get(kind.name, "")
         if ITEM_BYTES.get(dtype) != kind.itemsize:
-            raise CheckpointError(f"tensor '{name}' has dtype {kind}, which safetensors files cannot hold")
+            raise CheckpointError(f"tensor '{name}' has dtype {kind}, which safetensors does not support")
         identity = (array.ctypes.data, array.strides, array.shape, dtype) if array.nbytes else None
         return Description(dtype=dtype, shape=tuple(array.shape), identity=identity)
 
@@ -117,16 +115,16 @@ class _NumpyAdapter:
 
 
 @cache
-def numpy_dtype(hub_name: str) -> Any:
-    """The NumPy dtype for the hub's name: NumPy's own, `ml_dtypes`' if installed, else a one-field record."""
+def numpy_dtype(safetensors_name: str) -> Any:
+    """The NumPy dtype of a safetensors name: NumPy's, that of `ml_dtypes` if installed, or a one-field structure."""
     numpy: Any = importlib.import_module("numpy")
-    name = DTYPE_NAMES[hub_name]
+    name = DTYPE_NAMES[safetensors_name]
     if not name.startswith(("bfloat", "float8")):
         return numpy.dtype(name).newbyteorder("<")
     try:
         return numpy.dtype(getattr(importlib.import_module("ml_dtypes"), name))
     except (ImportError, AttributeError):
-        return numpy.dtype([(hub_name, f"<u{ITEM_BYTES[hub_name]}")])
+        return numpy.dtype([(safetensors_name, f"<u{ITEM_BYTES[safetensors_name]}")])
 
 
 class _TorchAdapter:
@@ -145,16 +143,16 @@ class _TorchAdapter:
             raise CheckpointError(
                 f"tensor '{name}' is on the meta device and holds no values: load the model first"
             )
-        dtype = HUB_NAMES.get(str(tensor.dtype).removeprefix("torch."))
+        dtype = SAFETENSORS_DTYPES.get(str(tensor.dtype).removeprefix("torch."))
         if dtype is None:
             raise CheckpointError(
-                f"tensor '{name}' has dtype {tensor.dtype}, which safetensors files cannot hold"
+                f"tensor '{name}' has dtype {tensor.dtype}, which safetensors does not support"
             )
         shape = tuple(tensor.shape)
-        # Conjugate and negative views share the memory and differ in value.
-        place = (str(tensor.device), tensor.data_ptr(), tensor.stride(), tensor.is_conj(), tensor.is_neg())
+        # Conjugate and negative views share memory but differ in value.
+        storage = (str(tensor.device), tensor.data_ptr(), tensor.stride(), tensor.is_conj(), tensor.is_neg())
         return Description(
-            dtype=dtype, shape=shape, identity=(*place, shape, dtype) if tensor.numel() else None
+            dtype=dtype, shape=shape, identity=(*storage, shape, dtype) if tensor.numel() else None
         )
 
     def raw(self, tensor: Any) -> memoryview:
@@ -164,7 +162,7 @@ class _TorchAdapter:
     def from_buffer(self, buffer: Any, dtype: str, shape: tuple[int, ...]) -> Any:
         kind = getattr(self._torch, DTYPE_NAMES[dtype], None)
         if kind is None:
-            raise CheckpointError(f"this PyTorch has no dtype for {dtype}: upgrade it")
+            raise CheckpointError(f"this PyTorch has no dtype for {dtype}: upgrade PyTorch")
         if not len(buffer):
             return self._torch.empty(shape, dtype=kind)
         return self._torch.frombuffer(buffer, dtype=self._torch.uint8).view(kind).reshape(shape)

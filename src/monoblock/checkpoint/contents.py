@@ -1,4 +1,4 @@
-"""What a folder or a model on the hub is, told from its files' names, where it is not one that loads as it is."""
+"""Explanations, from file names, of why a folder or hub repository does not load as a model."""
 
 import re
 from collections.abc import Collection
@@ -12,28 +12,23 @@ _RELEASE = re.compile(r"consolidated([.-][\w-]+)?\.(safetensors|pth)")
 
 
 def explained(names: Collection[str]) -> str | None:
-    """A sentence on what files of these names are, and what to do with them; None for nothing known."""
+    """What a folder with these file names holds and how to load it; None if no known case applies."""
     for name in sorted(names):
         if name.endswith(".gguf"):
-            return (
-                f"it holds a GGUF file ({name}), a format that is not read here: take the model's safetensors"
-            )
+            return f"it holds a GGUF file ({name}), a format that is not supported: use the model's safetensors files"
     if ADAPTER in names and "config.json" not in names:
         return (
-            f"it holds an adapter of the peft package ({ADAPTER}), not a model: PyTorch's classes load it with its "
-            "base model, and model.load_adapter() puts it into one"
+            f"it holds a PEFT adapter ({ADAPTER}), not a model: the PyTorch classes load it together with its "
+            "base model, and model.load_adapter() adds it to a loaded one"
         )
     for name in sorted(names):
         if _RELEASE.fullmatch(name):
-            return (
-                f"it holds weights as their makers release them ({name}): `monoblock convert` makes a folder of it "
-                "that loads"
-            )
+            return f"it holds weights in their original release format ({name}): convert them with `monoblock convert`"
     for name in sorted(names):
         if shard := _SHARD.fullmatch(name):
             index = f"{shard[1]}.{shard[2]}.index.json"
             if index not in names:
-                return f"it holds shards ({name}, ...) without their index, {index}: fetch that file too"
+                return f"it holds shards ({name}, ...) but not their index {index}: download that file too"
     for name in sorted(names):
         if variant := _VARIANT.fullmatch(name):
             return f"its weights are the variant {variant[1]!r} ({name}): load it with variant={variant[1]!r}"

@@ -1,4 +1,4 @@
-"""Two folders that change places in one step, where the operating system can do that."""
+"""Atomic exchange of two paths: renameat2(RENAME_EXCHANGE) on Linux, renamex_np(RENAME_SWAP) on macOS."""
 
 import ctypes
 import errno
@@ -12,13 +12,13 @@ from typing import Any
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2  # Linux
 _RENAME_SWAP = 2  # macOS
-# The number of renameat2 where the C library has no function of that name; arm64's is that of all newer machines.
+# System call number of renameat2, for C libraries without a wrapper.
 _SYSCALL = {"x86_64": 316, "aarch64": 276, "riscv64": 276}
 
 
 def exchange(first: Path, second: Path) -> None:
-    """Give each of two paths what the other one names. OSError, and nothing has changed, where that cannot be done:
-    another system than Linux or macOS, an old one, a file system without it, or two file systems."""
+    """Swap two paths atomically. OSError, with nothing changed, where that is not possible: on other systems, old
+    kernels, file systems without support, or across file systems."""
     call = _call()
     if call is None:
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
@@ -29,7 +29,7 @@ def exchange(first: Path, second: Path) -> None:
 
 @functools.cache
 def _call() -> Any:
-    """The system's call for two paths as bytes, 0 if it was done; None without one."""
+    """A function of two paths (bytes) that returns 0 on success; None if the system has none."""
     if sys.platform not in ("linux", "darwin"):
         return None
     libc = ctypes.CDLL(None, use_errno=True)

@@ -1,4 +1,4 @@
-"""Plain files: JSON that explains itself when broken, and writes that happen whole or not at all."""
+"""JSON files with errors that name the file and the position; atomic writes."""
 
 from pathlib import Path
 from typing import Any, cast
@@ -11,7 +11,7 @@ __all__ = ["read_json", "staged", "write_atomically"]
 
 
 def read_json(path: str | Path) -> dict[str, Any]:
-    """The object in a JSON file; `CheckpointError` names the file and the place where it breaks."""
+    """The object in a JSON file; `CheckpointError` names the file and the position of a syntax error."""
     path = Path(path)
     try:
         content: object = parsed(path.read_bytes(), path)

@@ -1,4 +1,4 @@
-"""A folder that appears whole or not at all."""
+"""Write a whole folder atomically; extract archives; copy files."""
 
 import shutil
 import tarfile
@@ -14,10 +14,10 @@ from monoblock.errors import CheckpointError
 
 @contextmanager
 def new_folder(target: Path, *, replace: bool) -> Generator[Path, None, None]:
-    """An empty folder beside `target` that takes its place when the block ends well, and vanishes otherwise.
+    """An empty staging folder that becomes `target` when the block succeeds and is removed otherwise.
 
-    A target that holds files is refused, unless `replace`; then those files are deleted once the new ones are
-    complete. One with sub-folders, or a parent of the working folder, is never replaced: that is no model's.
+    A target with files is refused, unless `replace`: then its files are removed when the new ones are complete. A
+    target with subfolders is never replaced, since it is no model folder.
     """
     check_target(target, replace=replace)
     with staged(target, whole=True) as stage:
@@ -36,21 +36,21 @@ def check_target(target: Path, *, replace: bool) -> None:
         )
     if folders := [path for path in content if path.is_dir() and path.name != "additional_chat_templates"]:
         raise CheckpointError(
-            f"{target} is not replaced: it has a sub-folder ({folders[0].name}), and a model's folder has none; "
+            f"{target} is not replaced: it has a subfolder ({folders[0].name}), so it is no model folder; "
             "choose a new folder"
         )
 
 
 @contextmanager
 def unpacked(source: Path, target: Path) -> Generator[Path, None, None]:
-    """The content of a tar file in a folder beside `target`; anything else is given back as it is."""
+    """Extract a tar file into a temporary folder next to `target`; any other source is returned unchanged."""
     if not (source.is_file() and (source.suffix == ".tgz" or ".tar" in source.suffixes[-2:])):
         yield source
         return
     with scratch(target) as folder:
         try:
             with tarfile.open(source) as archive:
-                archive.extractall(folder, filter="data")  # refuses links and paths that lead outside
+                archive.extractall(folder, filter="data")  # refuses links and paths outside the folder
         except (tarfile.TarError, EOFError, OSError) as error:
             raise CheckpointError(f"{source} cannot be unpacked ({error}): fetch it again") from error
         inner = list(folder.iterdir())
@@ -58,7 +58,7 @@ def unpacked(source: Path, target: Path) -> Generator[Path, None, None]:
 
 
 def copy_files(folder: Path, files: Mapping[str, Path]) -> None:
-    """Copy files into the folder under the given names."""
+    """Copy files into a folder; `files` maps name -> source path."""
     for name, path in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / name, lambda temporary, path=path: shutil.copyfile(path, temporary))

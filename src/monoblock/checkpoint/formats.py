@@ -1,4 +1,4 @@
-"""A checkpoint of any format, opened: its config, its class, its weights by canonical name, its other files."""
+"""Checkpoint formats: the `Checkpoint` that readers return and writers take, and the reader of transformers' format."""
 
 import copy
 from collections.abc import Callable, Iterable, Mapping
@@ -16,22 +16,24 @@ from monoblock.checkpoint.weights import CanonicalWeights, Shape, Tensors, open_
 from monoblock.config import PretrainedConfig
 from monoblock.families import Family, ModelClass
 
-# Files that go with the weights as they are, by the hub's names.
+# Files that are copied along with the weights.
 COMPANIONS = (
     *("generation_config.json", "preprocessor_config.json", "processor_config.json"),
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
     *("tekken.json", "chat_template.jinja", "chat_template.json", "LICENSE", "LICENSE.txt", "NOTICE"),
 )
-# More of them, which can only be looked for in a local folder.
+# Patterns of further such files, which are searched in local folders only.
 PATTERNS = ("tokenizer.model.*", "additional_chat_templates/*.jinja")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """A checkpoint. `companions`: where its other files are, by their names on the hub; `texts`: such files as the
-    source lacks and its format implies, with their content. `left_out`: names of tensors
-    that its class has no place for. `hub`: the arguments of `from_pretrained` that load it, where it is the hub's."""
+    """An opened checkpoint: config, model class, and weights by canonical name.
+
+    `companions`: its other files, file name -> path. `texts`: files that the source lacks and its format implies, file
+    name -> content. `left_out`: tensors that the class does not use. `hub`: the `from_pretrained` arguments that load
+    it, for a checkpoint in transformers' format."""
 
     config: PretrainedConfig
     row: ModelClass
@@ -47,18 +49,18 @@ class Checkpoint:
         return families.family(self.config.model_type)
 
     def keymap(self) -> KeyMap:
-        """The hub's names of the model's parameters."""
+        """The key map of transformers' format."""
         return self.family.keymap(self.config, self.row.head)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What a user may say about a conversion.
+    """Options of a conversion.
 
-    `source_format` and `target_format` are names of `FORMATS`, the first one "auto" too. `dtype`: "float32",
-    "float16" or "bfloat16" (None: as stored). `max_shard_size`: bytes, or "5GB" (None: one file up to 50 GB on the
-    hub's side). `kv_heads`: pool the key and value heads to so many. `check`: read the result back and compare.
-    `force`: replace an existing target folder. `hub`: where a model on the hub comes from.
+    `source_format`, `target_format`: names in `FORMATS`; the source may be "auto". `dtype`: "float32", "float16" or
+    "bfloat16" (None: as stored). `max_shard_size`: in bytes, or a string such as "5GB" (None: 50 GB in transformers'
+    format, else one file). `kv_heads`: mean-pool the key and value heads to this number. `check`: read the result back
+    and compare. `force`: replace an existing target folder. `hub`: download options of the source.
     """
 
     source_format: str = "auto"
@@ -73,11 +75,11 @@ class Options:
 
 @dataclass(frozen=True, kw_only=True)
 class Format:
-    """A way in which checkpoints are published.
+    """A checkpoint format.
 
-    `recognise` says whether a local file or folder is of that format; `read` opens one; `write` writes one into an
-    empty folder (None: this format is only read), each weight once. `model_type`: the family whose causal model
-    it can hold (None: any).
+    `recognise` tells whether a local file or folder has this format; `read` opens one; `write` writes one into an empty
+    folder and reads each weight once (None: the format is read-only). `model_type`: the only family whose causal model
+    it can hold (None: any family).
     """
 
     name: str
@@ -98,27 +100,27 @@ def assembled(
     texts: Mapping[str, str] | None = None,
     hub: Mapping[str, Any] | None = None,
 ) -> Checkpoint:
-    """A checkpoint of tensors that a key map names; CheckpointError says what does not fit."""
+    """A checkpoint from tensors and their key map; CheckpointError names a tensor that does not fit."""
     spec, head = config.to_spec(), config.to_head(row.head) if row.head else None
-    weights, plan = open_weights(tensors, keymap, tree.parameters(spec, head), tree.tied(spec, head))
+    weights, match = open_weights(tensors, keymap, tree.parameters(spec, head), tree.tied(spec, head))
     return Checkpoint(
         config=config,
         row=row,
         weights=weights,
         companions=companions,
         texts=texts or {},
-        left_out=tuple(plan.unread),
+        left_out=tuple(match.unread),
         hub=hub,
     )
 
 
 def causal_class(config: PretrainedConfig) -> ModelClass:
-    """The class of a family that predicts the next token: what makers publish."""
+    """The causal language model of the family: the class that original releases hold."""
     return next(c for c in families.family(config.model_type).classes if c.head == "causal")
 
 
 def read_hub(name: Path | str, options: HubOptions) -> Checkpoint:
-    """A folder or a model on the hub, in the hub's format, with any spelling of names that its family knows."""
+    """A folder or hub repository in transformers' format; any spelling in the family's key map is read."""
     kwargs: dict[str, Any] = {
         "revision": options.revision,
         "token": options.token,
@@ -136,32 +138,32 @@ def read_hub(name: Path | str, options: HubOptions) -> Checkpoint:
 
 
 def class_of(config: PretrainedConfig, keys: Iterable[str]) -> ModelClass:
-    """The class that a config's `architectures` name; without one, of those that need just these tensors the one that
-    would write most of these names."""
+    """The class named by the config's `architectures`; else, of the classes that need exactly these tensors, the one
+    whose written names match most of `keys`."""
     family = families.family(config.model_type)
     if named := families.named_classes(config):
         return named[0]
     keys = frozenset(keys)
-    # Where several are as good, or none fits, the one whose errors say most.
+    # In a tie, or if no class fits, prefer classes that give the most informative errors.
     rows = sorted(family.classes, key=lambda row: row.head not in ("causal", "masked"))
     return max(rows, key=lambda row: _fit(family, config, row, keys))
 
 
 def _fit(family: Family, config: PretrainedConfig, row: ModelClass, keys: frozenset[str]) -> int:
-    """How many of the names a class would write itself; -1 if it needs other tensors."""
-    plan, keymap, parameters = _planned(family, config, row, keys)
-    if plan.missing or plan.unread or plan.unknown:
+    """How many of `keys` the class would write itself; -1 if it needs other tensors."""
+    match, keymap, parameters = _match(family, config, row, keys)
+    if match.missing or match.unread or match.unknown:
         return -1
     return sum(name in keys for canonical in parameters for name in keymap.source(canonical).names)
 
 
 def lacks(config: PretrainedConfig, row: ModelClass, keys: Iterable[str]) -> bool:
-    """Whether tensors of these names are not all that a class needs."""
-    plan, *_ = _planned(families.family(config.model_type), config, row, frozenset(keys))
-    return bool(plan.missing)
+    """Whether a class needs tensors that are not among `keys`."""
+    match, *_ = _match(families.family(config.model_type), config, row, frozenset(keys))
+    return bool(match.missing)
 
 
-def _planned(
+def _match(
     family: Family, config: PretrainedConfig, row: ModelClass, keys: frozenset[str]
 ) -> tuple[KeyMatch, KeyMap, Mapping[str, Shape]]:
     spec, head = config.to_spec(), config.to_head(row.head) if row.head else None
@@ -170,7 +172,7 @@ def _planned(
 
 
 def companions(name: Path | str, options: HubOptions | None = None) -> dict[str, Path]:
-    """The files of a folder or a model on the hub that go with its weights: name -> local path."""
+    """The files that accompany the weights in a folder or hub repository: name -> local path."""
     options = options or HubOptions()
     found = {file: find_file(name, file, options, required=False) for file in COMPANIONS}
     folder = Path(name) / options.subfolder
@@ -181,14 +183,14 @@ def companions(name: Path | str, options: HubOptions | None = None) -> dict[str,
 
 
 def local_store(paths: Iterable[Path]) -> Store:
-    """The tensors of local files, all of one kind; what has no ending of another kind is a pickle."""
+    """The tensors of local files, all of the first file's kind (`kind_of`)."""
     paths = tuple(paths)
     return open_store(WeightFiles(kind=kind_of(paths[0]), paths=paths), "np")
 
 
-def hub_config(config: PretrainedConfig, row: ModelClass, dtype: str | None) -> PretrainedConfig:
-    """The config as config.json is to have it: of that class and dtype, and without references to code that is
-    not copied."""
+def config_to_write(config: PretrainedConfig, row: ModelClass, dtype: str | None) -> PretrainedConfig:
+    """The config to write to config.json, with that class and dtype, and without `auto_map` (remote code is not
+    copied)."""
     new = copy.deepcopy(config)
     vars(new).pop("auto_map", None)
     new.architectures = [config.stored_class(row.name)]
@@ -197,5 +199,5 @@ def hub_config(config: PretrainedConfig, row: ModelClass, dtype: str | None) -> 
 
 
 def local(read: Callable[[Path], Checkpoint]) -> Callable[[Path | str, HubOptions], Checkpoint]:
-    """A reader of local files as a format's `read`; the hub's options say nothing about those."""
+    """Adapts a reader of local files to `Format.read`, whose download options it ignores."""
     return lambda path, _: read(Path(path))

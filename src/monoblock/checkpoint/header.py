@@ -1,9 +1,9 @@
-"""The safetensors format: an 8-byte little-endian length, a JSON header of that length, then the tensors'
-bytes.
+"""Headers of safetensors files, read with validation and written.
 
-The header maps each name to `{"dtype", "shape", "data_offsets": [begin, end]}`; offsets count from the
-header's end and must cover the rest of the file without holes or overlaps. `__metadata__` maps strings to
-strings. Source: https://github.com/huggingface/safetensors#format
+A file is an 8-byte little-endian length, a JSON header of that length, and the tensors' bytes. The header maps each
+name to `{"dtype", "shape", "data_offsets": [begin, end]}`; offsets count from the header's end and must cover the rest
+of the file without holes or overlaps. `__metadata__` maps strings to strings. Source:
+https://github.com/huggingface/safetensors#format
 """
 
 import json
@@ -40,13 +40,13 @@ ITEM_BYTES = {
 }
 _RANK = {name: rank for rank, name in enumerate(ITEM_BYTES)}
 _MAX_HEADER = (
-    100_000_000  # bytes; the reference reader's limit, which keeps a garbage length from eating the memory
+    100_000_000  # bytes; the reference reader's limit, against huge allocations for a corrupt length
 )
 
-_MOST_AXES, _MOST_COUNT = 64, 2**63 - 1
-_PAIRS = 10_000  # entries that the metadata may have beside the tensors
+_MAX_AXES, _MAX_COUNT = 64, 2**63 - 1
+_PAIRS = 10_000  # limit on entries in addition to those of the tensors
 
-# What people find in a folder in place of weights.
+# Other files that are commonly found under the name of a weight file, by their first bytes.
 _NOT_WEIGHTS = (
     (b"version https://git-lfs", "is a Git LFS pointer, not the weights: run `git lfs pull` in its folder"),
     (b"<!doctype html", "is a web page, not the weights: download the file itself"),
@@ -56,8 +56,8 @@ _NOT_WEIGHTS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """One tensor of a file: the hub's dtype name, its shape, and its bytes' place counted from the file's
-    start. `rest`: the places of further pieces, where a format stores a large tensor in several."""
+    """One tensor of a file: its dtype (safetensors name), its shape, and the offsets of its bytes from the file's
+    start. `rest`: the offsets of further chunks, in formats that store a large tensor in several."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -68,14 +68,14 @@ class Entry:
 
 @dataclass(frozen=True, kw_only=True)
 class Header:
-    """A file's tensors by name, in the order of their bytes, and its free-text metadata."""
+    """A file's tensors by name, in the order of their offsets, and its metadata."""
 
     entries: Mapping[str, Entry]
     metadata: Mapping[str, str]
 
 
 def check_weight_file(path: Path) -> int:
-    """The size in bytes of a file that may hold weights; absent, empty and placeholder files are refused."""
+    """The size in bytes of a weight file. CheckpointError: it is missing, empty or a known placeholder."""
     try:
         with path.open("rb") as file:
             head = file.read(32)
@@ -87,7 +87,7 @@ def check_weight_file(path: Path) -> int:
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
     if not size:
-        raise CheckpointError(f"{path} is empty: the download or save was cut off, fetch it again")
+        raise CheckpointError(f"{path} is empty: the download or save was interrupted; fetch it again")
     for prefix, meaning in _NOT_WEIGHTS:
         if head.lower().startswith(prefix):
             raise CheckpointError(f"{path} {meaning}")
@@ -95,16 +95,15 @@ def check_weight_file(path: Path) -> int:
 
 
 def read_header(path: Path) -> Header:
-    """The checked header of a safetensors file; `CheckpointError` names the file and what is wrong with
-    it."""
+    """The validated header of a safetensors file; `CheckpointError` names the file and the fault."""
     size = check_weight_file(path)
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > min(size - 8, _MAX_HEADER):
             if size >= 8 and length <= _MAX_HEADER:
-                raise _cut_off(path, 8 + length, size)
+                raise _truncated(path, 8 + length, size)
             raise CheckpointError(
-                f"{path} is not a safetensors file: its first 8 bytes give no sensible header length"
+                f"{path} is not a safetensors file: its first 8 bytes are no valid header length"
             )
         raw = file.read(length)
     _check_structure(path, raw)
@@ -112,7 +111,7 @@ def read_header(path: Path) -> Header:
         table: object = json.loads(raw, object_pairs_hook=_no_duplicates)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(
-            f"{path} is not a safetensors file: its header is no valid JSON ({error})"
+            f"{path} is not a safetensors file: its header is not valid JSON ({error})"
         ) from error
     if not isinstance(table, dict):
         raise CheckpointError(
@@ -131,8 +130,8 @@ def read_header(path: Path) -> Header:
 
 
 def _check_structure(path: Path, raw: bytes) -> None:
-    """CheckpointError for a header with more objects, lists or pairs than its tensors have: parsed, they would take up
-    to thirty times its bytes."""
+    """CheckpointError for a header with more objects, lists or pairs than its tensors account for: parsing them would
+    take up to thirty times its size in memory."""
     tensors = raw.count(b'"data_offsets"')
     lists, objects, pairs = raw.count(b"["), raw.count(b"{"), raw.count(b'":') + raw.count(b'" :')
     if lists > 2 * tensors + _PAIRS or objects > tensors + _PAIRS or pairs > 4 * tensors + _PAIRS:
@@ -174,45 +173,44 @@ def _entry(path: Path, name: str, field: object, start: int) -> Entry:
 
 
 def _counts(value: object) -> bool:
-    """Whether `value` is a short list of whole numbers from zero up (JSON's true is not one)."""
-    if not isinstance(value, list) or len(cast(list[object], value)) > _MOST_AXES:
+    """Whether `value` is a list of at most 64 non-negative integers (JSON's true is none)."""
+    if not isinstance(value, list) or len(cast(list[object], value)) > _MAX_AXES:
         return False
-    return all(type(n) is int and 0 <= n <= _MOST_COUNT for n in cast(list[object], value))
+    return all(type(n) is int and 0 <= n <= _MAX_COUNT for n in cast(list[object], value))
 
 
 def _check_layout(path: Path, entries: list[tuple[str, Entry]], start: int, size: int) -> None:
-    place = start
+    offset = start
     for name, entry in entries:
-        if entry.begin != place:
-            fault = "overlaps the tensor before it" if entry.begin < place else "leaves a hole before it"
+        if entry.begin != offset:
+            fault = "overlaps the tensor before it" if entry.begin < offset else "leaves a hole before it"
             raise CheckpointError(f"{path} has a broken header: tensor {brief(name)} {fault}")
-        place = entry.end
-    if place > size:
-        raise _cut_off(path, place, size)
-    if place < size:
-        raise CheckpointError(f"{path} has {size - place} bytes after its last tensor: the file is corrupt")
+        offset = entry.end
+    if offset > size:
+        raise _truncated(path, offset, size)
+    if offset < size:
+        raise CheckpointError(f"{path} has {size - offset} bytes after its last tensor: the file is corrupt")
 
 
-def _cut_off(path: Path, expected: int, size: int) -> CheckpointError:
-    return CheckpointError(f"{path} is cut off: {size} bytes of {expected} are there, fetch it again")
+def _truncated(path: Path, expected: int, size: int) -> CheckpointError:
+    return CheckpointError(f"{path} is truncated: {size} bytes of {expected}; fetch it again")
 
 
 def make_header(
     tensors: Iterable[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str] | None
 ) -> tuple[bytes, list[str]]:
-    """The bytes that open a file holding `(name, dtype, shape)` tensors, and the order to write the tensors
-    in.
+    """The header of a file that holds `(name, dtype, shape)` tensors, as bytes, and the order in which to write them.
 
-    Wide dtypes come first, so that every tensor is aligned to its element without padding.
+    Wide dtypes come first, so that every tensor is aligned to its element size without padding.
     """
     table: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
-    place = 0
+    offset = 0
     order: list[str] = []
     for name, dtype, shape in sorted(tensors, key=lambda tensor: (-_RANK[tensor[1]], tensor[0])):
-        end = place + prod(shape) * ITEM_BYTES[dtype]
-        table[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [place, end]}
+        end = offset + prod(shape) * ITEM_BYTES[dtype]
+        table[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, end]}
         order.append(name)
-        place = end
+        offset = end
     raw = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
     raw += b" " * (-len(raw) % 8)
     return len(raw).to_bytes(8, "little") + raw, order

@@ -1,7 +1,7 @@
-"""A model's files, from a local folder or from the hub.
+"""Find a model's files in a local folder or on the hub.
 
-The hub is reached through huggingface_hub, whose environment (HF_ENDPOINT, HF_HUB_OFFLINE, HF_TOKEN, HF_HOME,
-...) is honoured. A local folder needs none of it, and does not import huggingface_hub.
+Downloads go through huggingface_hub and respect its environment variables (HF_ENDPOINT, HF_HUB_OFFLINE, HF_TOKEN,
+HF_HOME, ...). For local folders, huggingface_hub is not imported.
 """
 
 import os
@@ -25,8 +25,8 @@ __all__ = ["HubOptions", "WeightFiles", "find_file", "find_weights", "kind_of", 
 Read = TypeVar("Read")
 Kind = Literal["safetensors", "bin", "msgpack", "h5"]
 
-# In the order in which they are looked for; a single file goes before an index of the same kind. The last two are
-# those of transformers 4's Flax and TensorFlow classes.
+# In order of preference; a single file is preferred to an index of the same kind. The last two are the files of
+# transformers 4's Flax and TensorFlow classes.
 _FORMATS: dict[Kind, str] = {
     "safetensors": "model.safetensors",
     "bin": "pytorch_model.bin",
@@ -34,19 +34,19 @@ _FORMATS: dict[Kind, str] = {
     "h5": "tf_model.h5",
 }
 
-# Their names, and those of their indexes.
+# Names of weight files and of their indexes.
 WEIGHT_NAMES = tuple(name + end for name in _FORMATS.values() for end in ("", ".index.json"))
 
-_READ = 20  # times that files are read which a save replaces meanwhile
-_LISTED = 12  # names that an error shows of what a place holds
+_READ = 20  # attempts to read files that a concurrent save replaces
+_LISTED = 12  # file names shown in an error
 
 
 @dataclass(frozen=True, kw_only=True)
 class WeightFiles:
     """The local files that hold a model's weights.
 
-    `weight_map` says for each tensor that the index lists which of `paths` holds it; None for a single file.
-    `save_id`: which save wrote the index, if it says so. `fingerprints`: of the files, if the index has them.
+    `weight_map`: tensor name -> the one of `paths` that holds it, from the index; None for a single file. `save_id`:
+    the save that wrote the index, if recorded. `fingerprints`: of the files, if the index has them.
     """
 
     kind: Kind
@@ -56,8 +56,8 @@ class WeightFiles:
     fingerprints: Mapping[Path, str] = field(default_factory=dict[Path, str])
 
 
-class _Place(Protocol):
-    """Somewhere that files are; `str()` of it names it in an error."""
+class _Location(Protocol):
+    """A folder or hub repository; `str()` names it in error messages."""
 
     def get(self, filename: str) -> Path | None: ...
     def get_all(self, filenames: Sequence[str]) -> list[Path | None]: ...
@@ -86,7 +86,7 @@ class _Folder:
 
 
 def kind_of(path: Path) -> Kind:
-    """The kind of a file with weights, by its ending; a pickle may have any."""
+    """The kind of a weight file by its suffix; any other suffix means a pickle."""
     kinds: dict[str, Kind] = {".safetensors": "safetensors", ".msgpack": "msgpack", ".h5": "h5"}
     return kinds.get(path.suffix, "bin")
 
@@ -98,15 +98,15 @@ def find_file(
     *,
     required: bool = True,
 ) -> Path | None:
-    """The local path of one file of a model, fetched from the hub if need be.
+    """The local path of one file of a model, downloaded from the hub if necessary.
 
-    `name_or_path` is a folder, or a name on the hub such as "mosaicml/mpt-7b". Without such a file: None, or
-    `HubError` if it is `required`. `HubError` too if the model, the revision or the network is not there.
+    `name_or_path` is a folder, or a hub repository such as "mosaicml/mpt-7b". If there is no such file: None, or
+    `HubError` if it is `required`. `HubError` also if the model, the revision or the network is unavailable.
     """
-    place = _place(name_or_path, options or HubOptions())
-    path = place.get(filename)
+    location = _location(name_or_path, options or HubOptions())
+    path = location.get(filename)
     if path is None and required:
-        raise HubError(f"{place} has no {filename}; {_content(place, filename == 'config.json')}")
+        raise HubError(f"{location} has no {filename}; {_content(location, filename == 'config.json')}")
     return path
 
 
@@ -118,31 +118,31 @@ def find_weights(
     use_safetensors: bool | None = None,
     prefer: Kind | Sequence[Kind] = (),
 ) -> WeightFiles:
-    """The files with a model's weights; those on the hub are fetched, several at once, with progress bars.
+    """The files with a model's weights; files on the hub are downloaded in parallel, with progress bars.
 
-    The first of these that is there: model.safetensors, pytorch_model.bin, flax_model.msgpack, tf_model.h5, each
-    before its index. `prefer` names the kinds that go before all others, in its order: "msgpack", or
-    ("safetensors", "h5"). `variant="fp16"` looks for model.fp16.safetensors and so on; `use_safetensors` True or
-    False keeps to that kind or to the others. `HubError` if there is none, or the files cannot be had;
-    `CheckpointError` if an index is broken or names a file that is not there.
+    Takes the first that exists of model.safetensors, pytorch_model.bin, flax_model.msgpack and tf_model.h5, each before
+    its index. `prefer`: kinds to try first, in order: "msgpack", or ("safetensors", "h5"). `variant="fp16"` looks for
+    model.fp16.safetensors and so on. `use_safetensors`: True for safetensors only, False for other kinds only.
+    `HubError` if there are no weights, or they cannot be downloaded; `CheckpointError` if an index is invalid or lists
+    a missing file.
     """
-    place = _place(name_or_path, options or HubOptions())
+    location = _location(name_or_path, options or HubOptions())
     for kind in _order(prefer, use_safetensors):
         filename = _FORMATS[kind]
-        path = place.get(_with_variant(filename, variant))
+        path = location.get(_with_variant(filename, variant))
         if path is not None:
             return WeightFiles(kind=kind, paths=(path,))
-        index = place.get(_with_variant(f"{filename}.index.json", variant))
+        index = location.get(_with_variant(f"{filename}.index.json", variant))
         if index is not None:
-            return _sharded(place, kind, index)
-    raise _no_weights(place, variant, use_safetensors)
+            return _sharded(location, kind, index)
+    raise _no_weights(location, variant, use_safetensors)
 
 
 def consistent_read(
     name_or_path: str | os.PathLike[str], options: HubOptions, read: Callable[[], Read]
 ) -> Read:
-    """What `read` gives of a model's files. Where a save into a local folder replaced them meanwhile, they are read
-    again; CheckpointError if that does not end."""
+    """The result of `read()`, called again if a concurrent save replaced files of a local folder meanwhile;
+    CheckpointError after 20 attempts."""
     folder = Path(name_or_path).expanduser() / options.subfolder
     if not folder.is_dir():
         return read()
@@ -156,11 +156,13 @@ def consistent_read(
             continue
         if version(folder) == before:
             return found
-    raise CheckpointError(f"the folder {folder} is saved to while it is read, again and again: load it later")
+    raise CheckpointError(
+        f"the folder {folder} was changed by other saves during each of {_READ} attempts to read it: load it later"
+    )
 
 
 def _order(prefer: Kind | Sequence[Kind], use_safetensors: bool | None) -> list[Kind]:
-    """The kinds to look for."""
+    """The kinds to look for, in order."""
     first: tuple[Kind, ...] = (prefer,) if isinstance(prefer, str) else tuple(prefer)
     if unknown := set(first) - set(_FORMATS):
         raise ValueError(f"prefer={prefer!r}: expected kinds among {', '.join(_FORMATS)}, got {unknown}")
@@ -168,7 +170,7 @@ def _order(prefer: Kind | Sequence[Kind], use_safetensors: bool | None) -> list[
     return [kind for kind in kinds if use_safetensors in (None, kind == "safetensors")]
 
 
-def _place(name_or_path: str | os.PathLike[str], options: HubOptions) -> _Place:
+def _location(name_or_path: str | os.PathLike[str], options: HubOptions) -> _Location:
     name = os.fspath(name_or_path)
     if not name:
         raise HubError(
@@ -177,7 +179,7 @@ def _place(name_or_path: str | os.PathLike[str], options: HubOptions) -> _Place:
     folder = Path(name).expanduser()
     if not folder.is_dir():
         if folder.is_file():
-            raise HubError(f"{name} is a file: give the folder that it is in, with its config.json")
+            raise HubError(f"{name} is a file: give its folder, which holds config.json")
         if not isinstance(name_or_path, str) or _looks_local(name):
             raise HubError(f"there is no folder {name}: check the path (the current folder is {Path.cwd()})")
         return Remote(name, options)
@@ -192,26 +194,27 @@ def _place(name_or_path: str | os.PathLike[str], options: HubOptions) -> _Place:
 
 
 def _looks_local(name: str) -> bool:
-    """Whether a name can only be meant as a path: the hub's have one slash at most and start with a letter or
-    digit."""
+    """Whether a name can only be a path: names on the hub have at most one slash and start with a letter or digit."""
     return name.startswith((".", "~", "/")) or "\\" in name or name.count("/") > 1 or Path(name).is_absolute()
 
 
 def _with_variant(filename: str, variant: str | None) -> str:
-    """`model.safetensors` -> `model.fp16.safetensors`; an index gets it before `.json`."""
+    """`model.safetensors` -> `model.fp16.safetensors`; in an index, the variant precedes `.json`."""
     if variant is None:
         return filename
     stem, suffix = filename.rsplit(".", 1)
     return f"{stem}.{variant}.{suffix}"
 
 
-def _sharded(place: _Place, kind: Kind, index: Path) -> WeightFiles:
+def _sharded(location: _Location, kind: Kind, index: Path) -> WeightFiles:
     listed, save_id, prints = _read_index(index)
     names = sorted(set(listed.values()))
     paths: dict[str, Path] = {}
-    for name, path in zip(names, place.get_all(names), strict=True):
+    for name, path in zip(names, location.get_all(names), strict=True):
         if path is None:
-            raise CheckpointError(f"{place} has no {name}, which {index.name} lists: fetch the model again")
+            raise CheckpointError(
+                f"{location} has no {name}, which {index.name} lists: fetch the model again"
+            )
         paths[name] = path
     weight_map = {tensor: paths[name] for tensor, name in listed.items()}
     return WeightFiles(
@@ -224,8 +227,8 @@ def _sharded(place: _Place, kind: Kind, index: Path) -> WeightFiles:
 
 
 def _read_index(index: Path) -> tuple[dict[str, str], str | None, dict[str, str]]:
-    """Tensor name -> file name, checked: an index from the net may name no file outside its folder. Also the id of the
-    save that wrote it, and file name -> fingerprint, where it has them."""
+    """Tensor name -> file name, the id of the save, and file name -> fingerprint, as far as the index has them. File
+    names are validated: an untrusted index must not name a file outside its folder."""
     content = read_json(index)
     listed, metadata = content.get("weight_map"), content.get("metadata")
     if not isinstance(listed, dict) or not listed:
@@ -235,7 +238,7 @@ def _read_index(index: Path) -> tuple[dict[str, str], str | None, dict[str, str]
     for tensor, name in cast(dict[str, Any], listed).items():
         if not isinstance(name, str) or not _is_inside(name):
             raise CheckpointError(
-                f"{index} is refused: it places {brief(tensor)} in {brief(name)}, which is no file of its folder"
+                f"{index} is refused: it maps {brief(tensor)} to {brief(name)}, which is no file of its folder"
             )
     notes = cast(dict[str, Any], metadata) if isinstance(metadata, dict) else {}
     save_id, found = notes.get(SAVE_ID), notes.get(FINGERPRINTS)
@@ -254,23 +257,23 @@ def _is_inside(name: str) -> bool:
         and not parts.is_absolute()
         and ".." not in parts.parts
         and not set(name) & set("\\:\0")
-        and all(len(part.encode()) < 256 for part in parts.parts)  # as long as file systems have them
+        and all(len(part.encode()) < 256 for part in parts.parts)  # the limit of file systems
         and len(parts.parts) < 16
     )
 
 
-def _no_weights(place: _Place, variant: str | None, use_safetensors: bool | None) -> HubError:
+def _no_weights(location: _Location, variant: str | None, use_safetensors: bool | None) -> HubError:
     wanted = [_with_variant(_FORMATS[kind], variant) for kind in _order((), use_safetensors)]
     return HubError(
-        f"{place} has no weights: expected {' or '.join(wanted)} (or its index); {_content(place, True)}"
+        f"{location} has no weights: expected {' or '.join(wanted)} (or its index); {_content(location, True)}"
     )
 
 
-def _content(place: _Place, model: bool) -> str:
-    """What is there in place of what was looked for; where that was the model, what it is instead."""
-    names = place.names()
+def _content(location: _Location, model: bool) -> str:
+    """What the location holds instead, for an error; `model`: whether a model was expected there."""
+    names = location.names()
     if not names:
-        return "nothing else is known to be there"
+        return "no other files are known"
     if model and not set(names) & set(WEIGHT_NAMES) and (what := explained(names)) is not None:
         return what
     more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""

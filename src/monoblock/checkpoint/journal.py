@@ -1,7 +1,7 @@
-"""The journal of a save: what is to happen in a folder, so that it is done whole even if the saving program is killed.
+"""The journal of a save: the changes to a folder, so that they can be completed if the saving process is killed.
 
-A stage (`stages.py`) that is renamed to `.monoblock-commit` in the folder is a save that is decided. Its files are put
-in place one by one; `settle` does what is left of that, and `located` finds a file meanwhile.
+Renaming a stage (`stages.py`) to `.monoblock-commit` in the folder commits the save. Its files are then moved one by
+one; `settle` completes an interrupted save, and `located` finds a file in the meantime.
 """
 
 import json
@@ -17,20 +17,20 @@ from typing import Any, cast
 from monoblock.checkpoint.locks import LOCK, locked
 from monoblock.errors import CheckpointError
 
-COMMIT = ".monoblock-commit"  # in a folder: the stage whose files are being put in place
-STAGE = ".monoblock-save-"  # then the host, the process and a random number
-FILES = "files"  # the folder of a stage that has the new files, and after an exchange the old ones
+COMMIT = ".monoblock-commit"  # in a folder: the committed stage whose files are being moved
+STAGE = ".monoblock-save-"  # followed by host, process id and a random number
+FILES = "files"  # the folder of a stage with the new files; after an exchange, with the old ones
 
 _JOURNAL = "journal.json"
-_ENTRY = "config.json"  # what every reader of a model looks for first
-_LONGEST = 16 << 20  # bytes of a journal
-_TRIES = 10  # looks at a folder that is being saved to
+_ENTRY = "config.json"  # the file that every reader of a model opens first
+_MAX_BYTES = 16 << 20  # of a journal
+_TRIES = 10  # lookups in a folder during a save
 
 
 @dataclass(kw_only=True)
 class Journal:
-    """What a commit does in the folder: which files are put there, which are removed; for an exchange, which files of
-    others were linked, with their inodes, and the device and inode of the folder that was replaced."""
+    """The changes of a commit: files to `put` and to `remove`, and the folder's name. For an exchange: the device and
+    inode of the `replaced` folder, and the inodes of the files `kept` by hard links."""
 
     put: list[str]
     remove: list[str]
@@ -39,7 +39,7 @@ class Journal:
     kept: dict[str, int] = field(default_factory=dict[str, int])
 
     def write(self, stage: Path) -> None:
-        """Into a stage, and onto the disk."""
+        """Write to a stage and flush to disk."""
         with (stage / _JOURNAL).open("x", encoding="utf-8") as file:
             json.dump(asdict(self), file)
             file.flush()
@@ -53,26 +53,24 @@ def drop(stage: Path) -> None:
 
 
 def read(stage: Path) -> Journal | None:
-    """The journal of a stage, None without one. CheckpointError if it cannot be one of ours: nothing is renamed or
-    removed by a list that came with a folder from elsewhere."""
+    """The journal of a stage, or None. CheckpointError if it is not valid: a journal that came with an untrusted folder
+    must not rename or remove files outside it."""
     path = stage / _JOURNAL
     try:
         found = path.lstat()
-        if stage.is_symlink() or not stat.S_ISREG(found.st_mode) or found.st_size > _LONGEST:
-            raise ValueError("a link, or no journal")
+        if stage.is_symlink() or not stat.S_ISREG(found.st_mode) or found.st_size > _MAX_BYTES:
+            raise ValueError("a link, or too large")
         fields = cast(dict[str, Any], json.loads(path.read_bytes()))
         journal = Journal(**fields)
         if not all(isinstance(fields[name], list) for name in ("put", "remove")):
-            raise ValueError("no lists of names")
+            raise ValueError("not lists of names")
         names = cast(list[object], [*journal.put, *journal.remove, *journal.kept])
         if not all(isinstance(name, str) and _is_inside(name) for name in names) or "/" in journal.folder:
-            raise ValueError("a name that leads elsewhere")
+            raise ValueError("a path outside the folder")
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (ValueError, TypeError, RecursionError) as error:
-        raise CheckpointError(
-            f"{stage} is not what a save leaves behind ({error}): remove it if you do not know it"
-        ) from error
+        raise CheckpointError(f"{stage} is no valid journal of a save ({error}): remove it") from error
     return journal
 
 
@@ -82,7 +80,7 @@ def _is_inside(name: str) -> bool:
 
 
 def complete(folder: Path) -> None:
-    """Do what is left of a journal, under the folder's lock; as often as it takes."""
+    """Apply the remaining changes of a journal. Idempotent; the caller holds the folder's lock."""
     commit = folder / COMMIT
     journal = read(commit)
     if journal is not None:
@@ -94,14 +92,12 @@ def complete(folder: Path) -> None:
             if _plain(folder, folder / name):
                 (folder / name).unlink()
         _put_in_place(folder, entry)
-        for place in {(folder / name).parent for name in journal.put}:
-            sync(place)
+        for parent in {(folder / name).parent for name in journal.put}:
+            sync(parent)
         (commit / _JOURNAL).unlink()
     if os.path.lexists(commit):
         if commit.is_symlink() or not commit.is_dir():
-            raise CheckpointError(
-                f"{commit} is not what a save leaves behind: remove it if you do not know it"
-            )
+            raise CheckpointError(f"{commit} is no valid journal of a save: remove it")
         shutil.rmtree(commit)
 
 
@@ -115,18 +111,19 @@ def _put_in_place(folder: Path, names: Iterable[str]) -> None:
 
 
 def check_place(folder: Path, name: str) -> None:
-    """CheckpointError where a file cannot be put: a folder is there, or the way to it has a file or a link."""
+    """CheckpointError if a file cannot be written at `name`: a folder has this name, or a parent is a file or a
+    link."""
     path = folder / name
     for parent in path.relative_to(folder).parents:
-        place = folder / parent
-        if parent.name and os.path.lexists(place) and (place.is_symlink() or not place.is_dir()):
-            raise CheckpointError(f"{place} is a file or a link: {name} cannot be written behind it")
+        above = folder / parent
+        if parent.name and os.path.lexists(above) and (above.is_symlink() or not above.is_dir()):
+            raise CheckpointError(f"{above} is a file or a link: {name} cannot be written below it")
     if path.is_dir() and not path.is_symlink():
-        raise CheckpointError(f"{path} is a folder, in the place of a file: remove it")
+        raise CheckpointError(f"{path} is a folder, but a file is to be written there: remove it")
 
 
 def _plain(folder: Path, path: Path) -> bool:
-    """Whether there is such a file, or a link, below the folder, and the way to it has no link."""
+    """Whether `path` is a file or a link below `folder`, with no link among its parents."""
     try:
         return not stat.S_ISDIR(path.lstat().st_mode) and _real_parents(folder, path)
     except (FileNotFoundError, NotADirectoryError):
@@ -139,9 +136,9 @@ def _real_parents(folder: Path, path: Path) -> bool:
 
 
 def settle(folder: Path) -> None:
-    """Complete a save that was cut off after its commit, if there is one and the folder can be written to.
+    """Complete a committed save that was interrupted, if the folder is writable.
 
-    CheckpointError: there is a journal that no save wrote.
+    CheckpointError: the journal is not valid.
     """
     if not os.path.lexists(folder / COMMIT):
         return
@@ -150,8 +147,8 @@ def settle(folder: Path) -> None:
 
 
 def located(folder: Path, name: str) -> Path | None:
-    """A file of a folder, None if it is not there; a save that was cut off is completed first, or, in a folder that
-    cannot be written to, its files are those that count."""
+    """The path of a file in a folder, or None. An interrupted save is completed first; in a read-only folder, its
+    staged files are returned instead."""
     path, commit = folder / name, folder / COMMIT
     for _ in range(_TRIES):
         if os.path.lexists(commit):
@@ -163,16 +160,15 @@ def located(folder: Path, name: str) -> Path | None:
                     return None
         if path.is_file():
             return path
-        if not os.path.lexists(
-            commit
-        ):  # else a save began just now, and may have removed the file to replace it
+        # With a commit, a save began just now and may have removed the file to replace it.
+        if not os.path.lexists(commit):
             return None
     return None
 
 
 def version(folder: Path) -> tuple[object, ...]:
-    """What differs after a save of a model into the folder. One that changes a single file counts only if that is the
-    config."""
+    """A value that changes when a model is saved into the folder. A save that changes a single file changes it only if
+    that file is config.json."""
     found: list[object] = [os.path.lexists(folder / COMMIT)]
     for path in (folder, folder / _ENTRY):
         with suppress(OSError):
@@ -182,15 +178,15 @@ def version(folder: Path) -> tuple[object, ...]:
 
 
 def hidden(name: str) -> bool:
-    """Whether a file's name is one of those that saves use for themselves."""
+    """Whether a name is reserved for the lock, the stages and the journal of saves."""
     return name in (COMMIT, LOCK) or name.startswith(STAGE)
 
 
 def names_in(folder: Path) -> list[str]:
-    """The files below a folder and its links, by their relative names; not those that saves use for themselves."""
+    """Relative names of all files and links below a folder, except those that are `hidden`."""
     found: list[str] = []
-    for place, folders, files in os.walk(folder):
-        here = Path(place)
+    for parent, folders, files in os.walk(folder):
+        here = Path(parent)
         linked = [name for name in folders if (here / name).is_symlink()]
         folders[:] = [name for name in folders if not hidden(name)]
         found += [
@@ -200,9 +196,9 @@ def names_in(folder: Path) -> list[str]:
 
 
 def sync(path: Path) -> None:
-    """Wait until `path` is on the disk, where the platform can say so."""
+    """Flush a file or folder to disk (fsync)."""
     if path.is_dir() and os.name == "nt":
-        return  # Windows has no fsync of a folder
+        return  # Windows has no fsync for folders
     descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,7 +1,7 @@
-"""JSON of files from anywhere: its size, its depth and its number of values are bounded before anything uses them.
+"""Parse JSON from untrusted files, with limits on its size, its depth and its number of containers.
 
-Python's values take up to twelve times the text's bytes, and functions that walk through nested values call
-themselves: neither is a problem for any file of a model, and both are for a file that was made for it.
+Parsed values take up to twelve times the bytes of the text, and code that walks nested values recurses. Files of models
+stay far below the limits; a malicious file could otherwise exhaust memory or the stack.
 """
 
 import json
@@ -11,7 +11,7 @@ from typing import Any, cast
 
 from monoblock.errors import CheckpointError
 
-MAX_JSON_BYTES = 64 * 2**20  # tokenizer.json and tekken.json, the largest, have up to 35 MB
+MAX_JSON_BYTES = 64 * 2**20  # tokenizer.json and tekken.json, the largest files, reach 35 MB
 MAX_CONTAINERS = 4_000_000  # objects and lists; each takes 56 bytes or more
 MAX_DEPTH = 64
 
@@ -19,32 +19,32 @@ _ESCAPE = re.compile(rb"\\(?:u([0-9a-fA-F]{4})|.)", re.DOTALL)
 
 
 def parsed(raw: bytes, path: Path | str) -> Any:
-    """The value of a JSON text; `CheckpointError` names the file and the place where it breaks."""
+    """The value of a JSON text; `CheckpointError` names the file and the position of a syntax error."""
     if len(raw) > MAX_JSON_BYTES:
         raise CheckpointError(f"{path} has {len(raw):,} bytes of JSON; expected at most {MAX_JSON_BYTES:,}")
     containers = raw.count(b"{") + raw.count(b"[")
     if containers > MAX_CONTAINERS:
-        raise CheckpointError(f"{path} holds over {MAX_CONTAINERS:,} objects and lists: it is no model's")
+        raise CheckpointError(
+            f"{path} holds over {MAX_CONTAINERS:,} objects and lists, more than any model file"
+        )
     try:
         content: object = json.loads(raw.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise CheckpointError(f"{path} is not JSON: it is not UTF-8 text (byte {error.start})") from error
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not valid JSON ({error}): fetch or write it again") from error
-    if (half := _half_character(raw)) is not None:
-        raise CheckpointError(
-            f"{path} has half a character (a lone surrogate) at byte {half}: fetch it again"
-        )
+    if (at := _lone_surrogate(raw)) is not None:
+        raise CheckpointError(f"{path} has a lone surrogate at byte {at}: fetch it again")
     if containers > MAX_DEPTH and _deeper(content, MAX_DEPTH):
-        raise CheckpointError(f"{path} is nested more than {MAX_DEPTH} levels deep: it is no model's")
+        raise CheckpointError(f"{path} is nested more than {MAX_DEPTH} levels deep, more than any model file")
     return content
 
 
-def _half_character(raw: bytes) -> int | None:
-    """Where half of a surrogate pair is escaped, if anywhere: it is no character, and cannot be written."""
+def _lone_surrogate(raw: bytes) -> int | None:
+    """The offset of an escaped lone surrogate, if any: it is no character and cannot be encoded."""
     if not (b"\\ud" in raw or b"\\uD" in raw):
         return None
-    first: re.Match[bytes] | None = None  # the first half of a pair, if the last escape was one
+    first: re.Match[bytes] | None = None  # the last escape, if it was a high surrogate
     for escape in _ESCAPE.finditer(raw):
         code = int(escape[1], 16) if escape[1] else 0
         second = 0xDC00 <= code < 0xE000
@@ -57,7 +57,7 @@ def _half_character(raw: bytes) -> int | None:
 
 
 def _deeper(value: object, depth: int) -> bool:
-    """Whether a value is nested deeper than that; without recursion."""
+    """Whether a value is nested deeper than `depth`; without recursion."""
     level: list[object] = [value]
     for _ in range(depth):
         inner: list[object] = []

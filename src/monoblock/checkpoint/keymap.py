@@ -1,8 +1,8 @@
-"""The map between the hub's tensor names and the canonical parameter tree, as data that works both ways.
+"""The key map: checkpoint tensor names to canonical parameter names, as a table used for loading and for saving.
 
-A row pairs one canonical parameter with its spellings in files. A spelling's `op` views the canonical tensor
-as the tensors that the file holds; loading copies into those views, saving reads from them, so the two
-directions cannot disagree. Ops only move bytes: there is no cast and no arithmetic.
+A row pairs one canonical parameter with its spellings: the names under which files store it, and an `op` that views
+the canonical tensor as the stored tensors. Loading copies into those views and saving reads from them, so one table
+serves both directions. Ops only rearrange elements: there is no cast and no arithmetic.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from typing import Any, Protocol
 
 
 class Op(Protocol):
-    """How a file stores one canonical tensor; works on NumPy and PyTorch arrays alike."""
+    """The layout in which a file stores one canonical tensor. Accepts NumPy and PyTorch arrays."""
 
     def views(self, tensor: Any) -> tuple[Any, ...]:
-        """The canonical tensor as views, one for each tensor of the file, in the order of the names."""
+        """Views of the canonical tensor, one per stored tensor, in the order of the names."""
         ...
 
 
 @dataclass(frozen=True)
 class Same:
-    """Stored as it is."""
+    """Stored unchanged."""
 
     def views(self, tensor: Any) -> tuple[Any, ...]:
         return (tensor,)
@@ -33,7 +33,7 @@ class Same:
 
 @dataclass(frozen=True)
 class Transposed:
-    """Stored with its two axes swapped (GPT-1's Conv1D); a bias is stored as it is."""
+    """A matrix stored transposed, (inputs, outputs), as GPT-1's Conv1D has it; a bias is stored unchanged."""
 
     def views(self, tensor: Any) -> tuple[Any, ...]:
         return (tensor.swapaxes(0, 1) if tensor.ndim == 2 else tensor,)
@@ -41,7 +41,7 @@ class Transposed:
 
 @dataclass(frozen=True)
 class Split:
-    """Stored as several tensors of these many rows, which are consecutive here."""
+    """Stored as several tensors of `sizes` rows; the canonical tensor is their concatenation along axis 0."""
 
     sizes: tuple[int, ...]
 
@@ -52,7 +52,7 @@ class Split:
 
 @dataclass(frozen=True)
 class PerHead:
-    """q, k and v are stored interleaved head by head, (heads, 3, head_dim), and here one after the other."""
+    """Fused q, k, v stored interleaved by head, (heads, 3, head_dim, ...); canonical is (3, heads, head_dim, ...)."""
 
     heads: int
 
@@ -63,8 +63,8 @@ class PerHead:
 
 @dataclass(frozen=True)
 class Interleaved:
-    """Rotary channels are stored in neighbouring pairs, and here half a head apart: within each of `heads` heads,
-    rows 0, 1, 2, 3, ... of the file are rows 0, d/2, 1, d/2 + 1, ... here."""
+    """RoPE channel pairs stored interleaved (GPT-J style); canonical pairs are d/2 apart (NeoX style). In each head,
+    rows 0, 1, 2, 3, ... of the file are rows 0, d/2, 1, d/2 + 1, ... of the canonical tensor."""
 
     heads: int
 
@@ -75,19 +75,20 @@ class Interleaved:
 
 @dataclass(frozen=True)
 class SplitEach:
-    """Stored as several tensors of these many rows, as `Split`, each then in its own way (an op of one tensor)."""
+    """Stored as several tensors of `sizes` rows, as by `Split`, each through an op of its own (one tensor per op)."""
 
     sizes: tuple[int, ...]
     ops: tuple[Op, ...]
 
     def views(self, tensor: Any) -> tuple[Any, ...]:
-        parts = Split(self.sizes).views(tensor)
-        return tuple(op.views(part)[0] for op, part in zip(self.ops, parts, strict=True))
+        chunks = Split(self.sizes).views(tensor)
+        return tuple(op.views(chunk)[0] for op, chunk in zip(self.ops, chunks, strict=True))
 
 
 @dataclass(frozen=True)
 class Spelling:
-    """One way in which files name (and store) a parameter. `{i}` is a layer, `{p}` weight or bias."""
+    """The tensor names and the layout under which some files store a parameter; `{i}` is the layer index, `{p}` is
+    "weight" or "bias"."""
 
     names: tuple[str, ...]
     op: Op = field(default_factory=Same)
@@ -95,20 +96,20 @@ class Spelling:
 
 @dataclass(frozen=True)
 class KeyRow:
-    """A canonical parameter and its spellings; the first is the one that is written."""
+    """A canonical parameter and its spellings. All are read; the first is written."""
 
     canonical: str
     spellings: tuple[Spelling, ...]
 
 
 def row(canonical: str, *spellings: str | Spelling) -> KeyRow:
-    """A row from plain names (stored as they are) and `Spelling`s."""
+    """A row from names (tensors stored unchanged) and `Spelling`s."""
     return KeyRow(canonical, tuple(Spelling((s,)) if isinstance(s, str) else s for s in spellings))
 
 
 @dataclass(frozen=True)
 class TensorSource:
-    """Where a canonical parameter comes from: the names in the file and the op that views it as them."""
+    """The stored tensors of one canonical parameter: their names, and the op that views the parameter as them."""
 
     names: tuple[str, ...]
     op: Op
@@ -116,7 +117,8 @@ class TensorSource:
 
 @dataclass
 class KeyMatch:
-    """What to read: sources by canonical name, what is not there, and what is there but not used."""
+    """The result of matching a model's parameters with a file's names: sources by canonical name, `missing` parameters,
+    and unused names, either `unread` (names of this family) or `unknown`."""
 
     sources: dict[str, TensorSource]
     missing: list[str]
@@ -126,11 +128,11 @@ class KeyMatch:
 
 @dataclass(frozen=True)
 class KeyMap:
-    """A family's rows, for a bare model (`head=None`) or for a model with a head of that kind.
+    """The rows of a family, for a bare model (`head=None`) or for a model with a head of kind `head`.
 
-    `prefix` stands before the names of the bare model's parameters inside a model with a head; both forms are
-    read. `heads` has the rows of each kind of head. `ignored` are regular expressions of names that hold no
-    parameter (buffers of old files); `other_prefixes` are further prefixes met in files.
+    `prefix` precedes the names of the bare model's parameters in a model with a head; names with and without it are
+    read. `heads` holds the rows of each kind of head. `ignored` lists regular expressions of names that are no
+    parameters (buffers in old files); `other_prefixes` lists further prefixes that files use.
     """
 
     rows: tuple[KeyRow, ...]
@@ -142,12 +144,13 @@ class KeyMap:
 
     @property
     def inside(self) -> bool:
-        """Whether the bare model is a part of this one, and so its names carry the prefix. A pooler is its own."""
+        """Whether the bare model is a submodule, so that its names carry the prefix (a pooler belongs to the bare
+        model)."""
         return self.head not in (None, "pooler")
 
     def of(self, tensors: Any) -> KeyMap:
-        """The map for these tensors. Flax's files have all matrices inputs x outputs, and give all of them outputs x
-        inputs (`Store.outputs_first`), those too that the hub's files hold the other way round."""
+        """The map for `tensors`. A store of Flax files returns every matrix as (outputs, inputs), including those that
+        PyTorch files store transposed (`Store.outputs_first`); for it, no op transposes."""
         if not getattr(tensors, "outputs_first", False):
             return self
 
@@ -162,13 +165,13 @@ class KeyMap:
         return replace(self, rows=tuple(same(known) for known in self.rows))
 
     def source(self, canonical: str) -> TensorSource:
-        """The spelling under which a canonical parameter is written."""
+        """The names and the op under which a canonical parameter is written."""
         return self._candidates(canonical)[0]
 
     def match(self, parameters: Iterable[str], keys: Iterable[str], tied: Iterable[str] = ()) -> KeyMatch:
-        """Match the parameters of a model with the keys of a file.
+        """Match a model's parameters with the tensor names of a file.
 
-        `tied` names parameters that are another one's second name: their copies in a file are not needed.
+        `tied` lists parameters that share another parameter's tensor; their copies in a file are not needed.
         """
         left = set(keys)
         sources: dict[str, TensorSource] = {}
@@ -180,7 +183,7 @@ class KeyMap:
             else:
                 sources[canonical] = found
                 left.difference_update(found.names)
-        # Second names: of tied parameters, and further spellings of what was found (old files hold a bias twice).
+        # Duplicates: tied parameters, and other spellings of matched ones (old files hold a bias under two names).
         for canonical in (*tied, *sources):
             for source in self._candidates(canonical):
                 left.difference_update(source.names)
@@ -189,7 +192,7 @@ class KeyMap:
         return KeyMatch(sources, missing, sorted(known), sorted(left - known))
 
     def is_head(self, key: str) -> bool:
-        """Whether a name of a file belongs to a head of this family, of whatever kind."""
+        """Whether a tensor name belongs to any kind of head of this family."""
         return any(_matches(row, key, "") for rows in self.heads.values() for row in rows)
 
     def _candidates(self, canonical: str) -> list[TensorSource]:
@@ -206,7 +209,7 @@ class KeyMap:
 
 
 def nearest(name: str, names: Iterable[str]) -> str | None:
-    """The name most like this one, if any is alike."""
+    """The most similar name (difflib ratio of at least 0.6), if any."""
     return next(iter(difflib.get_close_matches(name, list(names), n=1, cutoff=0.6)), None)
 
 

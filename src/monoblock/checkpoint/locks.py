@@ -1,4 +1,4 @@
-"""One writer at a time in a folder, among all threads and processes."""
+"""Advisory lock on a folder: one writer at a time, across threads and processes."""
 
 import errno
 import importlib
@@ -14,52 +14,49 @@ log = logging.getLogger("monoblock")
 
 LOCK = ".monoblock-lock"
 
-_PAUSE = 0.005  # seconds between two tries
-_LONG = 10.0  # seconds after which a message says what is waited for
-_BUSY = {
-    errno.EACCES,
-    errno.EAGAIN,
-    errno.EDEADLK,
-}  # another one holds the lock, as Linux, macOS and Windows say it
+_PAUSE = 0.005  # seconds between attempts
+_LONG = 10.0  # seconds of waiting after which a warning is logged
+# Error codes of Linux, macOS and Windows for a lock that is held.
+_BUSY = {errno.EACCES, errno.EAGAIN, errno.EDEADLK}
 
 
 @contextmanager
 def locked(folder: Path) -> Generator[None, None, None]:
-    """Holds the lock of a folder; waits as long as another thread or process does. OSError: it cannot be written to.
+    """Hold the lock of a folder; waits while another thread or process holds it. OSError: the folder is not writable.
 
-    The lock is on a file of the folder that is there only meanwhile. It ends with the process that holds it, even if
-    that is killed. Where a file system has no locks, there is none.
+    The lock is flock (or msvcrt.locking) on a temporary file in the folder, so the system releases it when its process
+    ends, even if killed. On file systems without locks, nothing is locked.
     """
     path = folder / LOCK
-    start, told = time.monotonic(), False
+    start, warned = time.monotonic(), False
     while (descriptor := _try(path)) is None:
-        if not told and time.monotonic() - start > _LONG:
+        if not warned and time.monotonic() - start > _LONG:
             log.warning("waiting for another save into %s to end", folder)
-            told = True
+            warned = True
         time.sleep(_PAUSE)
     try:
         yield
     finally:
         try:
             with suppress(OSError):
-                path.unlink()  # while it is held: a later one would be another's
+                path.unlink()  # while it is held, so that no other process's lock file is removed
         finally:
             os.close(descriptor)
-        if os.name == "nt":  # there an open file cannot be unlinked, another's included
+        if os.name == "nt":  # an open file cannot be unlinked there, nor one that a waiting process has open
             with suppress(OSError):
                 path.unlink()
 
 
 def _try(path: Path) -> int | None:
-    """The descriptor of the locked file; None if another one holds it, or removed it just now."""
+    """The descriptor of the locked file; None if another holder has locked or just removed it."""
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
     except PermissionError:
         if not path.exists():
             raise
         if os.name == "nt":
-            return None  # its holder is about to remove it
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)  # another user's
+            return None  # the holder is removing it
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)  # owned by another user
     try:
         if _take(descriptor) and _names(path, descriptor):
             return descriptor
@@ -81,12 +78,12 @@ def _take(descriptor: int) -> bool:
     except OSError as error:
         if error.errno in _BUSY:
             return False
-        log.debug("no file locks here (%s)", error)
+        log.debug("the file system has no locks (%s)", error)
     return True
 
 
 def _names(path: Path, descriptor: int) -> bool:
-    """Whether the file that is held is still the one of that name: its last holder removed it."""
+    """Whether `path` still names the open file: a previous holder may have removed it."""
     with suppress(FileNotFoundError):
         return os.path.samestat(path.stat(follow_symlinks=False), os.fstat(descriptor))
     return False

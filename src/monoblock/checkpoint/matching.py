@@ -1,4 +1,4 @@
-"""A checkpoint's weights for a model that may have other heads, or labels, than the one that was saved."""
+"""Match a checkpoint's tensors with a model that may have another head, or another number of labels."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from monoblock.errors import MissingKeys, ShapeMismatch, UnexpectedKeys, UnreadK
 
 @dataclass
 class LoadReport:
-    """What the files lack or have in another shape (both are to be made anew); what was not used of them, as is usual;
-    and what was passed over because the load was not strict."""
+    """Outcome of a match, by name: parameters `missing` in the files or `mismatched` in shape (both are newly
+    initialized); tensors `unused` as expected (other heads); and `extra` tensors ignored by `strict=False`."""
 
     missing: list[str] = field(default_factory=list[str])
     mismatched: list[str] = field(default_factory=list[str])
@@ -23,12 +23,12 @@ class LoadReport:
 
     @property
     def made(self) -> list[str]:
-        """The canonical names of what must be made anew."""
+        """Canonical names of the parameters to initialize."""
         return [*self.missing, *self.mismatched]
 
     @property
     def unexpected(self) -> list[str]:
-        """The names of all tensors that were not used, in order."""
+        """Names of all tensors that were not used, sorted."""
         return sorted({*self.unused, *self.extra})
 
 
@@ -42,28 +42,30 @@ def match_tensors(
     ignored: Callable[[str], bool] | None = None,
     strict: bool = True,
 ) -> tuple[dict[str, TensorSource], LoadReport]:
-    """Where a model with parameters of these `shapes` finds them, as far as the files have them: by canonical name.
+    """Sources, by canonical name, of the parameters of these `shapes` that the files hold.
 
-    A head may be missing, and heads of other kinds may be there, and names that are `ignored`; with `strict=False` any
-    others too. MissingKeys, UnexpectedKeys, UnreadKeys and ShapeMismatch (unless sizes may differ) name the first
-    tensor that does not fit.
+    A head may be missing. Heads of other kinds and names for which `ignored` is true are skipped; `strict=False` skips
+    all other names as well. MissingKeys, UnexpectedKeys, UnreadKeys and ShapeMismatch (unless
+    `ignore_mismatched_sizes`) name the first tensor that does not fit.
     """
-    plan = keymap.of(tensors).match(shapes, tensors, tied)
-    unused = [name for name in plan.unread if keymap.is_head(name)]
+    match = keymap.of(tensors).match(shapes, tensors, tied)
+    unused = [name for name in match.unread if keymap.is_head(name)]
     if ignored is not None:
-        unused += [name for name in (*plan.unknown, *plan.unread) if ignored(name)]
+        unused += [name for name in (*match.unknown, *match.unread) if ignored(name)]
     known = frozenset(unused)
-    unknown, unread = ([name for name in names if name not in known] for names in (plan.unknown, plan.unread))
-    _check_names(tensors, keymap, plan, *((unknown, unread) if strict else ([], [])))
-    report = LoadReport(
-        missing=plan.missing, unused=sorted(known), extra=[] if strict else [*unknown, *unread]
+    unknown, unread = (
+        [name for name in names if name not in known] for names in (match.unknown, match.unread)
     )
-    for canonical in plan.sources:
-        if problem := _misfit(tensors, plan, canonical, shapes[canonical]):
+    _check_names(tensors, keymap, match, *((unknown, unread) if strict else ([], [])))
+    report = LoadReport(
+        missing=match.missing, unused=sorted(known), extra=[] if strict else [*unknown, *unread]
+    )
+    for canonical in match.sources:
+        if problem := _misfit(tensors, match, canonical, shapes[canonical]):
             if not ignore_mismatched_sizes:
                 raise ShapeMismatch(problem)
             report.mismatched.append(canonical)
-    found = {name: source for name, source in plan.sources.items() if name not in report.mismatched}
+    found = {name: source for name, source in match.sources.items() if name not in report.mismatched}
     return found, report
 
 
@@ -76,7 +78,7 @@ def match_weights(
     ignore_mismatched_sizes: bool = False,
     strict: bool = True,
 ) -> tuple[FileWeights, LoadReport]:
-    """What `match_tensors` finds, as weights to read; the same errors. CheckpointError: the weights are packed."""
+    """The sources of `match_tensors` as readable weights; same errors. CheckpointError: the weights are quantised."""
     quantized.refuse(tensors)
     sources, report = match_tensors(
         tensors, keymap, shapes, tied, ignore_mismatched_sizes=ignore_mismatched_sizes, strict=strict
@@ -84,38 +86,38 @@ def match_weights(
     return FileWeights(tensors, {name: shapes[name] for name in sources}, sources), report
 
 
-_LEAVE_OUT = "from_pretrained(..., strict=False) loads the rest without"
+_LEAVE_OUT = "from_pretrained(..., strict=False) ignores"
 
 
 def _check_names(
-    tensors: Tensors, keymap: KeyMap, plan: KeyMatch, unknown: list[str], unread: list[str]
+    tensors: Tensors, keymap: KeyMap, match: KeyMatch, unknown: list[str], unread: list[str]
 ) -> None:
-    if needed := [name for name in plan.missing if not name.startswith("head.")]:
+    if needed := [name for name in match.missing if not name.startswith("head.")]:
         name = keymap.source(needed[0]).names[0]
-        close = nearest(name, plan.unknown)
+        close = nearest(name, match.unknown)
         raise MissingKeys(
             f"the checkpoint lacks {name}{_others(needed)}"
             + (f"; the nearest name in it is {close}" if close else "")
-            + ": is it of this model class, and complete?"
+            + ": is it complete, and of this model class?"
         )
     if unknown:
         name = unknown[0]
-        close = nearest(name, (known for known in tensors if known not in plan.unknown))
+        close = nearest(name, (known for known in tensors if known not in match.unknown))
         raise UnexpectedKeys(
-            f"{tensors.path(name).name} holds {name}{_others(unknown)}, which is no name of this family"
+            f"{tensors.path(name).name} holds {name}{_others(unknown)}, which is no parameter of this family"
             + (f"; the nearest is {close}. " if close else ". ")
             + f"{_LEAVE_OUT} {_them(unknown)}"
         )
     if unread:
         raise UnreadKeys(
-            f"{tensors.path(unread[0]).name} holds {unread[0]}{_others(unread)}, for which the config has no place: "
-            f"it describes a smaller or differently built model. {_LEAVE_OUT} {_them(unread)}"
+            f"{tensors.path(unread[0]).name} holds {unread[0]}{_others(unread)}, which the config does not allow for: "
+            f"it describes a smaller or different model. {_LEAVE_OUT} {_them(unread)}"
         )
 
 
-def _misfit(tensors: Tensors, plan: KeyMatch, canonical: str, shape: Shape) -> str | None:
-    """What is wrong with the shapes of a parameter's tensors in the files, if anything."""
-    source = plan.sources[canonical]
+def _misfit(tensors: Tensors, match: KeyMatch, canonical: str, shape: Shape) -> str | None:
+    """An error message if the stored tensors of a parameter have wrong shapes, else None."""
+    source = match.sources[canonical]
     for name, expected in zip(source.names, stored_shapes(source.op, shape), strict=True):
         if (found := tensors.shape(name)) != expected:
             return (

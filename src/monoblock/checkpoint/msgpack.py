@@ -1,8 +1,8 @@
-"""Flax's msgpack files, read: a tree of maps whose leaves are arrays, found where they lie.
+"""Read the structure of Flax's msgpack files: nested maps whose leaves are arrays, located by offset and not read.
 
-An array is an extension of type 1 (a scalar one of type 3) that holds, packed again, its shape, the name of its
-dtype, and its bytes. One of more than 2^30 bytes is a map with `__msgpack_chunked_array__`, its `shape` and its flat
-`chunks`, the two as maps from "0" on. The format: https://github.com/msgpack/msgpack/blob/master/spec.md.
+An array is an extension of type 1 (a NumPy scalar: type 3) whose data is itself msgpack: shape, dtype name and bytes.
+An array of more than 2^30 bytes is a map with `__msgpack_chunked_array__`, its `shape` and its flat `chunks`, both as
+maps with keys "0", "1", ... Format: https://github.com/msgpack/msgpack/blob/master/spec.md.
 """
 
 import mmap
@@ -13,7 +13,7 @@ from math import prod
 from pathlib import Path
 from typing import cast
 
-from monoblock.checkpoint.array_adapters import HUB_NAMES
+from monoblock.checkpoint.array_adapters import SAFETENSORS_DTYPES
 from monoblock.checkpoint.header import ITEM_BYTES, Entry, Header, check_weight_file
 from monoblock.errors import CheckpointError
 from monoblock.field_types import brief
@@ -21,21 +21,21 @@ from monoblock.field_types import brief
 CHUNKED = "__msgpack_chunked_array__"
 
 _ARRAYS = (1, 3)  # Flax's extension types of an array and of a NumPy scalar
-_DEPTH = 64  # no tree of parameters is as deep; garbage may be
-_VALUES = 1_000_000  # maps, arrays and what is in them; a model of 100 layers has some 20,000
+_DEPTH = 64  # limit on nesting, far above any parameter tree
+_VALUES = 1_000_000  # limit on all values; a model of 100 layers has some 20,000
 _AXES, _COUNT = 64, 2**63 - 1
 
 
 @dataclass(frozen=True)
 class _Span:
-    """Bytes of the file, not read."""
+    """A byte range of the file."""
 
     begin: int
     end: int
 
 
 def read_msgpack(path: Path) -> Header:
-    """The arrays of a msgpack file by their path in its tree, joined with dots; nothing of them is read.
+    """The arrays of a msgpack file by their path in its tree, joined with dots; array data is not read.
 
     `CheckpointError` names the file and what is wrong with it.
     """
@@ -57,7 +57,7 @@ def read_msgpack(path: Path) -> Header:
 
 
 class _Reader:
-    """A cursor over msgpack bytes. ValueError: they are not msgpack, or end too early."""
+    """A msgpack parser with a cursor. ValueError: the bytes are not msgpack, or truncated."""
 
     def __init__(self, data: mmap.mmap):
         self.at = 0
@@ -65,10 +65,10 @@ class _Reader:
         self._depth = self._values = 0
 
     def value(self) -> object:
-        """The next value: text, numbers, lists and dicts as they are, byte strings as spans, arrays as entries."""
+        """The next value: strings, numbers, lists and dicts as such, byte strings as spans, arrays as entries."""
         self._values += 1
         if self._values > _VALUES:
-            raise ValueError(f"it holds over {_VALUES:,} values: it is no model's")
+            raise ValueError(f"it holds over {_VALUES:,} values, more than any model")
         tag = self.number(1)
         if tag < 0x80:
             return tag
@@ -81,21 +81,19 @@ class _Reader:
         if tag >= 0xE0:
             return tag - 0x100
         if tag not in _TAGS:
-            raise ValueError(f"byte {self.at - 1} begins no value")
+            raise ValueError(f"byte {self.at - 1} is no msgpack tag")
         return _TAGS[tag](self)
 
     def span(self, length: int) -> _Span:
-        """The place of the next bytes, which are skipped."""
+        """The range of the next bytes, which are skipped."""
         self._need(length)
         begin, self.at = self.at, self.at + length
         return _Span(begin, self.at)
 
     def _need(self, length: int) -> None:
-        """ValueError unless so many bytes are left."""
+        """ValueError unless `length` bytes are left."""
         if length > len(self._data) - self.at:
-            raise ValueError(
-                f"it is cut off: {len(self._data)} bytes of at least {self.at + length} are there"
-            )
+            raise ValueError(f"it is truncated: {len(self._data)} bytes, of at least {self.at + length}")
 
     def raw(self, length: int) -> bytes:
         """The next bytes."""
@@ -103,7 +101,7 @@ class _Reader:
         return self._data[span.begin : span.end]
 
     def number(self, length: int, *, signed: bool = False) -> int:
-        """A big-endian whole number of that many bytes."""
+        """A big-endian integer of `length` bytes."""
         return int.from_bytes(self.raw(length), "big", signed=signed)
 
     def text(self, length: int) -> str:
@@ -111,35 +109,35 @@ class _Reader:
         return self.raw(length).decode()
 
     def values(self, count: int) -> list[object]:
-        """So many values, each of a byte or more."""
+        """`count` values, each of at least one byte."""
         self._need(count)
         return [self._inner() for _ in range(count)]
 
     def table(self, count: int) -> dict[str, object]:
-        """So many pairs of text and value, each of two bytes or more."""
+        """A map of `count` string keys and values, each pair of at least two bytes."""
         self._need(2 * count)
         found: dict[str, object] = {}
         for _ in range(count):
             key = self._inner()
             if not isinstance(key, str) or key in found:
                 raise ValueError(
-                    f"a map before byte {self.at} has the key {brief(key)} twice, or it is no text"
+                    f"a map before byte {self.at} has a duplicate or non-string key {brief(key)}"
                 )
             found[key] = self._inner()
         return found
 
     def extension(self, length: int) -> object:
-        """An array's entry; an extension of another type as a span."""
+        """The entry of an array, or the span of an extension of another type."""
         kind = self.number(1)
         if kind not in _ARRAYS:
             return self.span(length)
         end = self.at + length
-        parts = self._inner()
-        if isinstance(parts, list) and self.at == end and len(cast(list[object], parts)) == 3:
-            shape, dtype, span = cast(list[object], parts)
+        fields = self._inner()
+        if isinstance(fields, list) and self.at == end and len(cast(list[object], fields)) == 3:
+            shape, dtype, span = cast(list[object], fields)
             if isinstance(shape, list) and isinstance(dtype, str) and isinstance(span, _Span):
                 return _entry(cast(list[object], shape), dtype, span)
-        raise ValueError(f"the extension before byte {end} is no array of Flax")
+        raise ValueError(f"the extension before byte {end} is no Flax array")
 
     def _inner(self) -> object:
         self._depth += 1
@@ -151,7 +149,7 @@ class _Reader:
 
 
 def _sized(read: Callable[[_Reader, int], object], length: int) -> Callable[[_Reader], object]:
-    """What reads a value whose size stands before it, in so many bytes."""
+    """A reader of a value that is preceded by its size in `length` bytes."""
     return lambda reader: read(reader, reader.number(length))
 
 
@@ -167,7 +165,7 @@ def _extension(length: int) -> Callable[[_Reader], object]:
     return lambda reader: reader.extension(length)
 
 
-# What the first byte of a value says of the rest, where it does not hold the value or its size itself.
+# Readers by tag, for the tags that do not contain the value or its size.
 _TAGS: dict[int, Callable[[_Reader], object]] = {
     0xC0: lambda _: None,
     0xC2: lambda _: False,
@@ -186,26 +184,26 @@ _TAGS: dict[int, Callable[[_Reader], object]] = {
 
 
 def _entry(shape: list[object], dtype: str, span: _Span) -> Entry:
-    if dtype not in HUB_NAMES:
+    if dtype not in SAFETENSORS_DTYPES:
         raise ValueError(f"an array has dtype {brief(dtype)}, which is not supported")
     sizes = _sizes(shape)
-    if sizes is None or span.end - span.begin != prod(sizes) * ITEM_BYTES[HUB_NAMES[dtype]]:
+    if sizes is None or span.end - span.begin != prod(sizes) * ITEM_BYTES[SAFETENSORS_DTYPES[dtype]]:
         raise ValueError(f"an array of {dtype} {brief(shape)} has {span.end - span.begin} bytes")
-    return Entry(dtype=HUB_NAMES[dtype], shape=sizes, begin=span.begin, end=span.end)
+    return Entry(dtype=SAFETENSORS_DTYPES[dtype], shape=sizes, begin=span.begin, end=span.end)
 
 
 def _sizes(shape: list[object]) -> tuple[int, ...] | None:
-    """A shape's sizes; None if it is none."""
+    """The sizes of a shape; None if it is not valid."""
     sizes = tuple(n for n in shape[: _AXES + 1] if type(n) is int and 0 <= n <= _COUNT)
     return sizes if len(sizes) == len(shape) <= _AXES else None
 
 
 def _flat(node: object, name: str) -> Iterator[tuple[str, Entry]]:
-    """The arrays at and below a node of the tree."""
+    """The arrays in a subtree, by name."""
     if isinstance(node, Entry):
         yield name or "array", node
     elif not isinstance(node, dict):
-        raise ValueError(f"{brief(name)} is no array, but {type(node).__name__}")
+        raise ValueError(f"{brief(name)} is no array, but of type {type(node).__name__}")
     elif CHUNKED in node:
         yield name, _joined(cast(dict[str, object], node), name)
     else:
@@ -214,21 +212,21 @@ def _flat(node: object, name: str) -> Iterator[tuple[str, Entry]]:
 
 
 def _joined(node: Mapping[str, object], name: str) -> Entry:
-    """The array that lies in the chunks of such a node."""
+    """The entry of a chunked array."""
     chunks, shape = _counted(node.get("chunks")), _counted(node.get("shape"))
-    pieces = [chunk for chunk in chunks if isinstance(chunk, Entry)]
+    arrays = [chunk for chunk in chunks if isinstance(chunk, Entry)]
     sizes = _sizes(shape)
-    if not pieces or sizes is None or len(pieces) < len(chunks) or len({piece.dtype for piece in pieces}) > 1:
-        raise ValueError(f"the chunks of {brief(name)} make no array")
-    if sum(prod(piece.shape) for piece in pieces) != prod(sizes):
+    if not arrays or sizes is None or len(arrays) < len(chunks) or len({array.dtype for array in arrays}) > 1:
+        raise ValueError(f"the chunks of {brief(name)} form no array")
+    if sum(prod(array.shape) for array in arrays) != prod(sizes):
         raise ValueError(f"the chunks of {brief(name)} do not fill the shape {list(sizes)}")
-    first, *rest = pieces
-    places = tuple((piece.begin, piece.end) for piece in rest)
-    return Entry(dtype=first.dtype, shape=sizes, begin=first.begin, end=first.end, rest=places)
+    first, *rest = arrays
+    rest_ranges = tuple((array.begin, array.end) for array in rest)
+    return Entry(dtype=first.dtype, shape=sizes, begin=first.begin, end=first.end, rest=rest_ranges)
 
 
 def _counted(node: object) -> list[object]:
-    """The values of a map from "0" on, in that order."""
+    """The values of a map with keys "0", "1", ..., in that order."""
     table = cast(dict[str, object], node) if isinstance(node, dict) else {}
     return [table.get(str(i)) for i in range(len(table))]
 

@@ -1,4 +1,4 @@
-"""Flax's msgpack files, written array by array, in whatever size; `msgpack.py` describes them."""
+"""Write Flax's msgpack files, one array at a time; `msgpack.py` describes the format."""
 
 import logging
 import re
@@ -18,9 +18,9 @@ from monoblock.errors import CheckpointError
 log = logging.getLogger("monoblock")
 
 SINGLE = "flax_model.msgpack"
-CHUNK = 2**30  # bytes of an array's piece: what Flax cuts off, well below the format's 2^32
+CHUNK = 2**30  # bytes of an array's chunk: Flax's limit, below the format's 2^32
 
-# Such files of an earlier save. Variants and other kinds of weights stay.
+# Files of an earlier save. Variants and other kinds of weights stay.
 _STALE = re.compile(r"flax_model(-\d{5}-of-\d{5})?\.msgpack(\.index\.json)?")
 
 
@@ -29,24 +29,24 @@ def save_msgpack(
     leaves: Mapping[str, Any],
     *,
     max_shard_size: int | str = "50GB",
-    beside: Mapping[str, str] | None = None,
+    extra_files: Mapping[str, str] | None = None,
 ) -> list[Path]:
     """Write a tree of arrays as flax_model.msgpack, or as shards and their index; returns the files, the index last.
 
-    `leaves`: path in the tree, with slashes ("transformer/wte/embedding") -> NumPy array, or what makes one (see
-    `save_tensors`). Flax reads the file itself. `beside` and all else is as `save_tensors` has it; at most two copies
-    of one tensor are made at a time. Weights of other kinds that are in the folder stay there; a warning names such as
-    `find_weights` would find first.
+    `leaves`: path in the tree, with slashes ("transformer/wte/embedding") -> NumPy array, or a function that returns
+    one (see `save_tensors`). Flax itself can read the file. Other arguments and errors are those of `save_tensors`; at
+    most two copies of one tensor exist at a time. Weight files of other kinds stay in the folder; a warning names those
+    that `find_weights` would prefer.
     """
-    side = adapter("np")
+    arrays = adapter("np")
     described: dict[str, Description] = {}
     for path, value in leaves.items():
-        found = value if isinstance(value, LazyTensor) else side.describe(path, made(value))
+        found = value if isinstance(value, LazyTensor) else arrays.describe(path, made(value))
         described[path] = Description(dtype=found.dtype, shape=found.shape, identity=None)
 
     def write(file: BinaryIO, part: Mapping[str, Description], metadata: Mapping[str, str]) -> None:
-        del metadata  # the format has no place for it
-        _write_tree(file, side, _tree(part), leaves)
+        del metadata  # the format has no field for it
+        _write_tree(file, arrays, _tree(part), leaves)
 
     files = save_shards(
         folder,
@@ -55,16 +55,21 @@ def save_msgpack(
         single=SINGLE,
         stale=_STALE,
         max_shard_size=max_shard_size,
-        beside=beside,
+        extra_files=extra_files,
     )
     if first := [
         name for name in (SAFETENSORS, f"{SAFETENSORS}.index.json") if (Path(folder) / name).is_file()
     ]:
-        log.warning("%s also holds %s, which is read before %s: remove what is old", folder, first[0], SINGLE)
+        log.warning(
+            "%s also holds %s, which is read in preference to %s: remove the old files",
+            folder,
+            first[0],
+            SINGLE,
+        )
     return files
 
 
-_Tree = dict[str, Any]  # text -> such a tree, or the path and the description of an array
+_Tree = dict[str, Any]  # key -> subtree, or the path and the description of an array
 
 
 def _tree(part: Mapping[str, Description]) -> _Tree:
@@ -78,24 +83,26 @@ def _tree(part: Mapping[str, Description]) -> _Tree:
     return root
 
 
-def _write_tree(file: BinaryIO, side: Adapter, tree: _Tree, leaves: Mapping[str, Any]) -> None:
+def _write_tree(file: BinaryIO, arrays: Adapter, tree: _Tree, leaves: Mapping[str, Any]) -> None:
     file.write(_head(_MAP, len(tree)))
     for key, node in tree.items():
         file.write(_text(key))
         if isinstance(node, dict):
-            _write_tree(file, side, cast(_Tree, node), leaves)
+            _write_tree(file, arrays, cast(_Tree, node), leaves)
         else:
             path, description = cast(tuple[str, Description], node)
-            raw = side.raw(made(leaves[path]))
+            raw = arrays.raw(made(leaves[path]))
             if len(raw) != prod(description.shape) * ITEM_BYTES[description.dtype]:
-                raise CheckpointError(f"tensor '{path}' was made with another size than announced")
+                raise CheckpointError(
+                    f"tensor '{path}' has not the size that its declared shape and dtype need"
+                )
             _write_array(file, raw, description)
 
 
 def _write_array(file: BinaryIO, raw: memoryview, description: Description) -> None:
-    """An array's extension; a map of its chunks if it is larger than one may be."""
+    """Write an array as an extension, or as a map of chunks if it is larger than `CHUNK`."""
     if len(raw) <= CHUNK:
-        _write_piece(file, raw, description.dtype, description.shape)
+        _write_chunk(file, raw, description.dtype, description.shape)
         return
     width = ITEM_BYTES[description.dtype]
     step = CHUNK // width * width
@@ -104,19 +111,19 @@ def _write_array(file: BinaryIO, raw: memoryview, description: Description) -> N
     sizes = b"".join(_text(str(i)) + _size(n) for i, n in enumerate(description.shape))
     file.write(_head(_MAP, len(description.shape)) + sizes + _text("chunks") + _head(_MAP, len(starts)))
     for i, start in enumerate(starts):
-        piece = raw[start : start + step]
+        chunk = raw[start : start + step]
         file.write(_text(str(i)))
-        _write_piece(file, piece, description.dtype, (len(piece) // width,))
+        _write_chunk(file, chunk, description.dtype, (len(chunk) // width,))
 
 
-def _write_piece(file: BinaryIO, raw: memoryview, dtype: str, shape: tuple[int, ...]) -> None:
+def _write_chunk(file: BinaryIO, raw: memoryview, dtype: str, shape: tuple[int, ...]) -> None:
     sizes = b"".join(map(_size, shape))
     head = b"\x93" + _head(_LIST, len(shape)) + sizes + _text(DTYPE_NAMES[dtype]) + _head(_BYTES, len(raw))
     file.write(_head(_EXTENSION, len(head) + len(raw)) + b"\x01" + head)
     write_bytes(file, raw)
 
 
-# Always the widest form of a size: any reader takes it, and it costs a few bytes.
+# Sizes are always written in their widest form, which costs a few bytes.
 _BYTES, _EXTENSION, _TEXT, _LIST, _MAP = 0xC6, 0xC9, 0xDB, 0xDD, 0xDF
 
 

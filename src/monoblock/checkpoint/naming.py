@@ -1,7 +1,7 @@
-"""The names and layouts of transformers 4's Flax and TensorFlow classes, as the hub's PyTorch names and layouts.
+"""Flax and TensorFlow checkpoints of transformers 4 under PyTorch's parameter names and layouts.
 
-Both frameworks call a projection's matrix `kernel` and store it inputs x outputs; GPT-1's Conv1D alone is called
-`weight` in TensorFlow's files and stored as PyTorch's is. What is left apart from that is spelling.
+Both frameworks call a projection's matrix `kernel` and store it as (inputs, outputs). The exception is GPT-1's Conv1D
+in TensorFlow files: it is called `weight` and stored as PyTorch stores it. All else is a change of names.
 """
 
 import re
@@ -11,9 +11,8 @@ from typing import Any, Protocol
 
 from monoblock.errors import CheckpointError
 
-Naming = Callable[
-    [str], tuple[str, bool]
-]  # a framework's name -> the hub's, and whether a matrix is transposed
+# A framework's name -> PyTorch's name, and whether a matrix is stored transposed.
+Naming = Callable[[str], tuple[str, bool]]
 
 _FLAX_LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight"}
 _TENSORFLOW_LEAVES = {"kernel": "weight", "gamma": "weight", "beta": "bias", "embeddings": "weight"}
@@ -27,7 +26,7 @@ def flax_name(name: str) -> tuple[str, bool]:
 def tensorflow_name(name: str) -> tuple[str, bool]:
     """`tf_open_aigpt_model/transformer/h_._0/ln_1/gamma:0` -> `transformer.h.0.ln_1.weight`.
 
-    The outer model's name, which is its class's unless the user gave it one, is not in all files.
+    Some files lack the outer model's name, which defaults to its class name in snake case.
     """
     name = re.sub(r":\d+$", "", name)
     if name.startswith("tf") and "/" in name:
@@ -53,36 +52,38 @@ class Shard(Protocol):
 
 
 class RenamedShard:
-    """A file of a framework's own names and layouts, by the hub's names and in PyTorch's layouts."""
+    """A Flax or TensorFlow weight file, presented under PyTorch's names and layouts."""
 
     def __init__(self, shard: Shard, naming: Naming):
         self.path = shard.path
         self.metadata = shard.metadata
         self.naming = naming
         self._shard = shard
-        self._places: dict[str, tuple[str, bool]] = {}
+        self._stored: dict[str, tuple[str, bool]] = {}
         for own in shard.names():
             name, transposed = naming(own)
-            if name in self._places:
-                other = self._places[name][0]
-                raise CheckpointError(f"{self.path} holds '{own}' and '{other}', which are one tensor here")
-            self._places[name] = own, transposed
+            if name in self._stored:
+                other = self._stored[name][0]
+                raise CheckpointError(
+                    f"{self.path} holds '{own}' and '{other}', which are the same parameter"
+                )
+            self._stored[name] = own, transposed
 
     def names(self) -> KeysView[str]:
-        return self._places.keys()
+        return self._stored.keys()
 
     def shape(self, name: str) -> tuple[int, ...]:
-        own, transposed = self._places[name]
+        own, transposed = self._stored[name]
         shape = self._shard.shape(own)
         if transposed and len(shape) == 2:
             return shape[::-1]
         return shape[1:] if _is_row(name, shape) else shape
 
     def dtype(self, name: str) -> str:
-        return self._shard.dtype(self._places[name][0])
+        return self._shard.dtype(self._stored[name][0])
 
     def tensor(self, name: str) -> Any:
-        own, transposed = self._places[name]
+        own, transposed = self._stored[name]
         tensor = self._shard.tensor(own)
         if transposed and tensor.ndim == 2:
             return tensor.T
@@ -90,5 +91,5 @@ class RenamedShard:
 
 
 def _is_row(name: str, shape: tuple[int, ...]) -> bool:
-    """Whether this is a bias of TensorFlow's Conv1D, which is stored as a matrix of one row."""
+    """Whether this is the bias of TensorFlow's Conv1D, which is stored as (1, outputs)."""
     return name.endswith("bias") and len(shape) == 2 and shape[0] == 1

@@ -1,4 +1,4 @@
-"""What a user may say about where a model's files come from."""
+"""Download options shared by every `from_pretrained`."""
 
 import functools
 import logging
@@ -7,12 +7,12 @@ from dataclasses import dataclass, fields
 from pathlib import Path, PurePosixPath
 from typing import Any, Self
 
-# Arguments of other libraries that are not honoured, and what to do instead.
+# Arguments of transformers that are not supported, and what to use instead.
 _REFUSED = {
     "use_auth_token": "use token= instead",
     "proxies": "set the environment variables HTTPS_PROXY and HTTP_PROXY instead",
     "mirror": "set the environment variable HF_ENDPOINT instead",
-    "gguf_file": "GGUF files are not read; name a folder or model with safetensors",
+    "gguf_file": "GGUF files are not supported; use a folder or model with safetensors files",
 }
 
 
@@ -20,28 +20,27 @@ log = logging.getLogger("monoblock")
 
 
 def pop_remote_code(kwargs: MutableMapping[str, Any]) -> None:
-    """Take `trust_remote_code` out of `kwargs`, which is changed; True is told once what it does."""
+    """Remove `trust_remote_code` from `kwargs` (in place); True logs a warning once."""
     if kwargs.pop("trust_remote_code", None):
         warn_of_remote_code()
 
 
 @functools.cache
 def warn_of_remote_code() -> None:
-    """Say once what trust_remote_code=True does: nothing."""
+    """Warn once that trust_remote_code=True has no effect."""
     log.warning(
-        "trust_remote_code=True changes nothing: no code of a model's folder is ever run here; the options of its "
-        "makers' code work without it, or are refused by name"
+        "trust_remote_code=True has no effect: code in a model's folder is never run; the options of that code are "
+        "implemented here, or raise an error that names them"
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class HubOptions:
-    """Options of every `from_pretrained`.
+    """Download options of every `from_pretrained`.
 
-    All but `subfolder` speak of the hub: `revision` is a branch, a tag or a commit hash; `token` an access
-    token, True for the stored one, False for none, None for the stored one if there is one; `cache_dir` where
-    downloads are kept; `local_files_only` uses the cache alone; `force_download` fetches again what the cache
-    has.
+    `revision`: branch, tag or commit hash. `token`: access token; True for the stored one, False for none, None for the
+    stored one if there is one. `cache_dir`: the download cache. `local_files_only`: use only the cache.
+    `force_download`: download cached files again. `subfolder`: the folder of the model's files in the repository.
     """
 
     revision: str | None = None
@@ -60,10 +59,10 @@ class HubOptions:
 
     @classmethod
     def pop(cls, kwargs: MutableMapping[str, Any]) -> Self:
-        """Take the options out of `kwargs`, which is changed; arguments that cannot be honoured raise
-        `TypeError`.
+        """Remove the options from `kwargs` (in place); unsupported arguments of transformers raise `TypeError`.
 
-        `resume_download` is taken too and changes nothing: a cut download is always resumed. So is `trust_remote_code`.
+        `resume_download` and `trust_remote_code` are removed too and have no effect: downloads are always resumed, and
+        remote code is never run.
         """
         pop_remote_code(kwargs)
         for name, instead in _REFUSED.items():

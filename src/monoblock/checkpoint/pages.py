@@ -1,4 +1,4 @@
-"""Memory by pages, on Linux: tensors that lie apart in files, side by side without a copy."""
+"""Zero-copy concatenation of file ranges by memory mapping (Linux): separate ranges at consecutive addresses."""
 
 import ctypes
 import functools
@@ -10,14 +10,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-LEAST = 1 << 20  # bytes below which a copy is as quick
-_FIXED = 0x10  # MAP_FIXED, as on all of Linux's machines but a few that nobody runs this on
+MIN_BYTES = 1 << 20  # below this a copy is as fast
+_FIXED = 0x10  # MAP_FIXED on x86-64, AArch64 and most other Linux architectures
 _FAILED = ctypes.c_void_p(-1).value
 
 
 @dataclass(frozen=True)
 class FileRange:
-    """Bytes [begin, end) of an open file, by its descriptor."""
+    """Bytes [begin, end) of an open file; `file` is its descriptor."""
 
     file: int
     begin: int
@@ -26,7 +26,7 @@ class FileRange:
 
 @functools.cache
 def _libc() -> Any:
-    """The C library with the calls that are used here, or None where they are not Linux's."""
+    """The C library with `mmap` and `munmap`; None on systems other than Linux."""
     if sys.platform != "linux":
         return None
     libc = ctypes.CDLL(None, use_errno=True)
@@ -40,23 +40,23 @@ def _libc() -> Any:
     return libc
 
 
-def map_contiguous(pieces: Sequence[FileRange]) -> Any:
-    """The pieces one after the other as one buffer over the files' own pages, or None where they do not fit.
+def map_contiguous(ranges: Sequence[FileRange]) -> Any:
+    """The ranges as one contiguous buffer over the files' pages; None where alignment does not allow that.
 
-    They fit if each begins as many bytes into a page as the one before it ends: then pages of files can follow each
-    other in memory, and only the page that two pieces share is copied. None but the last may be less than a page. The
-    buffer may be written to; the files do not change. Its pages go back to the system with it.
+    Each range must begin at the page offset at which the one before it ends, and all but the last must span a page at
+    least. Then the files' pages are mapped at consecutive addresses, and only a page that two ranges share is copied.
+    The mapping is private: writes do not change the files. The pages are unmapped when the buffer is freed.
     """
-    page, total = mmap.PAGESIZE, sum(piece.end - piece.begin for piece in pieces)
-    libc, shift = _libc(), pieces[0].begin % mmap.PAGESIZE
+    page, total = mmap.PAGESIZE, sum(span.end - span.begin for span in ranges)
+    libc, shift = _libc(), ranges[0].begin % mmap.PAGESIZE
     starts: list[int] = []
     at = shift
-    for piece in pieces:
-        if piece.begin % page != at % page or (piece is not pieces[-1] and piece.end - piece.begin < page):
+    for span in ranges:
+        if span.begin % page != at % page or (span is not ranges[-1] and span.end - span.begin < page):
             return None
         starts.append(at)
-        at += piece.end - piece.begin
-    if libc is None or total < LEAST:
+        at += span.end - span.begin
+    if libc is None or total < MIN_BYTES:
         return None
     length = -(-at // page) * page
     access, private = mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE
@@ -65,14 +65,14 @@ def map_contiguous(pieces: Sequence[FileRange]) -> Any:
         return None
     buffer = (ctypes.c_char * total).from_address(base + shift)
     weakref.finalize(buffer, libc.munmap, base, length).atexit = False
-    for i, (piece, start) in enumerate(zip(pieces, starts, strict=True)):
+    for i, (span, start) in enumerate(zip(ranges, starts, strict=True)):
         inside = start % page
-        size = piece.end - piece.begin + inside
-        place = base + start - inside
-        if libc.mmap(place, size, access, private | _FIXED, piece.file, piece.begin - inside) != place:
+        size = span.end - span.begin + inside
+        address = base + start - inside
+        if libc.mmap(address, size, access, private | _FIXED, span.file, span.begin - inside) != address:
             return None
         if i and inside:
-            # The page began with the end of the piece before.
-            before = os.pread(pieces[i - 1].file, inside, pieces[i - 1].end - inside)
-            ctypes.memmove(place, before, inside)
+            # The first bytes of this page are the end of the previous range.
+            before = os.pread(ranges[i - 1].file, inside, ranges[i - 1].end - inside)
+            ctypes.memmove(address, before, inside)
     return buffer

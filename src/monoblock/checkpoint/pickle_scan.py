@@ -1,8 +1,8 @@
-"""What a PyTorch file says of its storages, read without unpickling it, and whether the file holds them.
+"""Check that a PyTorch file holds all of its storages, by scanning its pickle's opcodes without executing them.
 
-PyTorch maps a storage from where its record begins, as long as the pickle says: without these checks a record that is
-cut off or compressed gives whatever bytes lie there. Formats: a zip archive with `data.pkl` and a record for each
-storage (torch 1.6 and later), or pickles one after the other with the storages' bytes after them.
+PyTorch maps a storage from the start of its record with the length given in the pickle, so that a truncated or
+compressed record would give arbitrary bytes. Formats: a zip archive with `data.pkl` and one record per storage (torch
+1.6 and later), or consecutive pickles followed by the storages' bytes.
 """
 
 import io
@@ -16,12 +16,12 @@ from typing import Any, cast
 from monoblock.checkpoint.header import check_weight_file
 from monoblock.errors import CheckpointError
 
-MOST_PICKLE = 32 * 2**20  # bytes; a checkpoint of 1,000 tensors has 0.2 MB beside their numbers
-MOST_STEPS = 2_000_000  # opcodes; one of 1,000 tensors takes 40,000
+MAX_PICKLE = 32 * 2**20  # bytes; the pickle of a checkpoint of 1,000 tensors has 0.2 MB
+MAX_OPCODES = 2_000_000  # a checkpoint of 1,000 tensors has 40,000
 _LOCAL_HEADER, _DESCRIPTOR = (
     30,
     24,
-)  # bytes of a zip record's own header, and at most of what follows its data
+)  # bytes of a zip record's local header, and the maximum of its data descriptor
 
 _ITEM_BYTES = {
     **dict.fromkeys(("DoubleStorage", "LongStorage", "ComplexFloatStorage"), 8),
@@ -35,44 +35,44 @@ _ITEM_BYTES = {
 
 @dataclass(frozen=True)
 class _Global:
-    """A class or function that a pickle names."""
+    """A class or function named in a pickle."""
 
     name: str
 
 
 class _Mark:
-    """Where a list of items begins on the stack."""
+    """The MARK object on the pickle machine's stack."""
 
 
 class _Other:
-    """A value that does not matter here."""
+    """Any value that is irrelevant to storages."""
 
 
 _MARK, _OTHER = _Mark(), _Other()
 
 
 def check_storages(path: Path) -> None:
-    """CheckpointError unless the file holds every storage that it speaks of, whole and as it is.
+    """CheckpointError unless the file holds every storage it refers to, complete and uncompressed.
 
-    ValueError: it is no such file, and PyTorch will say why.
+    ValueError: it is no PyTorch file; `torch.load` gives the better error message.
     """
     size = check_weight_file(path)
     if is_archive(path):
         _check_archive(path)
         return
     with path.open("rb") as file:
-        stream = io.BytesIO(file.read(MOST_PICKLE))
+        stream = io.BytesIO(file.read(MAX_PICKLE))
     needed: dict[str, int] = {}
-    for _ in range(4):  # a magic number, the version, the machine, and the content
+    for _ in range(4):  # magic number, protocol version, system information, content
         needed |= dict(_storages(stream, size))
     if sum(needed.values()) > size:
         raise CheckpointError(
-            f"{path} is cut off: its storages need {sum(needed.values()):,} bytes of {size:,}, fetch it again"
+            f"{path} is truncated: its storages need {sum(needed.values()):,} bytes, it has {size:,}; fetch it again"
         )
 
 
 def is_archive(path: Path) -> bool:
-    """Whether a file is a zip archive, be it a damaged one. OSError: it cannot be read."""
+    """Whether a file is a zip archive, damaged or not. OSError: it cannot be read."""
     try:
         return zipfile.is_zipfile(path)
     except zipfile.BadZipFile:
@@ -84,7 +84,7 @@ def _check_archive(path: Path) -> None:
         with zipfile.ZipFile(path) as archive, path.open("rb") as file:
             records = _records(path, archive, file)
             pickles = [name for name in records if name.rpartition("/")[2] == "data.pkl"]
-            if len(pickles) != 1 or records[pickles[0]] > MOST_PICKLE:
+            if len(pickles) != 1 or records[pickles[0]] > MAX_PICKLE:
                 raise ValueError("it has no data.pkl, or more than one, or too large a one")
             content = archive.read(pickles[0])
     except (zipfile.BadZipFile, NotImplementedError, OSError, EOFError, RuntimeError) as error:
@@ -93,21 +93,21 @@ def _check_archive(path: Path) -> None:
     for key, count in _storages(io.BytesIO(content), path.stat().st_size):
         stored = records.get(f"{folder}data/{key}")
         if stored != count:
-            found = "is not there" if stored is None else f"has {stored:,}"
+            found = "is missing" if stored is None else f"has {stored:,}"
             raise CheckpointError(
                 f"{path} is damaged: the storage {key!r} needs {count:,} bytes and {found}; fetch it again"
             )
 
 
 def _records(path: Path, archive: zipfile.ZipFile, file: Any) -> dict[str, int]:
-    """The archive's records and their bytes; none may be compressed, or reach into the next."""
+    """Record name -> size. CheckpointError if a record is compressed or overlaps the next one."""
     infos = sorted(archive.infolist(), key=lambda info: info.header_offset)
     ends = [info.header_offset for info in infos[1:]] + [archive.start_dir]
     records: dict[str, int] = {}
     for info, end in zip(infos, ends, strict=True):
         if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
             raise CheckpointError(
-                f"{path} is refused: its record {info.filename} is compressed or encrypted, which PyTorch's never are"
+                f"{path} is refused: its record {info.filename} is compressed or encrypted, as PyTorch never writes it"
             )
         file.seek(info.header_offset)
         head = file.read(_LOCAL_HEADER)
@@ -115,19 +115,23 @@ def _records(path: Path, archive: zipfile.ZipFile, file: Any) -> dict[str, int]:
         begin += int.from_bytes(head[26:28], "little") + int.from_bytes(head[28:30], "little")
         whole = info.file_size == info.compress_size and info.filename not in records
         if not whole or not 0 <= end - (begin + info.file_size) <= _DESCRIPTOR:
-            raise CheckpointError(f"{path} is damaged: its record {info.filename} is cut off; fetch it again")
+            raise CheckpointError(
+                f"{path} is damaged: its record {info.filename} is truncated; fetch it again"
+            )
         records[info.filename] = info.file_size
     return records
 
 
 def _storages(stream: io.BytesIO, size: int) -> Iterator[tuple[str, int]]:
-    """Keys and bytes of the storages that the next pickle of a file of `size` bytes names; ValueError: it is none."""
+    """Keys and sizes of the storages in the next pickle of a file of `size` bytes; ValueError: it is no pickle."""
     stack: list[Any] = []
     memo: dict[Any, Any] = {}
     try:
         for step, (op, arg, _) in enumerate(pickletools.genops(stream)):
-            if step > MOST_STEPS:
-                raise CheckpointError("its pickle never ends, or holds far more than tensors: it is refused")
+            if step > MAX_OPCODES:
+                raise CheckpointError(
+                    f"its pickle has over {MAX_OPCODES:,} opcodes, more than any checkpoint"
+                )
             if op.name in ("PUT", "BINPUT", "LONG_BINPUT"):
                 memo[arg] = stack[-1]
             elif op.name == "MEMOIZE":
@@ -148,7 +152,7 @@ def _storages(stream: io.BytesIO, size: int) -> Iterator[tuple[str, int]]:
 
 
 def _popped(stack: list[Any], op: Any) -> list[Any]:
-    """Take what an opcode takes off the stack, but for a mark."""
+    """Pop the operands of an opcode from the stack, without the mark."""
     before = list(op.stack_before)
     if pickletools.markobject not in before:
         cut = len(stack) - len(before)
@@ -167,7 +171,7 @@ def _popped(stack: list[Any], op: Any) -> list[Any]:
 
 
 def _pushed(op: Any, arg: Any, items: list[Any]) -> list[Any]:
-    """What an opcode puts on the stack."""
+    """The values that an opcode pushes."""
     if op.name in ("EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"):
         return [tuple(items)]
     if op.name == "GLOBAL":
@@ -182,19 +186,19 @@ def _pushed(op: Any, arg: Any, items: list[Any]) -> list[Any]:
 
 
 def _storage(given: Any) -> tuple[str, int]:
-    """The key and the bytes of a persistent id: ("storage", class, key, device, elements, ...)."""
+    """The key and the size in bytes of a persistent id: ("storage", class, key, device, elements, ...)."""
     values = cast("tuple[Any, ...]", given)
     if not isinstance(given, tuple) or len(values) < 5 or values[0] != "storage":
-        raise ValueError("it refers to something that is no storage")
+        raise ValueError("it has a persistent id that is no storage")
     kind, key, count = values[1], values[2], values[4]
     name = kind.name.rpartition(".")[2] if isinstance(kind, _Global) else ""
     if name not in _ITEM_BYTES or not isinstance(key, str) or type(count) is not int or count < 0:
-        raise ValueError(f"it has a storage of the kind {name!r}")
+        raise ValueError(f"it has a storage of unknown type {name!r}")
     return key, count * _ITEM_BYTES[name]
 
 
 def _check_call(items: list[Any], size: int) -> None:
-    """ValueError for a call whose arguments say how much memory it takes."""
+    """ValueError for a call that allocates more memory than the file has bytes (`bytearray(n)`)."""
     function, arguments = items
     if (
         isinstance(function, _Global)
@@ -203,4 +207,4 @@ def _check_call(items: list[Any], size: int) -> None:
     ):
         values = cast("tuple[Any, ...]", arguments)
         if any(isinstance(value, int) and value > size for value in values):
-            raise ValueError("it makes up memory that the file does not hold")
+            raise ValueError("it allocates more memory than the file holds")

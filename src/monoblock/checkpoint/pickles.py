@@ -1,4 +1,4 @@
-"""PyTorch's pickled files, read without running anything that they ask for."""
+"""Read PyTorch's pickled files without executing code from them."""
 
 import pickle
 import re
@@ -12,14 +12,14 @@ from monoblock.checkpoint.pickle_scan import check_storages, is_archive
 from monoblock.errors import CheckpointError
 from monoblock.field_types import brief
 
-# How `torch.load` names what a pickle wants to call.
+# How errors of `torch.load` name a global that a pickle refers to.
 _FOREIGN = re.compile(r"GLOBAL ([\w.]+)")
 
-_MOST_ENTRIES = 1_000_000  # of nested dicts
+_MAX_ENTRIES = 1_000_000  # of nested dicts
 
 
 class StandIn:
-    """What a training checkpoint's foreign objects become: it holds nothing and does nothing."""
+    """An inert replacement for the foreign objects of training checkpoints."""
 
     def __init__(self, *_: object, **__: object) -> None: ...
 
@@ -27,12 +27,11 @@ class StandIn:
 
 
 def unpickled(path: Path, *, stand_ins: bool = False) -> object:
-    """A pickled file's content; mapped into memory if it is of the zip kind (torch 1.6 and later), else read whole.
+    """The content of a pickled file: memory-mapped if it is a zip archive (torch 1.6 and later), else read into memory.
 
-    Only tensors and plain containers are made (`weights_only=True`). A file that holds anything else is refused,
-    or, with `stand_ins`, each foreign class or function in it is replaced by `StandIn`: no foreign code is
-    imported or called either way. `CheckpointError` says what is wrong with the file; a storage that is cut off or
-    compressed is one such thing.
+    Only tensors and plain containers are created (`weights_only=True`). A file with other objects is refused, unless
+    `stand_ins` replaces each foreign class or function by `StandIn`; in either case no foreign code is imported or
+    called. `CheckpointError`: the file is damaged, refused, or has truncated or compressed storages.
     """
     torch = import_torch(f"reading {path.name}")
     check_weight_file(path)
@@ -43,7 +42,7 @@ def unpickled(path: Path, *, stand_ins: bool = False) -> object:
     except CheckpointError:
         raise
     except ValueError as error:
-        unsure = error  # PyTorch mostly says better what is wrong
+        unsure = error  # raised below if torch.load, whose errors are better, does not fail
     try:
         names: list[str] = (
             torch.serialization.get_unsafe_globals_in_checkpoint(path) if stand_ins and zipped else []
@@ -54,10 +53,10 @@ def unpickled(path: Path, *, stand_ins: bool = False) -> object:
         foreign = _FOREIGN.search(str(error)) if isinstance(error, pickle.UnpicklingError) else None
         if foreign:
             raise CheckpointError(
-                f"{path} is refused: it holds code or foreign objects ({foreign[1]}), not just tensors; "
-                "ask its maker for safetensors, or fetch it again if it may be damaged"
+                f"{path} is refused: it holds code or foreign objects ({foreign[1]}), not only tensors; "
+                "use a safetensors version of it, or fetch it again if it may be damaged"
             ) from error
-        # the last line that is no link: torch puts advice before its reason
+        # the last line without a link: torch puts advice first
         lines = [line for line in str(error).splitlines() if line.strip() and "torch.load" not in line]
         reason = lines[-1].strip() if lines else type(error).__name__
         raise CheckpointError(
@@ -69,10 +68,9 @@ def unpickled(path: Path, *, stand_ins: bool = False) -> object:
 
 
 def plain_tensor(name: str, value: Any, path: Path) -> Any:
-    """A tensor of a pickle as a plain one, without gradients, over the same memory.
+    """A tensor of a pickle, detached, over the same memory.
 
-    `CheckpointError`: it has no numbers of its own in the file (meta, sparse, quantised, or one number that stands for
-    many).
+    `CheckpointError`: the file does not store all of its elements (meta, sparse, quantised or expanded tensors).
     """
     torch = import_torch(f"reading {path.name}")
     dense = isinstance(value, torch.Tensor) and value.layout is torch.strided and not value.is_quantized
@@ -81,19 +79,19 @@ def plain_tensor(name: str, value: Any, path: Path) -> Any:
     if value.numel() * value.element_size() > value.untyped_storage().nbytes():
         raise CheckpointError(
             f"{path}: {brief(name)} of {list(value.shape)} needs more than the {value.untyped_storage().nbytes():,} "
-            "bytes that are stored for it"
+            "bytes stored for it"
         )
     return value.detach()
 
 
 def flat_tensors(content: object, path: Path) -> dict[str, Any]:
-    """The tensors of nested dicts, by their keys joined with dots; `CheckpointError` if anything else is there."""
+    """The tensors of nested dicts, by keys joined with dots; `CheckpointError` for any other value except None."""
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{path} holds a {type(content).__name__}; expected a dict of tensors")
     torch = import_torch(f"reading {path.name}")
     found: dict[str, Any] = {}
     rest: list[tuple[str, object]] = [("", content)]
-    for _ in range(_MOST_ENTRIES):
+    for _ in range(_MAX_ENTRIES):
         if not rest:
             return found
         name, value = rest.pop()
@@ -106,4 +104,4 @@ def flat_tensors(content: object, path: Path) -> dict[str, Any]:
             raise CheckpointError(
                 f"{path}: entry {brief(name)} is a {type(value).__name__}; expected tensors only"
             )
-    raise CheckpointError(f"{path} holds over {_MOST_ENTRIES:,} entries, or itself: it is no model's")
+    raise CheckpointError(f"{path} holds over {_MAX_ENTRIES:,} entries, or refers to itself")

@@ -1,8 +1,8 @@
-"""Packed weights in a checkpoint's files: where the hub has a matrix `X.weight`, there are `X.weight.codes`,
-for 8 and 4 bits `X.weight.scale` and for 4 bits `X.weight.low`, of its rows.
+"""Quantised weights in checkpoint files: a matrix `X.weight` is stored as `X.weight.codes`, with `X.weight.scale` for 8
+and 4 bits and `X.weight.low` (the groups' minima) for 4 bits.
 
-So that the families' key maps hold for them as they are, a matrix's tensors of one kind are looked at by the name
-of the matrix. All are rows of outputs: what a map stores transposed is not, when it is packed.
+Each component is presented under the name of its matrix, so that the families' key maps apply unchanged. Rows are
+always outputs: a quantised matrix is never stored transposed.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _ENDINGS = tuple(f".weight.{component}" for component in COMPONENTS)
 
 
 def component(tensors: Tensors, name: str) -> RenamedTensors:
-    """The tensors of one kind ("codes", "scale", "low"), by the names of their matrices."""
+    """The tensors of one component ("codes", "scale", "low"), by the names of their matrices."""
     ending = f".weight.{name}"
     return RenamedTensors(
         tensors, {key.removesuffix(f".{name}"): key for key in tensors if key.endswith(ending)}
@@ -28,28 +28,28 @@ def component(tensors: Tensors, name: str) -> RenamedTensors:
 
 
 def plain(tensors: Tensors) -> Tensors:
-    """All other tensors."""
+    """All tensors that are no component of a quantised matrix."""
     if not is_quantized(tensors):
         return tensors
     return RenamedTensors(tensors, {key: key for key in tensors if not key.endswith(_ENDINGS)})
 
 
 def is_quantized(names: Iterable[str]) -> bool:
-    """Whether any of these tensors is component of a packed matrix."""
+    """Whether any of these names is a component of a quantised matrix."""
     return any(name.endswith(_ENDINGS) for name in names)
 
 
 def refuse(tensors: Tensors) -> None:
-    """CheckpointError if there are packed matrices, for what reads plain ones only."""
+    """CheckpointError if there are quantised matrices, for readers that do not support them."""
     if (found := next((name for name in tensors if name.endswith(_ENDINGS)), None)) is not None:
         raise CheckpointError(
-            f"{tensors.path(found).name} holds packed weights ({found}), which only the PyTorch classes read: load the "
-            "folder with one of those, call its dequantize(), and save that"
+            f"{tensors.path(found).name} holds quantised weights ({found}), which only the PyTorch classes read: load "
+            "the folder with one of them, call dequantize(), and save the result"
         )
 
 
 def by_rows(keymap: KeyMap) -> KeyMap:
-    """The map of packed matrices' rows, of the map of the matrices."""
+    """The key map for quantised matrices: as `keymap`, without transposes."""
     heads = {kind: _by_rows(rows) for kind, rows in keymap.heads.items()}
     return replace(keymap, rows=_by_rows(keymap.rows), heads=heads)
 
@@ -65,13 +65,13 @@ def _row_op(op: Op) -> Op:
 
 
 def split_state(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    """A state dict by the hub's names: its plain tensors, and those of packed matrices, kind -> matrix -> tensor."""
-    parts: dict[str, dict[str, Any]] = {name: {} for name in COMPONENTS}
+    """A state dict as its plain tensors, and its quantised matrices as component -> matrix -> tensor."""
+    found: dict[str, dict[str, Any]] = {name: {} for name in COMPONENTS}
     rest: dict[str, Any] = {}
     for key, tensor in state.items():
         matrix, _, kind = key.rpartition(".")
         if key.endswith(_ENDINGS):
-            parts[kind][matrix] = tensor
+            found[kind][matrix] = tensor
         else:
             rest[key] = tensor
-    return rest, parts
+    return rest, found

@@ -1,8 +1,7 @@
-"""Files of a model on the hub, through huggingface_hub and its cache, with errors that say what to do.
+"""Download a model's files from the hub through huggingface_hub and its cache, with actionable errors.
 
-huggingface_hub retries an unreachable server for minutes before it gives up; here a short look at the file's
-metadata comes first, so that a missing network or a wrong name is told within seconds, and a cached file is
-used instead.
+huggingface_hub retries an unreachable server for minutes. Here the file's metadata is requested first, with a short
+timeout, so that a missing network or a wrong name is reported within seconds, and a cached file is used instead.
 """
 
 import importlib
@@ -25,19 +24,19 @@ from monoblock.errors import HubError
 _log = logging.getLogger("monoblock")
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-_ON = {"1", "ON", "YES", "TRUE"}  # huggingface_hub's spellings of a switch that is on
-_DOWNLOADS = 3  # times a download is started whose breaks huggingface_hub does not mend itself
-_PAUSE = 1.0  # seconds before another try
-_PARALLEL = 4  # files fetched at once: enough to fill a line, few enough progress bars to read
+_ON = {"1", "ON", "YES", "TRUE"}  # values that huggingface_hub takes for true
+_DOWNLOADS = 3  # attempts after connection failures that huggingface_hub does not retry
+_PAUSE = 1.0  # seconds between attempts
+_PARALLEL = 4  # concurrent downloads: enough to saturate a connection, few enough progress bars to read
 
-# Failures that say nothing about the model: another try may do.
+# Transient failures, which are retried.
 _PASSING = {"TimeoutException", "NetworkError", "RemoteProtocolError"}
-_BROKEN = {"ReadError", "RemoteProtocolError"}  # a TCP reset, an answer that ends too early
+_BROKEN = {"ReadError", "RemoteProtocolError"}  # a TCP reset, a truncated response
 _PASSING_STATUS = {408, 500, 502, 503, 504}
 
 
 class Remote:
-    """The files of one model on the hub. The first file that is found fixes the commit of all that follow."""
+    """The files of one hub repository. The first file found pins the commit of all later ones."""
 
     def __init__(self, repo: str, options: HubOptions):
         self._repo = repo
@@ -48,10 +47,10 @@ class Remote:
         self._endpoint = (os.environ.get("HF_ENDPOINT") or self._constants.ENDPOINT).rstrip("/")
         self._cache = Path(options.cache_dir or self._constants.HF_HUB_CACHE).expanduser()
         self._home = self._cache / f"models--{repo.replace('/', '--')}"  # huggingface_hub's layout
-        self._offline = options.local_files_only or self._switched_off()
+        self._offline = options.local_files_only or self._offline_mode()
         if self._offline and options.force_download:
             raise HubError(
-                "force_download=True needs the network, but offline mode is on: switch one of them off"
+                "force_download=True needs the network, but offline mode is on: turn one of them off"
             )
 
     def __str__(self) -> str:
@@ -60,9 +59,9 @@ class Remote:
         return f"'{self._repo}' on {self._endpoint} (revision '{self._revision}')"
 
     def get(self, filename: str) -> Path | None:
-        """The local path of a file, fetched if need be; None if the model has no such file.
+        """The local path of a file, downloaded if necessary; None if the repository has no such file.
 
-        `HubError`: whether there is one cannot be found out, or it cannot be had.
+        `HubError`: this cannot be determined, or the download failed.
         """
         name = str(PurePosixPath(self._options.subfolder, filename))
         with self._explained(name):
@@ -72,7 +71,7 @@ class Remote:
         return path
 
     def get_all(self, filenames: Sequence[str]) -> list[Path | None]:
-        """`get` for many files, several at once; the first failure or Ctrl-C stops the rest."""
+        """`get` for several files in parallel; the first failure or Ctrl-C stops the others."""
         names = [str(PurePosixPath(self._options.subfolder, filename)) for filename in filenames]
         if self._offline:
             return [self.get(filename) for filename in filenames]
@@ -95,7 +94,7 @@ class Remote:
         return [job.result() for job in jobs]
 
     def names(self) -> list[str]:
-        """The files there, as far as they can be listed."""
+        """The names of the files, as far as they can be listed."""
         if self._offline:
             folder = self._snapshot()
             return (
@@ -103,15 +102,15 @@ class Remote:
                 if folder
                 else []
             )
-        with suppress(Exception):  # only ever part of an error that is about something else
+        with suppress(Exception):  # used only in messages of other errors
             api = self._hub.HfApi(endpoint=self._endpoint, token=self._options.token)
             timeout = self._constants.HF_HUB_ETAG_TIMEOUT
             files: list[Any] = api.model_info(self._repo, revision=self._revision, timeout=timeout).siblings
             return sorted(str(file.rfilename) for file in files)
         return []
 
-    def _switched_off(self) -> bool:
-        # The environment is read again: huggingface_hub read it when it was imported, maybe by someone else.
+    def _offline_mode(self) -> bool:
+        # Read the environment again: huggingface_hub read it when it was first imported.
         values = (os.environ.get("HF_HUB_OFFLINE"), os.environ.get("TRANSFORMERS_OFFLINE"))
         return bool(self._constants.HF_HUB_OFFLINE) or any((v or "").upper() in _ON for v in values)
 
@@ -126,14 +125,14 @@ class Remote:
             raise explain(error, **facts, endpoint=self._endpoint, cache=self._cache) from error
 
     def _from_cache(self, name: str) -> tuple[Path | None, bool]:
-        """A file's path in the cache, and whether the cache knows that the model has no such file."""
+        """A file's path in the cache, and whether the cache records that the repository has no such file."""
         found = self._hub.try_to_load_from_cache(
             self._repo, name, cache_dir=self._cache, revision=self._revision
         )
         return (Path(found), False) if isinstance(found, str) else (None, found is not None)
 
     def _snapshot(self) -> Path | None:
-        """The folder of the cache that holds this revision, if any of it is there."""
+        """The cache folder of this revision, if it exists."""
         ref = self._home / "refs" / self._revision
         folder = self._home / "snapshots" / (ref.read_text().strip() if ref.is_file() else self._revision)
         return folder if folder.is_dir() else None
@@ -151,9 +150,9 @@ class Remote:
         path, known_absent = self._from_cache(name)
         fresh = self._options.force_download
         if path is not None and not fresh and _COMMIT.fullmatch(self._revision):
-            return path  # a commit's files never change
+            return path  # files of a commit are immutable
         try:
-            commit = self._look(name)
+            commit = self._remote_commit(name)
         except Exception as error:
             kinds = names_of(error)
             if "RemoteEntryNotFoundError" in kinds:
@@ -162,17 +161,17 @@ class Remote:
             if fresh or "RevisionNotFoundError" in kinds or (path is None and not known_absent):
                 raise
             _log.warning(
-                "%s cannot be asked about '%s' (%s): using the cache", self._endpoint, self._repo, error
+                "%s did not answer for '%s' (%s): using the cache", self._endpoint, self._repo, error
             )
             return path
         if path is not None and not fresh and _commit(path, name) == commit:
             return path
         return self._download(name, bar)
 
-    def _look(self, name: str) -> str:
-        """The commit that the server has for a file."""
+    def _remote_commit(self, name: str) -> str:
+        """The commit of a file on the server."""
         url = self._hub.hf_hub_url(self._repo, name, revision=self._revision, endpoint=self._endpoint)
-        ask = partial(
+        request = partial(
             self._hub.get_hf_file_metadata,
             url,
             token=self._options.token,
@@ -180,18 +179,18 @@ class Remote:
             endpoint=self._endpoint,
         )
         try:
-            seen = ask()
+            found = request()
         except Exception as error:
             if not (names_of(error) & _PASSING or status_of(error) in _PASSING_STATUS):
                 raise
             time.sleep(_PAUSE)
-            seen = ask()
-        if not seen.commit_hash or not seen.etag:
+            found = request()
+        if not found.commit_hash or not found.etag:
             raise HubError(
-                f"{self._endpoint} does not answer like a model hub (no commit or ETag for {name} of "
+                f"{self._endpoint} does not respond like a model hub (no commit or ETag for {name} of "
                 f"'{self._repo}'): check HF_ENDPOINT and proxy settings"
             )
-        return seen.commit_hash
+        return found.commit_hash
 
     def _download(self, name: str, bar: Any) -> Path:
         for _ in range(_DOWNLOADS - 1):
@@ -200,7 +199,9 @@ class Remote:
             except Exception as error:
                 if not names_of(error) & _BROKEN:
                     raise
-                _log.warning("the connection broke during %s of '%s': trying again", name, self._repo)
+                _log.warning(
+                    "the connection was lost during the download of %s of '%s': retrying", name, self._repo
+                )
             time.sleep(_PAUSE)
         return self._download_once(name, bar)
 
@@ -220,16 +221,16 @@ class Remote:
         )
 
     def _note_absence(self, name: str, error: Any) -> None:
-        """Tell the cache, in huggingface_hub's own way, that this commit has no such file."""
+        """Record in the cache, in huggingface_hub's format, that this commit has no such file."""
         commit = error.response.headers.get("X-Repo-Commit")
         if commit and _COMMIT.fullmatch(commit):
             note = self._home / ".no_exist" / commit / name
-            with suppress(OSError):  # a cache that is read-only still serves
+            with suppress(OSError):  # the cache may be read-only
                 note.parent.mkdir(parents=True, exist_ok=True)
                 note.touch()
 
     def _stoppable_bar(self, stop: threading.Event) -> Any:
-        """huggingface_hub's progress bar, which ends its download soon after `stop` is set."""
+        """huggingface_hub's progress bar, which aborts its download after `stop` is set."""
         base: Any = importlib.import_module("huggingface_hub.utils").tqdm
 
         def update(bar: Any, n: float | None = 1) -> Any:
@@ -241,5 +242,5 @@ class Remote:
 
 
 def _commit(path: Path, name: str) -> str:
-    """The commit in a path of the cache, `.../snapshots/<commit>/<name>`."""
+    """The commit in a cache path `.../snapshots/<commit>/<name>`."""
     return path.parents[len(PurePosixPath(name).parts) - 1].name

@@ -1,7 +1,6 @@
-"""Failures of huggingface_hub as one sentence each: what failed, why, what to do.
+"""Error messages for failures of huggingface_hub: what failed, why, and what to do.
 
-Errors are told apart by the names of their classes: the HTTP library under huggingface_hub changed between
-its versions, the names did not.
+Errors are identified by their class names, which stayed the same when huggingface_hub changed its HTTP library.
 """
 
 import errno
@@ -12,26 +11,26 @@ from monoblock.errors import HubError
 
 _ACCESS = "give a token that may read it (token=..., HF_TOKEN or `hf auth login`)"
 _OUTAGE = "check the connection and HF_ENDPOINT, or use a local folder"
-_BROKE = f"the connection to {{endpoint}} broke during {{file}} of '{{repo}}' ({{reason}}): {_OUTAGE}"
+_BROKE = f"the connection to {{endpoint}} was lost while downloading {{file}} of '{{repo}}' ({{reason}}): {_OUTAGE}"
 _UNFIT = "{file} of '{repo}' does not fit into {cache}; make room or set cache_dir="
-_UNKEPT = "{file} of '{repo}' cannot be kept there; set cache_dir= to another folder"
+_UNKEPT = "{file} of '{repo}' cannot be stored there; set cache_dir= to another folder"
 
-# The first class that an error has decides. {reason} is the error's own first line.
+# The first entry that matches one of the error's classes is used. {reason} is the first line of its message.
 _BY_CLASS = {
     "GatedRepoError": f"'{{repo}}' is gated: accept its terms at {{endpoint}}/{{repo}}, then {_ACCESS}",
     "DisabledRepoError": "'{repo}' has been disabled on {endpoint}: use another model",
     "RepositoryNotFoundError": (
-        "'{repo}' is neither a folder here nor a model that {endpoint} shows: check the name, or, "
+        "'{repo}' is neither a local folder nor a model on {endpoint}: check the name, or, "
         f"if it is private, {_ACCESS}"
     ),
     "RevisionNotFoundError": (
         "'{repo}' has no revision '{revision}': name one of its branches, tags or commit hashes"
     ),
-    "HFValidationError": "'{repo}' is neither a folder here nor a possible name on the hub ({reason})",
+    "HFValidationError": "'{repo}' is neither a local folder nor a valid name on the hub ({reason})",
     "LocalTokenNotFoundError": (
         "token=True, but no token is stored: run `hf auth login` or pass the token itself"
     ),
-    "ProxyError": "the proxy refused the way to {endpoint} ({reason}): check HTTPS_PROXY and HTTP_PROXY",
+    "ProxyError": "the proxy refused the connection to {endpoint} ({reason}): check HTTPS_PROXY and HTTP_PROXY",
     "TimeoutException": (
         "{endpoint} did not answer in time about {file} of '{repo}': try again later, or raise "
         "HF_HUB_ETAG_TIMEOUT and HF_HUB_DOWNLOAD_TIMEOUT (seconds)"
@@ -54,18 +53,18 @@ _BY_ERRNO = {
 
 
 def names_of(error: BaseException) -> set[str]:
-    """The names of an error's classes."""
+    """The names of an error's class and its bases."""
     return {kind.__name__ for kind in type(error).__mro__}
 
 
 def status_of(error: BaseException) -> int | None:
-    """The HTTP status behind an error, if there is one."""
+    """The HTTP status of an error's response, if it has one."""
     status: Any = getattr(getattr(error, "response", None), "status_code", None)
     return status if isinstance(status, int) else None
 
 
 def explain(error: Exception, **facts: object) -> HubError:
-    """The sentence for an error; `facts` are repo, revision, file, endpoint and cache."""
+    """A HubError that explains `error`; `facts` are repo, revision, file, endpoint and cache."""
     reason = str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
     return HubError(_template(error).format(reason=reason, status=status_of(error), **facts))
 
@@ -82,7 +81,5 @@ def _template(error: Exception) -> str:
     if isinstance(error, OSError) and error.errno in _BY_ERRNO:
         return _BY_ERRNO[error.errno]
     if isinstance(error, OSError) and error.errno is not None:
-        return (
-            f"{{file}} of '{{repo}}' cannot be kept in {{cache}} ({os.strerror(error.errno)}): set cache_dir="
-        )
+        return f"{{file}} of '{{repo}}' cannot be stored in {{cache}} ({os.strerror(error.errno)}): set cache_dir="
     return "{file} of '{repo}' could not be fetched from {endpoint} ({reason}): try again"

@@ -1,4 +1,4 @@
-"""Writing safetensors checkpoints: one file or shards with an index, whole or not at all."""
+"""Write safetensors checkpoints atomically: one file, or shards with an index."""
 
 import json
 import re
@@ -18,7 +18,7 @@ from monoblock.errors import CheckpointError
 
 SINGLE = "model.safetensors"
 
-# Weight files of an earlier save, which would speak against the new ones. Variants and other files stay.
+# Weight files of an earlier save, which would conflict with the new ones. Variants and other files stay.
 _STALE = re.compile(
     r"(model(-\d{5}-of-\d{5})?\.safetensors|pytorch_model(-\d{5}-of-\d{5})?\.bin)(\.index\.json)?"
 )
@@ -27,7 +27,7 @@ _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _BINARY_UNITS = {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]i?)?b", re.IGNORECASE)
 
-_CHUNK = 64 * 2**20  # bytes handed to the disk at once
+_CHUNK = 64 * 2**20  # bytes per write
 
 
 def parse_size(size: int | str) -> int:
@@ -48,7 +48,7 @@ def parse_size(size: int | str) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class LazyTensor:
-    """A tensor that is made when it is written, and whose dtype (the hub's name) and shape are known before."""
+    """A tensor computed when it is written; its dtype (safetensors name) and shape are known in advance."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -65,7 +65,7 @@ class _Shard:
 
 
 def _plan(tensors: Mapping[str, Description], limit: int) -> list[_Shard]:
-    """Fill shards in the tensors' order, as the hub's libraries do; a tensor beyond the limit goes alone."""
+    """Fill shards in the order of the tensors, as huggingface_hub does; a tensor above the limit gets its own shard."""
     full: list[_Shard] = []
     filling = _Shard()
     for name, tensor in tensors.items():
@@ -88,34 +88,33 @@ def save_tensors(
     framework: Framework,
     max_shard_size: int | str = "50GB",
     metadata: Mapping[str, str] | None = None,
-    beside: Mapping[str, str] | None = None,
+    extra_files: Mapping[str, str] | None = None,
     variant: str | None = None,
 ) -> list[Path]:
-    """Write `tensors` under the hub's file names; returns the files, the index last if there is one.
+    """Write `tensors` to model.safetensors, or to shards and their index; returns the files, the index last.
 
-    A value is a tensor (torch for "pt", NumPy for "np"), or a function of no arguments that makes it; such a
-    function is called twice (a `LazyTensor` once) and its tensor is dropped at once, so no more than one made tensor
-    exists at a time. Memory beyond the tensors given is one tensor at most: none for what lies contiguous on the CPU.
+    A value is a tensor (torch for "pt", NumPy for "np"), a `LazyTensor`, or a function without arguments that returns
+    the tensor. Such a function is called twice (a `LazyTensor` once), and one such tensor exists at a time. At most one
+    tensor is copied at a time; contiguous CPU tensors are not copied.
 
-    Tensors that are the same memory (tied weights) are written once, under the first of their names; the
-    file's metadata maps the other names to it. `metadata` defaults to `{"format": "pt"}`, which transformers
-    asks for.
+    Tensors that share memory (tied weights) are written once, under the first name; the file's metadata maps the other
+    names to it. `metadata` defaults to `{"format": "pt"}`, which transformers requires.
 
-    `beside`: further files of the checkpoint, name -> text (config.json), put in place together with the weights.
-    `variant`: "fp16" names the file model.fp16.safetensors, beside which files of other variants stay.
-    `folder` may be a `Staging` of the caller's, who adds other files and commits it.
+    `extra_files`: further files to commit with the weights, file name -> text (config.json). `variant`: "fp16" writes
+    model.fp16.safetensors and keeps the files of other variants. `folder` may be a `Staging`, to which the caller adds
+    files and which it commits.
 
-    It is one transaction (`transaction.py`): the folder holds all of the new files or all of an earlier save's, and
-    weight files of that which are not part of this one go. Shards and their index have an id of the save, so that a
-    mixture that another program made is told. `CheckpointError`: the folder cannot be written, the disk is full, a
-    value is no tensor or has a dtype that the format lacks. `ValueError`: `max_shard_size` makes no sense.
+    The save is one transaction (`transaction.py`): the folder holds all the new files or all the old ones, and weight
+    files of an earlier save are removed. Shards and their index carry an id of the save, by which a later mixture of
+    files is detected. `CheckpointError`: the folder cannot be written, the disk is full, or a value is no tensor or has
+    a dtype that safetensors lacks. `ValueError`: invalid `max_shard_size` or `variant`.
     """
     notes = _checked(metadata if metadata is not None else {"format": "pt"})
-    side = adapter(framework)
-    described, ties = _describe(side, tensors)
+    arrays = adapter(framework)
+    described, ties = _describe(arrays, tensors)
 
     def write(file: BinaryIO, part: Mapping[str, Description], more: Mapping[str, str]) -> None:
-        _write(file, side, tensors, part, {**ties, **notes, **more})
+        _write(file, arrays, tensors, part, {**ties, **notes, **more})
 
     if variant is not None and not re.fullmatch(r"[\w-]+", variant):
         raise ValueError(f"variant={variant!r}: expected letters and digits, such as 'fp16'")
@@ -128,7 +127,7 @@ def save_tensors(
         index=f"{SINGLE}.index.json" if variant is None else f"{SINGLE}.index.{variant}.json",
         stale=_STALE if variant is None else re.compile(stem),
         max_shard_size=max_shard_size,
-        beside=beside,
+        extra_files=extra_files,
         metadata=True,
     )
 
@@ -142,20 +141,19 @@ def save_shards(
     index: str | None = None,
     stale: re.Pattern[str],
     max_shard_size: int | str,
-    beside: Mapping[str, str] | None,
+    extra_files: Mapping[str, str] | None,
     metadata: bool = False,
 ) -> list[Path]:
-    """What `save_tensors` does, in any format: `write` puts tensors of these descriptions into a file, and, if the
-    format has a field for it, `metadata`. For a format without (`metadata=False`), the index has fingerprints of the
-    shards instead.
+    """`save_tensors` for any format: `write(file, tensors, metadata)` writes the described tensors to one file.
 
-    `single` is the name of a file that holds all; those of shards and their `index` follow from it. `stale` matches
-    the names of such files as go when the new ones are in place.
+    `metadata`: whether the format can store the save id; if not, the index stores fingerprints of the shards instead.
+    `single`: name of the file if there is only one, from which the names of shards and `index` are derived. `stale`
+    matches the names of files to remove on commit.
     """
     shards = _plan(described, parse_size(max_shard_size))
     count = len(shards)
     names = [single] if count == 1 else [_shard_name(single, i, count) for i in range(1, count + 1)]
-    # A file alone has nothing that it could be mixed with, and the same weights give the same file.
+    # A single file needs no save id, and without one the same weights give the same bytes.
     ids = {SAVE_ID: secrets.token_hex(16)} if metadata and count > 1 else {}
     with ExitStack() as stack:
         stage = folder if isinstance(folder, Staging) else stack.enter_context(staged(folder))
@@ -169,11 +167,11 @@ def save_shards(
             )
             stage.write(index, _index(names, shards, {**ids, **prints}))
             names.append(index)
-        for name, text in (beside or {}).items():
+        for name, text in (extra_files or {}).items():
             stage.write(name, text)
         stage.remove(stale)
-    place = folder.folder if isinstance(folder, Staging) else Path(folder)
-    return [place / name for name in names]
+    target = folder.folder if isinstance(folder, Staging) else Path(folder)
+    return [target / name for name in names]
 
 
 def _checked(metadata: Mapping[str, Any]) -> dict[str, str]:
@@ -190,19 +188,19 @@ def _shard_name(single: str, number: int, count: int) -> str:
     return f"{stem}-{number:05}-of-{count:05}.{suffix}"
 
 
-def _describe(side: Adapter, tensors: Mapping[str, Any]) -> tuple[dict[str, Description], dict[str, str]]:
-    """What to write, and for each name that is tied to an earlier one, that one."""
+def _describe(arrays: Adapter, tensors: Mapping[str, Any]) -> tuple[dict[str, Description], dict[str, str]]:
+    """The tensors to write, and tied name -> first name of the same tensor."""
     described: dict[str, Description] = {}
     ties: dict[str, str] = {}
     first: dict[tuple[object, ...], str] = {}
-    kept: list[Any] = []  # an address names a tensor only while the tensor lives
+    kept: list[Any] = []  # keeps tensors alive, since an address identifies only a living one
     for name, value in tensors.items():
         if name == "__metadata__":
-            raise CheckpointError("a tensor cannot be called '__metadata__': safetensors keep that name")
+            raise CheckpointError("a tensor cannot be called '__metadata__': safetensors reserves that name")
         if isinstance(value, LazyTensor):
             description = Description(dtype=value.dtype, shape=value.shape, identity=None)
         else:
-            description = side.describe(name, made(value))
+            description = arrays.describe(name, made(value))
         identity = None if callable(value) else description.identity
         kept.append(value)
         owner = first.setdefault(identity, name) if identity else name
@@ -214,13 +212,13 @@ def _describe(side: Adapter, tensors: Mapping[str, Any]) -> tuple[dict[str, Desc
 
 
 def made(value: Any | Callable[[], Any]) -> Any:
-    """A tensor, or what makes it, as the tensor."""
+    """The tensor itself, if `value` is a function that returns one."""
     return value() if callable(value) else value
 
 
 def _write(
     file: BinaryIO,
-    side: Adapter,
+    arrays: Adapter,
     tensors: Mapping[str, Any],
     part: Mapping[str, Description],
     notes: Mapping[str, str],
@@ -228,18 +226,18 @@ def _write(
     head, order = make_header([(n, d.dtype, d.shape) for n, d in part.items()], notes)
     file.write(head)
     for name in order:
-        raw = side.raw(made(tensors[name]))
+        raw = arrays.raw(made(tensors[name]))
         expected = prod(part[name].shape) * ITEM_BYTES[part[name].dtype]
         if len(raw) != expected:
             raise CheckpointError(
-                f"tensor '{name}' was made with {len(raw)} bytes, but announced with {expected}"
+                f"tensor '{name}' has {len(raw)} bytes, but its declared shape and dtype need {expected}"
             )
         write_bytes(file, raw)
-        del raw  # before the next tensor is made
+        del raw  # free it before the next tensor is computed
 
 
 def write_bytes(file: BinaryIO, raw: memoryview) -> None:
-    """Write a tensor's bytes so that Ctrl-C is heard on the way."""
+    """Write a tensor's bytes in chunks, so that Ctrl-C is handled in between."""
     for start in range(0, len(raw), _CHUNK):
         file.write(raw[start : start + _CHUNK])
 

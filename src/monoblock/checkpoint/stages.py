@@ -1,4 +1,4 @@
-"""Stages: hidden folders of random names that a save writes its files into before they take their places."""
+"""Staging folders: hidden, randomly named folders into which a save writes files before they replace the old ones."""
 
 import os
 import secrets
@@ -15,7 +15,8 @@ from monoblock.errors import CheckpointError
 
 
 def new_stage(folder: Path) -> Path:
-    """An empty hidden folder, only for this process; beside the folder if its files can be renamed from there."""
+    """An empty hidden folder of this process: in the parent of `folder` if files can be renamed from there, else in
+    it."""
     name = _stage_name()
     if not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -40,10 +41,10 @@ def _stage_name() -> str:
     return f"{STAGE}{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(8)}"
 
 
-def _remove_orphans(place: Path) -> None:
-    """Remove the stages of this user's dead processes on this machine."""
+def _remove_orphans(parent: Path) -> None:
+    """Remove the staging folders of this user's dead processes on this host."""
     with suppress(OSError):
-        for path in list(place.glob(f"{STAGE}*")):
+        for path in list(parent.glob(f"{STAGE}*")):
             host, _, process = path.name.removeprefix(STAGE).rpartition("-")[0].rpartition("-")
             if host != socket.gethostname() or not process.isdecimal() or alive(int(process)):
                 continue
@@ -53,8 +54,8 @@ def _remove_orphans(place: Path) -> None:
 
 
 def alive(pid: int) -> bool:
-    """Whether a process of that number runs on this machine (yes, where that cannot be asked)."""
-    if os.name == "nt":  # there os.kill(pid, 0) would end the process instead of asking after it
+    """Whether process `pid` runs on this host; True where that cannot be determined."""
+    if os.name == "nt":  # os.kill(pid, 0) would terminate the process there
         return True
     try:
         os.kill(pid, 0)
@@ -66,7 +67,7 @@ def alive(pid: int) -> bool:
 
 
 def clear(stage: Path) -> None:
-    """Remove a stage, whatever state it is in."""
+    """Remove a staging folder in any state."""
     with suppress(OSError, CheckpointError):
         found = journal.read(stage)
         if found is not None and found.replaced == identity(stage / FILES):
@@ -76,8 +77,8 @@ def clear(stage: Path) -> None:
 
 
 def finish_exchange(stage: Path, done: Journal) -> None:
-    """Remove the replaced folder, which now is the stage's. What another program wrote there after the files were
-    linked moves into the new one."""
+    """Remove the replaced folder, which the exchange moved into the stage. Files that another program wrote there after
+    the files were linked are moved into the new folder."""
     old, folder = stage / FILES, stage.parent / done.folder
     for name in names_in(old):
         path = old / name
@@ -91,17 +92,17 @@ def finish_exchange(stage: Path, done: Journal) -> None:
 
 
 @contextmanager
-def scratch(beside: Path) -> Generator[Path, None, None]:
-    """An empty hidden folder in the parent of that path, gone when the block ends. CheckpointError if it cannot be
-    made."""
+def scratch(target: Path) -> Generator[Path, None, None]:
+    """An empty hidden folder next to `target`, removed when the block ends. CheckpointError if it cannot be
+    created."""
     try:
-        beside.parent.mkdir(parents=True, exist_ok=True)
-        _remove_orphans(beside.parent)
-        stage = beside.parent / _stage_name()
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _remove_orphans(target.parent)
+        stage = target.parent / _stage_name()
         stage.mkdir(mode=0o700)
     except OSError as error:
         raise CheckpointError(
-            f"cannot write into {beside.parent}: {error.strerror or error}; choose another place"
+            f"cannot write into {target.parent}: {error.strerror or error}; choose another folder"
         ) from error
     try:
         yield stage
@@ -110,6 +111,6 @@ def scratch(beside: Path) -> Generator[Path, None, None]:
 
 
 def identity(path: Path) -> list[int]:
-    """The device and the inode of a path, followed through links."""
+    """The device and inode numbers of a path; links are followed."""
     found = path.stat()
     return [found.st_dev, found.st_ino]

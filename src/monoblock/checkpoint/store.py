@@ -1,4 +1,4 @@
-"""Reading checkpoints: tensors by the hub's names, laid over the files' own memory."""
+"""Read checkpoint files: tensors by name, as views of memory-mapped files."""
 
 import ctypes
 import mmap
@@ -25,103 +25,103 @@ from monoblock.field_types import brief
 __all__ = ["Store", "open_store", "parse_size", "save_tensors"]
 
 
-_SLAB = 64 * 2**20  # bytes that are copied at once
+_SLAB = 64 * 2**20  # bytes copied between releases of page-cache memory
 
 
 class Store:
-    """A checkpoint's tensors by name; nothing is read from the disk before a tensor is used.
+    """A checkpoint's tensors by name; no data is read before a tensor is used.
 
-    A tensor is laid over the file's memory map, and its memory goes back to the system with it: copying a
-    model out of a store, tensor by tensor, takes the copy and one tensor at a time. It may be changed in
-    place; the file does not change. Each call of `tensor` gives the file's values again; but a .bin file is
-    unpickled once, and its tensors are the same objects at every call.
+    A tensor is a view of a private memory map, and its pages are released when it is freed: copying a model out of a
+    store takes the memory of the copy and of one tensor. In-place changes do not reach the file, and each call of
+    `tensor` returns the stored values again. A .bin file is unpickled once, and every call returns the same object.
 
-    Files of transformers 4's Flax and TensorFlow classes have the hub's PyTorch names and layouts here. Their
-    tensors are copies of the file's bytes, and where a layout differs, transposed views of such copies.
+    Files of transformers 4's Flax and TensorFlow classes are presented under PyTorch's names and layouts. Tensors of
+    .h5 files are copies; a tensor whose layout differs is a transposed view.
     """
 
-    def __init__(self, shards: Sequence[Shard], homes: Mapping[str, Shard]):
+    def __init__(self, shards: Sequence[Shard], owners: Mapping[str, Shard]):
         self._shards = shards
-        self._homes = homes
+        self._owners = owners
 
     def keys(self) -> KeysView[str]:
-        """The tensors' names, as the files have them."""
-        return self._homes.keys()
+        """The tensor names."""
+        return self._owners.keys()
 
     def __contains__(self, name: object) -> bool:
-        return name in self._homes
+        return name in self._owners
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._homes)
+        return iter(self._owners)
 
     def __len__(self) -> int:
-        return len(self._homes)
+        return len(self._owners)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a tensor."""
-        return self._homes[name].shape(name)
+        return self._owners[name].shape(name)
 
     def dtype(self, name: str) -> str:
-        """The hub's name of a tensor's dtype: "F32", "BF16", "F8_E4M3", ..."""
-        return self._homes[name].dtype(name)
+        """The safetensors name of a tensor's dtype: "F32", "BF16", "F8_E4M3", ..."""
+        return self._owners[name].dtype(name)
 
     def path(self, name: str) -> Path:
         """The file that holds a tensor."""
-        return self._homes[name].path
+        return self._owners[name].path
 
     def tensor(self, name: str) -> Any:
-        """The tensor itself, in its own dtype, over the file's memory."""
-        return self._homes[name].tensor(name)
+        """The tensor in its stored dtype, over the file's memory."""
+        return self._owners[name].tensor(name)
 
     def concatenated(self, names: Sequence[str]) -> Any:
-        """The tensors as one, along their first axis, over the files' memory; None where that takes a copy."""
-        shards = [self._homes[name] for name in names]
+        """The tensors concatenated along axis 0 without a copy, over the files' memory; None where that is
+        impossible."""
+        shards = [self._owners[name] for name in names]
         if not all(isinstance(shard, _Mapped) for shard in shards):
             return None
         return _Mapped.concatenated(cast(list[_Mapped], shards), names)
 
     @property
     def outputs_first(self) -> bool:
-        """Whether every matrix is given outputs x inputs: Flax's files do not tell those that the hub has the other
-        way round (Conv1D's) from others."""
+        """Whether every matrix is returned as (outputs, inputs). Flax files do not distinguish the matrices that
+        PyTorch files store transposed (Conv1D) from others."""
         return any(isinstance(shard, RenamedShard) and shard.naming is flax_name for shard in self._shards)
 
     @property
     def metadata(self) -> dict[str, str]:
-        """The files' free-text metadata, merged."""
+        """The files' metadata (strings), merged."""
         return {key: value for shard in self._shards for key, value in shard.metadata.items()}
 
 
 def open_store(files: WeightFiles, framework: Framework) -> Store:
     """The tensors of a checkpoint's files, for "pt" (PyTorch) or "np" (NumPy).
 
-    `CheckpointError`: a file is missing, cut off, corrupt or no weights, a pickle holds code, or the index
-    names a tensor that its shard lacks. `ImportError`: PyTorch is needed (for "pt", and for any .bin file), or
-    h5py (for .h5 files), and absent.
+    `CheckpointError`: a file is missing, truncated, corrupt or no weight file, a pickle holds code, or the index lists
+    a tensor that its shard lacks. `ImportError`: PyTorch (for "pt" and for .bin files) or h5py (for .h5 files) is not
+    installed.
     """
-    side = adapter(framework)
-    shards: dict[Path, Shard] = {path: _OPENERS[files.kind](path, side) for path in files.paths}
+    arrays = adapter(framework)
+    shards: dict[Path, Shard] = {path: _OPENERS[files.kind](path, arrays) for path in files.paths}
     listed = files.weight_map or {}
-    homes: dict[str, Shard] = {}
+    owners: dict[str, Shard] = {}
     for path, shard in shards.items():
         for name in shard.names():
-            if name not in listed and name in homes:
-                raise CheckpointError(f"tensor '{name}' is both in {homes[name].path} and in {path}")
-            homes[name] = shard
+            if name not in listed and name in owners:
+                raise CheckpointError(f"tensor '{name}' is both in {owners[name].path} and in {path}")
+            owners[name] = shard
     _check_save(files, shards)
     for name, path in listed.items():
         if isinstance(shards[path], RenamedShard):
-            continue  # the index has the framework's own names; what is missing shows when a model is loaded
+            continue  # the index has the framework's own names; missing tensors are found when a model is loaded
         if name not in shards[path].names():
             raise CheckpointError(
                 f"{path} lacks tensor '{name}', which the index says it holds: fetch the checkpoint again"
             )
-        homes[name] = shards[path]
-    return Store(list(shards.values()), homes)
+        owners[name] = shards[path]
+    return Store(list(shards.values()), owners)
 
 
 def _check_save(files: WeightFiles, shards: Mapping[Path, Shard]) -> None:
-    """CheckpointError for files of several saves. Those of other libraries do not say which save wrote them."""
+    """CheckpointError for a mixture of files of several saves. Files of other libraries have no save id."""
     known = {path.name: shard.metadata.get(SAVE_ID) for path, shard in shards.items()}
     first: tuple[str, str] | None = ("their index", files.save_id) if files.save_id else None
     for name, save in known.items():
@@ -135,20 +135,20 @@ def _check_save(files: WeightFiles, shards: Mapping[Path, Shard]) -> None:
 
 def _two_saves(folder: Path, name: str, first: str) -> CheckpointError:
     return CheckpointError(
-        f"{folder} holds weights of two saves: {name} does not belong to {first}; copy or save the model again"
+        f"{folder} holds weights of two saves: {name} does not match {first}; copy or save the model again"
     )
 
 
 class _Mapped:
-    """A file whose tensors' places are known, as a private memory map. The file that was opened first counts: one that
-    takes its name later is another save's."""
+    """A private memory map of a file whose tensors' offsets are known. It holds the file that was opened: a later file
+    of the same name belongs to another save."""
 
-    def __init__(self, path: Path, side: Adapter, read: Callable[[Path], Header]):
+    def __init__(self, path: Path, arrays: Adapter, read: Callable[[Path], Header]):
         self.path = path
         try:
             self._file = os.open(path, os.O_RDONLY)
         except OSError:
-            read(path)  # says what is wrong with it
+            read(path)  # raises an error that explains
             raise
         weakref.finalize(self, os.close, self._file).atexit = False
         header = read(path)
@@ -156,9 +156,9 @@ class _Mapped:
             raise CheckpointError(f"{path} was replaced while it was read: load again")
         self.metadata = header.metadata
         self._entries = header.entries
-        self._side = side
+        self._arrays = arrays
         self._map = self._open()
-        self._given: set[str] = set()  # the names whose part of the present map was handed out
+        self._given: set[str] = set()  # names whose range of the current map was handed out
 
     def _open(self) -> mmap.mmap:
         return mmap.mmap(self._file, 0, access=mmap.ACCESS_COPY)
@@ -174,10 +174,10 @@ class _Mapped:
 
     def tensor(self, name: str) -> Any:
         entry = self._entries[name]
-        # Frameworks want elements that are aligned, and in one piece.
+        # Frameworks need aligned, contiguous elements.
         direct = not entry.rest and not entry.begin % ITEM_BYTES[entry.dtype]
         buffer = self._buffer(name, entry) if direct else self._copied(entry)
-        return self._side.from_buffer(buffer, entry.dtype, entry.shape)
+        return self._arrays.from_buffer(buffer, entry.dtype, entry.shape)
 
     @staticmethod
     def concatenated(shards: Sequence["_Mapped"], names: Sequence[str]) -> Any:
@@ -187,18 +187,18 @@ class _Mapped:
         alike = all(e.dtype == first.dtype and e.shape[1:] == first.shape[1:] and not e.rest for e in entries)
         if not alike or not first.shape or first.begin % ITEM_BYTES[first.dtype]:
             return None
-        pieces = [pages.FileRange(s._file, e.begin, e.end) for s, e in zip(shards, entries, strict=True)]
-        if (buffer := pages.map_contiguous(pieces)) is None:
+        ranges = [pages.FileRange(s._file, e.begin, e.end) for s, e in zip(shards, entries, strict=True)]
+        if (buffer := pages.map_contiguous(ranges)) is None:
             return None
         shape = (sum(entry.shape[0] for entry in entries), *first.shape[1:])
-        return shards[0]._side.from_buffer(buffer, first.dtype, shape)
+        return shards[0]._arrays.from_buffer(buffer, first.dtype, shape)
 
     def _copied(self, entry: Entry) -> bytearray:
-        """The entry's bytes, as a copy; what reading them brings into memory goes back on the way."""
-        pieces = ((entry.begin, entry.end), *entry.rest)
-        copy = bytearray(sum(end - begin for begin, end in pieces))
+        """A copy of the entry's bytes; the mapped pages are released while copying."""
+        ranges = ((entry.begin, entry.end), *entry.rest)
+        copy = bytearray(sum(end - begin for begin, end in ranges))
         at = 0
-        for begin, end in pieces:
+        for begin, end in ranges:
             for start in range(begin, end, _SLAB):
                 stop = min(start + _SLAB, end)
                 copy[at : at + stop - start] = memoryview(self._map)[start:stop]
@@ -207,10 +207,10 @@ class _Mapped:
         return copy
 
     def _buffer(self, name: str, entry: Entry) -> ctypes.Array[ctypes.c_char]:
-        """The entry's part of the map, as an object whose end frees the pages that only it covers.
+        """The entry's range of the map, as an object that releases the pages it alone covers when it is freed.
 
-        Each part of a map is handed out once. A second tensor of a name gets a new map: it must not see what
-        was changed in the first, nor lose its own changes when the first one's pages are freed.
+        Each range of a map is handed out once. A second tensor of the same name gets a new map: it must not see
+        changes made in the first one, nor lose its own when the first one's pages are released.
         """
         if name in self._given:
             self._map = self._open()
@@ -223,7 +223,7 @@ class _Mapped:
 
 
 def _inner_pages(begin: int, end: int) -> tuple[int, int]:
-    """Begin and length of the pages that lie within a span whole."""
+    """Offset and length of the pages that lie entirely within [begin, end)."""
     first = -(-begin // mmap.PAGESIZE) * mmap.PAGESIZE
     return first, end // mmap.PAGESIZE * mmap.PAGESIZE - first
 
@@ -233,23 +233,22 @@ def _release(pages: mmap.mmap, begin: int, length: int) -> None:
         pages.madvise(mmap.MADV_DONTNEED, begin, length)
 
 
-def _safetensors(path: Path, side: Adapter) -> Shard:
-    """A safetensors file; what transformers 4's other classes wrote says so, and has their names."""
-    shard = _Mapped(path, side, read_header)
+def _safetensors(path: Path, arrays: Adapter) -> Shard:
+    """A safetensors file. If its metadata names transformers 4's Flax or TensorFlow format, names are translated."""
+    shard = _Mapped(path, arrays, read_header)
     naming = _NAMINGS.get(shard.metadata.get("format", ""))
     return RenamedShard(shard, naming) if naming else shard
 
 
 class _Pickle:
-    """A PyTorch .bin file; mapped into memory if it is of the zip kind (torch 1.6 and later), else read
-    whole."""
+    """A PyTorch .bin file: memory-mapped if it is a zip archive (torch 1.6 and later), else read into memory."""
 
-    def __init__(self, path: Path, side: Adapter):
+    def __init__(self, path: Path, arrays: Adapter):
         self.path = path
         self.metadata: Mapping[str, str] = {}
-        self._side = side
+        self._arrays = arrays
         self._tensors = _load_pickle(path)
-        self._torch_side = adapter("pt")
+        self._torch_arrays = adapter("pt")
 
     def names(self) -> KeysView[str]:
         return self._tensors.keys()
@@ -258,17 +257,17 @@ class _Pickle:
         return tuple(self._tensors[name].shape)
 
     def dtype(self, name: str) -> str:
-        return self._torch_side.describe(name, self._tensors[name]).dtype
+        return self._torch_arrays.describe(name, self._tensors[name]).dtype
 
     def tensor(self, name: str) -> Any:
         tensor = self._tensors[name]
-        if self._side is self._torch_side:
+        if self._arrays is self._torch_arrays:
             return tensor
-        return self._side.from_buffer(self._torch_side.raw(tensor), self.dtype(name), self.shape(name))
+        return self._arrays.from_buffer(self._torch_arrays.raw(tensor), self.dtype(name), self.shape(name))
 
 
 def _load_pickle(path: Path) -> dict[str, Any]:
-    """The tensors of a .bin file: a dict of tensors, or a training checkpoint with one under "state_dict"."""
+    """The tensors of a .bin file: a state dict, or a training checkpoint with one under "state_dict"."""
     torch = import_torch(f"reading {path.name}")
     content = unpickled(path)
     if isinstance(content, dict):
@@ -279,7 +278,7 @@ def _load_pickle(path: Path) -> dict[str, Any]:
     for name, value in cast(dict[object, Any], content).items():
         if not isinstance(name, str) or not isinstance(value, torch.Tensor):
             raise CheckpointError(
-                f"{path}: entry {brief(name)} is a {type(value).__name__}; expected tensors by name only"
+                f"{path}: entry {brief(name)} is a {type(value).__name__}; expected only tensors, by name"
             )
     return {name: plain_tensor(name, tensor, path) for name, tensor in cast(dict[str, Any], content).items()}
 
@@ -289,6 +288,6 @@ _NAMINGS: dict[str, Naming] = {"flax": flax_name, "tf": tensorflow_name}
 _OPENERS: dict[Kind, Callable[[Path, Adapter], Shard]] = {
     "safetensors": _safetensors,
     "bin": _Pickle,
-    "msgpack": lambda path, side: RenamedShard(_Mapped(path, side, read_msgpack), flax_name),
-    "h5": lambda path, side: RenamedShard(Hdf5(path, side), tensorflow_name),
+    "msgpack": lambda path, arrays: RenamedShard(_Mapped(path, arrays, read_msgpack), flax_name),
+    "h5": lambda path, arrays: RenamedShard(Hdf5(path, arrays), tensorflow_name),
 }

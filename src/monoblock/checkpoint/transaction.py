@@ -1,16 +1,17 @@
-"""A save as one transaction: afterwards a folder holds all the new files or all the old ones.
+"""Atomic saves: after a save, a folder holds either all the new files or all the old ones.
 
-The new files are written into a *stage*, a hidden folder of a random name beside the target, or inside it where the
-place beside it is not writable or another file system. A folder that is not there yet is then made by one rename.
-Into one that is there they come under its lock (`locks.py`), by the first of these that can be done:
+New files are written into a *stage*, a hidden, randomly named folder next to the target, or inside it if its parent is
+not writable or on another file system. A new target is created by one rename. An existing target is updated under its
+lock (`locks.py`) by the first applicable method:
 
-1. One rename, where a single file changes and none goes.
-2. An exchange of the folder for the new one (`exchange.py`), into which its other files were linked before. Not where
-   it has sub-folders, which cannot be linked, or is the working folder of a process, which would stay in the old one.
-3. A journal (`journal.py`): the stage, with the list of what is to happen, is renamed to `.monoblock-commit` in the
-   folder, and then the files are put in place one by one. If that is cut off, the next load or save completes it, and
-   in a folder that cannot be written to, a load reads the files where they are. Meanwhile config.json is not there, so
-   that a program which knows no journal fails rather than reads old and new files together.
+1. One rename, if a single file changes and none is removed.
+2. An atomic exchange of the target with the stage (`exchange.py`), after hard-linking the target's other files into it.
+   Not applicable if the target has subfolders, which cannot be linked, or is the working directory of a process, which
+   would stay in the old folder.
+3. A journal (`journal.py`): the stage, with a list of the changes, is renamed to `.monoblock-commit` in the target, and
+   the files are moved one by one. If that is interrupted, the next load or save completes it; in a read-only folder, a
+   load reads the staged files. config.json is absent meanwhile, so that a program that does not know the journal fails
+   instead of reading old and new files together.
 
 Stages of killed processes are removed by the next save.
 """
@@ -31,17 +32,16 @@ from monoblock.checkpoint.locks import LOCK, locked
 from monoblock.checkpoint.stages import clear, finish_exchange, identity, new_stage
 from monoblock.errors import CheckpointError, HubError
 
-SAVE_ID = "save_id"  # the key in the metadata of shards and of their index that says which save wrote them
+SAVE_ID = "save_id"  # the metadata key, in shards and their index, of the id of the save
 
-_COMPARED = 1 << 20  # bytes up to which a file that stays as it is counts as unchanged
-_LINKED = 1000  # files of others up to which a folder is exchanged
+_COMPARED = 1 << 20  # bytes up to which a file is compared with the one it replaces
+_LINKED = 1000  # entries up to which a folder is exchanged
 
 
 class Staging:
-    """New files for one folder. `open`, `write` and `files` take them, `commit` puts them in place, `discard` drops
-    them.
+    """New files for one folder: write them with `open`, `write` or directly into `files`, then `commit` or `discard`.
 
-    Names are relative to the folder, with slashes. `whole`: every other file of the folder goes.
+    Names are relative to the folder and use slashes. `whole`: the commit removes every other file of the folder.
     """
 
     def __init__(self, folder: Path, *, whole: bool = False):
@@ -58,7 +58,7 @@ class Staging:
         _open_stages.add(self.files)
 
     def open(self, name: str) -> BinaryIO:
-        """A new file to write bytes into."""
+        """Create a file and open it for writing bytes."""
         path = self.files / name
         path.parent.mkdir(parents=True, exist_ok=True)
         flags = (
@@ -67,17 +67,17 @@ class Staging:
         return os.fdopen(os.open(path, flags, 0o666), "wb")
 
     def write(self, name: str, content: str | bytes) -> None:
-        """A new file of that content; text is written as UTF-8."""
+        """Create a file with this content; text is encoded as UTF-8."""
         with self.open(name) as file:
             file.write(content if isinstance(content, bytes) else content.encode())
 
     def remove(self, stale: re.Pattern[str]) -> None:
-        """Files of the folder whose names match, and that are not written anew, go with the commit."""
+        """On commit, remove files whose names match, unless they are written by this save."""
         self._stale.append(stale)
 
     def commit(self) -> None:
-        """Put the files in place; they are on the disk before. OSError or CheckpointError: the folder is unchanged, or
-        the error says what is left to do."""
+        """Flush the files to disk and move them into the folder. On OSError or CheckpointError, the folder is unchanged
+        unless the message explains what remains to be done."""
         names = names_in(self.files)
         _sync_tree(self.files)
         if not self._became_the_folder():
@@ -87,7 +87,7 @@ class Staging:
         self.discard()
 
     def discard(self) -> None:
-        """Remove what was written; a folder that was not committed to stays as it was."""
+        """Remove the staged files; without a commit, the folder is unchanged."""
         _open_stages.discard(self.files)
         clear(self._stage)
 
@@ -129,12 +129,12 @@ class Staging:
             self._by_journal(journal)
 
     def _exchanged(self, journal: Journal, names: list[str]) -> bool:
-        """Whether the folder and the new one could change places."""
+        """Try to exchange the folder with the stage; False if that is not possible."""
         if self._stage.parent == self.folder or not _exchangeable(self.folder, self._whole):
             return False
         kept = {path.name for path in self.folder.iterdir()} - {*names, *journal.remove}
         if self._whole:
-            kept = {LOCK}  # for those who wait for it
+            kept = {LOCK}  # processes may be waiting for it
         try:
             for name in kept:
                 if not _link(self.folder / name, self.files / name):
@@ -157,24 +157,24 @@ class Staging:
 
     def _by_journal(self, journal: Journal) -> None:
         journal.write(self._stage)
-        self._stage.chmod(stat.S_IMODE(self.folder.stat().st_mode))  # others may have to read there
+        self._stage.chmod(stat.S_IMODE(self.folder.stat().st_mode))  # other users may have to read from it
         self._stage.rename(self.folder / COMMIT)
         try:
             sync(self.folder)
             complete(self.folder)
         except OSError as error:
             raise CheckpointError(
-                f"the save into {self.folder} is not complete ({error.strerror or error}): what is missing is in "
-                f"{COMMIT}, and the next load or save puts it in place"
+                f"the save into {self.folder} is not complete ({error.strerror or error}): the remaining files are in "
+                f"{COMMIT}, and the next load or save moves them into place"
             ) from error
 
 
-# The new files' folders of this process: what is saved into one is part of that transaction.
+# Open stages of this process: a save into one of them is part of its transaction.
 _open_stages: set[Path] = set()
 
 
 class _Inner(Staging):
-    """New files for a folder that is itself part of a save that is not committed yet."""
+    """A save into a folder that is itself part of an uncommitted save."""
 
     def __init__(self, folder: Path):
         self.folder = self.files = folder
@@ -193,16 +193,16 @@ class _Inner(Staging):
                 path.unlink()
 
     def discard(self) -> None:
-        pass  # with the whole
+        pass  # discarded with the outer save
 
 
 def _is_open(folder: Path) -> bool:
-    return any(place in _open_stages for place in (folder, *folder.parents))
+    return any(path in _open_stages for path in (folder, *folder.parents))
 
 
 @contextmanager
 def _in_place(folder: Path) -> Generator[None, None, None]:
-    """What is left to do when the new files are there; an error says so."""
+    """For steps after the new files are in place: an OSError becomes a CheckpointError that reports this."""
     try:
         yield
     except OSError as error:
@@ -213,7 +213,7 @@ def _in_place(folder: Path) -> Generator[None, None, None]:
 
 @contextmanager
 def staged(folder: str | Path, *, whole: bool = False) -> Generator[Staging, None, None]:
-    """A `Staging` that commits when the block ends well and discards on any exception, Ctrl-C included.
+    """A `Staging` that is committed when the block succeeds and discarded on any exception, including Ctrl-C.
 
     An `OSError` (disk full, folder not writable) becomes a `CheckpointError` that names the folder.
     """
@@ -232,18 +232,17 @@ def staged(folder: str | Path, *, whole: bool = False) -> Generator[Staging, Non
         yield stage
         stage.commit()
     except HubError:
-        raise  # what was to be saved could not be had
+        raise  # a download failed, not the save
     except OSError as error:
         raise CheckpointError(
-            f"saving into {folder} failed: {_reason(error)}; what was there before is unchanged"
+            f"saving into {folder} failed: {_reason(error)}; the folder is unchanged"
         ) from error
     finally:
         stage.discard()
 
 
 def write_atomically(path: str | Path, write: Callable[[Path], object]) -> Path:
-    """Make one file through `write(temporary_path)`; `path` holds the old content or the new, never a
-    part."""
+    """Write one file by `write(temporary_path)`; `path` holds the old content or the new, never a part of it."""
     path = Path(path)
     with staged(path.parent) as stage:
         stage.open(path.name).close()
@@ -255,7 +254,7 @@ def write_atomically(path: str | Path, write: Callable[[Path], object]) -> Path:
 
 
 def _exchangeable(folder: Path, whole: bool) -> bool:
-    """Whether a folder may be replaced by another one, which has links to its files unless all of them go."""
+    """Whether a folder may be exchanged; unless `whole`, its entries must be linkable and at most `_LINKED`."""
     mine = folder.stat()
     if os.name == "nt" or mine.st_uid != os.geteuid():
         return False
@@ -264,11 +263,11 @@ def _exchangeable(folder: Path, whole: bool) -> bool:
             for count, entry in enumerate(entries):
                 if count >= _LINKED or entry.is_dir(follow_symlinks=False):
                     return False
-    return not any(os.path.samestat(mine, place) for place in _working_folders())
+    return not any(os.path.samestat(mine, other) for other in _working_folders())
 
 
 def _working_folders() -> Iterable[os.stat_result]:
-    """The working folders of the processes that may be asked, this one's among them."""
+    """The working directories of this process and of all processes whose one can be read."""
     with suppress(OSError):
         yield Path().stat()
     if sys.platform == "linux":
@@ -290,7 +289,7 @@ def _link(source: Path, target: Path) -> bool:
 
 
 def _same(new: Path, old: Path) -> bool:
-    """Whether a small file has the content already that it is to have."""
+    """Whether a small file already has the new content."""
     try:
         there = old.lstat()
         return (
@@ -313,8 +312,8 @@ def _reason(error: OSError) -> str:
 
 
 def _sync_tree(folder: Path) -> None:
-    for place, _, files in os.walk(folder):
+    for parent, _, files in os.walk(folder):
         for name in files:
-            if not (Path(place) / name).is_symlink():
-                sync(Path(place) / name)
-        sync(Path(place))
+            if not (Path(parent) / name).is_symlink():
+                sync(Path(parent) / name)
+        sync(Path(parent))

@@ -1,6 +1,6 @@
-"""A checkpoint's weights by canonical name, wherever they come from, and laid out again for another file.
+"""Checkpoint weights by canonical parameter name: read through a key map, cast, and written through another one.
 
-All in NumPy, one tensor at a time: nothing is read before it is asked for, and nothing asked for is kept.
+Everything is NumPy and lazy: a tensor is read when it is requested, and no tensor is cached.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -21,7 +21,7 @@ Shape = tuple[int, ...]
 
 
 class Tensors(Protocol):
-    """Tensors by the names of some file; a `Store` is one."""
+    """Tensors by their names in a file, such as a `Store`."""
 
     def __iter__(self) -> Iterator[str]: ...
     def shape(self, name: str) -> Shape: ...
@@ -31,7 +31,7 @@ class Tensors(Protocol):
 
 
 class CanonicalWeights(Protocol):
-    """Weights by canonical name."""
+    """Weights by canonical parameter name. `dtype` is the safetensors name."""
 
     def shapes(self) -> Mapping[str, Shape]: ...
     def dtype(self, canonical: str) -> str: ...
@@ -39,7 +39,7 @@ class CanonicalWeights(Protocol):
 
 
 class StateTensors:
-    """Tensors that a caller has in memory, by name, of any framework."""
+    """A state dict in memory, of PyTorch tensors or arrays of any framework."""
 
     def __init__(self, tensors: Mapping[str, Any]):
         self._tensors = tensors
@@ -64,7 +64,7 @@ class StateTensors:
 
 
 class RenamedTensors:
-    """Tensors under other names, new name -> old name; those not listed are left out."""
+    """Tensors under other names; `names` maps new name -> old name, and tensors it does not list are left out."""
 
     def __init__(self, tensors: Tensors, names: Mapping[str, str]):
         self._tensors = tensors
@@ -91,39 +91,40 @@ class RenamedTensors:
         return getattr(self._tensors, "outputs_first", False)
 
     def concatenated(self, names: Sequence[str]) -> Any:
-        """See `Store.concatenated`; None where the tensors are no store's."""
+        """See `Store.concatenated`; None unless the tensors are those of a store."""
         join = getattr(self._tensors, "concatenated", None)
         return join([self._names[name] for name in names]) if join else None
 
 
 class ConcatenatedTensors:
-    """Files of which each holds one part of every tensor, along the axis in which the parts' sizes add up to the
-    `expected` size; a tensor that has its expected shape in each file is the same in all."""
+    """Tensor-parallel shards: each file holds a slice of every tensor. Slices are concatenated along the axis on which
+    their sizes sum to the `expected` size; a tensor with its expected shape in every file is replicated."""
 
-    def __init__(self, parts: Sequence[Tensors], expected: Mapping[str, Shape]):
-        self._parts = parts
+    def __init__(self, shards: Sequence[Tensors], expected: Mapping[str, Shape]):
+        self._shards = shards
         self._expected = expected
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._parts[0])
+        return iter(self._shards[0])
 
     def shape(self, name: str) -> Shape:
-        return self._parts[0].shape(name) if self._axis(name) is None else self._expected[name]
+        return self._shards[0].shape(name) if self._axis(name) is None else self._expected[name]
 
     def dtype(self, name: str) -> str:
-        return self._parts[0].dtype(name)
+        return self._shards[0].dtype(name)
 
     def path(self, name: str) -> Path:
-        return self._parts[0].path(name)
+        return self._shards[0].path(name)
 
     def tensor(self, name: str) -> Array:
         axis = self._axis(name)
-        arrays = [part.tensor(name) for part in (self._parts[:1] if axis is None else self._parts)]
+        arrays = [shard.tensor(name) for shard in (self._shards[:1] if axis is None else self._shards)]
         return arrays[0] if axis is None else np.concatenate(arrays, axis)
 
     def _axis(self, name: str) -> int | None:
-        """Where the parts join; None: each file holds the whole (or what does not fit, which is refused later)."""
-        whole, found = self._expected.get(name), [part.shape(name) for part in self._parts]
+        """The axis of concatenation; None if the tensor is replicated (or its shapes do not fit, an error raised
+        later)."""
+        whole, found = self._expected.get(name), [shard.shape(name) for shard in self._shards]
         if whole is None or len(whole) != len(found[0]):
             return None
         for axis, size in enumerate(whole):
@@ -135,7 +136,7 @@ class ConcatenatedTensors:
 
 
 class FileWeights:
-    """The weights that a key map finds in tensors; made by `open_weights`, which checks that they fit."""
+    """Weights read from tensors through the sources of a key map; `open_weights` checks their names and shapes."""
 
     def __init__(self, tensors: Tensors, shapes: Mapping[str, Shape], sources: Mapping[str, TensorSource]):
         self._tensors = tensors
@@ -162,7 +163,7 @@ class FileWeights:
         return target
 
     def stored(self, canonical: str, op: Op) -> list[Array]:
-        """A parameter as the tensors that `op` views it as; where the files hold just these, each as it is there."""
+        """A parameter as the tensors of layout `op`, read without conversion where the files have that layout."""
         source = self._sources[canonical]
         if source.op == op:
             return [self._tensors.tensor(name) for name in source.names]
@@ -173,33 +174,33 @@ class FileWeights:
 def open_weights(
     tensors: Tensors, keymap: KeyMap, shapes: Mapping[str, Shape], tied: Iterable[str]
 ) -> tuple[FileWeights, KeyMatch]:
-    """The weights of a model with parameters of these `shapes`, and what was found.
+    """The weights of a model whose parameters have these `shapes`, and the match of their names.
 
-    MissingKeys, UnexpectedKeys, UnreadKeys and ShapeMismatch name the first tensor that does not fit. A head
-    that the model does not have is no error: its tensors are in the plan's `unread`.
+    MissingKeys, UnexpectedKeys, UnreadKeys and ShapeMismatch name the first tensor that does not fit. Tensors of a head
+    that the model lacks are no error; they are in the match's `unread`.
     """
-    plan = keymap.of(tensors).match(shapes, tensors, tied)
-    if plan.missing:
-        name = keymap.source(plan.missing[0]).names[0]
-        close = nearest(name, plan.unknown)
+    match = keymap.of(tensors).match(shapes, tensors, tied)
+    if match.missing:
+        name = keymap.source(match.missing[0]).names[0]
+        close = nearest(name, match.unknown)
         raise MissingKeys(
-            f"the checkpoint lacks {name}{_others(plan.missing)}"
+            f"the checkpoint lacks {name}{_others(match.missing)}"
             + (f"; the nearest name in it is {close}" if close else "")
-            + ": is it complete, and of the format and class that its config says?"
+            + ": is it complete, and do its config and class match?"
         )
-    if plan.unknown:
+    if match.unknown:
         raise UnexpectedKeys(
-            f"{tensors.path(plan.unknown[0])} holds {plan.unknown[0]}{_others(plan.unknown)}, which is no name of "
-            "this family"
+            f"{tensors.path(match.unknown[0])} holds {match.unknown[0]}{_others(match.unknown)}, which is no "
+            "parameter of this family"
         )
-    if unread := [name for name in plan.unread if not keymap.is_head(name)]:
+    if unread := [name for name in match.unread if not keymap.is_head(name)]:
         raise UnreadKeys(
-            f"{tensors.path(unread[0])} holds {unread[0]}{_others(unread)}, for which the config has no place: it "
-            "describes a smaller or differently built model"
+            f"{tensors.path(unread[0])} holds {unread[0]}{_others(unread)}, which the config does not allow for: "
+            "it describes a smaller or different model"
         )
-    for canonical, source in plan.sources.items():
+    for canonical, source in match.sources.items():
         _check_shapes(tensors, source, canonical, shapes[canonical])
-    return FileWeights(tensors, shapes, plan.sources), plan
+    return FileWeights(tensors, shapes, match.sources), match
 
 
 def _check_shapes(tensors: Tensors, source: TensorSource, canonical: str, shape: Shape) -> None:
@@ -212,13 +213,13 @@ def _check_shapes(tensors: Tensors, source: TensorSource, canonical: str, shape:
 
 
 def stored_shapes(op: Op, shape: Shape) -> list[Shape]:
-    """The shapes of the tensors that a file holds for a canonical parameter of that shape."""
-    ghost = np.broadcast_to(np.False_, shape)  # one byte, whatever a config says of the shape
+    """The shapes of the stored tensors of a canonical parameter of this shape."""
+    ghost = np.broadcast_to(np.False_, shape)  # no allocation, even for a shape from a malicious config
     return [_stored(view, len(shape)).shape for view in op.views(ghost)]
 
 
 def _stored(view: Array, axes: int) -> Array:
-    """A view as the file's tensor: an op that splits the first axis into several does not change what is stored."""
+    """A view with `axes` axes, as files store it: ops that split axis 0 in views leave it whole in the file."""
     return view if view.ndim == axes else view.reshape(-1, *view.shape[view.ndim - axes + 1 :])
 
 
@@ -229,7 +230,7 @@ def _is_same(op: Op, shape: Shape) -> bool:
 
 @dataclass(frozen=True)
 class CastWeights:
-    """Weights in another floating-point type; other tensors stay."""
+    """Weights cast to the dtype `to`; tensors that are not floating-point stay as they are."""
 
     weights: CanonicalWeights
     to: str
@@ -247,7 +248,7 @@ class CastWeights:
 
 @dataclass(frozen=True)
 class PooledKVWeights:
-    """Weights whose key and value heads are the means of equal groups of the given ones (arXiv:2305.13245)."""
+    """Weights whose key and value heads are means over equal groups of heads: MHA to GQA (arXiv:2305.13245)."""
 
     weights: CanonicalWeights
     spec: ArchSpec
@@ -265,7 +266,7 @@ class PooledKVWeights:
         return self.weights.dtype(canonical)
 
     def read(self, canonical: str) -> Array:
-        """(q | k | v) rows; the mean is taken in float32 and rounded to the weights' own type."""
+        """Rows of q, k, v; means are computed in float32 and rounded to the stored dtype."""
         array = self.weights.read(canonical)
         if ".attn.qkv." not in canonical:
             return array
@@ -277,29 +278,29 @@ class PooledKVWeights:
 
 
 def lazy_tensors(weights: CanonicalWeights, keymap: KeyMap) -> dict[str, LazyTensor]:
-    """What a file by that key map holds: its names, and each tensor as it is made when its turn comes."""
+    """The tensors of a file under that key map, name -> tensor computed when it is written."""
     recent = _Recent(weights)
     made: dict[str, LazyTensor] = {}
     for canonical, shape in weights.shapes().items():
         source = keymap.source(canonical)
         reader = recent if len(source.names) > 1 else weights
         stored = stored_shapes(source.op, shape)
-        for place, name in enumerate(source.names):
-            make = _maker(reader, canonical, source.op, place)
-            made[name] = LazyTensor(dtype=weights.dtype(canonical), shape=stored[place], make=make)
+        for index, name in enumerate(source.names):
+            make = _reader(reader, canonical, source.op, index)
+            made[name] = LazyTensor(dtype=weights.dtype(canonical), shape=stored[index], make=make)
     return made
 
 
-def _maker(weights: Any, canonical: str, op: Op, place: int) -> Callable[[], Array]:
+def _reader(weights: Any, canonical: str, op: Op, index: int) -> Callable[[], Array]:
     def make() -> Array:
         array = weights.read(canonical)
-        return _stored(op.views(array)[place], array.ndim)
+        return _stored(op.views(array)[index], array.ndim)
 
     return make
 
 
 class _Recent:
-    """Keeps the last parameter that was read: the parts of a fused one are written one after the other."""
+    """Caches the last parameter read: the tensors that a fused parameter is split into are written consecutively."""
 
     def __init__(self, weights: CanonicalWeights):
         self._weights = weights

@@ -1,4 +1,4 @@
-"""The command `monoblock`. A sub-command's module is imported when it is run or listed."""
+"""The command `monoblock`. The module of a subcommand is imported when it is run or listed."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import sys
 
 
 def main() -> None:
-    """Runs the command line and ends the process with one of the exit codes of docs/cli.md."""
+    """Run the command line and exit with one of the codes of docs/cli.md."""
     try:
         from monoblock.cli.app import command
 
         command()(prog_name="monoblock")
-    except KeyboardInterrupt:  # before or after the sub-command itself, which handles its own
+    except KeyboardInterrupt:  # outside a subcommand, which handles its own
         sys.exit(130)

@@ -1,4 +1,4 @@
-"""The top of the command line: the list of sub-commands, each imported only when it is needed."""
+"""The top-level command: subcommands are imported lazily."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ import typer
 import typer.core
 import typer.main
 
-# Each is a module of this package with an `app`; the order is that of `monoblock --help`.
+# Modules of this package, each with an `app`, in the order of `monoblock --help`.
 COMMANDS = ("generate", "chat", "attention", "info", "convert", "quantize", "bench", "env")
 
-# Plain help instead of rich panels: it takes half the time, and looks the same in a pipe.
+# Plain help instead of rich panels: twice as fast, and the same in a pipe.
 PLAIN: dict[str, Any] = {"rich_markup_mode": None, "pretty_exceptions_enable": False}
 
 EXIT_CODES = (
-    "Exit codes: 0 success; 1 the model, its files or the hub failed (one sentence on stderr); "
-    "2 wrong usage; 130 interrupted by Ctrl-C; 141 the reader of the output went away."
+    "Exit codes: 0 success; 1 error of the model, its files or the hub (a message on stderr); "
+    "2 usage error; 130 interrupted by Ctrl-C; 141 broken pipe: the reader of the output exited."
 )
 
 
 class LazyGroup(typer.core.TyperGroup):
-    """A group that knows its commands' names, and imports the module of a command that is asked for."""
+    """A command group that imports the module of a command when the command is requested."""
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.commands = dict.fromkeys(COMMANDS)  # type: ignore[assignment]  # only the names are read
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        """The command of that name, or None (then the group says so); the context does not matter."""
+        """The command of that name; None if there is none (click then reports a usage error)."""
         del ctx
         if cmd_name not in COMMANDS:
             return None
@@ -40,7 +40,7 @@ class LazyGroup(typer.core.TyperGroup):
 
 
 def command() -> Any:
-    """The whole command line, callable."""
+    """The command line as a callable."""
     app = typer.Typer(
         cls=LazyGroup,
         no_args_is_help=True,
@@ -53,7 +53,7 @@ def command() -> Any:
 
 
 def sub_app() -> typer.Typer:
-    """The app of one sub-command, with the settings that all share."""
+    """A typer app for one subcommand, with the shared settings."""
     return typer.Typer(add_completion=False, **PLAIN)
 
 

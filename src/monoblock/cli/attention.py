@@ -1,4 +1,4 @@
-"""`monoblock attention`: which tokens may see which, and the weights of heads as heat maps."""
+"""`monoblock attention`: show a model's attention mask, or attention weights as heat maps."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ app = sub_app()
 
 @dataclass(frozen=True, kw_only=True)
 class Files:
-    """Where pictures go instead of the terminal."""
+    """Output files, instead of the terminal."""
 
     svg: Annotated[Path | None, typer.Option(help="Write an SVG file.")] = None
     png: Annotated[Path | None, typer.Option(help="Write a PNG file (needs Pillow).")] = None
     html: Annotated[Path | None, typer.Option(help="Write an HTML page.")] = None
 
     def given(self) -> dict[str, Path]:
-        """Kind -> file, of those that were asked for."""
+        """File type -> path, for the options that are given."""
         files = {"svg": self.svg, "png": self.png, "html": self.html}
         return {kind: path for kind, path in files.items() if path is not None}
 
@@ -40,7 +40,10 @@ def attention(
     *,
     words: Annotated[
         list[str],
-        typer.Argument(metavar="[MODEL] TEXT", help="A model as in --model, and the text; - reads the text."),
+        typer.Argument(
+            metavar="[MODEL] TEXT",
+            help="A model as in --model, and the text; - reads it from stdin.",
+        ),
     ],
     source: ModelOptions,
     hub: DownloadOptions,
@@ -52,20 +55,21 @@ def attention(
     ] = None,
     files: Files,
 ) -> None:
-    """Show which tokens of a text may see which; with --layer or --head, how much they did look at each other.
+    """Show the attention mask of a text; with --layer or --head, the attention weights.
 
-    The first needs config and tokenizer alone, the second runs the model. Without a model it is the embedded demo.
+    The mask needs only config and tokenizer; the weights need a run of the model. The default model is the embedded
+    demo.
     """
     name, text = _model_and_text(words, source.model)
-    weighed = layer is not None or head is not None
-    if not weighed and (source.dtype is not Dtype.AUTO or source.device != "auto" or source.quantize):
+    with_weights = layer is not None or head is not None
+    if not with_weights and (source.dtype is not Dtype.AUTO or source.device != "auto" or source.quantize):
         raise typer.BadParameter(
-            "--dtype, --device and --quantize need --layer or --head: else no weights are loaded"
+            "--dtype, --device and --quantize need --layer or --head: without them, no weights are loaded"
         )
     wanted = _head(head or "mean")
     from monoblock.cli.engine import locate, need_pytorch
 
-    if weighed:
+    if with_weights:
         need_pytorch("monoblock attention --layer or --head")
     from monoblock.utils import attention_visualizer as pictures
 
@@ -74,7 +78,7 @@ def attention(
     visualizer = pictures.AttentionMaskVisualizer(path, **where)
     visualizer.read(text)
     title = visualizer.title
-    if weighed:
+    if with_weights:
         _check(visualizer, layer, wanted)
         panels = _weights(visualizer, text, (path, where, source), (layer, wanted))
         title = title.replace("attention mask", "attention weights")
@@ -88,11 +92,9 @@ def attention(
 
 
 def _model_and_text(words: list[str], model: str | None) -> tuple[str | None, str]:
-    """The last word is the text, the one before it the model; a usage error for anything else."""
+    """Split the arguments into model and text; usage error for anything else."""
     if len(words) > 2 or (len(words) == 2 and model is not None):
-        raise typer.BadParameter(
-            "give a model once and one text in quotes: monoblock attention MODEL 'a text'"
-        )
+        raise typer.BadParameter("give one model and one quoted text: monoblock attention MODEL 'a text'")
     text = sys.stdin.read().removesuffix("\n") if words[-1] == "-" else words[-1]
     if not text:
         raise typer.BadParameter("the text is empty")
@@ -108,7 +110,7 @@ def _head(given: str) -> int | str:
 
 
 def _check(visualizer: AttentionMaskVisualizer, layer: int | None, head: int | str) -> None:
-    """A usage error for a layer or a head that the model does not have, before its weights are loaded."""
+    """Usage error, before weights are loaded, for a layer or head that the model does not have."""
     from monoblock.utils.panels import check_head, check_layer
 
     try:
@@ -126,7 +128,7 @@ def _weights(
     files: tuple[str, dict[str, Any], ModelOptions],
     chosen: tuple[int | None, int | str],
 ) -> list[Panel]:
-    """Runs the model on the text."""
+    """Panels of attention weights, from a run of the model on the text."""
     import torch
 
     model = _load(visualizer, *files)
@@ -139,7 +141,7 @@ def _weights(
 
 
 def _load(visualizer: AttentionMaskVisualizer, path: str, where: dict[str, Any], source: ModelOptions) -> Any:
-    """The model in the class that its config names, so that all its weights have a place."""
+    """The model in the class that its config names, so that all of its weights are used."""
     import monoblock
     from monoblock.cli.engine import device_map
     from monoblock.families import FAMILIES, class_names, named_classes

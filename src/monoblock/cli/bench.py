@@ -1,4 +1,5 @@
-"""`monoblock bench`: how fast a model is on this machine, and how much of the machine's memory bandwidth it uses."""
+"""`monoblock bench`: measure loading, prefill and decoding speed, and the share of memory bandwidth that decoding
+uses."""
 
 from __future__ import annotations
 
@@ -19,26 +20,27 @@ from monoblock.cli.options import DownloadOptions, Dtype, Json, Quantize
 
 app = sub_app()
 
-START = 16  # tokens of the prompt that decoding begins with
-READ = 1 << 30  # bytes; far beyond any cache
+PROMPT = 16  # tokens of the prompt for decoding
+READ = 1 << 30  # bytes; larger than any cache
 WORK = Callable[[], Any]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """What is measured, and how often."""
+    """Sizes of the measured workloads."""
 
-    prompt: Annotated[
-        int, typer.Option("--prompt", "-p", min=1, help="Tokens of the prompt whose reading is timed.")
-    ] = 512
-    new: Annotated[int, typer.Option("--new", "-n", min=1, help="New tokens of each text in a run.")] = 32
+    prompt: Annotated[int, typer.Option("--prompt", "-p", min=1, help="Prompt tokens for prefill.")] = 512
+    new: Annotated[int, typer.Option("--new", "-n", min=1, help="New tokens per sequence and run.")] = 32
     batch: Annotated[
         list[int] | None,
         typer.Option(
-            "--batch", "-b", min=1, help="Texts at once; may be given several times; default: 1 and 8."
+            "--batch",
+            "-b",
+            min=1,
+            help="Batch size for decoding; may be given several times; default: 1 and 8.",
         ),
     ] = None
-    runs: Annotated[int, typer.Option(min=1, help="Runs of each figure, after one that warms up.")] = 3
+    runs: Annotated[int, typer.Option(min=1, help="Timed runs per measurement, after a warm-up run.")] = 3
 
 
 @app.command(epilog=EXIT_CODES)
@@ -52,7 +54,7 @@ def bench(
     dtype: Annotated[Dtype, typer.Option(help="Type of the weights; auto: as stored.")] = Dtype.AUTO,
     quantize: Annotated[
         Quantize | None,
-        typer.Option(help="Pack the weights while they are loaded: int8, int4, or lossless (12 bits)."),
+        typer.Option(help="Quantise the weights while loading: int8, int4, or lossless (12 bits)."),
     ] = None,
     device: Annotated[str, typer.Option(help="auto (a GPU if there is one), cpu, cuda, cuda:1, mps, ...")] = (
         "auto"
@@ -60,10 +62,10 @@ def bench(
     hub: DownloadOptions,
     as_json: Json = False,
 ) -> None:
-    """Measure how fast a model loads, reads a prompt and makes tokens here, through `generate` as programs call it.
+    """Measure how fast a model loads, processes a prompt and decodes on this machine, through `generate`.
 
-    Decoding reads all weights once for each token: its share of the memory bandwidth, which is measured too, says
-    how much faster this machine could be at best. The texts are random tokens.
+    Decoding reads all weights once per token, so memory bandwidth, which is measured too, bounds its speed; the share
+    of it that decoding reaches is shown. Inputs are random tokens.
     """
     from monoblock.cli.engine import locate, need_pytorch
 
@@ -73,8 +75,8 @@ def bench(
     options["dtype"] = dtype.value
     if quantize is not None:
         options["quantization_config"] = quantize.value
-    with _progress() as say:
-        found = {"model": name} | measure(path, options, device, sizes, say)
+    with _progress() as report:
+        found = {"model": name} | measure(path, options, device, sizes, report)
     if as_json:
         print(json.dumps(found, indent=1))
     else:
@@ -82,30 +84,30 @@ def bench(
 
 
 def measure(
-    path: str, options: dict[str, Any], device: str, sizes: Sizes, say: Callable[[str], None]
+    path: str, options: dict[str, Any], device: str, sizes: Sizes, report: Callable[[str], None]
 ) -> dict[str, Any]:
-    """Everything `monoblock bench` shows, ready for JSON. Sizes in bytes, times in seconds, speeds as lists of runs
-    in tokens per second."""
+    """All results of `monoblock bench`, as JSON values: sizes in bytes, times in seconds, speeds as lists of runs in
+    tokens per second."""
     from monoblock.cli.engine import device_map
 
-    say("importing PyTorch")
+    report("importing PyTorch")
     from monoblock import AutoModelForCausalLM
 
     if where := device_map(device):
         options = options | {"device_map": where}
-    say("loading")
+    report("loading")
     begin = time.perf_counter()
     model = AutoModelForCausalLM.from_pretrained(path, **options).eval()
     loading = time.perf_counter() - begin
-    model.generation_config.eos_token_id = None  # each run makes as many tokens as the next
-    say(f"a prompt of {sizes.prompt} tokens")
+    model.generation_config.eos_token_id = None  # every run generates the same number of tokens
+    report(f"a prompt of {sizes.prompt} tokens")
     prefill = _timed(lambda: _generate(model, 1, sizes.prompt, 1), sizes.runs)
     speeds: dict[int, list[float]] = {}
     for batch in dict.fromkeys(sizes.batch or (1, 8)):
-        say(f"decoding, {batch} at once")
+        report(f"decoding, batch size {batch}")
         speeds[batch] = _decoding(model, batch, sizes)
-    peak = _peak()  # before the next, which needs memory of its own
-    say("the machine's memory")
+    peak = _peak()  # before the bandwidth measurement, which allocates memory
+    report("memory bandwidth")
     size, bandwidth = weight_bytes(model), Memory(model.device).rate()
     return {
         "class": type(model).__name__,
@@ -131,18 +133,18 @@ def measure(
 
 
 def weight_bytes(model: Any) -> int:
-    """Bytes of weights that one token reads: all but the table of the input, of which it reads a line, unless that
-    is the head too."""
+    """Bytes of weights read per decoded token: all but the input embedding, of which one row is read, unless it is tied
+    to the head."""
     tensors = {t.data_ptr(): t for t in (*model.parameters(), *model.buffers()) if t.numel()}
     table, head = model.get_input_embeddings(), model.get_output_embeddings()
-    lines = {t.data_ptr() for t in (*table.parameters(), *table.buffers())}
+    embedding = {t.data_ptr() for t in (*table.parameters(), *table.buffers())}
     if head is not None:
-        lines -= {t.data_ptr() for t in (*head.parameters(), *head.buffers())}
-    return sum(t.numel() * t.itemsize for key, t in tensors.items() if key not in lines)
+        embedding -= {t.data_ptr() for t in (*head.parameters(), *head.buffers())}
+    return sum(t.numel() * t.itemsize for key, t in tensors.items() if key not in embedding)
 
 
 class Memory:
-    """A block of the device's memory, to see how fast it is read: by a sum, and on a CPU by the native kernels too."""
+    """Measures read bandwidth on a block of device memory: by a sum, and on CPUs also by a native kernel."""
 
     def __init__(self, device: Any) -> None:
         import torch
@@ -159,7 +161,7 @@ class Memory:
             self.reads.append(lambda: library.mb_read(block.data_ptr(), READ, threads, byref(checksum)))
 
     def rate(self, tries: int = 4) -> float:
-        """Bytes per second, the best of several tries each."""
+        """Bytes per second: the best of `tries` runs of each method."""
         return max(READ / min(_timed(read, tries)) for read in self.reads)
 
 
@@ -170,18 +172,18 @@ def _seconds(work: WORK) -> float:
 
 
 def _timed(work: WORK, runs: int) -> list[float]:
-    """Seconds of each run, after one that warms up."""
+    """Seconds per run, after a warm-up run."""
     return [_seconds(work) for _ in range(runs + 1)][1:]
 
 
 def _decoding(model: Any, batch: int, sizes: Sizes) -> list[float]:
-    """Tokens per second of all texts together: what a call with more new tokens takes beyond one with a single one."""
-    _generate(model, batch, START, 1 + sizes.new)
+    """Tokens per second of the whole batch, from the time of a call with 1 + `new` tokens minus one with 1 token."""
+    _generate(model, batch, PROMPT, 1 + sizes.new)
     speeds: list[float] = []
     for _ in range(sizes.runs):
-        first = _seconds(lambda: _generate(model, batch, START, 1))
-        whole = _seconds(lambda: _generate(model, batch, START, 1 + sizes.new))
-        # On a busy machine one token may take longer than many; then the whole call is all that is known.
+        first = _seconds(lambda: _generate(model, batch, PROMPT, 1))
+        whole = _seconds(lambda: _generate(model, batch, PROMPT, 1 + sizes.new))
+        # On a busy machine the shorter call may take longer; then use the time of the whole call.
         speeds.append(batch * sizes.new / (whole - first if whole > first else whole))
     return speeds
 
@@ -203,14 +205,14 @@ def _threads() -> int:
 
 
 def _kernels(device: Any) -> str:
-    """The native kernels in use, or why there are none; they are a CPU's."""
+    """Status of the native (CPU) kernels, or the kernels of another device."""
     from monoblock import native
 
     return native.status() if device.type == "cpu" else f"PyTorch's, on {device.type}"
 
 
 def _peak() -> int | None:
-    """The most memory that this process ever held; None where the system does not tell."""
+    """Peak resident memory of this process in bytes; None where the system does not report it."""
     try:
         import resource
     except ImportError:  # Windows
@@ -221,7 +223,7 @@ def _peak() -> int | None:
 
 @contextmanager
 def _progress() -> Iterator[Callable[[str], None]]:
-    """Says what is being measured, on stderr: one changing line at a terminal, a line each elsewhere."""
+    """Report progress on stderr: a status line at a terminal, else one line per step."""
     if not sys.stderr.isatty():
         yield lambda what: console.note(f"{what} ...")
         return
@@ -243,7 +245,7 @@ def _lines(found: dict[str, Any]) -> list[tuple[str, str]]:
     ]
     for batch, figure in found["decode"].items():
         text = f"{_speed(figure)}, {figure['bandwidth_share']:.0%} of the bandwidth"
-        lines.append((f"decoding, {batch} at once", text))
+        lines.append((f"decoding, batch size {batch}", text))
     peak = found["peak_memory"]
     return [*lines, ("peak memory", "not known" if peak is None else f"{peak / 2**30:.2f} GiB")]
 

@@ -22,7 +22,7 @@ app = sub_app()
 
 
 def _dashes(name: str) -> str:
-    """The hub's command spells some options with underscores."""
+    """Accept underscores in option names, as in transformers' chat command."""
     return name.replace("_", "-")
 
 
@@ -43,11 +43,11 @@ def chat(
     sampling: SamplingOptions,
     system: Annotated[
         str | None,
-        typer.Option("--system", "--system-prompt", help="What the model is told before the conversation."),
+        typer.Option("--system", "--system-prompt", help="System prompt."),
     ] = None,
     history: Annotated[
         Path | None,
-        typer.Option(help="JSON file of a conversation: continued if it exists, written after each reply."),
+        typer.Option(help="JSON file of a conversation: continued if it exists, saved after each reply."),
     ] = None,
     template: Annotated[
         Path | None, typer.Option(help="File with a chat template (Jinja) to use instead of the model's.")
@@ -63,12 +63,12 @@ def chat(
 
     Ctrl-C stops a reply; Ctrl-C or Ctrl-D at the prompt leaves; /help lists the commands.
 
-    A model without a chat template continues the conversation as one plain text. From a pipe, each line is
-    a message, and the replies alone go to standard output. Where neither --max-new-tokens nor the
-    model's generation_config.json gives a number, a reply stops after 512 tokens.
+    A model without a chat template continues the conversation as plain text. From a pipe, each line is
+    a message, and only the replies go to standard output. Unless --max-new-tokens or the model's
+    generation_config.json sets a limit, a reply stops after 512 tokens.
     """
     sampling.kwargs()  # usage errors before the model is loaded
-    source, flags = _sorted_words(words or [], source)
+    source, flags = _sort_words(words or [], source)
     settings = _settings(sampling, flags)
     conversation = Conversation()
     if history and history.exists():
@@ -86,15 +86,15 @@ def chat(
     Session(loaded, settings, conversation, autosave=history, quiet=quiet).run()
 
 
-def _sorted_words(words: list[str], source: FrameworkModelOptions) -> tuple[FrameworkModelOptions, list[str]]:
-    """The source with the model that the words name, and the settings among them."""
+def _sort_words(words: list[str], source: FrameworkModelOptions) -> tuple[FrameworkModelOptions, list[str]]:
+    """Sort the positional arguments into a model, set in the options, and NAME=VALUE settings."""
     flags = [word for word in words if re.match(r"[a-z_0-9]+=", word)]
     names = [word for word in words if word not in flags]
     if any(name.startswith(("http://", "https://")) for name in names):
-        raise typer.BadParameter("monoblock chat runs the model itself: drop the server's address")
+        raise typer.BadParameter("monoblock chat runs the model in this process: drop the server address")
     if len(names) > 1:
         raise typer.BadParameter(
-            f"one model is expected, got {', '.join(names)}; settings are NAME=VALUE, as in max_new_tokens=64"
+            f"expected one model, got {', '.join(names)}; settings are NAME=VALUE, as in max_new_tokens=64"
         )
     if names and source.model is not None:
         raise typer.BadParameter(f"two models are given, {names[0]} and --model {source.model}; drop one")

@@ -1,4 +1,4 @@
-"""What all commands say and how they end: notes and errors on stderr, results on stdout, exit codes."""
+"""Output and exit codes of all commands: results on stdout, notes and errors on stderr."""
 
 from __future__ import annotations
 
@@ -16,38 +16,38 @@ import typer
 
 from monoblock import extra_of
 
-FAILURE, INTERRUPTED, BROKEN_PIPE = 1, 130, 141  # the last two as shells report SIGINT and SIGPIPE
+FAILURE, INTERRUPTED, BROKEN_PIPE = 1, 130, 141  # the last two are 128 + SIGINT and 128 + SIGPIPE
 
-# Errors that a model, a file, a network or a missing package can cause; any other is a fault of ours.
-DEBUG = Annotated[bool, typer.Option("--debug", help="Show the whole traceback of an error.")]
+DEBUG = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
+# Errors caused by a model, a file, the network or a missing package; any other error is a bug.
 EXPECTED = (OSError, ValueError, ImportError, MemoryError, RuntimeError)
 
-# A model's text may hold control characters, and a terminal obeys them; tab and newline may stay.
+# Control characters in generated text, except tab and newline, would be interpreted by a terminal.
 _CONTROLS = {
     code: "\N{REPLACEMENT CHARACTER}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"
 }
 
 
 def styled(text: str, code: str, stream: TextIO) -> str:
-    """The text in an ANSI style ("2" dim, "31" red) where the stream is a terminal that wants it."""
+    """The text in an ANSI style ("2" dim, "31" red) if the stream is a terminal and NO_COLOR is not set."""
     if stream.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb":
         return f"\x1b[{code}m{text}\x1b[0m"
     return text
 
 
 def note(text: str) -> None:
-    """A remark to the user, on stderr."""
+    """Print a note on stderr."""
     print(styled(text, "2", sys.stderr), file=sys.stderr, flush=True)
 
 
-def complain(error: BaseException) -> None:
-    """One sentence about an error, on stderr."""
-    print(styled("monoblock:", "31", sys.stderr), sentence(error), file=sys.stderr, flush=True)
+def print_error(error: BaseException) -> None:
+    """Print a one-line error message on stderr."""
+    print(styled("monoblock:", "31", sys.stderr), message_of(error), file=sys.stderr, flush=True)
 
 
-def sentence(error: BaseException) -> str:
-    """What went wrong, in one line; a fault of the program itself is named as such."""
+def message_of(error: BaseException) -> str:
+    """A one-line message for an error; unexpected errors ask for a bug report."""
     if isinstance(error, ModuleNotFoundError) and (extra := extra_of(error.name)) is not None:
         return f'{error.name} is not installed: pip install "monoblock[{extra}]"'
     if isinstance(error, OSError) and error.strerror:
@@ -61,13 +61,13 @@ def sentence(error: BaseException) -> str:
 
 
 def write(text: str) -> None:
-    """Result text to stdout, at once; at a terminal its control characters are made harmless."""
+    """Write result text to stdout and flush; at a terminal, control characters are replaced."""
     sys.stdout.write(text.translate(_CONTROLS) if sys.stdout.isatty() else text)
     sys.stdout.flush()
 
 
 def rows(title: str, pairs: Iterable[tuple[str, str]]) -> None:
-    """Names and values, aligned: a table at a terminal, `name: value` lines elsewhere."""
+    """Print names and values: a table at a terminal, else `name: value` lines."""
     if not sys.stdout.isatty():
         print(f"# {title}")
         for name, value in pairs:
@@ -87,14 +87,14 @@ def rows(title: str, pairs: Iterable[tuple[str, str]]) -> None:
 
 @contextmanager
 def exit_codes(debug: bool) -> Iterator[None]:
-    """Turns what goes wrong inside into a sentence and an exit code; with `debug`, errors stay errors."""
+    """Convert exceptions in the block to a message and an exit code; with `debug`, re-raise them."""
     try:
         yield
         sys.stdout.flush()
     except (typer.Exit, typer.Abort, typer.BadParameter):
         raise
     except BrokenPipeError:
-        # The interpreter flushes stdout once more at exit; give it somewhere to go.
+        # The interpreter flushes stdout again at exit, so redirect it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise typer.Exit(BROKEN_PIPE) from None
     except KeyboardInterrupt:
@@ -102,19 +102,17 @@ def exit_codes(debug: bool) -> Iterator[None]:
             raise
         raise typer.Exit(INTERRUPTED) from None
     except BaseException as error:
-        # A panic of the tokenizers' Rust code is no Exception; what ends the process on purpose is none either.
+        # A panic in the tokenizers' Rust code is a BaseException, as are SystemExit and the like, which are re-raised.
         panic = type(error).__name__ == "PanicException"
         if debug or not (isinstance(error, Exception) or panic):
             raise
-        complain(error)
+        print_error(error)
         raise typer.Exit(FAILURE) from None
 
 
 def command(function: Callable[..., None]) -> Callable[..., None]:
-    """Makes a function a typer command: errors become exit codes, dataclass arguments one option per field.
-
-    It gets one more option, --debug.
-    """
+    """Decorator for typer commands: errors become exit codes, each field of a dataclass argument becomes an option, and
+    an option --debug is added."""
     signature = inspect.signature(function)
     hints = get_type_hints(function, include_extras=True)
     groups: dict[str, Any] = {name: hint for name, hint in hints.items() if is_dataclass(hint)}
@@ -145,7 +143,7 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
         with exit_codes(debug):
             function(**values)
 
-    # What typer reads.
+    # Typer reads these.
     run.__signature__ = signature.replace(parameters=flat, return_annotation=None)  # type: ignore[attr-defined]
     run.__annotations__ = {p.name: p.annotation for p in flat}
     return run

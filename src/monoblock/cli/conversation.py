@@ -1,4 +1,4 @@
-"""A conversation: a system prompt and turns, in memory and, with its settings, as a JSON file."""
+"""A conversation: a system prompt and turns, which can be saved with the settings as a JSON file."""
 
 from __future__ import annotations
 
@@ -13,50 +13,50 @@ from monoblock.cli.engine import Message
 
 @dataclass
 class Conversation:
-    """Turns alternate between "user" and "assistant", and start with the user's."""
+    """A system prompt, and turns that alternate between "user" and "assistant", starting with "user"."""
 
     system: str | None = None
     turns: list[Message] = field(default_factory=list[Message])
 
     def messages(self) -> list[Message]:
-        """All of it as messages, the system prompt first."""
+        """All messages, the system prompt first."""
         first = [] if self.system is None else [{"role": "system", "content": self.system}]
         return first + self.turns
 
     def say(self, text: str, image: str | None = None) -> None:
-        """Adds a message of the user, perhaps with the path of an image."""
+        """Add a user message, optionally with the path of an image."""
         self.turns.append({"role": "user", "content": text} | ({} if image is None else {"image": image}))
 
     def answer(self, text: str) -> None:
-        """Adds a reply of the model."""
+        """Add a reply of the model."""
         self.turns.append({"role": "assistant", "content": text})
 
     def image(self) -> str | None:
-        """The path of the image that the conversation is about, if there is one."""
+        """The path of the conversation's image, if it has one."""
         return next((turn["image"] for turn in self.turns if "image" in turn), None)
 
-    def take_back(self) -> None:
-        """Removes the last message, which got no answer."""
+    def drop_last(self) -> None:
+        """Remove the last message, which was not answered."""
         self.turns.pop()
 
-    def reopen(self) -> None:
-        """Removes the last reply, so that its message can be answered again; ValueError if there is none."""
+    def drop_reply(self) -> None:
+        """Remove the last reply, so that its message can be answered again; ValueError if there is none."""
         if not self.turns:
             raise ValueError("there is no message to answer again yet")
         self.turns.pop()
 
     def undo(self) -> None:
-        """Removes the last message and its reply; ValueError if there is none."""
+        """Remove the last message and its reply; ValueError if there is none."""
         if not self.turns:
-            raise ValueError("there is no message to take back")
+            raise ValueError("there is no message to undo")
         del self.turns[-2:]
 
     def clear(self) -> None:
-        """Removes all turns; the system prompt stays."""
+        """Remove all turns; the system prompt stays."""
         self.turns.clear()
 
     def save(self, path: Path, settings: Mapping[str, Any]) -> None:
-        """Writes messages and settings as a JSON object, whole or not at all."""
+        """Write messages and settings as a JSON object, atomically."""
         from monoblock.checkpoint.files import write_atomically
 
         content = {"settings": settings, "messages": self.messages()}
@@ -65,7 +65,7 @@ class Conversation:
 
     @classmethod
     def load(cls, path: Path) -> tuple[Conversation, dict[str, Any]]:
-        """What `save` wrote, or a list of messages alone; ValueError names the file and what is wrong with it."""
+        """Read a file written by `save`, or a list of messages; ValueError names the file and the expected format."""
         text = path.read_bytes()
         try:
             content: object = json.loads(text)
@@ -81,9 +81,9 @@ class Conversation:
                 raise ValueError
         except (ValueError, TypeError, KeyError, RecursionError):
             raise ValueError(
-                f'{path} is not a conversation: expected JSON, {{"settings": {{...}}, "messages": [...]}} or the list '
-                'alone, of {"role": ..., "content": ...}, an optional system message first, then "user" and '
-                '"assistant" in turn'
+                f'{path} is not a conversation: expected JSON, {{"settings": {{...}}, "messages": [...]}} or only the '
+                'list, of {"role": ..., "content": ...}: an optional system message, then "user" and "assistant" '
+                "alternating"
             ) from None
         return cls(system, turns), cast(dict[str, Any], settings)
 

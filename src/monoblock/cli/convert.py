@@ -1,4 +1,4 @@
-"""`monoblock convert`: checkpoints of the makers into hub folders and back, and hub folders into others."""
+"""`monoblock convert`: convert checkpoints between original release formats and transformers' format."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 
 app = sub_app()
 
-LISTED = 3  # names of tensors that are shown of those left out
+LISTED = 3  # names of unused tensors that are shown
 
 
 class From(StrEnum):
-    """The formats that are read."""
+    """Source formats."""
 
     AUTO = "auto"
     HUB = "hub"
@@ -36,7 +36,7 @@ class From(StrEnum):
 
 
 class To(StrEnum):
-    """The formats that are written."""
+    """Target formats."""
 
     HUB = "hub"
     MISTRAL = "mistral"
@@ -46,7 +46,7 @@ class To(StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class Changes:
-    """What becomes of the weights."""
+    """Formats, and changes to the weights."""
 
     source_format: Annotated[From, typer.Option("--from", help="Format of the source.")] = From.AUTO
     target_format: Annotated[To, typer.Option("--to", help="Format of the target.")] = To.HUB
@@ -56,7 +56,7 @@ class Changes:
     ] = None
     kv_heads: Annotated[
         int | None,
-        typer.Option(min=1, help="Pool the key and value heads to this many, each the mean of a group."),
+        typer.Option(min=1, help="Reduce the key and value heads to this many; each is the mean of a group."),
     ] = None
 
 
@@ -65,7 +65,7 @@ class Changes:
 def convert(
     *,
     source: Annotated[str, typer.Argument(help="Folder, .tar or .pt file, or name on the hub.")],
-    target: Annotated[str, typer.Argument(help="The folder to make.")],
+    target: Annotated[str, typer.Argument(help="The folder to create.")],
     changes: Changes,
     check: Annotated[
         bool, typer.Option("--check", help="Read the result back; compare its tensors and its logits.")
@@ -77,7 +77,7 @@ def convert(
 ) -> None:
     """Convert a checkpoint into a new folder: another format, type, shard size, or number of key and value heads.
 
-    The folder appears when it is complete, or not at all.
+    The folder is created atomically, when it is complete.
     """
     from monoblock.checkpoint.options import HubOptions
     from monoblock.conversion.convert import Options
@@ -100,7 +100,7 @@ def convert(
 
 @contextmanager
 def _progress() -> Iterator[Progress]:
-    """A bar at a terminal; elsewhere a line at the begin and at the end of each step, all on stderr."""
+    """Report progress on stderr: bars at a terminal, else a line at the start and at the end of each phase."""
     if not sys.stderr.isatty():
         yield _line
         return
@@ -135,7 +135,7 @@ def _show(result: Result, target: str) -> None:
     if result.left_out:
         more = len(result.left_out) - LISTED
         names = ", ".join(result.left_out[:LISTED]) + (f" and {more} more" if more > 0 else "")
-        lines.append(("left out", f"{names}: {result.architecture} has no place for them"))
+        lines.append(("left out", f"{names}: {result.architecture} does not use them"))
     if result.comparison:
         lines += _check_lines(result.comparison)
     console.rows(target, lines)
@@ -143,15 +143,15 @@ def _show(result: Result, target: str) -> None:
 
 def _check_lines(found: Comparison) -> list[tuple[str, str]]:
     others = found.tensors - found.equal
-    text = f"{found.equal} of {found.tensors} hold the same numbers"
+    text = f"{found.equal} of {found.tensors} are equal"
     if others:
-        text += f"; the others differ by {found.difference:.3g} at most, which is rounding"
+        text += f"; the others differ by at most {found.difference:.3g}, from rounding"
     lines = [("tensors", text)]
     if found.logits is None:
         return [*lines, ("logits", f"not compared: {found.why}")]
     run = found.logits
     text = (
-        f"differ by {run.difference:.3g} at most (the largest is {run.magnitude:.3g}); the same token is the likeliest "
-        f"at {run.agreement:.1%} of places, in {run.prompts} random prompts of {run.length} tokens"
+        f"differ by at most {run.difference:.3g} (largest magnitude: {run.magnitude:.3g}); same argmax at "
+        f"{run.agreement:.1%} of positions, in {run.prompts} random prompts of {run.length} tokens"
     )
     return [*lines, ("logits", text)]

@@ -1,4 +1,4 @@
-"""A loaded model and its tokenizer, as `generate` and `chat` use them: prompt in, streamed text out."""
+"""The engine of `generate` and `chat`: a model with its tokenizer, which turns prompts into streamed text."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import typer
 
 from monoblock.cli.options import DownloadOptions, FrameworkModelOptions
 
-# {"role": "system" | "user" | "assistant", "content": ...}, and "image": PATH where a user shows one.
+# {"role": "system" | "user" | "assistant", "content": ...}, and optionally "image": PATH.
 Message = dict[str, str]
 
-# Settings with which a call does more with a cache than to go on, so that it starts with none.
+# Settings under which a cache cannot be continued from the previous call, so that each call starts without one.
 NO_REUSE = (
     "use_cache",
     "cache_implementation",
@@ -26,13 +26,13 @@ NO_REUSE = (
 )
 
 
-# A number of new tokens for want of the user's; no argument of `generate`.
+# The default number of new tokens; not an argument of `generate`.
 DEFAULT_TOKENS = "default_new_tokens"
 
 
 @dataclass
 class Reply:
-    """What a model answered, as far as it came, and how long that took (seconds)."""
+    """The text generated so far, with token counts and `time.perf_counter` readings in seconds."""
 
     text: str = ""
     prompt_tokens: int = 0
@@ -43,7 +43,7 @@ class Reply:
     interrupted: bool = False
 
     def summary(self) -> str:
-        """Counts and speeds in one line. The first token's time is the prompt's; the others are the speed."""
+        """Counts and speeds in one line: time to first token for the prompt, tokens per second from then on."""
         prompt = f"prompt: {_tokens(self.prompt_tokens)}"
         if not self.tokens:
             return f"[no tokens; {prompt}]"
@@ -55,20 +55,20 @@ class Reply:
 
 @dataclass
 class Past:
-    """The cache of the last answer, and the ids of the tokens that it holds."""
+    """The KV cache of the last reply, and the ids of the cached tokens."""
 
     cache: Any = None
     ids: list[int] = field(default_factory=list[int])
 
     def take(self, prompt: list[int]) -> Any:
-        """The cache, if a longer prompt begins with what it holds, else None. What is taken is not kept."""
-        cache, held = self.cache, len(self.ids)
-        fits = cache is not None and 0 < held < len(prompt) and prompt[:held] == self.ids
+        """Remove and return the cache if its tokens are a proper prefix of `prompt`, else None."""
+        cache, length = self.cache, len(self.ids)
+        fits = cache is not None and 0 < length < len(prompt) and prompt[:length] == self.ids
         self.cache, self.ids = None, []
         return cache if fits else None
 
     def keep(self, output: Any) -> None:
-        """Remembers what a `generate` call gave back."""
+        """Store the cache that a `generate` call returned."""
         self.cache = output.past_key_values
         if self.cache is not None:
             self.ids = output.sequences[0, : self.cache.get_seq_length()].tolist()
@@ -76,7 +76,7 @@ class Past:
 
 @dataclass(frozen=True)
 class Engine:
-    """A model with its tokenizer, its processor if it sees images, and what it computed of a conversation."""
+    """A model with its tokenizer, its processor if it takes images, and the KV cache of the conversation."""
 
     model: Any
     tokenizer: Any
@@ -87,31 +87,31 @@ class Engine:
 
     @property
     def has_template(self) -> bool:
-        """Whether the model was made for conversations."""
+        """Whether the tokenizer has a chat template."""
         return getattr(self.tokenizer, "chat_template", None) is not None
 
     def limits(self, fallback: int) -> dict[str, int]:
-        """How long a text may get if the user does not say: as the model's file says, else `fallback` tokens; or as
-        many as fit in the model, if that is less."""
+        """The default limit on new tokens: that of generation_config.json, else `fallback`; `_generate` reduces it to
+        what fits in the model's context."""
         return {DEFAULT_TOKENS: getattr(self.config, "max_new_tokens", None) or fallback}
 
     @property
     def config(self) -> Any:
-        """What the model's generation_config.json says, or None."""
+        """The model's generation config, or None."""
         return getattr(self.model, "generation_config", None)
 
     def complete(self, prompt: str, options: dict[str, Any], write: Callable[[str], None]) -> Reply:
-        """Continues a text; `write` gets the pieces as they come. Ctrl-C ends it early."""
+        """Continue a text; `write` receives it in chunks as it is generated. Ctrl-C stops generation."""
         return self._generate(self.tokenizer(prompt, return_tensors=self._tensors), options, write)
 
     def answer(self, messages: list[Message], options: dict[str, Any], write: Callable[[str], None]) -> Reply:
-        """Answers the last message: by the model's chat template, or by continuing all as one text.
+        """Answer the last message, by the model's chat template or by continuing the plain text of all messages.
 
-        What the model has computed of the conversation's beginning is used again.
+        The KV cache of the previous reply is reused.
         """
         image = next((message["image"] for message in messages if "image" in message), None)
         if image is not None:
-            return self._generate(self._seen(image, messages), options, write)
+            return self._generate(self._image_inputs(image, messages), options, write)
         if self.has_template:
             inputs = self.tokenizer.apply_chat_template(
                 messages, add_generation_prompt=True, return_dict=True, return_tensors=self._tensors
@@ -122,8 +122,8 @@ class Engine:
             return self._generate(inputs, options, write)
         return self._generate(inputs, options, write, self.past)
 
-    def _seen(self, image: str, messages: list[Message]) -> Any:
-        """The processor's inputs for an image and the conversation about it."""
+    def _image_inputs(self, image: str, messages: list[Message]) -> Any:
+        """The processor's outputs for an image and the conversation about it."""
         self.need_images()
         return self.processor(text=[_plain(messages)], images=[image], return_tensors=self._tensors)
 
@@ -155,9 +155,9 @@ class Engine:
             if self.pytorch:
                 inputs = inputs.to(self.model.device)
             output = self.model.generate(**inputs, streamer=streamer, **options)
-        except KeyboardInterrupt:  # in the middle of a layer, perhaps: then a cache is of no more use
+        except KeyboardInterrupt:  # perhaps within a layer, so the cache is not reusable
             reply.interrupted = True
-            streamer.end()  # the streamer holds back the last word until it knows where that ends
+            streamer.end()  # flush: the streamer holds back the last, possibly incomplete word
         else:
             if past is not None:
                 past.keep(output)
@@ -178,11 +178,11 @@ def load(
     attention: str | None = None,
     what: str = "monoblock generate",
 ) -> Engine:
-    """The model and tokenizer of these options; `attention` is from_pretrained's `attn_implementation`, `what` the
-    command."""
+    """Load model and tokenizer. `attention`: `attn_implementation` of from_pretrained. `what`: the command, for
+    errors."""
     from monoblock.pipelines.frameworks import chosen
 
-    framework = chosen(source.framework, what)  # before anything is read or fetched
+    framework = chosen(source.framework, what)  # fails before any download
     import monoblock
 
     path, name = locate(source.model)
@@ -190,9 +190,7 @@ def load(
     options = source.kwargs() | where | ({} if attention is None else {"attn_implementation": attention})
     pytorch = framework.backend == "pytorch"
     if not pytorch and source.quantize is not None:
-        raise typer.BadParameter(
-            f"--quantize packs weights on PyTorch, and the framework is {framework.name}"
-        )
+        raise typer.BadParameter(f"--quantize needs PyTorch, but the framework is {framework.name}")
     tokenizer = monoblock.AutoTokenizer.from_pretrained(path, **where)
     auto = getattr(monoblock, f"{framework.prefix}AutoModelForCausalLM")
     if pytorch:
@@ -200,7 +198,7 @@ def load(
         model = auto.from_pretrained(path, **options, **({"device_map": device} if device else {}))
         model.eval()
     else:
-        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # errors, not what TensorFlow finds on the machine
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # errors only, no hardware reports
         config = monoblock.AutoConfig.from_pretrained(path, **where)
         device = None if source.device == "auto" else source.device
         model = framework.adapter.load(auto, path, device, config=config, **options)
@@ -208,7 +206,7 @@ def load(
 
 
 def need_pytorch(what: str) -> None:
-    """ImportError with what to install, where PyTorch is not: before anything is read or fetched."""
+    """ImportError with the pip command if PyTorch is not installed; called before any download."""
     from monoblock.pipelines.frameworks import FRAMEWORKS
 
     framework = FRAMEWORKS["pt"]
@@ -217,7 +215,7 @@ def need_pytorch(what: str) -> None:
 
 
 def _processor(model: Any, path: str, where: dict[str, Any]) -> Any:
-    """The processor of a model that takes images and texts, else None."""
+    """The processor of an image-text model, else None."""
     from monoblock.families import AUTO
 
     if model.row.name not in AUTO["AutoModelForImageTextToText"]:
@@ -228,7 +226,7 @@ def _processor(model: Any, path: str, where: dict[str, Any]) -> Any:
 
 
 def locate(model: str | None) -> tuple[str, str]:
-    """Where a model is, and what to call it; no model means the embedded one."""
+    """The path (or name on the hub) and the display name of a model; None means the embedded demo."""
     if model is None:
         from monoblock import demo
 
@@ -237,8 +235,8 @@ def locate(model: str | None) -> tuple[str, str]:
 
 
 def device_map(wanted: str) -> str | None:
-    """The device map to load with; None leaves the model on the CPU, with no need for accelerate."""
-    if wanted.isdecimal():  # as the hub's commands name a GPU
+    """The `device_map` for a --device value; None leaves the model on the CPU and does not need accelerate."""
+    if wanted.isdecimal():  # a GPU index, as in transformers' commands
         return f"cuda:{wanted}"
     if wanted != "auto":
         return None if wanted == "cpu" else wanted
@@ -248,13 +246,13 @@ def device_map(wanted: str) -> str | None:
 
 
 def _streamer(tokenizer: Any, reply: Reply, write: Callable[[str], None]) -> Any:
-    """A text streamer that fills in the reply while it passes the text on."""
+    """A text streamer that records counts and times in `reply` and passes the text to `write`."""
     from monoblock import TextStreamer
 
     class Recorder(TextStreamer):
         def put(self, value: Any) -> None:
             count = len(value.reshape(-1))
-            if not reply.prompt_tokens:  # the prompt comes first, and is not shown
+            if not reply.prompt_tokens:  # the first call has the prompt, which is not shown
                 reply.prompt_tokens = count
             else:
                 reply.last = time.perf_counter()
@@ -263,7 +261,7 @@ def _streamer(tokenizer: Any, reply: Reply, write: Callable[[str], None]) -> Any
             super().put(value)
 
         def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-            del stream_end  # the command decides how a reply ends
+            del stream_end  # the command writes the final line end
             reply.text += text
             write(text)
 

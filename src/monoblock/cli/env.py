@@ -1,4 +1,4 @@
-"""`monoblock env`: what a bug report needs to know about this machine; imports no framework."""
+"""`monoblock env`: versions and hardware for bug reports; imports no framework."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ FRAMEWORKS = {
 }
 PACKAGES = ("numpy", "safetensors", "tokenizers", "huggingface_hub", "jinja2", "accelerate", "transformers")
 
-# The vector and matrix units that decide how fast a CPU runs a model, as Linux names them.
+# Vector and matrix extensions that matter for speed, by their names in /proc/cpuinfo.
 CPU_UNITS = (
     *("sse4_2", "avx", "avx2", "fma", "f16c", "avx_vnni"),
     *("avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16"),
@@ -48,7 +48,7 @@ def env(*, as_json: Json = False) -> None:
 
 
 def describe() -> dict[str, Any]:
-    """Everything `monoblock env` shows, by name. Sizes are in bytes; None: not installed, or not known."""
+    """All results of `monoblock env`, by name. Sizes in bytes; None: not installed or unknown."""
     frameworks = {
         name: {p: v for p in packages if (v := _version(p))} or None for name, packages in FRAMEWORKS.items()
     }
@@ -91,7 +91,7 @@ def _version(package: str) -> str | None:
 
 
 def _cpu_info(name: str) -> str:
-    """A field of Linux' /proc/cpuinfo, of the first CPU; empty elsewhere."""
+    """A field of the first CPU in /proc/cpuinfo; empty on systems other than Linux."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
@@ -104,14 +104,14 @@ def _cpu_units() -> set[str]:
 
 
 def _threads() -> int:
-    """CPUs that this process may use."""
+    """Number of CPUs available to this process."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def _gpus() -> list[str]:
-    """NVIDIA GPUs as their driver's own tool lists them, and Apple's."""
+    """NVIDIA GPUs as listed by nvidia-smi, and Apple GPUs."""
     if sys.platform == "darwin" and platform.machine() == "arm64":
         return ["Apple GPU (mps)"]
     tool = shutil.which("nvidia-smi")

@@ -1,4 +1,4 @@
-"""`monoblock generate`: continues a text."""
+"""`monoblock generate`: continue a text."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MAX_NEW_TOKENS = 128
 def generate(
     *,
     prompt: Annotated[
-        str | None, typer.Argument(help="The text to continue; - or nothing: read it from standard input.")
+        str | None, typer.Argument(help="The text to continue; - or none: read it from standard input.")
     ] = None,
     file: Annotated[
         Path | None, typer.Option("--file", "-f", help="Read the text to continue from a file.")
@@ -38,11 +38,11 @@ def generate(
     ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No counts and speeds on stderr.")] = False,
 ) -> None:
-    """Continue a text with a model; without --model, with the embedded demo, a tiny completer of Python code.
+    """Continue a text with a model; without --model, with the embedded demo, a tiny model for Python code.
 
-    The completion goes to standard output, all else to standard error. From a file or standard input, one
-    line end at the end of the prompt is dropped. Where neither --max-new-tokens nor
-    the model's generation_config.json gives a number, it stops after 128 tokens.
+    The completion goes to standard output, everything else to standard error. A line end at the end of a
+    prompt from a file or standard input is removed. Unless --max-new-tokens or the model's
+    generation_config.json sets a limit, generation stops after 128 tokens.
     """
     text = read_prompt(prompt, file)
     options = sampling.kwargs()
@@ -51,7 +51,9 @@ def generate(
     loaded = engine.load(source, hub)
     if sys.stdout.isatty() if echo is None else echo:
         console.write(text)
-    reply = loaded.complete(text, loaded.limits(MAX_NEW_TOKENS) | options, console.write if stream else _hold)
+    reply = loaded.complete(
+        text, loaded.limits(MAX_NEW_TOKENS) | options, console.write if stream else _ignore
+    )
     if not stream:
         console.write(reply.text)
     if not reply.text.endswith("\n"):
@@ -63,26 +65,26 @@ def generate(
 
 
 def read_prompt(prompt: str | None, file: Path | None) -> str:
-    """The text to continue, from the one source that was given; a usage error if it is missing or empty."""
+    """The prompt, from the argument, a file or standard input; usage error if it is missing or empty."""
     if prompt is not None and file is not None:
         raise typer.BadParameter("give the prompt as an argument or with --file, not both")
     if file is not None:
-        text = _drop_line_end(read_text(file))
+        text = _strip_line_end(read_text(file))
     elif prompt is not None and prompt != "-":
         text = prompt
     elif prompt is None and sys.stdin.isatty():
         raise typer.BadParameter('a prompt is needed: monoblock generate "def fibonacci(n):"')
     else:
-        text = _drop_line_end(sys.stdin.read())
+        text = _strip_line_end(sys.stdin.read())
     if not text:
         raise typer.BadParameter("the prompt is empty; a model needs at least one character to continue")
     return text
 
 
-def _drop_line_end(text: str) -> str:
+def _strip_line_end(text: str) -> str:
     return text.removesuffix("\n").removesuffix("\r")
 
 
-def _hold(text: str) -> None:
-    """Takes streamed text that is printed later, from the reply."""
+def _ignore(text: str) -> None:
+    """With --no-stream, the text is printed from the reply at the end."""
     del text

@@ -1,4 +1,4 @@
-"""`monoblock info`: what a model is and needs, from its config and its files' headers; `--runtime` loads it too."""
+"""`monoblock info`: architecture, size and memory of a model, from its config and file headers; --runtime loads it."""
 
 from __future__ import annotations
 
@@ -46,13 +46,13 @@ def info(
     as_json: Json = False,
     with_runtime: Annotated[
         bool,
-        typer.Option("--runtime", help="Load the model in PyTorch too, and show how it would make tokens."),
+        typer.Option("--runtime", help="Load the model in PyTorch, and show how it would decode."),
     ] = False,
 ) -> None:
-    """Show a model's family, architecture, size, and the memory that its weights and its cache need.
+    """Show a model's family, architecture, size, and the memory for its weights and its KV cache.
 
-    Reads config.json and the headers of safetensors files; of a model on the hub, no more is downloaded without
-    --runtime. Of a folder that holds an adapter, shows that and its base model.
+    Reads config.json and the headers of safetensors files; for a model on the hub, nothing else is downloaded without
+    --runtime. For a folder with a PEFT adapter, shows the adapter and its base model.
     """
     from monoblock.checkpoint.adapter_files import is_adapter
     from monoblock.checkpoint.options import HubOptions
@@ -65,7 +65,7 @@ def info(
     hub = hub if model else DownloadOptions()
     if is_adapter(path, HubOptions(**hub.kwargs())):
         if with_runtime:
-            raise ValueError(f"{name} holds an adapter, and --runtime loads a model: give its base model")
+            raise ValueError(f"{name} holds an adapter, but --runtime needs a model: give its base model")
         adapter = _adapter(Path(path))
         if as_json:
             print(json.dumps({"model": name} | adapter, indent=1))
@@ -83,10 +83,10 @@ def info(
 
 @dataclass(frozen=True, kw_only=True)
 class Contents:
-    """A model's files with their sizes in bytes (None: not known), and the stored tensors of those that a load reads,
-    by dtype: how many numbers; None where no file has a header that can be read without loading it.
+    """A model's files with their sizes in bytes (None: unknown), and the number of `stored` elements by dtype in the
+    weight files that a load reads (None if no file has a readable header).
 
-    `read`: the names of the weight files that a load reads. `note`: why there are none.
+    `read`: the names of those weight files. `note`: the reason if there are none.
     """
 
     files: dict[str, int | None]
@@ -96,7 +96,7 @@ class Contents:
 
 
 def describe(path: str, hub: DownloadOptions) -> dict[str, Any]:
-    """Everything `monoblock info` shows, by name; all but the spec is ready for JSON. Sizes are in bytes."""
+    """All results of `monoblock info`, by name: JSON values, except the spec. Sizes in bytes."""
     from monoblock import AutoConfig
     from monoblock.quantization import stored_quantization
 
@@ -104,7 +104,7 @@ def describe(path: str, hub: DownloadOptions) -> dict[str, Any]:
     spec = config.to_spec()
     contents = _local(Path(path)) if Path(path).is_dir() else _remote(path, hub)
     count = _parameters(config, spec)
-    # A bidirectional model keeps no cache.
+    # A bidirectional model has no KV cache.
     widths = CACHE_BYTES if spec.causal else {}
     per_token = {name: _cache_per_token(spec, width) for name, width in widths.items()}
     return {
@@ -126,8 +126,8 @@ def describe(path: str, hub: DownloadOptions) -> dict[str, Any]:
 
 
 def runtime(path: str, hub: DownloadOptions) -> dict[str, Any]:
-    """The loaded model on the device that the other commands would take: how it decodes, or why it takes no fast path;
-    its dtype and device, PyTorch's threads, and the native kernels' level."""
+    """Facts about the loaded model, on the default device of the other commands: its decoding path, or why it has no
+    fast one; dtype, device, PyTorch's threads, and the native kernels' status."""
     from monoblock.cli.engine import device_map, need_pytorch
 
     need_pytorch("monoblock info --runtime")
@@ -152,7 +152,7 @@ def runtime(path: str, hub: DownloadOptions) -> dict[str, Any]:
 
 
 def _parameters(config: PretrainedConfig, spec: ArchSpec) -> int:
-    """How many numbers the model of the config's architecture has; without one, the bare model's."""
+    """Number of parameters of the config's architecture, or of the bare model if it names none."""
     from monoblock.families import named_classes
     from monoblock.tree import parameters
 
@@ -162,7 +162,7 @@ def _parameters(config: PretrainedConfig, spec: ArchSpec) -> int:
 
 
 def _cache_per_token(spec: ArchSpec, item_bytes: int) -> int:
-    """Keys and values of one token in all layers; a layer with a window stops growing when that is full."""
+    """Bytes of the keys and values of one token in all layers, without the limit of sliding windows."""
     return 2 * spec.attention.kv_heads * spec.attention.head_dim * spec.layers * item_bytes
 
 
@@ -176,12 +176,12 @@ def _local(folder: Path) -> Contents:
     try:
         found = find_weights(folder)
     except HubError as error:
-        return Contents(files=files, stored=None, note=explained(files) or console.sentence(error))
+        return Contents(files=files, stored=None, note=explained(files) or console.message_of(error))
     return Contents(files=files, stored=_stored(found), read=tuple(path.name for path in found.paths))
 
 
 def _stored(weights: WeightFiles) -> dict[str, int] | None:
-    """How many numbers of each dtype the files hold, if their headers say it."""
+    """Number of elements by dtype, from the files' headers; None for formats without readable headers."""
     from monoblock.checkpoint.header import read_header
     from monoblock.checkpoint.msgpack import read_msgpack
 
@@ -196,21 +196,21 @@ def _stored(weights: WeightFiles) -> dict[str, int] | None:
 
 
 def _adapter(folder: Path) -> dict[str, Any]:
-    """What an adapter's files say: how it was made, its base model, and its size."""
+    """Facts about an adapter, from its files: type, base model, rank and size."""
     from monoblock.checkpoint.adapter_files import ADAPTER_CONFIG_NAME
     from monoblock.checkpoint.files import read_json
     from monoblock.checkpoint.hub import WeightFiles
 
     config = read_json(folder / ADAPTER_CONFIG_NAME)
     weights = folder / "adapter_model.safetensors"
-    there = weights.is_file()
+    exists = weights.is_file()
     return {
         "adapter": str(config.get("peft_type") or "peft"),
         "base": config.get("base_model_name_or_path"),
         "rank": config.get("r"),
         "alpha": config.get("lora_alpha"),
         "targets": config.get("target_modules"),
-        "stored": _stored(WeightFiles(kind="safetensors", paths=(weights,))) if there else None,
+        "stored": _stored(WeightFiles(kind="safetensors", paths=(weights,))) if exists else None,
         "files": {p.name: p.stat().st_size for p in sorted(folder.iterdir()) if p.is_file()},
     }
 
@@ -218,7 +218,7 @@ def _adapter(folder: Path) -> dict[str, Any]:
 def _adapter_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
     targets, stored = found["targets"], found["stored"]
     rows = [
-        ("adapter", f"{found['adapter']}, of the peft package: no model of its own"),
+        ("adapter", f"{found['adapter']} (PEFT), without a base model"),
         ("base model", str(found["base"] or "none named")),
         ("rank", found["rank"]),
         ("alpha", found["alpha"]),
@@ -230,9 +230,9 @@ def _adapter_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _remote(name: str, hub: DownloadOptions) -> Contents:
-    """The files of a model on the hub; of their content, only headers are fetched.
+    """The files of a model on the hub; only their headers are downloaded.
 
-    Without the network there is nothing to list; the rest is known from config.json, so a note is enough.
+    If they cannot be listed, a note is printed; all other facts come from config.json.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import NotASafetensorsRepoError
@@ -243,7 +243,7 @@ def _remote(name: str, hub: DownloadOptions) -> Contents:
             raise ValueError("--offline")
         found = api.model_info(name, revision=hub.revision, files_metadata=True)
     except Exception as error:  # the classes depend on the HTTP library that huggingface_hub uses
-        console.note(f"The files of {name} cannot be listed: {console.sentence(error)}")
+        console.note(f"The files of {name} cannot be listed: {console.message_of(error)}")
         return Contents(files={}, stored=None)
     files = {file.rfilename: file.size for file in found.siblings or []}
     try:
@@ -266,7 +266,7 @@ def _show(found: dict[str, Any], name: str) -> None:
         ("parameters", f"{count:,} ({_short(count)})"),
         ("stored", _counts(stored) if stored else found["note"] or "no safetensors header to read"),
         *([("made for", found["kind"])] if found["kind"] else []),
-        *([("packed", _packed(found["quantization"]))] if found["quantization"] else []),
+        *([("quantisation", _quantization(found["quantization"]))] if found["quantization"] else []),
         *((f"weights in {dtype}", _size(size)) for dtype, size in found["memory"].items()),
         *((f"cache per token in {dtype}", _size(size)) for dtype, size in found["cache_per_token"].items()),
         *((name.replace("_", " "), str(value)) for name, value in found.get("runtime", {}).items()),
@@ -278,22 +278,22 @@ def _show(found: dict[str, Any], name: str) -> None:
 
 
 def _file(name: str, size: int | None, read: list[str]) -> str:
-    """A file's size; whether weights are of those that a load does not read."""
-    text = "size not known" if size is None else _size(size)
+    """A file's size, and whether it is a weight file that a load does not read."""
+    text = "size unknown" if size is None else _size(size)
     weights = name.endswith((".safetensors", ".bin", ".msgpack", ".h5", ".pth", ".gguf"))
     return f"{text}, not read" if read and weights and name not in read else text
 
 
-def _packed(how: dict[str, Any]) -> str:
+def _quantization(how: dict[str, Any]) -> str:
     kept = ", ".join(how["modules_to_not_convert"] or ())
     return how["summary"] + (f"; not {kept}" if kept else "")
 
 
 def _plain(value: Any) -> Any:
-    """A spec as JSON-ready values; what may be one of several types says which."""
+    """A spec as JSON values; objects have a field `type`."""
     if is_dataclass(value):
-        parts = {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
-        return {"type": type(value).__name__} | parts
+        values = {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
+        return {"type": type(value).__name__} | values
     return [_plain(item) for item in value] if isinstance(value, tuple) else value
 
 

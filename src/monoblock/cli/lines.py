@@ -1,4 +1,4 @@
-"""What a user types: lines, lines that go on after a backslash, and blocks between triple quotes."""
+"""Interactive input: lines, lines continued after a backslash, and blocks between triple quotes."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ QUOTES = '"""'
 
 @dataclass(frozen=True)
 class Entry:
-    """One input of the user; the text of a `block` is never a command."""
+    """One input; the text of a `block` is never a command."""
 
     text: str
     block: bool = False
 
 
 def entries(interactive: bool) -> Iterator[Entry]:
-    """The user's inputs until the end; at a terminal with editing and recall.
+    """The user's inputs until the end; at a terminal, with line editing and history.
 
-    Ctrl-C in the middle of an input drops it; before one, KeyboardInterrupt comes out. ValueError if the end comes
-    inside a block that is not typed at a terminal.
+    Ctrl-C within an input discards it; otherwise KeyboardInterrupt is raised. ValueError if piped input ends within a
+    block.
     """
     read = _typed if interactive else _piped
     if interactive:
         with suppress(ImportError):
-            import readline  # noqa: F401  # its import gives input() editing and recall
+            import readline  # noqa: F401  # enables editing and history in input()
     while (line := read(PROMPT)) is not None:
         try:
-            entry = _whole(line, read)
+            entry = _complete(line, read)
         except KeyboardInterrupt:
             sys.stderr.write("\n")
             continue
@@ -42,8 +42,8 @@ def entries(interactive: bool) -> Iterator[Entry]:
         yield entry
 
 
-def _whole(line: str, read: Callable[[str], str | None]) -> Entry | None:
-    """The input that begins with this line; None if it never ends."""
+def _complete(line: str, read: Callable[[str], str | None]) -> Entry | None:
+    """The input that begins with this line; None if it is not complete at the end."""
     if line.lstrip().startswith(QUOTES):
         text = line.lstrip().removeprefix(QUOTES)
         while not text.rstrip().endswith(QUOTES):
@@ -58,7 +58,7 @@ def _whole(line: str, read: Callable[[str], str | None]) -> Entry | None:
 
 
 def _piped(prompt: str) -> str | None:
-    del prompt  # nobody sees it
+    del prompt  # not shown
     line = sys.stdin.readline()
     return line.rstrip("\r\n") if line else None
 
@@ -67,7 +67,7 @@ def _typed(prompt: str) -> str | None:
     try:
         if sys.stdout.isatty():
             return input(prompt)
-        sys.stderr.write(prompt)  # the prompt is no part of the result
+        sys.stderr.write(prompt)  # the prompt must not go to stdout
         sys.stderr.flush()
         return input()
     except EOFError:

@@ -1,4 +1,4 @@
-"""Options that several commands share. A group of options is a dataclass: each field is one option."""
+"""Options shared by several commands. A group of options is a dataclass whose fields are the options."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
 class Dtype(StrEnum):
-    """The types that weights may be loaded in."""
+    """Data types for loading weights."""
 
     AUTO = "auto"
     FLOAT32 = "float32"
@@ -23,7 +23,7 @@ class Dtype(StrEnum):
 
 
 class Quantize(StrEnum):
-    """The types that weights may be packed in while they are loaded."""
+    """Quantised types for loading weights."""
 
     INT8 = "int8"
     INT4 = "int4"
@@ -31,7 +31,7 @@ class Quantize(StrEnum):
 
 
 class Framework(StrEnum):
-    """The frameworks that a model may run on."""
+    """Frameworks."""
 
     PYTORCH = "pt"
     JAX = "flax"
@@ -40,7 +40,7 @@ class Framework(StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class DownloadOptions:
-    """Where a model's files come from."""
+    """Options for downloads from the hub."""
 
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a model on the hub.")] = None
     token: Annotated[
@@ -52,14 +52,14 @@ class DownloadOptions:
     )
 
     def kwargs(self) -> dict[str, Any]:
-        """The arguments of `from_pretrained` and of `HubOptions`."""
+        """As arguments of `from_pretrained` or `HubOptions`."""
         given: dict[str, Any] = {"revision": self.revision, "token": self.token}
         return {k: v for k, v in given.items() if v is not None} | {"local_files_only": self.offline}
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions:
-    """Which model is loaded, and how."""
+    """Options for loading a model in PyTorch."""
 
     model: Annotated[
         str | None,
@@ -71,18 +71,18 @@ class ModelOptions:
     )
     quantize: Annotated[
         Quantize | None,
-        typer.Option(help="Pack the weights while they are loaded: int8, int4, or lossless (12 bits)."),
+        typer.Option(help="Quantise the weights while loading: int8, int4, or lossless (12 bits)."),
     ] = None
 
     def kwargs(self) -> dict[str, Any]:
-        """The arguments of `from_pretrained` beside those of the hub and the device."""
-        packed = {"quantization_config": self.quantize.value} if self.quantize else {}
-        return {"dtype": self.dtype.value, **packed}
+        """As arguments of `from_pretrained`, without download options and device."""
+        quantized = {"quantization_config": self.quantize.value} if self.quantize else {}
+        return {"dtype": self.dtype.value, **quantized}
 
 
 @dataclass(frozen=True, kw_only=True)
 class FrameworkModelOptions(ModelOptions):
-    """The same, on any framework."""
+    """Options for loading a model in any framework."""
 
     framework: Annotated[
         Framework | None,
@@ -94,39 +94,42 @@ class FrameworkModelOptions(ModelOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingOptions:
-    """How the next token is chosen. What is not given is as the model's generation_config.json says."""
+    """Sampling options; the defaults are those of the model's generation_config.json."""
 
     max_new_tokens: Annotated[
         int | None, typer.Option("--max-new-tokens", "-n", min=1, help="Stop after this many tokens.")
     ] = None
     temperature: Annotated[
         float | None,
-        typer.Option("--temperature", "-t", min=0, help="0: always the likeliest token; 1: as trained."),
+        typer.Option("--temperature", "-t", min=0, help="0: always the most likely token; 1: as trained."),
     ] = None
     top_k: Annotated[
-        int | None, typer.Option(min=0, help="Sample from the K likeliest tokens; 0: from all.")
+        int | None, typer.Option(min=0, help="Sample from the K most likely tokens; 0: from all.")
     ] = None
     top_p: Annotated[
-        float | None, typer.Option(min=0, max=1, help="Sample from the likeliest tokens that sum up to P.")
+        float | None,
+        typer.Option(min=0, max=1, help="Sample from the most likely tokens that sum up to P."),
     ] = None
     min_p: Annotated[
         float | None,
-        typer.Option(min=0, max=1, help="Sample from tokens at least P times as likely as the likeliest."),
+        typer.Option(
+            min=0, max=1, help="Sample from tokens at least P times as likely as the most likely one."
+        ),
     ] = None
     repetition_penalty: Annotated[
-        float | None, typer.Option(min=0, help="Above 1: tokens that are in the text become less likely.")
+        float | None, typer.Option(min=0, help="Above 1: tokens that occur in the text become less likely.")
     ] = None
     seed: Annotated[
-        int | None, typer.Option(min=0, max=seeds.MAX_SEED, help="The same seed samples the same text.")
+        int | None, typer.Option(min=0, max=seeds.MAX_SEED, help="The same seed gives the same text.")
     ] = None
     stop: Annotated[
         list[str] | None, typer.Option(help="Stop after this text; may be given several times.")
     ] = None
 
     def kwargs(self, *, retry: int = 0) -> dict[str, Any]:
-        """The arguments of `generate`; `retry` counts up from the seed so that another try differs.
+        """As arguments of `generate`; `retry` is added to the seed so that a retry differs.
 
-        An option that greedy choice would ignore is a usage error.
+        Usage error for options that greedy decoding would ignore.
         """
         choice = {name: getattr(self, name) for name in ("temperature", "top_k", "top_p", "min_p")}
         choice = {name: value for name, value in choice.items() if value is not None}
@@ -134,7 +137,7 @@ class SamplingOptions:
             if len(choice) > 1:
                 others = ", ".join("--" + name.replace("_", "-") for name in choice if name != "temperature")
                 raise typer.BadParameter(
-                    f"--temperature 0 always takes the likeliest token; drop it or {others}"
+                    f"--temperature 0 always takes the most likely token; drop it or {others}"
                 )
             choice = {"do_sample": False}
         elif choice:
@@ -149,7 +152,7 @@ class SamplingOptions:
 
 
 def shard_size(text: str | None) -> str | None:
-    """A size that makes sense; wrong usage otherwise."""
+    """The size itself, if it is valid; else a usage error."""
     from monoblock.checkpoint.save import parse_size
 
     try:

@@ -1,4 +1,4 @@
-"""`monoblock quantize`: a model's folder with its weights packed in 8, 4 or 12 bits."""
+"""`monoblock quantize`: quantise a model's weights to 8 or 4 bits, or compress them to 12 bits without loss."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ app = sub_app()
 
 
 class Bits(StrEnum):
-    """Bits of a weight of the blocks."""
+    """Bits per weight in the transformer blocks."""
 
     EIGHT = "8"
     FOUR = "4"
@@ -30,7 +30,7 @@ class Bits(StrEnum):
 
 
 class Group(StrEnum):
-    """Weights that share a scale."""
+    """Weights per scale."""
 
     LARGE = "128"
     SMALL = "64"
@@ -38,25 +38,25 @@ class Group(StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class How:
-    """How the weights are packed."""
+    """Options of the quantisation."""
 
-    bits: Annotated[Bits, typer.Option(help="Bits of a weight in the blocks; 12: bfloat16 without loss.")] = (
+    bits: Annotated[Bits, typer.Option(help="Bits per weight in the blocks; 12: bfloat16 without loss.")] = (
         Bits.EIGHT
     )
-    group_size: Annotated[Group, typer.Option(help="Weights that share a scale.")] = Group.LARGE
+    group_size: Annotated[Group, typer.Option(help="Weights per scale.")] = Group.LARGE
     keep: Annotated[
         list[str] | None,
-        typer.Option(help="A module that is not packed, such as lm_head; may be given several times."),
+        typer.Option(help="A module to leave unquantised, such as lm_head; may be given several times."),
     ] = None
     dtype: Annotated[
-        Dtype, typer.Option(help="Type of what is not packed, and of the computation; auto: as stored.")
+        Dtype, typer.Option(help="Type of unquantised weights and of the computation; auto: as stored.")
     ] = Dtype.AUTO
     max_shard_size: Annotated[
         str | None, typer.Option(help='Split the weights into files of this size at most, such as "5GB".')
     ] = None
 
     def config(self) -> WeightOnlyConfig:
-        """As the library has it."""
+        """The options as a WeightOnlyConfig."""
         from monoblock.quantization import WeightOnlyConfig
 
         return WeightOnlyConfig(
@@ -69,17 +69,17 @@ class How:
 def quantize(
     *,
     model: Annotated[str, typer.Argument(help="Folder, or name on the hub, of unquantised weights.")],
-    out: Annotated[Path, typer.Argument(help="The folder to make.")],
+    out: Annotated[Path, typer.Argument(help="The folder to create.")],
     how: How,
     force: Annotated[
         bool, typer.Option("--force", help="Replace the target folder; the files in it are deleted.")
     ] = False,
     hub: DownloadOptions,
 ) -> None:
-    """Pack a model's weights in 8 or 4 bits, or in 12 without loss, into a new folder that loads like any other.
+    """Quantise a model's weights to 8 or 4 bits, or compress them to 12 bits without loss, into a new folder.
 
-    Tokenizer and generation settings are copied. The folder appears when it is complete, or not at all; in memory
-    there are the packed weights and one matrix.
+    The folder loads like any other. Tokenizer and generation settings are copied. It is created atomically; in memory
+    there are the quantised weights and one matrix.
     """
     from monoblock.checkpoint.folder import check_target, copy_files, new_folder
     from monoblock.checkpoint.formats import companions
@@ -94,11 +94,11 @@ def quantize(
     check_apart(model, target)
     options = HubOptions(**hub.kwargs())
     cls, before = _class_and_size(model, options)
-    console.note("packing ...")
+    console.note("quantising ...")
     loaded = cls.from_pretrained(
         model, dtype=how.dtype.value, quantization_config=how.config(), **hub.kwargs()
     )
-    vars(loaded.config).pop("auto_map", None)  # that names code which is not copied
+    vars(loaded.config).pop("auto_map", None)  # it refers to remote code, which is not copied
     console.note("writing ...")
     with new_folder(target, replace=force) as folder:
         loaded.save_pretrained(folder, max_shard_size=size)
@@ -107,7 +107,7 @@ def quantize(
     after = loaded.get_memory_footprint()
     lines = [
         ("class", cls.__name__),
-        ("packed", how.config().summary),
+        ("quantisation", how.config().summary),
         ("dtype", str(loaded.dtype).removeprefix("torch.")),
         ("parameters", f"{loaded.num_parameters():,}"),
         ("weights", f"{after:,} bytes, of {before:,} before: {after / before:.0%}"),
@@ -117,7 +117,7 @@ def quantize(
 
 
 def _class_and_size(model: str, options: HubOptions) -> tuple[type, int]:
-    """The PyTorch class that the files are of, and the bytes of the tensors in them."""
+    """The PyTorch class of the model, and the size of its stored tensors in bytes."""
     from math import prod
 
     import monoblock
@@ -131,7 +131,7 @@ def _class_and_size(model: str, options: HubOptions) -> tuple[type, int]:
     store = open_store(find_weights(model, options), "np")
     if quantized.is_quantized(store):
         raise ValueError(
-            f"{model} holds packed weights already: quantise the folder that they were made from"
+            f"{model} holds quantised weights already: quantise the folder of the original weights"
         )
     size = sum(prod(store.shape(name)) * ITEM_BYTES[store.dtype(name)] for name in store)
     return getattr(monoblock, class_of(config, store).name), size

@@ -1,4 +1,4 @@
-"""A running chat: reads what the user types, obeys commands, streams replies."""
+"""The loop of a chat: read the user's input, execute commands, stream replies."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MAX_NEW_TOKENS = 512
 
 
 class Session:
-    """A conversation with one model; commands change it and how the next reply is made."""
+    """A conversation with one model; commands change it and the settings of later replies."""
 
     def __init__(
         self,
@@ -40,19 +40,19 @@ class Session:
         self.image: str | None = None  # for the next message
 
     def run(self) -> None:
-        """Until /exit, the end of the input, or Ctrl-C at the prompt (then KeyboardInterrupt comes out)."""
+        """Run until /exit, the end of the input, or Ctrl-C at the prompt (which raises KeyboardInterrupt)."""
         self._greet()
         for entry in entries(self.interactive):
             if entry.text.strip() == "/exit" and not entry.block:
                 return
             try:
-                self._obey(entry)
+                self._handle(entry)
             except console.EXPECTED as error:
                 if not self.interactive:
                     raise
-                console.complain(error)
+                console.print_error(error)
 
-    def _obey(self, entry: Entry) -> None:
+    def _handle(self, entry: Entry) -> None:
         text = entry.text.strip()
         if not text:
             return
@@ -68,13 +68,13 @@ class Session:
     def _greet(self) -> None:
         if not self.engine.has_template and not self.quiet:
             console.note(
-                f"{self.engine.name} has no chat template: replies continue the talk as one plain text."
+                f"{self.engine.name} has no chat template: replies continue the conversation as plain text."
             )
         if self.interactive and not self.quiet:
             console.note("Ctrl-C stops a reply, Ctrl-D leaves, /help lists the commands.")
 
     def _reply(self) -> None:
-        """Streams the answer to the last message; a message that gets no answer is taken back."""
+        """Stream the reply to the last message; a message without a reply is removed."""
         options = self.settings.kwargs(retry=self.replies)
         if "max_length" not in options:
             options = self.engine.limits(MAX_NEW_TOKENS) | options
@@ -82,7 +82,7 @@ class Session:
         try:
             reply = self.engine.answer(self.conversation.messages(), options, console.write)
         except BaseException:
-            self.conversation.take_back()
+            self.conversation.drop_last()
             raise
         if not reply.text.endswith("\n"):
             console.write("\n")
@@ -90,7 +90,7 @@ class Session:
             self.conversation.answer(reply.text)
             self.image = None
         else:
-            self.conversation.take_back()
+            self.conversation.drop_last()
         if not self.quiet and sys.stderr.isatty():
             console.note(reply.summary() + (" stopped" if reply.interrupted else ""))
         if reply.interrupted and not self.interactive:
@@ -103,7 +103,9 @@ class Session:
         for name, (text, _) in self.COMMANDS.items():
             console.note(f"  {name:<8} {text}")
         console.note("  /exit    leave (as Ctrl-D)")
-        console.note('A line that ends in \\ goes on in the next; """ begins and ends a text of many lines.')
+        console.note(
+            'A line that ends in \\ continues on the next; """ begins and ends a text of several lines.'
+        )
 
     def _clear(self, argument: str) -> None:
         _no_argument("/clear", argument)
@@ -114,7 +116,7 @@ class Session:
     def _undo(self, argument: str) -> None:
         _no_argument("/undo", argument)
         self.conversation.undo()
-        console.note(f"The last message and its reply are gone; {self._count()} left.")
+        console.note(f"The last message and its reply are removed; {self._count()} left.")
 
     def _set(self, argument: str) -> None:
         name, value = (*argument.replace("=", " ", 1).split(None, 1), "", "")[:2]
@@ -122,7 +124,9 @@ class Session:
             raise ValueError(f"/set {name} needs a value: /set {name} VALUE, or none for the model's own")
         if name:
             self.settings.change({name: literal(value)})
-        for line in self.settings.lines() or ["All is as the model's generation_config.json says."]:
+        for line in self.settings.lines() or [
+            "All settings are those of the model's generation_config.json."
+        ]:
             console.note(line)
 
     def _save(self, argument: str) -> None:
@@ -146,8 +150,8 @@ class Session:
         self.engine.need_images()
         path = _path("/image", argument)
         if self.conversation.image() is not None:
-            raise ValueError("the conversation has its image, and a model sees one; /clear begins another")
-        path.open("rb").close()  # a file that cannot be read is said now
+            raise ValueError("the conversation has an image already; /clear starts a new conversation")
+        path.open("rb").close()  # report an unreadable file now
         self.image = str(path)
         console.note(f"The next message is about {argument}.")
 
@@ -157,7 +161,7 @@ class Session:
 
     def _retry(self, argument: str) -> None:
         _no_argument("/retry", argument)
-        self.conversation.reopen()
+        self.conversation.drop_reply()
         self._reply()
 
     def _count(self) -> str:
@@ -170,7 +174,7 @@ class Session:
         "/undo": ("forget the last message and its reply", _undo),
         "/retry": ("answer the last message again", _retry),
         "/save": ("FILE: write conversation and settings as JSON", _save),
-        "/load": ("FILE: go on with a saved conversation and its settings", _load),
+        "/load": ("FILE: continue a saved conversation with its settings", _load),
         "/system": ("TEXT: set the system prompt (nothing: remove it)", _system),
         "/image": ("PATH: show an image with the next message", _image),
     }
@@ -178,7 +182,7 @@ class Session:
 
 def _no_argument(name: str, argument: str) -> None:
     if argument:
-        raise ValueError(f"{name} takes nothing after it, got {argument!r}")
+        raise ValueError(f"{name} takes no argument, got {argument!r}")
 
 
 def _path(name: str, argument: str) -> Path:

@@ -1,4 +1,4 @@
-"""How the next replies of a chat are made: fields of a `GenerationConfig` and a seed, changed while it runs."""
+"""The settings of a chat: fields of a `GenerationConfig` and a seed, which can change between replies."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from monoblock import seeds
 from monoblock.cli.options import SamplingOptions
 
 SEED = "seed"
-# Fields that would change what comes back, of which a chat shows one text; and what streams cannot show.
+# Fields that a chat does not support: it streams one sequence.
 NOT_IN_A_CHAT = frozenset({"num_return_sequences", "num_beams", "length_penalty", "early_stopping"})
 
 
 @dataclass
 class Settings:
-    """What the user has set; all else is as the model's generation_config.json says."""
+    """The settings made by the user; all others are those of the model's generation_config.json."""
 
     values: dict[str, Any] = field(default_factory=dict[str, Any])
 
     @classmethod
     def of(cls, sampling: SamplingOptions, flags: Sequence[str] = ()) -> Settings:
-        """From the options of a command and `name=value` words; ValueError if one is wrong or given twice."""
+        """Settings from command options and `name=value` arguments; ValueError if one is wrong or given twice."""
         options = {
             "max_new_tokens": sampling.max_new_tokens,
             "temperature": sampling.temperature,
@@ -49,7 +49,7 @@ class Settings:
         return settings
 
     def change(self, given: Mapping[str, Any]) -> None:
-        """Sets fields, or with None unsets them; ValueError names what is wrong, and then nothing changes."""
+        """Set fields, or unset them with None. ValueError names an invalid one, and nothing is changed."""
         from monoblock.generation.config import GenerationConfig
         from monoblock.generation.resolve import resolve
 
@@ -65,38 +65,38 @@ class Settings:
                 raise ValueError(f"{name} is no setting of a chat: {hint}")
         values = {name: v for name, v in (self.values | dict(given)).items() if v is not None}
         if seeds.checked_seed(values.get(SEED, 0)) < 0:
-            raise ValueError(f"seed={values[SEED]}: expected a whole number of at least 0")
+            raise ValueError(f"seed={values[SEED]}: expected an integer of at least 0")
         resolve(_arguments(values), None, None)
         self.values = values
 
     def kwargs(self, *, retry: int = 0) -> dict[str, Any]:
-        """The arguments of `generate`; `retry` counts up from the seed so that another try differs."""
+        """The arguments of `generate`; `retry` is added to the seed so that a retry differs."""
         options = _arguments(self.values)
         if SEED in self.values:
             options[SEED] = seeds.advance(self.values[SEED], retry)
         return options
 
     def lines(self) -> list[str]:
-        """What is set, a `name = value` line each."""
+        """The settings as `name = value` lines."""
         return [f"{name} = {value!r}" for name, value in sorted(self.values.items())]
 
 
 def literal(text: str) -> Any:
-    """A value as Python or JSON spells it; a bare word is a text, and `none` unsets."""
+    """Parse a Python or JSON literal; any other text is a string, and `none` means unset."""
     words = {"true": True, "false": False, "none": None, "null": None}
     word = text.strip()
     if word.lower() in words:
         return words[word.lower()]
     try:
         value = ast.literal_eval(word)
-        json.dumps(value)  # what a saved conversation cannot hold is no value
+        json.dumps(value)  # values must be storable in a saved conversation
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         return word
     return value
 
 
 def _arguments(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields as `generate` takes them: temperature 0 means greedy, any other field of sampling switches it on."""
+    """Fields as arguments of `generate`: temperature 0 means greedy decoding, other sampling fields enable sampling."""
     from monoblock.generation.checks import SAMPLING_FIELDS
 
     fields = {name: value for name, value in values.items() if name != SEED}
@@ -105,10 +105,10 @@ def _arguments(values: Mapping[str, Any]) -> dict[str, Any]:
         del fields["temperature"]
     sampling = sorted(fields.keys() & SAMPLING_FIELDS)
     if greedy and fields.get("do_sample"):
-        raise ValueError("temperature 0 always takes the likeliest token; drop it or do_sample=True")
+        raise ValueError("temperature 0 always takes the most likely token; drop it or do_sample=True")
     if sampling and (greedy or fields.get("do_sample") is False):
         why = "temperature 0" if greedy else "do_sample=False"
-        raise ValueError(f"{why} always takes the likeliest token; drop it or {', '.join(sampling)}")
+        raise ValueError(f"{why} always takes the most likely token; drop it or {', '.join(sampling)}")
     if greedy or sampling:
         fields["do_sample"] = not greedy
     return fields

@@ -1,4 +1,4 @@
-"""Whether a checkpoint that was written holds what it should: tensor by tensor, and by the logits of both sides."""
+"""Verify a converted checkpoint: compare its tensors, and the logits of source and result."""
 
 import importlib
 from dataclasses import dataclass
@@ -15,9 +15,9 @@ from monoblock.installed import installed
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """`tensors` were compared, `equal` of them hold the same numbers (where the type is the same: bit by bit); the
-    others differ by `difference` at most, by rounding alone. `logits` is None where the models were not run, and
-    `why` says so."""
+    """Result of a comparison: `equal` of the `tensors` have the same values (for equal dtypes: the same bits); the
+    others differ by at most `difference`, from rounding. `logits` is None if the models were not run, for the reason
+    `why`."""
 
     tensors: int
     equal: int
@@ -27,10 +27,10 @@ class Comparison:
 
 
 def compare(source: Checkpoint, expected: Checkpoint, written: Checkpoint) -> Comparison:
-    """Compare what was `written` with what was `expected` (before it was rounded), and its logits with the `source`'s.
+    """Compare the `written` tensors with the `expected` ones (before rounding), and the logits with the `source`'s.
 
-    CheckpointError if a tensor differs by more than rounding to its type explains, if the specs differ, or if the
-    models disagree though all tensors are the same.
+    CheckpointError if a tensor differs by more than the rounding error of its dtype, if the specs differ, or if the
+    logits differ although all tensors are the same.
     """
     if written.config.to_spec() != expected.config.to_spec():
         raise CheckpointError("the check failed: the written config describes another architecture")
@@ -52,23 +52,25 @@ def compare(source: Checkpoint, expected: Checkpoint, written: Checkpoint) -> Co
 
 
 def _distance(name: str, expected: Array, found: Array) -> float:
-    """The largest absolute difference; CheckpointError if rounding does not explain it."""
+    """The largest absolute difference; CheckpointError if it exceeds the rounding error."""
     kind = casts.dtype_of(found)
     if casts.dtype_of(expected) == kind and expected.shape == found.shape:
         if np.array_equal(_bits(expected), _bits(found)):
             return 0.0
-        raise CheckpointError(f"the check failed: {name} was not written as it was read; is the disk sound?")
+        raise CheckpointError(
+            f"the check failed: {name} differs between writing and reading back: check the disk"
+        )
     if expected.shape != found.shape:
         raise CheckpointError(f"the check failed: {name} is {found.shape}, expected {expected.shape}")
     a, b = casts.widened(expected), casts.widened(found)
     with np.errstate(invalid="ignore"):
         gap = np.abs(a - b)
-    share, least = casts.ROUNDING[kind]
-    allowed = np.maximum(np.abs(a) * share, least)
+    relative, absolute = casts.ROUNDING[kind]
+    allowed = np.maximum(np.abs(a) * relative, absolute)
     same = np.isnan(a) & np.isnan(b) | (a == b)
     if not np.all(same | (gap <= allowed)):
         raise CheckpointError(
-            f"the check failed: {name} differs by more than rounding to {DTYPE_NAMES[kind]} explains"
+            f"the check failed: {name} differs by more than the rounding error of {DTYPE_NAMES[kind]}"
         )
     return float(np.max(gap, where=~same, initial=0.0))
 

@@ -1,13 +1,13 @@
-"""How the logits of two models compare, whichever framework ran them."""
+"""The result of comparing the logits of two models, independent of the framework."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True, kw_only=True)
 class LogitComparison:
-    """Two models on the same random prompts: `prompts` of `length` tokens; the largest absolute difference of their
-    first outputs (logits, or hidden states of a bare model), the largest magnitude among them, and the share of
-    positions with the same largest entry."""
+    """Two models on the same `prompts` random prompts of `length` tokens: largest absolute `difference` of their first
+    outputs (logits, or hidden states of a bare model), largest `magnitude` of these, and `agreement`, the fraction of
+    positions with the same argmax."""
 
     prompts: int
     length: int

@@ -4,5 +4,5 @@ from pathlib import Path
 
 
 def path() -> Path:
-    """The folder with the demo's config, weights and tokenizer; any `from_pretrained` takes it."""
+    """The folder of the demo's config, weights and tokenizer, for any `from_pretrained`."""
     return Path(__file__).parent

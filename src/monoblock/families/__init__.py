@@ -1,4 +1,4 @@
-"""The registry of families. A family is a module that holds data; it is imported when first asked for."""
+"""The registry of model families. A family is a module of data, imported on first use."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from monoblock.modules import KerasNames, ModuleSpec, class_tree
 log = logging.getLogger("monoblock")
 _warned: set[str] = set()
 
-# Kind of head -> the modules that it adds to the bare model, by attribute name.
+# Kind of head -> its modules, by attribute name.
 Heads = Mapping[str, Mapping[str, str | ModuleSpec]]
 
 
 @dataclass(frozen=True)
 class ModelClass:
-    """A public model class: the kind of its head (None: bare), its forward's arguments in the hub's order
-    (words), and the class of its output."""
+    """A public model class: the kind of its head (None: bare model), the arguments of its forward in transformers'
+    order, separated by spaces, and the class of its output."""
 
     name: str
     head: str | None
@@ -34,12 +34,12 @@ class ModelClass:
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """A family as data: its config class, module tree, key map and public classes.
+    """A model family as data: config class, module tree, key map and public classes.
 
-    `prefix` is the attribute name of the bare model inside a model with a head; `tree` gives the bare model's module
-    tree, `heads` the modules beside it for each kind of head. `extra`: keywords of every forward beyond the
-    signatures. `bare`: the class of the bare model where it is not public here. `keras_names`: what the TF
-    classes call otherwise than the tree says.
+    `prefix`: attribute name of the bare model inside a model with a head. `tree`: the bare model's module tree.
+    `heads`: the modules of each kind of head. `extra`: keyword arguments of every forward in addition to its signature.
+    `bare`: the class of the bare model if that is not public. `keras_names`: layer and variable names of the TF classes
+    that differ from the tree.
     """
 
     config: type[PretrainedConfig]
@@ -54,12 +54,13 @@ class Family:
 
     @property
     def bare_class(self) -> ModelClass:
-        """The row of the bare model inside a model with a head: `bare`, or the public one."""
+        """The class of the bare model inside a model with a head: `bare`, or the public one."""
         return self.bare or next(c for c in self.classes if c.head in (None, "pooler"))
 
     @functools.cached_property
     def projections(self) -> dict[str, str]:
-        """The hub's attribute names of the heads' projections: kind -> name, where it is one of the model's own."""
+        """Kind of head -> transformers' attribute name of its projection, if that is a direct attribute of the
+        model."""
         heads = self.keymap(self.config(), None).heads
         names = {
             k: r.spellings[0].names[0]
@@ -70,21 +71,21 @@ class Family:
         return {kind: name.removesuffix(".{p}") for kind, name in names.items() if name.count(".") == 1}
 
     def layout(self, config: PretrainedConfig, row: ModelClass) -> ModuleSpec:
-        """The module tree of a class, its head's modules included."""
+        """The module tree of a class, including its head's modules."""
         heads: Mapping[str, str | ModuleSpec] = {} if row.head is None else self.heads[row.head]
         return class_tree(row.name, self.tree(config), self.prefix, heads, row.head)
 
     @property
     def name(self) -> str:
-        """The hub's `model_type`."""
+        """The `model_type` in config.json."""
         return self.config.model_type
 
     def model_class(self, name: str) -> ModelClass:
-        """The class of that public name (without a framework's prefix)."""
+        """The public class `name` (without a framework prefix)."""
         return next(c for c in self.classes if c.name == name)
 
 
-# model_type -> the stem of the public class names, and what follows the stem.
+# model_type -> the stem of the public class names, and their endings.
 FAMILIES: dict[str, tuple[str, str]] = {
     "mpt": ("Mpt", "Model ForCausalLM ForSequenceClassification ForTokenClassification ForQuestionAnswering"),
     "mistral": (
@@ -103,7 +104,7 @@ FAMILIES: dict[str, tuple[str, str]] = {
     ),
 }
 
-# AutoModelFor... -> the endings of the classes that it chooses from.
+# AutoModelFor... -> the endings of the classes that it selects from.
 AUTO: dict[str, tuple[str, ...]] = {
     "AutoModel": ("Model",),
     "AutoModelForCausalLM": ("ForCausalLM", "LMHeadModel"),
@@ -117,7 +118,7 @@ AUTO: dict[str, tuple[str, ...]] = {
 
 
 def family(model_type: str) -> Family:
-    """The family of a `model_type`, its own or another that its config describes too; ValueError with the known ones if
+    """The family of a `model_type`, including further types that its config supports; ValueError lists the families if
     there is none."""
     if model_type in FAMILIES:
         return importlib.import_module(f"monoblock.families.{model_type.replace('-', '_')}").FAMILY
@@ -128,14 +129,14 @@ def family(model_type: str) -> Family:
 
 
 def class_names(model_type: str) -> tuple[str, ...]:
-    """The public model classes of a family, without a framework's prefix."""
+    """The public model classes of a family, without a framework prefix."""
     stem, endings = FAMILIES[model_type]
     return tuple(stem + ending for ending in endings.split())
 
 
 def named_classes(config: PretrainedConfig) -> tuple[ModelClass, ...]:
-    """The public classes that a config's `architectures` name, in any letter case (upstream writes MPTForCausalLM) and
-    with the stem of another model type of the family (MinistralForCausalLM)."""
+    """The public classes named in a config's `architectures`: case-insensitive (upstream writes MPTForCausalLM), and
+    also with the stem of another model type of the family (MinistralForCausalLM)."""
     own = family(config.model_type)
     stem = FAMILIES[own.name][0].lower()
     stems = [stem, *own.config.other_types]
@@ -148,8 +149,8 @@ def named_classes(config: PretrainedConfig) -> tuple[ModelClass, ...]:
 
 
 def warn_of_another_class(config: PretrainedConfig, chosen: ModelClass) -> None:
-    """One warning for each class that a checkpoint's config names and that is none of its family's: what it computes
-    beside them (attention in both directions, another head) is code that is not run here."""
+    """Warn once per class that a checkpoint's config names and its family does not have: what that class computes in
+    addition (bidirectional attention, another head) is not computed."""
     if not config.architectures or named_classes(config):
         return
     name = config.architectures[0]
@@ -158,8 +159,8 @@ def warn_of_another_class(config: PretrainedConfig, chosen: ModelClass) -> None:
         return
     _warned.add(name)
     log.warning(
-        "config.json names the class %s, which is none of monoblock's: the weights are loaded as %s, and what else %s "
-        "computes is left out",
+        "config.json names the class %s, which is none of monoblock's: the weights are loaded as %s, without anything "
+        "else that %s computes",
         brief(name),
         chosen.name,
         brief(name),
@@ -167,12 +168,12 @@ def warn_of_another_class(config: PretrainedConfig, chosen: ModelClass) -> None:
 
 
 def family_of(class_name: str) -> Family | None:
-    """The family that has a public model class of that name."""
+    """The family of a public model class; None if there is none."""
     return next((family(name) for name in FAMILIES if class_name in class_names(name)), None)
 
 
 def row_of(name: str) -> tuple[Family, ModelClass]:
-    """The family and the row of a public class, or of the bare class inside one; AttributeError if there is none."""
+    """The family and the ModelClass of a public or bare class; AttributeError if there is none."""
     found = family_of(name)
     if found is not None:
         return found, found.model_class(name)
@@ -184,7 +185,7 @@ def row_of(name: str) -> tuple[Family, ModelClass]:
 
 
 def auto_class(auto: str, config: PretrainedConfig, prefix: str = "") -> str:
-    """The class that an `AutoModel...` chooses for a config; both names carry the framework's prefix."""
+    """The class that an `AutoModel...` selects for a config; both names have the framework prefix."""
     kind = family(config.model_type).name
     if (name := auto_name(auto.removeprefix(prefix), kind)) is not None:
         return prefix + name
@@ -193,7 +194,7 @@ def auto_class(auto: str, config: PretrainedConfig, prefix: str = "") -> str:
 
 
 def auto_name(auto: str, model_type: str) -> str | None:
-    """The class of a family that an `AutoModel...` chooses, both without a framework's prefix; None if it has none."""
+    """The class of a family that an `AutoModel...` selects, both without a framework prefix; None if it has none."""
     names, stem = class_names(model_type), FAMILIES[model_type][0]
     candidates = (name for ending in AUTO[auto] for name in (stem + ending, ending))
     return next((name for name in candidates if name in names), None)

@@ -1,4 +1,4 @@
-"""What several families' configs share: activation names, and rotary positions in all their spellings."""
+"""Shared by the configs of several families: activation names, limits, and the forms of RoPE parameters."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from monoblock.errors import FieldError, UnsupportedConfig
 from monoblock.field_types import brief
 from monoblock.spec import RopeScaling, Rotary
 
-# The hub's names of activations -> the spec's.
+# transformers' names of activations -> the spec's.
 ACTIVATIONS = {
     "gelu": "gelu",
     "gelu_new": "gelu_tanh",
@@ -28,9 +28,8 @@ ACTIVATIONS = {
 ROPE_TYPES = {"default": None, "linear": "linear", "dynamic": "dynamic", "yarn": "yarn", "llama3": "llama3"}
 
 
-# Layers that a config may ask for; the largest models published have some 130. Each takes time before any weight is
-# looked for in the files.
-MOST_LAYERS = 1024
+# Limit on layers, far above published models (some 130): building them takes time before any weight file is read.
+MAX_LAYERS = 1024
 
 
 class RopeFields(TypedDict, total=False):
@@ -53,24 +52,24 @@ class RopeFields(TypedDict, total=False):
 
 
 def layers(config: PretrainedConfig, field: str) -> int:
-    """How many layers a config asks for; FieldError for none, or more than any model has."""
+    """The number of layers; FieldError unless it is between 1 and MAX_LAYERS."""
     count: int = getattr(config, field)
-    if not 1 <= count <= MOST_LAYERS:
+    if not 1 <= count <= MAX_LAYERS:
         raise FieldError(
-            f"{type(config).__name__}.{field} must be at least 1 and at most {MOST_LAYERS}, got {count}",
+            f"{type(config).__name__}.{field} must be at least 1 and at most {MAX_LAYERS}, got {count}",
             field,
         )
     return count
 
 
 def activation(config: PretrainedConfig, field: str) -> str:
-    """The spec's activation for a field of a config."""
+    """The spec's name of the activation in a field of a config."""
     config.check({field: tuple(ACTIVATIONS)})
     return ACTIVATIONS[getattr(config, field)]
 
 
 def quotient(config: PretrainedConfig, width: str, heads: str) -> int:
-    """width / heads; ValueError if it is no whole number."""
+    """width / heads; ValueError if heads does not divide width."""
     w, h = getattr(config, width), getattr(config, heads)
     if w < 1 or h < 1 or w % h:
         raise ValueError(f"{type(config).__name__}.{width} ({w}) must be a multiple of {heads} ({h})")
@@ -78,30 +77,31 @@ def quotient(config: PretrainedConfig, width: str, heads: str) -> int:
 
 
 def head_rows(**names: str) -> dict[str, tuple[KeyRow, ...]]:
-    """Rows of heads that are one projection each: kind -> its name in files."""
+    """Key map rows of heads that are a single projection: kind -> its name in files."""
     return {kind: (row("head.out.{p}", name + ".{p}"),) for kind, name in names.items()}
 
 
-# What every family of decoders implies: see `PretrainedConfig.implied`.
+# The implied fields of all decoder families: see `PretrainedConfig.implied`.
 CAUSAL: dict[str, tuple[tuple[Any, ...], str]] = {
-    "is_causal": ((True,), "every token attends to those before it and itself")
+    "is_causal": ((True,), "every token attends to itself and the tokens before it")
 }
 
-# "finetuned", of YaRN's own releases, says nothing about the angles.
+# "finetuned", in YaRN's releases, has no effect on the angles.
 _ROPE_KEYS = frozenset({*RopeFields.__annotations__, "finetuned"})
-# The kinds of layers in `layer_types`; newer files may give the parameters of RoPE for each of them.
+# The kinds of layers in `layer_types`; newer files may have RoPE parameters per kind.
 SLIDING, FULL = "sliding_attention", "full_attention"
 
 
 class RopeConfig(PretrainedConfig):
-    """Reads `rope_parameters` (newer files) as well as `rope_theta` and `rope_scaling`; writes the latter."""
+    """A config with RoPE: reads `rope_parameters` (newer files) or `rope_theta` and `rope_scaling`; writes the
+    latter."""
 
     def finish(self, _given: frozenset[str], /) -> None:
-        """Newer files' one dict becomes the two fields, whichever was given."""
+        """Convert `rope_parameters` to `rope_theta` and `rope_scaling`."""
         found: dict[str, Any] = (
             vars(self).pop("rope_parameters", None) or getattr(self, "rope_scaling", None) or {}
         )
-        scaling = self._alike(dict(found))
+        scaling = self._common_parameters(dict(found))
         self.rope_parameters = {name: value for name, value in scaling.items() if value is not None}
         self.check_keys({"rope_parameters": _ROPE_KEYS})
         del self.rope_parameters
@@ -110,26 +110,26 @@ class RopeConfig(PretrainedConfig):
                 setattr(self, name, scaling.pop(name))
         if scaling.get("partial_rotary_factor", 1.0) != 1.0:
             raise UnsupportedConfig(
-                f"{type(self).__name__} turns whole heads, got partial_rotary_factor in {scaling}"
+                f"{type(self).__name__} applies RoPE to whole heads, got partial_rotary_factor in {scaling}"
             )
         if "type" in scaling:
             scaling.setdefault("rope_type", scaling.pop("type"))
         self.rope_scaling = scaling if scaling.get("rope_type", "default") != "default" else None
 
-    def _alike(self, scaling: dict[str, Any]) -> dict[str, Any]:
-        """The parameters of all layers, of a dict by kind of layer too; UnsupportedConfig if the kinds differ."""
+    def _common_parameters(self, scaling: dict[str, Any]) -> dict[str, Any]:
+        """The RoPE parameters, from a flat dict or one per kind of layer; UnsupportedConfig if the kinds differ."""
         if not scaling or not scaling.keys() <= {SLIDING, FULL}:
             return scaling
-        parts = [self._as_mapping(f"rope_parameters.{kind}", part) for kind, part in scaling.items()]
-        if any(part != parts[0] for part in parts):
+        found = [self._as_mapping(f"rope_parameters.{kind}", inner) for kind, inner in scaling.items()]
+        if any(inner != found[0] for inner in found):
             raise UnsupportedConfig(
-                f"{type(self).__name__}.rope_parameters differ between {' and '.join(scaling)}: RoPE is one for all "
-                f"layers here, got {brief(scaling)}"
+                f"{type(self).__name__}.rope_parameters differ between {' and '.join(scaling)}: all "
+                f"layers share one RoPE, got {brief(scaling)}"
             )
-        return parts[0]
+        return found[0]
 
     def rotary(self, dim: int) -> Rotary:
-        """RoPE on the first `dim` channels as this config has it."""
+        """RoPE on the first `dim` channels, with this config's parameters."""
         return Rotary(dim=dim, theta=self.rope_theta, scaling=self._scaling())
 
     def _scaling(self) -> RopeScaling | None:
@@ -151,11 +151,11 @@ class RopeConfig(PretrainedConfig):
 
 
 def _attention_factor(rope: dict[str, Any]) -> float | None:
-    """YaRN's factor on cos and sin: as given, or of the two `mscale`s; None: by its own formula."""
+    """YaRN's factor on cos and sin: as given, or from both `mscale` fields; None: from `factor`, by YaRN's formula."""
     if rope.get("mscale") and rope.get("mscale_all_dim"):
         if min(rope["mscale"], rope["mscale_all_dim"]) < 0:
             raise UnsupportedConfig(
-                f"rope_scaling must have an mscale and an mscale_all_dim above 0, got {rope}"
+                f"rope_scaling must have a positive mscale and mscale_all_dim, got {rope}"
             )
         log = 0.1 * math.log(max(rope["factor"], 1.0))
         return (log * rope["mscale"] + 1) / (log * rope["mscale_all_dim"] + 1)

@@ -1,6 +1,6 @@
-"""Fuyu (Adept, 2023): Persimmon's decoder, into which image patches are projected directly; no image encoder.
+"""Fuyu (Adept, 2023): a Persimmon decoder that takes linearly projected image patches, without an image encoder.
 
-Source: https://www.adept.ai/blog/fuyu-8b and the hub's FuyuConfig.
+Source: https://www.adept.ai/blog/fuyu-8b and transformers' FuyuConfig.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from monoblock.families.common import CAUSAL, RopeConfig, RopeFields, activation
 from monoblock.modules import ModuleSpec, module
 from monoblock.spec import ArchSpec, Attention, Dropout, Mlp, Norm, Patches, QkNorm
 
-# What the nested config of a Persimmon says of itself.
+# Fields of the nested Persimmon config that describe that config itself.
 _NESTED = frozenset({"model_type", "id2label", "label2id", "num_labels"})
 
 
 class FuyuConfig(RopeConfig):
-    """The config of a Fuyu model, flat as the hub's files are; a `text_config` is taken apart."""
+    """The config of a Fuyu model, flat as in published files; the fields of a `text_config` are merged into it."""
 
     model_type = "fuyu"
 
@@ -52,10 +52,10 @@ class FuyuConfig(RopeConfig):
     rope_parameters: RopeFields | None = None
 
     implied = CAUSAL
-    makers_from = "text_config"
+    upstream_from = "text_config"
 
     def finish(self, given: frozenset[str], /) -> None:
-        """Newer files nest the language model's fields; they stand beside the others here."""
+        """Merge the language model's fields, which newer files nest, into this config."""
         nested = self.text_config
         if nested is not None:
             self._refuse(nested)
@@ -68,8 +68,8 @@ class FuyuConfig(RopeConfig):
         super().finish(given)
 
     def to_dict(self) -> dict[str, Any]:
-        """Every field as JSON-ready values. The share of turned channels stands in the scaling too, unless it is a
-        half: transformers reads it nowhere else in a flat file."""
+        """Every field as JSON values. `partial_rotary_factor`, unless it is 0.5, is also written to `rope_scaling`: in
+        a flat file, transformers reads it only there."""
         data = super().to_dict()
         if self.partial_rotary_factor != 0.5:
             scaling = data.get("rope_scaling") or {"rope_type": "default"}
@@ -77,7 +77,7 @@ class FuyuConfig(RopeConfig):
         return data
 
     def to_spec(self) -> ArchSpec:
-        """The architecture; UnsupportedConfig or ValueError names the field that cannot be honoured."""
+        """The architecture; UnsupportedConfig or ValueError names the unsupported field."""
         head_dim = quotient(self, "hidden_size", "num_attention_heads")
         norm = Norm(kind="layer", eps=self.layer_norm_eps, bias=True)
         return ArchSpec(
@@ -105,7 +105,7 @@ class FuyuConfig(RopeConfig):
 
 
 def tree(_: FuyuConfig) -> ModuleSpec:
-    """transformers' module tree: the language model inside is a Persimmon."""
+    """transformers' module tree; the inner language model is a Persimmon."""
     attention = module(
         "PersimmonAttention",
         "attention",
@@ -144,7 +144,7 @@ HEADS: Heads = {"causal": {"lm_head": "head_out"}}
 
 
 def keymap(config: FuyuConfig, head: str | None) -> KeyMap:
-    """transformers' names, newer and older: `model.language_model.X` was `language_model.model.X`."""
+    """The key map of transformers' names, newer (`model.language_model.X`) and older (`language_model.model.X`)."""
     made = modules.keymap(
         tree(config), HEADS, config.to_spec(), head=head, prefix="model.", ignored=(r"rotary_emb\.inv_freq$",)
     )

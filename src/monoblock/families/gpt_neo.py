@@ -1,6 +1,6 @@
-"""GPT Neo (EleutherAI, 2021): GPT-3 as published, layers alternating between all tokens and the last 256.
+"""GPT Neo (EleutherAI, 2021): the GPT-3 architecture, with alternating global and local (256-token window) attention.
 
-Scores are not divided by the root of the head's width. Source: https://github.com/EleutherAI/gpt-neo and the hub's
+Attention scores are not divided by sqrt(head_dim). Source: https://github.com/EleutherAI/gpt-neo and transformers'
 GPTNeoConfig.
 """
 
@@ -13,13 +13,13 @@ from monoblock.checkpoint.keymap import KeyMap
 from monoblock.config import PretrainedConfig
 from monoblock.errors import FieldError
 from monoblock.families import Family, Heads, ModelClass
-from monoblock.families.common import CAUSAL, MOST_LAYERS, activation, quotient
+from monoblock.families.common import CAUSAL, MAX_LAYERS, activation, quotient
 from monoblock.modules import ModuleSpec, module
 from monoblock.spec import ArchSpec, Attention, Dropout, Learned, Mlp, Norm
 
 
 class GPTNeoConfig(PretrainedConfig):
-    """The config of a GPT Neo model. `attention_types` [[["global", "local"], 12]] means 12 times the pair;
+    """The config of a GPT Neo model. `attention_types` [[["global", "local"], 12]] repeats the pair 12 times;
     `intermediate_size=None` means 4 * hidden_size."""
 
     model_type = "gpt_neo"
@@ -47,29 +47,29 @@ class GPTNeoConfig(PretrainedConfig):
 
     implied = {  # noqa: RUF012
         **CAUSAL,
-        "scale_attn_weights": ((False,), "scores are never divided by the root of the head's width"),
+        "scale_attn_weights": ((False,), "attention scores are never divided by sqrt(head_dim)"),
         "rotary": ((False,), "positions are a learned table"),
     }
 
     def finish(self, _given: frozenset[str], /) -> None:
-        """`attention_layers` spells `attention_types` out, a word for each layer."""
+        """Expand `attention_types` to `attention_layers`, one kind per layer."""
         types: list[tuple[list[str], int]] = self._checked(
             "attention_types", self.attention_types, list[tuple[list[str], int]]
         )
-        if (layers := sum(len(kinds) * count for kinds, count in types)) > MOST_LAYERS:
+        if (layers := sum(len(kinds) * count for kinds, count in types)) > MAX_LAYERS:
             raise FieldError(
-                f"GPTNeoConfig.attention_types must name at most {MOST_LAYERS} layers, got {layers}",
+                f"GPTNeoConfig.attention_types must name at most {MAX_LAYERS} layers, got {layers}",
                 "attention_types",
             )
         self.attention_layers = [kind for kinds, count in types for _ in range(count) for kind in kinds]
 
     def to_spec(self) -> ArchSpec:
-        """The architecture; UnsupportedConfig or ValueError names the field that cannot be honoured."""
+        """The architecture; UnsupportedConfig or ValueError names the unsupported field."""
         kinds = self.attention_layers or []
         if len(kinds) != self.num_layers or not set(kinds) <= {"global", "local"}:
             raise ValueError(
-                f"GPTNeoConfig.attention_types={self.attention_types} names {len(kinds)} layers, num_layers is "
-                f"{self.num_layers}: they must be equal, and each global or local"
+                f"GPTNeoConfig.attention_types={self.attention_types} names {len(kinds)} layers, but num_layers is "
+                f"{self.num_layers}: expected one of global and local for each layer"
             )
         norm = Norm(kind="layer", eps=self.layer_norm_epsilon, bias=True)
         width = self.intermediate_size or 4 * self.hidden_size
@@ -83,7 +83,7 @@ class GPTNeoConfig(PretrainedConfig):
                 scale=1.0,
                 qkv_bias=False,
                 out_bias=True,
-                masked_rows="behind",
+                masked_rows="past",
             ),
             mlp=Mlp(width=width, act=activation(self, "activation_function"), gated=False, bias=True),
             norm=norm,
@@ -133,7 +133,7 @@ HEADS: Heads = {
 
 
 def keymap(config: GPTNeoConfig, head: str | None) -> KeyMap:
-    """transformers' names; old files also hold the causal masks as buffers."""
+    """The key map of transformers' names; old files also hold causal masks as buffers."""
     ignored = (r"attn\.attention\.(masked_)?bias$",)
     return modules.keymap(
         tree(config), HEADS, config.to_spec(), head=head, prefix="transformer.", ignored=ignored

@@ -1,6 +1,6 @@
-"""Mistral (2023): pre-norm RMS, RoPE, grouped heads, SwiGLU, a sliding window in the first version.
+"""Mistral (2023): pre-norm RMSNorm, RoPE, grouped-query attention, SwiGLU; the first version has a sliding window.
 
-Source: arXiv:2310.06825 and the hub's MistralConfig.
+Source: arXiv:2310.06825 and transformers' MistralConfig.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from monoblock.spec import ArchSpec, Attention, Dropout, Mlp, Norm
 
 
 class MistralConfig(RopeConfig):
-    """The config of a Mistral or Ministral model. `head_dim=None` means hidden_size / heads, which newer models differ
-    from; `sliding_window=None` means that every token attends to all before it. `layer_types` names each layer
-    "sliding_attention" or "full_attention" (Ministral); None: all layers have the window."""
+    """The config of a Mistral or Ministral model. `head_dim=None` means hidden_size / heads; newer models set it.
+    `sliding_window=None` means full causal attention. `layer_types` lists "sliding_attention" or "full_attention" for
+    each layer (Ministral); None: all layers have the window."""
 
     model_type = "mistral"
     other_types = ("ministral",)
@@ -57,7 +57,7 @@ class MistralConfig(RopeConfig):
     use_sliding_window: bool | None = None
 
     implied = CAUSAL
-    makers_from = "rope_scaling"
+    upstream_from = "rope_scaling"
     base_model_tp_plan = {  # noqa: RUF012
         **{f"layers.*.self_attn.{x}_proj": "colwise" for x in "qkv"},
         "layers.*.self_attn.o_proj": "rowwise",
@@ -72,7 +72,7 @@ class MistralConfig(RopeConfig):
     }
 
     def to_spec(self) -> ArchSpec:
-        """The architecture; UnsupportedConfig or ValueError names the field that cannot be honoured."""
+        """The architecture; UnsupportedConfig or ValueError names the unsupported field."""
         head_dim = self.head_dim or quotient(self, "hidden_size", "num_attention_heads")
         norm = Norm(kind="rms", eps=self.rms_norm_eps, bias=False)
         return ArchSpec(
@@ -102,7 +102,7 @@ class MistralConfig(RopeConfig):
         if self.use_sliding_window is False and self.sliding_window is not None:
             raise UnsupportedConfig(
                 f"MistralConfig.use_sliding_window=False contradicts sliding_window={self.sliding_window}, which "
-                "transformers follows: give sliding_window=None for no window, use_sliding_window=None for this one"
+                "transformers uses: give sliding_window=None for no window, or use_sliding_window=None for this one"
             )
         if kinds is None:
             return (self.sliding_window,) * count
@@ -124,11 +124,12 @@ class MistralConfig(RopeConfig):
         return self.sliding_window is not None and FULL in (self.layer_types or ())
 
     def stored_type(self) -> str:
-        """ "ministral" where `layer_types` takes the window from a layer: transformers' Mistral does not read it."""
+        """ "ministral" if `layer_types` has full-attention layers next to a window: transformers' Mistral ignores
+        it."""
         return "ministral" if self._is_ministral() else "mistral"
 
     def stored_class(self, name: str) -> str:
-        """The name of the class in config.json, which goes with `stored_type`."""
+        """The name of the class in config.json, consistent with `stored_type`."""
         return name.replace("Mistral", "Ministral", 1) if self._is_ministral() else name
 
 
@@ -163,7 +164,7 @@ HEADS: Heads = {
 
 
 def keymap(config: MistralConfig, head: str | None) -> KeyMap:
-    """transformers' names."""
+    """The key map of transformers' names."""
     spec = config.to_spec()
     return modules.keymap(
         tree(config), HEADS, spec, head=head, prefix="model.", ignored=(r"rotary_emb\.inv_freq$",)

@@ -1,6 +1,6 @@
 """MPNet (Microsoft, 2020): a bidirectional encoder like BERT, with relative position buckets shared by all layers.
 
-Source: arXiv:2004.09297 and the hub's MPNetConfig.
+Source: arXiv:2004.09297 and transformers' MPNetConfig.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from monoblock.heads import HeadSpec
 from monoblock.modules import KerasNames, ModuleSpec, module
 from monoblock.spec import ArchSpec, Attention, Buckets, Dropout, Learned, Mlp, Norm
 
-MAX_DISTANCE = 128  # T5's, which no config of this family holds
+MAX_DISTANCE = 128  # T5's value; configs of this family do not have it
 
 
 class MPNetConfig(PretrainedConfig):
-    """The config of an MPNet model; of `max_position_embeddings`, the two before the first token are not usable."""
+    """The config of an MPNet model; the first two of `max_position_embeddings` are reserved (padding offset)."""
 
     model_type = "mpnet"
 
@@ -41,14 +41,14 @@ class MPNetConfig(PretrainedConfig):
     eos_token_id: int | None = 2
 
     implied = {  # noqa: RUF012
-        "is_causal": ((False,), "every token attends to all others"),
-        "is_decoder": ((False,), "every token attends to all others"),
+        "is_causal": ((False,), "attention is bidirectional"),
+        "is_decoder": ((False,), "attention is bidirectional"),
         "position_embedding_type": (("absolute",), "positions are a learned table and relative buckets"),
-        "relative_attention_max_distance": ((MAX_DISTANCE,), "the buckets reach that far"),
+        "relative_attention_max_distance": ((MAX_DISTANCE,), "the maximum distance of the buckets is fixed"),
     }
 
     def to_spec(self) -> ArchSpec:
-        """The architecture; UnsupportedConfig or ValueError names the field that cannot be honoured."""
+        """The architecture; UnsupportedConfig or ValueError names the unsupported field."""
         head_dim = quotient(self, "hidden_size", "num_attention_heads")
         norm = Norm(kind="layer", eps=self.layer_norm_eps, bias=True)
         return ArchSpec(
@@ -84,14 +84,14 @@ class MPNetConfig(PretrainedConfig):
         ).validate("MPNetConfig")
 
     def to_head(self, kind: str) -> HeadSpec:
-        """The head; all but the masked one and the span one drop out what they project."""
+        """The head of that kind; all but masked, span and pooler apply dropout before the projection."""
         dropout = 0.0 if kind in ("masked", "span", "pooler") else self.hidden_dropout_prob
         norm = self.to_spec().norm if kind == "masked" else None
         return replace(super().to_head(kind), dropout=dropout, norm=norm)
 
 
 def tree(_: MPNetConfig) -> ModuleSpec:
-    """transformers' module tree; the pooler is there in some classes only."""
+    """transformers' module tree; only some classes have the pooler."""
     attention = module(
         "MPNetAttention",
         "attention_norm",
@@ -146,7 +146,8 @@ HEADS: Heads = {
 
 
 def keymap(config: MPNetConfig, head: str | None) -> KeyMap:
-    """transformers' names. The bias of the masked head has two, and a pooler may be its model's or stand alone."""
+    """The key map of transformers' names. The masked head's bias has two names, a pooler has one with prefix, one
+    without."""
     pooler, inside = "pooler.dense.{p}", "mpnet.pooler.dense.{p}"
     rows = {
         "masked": (

@@ -1,6 +1,6 @@
-"""MPT (MosaicML, 2023): pre-norm, ALiBi, no biases, a fused qkv; and all that its makers' code adds to it.
+"""MPT (MosaicML, 2023): pre-norm, ALiBi, no biases, fused qkv; with the further options of llm-foundry's MPT.
 
-Source: https://github.com/mosaicml/llm-foundry; the hub's MptConfig and the makers' MPTConfig.
+Source: https://github.com/mosaicml/llm-foundry (MPTConfig) and transformers' MptConfig.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from monoblock.spec import ArchSpec, Attention, Dropout, Norm
 
 
 class MptConfig(PretrainedConfig):
-    """The config of an MPT model; from `head_dim` on, the options of the makers' own code.
+    """The config of an MPT model; the fields from `head_dim` on are llm-foundry's options.
 
-    Defaults are the hub's. `head_dim=None` means d_model / n_heads; `attention_bias=None` means not `no_bias`.
+    Defaults are transformers'. `head_dim=None` means d_model / n_heads; `attention_bias=None` means not `no_bias`.
     """
 
     model_type = "mpt"
@@ -64,15 +64,15 @@ class MptConfig(PretrainedConfig):
     fuse_norm_attn_norm: bool = False
 
     implied = CAUSAL
-    makers_from = "head_dim"
+    upstream_from = "head_dim"
 
     def finish(self, given: frozenset[str], /) -> None:
-        """The makers give `fc_type` as a word or as a dict with a name."""
+        """llm-foundry gives `fc_type` as a string or as a dict with a name; normalise to the dict."""
         if "fc_type" in given and isinstance(self.fc_type, str):
             self.fc_type = {"name": self.fc_type}
 
     def to_spec(self) -> ArchSpec:
-        """The architecture; UnsupportedConfig or ValueError names the field that cannot be honoured."""
+        """The architecture; UnsupportedConfig or ValueError names the unsupported field."""
         self.check(options.SUPPORTED)
         self.check_keys(options.KEYS)
         att, bias = self.attn_config, not self.no_bias
@@ -109,7 +109,7 @@ class MptConfig(PretrainedConfig):
 
 
 def tree(config: MptConfig) -> ModuleSpec:
-    """transformers' module tree, with what upstream's options add; upstream may keep q, k and v apart."""
+    """transformers' module tree, extended for llm-foundry's options; q, k and v are separate if not `fused_qkv`."""
     fused = config.attn_config.fused_qkv
     projections = {"Wqkv": "qkv"} if fused else {"Wq": "q", "Wk": "k", "Wv": "v"}
     attention = ModuleSpec(
@@ -145,13 +145,13 @@ HEADS: Heads = {
 
 
 def keymap(config: MptConfig, head: str | None) -> KeyMap:
-    """transformers' and upstream's names. Reads q, k and v fused or apart; writes as `fused_qkv` says."""
+    """The key map of transformers' and llm-foundry's names. Reads fused or separate q, k, v; writes per `fused_qkv`."""
     spec = config.to_spec()
     att = spec.attention
-    apart = Split((att.heads * att.head_dim, *[att.kv_heads * att.head_dim] * 2))
+    separate = Split((att.heads * att.head_dim, *[att.kv_heads * att.head_dim] * 2))
     block, inner = "blocks.{i}.", "blocks.{i}.norm_attn_norm."
     qkv = [
-        Spelling((stem + "attn.Wqkv.{p}",), Same()) if fused else Spelling(names, apart)
+        Spelling((stem + "attn.Wqkv.{p}",), Same()) if fused else Spelling(names, separate)
         for stem in (block, inner)
         for fused, names in ((True, ()), (False, tuple(f"{stem}attn.W{x}.{{p}}" for x in "qkv")))
     ]

@@ -1,6 +1,6 @@
-"""What MPT's options mean: the values that are honoured, and the parts of a spec that they decide.
+"""MPT's options: their supported values, and the fields of the spec that they determine.
 
-The hub's class documents some of them, the makers' code the rest: https://github.com/mosaicml/llm-foundry.
+Some are documented by transformers' class, the others by llm-foundry: https://github.com/mosaicml/llm-foundry.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ NORMS: dict[str, Literal["layer", "rms"]] = {
     "triton_rmsnorm": "rms",
 }
 ATTENTIONS = ("multihead_attention", "multiquery_attention", "grouped_query_attention")
-# ffn_act_fn's (name, approximate) -> the spec's activation
+# (name, approximate) of ffn_act_fn -> the spec's activation.
 ACTIVATIONS = {
     ("gelu", "none"): "gelu",
     ("gelu", "tanh"): "gelu_tanh",
@@ -35,7 +35,7 @@ ACTIVATIONS = {
     ("silu", "none"): "silu",
 }
 
-# What is honoured of the options that have a few values; any other value is refused by name.
+# Supported values of options; any other value raises UnsupportedConfig.
 SUPPORTED: dict[str, tuple[Any, ...]] = {
     "attn_config.attn_type": ATTENTIONS,
     "attn_config.attn_impl": ("torch", "flash", "triton"),
@@ -53,7 +53,7 @@ SUPPORTED: dict[str, tuple[Any, ...]] = {
     "norm_type": tuple(NORMS),
 }
 
-# The keys of the options that are dicts; one more would be an ignored option.
+# Known keys of options that are dicts; any other key would be an ignored option.
 KEYS: dict[str, frozenset[str]] = {
     "ffn_config": frozenset({"ffn_type", "ffn_hidden_size", "ffn_act_fn", "fc_type"}),
     "attn_config.rope_dail_config": frozenset({"type", "pos_idx_in_fp32", "xpos_scale_base"}),
@@ -64,7 +64,7 @@ KEYS: dict[str, frozenset[str]] = {
 }
 
 
-# Those of `attn_config`, by its own names.
+# The same for `attn_config`, by its field names.
 _INNER = "attn_config."
 _VALUES = {name.removeprefix(_INNER): found for name, found in SUPPORTED.items() if name.startswith(_INNER)}
 _KEYS = {name.removeprefix(_INNER): found for name, found in KEYS.items() if name.startswith(_INNER)}
@@ -120,10 +120,11 @@ class TuningFields(TypedDict, total=False):
 
 
 class MptAttentionConfig(PretrainedConfig, MutableMapping[str, Any]):
-    """The `attn_config` of an `MptConfig`; from `qk_gn` on, the options of the makers' own code.
+    """The `attn_config` of an `MptConfig`; the fields from `qk_gn` on are llm-foundry's options.
 
-    In that code it is a dict, and the model cards write `config.attn_config["attn_impl"] = "triton"`. So it is a
-    mapping of its fields too. A value that is not supported is refused when it is set so; a field cannot be removed.
+    llm-foundry has a dict here, and model cards write `config.attn_config["attn_impl"] = "triton"`; so this config is
+    also a mapping of its fields. Setting an unsupported value as an item raises UnsupportedConfig; fields cannot be
+    removed.
     """
 
     attn_type: str = "multihead_attention"
@@ -152,10 +153,10 @@ class MptAttentionConfig(PretrainedConfig, MutableMapping[str, Any]):
     seq_parallel_world_size: int | None = None
 
     implied = {  # noqa: RUF012
-        "reuse_kv_layer_idx": ((), "every layer has keys and values of its own"),
-        "reuse_kv_x_layer_idx": ((), "every layer has keys and values of its own"),
+        "reuse_kv_layer_idx": ((), "every layer has its own keys and values"),
+        "reuse_kv_x_layer_idx": ((), "every layer has its own keys and values"),
     }
-    makers_from = "qk_gn"
+    upstream_from = "qk_gn"
 
     # ------------------------------------------------------------------ as a mapping
 
@@ -166,7 +167,7 @@ class MptAttentionConfig(PretrainedConfig, MutableMapping[str, Any]):
 
     def __setitem__(self, key: str, value: Any) -> None:
         if not isinstance(key, str) or (key not in self.fields and hasattr(type(self), key)):  # pyright: ignore
-            raise FieldError(f"attn_config has fields by name, and {key!r} is none")
+            raise FieldError(f"attn_config has no field {key!r}")
         previous = vars(self).get(key)
         setattr(self, key, value)
         try:
@@ -192,7 +193,7 @@ class MptAttentionConfig(PretrainedConfig, MutableMapping[str, Any]):
         return key in self._keys()
 
     def _keys(self) -> list[str]:
-        """The names of the fields, and of unknown ones that were kept; not of what all configs have."""
+        """The names of the fields, including unknown ones, without those common to all configs."""
         other = {*COMMON, "id2label", "label2id", "name_or_path"}
         return [name for name in vars(self) if not name.startswith("_") and name not in other]
 
@@ -202,7 +203,7 @@ class MptAttentionConfig(PretrainedConfig, MutableMapping[str, Any]):
             self[name] = value
 
     def copy(self) -> MptAttentionConfig:
-        """A config of its own with the same fields."""
+        """A deep copy."""
         return copy.deepcopy(self)
 
     def __eq__(self, other: object) -> bool:
@@ -213,46 +214,46 @@ class MptAttentionConfig(PretrainedConfig, MutableMapping[str, Any]):
     __hash__ = None  # pyright: ignore[reportAssignmentType]
 
     def finish(self, given: frozenset[str], /) -> None:
-        """The makers' default of `alibi` is False; the hub's True holds unless rope is asked for."""
+        """`alibi` defaults to True as in transformers, but to False with `rope`, as in llm-foundry."""
         if self.rope and "alibi" not in given:
             self.alibi = False
-        # transformers 5 takes whole numbers only, and 0.0 is what most files hold.
+        # transformers 5 accepts only integers, but most files hold 0.0.
         if self.attn_pdrop == int(self.attn_pdrop):
             self.attn_pdrop = int(self.attn_pdrop)
 
 
 @functools.cache
 def warn_of_kernel(name: str) -> None:
-    """Say once what a kernel of the makers' code means here."""
+    """Warn once that llm-foundry's kernel names have no effect."""
     log.warning(
-        "attn_impl=%r: all of the makers' kernels compute the same, by the attention that this library chooses; "
-        "attn_implementation='sdpa', 'eager', 'flex_attention' or 'flash_attention_2' chooses another",
+        "attn_impl=%r has no effect: all values compute the same function, by the attention that this library selects; "
+        "attn_implementation='sdpa', 'eager', 'flex_attention' or 'flash_attention_2' selects another",
         name,
     )
 
 
 def kv_heads(config: Any) -> int:
-    """How many key and value heads `attn_type` means."""
+    """The number of key and value heads for `attn_type`."""
     att = config.attn_config
     if att.attn_type == "grouped_query_attention" and not att.kv_n_heads:
         raise ValueError("MptConfig.attn_config.kv_n_heads must be given for grouped_query_attention")
-    meant = dict(zip(ATTENTIONS, (config.n_heads, 1, att.kv_n_heads), strict=True))[att.attn_type]
-    if att.kv_n_heads not in (None, meant):
+    expected = dict(zip(ATTENTIONS, (config.n_heads, 1, att.kv_n_heads), strict=True))[att.attn_type]
+    if att.kv_n_heads not in (None, expected):
         raise ValueError(
-            f"MptConfig.attn_config.kv_n_heads={att.kv_n_heads} does not go with attn_type={att.attn_type!r}, "
-            f"which has {meant}; use grouped_query_attention"
+            f"MptConfig.attn_config.kv_n_heads={att.kv_n_heads} does not match attn_type={att.attn_type!r}, "
+            f"which has {expected}; use grouped_query_attention"
         )
-    return meant
+    return expected
 
 
 def window(config: Any) -> int | None:
-    """The makers count the keys before the query; a spec's window counts the query's own too."""
+    """The spec's window, which includes the query's own key; llm-foundry's `sliding_window_size` does not."""
     size = config.attn_config.sliding_window_size
     return None if size < 0 else size + 1
 
 
 def qk_norm(config: Any, norm: Norm) -> QkNorm | None:
-    """`qk_ln` norms all heads at once, `qk_gn` each head."""
+    """`qk_ln` normalises all heads jointly, `qk_gn` each head."""
     att = config.attn_config
     if att.qk_ln and att.qk_gn:
         raise ValueError("MptConfig.attn_config: qk_ln and qk_gn exclude each other; set one of them")
@@ -262,12 +263,12 @@ def qk_norm(config: Any, norm: Norm) -> QkNorm | None:
 
 
 def mlp(config: Any, bias: bool) -> Mlp:
-    """The MLP of `ffn_config` and `expansion_ratio`."""
+    """The MLP given by `ffn_config` and `expansion_ratio`."""
     ffn: dict[str, Any] = config.ffn_config or {}
     width = ffn.get("ffn_hidden_size") or config.d_model * config.expansion_ratio
     if not float(width).is_integer():
         raise ValueError(
-            f"MptConfig.expansion_ratio={config.expansion_ratio} times d_model={config.d_model} must be a whole number"
+            f"MptConfig.expansion_ratio={config.expansion_ratio} times d_model={config.d_model} must be an integer"
         )
     act: dict[str, str] = ffn.get("ffn_act_fn") or {"name": "gelu"}
     name = ACTIVATIONS.get((act.get("name", ""), act.get("approximate", "none")))
@@ -277,7 +278,7 @@ def mlp(config: Any, bias: bool) -> Mlp:
 
 
 def positions(config: Any, head_dim: int) -> tuple[Position, ...]:
-    """ALiBi, RoPE, or else a learned table."""
+    """ALiBi and RoPE if enabled, else a learned table."""
     att = config.attn_config
     found: list[Position] = []
     if att.alibi:
@@ -305,7 +306,7 @@ def _rope_scaling(config: Any) -> RopeScaling | None:
 
 
 def logit_scale(config: Any) -> float:
-    """The factor on the logits."""
+    """The factor that multiplies the logits."""
     scale = config.logit_scale
     if isinstance(scale, str):
         if scale != "inv_sqrt_d_model":

@@ -1,6 +1,6 @@
-"""OpenAI GPT, "GPT-1" (2018): post-norm, learned positions, everything with a bias.
+"""OpenAI GPT, "GPT-1" (2018): post-norm, learned positions, biases in all projections.
 
-Source: https://github.com/openai/finetune-transformer-lm and the hub's OpenAIGPTConfig.
+Source: https://github.com/openai/finetune-transformer-lm and transformers' OpenAIGPTConfig.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from monoblock.heads import HeadSpec, Summary
 from monoblock.modules import KerasNames, ModuleSpec, module
 from monoblock.spec import ArchSpec, Attention, Dropout, Learned, Mlp, Norm
 
-# GPT-1's "gelu" is the tanh form.
+# GPT-1's "gelu" is the tanh approximation.
 ACTIVATIONS = {"gelu": "gelu_tanh", "gelu_new": "gelu_tanh", "relu": "relu", "silu": "silu", "swish": "silu"}
 
 
 class OpenAIGPTConfig(PretrainedConfig):
-    """The config of a GPT-1 model; the `summary_` fields are those of the double-heads model's choice head."""
+    """The config of a GPT-1 model; the `summary_` fields configure the choice head of the double-heads model."""
 
     model_type = "openai-gpt"
     attribute_map = {  # noqa: RUF012
@@ -51,13 +51,13 @@ class OpenAIGPTConfig(PretrainedConfig):
 
     implied = {  # noqa: RUF012
         **CAUSAL,
-        "scale_attn_weights": ((True,), "scores are always divided by the root of the head's width"),
-        "scale_attn_by_inverse_layer_idx": ((False,), "every layer scales its scores alike"),
+        "scale_attn_weights": ((True,), "attention scores are always divided by sqrt(head_dim)"),
+        "scale_attn_by_inverse_layer_idx": ((False,), "all layers scale attention scores by the same factor"),
     }
-    makers_from = "summary_last_dropout"
+    upstream_from = "summary_last_dropout"
 
     def to_spec(self) -> ArchSpec:
-        """The architecture; UnsupportedConfig or ValueError names the field that cannot be honoured."""
+        """The architecture; UnsupportedConfig or ValueError names the unsupported field."""
         self.check({"afn": tuple(ACTIVATIONS)})
         head_dim = quotient(self, "n_embd", "n_head")
         return ArchSpec(
@@ -70,7 +70,7 @@ class OpenAIGPTConfig(PretrainedConfig):
                 scale=head_dim**-0.5,
                 qkv_bias=True,
                 out_bias=True,
-                masked_rows="real",
+                masked_rows="valid",
             ),
             mlp=Mlp(width=4 * self.n_embd, act=ACTIVATIONS[self.afn], gated=False, bias=True),
             norm=Norm(kind="layer", eps=self.layer_norm_epsilon, bias=True),
@@ -83,7 +83,7 @@ class OpenAIGPTConfig(PretrainedConfig):
         ).validate("OpenAIGPTConfig")
 
     def to_head(self, kind: str) -> HeadSpec:
-        """The head; a double head has a choice head beside it, of one score."""
+        """The head of that kind; a double head has an additional choice head with one score."""
         if kind != "double":
             return super().to_head(kind)
         self.check(
@@ -104,7 +104,7 @@ class OpenAIGPTConfig(PretrainedConfig):
 
 
 def tree(_: OpenAIGPTConfig) -> ModuleSpec:
-    """transformers' module tree; matrices are stored inputs x outputs (Conv1D)."""
+    """transformers' module tree; matrices are stored as (inputs, outputs) (Conv1D)."""
     conv = {"linear": "Conv1D"}
     attention = module(
         "Attention",
@@ -144,7 +144,7 @@ HEADS: Heads = {
 
 
 def keymap(config: OpenAIGPTConfig, head: str | None) -> KeyMap:
-    """transformers' names. Some files have the tied matrix under the head's name."""
+    """The key map of transformers' names; some files store the tied matrix under the head's name."""
     return modules.keymap(
         tree(config),
         HEADS,

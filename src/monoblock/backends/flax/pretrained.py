@@ -289,10 +289,12 @@ class FlaxPreTrainedModel(Parameters, Sharded, Training, FlaxGenerationMixin):
 
             if safe_serialization:
                 tensors = loading.hub_arrays(kept, leaves, values)
-                save_tensors(folder, tensors, framework="np", max_shard_size=max_shard_size, beside=texts)
+                save_tensors(
+                    folder, tensors, framework="np", max_shard_size=max_shard_size, extra_files=texts
+                )
             else:
                 arrays = loading.own_arrays(kept, values)
-                save_msgpack(folder, arrays, max_shard_size=max_shard_size, beside=texts)
+                save_msgpack(folder, arrays, max_shard_size=max_shard_size, extra_files=texts)
 
         write_once(list(kept.values()), write)
 

@@ -191,7 +191,7 @@ def check_count(count: Any) -> Any:
         if count.device.type == "cpu" and dispatch.readable(count):
             check_count(count.item())
         return torch.where(count == 0, 1, count).reshape(())
-    if isinstance(count, bool) or not isinstance(count, int | float) or not 0 <= count <= sys.float_info.max:
+    if isinstance(count, bool) or not isinstance(count, (int, float)) or not 0 <= count <= sys.float_info.max:
         raise ValueError(f"num_items_in_batch must be a number of at least 0, got {brief(count)}")
     return float(count or 1)
 

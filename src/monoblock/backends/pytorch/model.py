@@ -62,7 +62,7 @@ class ForwardContext:
     def after(self, given: Any) -> Tensor:
         """The hidden states of a layer's output (a tensor, or first in a tuple); appended to `hidden_states` if
         requested."""
-        x = given[0] if isinstance(given, tuple | list) else given
+        x = given[0] if isinstance(given, (tuple, list)) else given
         if self.hidden_states is not None:
             self.hidden_states.append(x)
         return x

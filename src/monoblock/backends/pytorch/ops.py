@@ -245,7 +245,7 @@ class Scope:
             return v_bgkd.mean(dim=2, keepdim=True)
         wide, real = v_bgkd.to(torch.promote_types(v_bgkd.dtype, torch.float32)), self.valid_bk.long()
         own = wide * real[:, None, :, None]
-        if self.masked_rows == "real":
+        if self.masked_rows == "valid":
             count = real.sum(-1)[:, None, None, None]
             mean = torch.where(
                 count > 0, own.sum(2, keepdim=True) / count.clamp(min=1), wide.mean(2, keepdim=True)
@@ -264,7 +264,7 @@ class Scope:
         if self.masked_rows == "all" or self.valid_bk is None:
             return torch.ones(1, 1, 1, keys, dtype=dtype, device=self.index_k.device) / keys
         real = self.valid_bk[:, None, None]
-        if self.masked_rows == "real":
+        if self.masked_rows == "valid":
             chosen = real | ~real.any(-1, keepdim=True)
         else:
             distance = self.index_q[:, None] - self.index_k

@@ -57,7 +57,7 @@ def _sets(patches: Any, size: int) -> list[Tensor]:
     expected = f"image_patches must be a tensor (.., {size}), or a list with one for each row"
     if isinstance(patches, Tensor) and patches.dim() < 3:
         found = [patches]
-    elif isinstance(patches, Tensor | list | tuple):
+    elif isinstance(patches, (Tensor, list, tuple)):
         found: list[Any] = list(patches)
     else:
         raise TypeError(f"{expected}, got {type(patches).__name__}")

@@ -189,7 +189,8 @@ class PreTrainedModel(Recognised, Parameters, Generation, Construction, Adapters
             given = flattened(given)
         base = self.bare
         inner = {name: value for name, value in given.items() if name in base.arguments or name in PACKED}
-        inner |= {name: self._option(given, name) for name in ("output_attentions", "output_hidden_states")}
+        for name in ("output_attentions", "output_hidden_states"):
+            inner[name] = self._option(given, name)
         inner["return_dict"] = True
         if (keep := self._kept(given)) is not None:
             inner["keep"] = keep
@@ -231,7 +232,7 @@ class PreTrainedModel(Recognised, Parameters, Generation, Construction, Adapters
             raise TypeError(
                 f"{self.row.name} takes at most {len(names)} positional arguments, got {len(args)}"
             )
-        given = dict(zip(names, args, strict=False))
+        given = dict(zip(names[: len(args)], args, strict=True))
         for name, value in kwargs.items():
             if name in given:
                 raise TypeError(f"{self.row.name} got {name!r} twice")
@@ -392,7 +393,7 @@ class PreTrainedModel(Recognised, Parameters, Generation, Construction, Adapters
     def _config_for(
         cls, name: str | Path, config: Any, hub: HubOptions, kwargs: dict[str, Any]
     ) -> tuple[Any, dict[str, Any]]:
-        if config is not None and not isinstance(config, str | Path):
+        if config is not None and not isinstance(config, (str, Path)):
             return as_own_config(config, cls.family.config, cls.__name__).changed(**kwargs)
         source = name if config is None else config
         return cls.family.config.from_pretrained(source, return_unused_kwargs=True, **asdict(hub), **kwargs)
@@ -448,7 +449,7 @@ class PreTrainedModel(Recognised, Parameters, Generation, Construction, Adapters
             self.generation_config.validate()
             files[GENERATION_CONFIG_NAME] = self.generation_config.to_json_string()
         save_tensors(
-            folder, tensors, framework="pt", max_shard_size=max_shard_size, beside=files, variant=variant
+            folder, tensors, framework="pt", max_shard_size=max_shard_size, extra_files=files, variant=variant
         )
         if push_to_hub:
             self.push_to_hub(kwargs.pop("repo_id", folder.name), token=token, **kwargs)

@@ -13,7 +13,7 @@ from monoblock.backends.tf import loading
 from monoblock.backends.tf.layers import Tied
 from monoblock.backends.tf.loading import DTYPES, IN_FILES, Array, StoredVariable
 from monoblock.backends.tf.parts import layers_of
-from monoblock.checkpoint.array_adapters import HUB_NAMES
+from monoblock.checkpoint.array_adapters import SAFETENSORS_DTYPES
 from monoblock.checkpoint.keymap import KeyMap, TensorSource
 from monoblock.checkpoint.matching import LoadReport
 from monoblock.checkpoint.save import LazyTensor
@@ -97,7 +97,7 @@ class Parameters:
         """The weights by the hub's names, tied ones once, each made when it is called for (`made()`, a NumPy array)."""
         self._check_not_quantized("saved by the hub's names")
         return {
-            name: LazyTensor(dtype=HUB_NAMES[slot.variable.dtype], shape=slot.shape, make=slot.read)
+            name: LazyTensor(dtype=SAFETENSORS_DTYPES[slot.variable.dtype], shape=slot.shape, make=slot.read)
             for name, slot in self.stored_variables().items()
             if name not in self.unsaved
         }

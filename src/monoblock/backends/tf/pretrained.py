@@ -256,7 +256,7 @@ class TFPreTrainedModel(Forward, Training, Serving, Holder, Parameters, TFGenera
             texts[GENERATION_CONFIG_NAME] = self.generation_config.to_json_string()
         with staged(folder) as stage:
             save_tensors(
-                stage, self.hub_state_dict(), framework="np", max_shard_size=max_shard_size, beside=texts
+                stage, self.hub_state_dict(), framework="np", max_shard_size=max_shard_size, extra_files=texts
             )
             if saved_model:
                 self.save_signatures(stage.files / "saved_model" / str(version), signatures)

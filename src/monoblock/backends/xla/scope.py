@@ -98,7 +98,7 @@ class ScopeBase:
         wide = v_bgkd if dtype.name == "float64" else xp.cast(v_bgkd, "float32")
         real = xp.cast(self.valid_bk, wide.dtype)
         own = wide * real[:, None, :, None]
-        if self.masked_rows == "real":
+        if self.masked_rows == "valid":
             count = xp.sum(real, 1)[:, :, None, None]
             total = xp.sum(own, 2) / xp.maximum(count, 1)
             return xp.cast(xp.where(count > 0, total, xp.mean(wide, 2)), dtype)
@@ -116,7 +116,7 @@ class ScopeBase:
         else:
             real = self.valid_bk[:, None, None]
             distance = (self.index_q[:, None] - self.index_k)[None, None]
-            if self.masked_rows == "real":
+            if self.masked_rows == "valid":
                 chosen = real | (xp.sum(xp.int32(real), -1) == 0)
             elif self.window is None:
                 chosen = distance >= 0

@@ -1,1 +1,1 @@
-"""The formats in which the makers published their models: each is a table of names, read and written."""
+"""The checkpoint formats of the original releases, each read, and most of them written, through a key map."""

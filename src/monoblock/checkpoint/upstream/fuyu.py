@@ -1,6 +1,6 @@
-"""Adept's release of Fuyu: a training checkpoint, `model_optim_rng.pt`, and `adept_vocab.model`.
+"""Read and write Adept's release format of Fuyu: a training checkpoint, `model_optim_rng.pt`, and `adept_vocab.model`.
 
-Source: https://github.com/persimmon-ai-labs/adept-inference and the names in the hub's own conversion of it.
+Source: https://github.com/persimmon-ai-labs/adept-inference and the names in transformers' conversion script.
 """
 
 import json
@@ -31,12 +31,12 @@ from monoblock.errors import CheckpointError, HubError
 from monoblock.families.fuyu import FuyuConfig
 
 WEIGHTS, VOCABULARY = "model_optim_rng.pt", "adept_vocab.model"
-PLACE = Path("mp_rank_00") / WEIGHTS
+WEIGHTS_PATH = Path("mp_rank_00") / WEIGHTS
 LAYER, EMBED = "language_model.encoder.layers.{i}.", "language_model.embedding.word_embeddings."
 ENCODER = "vit_encoder.linear_encoder.weight"
-HEAD_DIM = 64  # of the published model; a file with query norms says it itself
+HEAD_DIM = 64  # of the published model; in files with query norms, their shape gives it
 
-# Both ends of a text are the same token in the makers' vocabulary, which does not say so itself.
+# The vocabulary file does not name its bos and eos tokens; Adept's code uses the same token for both.
 TOKENIZER_CONFIG = {
     "tokenizer_class": "LlamaTokenizer",
     "bos_token": "|ENDOFTEXT|",
@@ -45,7 +45,7 @@ TOKENIZER_CONFIG = {
 
 
 def keymap(config: FuyuConfig) -> KeyMap:
-    """The makers' names."""
+    """The key map of Adept's names."""
     head = "word_embeddings_for_head.{p}"
     per_head = PerHead(config.num_attention_heads)
     return KeyMap(
@@ -77,7 +77,7 @@ def keymap(config: FuyuConfig) -> KeyMap:
 
 
 def recognise(path: Path) -> bool:
-    """A folder with a model_optim_rng.pt somewhere in it, or a file of Adept's."""
+    """Whether a path is a folder with a model_optim_rng.pt at any depth, or such a file under another name."""
     return bool(path.is_dir() and _weights_in(path)) or (
         path.is_file() and path.suffix in (".pt", ".pkl") and _is_adepts(unpickled(path, stand_ins=True))
     )
@@ -93,7 +93,7 @@ def _weights_in(folder: Path) -> list[Path]:
 
 
 def read(path: Path) -> Checkpoint:
-    """Adept's folder, as it comes out of the tar file, or the weights' file alone."""
+    """Read Adept's folder, as extracted from the tar file, or the weight file alone."""
     folder = path if path.is_dir() else path.parent
     files = (
         [path] if path.is_file() else _weights_in(path) or sorted([*path.glob("*.pt"), *path.glob("*.pkl")])
@@ -116,7 +116,7 @@ def read(path: Path) -> Checkpoint:
 
 
 def _image_config(config: FuyuConfig) -> dict[str, Any]:
-    """The hub's settings of the image processor; those that are not named have their defaults."""
+    """transformers' image processor config; omitted settings have their defaults."""
     return {
         "image_processor_type": "FuyuImageProcessor",
         "processor_class": "FuyuProcessor",
@@ -129,7 +129,7 @@ def _json(content: dict[str, Any]) -> str:
 
 
 def config_of(tensors: Tensors) -> FuyuConfig:
-    """The config that the tensors' shapes imply; the rest is the published model's."""
+    """The config implied by the tensors' shapes; other fields are those of the published model."""
     names = set(tensors)
 
     def shape(name: str, size: int) -> tuple[int, ...]:
@@ -144,7 +144,9 @@ def config_of(tensors: Tensors) -> FuyuConfig:
     norm = first + "self_attention.q_layernorm.weight"
     head_dim = shape(norm, 1)[0] if norm in names else HEAD_DIM
     if width % head_dim:
-        raise CheckpointError(f"the width {width} is no multiple of the head size {head_dim}: is this Fuyu?")
+        raise CheckpointError(
+            f"the width {width} is not a multiple of the head size {head_dim}: is this Fuyu?"
+        )
     layers = [name.split(".")[3] for name in names if name.startswith("language_model.encoder.layers.")]
     encoder = next(
         (n for n in names if n.endswith("vit_encoder.linear_encoder.weight")),
@@ -153,7 +155,7 @@ def config_of(tensors: Tensors) -> FuyuConfig:
     pixels = shape(encoder, 2)[1]
     patch = int((pixels // 3) ** 0.5)
     if pixels != 3 * patch**2:
-        raise CheckpointError(f"{encoder} takes {pixels} numbers: expected a square patch of three channels")
+        raise CheckpointError(f"{encoder} takes {pixels} inputs: expected a square patch of three channels")
     return FuyuConfig(
         vocab_size=vocab,
         hidden_size=width,
@@ -166,9 +168,9 @@ def config_of(tensors: Tensors) -> FuyuConfig:
 
 
 def write(folder: Path, checkpoint: Checkpoint, options: Options) -> None:
-    """model_optim_rng.pt, nested as Adept's is, and adept_vocab.model. Needs PyTorch.
+    """Write model_optim_rng.pt, nested as in Adept's release, and adept_vocab.model. Needs PyTorch.
 
-    The tensors go through a temporary safetensors file, which PyTorch then copies from: no second model in memory.
+    The tensors are written to a temporary safetensors file, which PyTorch maps, so that the model is never in memory.
     """
     if options.max_shard_size is not None:
         raise ValueError(f"max_shard_size={options.max_shard_size!r}: Adept's release is one file")
@@ -181,8 +183,8 @@ def write(folder: Path, checkpoint: Checkpoint, options: Options) -> None:
         scratch, lazy_tensors(checkpoint.weights, keymap(config)), framework="np", max_shard_size=2**62
     )
     store = open_store(WeightFiles(kind="safetensors", paths=tuple(paths)), "pt")
-    (folder / PLACE).parent.mkdir()
-    write_atomically(folder / PLACE, lambda path: torch.save({"model": _nested(store)}, path))
+    (folder / WEIGHTS_PATH).parent.mkdir()
+    write_atomically(folder / WEIGHTS_PATH, lambda path: torch.save({"model": _nested(store)}, path))
     for path in paths:
         path.unlink()
     scratch.rmdir()
@@ -191,7 +193,7 @@ def write(folder: Path, checkpoint: Checkpoint, options: Options) -> None:
 
 
 def _nested(store: Store) -> dict[str, Any]:
-    """The tensors in dicts of dicts; within the encoder names stay whole, dots and all."""
+    """The tensors as nested dicts; below the encoder, keys are full names with dots."""
     encoder = "language_model.encoder."
     model: dict[str, Any] = {}
     for name in store:
@@ -200,15 +202,15 @@ def _nested(store: Store) -> dict[str, Any]:
             if name.startswith(encoder)
             else name.split(".")
         )
-        place = model
+        node = model
         for parent in parents:
-            place = place.setdefault(parent, {})
-        place[last] = store.tensor(name)
+            node = node.setdefault(parent, {})
+        node[last] = store.tensor(name)
     return model
 
 
 def _check(config: FuyuConfig) -> None:
-    """Refuse what Adept's file could not say: its reader has these values fixed."""
+    """Refuse values that the format cannot express, since Adept's code fixes them."""
     plain = FuyuConfig()
     same = ("hidden_act", "rope_theta", "rope_scaling", "partial_rotary_factor", "layer_norm_eps")
     config.check({name: (getattr(plain, name),) for name in same})

@@ -1,4 +1,4 @@
-"""llm-foundry's MPT: exported folders whose class is `MPTForCausalLM`, and Composer's checkpoints (one .pt file).
+"""Read llm-foundry's MPT checkpoints: exported folders of class `MPTForCausalLM`, and Composer checkpoints (.pt files).
 
 Source: https://github.com/mosaicml/llm-foundry (configuration_mpt.py) and Composer's HuggingFaceModel.
 """
@@ -18,16 +18,16 @@ from monoblock.errors import CheckpointError
 from monoblock.families.mpt import MptConfig
 from monoblock.families.mpt import keymap as mpt_keymap
 
-# The makers' defaults that are not the hub's, for configs that leave the field out.
+# llm-foundry's defaults that differ from transformers', for fields that a config omits.
 DEFAULTS: dict[str, Any] = {"no_bias": False}
 ATTENTION_DEFAULTS: dict[str, Any] = {"alibi": False}
-# Where a Composer checkpoint has its config.
+# The path of the config in a Composer checkpoint.
 CONFIG_KEYS = ("state", "integrations", "huggingface", "model", "config", "content")
 PREFIX = "model."  # Composer's wrapper around the model
 
 
 def config_of(content: Mapping[str, Any]) -> MptConfig:
-    """The config of one of the makers' config.json, with their defaults where it is silent."""
+    """The config from an llm-foundry config.json; omitted fields have llm-foundry's defaults."""
     fields: dict[str, Any] = {**DEFAULTS, **content}
     for name in ("auto_map", "name", "loss_fn"):
         fields.pop(name, None)
@@ -37,7 +37,7 @@ def config_of(content: Mapping[str, Any]) -> MptConfig:
 
 
 def recognise(path: Path) -> bool:
-    """A folder whose config.json names the makers' class, or a Composer checkpoint."""
+    """Whether a path is a folder whose config.json names llm-foundry's class, or a Composer checkpoint."""
     if path.is_dir() and (path / "config.json").is_file():
         return recognised(read_json(path / "config.json"))
     return (
@@ -48,14 +48,14 @@ def recognise(path: Path) -> bool:
 
 
 def recognised(content: Mapping[str, Any]) -> bool:
-    """Whether a config.json is one of the makers'."""
+    """Whether a config.json is llm-foundry's."""
     names = [str(name) for name in content.get("architectures") or ()]
-    makers = any(name.startswith("MPT") for name in names) or "auto_map" in content
-    return content.get("model_type") == "mpt" and makers
+    upstream = any(name.startswith("MPT") for name in names) or "auto_map" in content
+    return content.get("model_type") == "mpt" and upstream
 
 
 def read(path: Path | str, options: HubOptions) -> Checkpoint:
-    """An exported folder (on the hub too), or a Composer checkpoint that holds a whole model."""
+    """Read an exported folder (local or on the hub), or a Composer checkpoint of a whole model."""
     tensors: Tensors
     if isinstance(path, str) or path.is_dir():
         file = find_file(path, "config.json", options)
@@ -73,7 +73,7 @@ def read(path: Path | str, options: HubOptions) -> Checkpoint:
         tensors, found = PickledTensors(flat_tensors(state, path), path), dict[str, Path]()
     if cast("dict[str, Any]", content).get("model_type", "mpt") != "mpt":
         raise CheckpointError(
-            f"{path} is of type {content['model_type']!r}: only MPT is read from llm-foundry"
+            f"{path} is of type {content['model_type']!r}: of llm-foundry's models, only MPT is supported"
         )
     config = config_of(cast("dict[str, Any]", content))
     names = list(tensors)

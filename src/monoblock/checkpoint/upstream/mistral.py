@@ -1,4 +1,4 @@
-"""Mistral's own releases: `consolidated*.safetensors` or `consolidated.NN.pth`, and `params.json`.
+"""Read and write Mistral's release format: `consolidated*.safetensors` or `consolidated.NN.pth`, and `params.json`.
 
 Source: https://github.com/mistralai/mistral-inference (model.py, args.py).
 """
@@ -31,7 +31,7 @@ from monoblock.field_types import brief
 
 PARAMS = "params.json"
 
-# params.json -> config.json
+# Fields of params.json -> fields of config.json.
 FIELDS = {
     "dim": "hidden_size",
     "n_layers": "num_hidden_layers",
@@ -48,9 +48,9 @@ FIELDS = {
 }
 ALONG = ("tokenizer.model", "tekken.json", "LICENSE", "NOTICE")
 REQUIRED = ("dim", "n_layers", "hidden_dim", "n_heads", "norm_eps")
-# What a file that says nothing means. No file says how long the texts were; the hub's first versions have 32768.
+# Defaults of omitted fields. params.json has no context length; the first configs in transformers' format have 32768.
 DEFAULTS = {"rope_theta": 10000.0, "sliding_window": None, "max_seq_len": 32768, "tied_embeddings": False}
-# Further fields, and the values with which they change nothing; any other value, and any other field, is refused.
+# Further fields, and the values that have no effect (empty: any); other values, and other fields, are refused.
 INERT: dict[str, tuple[Any, ...]] = {
     "max_batch_size": (),
     "model_type": ("transformer",),
@@ -60,7 +60,7 @@ INERT: dict[str, tuple[Any, ...]] = {
 
 
 def keymap(config: MistralConfig) -> KeyMap:
-    """The makers' names. Their rotary channels are neighbouring pairs."""
+    """The key map of Mistral's names; RoPE channel pairs are interleaved."""
     spec = config.to_spec()
     att, width, layer = spec.attention, spec.mlp.width, "layers.{i}."
     kv = att.kv_heads * att.head_dim
@@ -88,7 +88,7 @@ def keymap(config: MistralConfig) -> KeyMap:
 
 
 def config_of(params: dict[str, Any], where: Path) -> MistralConfig:
-    """The config that a params.json describes; UnsupportedConfig names a field that cannot be honoured."""
+    """The config of a params.json; UnsupportedConfig names an unsupported field."""
     if missing := [name for name in REQUIRED if name not in params]:
         raise CheckpointError(
             f"{where} lacks {', '.join(missing)}: is it the params.json of a Mistral model?"
@@ -100,7 +100,7 @@ def config_of(params: dict[str, Any], where: Path) -> MistralConfig:
             )
     fields = {**DEFAULTS, "n_kv_heads": params["n_heads"], **params}
     window, kinds = fields["sliding_window"], None
-    if isinstance(window, str) and window.isdigit():  # as some files have it
+    if isinstance(window, str) and window.isdigit():  # some files store it as a string
         fields["sliding_window"] = int(window)
     elif isinstance(window, list):
         listed = cast("list[Any]", window)
@@ -115,7 +115,7 @@ def config_of(params: dict[str, Any], where: Path) -> MistralConfig:
 
 
 def _by_layer(windows: list[Any], layers: Any, where: Path) -> tuple[int | None, list[str]]:
-    """One window and the kind of each layer, from a list that is repeated over the layers (null: no window)."""
+    """The window and the kind of each layer, from a list that is repeated over the layers (null: full attention)."""
     sizes = sorted({size for size in windows if isinstance(size, int)})
     if (
         len(sizes) > 1
@@ -135,12 +135,12 @@ def _inert(name: str, value: Any) -> bool:
 
 
 def recognise(path: Path) -> bool:
-    """A folder with params.json and consolidated weights."""
+    """Whether a path is a folder with params.json and consolidated weights."""
     return path.is_dir() and (path / PARAMS).is_file() and bool(_weight_files(path))
 
 
 def read(path: Path) -> Checkpoint:
-    """A folder of Mistral's; the tokenizer's files come along."""
+    """Read a folder in Mistral's format, with its tokenizer files."""
     if not (path / PARAMS).is_file() or not (files := _weight_files(path)):
         raise HubError(
             f"{path} is no release of Mistral's: expected {PARAMS} and consolidated.safetensors or consolidated.NN.pth"
@@ -153,15 +153,15 @@ def read(path: Path) -> Checkpoint:
     names = keymap(config)
     row = causal_class(config)
     found = companions(path)
-    # Later releases add their version to the name.
+    # Later releases append a version to the name.
     versions = [name for name in found if re.fullmatch(r"tokenizer\.model\.v\d+", name)]
     if versions and "tokenizer.model" not in found:
         found["tokenizer.model"] = found[versions[-1]]
-    return assembled(config, row, _together(stores, files, config, names), names, found)
+    return assembled(config, row, _merged(stores, files, config, names), names, found)
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    """The consolidated files; safetensors go before pickles."""
+    """The consolidated files; safetensors are preferred to pickles."""
     for pattern in ("consolidated*.safetensors", "consolidated*.pth"):
         if files := sorted(folder.glob(pattern)):
             return files
@@ -173,12 +173,12 @@ def _vocab(stores: list[Tensors], path: Path) -> int:
         store.shape("tok_embeddings.weight") for store in stores if "tok_embeddings.weight" in list(store)
     ]
     if len(found) != 1:
-        raise CheckpointError(f"{path / PARAMS} lacks vocab_size: add it, the weights do not tell")
+        raise CheckpointError(f"{path / PARAMS} lacks vocab_size, and the weights do not imply it: add it")
     return found[0][0]
 
 
-def _together(stores: list[Tensors], files: list[Path], config: MistralConfig, names: KeyMap) -> Tensors:
-    """Several files: with the same names in each, parts of every tensor; else each has tensors of its own."""
+def _merged(stores: list[Tensors], files: list[Path], config: MistralConfig, names: KeyMap) -> Tensors:
+    """The tensors of several files: tensor-parallel shards if all have the same names, else disjoint tensors."""
     if len(stores) == 1 or set(stores[0]).isdisjoint(stores[1]):
         return local_store(files)
     for store, file in zip(stores, files, strict=True):
@@ -194,7 +194,7 @@ def _together(stores: list[Tensors], files: list[Path], config: MistralConfig, n
 
 
 def write(folder: Path, checkpoint: Checkpoint, options: Options) -> None:
-    """consolidated.safetensors (shards only if a size is given), params.json, and the tokenizer's files."""
+    """Write consolidated.safetensors (shards only if `max_shard_size` is given), params.json and tokenizer files."""
     config = checkpoint.config
     assert isinstance(config, MistralConfig)
     config.check({"hidden_act": ("silu",), "rope_scaling": (None,)})
@@ -206,12 +206,12 @@ def write(folder: Path, checkpoint: Checkpoint, options: Options) -> None:
         name: value for name, value in values.items() if name in REQUIRED or value != DEFAULTS.get(name, ...)
     }
     tensors = lazy_tensors(checkpoint.weights, keymap(config))
-    size = options.max_shard_size or 2**62  # the makers' programs read one file
+    size = options.max_shard_size or 2**62  # Mistral's code reads one file
     for path in save_tensors(folder, tensors, framework="np", max_shard_size=size):
         if path.name == SINGLE:
             path.rename(folder / "consolidated.safetensors")
         elif path.suffix == ".json":
-            path.unlink()  # the makers' releases have no index
+            path.unlink()  # Mistral's releases have no index
         else:
             path.rename(folder / path.name.replace("model-", "consolidated-"))
     copy_files(folder, {n: path for n, path in checkpoint.companions.items() if n.startswith(ALONG)})

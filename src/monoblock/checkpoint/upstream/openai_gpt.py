@@ -1,6 +1,6 @@
-"""OpenAI's release of GPT-1: `params_shapes.json` and `params_0.npy` ... `params_9.npy`.
+"""Read and write OpenAI's release format of GPT-1: `params_shapes.json` and `params_0.npy` ... `params_9.npy`.
 
-The .npy files are one long row of numbers, cut into ten: the parameters one after the other, in the order of
+The .npy files are ten shards of one flat array, which concatenates the flattened parameters in the order of
 params_shapes.json. Source: https://github.com/openai/finetune-transformer-lm (train.py).
 """
 
@@ -14,7 +14,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from monoblock.checkpoint.array_adapters import HUB_NAMES, Array
+from monoblock.checkpoint.array_adapters import SAFETENSORS_DTYPES, Array
 from monoblock.checkpoint.casts import cast as cast_array
 from monoblock.checkpoint.files import read_json, write_atomically
 from monoblock.checkpoint.folder import copy_files
@@ -25,7 +25,7 @@ from monoblock.checkpoint.formats import (
     assembled,
     causal_class,
     companions,
-    hub_config,
+    config_to_write,
     local,
 )
 from monoblock.checkpoint.json_text import parsed
@@ -34,9 +34,9 @@ from monoblock.checkpoint.weights import Shape, lazy_tensors
 from monoblock.errors import CheckpointError, HubError
 from monoblock.families.openai_gpt import OpenAIGPTConfig
 
-SHAPES, PIECES = "params_shapes.json", 10
+SHAPES, SHARDS = "params_shapes.json", 10
 
-# A layer's parameters in the order of the files: the makers' name, ours, and how it is stored.
+# A layer's parameters in the order of the files: OpenAI's name, canonical name, and stored layout.
 LAYER: tuple[tuple[str, str, Op], ...] = (
     ("attn/c_attn/w", "attn.qkv.weight", Transposed()),
     ("attn/c_attn/b", "attn.qkv.bias", Same()),
@@ -51,7 +51,7 @@ LAYER: tuple[tuple[str, str, Op], ...] = (
     ("ln_2/g", "norm2.weight", Same()),
     ("ln_2/b", "norm2.bias", Same()),
 )
-# The makers' tokenizer files -> the hub's names of the same.
+# OpenAI's tokenizer files -> their names in transformers' format.
 TOKENIZER = {"encoder_bpe_40000.json": "vocab.json", "vocab_40000.bpe": "merges.txt"}
 
 KEYMAP = KeyMap(
@@ -67,30 +67,30 @@ KEYMAP = KeyMap(
 
 
 def names_of(layers: int) -> list[str]:
-    """The parameters in the order of the files."""
+    """OpenAI's parameter names in the order of the files."""
     return ["positions", "we", *(f"h{i}/{name}" for i in range(layers) for name, _, _ in LAYER)]
 
 
 @dataclass(frozen=True)
 class ShardedTensors:
-    """The parameters as they lie in the row of numbers that the files are cut from."""
+    """Parameters as slices of the flat array that the shards make up; `slices`: name -> (start, shape)."""
 
     files: tuple[Path, ...]
     arrays: tuple[Array, ...]
-    places: Mapping[str, tuple[int, Shape]]
+    slices: Mapping[str, tuple[int, Shape]]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.places)
+        return iter(self.slices)
 
     def shape(self, name: str) -> Shape:
-        return self.places[name][1]
+        return self.slices[name][1]
 
     def dtype(self, name: str) -> str:
         del name
-        return HUB_NAMES[self.arrays[0].dtype.name]
+        return SAFETENSORS_DTYPES[self.arrays[0].dtype.name]
 
     def path(self, name: str) -> Path:
-        start, begin = 0, self.places[name][0]
+        start, begin = 0, self.slices[name][0]
         for file, array in zip(self.files, self.arrays, strict=True):
             start += array.size
             if begin < start:
@@ -98,40 +98,40 @@ class ShardedTensors:
         return self.files[-1]
 
     def tensor(self, name: str) -> Array:
-        begin, shape = self.places[name]
-        end, start, parts = begin + prod(shape), 0, list[Array]()
+        begin, shape = self.slices[name]
+        end, start, chunks = begin + prod(shape), 0, list[Array]()
         for array in self.arrays:
-            parts.append(array[max(begin - start, 0) : max(end - start, 0)])
+            chunks.append(array[max(begin - start, 0) : max(end - start, 0)])
             start += array.size
-        return np.concatenate(parts).reshape(shape)
+        return np.concatenate(chunks).reshape(shape)
 
 
 def recognise(path: Path) -> bool:
-    """A folder with params_shapes.json."""
+    """Whether a path is a folder with params_shapes.json."""
     return path.is_dir() and (path / SHAPES).is_file()
 
 
 def read(path: Path) -> Checkpoint:
-    """A folder of OpenAI's. A config.json in it, if there is one, says what the files do not (`n_head`, ...)."""
+    """Read a folder in OpenAI's format. An optional config.json supplies fields that shapes do not imply (`n_head`)."""
     shapes = _read_shapes(path / SHAPES)
     config = _config(path, shapes)
     layers = len(shapes) // len(LAYER)
-    files = tuple(path / f"params_{i}.npy" for i in range(PIECES))
-    arrays = tuple(_read_piece(file) for file in files)
+    files = tuple(path / f"params_{i}.npy" for i in range(SHARDS))
+    arrays = tuple(_read_shard(file) for file in files)
     needed, found = sum(map(prod, shapes)), sum(array.size for array in arrays)
     if needed != found:
         raise CheckpointError(
-            f"{path}: the params_*.npy files hold {found} numbers, but {SHAPES} needs {needed}: fetch them again"
+            f"{path}: the params_*.npy files hold {found} values, but {SHAPES} needs {needed}: fetch them again"
         )
     starts = [0]
     for shape in shapes:
         starts.append(starts[-1] + prod(shape))
-    # A convolution of width 1 has a first axis of size 1.
+    # The matrices of width-1 convolutions have a first axis of size 1.
     plain = [shape[1:] if len(shape) == 3 and shape[0] == 1 else shape for shape in shapes]
-    places = {name: (starts[i], plain[i]) for i, name in enumerate(names_of(layers))}
+    slices = {name: (starts[i], plain[i]) for i, name in enumerate(names_of(layers))}
     found_files = companions(path)
     found_files |= {hub: path / name for name, hub in TOKENIZER.items() if (path / name).is_file()}
-    return assembled(config, causal_class(config), ShardedTensors(files, arrays, places), KEYMAP, found_files)
+    return assembled(config, causal_class(config), ShardedTensors(files, arrays, slices), KEYMAP, found_files)
 
 
 def _read_shapes(path: Path) -> list[Shape]:
@@ -146,7 +146,7 @@ def _read_shapes(path: Path) -> list[Shape]:
     layers, rest = divmod(len(shapes) - 2, len(LAYER))
     if layers < 1 or rest or not all(type(n) is int and n > 0 for shape in shapes for n in shape):
         raise CheckpointError(
-            f"{path} is no list of GPT-1's shapes: expected the two tables and {len(LAYER)} shapes for each layer"
+            f"{path} is no list of GPT-1's shapes: expected two embedding tables and {len(LAYER)} shapes for each layer"
         )
     return shapes
 
@@ -155,7 +155,7 @@ def _config(path: Path, shapes: list[Shape]) -> OpenAIGPTConfig:
     positions, table = shapes[:2]
     if len(positions) != 2 or len(table) != 2:
         raise CheckpointError(
-            f"{path / SHAPES}: the first two shapes are those of tables, got {positions}, {table}"
+            f"{path / SHAPES}: the first two shapes must be those of embedding tables, got {positions}, {table}"
         )
     layers = len(shapes) // len(LAYER)
     sizes = {"n_positions": positions[0], "vocab_size": table[0], "n_embd": table[1], "n_layer": layers}
@@ -163,78 +163,76 @@ def _config(path: Path, shapes: list[Shape]) -> OpenAIGPTConfig:
         return OpenAIGPTConfig.from_dict(read_json(path / "config.json"), **sizes)
     if table[1] % 64:
         raise CheckpointError(
-            f"{path} does not say how many heads the model has: put a config.json with n_head beside {SHAPES} "
-            f"(the published model has heads of 64 channels, and {table[1]} is no multiple of that)"
+            f"{path} does not give the number of heads: add a config.json with n_head next to {SHAPES} "
+            f"(the published model has heads of 64 channels, and {table[1]} is not a multiple of 64)"
         )
     return OpenAIGPTConfig(**sizes, n_head=table[1] // 64)
 
 
-def _read_piece(path: Path) -> Array:
+def _read_shard(path: Path) -> Array:
     try:
         found: Any = np.load(path, mmap_mode="r", allow_pickle=False)
     except FileNotFoundError as error:
         raise CheckpointError(
-            f"{path} does not exist: the release has {PIECES} such files, fetch it again"
+            f"{path} does not exist: the release has {SHARDS} such files, fetch it again"
         ) from error
-    except (
-        Exception
-    ) as error:  # NumPy evaluates the header as Python's literals, with all that may go wrong then
+    except Exception as error:  # NumPy evaluates the header as a Python literal, which may raise any error
         reason = " ".join(str(error).split())[:200]
-        raise CheckpointError(f"{path} is no array of numbers ({reason}): fetch it again") from error
+        raise CheckpointError(f"{path} is not a numeric array ({reason}): fetch it again") from error
     if not isinstance(found, np.ndarray):
-        raise CheckpointError(f"{path} is an archive of arrays and no array: fetch it again")
+        raise CheckpointError(f"{path} is an archive of arrays, not an array: fetch it again")
     array = cast("Array", found)
     if array.ndim != 1 or array.dtype.name not in ("float32", "float16", "float64"):
-        raise CheckpointError(f"{path} holds {array.dtype} {list(array.shape)}; expected a row of floats")
+        raise CheckpointError(
+            f"{path} holds {array.dtype} {list(array.shape)}; expected a flat array of floats"
+        )
     return array
 
 
 def write(folder: Path, checkpoint: Checkpoint, options: Options) -> None:
-    """params_shapes.json, ten .npy files of float32, the tokenizer's files, and a config.json for the rest."""
+    """Write params_shapes.json, ten float32 .npy files, tokenizer files, and a config.json for the other fields."""
     if options.dtype not in (None, "float32"):
         raise ValueError(f"dtype={options.dtype!r}: OpenAI's files hold float32; leave it out")
     if options.max_shard_size is not None:
         raise ValueError(
-            f"max_shard_size={options.max_shard_size!r}: OpenAI's release always has {PIECES} files"
+            f"max_shard_size={options.max_shard_size!r}: OpenAI's release always has {SHARDS} files"
         )
     config = checkpoint.config
     assert isinstance(config, OpenAIGPTConfig)
     if not config.tie_word_embeddings:
-        raise ValueError(
-            "OpenAI's files have no place for a head that is not tied (tie_word_embeddings=False)"
-        )
-    makers = lazy_tensors(checkpoint.weights, KEYMAP)
-    makers = {name: makers[name] for name in names_of(config.n_layer)}
+        raise ValueError("OpenAI's format cannot store an untied head (tie_word_embeddings=False)")
+    tensors = lazy_tensors(checkpoint.weights, KEYMAP)
+    tensors = {name: tensors[name] for name in names_of(config.n_layer)}
     count = sum(prod(shape) for shape in checkpoint.weights.shapes().values())
-    ends = [count * (i + 1) // PIECES for i in range(PIECES)]
-    shapes = _write_pieces(folder, makers, [0, *ends])
+    ends = [count * (i + 1) // SHARDS for i in range(SHARDS)]
+    shapes = _write_shards(folder, tensors, [0, *ends])
     write_atomically(folder / SHAPES, lambda path: path.write_text(json.dumps(shapes), encoding="utf-8"))
-    hub_config(config, checkpoint.row, "float32").save_pretrained(folder)
+    config_to_write(config, checkpoint.row, "float32").save_pretrained(folder)
     there = checkpoint.companions
     copy_files(folder, {theirs: there[hub] for theirs, hub in TOKENIZER.items() if hub in there})
 
 
-def _write_pieces(
-    folder: Path, makers: Mapping[str, Callable[[], Array]], cuts: list[int]
+def _write_shards(
+    folder: Path, tensors: Mapping[str, Callable[[], Array]], cuts: list[int]
 ) -> list[list[int]]:
-    """Write the row of numbers between each two cuts into a file; returns the parameters' shapes."""
-    pieces: list[Any] = [
+    """Write the flat array in shards between consecutive `cuts`; returns the parameters' shapes."""
+    shards: list[Any] = [
         np.lib.format.open_memmap(folder / f"params_{i}.npy", mode="w+", dtype="<f4", shape=(end - begin,))
         for i, (begin, end) in enumerate(pairwise(cuts))
     ]
     shapes: list[list[int]] = []
     start = 0
-    for name, make in makers.items():
+    for name, make in tensors.items():
         array = cast_array(make(), "F32", name)
         shapes.append([1, *array.shape] if name.endswith("/w") else [*array.shape])
         flat, end = array.reshape(-1), start + array.size
-        for piece, (begin, stop) in zip(pieces, pairwise(cuts), strict=True):
+        for shard, (begin, stop) in zip(shards, pairwise(cuts), strict=True):
             low, high = max(begin, start), min(stop, end)
             if low < high:
-                piece[low - begin : high - begin] = flat[low - start : high - start]
+                shard[low - begin : high - begin] = flat[low - start : high - start]
         start = end
-    for piece in pieces:
-        piece.flush()
+    for shard in shards:
+        shard.flush()
     return shapes
 
 

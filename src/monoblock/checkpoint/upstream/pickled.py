@@ -1,4 +1,4 @@
-"""Tensors that a pickle held, by name; they lie in the file's memory map until they are used."""
+"""Tensors of a pickled file, by name, over its memory map."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -8,7 +8,7 @@ from monoblock.checkpoint.array_adapters import Array, adapter
 
 
 class PickledTensors:
-    """PyTorch tensors of one file, given out as NumPy arrays over the same memory."""
+    """PyTorch tensors of one file, returned as NumPy arrays over the same memory."""
 
     def __init__(self, tensors: Mapping[str, Any], path: Path):
         self._tensors = tensors

@@ -7,6 +7,7 @@ Shape suffixes: b batch, q queries, k keys, h heads, g key/value heads, d head w
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -100,8 +101,16 @@ def block_mask(scope: Scope, *, backward: bool) -> Any:
         BLOCK_SIZE=BLOCK,
         mask_mod=_visible(scope),
         seq_lengths=(scope.index_q.shape[0], scope.index_k.shape[0]),
-        compute_q_blocks=backward,
+        **({} if not _q_blocks_are_optional() else {"compute_q_blocks": backward}),
     )
+
+
+@functools.cache
+def _q_blocks_are_optional() -> bool:
+    """PyTorch before 2.9 always computes the blocks of queries, which only the backward pass needs."""
+    from torch.nn.attention.flex_attention import BlockMask
+
+    return "compute_q_blocks" in inspect.signature(BlockMask.from_kv_blocks).parameters
 
 
 def blocks(scope: Scope) -> tuple[Tensor, Tensor]:
