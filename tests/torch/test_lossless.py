@@ -73,7 +73,7 @@ def test_the_format_by_hand_and_back(shape: tuple[int, int], monkeypatch: pytest
     np.testing.assert_array_equal(found, weight.view(torch.int16).numpy().view(np.uint16))
     assert same(bf12.unpack(packed.codes, shape[1]), weight)
     # Rows do not depend on each other, and floats that are bfloat16 numbers are as good.
-    monkeypatch.setattr(formats, "_PIECE", 700)
+    monkeypatch.setattr(formats, "_CHUNK", 700)
     assert torch.equal(formats.pack(weight.float(), 12, 128).codes, packed.codes)
 
 
