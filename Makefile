@@ -16,7 +16,7 @@ PYTHON    ?= $(shell for p in python3.11 python3.12 python3.13 python3.14 python
 	if $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then command -v $$p; break; fi; done)
 PIP       := -m pip --disable-pip-version-check --quiet install -c constraints.txt
 SOURCES   := $(wildcard src tests tools bench examples)
-# What an install compiles, or installs by; the kernels are compiled again when one of them changes.
+# Files that an install depends on; the kernels are compiled again when one of them changes.
 INSTALLED := pyproject.toml constraints.txt hatch_build.py $(wildcard src/monoblock/native/*.[ch]pp) \
 	src/monoblock/native/build.py
 PROMPT    ?= def fibonacci(n):
@@ -24,9 +24,9 @@ PROMPT    ?= def fibonacci(n):
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint format types test-core test-all test-ecosystem docs clean
 .PHONY: fuzz fuzz-readers fuzz-saves sanitize test-oldest wheel mutate
-# A stamp whose recipe failed half-way must not count as done.
+# A stamp whose recipe failed is deleted.
 .DELETE_ON_ERROR:
-# The steps of `test` share the cores, and pytest's summary is to come last.
+# The steps of `test` use all cores, and pytest's summary is printed last.
 .NOTPARALLEL:
 
 help: ## this list
@@ -44,7 +44,7 @@ lint: $(VENV)/.installed-test ## ruff: rules and format
 	@$(VENV)/bin/ruff check $(SOURCES)
 	@$(VENV)/bin/ruff format --check $(SOURCES)
 
-format: $(VENV)/.installed-test ## rewrite the sources as ruff wants them
+format: $(VENV)/.installed-test ## format the sources with ruff
 	@$(VENV)/bin/ruff check --fix $(SOURCES)
 	@$(VENV)/bin/ruff format $(SOURCES)
 
@@ -61,7 +61,7 @@ test-all: $(VENV)/.installed-test ## every test
 	@$(VENV)/bin/python tools/run_tests.py
 
 test-ecosystem: $(ECOSYSTEM_VENV)/.installed ## models with peft, trl, accelerate, ... (not in `test`)
-	@echo "== the packages around a model, beside transformers"
+	@echo "== packages that use models: peft, trl, accelerate, ..."
 	@MONOBLOCK_TEST_ECOSYSTEM=1 $(ECOSYSTEM_VENV)/bin/python -m pytest tests/ecosystem
 
 test-oldest: $(OLDEST:%=test-oldest-%) ## the tests with the oldest versions that pyproject.toml admits
@@ -83,7 +83,7 @@ docs: $(DOCS_VENV)/.installed ## the documentation as a site in site/; links, an
 	@$(DOCS_VENV)/bin/python tools/check_site.py
 	@echo "read it: $(DOCS_VENV)/bin/python -m http.server -d site"
 
-fuzz: fuzz-readers fuzz-saves ## hostile files, and saves that are killed (hours; not in `test`)
+fuzz: fuzz-readers fuzz-saves ## fuzzed files, and saves that are killed (hours; not in `test`)
 
 fuzz-saves: $(VENV)/.installed-test ## saves, killed at every file operation (`test` takes a sample)
 	@for part in core/test_transaction torch/test_saves_torch flax/test_saves_flax tf/test_saves_tf; do \
@@ -94,7 +94,7 @@ sanitize: $(VENV)/.installed-test ## the native kernels' tests with the address 
 	@echo "== native kernels, built with -fsanitize=address,undefined"
 	@$(VENV)/bin/python tools/sanitize.py
 
-fuzz-readers: $(VENV)/.installed-test ## 20,000 hostile inputs for each reader of files (hours)
+fuzz-readers: $(VENV)/.installed-test ## 20,000 fuzzed inputs for each reader of files (hours)
 	@$(VENV)/bin/python tests/fuzz/run.py
 
 clean: ## remove the environments and all caches
@@ -102,7 +102,7 @@ clean: ## remove the environments and all caches
 	rm -rf .pytest_cache .ruff_cache .hypothesis build dist
 	find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# Some systems ship Python without ensurepip: then the system's own pip fills the environment.
+# Without ensurepip, the system's pip installs pip into the environment.
 define make_venv
 	@if [ -z "$(PYTHON)" ]; then \
 		echo "monoblock needs Python 3.11 or newer, and none was found; try: make PYTHON=/path/to/python3" >&2; exit 1; fi
@@ -130,7 +130,7 @@ $(VENV)/.installed-torch: $(INSTALLED) | $(VENV)/bin/python
 	@touch $@
 
 $(VENV)/.installed-test: $(INSTALLED) | $(VENV)/bin/python
-	@echo "== installing monoblock with the tests' tools into $(VENV)"
+	@echo "== installing monoblock with the test dependencies into $(VENV)"
 	@$(VENV)/bin/python $(PIP) -e ".[test]"
 	@touch $@ $(VENV)/.installed-torch
 
@@ -140,7 +140,7 @@ $(CORE_VENV)/.installed: $(INSTALLED) | $(CORE_VENV)/bin/python
 	@touch $@
 
 $(ECOSYSTEM_VENV)/.installed: $(INSTALLED) | $(ECOSYSTEM_VENV)/bin/python
-	@echo "== installing monoblock with the packages around a model into $(ECOSYSTEM_VENV)"
+	@echo "== installing monoblock with the packages of the ecosystem tests into $(ECOSYSTEM_VENV)"
 	@$(ECOSYSTEM_VENV)/bin/python $(PIP) -e ".[ecosystem]"
 	@touch $@
 

@@ -1,4 +1,4 @@
-"""The build hook: compiles the native kernels for a wheel or an editable install; without a compiler there are none."""
+"""Build hook: compiles the native kernels for wheels and editable installs if there is a compiler."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ BUILD = Path("src") / "monoblock" / "native" / "build.py"
 
 
 class NativeKernels(BuildHookInterface):
-    """Adds what `monoblock.native.build` compiles to the wheel, which is then one for this kind of machine."""
+    """Adds the libraries of `monoblock.native.build` to the wheel, and the platform to its tag."""
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
-        """Compile; whatever goes wrong must not stop the install."""
+        """Compiles the kernels; errors do not stop the install."""
         try:
             builder = _builder(Path(self.root) / BUILD)
             outcome = builder.ready() or builder.build()
@@ -33,10 +33,10 @@ class NativeKernels(BuildHookInterface):
 
 
 def _builder(path: Path) -> Any:
-    """The module of that file, without importing the package around it."""
+    """Imports the module of a file without its package."""
     spec = importlib.util.spec_from_file_location("monoblock_native_build", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where its dataclass looks itself up
+    sys.modules[spec.name] = module  # dataclasses look up their module
     spec.loader.exec_module(module)
     return module

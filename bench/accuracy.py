@@ -1,4 +1,4 @@
-"""How far a backend's logits and greedy tokens are from those of the same weights in float32."""
+"""Errors of a backend's logits and greedy tokens against the same weights in float32."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ BATCHES = (1, 8)
 def sample(
     runner: Process | LlamaBench, model: str, form: str, vocab: int, folder: Path
 ) -> list[dict[str, Any]]:
-    """The greedy texts of a backend, alone and eight at once, and its logits where it shows them."""
+    """The greedy tokens of a backend at batch sizes 1 and 8, and its logits if it returns them."""
     if isinstance(runner, LlamaBench):
         return []
     found = []
@@ -32,8 +32,8 @@ def sample(
 
 
 def compare(samples: list[dict[str, Any]], sources: dict[str, Path], tools: Tools, folder: Path) -> list[Any]:
-    """Each sample beside transformers in float32 (without it: monoblock with no kernels of its own), which reads
-    the sample's own texts."""
+    """Compares each sample with transformers in float32 (or monoblock without native kernels), teacher-forced on the
+    sample's tokens."""
     found: list[dict[str, Any]] = []
     who = "transformers" if not tools.missing("transformers") else "monoblock, plain"
     for model in dict.fromkeys(one["model"] for one in samples):
@@ -48,7 +48,7 @@ def compare(samples: list[dict[str, Any]], sources: dict[str, Path], tools: Tool
             print(f"accuracy of {model}: {failure}")
         finally:
             reference.close()
-    _beside_plain(found)
+    _compare_with_plain(found)
     return [{k: v for k, v in one.items() if k not in ("tokens", "file", "scores")} for one in found]
 
 
@@ -56,31 +56,31 @@ def _row(sample: dict[str, Any], reference: Process, file: Path) -> dict[str, An
     import numpy as np
 
     prompts = prompts_of(sample["batch"], PROMPT, sample["vocab"], SEED)
-    texts = [prompt + new for prompt, new in zip(prompts, sample["tokens"], strict=True)]
-    reference.ask("logits", sequences=texts, last=CHECKED, file=str(file))
-    right = np.load(file)
-    spread = float(right.std())
+    sequences = [prompt + new for prompt, new in zip(prompts, sample["tokens"], strict=True)]
+    reference.ask("logits", sequences=sequences, last=CHECKED, file=str(file))
+    expected = np.load(file)
+    spread = float(expected.std())
     tokens = np.array(sample["tokens"])
-    chosen = np.take_along_axis(right, tokens[..., None], -1)[..., 0]
-    gaps = (right.max(-1) - chosen) / spread
+    chosen = np.take_along_axis(expected, tokens[..., None], -1)[..., 0]
+    gaps = (expected.max(-1) - chosen) / spread
     row = sample | {
         "reference": reference.who,
         "tokens in all": int(tokens.size),
         "tokens equal": int((gaps == 0).sum()),
-        # By how much, in standard deviations of the logits, the reference prefers its own token at worst.
+        # The largest margin by which the reference prefers its own token, in standard deviations of the logits.
         "largest gap": float(gaps.max()),
         "error": None,
         "worst": None,
-        "scores": right,
+        "scores": expected,
     }
     if sample["file"]:
-        error = (np.load(sample["file"]) - right) / spread
+        error = (np.load(sample["file"]) - expected) / spread
         row |= {"error": float(np.sqrt((error**2).mean())), "worst": float(np.abs(error).max())}
     return row
 
 
-def _beside_plain(rows: list[dict[str, Any]]) -> None:
-    """Adds how many tokens the native path shares with the plain one until they part, and how near a tie that was."""
+def _compare_with_plain(rows: list[dict[str, Any]]) -> None:
+    """Adds the number of tokens before the native path and PyTorch diverge, and the margins where they do."""
     import numpy as np
 
     for row in rows:
@@ -90,10 +90,12 @@ def _beside_plain(rows: list[dict[str, Any]]) -> None:
             continue
         gaps: list[float] = []
         equal = 0
-        for text, (ours, theirs) in enumerate(zip(row["tokens"], plain["tokens"], strict=True)):
-            parted = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b), None)
-            equal += CHECKED if parted is None else parted
-            if parted is not None:
-                scores = row["scores"][text, parted]
-                gaps.append(abs(float(scores[ours[parted]] - scores[theirs[parted]])) / float(np.std(scores)))
-        row |= {"as plain": equal, "parted at gaps": gaps}
+        for sequence, (ours, theirs) in enumerate(zip(row["tokens"], plain["tokens"], strict=True)):
+            diverged = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b), None)
+            equal += CHECKED if diverged is None else diverged
+            if diverged is not None:
+                scores = row["scores"][sequence, diverged]
+                gaps.append(
+                    abs(float(scores[ours[diverged]] - scores[theirs[diverged]])) / float(np.std(scores))
+                )
+        row |= {"as plain": equal, "margins at divergence": gaps}

@@ -1,4 +1,4 @@
-"""What can be read off the results of a run: medians, ranges, ratios of neighbours in time, shares of the limits."""
+"""Statistics of a run's results: medians, ranges, ratios of adjacent measurements, fractions of hardware limits."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import statistics
 from dataclasses import dataclass
 from typing import Any
 
-# Which of the measured matrix rates a form of the weights is held against.
+# Form of the weights -> the measured matrix rate that limits it.
 RATES = {
     "float32": "float32 TFLOP/s",
     "bfloat16": "bfloat16 TFLOP/s",
@@ -16,10 +16,10 @@ RATES = {
 OURS = "monoblock"
 BEFORE = "monoblock, before"  # another checkout of it
 LOSSLESS = "monoblock, lossless"  # bfloat16 in 12 bits
-FRESH = "the memory alone"  # how long the system takes to give what a loaded model needs
-# Less than this is not told from nothing.
+FRESH = "the memory alone"  # time of allocating the memory of a loaded model
+# Resolution of measurements.
 SMALLEST = {"s": 1e-3, "MB": 1.0}
-# Backends that say what a token reads; of the others only the size of all weights is known.
+# Backends that report the bytes read for a token; for the others only the size of all weights is known.
 EXACT = (OURS, BEFORE, LOSSLESS, "transformers")
 
 
@@ -38,13 +38,13 @@ class Spread:
 
     @property
     def percent(self) -> str:
-        """The same of a share."""
+        """As percentages."""
         median, least, most = (f"{100 * value:.0f}" for value in (self.median, self.least, self.most))
         return f"{median}%" if least == most else f"{median}% ({least}-{most})"
 
 
 def number(value: float) -> str:
-    """Three digits, without an exponent."""
+    """Three significant digits, without an exponent."""
     for limit, digits in ((100, 0), (10, 1), (1, 2), (0.01, 3)):
         if abs(value) >= limit:
             return f"{value:,.{digits}f}"
@@ -57,26 +57,26 @@ def spread(values: list[float]) -> Spread:
 
 
 class Results:
-    """A run's JSON with questions that tables and pictures ask."""
+    """Queries on a run's JSON for tables and pictures."""
 
     def __init__(self, data: dict[str, Any]) -> None:
         self.data = data
 
     def limit(self, name: str) -> float:
-        """A limit of the machine, the mean of start and end."""
+        """A limit of the machine, the mean of the measurements at the start and the end."""
         return statistics.fmean(one[name] for one in self.data["limits"])
 
     def named(self, measure: str) -> list[dict[str, Any]]:
-        """The figures of one measure, those with values."""
+        """The figures of a measure that have values."""
         return [f for f in self.data["figures"] if f["measure"] == measure and f["values"]]
 
     def measures(self, kind: str) -> list[str]:
-        """The names of the measures that begin so, without those of memory."""
+        """The names of the measures of a kind, without those of memory."""
         names = dict.fromkeys(f["measure"] for f in self.data["figures"] if f["values"])
         return [name for name in names if name.startswith(kind) and not name.endswith("memory")]
 
     def figure(self, model: str, form: str, measure: str) -> dict[str, Any] | None:
-        """What was measured of a model in a form."""
+        """The figure of a measure for a model and a form of its weights."""
         wanted = (model, form, measure)
         return next(
             (f for f in self.data["figures"] if (f["model"], f["form"], f["measure"]) == wanted), None
@@ -88,7 +88,7 @@ class Results:
         return figure["values"].get(who, []) if figure else []
 
     def ratio(self, figure: dict[str, Any], who: str, own: str = OURS) -> Spread | None:
-        """How many times what the backend has is ours, round by round; of seconds and MB the other way round."""
+        """Our speed divided by the backend's, per round; for seconds and MB the backend's value divided by ours."""
         ours, theirs = figure["values"].get(own, []), figure["values"].get(who, [])
         if who == own or not ours or not theirs:
             return None
@@ -97,16 +97,16 @@ class Results:
         return spread([a / b if more_is_better else b / max(a, SMALLEST[figure["unit"]]) for a, b in pairs])
 
     def read_bytes(self, model: str, form: str, who: str) -> float | None:
-        """Bytes of weights that making a token reads."""
+        """Bytes of weights read for a token."""
         size = self.data["weights"].get(f"{model} {form}", {}).get(who)
-        parts = self.data["blocks"].get(model)
-        if size is None or who in EXACT or not parts or not parts["head"]:
+        counts = self.data["blocks"].get(model)
+        if size is None or who in EXACT or not counts or not counts["head"]:
             return size
-        return size * (1 - parts["table"] / sum(parts.values()))
+        return size * (1 - counts["table"] / sum(counts.values()))
 
     def bandwidth_share(self, figure: dict[str, Any], who: str) -> Spread | None:
-        """Part of the bandwidth that decoding one text reaches by reading weights, round by round: of what was measured
-        right before and after it."""
+        """Fraction of the bandwidth used for reading weights at batch size 1, per round, relative to the bandwidth
+        measured directly before and after."""
         size = self.read_bytes(figure["model"], figure["form"], who)
         if size is None or figure["measure"] != "decode 1":
             return None
@@ -114,15 +114,15 @@ class Results:
         return spread([size * speed / 1e9 / read for speed, read in rounds])
 
     def reads(self, figures: list[dict[str, Any]]) -> Spread:
-        """GB/s that the memory was read with beside decoding, all rounds."""
+        """Read bandwidth in GB/s measured between the decoding runs, over all rounds."""
         return spread(
             [read for figure in figures for reads in figure["read GB/s"].values() for read in reads]
         )
 
     def matrix_share(self, figure: dict[str, Any], who: str) -> Spread | None:
-        """Part of the measured matrix rate that a prompt reaches by the blocks' matrices alone."""
-        parts = self.data["blocks"].get(figure["model"])
-        if not parts:
+        """Fraction of the measured matrix rate reached in prefill, counting the matrices of the blocks only."""
+        counts = self.data["blocks"].get(figure["model"])
+        if not counts:
             return None
-        each = 2e-12 * parts["blocks"] / self.limit(RATES[figure["form"]])
+        each = 2e-12 * counts["blocks"] / self.limit(RATES[figure["form"]])
         return spread([each * speed for speed in figure["values"][who]])

@@ -1,10 +1,10 @@
-"""How fast 7B-shaped models run on this machine's GPU, as one table in markdown.
+"""Decoding and prefill speed of 7B-shaped models on a GPU, as a Markdown table.
 
     pip install -e ".[torch]"
     python bench/gpu.py [MODEL ...] [--quantize int8 int4]
 
-Random weights, bf16, one text. The yardstick is the device's own copy of a large tensor, measured here: decoding must
-read all weights for each token. `--check` runs tiny models on the CPU, to show that the script works.
+Random weights, bf16, batch size 1. Decoding reads all weights for each token; its speed is compared with the measured
+bandwidth of copying a large tensor. `--check` runs tiny models on the CPU to test the script.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import monoblock
 from monoblock.backends.pytorch.generation import cuda_graphs
 from monoblock.backends.pytorch.quantization.quantize import quantize
 
-# Hub names of configs and their fields; what is not named is the config's default.
+# Config fields that differ from the defaults.
 MISTRAL: dict[str, Any] = {"vocab_size": 32000, "sliding_window": 4096, "max_position_embeddings": 32768}
 MPT: dict[str, Any] = {
     "d_model": 4096,
@@ -51,12 +51,12 @@ MODELS = {
 
 @dataclass
 class Sizes:
-    """What is measured with: bytes of the copy, lengths of prompts, tokens of the shorter and the longer text."""
+    """Sizes of the measurements: bytes copied, prompt lengths, new tokens of the shorter and the longer generation."""
 
     device: str
     copied: int
     prompts: tuple[int, ...]
-    texts: tuple[int, int]
+    new_tokens: tuple[int, int]
     repeats: int
 
 
@@ -65,7 +65,7 @@ CHECK = Sizes("cpu", 1 << 24, (16, 32), (16, 40), 1)
 
 
 def seconds(work: Callable[[], Any], sizes: Sizes) -> float:
-    """The median time of some runs after one that is not counted."""
+    """The median time of several runs after a warm-up."""
     times = []
     for _ in range(sizes.repeats + 1):
         wait(sizes)
@@ -77,20 +77,20 @@ def seconds(work: Callable[[], Any], sizes: Sizes) -> float:
 
 
 def wait(sizes: Sizes) -> None:
-    """Until the device has done all."""
+    """Synchronises the device."""
     if sizes.device == "cuda":
         torch.cuda.synchronize()
 
 
 def copy_rate(sizes: Sizes) -> float:
-    """Bytes read and written in a second by a copy."""
+    """Bytes per second read and written by a copy."""
     source = torch.ones(sizes.copied, dtype=torch.uint8, device=sizes.device)
     target = torch.empty_like(source)
     return 2 * sizes.copied / seconds(lambda: target.copy_(source), sizes)
 
 
-def made(name: str, sizes: Sizes) -> Any:
-    """The model with random weights in bf16, made on the device."""
+def random_model(name: str, sizes: Sizes) -> Any:
+    """The model with random bf16 weights, created on the device."""
     config, model, fields, tiny = MODELS[name]
     if sizes.device == "cpu":
         fields = TINY[tiny]
@@ -104,7 +104,7 @@ def made(name: str, sizes: Sizes) -> Any:
 
 
 def bytes_read(model: Any) -> int:
-    """Bytes of the weights that one token needs: all, but of an embedding that is not the head's too, one row."""
+    """Bytes of the weights read for a token: all but an embedding that is not tied to the head."""
     tensors = {x.data_ptr(): x.numel() * x.element_size() for x in [*model.parameters(), *model.buffers()]}
     if not model.tied():
         for x in [*model.get_input_embeddings().parameters(), *model.get_input_embeddings().buffers()]:
@@ -113,26 +113,26 @@ def bytes_read(model: Any) -> int:
 
 
 def token_seconds(model: Any, ids: torch.Tensor, sizes: Sizes, **given: Any) -> float:
-    """The time of one more token, host and all: the difference between a long and a short text."""
+    """The time per token including the host, from the difference of a longer and a shorter generation."""
     short, long = (
         seconds(
             lambda count=count: model.generate(ids, max_new_tokens=count, eos_token_id=-1, **given), sizes
         )
-        for count in sizes.texts
+        for count in sizes.new_tokens
     )
-    return (long - short) / (sizes.texts[1] - sizes.texts[0])
+    return (long - short) / (sizes.new_tokens[1] - sizes.new_tokens[0])
 
 
 @torch.inference_mode()
 def prompt_rate(model: Any, length: int, sizes: Sizes) -> float:
-    """Tokens in a second of a prompt, whose last token's logits are computed."""
+    """Prefill speed in tokens per second, with the logits of the last token."""
     ids = torch.randint(5, model.config.vocab_size, (1, length), device=sizes.device)
     return length / seconds(lambda: model(ids, use_cache=True, logits_to_keep=1), sizes)
 
 
 def measure(name: str, kind: str, copied: float, sizes: Sizes) -> list[str]:
-    """One row of the table."""
-    model = made(name, sizes)
+    """A row of the table."""
+    model = random_model(name, sizes)
     if kind != "bf16":
         quantize(model, monoblock.WeightOnlyConfig(bits={"int8": 8, "int4": 4}[kind]))
     ids = torch.randint(5, model.config.vocab_size, (1, sizes.prompts[0]), device=sizes.device)
@@ -140,7 +140,7 @@ def measure(name: str, kind: str, copied: float, sizes: Sizes) -> list[str]:
     plain = token_seconds(model, ids, sizes, cache_implementation="dynamic")
     read = bytes_read(model)
     memory = torch.cuda.max_memory_allocated() / 1e9 if sizes.device == "cuda" else float("nan")
-    recorded = len(cuda_graphs._kept.get(model, []))
+    captured = len(cuda_graphs._kept.get(model, []))
     prompts = [f"{prompt_rate(model, length, sizes):,.0f}" for length in sizes.prompts]
     cells = [
         f"{name} {kind}",
@@ -148,7 +148,7 @@ def measure(name: str, kind: str, copied: float, sizes: Sizes) -> list[str]:
         f"{1 / token:.1f}",
         f"{read / token / copied:.0%}",
         f"{1 / plain:.1f}",
-        str(recorded),
+        str(captured),
         *prompts,
         f"{memory:.1f}",
     ]
@@ -157,10 +157,10 @@ def measure(name: str, kind: str, copied: float, sizes: Sizes) -> list[str]:
 
 
 def table(names: list[str], kinds: list[str], sizes: Sizes) -> str:
-    """The whole table, and the line of hardware above it."""
+    """The table below a line on the hardware."""
     copied = copy_rate(sizes)
     device = torch.cuda.get_device_name() if sizes.device == "cuda" else "CPU (a check, no measurement)"
-    head = ["model", "GB a token", "tok/s", "of the copy", "tok/s, step by step", "recordings"]
+    head = ["model", "GB a token", "tok/s", "of the copy", "tok/s, without graphs", "captured graphs"]
     head += [f"prompt of {length}, tok/s" for length in sizes.prompts] + ["peak GB"]
     lines = [f"{device}, PyTorch {torch.__version__}; copies {copied / 1e9:,.0f} GB/s", ""]
     rows = [head, ["---"] * len(head)]
@@ -174,16 +174,18 @@ def table(names: list[str], kinds: list[str], sizes: Sizes) -> str:
 
 
 def main() -> None:
-    """Measure what the arguments ask for, and print the table."""
+    """Measures the models of the arguments, and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("models", nargs="*", default=[], help=f"of {', '.join(MODELS)}; all if none")
-    parser.add_argument("--quantize", nargs="*", default=[], choices=["int8", "int4"], help="besides bf16")
+    parser.add_argument(
+        "--quantize", nargs="*", default=[], choices=["int8", "int4"], help="in addition to bf16"
+    )
     parser.add_argument("--check", action="store_true", help="tiny models on the CPU")
     given = parser.parse_args()
     if unknown := [name for name in given.models if name not in MODELS]:
         parser.error(f"there is no model {unknown[0]!r}; there are {', '.join(MODELS)}")
     if not given.check and not torch.cuda.is_available():
-        sys.exit("bench/gpu.py measures a CUDA GPU, and none is here; --check runs tiny models on the CPU")
+        sys.exit("bench/gpu.py needs a CUDA GPU, and there is none; --check runs tiny models on the CPU")
     sizes = CHECK if given.check else FULL
     torch.manual_seed(0)
     print(table(given.models or list(MODELS), ["bf16", *given.quantize], sizes))

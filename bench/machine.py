@@ -1,4 +1,4 @@
-"""The machine: what it is, and the most it can do: reading memory, and multiplying matrices."""
+"""The machine: its hardware, and its measured limits of memory bandwidth and matrix products."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ IMPORTS = (
 
 
 def describe() -> dict[str, Any]:
-    """The hardware and what all backends share."""
+    """The hardware, and versions shared by all backends."""
     names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
     pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return {
@@ -47,7 +47,7 @@ def _units() -> list[str]:
 
 
 def line(found: dict[str, Any], limits: list[dict[str, float]]) -> str:
-    """One line of text for both."""
+    """A line on the hardware and its limits."""
     rates = "; ".join(
         f"{name} {_range([one[name] for one in limits])}" for name in limits[0] if limits[0][name]
     )
@@ -62,7 +62,7 @@ def _range(values: list[float]) -> str:
 
 
 class Memory:
-    """A gigabyte, to see how fast the machine reads memory at a moment. Elsewhere than here, others may use it too."""
+    """A block of memory for measuring the read bandwidth, which varies on shared machines."""
 
     def __init__(self, threads: int) -> None:
         import torch
@@ -78,7 +78,7 @@ class Memory:
 
 
 def limits(memory: Memory) -> dict[str, float]:
-    """GB/s of reading, and tera-operations per second of matrix products by type, each the best of several tries."""
+    """Read bandwidth in GB/s and matrix products in TFLOP/s (TOP/s) by dtype, each the best of several tries."""
     import torch
 
     rows, outputs, inputs = GEMM
@@ -87,7 +87,7 @@ def limits(memory: Memory) -> dict[str, float]:
     halves = [t.to(torch.bfloat16) for t in (x, w)]
     codes = [(t * 20).to(torch.int8) for t in (x, w)]
     best = {
-        # oneDNN's product: on some machines the one of `F.linear` is far from what the cores can do.
+        # oneDNN's product: on some machines that of `F.linear` is far slower.
         "float32 TFLOP/s": lambda: torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], ""),
         "bfloat16 TFLOP/s": lambda: torch.nn.functional.linear(*halves),
         "int8 TOP/s": lambda: torch._int_mm(codes[0], codes[1].T),
@@ -98,8 +98,8 @@ def limits(memory: Memory) -> dict[str, float]:
 
 
 def fresh(size: int, threads: int) -> float:
-    """Seconds that the system takes to give a new process `size` bytes of memory, asked for by all threads. A virtual
-    machine's host may have to find them first; for a second or two they are then at hand for who asks next."""
+    """Seconds in which a new process allocates and writes `size` bytes with all threads. The host of a virtual machine
+    may have to provide the memory, which then stays available for a second or two."""
     code = (
         f"import time, torch; torch.set_num_threads({threads}); begin = time.perf_counter();"
         f"torch.empty({size}, dtype=torch.uint8).fill_(1); print(time.perf_counter() - begin)"
@@ -109,7 +109,7 @@ def fresh(size: int, threads: int) -> float:
 
 
 def read_once(source: Path) -> None:
-    """Read a file, or those of a folder, so that the next who reads them finds them in the system's cache."""
+    """Reads a file, or the files of a folder, into the page cache."""
     for file in [source] if source.is_file() else filter(Path.is_file, source.rglob("*")):
         with file.open("rb", buffering=0) as stream:
             while stream.read(1 << 24):
@@ -117,7 +117,7 @@ def read_once(source: Path) -> None:
 
 
 def processes(runs: int = 5) -> dict[str, list[float]]:
-    """Seconds of whole processes that load no model, in turns."""
+    """Seconds of complete processes that load no model, alternating."""
     commands = {f"python -c '{code}'": [sys.executable, "-c", code] for code in IMPORTS}
     commands["monoblock --help"] = [str(Path(sys.executable).with_name("monoblock")), "--help"]
     found: dict[str, list[float]] = {name: [] for name in commands}
@@ -125,7 +125,7 @@ def processes(runs: int = 5) -> dict[str, list[float]]:
         for name, command in commands.items():
             begin = time.perf_counter()
             done = subprocess.run(command, capture_output=True, check=False)
-            if not done.returncode:  # one that is not installed has no time
+            if not done.returncode:  # not measured if not installed
                 found[name].append(time.perf_counter() - begin)
     return {name: seconds[1:] for name, seconds in found.items() if seconds}
 

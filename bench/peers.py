@@ -1,18 +1,18 @@
-"""Forward and generate of the JAX or TensorFlow classes beside those of transformers 4, which had them last.
+"""Forward and generate of the JAX or TensorFlow classes, compared with transformers 4, the last to have them.
 
     python bench/peers.py --framework flax|tf [--peer-python PATH | --before CHECKOUT] [--cases mistral,gpt_neo]
         [--runs 5] [--small]
 
-PATH is the Python of an environment with transformers 4.53, and Flax, or TensorFlow and tf-keras, in it. Both are
-processes that live through the whole run and take turns, pass by pass, in float32 with random weights of equal shapes.
-CHECKOUT is one of another commit of monoblock, which takes the peer's place. Without either ours runs alone.
+PATH is the Python of an environment with transformers 4.53 and Flax, or TensorFlow and tf-keras. Both libraries run in
+processes that persist for the whole run and alternate call by call, in float32 with random weights of equal shapes.
+CHECKOUT is a checkout of another commit of monoblock, which replaces the peer. Without either monoblock runs alone.
 
-forward: one pass over the tokens, `model(ids)` inside the framework's own `jit` (TensorFlow: `tf.function`, with XLA).
-as called: the same without it, as most code calls a model.
-generate, new lengths: greedy, after one warm-up call, prompts of lengths that this process has not seen yet.
+forward: one pass over the tokens, `model(ids)` under the framework's `jit` (TensorFlow: `tf.function`, with XLA).
+as called: the same without `jit`.
+generate, new lengths: greedy, after one warm-up call, prompts of lengths that are new to this process.
 generate, same length: prompts of the warm-up's length.
-generate, compiled: the same, with the user's own `jit` (or XLA's `tf.function`) around the peer's `generate`; ours
-compiles by itself.
+generate, compiled: the same, with `jit` (or `tf.function` with XLA) around the peer's `generate`; monoblock compiles
+by default.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ FULL = {
         "num_hidden_layers": 12,
         "num_attention_heads": 12,
         "num_key_value_heads": 4,
-        # The peers build a square of it.
+        # The peers allocate a mask of its square.
         "max_position_embeddings": 2048,
     },
     "gpt_neo": {
@@ -89,28 +89,28 @@ OPTIONS: dict[str, Any] = {
     "eos_token_id": None,
 }
 
-# ---------------------------------------------------------------------------- one library, in a process of its own
+# ---------------------------------------------------------------------------- one library, in its own process
 
 
 def worker(who: str, framework: str) -> None:
-    """Answer the lines of stdin: `{"case": name, "small": false}` makes a model, `{"task": name, "ids": [tokens,
-    seed]}` times one call of it. What libraries print goes to stderr."""
+    """Answers the lines of stdin: `{"case": name, "small": false}` creates a model, `{"task": name, "ids": [tokens,
+    seed]}` times one call of it. Output of libraries goes to stderr."""
     answers, sys.stdout = sys.stdout, sys.stderr
     tasks: dict[str, Callable[[Any], Any]] = {}
     for line in sys.stdin:
-        asked = json.loads(line)
-        if "versions" in asked:
+        question = json.loads(line)
+        if "versions" in question:
             library, keras = who.split(",")[0], "keras" if who in OURS else "tf-keras"
             names = {"flax": (library, "jax", "flax"), "tf": (library, "tensorflow-cpu", keras)}[framework]
             answer: Any = {"versions": ", ".join(f"{name} {version(name)}" for name in names)}
-        elif "case" in asked:
-            tasks = {}  # lets the last model go before the next one is made
-            tasks = _TASKS[framework](who, _model(who, framework, asked["case"], asked["small"]))
+        elif "case" in question:
+            tasks = {}  # frees the previous model before the next one is created
+            tasks = _TASKS[framework](who, _model(who, framework, question["case"], question["small"]))
             answer = {"tasks": list(tasks)}
         else:
-            ids = _ids(*asked["ids"])
+            ids = _ids(*question["ids"])
             start = time.perf_counter()
-            tasks[asked["task"]](ids)
+            tasks[question["task"]](ids)
             answer = {"seconds": time.perf_counter() - start}
         print(json.dumps(answer), file=answers, flush=True)
 
@@ -124,20 +124,20 @@ def _ids(tokens: int, seed: int) -> Any:
 def _model(who: str, framework: str, case: str, small: bool) -> Any:
     library: Any = __import__(who.split(",")[0])
     config, cls, _ = CLASSES[case]
-    made = getattr(library, config)(**(SMALL if small else FULL)[case])
-    return getattr(library, {"flax": "Flax", "tf": "TF"}[framework] + cls)(made)
+    model_config = getattr(library, config)(**(SMALL if small else FULL)[case])
+    return getattr(library, {"flax": "Flax", "tf": "TF"}[framework] + cls)(model_config)
 
 
 def _flax(who: str, model: Any) -> dict[str, Callable[[Any], Any]]:
     import jax
 
-    def whole(params: Any, ids: Any) -> Any:
+    def call(params: Any, ids: Any) -> Any:
         return model(ids, params=params)[0]
 
     def generate(params: Any, ids: Any) -> Any:
         return model.generate(ids, params=params, **OPTIONS).sequences
 
-    params, forward, compiled = model.params, jax.jit(whole), jax.jit(generate)
+    params, forward, compiled = model.params, jax.jit(call), jax.jit(generate)
     ready = jax.block_until_ready
     tasks = {
         "forward": lambda ids: ready(forward(params, ids)),
@@ -171,15 +171,15 @@ def _tf(who: str, model: Any) -> dict[str, Callable[[Any], Any]]:
 
 _TASKS = {"flax": _flax, "tf": _tf}
 
-# ---------------------------------------------------------------------------- both, in turn
+# ---------------------------------------------------------------------------- both, alternating
 
 
 class Runner:
-    """A worker process; what it prints besides answers is in `log`."""
+    """A worker process; its other output is in `log`."""
 
     def __init__(self, who: str, python: str, framework: str, log: Path, before: Path | None) -> None:
         self.who, self.log = who, log
-        # The peer's TensorFlow classes are Keras 2; ours are Keras 3.
+        # The peer's TensorFlow classes need Keras 2; ours need Keras 3.
         environment = {"TF_USE_LEGACY_KERAS": "0" if who in OURS else "1", "TF_CPP_MIN_LOG_LEVEL": "2"}
         if who == BEFORE and before is not None:
             environment["PYTHONPATH"] = str(before.resolve() / "src")
@@ -193,7 +193,7 @@ class Runner:
         )
 
     def ask(self, **question: Any) -> dict[str, Any]:
-        """Send one line, wait for the answer."""
+        """Sends one line and waits for the answer."""
         assert self.process.stdin and self.process.stdout
         print(json.dumps(question), file=self.process.stdin, flush=True)
         if not (answer := self.process.stdout.readline()):
@@ -201,23 +201,23 @@ class Runner:
         return json.loads(answer)
 
     def end(self) -> None:
-        """Let it go."""
+        """Ends the process."""
         assert self.process.stdin
         self.process.stdin.close()
         self.process.wait()
 
 
 def lengths(new: bool) -> Iterator[int]:
-    """Tokens of one prompt after the other; new ones are all different, in one bucket of 32."""
+    """Prompt lengths; with `new` all different, within one length bucket of 32."""
     order = list(range(PROMPT - 15, PROMPT))
     random.Random(0).shuffle(order)
     return iter(order) if new else itertools.repeat(PROMPT)
 
 
-def in_turn(
+def alternate(
     runners: list[Runner], task: dict[str, str], sizes: Iterator[int], runs: int
 ) -> list[list[float]]:
-    """Seconds of each runner's calls, after one that warms up unless `sizes` are new ones."""
+    """Seconds of each runner's calls."""
     took: list[list[float]] = [[] for _ in runners]
     for run, tokens in zip(range(runs), sizes, strict=False):
         for runner, times in zip(runners, took, strict=True):
@@ -226,28 +226,30 @@ def in_turn(
 
 
 def rows_of(case: str, runners: list[Runner], args: argparse.Namespace) -> Iterator[list[str]]:
-    """The table's rows of one model."""
+    """The rows of a model."""
     known = [set(runner.ask(case=case, small=args.small)["tasks"]) for runner in runners]
     shared, tokens = set.intersection(*known), CLASSES[case][2]
     same = [("forward", "forward", tokens), ("as called", "as called", tokens)]
     for name, task, length in same:
         one = {runner.who: task for runner in runners}
-        in_turn(runners, one, itertools.repeat(length), 1)
-        yield row(case, name, length, runners, in_turn(runners, one, itertools.repeat(length), args.runs))
+        alternate(runners, one, itertools.repeat(length), 1)
+        yield row(case, name, length, runners, alternate(runners, one, itertools.repeat(length), args.runs))
     if "generate" not in shared:
         return
     one = {runner.who: "generate" for runner in runners}
-    in_turn(runners, one, lengths(False), 1)
-    yield row(case, "generate, new lengths", NEW, runners, in_turn(runners, one, lengths(True), args.runs))
-    yield row(case, "generate, same length", NEW, runners, in_turn(runners, one, lengths(False), args.runs))
+    alternate(runners, one, lengths(False), 1)
+    yield row(case, "generate, new lengths", NEW, runners, alternate(runners, one, lengths(True), args.runs))
+    yield row(case, "generate, same length", NEW, runners, alternate(runners, one, lengths(False), args.runs))
     if len(runners) > 1 and "compiled" in known[1]:
         one[runners[1].who] = "compiled"
-        in_turn(runners, one, lengths(False), 1)
-        yield row(case, "generate, compiled", NEW, runners, in_turn(runners, one, lengths(False), args.runs))
+        alternate(runners, one, lengths(False), 1)
+        yield row(
+            case, "generate, compiled", NEW, runners, alternate(runners, one, lengths(False), args.runs)
+        )
 
 
 def row(case: str, name: str, tokens: int, runners: list[Runner], took: list[list[float]]) -> list[str]:
-    """Tokens per second, each runner's median and range, and the median ratio of neighbours in time."""
+    """Tokens per second, each runner's median and range, and the median ratio of adjacent calls."""
     cells = [
         f"{tokens / statistics.median(times):.1f} ({tokens / max(times):.1f}-{tokens / min(times):.1f})"
         for times in took
@@ -264,17 +266,19 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--framework", choices=tuple(CASES), required=True)
     peer = parser.add_mutually_exclusive_group()
-    peer.add_argument("--peer-python", help="the Python of the peer's environment")
-    peer.add_argument("--before", type=Path, metavar="CHECKOUT", help="of another commit of monoblock")
-    parser.add_argument("--cases", help="some of the models, with commas")
+    peer.add_argument("--peer-python", help="Python of the peer's environment")
+    peer.add_argument(
+        "--before", type=Path, metavar="CHECKOUT", help="checkout of another commit of monoblock"
+    )
+    parser.add_argument("--cases", help="models, separated by commas")
     parser.add_argument("--runs", type=int, default=5, help="at most 15")
-    parser.add_argument("--small", action="store_true", help="tiny models, to try the script")
+    parser.add_argument("--small", action="store_true", help="tiny models, for testing the script")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
 def main() -> None:
-    """Start the processes, let them take turns, print one table."""
+    """Starts the processes, alternates calls, and prints a table."""
     args = _arguments()
     if args.worker:
         worker(args.worker, args.framework)
@@ -285,7 +289,7 @@ def main() -> None:
     elif args.before:
         pythons[BEFORE] = sys.executable
     else:
-        print("no --peer-python: our own alone")
+        print("no --peer-python: monoblock only")
     with tempfile.TemporaryDirectory() as folder:
         runners = [
             Runner(who, python, args.framework, Path(folder, who), args.before)
@@ -294,7 +298,7 @@ def main() -> None:
         print(f"{_machine()}; tokens per second: median (range) of {args.runs}")
         for runner in runners:
             print(f"{runner.who}: {runner.ask(versions=True)['versions']}")
-        titles = ["model", "what", *pythons, *(["ratio"] if len(runners) > 1 else [])]
+        titles = ["model", "measure", *pythons, *(["ratio"] if len(runners) > 1 else [])]
         print("| " + " | ".join(titles) + " |\n" + "|---" * len(titles) + "|")
         for case in args.cases.split(",") if args.cases else CASES[args.framework]:
             for cells in rows_of(case, runners, args):

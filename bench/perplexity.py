@@ -1,13 +1,12 @@
-"""What quantised weights cost in predictions: perplexity on text that no model here has seen, and the divergence from
-the predictions of the unquantised weights.
+"""Quality of quantised weights: perplexity on held-out text, and KL divergence from the unquantised model.
 
-Two models: the embedded demo, on the files that its training held out; and a larger one of another family, trained
-here for a few minutes on the same corpus (the sources of Python's standard library) and kept in --folder.
+Two models: the embedded demo, on its held-out files; and a larger model of another family, which is trained for a few
+minutes on the same corpus (the sources of Python's standard library) and stored in --folder.
 
     python bench/perplexity.py
-    MONOBLOCK_NATIVE=0 python bench/perplexity.py    # the weights alone: activations stay as they are
+    MONOBLOCK_NATIVE=0 python bench/perplexity.py    # without quantised activations
 
-bitsandbytes and torchao take part where they are installed.
+bitsandbytes and torchao are included if installed.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ import demo_corpus as corpus
 import demo_data as data
 from tokenizers import Tokenizer
 
-LENGTH = 256  # tokens of a window, as the demo was trained
+LENGTH = 256  # tokens of a window, as in the demo's training
 ROWS = 4
 LARGER = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 6, "sliding_window": None}
 HEADS = {"num_attention_heads": 8, "num_key_value_heads": 2, "max_position_embeddings": 1024}
@@ -51,7 +50,7 @@ LIMITS = {"int8": 0.005, "int4": 0.03}  # relative to bfloat16
 
 @dataclass(frozen=True)
 class Found:
-    """Of one backend: bytes of its weights, mean loss and divergence in nats per token, seconds to load."""
+    """A backend's bytes of weights, mean loss and KL divergence in nats per token, and seconds to load."""
 
     name: str
     size: int
@@ -61,14 +60,14 @@ class Found:
 
 
 def main() -> None:
-    """Measure, print the tables, and fail if a limit is passed."""
+    """Measures, prints the tables, and fails if a limit is exceeded."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--windows", type=int, default=48, help=f"of {LENGTH} held-out tokens")
     parser.add_argument("--steps", type=int, default=1000, help="of the larger model's training")
     parser.add_argument("--folder", type=Path, default=Path("build/perplexity"), help="of the larger model")
-    parser.add_argument("--json", type=Path, help="write the figures there, too")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
     options = parser.parse_args()
     documents = corpus.collect()
     tokenizer = Tokenizer.from_file(str(Path(demo.path()) / "tokenizer.json"))
@@ -82,11 +81,11 @@ def main() -> None:
     if options.json:
         plain = {title: [vars(found) for found in rows] for title, rows in results.items()}
         options.json.write_text(json.dumps(plain, indent=1) + "\n", encoding="utf-8")
-    sys.exit("\n".join(passed) if (passed := beyond(results)) else 0)
+    sys.exit("\n".join(exceeded) if (exceeded := above_limits(results)) else 0)
 
 
 def train(documents: Any, tokenizer: Tokenizer, steps: int, folder: Path) -> None:
-    """The larger model: next tokens of the corpus, AdamW with a straight line to zero, bfloat16 products."""
+    """Trains the larger model on the corpus with AdamW, linear decay to zero, and bfloat16 autocast."""
     torch.manual_seed(0)
     texts = [d.text for d in documents if not d.held_out and not d.is_test]
     ids = torch.tensor([i for text in texts for i in tokenizer.encode(text + corpus.ENDOFTEXT).ids])
@@ -115,7 +114,7 @@ def train(documents: Any, tokenizer: Tokenizer, steps: int, folder: Path) -> Non
 
 
 def measure(folder: Path, windows: Tensor) -> list[Found]:
-    """Every backend on these windows, and beside it the predictions of float32."""
+    """Every backend on these windows, compared with the predictions in float32."""
     reference = [
         F.log_softmax(logits, -1) for logits in predictions(load(folder, dtype=torch.float32), windows)
     ]
@@ -140,8 +139,8 @@ def measure(folder: Path, windows: Tensor) -> list[Found]:
 
 
 def backends(folder: Path) -> dict[str, Callable[[], Any]]:
-    """How each is loaded, by name; all compute in bfloat16, which is first."""
-    ways: dict[str, Any] = {
+    """Name -> function that loads the model; all compute in bfloat16, and the first has bfloat16 weights."""
+    configs: dict[str, Any] = {
         "bf16": None,
         "int8": "int8",
         "int8, group 64": WeightOnlyConfig(bits=8, group_size=64),
@@ -151,7 +150,10 @@ def backends(folder: Path) -> dict[str, Callable[[], Any]]:
         "bitsandbytes nf4": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"),
         "bitsandbytes fp4": BitsAndBytesConfig(load_in_4bit=True),
     }
-    loaded = {name: lambda how=how: load(folder, quantization_config=how) for name, how in ways.items()}
+    loaded = {
+        name: lambda config=config: load(folder, quantization_config=config)
+        for name, config in configs.items()
+    }
     rounded = {"int4, rounded to nearest": lambda: nearest(folder)}
     return (
         loaded
@@ -160,13 +162,13 @@ def backends(folder: Path) -> dict[str, Callable[[], Any]]:
     )
 
 
-def load(folder: Path, dtype: torch.dtype = torch.bfloat16, **how: Any) -> Any:
+def load(folder: Path, dtype: torch.dtype = torch.bfloat16, **options: Any) -> Any:
     """The model of a folder."""
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **how)
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
 
 
 def nearest(folder: Path, group: int = 128) -> Any:
-    """4 bits as they are without a search: from the lowest to the highest weight of a group in 15 steps."""
+    """Round-to-nearest int4: 15 steps from the smallest to the largest weight of a group, without a search."""
     model = load(folder)
     for module in model.at("layers").modules():
         if isinstance(module, nn.Linear):
@@ -181,7 +183,7 @@ def nearest(folder: Path, group: int = 128) -> Any:
 
 
 def torchao(folder: Path, form: str) -> Any:
-    """The blocks' matrices by torchao, for the CPU."""
+    """The matrices of the blocks, quantised by torchao."""
     from torchao.quantization import Int8WeightOnlyConfig, quantize_  # pyright: ignore[reportMissingImports]
 
     model = copy.deepcopy(load(folder))
@@ -197,21 +199,21 @@ def torchao(folder: Path, form: str) -> Any:
 
 @torch.inference_mode()
 def predictions(model: Any, windows: Tensor) -> Any:
-    """Logits (rows, LENGTH - 1, vocabulary) of some rows at a time, in float32."""
+    """Yields float32 logits (ROWS, LENGTH - 1, vocabulary)."""
     for rows in windows.split(ROWS):
         yield model(rows).logits[:, :-1].float()
 
 
 def size_of(model: Any) -> int:
-    """Bytes of all tensors, those inside quantised parameters among them."""
+    """Bytes of all tensors, including those inside quantised parameters."""
     held = {id(t): t for t in (*model.parameters(), *model.buffers())}
     total = 0
     for tensor in held.values():
         inner = getattr(tensor, "__tensor_flatten__", None)
-        parts = [getattr(tensor, name) for name in inner()[0]] if inner else [tensor]
-        state = getattr(tensor, "quant_state", None)  # bitsandbytes keeps its scales there
-        parts += [state.absmax] if state is not None else []
-        total += sum(part.numel() * part.element_size() for part in parts)
+        storages = [getattr(tensor, name) for name in inner()[0]] if inner else [tensor]
+        state = getattr(tensor, "quant_state", None)  # the scales of bitsandbytes
+        storages += [state.absmax] if state is not None else []
+        total += sum(one.numel() * one.element_size() for one in storages)
     return total
 
 
@@ -220,7 +222,7 @@ def table(title: str, rows: list[Found], windows: Tensor) -> str:
     base = rows[0].loss
     lines = [
         f"\n{title}; {windows.numel():,} held-out tokens; kernels: {native.status()}\n",
-        "| weights | MB | perplexity | beside bf16 | divergence from fp32, nats | loading, s |",
+        "| weights | MB | perplexity | against bf16 | divergence from fp32, nats | loading, s |",
         "|---|---|---|---|---|---|",
     ]
     lines += [
@@ -231,8 +233,8 @@ def table(title: str, rows: list[Found], windows: Tensor) -> str:
     return "\n".join(lines)
 
 
-def beyond(results: dict[str, list[Found]]) -> list[str]:
-    """What passes its limit."""
+def above_limits(results: dict[str, list[Found]]) -> list[str]:
+    """Messages on figures above their limit."""
     return [
         f"{row.name} of {title} is {math.expm1(row.loss - rows[0].loss):+.2%} from bfloat16; the limit is {limit:.1%}"
         for title, rows in results.items()

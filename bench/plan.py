@@ -1,4 +1,4 @@
-"""What the benchmark measures: groups of a model and a form of its weights, with backends that take turns."""
+"""The benchmark's measurements: groups of a model and a form of its weights, with alternating backends."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ from dataclasses import dataclass, replace
 
 from figures import BEFORE, LOSSLESS
 
-PROMPT = 32  # tokens before those that decoding makes
+PROMPT = 32  # tokens of a prompt before decoding
 ALL = ("monoblock", BEFORE, LOSSLESS, "transformers", "llama.cpp", "OpenVINO", "CTranslate2")
 HUB = ("monoblock", BEFORE, "transformers")
-CHECKED = 24  # tokens of the check of accuracy
+CHECKED = 24  # new tokens in the accuracy comparison
 
 
 @dataclass(frozen=True)
 class Measure:
-    """One figure: what is timed, its size, and how often.
+    """A measure: its kind, size and number of rounds.
 
-    kind "decode": `size` texts at once, `new` tokens each. "prefill": a prompt of `size` tokens and one token more.
-    "train": a step on 4 texts of `size` tokens. `who`: the backends, where not all of the group's.
+    kind "decode": batch size `size`, `new` tokens per sequence. "prefill": a prompt of `size` tokens and one new token.
+    "train": a step on 4 sequences of `size` tokens. `who`: the backends, by default all of the group.
     """
 
     kind: str
@@ -28,21 +28,23 @@ class Measure:
 
     @property
     def name(self) -> str:
-        """As tables have it."""
+        """The name in results and tables."""
         return f"{self.kind} {self.size}"
 
     @property
     def tokens(self) -> int:
-        """Tokens that a round makes or reads."""
+        """Tokens generated or processed in a round."""
         return {"decode": self.size * self.new, "prefill": self.size, "train": 4 * self.size}[self.kind]
 
 
 @dataclass(frozen=True)
 class Group:
-    """A model in one form; all its backends are loaded at once. `seconds`: what it may take of 15 minutes; then
-    no rounds begin beyond the second. `starts`: how often each is started anew, for the figures of loading. `fresh`:
-    whether loading needs memory of its own. Then the system is asked for as much before each loading, which is a figure
-    too, and gets it back: the host of a virtual machine may have to find it first, whoever asks.
+    """A model in one form, with all its backends loaded at the same time.
+
+    `seconds`: time budget of 15 minutes in all, after which no round beyond the second begins. `starts`: number of
+    starts of each backend, for the figures of loading. `fresh`: whether loading allocates memory for the weights; then
+    the time of allocating as much is measured before each load, since the host of a virtual machine may have to
+    provide the memory first.
     """
 
     model: str
@@ -63,7 +65,7 @@ def _prefill(size: int, rounds: int, who: tuple[str, ...] | None = None) -> Meas
     return Measure("prefill", size, rounds, who=who)
 
 
-# What the targets of docs/performance.md speak of.
+# The measurements for the targets of docs/performance.md.
 ESSENTIAL = (
     Group("mistral-1b", "bfloat16", ALL, (_decode(1, 5), _prefill(512, 3), _decode(8, 3)), 360, starts=3),
     Group("mistral-1b", "float32", HUB, (_decode(1, 3, 16), _prefill(512, 2)), 93, starts=4, fresh=True),
@@ -83,7 +85,7 @@ ESSENTIAL = (
     Group("thin-4", "float32", HUB, (_decode(1, 7, 900),), 18, accuracy=False),
     Group("thin-28", "float32", HUB, (_decode(1, 7, 400),), 24, accuracy=False),
 )
-# And what takes longer.
+# Additional measurements, which take longer.
 FULL = (
     *(replace(group, seconds=4 * group.seconds) for group in ESSENTIAL),
     Group("mistral-1b", "bfloat16", ALL, (_prefill(2048, 3), _prefill(8192, 2)), 600, accuracy=False),
@@ -92,7 +94,7 @@ FULL = (
     Group("gpt-neo-125m", "float32", HUB, (Measure("train", 512, 3),), 200, accuracy=False),
     Group("gpt-neo-125m", "bfloat16", HUB, (Measure("train", 512, 3),), 200, accuracy=False),
 )
-# The same code with small models, to see that everything works.
+# Small models, for testing the benchmark.
 _BOTH = (_decode(1, 2, 4), _prefill(64, 2), _decode(8, 2, 4))
 QUICK = (
     Group("mistral-1b", "bfloat16", ALL, _BOTH, 30),

@@ -1,4 +1,4 @@
-"""Bar charts as SVG, for light and dark pages; written by hand, so that the project needs no drawing library."""
+"""Bar charts as SVG for light and dark pages, without a plotting library."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from html import escape
 
 from figures import LOSSLESS, OURS, Results, Spread, number, spread
 
-WIDTH, NAMES, VALUES = 760, 210, 150  # of the picture, of the column of names, of the column of figures
+WIDTH, NAMES, VALUES = 760, 210, 150  # of the picture, the column of names, the column of values
 BAR, GAP, TITLE, HEAD = 16, 6, 30, 72
-# Backend: its colour; all are told from a white and from a dark page, and by their names beside them.
+# Backend -> colour, visible on light and dark pages.
 COLOURS = {
     OURS: "#2f7fd6",
     LOSSLESS: "#1f9fb8",
@@ -28,7 +28,7 @@ STYLE = (
 
 @dataclass
 class Bars:
-    """Bars that are compared with each other: a title, a value for each name, and a limit that none can pass."""
+    """A group of bars: a title, a value for each backend, and the machine's limit."""
 
     title: str
     bars: dict[str, Spread] = field(default_factory=dict[str, Spread])
@@ -39,9 +39,9 @@ NOTE = "thin line: the range of all rounds; each group has its own scale"
 
 
 def chart(title: str, note: str, groups: list[Bars], unit: str) -> str:
-    """The picture; each group has a scale of its own, up to its limit or its longest bar."""
+    """The picture; the scale of each group ends at its limit or its longest bar."""
     height = HEAD + sum(TITLE + len(g.bars) * (BAR + GAP) + GAP for g in groups)
-    parts = [
+    elements = [
         f"<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 {WIDTH} {height}' width='{WIDTH}' height='{height}'>",
         f"<title>{escape(title)}</title><style>{STYLE}</style>",
         f"<text x='0' y='18' class='strong' style='font-size:16px'>{escape(title)}</text>",
@@ -50,20 +50,20 @@ def chart(title: str, note: str, groups: list[Bars], unit: str) -> str:
     ]
     top = HEAD
     for group in groups:
-        parts += _group(group, top, unit)
+        elements += _group(group, top, unit)
         top += TITLE + len(group.bars) * (BAR + GAP) + GAP
-    return "\n".join([*parts, "</svg>\n"])
+    return "\n".join([*elements, "</svg>\n"])
 
 
 def _group(group: Bars, top: int, unit: str) -> list[str]:
     room = WIDTH - NAMES - VALUES
     longest = max([bar.most for bar in group.bars.values()] + [group.limit or 0.0])
-    parts = [f"<text x='0' y='{top + 20}' class='strong'>{escape(group.title)}</text>"]
-    for place, (who, bar) in enumerate(group.bars.items()):
-        y = top + TITLE + place * (BAR + GAP)
+    elements = [f"<text x='0' y='{top + 20}' class='strong'>{escape(group.title)}</text>"]
+    for index, (who, bar) in enumerate(group.bars.items()):
+        y = top + TITLE + index * (BAR + GAP)
         ends = [NAMES + room * value / longest for value in (bar.least, bar.median, bar.most)]
         strong = " class='strong'" if who == OURS else ""
-        parts += [
+        elements += [
             f"<text x='{NAMES - 10}' y='{y + 13}' text-anchor='end'{strong}>{escape(who)}</text>",
             f"<rect x='{NAMES}' y='{y}' width='{max(ends[1] - NAMES, 1):.1f}' height='{BAR}' rx='2'"
             f" fill='{COLOURS.get(who, '#888')}'/>",
@@ -74,11 +74,11 @@ def _group(group: Bars, top: int, unit: str) -> list[str]:
         x = NAMES + room * group.limit / longest
         y = top + TITLE - 4
         bottom = y + len(group.bars) * (BAR + GAP) + 2
-        parts += [
+        elements += [
             f"<path d='M{x:.1f} {y}V{bottom}' class='line' stroke-dasharray='4 3'/>",
             f"<text x='{x:.1f}' y='{y - 4}' text-anchor='end' class='quiet'>limit {number(group.limit)}</text>",
         ]
-    return parts
+    return elements
 
 
 def _groups(results: Results, measures: list[str], limits: bool = False) -> list[Bars]:
@@ -105,7 +105,7 @@ TITLES = {
 
 
 def pictures(results: Results) -> dict[str, str]:
-    """The pictures of docs/performance.md, by name; those that the run has figures for."""
+    """The pictures of docs/performance.md for which the run has figures, by name."""
     limit = "dashed: what the measured bandwidth allows for the bytes that monoblock reads"
     prompts = _groups(results, results.measures("prefill"))
     wanted = {

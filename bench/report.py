@@ -3,7 +3,7 @@
     python bench/report.py bench-results.json               tables to standard output
     python bench/report.py bench-results.json --docs docs   into docs/performance.md and docs/performance/*.svg
 
-The page has marks `<!-- NAME -->` and `<!-- end of NAME -->`; what stands between them is replaced.
+Text between the marks `<!-- NAME -->` and `<!-- end of NAME -->` of the page is replaced.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ import plot
 import targets
 from figures import OURS, Results, Spread, number, spread
 
-# The pictures that stand above a part's table.
+# The pictures above the table of a section.
 PICTURES = {"decode": ("decode", "batch"), "prefill": ("prefill",), "loading": ("memory",)}
 
 
 def table(titles: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    """Markdown."""
+    """A Markdown table."""
     lines = [list(titles), *map(list, rows)]
     head = "| " + " | ".join(lines[0]) + " |\n" + "|---" * len(lines[0]) + "|\n"
     return head + "".join("| " + " | ".join(line) + " |\n" for line in lines[1:])
 
 
 def speeds(results: Results, names: list[str], share: Callable[..., Spread | None], title: str) -> str:
-    """A table of some measures: each backend's speed, ours over it, and its share of a limit."""
+    """A table of measures: each backend's speed, monoblock's relative to it, and its fraction of a limit."""
     rows: list[list[str]] = []
     for name in names:
         for figure in results.named(name):
@@ -47,14 +47,14 @@ def speeds(results: Results, names: list[str], share: Callable[..., Spread | Non
 
 
 def _cells(results: Results, name: str, figure: dict[str, Any], who: str) -> list[str]:
-    """A backend's figure, and what ours is beside it."""
+    """A backend's figure, and monoblock's relative to it."""
     ratio = results.ratio(figure, who)
-    what = [figure["model"], figure["form"], name.split()[-1], who]
-    return [*what, str(spread(figure["values"][who])), "" if ratio is None else str(ratio)]
+    cells = [figure["model"], figure["form"], name.split()[-1], who]
+    return [*cells, str(spread(figure["values"][who])), "" if ratio is None else str(ratio)]
 
 
 def loading(results: Results) -> str:
-    """Seconds and memory until a model is ready."""
+    """Time and memory of loading."""
     rows: list[list[str]] = []
     for figure in results.named("load"):
         model, form = figure["model"], figure["form"]
@@ -68,18 +68,18 @@ def loading(results: Results) -> str:
 
 
 def processes(results: Results) -> str:
-    """Whole processes that load no model."""
+    """Complete processes that load no model."""
     found = results.data["processes"].items()
     return table(["process", "seconds (range)"], [[f"`{name}`", str(spread(s))] for name, s in found])
 
 
 def memory(results: Results) -> str:
-    """What a prompt needs beyond the loaded model."""
+    """Memory of a prompt in addition to the loaded model."""
     rows = []
     for name in results.measures("prefill"):
         for figure in results.named(f"{name} memory"):
             for who in figure["values"]:
-                if who != "llama.cpp":  # known only together with its weights
+                if who != "llama.cpp":  # its figure includes the weights
                     rows.append(_cells(results, name, figure, who))
     return table(
         ["model", "weights", "tokens", "backend", "MB beyond the model", "backend / monoblock"], rows
@@ -87,7 +87,7 @@ def memory(results: Results) -> str:
 
 
 def overhead(results: Results) -> str:
-    """Time that is not arithmetic, from two depths of a model too thin to compute much."""
+    """Overhead besides arithmetic, from a model of small width at two depths."""
     rows = [
         [who, f"{1e3 * found[0]:.3f}", f"{1e3 * found[1]:.3f}"]
         for who in (OURS, "transformers")
@@ -97,19 +97,19 @@ def overhead(results: Results) -> str:
 
 
 def accuracy(results: Results) -> str:
-    """How far logits and tokens are from float32's."""
+    """Errors of logits and tokens against float32."""
     rows = []
     for row in results.data.get("accuracy", []):
         error = ["", ""] if row["error"] is None else [f"{row['error']:.1e}", f"{row['worst']:.1e}"]
         plain = ""
         if "as plain" in row:
-            gaps = row["parted at gaps"]
+            gaps = row["margins at divergence"]
             plain = f"{row['as plain']} of {row['tokens in all']}" + (
                 f"; differs at ties within {max(gaps):.1e}" if gaps else ""
             )
         equal = f"{row['tokens equal']} of {row['tokens in all']}"
-        where = [row["model"], row["form"], row["who"], str(row["batch"])]
-        rows.append([*where, *error, equal, f"{row['largest gap']:.1e}", plain])
+        cells = [row["model"], row["form"], row["who"], str(row["batch"])]
+        rows.append([*cells, *error, equal, f"{row['largest gap']:.1e}", plain])
     titles = [
         "logits' error, rms",
         "at most",
@@ -121,7 +121,7 @@ def accuracy(results: Results) -> str:
 
 
 def sections(results: Results) -> dict[str, str]:
-    """Every part of the page that a run gives, by the name of its marks."""
+    """Sections of the page, by the name of their marks."""
     data = results.data
     skipped = "".join(f"- {why}\n" for why in data["skipped"])
     versions = ", ".join(f"{name} {version}" for name, version in data["versions"].items())
@@ -131,7 +131,7 @@ def sections(results: Results) -> dict[str, str]:
     about += f". {versions}. Measured on {data['date']}"
     about += f" in {data['minutes']} minutes.\n" if "minutes" in data else ".\n"
     found = {"machine": textwrap.fill(about, 110, break_on_hyphens=False) + "\n"}
-    if data["plan"] != "quick":  # small models reach nothing
+    if data["plan"] != "quick":  # targets are for the full sizes
         found["targets"] = targets.table_of(results, table)
     for kind, share, title in (
         ("decode", results.bandwidth_share, "share of the bandwidth"),
@@ -152,7 +152,7 @@ def sections(results: Results) -> dict[str, str]:
 
 
 def illustrated(parts: dict[str, str], drawn: dict[str, str]) -> dict[str, str]:
-    """The parts with links to the pictures that belong to them."""
+    """The sections with links to their pictures."""
     links = {
         name: "".join(
             f"![{plot.TITLES[one]}](performance/{one}.svg)\n\n"
@@ -165,12 +165,12 @@ def illustrated(parts: dict[str, str], drawn: dict[str, str]) -> dict[str, str]:
 
 
 def tables(data: dict[str, Any]) -> str:
-    """All of it as one text."""
+    """All sections as one text."""
     return "\n".join(f"## {name}\n\n{text}" for name, text in sections(Results(data)).items())
 
 
 def fill(page: str, parts: dict[str, str]) -> str:
-    """The page with what stands between its marks replaced; marks without a part keep what they have."""
+    """The page with the text between its marks replaced; marks without a section are unchanged."""
     for name, text in parts.items():
         mark = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end of {name} -->)", re.DOTALL)
         page = mark.sub(lambda found, text=text: f"{found[1]}\n{text}\n{found[2]}", page)
@@ -178,15 +178,13 @@ def fill(page: str, parts: dict[str, str]) -> str:
 
 
 def main() -> None:
-    """Print, or write the page and its pictures."""
+    """Prints the tables, or writes the page and its pictures."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("results", type=Path)
-    parser.add_argument("--docs", type=Path, help="the folder of performance.md")
-    parser.add_argument(
-        "--part", action="append", default=[], help="only this part; may be given several times"
-    )
+    parser.add_argument("--docs", type=Path, help="folder of performance.md")
+    parser.add_argument("--part", action="append", default=[], help="only this section; may be repeated")
     args = parser.parse_args()
     data = json.loads(args.results.read_text())
     if args.docs is None:

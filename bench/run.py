@@ -1,16 +1,15 @@
-"""monoblock beside its peers: loading, prompts, decoding, memory, accuracy; one table, one hardware line.
+"""Benchmark of monoblock and other libraries on the CPU: loading, prefill, decoding, memory, accuracy.
 
     python bench/run.py [--quick | --full] [--models FOLDER] [--json FILE] [--minutes 15] [--only mistral-1b/int8]
         [--peer-python OpenVINO=PATH] [--peer-python CTranslate2=PATH] [--peer-python llama.cpp=PATH]
         [--llama-bench PATH] [--llama-convert PATH] [--before CHECKOUT]
 
-Backends are processes that hold the same random weights and take turns, round by round; a ratio compares
-neighbours in time. A peer that is not installed is skipped, and the output says so. PATH of --peer-python is the Python
-that has openvino-genai, optimum-intel and nncf; ctranslate2 and transformers; or (llama.cpp) what its converter needs.
---llama-convert is llama.cpp's convert_hf_to_gguf.py. --before is a checkout of another commit, its kernels built
-(`python -m monoblock.native.build`): what a change costs or brings is read off the same run. Converted models are kept
-in --models, about 25 GB in all.
-`bench/report.py FILE` makes the tables and pictures of docs/performance.md from the JSON.
+Backends are processes with the same random weights that alternate round by round; ratios are of adjacent measurements.
+Peers that are not installed are skipped, which is reported. PATH of --peer-python is a Python with openvino-genai,
+optimum-intel and nncf; with ctranslate2 and transformers; or (llama.cpp) with the dependencies of its converter.
+--llama-convert is llama.cpp's convert_hf_to_gguf.py. --before is a checkout of another commit with built kernels
+(`python -m monoblock.native.build`), for measuring a change within one run. Converted models are stored in --models,
+about 25 GB in all. `bench/report.py FILE` creates the tables and pictures of docs/performance.md from the JSON.
 """
 
 from __future__ import annotations
@@ -38,13 +37,13 @@ FACTS = ("import s", "load s", "first token s", "load peak MB")
 
 
 class Step(Protocol):
-    """Says what is being done."""
+    """Reports the current step."""
 
     def __call__(self, what: str, /) -> None: ...
 
 
 class Run:
-    """The results so far, and what they are made with."""
+    """The results so far, and the settings of the run."""
 
     def __init__(
         self, tools: Tools, scratch: Path, quick: bool, pace: float, step: Step, memory: machine.Memory
@@ -59,13 +58,13 @@ class Run:
         self.sources: dict[str, Path] = {}
 
     def skip(self, why: str) -> None:
-        """Remember what was left out."""
+        """Records what is left out, and why."""
         if why not in self.skipped:
             self.skipped.append(why)
             self.step(f"skipped: {why}")
 
     def group(self, group: Group) -> None:
-        """All measures of one group."""
+        """Runs all measures of a group."""
         self.step(f"{group.model} {group.form}: loading")
         source = self.sources[group.model] = shapes.make(group.model, self.tools.models, quick=self.quick)
         vocab = json.loads((source / "config.json").read_text())["vocab_size"]
@@ -86,9 +85,9 @@ class Run:
             if why := self.tools.missing(who):
                 self.skip(f"{who}: {why}")
             elif group.form not in FORMS[who]:
-                continue  # not a lack of this machine's: the form does not exist there
+                continue  # the backend does not have this form
             elif group.model in UNKNOWN.get(who, ()):
-                self.skip(f"{who}: its converter does not know {group.model}")
+                self.skip(f"{who}: its converter does not support {group.model}")
             else:
                 with self._noted():
                     yield who, runners.weights_for(who, source, group.form, self.tools)
@@ -104,10 +103,10 @@ class Run:
             self.skip(str(failure))
 
     def _started(self, group: Group, folders: dict[str, Path]) -> list[Process | LlamaBench]:
-        """The backends, loaded; each `starts` times, of which the last stays."""
+        """Starts and loads each backend `starts` times; returns those of the last start."""
         taken: dict[str, dict[str, list[float]]] = {fact: {} for fact in FACTS}
         alive: list[Process | LlamaBench] = []
-        size = 4 * sum(_blocks(self.sources[group.model]).values())  # of the matrices, in float32
+        size = 4 * sum(_blocks(self.sources[group.model]).values())  # bytes of the matrices in float32
         for start in range(group.starts):
             for who, folder in folders.items():
                 runner = runners.runner_of(who, self.tools)
@@ -143,7 +142,7 @@ class Run:
     ) -> None:
         figure = {"model": group.model, "form": group.form, "measure": name, "unit": unit}
         same = next((one for one in self.figures if figure.items() <= one.items()), None)
-        if same:  # an addition to what was measured before, of some backends
+        if same:  # further rounds of some backends
             for key, added in ({"values": values} | rest).items():
                 for who, more in added.items():
                     same[key].setdefault(who, []).extend(more)
@@ -164,13 +163,13 @@ class Run:
                 f"{group.model} {group.form}: {measure.name}, round {max(round_, 0) + 1} of {measure.rounds}"
             )
             before = self._read(measure) if round_ >= 0 else 0.0
-            # Each second round goes backwards, so that nobody always follows the same neighbour.
+            # Odd rounds run in reverse order, so that no backend always follows the same one.
             for runner in racing[:: -1 if round_ % 2 else 1]:
                 try:
                     seconds, megabytes = _timed(runner, group, measure, vocab, round_)
                 except Failed as failure:
                     if round_ < 0 and isinstance(failure, Busy):
-                        continue  # the few tokens that warm up are hard to time, and need not be
+                        continue  # the time of the warm-up is not needed
                     self.skip(f"{group.model} {group.form} {measure.name}: {failure}")
                     racing = [other for other in racing if other is not runner]
                     continue
@@ -187,7 +186,7 @@ class Run:
             self._record(group, f"{measure.name} memory", "MB", memory)
 
     def _read(self, measure: Measure) -> float:
-        """GB/s that the memory is read with right now; nothing where that limits nobody."""
+        """The current read bandwidth in GB/s; 0 for measures that it does not limit."""
         if measure.kind != "decode":
             return 0.0
         time.sleep(PAUSE)
@@ -215,7 +214,7 @@ class Run:
 def _timed(
     runner: Process | LlamaBench, group: Group, measure: Measure, vocab: int, round_: int
 ) -> tuple[float, float]:
-    """Seconds and MB; round -1 warms up, with as little as will do."""
+    """Seconds and MB; round -1 is a short warm-up."""
     seed = 100 + round_
     match measure.kind:
         case "decode":
@@ -239,7 +238,7 @@ def _wanted(groups: tuple[Group, ...], only: list[str]) -> list[Group]:
 
 @contextmanager
 def _progress(total: int) -> Iterator[tuple[Step, Any]]:
-    """A function that says what is done, and one that counts; a bar at a terminal, lines elsewhere."""
+    """Yields functions that report a step and that advance; a progress bar in a terminal, lines elsewhere."""
     if not sys.stderr.isatty():
         yield (
             (lambda what: print(f"{time.strftime('%H:%M:%S')} {what}", file=sys.stderr, flush=True)),
@@ -267,7 +266,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--models", type=Path, default=Path(tempfile.gettempdir(), "monoblock-bench"))
     parser.add_argument("--json", type=Path, default=Path("bench-results.json"))
     parser.add_argument(
-        "--minutes", type=float, default=15, help="for the essential figures; fewer rounds if less"
+        "--minutes", type=float, default=15, help="time of the essential plan; fewer rounds if less"
     )
     parser.add_argument("--threads", type=int, default=machine.describe()["cores"])
     parser.add_argument("--only", action="append", default=[], help="a model, a form, or MODEL/FORM")
@@ -291,7 +290,7 @@ def _pythons(given: list[str]) -> dict[str, str]:
 
 
 def main() -> None:
-    """Measure, write the JSON after each group, print the tables."""
+    """Measures, writes the JSON after each group, and prints the tables."""
     from monoblock import native
 
     args = _arguments()
@@ -300,7 +299,7 @@ def main() -> None:
     if args.before is None:
         args.without.append(BEFORE)
     elif not (args.before / "src" / "monoblock").is_dir():
-        raise SystemExit(f"--before {args.before}: expected a checkout, with src/monoblock in it")
+        raise SystemExit(f"--before {args.before}: expected a checkout with src/monoblock")
     pythons = _pythons(args.peer_python)
     tools = Tools(
         args.models, args.threads, pythons, args.llama_bench, args.llama_convert, before=args.before
@@ -335,20 +334,20 @@ def main() -> None:
 
 
 def _blocks(source: Path) -> dict[str, int]:
-    """Numbers of the blocks' matrices, which each token of a prompt meets, and of the rest."""
+    """Elements of the matrices of the blocks, the input embeddings and the head."""
     from monoblock.checkpoint.header import read_header
 
     sizes = {"blocks": 0, "table": 0, "head": 0}
     for name, entry in read_header(source / "model.safetensors").entries.items():
         if len(entry.shape) == 2:
-            part = (
+            kind = (
                 "head"
                 if "head" in name
                 else "table"
                 if any(n in name for n in ("embed", "wte", "wpe"))
                 else "blocks"
             )
-            sizes[part] += entry.shape[0] * entry.shape[1]
+            sizes[kind] += entry.shape[0] * entry.shape[1]
     return sizes
 
 

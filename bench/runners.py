@@ -1,4 +1,4 @@
-"""The runner's end of each backend: a worker process that is asked, or llama.cpp's own benchmark that is run."""
+"""Clients of the backends: a worker process, or llama.cpp's benchmark program."""
 
 from __future__ import annotations
 
@@ -27,43 +27,42 @@ BACKENDS = (
     "OpenVINO",
     "CTranslate2",
 )
-# What each can run. A form that is not here does not exist, or not on a CPU.
+# Forms of the weights that each backend supports on a CPU.
 FORMS = {
     "monoblock": ("float32", "bfloat16", "int8", "int4"),
     BEFORE: ("float32", "bfloat16", "int8", "int4"),
     LOSSLESS: ("bfloat16",),
-    "monoblock, plain": ("float32", "bfloat16"),  # packed weights without kernels are not meant to be fast
+    "monoblock, plain": ("float32", "bfloat16"),  # quantised weights need the native kernels to be fast
     "transformers": ("float32", "bfloat16"),
     "llama.cpp": ("float32", "bfloat16", "int8", "int4"),
     "OpenVINO": ("float32", "bfloat16", "int8", "int4"),
     "CTranslate2": ("float32", "int8"),
 }
-# Models that a converter does not know.
+# Models that a converter does not support.
 UNKNOWN = {
     "llama.cpp": ("gpt-neo-125m", "openai-gpt"),
     "CTranslate2": ("mpt-1b", "gpt-neo-125m", "openai-gpt"),
     "OpenVINO": (),
 }
-# Backends that do not read a hub folder as it is, and live in a Python of their own.
+# Backends that need converted models and their own Python.
 OWN_FORMAT = ("llama.cpp", "OpenVINO", "CTranslate2")
 TRIES = 3
-PATIENCE = 300  # seconds; one question is one call of a model
-OTHER = 1000  # between the seeds of two prompts
-PAUSE = 0.3  # seconds until the threads of the one before stop spinning
+TIMEOUT = 300  # seconds; one question is one call of a model
+SEED_STEP = 1000  # between the seeds of two prompts
+PAUSE = 0.3  # seconds until the threads of the previous backend stop spinning
 
 
 class Failed(Exception):
-    """A backend that could not do what it was asked; the text says why."""
+    """A failed call of a backend; the message has the reason."""
 
 
 class Busy(Failed):
-    """Other work on the machine hides what was to be timed."""
+    """Other load on the machine makes the time unmeasurable."""
 
 
 @dataclass
 class Tools:
-    """Where backends live: the Pythons of peers, llama.cpp's programs, another checkout of monoblock, a folder for
-    models."""
+    """The Pythons of peers, llama.cpp's programs, another checkout of monoblock, and the folder of models."""
 
     models: Path
     threads: int
@@ -73,7 +72,7 @@ class Tools:
     before: Path | None = None
 
     def missing(self, who: str) -> str:
-        """Why a backend is not here; empty where it is."""
+        """Why a backend is unavailable; empty if it is available."""
         if who == BEFORE:
             return "" if self.before else "no --before CHECKOUT"
         if who == "llama.cpp":
@@ -100,7 +99,7 @@ class Tools:
 
 
 def weights_for(who: str, source: Path, form: str, tools: Tools) -> Path:
-    """What the backend loads: the hub folder, or its own format or packed weights, made once beside it."""
+    """The folder or file that a backend loads: the source, or a converted or quantised copy next to it."""
     if who == LOSSLESS:
         who, form = "monoblock", "lossless"
     if who not in OWN_FORMAT and form in ("float32", "bfloat16"):
@@ -108,7 +107,7 @@ def weights_for(who: str, source: Path, form: str, tools: Tools) -> Path:
     target = source.with_name(f"{source.name}--{who.replace('.', '')}-{form}")
     if who == "llama.cpp":
         return _gguf(source, target.with_suffix(".gguf"), form, tools)
-    # A network in float32 and one in bfloat16 are the same files; arithmetic is chosen when they are loaded.
+    # The files are the same for float32 and bfloat16, which is selected when they are loaded.
     if who == "OpenVINO" and form == "float32":
         target = source.with_name(f"{source.name}--{who}-bfloat16")
     if not target.is_dir():
@@ -123,9 +122,9 @@ def _gguf(source: Path, target: Path, form: str, tools: Tools) -> Path:
         return target
     if form in ("float32", "bfloat16"):
         if tools.llama_convert is None:
-            raise Failed(f"{target.name} is missing, and there is no --llama-convert PATH to make it")
+            raise Failed(f"{target.name} is missing, and there is no --llama-convert PATH to create it")
         kind = {"float32": "f32", "bfloat16": "bf16"}[form]
-        command = [tools.python("llama.cpp"), tools.llama_convert, str(_makers_names(source))]
+        command = [tools.python("llama.cpp"), tools.llama_convert, str(_with_upstream_class(source))]
         _make(target, [*command, "--outtype", kind, "--outfile", "{}"])
         return target
     assert tools.llama_bench
@@ -135,12 +134,12 @@ def _gguf(source: Path, target: Path, form: str, tools: Tools) -> Path:
     return target
 
 
-def _makers_names(source: Path) -> Path:
-    """The folder, with MPT's class spelled as its makers did, which is the only spelling that the converter knows."""
+def _with_upstream_class(source: Path) -> Path:
+    """A copy with llm-foundry's spelling of MPT's class, which llama.cpp's converter needs."""
     config = json.loads((source / "config.json").read_text())
     if config["model_type"] != "mpt":
         return source
-    copy = source.with_name(f"{source.name}--makers-names")
+    copy = source.with_name(f"{source.name}--upstream-class")
     copy.mkdir(exist_ok=True)
     for file in source.iterdir():
         if not (copy / file.name).exists():
@@ -151,22 +150,22 @@ def _makers_names(source: Path) -> Path:
 
 
 def _make(target: Path, command: list[str], environment: dict[str, str] | None = None) -> None:
-    """Run a command that writes what `{}` stands for; the name appears when that is complete."""
+    """Runs a command that writes to the path `{}`, which is renamed to `target` on success."""
     unfinished = target.with_name(f"unfinished-{target.name}")
     done = subprocess.run(
-        [str(unfinished) if part == "{}" else part for part in command],
+        [str(unfinished) if argument == "{}" else argument for argument in command],
         capture_output=True,
         text=True,
         check=False,
         env=environment,
     )
     if done.returncode:
-        raise Failed(f"making {target.name} failed: {_last_words(done.stderr)}")
+        raise Failed(f"writing {target.name} failed: {_last_line(done.stderr)}")
     unfinished.rename(target)
 
 
-def _last_words(text: str) -> str:
-    return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "it said nothing")
+def _last_line(text: str) -> str:
+    return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "no output")
 
 
 class Process:
@@ -185,27 +184,27 @@ class Process:
         )
 
     def ask(self, do: str, **question: Any) -> dict[str, Any]:
-        """One question, one answer."""
+        """Sends a question and returns the answer."""
         assert self.process.stdin and self.process.stdout
         time.sleep(PAUSE)
         try:
             print(json.dumps({"do": do} | question), file=self.process.stdin, flush=True)
-            if not select.select([self.process.stdout], [], [], PATIENCE)[0]:
+            if not select.select([self.process.stdout], [], [], TIMEOUT)[0]:
                 self.process.kill()
-                raise Failed(f"{self.who}: no answer to {do} in {PATIENCE} s")
+                raise Failed(f"{self.who}: no answer to {do} in {TIMEOUT} s")
             answer = self.process.stdout.readline()
         except BrokenPipeError:
             answer = ""
         if not answer:
-            raise Failed(f"{self.who}: {_last_words(self.log.read_text(errors='replace'))}")
+            raise Failed(f"{self.who}: {_last_line(self.log.read_text(errors='replace'))}")
         return json.loads(answer)
 
     def start(self, architecture: str) -> None:
-        """Import; what that took is in `facts`."""
+        """Imports the library; adds the time to `facts`."""
         self.facts |= self.ask("start", architecture=architecture)
 
     def load(self, folder: Path, form: str) -> None:
-        """Load; what that took is in `facts`."""
+        """Loads a model; adds time and memory to `facts`."""
         self.facts |= self.ask("load", folder=str(folder), form=form)
 
     def prefill(self, tokens: int, vocab: int, seed: int) -> dict[str, float]:
@@ -213,18 +212,18 @@ class Process:
         return self.ask("generate", batch=1, length=tokens, vocab=vocab, new=1, seed=seed)
 
     def decode(self, batch: int, prompt: int, new: int, vocab: int, seed: int) -> float:
-        """Seconds of `new` tokens for each text, without those of the prompt and the first token."""
+        """Seconds of `new` tokens per sequence, without the prompt and the first token."""
         sizes = {"batch": batch, "length": prompt, "vocab": vocab}
-        for turn in range(TRIES):
-            # Other prompts each time: some backends keep what they computed of a prompt.
-            own = [seed + OTHER * (2 * turn + half) for half in (0, 1)]
-            first = self.ask("generate", new=1, seed=own[0], **sizes)["seconds"]
-            if (seconds := self.ask("generate", new=1 + new, seed=own[1], **sizes)["seconds"] - first) > 0:
+        for attempt in range(TRIES):
+            # Different prompts, since some backends cache them.
+            seeds = [seed + SEED_STEP * (2 * attempt + half) for half in (0, 1)]
+            first = self.ask("generate", new=1, seed=seeds[0], **sizes)["seconds"]
+            if (seconds := self.ask("generate", new=1 + new, seed=seeds[1], **sizes)["seconds"] - first) > 0:
                 return seconds
         raise Busy(f"{self.who}: the machine is too busy to time {new} tokens")
 
     def close(self) -> None:
-        """End the process."""
+        """Ends the process."""
         assert self.process.stdin
         with suppress(BrokenPipeError):
             self.process.stdin.close()
@@ -232,7 +231,7 @@ class Process:
 
 
 class LlamaBench:
-    """llama.cpp through llama-bench, one run of it for each figure; it has no batches of several texts."""
+    """llama.cpp through llama-bench, one run for each figure; it supports batch size 1 only."""
 
     def __init__(self, tools: Tools) -> None:
         assert tools.llama_bench
@@ -240,11 +239,11 @@ class LlamaBench:
         self.model = ""
 
     def start(self, architecture: str) -> None:
-        """Nothing to import; the class is in the file."""
+        """Does nothing: the class is in the file."""
         del architecture
 
     def load(self, folder: Path, form: str) -> None:
-        """Load and make one token; what that took is in `facts`. The form is in the file already."""
+        """Loads the model and generates a token; sets `facts`. The form is that of the file."""
         del form
         self.model = str(folder)
         begin = time.perf_counter()
@@ -259,7 +258,7 @@ class LlamaBench:
         }
 
     def prefill(self, tokens: int, vocab: int, seed: int) -> dict[str, float]:
-        """Seconds and MB of a prompt; it draws its own tokens."""
+        """Seconds and MB of a prompt of random tokens."""
         del vocab, seed
         row, peak = self._run("-p", str(tokens), "-n", "0")
         return {"seconds": row["avg_ns"] / 1e9, "MB": peak / 1e6}
@@ -272,7 +271,7 @@ class LlamaBench:
         return self._run("-p", "0", "-n", str(new), "-d", str(prompt))[0]["avg_ns"] / 1e9
 
     def _run(self, *options: str) -> tuple[dict[str, Any], int]:
-        """Its only row, and the process's peak memory in bytes."""
+        """The row of the output, and the peak memory of the process in bytes."""
         time.sleep(PAUSE)
         command = [str(self.tools.llama_bench), "-m", self.model, "-r", "1", "-o", "json"]
         script = [
@@ -285,21 +284,21 @@ class LlamaBench:
         ]
         done = subprocess.run(script, capture_output=True, text=True, check=False)
         if done.returncode:
-            raise Failed(f"llama-bench: {_last_words(done.stderr)}")
+            raise Failed(f"llama-bench: {_last_line(done.stderr)}")
         found = json.loads(done.stdout)
         return found["rows"][0], found["peak"]
 
     def close(self) -> None:
-        """Nothing runs between its runs."""
+        """Does nothing: each run is a new process."""
 
 
 def runner_of(who: str, tools: Tools) -> Process | LlamaBench:
-    """The runner's end of a backend."""
+    """The client of a backend."""
     return LlamaBench(tools) if who == "llama.cpp" else Process(who, tools)
 
 
 if __name__ == "__main__":
-    # In a process of its own, because the system tells the peak of all children together.
+    # In a separate process, since ru_maxrss is the maximum over all children.
     result = subprocess.run(sys.argv[1:], stdout=subprocess.PIPE, check=True)
-    most = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
-    print(json.dumps({"rows": json.loads(result.stdout), "peak": most}))
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+    print(json.dumps({"rows": json.loads(result.stdout), "peak": peak}))

@@ -1,9 +1,8 @@
-"""The models of the benchmark: real shapes, random weights, written once into a folder.
+"""The models of the benchmark: published shapes with random weights, written once into a folder.
 
     python bench/shapes.py FOLDER [NAME ...]
 
-Random weights cost as much to multiply as trained ones. Each model gets a made vocabulary, once as tokenizer.json and
-once as tokenizer.model, because the peers' converters insist on one.
+Each model has a synthetic vocabulary in tokenizer.json and tokenizer.model, which the peers' converters require.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Shape:
-    """A model: its classes by the hub's names, the config's fields that differ from the defaults, the stored type."""
+    """A model: class names, config fields that differ from the defaults, and the stored dtype."""
 
     config: str
     model: str
@@ -47,14 +46,14 @@ SHAPES = {
     "mpt-1b": Shape("MptConfig", "MptForCausalLM"),
     "gpt-neo-125m": Shape("GPTNeoConfig", "GPTNeoForCausalLM", _NEO, "float32"),
     "openai-gpt": Shape("OpenAIGPTConfig", "OpenAIGPTLMHeadModel", {}, "float32"),
-    # For texts far beyond what most models were made for.
+    # For long sequences.
     "mpt-small": Shape(
         "MptConfig",
         "MptForCausalLM",
         {"d_model": 512, "n_heads": 8, "n_layers": 4, "vocab_size": 1000, "max_seq_len": 65536},
         "float32",
     ),
-    # So little to compute that what is left is the program's own time; two depths give its slope.
+    # Dominated by overhead; the difference of two depths gives the overhead per layer.
     "thin-4": Shape("MistralConfig", "MistralForCausalLM", {}, "float32"),
     "thin-28": Shape("MistralConfig", "MistralForCausalLM", {}, "float32"),
 }
@@ -70,7 +69,7 @@ _THIN = {
 for _layers in (4, 28):
     SHAPES[f"thin-{_layers}"].fields.update(_THIN | {"num_hidden_layers": _layers})
 
-# What `--quick` makes of them: the same code, a hundredth of the work.
+# Sizes for `--quick`.
 SMALLER = {
     "mistral-1b": {
         "hidden_size": 256,
@@ -89,7 +88,7 @@ SMALLER = {
 
 
 def make(name: str, folder: Path, *, quick: bool = False) -> Path:
-    """The model's folder, made if it is not there yet; quick: a small model of the same family."""
+    """The model's folder, written if it does not exist; quick: a small model of the same family."""
     target = folder / (f"{name}-quick" if quick else name)
     if (target / "config.json").is_file():
         return target
@@ -107,19 +106,19 @@ def make(name: str, folder: Path, *, quick: bool = False) -> Path:
 def _config(shape: Shape, smaller: dict[str, Any]) -> Any:
     import monoblock
 
-    # No token ends a text, so that every run makes as many tokens as it was asked for.
+    # Generation ignores eos, so that every run generates the same number of tokens.
     ids = {"bos_token_id": 1, "eos_token_id": 2, "dtype": shape.dtype, "architectures": [shape.model]}
     return getattr(monoblock, shape.config)(**shape.fields | smaller | ids)
 
 
 def _drawn(shape: Shape, config: Any) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """Names and functions that draw the tensors, so that one tensor at a time is in memory."""
+    """Names and functions that generate the tensors, so that one tensor at a time is in memory."""
     import torch
 
     import monoblock
 
     with torch.device("meta"):
-        ghost = getattr(monoblock, shape.model)(config)
+        meta_model = getattr(monoblock, shape.model)(config)
     generator = torch.Generator().manual_seed(0)
 
     def draw(name: str, size: torch.Size) -> torch.Tensor:
@@ -127,12 +126,12 @@ def _drawn(shape: Shape, config: Any) -> Iterator[tuple[str, Callable[[], Any]]]
             return torch.ones(size, dtype=getattr(torch, shape.dtype))
         return (torch.randn(size, generator=generator) * 0.02).to(getattr(torch, shape.dtype))
 
-    for name, tensor in ghost.hub_state_dict().items():
+    for name, tensor in meta_model.hub_state_dict().items():
         yield name, lambda name=name, size=tensor.shape: draw(name, size)
 
 
 def _save_vocabulary(folder: Path, size: int) -> None:
-    """Byte pieces and made words, in the two formats that converters read."""
+    """Byte tokens and synthetic words, in the two formats that converters read."""
     from tokenizers import Tokenizer, decoders, models, normalizers
 
     special = ["<unk>", "<s>", "</s>"]
@@ -149,17 +148,17 @@ def _save_vocabulary(folder: Path, size: int) -> None:
     kinds = dict.fromkeys(special, 3) | {"<unk>": 2} | dict.fromkeys(pieces[3:259], 6)
     (folder / "tokenizer.model").write_bytes(
         b"".join(_message(1, _piece(p, -float(i), kinds.get(p, 1))) for i, p in enumerate(pieces))
-        + _message(2, b"\x18\x02\x98\x02\x01")  # how it was trained: by BPE, unknown text in bytes
+        + _message(2, b"\x18\x02\x98\x02\x01")  # trainer_spec: BPE, byte fallback
     )
 
 
 def _piece(text: str, score: float, kind: int) -> bytes:
-    """SentencePiece's record of one piece: text, score, and 1 normal, 2 unknown, 3 control, 6 byte."""
+    """SentencePiece's message of a piece: text, score, and type (1 normal, 2 unknown, 3 control, 6 byte)."""
     return _message(1, text.encode()) + b"\x15" + struct.pack("<f", score) + b"\x18" + bytes([kind])
 
 
 def _message(number: int, content: bytes) -> bytes:
-    """A protocol-buffer field that carries bytes."""
+    """A length-delimited protocol buffer field."""
     size, length = b"", len(content)
     while length > 127:
         size, length = size + bytes([length & 127 | 128]), length >> 7
@@ -167,6 +166,6 @@ def _message(number: int, content: bytes) -> bytes:
 
 
 if __name__ == "__main__":
-    where, *wanted = sys.argv[1:]
-    for one in wanted or SHAPES:
-        print(make(one, Path(where)))
+    folder, *names = sys.argv[1:]
+    for name in names or SHAPES:
+        print(make(name, Path(folder)))

@@ -1,8 +1,8 @@
-"""Prompt lookup against plain decoding: the embedded demo writing code that repeats what its prompt holds.
+"""Prompt lookup decoding against plain decoding, with the embedded demo on code that repeats parts of the prompt.
 
     python bench/speculative.py [--new 128] [--runs 5] [--draft 10] [--ngram 3] [--threads 1]
 
-Both ways give the same tokens, which is checked; they take turns, and medians of one process are compared.
+Both generate the same tokens, which is checked. They alternate within one process; the medians are compared.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class TestNames(unittest.TestCase):
 
 
 def main() -> None:
-    """Time both ways on every prompt and print one table."""
+    """Times both on every prompt, and prints a table."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -65,7 +65,7 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(demo.path())
     model = MptForCausalLM.from_pretrained(demo.path(), dtype=torch.float32)
     lookup = {"prompt_lookup_num_tokens": args.draft, "max_matching_ngram_size": args.ngram}
-    ways = {"plain": {}, "lookup": lookup}
+    methods = {"plain": {}, "lookup": lookup}
     print(
         f"{args.new} tokens, {args.threads} threads, torch {torch.__version__}, medians of {args.runs} runs"
     )
@@ -74,19 +74,19 @@ def main() -> None:
     for name, text in PROMPTS.items():
         ids = tokenizer(text, return_tensors="pt")["input_ids"]
         options = {"max_new_tokens": args.new, "do_sample": False, "eos_token_id": None}
-        took: dict[str, list[float]] = {way: [] for way in ways}
-        texts: dict[str, list[int]] = {}
+        took: dict[str, list[float]] = {method: [] for method in methods}
+        outputs: dict[str, list[int]] = {}
         for _ in range(args.runs + 1):
-            for way, more in ways.items():
+            for method, more in methods.items():
                 start = time.perf_counter()
-                texts[way] = model.generate(ids, **options, **more)[0].tolist()
-                took[way].append(time.perf_counter() - start)
-        if texts["plain"] != texts["lookup"]:
-            raise SystemExit(f"{name}: prompt lookup changed the text")
-        # The first run of each way warms up.
-        plain, quick = (args.new / statistics.median(took[way][1:]) for way in ways)
-        ratios.append(quick / plain)
-        print(f"| {name} | {plain:.0f} | {quick:.0f} | {quick / plain:.2f} |")
+                outputs[method] = model.generate(ids, **options, **more)[0].tolist()
+                took[method].append(time.perf_counter() - start)
+        if outputs["plain"] != outputs["lookup"]:
+            raise SystemExit(f"{name}: prompt lookup changed the tokens")
+        # The first run of each is a warm-up.
+        plain, lookup_speed = (args.new / statistics.median(took[method][1:]) for method in methods)
+        ratios.append(lookup_speed / plain)
+        print(f"| {name} | {plain:.0f} | {lookup_speed:.0f} | {lookup_speed / plain:.2f} |")
     print(f"| median of prompts | | | {statistics.median(ratios):.2f} |")
 
 

@@ -1,4 +1,4 @@
-"""What the project means to reach, as data, and what a run says about each."""
+"""Performance targets as data, and their evaluation on the results of a run."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Peers = tuple[str, ...]
 
 @dataclass(frozen=True)
 class Found:
-    """A figure, as text and number."""
+    """A figure as number and text."""
 
     value: float
     text: str
@@ -21,7 +21,7 @@ class Found:
 
 @dataclass(frozen=True)
 class Target:
-    """`measured` gives None where the run lacks what it needs; `least`: at least this much, else at most."""
+    """`measured` returns None if the run lacks its figures. `bound` is a lower one if `least`, else an upper one."""
 
     text: str
     measured: Callable[[Results], Found | None]
@@ -32,7 +32,7 @@ class Target:
 def ratio(
     model: str, form: str, measure: str, who: str, own: str = OURS
 ) -> Callable[[Results], Found | None]:
-    """Ours over a peer's, round by round; `own`: in which form."""
+    """monoblock's figure relative to a peer's, per round; `own`: the backend of monoblock."""
 
     def read(results: Results) -> Found | None:
         figure = results.figure(model, form, measure)
@@ -43,7 +43,7 @@ def ratio(
 
 
 def share(model: str, form: str) -> Callable[[Results], Found | None]:
-    """Part of the bandwidth while decoding one text."""
+    """Fraction of the bandwidth in decoding at batch size 1."""
 
     def read(results: Results) -> Found | None:
         figure = results.figure(model, form, "decode 1")
@@ -58,7 +58,7 @@ def share(model: str, form: str) -> Callable[[Results], Found | None]:
 def median(
     model: str, form: str, measure: str, unit: str, per: float = 1.0
 ) -> Callable[[Results], Found | None]:
-    """Our own figure, divided by `per`."""
+    """monoblock's figure divided by `per`."""
 
     def read(results: Results) -> Found | None:
         values = results.values(model, form, measure)
@@ -71,7 +71,7 @@ def median(
 
 
 def _load_wide(results: Results) -> Found | None:
-    """Loading in another type than the file's, beside what the memory for it takes alone."""
+    """Loading in another dtype than the file's, and the time of allocating its memory."""
     values, alone = (results.values("mistral-1b", "float32", "load", who) for who in (OURS, FRESH))
     if not values:
         return None
@@ -80,13 +80,13 @@ def _load_wide(results: Results) -> Found | None:
 
 
 def load_peak(model: str, form: str) -> Callable[[Results], Found | None]:
-    """Memory of loading over the size of the weights, all of them."""
+    """Peak memory while loading, relative to the size of all weights."""
 
     def read(results: Results) -> Found | None:
-        peaks, parts = results.values(model, form, "load peak"), results.data["blocks"].get(model)
-        if not peaks or not parts:
+        peaks, counts = results.values(model, form, "load peak"), results.data["blocks"].get(model)
+        if not peaks or not counts:
             return None
-        size = sum(parts.values()) * {"float32": 4, "bfloat16": 2}[form] / 1e6
+        size = sum(counts.values()) * {"float32": 4, "bfloat16": 2}[form] / 1e6
         found = spread([peak / size for peak in peaks])
         return Found(found.median, f"{found} x the weights")
 
@@ -94,7 +94,7 @@ def load_peak(model: str, form: str) -> Callable[[Results], Found | None]:
 
 
 def overhead(results: Results, who: str) -> tuple[float, float] | None:
-    """Seconds for a layer, and for a token besides its layers."""
+    """Seconds per layer, and per token in addition to its layers."""
     times = {}
     for name, layers in THIN.items():
         values = results.values(name, "float32", "decode 1", who)
@@ -118,11 +118,11 @@ def _overhead_at(layers: int) -> Callable[[Results], Found | None]:
 
 
 def _tokens(results: Results) -> Found | None:
-    """How far from a tie a native path parts from the plain one, in errors of the logits, at worst."""
+    """The largest margin at which the native path and PyTorch diverge, in units of the logits' error."""
     rows = [r for r in results.data.get("accuracy", []) if "as plain" in r and r["worst"]]
     if not rows:
         return None
-    far = max((max(r["parted at gaps"], default=0.0) / r["worst"] for r in rows), default=0.0)
+    far = max((max(r["margins at divergence"], default=0.0) / r["worst"] for r in rows), default=0.0)
     equal, all_ = sum(r["as plain"] for r in rows), sum(r["tokens in all"] for r in rows)
     return Found(
         far, f"{equal} of {all_} tokens before the first difference, where the gap is {far:.1f} errors"
@@ -219,13 +219,13 @@ TARGETS = (
     ),
     Target("... with a peak under 1.1 x the weights", load_peak("mistral-1b", "float32"), 1.1, least=False),
     Target("overhead of 22 layers: 0.06 ms per layer + 0.15 ms", _overhead_at(22), 1.0, least=False),
-    # Two paths that err by one error each can part where the gap is two of them.
-    Target("tokens as the plain path's, or a tie", _tokens, 2.0, least=False),
+    # Two paths with an error of one unit each can diverge at a margin of two.
+    Target("tokens equal to plain PyTorch, or a tie", _tokens, 2.0, least=False),
 )
 
 
 def table_of(results: Results, table: Callable[..., str]) -> str:
-    """Each target, what was measured, and whether it is reached."""
+    """Each target, the measured figure, and whether it is reached."""
     rows = []
     for target in TARGETS:
         found = target.measured(results)

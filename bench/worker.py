@@ -1,4 +1,4 @@
-"""One backend in a process of its own: a JSON object per line in, one per line out (see `answer`).
+"""Runs one backend in its own process: reads a JSON object per line and writes one per line (see `answer`).
 
 python worker.py NAME                            answer questions on standard input
 python worker.py NAME --prepare SOURCE TARGET FORM   write a model in the backend's own format
@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-# Backend: its module in backends/, and what its `Backend` is made with.
+# Backend -> its module in backends/, and the arguments of its `Backend`.
 MODULES: dict[str, tuple[str, tuple[str, ...]]] = {
     "monoblock": ("torch_models", ("monoblock",)),
     "monoblock, before": ("torch_models", ("monoblock",)),
@@ -28,33 +28,33 @@ MODULES: dict[str, tuple[str, tuple[str, ...]]] = {
 
 
 def memory(kind: str) -> int:
-    """Bytes of this process: VmRSS now, VmHWM at most since the start or the last `forget_peak`."""
+    """Memory of this process in bytes: VmRSS current, VmHWM peak since the start or the last `reset_peak`."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(kind):
             return int(line.split()[1]) * 1024
-    raise RuntimeError(f"the system tells no {kind}")
+    raise RuntimeError(f"the system does not report {kind}")
 
 
-def forget_peak() -> None:
-    """Begin to measure the peak anew."""
+def reset_peak() -> None:
+    """Resets the peak memory."""
     Path("/proc/self/clear_refs").write_text("5")
 
 
 def prompts_of(batch: int, length: int, vocab: int, seed: int) -> list[list[int]]:
-    """Random tokens, the same for all backends; 0, 1 and 2 have meanings."""
+    """Random tokens without the special ones (0, 1, 2), the same for all backends."""
     draw = random.Random(seed)
     return [[draw.randrange(3, vocab) for _ in range(length)] for _ in range(batch)]
 
 
 class Worker:
-    """Answers one question after the other; what a question may be is the list of its public methods."""
+    """Answers questions; each public method is one kind of question."""
 
     def __init__(self, name: str) -> None:
         module, arguments = MODULES[name]
         self.backend: Any = importlib.import_module(f"backends.{module}").Backend(*arguments)
 
     def start(self, architecture: str) -> dict[str, Any]:
-        """Import the libraries, and the model's class where they have one."""
+        """Imports the library, and the model's class if it has one."""
         begin = time.perf_counter()
         self.backend.start()
         if hasattr(self.backend, "import_class"):
@@ -62,8 +62,8 @@ class Worker:
         return {"import s": time.perf_counter() - begin}
 
     def load(self, folder: str, form: str) -> dict[str, Any]:
-        """Load, and make one token, which a model that loads lazily may need time for."""
-        forget_peak()
+        """Loads a model and generates one token, which completes lazy loading."""
+        reset_peak()
         idle, begin = memory("VmRSS"), time.perf_counter()
         self.backend.load(folder, form)
         loaded = time.perf_counter()
@@ -77,20 +77,20 @@ class Worker:
         }
 
     def generate(self, batch: int, length: int, vocab: int, new: int, seed: int) -> dict[str, Any]:
-        """Seconds of one call; MB that it needed beyond what the process held, and the tokens."""
+        """Seconds, additional memory in MB, and tokens of one call."""
         prompts = prompts_of(batch, length, vocab, seed)
-        forget_peak()
+        reset_peak()
         held, begin = memory("VmRSS"), time.perf_counter()
         tokens = self.backend.generate(prompts, new)
         seconds = time.perf_counter() - begin
         if any(len(one) != new for one in tokens):
-            raise RuntimeError(f"{new} tokens were asked for, {[len(one) for one in tokens]} came")
+            raise RuntimeError(f"expected {new} tokens, got {[len(one) for one in tokens]}")
         return {"seconds": seconds, "MB": (memory("VmHWM") - held) / 1e6, "tokens": tokens}
 
     def step_logits(
         self, batch: int, length: int, vocab: int, new: int, seed: int, file: str
     ) -> dict[str, Any]:
-        """New tokens, and in `file` (npy) the logits they were chosen from, if the backend shows them."""
+        """New tokens, and in `file` (npy) their logits if the backend returns them."""
         prompts = prompts_of(batch, length, vocab, seed)
         if not hasattr(self.backend, "step_logits"):
             return {"tokens": self.backend.generate(prompts, new), "file": None}
@@ -101,16 +101,16 @@ class Worker:
         return {"tokens": tokens, "file": file}
 
     def logits(self, sequences: list[list[int]], last: int, file: str) -> dict[str, Any]:
-        """In `file` (npy) the logits of the `last` tokens of each text, each from all before it."""
+        """Writes the logits of the `last` tokens of each sequence to `file` (npy)."""
         import numpy
 
         numpy.save(file, self.backend.logits(sequences)[:, -last - 1 : -1])
         return {"file": file}
 
     def train(self, batch: int, length: int, vocab: int, form: str, seed: int) -> dict[str, Any]:
-        """Seconds of one training step."""
+        """Seconds and MB of one training step."""
         tokens = prompts_of(batch, length, vocab, seed)
-        forget_peak()
+        reset_peak()
         begin = time.perf_counter()
         self.backend.train(tokens, form)
         return {"seconds": time.perf_counter() - begin, "MB": memory("VmHWM") / 1e6}
@@ -121,14 +121,14 @@ class Worker:
 
 
 def main() -> None:
-    """Serve until standard input ends."""
+    """Answers questions until standard input ends."""
     name, *rest = sys.argv[1:]
     if rest and rest[0] == "--prepare":
         module, _ = MODULES[name]
         importlib.import_module(f"backends.{module}").prepare(*rest[1:])
         return
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print goes to standard error
+    os.dup2(2, 1)  # output of libraries goes to stderr
     worker = Worker(name)
     for line in sys.stdin:
         print(json.dumps(worker.answer(json.loads(line))), file=answers, flush=True)

@@ -1,4 +1,4 @@
-"""Calls of every array operation that generation needs, on NumPy arrays: backends compare theirs."""
+"""Calls of every array operation of `generation`, with NumPy inputs, against which each backend is compared."""
 
 import numpy as np
 

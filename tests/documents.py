@@ -1,4 +1,4 @@
-"""The examples of README and docs: found in a document, and run as a reader would, in a new process."""
+"""The code blocks of README and docs: extraction, and execution in a new process."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ BLOCK = re.compile(r"^```(python|sh)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
 def blocks(document: Path, language: str) -> list[str]:
-    """The examples of a document in one language, in its order."""
+    """The code blocks of a document in one language, in order."""
     found = BLOCK.findall(document.read_text(encoding="utf-8"))
     return [code for kind, code in found if kind == language]
 
 
 def run(command: list[str], folder: Path) -> None:
-    """Run a command in a folder of its own, off the network; it must succeed."""
-    # Commands of the documents are those of this environment.
+    """Runs a command in a folder, offline; it must succeed."""
+    # `python` and `monoblock` are those of this environment.
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     env = os.environ | {"PATH": path, "HF_HUB_OFFLINE": "1"} | xla_test_flags.environment()
     result = subprocess.run(
@@ -33,7 +33,7 @@ def run(command: list[str], folder: Path) -> None:
 
 
 def run_python(folder: Path, *documents: Path) -> None:
-    """Run the documents' Python, one example after the other in one process."""
+    """Runs the Python blocks of the documents one after the other in one process."""
     run(
         [sys.executable, "-c", "\n".join(code for page in documents for code in blocks(page, "python"))],
         folder,

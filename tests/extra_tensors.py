@@ -1,4 +1,4 @@
-"""Checkpoints that hold more than their model: a value head of TRL, and layers beyond those of the config."""
+"""Checkpoints with more tensors than their model: a value head of TRL, and more layers than the config."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def with_value_head(folder: Path, target: Path) -> Path:
 
 
 def check_strict(cls: Any, folder: Path, tmp_path: Path, logs: Any) -> tuple[Any, Any]:
-    """Loads a GPT Neo's folder with a value head, and with a layer alone: refused, and with `strict=False` told of in
-    one warning and in the loading info. Returns both models."""
+    """Loads a GPT Neo checkpoint with a value head, and into a one-layer model: an error, or with `strict=False` one
+    warning and `unexpected_keys` in the loading info. Returns both models."""
     headed = with_value_head(folder, tmp_path / "headed")
     with pytest.raises(UnexpectedKeys, match=r"holds v_head.* \(and 1 more\), .*strict=False\) ignores"):
         cls.from_pretrained(headed)
@@ -48,7 +48,7 @@ def check_strict(cls: Any, folder: Path, tmp_path: Path, logs: Any) -> tuple[Any
     assert info["missing_keys"] == []
     assert sum(record.levelname == "WARNING" for record in logs.records) == 1
     assert short.config.num_layers == 1
-    with pytest.raises(ValueError, match="lacks"):  # what the model needs is needed all the same
+    with pytest.raises(ValueError, match="lacks"):  # missing tensors stay an error
         cls.from_pretrained(folder, strict=False, num_layers=4, attention_types=[[["global"], 4]])
     assert cls.from_pretrained(folder, output_loading_info=True)[1]["unexpected_keys"] == []
     return whole, short

@@ -1,4 +1,4 @@
-"""A model without weights: the next token's scores come from a table, so that every run can be written down."""
+"""A model without weights: the next token's scores come from a function, so that expected outputs are exact."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ LOW = -20.0
 
 
 class TableDecoder:
-    """Scores of the next token from a row's ids so far; keeps them as a cache would."""
+    """Scores of the next token from a row's ids so far, which it caches."""
 
     past_key_values = None
 
@@ -25,9 +25,9 @@ class TableDecoder:
 
     def prefill(self, ids_bn: np.ndarray, mask_bm: np.ndarray | None) -> np.ndarray:
         self.log.append(("prefill", ids_bn.tolist(), None if mask_bm is None else mask_bm.tolist()))
-        kept = np.ones_like(ids_bn) if mask_bm is None else mask_bm
+        mask = np.ones_like(ids_bn) if mask_bm is None else mask_bm
         self.rows = [
-            [int(t) for t, m in zip(i, k, strict=True) if m] for i, k in zip(ids_bn, kept, strict=True)
+            [int(t) for t, m in zip(i, k, strict=True) if m] for i, k in zip(ids_bn, mask, strict=True)
         ]
         return self._scores()
 
@@ -42,7 +42,7 @@ class TableDecoder:
         return np.stack([self.step(ids_bk[:, [k]]) for k in range(ids_bk.shape[1])], axis=1)
 
     def crop(self, length: int) -> None:
-        """Rows that are left-padded cannot be cropped here: their columns are not kept."""
+        """Left-padded rows cannot be cropped: their padding is not stored."""
         self.rows = [row[:length] for row in self.rows]
 
     def reorder(self, index_b: np.ndarray) -> None:
@@ -55,7 +55,7 @@ class TableDecoder:
 
 
 class TableModel:
-    """`loop.GenerativeModel` over a `TableDecoder`; `log` tells what the loop asked for."""
+    """`loop.GenerativeModel` over a `TableDecoder`; `log` records the decoder's calls."""
 
     ops = NumpyOps()
     unsupported: ClassVar[dict[str, Any]] = {}
@@ -84,7 +84,7 @@ def one_hot(token: int, vocab: int) -> np.ndarray:
 
 
 def counting(vocab: int = 100) -> TableModel:
-    """Always continues with the next number."""
+    """The next token is always the last one plus 1."""
     return TableModel(lambda ids: one_hot((ids[-1] + 1) % vocab, vocab))
 
 

@@ -1,4 +1,4 @@
-"""Tiny models of every class in PyTorch and Flax, of two layers and with the same weights."""
+"""Two-layer models of every class in PyTorch and Flax with the same weights."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CLASSES = tuple(name for model_type in FAMILIES for name in class_names(model_ty
 
 
 def config_of(name: str, **more: Any) -> Any:
-    """A tiny config for a class, with a value of its own in each field."""
+    """A tiny config for a class, with a non-default value in each field."""
     if name.startswith("Mpt"):
         return helpers.config(num_labels=LABELS, **more)
     kind = tiny_families.CLASSES[name]
@@ -42,7 +42,7 @@ def flax_model(name: str) -> Any:
 
 
 def ids_of(rows: int = 2, tokens: int = 7, seed: int = 0) -> np.ndarray:
-    """Random ids beyond the special ones."""
+    """Random ids without the special tokens."""
     return np.random.default_rng(seed).integers(10, tiny_families.VOCAB, (rows, tokens))
 
 

@@ -1,8 +1,9 @@
-"""Run as two processes with two devices each: what a mesh across them computes and saves, for the test beside it.
+"""Multi-process JAX: a mesh over two processes with two devices each, for tests/flax/test_flax_processes.py.
 
     python flax_multiprocess.py NUMBER PORT FOLDER SECONDS
 
-FOLDER/start is a checkpoint. Each process writes FOLDER/NUMBER.npz, and ends after SECONDS whatever it waits for.
+NUMBER is the process (0 or 1), FOLDER/start a checkpoint. Each process writes FOLDER/NUMBER.npz and exits after at most
+SECONDS.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ SAMPLED = GREEDY | {"do_sample": True, "seed": 7}
 
 
 def step(model: Any) -> Any:
-    """A step of training, compiled: loss, parameters and the optimizer's state after it."""
+    """A jitted training step: loss, updated parameters and optimizer state."""
 
     def run(params: Any, state: Any, inputs: Any) -> Any:
         def loss(params: Any) -> Any:
@@ -52,10 +53,10 @@ def step(model: Any) -> Any:
     return jax.jit(run)
 
 
-def mesh(crossing: str, kind: Any = AxisType.Auto) -> Mesh:
-    """2 x 2 devices; that axis goes from one process to the other."""
-    devices = np.array(jax.devices()).reshape(2, 2)  # a process in each row
-    return Mesh(devices if crossing == "data" else devices.T, ("data", "tensor"), axis_types=(kind,) * 2)
+def mesh(across: str, kind: Any = AxisType.Auto) -> Mesh:
+    """A 2 x 2 mesh whose axis `across` spans both processes."""
+    devices = np.array(jax.devices()).reshape(2, 2)  # one process per row
+    return Mesh(devices if across == "data" else devices.T, ("data", "tensor"), axis_types=(kind,) * 2)
 
 
 def gathered(tree: Any) -> dict[str, Any]:
@@ -65,11 +66,13 @@ def gathered(tree: Any) -> dict[str, Any]:
 def main(number: int, port: str, folder: Path) -> None:
     jax.distributed.initialize(f"127.0.0.1:{port}", 2, number, initialization_timeout=60)
     found: dict[str, Any] = {}
-    across = mesh("tensor")
-    model, params = FlaxAutoModelForCausalLM.from_pretrained(folder / "start", mesh=across, _do_init=False)
+    tensor_mesh = mesh("tensor")
+    model, params = FlaxAutoModelForCausalLM.from_pretrained(
+        folder / "start", mesh=tensor_mesh, _do_init=False
+    )
     for path, leaf in flat(params).items():
         found["held/" + "/".join(path)] = [shard.data.shape for shard in leaf.addressable_shards]
-    inputs = model.shard_batch(batch(), across)
+    inputs = model.shard_batch(batch(), tensor_mesh)
     found["logits"] = on_host(model(**inputs, params=params).logits)
     found["loss"], params, state = step(model)(params, OPTIMIZER.init(params), inputs)
     found |= {f"params/{name}": x for name, x in gathered(params).items()}
@@ -84,25 +87,27 @@ def main(number: int, port: str, folder: Path) -> None:
         model.save_pretrained(folder / "failed", params=params, max_shard_size="large")
     except (CheckpointError, ValueError) as error:
         found["failed"] = f"{type(error).__name__}: {error}"
-    near = Mesh(np.array(jax.devices()[:2]).reshape(1, 2), ("data", "tensor"))  # process 0's
+    local = Mesh(np.array(jax.devices()[:2]).reshape(1, 2), ("data", "tensor"))  # of process 0
     try:
-        model.save_pretrained(folder / "near", params=model.shard_params(near, model.params_from_hub(whole)))
+        model.save_pretrained(
+            folder / "local", params=model.shard_params(local, model.params_from_hub(whole))
+        )
     except ValueError as error:
-        found["near"] = str(error)
-    # The same axes the other way round, of explicit types: what was saved comes back onto them.
+        found["local"] = str(error)
+    # Checkpoints are restored onto the same mesh, and onto the transposed one with explicit axes.
     other = mesh("data", AxisType.Explicit)
     with ocp.StandardCheckpointer() as states:
         states.save(folder / "states", params)
         states.wait_until_finished()
-        for name, place in (("same", across), ("other", other)):
+        for name, target in (("same", tensor_mesh), ("other", other)):
             shapes = jax.tree.map(
                 lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding),
                 model.params_shape_tree,
-                model.param_shardings(place),
+                model.param_shardings(target),
             )
-            again = states.restore(folder / "states", shapes)
-            found |= {f"{name}/{path}": x for path, x in gathered(again).items()}
-    found["after"] = on_host(model(**model.shard_batch(batch(), other), params=again).logits)
+            restored = states.restore(folder / "states", shapes)
+            found |= {f"{name}/{path}": x for path, x in gathered(restored).items()}
+    found["after"] = on_host(model(**model.shard_batch(batch(), other), params=restored).logits)
     np.savez(folder / f"{number}.npz", **found)
     jax.distributed.shutdown()
 

@@ -1,4 +1,4 @@
-"""JAX models with the weights of a PyTorch one, without any file: the bare Linen network and its parameters."""
+"""Linen networks with the weights of PyTorch models, converted in memory."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from monoblock.backends.xla.inputs import DEFAULT_OPTIONS, ForwardOptions
 
 
 def canonical_of(tree: Mapping[str, Any], model: Any) -> dict[str, np.ndarray]:
-    """A tree of arrays like a Flax model's parameters (gradients, say) by canonical name, laid as PyTorch has them."""
+    """A tree of arrays (parameters, gradients) by canonical name, in PyTorch's layout."""
     found, leaves = {}, loading.flat(tree)
     for canonical, group in model.groups.items():
         found[canonical] = np.empty(model.canonical_shapes()[canonical], np.float32)
         for view, leaf in zip(group.op.views(found[canonical]), group.leaves, strict=True):
-            view[...] = leaf.of_hub(np.asarray(leaves[leaf.path])).reshape(view.shape)
+            view[...] = leaf.convert(np.asarray(leaves[leaf.path])).reshape(view.shape)
     return found
 
 
@@ -31,7 +31,7 @@ def network_of(module: Any) -> tuple[Network, dict[str, Any]]:
     layout, leaves = module.family.layout(module.config, module.row), {}
     for group in loading.groups(module.keymap(), module.shapes(), layout).values():
         for leaf in group.leaves:
-            leaves[leaf.path] = jnp.asarray(leaf.of_hub(module.get_parameter(leaf.name).detach().numpy()))
+            leaves[leaf.path] = jnp.asarray(leaf.convert(module.get_parameter(leaf.name).detach().numpy()))
     return Network(layout, module.spec, module.head_spec), loading.nested(leaves)
 
 
@@ -39,7 +39,7 @@ def network_of(module: Any) -> tuple[Network, dict[str, Any]]:
 def run(
     network: Network, params: Any, given: Any, cache: Any = None, options: ForwardOptions = DEFAULT_OPTIONS
 ) -> Any:
-    """The network, compiled."""
+    """`Network.run` under `jax.jit`."""
     return network.apply({"params": params}, given, cache, options, method="run")
 
 

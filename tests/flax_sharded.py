@@ -1,7 +1,7 @@
-"""Run in a process of its own, which has eight devices, beside what one device computes. Prints JSON.
+"""Sharded JAX models on eight devices, compared with one device. Runs in its own process and prints JSON.
 
-python flax_sharded.py families    each family on a 2 x 4 mesh, whose axes are explicit
-python flax_sharded.py meshes      meshes of other kinds
+python flax_sharded.py families          each family on a 2 x 4 mesh with explicit axes
+python flax_sharded.py meshes FOLDER     other meshes; FOLDER is for a checkpoint
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from flax_tiny import MODELS, batch, tiny
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXES = ("data", "tensor")
-GENERATED = ("FlaxOpenAIGPTLMHeadModel",)  # every further one costs 4 s
+GENERATED = ("FlaxOpenAIGPTLMHeadModel",)  # 4 s for each class
 
 
 def largest(ours: Any, theirs: Any) -> float:
@@ -32,18 +32,18 @@ def largest(ours: Any, theirs: Any) -> float:
     return max(float(np.abs(np.asarray(a) - np.asarray(b)).max()) for a, b in pairs)
 
 
-def losses(model: Any, places: Any = None) -> Any:
-    """Logits and gradients, which are to lie at these places, compiled; the labels are the ids."""
+def loss_and_gradients(model: Any, shardings: Any = None) -> Any:
+    """A jitted function that returns ((loss, logits), gradients), the gradients with these shardings."""
 
     def loss(params: Any, inputs: Any) -> Any:
         out = model(**inputs, params=params)
         return model.compute_loss(out, labels=inputs["input_ids"]), out.logits
 
-    return jax.jit(jax.value_and_grad(loss, has_aux=True), out_shardings=(None, places))
+    return jax.jit(jax.value_and_grad(loss, has_aux=True), out_shardings=(None, shardings))
 
 
 def shapes(tree: Any) -> dict[str, tuple[list[int], list[int]]]:
-    """Leaf -> its shape, and that of what lies on one device."""
+    """Leaf -> its shape, and that of its shard on one device."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {
         jax.tree_util.keystr(path, simple=True, separator="."): (
@@ -57,9 +57,9 @@ def shapes(tree: Any) -> dict[str, tuple[list[int], list[int]]]:
 def compared(name: str) -> dict[str, Any]:
     model, mesh = tiny(name, shallow=True), jax.make_mesh((2, 4), AXES, axis_types=(AxisType.Explicit,) * 2)
     inputs = batch(padded=name != "FlaxFuyuForCausalLM")
-    params, step = model.params, losses(model)
+    params, step = model.params, loss_and_gradients(model)
     (_, logits), gradients = step(params, inputs)
-    step = losses(model, model.param_shardings(mesh))
+    step = loss_and_gradients(model, model.param_shardings(mesh))
     sharded, rows = model.shard_params(mesh), model.shard_batch(inputs, mesh)
     (_, ours), split = step(sharded, rows)
     found = {
@@ -78,7 +78,7 @@ def compared(name: str) -> dict[str, Any]:
 
 
 def mapped() -> dict[str, float]:
-    """`shard_map` over the data: each device has its own rows, all parameters, and a mean of the gradients."""
+    """`shard_map` over the data axis: rows are sharded, parameters replicated, gradients averaged."""
     model, mesh = tiny("FlaxMistralForCausalLM"), Mesh(np.array(jax.devices()[:4]), ("data",))
     inputs = batch(padded=False)
 
@@ -89,7 +89,7 @@ def mapped() -> dict[str, float]:
         found = jax.value_and_grad(loss)(params, inputs)
         return jax.lax.pmean(found, "data")
 
-    # With check_vma, gradients of parameters that all devices share come summed already.
+    # With check_vma, gradients of replicated parameters are summed already.
     split = jax.shard_map(
         step,
         mesh=mesh,
@@ -103,7 +103,7 @@ def mapped() -> dict[str, float]:
 
 
 def fully_sharded(name: str, kind: AxisType) -> dict[str, Any]:
-    """A step of training on 2 x 2 x 2 devices whose parameters lie along the width of the model, too."""
+    """A training step on 2 x 2 x 2 devices with parameters sharded by FSDP in addition to tensor parallelism."""
     model, inputs = tiny(name, shallow=True), batch()
     optimizer = optax.sgd(0.1, momentum=0.9)
 
@@ -120,21 +120,21 @@ def fully_sharded(name: str, kind: AxisType) -> dict[str, Any]:
     logits, _, after, state = step(model.params, optimizer.init(model.params), inputs)
     mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(kind,) * 3)
     params = model.shard_params(mesh, fsdp_axis="fsdp")
-    begun = optimizer.init(params)
+    initial = optimizer.init(params)
     rows = model.shard_batch(inputs, mesh, fsdp_axis="fsdp")
-    ours, hidden, moved_params, moved = step(params, begun, rows)
+    ours, hidden, new_params, new_state = step(params, initial, rows)
     return {
         "logits": largest(ours, logits),
-        "gradients": largest(moved[0].trace, state[0].trace),
-        "parameters": largest(moved_params, after),
+        "gradients": largest(new_state[0].trace, state[0].trace),
+        "parameters": largest(new_params, after),
         "shapes": shapes(params),
-        "first_moments": shapes(begun[0].trace),
+        "first_moments": shapes(initial[0].trace),
         "hidden": list(hidden.addressable_shards[0].data.shape),
     }
 
 
-def several_names() -> dict[str, Any]:
-    """The rows over two axes of a mesh, and the parameters over two axes of another one."""
+def several_axes() -> dict[str, Any]:
+    """Rows sharded over two mesh axes, and parameters over two axes of another mesh."""
     model, inputs = tiny("FlaxMistralForCausalLM", shallow=True), batch()
     expected = model(**inputs).logits
     kinds = (AxisType.Auto,) * 3
@@ -151,8 +151,8 @@ def several_names() -> dict[str, Any]:
     }
 
 
-def in_a_context() -> dict[str, Any]:
-    """Explicit axes of the context's mesh: plain calls, `jit`, `grad`, generation, and a decoding loop of one's own."""
+def context_mesh() -> dict[str, Any]:
+    """Explicit axes of the context's mesh: eager calls, `jit`, `grad`, generation, and a manual decoding loop."""
     model, inputs = tiny("FlaxMistralForCausalLM", shallow=True), batch()
     greedy: Any = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
     params = model.params
@@ -187,8 +187,8 @@ def in_a_context() -> dict[str, Any]:
         }
 
 
-class Recorded:
-    """An array on the host that notes what is read of it."""
+class ReadLog:
+    """An array on the host that records the sizes of its slices that are read."""
 
     def __init__(self, x: np.ndarray) -> None:
         self.x, self.shape, self.dtype, self.read = x, x.shape, x.dtype, []
@@ -199,22 +199,22 @@ class Recorded:
 
 
 def loaded(folder: str) -> dict[str, Any]:
-    """A checkpoint onto a mesh, part after part."""
+    """Loads a checkpoint onto a mesh, shard by shard."""
     from monoblock.backends.flax.placement import from_host
 
     model = tiny("FlaxGPTNeoForCausalLM", shallow=True)
     model.save_pretrained(folder)
     mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"))
     again = type(model).from_pretrained(folder, mesh=mesh, fsdp_axis="fsdp")
-    places = model.param_shardings(mesh, fsdp_axis="fsdp")
-    right = jax.tree.map(lambda x, place: x.sharding == place, again.params, places)
-    array = Recorded(np.arange(64.0).reshape(8, 8))
+    shardings = model.param_shardings(mesh, fsdp_axis="fsdp")
+    placed = jax.tree.map(lambda x, sharding: x.sharding == sharding, again.params, shardings)
+    array = ReadLog(np.arange(64.0).reshape(8, 8))
     from_host(array, NamedSharding(mesh, PartitionSpec("fsdp", "tensor")))
     headed = tiny("FlaxGPTNeoForSequenceClassification", shallow=True, num_labels=4)
     head = type(headed).from_pretrained(folder, mesh=mesh, tensor_axis=None, num_labels=4).params["score"]
     return {
         "equal": largest(again.params, model.params) == 0,
-        "placed": all(jax.tree.leaves(right)),
+        "placed": all(jax.tree.leaves(placed)),
         "read": array.read,
         "head": head["kernel"].sharding.device_set == set(mesh.devices.flat),
     }
@@ -227,8 +227,8 @@ def meshes(folder: str) -> dict[str, Any]:
         "FlaxGPTNeoForCausalLM": AxisType.Auto,
     }
     return {name: fully_sharded(name, kind) for name, kind in kinds.items()} | {
-        "several": several_names(),
-        "context": in_a_context(),
+        "several": several_axes(),
+        "context": context_mesh(),
         "loaded": loaded(folder),
     }
 

@@ -1,4 +1,4 @@
-"""Tiny JAX models of every family, with sizes that four devices divide, and inputs for them; no other framework."""
+"""Tiny JAX models of every family, with sizes divisible by four devices, and inputs. Imports no other framework."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 from monoblock.backends.flax.classes import make_class
 
 VOCAB, PAD, PATCH = 64, 3, 7
-LENGTHS = (14, 9, 14, 5)  # of a batch's texts, which go beyond the windows
+LENGTHS = (14, 9, 14, 5)  # tokens of the rows of a batch; longer than the windows
 
 _MPT = {"d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 32, "expansion_ratio": 2, "no_bias": False}
 _MISTRAL = {
@@ -47,7 +47,7 @@ _MPNET = {
     "max_position_embeddings": 34,
 }
 
-# One class for each family; the fields of its tiny config.
+# One class for each family -> the fields of its tiny config.
 MODELS: dict[str, dict[str, Any]] = {
     "FlaxMptForCausalLM": _MPT,
     "FlaxMistralForCausalLM": _MISTRAL,
@@ -56,7 +56,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "FlaxGPTNeoForCausalLM": _GPT_NEO,
     "FlaxMPNetForMaskedLM": _MPNET,
 }
-# The same with one layer, which compiles in half the time.
+# One layer: compiles in half the time.
 _SHALLOW: dict[str, dict[str, Any]] = {
     "mpt": {"n_layers": 1},
     "openai-gpt": {"n_layer": 1},
@@ -78,7 +78,7 @@ def tiny(name: str, seed: int = 0, *, shallow: bool = False, **fields: Any) -> A
 
 
 def randomised(model: Any, seed: int = 0, std: float = 0.2) -> Any:
-    """A tree for the model: every leaf from a normal distribution, the factors of norms around 1."""
+    """Random parameters for the model: leaves from a normal distribution, the scales of norms around 1."""
     generator = np.random.default_rng(seed)
 
     def draw(path: Any, leaf: Any) -> Any:
@@ -89,7 +89,7 @@ def randomised(model: Any, seed: int = 0, std: float = 0.2) -> Any:
 
 
 def batch(padded: bool = True, seed: int = 1) -> dict[str, np.ndarray]:
-    """Ids and mask (4, 14), padded on the left."""
+    """Ids and mask (4, 14), left-padded."""
     generator = np.random.default_rng(seed)
     ids = generator.integers(10, VOCAB, (len(LENGTHS), max(LENGTHS)), np.int32)
     if not padded:

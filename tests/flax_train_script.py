@@ -1,9 +1,9 @@
-"""Run in a process of its own, which has two devices: a language model trained as scripts for transformers 4's Flax
-classes did it.
+"""Causal language model training in the style of the example scripts for transformers 4's Flax classes, on two devices.
 
-Names and order are those scripts' (an own TrainState with a dropout key, a decay mask by the names of leaves, `pmap`
-over replicated states, metrics by `pmean`, a checkpoint of the first replica); the argument is where it is saved.
-Prints JSON.
+Follows those scripts: a TrainState with a dropout key, a weight decay mask by parameter name, `pmap` over replicated
+states, metrics by `pmean`, a checkpoint of the first replica. Runs in its own process:
+
+    python flax_train_script.py FOLDER      saves into FOLDER and prints JSON
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class TrainState(train_state.TrainState):
 
 
 def decay_mask_fn(params: Any) -> Any:
-    """Neither biases decay nor what has the name of a norm above it."""
+    """False for biases and for the parameters of norms."""
     flat = traverse_util.flatten_dict(params)
     norms = {
         path[-2:]
@@ -120,9 +120,10 @@ def trained(kind: str, folder: str) -> dict[str, Any]:
     whole = loss_fn(again(ids).logits, ids)
     equal = jax.tree.map(lambda a, b: bool((np.asarray(a) == np.asarray(b)).all()), replicas[0], again.params)
     same = jax.tree.map(lambda a, b: bool((a == b).all()), *replicas)
+    decays = traverse_util.flatten_dict(mask)
     return {
-        "decayed": sorted({p[-1] for p, kept in traverse_util.flatten_dict(mask).items() if kept}),
-        "kept": sorted({"/".join(p[-2:]) for p, k in traverse_util.flatten_dict(mask).items() if not k}),
+        "decayed": sorted({path[-1] for path, value in decays.items() if value}),
+        "not decayed": sorted({"/".join(path[-2:]) for path, value in decays.items() if not value}),
         "losses": losses,
         "eval": float(final["loss"]),
         "saved": float(whole),

@@ -22,7 +22,7 @@ WORDS = (
     "▁cat",
     "▁dog",
 )
-NUMBERS = 1100  # halved coordinates of an image of 1080 x 1920 go up to 960
+NUMBERS = 1100  # halved coordinates of a 1080 x 1920 image reach 960
 
 
 def backend() -> Tokenizer:

@@ -36,7 +36,7 @@ KIND = dict(zip(CLASSES, (None, "causal", "sequence", "token", "span"), strict=T
 PAD = 3
 PADDINGS = ("none", "left", "right")
 
-# Odd sizes throughout: 6 heads of 6, a vocabulary that is no round number, a length beyond the default of nothing.
+# Sizes that are no powers of two: 6 heads of 6 channels, a vocabulary of 89.
 SIZES: dict[str, Any] = {"d_model": 36, "n_heads": 6, "n_layers": 2, "vocab_size": 89, "max_seq_len": 48}
 
 
@@ -73,7 +73,7 @@ def batch(
     low: int = PAD + 1,
     pad: int = PAD,
 ) -> Any:
-    """Ids and mask (batch, tokens) of texts of unequal lengths; "none": equal lengths and no mask."""
+    """Ids and mask (batch, tokens) of sequences of unequal lengths; "none": equal lengths and no mask."""
     generator = torch.Generator().manual_seed(seed)
     longest = max(lengths)
     ids = torch.randint(low, vocab, (len(lengths), longest), generator=generator)
@@ -87,13 +87,12 @@ def batch(
 
 
 def parameters(module: Any) -> dict[str, np.ndarray]:
-    """The canonical parameters as NumPy float64, tied ones once."""
+    """The canonical parameters as NumPy float64; tied ones appear once."""
     return {name: tensor.double().numpy() for name, tensor in canonical(module).items()}
 
 
 def canonical(module: Any, gradients: bool = False) -> dict[str, torch.Tensor]:
-    """A PyTorch model's parameters (or their gradients, where there are any) as the canonical tensors of all
-    frameworks."""
+    """The parameters of a PyTorch model, or the gradients that are not None, by canonical name in canonical shape."""
     found: dict[str, torch.Tensor] = {}
     shapes = module.shapes()
     for name, source in module.sources().items():
@@ -121,7 +120,7 @@ def expected_logits(module: Any, run: oracle.Run) -> np.ndarray:
 
 
 class SpecConfig(MptConfig):
-    """A config that stands for a spec of any family: tests of the block need no family for that."""
+    """A config that holds an arbitrary spec, so that tests of the block need no family."""
 
     def to_spec(self) -> ArchSpec:
         return self.__dict__["spec"].validate()
@@ -173,7 +172,7 @@ class SpecForCausalLM(monoblock.MptForCausalLM):
 
 
 def from_spec(spec: ArchSpec, seed: int = 0) -> Any:
-    """A causal model of that spec, whatever it describes."""
+    """A causal model of an arbitrary spec."""
     made = SpecConfig.__new__(SpecConfig)
     made.__dict__["spec"] = spec
     SpecConfig.__init__(made, vocab_size=spec.vocab, pad_token_id=PAD)
@@ -182,7 +181,7 @@ def from_spec(spec: ArchSpec, seed: int = 0) -> Any:
 
 @functools.cache
 def has_compiler() -> bool:
-    """Whether torch.compile can make C++ code here."""
+    """Whether there is a C++ compiler for torch.compile."""
     import shutil
 
     return any(shutil.which(name) for name in ("g++", "clang++", "c++"))
@@ -191,13 +190,13 @@ def has_compiler() -> bool:
 def chunks(
     module: Any, ids: torch.Tensor, mask: Any, sizes: tuple[int, ...], past: Any = None, **given: Any
 ) -> Any:
-    """Logits (or last hidden states) of a text given piece by piece, each piece with the cache of the last."""
+    """Logits (or last hidden states) of sequences processed in chunks of these sizes, with a KV cache."""
     start, outs = 0, []
     for size in sizes:
         stop = start + size
-        seen = None if mask is None else mask[:, :stop]
+        visible = None if mask is None else mask[:, :stop]
         more = {k: v[:, :stop] if k == "sequence_id" else v for k, v in given.items()}
-        out = module(ids[:, start:stop], attention_mask=seen, past_key_values=past, use_cache=True, **more)
+        out = module(ids[:, start:stop], attention_mask=visible, past_key_values=past, use_cache=True, **more)
         past = out.past_key_values
         outs.append(out[0])
         start = stop
@@ -206,7 +205,7 @@ def chunks(
 
 
 def one_by_one(count: int, prefill: int) -> tuple[int, ...]:
-    """Sizes of pieces: `prefill` tokens at once, the others one after the other."""
+    """Chunk sizes: `prefill` tokens, then one token at a time."""
     return (prefill, *[1] * (count - prefill))
 
 
@@ -214,6 +213,6 @@ Check = Callable[..., None]
 
 
 def same(a: Any, b: Any) -> bool:
-    """Whether two models hold the same names and bits."""
+    """Whether two models have the same parameter names and bitwise equal values."""
     one, two = a.state_dict(), b.state_dict()
     return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)

@@ -1,4 +1,4 @@
-"""Saves of a framework's models, tokenizers and configs into one folder, cut off anywhere: old or new, whole."""
+"""Interrupted saves of models, tokenizers and configs in any framework leave either the old files or the new ones."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ LAYOUTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 
 def config(tag: int) -> Any:
-    """A tag that is in config.json and generation_config.json."""
+    """A config whose tag is in config.json and generation_config.json."""
     return monoblock.MptConfig(**CONFIG, eos_token_id=tag)
 
 
 def tags(model: Any, tensors: dict[str, Any]) -> set[int]:
-    """Of which saves a loaded model is."""
+    """The tags of the saves that a loaded model's config and tensors come from."""
     found = {model.config.eos_token_id, model.generation_config.eos_token_id}
     for tensor in tensors.values():
         found |= {*np.unique(np.asarray(tensor() if callable(tensor) else tensor)).tolist()}
@@ -37,7 +37,7 @@ def tags(model: Any, tensors: dict[str, Any]) -> set[int]:
 
 
 def save_companions(folder: Path, tag: int) -> None:
-    """What belongs to a model, one after the other: a tokenizer, a generation config, an image processor."""
+    """Saves a tokenizer, a generation config and an image processor, one after the other."""
     backend = word_piece("a", "b")
     tokenizer = monoblock.PreTrainedTokenizerFast(tokenizer_object=backend, model_max_length=tag)
     tokenizer.chat_template = {"default": str(tag), "tools": str(tag)}
@@ -47,7 +47,7 @@ def save_companions(folder: Path, tag: int) -> None:
 
 
 def companion_tags(folder: Path) -> list[int]:
-    """The tags of what `save_companions` wrote, of those that were written in the order of saving."""
+    """The tags of the files of `save_companions`, in the order of saving."""
     tokenizer = monoblock.AutoTokenizer.from_pretrained(folder)
     assert tokenizer.chat_template == {
         "default": str(tokenizer.model_max_length),
@@ -59,7 +59,7 @@ def companion_tags(folder: Path) -> list[int]:
 
 
 def check_companions(folder: Path, points: int) -> None:
-    """Each of these saves is whole, and a later one has not begun before an earlier one was done."""
+    """Each save is atomic, and none begins before the previous one is complete."""
 
     def prepare() -> None:
         shutil.rmtree(folder, ignore_errors=True)
@@ -82,7 +82,7 @@ def check(
     layout: str,
     points: int,
 ) -> None:
-    """`save(tag, keywords)` into the folder; `read` gives the tags that it has after."""
+    """Interrupts `save(tag, keywords)` at several operations; `read` returns the tags in the folder afterwards."""
     before, after = LAYOUTS[layout]
 
     def prepare() -> None:
@@ -92,15 +92,15 @@ def check(
 
     prepare()
     count = len(kill_points.operations(lambda: save(2, after)))
-    seen: set[int] = set()
+    outcomes: set[int] = set()
     for at in kill_points.spread(count, points):
         prepare()
         assert kill_points.interrupted(lambda: save(2, after), at) == (at < count)
         found = read()
         assert found in ({1}, {2}), f"mixed after {at} of {count} operations: {found}"
         assert (folder / "README.md").read_text() == "mine"
-        seen |= found
-    assert seen == {1, 2}
+        outcomes |= found
+    assert outcomes == {1, 2}
 
 
 LAYOUT = pytest.mark.parametrize("layout", LAYOUTS)

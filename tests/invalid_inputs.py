@@ -1,4 +1,4 @@
-"""Calls whose values are wrong in every framework, and the sentence that each is told."""
+"""Invalid arguments of calls, and the error message of each, the same in every framework."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ def _all(value: Any) -> np.ndarray:
 
 
 _POSITIONS = r"position_ids must be 0 to 63, the rows of the position table, got -1"
-# case -> class, arguments beside the ids, and what is said.
+# case -> class, arguments in addition to the ids, error message.
 INVALID: dict[str, tuple[str, dict[str, Any], str]] = {
     "mask of NaN": (
         "GPTNeoForCausalLM",
         {"attention_mask": _all(NAN)},
         "attention_mask .* must be 1 .*and 0 .*got NaN",
     ),
-    "mask that is added": (
+    "additive mask": (
         "MptForCausalLM",
         {"attention_mask": _all(-np.inf)},
         "attention_mask .* must be 1 .*got -inf",
@@ -73,12 +73,12 @@ INVALID: dict[str, tuple[str, dict[str, Any], str]] = {
         {"labels": np.array([0, 1, 2])},
         r"labels must be \(2,\), one class each, got \(3,\)",
     ),
-    "whole numbers for several labels": (
+    "integer multi-label targets": (
         "GPTNeoForSequenceClassification",
         {"labels": np.ones((2, LABELS), np.int64)},
         r"labels \(2, 4\) hold one number per class.*problem_type='multi_label_classification', or give floating",
     ),
-    "numbers for other labels": (
+    "multi-label targets of another shape": (
         "MptForSequenceClassification",
         {"labels": np.ones((2, LABELS - 1), np.float32)},
         r"labels of a multi_label_classification must be \(2, 4\), one number per class, got \(2, 3\)",
@@ -94,7 +94,7 @@ INVALID: dict[str, tuple[str, dict[str, Any], str]] = {
         "end_positions must be integers, positions of tokens",
     ),
     "choice": ("MPNetForMultipleChoice", {"labels": np.array([2])}, "labels must be 0 to 1 .*from 2 to 2"),
-    "second head's place": (
+    "second head's position": (
         "OpenAIGPTDoubleHeadsModel",
         {"mc_token_ids": np.array([[7, 8]])},
         "mc_token_ids must be 0 to 7, positions of the 8 tokens, got",
@@ -117,18 +117,18 @@ VALID = {
 
 
 def arguments(case: str) -> tuple[str, dict[str, Any]]:
-    """A case's class, and all its arguments."""
+    """The class and all arguments of a case."""
     name, given, _ = INVALID[case]
     return name, {"input_ids": CHOICES if "Double" in name or "Choice" in name else IDS, **given}
 
 
-# What `generate` of a GPT Neo of 64 learned positions refuses: its arguments beside the prompts, and what is said.
+# Arguments that `generate` of a GPT Neo with 64 learned positions refuses, and the error message.
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "more tokens than positions": (
         {"max_new_tokens": 58},
         "58 new tokens do not fit: the model has 64 learned positions and the prompt takes 8 of them, so that",
     ),
-    "a longer text than positions": ({"max_length": 66}, "58 new tokens do not fit"),
+    "max_length beyond the positions": ({"max_length": 66}, "58 new tokens do not fit"),
     "a pad token": (
         {"pad_token_id": 500, "eos_token_id": 5},
         "filled with the token 500, but .* ids 0 to 88",
@@ -149,8 +149,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"input_ids": None, "inputs_embeds": np.zeros((2, 8), np.float32)},
         r"inputs_embeds must be \(rows, positions, width\), none of them 0, got \(2, 8\)",
     ),
-    "beams beyond all bounds": ({"num_beams": 10**7}, "20000000 rows, more than the 65536 of a call"),
-    "tokens beyond all bounds": (
+    "too many beams": ({"num_beams": 10**7}, "20000000 rows, more than the 65536 of a call"),
+    "too many tokens": (
         {"max_new_tokens": 10**12},
         "max_new_tokens=1000000000000: expected .* at most 2147",
     ),
@@ -163,7 +163,7 @@ EXTREME_SEEDS = (-1, 2**63, 2**64 - 1)
 
 
 def refused(case: str) -> dict[str, Any]:
-    """All arguments of a call of `generate` that is refused."""
+    """All arguments of the `generate` call of a case."""
     given = {"input_ids": IDS, "max_new_tokens": 3, **REFUSED[case][0]}
     if "max_length" in given:
         del given["max_new_tokens"]

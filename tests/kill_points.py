@@ -1,7 +1,7 @@
-"""A process that is killed at a file operation of its choice, and what a save must have left then.
+"""Crash injection: kills a save before its n-th file operation.
 
-`killed` forks a process that is killed by SIGKILL before its n-th operation. `interrupted` does the same without a new
-process, for frameworks that do not survive a fork: from the n-th operation on none is done, and `Killed` is raised.
+`killed` forks a process that is killed by SIGKILL before its n-th operation. `interrupted` needs no new process, for
+frameworks that do not survive a fork: the n-th operation and all later ones raise `Killed`.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _installed: list[bool] = []
 
 
 class Killed(BaseException):
-    """The process ends here."""
+    """Stands for SIGKILL within the process."""
 
 
 def _audit(event: str, arguments: tuple[Any, ...]) -> None:
@@ -60,10 +60,10 @@ def _before(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @contextmanager
-def watched(act: Act) -> Generator[None, None, None]:
-    """`act` is called before each operation that changes files or waits for the disk."""
+def intercepted(act: Act) -> Generator[None, None, None]:
+    """Calls `act` before each operation that changes files or syncs them to disk."""
     if not _installed:
-        sys.addaudithook(_audit)  # for good: Python cannot remove one
+        sys.addaudithook(_audit)  # audit hooks cannot be removed
         _installed.append(True)
     with (
         mock.patch.object(os, "fsync", _before("fsync", os.fsync)),
@@ -78,24 +78,24 @@ def watched(act: Act) -> Generator[None, None, None]:
 
 
 def operations(do: Callable[[], object]) -> list[str]:
-    """The operations of a call."""
+    """The names of a call's file operations, in order."""
     found: list[str] = []
-    with watched(found.append):
+    with intercepted(found.append):
         do()
     return found
 
 
 def spread(count: int, most: int) -> list[int]:
-    """So many of the numbers from 0 to `count`, evenly, both ends among them; or all of them, see `ALL`."""
+    """At most `most` evenly spaced integers from 0 to `count` inclusive; all of them with `ALL`."""
     steps = count if ALL else min(most - 1, count)
     return sorted({round(i * count / steps) for i in range(steps + 1)})
 
 
 def killed(do: Callable[[], object], at: int) -> bool:
-    """Whether a process that does this was killed before its operation number `at`, from 0 on; else it did it all."""
+    """Runs `do` in a fork that is killed before operation `at` (from 0). False if it finished before that."""
     _tried[0] += 1
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # newer Pythons: where there are threads
+        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 and later: fork with threads
         process = os.fork()
     if not process:
         status = 1
@@ -107,7 +107,7 @@ def killed(do: Callable[[], object], at: int) -> bool:
                 if left[0] < 0:
                     os.kill(os.getpid(), signal.SIGKILL)
 
-            with watched(act):
+            with intercepted(act):
                 do()
             status = 0
         except BaseException:
@@ -121,7 +121,7 @@ def killed(do: Callable[[], object], at: int) -> bool:
 
 
 def interrupted(do: Callable[[], object], at: int) -> bool:
-    """As `killed`, in this process."""
+    """Like `killed`, in this process."""
     _tried[0] += 1
     left = [at]
 
@@ -131,7 +131,7 @@ def interrupted(do: Callable[[], object], at: int) -> bool:
             raise Killed
 
     try:
-        with watched(act):
+        with intercepted(act):
             do()
     except Killed:
         return True
@@ -140,7 +140,7 @@ def interrupted(do: Callable[[], object], at: int) -> bool:
 
 @contextmanager
 def failing(at: int, code: int = errno.ENOSPC) -> Generator[None, None, None]:
-    """The operation number `at` fails, as on a full disk."""
+    """Operation `at` raises OSError, by default that of a full disk."""
     left = [at]
 
     def act(event: str) -> None:
@@ -148,5 +148,5 @@ def failing(at: int, code: int = errno.ENOSPC) -> Generator[None, None, None]:
         if left[0] == -1 and event != "fcntl.flock":
             raise OSError(code, os.strerror(code))
 
-    with watched(act):
+    with intercepted(act):
         yield

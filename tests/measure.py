@@ -1,4 +1,4 @@
-"""Comparing arrays of any framework with a bound, and keeping how near each comparison came to its bound."""
+"""Comparison of arrays of any framework within a bound, and a record of the largest error of each comparison."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ import numpy as np
 
 EPS = 2.0**-23  # float32: the step from 1 to the next number
 
-# What was compared -> the difference that came nearest to its bound, and that bound.
+# Name of a comparison -> the error with the largest ratio to its bound, and that bound.
 WORST: dict[str, tuple[float, float]] = {}
 
 
 def array(x: Any) -> np.ndarray:
-    """As NumPy float64, whatever it comes from."""
+    """An array of any framework as NumPy float64."""
     if hasattr(x, "detach"):
         x = x.detach().cpu().double().numpy()
     return np.asarray(x, np.float64)
 
 
 def largest(out: Any) -> float:
-    """The largest magnitude among arrays: one, several, or a model's output without losses and caches."""
+    """The largest magnitude in an array, a sequence of arrays, or a model output without losses and caches."""
     if out is None:
         return 0.0
     if hasattr(out, "keys"):
@@ -33,9 +33,9 @@ def largest(out: Any) -> float:
 
 
 def rounding(spec: Any, out: Any) -> float:
-    """How far two float32 passes through a model may be apart that sum in different orders.
+    """Bound on the difference of two float32 forward passes of a model that sum in different orders.
 
-    `spec` is its ArchSpec, `out` what it gives, hidden states among it: their largest magnitude is the scale.
+    `spec` is the ArchSpec; `out` the output with hidden states, whose largest magnitude is the scale.
 
     The partial sums of n products are rounded at random, each by 0.2 eps (rms) of itself: in all by 0.15 sqrt(n) eps
     of the sum's rms, and two orders differ by 0.2 sqrt(n) eps. The largest of 10^4 such differences is 4 times that,
@@ -43,13 +43,13 @@ def rounding(spec: Any, out: Any) -> float:
     largest value. A block has six in a row (qkv, scores, values, out, up, down), which makes 1.5; 2 with its norms
     and residual sums. These are taken to point the same way: independent errors would grow with the root of their
     number, but later blocks amplify those of earlier ones, most where attention's scores are large. An attention
-    weight moves by at most half of what its score does. n is the longest sum.
+    weight changes by at most half the change of its score. n is the longest sum.
     """
     return 2 * spec.layers * math.sqrt(max(spec.width, spec.mlp.width)) * EPS * largest(out)
 
 
 def assert_close(what: str, ours: Any, expected: Any, bound: float, where: Any = None) -> None:
-    """|ours - expected| <= bound, at the (batch, tokens) places where `where` is not 0."""
+    """|ours - expected| <= bound, at the (batch, tokens) positions where `where` is not 0."""
     ours, expected = array(ours), array(expected)
     assert ours.shape == expected.shape, f"{what}: {ours.shape} against {expected.shape}"
     if where is not None:

@@ -1,4 +1,4 @@
-"""Lines of mixed text for comparing tokenizers: the same at every run."""
+"""Lines of mixed text for comparing tokenizers, from a fixed seed."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ def _any(rng: random.Random) -> str:
     return "".join(chr(rng.randint(*rng.choice(RANGES))) for _ in range(rng.randint(1, 5)))
 
 
-# How a piece of a line is made, and how often.
-PIECES = (
+# (weight, generator) of the segments of a line.
+SEGMENTS = (
     (36, lambda r: r.choice(WORDS)),
     (10, lambda r: r.choice(CODE)),
     (8, lambda r: "".join(r.choice(CJK) for _ in range(r.randint(1, 9)))),
@@ -65,13 +65,15 @@ PIECES = (
 
 
 def mixed_lines(count: int = 10_000, seed: int = 7) -> list[str]:
-    """Code, scripts, CJK, emoji with joiners, control characters, runs of anything, look-alikes of special tokens."""
+    """Code, scripts, CJK, emoji with joiners, control characters, repeated characters, spellings of special tokens."""
     rng = random.Random(seed)
-    weights, makers = zip(*PIECES, strict=True)
+    weights, generators = zip(*SEGMENTS, strict=True)
 
     def line() -> str:
-        pieces = rng.choices(makers, weights, k=rng.randint(1, 14))
+        segments = rng.choices(generators, weights, k=rng.randint(1, 14))
         start = rng.choice(("", "", " ", "  ", "\n", "    "))
-        return start + "".join(make(rng) + rng.choice((" ", " ", " ", "", "", "  ")) for make in pieces)
+        return start + "".join(
+            generate(rng) + rng.choice((" ", " ", " ", "", "", "  ")) for generate in segments
+        )
 
     return [line() for _ in range(count)]

@@ -1,4 +1,4 @@
-"""The MPT options that transformers ignores, singly and together, and a tiny random model of each."""
+"""MPT options that transformers ignores, singly and combined, and tiny random models with them."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "rope, linear": ({**HF_ROPE, "rope_hf_config": {"type": "linear", "factor": 3.0}}, {}),
     "rope, dynamic": ({**HF_ROPE, "rope_hf_config": {"type": "dynamic", "factor": 2.5}}, {"max_seq_len": 8}),
     "rope, llama3": ({**HF_ROPE, "rope_hf_config": LLAMA3}, {}),
-    "rope beside alibi": ({"rope": True, "alibi": True}, {}),
+    "rope with alibi": ({"rope": True, "alibi": True}, {}),
     "rmsnorm": ({}, {"norm_type": "rmsnorm"}),
     "norm_eps": ({}, {"norm_eps": 0.1}),
     "mptglu": ({}, {"ffn_config": {"ffn_type": "mptglu"}, "no_bias": False}),
@@ -88,10 +88,10 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 
 def mpt_model(case: str, **more: Any) -> Any:
-    """A model with that case's options, and with these fields."""
+    """A model with the options of a case and these config fields."""
     attn, fields = CASES[case]
     module = model(attn=attn, **fields, **more)
-    if case == "storywriter":  # projections large enough for a clip of 6 to bite
+    if case == "storywriter":  # so that clip_qkv=6 changes the projections
         with torch.no_grad():
             for i in range(module.spec.layers):
                 module.at("qkv", i).weight *= 2

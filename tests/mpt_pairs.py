@@ -1,4 +1,4 @@
-"""The five MPT classes as pairs of the same random model, in transformers and here, and labels for their losses."""
+"""Pairs of the same random model in transformers and here, for the five MPT classes, and labels for their losses."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ VOCAB, LABELS, TOKENS = 89, 4, 23
 
 
 def fields(heads: int, **more: Any) -> dict[str, Any]:
-    # The clip bites: projections have a deviation of about 1.2.
+    # Projections have a standard deviation of 1.2, so that the clip changes them.
     attn = {"clip_qkv": 0.9, "softmax_scale": 0.23}
     sizes = {"d_model": 6 * heads, "n_heads": heads, "n_layers": 3, "vocab_size": VOCAB, "max_seq_len": 64}
     ids = {"pad_token_id": PAD, "bos_token_id": 1, "eos_token_id": 2}
@@ -35,14 +35,14 @@ def pair(name: str, heads: int = 6, tied: bool = True, labels: int = LABELS) -> 
 
 
 def logits_of(out: Any) -> torch.Tensor:
-    """All that a head says, (batch, [tokens,] outputs)."""
+    """All outputs of a head, (batch, [tokens,] outputs)."""
     if "start_logits" in out:
         return torch.stack((out.start_logits, out.end_logits), dim=-1)
     return out.logits if "logits" in out else out.last_hidden_state
 
 
 def labels_of(ids: torch.Tensor, mask: torch.Tensor | None, high: int) -> torch.Tensor:
-    """Labels with -100 at padding, after it (what a padding predicts means nothing), and here and there."""
+    """Labels; -100 at padding, at the token that follows padding, and at every sixth token."""
     labels = (ids * 7 + 1) % high
     labels[:, 5::6] = -100
     if mask is not None:

@@ -1,11 +1,11 @@
-"""The maths of every model once more, in NumPy float64: the definition that the backends must agree with.
+"""Reference implementation of every model in NumPy float64, against which the backends are tested.
 
-Written from the papers and the spec's own words, with explicit indices and no thought of speed: one row of the
-batch, one head, one formula at a time. It shares no code with the backends. Names of parameters are canonical.
+Written from the papers and ArchSpec's documentation with explicit indices, for one row and one head at a time. It
+shares no code with the backends. Parameters have canonical names.
 
-Sources: ALiBi arXiv:2108.12409 with the slopes of MPT's makers; RoPE arXiv:2104.09864, its stretching
+Sources: ALiBi arXiv:2108.12409 with MPT's slopes (llm-foundry); RoPE arXiv:2104.09864, its scaling
 arXiv:2306.15595 (linear), arXiv:2309.00071 (dynamic, yarn), Llama 3.1's code (llama3); buckets arXiv:1910.10683;
-grouped queries arXiv:2305.13245; RMS norm arXiv:1910.07467; gated MLP arXiv:2002.05202.
+grouped-query attention arXiv:2305.13245; RMS norm arXiv:1910.07467; gated MLP arXiv:2002.05202.
 """
 
 from __future__ import annotations
@@ -48,10 +48,10 @@ def run(
     token_types: Array | None = None,
     patches: Array | None = None,
 ) -> Run:
-    """The backbone on whole texts, without a cache. What stands where `mask` is 0 means nothing.
+    """The backbone on whole sequences, without a cache. Outputs where `mask` is 0 are undefined.
 
-    `position_ids` are angles' positions or places of the table. `patches` (batch, n, size) go to the tokens of the
-    patch id, in order.
+    `position_ids` are RoPE positions or rows of the position table. `patches` (batch, n, size) replace the embeddings
+    of the tokens with the patch id, in order.
     """
     table = np.asarray(params["embed.weight"], np.float64)
     x_bsw = table[ids] if embeds is None else np.asarray(embeds, np.float64)
@@ -67,11 +67,11 @@ def run(
         if token_types is not None:
             x = x + table[np.asarray(token_types[b])]
         if learned := spec.position(Learned):
-            places = position if position_ids is not None else position + learned.offset
+            index = position if position_ids is not None else position + learned.offset
             if learned.pad_id is not None and ids is not None and position_ids is None:
                 real = np.asarray(ids[b]) != learned.pad_id
-                places = np.where(real, np.cumsum(real), 0) + learned.offset - 1
-            x = x + params["pos_embed.weight"][places]
+                index = np.where(real, np.cumsum(real), 0) + learned.offset - 1
+            x = x + params["pos_embed.weight"][index]
         rows.append(
             _blocks(spec, params, norm(x, spec.embed_norm, params, "embed_norm"), valid, segment, position)
         )
@@ -83,8 +83,8 @@ def run(
 
 def _with_patches(spec: ArchSpec, params: Params, x_bsw: Array, ids: Array, patches: Array) -> Array:
     for b, row in enumerate(ids):
-        for i, place in enumerate(np.flatnonzero(np.asarray(row) == spec.patches.token_id)):
-            x_bsw[b, place] = linear(patches[b, i], params, "patch_embed")
+        for i, position in enumerate(np.flatnonzero(np.asarray(row) == spec.patches.token_id)):
+            x_bsw[b, position] = linear(patches[b, i], params, "patch_embed")
     return x_bsw
 
 
@@ -93,8 +93,8 @@ def _blocks(
 ) -> tuple[list[Array], list[Array]]:
     states, attentions = [x], []
     for i in range(spec.layers):
-        seen = visible(valid, segment, spec.causal, spec.windows[i])
-        x, weights = block(spec, params, f"blocks.{i}", x, filled(spec, seen, valid, i), position)
+        mask = visible(valid, segment, spec.causal, spec.windows[i])
+        x, weights = block(spec, params, f"blocks.{i}", x, fill_fully_masked(spec, mask, valid, i), position)
         states.append(x)
         attentions.append(weights)
     states[-1] = norm(x, spec.final_norm, params, "final_norm")
@@ -102,8 +102,8 @@ def _blocks(
 
 
 def counted(valid: Array, spec: ArchSpec) -> Array:
-    """Positions that count the tokens which are no padding, from 0; padding after the first of them goes on from it,
-    within the table, but where angles go by the length."""
+    """Positions count the tokens that are not padding, from 0. Padding after the first token gets the distance from it,
+    clamped to the table; with dynamic RoPE, where the length changes the angles, the preceding position."""
     positions = np.maximum(np.cumsum(valid) - 1, 0)
     rotary, learned = spec.position(Rotary), spec.position(Learned)
     if rotary is not None and rotary.scaling is not None and rotary.scaling.kind == "dynamic":
@@ -119,20 +119,20 @@ def counted(valid: Array, spec: ArchSpec) -> Array:
 def visible(valid: Array, segment: Array, causal: bool, window: int | None) -> Array:
     """`valid_k & (k <= q or not causal) & (q - k < window)`, within one segment; (queries, keys)."""
     n = len(valid)
-    seen = np.zeros((n, n), bool)
+    mask = np.zeros((n, n), bool)
     for q in range(n):
         k = np.arange(n)
         near = np.ones(n, bool) if window is None else q - k < window
-        seen[q] = valid & ((k <= q) | (not causal)) & near & (segment == segment[q])
-    return seen
+        mask[q] = valid & ((k <= q) | (not causal)) & near & (segment == segment[q])
+    return mask
 
 
-def filled(spec: ArchSpec, seen: Array, valid: Array, layer: int) -> Array:
-    """The same mask, where a query that sees no key (padding) sees, each with the same score, those that the spec says:
-    encoded as -1."""
-    out, n = seen.astype(int), len(seen)
+def fill_fully_masked(spec: ArchSpec, mask: Array, valid: Array, layer: int) -> Array:
+    """The mask with `spec.attention.masked_rows` applied: fully masked queries (padding) attend with equal scores to
+    keys encoded as -1."""
+    out, n = mask.astype(int), len(mask)
     for q in range(n):
-        if seen[q].any():
+        if mask[q].any():
             continue
         window = spec.windows[layer] or n
         chosen = {
@@ -145,22 +145,22 @@ def filled(spec: ArchSpec, seen: Array, valid: Array, layer: int) -> Array:
 
 
 def block(
-    spec: ArchSpec, params: Params, name: str, x: Array, seen: Array, position: Array
+    spec: ArchSpec, params: Params, name: str, x: Array, mask: Array, position: Array
 ) -> tuple[Array, Array]:
-    """A block on one row (tokens, width), and its attention weights."""
+    """A transformer block on one row (tokens, width), and its attention weights."""
     if spec.placement == "pre":
         y, weights = attention(
-            spec, params, f"{name}.attn", norm(x, spec.norm, params, f"{name}.norm1"), seen, position
+            spec, params, f"{name}.attn", norm(x, spec.norm, params, f"{name}.norm1"), mask, position
         )
         x = x + y
         return x + mlp(spec, params, f"{name}.mlp", norm(x, spec.norm, params, f"{name}.norm2")), weights
-    y, weights = attention(spec, params, f"{name}.attn", x, seen, position)
+    y, weights = attention(spec, params, f"{name}.attn", x, mask, position)
     x = norm(x + y, spec.norm, params, f"{name}.norm1")
     return norm(x + mlp(spec, params, f"{name}.mlp", x), spec.norm, params, f"{name}.norm2"), weights
 
 
 def attention(
-    spec: ArchSpec, params: Params, name: str, x: Array, seen: Array, position: Array
+    spec: ArchSpec, params: Params, name: str, x: Array, mask: Array, position: Array
 ) -> tuple[Array, Array]:
     att, n = spec.attention, len(x)
     qkv = linear(x, params, f"{name}.qkv")
@@ -182,17 +182,17 @@ def attention(
             qh = norm(qh, att.qk_norm.norm, params, f"{name}.q_norm")
             kh = norm(kh, att.qk_norm.norm, params, f"{name}.k_norm")
         if rotary := spec.position(Rotary):
-            qh, kh = turn(qh, position, rotary), turn(kh, position, rotary)
+            qh, kh = apply_rope(qh, position, rotary), apply_rope(kh, position, rotary)
         scores = att.scale * (qh @ kh.T)
         if att.softcap is not None:
             scores = att.softcap * np.tanh(scores / att.softcap)
-        weights[h] = softmax(scores + position_bias(spec, params, h, n), seen)
+        weights[h] = softmax(scores + position_bias(spec, params, h, n), mask)
         out[:, own] = weights[h] @ vh
     return linear(out, params, f"{name}.out"), weights
 
 
 def position_bias(spec: ArchSpec, params: Params, head: int, n: int) -> Array:
-    """What ALiBi and buckets add to the scores of a head, (queries, keys), by the distance of the indices."""
+    """The bias of ALiBi and of relative buckets on the scores of a head, (queries, keys)."""
     distance = np.arange(n)[None, :] - np.arange(n)[:, None]  # k - q
     bias = np.zeros((n, n))
     if alibi := spec.position(Alibi):
@@ -205,8 +205,8 @@ def position_bias(spec: ArchSpec, params: Params, head: int, n: int) -> Array:
 
 
 def slope(head: int, heads: int, bias_max: float) -> float:
-    """ALiBi's slope of a head: 2 ** (-bias_max * i / n), i counting 1, 2, .. n if the heads are n = 2^m; else n is
-    the next power of two and the heads take i = 2, 4, .. n, then 1, 3, .. until there are enough."""
+    """ALiBi's slope of a head: 2 ** (-bias_max * i / n), with i = 1, 2, .. n for n = 2^m heads; otherwise n is the next
+    power of two, with i = 2, 4, .. n, then 1, 3, .. for the remaining heads."""
     n = 1
     while n < heads:
         n *= 2
@@ -215,7 +215,7 @@ def slope(head: int, heads: int, bias_max: float) -> float:
 
 
 def bucket(distance: int, count: int, max_distance: int) -> int:
-    """T5's bucket both ways: half of them for keys behind the query (and itself), half for keys ahead."""
+    """T5's bidirectional bucket: half of the buckets for keys up to the query, half for later keys."""
     half, near = count // 2, count // 4
     first = half if distance > 0 else 0
     away = abs(distance)
@@ -225,8 +225,8 @@ def bucket(distance: int, count: int, max_distance: int) -> int:
     return first + min(far, half - 1)
 
 
-def turn(x: Array, position: Array, rotary: Rotary) -> Array:
-    """RoPE by half-rotation: channel c pairs with c + dim / 2; the channels from `dim` on stay."""
+def apply_rope(x: Array, position: Array, rotary: Rotary) -> Array:
+    """RoPE, rotate-half: channel c pairs with c + dim / 2; channels from `dim` on are unchanged."""
     half, out = rotary.dim // 2, x.copy()
     frequencies, factor = rope_frequencies(rotary, int(position.max()) + 1)
     for c in range(half):
@@ -237,7 +237,7 @@ def turn(x: Array, position: Array, rotary: Rotary) -> Array:
 
 
 def rope_frequencies(rotary: Rotary, length: int) -> tuple[list[float], float]:
-    """Radians per token of each pair of channels for a text of `length` tokens, and the factor on cos and sin."""
+    """Radians per token of each channel pair for a sequence of `length` tokens, and the factor on cos and sin."""
     plain = [rotary.theta ** (-2 * c / rotary.dim) for c in range(rotary.dim // 2)]
     s = rotary.scaling
     if s is None:
@@ -268,22 +268,26 @@ def _llama3(frequency: float, s: RopeScaling) -> float:
 
 
 def _yarn(frequency: float, c: int, rotary: Rotary, s: RopeScaling) -> float:
-    def channel(turns: float) -> float:
-        """The channel that makes that many turns within the original length."""
-        return rotary.dim * math.log(s.original_length / (turns * 2 * math.pi)) / (2 * math.log(rotary.theta))
+    def channel(rotations: float) -> float:
+        """The channel with that many rotations within the original length."""
+        return (
+            rotary.dim
+            * math.log(s.original_length / (rotations * 2 * math.pi))
+            / (2 * math.log(rotary.theta))
+        )
 
     low = max(math.floor(channel(s.beta_fast)), 0)
     high = min(math.ceil(channel(s.beta_slow)), rotary.dim - 1)
-    share = min(max((c - low) / max(high - low, 0.001), 0.0), 1.0)  # 0: kept, 1: stretched
-    return frequency * (1 - share) + frequency / s.factor * share
+    ramp = min(max((c - low) / max(high - low, 0.001), 0.0), 1.0)  # 0: unscaled, 1: interpolated
+    return frequency * (1 - ramp) + frequency / s.factor * ramp
 
 
-def softmax(scores: Array, seen: Array) -> Array:
-    """Along the keys, over those that are seen; where they are -1, all with the same score."""
+def softmax(scores: Array, mask: Array) -> Array:
+    """Softmax over the keys whose mask is not 0; keys with -1 have equal scores."""
     out = np.zeros_like(scores)
     for q in range(len(scores)):
-        at = seen[q] != 0
-        own = np.where(seen[q] < 0, 0.0, scores[q])[at]
+        at = mask[q] != 0
+        own = np.where(mask[q] < 0, 0.0, scores[q])[at]
         e = np.exp(own - own.max())
         out[q, at] = e / e.sum()
     return out
@@ -327,7 +331,7 @@ def norm(x: Array, kind: Norm | None, params: Params, name: str) -> Array:
 
 
 def logits(spec: ArchSpec, params: Params, hidden: Array, kind: str) -> Array:
-    """A head of that kind on hidden states (.., width); the one over the vocabulary is scaled, then capped."""
+    """Outputs of a head for hidden states (.., width); logits of a language model are scaled, then soft-capped."""
     tied = kind == "causal" and spec.tie_head
     y = linear(hidden, {**params, "head.out.weight": params["embed.weight"]} if tied else params, "head.out")
     if kind == "causal":
@@ -340,22 +344,22 @@ def logits(spec: ArchSpec, params: Params, hidden: Array, kind: str) -> Array:
 def pooled(
     hidden: Array, ids: Array | None, mask: Array | None, pad_id: int | None, by: str = "pad_id"
 ) -> Array:
-    """The hidden state of each row's last token: the rightmost that the mask keeps and that is not the pad token, else
-    the rightmost that the mask keeps; `by` the mask alone, or where ids or pad id are not known, only the latter."""
+    """The hidden state of each row's last token: with `by="pad_id"`, the rightmost one within the mask that is not the
+    pad token, if there is one; otherwise the rightmost one within the mask."""
     picked = []
     for b, row in enumerate(hidden):
-        kept = [i for i in range(len(row)) if mask is None or mask[b][i]]
-        text = [i for i in kept if ids is None or pad_id is None or ids[b][i] != pad_id]
+        valid = [i for i in range(len(row)) if mask is None or mask[b][i]]
+        tokens = [i for i in valid if ids is None or pad_id is None or ids[b][i] != pad_id]
         if mask is None:
-            last = text[-1:] or [0]
+            last = tokens[-1:] or [0]
         else:
-            last = (text if by == "pad_id" else kept)[-1:] or kept[-1:] or [0]
+            last = (tokens if by == "pad_id" else valid)[-1:] or valid[-1:] or [0]
         picked.append(row[last[0]])
     return np.stack(picked)
 
 
 def cross_entropy(scores: Array, labels: Array, count: float | None = None) -> float:
-    """-log of the label's probability, summed over the labels that are not -100, over their number or `count`."""
+    """-log of the label's probability, summed over the labels that are not -100, divided by their number or `count`."""
     scores, labels = scores.reshape(-1, scores.shape[-1]), np.asarray(labels).reshape(-1)
     losses = []
     for row, label in zip(scores, labels, strict=True):
@@ -366,12 +370,12 @@ def cross_entropy(scores: Array, labels: Array, count: float | None = None) -> f
 
 
 def causal_loss(scores: Array, labels: Array, count: float | None = None) -> float:
-    """Token t is scored against label t + 1."""
+    """Logits of token t against label t + 1."""
     return cross_entropy(scores[:, :-1], np.asarray(labels)[:, 1:], count)
 
 
 def sequence_loss(scores: Array, labels: Array, problem: str, count: float | None = None) -> float:
-    """Per text: cross-entropy, or the mean over the labels of the square or of binary cross-entropy."""
+    """Mean over rows of the cross-entropy, or of the squared error or binary cross-entropy averaged over the labels."""
     if problem == "single_label_classification":
         return cross_entropy(scores, labels, count)
     labels = np.asarray(labels, np.float64).reshape(scores.shape)
@@ -383,10 +387,10 @@ def sequence_loss(scores: Array, labels: Array, problem: str, count: float | Non
 
 
 def span_loss(start: Array, end: Array, starts: Array, ends: Array, count: float | None = None) -> float:
-    """The mean of both cross-entropies over the tokens; places outside the text do not count."""
+    """The mean of both cross-entropies over the tokens; positions outside the sequence are ignored."""
     total = 0.0
-    for scores, places in ((start, starts), (end, ends)):
-        places = np.asarray(places).reshape(-1)
-        inside = (places >= 0) & (places < scores.shape[1])
-        total += cross_entropy(scores, np.where(inside, places, IGNORED), count)
+    for scores, labels in ((start, starts), (end, ends)):
+        labels = np.asarray(labels).reshape(-1)
+        inside = (labels >= 0) & (labels < scores.shape[1])
+        total += cross_entropy(scores, np.where(inside, labels, IGNORED), count)
     return total / 2

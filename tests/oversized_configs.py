@@ -1,4 +1,4 @@
-"""A config that asks for more than its files hold is refused before anything of that size is made, in any framework."""
+"""Configs that imply larger tensors than the checkpoint has are refused before allocation, in any framework."""
 
 from __future__ import annotations
 
@@ -22,13 +22,11 @@ SIZES: dict[str, Any] = {
     "vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2,
     "intermediate_size": 20,
 }  # fmt: skip
-MOST = (
-    512 << 20
-)  # bytes that a refusal may take beside what the process holds; what is asked for is 128 GiB and more
+MAX_GROWTH = 512 << 20  # bytes of memory during a refusal; the configs imply 128 GiB and more
 
 
 def folder(path: Path, **fields: Any) -> Path:
-    """A whole tiny model whose config.json says otherwise."""
+    """A complete tiny checkpoint whose config.json has other values for `fields`."""
     config = MistralConfig(**SIZES)
     keymap: KeyMap = family("mistral").keymap(config, "causal")
     tensors: dict[str, Any] = {}
@@ -42,7 +40,7 @@ def folder(path: Path, **fields: Any) -> Path:
 
 
 def check(cls: Any, path: Path) -> None:
-    """Two ways to ask for more."""
+    """A larger vocabulary and more layers."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(
         ShapeMismatch, match=r"embed_tokens.weight .* is \[50, 16\] .* implies \[2147483648, 16\]"
@@ -50,4 +48,4 @@ def check(cls: Any, path: Path) -> None:
         cls.from_pretrained(folder(path, vocab_size=2**31))
     with pytest.raises(MissingKeys, match=r"lacks model.layers.1.input_layernorm.weight"):
         cls.from_pretrained(folder(path, num_hidden_layers=1000))
-    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) << 10 < MOST
+    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) << 10 < MAX_GROWTH

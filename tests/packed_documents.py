@@ -1,4 +1,4 @@
-"""Rows in which several documents are packed, for JAX and TensorFlow; see tests/torch/test_documents.py for PyTorch."""
+"""Rows with several packed documents, for JAX and TensorFlow; tests/torch/test_documents.py is for PyTorch."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ def ids_of(rows: int = 1) -> np.ndarray[Any, Any]:
 
 
 def positions(spec: Any) -> np.ndarray[Any, Any]:
-    """Positions that begin anew, as this model's table numbers them."""
+    """`position_ids` that restart at each document, including the offset of learned positions."""
     learned = spec.position(Learned)
     return POSITIONS + (learned.offset if learned else 0)
 
 
 def unpacked(ids: np.ndarray[Any, Any]) -> dict[str, np.ndarray[Any, Any]]:
-    """The documents of rows (rows, COUNT), each in a row of its own: (rows x documents, longest), padded after it.
+    """The documents of rows (rows, COUNT) in separate right-padded rows, (rows x documents, longest).
 
-    One shape for all of them: for each length JAX would compile another program.
+    All have one shape, since JAX compiles a program for each length.
     """
     wide = np.full((len(ids), len(LENGTHS), max(LENGTHS)), PAD)
     wide[:, SEGMENTS[0], POSITIONS[0]] = ids
@@ -46,11 +46,11 @@ def unpacked(ids: np.ndarray[Any, Any]) -> dict[str, np.ndarray[Any, Any]]:
 
 
 def unpacked_indices(rows: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """Where the tokens of packed rows are in what `apart` gives: row and column, each (rows, COUNT)."""
+    """Row and column in the result of `unpacked` of the tokens of packed rows, each (rows, COUNT)."""
     first = len(LENGTHS) * np.arange(rows)[:, None]
     return first + SEGMENTS, POSITIONS.repeat(rows, axis=0)
 
 
 def expected_hidden(theirs: Any, ids: np.ndarray[Any, Any], **given: Any) -> np.ndarray[Any, Any]:
-    """The oracle's last hidden states of packed rows, with the PyTorch model's weights."""
+    """The oracle's last hidden states of packed rows, with the weights of a PyTorch model."""
     return expected(theirs, ids, segments=np.broadcast_to(SEGMENTS, ids.shape), **given).hidden

@@ -1,4 +1,4 @@
-"""Pipelines of one checkpoint on two frameworks, and calls of every task, to be compared."""
+"""Comparison of pipelines of the same checkpoint on two frameworks, with calls of every task."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from tiny_pipelines import LABELS, LONG, NLI, TEXT, folder
 
 from monoblock import FuyuImageProcessor, FuyuProcessor, PreTrainedTokenizerFast, pipeline
 
-# float32 scores of models whose logits agree to 1e-5; features and logits reach 10, of which 2e-5 is 2e-6.
+# float32 scores of models whose logits agree to 1e-5; features and logits reach 10.
 TOLERANCE = 2e-5
 MANY = [TEXT, "the dog", "Who jumps over Köln?"]
-ASKED = [
+QUESTIONS = [
     {"question": "who jumps?", "context": LONG},
     {"question": "the dog?", "context": TEXT},
 ]
@@ -28,12 +28,12 @@ Calls = tuple[Callable[[Any], Any], ...]
 
 
 def left(pipe: Any, *inputs: Any, **options: Any) -> Any:
-    """The answers with padding on the left."""
+    """Outputs with left padding."""
     pipe.tokenizer.padding_side = "left"
     return pipe(*inputs, **options)
 
 
-# task, class, its config's fields, calls.
+# task, class, config fields, calls.
 CASES: tuple[tuple[str, str, dict[str, Any], Calls], ...] = (
     (
         "text-classification",
@@ -89,8 +89,8 @@ CASES: tuple[tuple[str, str, dict[str, Any], Calls], ...] = (
         "MPNetForQuestionAnswering",
         {"num_labels": 2},
         (
-            lambda pipe: pipe(**ASKED[0], top_k=3, handle_impossible_answer=True),
-            lambda pipe: pipe(ASKED, batch_size=3, max_seq_len=16, doc_stride=3),
+            lambda pipe: pipe(**QUESTIONS[0], top_k=3, handle_impossible_answer=True),
+            lambda pipe: pipe(QUESTIONS, batch_size=3, max_seq_len=16, doc_stride=3),
         ),
     ),
     (
@@ -134,7 +134,7 @@ NAMES = [f"{task}-{name}" for task, name, _, _ in CASES]
 
 
 def assert_equivalent(ours: Any, theirs: Any) -> None:
-    """Equal; numbers that are not whole to the tolerance."""
+    """Equal; floats within the tolerance."""
     if isinstance(theirs, float):
         assert ours == pytest.approx(theirs, abs=TOLERANCE, rel=TOLERANCE)
     elif isinstance(theirs, dict):
@@ -149,11 +149,11 @@ def assert_equivalent(ours: Any, theirs: Any) -> None:
 
 
 def compare(case: Any, framework: str, at: Any, **settings: Any) -> None:
-    """The calls of a case on a framework (with settings of its own) and on PyTorch give the same answers."""
-    task, name, made, calls = case
-    place = str(folder(at, name, **TWO_LAYERS[CLASSES[name]], **made))
-    theirs = pipeline(task, place, framework="pt", device=-1)
-    ours = pipeline(task, place, framework=framework, device=-1, **settings)
+    """The calls of a case have the same outputs on a framework (with these settings) and on PyTorch."""
+    task, name, config_fields, calls = case
+    path = str(folder(at, name, **TWO_LAYERS[CLASSES[name]], **config_fields))
+    theirs = pipeline(task, path, framework="pt", device=-1)
+    ours = pipeline(task, path, framework=framework, device=-1, **settings)
     assert ours.model.framework == framework
     for call in calls:
         for pipe in (ours, theirs):
@@ -161,8 +161,8 @@ def compare(case: Any, framework: str, at: Any, **settings: Any) -> None:
         assert_equivalent(call(ours), call(theirs))
 
 
-def seen(framework: str, at: Any, **settings: Any) -> list[Any]:
-    """What a tiny Fuyu says about images, on a framework and on PyTorch."""
+def image_outputs(framework: str, at: Any, **settings: Any) -> list[Any]:
+    """Outputs of a tiny Fuyu's pipeline for images, on a framework and on PyTorch."""
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=fuyu_tokenizer.backend(), **fuyu_tokenizer.SPECIAL)
     patch = tokenizer.convert_tokens_to_ids("|SPEAKER|")
     model = monoblock_model(
@@ -181,6 +181,6 @@ def seen(framework: str, at: Any, **settings: Any) -> list[Any]:
 
 
 def picture(height: int, width: int) -> Image.Image:
-    """Noise of that size."""
+    """A random image."""
     pixels = np.random.default_rng(height).integers(0, 256, (height, width, 3), dtype=np.uint8)
     return Image.fromarray(pixels)

@@ -1,4 +1,4 @@
-"""Fields of protocol buffers, written by hand."""
+"""Encoder of protocol buffer fields."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Folders of tiny models, saves into them, and what a folder holds, for tests of transactions. NumPy only."""
+"""Saves into folders with an existing model, and readers of the result, for tests of transactions. NumPy only."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from monoblock.checkpoint.store import open_store
 from monoblock.checkpoint.transaction import staged
 
 NAMES = ("a.weight", "b.weight", "c.weight")
-SIZE = 300  # numbers of a tensor
+SIZE = 300  # elements of a tensor
 BYTES = 4 * SIZE
-# What a user or a trainer keeps extra_files a model.
+# Files of a user or a trainer in a model's folder.
 OTHERS = {"README.md": "mine", "tokenizer.json": "{}", "optimizer.pt": "state"}
 HIDDEN = ".monoblock"
 
@@ -39,7 +39,7 @@ def config(tag: int) -> str:
 
 
 def save(folder: Path, tag: int, *, per_shard: int = 3) -> None:
-    """A model whose numbers are all `tag`, so many tensors in a file."""
+    """Saves a model whose elements all equal `tag`, with `per_shard` tensors in a file."""
     extra_files = {"config.json": config(tag), "generation_config.json": json.dumps({"tag": tag})}
     save_tensors(
         folder, tensors(tag), framework="np", max_shard_size=per_shard * BYTES, extra_files=extra_files
@@ -47,32 +47,32 @@ def save(folder: Path, tag: int, *, per_shard: int = 3) -> None:
 
 
 def save_again(folder: Path, tag: int) -> None:
-    """A model whose config does not change."""
+    """Saves a model whose config does not depend on the tag."""
     save_tensors(folder, tensors(tag), framework="np", extra_files={"config.json": "{}"})
 
 
 def save_flax(folder: Path, tag: int, *, per_shard: int = 3) -> None:
-    """The same, as flax_model.msgpack."""
+    """Like `save`, as flax_model.msgpack."""
     extra_files = {"config.json": config(tag)}
     save_msgpack(folder, tensors(tag), max_shard_size=per_shard * BYTES, extra_files=extra_files)
 
 
 def replace(folder: Path, tag: int) -> None:
-    """What convert and quantize do with --force."""
+    """Replaces the folder like `convert` and `quantize` with --force."""
     with new_folder(folder, replace=True) as new:
         save(new, tag, per_shard=2)
         (new / "vocab.json").write_text(str(tag))
 
 
-def save_texts(folder: Path, tag: int) -> None:
-    """What a tokenizer or a processor does, with a folder in it."""
+def save_tokenizer(folder: Path, tag: int) -> None:
+    """Saves text files like a tokenizer or a processor, one of them in a subfolder."""
     with staged(folder) as stage:
         for name in ("tokenizer.json", "tokenizer_config.json", "additional_chat_templates/tools.jinja"):
             stage.write(name, json.dumps({"tag": tag}))
 
 
 def model_in(folder: Path) -> int | None:
-    """The tag of the model in a folder, as this library loads it; None without one. AssertionError for a mixture."""
+    """The tag of the model that this library loads from a folder, or None. AssertionError if files of two saves mix."""
 
     def read() -> set[int]:
         path = find_file(folder, "config.json", required=False)
@@ -94,12 +94,12 @@ def model_in(folder: Path) -> int | None:
     return next(iter(found), None)
 
 
-def seen_by_others(folder: Path) -> set[Any]:
-    """The tags that a program finds which knows no journal: it reads config.json, then one file or an index."""
+def read_without_journal(folder: Path) -> set[Any]:
+    """The tags that other programs find, which do not read the journal: config.json, then one file or an index."""
     try:
         found = {tag for tag in json.loads((folder / "config.json").read_text()).values() if tag != "mpt"}
     except OSError:
-        return set()  # it says so, and reads nothing
+        return set()  # such a program reports an error
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.is_file():
         names = dict.fromkeys(NAMES, "model.safetensors")
@@ -111,21 +111,24 @@ def seen_by_others(folder: Path) -> set[Any]:
     return {int(tag) for tag in found}
 
 
-def texts_in(folder: Path) -> set[int]:
+def tokenizer_tags(folder: Path) -> set[int]:
     paths = [find_file(folder, name, required=False) for name in ("tokenizer.json", "tokenizer_config.json")]
     paths.append(find_file(folder, "additional_chat_templates/tools.jinja", required=False))
     return {json.loads(path.read_text())["tag"] for path in paths if path}
 
 
-def litter(folder: Path) -> list[str]:
-    """What is left of saves in a folder and extra_files it."""
-    places = [place for place in (folder, folder.parent) if place.is_dir()]
-    return [path.name for place in places for path in place.iterdir() if path.name.startswith(HIDDEN)]
+def leftovers(folder: Path) -> list[str]:
+    """Temporary files of saves in a folder and in its parent."""
+    folders = [path for path in (folder, folder.parent) if path.is_dir()]
+    return [path.name for parent in folders for path in parent.iterdir() if path.name.startswith(HIDDEN)]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """A save into a folder that holds an older model. `by`: the way in which it has to come there."""
+    """A save (`do`) into a folder with an older model (`before`). `by` is the commit method: rename, exchange, journal.
+
+    `others` are further files, which persist if `stays`.
+    """
 
     before: Callable[[Path], object]
     do: Callable[[Path], object]
@@ -133,8 +136,8 @@ class Case:
     others: Mapping[str, str] = field(default_factory=lambda: OTHERS)
     stays: bool = True
 
-    def made(self, folder: Path) -> Path:
-        """The folder before the save."""
+    def prepare(self, folder: Path) -> Path:
+        """Creates the folder as it is before the save."""
         shutil.rmtree(folder.parent, ignore_errors=True)
         folder.parent.mkdir()
         self.before(folder)
@@ -144,31 +147,31 @@ class Case:
         return folder
 
     def killed(self, folder: Path, points: int) -> int:
-        """Kill the save at so many of its operations, and check what is left; how many."""
-        self.made(folder)
+        """Kills the save at `points` of its operations and checks the folder; returns the number of points."""
+        self.prepare(folder)
         count = len(kill_points.operations(lambda: self.do(folder)))
-        places = kill_points.spread(count, points)
-        for at in places:
-            self.made(folder)
+        chosen = kill_points.spread(count, points)
+        for at in chosen:
+            self.prepare(folder)
             assert kill_points.killed(lambda: self.do(folder), at) == (at < count)
             self.check(folder)
-        return len(places)
+        return len(chosen)
 
     def check(self, folder: Path) -> None:
-        """What must hold whenever the save was killed."""
-        fresh = self.before in (nothing, empty)
-        assert seen_by_others(folder) in ({1}, {2}, set() if fresh or self.by == "journal" else {1})
-        with mock.patch.object(journal, "locked", side_effect=PermissionError):  # a folder that is read only
+        """Invariants after a kill at any point: the old model or the new one, and later saves succeed."""
+        new = self.before in (nothing, empty)
+        assert read_without_journal(folder) in ({1}, {2}, set() if new or self.by == "journal" else {1})
+        with mock.patch.object(journal, "locked", side_effect=PermissionError):  # a read-only folder
             first = model_in(folder)
         found = model_in(folder)
         assert found == first
-        assert found in (1, 2, None if fresh else 1)
+        assert found in (1, 2, None if new else 1)
         for name, text in self.others.items():
             assert not self.stays or (folder / name).read_text() == text
         assert not (folder / journal.COMMIT).exists()
         save(folder, 3, per_shard=1)
         assert model_in(folder) == 3
-        assert not litter(folder)
+        assert not leftovers(folder)
 
 
 def nothing(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Tokenizers of the kinds that make streaming hard, made on the spot: byte-level, byte-fallback, word-piece."""
+"""Tokenizers that are difficult to stream: byte-level BPE, byte fallback, WordPiece."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 
 def byte_level(*merged: str) -> Tokenizer:
-    """GPT-style: every byte is a token, and some longer strings of characters are."""
+    """GPT-style: every byte is a token, and so are the strings `merged`."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {letter: i for i, letter in enumerate(alphabet)}
     splitter = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -26,7 +26,7 @@ def byte_level(*merged: str) -> Tokenizer:
 
 
 def byte_fallback(*words: str) -> Tokenizer:
-    """Llama-style: words with a leading ▁, single bytes as <0xXX>, the first space dropped in decoding."""
+    """Llama-style: words with a leading ▁, bytes as <0xXX>; decoding strips the first space."""
     vocab = {"<unk>": 0, **{f"<0x{byte:02X}>": byte + 1 for byte in range(256)}}
     for word in words:
         vocab.setdefault(word, len(vocab))
@@ -44,7 +44,7 @@ def byte_fallback(*words: str) -> Tokenizer:
 
 
 def word_piece(*words: str) -> Tokenizer:
-    """BERT-style: pieces that join the word before them, and spaces taken out before punctuation."""
+    """BERT-style: ## continuation tokens, and decoding with clean-up of spaces before punctuation."""
     vocab = {word: i for i, word in enumerate(dict.fromkeys(["[UNK]", *words]))}
     tokenizer = Tokenizer(models.WordPiece(vocab, unk_token="[UNK]"))
     tokenizer.decoder = decoders.WordPiece(prefix="##", cleanup=True)
@@ -52,5 +52,5 @@ def word_piece(*words: str) -> Tokenizer:
 
 
 def bytes_of(tokenizer: Tokenizer, text: str) -> list[int]:
-    """The text as one token for each byte, for a `byte_fallback` tokenizer."""
+    """The byte tokens of a text, for a `byte_fallback` tokenizer."""
     return [tokenizer.token_to_id(f"<0x{byte:02X}>") for byte in text.encode()]

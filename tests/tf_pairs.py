@@ -1,4 +1,4 @@
-"""TensorFlow models with the weights of PyTorch ones, and inputs for both."""
+"""TensorFlow models with the weights of PyTorch models, and inputs for both."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ HEADS = {name: 3 if "QuestionAnswering" in name or "Token" in name else 6 for na
 
 
 def fields(name: str) -> dict[str, Any]:
-    """The fields of a tiny config of that class, of two layers."""
+    """The fields of a tiny two-layer config for that class."""
     if name.startswith("Mpt"):
         return {**mpt_pairs.fields(HEADS[name]), "n_layers": 2}
     kind = tiny_families.CLASSES[name]
@@ -33,19 +33,19 @@ def fields(name: str) -> dict[str, Any]:
 
 
 def pair(name: str, folder: Path, **more: Any) -> tuple[Any, Any]:
-    """A random model on PyTorch, and on TensorFlow from its files."""
+    """A random PyTorch model, and the TensorFlow model loaded from its checkpoint."""
     theirs = getattr(monoblock, name)(family_of(name).config(**{**fields(name), **more})).eval()
     return theirs, tf_copy(randomised(theirs), folder)
 
 
 def tf_copy(theirs: Any, folder: Path) -> Any:
-    """A PyTorch model's files, read by the TF class."""
+    """Saves a PyTorch model and loads it with the TensorFlow class."""
     theirs.save_pretrained(folder)
     return make_class("TF" + theirs.row.name).from_pretrained(folder)
 
 
 def model(name: str, **more: Any) -> Any:
-    """A random TF model; weights as wide as the others', so that everything acts."""
+    """A random TensorFlow model, with weights of the same distribution as `helpers.randomised`."""
     made = make_class("TF" + name)(family_of(name).config(**{**fields(name), **more}))
     generator = np.random.default_rng(0)
     for variable in made.trainable_variables:
@@ -56,13 +56,13 @@ def model(name: str, **more: Any) -> Any:
 
 
 def shallow(name: str, **more: Any) -> Any:
-    """A random TF model of one layer, for what does not depend on their number: traces are short."""
+    """A random one-layer TensorFlow model, which is faster to trace."""
     return model(name, **tiny_families.ONE_LAYER[family_of(name).name], **more)
 
 
 def inputs(name: str, padding: str = "none") -> dict[str, torch.Tensor]:
-    """Ids and mask for a class, past the windows."""
-    ids, mask = model_inputs(name.replace("Mpt", "Mistral"), padding)  # the same kinds of heads
+    """Ids and mask for a class, longer than the windows."""
+    ids, mask = model_inputs(name.replace("Mpt", "Mistral"), padding)  # which has the same kinds of heads
     return {"input_ids": ids} if mask is None else {"input_ids": ids, "attention_mask": mask}
 
 
@@ -76,7 +76,7 @@ def numpy(tensors: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
 
 
 def rounding_bound(theirs: Any, out: Any) -> float:
-    """How far TensorFlow may be from a PyTorch model's output, which has the hidden states."""
+    """The bound on TensorFlow's difference from a PyTorch output with hidden states."""
     assert "hidden_states" in out
     return rounding(theirs.spec, out)
 
@@ -88,8 +88,8 @@ def close(
 
 
 def file_gradients(model: Any, gradients: list[Any]) -> dict[str, np.ndarray]:
-    """Gradients of `model.trainable_variables` by their names in files, laid as PyTorch has them; without those of what
-    the call did not use."""
+    """Gradients of `model.trainable_variables` by checkpoint name, in PyTorch's layout; without variables that have no
+    gradient."""
     found = {id(v): g for v, g in zip(model.trainable_variables, gradients, strict=True) if g is not None}
     return {
         name: slot.laid(tf.convert_to_tensor(found[id(slot.variable)]).numpy())

@@ -1,5 +1,5 @@
-"""Tiny models of every family but MPT, the same in transformers and here, with a value of its own in each field
-that transformers honours; and inputs that reach every feature."""
+"""Tiny models of every family but MPT, the same in transformers and here, with a non-default value in each config field
+that transformers implements; and inputs that reach every feature."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ import monoblock
 from monoblock.families import FAMILIES, class_names, family, family_of
 
 VOCAB, LABELS, TOKENS = 89, 4, 23
-LENGTHS = (23, 9, 17)  # of a batch's texts; more than twice the windows
+LENGTHS = (23, 9, 17)  # tokens of the rows of a batch; the longest is more than twice each window
 CHOICES = 2
-PATCH, PATCH_SIZE = 7, 4 * 4 * 3  # Fuyu's id of a patch, and its numbers, here
+PATCH, PATCH_SIZE = 7, 4 * 4 * 3  # Fuyu's image token id, and the values of a patch (4 x 4 RGB)
 
 FAMILY_NAMES = tuple(name for name in FAMILIES if name != "mpt")
 CLASSES = {name: model_type for model_type in FAMILY_NAMES for name in class_names(model_type)}
 KIND = {name: family(CLASSES[name]).model_class(name).head for name in CLASSES}
 GENERATING = tuple(name for name in CLASSES if KIND[name] == "causal")
-# MPNet's pads are told by their id, which transformers takes for 1 whatever the config says.
+# MPNet recognises padding by its id, which is 1 in transformers whatever the config's pad_token_id.
 PADS = {name: 1 if name == "mpnet" else PAD for name in FAMILY_NAMES}
-LEARNED = ("openai-gpt", "gpt_neo")  # position tables that count tokens by the attention mask
+LEARNED = ("openai-gpt", "gpt_neo")  # learned positions that are counted from the attention mask
 
 
 def _mistral(heads: int) -> dict[str, Any]:
@@ -69,7 +69,7 @@ _FIELDS = {
 }
 
 
-# Fields of models that compile in two thirds of the time and less; three layers are the rule.
+# Fields of models with fewer layers than the default of three, which compile faster.
 TWO_LAYERS: dict[str, dict[str, Any]] = {
     "mistral": {"num_hidden_layers": 2},
     "fuyu": {"num_hidden_layers": 2},
@@ -97,7 +97,7 @@ def fields(model_type: str, heads: int = 6, **more: Any) -> dict[str, Any]:
 
 
 def transformers_model(name: str, **kwargs: Any) -> Any:
-    """transformers' model of that class, random, in evaluation mode; eager, so that attentions can be had."""
+    """transformers' model of that class, random, in evaluation mode; eager, so that it returns attentions."""
     cls = getattr(transformers, name)
     made = cls(cls.config_class(**kwargs, attn_implementation="eager"))
     randomised(made, seed=kwargs.get("num_attention_heads", 6))
@@ -106,7 +106,7 @@ def transformers_model(name: str, **kwargs: Any) -> Any:
 
 
 def monoblock_model(name: str, theirs: Any = None, **kwargs: Any) -> Any:
-    """The same model here: from transformers' weights, or random ones of its own."""
+    """monoblock's model of that class, with the weights of transformers' model or with random ones."""
     made = getattr(monoblock, name)(family_of(name).config(**kwargs)).eval()
     if theirs is None:
         return randomised(made)
@@ -118,7 +118,7 @@ def monoblock_model(name: str, theirs: Any = None, **kwargs: Any) -> Any:
 def pair(name: str, heads: int = 6, labels: int = LABELS) -> tuple[Any, Any]:
     """The same random model in transformers and here."""
     if name == "MPNetForQuestionAnswering":
-        labels = 2  # transformers gives this one head an output for each label of the config
+        labels = 2  # in transformers this head has an output for each label of the config
     return model_pair(name, **fields(CLASSES[name], heads, num_labels=labels))
 
 
@@ -128,7 +128,7 @@ def model_pair(name: str, **kwargs: Any) -> tuple[Any, Any]:
 
 
 def model_inputs(name: str, padding: str = "left", seed: int = 1) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Ids and mask for a class: (batch, tokens), or (batch, choices, tokens) where it chooses."""
+    """Ids and mask for a class: (batch, tokens), or (batch, choices, tokens) for multiple choice."""
     pad = PADS[CLASSES[name]]
     if KIND[name] not in ("choice", "double"):
         ids, mask = batch(padding, LENGTHS, VOCAB, seed, low=10, pad=pad)
@@ -137,8 +137,8 @@ def model_inputs(name: str, padding: str = "left", seed: int = 1) -> tuple[torch
     return ids.unflatten(0, (3, CHOICES)), None if mask is None else mask.unflatten(0, (3, CHOICES))
 
 
-def places(model_type: str, mask: torch.Tensor | None) -> dict[str, torch.Tensor]:
-    """What transformers needs to be told: position tables there do not see the attention mask."""
+def explicit_positions(model_type: str, mask: torch.Tensor | None) -> dict[str, torch.Tensor]:
+    """The `position_ids` that transformers needs: its learned positions do not depend on the attention mask."""
     if mask is None or model_type not in LEARNED:
         return {}
     first = mask.argmax(-1, keepdim=True)
@@ -146,22 +146,22 @@ def places(model_type: str, mask: torch.Tensor | None) -> dict[str, torch.Tensor
 
 
 def theirs_inputs(name: str, ids: torch.Tensor, mask: torch.Tensor | None) -> dict[str, Any]:
-    """The same inputs for transformers, whose double heads take masks and places of rows, not of choices."""
-    given = {"attention_mask": mask, **places(CLASSES[name], mask)}
+    """The same inputs for transformers, whose double-heads model takes masks of (batch x choices, tokens)."""
+    given = {"attention_mask": mask, **explicit_positions(CLASSES[name], mask)}
     if KIND[name] == "double":
         given = {key: None if x is None else x.flatten(0, 1) for key, x in given.items()}
     return {"input_ids": ids, **given}
 
 
 def logits_of(out: Any) -> torch.Tensor:
-    """All that a head says, (batch, [tokens,] outputs)."""
+    """All outputs of a head, (batch, [tokens,] outputs)."""
     if "start_logits" in out:
         return torch.stack((out.start_logits, out.end_logits), dim=-1)
     return out.logits if "logits" in out else out.last_hidden_state
 
 
 def assert_same_logits(what: str, name: str, theirs: Any, ours: Any) -> None:
-    """Logits of the class `name`, with each padding and in the kernels that a CPU has."""
+    """Compares logits of the class `name`, for each padding and each attention implementation of the CPU."""
     for padding in PADDINGS:
         ids, mask = model_inputs(name, padding)
         there = theirs(ids, attention_mask=mask, output_hidden_states=True)
@@ -173,12 +173,12 @@ def assert_same_logits(what: str, name: str, theirs: Any, ours: Any) -> None:
 
 
 def per_token(name: str) -> bool:
-    """Whether a head says something at every token."""
+    """Whether a head has outputs for every token."""
     return KIND[name] not in ("sequence", "first", "choice")
 
 
 def labels_of(name: str, ids: torch.Tensor, mask: torch.Tensor | None) -> dict[str, torch.Tensor]:
-    """Labels for a class's loss, -100 at padding, after it (what padding predicts means nothing), and elsewhere."""
+    """Labels for a class's loss; -100 at padding, at the token that follows padding, and at every sixth token."""
     kind = KIND[name]
     rows = len(ids)
     if kind in ("sequence", "first"):
@@ -198,8 +198,8 @@ def labels_of(name: str, ids: torch.Tensor, mask: torch.Tensor | None) -> dict[s
 
 
 def with_images(counts: tuple[int, ...], newline: int = 8, columns: int = 3) -> tuple[Any, ...]:
-    """Left-padded ids, mask, each row's patches (counts[i], 48) and the index of each place's patch, or -1; rows of
-    patches end with a newline, as the processor makes them."""
+    """Left-padded ids, mask, each row's patches (counts[i], 48), and for each token the index of its patch or -1. Rows
+    of patches end with a newline token, as in the processor's output."""
     generator = torch.Generator().manual_seed(9)
     rows, indices = [], []
     for i, count in enumerate(counts):
@@ -217,5 +217,5 @@ def with_images(counts: tuple[int, ...], newline: int = 8, columns: int = 3) -> 
     length = max(map(len, rows))
     ids = torch.tensor([[PADS["fuyu"]] * (length - len(row)) + row for row in rows])
     mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows])
-    places = torch.tensor([[-1] * (length - len(index)) + index for index in indices])
-    return ids, mask, [torch.randn(count, PATCH_SIZE, generator=generator) for count in counts], places
+    patch_indices = torch.tensor([[-1] * (length - len(index)) + index for index in indices])
+    return ids, mask, [torch.randn(count, PATCH_SIZE, generator=generator) for count in counts], patch_indices

@@ -1,4 +1,4 @@
-"""Checkpoints for pipelines: tiny random models with a tokenizer of words and pieces, or of bytes, in a folder."""
+"""Checkpoints for pipelines: tiny random models with a WordPiece or a byte-level tokenizer."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ PIECES = (
     "!",
     "who",
 )
-LIMIT = 24  # tokens in a row, by the tokenizers' files; the models take 64
+LIMIT = 24  # the tokenizers' model_max_length; the models have 64 positions
 TEXT = "The quick brown foxs jumps over Köln, the lazy dog. Who jumps over the fox? The brownest of dogs!"
 LONG = " ".join([TEXT] * 5)
 TEMPLATE = (
@@ -41,7 +41,7 @@ TEMPLATE = (
 
 
 def words() -> Tokenizer:
-    """Word-piece, lower-case: `<s> A </s>` and `<s> A </s></s> B </s>`; ids 0 to 4 are the special tokens."""
+    """Lower-case WordPiece: `<s> A </s>` and `<s> A </s></s> B </s>`; ids 0 to 4 are the special tokens."""
     letters = list("abcdefghijklmnopqrstuvwxyz")
     vocab = dict.fromkeys([*SPECIAL, *PIECES, *letters, *("##" + c for c in letters)])
     tokenizer = Tokenizer(
@@ -59,11 +59,11 @@ def words() -> Tokenizer:
 
 
 def letters() -> Tokenizer:
-    """Bytes of ASCII, few enough for the tiny vocabulary; ids 0 to 3 are the special tokens."""
+    """Byte-level without merges, limited to the tiny vocabulary; ids 0 to 3 are the special tokens."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     first = [c for c in alphabet if c.isascii() and (c.islower() or c in "<>,.?!BTW")] + ["Ġ", "Ċ"]
-    kept = [*first, *(c for c in alphabet if c not in first)][: tiny_families.VOCAB - 4]
-    vocab = {token: i for i, token in enumerate(["<unk>", "<s>", "</s>", "<pad>", *kept])}
+    alphabet = [*first, *(c for c in alphabet if c not in first)][: tiny_families.VOCAB - 4]
+    vocab = {token: i for i, token in enumerate(["<unk>", "<s>", "</s>", "<pad>", *alphabet])}
     tokenizer = Tokenizer(models.BPE(vocab, [], unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -73,8 +73,8 @@ def letters() -> Tokenizer:
 def folder(at: Path, name: str, **fields: Any) -> Path:
     """A checkpoint of that class, written by transformers, with its tokenizer."""
     model_type = tiny_families.CLASSES[name]
-    made = transformers_model(name, **tiny_families.fields(model_type, **fields))
-    made.save_pretrained(at)
+    model = transformers_model(name, **tiny_families.fields(model_type, **fields))
+    model.save_pretrained(at)
     if model_type == "mpnet":
         backend = words()
         special = {"cls_token": "<s>", "sep_token": "</s>", "unk_token": "[UNK]", "mask_token": "<mask>"}

@@ -1,4 +1,4 @@
-"""The makers' releases of tiny random models, laid out by hand: names and places are spelled out here once more."""
+"""Checkpoints of tiny random models in the original releases' formats, with names and layouts written out by hand."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ def mistral(**fields: Any) -> Any:
 
 
 def saved(model: Any, folder: Path) -> Path:
-    """The folder, with the model in it."""
+    """Saves the model into the folder."""
     model.save_pretrained(folder)
     return folder
 
 
 def names(folder: Path) -> list[str]:
-    """What is in a folder, hidden things too."""
+    """The names of a folder's entries, hidden ones included."""
     return sorted(path.name for path in folder.iterdir())
 
 
-# params.json of the release below
+# params.json of `mistral_release`
 MISTRAL = {
     "dim": 24,
     "n_layers": 2,
@@ -48,7 +48,7 @@ MISTRAL = {
 
 
 def mistral_state(seed: int = 0) -> dict[str, torch.Tensor]:
-    """Random weights by Mistral's own names and shapes."""
+    """Random weights with the names and shapes of mistral_inference."""
     torch.manual_seed(seed)
     dim, inner, q, kv = 24, 40, 24, 12
     state = {"tok_embeddings.weight": torch.randn(61, dim), "norm.weight": 1 + 0.1 * torch.randn(dim)}
@@ -77,19 +77,19 @@ def mistral_release(folder: Path, state: dict[str, torch.Tensor] | None = None, 
     return folder
 
 
-def openai_release(folder: Path, model: Any, pieces: int = 10) -> Path:
-    """OpenAI's files of an OpenAIGPTLMHeadModel, whose hub names and matrices (inputs x outputs) it takes."""
+def openai_release(folder: Path, model: Any, shards: int = 10) -> Path:
+    """OpenAI's files of an OpenAIGPTLMHeadModel: one array in shards; matrices are (inputs, outputs)."""
     folder.mkdir(parents=True, exist_ok=True)
     state = {name: tensor.numpy() for name, tensor in model.hub_state_dict().items()}
     rows = [state["transformer.positions_embed.weight"], state["transformer.tokens_embed.weight"]]
     for i in range(model.config.n_layer):
-        for part in ("attn.c_attn", "attn.c_proj", "ln_1", "mlp.c_fc", "mlp.c_proj", "ln_2"):
+        for module in ("attn.c_attn", "attn.c_proj", "ln_1", "mlp.c_fc", "mlp.c_proj", "ln_2"):
             for kind in ("weight", "bias"):
-                array = state[f"transformer.h.{i}.{part}.{kind}"]
+                array = state[f"transformer.h.{i}.{module}.{kind}"]
                 rows.append(array[None] if array.ndim == 2 else array)
     flat = np.concatenate([row.reshape(-1) for row in rows])
-    for i, piece in enumerate(np.array_split(flat, pieces)):
-        np.save(folder / f"params_{i}.npy", piece)
+    for i, shard in enumerate(np.array_split(flat, shards)):
+        np.save(folder / f"params_{i}.npy", shard)
     (folder / "params_shapes.json").write_text(json.dumps([list(row.shape) for row in rows]))
     (folder / "encoder_bpe_40000.json").write_text('{"<unk>": 0, "a</w>": 1}')
     (folder / "vocab_40000.bpe").write_text("#version: 0.2\nt h\n")
@@ -97,11 +97,11 @@ def openai_release(folder: Path, model: Any, pieces: int = 10) -> Path:
 
 
 class Megatron:
-    """An object of the trainer's own code, which no reader has."""
+    """A class of the training framework, which no reader can import."""
 
 
 def fuyu_release(folder: Path, model: Any) -> Path:
-    """Adept's folder of a FuyuForCausalLM: a training checkpoint with nested dicts and foreign objects."""
+    """Adept's release of a FuyuForCausalLM: a training checkpoint with nested dicts and pickled objects."""
     import argparse
 
     encoder: dict[str, torch.Tensor] = {}
@@ -126,15 +126,15 @@ def fuyu_release(folder: Path, model: Any) -> Path:
             "image_patch_projection": {"weight": torch.ones(3)},
         },
     }
-    place = folder / "iter_0001251" / "mp_rank_00"
-    place.mkdir(parents=True)
-    torch.save(content, place / "model_optim_rng.pt")
+    rank = folder / "iter_0001251" / "mp_rank_00"
+    rank.mkdir(parents=True)
+    torch.save(content, rank / "model_optim_rng.pt")
     (folder / "adept_vocab.model").write_bytes(b"unigrams")
     return folder
 
 
 def foundry_release(folder: Path, model: Any, prefix: str = "model.") -> Path:
-    """An export of llm-foundry: its class, its extra keys, `.bin` files and prefixed names."""
+    """An export of llm-foundry: its class name and extra config fields, a `.bin` file, prefixed tensor names."""
     folder.mkdir(parents=True, exist_ok=True)
     config = json.loads(model.config.to_json_string())
     config |= {
@@ -145,8 +145,8 @@ def foundry_release(folder: Path, model: Any, prefix: str = "model.") -> Path:
         "fc_type": "torch",
         "loss_fn": "fused_crossentropy",
     }
-    del config["no_bias"]  # the makers' default is False
-    del config["attn_config"]["alibi"]  # and False
+    del config["no_bias"]  # llm-foundry's default is False
+    del config["attn_config"]["alibi"]  # False, too
     (folder / "config.json").write_text(json.dumps(config))
     state = {prefix + name: tensor for name, tensor in model.hub_state_dict().items()}
     torch.save(state, folder / "pytorch_model.bin")

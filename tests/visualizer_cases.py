@@ -1,4 +1,5 @@
-"""Small configs of the six families, whose every feature of the mask shows on a short text; no framework."""
+"""Small configs of the six families in which every feature of the attention mask is visible on a short text. Imports no
+framework."""
 
 from __future__ import annotations
 
@@ -50,17 +51,17 @@ TEXTS = ["the quick brown fox jumps over the lazy dog", "def f(n): return n + 1"
 
 
 def tokenizer(model_type: str, **options: Any) -> PreTrainedTokenizerFast:
-    """Byte-level pieces, or Fuyu's own tokens."""
+    """A byte-level tokenizer, or Fuyu's."""
     if model_type == "fuyu":
         backend = fuyu_tokenizer.backend()
         return PreTrainedTokenizerFast(tokenizer_object=backend, **fuyu_tokenizer.SPECIAL, **options)
-    made = text_tokenizers.byte_level(*WORDS)
-    made.add_special_tokens(["<s>", "<pad>"])
-    return PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<eos>", pad_token="<pad>", **options)
+    backend = text_tokenizers.byte_level(*WORDS)
+    backend.add_special_tokens(["<s>", "<pad>"])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", pad_token="<pad>", **options)
 
 
 def config(model_type: str, **more: Any) -> Any:
-    """A tiny config; Fuyu's knows the id of its tokenizer's patches."""
+    """A tiny config; Fuyu's has its tokenizer's image token id."""
     fields = {"vocab_size": VOCAB, "pad_token_id": 1, **FIELDS[model_type], **more}
     if model_type == "fuyu":
         fields["image_token_id"] = tokenizer("fuyu").convert_tokens_to_ids("|SPEAKER|")
@@ -68,5 +69,5 @@ def config(model_type: str, **more: Any) -> Any:
 
 
 def visualizer(model_type: str, **more: Any) -> AttentionMaskVisualizer:
-    """A visualizer of that config."""
+    """A visualizer of that config and tokenizer."""
     return AttentionMaskVisualizer.from_config(config(model_type, **more), tokenizer(model_type))

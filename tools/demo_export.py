@@ -1,4 +1,4 @@
-"""What a finished run leaves behind: the model folder inside the package, and docs/demo.md with its curve."""
+"""Exports a training run: the model folder within the package, and docs/demo.md with the loss curve."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 FOLDER = REPOSITORY / "src" / "monoblock" / "demo"
-SIZE_LIMIT = 12_000_000  # bytes, of everything in the folder
+SIZE_LIMIT = 12_000_000  # bytes in the folder
 PROMPTS = ("def fibonacci(n):", "class Stack:", "for line in lines:")
 REQUESTS = ("Return True if the stack is empty.", "def add(a, b):")
-LENGTHS = (256, 512, 1024)  # windows in which the held-out text is measured
+LENGTHS = (256, 512, 1024)  # window lengths of the held-out evaluation
 
-# A message that a system message precedes carries it; the model has seen requests and replies, no third voice.
+# A system message is prepended to the next user message, since the model was trained on requests and replies only.
 CHAT_TEMPLATE = (
     "{%- set state = namespace(system='') -%}"
     "{%- for message in messages -%}"
@@ -47,13 +47,13 @@ GENERATION = {
     "do_sample": True,
     "temperature": 0.8,
     "top_p": 0.9,
-    "repetition_penalty": 1.05,  # more would also forbid indentation, which repeats by its nature
+    "repetition_penalty": 1.05,  # larger values would suppress indentation
     "max_new_tokens": 200,
 }
 
 
 def write(trainer: Trainer, documents: Sequence[corpus.Document], tokenizer: Tokenizer) -> None:
-    """Write the model folder, read it back, measure what was read, and write the report from that."""
+    """Writes the model folder, loads it, evaluates the loaded model, and writes the report."""
     save_folder(trainer.model, tokenizer)
     size = sum(path.stat().st_size for path in FOLDER.iterdir() if path.is_file())
     if size > SIZE_LIMIT:
@@ -71,7 +71,7 @@ def write(trainer: Trainer, documents: Sequence[corpus.Document], tokenizer: Tok
         documents=documents,
         params=sum(param.numel() for param in trainer.model.parameters()),
         size=size,
-        epoch_tokens=sum(len(piece.ids) * piece.repeats for piece in trainer.pieces),
+        epoch_tokens=sum(len(segment.ids) * segment.repeats for segment in trainer.segments),
         held_out=held_out,
         bytes_per_token=trainer.held_out.bytes_per_token,
         samples=samples(),
@@ -81,12 +81,12 @@ def write(trainer: Trainer, documents: Sequence[corpus.Document], tokenizer: Tok
 
 
 def save_folder(model: MptForCausalLM, tokenizer: Tokenizer) -> None:
-    """bf16 weights, config, generation defaults and tokenizer, in the hub's files."""
+    """bf16 weights, config, generation config and tokenizer, in transformers' files."""
     model.to(torch.bfloat16).save_pretrained(FOLDER)
     tokenizer.save(str(FOLDER / "tokenizer.json"))
     end, padding, *talk = corpus.SPECIALS
-    # Not GPTNeoXTokenizerFast, the usual name beside an MPT: transformers 5 would rebuild that class's own splitting
-    # of words from the vocabulary and ignore the one in tokenizer.json, so that the ids would differ.
+    # Not GPTNeoXTokenizerFast, MPT's usual tokenizer: transformers 5 would use that class's pre-tokenizer instead of
+    # the one in tokenizer.json, so that the ids would differ.
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": end,
@@ -95,7 +95,7 @@ def save_folder(model: MptForCausalLM, tokenizer: Tokenizer) -> None:
         "pad_token": padding,
         "additional_special_tokens": talk,
         "clean_up_tokenization_spaces": False,
-        "padding_side": "left",  # what generation needs in a batch
+        "padding_side": "left",  # required for generation in batches
         "model_max_length": model.config.max_seq_len,
         "chat_template": CHAT_TEMPLATE,
     }
@@ -109,7 +109,7 @@ def write_json(path: Path, content: dict[str, object]) -> None:
 
 
 def samples() -> list[tuple[str, str, str]]:
-    """Title, text shown before the reply, and reply: completions of PROMPTS and chat replies to REQUESTS."""
+    """(title, text before the reply, reply) of completions of PROMPTS and chat replies to REQUESTS."""
     model = MptForCausalLM.from_pretrained(FOLDER)
     tokenizer = AutoTokenizer.from_pretrained(FOLDER)
 

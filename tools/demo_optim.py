@@ -1,7 +1,7 @@
-"""The optimiser of the demo's trainer: Muon for the matrices inside the blocks, AdamW for everything else.
+"""The optimisers of the demo's trainer: Muon for the matrices of the blocks, AdamW for the other parameters.
 
 Muon (K. Jordan, 2024, https://kellerjordan.github.io/posts/muon/): the update of a matrix is its momentum with all
-singular values brought near 1. How near hardly matters, so five steps of an odd polynomial do instead of an SVD.
+singular values near 1, approximated by five steps of an odd polynomial instead of an SVD.
 """
 
 from collections.abc import Iterable
@@ -13,11 +13,11 @@ QUINTIC = (
     3.4445,
     -4.7750,
     2.0315,
-)  # the post's coefficients: steepest at 0 that still converge for 0 < s <= 1
+)  # coefficients of that post: the largest slope at 0 that converges for 0 < s <= 1
 
 
 def orthogonal(update: Tensor, steps: int = 5) -> Tensor:
-    """The nearest half-orthogonal matrix, roughly: singular values of (..., m, n) end up between 0.7 and 1.2."""
+    """The approximate nearest semi-orthogonal matrix (..., m, n): singular values between 0.7 and 1.2."""
     a, b, c = QUINTIC
     x = update.bfloat16()
     wide = x.size(-2) <= x.size(-1)
@@ -30,9 +30,9 @@ def orthogonal(update: Tensor, steps: int = 5) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Nesterov momentum, orthogonalised. A (3d, d) fused qkv counts as three matrices.
+    """Orthogonalised Nesterov momentum. A fused qkv (3d, d) is treated as three matrices.
 
-    `lr` is the change of a square matrix's singular values per step, `weight_decay` is decoupled.
+    `lr` is the change of the singular values of a square matrix per step; `weight_decay` is decoupled.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """One update of every parameter that has a gradient."""
+        """Updates every parameter that has a gradient."""
         if closure is not None:
             raise TypeError("Muon.step takes no closure")
         for group in self.param_groups:
@@ -68,7 +68,7 @@ class Muon(torch.optim.Optimizer):
 def optimizers(
     model: nn.Module, embedding: nn.Parameter, lr: float, muon_lr: float
 ) -> list[torch.optim.Optimizer]:
-    """Muon for every matrix but the embedding; AdamW for the embedding and the norms, these without decay."""
+    """Muon for every matrix but the embedding; AdamW for the embedding and, without weight decay, the norms."""
     params = list(dict.fromkeys(model.parameters()))
     matrices = [p for p in params if p.ndim == 2 and p is not embedding]
     vectors = [p for p in params if p.ndim < 2]

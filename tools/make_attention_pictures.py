@@ -1,4 +1,4 @@
-"""Draws the pictures of docs/attention.md, one for each family: `python tools/make_attention_pictures.py`."""
+"""Writes the pictures of docs/attention.md, one for each family: `python tools/make_attention_pictures.py`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ FOLDER = Path(__file__).parents[1] / "docs" / "attention"
 TEXT, SHORT, QUESTION = "Do you have mayonnaise recipes ?", "Hello there", "What is in the picture ?"
 SPECIAL = ("<unk>", "<s>", "</s>", "<0x04>", "|SPEAKER|", "|NEWLINE|")
 
-# model_type -> the config's fields that the picture is about, and how the visualizer is called.
+# model_type -> config fields, and arguments of the visualizer.
 PICTURES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "mpt": ({"n_heads": 8, "n_layers": 4, "d_model": 64}, {"text": TEXT}),
     "mistral": ({"sliding_window": 4, "num_hidden_layers": 4}, {"text": TEXT}),
@@ -32,12 +32,12 @@ PICTURES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 
-def tokenizer(around: bool) -> PreTrainedTokenizerFast:
-    """A token for each word; `around`: `<s>` and `</s>` at the ends, as MPNet's has."""
+def tokenizer(bos_and_eos: bool) -> PreTrainedTokenizerFast:
+    """A word-level tokenizer, optionally with `<s>` and `</s>` around the text, as for MPNet."""
     words = dict.fromkeys([*SPECIAL, *" ".join((TEXT, SHORT, QUESTION)).split()])
     backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    if around:
+    if bos_and_eos:
         ends = [(token, SPECIAL.index(token)) for token in ("<s>", "</s>")]
         backend.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=ends)
     return PreTrainedTokenizerFast(
@@ -49,13 +49,13 @@ def picture(model_type: str) -> str:
     """The SVG of one family."""
     fields, call = PICTURES[model_type]
     config = AutoConfig.for_model(model_type, **fields)
-    visualizer = AttentionMaskVisualizer.from_config(config, tokenizer(around=model_type == "mpnet"))
+    visualizer = AttentionMaskVisualizer.from_config(config, tokenizer(bos_and_eos=model_type == "mpnet"))
     visualizer.read(**call)
     return visualizer.svg()
 
 
 def path(model_type: str) -> Path:
-    """Where its picture is."""
+    """The file of a family's picture."""
     return FOLDER / f"{model_type}.svg"
 
 

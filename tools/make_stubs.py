@@ -1,4 +1,4 @@
-"""Write `src/monoblock/__init__.pyi`, the static view of the lazy public names. `--check`: only compare.
+"""Writes `src/monoblock/__init__.pyi`, the stub of the lazy public names. `--check`: only compare.
 
 python tools/make_stubs.py [--check]
 """
@@ -144,7 +144,7 @@ WRITERS = {
 
 
 def main() -> int:
-    """0: written, or up to date; 1: out of date."""
+    """Exit status: 0 written or up to date, 1 out of date."""
     text = stub()
     if "--check" in sys.argv[1:]:
         if STUB.read_text(encoding="utf-8") == text:

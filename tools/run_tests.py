@@ -46,7 +46,7 @@ def default_jobs() -> int:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):  # not on every system
+    except (AttributeError, ValueError, OSError):  # not available on every system
         memory = 0
     return 2 if cores >= 2 and memory >= 10 << 30 else 1
 
@@ -80,14 +80,14 @@ def run(part: str, command: list[str], counts: Path, failures: list[str]) -> int
 
 
 def summary(counts: Counter[str], seconds: float) -> str:
-    """As pytest has it: `1 failed, 6321 passed, 30 skipped in 650.10s (0:10:50)`."""
+    """In pytest's format: `1 failed, 6321 passed, 30 skipped in 650.10s (0:10:50)`."""
     found = ", ".join(f"{counts[name]} {name}" for name in OUTCOMES if counts[name])
     minutes, rest = divmod(int(seconds), 60)
     return f"{found or 'no tests ran'} in {seconds:.2f}s ({minutes // 60}:{minutes % 60:02}:{rest:02})"
 
 
 def option(name: str, arguments: list[str]) -> str | None:
-    """The value that follows that name; both are taken out of the arguments."""
+    """The value after that option; both are removed from the arguments."""
     if name not in arguments:
         return None
     at = arguments.index(name)

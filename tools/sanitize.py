@@ -1,7 +1,7 @@
-"""The native kernels' tests, with kernels that the address and undefined-behaviour sanitizers watch.
+"""Runs the tests of the native kernels with the address and undefined-behaviour sanitizers.
 
-`python tools/sanitize.py [arguments of pytest]`. The package is copied, and its kernels are compiled there with
-`-fsanitize=address,undefined`; the first fault ends the process, which says where it is. Needs g++ on Linux.
+`python tools/sanitize.py [arguments of pytest]`. Copies the package and compiles its kernels with
+`-fsanitize=address,undefined`. The first error aborts the process and is reported. Needs g++ on Linux.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ TESTS = (
     "test_packed",
     "test_prompt",
 )
-# Python and the frameworks keep memory to the end; they and their libraries define some names twice.
+# Python and the frameworks do not free all memory at exit, and some of their libraries define symbols twice.
 ASAN = "detect_leaks=0:detect_odr_violation=0:abort_on_error=1"
 UBSAN = "print_stacktrace=1:abort_on_error=1"
-# The sanitizers' checks make the compiler slow: minutes for each level on a busy machine.
+# Compilation with sanitizers takes minutes for each level.
 BUILD = """
 from monoblock.native import build
-made = build.build(extra={flags!r}, seconds=3600)
-print(made.line, flush=True)
-assert made.levels == tuple(build.levels()), "a level was not built"
+outcome = build.build(extra={flags!r}, seconds=3600)
+print(outcome.line, flush=True)
+assert outcome.levels == tuple(build.levels()), "a level was not built"
 """
 
 
 def main(arguments: list[str]) -> int:
-    """The exit status of the tests."""
+    """Returns the exit status of the tests."""
     runtimes = [_runtime(name) for name in ("libasan.so", "libubsan.so")]
     with tempfile.TemporaryDirectory(prefix="monoblock-sanitize-") as scratch:
         ignored = shutil.ignore_patterns("*.so", "__pycache__")

@@ -1,11 +1,11 @@
-"""Train the embedded demo: a tiny MPT, from scratch, on the standard library's source.
+"""Trains the embedded demo: a tiny MPT, from scratch, on the sources of the standard library.
 
-    python tools/train_demo.py                  the whole run; then writes src/monoblock/demo and docs/demo.md
+    python tools/train_demo.py                  trains, then writes src/monoblock/demo and docs/demo.md
     python tools/train_demo.py --minutes 10     the learning rate reaches zero after ten minutes of training
-    python tools/train_demo.py --resume         goes on from the last checkpoint in build/demo
-    python tools/train_demo.py --export         only writes the last checkpoint out, finished or not
+    python tools/train_demo.py --resume         continues from the last checkpoint in build/demo
+    python tools/train_demo.py --export         exports the last checkpoint without training
 
-A run is decided by its seed, its steps and the corpus, whose digest docs/demo.md gives.
+A run is determined by its seed, its number of steps and the corpus, whose digest is in docs/demo.md.
 """
 
 import argparse
@@ -44,13 +44,13 @@ SETTINGS = (
     "length",
     "lr",
     "muon_lr",
-)  # what decides a run; kept with it
-QUICK_WINDOWS = 64  # of the held-out text, for the curve; the final figure uses all of it
+)  # stored in checkpoints
+CURVE_WINDOWS = 64  # held-out windows for the loss curve; the final evaluation uses all
 
 
 @dataclass
 class State:
-    """What a checkpoint holds beside weights and optimisers."""
+    """The state in a checkpoint in addition to weights and optimisers."""
 
     step: int = 0
     seconds: float = 0.0
@@ -58,12 +58,12 @@ class State:
 
 
 class Trainer:
-    """One run: the model, its optimisers and where it stands."""
+    """A run: the model, its optimisers and its progress."""
 
     def __init__(self, options: argparse.Namespace, documents: list[corpus.Document], tokenizer: Tokenizer):
         torch.manual_seed(options.seed)
         self.options = options
-        self.pieces = data.pieces(documents, tokenizer)
+        self.segments = data.segments(documents, tokenizer)
         self.line_breaks = data.line_breaks(tokenizer)
         self.held_out = data.held_out(documents, tokenizer, options.length)
         self.model = MptForCausalLM(model_config(tokenizer))
@@ -74,20 +74,20 @@ class Trainer:
 
     @property
     def progress(self) -> float:
-        """The share of the run that is done, by steps or by minutes, whichever is further on."""
+        """The completed fraction of the run, the larger of that by steps and by minutes."""
         by_time = self.state.seconds / (60 * self.options.minutes) if self.options.minutes else 0.0
         return min(1.0, max(self.state.step / self.options.steps, by_time))
 
-    def lr_share(self) -> float:
-        """Linear warm-up, then linear decay to zero: the best plain schedule for a short run."""
+    def lr_factor(self) -> float:
+        """Linear warm-up, then linear decay to zero."""
         return min(1.0, (self.state.step + 1) / WARMUP_STEPS) * (1.0 - self.progress)
 
     def step(self, windows: Tensor) -> float:
-        """One update; returns the training loss in nats per token."""
-        share = self.lr_share()
+        """Runs one update; returns the training loss in nats per token."""
+        factor = self.lr_factor()
         for optimizer, lrs in zip(self.optimizers, self.base_lrs, strict=True):
             for group, lr in zip(optimizer.param_groups, lrs, strict=True):
-                group["lr"] = lr * share
+                group["lr"] = lr * factor
         loss = self.loss(windows)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -98,7 +98,7 @@ class Trainer:
         return loss.item()
 
     def loss(self, windows: Tensor) -> Tensor:
-        """The mean next-token loss, its products in bf16: twice fp32's speed where the CPU has such instructions."""
+        """The mean next-token loss; matrix products in bf16 are twice as fast on CPUs with bf16 instructions."""
         dtype = torch.bfloat16 if self.options.bf16 else torch.float32
         with torch.autocast("cpu", torch.bfloat16, enabled=self.options.bf16):
             out = self.model(input_ids=windows, output_hidden_states=True, logits_to_keep=1, use_cache=False)
@@ -108,19 +108,19 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self, limit: int | None = None) -> float:
-        """Held-out loss in nats per token, over `limit` windows spread evenly or all of them."""
+        """Held-out loss in nats per token, over `limit` evenly spaced windows or all of them."""
         every = self.held_out.windows
         chosen = every if limit is None else every[:: max(1, len(every) // limit)]
         self.model.eval()
-        losses = [self.loss(part).item() * len(part) for part in chosen.split(16)]
+        losses = [self.loss(batch).item() * len(batch) for batch in chosen.split(16)]
         self.model.train()
         return sum(losses) / len(chosen)
 
     def run(self) -> None:
-        """Train to the end of the schedule, with a checkpoint every few minutes and at an interrupt."""
+        """Trains to the end of the schedule; saves a checkpoint every few minutes and on interrupt."""
         options = self.options
         sizes = {"length": options.length, "batch": options.batch}
-        source = data.batches(self.pieces, self.line_breaks, seed=options.seed, **sizes)
+        source = data.batches(self.segments, self.line_breaks, seed=options.seed, **sizes)
         source = islice(source, self.state.step, None)
         started, saved = time.monotonic() - self.state.seconds, time.monotonic()
         self.model.train()
@@ -138,43 +138,43 @@ class Trainer:
         self.save()
 
     def record(self, loss: float) -> None:
-        """Append this step to the log, with the held-out loss where it is due."""
+        """Appends this step to the log, with the held-out loss every EVALUATE_EVERY steps."""
         state = self.state
         entry = {"step": state.step, "loss": round(loss, 4), "seconds": round(state.seconds, 1)}
         entry["tokens"] = state.step * self.options.batch * self.options.length
         if state.step % EVALUATE_EVERY == 0 or self.progress >= 1.0:
-            entry["held_out"] = round(self.evaluate(QUICK_WINDOWS), 4)
+            entry["held_out"] = round(self.evaluate(CURVE_WINDOWS), 4)
         state.log.append(entry)
         with (self.options.build / "log.jsonl").open("a") as out:
             out.write(json.dumps(entry) + "\n")
 
     def save(self) -> None:
-        """Write the checkpoint; a crash leaves the old one or the new one, never half of one."""
-        part = self.options.build / "checkpoint.part"
-        everything = {
+        """Writes the checkpoint atomically."""
+        temporary = self.options.build / "checkpoint.part"
+        checkpoint = {
             "model": self.model.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "state": vars(self.state),
             "settings": {name: getattr(self.options, name) for name in SETTINGS},
         }
-        torch.save(everything, part)
-        os.replace(part, self.options.build / "checkpoint.pt")  # noqa: PTH105
+        torch.save(checkpoint, temporary)
+        os.replace(temporary, self.options.build / "checkpoint.pt")  # noqa: PTH105
 
     def load(self, checkpoint: dict[str, Any]) -> None:
-        """Take up a run where its checkpoint left it."""
+        """Restores the state of a checkpoint."""
         self.model.load_state_dict(checkpoint["model"])
         for optimizer, state in zip(self.optimizers, checkpoint["optimizers"], strict=True):
             optimizer.load_state_dict(state)
         self.state = State(**checkpoint["state"])
 
     def rewrite_log(self) -> None:
-        """Make the log's file say what the state says: nothing in a new run, less after a crash."""
+        """Writes the log of the state to the file, which a crash may have left longer."""
         lines = (json.dumps(entry) + "\n" for entry in self.state.log)
         (self.options.build / "log.jsonl").write_text("".join(lines))
 
 
 def read_checkpoint(options: argparse.Namespace) -> dict[str, Any]:
-    """The last checkpoint; `options` become those of its run."""
+    """The last checkpoint; `options` are updated with its settings."""
     path = options.build / "checkpoint.pt"
     if not path.exists():
         raise SystemExit(f"no checkpoint at {path}: start a run without --resume or --export first")
@@ -184,7 +184,7 @@ def read_checkpoint(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def model_config(tokenizer: Tokenizer) -> MptConfig:
-    """The demo's shape: ALiBi and no biases as in every published MPT, tied embeddings."""
+    """The demo's config: ALiBi, no biases, tied embeddings, as in published MPT models."""
     end = tokenizer.token_to_id(corpus.ENDOFTEXT)
     return MptConfig(
         **SHAPE,
@@ -198,7 +198,7 @@ def model_config(tokenizer: Tokenizer) -> MptConfig:
 
 @contextmanager
 def progress_bar() -> Iterator[Any]:
-    """A function that shows a trainer's progress; silent where output is not a terminal."""
+    """Yields a function that shows a trainer's progress in a terminal."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -223,34 +223,32 @@ def progress_bar() -> Iterator[Any]:
 
 @contextmanager
 def checkpoint_on_interrupt(trainer: Trainer) -> Iterator[None]:
-    """Ctrl-C keeps the work: it writes the checkpoint, then ends the program."""
+    """On Ctrl-C, saves a checkpoint and exits."""
     try:
         yield
     except KeyboardInterrupt:
         trainer.save()
-        raise SystemExit("interrupted; go on with --resume") from None
+        raise SystemExit("interrupted; continue with --resume") from None
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--seed", type=int, default=20, help="of the weights and of the order of the text")
+    parser.add_argument("--seed", type=int, default=20, help="of the weights and of the order of the windows")
     parser.add_argument("--steps", type=int, default=4119)
     parser.add_argument("--minutes", type=float, default=None, help="end the schedule after this time")
     parser.add_argument("--batch", type=int, default=16, help="windows per step")
     parser.add_argument(
-        "--length", type=int, default=256, help="tokens per window; ALiBi needs no longer ones"
+        "--length", type=int, default=256, help="tokens per window; ALiBi extrapolates to longer ones"
     )
-    parser.add_argument("--lr", type=float, default=3e-3, help="AdamW's, for the embedding and the norms")
-    parser.add_argument("--muon-lr", type=float, default=0.02, help="Muon's, for the matrices of the blocks")
+    parser.add_argument("--lr", type=float, default=3e-3, help="of AdamW, for the embedding and the norms")
+    parser.add_argument("--muon-lr", type=float, default=0.02, help="of Muon, for the matrices of the blocks")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--build", type=Path, default=BUILD, help="folder of checkpoint, tokenizer and log")
-    parser.add_argument("--resume", action="store_true", help="go on, with the settings of the run")
-    parser.add_argument(
-        "--export", action="store_true", help="write the last checkpoint out, without training"
-    )
+    parser.add_argument("--resume", action="store_true", help="continue a run with its settings")
+    parser.add_argument("--export", action="store_true", help="export the last checkpoint without training")
     return parser.parse_args()
 
 
@@ -260,8 +258,8 @@ def main() -> None:
     options.build.mkdir(parents=True, exist_ok=True)
     checkpoint = read_checkpoint(options) if options.resume or options.export else None
     documents = corpus.collect()
-    shown = [document for document in documents if not document.held_out]
-    tokenizer = corpus.train_tokenizer((document.text for document in shown), VOCAB)
+    training = [document for document in documents if not document.held_out]
+    tokenizer = corpus.train_tokenizer((document.text for document in training), VOCAB)
     trainer = Trainer(options, documents, tokenizer)
     if checkpoint:
         trainer.load(checkpoint)

@@ -1,6 +1,6 @@
-"""One module for each backend; `worker.py` runs the class `Backend` of one of them in a process of its own.
+"""One module for each backend, with a class `Backend` that `worker.py` runs in its own process.
 
-A `Backend` needs nothing but what its backend needs, so that it runs in another Python than the runner's:
-`start()` imports, `versions()` names them, `load(folder, form)` loads, `generate(prompts, new)` gives the new tokens of
-equally long prompts, greedily. Some can do more: `logits`, `train`.
+A `Backend` imports only its library, so that it can run in another Python: `start()` imports it, `versions()` returns
+versions, `load(folder, form)` loads a model, `generate(prompts, new)` returns the new greedy tokens of prompts of equal
+length. Optional methods: `step_logits`, `logits`, `train`.
 """

@@ -1,4 +1,4 @@
-"""CTranslate2, over a folder that its own converter writes."""
+"""CTranslate2, with models written by its converter."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ FORMS = ("float32", "int8")
 
 
 def prepare(source: str, target: str, form: str) -> None:
-    """Convert a folder of the hub's."""
+    """Converts a transformers folder."""
     converter = Path(sys.executable).with_name("ct2-transformers-converter")
     command = [str(converter), "--model", source, "--output_dir", target, "--quantization", form]
     subprocess.run([*command, "--low_cpu_mem_usage"], check=True)
 
 
 class Backend:
-    """A generator on as many threads as there are cores."""
+    """A generator with one thread per core."""
 
     def start(self) -> None:
-        """Import it."""
+        """Imports the library."""
         import ctranslate2
 
         self.library = ctranslate2
 
     def versions(self) -> dict[str, str]:
-        """What ran, by name."""
+        """Versions by name."""
         return {"ctranslate2": self.library.__version__}
 
     def load(self, folder: str, form: str) -> None:
-        """Read the model."""
+        """Loads the model."""
         threads = len(os.sched_getaffinity(0))
         self.generator = self.library.Generator(
             folder, device="cpu", compute_type=form, inter_threads=1, intra_threads=threads

@@ -1,4 +1,4 @@
-"""OpenVINO GenAI, over an IR that optimum-intel exports."""
+"""OpenVINO GenAI, with models exported by optimum-intel."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ FORMS = ("float32", "bfloat16", "int8", "int4")
 
 
 def prepare(source: str, target: str, form: str) -> None:
-    """Export a folder of the hub's; int8 per channel and int4 in groups of 128 by nncf, embeddings and head in int8
-    then, as optimum does it."""
+    """Exports a transformers folder; nncf quantises to int8 per channel or int4 in groups of 128, with embeddings and
+    head in int8 (optimum's defaults)."""
     from optimum.intel import OVModelForCausalLM, OVWeightQuantizationConfig
 
     four = {"bits": 4, "sym": False, "group_size": 128, "ratio": 1.0}
@@ -19,14 +19,14 @@ def prepare(source: str, target: str, form: str) -> None:
         "int4": {"quantization_config": OVWeightQuantizationConfig(**four)},
     }.get(form, {"load_in_8bit": False})
     model = OVModelForCausalLM.from_pretrained(source, export=True, compile=False, **wanted)
-    model.save_pretrained(target)  # no tokenizer: the benchmark speaks in tokens
+    model.save_pretrained(target)  # no tokenizer: the benchmark uses token ids
 
 
 class Backend:
-    """A pipeline with its defaults; "float32" asks for arithmetic in float32 too."""
+    """A pipeline with defaults; "float32" also sets the arithmetic to float32."""
 
     def start(self) -> None:
-        """Import it."""
+        """Imports the libraries."""
         import numpy
         import openvino
         import openvino_genai
@@ -34,13 +34,13 @@ class Backend:
         self.numpy, self.openvino, self.genai = numpy, openvino, openvino_genai
 
     def versions(self) -> dict[str, str]:
-        """What ran, by name."""
+        """Versions by name."""
         from importlib.metadata import version
 
         return {"openvino-genai": version("openvino-genai")}
 
     def load(self, folder: str, form: str) -> None:
-        """Compile the model."""
+        """Compiles the model."""
         hints = {"INFERENCE_PRECISION_HINT": "f32"} if form == "float32" else {}
         self.pipe = self.genai.LLMPipeline(folder, "CPU", **hints)
         self.size = Path(folder, "openvino_model.bin").stat().st_size

@@ -1,11 +1,11 @@
-"""monoblock and transformers: their calls are the same, so that one text serves both."""
+"""monoblock and transformers, which have the same interface."""
 
 from __future__ import annotations
 
 import importlib
 from typing import Any
 
-# The type of activations for each form of the weights.
+# Form of the weights -> dtype of the activations.
 DTYPES = {
     "float32": "float32",
     "bfloat16": "bfloat16",
@@ -17,7 +17,7 @@ GREEDY: dict[str, Any] = {"do_sample": False, "use_cache": True, "pad_token_id":
 
 
 def prepare(source: str, target: str, form: str) -> None:
-    """Pack a model's weights and save it, as `monoblock quantize` does."""
+    """Quantises and saves a model, like `monoblock quantize`."""
     from monoblock import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(source, dtype=DTYPES[form], quantization_config=form)
@@ -25,7 +25,7 @@ def prepare(source: str, target: str, form: str) -> None:
 
 
 class Backend:
-    """`library` is the package that gives the classes."""
+    """`library` is the package of the classes."""
 
     def __init__(self, library: str) -> None:
         self.library = library
@@ -33,18 +33,18 @@ class Backend:
         self.optimizer: Any = None
 
     def start(self) -> None:
-        """Import what a program imports that loads a model."""
+        """Imports the library and its auto class."""
         import torch
 
         self.torch = torch
         self.auto = importlib.import_module(self.library).AutoModelForCausalLM
 
     def import_class(self, name: str) -> None:
-        """Import the model's class, as a program does that names it."""
+        """Imports the model's class."""
         getattr(importlib.import_module(self.library), name)
 
     def versions(self) -> dict[str, str]:
-        """What ran, by name."""
+        """Versions by name."""
         from importlib.metadata import version
 
         found = {self.library: version(self.library), "torch": version("torch")}
@@ -53,21 +53,24 @@ class Backend:
         return found
 
     def load(self, folder: str, form: str) -> None:
-        """Make the model ready to generate."""
+        """Loads the model."""
         self.model = self.optimizer = None
         self.model = self.auto.from_pretrained(folder, dtype=DTYPES[form]).eval()
-        self.model.generation_config.eos_token_id = None  # texts are as long as they are asked to be
+        self.model.generation_config.eos_token_id = None  # always generate `new` tokens
 
     def weight_bytes(self) -> int:
-        """Bytes that one token reads: all weights but the table of the input, of which it reads a line."""
+        """Bytes read for a token: all weights but an input embedding that is not tied to the head."""
         model = self.model
-        kept = (*model.parameters(), *(b for b in model.buffers() if b.dtype != self.torch.bool))  # no masks
-        tensors = {t.data_ptr(): t for t in kept if t.numel()}
+        candidates = (
+            *model.parameters(),
+            *(b for b in model.buffers() if b.dtype != self.torch.bool),
+        )  # no masks
+        tensors = {t.data_ptr(): t for t in candidates if t.numel()}
         table, head = model.get_input_embeddings(), model.get_output_embeddings()
-        mine = {t.data_ptr() for t in (*table.parameters(), *table.buffers())}
+        embedding = {t.data_ptr() for t in (*table.parameters(), *table.buffers())}
         if head is not None:
-            mine -= {t.data_ptr() for t in (*head.parameters(), *head.buffers())}
-        return sum(t.numel() * t.itemsize for key, t in tensors.items() if key not in mine)
+            embedding -= {t.data_ptr() for t in (*head.parameters(), *head.buffers())}
+        return sum(t.numel() * t.itemsize for key, t in tensors.items() if key not in embedding)
 
     def generate(self, prompts: list[list[int]], new: int) -> list[list[int]]:
         """The new tokens of each prompt."""
@@ -81,18 +84,18 @@ class Backend:
             )
 
     def step_logits(self, prompts: list[list[int]], new: int) -> tuple[list[list[int]], Any]:
-        """The new tokens, and the logits (batch, new, vocabulary) they were chosen from."""
+        """The new tokens and their logits (batch, new, vocabulary)."""
         out = self._generate(prompts, new, return_dict_in_generate=True, output_logits=True)
         logits = self.torch.stack(out.logits, 1).float().numpy()
         return out.sequences[:, len(prompts[0]) :].tolist(), logits
 
     def logits(self, sequences: list[list[int]]) -> Any:
-        """The logits (batch, tokens, vocabulary) of whole texts in one pass."""
+        """The logits (batch, tokens, vocabulary) of complete sequences."""
         with self.torch.inference_mode():
             return self.model(self.torch.tensor(sequences)).logits.float().numpy()
 
     def train(self, tokens: list[list[int]], form: str) -> None:
-        """One step of AdamW on float32 weights; form "bfloat16": under autocast."""
+        """One step of AdamW on float32 weights; form "bfloat16": with autocast."""
         torch = self.torch
         if self.optimizer is None:
             self.model.train()
@@ -106,7 +109,7 @@ class Backend:
 
 
 def native_level() -> str:
-    """The level of monoblock's own kernels in this process, or why there are none."""
+    """The level of monoblock's native kernels in this process, or why they are not used."""
     from monoblock import native
 
     return native.status()

@@ -1,7 +1,7 @@
-"""The command line with a model that needs no weights: `python fake_monoblock.py chat ...`.
+"""The command line with a fake model without weights: `python fake_monoblock.py chat ...`.
 
-The model answers `re: PROMPT`, a character per token, and reports how it was called as JSON in the file of
-FAKE_LOG. A prompt with "slow" in it is answered at a snail's pace; one with "fail" makes it raise.
+The model generates `re: PROMPT`, one token per character, and appends the arguments of each call as JSON to the file
+FAKE_LOG. With "slow" in the prompt, a token takes 0.2 s; with "fail", the model raises an error.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from monoblock.cli.options import DownloadOptions, ModelOptions
 
 
 class Batch(dict[str, Any]):
-    """What a tokenizer gives: named arrays that can go to a device."""
+    """A tokenizer's output: named arrays with `to`."""
 
     def to(self, device: str) -> Batch:
         assert device == "cpu"
@@ -28,7 +28,7 @@ class Batch(dict[str, Any]):
 
 
 class Tokenizer:
-    """A token is a character."""
+    """One token per character."""
 
     all_special_ids = ()
 
@@ -49,7 +49,7 @@ class Tokenizer:
 
 
 class Model:
-    """Answers with its prompt."""
+    """Generates its prompt."""
 
     device = "cpu"
 
@@ -57,7 +57,7 @@ class Model:
         self.tokenizer = tokenizer
 
     def room(self, tokens: int) -> None:
-        """Any number of tokens fit."""
+        """There is no limit."""
 
     def generate(self, input_ids: Any, streamer: Any, **options: Any) -> SimpleNamespace:
         prompt = self.tokenizer.decode(input_ids[0], skip_special_tokens=True)
@@ -79,7 +79,7 @@ class Model:
 def load(
     source: ModelOptions, hub: DownloadOptions, attention: str | None = None, what: str = ""
 ) -> engine.Engine:
-    """In place of `engine.load`."""
+    """Replaces `engine.load`."""
     del hub, attention, what
     if source.model == "missing":
         raise OSError("missing is not a folder, and the hub has no model of that name")

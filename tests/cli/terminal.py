@@ -1,4 +1,4 @@
-"""A program under a pseudo-terminal, for tests: what it prints, and what a user types."""
+"""Runs a program in a pseudo-terminal: reads its output and types input."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ CTRL_C, CTRL_D = "\x03", "\x04"
 
 
 class Terminal:
-    """Runs `python ARGS` with a terminal as stdin, stdout and stderr; `seen` is what it printed."""
+    """Runs `python ARGS` with a terminal as stdin, stdout and stderr; `output` is its unread output."""
 
     def __init__(self, args: Sequence[str], env: dict[str, str] | None = None) -> None:
-        self.seen = ""
-        self.screen, theirs = os.openpty()
+        self.output = ""
+        self.screen, terminal = os.openpty()
         self.process = subprocess.Popen(
             [sys.executable, *args],
-            stdin=theirs,
-            stdout=theirs,
-            stderr=theirs,
+            stdin=terminal,
+            stdout=terminal,
+            stderr=terminal,
             env=os.environ | {"TERM": "dumb"} | (env or {}),
             start_new_session=True,
-            # Its controlling terminal, so that Ctrl-C becomes a signal.
+            # The controlling terminal, so that Ctrl-C becomes SIGINT.
             preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
         )
-        os.close(theirs)
+        os.close(terminal)
 
     def __enter__(self) -> Terminal:
         return self
@@ -41,26 +41,25 @@ class Terminal:
         os.close(self.screen)
 
     def type(self, text: str) -> None:
-        """Keys, as a user presses them."""
+        """Sends keys."""
         os.write(self.screen, text.encode())
 
     def interrupt_prompt(self) -> None:
-        """Ctrl-C at a prompt. Between printing one and waiting for a key, readline can miss a signal; no user is that
-        quick."""
+        """Ctrl-C at a prompt. Waits, since readline misses signals between printing a prompt and reading."""
         time.sleep(0.3)
         self.type(CTRL_C)
 
     def expect(self, text: str, seconds: float = 20) -> str:
-        """Waits until `text` is printed; what came before it, since the last call."""
+        """Waits for `text`; returns the output before it."""
         deadline = time.monotonic() + seconds
-        while text not in self.seen:
+        while text not in self.output:
             if not self._read(deadline - time.monotonic()):
-                raise AssertionError(f"waited for {text!r}, saw {self.seen!r}")
-        before, _, self.seen = self.seen.partition(text)
+                raise AssertionError(f"waited for {text!r}, got {self.output!r}")
+        before, _, self.output = self.output.partition(text)
         return before
 
     def end(self, seconds: float = 20) -> int:
-        """Waits until the program ends; its exit code."""
+        """Waits until the program exits; returns its exit code."""
         deadline = time.monotonic() + seconds
         while self._read(deadline - time.monotonic()):
             pass
@@ -73,5 +72,5 @@ class Terminal:
             data = os.read(self.screen, 4096)
         except OSError:  # the program ended
             return False
-        self.seen += data.decode(errors="replace").replace("\r\n", "\n")
+        self.output += data.decode(errors="replace").replace("\r\n", "\n")
         return bool(data)

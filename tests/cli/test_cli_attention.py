@@ -1,4 +1,4 @@
-"""`monoblock attention`: masks without a framework, weights of the model, files, usage errors."""
+"""`monoblock attention`: masks without a framework, attention weights of a model, files, usage errors."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ def run(*args: str, options: tuple[str, ...] = (), **more: Any) -> subprocess.Co
 
 
 def invoke(*args: str) -> Any:
-    """The command in this process."""
+    """Runs the command in this process."""
     return CliRunner().invoke(app, args)
 
 
 def saved(family: str, name: str, folder: Path) -> Any:
-    """A random model of that class in a folder, with its tokenizer."""
+    """Saves a random model of that class and its tokenizer into a folder."""
     import torch
 
     torch.manual_seed(0)
@@ -48,18 +48,18 @@ def saved(family: str, name: str, folder: Path) -> Any:
     return model
 
 
-def test_the_mask_of_the_demo_needs_no_framework() -> None:
+def test_the_mask_of_the_demo_imports_no_framework() -> None:
     result = run("def f(x): return x", options=("-X", "importtime"))
     assert result.returncode == 0
     assert result.stdout.startswith("all 4 layers: causal\n")
     assert re.search(r"^x +3 (▓|█) █ █ █ · · ·$", result.stdout, re.MULTILINE)
     assert "\x1b" not in result.stdout
     imported = {line.rpartition("|")[2].strip() for line in result.stderr.splitlines()}
-    assert "monoblock.utils.attention_visualizer" in imported  # the report was read right
+    assert "monoblock.utils.attention_visualizer" in imported  # the report was parsed
     assert not imported & {"torch", "jax", "tensorflow", "PIL"}
 
 
-def test_colours_at_a_terminal() -> None:
+def test_colours_in_a_terminal() -> None:
     args = ("-m", "monoblock.cli", "attention", "def f(x):")
     with Terminal(args, env={"TERM": "xterm", "COLUMNS": "80"}) as terminal:
         terminal.expect("\x1b[38;5;87m██")
@@ -67,12 +67,12 @@ def test_colours_at_a_terminal() -> None:
         assert terminal.end() == 0
 
 
-def test_a_text_from_standard_input() -> None:
+def test_text_from_standard_input() -> None:
     assert "␣return 5" in run("-", input="def f(x): return x\n").stdout
 
 
 @pytest.mark.parametrize("family", CLASSES)
-def test_the_weights_are_the_model_s(family: str, tmp_path: Path) -> None:
+def test_attention_weights_equal_those_of_the_model(family: str, tmp_path: Path) -> None:
     from monoblock.utils.attention_visualizer import AttentionMaskVisualizer
     from monoblock.utils.heatmap import Style, lines
 
@@ -106,10 +106,10 @@ def test_layers_and_heads(tmp_path: Path) -> None:
     assert page.count("layer ") == 3 and "attention weights" in page
 
 
-def test_files_take_the_terminal_s_place(tmp_path: Path) -> None:
+def test_files_replace_terminal_output(tmp_path: Path) -> None:
     pytest.importorskip("PIL")
     files = {kind: tmp_path / f"mask.{kind}" for kind in ("svg", "png", "html")}
-    result = run("def f(x):", *(part for kind, file in files.items() for part in (f"--{kind}", str(file))))
+    result = run("def f(x):", *(arg for kind, file in files.items() for arg in (f"--{kind}", str(file))))
     assert (result.returncode, result.stdout) == (0, "")
     assert result.stderr.splitlines() == [f"wrote {file}" for file in files.values()]
     assert files["svg"].read_text().startswith("<svg")
@@ -118,7 +118,7 @@ def test_files_take_the_terminal_s_place(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("args", "words"),
+    ("args", "message"),
     [
         ((), "Missing argument"),
         (("a", "b", "c"), "one quoted text"),
@@ -132,13 +132,13 @@ def test_files_take_the_terminal_s_place(tmp_path: Path) -> None:
         (("x", "--device", "cpu"), "need --layer or --head"),
     ],
 )
-def test_wrong_usage(args: tuple[str, ...], words: str) -> None:
+def test_usage_errors(args: tuple[str, ...], message: str) -> None:
     result = invoke(*args)
     assert result.exit_code == 2
-    assert words in " ".join(re.sub(r"[│╭╮╰╯─]", " ", result.output).split())
+    assert message in " ".join(re.sub(r"[│╭╮╰╯─]", " ", result.output).split())
 
 
-def test_failures_are_one_sentence(tmp_path: Path) -> None:
+def test_errors_are_one_line(tmp_path: Path) -> None:
     result = run(str(tmp_path / "nowhere"), "fox", "--offline")
     assert (result.returncode, result.stdout) == (1, "")
     assert result.stderr.startswith("monoblock: ")

@@ -1,4 +1,4 @@
-"""`monoblock bench`: what it measures and says; never how fast."""
+"""`monoblock bench`: its measurements and output, without bounds on speed."""
 
 from __future__ import annotations
 
@@ -53,12 +53,12 @@ def test_json_of_the_demo() -> None:
     speed = sum(one["tokens_per_second"]) / 2
     share = speed * found["weight_bytes_per_token"] / found["bandwidth"]
     assert one["bandwidth_share"] == pytest.approx(share)
-    # Whoever reads the figures sees what they were measured with.
+    # The conditions of the measurement.
     assert found["kernels"] and found["threads"] > 0 and found["peak_memory"] > 0
     assert "decoding, batch size 2 ..." in result.stderr.splitlines()
 
 
-def test_a_line_for_each_figure(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_output_lines(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(bench, "READ", 1 << 20)
     sizes = bench.Sizes(prompt=4, new=1, batch=[3], runs=1)
     found = bench.measure(str(demo.path()), {"dtype": "float32"}, "cpu", sizes, lambda what: None)
@@ -69,26 +69,24 @@ def test_a_line_for_each_figure(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     assert not capsys.readouterr().out
 
 
-def test_every_run_is_a_call_of_generate_with_as_many_tokens(
-    monkeypatch: pytest.MonkeyPatch, model: Any
-) -> None:
+def test_runs_call_generate_with_the_number_of_tokens(monkeypatch: pytest.MonkeyPatch, model: Any) -> None:
     calls: list[tuple[tuple[int, ...], int]] = []
-    plain = model.generate
+    original = model.generate
 
     def generate(ids: torch.Tensor, **options: Any) -> Any:
         assert options["attention_mask"].shape == ids.shape
         assert int(ids.max()) < model.config.vocab_size
         calls.append((tuple(ids.shape), options["max_new_tokens"]))
-        return plain(ids, **options)
+        return original(ids, **options)
 
     monkeypatch.setattr(model, "generate", generate)
     bench._decoding(model, 2, bench.Sizes(new=3, runs=2))
     shape = (2, bench.PROMPT)
-    assert calls == [(shape, 4), *[(shape, 1), (shape, 4)] * 2]  # the first one warms up
+    assert calls == [(shape, 4), *[(shape, 1), (shape, 4)] * 2]  # the first is a warm-up
 
 
 class Untied(torch.nn.Module):
-    """A table, a matrix, a head and a buffer, in two types."""
+    """An embedding, a matrix, a head and a buffer, in two dtypes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -106,14 +104,14 @@ class Untied(torch.nn.Module):
         return self.head
 
 
-def test_a_token_reads_all_but_the_table(model: Any) -> None:
+def test_weight_bytes_exclude_an_untied_embedding(model: Any) -> None:
     assert bench.weight_bytes(Untied()) == 4 * (16 + 4 + 200 + 50) + 7
-    # The demo's head is its table: that is read.
+    # The demo's head is tied to its embedding, which is therefore read.
     assert bench.weight_bytes(model) >= sum(p.numel() * 4 for p in model.parameters())
 
 
 @pytest.mark.parametrize(
-    ("args", "complaint"),
+    ("args", "message"),
     [
         (("--batch", "0"), "--batch"),
         (("--prompt", "0"), "--prompt"),
@@ -123,10 +121,10 @@ def test_a_token_reads_all_but_the_table(model: Any) -> None:
         (("--dtype", "int8"), "--dtype"),
     ],
 )
-def test_wrong_usage(args: tuple[str, ...], complaint: str) -> None:
+def test_usage_errors(args: tuple[str, ...], message: str) -> None:
     result = run(*args)
     assert result.returncode == 2
-    assert complaint in result.stderr
+    assert message in result.stderr
     assert not result.stdout
 
 

@@ -1,4 +1,4 @@
-"""`monoblock chat` with a fake model: at a pseudo-terminal, as a user sees it, and in a pipe."""
+"""`monoblock chat` with a fake model, in a pseudo-terminal and in a pipe."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_a_conversation_keeps_its_history() -> None:
         assert terminal.end() == 0
 
 
-def test_ctrl_c_stops_a_reply_and_a_second_one_leaves() -> None:
+def test_ctrl_c_stops_a_reply_and_exits_at_the_prompt() -> None:
     with chat(*TEMPLATE) as terminal:
         terminal.expect("\n> ")
         terminal.type("a very slow one\n")
@@ -49,21 +49,21 @@ def test_ctrl_c_stops_a_reply_and_a_second_one_leaves() -> None:
         assert "stopped" in terminal.expect("\n> ")
         terminal.type("next\n")
         reply = terminal.expect("\n> ")
-        assert "user=a very slow one|assistant=re: " in reply  # what was said so far is kept
+        assert "user=a very slow one|assistant=re: " in reply  # the partial reply is kept
         assert "|user=next\n" in reply
         terminal.interrupt_prompt()
         assert terminal.end() == 130
-        assert "Traceback" not in terminal.seen
+        assert "Traceback" not in terminal.output
 
 
-def test_ctrl_d_leaves() -> None:
+def test_ctrl_d_exits() -> None:
     with chat(*TEMPLATE) as terminal:
         terminal.expect("\n> ")
         terminal.type(CTRL_D)
         assert terminal.end() == 0
 
 
-def test_clear_retry_help_and_mistakes() -> None:
+def test_clear_retry_help_and_unknown_commands() -> None:
     with chat(*TEMPLATE) as terminal:
         terminal.expect("\n> ")
         terminal.type("/retry\n")
@@ -89,7 +89,7 @@ def test_clear_retry_help_and_mistakes() -> None:
         )
 
 
-def test_save_and_go_on(tmp_path: Path) -> None:
+def test_save_and_resume(tmp_path: Path) -> None:
     file = tmp_path / "talk.json"
     with chat(*TEMPLATE, "--system", "s") as terminal:
         terminal.expect("\n> ")
@@ -107,9 +107,8 @@ def test_save_and_go_on(tmp_path: Path) -> None:
     }
     result = pipe("more\n", *TEMPLATE, "--history", str(file), "--quiet")
     assert result.stdout == "re: system=s|user=hi|assistant=re: system=s|user=hi|user=more\n"
-    assert [m["content"] for m in json.loads(file.read_text())["messages"]][
-        3
-    ] == "more"  # --history writes as it goes
+    # --history is written after each reply.
+    assert json.loads(file.read_text())["messages"][3]["content"] == "more"
 
 
 def test_a_failing_reply_does_not_end_a_chat() -> None:
@@ -118,23 +117,23 @@ def test_a_failing_reply_does_not_end_a_chat() -> None:
         terminal.type("fail value\n")
         assert "monoblock: the model fell over" in terminal.expect("\n> ")
         terminal.type("ok\n")
-        assert "re: user=ok\n" in terminal.expect("\n> ")  # the failed message is gone
+        assert "re: user=ok\n" in terminal.expect("\n> ")  # the failed message is dropped
 
 
-def test_without_a_template_messages_are_one_text() -> None:
+def test_without_a_template_messages_are_concatenated() -> None:
     result = pipe("def f():\n\n    return\n", "--system", "# code")
     assert result.stdout == "re: # code\ndef f():\nre: # code\ndef f():\nre: # code\ndef f():\n    return\n"
     assert result.stderr.count("no chat template") == 1
 
 
-def test_a_pipe_gets_replies_alone() -> None:
+def test_output_in_a_pipe_has_replies_only() -> None:
     result = pipe("one\n\n/clear\ntwo", *TEMPLATE, "--quiet")
     assert result.returncode == 0
     assert result.stdout == "re: user=one\nre: user=two\n"
     assert "\x1b" not in result.stdout + result.stderr
 
 
-def test_another_try_has_another_seed(tmp_path: Path) -> None:
+def test_retry_uses_another_seed(tmp_path: Path) -> None:
     log = tmp_path / "log"
     pipe("a\n/retry\n", *TEMPLATE, "--seed", "7", "-t", "0.8", env={"FAKE_LOG": str(log)})
     first, second = map(json.loads, log.read_text().splitlines())
@@ -144,17 +143,17 @@ def test_another_try_has_another_seed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "args", "words"),
+    ("text", "args", "message"),
     [
         ("fail value\nok\n", TEMPLATE, "the model fell over"),
         ("/nonsense\n", TEMPLATE, "/nonsense is not a command"),
         ("hi\n", ("--model", "missing"), "missing is not a folder"),
     ],
 )
-def test_in_a_pipe_failures_exit_with_1(text: str, args: tuple[str, ...], words: str) -> None:
+def test_errors_in_a_pipe_exit_with_1(text: str, args: tuple[str, ...], message: str) -> None:
     result = pipe(text, *args)
     assert result.returncode == 1
-    assert words in result.stderr
+    assert message in result.stderr
     assert result.stdout == ""
 
 
@@ -169,7 +168,7 @@ def test_in_a_pipe_failures_exit_with_1(text: str, args: tuple[str, ...], words:
         '[{"role": "tool", "content": "x"}]',
     ],
 )
-def test_a_broken_history_is_refused_and_kept(tmp_path: Path, content: str) -> None:
+def test_an_invalid_history_is_refused_and_kept(tmp_path: Path, content: str) -> None:
     file = tmp_path / "talk.json"
     file.write_text(content)
     result = pipe("hi\n", *TEMPLATE, "--history", str(file))

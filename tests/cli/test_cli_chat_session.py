@@ -1,4 +1,4 @@
-"""What a user can do while `monoblock chat` runs: settings, texts of many lines, files, images."""
+"""Commands of a `monoblock chat` session: settings, multi-line messages, files, images."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def calls(log: Path) -> list[dict[str, object]]:
     return [json.loads(line) for line in log.read_text().splitlines()]
 
 
-def test_settings_change_while_it_runs(tmp_path: Path) -> None:
+def test_set_and_undo(tmp_path: Path) -> None:
     log = tmp_path / "log"
     with chat(*TEMPLATE, "max_new_tokens=9", env={"FAKE_LOG": str(log)}) as terminal:
         terminal.expect("\n> ")
@@ -27,7 +27,7 @@ def test_settings_change_while_it_runs(tmp_path: Path) -> None:
         ask(terminal, "/set temperature 0.7")
         ask(terminal, "/set top_p=0.9")
         assert "re: user=\n[9 tokens in" in ask(terminal, "hello")
-        for wrong, words in (
+        for command, message in (
             ("/set temprature 1", "did you mean temperature?"),
             ("/set top_p 2", "expected a number of at least 0 and at most 1"),
             ("/set do_sample False", "drop it or temperature, top_p"),
@@ -36,9 +36,9 @@ def test_settings_change_while_it_runs(tmp_path: Path) -> None:
             ("/set num_beams 3", "no setting of a chat"),
             ("/set watermarking_config {}", "not implemented"),
         ):
-            said = ask(terminal, wrong)
-            assert words in said, said
-            assert said.count("monoblock:") == 1
+            reply = ask(terminal, command)
+            assert message in reply, reply
+            assert reply.count("monoblock:") == 1
         ask(terminal, "/undo")
         ask(terminal, "/set top_p none")
         ask(terminal, "/set temperature 0")
@@ -50,7 +50,7 @@ def test_settings_change_while_it_runs(tmp_path: Path) -> None:
     assert not second.keys() & {"top_p", "temperature"}
 
 
-def test_texts_of_many_lines() -> None:
+def test_multi_line_messages() -> None:
     with chat(*TEMPLATE) as terminal:
         terminal.expect("\n> ")
         terminal.type("one \\\n")
@@ -61,7 +61,7 @@ def test_texts_of_many_lines() -> None:
         terminal.expect(". ")
         terminal.type("/set\n")
         terminal.expect(". ")
-        assert "re: user=/set\n\n  x\n" in ask(terminal, '\n  x\n"""')  # never a command
+        assert "re: user=/set\n\n  x\n" in ask(terminal, '\n  x\n"""')  # not a command
         ask(terminal, "/undo")
         terminal.type('"""dropped\n')
         terminal.expect(". ")
@@ -76,9 +76,9 @@ def test_texts_of_many_lines() -> None:
 
 
 def test_save_and_load(tmp_path: Path) -> None:
-    file, broken, odd = tmp_path / "talk.json", tmp_path / "broken.json", tmp_path / "odd.json"
-    broken.write_text('{"messages": ')
-    odd.write_text('{"messages": [], "settings": {"top_p": 7}}')
+    file, corrupt, invalid = tmp_path / "talk.json", tmp_path / "corrupt.json", tmp_path / "invalid.json"
+    corrupt.write_text('{"messages": ')
+    invalid.write_text('{"messages": [], "settings": {"top_p": 7}}')
     with chat(*TEMPLATE, "--system", "s", "temperature=0.5") as terminal:
         terminal.expect("\n> ")
         ask(terminal, "hi")
@@ -86,18 +86,22 @@ def test_save_and_load(tmp_path: Path) -> None:
     with chat(*TEMPLATE) as terminal:
         terminal.expect("\n> ")
         assert "Loaded 2 messages" in ask(terminal, f"/load {file}")
-        for path, words in ((broken, "not a conversation"), (odd, "settings"), (tmp_path / "no", "No such")):
-            said = ask(terminal, f"/load {path}")
-            assert words in said.replace("\n", " ")
-            assert said.count("monoblock:") == 1
-        assert "temperature = 0.5" in ask(terminal, "/set")  # nothing of them was taken
+        for path, message in (
+            (corrupt, "not a conversation"),
+            (invalid, "settings"),
+            (tmp_path / "no", "No such"),
+        ):
+            reply = ask(terminal, f"/load {path}")
+            assert message in reply.replace("\n", " ")
+            assert reply.count("monoblock:") == 1
+        assert "temperature = 0.5" in ask(terminal, "/set")  # unchanged
         assert "re: system=s|user=hi|assistant=re: system=s|user=hi|user=more\n" in ask(terminal, "more")
         assert [path.name for path in tmp_path.glob("*tmp*")] == []
         terminal.type("/exit\n")
         assert terminal.end() == 0
 
 
-def test_images_are_refused_by_a_model_of_text() -> None:
+def test_images_are_refused_by_text_models() -> None:
     with chat(*TEMPLATE) as terminal:
         terminal.expect("\n> ")
         assert "with-template takes no images" in ask(terminal, "/image cat.png")
@@ -105,8 +109,8 @@ def test_images_are_refused_by_a_model_of_text() -> None:
         assert "no message to undo" in ask(terminal, "/clear\n/undo") + terminal.expect("\n> ")
 
 
-def test_the_hub_commands_arguments(tmp_path: Path) -> None:
-    """As its documentation pages write them, with a model's name that the fake knows."""
+def test_arguments_of_transformers_chat(tmp_path: Path) -> None:
+    """As in transformers' documentation."""
     log, template = tmp_path / "log", tmp_path / "template.jinja"
     template.write_text("T")
     result = pipe(
@@ -129,7 +133,7 @@ def test_the_hub_commands_arguments(tmp_path: Path) -> None:
     assert call | {"max_new_tokens": 64, "do_sample": False, "eos_token_id": [1, 2]} == call
 
 
-def test_a_device_may_be_a_number() -> None:
+def test_device_numbers() -> None:
     from monoblock.cli.engine import device_map
 
     assert (device_map("0"), device_map("cpu"), device_map("mps")) == ("cuda:0", None, "mps")
@@ -147,7 +151,7 @@ def test_a_device_may_be_a_number() -> None:
         ("{1}", "{1}"),
     ],
 )
-def test_values_as_people_write_them(text: str, value: object) -> None:
+def test_literals_of_settings(text: str, value: object) -> None:
     from monoblock.cli.settings import literal
 
     assert literal(text) == value

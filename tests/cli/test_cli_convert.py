@@ -1,4 +1,4 @@
-"""`monoblock convert`: what it says, where, and how it ends."""
+"""`monoblock convert`: output, progress, exit codes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def release(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made.mistral_release(tmp_path_factory.mktemp("source") / "release")
 
 
-def test_formats_are_those_of_the_library() -> None:
+def test_formats_equal_those_of_the_library() -> None:
     assert {member.value for member in From} == {"auto", *FORMATS}
     assert {member.value for member in To} == {name for name, form in FORMATS.items() if form.write}
 
@@ -41,7 +41,7 @@ def test_a_conversion_in_a_pipe(release: Path, tmp_path: Path) -> None:
     assert result.stderr.splitlines() == ["writing ...", "writing: done", "checking ...", "checking: done"]
 
 
-def test_a_terminal_sees_a_bar(release: Path, tmp_path: Path) -> None:
+def test_progress_in_a_terminal(release: Path, tmp_path: Path) -> None:
     args = ("-m", "monoblock.cli", "convert", str(release), str(tmp_path / "b"))
     with Terminal(args, env={"TERM": "xterm"}) as terminal:
         terminal.expect("writing")
@@ -49,7 +49,7 @@ def test_a_terminal_sees_a_bar(release: Path, tmp_path: Path) -> None:
         assert terminal.end() == 0
 
 
-def test_errors_are_one_sentence(release: Path, tmp_path: Path) -> None:
+def test_errors_are_one_line(release: Path, tmp_path: Path) -> None:
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "file").write_text("x")
     result = run(str(release), str(tmp_path / "b"))
@@ -60,7 +60,7 @@ def test_errors_are_one_sentence(release: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("args", "words"),
+    ("args", "message"),
     [
         (("--dtype", "int8"), "int8"),
         (("--from", "gguf"), "gguf"),
@@ -69,8 +69,8 @@ def test_errors_are_one_sentence(release: Path, tmp_path: Path) -> None:
         (("--max-shard-size", "much"), "much"),
     ],
 )
-def test_wrong_usage(release: Path, tmp_path: Path, args: tuple[str, ...], words: str) -> None:
+def test_usage_errors(release: Path, tmp_path: Path, args: tuple[str, ...], message: str) -> None:
     result = run(str(release), str(tmp_path / "b"), *args)
     assert result.returncode == 2
-    assert words in result.stderr
+    assert message in result.stderr
     assert not (tmp_path / "b").exists()

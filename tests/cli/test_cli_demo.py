@@ -1,4 +1,4 @@
-"""The command line with the embedded model, from end to end."""
+"""End-to-end tests of the command line with the embedded demo model."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ def run(*args: str, text: str = "") -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, input=text, timeout=120)
 
 
-def test_generate_completes_python() -> None:
+def test_generate_is_reproducible_with_a_seed() -> None:
     first = run("generate", "def fibonacci(n):", "--max-new-tokens", "24", "--seed", "1")
     assert first.returncode == 0, first.stderr
-    assert "\n    " in first.stdout  # a body, indented
+    assert "\n    " in first.stdout  # an indented body
     assert "24 tokens in" in first.stderr
     assert (
         run("generate", "def fibonacci(n):", "--max-new-tokens", "24", "--seed", "1").stdout == first.stdout
     )
 
 
-def test_greedy_options_do_what_they_say() -> None:
+def test_greedy_options_and_stop_strings() -> None:
     greedy = run("generate", "import ", "-n", "8", "-t", "0", "--quiet")
     assert greedy.returncode == 0, greedy.stderr
     assert greedy.stderr == ""
@@ -45,22 +45,22 @@ def test_chat_in_a_pipe() -> None:
     result = run("chat", "-n", "12", "--seed", "3", text="def add(a, b):\n/retry\n")
     assert result.returncode == 0, result.stderr
     assert "no chat template" not in result.stderr
-    assert "tokens/s" not in result.stderr  # speeds are for terminals
+    assert "tokens/s" not in result.stderr  # speeds are printed in terminals only
 
 
-def test_chat_at_a_terminal_stops_a_reply() -> None:
+def test_ctrl_c_stops_a_reply_in_a_terminal() -> None:
     with Terminal([*CLI, "chat", "--temperature", "9", "--top-p", "1", "-n", "3000"]) as terminal:
         terminal.expect("\n> ", seconds=60)
         terminal.type("class Stack:\n")
-        terminal.expect("class Stack:\n")  # the terminal's echo
-        terminal.expect(" ", seconds=60)  # at this temperature it would go on for long
+        terminal.expect("class Stack:\n")  # echo of the terminal
+        terminal.expect(" ", seconds=60)  # at this temperature the reply would be long
         terminal.type(CTRL_C)
         assert "stopped" in terminal.expect("\n> ")
         terminal.type("/exit\n")
         assert terminal.end() == 0
 
 
-def test_info_counts_what_the_model_has() -> None:
+def test_info_counts_the_parameters_of_the_model() -> None:
     from monoblock import AutoModelForCausalLM, demo
 
     found = json.loads(run("info", "--json").stdout)
@@ -68,10 +68,10 @@ def test_info_counts_what_the_model_has() -> None:
     assert found["model"] == "the embedded demo"
     assert found["parameters"] == model.num_parameters()
     assert sum(found["stored"].values()) == found["parameters"]
-    assert sum(size for size in found["files"].values()) < 12 * 2**20  # what the package may weigh
+    assert sum(size for size in found["files"].values()) < 12 * 2**20  # limit on the package's size
 
 
-def test_a_model_that_is_not_there() -> None:
+def test_a_missing_model_is_an_error() -> None:
     result = run("generate", "x", "--model", "/no/such/folder")
     assert result.returncode == 1
     assert result.stderr.startswith("monoblock: ")
@@ -79,8 +79,8 @@ def test_a_model_that_is_not_there() -> None:
     assert result.stdout == ""
 
 
-def test_bytes_that_are_no_text() -> None:
-    """As a shell passes them on, they are halves of UTF-16 pairs."""
+def test_prompts_that_are_not_utf8() -> None:
+    """Undecodable bytes of arguments become lone surrogates."""
     result = run("generate", "ab\udcff", "-n", "2")
     assert result.returncode == 1
     assert result.stderr.startswith("monoblock: text holds the lone surrogate U+DCFF at index 2")

@@ -16,7 +16,7 @@ def run(*args: str, options: tuple[str, ...] = ()) -> subprocess.CompletedProces
     return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
 
 
-def test_json_holds_the_truth() -> None:
+def test_json() -> None:
     found = json.loads(run("--json").stdout)
     assert found["python"] == ".".join(map(str, sys.version_info[:3]))
     assert found["numpy"] == version("numpy")
@@ -38,11 +38,11 @@ def test_plain_lines_in_a_pipe() -> None:
 def test_imports_no_framework() -> None:
     report = run(options=("-X", "importtime")).stderr
     imported = {line.rpartition("|")[2].strip() for line in report.splitlines()}
-    assert "json" in imported  # the report was read right
+    assert "json" in imported  # the report was parsed
     assert not imported & {"torch", "jax", "tensorflow", "numpy", "huggingface_hub"}
 
 
-def test_a_broken_gpu_tool_is_no_gpu(tmp_path: object, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_gpus_are_listed_if_nvidia_smi_fails(tmp_path: object, monkeypatch: pytest.MonkeyPatch) -> None:
     from monoblock.cli import env
 
     monkeypatch.setattr(env.shutil, "which", lambda _: f"{tmp_path}/nvidia-smi")

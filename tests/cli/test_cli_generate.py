@@ -1,4 +1,4 @@
-"""`monoblock generate` with a fake model: where the prompt comes from, where the text goes, how it ends."""
+"""`monoblock generate` with a fake model: prompt sources, output, options, exit codes, signals."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def run(*args: str, text: str = "", env: dict[str, str] | None = None) -> subpro
     )
 
 
-def test_completion_alone_on_stdout() -> None:
+def test_stdout_has_the_completion_only() -> None:
     result = run("hello you")
     assert result.returncode == 0
     assert result.stdout == "re: hello you\n"
@@ -38,7 +38,7 @@ def test_quiet() -> None:
 
 @pytest.mark.parametrize("ending", ["", "\n", "\r\n"])
 @pytest.mark.parametrize("args", [(), ("-",)])
-def test_prompt_from_a_pipe_loses_one_line_end(args: tuple[str, ...], ending: str) -> None:
+def test_one_line_end_of_a_prompt_from_a_pipe_is_removed(args: tuple[str, ...], ending: str) -> None:
     assert run(*args, "--quiet", text=f"two\nlines{ending}").stdout == "re: two\nlines\n"
 
 
@@ -48,7 +48,7 @@ def test_prompt_from_a_file(tmp_path: Path) -> None:
     assert run("--file", str(file), "--quiet").stdout == "re: größer\n"
 
 
-def test_no_stream_prints_the_same() -> None:
+def test_no_stream_has_the_same_output() -> None:
     assert run("a b c", "--no-stream", "--quiet").stdout == "re: a b c\n"
 
 
@@ -56,7 +56,7 @@ def test_echo() -> None:
     assert run("a", "--echo", "--quiet").stdout == "are: a\n"
 
 
-def test_options_reach_the_model(tmp_path: Path) -> None:
+def test_options_are_passed_to_generate(tmp_path: Path) -> None:
     log = tmp_path / "log"
     options = (
         "-n 4 -t 0.5 --top-k 7 --top-p 0.9 --min-p 0.1 --repetition-penalty 1.2 --seed 3 --stop x --stop yy"
@@ -81,14 +81,14 @@ def test_options_reach_the_model(tmp_path: Path) -> None:
     assert greedy == {"prompt": "abc", "max_new_tokens": 128, "do_sample": False}
 
 
-def test_a_model_that_is_not_there_exits_with_1() -> None:
+def test_a_missing_model_exits_with_1() -> None:
     result = run("hello", "--model", "missing")
     assert result.returncode == 1
     assert result.stdout == ""
     assert result.stderr == "monoblock: missing is not a folder, and the hub has no model of that name\n"
 
 
-def test_a_prompt_file_that_is_not_there_exits_with_1(tmp_path: Path) -> None:
+def test_a_missing_prompt_file_exits_with_1(tmp_path: Path) -> None:
     result = run("--file", str(tmp_path / "none"))
     assert result.returncode == 1
     assert result.stderr == f"monoblock: {tmp_path / 'none'}: No such file or directory\n"
@@ -101,7 +101,7 @@ def test_debug_shows_the_traceback() -> None:
     assert "ValueError: the model fell over" in result.stderr
 
 
-def test_seeds_that_no_generator_takes_are_wrong_usage() -> None:
+def test_invalid_seeds_are_usage_errors() -> None:
     result = run("a", "--seed", str(10**23))
     assert result.returncode == 2
     assert "--seed" in result.stderr
@@ -116,7 +116,7 @@ def test_a_prompt_file_that_is_not_utf8(tmp_path: Path) -> None:
     assert result.stderr == f"monoblock: {file} is not UTF-8 text: byte 2 is 0xF6; save it as UTF-8\n"
 
 
-def test_a_fault_of_the_program_is_called_one() -> None:
+def test_unexpected_errors_are_reported_without_a_traceback() -> None:
     result = run("fail key")
     assert result.returncode == 1
     assert "unexpected KeyError" in result.stderr
@@ -124,10 +124,10 @@ def test_a_fault_of_the_program_is_called_one() -> None:
     assert "Traceback" not in result.stderr
 
 
-def test_ctrl_c_keeps_the_text_so_far_and_exits_with_130() -> None:
+def test_sigint_keeps_the_partial_output_and_exits_with_130() -> None:
     command = [sys.executable, FAKE, "generate", "one two slow three"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stdout and process.stdout.read(4) == "re: "  # it streams before it ends
+        assert process.stdout and process.stdout.read(4) == "re: "  # streamed
         process.send_signal(signal.SIGINT)
         rest, error = process.communicate(timeout=20)
         assert process.returncode == 130
@@ -135,7 +135,7 @@ def test_ctrl_c_keeps_the_text_so_far_and_exits_with_130() -> None:
     assert "Traceback" not in error
 
 
-def test_a_reader_that_goes_away_is_no_error() -> None:
+def test_a_closed_pipe_exits_with_141_silently() -> None:
     command = [sys.executable, FAKE, "generate", "slow " * 20, "--quiet"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout and process.stderr
@@ -145,21 +145,21 @@ def test_a_reader_that_goes_away_is_no_error() -> None:
         assert process.wait(timeout=20) == 141
 
 
-def test_at_a_terminal_the_prompt_is_shown_and_control_characters_are_not() -> None:
+def test_terminals_show_the_prompt_without_control_characters() -> None:
     with Terminal([FAKE, "generate", "tab\tbell\x07 end"]) as terminal:
         assert terminal.end() == 0
-        assert terminal.seen.startswith(
+        assert terminal.output.startswith(
             "tab\tbell\N{REPLACEMENT CHARACTER} endre: tab\tbell\N{REPLACEMENT CHARACTER} end\n"
         )
 
 
-def test_a_terminal_without_a_prompt_is_wrong_usage() -> None:
+def test_a_missing_prompt_in_a_terminal_is_a_usage_error() -> None:
     with Terminal([FAKE, "generate"]) as terminal:
         assert terminal.end() == 2
-        assert "a prompt is needed" in terminal.seen
+        assert "a prompt is needed" in terminal.output
 
 
-def test_ctrl_c_at_a_terminal() -> None:
+def test_ctrl_c_in_a_terminal() -> None:
     with Terminal([FAKE, "generate", "a slow one"]) as terminal:
         terminal.expect("re: ")
         terminal.type(CTRL_C)

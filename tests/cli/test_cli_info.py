@@ -1,4 +1,4 @@
-"""`monoblock info`: from a config and headers alone, with no framework."""
+"""`monoblock info`: reads configs and tensor headers, without a framework."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from monoblock.errors import HubError
 
 CONFIG = {
     "model_type": "mpt",
-    "architectures": ["MPTForCausalLM"],  # as the makers' own files spell it
+    "architectures": ["MPTForCausalLM"],  # llm-foundry's spelling
     "d_model": 64,
     "n_heads": 4,
     "n_layers": 3,
@@ -71,21 +71,21 @@ def test_plain_lines_in_a_pipe(folder: Path) -> None:
     assert "\x1b" not in result.stdout
 
 
-def test_loads_no_framework(folder: Path) -> None:
+def test_imports_no_framework(folder: Path) -> None:
     report = run(str(folder), options=("-X", "importtime")).stderr
     imported = {line.rpartition("|")[2].strip() for line in report.splitlines()}
-    assert "monoblock.config" in imported  # the report was read right
+    assert "monoblock.config" in imported  # the report was parsed
     assert not imported & {"torch", "jax", "tensorflow", "numpy", "huggingface_hub"}
 
 
-def test_grouped_heads_need_less_cache(folder: Path) -> None:
+def test_cache_size_with_grouped_query_attention(folder: Path) -> None:
     attn = {"attn_type": "grouped_query_attention", "kv_n_heads": 2}
     (folder / "config.json").write_text(json.dumps(CONFIG | {"attn_config": attn}))
     assert info.describe(str(folder), DownloadOptions())["cache_per_token"]["float32"] == 2 * 2 * 16 * 3 * 4
 
 
 @pytest.mark.parametrize(
-    ("spoil", "words"),
+    ("corrupt", "message"),
     [
         (lambda folder: (folder / "config.json").unlink(), "config.json"),
         (lambda folder: (folder / "config.json").write_text("{"), "not valid JSON"),
@@ -93,18 +93,18 @@ def test_grouped_heads_need_less_cache(folder: Path) -> None:
         (lambda folder: (folder / "model.safetensors").write_bytes(b"\x10" + bytes(20)), "model.safetensors"),
     ],
 )
-def test_bad_folders_get_one_sentence(folder: Path, spoil: Any, words: str) -> None:
-    spoil(folder)
+def test_errors_are_one_line(folder: Path, corrupt: Any, message: str) -> None:
+    corrupt(folder)
     result = run(str(folder))
     assert result.returncode == 1
     assert result.stderr.startswith("monoblock: ")
     assert result.stderr.count("\n") == 1
-    assert words in result.stderr
+    assert message in result.stderr
     assert result.stdout == ""
 
 
 class Api:
-    """Answers in place of the hub."""
+    """Replaces huggingface_hub.HfApi."""
 
     def __init__(self, token: str | None) -> None:
         assert token == "secret"
@@ -118,7 +118,7 @@ class Api:
         return SimpleNamespace(parameter_count={"BF16": 6400})
 
 
-def test_on_the_hub_headers_are_enough(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_models_on_the_hub_are_described_from_headers(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub
 
     import monoblock
@@ -132,7 +132,7 @@ def test_on_the_hub_headers_are_enough(folder: Path, monkeypatch: pytest.MonkeyP
     assert found["parameters"] == PARAMETERS
 
 
-def test_offline_the_config_is_enough(
+def test_cached_configs_are_described_offline(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     import monoblock
@@ -144,36 +144,37 @@ def test_offline_the_config_is_enough(
     assert "cannot be listed" in capsys.readouterr().err
 
 
-def test_a_model_that_looks_both_ways_keeps_no_cache(tmp_path: Path) -> None:
+def test_bidirectional_models_have_no_cache(tmp_path: Path) -> None:
     config = {"model_type": "mpnet", "architectures": ["MPNetForMaskedLM"]}
     (tmp_path / "config.json").write_text(json.dumps(config))
     found = info.describe(str(tmp_path), DownloadOptions())
     assert found["cache_per_token"] == {}
     layer = 4 * (768 * 768 + 768) + 2 * 768 * 3072 + 3072 + 768 + 2 * 2 * 768  # attention, MLP, two norms
-    body = 30527 * 768 + 512 * 768 + 2 * 768 + 32 * 12 + 12 * layer  # and tokens, positions, norm, buckets
-    assert (
-        found["parameters"] == body + 768 * 768 + 3 * 768 + 30527
-    )  # and dense, norm, the tied matrix's bias
+    body = (
+        30527 * 768 + 512 * 768 + 2 * 768 + 32 * 12 + 12 * layer
+    )  # tokens, positions, norm, buckets, layers
+    head = 768 * 768 + 3 * 768 + 30527  # dense, norm, bias of the tied matrix
+    assert found["parameters"] == body + head
 
 
-def test_what_flax_stored_is_counted_too() -> None:
+def test_flax_checkpoints_are_counted() -> None:
     found = info.describe(str(FOLDER / "FlaxMistralForCausalLM"), DownloadOptions())
     assert found["stored"] == {"F32": found["parameters"]}
 
 
-def test_runtime_loads_the_model_and_says_how_it_decodes() -> None:
+def test_runtime_reports_the_decoding_path() -> None:
     found = json.loads(run("--runtime", "--json").stdout)["runtime"]
-    wanted = "native step" if found["device"] == "cpu" else "CUDA graph"
+    expected = "native step" if found["device"] == "cpu" else "CUDA graph"
     if found["device"] == "cpu" and native.preferred(found["threads"]) is None:
-        wanted = "native kernels"
-    assert wanted in found["decoding"]
+        expected = "native kernels"
+    assert expected in found["decoding"]
     assert found["dtype"] == "bfloat16"
     assert found["threads"] > 0
     assert found["native_kernels"] == native.status()
     assert "runtime" not in json.loads(run("--json").stdout)
 
 
-def test_runtime_names_what_stands_in_the_way(folder: Path) -> None:
+def test_runtime_reports_why_native_decoding_is_not_used(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
     MptForCausalLM(MptConfig.from_pretrained(folder)).double().save_pretrained(folder)
     lines = run(str(folder), "--runtime").stdout.splitlines()
@@ -183,11 +184,11 @@ def test_runtime_names_what_stands_in_the_way(folder: Path) -> None:
         assert rows["decoding"] == "dtype float64"
 
 
-# --- folders that are not one model in the hub's files ------------------------------------------------------
+# --- folders with other files than those of one transformers model -------------------------------------------
 
 
 def written(folder: Path, name: str, count: int) -> None:
-    """A safetensors file with one row of numbers."""
+    """A safetensors file with one tensor."""
     header, _ = make_header([(f"tensor of {name}", "F32", (count,))], {"format": "pt"})
     (folder / name).write_bytes(header + bytes(4 * count))
 
@@ -195,8 +196,7 @@ def written(folder: Path, name: str, count: int) -> None:
 @pytest.mark.parametrize(
     "other", ["consolidated.safetensors", "model.fp16.safetensors", "adapter_model.safetensors"]
 )
-def test_each_weight_is_counted_once(folder: Path, other: str) -> None:
-    """Of two sets of weights, that which a load reads."""
+def test_only_weights_that_a_load_reads_are_counted(folder: Path, other: str) -> None:
     written(folder, other, 7)
     found = info.describe(str(folder), DownloadOptions())
     assert found["stored"] == {"BF16": 6400}
@@ -231,21 +231,21 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize(("name", "words"), KINDS.items())
-def test_weights_are_named_for_what_they_are(folder: Path, name: str, words: str) -> None:
-    """By `info`, and by whatever looks for them; also where there is no config."""
+@pytest.mark.parametrize(("name", "message"), KINDS.items())
+def test_weights_in_other_formats_are_named(folder: Path, name: str, message: str) -> None:
+    """By `info` and by `find_weights`, with and without a config."""
     (folder / "model.safetensors").rename(folder / name)
     result = run("-m", str(folder))
     assert result.returncode == 0
-    assert words in next(line for line in result.stdout.splitlines() if line.startswith("stored: "))
+    assert message in next(line for line in result.stdout.splitlines() if line.startswith("stored: "))
     assert json.loads(run(str(folder), "--json").stdout)["stored"] is None
     with pytest.raises(HubError) as error:
         find_weights(folder)
-    assert words in str(error.value)
+    assert message in str(error.value)
     (folder / "config.json").unlink()
     result = run(str(folder))
     assert (result.returncode, result.stdout) == (1, "")
-    assert words in result.stderr
+    assert message in result.stderr
 
 
 def test_adapter(tmp_path: Path) -> None:
@@ -273,7 +273,7 @@ def test_sentence_transformers(folder: Path) -> None:
     assert info.describe(str(folder), DownloadOptions())["kind"] == "sentence-transformers"
 
 
-def test_the_model_is_named_once(folder: Path) -> None:
+def test_a_model_given_twice_is_a_usage_error(folder: Path) -> None:
     assert run("-m", str(folder)).stdout == run(str(folder)).stdout
     refused = run(str(folder), "--model", "other")
     assert refused.returncode == 2

@@ -1,4 +1,4 @@
-"""The command line as a whole: help, what it imports, usage errors."""
+"""The command line: help, imports, usage errors."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ def test_help_lists_commands_and_exit_codes() -> None:
 
 
 @pytest.mark.parametrize("args", [(), *((command,) for command in COMMANDS)])
-def test_help_imports_nothing_heavy(args: tuple[str, ...]) -> None:
+def test_help_imports_no_slow_module(args: tuple[str, ...]) -> None:
     result = run(*args, "--help", options=("-X", "importtime"))
     assert result.returncode == 0
     imported = {line.rpartition("|")[2].strip() for line in result.stderr.splitlines()}
-    assert "typer" in imported  # the report was read right
-    heavy = {"torch", "jax", "tensorflow", "numpy", "tokenizers", "safetensors", "huggingface_hub", "jinja2"}
-    assert not imported & (heavy | {"rich.markdown", "rich.console", "monoblock.config"})
+    assert "typer" in imported  # the report was parsed
+    slow = {"torch", "jax", "tensorflow", "numpy", "tokenizers", "safetensors", "huggingface_hub", "jinja2"}
+    assert not imported & (slow | {"rich.markdown", "rich.console", "monoblock.config"})
 
 
 def test_version() -> None:
@@ -41,7 +41,7 @@ def test_version() -> None:
 
 
 @pytest.mark.parametrize(
-    ("args", "words"),
+    ("args", "message"),
     [
         (("generat",), "Did you mean 'generate'"),
         (("generate", "x", "--temperature", "warm"), "--temperature"),
@@ -63,9 +63,9 @@ def test_version() -> None:
         (("chat", "temperature=0.5", "-t", "0.5"), "given twice"),
     ],
 )
-def test_wrong_usage_exits_with_2(args: tuple[str, ...], words: str) -> None:
+def test_usage_errors_exit_with_2(args: tuple[str, ...], message: str) -> None:
     result = run(*args)
     assert result.returncode == 2
-    assert words in result.stderr
+    assert message in result.stderr
     assert not result.stdout
     assert "Traceback" not in result.stderr

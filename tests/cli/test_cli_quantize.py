@@ -1,4 +1,4 @@
-"""`monoblock quantize` and `--quantize`: what they make, say and refuse."""
+"""`monoblock quantize` and `--quantize`: files, output, errors."""
 
 from __future__ import annotations
 
@@ -21,32 +21,32 @@ def run(*args: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.fixture(scope="module")
-def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The embedded demo in 4 bits, with what the command said."""
-    place = tmp_path_factory.mktemp("quantised") / "demo"
+def quantised(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The embedded demo in int4, and the output of the command."""
+    path = tmp_path_factory.mktemp("quantised") / "demo"
     result = run(
-        "quantize", str(demo.path()), str(place), "--bits", "4", "--group-size", "64", "--keep", "Wqkv"
+        "quantize", str(demo.path()), str(path), "--bits", "4", "--group-size", "64", "--keep", "Wqkv"
     )
     assert result.returncode == 0, result.stderr
-    place.with_suffix(".out").write_text(result.stdout)
-    place.with_suffix(".err").write_text(result.stderr)
-    return place
+    path.with_suffix(".out").write_text(result.stdout)
+    path.with_suffix(".err").write_text(result.stderr)
+    return path
 
 
-def test_a_folder_is_made_and_the_command_tells(packed: Path) -> None:
-    rows = dict(line.split(": ", 1) for line in packed.with_suffix(".out").read_text().splitlines()[1:])
+def test_quantised_folder_and_output(quantised: Path) -> None:
+    rows = dict(line.split(": ", 1) for line in quantised.with_suffix(".out").read_text().splitlines()[1:])
     assert rows["class"] == "MptForCausalLM" and rows["parameters"] == "5,163,552"
     assert rows["quantisation"].startswith("int4, groups of 64") and rows["dtype"] == "bfloat16"
-    words = rows["weights"].replace(",", "").split()
-    after, before = int(words[0]), int(words[3])
-    assert after < 0.6 * before  # the fused q, k and v are kept
-    assert packed.with_suffix(".err").read_text().splitlines() == ["quantising ...", "writing ..."]
+    columns = rows["weights"].replace(",", "").split()
+    after, before = int(columns[0]), int(columns[3])
+    assert after < 0.6 * before  # the fused q, k, v projections are not quantised
+    assert quantised.with_suffix(".err").read_text().splitlines() == ["quantising ...", "writing ..."]
     names = {path.name for path in Path(demo.path()).iterdir() if path.suffix == ".json"}
-    assert names < {path.name for path in packed.iterdir()}
+    assert names < {path.name for path in quantised.iterdir()}
     for name in names - {"config.json"}:
-        assert (packed / name).read_bytes() == (Path(demo.path()) / name).read_bytes()
-    how = json.loads((packed / "config.json").read_text())["quantization_config"]
-    assert how == {
+        assert (quantised / name).read_bytes() == (Path(demo.path()) / name).read_bytes()
+    quantization = json.loads((quantised / "config.json").read_text())["quantization_config"]
+    assert quantization == {
         "method": "monoblock",
         "bits": 4,
         "group_size": 64,
@@ -54,18 +54,17 @@ def test_a_folder_is_made_and_the_command_tells(packed: Path) -> None:
     }
 
 
-def test_the_folder_generates_and_info_tells(packed: Path) -> None:
-    result = run("generate", "-m", str(packed), *PROMPT)
+def test_generate_and_info_of_a_quantised_folder(quantised: Path) -> None:
+    result = run("generate", "-m", str(quantised), *PROMPT)
     assert result.returncode == 0 and result.stdout.strip()
-    info = run("info", str(packed))
+    info = run("info", str(quantised))
     assert "quantisation: int4, groups of 64; embedding and head in int8; not Wqkv" in info.stdout
-    found = json.loads(run("info", str(packed), "--json").stdout)
+    found = json.loads(run("info", str(quantised), "--json").stdout)
     assert found["quantization"]["bits"] == 4 and found["stored"]["U8"] > 0
     assert "quantisation" not in run("info").stdout
 
 
-def test_without_loss(tmp_path: Path) -> None:
-    """12 bits: the same text; `info` says what it is."""
+def test_12_bits_are_lossless(tmp_path: Path) -> None:
     result = run("quantize", str(demo.path()), str(tmp_path / "demo"), "--bits", "12")
     assert result.returncode == 0 and "quantisation: bfloat16 in 12 bits, without loss" in result.stdout
     texts = [run("generate", "-m", str(name), *PROMPT).stdout for name in (demo.path(), tmp_path / "demo")]
@@ -83,18 +82,18 @@ def test_quantize_while_loading() -> None:
     assert run("attention", "a b", "--quantize", "int8").returncode == 2
 
 
-def test_errors_are_one_sentence(packed: Path, tmp_path: Path) -> None:
-    for args, words in (
-        ((str(demo.path()), str(packed)), "holds files already"),
-        ((str(packed), str(tmp_path / "b")), "holds quantised weights already"),
+def test_errors_are_one_line(quantised: Path, tmp_path: Path) -> None:
+    for args, message in (
+        ((str(demo.path()), str(quantised)), "holds files already"),
+        ((str(quantised), str(tmp_path / "b")), "holds quantised weights already"),
         ((str(demo.path()), str(tmp_path / "b"), "--keep", "nothing"), "no module of this model"),
-        ((str(packed), str(packed), "--force"), "choose another target"),
-        (("convert", str(packed), str(tmp_path / "b")), "holds quantised weights"),
+        ((str(quantised), str(quantised), "--force"), "choose another target"),
+        (("convert", str(quantised), str(tmp_path / "b")), "holds quantised weights"),
     ):
         result = run(*(args if args[0] == "convert" else ("quantize", *args)))
-        assert result.returncode == 1 and words in result.stderr and result.stdout == "", result.stderr
+        assert result.returncode == 1 and message in result.stderr and result.stdout == "", result.stderr
         errors = [line for line in result.stderr.splitlines() if not line.endswith("...")]
         assert len(errors) == 1 and errors[0].startswith("monoblock: ")
-    assert list(tmp_path.iterdir()) == []  # no folder, whole or half
+    assert list(tmp_path.iterdir()) == []  # no folder remains
     assert run("quantize", str(demo.path()), str(tmp_path / "b"), "--bits", "3").returncode == 2
     assert run("quantize", str(demo.path()), str(tmp_path / "b"), "--max-shard-size", "x").returncode == 2

@@ -1,4 +1,4 @@
-"""A small model hub on 127.0.0.1: what huggingface_hub asks a real one for, faults on demand, and a log."""
+"""A model hub on 127.0.0.1 for tests: the endpoints that huggingface_hub uses, fault injection, and a request log."""
 
 import hashlib
 import json
@@ -11,7 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Self
 from urllib.parse import unquote, urlsplit
 
-_PIECE = 1 << 16  # bytes sent at once
+_CHUNK = 1 << 16  # bytes sent at once
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Request:
 
 @dataclass
 class Faults:
-    """What to do wrong, by file name."""
+    """Injected faults, by file name."""
 
     cut: dict[str, int] = field(default_factory=dict)  # close the connection once, after so many bytes
     reset: dict[str, int] = field(default_factory=dict)  # the same with a TCP reset
@@ -34,10 +34,10 @@ class Faults:
 
 
 class HubServer:
-    """Repositories in memory, served over HTTP while the block lasts.
+    """Repositories in memory, served over HTTP within the `with` block.
 
-    `add` makes a commit and points a branch at it; `gated` names repositories that nobody may read, `private` those
-    that need a token.
+    `add` makes a commit and points a branch at it. Repositories in `gated` answer 403 to everyone; `private` maps
+    repositories to the token that they need.
     """
 
     def __init__(self) -> None:
@@ -76,7 +76,7 @@ class HubServer:
         return [r for r in self.log if r.method == method and r.path.endswith(f"/{filename}")]
 
     def find(self, repo: str, revision: str) -> str | None:
-        """The commit that a branch or a commit hash means."""
+        """The commit of a branch or commit hash."""
         return revision if (repo, revision) in self.commits else self.branches.get((repo, revision))
 
 
@@ -85,7 +85,7 @@ class _Handler(BaseHTTPRequestHandler):
     hub: HubServer
 
     def log_message(self, *_: object) -> None:
-        """Nothing on the terminal; `hub.log` has it."""
+        """Silent: requests are in `hub.log`."""
 
     def do_HEAD(self) -> None:
         self._answer()
@@ -103,7 +103,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._info(repo, revision or "main")
         else:
             repo, _, rest = path[1:].partition("/resolve/")
-            # a revision is one segment here once unquoted, so names with a slash are found by trying
+            # Unquoting turns a branch name with slashes into several segments, so all branches are tried.
             for (owner, branch), _commit in [*self.hub.branches.items()]:
                 if owner == repo and rest.startswith(f"{branch}/"):
                     return self._file(repo, branch, rest.removeprefix(f"{branch}/"))
@@ -116,7 +116,7 @@ class _Handler(BaseHTTPRequestHandler):
         if not known or self.hub.private.get(repo) not in (None, (token or "").removeprefix("Bearer ")):
             if token == "Bearer expired":
                 self._fail(401, None, "Invalid credentials in Authorization header")
-            else:  # like the hub: who shows no token is told 401, whether or not there is a model
+            else:  # like the hub: 401 without a token, whether or not the repository exists
                 self._fail(404 if token else 401, "RepoNotFound", "Repository not found")
             return True
         return False
@@ -173,12 +173,12 @@ class _Handler(BaseHTTPRequestHandler):
         limit = faults.cut.pop(filename, None)
         reset = faults.reset.pop(filename, None)
         end = next((n for n in (limit, reset) if n is not None), len(content))
-        for place in range(start, end, _PIECE):
-            self.wfile.write(content[place : min(place + _PIECE, end)])
+        for offset in range(start, end, _CHUNK):
+            self.wfile.write(content[offset : min(offset + _CHUNK, end)])
             if filename in faults.slow:
                 self.hub.ended.wait(1)
         self.close_connection = end < len(content)
         if reset is not None:
-            time.sleep(0.1)  # let the client read what came before
+            time.sleep(0.1)  # let the client read the bytes sent so far
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             self.connection.close()

@@ -1,4 +1,4 @@
-"""A family is data, a backend knows no family: proved on the source, without importing any of it."""
+"""Dependencies between the package's layers, checked on the source: families are data, backends are family-agnostic."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from monoblock.families import FAMILIES, class_names
 
 PACKAGE = Path(__file__).parents[2] / "src" / "monoblock"
 BACKENDS = sorted((PACKAGE / "backends").rglob("*.py"))
-# What interprets a spec, in each framework; the other files load, save and generate, and meet the user's config.
-MACHINE = (
+# Modules that interpret an ArchSpec in each backend; the others load, save and generate, and read the config.
+SPEC_MODULES = (
     "ops",
     "attention",
     "model",
@@ -34,13 +34,13 @@ def name(path: Path) -> str:
 
 
 def words(text: str) -> set[str]:
-    """The words of a text and of the names in it: `GPTNeoModel` and `gpt_neo` both hold gpt and neo."""
-    apart = re.sub(r"([a-z0-9])([A-Z])|([A-Z]+)([A-Z][a-z])", r"\1\3 \2\4", text)
-    return set(re.findall(r"[a-z0-9]+", apart.lower()))
+    """The words of a text, with identifiers split: `GPTNeoModel` and `gpt_neo` both contain gpt and neo."""
+    split = re.sub(r"([a-z0-9])([A-Z])|([A-Z]+)([A-Z][a-z])", r"\1\3 \2\4", text)
+    return set(re.findall(r"[a-z0-9]+", split.lower()))
 
 
 def identifiers(tree: ast.AST) -> set[str]:
-    """Every name that is read, written, bound, imported or taken as an argument."""
+    """Every name that is read, bound, imported or an argument."""
     found: set[str] = set()
     for node in ast.walk(tree):
         match node:
@@ -56,26 +56,26 @@ def identifiers(tree: ast.AST) -> set[str]:
 
 
 def without_constructors(tree: ast.Module) -> ast.Module:
-    """The hub's cache classes take a `config` when they are made; nothing else of them may."""
+    """Constructors of transformers' cache classes take a `config`; their other methods do not."""
     for node in ast.walk(tree):
         if isinstance(node, ast.ClassDef):
-            node.body = [part for part in node.body if getattr(part, "name", "") != "__init__"] or [
+            node.body = [member for member in node.body if getattr(member, "name", "") != "__init__"] or [
                 ast.Pass()
             ]
     return tree
 
 
 @pytest.mark.parametrize("path", BACKENDS, ids=name)
-def test_no_family_below_the_backends(path: Path) -> None:
-    """Not in code, not in strings, not in comments."""
+def test_backends_name_no_family(path: Path) -> None:
+    """In code, strings and comments."""
     text = path.read_text(encoding="utf-8")
     assert words(text) & NAMES == set()
     assert not [c for family in FAMILIES for c in class_names(family) if c in text]
     assert "model_type" not in text
 
 
-@pytest.mark.parametrize("path", [path for path in BACKENDS if path.stem in MACHINE], ids=name)
-def test_the_machine_sees_a_spec_and_no_config(path: Path) -> None:
+@pytest.mark.parametrize("path", [path for path in BACKENDS if path.stem in SPEC_MODULES], ids=name)
+def test_spec_modules_use_no_config(path: Path) -> None:
     tree = ast.parse(path.read_text(encoding="utf-8"))
     if path.stem == "cache":
         tree = without_constructors(tree)
@@ -88,8 +88,8 @@ FRAMEWORKS = {"pytorch": {"torch"}, "flax": {"jax", "flax"}, "tf": {"tensorflow"
 ANY = {"torch", "jax", "flax", "tensorflow", "keras", "transformers"}
 
 
-def loaded_at_once(tree: ast.Module) -> set[str]:
-    """The top-level names of what a module imports when it is imported itself."""
+def import_time(tree: ast.Module) -> set[str]:
+    """The top-level packages that are imported when a module is imported."""
     found: set[str] = set()
     for node in tree.body:
         if isinstance(node, ast.Import):
@@ -100,19 +100,19 @@ def loaded_at_once(tree: ast.Module) -> set[str]:
 
 
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=name)
-def test_a_framework_is_imported_by_its_own_backend_alone(path: Path) -> None:
+def test_frameworks_are_imported_by_their_backend_only(path: Path) -> None:
     area, *rest = path.relative_to(PACKAGE).parts
     own = rest[0] if area == "backends" and len(rest) > 1 else None
     text = path.read_text(encoding="utf-8")
-    assert loaded_at_once(ast.parse(text)) & ANY <= (FRAMEWORKS[own] if own else set())
-    if own:  # a backend does not reach into another one, not even later
+    assert import_time(ast.parse(text)) & ANY <= (FRAMEWORKS[own] if own else set())
+    if own:  # backends do not import each other, within functions neither
         others = FRAMEWORKS.keys() - {own} - ({"xla"} if own in ("flax", "tf") else set[str]())
         assert [other for other in others if f"monoblock.backends.{other}" in text] == []
 
 
 @pytest.mark.parametrize("path", sorted((PACKAGE / "families").glob("*.py")), ids=name)
-def test_a_family_is_data(path: Path) -> None:
-    """It imports no framework, and the backends not at all; a loop over arrays has nothing to do there."""
+def test_families_are_data(path: Path) -> None:
+    """They import no framework and no backend, and compute nothing."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     imported = {n.module or "" for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
     imported |= {alias.name for n in ast.walk(tree) if isinstance(n, ast.Import) for alias in n.names}
@@ -122,7 +122,7 @@ def test_a_family_is_data(path: Path) -> None:
     assert not [n for n in ast.walk(tree) if isinstance(n, ast.MatMult | ast.While)]
 
 
-# ---------------------------------------------------------------------------- who imports whom
+# ---------------------------------------------------------------------------- import graph
 
 
 def module_name(path: Path) -> str:
@@ -133,24 +133,24 @@ def module_name(path: Path) -> str:
 MODULES = {module_name(path): path for path in PACKAGE.rglob("*.py")}
 
 
-def for_checkers_alone(node: ast.AST) -> bool:
-    """`if TYPE_CHECKING:`, whose imports do not happen at run time."""
+def type_checking_only(node: ast.AST) -> bool:
+    """Whether the node is `if TYPE_CHECKING:`."""
     return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
 
 
 def run_time(node: ast.AST) -> Iterator[ast.AST]:
-    """The node and all below it, in functions too; nothing of what only type checkers read."""
+    """The node and its descendants, without `if TYPE_CHECKING:` blocks."""
     yield node
     for child in ast.iter_child_nodes(node):
-        if not for_checkers_alone(child):
+        if not type_checking_only(child):
             yield from run_time(child)
 
 
 def imports(
     tree: ast.Module, modules: Collection[str], read: Callable[[ast.AST], Iterable[ast.AST]] = run_time
 ) -> set[str]:
-    """Those of the modules that this one imports at run time, when it is imported or later; also by a name in a string,
-    unless that is made in the call. With `read=ast.walk` those for type checkers too."""
+    """The modules that a module imports at run time, within functions too, and by `import_module` with a constant name.
+    With `read=ast.walk` also those under `if TYPE_CHECKING:`."""
     named: set[str] = set()
     for node in read(tree):
         match node:
@@ -166,7 +166,7 @@ def imports(
                 pass
     found: set[str] = set()
     for name in named:
-        while name and name not in modules:  # a name in a module is imported from that module
+        while name and name not in modules:  # a name imported from a module
             name = name.rpartition(".")[0]
         found.add(name)
     return found - {""}
@@ -177,7 +177,7 @@ GRAPH = {module: imports(tree, MODULES) - {module} for module, tree in TREES.ite
 
 
 def reached(graph: Mapping[str, set[str]], start: str) -> set[str]:
-    """All that a module imports, and what that imports in its turn."""
+    """The modules that a module imports, transitively."""
     found: set[str] = set()
     rest = [*graph[start]]
     while rest:
@@ -187,31 +187,29 @@ def reached(graph: Mapping[str, set[str]], start: str) -> set[str]:
     return found
 
 
-def circles(graph: Mapping[str, set[str]]) -> list[str]:
-    """The modules that reach themselves."""
+def cyclic(graph: Mapping[str, set[str]]) -> list[str]:
+    """The modules that import themselves transitively."""
     return sorted(module for module in graph if module in reached(graph, module))
 
 
-def test_no_module_imports_itself_through_others() -> None:
-    """Neither when it is imported nor in a function that is called later."""
-    assert circles(GRAPH) == []
+def test_no_import_cycles() -> None:
+    """At import time or within functions."""
+    assert cyclic(GRAPH) == []
 
 
-def test_no_types_go_in_a_circle() -> None:
-    """Nor do imports for type checkers: what two modules need to know of each other is in a third."""
+def test_no_import_cycles_for_type_checkers() -> None:
     graph = {module: imports(tree, MODULES, ast.walk) - {module} for module, tree in TREES.items()}
-    assert circles(graph) == []
+    assert cyclic(graph) == []
 
 
-def test_checkpoints_know_no_framework() -> None:
-    """`checkpoint` imports nothing of `backends`, directly or through others, nor names it in a string."""
+def test_checkpoint_does_not_depend_on_backends() -> None:
     for module, path in MODULES.items():
         if module.startswith("monoblock.checkpoint"):
             assert "monoblock.backends" not in path.read_text(encoding="utf-8"), module
             assert not {m for m in reached(GRAPH, module) if m.startswith("monoblock.backends")}, module
 
 
-def test_the_test_finds_what_it_looks_for() -> None:
+def test_helpers_of_this_file() -> None:
     assert words("class GPTNeoThing:") & NAMES == {"gpt", "neo"}
     assert words('if name == "openai-gpt"') & NAMES == {"openai", "gpt"}
     assert words("prompts of an attempt") & NAMES == set()
@@ -226,10 +224,10 @@ def test_the_test_finds_what_it_looks_for() -> None:
         "e": "import d",
     }
     graph = {module: imports(ast.parse(text), circle) for module, text in circle.items()}
-    assert circles(graph) == ["a", "b", "p.c"]
+    assert cyclic(graph) == ["a", "b", "p.c"]
     assert reached(graph, "e") == {"d"}
     typed = {module: imports(ast.parse(text), circle, ast.walk) for module, text in circle.items()}
-    assert circles(typed) == ["a", "b", "d", "e", "p.c"]
+    assert cyclic(typed) == ["a", "b", "d", "e", "p.c"]
     assert "monoblock.spec" in reached(GRAPH, "monoblock.backends.pytorch.model")
 
 

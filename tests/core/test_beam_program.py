@@ -1,4 +1,4 @@
-"""The rules of beam search on arrays, for compiled programs, against those of the host's search, step by step."""
+"""Beam search on arrays, for compiled programs, compared step by step with the search in Python."""
 
 import numpy as np
 import pytest
@@ -19,7 +19,7 @@ RULES = [
 
 
 def candidates(running, rng, width, last):
-    """Scores of all continuations of each prompt, some of them impossible, and the likeliest of them."""
+    """The best continuations of each prompt from random scores, some of them -inf."""
     logs = rng.normal(size=(PROMPTS, width.beams, VOCAB)).astype(np.float32) - 2
     logs[rng.random(logs.shape) < 0.2] = -np.inf
     total = (running.scores_pw[..., None] + logs).reshape(PROMPTS, -1)
@@ -29,25 +29,25 @@ def candidates(running, rng, width, last):
 
 
 @pytest.mark.parametrize("rules", RULES, ids=str)
-def test_the_same_texts_as_the_hosts_search(rules):
+def test_same_beams_as_the_python_search(rules):
     width = beam_program.BeamConfig.of(rules, eos=2)
     for seed in range(8):
         rng = np.random.default_rng(seed)
         searches = [BeamSearch(rules, prompt * rules.width) for prompt in range(PROMPTS)]
         running = beam_program.initial_beams(PROMPTS, width, ROOM)
         norms = beam_program.norms(rules, ROOM)
-        for made in range(ROOM):
-            found = candidates(running, rng, width, made == ROOM - 1)
+        for step in range(ROOM):
+            found = candidates(running, rng, width, step == ROOM - 1)
             for prompt, search in enumerate(searches):
                 scores, ends = found.scores_pk[prompt], found.ends_pk[prompt]
                 search.advance(
                     scores, found.parents_pk[prompt].tolist(), found.tokens_pk[prompt].tolist(), ends
                 )
-            running = beam_program.advance(OPS, width, running, found, np.array(made), norms)
+            running = beam_program.advance(OPS, width, running, found, np.array(step), norms)
             beams = [beam for search in searches for beam in search.running]
             assert_array_equal(running.scores_pw.reshape(-1), np.float32([beam.score for beam in beams]))
-            assert_array_equal(running.tokens_rn[:, : made + 1], [beam.tokens for beam in beams])
-            assert_array_equal(running.rows_rn[:, : made + 1], [beam.rows for beam in beams])
+            assert_array_equal(running.tokens_rn[:, : step + 1], [beam.tokens for beam in beams])
+            assert_array_equal(running.rows_rn[:, : step + 1], [beam.rows for beam in beams])
             assert running.open_p1[:, 0].tolist() == [search.open for search in searches]
             enough = rules.early_stopping is True and all(search.full for search in searches)
             stops = found.ends_pk.all() or enough or not any(search.open for search in searches)
@@ -55,11 +55,11 @@ def test_the_same_texts_as_the_hosts_search(rules):
             if stops:
                 break
         expected = [beam for search in searches for beam in search.best(rules.width)]
-        for mine, theirs in zip(beam_program.best(running, rules.width), expected, strict=True):
-            assert (mine.tokens, mine.rows) == (theirs.tokens, theirs.rows)
-            assert mine.score == np.float32(theirs.score)
+        for ours, theirs in zip(beam_program.best(running, rules.width), expected, strict=True):
+            assert (ours.tokens, ours.rows) == (theirs.tokens, theirs.rows)
+            assert ours.score == np.float32(theirs.score)
 
 
-def test_texts_of_nothing_possible_are_empty():
+def test_beams_without_possible_tokens_are_empty():
     width = beam_program.BeamConfig.of(RULES[0], eos=1)
     assert beam_program.best(beam_program.initial_beams(2, width, ROOM), 2) == [Beam(HOPELESS)] * 4

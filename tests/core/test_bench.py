@@ -1,4 +1,4 @@
-"""The benchmark's own sums: what tables and pictures make of a run's results. Nothing is timed here."""
+"""Statistics, tables and pictures of the benchmark, from given results; nothing is timed."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def figure(measure: str, unit: str, **values: list[float]) -> dict[str, Any]:
 
 @pytest.fixture
 def results() -> Results:
-    # Two rounds; the machine was half as fast in the second, for both.
+    # Two rounds; all backends are about half as fast in the second.
     speeds = {"monoblock": [30.0, 15.0], "transformers": [15.0, 6.0], "OpenVINO": [20.0, 10.0]}
     loads = {"monoblock": [0.05], "transformers": [0.5]}
     reads = {"read GB/s": {who: [40.0, 20.0] for who in speeds}}
@@ -79,7 +79,7 @@ def results() -> Results:
     )
 
 
-def test_ratios_are_of_neighbours_in_time(results: Results) -> None:
+def test_ratios_are_of_adjacent_measurements(results: Results) -> None:
     decode = results.named("decode 1")[0]
     ratio = results.ratio(decode, "transformers")
     assert ratio is not None
@@ -89,37 +89,37 @@ def test_ratios_are_of_neighbours_in_time(results: Results) -> None:
     assert results.ratio(decode, "llama.cpp") is None
 
 
-def test_ratios_of_memory_say_how_much_less_we_need(results: Results) -> None:
+def test_ratios_of_memory_are_inverted(results: Results) -> None:
     ratio = results.ratio(results.named("prefill 512 memory")[0], "transformers")
     assert ratio is not None and ratio.median == 12
 
 
-def test_shares_of_the_limits(results: Results) -> None:
+def test_fractions_of_the_limits(results: Results) -> None:
     decode, prefill = results.named("decode 1")[0], results.named("prefill 512")[0]
-    # Each round's of what the memory gave in that round.
+    # Each round relative to the bandwidth of that round.
     assert results.bandwidth_share(decode, "monoblock") == Spread(0.75, 0.75, 0.75)
-    # Of a peer only the size of all weights is known; its input table, a tenth of 11, is not read.
+    # Of a peer only the size of all weights is known; its input embedding, a tenth of 1.1 GB, is not read.
     assert results.bandwidth_share(decode, "OpenVINO") == Spread(*[pytest.approx(0.5)] * 3)
     speeds = [2 * 450e6 * speed / 1e12 for speed in (22.5, 15.0, 30.0)]
     assert results.matrix_share(prefill, "monoblock") == Spread(*map(pytest.approx, speeds))
     assert results.bandwidth_share(prefill, "monoblock") is None
 
 
-def test_shares_are_shown_with_their_range() -> None:
-    assert [Spread(*share).percent for share in ((0.5, 0.5, 0.5), (0.913, 0.88, 1.02))] == [
+def test_percentages_have_a_range() -> None:
+    assert [Spread(*values).percent for values in ((0.5, 0.5, 0.5), (0.913, 0.88, 1.02))] == [
         "50%",
         "91% (88-102)",
     ]
 
 
-def test_overhead_is_the_slope_of_two_depths(results: Results) -> None:
+def test_overhead_per_layer_is_the_slope_of_two_depths(results: Results) -> None:
     found = targets.overhead(results, "monoblock")
     assert found is not None
     assert [1e3 * seconds for seconds in found] == pytest.approx([0.05, 0.15])
     assert targets.overhead(results, "transformers") is None
 
 
-def test_aims_are_judged(results: Results) -> None:
+def test_targets(results: Results) -> None:
     rows = [line.split(" | ") for line in targets.table_of(results, report.table).splitlines()[2:]]
     reached = {row[0].removeprefix("| "): row[2].removesuffix(" |") for row in rows}
     assert reached["mistral-1b, bfloat16, decoding: 1.5 x transformers"] == "yes"
@@ -129,7 +129,7 @@ def test_aims_are_judged(results: Results) -> None:
     assert reached["overhead of 22 layers: 0.06 ms per layer + 0.15 ms"] == "yes"
 
 
-def test_memory_that_loading_needs_stands_beside_it(results: Results) -> None:
+def test_allocation_time_is_next_to_the_loading_time(results: Results) -> None:
     alone = {"monoblock": [2.0, 3.0], "the memory alone": [1.5, 2.5]}
     results.data["figures"].append(figure("load", "s", **alone) | {"form": "float32"})
     row = next(line for line in report.loading(results).splitlines() if "alone" in line)
@@ -140,21 +140,21 @@ def test_memory_that_loading_needs_stands_beside_it(results: Results) -> None:
     assert target.endswith("| 2.50 (2.00-3.00) s; the memory alone: 2.00 (1.50-2.50) | yes |")
 
 
-def test_the_page_has_a_place_for_every_table(results: Results) -> None:
+def test_the_page_has_marks_for_every_section(results: Results) -> None:
     page = (DOCS / "performance.md").read_text(encoding="utf-8")
     for name, text in (report.sections(results) | {"train": ""}).items():
         assert f"<!-- {name} -->" in page and f"<!-- end of {name} -->" in page
         assert name in ("machine", "skipped", "train") or text.startswith("| ")
 
 
-def test_filling_replaces_what_stands_between_the_marks() -> None:
+def test_fill_replaces_text_between_marks() -> None:
     page = "a\n<!-- x -->\nold\n<!-- end of x -->\nb\n<!-- y -->\nkept\n<!-- end of y -->\n"
     once = report.fill(page, {"x": "new \\1"})
     assert once == "a\n<!-- x -->\n\nnew \\1\n<!-- end of x -->\nb\n<!-- y -->\nkept\n<!-- end of y -->\n"
     assert report.fill(once, {"x": "new \\1"}) == once
 
 
-def test_pictures_compare_and_stay_in_their_frame(results: Results) -> None:
+def test_bars_are_within_the_picture_and_to_scale(results: Results) -> None:
     found = plot.pictures(results)
     assert set(found) == {"decode", "prefill", "memory"}
     for text in found.values():
@@ -162,14 +162,14 @@ def test_pictures_compare_and_stay_in_their_frame(results: Results) -> None:
         width = float(picture.attrib["width"])
         for bar in picture.iter("{http://www.w3.org/2000/svg}rect"):
             assert 0 <= float(bar.attrib["x"]) + float(bar.attrib["width"]) <= width
-    # A model with one backend is compared with nothing.
+    # Models with one backend are not drawn.
     assert "thin-" not in found["decode"]
     assert "limit 30.0" in found["decode"]
     bars = [float(w) for w in re.findall(r"<rect[^>]* width='([\d.]+)'", found["decode"])]
     assert [round(bar / bars[0], 2) for bar in bars] == [1, round(10.5 / 22.5, 2), round(15 / 22.5, 2)]
 
 
-def test_pictures_of_the_page(results: Results) -> None:
+def test_the_page_links_its_pictures(results: Results) -> None:
     page = (DOCS / "performance.md").read_text(encoding="utf-8")
     for picture in (DOCS / "performance").glob("*.svg"):
         ElementTree.fromstring(picture.read_text(encoding="utf-8"))
@@ -177,11 +177,11 @@ def test_pictures_of_the_page(results: Results) -> None:
     parts = report.illustrated(report.sections(results), plot.pictures(results))
     assert parts["decode"].startswith(
         "![Decoding, batch size 1](performance/decode.svg)\n\n| "
-    )  # eight were not measured
+    )  # batch size 8 was not measured
     assert parts["loading"].startswith("![Memory while loading](performance/memory.svg)\n\n| ")
 
 
-def test_numbers_are_short() -> None:
+def test_numbers_have_three_digits() -> None:
     assert [number(v) for v in (1234.5, 56.78, 1.2345, 0.0456, 0.00012)] == [
         "1,234",
         "56.8",
@@ -191,49 +191,49 @@ def test_numbers_are_short() -> None:
     ]
 
 
-def test_plans_name_what_there_is() -> None:
+def test_plans_refer_to_existing_models_and_backends() -> None:
     for groups in plan.PLANS.values():
         for group in groups:
             assert group.model in shapes.SHAPES
             assert set(group.who) <= set(runners.BACKENDS)
             assert group.form in runners.FORMS["monoblock"]
             assert all(measure.kind in ("decode", "prefill", "train") for measure in group.measures)
-    # Backends take turns within fifteen minutes, which other work shares.
+    # The essential plan takes about 15 minutes.
     assert sum(group.seconds for group in plan.ESSENTIAL) <= 16 * 60
 
 
-def test_prompts_are_the_same_for_all() -> None:
+def test_prompts_depend_on_the_seed_only() -> None:
     one, again = (worker.prompts_of(2, 5, 100, seed=3) for _ in range(2))
     assert one == again != worker.prompts_of(2, 5, 100, seed=4)
     assert all(3 <= token < 100 for prompt in one for token in prompt)
 
 
-def test_a_peer_that_is_missing_is_named(tmp_path: Path) -> None:
+def test_missing_peers_are_named(tmp_path: Path) -> None:
     tools = runners.Tools(tmp_path, 1)
     assert tools.missing("llama.cpp") == "no --llama-bench PATH"
     assert tools.missing("OpenVINO") == "no --peer-python OpenVINO=PATH"
     assert not tools.missing("monoblock")
 
 
-def test_makers_names_leave_the_weights_where_they_are(tmp_path: Path) -> None:
+def test_the_copy_with_the_upstream_class_links_the_weights(tmp_path: Path) -> None:
     source = tmp_path / "m"
     source.mkdir()
     (source / "config.json").write_text(
         '{"model_type": "mpt", "architectures": ["MptForCausalLM"], "d_model": 8}'
     )
     (source / "model.safetensors").write_bytes(b"weights")
-    copy = runners._makers_names(source)
+    copy = runners._with_upstream_class(source)
     assert json.loads((copy / "config.json").read_text())["architectures"] == ["MPTForCausalLM"]
     assert (copy / "model.safetensors").is_symlink()
     assert json.loads((source / "config.json").read_text())["architectures"] == ["MptForCausalLM"]
 
 
-def test_the_made_vocabulary_is_read_in_both_formats(tmp_path: Path) -> None:
+def test_the_synthetic_vocabulary_is_readable_in_both_formats(tmp_path: Path) -> None:
     from tokenizers import Tokenizer
 
     from monoblock.tokenization.protobuf import read_model
 
     shapes._save_vocabulary(tmp_path, 400)
-    pieces = read_model(tmp_path / "tokenizer.model")
+    model = read_model(tmp_path / "tokenizer.model")
     assert Tokenizer.from_file(str(tmp_path / "tokenizer.json")).get_vocab_size() == 400
-    assert len(pieces.pieces) == 400 and pieces.pieces[:3] == ["<unk>", "<s>", "</s>"]
+    assert len(model.pieces) == 400 and model.pieces[:3] == ["<unk>", "<s>", "</s>"]

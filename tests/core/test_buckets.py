@@ -1,4 +1,4 @@
-"""Lengths are rounded up to few ones, and by no more than a half beyond the smallest."""
+"""Length buckets: few distinct lengths, at most 1.5 times the input above the smallest ones."""
 
 from monoblock.generation.buckets import bucket
 

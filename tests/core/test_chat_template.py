@@ -1,4 +1,4 @@
-"""Chat templates: what they give, and what they are kept from."""
+"""Chat templates: sandboxing, resource limits, errors, rendering, assistant masks, continuation, and tools."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def render(source: str, chat: Any = CHAT, **options: Any) -> Any:
     return tokenizer().apply_chat_template(chat, chat_template=source, tokenize=False, **options)
 
 
-# --- what a template must not do
+# --- sandbox and limits
 
 
 @pytest.mark.parametrize(
@@ -56,7 +56,7 @@ def render(source: str, chat: Any = CHAT, **options: Any) -> Any:
         "{{ 10 ** 100000 }}",
     ],
 )
-def test_reaching_out_is_refused(source: str) -> None:
+def test_unsafe_access_is_refused(source: str) -> None:
     with pytest.raises(ChatTemplateError) as caught:
         render(source)
     message = str(caught.value)
@@ -67,7 +67,7 @@ def test_reaching_out_is_refused(source: str) -> None:
 @pytest.mark.parametrize(
     "source", ["{{ lipsum() }}", "{% include '/etc/passwd' %}", "{% import 'os' as os %}"]
 )
-def test_there_is_nothing_to_reach(source: str) -> None:
+def test_includes_and_imports_fail(source: str) -> None:
     with pytest.raises(ChatTemplateError, match="failed on this conversation"):
         render(source)
 
@@ -92,8 +92,8 @@ def test_there_is_nothing_to_reach(source: str) -> None:
         "{% for a in range(9999) %}{{ 'x' * 99999 }}{% endfor %}",
     ],
 )
-def test_an_endless_template_is_stopped(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(budget, "MAX_SECONDS", 0.3)  # so that the test is quick; the rule is the same
+def test_long_running_templates_are_stopped(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(budget, "MAX_SECONDS", 0.3)  # shortens the test
     began = time.process_time()
     with pytest.raises(ChatTemplateError, match=r"stopped|range|Range"):
         render(source)
@@ -156,14 +156,14 @@ GROWING = [
 
 
 @pytest.mark.parametrize("source", GROWING, ids=[source[:70] for source in GROWING])
-def test_no_filter_runs_on_or_fills_the_memory(source: str) -> None:
-    """Two seconds of the processor, 16 Mi characters, and 1 GiB beside them, whatever a template does."""
-    ended = attempt(lambda: render(source), seconds=4, memory=1 << 30)
-    assert ended.kind == "refused" and "ChatTemplateError" in ended.what, ended
-    assert "MemoryError" not in ended.what and ended.seconds < 3
+def test_time_and_memory_of_templates_are_bounded(source: str) -> None:
+    """By 2 s of processor time, 16 Mi characters, and 1 GiB in addition to them."""
+    outcome = attempt(lambda: render(source), seconds=4, memory=1 << 30)
+    assert outcome.kind == "refused" and "ChatTemplateError" in outcome.what, outcome
+    assert "MemoryError" not in outcome.what and outcome.seconds < 3
 
 
-def test_values_within_the_bounds_are_made() -> None:
+def test_values_within_the_limits() -> None:
     big = (
         "{% set x = 'ab ' * 5000000 %}{{ x | length }} {{ x[1:4] }} {{ (x | trim)[-2:] }} {{ x.count('a') }}"
     )
@@ -178,12 +178,12 @@ def test_values_within_the_bounds_are_made() -> None:
     assert render("{{ 'a b' | wordwrap(1) }}|{{ 'x' | center(3) }}|{{ '<b>' | e }}") == "a\nb| x |&lt;b&gt;"
 
 
-def test_a_long_conversation_is_not_stopped() -> None:
+def test_a_long_conversation_is_within_the_limits() -> None:
     chat = [{"role": "user", "content": "word " * 100}] * 5_000
     assert len(render("{% for m in messages %}{{ m.content | trim }}{% endfor %}", chat)) == 5_000 * 499
 
 
-def test_the_conversation_is_left_as_it_is() -> None:
+def test_the_conversation_is_not_modified() -> None:
     chat = copy.deepcopy(CHAT)
     render("{{ messages[-1].content }}", chat, continue_final_message=True)
     assert chat == CHAT
@@ -193,7 +193,7 @@ def test_the_conversation_is_left_as_it_is() -> None:
 
 
 @pytest.mark.parametrize(
-    ("source", "words"),
+    ("source", "message"),
     [
         ("{% for x in %}", "syntax error on line 1"),
         ("ok\n{{ 1 +", "syntax error on line 2"),
@@ -203,13 +203,13 @@ def test_the_conversation_is_left_as_it_is() -> None:
         ("{{ 1 / 0 }}", "ZeroDivisionError"),
     ],
 )
-def test_broken_templates(source: str, words: str) -> None:
-    with pytest.raises(ChatTemplateError, match=words) as caught:
+def test_broken_templates(source: str, message: str) -> None:
+    with pytest.raises(ChatTemplateError, match=message) as caught:
         render(source)
     assert isinstance(caught.value, ValueError)
 
 
-def test_no_template_says_what_to_do() -> None:
+def test_missing_template() -> None:
     with pytest.raises(ChatTemplateError, match=r"pass chat_template=, set tokenizer\.chat_template"):
         tokenizer().apply_chat_template(CHAT)
     named = tokenizer(chat_template=[{"name": "rag", "template": "x"}, {"name": "short", "template": "y"}])
@@ -219,7 +219,7 @@ def test_no_template_says_what_to_do() -> None:
 
 
 @pytest.mark.parametrize(
-    ("chat", "options", "words"),
+    ("chat", "options", "message"),
     [
         ("text", {}, "a conversation is a list of messages"),
         ([], {}, "got an empty one"),
@@ -242,13 +242,13 @@ def test_no_template_says_what_to_do() -> None:
         ),
     ],
 )
-def test_refused_arguments(chat: Any, options: dict[str, Any], words: str) -> None:
+def test_refused_arguments(chat: Any, options: dict[str, Any], message: str) -> None:
     with pytest.raises((ValueError, TypeError)) as caught:
         render("{{ messages[0].content }}", chat, **options)
-    assert words in str(caught.value) and "\n" not in str(caught.value)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
-# --- what a template gets
+# --- rendering
 
 
 def test_variables_filters_and_functions() -> None:
@@ -260,18 +260,16 @@ def test_variables_filters_and_functions() -> None:
     assert render("{{ {'b': '<é>', 'a': 1} | tojson }}") == '{"b": "<é>", "a": 1}'
     assert render("{{ [1, 2] | tojson(separators=(',', ':')) }}") == "[1,2]"
     assert render("{{ strftime_now('%Y') }}") == time.strftime("%Y")
-    assert (
-        render("a\n  {% if true %}\nb\n  {% endif %}\nc") == "a\nb\nc"
-    )  # blocks take their own lines with them
+    assert render("a\n  {% if true %}\nb\n  {% endif %}\nc") == "a\nb\nc"  # trim_blocks and lstrip_blocks
     assert render("{% for i in range(9) %}{% if i == 2 %}{% break %}{% endif %}{{ i }}{% endfor %}") == "01"
 
 
-def test_none_is_a_missing_key() -> None:
+def test_none_values_are_missing_keys() -> None:
     chat = [{"role": "user", "content": "x", "name": None}]
     assert render("{{ 'name' in messages[0] }}{{ messages[0].name }}", chat) == "False"
 
 
-def test_data_is_made_plain() -> None:
+def test_objects_become_plain_data() -> None:
     class Role(StrEnum):
         USER = "user"
 
@@ -304,11 +302,11 @@ def test_batches() -> None:
     assert t.apply_chat_template(CHAT, return_dict=False) == t.encode("the fox?</s> jumps </s>")
 
 
-# --- the tokens that the model itself wrote
+# --- masks of assistant tokens
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_masks_of_generated_tokens(side: str) -> None:
+def test_assistant_masks(side: str) -> None:
     t = tokenizer(chat_template=MARKED, padding_side=side)
     out = t.apply_chat_template(
         [CHAT, CHAT * 2], padding=True, return_assistant_tokens_mask=True, return_tensors="np"
@@ -321,17 +319,17 @@ def test_masks_of_generated_tokens(side: str) -> None:
     assert t.decode(np.array(flat["input_ids"])[np.array(flat["assistant_masks"]) == 1]) == " jumps "
 
 
-@pytest.mark.parametrize(("side", "kept"), [("right", "the quick"), ("left", " brown fox")])
-def test_masks_survive_truncation_on_either_side(side: str, kept: str) -> None:
+@pytest.mark.parametrize(("side", "text"), [("right", "the quick"), ("left", " brown fox")])
+def test_assistant_masks_with_truncation(side: str, text: str) -> None:
     t = tokenizer(chat_template=MARKED, truncation_side=side)
     chat = [{"role": "assistant", "content": "the quick brown fox"}]
-    length = 1 + len(t.encode(kept))
+    length = 1 + len(t.encode(text))
     out = t.apply_chat_template(chat, truncation=True, max_length=length, return_assistant_tokens_mask=True)
     ids = [i for i, m in zip(out["input_ids"], out["assistant_masks"], strict=True) if m]
-    assert len(out["input_ids"]) == length and t.decode(ids) == kept
+    assert len(out["input_ids"]) == length and t.decode(ids) == text
 
 
-def test_masks_inside_macros_are_right_and_inside_filters_refused() -> None:
+def test_assistant_masks_work_in_macros_and_are_refused_in_filters() -> None:
     macro = "{% macro show(m) %}<{% generation %}{{ m.content }}{% endgeneration %}>{% endmacro %}"
     macro += "{{ show(messages[1]) }}"
     t = tokenizer(chat_template=macro)
@@ -344,7 +342,7 @@ def test_masks_inside_macros_are_right_and_inside_filters_refused() -> None:
         t.apply_chat_template(CHAT, return_assistant_tokens_mask=True)
 
 
-# --- going on with a message
+# --- continuing a message
 
 
 @pytest.mark.parametrize(
@@ -362,7 +360,7 @@ def test_continuing_the_last_message(source: str, expected: str) -> None:
     assert render(source, continue_final_message=True) == expected
 
 
-def test_continuing_another_field_or_a_block() -> None:
+def test_continuing_another_field_or_a_content_block() -> None:
     chat = [{"role": "assistant", "reasoning": "Hm", "content": "x"}]
     source = "{{ messages[0].reasoning_content }}|{{ messages[0].content }}"
     assert render(source, chat, continue_final_message="reasoning_content") == "Hm"
@@ -375,7 +373,7 @@ def test_continuing_another_field_or_a_block() -> None:
         render("{{ messages[0].content }}", continue_final_message=True)
 
 
-def test_one_message_more() -> None:
+def test_encode_message_with_chat_template() -> None:
     t = tokenizer(chat_template="{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}")
     assert t.decode(t.encode_message_with_chat_template(CHAT[1], CHAT[:1])) == " jumps </s>"
     assert t.decode(t.encode_message_with_chat_template(CHAT[0])) == "the fox?</s>"
@@ -452,12 +450,12 @@ def test_functions_that_cannot_be_tools() -> None:
             x: it (choices: a, b)
         """
 
-    for function, words in (
+    for function, message in (
         (bare, "the tool bare has no docstring"),
         (unhinted, "'x' of the tool unhinted has no type hint"),
         (undescribed, "does not describe its argument 'x'"),
         (strange, "'x' of the tool strange has no JSON schema"),
         (chosen, "not a JSON list"),
     ):
-        with pytest.raises(ValueError, match=words):
+        with pytest.raises(ValueError, match=message):
             get_json_schema(function)

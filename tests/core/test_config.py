@@ -1,4 +1,4 @@
-"""MptConfig and what every config does: fields, aliases, labels, files, refusals. Framework-free."""
+"""MptConfig, and the behaviour of all configs: fields, aliases, labels, files, refused values. No framework."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from monoblock.checkpoint import options as checkpoint_options
 from monoblock.families import mpt_options
 from monoblock.spec import Alibi, Learned, Rotary
 
-# The two pages' signature of MptConfig, in their order (the newer page has no `verbose` in its code, but lists it).
+# The signature of MptConfig in both versions of transformers' documentation (the newer one documents `verbose` only).
 DOCUMENTED: dict[str, Any] = {
     "d_model": 2048,
     "n_heads": 16,
@@ -126,7 +126,7 @@ def test_an_unknown_attribute_is_an_attribute_error() -> None:
 # ---------------------------------------------------------------------------- nested configs
 
 
-def test_attn_config_is_a_config_however_it_is_given() -> None:
+def test_attn_config_from_dict_config_or_none() -> None:
     as_dict = MptConfig(attn_config={"alibi_bias_max": 16, "clip_qkv": 6})
     as_config = MptConfig(attn_config=MptAttentionConfig(alibi_bias_max=16, clip_qkv=6))
     assert isinstance(as_dict.attn_config, MptAttentionConfig)
@@ -137,15 +137,15 @@ def test_attn_config_is_a_config_however_it_is_given() -> None:
         MptConfig(attn_config=3)
 
 
-def test_attn_config_is_a_dict_too(logs: pytest.LogCaptureFixture) -> None:
-    """As in the makers' code, whose model cards set its items."""
+def test_attn_config_has_the_dict_interface(logs: pytest.LogCaptureFixture) -> None:
+    """In llm-foundry it is a dict, and model cards set its items."""
     mpt_options.warn_of_kernel.cache_clear()
     config = MptConfig(**TINY)
     attention = config.attn_config
     for kernel in ("triton", "flash", "triton", "torch"):
         attention["attn_impl"] = kernel
         assert attention.attn_impl == attention["attn_impl"] == kernel
-    assert len(logs.messages) == 2  # each of the others once, with what it means here
+    assert len(logs.messages) == 2  # one for each kernel other than 'torch'
     assert all("compute the same" in m and "attn_implementation='sdpa'" in m for m in logs.messages)
     attention.clip_qkv = 6
     assert (attention.get("clip_qkv"), attention.get("nothing"), attention.get("nothing", 3)) == (6, None, 3)
@@ -174,13 +174,13 @@ def test_attn_config_is_a_dict_too(logs: pytest.LogCaptureFixture) -> None:
     assert MptConfig.from_dict(json.loads(config.to_json_string())) == config
     assert json.loads(json.dumps(dict(attention)))["qk_ln"] is True
     assert config.to_spec().attention.clip == 7
-    attention["colour"] = "blue"  # kept, as by the constructor
+    attention["colour"] = "blue"  # kept, as in the constructor
     assert "does not know the field 'colour'" in logs.messages[-1]
     assert json.loads(config.to_json_string())["attn_config"]["colour"] == "blue"
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "words"),
+    ("key", "value", "message"),
     [
         ("attn_impl", "cuda", "attn_impl='cuda' is not supported: it must be 'torch' or 'flash' or 'triton'"),
         ("prefix_lm", True, "prefix_lm=True is not supported: it must be False"),
@@ -190,10 +190,9 @@ def test_attn_config_is_a_dict_too(logs: pytest.LogCaptureFixture) -> None:
         (3, 1, "attn_config has no field 3"),
     ],
 )
-def test_items_of_attn_config_that_are_refused(key: Any, value: Any, words: str) -> None:
-    """When they are set; what was there stays."""
+def test_invalid_items_of_attn_config_are_refused_when_set(key: Any, value: Any, message: str) -> None:
     attention = MptAttentionConfig()
-    with pytest.raises(ValueError, match=re.escape(words)):
+    with pytest.raises(ValueError, match=re.escape(message)):
         attention[key] = value
     assert attention == MptAttentionConfig()
     with pytest.raises(TypeError, match="cannot be removed: set 'alibi' to its default"):
@@ -202,8 +201,8 @@ def test_items_of_attn_config_that_are_refused(key: Any, value: Any, words: str)
         _ = attention["nothing"]
 
 
-def test_trust_remote_code_is_told_once(tmp_path: Path, logs: pytest.LogCaptureFixture) -> None:
-    """By all that reads files; False says nothing."""
+def test_trust_remote_code_is_logged_once(tmp_path: Path, logs: pytest.LogCaptureFixture) -> None:
+    """By every class that reads files; False logs nothing."""
     MptConfig(**TINY).save_pretrained(tmp_path)
     (tmp_path / "tokenizer.json").write_text(
         json.dumps({"version": "1.0", "model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}})
@@ -217,13 +216,13 @@ def test_trust_remote_code_is_told_once(tmp_path: Path, logs: pytest.LogCaptureF
         for _ in range(2):
             made = reader.from_pretrained(tmp_path, trust_remote_code=True)
         assert not hasattr(made, "trust_remote_code")
-        told = [message for message in logs.messages if "trust_remote_code=True has no effect" in message]
-        assert len(told) == 1, reader
-        assert "code in a model's folder is never run" in told[0]
+        found = [message for message in logs.messages if "trust_remote_code=True has no effect" in message]
+        assert len(found) == 1, reader
+        assert "code in a model's folder is never run" in found[0]
         logs.clear()
 
 
-def test_instances_share_nothing() -> None:
+def test_instances_share_no_state() -> None:
     given = {"clip_qkv": 6}
     one, two = MptConfig(attn_config=given), MptConfig(attn_config=given)
     one.attn_config.clip_qkv = 2
@@ -247,7 +246,7 @@ def test_labels() -> None:
     assert named.id2label == {0: "no", 1: "yes", 2: "maybe"}
     assert named.label2id == {"no": 0, "yes": 1, "maybe": 2}
     named.num_labels = 3
-    assert named.id2label[0] == "no", "names stay while their number does"
+    assert named.id2label[0] == "no", "names stay if their number does not change"
     named.num_labels = 4
     assert named.id2label[0] == "LABEL_0"
     text = json.loads(three.to_json_string())
@@ -256,7 +255,7 @@ def test_labels() -> None:
 
 
 @pytest.mark.parametrize("count", [0, -1])
-def test_an_impossible_number_of_labels(count: int) -> None:
+def test_num_labels_below_one_is_refused(count: int) -> None:
     with pytest.raises(ValueError, match="num_labels must be an integer from 1 to"):
         MptConfig(num_labels=count)
 
@@ -275,7 +274,7 @@ class Bfloat16:
 
 @pytest.mark.parametrize("name", ["dtype", "torch_dtype"])
 @pytest.mark.parametrize("value", ["bfloat16", "torch.bfloat16", Bfloat16()], ids=str)
-def test_dtype_by_either_name(name: str, value: Any) -> None:
+def test_dtype_and_torch_dtype_are_aliases(name: str, value: Any) -> None:
     config = MptConfig(**{name: value})
     assert config.dtype == config.torch_dtype == "bfloat16"
     assert json.loads(config.to_json_string())["dtype"] == "bfloat16"
@@ -362,30 +361,28 @@ def test_every_field_survives_a_round_trip(tmp_path: Path) -> None:
     assert again.to_spec() == config.to_spec()
 
 
-def test_the_makers_own_fields_are_written_only_if_set() -> None:
+def test_llm_foundry_fields_are_written_only_if_set() -> None:
     data = json.loads(MptConfig().to_json_string())
     assert not {"head_dim", "ffn_config", "fc_type"} & data.keys()
     assert not {"rope", "kv_n_heads", "qk_gn"} & data["attn_config"].keys()
     assert data["model_type"] == "mpt"
-    assert data["attn_config"]["alibi_bias_max"] == 8, "the hub's own fields are, as the hub does"
+    assert data["attn_config"]["alibi_bias_max"] == 8, "transformers' fields are always written"
 
 
-def test_unknown_fields_are_kept_written_and_warned_about_once(
-    logs: pytest.LogCaptureFixture, tmp_path: Path
-) -> None:
+def test_unknown_fields_are_kept_and_logged_once(logs: pytest.LogCaptureFixture, tmp_path: Path) -> None:
     config = MptConfig(**TINY, colour="blue", attn_config={"flavour": 3})
-    for text in (
+    for expected in (
         "MptConfig does not know the field 'colour'",
         "MptAttentionConfig does not know the field 'flavour'",
     ):
-        assert sum(text in message for message in logs.messages) == 1
+        assert sum(expected in message for message in logs.messages) == 1
     config.save_pretrained(tmp_path)
     again = MptConfig.from_pretrained(tmp_path)
     assert (again.colour, again.attn_config.flavour) == ("blue", 3)
     assert sum("does not know" in message for message in logs.messages) == 2, "once"
 
 
-def test_old_files_fields_are_quiet(logs: pytest.LogCaptureFixture) -> None:
+def test_fields_of_old_files_are_not_logged(logs: pytest.LogCaptureFixture) -> None:
     old = {
         "transformers_version": "4.28.1",
         "auto_map": {"AutoConfig": "configuration_mpt.MPTConfig"},
@@ -396,7 +393,7 @@ def test_old_files_fields_are_quiet(logs: pytest.LogCaptureFixture) -> None:
     assert config.auto_map == old["auto_map"]
 
 
-def test_keywords_override_the_file_and_the_rest_comes_back(tmp_path: Path) -> None:
+def test_keywords_override_the_file_and_unused_ones_are_returned(tmp_path: Path) -> None:
     MptConfig(**TINY).save_pretrained(tmp_path)
     assert MptConfig.from_pretrained(tmp_path, n_layers=1).n_layers == 1
     config, unused = MptConfig.from_pretrained(
@@ -433,18 +430,18 @@ def test_saving_over_a_file_is_refused(tmp_path: Path) -> None:
     assert (tmp_path / "taken").read_text() == "mine"
 
 
-def test_it_prints_its_fields() -> None:
+def test_repr() -> None:
     text = repr(MptConfig(**TINY))
     assert text.startswith("MptConfig {")
     assert json.loads(text.removeprefix("MptConfig "))["d_model"] == 24
 
 
-def test_the_base_is_the_config_of_no_model() -> None:
+def test_the_base_class_has_no_spec() -> None:
     with pytest.raises(NotImplementedError):
         PretrainedConfig().to_spec()
 
 
-# ---------------------------------------------------------------------------- refusals
+# ---------------------------------------------------------------------------- refused values
 
 
 REFUSED: dict[str, dict[str, Any]] = {
@@ -476,7 +473,7 @@ ALWAYS_REFUSED: dict[str, dict[str, Any]] = {
     "MptConfig.chunk_size_feed_forward=8": {"chunk_size_feed_forward": 8},
     "MptConfig.quantization_config": {"quantization_config": {"load_in_4bit": True}},
 }
-IMPOSSIBLE: dict[str, dict[str, Any]] = {
+INVALID: dict[str, dict[str, Any]] = {
     r"d_model.*24.*n_heads.*5": {"n_heads": 5},
     r"n_heads|heads": {"n_heads": 0},
     r"qk_ln and qk_gn": {"attn_config": {"qk_ln": True, "qk_gn": True}},
@@ -504,7 +501,7 @@ IMPOSSIBLE: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_cannot_be_honoured_is_refused_by_name(name: str) -> None:
+def test_unsupported_options_are_refused_by_name(name: str) -> None:
     config = MptConfig(**{**TINY, **REFUSED[name]})
     with pytest.raises(UnsupportedConfig) as error:
         config.to_spec()
@@ -512,16 +509,16 @@ def test_what_cannot_be_honoured_is_refused_by_name(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ALWAYS_REFUSED)
-def test_what_no_family_can_honour_is_refused_at_once(name: str) -> None:
+def test_options_unsupported_by_all_families_are_refused_in_the_constructor(name: str) -> None:
     with pytest.raises(UnsupportedConfig) as error:
         MptConfig(**TINY, **ALWAYS_REFUSED[name])
     assert str(error.value).startswith(name)
 
 
-@pytest.mark.parametrize("text", IMPOSSIBLE)
-def test_impossible_values_are_refused(text: str) -> None:
-    with pytest.raises(ValueError, match=text):
-        MptConfig(**{**TINY, **IMPOSSIBLE[text]}).to_spec()
+@pytest.mark.parametrize("message", INVALID)
+def test_invalid_values_are_refused(message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        MptConfig(**{**TINY, **INVALID[message]}).to_spec()
 
 
 def test_an_unknown_problem_type_is_refused() -> None:
@@ -529,9 +526,9 @@ def test_an_unknown_problem_type_is_refused() -> None:
         MptConfig(problem_type="ranking")
 
 
-# ---------------------------------------------------------------------------- the makers' configs
+# ---------------------------------------------------------------------------- llm-foundry's configs
 
-# In the form of the makers' files: everything said, and more than transformers knows.
+# In llm-foundry's format: with all defaults, and with options that transformers does not have.
 STORYWRITER: dict[str, Any] = {
     "architectures": ["MPTForCausalLM"],
     "attn_config": {
@@ -626,7 +623,7 @@ FOUNDRY: dict[str, Any] = {
 }
 
 
-def test_storywriter_as_its_makers_wrote_it(logs: pytest.LogCaptureFixture) -> None:
+def test_the_published_config_of_storywriter(logs: pytest.LogCaptureFixture) -> None:
     config = MptConfig.from_dict(STORYWRITER)
     spec = config.to_spec()
     assert spec.positions == (Alibi(bias_max=16),)
@@ -636,7 +633,7 @@ def test_storywriter_as_its_makers_wrote_it(logs: pytest.LogCaptureFixture) -> N
     assert [m for m in logs.messages if "tokenizer_name" not in m] == []
 
 
-def test_a_foundry_config(logs: pytest.LogCaptureFixture) -> None:
+def test_an_llm_foundry_config(logs: pytest.LogCaptureFixture) -> None:
     spec = MptConfig.from_dict(FOUNDRY).to_spec()
     assert not logs.messages
     att, (rotary,) = spec.attention, spec.positions
@@ -660,7 +657,7 @@ def test_a_foundry_config(logs: pytest.LogCaptureFixture) -> None:
     assert not spec.tie_head
 
 
-def test_rope_replaces_alibi_unless_both_are_said() -> None:
+def test_rope_disables_alibi_unless_both_are_set() -> None:
     assert MptConfig(attn_config={"rope": True}).to_spec().position(Alibi) is None
     both = MptConfig(attn_config={"rope": True, "alibi": True}).to_spec()
     assert both.position(Alibi)

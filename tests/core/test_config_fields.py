@@ -1,5 +1,5 @@
-"""Fields of other programs' configs: honoured, refused by name, or kept without a warning; never "unknown, no effect"
-for one that changes what is computed."""
+"""Config fields of other libraries: implemented, refused by name, or kept without a warning. None that changes the
+results is ignored as unknown."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from monoblock.config_fields import HARMLESS, QUIET, REFUSED
 from monoblock.errors import UnsupportedConfig
 from monoblock.families import FAMILIES, ModelClass, family, named_classes, warn_of_another_class
 
-# What published configs carry beyond the fields of transformers' classes, by family and model.
+# Fields of published configs that transformers' classes do not have, by family and model.
 PUBLISHED: dict[str, dict[str, dict[str, Any]]] = {
     "mpt": {
         "mosaicml/mpt-7b": {
@@ -113,13 +113,13 @@ def test_published_configs_load_without_a_warning(
     assert made.to_spec().layers > 0
     assert logs.messages == []
     written = made.to_dict()
-    # Kept and written back as they are, but for what has another spelling here.
+    # Written unchanged, except for fields with another name or structure here.
     same = given.keys() - {"rope_scaling", "torch_dtype", "attn_config"}
     assert {name: written.get(name) for name in same} == {name: given[name] for name in same}
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
-def test_what_would_change_the_results_is_refused(model_type: str) -> None:
+def test_fields_that_change_the_results_are_refused(model_type: str) -> None:
     rules = family(model_type).config.refused()
     assert {"is_causal", "mlp_bias", "num_local_experts", "layer_types"} - rules.keys() <= {"layer_types"}
     for field, (allowed, _) in rules.items():
@@ -132,7 +132,7 @@ def test_what_would_change_the_results_is_refused(model_type: str) -> None:
             config(model_type, **{field: other})
 
 
-def test_the_tables_do_not_contradict_each_other() -> None:
+def test_the_field_tables_are_consistent() -> None:
     assert not QUIET & REFUSED.keys()
     names = [name for group in HARMLESS.values() for name in group.split()]
     assert len(names) == len(set(names)), "a field is in one group"
@@ -152,15 +152,15 @@ def test_unknown_fields_are_kept_and_warned_about_once(
     assert made[0].to_dict()["my_own_field"] == 3
 
 
-def test_a_window_that_is_not_to_be_used() -> None:
-    """As Qwen's configs say it: no contradiction where there is no window anyway."""
+def test_use_sliding_window() -> None:
+    """Qwen's field: False is accepted without a window only."""
     config("mistral", use_sliding_window=False, sliding_window=None).to_spec()
     config("mistral", use_sliding_window=True, sliding_window=7).to_spec()
     with pytest.raises(UnsupportedConfig, match="contradicts sliding_window=7"):
         config("mistral", use_sliding_window=False, sliding_window=7).to_spec()
 
 
-def test_rope_keys_that_would_go_unheard_are_refused() -> None:
+def test_unsupported_rope_keys_are_refused() -> None:
     rope = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8192}
     for key, value in {"llama_4_scaling_beta": 0.1, "mrope_section": [2, 3], "short_factor": [1.0]}.items():
         with pytest.raises(UnsupportedConfig, match=rf"rope_parameters\.{key} is not supported"):
@@ -168,7 +168,7 @@ def test_rope_keys_that_would_go_unheard_are_refused() -> None:
         config("mistral", rope_parameters={**rope, key: None})
 
 
-def test_the_fields_of_a_nested_config_are_checked_too(caplog: pytest.LogCaptureFixture) -> None:
+def test_fields_of_nested_configs_are_checked(caplog: pytest.LogCaptureFixture) -> None:
     with pytest.raises(UnsupportedConfig, match="use_parallel_residual"):
         config("fuyu", text_config={"model_type": "persimmon", "use_parallel_residual": True})
     with caplog.at_level(logging.WARNING, logger="monoblock"):
@@ -176,7 +176,7 @@ def test_the_fields_of_a_nested_config_are_checked_too(caplog: pytest.LogCapture
     assert [message for message in caplog.messages if "a_new_field" in message] == caplog.messages != []
 
 
-def test_the_type_of_other_classes_files(tmp_path: Path) -> None:
+def test_ministral_is_read_as_mistral(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "ministral"}))
     assert type(AutoConfig.from_pretrained(tmp_path)) is family("mistral").config
     with pytest.raises(ValueError, match="no family 'ministral3'"):
@@ -193,12 +193,12 @@ def test_the_type_of_other_classes_files(tmp_path: Path) -> None:
         (None, None),
     ],
 )
-def test_the_class_that_a_config_names(architectures: list[str] | None, found: str | None) -> None:
+def test_classes_named_in_architectures(architectures: list[str] | None, found: str | None) -> None:
     rows = named_classes(config("mistral", architectures=architectures))
     assert [row.name for row in rows] == ([] if found is None else [found])
 
 
-def test_a_class_of_the_files_own_code_is_warned_about(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_custom_class_in_architectures_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     row: ModelClass = family("mistral").model_class("MistralModel")
     with caplog.at_level(logging.WARNING, logger="monoblock"):
         for name in ("MistralModel", "TFMistralModel", "FlaxMistralModel", "MinistralModel", None):

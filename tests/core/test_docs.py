@@ -64,16 +64,16 @@ def test_lines_are_wrapped(document: Path) -> None:
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_option_is_in_the_document_of_the_command_line(command: str) -> None:
+def test_every_command_line_option_is_documented(command: str) -> None:
     text = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
     assert f"## monoblock {command}" in text
     found = options(command)
     assert "--debug" in found
-    default = {"--stream"}  # what is so anyhow needs no line
+    default = {"--stream"}  # the default
     assert {name for name in found - default if not re.search(f"`{name}[` ]", text)} == set()
 
 
-def test_no_document_names_an_option_that_is_not_there() -> None:
+def test_documented_options_exist() -> None:
     known = set().union(
         *map(options, COMMANDS), {"--help", "--version", "--install-completion", "--show-completion"}
     )
@@ -102,7 +102,7 @@ def test_the_check_script_runs_the_tests() -> None:
     assert "make test" in script.read_text()
 
 
-def test_constraints_hold_what_the_package_asks_for() -> None:
+def test_constraints_satisfy_the_requirements() -> None:
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     tested = dict(line.split("==") for line in lines if not line.startswith("#"))
     tested = {name.lower().replace("-", "_"): version for name, version in tested.items()}
@@ -110,8 +110,8 @@ def test_constraints_hold_what_the_package_asks_for() -> None:
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     project = tomllib.loads(text)["project"]
     extras = project["optional-dependencies"]
-    asked = [line for name in ("torch", "jax", "tf", "test", "ecosystem", "docs") for line in extras[name]]
-    for line in [*project["dependencies"], *asked]:
-        wanted = Requirement(line)
-        if wanted.name != "monoblock" and (wanted.marker is None or wanted.marker.evaluate()):
-            assert wanted.specifier.contains(tested[wanted.name.lower().replace("-", "_")]), line
+    required = [line for name in ("torch", "jax", "tf", "test", "ecosystem", "docs") for line in extras[name]]
+    for line in [*project["dependencies"], *required]:
+        requirement = Requirement(line)
+        if requirement.name != "monoblock" and (requirement.marker is None or requirement.marker.evaluate()):
+            assert requirement.specifier.contains(tested[requirement.name.lower().replace("-", "_")]), line

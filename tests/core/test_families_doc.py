@@ -62,7 +62,7 @@ def test_every_family_has_a_section(model_type: str) -> None:
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
-def test_options_are_fields(model_type: str) -> None:
+def test_options_of_note_are_config_fields(model_type: str) -> None:
     options = re.search(r"Options of note: (.*?)\n\n", section(model_type), re.DOTALL)
     assert options
     config = family(model_type).config

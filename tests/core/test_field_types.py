@@ -1,4 +1,4 @@
-"""Declared types of fields, in configs and their files: what fits, what is refused, and what the errors say."""
+"""Type checks of fields in configs and in JSON files: accepted values, refused values, error messages."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from monoblock.field_types import MAX_INTEGER, brief, checked, declared
 
 
 class Inner(TypedDict, total=False):
-    """Fields in a field."""
+    """A nested field."""
 
     name: str
     factor: float | None
 
 
-FITS: list[tuple[Any, Any, Any]] = [
+VALID: list[tuple[Any, Any, Any]] = [
     (int, 3, 3),
     (int, 32.0, 32),
     (int, np.int64(5), 5),
@@ -48,7 +48,7 @@ FITS: list[tuple[Any, Any, Any]] = [
     (Any, object, object),
 ]
 
-MISFITS: list[tuple[Any, Any, str]] = [
+INVALID: list[tuple[Any, Any, str]] = [
     (int, "3", r"Owner\.field must be an integer, got '3'"),
     (int, 3.5, "an integer, got 3.5"),
     (int, True, "an integer, got True"),
@@ -73,27 +73,27 @@ MISFITS: list[tuple[Any, Any, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("kind", "value", "expected"), FITS, ids=str)
-def test_what_fits(kind: Any, value: Any, expected: Any) -> None:
+@pytest.mark.parametrize(("kind", "value", "expected"), VALID, ids=str)
+def test_valid_values(kind: Any, value: Any, expected: Any) -> None:
     found = checked("Owner", "field", value, kind)
     assert found == expected
     assert type(found) is type(expected)
 
 
-@pytest.mark.parametrize(("kind", "value", "said"), MISFITS, ids=str)
-def test_what_does_not_fit(kind: Any, value: Any, said: str) -> None:
-    with pytest.raises(FieldError, match=said) as caught:
+@pytest.mark.parametrize(("kind", "value", "message"), INVALID, ids=str)
+def test_invalid_values(kind: Any, value: Any, message: str) -> None:
+    with pytest.raises(FieldError, match=message) as caught:
         checked("Owner", "field", value, kind)
     assert caught.value.field == "field"
 
 
-def test_a_message_is_short_whatever_the_value() -> None:
+def test_values_are_shortened_in_messages() -> None:
     for value in ("x" * 10**6, [[0] * 1000] * 1000, {str(i): i for i in range(10**4)}, 10**4000):
         assert len(brief(value)) < 400
 
 
 def test_every_field_of_every_config_has_a_type() -> None:
-    """Also those in fields that are dicts; so an annotation that cannot be read would be seen."""
+    """Nested fields, too; an unresolved annotation would be Any."""
     for model_type in FAMILIES:
         config = family(model_type).config
         for kind in (config, *config.sub_configs.values()):
@@ -141,29 +141,31 @@ BROKEN: list[tuple[dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("fields", "said"), BROKEN, ids=str)
-def test_a_wrong_type_names_file_field_type_and_value(tmp_path: Path, fields: Any, said: str) -> None:
+@pytest.mark.parametrize(("fields", "message"), BROKEN, ids=str)
+def test_type_errors_name_file_field_type_and_value(tmp_path: Path, fields: Any, message: str) -> None:
     folder = config_file(tmp_path, **fields)
     for read in (monoblock.AutoConfig.from_pretrained, monoblock.MistralConfig.from_pretrained):
-        with pytest.raises(FieldError, match=said) as caught:
+        with pytest.raises(FieldError, match=message) as caught:
             read(folder).to_spec()
-        if "num_hidden_layers must be at least" not in said:  # a type that fits, in a config that does not
+        if (
+            "num_hidden_layers must be at least" not in message
+        ):  # a value of the right type, refused by to_spec()
             assert str(caught.value).startswith(f"{folder / 'config.json'}: MistralConfig.")
 
 
-def test_an_argument_is_not_blamed_on_the_file(tmp_path: Path) -> None:
+def test_type_errors_of_arguments_do_not_name_the_file(tmp_path: Path) -> None:
     folder = config_file(tmp_path)
     with pytest.raises(FieldError, match=r"^MistralConfig\.vocab_size must be an integer"):
         monoblock.AutoConfig.from_pretrained(folder, vocab_size="many")
 
 
-def test_an_argument_takes_the_place_of_a_wrong_field(tmp_path: Path) -> None:
+def test_an_argument_replaces_an_invalid_field_of_the_file(tmp_path: Path) -> None:
     folder = config_file(tmp_path, vocab_size="many")
     assert monoblock.AutoConfig.from_pretrained(folder, vocab_size=61).vocab_size == 61
 
 
 @pytest.mark.parametrize("model_type", [3, None, ["mistral"], {"a": 1}, ""], ids=str)
-def test_a_model_type_that_is_none(tmp_path: Path, model_type: Any) -> None:
+def test_an_invalid_model_type(tmp_path: Path, model_type: Any) -> None:
     with pytest.raises(ValueError, match=r"model_type|no family"):
         monoblock.AutoConfig.from_pretrained(config_file(tmp_path, model_type=model_type))
     if model_type:
@@ -171,7 +173,7 @@ def test_a_model_type_that_is_none(tmp_path: Path, model_type: Any) -> None:
             monoblock.MistralConfig.from_pretrained(tmp_path)
 
 
-def test_whole_floats_are_whole_numbers(tmp_path: Path) -> None:
+def test_floats_with_integer_values_become_integers(tmp_path: Path) -> None:
     fields = {name: float(value) for name, value in MISTRAL.items() if isinstance(value, int)}
     plain = monoblock.AutoConfig.from_pretrained(config_file(tmp_path))
     config = monoblock.AutoConfig.from_pretrained(config_file(tmp_path, **fields))
@@ -180,9 +182,9 @@ def test_whole_floats_are_whole_numbers(tmp_path: Path) -> None:
     assert type(config.vocab_size) is int
 
 
-def test_fields_are_checked_whenever_they_are_set() -> None:
+def test_fields_are_checked_at_construction_and_assignment() -> None:
     config = monoblock.MptConfig(d_model=64)
-    for name in ("d_model", "hidden_size"):  # an alias too
+    for name in ("d_model", "hidden_size"):  # the second is an alias
         with pytest.raises(FieldError, match=r"MptConfig.d_model must be an integer, got '64'"):
             setattr(config, name, "64")
     with pytest.raises(FieldError, match=r"MptConfig.ffn_config.ffn_act_fn.name must be a string, got 3"):
@@ -214,9 +216,9 @@ ROPES: list[tuple[dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("rope", "said"), ROPES, ids=str)
-def test_rope_scalings_that_divide_by_zero_are_refused(rope: dict[str, Any], said: str) -> None:
-    with pytest.raises(ValueError, match=said):
+@pytest.mark.parametrize(("rope", "message"), ROPES, ids=str)
+def test_rope_scalings_that_divide_by_zero_are_refused(rope: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         monoblock.MistralConfig(rope_parameters=rope).to_spec()
 
 
@@ -224,7 +226,7 @@ def test_rope_scalings_that_divide_by_zero_are_refused(rope: dict[str, Any], sai
 
 
 @pytest.mark.parametrize(
-    ("fields", "said"),
+    ("fields", "message"),
     [
         ({"temperature": "hot"}, "temperature must be a number or None, got 'hot'"),
         ({"max_new_tokens": "20"}, "max_new_tokens must be an integer or None, got '20'"),
@@ -235,25 +237,25 @@ def test_rope_scalings_that_divide_by_zero_are_refused(rope: dict[str, Any], sai
     ],
     ids=str,
 )
-def test_generation_files_are_checked_too(tmp_path: Path, fields: Any, said: str) -> None:
+def test_fields_of_generation_config_json_are_checked(tmp_path: Path, fields: Any, message: str) -> None:
     path = tmp_path / "generation_config.json"
     path.write_text(json.dumps(fields))
-    named = f"^{re.escape(str(path))}: GenerationConfig.{said}"
+    named = f"^{re.escape(str(path))}: GenerationConfig.{message}"
     with pytest.raises(FieldError, match=named):
         monoblock.GenerationConfig.from_pretrained(tmp_path)
     with pytest.raises(FieldError, match=named):
         monoblock.GenerationConfig.from_json_file(path)
 
 
-def test_whole_floats_in_generation_files(tmp_path: Path) -> None:
+def test_floats_with_integer_values_in_generation_configs(tmp_path: Path) -> None:
     config = monoblock.GenerationConfig.from_dict({"max_new_tokens": 20.0, "temperature": 1})
     assert (config.max_new_tokens, config.temperature) == (20, 1)
     assert type(config.max_new_tokens) is int
 
 
-# ------------------------------------------------------------------ the text of JSON files
+# ------------------------------------------------------------------ JSON syntax and limits
 
-TEXTS: list[tuple[bytes, str]] = [
+REFUSED_JSON: list[tuple[bytes, str]] = [
     (b"[1]", "holds a JSON list; expected an object"),
     (b"", "is not valid JSON"),
     (b"{" * 100_000, "is not valid JSON"),
@@ -268,15 +270,15 @@ TEXTS: list[tuple[bytes, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("text", "said"), TEXTS, ids=[said for _, said in TEXTS])
-def test_json_that_is_refused(tmp_path: Path, text: bytes, said: str) -> None:
+@pytest.mark.parametrize(("text", "message"), REFUSED_JSON, ids=[message for _, message in REFUSED_JSON])
+def test_refused_json(tmp_path: Path, text: bytes, message: str) -> None:
     path = tmp_path / "config.json"
     path.write_bytes(text)
-    with pytest.raises(CheckpointError, match=said):
+    with pytest.raises(CheckpointError, match=message):
         read_json(path)
 
 
-def test_json_that_is_read(tmp_path: Path) -> None:
+def test_accepted_json(tmp_path: Path) -> None:
     path = tmp_path / "config.json"
     path.write_text(r'{"a": "\ud83d\ude00", "b": "\\ud83d", "c": [[[{}]]]}')
     assert read_json(path) == {"a": "😀", "b": "\\ud83d", "c": [[[{}]]]}

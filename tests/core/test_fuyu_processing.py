@@ -1,4 +1,4 @@
-"""Fuyu's processing without a framework: pixels, patches, prompts, boxes and files, by values worked out by hand."""
+"""Fuyu's image processor and processor without a framework: pixels, patches, prompts, boxes and files."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from monoblock.processing import (
 )
 from monoblock.tokenization import PreTrainedTokenizerFast
 
-PADDING = np.float32((1 / 255 - 0.5) / 0.5)  # -0.992: padded with 1 of 255 before rescaling
+PADDING = np.float32((1 / 255 - 0.5) / 0.5)  # -0.992: images are padded with 1 before rescaling by 1 / 255
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def tokens(processor: FuyuProcessor, ids) -> list[str]:
 # --- pixels and patches
 
 
-def test_a_patch_holds_its_channels_last_and_its_padding_after_the_image() -> None:
+def test_patches_are_channels_last_and_padded_right_and_below() -> None:
     image = np.array([[[255, 0, 51]]], np.uint8)
     out = FuyuImageProcessor().patched(image)
     assert (out.rows, out.columns, out.patches.shape, out.patches.dtype) == (1, 1, (1, 2700), np.float32)
@@ -55,7 +55,7 @@ def test_a_patch_holds_its_channels_last_and_its_padding_after_the_image() -> No
     np.testing.assert_array_equal(out.patches[0, 3:], PADDING)
 
 
-def test_patches_go_row_by_row() -> None:
+def test_patches_are_in_row_major_order() -> None:
     image = np.zeros((31, 61, 3), np.uint8)
     marks = {(0, 0): 10, (0, 30): 20, (0, 60): 30, (30, 0): 40, (30, 30): 50, (30, 60): 60}
     for (y, x), value in marks.items():
@@ -69,18 +69,18 @@ def test_patches_go_row_by_row() -> None:
     ("size", "fitted"),
     [((1, 1), (1, 1)), ((1080, 1920), (1080, 1920)), ((2000, 3000), (1080, 1620)), ((5000, 40), (1080, 8))],
 )
-def test_only_images_that_are_too_large_are_shrunk(size: tuple[int, int], fitted: tuple[int, int]) -> None:
+def test_only_larger_images_are_resized(size: tuple[int, int], fitted: tuple[int, int]) -> None:
     assert FuyuImageProcessor().fitted_size(*size) == fitted
 
 
-def test_a_side_never_shrinks_to_nothing() -> None:
+def test_resized_sides_are_at_least_one_pixel() -> None:
     pytest.importorskip("PIL")
-    # 1 x 1080/100000 is less than a pixel
+    # 1 x 1080 / 100000 is less than a pixel
     out = FuyuImageProcessor().patched(np.zeros((100_000, 1, 3), np.uint8))
     assert (out.rows, out.columns) == (36, 1)
 
 
-def test_every_kind_of_array_is_read() -> None:
+def test_array_layouts_and_dtypes() -> None:
     image = picture(20, 40)
     expected = FuyuImageProcessor().patched(image).patches
     alpha = np.full((20, 40, 1), 7, np.uint8)
@@ -109,12 +109,12 @@ def test_every_kind_of_array_is_read() -> None:
         ((1, 31, 61), (2, 3)),
     ],
 )
-def test_three_channels_are_likelier_than_three_pixels(shape, rows_columns) -> None:
+def test_an_axis_of_three_is_taken_for_channels(shape, rows_columns) -> None:
     out = FuyuImageProcessor().patched(np.zeros(shape, np.uint8))
     assert (out.rows, out.columns) == rows_columns
 
 
-def test_input_data_format_decides_what_the_shape_does_not_say(logs) -> None:
+def test_input_data_format_resolves_ambiguous_shapes(logs) -> None:
     image = picture(3, 3)
     first = FuyuImageProcessor().patched(image, input_data_format="channels_first").patches
     np.testing.assert_array_equal(FuyuImageProcessor().patched(image).patches, first)
@@ -126,7 +126,7 @@ def test_input_data_format_decides_what_the_shape_does_not_say(logs) -> None:
     )
 
 
-def test_every_kind_of_pillow_image_is_read(tmp_path: Path) -> None:
+def test_modes_of_pillow_images(tmp_path: Path) -> None:
     images = pytest.importorskip("PIL.Image")
     image = picture(20, 40)
     rgb = images.fromarray(image)
@@ -144,12 +144,12 @@ def test_every_kind_of_pillow_image_is_read(tmp_path: Path) -> None:
         )
 
 
-def test_a_camera_s_turn_is_undone_for_files(tmp_path: Path) -> None:
+def test_exif_orientation_is_applied_to_files(tmp_path: Path) -> None:
     images = pytest.importorskip("PIL.Image")
     exif = images.Exif()
-    exif[0x0112] = 6  # orientation: turned by 90 degrees
-    images.fromarray(picture(30, 90)).save(tmp_path / "turned.png", exif=exif)
-    out = FuyuImageProcessor().patched(str(tmp_path / "turned.png"))
+    exif[0x0112] = 6  # orientation: rotated by 90 degrees
+    images.fromarray(picture(30, 90)).save(tmp_path / "rotated.png", exif=exif)
+    out = FuyuImageProcessor().patched(str(tmp_path / "rotated.png"))
     assert (out.rows, out.columns) == (3, 1)
 
 
@@ -163,15 +163,17 @@ SMALL = {"size": {"height": 60, "width": 90}, "patch_size": {"height": 30, "widt
     mode=st.sampled_from(["constant", "edge", "replicate", "reflect", "symmetric"]),
     value=st.sampled_from([0.0, 1.0, 0.5, 300.0]),
 )
-def test_patched_is_the_top_left_of_preprocess(height: int, width: int, mode: str, value: float) -> None:
+def test_patched_equals_the_unpadded_part_of_preprocess(
+    height: int, width: int, mode: str, value: float
+) -> None:
     pytest.importorskip("PIL")
     images = FuyuImageProcessor(**SMALL, padding_mode=mode, padding_value=value)
     image = picture(height, width)
     whole = images(image, return_tensors="np")
     assert whole["images"].shape == (1, 1, 3, 60, 90)
     out = images.patched(image)
-    shown = whole["images"][0, :, :, : out.rows * 30, : out.columns * 15]
-    np.testing.assert_array_equal(images.patchify_image(shown)[0], out.patches)
+    unpadded = whole["images"][0, :, :, : out.rows * 30, : out.columns * 15]
+    np.testing.assert_array_equal(images.patchify_image(unpadded)[0], out.patches)
     assert out.rows == -(-whole["image_unpadded_heights"][0, 0] // 30)
     assert out.columns == -(-whole["image_unpadded_widths"][0, 0] // 15)
 
@@ -194,7 +196,7 @@ def test_patched_is_the_top_left_of_preprocess(height: int, width: int, mode: st
         {"patch_size": {"height": 15, "width": 30}},
     ],
 )
-def test_every_setting_counts_at_construction_and_in_a_call(change: dict) -> None:
+def test_every_setting_has_an_effect_in_the_constructor_and_in_calls(change: dict) -> None:
     pytest.importorskip("PIL")
     image = picture(100, 80)
     plain, changed = FuyuImageProcessor(**SMALL), FuyuImageProcessor(**(SMALL | change))
@@ -208,7 +210,7 @@ def test_every_setting_counts_at_construction_and_in_a_call(change: dict) -> Non
     )
 
 
-def test_do_pad_off_leaves_the_image_as_it_is() -> None:
+def test_do_pad_false() -> None:
     images = FuyuImageProcessor(do_pad=False)
     assert images.preprocess(picture(31, 30))["images"][0][0].shape == (3, 31, 30)
     assert images.patched(picture(60, 30)).rows == 2
@@ -216,7 +218,7 @@ def test_do_pad_off_leaves_the_image_as_it_is() -> None:
         images.patched(picture(31, 30))
 
 
-def test_preprocess_keeps_samples_apart() -> None:
+def test_preprocess_groups_images_by_sample() -> None:
     small = FuyuImageProcessor(**SMALL)
     out = small([[picture(20, 30), picture(5, 6)], None, [], picture(7, 8)])
     assert [len(sample) for sample in out["images"]] == [2, 0, 0, 1]
@@ -258,7 +260,7 @@ def test_get_num_patches() -> None:
 
 
 @pytest.mark.parametrize(
-    ("image", "error", "words"),
+    ("image", "error", "message"),
     [
         ("https://example.com/a.png", ValueError, "is a URL"),
         ("data:image/png;base64,AAAA", ValueError, "is a URL"),
@@ -272,14 +274,14 @@ def test_get_num_patches() -> None:
         (object(), TypeError, "got object"),
     ],
 )
-def test_what_is_no_image_is_refused(image, error: type[Exception], words: str) -> None:
+def test_invalid_images_are_refused(image, error: type[Exception], message: str) -> None:
     if isinstance(image, str):
         pytest.importorskip("PIL")
-    with pytest.raises(error, match=words):
+    with pytest.raises(error, match=message):
         FuyuImageProcessor()([image])
 
 
-def test_wide_pillow_images_and_broken_files_are_refused(tmp_path: Path) -> None:
+def test_16_bit_images_and_corrupt_files_are_refused(tmp_path: Path) -> None:
     images = pytest.importorskip("PIL.Image")
     with pytest.raises(ValueError, match="mode 'I;16' has no 8-bit values"):
         FuyuImageProcessor()(images.fromarray(np.zeros((2, 2), np.uint16)))
@@ -289,7 +291,7 @@ def test_wide_pillow_images_and_broken_files_are_refused(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    ("setting", "error", "words"),
+    ("setting", "error", "message"),
     [
         ({"size": {"shortest_edge": 5}}, ValueError, "size must look like"),
         ({"size": {"height": 0, "width": 5}}, ValueError, "size must look like"),
@@ -307,10 +309,10 @@ def test_wide_pillow_images_and_broken_files_are_refused(tmp_path: Path) -> None
         ({"do_convert_rgb": False}, TypeError, "RGB images only"),
     ],
 )
-def test_settings_that_make_no_sense_are_refused(setting: dict, error: type[Exception], words: str) -> None:
-    with pytest.raises(error, match=words):
+def test_invalid_settings_are_refused(setting: dict, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
         FuyuImageProcessor(**setting)
-    with pytest.raises(error, match=words):
+    with pytest.raises(error, match=message):
         FuyuImageProcessor()(picture(2, 2), **setting)
 
 
@@ -330,7 +332,7 @@ def test_other_settings(logs) -> None:
     assert "do_rescale=False" in logs.text
 
 
-def test_pillow_is_needed_for_resizing_and_named_with_its_pip_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_pillow_raises_an_import_error_with_the_pip_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "PIL.Image", None)
     FuyuImageProcessor()(picture(2, 2))
     with pytest.raises(ImportError, match=r'pip install "monoblock\[vision\]"'):
@@ -339,7 +341,7 @@ def test_pillow_is_needed_for_resizing_and_named_with_its_pip_line(monkeypatch: 
         FuyuImageProcessor()("image.png")
 
 
-def test_the_processors_load_neither_pillow_nor_a_framework() -> None:
+def test_importing_processors_imports_neither_pillow_nor_a_framework() -> None:
     code = (
         "import sys; from monoblock.processing import *; "
         "print([m for m in ('PIL', 'torch', 'jax', 'tensorflow') if m in sys.modules])"
@@ -350,7 +352,7 @@ def test_the_processors_load_neither_pillow_nor_a_framework() -> None:
 # --- prompts
 
 
-def test_the_ids_of_an_image_and_its_prompt(processor: FuyuProcessor) -> None:
+def test_ids_of_an_image_and_its_prompt(processor: FuyuProcessor) -> None:
     out = processor("Generate a caption.\n", picture(40, 70), return_tensors="np")
     row = ["|SPEAKER|"] * 3 + ["|NEWLINE|"]
     text = ["<s>", "▁Generate", "▁a", "▁caption", ".", "<0x0A>", "<0x04>"]
@@ -374,7 +376,7 @@ def test_a_batch_with_and_without_images(processor: FuyuProcessor) -> None:
         assert out.input_ids[number, -length:].tolist() == alone.input_ids[0].tolist()
         assert out.image_patches_indices[number, -length:].tolist() == alone.image_patches_indices[0].tolist()
         assert out.attention_mask[number].tolist() == [0] * (113 - length) + [1] * length
-        assert not out.input_ids[number, :-length].any()  # id 0 pads
+        assert not out.input_ids[number, :-length].any()  # padded with id 0
         assert (out.image_patches_indices[number, :-length] == -1).all()
         np.testing.assert_array_equal(out.image_patches[number], alone.image_patches[0])
     assert tokens(processor, out.input_ids[1][-4:]) == ["<s>", "▁the", "▁dog", "<0x04>"]
@@ -387,7 +389,7 @@ def test_a_batch_with_and_without_images(processor: FuyuProcessor) -> None:
     ]
 
 
-def test_images_alone_and_either_order(processor: FuyuProcessor) -> None:
+def test_images_only_and_swapped_arguments(processor: FuyuProcessor) -> None:
     image = picture(10, 10)
     alone = processor(images=[image, image], return_tensors="np")
     assert tokens(processor, alone.input_ids[1]) == ["|SPEAKER|", "|NEWLINE|", "<s>", "<0x04>"]
@@ -406,7 +408,7 @@ def test_images_alone_and_either_order(processor: FuyuProcessor) -> None:
     assert grouped.image_patches[0][0, 0, -1] == np.float32((5 / 255 - 0.5) / 0.5)
 
 
-def test_the_newer_name_of_the_patches(processor: FuyuProcessor) -> None:
+def test_pixel_values(processor: FuyuProcessor) -> None:
     images = [picture(10, 50), None, picture(40, 10)]
     new = processor(["a"] * 3, images, return_tensors="np", return_legacy_image_output=False)
     old = processor(["a"] * 3, images, return_tensors="np")
@@ -428,7 +430,7 @@ def test_padding_with_images(processor: FuyuProcessor) -> None:
     assert tokens(processor, bare.input_ids[0]) == ["|SPEAKER|", "|NEWLINE|", "▁a"]
 
 
-def test_texts_alone_are_the_tokenizer_s(processor: FuyuProcessor) -> None:
+def test_text_only_calls_equal_the_tokenizer(processor: FuyuProcessor) -> None:
     texts = ["a cat", "the dog is in the box"]
     out = processor(texts, padding=True, return_tensors="np")
     expected = processor.tokenizer(texts, padding=True, padding_side="left", return_tensors="np")
@@ -440,7 +442,7 @@ def test_texts_alone_are_the_tokenizer_s(processor: FuyuProcessor) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "error", "words"),
+    ("arguments", "error", "message"),
     [
         ({}, ValueError, "nothing to process"),
         (
@@ -473,14 +475,14 @@ def test_texts_alone_are_the_tokenizer_s(processor: FuyuProcessor) -> None:
         ),
     ],
 )
-def test_calls_that_make_no_sense_are_refused(
-    processor: FuyuProcessor, arguments: dict, error: type[Exception], words: str
+def test_invalid_calls_are_refused(
+    processor: FuyuProcessor, arguments: dict, error: type[Exception], message: str
 ) -> None:
-    with pytest.raises(error, match=words):
+    with pytest.raises(error, match=message):
         processor(**arguments)
 
 
-def test_a_tokenizer_without_fuyu_s_tokens_is_refused() -> None:
+def test_a_tokenizer_without_image_tokens_is_refused() -> None:
     from tokenizers import Tokenizer
     from tokenizers.models import BPE
 
@@ -492,7 +494,7 @@ def test_a_tokenizer_without_fuyu_s_tokens_is_refused() -> None:
 # --- boxes and points
 
 
-def spoken(processor: FuyuProcessor, prompt: str, height: int, width: int) -> list[str]:
+def prompt_tokens(processor: FuyuProcessor, prompt: str, height: int, width: int) -> list[str]:
     """The tokens between `<s>` and `<0x04>`."""
     fitted = processor.image_processor.fitted_size(height, width)
     return tokens(processor, processor._prompts.prompt(prompt, (fitted[0] / height, fitted[1] / width)))
@@ -511,17 +513,17 @@ def spoken(processor: FuyuProcessor, prompt: str, height: int, width: int) -> li
         # 5000 x 40 becomes 1080 x 8: .108 down, .1 across
         ("<box>1000, 20, 5000, 40</box>", (5000, 40), "<0x00> 108 2 540 4 <0x01>"),
         ("<point>20, 1000</point>", (5000, 40), "<0x02> 2 108 <0x03>"),
-        # halves go to the even number, and fractions are allowed
+        # halves are rounded to even; fractions are allowed
         ("<point>3, 5.8</point>", (300, 300), "<0x02> 2 3 <0x03>"),
         ("a<point>2, 4</point><box>2, 4, 6, 8</box>", (9, 9), "▁a <0x02> 1 2 <0x03> <0x00> 1 2 3 4 <0x01>"),
         ("what <point>2, 4</point> is", (9, 9), "▁what ▁ <0x02> 1 2 <0x03> ▁ ▁is"),
     ],
 )
 def test_boxes_and_points_in_prompts(processor, prompt: str, size: tuple[int, int], expected: str) -> None:
-    assert spoken(processor, prompt, *size) == expected.split()
+    assert prompt_tokens(processor, prompt, *size) == expected.split()
 
 
-def test_a_box_in_a_call_is_scaled_to_its_own_image(processor: FuyuProcessor) -> None:
+def test_boxes_are_scaled_with_the_image_of_their_row(processor: FuyuProcessor) -> None:
     pytest.importorskip("PIL")
     images = [np.zeros((100, 100, 3), np.uint8), np.zeros((2160, 100, 3), np.uint8)]
     out = processor(["<box>10, 20, 30, 40</box>"] * 2, images, return_tensors="np")
@@ -530,7 +532,7 @@ def test_a_box_in_a_call_is_scaled_to_its_own_image(processor: FuyuProcessor) ->
 
 
 @pytest.mark.parametrize(
-    ("prompt", "words"),
+    ("prompt", "message"),
     [
         (
             "see <box>1, 2, 3</box>",
@@ -553,8 +555,8 @@ def test_a_box_in_a_call_is_scaled_to_its_own_image(processor: FuyuProcessor) ->
         ("<box>0, 0, 9, 9000</box>", "needs the coordinate 4500"),
     ],
 )
-def test_malformed_boxes_in_prompts_are_shown(processor: FuyuProcessor, prompt: str, words: str) -> None:
-    with pytest.raises(ValueError, match=words):
+def test_malformed_boxes_in_prompts_are_refused(processor: FuyuProcessor, prompt: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         processor(prompt, picture(30, 30), return_tensors="np")
 
 
@@ -579,7 +581,7 @@ def ids_of(processor: FuyuProcessor, names: str) -> list[int]:
         ("▁a ▁cat", None, "a cat"),
     ],
 )
-def test_boxes_and_points_of_the_model(processor, names: str, size, text: str) -> None:
+def test_boxes_and_points_in_outputs(processor, names: str, size, text: str) -> None:
     ids = np.array([ids_of(processor, names)], np.int32)
     (out,) = processor.post_process_box_coordinates(ids, None if size is None else np.array([size]))
     assert isinstance(out, np.ndarray)
@@ -592,12 +594,12 @@ def test_boxes_and_points_of_the_model(processor, names: str, size, text: str) -
 @settings(deadline=None, max_examples=150)
 @given(
     size=st.tuples(st.integers(1, 6000), st.integers(1, 6000)),
-    shares=st.tuples(*[st.floats(0, 1)] * 4),
+    fractions=st.tuples(*[st.floats(0, 1)] * 4),
     kind=st.sampled_from(["box", "point"]),
 )
-def test_coordinates_survive_the_round_trip(processor, size, shares, kind: str) -> None:
+def test_coordinates_survive_the_round_trip(processor, size, fractions, kind: str) -> None:
     axes = {"box": (0, 1, 0, 1), "point": (1, 0)}[kind]
-    values = [round(share * size[axis]) for share, axis in zip(shares, axes, strict=False)]
+    values = [round(fraction * size[axis]) for fraction, axis in zip(fractions, axes, strict=False)]
     prompt = f"<{kind}>{', '.join(map(str, values))}</{kind}>"
     fitted = processor.image_processor.fitted_size(*size)
     scale = (fitted[0] / size[0], fitted[1] / size[1])
@@ -612,7 +614,7 @@ def test_coordinates_survive_the_round_trip(processor, size, shares, kind: str) 
 
 
 @pytest.mark.parametrize(
-    ("names", "words"),
+    ("names", "message"),
     [
         ("▁a <0x00> 1 2 3 <0x01>", "output 1, token 1: a box has 3 numbers, not 4"),
         ("<0x00> 1 2 3 4 5 <0x01>", "token 0: a box has 5 numbers"),
@@ -624,8 +626,8 @@ def test_coordinates_survive_the_round_trip(processor, size, shares, kind: str) 
         ("<0x00> 1 <0x00> 1 2 3 4 <0x01>", "a box is opened, but <0x00> comes next"),
     ],
 )
-def test_malformed_boxes_of_the_model_are_shown(processor: FuyuProcessor, names: str, words: str) -> None:
-    with pytest.raises(ValueError, match=words):
+def test_malformed_boxes_in_outputs_are_refused(processor: FuyuProcessor, names: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         processor.post_process_box_coordinates([ids_of(processor, "▁a"), ids_of(processor, names)])
 
 
@@ -638,7 +640,7 @@ def test_post_processing_checks_its_arguments(processor: FuyuProcessor) -> None:
         processor.post_process_box_coordinates([1, 2])
 
 
-def test_answers(processor: FuyuProcessor) -> None:
+def test_post_process_image_text_to_text(processor: FuyuProcessor) -> None:
     rows = [
         ids_of(processor, "|SPEAKER| |NEWLINE| <s> ▁a <0x04> ▁the ▁cat </s>"),
         ids_of(processor, "<s> ▁a ▁dog </s>"),
@@ -648,20 +650,20 @@ def test_answers(processor: FuyuProcessor) -> None:
     assert processor.batch_decode(rows, skip_special_tokens=True)[1] == "a dog"
 
 
-def test_the_tokenizer_s_chat_template_is_passed_on(tokenizer: PreTrainedTokenizerFast) -> None:
-    talking = PreTrainedTokenizerFast(
+def test_the_processor_uses_the_chat_template_of_its_tokenizer(tokenizer: PreTrainedTokenizerFast) -> None:
+    chat_tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer.backend_tokenizer,
         chat_template="{% for m in messages %}{{ m.content }}{% endfor %}",
         **fuyu_tokenizer.SPECIAL,
     )
-    chat = FuyuProcessor(FuyuImageProcessor(), talking)
+    chat = FuyuProcessor(FuyuImageProcessor(), chat_tokenizer)
     assert chat.apply_chat_template([{"role": "user", "content": "a cat"}], tokenize=False) == "a cat"
-    assert chat.chat_template == talking.chat_template
+    assert chat.chat_template == chat_tokenizer.chat_template
     assert chat.model_input_names == ["input_ids", "attention_mask", "image_patches", "image_patches_indices"]
     assert chat.image_token_ids == [chat.image_newline_id, chat.image_token_id]
 
 
-def test_nothing_to_move_is_said() -> None:
+def test_to_needs_tensors() -> None:
     out = FuyuImageProcessor()(picture(2, 2))
     with pytest.raises(ValueError, match='return_tensors="pt"'):
         out.to("cpu")
@@ -672,7 +674,7 @@ def test_nothing_to_move_is_said() -> None:
 # --- files
 
 
-def test_an_image_processor_is_saved_and_loaded(tmp_path: Path) -> None:
+def test_save_and_load_an_image_processor(tmp_path: Path) -> None:
     images = FuyuImageProcessor(**SMALL, image_mean=[0.1, 0.2, 0.3], padding_mode="edge", resample=3)
     assert images.save_pretrained(tmp_path) == [tmp_path / "preprocessor_config.json"]
     assert json.loads((tmp_path / "preprocessor_config.json").read_text()) == images.to_dict()
@@ -688,20 +690,20 @@ def test_an_image_processor_is_saved_and_loaded(tmp_path: Path) -> None:
         images.save_pretrained(tmp_path / "preprocessor_config.json")
 
 
-def test_the_first_files_spelling_of_the_size_is_read(logs) -> None:
+def test_target_height_and_width_of_old_files(logs) -> None:
     images = FuyuImageProcessor.from_dict({"target_height": 60, "target_width": 90, "image_mean": None})
     assert (images.size, images.image_mean) == ({"height": 60, "width": 90}, 0.5)
     assert not logs.messages
 
 
-def test_saving_updates_the_settings_that_overrule(tmp_path: Path) -> None:
+def test_saving_updates_the_nested_settings_of_processor_config_json(tmp_path: Path) -> None:
     nested = {"processor_class": "FuyuProcessor", "image_processor": FuyuImageProcessor().to_dict()}
     (tmp_path / "processor_config.json").write_text(json.dumps(nested))
     FuyuImageProcessor(padding_value=4.0).save_pretrained(tmp_path)
     assert FuyuImageProcessor.from_pretrained(tmp_path).padding_value == 4.0
 
 
-def test_a_processor_is_saved_and_loaded(processor: FuyuProcessor, tmp_path: Path) -> None:
+def test_save_and_load_a_processor(processor: FuyuProcessor, tmp_path: Path) -> None:
     FuyuProcessor(FuyuImageProcessor(padding_value=2.0), processor.tokenizer).save_pretrained(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {
         "preprocessor_config.json",
@@ -718,7 +720,7 @@ def test_a_processor_is_saved_and_loaded(processor: FuyuProcessor, tmp_path: Pat
         assert (changed.image_processor.padding_value, changed.tokenizer.padding_side) == (3.0, "left")
 
 
-def test_auto_classes_say_what_they_know(processor: FuyuProcessor, tmp_path: Path) -> None:
+def test_auto_classes(processor: FuyuProcessor, tmp_path: Path) -> None:
     with pytest.raises(OSError, match="AutoProcessor has no constructor"):
         AutoProcessor()
     with pytest.raises(OSError, match="AutoImageProcessor has no constructor"):

@@ -1,4 +1,4 @@
-"""Beam search on tables: against all texts there are, and what it asks of a decoder."""
+"""Beam search on a table of scores, compared with exhaustive search, and its calls of the decoder."""
 
 import itertools
 
@@ -23,12 +23,12 @@ def log_softmax(scores):
     return scores - scores.max() - np.log(np.exp(scores - scores.max()).sum())
 
 
-def all_texts(prompt, length, eos=None):
-    """Every text of at most that many new tokens that ends as texts do, with its log-probability."""
+def all_continuations(prompt, length, eos=None):
+    """Every continuation of `length` tokens, or fewer with a final eos, and its log-probability."""
     for new in itertools.product(range(VOCAB), repeat=length):
         end = new.index(eos) + 1 if eos in new else length
         if any(token != 0 for token in new[end:]):
-            continue  # the same text once more
+            continue  # a duplicate
         ids, total = list(prompt), 0.0
         for token in new[:end]:
             total += log_softmax(TABLE[ids[-2], ids[-1]])[token]
@@ -38,10 +38,10 @@ def all_texts(prompt, length, eos=None):
 
 @pytest.mark.parametrize("penalty", [0.0, 1.0, 2.0])
 @pytest.mark.parametrize("eos", [None, EOS])
-def test_enough_beams_find_the_best_of_all_texts(penalty, eos):
+def test_wide_beam_search_equals_exhaustive_search(penalty, eos):
     for prompt in ([0, 1], [2, 2], [1, 0]):
         ranked = sorted(
-            all_texts(prompt, 4, eos), key=lambda text: text[1] / len(text[0]) ** penalty, reverse=True
+            all_continuations(prompt, 4, eos), key=lambda new: new[1] / len(new[0]) ** penalty, reverse=True
         )
         out = model().generate(
             [prompt],
@@ -56,12 +56,12 @@ def test_enough_beams_find_the_best_of_all_texts(penalty, eos):
             output_scores=True,
         )
         found = [tuple(t for t in row[2:] if t != 9) for row in out.sequences.tolist()]
-        assert found == [text for text, _ in ranked[:5]]
-        expected = [total / len(text) ** penalty for text, total in ranked[:5]]
+        assert found == [new for new, _ in ranked[:5]]
+        expected = [total / len(new) ** penalty for new, total in ranked[:5]]
         np.testing.assert_allclose(out.sequences_scores, expected, rtol=1e-5)  # float32 sums of four
 
 
-def test_one_beam_is_greedy_and_more_are_no_worse():
+def test_one_beam_is_greedy_and_more_beams_score_no_worse():
     def score(row):
         ids, total = row[:2], 0.0
         for token in row[2:]:
@@ -73,18 +73,18 @@ def test_one_beam_is_greedy_and_more_are_no_worse():
     greedy = model().generate(prompt, max_new_tokens=6).tolist()
     assert model().generate(prompt, max_new_tokens=6, num_beams=1).tolist() == greedy
     wide = model().generate(prompt, max_new_tokens=6, num_beams=3).tolist()
-    for mine, theirs in zip(wide, greedy, strict=True):
-        assert score(mine) >= score(theirs) - 1e-9
+    for beam, row in zip(wide, greedy, strict=True):
+        assert score(beam) >= score(row) - 1e-9
 
 
-def test_a_prompt_is_computed_once_and_its_cache_follows_the_beams():
+def test_prompts_are_computed_once_and_the_cache_is_reordered_with_the_beams():
     wanted = {"return_dict_in_generate": True, "output_scores": True}
-    made = model()
-    out = made.generate([[0, 1], [1, 2]], max_new_tokens=5, num_beams=2, **wanted)
+    decoder = model()
+    out = decoder.generate([[0, 1], [1, 2]], max_new_tokens=5, num_beams=2, **wanted)
     assert isinstance(out, GenerateBeamDecoderOnlyOutput)
-    assert made.log[:2] == [("prefill", [[0, 1], [1, 2]], None), ("reorder", [0, 0, 1, 1])]
-    assert [entry[0] for entry in made.log].count("step") == 4
-    # beam_indices say where each token's score is: summed up they are the sequence's.
+    assert decoder.log[:2] == [("prefill", [[0, 1], [1, 2]], None), ("reorder", [0, 0, 1, 1])]
+    assert [entry[0] for entry in decoder.log].count("step") == 4
+    # With beam_indices the scores of the tokens add up to the score of the sequence.
     for row, rows, total in zip(out.sequences[:, 2:], out.beam_indices, out.sequences_scores, strict=True):
         steps = [
             out.scores[step][beam, token] for step, (token, beam) in enumerate(zip(row, rows, strict=True))
@@ -92,7 +92,7 @@ def test_a_prompt_is_computed_once_and_its_cache_follows_the_beams():
         assert sum(steps) / 5 == pytest.approx(float(total), rel=1e-5)
 
 
-def test_texts_that_end_early_are_filled_and_cut_to_the_longest():
+def test_finished_beams_are_padded_to_the_longest():
     scores = np.log([0.3, 0.25, 0.05, 0.4])
     out = constant(scores).generate(
         [[0, 1]],
@@ -104,7 +104,7 @@ def test_texts_that_end_early_are_filled_and_cut_to_the_longest():
         early_stopping=True,
         return_dict_in_generate=True,
     )
-    assert out.sequences.shape[1] < 30  # it stopped as soon as three texts had ended
+    assert out.sequences.shape[1] < 30  # early_stopping: once three beams are finished
     for row, rows in zip(out.sequences[:, 2:].tolist(), out.beam_indices.tolist(), strict=True):
         end = row.index(EOS) + 1
         assert set(row[end:]) <= {7}
@@ -112,7 +112,7 @@ def test_texts_that_end_early_are_filled_and_cut_to_the_longest():
         assert min(rows[:end]) >= 0
 
 
-def test_own_criteria_and_stop_strings_end_single_texts():
+def test_stopping_criteria_and_stop_strings_end_single_beams():
     class Letters:
         def decode(self, ids):
             return "".join("abcd"[id] for id in ids)
@@ -128,8 +128,8 @@ def test_own_criteria_and_stop_strings_end_single_texts():
         early_stopping=True,
     )
     for row in out.tolist():
-        text = [id for id in row[2:] if id != 9]
-        assert 2 not in text[:-1]
+        new = [id for id in row[2:] if id != 9]
+        assert 2 not in new[:-1]
     shapes = []
     criterion = lambda ids, scores: shapes.append(ids.shape) or ids[:, -1] == 2  # noqa: E731
     again = model().generate(
@@ -145,19 +145,19 @@ def test_own_criteria_and_stop_strings_end_single_texts():
     assert shapes[0] == (6, 3)  # twice as many candidates as beams
 
 
-def test_processors_see_each_beams_text():
-    seen = []
+def test_logits_processors_get_the_ids_of_each_beam():
+    calls = []
 
     def spy(ids, scores):
-        seen.append(ids.tolist())
+        calls.append(ids.tolist())
         return scores
 
     out = model().generate([[0, 1]], max_new_tokens=4, num_beams=2, logits_processor=[spy])
-    assert [np.shape(ids) for ids in seen] == [(2, n) for n in (2, 3, 4, 5)]
-    assert out[0, :-1].tolist() in seen[-1]
+    assert [np.shape(ids) for ids in calls] == [(2, n) for n in (2, 3, 4, 5)]
+    assert out[0, :-1].tolist() in calls[-1]
 
 
-def test_a_seed_repeats_beam_sampling():
+def test_beam_sampling_is_reproducible_with_a_seed():
     options = {"max_new_tokens": 8, "num_beams": 3, "do_sample": True, "top_k": 0, "num_return_sequences": 3}
     flat = constant(np.zeros(50))
     first, again, other = (flat.generate([[0, 1]], seed=s, **options).tolist() for s in (1, 1, 2))
@@ -170,8 +170,10 @@ def test_draws_without_replacement_follow_the_softmax():
     scores = np.log(np.tile(p, (20000, 1))).astype(np.float32)
     index = ops.draw(scores, 2, ops.generator(0))
     for i, j in itertools.permutations(range(3), 2):
-        share = ((index[:, 0] == i) & (index[:, 1] == j)).mean()
-        assert share == pytest.approx(p[i] * p[j] / (1 - p[i]), abs=0.015)  # four deviations of 20,000 draws
+        frequency = ((index[:, 0] == i) & (index[:, 1] == j)).mean()
+        assert frequency == pytest.approx(
+            p[i] * p[j] / (1 - p[i]), abs=0.015
+        )  # 4 standard deviations of 20,000 draws
 
 
 @pytest.mark.parametrize(
@@ -192,12 +194,12 @@ def test_draws_without_replacement_follow_the_softmax():
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_bad_input_is_one_clear_sentence(arguments, message):
+def test_invalid_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
         counting().generate([[1]], max_new_tokens=4, **arguments)
 
 
-def test_beam_fields_without_beams_are_said(caplog):
+def test_beam_search_fields_without_beams_are_logged(caplog):
     counting().generate([[1]], max_new_tokens=2, length_penalty=2.0)
     assert "length_penalty=2.0 has no effect without num_beams > 1" in caplog.text
     config = GenerationConfig(num_beams=2, length_penalty=2.0, max_new_tokens=2)
@@ -206,8 +208,8 @@ def test_beam_fields_without_beams_are_said(caplog):
     assert not caplog.messages
 
 
-def test_where_nothing_is_possible_the_rest_stays_empty():
-    """One text only can be written: the places of the others hold the prompt."""
+def test_sequences_without_possible_tokens_hold_the_prompt():
+    """Only one continuation is allowed."""
     out = counting().generate(
         [[1]],
         max_new_tokens=3,

@@ -1,4 +1,4 @@
-"""GenerationConfig: files, checks, precedence."""
+"""GenerationConfig: files, validation, precedence, unsupported fields."""
 
 import json
 import logging
@@ -23,7 +23,7 @@ def write(folder, content):
     (folder / GENERATION_CONFIG_NAME).write_text(content if isinstance(content, str) else json.dumps(content))
 
 
-def test_a_hub_file_comes_back_as_it_was(tmp_path):
+def test_a_published_file_survives_a_round_trip(tmp_path):
     write(tmp_path, HUB_FILE)
     config = GenerationConfig.from_pretrained(tmp_path)
     assert config.eos_ids == (0, 50278)
@@ -35,7 +35,7 @@ def test_a_hub_file_comes_back_as_it_was(tmp_path):
     assert GenerationConfig.from_pretrained(out) == config
 
 
-def test_unknown_fields_are_kept_and_warned_about_once(tmp_path, caplog):
+def test_unknown_fields_are_kept_and_logged_once(tmp_path, caplog):
     write(tmp_path, {"no_timestamps_token_id": 50363})
     config = GenerationConfig.from_pretrained(tmp_path)
     GenerationConfig.from_pretrained(tmp_path)
@@ -67,13 +67,13 @@ def test_a_missing_file_is_an_os_error(tmp_path):
         GenerationConfig.from_pretrained(tmp_path)
 
 
-def test_a_file_in_place_of_the_folder_is_refused(tmp_path):
+def test_saving_over_a_file_is_refused(tmp_path):
     (tmp_path / "x").write_text("")
     with pytest.raises(ValueError, match="needs a folder"):
         GenerationConfig().save_pretrained(tmp_path / "x")
 
 
-def test_a_bad_value_is_not_saved(tmp_path):
+def test_an_invalid_value_is_not_saved(tmp_path):
     config = GenerationConfig()
     config.max_new_tokens = -1
     with pytest.raises(ValueError, match="max_new_tokens=-1: expected an integer of at least 1"):
@@ -81,13 +81,13 @@ def test_a_bad_value_is_not_saved(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_files_are_judged_when_they_are_used_not_when_they_are_read(tmp_path, caplog):
+def test_values_of_files_are_validated_in_generate(tmp_path, caplog):
     write(tmp_path, {"top_p": 7, "temperature": 0.0, "max_new_tokens": 3, "top_k": -1})
     model = counting()
     model.generation_config = GenerationConfig.from_pretrained(tmp_path)
-    assert model.generate([[1]]).shape == (1, 4)  # greedy: what sampling would do does not matter
+    assert model.generate([[1]]).shape == (1, 4)  # greedy: sampling fields are unused
     assert caplog.text == ""
-    model.generation_config.save_pretrained(tmp_path)  # what was published can be saved again
+    model.generation_config.save_pretrained(tmp_path)  # published values can be saved again
     with pytest.raises(ValueError, match=r"top_k=-1|top_p=7|temperature=0"):
         model.generate([[1]], do_sample=True)
 
@@ -107,7 +107,7 @@ def test_sequence_bias_is_written_as_lists():
         GenerationConfig(sequence_bias=[[1, 2]])
 
 
-def test_from_model_config_takes_what_concerns_generation():
+def test_from_model_config_takes_generation_fields():
     fields = {"eos_token_id": 0, "pad_token_id": None, "use_cache": False, "d_model": 64, "max_length": 30}
     config = GenerationConfig.from_model_config(fields)
     assert config.set_fields() == {"eos_token_id": 0, "max_length": 30}
@@ -123,7 +123,7 @@ def test_from_model_config_takes_what_concerns_generation():
 # ---------------------------------------------------------------------- precedence
 
 
-def test_call_beats_passed_beats_model_beats_default():
+def test_precedence_is_call_then_passed_config_then_model_then_default():
     model = GenerationConfig.from_dict(
         {"temperature": 0.1, "top_p": 0.1, "typical_p": 0.1, "do_sample": True}
     )
@@ -133,7 +133,7 @@ def test_call_beats_passed_beats_model_beats_default():
     assert (passed.typical_p, model.temperature) == (None, 0.1)  # neither is changed
 
 
-def test_none_in_a_call_switches_a_field_off():
+def test_none_in_a_call_disables_a_field():
     model = GenerationConfig.from_dict(
         {"eos_token_id": 2, "do_sample": True, "temperature": 0.5, "max_new_tokens": 7}
     )
@@ -146,13 +146,13 @@ def test_none_in_a_call_switches_a_field_off():
 @pytest.mark.parametrize(
     ("call", "file", "expected"),
     [
-        ({"max_length": 30}, {"max_new_tokens": 256}, 20),  # the call's limit, not the file's
+        ({"max_length": 30}, {"max_new_tokens": 256}, 20),  # the call takes precedence
         ({"max_new_tokens": 5}, {"max_length": 12}, 5),
         ({}, {"max_new_tokens": 6, "max_length": 12}, 6),
         ({}, {"max_length": 12}, 2),
     ],
 )
-def test_a_stronger_source_decides_the_length(call, file, expected):
+def test_length_limits_of_calls_take_precedence_over_files(call, file, expected):
     config = resolve(call, None, GenerationConfig.from_dict(file))
     assert new_tokens(config, prompt_length=10) == expected
 
@@ -163,11 +163,11 @@ def test_a_stronger_source_decides_the_length(call, file, expected):
         (None, None, {"use_cache": False}, True),
         (False, None, {}, False),
         (None, GenerationConfig(use_cache=False), {}, False),
-        (None, GenerationConfig.from_dict({"use_cache": False}), {}, True),  # that is a file's word, too
+        (None, GenerationConfig.from_dict({"use_cache": False}), {}, True),  # from_dict stands for a file
         (True, GenerationConfig(use_cache=False), {}, True),
     ],
 )
-def test_only_the_call_switches_the_cache_off(call, passed, file, expected):
+def test_use_cache_false_of_files_is_ignored(call, passed, file, expected):
     arguments = {} if call is None else {"use_cache": call}
     assert resolve(arguments, passed, GenerationConfig.from_dict(file)).use_cache is expected
 
@@ -176,13 +176,13 @@ def test_only_the_call_switches_the_cache_off(call, passed, file, expected):
 
 
 OTHER_VALUES = {bool: True, int: 3, float: 0.75}
-TEXTS = ("dola_layers", "speculation_type")
+STRING_FIELDS = ("dola_layers", "speculation_type")
 
 
 @pytest.mark.parametrize("name", sorted(UNSUPPORTED))
 def test_every_unsupported_field_is_refused_in_call_and_file(name):
     allowed, _ = UNSUPPORTED[name]
-    kind = type(allowed[0]) if allowed else str if name in TEXTS else int
+    kind = type(allowed[0]) if allowed else str if name in STRING_FIELDS else int
     value = OTHER_VALUES.get(kind, "offloaded")
     with pytest.raises(UnsupportedConfig, match=f"^GenerationConfig.{name}={value!r}: "):
         resolve({name: value}, None, None)
@@ -196,7 +196,7 @@ def test_every_unsupported_field_is_refused_in_call_and_file(name):
     ("field", "value"),
     [("temperature", 0.5), ("top_p", 0.5), ("top_k", 3), ("output_scores", True), ("length_penalty", 2.0)],
 )
-def test_what_has_no_effect_is_said_for_calls_only(field, value, caplog):
+def test_fields_without_effect_are_logged_for_calls_only(field, value, caplog):
     assert field in NEEDS
     resolve({}, None, GenerationConfig.from_dict({field: value}))
     assert caplog.text == ""
@@ -204,14 +204,14 @@ def test_what_has_no_effect_is_said_for_calls_only(field, value, caplog):
     assert f"{field}={value!r} has no effect without" in caplog.text
 
 
-def test_what_has_an_effect_is_not_warned_about(caplog):
+def test_fields_with_an_effect_are_not_logged(caplog):
     resolve({"do_sample": True, "temperature": 0.5, "top_k": 0}, None, None)
     resolve({"temperature": 0.5}, None, GenerationConfig.from_dict({"do_sample": True}))
     resolve({"temperature": 1.0, "do_sample": False, "output_scores": False}, None, None)
     assert caplog.text == ""
 
 
-def test_both_lengths_in_one_call_are_said(caplog):
+def test_max_length_with_max_new_tokens_is_logged(caplog):
     with caplog.at_level(logging.WARNING):
         resolve({"max_length": 9, "max_new_tokens": 3}, None, None)
     assert "max_new_tokens=3 decides" in caplog.text

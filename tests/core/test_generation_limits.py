@@ -1,4 +1,4 @@
-"""What a call may not exceed is told before anything is computed: vocabulary, positions, rows, memory, float32."""
+"""Limits of `generate` that are checked before any computation: vocabulary, positions, rows, memory, float32 range."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ PROMPT = [[7, 8]]
 
 
 def limited(vocab: int = 100, positions: int | None = 12, **fields: Any) -> TableModel:
-    """Counts up; `fields` are those of the model's own file."""
+    """A model that counts up; `fields` are those of its generation_config.json."""
     model = counting(vocab)
     model.vocab, model.max_positions = vocab, positions
     model.generation_config = GenerationConfig.from_dict(fields)
     return model
 
 
-OUTSIDE: dict[str, dict[str, Any]] = {
+OUT_OF_VOCABULARY: dict[str, dict[str, Any]] = {
     "forced_bos_token_id": {"forced_bos_token_id": 100},
     "forced_eos_token_id": {"forced_eos_token_id": [3, 100]},
     "suppress_tokens": {"suppress_tokens": [100]},
@@ -38,23 +38,23 @@ OUTSIDE: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("case", OUTSIDE)
-def test_ids_that_the_vocabulary_lacks(case: str) -> None:
+@pytest.mark.parametrize("case", OUT_OF_VOCABULARY)
+def test_ids_outside_the_vocabulary_are_refused(case: str) -> None:
     model, name = limited(), case.partition(" ")[0]
     with pytest.raises(ValueError, match=rf"{name} holds the token 100, but .* has the ids 0 to 99"):
-        model.generate(PROMPT, max_new_tokens=2, **OUTSIDE[case])
+        model.generate(PROMPT, max_new_tokens=2, **OUT_OF_VOCABULARY[case])
     with pytest.raises(ValueError, match=rf"{name} holds the token 100"):
-        model.generate(PROMPT, GenerationConfig(**OUTSIDE[case]), max_new_tokens=2)
+        model.generate(PROMPT, GenerationConfig(**OUT_OF_VOCABULARY[case]), max_new_tokens=2)
     assert model.log == []
 
 
-def test_an_eos_of_the_files_that_the_vocabulary_lacks_is_of_no_use() -> None:
-    """Tiny random models keep their family's."""
+def test_an_eos_token_of_files_outside_the_vocabulary_is_ignored() -> None:
+    """Tiny random models have their family's eos token id."""
     out = limited(eos_token_id=50256).generate([[7, 8], [1, 2]], max_new_tokens=2)
     assert out.tolist() == [[7, 8, 9, 10], [1, 2, 3, 4]]
 
 
-def test_a_pad_token_that_rows_would_be_fed_with() -> None:
+def test_a_pad_token_outside_the_vocabulary_is_refused() -> None:
     rows = [[7, 8], [1, 2]]
     with pytest.raises(
         ValueError, match=r"filled with the token 100, but .* 0 to 99: set another pad_token_id"
@@ -65,19 +65,19 @@ def test_a_pad_token_that_rows_would_be_fed_with() -> None:
     assert limited(pad_token_id=500).generate(PROMPT, max_new_tokens=2).shape == (
         1,
         4,
-    )  # one row is never filled
+    )  # one row is never padded
 
 
-@pytest.mark.parametrize(("ids", "said"), [([[7, 100]], "100, but"), ([[-1, 7]], "-1, but")])
-def test_prompts_of_another_tokenizer(ids: Any, said: str) -> None:
-    with pytest.raises(ValueError, match=rf"input_ids hold the token {said} .*: is this the tokenizer"):
+@pytest.mark.parametrize(("ids", "message"), [([[7, 100]], "100, but"), ([[-1, 7]], "-1, but")])
+def test_prompts_outside_the_vocabulary_are_refused(ids: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=rf"input_ids hold the token {message} .*: is this the tokenizer"):
         limited().generate(ids, max_new_tokens=2)
-    with pytest.raises(ValueError, match=rf"negative_prompt_ids hold the token {said}"):
+    with pytest.raises(ValueError, match=rf"negative_prompt_ids hold the token {message}"):
         limited().generate(PROMPT, max_new_tokens=2, negative_prompt_ids=ids, guidance_scale=2.0)
 
 
 @pytest.mark.parametrize("mask", [[[math.nan, 1]], [[-1, 1]], [[-math.inf, 0]]])
-def test_masks_of_neither_tokens_nor_padding(mask: Any) -> None:
+def test_invalid_attention_masks_are_refused(mask: Any) -> None:
     with pytest.raises(ValueError, match=r"attention_mask .* must be 1 for tokens and 0 for padding, got"):
         limited().generate(PROMPT, max_new_tokens=2, attention_mask=mask)
 
@@ -87,7 +87,7 @@ def test_masks_of_neither_tokens_nor_padding(mask: Any) -> None:
 ROOM = "the model has 12 learned positions and the prompt takes 2 of them, so that at most 11 can follow"
 
 
-def test_no_more_tokens_than_positions() -> None:
+def test_no_more_new_tokens_than_positions() -> None:
     model = limited()
     assert model.generate(PROMPT, max_new_tokens=11).shape == (1, 13)  # the last one is not fed back
     model.log.clear()
@@ -99,7 +99,7 @@ def test_no_more_tokens_than_positions() -> None:
     assert model.log == []
 
 
-def test_a_prompt_as_long_as_the_table() -> None:
+def test_prompts_longer_than_the_position_table_are_refused() -> None:
     assert limited().generate([list(range(12))], max_new_tokens=1).shape == (1, 13)
     for more in ({"max_new_tokens": 1}, {}):
         with pytest.raises(
@@ -109,11 +109,10 @@ def test_a_prompt_as_long_as_the_table() -> None:
 
 
 @pytest.mark.parametrize("own", [{}, {"max_length": 50}, {"max_new_tokens": 50}])
-def test_lengths_that_nobody_asked_for_are_lowered(own: dict[str, Any]) -> None:
-    """Those of the model's files, and the default."""
+def test_length_limits_of_files_and_the_default_are_lowered_to_the_positions(own: dict[str, Any]) -> None:
     out = limited(**own).generate([list(range(5))])
     assert out.shape == (1, 12 if not own else 13)
-    again = GenerationConfig.from_dict({"max_length": 50})  # a file's, given to the call
+    again = GenerationConfig.from_dict({"max_length": 50})  # a file's config, passed to the call
     assert limited().generate([list(range(5))], again).shape == (1, 13)
 
 
@@ -125,19 +124,19 @@ def test_padding_takes_no_position() -> None:
         limited().generate(padded, attention_mask=mask, max_new_tokens=11)
 
 
-def test_positions_that_are_given_count() -> None:
+def test_position_ids_count() -> None:
     model = limited()
     model.input_names = frozenset({"position_ids"})
     with pytest.raises(ValueError, match="takes 8 of them, so that at most 5 can follow"):
         model.generate(PROMPT, position_ids=np.array([[6, 7]]), max_new_tokens=6)
 
 
-def test_a_negative_prompt_has_positions_too() -> None:
+def test_negative_prompts_are_limited_by_the_positions() -> None:
     with pytest.raises(ValueError, match="the negative prompt takes 9 of them, so that at most 4 can follow"):
         limited().generate(PROMPT, max_new_tokens=5, negative_prompt_ids=[list(range(9))], guidance_scale=2.0)
 
 
-def test_models_without_a_table_go_on() -> None:
+def test_models_without_learned_positions_have_no_limit() -> None:
     assert limited(positions=None).generate(PROMPT, max_new_tokens=50).shape == (1, 52)
 
 
@@ -145,15 +144,15 @@ def test_models_without_a_table_go_on() -> None:
 
 
 @pytest.mark.parametrize("more", [{"num_beams": 10**7}, {"num_return_sequences": 10**12, "do_sample": True}])
-def test_rows_beyond_all_bounds(more: dict[str, Any]) -> None:
+def test_too_many_rows_are_refused(more: dict[str, Any]) -> None:
     with pytest.raises(
         ValueError, match=r"sequences for each of 1 prompts are .* rows, more than the 65536 of a call"
     ):
         limited().generate(PROMPT, max_new_tokens=1, **more)
 
 
-def test_a_cache_that_is_larger_than_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    spec = MptConfig(d_model=32, n_heads=4, n_layers=2).to_spec()  # 2 x 2 x 32 numbers for each token
+def test_a_cache_larger_than_the_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = MptConfig(d_model=32, n_heads=4, n_layers=2).to_spec()  # 2 x 2 x 32 values for each token
     monkeypatch.setattr(limits, "host_memory", lambda: 2**30)
     limits.check_memory(spec, rows=2, tokens=2**20, itemsize=4)
     with pytest.raises(
@@ -165,7 +164,7 @@ def test_a_cache_that_is_larger_than_the_memory(monkeypatch: pytest.MonkeyPatch)
     limits.check_memory(spec, rows=2, tokens=2**40, itemsize=4)
 
 
-ABSURD: dict[str, list[Any]] = {
+OUT_OF_RANGE: dict[str, list[Any]] = {
     **{f"{which}_{what}": [10**12, 2**31] for which in ("min", "max") for what in ("length", "new_tokens")},
     "max_cache_len": [10**12],
     "prefill_chunk_size": [10**30],
@@ -181,21 +180,21 @@ ABSURD: dict[str, list[Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", ABSURD)
-def test_numbers_that_float32_or_memory_cannot_hold(name: str) -> None:
-    for value in ABSURD[name]:
+@pytest.mark.parametrize("name", OUT_OF_RANGE)
+def test_values_beyond_float32_or_memory_are_refused(name: str) -> None:
+    for value in OUT_OF_RANGE[name]:
         with pytest.raises(ValueError, match=rf"GenerationConfig.{name}=.*: expected .*") as caught:
             limited().generate(PROMPT, do_sample=True, **{name: value})
         assert len(str(caught.value)) < 200
 
 
 @pytest.mark.parametrize("k", [10**12, 10**30])
-def test_a_top_k_of_all_tokens(k: int) -> None:
+def test_top_k_above_the_vocabulary(k: int) -> None:
     assert limited().generate(PROMPT, max_new_tokens=2, do_sample=True, seed=0, top_k=k).shape == (1, 4)
 
 
 def test_powers_stay_finite() -> None:
-    """1.9 ** 2000 is no float, and infinity times a score of 0 no number."""
+    """1.9 ** 2000 overflows, and infinity times a score of 0 would be NaN."""
     ops = NumpyOps()
     assert scores.power(ops, 1.9, 2000) == 1e30
     assert scores.power(ops, 1.5, 3) == 1.5**3
@@ -214,14 +213,14 @@ def test_powers_stay_finite() -> None:
 
 
 @pytest.mark.parametrize("seed", [10**23, -(10**23), "7", 1.5, True])
-def test_seeds_that_no_generator_takes(seed: Any) -> None:
+def test_invalid_seeds_are_refused(seed: Any) -> None:
     with pytest.raises(ValueError, match="seed must be an integer of 64 bits"):
         limited().generate(PROMPT, max_new_tokens=1, do_sample=True, seed=seed)
     with pytest.raises(ValueError, match="seed must be an integer of 64 bits"):
         seeds.set_seed(seed)
 
 
-def test_the_ends_of_the_range_of_seeds() -> None:
+def test_seeds_at_the_ends_of_the_range() -> None:
     state = random.getstate()
     for seed in (seeds.MIN_SEED, -1, 0, np.int64(3), seeds.MAX_SEED):
         seeds.set_seed(int(seed))

@@ -1,4 +1,4 @@
-"""The loop on a fake decoder: what it asks for, when it stops, what it gives back."""
+"""The generation loop with a fake decoder: its calls, stopping, outputs, seeds and streamers."""
 
 import time
 
@@ -15,7 +15,7 @@ def rows(result):
     return result.tolist()
 
 
-def test_greedy_prefills_once_and_feeds_back_all_tokens_but_the_last():
+def test_greedy_search_prefills_once_and_feeds_back_all_tokens_but_the_last():
     model = counting()
     assert rows(model.generate([[7, 8]], max_new_tokens=3)) == [[7, 8, 9, 10, 11]]
     assert model.log == [("prefill", [[7, 8]], None), ("step", [9]), ("step", [10])]
@@ -23,18 +23,18 @@ def test_greedy_prefills_once_and_feeds_back_all_tokens_but_the_last():
 
 
 @pytest.mark.parametrize("eos", [12, [12], [12, 99], (50, 12)])
-def test_any_eos_token_ends_a_row_and_the_rest_is_padding(eos):
+def test_any_eos_token_finishes_a_row_which_is_padded(eos):
     out = counting().generate([[7], [10], [1]], max_new_tokens=6, eos_token_id=eos, pad_token_id=0)
     assert rows(out) == [[7, 8, 9, 10, 11, 12, 0], [10, 11, 12, 0, 0, 0, 0], [1, 2, 3, 4, 5, 6, 7]]
 
 
-def test_stops_as_soon_as_all_rows_are_finished_and_pads_with_eos_by_default():
+def test_generation_stops_when_all_rows_are_finished_and_pads_with_eos_by_default():
     model = counting()
     assert rows(model.generate([[8], [10]], max_new_tokens=1000, eos_token_id=12)) == [
         [8, 9, 10, 11, 12],
         [10, 11, 12, 12, 12],
     ]
-    # Four tokens: the prompt's scores and three steps; nothing is computed after the last row's eos.
+    # Four tokens: the prefill and three steps; nothing is computed after the last row's eos.
     assert [entry[0] for entry in model.log] == ["prefill", "step", "step", "step"]
     assert model.log[-1] == ("step", [11, 12])
 
@@ -52,33 +52,33 @@ def test_negative_eos_of_old_files_means_none():
     [
         ({"max_length": 5}, 3),
         ({"max_new_tokens": 4}, 4),
-        ({"max_new_tokens": 4, "max_length": 3}, 4),  # the hub: max_new_tokens decides
-        ({}, 20),  # the hub's default
+        ({"max_new_tokens": 4, "max_length": 3}, 4),  # as in transformers, max_new_tokens takes precedence
+        ({}, 20),  # transformers' default
     ],
 )
 def test_length_limits(lengths, new):
     assert counting().generate([[1, 2]], **lengths).shape == (1, 2 + new)
 
 
-def test_the_default_length_stays_inside_a_position_table():
+def test_the_default_length_is_limited_by_the_position_table():
     model = counting()
     model.max_positions = 10
     assert model.generate([[1, 2]]).shape == (1, 10)
 
 
-def test_a_prompt_that_fills_max_length_is_refused():
+def test_a_prompt_of_max_length_is_refused():
     with pytest.raises(ValueError, match=r"prompt has 3 tokens and max_length=3 .*max_new_tokens"):
         counting().generate([[1, 2, 3]], max_length=3)
 
 
 @pytest.mark.parametrize("minimum", [{"min_new_tokens": 4}, {"min_length": 6}])
-def test_minimum_lengths_keep_eos_away(minimum):
+def test_minimum_lengths_suppress_eos(minimum):
     model = constant([0.0, 5.0, 1.0])  # eos first, then 2
     out = model.generate([[0, 0]], max_new_tokens=8, eos_token_id=1, **minimum)
     assert rows(out) == [[0, 0, 2, 2, 2, 2, 1]]
 
 
-def test_left_padding_gives_what_each_row_gives_alone():
+def test_left_padded_rows_equal_single_rows():
     table = np.random.default_rng(0).normal(size=(30, 30))
     scores = lambda ids: table[sum(ids) % 30]  # noqa: E731
     prompts = [[4, 9, 11, 5], [7], [8, 2]]
@@ -92,20 +92,20 @@ def test_left_padding_gives_what_each_row_gives_alone():
     }
     together = rows(TableModel(scores).generate(ids, attention_mask=mask, pad_token_id=29, **options))
     inferred = rows(TableModel(scores).generate(ids, pad_token_id=29, **options))
-    assert together == inferred  # a pad token that ends nothing can only be padding
+    assert together == inferred  # leading pad tokens that are no eos are padding
     for padded, prompt in zip(together, prompts, strict=True):
         alone = rows(TableModel(scores).generate([prompt], pad_token_id=29, **options))[0]
         assert padded[4 - len(prompt) :][: len(alone)] == alone
         assert set(padded[4 - len(prompt) :][len(alone) :]) <= {29}
 
 
-def test_a_full_mask_is_no_mask():
+def test_a_mask_of_ones_is_dropped():
     model = counting()
     model.generate([[1, 2]], attention_mask=[[1, 1]], max_new_tokens=1)
     assert model.log == [("prefill", [[1, 2]], None)]
 
 
-def test_the_pad_token_is_text_where_it_is_eos_too(caplog):
+def test_a_pad_token_that_is_also_eos_is_no_padding(caplog):
     model = counting()
     model.generate([[5, 1]], max_new_tokens=1, pad_token_id=5, eos_token_id=5)
     assert model.log[0][2] is None
@@ -114,12 +114,12 @@ def test_the_pad_token_is_text_where_it_is_eos_too(caplog):
     assert "pass attention_mask" in caplog.text
 
 
-def test_right_padding_is_said(caplog):
+def test_right_padding_is_logged(caplog):
     counting().generate([[1, 0], [1, 2]], attention_mask=[[1, 0], [1, 1]], max_new_tokens=1, pad_token_id=0)
     assert "pad on the left" in caplog.text
 
 
-# ---------------------------------------------------------------------- bad input
+# ---------------------------------------------------------------------- invalid arguments
 
 
 @pytest.mark.parametrize(
@@ -159,13 +159,13 @@ def test_right_padding_is_said(caplog):
     ],
     ids=str,
 )
-def test_bad_input_is_one_clear_sentence(prompt, arguments, message):
+def test_invalid_arguments(prompt, arguments, message):
     with pytest.raises(ValueError, match=message) as error:
         counting().generate(prompt, **arguments)
     assert "\n" not in str(error.value)
 
 
-def test_text_instead_of_ids_is_refused():
+def test_a_string_prompt_is_refused():
     with pytest.raises(TypeError, match="tokenizer"):
         counting().generate("hello")
 
@@ -186,21 +186,21 @@ def test_text_instead_of_ids_is_refused():
         ("penalty_alpha", 0.6),
     ],
 )
-def test_what_is_not_built_is_refused_by_name(name, value):
+def test_unsupported_arguments_are_refused_by_name(name, value):
     with pytest.raises(UnsupportedConfig, match=f"{name}="):
         counting().generate([[1]], max_new_tokens=1, **{name: value})
 
 
-def test_values_that_ask_for_nothing_are_not_refused():
-    nothing = {"num_beams": 1, "assistant_model": None, "synced_gpus": False, "penalty_alpha": 0.0}
-    assert counting().generate([[1]], max_new_tokens=1, **nothing).shape == (1, 2)
+def test_default_values_of_unsupported_arguments_are_accepted():
+    defaults = {"num_beams": 1, "assistant_model": None, "synced_gpus": False, "penalty_alpha": 0.0}
+    assert counting().generate([[1]], max_new_tokens=1, **defaults).shape == (1, 2)
 
 
-def test_no_prompt_starts_from_bos():
+def test_generation_without_prompt_starts_from_bos():
     assert rows(counting().generate(bos_token_id=41, max_new_tokens=2)) == [[41, 42, 43]]
 
 
-def test_embeddings_as_prompt_give_the_new_tokens_only():
+def test_inputs_embeds_return_the_new_tokens_only():
     model = TableModel(lambda ids: one_hot(len(ids), 10))
     embeds = np.zeros((2, 5, 3))
     assert rows(model.generate(inputs_embeds=embeds, max_length=8)) == [[0, 1, 2]] * 2
@@ -211,17 +211,17 @@ def test_embeddings_as_prompt_give_the_new_tokens_only():
 # ---------------------------------------------------------------------- criteria
 
 
-def test_own_criteria_may_answer_for_all_rows_or_for_each():
-    seen = []
+def test_stopping_criteria_return_one_bool_or_one_per_row():
+    calls = []
 
     class Each(StoppingCriteria):
         def __call__(self, input_ids, scores, **kwargs):
-            seen.append((input_ids.shape, scores))
+            calls.append((input_ids.shape, scores))
             return input_ids[:, -1] >= 12
 
     out = counting().generate([[8], [10]], max_new_tokens=9, stopping_criteria=[Each()], pad_token_id=0)
     assert rows(out) == [[8, 9, 10, 11, 12], [10, 11, 12, 0, 0]]
-    assert seen[0] == ((2, 2), None)
+    assert calls[0] == ((2, 2), None)
     out = counting().generate(
         [[8], [10]],
         stopping_criteria=StoppingCriteriaList([lambda ids, scores: ids.shape[1] == 4]),
@@ -230,7 +230,7 @@ def test_own_criteria_may_answer_for_all_rows_or_for_each():
     assert out.shape == (2, 4)
 
 
-def test_own_criteria_see_all_scores_when_they_are_kept():
+def test_stopping_criteria_get_all_scores_with_output_scores():
     steps = []
     counting().generate(
         [[8]],
@@ -242,32 +242,32 @@ def test_own_criteria_see_all_scores_when_they_are_kept():
     assert steps == [[(1, 100)], [(1, 100)] * 2, [(1, 100)] * 3]
 
 
-def test_a_criterion_with_the_wrong_number_of_answers_is_refused():
+def test_invalid_stopping_criteria_are_refused():
     with pytest.raises(ValueError, match="returned 2 values; expected one bool, or 1"):
         counting().generate([[8]], max_new_tokens=3, stopping_criteria=[lambda ids, scores: [True, False]])
     with pytest.raises(TypeError, match="expected callables"):
         counting().generate([[8]], max_new_tokens=3, stopping_criteria=[3])
 
 
-def test_rows_that_finish_apart_need_a_pad_token():
+def test_rows_of_different_lengths_need_a_pad_token():
     with pytest.raises(ValueError, match="set pad_token_id"):
         counting().generate([[8], [9]], stopping_criteria=[lambda ids, scores: ids[:, -1] > 9])
 
 
-def test_max_time_ends_all_rows_after_the_token_at_hand():
+def test_max_time_stops_all_rows_after_the_current_token():
     def slow(ids):
         time.sleep(0.02)
         return one_hot(1, 5)
 
     out = TableModel(slow).generate([[1]], max_new_tokens=10_000, max_time=0.1)
-    # The clock starts before the prompt: 0.1 s hold five steps of 0.02 s; a loaded machine makes fewer.
+    # The time includes the prefill: 0.1 s are five steps of 0.02 s, or fewer on a loaded machine.
     assert 2 <= out.shape[1] <= 8
 
 
 # ---------------------------------------------------------------------- processors in the loop
 
 
-def test_own_processors_come_before_sampling_and_are_checked():
+def test_logits_processors_run_before_sampling_and_are_validated():
     calls = []
 
     def only_seven(input_ids, scores):
@@ -285,13 +285,13 @@ def test_own_processors_come_before_sampling_and_are_checked():
         counting().generate([[1]], max_new_tokens=2, logits_processor=["x"])
 
 
-def test_nothing_left_to_draw_is_an_error_not_a_token():
+def test_suppressing_all_tokens_is_an_error():
     everything = list(range(100))
     with pytest.raises(ValueError, match="no token can be drawn"):
         counting().generate([[1]], max_new_tokens=1, do_sample=True, suppress_tokens=everything)
 
 
-def test_prefix_function_chooses_per_prompt():
+def test_prefix_allowed_tokens_fn_gets_the_index_of_the_prompt():
     out = constant(np.arange(10.0)).generate(
         [[1], [2]], max_new_tokens=2, prefix_allowed_tokens_fn=lambda row, ids: [[3, 4], [5]][row]
     )
@@ -301,7 +301,7 @@ def test_prefix_function_chooses_per_prompt():
 # ---------------------------------------------------------------------- outputs
 
 
-def test_dict_output_and_copies_of_a_prompt():
+def test_return_dict_and_num_return_sequences():
     model = constant(np.zeros(50))
     out = model.generate(
         [[1, 2], [3, 4]],
@@ -318,7 +318,7 @@ def test_dict_output_and_copies_of_a_prompt():
     assert isinstance(out, GenerateDecoderOnlyOutput)
     assert out.sequences.shape == (8, 5)
     assert out.sequences[:4, :2].tolist() == [[1, 2]] * 4
-    assert len({tuple(row) for row in out.sequences[:4].tolist()}) > 1  # the copies draw for themselves
+    assert len({tuple(row) for row in out.sequences[:4].tolist()}) > 1  # copies are sampled independently
     # The prompts are computed once, then copied.
     assert model.log[0] == ("prefill", [[1, 2], [3, 4]], None)
     assert model.log[1] == ("reorder", [0, 0, 0, 0, 1, 1, 1, 1])
@@ -346,7 +346,7 @@ def test_scores_are_after_and_logits_before_the_processors():
 # ---------------------------------------------------------------------- seeds
 
 
-def test_a_seed_repeats_a_generation_and_leaves_the_global_source_alone():
+def test_a_seed_is_reproducible_and_leaves_the_global_generator_unchanged():
     model = constant(np.zeros(1000))
     np.random.seed(0)
     before = np.random.get_state()[1].tolist()
@@ -373,13 +373,13 @@ class Recorder:
         self.got.append("end")
 
 
-def test_a_streamer_gets_the_prompt_then_each_token_then_the_end():
+def test_a_streamer_gets_the_prompt_each_token_and_the_end():
     recorder = Recorder()
     counting().generate([[1, 2]], max_new_tokens=3, eos_token_id=4, streamer=recorder)
     assert recorder.got == [[[1, 2]], [3], [4], "end"]
 
 
-def test_a_streamer_takes_one_sequence():
+def test_a_streamer_needs_a_single_sequence():
     recorder = Recorder()
     with pytest.raises(ValueError, match="one sequence at a time, got 2 rows"):
         counting().generate([[1], [2]], streamer=recorder)
@@ -387,36 +387,36 @@ def test_a_streamer_takes_one_sequence():
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
-def test_a_streamer_is_ended_when_generation_breaks_off(error):
+def test_a_streamer_is_ended_when_generation_fails(error):
     recorder = Recorder()
 
-    def breaks(ids):
+    def failing(ids):
         if len(ids) == 3:
             raise error
         return one_hot(5, 10)
 
     with pytest.raises(error):
-        TableModel(breaks).generate([[1]], max_new_tokens=9, streamer=recorder)
+        TableModel(failing).generate([[1]], max_new_tokens=9, streamer=recorder)
     assert recorder.got == [[[1]], [5], [5], "end"]
 
 
-def test_bad_arguments_end_the_streamer_too():
+def test_a_streamer_is_ended_when_arguments_are_invalid():
     recorder = Recorder()
     with pytest.raises(ValueError, match="unknown argument"):
         counting().generate([[1]], streamer=recorder, nonsense=1)
     assert recorder.got == ["end"]
 
 
-# ---------------------------------------------------------------------- the model's own config
+# ---------------------------------------------------------------------- the model's generation config
 
 
-def test_the_call_overrules_the_model():
+def test_the_call_takes_precedence_over_the_model():
     model = counting()
     model.generation_config = GenerationConfig.from_dict(
         {"max_new_tokens": 5, "eos_token_id": 99, "use_cache": False}
     )
     assert model.generate([[1]]).shape == (1, 6)
-    assert model.plan.config.use_cache is True  # files say False for models that had no cache
+    assert model.plan.config.use_cache is True  # use_cache of files is ignored
     assert model.generate([[1]], max_new_tokens=2, use_cache=False).shape == (1, 3)
     assert model.plan.config.use_cache is False
     assert model.generate([[1]], GenerationConfig(max_new_tokens=3)).shape == (1, 4)

@@ -1,4 +1,4 @@
-"""How masks of a grammar act on scores, with a matcher that is written here."""
+"""Structured generation: token masks of a grammar, from a minimal matcher, applied to scores."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ VOCAB, EOS = 10, 9
 
 
 class Matcher:
-    """Wants the tokens 3, 4, 5 in this order."""
+    """Accepts the tokens 3, 4, 5 in this order."""
 
     def __init__(self, taken=()):
         self.taken = list(taken)
@@ -35,11 +35,11 @@ class Matcher:
 
 
 @pytest.fixture
-def wanted(monkeypatch):
-    def made(ops, start, asked, *_):
-        return asked and structured.Structured(ops, start, [EOS], lambda vocab: Matcher())
+def options(monkeypatch):
+    def build(ops, start, response_format, *_):
+        return response_format and structured.Structured(ops, start, [EOS], lambda vocab: Matcher())
 
-    monkeypatch.setattr(structured, "build", made)
+    monkeypatch.setattr(structured, "build", build)
     return {"response_format": "anything", "eos_token_id": EOS, "pad_token_id": 0, "max_new_tokens": 6}
 
 
@@ -53,24 +53,24 @@ def wanted(monkeypatch):
     ],
     ids=str,
 )
-def test_texts_keep_to_the_grammar_and_end(wanted, strategy):
-    out = constant(np.arange(VOCAB)).generate([[1, 2], [3, 4]], **wanted, **strategy)
+def test_outputs_match_the_grammar_and_end_with_eos(options, strategy):
+    out = constant(np.arange(VOCAB)).generate([[1, 2], [3, 4]], **options, **strategy)
     assert all(row[2:] == [3, 4, 5, EOS] for row in out.tolist())
 
 
-def test_one_prompt_with_guesses(wanted):
-    out = constant(np.arange(VOCAB)).generate([[3, 4, 8, 3]], **wanted, prompt_lookup_num_tokens=3)
+def test_prompt_lookup_decoding(options):
+    out = constant(np.arange(VOCAB)).generate([[3, 4, 8, 3]], **options, prompt_lookup_num_tokens=3)
     assert out[0, 4:].tolist() == [3, 4, 5, EOS]
 
 
-def test_other_bans_that_leave_nothing_are_said(wanted):
+def test_suppressing_all_allowed_tokens_is_an_error(options):
     with pytest.raises(ValueError, match="response_format leaves no token"):
-        constant(np.arange(VOCAB)).generate([[1]], **wanted, suppress_tokens=[4])
+        constant(np.arange(VOCAB)).generate([[1]], **options, suppress_tokens=[4])
 
 
-def test_a_row_may_be_asked_about_twice():
-    shape = structured.Structured(NumpyOps(), 1, [EOS], lambda vocab: Matcher())
+def test_repeated_calls_for_a_row_are_idempotent():
+    processor = structured.Structured(NumpyOps(), 1, [EOS], lambda vocab: Matcher())
     scores = np.zeros((2, VOCAB), dtype=np.float32)
     for ids, allowed in (([[7], [8]], [3, 3]), ([[7, 3], [8, 3]], [4, 4]), ([[7, 3], [8, 3]], [4, 4])):
-        kept = shape(np.array(ids), scores)
-        assert [np.flatnonzero(row > -np.inf).tolist() for row in kept] == [[token] for token in allowed]
+        masked = processor(np.array(ids), scores)
+        assert [np.flatnonzero(row > -np.inf).tolist() for row in masked] == [[token] for token in allowed]

@@ -1,4 +1,4 @@
-"""Classifier-free guidance on tables: the formula, and the other prompt's text."""
+"""Classifier-free guidance on a table of scores."""
 
 import numpy as np
 from fakes import TableModel
@@ -11,11 +11,11 @@ def log_softmax(scores):
 
 
 def guided(ids, other, scale):
-    mine, theirs = log_softmax(TABLE[sum(ids) % 9]), log_softmax(TABLE[sum(other) % 9])
-    return theirs + scale * (mine - theirs)
+    positive, negative = log_softmax(TABLE[sum(ids) % 9]), log_softmax(TABLE[sum(other) % 9])
+    return negative + scale * (positive - negative)
 
 
-def test_each_step_is_drawn_away_from_what_the_other_prompt_would_say():
+def test_scores_follow_the_formula_with_negative_prompts():
     model = TableModel(lambda ids: TABLE[sum(ids) % 9])
     out = model.generate(
         [[1, 2], [3, 4]],
@@ -29,13 +29,13 @@ def test_each_step_is_drawn_away_from_what_the_other_prompt_would_say():
     for row, (ids, other) in enumerate([([1, 2], [5, 6]), ([3, 4], [7, 7, 8])]):
         for step, scores in enumerate(out.scores):
             expected = guided(ids, other, 2.5)
-            np.testing.assert_allclose(scores[row], expected, atol=1e-5)  # float32 of size 10
+            np.testing.assert_allclose(scores[row], expected, atol=1e-5)  # float32 of magnitude 10
             token = int(out.sequences[row, 2 + step])
             assert token == expected.argmax()
             ids, other = [*ids, token], [*other, token]
 
 
-def test_without_a_negative_prompt_it_is_the_last_token():
+def test_the_default_negative_prompt_is_the_last_token():
     model = TableModel(lambda ids: TABLE[sum(ids) % 9])
     options = {"max_new_tokens": 5, "guidance_scale": 3.0}
     expected = model.generate([[4, 2]], negative_prompt_ids=[[2]], **options).tolist()
@@ -44,7 +44,7 @@ def test_without_a_negative_prompt_it_is_the_last_token():
     assert model.generate([[4, 2]], max_new_tokens=5, guidance_scale=1.0).tolist() == plain
 
 
-def test_copies_of_a_prompt_share_the_negative_prompts_pass():
+def test_negative_prompts_are_computed_once_for_several_sequences():
     model = TableModel(lambda ids: TABLE[sum(ids) % 9])
     model.generate(
         [[4, 2]], max_new_tokens=3, guidance_scale=2.0, do_sample=True, seed=0, num_return_sequences=3

@@ -1,4 +1,4 @@
-"""Finding a model's files: local folders, and a small hub on 127.0.0.1 reached through huggingface_hub."""
+"""Locating the files of a model: local folders, and a test hub on 127.0.0.1 accessed by huggingface_hub."""
 
 import errno
 import json
@@ -32,7 +32,7 @@ MODEL = {
 
 @pytest.fixture
 def server(monkeypatch, tmp_path):
-    """A running hub that huggingface_hub is pointed to, with short waits and none of the user's own settings."""
+    """A hub server that huggingface_hub uses, with short timeouts and without the user's settings."""
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
@@ -41,7 +41,9 @@ def server(monkeypatch, tmp_path):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_ETAG_TIMEOUT", 2)
     monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 2)
-    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1 << 16)  # what a cut may lose at most
+    monkeypatch.setattr(
+        constants, "DOWNLOAD_CHUNK_SIZE", 1 << 16
+    )  # at most this is lost at a broken connection
     monkeypatch.setattr(remote, "_PAUSE", 0)
     monkeypatch.setattr("huggingface_hub.file_download.time", SimpleNamespace(sleep=lambda _: None))
     huggingface_hub.close_session()
@@ -58,7 +60,7 @@ def cache(tmp_path):
 
 
 def refusal(call, *words, error=HubError):
-    """The one sentence of the error that `call` raises; it holds all of `words`."""
+    """The one-line message of the error that `call` raises, which contains all of `words`."""
     with pytest.raises(error) as caught:
         call()
     message = str(caught.value)
@@ -71,7 +73,7 @@ def refusal(call, *words, error=HubError):
 # --- the hub ---------------------------------------------------------------------------------------------
 
 
-def test_file_by_name_is_fetched_once(server, cache):
+def test_a_file_is_downloaded_once(server, cache):
     path = find_file(NAME, "config.json", HubOptions(cache_dir=cache))
     assert path.read_bytes() == MODEL["config.json"]
     assert path.is_relative_to(cache)
@@ -79,23 +81,23 @@ def test_file_by_name_is_fetched_once(server, cache):
     assert len(server.requests("GET", "config.json")) == 1
 
 
-def test_force_download_fetches_again(server, cache):
+def test_force_download(server, cache):
     for _ in range(2):
         find_file(NAME, "config.json", HubOptions(cache_dir=cache, force_download=True))
     assert len(server.requests("GET", "config.json")) == 2
 
 
 @pytest.mark.parametrize("branch", ["v2", "refs/pr/7"])
-def test_revision_is_a_branch(server, cache, branch):
+def test_revision_of_a_branch(server, cache, branch):
     server.add(NAME, {"config.json": b'{"v": 2}'}, branch=branch)
     path = find_file(NAME, "config.json", HubOptions(cache_dir=cache, revision=branch))
     assert path.read_bytes() == b'{"v": 2}'
     assert find_file(NAME, "config.json", HubOptions(cache_dir=cache)).read_bytes() == MODEL["config.json"]
 
 
-def test_revision_is_a_commit_and_needs_no_network_once_cached(server, cache):
+def test_revision_of_a_cached_commit_needs_no_network(server, cache):
     commit = server.add(NAME, MODEL)
-    server.add(NAME, {"config.json": b'{"v": 3}'})  # main moves on
+    server.add(NAME, {"config.json": b'{"v": 3}'})  # a new commit on main
     options = HubOptions(cache_dir=cache, revision=commit)
     assert find_file(NAME, "config.json", options).read_bytes() == MODEL["config.json"]
     server.log.clear()
@@ -103,7 +105,7 @@ def test_revision_is_a_commit_and_needs_no_network_once_cached(server, cache):
     assert not server.log
 
 
-def test_a_branch_that_moves_is_followed(server, cache):
+def test_new_commits_of_a_branch_are_downloaded(server, cache):
     find_file(NAME, "config.json", HubOptions(cache_dir=cache))
     server.add(NAME, {"config.json": b'{"v": 3}'})
     assert find_file(NAME, "config.json", HubOptions(cache_dir=cache)).read_bytes() == b'{"v": 3}'
@@ -114,11 +116,11 @@ def test_nested_subfolder(server, cache):
     assert path.read_bytes() == MODEL["onnx/fp16/config.json"]
 
 
-def test_optional_file_that_is_not_there(server, cache):
+def test_missing_optional_file(server, cache):
     assert find_file(NAME, "generation_config.json", HubOptions(cache_dir=cache), required=False) is None
 
 
-def test_required_file_that_is_not_there_lists_what_is(server, cache):
+def test_missing_required_file_lists_the_files(server, cache):
     options = HubOptions(cache_dir=cache)
     refusal(
         lambda: find_file(NAME, "vocab.json", options), "vocab.json", NAME, "config.json, model.safetensors"
@@ -138,46 +140,46 @@ def test_token_comes_from_the_environment(server, cache, monkeypatch):
 
 
 def test_weights_in_shards(server, cache):
-    parts = {name: bytes([i]) * 1000 for i, name in enumerate(SHARDS)}
-    server.add(NAME, {"model.safetensors.index.json": INDEX, **parts})
+    shards = {name: bytes([i]) * 1000 for i, name in enumerate(SHARDS)}
+    server.add(NAME, {"model.safetensors.index.json": INDEX, **shards})
     files = find_weights(NAME, HubOptions(cache_dir=cache))
     assert files.kind == "safetensors"
     assert [path.name for path in files.paths] == SHARDS
-    assert [path.read_bytes() for path in files.paths] == list(parts.values())
+    assert [path.read_bytes() for path in files.paths] == list(shards.values())
     assert {tensor: path.name for tensor, path in files.weight_map.items()} == json.loads(INDEX)["weight_map"]
 
 
-def test_shards_come_from_the_commit_of_their_index(server, cache, monkeypatch):
-    parts = dict.fromkeys(SHARDS, b"old")
-    server.add(NAME, {"model.safetensors.index.json": INDEX, **parts})
+def test_shards_are_of_the_commit_of_their_index(server, cache, monkeypatch):
+    shards = dict.fromkeys(SHARDS, b"old")
+    server.add(NAME, {"model.safetensors.index.json": INDEX, **shards})
     read = find_weights.__globals__["_read_index"]
 
-    def branch_moves(index):
+    def read_after_commit(index):
         server.add(NAME, {"model.safetensors.index.json": INDEX, **dict.fromkeys(SHARDS, b"new")})
         return read(index)
 
-    monkeypatch.setitem(find_weights.__globals__, "_read_index", branch_moves)
+    monkeypatch.setitem(find_weights.__globals__, "_read_index", read_after_commit)
     assert {p.read_bytes() for p in find_weights(NAME, HubOptions(cache_dir=cache)).paths} == {b"old"}
 
 
-def test_shard_missing_on_the_hub_is_named(server, cache):
+def test_a_shard_missing_on_the_hub_is_named(server, cache):
     server.add(NAME, {"model.safetensors.index.json": INDEX, SHARDS[0]: b"1", SHARDS[2]: b"3"})
     options = HubOptions(cache_dir=cache)
     refusal(lambda: find_weights(NAME, options), SHARDS[1], NAME, error=CheckpointError)
 
 
-def test_a_failed_shard_stops_the_others(server, cache):
-    parts = {name: name.encode() + BIG * 4 for name in SHARDS}
-    server.add(NAME, {"model.safetensors.index.json": INDEX, **parts})
+def test_a_failed_shard_cancels_the_other_downloads(server, cache):
+    shards = {name: name.encode() + BIG * 4 for name in SHARDS}
+    server.add(NAME, {"model.safetensors.index.json": INDEX, **shards})
     server.faults.status[f"GET {SHARDS[1]}"] = 500
     server.faults.slow = {SHARDS[0], SHARDS[2]}  # each takes 64 chunks x 1 s
     start = time.monotonic()
     refusal(lambda: find_weights(NAME, HubOptions(cache_dir=cache)), SHARDS[1], "500")
-    assert time.monotonic() - start < 30  # also on a busy machine
+    assert time.monotonic() - start < 30  # with a margin for busy machines
 
 
 @pytest.mark.parametrize("fault", ["cut", "reset"])
-def test_download_goes_on_after_the_connection_broke(server, cache, fault):
+def test_downloads_resume_after_a_broken_connection(server, cache, fault):
     server.add(NAME, {"model.safetensors": BIG})
     getattr(server.faults, fault)["model.safetensors"] = 500_000
     files = find_weights(NAME, HubOptions(cache_dir=cache))
@@ -186,7 +188,7 @@ def test_download_goes_on_after_the_connection_broke(server, cache, fault):
     assert ranges[0] is None
     assert len(ranges) == 2
     if fault == "cut":
-        # whole pieces of 64 KiB are kept: 7 of them fit into 500,000 bytes
+        # complete chunks of 64 KiB are kept, 7 of the 500,000 bytes
         assert ranges[1] == f"bytes={7 * 65536}-"
     assert not list(cache.rglob("*.incomplete"))
 
@@ -204,7 +206,7 @@ def test_offline_uses_the_cache(server, cache, monkeypatch):
 
 
 @pytest.mark.parametrize("how", ["HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "local_files_only"])
-def test_offline_without_the_model_in_the_cache(server, cache, monkeypatch, how):
+def test_offline_with_an_uncached_model(server, cache, monkeypatch, how):
     if how != "local_files_only":
         monkeypatch.setenv(how, "1")
     options = HubOptions(cache_dir=cache, local_files_only=how == "local_files_only")
@@ -218,7 +220,7 @@ def test_offline_without_the_model_in_the_cache(server, cache, monkeypatch, how)
     assert not server.log
 
 
-def test_offline_with_a_part_of_the_model_in_the_cache(server, cache):
+def test_offline_with_a_partly_cached_model(server, cache):
     find_file(NAME, "config.json", HubOptions(cache_dir=cache))
     options = HubOptions(cache_dir=cache, local_files_only=True)
     refusal(lambda: find_weights(NAME, options), "no weights", "offline", "it holds config.json")
@@ -236,9 +238,9 @@ def test_unreachable_hub_falls_back_to_the_cache(server, cache, monkeypatch, cap
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     assert find_file(NAME, "config.json", options) == path
     assert "using the cache" in caplog.text
-    # that this file does not exist was learnt while the hub was there
+    # the cache records that this file does not exist
     assert find_file(NAME, "generation_config.json", options, required=False) is None
-    # about this one nothing is known, and it is not guessed
+    # of this file the cache records nothing
     refusal(
         lambda: find_file(NAME, "vocab.json", options, required=False), "cannot be reached", "127.0.0.1:9"
     )
@@ -255,14 +257,14 @@ def test_connection_refused(server, cache, monkeypatch):
 
 
 @pytest.mark.parametrize("method", ["HEAD", "GET"])
-def test_server_that_never_answers(server, cache, monkeypatch, method):
+def test_timeouts(server, cache, monkeypatch, method):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_ETAG_TIMEOUT", 0.3)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.3)
     server.faults.hang.add(f"{method} config.json")
     start = time.monotonic()
     options = HubOptions(cache_dir=cache)
     refusal(lambda: find_file(NAME, "config.json", options), "in time", "config.json", "HF_HUB_ETAG_TIMEOUT")
-    # Two requests of 0.3 s, or huggingface_hub's six tries at a download; its own timeouts are 10 s each.
+    # Two requests of 0.3 s, or six attempts of huggingface_hub at a download; its default timeouts are 10 s each.
     assert time.monotonic() - start < (10 if method == "HEAD" else 30)
 
 
@@ -278,7 +280,7 @@ def test_private_model_without_token(server, cache):
     refusal(lambda: find_file(NAME, "config.json", HubOptions(cache_dir=cache)), "private", "HF_TOKEN")
 
 
-def test_token_that_is_not_accepted(server, cache):
+def test_invalid_token(server, cache):
     server.private[NAME] = "secret"
     options = HubOptions(cache_dir=cache, token="expired")
     refusal(lambda: find_file(NAME, "config.json", options), "401", "token", NAME)
@@ -309,13 +311,13 @@ def test_unknown_revision(server, cache, revision):
     refusal(lambda: find_file(NAME, "config.json", options), f"no revision '{revision}'", NAME)
 
 
-def test_server_error_is_tried_twice(server, cache):
+def test_server_errors_are_retried_once(server, cache):
     server.faults.status["HEAD config.json"] = 503
     refusal(lambda: find_file(NAME, "config.json", HubOptions(cache_dir=cache)), "503", "try again later")
     assert len(server.requests("HEAD", "config.json")) == 2
 
 
-def test_endpoint_that_is_no_hub(server, cache):
+def test_endpoint_without_a_hub(server, cache):
     server.commits[NAME, ""] = {"config.json": b"{}"}  # answers without a commit
     server.branches[NAME, "main"] = ""
     server.find = lambda *_: ""
@@ -323,19 +325,19 @@ def test_endpoint_that_is_no_hub(server, cache):
 
 
 @pytest.mark.parametrize(
-    ("number", "words"), [(errno.ENOSPC, "disk is full"), (errno.EACCES, "is not writable")]
+    ("number", "message"), [(errno.ENOSPC, "disk is full"), (errno.EACCES, "is not writable")]
 )
-def test_cache_that_takes_no_file(server, cache, monkeypatch, number, words):
+def test_unwritable_cache(server, cache, monkeypatch, number, message):
     def fail(*_args, **_kwargs):
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr("huggingface_hub.file_download.http_get", fail)
     refusal(
-        lambda: find_file(NAME, "config.json", HubOptions(cache_dir=cache)), words, str(cache), "cache_dir="
+        lambda: find_file(NAME, "config.json", HubOptions(cache_dir=cache)), message, str(cache), "cache_dir="
     )
 
 
-def test_connection_that_always_breaks(server, cache):
+def test_connection_that_breaks_repeatedly(server, cache):
     server.add(NAME, {"config.json": BIG})
     server.faults.cut = Always({"config.json": 0})
     options = HubOptions(cache_dir=cache)
@@ -345,7 +347,7 @@ def test_connection_that_always_breaks(server, cache):
 
 
 class Always(dict):
-    """Faults that do not go away."""
+    """Permanent faults."""
 
     def pop(self, key, default=None):
         return self.get(key, default)
@@ -357,8 +359,7 @@ def test_weights_of_another_framework(server, cache):
     assert (files.kind, [path.read_bytes() for path in files.paths]) == ("msgpack", [b"x"])
 
 
-def test_endpoint_and_home_of_a_real_user(server, tmp_path):
-    """A fresh process with nothing but the environment set."""
+def test_endpoint_and_home_from_the_environment(server, tmp_path):
     code = f"from monoblock.checkpoint.hub import find_file; print(find_file({NAME!r}, 'config.json'))"
     environment = {**os.environ, "HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path / "home")}
     run = subprocess.run(
@@ -378,7 +379,7 @@ def make(folder, *names):
     return folder
 
 
-def test_local_folder_loads_no_third_party_module(tmp_path):
+def test_local_folders_import_no_third_party_module(tmp_path):
     make(tmp_path, "config.json", "model.safetensors")
     code = (
         "import sys; from monoblock.checkpoint.hub import find_file, find_weights\n"
@@ -428,7 +429,7 @@ def test_precedence(tmp_path, first):
     assert (files.weight_map is None) == (first % 2 == 0)
 
 
-def test_use_safetensors_keeps_to_one_kind(tmp_path):
+def test_use_safetensors(tmp_path):
     make(tmp_path, "model.safetensors", "pytorch_model.bin")
     assert find_weights(tmp_path, use_safetensors=False).kind == "bin"
     assert find_weights(tmp_path, use_safetensors=True).kind == "safetensors"
@@ -450,25 +451,25 @@ def test_variant_in_shards(tmp_path):
     assert [p.name for p in find_weights(tmp_path, variant="fp16").paths] == SHARDS
 
 
-def test_local_shard_missing_is_named(tmp_path):
+def test_a_missing_local_shard_is_named(tmp_path):
     make(tmp_path, "model.safetensors.index.json", SHARDS[0], SHARDS[1])
     refusal(lambda: find_weights(tmp_path), SHARDS[2], str(tmp_path), error=CheckpointError)
 
 
 @pytest.mark.parametrize("name", ["../../etc/passwd", "/etc/passwd", "a/../../b", "..\\b", "C:b", "", 3])
-def test_index_that_leaves_its_folder_is_refused(tmp_path, name):
+def test_index_with_paths_outside_its_folder_is_refused(tmp_path, name):
     index = json.dumps({"weight_map": {"t": name}})
     (tmp_path / "model.safetensors.index.json").write_text(index)
     refusal(lambda: find_weights(tmp_path), "index.json", repr(name), error=CheckpointError)
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"weight_map": {}}', '{"weight_map": []}', "\x00", ""])
-def test_broken_index(tmp_path, text):
+def test_invalid_index(tmp_path, text):
     (tmp_path / "pytorch_model.bin.index.json").write_text(text)
     refusal(lambda: find_weights(tmp_path), "pytorch_model.bin.index.json", error=CheckpointError)
 
 
-def test_a_kind_that_is_preferred_goes_first(tmp_path):
+def test_preferred_format(tmp_path):
     make(tmp_path, "model.safetensors", "pytorch_model.bin", "flax_model.msgpack")
     assert find_weights(tmp_path, prefer="msgpack").kind == "msgpack"
     assert find_weights(tmp_path, prefer=("safetensors", "msgpack")).kind == "safetensors"
@@ -500,11 +501,11 @@ def test_path_that_does_not_exist(name):
     refusal(lambda: find_file(name, "config.json"), "no folder", name)
 
 
-def test_path_object_is_never_a_name_on_the_hub():
+def test_path_objects_are_local():
     refusal(lambda: find_file(Path("org/tiny"), "config.json"), "no folder", "org")
 
 
-def test_file_in_place_of_a_folder(tmp_path):
+def test_file_instead_of_a_folder(tmp_path):
     make(tmp_path, "model.safetensors")
     refusal(lambda: find_weights(tmp_path / "model.safetensors"), "is a file", "folder")
 
@@ -516,14 +517,14 @@ def test_revision_of_a_local_folder_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["", "two words", "-dash"])
-def test_name_that_cannot_be(server, cache, name):
+def test_invalid_repository_name(server, cache, name):
     refusal(lambda: find_file(name, "config.json", HubOptions(cache_dir=cache)), "name")
 
 
 # --- options ---------------------------------------------------------------------------------------------
 
 
-def test_options_are_popped():
+def test_hub_options_are_popped_from_keywords():
     kwargs = {
         "revision": "v2",
         "token": "t",
@@ -537,12 +538,12 @@ def test_options_are_popped():
 
 
 @pytest.mark.parametrize("name", ["use_auth_token", "proxies", "mirror", "gguf_file"])
-def test_options_that_are_not_honoured_are_refused(name):
+def test_unsupported_options_are_refused(name):
     with pytest.raises(TypeError, match=re.escape(name)):
         HubOptions.pop({name: "x"})
 
 
 @pytest.mark.parametrize("subfolder", ["../x", "/x", "a\\b"])
-def test_subfolder_stays_inside(subfolder):
+def test_subfolder_outside_the_repository_is_refused(subfolder):
     with pytest.raises(ValueError, match="subfolder"):
         HubOptions(subfolder=subfolder)

@@ -1,4 +1,4 @@
-"""What importing costs: nothing third-party for the package, a framework only for the names that need it."""
+"""Imports: the package imports no third-party module, and public names import only their own framework."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def python(code: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
 
 
-def added_by(statement: str) -> set[str]:
-    """The top-level modules that a statement imports in a fresh interpreter."""
+def imported_by(statement: str) -> set[str]:
+    """The top-level modules that a statement imports in a new interpreter."""
     result = python(
         f"import json, sys; before = set(sys.modules); {statement}; "
         "print(json.dumps(sorted(set(sys.modules) - before)))"
@@ -49,19 +49,19 @@ def added_by(statement: str) -> set[str]:
     return {name.partition(".")[0] for name in json.loads(result.stdout)}
 
 
-def test_the_package_imports_nothing_but_the_standard_library() -> None:
-    assert added_by("import monoblock") - sys.stdlib_module_names == {"monoblock"}
+def test_the_package_imports_the_standard_library_only() -> None:
+    assert imported_by("import monoblock") - sys.stdlib_module_names == {"monoblock"}
 
 
-def test_the_package_imports_at_once() -> None:
-    # 50 ms is the promise, in the processor's time: other work on the machine is no fault of the import.
+def test_the_package_imports_in_50_ms() -> None:
+    # Processor time, which does not depend on other work on the machine.
     code = "import time; start = time.process_time(); import monoblock; print(time.process_time() - start)"
     assert min(float(python(code).stdout) for _ in range(3)) < 0.05
 
 
 @pytest.mark.parametrize("name", CORE)
-def test_core_names_load_no_framework(name: str) -> None:
-    assert added_by(f"from monoblock import {name}").isdisjoint(FRAMEWORKS)
+def test_core_names_import_no_framework(name: str) -> None:
+    assert imported_by(f"from monoblock import {name}").isdisjoint(FRAMEWORKS)
 
 
 def test_all_names_exist_and_are_listed() -> None:
@@ -70,7 +70,7 @@ def test_all_names_exist_and_are_listed() -> None:
         _ = monoblock.MptForEverything
 
 
-# Modules that are hidden, and how names must begin, or may not.
+# case -> modules that are hidden, names that are expected, prefix of names that are absent.
 HIDDEN = {
     "no JAX": (("jax", "jaxlib"), ("MptForCausalLM", "DynamicCache"), "Flax"),
     "no Flax": (("flax", "tensorflow"), ("MptForCausalLM",), "Flax"),
@@ -80,14 +80,14 @@ HIDDEN = {
 
 
 @pytest.mark.parametrize("case", HIDDEN)
-def test_a_star_takes_what_is_installed(case: str) -> None:
-    """And none of what is not; no framework is imported to find out."""
+def test_all_lists_names_of_installed_frameworks_only(case: str) -> None:
+    """Without importing a framework."""
     hidden, expected, without = HIDDEN[case]
     if expected and not installed("torch"):
         pytest.skip("torch is not installed")
     stars = case in ("no JAX", "no framework")
     if case == "no JAX":
-        hidden = (*hidden, "tensorflow")  # it takes seconds to import
+        hidden = (*hidden, "tensorflow")  # slow to import
     code = (
         f"import sys; sys.modules.update(dict.fromkeys({hidden!r}))\n"
         "import monoblock\n"
@@ -101,14 +101,13 @@ def test_a_star_takes_what_is_installed(case: str) -> None:
     assert result.returncode == 0, result.stderr
     names = result.stdout.split()
     assert {*expected, *CORE} <= set(names) <= set(dir(monoblock))
-    for name in names:  # of classes that are chosen by a config, which need no framework before
+    for name in names:  # auto classes import their framework when a config selects it
         assert not name.startswith(without) or "Auto" in name or name.startswith("FLAX_"), name
     if "torch" in hidden:
         assert {"MptForCausalLM", "DynamicCache", "PreTrainedModel"}.isdisjoint(names)
 
 
-def test_packages_are_attributes() -> None:
-    """As `from monoblock import demo` gives them, without a framework."""
+def test_packages_are_attributes_without_a_framework() -> None:
     code = "import monoblock, sys; print(monoblock.demo.path(), *{'torch', 'jax', 'tensorflow'} & set(sys.modules))"
     assert python(code).stdout.strip() == str(demo.path())
     for name in ("demo", "pipelines", "utils"):
@@ -127,7 +126,7 @@ EXTRA = {"torch": "torch", "jax": "jax", "tensorflow": "tf"}
 @pytest.mark.parametrize(
     ("framework", "name"), [(framework, name) for framework, names in MISSING.items() for name in names]
 )
-def test_a_missing_framework_is_named_with_its_pip_line(framework: str, name: str) -> None:
+def test_import_errors_name_the_missing_framework_and_the_pip_command(framework: str, name: str) -> None:
     # None in sys.modules makes Python treat a module as not installed
     result = python(f"import sys; sys.modules[{framework!r}] = None; from monoblock import {name}")
     error = result.stderr.splitlines()[-1]
@@ -137,7 +136,7 @@ def test_a_missing_framework_is_named_with_its_pip_line(framework: str, name: st
 
 
 @pytest.mark.parametrize(("framework", "prefix"), [("torch", ""), ("jax", "Flax"), ("tensorflow", "TF")])
-def test_an_automatic_class_names_the_missing_framework_too(framework: str, prefix: str) -> None:
+def test_auto_classes_name_the_missing_framework(framework: str, prefix: str) -> None:
     chosen = f"monoblock.{prefix}AutoModelForCausalLM.from_config(monoblock.MptConfig())"
     result = python(f"import sys, monoblock; sys.modules[{framework!r}] = None; {chosen}")
     error = result.stderr.splitlines()[-1]
@@ -145,7 +144,7 @@ def test_an_automatic_class_names_the_missing_framework_too(framework: str, pref
     assert error.endswith(f'pip install "monoblock[{EXTRA[framework]}]"'), error
 
 
-# A public name -> the frameworks that it may load.
+# A public name -> the frameworks that it may import.
 OWN = {
     "GPTNeoForCausalLM": {"torch"},
     "FlaxGPTNeoForCausalLM": {"jax", "flax"},
@@ -158,17 +157,16 @@ OWN = {
 
 
 def installed(module: str) -> bool:
-    """Whether there is code of that name: tests/torch looks like a package without any, as pytest puts tests/ on the
-    path."""
+    """Whether a module is installed; tests/torch on pytest's path is a namespace package, which has no origin."""
     spec = importlib.util.find_spec(module)
     return spec is not None and spec.origin is not None
 
 
 @pytest.mark.parametrize("name", OWN)
-def test_a_name_loads_its_own_framework_alone(name: str) -> None:
+def test_names_import_their_own_framework_only(name: str) -> None:
     if missing := [module for module in OWN[name] if not installed(module)]:
         pytest.skip(f"{missing[0]} is not installed")
-    assert added_by(f"from monoblock import {name}") & {*FRAMEWORKS, "transformers"} <= OWN[name]
+    assert imported_by(f"from monoblock import {name}") & {*FRAMEWORKS, "transformers"} <= OWN[name]
 
 
 @pytest.mark.skipif("MONOBLOCK_TEST_NO_FRAMEWORK" not in os.environ, reason="`make test-core` runs this")

@@ -1,4 +1,4 @@
-"""The native kernels' build and choice, without any framework. Small sources stand in for the real ones."""
+"""Build and selection of the native kernels, without a framework. A small library replaces the real sources."""
 
 from __future__ import annotations
 
@@ -46,11 +46,11 @@ class Pair(ctypes.Structure):
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with small sources, which is where the build and the choice look."""
+    """A folder with the small sources, used for builds and for selection."""
     (tmp_path / "kernels.cpp").write_text(SMALL)
     monkeypatch.setattr(build, "HERE", tmp_path)
-    whole = build.path_of
-    monkeypatch.setattr(build, "path_of", lambda level, folder=tmp_path: whole(level, folder))
+    path_of = build.path_of
+    monkeypatch.setattr(build, "path_of", lambda level, folder=tmp_path: path_of(level, folder))
     monkeypatch.delenv("CXX", raising=False)
     return tmp_path
 
@@ -63,22 +63,20 @@ def libraries(folder: Path) -> set[str]:
 def test_every_level_of_this_machine_is_built(folder: Path) -> None:
     outcome = build.build(folder)
     assert outcome.levels == tuple(build.levels())
-    assert libraries(folder) == {
-        f"kernels_{level}.so" for level in build.levels()
-    }  # and nothing else is left
+    assert libraries(folder) == {f"kernels_{level}.so" for level in build.levels()}  # and no other files
     assert "were built by" in outcome.line
-    ready = build.ready(folder)  # so that another install need not compile again
+    ready = build.ready(folder)  # another install need not compile again
     assert ready is not None and ready.levels == outcome.levels
     (folder / "kernels.cpp").write_text(SMALL + "// changed\n")
     assert build.ready(folder) is None
 
 
-def test_other_machines_have_the_base_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_architectures_have_the_base_level_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build.platform, "machine", lambda: "aarch64")
     assert list(build.levels()) == ["base"]
 
 
-def test_without_a_compiler_one_clear_line(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_compiler_is_reported_in_one_line(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (folder / "kernels_base.so").write_text("of another compiler")
     monkeypatch.setenv("CXX", "/nowhere/c++")
     outcome = build.build(folder)
@@ -93,12 +91,12 @@ def test_without_a_compiler_one_clear_line(folder: Path, monkeypatch: pytest.Mon
     assert "no C++ compiler (g++ or clang++) was found" in build.build(folder).line
 
 
-def test_cxx_may_hold_arguments() -> None:
+def test_cxx_with_arguments() -> None:
     assert build.compiler({"CXX": f"{sys.executable} -m thing"}) == [sys.executable, "-m", "thing"]
 
 
 @needs_compiler
-def test_an_error_of_the_compiler_is_a_line(folder: Path) -> None:
+def test_a_compiler_error_is_reported_in_one_line(folder: Path) -> None:
     assert build.build(folder).levels
     (folder / "kernels.cpp").write_text("this is not C++;\n")
     outcome = build.build(folder)
@@ -107,7 +105,7 @@ def test_an_error_of_the_compiler_is_a_line(folder: Path) -> None:
 
 
 @needs_compiler
-def test_a_level_that_cannot_be_built_is_named(folder: Path) -> None:
+def test_a_level_that_fails_to_build_is_named(folder: Path) -> None:
     if len(build.levels()) == 1:
         pytest.skip("this kind of machine has one level")
     (folder / "kernels.cpp").write_text(SMALL + "#ifdef __AVX512F__\n#error no such registers\n#endif\n")
@@ -116,13 +114,13 @@ def test_a_level_that_cannot_be_built_is_named(folder: Path) -> None:
     assert "not avx512" in outcome.line and "no such registers" in outcome.line
 
 
-def test_the_variable_chooses() -> None:
+def test_monoblock_native_selects_the_level() -> None:
     assert native.choose("0") == (None, None, "off: MONOBLOCK_NATIVE is 0")
     _, level, status = native.choose("fast")
     assert level is None and "'fast', not one of 0, base, avx2" in status
 
 
-def test_what_was_not_built_is_said(folder: Path) -> None:
+def test_missing_libraries_are_reported(folder: Path) -> None:
     assert folder.exists()
     found = native.choose("")
     assert found[:2] == (None, None)
@@ -131,14 +129,14 @@ def test_what_was_not_built_is_said(folder: Path) -> None:
 
 @pytest.fixture
 def small_interface(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The functions and structures of the small sources, in place of the real ones."""
+    """The functions and structures of the small library replace those of abi.py."""
     functions = {name: abi.SIGNATURES[name] for name in ("mb_sources", "mb_layout", "mb_level", "mb_openmp")}
     monkeypatch.setattr(abi, "SIGNATURES", functions)
     monkeypatch.setattr(abi, "STRUCTURES", (Pair,))
 
 
 @needs_compiler
-def test_a_library_that_lacks_functions_is_not_used(folder: Path) -> None:
+def test_a_library_without_all_functions_is_not_used(folder: Path) -> None:
     build.build(folder)
     status = native.choose("")[2]
     assert status.startswith("none: ") and "undefined symbol: mb_amx" in status
@@ -146,7 +144,7 @@ def test_a_library_that_lacks_functions_is_not_used(folder: Path) -> None:
 
 @needs_compiler
 @pytest.mark.usefixtures("small_interface")
-def test_a_library_of_other_sources_is_not_used(folder: Path) -> None:
+def test_an_outdated_library_is_not_used(folder: Path) -> None:
     build.build(folder)
     assert native.choose("base")[1:] == ("base", "base")
     (folder / "kernels.cpp").write_text(SMALL + "// changed\n")
@@ -177,7 +175,7 @@ MIRRORS: dict[str, tuple[list[tuple[str, Any]], str]] = {
 @needs_compiler
 @pytest.mark.usefixtures("small_interface")
 @pytest.mark.parametrize("mirror", MIRRORS)
-def test_a_library_of_other_structures_is_not_used(
+def test_a_library_with_other_structures_is_not_used(
     mirror: str, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     build.build(folder)
@@ -190,13 +188,13 @@ def test_a_library_of_other_structures_is_not_used(
 
 @needs_compiler
 @pytest.mark.usefixtures("small_interface")
-def test_a_structure_that_python_lacks_is_seen(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_structure_missing_in_python_is_reported(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     build.build(folder)
     monkeypatch.setattr(abi, "STRUCTURES", ())
     assert "Pair" in native.choose("base")[2] and "is missing in native/abi.py" in native.choose("base")[2]
 
 
-def test_every_mirrored_structure_is_compared() -> None:
+def test_all_structures_of_abi_are_compared() -> None:
     declared = {
         kind for kind in vars(abi).values() if isinstance(kind, type) and issubclass(kind, ctypes.Structure)
     }
@@ -206,15 +204,15 @@ def test_every_mirrored_structure_is_compared() -> None:
 @needs_compiler
 @pytest.mark.usefixtures("small_interface")
 @pytest.mark.parametrize("openmp", [True, False])
-def test_a_build_without_openmp_says_so_and_is_preferred_to_one_thread(
+def test_a_build_without_openmp_is_reported_and_used_for_one_thread(
     openmp: bool, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = build._run
+    run = build._run
 
     def compiled(command: list[str], seconds: float = 600) -> str:
         if not openmp and "-fopenmp" in command:
             return "unsupported option '-fopenmp'"
-        return whole(command, seconds)
+        return run(command, seconds)
 
     monkeypatch.setattr(build, "_run", compiled)
     outcome = build.build(folder)
@@ -231,20 +229,20 @@ def test_a_build_without_openmp_says_so_and_is_preferred_to_one_thread(
     assert native.preferred(2) is (library if openmp else None)
 
 
-def test_without_kernels_none_are_preferred(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_kernels_are_preferred_if_none_are_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "_opened", lambda: native.choose("0"))
     assert native.preferred(1) is None
 
 
 @pytest.mark.skipif(native.library() is None, reason=f"native kernels: {native.status()}")
-def test_the_real_kernels_open_at_every_lower_level() -> None:
+def test_the_built_kernels_load_at_every_supported_level() -> None:
     names = list(build.LEVELS)
     highest = names.index(native.choose("")[1] or "base")
     for name in names[: highest + 1]:
         assert native.choose(name)[1] == name
 
 
-def test_env_says_what_is_in_use() -> None:
+def test_env_reports_the_kernels_in_use() -> None:
     command = [sys.executable, "-m", "monoblock.cli", "env", "--json"]
     off = {**os.environ, native.VARIABLE: "0"}
     for environ, expected in ((off, "off: MONOBLOCK_NATIVE is 0"), ({**os.environ}, native.status())):
@@ -252,11 +250,11 @@ def test_env_says_what_is_in_use() -> None:
         assert json.loads(done.stdout)["native_kernels"] == expected
 
 
-def test_a_compiler_that_takes_too_long_ends_with_its_processes(tmp_path: Path) -> None:
-    """A driver such as g++ starts the compiler proper, which must not go on alone."""
-    sign = tmp_path / "alive"
-    script = f"(while :; do echo >> {sign}; sleep 0.05; done) & wait"
+def test_a_compiler_timeout_kills_the_process_group(tmp_path: Path) -> None:
+    """A driver such as g++ runs the compiler in a child process."""
+    heartbeat = tmp_path / "alive"
+    script = f"(while :; do echo >> {heartbeat}; sleep 0.05; done) & wait"
     assert build._run(["sh", "-c", script], seconds=1) == "sh took more than 1 s"
-    size = sign.stat().st_size
+    size = heartbeat.stat().st_size
     time.sleep(0.5)
-    assert sign.stat().st_size == size > 0
+    assert heartbeat.stat().st_size == size > 0

@@ -1,4 +1,4 @@
-"""Model outputs: a dataclass and an ordered mapping at once, in step with each other."""
+"""Model outputs are dataclasses and ordered mappings."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def output(**more: Any) -> CausalLMOutputWithPast:
     return CausalLMOutputWithPast(**{"logits": "L", "hidden_states": ("h", "i"), **more})
 
 
-def test_it_is_a_mapping_of_what_is_not_none() -> None:
+def test_an_output_is_a_mapping_of_the_fields_that_are_not_none() -> None:
     out = output()
     assert isinstance(out, collections.OrderedDict)
     assert isinstance(out, collections.abc.Mapping)
@@ -33,7 +33,7 @@ def test_it_is_a_mapping_of_what_is_not_none() -> None:
         _ = out[2]
 
 
-def test_attributes_and_items_stay_in_step_and_in_the_fields_order() -> None:
+def test_attributes_and_items_are_equal_and_in_field_order() -> None:
     out = output()
     out.loss = 1.5
     assert next(iter(out.items())) == ("loss", 1.5) and out[0] == 1.5
@@ -54,14 +54,14 @@ def test_attributes_and_items_stay_in_step_and_in_the_fields_order() -> None:
     ],
     ids=["mapping", "iterator", "pairs"],
 )
-def test_it_is_made_from_a_mapping_as_dicts_are(given: Any) -> None:
-    made = CausalLMOutputWithPast(given)
-    assert dict(made) == {"logits": 1, "attentions": 2}
-    assert (made.loss, made.logits, made.attentions) == (None, 1, 2)
+def test_construction_from_a_mapping_or_pairs(given: Any) -> None:
+    out = CausalLMOutputWithPast(given)
+    assert dict(out) == {"logits": 1, "attentions": 2}
+    assert (out.loss, out.logits, out.attentions) == (None, 1, 2)
 
 
 @pytest.mark.parametrize("value", [[1.0, 2.0], [], {"other": 1}, "ab", ("a", "b")])
-def test_other_first_fields_are_values(value: Any) -> None:
+def test_other_positional_arguments_are_the_first_field(value: Any) -> None:
     assert CausalLMOutputWithPast(value).loss == value
 
 
@@ -96,20 +96,20 @@ def test_copies(copied: Any) -> None:
     ],
     ids=["pop", "popitem", "update", "setdefault", "clear", "del"],
 )
-def test_items_are_not_taken_out(call: Any) -> None:
+def test_dict_methods_that_remove_items_are_refused(call: Any) -> None:
     out = output()
     with pytest.raises(TypeError, match=r"CausalLMOutputWithPast.*output.name = value"):
         call(out)
     assert dict(out) == dict(output())
 
 
-def test_the_base_class_takes_any_names() -> None:
+def test_the_base_class_accepts_any_fields() -> None:
     assert dict(ModelOutput(a=1, b=2)) == {"a": 1, "b": 2}
 
 
-def test_later_subclasses_are_told() -> None:
-    seen: list[type] = []
-    ModelOutput.on_subclass.append(seen.append)
+def test_hooks_are_called_for_new_subclasses() -> None:
+    created: list[type] = []
+    ModelOutput.on_subclass.append(created.append)
     try:
 
         @dataclasses.dataclass
@@ -117,5 +117,5 @@ def test_later_subclasses_are_told() -> None:
             first: Any = None
 
     finally:
-        ModelOutput.on_subclass.remove(seen.append)
-    assert seen == [Mine] and ModelOutput.subclasses[-1] is Mine
+        ModelOutput.on_subclass.remove(created.append)
+    assert created == [Mine] and ModelOutput.subclasses[-1] is Mine

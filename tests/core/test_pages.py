@@ -1,4 +1,4 @@
-"""Tensors of files side by side without a copy."""
+"""Zero-copy concatenation of tensors of a file by mapping their pages next to each other."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from monoblock.checkpoint.save import save_tensors
 from monoblock.checkpoint.store import Store, open_store
 
 pytestmark = pytest.mark.skipif(
-    sys.platform != "linux", reason="pages of files are laid side by side on Linux only"
+    sys.platform != "linux", reason="pages can be mapped next to each other on Linux only"
 )
-WIDTH = 1024  # in float32 a row is a page of 4 KiB
+WIDTH = 1024  # a row of float32 is a page of 4 KiB
 
 
 def stored(folder: Path, **rows: int) -> tuple[Store, dict[str, np.ndarray]]:
@@ -32,8 +32,8 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pages, "MIN_BYTES", 0)
 
 
-def test_rows_follow_each_other(tmp_path: Path) -> None:
-    """In any order, at any offset into a page; changes stay in memory, each call gives the file's values."""
+def test_joined_tensors_equal_their_concatenation(tmp_path: Path) -> None:
+    """In any order and at any page offset; writes are private to the mapping."""
     store, arrays = stored(tmp_path, a=3, b=1, c=2)
     for names in (("c", "a", "b"), ("a", "b", "c"), ("b", "b")):
         expected = np.concatenate([arrays[name] for name in names])
@@ -48,8 +48,8 @@ def test_rows_follow_each_other(tmp_path: Path) -> None:
     assert np.array_equal(store.concatenated(("a", "c")), np.concatenate([arrays["a"], arrays["c"]]))
 
 
-def test_what_needs_a_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tensors that do not end with a page, of less than one, of different dtypes, and small sums."""
+def test_tensors_that_cannot_be_joined(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors that do not end at a page boundary, are smaller than a page, differ in dtype, or are small in all."""
     arrays = {
         "a": np.ones((WIDTH + 1, 5), np.float32),
         "b": np.ones((2, 5), np.float32),

@@ -1,4 +1,4 @@
-"""The plan of how parameters are split, by canonical names."""
+"""Sharding plans of parameters by canonical name: tensor parallelism and FSDP."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ def plan(
     sizes: dict[str, int],
     tensor: AxisNames = "x",
     fsdp: AxisNames = None,
-    made: Any = None,
+    model_config: Any = None,
 ) -> dict[str, tuple[tuple[str, ...], ...]]:
-    made = made or config()
+    model_config = model_config or config()
     axes = Axes.of(sizes, tensor=tensor, fsdp=fsdp)
-    return split(made.to_spec(), made.to_head(head) if head else None, axes, sizes)
+    return split(model_config.to_spec(), model_config.to_head(head) if head else None, axes, sizes)
 
 
-def test_what_widens_by_outputs_what_narrows_by_inputs_the_vocabulary_by_rows() -> None:
+def test_tensor_parallelism_is_column_parallel_then_row_parallel() -> None:
     found = {name: axes for name, axes in plan("causal", SIZES).items() if any(axes)}
     assert found == {
         "embed.weight": (("x",), ()),
@@ -51,7 +51,7 @@ def test_what_widens_by_outputs_what_narrows_by_inputs_the_vocabulary_by_rows() 
     }
 
 
-def test_fsdp_splits_the_width_of_every_matrix_of_the_layers() -> None:
+def test_fsdp_shards_the_model_width_of_every_matrix() -> None:
     found = plan("causal", SIZES, tensor=None, fsdp="fsdp")
     assert {name: axes for name, axes in found.items() if any(axes)} == {
         "embed.weight": ((), ("fsdp",)),
@@ -65,18 +65,18 @@ def test_fsdp_splits_the_width_of_every_matrix_of_the_layers() -> None:
     assert small["head.out.weight"] == ((), ("fsdp",))
 
 
-def test_several_axes_split_together() -> None:
+def test_several_axes_shard_one_dimension() -> None:
     found = plan(None, SIZES, tensor=("x", "y"), fsdp=("fsdp",))
     assert found["blocks.0.attn.qkv.weight"] == (("x", "y"), ("fsdp",))
-    assert found["embed.weight"] == ((), ("fsdp",))  # 62 rows, which 4 does not divide
+    assert found["embed.weight"] == ((), ("fsdp",))  # 62 rows are not divisible by 4
 
 
-def test_the_rows_of_a_batch_go_over_data_and_fsdp() -> None:
+def test_batches_are_sharded_over_data_and_fsdp() -> None:
     assert Axes.of(SIZES, data=("x", "data"), fsdp=("data", "fsdp")).rows == ("x", "data", "fsdp")
 
 
 @pytest.mark.parametrize(
-    "made, sizes, tensor, fsdp, message",
+    "model_config, sizes, tensor, fsdp, message",
     [
         (
             config(),
@@ -98,31 +98,31 @@ def test_the_rows_of_a_batch_go_over_data_and_fsdp() -> None:
         ),
     ],
 )
-def test_sizes_that_do_not_divide_are_refused(
-    made: Any, sizes: dict[str, int], tensor: AxisNames, fsdp: AxisNames, message: str
+def test_indivisible_sizes_are_refused(
+    model_config: Any, sizes: dict[str, int], tensor: AxisNames, fsdp: AxisNames, message: str
 ) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
-        plan("causal", sizes, tensor, fsdp, made)
+        plan("causal", sizes, tensor, fsdp, model_config)
 
 
-def test_a_vocabulary_that_does_not_divide_stays_whole() -> None:
+def test_an_indivisible_vocabulary_is_replicated() -> None:
     found = plan("causal", {"x": 4})  # 62 rows
     assert found["embed.weight"] == found["head.out.weight"] == ((), ())
     assert found["blocks.0.attn.qkv.weight"] == (("x",), ())
 
 
-def test_small_heads_stay_whole() -> None:
+def test_small_heads_are_replicated() -> None:
     assert plan("sequence", SIZES)["head.out.weight"] == ((), ())
 
 
-def test_biases_follow_the_outputs_of_their_layer() -> None:
-    made = monoblock.MPNetConfig(
+def test_biases_are_sharded_like_the_outputs_of_their_layer() -> None:
+    model_config = monoblock.MPNetConfig(
         hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, vocab_size=64
     )
-    found = plan("masked", SIZES, fsdp="fsdp", made=made)
+    found = plan("masked", SIZES, fsdp="fsdp", model_config=model_config)
     assert found["blocks.0.attn.qkv.bias"] == found["blocks.0.mlp.up.bias"] == (("x",),)
     assert found["head.out.bias"] == (("x",),)
-    # Added once to a sum over the devices.
+    # Row-parallel layers add their bias after the all-reduce.
     assert found["blocks.0.attn.out.bias"] == found["blocks.0.mlp.down.bias"] == ((),)
     assert found["rel_bias.weight"] == found["pos_embed.weight"] == ((), ())
     assert found["head.dense.weight"] == ((), ("fsdp",))

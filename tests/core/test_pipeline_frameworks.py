@@ -1,4 +1,4 @@
-"""Which framework a pipeline takes, and what it says where there is none."""
+"""The framework of a pipeline: default, argument, model, and errors for missing packages."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PACKAGES = ("torch", "jax", "flax", "tensorflow", "keras")
 
 @pytest.fixture
 def installed(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Says which packages are found from now on."""
+    """A function that sets the packages that seem to be installed."""
 
     def choose(*names: str) -> None:
         def found(name: str) -> Any:
@@ -30,7 +30,7 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> Any:
     return choose
 
 
-def test_the_first_that_is_installed_is_taken(installed: Any) -> None:
+def test_the_default_is_the_first_installed_framework(installed: Any) -> None:
     for names, name in (
         (PACKAGES, "PyTorch"),
         (("jax", "flax", "tensorflow", "keras"), "JAX"),
@@ -40,7 +40,7 @@ def test_the_first_that_is_installed_is_taken(installed: Any) -> None:
         assert frameworks.chosen(None).name == name
 
 
-def test_what_is_missing_is_named_with_its_pip_line(installed: Any) -> None:
+def test_import_errors_name_the_missing_package_and_the_pip_command(installed: Any) -> None:
     installed("jax")
     for asked, package, extra in (
         ("pt", "torch", "torch"),
@@ -58,13 +58,13 @@ def test_what_is_missing_is_named_with_its_pip_line(installed: Any) -> None:
         pipeline("text-generation")
 
 
-def test_a_folder_of_that_name_is_no_package(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_namespace_package_is_not_the_framework(monkeypatch: pytest.MonkeyPatch) -> None:
     folder = importlib.machinery.ModuleSpec("torch", None)
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: folder)
     assert frameworks.FRAMEWORKS["pt"].missing() == "torch"
 
 
-def test_names_and_objects() -> None:
+def test_invalid_frameworks_and_models() -> None:
     with pytest.raises(
         ValueError, match=re.escape("framework='torch': expected one of 'pt' (PyTorch), 'flax' (JAX)")
     ):

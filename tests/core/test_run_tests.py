@@ -1,4 +1,4 @@
-"""`tools/run_tests.py` runs every folder of tests, adds their counts, and fails if one part does."""
+"""tools/run_tests.py runs every folder of tests, sums their counts, and fails if one of its processes fails."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ assert SPEC.loader is not None
 run_tests: Any = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(run_tests)
 
-# Folders that need an environment of their own, and have a target of their own in the Makefile.
-ELSEWHERE = {"tests/ecosystem"}
+# Folders that need another environment and have their own target in the Makefile.
+OTHER_TARGETS = {"tests/ecosystem"}
 
 
-def test_no_folder_is_left_out() -> None:
+def test_every_folder_of_tests_is_run() -> None:
     folders = {f"tests/{path.parent.name}" for path in (ROOT / "tests").glob("*/test_*.py")}
-    assert {folder for part in run_tests.PARTS.values() for folder in part} == folders - ELSEWHERE
+    assert {folder for part in run_tests.PARTS.values() for folder in part} == folders - OTHER_TARGETS
     assert not list((ROOT / "tests").glob("test_*.py"))
 
 
-def test_the_summary_is_pytest_s() -> None:
+def test_the_summary_has_the_format_of_pytest() -> None:
     counts = Counter({"passed": 6321, "failed": 1, "skipped": 30})
     assert run_tests.summary(counts, 650.1) == "1 failed, 6321 passed, 30 skipped in 650.10s (0:10:50)"
 
@@ -39,19 +39,19 @@ def test_the_summary_is_pytest_s() -> None:
         ({}, 0, "10 passed"),
         ({"flax": 1}, 1, "1 failed, 9 passed"),
         ({"tf": run_tests.NO_TESTS}, 0, "8 passed"),
-        ({"torch": -9}, 1, "8 passed, 1 error"),  # killed, before it wrote its counts
+        ({"torch": -9}, 1, "8 passed, 1 error"),  # killed before it wrote its counts
         (dict.fromkeys(run_tests.PARTS, run_tests.NO_TESTS), 1, "no tests ran"),
     ],
     ids=["all pass", "one fails", "one is empty", "one is killed", "all are empty"],
 )
-def test_one_failure_fails_the_whole(
+def test_one_failed_part_fails_the_run(
     statuses: dict[str, int],
     expected: int,
     last: str,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """All parts run, whatever the others did."""
+    """All parts run even if one fails."""
     ran: list[str] = []
 
     def run(part: str, command: list[str], counts: Path, failures: list[str]) -> int:
@@ -70,10 +70,9 @@ def test_one_failure_fails_the_whole(
 
 
 @pytest.mark.parametrize("broken", [None, *run_tests.CHECKS])
-def test_checks_beside_the_tests(
+def test_type_checks_and_core_tests_without_frameworks(
     broken: str | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Their failure is the whole's; the core's tests run with the other Python."""
     commands: dict[str, list[str]] = {}
 
     def run(part: str, command: list[str], counts: Path, failures: list[str]) -> int:
@@ -92,7 +91,7 @@ def test_checks_beside_the_tests(
     assert "-x" not in commands["types"]
 
 
-def test_processes_get_their_environment(
+def test_environment_and_output_of_processes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.delenv("MONOBLOCK_TEST_NO_FRAMEWORK", raising=False)

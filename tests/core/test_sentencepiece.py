@@ -1,4 +1,4 @@
-"""`tokenizer.model` files, written here byte by byte, against SentencePiece's algorithm written out plainly."""
+"""SentencePiece models encoded by hand, compared with a direct implementation of SentencePiece's BPE."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ BPE, UNIGRAM, CHAR = 2, 1, 4
 
 
 def message(pieces: list[Piece], kind: int = BPE, normalizer: bytes = b"", trainer: bytes = b"") -> bytes:
-    """A model: its pieces, and a normaliser that changes nothing and puts a space before the text."""
+    """A serialised model: pieces, and an identity normaliser with a dummy prefix."""
     rows = b"".join(
         field(1, field(1, text.encode()) + field(2, score) + (field(3, type_) if type_ != NORMAL else b""))
         for text, score, type_ in pieces
@@ -32,8 +32,8 @@ HEAD: list[Piece] = [("<unk>", 0.0, UNKNOWN), ("<s>", 0.0, CONTROL), ("</s>", 0.
 BYTES: list[Piece] = [(f"<0x{byte:02X}>", 0.0, BYTE) for byte in range(256)]
 
 
-def learned(lines: list[str], count: int) -> list[str]:
-    """Pieces of a plain BPE training: the commonest pair of neighbours, again and again."""
+def train_bpe(lines: list[str], count: int) -> list[str]:
+    """Pieces of BPE training: merges the most frequent pair `count` times."""
     rows = [list("▁" + line.replace(" ", "▁")) for line in lines]
     pieces: list[str] = []
     for _ in range(count):
@@ -58,11 +58,11 @@ def joined(row: list[str], piece: str) -> list[str]:
 
 
 def vocabulary(fallback: bool = True) -> list[Piece]:
-    # Some characters have no piece of their own, and so are in none.
+    # Some characters are in no piece.
     lines = [
         line for line in mixed_lines(300, seed=1) if line.isprintable() and not set(line) & set("好文🎉")
     ]
-    merged = list(dict.fromkeys(["▁a", *learned(lines, 250), "aa", "aaa", "aaaa"]))
+    merged = list(dict.fromkeys(["▁a", *train_bpe(lines, 250), "aa", "aaa", "aaaa"]))
     letters = sorted(set("▁" + "".join(lines).replace(" ", "▁")))
     ranked = [*merged, *letters]
     spaces = [("▁" * n, -1e9, NORMAL) for n in range(2, 9) if "▁" * n not in ranked and n != 7]
@@ -70,8 +70,8 @@ def vocabulary(fallback: bool = True) -> list[Piece]:
     return [*HEAD, *(BYTES if fallback else []), *scored, *spaces]
 
 
-def plainly(text: str, pieces: list[Piece]) -> list[int]:
-    """SentencePiece's BPE: of all neighbours that make a piece, join the best, the leftmost of equals."""
+def reference_bpe(text: str, pieces: list[Piece]) -> list[int]:
+    """SentencePiece's BPE: repeatedly merges the pair with the best score, the leftmost of equal ones."""
     ids = {text: index for index, (text, _, _) in enumerate(pieces)}
     scores = {text: score for text, score, kind in pieces if kind == NORMAL}
     tokens = list("▁" + text.replace(" ", "▁")) if text else []
@@ -90,7 +90,7 @@ def plainly(text: str, pieces: list[Piece]) -> list[int]:
         elif "<0x00>" in ids:
             out += [ids[f"<0x{byte:02X}>"] for byte in token.encode()]
         elif not out or out[-1] != 0:
-            out.append(0)  # unknown characters in a row are one token
+            out.append(0)  # consecutive unknown characters are one token
     return out
 
 
@@ -101,7 +101,7 @@ def model(folder: Path, data: bytes) -> Path:
 
 
 @pytest.mark.parametrize("fallback", [True, False])
-def test_bpe_follows_the_algorithm(tmp_path: Path, fallback: bool) -> None:
+def test_bpe_equals_the_reference(tmp_path: Path, fallback: bool) -> None:
     pieces = vocabulary(fallback)
     tokenizer = LlamaTokenizer.from_pretrained(model(tmp_path, message(pieces)))
     rng = random.Random(0)
@@ -109,21 +109,21 @@ def test_bpe_follows_the_algorithm(tmp_path: Path, fallback: bool) -> None:
     lines = [*mixed_lines(400, seed=2), *runs, "", " ", "  a", "▁", "▁▁a", "<s>", "<0x0A>", "\n\n"]
     ids = tokenizer(lines, add_special_tokens=False, split_special_tokens=True)["input_ids"]
     for line, row in zip(lines, ids, strict=True):
-        assert row == plainly(line, pieces), repr(line)
+        assert row == reference_bpe(line, pieces), repr(line)
         if fallback and "▁" not in line:
             assert tokenizer.decode(row) == line
 
 
-def test_special_tokens_and_the_space_before_a_text(tmp_path: Path) -> None:
+def test_special_tokens_and_the_dummy_prefix(tmp_path: Path) -> None:
     tokenizer = LlamaTokenizer(model(tmp_path, message([*vocabulary(), ("[T]", 0.0, CONTROL)])))
     tokens = tokenizer.tokenize
     assert tokens("a") == tokens("a</s>")[:1] == ["▁a"] and tokens(" a") == ["▁", "▁a"]
-    # After a special token a space is a space: none is added, none is taken.
+    # After a special token no space is added or removed.
     assert tokens("[T]a") == ["[T]", "a"] and tokens("[T] a") == ["[T]", "▁a"]
     assert tokens("</s>  a") == ["</s>", "▁", "▁a"]
     assert tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id == 1 and tokenizer.padding_side == "left"
     assert tokenizer("a", "a").tokens() == ["<s>", "▁a", "<s>", "▁a"]
-    # The same for tokens that are added later, and for one that is written with other flags in the config.
+    # Likewise for tokens that are added later, and for one with other flags in tokenizer_config.json.
     tokenizer.add_special_tokens({"pad_token": "<later>"})
     tokenizer.add_tokens("[more]")
     assert tokens("<later> a") == ["<later>", "▁a"] and tokens("[more] a") == ["[more]", "▁a"]
@@ -150,7 +150,7 @@ def test_prefix_and_legacy(tmp_path: Path) -> None:
     assert changed.tokenize("a a") == ["a", "▁a"]
 
 
-def test_user_defined_pieces_are_cut_out_first(tmp_path: Path) -> None:
+def test_user_defined_pieces_are_matched_first(tmp_path: Path) -> None:
     pieces = [*vocabulary(), ("[X]", 0.0, USER_DEFINED), ("a[X", 0.0, USER_DEFINED)]
     tokenizer = LlamaTokenizer.from_pretrained(model(tmp_path, message(pieces)))
     plain = {"split_special_tokens": True}
@@ -160,7 +160,7 @@ def test_user_defined_pieces_are_cut_out_first(tmp_path: Path) -> None:
     assert tokenizer.tokenize("[X]</s>", **plain) == ["▁", "[X]", "<", "/", "s", ">"]
 
 
-def test_unigram_takes_the_likeliest_pieces(tmp_path: Path) -> None:
+def test_unigram_finds_the_most_probable_segmentation(tmp_path: Path) -> None:
     words = [("▁", -3.0, NORMAL), ("a", -2.0, NORMAL), ("b", -2.5, NORMAL), ("▁ab", -4.0, NORMAL)]
     more = [("ba", -2.6, NORMAL), ("<", -5.0, NORMAL), ("s", -5.0, NORMAL), (">", -5.0, NORMAL)]
     pieces = [*HEAD, *BYTES, *words, *more]
@@ -173,7 +173,7 @@ def test_unigram_takes_the_likeliest_pieces(tmp_path: Path) -> None:
     assert tokenizer.decode(tokenizer.encode("ab é"), skip_special_tokens=True) == "ab é"
 
 
-def test_a_vocabulary_in_memory() -> None:
+def test_construction_from_a_vocabulary_in_memory() -> None:
     ids = {
         text: index
         for index, (text, _, _) in enumerate([*HEAD, *BYTES, ("▁", 0, 1), ("a", 0, 1), ("▁a", 0, 1)])
@@ -184,13 +184,13 @@ def test_a_vocabulary_in_memory() -> None:
     assert LlamaTokenizer(vocab=scored)("aa").tokens() == ["<s>", "▁", "a", "a"]
 
 
-def test_special_tokens_that_the_model_lacks_are_not_made_up(tmp_path: Path) -> None:
+def test_missing_special_tokens_are_none(tmp_path: Path) -> None:
     pieces = [("<unk>", 0.0, UNKNOWN), ("▁a", -1.0, NORMAL), ("▁", -2.0, NORMAL), ("a", -3.0, NORMAL)]
     tokenizer = LlamaTokenizer.from_pretrained(model(tmp_path, message(pieces)))
     assert len(tokenizer) == 4 and tokenizer.bos_token is None and tokenizer("a")["input_ids"] == [1]
 
 
-def test_normaliser_and_other_spaces(tmp_path: Path) -> None:
+def test_space_options_of_the_normaliser(tmp_path: Path) -> None:
     pieces = [*HEAD, ("▁a", -1.0, NORMAL), ("▁", -2.0, NORMAL), ("a", -3.0, NORMAL)]
     strip = LlamaTokenizer.from_pretrained(model(tmp_path, message(pieces, normalizer=field(4, 1))))
     assert strip.tokenize("  a   a ") == ["▁a", "▁a"] and strip.tokenize("   ") == []
@@ -222,7 +222,7 @@ def test_fields_in_any_order_and_unknown_ones(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("data", "says"),
+    ("data", "expected"),
     [
         (b"", "has no vocabulary"),
         (message(vocabulary())[:-7], "ends . bytes too early"),
@@ -233,13 +233,13 @@ def test_fields_in_any_order_and_unknown_ones(tmp_path: Path) -> None:
         (field(1, field(1, b"\xff\xfe")), "not a SentencePiece model"),
         (field(1, field(1, 5)), "fields of the wrong type"),
         (field(1, field(1, b"a") + field(2, b"abc")), "not a SentencePiece model"),
-        # Lengths that lead backwards if read as signed numbers (23 bytes that were read for ever), or beyond the file.
+        # Lengths that are negative as signed integers (once an endless loop), or beyond the end of the file.
         (varint(1 << 3 | 2) + varint(-11) + bytes(12), "bytes too early"),
         (varint(9 << 3 | 2) + varint(-23) + bytes(12), "bytes too early"),
         (varint(1 << 3 | 2) + varint(2**40) + bytes(12), "bytes too early"),
         (varint(1 << 3 | 3) + bytes(30), "no field of wire type 3"),
         (message([*vocabulary(), ("q" * 600, 0.0, NORMAL)]), "a piece has 600 characters"),
-        # Tables that the tokenizers library would panic on.
+        # Tables on which the tokenizers library panics.
         (
             message(vocabulary(), normalizer=field(2, b"\x10\0\0\0" + b"\xff" * 16 + b"abc")),
             "its trie has no root",
@@ -251,14 +251,14 @@ def test_fields_in_any_order_and_unknown_ones(tmp_path: Path) -> None:
         (message(vocabulary(), normalizer=field(2, b"\x10")), "it is truncated"),
     ],
 )
-def test_damaged_files(tmp_path: Path, data: bytes, says: str) -> None:
+def test_corrupt_files(tmp_path: Path, data: bytes, expected: str) -> None:
     model(tmp_path, data)
-    with pytest.raises(CheckpointError, match=says):
+    with pytest.raises(CheckpointError, match=expected):
         LlamaTokenizer.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("data", "says"),
+    ("data", "expected"),
     [
         (message(vocabulary(), CHAR), "model type is 'char'"),
         (message(vocabulary(), trainer=field(24, 1)), "treat_whitespace_as_suffix"),
@@ -268,13 +268,13 @@ def test_damaged_files(tmp_path: Path, data: bytes, says: str) -> None:
         (message(HEAD[1:], trainer=field(40, 7)), "unk_id"),
     ],
 )
-def test_what_is_not_supported(tmp_path: Path, data: bytes, says: str) -> None:
+def test_unsupported_models_are_refused(tmp_path: Path, data: bytes, expected: str) -> None:
     model(tmp_path, data)
-    with pytest.raises(UnsupportedConfig, match=says):
+    with pytest.raises(UnsupportedConfig, match=expected):
         LlamaTokenizer.from_pretrained(tmp_path)
 
 
-def test_a_path_that_is_not_there(tmp_path: Path) -> None:
+def test_missing_files_and_vocabularies(tmp_path: Path) -> None:
     with pytest.raises(HubError, match="does not exist"):
         LlamaTokenizer(tmp_path / "tokenizer.model")
     with pytest.raises(HubError, match=r"nor tekken\.json"):

@@ -1,4 +1,4 @@
-"""The families' tokenizer classes on small vocabularies made here: choice, options, saving, bad input."""
+"""The families' tokenizer classes with small vocabularies: class selection, options, saving, invalid files."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class Word:
 
 
 class English:
-    """As much of spaCy as the tests need: words, punctuation, and a line break with the space after it."""
+    """The subset of spaCy's tokenizer that the tests need: words, punctuation, line breaks with a following space."""
 
     def tokenizer(self, text: str) -> Iterator[Word]:
         return (Word(found) for found in re.findall(r"\n ?|\w+|[^\w\s]", text))
@@ -83,7 +83,7 @@ class English:
 
 @pytest.fixture
 def spacy(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A stand-in for spaCy and ftfy, as if they were installed."""
+    """Installs minimal replacements of spaCy and ftfy."""
     modules = {"spacy": {}, "spacy.lang": {}, "spacy.lang.en": {"English": English}}
     modules["ftfy"] = {"fix_text": lambda text: text.replace("â€™", "'")}
     for name, content in modules.items():
@@ -101,7 +101,7 @@ def spacy(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 # --- GPT-1
 
 
-def test_bert_way(tmp_path: Path) -> None:
+def test_gpt1_with_the_bert_pre_tokenizer(tmp_path: Path) -> None:
     tokenizer = OpenAIGPTTokenizer.from_pretrained(gpt1(tmp_path), original=False)
     assert tokenizer.tokenize("Hello, DOG\ncafé!") == ["hello</w>", ",</w>", "dog</w>", "cafe</w>", "!</w>"]
     ids = tokenizer("Hello, dog!")["input_ids"]
@@ -110,18 +110,20 @@ def test_bert_way(tmp_path: Path) -> None:
     assert tokenizer("Hello", return_offsets_mapping=True)["offset_mapping"] == [(0, 5)]
 
 
-def test_papers_way(tmp_path: Path, spacy: None, caplog: pytest.LogCaptureFixture) -> None:
+def test_gpt1_with_the_original_pre_tokenizer(
+    tmp_path: Path, spacy: None, caplog: pytest.LogCaptureFixture
+) -> None:
     with caplog.at_level(logging.WARNING, "monoblock"):
         tokenizers = [AutoTokenizer.from_pretrained(gpt1(tmp_path)) for _ in range(3)]
-    said = [record.getMessage() for record in caplog.records]
-    assert len(said) == 1 and "as in the paper" in said[0] and "original=True" in said[0]
+    messages = [record.getMessage() for record in caplog.records]
+    assert len(messages) == 1 and "as in the paper" in messages[0] and "original=True" in messages[0]
     tokenizer = tokenizers[0]
     assert tokenizer.original
-    # Accents and line breaks stay; signs are made plainer.
+    # Accents and line breaks are kept; punctuation is standardised.
     tokens = ["café</w>", "\n</w>", "hello</w>", "-</w>", "dog</w>", "!</w>"]
     assert tokenizer.tokenize("Café \n\n  HELLO\u2014dog!") == tokens
     assert tokenizer.decode(tokenizer.encode("café\nhello")) == "café \n hello"
-    # Special tokens are found before; pairs, batches, padding and splitting work as ever.
+    # Special tokens are matched first; pairs, batches, padding and splitting work.
     tokenizer.add_special_tokens({"pad_token": "<pad>", "cls_token": "[CLS]"})
     assert tokenizer.tokenize("dog[CLS]") == ["dog</w>", "[CLS]"]
     assert "[CLS]" not in tokenizer.tokenize("dog[CLS]", split_special_tokens=True)
@@ -134,7 +136,7 @@ def test_papers_way(tmp_path: Path, spacy: None, caplog: pytest.LogCaptureFixtur
     ]
     with pytest.raises(ValueError, match="original=False"):
         tokenizer("dog", return_offsets_mapping=True)
-    # The backend is left as it was: what is saved works anywhere.
+    # The saved backend does not depend on `original`.
     again = pickle.loads(pickle.dumps(tokenizer))
     assert again.tokenize("café") == ["café</w>"]
     tokenizer.save_pretrained(tmp_path / "saved")
@@ -142,13 +144,13 @@ def test_papers_way(tmp_path: Path, spacy: None, caplog: pytest.LogCaptureFixtur
     assert other.tokenize("café\nhello") == ["cafe</w>", "hello</w>"]
 
 
-def test_the_papers_clean_up_of_a_text() -> None:
+def test_gpt1_text_standardisation() -> None:
     assert openai_gpt.standardized(
         " a\u2026b\u00b4\u2013--c  d \n\n\te?!"
     ) == "a...b' --- c d \n e ?  !".replace("  ", " ")
 
 
-def test_which_way_is_fixed_by_the_argument(
+def test_original_is_saved_and_not_logged_if_given(
     tmp_path: Path, spacy: None, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING, "monoblock"):
@@ -158,18 +160,20 @@ def test_which_way_is_fixed_by_the_argument(
     assert not caplog.records
 
 
-def test_packages_that_are_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_spacy_or_ftfy_raises_an_import_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "ftfy", None)
     openai_gpt._packages.cache_clear()
     with pytest.raises(ImportError, match="pip install ftfy spacy"):
         OpenAIGPTTokenizer.from_pretrained(gpt1(tmp_path), original=True)
 
 
-def test_ftfy_repairs_the_text(tmp_path: Path, spacy: None) -> None:
+def test_gpt1_text_is_fixed_by_ftfy(tmp_path: Path, spacy: None) -> None:
     assert OpenAIGPTTokenizer.from_pretrained(gpt1(tmp_path)).tokenize("â€™") == ["<unk>"]
 
 
-# --- the documents' signatures and examples
+# --- documented signatures and examples
 
 
 @pytest.mark.parametrize(
@@ -194,7 +198,7 @@ def test_signatures(name: str, start: dict[str, Any]) -> None:
     assert getattr(monoblock, name.removesuffix("Fast")) is cls
 
 
-def test_positional_files(tmp_path: Path) -> None:
+def test_files_as_positional_arguments(tmp_path: Path) -> None:
     folder = gpt1(tmp_path)
     files = [str(folder / "vocab.json"), str(folder / "merges.txt")]
     first = OpenAIGPTTokenizer(*files, original=False)
@@ -245,7 +249,7 @@ def test_mpnet(tmp_path: Path, name: str) -> None:
     pair = tokenizer("dog", "café x", return_token_type_ids=True)
     assert pair.tokens() == ["<s>", "dog", "</s>", "</s>", "cafe", "[UNK]", "</s>"]
     assert set(pair["token_type_ids"]) == {0}
-    ids = tokenizer.encode("the <mask>!", add_special_tokens=False)  # the mask takes its space along
+    ids = tokenizer.encode("the <mask>!", add_special_tokens=False)  # lstrip of the mask token
     assert tokenizer.convert_ids_to_tokens(ids) == ["the", "<mask>", "!"]
     assert tokenizer.decode(tokenizer.encode("the dogs"), skip_special_tokens=True) == "the dogs"
     cased = MPNetTokenizer.from_pretrained(tmp_path, do_lower_case=False)
@@ -257,7 +261,7 @@ def test_mpnet(tmp_path: Path, name: str) -> None:
     assert MPNetTokenizer(written).get_vocab() == tokenizer.get_vocab()
 
 
-# --- the choice of a class
+# --- class selection
 
 
 @pytest.mark.parametrize(
@@ -282,10 +286,10 @@ def test_class_by_model_type(tmp_path: Path, model_type: str, name: str) -> None
         AutoTokenizer.from_pretrained(tmp_path)
 
 
-# --- bad input
+# --- invalid files
 
 
-def test_merges_that_do_not_fit(tmp_path: Path) -> None:
+def test_invalid_merges(tmp_path: Path) -> None:
     gpt1(tmp_path, [*GPT1_MERGES, "zz y"])
     with pytest.raises(
         CheckpointError, match=r"merges\.txt\) do not fit the vocabulary .*`zz`.*from one model"
@@ -300,17 +304,17 @@ def test_merges_that_do_not_fit(tmp_path: Path) -> None:
         GPT2Tokenizer.from_pretrained(tmp_path)
 
 
-def test_broken_vocabularies(tmp_path: Path) -> None:
+def test_invalid_vocabularies(tmp_path: Path) -> None:
     gpt2(tmp_path)
-    for text, says in (('{"a": ', "not valid JSON"), ("[1]", "holds a JSON list")):
+    for text, message in (('{"a": ', "not valid JSON"), ("[1]", "holds a JSON list")):
         (tmp_path / "vocab.json").write_text(text)
-        with pytest.raises(CheckpointError, match=says):
+        with pytest.raises(CheckpointError, match=message):
             GPT2Tokenizer.from_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"OpenAI GPT's tokenizer needs both"):
         OpenAIGPTTokenizer(vocab={"<unk>": 0})
-    for text, says in (("a\nb\n", "lacks the special token '</s>'"), ("a\na\n", "duplicate tokens")):
+    for text, message in (("a\nb\n", "lacks the special token '</s>'"), ("a\na\n", "duplicate tokens")):
         (tmp_path / "vocab.txt").write_text(text)
-        with pytest.raises(CheckpointError, match=says):
+        with pytest.raises(CheckpointError, match=message):
             MPNetTokenizer.from_pretrained(tmp_path)
     with pytest.raises(ValueError, match="needs a vocabulary"):
         MPNetTokenizer(merges=[])

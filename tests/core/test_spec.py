@@ -1,4 +1,4 @@
-"""The spec: what it refuses, its ALiBi slopes, and that it prints whole."""
+"""ArchSpec: validation, immutability, ALiBi slopes, printing."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ SCALING = RopeScaling(kind="dynamic", factor=2.0, original_length=16)
 RMS_WITH_BIAS = Norm(kind="rms", eps=1e-5, bias=True)
 NO_EPS = replace(NORM, eps=0.0)
 
-GAPS: dict[str, ArchSpec] = {
+INVALID: dict[str, ArchSpec] = {
     "vocab must be at least 1, got 0": replace(SPEC, vocab=0),
     "width must be at least 1, got -3": replace(SPEC, width=-3),
     "layers must be at least 1, got 0": replace(SPEC, windows=()),
@@ -88,15 +88,15 @@ GAPS: dict[str, ArchSpec] = {
 }
 
 
-@pytest.mark.parametrize("gap", GAPS)
-def test_what_cannot_be_built_is_refused(gap: str) -> None:
+@pytest.mark.parametrize("message", INVALID)
+def test_invalid_specs_are_refused(message: str) -> None:
     with pytest.raises(ValueError) as error:
-        GAPS[gap].validate("ThatConfig")
+        INVALID[message].validate("ThatConfig")
     assert str(error.value).startswith("ThatConfig does not describe a valid model: ")
-    assert gap in str(error.value)
+    assert message in str(error.value)
 
 
-def test_all_gaps_are_listed_at_once() -> None:
+def test_all_errors_are_listed() -> None:
     bad = replace(
         SPEC,
         vocab=0,
@@ -111,13 +111,15 @@ def test_all_gaps_are_listed_at_once() -> None:
     assert str(error.value).count(";") == 7, str(error.value)
 
 
-def test_what_can_be_built_passes() -> None:
+def test_validate_returns_valid_specs() -> None:
     assert SPEC.validate() is SPEC
-    both_ways = replace(SPEC, causal=False, windows=(None,), positions=(Buckets(count=32, max_distance=128),))
-    assert both_ways.validate() is both_ways
+    bidirectional = replace(
+        SPEC, causal=False, windows=(None,), positions=(Buckets(count=32, max_distance=128),)
+    )
+    assert bidirectional.validate() is bidirectional
 
 
-def test_nothing_can_be_changed_or_left_out() -> None:
+def test_specs_are_frozen_and_keyword_only() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         SPEC.vocab = 3  # pyright: ignore
     with pytest.raises(TypeError):
@@ -126,13 +128,13 @@ def test_nothing_can_be_changed_or_left_out() -> None:
         Mlp(width=3, act="gelu", gated=False)  # pyright: ignore
 
 
-def test_positions_are_found_by_kind() -> None:
+def test_position_returns_the_encoding_of_a_kind() -> None:
     assert SPEC.position(Rotary) is SPEC.positions[0]
     assert SPEC.position(Alibi) is None
     assert SPEC.layers == 2
 
 
-def test_slopes_of_six_heads() -> None:
+def test_alibi_slopes_of_some_head_counts() -> None:
     assert Alibi(bias_max=8).slopes(6) == (0.25, 0.0625, 0.015625, 0.00390625, 0.5, 0.125)
     assert Alibi(bias_max=8).slopes(8) == tuple(2.0**-i for i in range(1, 9))
     assert Alibi(bias_max=16).slopes(2) == (2.0**-8, 2.0**-16)
@@ -140,13 +142,13 @@ def test_slopes_of_six_heads() -> None:
 
 
 @pytest.mark.parametrize("bias_max", [8, 16, 5.5])
-def test_slopes_are_the_definition(bias_max: float) -> None:
+def test_alibi_slopes_equal_the_oracle(bias_max: float) -> None:
     for heads in range(1, 70):
         expected = [oracle.slope(h, heads, bias_max) for h in range(heads)]
         assert list(Alibi(bias_max=bias_max).slopes(heads)) == pytest.approx(expected, rel=1e-15)
 
 
-def test_it_prints_every_field() -> None:
+def test_str_has_every_field() -> None:
     text = str(replace(SPEC, attention=replace(ATTENTION, qk_norm=QkNorm(norm=NORM, span="head"))))
     names = {
         f.name for kind in (ArchSpec, Attention, Mlp, Norm, QkNorm, Dropout) for f in dataclasses.fields(kind)

@@ -1,4 +1,4 @@
-"""Speculative decoding on tables: never another token than plain decoding's, never another distribution."""
+"""Speculative decoding on a table of scores: same tokens and same distribution as decoding without drafts."""
 
 import itertools
 from collections import Counter
@@ -21,14 +21,14 @@ def order_two(table):
 
 
 def blurred(seed, noise):
-    """A model that is nearly the target: its guesses are right at times."""
+    """The target model with noise, whose drafts are partly accepted."""
     return order_two(TABLE + np.random.default_rng(seed).normal(size=TABLE.shape) * noise)
 
 
 SOURCES = {
     "lookup": lambda: {"prompt_lookup_num_tokens": 4},
     "lookup-long": lambda: {"prompt_lookup_num_tokens": 9, "max_matching_ngram_size": 3},
-    "twin": lambda: {"assistant_model": order_two(TABLE), "assistant_confidence_threshold": 0.0},
+    "same": lambda: {"assistant_model": order_two(TABLE), "assistant_confidence_threshold": 0.0},
     "near": lambda: {"assistant_model": blurred(1, 0.5), "num_assistant_tokens": 5},
     "far": lambda: {
         "assistant_model": blurred(2, 4.0),
@@ -46,25 +46,23 @@ CALLS = [
 
 @pytest.mark.parametrize("source", SOURCES)
 @pytest.mark.parametrize("fields", CALLS, ids=str)
-def test_greedy_tokens_are_those_of_plain_decoding(source, fields):
+def test_greedy_tokens_equal_decoding_without_drafts(source, fields):
     for first, second in itertools.product(range(VOCAB), repeat=2):
         plain = order_two(TABLE).generate([[first, second]], max_new_tokens=25, **fields)
-        guessed = order_two(TABLE).generate(
+        drafted = order_two(TABLE).generate(
             [[first, second]], max_new_tokens=25, **fields, **SOURCES[source]()
         )
-        assert guessed.tolist() == plain.tolist()
+        assert drafted.tolist() == plain.tolist()
 
 
 def chi_square(counts, probabilities, draws):
-    """The statistic over the cells that are expected 5 times or more, and how many they are; the rest is one cell."""
+    """The statistic and the number of cells; cells expected fewer than 5 times are merged into one."""
     expected = {cell: p * draws for cell, p in probabilities.items()}
     large = [cell for cell, e in expected.items() if e >= 5]
-    seen = [counts[cell] for cell in large]
-    wanted = [expected[cell] for cell in large]
-    seen.append(draws - sum(seen))
-    wanted.append(draws - sum(wanted))
-    cells = [(s, w) for s, w in zip(seen, wanted, strict=True) if w > 0.5]
-    return sum((s - w) ** 2 / w for s, w in cells), len(cells)
+    cells = [(counts[cell], expected[cell]) for cell in large]
+    rest = draws - sum(count for count, _ in cells), draws - sum(e for _, e in cells)
+    cells = [(count, e) for count, e in [*cells, rest] if e > 0.5]
+    return sum((count - e) ** 2 / e for count, e in cells), len(cells)
 
 
 def softmax(scores):
@@ -75,8 +73,8 @@ def softmax(scores):
 @pytest.mark.parametrize(
     ("source", "temperature"), [("lookup", 1.0), ("near", 1.0), ("near", 0.6), ("far", 1.0)]
 )
-def test_sampled_text_has_the_models_distribution(source, temperature):
-    """Four tokens from a vocabulary of four: 256 possible texts, each as often as the table says."""
+def test_samples_have_the_distribution_of_the_model(source, temperature):
+    """Four tokens from a vocabulary of four: 256 possible sequences."""
     table = TABLE[:4, :4, :4]
     options = {**SOURCES[source](), "do_sample": True, "top_k": 0, "temperature": temperature}
     if helper := options.get("assistant_model"):
@@ -97,21 +95,21 @@ def test_sampled_text_has_the_models_distribution(source, temperature):
             ids.append(token)
         probabilities[text] = p
     statistic, cells = chi_square(counts, probabilities, draws)
-    free = cells - 1
-    # Mean `free`, deviation sqrt(2 free): four deviations are passed by chance once in some 10,000 draws of seeds.
-    assert statistic < free + 4 * np.sqrt(2 * free), (statistic, free)
+    degrees = cells - 1
+    # Mean `degrees`, deviation sqrt(2 degrees): beyond four deviations for about one of 10,000 seeds.
+    assert statistic < degrees + 4 * np.sqrt(2 * degrees), (statistic, degrees)
 
 
-def test_the_test_of_the_distribution_sees_a_wrong_rule():
-    """Tokens of the assistant taken as they are, which is what a rule without rejection would do."""
+def test_the_chi_square_test_detects_a_wrong_distribution():
+    """Tokens of the assistant without rejection sampling."""
     table, near = TABLE[:4, :4, :4], blurred(1, 0.5)
-    draws, free_cells = 2000, Counter()
+    draws, counts = 2000, Counter()
     generator = np.random.default_rng(11)
     for _ in range(draws):
         ids = [1, 2]
         for _ in range(4):
             ids.append(int(generator.choice(4, p=softmax(near.scores(ids)[:4]))))
-        free_cells[tuple(ids[2:])] += 1
+        counts[tuple(ids[2:])] += 1
     probabilities = {}
     for text in itertools.product(range(4), repeat=4):
         ids, p = [1, 2], 1.0
@@ -119,18 +117,18 @@ def test_the_test_of_the_distribution_sees_a_wrong_rule():
             p *= softmax(table[ids[-2], ids[-1]])[token]
             ids.append(token)
         probabilities[text] = p
-    statistic, cells = chi_square(free_cells, probabilities, draws)
+    statistic, cells = chi_square(counts, probabilities, draws)
     assert statistic > cells - 1 + 4 * np.sqrt(2 * (cells - 1))
 
 
-def test_lookup_draws_what_plain_sampling_draws_from_the_same_seed():
+def test_prompt_lookup_samples_the_same_tokens_with_a_seed():
     options = {"max_new_tokens": 30, "do_sample": True, "seed": 3, "top_k": 3}
     plain = order_two(TABLE).generate([[1, 2]], **options)
-    guessed = order_two(TABLE).generate([[1, 2]], prompt_lookup_num_tokens=5, **options)
-    assert plain.tolist() == guessed.tolist()
+    drafted = order_two(TABLE).generate([[1, 2]], prompt_lookup_num_tokens=5, **options)
+    assert plain.tolist() == drafted.tolist()
 
 
-def test_lookup_saves_passes():
+def test_prompt_lookup_needs_fewer_forward_passes():
     loop_of_five = lambda ids: one_hot((ids[-1] + 1) % 5, 6)  # noqa: E731
     model = TableModel(loop_of_five)
     passes = []
@@ -143,17 +141,17 @@ def test_lookup_saves_passes():
     model.decoder = lambda plan, inputs: Counted(loop_of_five, plan, [])
     out = model.generate([[0, 1, 2, 3, 4, 0, 1]], max_new_tokens=33, prompt_lookup_num_tokens=7)
     assert out[0].tolist() == [i % 5 for i in range(40)]
-    assert passes == [8, 8, 8, 8]  # 1 + 4 * 8 tokens; no guess goes beyond the last token asked for
+    assert passes == [8, 8, 8, 8]  # 1 + 4 * 8 tokens; drafts end at max_new_tokens
 
 
-def test_an_assistant_that_is_the_model_has_every_guess_stand():
+def test_an_assistant_equal_to_the_model_has_all_drafts_accepted():
     helper = counting()
     out = counting().generate([[1]], max_new_tokens=12, assistant_model=helper, num_assistant_tokens=5)
     assert out[0].tolist() == list(range(1, 14))
     assert [entry[0] for entry in helper.log].count("prefill") == 1
 
 
-def test_outputs_are_those_of_plain_decoding():
+def test_scores_and_logits_equal_decoding_without_drafts():
     wanted = {
         "max_new_tokens": 15,
         "return_dict_in_generate": True,
@@ -162,10 +160,10 @@ def test_outputs_are_those_of_plain_decoding():
         "repetition_penalty": 1.2,
     }
     plain = order_two(TABLE).generate([[1, 2]], **wanted)
-    guessed = order_two(TABLE).generate([[1, 2]], **wanted, **SOURCES["near"]())
-    assert guessed.sequences.tolist() == plain.sequences.tolist()
+    drafted = order_two(TABLE).generate([[1, 2]], **wanted, **SOURCES["near"]())
+    assert drafted.sequences.tolist() == plain.sequences.tolist()
     for name in ("scores", "logits"):
-        np.testing.assert_array_equal(np.stack(getattr(guessed, name)), np.stack(getattr(plain, name)))
+        np.testing.assert_array_equal(np.stack(getattr(drafted, name)), np.stack(getattr(plain, name)))
 
 
 class Letters:
@@ -174,7 +172,7 @@ class Letters:
 
 
 @pytest.mark.parametrize("source", SOURCES)
-def test_streamers_stop_strings_and_own_criteria(source):
+def test_streamers_stop_strings_and_stopping_criteria(source):
     class Recorder:
         def __init__(self):
             self.got = []
@@ -203,21 +201,28 @@ def test_streamers_stop_strings_and_own_criteria(source):
     assert calls == [(1, n) for n in range(3, 3 + len(calls))]
 
 
-def test_own_processors_see_real_texts_only():
-    seen = []
+def test_logits_processors_get_accepted_tokens_only():
+    calls = []
 
     def spy(ids, scores):
-        seen.append(ids[0].tolist())
+        calls.append(ids[0].tolist())
         return scores
 
     out = order_two(TABLE).generate([[0, 1]], max_new_tokens=12, logits_processor=[spy], **SOURCES["far"]())
-    assert seen == [out[0, :n].tolist() for n in range(2, 14)]
+    assert calls == [out[0, :n].tolist() for n in range(2, 14)]
 
 
-def test_the_latest_and_longest_match_is_taken_and_goes_round():
+def test_prompt_lookup_takes_the_longest_then_latest_match_and_wraps_around():
     source = PromptLookup(6, 2)
     assert source.propose([5], 9).tokens == []
-    assert source.propose([5, 1, 2, 9, 1, 3, 1], 9).tokens == [3, 1, 3, 1, 3, 1]  # after "1": 3, then round
+    assert source.propose([5, 1, 2, 9, 1, 3, 1], 9).tokens == [
+        3,
+        1,
+        3,
+        1,
+        3,
+        1,
+    ]  # "3" follows "1"; then cyclic
     assert source.propose([5, 1, 2, 9, 1, 3, 1, 2], 3).tokens == [9, 1, 3]  # "1 2" is longer than "2"
     assert LONGEST_DRAFT == 64
 
@@ -250,18 +255,18 @@ def test_the_latest_and_longest_match_is_taken_and_goes_round():
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_bad_input_is_one_clear_sentence(arguments, message):
+def test_invalid_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
         counting().generate(**arguments, max_new_tokens=4)
 
 
 @pytest.mark.parametrize("field", ["assistant_ensemble_weight", "assistant_lookbehind", "speculation_type"])
-def test_what_is_not_built_is_refused_by_name(field):
+def test_unsupported_fields_are_refused_by_name(field):
     with pytest.raises(UnsupportedConfig, match=field):
         counting().generate([[1]], **{field: 3})
 
 
-def test_drafting_options_come_from_the_assistants_own_file_unless_the_call_has_them(caplog, monkeypatch):
+def test_draft_options_of_the_call_take_precedence_over_those_of_the_assistant(caplog, monkeypatch):
     def drafts(**options):
         lengths, helper = [], counting()
         propose = Assistant.propose

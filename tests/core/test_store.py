@@ -1,4 +1,4 @@
-"""Reading and writing checkpoints with NumPy alone: bytes, layout, bad files, interrupted saves."""
+"""Reading and writing safetensors with NumPy: bytes, layout, invalid files, interrupted saves."""
 
 import errno
 import json
@@ -27,7 +27,7 @@ from monoblock.errors import CheckpointError
 RNG = np.random.default_rng(0)
 PLAIN = ["bool", "uint8", "int8", "int16", "uint16", "float16", "int32", "uint32", "float32", "complex64"]
 PLAIN += ["float64", "int64", "uint64"]
-PACKED = ["BF16", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"]  # not NumPy's own
+EXTENSION = ["BF16", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"]  # not in NumPy
 
 
 def random(shape, dtype):
@@ -49,7 +49,7 @@ def bits(array):
 
 
 def refusal(call, *words, error=CheckpointError):
-    """The one sentence of the error that `call` raises; it holds all of `words`."""
+    """The one-line message of the error that `call` raises, which contains all of `words`."""
     with pytest.raises(error) as caught:
         call()
     message = str(caught.value)
@@ -63,13 +63,13 @@ def content(folder):
     return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
 
 
-# --- what is written and read ----------------------------------------------------------------------------
+# --- writing and reading ---------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def tensors():
     named = {dtype: random((3, 5), dtype) for dtype in PLAIN}
-    named |= {name: random((4, 2), numpy_dtype(name)) for name in PACKED}
+    named |= {name: random((4, 2), numpy_dtype(name)) for name in EXTENSION}
     return named | {
         "scalar": random((), "float32"),
         "none": random((0, 7), "float32"),
@@ -77,7 +77,7 @@ def tensors():
     }
 
 
-def test_every_dtype_comes_back_bit_for_bit(tmp_path, tensors):
+def test_every_dtype_survives_a_round_trip(tmp_path, tensors):
     save_tensors(tmp_path, tensors, framework="np")
     store = opened(tmp_path)
     assert set(store.keys()) == set(store) == set(tensors)
@@ -86,20 +86,20 @@ def test_every_dtype_comes_back_bit_for_bit(tmp_path, tensors):
         assert bits(store.tensor(name)) == bits(tensor)
         assert store.shape(name) == tensor.shape
         assert store.path(name) == tmp_path / "model.safetensors"
-    assert [store.dtype(name) for name in PACKED] == PACKED
+    assert [store.dtype(name) for name in EXTENSION] == EXTENSION
     assert store.dtype("float32") == "F32"
     assert store.metadata == {"format": "pt"}
     assert "absent" not in store
 
 
-def test_file_equals_the_reference_writers(tmp_path, tensors):
-    plain = {name: tensor for name, tensor in tensors.items() if name not in PACKED}
+def test_files_equal_those_of_safetensors(tmp_path, tensors):
+    plain = {name: tensor for name, tensor in tensors.items() if name not in EXTENSION}
     save_tensors(tmp_path, plain, framework="np")
     save_file(plain, tmp_path / "reference", metadata={"format": "pt"})
     assert (tmp_path / "model.safetensors").read_bytes() == (tmp_path / "reference").read_bytes()
 
 
-def test_reference_reader_reads_shards(tmp_path):
+def test_safetensors_reads_shards(tmp_path):
     tensors = {f"t{i}": random((10, 10), "float32") for i in range(7)}
     *shards, index = save_tensors(tmp_path, tensors, framework="np", max_shard_size=800)
     assert [path.name for path in shards] == [f"model-0000{i}-of-00004.safetensors" for i in (1, 2, 3, 4)]
@@ -115,13 +115,13 @@ def test_reference_reader_reads_shards(tmp_path):
     assert store.path("t6") == shards[3]
 
 
-def test_tensor_larger_than_a_shard_gets_its_own(tmp_path):
+def test_a_tensor_larger_than_max_shard_size_has_its_own_shard(tmp_path):
     tensors = {"a": random((4,), "uint8"), "big": random((50,), "uint8"), "b": random((4,), "uint8")}
     *shards, _ = save_tensors(tmp_path, tensors, framework="np", max_shard_size=10)
     assert [set(open_store(one(path), "np")) for path in shards] == [{"big"}, {"a", "b"}]
 
 
-def test_views_and_foreign_byte_order(tmp_path):
+def test_views_and_big_endian_arrays(tmp_path):
     base = random((6, 8), "float32")
     views = {"t": base.T, "step": base[::2, 1::3], "flip": base[::-1], "big": base.astype(">f4")}
     save_tensors(tmp_path, views, framework="np")
@@ -133,14 +133,14 @@ def test_views_and_foreign_byte_order(tmp_path):
 
 def test_tied_tensors_are_written_once(tmp_path):
     base = random((6, 8), "float32")
-    tied = {"embed": base, "head": base[:], "part": base[:3], "turned": base.T, "copy": base.copy()}
+    tied = {"embed": base, "head": base[:], "slice": base[:3], "transposed": base.T, "copy": base.copy()}
     save_tensors(tmp_path, tied, framework="np")
     store = opened(tmp_path)
-    assert set(store) == {"embed", "part", "turned", "copy"}
+    assert set(store) == {"embed", "slice", "transposed", "copy"}
     assert store.metadata == {"format": "pt", "head": "embed"}
 
 
-def test_values_may_be_functions_and_are_dropped_at_once(tmp_path):
+def test_lazy_values_are_freed_one_by_one(tmp_path):
     made = []
 
     def make():
@@ -165,7 +165,7 @@ def test_metadata(tmp_path):
     )
 
 
-def test_tensors_lie_over_the_file_and_changes_are_private(tmp_path):
+def test_tensors_are_private_mappings_of_the_file(tmp_path):
     [path] = save_tensors(
         tmp_path, {"a": random((5000,), "float32"), "b": random((5000,), "int8")}, framework="np"
     )
@@ -183,20 +183,20 @@ def offset_of(path):
     return 8 + int.from_bytes(path.read_bytes()[:8], "little")
 
 
-def test_end_of_one_tensor_does_not_undo_changes_to_another(tmp_path):
-    """Pages go back to the system with a tensor: none of its neighbours' and none of its namesakes'."""
+def test_deleting_a_tensor_does_not_change_others(tmp_path):
+    """Its pages are released, but not those of adjacent tensors or of other mappings of the same tensor."""
     save_tensors(tmp_path, {n: np.zeros(5001, np.int32) for n in "abc"}, framework="np")
     store = opened(tmp_path)
-    kept = [store.tensor(name) for name in "abcbac"]
-    for value, tensor in enumerate(kept):
+    tensors = [store.tensor(name) for name in "abcbac"]
+    for value, tensor in enumerate(tensors):
         assert (tensor == 0).all()
         tensor[:] = value
-    del kept[1], kept[3], tensor
-    assert [set(tensor.tolist()) for tensor in kept] == [{0}, {2}, {3}, {5}]
-    assert (store.tensor("b") == 0).all()  # the file's
+    del tensors[1], tensors[3], tensor
+    assert [set(tensor.tolist()) for tensor in tensors] == [{0}, {2}, {3}, {5}]
+    assert (store.tensor("b") == 0).all()  # the file is unchanged
 
 
-def test_many_passes_over_a_store_leave_no_open_files(tmp_path):
+def test_repeated_reads_leak_no_file_descriptors(tmp_path):
     save_tensors(tmp_path, {n: np.zeros(5001, np.int32) for n in "ab"}, framework="np")
     store = opened(tmp_path)
     before = len(list(Path("/proc/self/fd").iterdir()))
@@ -205,14 +205,14 @@ def test_many_passes_over_a_store_leave_no_open_files(tmp_path):
     assert len(list(Path("/proc/self/fd").iterdir())) <= before + 1
 
 
-def test_tensor_outlives_store_and_file(tmp_path):
+def test_tensors_outlive_the_store_and_the_file(tmp_path):
     [path] = save_tensors(tmp_path, {"a": np.arange(9000)}, framework="np")
     tensor = opened(tmp_path).tensor("a")
     path.unlink()
     assert np.array_equal(tensor, np.arange(9000))
 
 
-def test_unaligned_tensors_of_old_writers(tmp_path):
+def test_unaligned_tensors(tmp_path):
     data = random((3,), "float32")
     (tmp_path / "old").write_bytes(raw({"a": field("F32", [3], 0, 12)}, data.tobytes(), pad=1))
     tensor = open_store(one(tmp_path / "old"), "np").tensor("a")
@@ -220,7 +220,7 @@ def test_unaligned_tensors_of_old_writers(tmp_path):
     assert tensor.flags.aligned
 
 
-def test_packed_values_without_ml_dtypes_only_move(tmp_path, monkeypatch):
+def test_extension_dtypes_without_ml_dtypes(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "ml_dtypes", None)
     numpy_dtype.cache_clear()
     try:
@@ -235,7 +235,7 @@ def test_packed_values_without_ml_dtypes_only_move(tmp_path, monkeypatch):
         numpy_dtype.cache_clear()
 
 
-def test_ml_dtypes_are_used_where_installed(tmp_path):
+def test_extension_dtypes_with_ml_dtypes(tmp_path):
     ml_dtypes = pytest.importorskip("ml_dtypes")
     values = np.array([1.5, -2.0], ml_dtypes.bfloat16)
     save_tensors(tmp_path, {"a": values}, framework="np")
@@ -259,11 +259,11 @@ def test_sizes(text, size):
 
 
 @pytest.mark.parametrize("size", ["", "GB", "5", "5XB", "-5GB", "5GB5", 0, -1, "0GB", True, 1.5, None])
-def test_impossible_sizes(size):
+def test_invalid_sizes(size):
     refusal(lambda: parse_size(size), "max_shard_size", repr(size), error=ValueError)
 
 
-# --- what is refused while reading -----------------------------------------------------------------------
+# --- invalid files ---------------------------------------------------------------------------------------
 
 
 def field(dtype, shape, begin, end):
@@ -278,7 +278,7 @@ def raw(header, data=b"", pad=0):
 
 GOOD = raw({"a": field("F32", [2], 0, 8), "b": field("I8", [4], 8, 12)}, bytes(12))
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
-BROKEN = {
+INVALID = {
     "empty": (b"", "is empty"),
     "git-lfs pointer": (LFS, "Git LFS pointer, not the weights"),
     "web page": (b"<!DOCTYPE html><html></html>", "web page"),
@@ -321,19 +321,19 @@ BROKEN = {
 }
 
 
-@pytest.mark.parametrize("case", BROKEN)
-def test_broken_file(tmp_path, case):
-    data, words = BROKEN[case]
+@pytest.mark.parametrize("case", INVALID)
+def test_invalid_files(tmp_path, case):
+    data, words = INVALID[case]
     (tmp_path / "model.safetensors").write_bytes(data)
     refusal(lambda: opened(tmp_path), str(tmp_path / "model.safetensors"), words)
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.integers(0, len(GOOD) - 1), st.integers(0, 255), st.integers(0, len(GOOD)))
-def test_damage_is_refused_or_harmless(tmp_path, place, value, length):
-    """Whatever byte changes and wherever the file ends: a `CheckpointError`, or tensors inside the file."""
+def test_corrupt_files_are_refused_or_readable(tmp_path, offset, value, length):
+    """A changed byte and a truncated file: a `CheckpointError`, or tensors within the file."""
     data = bytearray(GOOD)
-    data[place] = value
+    data[offset] = value
     (tmp_path / "model.safetensors").write_bytes(data[:length])
     try:
         store = opened(tmp_path)
@@ -346,7 +346,7 @@ def test_missing_file(tmp_path):
     refusal(lambda: open_store(one(tmp_path / "gone"), "np"), str(tmp_path / "gone"), "does not exist")
 
 
-def test_shard_without_a_tensor_that_the_index_lists(tmp_path):
+def test_a_tensor_of_the_index_missing_in_its_shard(tmp_path):
     *_, index = save_tensors(
         tmp_path, {n: random((4,), "int8") for n in "ab"}, framework="np", max_shard_size=4
     )
@@ -356,7 +356,7 @@ def test_shard_without_a_tensor_that_the_index_lists(tmp_path):
     refusal(lambda: opened(tmp_path), "model-00002-of-00002.safetensors lacks tensor 'c'")
 
 
-def test_tensor_that_the_index_forgot_is_still_there(tmp_path):
+def test_a_tensor_missing_in_the_index_is_read(tmp_path):
     *_, index = save_tensors(
         tmp_path, {n: random((4,), "int8") for n in "ab"}, framework="np", max_shard_size=4
     )
@@ -377,7 +377,7 @@ def test_unknown_framework(tmp_path):
     refusal(lambda: open_store(one(tmp_path), "tf"), "'tf'", "'np'", error=ValueError)
 
 
-def test_bin_file_without_torch(tmp_path, monkeypatch):
+def test_bin_files_need_torch(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
     (tmp_path / "pytorch_model.bin").write_bytes(b"x")
     refusal(
@@ -385,7 +385,7 @@ def test_bin_file_without_torch(tmp_path, monkeypatch):
     )
 
 
-def test_numpy_needs_no_framework(tmp_path):
+def test_reading_and_writing_with_numpy_imports_no_framework(tmp_path):
     code = f"""
 import sys, numpy
 sys.modules["torch"] = None
@@ -399,13 +399,13 @@ print(tensor, {{"huggingface_hub", "jax", "safetensors"}} & set(sys.modules))
     assert run.stdout.strip() == "[0 1 2 3] set()", run.stderr
 
 
-# --- what is refused while writing -----------------------------------------------------------------------
+# --- failed saves ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     "value", [np.array(["a"]), np.array([None]), np.zeros(2, "c16"), np.zeros(2, [("x", "f4")])]
 )
-def test_dtype_without_a_place_in_the_format(tmp_path, value):
+def test_unsupported_dtypes_are_refused(tmp_path, value):
     refusal(lambda: save_tensors(tmp_path, {"bad": value}, framework="np"), "'bad'", str(value.dtype))
     assert not content(tmp_path)
 
@@ -423,7 +423,7 @@ def earlier(tmp_path):
 
 
 def after(calls, error):
-    """A value for `save_tensors` that raises `error` when it is made for the last of `calls` times."""
+    """A lazy value for `save_tensors` that raises `error` at its `calls`-th evaluation."""
     left = [calls]
 
     def make():
@@ -455,13 +455,13 @@ def test_disk_full(earlier, monkeypatch):
     def no_sync(_):
         raise full
 
-    monkeypatch.setattr(os, "fsync", no_sync)  # some file systems tell only then
+    monkeypatch.setattr(os, "fsync", no_sync)  # some file systems report it at fsync
     values["b"] = np.zeros(500, np.float32)
     refusal(lambda: save_tensors(earlier, values, framework="np"), str(earlier), "No space left", "unchanged")
     assert content(earlier) == before
 
 
-def test_system_refuses_to_write_on(earlier):
+def test_file_size_limit(earlier):
     before = content(earlier)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
@@ -477,7 +477,7 @@ def test_system_refuses_to_write_on(earlier):
 
 
 def test_killed_save(earlier):
-    """SIGKILL in the middle: the earlier checkpoint opens, and the next save clears what was left."""
+    """After SIGKILL the earlier checkpoint is intact, and the next save removes the temporary files."""
     before = content(earlier)
     code = f"""
 import os, signal, numpy
@@ -500,7 +500,7 @@ save_tensors({str(earlier)!r}, {{"a": numpy.zeros(100_000), "b": make}}, framewo
     assert not list(earlier.parent.glob(".monoblock*"))
 
 
-def test_folder_that_cannot_be_written(tmp_path):
+def test_unwritable_folders(tmp_path):
     (tmp_path / "file").write_text("x")
     for folder in (tmp_path / "file", tmp_path / "file" / "below"):
         refusal(lambda folder=folder: save_tensors(folder, {"a": np.zeros(1)}, framework="np"), str(folder))
@@ -510,7 +510,7 @@ def test_folder_that_cannot_be_written(tmp_path):
         tmp_path.chmod(0o700)
 
 
-def test_files_of_an_earlier_save_go_after_success(tmp_path):
+def test_files_of_an_earlier_save_are_removed_after_success(tmp_path):
     stale = ["model-00001-of-00009.safetensors", "pytorch_model.bin", "pytorch_model.bin.index.json"]
     stale += ["model.safetensors.index.json", "pytorch_model-00001-of-00002.bin"]
     kept = [
@@ -526,7 +526,7 @@ def test_files_of_an_earlier_save_go_after_success(tmp_path):
     assert set(content(tmp_path)) == {*kept, "model.safetensors"}
 
 
-def test_stale_file_that_stays_is_told(tmp_path):
+def test_a_stale_file_that_cannot_be_removed_is_an_error(tmp_path):
     (tmp_path / "pytorch_model.bin").mkdir()  # cannot be unlinked
     refusal(
         lambda: save_tensors(tmp_path, {"a": np.zeros(1)}, framework="np"), "pytorch_model.bin", "remove it"
@@ -563,7 +563,7 @@ def test_json(tmp_path):
     refusal(lambda: read_json(tmp_path / "none.json"), "none.json", "No such file")
 
 
-def test_small_files_are_written_whole(tmp_path):
+def test_small_files_are_written_atomically(tmp_path):
     path = write_atomically(tmp_path / "new" / "config.json", lambda p: p.write_text("1"))
     assert path.read_text() == "1"
     with pytest.raises(ZeroDivisionError):

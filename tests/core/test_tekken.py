@@ -1,4 +1,4 @@
-"""`tekken.json` files, made here, against the algorithm written out plainly."""
+"""Tekken vocabularies written by the tests, compared with a direct implementation of byte-level BPE by rank."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from mixed_text import mixed_lines
 from monoblock import AutoTokenizer, CheckpointError, LlamaTokenizer
 from monoblock.tokenization.tekken import byte_letters
 
-PATTERN = r"[A-Za-z]+| ?[^ \nA-Za-z]+|[ \n]+"  # classes that all engines read alike
+PATTERN = r"[A-Za-z]+| ?[^ \nA-Za-z]+|[ \n]+"  # character classes with the same meaning in all regex engines
 SPECIAL_COUNT = 30
 
 
 def ranked(count: int = 300) -> list[bytes]:
-    """All bytes, then the commonest joined pairs of a plain training, and some that only runs reach."""
+    """All bytes, the most frequent pairs of BPE training, and tokens of repeated characters."""
     text = "".join(mixed_lines(60, seed=1))
-    rows = [[bytes([byte]) for byte in piece.encode()] for piece in re.findall(PATTERN, text)]
+    rows = [[bytes([byte]) for byte in word.encode()] for word in re.findall(PATTERN, text)]
     tokens = [bytes([byte]) for byte in range(256)]
     for _ in range(count):
         pairs: dict[bytes, int] = {}
@@ -44,19 +44,19 @@ def joined(row: list[bytes], tokens: list[bytes]) -> list[bytes]:
     return out
 
 
-def plainly(text: str, tokens: list[bytes]) -> list[int]:
-    """A piece that is a token; else of all neighbours that make a token join the lowest rank, the leftmost first."""
+def reference_bpe(text: str, tokens: list[bytes]) -> list[int]:
+    """Words that are tokens; for others, repeatedly merges the pair of the lowest rank, the leftmost first."""
     ranks = {token: rank for rank, token in enumerate(tokens)}
     ids: list[int] = []
-    for piece in re.findall(PATTERN, text):
-        parts = [bytes([byte]) for byte in piece.encode()]
-        parts = [piece.encode()] if piece.encode() in ranks else parts
+    for word in re.findall(PATTERN, text):
+        symbols = [bytes([byte]) for byte in word.encode()]
+        symbols = [word.encode()] if word.encode() in ranks else symbols
         while pairs := [
-            (ranks[a + b], at) for at, (a, b) in enumerate(itertools.pairwise(parts)) if a + b in ranks
+            (ranks[a + b], at) for at, (a, b) in enumerate(itertools.pairwise(symbols)) if a + b in ranks
         ]:
             _, at = min(pairs)
-            parts[at : at + 2] = [parts[at] + parts[at + 1]]
-        ids += [SPECIAL_COUNT + ranks[part] for part in parts]
+            symbols[at : at + 2] = [symbols[at] + symbols[at + 1]]
+        ids += [SPECIAL_COUNT + ranks[symbol] for symbol in symbols]
     return ids
 
 
@@ -78,17 +78,17 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_follows_the_algorithm_and_loses_nothing(folder: Path) -> None:
+def test_ids_equal_the_reference_and_decode_to_the_text(folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert type(tokenizer) is LlamaTokenizer and len(tokenizer) == SPECIAL_COUNT + len(TOKENS)
     lines = [*mixed_lines(300, seed=4), *("a" * n for n in range(1, 20)), *(" " * n for n in range(20)), ""]
     rows = tokenizer(lines, add_special_tokens=False, split_special_tokens=True)["input_ids"]
     for line, row in zip(lines, rows, strict=True):
-        assert row == plainly(line, TOKENS), repr(line)
+        assert row == reference_bpe(line, TOKENS), repr(line)
     assert tokenizer.batch_decode(rows) == lines
 
 
-def test_half_a_character_is_decoded_by_bytes(folder: Path) -> None:
+def test_incomplete_characters_decode_to_replacement_characters(folder: Path) -> None:
     tokenizer = LlamaTokenizer.from_pretrained(folder / "tekken.json")
     ids = [SPECIAL_COUNT + byte for byte in "é".encode()]
     assert tokenizer.decode(ids) == "é" and tokenizer.decode(ids[:1]) == "\ufffd"
@@ -108,7 +108,7 @@ def test_special_tokens(folder: Path) -> None:
     assert other.eos_token is None and other.pad_token is None and other.bos_token_id == 1
 
 
-def test_conversation_without_spaces(folder: Path) -> None:
+def test_the_chat_template_has_no_spaces(folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     chat = [
         {"role": "user", "content": "Hi"},
@@ -122,7 +122,7 @@ def test_conversation_without_spaces(folder: Path) -> None:
         AutoTokenizer.from_pretrained(folder).apply_chat_template(chat)
 
 
-def test_save_and_read_again(folder: Path, tmp_path: Path) -> None:
+def test_save_and_load(folder: Path, tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.save_pretrained(tmp_path / "saved")
     (copy,) = tokenizer.save_vocabulary(tmp_path / "saved")
@@ -145,7 +145,7 @@ WHOLE = json.dumps(content())
 
 
 @pytest.mark.parametrize(
-    ("text", "says"),
+    ("text", "message"),
     [
         ("", "Expecting value"),
         (WHOLE[: len(WHOLE) // 2], "is damaged"),
@@ -167,7 +167,7 @@ WHOLE = json.dumps(content())
         (WHOLE.replace('"token_bytes": "AA=="', '"token_bytes": "A"', 1), "is damaged"),
     ],
 )
-def test_damaged_files(tmp_path: Path, text: str, says: str) -> None:
+def test_corrupt_files(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "tekken.json").write_text(text)
-    with pytest.raises(CheckpointError, match=says):
+    with pytest.raises(CheckpointError, match=message):
         AutoTokenizer.from_pretrained(tmp_path)

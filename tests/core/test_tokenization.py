@@ -1,4 +1,4 @@
-"""The tokenizer without any framework: what goes in, what comes out, and what is refused."""
+"""Tokenizers without a framework: calls, arrays, encodings, decoding, special tokens, padding, refused arguments."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from monoblock.tokenization import BatchEncoding, PreTrainedTokenizerFast
 from monoblock.tokenization.tensors import CONVERTERS, converter
 
 
-def test_package_loads_nothing_until_a_name_is_asked_for() -> None:
+def test_importing_the_package_imports_no_third_party_module() -> None:
     code = (
         "import monoblock.tokenization as t, sys; t.__all__;"
         "print({'tokenizers', 'jinja2', 'numpy'} & {*sys.modules})"
@@ -29,7 +29,7 @@ def test_package_loads_nothing_until_a_name_is_asked_for() -> None:
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "set()"
 
 
-def test_tokenizing_loads_no_framework_and_no_jinja() -> None:
+def test_tokenizing_imports_no_framework_and_no_jinja() -> None:
     code = (
         "import sys; from trained_tokenizers import tokenizer; tokenizer()('hi', return_tensors='np');"
         "print({'torch', 'jax', 'tensorflow', 'jinja2', 'huggingface_hub'} & {*sys.modules})"
@@ -41,7 +41,7 @@ def test_tokenizing_loads_no_framework_and_no_jinja() -> None:
 # --- the call
 
 
-def test_one_text_gives_flat_lists_and_several_give_rows() -> None:
+def test_a_string_returns_flat_lists_and_a_list_returns_rows() -> None:
     t = tokenizer()
     one, many = t(TEXT[0]), t(TEXT)
     assert one["input_ids"] == many.input_ids[0] == t.encode(TEXT[0])
@@ -70,7 +70,7 @@ def test_empty_inputs() -> None:
 
 
 @pytest.mark.parametrize(
-    ("args", "options", "words"),
+    ("args", "options", "expected"),
     [
         ((3,), {}, "text is int (3)"),
         ((b"bytes",), {}, "text is bytes"),
@@ -115,16 +115,16 @@ def test_empty_inputs() -> None:
         ((["a b", "c"],), {"return_tensors": "np"}, "pass padding=True"),
     ],
 )
-def test_refused_calls(args: tuple[Any, ...], options: dict[str, Any], words: str) -> None:
+def test_invalid_calls_are_refused(args: tuple[Any, ...], options: dict[str, Any], expected: str) -> None:
     with pytest.raises((ValueError, TypeError)) as caught:
         tokenizer()(*args, **options)
     message = str(caught.value)
-    assert words in message
+    assert expected in message
     assert "\n" not in message
 
 
-def test_lone_surrogates_are_named() -> None:
-    """Halves of UTF-16 pairs, as `errors="surrogateescape"` leaves them; whole pairs are characters."""
+def test_lone_surrogates_are_refused() -> None:
+    """As from `errors="surrogateescape"`; characters outside the BMP are accepted."""
     t, bad = tokenizer(), "der \ud800Fluß"
     calls: dict[str, Any] = {
         "text": lambda: t(bad),
@@ -162,14 +162,14 @@ def test_padding_needs_a_token() -> None:
     t = tokenizer(pad_token=None)
     with pytest.raises(ValueError, match=r"tokenizer\.pad_token = tokenizer\.eos_token"):
         t("a", padding=True)
-    t.pad_token = "<unheard of>"
+    t.pad_token = "<absent>"
     with pytest.raises(ValueError, match="not in the vocabulary"):
         t("a", padding=True)
     t.pad_token = t.eos_token
     assert t(["a", "a a"], padding=True)["input_ids"][0][-1] == 1
 
 
-def test_padding_to_nothing_in_particular_is_warned_about() -> None:
+def test_max_length_without_effect_is_warned_about() -> None:
     with pytest.warns(UserWarning, match="max_length has no effect") as caught:
         tokenizer()("a", padding=True, truncation=False, max_length=4)
     assert caught[0].filename == __file__
@@ -178,7 +178,7 @@ def test_padding_to_nothing_in_particular_is_warned_about() -> None:
         tokenizer()("a", padding=True, truncation=False, max_length=4, verbose=False)
 
 
-def test_a_text_beyond_the_model_is_warned_about_once(logs: pytest.LogCaptureFixture) -> None:
+def test_texts_longer_than_model_max_length_are_logged_once(logs: pytest.LogCaptureFixture) -> None:
     t = tokenizer(model_max_length=3)
     for _ in range(2):
         t(TEXT[0])
@@ -189,8 +189,8 @@ def test_a_text_beyond_the_model_is_warned_about_once(logs: pytest.LogCaptureFix
     assert not logs.messages
 
 
-def test_threads_do_not_change_each_others_settings() -> None:
-    """Padding and truncation are state of the backend; calls from several threads must not mix them."""
+def test_calls_of_several_threads_are_independent() -> None:
+    """Padding and truncation are state of the backend."""
     t, wrong = tokenizer(), []
 
     def call(length: int) -> None:
@@ -209,7 +209,7 @@ def test_threads_do_not_change_each_others_settings() -> None:
 # --- arrays
 
 
-def test_a_missing_framework_is_named_with_its_pip_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_import_errors_name_the_pip_command(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, extra in (("pt", "torch"), ("jax", "jax"), ("tf", "tf")):
         for module in (CONVERTERS[name].module, CONVERTERS[name].module.partition(".")[0]):
             monkeypatch.setitem(sys.modules, module, None)
@@ -218,7 +218,7 @@ def test_a_missing_framework_is_named_with_its_pip_line(monkeypatch: pytest.Monk
         assert f'pip install "monoblock[{extra}]"' in str(caught.value)
 
 
-def test_arrays_from_arrays_and_other_values() -> None:
+def test_conversion_of_arrays_and_ragged_lists() -> None:
     convert = converter("np")
     array = np.array([1])
     assert convert("x", array) is array
@@ -229,8 +229,8 @@ def test_arrays_from_arrays_and_other_values() -> None:
 
 def test_moving_to_a_device() -> None:
     class Tensor:
-        def to(self, **where: Any) -> dict[str, Any]:
-            return where
+        def to(self, **options: Any) -> dict[str, Any]:
+            return options
 
     moved = BatchEncoding({"input_ids": Tensor(), "text": "x"}).to("cuda:0", non_blocking=True)
     assert moved.data == {"input_ids": {"device": "cuda:0", "non_blocking": True}, "text": "x"}
@@ -240,10 +240,10 @@ def test_moving_to_a_device() -> None:
         tokenizer()("a").to("cpu")
 
 
-# --- what a call returns
+# --- BatchEncoding
 
 
-def test_encoding_is_a_dictionary_that_pickles_and_copies() -> None:
+def test_encodings_are_mappings_that_pickle_and_copy() -> None:
     out = tokenizer()(TEXT)
     for same in (pickle.loads(pickle.dumps(out)), copy.deepcopy(out), copy.copy(out)):
         assert same == out and same.tokens(1) == out.tokens(1) and same.n_sequences == 1
@@ -253,7 +253,7 @@ def test_encoding_is_a_dictionary_that_pickles_and_copies() -> None:
     assert BatchEncoding({"x": [1, 2, 3]})[1:] == {"x": [2, 3]}
 
 
-def test_encoding_says_what_it_lacks() -> None:
+def test_missing_keys_and_encodings_are_errors() -> None:
     with pytest.raises(AttributeError, match="it has: input_ids, attention_mask"):
         _ = tokenizer()("a").token_type_ids
     bare = BatchEncoding({"input_ids": [1]})
@@ -279,7 +279,7 @@ def test_tokens_words_and_characters() -> None:
 # --- ids to text
 
 
-def test_decoding_takes_every_kind_of_ids() -> None:
+def test_decode_accepts_sequences_arrays_and_encodings() -> None:
     t = tokenizer()
     ids = t.encode(TEXT[1])
     for given in (
@@ -296,16 +296,17 @@ def test_decoding_takes_every_kind_of_ids() -> None:
     assert t.decode(range(3)) == "<s></s><pad>" and t.decode(range(3), skip_special_tokens=True) == ""
     assert t.decode(np.array([ids, ids])) == [TEXT[1]] * 2
     assert t.decode([]) == "" and t.batch_decode([]) == [] and t.batch_decode([[], ids]) == ["", TEXT[1]]
-    assert t.decode([5000, *ids]) == TEXT[1]  # models have more ids than their tokenizers
+    # Ids above the vocabulary are skipped: many models have more ids than their tokenizers.
+    assert t.decode([5000, *ids]) == TEXT[1]
 
 
 @pytest.mark.parametrize("given", ["text", 1.5, [1.5], None, [None], object()])
-def test_what_is_no_id_cannot_be_decoded(given: Any) -> None:
+def test_decoding_other_types_is_refused(given: Any) -> None:
     with pytest.raises(TypeError, match="expected token ids"):
         tokenizer().decode(given)
 
 
-def test_negative_ids_are_explained() -> None:
+def test_decoding_negative_ids_is_refused() -> None:
     with pytest.raises(ValueError, match="-100 is not a token id"):
         tokenizer().decode([3, -100])
 
@@ -332,7 +333,7 @@ def test_names_and_ids_of_special_tokens() -> None:
     assert not hasattr(t, "nothing_token")
 
 
-def test_special_tokens_of_the_models_own() -> None:
+def test_model_specific_special_tokens() -> None:
     t = tokenizer(image_token="<image>", extra_special_tokens={"audio_token": "<audio>"})
     assert t.image_token == "<image>" and t.convert_ids_to_tokens(t.audio_token_id) == "<audio>"
     t.image_token = "<pad>"
@@ -340,7 +341,7 @@ def test_special_tokens_of_the_models_own() -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "expected"),
     [
         (lambda t: setattr(t, "pad_token", 3), "pad_token must be a string"),
         (lambda t: setattr(t, "pad_token_id", 10**6), "has no such id"),
@@ -364,12 +365,12 @@ def test_special_tokens_of_the_models_own() -> None:
         (lambda t: PreTrainedTokenizerFast(tokenizer_object="x"), "tokenizer_object must be"),
     ],
 )
-def test_refused_special_tokens(change: Any, words: str) -> None:
-    with pytest.raises((ValueError, TypeError), match=words):
+def test_invalid_special_tokens_are_refused(change: Any, expected: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=expected):
         change(tokenizer())
 
 
-def test_added_tokens_are_found_in_text_and_can_be_skipped() -> None:
+def test_added_tokens_are_matched_in_text_and_can_be_skipped() -> None:
     t = tokenizer()
     before = len(t)
     assert t.add_tokens(["foxdog", "foxdog"]) == 1
@@ -387,7 +388,7 @@ def test_added_tokens_are_found_in_text_and_can_be_skipped() -> None:
 
 def test_special_tokens_around_ids() -> None:
     t = tokenizer(template=True)
-    t("a", padding="max_length", max_length=30)  # leaves its settings in the backend
+    t("a", padding="max_length", max_length=30)  # its settings remain in the backend
     first, second = t.encode("the fox", add_special_tokens=False), t.encode("dog", add_special_tokens=False)
     out = t("the fox", "dog", return_token_type_ids=True, return_special_tokens_mask=True)
     assert t.build_inputs_with_special_tokens(first, second) == out["input_ids"]
@@ -403,7 +404,7 @@ def test_special_tokens_around_ids() -> None:
         t.get_special_tokens_mask(first, second, already_has_special_tokens=True)
 
 
-def test_bos_and_eos_by_switch() -> None:
+def test_add_bos_token_and_add_eos_token() -> None:
     t = tokenizer(add_bos_token=True)
     assert t.add_bos_token and not t.add_eos_token
     t.add_eos_token = True
@@ -413,7 +414,7 @@ def test_bos_and_eos_by_switch() -> None:
     assert t.encode("fox") == [*ids, 1]
 
 
-def test_special_tokens_in_text_can_be_read_as_text() -> None:
+def test_split_special_tokens() -> None:
     t = tokenizer()
     assert t.encode("</s>") == [1]
     assert 1 not in t.encode("</s>", split_special_tokens=True)
@@ -440,7 +441,7 @@ def test_changing_a_copy_leaves_the_original() -> None:
     assert len(other) == len(t) + 1 and t.pad_token == "<pad>"
 
 
-def test_repr_names_what_matters() -> None:
+def test_repr() -> None:
     text = repr(tokenizer(model_max_length=77))
     assert text.startswith("PreTrainedTokenizerFast(") and "model_max_length=77" in text and "'</s>'" in text
 
@@ -448,7 +449,7 @@ def test_repr_names_what_matters() -> None:
 # --- pad
 
 
-def test_pad_as_a_collator_uses_it() -> None:
+def test_pad_of_rows_with_labels() -> None:
     t = tokenizer(padding_side="left")
     rows = [{"input_ids": [5, 6, 7], "labels": 1}, {"input_ids": np.array([5]), "labels": 0}]
     before = copy.deepcopy(rows)
@@ -467,7 +468,7 @@ def test_pad_as_a_collator_uses_it() -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "words"),
+    ("given", "expected"),
     [
         ({"labels": [1]}, "needs 'input_ids'; got the keys: labels"),
         ([{"input_ids": [1]}, {"attention_mask": [1]}], "row 1 has no 'input_ids'"),
@@ -480,6 +481,6 @@ def test_pad_as_a_collator_uses_it() -> None:
         ({"input_ids": "text"}, "takes ids as lists or arrays"),
     ],
 )
-def test_pad_refuses(given: Any, words: str) -> None:
-    with pytest.raises(ValueError, match=words):
+def test_invalid_arguments_of_pad_are_refused(given: Any, expected: str) -> None:
+    with pytest.raises(ValueError, match=expected):
         tokenizer().pad(given)

@@ -1,4 +1,4 @@
-"""A tokenizer's files: which class they ask for, what is refused, and what is left when writing fails."""
+"""Tokenizer files: selection of a class, loading, saving, invalid files, failed saves, the hub."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from monoblock.tokenization import AutoTokenizer, GPTNeoXTokenizerFast, PreTrain
 
 
 def write(folder: Path, **files: Any) -> Path:
-    """A folder with tokenizer.json and JSON files of those names."""
+    """A folder with tokenizer.json and the given JSON files."""
     folder.mkdir(exist_ok=True)
     backend().save(str(folder / "tokenizer.json"))
     for name, content in files.items():
@@ -25,7 +25,7 @@ def write(folder: Path, **files: Any) -> Path:
     return folder
 
 
-# --- which class
+# --- class selection
 
 
 @pytest.mark.parametrize(
@@ -35,11 +35,11 @@ def write(folder: Path, **files: Any) -> Path:
         ({"tokenizer_config": {"tokenizer_class": "GPTNeoXTokenizer"}}, {}, GPTNeoXTokenizerFast),
         ({"tokenizer_config": {"tokenizer_class": "GPTNeoXTokenizerFast"}}, {}, GPTNeoXTokenizerFast),
         ({"tokenizer_config": {"tokenizer_class": "TokenizersBackend"}}, {}, PreTrainedTokenizerFast),
-        ({"tokenizer_config": {"tokenizer_class": "NobodysTokenizer"}}, {}, PreTrainedTokenizerFast),
+        ({"tokenizer_config": {"tokenizer_class": "UnknownTokenizer"}}, {}, PreTrainedTokenizerFast),
         ({"config": {"model_type": "mpt"}}, {}, GPTNeoXTokenizerFast),
-        ({"config": {"model_type": "nobodys"}}, {}, PreTrainedTokenizerFast),
+        ({"config": {"model_type": "unknown"}}, {}, PreTrainedTokenizerFast),
         (
-            {"config": {"model_type": "nobodys", "tokenizer_class": "GPTNeoXTokenizer"}},
+            {"config": {"model_type": "unknown", "tokenizer_class": "GPTNeoXTokenizer"}},
             {},
             GPTNeoXTokenizerFast,
         ),
@@ -55,15 +55,15 @@ def write(folder: Path, **files: Any) -> Path:
         ({}, {"use_fast": False, "trust_remote_code": True}, PreTrainedTokenizerFast),
     ],
 )
-def test_auto_tokenizer_chooses(
+def test_class_of_auto_tokenizer(
     tmp_path: Path, files: dict[str, Any], options: dict[str, Any], expected: type
 ) -> None:
-    made = AutoTokenizer.from_pretrained(write(tmp_path, **files), **options)
-    assert type(made) is expected
-    assert made.batch_decode(made(TEXT)["input_ids"]) == TEXT
+    loaded = AutoTokenizer.from_pretrained(write(tmp_path, **files), **options)
+    assert type(loaded) is expected
+    assert loaded.batch_decode(loaded(TEXT)["input_ids"]) == TEXT
 
 
-def test_a_config_object_says_the_model_type(tmp_path: Path) -> None:
+def test_model_type_of_a_config_object(tmp_path: Path) -> None:
     class Config:
         model_type = "mpt"
 
@@ -71,43 +71,43 @@ def test_a_config_object_says_the_model_type(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("files", "options", "words"),
+    ("files", "options", "message"),
     [
         (
-            {"tokenizer_config": {"tokenizer_class": "NobodysTokenizer"}},
+            {"tokenizer_config": {"tokenizer_class": "UnknownTokenizer"}},
             {},
-            "tokenizer_class='NobodysTokenizer', which",
+            "tokenizer_class='UnknownTokenizer', which",
         ),
-        ({"config": {"model_type": "nobodys"}}, {}, "model_type='nobodys', which is not known"),
-        ({}, {"tokenizer_type": "nobodys"}, "tokenizer_type='nobodys' is not known"),
+        ({"config": {"model_type": "unknown"}}, {}, "model_type='unknown', which is not known"),
+        ({}, {"tokenizer_type": "unknown"}, "tokenizer_type='unknown' is not known"),
     ],
 )
-def test_an_unknown_tokenizer_says_what_is_known(
-    tmp_path: Path, files: dict[str, Any], options: dict[str, Any], words: str
+def test_unknown_tokenizers_are_refused(
+    tmp_path: Path, files: dict[str, Any], options: dict[str, Any], message: str
 ) -> None:
     (write(tmp_path, **files) / "tokenizer.json").unlink()
     with pytest.raises(
         ValueError, match=r"known classes: PreTrainedTokenizerFast, .*GPTNeoXTokenizer"
     ) as caught:
         AutoTokenizer.from_pretrained(tmp_path, **options)
-    assert words in str(caught.value)
+    assert message in str(caught.value)
 
 
-def test_auto_tokenizer_is_no_class_to_make() -> None:
+def test_auto_tokenizer_has_no_constructor() -> None:
     with pytest.raises(OSError, match="from_pretrained"):
         AutoTokenizer()
 
 
-# --- reading
+# --- loading
 
 
-def test_one_file_is_enough(tmp_path: Path) -> None:
+def test_tokenizer_json_alone(tmp_path: Path) -> None:
     write(tmp_path)
-    for made in (
+    for loaded in (
         AutoTokenizer.from_pretrained(tmp_path / "tokenizer.json", eos_token="</s>"),
         PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"), eos_token="</s>"),
     ):
-        assert made.eos_token_id == 1 and made.name_or_path in ("", str(tmp_path / "tokenizer.json"))
+        assert loaded.eos_token_id == 1 and loaded.name_or_path in ("", str(tmp_path / "tokenizer.json"))
 
 
 def test_subfolder_and_overrides(tmp_path: Path) -> None:
@@ -115,11 +115,11 @@ def test_subfolder_and_overrides(tmp_path: Path) -> None:
         tmp_path / "inner",
         tokenizer_config={"pad_token": "<pad>", "padding_side": "right", "model_max_length": 9},
     )
-    made = AutoTokenizer.from_pretrained(
+    loaded = AutoTokenizer.from_pretrained(
         tmp_path, subfolder="inner", padding_side="left", pad_token="</s>", odd=3
     )
-    assert (made.padding_side, made.pad_token_id, made.model_max_length) == ("left", 1, 9)
-    assert made.init_kwargs["odd"] == 3 and made.name_or_path == str(tmp_path)
+    assert (loaded.padding_side, loaded.pad_token_id, loaded.model_max_length) == ("left", 1, 9)
+    assert loaded.init_kwargs["odd"] == 3 and loaded.name_or_path == str(tmp_path)
 
 
 def test_settings_inside_tokenizer_json_become_defaults(tmp_path: Path) -> None:
@@ -127,12 +127,12 @@ def test_settings_inside_tokenizer_json_become_defaults(tmp_path: Path) -> None:
     inner.enable_padding(direction="left", pad_id=2, pad_token="<pad>", length=8)
     inner.enable_truncation(4, direction="left")
     inner.save(str(tmp_path / "tokenizer.json"))
-    made = AutoTokenizer.from_pretrained(tmp_path)
-    assert (made.padding_side, made.truncation_side, made.pad_token) == ("left", "left", "<pad>")
-    assert len(made(TEXT[0])["input_ids"]) > 4  # a call pads and truncates when it is asked to
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    assert (loaded.padding_side, loaded.truncation_side, loaded.pad_token) == ("left", "left", "<pad>")
+    assert len(loaded(TEXT[0])["input_ids"]) > 4  # calls pad and truncate on request only
 
 
-def test_templates_of_a_folder(tmp_path: Path) -> None:
+def test_chat_templates_of_a_folder(tmp_path: Path) -> None:
     write(tmp_path, tokenizer_config={"chat_template": "old"})
     assert AutoTokenizer.from_pretrained(tmp_path).chat_template == "old"
     (tmp_path / "chat_template.jinja").write_text("new\n")
@@ -143,7 +143,7 @@ def test_templates_of_a_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("files", "error", "words"),
+    ("files", "error", "message"),
     [
         ({"tokenizer": "{"}, CheckpointError, "tokenizer.json is not a tokenizer file"),
         ({"tokenizer": '{"version": "1.0"}'}, CheckpointError, "tokenizer.json is not a tokenizer file"),
@@ -158,10 +158,10 @@ def test_templates_of_a_folder(tmp_path: Path) -> None:
         ({"tokenizer_config": {"pad_token": 3}}, FieldError, "pad_token must be a string"),
     ],
 )
-def test_broken_files(tmp_path: Path, files: dict[str, Any], error: type[Exception], words: str) -> None:
+def test_invalid_files(tmp_path: Path, files: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error) as caught:
         AutoTokenizer.from_pretrained(write(tmp_path, **files))
-    assert words in str(caught.value) and "\n" not in str(caught.value)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_missing_files(tmp_path: Path) -> None:
@@ -179,13 +179,15 @@ def test_vocabulary_files(tmp_path: Path) -> None:
     model = json.loads(backend().to_str())["model"]
     (tmp_path / "vocab.json").write_text(json.dumps(model["vocab"]))
     (tmp_path / "merges.txt").write_text("#version: 0.2\n" + "\n".join(map(" ".join, model["merges"])) + "\n")
-    made = GPTNeoXTokenizerFast.from_pretrained(tmp_path)
-    assert made.batch_decode(made(TEXT)["input_ids"]) == TEXT
-    assert made.pad_token == "<|padding|>" and made.eos_token_id == made.bos_token_id == len(model["vocab"])
+    loaded = GPTNeoXTokenizerFast.from_pretrained(tmp_path)
+    assert loaded.batch_decode(loaded(TEXT)["input_ids"]) == TEXT
+    assert loaded.pad_token == "<|padding|>" and loaded.eos_token_id == loaded.bos_token_id == len(
+        model["vocab"]
+    )
     same = GPTNeoXTokenizerFast(vocab=model["vocab"], merges=[tuple(pair) for pair in model["merges"]])
-    assert same(TEXT) == made(TEXT)
-    made.save_pretrained(tmp_path / "saved")
-    assert AutoTokenizer.from_pretrained(tmp_path / "saved")(TEXT) == made(TEXT)
+    assert same(TEXT) == loaded(TEXT)
+    loaded.save_pretrained(tmp_path / "saved")
+    assert AutoTokenizer.from_pretrained(tmp_path / "saved")(TEXT) == loaded(TEXT)
     (tmp_path / "merges.txt").write_text("a b c\n")
     with pytest.raises(CheckpointError, match="a merge is two tokens"):
         GPTNeoXTokenizerFast.from_pretrained(tmp_path)
@@ -196,16 +198,16 @@ def test_vocabulary_files(tmp_path: Path) -> None:
         GPTNeoXTokenizerFast(vocab={"a": 0})
 
 
-# --- writing
+# --- saving
 
 
-def test_saving_and_loading_keeps_everything(tmp_path: Path) -> None:
+def test_settings_survive_a_round_trip(tmp_path: Path) -> None:
     t = tokenizer(template=True, odd=[1, {"a": None}], image_token="<image>", model_max_length=50)
     t.add_special_tokens({"sep_token": "<sep>", "extra_special_tokens": ["<x>"]})
     t.add_tokens(["foxdog"])
     t.pad_token, t.bos_token, t.padding_side, t.truncation_side = t.eos_token, None, "left", "left"
     t.chat_template = "{{ messages }}"
-    t(TEXT, padding=True, truncation=True, max_length=3)  # leaves its settings in the backend
+    t(TEXT, padding=True, truncation=True, max_length=3)  # its settings remain in the backend
     paths = t.save_pretrained(tmp_path, filename_prefix=None)
     assert [Path(path).name for path in paths] == [
         "tokenizer_config.json",
@@ -229,7 +231,7 @@ def test_saving_and_loading_keeps_everything(tmp_path: Path) -> None:
     assert "name_or_path" not in (tmp_path / "tokenizer_config.json").read_text()
 
 
-def test_older_files_in_the_folder_do_not_overrule(tmp_path: Path) -> None:
+def test_older_files_in_the_folder_are_not_used_after_saving(tmp_path: Path) -> None:
     write(tmp_path, special_tokens_map={"pad_token": "<old>"}, added_tokens={"<older>": 999})
     t = tokenizer()
     t.add_tokens(["<new>"])
@@ -238,7 +240,7 @@ def test_older_files_in_the_folder_do_not_overrule(tmp_path: Path) -> None:
     assert again.pad_token == "<pad>" and len(again) == len(t) and again.get_vocab() == t.get_vocab()
 
 
-def test_a_failure_leaves_the_folder_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_save_leaves_the_folder_unchanged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     t = tokenizer(chat_template={"default": "a", "tool_use": "b"})
     t.save_pretrained(tmp_path)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
@@ -257,16 +259,16 @@ def test_a_failure_leaves_the_folder_as_it_was(tmp_path: Path, monkeypatch: pyte
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
-def test_refused_ways_of_saving(tmp_path: Path) -> None:
+def test_invalid_saves_are_refused(tmp_path: Path) -> None:
     t = tokenizer()
     (tmp_path / "file").write_text("")
-    for call, words in (
+    for call, message in (
         (lambda: t.save_pretrained(tmp_path / "file"), "is a file"),
         (lambda: t.save_pretrained(tmp_path, legacy_format=True), "legacy_format"),
         (lambda: t.save_pretrained(tmp_path, push_to_hub=True), "push_to_hub"),
         (lambda: t.push_to_hub("me/model"), "hf upload me/model"),
     ):
-        with pytest.raises((ValueError, NotImplementedError), match=words):
+        with pytest.raises((ValueError, NotImplementedError), match=message):
             call()
     t.chat_template = {"../escape": "x"}
     with pytest.raises(ValueError, match="not a file name"):
@@ -290,17 +292,19 @@ def test_from_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("NO_PROXY", "127.0.0.1")
         monkeypatch.setenv("HF_ENDPOINT", hub.url)
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-        huggingface_hub.close_session()  # one made earlier knows nothing of NO_PROXY
-        made = AutoTokenizer.from_pretrained("me/model", cache_dir=tmp_path / "cache")
+        huggingface_hub.close_session()  # an existing session ignores NO_PROXY
+        loaded = AutoTokenizer.from_pretrained("me/model", cache_dir=tmp_path / "cache")
         assert (
-            type(made) is GPTNeoXTokenizerFast and made.pad_token == "<pad>" and made.chat_template == "hub"
+            type(loaded) is GPTNeoXTokenizerFast
+            and loaded.pad_token == "<pad>"
+            and loaded.chat_template == "hub"
         )
-        assert made.name_or_path == "me/model"
+        assert loaded.name_or_path == "me/model"
         bare = AutoTokenizer.from_pretrained("me/model", revision="bare", cache_dir=tmp_path / "cache")
         assert type(bare) is PreTrainedTokenizerFast and bare.chat_template is None
     huggingface_hub.close_session()
     again = AutoTokenizer.from_pretrained("me/model", cache_dir=tmp_path / "cache", local_files_only=True)
-    assert again(TEXT) == made(TEXT)
+    assert again(TEXT) == loaded(TEXT)
     with pytest.raises(HubError):
         AutoTokenizer.from_pretrained("me/other", cache_dir=tmp_path / "cache", local_files_only=True)
     with pytest.raises((TypeError, ValueError), match="proxies"):

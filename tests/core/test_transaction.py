@@ -1,4 +1,4 @@
-"""A save leaves the whole old model or the whole new one: killed anywhere, beside others, on a full disk."""
+"""Saves are atomic: when killed, with concurrent saves and readers, on a full disk, and with corrupt journals."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from typing import Any
 import kill_points
 import numpy as np
 import pytest
-import save_cases as made
+import save_cases
 from save_cases import CASES
 
 from monoblock.checkpoint import transaction
@@ -31,23 +31,23 @@ from monoblock.checkpoint.store import open_store
 from monoblock.checkpoint.transaction import staged, write_atomically
 from monoblock.errors import CheckpointError, HubError
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="a folder is exchanged, and processes fork")
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs renameat2 and fork")
 
-SAMPLE = 6  # kill points of a case; `make fuzz` takes all of them
+SAMPLE = 6  # kill points of a case; `make fuzz` tries all of them
 ROUNDS = 25
 
 
 @pytest.fixture(autouse=True)
 def no_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is to be on the disk may stay in memory: the machine does not fail here."""
+    """Disables fsync: the tests simulate no power failure."""
     monkeypatch.setattr(os, "fsync", lambda _: None)
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Where a model is to be, in a place of its own."""
-    (tmp_path / "place").mkdir()
-    return tmp_path / "place" / "model"
+    """The path of a model in its own parent folder."""
+    (tmp_path / "parent").mkdir()
+    return tmp_path / "parent" / "model"
 
 
 def without_exchange(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -61,14 +61,13 @@ def without_exchange(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_how_a_save_comes_there(folder: Path, name: str) -> None:
-    """The cases are what they say they are, and leave nothing but the model and the files of others."""
+def test_commit_method_and_remaining_files(folder: Path, name: str) -> None:
     case = CASES[name]
-    case.made(folder)
+    case.prepare(folder)
     found = kill_points.operations(lambda: case.do(folder))
     assert ("exchange" in found) == (case.by == "exchange")
-    assert made.model_in(folder) == 2
-    assert not made.litter(folder)
+    assert save_cases.model_in(folder) == 2
+    assert not save_cases.leftovers(folder)
     for other, text in case.others.items():
         assert (folder / other).is_file() == case.stays
         assert not case.stays or (folder / other).read_text() == text
@@ -81,57 +80,58 @@ def test_killed(folder: Path, name: str) -> None:
 
 @pytest.mark.parametrize("others", [{}, {"runs/log": "x"}])
 def test_killed_while_a_tokenizer_is_saved(folder: Path, others: dict[str, str]) -> None:
-    """Several small files belong together as well; the model beside them stays."""
+    """The files of a tokenizer are replaced atomically, and the model next to them is unchanged."""
 
     def prepare() -> None:
         shutil.rmtree(folder, ignore_errors=True)
-        made.save(folder, 1)
-        made.save_texts(folder, 1)
+        save_cases.save(folder, 1)
+        save_cases.save_tokenizer(folder, 1)
         for name, text in others.items():
             (folder / name).parent.mkdir()
             (folder / name).write_text(text)
 
     prepare()
-    count = len(kill_points.operations(lambda: made.save_texts(folder, 2)))
+    count = len(kill_points.operations(lambda: save_cases.save_tokenizer(folder, 2)))
     for at in kill_points.spread(count, 12):
         prepare()
-        assert kill_points.killed(lambda: made.save_texts(folder, 2), at) == (at < count)
-        assert made.texts_in(folder) in ({1}, {2})
-        assert made.model_in(folder) == 1
+        assert kill_points.killed(lambda: save_cases.save_tokenizer(folder, 2), at) == (at < count)
+        assert save_cases.tokenizer_tags(folder) in ({1}, {2})
+        assert save_cases.model_in(folder) == 1
 
 
 def test_killed_while_flax_weights_are_saved(folder: Path) -> None:
-    """Shards of a format without metadata, of the same number."""
-    made.save_flax(folder, 1, per_shard=1)
-    count = len(kill_points.operations(lambda: made.save_flax(folder, 2, per_shard=1)))
+    """The old and the new model have the same number of msgpack shards, which have no metadata."""
+    save_cases.save_flax(folder, 1, per_shard=1)
+    count = len(kill_points.operations(lambda: save_cases.save_flax(folder, 2, per_shard=1)))
     for at in kill_points.spread(count, SAMPLE):
         shutil.rmtree(folder)
-        made.save_flax(folder, 1, per_shard=1)
+        save_cases.save_flax(folder, 1, per_shard=1)
         (folder / "checkpoint-1").mkdir()
-        kill_points.killed(lambda: made.save_flax(folder, 2, per_shard=1), at)
-        assert made.model_in(folder) in (1, 2)
+        kill_points.killed(lambda: save_cases.save_flax(folder, 2, per_shard=1), at)
+        assert save_cases.model_in(folder) in (1, 2)
 
 
-def test_killed_while_it_completes_a_save(folder: Path) -> None:
-    """A load that completes another program's save may be killed in turn."""
+def test_killed_during_recovery(folder: Path) -> None:
+    """A load completes a committed save from the journal, and may be killed, too."""
     case = CASES["trainer, to shards"]
-    case.made(folder)
+    case.prepare(folder)
     committed = kill_points.operations(lambda: case.do(folder)).index("os.chmod") + 2
-    case.made(folder)
+    case.prepare(folder)
     kill_points.killed(lambda: case.do(folder), committed)
     shutil.copytree(folder, folder.with_name("copy"))
-    count = len(kill_points.operations(lambda: made.model_in(folder)))
+    count = len(kill_points.operations(lambda: save_cases.model_in(folder)))
     assert count > 5
     for at in range(count):
         shutil.rmtree(folder)
         shutil.copytree(folder.with_name("copy"), folder)
-        assert kill_points.killed(lambda: made.model_in(folder), at)
-        assert made.model_in(folder) == 2
+        assert kill_points.killed(lambda: save_cases.model_in(folder), at)
+        assert save_cases.model_in(folder) == 2
 
 
 @pytest.mark.parametrize("name", ["same layout", "to shards", "from shards", "replaced"])
-def test_without_an_exchange(folder: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the system has none: the journal."""
+def test_journal_if_the_system_cannot_exchange_folders(
+    folder: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     without_exchange(monkeypatch)
     case = CASES[name]
     CASES[name].__class__(before=case.before, do=case.do, by="journal", stays=case.stays).killed(
@@ -139,8 +139,8 @@ def test_without_an_exchange(folder: Path, name: str, monkeypatch: pytest.Monkey
     )
 
 
-def test_place_beside_the_folder_that_is_not_writable(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Or another file system: then the new files are written inside."""
+def test_staging_within_the_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If the parent folder is not writable or is on another file system."""
     rename = Path.rename
 
     def refused(self: Path, target: Path) -> Path:
@@ -153,9 +153,9 @@ def test_place_beside_the_folder_that_is_not_writable(folder: Path, monkeypatch:
     CASES["from shards"].__class__(before=case.before, do=case.do, by="journal").killed(folder, SAMPLE)
 
 
-def test_what_another_program_wrote_meanwhile(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Files that come or change between the list of files and the exchange are in the new folder too."""
-    made.save(folder, 1)
+def test_files_written_by_others_during_a_save(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files that are created or replaced just before the exchange are kept."""
+    save_cases.save(folder, 1)
     (folder / "README.md").write_text("old")
     exchange = transaction.exchange
 
@@ -166,46 +166,46 @@ def test_what_another_program_wrote_meanwhile(folder: Path, monkeypatch: pytest.
         exchange(first, second)
 
     monkeypatch.setattr(transaction, "exchange", late)
-    made.save(folder, 2)
-    assert made.model_in(folder) == 2
+    save_cases.save(folder, 2)
+    assert save_cases.model_in(folder) == 2
     assert [(folder / name).read_text() for name in ("log", "README.md")] == ["new", "new"]
-    assert not made.litter(folder)
+    assert not save_cases.leftovers(folder)
 
 
-def test_stages_of_other_users_and_machines_stay(folder: Path) -> None:
-    """Only what a dead process of this machine and user left is removed; a name proves nothing."""
-    made.save(folder, 1)
+def test_staging_folders_of_other_processes_and_machines_are_kept(folder: Path) -> None:
+    """Only those of ended processes of this machine and user are removed."""
+    save_cases.save(folder, 1)
     dead = subprocess.run(
         [sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True
     )
     mine = os.uname().nodename
-    kept = [
+    others = [
         f"{STAGE}elsewhere-{dead.stdout.strip()}-00",
         f"{STAGE}{mine}-{os.getpid()}-00",
         f"{STAGE}{mine}",
         f"{STAGE}x-y-z",
     ]
-    gone = f"{STAGE}{mine}-{dead.stdout.strip()}-00"
-    for name in (*kept, gone):
+    stale = f"{STAGE}{mine}-{dead.stdout.strip()}-00"
+    for name in (*others, stale):
         (folder.parent / name / "files").mkdir(parents=True)
-    made.save(folder, 2)
-    assert sorted(path.name for path in folder.parent.glob(".*")) == sorted(kept)
+    save_cases.save(folder, 2)
+    assert sorted(path.name for path in folder.parent.glob(".*")) == sorted(others)
 
 
-# --- several at once -------------------------------------------------------------------------------------
+# --- concurrency -----------------------------------------------------------------------------------------
 
 
 def many(folder: Path, first: int, rounds: int) -> None:
-    """Saves of different layouts and kinds, with their numbers as tags."""
+    """Saves of models and tokenizers with different layouts; tags count up from `first`."""
     for i in range(rounds):
-        made.save(folder, first + i, per_shard=1 + (first + i) % 3)
-        made.save_texts(folder, first + i)
+        save_cases.save(folder, first + i, per_shard=1 + (first + i) % 3)
+        save_cases.save_tokenizer(folder, first + i)
 
 
 def reading(folder: Path, stop: threading.Event, wrong: list[BaseException]) -> None:
     while not stop.is_set():
         try:
-            made.model_in(folder)
+            save_cases.model_in(folder)
         except BaseException as error:
             wrong.append(error)
             return
@@ -213,8 +213,8 @@ def reading(folder: Path, stop: threading.Event, wrong: list[BaseException]) -> 
 
 @pytest.mark.parametrize("others", [{}, {"checkpoint-1/optimizer.pt": "x"}])
 def test_four_threads(folder: Path, others: dict[str, str]) -> None:
-    """Whoever saves last wins, whole; meanwhile a reader sees no mixture."""
-    made.save(folder, 1)
+    """The last save remains, complete; a concurrent reader sees no mixture."""
+    save_cases.save(folder, 1)
     for name, text in others.items():
         (folder / name).parent.mkdir()
         (folder / name).write_text(text)
@@ -230,13 +230,13 @@ def test_four_threads(folder: Path, others: dict[str, str]) -> None:
     reader.join()
     if wrong:
         raise wrong[0]
-    assert (made.model_in(folder) or 0) > 99
-    assert len(made.texts_in(folder)) == 1
-    assert not made.litter(folder)
+    assert (save_cases.model_in(folder) or 0) > 99
+    assert len(save_cases.tokenizer_tags(folder)) == 1
+    assert not save_cases.leftovers(folder)
 
 
 def test_four_processes(folder: Path) -> None:
-    made.save(folder, 1)
+    save_cases.save(folder, 1)
     processes: list[int] = []
     for n in range(1, 5):
         processes.append(os.fork())
@@ -249,20 +249,20 @@ def test_four_processes(folder: Path) -> None:
                 os._exit(status)
     running = set(processes)
     while running:
-        made.model_in(folder)
+        save_cases.model_in(folder)
         for process in list(running):
             done, status = os.waitpid(process, os.WNOHANG)
             if done:
                 running.remove(process)
                 assert status == 0
-    assert (made.model_in(folder) or 0) > 99
-    assert len(made.texts_in(folder)) == 1
-    assert not made.litter(folder)
+    assert (save_cases.model_in(folder) or 0) > 99
+    assert len(save_cases.tokenizer_tags(folder)) == 1
+    assert not save_cases.leftovers(folder)
 
 
 def test_lock_of_a_killed_process(folder: Path) -> None:
-    """It ends with the process; its file is taken over and removed."""
-    made.save(folder, 1)
+    """The lock is released with the process; its file is reused and removed."""
+    save_cases.save(folder, 1)
     code = f"""
 import os, signal
 from pathlib import Path
@@ -272,64 +272,64 @@ with locked(Path({str(folder)!r})):
 """
     subprocess.run([sys.executable, "-c", code], timeout=60, check=False)
     assert (folder / ".monoblock-lock").exists()
-    made.save(folder, 2)
-    assert made.model_in(folder) == 2
-    assert not made.litter(folder)
+    save_cases.save(folder, 2)
+    assert save_cases.model_in(folder) == 2
+    assert not save_cases.leftovers(folder)
 
 
-def test_link_in_the_place_of_the_lock(folder: Path, tmp_path: Path) -> None:
-    made.save(folder, 1)
+def test_a_symlink_instead_of_the_lock_file_is_refused(folder: Path, tmp_path: Path) -> None:
+    save_cases.save(folder, 1)
     (tmp_path / "secret").write_text("x")
     (folder / ".monoblock-lock").symlink_to(tmp_path / "secret")
     with pytest.raises(CheckpointError, match="cannot save into"):
-        made.save(folder, 2)
+        save_cases.save(folder, 2)
     assert (tmp_path / "secret").read_text() == "x"
-    assert made.model_in(folder) == 1
+    assert save_cases.model_in(folder) == 1
 
 
-# --- what fails on the way -------------------------------------------------------------------------------
+# --- failing operations ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_full_disk(folder: Path, name: str) -> None:
-    """Any one operation fails: the old model stays, and nothing else does; or the new one is there."""
+    """If one operation fails, the old model remains without temporary files, or the new one is complete."""
     case = CASES[name]
-    case.made(folder)
+    case.prepare(folder)
     count = len(kill_points.operations(lambda: case.do(folder)))
     for at in kill_points.spread(count, 2 * SAMPLE):
-        case.made(folder)
-        before = made.model_in(folder)
+        case.prepare(folder)
+        before = save_cases.model_in(folder)
         try:
             with kill_points.failing(at):
                 case.do(folder)
         except CheckpointError as error:
-            words = str(error)
-            assert "No space left" in words
-            there = "the next load or save" in words or "holds all the new files" in words
-            assert made.model_in(folder) == (2 if there else before)
+            message = str(error)
+            assert "No space left" in message
+            committed = "the next load or save" in message or "holds all the new files" in message
+            assert save_cases.model_in(folder) == (2 if committed else before)
         else:
-            assert made.model_in(folder) == 2
+            assert save_cases.model_in(folder) == 2
         case.check(folder)
 
 
-@pytest.mark.parametrize("most", [0, 100, 1300])
+@pytest.mark.parametrize("limit", [0, 100, 1300])
 @pytest.mark.parametrize("name", ["to shards", "trainer, from shards", "replaced"])
-def test_file_that_may_not_get_larger(folder: Path, name: str, most: int) -> None:
+def test_file_size_limit(folder: Path, name: str, limit: int) -> None:
     case = CASES[name]
-    case.made(folder)
+    case.prepare(folder)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (most, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
     try:
         with pytest.raises(CheckpointError, match="File too large"):
             case.do(folder)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert not made.litter(folder)
-    assert made.model_in(folder) == 1
+    assert not save_cases.leftovers(folder)
+    assert save_cases.model_in(folder) == 1
 
 
 def as_nobody(do: Callable[[], object]) -> int:
-    """The exit status of a process without rights that does this; 7 if it was refused in words."""
+    """The exit status of an unprivileged process that does this; 7 for a CheckpointError about permissions."""
     process = os.fork()
     if not process:
         status = 1
@@ -347,58 +347,58 @@ def as_nobody(do: Callable[[], object]) -> int:
 
 
 def open_to_all(tmp_path: Path) -> None:
-    for place in (tmp_path, *tmp_path.parents):
-        if place.owner() == Path(tmp_path).owner() and place != Path("/"):
-            place.chmod(place.stat().st_mode | 0o055)
+    for path in (tmp_path, *tmp_path.parents):
+        if path.owner() == Path(tmp_path).owner() and path != Path("/"):
+            path.chmod(path.stat().st_mode | 0o055)
 
 
-def test_folder_that_may_not_be_written(folder: Path, tmp_path: Path) -> None:
+def test_read_only_folder(folder: Path, tmp_path: Path) -> None:
     open_to_all(tmp_path)
-    made.save(folder, 1)
+    save_cases.save(folder, 1)
     folder.chmod(0o555)
     folder.parent.chmod(0o555)
     try:
-        assert as_nobody(lambda: made.save(folder, 2)) == 7
-        assert as_nobody(lambda: made.save(folder.with_name("other"), 2)) == 7
+        assert as_nobody(lambda: save_cases.save(folder, 2)) == 7
+        assert as_nobody(lambda: save_cases.save(folder.with_name("other"), 2)) == 7
     finally:
         folder.parent.chmod(0o755)
         folder.chmod(0o755)
-    assert made.model_in(folder) == 1
-    assert not made.litter(folder)
+    assert save_cases.model_in(folder) == 1
+    assert not save_cases.leftovers(folder)
 
 
-def test_cut_off_save_in_a_folder_that_may_not_be_written(folder: Path, tmp_path: Path) -> None:
-    """A reader without rights sees the new model, whole, where it is."""
+def test_interrupted_save_in_a_read_only_folder(folder: Path, tmp_path: Path) -> None:
+    """A reader that cannot write reads the complete new model from the staged files."""
     open_to_all(tmp_path)
     case = CASES["trainer, from shards"]
-    case.made(folder)
+    case.prepare(folder)
     committed = kill_points.operations(lambda: case.do(folder)).index("os.chmod") + 2
     for at in range(committed, committed + 12):
-        case.made(folder)
+        case.prepare(folder)
         kill_points.killed(lambda: case.do(folder), at)
-        for place in (folder, *(path for path in folder.rglob("*") if path.is_dir())):
-            place.chmod(0o555)
+        for path in (folder, *(path for path in folder.rglob("*") if path.is_dir())):
+            path.chmod(0o555)
 
         def read() -> None:
-            assert made.model_in(folder) == 2
+            assert save_cases.model_in(folder) == 2
 
         assert as_nobody(read) == 0
-        for place in (folder, *(path for path in folder.rglob("*") if path.is_dir())):
-            place.chmod(0o755)
+        for path in (folder, *(path for path in folder.rglob("*") if path.is_dir())):
+            path.chmod(0o755)
 
 
 # --- the user's folder -----------------------------------------------------------------------------------
 
 
-def test_folder_keeps_its_rights_and_the_files_of_others(folder: Path) -> None:
-    made.save(folder, 1)
+def test_permissions_and_other_files_are_kept(folder: Path) -> None:
+    save_cases.save(folder, 1)
     (folder / "notes").write_text("mine")
     (folder / "link").symlink_to("notes")
     (folder / "away").symlink_to("/nowhere")
     os.link(folder / "notes", folder.parent / "second name")
     folder.chmod(0o750)
     inode = (folder / "notes").stat().st_ino
-    assert "exchange" in kill_points.operations(lambda: made.save(folder, 2, per_shard=1))
+    assert "exchange" in kill_points.operations(lambda: save_cases.save(folder, 2, per_shard=1))
     assert stat.S_IMODE(folder.stat().st_mode) == 0o750
     assert (folder / "notes").stat().st_ino == inode
     assert (folder / "link").readlink() == Path("notes")
@@ -412,60 +412,60 @@ def _umask() -> int:
     return mask
 
 
-def test_working_folder_stays(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A folder that this or another process works in is not exchanged: the process would stay in the old one."""
-    made.save(folder, 1)
+def test_working_directories_are_not_exchanged(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process whose working directory is exchanged would stay in the old one."""
+    save_cases.save(folder, 1)
     inode = folder.stat().st_ino
     with subprocess.Popen(["sleep", "60"], cwd=folder) as other:
-        made.save(folder, 2, per_shard=1)
+        save_cases.save(folder, 2, per_shard=1)
         assert folder.stat().st_ino == inode
         other.kill()
     monkeypatch.chdir(folder)
-    made.save(Path(), 3)
-    assert (folder.stat().st_ino, made.model_in(Path())) == (inode, 3)
+    save_cases.save(Path(), 3)
+    assert (folder.stat().st_ino, save_cases.model_in(Path())) == (inode, 3)
     monkeypatch.chdir("/")
-    made.save(folder, 4, per_shard=1)
+    save_cases.save(folder, 4, per_shard=1)
     assert folder.stat().st_ino != inode
 
 
-def test_folder_by_a_link(folder: Path) -> None:
-    made.save(folder, 1)
+def test_saving_through_a_symlink(folder: Path) -> None:
+    save_cases.save(folder, 1)
     latest = folder.with_name("latest")
     latest.symlink_to("model")
-    made.save(latest, 2, per_shard=2)
+    save_cases.save(latest, 2, per_shard=2)
     assert latest.is_symlink()
-    assert made.model_in(folder) == made.model_in(latest) == 2
+    assert save_cases.model_in(folder) == save_cases.model_in(latest) == 2
     latest.unlink()
     latest.symlink_to("not there yet")
-    made.save(latest, 3)
-    assert made.model_in(folder.with_name("not there yet")) == 3
+    save_cases.save(latest, 3)
+    assert save_cases.model_in(folder.with_name("not there yet")) == 3
 
 
-def test_things_that_are_no_files(folder: Path) -> None:
-    """A named pipe cannot be linked, so the journal does it."""
-    made.save(folder, 1)
+def test_folders_with_named_pipes(folder: Path) -> None:
+    """A named pipe cannot be hard-linked, so the journal is used."""
+    save_cases.save(folder, 1)
     os.mkfifo(folder / "pipe")
-    made.save(folder, 2, per_shard=1)
-    assert made.model_in(folder) == 2
+    save_cases.save(folder, 2, per_shard=1)
+    assert save_cases.model_in(folder) == 2
     assert stat.S_ISFIFO((folder / "pipe").stat().st_mode)
     (folder / "pipe").unlink()
     (folder / "config.json").unlink()
     (folder / "config.json").mkdir()
     with pytest.raises(CheckpointError, match=r"config\.json is a folder"):
-        made.save(folder, 3)
+        save_cases.save(folder, 3)
 
 
-def test_nothing_is_written_behind_a_link(folder: Path, tmp_path: Path) -> None:
-    made.save(folder, 1)
+def test_symlinked_subfolders_are_refused(folder: Path, tmp_path: Path) -> None:
+    save_cases.save(folder, 1)
     (tmp_path / "elsewhere").mkdir()
     (folder / "additional_chat_templates").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(CheckpointError, match="is a file or a link"):
-        made.save_texts(folder, 2)
+        save_cases.save_tokenizer(folder, 2)
     assert not list((tmp_path / "elsewhere").iterdir())
-    assert made.model_in(folder) == 1
+    assert save_cases.model_in(folder) == 1
 
 
-def test_temporary_names_cannot_be_foretold(folder: Path) -> None:
+def test_staging_folders_are_private_with_random_names(folder: Path) -> None:
     names: set[str] = set()
     for _ in range(2):
         with staged(folder) as stage:
@@ -481,14 +481,14 @@ def test_temporary_names_cannot_be_foretold(folder: Path) -> None:
     assert len(names) == 2
 
 
-def test_same_content_is_not_written_again(folder: Path) -> None:
-    """Then a save that changes the weights alone is one rename, and one that changes nothing is nothing."""
-    made.save_again(folder, 1)
+def test_unchanged_files_are_not_written(folder: Path) -> None:
+    """A save that changes only the weights is one rename."""
+    save_cases.save_again(folder, 1)
     config = (folder / "config.json").stat()
-    assert kill_points.operations(lambda: made.save_again(folder, 2)).count("exchange") == 0
+    assert kill_points.operations(lambda: save_cases.save_again(folder, 2)).count("exchange") == 0
     assert (folder / "config.json").stat().st_ino == config.st_ino
     before = folder.stat().st_ino, sorted(folder.iterdir())
-    made.save_again(folder, 2)
+    save_cases.save_again(folder, 2)
     assert (folder.stat().st_ino, sorted(folder.iterdir())) == before
 
 
@@ -496,10 +496,10 @@ def test_same_content_is_not_written_again(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("which", ["model-00002-of-00003.safetensors", "model.safetensors.index.json"])
-def test_mixture_by_another_program(tmp_path: Path, which: str) -> None:
-    """Shards and index say of which save they are; files that say nothing are taken."""
+def test_mixed_shards_are_refused(tmp_path: Path, which: str) -> None:
+    """Shards and index have the id of their save; an index without an id is accepted."""
     for tag in (1, 2):
-        made.save(tmp_path / str(tag), tag, per_shard=1)
+        save_cases.save(tmp_path / str(tag), tag, per_shard=1)
     shutil.copy(tmp_path / "1" / which, tmp_path / "2" / which)
     with pytest.raises(CheckpointError, match="weights of two saves"):
         open_store(find_weights(tmp_path / "2"), "np")
@@ -532,14 +532,13 @@ def test_mixture_of_msgpack_shards(tmp_path: Path, which: str, size: int) -> Non
     open_store(find_weights(tmp_path / "2"), "np")
 
 
-def test_one_file_is_the_same_each_time(tmp_path: Path) -> None:
+def test_single_files_are_reproducible(tmp_path: Path) -> None:
     for name in "ab":
-        made.save(tmp_path / name, 1)
+        save_cases.save(tmp_path / name, 1)
     assert (tmp_path / "a/model.safetensors").read_bytes() == (tmp_path / "b/model.safetensors").read_bytes()
 
 
-def test_store_of_a_folder_that_is_saved_to(folder: Path) -> None:
-    """What was opened stays what it was, whatever is saved later."""
+def test_open_stores_are_unaffected_by_saves(folder: Path) -> None:
     big = {"a": np.full((600, 1024), 1.0, np.float32), "b": np.full((600, 1024), 2.0, np.float32)}
     save_tensors(folder, big, framework="np")
     store = open_store(find_weights(folder), "np")
@@ -549,8 +548,8 @@ def test_store_of_a_folder_that_is_saved_to(folder: Path) -> None:
         assert np.array_equal(store.concatenated(["b", "a"]), np.concatenate([big["b"], big["a"]]))
 
 
-def test_reader_reads_again_what_was_replaced(folder: Path) -> None:
-    made.save(folder, 1)
+def test_readers_retry_after_a_concurrent_save(folder: Path) -> None:
+    save_cases.save(folder, 1)
     tags: list[Any] = []
 
     def read() -> tuple[Any, Any]:
@@ -558,7 +557,7 @@ def test_reader_reads_again_what_was_replaced(folder: Path) -> None:
         assert path is not None
         first = json.loads(path.read_text())["tag"]
         if not tags:
-            made.save(folder, 2, per_shard=1)
+            save_cases.save(folder, 2, per_shard=1)
         tags.append(first)
         return first, float(open_store(find_weights(folder), "np").tensor("a.weight")[0])
 
@@ -566,7 +565,7 @@ def test_reader_reads_again_what_was_replaced(folder: Path) -> None:
     assert tags == [1, 2]
 
     def never() -> None:
-        made.save(folder, 2 + len(tags), per_shard=1)
+        save_cases.save(folder, 2 + len(tags), per_shard=1)
         tags.append(0)
 
     with pytest.raises(CheckpointError, match="was changed by other saves"):
@@ -579,15 +578,22 @@ def test_reader_reads_again_what_was_replaced(folder: Path) -> None:
         consistent_read(folder, HubOptions(), gone)
 
 
-# --- journals that no save wrote -------------------------------------------------------------------------
+# --- invalid journals ------------------------------------------------------------------------------------
 
 
 def journal(folder: Path, fields: dict[str, Any] | None = None) -> Path:
-    made.save(folder, 1)
+    save_cases.save(folder, 1)
     commit = folder / COMMIT
     (commit / "files").mkdir(parents=True)
-    whole = {"put": [], "remove": [], "kept": {}, "folder": folder.name, "replaced": [0, 0], **(fields or {})}
-    (commit / "journal.json").write_text(json.dumps(whole))
+    content = {
+        "put": [],
+        "remove": [],
+        "kept": {},
+        "folder": folder.name,
+        "replaced": [0, 0],
+        **(fields or {}),
+    }
+    (commit / "journal.json").write_text(json.dumps(content))
     return commit
 
 
@@ -607,17 +613,17 @@ def journal(folder: Path, fields: dict[str, Any] | None = None) -> Path:
         {"more": 1},
     ],
 )
-def test_journal_that_leads_elsewhere(folder: Path, fields: dict[str, Any]) -> None:
+def test_journals_with_paths_outside_the_folder_are_refused(folder: Path, fields: dict[str, Any]) -> None:
     (folder.parent / "secret").write_text("x")
     journal(folder, fields)
-    for call in (lambda: made.model_in(folder), lambda: made.save(folder, 2)):
+    for call in (lambda: save_cases.model_in(folder), lambda: save_cases.save(folder, 2)):
         with pytest.raises(CheckpointError, match="no valid journal of a save"):
             call()
     assert (folder.parent / "secret").read_text() == "x"
 
 
-def test_journal_behind_links(folder: Path, tmp_path: Path) -> None:
-    """A folder from elsewhere can hold links; nothing is taken from behind them, nothing put or removed there."""
+def test_journals_do_not_follow_symlinks(folder: Path, tmp_path: Path) -> None:
+    """Symlinks of an untrusted folder are neither read nor written through."""
     outside = tmp_path / "outside"
     outside.mkdir()
     (outside / "key").write_text("secret")
@@ -625,7 +631,7 @@ def test_journal_behind_links(folder: Path, tmp_path: Path) -> None:
     (commit / "files").rmdir()
     (commit / "files").symlink_to(outside)
     (folder / "way").symlink_to(outside)
-    assert made.model_in(folder) == 1
+    assert save_cases.model_in(folder) == 1
     assert (outside / "key").read_text() == "secret"
     assert not (folder / "key").exists()
     shutil.rmtree(folder)
@@ -634,17 +640,17 @@ def test_journal_behind_links(folder: Path, tmp_path: Path) -> None:
     (commit / "files" / "way").mkdir()
     (commit / "files" / "way" / "key").write_text("other")
     with pytest.raises(CheckpointError, match="is a file or a link"):
-        made.model_in(folder)
+        save_cases.model_in(folder)
     assert (outside / "key").read_text() == "secret"
     shutil.rmtree(commit)
     commit.symlink_to(outside)
     (outside / "journal.json").write_text("{}")
     with pytest.raises(CheckpointError, match="no valid journal of a save"):
-        made.model_in(folder)
+        save_cases.model_in(folder)
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b"3", b"{", b"\xff", b"[" * 100_000, None])
-def test_broken_journal(folder: Path, content: bytes | None) -> None:
+def test_corrupt_journals_are_refused(folder: Path, content: bytes | None) -> None:
     commit = journal(folder)
     path = commit / "journal.json"
     path.unlink()
@@ -653,13 +659,13 @@ def test_broken_journal(folder: Path, content: bytes | None) -> None:
     else:
         path.write_bytes(content)
     with pytest.raises(CheckpointError, match="no valid journal of a save"):
-        made.model_in(folder)
+        save_cases.model_in(folder)
 
 
-def test_file_in_the_place_of_a_journal(folder: Path) -> None:
-    made.save(folder, 1)
+def test_a_file_instead_of_the_journal_folder_is_refused(folder: Path) -> None:
+    save_cases.save(folder, 1)
     (folder / COMMIT).write_text("x")
-    for call in (lambda: made.model_in(folder), lambda: made.save(folder, 2)):
+    for call in (lambda: save_cases.model_in(folder), lambda: save_cases.save(folder, 2)):
         with pytest.raises(CheckpointError, match="no valid journal of a save"):
             call()
 
@@ -667,18 +673,18 @@ def test_file_in_the_place_of_a_journal(folder: Path) -> None:
 # --- new folders -----------------------------------------------------------------------------------------
 
 
-def test_new_folder_refuses(folder: Path) -> None:
-    made.save(folder, 1)
+def test_new_folder_refuses_existing_files_and_subfolders(folder: Path) -> None:
+    save_cases.save(folder, 1)
     with pytest.raises(CheckpointError, match="holds files already"), new_folder(folder, replace=False):
         pass
     (folder / "checkpoint-1").mkdir()
     with pytest.raises(CheckpointError, match="has a subfolder"), new_folder(folder, replace=True):
         pass
-    assert made.model_in(folder) == 1
+    assert save_cases.model_in(folder) == 1
 
 
-def test_one_file_written_whole(folder: Path) -> None:
-    """As chat's saved sessions are; killed anywhere, it is the old one or the new one."""
+def test_atomic_write_of_one_file(folder: Path) -> None:
+    """Killed at any operation, it is the old or the new file."""
     path = folder / "session.json"
 
     def write(text: str) -> None:
@@ -691,4 +697,4 @@ def test_one_file_written_whole(folder: Path) -> None:
         assert kill_points.killed(lambda: write("new"), at)
         assert path.read_text() in ("old", "new")
     write("new")
-    assert not made.litter(folder)
+    assert not save_cases.leftovers(folder)

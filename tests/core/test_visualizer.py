@@ -1,4 +1,4 @@
-"""`AttentionMaskVisualizer` without weights or frameworks: masks by hand, pictures as text and as files."""
+"""AttentionMaskVisualizer without weights or frameworks: masks, labels, terminal output, files, heat maps."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ TEXT = visualizer_cases.TEXTS[0]
 
 
 def picture(visualizer: AttentionMaskVisualizer, columns: int = 80, **style: bool) -> list[str]:
-    """The lines of the first panel."""
+    """The lines of the first panel's text rendering."""
     return list(lines(visualizer.panels()[0], Style(columns, **style)))
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A tiny Mistral's config and tokenizer, as `save_pretrained` leaves them; no weights."""
+    """A saved config and tokenizer of a tiny Mistral, without weights."""
     visualizer_cases.config("mistral").save_pretrained(tmp_path)
     visualizer_cases.tokenizer("mistral").save_pretrained(tmp_path)
     return tmp_path
@@ -47,7 +47,7 @@ def folder(tmp_path: Path) -> Path:
 # ---------------------------------------------------------------------------- masks
 
 
-def test_the_page_s_example_runs(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_documented_example_of_transformers(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from monoblock.utils.attention_visualizer import AttentionMaskVisualizer
 
     visualizer = AttentionMaskVisualizer(str(folder))
@@ -59,10 +59,10 @@ def test_the_page_s_example_runs(folder: Path, capsys: pytest.CaptureFixture[str
         assert re.search(rf"^{letter} +{index} (█ ){{{index + 1}}}·", printed, re.MULTILINE)
 
 
-def test_a_window_with_left_padding_by_hand() -> None:
+def test_mask_of_a_window_with_left_padding() -> None:
     batch = Batch(np.array([[False, True, True, True, True]]))
-    seen = visibility.visible(batch, causal=True, window=2)
-    assert seen[0].astype(int).tolist() == [
+    mask = visibility.visible(batch, causal=True, window=2)
+    assert mask[0].astype(int).tolist() == [
         [0, 0, 0, 0, 0],
         [0, 1, 0, 0, 0],
         [0, 1, 1, 0, 0],
@@ -72,18 +72,18 @@ def test_a_window_with_left_padding_by_hand() -> None:
 
 
 @pytest.mark.parametrize(("causal", "window"), list(itertools.product((True, False), (None, 1, 3, 9))))
-def test_the_formula_pair_by_pair(causal: bool, window: int | None) -> None:
+def test_masks_equal_the_formula_for_each_pair(causal: bool, window: int | None) -> None:
     rng = np.random.default_rng(1)
     batch = Batch(rng.random((3, 7)) > 0.3, rng.integers(0, 2, (3, 7)))
-    seen = visibility.visible(batch, causal=causal, window=window)
+    mask = visibility.visible(batch, causal=causal, window=window)
     for b, q, k in itertools.product(range(3), range(7), range(7)):
         expected = (
             bool(batch.valid_bk[b, k]) and (k <= q or not causal) and (window is None or q - k < window)
         )
-        assert seen[b, q, k] == (expected and batch.segment_bk[b, q] == batch.segment_bk[b, k])
+        assert mask[b, q, k] == (expected and batch.segment_bk[b, q] == batch.segment_bk[b, k])
 
 
-def test_each_kind_of_layer_has_a_picture() -> None:
+def test_each_kind_of_layer_has_a_panel() -> None:
     visualizer = visualizer_cases.visualizer("gpt_neo")
     visualizer.read(TEXT)
     titles = [panel.title for panel in visualizer.panels()]
@@ -94,16 +94,22 @@ def test_each_kind_of_layer_has_a_picture() -> None:
     assert visualizer.panels()[1].title.endswith("window of 3, wider than the text")
 
 
-def test_both_ways_and_its_buckets() -> None:
+def test_bidirectional_mask_and_position_buckets() -> None:
     visualizer = visualizer_cases.visualizer("mpnet")
     visualizer.read(visualizer_cases.TEXTS)
     mask = visualizer.mask()
     assert (mask == visualizer.tokens.batch.valid_bk[:, None, :]).all()
     buckets = visualizer.buckets()
-    assert buckets[4].tolist()[2:7] == [2, 1, 0, 7, 8]  # 12 buckets: 0-5 look back, 6-11 ahead
+    assert buckets[4].tolist()[2:7] == [
+        2,
+        1,
+        0,
+        7,
+        8,
+    ]  # 12 buckets: 0-5 for previous keys, 6-11 for later ones
     shade = visualizer.panels()[0].shade
     assert shade[0, 0] == 1
-    assert (np.diff(shade[0, :9]) <= 0).all()  # farther is weaker
+    assert (np.diff(shade[0, :9]) <= 0).all()  # decreases with the distance
     with pytest.raises(ValueError, match=r"learned: pass the model's table \(12, 6\)"):
         visualizer.bias()
     with pytest.raises(ValueError, match=r"must be \(buckets, heads\) = \(12, 6\), got \(3, 6\)"):
@@ -112,7 +118,7 @@ def test_both_ways_and_its_buckets() -> None:
     assert visualizer.bias(table=table)[0, 5, 4, 5] == table[7, 5]
 
 
-def test_alibi_is_a_bias_and_a_shade() -> None:
+def test_alibi_bias_and_shades() -> None:
     visualizer = visualizer_cases.visualizer("mpt")
     visualizer.read(TEXT)
     slopes = visualizer.spec.positions[0].slopes(6)
@@ -129,11 +135,11 @@ def test_alibi_is_a_bias_and_a_shade() -> None:
     assert "head 3" in visualizer.panels()[0].legend
 
 
-def test_padding_is_on_the_side_that_was_asked_for() -> None:
+def test_padding_side() -> None:
     visualizer = visualizer_cases.visualizer("openai-gpt")
-    for side, place in (("left", 0), ("right", -1)):
+    for side, index in (("left", 0), ("right", -1)):
         visualizer.read(["def", TEXT], padding_side=side)
-        assert visualizer.tokens.labels[0][place] == "<pad>"
+        assert visualizer.tokens.labels[0][index] == "<pad>"
         assert visualizer.tokens.batch.valid_bk.sum(axis=1).tolist() == [1, 9]
         assert visualizer.panels()[0].title == "text 0, all 2 layers: causal"
     visualizer.tokenizer.padding_side = "left"
@@ -152,7 +158,7 @@ def test_patches_of_images() -> None:
     assert labels == (*grid, *grid, "<s>", "␣what", "␣is", "<0x04>")
     assert visualizer.tokens.image_bk[0].sum() == 6
     by_size = visualizer.tokens
-    visualizer.read("what is", images=np.zeros((8, 12, 3), np.uint8))  # 4 pixels a patch
+    visualizer.read("what is", images=np.zeros((8, 12, 3), np.uint8))  # patches of 4 x 4 pixels
     assert visualizer.tokens.labels == by_size.labels
     visualizer.read(["what is", "cat"], images=[np.zeros((4, 4, 3), np.uint8), None])
     assert visualizer.tokens.labels[1][-3:] == ("<s>", "␣cat", "<0x04>")  # padded on the left
@@ -160,7 +166,7 @@ def test_patches_of_images() -> None:
     assert visualizer.tokens.labels == (("␣what", "␣is"),)
 
 
-def test_image_settings_are_those_of_the_files(tmp_path: Path) -> None:
+def test_image_settings_are_read_from_the_files(tmp_path: Path) -> None:
     from monoblock.processing import FuyuImageProcessor
 
     visualizer_cases.config("fuyu").save_pretrained(tmp_path)
@@ -176,10 +182,12 @@ def test_image_settings_are_those_of_the_files(tmp_path: Path) -> None:
 # ---------------------------------------------------------------------------- labels
 
 
-def test_labels_show_what_cannot_be_seen() -> None:
+def test_labels_of_invisible_and_wide_characters() -> None:
     assert readable(" a\n\tb\u00a0") == "␣a↵⇥b␣"
     assert readable("\x1b[31m\x7f\u200d") == "␛[31m\N{REPLACEMENT CHARACTER}"
-    assert readable("❤\ufe0f 👍\U0001f3fd 🇩🇪") == "❤␣👍␣DE"  # nothing whose width terminals disagree on
+    assert (
+        readable("❤\ufe0f 👍\U0001f3fd 🇩🇪") == "❤␣👍␣DE"
+    )  # without characters whose width depends on the terminal
     assert [width(x) for x in ("abc", "你好", "🎉", "e\u0301", "한", "ﾊ", "、")] == [3, 4, 2, 1, 2, 1, 2]
     assert clusters("e\u0301x") == ["e\u0301", "x"]
     assert clipped("你好吗", 6) == "你好吗"
@@ -197,9 +205,9 @@ def test_labels_of_byte_level_tokens() -> None:
 
 
 def test_labels_of_other_tokens() -> None:
-    pieces = PreTrainedTokenizerFast(tokenizer_object=text_tokenizers.byte_fallback("▁a", "▁"))
-    labels = TokenLabels(pieces)
-    found = [labels(pieces.convert_tokens_to_ids(t)) for t in ("▁a", "▁", "<0x0A>", "<0xE4>")]
+    fallback = PreTrainedTokenizerFast(tokenizer_object=text_tokenizers.byte_fallback("▁a", "▁"))
+    labels = TokenLabels(fallback)
+    found = [labels(fallback.convert_tokens_to_ids(t)) for t in ("▁a", "▁", "<0x0A>", "<0xE4>")]
     assert found == ["␣a", "␣", "↵", "<0xE4>"]
     words = PreTrainedTokenizerFast(tokenizer_object=text_tokenizers.word_piece("do", "##ing", "do</w>"))
     labels = TokenLabels(words)
@@ -220,14 +228,14 @@ def test_wide_tokens_are_aligned() -> None:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
     visualizer = AttentionMaskVisualizer.from_config(visualizer_cases.config("openai-gpt"), tokenizer)
     visualizer.read("你好def🎉吗e\u0301")
-    made = picture(visualizer)
-    rows = [line for line in made if re.search(r"\d [█·]", line)]
+    drawn = picture(visualizer)
+    rows = [line for line in drawn if re.search(r"\d [█·]", line)]
     starts = {columns_of(line[: re.search(r"[█·]", line).start()]) for line in rows}
     assert starts == {4 + len(" 0 ")}
-    assert made[1:4] == ["         d", "       你e", "       好f 🎉吗e\u0301"]  # labels are written downwards
+    assert drawn[1:4] == ["         d", "       你e", "       好f 🎉吗e\u0301"]  # column labels are vertical
 
 
-def test_colours_are_for_terminals_that_want_them(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_colours_depend_on_term_and_no_color(monkeypatch: pytest.MonkeyPatch) -> None:
     visualizer = visualizer_cases.visualizer("mistral")
     visualizer.read(TEXT)
 
@@ -251,31 +259,31 @@ def test_colours_are_for_terminals_that_want_them(monkeypatch: pytest.MonkeyPatc
     assert "\x1b" not in printed()
 
 
-def test_coloured_and_plain_pictures_show_the_same() -> None:
+def test_coloured_and_plain_output_show_the_same_mask() -> None:
     visualizer = visualizer_cases.visualizer("fuyu")
     visualizer.read("what is", patches=(1, 2))
     plain, coloured = picture(visualizer), picture(visualizer, colour=True)
     bare = [re.sub(r"\x1b\[[\d;]*m", "", line).replace("██", "█ ").rstrip() for line in coloured]
     assert bare[1:-1] == plain[1:-1]
-    assert "\x1b[38;5;220m██" in coloured[-1]  # what the colour of patches means
+    assert "\x1b[38;5;220m██" in coloured[-1]  # the legend of image patches
 
 
-def test_long_texts_are_cut_to_the_width() -> None:
+def test_long_texts_are_shortened_to_the_width() -> None:
     visualizer = visualizer_cases.visualizer("mistral")
     visualizer.read("the quick brown fox " * 30)
     assert visualizer.tokens.length > 60
     for columns in (20, 61, 80, 200):
-        made = picture(visualizer, columns)
-        assert max(map(columns_of, made[1:-2])) <= columns
+        drawn = picture(visualizer, columns)
+        assert max(map(columns_of, drawn[1:-2])) <= columns
         first, last, total = map(
-            int, re.search(r"first (\d+) and the last (\d+) of (\d+)", made[-1]).groups()
+            int, re.search(r"first (\d+) and the last (\d+) of (\d+)", drawn[-1]).groups()
         )
         assert total == visualizer.tokens.length
-        assert sum(bool(re.search(r"\d [█·]", line)) for line in made) == first + last
+        assert sum(bool(re.search(r"\d [█·]", line)) for line in drawn) == first + last
     assert visualizer.svg().count(">fox<") + visualizer.svg().count(">␣fox<") == 2 * 30
 
 
-def test_a_stream_that_takes_ascii_alone_gets_it() -> None:
+def test_ascii_streams() -> None:
     visualizer = visualizer_cases.visualizer("mpt")
     visualizer.read("def f(n): é\nx" + TEXT)
     stream = io.TextIOWrapper(buffer := io.BytesIO(), encoding="ascii")
@@ -291,15 +299,15 @@ def test_a_stream_that_takes_ascii_alone_gets_it() -> None:
 
 
 def area(svg: str, colours: set[str]) -> float:
-    """How many square pixels those colours fill."""
+    """The area filled with these colours, in square pixels."""
     paths = re.findall(r'<path fill="(#\w+)" d="([^"]*)"', svg)
     boxes = [box for colour, d in paths if colour in colours for box in re.findall(r"h([\d.]+)v([\d.]+)", d)]
     return sum(float(w) * float(h) for w, h in boxes)
 
 
-def test_a_drawing_fills_what_may_be_seen() -> None:
+def test_filled_cells_equal_the_mask() -> None:
     visualizer = visualizer_cases.visualizer("mistral")
-    visualizer.read("x" * 400)  # cells of 4 pixels, with no gaps between them
+    visualizer.read("x" * 400)  # cells of 4 x 4 pixels without gaps
     svg = visualizer.svg()
     assert area(svg, {shade_colour(LEVELS - 1)}) == visualizer.mask().sum() * 16
     assert area(svg, {MASKED}) == 400 * 400 * 16
@@ -313,13 +321,13 @@ def test_svg_and_html_files(tmp_path: Path) -> None:
     root = ElementTree.fromstring(text)
     texts = ["".join(node.itertext()) for node in root.iter("{http://www.w3.org/2000/svg}text")]
     assert {"text 1, layers 1, 3: causal, window of 3", "<", "&"} <= set(texts)
-    assert texts.count("␣quick") == 2 * 2  # as a row and a column, in both kinds of layers
+    assert texts.count("␣quick") == 2 * 2  # as row and column label, for both kinds of layers
     assert visualizer._repr_html_() == text
     page = visualizer.html(tmp_path / "mask.html")
     assert (tmp_path / "mask.html").read_text(encoding="utf-8") == page
     assert page.startswith("<!doctype html>")
     assert text in page
-    assert not re.search(r"<script|https?://(?!www\.w3\.org)", page)  # nothing from elsewhere
+    assert not re.search(r"<script|https?://(?!www\.w3\.org)", page)  # no external resources
 
 
 def test_png_files(tmp_path: Path) -> None:
@@ -335,7 +343,9 @@ def test_png_files(tmp_path: Path) -> None:
     assert {MASKED, *map(shade_colour, drawn)} <= colours
 
 
-def test_png_without_pillow_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_png_without_pillow_raises_an_import_error_with_the_pip_command(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setitem(sys.modules, "PIL", None)
     with pytest.raises(ImportError, match=re.escape('pip install "monoblock[vision]"')):
         Drawing(10, 10, "nothing").png()
@@ -359,13 +369,13 @@ def test_weights_become_heat_maps() -> None:
     expected = attentions[2][0].mean(axis=0)
     assert mean.shade[8, 6] == pytest.approx(expected[8, 6] / expected.max(), rel=1e-6)
     assert len(visualizer.weights(attentions, head="all")) == 3 * 6
-    for wrong, words in (
+    for arguments, message in (
         ({"layer": 3}, "layer must be 0 to 2, got 3"),
         ({"head": 6}, "head must be 0 to 5, 'mean' or 'all', got 6"),
         ({"head": "most"}, "got 'most'"),
     ):
-        with pytest.raises(ValueError, match=words):
-            visualizer.weights(attentions, **wrong)
+        with pytest.raises(ValueError, match=message):
+            visualizer.weights(attentions, **arguments)
     with pytest.raises(ValueError, match="must hold 3 layers, got 2"):
         visualizer.weights(attentions[:2])
     with pytest.raises(ValueError, match=re.escape("layer 0 must be (1, 6, 9, 9), got (1, 6, 9, 8)")):
@@ -376,7 +386,7 @@ def test_weights_become_heat_maps() -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "call", "words"),
+    ("family", "call", "message"),
     [
         ("mpt", {"text": ""}, "text 0 has no tokens"),
         ("mpt", {"text": []}, "there is no text"),
@@ -391,12 +401,12 @@ def test_weights_become_heat_maps() -> None:
         ("openai-gpt", {"text": "x" * 600}, "512 learned positions, but the text has 600 tokens"),
     ],
 )
-def test_what_cannot_be_shown_is_refused(family: str, call: dict, words: str) -> None:
-    with pytest.raises(ValueError, match=words):
+def test_invalid_calls_are_refused(family: str, call: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         visualizer_cases.visualizer(family)(**call)
 
 
-def test_other_mistakes(folder: Path) -> None:
+def test_invalid_arguments_of_methods(folder: Path) -> None:
     with pytest.raises(TypeError, match="no argument 'layers'"):
         AttentionMaskVisualizer(folder, layers=3)
     visualizer = AttentionMaskVisualizer(folder, local_files_only=True)
@@ -417,7 +427,7 @@ def test_other_mistakes(folder: Path) -> None:
         AttentionMaskVisualizer(folder / "nowhere", local_files_only=True)
 
 
-def test_no_framework_and_no_pillow_is_loaded(folder: Path) -> None:
+def test_neither_frameworks_nor_pillow_are_imported(folder: Path) -> None:
     code = (
         "import sys; from monoblock.utils.attention_visualizer import AttentionMaskVisualizer as A; "
         f"a = A({str(folder)!r}); a('fox'); a.svg(); "
@@ -429,13 +439,13 @@ def test_no_framework_and_no_pillow_is_loaded(folder: Path) -> None:
     assert result.stdout.endswith("[]\n"), result.stderr
 
 
-# ---------------------------------------------------------------------------- the document
+# ---------------------------------------------------------------------------- docs/attention.md
 
 
 ROOT = Path(__file__).parents[2]
 
 
-def test_the_document_s_pictures_are_of_today() -> None:
+def test_the_pictures_of_the_document_are_up_to_date() -> None:
     file = ROOT / "tools" / "make_attention_pictures.py"
     spec = importlib.util.spec_from_file_location("make_attention_pictures", file)
     assert spec and spec.loader
@@ -449,7 +459,7 @@ def test_the_document_s_pictures_are_of_today() -> None:
         assert f"](attention/{name}.svg)" in text
 
 
-def test_the_document_s_example_runs(
+def test_the_example_of_the_document(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     text = (ROOT / "docs" / "attention.md").read_text(encoding="utf-8")

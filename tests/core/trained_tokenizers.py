@@ -1,4 +1,4 @@
-"""Small tokenizers that the core's tests train for themselves."""
+"""Small byte-level BPE tokenizers, trained by the tests."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def _trained() -> str:
 
 
 def backend(template: bool = False) -> Tokenizer:
-    """Byte-level BPE; with `template` it writes `<s> A </s>` and `<s> A </s> B </s>`."""
+    """Byte-level BPE; with `template` inputs become `<s> A </s>` and `<s> A </s> B </s>`."""
     made = Tokenizer.from_str(_trained())
     if template:
         made.post_processor = processors.TemplateProcessing(

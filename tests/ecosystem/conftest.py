@@ -1,5 +1,5 @@
-"""Tests with the real packages around a model (peft, trl, accelerate, ...), in an environment of their own:
-`make test-ecosystem`. Each runs with transformers, which proves the test, and with monoblock."""
+"""Tests with peft, trl, accelerate and other packages, in their own environment: `make test-ecosystem`. Each test runs
+with transformers as the reference, and with monoblock."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ON = os.environ.get("MONOBLOCK_TEST_ECOSYSTEM") == "1"
 collect_ignore_glob = [] if ON else ["test_*"]
 
 if ON:
-    # Read at import by the packages: no network, no GPU, one thread in each process, caches that go with the run.
+    # Read by the packages at import: no network, no GPU, one thread per process, temporary caches.
     _home = tempfile.TemporaryDirectory(prefix="monoblock-ecosystem-")
     os.environ |= {
         "HF_HOME": _home.name,
@@ -34,7 +34,7 @@ _found: dict[str, Any] = {}
 
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """The tiny checkpoints that transformers wrote, each made once."""
+    """Tiny checkpoints written by transformers, each created once."""
     from tiny import Folders
 
     return Folders(tmp_path_factory.mktemp("checkpoints"))
@@ -42,7 +42,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 @pytest.fixture(params=["transformers", "monoblock"])
 def library(request: pytest.FixtureRequest, folders: Any) -> Any:
-    """A library of models: transformers is the oracle."""
+    """transformers (the reference) or monoblock."""
     from tiny import Library
 
     return Library(request.param, folders)
@@ -64,7 +64,7 @@ def monoblock_library(folders: Any) -> Any:
 
 @pytest.fixture
 def agree(library: Any, transformers_library: Any, request: pytest.FixtureRequest) -> Callable[..., Any]:
-    """agree(run, atol): run(library), and the same as run(transformers) within `atol`. The result is run(library)."""
+    """agree(run, atol) returns run(library), which must equal run(transformers) within `atol`."""
     from transformers import set_seed
 
     def seeded(run: Callable[[Any], Any], which: Any) -> Any:
@@ -86,7 +86,7 @@ def agree(library: Any, transformers_library: Any, request: pytest.FixtureReques
 
 
 def equal(value: Any, expected: Any, atol: float, where: str = "") -> None:
-    """Numbers are close (kernels of two libraries add in another order), all else is equal; in any nesting."""
+    """Nested values are equal, floats within `atol`."""
     import numpy
     import torch
 

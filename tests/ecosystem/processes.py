@@ -1,4 +1,4 @@
-"""Runs functions in two processes that talk by gloo."""
+"""Runs functions in two processes connected by gloo."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SECONDS = 180
 
 
 def _work(rank: int, port: int, calls: Connection) -> None:
-    """Calls the functions that come, one after the other, until one fails."""
+    """Calls functions received through the connection until one fails."""
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -39,7 +39,7 @@ def _work(rank: int, port: int, calls: Connection) -> None:
             calls.send((function(rank, *args), None))
         except BaseException:
             calls.send((None, traceback.format_exc()))
-            # Without waiting for the other process, which may have failed.
+            # Exits without waiting for the other process, which may have failed.
             os._exit(0)
         for state in (AcceleratorState, GradientState, PartialState):
             state._reset_state()
@@ -52,7 +52,7 @@ def _free_port() -> int:
 
 
 class Workers:
-    """Two processes, forked from a server that has imported the packages once."""
+    """Two processes of a fork server that has imported the packages."""
 
     def __init__(self) -> None:
         here = str(Path(__file__).parent)
@@ -98,9 +98,9 @@ def _workers() -> Workers:
 
 
 def in_processes(function: Callable[..., Any], *args: Any) -> list[Any]:
-    """function(rank, *args) in each of two processes: their results, by rank. Results are plain Python or NumPy.
+    """Calls function(rank, *args) in two processes; returns their results by rank (Python objects or NumPy arrays).
 
-    The processes serve all calls; after one that fails there are new ones.
+    The processes are reused, and replaced after a failure.
     """
     workers = _workers()
     try:

@@ -1,4 +1,4 @@
-"""accelerate: prepare, mixed precision, checkpoints; in one process and in two."""
+"""accelerate: prepare, mixed precision, checkpoints, big models; in one process and in two."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from tiny import (
 
 @pytest.fixture(autouse=True)
 def _fresh_state() -> Any:
-    """accelerate keeps its settings in singletons."""
+    """Resets accelerate's singletons."""
     yield
     for state in (AcceleratorState, GradientState, PartialState):
         state._reset_state()
@@ -64,7 +64,7 @@ def test_a_training_step(agree: Any, family: str) -> None:
 
 @pytest.mark.parametrize("name", [*LANGUAGE.values(), *BARE.values()])
 def test_mixed_precision_returns_float32(agree: Any, name: str) -> None:
-    """accelerate converts what it finds in a mapping; the class of the outputs stays."""
+    """accelerate converts the tensors of mappings and keeps the output class."""
 
     def run(library: Library) -> Any:
         accelerator = Accelerator(cpu=True, mixed_precision="bf16")
@@ -100,7 +100,7 @@ def test_checkpoints_move_between_libraries(
     opened = other.open(name, tmp_path / "saved")
     equal_states(opened.state_dict(), state)
     opened.save_pretrained(tmp_path / "back")
-    if family != "fuyu":  # transformers writes the names that the family's first files had, monoblock today's
+    if family != "fuyu":  # transformers writes the names of the first releases, monoblock the current ones
         equal_states(
             load_file(tmp_path / "back" / "model.safetensors"),
             load_file(tmp_path / "saved" / "model.safetensors"),
@@ -123,7 +123,7 @@ def test_checkpoints_move_between_libraries(
 def test_states_move_between_libraries(
     folders: Any, writer: str, reader: str, family: str, tmp_path: Path
 ) -> None:
-    """save_state and load_state, there and back; the optimizer's goes by the order of the parameters."""
+    """save_state and load_state in both directions; optimizer states follow the order of the parameters."""
     name = LANGUAGE[family]
 
     def prepared(which: str) -> Any:
@@ -148,12 +148,14 @@ def test_states_move_between_libraries(
     assert [key for key, _ in second.named_parameters()] == [key for key, _ in model.named_parameters()]
 
 
-def test_a_process_that_is_not_the_main_one_writes_nothing(library: Library, tmp_path: Path) -> None:
+def test_only_the_main_process_saves(library: Library, tmp_path: Path) -> None:
     library.model("MptForCausalLM").save_pretrained(tmp_path / "saved", is_main_process=False)
     assert not (tmp_path / "saved" / "model.safetensors").exists()
 
 
-def test_a_given_state_dict_is_saved(library: Library, transformers_library: Library, tmp_path: Path) -> None:
+def test_save_pretrained_with_a_state_dict(
+    library: Library, transformers_library: Library, tmp_path: Path
+) -> None:
     model = library.model("MptForCausalLM")
     state = {key: 2 * value for key, value in model.state_dict().items()}
     model.save_pretrained(tmp_path / "plain", state_dict=state)
@@ -163,7 +165,7 @@ def test_a_given_state_dict_is_saved(library: Library, transformers_library: Lib
 
 @pytest.mark.parametrize("family", ["mistral", "mpt", "gpt_neo"])
 def test_big_models_are_dispatched(agree: Any, family: str, tmp_path: Path) -> None:
-    """Empty weights, a device map by the modules' names, and weights that stay on disk until they are used."""
+    """init_empty_weights, device maps by module name, and disk offload."""
     name = LANGUAGE[family]
 
     def run(library: Library) -> Any:
@@ -188,13 +190,13 @@ def test_big_models_are_dispatched(agree: Any, family: str, tmp_path: Path) -> N
 
 
 def on_disk(model: Any) -> list[str]:
-    """The parameters that are in memory only while their module is called."""
+    """The parameters that are offloaded to disk."""
     return sorted(key for key, parameter in model.named_parameters() if parameter.is_meta)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_weights_stay_on_disk(agree: Any, monoblock_library: Library, family: str, tmp_path: Path) -> None:
-    """The second block's weights are read for each call: by from_pretrained, and by accelerate."""
+def test_disk_offload(agree: Any, monoblock_library: Library, family: str, tmp_path: Path) -> None:
+    """Of the second block, by from_pretrained and by accelerate."""
     name = LANGUAGE[family]
     blocks = BLOCKS[family][1]
 
@@ -246,7 +248,7 @@ def test_weights_stay_on_disk(agree: Any, monoblock_library: Library, family: st
 
 
 def _train(rank: int, which: str, root: Path, name: str, precision: str | None) -> Any:
-    """Three steps of each process on its own rows."""
+    """Three training steps on different rows in each process."""
     library = Library(which, Folders(root))
     accelerator = Accelerator(cpu=True, mixed_precision=precision)
     assert accelerator.num_processes == 2

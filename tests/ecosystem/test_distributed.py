@@ -1,4 +1,4 @@
-"""torch.distributed in two processes: FSDP2 with DCP, tensor parallel, DDP; checkpoints of all of them."""
+"""torch.distributed in two processes: FSDP2 with DCP, tensor parallelism, DDP, and their checkpoints."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 
 def sharded(model: Any, family: str, **options: Any) -> Any:
-    """FSDP2 on each block and on the whole."""
+    """Applies FSDP2 to each block and to the model."""
     kind, where = BLOCKS[family]
     mesh = init_device_mesh("cpu", (2,))
     blocks = model.get_submodule(where)
@@ -52,11 +52,10 @@ def sharded(model: Any, family: str, **options: Any) -> Any:
 def train(
     model: Any, name: str, rank: int, steps: int = 2, optimizer: torch.optim.Optimizer | None = None
 ) -> list[float]:
-    """Steps on other rows in each process.
+    """Steps of SGD on different rows in each process.
 
-    Of SGD, whose steps are as close as the gradients are: AdamW makes a full step of a gradient that is rounding
-    alone. Those of MPNet's and GPT-1's and half of Fuyu's biases of keys are 0, for softmax takes no notice of what all
-    scores of a row have in common.
+    SGD, since AdamW normalises gradients that consist of rounding errors: the gradients of key biases (MPNet, GPT-1,
+    half of Fuyu's) are 0, because softmax is invariant to a constant added to all scores of a row.
     """
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1) if optimizer is None else optimizer
     model.train()
@@ -108,7 +107,7 @@ def _whole(model: Any, optimizer: torch.optim.Optimizer, file: Path, rank: int) 
 
 
 def _adamw(model: Any) -> torch.optim.Optimizer:
-    """Of what text reaches: a parameter without a gradient would have no state."""
+    """AdamW for the parameters that text inputs use; others would have no state."""
     trained = [parameter for key, parameter in model.named_parameters() if "vision" not in key]
     return torch.optim.AdamW(trained, lr=1e-2)
 
@@ -123,8 +122,8 @@ def _resumed(library: Library, family: str, folder: Path) -> tuple[Any, torch.op
     return model, optimizer
 
 
-def _there_and_back(rank: int, writer: str, reader: str, root: Path, family: str, folder: Path) -> Any:
-    """Trained and written by one library, read and written by the other, and read by the first; then one step of each
+def _round_trip(rank: int, writer: str, reader: str, root: Path, family: str, folder: Path) -> Any:
+    """Trains and saves with one library, loads and saves with the other, and loads with the first; then compares a step
     of the last two."""
     name = LANGUAGE[family]
     one, other = Library(writer, Folders(root)), Library(reader, Folders(root))
@@ -152,10 +151,10 @@ def _there_and_back(rank: int, writer: str, reader: str, root: Path, family: str
 def test_sharded_checkpoints_move_between_libraries(
     folders: Any, writer: str, reader: str, family: str, tmp_path: Path
 ) -> None:
-    """DCP's folders of model and optimizer, the full state dict, and save_pretrained(state_dict=): to the bit."""
+    """Bitwise: DCP folders of model and optimizer, the full state dict, and save_pretrained(state_dict=)."""
     name, other = LANGUAGE[family], Library(reader, folders)
     folders(name)
-    for losses in in_processes(_there_and_back, writer, reader, folders.root, family, tmp_path):
+    for losses in in_processes(_round_trip, writer, reader, folders.root, family, tmp_path):
         assert losses[2] == losses[0]
         torch.testing.assert_close(losses[1], losses[0], atol=1e-5, rtol=1e-5)
     model, optimizer = torch.load(tmp_path / "first.pt")
@@ -177,7 +176,7 @@ def test_sharded_checkpoints_move_between_libraries(
 def test_state_dicts_move_between_libraries(
     folders: Any, writer: str, reader: str, family: str, tmp_path: Path
 ) -> None:
-    """torch.save(model.state_dict()) into the other library's class, strictly, and back: to the bit."""
+    """Bitwise, with load_state_dict(strict=True), in both directions."""
     name = LANGUAGE[family]
     one, other = Library(writer, folders).model(name), Library(reader, folders).model(name)
     with torch.no_grad():
@@ -196,8 +195,8 @@ def test_state_dicts_move_between_libraries(
 
 
 def _bf16_meta(rank: int, which: str, root: Path, family: str) -> Any:
-    """Losses of a model that is initialised on the meta device, sharded, and filled from a full state dict; of one that
-    is sharded with its weights; what is left without memory. bfloat16 inside."""
+    """Losses of a model that is created on the meta device, sharded, and loaded from a full state dict; losses of one
+    that is sharded with its weights; tensors that remain on the meta device. Mixed precision with bfloat16."""
     library, name = Library(which, Folders(root)), LANGUAGE[family]
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     whole = library.model(name)
@@ -215,7 +214,7 @@ def _bf16_meta(rank: int, which: str, root: Path, family: str) -> Any:
     return losses, left
 
 
-# transformers' other families keep buffers that have no memory then, and its MPNet and GPT-1 have no checkpointing.
+# Buffers of transformers' other families stay on the meta device, and its MPNet and GPT-1 have no checkpointing.
 @pytest.mark.parametrize(
     ("which", "family"),
     [("transformers", "mpt"), *(("monoblock", family) for family in FAMILIES)],
@@ -227,7 +226,7 @@ def test_fsdp2_from_meta_with_mixed_precision(folders: Any, which: str, family: 
         assert not left
 
 
-# ColwiseParallel splits a matrix's outputs, RowwiseParallel the inputs of the next one.
+# ColwiseParallel shards the outputs of a matrix, RowwiseParallel the inputs of the next one.
 PLANS = {
     "mistral": {
         "self_attn.q_proj": ColwiseParallel,
@@ -265,7 +264,7 @@ def _tensor_parallel(rank: int, which: str, root: Path, family: str, part: str) 
 
 @pytest.mark.parametrize(("family", "part"), [case for cases in PARTS.values() for case in cases])
 def test_tensor_parallel(agree: Any, folders: Any, family: str, part: str) -> None:
-    """Two processes give the logits and gradients of one."""
+    """The logits and gradients of two processes equal those of one."""
     name = LANGUAGE[family]
     folders(name)
 
@@ -311,7 +310,7 @@ def _ddp(rank: int, which: str, root: Path, family: str, how: str) -> Any:
 
     name = LANGUAGE[family]
     model: Any = Library(which, Folders(root)).model(name)
-    # Fuyu's image projection gets no gradient from text.
+    # Fuyu's image projection has no gradient without images.
     wrapped = DistributedDataParallel(model, find_unused_parameters=family == "fuyu")
     optimizer: Any = None
     if how == "zero":
@@ -323,7 +322,7 @@ def _ddp(rank: int, which: str, root: Path, family: str, how: str) -> Any:
 @pytest.mark.parametrize("how", ["", "zero", "compile"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_ddp(agree: Any, folders: Any, family: str, how: str) -> None:
-    """By itself, with the optimizer's state divided among processes, and compiled."""
+    """DDP alone, with ZeroRedundancyOptimizer, and compiled."""
     folders(LANGUAGE[family])
 
     def run(library: Library) -> Any:

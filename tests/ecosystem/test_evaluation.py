@@ -1,4 +1,4 @@
-"""lm-eval, outlines, sentence-transformers, Lightning, captum and torchao with a whole model."""
+"""lm-eval, outlines, sentence-transformers, Lightning, captum, torchao and transformers' pipelines."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from tiny import LANGUAGE, TEXTS, Library, batch, labelled, logits
 
 
 def tasks(folder: Path) -> list[dict[str, Any]]:
-    """Multiple choice, log-likelihood and generation on rows in a local file."""
+    """Multiple choice, log-likelihood and generation tasks on a local file."""
     rows = [
         {"question": "the cat", "choices": [" sat on the mat", " ran", " and"], "answer": 0, "text": " sat"},
         {
@@ -82,7 +82,7 @@ def tasks(folder: Path) -> list[dict[str, Any]]:
 
 
 def evaluated(model: Any, folder: Path, **more: Any) -> Any:
-    manager = TaskManager(include_defaults=False)  # does not read its thousands of own tasks
+    manager = TaskManager(include_defaults=False)  # faster than indexing the default tasks
     result = lm_eval.simple_evaluate(
         model, tasks=tasks(folder), bootstrap_iters=0, task_manager=manager, **more
     )
@@ -112,7 +112,7 @@ def test_lm_eval_of_an_object(agree: Any, family: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("family", ["mistral", "gpt_neo"])
 def test_lm_eval_by_name(agree: Any, family: str, tmp_path: Path) -> None:
-    """lm-eval's own loading, with its keywords, through the library's auto class."""
+    """Loading by lm-eval through the library's auto class."""
 
     def run(library: Library) -> Any:
         class Loaded(HFLM):
@@ -125,8 +125,8 @@ def test_lm_eval_by_name(agree: Any, family: str, tmp_path: Path) -> None:
     agree(run, 1e-4)
 
 
-def test_lm_eval_by_its_own_name(agree: Any, tmp_path: Path) -> None:
-    """`model="hf"` with the model and our tokenizer among its arguments."""
+def test_lm_eval_hf_model_with_an_object(agree: Any, tmp_path: Path) -> None:
+    """`model="hf"` with model and tokenizer as arguments."""
 
     def run(library: Library) -> Any:
         given = {"pretrained": library.model("GPTNeoForCausalLM"), "tokenizer": library.tokenizer()}
@@ -135,7 +135,7 @@ def test_lm_eval_by_its_own_name(agree: Any, tmp_path: Path) -> None:
     agree(run, 1e-4)
 
 
-def test_lm_eval_opens_a_folder_saved_here(agree: Any, tmp_path: Path) -> None:
+def test_lm_eval_of_a_saved_folder(agree: Any, tmp_path: Path) -> None:
     def run(library: Library) -> Any:
         folder = tmp_path / library.name
         library.model("MptForCausalLM").save_pretrained(folder)
@@ -147,7 +147,7 @@ def test_lm_eval_opens_a_folder_saved_here(agree: Any, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("family", ["mistral", "gpt_neo"])
 def test_outlines(agree: Any, family: str) -> None:
-    """Text that matches a pattern, and a choice."""
+    """A regular expression, and a choice."""
 
     def run(library: Library) -> Any:
         tokenizer = Library("transformers", library.folders).tokenizer()
@@ -164,7 +164,7 @@ def test_outlines(agree: Any, family: str) -> None:
 
 
 def test_outlines_by_name(agree: Any) -> None:
-    """Model and tokenizer as the library's auto classes load them; an object of a JSON schema."""
+    """Model and tokenizer from the auto classes; a JSON schema."""
 
     def run(library: Library) -> Any:
         folder = library.folders("MptForCausalLM")
@@ -181,7 +181,7 @@ def test_outlines_by_name(agree: Any) -> None:
 
 
 def embedder(library: Library, pooling: str = "mean") -> SentenceTransformer:
-    """A SentenceTransformer from the folder, whose model is then the library's."""
+    """A SentenceTransformer whose model is replaced by the library's."""
     transformer = Transformer(str(library.folders("MPNetModel")))
     width = transformer.get_embedding_dimension()
     made = SentenceTransformer(modules=[transformer, Pooling(width, pooling)], device="cpu")
@@ -240,7 +240,7 @@ def test_sentence_transformer_trainer(agree: Any, accumulated: int, tmp_path: Pa
 
 
 class Module(lightning.LightningModule):
-    """The usual wrapper of a language model."""
+    """A LightningModule of a language model."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -283,13 +283,13 @@ def test_lightning(agree: Any, family: str, precision: str, tmp_path: Path) -> N
         fresh.load_state_dict({key.removeprefix("model."): x for key, x in state.items()}, strict=True)
         return module.losses, sorted(state)
 
-    losses, _ = agree(run, 1e-3 if precision == "32-true" else 0.3)  # bfloat16 has 8 bits: losses of size 7
+    losses, _ = agree(run, 1e-3 if precision == "32-true" else 0.3)  # bfloat16 has 8 bits; losses are about 7
     assert losses[-1] < losses[0]
 
 
 @pytest.mark.parametrize("family", ["mistral", "mpt"])
 def test_captum(agree: Any, family: str) -> None:
-    """Integrated gradients at the token embedding, that add up to the difference of the outputs."""
+    """Layer integrated gradients of the token embedding, which add up to the difference of the outputs."""
 
     def run(library: Library) -> Any:
         model = library.model(LANGUAGE[family])
@@ -303,7 +303,7 @@ def test_captum(agree: Any, family: str) -> None:
 
 @pytest.mark.parametrize("family", ["mistral", "mpt", "gpt_neo"])
 def test_torchao_int8(agree: Any, family: str) -> None:
-    """quantize_ replaces the weights of linear modules, which generate and compile as before."""
+    """After quantize_ the model generates and compiles."""
     from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
     def run(library: Library) -> Any:

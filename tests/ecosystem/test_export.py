@@ -1,4 +1,4 @@
-"""torch.compile, torch.export, ONNX, jit.trace, func transforms, autocast and pickles of a whole model."""
+"""torch.compile, torch.export, ONNX, jit.trace, torch.func, autocast and pickling of models."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch._dynamo.testing import CompileCounter
 from torch.export import Dim
 from torch.func import functional_call, grad, jvp, vmap
 
-# Inputs of another size than the one that is traced.
+# Inputs of another size than the traced ones.
 OTHER = {
     "input_ids": torch.randint(5, VOCAB - 1, (2, 30), generator=torch.Generator().manual_seed(3)),
     "attention_mask": torch.ones(2, 30, dtype=torch.long),
@@ -41,8 +41,7 @@ def plain(model: torch.nn.Module, inputs: dict[str, torch.Tensor], **options: An
 def comparable(
     library: Library, model: torch.nn.Module, inputs: dict[str, torch.Tensor], found: torch.Tensor
 ) -> torch.Tensor:
-    """The logits that were found, but where transformers counts left padding as positions, those of its model that is
-    told the positions."""
+    """The logits, or for transformers' families that count left padding as positions, its logits with position_ids."""
     if library.name == "monoblock" or model.config.model_type not in ("openai-gpt", "gpt_neo"):
         return found
     positions = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
@@ -50,7 +49,7 @@ def comparable(
 
 
 class Logits(torch.nn.Module):
-    """ids, mask -> logits: a signature for tracers that know tensors alone."""
+    """(ids, mask) -> logits, for tracers that need tensors as inputs and outputs."""
 
     def __init__(self, model: torch.nn.Module) -> None:
         super().__init__()
@@ -75,9 +74,9 @@ def test_one_graph_with_a_mask(agree: Any, family: str) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_ten_shapes_take_two_graphs(library: Library, family: str) -> None:
-    """One for the first shape, one for all others once rows and lengths have changed."""
-    # A window is another graph for rows that are longer than it.
+def test_ten_shapes_compile_to_two_graphs(library: Library, family: str) -> None:
+    """A static graph for the first shape, and a dynamic one for all others."""
+    # With a window, sequences longer than it need another graph.
     model = library.model(LANGUAGE[family], **({"sliding_window": None} if family == "mistral" else {}))
     counter = CompileCounter()
     compiled = torch.compile(model, backend=counter)
@@ -100,8 +99,8 @@ def test_ten_shapes_take_two_graphs(library: Library, family: str) -> None:
     assert counter.frame_count <= 2
 
 
-def test_the_default_backend(library: Library) -> None:
-    """inductor, at two shapes. One layer: each graph's C++ takes seconds to compile."""
+def test_inductor(library: Library) -> None:
+    """Two shapes and one layer, since compilation of C++ takes seconds."""
     model = library.model("MistralForCausalLM", num_hidden_layers=1)
     compiled = torch.compile(model)
     for inputs in (batch("right"), OTHER):
@@ -110,7 +109,7 @@ def test_the_default_backend(library: Library) -> None:
 
 @pytest.mark.parametrize("family", ["mistral", "mpnet"])
 def test_compiled_training(agree: Any, family: str) -> None:
-    """Forward and backward through AOTAutograd with another shape at the second step."""
+    """Forward and backward with AOTAutograd, and another shape in the second step."""
     name = LANGUAGE[family]
 
     def run(library: Library) -> Any:
@@ -142,7 +141,7 @@ def exported(library: Library, name: str, **options: Any) -> Any:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_export_with_dynamic_shapes_and_a_mask(agree: Any, family: str) -> None:
-    """The exported program returns the model's own output class, a pytree."""
+    """The exported program returns the model's output class."""
     options = {} if family in ("mpnet", "openai-gpt") else {"use_cache": False}
 
     def run(library: Library) -> Any:
@@ -160,7 +159,7 @@ def test_export_with_dynamic_shapes_and_a_mask(agree: Any, family: str) -> None:
 
 
 @pytest.mark.parametrize("family", ["mistral"])
-def test_export_is_saved_and_opened(library: Library, family: str, tmp_path: Path) -> None:
+def test_save_and_load_an_exported_program(library: Library, family: str, tmp_path: Path) -> None:
     options = {} if family in ("mpnet", "openai-gpt") else {"use_cache": False}
     torch.export.save(exported(library, LANGUAGE[family], **options), tmp_path / "model.pt2")
     opened = torch.export.load(tmp_path / "model.pt2").module()
@@ -180,7 +179,7 @@ def run_onnx(file: Path, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
 @pytest.mark.parametrize("dynamo", [True, False], ids=["dynamo", "torchscript"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_onnx(library: Library, family: str, dynamo: bool, tmp_path: Path) -> None:
-    """Both exporters; the file runs in onnxruntime at another length too."""
+    """Both exporters; the file runs in onnxruntime, also at another length."""
     model = Logits(library.model(LANGUAGE[family]))
     inputs = batch("right")
     file = tmp_path / "model.onnx"
@@ -208,7 +207,7 @@ def test_onnx(library: Library, family: str, dynamo: bool, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_jit_trace(library: Library, family: str) -> None:
-    """torch.jit.trace with its own check, then another mask, then saved and opened."""
+    """torch.jit.trace with its check, another mask, and after saving and loading."""
     model = Logits(library.model(LANGUAGE[family]))
     traced = torch.jit.trace(model, tuple(batch("right").values()))
     file = io.BytesIO()
@@ -221,10 +220,10 @@ def test_jit_trace(library: Library, family: str) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_gradients_of_each_sample(agree: Any, family: str) -> None:
-    """vmap(grad(functional_call)) against one backward for each sample."""
+def test_per_sample_gradients(agree: Any, family: str) -> None:
+    """vmap(grad(functional_call)) against a backward pass per sample."""
     name = LANGUAGE[family]
-    # transformers reads these two families' masks on the host.
+    # transformers reads the masks of these two families on the host.
     padding = "none" if family in ("fuyu", "mpnet") else "right"
 
     def run(library: Library) -> Any:
@@ -263,7 +262,7 @@ def test_a_mask_under_vmap(monoblock_library: Library, family: str) -> None:
 
 @pytest.mark.parametrize("family", ["mpt", "gpt_neo"])
 def test_forward_mode(agree: Any, family: str) -> None:
-    """jvp along a direction in the parameters, against the gradient; with the default attention."""
+    """jvp along a direction in parameter space against the gradient, with the default attention."""
     name = LANGUAGE[family]
 
     def run(library: Library) -> Any:
@@ -311,9 +310,9 @@ def test_ensembles_under_vmap(agree: Any, family: str) -> None:
 @pytest.mark.parametrize("padding", ["right", "left"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_autocast_with_padding(library: Library, family: str, padding: str, dtype: torch.dtype) -> None:
-    """Training, evaluation and generation; near the model in float32."""
+    """Training, evaluation and generation are close to the float32 model."""
     name = LANGUAGE[family]
-    # Without a window padded rows take another kernel.
+    # Padded rows without a window use another kernel.
     model = library.model(name, **({"sliding_window": None} if family == "mistral" else {}))
     inputs = labelled(name, padding)
     reference = model(**inputs)
@@ -322,7 +321,7 @@ def test_autocast_with_padding(library: Library, family: str, padding: str, dtyp
     assert out.logits.dtype == dtype
     out.loss.backward()
     assert {p.grad.dtype for p in model.parameters() if p.grad is not None} == {torch.float32}
-    # Eight bits of bfloat16 (eleven of float16) over two layers, loss of size 7.
+    # 8 bits of bfloat16 (11 of float16), two layers, losses of about 7.
     torch.testing.assert_close(out.loss.float(), reference.loss, atol=0.1, rtol=0)
     model.eval()
     with torch.no_grad(), torch.autocast("cpu", dtype=dtype):
@@ -338,7 +337,7 @@ PICKLED = [*LANGUAGE.values(), *BARE.values()]
 
 
 @pytest.mark.parametrize("name", PICKLED)
-def test_a_model_is_pickled(library: Library, name: str, tmp_path: Path) -> None:
+def test_models_are_picklable(library: Library, name: str, tmp_path: Path) -> None:
     model = library.model(name)
     expected = logits(model)
     again = pickle.loads(pickle.dumps(model))

@@ -1,4 +1,4 @@
-"""transformers' Trainer: training, evaluation with the model's own loss, checkpoints, resuming."""
+"""transformers' Trainer: training, evaluation, checkpoints, resuming, saving."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from transformers import (
 
 
 def arguments(folder: Path, **more: Any) -> TrainingArguments:
-    """Arguments for four steps of two texts on a CPU."""
+    """Arguments for four steps with batch size 2 on a CPU."""
     return TrainingArguments(
         **{
             "output_dir": str(folder),
@@ -67,13 +67,13 @@ def losses(made: Trainer) -> list[float]:
     return [line["loss"] for line in made.state.log_history if "loss" in line]
 
 
-# transformers' Trainer divides GPT-1's loss by another count of tokens than its model does.
+# transformers' Trainer divides GPT-1's loss by another number of tokens than its model.
 COUNTED = [family for family in FAMILIES if family != "openai-gpt"]
 
 
 @pytest.mark.parametrize("family", COUNTED)
 def test_train_and_evaluate(agree: Any, family: str, tmp_path: Path) -> None:
-    """The Trainer divides by the batch's number of tokens only where the model takes that number."""
+    """The Trainer passes num_items_in_batch only to models that accept it."""
 
     def run(library: Library) -> Any:
         made = trainer(library, LANGUAGE[family], tmp_path)
@@ -161,7 +161,7 @@ def test_our_tokenizer_is_enough(monoblock_library: Library, folders: Any, tmp_p
 
 @pytest.mark.parametrize("name", list(SEQUENCE.values()))
 def test_classification_with_metrics(agree: Any, name: str, tmp_path: Path) -> None:
-    """Predictions hold the logits alone: no cache, no hidden states (`keys_to_ignore_at_inference`)."""
+    """Predictions are logits without cache and hidden states (`keys_to_ignore_at_inference`)."""
 
     def run(library: Library) -> Any:
         tokenizer = library.tokenizer()
@@ -191,7 +191,7 @@ def test_classification_with_metrics(agree: Any, name: str, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("name", ["MistralForQuestionAnswering", "MPNetForQuestionAnswering"])
 def test_labels_are_found_by_forward(agree: Any, name: str, tmp_path: Path) -> None:
-    """`start_positions` and `end_positions` are labels: the Trainer reads forward's parameters."""
+    """The Trainer finds `start_positions` and `end_positions` in the signature of forward."""
 
     def run(library: Library) -> Any:
         ids = torch.randint(5, 200, (4, 12), generator=torch.Generator().manual_seed(0))
@@ -215,7 +215,7 @@ def test_labels_are_found_by_forward(agree: Any, name: str, tmp_path: Path) -> N
 # transformers has none for GPT-1 and MPNet.
 @pytest.mark.parametrize("family", ["mpt", "mistral", "fuyu", "gpt_neo"])
 def test_gradient_checkpointing(agree: Any, family: str, reentrant: bool | None, tmp_path: Path) -> None:
-    """Both ways, and the Trainer's default: the losses of training without it."""
+    """Reentrant, non-reentrant and the Trainer's default: losses equal training without checkpointing."""
 
     def run(library: Library) -> Any:
         plain = trainer(library, LANGUAGE[family], tmp_path, max_steps=2)
@@ -243,8 +243,8 @@ RESUMED = [family for family in FAMILIES if family != "fuyu"]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_resuming_changes_nothing(library: Library, family: str, tmp_path: Path) -> None:
-    """From the checkpoint after two of four steps: to the bit the weights of a run that never stopped."""
+def test_resuming(library: Library, family: str, tmp_path: Path) -> None:
+    """Resuming after two of four steps gives bitwise the weights of an uninterrupted run."""
     if library.name == "transformers" and family not in RESUMED:
         pytest.skip("transformers does not resume it")
     name = LANGUAGE[family]
@@ -263,7 +263,7 @@ def test_resuming_changes_nothing(library: Library, family: str, tmp_path: Path)
 def test_checkpoints_move_between_libraries(
     folders: Any, writer: str, reader: str, family: str, tmp_path: Path
 ) -> None:
-    """A Trainer's checkpoint opens in both, is written back to the bit, and training resumes from it."""
+    """Checkpoints of the Trainer load in both libraries, are saved bitwise equal, and training resumes from them."""
     name, one, other = LANGUAGE[family], Library(writer, folders), Library(reader, folders)
     made = trainer(one, name, tmp_path, save_strategy="steps", save_steps=2)
     made.train()
@@ -273,7 +273,7 @@ def test_checkpoints_move_between_libraries(
     opened = other.open(name, folder)
     equal_states(opened.state_dict(), made.model.state_dict())
     opened.save_pretrained(tmp_path / "back")
-    if family != "fuyu":  # transformers writes the names that the family's first files had, monoblock today's
+    if family != "fuyu":  # transformers writes the names of the first releases, monoblock the current ones
         equal_states(load_file(tmp_path / "back" / "model.safetensors"), stored)
     back = one.open(name, tmp_path / "back")
     equal_states(back.state_dict(), made.model.state_dict())
@@ -288,7 +288,7 @@ def test_checkpoints_move_between_libraries(
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_no_decay_of_norms_and_biases(agree: Any, family: str, tmp_path: Path) -> None:
-    """The Trainer's decay mask picks parameters by name and by the module's class."""
+    """The Trainer selects parameters for weight decay by name and module class."""
 
     def run(library: Library) -> Any:
         made = trainer(library, LANGUAGE[family], tmp_path)
@@ -302,7 +302,7 @@ def test_no_decay_of_norms_and_biases(agree: Any, family: str, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("family", [family for family in COUNTED if family in CAUSAL])
-def test_a_model_is_made_by_model_init(agree: Any, family: str, tmp_path: Path) -> None:
+def test_model_init(agree: Any, family: str, tmp_path: Path) -> None:
     """`model_init` and bf16 training: parameters and predictions stay in float32."""
 
     def run(library: Library) -> Any:
@@ -323,11 +323,11 @@ def test_a_model_is_made_by_model_init(agree: Any, family: str, tmp_path: Path) 
         assert out.predictions.dtype == "float32"
         return losses(made)
 
-    agree(run, 0.1)  # bfloat16 has 8 bits: losses of size 6
+    agree(run, 0.1)  # bfloat16 has 8 bits; losses are about 6
 
 
 def test_save_model_and_hub_arguments(agree: Any, tmp_path: Path) -> None:
-    """`save_model` writes a folder that opens, with the arguments and the tokenizer beside it."""
+    """`save_model` writes a loadable folder with training arguments and tokenizer."""
 
     def run(library: Library) -> Any:
         made = trainer(library, "GPTNeoForCausalLM", tmp_path)

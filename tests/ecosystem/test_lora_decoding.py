@@ -1,4 +1,4 @@
-"""LoRA adapters in the native decode step: the same scores as module by module, and every change of them is seen."""
+"""LoRA adapters in the native decode step: equal to the PyTorch modules, also after changes of the adapters."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from monoblock import native
 
 pytestmark = pytest.mark.skipif(native.preferred(1) is None, reason=f"native kernels: {native.status()}")
 
-# All matrices of a layer by transformers' names, the head too.
+# All matrices of a layer and the head, by transformers' names.
 MATRICES = {
     "mpt": ["Wqkv", "out_proj", "up_proj", "down_proj", "lm_head"],
     "mistral": ["q_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head"],
@@ -23,7 +23,7 @@ MATRICES = {
     "openai-gpt": ["c_attn", "c_fc", "c_proj"],
     "gpt_neo": ["q_proj", "k_proj", "v_proj", "out_proj", "c_fc", "c_proj"],
 }
-# No multiple of the kernels' vectors, nor of the rows that a thread takes at once.
+# Ranks that are no multiples of the vector length or of the rows per thread.
 RANK = 11
 ONE_ROW = torch.arange(5, 12)[None]
 CALL: dict[str, Any] = {
@@ -41,7 +41,7 @@ def config(family: str, **options: Any) -> LoraConfig:
 
 
 def adapted(library: Library, family: str, **options: Any) -> Any:
-    """A model with an adapter of large random numbers."""
+    """A model with an adapter of large random weights."""
     model = get_peft_model(library.model(LANGUAGE[family], **options), config(family)).eval()
     filled(model, 1)
     return model
@@ -59,7 +59,7 @@ def scores(model: Any, ids: torch.Tensor = ONE_ROW) -> torch.Tensor:
 
 
 def by_modules(model: Any, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
-    """The same without the native step, which a hook forbids."""
+    """Computes without the native step, which a forward hook disables."""
     handle = model.get_base_model().register_forward_hook(lambda *_: None)
     assert model.get_base_model().decoding_path() == "a forward hook on the model"
     try:
@@ -74,14 +74,14 @@ def check(model: Any, ids: torch.Tensor = ONE_ROW) -> torch.Tensor:
     found = scores(model, ids)
     with torch.no_grad():
         out = base(ids, output_hidden_states=True)
-    # Each product is three with an adapter, the last two shorter than the first.
+    # An adapter adds two smaller products to each product.
     bound = 2 * rounding(base.spec, out)
     torch.testing.assert_close(found, by_modules(model, lambda: scores(model, ids)), rtol=0, atol=bound)
     return found
 
 
 @pytest.mark.parametrize("family", CAUSAL)
-def test_every_matrix_takes_an_adapter(monoblock_library: Library, family: str) -> None:
+def test_adapters_on_every_matrix(monoblock_library: Library, family: str) -> None:
     model = adapted(monoblock_library, family)
     one = check(model)
     check(model, ONE_ROW.expand(3, -1) + torch.arange(3)[:, None])
@@ -90,7 +90,7 @@ def test_every_matrix_takes_an_adapter(monoblock_library: Library, family: str) 
     assert (one - plain).abs().max() > 0.1
 
 
-def test_what_changes_an_adapter_changes_the_step(monoblock_library: Library) -> None:
+def test_changes_of_adapters_change_the_native_step(monoblock_library: Library) -> None:
     model = adapted(monoblock_library, "mistral")
     seen = [check(model)]
     for module in model.modules():
@@ -99,7 +99,7 @@ def test_what_changes_an_adapter_changes_the_step(monoblock_library: Library) ->
     seen.append(check(model))
     model.add_adapter("other", config("mistral"))
     seen.append(check(model))
-    assert torch.equal(seen[1], seen[2])  # added, not chosen
+    assert torch.equal(seen[1], seen[2])  # added but not active
     model.set_adapter("other")
     filled(model, 2)
     seen.append(check(model))
@@ -116,16 +116,16 @@ def test_what_changes_an_adapter_changes_the_step(monoblock_library: Library) ->
     torch.testing.assert_close(scores(merged), seen[-1], rtol=0, atol=1e-4)
 
 
-def test_moved_models_keep_the_step(monoblock_library: Library) -> None:
-    """Matrices below adapters lie side by side after a change of their dtype too."""
+def test_models_converted_to_another_dtype_use_the_native_step(monoblock_library: Library) -> None:
+    """The base matrices below adapters are fused again."""
     model = adapted(monoblock_library, "mistral").double().float()
     check(model)
 
 
 @pytest.mark.parametrize("family", ["mistral", "gpt_neo"])
 def test_float32_adapters_of_a_bfloat16_model(monoblock_library: Library, family: str) -> None:
-    """peft keeps adapters in float32. The step computes in float32 between matrices of bfloat16: it is at least as near
-    to the float32 model as the modules are."""
+    """peft keeps adapters in float32. Between bfloat16 matrices the native step computes in float32; its error against
+    the float32 model is no larger than that of the modules."""
     exact = adapted(monoblock_library, family)
     for name, parameter in exact.named_parameters():
         if "lora_" not in name:
@@ -133,13 +133,13 @@ def test_float32_adapters_of_a_bfloat16_model(monoblock_library: Library, family
     half = adapted(monoblock_library, family, dtype=torch.bfloat16)
     assert {p.dtype for n, p in half.named_parameters() if "lora_" in n} == {torch.float32}
     assert half.get_base_model().decoding_path() == "native step"
-    # Of the first new token alone: texts may part afterwards.
+    # For the first new token only: later tokens may diverge.
     want, found = scores(exact)[1], scores(half)[1]
     modules = by_modules(half, lambda: scores(half)[1])
     assert (found - want).abs().max() <= 1.5 * (modules - want).abs().max()
 
 
-def test_merging_into_packed_weights_says_what_to_do(monoblock_library: Library, folders: Any) -> None:
+def test_merging_into_quantised_weights_is_refused(monoblock_library: Library, folders: Any) -> None:
     name = LANGUAGE["mistral"]
     model = getattr(monoblock_library, name).from_pretrained(folders(name), quantization_config="int8")
     model = get_peft_model(model, LoraConfig(target_modules="all-linear", r=RANK)).eval()
@@ -153,7 +153,7 @@ def test_merging_into_packed_weights_says_what_to_do(monoblock_library: Library,
 
 
 @pytest.mark.parametrize("how", ["int8", "int4", "lossless"])
-def test_adapters_over_packed_weights(monoblock_library: Library, folders: Any, how: str) -> None:
+def test_adapters_on_quantised_weights(monoblock_library: Library, folders: Any, how: str) -> None:
     name = LANGUAGE["mistral"]
     model = getattr(monoblock_library, name).from_pretrained(
         folders(name), quantization_config=how, dtype=torch.bfloat16 if how == "lossless" else torch.float32
@@ -165,7 +165,7 @@ def test_adapters_over_packed_weights(monoblock_library: Library, folders: Any, 
         plain, plain_modules = scores(model), by_modules(model, lambda: scores(model))
     found, modules = scores(model), by_modules(model, lambda: scores(model))
     assert (found - plain).abs().max() > 0.1
-    # The packed product rounds its inputs in both; an adapter adds nothing to that but its own float32 sums.
+    # Both paths quantise the inputs of the product; an adapter adds float32 sums only.
     noise = float((plain - plain_modules).abs().max())
     torch.testing.assert_close(found, modules, rtol=0, atol=max(4 * noise, 1e-4))
 
@@ -179,7 +179,7 @@ def test_adapters_over_packed_weights(monoblock_library: Library, folders: Any, 
         ({"modules_to_save": ["lm_head"]}, "lm_head"),
     ],
 )
-def test_what_the_step_does_not_take_is_named(
+def test_unsupported_adapters_are_named(
     monoblock_library: Library, options: dict[str, Any], why: str
 ) -> None:
     options = {"target_modules": ["q_proj", "v_proj"], **options}

@@ -1,4 +1,4 @@
-"""peft: adapters on both libraries' models have the same names and the same numbers."""
+"""peft: adapters of both libraries' models have the same names and values."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def task_of(family: str) -> str:
 
 
 def adapted(library: Library, name: str, config: peft.PeftConfig) -> Any:
-    """A model with an adapter whose weights are no longer 0."""
+    """A model with a trained adapter, whose weights are not 0."""
     torch.manual_seed(0)
     model = get_peft_model(library.model(name), config)
     steps(model, name)
@@ -56,7 +56,7 @@ def test_lora_on_q_k_v_by_name(agree: Any, family: str) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_default_targets(agree: Any, family: str) -> None:
-    """peft's table knows the targets of mpt, mistral and gpt_neo by `model_type`; for the others it must refuse."""
+    """peft has default targets for the model types mpt, mistral and gpt_neo; for the others it raises an error."""
     name = LANGUAGE[family]
 
     def run(library: Library) -> Any:
@@ -73,7 +73,7 @@ def test_the_default_targets(agree: Any, family: str) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_all_linear_merges(agree: Any, family: str) -> None:
-    """Two steps with no task type, then a merge: with tied heads it must not reach the embedding."""
+    """Two steps without task type, then a merge, which must not change the embedding of tied heads."""
     name = LANGUAGE[family]
 
     def run(library: Library) -> Any:
@@ -85,7 +85,7 @@ def test_all_linear_merges(agree: Any, family: str) -> None:
         before = logits(model)
         assert (before - plain).abs().max() > 1e-2
         merged = model.merge_and_unload()
-        # W + B A is rounded once more: half a unit in the last place of logits of size 10, over two layers.
+        # W + B A is rounded once more: half an ulp of logits of about 10, over two layers.
         assert (logits(merged) - before).abs().max() < 1e-5
         return targets, losses, before
 
@@ -93,7 +93,7 @@ def test_all_linear_merges(agree: Any, family: str) -> None:
 
 
 @pytest.mark.parametrize("family", CAUSAL)
-def test_an_adapted_model_generates(agree: Any, family: str) -> None:
+def test_generation_with_an_adapter(agree: Any, family: str) -> None:
     name = LANGUAGE[family]
 
     def run(library: Library) -> Any:
@@ -124,7 +124,7 @@ def test_the_classifier_is_trained_and_saved(agree: Any, name: str, tmp_path: Pa
         folder = tmp_path / library.name
         config = LoraConfig(task_type=HEADS[name], target_modules=targets)
         model = get_peft_model(library.model(name), config)
-        # The gradient of a span head's bias is 0, and AdamW would divide rounding by rounding.
+        # The gradient of a span head's bias is 0 up to rounding, which AdamW would normalise.
         losses = steps(model, name, eps=1e-3 if HEADS[name] == "QUESTION_ANS" else 1e-8)
         model.save_pretrained(folder)
         after = logits(model)
@@ -147,7 +147,7 @@ def test_adapters_move_between_libraries(
     model = adapted(Library(writer, folders), name, config)
     model.save_pretrained(tmp_path)
     again = PeftModel.from_pretrained(Library(reader, folders).model(name), tmp_path)
-    # Different kernels of two libraries: sums in another order.
+    # The kernels of the two libraries sum in different orders.
     atol = 0 if writer == reader else 1e-4
     torch.testing.assert_close(logits(again), logits(model), atol=atol, rtol=1e-5)
     merged = again.merge_and_unload()
@@ -155,7 +155,7 @@ def test_adapters_move_between_libraries(
 
 
 def adapter_folder(folders: Any, tmp_path: Path, seed: int = 0) -> Path:
-    """An adapter of Mistral that transformers' model trained, which names its base by folder."""
+    """A Mistral adapter trained with transformers, whose config has the folder of its base model."""
     library = Library("transformers", folders)
     torch.manual_seed(seed)
     config = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"])
@@ -166,7 +166,7 @@ def adapter_folder(folders: Any, tmp_path: Path, seed: int = 0) -> Path:
     return folder
 
 
-def test_from_pretrained_opens_an_adapter_folder(agree: Any, folders: Any, tmp_path: Path) -> None:
+def test_from_pretrained_loads_adapter_folders(agree: Any, folders: Any, tmp_path: Path) -> None:
     folder = adapter_folder(folders, tmp_path)
 
     def run(library: Library) -> Any:
@@ -199,7 +199,7 @@ def test_load_add_and_set_adapters(agree: Any, folders: Any, tmp_path: Path) -> 
         model.enable_adapters()
         assert torch.equal(logits(model), second)
         model.add_adapter(LoraConfig(target_modules=["o_proj"]), adapter_name="three")
-        assert torch.equal(logits(model), plain)  # a new adapter's B is 0
+        assert torch.equal(logits(model), plain)  # B of a new adapter is 0
         model.set_adapter("two")
         model.save_pretrained(tmp_path / library.name)
         assert (tmp_path / library.name / "adapter_model.safetensors").is_file()
@@ -217,9 +217,9 @@ PROMPTS = {
     ),
     "prefix": lambda **sizes: peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4, **sizes),
 }
-# peft does not find MPT's number of heads (`n_heads`) in a config.
+# peft does not find MPT's number of heads (`n_heads`).
 SIZES = {"mpt": {"num_attention_heads": 4, "num_layers": 2, "token_dim": 32}}
-# transformers' GPT-1 has no cache, its MPNet and Fuyu none that peft's prefix fits.
+# transformers' GPT-1 has no cache, and its MPNet and Fuyu none for peft's prefixes.
 TUNED = [(kind, family) for kind in PROMPTS for family in ("mpt", "mistral", "gpt_neo")] + [
     ("prompt", "openai-gpt"),
     ("prompt", "fuyu"),
@@ -248,14 +248,14 @@ def test_prompt_and_prefix_tuning(agree: Any, kind: str, family: str, tmp_path: 
     assert losses[0] != losses[1]
 
 
-# Windows and ALiBi go by the distance in the row, padding included.
+# Windows and ALiBi use distances that include padding.
 FAR = {"mistral": {"sliding_window": None}, "gpt_neo": {"window_size": 64}, "openai-gpt": {}, "fuyu": {}}
 
 
 @pytest.mark.parametrize(("kind", "family"), [(kind, family) for kind, family in TUNED if family in FAR])
 def test_padding_after_a_learned_prompt(monoblock_library: Library, kind: str, family: str) -> None:
-    """Each row of a padded batch is computed as it is alone: padding between prompt and text counts for nothing.
-    (transformers counts it as positions.)"""
+    """Rows of a padded batch equal single rows: padding between prompt and text takes no positions (in transformers it
+    does)."""
     name = LANGUAGE[family]
     torch.manual_seed(0)
     model = get_peft_model(monoblock_library.model(name, **FAR[family]), PROMPTS[kind]())
@@ -301,7 +301,7 @@ OTHERS = {
 def test_other_adapters_merge(agree: Any, kind: str) -> None:
     def run(library: Library) -> Any:
         model = get_peft_model(library.model("MistralForCausalLM"), OTHERS[kind])
-        # Of a whole embedding and head some gradients are rounding alone, which AdamW would make full steps of.
+        # Some gradients of the embedding and the head are rounding errors, which AdamW would normalise.
         losses = steps(model, "MistralForCausalLM", eps=1e-3 if kind == "modules_to_save" else 1e-8)
         before = logits(model)
         assert (logits(model.merge_and_unload()) - before).abs().max() < 1e-4
@@ -310,7 +310,7 @@ def test_other_adapters_merge(agree: Any, kind: str) -> None:
     agree(run, 1e-4)
 
 
-# bitsandbytes' CPU kernel for 4 bits needs rows of whole blocks of 64.
+# bitsandbytes' CPU kernel for 4 bits needs rows of multiples of 64.
 BLOCKS = {
     "mistral": {"hidden_size": 64, "intermediate_size": 128},
     "mpt": {"d_model": 64},
@@ -319,7 +319,7 @@ BLOCKS = {
 
 
 def training_logits(model: Any) -> torch.Tensor:
-    """In training mode: in evaluation mode bitsandbytes repacks matrices on some CPUs, for inference only."""
+    """Logits in training mode, since in evaluation mode bitsandbytes repacks matrices on some CPUs."""
     model.train()
     with torch.no_grad():
         return model(**batch("none")).logits.float()
@@ -350,7 +350,7 @@ def test_lora_over_bitsandbytes_merges(agree: Any, folders: Any, family: str, bi
         losses = steps(model, name)
         before = training_logits(model)
         merged = model.merge_and_unload()
-        # The merged matrices are quantised once more, with an error like that of the first time.
+        # The merged matrices are quantised again, with a similar error.
         once = (quantised - plain).abs().mean()
         assert once > 0
         assert (training_logits(merged) - before).abs().mean() < 2 * once
@@ -359,8 +359,8 @@ def test_lora_over_bitsandbytes_merges(agree: Any, folders: Any, family: str, bi
     agree(run, 1e-3 if bits == 4 else 2e-2)
 
 
-def test_lora_over_our_int8(monoblock_library: Library, folders: Any) -> None:
-    """adapters on monoblock's own quantised matrices train, and can be disabled."""
+def test_lora_on_monoblock_int8(monoblock_library: Library, folders: Any) -> None:
+    """Adapters on monoblock's quantised matrices can be trained and disabled."""
     name = "MistralForCausalLM"
     model = getattr(monoblock_library, name).from_pretrained(folders(name), quantization_config="int8")
     quantised = logits(model)
@@ -378,8 +378,8 @@ def test_lora_over_our_int8(monoblock_library: Library, folders: Any) -> None:
     }
 
 
-def test_the_adapter_path_of_a_tokenizer_and_texts(agree: Any) -> None:
-    """The smallest fine-tuning script: text in, loss down."""
+def test_a_minimal_fine_tuning_script(agree: Any) -> None:
+    """The loss decreases."""
 
     def run(library: Library) -> Any:
         tokenizer = library.tokenizer()
@@ -401,8 +401,8 @@ def test_the_adapter_path_of_a_tokenizer_and_texts(agree: Any) -> None:
 
 
 @pytest.mark.parametrize("more", [[], ["checkpoint-1"]])
-def test_adapter_whose_save_is_cut_off(tmp_path: Path, more: list[str]) -> None:
-    """Its config and its weights come together, beside sub-folders too."""
+def test_interrupted_save_of_an_adapter(tmp_path: Path, more: list[str]) -> None:
+    """Config and weights are replaced atomically, with and without subfolders."""
     import monoblock
 
     adapted: dict[int, Any] = {}

@@ -1,4 +1,5 @@
-"""What tools look for on models, configs and classes, and transformers' own objects handed to a model."""
+"""Attributes and methods of models, configs and tokenizers that other packages use, and transformers' objects as
+arguments."""
 
 from __future__ import annotations
 
@@ -23,8 +24,8 @@ CLASSES = [*LANGUAGE.values(), *BARE.values(), *SEQUENCE.values()]
 
 
 @pytest.mark.parametrize("name", CLASSES)
-def test_what_tools_probe_a_model_for(agree: Any, name: str) -> None:
-    """Attributes that peft, accelerate, trl and the Trainer read: transformers' values, or absent as there."""
+def test_attributes_of_models(agree: Any, name: str) -> None:
+    """As read by peft, accelerate, trl and the Trainer; equal to transformers', or absent as there."""
 
     def run(library: Library) -> Any:
         model = library.model(name)
@@ -38,7 +39,7 @@ def test_what_tools_probe_a_model_for(agree: Any, name: str) -> None:
         named = {id(module): key for key, module in model.named_modules()}
         output = model.get_output_embeddings()
         splits = sorted(model._no_split_modules or [])
-        # transformers' GPT-1 and MPNet name no module that must stay whole, so that tools cannot place or wrap them.
+        # transformers' GPT-1 and MPNet have no _no_split_modules.
         named_by_both = family_of(name) not in ("openai-gpt", "mpnet")
         assert splits or library.name == "transformers"
         return {
@@ -65,8 +66,8 @@ def test_what_tools_probe_a_model_for(agree: Any, name: str) -> None:
 
 
 @pytest.mark.parametrize("family", CAUSAL)
-def test_the_decoder_is_called_by_itself(agree: Any, family: str) -> None:
-    """trl computes losses from its hidden states."""
+def test_calls_of_the_decoder(agree: Any, family: str) -> None:
+    """trl computes losses from the hidden states of `get_decoder()`."""
 
     def run(library: Library) -> Any:
         model = library.model(LANGUAGE[family])
@@ -81,7 +82,7 @@ def test_the_decoder_is_called_by_itself(agree: Any, family: str) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_loss_type_and_function(agree: Any, family: str) -> None:
-    """The Trainer compares `loss_type` with the name of transformers' function for causal heads."""
+    """The Trainer compares `loss_type` with the name of transformers' causal loss."""
 
     def run(library: Library) -> Any:
         model = library.model(LANGUAGE[family])
@@ -99,7 +100,7 @@ def test_loss_type_and_function(agree: Any, family: str) -> None:
 
 
 @pytest.mark.parametrize("family", CAUSAL)
-def test_inputs_are_prepared_for_generation(agree: Any, family: str) -> None:
+def test_prepare_inputs_for_generation(agree: Any, family: str) -> None:
     def run(library: Library) -> Any:
         model = library.model(LANGUAGE[family])
         prepared = model.prepare_inputs_for_generation(**batch("left"), past_key_values=None, use_cache=True)
@@ -145,7 +146,7 @@ def test_tensor_and_pipeline_plans(agree: Any, family: str) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_what_tools_ask_of_a_config(agree: Any, family: str) -> None:
+def test_attributes_of_configs(agree: Any, family: str) -> None:
     def run(library: Library) -> Any:
         config = library.AutoConfig.from_pretrained(library.folders(LANGUAGE[family]))
         text = config.get_text_config()
@@ -155,10 +156,10 @@ def test_what_tools_ask_of_a_config(agree: Any, family: str) -> None:
         return {
             "text": text.vocab_size,
             "decoder": config.get_text_config(decoder=True).vocab_size,
-            # Of Fuyu transformers has a config in a config; monoblock's is flat, as the files are.
+            # transformers' Fuyu config is nested; monoblock's is flat, like the files.
             "in": [family == "fuyu" or key in config for key in ("vocab_size", "num_hidden_layers")],
             "not in": "no such field" in config,
-            # As the Trainer reads it.
+            # As in the Trainer.
             "ignored": list(getattr(config, "keys_to_ignore_at_inference", ["past_key_values"])),
             "type": config.model_type,
             "hidden": text.hidden_size,
@@ -186,8 +187,8 @@ def test_from_config_with_options(agree: Any, family: str) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_config_of_transformers_makes_a_model(monoblock_library: Library, family: str) -> None:
-    """Taken as it is: the same sizes and numbers as from our own config."""
+def test_models_from_transformers_configs(monoblock_library: Library, family: str) -> None:
+    """Equal to models from monoblock's configs."""
     name = LANGUAGE[family]
     cls = getattr(transformers, name)
     config = cls.config_class(**fields(name))
@@ -269,7 +270,7 @@ def test_names_that_scripts_import(library: Library) -> None:
 
 
 def test_more_arguments_of_from_pretrained(library: Library, folders: Any, tmp_path: Path) -> None:
-    """What lm-eval, trl and scripts pass: taken, with their effect."""
+    """Arguments passed by lm-eval, trl and scripts have an effect."""
     folder = folders("MistralForCausalLM")
     state = {key: 2 * x for key, x in library.model("MistralForCausalLM").state_dict().items()}
     doubled = library.MistralForCausalLM.from_pretrained(
@@ -295,10 +296,10 @@ def test_more_arguments_of_from_pretrained(library: Library, folders: Any, tmp_p
 
 
 @pytest.mark.parametrize("how", ["int4", "int8", "lossless"])
-def test_packed_folders_are_refused_by_transformers(
+def test_quantised_folders_are_refused_by_transformers(
     monoblock_library: Library, how: str, tmp_path: Path
 ) -> None:
-    """Before it reads the weights, which it would pass over and make others at random."""
+    """Otherwise it would ignore the weights and initialise others at random."""
     folder = monoblock_library.folders("MistralForCausalLM", hidden_size=512, intermediate_size=512)
     packed = monoblock_library.AutoModelForCausalLM.from_pretrained(
         folder, quantization_config=how, dtype=torch.bfloat16
@@ -319,7 +320,7 @@ def rows(tokenizer: Any) -> list[dict[str, Any]]:
     return [{"input_ids": tokenizer(text)["input_ids"]} for text in TEXTS[:3]]
 
 
-def test_collators_take_the_tokenizer(agree: Any) -> None:
+def test_data_collators(agree: Any) -> None:
     def run(library: Library) -> Any:
         tokenizer = library.tokenizer()
         padded = DataCollatorWithPadding(tokenizer, pad_to_multiple_of=8)(rows(tokenizer))
@@ -331,8 +332,8 @@ def test_collators_take_the_tokenizer(agree: Any) -> None:
     agree(run)
 
 
-def test_datasets_map_a_tokenizer(agree: Any) -> None:
-    """Called in batches, hashed for the cache and pickled for workers."""
+def test_datasets_map(agree: Any) -> None:
+    """The tokenizer is called in batches, hashed for the cache and pickled for workers."""
 
     def run(library: Library) -> Any:
         tokenizer = library.tokenizer()
@@ -374,6 +375,6 @@ TOOLS = {
 
 
 @pytest.mark.parametrize("tool", TOOLS)
-def test_tools_take_the_tokenizer(library: Library, tool: str, tmp_path: Path) -> None:
-    """These ask for an instance of transformers' tokenizer class."""
+def test_packages_that_check_the_tokenizer_class(library: Library, tool: str, tmp_path: Path) -> None:
+    """They require an instance of transformers' tokenizer class."""
     TOOLS[tool](library, library.tokenizer(), tmp_path)

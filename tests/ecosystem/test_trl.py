@@ -1,4 +1,4 @@
-"""trl: SFT (packed and padding-free too), DPO, and reward modelling."""
+"""trl: SFT with and without packing, DPO, and reward modelling."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ PAIRS = {
     "chosen": [" sat on the mat", " ran", " ran on", " mat"],
     "rejected": [" ran and ran", " sat", " cat", " dog sat"],
 }
-# AdamW's division amplifies the gradients' last bits.
+# AdamW's normalisation amplifies rounding errors of the gradients.
 ATOL = 2e-3
 
 
@@ -107,7 +107,7 @@ def test_sft_with_an_adapter_and_gradient_checkpointing(agree: Any, tmp_path: Pa
     ids=["wrapped", "bfd", "padding_free"],
 )
 def test_packed_sft(agree: Any, options: dict[str, Any], tmp_path: Path) -> None:
-    """Strategy bfd and padding-free rows hold several documents, told apart by positions that restart alone."""
+    """Rows hold several documents, which are separated by restarting position_ids only."""
 
     def run(library: Library) -> Any:
         trainer = sft(library, "mistral", tmp_path, {"text": TEXTS}, **options)
@@ -139,7 +139,7 @@ def dpo(
 @pytest.mark.parametrize("reference", [True, False], ids=["reference", "no_reference"])
 @pytest.mark.parametrize("family", ["mistral", "mpt", "gpt_neo"])
 def test_dpo(agree: Any, family: str, reference: bool, tmp_path: Path) -> None:
-    """Without a reference model trl loads the policy's own folder, by the config's `_name_or_path`."""
+    """Without a reference model trl loads the policy's folder from the config's `_name_or_path`."""
 
     def run(library: Library) -> Any:
         trainer = dpo(library, family, tmp_path, reference)
@@ -179,8 +179,8 @@ def test_reward_model(agree: Any, family: str, tmp_path: Path) -> None:
     agree(run, ATOL)
 
 
-def test_sft_by_folder_name_of_a_model_saved_here(library: Library, tmp_path: Path) -> None:
-    """trl opens a folder with transformers: the one that the library wrote."""
+def test_sft_of_a_saved_folder(library: Library, tmp_path: Path) -> None:
+    """trl loads a folder saved by the library."""
     library.model("MistralForCausalLM").save_pretrained(tmp_path / "saved")
     trainer = SFTTrainer(
         model=str(tmp_path / "saved"),
@@ -192,16 +192,16 @@ def test_sft_by_folder_name_of_a_model_saved_here(library: Library, tmp_path: Pa
     assert len(history(trainer)) == 3
 
 
-# Rows of documents whose positions restart, as padding-free training and packing make them.
+# Rows of packed documents with restarting positions, as in padding-free training.
 DOCUMENTS = (9, 5, 7)
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 @pytest.mark.parametrize("window", [None, 6])
-def test_documents_are_kept_apart_by_positions(
+def test_packed_documents_are_separated_by_positions(
     agree: Any, folders: Any, implementation: str, window: int | None
 ) -> None:
-    """The logits of three documents in one row are those of three rows."""
+    """The logits of three documents in one row equal those of three rows."""
 
     def run(library: Library) -> Any:
         name = "MistralForCausalLM"
@@ -212,7 +212,7 @@ def test_documents_are_kept_apart_by_positions(
         positions = torch.cat([torch.arange(n) for n in DOCUMENTS])[None]
         with torch.no_grad():
             apart = torch.cat([model(part).logits for part in ids.split(DOCUMENTS, dim=1)], dim=1)
-            # With a cache transformers takes the positions for those of one document.
+            # With a cache, transformers treats the positions as those of one document.
             together = model(ids, position_ids=positions, use_cache=False).logits
         torch.testing.assert_close(together, apart, atol=2e-5, rtol=1e-5)
         return together

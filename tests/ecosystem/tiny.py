@@ -1,4 +1,4 @@
-"""Tiny random models of the six families, a tokenizer, texts, and the two libraries that run them."""
+"""Tiny random models of the six families, a tokenizer, inputs, and access to both libraries."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SPECIAL = {
     "unk_token": "<unk>",
     "mask_token": "<mask>",
 }
-# In this order: MPNet's padding is id 1 whatever its config says.
+# In this order, since MPNet's padding id is always 1.
 BOS, PAD, EOS, UNK, MASK = range(5)
 VOCAB = 280
 LENGTH = 128
@@ -38,7 +38,7 @@ TEXTS = [
 ]
 
 _COMMON = {"vocab_size": VOCAB, "bos_token_id": BOS, "pad_token_id": PAD, "eos_token_id": EOS}
-# No dropout: the two libraries draw random numbers in another order.
+# Without dropout, since the two libraries draw random numbers in different orders.
 _FIELDS: dict[str, dict[str, Any]] = {
     "mpt": {"d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": LENGTH},
     "mistral": {
@@ -91,7 +91,7 @@ _FIELDS: dict[str, dict[str, Any]] = {
     },
 }
 
-# The class with a vocabulary's logits.
+# The class of the language model.
 LANGUAGE = {
     "mpt": "MptForCausalLM",
     "mistral": "MistralForCausalLM",
@@ -126,7 +126,7 @@ BLOCKS = {
 FAMILIES = tuple(LANGUAGE)
 CAUSAL = tuple(family for family in FAMILIES if family != "mpnet")
 
-# Who writes and who reads a file: the first is the oracle.
+# (writer, reader) of a file.
 WAYS = [("transformers", "transformers"), ("transformers", "monoblock"), ("monoblock", "transformers")]
 
 
@@ -154,7 +154,7 @@ def write_tokenizer(folder: Path) -> None:
         (word for word in state["model"]["vocab"] if word != "<eos>"), key=state["model"]["vocab"].__getitem__
     )
     state["model"]["vocab"] = {word: i for i, word in enumerate([*SPECIAL.values(), *words])}
-    assert len(state["model"]["vocab"]) <= VOCAB - 1  # the last one is Fuyu's image token
+    assert len(state["model"]["vocab"]) <= VOCAB - 1  # the last id is Fuyu's image token
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     state["added_tokens"] = [{"id": i, "content": word, **flags} for i, word in enumerate(SPECIAL.values())]
     folder.mkdir(parents=True, exist_ok=True)
@@ -175,14 +175,12 @@ class Folders:
         self.root = root
 
     def __call__(self, name: str, **more: Any) -> Path:
-        """The checkpoint of a class; `more` are fields of its config. Not to be written into."""
+        """The checkpoint of a class with config fields `more`. Read-only."""
         key = "-".join([name, *(f"{field}={value}" for field, value in sorted(more.items()))])
         folder = self.root / key.replace("/", "_")
         if not folder.exists():
             cls = getattr(transformers, name)
-            with (
-                torch.random.fork_rng()
-            ):  # which test writes a folder must not change the numbers that it draws
+            with torch.random.fork_rng():  # so that the order of tests does not change random numbers
                 torch.manual_seed(0)
                 model = randomised(cls(cls.config_class(**fields(name, **more))))
             model.tie_weights()
@@ -193,7 +191,7 @@ class Folders:
 
 @dataclass(frozen=True)
 class Library:
-    """transformers or monoblock: `library.AutoModel` is that library's."""
+    """transformers or monoblock: `library.AutoModel` is the class of that library."""
 
     name: str
     folders: Folders
@@ -211,7 +209,7 @@ class Library:
         return getattr(self, name).from_pretrained(self.folders(name, **more)).eval()
 
     def open(self, name: str, folder: Path) -> Any:
-        """A checkpoint as that class; every parameter must come from the file."""
+        """Loads a checkpoint as that class; every parameter must be in the file."""
         model, info = getattr(self, name).from_pretrained(folder, output_loading_info=True)
         assert not info["missing_keys"], info
         assert not info["unexpected_keys"], info
@@ -222,13 +220,13 @@ class Library:
 
 
 def copied(folder: Path, to: Path) -> Path:
-    """A copy of a checkpoint, to be written into."""
+    """A writable copy of a checkpoint."""
     shutil.copytree(folder, to, dirs_exist_ok=True)
     return to
 
 
 def batch(padding: str = "right", seed: int = 0) -> dict[str, torch.Tensor]:
-    """Ids and mask of three sequences of 21, 9 and 17 tokens, longer than the windows; "none" masks nothing."""
+    """Ids and mask of three sequences of 21, 9 and 17 tokens, longer than the windows; "none": without padding."""
     generator = torch.Generator().manual_seed(seed)
     lengths = (21, 9, 17)
     ids = torch.randint(5, VOCAB - 1, (3, 21), generator=generator)
@@ -253,7 +251,7 @@ def labelled(name: str, padding: str = "right", seed: int = 0) -> dict[str, torc
 
 
 def logits(model: Any, inputs: dict[str, torch.Tensor] | None = None) -> torch.Tensor:
-    """The output of a model (or a wrapper of one) on `batch`, in evaluation mode, 0 at padding."""
+    """The logits of a model or its wrapper on `batch`, in evaluation mode, 0 at padding."""
     inputs = batch() if inputs is None else inputs
     model.eval()
     with torch.no_grad():
@@ -268,7 +266,7 @@ def logits(model: Any, inputs: dict[str, torch.Tensor] | None = None) -> torch.T
 
 
 def steps(model: Any, name: str, count: int = 2, lr: float = 1e-2, eps: float = 1e-8) -> list[float]:
-    """The losses of some steps of AdamW on the trainable parameters."""
+    """The losses of `count` steps of AdamW on the trainable parameters."""
     model.train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, eps=eps)
     losses = []
@@ -282,7 +280,7 @@ def steps(model: Any, name: str, count: int = 2, lr: float = 1e-2, eps: float = 
 
 
 def equal_states(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
-    """The same names with the same numbers, to the bit."""
+    """Equal names and bitwise equal tensors."""
     assert sorted(a) == sorted(b)
     for name in a:
         assert a[name].dtype == b[name].dtype, name
@@ -290,7 +288,7 @@ def equal_states(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None
 
 
 def equal_trees(one: Any, other: Any) -> None:
-    """The same keys with the same numbers, to the bit, in any nesting."""
+    """Nested values with equal keys and bitwise equal tensors."""
     if isinstance(one, dict):
         assert sorted(one) == sorted(other)
         for key in one:

@@ -261,7 +261,7 @@ def test_what_is_wrong_is_told(model: Any) -> None:
         ({"cache_implementation": "quantized"}, "cache_implementation='quantized'"),
         (
             {"cache_implementation": "static", "max_cache_len": 9},
-            "the static cache holds 9 tokens and 14 may come",
+            "the static cache has room for 9 tokens and up to 14 are needed",
         ),
         (
             {"prng_key": jax.random.PRNGKey(0), "seed": 1},

@@ -49,7 +49,7 @@ WRONG: dict[str, dict[str, Any]] = {
     "image_patches and pixel_values are two names": {"image_patches": SETS, "pixel_values": SETS},
     "image_patches_indices say where": {"image_patches_indices": PLACES},
     "one set for each of the 2 rows, got 1": {"image_patches": SETS[:1], "image_patches_indices": PLACES},
-    "row 0 has tokens for 4 image patches, but 1 came": {
+    "row 0 has tokens for 4 image patches, but 1 were given": {
         "image_patches": [own[:1] for own in SETS],
         "image_patches_indices": PLACES,
     },
@@ -57,7 +57,7 @@ WRONG: dict[str, dict[str, Any]] = {
         "image_patches": SETS,
         "image_patches_indices": PLACES[:, 1:],
     },
-    "4 image patches came for 6 tokens of the id 7": {"image_patches": SETS[0]},
+    "4 image patches for 6 tokens of the id 7": {"image_patches": SETS[0]},
     "image patches must be (.., 48), got (4, 47)": {"image_patches": [own[:, 1:] for own in SETS]},
 }
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 import torch
-from pipeline_checks import CASES, NAMES, assert_equivalent, compare, seen
+from pipeline_checks import CASES, NAMES, assert_equivalent, compare, image_outputs
 from tiny_families import fields
 from tiny_pipelines import TEXT, folder
 
@@ -33,7 +33,7 @@ def test_answers_are_those_of_pytorch(case: Any, tmp_path: Path) -> None:
 
 
 def test_texts_about_images(tmp_path: Path) -> None:
-    assert_equivalent(*seen("flax", tmp_path))
+    assert_equivalent(*image_outputs("flax", tmp_path))
 
 
 def test_ten_lengths_in_a_bucket_compile_once(labelling: str) -> None:

@@ -152,10 +152,10 @@ def test_a_save_that_fails_ends_in_every_process(found: dict[str, Any]) -> None:
 
 def test_processes_without_a_part_are_told(found: dict[str, Any]) -> None:
     """Parameters on process 0's devices: it can save them by itself, and the other one has none of them."""
-    assert "near" not in found[0]
-    assert (found["folder"] / "near" / "model.safetensors").is_file()
-    assert str(found[1]["near"]).startswith(
-        "the parameters lie on devices of 1 of 2 processes: save from a mesh"
+    assert "local" not in found[0]
+    assert (found["folder"] / "local" / "model.safetensors").is_file()
+    assert str(found[1]["local"]).startswith(
+        "the parameters are on devices of 1 of 2 processes: save from a mesh"
     )
 
 

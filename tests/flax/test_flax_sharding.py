@@ -201,7 +201,7 @@ def test_a_mesh_without_the_axis_is_explained() -> None:
         model.partition_specs(mesh("data"))
     with pytest.raises(ValueError, match=r"no axis 'data' \(it has 'x', 'y'\): name one with data_axis="):
         model.shard_batch(batch(), mesh("x", "y"))
-    with pytest.raises(ValueError, match="shard_batch needs an axis to split the rows over"):
+    with pytest.raises(ValueError, match="shard_batch needs a mesh axis for the rows"):
         model.shard_batch(batch(), mesh("x"), data_axis=None)
     with pytest.raises(ValueError, match="'x' is in tensor_axis and in fsdp_axis"):
         model.partition_specs(mesh("x", "y"), tensor_axis=("y", "x"), fsdp_axis="x")

@@ -123,9 +123,9 @@ def test_without_parameters_of_its_own() -> None:
     kept = flax_model(NAME)
     model = monoblock.FlaxGPTNeoForCausalLM(config_of(NAME), _do_init=False)
     for use in (lambda: model.params, lambda: model(ids_of())):
-        with pytest.raises(ValueError, match=r"_do_init=False: keep them yourself.* pass them"):
+        with pytest.raises(ValueError, match=r"_do_init=False and has no params.* pass them"):
             use()
-    with pytest.raises(ValueError, match="holds no params"):
+    with pytest.raises(ValueError, match="has no params"):
         model.params = kept.params
     assert np.array_equal(model(ids_of(), params=kept.params).logits, kept(ids_of()).logits)
     assert model.init_weights(jax.random.PRNGKey(1)).keys() == kept.params.keys()
@@ -293,22 +293,22 @@ WRONG: dict[str, tuple[type[Exception], dict[str, Any]]] = {
         ValueError,
         {"input_ids": ids_of(1, 65)},
     ),
-    r"past_key_values must be what init_cache\(batch, max_length\) or an output holds, got dict": (
+    r"past_key_values must come from init_cache\(batch, max_length\) or an output, got dict": (
         ValueError,
         {"input_ids": IDS, "past_key_values": {}},
     ),
     r"sequence_id would have no effect": (ValueError, {"input_ids": IDS, "sequence_id": IDS}),
-    r"logits_to_keep must be how many": (ValueError, {"input_ids": IDS, "logits_to_keep": -1}),
+    r"logits_to_keep must be the number": (ValueError, {"input_ids": IDS, "logits_to_keep": -1}),
     r"no argument 'labels': model.compute_loss\(outputs, labels=...\) gives the loss": (
         TypeError,
         {"input_ids": IDS, "labels": IDS},
     ),
     r"no argument 'use_cache': .*init_cache": (TypeError, {"input_ids": IDS, "use_cache": True}),
-    r"no argument 'attn_mask'; beside those of its signature it takes: inputs_embeds": (
+    r"no argument 'attn_mask'; the further inputs are: inputs_embeds": (
         TypeError,
         {"input_ids": IDS, "attn_mask": IDS},
     ),
-    r"train=True drops out at random: give dropout_rng": (ValueError, {"input_ids": IDS, "train": True}),
+    r"train=True applies dropout: give dropout_rng": (ValueError, {"input_ids": IDS, "train": True}),
 }
 
 
@@ -382,7 +382,7 @@ def test_powers_stay_finite() -> None:
 def test_caches_that_do_not_fit_are_refused() -> None:
     model = flax_model(NAME)
     past = model(IDS, past_key_values=model.init_cache(2, 8)).past_key_values
-    with pytest.raises(ValueError, match="the cache holds 8 tokens: 6 are in it and 6 more came"):
+    with pytest.raises(ValueError, match="the cache has room for 8 tokens: 6 are cached and the input has 6"):
         model(IDS, past_key_values=past)
     with pytest.raises(ValueError, match="past_key_values hold 2 rows, and the input has 1"):
         model(IDS[:1], past_key_values=past)

@@ -1,7 +1,7 @@
-"""One attempt to read one hostile input: how it ends, within which time and memory.
+"""Runs one call on one fuzzed input within limits of time and memory, and classifies the outcome.
 
-It ends well if the input is read, or refused with an error that this library raises itself, a ValueError or an OSError.
-Whatever Python or another package raises first, a MemoryError and a RecursionError among it, is a failure.
+An input passes if it is read, or refused by a ValueError or OSError that this library raises itself. Errors raised by
+Python or another package, MemoryError and RecursionError included, are failures.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from typing import Any
 import monoblock
 
 PACKAGE = Path(monoblock.__file__).parent
-# For one input: seconds of the processor, so that other work on the machine does not count, and memory beside its size.
+# Limits for one input: processor time, which does not depend on the machine's load, and memory in addition to its size.
 SECONDS, MEMORY = 10, 1 << 30
 
 
 class TooSlow(BaseException):
-    """An input took longer than it may; a BaseException, so that nothing takes it for a fault of the file."""
+    """The time limit is exceeded. A BaseException, so that readers do not catch it."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How an attempt ended: "read", "refused" or "failed", with the error in words."""
+    """`kind`: "read", "refused" or "failed"; `what`: the error."""
 
     kind: str
     what: str
@@ -40,7 +40,7 @@ class Outcome:
 
 
 def deliberate(error: BaseException, kinds: tuple[type[Exception], ...] = (ValueError, OSError)) -> bool:
-    """Whether the library has raised this error itself, for a file, or a call, that is at fault."""
+    """Whether the error was raised by a `raise` statement of this library."""
     if not isinstance(error, kinds):
         return False
     frames = list(traceback.walk_tb(error.__traceback__))
@@ -53,16 +53,16 @@ def deliberate(error: BaseException, kinds: tuple[type[Exception], ...] = (Value
 
 @contextlib.contextmanager
 def limits(seconds: float, memory: int) -> Generator[None]:
-    """TooSlow and MemoryError where one is passed. In the main thread alone is the time watched."""
+    """Raises TooSlow or MemoryError when a limit is exceeded. The time is limited in the main thread only."""
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    watched = threading.current_thread() is threading.main_thread()
+    timed = threading.current_thread() is threading.main_thread()
 
     def stop(*_: Any) -> None:
         raise TooSlow(f"it took over {seconds} s")
 
-    previous = signal.signal(signal.SIGPROF, stop) if watched else None
+    previous = signal.signal(signal.SIGPROF, stop) if timed else None
     try:
-        if watched:
+        if timed:
             signal.setitimer(signal.ITIMER_PROF, seconds)
         if sys.platform == "linux":
             pages = int(Path("/proc/self/statm").read_text().split()[0])
@@ -70,7 +70,7 @@ def limits(seconds: float, memory: int) -> Generator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
-        if watched:
+        if timed:
             signal.setitimer(signal.ITIMER_PROF, 0)
             signal.signal(signal.SIGPROF, previous)
 
@@ -78,7 +78,7 @@ def limits(seconds: float, memory: int) -> Generator[None]:
 def attempt(
     read: Callable[[], Any], *, size: int = 0, seconds: float = SECONDS, memory: int = MEMORY
 ) -> Outcome:
-    """Read an input of so many bytes."""
+    """Calls `read` for an input of `size` bytes."""
     start = time.process_time()
     try:
         with limits(seconds, memory + size):
@@ -87,8 +87,8 @@ def attempt(
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:
-        place = traceback.extract_tb(error.__traceback__)[-1]
+        frame = traceback.extract_tb(error.__traceback__)[-1]
         kind = "refused" if deliberate(error) else "failed"
-        words = " ".join(str(error).split())[:300]
-        what = f"{type(error).__name__}: {words} ({Path(place.filename).name}:{place.lineno})"
+        message = " ".join(str(error).split())[:300]
+        what = f"{type(error).__name__}: {message} ({Path(frame.filename).name}:{frame.lineno})"
     return Outcome(kind, what, time.process_time() - start)

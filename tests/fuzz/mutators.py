@@ -1,4 +1,4 @@
-"""Changes that make files hostile: to JSON values, to texts and to bytes, drawn from a seeded generator."""
+"""Mutations of JSON values, texts and bytes, drawn from a seeded generator."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ NESTED: Any = "x"
 for _ in range(30):
     NESTED = [NESTED]
 
-# Values that programs trip over.
+# Boundary values and values of unexpected types.
 VALUES: tuple[Any, ...] = (
     *(None, True, False, 0, 1, -1, 2, 3, 7, 0.0, 0.5, 2.0, 32.0, -0.5, 1e-30, 1e30, 1e308),
     *(float("nan"), float("inf"), float("-inf")),
@@ -68,7 +68,7 @@ VALUES: tuple[Any, ...] = (
         {"__type": "AddedToken", "content": "a"},
     ),
 )
-# Names of methods and attributes, which fields must not take the place of.
+# Names of methods and attributes, which fields must not override.
 KEYS = (
     *(
         "to_spec",
@@ -109,42 +109,42 @@ KEYS = (
     ),
 )
 NUMBERS = tuple(v for v in VALUES if isinstance(v, int) and not isinstance(v, bool) and 0 <= v < 2**64)
-Place = tuple[Any, ...]
+Path = tuple[Any, ...]
 
 
-def places(value: Any, place: Place = ()) -> list[Place]:
-    """Where the parts of a JSON value are, as keys and indices from the outside."""
-    found = [place]
+def paths(value: Any, path: Path = ()) -> list[Path]:
+    """The paths of all nested values, as tuples of keys and indices."""
+    found = [path]
     if isinstance(value, dict):
         for key in value:
-            found += places(value[key], (*place, key))
+            found += paths(value[key], (*path, key))
     elif isinstance(value, list):
         for index in range(min(len(value), 40)):
-            found += places(value[index], (*place, index))
+            found += paths(value[index], (*path, index))
     return found
 
 
-def at(value: Any, place: Place) -> Any:
-    for step in place:
+def at(value: Any, path: Path) -> Any:
+    for step in path:
         value = value[step]
     return value
 
 
-def with_changed(value: Any, place: Place, new: Any) -> Any:
-    """The value with another part there."""
-    if not place:
+def with_changed(value: Any, path: Path, new: Any) -> Any:
+    """The value with `new` at that path."""
+    if not path:
         return new
-    holder = at(value, place[:-1])
-    holder[place[-1]] = new
+    parent = at(value, path[:-1])
+    parent[path[-1]] = new
     return value
 
 
 def _like(rng: random.Random, old: Any) -> Any:
-    """A value near the old one, of the same type or nearly."""
+    """A value similar to the old one, mostly of the same type."""
     if isinstance(old, bool):
         return not old
     if isinstance(old, int | float):
-        ways: list[Callable[[], Any]] = [
+        changes: list[Callable[[], Any]] = [
             lambda: old + 1,
             lambda: old - 1,
             lambda: -old,
@@ -157,7 +157,7 @@ def _like(rng: random.Random, old: Any) -> Any:
             lambda: rng.randrange(200),
             lambda: [old],
         ]
-        return rng.choice(ways)()
+        return rng.choice(changes)()
     if isinstance(old, str):
         at = rng.randrange(len(old) + 1)
         return rng.choice(
@@ -181,19 +181,19 @@ def _like(rng: random.Random, old: Any) -> Any:
 
 
 def json_mutant(rng: random.Random, value: Any, more: Any = None) -> Any:
-    """A copy of a JSON value with one to three changes; `more`: another value to take parts from."""
+    """A copy of a JSON value with one to three mutations; values may be copied from `more`."""
     value = copy.deepcopy(value)
     for _ in range(rng.choice((1, 1, 1, 1, 2, 3))):
-        place = rng.choice(places(value))
-        old = at(value, place)
+        path = rng.choice(paths(value))
+        old = at(value, path)
         match rng.randrange(8):
             case 0 | 1 | 2:
-                value = with_changed(value, place, copy.deepcopy(rng.choice(VALUES)))
+                value = with_changed(value, path, copy.deepcopy(rng.choice(VALUES)))
             case 3 | 4:
-                value = with_changed(value, place, _like(rng, old))
-            case 5 if place:
-                holder = at(value, place[:-1])
-                del holder[place[-1]]
+                value = with_changed(value, path, _like(rng, old))
+            case 5 if path:
+                parent = at(value, path[:-1])
+                del parent[path[-1]]
             case 6 if isinstance(old, dict):
                 source = more if isinstance(more, dict) and rng.random() < 0.5 else value
                 key = rng.choice(list(source) if isinstance(source, dict) and source else ["a"])
@@ -202,20 +202,20 @@ def json_mutant(rng: random.Random, value: Any, more: Any = None) -> Any:
                 )
             case _:
                 other = more if more is not None and rng.random() < 0.3 else value
-                part = copy.deepcopy(at(other, rng.choice(places(other))))
-                value = with_changed(value, place, part)
+                nested = copy.deepcopy(at(other, rng.choice(paths(other))))
+                value = with_changed(value, path, nested)
     return value
 
 
 def json_text(rng: random.Random, value: Any, more: Any = None) -> bytes:
-    """The text of a mutant; now and then of a value with changed bytes."""
+    """A mutated JSON file; 6% have mutated bytes instead of mutated values."""
     if rng.random() < 0.06:
         return bytes_mutant(rng, json.dumps(value).encode())
     return json.dumps(json_mutant(rng, value, more)).encode()
 
 
 def _number(rng: random.Random) -> bytes:
-    """A number in binary, in some width and order."""
+    """An integer in binary, of random width and byte order."""
     number = rng.choice((*NUMBERS, 0xFF, 0x7F, 0x80, 0xFFFF, rng.randrange(2**16)))
     width = rng.choice((1, 2, 4, 8))
     return (number % (1 << 8 * width)).to_bytes(width, rng.choice(("little", "big")))
@@ -231,7 +231,7 @@ def _varint(rng: random.Random) -> bytes:
 
 
 def bytes_mutant(rng: random.Random, raw: bytes, near: int = 0) -> bytes:
-    """Bytes with one to four changes; `near`: with most of them among so many first bytes (0: anywhere)."""
+    """Bytes with one to four mutations, most of them within the first `near` bytes (0: anywhere)."""
     data = bytearray(raw)
     for _ in range(rng.choice((1, 1, 1, 2, 3, 4))):
         if not data:
@@ -257,20 +257,20 @@ def bytes_mutant(rng: random.Random, raw: bytes, near: int = 0) -> bytes:
             case 6:
                 del data[at:]
             case 7:
-                piece = bytes(data[at : at + rng.randrange(1, 64)])
+                chunk = bytes(data[at : at + rng.randrange(1, 64)])
                 to = rng.randrange(len(data))
-                data[to:to] = piece * rng.choice((1, 1, 2, 30))
+                data[to:to] = chunk * rng.choice((1, 1, 2, 30))
             case 8:
-                piece = bytes(data[at : at + rng.randrange(1, 32)])
+                chunk = bytes(data[at : at + rng.randrange(1, 32)])
                 to = rng.randrange(len(data))
-                data[to : to + len(piece)] = piece
+                data[to : to + len(chunk)] = chunk
             case _:
                 data[at : at + 4] = struct.pack("<f", rng.choice((0.0, float("nan"), float("inf"), -1e30)))
     return bytes(data)
 
 
 def text_mutant(rng: random.Random, text: str) -> bytes:
-    """A text with lines or characters changed, or its bytes."""
+    """A text with mutated lines, characters or bytes."""
     if rng.random() < 0.3:
         return bytes_mutant(rng, text.encode())
     lines = text.split("\n")

@@ -1,4 +1,4 @@
-"""What reads files and templates that come from anywhere: each with valid inputs, ways to spoil them, and the call."""
+"""Readers of untrusted files and templates: for each, valid inputs, mutations of them, and the call under test."""
 
 from __future__ import annotations
 
@@ -23,51 +23,51 @@ import templates
 
 import monoblock
 
-# (generator, valid bytes, other valid bytes of the same kind) -> hostile bytes
-Spoil = Callable[[random.Random, bytes, list[bytes]], bytes]
+# (generator, valid bytes, other valid bytes of the same kind) -> mutated bytes
+Mutate = Callable[[random.Random, bytes, list[bytes]], bytes]
 
 
 @dataclass(frozen=True)
 class Case:
-    """A folder of valid files: what makes it, and how each of the files that are spoilt is."""
+    """A folder of valid files: the function that writes it, and mutations by file name pattern."""
 
     make: Callable[[Path], object]
-    spoil: Mapping[str, Spoil]
+    mutate: Mapping[str, Mutate]
 
 
 @dataclass
 class Reader:
-    """A reader under attack. `read` gets the folder with the hostile file in it."""
+    """A reader under test. `read` is called with a folder that has one mutated file."""
 
     name: str
     cases: tuple[Case, ...]
     read: Callable[[Path], object]
     needs: tuple[str, ...] = ()
-    heavy: bool = False  # takes some 20 ms for an input
+    heavy: bool = False  # about 20 ms for an input
     _folders: list[tuple[Path, dict[str, bytes]]] = field(default_factory=list)
 
     def prepare(self, root: Path) -> None:
-        """Make the valid files below `root`, and read them."""
+        """Writes the valid files below `root`, and reads them."""
         for number, case in enumerate(self.cases):
             folder = root / f"{self.name}-{number}"
             folder.mkdir()
             case.make(folder)
-            names = [path for pattern in case.spoil for path in sorted(folder.glob(pattern))]
+            names = [path for pattern in case.mutate for path in sorted(folder.glob(pattern))]
             assert names, (self.name, number)
             self._folders.append((folder, {path.name: path.read_bytes() for path in names}))
             self.read(folder)
 
-    def spoilt(self, number: int) -> tuple[Path, Callable[[], None], int]:
-        """Write the hostile input of that number; the folder, what makes it valid again, and the input's size."""
+    def mutated(self, number: int) -> tuple[Path, Callable[[], None], int]:
+        """Writes the mutated input of that number; returns its folder, a function that restores it, and its size."""
         rng = random.Random(f"{self.name}/{number}")
         at = rng.randrange(len(self.cases))
         folder, valid = self._folders[at]
         name = rng.choice(list(valid))
-        spoil = next(s for pattern, s in self.cases[at].spoil.items() if Path(name).match(pattern))
+        mutate = next(s for pattern, s in self.cases[at].mutate.items() if Path(name).match(pattern))
         others = [
             files[n] for _, files in self._folders for n in files if Path(n).suffix == Path(name).suffix
         ]
-        raw = spoil(rng, valid[name], others)
+        raw = mutate(rng, valid[name], others)
         (folder / name).write_bytes(raw)
         return folder, lambda: (folder / name).write_bytes(valid[name]) and None, len(raw)
 
@@ -84,8 +84,8 @@ def _bytes(rng: random.Random, raw: bytes, others: list[bytes]) -> bytes:
     return mutators.bytes_mutant(rng, raw)
 
 
-def _near(count: int) -> Spoil:
-    """Bytes, most of all the first ones."""
+def _near(count: int) -> Mutate:
+    """Mutates bytes, mostly the first `count`."""
     return lambda rng, raw, _: mutators.bytes_mutant(rng, raw, near=count)
 
 
@@ -94,7 +94,7 @@ def _text(rng: random.Random, raw: bytes, _: list[bytes]) -> bytes:
 
 
 def _safetensors(rng: random.Random, raw: bytes, _: list[bytes]) -> bytes:
-    """The header's JSON, with its length made right or not; or bytes."""
+    """Mutates the header's JSON, mostly with a correct length, or bytes."""
     if rng.random() < 0.3:
         return mutators.bytes_mutant(rng, raw, near=300)
     length = int.from_bytes(raw[:8], "little")
@@ -107,7 +107,7 @@ def _safetensors(rng: random.Random, raw: bytes, _: list[bytes]) -> bytes:
 
 
 def _zip(rng: random.Random, raw: bytes, _: list[bytes]) -> bytes:
-    """A PyTorch archive: a record's bytes changed, cut off, left out, renamed or deflated; or bytes of the whole."""
+    """A PyTorch archive: a record is mutated, truncated, removed, renamed or deflated; or any bytes are mutated."""
     if rng.random() < 0.35:
         return mutators.bytes_mutant(rng, raw, near=rng.choice((0, 600)))
     with zipfile.ZipFile(io.BytesIO(raw)) as archive:
@@ -190,7 +190,7 @@ def read_weights(folder: Path) -> None:
 
 
 def read_pickle(folder: Path) -> None:
-    """Each tensor has memory of its own size: a copy is no larger than the file."""
+    """Copies every tensor; the copies are no larger than the file."""
     import torch
 
     from monoblock.checkpoint.hub import find_weights
@@ -214,7 +214,7 @@ def read_model(folder: Path) -> None:
 
 
 def read_release(folder: Path) -> None:
-    """A maker's release, as `monoblock convert` opens it; every weight is read."""
+    """Reads every weight of an upstream release, like `monoblock convert`."""
     from monoblock.checkpoint.hub import HubOptions
     from monoblock.conversion.convert import FORMATS
 
@@ -248,7 +248,7 @@ def read_template(folder: Path) -> None:
 
 
 def read_by_command(folder: Path) -> None:
-    """`monoblock info` and `monoblock generate`: an exit code, and on stderr a sentence and no traceback."""
+    """`monoblock info` and `monoblock generate`: exit code 0 or 1, and an error message without traceback on stderr."""
     from monoblock.cli.app import command
 
     for arguments in (
@@ -262,16 +262,16 @@ def read_by_command(folder: Path) -> None:
                 command()(args=arguments, prog_name="monoblock")
             except SystemExit as end:
                 code = end.code
-        said = err.getvalue()
-        wrong = [word for word in ("Traceback", "panicked", "report it") if word in said]
-        assert code in (0, 1) and not wrong, f"{arguments[0]}: exit code {code}; {said[-300:]}"
+        errors = err.getvalue()
+        unexpected = [word for word in ("Traceback", "panicked", "report it") if word in errors]
+        assert code in (0, 1) and not unexpected, f"{arguments[0]}: exit code {code}; {errors[-300:]}"
 
 
 # ------------------------------------------------------------------ the table
 
 
 def _model(model_type: str, quantization: str | None = None, name: str = "") -> Callable[[Path], None]:
-    """A model's folder, to be read as a model of that class (its own, if not another's with a head to be made)."""
+    """A function that writes a model's folder, to be loaded as the class `name` (default: its own class)."""
 
     def make(folder: Path) -> None:
         seeds.model(folder, model_type, quantization)
@@ -288,7 +288,7 @@ def _template(folder: Path) -> None:
     (folder / "chat_template.jinja").write_text(seeds.TEMPLATE)
 
 
-def _spoilt_template(rng: random.Random, raw: bytes, _: list[bytes]) -> bytes:
+def _mutated_template(rng: random.Random, raw: bytes, _: list[bytes]) -> bytes:
     return mutators.text_mutant(rng, raw.decode()) if rng.random() < 0.2 else templates.template(rng).encode()
 
 
@@ -347,7 +347,7 @@ READERS: tuple[Reader, ...] = (
         read_tokenizer,
     ),
     Reader("tekken.json", (Case(seeds.tekken, {"tekken.json": _json}),), read_tokenizer),
-    Reader("chat templates", (Case(_template, {"*.jinja": _spoilt_template}),), read_template),
+    Reader("chat templates", (Case(_template, {"*.jinja": _mutated_template}),), read_template),
     Reader(
         "preprocessor_config.json",
         (
@@ -383,7 +383,7 @@ READERS: tuple[Reader, ...] = (
         needs=("torch",),
     ),
     Reader(
-        "makers' releases",
+        "upstream releases",
         (
             Case(seeds.mistral_release, {"params.json": _json, "*.safetensors": _safetensors}),
             Case(seeds.openai_release, {"params_shapes.json": _json, "params_3.npy": _near(130)}),
@@ -428,13 +428,13 @@ def reader(name: str) -> Reader:
 
 
 def quiet() -> None:
-    """No warnings about unknown fields: there are thousands."""
+    """Disables the thousands of warnings about unknown fields."""
     logging.getLogger("monoblock").setLevel(logging.CRITICAL)
 
 
 @contextlib.contextmanager
 def prepared(one: Reader) -> Any:
-    """The reader with its valid files made, in a scratch folder."""
+    """The reader with its valid files written to a temporary folder."""
     root = Path(tempfile.mkdtemp(prefix="monoblock-fuzz-"))
     try:
         one._folders.clear()

@@ -1,7 +1,7 @@
-"""The long run of the fuzzers: `python tests/fuzz/run.py [--inputs 20000] [--reader NAME] [--keep FOLDER]`.
+"""Runs the fuzzers: `python tests/fuzz/run.py [--inputs 20000] [--reader NAME] [--keep FOLDER]`.
 
-Each reader runs in a process of its own, which is started again after an input that ends or hangs it. An input's number
-is its seed: `--first N --inputs 1` reads one of them again. The last lines are the table of docs/security.md.
+Each reader runs in its own process, which is restarted after an input that crashes or hangs it. The number of an input
+is its seed: `--first N --inputs 1` repeats one of them. The last lines of the output are the table of docs/security.md.
 """
 
 from __future__ import annotations
@@ -19,47 +19,47 @@ from typing import Any
 
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
-PATIENCE = 300  # seconds without a line from the process, whose own limit for an input is 10 of the processor
+TIMEOUT = 300  # seconds without output of the process, whose limit for an input is 10 s of processor time
 
 
 def worker(name: str, first: int, last: int, keep: Path | None) -> None:
-    """Reads inputs and says so, line by line."""
+    """Reads inputs and prints a line before and after each."""
     import readers
     from harness import attempt
 
     readers.quiet()
     out = os.fdopen(os.dup(1), "w")
-    with open(os.devnull, "w") as nowhere:  # noqa: PTH123
-        os.dup2(nowhere.fileno(), 1)
-        os.dup2(nowhere.fileno(), 2)
+    with open(os.devnull, "w") as null:  # noqa: PTH123
+        os.dup2(null.fileno(), 1)
+        os.dup2(null.fileno(), 2)
     with readers.prepared(readers.reader(name)) as one:
         for number in range(first, last):
             print(f"begin {number}", file=out, flush=True)
-            folder, restore, size = one.spoilt(number)
+            folder, restore, size = one.mutated(number)
             outcome = attempt(lambda folder=folder: one.read(folder), size=size)
             if keep is not None and outcome.kind == "failed":
-                _kept(keep, name, number, folder)
+                _copy(keep, name, number, folder)
             restore()
             print(f"end {outcome.kind} {outcome.seconds:.3f} {outcome.what}", file=out, flush=True)
 
 
-def _kept(keep: Path, name: str, number: int, folder: Path) -> None:
+def _copy(keep: Path, name: str, number: int, folder: Path) -> None:
     import shutil
 
-    place = keep / f"{name.partition(' ')[0].strip(',')}-{number}"
-    shutil.copytree(folder, place, dirs_exist_ok=True)
+    target = keep / f"{name.partition(' ')[0].strip(',')}-{number}"
+    shutil.copytree(folder, target, dirs_exist_ok=True)
 
 
 class Run:
-    """One reader's inputs, in as many processes as it takes."""
+    """All inputs of one reader, in one or more processes."""
 
     def __init__(self, name: str, first: int, count: int, keep: Path | None):
         self.name, self.next, self.last, self.keep = name, first, first + count, keep
-        self.ends: Counter[str] = Counter()
+        self.counts: Counter[str] = Counter()
         self.failures: list[str] = []
         self.slowest = 0.0
 
-    def go(self) -> None:
+    def run(self) -> None:
         while self.next < self.last:
             self._process()
 
@@ -70,27 +70,27 @@ class Run:
         current: int | None = None
         with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
             assert process.stdout is not None and process.stderr is not None
-            chooser = selectors.DefaultSelector()
-            chooser.register(process.stdout, selectors.EVENT_READ)
+            selector = selectors.DefaultSelector()
+            selector.register(process.stdout, selectors.EVENT_READ)
             rest, hung = b"", False
             while True:
-                if not chooser.select(PATIENCE if current is not None else 300):
+                if not selector.select(TIMEOUT if current is not None else 300):
                     process.kill()
                     hung = True
                     break
-                piece = os.read(process.stdout.fileno(), 65536)
-                if not piece:
+                data = os.read(process.stdout.fileno(), 65536)
+                if not data:
                     break
-                *lines, rest = (rest + piece).split(b"\n")
+                *lines, rest = (rest + data).split(b"\n")
                 for line in lines:
                     current = self._line(line.decode(), current)
-            said = process.stderr.read().decode(errors="replace")
+            errors = process.stderr.read().decode(errors="replace")
             process.wait()
         if self.next < self.last:
             if current is None:
-                raise RuntimeError(f"{self.name} does not start: {said[-2000:]}")
-            how = "hung" if hung else f"ended with {process.returncode}"
-            self._failed(current, f"the process {how}")
+                raise RuntimeError(f"{self.name} does not start: {errors[-2000:]}")
+            outcome = "hung" if hung else f"exited with {process.returncode}"
+            self._failed(current, f"the process {outcome}")
             self.next = current + 1
 
     def _line(self, line: str, current: int | None) -> int | None:
@@ -104,19 +104,19 @@ class Run:
         if kind == "failed":
             self._failed(current, what)
         else:
-            self.ends[kind] += 1
+            self.counts[kind] += 1
         return current
 
     def _failed(self, number: int, what: str) -> None:
-        self.ends["failed"] += 1
+        self.counts["failed"] += 1
         self.failures.append(f"{number}: {what}")
         print(f"{self.name} {number}: {what}", flush=True)
 
     def row(self) -> str:
-        total = sum(self.ends.values())
+        total = sum(self.counts.values())
         return (
-            f"| {self.name} | {total:,} | {self.ends['read']:,} | {self.ends['refused']:,} | "
-            f"{self.ends['failed']:,} | {self.slowest:.1f} |"
+            f"| {self.name} | {total:,} | {self.counts['read']:,} | {self.counts['refused']:,} | "
+            f"{self.counts['failed']:,} | {self.slowest:.1f} |"
         )
 
 
@@ -124,8 +124,8 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--inputs", type=int, default=20_000, help="for each reader")
     parser.add_argument("--first", type=int, default=0, help="the number of the first input")
-    parser.add_argument("--reader", action="append", help="only this one; may be given several times")
-    parser.add_argument("--keep", type=Path, help="a folder for the inputs that fail")
+    parser.add_argument("--reader", action="append", help="a reader, instead of all; may be repeated")
+    parser.add_argument("--keep", type=Path, help="folder for copies of inputs that fail")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     given: Any = parser.parse_args(arguments)
     if given.worker:
@@ -142,9 +142,9 @@ def main(arguments: list[str]) -> int:
         start = time.monotonic()
         run = Run(name, given.first, given.inputs, given.keep)
         with contextlib.suppress(KeyboardInterrupt):
-            run.go()
+            run.run()
         rows.append(run.row())
-        failed += run.ends["failed"]
+        failed += run.counts["failed"]
         print(f"{rows[-1]}  ({time.monotonic() - start:.0f} s)", flush=True)
     print("\n".join(rows))
     return 1 if failed else 0

@@ -1,4 +1,4 @@
-"""Valid files of every kind, small, from which hostile ones are made."""
+"""Small valid files of every format, from which fuzzed inputs are derived."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import monoblock
 LINE = "the quick brown fox jumps over the lazy dog and runs away from the other dog in the garden"
 WORDS = LINE.split()
 
-# One config of each family, with the fields that only some files have.
+# A config of each family, with optional fields.
 CONFIGS: dict[str, dict[str, Any]] = {
     "mistral": {
         "architectures": ["MistralForCausalLM"],
@@ -255,7 +255,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def byte_level(folder: Path) -> None:
-    """A folder with tokenizer.json and all the files beside it."""
+    """tokenizer.json and tokenizer_config.json."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
     backend = Tokenizer(models.BPE())
@@ -301,7 +301,7 @@ def byte_level(folder: Path) -> None:
 
 
 def older_files(folder: Path) -> None:
-    """The same with special_tokens_map.json and added_tokens.json, and what the newer file says left out."""
+    """`byte_level` with special_tokens_map.json and added_tokens.json instead of the newer fields."""
     byte_level(folder)
     config = json.loads((folder / "tokenizer_config.json").read_text())
     del config["added_tokens_decoder"], config["additional_special_tokens"]
@@ -319,16 +319,16 @@ def older_files(folder: Path) -> None:
 
 
 def llama(folder: Path) -> None:
-    """A tokenizer.json of SentencePiece's kind, with the normaliser's table of a trained model."""
+    """A tokenizer.json converted from SentencePiece, with the charsmap of a trained model."""
     from tokenizers import Tokenizer, decoders, models, normalizers
 
     pieces = [("<unk>", 0.0), ("<s>", 0.0), ("</s>", 0.0), *((f"<0x{b:02X}>", -1.0) for b in range(256))]
     pieces += [(f"▁{word}", -2.0 - i) for i, word in enumerate(dict.fromkeys(WORDS))]
     backend = Tokenizer(models.Unigram(pieces, 0, True))
-    parts: list[Any] = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    steps: list[Any] = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
     if charsmap := trained_charsmap():
-        parts.insert(0, normalizers.Precompiled(charsmap))
-    backend.normalizer = normalizers.Sequence(parts)
+        steps.insert(0, normalizers.Precompiled(charsmap))
+    backend.normalizer = normalizers.Sequence(steps)
     backend.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     )
@@ -346,7 +346,7 @@ def llama(folder: Path) -> None:
 
 
 def mpnet(folder: Path) -> None:
-    """vocab.txt of word pieces."""
+    """A WordPiece vocab.txt."""
     tokens = ["<s>", "<pad>", "</s>", "<unk>", "[UNK]", *dict.fromkeys(WORDS), "##s", "##ing", "<mask>"]
     (folder / "vocab.txt").write_text("\n".join(tokens) + "\n")
     config = {"tokenizer_class": "MPNetTokenizer", "do_lower_case": True, "strip_accents": None}
@@ -391,7 +391,7 @@ def tekken(folder: Path) -> None:
 
 
 def trained_charsmap() -> bytes:
-    """The table of SentencePiece's usual normaliser; empty without the package."""
+    """The charsmap of SentencePiece's default normaliser; empty without the package."""
     from monoblock.tokenization.protobuf import read_model
 
     if (raw := trained_model()) is None:
@@ -405,7 +405,7 @@ def trained_charsmap() -> bytes:
 
 
 def trained_model() -> bytes | None:
-    """A small Unigram model of SentencePiece's own; None without the package."""
+    """A small Unigram model trained by SentencePiece; None without the package."""
     try:
         import sentencepiece
     except ImportError:
@@ -423,7 +423,7 @@ def trained_model() -> bytes | None:
 
 
 def sentencepiece_model(kind: int) -> bytes:
-    """A tokenizer.model written by hand: 1 Unigram, 2 BPE, 3 words."""
+    """A hand-encoded tokenizer.model; `kind`: 1 Unigram, 2 BPE, 3 words."""
     pieces: list[tuple[str, float, int]] = [("<unk>", 0.0, 2), ("<s>", 0.0, 3), ("</s>", 0.0, 3)]
     pieces += [(f"<0x{byte:02X}>", 0.0, 6) for byte in range(256)] if kind == 2 else []
     words = [f"▁{word}" for word in dict.fromkeys(WORDS)]
@@ -474,7 +474,7 @@ def msgpack(folder: Path) -> None:
 
 
 def chunked_msgpack(folder: Path) -> None:
-    """An array in two pieces, as Flax stores one of over 2^30 bytes."""
+    """An array in two chunks, in Flax's format for arrays of over 2^30 bytes."""
 
     def text(value: str) -> bytes:
         return (
@@ -515,11 +515,11 @@ def hdf5(folder: Path) -> None:
     import h5py
 
     with h5py.File(folder / "tf_model.h5", "w") as file:
-        for part in ("embeddings", "layer_._0"):
-            group = file.create_group(part)
-            group.attrs["weight_names"] = [f"model/{part}/kernel:0".encode()]
-            group.create_dataset(f"model/{part}/kernel:0", data=np.ones((4, 4), np.float32))
-            group.create_dataset(f"model/{part}/bias:0", data=np.zeros(4, np.float32))
+        for name in ("embeddings", "layer_._0"):
+            group = file.create_group(name)
+            group.attrs["weight_names"] = [f"model/{name}/kernel:0".encode()]
+            group.create_dataset(f"model/{name}/kernel:0", data=np.ones((4, 4), np.float32))
+            group.create_dataset(f"model/{name}/bias:0", data=np.zeros(4, np.float32))
 
 
 def pickled(folder: Path, *, zipped: bool) -> None:
@@ -541,24 +541,24 @@ def pickled(folder: Path, *, zipped: bool) -> None:
 
 
 def model(folder: Path, model_type: str, quantization: str | None = None) -> None:
-    """A whole model's folder."""
+    """A complete model folder."""
     fields = CONFIGS[model_type]
     write_json(folder / "config.json", fields)
     config = monoblock.AutoConfig.from_pretrained(folder)
     import torch
 
     torch.manual_seed(0)
-    made = getattr(monoblock, fields["architectures"][0])(config)
+    instance = getattr(monoblock, fields["architectures"][0])(config)
     if quantization is not None:
-        made = made.to(torch.bfloat16)
-        made.quantize(quantization)
-    made.save_pretrained(folder)
+        instance = instance.to(torch.bfloat16)
+        instance.quantize(quantization)
+    instance.save_pretrained(folder)
     if quantization is None:
         write_json(folder / "config.json", {**fields, "torch_dtype": "float32"})
 
 
 def mistral_release(folder: Path) -> None:
-    """Mistral's own: params.json and consolidated.safetensors."""
+    """Mistral's format: params.json and consolidated.safetensors."""
     params = {
         "dim": 24,
         "n_layers": 1,
@@ -596,7 +596,7 @@ def mistral_release(folder: Path) -> None:
 
 
 def openai_release(folder: Path) -> None:
-    """OpenAI's own: params_shapes.json and params_0.npy to params_9.npy."""
+    """OpenAI's format: params_shapes.json and params_0.npy to params_9.npy."""
     width = 64
     layer = [[1, width, 3 * width], [3 * width], [1, width, width], [width], [width], [width]]
     layer += [[1, width, 4 * width], [4 * width], [1, 4 * width, width], [width], [width], [width]]

@@ -1,10 +1,10 @@
-"""Chat templates that try to run for ever or to fill the memory, drawn from a seeded generator."""
+"""Random chat templates that exhaust time or memory, drawn from a seeded generator."""
 
 from __future__ import annotations
 
 import random
 
-CALLED = """
+FILTER_NAMES = """
 abs attr('x') batch(N) capitalize center(N) count default(N) dictsort e escape filesizeformat first float forceescape
 format(N) groupby('a') indent(N) int items join(S) last length list lower map('upper') map(attribute='a') max min pprint
 random reject rejectattr('a') replace('a',S) replace('',S) reverse round(N) round(N,'ceil') safe select selectattr('a')
@@ -12,13 +12,13 @@ slice(N) sort sort(attribute='content') string striptags sum sum(start=[]) title
 truncate(N) unique upper urlencode urlize wordcount wordwrap(N) wordwrap(1) xmlattr center(width=N) batch(N,S)
 slice(N,S) from_json
 """
-ASKED = """
+METHOD_NAMES = """
 center(N) ljust(N) rjust(N,'x') zfill(N) expandtabs(N) replace('a',S) replace('',S) join(X) join([S,S,S]) split('a')
 split() splitlines() upper() title() strip() format(X) format(N,N) count('a') find('a') partition('a') encode()
 translate({97:S}) casefold() startswith('a') removeprefix('a') rsplit('a',N) items() keys() values() get('a') copy()
 index(1) to_bytes(N,'big') bit_length() hex() fromhex('00') format_map({'a':N}) isdigit() lstrip('a') maketrans('a','b')
 """
-FILTERS, METHODS = CALLED.split(), ASKED.split()
+FILTERS, METHODS = FILTER_NAMES.split(), METHOD_NAMES.split()
 NUMBERS = (
     "1",
     "2",
@@ -158,46 +158,46 @@ def _filled(rng: random.Random, pattern: str, depth: int) -> str:
 def block(rng: random.Random, depth: int) -> str:
     """Statements and output."""
 
-    def made() -> str:
+    def value() -> str:
         return expression(rng, rng.randrange(1, 4))
 
     def inner() -> str:
         return "".join(block(rng, depth - 1) for _ in range(rng.randrange(1, 3)))
 
     if depth <= 0:
-        return rng.choice((f"{{{{ {made()} }}}}", "text", "text " * 50))
+        return rng.choice((f"{{{{ {value()} }}}}", "text", "text " * 50))
     match rng.randrange(12):
         case 0 | 1:
-            over = rng.choice((made(), "range(100000)", "range(1000)", "messages", "x"))
+            over = rng.choice((value(), "range(100000)", "range(1000)", "messages", "x"))
             return f"{{% for x in {over} %}}{inner()}{{% endfor %}}"
         case 2:
-            return f"{{% set {rng.choice(('x', 'y', 'ns.v'))} = {made()} %}}{inner()}"
+            return f"{{% set {rng.choice(('x', 'y', 'ns.v'))} = {value()} %}}{inner()}"
         case 3:
             name = rng.choice(("x", "y"))
             return f"{{% set {name} %}}{inner()}{{{{ {name} }}}}{{% endset %}}{inner()}"
         case 4:
-            return f"{{% macro m(x) %}}{inner()}{{{{ m({made()}) }}}}{inner()}{{% endmacro %}}{{{{ m({made()}) }}}}"
+            return f"{{% macro m(x) %}}{inner()}{{{{ m({value()}) }}}}{inner()}{{% endmacro %}}{{{{ m({value()}) }}}}"
         case 5:
-            return f"{{% if {made()} %}}{inner()}{{% else %}}{inner()}{{% endif %}}"
+            return f"{{% if {value()} %}}{inner()}{{% else %}}{inner()}{{% endif %}}"
         case 6:
             return f"{{% filter {_filled(rng, rng.choice(FILTERS), 1)} %}}{inner()}{{% endfilter %}}"
         case 7:
             doubled = rng.choice(
                 ("x ~ x", "x + x", "[x, x]", "[x] + [x]", "x * 2", "(x, x)", "{'a': x, 'b': x}", "x|join(x)")
             )
-            value = doubled.replace("x", "ns.v")
-            return f"{{% for i in range(100) %}}{{% set ns.v = {value} %}}{{% endfor %}}{{{{ ns.v }}}}"
+            growing = doubled.replace("x", "ns.v")
+            return f"{{% for i in range(100) %}}{{% set ns.v = {growing} %}}{{% endfor %}}{{{{ ns.v }}}}"
         case 8:
             return f"{{% generation %}}{inner()}{{% endgeneration %}}"
         case 9:
-            return f"{{% call m({made()}) %}}{inner()}{{% endcall %}}"
+            return f"{{% call m({value()}) %}}{inner()}{{% endcall %}}"
         case 10:
-            return f"{{% set ns = namespace(v={made()}) %}}{inner()}"
+            return f"{{% set ns = namespace(v={value()}) %}}{inner()}"
         case _:
-            return f"{{{{ {made()} }}}}"
+            return f"{{{{ {value()} }}}}"
 
 
 def template(rng: random.Random) -> str:
-    """A whole template; its variables are `messages`, `long`, `x`, `d` and `bos_token`."""
+    """A complete template with the variables `messages`, `long`, `x`, `d` and `bos_token`."""
     start = "{% set ns = namespace(v='ab') %}{% set y = 'y' %}" if rng.random() < 0.8 else ""
     return start + "".join(block(rng, rng.randrange(1, 5)) for _ in range(rng.randrange(1, 4)))

@@ -1,5 +1,5 @@
-"""Calls with any arguments: what `forward` and `generate` of PyTorch models are given is computed, with finite results,
-or refused by an error of ours that names an argument. `MONOBLOCK_FUZZ_CALLS=20000` tries so many of each."""
+"""Random arguments of `forward` and `generate` of PyTorch models: the outputs are finite, or an error of this library
+names an argument. `MONOBLOCK_FUZZ_CALLS=20000` sets the number of calls for each model."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tiny_families import CLASSES, fields, monoblock_model  # noqa: E402
 from monoblock.generation.config import GenerationConfig  # noqa: E402
 
 EXAMPLES = int(os.environ.get("MONOBLOCK_FUZZ_CALLS", "150"))
-SECONDS = 5.0  # of the processor, for one call
+SECONDS = 5.0  # processor time for one call
 ROWS, TOKENS = 2, 6
 QUIET = settings(
     max_examples=EXAMPLES,
@@ -45,17 +45,16 @@ MODELS = (
     "FuyuForCausalLM",
 )
 GENERATING = MODELS[:4]
-PACKED = "int8"
 
 
 @functools.cache
-def made(name: str, packed: bool = False) -> Any:
+def random_model(name: str, quantised: bool = False) -> Any:
     ours = (
         model(name, num_labels=4)
         if name.startswith("Mpt")
         else monoblock_model(name, **fields(CLASSES[name]))
     )
-    return ours.quantize(PACKED) if packed else ours
+    return ours.quantize("int8") if quantised else ours
 
 
 # ---------------------------------------------------------------------- values
@@ -83,19 +82,19 @@ MORE_SHAPES = (
 )
 NUMBERS = (0, 1, 2, 5, 12, -1, -100, 88, 89, 255, 2**31, 2**40, 2**62, -(2**62))
 FLOATS = (0.0, 1.0, 0.5, -1.0, math.nan, math.inf, -math.inf, 1e30)
-WHOLE = ("int64", "int32", "int16", "uint8", "bool")
+INTEGERS = ("int64", "int32", "int16", "uint8", "bool")
 
 
 def tensor(shape: tuple[int, ...], value: float, dtype: str) -> Any:
-    """That number everywhere, but for values that differ where it is None."""
-    info = np.iinfo(dtype) if dtype in WHOLE[:4] else None
+    """A constant tensor; integers are clamped to the range of the dtype."""
+    info = np.iinfo(dtype) if dtype in INTEGERS[:4] else None
     if info is not None and isinstance(value, int):
         value = min(max(value, info.min), info.max)
     return torch.full(shape, value, dtype=getattr(torch, dtype))
 
 
 def rising(shape: tuple[int, ...]) -> Any:
-    """Numbers from 5 on, all ids of the vocabularies."""
+    """Integers from 5 on, all within the vocabularies."""
     return (torch.arange(math.prod(shape)) % 80 + 5).reshape(shape)
 
 
@@ -119,7 +118,7 @@ OTHERS: dict[str, Any] = {
 tensors = st.one_of(
     st.builds(rising, st.sampled_from(SHAPES + MORE_SHAPES)),
     st.builds(
-        tensor, st.sampled_from(SHAPES + MORE_SHAPES), st.sampled_from(NUMBERS), st.sampled_from(WHOLE)
+        tensor, st.sampled_from(SHAPES + MORE_SHAPES), st.sampled_from(NUMBERS), st.sampled_from(INTEGERS)
     ),
     st.builds(
         tensor,
@@ -130,10 +129,10 @@ tensors = st.one_of(
 )
 values = st.one_of(tensors, tensors, st.sampled_from(sorted(OTHERS)).map(OTHERS.__getitem__))
 
-# ---------------------------------------------------------------------- what is fine
+# ---------------------------------------------------------------------- accepted outcomes
 
 
-def shown(given: dict[str, Any]) -> str:
+def describe(given: dict[str, Any]) -> str:
     def one(x: Any) -> str:
         return (
             f"{x.dtype}{tuple(x.shape)} of {x.flatten()[:1].tolist()}"
@@ -145,7 +144,7 @@ def shown(given: dict[str, Any]) -> str:
 
 
 def judge(call: Any, given: dict[str, Any], names: frozenset[str]) -> None:
-    """The call ends in time, with finite numbers, or with a sentence of ours that names one of the arguments."""
+    """The call ends in time, with finite outputs, or with a one-line error of this library that names an argument."""
     error: list[BaseException] = []
     out: list[Any] = []
 
@@ -156,15 +155,15 @@ def judge(call: Any, given: dict[str, Any], names: frozenset[str]) -> None:
             error.append(raised)
             raise
 
-    ended = attempt(read, seconds=SECONDS, memory=2 << 30)
-    what = f"{ended.what} for {shown(given)}"
+    outcome = attempt(read, seconds=SECONDS, memory=2 << 30)
+    what = f"{outcome.what} for {describe(given)}"
     if not error:
-        assert ended.kind == "read", what
+        assert outcome.kind == "read", what
         numbers = (
             [x for x in out[0].values() if isinstance(x, torch.Tensor)] if isinstance(out[0], dict) else []
         )
-        for x in numbers if not strange(given) else ():
-            assert bool(x.isfinite().all()), f"not finite for {shown(given)}"
+        for x in numbers if not unbounded(given) else ():
+            assert bool(x.isfinite().all()), f"not finite for {describe(given)}"
         return
     [raised] = error
     assert deliberate(raised, (ValueError, TypeError, OSError, ImportError, NotImplementedError)), what
@@ -172,9 +171,8 @@ def judge(call: Any, given: dict[str, Any], names: frozenset[str]) -> None:
     assert len(str(raised)) < 1000 and "\n" not in str(raised), what
 
 
-def strange(given: dict[str, Any]) -> bool:
-    """Whether numbers that are no numbers, or larger than any, are put in where numbers of the user's own belong: they
-    come out again."""
+def unbounded(given: dict[str, Any]) -> bool:
+    """Whether float arguments that affect the outputs hold NaN or large values, so that outputs may not be finite."""
     own = ("inputs_embeds", "head_mask", "labels", "num_items_in_batch")
     return any(
         isinstance(x := given.get(name), torch.Tensor)
@@ -187,10 +185,10 @@ def strange(given: dict[str, Any]) -> bool:
 # ---------------------------------------------------------------------- forward
 
 
-@pytest.mark.parametrize("packed", [False, True], ids=["plain", "packed"])
+@pytest.mark.parametrize("quantised", [False, True], ids=["plain", "int8"])
 @pytest.mark.parametrize("name", MODELS)
-def test_forward(name: str, packed: bool) -> None:
-    ours = made(name, packed)
+def test_forward(name: str, quantised: bool) -> None:
+    ours = random_model(name, quantised)
     arguments = sorted(
         ours.arguments - {"past_key_values"} | {"sequence_id", "cu_seq_lens_q", "num_items_in_batch"}
     )
@@ -217,8 +215,8 @@ def test_forward(name: str, packed: bool) -> None:
 
 # ---------------------------------------------------------------------- generate
 
-# Beside values of any kind: those of the right kind, which may be absurd.
-WORDS: tuple[Any, ...] = (
+# Values of plausible types, some of them out of range.
+OPTION_VALUES: tuple[Any, ...] = (
     *(None, True, False, -1, 0, 1, 2, 3, 5, 88, 89, 10**12, 10**30, -(10**30)),
     *(0.0, 0.5, 1.0, 1.5, -0.5, 1e-300, 1e300, math.nan, math.inf),
     *("text", "", "never", "static", "dynamic", "quantized", "constant", "\ud800"),
@@ -255,17 +253,17 @@ MORE = (
 
 @pytest.mark.parametrize("name", GENERATING)
 def test_generate(name: str) -> None:
-    ours = made(name)
+    ours = random_model(name)
     every = sorted({*GenerationConfig.FIELDS, *CALL, *MORE, "nonsense"} - {"max_time"})
-    # Numbers that would be computed for a long time are no faults.
-    words = st.sampled_from(WORDS)
+    # Without max_time, which would allow long runs.
+    options = st.sampled_from(OPTION_VALUES)
     known = frozenset(every) | {"input_ids", "prompt", "pad token", "num_beams", "scores", "rows", "tokens"}
     prompts = st.one_of(st.just(rising((ROWS, TOKENS))), st.just(rising((1, TOKENS))), values)
 
     @QUIET
     @given(
         prompts,
-        st.dictionaries(st.sampled_from(every), st.one_of(words, words, values), min_size=1, max_size=3),
+        st.dictionaries(st.sampled_from(every), st.one_of(options, options, values), min_size=1, max_size=3),
         st.booleans(),
     )
     def run(prompt: Any, more: dict[str, Any], sample: bool) -> None:

@@ -19,6 +19,7 @@ from tiny_families import (
     PADS,
     TOKENS,
     VOCAB,
+    explicit_positions,
     fields,
     labels_of,
     logits_of,
@@ -27,7 +28,6 @@ from tiny_families import (
     monoblock_model,
     pair,
     per_token,
-    places,
     theirs_inputs,
 )
 
@@ -485,7 +485,7 @@ def test_positions_count_what_is_no_padding(name: str) -> None:
         assert_close(f"{name} alone", ours(ids, attention_mask=mask).logits[row, real], alone, FUSED)
     off = (
         theirs(ids, attention_mask=mask).logits
-        - theirs(ids, attention_mask=mask, **places(CLASSES[name], mask)).logits
+        - theirs(ids, attention_mask=mask, **explicit_positions(CLASSES[name], mask)).logits
     )
     assert off[mask == 1].abs().max() > 0.05
 

@@ -109,21 +109,21 @@ def test_wrong_patches_are_refused() -> None:
     _, ours = pair(NAME)
     ids, _, patches, places = with_images((6, 0, 9))
     cases: list[tuple[dict[str, Any], str]] = [
-        ({"image_patches": patches, "pixel_values": patches}, "two names of the same patches: give one"),
-        ({"image_patches_indices": places}, "image_patches_indices were given without image_patches"),
+        ({"image_patches": patches, "pixel_values": patches}, "two names of the same input: give one"),
+        ({"image_patches_indices": places}, "image_patches_indices need image_patches"),
         (
             {"image_patches": patches[:2], "image_patches_indices": places},
             "one set for each of the 3 rows, got 2",
         ),
         (
             {"image_patches": [patches[0][:4], *patches[1:]], "image_patches_indices": places},
-            "row 0 has tokens for 6 image patches, but 4 came",
+            "row 0 has tokens for 6 image patches, but 4 were given",
         ),
         (
             {"image_patches": patches, "image_patches_indices": places[:, :-1]},
             r"image_patches_indices must be \(batch, tokens\) = \(3, ",
         ),
-        ({"pixel_values": torch.cat(patches)[:-1]}, "14 image patches came for 15 tokens of the id 7"),
+        ({"pixel_values": torch.cat(patches)[:-1]}, "14 image patches for 15 tokens of the id 7"),
         ({"pixel_values": torch.zeros(15, 12)}, r"image patches must be \(.., 48\), got \(15, 12\)"),
     ]
     for given, message in cases:

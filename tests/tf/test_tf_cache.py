@@ -116,7 +116,7 @@ def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(ValueError, match="2 rows, and the input has 1"):
         ours(ids[:1], past_key_values=full)
     half = ours(ids, past_key_values=full).past_key_values
-    with pytest.raises(ValueError, match="holds 6 tokens: 4 are in it and 4 more came"):
+    with pytest.raises(ValueError, match="room for 6 tokens: 4 are cached and the input has 4"):
         ours(ids, past_key_values=half)
     with pytest.raises(ValueError, match="2 layers, got 1"):
         ours(ids, past_key_values=replace(full, keys=full.keys[:1], values=full.values[:1]))

@@ -235,7 +235,7 @@ def test_a_prompt_in_chunks(
     def inside(ids: Any) -> Any:
         return model.generate(ids, prefill_chunk_size=6, **ASKED)
 
-    with pytest.raises(ValueError, match="prefill_chunk_size goes into generate"):
+    with pytest.raises(ValueError, match="prefill_chunk_size is not supported inside"):
         inside(tf.constant(ids))
 
 
@@ -261,9 +261,9 @@ def test_what_is_wrong_is_told(model: Any, pairs: Pairs) -> None:
         ({"cache_implementation": "quantized"}, "cache_implementation='quantized'"),
         (
             {"cache_implementation": "static", "max_cache_len": 9},
-            "the static cache holds 9 tokens and 14 may come",
+            "the static cache has room for 9 tokens and up to 14 are needed",
         ),
-        ({"seed": (1, 2, 3)}, "seed must be a whole number or two of them"),
+        ({"seed": (1, 2, 3)}, "seed must be one or two integers"),
         (
             {"generator": tf.random.Generator.from_seed(1), "seed": 1},
             "generate() got both seed and generator: pass one",

@@ -488,8 +488,8 @@ def test_what_a_graph_cannot_do_is_told(pair: Callable[[str], Pair]) -> None:
         run.get_concrete_function(spec)
 
     wrong: list[tuple[Any, dict[str, Any], str]] = [
-        (open_length, {}, "the prompts must be (rows, tokens) of a known length"),
-        (open_rows, {"num_beams": 2}, "num_beams: inside a tf.function this needs a known number of rows"),
+        (open_length, {}, "the prompts must be (rows, tokens) of a static length"),
+        (open_rows, {"num_beams": 2}, "num_beams: inside a tf.function this needs a static number of rows"),
         (closed, {"use_cache": False}, "is one graph, and this call needs Python between two tokens"),
         (closed, {"logits_processor": [lambda ids, scores: scores]}, "needs Python between two tokens"),
         (closed, {"max_new_tokens": 62}, "62 new tokens do not fit: the model has 64 learned positions"),

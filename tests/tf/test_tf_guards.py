@@ -32,7 +32,7 @@ LOOPS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "length": (
         {"input_ids": LONG, "labels": LONG % 3},
-        "has 64 learned positions, but the text has 70 tokens",
+        "has 64 learned positions, but the input has 70 tokens",
     ),
 }
 
@@ -69,11 +69,11 @@ def test_too_long_while_tracing(name: str) -> None:
     def run(ids: Any) -> Any:
         return ours(input_ids=ids, attention_mask=tf.ones_like(ids)).last_hidden_state
 
-    with pytest.raises(ValueError, match=r"has 6\d learned positions, but the text has 70 tokens"):
+    with pytest.raises(ValueError, match=r"has 6\d learned positions, but the input has 70 tokens"):
         run.get_concrete_function(tf.TensorSpec((1, 70), tf.int32))
     open_ = tf.function(run.python_function, input_signature=[OPEN], autograph=False)
     assert open_(tf.constant(IDS)).shape == (2, 4, 36)
-    with pytest.raises(tf.errors.InvalidArgumentError, match=r"learned positions, but the text has\] \[70"):
+    with pytest.raises(tf.errors.InvalidArgumentError, match=r"learned positions, but the input has\] \[70"):
         open_(tf.constant(LONG))
 
 

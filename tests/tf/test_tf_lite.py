@@ -75,7 +75,7 @@ def test_signatures_and_functions(tmp_path: Path) -> None:
     converter.optimizations = [tf.lite.Optimize.DEFAULT]
     (found,) = run(converter.convert(), ids=IDS).values()
     assert_close("8 bits", found, expected, 0.4)  # of numbers up to 1, random weights; measured 0.2
-    with pytest.raises(ValueError, match="from_keras_model says no lengths"):
+    with pytest.raises(ValueError, match="from_keras_model has no static lengths"):
         tf.lite.TFLiteConverter.from_keras_model(ours).convert()
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import tensorflow as tf
 import torch
-from pipeline_checks import CASES, NAMES, assert_equivalent, compare, seen
+from pipeline_checks import CASES, NAMES, assert_equivalent, compare, image_outputs
 from tiny_pipelines import TEXT, folder
 
 import monoblock
@@ -29,7 +29,7 @@ def test_answers_are_those_of_pytorch(case: Any, tmp_path: Path) -> None:
 
 
 def test_texts_about_images(tmp_path: Path) -> None:
-    assert_equivalent(*seen("tf", tmp_path, disable_compile=True))
+    assert_equivalent(*image_outputs("tf", tmp_path, disable_compile=True))
 
 
 def test_sampling_differs_from_call_to_call_unless_there_is_a_seed() -> None:

@@ -189,5 +189,5 @@ def test_metrics_of_spans_and_of_texts() -> None:
         monoblock.KerasMetricCallback(metric, {"input_ids": IDS}, batch_size=2)
     own = monoblock.KerasMetricCallback(lambda _: 3, data)
     own.set_model(text)
-    with pytest.raises(TypeError, match="must give a dict of numbers, got int"):
+    with pytest.raises(TypeError, match="must return a dict of numbers, got int"):
         own.on_epoch_end(0, {})

@@ -17,7 +17,7 @@ from tf_pairs import CLASSES, fields, model
 
 import monoblock
 from monoblock.backends.tf.classes import make_class
-from monoblock.backends.tf.parts import plain
+from monoblock.backends.tf.parts import is_plain
 from monoblock.families import FAMILIES, family_of
 
 IDS = np.array([[5, 9, 11, 20], [7, 30, 31, 32]])
@@ -136,7 +136,7 @@ def test_eager_calls_are_kerass() -> None:
     expected = tf.function(ours, autograph=False)(tf.constant(IDS)).last_hidden_state
     assert_close("eager", ours(IDS).last_hidden_state, expected, 1e-5)
     dense = ours.model.layers[1].mlp.up_proj
-    assert plain(dense)
+    assert is_plain(dense)
     changes: dict[str, Any] = {
         "call": lambda x: x[..., :1] * 0 + tf.zeros((1, 1, dense.units)),
         "activation": keras.activations.relu,
@@ -144,16 +144,16 @@ def test_eager_calls_are_kerass() -> None:
     for name, value in changes.items():
         held = getattr(dense, name)
         setattr(dense, name, value)
-        assert not plain(dense)
+        assert not is_plain(dense)
         assert np.abs(ours(IDS).last_hidden_state - expected).max() > 1e-3, name
         if name == "call":
             del dense.call
         else:
             setattr(dense, name, held)
     dense.enable_lora(2)
-    assert not plain(dense)
+    assert not is_plain(dense)
     mixed = make_class("TFMistralModel")(ours.config, dtype="mixed_bfloat16")
-    assert not plain(mixed.model.layers[0].mlp.up_proj)
+    assert not is_plain(mixed.model.layers[0].mlp.up_proj)
     assert mixed(IDS).last_hidden_state.dtype == tf.bfloat16
 
 

@@ -96,8 +96,8 @@ def test_windows_begin_where_a_line_does():
     documents = [corpus.Document(name=f"m{i}.py", text=CODE, is_test=False) for i in (0, 1, 3)]
     assert not any(document.held_out for document in documents)
     tokenizer = corpus.train_tokenizer((document.text for document in documents), 300)
-    pieces, kinds = data.pieces(documents, tokenizer), data.line_breaks(tokenizer)
-    batches = data.batches(pieces, kinds, seed=1, length=16, batch=4)
+    segments, kinds = data.segments(documents, tokenizer), data.line_breaks(tokenizer)
+    batches = data.batches(segments, kinds, seed=1, length=16, batch=4)
     windows = torch.cat([next(batches) for _ in range(40)])
     texts = {tokenizer.decode(ids, skip_special_tokens=False) for ids in windows.tolist()}
     for text in texts:
@@ -107,8 +107,8 @@ def test_windows_begin_where_a_line_does():
 
 def test_the_order_of_the_text_follows_the_seed():
     kinds = np.full(64, 2, dtype=np.int8)  # as if every token were a line: a window may begin anywhere
-    pieces = [data.Piece(ids=np.arange(i, i + 50, dtype=np.uint16), repeats=1 + i % 2) for i in range(9)]
-    one, same, other = (next(data.batches(pieces, kinds, seed=s, length=10, batch=8)) for s in (1, 1, 2))
+    segments = [data.Segment(ids=np.arange(i, i + 50, dtype=np.uint16), repeats=1 + i % 2) for i in range(9)]
+    one, same, other = (next(data.batches(segments, kinds, seed=s, length=10, batch=8)) for s in (1, 1, 2))
     assert torch.equal(one, same)
     assert not torch.equal(one, other)
 

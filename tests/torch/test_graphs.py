@@ -203,7 +203,7 @@ def test_a_given_cache_holds_all_tokens_afterwards(
 
 def test_a_full_static_cache_says_so(recording: Any) -> None:
     cache = StaticCache(max_cache_len=15)
-    with pytest.raises(ValueError, match="the static cache holds 15 tokens"):
+    with pytest.raises(ValueError, match="the static cache has room for 15 tokens"):
         model().generate(batch("none", (9,))[0], past_key_values=cache, max_new_tokens=NEW, eos_token_id=-1)
     assert recording
     assert cache.get_seq_length() == 15

@@ -47,7 +47,7 @@ def answer(name: str, model: Any) -> torch.Tensor:
     if name in helpers.CLASSES:
         ids, mask = helpers.batch("right")
     else:
-        ids, mask = tiny_families.texts(name, "right")
+        ids, mask = tiny_families.model_inputs(name, "right")
     with torch.no_grad():
         return tiny_families.logits_of(model(ids, attention_mask=mask)).float()
 
@@ -399,7 +399,7 @@ def load(folder: Path, **how: Any) -> Any:
         ({"bits": 3}, "bits must be 8, 4 or 12, got 3"),
         ({"bits": 4, "group_size": 32}, "group_size must be 128 or 64, got 32"),
         ({"bits": 4, "desc_act": True}, "no field 'desc_act'"),
-        ({"quant_method": "gptq", "bits": 4}, "'gptq' is not supported here"),
+        ({"quant_method": "gptq", "bits": 4}, "'gptq' is not supported"),
         ({"bits": 8, "modules_to_not_convert": "lm_head"}, "must be a list of names"),
         ({"bits": 8, "modules_to_not_convert": ["lm_heat"]}, "'lm_heat', which is no module of this model"),
     ],

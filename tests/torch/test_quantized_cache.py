@@ -49,7 +49,7 @@ def test_new_tokens_are_exact_and_old_ones_near(steps: int) -> None:
 
 def test_memory() -> None:
     cache, x = filled(QuantizedCache(nbits=4, q_group_size=16, residual_length=16), 512)
-    codes, step, low = cache.blocks[0][0].parts()
+    codes, step, low = cache.blocks[0][0].tensors()
     assert codes.nbytes + step.nbytes + low.nbytes + cache.keys[0].nbytes < 0.3 * x.nbytes
 
 

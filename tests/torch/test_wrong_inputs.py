@@ -87,7 +87,7 @@ WRONG: dict[str, tuple[type[Exception], dict[str, Any]]] = {
         ValueError,
         {"input_ids": IDS, "past_key_values": {}},
     ),
-    r"labels of 5 tokens came with logits of 6": (ValueError, {"input_ids": IDS, "labels": IDS[:, :5]}),
+    r"labels have 5 tokens, but logits have 6": (ValueError, {"input_ids": IDS, "labels": IDS[:, :5]}),
     r"MptForCausalLM has no argument 'attn_mask'; it takes: input_ids": (
         TypeError,
         {"input_ids": IDS, "attn_mask": IDS},
@@ -205,7 +205,9 @@ def test_wrong_inputs_by_position() -> None:
 def test_a_static_cache_that_is_too_small() -> None:
     cache = monoblock.StaticCache(max_cache_len=8)
     out = model()(IDS, past_key_values=cache, use_cache=True)
-    with pytest.raises(ValueError, match="the static cache holds 8 tokens: 6 are in it and 6 more came"):
+    with pytest.raises(
+        ValueError, match="the static cache has room for 8 tokens: 6 are cached and the input has 6"
+    ):
         model()(IDS, past_key_values=out.past_key_values)
     with pytest.raises(ValueError, match="max_cache_len of at least 1"):
         monoblock.StaticCache(max_cache_len=0)

@@ -1,8 +1,8 @@
-"""`monoblock.generation`'s array operations on JAX: what lies on the host stays there.
+"""`monoblock.generation`'s array operations on JAX; arrays on the host stay there.
 
-Token ids and masks are NumPy arrays in the host loop, so that a text that grows compiles nothing; scores are JAX's, of
-one shape for the whole text. Each operation goes by its operands: NumPy's on NumPy arrays alone, else JAX's, which may
-be traced (compiled loops run the same processors).
+In the host loop, token ids and masks are NumPy arrays, so that growing sequences compile nothing; scores are JAX arrays
+of a fixed shape. Each operation depends on its operands: NumPy's if all are NumPy arrays, else JAX's, which may be
+traced (compiled loops run the same processors).
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from monoblock.seeds import signed
 
 
 class PRNGKeys:
-    """A source of random numbers: each draw splits the key as transformers' Flax classes did, so that the same key
-    draws the same tokens. `fine`: whether every row so far had a token to draw; None before the first."""
+    """A random number generator: each draw splits the key as transformers' Flax classes did, so that the same key draws
+    the same tokens. `can_sample`: whether all rows so far had a token to draw; None before the first draw."""
 
-    def __init__(self, key: Array, fine: Array | None = None) -> None:
-        self.key, self.fine = key, fine
+    def __init__(self, key: Array, can_sample: Array | None = None) -> None:
+        self.key, self.can_sample = key, can_sample
 
     def next(self) -> Array:
         """A key for one draw."""
@@ -34,32 +34,32 @@ class PRNGKeys:
         return key
 
 
-def drawable(scores_bk: Array) -> Array:
-    """Whether each row has something to draw: no NaN or +inf, and not -inf alone; one truth value for all."""
+def _can_sample(scores_bk: Array) -> Array:
+    """A boolean scalar: whether all rows can be sampled (no NaN or +inf, and not only -inf)."""
     return jnp.isfinite(jnp.max(scores_bk, axis=-1)).all()
 
 
 @jax.jit
-def _drawn(key: Array, scores_bv: Array) -> tuple[Array, Array, Array]:
-    """A token for each row, whether there was one, and the key that is left."""
+def _sample(key: Array, scores_bv: Array) -> tuple[Array, Array, Array]:
+    """A token for each row, whether all rows could be sampled, and the next key."""
     keys = PRNGKeys(key)
-    return jax.random.categorical(keys.next(), scores_bv, axis=-1), drawable(scores_bv), keys.key
+    return jax.random.categorical(keys.next(), scores_bv, axis=-1), _can_sample(scores_bv), keys.key
 
 
-def noisy(key: Array, scores_bk: Array) -> Array:
-    """Scores whose largest is a draw from the softmax, the next largest one from the rest, and so on."""
+def gumbel_noise(key: Array, scores_bk: Array) -> Array:
+    """Scores with Gumbel noise: their top k are k draws from the softmax without replacement."""
     return scores_bk + jax.random.gumbel(key, scores_bk.shape, scores_bk.dtype)
 
 
 def on_device(x: Any) -> Any:
-    """NumPy's arrays as JAX's; cut to 32 bits on the host, where that compiles nothing."""
+    """A NumPy array as a JAX array (others unchanged); cast to 32 bits on the host, which compiles nothing."""
     if not isinstance(x, np.ndarray):
         return x
     return jax.device_put(x.astype(jax.dtypes.canonicalize_dtype(x.dtype), copy=False))
 
 
-def _here(*values: Any) -> bool:
-    """Whether all of it is on the host."""
+def _all_numpy(*values: Any) -> bool:
+    """Whether no value is a JAX array."""
     return not any(isinstance(value, jax.Array) for value in values)
 
 
@@ -68,7 +68,7 @@ def _traced(value: Any) -> bool:
 
 
 class JaxOps(NumpyOps):
-    """`ArrayOps` for JAX; each method is the protocol's. Draws take a `PRNGKeys`; there is no global source."""
+    """`ArrayOps` for JAX; see the protocol for the methods. Random draws take a `PRNGKeys`; JAX has no global one."""
 
     def array(self, values: Any) -> Any:
         if _traced(values):
@@ -82,71 +82,71 @@ class JaxOps(NumpyOps):
         return on_device(x)
 
     def argmax(self, x_bk: Any) -> Any:
-        found = super().argmax(x_bk) if _here(x_bk) else jnp.argmax(x_bk, axis=-1)
+        found = super().argmax(x_bk) if _all_numpy(x_bk) else jnp.argmax(x_bk, axis=-1)
         return found if _traced(found) else on_host(found)
 
     def softmax(self, x_bk: Any) -> Any:
-        return super().softmax(x_bk) if _here(x_bk) else jax.nn.softmax(x_bk, axis=-1)
+        return super().softmax(x_bk) if _all_numpy(x_bk) else jax.nn.softmax(x_bk, axis=-1)
 
     def log_softmax(self, x_bk: Any) -> Any:
-        return super().log_softmax(x_bk) if _here(x_bk) else jax.nn.log_softmax(x_bk, axis=-1)
+        return super().log_softmax(x_bk) if _all_numpy(x_bk) else jax.nn.log_softmax(x_bk, axis=-1)
 
     def exp(self, x: Any) -> Any:
-        return super().exp(x) if _here(x) else jnp.exp(x)
+        return super().exp(x) if _all_numpy(x) else jnp.exp(x)
 
     def log(self, x: Any) -> Any:
-        return super().log(x) if _here(x) else jnp.log(x)
+        return super().log(x) if _all_numpy(x) else jnp.log(x)
 
     def abs(self, x: Any) -> Any:
-        return super().abs(x) if _here(x) else jnp.abs(x)
+        return super().abs(x) if _all_numpy(x) else jnp.abs(x)
 
     def max(self, x_bk: Any) -> Any:
-        return super().max(x_bk) if _here(x_bk) else jnp.max(x_bk, axis=-1, keepdims=True)
+        return super().max(x_bk) if _all_numpy(x_bk) else jnp.max(x_bk, axis=-1, keepdims=True)
 
     def sum(self, x_bk: Any) -> Any:
-        return super().sum(x_bk) if _here(x_bk) else jnp.sum(x_bk, axis=-1, keepdims=True)
+        return super().sum(x_bk) if _all_numpy(x_bk) else jnp.sum(x_bk, axis=-1, keepdims=True)
 
     def cumsum(self, x_bk: Any) -> Any:
-        return super().cumsum(x_bk) if _here(x_bk) else jnp.cumsum(x_bk, axis=-1)
+        return super().cumsum(x_bk) if _all_numpy(x_bk) else jnp.cumsum(x_bk, axis=-1)
 
     def all(self, x: Any) -> Any:
-        return super().all(x) if _here(x) else jnp.all(x, axis=-1)
+        return super().all(x) if _all_numpy(x) else jnp.all(x, axis=-1)
 
     def sort(self, x_bk: Any) -> tuple[Any, Any]:
-        if _here(x_bk):
+        if _all_numpy(x_bk):
             return super().sort(x_bk)
         index = lax.broadcasted_iota(jnp.int32, x_bk.shape, x_bk.ndim - 1)
         values, index = lax.sort((x_bk, index), num_keys=1)
         return values, index
 
     def top_k(self, x_bk: Any, k: int) -> tuple[Any, Any]:
-        if _here(x_bk):
+        if _all_numpy(x_bk):
             return super().top_k(x_bk, k)
         values, index = lax.top_k(x_bk, k)
         return values, index
 
     def take_along(self, x_bv: Any, index_bk: Any) -> Any:
-        if _here(x_bv, index_bk):
+        if _all_numpy(x_bv, index_bk):
             return super().take_along(x_bv, index_bk)
         return jnp.take_along_axis(jnp.asarray(x_bv), index_bk, axis=-1)
 
     def put_along(self, x_bv: Any, index_bk: Any, values: Any) -> Any:
-        if _here(x_bv, index_bk, values):
+        if _all_numpy(x_bv, index_bk, values):
             return super().put_along(x_bv, index_bk, values)
-        return jnp.asarray(x_bv).at[_rows_of(index_bk), index_bk].set(values)
+        return jnp.asarray(x_bv).at[_row_indices(index_bk), index_bk].set(values)
 
     def add_along(self, x_bv: Any, index_bk: Any, values_bk: Any) -> Any:
-        if _here(x_bv, index_bk, values_bk):
+        if _all_numpy(x_bv, index_bk, values_bk):
             return super().add_along(x_bv, index_bk, values_bk)
-        return jnp.asarray(x_bv).at[_rows_of(index_bk), index_bk].add(values_bk)
+        return jnp.asarray(x_bv).at[_row_indices(index_bk), index_bk].add(values_bk)
 
     def fill_columns(self, x_bv: Any, index_k: Any, value: float) -> Any:
-        if _here(x_bv, index_k):
+        if _all_numpy(x_bv, index_k):
             return super().fill_columns(x_bv, index_k, value)
         return x_bv.at[:, index_k].set(value)
 
     def where(self, condition: Any, x: Any, y: Any) -> Any:
-        if _here(condition, x, y):
+        if _all_numpy(condition, x, y):
             return super().where(condition, x, y)
         return jnp.where(condition, x, y)
 
@@ -154,10 +154,10 @@ class JaxOps(NumpyOps):
         return lax.cond(condition, yes, no) if _traced(condition) else super().choose(condition, yes, no)
 
     def full_like(self, x: Any, value: float) -> Any:
-        return super().full_like(x, value) if _here(x) else jnp.full_like(x, value)
+        return super().full_like(x, value) if _all_numpy(x) else jnp.full_like(x, value)
 
     def take_rows(self, x: Any, index_b: Any) -> Any:
-        if _here(x, index_b):
+        if _all_numpy(x, index_b):
             return super().take_rows(x, index_b)
         return jnp.take(jnp.asarray(x), index_b, axis=0)
 
@@ -165,28 +165,31 @@ class JaxOps(NumpyOps):
         return x.reshape(shape)
 
     def concat(self, parts: Sequence[Any]) -> Any:
-        return super().concat(parts) if _here(*parts) else jnp.concatenate(list(parts), axis=1)
+        return super().concat(parts) if _all_numpy(*parts) else jnp.concatenate(list(parts), axis=1)
 
     def generator(self, seed: int) -> PRNGKeys:
         return PRNGKeys(jax.random.PRNGKey(signed(seed)))
 
     def sample(self, scores_bv: Any, generator: PRNGKeys) -> Any:
-        token_b, fine, generator.key = _drawn(generator.key, scores_bv)
-        return self._checked(token_b, fine, generator)
+        token_b, can_sample, generator.key = _sample(generator.key, scores_bv)
+        return self._check_drawn(token_b, can_sample, generator)
 
     def draw(self, scores_bk: Any, count: int, generator: PRNGKeys) -> Any:
-        _, index_bk = lax.top_k(noisy(generator.next(), jnp.asarray(scores_bk)), count)
-        return self._checked(index_bk, drawable(jnp.asarray(scores_bk)), generator)
+        _, index_bk = lax.top_k(gumbel_noise(generator.next(), jnp.asarray(scores_bk)), count)
+        return self._check_drawn(index_bk, _can_sample(jnp.asarray(scores_bk)), generator)
 
-    def _checked(self, drawn: Any, fine: Any, generator: PRNGKeys) -> Any:
-        """What was drawn, on the host where it can be; in a trace the generator keeps whether it could be drawn."""
+    def _check_drawn(self, drawn: Any, can_sample: Any, generator: PRNGKeys) -> Any:
+        """The drawn indices, on the host unless traced; in a trace, the generator stores whether rows could be
+        sampled."""
         if _traced(drawn):
-            generator.fine = fine if generator.fine is None else generator.fine & fine
+            generator.can_sample = (
+                can_sample if generator.can_sample is None else generator.can_sample & can_sample
+            )
             return drawn
-        if not fine:
+        if not can_sample:
             raise ValueError(NOTHING_TO_DRAW)
         return on_host(drawn)
 
 
-def _rows_of(index_bk: Any) -> Any:
+def _row_indices(index_bk: Any) -> Any:
     return np.arange(index_bk.shape[0])[:, None]

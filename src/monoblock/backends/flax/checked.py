@@ -1,4 +1,4 @@
-"""A call's arguments on JAX: as arrays, and checked. What is traced (under `jit`, `grad`, `vmap`) has no values."""
+"""Conversion of a call's arguments to arrays, and their validation. Traced arrays have no values to check."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PATCHES = ("image_patches", "pixel_values")
 
 
 def as_array(name: str, value: Any) -> Any:
-    """A JAX or NumPy array; ValueError for what cannot be one."""
+    """The value as a JAX or NumPy array; ValueError if it cannot be converted."""
     if isinstance(value, jax.Array):
         return value
     try:
@@ -39,22 +39,21 @@ def check_inputs(
     *,
     documents: bool = True,
 ) -> CheckedInputs:
-    """The arguments (None where one was not given) as the network takes them; ValueError says what is wrong. See
-    `xla/checked.py`."""
+    """Convert and check arguments (None: not given); ValueError if one does not fit. See `xla/checked.py`."""
     given = {
-        name: _sets(value) if name in PATCHES else as_array(name, value)
+        name: _patch_arrays(value) if name in PATCHES else as_array(name, value)
         for name, value in arguments.items()
         if value is not None
     }
     if cache is not None and spec.causal and not isinstance(cache, Cache):
         raise ValueError(
-            f"past_key_values must be what init_cache(batch, max_length) or an output holds, got {type(cache).__name__}"
+            f"past_key_values must come from init_cache(batch, max_length) or an output, got {type(cache).__name__}"
         )
     return shared.check_inputs(XP, spec, head, given, cache, train=train, documents=documents)
 
 
-def _sets(value: Any) -> Any:
-    """Image patches as one array, or a list with an array for each row."""
+def _patch_arrays(value: Any) -> Any:
+    """Image patches as one array, or as a list of one array per row."""
     one_by_one = isinstance(value, list | tuple) and all(hasattr(own, "shape") for own in value)
     return (
         [as_array("image_patches", own) for own in value] if one_by_one else as_array("image_patches", value)

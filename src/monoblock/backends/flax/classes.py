@@ -1,4 +1,4 @@
-"""The public Flax classes, made from the families' tables."""
+"""Creation of the public Flax classes from the families' tables."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from monoblock.families import Family, ModelClass
 
 PREFIX = "Flax"
 
-# Inputs that a call takes by keyword, where the class has them.
+# Keyword-only inputs of a call, if the class has them.
 INPUTS = (
     "inputs_embeds",
     "token_type_ids",
@@ -28,13 +28,13 @@ INPUTS = (
 
 @functools.cache
 def make_base_class(name: str) -> type[FlaxPreTrainedModel]:
-    """The base of a family's classes, which holds what they have in common: `Flax<stem>PreTrainedModel`."""
+    """The base class of a family's models: `Flax<stem>PreTrainedModel`."""
     return classes.new_base(name, PREFIX, (FlaxPreTrainedModel,))
 
 
 @functools.cache
 def make_class(name: str) -> type[FlaxPreTrainedModel]:
-    """The public class of that name, from its family's table."""
+    """The public class with a name, created from its family's table."""
     family, row = classes.row_of(name, PREFIX)
     inputs = extra_arguments(family, row)
     base = make_base_class(PREFIX + families.FAMILIES[family.name][0] + classes.BASE)
@@ -48,14 +48,14 @@ def make_class(name: str) -> type[FlaxPreTrainedModel]:
 
 
 def extra_arguments(family: Family, row: ModelClass) -> tuple[str, ...]:
-    """The inputs that a class's call takes by keyword, beyond the signature that all share."""
+    """The keyword-only inputs of a class's call, in addition to the common signature."""
     own = {*row.forward.split(), *family.extra}
     causal = ("logits_to_keep",) if row.head == "causal" else ()
     return (*(name for name in INPUTS if name in own), "sequence_id", *causal)
 
 
 def _call(row: ModelClass, inputs: tuple[str, ...]) -> Callable[..., Any]:
-    """The common call under a signature with the class's own inputs."""
+    """The common `__call__` with a signature that includes the class's inputs."""
 
     def call(self: FlaxPreTrainedModel, *args: Any, **kwargs: Any) -> Any:
         return FlaxPreTrainedModel.__call__(self, *args, **kwargs)
@@ -69,7 +69,7 @@ def _call(row: ModelClass, inputs: tuple[str, ...]) -> Callable[..., Any]:
 def _document(name: str, row: ModelClass, inputs: tuple[str, ...]) -> str:
     return (
         f"{classes.summary(name, row)}.\n\nInputs are NumPy or JAX arrays, or nested lists: input_ids, attention_mask, "
-        f"position_ids (batch, tokens), and by keyword {', '.join(inputs)}. `params` stands in for the model's own; a "
-        "cache comes from `init_cache`; `train=True` takes `dropout_rng`. Works under jit, grad and vmap. Returns "
+        f"position_ids (batch, tokens), and by keyword {', '.join(inputs)}. `params` replaces the model's parameters; "
+        "`init_cache` makes a cache; `train=True` needs `dropout_rng`. Works under jit, grad and vmap. Returns "
         f"`{output_class(row.output).__name__}`."
     )

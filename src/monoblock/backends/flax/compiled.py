@@ -1,4 +1,4 @@
-"""What the compiled loops over tokens are made of on JAX: `lax.while_loop`, and keys."""
+"""The operations of compiled generation loops on JAX: `lax.while_loop`, and PRNG keys."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ from monoblock.generation.compiled_loop import ProgramInputs, TokenBuffer
 
 
 class JaxLoopOps:
-    """`LoopOps` for JAX; each method is the protocol's. The state of a random source is its key."""
+    """`LoopOps` for JAX; see the protocol for the methods. The state of a random number generator is its PRNG key."""
 
     xp: Namespace = XP
 
-    def draws(self, generator: PRNGKeys | None, needed: bool) -> Any:
+    def rng_state(self, generator: PRNGKeys | None, needed: bool) -> Any:
         return generator.key if needed and generator is not None else np.zeros(2, np.uint32)
 
-    def kept(self, generator: PRNGKeys, draws: Array) -> None:
-        generator.key = draws
+    def set_rng_state(self, generator: PRNGKeys, rng_state: Array) -> None:
+        generator.key = rng_state
 
-    def source(self, draws: Array, fine: Array) -> PRNGKeys:
-        return PRNGKeys(draws, fine)
+    def rng(self, rng_state: Array, can_sample: Array) -> PRNGKeys:
+        return PRNGKeys(rng_state, can_sample)
 
-    def state(self, source: PRNGKeys) -> Array:
-        return source.key
+    def state_of(self, rng: PRNGKeys) -> Array:
+        return rng.key
 
-    def numbers(self, text: TokenBuffer, given: ProgramInputs) -> tuple[TokenBuffer, ProgramInputs]:
-        return TokenBuffer(*(jnp.asarray(part) for part in text)), given
+    def cast_inputs(self, buffer: TokenBuffer, inputs: ProgramInputs) -> tuple[TokenBuffer, ProgramInputs]:
+        return TokenBuffer(*(jnp.asarray(array) for array in buffer)), inputs
 
-    def run(self, goes_on: Callable[[Any], Array], step: Callable[[Any], Any], start: Any) -> Any:
-        return lax.while_loop(goes_on, step, start)
+    def while_loop(self, condition: Callable[[Any], Array], body: Callable[[Any], Any], start: Any) -> Any:
+        return lax.while_loop(condition, body, start)
 
 
 LOOP_OPS: LoopOps = JaxLoopOps()

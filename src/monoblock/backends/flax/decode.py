@@ -1,4 +1,4 @@
-"""FlaxGenerationMixin on JAX: the `generate` of the models, and what the framework-free loop knows of them."""
+"""Text generation on JAX: the models' `generate`, and the interface to the framework-free loop."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from jax.sharding import NamedSharding
 from monoblock.backends.flax import cache as caches
 from monoblock.backends.flax import explicit
 from monoblock.backends.flax.arrays import PRNGKeys, on_device
-from monoblock.backends.flax.joining import LONG
+from monoblock.backends.flax.fusing import FUSE_FROM
 from monoblock.backends.flax.namespace import XP
 from monoblock.backends.flax.network import Network
 from monoblock.backends.flax.outputs import FlaxModelOutput, pytree
 from monoblock.backends.flax.passes import FlaxPasses
 from monoblock.backends.flax.placement import rows_of
-from monoblock.backends.flax.processors import of_two
+from monoblock.backends.flax.processors import without_length
 from monoblock.backends.flax.traced import TracedRunner, is_traced
 from monoblock.backends.xla import runner
 from monoblock.backends.xla.namespace import Namespace
@@ -35,7 +35,7 @@ from monoblock.spec import ArchSpec
 
 @pytree
 class FlaxGenerateOutput(FlaxModelOutput):
-    """What `generate` gives, as transformers' Flax classes did: `sequences` (rows, prompt + new), and of beam search
+    """The output of `generate`, as in transformers' Flax classes: `sequences` (rows, prompt + new), and for beam search
     `scores` (rows,), log-probability / new tokens ** length_penalty."""
 
     sequences: Any = None
@@ -43,7 +43,7 @@ class FlaxGenerateOutput(FlaxModelOutput):
 
 
 class FlaxGenerationMixin(runner.XlaGenerationMixin):
-    """Adds `generate` to the models that predict the next token."""
+    """Adds `generate` to causal language models."""
 
     xp: ClassVar[Namespace] = XP
     module: Network
@@ -63,21 +63,21 @@ class FlaxGenerationMixin(runner.XlaGenerationMixin):
     ) -> Any:
         """Continue prompts, (batch, tokens) or what a tokenizer returns.
 
-        Gives a FlaxGenerateOutput, whose `sequences` are the ids (batch, prompt + new); with
-        `return_dict_in_generate=True` a GenerateDecoderOnlyOutput, with False the ids alone.
+        Returns a FlaxGenerateOutput, whose `sequences` are the ids (batch, prompt + new); with
+        `return_dict_in_generate=True` a GenerateDecoderOnlyOutput, with False only the ids.
 
-        Greedy decoding, sampling and beam search run as one compiled program for each bucket of lengths; what needs the
-        host between tokens (streamers, criteria and processors of one's own, recorded scores), and `trace=False` run a
-        compiled step for each token. Draws come from `prng_key`, or from `seed`; without, from key 0, as JAX
-        has no global source of random numbers: give a new key for each call. Other keywords are those of the PyTorch
-        classes' `generate`. `params` stand in for the model's own. ValueError for what is unknown or not supported.
+        Greedy decoding, sampling and beam search run as one compiled program for each bucket of lengths. Calls that
+        need the host between tokens (streamers, custom criteria and processors, returned scores), and `trace=False`,
+        run a compiled step per token. Sampling uses `prng_key` or `seed`, by default key 0, as JAX has no global
+        random number generator: give a new key for each call. Other keywords are those of the PyTorch classes'
+        `generate`. `params` replaces the model's parameters. ValueError for unknown or unsupported arguments.
 
-        Works under `jit`, `pmap` and `vmap` too, greedy or sampling: prompts, masks, params and keys may be traced, the
-        values of ids are not checked then, and the rows come back with all new tokens' columns, filled with the pad
-        token.
+        Greedy decoding and sampling also work under `jit`, `pmap` and `vmap`: prompts, masks, params and keys may be
+        traced. The values of ids are not checked then, and all rows have columns for all new tokens, filled with the
+        pad token.
         """
         given = (inputs, self.params if params is None else params, prng_key, kwargs)
-        run = functools.partial(self._generated, generation_config, trace)
+        run = functools.partial(self._generate, generation_config, trace)
         if (mesh := explicit.explicit(given)) is None:
             return run(*given)
         kind: list[Any] = []
@@ -90,7 +90,7 @@ class FlaxGenerationMixin(runner.XlaGenerationMixin):
         found = explicit.run(mesh, fields_of, given, explicit.Layout.of(mesh, (inputs, kwargs)))
         return kind[0](**found) if isinstance(found, dict) else found
 
-    def _generated(
+    def _generate(
         self,
         generation_config: GenerationConfig | None,
         trace: bool,
@@ -102,34 +102,34 @@ class FlaxGenerationMixin(runner.XlaGenerationMixin):
         inputs, arguments = self.generate_arguments(inputs, arguments)
         if not trace:
             arguments["disable_compile"] = True
-        arguments |= _random(prng_key, arguments)
+        arguments |= _random_arguments(prng_key, arguments)
         if (processors := arguments.get("logits_processor")) is not None:
-            arguments["logits_processor"] = [of_two(processor) for processor in processors]
-        if (helper := arguments.get("assistant_model")) is not None:
-            check_assistant(helper, FlaxGenerationMixin)
-            arguments["assistant_model"] = FlaxRunner(helper, helper.params)
-        alone = arguments.get("return_dict_in_generate") is False
+            arguments["logits_processor"] = [without_length(processor) for processor in processors]
+        if (assistant := arguments.get("assistant_model")) is not None:
+            check_assistant(assistant, FlaxGenerationMixin)
+            arguments["assistant_model"] = FlaxRunner(assistant, assistant.params)
+        ids_only = arguments.get("return_dict_in_generate") is False
         if is_traced(inputs, arguments, params, prng_key):
             traced = TracedRunner(FlaxRunner(self, params), inputs, arguments)
-            ids = loop.generate(traced, None, generation_config, **traced.stand_ins())
-            return ids if alone else FlaxGenerateOutput(sequences=ids)
-        plain = _ids if alone else FlaxGenerateOutput
+            ids = loop.generate(traced, None, generation_config, **traced.placeholders())
+            return ids if ids_only else FlaxGenerateOutput(sequences=ids)
+        plain = _ids if ids_only else FlaxGenerateOutput
         prompts = (inputs, arguments.get("input_ids"), arguments.get("inputs_embeds"))
         rows = next((found for x in prompts if (found := rows_of(x)) is not None), None)
         runner = FlaxRunner(self, params, rows)
         result = loop.generate(runner, inputs, generation_config, make_result=plain, **arguments)
-        return on_device(result) if alone else _all_shown(result)
+        return on_device(result) if ids_only else _to_jax(result)
 
     def prepare_inputs_for_generation(
         self, input_ids: Any, max_length: int, attention_mask: Any = None
     ) -> dict[str, Any]:
-        """What the pass over prompts (batch, tokens) is given in a decoding loop of one's own, beside the ids: an empty
-        cache for `max_length` tokens, a mask for all its places, and the tokens' positions."""
+        """Inputs, in addition to the ids, of the prefill (batch, tokens) in a custom decoding loop: an empty cache for
+        `max_length` tokens, a mask (batch, max_length), and position ids."""
         batch, count = jnp.shape(input_ids)
         mask = jnp.ones((batch, max_length), jnp.int32)
         if attention_mask is not None:
-            known = jnp.asarray(attention_mask, jnp.int32)[:, :count]
-            mask = jnp.pad(known, ((0, 0), (0, max_length - count)), constant_values=1)
+            given_mask = jnp.asarray(attention_mask, jnp.int32)[:, :count]
+            mask = jnp.pad(given_mask, ((0, 0), (0, max_length - count)), constant_values=1)
         given = {
             "past_key_values": caches.init_cache(self.spec, batch, max_length, self.dtype),
             "attention_mask": mask,
@@ -141,15 +141,15 @@ class FlaxGenerationMixin(runner.XlaGenerationMixin):
     def update_inputs_for_generation(
         self, model_outputs: Any, model_kwargs: dict[str, Any]
     ) -> dict[str, Any]:
-        """What the next token's pass is given, of the last pass's outputs and of what that was given."""
+        """Inputs of the next token's pass, from the outputs and the inputs of the last one."""
         given = {**model_kwargs, "past_key_values": model_outputs.past_key_values}
         if "position_ids" in given:
             given["position_ids"] = given["position_ids"][:, -1:] + 1
         return given
 
 
-def _random(key: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments that say what draws come from."""
+def _random_arguments(key: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments that determine the random number generator."""
     given = {"prng_key": key} | {name: arguments.get(name) for name in ("seed", "generator")}
     if len(named := [name for name, value in given.items() if value is not None]) > 1:
         raise ValueError(f"generate() got {' and '.join(named)}: give one of them")
@@ -166,18 +166,18 @@ def _ids(ids_bn: Any, scores_b: Any) -> Any:
     return ids_bn
 
 
-def _all_shown(output: Any) -> Any:
-    """The output with JAX's arrays in place of NumPy's."""
+def _to_jax(output: Any) -> Any:
+    """The output with JAX arrays instead of NumPy arrays."""
     for name, value in output.items():
         setattr(output, name, on_device(value))
     return output
 
 
-# Refused by these classes for reasons of their own.
+# Options that only these classes refuse.
 UNSUPPORTED: Unsupported = {
     "cache_implementation": (
         ("dynamic", "static"),
-        "the caches of the JAX classes are 'dynamic' and 'static', in the computation's type",
+        "the caches of the JAX classes are 'dynamic' and 'static', in the computation's dtype",
     ),
     "compile_config": (
         (),
@@ -185,13 +185,13 @@ UNSUPPORTED: Unsupported = {
     ),
     "synced_gpus": (
         (False,),
-        "processes that share parameters make the same calls, and come to the end of each together",
+        "processes that share parameters make the same calls and end them together",
     ),
 }
 
 
 class FlaxRunner(runner.XlaRunner):
-    """What `loop.generate` needs to know of a model with these parameters."""
+    """The `Model` of `loop.generate` for a model with these parameters."""
 
     unsupported = UNSUPPORTED
 
@@ -200,11 +200,11 @@ class FlaxRunner(runner.XlaRunner):
         self.params, self.rows = params, rows
 
     def compiled(self, generation: Any, program: Program) -> Any:
-        """Run a call as one program."""
-        if program.max_new_tokens >= LONG:
-            generation.decoder.passes = generation.decoder.passes.joined()
+        """Run a call as one compiled program."""
+        if program.max_new_tokens >= FUSE_FROM:
+            generation.decoder.passes = generation.decoder.passes.fused()
         return super().compiled(generation, program)
 
     def passes(self, config: GenerationConfig) -> FlaxPasses:
-        del config  # `disable_compile` compiles each step alone
+        del config  # `disable_compile` compiles each step ids_only
         return FlaxPasses(self.model.module, self.params, self.rows)

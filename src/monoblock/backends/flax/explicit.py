@@ -1,8 +1,8 @@
-"""Meshes with explicit axes, as `jax.make_mesh` makes them and `jax.set_mesh` puts them into the context.
+"""Meshes with explicit axes (`jax.make_mesh`, `jax.set_mesh`).
 
-There the type of an array says how it lies, and each operation whose result could lie in several ways has to say which.
-The network says nothing of the kind: it runs on the same devices with automatic axes, where the compiler decides, and
-what comes out is laid on the explicit ones again.
+With explicit axes, an array's type includes its sharding, and operations with an ambiguous output sharding must specify
+it. The network does not: it runs on the same devices with automatic axes, where the compiler chooses shardings, and its
+outputs are resharded onto the explicit axes.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ import jax
 from jax.core import Tracer
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from monoblock.backends.flax.placement import placed
+from monoblock.backends.flax.placement import put
 from monoblock.partition import axis_names, shard_count
 
 T = TypeVar("T")
 
 
 def explicit(*trees: Any) -> Mesh | AbstractMesh | None:
-    """The mesh with explicit axes that an array of the trees lies on or the context has, one of devices if there is;
-    None without one."""
+    """The mesh with explicit axes of an array in the trees or of the context, preferably a concrete one; None if there
+    is none."""
     context = jax.sharding.get_abstract_mesh()
     found = context if _is_explicit(context) else None
     for leaf in jax.tree.leaves(trees):
@@ -35,7 +35,7 @@ def explicit(*trees: Any) -> Mesh | AbstractMesh | None:
 
 
 def _mesh_of(leaf: jax.Array) -> Any:
-    """The mesh of an array; without values that is in its type."""
+    """The mesh of an array; of a tracer, that of its type."""
     sharding = jax.typeof(leaf).sharding if isinstance(leaf, Tracer) else leaf.sharding
     return getattr(sharding, "mesh", None)
 
@@ -45,7 +45,7 @@ def _is_explicit(mesh: Any) -> bool:
 
 
 def automatic(mesh: Mesh) -> Mesh:
-    """The same mesh with automatic axes in place of explicit ones."""
+    """The mesh with its explicit axes made automatic."""
     kinds = {AxisType.Explicit: AxisType.Auto}
     return Mesh(
         mesh.devices, mesh.axis_names, axis_types=tuple(kinds.get(kind, kind) for kind in mesh.axis_types)
@@ -53,39 +53,39 @@ def automatic(mesh: Mesh) -> Mesh:
 
 
 def on_automatic(leaf: Any) -> Any:
-    """An array that lies on explicit axes as one that lies so on automatic ones; anything else as it is. Where this is
-    traced, those must be the context's."""
+    """An array on explicit axes as the same array on automatic ones; anything else unchanged. For tracers, these must
+    be the axes of the context."""
     if not isinstance(leaf, jax.Array) or not _is_explicit(_mesh_of(leaf)):
         return leaf
     if isinstance(leaf, Tracer):
-        return jax.sharding.reshard(leaf, PartitionSpec())  # a type says nothing of automatic axes
+        return jax.sharding.reshard(leaf, PartitionSpec())  # types do not include automatic axes
     sharding: Any = leaf.sharding
-    return jax.device_put(leaf, NamedSharding(automatic(sharding.mesh), sharding.spec))  # the same memory
+    return jax.device_put(leaf, NamedSharding(automatic(sharding.mesh), sharding.spec))  # shares memory
 
 
 def run(
     mesh: Mesh | AbstractMesh, function: Callable[..., T], trees: tuple[Any, ...], specs: Callable[[T], Any]
 ) -> T:
-    """`function(*trees)` on automatic axes; its result on the explicit ones of the mesh, as `specs` of it says: a tree
-    of the same form, of a PartitionSpec for each array."""
+    """`function(*trees)` on automatic axes; its result is resharded onto the mesh's explicit axes. `specs(result)`: a
+    tree of the same structure with a PartitionSpec for each array."""
     abstract = mesh.abstract_mesh if isinstance(mesh, Mesh) else mesh
     kinds = zip(abstract.axis_names, abstract.axis_types, strict=True)
     inner = abstract.update_axis_types({n: AxisType.Auto for n, kind in kinds if kind == AxisType.Explicit})
     with jax.sharding.use_abstract_mesh(inner):
         result = function(*jax.tree.map(on_automatic, trees))
 
-    def laid(leaf: Any, spec: PartitionSpec) -> Any:
-        place = NamedSharding(mesh, spec)
-        known = isinstance(mesh, Mesh) and not isinstance(leaf, Tracer)
-        return placed(leaf, place) if known else jax.sharding.reshard(leaf, place)
+    def reshard(leaf: Any, spec: PartitionSpec) -> Any:
+        sharding = NamedSharding(mesh, spec)
+        concrete = isinstance(mesh, Mesh) and not isinstance(leaf, Tracer)
+        return put(leaf, sharding) if concrete else jax.sharding.reshard(leaf, sharding)
 
-    return jax.tree.map(laid, result, specs(result))
+    return jax.tree.map(reshard, result, specs(result))
 
 
 @dataclass
 class Layout:
-    """How outputs lie on explicit axes: their rows as those of the inputs, a cache as the one that came in, and the
-    vocabulary of logits as the table that makes them; all else is whole."""
+    """The shardings of outputs on explicit axes: rows as in the inputs, a cache as the input cache, the vocabulary of
+    logits as in the output matrix; all else is replicated."""
 
     mesh: Mesh | AbstractMesh
     rows: Any = None  # an entry of a PartitionSpec
@@ -94,12 +94,12 @@ class Layout:
 
     @classmethod
     def of(cls, mesh: Mesh | AbstractMesh, inputs: Any, cache: Any = None, vocabulary: Any = None) -> Layout:
-        """That of a call with these inputs."""
+        """The layout of a call with these inputs."""
         leaves = jax.tree_util.tree_leaves_with_path(cache)
         return cls(mesh, _rows(inputs), vocabulary, {path: spec_of(leaf) for path, leaf in leaves})
 
     def __call__(self, result: Any) -> Any:
-        """A PartitionSpec for each array of a call's outputs."""
+        """A tree with the PartitionSpec of each output."""
         return jax.tree_util.tree_map_with_path(self._spec, result)
 
     def _spec(self, path: tuple[Any, ...], leaf: Any) -> PartitionSpec:
@@ -117,11 +117,11 @@ class Layout:
 
 
 def _rows(inputs: Any) -> Any:
-    """What splits the rows of inputs: the entry of the first array that has one."""
+    """The PartitionSpec entry of the inputs' rows: that of the first array that has one."""
     arrays = (leaf for leaf in jax.tree.leaves(inputs) if isinstance(leaf, jax.Array) and leaf.ndim > 1)
     return next((spec[0] for leaf in arrays if (spec := spec_of(leaf)) and spec[0] is not None), None)
 
 
 def spec_of(leaf: Any) -> PartitionSpec:
-    """How an array lies on explicit axes; others are not in its type."""
+    """The PartitionSpec of an array on explicit axes."""
     return jax.typeof(leaf).sharding.spec

@@ -1,6 +1,6 @@
-"""Every head kind and its loss, once. Shape suffixes: b batch, s tokens, w width, v outputs.
+"""All head kinds and their losses. Shape suffixes: b batch, s tokens, w width, v outputs.
 
-Models give logits; losses are functions of logits and labels, to be differentiated by whoever trains.
+Models return logits; losses are separate, differentiable functions of logits and labels.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from jax import Array
 from monoblock.backends.flax.layers import projection
 from monoblock.backends.flax.namespace import XP
 from monoblock.backends.flax.parts import Part, computes, dropout
-from monoblock.backends.xla.checked import described
+from monoblock.backends.xla.checked import describe_labels
 from monoblock.backends.xla.inputs import ForwardOptions
 from monoblock.call_checks import (
     IGNORED,
@@ -32,7 +32,7 @@ Count = Array | int | None
 
 @computes("pooler")
 class Pooler(Part):
-    """The first token's hidden state through a dense layer and tanh; (b, w)."""
+    """(b, w): dense layer and tanh on the first token's hidden state."""
 
     def __call__(self, hidden_bsw: Array) -> Array:
         return jnp.tanh(self.role("head_dense")(hidden_bsw[:, 0]))
@@ -40,7 +40,7 @@ class Pooler(Part):
 
 @computes("lm_head")
 class LMHead(Part):
-    """Dense layer, GELU, norm, and the projection to the vocabulary, whose bias is the part's own."""
+    """Dense layer, GELU, norm, and the projection to the vocabulary, whose bias belongs to this module."""
 
     def setup(self) -> None:
         super().setup()
@@ -48,11 +48,11 @@ class LMHead(Part):
         self.bias = self.param("bias", nn.initializers.zeros, (self.head_spec.size(self.spec.vocab),))
 
     @nn.nowrap
-    def made(self, child: Any) -> nn.Module | None:
-        """The module of a child."""
+    def make(self, child: Any) -> nn.Module | None:
+        """Create a submodule."""
         if child == "head_out" and self.head_spec is not None:
             return projection(self.spec, self.head_spec, bias=False, dtype=self.dtype)
-        return super().made(child)
+        return super().make(child)
 
     def __call__(self, hidden: Array, table: Array) -> Array:
         x = jax.nn.gelu(self.role("head_dense")(hidden), approximate=False)
@@ -61,7 +61,7 @@ class LMHead(Part):
 
 @computes("classifier_head")
 class ClassifierHead(Part):
-    """The first token's hidden state through a dense layer and tanh, projected; dropout before both."""
+    """Dense layer and tanh on the first token's hidden state, then the projection; dropout before both."""
 
     def __call__(self, hidden_bsw: Array, train: bool) -> Array:
         assert self.head_spec is not None
@@ -72,15 +72,15 @@ class ClassifierHead(Part):
 
 @computes("summary")
 class SummaryHead(Part):
-    """One vector a row, (b, labels) or (b, w): of the position asked for (the last one by default), projected."""
+    """(b, labels) or (b, w): the projected hidden state of one position per row, by default the last."""
 
-    def __call__(self, hidden_bsw: Array, places: Array | None, train: bool) -> Array:
+    def __call__(self, hidden_bsw: Array, positions: Array | None, train: bool) -> Array:
         assert self.head_spec is not None and self.head_spec.summary is not None
         summary = self.head_spec.summary
         if summary.pool == "mean":
             x = hidden_bsw.mean(axis=1)
-        elif summary.pool == "cls_index" and places is not None:
-            x = _at(hidden_bsw, places.reshape(-1))
+        elif summary.pool == "cls_index" and positions is not None:
+            x = _at(hidden_bsw, positions.reshape(-1))
         else:
             x = hidden_bsw[:, 0 if summary.pool == "first" else -1]
         x = dropout(self, x, summary.dropout_in, train)
@@ -89,8 +89,8 @@ class SummaryHead(Part):
         return dropout(self, x, summary.dropout_out, train)
 
 
-def _at(hidden_bsw: Array, places_b: Array) -> Array:
-    return jnp.take_along_axis(hidden_bsw, places_b[:, None, None], axis=1)[:, 0]
+def _at(hidden_bsw: Array, positions_b: Array) -> Array:
+    return jnp.take_along_axis(hidden_bsw, positions_b[:, None, None], axis=1)[:, 0]
 
 
 def last_tokens(
@@ -98,18 +98,18 @@ def last_tokens(
 ) -> Array:
     """The hidden state (b, w) of each row's last token.
 
-    That is the last one that is not the pad token, of those that the attention mask keeps if there is one; a row of pad
-    tokens ends where its mask does. By `head.last_by` the mask alone may decide: it tells padding from a real token of
-    the same id. Of embeddings it always does; with neither, it is the last place.
+    It is the last unmasked token that is not the pad token; a row of pad tokens ends where its mask does. With
+    `head.last_by` set to the mask, only the mask decides, which distinguishes padding from real tokens of the pad id;
+    the same holds for embeddings. Without mask and ids, it is the last position.
     """
     s = hidden_bsw.shape[1]
-    text = None if input_ids is None or head.pad_id is None else input_ids != head.pad_id
+    not_pad = None if input_ids is None or head.pad_id is None else input_ids != head.pad_id
     kept = None if attention_mask is None else attention_mask[:, :s] != 0
-    if (real := text if kept is None else kept) is None:
+    if (real := not_pad if kept is None else kept) is None:
         return hidden_bsw[:, -1]
     rank = jnp.arange(1, s + 1) * real
-    if kept is not None and text is not None and head.last_by == "pad_id":
-        rank = rank + s * (kept & text)
+    if kept is not None and not_pad is not None and head.last_by == "pad_id":
+        rank = rank + s * (kept & not_pad)
     return _at(hidden_bsw, rank.argmax(-1))
 
 
@@ -117,9 +117,9 @@ def last_tokens(
 
 
 def logits(network: Any, hidden: Array, options: ForwardOptions) -> Array:
-    """Logits (..., v) of hidden states (..., w); those over the vocabulary are scaled and capped as the spec says."""
+    """Logits (..., v) of hidden states (..., w); vocabulary logits are scaled and soft-capped as in the spec."""
     spec, head = network.spec, network.head_spec
-    table = network.at("embed").embedding  # of a tied head
+    table = network.at("embed").embedding  # for a tied head
     if network.has("lm_head"):
         scores = network.role("lm_head")(hidden, table)
     elif network.has("classifier_head"):
@@ -138,7 +138,7 @@ def logits(network: Any, hidden: Array, options: ForwardOptions) -> Array:
 def outputs(
     network: Any, hidden_bsw: Array, given: Mapping[str, Any], options: ForwardOptions
 ) -> dict[str, Any]:
-    """What the head computes, by the names of its kind's output."""
+    """The outputs of the head by name."""
     return _OUTPUTS[network.head_spec.kind](network, hidden_bsw, given, options)
 
 
@@ -172,11 +172,11 @@ def _choice(network: Any, hidden: Array, _: Mapping[str, Any], options: ForwardO
 
 def _double(network: Any, hidden: Array, given: Mapping[str, Any], options: ForwardOptions) -> dict[str, Any]:
     """Language model and multiple choice over hidden states of (batch * choices, s, w)."""
-    words = logits(network, hidden, options)
+    lm_logits = logits(network, hidden, options)
     scores = network.role("summary")(hidden, given.get("mc_token_ids"), options.train)
     if options.nested:
-        words, scores = (x.reshape(-1, options.choices, *x.shape[1:]) for x in (words, scores))
-    return {"logits": words, "mc_logits": scores.squeeze(-1) if scores.shape[-1] == 1 else scores}
+        lm_logits, scores = (x.reshape(-1, options.choices, *x.shape[1:]) for x in (lm_logits, scores))
+    return {"logits": lm_logits, "mc_logits": scores.squeeze(-1) if scores.shape[-1] == 1 else scores}
 
 
 def _span(network: Any, hidden: Array, _: Mapping[str, Any], options: ForwardOptions) -> dict[str, Any]:
@@ -200,9 +200,9 @@ _OUTPUTS = {
 
 
 def cross_entropy(logits: Array, labels: Array, count: Count = None, name: str = "labels") -> Array:
-    """Mean over the labels that are not -100, or their sum over `count` (for accumulated gradients). Without any
-    label the loss is 0, with a zero gradient. ValueError: `name` holds no class for each of the logits (..., v)."""
-    check_classes(described(XP, name, labels), logits.shape)
+    """The mean cross-entropy over labels other than -100, or their sum / `count` (for accumulated gradients). Without
+    labels the loss and its gradient are 0. ValueError if the labels `name` do not match the logits (..., v)."""
+    check_classes(describe_labels(XP, name, labels), logits.shape)
     return _cross_entropy(logits, labels, count)
 
 
@@ -215,12 +215,12 @@ def _cross_entropy(logits: Array, labels: Array, count: Count) -> Array:
 
 
 def causal_loss(logits_bsv: Array, labels_bs: Array, count: Count = None) -> Array:
-    """Each token predicts the next one: labels are the input ids, shifted here."""
-    labels = described(XP, "labels", labels_bs)
+    """Next-token cross-entropy: labels are the input ids; the shift is done here."""
+    labels = describe_labels(XP, "labels", labels_bs)
     check_tokens_have_labels(labels, logits_bsv.shape)
     if logits_bsv.shape[1] != labels_bs.shape[1]:
         raise ValueError(
-            f"labels of {labels_bs.shape[1]} tokens came with logits of {logits_bsv.shape[1]}: "
+            f"labels have {labels_bs.shape[1]} tokens, but logits have {logits_bsv.shape[1]}: "
             "leave logits_to_keep at 0 when labels are given"
         )
     check_classes(labels, logits_bsv.shape)
@@ -228,9 +228,9 @@ def causal_loss(logits_bsv: Array, labels_bs: Array, count: Count = None) -> Arr
 
 
 def sequence_loss(logits_bv: Array, labels: Array, problem_type: str | None, count: Count = None) -> Array:
-    """Regression (mean square), one class (cross-entropy) or several (binary cross-entropy); the type is inferred
-    from the labels of this call when None is given."""
-    problem_type = problem_of(described(XP, "labels", labels), logits_bv.shape, problem_type)
+    """Regression (mean squared error), single-label (cross-entropy) or multi-label classification (binary
+    cross-entropy); `problem_type` None: inferred from the labels."""
+    problem_type = problem_of(describe_labels(XP, "labels", labels), logits_bv.shape, problem_type)
     if problem_type == "single_label_classification":
         return cross_entropy(logits_bv, labels, count)
     logits_bv = logits_bv.astype(jnp.float32)
@@ -243,7 +243,7 @@ def sequence_loss(logits_bv: Array, labels: Array, problem_type: str | None, cou
 
 
 def span_loss(start_bs: Array, end_bs: Array, starts: Array, ends: Array, count: Count = None) -> Array:
-    """The mean of two cross-entropies over the tokens; positions outside the text are ignored."""
+    """The mean of the start and end cross-entropies over tokens; positions outside the sequence are ignored."""
     length = start_bs.shape[1]
 
     def one(logits: Array, positions: Array) -> Array:
@@ -251,16 +251,16 @@ def span_loss(start_bs: Array, end_bs: Array, starts: Array, ends: Array, count:
         outside = (positions < 0) | (positions >= length)
         return _cross_entropy(logits, jnp.where(outside, IGNORED, positions), count)
 
-    for name, places in (("start_positions", starts), ("end_positions", ends)):
-        check_token_positions(described(XP, name, places), start_bs.shape[0])
+    for name, labels in (("start_positions", starts), ("end_positions", ends)):
+        check_token_positions(describe_labels(XP, name, labels), start_bs.shape[0])
     return (one(start_bs, starts) + one(end_bs, ends)) / 2
 
 
 def losses(head: HeadSpec, found: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Array]:
-    """The losses of a head's outputs by the labels that are given: `loss`, and `mc_loss` of a double head.
+    """The losses of a head's outputs for the given labels: `loss`, and `mc_loss` of a double head.
 
-    `given`: labels (batch, tokens), (batch,) or (batch, labels) as the kind has them; start_positions, end_positions;
-    mc_labels; num_items_in_batch. ValueError if none came that this head has.
+    `given`: labels (batch, tokens), (batch,) or (batch, labels) by head kind; start_positions, end_positions;
+    mc_labels; num_items_in_batch. ValueError if there are none for this head.
     """
     count, made = given.get("num_items_in_batch"), {}
     labels = {n: given[n] for n in KINDS[head.kind].labels if given.get(n) is not None}
@@ -274,14 +274,16 @@ def losses(head: HeadSpec, found: dict[str, Any], given: Mapping[str, Any]) -> d
         made["loss"] = _LOSSES[head.kind](head, found["logits"], labels["labels"], count)
     if "mc_labels" in labels:
         scores = found["mc_logits"]
-        choices_bv = scores if scores.ndim > 1 else scores[None]  # rows without choices are those of one text
+        choices_bv = (
+            scores if scores.ndim > 1 else scores[None]
+        )  # without a choice axis, the rows are the choices of one example
         made["mc_loss"] = cross_entropy(choices_bv, labels["mc_labels"], count, "mc_labels")
     return made
 
 
 def _shifted(_: HeadSpec, logits: Array, labels: Array, count: Count) -> Array:
     scores_bsv = logits.reshape(-1, *logits.shape[-2:])
-    check_tokens_have_labels(described(XP, "labels", labels), scores_bsv.shape)
+    check_tokens_have_labels(describe_labels(XP, "labels", labels), scores_bsv.shape)
     return causal_loss(scores_bsv, labels.reshape(-1, labels.shape[-1]), count)
 
 

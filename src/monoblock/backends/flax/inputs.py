@@ -1,4 +1,4 @@
-"""From a call's arrays to what the blocks need."""
+"""Preparation of the blocks' inputs from the network's inputs."""
 
 from __future__ import annotations
 
@@ -20,5 +20,5 @@ KINDS = Kinds(ForwardContext, Scope)
 def prepare(
     spec: ArchSpec, given: Mapping[str, Array], count: int, cache: Cache | None, options: ForwardOptions
 ) -> ForwardContext:
-    """The forward context of the blocks, for `count` tokens."""
+    """The context of a forward pass of `count` tokens."""
     return inputs.prepare(XP, KINDS, spec, given, count, cache, options)

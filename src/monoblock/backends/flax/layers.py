@@ -1,6 +1,6 @@
-"""The modules that hold no others: matrices, tables and norms. Which one a role needs, the spec says.
+"""Modules without submodules: dense layers, embeddings and norms; the spec determines the module of each role.
 
-They are Linen's own where it has them, so the leaves have Flax's names: `kernel` (inputs, outputs), `bias`,
+Linen's modules are used where they exist, so that parameters have Flax's names: `kernel` (inputs, outputs), `bias`,
 `embedding`, `scale`.
 """
 
@@ -19,8 +19,8 @@ from monoblock.spec import ArchSpec, Norm
 
 
 class RMSNorm(nn.Module):
-    """`x / sqrt(mean(x²) + epsilon) * weight`, computed in float32 at least. transformers' Flax classes that had an RMS
-    norm of their own called its factors `weight`."""
+    """`x / sqrt(mean(x²) + epsilon) * weight`, computed in float32 or wider. The parameter is named `weight`, as in
+    transformers' Flax classes with their own RMS norm."""
 
     epsilon: float
     dtype: Any = jnp.float32
@@ -34,7 +34,7 @@ class RMSNorm(nn.Module):
 
 
 class Projection(nn.Module):
-    """A dense layer; without a kernel of its own (`own`) it multiplies with a table (outputs, inputs) that is given."""
+    """A dense layer; if tied (`own` is False), it multiplies by a given embedding matrix (outputs, inputs)."""
 
     size: int
     bias: bool
@@ -55,12 +55,12 @@ class Projection(nn.Module):
 
 
 def own_norm(classes: Mapping[str, str]) -> bool:
-    """Whether a norm is of a class of its own, not the framework's: its factors are called `weight`, not `scale`."""
+    """Whether the norm class is not Linen's: its parameter is named `weight`, not `scale`."""
     return "norm" in classes
 
 
 def make_norm(norm: Norm, classes: Mapping[str, str], dtype: Any) -> nn.Module:
-    """The norm as a module; the statistics are computed in float32 at least."""
+    """The norm's module; statistics are computed in float32 or wider."""
     if norm.kind == "layer":
         return nn.LayerNorm(epsilon=norm.eps, use_bias=norm.bias, dtype=dtype, use_fast_variance=False)
     if own_norm(classes):
@@ -71,7 +71,7 @@ def make_norm(norm: Norm, classes: Mapping[str, str], dtype: Any) -> nn.Module:
 def leaf(
     role: str, spec: ArchSpec, head: HeadSpec | None, classes: Mapping[str, str], dtype: Any
 ) -> nn.Module | None:
-    """The module of a role; None where the model has none of it, or it is a function here (activations, dropout)."""
+    """The module of a role; None if the model has none, or if it is a function (activations, dropout)."""
     normal = nn.initializers.normal(spec.init_std)
     if (matrix := roles.matrix(role, spec, head)) is not None:
         _, outputs, bias = matrix
@@ -86,7 +86,7 @@ def leaf(
 
 
 def projection(spec: ArchSpec, head: HeadSpec, bias: bool, dtype: Any) -> Projection | None:
-    """The projection of a head, which has no kernel where it is tied to the embedding; None if there is none."""
+    """The projection of a head, without a kernel if it is tied to the embedding; None if there is none."""
     if (size := head.size(spec.vocab)) is None:
         return None
     own = not (KINDS[head.kind].size == "vocab" and spec.tie_head)

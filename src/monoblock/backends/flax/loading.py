@@ -1,8 +1,8 @@
-"""Weights between files and Flax's tree of parameters, one tensor at a time.
+"""Conversion between checkpoint files and Flax's tree of parameters, one tensor at a time.
 
-The tree has the paths of the hub's names and Flax's names of leaves: `transformer.h.0.attn.c_proj.weight` is
-`params["transformer"]["h"]["0"]["attn"]["c_proj"]["kernel"]`, inputs x outputs. Checkpoints of any spelling come by
-canonical names (`checkpoint/keymap.py`), which one leaf or several hold.
+The tree has transformers' module names and Flax's leaf names: `transformer.h.0.attn.c_proj.weight` is
+`params["transformer"]["h"]["0"]["attn"]["c_proj"]["kernel"]`, inputs x outputs. Tensors of all checkpoint formats are
+identified by canonical names (`checkpoint/keymap.py`), each stored in one or several leaves.
 """
 
 from __future__ import annotations
@@ -28,33 +28,33 @@ from monoblock.modules import CANONICAL, ModuleSpec, classes_of
 Tree = dict[str, Any]
 LeafPath = tuple[str, ...]
 
-TABLES = ("embed", "pos_embed", "rel_bias")  # whose weight is called `embedding`
+TABLES = ("embed", "pos_embed", "rel_bias")  # modules whose weight is named `embedding`
 
 
 @dataclass(frozen=True)
 class ParamLeaf:
-    """A leaf of the tree: its path and shape, the hub's name of it, and whether the hub has the other axis first."""
+    """A leaf of the tree: path, shape, transformers' parameter name, and whether files store it transposed."""
 
     path: LeafPath
     shape: tuple[int, ...]
     name: str
     transposed: bool
 
-    def of_hub(self, array: Any) -> Any:
-        """The hub's array as the leaf's, or the other way round."""
+    def convert(self, array: Any) -> Any:
+        """Convert an array between the layout of files and that of the leaf; its own inverse."""
         return array.T if self.transposed else array
 
 
 @dataclass(frozen=True)
 class LeafGroup:
-    """The leaves that one canonical parameter becomes, and how."""
+    """The leaves that store one canonical parameter, and the operation between them."""
 
     op: Op
     leaves: tuple[ParamLeaf, ...]
 
 
 def groups(keymap: KeyMap, shapes: Mapping[str, tuple[int, ...]], layout: ModuleSpec) -> dict[str, LeafGroup]:
-    """Where each canonical parameter (of these shapes) is in the tree of a class with that module tree."""
+    """The leaves of each canonical parameter (of these shapes), for a class with that module tree."""
     named_weight = {
         CANONICAL[role] for role, classes in classes_of(layout) if role in CANONICAL and own_norm(classes)
     }
@@ -86,7 +86,7 @@ def _group(source: TensorSource, canonical: str, shape: tuple[int, ...], named_w
 
 
 def nested(leaves: Mapping[LeafPath, Any]) -> Tree:
-    """A tree of dicts from leaves by their paths."""
+    """A tree of dicts from leaves by path."""
     tree: Tree = {}
     for path, leaf in leaves.items():
         node = tree
@@ -97,7 +97,7 @@ def nested(leaves: Mapping[LeafPath, Any]) -> Tree:
 
 
 def flat(tree: Mapping[str, Any], above: LeafPath = ()) -> dict[LeafPath, Any]:
-    """The leaves of a tree of dicts by their paths."""
+    """The leaves of a tree of dicts by path."""
     found: dict[LeafPath, Any] = {}
     for name, node in tree.items():
         path = (*above, str(name))
@@ -111,16 +111,16 @@ def load(
     shapes: Mapping[str, tuple[int, ...]],
     tied: Iterable[str],
     own: Mapping[str, LeafGroup],
-    place: Callable[[ParamLeaf, Any], Any],
+    to_device: Callable[[ParamLeaf, Any], Any],
     *,
     ignore_mismatched_sizes: bool = False,
     strict: bool = True,
 ) -> tuple[Tree, LoadReport]:
-    """The tree of a model with canonical parameters of these shapes, which are these groups of leaves, as far as the
-    files hold it, in their dtypes. `place` makes a leaf of a view of the file, of which it may read a part.
+    """Load a tree of parameters from files, in the files' dtypes; missing parameters are left out.
 
-    MissingKeys, UnexpectedKeys, UnreadKeys and ShapeMismatch name the first tensor that does not fit.
-    """
+    `shapes`: those of the canonical parameters. `own`: their leaves. `to_device` makes a leaf from a view of the file,
+    of which it may read a shard only. MissingKeys, UnexpectedKeys, UnreadKeys and ShapeMismatch name the first tensor
+    that does not fit."""
     weights, report = match_weights(
         tensors, keymap, shapes, tied, ignore_mismatched_sizes=ignore_mismatched_sizes, strict=strict
     )
@@ -130,39 +130,41 @@ def load(
         for leaf, array in zip(group.leaves, weights.stored(canonical, group.op), strict=True):
             if (kind := dtype_of(array)) not in FLOATS:
                 raise CheckpointError(f"{leaf.name} has the dtype {kind}: a Flax model takes plain floats")
-            leaves[leaf.path] = place(leaf, leaf.of_hub(array))
+            leaves[leaf.path] = to_device(leaf, leaf.convert(array))
     return nested(leaves), report
 
 
-def hub_arrays(
+def file_tensors(
     arrays: Mapping[LeafPath, Any], leaves: Iterable[ParamLeaf], read: Callable[[LeafPath], Any]
 ) -> dict[str, LazyTensor]:
-    """The hub's names, and what makes each tensor, of which these are the arrays, in NumPy and the hub's layout; `read`
-    gives an array's values."""
+    """A lazy NumPy tensor for each of transformers' parameter names, in the layout of files; `read` returns the values
+    of a leaf."""
     return {
-        leaf.name: _made(arrays[leaf.path], partial(_of_hub, leaf, read), leaf.transposed) for leaf in leaves
+        leaf.name: _lazy_tensor(arrays[leaf.path], partial(_read_converted, leaf, read), leaf.transposed)
+        for leaf in leaves
     }
 
 
-def own_arrays(arrays: Mapping[LeafPath, Any], read: Callable[[LeafPath], Any]) -> dict[str, LazyTensor]:
-    """The leaves' paths, with slashes, and what makes each in NumPy."""
+def leaf_tensors(arrays: Mapping[LeafPath, Any], read: Callable[[LeafPath], Any]) -> dict[str, LazyTensor]:
+    """A lazy NumPy tensor for each leaf, by its path joined with slashes."""
     return {
-        "/".join(path): _made(leaf, partial(read, path), transposed=False) for path, leaf in arrays.items()
+        "/".join(path): _lazy_tensor(leaf, partial(read, path), transposed=False)
+        for path, leaf in arrays.items()
     }
 
 
-def _made(leaf: Any, make: Any, transposed: bool) -> LazyTensor:
+def _lazy_tensor(leaf: Any, make: Any, transposed: bool) -> LazyTensor:
     shape = tuple(np.shape(leaf))
     return LazyTensor(dtype=dtype_of(leaf), shape=shape[::-1] if transposed else shape, make=make)
 
 
-def _of_hub(leaf: ParamLeaf, read: Callable[[LeafPath], Any]) -> Any:
-    return leaf.of_hub(read(leaf.path))
+def _read_converted(leaf: ParamLeaf, read: Callable[[LeafPath], Any]) -> Any:
+    return leaf.convert(read(leaf.path))
 
 
 @dataclass(frozen=True)
 class Arrays:
-    """Arrays in memory, by the names of a file."""
+    """Arrays in memory with the interface of a checkpoint file."""
 
     arrays: Mapping[str, Any]
 

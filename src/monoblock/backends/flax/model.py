@@ -1,10 +1,10 @@
-"""One attention, one MLP, one block, for every family: they interpret an `ArchSpec`.
+"""The attention, MLP and block of all families, configured by an `ArchSpec`.
 
     x -> norm1 -> attention -> + -> norm2 -> MLP -> +      (placement "pre")
     x -> attention -> + -> norm1 -> MLP -> + -> norm2      (placement "post")
 
-Each part looks its modules up by role; the module tree (names, what holds what) is the family's table. `dtype` is the
-computation's; parameters keep theirs. Shape suffixes: b batch, s tokens, w width, h heads, g key/value heads, d head
+Modules are looked up by role; the family's table defines the module tree and its names. `dtype` is the dtype of the
+computation, not of the parameters. Shape suffixes: b batch, s tokens, w width, h heads, g key/value heads, d head
 width.
 """
 
@@ -30,10 +30,10 @@ from monoblock.spec import Alibi, Buckets, Learned, Rotary
 
 @struct.dataclass
 class ForwardContext:
-    """What one forward pass gives to every block.
+    """Inputs of all blocks in one forward pass.
 
-    Positions, of the tokens that come in and of all places, count tokens without padding; a first axis of 1 stands
-    for all rows. `fresh`: no token came before. `max_length` is the cache's.
+    Positions, of the new tokens and of all keys, count tokens without padding; a first axis of 1 stands for all rows.
+    `fresh`: there are no past tokens. `max_length` is the cache's.
     """
 
     scope: Scope
@@ -49,8 +49,8 @@ class ForwardContext:
 
 @struct.dataclass
 class StackOutput:
-    """The hidden state after the last norm, those after the embedding and after each layer, the layers' attention
-    weights, and their parts of the cache."""
+    """The final hidden state (after the last norm), the hidden states after the embedding and each layer, the layers'
+    attention weights and their caches."""
 
     hidden: Array
     hidden_states: tuple[Array, ...]
@@ -71,24 +71,24 @@ class Attention(Part):
         self.sizes = (att.heads * att.head_dim, att.kv_heads * att.head_dim, att.kv_heads * att.head_dim)
         self.by_head = att.qk_norm is not None and att.qk_norm.span == "head"
         self.window = spec.windows[self.index]
-        # Dynamic scaling turns all keys by angles that change with the length: such keys are cached unturned.
+        # With dynamic RoPE scaling, the angles of all keys depend on the length: keys are cached before RoPE.
         rotary = spec.position(Rotary)
         self.late_rotary = rotary if is_dynamic(rotary) else None
 
     def __call__(
         self, x_bsw: Array, context: ForwardContext, layer: CacheLayer | None
     ) -> tuple[Array, Array | None, CacheLayer | None]:
-        q, k, v = self.heads(*self.projected(x_bsw))
+        q, k, v = self.heads(*self.project(x_bsw))
         if context.cos is not None and context.sin is not None:
             q = rotate(q, context.cos, context.sin)
             k = k if self.late_rotary else rotate(k, context.cos, context.sin)
         att, p = self.spec.attention, self.spec.dropout.attention if context.train else 0.0
         kernel, weights = attention.Kernel(scale=att.scale, softcap=att.softcap, dropout=p), None
-        if layer is not None and self.steps(q, context):
-            out, layer = self.next(q, k, v, context, layer, kernel)
+        if layer is not None and self.is_decode_step(q, context):
+            out, layer = self.decode_step(q, k, v, context, layer, kernel)
         else:
-            k, v, scope, layer = self.remembered(k, v, context, layer)
-            k, scope = self.turned(k, context, scope), replace(scope, window=self.window)
+            k, v, scope, layer = self.update_cache(k, v, context, layer)
+            k, scope = self.rotate_cached_keys(k, context, scope), replace(scope, window=self.window)
             key = self.make_rng("dropout") if p else None
             if context.attentions:
                 out, weights = attention.attend_eager(q, k, v, scope, kernel, key)
@@ -98,8 +98,8 @@ class Attention(Part):
         out = self.role("out")(out)
         return self.dropped(out, "out_drop", self.spec.dropout.residual, context.train), weights, layer
 
-    def projected(self, x_bsw: Array) -> tuple[Array, Array, Array]:
-        """Queries, keys and values, (b, s, h * d); (b, s, h, d) where each head's lie together."""
+    def project(self, x_bsw: Array) -> tuple[Array, Array, Array]:
+        """Queries, keys and values, (b, s, h * d); (b, s, h, d) if the projection is interleaved by head."""
         if self.has("qkv_by_head"):
             att = self.spec.attention
             qkv = self.role("qkv_by_head")(x_bsw).reshape(*x_bsw.shape[:2], att.heads, 3, att.head_dim)
@@ -111,13 +111,13 @@ class Attention(Part):
             return q, k, v
         return self.role("q")(x_bsw), self.role("k")(x_bsw), self.role("v")(x_bsw)
 
-    def steps(self, q: Array, context: ForwardContext) -> bool:
-        """Whether this is one token after others, with nothing that needs its key among theirs."""
+    def is_decode_step(self, q: Array, context: ForwardContext) -> bool:
+        """Whether this is a decode step (one token after past ones) without options that need all keys in one array."""
         return q.shape[2] == 1 and not (
             context.fresh or context.train or context.attentions or self.late_rotary
         )
 
-    def next(
+    def decode_step(
         self,
         q: Array,
         k: Array,
@@ -126,15 +126,15 @@ class Attention(Part):
         layer: CacheLayer,
         kernel: attention.Kernel,
     ) -> tuple[Array, CacheLayer]:
-        """One token over the cache and itself, and the layer with it."""
-        places = jnp.concatenate((layer.token_indices(layer.length), context.scope.index_q))
-        scope = replace(context.scope.of_keys(places), window=self.window)
-        held = (layer.keys.astype(k.dtype), layer.values.astype(v.dtype))
-        out = attention.attend_next(q, (k, v), held, scope, kernel)
+        """Attention of one token over the cached keys and its own, and the updated cache."""
+        index_k = jnp.concatenate((layer.token_indices(layer.length), context.scope.index_q))
+        scope = replace(context.scope.of_keys(index_k), window=self.window)
+        cached = (layer.keys.astype(k.dtype), layer.values.astype(v.dtype))
+        out = attention.attend_one_token(q, (k, v), cached, scope, kernel)
         return out, layer.appended(k, v, read_bhnd=out)
 
     def heads(self, q: Array, k: Array, v: Array) -> tuple[Array, Array, Array]:
-        """Queries (b, h, s, d), keys and values (b, g, s, d), clipped and normed, of projections (b, s, h * d) or
+        """Queries (b, h, s, d), keys and values (b, g, s, d), clipped and normed, from projections (b, s, h * d) or
         (b, s, h, d)."""
         att = self.spec.attention
         if att.clip is not None:
@@ -146,26 +146,26 @@ class Attention(Part):
             q, k = self.role("q_norm")(q), self.role("k_norm")(k)
         return q, k, v
 
-    def remembered(
+    def update_cache(
         self, k: Array, v: Array, context: ForwardContext, layer: CacheLayer | None
     ) -> tuple[Array, Array, Scope, CacheLayer | None]:
-        """The keys and values to attend to, the attention mask, and the layer of the cache with the new ones."""
+        """The keys and values to attend to, their attention mask, and the updated cache."""
         if layer is None or context.fresh:
             return k, v, context.scope, None if layer is None else layer.filled(k, v)
         count, after = k.shape[2], layer.appended(k, v)
         if count == 1 or layer.slots == context.max_length:
-            places = after.token_indices(layer.length + count)
-            return after.keys, after.values, context.scope.of_keys(places), after
-        # A window that rolls: the new tokens would push out what the first of them still see.
-        places = jnp.concatenate((layer.token_indices(layer.length), context.scope.index_q))
+            index_k = after.token_indices(layer.length + count)
+            return after.keys, after.values, context.scope.of_keys(index_k), after
+        # A ring buffer: the new tokens overwrite keys that the first of them still attend to.
+        index_k = jnp.concatenate((layer.token_indices(layer.length), context.scope.index_q))
         k, v = (
-            jnp.concatenate((held.astype(new.dtype), new), axis=2)
-            for held, new in ((layer.keys, k), (layer.values, v))
+            jnp.concatenate((cached.astype(new.dtype), new), axis=2)
+            for cached, new in ((layer.keys, k), (layer.values, v))
         )
-        return k, v, context.scope.of_keys(places), after
+        return k, v, context.scope.of_keys(index_k), after
 
-    def turned(self, k: Array, context: ForwardContext, scope: Scope) -> Array:
-        """The keys; those that were cached unturned are turned by the angles of today's length."""
+    def rotate_cached_keys(self, k: Array, context: ForwardContext, scope: Scope) -> Array:
+        """The keys; with dynamic scaling, cached keys are rotated by the angles of the current length."""
         if self.late_rotary is None:
             return k
         last = scope.index_q[-1:]
@@ -177,7 +177,7 @@ class Attention(Part):
 
 @computes("wrapper")
 class Wrapper(Part):
-    """Calls the attention that it holds."""
+    """A module that only contains the attention."""
 
     def __call__(
         self, x_bsw: Array, context: ForwardContext, layer: CacheLayer | None
@@ -210,7 +210,7 @@ class Mlp(Part):
 
 @computes("mlp_add")
 class MlpAdd(Part):
-    """The same with dropout, and added to the residual."""
+    """An MLP with dropout, added to the residual."""
 
     def __call__(self, x_bsw: Array, residual_bsw: Array, train: bool) -> Array:
         y = mlp(self, x_bsw)
@@ -250,13 +250,13 @@ class Narrow(Part):
 
 @computes("layer")
 class Block(Part):
-    """Attention and MLP, each with its residual; the norm before the sub-layer or after the sum."""
+    """Attention and MLP, each with a residual connection, pre-norm or post-norm."""
 
     def __call__(
         self, x: Array, context: ForwardContext, layer: CacheLayer | None
     ) -> tuple[Array, Array | None, CacheLayer | None]:
         train = context.train
-        if self.has("attention_norm"):  # sub-layers that add and norm by themselves
+        if self.has("attention_norm"):  # sub-layers include the residual and the norm
             x, weights, layer = self.role("attention_norm")(x, context, layer)
             return self.role("narrow")(self.role("widen")(x), x, train), weights, layer
         attend = self.role("wrapper" if self.has("wrapper") else "attention")
@@ -272,7 +272,7 @@ class Block(Part):
         return x + self.with_dropout(self.role("mlp")(self.role("norm2")(x), train), train), weights, layer
 
     def with_dropout(self, y: Array, train: bool) -> Array:
-        """With the block's own dropout, where there is one."""
+        """Apply the block's dropout, if it has one."""
         return self.dropped(y, "layer_drop", self.spec.dropout.residual, train)
 
 
@@ -281,20 +281,20 @@ class Block(Part):
 
 @computes("embeddings")
 class Embeddings(Part):
-    """Embedded tokens with positions, norm and dropout."""
+    """Adds position embeddings, norm and dropout to embedded tokens."""
 
     def __call__(self, x_bsw: Array, context: ForwardContext) -> Array:
         return positioned(self, x_bsw, context)
 
 
 def positioned(part: Part, x: Array, context: ForwardContext) -> Array:
-    """Embedded tokens with their positions, norm and dropout; a share of the gradient if the spec says so."""
+    """Add position embeddings, norm and dropout; `spec.embed_gradient` scales the gradient."""
     spec = part.spec
     if learned := spec.position(Learned):
-        places = part.role("pos_embed")(context.positions_bs)
+        positions = part.role("pos_embed")(context.positions_bs)
         if learned.pad_id is not None:
-            places = untrained(places, context.positions_bs == learned.offset - 1)
-        x = x + places
+            positions = stop_padding_gradient(positions, context.positions_bs == learned.offset - 1)
+        x = x + positions
     if spec.embed_norm:
         x = part.role("embed_norm")(x)
     if (share := spec.embed_gradient) != 1.0:
@@ -336,21 +336,20 @@ def run_layers(
 
 @computes("model")
 class BareModel(Part):
-    """A bare model inside one with a head, which calls the functions below on it."""
+    """The bare model inside a model with a head, which calls the functions below on it."""
 
 
-def lookup(bare: Any, input_ids: Array, gathering: Gathering | None = None) -> Array:
-    """Token ids (b, s) as vectors (b, s, w)."""
+def embed_tokens(bare: Any, input_ids: Array, gathering: Gathering | None = None) -> Array:
+    """The embeddings (b, s, w) of token ids (b, s)."""
     table, learned = bare.at("embed"), bare.spec.position(Learned)
-    x = table(input_ids) if gathering is None else gathering.looked_up(table, input_ids)
+    x = table(input_ids) if gathering is None else gathering.embed(table, input_ids)
     if learned is None or learned.pad_id is None:
         return x
-    return untrained(x, input_ids == learned.pad_id)
+    return stop_padding_gradient(x, input_ids == learned.pad_id)
 
 
 def with_patches(bare: Any, x_bsw: Array, patches: Array, rows_bs: Array) -> Array:
-    """The tokens with projected image patches (P, size) in their places: `rows_bs` says which of them each token is, -1
-    for none."""
+    """Replace tokens by projected image patches (P, size); `rows_bs`: the index of each token's patch, -1 for text."""
     vectors = bare.at("patch_embed")(patches).astype(x_bsw.dtype)
     taken = jnp.take(vectors, jnp.maximum(rows_bs, 0), axis=0)
     return jnp.where(rows_bs[..., None] >= 0, taken, x_bsw)
@@ -359,7 +358,7 @@ def with_patches(bare: Any, x_bsw: Array, patches: Array, rows_bs: Array) -> Arr
 def hidden_states(
     bare: Any, x_bsw: Array, context: ForwardContext, layers: tuple[CacheLayer | None, ...]
 ) -> StackOutput:
-    """Everything between the embedded tokens and the head."""
+    """The stack of layers on embedded tokens, with position embeddings before."""
     embed = bare.role("embeddings") if bare.has("embeddings") else None
     x = positioned(bare, x_bsw, context) if embed is None else embed(x_bsw, context)
     if bare.has("stack"):
@@ -367,6 +366,6 @@ def hidden_states(
     return run_layers(bare, x, context, layers)
 
 
-def untrained(x_bsw: Array, padding_bs: Array) -> Array:
-    """Rows of a table, to which no gradient comes from padding that is told by its id."""
+def stop_padding_gradient(x_bsw: Array, padding_bs: Array) -> Array:
+    """Embeddings without a gradient at padding, as with PyTorch's `padding_idx`."""
     return jnp.where(padding_bs[..., None], jax.lax.stop_gradient(x_bsw), x_bsw)

@@ -1,4 +1,4 @@
-"""JAX's functions for the code that both frameworks share; NumPy's where all operands are NumPy's, which compiles
+"""JAX's functions for the code that both backends share; NumPy's where all operands are NumPy arrays, which compiles
 nothing."""
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from monoblock.backends.flax.arrays import JaxOps
 from monoblock.backends.xla.namespace import Namespace, Size
 
 
-def _of(*operands: Any) -> Any:
-    """The module whose functions fit these operands."""
+def _module(*operands: Any) -> Any:
+    """`jax.numpy` if an operand is a JAX array, else NumPy."""
     return jnp if any(isinstance(x, jax.Array) for x in operands) else np
 
 
@@ -29,8 +29,8 @@ class JaxNamespace(JaxOps):
             return x
         if isinstance(x, Tracer) or not (x.is_fully_addressable or x.is_fully_replicated):
             return None
-        near = wait or all(device.platform == "cpu" for device in x.devices())
-        return np.asarray(x) if near else None
+        local = wait or all(device.platform == "cpu" for device in x.devices())
+        return np.asarray(x) if local else None
 
     def size(self, x: Any, axis: int) -> Size:
         return x.shape[axis]
@@ -48,10 +48,10 @@ class JaxNamespace(JaxOps):
         return jnp.arange(count, dtype=jnp.int32)
 
     def minimum(self, x: Any, y: Any) -> Any:
-        return _of(x, y).minimum(x, y)
+        return _module(x, y).minimum(x, y)
 
     def maximum(self, x: Any, y: Any) -> Any:
-        return _of(x, y).maximum(x, y)
+        return _module(x, y).maximum(x, y)
 
     def cumsum(self, x_bk: Any, axis: int = -1) -> Any:
         return x_bk.cumsum(axis=axis, dtype=x_bk.dtype)
@@ -70,10 +70,10 @@ class JaxNamespace(JaxOps):
         return self.int32(x.argmax(axis=-1))[..., None]
 
     def pad(self, x: Any, before: Size, after: Size) -> Any:
-        return _of(x).pad(x, ((0, 0), (before, after)))
+        return _module(x).pad(x, ((0, 0), (before, after)))
 
-    def stacked(self, parts: Sequence[Any]) -> Any:
-        return _of(*parts).concatenate(list(parts))
+    def stacked(self, arrays: Sequence[Any]) -> Any:
+        return _module(*arrays).concatenate(list(arrays))
 
     def gather(self, x: Array, index: Array, axis: int = 1) -> Array:
         return jnp.take(x, index, axis=axis)

@@ -1,4 +1,4 @@
-"""The whole model as one Linen module: the bare model and a head, from arrays to arrays."""
+"""The whole model as a Linen module: a bare model, optionally with a head."""
 
 from __future__ import annotations
 
@@ -21,11 +21,10 @@ from monoblock.outputs import ModelOutput
 
 
 class Network(Part):
-    """A bare model, or one with a head, with the modules of its layout.
+    """A bare model, or a model with a head, with the submodules of its layout.
 
-    Its fields are the layout, the spec, the head's spec, the dtype of the computation, whether the backward pass
-    computes each layer anew (`remat`), the class of the output, and what an fsdp axis needs; equal networks share what
-    `jit` compiles.
+    Fields: the layout, the spec, the head's spec, the dtype of the computation, gradient checkpointing (`remat`), the
+    output class, and the sharding constraints of FSDP; equal networks share compiled programs.
     """
 
     output: type[ModelOutput] | None = None
@@ -51,15 +50,15 @@ class Network(Part):
         pixel_values: Any = None,
         sequence_id: Any = None,
     ) -> Any:
-        """What `module.apply({"params": params}, input_ids, attention_mask, position_ids)` computes: the arguments of
-        transformers' Flax modules in their order, then further inputs by keyword; shapes are those of the model's call.
+        """The forward pass of `module.apply({"params": params}, input_ids, attention_mask, position_ids)`, with the
+        arguments of transformers' Flax modules in their order, and further inputs by keyword; shapes as in the model.
 
-        `deterministic=False` drops out, with `rngs={"dropout": key}`. Gives the class's output, without a loss, or its
-        tuple. ValueError: an input does not fit, or a cache is asked for as a collection of variables.
+        `deterministic=False` enables dropout, with `rngs={"dropout": key}`. Returns the class's output without a loss,
+        or its tuple. ValueError if an input does not fit, or if a cache is requested as a variable collection.
         """
         if init_cache or (self.scope is not None and "cache" in self.variables):
             raise ValueError(
-                "a cache is an argument and a result here, no collection of variables: give past_key_values="
+                "a cache is an argument and a result here, not a variable collection: give past_key_values="
                 "model.init_cache(batch, max_length), and take past_key_values from the output"
             )
         arguments = {
@@ -93,7 +92,7 @@ class Network(Part):
 
     @nn.nowrap
     def apply(self, variables: Any, *args: Any, **kwargs: Any) -> Any:
-        """Linen's, which runs on meshes with explicit axes too (`explicit.py`)."""
+        """Linen's `apply`, extended to meshes with explicit axes (`explicit.py`)."""
         run = super().apply
         if (mesh := explicit.explicit(variables, args, kwargs)) is None:
             return run(variables, *args, **kwargs)
@@ -103,12 +102,12 @@ class Network(Part):
     @property
     @nn.nowrap
     def bare(self) -> Any:
-        """The bare model: the one inside, or this one."""
+        """The bare model: the submodule, or this module without a head."""
         return self.role("model") if self.has("model") else self
 
-    def lookup(self, input_ids: Array) -> Array:
-        """Token ids (b, s) as vectors (b, s, w)."""
-        return model.lookup(self.bare, input_ids, self.gathering)
+    def embed_tokens(self, input_ids: Array) -> Array:
+        """The embeddings (b, s, w) of token ids (b, s)."""
+        return model.embed_tokens(self.bare, input_ids, self.gathering)
 
     def run(
         self,
@@ -116,22 +115,22 @@ class Network(Part):
         cache: Cache | None = None,
         options: ForwardOptions = DEFAULT_OPTIONS,
     ) -> dict[str, Any]:
-        """The outputs by name, without the losses.
+        """The outputs by name, without losses.
 
-        `given`, each where it is needed: input_ids (b, n) or inputs_embeds (b, n, w); attention_mask and sequence_id
+        `given`, all optional: input_ids (b, n) or inputs_embeds (b, n, w); attention_mask and sequence_id
         (b, n), with a cache (b, max_length); position_ids (b or 1, n); token_type_ids (b, n); mc_token_ids (b,);
-        image_patches (P, size) and patch_rows (b, n), which say which patch each token is, -1 for none.
+        image_patches (P, size) and patch_rows (b, n), the index of each token's patch, -1 for text.
         """
         x, types, bare = given.get("inputs_embeds"), given.get("token_type_ids"), self.bare
-        x = self.lookup(given["input_ids"]) if x is None else x.astype(self.dtype)
+        x = self.embed_tokens(given["input_ids"]) if x is None else x.astype(self.dtype)
         if (patches := given.get("image_patches")) is not None:
             x = model.with_patches(bare, x, patches, given["patch_rows"])
         elif self.is_initializing() and self.spec.patches:
             bare.at("patch_embed")(x[..., :1].repeat(self.spec.patches.size, -1))
         if types is not None:
-            x = x + self.lookup(types)
+            x = x + self.embed_tokens(types)
         if self.gathering is not None:
-            x = self.gathering.split(x)
+            x = self.gathering.shard_rows(x)
         context = prepare(self.spec, given, x.shape[1], cache, options)
         layers = (None,) * self.spec.layers
         if cache is not None:

@@ -1,4 +1,4 @@
-"""What the Flax classes' `from_pretrained` takes: the common options, and its own."""
+"""Options of the Flax classes' `from_pretrained`."""
 
 from __future__ import annotations
 
@@ -14,11 +14,13 @@ from monoblock.partition import AxisNames
 
 QUANTISED = "quantised weights run on PyTorch only"
 AXES = ("tensor_axis", "fsdp_axis", "data_axis")
-TORCH_DTYPE = "use dtype=, the computation's type; to_bf16() and to_fp16() change the parameters'"
+TORCH_DTYPE = (
+    "use dtype=, the dtype of the computation; to_bf16() and to_fp16() change that of the parameters"
+)
 
 
 def computation(dtype: Any) -> Any:
-    """The computation's dtype; ValueError for what is no floating-point type."""
+    """The dtype of the computation; ValueError unless it is a floating-point type."""
     try:
         found = jnp.dtype(dtype)
     except TypeError as error:
@@ -29,13 +31,13 @@ def computation(dtype: Any) -> Any:
 
 
 class LoadOptions(options.LoadOptions):
-    """The options of a load; the keywords that are no options are left where they were."""
+    """Options of `from_pretrained`; keywords that are not options stay in `kwargs`."""
 
     prefix = "Flax"
     native: ClassVar[Kind] = "msgpack"
     refused: ClassVar[Mapping[str, str]] = {
         "torch_dtype": TORCH_DTYPE,
-        "device_map": "mesh= lays the parameters onto devices",
+        "device_map": "mesh= shards the parameters over devices",
         "quantization_config": QUANTISED,
         "load_in_4bit": QUANTISED,
         "load_in_8bit": QUANTISED,
@@ -48,5 +50,5 @@ class LoadOptions(options.LoadOptions):
         self.mesh: Mesh | None = kwargs.pop("mesh", None)
         self.axes: dict[str, AxisNames] = {name: kwargs.pop(name) for name in AXES if name in kwargs}
         if self.axes and self.mesh is None:
-            raise ValueError(f"{next(iter(self.axes))} names an axis of a mesh: give mesh=, too")
+            raise ValueError(f"{next(iter(self.axes))} names an axis of a mesh: give mesh= too")
         self.init = {name: kwargs.pop(name) for name in ("input_shape", "seed") if name in kwargs}

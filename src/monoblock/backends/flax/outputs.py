@@ -1,7 +1,7 @@
-"""What Flax models return: the hub's output classes, which are pytrees besides.
+"""Output classes of Flax models: transformers' output classes, registered as pytrees.
 
-`past_key_values` is there where a cache came in; as everywhere, fields that are None are left out of the tuple. There
-is no loss: `model.compute_loss(outputs, labels=...)` makes it.
+`past_key_values` is set if a cache was given; fields that are None are left out of the tuple. Losses are separate:
+`model.compute_loss(outputs, labels=...)`.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ T = TypeVar("T", bound=type)
 
 @dataclass_transform()
 def pytree(cls: T) -> T:
-    """A dataclass that JAX's transformations take and return, field by field."""
+    """Make a class a dataclass and a pytree of its fields."""
     made = dataclass(cls)
     names = [field.name for field in fields(made)]
     return jax.tree_util.register_dataclass(made, data_fields=names, meta_fields=[])
 
 
 class FlaxModelOutput(ModelOutput):
-    """The base of all outputs."""
+    """The base class of all outputs."""
 
     def replace(self, **changes: Any) -> Self:
         """A copy with these fields changed."""
@@ -35,8 +35,8 @@ class FlaxModelOutput(ModelOutput):
 
 @pytree
 class FlaxBaseModelOutput(FlaxModelOutput):
-    """Shapes: last_hidden_state (batch, tokens, width); hidden_states layers + 1 of it; attentions, one for
-    each layer, (batch, heads, tokens, keys)."""
+    """Shapes: last_hidden_state (batch, tokens, width); hidden_states, layers + 1 of the same shape;
+    attentions, one per layer, (batch, heads, tokens, keys)."""
 
     last_hidden_state: Any = None
     past_key_values: Any = None
@@ -46,12 +46,12 @@ class FlaxBaseModelOutput(FlaxModelOutput):
 
 @pytree
 class FlaxBaseModelOutputWithPast(FlaxBaseModelOutput):
-    """The same, as the hub names it where a model has a cache."""
+    """The same under transformers' name for models with a cache."""
 
 
 @pytree
 class FlaxBaseModelOutputWithPastAndCrossAttentions(FlaxBaseModelOutputWithPast):
-    """The same; `cross_attentions` is always None, as no family here has any."""
+    """The same; `cross_attentions` is always None, as no family has cross-attention."""
 
     cross_attentions: tuple[Any, ...] | None = None
 
@@ -76,13 +76,13 @@ class FlaxMaskedLMOutput(FlaxModelOutput):
     attentions: tuple[Any, ...] | None = None
 
 
-# One class under two names, as the hub has it.
+# One class under two names, as in transformers.
 FlaxCausalLMOutput = FlaxMaskedLMOutput
 
 
 @pytree
 class FlaxCausalLMOutputWithCrossAttentions(FlaxMaskedLMOutput):
-    """The same; `cross_attentions` is always None, as no family here has any."""
+    """The same; `cross_attentions` is always None, as no family has cross-attention."""
 
     cross_attentions: tuple[Any, ...] | None = None
 
@@ -138,7 +138,7 @@ class FlaxDoubleHeadsModelOutput(FlaxModelOutput):
     attentions: tuple[Any, ...] | None = None
 
 
-# The hub's Flax has no class of its own for these outputs: its classes returned the one on the right.
+# transformers' Flax has no separate class for these outputs: it used the one on the right.
 _SHARED = {
     "CausalLMOutputWithPast": "CausalLMOutputWithCrossAttentions",
     "SequenceClassifierOutputWithPast": "SequenceClassifierOutput",
@@ -147,13 +147,13 @@ _SHARED = {
 
 @functools.cache
 def output_class(name: str) -> type[FlaxModelOutput]:
-    """The Flax class for the output that a family's table names; AttributeError if there is none."""
+    """The Flax class of an output name in a family's table; AttributeError if there is none."""
     name = "Flax" + _SHARED.get(name, name)
     if (found := globals().get(name)) is not None:
         return found
     if not name.endswith("DoubleHeadsModelOutput"):
         raise AttributeError(f"monoblock has no output class {name!r}")
-    # The hub names it for the family that has double heads.
+    # transformers names it after the family that has double heads.
     body = {"__module__": __name__, "__doc__": FlaxDoubleHeadsModelOutput.__doc__}
     return pytree(type(name, (FlaxDoubleHeadsModelOutput,), body))
 

@@ -1,4 +1,4 @@
-"""A model's parameters: where they are kept, how they begin, how they are cast, and their hub names."""
+"""A model's parameters: storage, initialisation, casts, counts, and conversion to transformers' names."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 class Parameters:
-    """What a model can do with its parameters, given a network and the family's tables."""
+    """Parameter methods of a model, based on its network and the family's tables."""
 
     family: ClassVar[Family]
     row: ClassVar[ModelClass]
@@ -41,25 +41,25 @@ class Parameters:
     # ------------------------------------------------------------------ names and shapes
 
     def keymap(self) -> KeyMap:
-        """The map between canonical names and the hub's, for this class and config."""
+        """The map between canonical and transformers' parameter names, for this class and config."""
         return self.family.keymap(self.config, self.row.head)
 
     def canonical_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Canonical name -> shape, tied parameters once."""
+        """Canonical name -> shape, with tied parameters once."""
         return tree.parameters(self.spec, self.module.head_spec)
 
     def tied(self) -> dict[str, str]:
-        """Second names: canonical name -> the canonical parameter that it shares."""
+        """Tied parameters: canonical name -> the canonical parameter that it shares."""
         return tree.tied(self.spec, self.module.head_spec)
 
     @functools.cached_property
     def groups(self) -> dict[str, LeafGroup]:
-        """Canonical name -> the leaves that hold it; tied parameters once."""
+        """Canonical name -> the leaves that store it; tied parameters once."""
         return loading.groups(self.keymap(), self.canonical_shapes(), self.module.layout)
 
     @functools.cached_property
     def leaves(self) -> dict[LeafPath, ParamLeaf]:
-        """The leaves by their paths."""
+        """The leaves by path."""
         return {leaf.path: leaf for group in self.groups.values() for leaf in group.leaves}
 
     def _leaf_shapes(self) -> dict[LeafPath, tuple[int, ...]]:
@@ -80,27 +80,23 @@ class Parameters:
 
     @functools.cached_property
     def key(self) -> jax.Array:
-        """The key of `seed`."""
-        with (
-            jax.ensure_compile_time_eval()
-        ):  # what is kept must not belong to a trace that happens to be open
+        """The PRNG key of `seed`."""
+        with jax.ensure_compile_time_eval():  # a stored array must not belong to an active trace
             return jax.random.PRNGKey(signed(checked_seed(self.seed)))
 
     @property
     def params(self) -> Tree:
-        """The parameters as nested dicts; random ones are made when they are first asked for.
+        """The parameters as nested dicts, randomly initialised at the first access.
 
         Settable: ShapeMismatch or ValueError names the first leaf that does not fit.
         """
         if not self._do_init:
             raise ValueError(
-                "this model holds no params, as it was made with _do_init=False: keep them yourself (init_weights(key) "
-                "or from_pretrained's second result) and pass them: model(input_ids, params=params)"
+                "this model was made with _do_init=False and has no params: take them from init_weights(key) or from "
+                "from_pretrained's second result, and pass them: model(input_ids, params=params)"
             )
         if self._params is None:
-            with (
-                jax.ensure_compile_time_eval()
-            ):  # what is kept must not belong to a trace that happens to be open
+            with jax.ensure_compile_time_eval():  # a stored array must not belong to an active trace
                 self._params = self.init_weights(self.key)
         return self._params
 
@@ -108,12 +104,12 @@ class Parameters:
     def params(self, params: Mapping[str, Any]) -> None:
         if not self._do_init:
             raise ValueError(
-                "this model was made with _do_init=False and holds no params: pass them to each call"
+                "this model was made with _do_init=False and has no params: pass them to each call"
             )
         self._params = self.checked_params(params)
 
     def checked_params(self, params: Mapping[str, Any]) -> Tree:
-        """The tree as plain dicts, its names and shapes those of this model."""
+        """The tree as plain dicts, after checking its names and shapes; ShapeMismatch or ValueError."""
         leaves, shapes = loading.flat(params), self._leaf_shapes()
         for path in shapes:
             if path not in leaves:
@@ -133,23 +129,23 @@ class Parameters:
         input_shape: tuple[int, ...] | None = None,
         params: Mapping[str, Any] | None = None,
     ) -> Tree:
-        """New parameters, float32: matrices and tables from a normal distribution of the spec's deviation, biases 0,
-        factors of norms 1. `params`: a tree that may lack some; it is completed. Works under `jit` too.
+        """New parameters in float32: matrices and embeddings from a normal distribution with the spec's standard
+        deviation, biases 0, norm weights 1. `params`: a partial tree to complete. Works under `jit`.
 
-        `input_shape` is the hub's argument; no parameter's shape depends on it.
+        `input_shape`: transformers' argument; no parameter's shape depends on it.
         """
         del input_shape
         given = loading.flat(params or {})
         leaves: dict[LeafPath, Any] = {}
         for number, (path, shape) in enumerate(self._leaf_shapes().items()):
-            leaves[path] = given[path] if path in given else self._begin(rng, number, path, shape)
+            leaves[path] = given[path] if path in given else self._init_leaf(rng, number, path, shape)
         return self.checked_params(loading.nested({**given, **leaves}))
 
-    def _begin(self, rng: jax.Array, number: int, path: LeafPath, shape: tuple[int, ...]) -> jax.Array:
+    def _init_leaf(self, rng: jax.Array, number: int, path: LeafPath, shape: tuple[int, ...]) -> jax.Array:
         if len(shape) == 1:
             return jnp.full(shape, 0.0 if path[-1] == "bias" else 1.0, jnp.float32)
         count = int(np.prod(shape))
-        # Drawn in powers of two, so that parameters of many shapes share few compilations.
+        # Drawn in powers of two, so that parameters of many shapes share few compiled programs.
         drawn = _normal(rng, number, self.spec.init_std, 1 << (count - 1).bit_length())
         if not isinstance(drawn, Tracer):
             return jnp.asarray(np.asarray(drawn)[:count].reshape(shape))
@@ -158,7 +154,7 @@ class Parameters:
     # ------------------------------------------------------------------ casts and counts
 
     def to_bf16(self, params: Mapping[str, Any], mask: Any = None) -> Tree:
-        """The tree in bfloat16. `mask`: a tree of booleans of the same form; where False, leaves stay."""
+        """The tree in bfloat16. `mask`: a tree of booleans of the same structure; leaves with False are unchanged."""
         return _cast(params, jnp.bfloat16, mask)
 
     def to_fp16(self, params: Mapping[str, Any], mask: Any = None) -> Tree:
@@ -170,25 +166,25 @@ class Parameters:
         return _cast(params, jnp.float32, mask)
 
     def num_params(self, params: Mapping[str, Any] | None = None) -> int:
-        """How many numbers the model (or the given tree) has, tied ones once."""
+        """The number of parameters of the model or of the given tree, tied ones once."""
         if params is None:
             return sum(int(np.prod(shape)) for shape in self.canonical_shapes().values())
         return sum(int(np.size(leaf)) for leaf in jax.tree.leaves(params))
 
-    # ------------------------------------------------------------------ the hub's names
+    # ------------------------------------------------------------------ transformers' names
 
     def hub_tensors(self, params: Mapping[str, Any] | None = None) -> dict[str, LazyTensor]:
-        """The hub's names, and what makes each tensor, as a NumPy array in PyTorch's layout, when it is called."""
-        kept = loading.flat(self.params if params is None else self.checked_params(params))
-        return loading.hub_arrays(kept, self.leaves.values(), lambda path: on_host(kept[path]))
+        """A lazy NumPy tensor in PyTorch's layout for each of transformers' parameter names."""
+        leaves = loading.flat(self.params if params is None else self.checked_params(params))
+        return loading.file_tensors(leaves, self.leaves.values(), lambda path: on_host(leaves[path]))
 
     def hub_state_dict(self, params: Mapping[str, Any] | None = None) -> dict[str, np.ndarray]:
-        """NumPy arrays by the hub's names and in PyTorch's layouts, tied ones once."""
+        """NumPy arrays by transformers' parameter names in PyTorch's layouts, tied ones once."""
         return {name: make() for name, make in self.hub_tensors(params).items()}
 
     def params_from_hub(self, state: Mapping[str, Any]) -> Tree:
-        """The tree of arrays (NumPy's, or PyTorch's on the CPU) by the hub's names; the inverse of
-        `hub_state_dict`. CheckpointError says what does not fit."""
+        """The tree from arrays (NumPy, or PyTorch on the CPU) by transformers' parameter names; the inverse of
+        `hub_state_dict`. CheckpointError if they do not fit."""
         arrays = loading.Arrays({name: np.array(array) for name, array in state.items()})
         made, report = loading.load(
             arrays,

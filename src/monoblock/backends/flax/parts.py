@@ -1,7 +1,7 @@
-"""Linen modules that hold others: built from a module tree, found by role.
+"""Linen modules with submodules, built from a module tree and looked up by role.
 
-The tree's attribute names are the modules' names, and so the paths of their parameters: `h`, `"0"`, `attn`, `q_proj`. A
-list of layers is a module that holds one for each number.
+The tree's attribute names are the names of the modules and in the paths of their parameters: `h`, `"0"`, `attn`,
+`q_proj`. A list of layers is a module with one submodule per index.
 """
 
 from __future__ import annotations
@@ -19,24 +19,24 @@ from monoblock.backends.flax.layers import leaf
 from monoblock.heads import HeadSpec
 from monoblock.spec import ArchSpec
 
-# Kind of a part in a module tree -> the class that computes it; filled by `computes`.
+# Kind of a module in a module tree -> its class; registered by `computes`.
 KINDS: dict[str, type[Part]] = {}
 T = TypeVar("T", bound=type)
 
 
 def computes(kind: str) -> Callable[[T], T]:
-    """Make a class the one that computes parts of that kind."""
+    """Register a class for a kind of modules."""
 
-    def note(cls: T) -> T:
+    def register(cls: T) -> T:
         KINDS[kind] = cls
         return cls
 
-    return note
+    return register
 
 
 class _Node(nn.Module):
-    """What parts and the list of layers are made of. `index` is the number of the layer that it is of, `remat`: the
-    backward pass computes each layer again."""
+    """The fields that modules and the list of layers share. `index`: the index of the enclosing layer; `remat`:
+    gradient checkpointing."""
 
     layout: tree.ModuleSpec
     spec: ArchSpec
@@ -47,20 +47,20 @@ class _Node(nn.Module):
 
 
 class Part(_Node):
-    """A module that holds others."""
+    """A module with submodules."""
 
     def setup(self) -> None:
         roles: dict[str, str] = {}
         for name, child in self.layout.children.items():
-            module = self.made(child)
+            module = self.make(child)
             if module is not None:
                 setattr(self, name, module)
                 roles[child if isinstance(child, str) else _role(child)] = name
         self.roles = roles
 
     @nn.nowrap
-    def made(self, child: str | tree.ModuleSpec) -> nn.Module | None:
-        """The module of a child; None where it holds no parameters and computes nothing by itself."""
+    def make(self, child: str | tree.ModuleSpec) -> nn.Module | None:
+        """Create a submodule; None if it has no parameters and no computation."""
         if isinstance(child, str):
             return leaf(child, self.spec, self.head_spec, self.layout.classes, self.dtype)
         child = tree.with_outer_classes(child, self.layout)
@@ -69,17 +69,17 @@ class Part(_Node):
 
     @nn.nowrap
     def role(self, role: str) -> Any:
-        """The module that plays a role here."""
+        """The submodule with a role."""
         return getattr(self, self.roles[role])
 
     @nn.nowrap
     def has(self, role: str) -> bool:
-        """Whether a module here plays that role."""
+        """Whether a submodule has that role."""
         return role in self.roles
 
     @nn.nowrap
     def at(self, role: str) -> Any:
-        """The module that plays a role, here or in a part below that is no layer."""
+        """The module with a role, here or in a submodule outside of the layers."""
         found: Any = self
         for name in dict(self.layout.paths())[role]:
             found = getattr(found, name)
@@ -87,14 +87,14 @@ class Part(_Node):
 
     @nn.nowrap
     def dropped(self, x: Array, role: str, p: float, train: bool) -> Array:
-        """Dropout of probability `p` while training, where the tree has it here."""
+        """Dropout with probability `p` in training, if the module tree has it here."""
         if role not in self.layout.children.values():
             return x
         return dropout(self, x, p, train)
 
 
 class Layers(_Node):
-    """The layers one after the other, named by their numbers."""
+    """The layers in order, named by their indices."""
 
     def setup(self) -> None:
         make = KINDS["layer"]
@@ -106,10 +106,10 @@ class Layers(_Node):
     def __call__(
         self, x: Array, context: Any, caches: tuple[Any, ...]
     ) -> tuple[list[Array], list[Array | None], list[Any]]:
-        """What each layer gives: hidden states, attention weights, its part of the cache."""
+        """The outputs of each layer: hidden states, attention weights, its cache."""
         states, weights, after = [], [], []
         for layer, cache in zip(self.layers, caches, strict=True):
-            run: Any = nn.remat(_called) if self.remat and context.train else _called
+            run: Any = nn.remat(_call_layer) if self.remat and context.train else _call_layer
             x, weight, cache = run(layer, x, context, cache)
             states.append(x)
             weights.append(weight)
@@ -117,7 +117,7 @@ class Layers(_Node):
         return states, weights, after
 
 
-def _called(layer: Any, x: Array, context: Any, cache: Any) -> Any:
+def _call_layer(layer: Any, x: Array, context: Any, cache: Any) -> Any:
     return layer(x, context, cache)
 
 
@@ -126,7 +126,7 @@ def _role(child: tree.ModuleSpec) -> str:
 
 
 def dropout(part: nn.Module, x: Array, p: float, train: bool) -> Array:
-    """Zeros with probability `p` while training, the rest scaled up; drawn from the part's key."""
+    """Dropout with probability `p` in training, from the module's "dropout" key."""
     if not (p and train):
         return x
     kept = jax.random.bernoulli(part.make_rng("dropout"), 1 - p, x.shape)

@@ -1,4 +1,4 @@
-"""The compiled forward passes of generation, and what is done to caches between them."""
+"""The compiled forward passes of generation, and operations on caches between them."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from monoblock.backends.flax.arrays import on_device
 from monoblock.backends.flax.cache import Cache, init_cache
 from monoblock.backends.flax.checked import check_inputs
 from monoblock.backends.flax.compiled import LOOP_OPS
-from monoblock.backends.flax.joining import joined
+from monoblock.backends.flax.fusing import fuse_projections
 from monoblock.backends.flax.network import Network
 from monoblock.backends.flax.placement import split_rows
 from monoblock.backends.flax.processes import on_host
 from monoblock.backends.xla import cache as caches
 from monoblock.backends.xla import compiled, compiled_beams
 from monoblock.backends.xla.compiled import LoopOps, LoopStart
-from monoblock.backends.xla.decoder import WHOLE
+from monoblock.backends.xla.decoder import NO_TOKEN_AXIS
 from monoblock.backends.xla.inputs import ForwardOptions
 from monoblock.backends.xla.passes import Given, PassOutput, pass_output
 from monoblock.generation.compiled_loop import Program
@@ -31,23 +31,23 @@ from monoblock.spec import ArchSpec
 
 
 class FlaxPasses:
-    """The passes of a network with these parameters: `xla.passes.Passes`, whose methods these are. Networks that are
-    equal share what is compiled."""
+    """`xla.passes.Passes` for a network and its parameters; see the protocol for the methods. Equal networks share
+    compiled programs. `rows`: the sharding of the prompts by rows."""
 
     loop_ops: LoopOps = LOOP_OPS
 
     def __init__(self, network: Network, params: Any, rows: NamedSharding | None = None) -> None:
         self.network, self.params, self.spec, self.rows = network, params, network.spec, rows
 
-    def joined(self) -> FlaxPasses:
-        """The same passes with joint matrices, where there are any to join."""
-        return FlaxPasses(*joined(self.network, self.params), self.rows)
+    def fused(self) -> FlaxPasses:
+        """The same passes with fused projections, if there are any to fuse."""
+        return FlaxPasses(*fuse_projections(self.network, self.params), self.rows)
 
-    def laid(self, given: Given) -> Given:
-        """What a pass is given, with its rows split as the prompts' are."""
+    def shard_rows(self, given: Given) -> Given:
+        """The inputs of a pass, sharded by rows as the prompts are."""
         if (rows := self.rows) is None:
             return given
-        return {name: x if name in WHOLE else split_rows(x, rows) for name, x in given.items()}
+        return {name: x if name in NO_TOKEN_AXIS else split_rows(x, rows) for name, x in given.items()}
 
     def check_inputs(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
         return check_inputs(
@@ -58,16 +58,18 @@ class FlaxPasses:
         return given
 
     def prefill(self, given: Given, options: ForwardOptions, spec: ArchSpec, max_length: int) -> PassOutput:
-        return prefill(self.network, self.params, self.laid(given), options, spec=spec, max_length=max_length)
+        return prefill(
+            self.network, self.params, self.shard_rows(given), options, spec=spec, max_length=max_length
+        )
 
     def extend(self, given: Given, cache: Cache, options: ForwardOptions) -> PassOutput:
-        return extend(self.network, self.params, self.laid(given), cache, options)
+        return extend(self.network, self.params, self.shard_rows(given), cache, options)
 
     def uncached(self, given: Given, options: ForwardOptions) -> PassOutput:
-        return uncached(self.network, self.params, self.laid(given), options)
+        return uncached(self.network, self.params, self.shard_rows(given), options)
 
-    def lookup(self, ids: Any) -> Array:
-        return lookup(self.network, self.params, ids)
+    def embed_tokens(self, ids: Any) -> Array:
+        return embed_tokens(self.network, self.params, ids)
 
     def empty_cache(self, rows: int, spec: ArchSpec, max_length: int) -> Cache:
         return init_cache(spec, rows, max_length, self.network.dtype)
@@ -78,12 +80,15 @@ class FlaxPasses:
     def reordered_cache(self, cache: Cache, index_b: Any) -> Cache:
         return reordered_cache(cache, index_b)
 
-    def sliced(self, arrays: Sequence[Array], where: tuple[Any, ...]) -> tuple[Array, ...]:
-        # On the host, where new lengths compile nothing.
-        return tuple(on_device(on_host(array)[where]) for array in arrays)
+    def sliced(self, arrays: Sequence[Array], index: tuple[Any, ...]) -> tuple[Array, ...]:
+        # On the host, where new shapes compile nothing.
+        return tuple(on_device(on_host(array)[index]) for array in arrays)
 
     def run_loop(self, program: Program, start: LoopStart) -> Any:
-        cache, start = start.cache, start._replace(cache=None, constant=self.laid(start.constant))
+        cache, start = (
+            start.cache,
+            start._replace(cache=None, fixed_inputs=self.shard_rows(start.fixed_inputs)),
+        )
         return run_loop(self.network, program, self.params, cache, start)
 
 
@@ -93,21 +98,21 @@ def compiled_loop(network: Network, program: Program, params: Any, cache: Cache,
     return run(LOOP_OPS, partial(forward_pass, network, params), program, start._replace(cache=cache))
 
 
-# The cache that comes in is gone afterwards.
+# The input cache is donated.
 run_loop = jax.jit(compiled_loop, static_argnames=("network", "program"), donate_argnames=("cache",))
 
 
 def forward_pass(
     network: Network, params: Any, given: Given, cache: Cache | None, options: ForwardOptions
 ) -> PassOutput:
-    """One pass, to be compiled into something."""
+    """One forward pass, to be compiled into a program."""
     out: Any = network.apply({"params": params}, given, cache, options, method="run")
     return pass_output(out, out["logits"].astype(jnp.float32), options)
 
 
 @partial(jax.jit, static_argnames=("network", "options"))
 def uncached(network: Network, params: Any, given: Given, options: ForwardOptions) -> PassOutput:
-    """A pass over whole texts, without a cache."""
+    """A pass over whole sequences, without a cache."""
     return forward_pass(network, params, given, None, options)
 
 
@@ -115,27 +120,27 @@ def uncached(network: Network, params: Any, given: Given, options: ForwardOption
 def prefill(
     network: Network, params: Any, given: Given, options: ForwardOptions, *, spec: ArchSpec, max_length: int
 ) -> PassOutput:
-    """A pass over the prompts, into a new cache of `max_length` places with the windows of `spec`."""
+    """A pass over the prompts that fills a new cache of `max_length` slots with the windows of `spec`."""
     rows = given["attention_mask"].shape[0]
     return forward_pass(network, params, given, init_cache(spec, rows, max_length, network.dtype), options)
 
 
 @partial(jax.jit, static_argnames=("network", "options"), donate_argnames=("cache",))
 def extend(network: Network, params: Any, given: Given, cache: Cache, options: ForwardOptions) -> PassOutput:
-    """A pass over the next tokens; the cache that came in is gone."""
+    """A pass over the next tokens; the input cache is donated."""
     return forward_pass(network, params, given, cache, options)
 
 
 @partial(jax.jit, static_argnames=("network",))
-def lookup(network: Network, params: Any, input_ids: Any) -> Array:
-    """Token ids as vectors."""
-    found: Any = network.apply({"params": params}, input_ids, method="lookup")
+def embed_tokens(network: Network, params: Any, input_ids: Any) -> Array:
+    """The embeddings of token ids."""
+    found: Any = network.apply({"params": params}, input_ids, method="embed_tokens")
     return found
 
 
 @jax.jit
 def reordered_cache(cache: Cache, index_b: Any) -> Cache:
-    """Row i becomes what row index[i] was."""
+    """The cache whose row i is row `index_b[i]`."""
     return cache.reorder(index_b)
 
 
@@ -143,4 +148,4 @@ def reordered_cache(cache: Cache, index_b: Any) -> Cache:
 def shifted_cache(cache: Cache, shift: Any, *, spec: ArchSpec, max_length: int) -> Cache:
     """A copy of the cache for `max_length` slots and the windows of `spec`, without its first `shift` tokens."""
     empty = init_cache(spec, cache.keys[0].shape[0], max_length, cache.keys[0].dtype)
-    return caches.shifted(cache, shift, empty)
+    return caches.copy_shifted(cache, shift, empty)

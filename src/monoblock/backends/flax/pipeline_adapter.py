@@ -1,4 +1,4 @@
-"""What a pipeline needs of JAX: loading a model, and running it on lists of rows."""
+"""The interface of pipelines to JAX: loading a model, and running it on lists of rows."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from monoblock.generation.buckets import bucket
 from monoblock.heads import KINDS
 from monoblock.spec import Learned
 
-NO_PARAMS = "a pipeline needs a model that holds its params: make it without _do_init=False"
+NO_PARAMS = "a pipeline needs a model with params: make it without _do_init=False"
 
 
 class Adapter:
-    """Runs a Flax model on lists of ids: puts its parameters on their device, and gives NumPy back.
+    """Runs a Flax model on lists of ids: moves its parameters to a device, and returns NumPy arrays.
 
-    What is compiled for one shape serves its neighbours: `run` rounds the number of tokens up to a bucket and the
-    number of rows to 1, 2, 3, 4, 6, 8, 12, ... `generate` has buckets of its own for tokens.
+    To limit the number of compiled shapes, `run` rounds the number of tokens up to a bucket and the number of rows to
+    1, 2, 3, 4, 6, 8, 12, ... `generate` has separate buckets for tokens.
     """
 
     def __init__(self, model: Any, device: Any) -> None:
@@ -36,10 +36,10 @@ class Adapter:
         if device is not None or not held:
             if len(held) > 1:
                 raise ValueError(
-                    f"device={device!r}, but the parameters lie on {len(held)} devices already: leave device out"
+                    f"device={device!r}, but the parameters are already on {len(held)} devices: leave device out"
                 )
-            # Put there even where they are, as only what was put on a device keeps a call on it; and NumPy's arrays
-            # would go there anew for each call.
+            # Also if they are already there: only committed arrays keep a call on their device, and NumPy arrays would
+            # be transferred at each call.
             model.params = jax.device_put(model.params, None if device is None else found_device(device))
 
     def _devices(self) -> set[Any]:
@@ -48,23 +48,23 @@ class Adapter:
 
     @property
     def device(self) -> Any:
-        """Where the parameters are: a device, or the set of them."""
+        """The device of the parameters, or the set of devices."""
         held = self._devices()
         return next(iter(held)) if len(held) == 1 else held
 
     @property
     def dtype(self) -> Any:
-        """The type of the computation."""
+        """The dtype of the computation."""
         return jnp.dtype(self.model.dtype)
 
     def run(self, inputs: Mapping[str, Any]) -> Any:
-        """The model's output for these inputs, and for the padding after them."""
+        """The model's output for these inputs, including right padding."""
         return self.model(**self._padded({name: np.asarray(rows, np.int32) for name, rows in inputs.items()}))
 
     def generate(self, inputs: Mapping[str, Any], options: Mapping[str, Any]) -> list[list[int]]:
-        """The ids that the model's `generate` gives, one row for each sequence.
+        """The ids from the model's `generate`, one row per sequence.
 
-        Without a seed in the options each call has its own, from Python's `random`.
+        Without a seed in the options, each call gets one from Python's `random`.
         """
         if options.get("seed") is None and options.get("generator") is None:
             options = {**options, "seed": random.getrandbits(31)}
@@ -72,19 +72,19 @@ class Adapter:
         return np.asarray(getattr(found, "sequences", found)).tolist()
 
     def numpy(self, array: jax.Array) -> np.ndarray:
-        """An output as NumPy, float32."""
+        """An output as a NumPy array in float32."""
         return np.asarray(array).astype(np.float32)
 
     def native(self, array: np.ndarray) -> jax.Array:
-        """A NumPy array as JAX's, in the model's type."""
+        """A NumPy array as a JAX array in the model's dtype."""
         return jnp.asarray(array, self.dtype)
 
     def _padded(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """The same rows with padding on the right, which their mask hides, and copies of the last row after them.
+        """The inputs, right-padded with masked tokens, and with copies of the last row appended.
 
-        No real token sees a masked one, positions count what is real, and a head that reads the last token finds it
-        by the mask. Where that head got no mask, the pad id decides, which a mask of ours would overrule: such rows
-        run as they are.
+        Real tokens do not attend to masked ones, positions count real tokens only, and a head that pools the last token
+        finds it by the mask. If that head gets no mask, it uses the pad id, which an added mask would override: such
+        inputs are not padded.
         """
         rows, count = inputs["input_ids"].shape
         head = self.model.module.head_spec
@@ -93,13 +93,13 @@ class Adapter:
                 return inputs
             inputs = {**inputs, "attention_mask": np.ones((rows, count), np.int32)}
         learned = self.model.spec.position(Learned)
-        # Tables that tell padding by its id have no rows for more tokens than they hold.
+        # Position embeddings with a padding id have no rows for padding counted as tokens.
         fills = {"input_ids": learned.pad_id if learned and learned.pad_id is not None else 0}
-        more, places = rounded(rows) - rows, bucket(count) - count
+        extra_rows, padding = rounded(rows) - rows, bucket(count) - count
         return {
             name: np.pad(
-                np.pad(value, ((0, 0), (0, places)), constant_values=fills.get(name, 0)),
-                ((0, more), (0, 0)),
+                np.pad(value, ((0, 0), (0, padding)), constant_values=fills.get(name, 0)),
+                ((0, extra_rows), (0, 0)),
                 mode="edge",
             )
             for name, value in inputs.items()
@@ -107,15 +107,15 @@ class Adapter:
 
 
 def load(auto: Any, source: Any, device: Any, *, config: Any, dtype: Any = None, **options: Any) -> Any:
-    """The model of a name or folder, on its device, with parameters and computation of one type.
+    """Load a model from a name or folder onto a device, with parameters and computation in one dtype.
 
-    dtype: "auto" and None are the config's, else that of the first parameter in the files.
+    dtype: "auto" and None mean the config's dtype, else that of the first parameter in the files.
     """
     if options.get("_do_init") is False:
         raise ValueError(NO_PARAMS)
     kind = config.dtype if dtype in (None, "auto") else _plain(dtype)
-    place = contextlib.nullcontext() if device is None else jax.default_device(found_device(device))
-    with place:
+    context = contextlib.nullcontext() if device is None else jax.default_device(found_device(device))
+    with context:
         model = auto.from_pretrained(source, config=config, **options)
         params = model.params
         kind = computation(kind or jax.tree.leaves(params)[0].dtype)
@@ -128,12 +128,14 @@ def load(auto: Any, source: Any, device: Any, *, config: Any, dtype: Any = None,
 
 
 def found_device(device: Any) -> Any:
-    """The device of that name or number; ValueError if there is none."""
+    """The device of a name or index; ValueError if there is none."""
     if isinstance(device, jax.Device):
         return device
     if isinstance(device, int) and not isinstance(device, bool):
         others = [one for one in jax.local_devices() if one.platform != "cpu"]
-        if device < 0 or (device == 0 and not others):  # as the hub's pipelines do: 0 is the first, if any
+        if device < 0 or (
+            device == 0 and not others
+        ):  # as in transformers' pipelines: 0 is the first accelerator, if any
             return jax.local_devices(backend="cpu")[0]
         if device >= len(others):
             raise ValueError(
@@ -151,18 +153,18 @@ def found_device(device: Any) -> Any:
 
 
 def rounded(rows: int) -> int:
-    """The smallest of 1, 2, 3, 4, 6, 8, 12, 16, 24, ... that is not below `rows`."""
+    """The smallest of 1, 2, 3, 4, 6, 8, 12, 16, 24, ... that is at least `rows`."""
     power = 1 << (rows - 1).bit_length()
     return power // 4 * 3 if power // 4 * 3 >= rows else power
 
 
 def _plain(dtype: Any) -> Any:
-    """A dtype of any framework as one that NumPy knows."""
+    """A dtype of any framework as a dtype name."""
     return str(getattr(dtype, "name", dtype)).removeprefix("torch.") if not isinstance(dtype, type) else dtype
 
 
 def _arrays(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Lists of rows as arrays; arrays of different shapes, which come in lists, stay so."""
+    """Lists of rows as arrays; lists of arrays, whose shapes may differ, stay lists."""
     return {
         name: rows if isinstance(rows[0], np.ndarray) else np.asarray(rows, np.int32)
         for name, rows in inputs.items()

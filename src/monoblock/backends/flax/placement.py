@@ -1,4 +1,4 @@
-"""Where arrays lie: put onto a mesh, of whose devices some may be those of other processes."""
+"""Placement of arrays on a mesh, whose devices may belong to several processes."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from jax.sharding import NamedSharding, PartitionSpec
 from monoblock.partition import axis_names, shard_count
 
 
-def placed(x: Any, sharding: NamedSharding) -> Any:
-    """An array as it is to lie; where that is on devices of several processes, they all have the same array."""
+def put(x: Any, sharding: NamedSharding) -> Any:
+    """Put an array on devices with a sharding; with several processes, all must pass the same array."""
     if isinstance(x, Tracer) or sharding.is_fully_addressable or not getattr(x, "is_fully_addressable", True):
         return jax.device_put(x, sharding)
     return from_host(np.asarray(x), sharding)
 
 
 def from_host(x: Any, sharding: NamedSharding) -> jax.Array:
-    """An array on the host, of which nothing is read but what lies on this process's devices."""
+    """Put a host array on devices; only the shards of this process's devices are read."""
     dtype = jax.dtypes.canonicalize_dtype(x.dtype)
 
-    def part(index: Any) -> Any:
-        return np.array(x[index], dtype, order="C")  # a copy: the memory of what was read goes back
+    def shard(index: Any) -> Any:
+        return np.array(x[index], dtype, order="C")  # a copy, so that the memory that was read can be freed
 
-    return jax.make_array_from_callback(x.shape, sharding, part, dtype=dtype)
+    return jax.make_array_from_callback(x.shape, sharding, shard, dtype=dtype)
 
 
 def rows_of(x: Any) -> NamedSharding | None:
-    """How the rows of an array are split; None where they are not, or where its type does not say so."""
+    """The sharding of an array by rows; None if its rows are not sharded, or if it is traced."""
     sharding = None if isinstance(x, Tracer) else getattr(x, "sharding", None)
     if not isinstance(sharding, NamedSharding) or not sharding.spec or sharding.spec[0] is None:
         return None
@@ -38,8 +38,8 @@ def rows_of(x: Any) -> NamedSharding | None:
 
 
 def split_rows(x: Any, rows: NamedSharding) -> Any:
-    """An array of the host with its rows split, where there are as many; others as they are."""
+    """Shard a host array by rows, if the number of rows is divisible; others are unchanged."""
     count = shard_count(axis_names(rows.spec[0]), rows.mesh.shape)
     if not isinstance(x, np.ndarray) or not x.ndim or x.shape[0] % count:
         return x
-    return placed(x, rows)
+    return put(x, rows)

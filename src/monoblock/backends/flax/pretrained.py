@@ -1,4 +1,4 @@
-"""The public Flax classes: a Linen network and its parameters, loaded from and saved in the hub's files."""
+"""The base class of Flax models: a Linen network with its parameters, loading and saving of checkpoints."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from monoblock.backends.flax.network import Network
 from monoblock.backends.flax.options import TORCH_DTYPE, LoadOptions, computation
 from monoblock.backends.flax.outputs import output_class
 from monoblock.backends.flax.parameters import Parameters
-from monoblock.backends.flax.placement import from_host, placed
+from monoblock.backends.flax.placement import from_host, put
 from monoblock.backends.flax.processes import Read, write_once
 from monoblock.backends.flax.sharding import Sharded
 from monoblock.backends.flax.training import Training
@@ -37,23 +37,23 @@ from monoblock.generation.config import GENERATION_CONFIG_NAME
 
 log = logging.getLogger("monoblock")
 
-# What the hub's other classes take and these do not, and where it is instead.
+# Arguments of transformers' other classes that these do not have, and their replacements.
 ELSEWHERE = {
     "labels": "model.compute_loss(outputs, labels=...) gives the loss",
     "mc_labels": "model.compute_loss(outputs, mc_labels=...) gives the loss",
     "start_positions": "model.compute_loss(outputs, start_positions=..., end_positions=...) gives the loss",
     "end_positions": "model.compute_loss(outputs, start_positions=..., end_positions=...) gives the loss",
-    "use_cache": "a call keeps a cache if past_key_values=model.init_cache(batch, max_length) came in",
+    "use_cache": "a call returns a cache if past_key_values=model.init_cache(batch, max_length) is given",
     "head_mask": "the PyTorch classes take it",
 }
 
 
 class FlaxPreTrainedModel(Parameters, Sharded, Training, FlaxGenerationMixin):
-    """The base of all Flax models: a Linen network (`module`) and its parameters (`params`, nested dicts).
+    """The base class of all Flax models: a Linen network (`module`) and its parameters (`params`, nested dicts).
 
-    `dtype` is the computation's type and leaves the parameters' alone. `input_shape` is the hub's argument; no
-    parameter depends on it. `seed` makes the random parameters, which exist from when they are first used. With
-    `_do_init=False` the model holds none, and each call is given `params`. ValueError for a config of another family.
+    `dtype` is the dtype of the computation, not of the parameters. `input_shape`: transformers' argument, on which no
+    parameter depends. `seed`: of the random initialisation, which happens at the first use. With `_do_init=False` the
+    model has no parameters, and each call takes `params`. ValueError for a config of another family.
     """
 
     inputs: ClassVar[tuple[str, ...]]
@@ -103,7 +103,7 @@ class FlaxPreTrainedModel(Parameters, Sharded, Training, FlaxGenerationMixin):
         return_dict: bool | None = None,
         **inputs: Any,
     ) -> Any:
-        """Run the model; inputs, defaults and outputs are in the class's docstring."""
+        """Run the model; see the class's docstring for inputs, defaults and outputs."""
         self._check_names(inputs)
         arguments = {
             "input_ids": input_ids,
@@ -113,21 +113,21 @@ class FlaxPreTrainedModel(Parameters, Sharded, Training, FlaxGenerationMixin):
         }
         keep = arguments.pop("logits_to_keep", None) or 0
         if not isinstance(keep, int) or keep < 0:
-            raise ValueError(f"logits_to_keep must be how many of the last tokens, got {keep!r}")
+            raise ValueError(f"logits_to_keep must be the number of last tokens, got {keep!r}")
         options = ForwardOptions(
             train=bool(train),
             attentions=self._option(output_attentions, "output_attentions"),
             hidden_states=self._option(output_hidden_states, "output_hidden_states"),
             keep=keep,
         )
-        kept = self.params if params is None else params
+        params = self.params if params is None else params
         key = self.dropout_key(dropout_rng) if train else None
-        given = (arguments, kept, past_key_values, key)
+        given = (arguments, params, past_key_values, key)
         run = functools.partial(self._run, options)
         if (mesh := explicit.explicit(given)) is None:
             found = run(*given)
         else:
-            layout = explicit.Layout.of(mesh, arguments, past_key_values, self.vocabulary_axes(kept))
+            layout = explicit.Layout.of(mesh, arguments, past_key_values, self.vocabulary_axes(params))
             found = explicit.run(mesh, run, given, layout)
         result = output_class(self.row.output)(**found)
         return result if self._option(return_dict, "return_dict") else result.to_tuple()
@@ -136,13 +136,13 @@ class FlaxPreTrainedModel(Parameters, Sharded, Training, FlaxGenerationMixin):
         self, options: ForwardOptions, arguments: dict[str, Any], params: Any, cache: Any, key: Any
     ) -> dict[str, Any]:
         """The outputs by name."""
-        call = check_inputs(self.spec, self.module.head_spec, arguments, cache, options.train)
-        options = replace(options, fresh=call.fresh, choices=call.choices, nested=call.nested)
+        checked = check_inputs(self.spec, self.module.head_spec, arguments, cache, options.train)
+        options = replace(options, fresh=checked.fresh, choices=checked.choices, nested=checked.nested)
         names = _names(output_class(self.row.output))
         try:
-            return forward(self.updated_module(), options, names, params, call.given, cache, key)
+            return forward(self.updated_module(), options, names, params, checked.given, cache, key)
         except FlaxError:
-            self.checked_params(params)  # says in words which leaf does not fit
+            self.checked_params(params)  # raises an error that names the leaf
             raise
 
     def _check_names(self, inputs: Mapping[str, Any]) -> None:
@@ -152,7 +152,7 @@ class FlaxPreTrainedModel(Parameters, Sharded, Training, FlaxGenerationMixin):
             if name in ELSEWHERE:
                 raise TypeError(f"{type(self).__name__} has no argument {name!r}: {ELSEWHERE[name]}")
             raise TypeError(
-                f"{type(self).__name__} has no argument {name!r}; beside those of its signature it takes: "
+                f"{type(self).__name__} has no argument {name!r}; the further inputs are: "
                 + ", ".join(self.inputs)
             )
 
@@ -160,9 +160,9 @@ class FlaxPreTrainedModel(Parameters, Sharded, Training, FlaxGenerationMixin):
         return bool(getattr(self.config, name) if value is None else value)
 
     def init_cache(self, batch_size: int, max_length: int) -> Cache:
-        """An empty cache for so many rows of up to `max_length` tokens, to be given as `past_key_values`.
+        """An empty cache for `batch_size` rows of up to `max_length` tokens, for `past_key_values`.
 
-        Layers with a window keep no more than that. ValueError for a bidirectional model.
+        Layers with a sliding window store only the window. ValueError for a bidirectional model.
         """
         return caches.init_cache(self.spec, batch_size, max_length, self.dtype)
 
@@ -177,22 +177,22 @@ class FlaxPreTrainedModel(Parameters, Sharded, Training, FlaxGenerationMixin):
         config: PretrainedConfig | str | Path | None = None,
         **kwargs: Any,
     ) -> Any:
-        """A model with a checkpoint's parameters; with `_do_init=False`, a model without any, and its parameters.
+        """A model with a checkpoint's parameters; with `_do_init=False`, (model, params).
 
-        The checkpoint is a folder or a name on the hub. `dtype` is the computation's type: the parameters have that of
-        the files (`to_bf16`, `to_fp16` and `to_fp32` change it). Read are safetensors, then flax_model.msgpack,
-        pytorch_model.bin (which needs PyTorch) and tf_model.h5; `from_pt=True`, as the hub's older classes need it,
-        puts PyTorch's own before the others. `ignore_mismatched_sizes=True` makes parameters of other shapes anew
-        instead of raising ShapeMismatch; `strict=False` passes over tensors that the model has no place for, with a
-        warning. `output_loading_info=True` gives besides, as the last of the results, {"missing_keys",
-        "unexpected_keys", "mismatched_keys", "error_msgs"}. `revision`, `token`, `cache_dir`, `local_files_only`,
-        `force_download`, `subfolder`, `variant`, `use_safetensors` say which files. `mesh`, with `tensor_axis`,
-        `fsdp_axis` and `data_axis`, lays the parameters onto a mesh of devices as `shard_params` does; each process of
-        the mesh keeps its part only. Other keywords set fields of the config (`num_labels=3`).
+        The checkpoint is a folder or a name on the hub. `dtype` is the dtype of the computation; the parameters have
+        that of the files (`to_bf16`, `to_fp16` and `to_fp32` change it). The first of these formats is read:
+        safetensors, flax_model.msgpack, pytorch_model.bin (which needs PyTorch), tf_model.h5; `from_pt=True` puts
+        PyTorch's first. `ignore_mismatched_sizes=True` initialises parameters of other shapes instead of raising
+        ShapeMismatch; `strict=False` ignores tensors that the model does not use, with a warning.
+        `output_loading_info=True` returns as the last result {"missing_keys", "unexpected_keys", "mismatched_keys",
+        "error_msgs"}. `revision`, `token`, `cache_dir`, `local_files_only`, `force_download`, `subfolder`, `variant`,
+        `use_safetensors` select the files. `mesh`, with `tensor_axis`, `fsdp_axis` and `data_axis`, shards the
+        parameters over a mesh of devices as `shard_params` does; each process reads only its shards. Other keywords set
+        fields of the config (`num_labels=3`).
 
-        A head that the files lack is made anew, with a warning; with `_do_init=False` it is not in the parameters:
-        `model.init_weights(key, params=params)` adds it. HubError: the files cannot be had. CheckpointError: they do
-        not fit. ValueError: an argument is wrong.
+        A head that is not in the files is initialised, with a warning; with `_do_init=False` it is missing in the
+        parameters: `model.init_weights(key, params=params)` adds it. HubError: the files are not available.
+        CheckpointError: they do not match the model. ValueError: an invalid argument.
         """
         if model_args:
             raise TypeError(
@@ -212,11 +212,11 @@ class FlaxPreTrainedModel(Parameters, Sharded, Training, FlaxGenerationMixin):
 
     def _load(self, store: Any, options: LoadOptions) -> tuple[Tree, dict[str, list[str]]]:
         keymap, shapes = self.keymap(), self.canonical_shapes()
-        shardings = None if options.mesh is None else self.laid_out(options.mesh, **options.axes)
-        places = loading.flat(shardings or {})
+        shardings = None if options.mesh is None else self.set_up_sharding(options.mesh, **options.axes)
+        by_path = loading.flat(shardings or {})
 
-        def place(leaf: loading.ParamLeaf, array: Any) -> Any:
-            return from_host(array, places[leaf.path]) if places else jnp.asarray(array)
+        def to_device(leaf: loading.ParamLeaf, array: Any) -> Any:
+            return from_host(array, by_path[leaf.path]) if by_path else jnp.asarray(array)
 
         params, report = loading.load(
             store,
@@ -224,7 +224,7 @@ class FlaxPreTrainedModel(Parameters, Sharded, Training, FlaxGenerationMixin):
             shapes,
             self.tied(),
             self.groups,
-            place,
+            to_device,
             ignore_mismatched_sizes=options.ignore_mismatched_sizes,
             strict=options.strict,
         )
@@ -241,7 +241,7 @@ class FlaxPreTrainedModel(Parameters, Sharded, Training, FlaxGenerationMixin):
         told_of_unused(type(self).__name__, where, report)
         if self._do_init and report.made:
             params = self.init_weights(self.key, params=params)
-            params = params if shardings is None else jax.tree.map(placed, params, shardings)
+            params = params if shardings is None else jax.tree.map(put, params, shardings)
         return params, loading_info(missing, mismatched, report)
 
     @classmethod
@@ -261,23 +261,24 @@ class FlaxPreTrainedModel(Parameters, Sharded, Training, FlaxGenerationMixin):
         max_shard_size: int | str = "50GB",
         safe_serialization: bool = True,
     ) -> None:
-        """Write config.json, generation_config.json and safetensors by the hub's names; whole or not at all.
+        """Write config.json, generation_config.json and safetensors with transformers' names; atomic: all files or
+        none.
 
-        `params`: a tree to write instead of the model's. `max_shard_size`: bytes, or "5GB".
-        `safe_serialization=False` writes flax_model.msgpack, as transformers 4's Flax classes read it. Parameters on
-        devices of several processes are saved by a call in all of them: process 0 writes, and the others wait.
+        `params`: a tree to write instead of the model's parameters. `max_shard_size`: bytes, or "5GB".
+        `safe_serialization=False` writes flax_model.msgpack, as transformers 4's Flax classes read it. If
+        the parameters are on devices of several processes, all must make the call: process 0 writes, the others wait.
         """
         if push_to_hub:
             raise ValueError("save_pretrained does not support push_to_hub=True: it writes to a local folder")
         folder = Path(save_directory)
-        kept = loading.flat(self.params if params is None else self.checked_params(params))
+        leaf_arrays = loading.flat(self.params if params is None else self.checked_params(params))
         self.config.architectures = [self.config.stored_class(self.row.name)]
-        self.config.dtype = str(next(iter(kept.values())).dtype)
+        self.config.dtype = str(next(iter(leaf_arrays.values())).dtype)
         texts = {CONFIG_NAME: self.config.to_json_string()}
         if self.generation_config is not None:
             self.generation_config.validate()
             texts[GENERATION_CONFIG_NAME] = self.generation_config.to_json_string()
-        numbers = {path: number for number, path in enumerate(kept)}
+        numbers = {path: number for number, path in enumerate(leaf_arrays)}
         leaves = self.leaves.values()
 
         def write(read: Read) -> None:
@@ -288,18 +289,18 @@ class FlaxPreTrainedModel(Parameters, Sharded, Training, FlaxGenerationMixin):
                 return read(numbers[path])
 
             if safe_serialization:
-                tensors = loading.hub_arrays(kept, leaves, values)
+                tensors = loading.file_tensors(leaf_arrays, leaves, values)
                 save_tensors(
                     folder, tensors, framework="np", max_shard_size=max_shard_size, extra_files=texts
                 )
             else:
-                arrays = loading.own_arrays(kept, values)
+                arrays = loading.leaf_tensors(leaf_arrays, values)
                 save_msgpack(folder, arrays, max_shard_size=max_shard_size, extra_files=texts)
 
-        write_once(list(kept.values()), write)
+        write_once(list(leaf_arrays.values()), write)
 
     def can_generate(self) -> bool:
-        """Whether the class predicts the next token."""
+        """Whether the class is a causal language model."""
         return self.row.head == "causal"
 
 
@@ -313,7 +314,7 @@ def forward(
     cache: Cache | None,
     key: jax.Array | None,
 ) -> dict[str, Any]:
-    """The outputs of these names; models of one spec share what is compiled."""
+    """The outputs with these names; models with equal specs share compiled programs."""
     rngs = None if key is None else {"dropout": key}
     found = module.apply({"params": params}, given, cache, options, rngs=rngs, method="run")
     return {name: value for name, value in found.items() if name in names}  # pyright: ignore

@@ -1,4 +1,4 @@
-"""Which key each query sees, and what is added to their scores, as arrays that JAX carries."""
+"""The attention mask and bias on JAX, as a pytree."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from monoblock.spec import Buckets
 
 @struct.dataclass
 class Scope(ScopeBase):
-    """See `ScopeBase`. `slopes_h` are ALiBi's; `table` (count, h) is the bias of the `buckets` of distances."""
+    """See `ScopeBase`. `slopes_h`: ALiBi slopes; `table` (count, h): the biases of the relative position `buckets`."""
 
     xp: ClassVar[Namespace] = XP
     index_q: Array
@@ -34,7 +34,7 @@ class Scope(ScopeBase):
     masked_rows: str = struct.field(pytree_node=False, default="all")
 
     def bias(self) -> Array | None:
-        """What is added to the scores, (1, h, q, k) of ALiBi or of the buckets; None if there is nothing."""
+        """The bias of the scores, (1, h, q, k), of ALiBi or relative position buckets; None if there is none."""
         distance = self.index_k[None, :] - self.index_q[:, None]
         if self.table is not None and self.buckets is not None:
             buckets = relative_position_bucket(distance, self.buckets.count, self.buckets.max_distance)

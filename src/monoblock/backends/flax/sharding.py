@@ -1,7 +1,7 @@
-"""Parameters and batches on a mesh of devices, by `jax.sharding`: data-parallel, fully sharded and tensor-parallel.
+"""Sharding of parameters and batches over a mesh with `jax.sharding`: data parallelism, FSDP and tensor parallelism.
 
-Nothing of the model changes: `jit` sees where its arguments lie and adds the communication that is needed. The devices
-may be those of several processes; each then makes the same calls, and holds what lies on its own.
+The model is unchanged: `jit` adds the communication that the shardings of its arguments require. The devices may belong
+to several processes, which all make the same calls and hold their own shards.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from monoblock.backends.flax.explicit import automatic, spec_of
 from monoblock.backends.flax.gathering import Gathering
 from monoblock.backends.flax.loading import LeafGroup, flat, nested
-from monoblock.backends.flax.placement import placed
+from monoblock.backends.flax.placement import put
 from monoblock.heads import KINDS, HeadSpec
 from monoblock.partition import Axes, AxisNames, Names, axes_text, axis_names, shard_count, split
 from monoblock.spec import ArchSpec
@@ -30,7 +30,7 @@ T = TypeVar("T")
 def partition_specs(
     groups: Mapping[str, LeafGroup], spec: ArchSpec, head: HeadSpec | None, mesh: Mesh, axes: Axes
 ) -> Tree:
-    """A tree like the parameters', of a PartitionSpec each: the shared plan (`partition.py`) on the mesh."""
+    """A tree with the PartitionSpec of each parameter, from the framework-independent plan (`partition.py`)."""
     plan, leaves = split(spec, head, axes, mesh.shape), {}
     for name, group in groups.items():
         for leaf in group.leaves:
@@ -42,34 +42,34 @@ def partition_specs(
 
 
 def _entry(axes: Names) -> str | Names | None:
-    """One axis's entry in a PartitionSpec."""
+    """The entry of one array axis in a PartitionSpec."""
     return axes if len(axes) > 1 else axes[0] if axes else None
 
 
 def shard_batch(batch: T, mesh: Mesh, axes: Axes) -> T:
-    """A tree of arrays with their rows (first axes) split over the mesh; None stays None.
+    """A tree of arrays sharded by rows (first axis) over the mesh; None stays None.
 
-    ValueError if the mesh does not divide the rows.
+    ValueError if the number of rows is not divisible.
     """
     count = shard_count(axes.rows, mesh.shape)
     rows = NamedSharding(mesh, PartitionSpec(_entry(axes.rows)))
 
-    def put(path: Any, x: Any) -> Any:
+    def shard_rows(path: Any, x: Any) -> Any:
         if x.ndim == 0 or x.shape[0] % count:
-            what = f"{jax.tree_util.keystr(path)} of shape {x.shape}".strip()
+            name = f"{jax.tree_util.keystr(path)} of shape {x.shape}".strip()
             raise ValueError(
-                f"the rows of {what} do not split into the {count} parts of the mesh's {axes_text(axes.rows)}: "
+                f"the rows of {name} do not split into the {count} parts of the mesh's {axes_text(axes.rows)}: "
                 f"give a multiple of {count} rows"
             )
-        return placed(x, rows)
+        return put(x, rows)
 
-    return jax.tree_util.tree_map_with_path(put, batch)
+    return jax.tree_util.tree_map_with_path(shard_rows, batch)
 
 
 class Sharded:
-    """What a model says and does about meshes of devices.
+    """Sharding methods of a model.
 
-    `tensor_axis`, `fsdp_axis` and `data_axis` name axes of a mesh, each one, or several as a tuple, or none.
+    `tensor_axis`, `fsdp_axis` and `data_axis` are each the name of a mesh axis, a tuple of names, or None.
     """
 
     spec: ArchSpec
@@ -82,10 +82,10 @@ class Sharded:
     ) -> Tree:
         """A PartitionSpec for each parameter, as a tree like `params`.
 
-        The tensor axis splits layers that widen (query, key and value; gate and up) by their outputs, those that
-        narrow by their inputs, tables of the vocabulary by their rows, where it divides these. The fsdp axis splits
-        all matrices and tables along the model's width. Norms are whole on every device. ValueError if the mesh lacks
-        an axis, or it does not divide a size.
+        The tensor axis shards column-parallel layers (query, key and value; gate and up) by their outputs, row-parallel
+        layers (attention output; down) by their inputs, and vocabulary matrices by rows, if divisible. The fsdp axis
+        shards all matrices along the model's width. Norms are replicated. ValueError if the mesh lacks an axis, or if a
+        size is not divisible.
         """
         axes = Axes.of(mesh.shape, tensor=tensor_axis, fsdp=fsdp_axis)
         return partition_specs(self.groups, self.spec, self.module.head_spec, mesh, axes)
@@ -93,12 +93,12 @@ class Sharded:
     def param_shardings(
         self, mesh: Mesh, *, tensor_axis: AxisNames = "tensor", fsdp_axis: AxisNames = None
     ) -> Tree:
-        """The same as NamedShardings: what `jit` takes as `out_shardings`, `jax.device_put` as places, Orbax to
-        restore."""
+        """The same as NamedShardings: for `out_shardings` of `jit`, for `jax.device_put`, and for restoring with
+        Orbax."""
         specs = self.partition_specs(mesh, tensor_axis=tensor_axis, fsdp_axis=fsdp_axis)
         return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
 
-    def laid_out(
+    def set_up_sharding(
         self,
         mesh: Mesh,
         *,
@@ -106,8 +106,8 @@ class Sharded:
         fsdp_axis: AxisNames = None,
         data_axis: AxisNames = "data",
     ) -> Tree:
-        """`param_shardings`, for parameters that are now laid so: with an fsdp axis, which splits rows besides the
-        data axis, the network is from now on one that gathers them."""
+        """`param_shardings`, and configure the network for them: with an fsdp axis, over which rows are sharded too,
+        the network all-gathers its parameters."""
         shardings = self.param_shardings(mesh, tensor_axis=tensor_axis, fsdp_axis=fsdp_axis)
         gathering = None
         if fsdp := axis_names(fsdp_axis):
@@ -126,13 +126,15 @@ class Sharded:
         fsdp_axis: AxisNames = None,
         data_axis: AxisNames = "data",
     ) -> Tree:
-        """The parameters, by default the model's, as arrays that lie on the mesh as `partition_specs` says.
+        """The parameters (by default the model's), sharded over the mesh by `partition_specs`.
 
-        With an fsdp axis the model's calls gather them from now on, and split the rows of hidden states over it and the
+        With an fsdp axis, the model's calls then all-gather them and shard the rows of hidden states over it and the
         data axis.
         """
-        shardings = self.laid_out(mesh, tensor_axis=tensor_axis, fsdp_axis=fsdp_axis, data_axis=data_axis)
-        return jax.tree.map(placed, self.params if params is None else params, shardings)
+        shardings = self.set_up_sharding(
+            mesh, tensor_axis=tensor_axis, fsdp_axis=fsdp_axis, data_axis=data_axis
+        )
+        return jax.tree.map(put, self.params if params is None else params, shardings)
 
     def shard(
         self,
@@ -142,15 +144,15 @@ class Sharded:
         fsdp_axis: AxisNames = None,
         data_axis: AxisNames = "data",
     ) -> Self:
-        """Lay the model's own parameters onto the mesh, as `shard_params` does; the model itself."""
+        """Shard the model's parameters over the mesh with `shard_params`; return the model."""
         self.params = self.shard_params(
             mesh, tensor_axis=tensor_axis, fsdp_axis=fsdp_axis, data_axis=data_axis
         )
         return self
 
     def vocabulary_axes(self, params: Any) -> Any:
-        """What splits the vocabulary of logits on explicit axes: the entry of a PartitionSpec, of the table that makes
-        them; None if the type of the parameters says nothing of it."""
+        """The PartitionSpec entry of the vocabulary of logits on explicit axes, that of the output matrix; None if the
+        parameters are not on explicit axes."""
         head = self.module.head_spec
         if head is None or KINDS[head.kind].size != "vocab":
             return None
@@ -163,9 +165,9 @@ class Sharded:
 
     @staticmethod
     def shard_batch(batch: T, mesh: Mesh, *, data_axis: AxisNames = "data", fsdp_axis: AxisNames = None) -> T:
-        """Inputs, arrays in dicts or lists, with their rows split over the mesh's data and fsdp axes. ValueError if the
-        mesh lacks an axis, or does not divide the rows."""
+        """Inputs (arrays in dicts or lists), sharded by rows over the mesh's data and fsdp axes. ValueError if the mesh
+        lacks an axis, or if the number of rows is not divisible."""
         axes = Axes.of(mesh.shape, data=data_axis, fsdp=fsdp_axis)
         if not axes.rows:
-            raise ValueError("shard_batch needs an axis to split the rows over: name one with data_axis=")
+            raise ValueError("shard_batch needs a mesh axis for the rows: name one with data_axis=")
         return shard_batch(batch, mesh, axes)

@@ -1,8 +1,7 @@
-"""`generate` inside a trace: under `jit`, `pmap` and `vmap`, where prompts and parameters have shapes and no values.
+"""`generate` inside a trace (`jit`, `pmap`, `vmap`), where prompts and parameters have shapes but no values.
 
-The call is checked with a stand-in for the prompts; what is compiled is the pass over them and the loop over tokens,
-which become parts of the caller's program. Nothing that reads values is checked, and every row comes back with all new
-tokens' columns, filled up with the pad token.
+The call is checked with placeholder prompts; the prefill and the loop over tokens become part of the caller's program.
+Values are not checked, and all rows have columns for all new tokens, filled with the pad token.
 """
 
 from __future__ import annotations
@@ -19,13 +18,13 @@ from jax import Array
 from monoblock.backends.flax.passes import FlaxPasses, compiled_loop
 from monoblock.backends.xla.compiled import LoopStart
 from monoblock.backends.xla.inputs import ForwardOptions
-from monoblock.backends.xla.runner import INPUTS, MORE, XlaRunner
+from monoblock.backends.xla.runner import INPUTS, OPTIONAL_INPUTS, XlaRunner
 from monoblock.generation.buckets import bucket
 from monoblock.generation.compiled_loop import NO_TOKEN, Program, TokenBuffer
 from monoblock.generation.config import GenerationConfig
 
 INSIDE = "inside jit, pmap or vmap"
-# Without donation of the cache, which only the outermost program may do.
+# Without donation of the cache, which is possible in the outermost program only.
 _run_loop = jax.jit(compiled_loop, static_argnames=("network", "program"))
 
 
@@ -35,7 +34,7 @@ def is_traced(*trees: Any) -> bool:
 
 
 class TracedRunner(XlaRunner):
-    """A model as `loop.generate` sees it, in a trace. `inputs` and `arguments` are those of the call."""
+    """The `Model` of `loop.generate` for a model in a trace; `inputs` and `arguments` are those of the call."""
 
     def __init__(self, runner: Any, inputs: Any, arguments: Mapping[str, Any]) -> None:
         super().__init__(runner.model, ())
@@ -56,28 +55,30 @@ class TracedRunner(XlaRunner):
                 f"attention_mask must have the prompt's shape {self.ids_bn.shape}, got {self.mask_bn.shape}"
             )
         for name, value in given.items():
-            if name in INPUTS | MORE or (name != "generator" and is_traced(value)):
+            if name in INPUTS | OPTIONAL_INPUTS or (name != "generator" and is_traced(value)):
                 raise ValueError(
                     f"generate() {INSIDE} takes input_ids, attention_mask, params and a key, not {name}"
                 )
         if given.get("return_dict_in_generate"):
-            raise ValueError(f"generate() {INSIDE} gives sequences alone: leave out return_dict_in_generate")
+            raise ValueError(f"generate() {INSIDE} returns sequences only: leave out return_dict_in_generate")
         self.arguments = given
 
-    def stand_ins(self) -> dict[str, Any]:
-        """The call's arguments with prompts of the same shape that have values; padding counts as tokens there."""
+    def placeholders(self) -> dict[str, Any]:
+        """The call's arguments with placeholder prompts of the same shape, without padding."""
         ids_bn = np.zeros(self.ids_bn.shape, np.int32)
         return {**self.arguments, "input_ids": ids_bn, "attention_mask": ids_bn + 1}
 
     def decoder(self, plan: Any, inputs: dict[str, Any]) -> Any:
-        """Stands where a call that is no single program would have its decoder."""
+        """A decoder that refuses calls which are not a single program."""
         del plan, inputs
         return _HostLoopDecoder()
 
     def compiled(self, generation: Any, program: Program) -> Any:
         """The pass over the prompts and the loop; sequences (rows, prompt + new)."""
         if program.search is not None:
-            raise ValueError(f"generate() {INSIDE} searches no beams: call it outside, it compiles itself")
+            raise ValueError(
+                f"generate() {INSIDE} does not support beam search: call it outside, where it compiles by itself"
+            )
         plan, new = generation.plan, generation.plan.new_tokens
         passes: FlaxPasses = self.runner.passes(generation.config)
         ids_bn = jnp.repeat(self.ids_bn.astype(jnp.int32), plan.copies, axis=0)
@@ -85,23 +86,23 @@ class TracedRunner(XlaRunner):
         mask = jnp.pad(valid_bn.astype(jnp.int32), ((0, 0), (0, bucket(new))), constant_values=1)
         given = {"input_ids": ids_bn, "attention_mask": mask}
         found = passes.prefill(given, ForwardOptions(fresh=True, keep=1), passes.spec, mask.shape[1])
-        stand_in = generation.context.prompt_bn
-        text = program.token_buffer(stand_in, None)
-        numbers = program.inputs(generation.fields, stand_in, None, new)
+        placeholder = generation.context.prompt_bn
+        buffer = program.token_buffer(placeholder, None)
+        numbers = program.inputs(generation.fields, placeholder, None, new)
         start = LoopStart(
             scores_bv=found.scores,
             cache=None,
-            constant={"attention_mask": mask},
-            text=_filled(text, ids_bn, valid_bn),
-            given=numbers._replace(prompt=_filled(numbers.prompt, ids_bn, valid_bn)),
+            fixed_inputs={"attention_mask": mask},
+            buffer=_with_prompts(buffer, ids_bn, valid_bn),
+            inputs=numbers._replace(prompt=_with_prompts(numbers.prompt, ids_bn, valid_bn)),
             limits=np.array([new, new], np.int32),
-            draws=passes.loop_ops.draws(generation.generator, program.do_sample),
+            rng_state=passes.loop_ops.rng_state(generation.generator, program.do_sample),
         )
-        end = _run_loop(passes.network, program, passes.params, found.cache, start)
-        return jnp.concatenate((ids_bn, end.new_br[:, :new]), axis=1)
+        state = _run_loop(passes.network, program, passes.params, found.cache, start)
+        return jnp.concatenate((ids_bn, state.tokens_br[:, :new]), axis=1)
 
     def _valid(self, config: GenerationConfig) -> Array:
-        """Where the prompts are no padding, by the rules of `generation/prompt.py`."""
+        """The attention mask of the prompts, by the rules of `generation/prompt.py`."""
         if self.mask_bn is not None:
             return self.mask_bn
         pad = config.pad_token_id
@@ -112,24 +113,24 @@ class TracedRunner(XlaRunner):
 
 
 class _HostLoopDecoder:
-    """What a call asks for that needs the host between two tokens."""
+    """The decoder of calls that need the host between tokens."""
 
     def prefill(self, ids_bn: Any, mask_bm: Any) -> Any:
-        """Refuses the call."""
+        """ValueError: not supported in a trace."""
         del ids_bn, mask_bm
         raise ValueError(
-            f"generate() {INSIDE} is one program: streamers, criteria and processors of your own, an assistant, "
-            "recorded scores, use_cache=False and trace=False need the host between tokens; call it outside"
+            f"generate() {INSIDE} is one program: streamers, custom criteria and processors, an assistant, "
+            "returned scores, use_cache=False and trace=False need the host between tokens; call it outside"
         )
 
 
-def _filled(text: TokenBuffer, ids_bn: Array, valid_bn: Array) -> TokenBuffer:
-    """The text's arrays with the prompts at their end, where they have columns at all."""
-    columns, (rows, count) = text.ids_bt.shape[1], ids_bn.shape
+def _with_prompts(buffer: TokenBuffer, ids_bn: Array, valid_bn: Array) -> TokenBuffer:
+    """The token buffer with the prompts at its end, if it has columns."""
+    columns, (rows, count) = buffer.ids_bt.shape[1], ids_bn.shape
     if columns == 0:
         empty = jnp.zeros((rows, 0), jnp.int32)
-        return TokenBuffer(empty, empty != 0, text.length)
+        return TokenBuffer(empty, empty != 0, buffer.length)
     before = ((0, 0), (columns - count, 0))
     return TokenBuffer(
-        jnp.pad(ids_bn, before, constant_values=NO_TOKEN), jnp.pad(valid_bn, before), text.length
+        jnp.pad(ids_bn, before, constant_values=NO_TOKEN), jnp.pad(valid_bn, before), buffer.length
     )

@@ -1,4 +1,4 @@
-"""What training needs of a Flax model beside its call: losses, keys for dropout, and less memory for activations."""
+"""Training methods of Flax models: losses, dropout keys, gradient checkpointing."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from monoblock.backends.flax import explicit, heads
 from monoblock.backends.flax.checked import as_array
 from monoblock.backends.flax.outputs import FlaxModelOutput
-from monoblock.backends.xla.checked import dropouts
+from monoblock.backends.xla.checked import dropout_rates
 
 if TYPE_CHECKING:
     from monoblock.backends.flax.network import Network
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
 
 
 class Training:
-    """The part of a model that only training uses."""
+    """Training methods of a model."""
 
     config: PretrainedConfig
     spec: ArchSpec
     module: Network
 
     def updated_module(self) -> Network:
-        """The module, its head with what was set on the config since the model was made."""
+        """The module, with its head updated from the current config."""
         head = self.module.head_spec
         if head is not None and (now := self.config.updated_head(head)) is not head:
             self.module = self.module.clone(head_spec=now)
@@ -36,9 +36,9 @@ class Training:
     def compute_losses(self, outputs: FlaxModelOutput, **labels: Any) -> dict[str, jax.Array]:
         """The losses of a call's outputs by name: `loss`, and `mc_loss` of a double head.
 
-        `labels`: as the hub's PyTorch classes take them: labels (batch, tokens), -100 where there is none, or (batch,),
-        or floats (batch, labels); start_positions and end_positions; mc_labels; and num_items_in_batch, by which the
-        sum is divided instead of its own count. Differentiable, and works under `jit`.
+        `labels`, as in transformers' PyTorch classes: labels (batch, tokens), with -100 ignored, or (batch,), or floats
+        (batch, labels); start_positions and end_positions; mc_labels; num_items_in_batch, which replaces the number of
+        labels as the divisor of the sum. Differentiable; works under `jit`.
         """
         head = self.updated_module().head_spec
         if head is None:
@@ -57,7 +57,7 @@ class Training:
         return explicit.run(mesh, partial(heads.losses, head), (found, given), explicit.Layout(mesh))
 
     def compute_loss(self, outputs: FlaxModelOutput, **labels: Any) -> jax.Array:
-        """The sum of `compute_losses`: one number to differentiate.
+        """The sum of `compute_losses`, a scalar to differentiate.
 
         def loss(params):
             return model.compute_loss(model(input_ids, params=params), labels=input_ids)
@@ -65,25 +65,25 @@ class Training:
         return jnp.asarray(sum(self.compute_losses(outputs, **labels).values()))
 
     def dropout_key(self, key: jax.Array | None) -> jax.Array | None:
-        """The key of a training step; ValueError if the model drops out and none came."""
-        if key is None and any(dropouts(self.spec, self.module.head_spec)):
+        """The dropout key of a training step; ValueError if the model has dropout and the key is None."""
+        if key is None and any(dropout_rates(self.spec, self.module.head_spec)):
             raise ValueError(
-                "train=True drops out at random: give dropout_rng, a new key for each step (jax.random.split)"
+                "train=True applies dropout: give dropout_rng, a new key for each step (jax.random.split)"
             )
         return key
 
     def enable_gradient_checkpointing(self) -> None:
-        """While training, keep only each block's input and compute the rest again in the backward pass."""
+        """In training, store only each block's input and recompute activations in the backward pass."""
         self.module = self.module.clone(remat=True)
 
-    # The same, by the PyTorch classes' name.
+    # The same under the name of the PyTorch classes.
     gradient_checkpointing_enable = enable_gradient_checkpointing
 
     def gradient_checkpointing_disable(self) -> None:
-        """Keep all activations again."""
+        """Store all activations."""
         self.module = self.module.clone(remat=False)
 
     @property
     def is_gradient_checkpointing(self) -> bool:
-        """Whether activations are computed again in the backward pass."""
+        """Whether activations are recomputed in the backward pass."""
         return self.module.remat

@@ -112,14 +112,14 @@ class ModelBase(Part):
         named = [patches for patches in both if patches is not None]
         indices = given.get("image_patches_indices")
         if len(named) > 1:
-            raise ValueError("image_patches and pixel_values are two names of the same patches: give one")
+            raise ValueError("image_patches and pixel_values are two names of the same input: give one")
         if not named:
             if indices is not None:
-                raise ValueError("image_patches_indices were given without image_patches")
+                raise ValueError("image_patches_indices need image_patches")
             return x
         base = self.bare
         if not base.has("patch_embed"):
-            raise ValueError("image patches were given, but the model takes text alone")
+            raise ValueError("image patches were given, but the model takes text only")
         return with_patches(self.spec, base.role("patch_embed"), x, input_ids, named[0], indices)
 
     def tie_weights(self, *args: Any, **kwargs: Any) -> None:

@@ -219,8 +219,8 @@ class StaticCache(Cache):
         _ = layer_idx
         if total > self.max_cache_len:
             raise ValueError(
-                f"the static cache holds {self.max_cache_len} tokens: {past} are in it and {total - past} more came; "
-                "make it with a larger max_cache_len"
+                f"the static cache has room for {self.max_cache_len} tokens: {past} are cached and the input has "
+                f"{total - past}; make it with a larger max_cache_len"
             )
 
 

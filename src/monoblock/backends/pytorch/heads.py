@@ -144,7 +144,7 @@ def causal_loss(logits_bsv: Tensor, labels_bs: Tensor, count: Count = None) -> T
     check_tokens_have_labels(labels, logits_bsv.shape)
     if logits_bsv.shape[1] != labels_bs.shape[1]:
         raise ValueError(
-            f"labels of {labels_bs.shape[1]} tokens came with logits of {logits_bsv.shape[1]}: "
+            f"labels have {labels_bs.shape[1]} tokens, but logits have {logits_bsv.shape[1]}: "
             "leave logits_to_keep at 0 when labels are given"
         )
     check_classes(labels, logits_bsv.shape)

@@ -32,7 +32,7 @@ def with_patches(
     """
     layout = spec.patches
     if layout is None:
-        raise ValueError("image patches were given, but the model takes text alone")
+        raise ValueError("image patches were given, but the model takes text only")
     sets = _sets(patches, layout.size)
     sets = [own.reshape(-1, layout.size).to(x_bsw.device) for own in sets]
     readable = dispatch.readable(x_bsw, input_ids, indices_bs, *sets)
@@ -74,7 +74,7 @@ def _in_order(sets: list[Tensor], ids_bs: Tensor, token_id: int, readable: bool)
     total, is_patch = sum(map(len, sets)), (ids_bs == token_id).flatten()
     if readable and total != (count := int(is_patch.sum())):
         raise ValueError(
-            f"{total} image patches came for {count} tokens of the id {token_id}: without "
+            f"{total} image patches for {count} tokens of the id {token_id}: without "
             "image_patches_indices there must be as many"
         )
     count_t = is_patch.cumsum(0)
@@ -96,7 +96,7 @@ def _by_index(sets: list[Tensor], indices_bs: Tensor, ids_bs: Tensor, readable: 
     found: list[Tensor] = []
     for row, (indices_s, count) in enumerate(zip(indices_bs.unbind(), counts, strict=True)):
         if readable and (needed := int(indices_s.max()) + 1) > count:
-            raise ValueError(f"row {row} has tokens for {needed} image patches, but {count} came")
+            raise ValueError(f"row {row} has tokens for {needed} image patches, but {count} were given")
         which = torch.where(indices_s < count, indices_s + before, sum(counts) + 1)
         found.append(torch.where(indices_s >= 0, which, -1))
         before += count

@@ -1,5 +1,5 @@
-"""TensorFlow's key/value cache: `xla/cache.py`, and a cache without `max_length`, which grows: its slots are the tokens
-seen so far."""
+"""The key/value cache of TensorFlow (`xla/cache.py`), with or without a `max_length`; a cache without one grows and has
+one slot per past token."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ Legacy = tuple[tuple[Tensor, Tensor], ...]
 
 @dataclass(frozen=True)
 class Cache(CacheBase):
-    """See `CacheBase`; without `max_length` the cache grows. `compiled`: only code that XLA compiles uses it, which
-    writes a token in place."""
+    """See `CacheBase`; without `max_length` the cache grows. `compiled`: only code compiled by XLA uses the cache,
+    which then updates it in place."""
 
     xp: ClassVar[Namespace] = XP
     keys: tuple[Tensor, ...]
@@ -32,16 +32,16 @@ class Cache(CacheBase):
     compiled: bool = False
 
     def layer(self, layer: int) -> CacheLayer:
-        """One layer's part."""
+        """The cache of one layer."""
         grows = self.max_length is None
         return CacheLayer(self.keys[layer], self.values[layer], self.length, grows, self.compiled)
 
     def tensors(self) -> list[Tensor]:
-        """All tensors, in the order that `with_tensors` takes: what a loop carries."""
+        """All tensors, in the order of `with_tensors`: the state of a loop."""
         return [*self.keys, *self.values, self.length]
 
     def with_tensors(self, tensors: Sequence[Tensor]) -> Cache:
-        """The cache of the same shapes with these tensors."""
+        """A cache of the same structure with these tensors."""
         layers = len(self.keys)
         return replace(
             self,
@@ -51,7 +51,7 @@ class Cache(CacheBase):
         )
 
     def to_legacy_cache(self) -> Legacy:
-        """For each layer a tuple of keys and values."""
+        """A tuple of (keys, values) for each layer."""
         return tuple(zip(self.keys, self.values, strict=True))
 
     def __len__(self) -> int:
@@ -63,7 +63,7 @@ class Cache(CacheBase):
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         return iter(self.to_legacy_cache())
 
-    # TensorFlow's own protocol, by which a cache may go into and out of a tf.function.
+    # TensorFlow's extension protocol: a cache can be an argument and a result of a tf.function.
 
     def __tf_flatten__(self) -> tuple[Any, Any]:
         return (len(self.keys), self.max_length, self.compiled), tuple(self.tensors())
@@ -87,15 +87,15 @@ class CacheLayer(CacheLayerBase):
     compiled: bool = False
 
     def token_indices(self, length: Tensor) -> Tensor:
-        """Those of `CacheLayerBase`; a cache that grows holds the tokens in their order."""
+        """Those of `CacheLayerBase`; a growing cache stores tokens in order."""
         return tf.range(self.slots) if self.grows else super().token_indices(length)
 
     def filled(self, keys_bgnd: Tensor, values_bgnd: Tensor) -> CacheLayer:
-        """The layer with its first n tokens, of a cache that was empty."""
+        """The layer with the first n tokens of a sequence, written into an empty cache."""
         return self.appended(keys_bgnd, values_bgnd)
 
     def appended(self, keys_bgnd: Tensor, values_bgnd: Tensor) -> CacheLayer:
-        """The layer with n more tokens after `length` ones."""
+        """The layer with n more tokens after the first `length`."""
         keys, values = (tf.cast(new, self.keys.dtype) for new in (keys_bgnd, values_bgnd))
         if self.grows:
             keys, values = tf.concat((self.keys, keys), axis=2), tf.concat((self.values, values), axis=2)
@@ -105,21 +105,21 @@ class CacheLayer(CacheLayerBase):
             keys = dynamic_update_slice(self.keys, keys, slot)
             return replace(self, keys=keys, values=dynamic_update_slice(self.values, values, slot))
         count = size(keys, 2)
-        places = self.token_indices(self.length + count)
-        taken = tf.clip_by_value(places - self.length, 0, count - 1)
-        new = (places >= self.length)[None, None, :, None]
+        index_s = self.token_indices(self.length + count)
+        source_s = tf.clip_by_value(index_s - self.length, 0, count - 1)
+        new = (index_s >= self.length)[None, None, :, None]
         return replace(
             self,
-            keys=tf.where(new, tf.gather(keys, taken, axis=2), self.keys),
-            values=tf.where(new, tf.gather(values, taken, axis=2), self.values),
+            keys=tf.where(new, tf.gather(keys, source_s, axis=2), self.keys),
+            values=tf.where(new, tf.gather(values, source_s, axis=2), self.values),
         )
 
 
 def init_cache(
     spec: ArchSpec, batch: Size, max_length: int | None, dtype: Any = "float32", *, compiled: bool = False
 ) -> Cache:
-    """An empty cache for `batch` rows of up to `max_length` tokens (None: it grows), `compiled` if XLA alone uses it.
-    ValueError for a bidirectional model."""
+    """An empty cache for `batch` rows of up to `max_length` tokens (None: it grows); `compiled` if only XLA's programs
+    use it. ValueError for a bidirectional model."""
     if max_length is not None and max_length < 1:
         raise ValueError(f"a cache needs room for at least 1 token, got {max_length}")
     att, counts = spec.attention, slots(spec, max_length or 0)
@@ -132,7 +132,7 @@ def init_cache(
 
 
 def from_tuples(past: Sequence[Any]) -> Cache:
-    """A growing cache that begins with (keys, values) of each layer, (batch, kv_heads, tokens, head_dim)."""
+    """A growing cache from (keys, values) of each layer, (batch, kv_heads, tokens, head_dim)."""
     for layer in past:
         if len(layer) != 2 or len(layer[0].shape) != 4:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""Callbacks of Keras's `fit` that transformers' TF classes came with."""
+"""Keras callbacks of transformers' TF classes."""
 
 from __future__ import annotations
 
@@ -9,20 +9,19 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-IGNORED = -100  # what fills up rows of labels and scores whose batches are of different lengths
+IGNORED = -100  # padding of labels and scores when batches have different lengths
 LABELS = (("labels",), ("start_positions", "end_positions"))
 
 
 class KerasMetricCallback(keras.callbacks.Callback):
-    """Metrics that need Python (decoded texts, spans), of a whole data set at the end of each epoch.
+    """Metrics computed in Python (on decoded strings, spans) over a whole data set at the end of each epoch.
 
-    `metric_fn((predictions, labels))` gives a dict of numbers, which go into the logs. Both are arrays, or dicts of
-    arrays by name where there are several; batches of other lengths are filled up with -100. `eval_dataset`: a batched
-    `tf.data.Dataset` or, with `batch_size`, arrays. `output_cols`: names of the outputs that count (default: all but
-    losses and caches). `label_cols`: names of the inputs that are labels (default: `labels`, or `start_positions` and
-    `end_positions`), where the data set gives no y. `predict_with_generate`: predictions are what `generate` makes of
-    input_ids and attention_mask with `generate_kwargs`, compiled by XLA with `use_xla_generation`.
-    """
+    `metric_fn((predictions, labels))` returns a dict of numbers, which are added to the logs. Both arguments are
+    arrays, or dicts of arrays by name; batches of different lengths are padded with -100. `eval_dataset`: a batched
+    `tf.data.Dataset` or, with `batch_size`, arrays. `output_cols`: names of the outputs to use (default: all but losses
+    and caches). `label_cols`: names of the inputs that are labels (default: `labels`, or `start_positions` and
+    `end_positions`), if the data set has no y. `predict_with_generate`: predictions are the outputs of `generate` for
+    input_ids and attention_mask with `generate_kwargs`, compiled by XLA with `use_xla_generation`."""
 
     def __init__(
         self,
@@ -38,7 +37,7 @@ class KerasMetricCallback(keras.callbacks.Callback):
         super().__init__()
         if not isinstance(eval_dataset, tf.data.Dataset):
             if batch_size is None:
-                raise ValueError("an eval_dataset that is no tf.data.Dataset needs a batch_size")
+                raise ValueError("an eval_dataset that is not a tf.data.Dataset needs a batch_size")
             eval_dataset = tf.data.Dataset.from_tensor_slices(eval_dataset).batch(batch_size)
         self.metric_fn, self.eval_dataset, self.output_cols = metric_fn, eval_dataset, output_cols
         self.label_cols = (
@@ -60,13 +59,13 @@ class KerasMetricCallback(keras.callbacks.Callback):
         found = next((labels for labels in LABELS if all(name in names for name in labels)), None)
         if found is None:
             raise ValueError(
-                f"label_cols: the eval_dataset gives no y, and has none of the labels that are known (labels, "
-                f"start_positions and end_positions): say which of {', '.join(names) or 'its inputs'} they are"
+                f"label_cols: the eval_dataset has no y and none of the default labels (labels, "
+                f"start_positions and end_positions): name which of {', '.join(names) or 'its inputs'} they are"
             )
         return found
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        """Run the model on the data set and put the metrics into the logs."""
+        """Run the model on the data set and add the metrics to the logs."""
         del epoch
         predictions, labels = [], []
         for batch in self.eval_dataset:
@@ -77,7 +76,7 @@ class KerasMetricCallback(keras.callbacks.Callback):
             predictions.append(self._generated(x) if self.generates else self._predicted(x))
         found = self.metric_fn((_joined(predictions), _joined(labels)))
         if not isinstance(found, Mapping):
-            raise TypeError(f"metric_fn must give a dict of numbers, got {type(found).__name__}")
+            raise TypeError(f"metric_fn must return a dict of numbers, got {type(found).__name__}")
         if logs is not None:
             logs.update({name: float(value) for name, value in found.items()})
 
@@ -97,20 +96,20 @@ class KerasMetricCallback(keras.callbacks.Callback):
 
 
 def _named(values: Any) -> dict[str, Any]:
-    """One array, several, or a dict of them, as a dict of NumPy's; what is nested stays out."""
+    """One array, several, or a dict of arrays, as a dict of NumPy arrays; nested values are left out."""
     if not isinstance(values, Mapping):
         values = dict(enumerate(values)) if isinstance(values, list | tuple) else {0: values}
     return {name: np.asarray(value) for name, value in values.items() if not isinstance(value, list | tuple)}
 
 
 def _joined(batches: Sequence[Mapping[str, Any]]) -> Any:
-    """The rows of all batches, by name where there are several names."""
-    joined = {name: _filled([batch[name] for batch in batches]) for name in batches[0]}
+    """The rows of all batches concatenated, by name if there are several names."""
+    joined = {name: _concatenate_padded([batch[name] for batch in batches]) for name in batches[0]}
     return next(iter(joined.values())) if len(joined) == 1 else joined
 
 
-def _filled(arrays: Sequence[Any]) -> Any:
-    """Arrays one after the other, filled up to the longest along the second axis."""
+def _concatenate_padded(arrays: Sequence[Any]) -> Any:
+    """Concatenate arrays, padded to the longest along the second axis."""
     if arrays[0].ndim > 1:
         longest = max(array.shape[1] for array in arrays)
         arrays = [

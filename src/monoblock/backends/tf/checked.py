@@ -1,4 +1,4 @@
-"""A call's arguments on TensorFlow, checked. What is traced (in a `tf.function`, a Keras graph) has no values."""
+"""Validation of a call's arguments on TensorFlow. Tensors of a graph have no values to check."""
 
 from __future__ import annotations
 
@@ -21,6 +21,5 @@ def check_inputs(
     *,
     documents: bool = True,
 ) -> CheckedInputs:
-    """The arguments (tensors; None left out) as the network takes them; ValueError says what is wrong. See
-    `xla/checked.py`."""
+    """Check arguments (tensors; None left out); ValueError if one does not fit. See `xla/checked.py`."""
     return shared.check_inputs(XP, spec, head, arguments, cache, train=train, documents=documents)

@@ -1,4 +1,4 @@
-"""The public TF classes, made from the families' tables."""
+"""Creation of the public TF classes from the families' tables."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from monoblock.backends.tf.pretrained import TFPreTrainedModel
 from monoblock.families import Family, ModelClass
 from monoblock.heads import KINDS
 
-MAIN = "MainLayer"  # what the name of a main layer's class ends with
+MAIN = "MainLayer"  # suffix of the names of main layer classes
 
 
 @functools.cache
 def make_class(name: str) -> type[Any]:
-    """The class of that name, from its family's table: a model, `TF<stem>PreTrainedModel` or `TF<stem>MainLayer`."""
+    """The class with a name, from its family's table: a model, `TF<stem>PreTrainedModel` or `TF<stem>MainLayer`."""
     if name.endswith((BASE, MAIN)):
         return make_base_class(name)
     family, row = classes.row_of(name, PREFIX)
@@ -40,7 +40,7 @@ def make_class(name: str) -> type[Any]:
 
 @functools.cache
 def make_base_class(name: str) -> type[Any]:
-    """The base of a family's models, which holds what they have in common, or the class of their main layers."""
+    """The base class of a family's models, or the class of their main layers."""
     ending = MAIN if name.endswith(MAIN) else BASE
     stem = name.removeprefix(PREFIX).removesuffix(ending)
     kind = next((kind for kind, (own, _) in families.FAMILIES.items() if own == stem), None)
@@ -57,7 +57,7 @@ def make_base_class(name: str) -> type[Any]:
         return TFPreTrainedModel.__new__(cls, *args, **kwargs)
 
     own = {
-        "__doc__": f"The base of the classes {models}; no model by itself.",
+        "__doc__": f"The base class of {models}; not a model itself.",
         "__new__": refuse,
         "main_class": make_base_class(PREFIX + stem + MAIN),
     }
@@ -67,7 +67,7 @@ def make_base_class(name: str) -> type[Any]:
 def _main_class(name: str, family: Family, models: str) -> type[MainLayer]:
     row = family.bare_class
     names, extra = arguments(row), extra_arguments(family, row)
-    what = f"{name}: the bare model as a layer, which {models} hold as `{family.prefix}`."
+    what = f"{name}: the bare model as a layer, the `{family.prefix}` of {models}."
     own: dict[str, Any] = {
         "row": row,
         "arguments": names,
@@ -79,15 +79,15 @@ def _main_class(name: str, family: Family, models: str) -> type[MainLayer]:
 
 
 def _registered(made: Any) -> Any:
-    """A class that Keras finds by its name when it reads a file: in the `.keras` format, and in `.h5`."""
+    """Register a class, so that Keras finds it by name when it loads `.keras` and `.h5` files."""
     keras.saving.register_keras_serializable("monoblock")(made)
     keras.saving.get_custom_objects()[made.__name__] = made
     return made
 
 
 def arguments(row: ModelClass) -> tuple[str, ...]:
-    """The arguments in the order of the old TF classes: labels after `return_dict` where the family's own signature
-    ends with that, else in their places."""
+    """The arguments in the order of transformers' TF classes: labels after `return_dict` if the family's signature has
+    it, else in the order of the signature."""
     own = row.forward.split()
     if "return_dict" not in own:
         own = [name for name in own if name not in ("cache_position", "logits_to_keep")]
@@ -98,12 +98,12 @@ def arguments(row: ModelClass) -> tuple[str, ...]:
 
 
 def extra_arguments(family: Family, row: ModelClass) -> tuple[str, ...]:
-    """The keywords that a class's call takes beyond its signature."""
+    """The keyword-only arguments of a class's call, in addition to its signature."""
     return classes.extra_arguments(family, row, arguments(row))
 
 
 def _call(row: ModelClass, names: tuple[str, ...], extra: tuple[str, ...]) -> Callable[..., Any]:
-    """The common call under the class's own signature, from which Keras reads what a model takes."""
+    """The common call with the class's signature, which Keras inspects."""
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         return self.run({**dict(zip(names, args, strict=False)), **kwargs})

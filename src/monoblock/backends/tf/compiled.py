@@ -1,4 +1,4 @@
-"""What the loops over tokens are made of on TensorFlow: `tf.while_loop`, and seeds."""
+"""The operations of generation loops on TensorFlow: `tf.while_loop`, and seeds."""
 
 from __future__ import annotations
 
@@ -16,47 +16,49 @@ from monoblock.generation.compiled_loop import ProgramInputs, TokenBuffer
 
 
 class TfLoopOps:
-    """`LoopOps` for TensorFlow; each method is the protocol's. The state of a random source is its seed and
-    the number of draws made."""
+    """`LoopOps` for TensorFlow; see the protocol for the methods. The state of a random number generator is its seed
+    and the number of draws."""
 
     xp: Namespace = XP
 
-    def draws(self, generator: Seeds | None, needed: bool) -> tuple[Tensor, Tensor]:
+    def rng_state(self, generator: Seeds | None, needed: bool) -> tuple[Tensor, Tensor]:
         seeds = generator or (fresh_seeds() if needed else Seeds((0, 0)))
         return seeds.seed, tf.constant(seeds.count, tf.int32)
 
-    def kept(self, generator: Seeds, draws: tuple[Tensor, Tensor]) -> None:
-        generator.count = int(draws[1])
+    def set_rng_state(self, generator: Seeds, rng_state: tuple[Tensor, Tensor]) -> None:
+        generator.count = int(rng_state[1])
 
-    def source(self, draws: tuple[Tensor, Tensor], fine: Tensor) -> Seeds:
-        return Seeds(*draws, fine)
+    def rng(self, rng_state: tuple[Tensor, Tensor], can_sample: Tensor) -> Seeds:
+        return Seeds(*rng_state, can_sample)
 
-    def state(self, source: Seeds) -> tuple[Tensor, Tensor]:
-        return source.seed, source.count
+    def state_of(self, rng: Seeds) -> tuple[Tensor, Tensor]:
+        return rng.seed, rng.count
 
-    def numbers(self, text: TokenBuffer, given: ProgramInputs) -> tuple[TokenBuffer, ProgramInputs]:
-        # As float32, in which they are exact: TensorFlow computes with one kind of number at a time, and a processor
-        # may raise a number to a length's power.
-        def wide(x: Any) -> Tensor:
+    def cast_inputs(self, buffer: TokenBuffer, inputs: ProgramInputs) -> tuple[TokenBuffer, ProgramInputs]:
+        # As float32, in which they are exact: TensorFlow does not promote dtypes, and a processor may compute a power
+        # with a length as the exponent.
+        def to_float(x: Any) -> Tensor:
             return tf.cast(x, tf.float32)
 
-        def measured(text: TokenBuffer) -> TokenBuffer:
-            return text._replace(length=wide(text.length))
+        def cast_length(buffer: TokenBuffer) -> TokenBuffer:
+            return buffer._replace(length=to_float(buffer.length))
 
-        numbers = {name: wide(value) for name, value in given.numbers.items()}
-        return measured(text), ProgramInputs(numbers, measured(given.prompt), wide(given.max_length))
+        numbers = {name: to_float(value) for name, value in inputs.numbers.items()}
+        return cast_length(buffer), ProgramInputs(
+            numbers, cast_length(inputs.prompt), to_float(inputs.max_length)
+        )
 
-    def run(self, goes_on: Callable[[Any], Tensor], step: Callable[[Any], Any], start: Any) -> Any:
-        def packed(flat: Any) -> Any:
+    def while_loop(self, condition: Callable[[Any], Tensor], body: Callable[[Any], Any], start: Any) -> Any:
+        def nested(flat: Any) -> Any:
             return tf.nest.pack_sequence_as(start, flat)
 
-        end = tf.while_loop(
-            lambda *flat: goes_on(packed(flat)),
-            lambda *flat: tf.nest.flatten(step(packed(flat))),
+        state = tf.while_loop(
+            lambda *flat: condition(nested(flat)),
+            lambda *flat: tf.nest.flatten(body(nested(flat))),
             tf.nest.flatten(start),
             parallel_iterations=1,
         )
-        return packed(end)
+        return nested(state)
 
 
 LOOP_OPS: LoopOps = TfLoopOps()

@@ -1,4 +1,4 @@
-"""TFGenerationMixin on TensorFlow: the `generate` of the models, and what the framework-free loop knows of them."""
+"""Text generation on TensorFlow: the models' `generate`, and the interface to the framework-free loop."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import numpy as np
 import tensorflow as tf
 
 from monoblock.backends.tf import graph
-from monoblock.backends.tf.arrays import Seeds, shown
+from monoblock.backends.tf.arrays import Seeds, to_tensor
 from monoblock.backends.tf.namespace import XP
 from monoblock.backends.tf.outputs import TFModelOutput
 from monoblock.backends.tf.passes import TFPasses, passes_of
-from monoblock.backends.tf.processors import of_two
+from monoblock.backends.tf.processors import without_length
 from monoblock.backends.xla import runner
 from monoblock.backends.xla.namespace import Namespace
 from monoblock.generation import loop
@@ -30,25 +30,25 @@ if TYPE_CHECKING:
 
 @dataclass
 class TFGreedySearchDecoderOnlyOutput(TFModelOutput, GenerateDecoderOnlyOutput):
-    """What greedy decoding gives with `return_dict_in_generate=True`."""
+    """The output of greedy decoding with `return_dict_in_generate=True`."""
 
 
 @dataclass
 class TFSampleDecoderOnlyOutput(TFModelOutput, GenerateDecoderOnlyOutput):
-    """What sampling gives with `return_dict_in_generate=True`."""
+    """The output of sampling with `return_dict_in_generate=True`."""
 
 
 @dataclass
 class TFBeamSearchDecoderOnlyOutput(TFModelOutput, GenerateBeamDecoderOnlyOutput):
-    """What beam search gives with `return_dict_in_generate=True`."""
+    """The output of beam search with `return_dict_in_generate=True`."""
 
 
 @dataclass
 class TFBeamSampleDecoderOnlyOutput(TFModelOutput, GenerateBeamDecoderOnlyOutput):
-    """What sampled beam search gives with `return_dict_in_generate=True`."""
+    """The output of beam-search sampling with `return_dict_in_generate=True`."""
 
 
-# By the framework-free output, and whether tokens are drawn.
+# (the framework-free output class, do_sample) -> the output class.
 OUTPUTS: dict[tuple[type, bool], type[TFModelOutput]] = {
     (GenerateDecoderOnlyOutput, False): TFGreedySearchDecoderOnlyOutput,
     (GenerateDecoderOnlyOutput, True): TFSampleDecoderOnlyOutput,
@@ -58,13 +58,13 @@ OUTPUTS: dict[tuple[type, bool], type[TFModelOutput]] = {
 
 
 class TFGenerationMixin(runner.XlaGenerationMixin):
-    """Adds `generate` to the models that predict the next token."""
+    """Adds `generate` to causal language models."""
 
     xp: ClassVar[Namespace] = XP
     row: ModelClass
 
     def can_generate(self) -> bool:
-        """Whether the class predicts the next token."""
+        """Whether the class is a causal language model."""
         return self.row.head == "causal"
 
     @tf.autograph.experimental.do_not_convert
@@ -79,35 +79,35 @@ class TFGenerationMixin(runner.XlaGenerationMixin):
     ) -> Any:
         """Continue prompts, (batch, tokens) or what a tokenizer returns.
 
-        Gives ids (batch, prompt + new), or with `return_dict_in_generate=True` a TFGreedySearchDecoderOnlyOutput
+        Returns ids (batch, prompt + new), or with `return_dict_in_generate=True` a TFGreedySearchDecoderOnlyOutput
         (TFSample..., TFBeamSearch..., TFBeamSample...).
 
         Greedy decoding, sampling and beam search run as one graph for each bucket of lengths, which XLA compiles unless
-        `jit_compile=False`; what needs the host between tokens (streamers, criteria and processors of one's own,
-        recorded scores) runs a graph for each token. `disable_compile=True`: all of it runs eagerly, as
-        with `tf.config.run_functions_eagerly(True)`. Inside a `tf.function` the prompt and all new tokens become part
-        of its graph (see `graph.py`).
+        `jit_compile=False`. Calls that need the host between tokens (streamers, custom criteria and processors,
+        returned scores) run a graph per token. `disable_compile=True` runs everything eagerly, as does
+        `tf.config.run_functions_eagerly(True)`. Inside a `tf.function`, the whole call becomes part of its graph (see
+        `graph.py`).
 
-        Draws come from `seed` (an integer, or two), or `generator` (a `tf.random.Generator`), or TensorFlow's global
-        source. Other keywords are those of the PyTorch classes' `generate`. ValueError for what is unknown or not
-        supported.
+        Sampling uses `seed` (an integer, or two), `generator` (a `tf.random.Generator`), or TensorFlow's global
+        generator. Other keywords are those of the PyTorch classes' `generate`. ValueError for unknown or unsupported
+        arguments.
         """
         inputs, arguments = self.generate_arguments(inputs, kwargs)
         if logits_processor is not None:
-            arguments["logits_processor"] = [of_two(own) for own in logits_processor]
-        arguments |= _random(seed, arguments.pop("generator", None))
-        if (helper := arguments.get("assistant_model")) is not None:
-            check_assistant(helper, TFGenerationMixin)
-            arguments["assistant_model"] = TFRunner(helper, jit_compile)
+            arguments["logits_processor"] = [without_length(processor) for processor in logits_processor]
+        arguments |= _random_arguments(seed, arguments.pop("generator", None))
+        if (assistant := arguments.get("assistant_model")) is not None:
+            check_assistant(assistant, TFGenerationMixin)
+            arguments["assistant_model"] = TFRunner(assistant, jit_compile)
         if tf.executing_eagerly():
             eager = TFRunner(self, jit_compile)
-            return eager.shown(loop.generate(eager, inputs, generation_config, **arguments))
+            return eager.to_output(loop.generate(eager, inputs, generation_config, **arguments))
         traced = GraphRunner(self, inputs, arguments)
-        return traced.shown(loop.generate(traced, None, generation_config, **traced.stand_ins()))
+        return traced.to_output(loop.generate(traced, None, generation_config, **traced.placeholders()))
 
 
-def _random(seed: Any, generator: Any) -> dict[str, Any]:
-    """The arguments that say what draws come from."""
+def _random_arguments(seed: Any, generator: Any) -> dict[str, Any]:
+    """The arguments that determine the random number generator."""
     if seed is not None and generator is not None:
         raise ValueError("generate() got both seed and generator: pass one")
     if isinstance(generator, tf.random.Generator):
@@ -118,25 +118,25 @@ def _random(seed: Any, generator: Any) -> dict[str, Any]:
         return {"generator": generator} if seed is None else {"seed": seed}
     if np.shape(seed) == (2,):
         return {"generator": Seeds(seed)}
-    raise ValueError(f"seed must be a whole number or two of them, got {seed!r}")
+    raise ValueError(f"seed must be one or two integers, got {seed!r}")
 
 
-# Refused by these classes for reasons of their own.
+# Options that only these classes refuse.
 UNSUPPORTED: Unsupported = {
     "cache_implementation": (
         ("dynamic", "static"),
-        "the caches of the TF classes are 'dynamic' and 'static', in the computation's type",
+        "the caches of the TF classes are 'dynamic' and 'static', in the computation's dtype",
     ),
     "compile_config": (
         (),
-        "it holds torch.compile's options; jit_compile= and disable_compile= say what TensorFlow compiles",
+        "it holds torch.compile's options; jit_compile= and disable_compile= control compilation in TensorFlow",
     ),
     "synced_gpus": ((False,), "generation across processes is not implemented"),
 }
 
 
 class TFRunner(runner.XlaRunner):
-    """What `loop.generate` needs to know of a model."""
+    """The `Model` of `loop.generate` for a model."""
 
     unsupported = UNSUPPORTED
 
@@ -149,30 +149,30 @@ class TFRunner(runner.XlaRunner):
         self.samples = bool(config.do_sample)
         return passes_of(self.model, compiled=self.jit_compile and traced, traced=traced)
 
-    def shown(self, found: Any) -> Any:
-        """A result with TensorFlow's arrays in place of NumPy's, and its class."""
+    def to_output(self, found: Any) -> Any:
+        """A result with tensors instead of NumPy arrays, in its TF class."""
         if (kind := OUTPUTS.get((type(found), self.samples))) is None:
-            return shown(found)
-        return kind(**{name: tf.nest.map_structure(shown, value) for name, value in found.items()})
+            return to_tensor(found)
+        return kind(**{name: tf.nest.map_structure(to_tensor, value) for name, value in found.items()})
 
 
 class GraphRunner(TFRunner):
-    """The same inside a `tf.function`, where the prompts have shapes and no values yet."""
+    """A model inside a `tf.function`, where prompts have shapes but no values."""
 
     def __init__(self, model: Any, inputs: Any, arguments: Mapping[str, Any]) -> None:
         super().__init__(model, jit_compile=False)
         self.arguments = dict(arguments)
         self.prompt = graph.prompt(inputs, self.arguments)
 
-    def stand_ins(self) -> dict[str, Any]:
-        """The arguments of the call, with prompts of the same shape that have values."""
-        return self.arguments | self.prompt.stand_ins()
+    def placeholders(self) -> dict[str, Any]:
+        """The call's arguments with placeholder prompts of the same shape."""
+        return self.arguments | self.prompt.placeholders()
 
     def compiled(self, generation: Any, program: Program) -> Any:
-        """The call as a part of the graph."""
+        """The call as part of the graph."""
         return graph.run(self.prompt, generation, program)
 
     def decoder(self, plan: loop.GenerationPlan, inputs: dict[str, Any]) -> Any:
-        """A decoder whose tokens `compiled` makes."""
+        """The decoder of a call, for which `compiled` generates the tokens."""
         self.samples = bool(plan.config.do_sample)
         return graph.GraphDecoder(self.model, plan, inputs, self.max_positions)

@@ -1,4 +1,4 @@
-"""The public call: arguments in every form, checked and made tensors, and the output's class."""
+"""The public forward pass: argument binding and validation, and the output class."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import Any, ClassVar
 
 import tensorflow as tf
 
-from monoblock.backends.tf.binding import CALL_OPTIONS, bound, plainly, whole
+from monoblock.backends.tf.binding import CALL_OPTIONS, bind, integers, without_keras_details
 from monoblock.backends.tf.cache import Cache, from_tuples, init_cache
 from monoblock.backends.tf.checked import check_inputs
-from monoblock.backends.tf.guards import short, within
+from monoblock.backends.tf.guards import check_length, check_range
 from monoblock.backends.tf.ops import Size, Tensor, size
 from monoblock.backends.tf.outputs import named, output_class
 from monoblock.backends.xla.checked import CheckedInputs
@@ -21,8 +21,7 @@ from monoblock.spec import ArchSpec, Learned
 
 
 class Forward:
-    """What a model and the main layer inside it have in common: they are called with the arguments of their class, and
-    give its output. `network` is what they compute."""
+    """The call that models and main layers share: arguments and output of their class; `network` is the computation."""
 
     family: ClassVar[Family]
     row: ClassVar[ModelClass]
@@ -39,12 +38,12 @@ class Forward:
         cache: Cache | None = None,
         options: ForwardOptions = DEFAULT_OPTIONS,
     ) -> dict[str, Any]:
-        """The outputs by name, from tensors alone; all of it can be traced.
+        """The outputs by name, from tensors; traceable.
 
-        `given`, each where it is needed: input_ids int32 (b, n) or inputs_embeds (b, n, w); attention_mask and
+        `given`, all optional: input_ids int32 (b, n) or inputs_embeds (b, n, w); attention_mask and
         sequence_id (b, n), with a static cache (b, max_length); position_ids (b or 1, n); token_type_ids (b, n);
-        mc_token_ids (b,); head_mask; image_patches (P, size) and patch_rows (b, n), which say which patch each token
-        is, -1 for none; labels.
+        mc_token_ids (b,); head_mask; image_patches (P, size) and patch_rows (b, n), the index of each token's
+        patch, -1 for text; labels.
         """
         raise NotImplementedError
 
@@ -54,10 +53,10 @@ class Forward:
         return super().__call__(**self.bound(args, kwargs))  # pyright: ignore[reportAttributeAccessIssue]
 
     def run(self, arguments: dict[str, Any]) -> Any:
-        """The output of arguments that `bound` has made."""
-        given = {name: whole(name, value) for name, value in arguments.items() if value is not None}
+        """The output for arguments bound by `bound`."""
+        given = {name: integers(name, value) for name, value in arguments.items() if value is not None}
         call_options = {name: given.pop(name) for name in CALL_OPTIONS if name in given}
-        with plainly():
+        with without_keras_details():
             made, cache, options = self._checked(given, call_options)
         values = self.network(made.given, cache, options)
         if made.legacy and "past_key_values" in values:
@@ -66,13 +65,13 @@ class Forward:
         return result if self._option(call_options, "return_dict") else result.to_tuple()
 
     def bound(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Every way of giving arguments as keywords of tensors; TypeError for what the class does not take."""
-        return bound(type(self).__name__, (self.arguments, self.extra), args, kwargs)
+        """Bind arguments to names, as tensors; TypeError for unknown arguments."""
+        return bind(type(self).__name__, (self.arguments, self.extra), args, kwargs)
 
     def _checked(
         self, given: dict[str, Any], call_options: Mapping[str, Any]
     ) -> tuple[CheckedInputs, Cache | None, ForwardOptions]:
-        """What the network takes: tensors, the cache and the forward pass's options; ValueError says what is wrong."""
+        """The network's inputs: tensors, the cache and the options; ValueError if an argument does not fit."""
         train = bool(given.pop("training", False))
         cache, legacy = self._cache(given, given.pop("past_key_values", None), call_options, train)
         made = check_inputs(self.spec, self.head_spec, given, cache, train)
@@ -81,28 +80,28 @@ class Forward:
         return made, cache, self._forward_options(made, call_options, train)
 
     def _guard(self, given: dict[str, Any]) -> None:
-        """Have a graph check the values that it gets. ValueError: what is traced is too long, padding included."""
+        """Add checks of the values to a graph. ValueError if a traced sequence is too long, padding included."""
         vocab, learned = self.spec.vocab, self.spec.position(Learned)
         for name in ("input_ids", "token_type_ids"):
             if name in given:
-                given[name] = within(name, given[name], vocab, "is this the tokenizer of this model?")
+                given[name] = check_range(name, given[name], vocab, "is this the tokenizer of this model?")
         if learned is None or tf.executing_eagerly():
             return
         if "position_ids" in given:
             advice = f"the model has {learned.size} learned positions"
-            given["position_ids"] = within("position_ids", given["position_ids"], learned.size, advice)
+            given["position_ids"] = check_range("position_ids", given["position_ids"], learned.size, advice)
             return
         tokens = "input_ids" if "input_ids" in given else "inputs_embeds"
-        given[tokens] = short(given[tokens], learned.size - learned.offset)
+        given[tokens] = check_length(given[tokens], learned.size - learned.offset)
 
     def _cache(
         self, given: Mapping[str, Any], past: Any, call_options: Mapping[str, Any], train: bool
     ) -> tuple[Cache | None, bool]:
-        """The cache, and whether it goes out as tuples (the form in which it came, or the hub's when none did)."""
-        asked = call_options.get("use_cache")
-        use = bool(getattr(self.config, "use_cache", False) and not train if asked is None else asked)
+        """The cache, and whether it is returned as tuples (as it was given; transformers' form if none was given)."""
+        requested = call_options.get("use_cache")
+        use = bool(getattr(self.config, "use_cache", False) and not train if requested is None else requested)
         if not self.spec.causal:
-            if asked or past is not None:
+            if requested or past is not None:
                 raise ValueError(
                     "a bidirectional model has no cache: leave out use_cache and past_key_values"
                 )
@@ -119,7 +118,7 @@ class Forward:
         return self._new_cache(rows, None), True
 
     def init_cache(self, batch_size: int, max_length: int) -> Cache:
-        """An empty cache for so many rows of up to `max_length` tokens, to be given as `past_key_values`."""
+        """An empty cache for `batch_size` rows of up to `max_length` tokens, for `past_key_values`."""
         return self._new_cache(batch_size, max_length)
 
     def _new_cache(self: Any, rows: Size, max_length: int | None) -> Cache:
@@ -131,7 +130,7 @@ class Forward:
         keep = call_options.get("logits_to_keep") or 0
         if not isinstance(keep, int):
             raise TypeError(
-                f"logits_to_keep must be how many of the last tokens, an int, got {type(keep).__name__}"
+                f"logits_to_keep must be the number of last tokens, an int, got {type(keep).__name__}"
             )
         return ForwardOptions(
             train=train,

@@ -1,6 +1,6 @@
-"""TensorFlow and Keras, imported in the right way: Keras on its TensorFlow backend, and neither PyTorch nor JAX.
+"""Import of TensorFlow and Keras: Keras with its TensorFlow backend, and neither PyTorch nor JAX.
 
-`BACKEND` is what Keras runs on; importing this module raises an ImportError that says why it cannot be TensorFlow.
+Importing this module raises ImportError if Keras cannot use the backend `BACKEND`.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ BACKEND = "tensorflow"
 
 
 def _without_jax() -> Any:
-    """TensorFlow. Its Lite converter imports JAX wherever JAX is installed, a second and a hundred megabytes that
-    nothing here uses; to that import, JAX looks absent for as long as it takes."""
+    """Import TensorFlow without JAX. TensorFlow's Lite converter imports JAX if it is installed, which takes a second
+    and 100 MB; during the import, JAX appears to be absent."""
     if "tensorflow" in sys.modules or "jax" in sys.modules:
         return importlib.import_module("tensorflow")
     sys.modules["jax"] = None  # pyright: ignore[reportArgumentType]
@@ -26,12 +26,12 @@ def _without_jax() -> Any:
 
 
 def _choose_backend() -> None:
-    """Tell Keras, before TensorFlow imports it, to run on TensorFlow; ImportError if it is told otherwise."""
+    """Set Keras's backend before TensorFlow imports Keras; ImportError if another one is set."""
     if "keras" in sys.modules:
         return
-    asked = os.environ.setdefault("KERAS_BACKEND", BACKEND)
-    if asked != BACKEND:
-        raise ImportError(_wrong(f"KERAS_BACKEND={asked!r}", f"set it to {BACKEND!r}, or unset it"))
+    backend = os.environ.setdefault("KERAS_BACKEND", BACKEND)
+    if backend != BACKEND:
+        raise ImportError(_wrong(f"KERAS_BACKEND={backend!r}", f"set it to {BACKEND!r}, or unset it"))
 
 
 def _check_backend() -> None:

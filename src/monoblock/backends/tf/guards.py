@@ -1,6 +1,6 @@
-"""Values that a graph checks when it runs: where they are wrong, it ends with a sentence that says so.
+"""Checks of values when a graph runs, which end it with an error message.
 
-What XLA compiles cannot raise; there nothing is checked.
+Programs compiled by XLA cannot raise errors; they are not checked.
 """
 
 from __future__ import annotations
@@ -12,46 +12,48 @@ import tensorflow as tf
 
 from monoblock.backends.tf.ops import Tensor, size
 
-OURS = "monoblock: "  # which begins what is said here
-_SAID = re.compile(rf"assertion failed: \[{OURS}(.*)\]\n")
+PREFIX = "monoblock: "  # of the messages of these checks
+_MESSAGE = re.compile(rf"assertion failed: \[{PREFIX}(.*)\]\n")
 
 
-def checked_later(x: Tensor, fine: Tensor, *said: Any) -> Tensor:
-    """The tensor; a graph ends with what is `said`, texts and tensors, where it is not `fine`."""
-    with tf.control_dependencies([tf.debugging.Assert(fine, [OURS + said[0], *said[1:]])]):
+def assert_in_graph(x: Tensor, condition: Tensor, *message: Any) -> Tensor:
+    """The tensor, with an assertion of the `condition`; `message`: strings and tensors."""
+    with tf.control_dependencies([tf.debugging.Assert(condition, [PREFIX + message[0], *message[1:]])]):
         return tf.identity(x)
 
 
-def within(name: str, x: Tensor, count: int, advice: str) -> Tensor:
-    """Whole numbers that a graph checks to be 0 to `count - 1`; as they are, where they have values."""
+def check_range(name: str, x: Tensor, count: int, advice: str) -> Tensor:
+    """Integers with an assertion in graphs that they are 0 to `count - 1`; unchanged in eager mode."""
     if tf.executing_eagerly():
         return x
     low, high = tf.reduce_min(x), tf.reduce_max(x)
-    fine = (tf.size(x) == 0) | ((low >= 0) & (high < count))
-    return checked_later(x, fine, f"{name} must be 0 to {count - 1} ({advice}), but go from", low, "to", high)
+    valid = (tf.size(x) == 0) | ((low >= 0) & (high < count))
+    return assert_in_graph(
+        x, valid, f"{name} must be 0 to {count - 1} ({advice}), but go from", low, "to", high
+    )
 
 
-def short(tokens: Tensor, room: int) -> Tensor:
-    """Tokens (b, s, ..), at most `room` of them, padding included: ValueError where that is known while tracing, else
-    the graph checks it."""
-    said = (
-        f"the model has {room} learned positions, but the text has",
-        "tokens (padding counts in a graph): cut it",
+def check_length(tokens: Tensor, room: int) -> Tensor:
+    """Tokens (b, s, ..), at most `room` of them, padding included: ValueError if the length is static, else an
+    assertion in the graph."""
+    message = (
+        f"the model has {room} learned positions, but the input has",
+        "tokens (padding counts in a graph): shorten it",
     )
     count = size(tokens, 1)
     if not isinstance(count, int):
-        return checked_later(tokens, count <= room, said[0], count, said[1])
+        return assert_in_graph(tokens, count <= room, message[0], count, message[1])
     if count > room:
-        raise ValueError(f"{said[0]} {count} {said[1]}")
+        raise ValueError(f"{message[0]} {count} {message[1]}")
     return tokens
 
 
-def classes(labels_n: Tensor, real_n: Tensor, count: int) -> Tensor:
-    """Labels of `count` classes, 0 where they are not `real`; a graph ends if there is another."""
-    return within("labels", tf.where(real_n, labels_n, 0), count, "-100 stands for none")
+def check_labels(labels_n: Tensor, real_n: Tensor, count: int) -> Tensor:
+    """Labels with 0 for ignored ones (not `real`), with an assertion in graphs that they are classes below `count`."""
+    return check_range("labels", tf.where(real_n, labels_n, 0), count, "-100 stands for none")
 
 
-def sentence(error: Any) -> str | None:
-    """What a graph says that ended here, or None."""
-    found = _SAID.search(str(getattr(error, "message", "")))
+def error_message(error: Any) -> str | None:
+    """The message of a failed check of this module, or None."""
+    found = _MESSAGE.search(str(getattr(error, "message", "")))
     return None if found is None else found[1].replace("] [", " ")

@@ -1,7 +1,7 @@
-"""Every head kind and its loss, once. Shape suffixes: b batch, s tokens, w width, v outputs.
+"""All head kinds and their losses. Shape suffixes: b batch, s tokens, w width, v outputs.
 
-Losses have the shapes of the old TF classes: (1,), a mean over tokens, for labels of tokens; (b,), one for each row,
-for labels of rows. The mean of either is the loss of the other frameworks.
+Losses have the shapes of transformers' TF classes: (1,), a mean over tokens, for token labels; (b,), one per row, for
+sequence labels. The mean of either equals the loss of the other frameworks.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from typing import Any
 
 import tensorflow as tf
 
-from monoblock.backends.tf.binding import plainly
-from monoblock.backends.tf.guards import classes
+from monoblock.backends.tf.binding import without_keras_details
+from monoblock.backends.tf.guards import check_labels
 from monoblock.backends.tf.layers import Tied
 from monoblock.backends.tf.namespace import XP
 from monoblock.backends.tf.ops import Tensor, size
 from monoblock.backends.tf.parts import Part
-from monoblock.backends.xla.checked import described
+from monoblock.backends.xla.checked import describe_labels
 from monoblock.backends.xla.inputs import ForwardOptions
 from monoblock.call_checks import (
     IGNORED,
@@ -33,17 +33,17 @@ Given = Mapping[str, Any]
 
 
 class Pooler(Part):
-    """The first token's hidden state through a dense layer and tanh; (b, w)."""
+    """(b, w): dense layer and tanh on the first token's hidden state."""
 
     def call(self, hidden_bsw: Tensor) -> Tensor:
         return self.role("head_act")(self.call_role("head_dense", hidden_bsw[:, 0]))
 
 
 class LMHead(Part):
-    """Dense layer, GELU, norm, and the projection to the vocabulary, whose bias is the part's own."""
+    """Dense layer, GELU, norm, and the projection to the vocabulary, whose bias belongs to this layer."""
 
     def prepare(self, spec: ArchSpec, layer: int) -> None:
-        """How many ids the vocabulary has."""
+        """Store the spec."""
         del layer
         self.spec = spec
 
@@ -57,7 +57,7 @@ class LMHead(Part):
 
 
 class ClassifierHead(Part):
-    """The first token's hidden state through a dense layer and tanh, projected; dropout before both."""
+    """Dense layer and tanh on the first token's hidden state, then the projection; dropout before both."""
 
     def call(self, hidden_bsw: Tensor, seed: Tensor | None = None) -> Tensor:
         drop = self.role("head_drop")
@@ -66,12 +66,12 @@ class ClassifierHead(Part):
 
 
 class SummaryHead(Part):
-    """One vector a row, (b, labels) or (b, w): of the position asked for (the last one by default), projected."""
+    """(b, labels) or (b, w): the projected hidden state of one position per row, by default the last."""
 
-    how: Summary
+    summary: Summary
 
     def call(self, hidden_bsw: Tensor, positions: Tensor | None = None, seed: Tensor | None = None) -> Tensor:
-        summary = self.how
+        summary = self.summary
         if summary.pool == "mean":
             x = tf.reduce_mean(hidden_bsw, axis=1)
         elif summary.pool == "cls_index" and positions is not None:
@@ -92,7 +92,7 @@ KINDS_OF_PARTS: dict[str, type[Part]] = {
 
 
 def projected(out: Any, hidden: Tensor, table: Tensor | None) -> Tensor:
-    """Hidden states through the last matrix, which is the embedding's `table` (v, w) where they are tied."""
+    """The output projection of hidden states; if tied, with the embedding matrix `table` (v, w)."""
     return out(hidden, table=table) if isinstance(out, Tied) else out(hidden)
 
 
@@ -101,22 +101,22 @@ def last_tokens(
 ) -> Tensor:
     """The hidden state (b, w) of each row's last token.
 
-    That is the last one that is not the pad token, of those that the attention mask keeps if there is one; a row of pad
-    tokens ends where its mask does. By `head.last_by` the mask alone may decide: it tells padding from a real token of
-    the same id. Of embeddings it always does; with neither, it is the last place.
+    It is the last unmasked token that is not the pad token; a row of pad tokens ends where its mask does. With
+    `head.last_by` set to the mask, only the mask decides, which distinguishes padding from real tokens of the pad id;
+    the same holds for embeddings. Without mask and ids, it is the last position.
     """
     s = size(hidden_bsw, 1)
-    text = (
+    not_pad = (
         None
         if input_ids is None or head.pad_id is None
         else input_ids != tf.cast(head.pad_id, input_ids.dtype)
     )
     kept = None if attention_mask is None else attention_mask[:, -s:] != 0
-    if (real := text if kept is None else kept) is None:
+    if (real := not_pad if kept is None else kept) is None:
         return hidden_bsw[:, -1]
     rank = tf.range(1, s + 1) * tf.cast(real, tf.int32)
-    if kept is not None and text is not None and head.last_by == "pad_id":
-        rank += s * tf.cast(kept & text, tf.int32)
+    if kept is not None and not_pad is not None and head.last_by == "pad_id":
+        rank += s * tf.cast(kept & not_pad, tf.int32)
     last = tf.argmax(rank, axis=-1, output_type=tf.int32)
     return tf.gather(hidden_bsw, last, batch_dims=1)
 
@@ -125,15 +125,15 @@ def last_tokens(
 
 
 def each(logits: Tensor, labels: Tensor, name: str = "labels") -> tuple[Tensor, Tensor]:
-    """The cross-entropy of each label (n,), 0 for those that are -100, and 1 for the others, 0 for those. ValueError:
-    `name` holds no class for each of the logits (..., v)."""
-    with plainly():
-        check_classes(described(XP, name, whole_labels(labels)), logits.shape)
+    """(n,) twice: the cross-entropy of each label, 0 for -100, and its weight, 1 or for -100 0. ValueError if the
+    labels `name` do not match the logits (..., v)."""
+    with without_keras_details():
+        check_classes(describe_labels(XP, name, integer_labels(labels)), logits.shape)
     return _each(logits, labels)
 
 
-def whole_labels(labels: Tensor) -> Tensor:
-    """Labels as whole numbers where a graph has them as floats, as Keras makes its inputs."""
+def integer_labels(labels: Tensor) -> Tensor:
+    """Labels as integers; in graphs, Keras's inputs are floats."""
     return tf.cast(labels, tf.int32) if labels.dtype.is_floating and XP.values(labels) is None else labels
 
 
@@ -141,7 +141,7 @@ def _each(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     logits = tf.reshape(wide(logits), (-1, logits.shape[-1]))
     labels = tf.cast(tf.reshape(labels, (-1,)), tf.int32)
     real = labels != IGNORED
-    labels = classes(labels, real, logits.shape[-1])
+    labels = check_labels(labels, real, logits.shape[-1])
     found = tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits)
     return tf.where(real, found, 0.0), tf.cast(real, found.dtype)
 
@@ -152,8 +152,8 @@ def wide(x: Tensor) -> Tensor:
 
 
 def token_loss(logits: Tensor, labels: Tensor, count: Any = None) -> Tensor:
-    """(1,): the mean over the labels that are not -100, or their sum over `count` (for accumulated gradients). Without
-    any label the loss is 0, with a zero gradient."""
+    """(1,): the mean cross-entropy over labels other than -100, or their sum / `count` (for accumulated gradients).
+    Without labels the loss and its gradient are 0."""
     return _token_loss(*each(logits, labels), count)
 
 
@@ -163,32 +163,32 @@ def _token_loss(found: Tensor, real: Tensor, count: Any) -> Tensor:
 
 
 def row_loss(logits: Tensor, labels: Tensor, count: Any = None, name: str = "labels") -> Tensor:
-    """(b,): the cross-entropy of each row, which stands for 1 / `count` of the whole (by default 1 / the number of rows
-    whose label is not -100), so that the mean of these is the loss."""
+    """(b,): the cross-entropy of each row, scaled so that their mean is the loss: the sum / `count` (by default the
+    number of rows whose label is not -100)."""
     found, real = each(logits, labels, name)
     many = tf.maximum(tf.reduce_sum(real), 1.0) if count is None else tf.cast(count, found.dtype)
     return found * (tf.cast(size(found, 0), found.dtype) / many)
 
 
 def causal_loss(logits_bsv: Tensor, labels_bs: Tensor, count: Any = None) -> Tensor:
-    """Each token predicts the next one: labels are the input ids, shifted here."""
-    with plainly():
-        check_tokens_have_labels(described(XP, "labels", labels_bs), logits_bsv.shape)
-    if None not in (known := (logits_bsv.shape[1], labels_bs.shape[1])) and known[0] != known[1]:
+    """Next-token cross-entropy: labels are the input ids; the shift is done here."""
+    with without_keras_details():
+        check_tokens_have_labels(describe_labels(XP, "labels", labels_bs), logits_bsv.shape)
+    if None not in (lengths := (logits_bsv.shape[1], labels_bs.shape[1])) and lengths[0] != lengths[1]:
         raise ValueError(
-            f"labels of {labels_bs.shape[1]} tokens came with logits of {logits_bsv.shape[1]}: "
+            f"labels have {labels_bs.shape[1]} tokens, but logits have {logits_bsv.shape[1]}: "
             "leave logits_to_keep at 0 when labels are given"
         )
-    with plainly():
-        check_classes(described(XP, "labels", whole_labels(labels_bs)), logits_bsv.shape)
+    with without_keras_details():
+        check_classes(describe_labels(XP, "labels", integer_labels(labels_bs)), logits_bsv.shape)
     return _token_loss(*_each(logits_bsv[:, :-1], labels_bs[:, 1:]), count)
 
 
 def sequence_loss(logits_bv: Tensor, labels: Tensor, problem_type: str | None, count: Any = None) -> Tensor:
-    """Regression (mean square), one class (cross-entropy) or several (binary cross-entropy), (b,); the type is
-    inferred from the labels of this call when None is given."""
-    with plainly():
-        problem_type = problem_of(described(XP, "labels", labels), logits_bv.shape, problem_type)
+    """(b,): regression (mean squared error), single-label (cross-entropy) or multi-label classification (binary
+    cross-entropy); `problem_type` None: inferred from the labels."""
+    with without_keras_details():
+        problem_type = problem_of(describe_labels(XP, "labels", labels), logits_bv.shape, problem_type)
     if problem_type == "single_label_classification":
         return row_loss(logits_bv, labels, count)
     logits_bv = wide(logits_bv)
@@ -203,11 +203,11 @@ def sequence_loss(logits_bv: Tensor, labels: Tensor, problem_type: str | None, c
 
 
 def span_loss(start_bs: Tensor, end_bs: Tensor, starts: Tensor, ends: Tensor, count: Any = None) -> Tensor:
-    """The mean of two cross-entropies over the tokens, (b,); positions outside the text are ignored."""
+    """(b,): the mean of the start and end cross-entropies over tokens; positions outside the sequence are ignored."""
     length = size(start_bs, 1)
-    with plainly():
-        for name, places in (("start_positions", starts), ("end_positions", ends)):
-            check_token_positions(described(XP, name, whole_labels(places)), start_bs.shape[0])
+    with without_keras_details():
+        for name, labels in (("start_positions", starts), ("end_positions", ends)):
+            check_token_positions(describe_labels(XP, name, integer_labels(labels)), start_bs.shape[0])
 
     def one(logits: Tensor, positions: Tensor) -> Tensor:
         positions = tf.cast(tf.reshape(positions, (-1,)), tf.int32)
@@ -225,13 +225,13 @@ def span_loss(start_bs: Tensor, end_bs: Tensor, starts: Tensor, ends: Tensor, co
 
 
 class Head:
-    """A model's head in one call: its spec now, the table that it may be tied to, the seed of its dropouts."""
+    """A model's head in one forward pass: its current spec, the embedding matrix if tied, the seed of dropout."""
 
     def __init__(self, model: Any, spec: HeadSpec, table: Tensor | None, seed: Tensor | None) -> None:
         self.model, self.spec, self.table, self.seed = model, spec, table, seed
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        """Logits (..., v); those over the vocabulary are scaled and capped as the spec says."""
+        """Logits (..., v); vocabulary logits are scaled and soft-capped as in the spec."""
         model = self.model
         if model.has("classifier_head"):
             return model.role("classifier_head")(hidden, seed=self.seed)
@@ -245,7 +245,7 @@ class Head:
 
 
 def scaled(logits: Tensor, spec: ArchSpec) -> Tensor:
-    """Scores of the vocabulary with the model's factor and cap."""
+    """Apply the spec's factor and soft cap to vocabulary logits."""
     if spec.logit_scale != 1.0:
         logits = logits * spec.logit_scale
     if (cap := spec.logit_softcap) is not None:
@@ -300,8 +300,8 @@ def _double(head: Head, hidden: Tensor, given: Given, options: ForwardOptions) -
     logits, scores = head(hidden), summary(hidden, positions=given.get("mc_token_ids"), seed=head.seed)
     loss = mc_loss = None
     if (labels := given.get("labels")) is not None:
-        with plainly():
-            check_tokens_have_labels(described(XP, "labels", labels), logits.shape)
+        with without_keras_details():
+            check_tokens_have_labels(describe_labels(XP, "labels", labels), logits.shape)
         loss = causal_loss(logits, tf.reshape(labels, (-1, size(labels, -1))), count)
     if options.nested:
         scores = tf.reshape(scores, (-1, choices, *scores.shape[1:]))
@@ -309,7 +309,7 @@ def _double(head: Head, hidden: Tensor, given: Given, options: ForwardOptions) -
     if (mc_labels := given.get("mc_labels")) is not None:
         choices_bv = (
             scores if len(scores.shape) > 1 else scores[None]
-        )  # rows without choices are those of one text
+        )  # without a choice axis, the rows are the choices of one example
         mc_loss = row_loss(choices_bv, mc_labels, count, "mc_labels")
     if options.nested:
         logits = tf.reshape(logits, (-1, choices, size(logits, 1), logits.shape[-1]))

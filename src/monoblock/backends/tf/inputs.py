@@ -1,4 +1,4 @@
-"""From a call's tensors to what the blocks need."""
+"""Preparation of the blocks' inputs from the network's inputs."""
 
 from __future__ import annotations
 
@@ -20,6 +20,6 @@ KINDS = Kinds(ForwardContext, Scope)
 def prepare(
     spec: ArchSpec, given: Mapping[str, Tensor], count: Size, cache: Cache | None, options: ForwardOptions
 ) -> ForwardContext:
-    """The forward context of the blocks, for `count` tokens."""
+    """The context of a forward pass of `count` tokens."""
     context = inputs.prepare(XP, KINDS, spec, given, count, cache, options)
     return replace(context, head_mask=given.get("head_mask"))

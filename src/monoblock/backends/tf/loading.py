@@ -1,4 +1,4 @@
-"""Weights from a checkpoint's files into a model's variables, one at a time."""
+"""Loading of a checkpoint's tensors into a model's variables, one at a time."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ DTYPES: dict[str, Any] = {
     "float64": np.float64,
 }
 STORED = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-# A variable's name -> what the hub's files call it.
+# A variable's name -> the name in files.
 IN_FILES = {
     "kernel": "weight",
     "embeddings": "weight",
@@ -36,19 +36,19 @@ IN_FILES = {
 
 @dataclass(frozen=True)
 class StoredVariable:
-    """A variable of a layer, as the hub's files hold it: matrices are outputs x inputs, but for Conv1D's, and biases
-    have one axis."""
+    """A variable of a layer, and its layout in files: matrices are outputs x inputs (except Conv1D's), biases have one
+    axis."""
 
     layer: Any
     variable: Any
 
     @property
     def transposed(self) -> bool:
-        """Whether the variable has the other axis first."""
+        """Whether the variable is transposed in files."""
         return isinstance(self.layer, keras.layers.Dense) and not isinstance(self.layer, Conv1D)
 
-    def laid(self, values: Array) -> Array:
-        """Values in the file's layout, of ones in the variable's or the other way round."""
+    def convert(self, values: Array) -> Array:
+        """Convert values between the layout of files and that of the variable; its own inverse."""
         if IN_FILES[self.variable.name] == "bias":
             return values.reshape(-1)
         return values.T if self.transposed else values
@@ -62,36 +62,36 @@ class StoredVariable:
         return shape[::-1] if self.transposed else shape
 
     def read(self) -> Array:
-        """The values as files hold them, adapters (`enable_lora`) taken in."""
+        """The values in the layout of files, with adapters (`enable_lora`) merged."""
         value: Any = self.variable
         if IN_FILES[value.name] == "weight" and isinstance(self.layer, keras.layers.Dense):
             value = self.layer.kernel
         elif isinstance(self.layer, keras.layers.Embedding):
             value = self.layer.embeddings
-        return self.laid(np.asarray(value.numpy() if hasattr(value, "numpy") else value))
+        return self.convert(np.asarray(value.numpy() if hasattr(value, "numpy") else value))
 
     def assign(self, values: Array) -> None:
-        """Take values as files hold them."""
-        values = self.laid(np.asarray(values)).reshape(self.variable.shape)
+        """Assign values in the layout of files."""
+        values = self.convert(np.asarray(values)).reshape(self.variable.shape)
         self.variable.assign(np.ascontiguousarray(values, dtype=DTYPES[self.variable.dtype]))
 
 
 def stored_variables(layer: Any, name: str) -> dict[str, StoredVariable]:
-    """The parameters of a layer's own, by their names in files; `name` is the layer's."""
-    own = [*layer._trainable_variables, *layer._non_trainable_variables]
-    return {f"{name}.{IN_FILES[v.name]}": StoredVariable(layer, v) for v in own if v.name in IN_FILES}
+    """The variables of a layer itself, by their names in files; `name` is the layer's name in files."""
+    variables = [*layer._trainable_variables, *layer._non_trainable_variables]
+    return {f"{name}.{IN_FILES[v.name]}": StoredVariable(layer, v) for v in variables if v.name in IN_FILES}
 
 
-def chosen_dtype(asked: Any, configured: str | None, tensors: Tensors) -> Any:
-    """The dtype or Keras policy to load in. "auto" and None: Keras's global policy if it is not the plain one, else
-    the config's dtype, else that of the first float tensor in the files."""
-    if isinstance(asked, keras.DTypePolicy):
-        return asked
-    if asked not in (None, "auto"):
-        name = str(getattr(asked, "name", asked)).removeprefix("torch.")
+def chosen_dtype(requested: Any, configured: str | None, tensors: Tensors) -> Any:
+    """The dtype or Keras policy of a load. "auto" and None: Keras's global policy if it is not float32, else the
+    config's dtype, else that of the first floating-point tensor in the files."""
+    if isinstance(requested, keras.DTypePolicy):
+        return requested
+    if requested not in (None, "auto"):
+        name = str(getattr(requested, "name", requested)).removeprefix("torch.")
         if name not in (*DTYPES, "mixed_float16", "mixed_bfloat16"):
             raise ValueError(
-                f"dtype must be 'auto', a Keras policy or one of {', '.join(DTYPES)}, got {asked!r}"
+                f"dtype must be 'auto', a Keras policy or one of {', '.join(DTYPES)}, got {requested!r}"
             )
         return name
     policy = keras.config.dtype_policy()
@@ -112,8 +112,8 @@ def load(
     ignore_mismatched_sizes: bool = False,
     strict: bool = True,
 ) -> LoadReport:
-    """Fill the parameters, given by their names in files, from tensors by the hub's names; what was found and what not.
-    `shapes` are those of the canonical parameters.
+    """Assign variables, given by their names in files, from tensors; report missing and unused ones. `shapes`: those of
+    the canonical parameters.
 
     MissingKeys, UnexpectedKeys, UnreadKeys and ShapeMismatch name the first tensor that does not fit.
     """

@@ -1,4 +1,4 @@
-"""The bare model as a layer, which every model holds under the family's prefix; `TF*MainLayer` are made of it."""
+"""The bare model as a layer, a sublayer of every model under the family's prefix; the base of `TF*MainLayer`."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ from monoblock.backends.tf.model import (
     Stack,
     Widen,
     Wrapper,
-    looked_up,
+    embed_tokens,
     positioned,
     run_layers,
     with_patches,
 )
 from monoblock.backends.tf.ops import Tensor, size
-from monoblock.backends.tf.parts import Builder, Part, at, places
+from monoblock.backends.tf.parts import Builder, Part, at, role_paths
 from monoblock.backends.tf.serving import Configured
-from monoblock.backends.xla.checked import dropouts
+from monoblock.backends.xla.checked import dropout_rates
 from monoblock.backends.xla.inputs import DEFAULT_OPTIONS, ForwardOptions
 from monoblock.config import PretrainedConfig, as_own_config
 from monoblock.heads import HeadSpec
@@ -54,10 +54,10 @@ KINDS: dict[str, type[Part]] = {
 
 
 class MainLayer(Forward, Configured, Part):
-    """The bare model: hidden states, and what a pooler makes of them where the family has one.
+    """The bare model: hidden states, and a pooler's output if the family has one.
 
-    Its weights are made by the model that holds it, or at its first call. `head`: that model's, whose dropouts draw
-    from the layer's seeds too.
+    Its weights are created by the enclosing model, or at the first call. `head`: that model's head, whose dropout uses
+    this layer's seeds too.
     """
 
     def __init__(self, config: PretrainedConfig, *, head: HeadSpec | None = None, **kwargs: Any) -> None:
@@ -69,20 +69,20 @@ class MainLayer(Forward, Configured, Part):
         self.layout, names = self.family.tree(config), self.family.keras_names
         leaf = Leaves(self.spec, self.head_spec, self.dtype_policy, names.table)
         Builder(self.spec, KINDS, leaf, names).fill(self, self.layout)
-        self.places = places(self.layout)
-        rates = [*dropouts(self.spec, self.head_spec), *dropouts(self.spec, head)]
+        self.role_paths = role_paths(self.layout)
+        rates = [*dropout_rates(self.spec, self.head_spec), *dropout_rates(self.spec, head)]
         self.seeds = keras.random.SeedGenerator() if any(rates) else None
 
     def at(self, role: str, layer: int | None = None) -> Any:
-        """The layer that plays a role, in that block where it is one of a block's; None if there is none."""
-        return at(self, self.places[role], layer) if role in self.places else None
+        """The layer with a role, of block `layer` if the role belongs to blocks; None if there is none."""
+        return at(self, self.role_paths[role], layer) if role in self.role_paths else None
 
-    def lookup(self, input_ids: Tensor) -> Tensor:
-        """Token ids (b, s) as vectors (b, s, w)."""
-        return looked_up(self.at("embed"), input_ids, self.spec)
+    def embed_tokens(self, input_ids: Tensor) -> Tensor:
+        """The embeddings (b, s, w) of token ids (b, s)."""
+        return embed_tokens(self.at("embed"), input_ids, self.spec)
 
     def seed(self, options: ForwardOptions) -> Tensor | None:
-        """The seed of a call's dropouts; None if nothing drops."""
+        """The seed of dropout in a call; None without dropout."""
         return tf.cast(self.seeds.next(), tf.int32) if options.train and self.seeds is not None else None
 
     @tf.autograph.experimental.do_not_convert
@@ -100,18 +100,18 @@ class MainLayer(Forward, Configured, Part):
     def hidden(
         self, given: Mapping[str, Tensor], cache: Cache | None, options: ForwardOptions, seed: Tensor | None
     ) -> dict[str, Any]:
-        """The outputs without the pooler's; see `network`."""
+        """The outputs without the pooler; see `network`."""
         x, types = given.get("inputs_embeds"), given.get("token_type_ids")
-        x = self.lookup(given["input_ids"]) if x is None else tf.cast(x, self.compute_dtype)
+        x = self.embed_tokens(given["input_ids"]) if x is None else tf.cast(x, self.compute_dtype)
         if (patches := given.get("image_patches")) is not None:
             patches = tf.cast(patches, self.compute_dtype)
             x = with_patches(self.role("patch_embed"), x, patches, given["patch_rows"])
         if types is not None:
-            x = x + self.lookup(types)
+            x = x + self.embed_tokens(types)
         count = size(x, 1)
         context = prepare(self.spec, given, count, cache, options)
         context = replace(context, seed=seed, checkpointing=self.gradient_checkpointing)
-        held = None if cache is None else tuple(cache.layer(i) for i in range(self.spec.layers))
+        cache_layers = None if cache is None else tuple(cache.layer(i) for i in range(self.spec.layers))
         x = (
             self.call_role("embeddings", x, context=context)
             if self.has("embeddings")
@@ -119,33 +119,33 @@ class MainLayer(Forward, Configured, Part):
         )
         if self.has("stack"):
             out = self.call_role(
-                "stack", x, context=context, layers=held, hidden_states=options.hidden_states
+                "stack", x, context=context, layers=cache_layers, hidden_states=options.hidden_states
             )
         else:
-            out = run_layers(self, x, context, held, options.hidden_states)
+            out = run_layers(self, x, context, cache_layers, options.hidden_states)
         found = {
             "last_hidden_state": out.hidden,
             "hidden_states": out.hidden_states,
             "attentions": out.attentions,
         }
         if cache is not None and out.layers is not None:
-            seen = tf.zeros((), tf.int32) if options.fresh else cache.length
+            past = tf.zeros((), tf.int32) if options.fresh else cache.length
             found["past_key_values"] = replace(
                 cache,
                 keys=tuple(layer.keys for layer in out.layers),
                 values=tuple(layer.values for layer in out.layers),
-                length=seen + count,
+                length=past + count,
             )
         return found
 
     # ------------------------------------------------------------------ Keras's files
 
     def save_own_variables(self, store: Any) -> None:
-        """Beside the layers' weights, the state of the dropouts: training goes on as if it had not been cut."""
+        """Save the state of the dropout seeds, so that training can resume exactly."""
         if self.seeds is not None:
             store["seeds"] = self.seeds.state.numpy()
 
     def load_own_variables(self, store: Any) -> None:
-        """What `save_own_variables` kept; files without it are fine."""
+        """Load the state of the dropout seeds, if the file has it."""
         if self.seeds is not None and "seeds" in store.keys():  # noqa: SIM118, as it is no dict
             self.seeds.state.assign(np.asarray(store["seeds"]))

@@ -1,4 +1,4 @@
-"""TensorFlow's functions for the code that both frameworks share."""
+"""TensorFlow's functions for the code that both backends share."""
 
 from __future__ import annotations
 
@@ -62,8 +62,8 @@ class TfNamespace(TfOps):
     def pad(self, x: Tensor, before: Size, after: Size) -> Tensor:
         return tf.pad(x, ((0, 0), (before, after)))
 
-    def stacked(self, parts: Sequence[Tensor]) -> Tensor:
-        return tf.concat(list(parts), axis=0)
+    def stacked(self, arrays: Sequence[Tensor]) -> Tensor:
+        return tf.concat(list(arrays), axis=0)
 
     def gather(self, x: Tensor, index: Tensor, axis: int = 1) -> Tensor:
         return tf.gather(x, index, axis=axis)

@@ -1,4 +1,4 @@
-"""What the TF classes' `from_pretrained` takes: the common options, and its own."""
+"""Options of the TF classes' `from_pretrained`."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from monoblock.checkpoint.hub import Kind
 
 
 class LoadOptions(options.LoadOptions):
-    """The options of a load; the keywords that are no options are left where they were."""
+    """Options of `from_pretrained`; keywords that are not options stay in `kwargs`."""
 
     prefix = "TF"
     native: ClassVar[Kind] = "h5"
     refused: ClassVar[Mapping[str, str]] = {
-        "device_map": "a tf.distribute strategy or tf.device around the call places the weights",
-        "quantization_config": "model.quantize('int8') is Keras's own",
-        "load_in_4bit": "model.quantize('int4') is Keras's own",
-        "load_in_8bit": "model.quantize('int8') is Keras's own",
+        "device_map": "a tf.distribute strategy or tf.device around the call determines the device of the weights",
+        "quantization_config": "use Keras's model.quantize('int8')",
+        "load_in_4bit": "use Keras's model.quantize('int4')",
+        "load_in_8bit": "use Keras's model.quantize('int8')",
         **options.KERNEL,
     }
 
@@ -28,9 +28,9 @@ class LoadOptions(options.LoadOptions):
         self.name = kwargs.pop("name", None)
 
     def preferred(self, kwargs: dict[str, Any]) -> tuple[Kind, ...]:
-        """As of all frameworks; `from_tf=True` asks for `tf_model.h5` first."""
+        """The order of file formats; `from_tf=True` puts `tf_model.h5` first."""
         from_tf = bool(kwargs.pop("from_tf", False))
         if from_tf and kwargs.get("from_pt"):
-            raise ValueError("from_pt and from_tf say two kinds of files: give one")
+            raise ValueError("from_pt and from_tf select different files: give one")
         kinds = super().preferred(kwargs)
         return (self.native, "safetensors") if from_tf else kinds

@@ -1,6 +1,6 @@
-"""What TF models return: the hub's output classes under their TF names, which tf.function and Keras take apart.
+"""Output classes of TF models: transformers' output classes, which tf.function and Keras can flatten.
 
-A loss stands first where labels came; as everywhere, fields that are None are left out of the tuple.
+With labels, the loss is the first field; fields that are None are left out of the tuple.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from monoblock import outputs
 
 
 class TFModelOutput(outputs.ModelOutput):
-    """The base of all outputs: a nest of tensors for TensorFlow (`tf.function`, `tf.nest`) and for Keras (`predict`,
-    the functional API)."""
+    """The base class of all outputs: a nest of tensors for TensorFlow (`tf.function`, `tf.nest`) and for Keras
+    (`predict`, the functional API)."""
 
     def _split(self) -> tuple[tuple[str, ...], tuple[Any, ...]]:
         """The names and the values of the fields that are not None."""
         return tuple(self.keys()), tuple(self.values())
 
-    # TensorFlow's protocol for dataclasses.
+    # TensorFlow's extension protocol.
 
     def __tf_flatten__(self) -> tuple[Any, Any]:
         return self._split()
@@ -31,22 +31,22 @@ class TFModelOutput(outputs.ModelOutput):
     def __tf_unflatten__(cls, metadata: Any, components: Any) -> Self:
         return cls(**dict(zip(metadata, components, strict=True)))
 
-    # Keras's.
+    # Keras's tree protocol.
 
     def tree_flatten(self) -> tuple[Any, Any]:
-        """The values, and the names by which `tree_unflatten` puts them back."""
+        """The values and the names of the fields that are not None."""
         names, values = self._split()
         return values, names
 
     @classmethod
     def tree_unflatten(cls, metadata: Any, children: Any) -> Self:
-        """An output with these values."""
+        """The output with these values."""
         return cls(**dict(zip(metadata, children, strict=True)))
 
 
 @functools.cache
 def output_class(name: str) -> type[TFModelOutput]:
-    """The TF class for the output that a family's table names: TF before the name, and the same fields."""
+    """The TF class of an output name in a family's table: the name with the prefix TF, and the same fields."""
     base = getattr(outputs, name, None)
     if not (isinstance(base, type) and issubclass(base, outputs.ModelOutput)):
         raise AttributeError(f"monoblock has no output class 'TF{name}'")
@@ -56,7 +56,7 @@ def output_class(name: str) -> type[TFModelOutput]:
 
 
 def named(kind: type[TFModelOutput], values: dict[str, Any]) -> TFModelOutput:
-    """The output with those of the values that it has a field for."""
+    """Create an output from the values for which it has fields."""
     names = {field.name for field in fields(kind)}  # pyright: ignore[reportArgumentType]
     return kind(**{name: value for name, value in values.items() if name in names})
 

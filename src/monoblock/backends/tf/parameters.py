@@ -1,4 +1,4 @@
-"""A model's parameters: their names in files, how they begin, which are shared, and how they resize."""
+"""A model's parameters: names in files, initialisation, tying, resizing and counts."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 
 
 class Parameters:
-    """What a model can do with its weights, given its layers and the family's tables.
+    """Parameter methods of a model, based on its layers and the family's tables.
 
-    `unsaved`: parameters that no output depends on, and that the files did not have from which the model was loaded.
+    `unsaved`: parameters on which no output depends and which were not in the loaded checkpoint.
     """
 
     family: ClassVar[Family]
@@ -41,7 +41,7 @@ class Parameters:
 
     @property
     def headed(self) -> bool:
-        """Whether the class has more than the bare model gives."""
+        """Whether the class has a head on the bare model."""
         return self.row.head not in (None, "pooler")
 
     @property
@@ -50,25 +50,25 @@ class Parameters:
         return getattr(self, self.family.prefix)
 
     def head_layers(self) -> Mapping[str, str | modules.ModuleSpec]:
-        """The head's layers beside the main layer: attribute names and roles or parts."""
+        """The head's layers next to the main layer: attribute names, and roles or module trees."""
         return self.family.heads[self.row.head or ""] if self.headed else {}
 
     def keymap(self) -> KeyMap:
-        """The map between the canonical names of all frameworks and the hub's, for this class and config."""
+        """The map between canonical and transformers' parameter names, for this class and config."""
         return self.family.keymap(self.config, self.row.head)
 
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Canonical name -> canonical shape, in which matrices are outputs x inputs; tied ones left out."""
+        """Canonical name -> shape, with matrices as outputs x inputs; tied parameters once."""
         return tree.parameters(self.spec, self.head_spec)
 
     def sources(self) -> dict[str, TensorSource]:
-        """Canonical name -> the names of the parameters here that hold it, and how."""
+        """Canonical name -> the names of the parameters that store it, and the operation between them."""
         keymap = self.keymap()
         return {name: keymap.source(name) for name in self.parameter_shapes()}
 
     def stored_variables(self) -> dict[str, StoredVariable]:
-        """Name in files -> the variable of that parameter, in the order of the forward pass; then those that no output
-        depends on."""
+        """Name in files -> the variable of the parameter, in the order of the forward pass; last those on which no
+        output depends."""
         inside, found = f"{self.family.prefix}." if self.headed else "", {}
         for path, layer in layers_of(self.main, self.main.layout, self.spec.layers):
             found |= loading.stored_variables(layer, inside + path)
@@ -78,32 +78,34 @@ class Parameters:
         return {name: found[name] for name in (*used, *(name for name in found if name not in used))}
 
     def parameter_variables(self) -> dict[str, Any]:
-        """Name in files -> Keras variable. A `kernel` is the file's matrix transposed."""
-        return {name: slot.variable for name, slot in self.stored_variables().items()}
+        """Name in files -> Keras variable. A `kernel` is the transpose of the file's matrix."""
+        return {name: stored.variable for name, stored in self.stored_variables().items()}
 
     def variable(self, name: str) -> Any:
         """The Keras variable of a parameter, by its name in files."""
         return self.stored_variables()[name].variable
 
     def parameter(self, name: str) -> Array:
-        """A parameter's values as files hold them, adapters (`enable_lora`) taken in."""
+        """A parameter's values in the layout of files, with adapters (`enable_lora`) merged."""
         return self.stored_variables()[name].read()
 
     def tied(self) -> dict[str, str]:
-        """Second names: canonical name -> the canonical parameter that it shares."""
+        """Tied parameters: canonical name -> the canonical parameter that it shares."""
         return tree.tied(self.spec, self.head_spec)
 
     def hub_state_dict(self) -> dict[str, LazyTensor]:
-        """The weights by the hub's names, tied ones once, each made when it is called for (`made()`, a NumPy array)."""
-        self._check_not_quantized("saved by the hub's names")
+        """Lazy NumPy tensors by transformers' parameter names, tied ones once; calling one returns its array."""
+        self._check_not_quantized("saved under transformers' names")
         return {
-            name: LazyTensor(dtype=SAFETENSORS_DTYPES[slot.variable.dtype], shape=slot.shape, make=slot.read)
-            for name, slot in self.stored_variables().items()
+            name: LazyTensor(
+                dtype=SAFETENSORS_DTYPES[stored.variable.dtype], shape=stored.shape, make=stored.read
+            )
+            for name, stored in self.stored_variables().items()
             if name not in self.unsaved
         }
 
     def _check_not_quantized(self, what: str) -> None:
-        if any(slot.layer.quantization_mode is not None for slot in self.stored_variables().values()):
+        if any(stored.layer.quantization_mode is not None for stored in self.stored_variables().values()):
             raise ValueError(f"quantised weights cannot be {what}: do that before model.quantize()")
 
     # ------------------------------------------------------------------ weights
@@ -111,8 +113,8 @@ class Parameters:
     def load_parameters(
         self, tensors: Any, *, ignore_mismatched_sizes: bool = False, strict: bool = True
     ) -> LoadReport:
-        """Fill the model from tensors by the hub's names; what was made anew and what was not used, by those names. A
-        pooler that no output depends on may be missing.
+        """Load tensors by transformers' names; report the initialised and the unused ones. A pooler on which no output
+        depends may be missing.
 
         MissingKeys, UnexpectedKeys, UnreadKeys and ShapeMismatch name the first tensor that does not fit.
         """
@@ -126,18 +128,18 @@ class Parameters:
             ignore_mismatched_sizes=ignore_mismatched_sizes,
             strict=strict,
         )
-        made, sources = report.made, self.sources()
-        for name in (name for canonical in made for name in sources[canonical].names):
+        initialised, sources = report.made, self.sources()
+        for name in (name for canonical in initialised for name in sources[canonical].names):
             self.init_parameter(name)
         used = {name for source in sources.values() for name in source.names}
         unused, taken = [name for name in found if name not in used], set[str]()
         for name in unused:
-            ours = next((n for n in (name, name.removeprefix(keymap.prefix)) if n in tensors), None)
-            if ours is None or tuple(tensors.shape(ours)) != found[name].shape:
+            stored_name = next((n for n in (name, name.removeprefix(keymap.prefix)) if n in tensors), None)
+            if stored_name is None or tuple(tensors.shape(stored_name)) != found[name].shape:
                 self.init_parameter(name)
                 continue
-            found[name].assign(tensors.tensor(ours))
-            taken |= {name, ours}
+            found[name].assign(tensors.tensor(stored_name))
+            taken |= {name, stored_name}
         self.unsaved = frozenset(unused) - taken
         return LoadReport(
             missing=[keymap.source(canonical).names[0] for canonical in report.missing],
@@ -147,8 +149,8 @@ class Parameters:
         )
 
     def init_parameter(self, name: str) -> None:
-        """Begin a parameter anew: matrices and tables from a normal distribution of the spec's deviation, biases 0,
-        norms 1."""
+        """Initialise a parameter: matrices and embeddings from a normal distribution with the spec's standard
+        deviation, biases 0, norm weights 1."""
         variable = self.variable(name)
         if IN_FILES[variable.name] == "bias":
             values = np.zeros(variable.shape)
@@ -163,7 +165,7 @@ class Parameters:
         return self.main.at("embed")
 
     def get_output_embeddings(self) -> Any:
-        """The projection to the vocabulary, or None; a tied one holds no matrix of its own."""
+        """The projection to the vocabulary, or None; a tied one has no separate matrix."""
         if self.head_spec is None or KINDS[self.head_spec.kind].size != "vocab":
             return None
         holder: Any = self
@@ -178,8 +180,8 @@ class Parameters:
 
     def get_bias(self) -> dict[str, Any] | None:
         """The bias of the projection to the vocabulary as {"bias": variable}, or None."""
-        slot = self._vocabulary_bias()
-        return None if slot is None else {"bias": slot.variable}
+        stored = self._vocabulary_bias()
+        return None if stored is None else {"bias": stored.variable}
 
     def resize_token_embeddings(
         self,
@@ -187,10 +189,10 @@ class Parameters:
         pad_to_multiple_of: int | None = None,
         mean_resizing: bool = True,
     ) -> Any:
-        """Change the vocabulary's size in the embedding, the head and the config; the embedding.
+        """Change the vocabulary size in the embedding, the head and the config; return the embedding.
 
-        New rows are the mean of the old ones, so that new tokens begin as an average token
-        (`mean_resizing=False`: from the initial distribution). Compile the model again afterwards.
+        New rows are the mean of the old ones (`mean_resizing=False`: from the initial distribution). Compile the model
+        again afterwards.
         """
         old, embed = self.spec.vocab, self.get_input_embeddings()
         new = old if new_num_tokens is None else new_num_tokens
@@ -206,8 +208,8 @@ class Parameters:
         if out is not None and not isinstance(out, Tied):
             resized += loading.stored_variables(out, "").values()
             out.units = new
-        for slot in resized:
-            self._resize(slot, new, mean_resizing)
+        for stored in resized:
+            self._resize(stored, new, mean_resizing)
         embed.input_dim = new
         self.config.vocab_size = new
         spec = self.config.to_spec()
@@ -217,10 +219,11 @@ class Parameters:
                 layer.spec = spec
         return embed
 
-    def _resize(self, slot: StoredVariable, rows: int, mean: bool) -> None:
-        """Give a layer a variable of another size. Keras locks what is built; its own layers open it in this way."""
-        layer, old = slot.layer, slot.variable
-        values = slot.read()
+    def _resize(self, stored: StoredVariable, rows: int, mean: bool) -> None:
+        """Replace a variable of a layer by one of another size. Built layers are locked; Keras unlocks them this way
+        too."""
+        layer, old = stored.layer, stored.variable
+        values = stored.read()
         shape = (rows, *values.shape[1:])
         if values.ndim == 1:
             new = np.zeros(shape, values.dtype)
@@ -231,7 +234,7 @@ class Parameters:
         kept = min(rows, values.shape[0])
         new[:kept] = values[:kept]
         attribute = next(key for key, value in vars(layer).items() if value is old)
-        size = new.shape[::-1] if slot.transposed else new.shape
+        size = new.shape[::-1] if stored.transposed else new.shape
         layer._tracker.unlock()
         layer._untrack_variable(old)
         name = {"weight": "embeddings"}.get(old.name, old.name)
@@ -241,10 +244,10 @@ class Parameters:
         StoredVariable(layer, made).assign(new)
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
-        """How many numbers the model has, tied ones once."""
+        """The number of parameters, tied ones once."""
         return sum(
-            int(np.prod(slot.shape))
-            for slot in self.stored_variables().values()
-            if (slot.variable.trainable or not only_trainable)
-            and not (exclude_embeddings and isinstance(slot.layer, keras.layers.Embedding))
+            int(np.prod(stored.shape))
+            for stored in self.stored_variables().values()
+            if (stored.variable.trainable or not only_trainable)
+            and not (exclude_embeddings and isinstance(stored.layer, keras.layers.Embedding))
         )

@@ -1,6 +1,6 @@
-"""Layers that hold others: built from a module tree, found by role.
+"""Layers with sublayers, built from a module tree and looked up by role.
 
-Attributes and names are the tree's, which are those of transformers' old TF classes: variables have paths such as
+Attributes and names are those of transformers' TF classes: variables have paths such as
 `<model>/<prefix>/encoder/layer_._0/attention/attn/q/kernel`.
 """
 
@@ -20,23 +20,23 @@ from monoblock.backends.tf.ops import Tensor
 from monoblock.spec import ArchSpec
 
 PREFIX = "TF"
-# What Keras's layers have under that name already -> the attribute in its place; the layer's own name stays.
+# A name that is an attribute of Keras's layers -> the attribute used instead; the layer's name is unchanged.
 TAKEN = {"output": "out"}
 
 
 def attribute(name: str) -> str:
-    """The attribute that holds the child of that name."""
+    """The attribute of the sublayer with a name."""
     return TAKEN.get(name, name)
 
 
 @functools.cache
 def named(base: Any, name: str) -> Any:
-    """The class under another name."""
+    """A subclass with another name."""
     return type(name, (base,), {"__module__": base.__module__, "__doc__": base.__doc__})
 
 
-def plain(layer: Any) -> bool:
-    """Whether a layer does what its `call` says and no more: built, of a class made here, without casts, penalties,
+def is_plain(layer: Any) -> bool:
+    """Whether `layer(x)` is equivalent to `layer.call(x)`: built, of a known class, without casts, regularisation,
     quantisation or adapters."""
     kind = type(layer)
     if kind in (keras.layers.Dense, Conv1D):
@@ -54,15 +54,19 @@ def plain(layer: Any) -> bool:
 
 
 def call(layer: Any, /, *args: Any, **kwargs: Any) -> Any:
-    """What a layer gives. Eagerly, plain layers skip Keras's own work around a call, which takes longer than a small
-    product does."""
-    if tf.executing_eagerly() and plain(layer):
-        return product(layer, *args) if isinstance(layer, keras.layers.Dense) else layer.call(*args, **kwargs)
+    """Call a layer. In eager mode, plain layers bypass Keras's `__call__`, whose overhead exceeds the time of a small
+    matrix product."""
+    if tf.executing_eagerly() and is_plain(layer):
+        return (
+            dense_product(layer, *args)
+            if isinstance(layer, keras.layers.Dense)
+            else layer.call(*args, **kwargs)
+        )
     return layer(*args, **kwargs)
 
 
-def product(layer: Any, x: Tensor) -> Tensor:
-    """What a dense layer gives, (..., outputs)."""
+def dense_product(layer: Any, x: Tensor) -> Tensor:
+    """The output of a dense layer, (..., outputs)."""
     kernel = layer.kernel.value
     y = tf.matmul(tf.reshape(tf.cast(x, kernel.dtype), (-1, kernel.shape[0])), kernel)
     y = y if layer.bias is None else tf.nn.bias_add(y, tf.reshape(layer.bias.value, (-1,)))
@@ -70,26 +74,26 @@ def product(layer: Any, x: Tensor) -> Tensor:
 
 
 class Holder:
-    """What holds layers. `roles`: role -> attribute name of the child that plays it; `shapes`: attribute name -> the
-    shape that builds the child."""
+    """A container of layers. `roles`: role -> attribute name of the sublayer; `shapes`: attribute name -> the input
+    shape that builds the sublayer."""
 
     roles: dict[str, str]
     shapes: dict[str, Any]
 
     def role(self, role: str) -> Any:
-        """The layer that plays a role now, whatever it was replaced by."""
+        """The current sublayer with a role, which may have been replaced."""
         return getattr(self, self.roles[role])
 
     def call_role(self, role: str, /, *args: Any, **kwargs: Any) -> Any:
-        """What the layer that plays a role gives."""
+        """Call the sublayer with a role."""
         return call(getattr(self, self.roles[role]), *args, **kwargs)
 
     def has(self, role: str) -> bool:
-        """Whether a layer here plays that role."""
+        """Whether a sublayer has that role."""
         return role in self.roles
 
     def build_children(self) -> None:
-        """Make the weights of all layers below."""
+        """Create the weights of all sublayers."""
         for name, shape in self.shapes.items():
             child = getattr(self, name)
             for layer in child if isinstance(child, list) else [child]:
@@ -98,24 +102,25 @@ class Holder:
 
 
 class Part(Holder, keras.layers.Layer):
-    """A layer that knows the shapes of its weights, and so needs no input to build them."""
+    """A layer with sublayers whose weights have known shapes, so that it is built without inputs."""
 
     def prepare(self, spec: ArchSpec, layer: int) -> None:
-        """Note what this part computes."""
+        """Read the layer's configuration from the spec."""
 
     def build(self, input_shape: Any = None) -> None:
-        """Make the weights."""
+        """Create the weights."""
         del input_shape
         self.make()
         self.build_children()
 
     def make(self) -> None:
-        """Make the weights that are the part's own."""
+        """Create the weights of this layer itself."""
 
 
 @dataclass(frozen=True)
 class Builder:
-    """Makes the layers of a module tree: `kinds` are the classes of parts, `leaf` makes the layers without children."""
+    """Creates the layers of a module tree. `kinds`: the classes of module kinds; `leaf` creates layers without
+    sublayers."""
 
     spec: ArchSpec
     kinds: Mapping[str, type[Part]]
@@ -125,7 +130,7 @@ class Builder:
     def part(
         self, layout: modules.ModuleSpec, name: str, layer: int = 0, classes: Mapping[str, str] | None = None
     ) -> Part:
-        """A part with all that is below it; `name` is the layer's."""
+        """Create a layer named `name` with its sublayers."""
         kind: Any = self.kinds[layout.kind]
         made = named(kind, PREFIX + layout.name)(name=name, dtype=self.leaf.policy)
         self.fill(made, layout, layer, classes)
@@ -135,7 +140,7 @@ class Builder:
     def fill(
         self, made: Any, layout: modules.ModuleSpec, layer: int = 0, classes: Mapping[str, str] | None = None
     ) -> None:
-        """Give a part its children, by the layout."""
+        """Add the sublayers of a layout to a layer."""
         own = {**(classes or {}), **layout.classes}
         made.roles, made.shapes = {}, {}
         for name in self.ordered(layout.children):
@@ -149,7 +154,7 @@ class Builder:
         classes: Mapping[str, str],
         layer: int = 0,
     ) -> None:
-        """Give a part one child, if the model has it."""
+        """Add one sublayer to a layer, if the model has it."""
         shape = None
         if isinstance(child, str):
             role, leaf = child, self.leaf(child, classes, name, layer)
@@ -167,25 +172,25 @@ class Builder:
             made.shapes[attribute(name)] = shape
 
     def ordered(self, children: Iterable[str]) -> list[str]:
-        """Attribute names in the order in which they are made."""
+        """Attribute names in the order of creation."""
         first = self.names.first
         return sorted(children, key=lambda name: first.index(name) if name in first else len(first))
 
 
-def places(layout: modules.ModuleSpec) -> dict[str, tuple[str, ...]]:
-    """Role or kind -> the path of names from the layout's own part."""
+def role_paths(layout: modules.ModuleSpec) -> dict[str, tuple[str, ...]]:
+    """Role or kind -> the path of attribute names in the layout."""
     return dict(layout.paths())
 
 
 def at(owner: Any, path: Iterable[str], layer: int | None = None) -> Any:
-    """What is at a path of names; "{i}" is the layer's number."""
+    """The object at a path of names; "{i}" stands for the layer's index."""
     for step in path:
         owner = owner[layer] if step == "{i}" else getattr(owner, attribute(step))
     return owner
 
 
 def layers_of(owner: Any, layout: modules.ModuleSpec, layers: int) -> Iterator[tuple[str, Any]]:
-    """(dotted path of names, layer) of everything below a part that is there, in the order of the tree."""
+    """(dotted path of names, layer) of all existing sublayers, in the order of the tree."""
     for path in layout.paths():
         steps = path[1]
         for i in range(layers) if "{i}" in steps else (0,):

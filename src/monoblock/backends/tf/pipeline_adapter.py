@@ -1,4 +1,4 @@
-"""What a pipeline needs of TensorFlow: loading a model, and running it on lists of rows."""
+"""The interface of pipelines to TensorFlow: loading a model, and running it on lists of rows."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ import tensorflow as tf
 
 
 class Adapter:
-    """Runs a TF model on lists of ids, on its device, and gives NumPy back."""
+    """Runs a TF model on lists of ids, on its device, and returns NumPy arrays."""
 
     def __init__(self, model: Any, device: Any) -> None:
         self.model = model
         self.accepts = frozenset((*model.arguments, *model.extra))
         if device is not None and (found := found_device(device)) != (held := self.device):
             raise ValueError(
-                f"device={device!r}, but the model's weights lie on {held}: Keras makes weights where they stay, so "
+                f"device={device!r}, but the model's weights are on {held}, and Keras cannot move them: "
                 f"give the model's name or folder, or load it under tf.device({found!r})"
             )
 
     @property
     def device(self) -> str:
-        """Where the weights are."""
+        """The device of the weights."""
         return _short(self.model.weights[0].value.device)
 
     @property
     def dtype(self) -> Any:
-        """The type of the computation."""
+        """The dtype of the computation."""
         return tf.as_dtype(self.model.compute_dtype)
 
     def run(self, inputs: Mapping[str, Any]) -> Any:
@@ -39,32 +39,34 @@ class Adapter:
             return self.model(**_arrays(inputs), **options, training=False)
 
     def generate(self, inputs: Mapping[str, Any], options: Mapping[str, Any]) -> list[list[int]]:
-        """The ids that the model's `generate` gives, one row for each sequence."""
+        """The ids from the model's `generate`, one row per sequence."""
         with tf.device(self.device):
             found = self.model.generate(**_arrays(inputs), **options)
         return np.asarray(getattr(found, "sequences", found)).tolist()
 
     def numpy(self, array: Any) -> np.ndarray:
-        """An output as NumPy, float32."""
+        """An output as a NumPy array in float32."""
         return array.numpy().astype(np.float32)
 
     def native(self, array: np.ndarray) -> Any:
-        """A NumPy array as a tensor, in the model's type."""
+        """A NumPy array as a tensor in the model's dtype."""
         return tf.cast(array, self.dtype)
 
 
 def load(auto: Any, source: Any, device: Any, **options: Any) -> Any:
-    """The model of a name or folder, on its device."""
-    place = contextlib.nullcontext() if device is None else tf.device(found_device(device))
-    with place:
+    """Load a model from a name or folder onto a device."""
+    context = contextlib.nullcontext() if device is None else tf.device(found_device(device))
+    with context:
         return auto.from_pretrained(source, **options)
 
 
 def found_device(device: Any) -> str:
-    """The device of that name or number, as "GPU:0"; ValueError if there is none."""
+    """The device of a name or index, as "GPU:0"; ValueError if there is none."""
     if isinstance(device, int) and not isinstance(device, bool):
         others = [one.name for one in tf.config.list_logical_devices() if one.device_type != "CPU"]
-        if device < 0 or (device == 0 and not others):  # as the hub's pipelines do: 0 is the first, if any
+        if device < 0 or (
+            device == 0 and not others
+        ):  # as in transformers' pipelines: 0 is the first accelerator, if any
             return "CPU:0"
         if device >= len(others):
             raise ValueError(
@@ -82,12 +84,12 @@ def found_device(device: Any) -> str:
 
 
 def _short(name: str) -> str:
-    """TensorFlow's name of a device, such as "/job:localhost/replica:0/task:0/device:GPU:0", as "GPU:0"."""
+    """Shorten a device name such as "/job:localhost/replica:0/task:0/device:GPU:0" to "GPU:0"."""
     return name.rpartition("/")[2].removeprefix("device:").upper()
 
 
 def _arrays(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Lists of rows as arrays; arrays of different shapes, which come in lists, stay so."""
+    """Lists of rows as arrays; lists of arrays, whose shapes may differ, stay lists."""
     return {
         name: rows if isinstance(rows[0], np.ndarray) else np.asarray(rows, np.int32)
         for name, rows in inputs.items()

@@ -1,4 +1,4 @@
-"""The public TF classes: built from a family's table, loaded from and saved in the hub's files."""
+"""The base class of TF models: construction from a family's table, loading and saving of checkpoints."""
 
 from __future__ import annotations
 
@@ -37,15 +37,15 @@ from monoblock.generation.config import GENERATION_CONFIG_NAME
 
 log = logging.getLogger("monoblock")
 
-OLD_FILES = (".h5", ".hdf5")  # what Keras 2 wrote
+OLD_FILES = (".h5", ".hdf5")  # Keras 2's weight files
 
 
 class TFPreTrainedModel(Forward, Training, Serving, Holder, Parameters, TFGenerationMixin):
-    """The base of all TF models, a `keras.Model`: the main layer under the family's prefix, and the head's layers
-    beside it.
+    """The base class of all TF models, a `keras.Model` of the main layer, under the family's prefix, and the head's
+    layers.
 
-    Public classes are made by `make_class` from a family's table; their names, signatures, defaults and outputs
-    are the hub's.
+    `make_class` creates the public classes from the families' tables; their names, signatures, defaults and outputs are
+    those of transformers.
     """
 
     main_class: ClassVar[type[MainLayer]]
@@ -59,9 +59,9 @@ class TFPreTrainedModel(Forward, Training, Serving, Holder, Parameters, TFGenera
         config = as_own_config(config, self.family.config, self.row.name)
         if getattr(config, "tf_legacy_loss", False):
             raise UnsupportedConfig(
-                "tf_legacy_loss=True: losses are a mean over the labels here; set it to False"
+                "tf_legacy_loss=True: not supported, losses are a mean over the labels; set it to False"
             )
-        # Labels and masks keep their dtypes: what computes in another one casts for itself.
+        # Labels and masks keep their dtypes; layers cast their inputs themselves.
         super().__init__(autocast=False, **kwargs)
         self.config = config
         self.spec = config.to_spec()
@@ -72,7 +72,7 @@ class TFPreTrainedModel(Forward, Training, Serving, Holder, Parameters, TFGenera
         self.build()
 
     def _make_layers(self) -> None:
-        """The main layer and those of the head, by the family's tables."""
+        """Create the main layer and the head's layers from the family's tables."""
         family, names = self.family, self.family.keras_names
         children = self.head_layers()
         leaf = layers.Leaves(self.spec, self.head_spec, self.dtype_policy, names.table)
@@ -87,20 +87,20 @@ class TFPreTrainedModel(Forward, Training, Serving, Holder, Parameters, TFGenera
             else:
                 builder.add(self, name, children[name], {})
         if self.has("summary") and self.head_spec is not None and self.head_spec.summary is not None:
-            self.role("summary").how = self.head_spec.summary
+            self.role("summary").summary = self.head_spec.summary
 
     @property
     def base_model(self) -> MainLayer:
-        """The main layer: what the hub's classes call by the family's prefix."""
+        """The main layer, which is also the attribute with the family's prefix."""
         return self.main
 
     @property
     def seeds(self) -> Any:
-        """The generator of the dropouts' seeds; None if nothing ever drops."""
+        """The generator of dropout seeds; None if all dropout probabilities are 0."""
         return self.main.seeds
 
     def build(self, input_shape: Any = None) -> None:
-        """Make the weights, whose shapes depend on no input; the constructor has done so."""
+        """Create the weights, whose shapes do not depend on inputs; called by the constructor."""
         del input_shape
         self.build_children()
 
@@ -118,8 +118,8 @@ class TFPreTrainedModel(Forward, Training, Serving, Holder, Parameters, TFGenera
         found = main.hidden(given, cache, options, seed)
         hidden = found["last_hidden_state"]
         if (mask := given.get("attention_mask")) is not None:
-            seen = 0 if cache is None or options.fresh else cache.length
-            given = {**given, "attention_mask": after(mask, seen, size(hidden, 1), 1)}
+            past = 0 if cache is None or options.fresh else cache.length
+            given = {**given, "attention_mask": after(mask, past, size(hidden, 1), 1)}
         table = layers.rows_of(main.at("embed")) if self.tied() else None
         assert self.head_spec is not None
         head = heads.Head(self, self.config.updated_head(self.head_spec), table, seed)
@@ -127,7 +127,7 @@ class TFPreTrainedModel(Forward, Training, Serving, Holder, Parameters, TFGenera
 
     @property
     def dummy_inputs(self) -> dict[str, Tensor]:
-        """Inputs that every class takes."""
+        """Example inputs for every class."""
         ids = tf.zeros((1, 2, 3) if self.row.head == "choice" else (1, 3), tf.int32)
         return {"input_ids": ids}
 
@@ -145,13 +145,13 @@ class TFPreTrainedModel(Forward, Training, Serving, Holder, Parameters, TFGenera
 
         The checkpoint is a folder or a name on the hub. `dtype` (or `torch_dtype`): "auto" (the default: Keras's global
         policy, or the checkpoint's own dtype), a dtype's name, or a Keras policy such as "mixed_bfloat16".
-        `ignore_mismatched_sizes=True` makes tensors of other shapes anew instead of raising ShapeMismatch;
-        `strict=False` passes over tensors that the model has no place for, with a warning. `output_loading_info=True`
-        gives (model, {"missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"}). `from_pt=True` reads
-        PyTorch's files even where there is a `tf_model.h5`, `from_tf=True` the `tf_model.h5` even where there are
-        others. `revision`, `token`, `cache_dir`, `local_files_only`, `force_download`, `subfolder`, `variant`,
-        `use_safetensors` say which files. Other keywords set fields of the config (`num_labels=3`). HubError: the files
-        cannot be had. CheckpointError: they do not fit. ValueError: an argument is wrong.
+        `ignore_mismatched_sizes=True` initialises tensors of other shapes instead of raising ShapeMismatch;
+        `strict=False` ignores tensors that the model does not use, with a warning. `output_loading_info=True` returns
+        (model, {"missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"}). `from_pt=True` prefers PyTorch's
+        files to `tf_model.h5`, `from_tf=True` `tf_model.h5` to all others. `revision`, `token`, `cache_dir`,
+        `local_files_only`, `force_download`, `subfolder`, `variant`, `use_safetensors` select the files. Other keywords
+        set fields of the config (`num_labels=3`). HubError: the files are not available. CheckpointError: they do not
+        match the model. ValueError: an invalid argument.
         """
         if model_args:
             raise TypeError(
@@ -173,7 +173,7 @@ class TFPreTrainedModel(Forward, Training, Serving, Holder, Parameters, TFGenera
 
     @classmethod
     def _check_tensors(cls, config: PretrainedConfig, store: Any, options: LoadOptions) -> None:
-        """The errors of `load_parameters` before any variable is made: a config may ask for any size."""
+        """Raise the errors of `load_parameters` before any variable is allocated: a config may have any size."""
         spec, kind = config.to_spec(), cls.row.head
         head = config.to_head(kind) if kind else None
         match_weights(
@@ -186,8 +186,8 @@ class TFPreTrainedModel(Forward, Training, Serving, Holder, Parameters, TFGenera
         )
 
     def load_weights(self, filepath: Any, skip_mismatch: bool = False, **kwargs: Any) -> None:
-        """Keras's; weights of Keras 2's `.h5` files, as the old classes wrote (`tf_model.h5`), are found by their names
-        in it."""
+        """Keras's method; also loads Keras 2's `.h5` files, as transformers' TF classes wrote (`tf_model.h5`), by the
+        names in them."""
         path = Path(filepath)
         if path.suffix in OLD_FILES and not path.name.endswith(".weights.h5") and is_weights(path):
             if unknown := kwargs.keys() - {"by_name"}:
@@ -232,14 +232,14 @@ class TFPreTrainedModel(Forward, Training, Serving, Holder, Parameters, TFGenera
         signatures: Any = None,
         push_to_hub: bool = False,
     ) -> None:
-        """Write config.json, generation_config.json and safetensors by the hub's names, which every framework's classes
-        read; whole or not at all. `max_shard_size`: bytes, or "5GB".
+        """Write config.json, generation_config.json and safetensors with transformers' names, which the classes of all
+        frameworks read; atomic: all files or none. `max_shard_size`: bytes, or "5GB".
 
-        `saved_model=True`: a SavedModel besides, in `saved_model/<version>`, with these `signatures` (name ->
-        `tf.function`); by default `serving_default` and, for ids of 64 bits, `int64_serving`.
+        `saved_model=True`: also write a SavedModel to `saved_model/<version>`, with `signatures` (name ->
+        `tf.function`); by default `serving_default` and, for 64-bit ids, `int64_serving`.
         """
         if signatures is not None and not saved_model:
-            raise ValueError("signatures are a SavedModel's: say saved_model=True besides")
+            raise ValueError("signatures need saved_model=True")
         if not safe_serialization or push_to_hub:
             name = "push_to_hub=True" if push_to_hub else "safe_serialization=False"
             raise ValueError(
@@ -261,17 +261,17 @@ class TFPreTrainedModel(Forward, Training, Serving, Holder, Parameters, TFGenera
             if saved_model:
                 self.save_signatures(stage.files / "saved_model" / str(version), signatures)
 
-    # ------------------------------------------------------------------ switches and facts
+    # ------------------------------------------------------------------ gradient checkpointing
 
     def gradient_checkpointing_enable(self) -> None:
-        """While training, keep only each block's input and compute the rest again in the backward pass."""
+        """In training, store only each block's input and recompute activations in the backward pass."""
         self.main.gradient_checkpointing = True
 
     def gradient_checkpointing_disable(self) -> None:
-        """Keep all activations again."""
+        """Store all activations."""
         self.main.gradient_checkpointing = False
 
     @property
     def is_gradient_checkpointing(self) -> bool:
-        """Whether activations are computed again in the backward pass."""
+        """Whether activations are recomputed in the backward pass."""
         return self.main.gradient_checkpointing

@@ -1,4 +1,4 @@
-"""Which key each query sees, and what is added to their scores."""
+"""The attention mask and bias on TensorFlow."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from monoblock.spec import Buckets
 
 @dataclass(frozen=True)
 class Scope(ScopeBase):
-    """See `ScopeBase`. `slopes_h` are ALiBi's; `table` (count, h) is the bias of the `buckets` of distances or, without
-    `buckets`, what `bias` has made of it for these queries and keys."""
+    """See `ScopeBase`. `slopes_h`: ALiBi slopes; `table` (count, h): the biases of the relative position `buckets` or,
+    without `buckets`, the precomputed output of `bias`."""
 
     xp: ClassVar[Namespace] = XP
     index_q: Tensor
@@ -34,7 +34,7 @@ class Scope(ScopeBase):
     masked_rows: str = "all"
 
     def bias(self) -> Tensor | None:
-        """What is added to the scores, (1, h, q, k) of ALiBi or of the buckets; None if there is nothing."""
+        """The bias of the scores, (1, h, q, k), of ALiBi or relative position buckets; None if there is none."""
         if self.buckets is None and self.table is not None:
             return self.table
         distance = self.index_k[None, :] - self.index_q[:, None]

@@ -1,4 +1,4 @@
-"""Keras's own formats: a model's entry in `.keras` files, and the SavedModel that serves it."""
+"""Keras's formats: a model's configuration in `.keras` files, and SavedModel export."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ SAVED_MODEL = "tf_saved_model"
 
 
 class Configured:
-    """Adds `get_config` and `from_config`, by which Keras's files hold a model or its main layer."""
+    """Adds `get_config` and `from_config`, with which Keras serialises a model or its main layer."""
 
     family: ClassVar[Family]
     config: Any
 
     def get_config(self: Any) -> dict[str, Any]:
-        """The model's config and Keras's own fields."""
-        own = {"name": self.name, "trainable": self.trainable}
+        """The model's config and Keras's fields."""
+        fields = {"name": self.name, "trainable": self.trainable}
         policy = keras.dtype_policies.serialize(self.dtype_policy)
-        return {**own, "dtype": policy, "config": self.config.to_dict()}
+        return {**fields, "dtype": policy, "config": self.config.to_dict()}
 
     @classmethod
     def from_config(cls, config: Any, custom_objects: Any = None) -> Self:
-        """One with new weights, from what `get_config` gave, or from a config of the hub's, as the old classes took."""
-        del custom_objects  # nothing in the entry is an object of the user's
+        """Create an instance with new weights, from the result of `get_config` or from a config of the family."""
+        del custom_objects  # the configuration has no custom objects
         if isinstance(config, cls.family.config):
             return cls(config)  # pyright: ignore[reportCallIssue]
         fields = dict(config)
@@ -43,7 +43,7 @@ class Configured:
 
 
 class Serving(Configured, keras.Model):
-    """Adds `export`, and what `model.save` and `keras.saving.load_model` need."""
+    """Adds `export`, and the methods for `model.save` and `keras.saving.load_model`."""
 
     row: ClassVar[ModelClass]
 
@@ -55,11 +55,11 @@ class Serving(Configured, keras.Model):
         input_signature: Any = None,
         **kwargs: Any,
     ) -> None:
-        """Write a SavedModel whose signature `serving_default` takes input_ids and attention_mask, and gives the
-        outputs by name. It needs no monoblock to run.
+        """Write a SavedModel whose signature `serving_default` takes input_ids and attention_mask and returns the
+        outputs by name. It runs without monoblock.
 
-        `input_signature`: a dict of `tf.TensorSpec`s by argument, instead; lengths left open (None) stay open. Other
-        formats are Keras's own.
+        `input_signature`: other inputs, a dict of `tf.TensorSpec` by argument; dynamic axes (None) stay dynamic. Other
+        formats are passed to Keras.
         """
         signature = self.serving_signature() if input_signature is None else input_signature
         if isinstance(signature, Sequence) and len(signature) == 1:
@@ -87,25 +87,25 @@ class Serving(Configured, keras.Model):
 
     @property
     def serving(self) -> Any:
-        """A `tf.function` of a dict of inputs, which gives the outputs by name."""
+        """A `tf.function` from a dict of inputs to the outputs by name."""
         return tf.function(self.serve, input_signature=[self.input_signature], autograph=False)
 
     @property
     def _default_save_signature(self) -> Any:
-        """What `tf.saved_model.save(model, folder)` takes for `serving_default`."""
+        """The signature `serving_default` of `tf.saved_model.save(model, folder)`."""
         return self.serving
 
     def _get_save_spec(self, dynamic_batch: bool = True) -> Any:
-        """What `TFLiteConverter.from_keras_model` asks for."""
+        """Called by `TFLiteConverter.from_keras_model`; ValueError."""
         del dynamic_batch
         raise ValueError(
-            "from_keras_model says no lengths: give export() an input_signature of known shapes, and its folder to "
-            "TFLiteConverter.from_saved_model"
+            "from_keras_model has no static lengths: give export() an input_signature with static shapes, and its "
+            "folder to TFLiteConverter.from_saved_model"
         )
 
     def save_signatures(self, folder: str | Path, signatures: Any = None) -> None:
         """Write a SavedModel with these signatures (name -> `tf.function` or concrete function, or one of them); by
-        default `serving_default`, and `int64_serving` for ids of 64 bits."""
+        default `serving_default`, and `int64_serving` for 64-bit ids."""
         if signatures is None:
             wide = {
                 name: tf.TensorSpec(spec.shape, tf.int64, name=name)
@@ -113,14 +113,14 @@ class Serving(Configured, keras.Model):
             }
             long = tf.function(self.serve, input_signature=[wide], autograph=False)
             signatures = {"serving_default": self.serving, "int64_serving": long}
-        # The variables alone, as in `export`: TFLite reads wrong numbers from SavedModels of whole Keras 3 models.
+        # Only the variables, as in `export`: TFLite reads wrong values from SavedModels of whole Keras 3 models.
         held: Any = tf.Module()
         held.held = [variable.value for variable in self.variables]
         tf.saved_model.save(held, str(folder), signatures=signatures)
 
     @tf.autograph.experimental.do_not_convert
     def serve(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """The outputs of a dict of inputs as a flat dict of tensors, numbered where there is one for each layer."""
+        """The outputs for a dict of inputs as a flat dict of tensors; per-layer outputs are numbered."""
         out: ModelOutput = self(inputs, training=False, use_cache=False, return_dict=True)
         flat: dict[str, Any] = {}
         for name, value in out.items():
@@ -129,7 +129,7 @@ class Serving(Configured, keras.Model):
         return flat
 
     def serving_signature(self) -> dict[str, tf.TensorSpec]:
-        """The inputs of the exported model: batch and lengths are open."""
+        """The inputs of the exported model, with a dynamic batch size and length."""
         shape = (None,) * (3 if self.row.head in ("choice", "double") else 2)
         names = ("input_ids", "attention_mask")
         return {name: tf.TensorSpec(shape, tf.int32, name=name) for name in names}

@@ -1,4 +1,4 @@
-"""Keras's own loops over the models: without a compiled loss they train on the model's, with labels in x or as y."""
+"""Training with Keras: without a compiled loss, the model's loss is used, with labels in x or as y."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from monoblock.backends.tf.guards import sentence
+from monoblock.backends.tf.guards import error_message
 from monoblock.heads import KINDS
 from monoblock.outputs import ModelOutput
 
-# Which scores of an output a label speaks of.
+# Labels -> the scores of the output that they refer to.
 SCORES = {
     "labels": "logits",
     "mc_labels": "mc_logits",
     "start_positions": "start_logits",
     "end_positions": "end_logits",
 }
-# What older code gave to compile() for the model's own loss.
-OWN = (None, "passthrough", "auto_with_warning")
+# Values of compile(loss=...) that select the model's loss.
+MODEL_LOSS = (None, "passthrough", "auto_with_warning")
 
 plain = tf.autograph.experimental.do_not_convert
 
 
-def told(name: str) -> Any:
-    """Keras's method, which ends with one sentence where the graph finds a wrong value."""
+def with_graph_errors(name: str) -> Any:
+    """Keras's method, which raises ValueError with the message of a failed check in the graph."""
     method = getattr(keras.Model, name)
 
     @functools.wraps(method)
@@ -35,35 +35,35 @@ def told(name: str) -> Any:
         try:
             return method(self, *args, **kwargs)
         except tf.errors.InvalidArgumentError as error:
-            if (said := sentence(error)) is None:
+            if (message := error_message(error)) is None:
                 raise
-        raise ValueError(said)
+        raise ValueError(message)
 
     return call
 
 
 class Training(keras.Model):
-    """Adds the model's own loss to `compile`, `fit`, `evaluate` and `predict`."""
+    """Adds the model's loss to `compile`, `fit`, `evaluate` and `predict`."""
 
-    fit, evaluate, predict = (told(name) for name in ("fit", "evaluate", "predict"))
+    fit, evaluate, predict = (with_graph_errors(name) for name in ("fit", "evaluate", "predict"))
     train_on_batch, test_on_batch, predict_on_batch = (
-        told(f"{name}_on_batch") for name in ("train", "test", "predict")
+        with_graph_errors(f"{name}_on_batch") for name in ("train", "test", "predict")
     )
 
     own_loss = True
 
     def compile(self, optimizer: Any = "rmsprop", loss: Any = None, *args: Any, **kwargs: Any) -> None:
-        """As Keras's; without a `loss` the model's own is used, and labels come in x by their names, or as y."""
-        self.own_loss = isinstance(loss, str | None) and loss in OWN
+        """Keras's method; without a `loss`, the model's loss is used, with labels in x by name or as y."""
+        self.own_loss = isinstance(loss, str | None) and loss in MODEL_LOSS
         super().compile(optimizer, None if self.own_loss else loss, *args, **kwargs)
 
     def compile_from_config(self, config: dict[str, Any]) -> None:
-        """Compile as a saved model was; Keras does this for classes that leave `compile` as it is."""
+        """Compile as the saved model was; Keras does this for classes that do not override `compile`."""
         self.compile(**keras.saving.deserialize_keras_object(config))
         if self.optimizer is not None and self.built:
             self.optimizer.build(self.trainable_variables)
 
-    # What runs in graphs is written for them: AutoGraph would only translate it again, slowly.
+    # This code is written for graphs: AutoGraph would only convert it again, slowly.
 
     @plain
     def train_step(self, data: Any) -> Any:
@@ -79,8 +79,8 @@ class Training(keras.Model):
         return super().predict_step((given,))
 
     def _maybe_symbolic_build(self, iterator: Any = None, data_batch: Any = None) -> None:
-        """Under a strategy, Keras makes the state of losses and metrics on the mean of the replicas' batches, in which
-        ids are floats; here on the first replica's."""
+        """With a distribution strategy, Keras builds the state of losses and metrics on the mean of the replicas'
+        batches, in which ids are floats; use the first replica's batch instead."""
         strategy = self.distribute_strategy
         for _, _, batches in iterator or ():
             data_batch = keras.tree.map_structure(
@@ -90,7 +90,7 @@ class Training(keras.Model):
         super()._maybe_symbolic_build(data_batch=data_batch)
 
     def _arranged(self, data: Any) -> tuple[dict[str, Any], Any, Any]:
-        """x by names, with the labels in it if the loss is the model's own; y as the metrics take it; weights."""
+        """x by name, including labels for the model's loss; y for the metrics; sample weights."""
         x, y, weights = keras.utils.unpack_x_y_sample_weight(data)
         given = {"use_cache": False, **self.bound((x,), {})}  # pyright: ignore[reportAttributeAccessIssue]
         names = self._label_names()
@@ -106,7 +106,7 @@ class Training(keras.Model):
         return KINDS[head].labels if head else ()
 
     def _labels(self, y: Any) -> dict[str, Any]:
-        """y by the names of the head's labels."""
+        """y by the head's label names."""
         names = self._label_names()
         if isinstance(y, Mapping):
             found = dict(y)
@@ -117,8 +117,8 @@ class Training(keras.Model):
         if not found or not set(found) <= set(names):
             name = type(self).__name__
             raise ValueError(
-                f"{name}'s own loss takes the labels {', '.join(names) or '(none: it has no head)'}, got "
-                f"{', '.join(found) or type(y).__name__}: name them so, or compile(loss=...)"
+                f"{name}'s loss takes the labels {', '.join(names) or '(none: it has no head)'}, got "
+                f"{', '.join(found) or type(y).__name__}: use these names, or compile(loss=...)"
             )
         return found
 
@@ -131,13 +131,13 @@ class Training(keras.Model):
         sample_weight: Any = None,
         training: bool = True,
     ) -> Any:
-        """The mean of the model's own losses, or Keras's of the compiled loss on the scores that y speaks of."""
+        """The mean of the model's losses, or Keras's compiled loss on the scores that y refers to."""
         if not self.own_loss:
             return super().compute_loss(x, y, self.scores(y, y_pred), sample_weight, training)
         found = [loss for loss in (y_pred.get("loss"), y_pred.get("mc_loss")) if loss is not None]
         if not found:
             raise ValueError(
-                f"no labels came ({', '.join(self._label_names())}): give them in x by name or as y, or "
+                f"there are no labels ({', '.join(self._label_names())}): give them in x by name or as y, or "
                 "compile(loss=...)"
             )
         total = sum(_mean(loss, sample_weight) for loss in found) + sum(self.losses)
@@ -146,11 +146,11 @@ class Training(keras.Model):
 
     @plain
     def compute_metrics(self, x: Any, y: Any, y_pred: Any, sample_weight: Any = None) -> Any:
-        """Keras's metrics of the scores that y speaks of."""
+        """Keras's metrics on the scores that y refers to."""
         return super().compute_metrics(x, y, self.scores(y, y_pred), sample_weight)
 
     def scores(self, y: Any, y_pred: Any) -> Any:
-        """Of an output, what a loss or a metric compares with y: in y's structure, or the one tensor of scores."""
+        """The scores of an output that a loss or metric compares with y: in y's structure, or one tensor."""
         if not isinstance(y_pred, ModelOutput):
             return y_pred
         if isinstance(y, Mapping):
@@ -160,7 +160,7 @@ class Training(keras.Model):
         return next(y_pred[name] for name in _FIRST if name in y_pred)
 
 
-# What stands for an output whose y is one tensor: the first of these that it has.
+# The scores for a y that is one tensor: the first of these in the output.
 _FIRST = ("logits", "start_logits", "pooler_output", "last_hidden_state")
 
 
@@ -170,7 +170,7 @@ def _mean(loss: Any, weights: Any) -> Any:
     weights = tf.cast(tf.reshape(weights, (-1,)), loss.dtype)
     if loss.shape[0] == 1 and weights.shape[0] != 1:
         raise ValueError(
-            "sample_weight weighs rows, but the model's own loss is a mean over tokens: set labels to -100 where they "
-            "should not count, or compile(loss=...)"
+            "sample_weight is per row, but the model's loss is a mean over tokens: set labels to -100 to ignore them, "
+            "or compile(loss=...)"
         )
     return tf.reduce_mean(loss * weights)

@@ -1,2 +1,2 @@
-"""What the JAX and the TensorFlow backends share: host code, and code over a framework's arrays that is handed the
-framework's functions (`namespace.py`). No framework is imported here."""
+"""Code that the JAX and TensorFlow backends share: the host side of `generate`, and array code that takes the
+framework's functions as an argument (`namespace.py`). No framework is imported here."""

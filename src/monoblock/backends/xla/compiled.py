@@ -1,7 +1,7 @@
-"""Greedy decoding and sampling as one compiled program: a while loop over tokens, by the framework's own.
+"""Greedy decoding and sampling as one compiled program, the framework's while loop over tokens.
 
-It begins with the cache and the scores that the prompt's pass left, and ends when every row has, so that nothing goes
-to the host between tokens. Numbers (temperatures, limits) come in as arrays: other ones compile nothing.
+The loop starts from the cache and the scores of the prefill and stops when all rows are finished; nothing is
+transferred to the host between tokens. Numbers (temperatures, limits) are array arguments: new values compile nothing.
 """
 
 from __future__ import annotations
@@ -17,150 +17,155 @@ from monoblock.generation.arrays import NOTHING_TO_DRAW
 from monoblock.generation.compiled_loop import Program, ProgramInputs, TokenBuffer
 
 NEXT = ForwardOptions(fresh=False, keep=1)
-# One pass over the next tokens: inputs by name, cache, what is options -> scores, cache and the rest (a `PassOutput`).
+# A pass over the next tokens: inputs by name, cache, options -> `PassOutput`.
 ForwardFn = Callable[[Mapping[str, Any], Any, ForwardOptions], Any]
 
 
 class LoopStart(NamedTuple):
-    """What a loop begins with: the scores of the first tokens, the cache, what the pass of every new token is given,
-    the text and the numbers for the processors, how many tokens there are positions for and how many are options, the
-    state of the random source, and what a search needs besides."""
+    """The inputs of a loop: the scores of the first new token, the cache, the inputs that every pass shares, the token
+    buffer and the numbers for the logits processors, (tokens with a position, tokens to generate), the state of the
+    random number generator, and the `BeamStart` of a beam search."""
 
     scores_bv: Array
     cache: Any
-    constant: Mapping[str, Any]
-    text: TokenBuffer
-    given: ProgramInputs
+    fixed_inputs: Mapping[str, Any]
+    buffer: TokenBuffer
+    inputs: ProgramInputs
     limits: Array
-    draws: Any
+    rng_state: Any
     search: Any = ()
 
 
 class LoopState(NamedTuple):
-    """The loop's state: how many tokens are made, they themselves (rows, room), the last ones, who is finished, the
-    text for the processors, the state of the random source, and whether every row had a token to draw."""
+    """The state of a loop: the number of new tokens, the new tokens (rows, max_new_tokens), the last ones, the finished
+    rows, the token buffer for the logits processors, the state of the random number generator, and whether every row
+    had a token with a nonzero probability."""
 
-    made: Array
-    new_br: Array
+    steps: Array
+    tokens_br: Array
     token_b: Array
     finished_b: Array
-    text: TokenBuffer
-    draws: Any
-    fine: Array
+    buffer: TokenBuffer
+    rng_state: Any
+    can_sample: Array
     cache: Any
 
 
 class LoopOps(Protocol):
-    """What a loop is made of in a framework."""
+    """The operations of a loop that depend on the framework."""
 
     xp: Namespace
 
-    def draws(self, generator: Any, needed: bool) -> Any:
-        """The state of a call's random source, as arrays; of no use unless `needed`."""
+    def rng_state(self, generator: Any, needed: bool) -> Any:
+        """The state of a call's random number generator, as arrays; arbitrary unless `needed`."""
         ...
 
-    def kept(self, generator: Any, draws: Any) -> None:
-        """Let the call's random source go on from that state."""
+    def set_rng_state(self, generator: Any, rng_state: Any) -> None:
+        """Set the state of the call's random number generator."""
         ...
 
-    def source(self, draws: Any, fine: Array) -> Any:
-        """A random source of that state, for `xp.sample` and `xp.draw`; `source.fine`: whether all could be drawn."""
+    def rng(self, rng_state: Any, can_sample: Array) -> Any:
+        """A generator of that state, for `xp.sample` and `xp.draw`; it updates `can_sample`."""
         ...
 
-    def state(self, source: Any) -> Any:
-        """Its state."""
+    def state_of(self, rng: Any) -> Any:
+        """The state of a generator."""
         ...
 
-    def numbers(self, text: TokenBuffer, given: ProgramInputs) -> tuple[TokenBuffer, ProgramInputs]:
-        """The text and the numbers for processors, of the types in which the framework computes."""
+    def cast_inputs(self, buffer: TokenBuffer, inputs: ProgramInputs) -> tuple[TokenBuffer, ProgramInputs]:
+        """The buffer and the processors' numbers in the dtypes in which the framework computes."""
         ...
 
-    def run(self, goes_on: Callable[[Any], Array], step: Callable[[Any], Any], start: Any) -> Any:
-        """The framework's while loop over a nest of arrays."""
+    def while_loop(self, condition: Callable[[Any], Array], body: Callable[[Any], Any], start: Any) -> Any:
+        """The framework's while loop; its state is a nest of arrays."""
         ...
 
 
 def run(generation: Any, program: Program) -> Any:
-    """A whole call: the prompt's pass, then the loop."""
+    """A call of `generate`: the prefill, then the loop."""
     xp = generation.decoder.passes.loop_ops.xp
-    text, record, scores_bv = generation.prefill()
-    end = ended(generation, program, scores_bv)
-    made, new_br, finished_b = int(end.made), xp.to_numpy(end.new_br), xp.to_numpy(end.finished_b)
-    unfinished = made < generation.plan.new_tokens and not finished_b.all()
-    generation.decoder.advance(made - 1 + unfinished)
-    text.extend(new_br[:, :made])
-    return record.output(text.ids(), generation.decoder)
+    buffer, collector, scores_bv = generation.prefill()
+    state = run_loop(generation, program, scores_bv)
+    steps, tokens_br, finished_b = (
+        int(state.steps),
+        xp.to_numpy(state.tokens_br),
+        xp.to_numpy(state.finished_b),
+    )
+    unfinished = steps < generation.plan.new_tokens and not finished_b.all()
+    generation.decoder.advance(steps - 1 + unfinished)
+    buffer.extend(tokens_br[:, :steps])
+    return collector.output(buffer.ids(), generation.decoder)
 
 
-def ended(generation: Any, program: Program, scores_bv: Array, search: Any = ()) -> Any:
-    """A loop's state at its end; ValueError if there was nothing to draw."""
-    decoder, setting, new = generation.decoder, generation.context, generation.plan.new_tokens
-    loop, prompts = decoder.passes.loop_ops, (setting.prompt_bn, setting.valid_bn)
+def run_loop(generation: Any, program: Program, scores_bv: Array, search: Any = ()) -> Any:
+    """Run a loop; its final state. ValueError if a row had no token to sample."""
+    decoder, context, new = generation.decoder, generation.context, generation.plan.new_tokens
+    loop, prompts = decoder.passes.loop_ops, (context.prompt_bn, context.valid_bn)
     start = LoopStart(
         scores_bv=scores_bv,
         cache=decoder.cache,
-        constant=decoder.constants(),
-        text=program.token_buffer(*prompts),
-        given=program.inputs(generation.fields, *prompts, new),
-        # The last token takes no position: nothing comes after it.
+        fixed_inputs=decoder.fixed_inputs(),
+        buffer=program.token_buffer(*prompts),
+        inputs=program.inputs(generation.fields, *prompts, new),
+        # The last token is never an input, so it needs no position.
         limits=np.array([min(new, decoder.room + 1), new], np.int32),
-        draws=loop.draws(generation.generator, program.do_sample),
+        rng_state=loop.rng_state(generation.generator, program.do_sample),
         search=search,
     )
-    end = decoder.passes.run_loop(program, start)
-    if not end.fine:
+    state = decoder.passes.run_loop(program, start)
+    if not state.can_sample:
         raise ValueError(NOTHING_TO_DRAW)
     if program.do_sample and generation.generator is not None:
-        loop.kept(generation.generator, end.draws)
-    decoder.cache = end.cache
-    return end
+        loop.set_rng_state(generation.generator, state.rng_state)
+    decoder.cache = state.cache
+    return state
 
 
 def token_loop(loop: LoopOps, forward: ForwardFn, program: Program, start: LoopStart) -> LoopState:
-    """The loop, to be compiled into something: the state at its end."""
+    """The loop, to be compiled into a program; its final state."""
     xp = loop.xp
     rows = xp.size(start.scores_bv, 0)
-    text, given = loop.numbers(start.text, start.given)
+    buffer, inputs = loop.cast_inputs(start.buffer, start.inputs)
     columns_1n = np.arange(program.max_new_tokens, dtype=np.int32)[None]
 
-    def chosen(scores_bv: Array, state: LoopState) -> LoopState:
-        scores_bv = program.processed(xp, scores_bv, state.text, given)
-        source = loop.source(state.draws, state.fine)
-        token_b = xp.sample(scores_bv, source) if program.do_sample else xp.argmax(scores_bv)
+    def select_token(scores_bv: Array, state: LoopState) -> LoopState:
+        scores_bv = program.processed(xp, scores_bv, state.buffer, inputs)
+        rng = loop.rng(state.rng_state, state.can_sample)
+        token_b = xp.sample(scores_bv, rng) if program.do_sample else xp.argmax(scores_bv)
         token_b = xp.where(state.finished_b, program.pad, xp.int32(token_b))
         return state._replace(
-            made=state.made + 1,
-            new_br=xp.where(columns_1n == state.made, token_b[:, None], state.new_br),
+            steps=state.steps + 1,
+            tokens_br=xp.where(columns_1n == state.steps, token_b[:, None], state.tokens_br),
             token_b=token_b,
             finished_b=state.finished_b | program.ends(token_b),
-            text=state.text.appended(xp, token_b),
-            draws=loop.state(source),
-            fine=source.fine,
+            buffer=state.buffer.appended(xp, token_b),
+            rng_state=loop.state_of(rng),
+            can_sample=rng.can_sample,
         )
 
-    def goes_on(state: LoopState) -> Array:
-        return (state.made < start.limits[0]) & ~xp.all(state.finished_b) & state.fine
+    def condition(state: LoopState) -> Array:
+        return (state.steps < start.limits[0]) & ~xp.all(state.finished_b) & state.can_sample
 
-    def step(state: LoopState) -> LoopState:
-        found = next_pass(forward, start, state.made, state.token_b[:, None], state.cache)
-        return chosen(found.scores, state._replace(cache=found.cache))
+    def body(state: LoopState) -> LoopState:
+        found = next_pass(forward, start, state.steps, state.token_b[:, None], state.cache)
+        return select_token(found.scores, state._replace(cache=found.cache))
 
-    first = LoopState(
-        made=xp.full((), 0),
-        new_br=xp.full((rows, program.max_new_tokens), program.pad),
+    initial = LoopState(
+        steps=xp.full((), 0),
+        tokens_br=xp.full((rows, program.max_new_tokens), program.pad),
         token_b=xp.full((rows,), 0),
         finished_b=xp.full((rows,), False),
-        text=text,
-        draws=start.draws,
-        fine=xp.full((), True),
+        buffer=buffer,
+        rng_state=start.rng_state,
+        can_sample=xp.full((), True),
         cache=start.cache,
     )
-    return loop.run(goes_on, step, chosen(start.scores_bv, first))
+    return loop.while_loop(condition, body, select_token(start.scores_bv, initial))
 
 
-def next_pass(forward: ForwardFn, start: LoopStart, made: Array, token_b1: Array, cache: Any) -> Any:
-    """The pass of the last of the `made` new tokens."""
-    tokens = {**start.constant, "input_ids": token_b1}
-    if (before := start.constant.get("position_ids")) is not None:
-        tokens["position_ids"] = before + made
+def next_pass(forward: ForwardFn, start: LoopStart, steps: Array, token_b1: Array, cache: Any) -> Any:
+    """The pass whose input is the last of the `steps` new tokens."""
+    tokens = {**start.fixed_inputs, "input_ids": token_b1}
+    if (before := start.fixed_inputs.get("position_ids")) is not None:
+        tokens["position_ids"] = before + steps
     return forward(tokens, cache, NEXT)

@@ -1,7 +1,7 @@
-"""A model in the middle of one generation: what the framework-free loop drives, on JAX and on TensorFlow.
+"""Decoders for the framework-free loop of `generate`, on JAX and TensorFlow: with a key/value cache and without.
 
-Prompts are padded on the left to the length of a bucket and caches have the length of buckets, so that texts of other
-lengths use what is compiled already. Masks say where the padding is, and positions do not count it.
+Prompts are left-padded to a bucket's length, and caches have the lengths of buckets, so that sequences of other lengths
+reuse compiled programs. The attention mask hides the padding, and positions do not count it.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from monoblock.generation.decoder import GenerationPlan
 from monoblock.positions import is_dynamic
 from monoblock.spec import ArchSpec, Learned, Rotary
 
-# What lies in an input's places of padding; 0 in those of others.
+# The padding value of an input; 0 for the others.
 FILL = {"patch_rows": -1}
-WHOLE = ("image_patches",)  # inputs without an axis of tokens
-LONGEST_PIECE = 128  # places that the padding of several tokens at once may take at the end of a cache
+NO_TOKEN_AXIS = ("image_patches",)  # inputs without a token axis
+MAX_EXTEND = 128  # slots at the end of a cache for the padding of several tokens at once
 
 
-def _padded(given: Mapping[str, Any], pad: int) -> dict[str, Any]:
-    """The inputs of a pass with `pad` places of padding on the left, and patches up to a bucket's number."""
+def _pad_inputs(given: Mapping[str, Any], pad: int) -> dict[str, Any]:
+    """The inputs of a pass, left-padded by `pad` tokens, and the patches padded to a bucket's size."""
     made: dict[str, Any] = {}
     for name, value in given.items():
         axis, before, after = (
@@ -39,15 +39,15 @@ def _padded(given: Mapping[str, Any], pad: int) -> dict[str, Any]:
     return made
 
 
-def _rows(value: Any, index_b: Any) -> Any:
-    """The rows of an input; one row stands for all."""
+def _select_rows(value: Any, index_b: Any) -> Any:
+    """The selected rows of an input; a single row is shared by all."""
     return value if value.shape[0] == 1 and len(index_b) else value[index_b]
 
 
 class CachedDecoder:
-    """A model in the middle of one generation: its cache, and what later passes are given besides tokens.
+    """The state of one generation: the cache, and the inputs of later passes in addition to tokens.
 
-    Places count the padding of the bucket, `pad`, too; lengths that the loop speaks of do not.
+    `length` and `prompt_length` include the bucket's padding, `pad`; lengths in the loop's interface do not.
     """
 
     def __init__(self, passes: Passes, plan: GenerationPlan, inputs: dict[str, Any]) -> None:
@@ -56,18 +56,20 @@ class CachedDecoder:
         self.max_positions = learned.size - learned.offset if learned else None
         self.inputs = dict(inputs)
         self.past = passes.as_cache(self.inputs.pop("past_key_values", None))
-        asked = plan.config if plan.config.return_dict_in_generate else GenerationConfig()
+        output_config = plan.config if plan.config.return_dict_in_generate else GenerationConfig()
         self.options = ForwardOptions(
-            attentions=bool(asked.output_attentions), hidden_states=bool(asked.output_hidden_states), keep=1
+            attentions=bool(output_config.output_attentions),
+            hidden_states=bool(output_config.output_hidden_states),
+            keep=1,
         )
         self.attentions = self.hidden_states = None
         self.cache: Any = None
-        self.given: dict[str, Any] = {}  # the mask of all places, the last token types
-        self.last_positions: Any = None  # given ones of the prompt's last tokens
-        self.pad = self.length = self.prompt_length = 0  # places
-        self.used = 0  # positions that the longest row has taken
+        self.given: dict[str, Any] = {}  # the mask of all slots, the last token types
+        self.last_positions: Any = None  # the given position ids of the prompts' last tokens
+        self.pad = self.length = self.prompt_length = 0  # slots
+        self.used = 0  # positions used by the longest row
 
-    # ------------------------------------------------------------------ the loop's side
+    # ------------------------------------------------------------------ interface to the loop
 
     @property
     def past_key_values(self) -> Any:
@@ -77,111 +79,113 @@ class CachedDecoder:
         return self.passes.shifted_cache(self.cache, self.pad, self.spec, self.cache.max_length)
 
     def prefill(self, ids_bn: Any, mask_bm: Any) -> Any:
-        """Take the prompts, without the part of them that a given cache already holds."""
-        given, batch, count = self.prepared(ids_bn, mask_bm)
-        seen = 0 if self.past is None else int(self.past.length)
-        if 0 < count <= seen:
+        """Process the prompts, except for tokens that a given cache already holds; scores of the next token."""
+        given, batch, count = self.prepare_inputs(ids_bn, mask_bm)
+        past = 0 if self.past is None else int(self.past.length)
+        if 0 < count <= past:
             raise ValueError(
-                f"past_key_values hold {seen} tokens and the prompt has {count}: give the whole prompt, of which the "
-                "cache is the beginning"
+                f"past_key_values hold {past} tokens and the prompt has {count}: give the whole prompt, including the "
+                "cached tokens"
             )
         chunk = self._chunk(count)
-        self.pad = 0 if seen or chunk else bucket(count) - count
+        self.pad = 0 if past or chunk else bucket(count) - count
         self.length = self.prompt_length = self.pad + count
-        given = _padded(given, self.pad)
-        slots = bucket(self.length) + self._room(count) + (LONGEST_PIECE if self.plan.rewinds else 0)
+        given = _pad_inputs(given, self.pad)
+        slots = bucket(self.length) + self._new_token_slots(count) + (MAX_EXTEND if self.plan.rewinds else 0)
         mask = np.ones((batch, slots), np.int32)
         mask[:, : self.length] = given["attention_mask"]
-        self._keep(given, mask)
+        self._keep_prompt_inputs(given, mask)
         given["attention_mask"] = mask
-        if seen:
-            self.cache = self.passes.shifted_cache(self.past, 0, self._windows(), slots)
+        if past:
+            self.cache = self.passes.shifted_cache(self.past, 0, self._cache_spec(), slots)
         elif chunk:
-            self.cache = self.passes.empty_cache(batch, self._windows(), slots)
+            self.cache = self.passes.empty_cache(batch, self._cache_spec(), slots)
         else:
             options = replace(self.options, fresh=True)
-            found = self.passes.prefill(given, options, self._windows(), slots)
-            return self._taken(found, slice(self.pad, None))
-        return self._continued(given, seen, count, chunk or count)
+            found = self.passes.prefill(given, options, self._cache_spec(), slots)
+            return self._store_outputs(found, slice(self.pad, None))
+        return self._prefill_chunks(given, past, count, chunk or count)
 
     def _chunk(self, count: int) -> int | None:
-        """How many tokens of the prompt go through the model at a time; None: all."""
+        """Tokens per pass of a chunked prefill; None: all at once."""
         chunk = self.plan.config.prefill_chunk_size
         if chunk is not None and is_dynamic(self.spec.position(Rotary)):
             raise UnsupportedConfig(
-                f"GenerationConfig.prefill_chunk_size={chunk}: this model's RoPE scaling goes by the whole "
-                "prompt"
+                f"GenerationConfig.prefill_chunk_size={chunk}: this model's RoPE scaling depends on the "
+                "length of the whole prompt"
             )
         return None if chunk is None or chunk >= count else chunk
 
-    def _room(self, count: int) -> int:
-        """Places for new tokens."""
+    def _new_token_slots(self, count: int) -> int:
+        """Cache slots for new tokens."""
         limit, most = self.plan.config.max_cache_len, self.plan.max_length - 1
         if limit is not None and most > limit:
             raise ValueError(
-                f"the static cache holds {limit} tokens and {most} may come: make it with a larger max_cache_len"
+                f"the static cache has room for {limit} tokens and up to {most} are needed: make max_cache_len larger"
             )
         return bucket(self.plan.new_tokens) if limit is None else max(1, limit - count)
 
-    def _continued(self, given: dict[str, Any], seen: int, count: int, chunk: int) -> Any:
-        """What comes after `seen` cached tokens, in pieces of `chunk` tokens and then of powers of two: few lengths are
-        ever compiled."""
-        mask, scores, shown = given.pop("attention_mask"), None, []
-        while seen < count:
-            left = count - seen
+    def _prefill_chunks(self, given: dict[str, Any], past: int, count: int, chunk: int) -> Any:
+        """Process the tokens after `past` cached ones in chunks of `chunk` tokens, then of powers of two, so that few
+        lengths are compiled."""
+        mask, scores, chunks = given.pop("attention_mask"), None, []
+        while past < count:
+            left = count - past
             size = chunk if chunk < left else 1 << (left.bit_length() - 1)
-            piece = {n: x if n in WHOLE else x[:, seen : seen + size] for n, x in given.items()}
-            self.length = seen + size
-            scores = self._more({**piece, "attention_mask": mask}, size, self.options)
-            shown.append(self.hidden_states)
-            seen += size
+            chunk_inputs = {
+                n: x if n in NO_TOKEN_AXIS else x[:, past : past + size] for n, x in given.items()
+            }
+            self.length = past + size
+            scores = self._extend({**chunk_inputs, "attention_mask": mask}, size, self.options)
+            chunks.append(self.hidden_states)
+            past += size
         if self.hidden_states is not None:
-            self.hidden_states = tuple(self.passes.loop_ops.xp.concat(x) for x in zip(*shown, strict=True))
+            self.hidden_states = tuple(self.passes.loop_ops.xp.concat(x) for x in zip(*chunks, strict=True))
         return scores
 
     def step(self, ids_b1: Any) -> Any:
-        """Take one token for each row."""
+        """Process one token per row; scores of the next."""
         self.advance(1)
-        return self._more(self.next_given() | {"input_ids": np.asarray(ids_b1, np.int32)}, 1, self.options)
+        return self._extend(self.next_inputs() | {"input_ids": np.asarray(ids_b1, np.int32)}, 1, self.options)
 
     def extend(self, ids_bk: Any) -> Any:
-        """Take k tokens for each row; scores after each, on the host."""
+        """Process k tokens per row; scores after each, on the host."""
         count = ids_bk.shape[1]
         if count == 1:
             return self.passes.loop_ops.xp.to_numpy(self.step(ids_bk))[:, None]
-        # Angles that change with the length must not see padding.
+        # With dynamic RoPE scaling, angles depend on the length: no padding.
         exact = is_dynamic(self.spec.position(Rotary))
         size = count if exact else 1 << (count - 1).bit_length()
         start = self.used
         self.advance(count)
-        given = self.next_given(count)
+        given = self.next_inputs(count)
         given["input_ids"] = np.pad(np.asarray(ids_bk, np.int32), ((0, 0), (0, size - count)), mode="edge")
         if not exact:
-            given["position_ids"] = self._places_of(given, start, count, size)
-        scores = self._more(given, count, replace(self.options, keep=0))
+            given["position_ids"] = self._position_ids(given, start, count, size)
+        scores = self._extend(given, count, replace(self.options, keep=0))
         if size > count:
             self._set_length()
         return self.passes.loop_ops.xp.to_numpy(scores)[:, :count]
 
     def reorder(self, index_b: Any) -> None:
-        """Row i becomes what row index[i] was."""
+        """Row i becomes the former row `index_b[i]`."""
         index_b = np.asarray(index_b)
         if self.cache is not None:
             self.cache = self.passes.reordered_cache(self.cache, index_b)
-        self.given = {name: _rows(value, index_b) for name, value in self.given.items()}
+        self.given = {name: _select_rows(value, index_b) for name, value in self.given.items()}
         if self.last_positions is not None:
-            self.last_positions = _rows(self.last_positions, index_b)
+            self.last_positions = _select_rows(self.last_positions, index_b)
 
     def crop(self, length: int) -> None:
-        """Forget everything after the first `length` positions."""
+        """Remove all tokens after the first `length`."""
         self.used -= self.length - (self.pad + length)
         self.length = self.pad + length
         self._set_length()
 
-    # ------------------------------------------------------------------ what passes are given
+    # ------------------------------------------------------------------ inputs of passes
 
-    def prepared(self, ids_bn: Any, mask_bm: Any) -> tuple[dict[str, Any], int, int]:
-        """The prompt's inputs, checked and on the host, with a mask; its rows and its tokens."""
+    def prepare_inputs(self, ids_bn: Any, mask_bm: Any) -> tuple[dict[str, Any], int, int]:
+        """The checked inputs of the prompts on the host, with a mask; the number of rows and of tokens."""
         arguments = {**self.inputs, "attention_mask": mask_bm}
         if arguments.get("inputs_embeds") is None:
             arguments["input_ids"] = ids_bn
@@ -193,8 +197,8 @@ class CachedDecoder:
         given.setdefault("attention_mask", np.ones((batch, count), np.int32))
         return given, batch, count
 
-    def _keep(self, given: Mapping[str, Any], mask: Any) -> None:
-        """What the passes of new tokens need of the prompt."""
+    def _keep_prompt_inputs(self, given: Mapping[str, Any], mask: Any) -> None:
+        """Store the inputs that passes over new tokens take from the prompt."""
         self.given = {"attention_mask": mask}
         if (types := given.get("token_type_ids")) is not None:
             self.given["token_type_ids"] = types[:, -1:]
@@ -204,8 +208,8 @@ class CachedDecoder:
             self.last_positions = positions[:, -1:]
             self.used = int(positions.max()) + 1 - (learned.offset if learned else 0)
 
-    def next_given(self, count: int = 1) -> dict[str, Any]:
-        """What the pass of the last `count` of the tokens so far is given, besides the tokens."""
+    def next_inputs(self, count: int = 1) -> dict[str, Any]:
+        """Inputs, in addition to the tokens, of a pass over the last `count` tokens."""
         given = dict(self.given)
         if "token_type_ids" in given and count > 1:
             given["token_type_ids"] = given["token_type_ids"].repeat(count, axis=1)
@@ -214,19 +218,19 @@ class CachedDecoder:
             given["position_ids"] = self.last_positions + after
         return given
 
-    def constants(self) -> dict[str, Any]:
-        """What the pass of every new token is given; its position ids are those of the prompt's last tokens."""
+    def fixed_inputs(self) -> dict[str, Any]:
+        """Inputs shared by the passes of all new tokens; position ids are those of the prompts' last tokens."""
         positions = self.last_positions
         return self.given if positions is None else {**self.given, "position_ids": positions}
 
     @property
     def room(self) -> int:
-        """For how many more tokens there are positions."""
+        """The number of further tokens for which there are positions."""
         return (1 << 30) if self.max_positions is None else self.max_positions - self.used
 
-    def _places_of(self, given: Mapping[str, Any], start: int, count: int, size: int) -> Any:
-        """Positions of `count` tokens of one row, and of padding after them, which repeats the last one: a position
-        after it may have no row in the table."""
+    def _position_ids(self, given: Mapping[str, Any], start: int, count: int, size: int) -> Any:
+        """Positions of `count` tokens of one row, right-padded by repeating the last one: a later position may exceed
+        the position embedding."""
         learned = self.spec.position(Learned)
         held = given.get("position_ids")
         if held is None:
@@ -234,39 +238,39 @@ class CachedDecoder:
         return np.pad(held, ((0, 0), (0, size - count)), mode="edge")
 
     def advance(self, count: int) -> None:
-        """Count that many more tokens; ValueError if there is no position for them."""
+        """Add `count` tokens to the length; ValueError if there are no positions for them."""
         self.length, self.used = self.length + count, self.used + count
         self.check(self.used)
 
     def check(self, used: int) -> None:
-        """ValueError if there are not so many positions."""
+        """ValueError if there are fewer than `used` positions."""
         if self.max_positions is not None and used > self.max_positions:
             raise ValueError(
                 f"the model has {self.max_positions} learned positions, but the sequence, cache included, has {used} "
                 "tokens: shorten it"
             )
 
-    def _windows(self) -> ArchSpec:
-        """The spec by which the cache is made: one that drops nothing where tokens are taken back or weights shown."""
+    def _cache_spec(self) -> ArchSpec:
+        """The spec of the cache: without windows if tokens may be rewound or attention weights are returned."""
         spec = self.spec
-        whole = self.plan.rewinds or self.options.attentions
-        return replace(spec, windows=(None,) * spec.layers) if whole else spec
+        keep_all = self.plan.rewinds or self.options.attentions
+        return replace(spec, windows=(None,) * spec.layers) if keep_all else spec
 
-    # ------------------------------------------------------------------ passes
+    # ------------------------------------------------------------------ forward passes
 
-    def _more(self, given: dict[str, Any], count: int, options: ForwardOptions) -> Any:
+    def _extend(self, given: dict[str, Any], count: int, options: ForwardOptions) -> Any:
         assert self.cache is not None
         options = replace(options, fresh=False)
-        return self._taken(self.passes.extend(given, self.cache, options), slice(0, count))
+        return self._store_outputs(self.passes.extend(given, self.cache, options), slice(0, count))
 
-    def _taken(self, found: PassOutput, here: slice) -> Any:
-        """Keep what a pass gave, of the tokens that are no padding; its scores."""
+    def _store_outputs(self, found: PassOutput, tokens_slice: slice) -> Any:
+        """Store the outputs of a pass without padding; return its scores."""
         self.cache = found.cache
         if found.attentions is not None:
-            seen = slice(self.pad, self.length)
-            self.attentions = self.passes.sliced(found.attentions, (..., here, seen))
+            keys_slice = slice(self.pad, self.length)
+            self.attentions = self.passes.sliced(found.attentions, (..., tokens_slice, keys_slice))
         if found.hidden_states is not None:
-            self.hidden_states = self.passes.sliced(found.hidden_states, (..., here, slice(None)))
+            self.hidden_states = self.passes.sliced(found.hidden_states, (..., tokens_slice, slice(None)))
         return found.scores
 
     def _set_length(self) -> None:
@@ -277,7 +281,7 @@ class CachedDecoder:
 
 
 class UncachedDecoder:
-    """The same without a cache: each pass is over everything so far."""
+    """The same without a cache: each pass processes the whole sequence."""
 
     past_key_values = None
 
@@ -287,20 +291,20 @@ class UncachedDecoder:
         self.given: dict[str, Any] = {}
 
     def prefill(self, ids_bn: Any, mask_bm: Any) -> Any:
-        """Take the prompts."""
-        self.given, _, _ = self.decoder.prepared(ids_bn, mask_bm)
-        return self._passed(1)[:, -1]
+        """Process the prompts; scores of the next token."""
+        self.given, _, _ = self.decoder.prepare_inputs(ids_bn, mask_bm)
+        return self._full_pass(1)[:, -1]
 
     def step(self, ids_b1: Any) -> Any:
-        """Take one token for each row."""
+        """Process one token per row; scores of the next."""
         return self.extend(ids_b1)[:, -1]
 
     def extend(self, ids_bk: Any) -> Any:
-        """Take k tokens for each row; scores after each, on the host."""
+        """Process k tokens per row; scores after each, on the host."""
         ids_bk, count = np.asarray(ids_bk, np.int32), ids_bk.shape[1]
         after = {
             "input_ids": lambda _: ids_bk,
-            "inputs_embeds": lambda _: self.passes.loop_ops.xp.to_numpy(self.passes.lookup(ids_bk)),
+            "inputs_embeds": lambda _: self.passes.loop_ops.xp.to_numpy(self.passes.embed_tokens(ids_bk)),
             "attention_mask": lambda _: np.ones(ids_bk.shape, np.int32),
             "position_ids": lambda x: x[:, -1:] + 1 + np.arange(count, dtype=np.int32),
             "token_type_ids": lambda x: x[:, -1:].repeat(count, axis=1),
@@ -309,30 +313,30 @@ class UncachedDecoder:
         for name, value in self.given.items():
             if name in after:
                 self.given[name] = np.concatenate((value, after[name](value)), axis=1)
-        return self._passed(count)
+        return self._full_pass(count)
 
     def reorder(self, index_b: Any) -> None:
-        """Row i becomes what row index[i] was."""
+        """Row i becomes the former row `index_b[i]`."""
         index_b = np.asarray(index_b)
-        self.given = {n: x if n in WHOLE else _rows(x, index_b) for n, x in self.given.items()}
+        self.given = {n: x if n in NO_TOKEN_AXIS else _select_rows(x, index_b) for n, x in self.given.items()}
 
     def crop(self, length: int) -> None:
-        """Forget everything after the first `length` positions."""
-        self.given = {n: x if n in WHOLE else x[:, :length] for n, x in self.given.items()}
+        """Remove all tokens after the first `length`."""
+        self.given = {n: x if n in NO_TOKEN_AXIS else x[:, :length] for n, x in self.given.items()}
 
-    def _passed(self, count: int) -> Any:
-        """Scores (rows, count, vocab) of a pass over everything, after each of the last `count` tokens."""
+    def _full_pass(self, count: int) -> Any:
+        """Scores (rows, count, vocab) of a pass over the whole sequence, after each of the last `count` tokens."""
         decoder, mask = self.decoder, self.given["attention_mask"]
         decoder.check(int(mask.sum(axis=1).max()))
         pad = bucket(mask.shape[1]) - mask.shape[1]
-        # All logits where several are asked for: how many changes from pass to pass.
+        # All logits if several are needed: their number varies, and would compile again for each.
         options = replace(decoder.options, keep=1 if count == 1 else 0)
-        found = self.passes.uncached(_padded(self.given, pad), options)
-        here = slice(pad, None)
+        found = self.passes.uncached(_pad_inputs(self.given, pad), options)
+        tokens_slice = slice(pad, None)
         if found.attentions is not None:
-            self.attentions = self.passes.sliced(found.attentions, (..., here, here))
+            self.attentions = self.passes.sliced(found.attentions, (..., tokens_slice, tokens_slice))
         if found.hidden_states is not None:
-            self.hidden_states = self.passes.sliced(found.hidden_states, (..., here, slice(None)))
+            self.hidden_states = self.passes.sliced(found.hidden_states, (..., tokens_slice, slice(None)))
         if count == 1:
             return found.scores[:, None]
         return self.passes.loop_ops.xp.to_numpy(found.scores)[:, -count:]

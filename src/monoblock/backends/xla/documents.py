@@ -1,4 +1,4 @@
-"""Several documents packed in one row: which one each token is of."""
+"""Several documents packed in one row: the document of each token."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from monoblock.backends.xla.namespace import Array, Namespace
 from monoblock.spec import ArchSpec, Learned
 
 
-def restarts(xp: Namespace, spec: ArchSpec, positions_bs: Array, mask_bs: Array | None) -> Array | None:
-    """(batch or 1, tokens), the number of each token's document, where a position that is no higher than the last
-    begins one; None where it is known that none does. Positions of padding mean nothing."""
+def document_ids(xp: Namespace, spec: ArchSpec, positions_bs: Array, mask_bs: Array | None) -> Array | None:
+    """(batch or 1, tokens): the number of each token's document. A position that does not exceed the previous one
+    begins a document; None if it is known that none does. Positions of padding are ignored."""
     before, here = positions_bs[:, :-1], positions_bs[:, 1:]
     begins = here <= before
     learned = spec.position(Learned)
     if learned is not None and learned.pad_id is not None:
-        begins = begins & (here >= learned.offset)  # lower ones are padding's
+        begins = begins & (here >= learned.offset)  # lower positions mark padding
     if mask_bs is not None:
         valid = mask_bs != 0
         begins = valid[:, 1:] & xp.where(valid[:, :-1], begins, here < before)

@@ -1,4 +1,4 @@
-"""From a call's arrays to what the blocks need: indices, positions, the attention mask's parts. All can be traced."""
+"""From the network's inputs to the blocks' inputs: indices, positions, components of the attention mask. Traceable."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from monoblock.backends.xla.namespace import Array, Namespace, Size, known
+from monoblock.backends.xla.namespace import Array, Namespace, Size, is_static
 from monoblock.positions import is_dynamic
 from monoblock.spec import ArchSpec, Learned, Rotary
 
 
 @dataclass(frozen=True)
 class ForwardOptions:
-    """What a call asks for that decides which code is compiled.
+    """Static options of a forward pass: another value compiles another program.
 
-    `fresh`: no token came before (keys and queries line up). `keep`: the logits of the last tokens only, 0 for all.
-    `choices`: the rows of one example, as (batch, choices) of the outputs where `nested`.
+    `fresh`: no past tokens (queries and keys are the same tokens). `keep`: logits of the last `keep` tokens only, 0 for
+    all. `choices`: rows per multiple-choice example; `nested`: outputs are (batch, choices, ...).
     """
 
     train: bool = False
@@ -32,7 +32,7 @@ DEFAULT_OPTIONS = ForwardOptions()
 
 
 class Kinds(NamedTuple):
-    """A framework's classes of what `prepare` makes."""
+    """The classes, of a framework, that `prepare` instantiates."""
 
     context: Callable[..., Any]
     scope: Callable[..., Any]
@@ -47,8 +47,8 @@ def prepare(
     cache: Any,
     options: ForwardOptions,
 ) -> Any:
-    """The forward context of the blocks, for `count` tokens: scope, positions of the tokens (b, count) and of all keys
-    (b, k), where a first axis of 1 broadcasts over the rows, and the requested outputs."""
+    """The context of a forward pass of `count` tokens: the attention mask, the positions of the new tokens (b, count)
+    and of all keys (b, k), where a first axis of 1 stands for all rows, and the options."""
     fresh = cache is None or options.fresh
     past = 0 if cache is None or fresh else cache.length
     total = _total(xp, count, cache, fresh)
@@ -83,9 +83,9 @@ def prepare(
 
 
 def _total(xp: Namespace, count: Size, cache: Any, fresh: bool) -> Size:
-    """How many keys there are: those that come in, with those that a cache holds or has room for."""
+    """The number of keys: those of the new tokens, and the cached ones or the capacity of the cache."""
     limit = None if cache is None else cache.max_length
-    if limit is not None and known(count) and count > limit:
+    if limit is not None and is_static(count) and count > limit:
         raise ValueError(f"{count} tokens do not fit into a cache of {limit}: make it longer")
     if cache is None or fresh:
         return count
@@ -93,8 +93,8 @@ def _total(xp: Namespace, count: Size, cache: Any, fresh: bool) -> Size:
 
 
 def _counted(xp: Namespace, spec: ArchSpec, valid_bk: Array) -> Array:
-    """(b, k), the position of each token: counted without padding; padding after them goes on from the row's first
-    token, but for angles that go by a row's length."""
+    """(b, k): the position of each token, counted without padding. Padding after a row's first token counts on from
+    there, except with dynamic RoPE scaling, which depends on the row's length."""
     counted = xp.maximum(xp.cumsum(xp.int32(valid_bk)) - 1, 0)
     if is_dynamic(spec.position(Rotary)):
         return counted
@@ -105,7 +105,7 @@ def _counted(xp: Namespace, spec: ArchSpec, valid_bk: Array) -> Array:
 
 
 def _positions(xp: Namespace, spec: ArchSpec, given: Mapping[str, Array], counted_bs: Array) -> Array:
-    """The position of each token that comes in: as given, else counted; an index of the table if there is one."""
+    """The position of each new token: as given, else counted; with learned positions, the row of the embedding."""
     learned, ids = spec.position(Learned), given.get("input_ids")
     positions = given.get("position_ids")
     if positions is not None:

@@ -1,4 +1,4 @@
-"""The array functions that the code of both frameworks is given, as a protocol."""
+"""The protocol of the array functions that the shared code takes as an argument."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ import numpy as np
 
 from monoblock.generation.arrays import ArrayOps
 
-Array = Any  # an array of the framework, or where a docstring says so NumPy's
-Size = Any  # an int, or where a trace leaves an axis open what stands for its size
+Array = Any  # an array of the framework, or of NumPy where documented
+Size = Any  # an int, or the symbolic size of a dynamic axis
 
 
 class Namespace(ArrayOps, Protocol):
-    """Functions on a framework's arrays, which may be traced: those of generation, some of them along any axis, and
-    more. JAX's stay in NumPy where all operands are NumPy's."""
+    """Functions on a framework's arrays, which may be traced: `ArrayOps` of generation, some of them along any axis,
+    and more. JAX's return NumPy arrays if all operands are NumPy arrays."""
 
     def values(self, x: Array, *, wait: bool = False) -> np.ndarray[Any, Any] | None:
-        """The values on the host; None for what is traced, or what only a transfer from another device would bring
-        (unless `wait`)."""
+        """The values on the host; None for traced arrays, and for arrays on another device unless `wait` (a
+        transfer)."""
         ...
 
     def size(self, x: Array, axis: int) -> Size:
@@ -27,11 +27,11 @@ class Namespace(ArrayOps, Protocol):
         ...
 
     def int32(self, x: Any) -> Array:
-        """The numbers as int32."""
+        """The array as int32."""
         ...
 
     def cast(self, x: Array, dtype: Any) -> Array:
-        """The numbers as that type: an array's, or a name."""
+        """The array in that dtype or dtype name."""
         ...
 
     def full(self, shape: tuple[Size, ...], value: int | bool) -> Array:
@@ -43,27 +43,27 @@ class Namespace(ArrayOps, Protocol):
         ...
 
     def minimum(self, x: Any, y: Any) -> Array:
-        """The lower of the two."""
+        """The elementwise minimum."""
         ...
 
     def maximum(self, x: Any, y: Any) -> Array:
-        """The higher of the two."""
+        """The elementwise maximum."""
         ...
 
     def cumsum(self, x_bk: Array, axis: int = -1) -> Array:
-        """Running sums along an axis, in the same type."""
+        """The cumulative sum along an axis, in the same dtype."""
         ...
 
     def sum(self, x_bk: Array, axis: int = -1) -> Array:
-        """Sums along an axis, which stays with the size 1; of truth values, how many are true."""
+        """The sum along an axis, which is kept with size 1; of booleans, the count of True."""
         ...
 
     def mean(self, x: Array, axis: int) -> Array:
-        """Means along an axis, which stays with the size 1."""
+        """The mean along an axis, which is kept with size 1."""
         ...
 
     def shifted(self, x: Array, by: int, axis: int) -> Array:
-        """Each entry where the one `by` before it along that axis was; the first ones are 0."""
+        """The array shifted by `by` along an axis (`y[i] = x[i - by]`), zeros first."""
         ...
 
     def first_true(self, x: Array) -> Array:
@@ -71,11 +71,11 @@ class Namespace(ArrayOps, Protocol):
         ...
 
     def pad(self, x: Array, before: Size, after: Size) -> Array:
-        """(rows, columns) with columns of zeros before and after."""
+        """(rows, columns) padded with columns of zeros."""
         ...
 
-    def stacked(self, parts: Sequence[Array]) -> Array:
-        """Joined along the first axis."""
+    def stacked(self, arrays: Sequence[Array]) -> Array:
+        """Concatenate along the first axis."""
         ...
 
     def gather(self, x: Array, index: Array, axis: int = 1) -> Array:
@@ -87,31 +87,31 @@ class Namespace(ArrayOps, Protocol):
         ...
 
     def columns(self, x: Array, first: Any, count: Size) -> Array:
-        """The same along the second axis, compiled once for all `first`."""
+        """The same along the second axis; compiled once for all values of `first`."""
         ...
 
 
 def is_integer(x: Array) -> bool:
-    """Whether the numbers are whole; truth values are not."""
+    """Whether the dtype is an integer type; bool is not."""
     return "int" in x.dtype.name
 
 
 def is_floating(x: Array) -> bool:
-    """Whether the numbers are floating-point."""
+    """Whether the dtype is a floating-point type."""
     return "float" in x.dtype.name
 
 
-def known(*sizes: Size) -> bool:
-    """Whether all sizes are numbers."""
+def is_static(*sizes: Size) -> bool:
+    """Whether all sizes are static."""
     return all(isinstance(size, int) for size in sizes)
 
 
-def fits(shape: Sequence[Size], *expected: Size) -> bool:
-    """Whether what is known of a shape agrees with what is known of the expected one."""
+def shapes_match(shape: Sequence[Size], *expected: Size) -> bool:
+    """Whether a shape matches the expected one, as far as both are static."""
     pairs = zip(shape, expected, strict=False)
-    return len(shape) == len(expected) and all(not known(a, b) or a == b for a, b in pairs)
+    return len(shape) == len(expected) and all(not is_static(a, b) or a == b for a, b in pairs)
 
 
-def shown(*sizes: Size) -> str:
-    """Sizes for a message; ? stands for an open one."""
-    return "(" + ", ".join(str(size) if known(size) else "?" for size in sizes) + ")"
+def shape_text(*sizes: Size) -> str:
+    """Sizes for a message; ? for a dynamic axis."""
+    return "(" + ", ".join(str(size) if is_static(size) else "?" for size in sizes) + ")"

@@ -1,4 +1,4 @@
-"""What the host loop asks of a framework: a model's compiled passes, and what is done to caches between them."""
+"""The interface of the host loop to a framework: a model's compiled forward passes, and operations on caches."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Given = Mapping[str, Any]
 
 
 class PassOutput(NamedTuple):
-    """What one pass gives: scores in float32, (b, vocab) of the last token or (b, k, vocab), and the rest."""
+    """Outputs of one forward pass: scores in float32, (b, vocab) of the last token or (b, k, vocab), and the rest."""
 
     scores: Array
     cache: Any
@@ -24,27 +24,28 @@ class PassOutput(NamedTuple):
 
 
 def pass_output(out: Mapping[str, Any], scores: Array, options: ForwardOptions) -> PassOutput:
-    """A network's outputs as what a pass gives; `scores` are its logits in float32."""
+    """The network's outputs as a `PassOutput`; `scores` are its logits in float32."""
     last = scores[:, -1] if options.keep == 1 else scores
     return PassOutput(last, *(out.get(name) for name in ("past_key_values", "attentions", "hidden_states")))
 
 
 class Passes(Protocol):
-    """A model's passes, compiled once for each bucket of lengths. Caches that go in are gone."""
+    """A model's forward passes, compiled once for each bucket of lengths. Caches that are passed in are donated: they
+    must not be used afterwards."""
 
     spec: ArchSpec
     loop_ops: LoopOps
 
     def check_inputs(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
-        """A prompt's arguments, checked, as the network takes them."""
+        """Check the prompts' arguments and convert them into the network's inputs."""
         ...
 
     def as_cache(self, given: Any) -> Any:
-        """The cache that a call gives, in whatever form it came; None without one."""
+        """The cache of a `past_key_values` argument in any accepted form; None without one."""
         ...
 
     def prefill(self, given: Given, options: ForwardOptions, spec: ArchSpec, max_length: int) -> PassOutput:
-        """A pass over the prompts, into a new cache of `max_length` slots with the windows of `spec`."""
+        """A pass over the prompts that fills a new cache of `max_length` slots with the windows of `spec`."""
         ...
 
     def extend(self, given: Given, cache: Any, options: ForwardOptions) -> PassOutput:
@@ -52,15 +53,15 @@ class Passes(Protocol):
         ...
 
     def uncached(self, given: Given, options: ForwardOptions) -> PassOutput:
-        """A pass over whole texts, without a cache."""
+        """A pass over whole sequences, without a cache."""
         ...
 
-    def lookup(self, ids: Any) -> Array:
-        """Token ids as vectors."""
+    def embed_tokens(self, ids: Any) -> Array:
+        """The embeddings of token ids."""
         ...
 
     def empty_cache(self, rows: int, spec: ArchSpec, max_length: int) -> Any:
-        """A cache without tokens, of `max_length` slots with the windows of `spec`."""
+        """An empty cache of `max_length` slots with the windows of `spec`."""
         ...
 
     def shifted_cache(self, cache: Any, shift: int, spec: ArchSpec, max_length: int) -> Any:
@@ -68,11 +69,11 @@ class Passes(Protocol):
         ...
 
     def reordered_cache(self, cache: Any, index_b: Any) -> Any:
-        """Row i is what row `index_b[i]` was."""
+        """The cache whose row i is row `index_b[i]`."""
         ...
 
-    def sliced(self, arrays: Sequence[Array], where: tuple[Any, ...]) -> tuple[Array, ...]:
-        """That part of each array."""
+    def sliced(self, arrays: Sequence[Array], index: tuple[Any, ...]) -> tuple[Array, ...]:
+        """`array[index]` of each array."""
         ...
 
     def run_loop(self, program: Program, start: LoopStart) -> Any:

@@ -1,4 +1,4 @@
-"""XlaGenerationMixin of the models of either framework: what `loop.generate` knows of them."""
+"""The interface of JAX and TensorFlow models to the generation loop (`generation.loop`)."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from monoblock.generation.resolve import Unsupported
 from monoblock.generation.transitions import transition_scores
 
 INPUTS = frozenset({"past_key_values", "position_ids", "inputs_embeds"})
-# Inputs that only some models take; new tokens get the last token type.
-MORE = frozenset({"token_type_ids", "image_patches", "image_patches_indices", "pixel_values"})
+# Inputs of some models only; new tokens get the last token type.
+OPTIONAL_INPUTS = frozenset({"token_type_ids", "image_patches", "image_patches_indices", "pixel_values"})
 
 
 class XlaGenerationMixin(GenerationMixin):
-    """What `generate` has beside it in the models of both frameworks; `xp` is the framework's."""
+    """Methods related to `generate` that both frameworks' models share; `xp` is the framework's namespace."""
 
     xp: ClassVar[Namespace]
 
@@ -36,9 +36,10 @@ class XlaGenerationMixin(GenerationMixin):
         beam_indices: Any = None,
         normalize_logits: bool = False,
     ) -> Any:
-        """(rows, new tokens) scores of the chosen tokens, from an output of `generate(..., output_scores=True)`.
+        """(rows, new tokens): the scores of the generated tokens, from an output of `generate(...,
+        output_scores=True)`.
 
-        Beam search's scores need its `beam_indices`. `normalize_logits`: log-probabilities instead of raw scores.
+        Scores of a beam search need its `beam_indices`. `normalize_logits`: log-probabilities instead of raw scores.
         """
         rows = None if beam_indices is None else np.asarray(beam_indices)
         return self.xp.to_framework(
@@ -47,28 +48,28 @@ class XlaGenerationMixin(GenerationMixin):
 
 
 class XlaRunner:
-    """A model as `loop.generate` sees it. `inputs`: the names of the inputs that its call takes."""
+    """The `Model` of `loop.generate` for a model; `inputs`: the names of its forward arguments."""
 
     unsupported: Unsupported
 
     def __init__(self, model: Any, inputs: Collection[str]) -> None:
         self.model, self.ops = model, model.xp
-        self.input_names = INPUTS | MORE.intersection(inputs)
+        self.input_names = INPUTS | OPTIONAL_INPUTS.intersection(inputs)
         self.generation_config: GenerationConfig | None = model.generation_config
         self.max_positions: int | None = model.max_positions
         self.vocab: int | None = model.spec.vocab
 
     def compiled(self, generation: Any, program: Program) -> Any:
-        """Run a call as one program."""
+        """Run a call as one compiled program."""
         return (compiled if program.search is None else compiled_beams).run(generation, program)
 
     def passes(self, config: GenerationConfig) -> Passes:
-        """The passes of a call."""
+        """The forward passes of a call."""
         raise NotImplementedError
 
     def decoder(self, plan: GenerationPlan, inputs: dict[str, Any]) -> Any:
         """A decoder for one call."""
         cached = plan.config.use_cache or "past_key_values" in inputs
-        if cached:  # in two bytes a number at least, on devices that may have more memory than the host
+        if cached:  # 2 bytes per number at least, on devices that may have 4x the host's memory
             check_memory(self.model.spec, plan.rows, plan.max_length, 2, times=4)
         return (CachedDecoder if cached else UncachedDecoder)(self.passes(plan.config), plan, inputs)

@@ -1,4 +1,4 @@
-"""Which key each query sees: the attention mask, from indices alone.
+"""The attention mask, computed from indices.
 
 Shape suffixes: b batch, q queries, k keys, h heads, g key/value heads, d head width.
 """
@@ -12,12 +12,13 @@ from monoblock.backends.xla.namespace import Array, Namespace, Size
 
 
 class ScopeBase:
-    """Which keys each query may see: `valid_k & (k <= q or not causal) & (q - k < window)`, in one segment.
+    """The keys that each query may attend to: `valid_k & (k <= q or not causal) & (q - k < window)`, within one
+    segment.
 
-    `index_q` (q,) and `index_k` (k,) are indices in the sequence, negative where nothing is; `valid_bk` is False for
+    `index_q` (q,) and `index_k` (k,) are indices in the sequence, negative for empty slots; `valid_bk` is False for
     padding (None: there is none); `segment_bq` and `segment_bk` number the documents of a packed row (None: one).
-    `aligned`: queries and keys are the same tokens. `masked_rows`: the spec's. A framework's class is a dataclass with
-    these fields, and the functions `xp`.
+    `aligned`: queries and keys are the same tokens. `masked_rows`: as in the spec. Each framework's class is a
+    dataclass with these fields, and the functions `xp`.
     """
 
     xp: ClassVar[Namespace]
@@ -32,7 +33,7 @@ class ScopeBase:
     masked_rows: str
 
     def of_keys(self, index_k: Array) -> Self:
-        """The same scope over keys at these indices of the sequence, of which negative ones hold nothing."""
+        """The mask over cached keys, given their indices in the sequence; negative for empty slots."""
 
         def gathered(x_bk: Array | None) -> Array | None:
             return None if x_bk is None else self.xp.gather(x_bk, self.xp.maximum(index_k, 0))
@@ -43,8 +44,8 @@ class ScopeBase:
         }
         return replace(self, index_k=index_k, aligned=False, **changes)  # pyright: ignore[reportArgumentType]
 
-    def part(self, first_q: Any, queries: Size, first_k: Any, keys: Size) -> Self:
-        """The scope of a range of queries and one of keys; where they begin may be traced."""
+    def block(self, first_q: Any, queries: Size, first_k: Any, keys: Size) -> Self:
+        """The mask of a block of queries and a block of keys, whose starts may be traced."""
 
         def cut(x: Array | None, first: Any, count: Size) -> Array | None:
             return None if x is None else self.xp.cut(x, first, count)
@@ -59,29 +60,29 @@ class ScopeBase:
         return replace(self, **changes)  # pyright: ignore[reportArgumentType]
 
     @property
-    def all_seen(self) -> bool:
-        """Whether it is known that every query sees every key."""
-        whole = self.aligned and not self.causal and self.window is None
-        return whole and self.valid_bk is None and self.segment_bk is None
+    def all_visible(self) -> bool:
+        """Whether every query may attend to every key."""
+        unmasked = self.aligned and not self.causal and self.window is None
+        return unmasked and self.valid_bk is None and self.segment_bk is None
 
     def visible(self) -> Array:
-        """(b or 1, 1, q or 1, k), True where the query may see the key."""
+        """(b or 1, 1, q or 1, k), True where the query may attend to the key."""
         distance = self.index_q[:, None] - self.index_k[None, :]
-        seen = (self.index_k >= 0)[None]
+        visible = (self.index_k >= 0)[None]
         if self.causal:
-            seen = seen & (distance >= 0)
+            visible = visible & (distance >= 0)
         if self.window is not None:
-            seen = seen & (distance < self.window)
-        seen = seen[None, None]
+            visible = visible & (distance < self.window)
+        visible = visible[None, None]
         if self.valid_bk is not None:
-            seen = seen & self.valid_bk[:, None, None, :]
+            visible = visible & self.valid_bk[:, None, None, :]
         if self.segment_bq is not None and self.segment_bk is not None:
-            seen = seen & (self.segment_bq[:, None, :, None] == self.segment_bk[:, None, None, :])
-        return seen
+            visible = visible & (self.segment_bq[:, None, :, None] == self.segment_bk[:, None, None, :])
+        return visible
 
     def fully_masked(self) -> Array | None:
-        """(b, 1, q, 1), True for queries that see no key: before a row's first real token, or with nothing but padding
-        in their window. None if no padding can make such, or if keys and queries do not line up."""
+        """(b, 1, q, 1), True for queries whose keys are all masked: before a row's first real token, or with only
+        padding in their window. None if there can be none, or if queries and keys are not the same tokens."""
         if self.valid_bk is None or not self.causal or not self.aligned:
             return None
         count = self.xp.cumsum(self.xp.int32(self.valid_bk))
@@ -90,26 +91,29 @@ class ScopeBase:
         return (count == 0)[:, None, :, None]
 
     def mean(self, v_bgkd: Array) -> Array:
-        """(b, g, 1 or q, d): of the values of the keys on which a query that sees none has equal weights, where keys
-        and queries line up. By sums along the keys, without an array of queries x keys."""
+        """(b, g, 1 or q, d): the output of fully masked queries, the mean of the values that `masked_rows` selects.
+        Computed by sums along the keys, without an array of queries x keys; queries and keys are the same tokens."""
         xp, dtype = self.xp, v_bgkd.dtype
         if self.masked_rows == "all" or self.valid_bk is None:
             return xp.mean(v_bgkd, 2)
         wide = v_bgkd if dtype.name == "float64" else xp.cast(v_bgkd, "float32")
         real = xp.cast(self.valid_bk, wide.dtype)
-        own = wide * real[:, None, :, None]
+        real_values = wide * real[:, None, :, None]
         if self.masked_rows == "valid":
             count = xp.sum(real, 1)[:, :, None, None]
-            total = xp.sum(own, 2) / xp.maximum(count, 1)
+            total = xp.sum(real_values, 2) / xp.maximum(count, 1)
             return xp.cast(xp.where(count > 0, total, xp.mean(wide, 2)), dtype)
-        every, count = xp.cumsum(wide, 2), xp.arange(xp.size(v_bgkd, 2)) + 1
+        cumulative, count = xp.cumsum(wide, 2), xp.arange(xp.size(v_bgkd, 2)) + 1
         if self.window is not None:
-            every, count = every - xp.shifted(every, self.window, 2), xp.minimum(count, self.window)
+            cumulative, count = (
+                cumulative - xp.shifted(cumulative, self.window, 2),
+                xp.minimum(count, self.window),
+            )
         weights = xp.cumsum(real) + xp.cast(count, wide.dtype)
-        return xp.cast((every + xp.cumsum(own, 2)) / weights[:, None, :, None], dtype)
+        return xp.cast((cumulative + xp.cumsum(real_values, 2)) / weights[:, None, :, None], dtype)
 
     def equal_weights(self) -> Array:
-        """The weights that `mean` has, (b or 1, 1, 1 or q, k), in float32."""
+        """(b or 1, 1, 1 or q, k): the attention weights of fully masked queries (those of `mean`), in float32."""
         xp = self.xp
         if self.masked_rows == "all" or self.valid_bk is None:
             chosen = (self.index_k == self.index_k)[None, None, None]

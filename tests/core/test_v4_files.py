@@ -1,4 +1,5 @@
-"""Files of transformers 4's Flax and TensorFlow classes with NumPy alone: names, layouts, bits, and broken files."""
+"""Checkpoints of transformers 4's Flax and TensorFlow classes, read and written with NumPy: names, layouts, values,
+invalid files."""
 
 from __future__ import annotations
 
@@ -55,7 +56,7 @@ def contents(store: Any) -> dict[str, Any]:
 
 
 def refusal(path: Path, *words: str) -> str:
-    """The one sentence that opening a file, or reading all of it, ends with; it holds the file's name and `words`."""
+    """The one-line message of the error of opening or reading a file, which contains the file name and `words`."""
     with pytest.raises(CheckpointError) as caught:
         contents(opened(path))
     message = str(caught.value)
@@ -66,10 +67,12 @@ def refusal(path: Path, *words: str) -> str:
 
 
 def needs_h5py() -> Any:
-    return pytest.importorskip("h5py", reason="h5py is not installed: no .h5 file can be read or made")
+    return pytest.importorskip(
+        "h5py", reason="h5py is not installed: .h5 files can be neither read nor written"
+    )
 
 
-# --- msgpack by hand, in its narrowest forms --------------------------------------------------------------------
+# --- a msgpack encoder with the shortest encodings --------------------------------------------------------------
 
 
 def text(value: str) -> bytes:
@@ -81,7 +84,7 @@ def number(value: int) -> bytes:
 
 
 def array(value: Any, name: str | None = None, kind: int = 1) -> bytes:
-    """An array as Flax packs it; `name` overrides its dtype's."""
+    """An array in Flax's msgpack encoding; `name` overrides the dtype name."""
     shape = bytes([0x90 + value.ndim]) + b"".join(map(number, value.shape))
     raw = value.tobytes()
     body = b"\x93" + shape + text(name or value.dtype.name) + b"\xc4" + bytes([len(raw)]) + raw
@@ -105,7 +108,7 @@ SMALL = np.arange(6, dtype=np.float32).reshape(2, 3)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_file_has_the_hub_s_names_and_shapes(name: str) -> None:
+def test_names_and_shapes_of_recorded_files(name: str) -> None:
     if name not in FLAX:
         needs_h5py()
     store = opened(FOLDER / name)
@@ -116,7 +119,7 @@ def test_every_file_has_the_hub_s_names_and_shapes(name: str) -> None:
     shapes, keymap = tree.parameters(spec, heads), family.keymap(config, head)
     plan = keymap.match(shapes, store, tree.tied(spec, heads))
     assert (plan.missing, plan.unknown) == ([], [])
-    # Only MPNet's classes kept a pooler that their head does not use.
+    # Only MPNet's classes store a pooler that their head does not use.
     assert {key.rpartition(".")[0] for key in plan.unread} <= {"mpnet.pooler.dense"}
     for canonical, source in plan.sources.items():
         views = source.op.views(np.empty(shapes[canonical]))
@@ -128,7 +131,7 @@ def test_every_file_has_the_hub_s_names_and_shapes(name: str) -> None:
 
 
 def leaves(name: str) -> dict[str, Any]:
-    """The arrays of a recorded Flax file by their paths in its tree."""
+    """The arrays of a recorded Flax file by path."""
     store, found = opened(FOLDER / name), {}
     for path in read_msgpack(FOLDER / name / "flax_model.msgpack").entries:
         hub, transposed = flax_name(path)
@@ -138,8 +141,7 @@ def leaves(name: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", FLAX)
-def test_a_flax_file_is_written_as_it_was(name: str, tmp_path: Path) -> None:
-    """The same tree with the same bits: what the old classes load."""
+def test_recorded_flax_files_survive_a_round_trip(name: str, tmp_path: Path) -> None:
     store = opened(FOLDER / name)
     (path,) = save_msgpack(tmp_path, leaves(name))
     assert path == tmp_path / "flax_model.msgpack"
@@ -148,14 +150,14 @@ def test_a_flax_file_is_written_as_it_was(name: str, tmp_path: Path) -> None:
     assert contents(opened(path)) == contents(store)
 
 
-def test_a_matrix_is_a_view_of_the_file_s_layout() -> None:
+def test_transposed_matrices_are_views_of_the_file() -> None:
     store = opened(FOLDER / "FlaxMistralModel")
     weight = store.tensor("layers.0.mlp.down_proj.weight")
     assert weight.shape == (32, 56)
     assert weight.base is not None
     assert weight.T.flags.c_contiguous
     weight[:] = 0
-    assert store.tensor("layers.0.mlp.down_proj.weight").any()  # the file's values again
+    assert store.tensor("layers.0.mlp.down_proj.weight").any()  # the file is unchanged
 
 
 @pytest.mark.parametrize(
@@ -170,7 +172,7 @@ def test_a_matrix_is_a_view_of_the_file_s_layout() -> None:
         ("model/embed_tokens/embeddings", "model.embed_tokens.weight", False),
     ],
 )  # fmt: skip
-def test_tensorflow_s_names(name: str, hub: str, transposed: bool) -> None:
+def test_tensorflow_names(name: str, hub: str, transposed: bool) -> None:
     assert tensorflow_name(name) == (hub, transposed)
 
 
@@ -184,15 +186,15 @@ def test_tensorflow_s_names(name: str, hub: str, transposed: bool) -> None:
         ("lm_head/kernel", "lm_head.weight", True),
     ],
 )
-def test_flax_s_names(path: str, hub: str, transposed: bool) -> None:
+def test_flax_names(path: str, hub: str, transposed: bool) -> None:
     assert flax_name(path) == flax_name(path.replace("/", ".")) == (hub, transposed)
 
 
-# --- msgpack: what is read ---------------------------------------------------------------------------------------
+# --- msgpack: reading and writing --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", DTYPE_NAMES)
-def test_every_dtype_there_and_back(name: str, tmp_path: Path) -> None:
+def test_every_dtype_survives_a_round_trip(name: str, tmp_path: Path) -> None:
     value = random((3, 5), numpy_dtype(name))
     (path,) = save_msgpack(tmp_path, {"a/embedding": value, "a/bias": value[0]})
     store = opened(path)
@@ -200,8 +202,8 @@ def test_every_dtype_there_and_back(name: str, tmp_path: Path) -> None:
     assert contents(store) == {"a.weight": bits(value), "a.bias": bits(value[0])}
 
 
-def test_bfloat16_by_hand(tmp_path: Path) -> None:
-    """Flax names the dtype; the bytes are the upper halves of float32's."""
+def test_bfloat16(tmp_path: Path) -> None:
+    """Its bytes are the upper halves of float32."""
     raw = (SMALL.view(np.uint32) >> 16).astype(np.uint16)
     store = opened(written(tmp_path, table(a=table(kernel=array(raw, "bfloat16")))))
     weight = store.tensor("a.weight")
@@ -209,8 +211,8 @@ def test_bfloat16_by_hand(tmp_path: Path) -> None:
     assert np.array_equal(weight.view(np.uint16).astype(np.uint32) << 16, SMALL.T.view(np.uint32))
 
 
-def test_all_forms_of_sizes_and_a_scalar(tmp_path: Path) -> None:
-    """What the old files do not happen to have: wide forms, negative numbers nowhere, one NumPy scalar."""
+def test_all_encodings_of_sizes_and_a_scalar(tmp_path: Path) -> None:
+    """Encodings that the recorded files do not have."""
     body = array(SMALL)[2:]
     wide = {
         "a": b"\xc8" + struct.pack(">H", len(body) - 1) + body,
@@ -227,16 +229,16 @@ def test_all_forms_of_sizes_and_a_scalar(tmp_path: Path) -> None:
         }
 
 
-def chunked(pieces: list[Any], shape: tuple[int, ...]) -> bytes:
-    """The map in which Flax stores a large array."""
-    chunks = {str(i): array(piece) for i, piece in enumerate(pieces)}
+def chunked(arrays: list[Any], shape: tuple[int, ...]) -> bytes:
+    """A large array in Flax's chunked encoding."""
+    chunks = {str(i): array(chunk) for i, chunk in enumerate(arrays)}
     sizes = {str(i): number(n) for i, n in enumerate(shape)}
     mark = b"\xb9__msgpack_chunked_array__\xc3"
     return b"\x83" + mark + text("shape") + table(**sizes) + text("chunks") + table(**chunks)
 
 
 @pytest.mark.parametrize("slab", [2**26, 7])
-def test_an_array_in_chunks(slab: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunked_arrays_are_read(slab: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(store_module, "_SLAB", slab)
     flat = np.arange(15, dtype=np.float32)
     raw = chunked([flat[:4], flat[4:8], flat[8:]], (5, 3))
@@ -248,15 +250,15 @@ def test_an_array_in_chunks(slab: int, tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_large_arrays_are_written_in_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(msgpack_save, "CHUNK", 100)
-    value = random((7, 11), "float32")  # 308 bytes: four pieces, the last of 8
+    value = random((7, 11), "float32")  # 308 bytes: four chunks, the last of 8 bytes
     (path,) = save_msgpack(tmp_path, {"a/kernel": value.T, "b": value[:2]})
     entries = read_msgpack(path).entries
     assert [len(entries[name].rest) for name in ("a.kernel", "b")] == [3, 0]
     assert contents(opened(path)) == {"a.weight": bits(value), "b": bits(value[:2])}
 
 
-def test_a_file_of_many_gigabytes_is_not_read_to_be_opened(tmp_path: Path) -> None:
-    """Three arrays of 3 GiB in a file that is one large hole."""
+def test_opening_a_large_file_does_not_read_its_arrays(tmp_path: Path) -> None:
+    """Three arrays of 3 GiB in a sparse file."""
     size = 3 * 2**30
     inner = (
         b"\x93\x91\xce" + struct.pack(">I", size // 4) + text("float32") + b"\xc6" + struct.pack(">I", size)
@@ -281,13 +283,15 @@ def test_shards_and_their_index(tmp_path: Path) -> None:
     index = json.loads(files[-1].read_text())
     assert index["metadata"]["total_size"] == sum(value.nbytes for value in tensors.values())
     assert index["metadata"]["fingerprints"].keys() == set(names)
-    assert index["weight_map"]["transformer/wte/embedding"] in names  # as transformers 4 wrote it
+    assert index["weight_map"]["transformer/wte/embedding"] in names  # paths as in transformers 4
     assert contents(opened(tmp_path)) == contents(store)
-    save_msgpack(tmp_path, tensors)  # one file again: the shards go
+    save_msgpack(tmp_path, tensors)  # one file, which replaces the shards
     assert {path.name for path in tmp_path.iterdir()} == {"config.json", "flax_model.msgpack"}
 
 
-def test_what_would_be_read_in_its_place_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_file_with_precedence_over_the_saved_one_is_logged(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     save_msgpack(tmp_path, {"a": SMALL})
     assert not caplog.records
     save_tensors(tmp_path, {"a": SMALL + 1}, framework="np")
@@ -297,7 +301,7 @@ def test_what_would_be_read_in_its_place_is_named(tmp_path: Path, caplog: pytest
     assert find_weights(tmp_path, prefer="msgpack").kind == "msgpack"
 
 
-def test_what_makes_arrays_is_called_when_needed(tmp_path: Path) -> None:
+def test_lazy_arrays_are_evaluated_during_the_save(tmp_path: Path) -> None:
     value = random((4, 3), "float32")
     made = LazyTensor(dtype="F32", shape=(4, 3), make=lambda: value)
     (path,) = save_msgpack(tmp_path, {"a/weight": made, "b/weight": lambda: value})
@@ -305,11 +309,14 @@ def test_what_makes_arrays_is_called_when_needed(tmp_path: Path) -> None:
     wrong = LazyTensor(dtype="F32", shape=(4, 4), make=lambda: value)
     with pytest.raises(CheckpointError, match="has not the size"):
         save_msgpack(tmp_path, {"a/weight": wrong})
-    assert contents(opened(path)) == {"a.weight": bits(value), "b.weight": bits(value)}  # the old file stayed
+    assert contents(opened(path)) == {
+        "a.weight": bits(value),
+        "b.weight": bits(value),
+    }  # the old file is unchanged
     assert [p.name for p in tmp_path.iterdir()] == ["flax_model.msgpack"]
 
 
-# --- msgpack: what is refused ------------------------------------------------------------------------------------
+# --- msgpack: invalid files --------------------------------------------------------------------------------------
 
 LEAF = array(SMALL)
 BROKEN = {
@@ -342,12 +349,12 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("case", BROKEN)
-def test_broken_msgpack(case: str, tmp_path: Path) -> None:
+def test_invalid_msgpack(case: str, tmp_path: Path) -> None:
     raw, word = BROKEN[case]
     refusal(written(tmp_path, raw), word)
 
 
-def test_a_cut_msgpack_file_at_any_length(tmp_path: Path) -> None:
+def test_truncated_msgpack_files_of_any_length(tmp_path: Path) -> None:
     raw = table(a=table(kernel=LEAF), b=chunked([SMALL[0], SMALL[1]], (2, 3)))
     for length in range(len(raw)):
         refusal(written(tmp_path, raw[:length]))
@@ -355,8 +362,8 @@ def test_a_cut_msgpack_file_at_any_length(tmp_path: Path) -> None:
 
 @settings(max_examples=300, deadline=None)
 @given(data=st.data())
-def test_damage_is_an_error_or_other_numbers(data: st.DataObject, tmp_path_factory: Any) -> None:
-    """No byte can make the reader fail in another way, or read what lies outside the file."""
+def test_corrupt_msgpack_is_an_error_or_changes_values(data: st.DataObject, tmp_path_factory: Any) -> None:
+    """No other exception is raised, and no bytes outside the file are read."""
     raw = bytearray(table(a=table(kernel=LEAF), b=chunked([SMALL[0], SMALL[1]], (2, 3))))
     for _ in range(data.draw(st.integers(1, 4))):
         raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(0, 255))
@@ -376,8 +383,8 @@ def test_damage_is_an_error_or_other_numbers(data: st.DataObject, tmp_path_facto
     ("format_", "own"),
     [("flax", "transformer.h.0.mlp.c_fc.kernel"), ("tf", "transformer/h_._0/mlp/c_fc/kernel:0")],
 )
-def test_safetensors_that_say_whose_names_they_have(format_: str, own: str, tmp_path: Path) -> None:
-    """Those classes wrote model.safetensors too, with their own names and layouts."""
+def test_safetensors_with_names_of_flax_or_tensorflow(format_: str, own: str, tmp_path: Path) -> None:
+    """Those classes also saved model.safetensors, with their own names and layouts."""
     save_file({own: SMALL}, tmp_path / "model.safetensors", metadata={"format": format_})
     hub = "transformer.h.0.mlp.c_fc.weight"
     assert contents(opened(tmp_path)) == {hub: bits(SMALL.T)}
@@ -392,21 +399,23 @@ def test_safetensors_that_say_whose_names_they_have(format_: str, own: str, tmp_
 
 
 def test_hdf5_shards(tmp_path: Path) -> None:
-    """As transformers 4 cut a file: weights at once, without the outer model, which the index's names have."""
+    """In transformers 4's format: datasets at the top level without the model's name, which the index has."""
     h5py = needs_h5py()
     whole = opened(FOLDER / "TFMPNetForMaskedLM")
     weight_map: dict[str, str] = {}
-    seen: set[str] = set()
+    written_names: set[str] = set()
     with h5py.File(FOLDER / "TFMPNetForMaskedLM" / "tf_model.h5") as source:
-        names = [(part, name) for part in ("mpnet", "lm_head") for name in source[part].attrs["weight_names"]]
-        for i, (part, name) in enumerate(names):
+        names = [
+            (group, name) for group in ("mpnet", "lm_head") for name in source[group].attrs["weight_names"]
+        ]
+        for i, (group, name) in enumerate(names):
             short = name.partition("/")[2]
-            if short in seen:
+            if short in written_names:
                 continue
-            seen.add(short)
+            written_names.add(short)
             shard = f"tf_model-0000{1 + i % 2}-of-00002.h5"
             with h5py.File(tmp_path / shard, "a") as target:
-                target.create_dataset(short, data=source[part][name][()])
+                target.create_dataset(short, data=source[group][name][()])
             weight_map[name] = shard
     (tmp_path / "tf_model.h5.index.json").write_text(json.dumps({"weight_map": weight_map}))
     files = find_weights(tmp_path)
@@ -414,7 +423,7 @@ def test_hdf5_shards(tmp_path: Path) -> None:
     assert contents(opened(tmp_path)) == contents(whole)
 
 
-def made_h5(folder: Path, **datasets: Any) -> Path:
+def write_h5(folder: Path, **datasets: Any) -> Path:
     h5py = needs_h5py()
     path = folder / "tf_model.h5"
     with h5py.File(path, "w") as file:
@@ -423,7 +432,7 @@ def made_h5(folder: Path, **datasets: Any) -> Path:
     return path
 
 
-def test_hdf5_named_types_are_no_weights(tmp_path: Path) -> None:
+def test_hdf5_named_types_are_ignored(tmp_path: Path) -> None:
     h5py = needs_h5py()
     with h5py.File(tmp_path / "tf_model.h5", "w") as file:
         file["a/kernel:0"] = SMALL
@@ -431,8 +440,8 @@ def test_hdf5_named_types_are_no_weights(tmp_path: Path) -> None:
     assert list(contents(opened(tmp_path))) == ["a.weight"]
 
 
-def test_hdf5_names_that_are_no_text(tmp_path: Path) -> None:
-    path = made_h5(tmp_path, a_kernel=SMALL)
+def test_hdf5_names_that_are_not_utf8(tmp_path: Path) -> None:
+    path = write_h5(tmp_path, a_kernel=SMALL)
     data = path.read_bytes()
     assert data.count(b"a_kernel") == 1
     path.write_bytes(data.replace(b"a_kernel", b"a\x80kernel"))
@@ -440,8 +449,8 @@ def test_hdf5_names_that_are_no_text(tmp_path: Path) -> None:
         opened(tmp_path)
 
 
-def test_hdf5_in_other_layouts(tmp_path: Path) -> None:
-    """Big-endian, compressed, half precision, one row of biases: numbers as they are meant."""
+def test_hdf5_layouts(tmp_path: Path) -> None:
+    """Big-endian, compressed, half precision, and a bias of shape (1, n)."""
     h5py = needs_h5py()
     path = tmp_path / "tf_model.h5"
     with h5py.File(path, "w") as file:
@@ -462,14 +471,14 @@ def test_hdf5_in_other_layouts(tmp_path: Path) -> None:
     assert store.shape("c.bias") == (3,)
 
 
-def test_hdf5_that_leads_to_other_files_is_not_followed(tmp_path: Path) -> None:
+def test_hdf5_references_to_other_files_are_not_followed(tmp_path: Path) -> None:
     h5py = needs_h5py()
     (tmp_path / "secret").write_bytes(b"0" * 64)
     path = tmp_path / "tf_model.h5"
     with h5py.File(path, "w") as file:
         file.create_dataset("a", (4,), "f4", external=[(str(tmp_path / "secret"), 0, 16)])
     refusal(path, "'a'", "other files")
-    made_h5(tmp_path, b=SMALL).rename(tmp_path / "other.h5")
+    write_h5(tmp_path, b=SMALL).rename(tmp_path / "other.h5")
     with h5py.File(path, "w") as file:
         file["a"] = SMALL
         file["linked"] = h5py.ExternalLink(str(tmp_path / "other.h5"), "b")
@@ -479,19 +488,19 @@ def test_hdf5_that_leads_to_other_files_is_not_followed(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("raw", "word"), [(b"", "is empty"), (b"hello", "cannot be read as HDF5"), (b"<html>", "web page")]
 )
-def test_what_is_no_hdf5(raw: bytes, word: str, tmp_path: Path) -> None:
+def test_files_that_are_not_hdf5(raw: bytes, word: str, tmp_path: Path) -> None:
     needs_h5py()
     path = tmp_path / "tf_model.h5"
     path.write_bytes(raw)
     refusal(path, word)
 
 
-def test_hdf5_without_weights_or_with_others(tmp_path: Path) -> None:
-    refusal(made_h5(tmp_path), "without weights")
-    refusal(made_h5(tmp_path, a=["text"]), "'a'", "dtype")
+def test_hdf5_without_weights_or_with_strings(tmp_path: Path) -> None:
+    refusal(write_h5(tmp_path), "without weights")
+    refusal(write_h5(tmp_path, a=["text"]), "'a'", "dtype")
 
 
-def test_a_cut_hdf5_file(tmp_path: Path) -> None:
+def test_truncated_hdf5_files(tmp_path: Path) -> None:
     needs_h5py()
     raw = (FOLDER / "TFMPNetModel" / "tf_model.h5").read_bytes()
     path = tmp_path / "tf_model.h5"
@@ -500,7 +509,7 @@ def test_a_cut_hdf5_file(tmp_path: Path) -> None:
         refusal(path)
 
 
-def test_hdf5_without_h5py_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_h5py_raises_an_import_error_with_the_pip_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "h5py", None)
     with pytest.raises(ImportError, match="pip install h5py"):
         opened(FOLDER / "TFMPNetModel")

@@ -10,9 +10,9 @@ import pytest
 from flax_models import flax_model, ids_of
 from measure import assert_close
 
-from monoblock.backends.flax import decode, joining, loading, passes
+from monoblock.backends.flax import decode, fusing, loading, passes
 
-# Class -> what its layers' paths end with, where matrices are joined. MPNet's have biases.
+# Class -> what its layers' paths end with, where matrices are fused. MPNet's have biases.
 JOINT = {
     "MistralForCausalLM": {"self_attn/qkv/kernel", "mlp/gate_up/kernel"},
     "GPTNeoForCausalLM": {"attention/qkv/kernel"},
@@ -28,7 +28,7 @@ def logits(network: Any, params: Any) -> Any:
 @pytest.mark.parametrize("name", JOINT)
 def test_joint_matrices_give_the_same(name: str) -> None:
     model = flax_model(name)
-    network, params = joining.joined(model.module, model.params)
+    network, params = fusing.fuse_projections(model.module, model.params)
     before, after = (loading.flat(tree) for tree in (model.params, params))
     assert {"/".join(path[-3:]) for path in after.keys() - before.keys()} == JOINT[name]
     gone = {path[-2][0] for path in before.keys() - after.keys()}
@@ -39,32 +39,32 @@ def test_joint_matrices_give_the_same(name: str) -> None:
 
 @pytest.mark.parametrize("beams", [1, 2])
 def test_generate_joins_for_long_texts_alone(beams: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, joined = flax_model("MistralForCausalLM"), []
+    model, fused = flax_model("MistralForCausalLM"), []
     asked = {"do_sample": False, "eos_token_id": None, "max_new_tokens": 12, "num_beams": beams}
 
     def counted(network: Any, params: Any) -> Any:
-        joined.append(network)
-        return joining.joined(network, params)
+        fused.append(network)
+        return fusing.fuse_projections(network, params)
 
-    monkeypatch.setattr(passes, "joined", counted)
+    monkeypatch.setattr(passes, "fuse_projections", counted)
     expected = model.generate(ids_of(), **asked).sequences
-    assert not joined
-    monkeypatch.setattr(decode, "LONG", 12)
+    assert not fused
+    monkeypatch.setattr(decode, "FUSE_FROM", 12)
     assert np.array_equal(model.generate(ids_of(), **asked).sequences, expected)
-    assert joined == [model.module]
+    assert fused == [model.module]
 
 
 def test_what_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     """Families whose files have one matrix, traced parameters, and matrices that are large."""
     for name in ("MptForCausalLM", "FuyuForCausalLM"):
         model = flax_model(name)
-        assert joining.joined(model.module, model.params) == (model.module, model.params)
+        assert fusing.fuse_projections(model.module, model.params) == (model.module, model.params)
     model = flax_model("MistralForCausalLM")
 
     def traced(params: Any) -> Any:
-        assert joining.joined(model.module, params)[0] is model.module
+        assert fusing.fuse_projections(model.module, params)[0] is model.module
         return params
 
     jax.eval_shape(traced, model.params)
-    monkeypatch.setattr(joining, "LARGEST", 1000)
-    assert joining.joined(model.module, model.params)[0] is model.module
+    monkeypatch.setattr(fusing, "MAX_GROUP_BYTES", 1000)
+    assert fusing.fuse_projections(model.module, model.params)[0] is model.module
