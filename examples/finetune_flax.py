@@ -1,12 +1,12 @@
-"""Fine-tune a classifier on JAX with optax, keep its training state with Orbax, and save it in the hub's format.
+"""Fine-tune a classifier on JAX with optax, checkpoint its training state with Orbax, and save it for transformers.
 
     python examples/finetune_flax.py                                   a toy task on the embedded model: is this Python?
     python examples/finetune_flax.py --data texts.jsonl --model NAME   lines like {"text": "...", "label": "..."}
-    python examples/finetune_flax.py --state run                       goes on from the last state in run/, if any
+    python examples/finetune_flax.py --state run                       resumes from the last state in run/, if any
     python examples/finetune_flax.py --model NAME --set hidden_dropout_prob=0.2   fields of the model's config
 
-All devices take part: each its share of a batch's rows or, with --tensor N, groups of N that share the parameters.
-docs/jax.md goes through this file step by step.
+Rows of a batch are sharded over all devices; with --tensor N the parameters are sharded over groups of N devices.
+docs/jax.md explains this file step by step.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class Data:
-    """Examples as arrays: ids and masks (count, tokens), labels (count,), and what the labels are called."""
+    """Examples as arrays: ids and masks (count, tokens), labels (count,), and the names of the labels."""
 
     ids: np.ndarray
     mask: np.ndarray
@@ -55,10 +55,10 @@ class Data:
         return {"input_ids": self.ids[rows], "attention_mask": self.mask[rows], "labels": self.labels[rows]}
 
     def split(self, share: float, seed: int) -> tuple[Data, Data]:
-        """Examples to train on, and that share of them kept for the evaluation."""
+        """Training examples, and the given share of held-out examples."""
         order = np.random.default_rng(seed).permutation(len(self.labels))
-        kept = max(1, int(share * len(order)))
-        return self._of(order[kept:]), self._of(order[:kept])
+        held_out = max(1, int(share * len(order)))
+        return self._of(order[held_out:]), self._of(order[:held_out])
 
     def _of(self, rows: np.ndarray) -> Data:
         return Data(self.ids[rows], self.mask[rows], self.labels[rows], self.names)
@@ -68,7 +68,7 @@ class Data:
 
 
 def toy() -> list[tuple[str, str]]:
-    """Lines of the standard library, half of them with their words in another order."""
+    """Lines of the standard library, half of them with shuffled words."""
     generator, found = np.random.default_rng(0), []
     for module in (argparse_source(), json_source()):
         lines = [line.strip() for line in module.splitlines()]
@@ -95,7 +95,7 @@ def json_source() -> str:
 
 
 def read(path: Path) -> list[tuple[str, str]]:
-    """Texts and labels of a file of JSON lines."""
+    """Texts and labels from a file of JSON lines."""
     found = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         row = json.loads(line)
@@ -108,7 +108,7 @@ def read(path: Path) -> list[tuple[str, str]]:
 
 
 def encoded(examples: list[tuple[str, str]], tokenizer: Any, length: int) -> Data:
-    """One length for all texts, so that one compiled step serves every batch."""
+    """All texts padded to one length, so that the step is compiled once."""
     texts, labels = zip(*examples, strict=True)
     names = sorted(set(labels))
     made = tokenizer(
@@ -119,34 +119,34 @@ def encoded(examples: list[tuple[str, str]], tokenizer: Any, length: int) -> Dat
 
 
 def batches(data: Data, size: int, seed: int, first: int = 0) -> Iterator[Batch]:
-    """Batches without end from step `first` on; each epoch's order follows from the seed and its number."""
+    """An infinite iterator of batches from step `first`; an epoch's order depends on the seed and its number only."""
     per_epoch = len(data.labels) // size
     if not per_epoch:
         raise typer.BadParameter(f"{len(data.labels)} examples are fewer than a batch of {size}")
     for step in itertools.count(first):
-        epoch, place = divmod(step, per_epoch)
+        epoch, index = divmod(step, per_epoch)
         order = np.random.default_rng((seed, epoch)).permutation(len(data.labels))
-        yield data.batch(order[place * size : (place + 1) * size])
+        yield data.batch(order[index * size : (index + 1) * size])
 
 
 # ---------------------------------------------------------------------------- training
 
 
 class TrainState(train_state.TrainState):
-    """Parameters, the optimizer's state, the number of the step, and the key that all dropout is drawn from."""
+    """Parameters, optimizer state, step number, and the base key for dropout."""
 
     key: jax.Array
 
 
 def make_mesh(tensor: int = 1) -> Mesh:
-    """All devices: groups of `tensor` share the parameters, the groups share the batch."""
+    """A mesh of all devices: parameters are sharded over `tensor` devices, rows of the batch over the other axis."""
     return jax.make_mesh(
         (jax.device_count() // tensor, tensor), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2
     )
 
 
 def make_optimizer(learning_rate: float, steps: int) -> optax.GradientTransformation:
-    """AdamW whose rate warms up over a tenth of the steps and falls along a cosine; norms and biases do not decay."""
+    """AdamW with warm-up over a tenth of the steps and cosine decay; no weight decay for norms and biases."""
     warmup = max(1, steps // 10)
     schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, warmup, max(steps, warmup + 1))
     return optax.chain(
@@ -160,25 +160,27 @@ def make_optimizer(learning_rate: float, steps: int) -> optax.GradientTransforma
 def make_state(
     model: Any, params: Any, optimizer: optax.GradientTransformation, mesh: Mesh, seed: int
 ) -> TrainState:
-    """The state of step 0, on the mesh: moments lie where their parameters do, the rest on every device. The first step
-    uses it up, and perhaps `params` with it."""
+    """The state of step 0, on the mesh: moments have the sharding of their parameters, the rest is replicated.
+
+    The first step donates its buffers, possibly those of `params` too."""
     params = model.shard_params(mesh, model.to_fp32(params))
     state = TrainState.create(
         apply_fn=model.__call__, params=params, tx=optimizer, key=jax.random.PRNGKey(seed)
     )
     state = state.replace(step=jnp.zeros((), jnp.int32))
-    whole = NamedSharding(mesh, PartitionSpec())
+    replicated = NamedSharding(mesh, PartitionSpec())
     return jax.tree.map(
-        lambda leaf: leaf if isinstance(_place(leaf), NamedSharding) else jax.device_put(leaf, whole), state
+        lambda leaf: leaf if isinstance(_sharding(leaf), NamedSharding) else jax.device_put(leaf, replicated),
+        state,
     )
 
 
-def _place(leaf: Any) -> Any:
+def _sharding(leaf: Any) -> Any:
     return getattr(leaf, "sharding", None)
 
 
 def make_step(model: Any) -> Callable[[TrainState, Batch], tuple[TrainState, jax.Array]]:
-    """One step of training, compiled: the next state, and the loss. The state that comes in is used up."""
+    """A compiled training step: the next state, and the loss. The buffers of the given state are donated."""
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, jax.Array]:
         key = jax.random.fold_in(state.key, state.step)
@@ -196,22 +198,22 @@ def make_step(model: Any) -> Callable[[TrainState, Batch], tuple[TrainState, jax
 
 
 def accuracy(model: Any, params: Any, data: Data, size: int) -> float:
-    """The share of examples that are labelled rightly."""
-    right = 0
+    """The share of correctly classified examples."""
+    correct = 0
     for start in range(0, len(data.labels), size):
-        rows = np.arange(start, start + size) % len(data.labels)  # one shape for the last batch too
+        rows = np.arange(start, start + size) % len(data.labels)  # the last batch has the same shape
         batch = data.batch(rows)
         logits = model(batch["input_ids"], batch["attention_mask"], params=params).logits
         found = np.asarray(jnp.argmax(logits, -1)) == batch["labels"]
-        right += int(found[: len(data.labels) - start].sum())
-    return right / len(data.labels)
+        correct += int(found[: len(data.labels) - start].sum())
+    return correct / len(data.labels)
 
 
 # ---------------------------------------------------------------------------- the state on disk
 
 
 def open_states(folder: Path) -> ocp.CheckpointManager:
-    """A folder of training states, of which the last two are kept."""
+    """A folder of training states that keeps the last two."""
     return ocp.CheckpointManager(folder.absolute(), options=ocp.CheckpointManagerOptions(max_to_keep=2))
 
 
@@ -221,7 +223,7 @@ def save(states: ocp.CheckpointManager, state: TrainState) -> None:
 
 
 def restored(states: ocp.CheckpointManager, state: TrainState) -> TrainState:
-    """The last state of the folder, each array where the given state has it; without any, the given one."""
+    """The last state in the folder, with the shardings of the given one; the given state if there is none."""
     if states.latest_step() is None:
         return state
     shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
@@ -233,7 +235,7 @@ def restored(states: ocp.CheckpointManager, state: TrainState) -> TrainState:
 
 
 def fields(settings: list[str] | None, embedded: bool) -> dict[str, Any]:
-    """Fields of the config; the embedded model drops out while it is fine-tuned."""
+    """Fields of the config; the embedded model is fine-tuned with dropout."""
     found: dict[str, Any] = {"resid_pdrop": 0.1, "emb_pdrop": 0.1} if embedded else {}
     for setting in settings or ():
         name, equals, value = setting.partition("=")
@@ -254,7 +256,7 @@ def train(
     steps: int,
     after: Callable[[TrainState, float], None],
 ) -> TrainState:
-    """Train up to that step; `after` gets each state and its loss."""
+    """Train until that step; `after` is called with each state and its loss."""
     step = make_step(model)
     for batch in itertools.islice(given, steps - int(state.step)):
         state, loss = step(state, model.shard_batch(batch, mesh))
@@ -267,14 +269,18 @@ def main(
     data: Annotated[
         Path | None, typer.Option(help="JSON lines with text and label; by default a toy task.")
     ] = None,
-    output: Annotated[Path, typer.Option(help="Where the trained model goes.")] = Path("finetuned"),
-    state: Annotated[Path | None, typer.Option(help="Folder of training states, to go on from.")] = None,
+    output: Annotated[Path, typer.Option(help="Folder for the trained model.")] = Path("finetuned"),
+    state: Annotated[
+        Path | None, typer.Option(help="Folder of training states; resumes from the last one.")
+    ] = None,
     steps: Annotated[int, typer.Option(min=1)] = 60,
     batch_size: Annotated[int, typer.Option(min=1)] = 16,
-    length: Annotated[int, typer.Option(min=2, help="Tokens of a text.")] = 32,
+    length: Annotated[int, typer.Option(min=2, help="Tokens per text.")] = 32,
     learning_rate: float = 3e-4,
     save_every: Annotated[int, typer.Option(min=1)] = 50,
-    tensor: Annotated[int, typer.Option(min=1, help="How many devices share the parameters.")] = 1,
+    tensor: Annotated[
+        int, typer.Option(min=1, help="Number of devices that the parameters are sharded over.")
+    ] = 1,
     seed: int = 0,
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="FIELD=VALUE of the model's config.")
@@ -292,7 +298,7 @@ def main(
         label2id={v: k for k, v in labels.items()},
         **fields(settings, not model),
     )
-    training, kept = everything.split(0.1, seed)
+    training, held_out = everything.split(0.1, seed)
     mesh = make_mesh(tensor)
     params = network.init_weights(jax.random.PRNGKey(seed), params=params)  # the head is new
     now = make_state(network, params, make_optimizer(learning_rate, steps), mesh, seed)
@@ -312,10 +318,10 @@ def main(
         now = train(network, now, given, mesh, steps, after)
     if states:
         states.close()
-    share = accuracy(network, now.params, kept, batch_size)
+    share = accuracy(network, now.params, held_out, batch_size)
     network.save_pretrained(output, params=now.params)
     tokenizer.save_pretrained(output)
-    console.print(f"{share:.0%} of {len(kept.labels)} kept texts right; the model is in {output}")
+    console.print(f"{share:.0%} of {len(held_out.labels)} held-out texts correct; the model is in {output}")
 
 
 if __name__ == "__main__":

@@ -39,7 +39,9 @@ class Page(HTMLParser):
 def faults(folder: Path) -> list[str]:
     """What is wrong with the site, one line each."""
     pages = {path: Page(path) for path in sorted(folder.rglob("*.html"))}
-    found = [] if pages else [f"{folder}: no pages"]
+    if not pages:
+        return [f"{folder}: no pages"]
+    found = []
     for path, page in pages.items():
         if path.name == "404.html":  # its links are absolute
             continue

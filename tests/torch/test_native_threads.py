@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -84,3 +86,18 @@ def test_quantised_products_stay_with_it(called: list[str]) -> None:
     made = formats.pack(weight, 8, 64)
     y = linear.quantized_dense(torch.randn(1, 128), made, None)
     assert y.shape == (1, 16) and "mb_linear" in called
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("first", ["native", "torch"])
+def test_kernels_and_pytorch_share_one_openmp_runtime(first: str) -> None:
+    """Two runtimes would be two pools of threads on the same cores, whichever of the two is opened first."""
+    opened = {"native": "from monoblock import native; native.library()", "torch": "import torch"}
+    second = opened["torch" if first == "native" else "native"]
+    maps = "print(*{line.split()[-1] for line in open('/proc/self/maps') if 'gomp' in line})"
+    code = f"{opened[first]}; {second}; {maps}"
+    found = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout.split()
+    assert len(found) <= 1
+    assert not found or Path(found[0]).parent == Path(torch.__file__).parent / "lib"

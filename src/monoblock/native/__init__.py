@@ -8,7 +8,11 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import importlib.util
 import os
+import sys
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from monoblock.native import abi
@@ -83,6 +87,7 @@ def choose(chosen: str) -> tuple[Any, str | None, str]:
             None,
             "none: not built; build it by python -m monoblock.native.build (needs a C++ compiler)",
         )
+    _open_openmp_runtime()
     try:
         highest = ctypes.CDLL(str(build.path_of("base"))).mb_level()
         limit = min(highest, names.index(chosen)) if chosen in names else highest
@@ -102,3 +107,15 @@ def choose(chosen: str) -> tuple[Any, str | None, str]:
         return None, None, f"none: {error}"
     status = best if best == names[highest] or chosen in names else f"{best}; {names[highest]} was not built"
     return found, best, status if has_openmp(found) else f"{status}; {SERIAL}"
+
+
+def _open_openmp_runtime() -> None:
+    """Open the OpenMP runtime of an installed PyTorch before the kernels load one by name.
+
+    Both then share one thread pool, in either order of loading, and the kernels load on systems without libgomp.
+    """
+    spec = importlib.util.find_spec("torch") if sys.platform == "linux" else None
+    if spec is not None and spec.origin:
+        for path in sorted(Path(spec.origin).parent.glob("lib/libgomp*.so*")):
+            with suppress(OSError):
+                ctypes.CDLL(str(path))
