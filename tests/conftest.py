@@ -18,6 +18,7 @@ from monoblock import native
 from monoblock.config import PretrainedConfig
 from monoblock.native import build
 
+pytest.register_assert_rewrite("contract")
 # Background jobs of a shell ignore SIGINT, and so would the commands that tests start and interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 

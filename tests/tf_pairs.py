@@ -5,37 +5,23 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import mpt_pairs
 import numpy as np
 import tensorflow as tf
 import tiny_families
 import torch
-from helpers import randomised
+from contract.models import fields, reference
 from measure import assert_close, rounding
-from tiny_families import labels_of, model_inputs
 
-import monoblock
 from monoblock.backends.tf.classes import make_class
-from monoblock.families import FAMILIES, class_names, family_of
+from monoblock.families import family_of
 
 torch.set_num_threads(1)
-
-CLASSES = tuple(name for model_type in FAMILIES for name in class_names(model_type))
-HEADS = {name: 3 if "QuestionAnswering" in name or "Token" in name else 6 for name in CLASSES}
-
-
-def fields(name: str) -> dict[str, Any]:
-    """The fields of a tiny two-layer config for that class."""
-    if name.startswith("Mpt"):
-        return {**mpt_pairs.fields(HEADS[name]), "n_layers": 2}
-    kind = tiny_families.CLASSES[name]
-    return tiny_families.fields(kind, HEADS[name], **tiny_families.TWO_LAYERS[kind])
 
 
 def pair(name: str, folder: Path, **more: Any) -> tuple[Any, Any]:
     """A random PyTorch model, and the TensorFlow model loaded from its checkpoint."""
-    theirs = getattr(monoblock, name)(family_of(name).config(**{**fields(name), **more})).eval()
-    return theirs, tf_copy(randomised(theirs), folder)
+    theirs = reference(name, **more)
+    return theirs, tf_copy(theirs, folder)
 
 
 def tf_copy(theirs: Any, folder: Path) -> Any:
@@ -58,21 +44,6 @@ def model(name: str, **more: Any) -> Any:
 def shallow(name: str, **more: Any) -> Any:
     """A random one-layer TensorFlow model, which is faster to trace."""
     return model(name, **tiny_families.ONE_LAYER[family_of(name).name], **more)
-
-
-def inputs(name: str, padding: str = "none") -> dict[str, torch.Tensor]:
-    """Ids and mask for a class, longer than the windows."""
-    ids, mask = model_inputs(name.replace("Mpt", "Mistral"), padding)  # which has the same kinds of heads
-    return {"input_ids": ids} if mask is None else {"input_ids": ids, "attention_mask": mask}
-
-
-def labels(name: str, given: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Labels for the class's loss."""
-    return labels_of(name.replace("Mpt", "Mistral"), given["input_ids"], given.get("attention_mask"))
-
-
-def numpy(tensors: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
-    return {key: x.numpy() for key, x in tensors.items()}
 
 
 def rounding_bound(theirs: Any, out: Any) -> float:

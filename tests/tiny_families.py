@@ -1,5 +1,5 @@
-"""Tiny models of every family but MPT, the same in transformers and here, with a non-default value in each config field
-that transformers implements; and inputs that reach every feature."""
+"""Tiny models of every family, the same in transformers and here, with a non-default value in each field that
+transformers implements; and inputs that reach every feature."""
 
 from __future__ import annotations
 
@@ -20,12 +20,21 @@ CHOICES = 2
 PATCH, PATCH_SIZE = 7, 4 * 4 * 3  # Fuyu's image token id, and the values of a patch (4 x 4 RGB)
 
 FAMILY_NAMES = tuple(name for name in FAMILIES if name != "mpt")
-CLASSES = {name: model_type for model_type in FAMILY_NAMES for name in class_names(model_type)}
-KIND = {name: family(CLASSES[name]).model_class(name).head for name in CLASSES}
+# Class -> model_type, of all families; CLASSES is without MPT, whose options have tests of their own.
+MODEL_TYPES = {name: model_type for model_type in FAMILIES for name in class_names(model_type)}
+CLASSES = {name: model_type for name, model_type in MODEL_TYPES.items() if model_type != "mpt"}
+KIND = {name: family(model_type).model_class(name).head for name, model_type in MODEL_TYPES.items()}
 GENERATING = tuple(name for name in CLASSES if KIND[name] == "causal")
 # MPNet recognises padding by its id, which is 1 in transformers whatever the config's pad_token_id.
-PADS = {name: 1 if name == "mpnet" else PAD for name in FAMILY_NAMES}
+PADS = {name: 1 if name == "mpnet" else PAD for name in FAMILIES}
 LEARNED = ("openai-gpt", "gpt_neo")  # learned positions that are counted from the attention mask
+
+
+def _mpt(heads: int) -> dict[str, Any]:
+    sizes = {"d_model": 6 * heads, "n_heads": heads, "n_layers": 3, "max_seq_len": 64}
+    # Projections have a standard deviation of about 1.2, so the clip has an effect.
+    attn = {"clip_qkv": 0.9, "softmax_scale": 0.23}
+    return {**sizes, "layer_norm_epsilon": 1e-3, "attn_config": attn}
 
 
 def _mistral(heads: int) -> dict[str, Any]:
@@ -61,6 +70,7 @@ def _mpnet(heads: int) -> dict[str, Any]:
 
 
 _FIELDS = {
+    "mpt": _mpt,
     "mistral": _mistral,
     "fuyu": _fuyu,
     "openai-gpt": _openai_gpt,
@@ -71,6 +81,7 @@ _FIELDS = {
 
 # Fields of models with fewer layers than the default of three, which compile faster.
 TWO_LAYERS: dict[str, dict[str, Any]] = {
+    "mpt": {"n_layers": 2},
     "mistral": {"num_hidden_layers": 2},
     "fuyu": {"num_hidden_layers": 2},
     "openai-gpt": {"n_layer": 2},
@@ -119,7 +130,7 @@ def pair(name: str, heads: int = 6, labels: int = LABELS) -> tuple[Any, Any]:
     """The same random model in transformers and here."""
     if name == "MPNetForQuestionAnswering":
         labels = 2  # in transformers this head has an output for each label of the config
-    return model_pair(name, **fields(CLASSES[name], heads, num_labels=labels))
+    return model_pair(name, **fields(MODEL_TYPES[name], heads, num_labels=labels))
 
 
 def model_pair(name: str, **kwargs: Any) -> tuple[Any, Any]:
@@ -129,7 +140,7 @@ def model_pair(name: str, **kwargs: Any) -> tuple[Any, Any]:
 
 def model_inputs(name: str, padding: str = "left", seed: int = 1) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Ids and mask for a class: (batch, tokens), or (batch, choices, tokens) for multiple choice."""
-    pad = PADS[CLASSES[name]]
+    pad = PADS[MODEL_TYPES[name]]
     if KIND[name] not in ("choice", "double"):
         ids, mask = batch(padding, LENGTHS, VOCAB, seed, low=10, pad=pad)
         return ids, mask
@@ -147,7 +158,7 @@ def explicit_positions(model_type: str, mask: torch.Tensor | None) -> dict[str, 
 
 def theirs_inputs(name: str, ids: torch.Tensor, mask: torch.Tensor | None) -> dict[str, Any]:
     """The same inputs for transformers, whose double-heads model takes masks of (batch x choices, tokens)."""
-    given = {"attention_mask": mask, **explicit_positions(CLASSES[name], mask)}
+    given = {"attention_mask": mask, **explicit_positions(MODEL_TYPES[name], mask)}
     if KIND[name] == "double":
         given = {key: None if x is None else x.flatten(0, 1) for key, x in given.items()}
     return {"input_ids": ids, **given}

@@ -1,4 +1,4 @@
-"""Tokenizers and processors with arrays of JAX."""
+"""Tokenizers and processors with return_tensors="jax"."""
 
 from __future__ import annotations
 

@@ -1,73 +1,48 @@
-"""The Flax examples of the families' pages, as they stand there: only the import line and the checkpoint differ."""
+"""The Flax examples of transformers' pages of Mistral and GPT Neo: only the import line and the checkpoint differ."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax_models import flax_model
+from page_examples import run
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 import monoblock
 from monoblock.tokenization.tensors import converter
 
-# Class -> its example; {name} is a tiny checkpoint.
-EXAMPLES = {
-    "FlaxMistralModel": """
-from monoblock import AutoTokenizer, FlaxMistralModel
+# The examples by what they end with; CLASS stands for a class.
+BODY = r"""
+>>> from transformers import AutoTokenizer, CLASS
 
-tokenizer = AutoTokenizer.from_pretrained({name!r})
-model = FlaxMistralModel.from_pretrained({name!r})
+>>> tokenizer = AutoTokenizer.from_pretrained("EleutherAI/gpt-neo-1.3B")
+>>> model = CLASS.from_pretrained("EleutherAI/gpt-neo-1.3B")
 
-inputs = tokenizer("Hello, my dog is cute", return_tensors="jax")
-outputs = model(**inputs)
+>>> inputs = tokenizer("Hello, my dog is cute", return_tensors="jax")
+>>> outputs = model(**inputs)
 
-last_hidden_states = outputs.last_hidden_state
-""",
-    "FlaxMistralForCausalLM": """
-from monoblock import AutoTokenizer, FlaxMistralForCausalLM
+>>> last_hidden_states = outputs.last_hidden_state
+"""
+CAUSAL = r"""
+>>> from transformers import AutoTokenizer, CLASS
 
-tokenizer = AutoTokenizer.from_pretrained({name!r})
-model = FlaxMistralForCausalLM.from_pretrained({name!r})
+>>> tokenizer = AutoTokenizer.from_pretrained("EleutherAI/gpt-neo-1.3B")
+>>> model = CLASS.from_pretrained("EleutherAI/gpt-neo-1.3B")
 
-inputs = tokenizer("Hello, my dog is cute", return_tensors="np")
-outputs = model(**inputs)
+>>> inputs = tokenizer("Hello, my dog is cute", return_tensors="np")
+>>> outputs = model(**inputs)
 
-# retrieve logts for next token
-next_token_logits = outputs.logits[:, -1]
-""",
-    "FlaxGPTNeoModel": """
-from monoblock import AutoTokenizer, FlaxGPTNeoModel
-
-tokenizer = AutoTokenizer.from_pretrained({name!r})
-model = FlaxGPTNeoModel.from_pretrained({name!r})
-
-inputs = tokenizer("Hello, my dog is cute", return_tensors="jax")
-outputs = model(**inputs)
-
-last_hidden_states = outputs.last_hidden_state
-""",
-    "FlaxGPTNeoForCausalLM": """
-from monoblock import AutoTokenizer, FlaxGPTNeoForCausalLM
-
-tokenizer = AutoTokenizer.from_pretrained({name!r})
-model = FlaxGPTNeoForCausalLM.from_pretrained({name!r})
-
-inputs = tokenizer("Hello, my dog is cute", return_tensors="np")
-outputs = model(**inputs)
-
-# retrieve logts for next token
-next_token_logits = outputs.logits[:, -1]
-""",
-}
+>>> # retrieve logts for next token
+>>> next_token_logits = outputs.logits[:, -1]
+"""
 
 
 def tokenizer(folder: Path) -> None:
-    """One token for each byte's letter, of which the tiny vocabulary holds the first 80."""
+    """Saves a byte-level tokenizer of the first 80 bytes, without merges."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet(), key=lambda x: (len(x.encode()), x))[:80]
     vocab = {letter: i for i, letter in enumerate(["<|endoftext|>", *letters])}
     backend = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<|endoftext|>"))
@@ -76,23 +51,22 @@ def tokenizer(folder: Path) -> None:
     monoblock.GPT2Tokenizer(tokenizer_object=backend).save_pretrained(folder)
 
 
-@pytest.mark.parametrize("name", EXAMPLES)
-def test_the_pages_examples(name: str, tmp_path: Path) -> None:
-    model = flax_model(name.removeprefix("Flax"))
-    model.save_pretrained(tmp_path)
+@pytest.mark.parametrize("head", ["Model", "ForCausalLM"])
+@pytest.mark.parametrize("stem", ["Mistral", "GPTNeo"])
+def test_example(stem: str, head: str, tmp_path: Path) -> None:
+    flax_model(stem + head).save_pretrained(tmp_path)
     tokenizer(tmp_path)
-    space: dict[str, Any] = {}
-    exec(EXAMPLES[name].format(name=str(tmp_path)), space)
-    tokens = space["inputs"]["input_ids"].shape[1]
-    assert tokens == len("Hello, my dog is cute")
-    result = space.get("next_token_logits", space.get("last_hidden_states"))
+    code = (BODY if head == "Model" else CAUSAL).replace("CLASS", f"Flax{stem}{head}")
+    names = run(code, "monoblock", tmp_path)
+    ids = names["inputs"]["input_ids"]
+    assert ids.shape[1] == len("Hello, my dog is cute")
+    assert isinstance(ids, jax.Array if head == "Model" else np.ndarray)
+    result = names.get("next_token_logits", names.get("last_hidden_states"))
     assert isinstance(result, jax.Array) and result.shape[0] == 1
-    kind = np.ndarray if 'return_tensors="np"' in EXAMPLES[name] else jax.Array
-    assert isinstance(space["inputs"]["input_ids"], kind)
 
 
 def test_jax_tensors() -> None:
-    """Any list or array becomes int32, in one piece; what does not fit is refused."""
+    """Lists and arrays become one int32 array; ragged lists, strings and integers beyond int32 raise."""
     convert = converter("jax")
     for rows in ([[1, 2]], np.array([[1, 2]]), [np.array([1, 2])], jnp.array([[1, 2]])):
         made = convert("input_ids", rows)

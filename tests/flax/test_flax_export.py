@@ -1,4 +1,4 @@
-"""`jax.export` with batch and length left open: one program that gives what the model gives, for every shape."""
+"""`jax.export` with symbolic batch and length: one program whose outputs equal the model's for every shape."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from measure import assert_close
 
 from monoblock.backends.flax import attention
 
-ATOL = 1e-5  # fp32, 2 layers, sums in another order: measured 4e-6
+ATOL = 1e-5  # fp32, 2 layers, a different order of summation: measured 4e-6
 NAMES = (
     "MptForCausalLM",
     "MistralForSequenceClassification",
@@ -34,8 +34,8 @@ def arrays(shape: tuple[int, ...]) -> tuple[Any, Any]:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_open_batch_and_length(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One token, and texts of several blocks of queries, beyond every window; of one block in a family."""
+def test_symbolic_batch_and_length(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One token; several blocks of queries, longer than every window; in one family also a single block."""
     monkeypatch.setattr(attention, "QUERY_BLOCK", 8)
     model = flax_model(name)
     choices = (2,) if name in ("OpenAIGPTDoubleHeadsModel", "MPNetForMultipleChoice") else ()
@@ -56,8 +56,8 @@ def test_open_batch_and_length(name: str, monkeypatch: pytest.MonkeyPatch) -> No
             assert_close(f"{name}, exported", ours[real], theirs[real], ATOL)
 
 
-def test_open_batch_alone() -> None:
-    """Lengths that are known are cut into blocks as ever, and windows are kept."""
+def test_symbolic_batch() -> None:
+    """A static length is split into query blocks, and windows apply."""
     model = flax_model("MistralForCausalLM")
     (batch,) = export.symbolic_shape("b")
     ids = jax.ShapeDtypeStruct((batch, 23), jnp.int32)

@@ -1,4 +1,5 @@
-"""One checkpoint serves PyTorch and Flax: bits, dtypes, heads that are not there, shards, and both file formats."""
+"""Checkpoints shared by PyTorch and Flax: bitwise equality, dtypes, missing heads, shards, safetensors and msgpack; and
+losses."""
 
 from __future__ import annotations
 
@@ -11,10 +12,9 @@ import flax.serialization
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oversized_configs
 import pytest
 import torch
-from extra_tensors import VALUE_HEAD, check_strict
+from extra_tensors import VALUE_HEAD, with_value_head
 from flax_models import CLASSES, config_of, flax_model, ids_of, same_bits, torch_model
 from helpers import same
 from measure import assert_close
@@ -27,7 +27,7 @@ NAME = "GPTNeoForCausalLM"
 
 
 def bits(model: Any) -> dict[str, np.ndarray]:
-    """The weights by the hub's names; PyTorch's bfloat16 as JAX's."""
+    """The weights by their names in files; bfloat16 with JAX's dtype."""
     state = model.hub_state_dict()
     if not isinstance(next(iter(state.values())), torch.Tensor):
         return state
@@ -36,7 +36,7 @@ def bits(model: Any) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize("name", CLASSES)
-def test_the_same_bits_from_pytorch_to_flax_and_back(name: str, tmp_path: Path) -> None:
+def test_round_trip_from_pytorch_is_bitwise_equal(name: str, tmp_path: Path) -> None:
     theirs = torch_model(name)
     theirs.save_pretrained(tmp_path / "torch")
     cls = getattr(monoblock, "Flax" + name)
@@ -54,8 +54,8 @@ MSGPACK = [NAME, "MPNetForMaskedLM", "OpenAIGPTDoubleHeadsModel", "FuyuForCausal
 
 
 @pytest.mark.parametrize("name", MSGPACK)
-def test_msgpack_on_request(name: str, tmp_path: Path) -> None:
-    """The file holds the tree as it is; PyTorch's class opens it too."""
+def test_msgpack_files(name: str, tmp_path: Path) -> None:
+    """The file holds the parameter tree; PyTorch's class reads it too."""
     model = flax_model(name)
     model.save_pretrained(tmp_path, safe_serialization=False)
     assert not (tmp_path / "model.safetensors").exists()
@@ -66,7 +66,7 @@ def test_msgpack_on_request(name: str, tmp_path: Path) -> None:
     assert same(getattr(monoblock, name).from_pretrained(tmp_path), torch_model(name))
 
 
-def test_dtypes_are_the_files(tmp_path: Path) -> None:
+def test_parameters_have_the_dtype_of_the_files(tmp_path: Path) -> None:
     half = copy.deepcopy(torch_model(NAME)).to(torch.bfloat16)
     half.save_pretrained(tmp_path)
     model = monoblock.FlaxGPTNeoForCausalLM.from_pretrained(tmp_path, dtype=jnp.float32)
@@ -84,7 +84,7 @@ def test_dtypes_are_the_files(tmp_path: Path) -> None:
     assert positional.dtype == jnp.bfloat16
 
 
-def test_a_model_and_its_parameters_apart(tmp_path: Path) -> None:
+def test_do_init_false_returns_model_and_params(tmp_path: Path) -> None:
     flax_model(NAME).save_pretrained(tmp_path)
     model, params = monoblock.FlaxGPTNeoForCausalLM.from_pretrained(tmp_path, _do_init=False, seed=5)
     assert model.seed == 5
@@ -97,7 +97,7 @@ def test_a_model_and_its_parameters_apart(tmp_path: Path) -> None:
     ).read_bytes()
 
 
-def test_a_head_that_is_not_there_is_made(tmp_path: Path, logs: pytest.LogCaptureFixture) -> None:
+def test_a_missing_head_is_initialised(tmp_path: Path, logs: pytest.LogCaptureFixture) -> None:
     flax_model(NAME).save_pretrained(tmp_path)
     cls = monoblock.FlaxGPTNeoForTokenClassification
     model = cls.from_pretrained(tmp_path, num_labels=5)
@@ -115,7 +115,7 @@ def test_a_head_that_is_not_there_is_made(tmp_path: Path, logs: pytest.LogCaptur
     assert type(base) is monoblock.FlaxGPTNeoModel
 
 
-def test_sizes_that_differ(tmp_path: Path) -> None:
+def test_mismatched_sizes(tmp_path: Path) -> None:
     flax_model("GPTNeoForTokenClassification").save_pretrained(tmp_path)
     cls = monoblock.FlaxGPTNeoForTokenClassification
     with pytest.raises(ShapeMismatch, match=r"classifier.weight .* is \[4, 36\] .* implies \[7, 36\]"):
@@ -133,7 +133,7 @@ def test_shards(tmp_path: Path) -> None:
         assert same_bits(bits(type(model).from_pretrained(folder)), bits(model))
 
 
-def test_what_from_pretrained_refuses(tmp_path: Path) -> None:
+def test_invalid_arguments_of_from_pretrained_raise(tmp_path: Path) -> None:
     cls = monoblock.FlaxGPTNeoForCausalLM
     flax_model(NAME).save_pretrained(tmp_path)
     for name, value in (
@@ -160,7 +160,7 @@ def test_what_from_pretrained_refuses(tmp_path: Path) -> None:
         cls.from_pretrained(tmp_path)
 
 
-def test_a_foreign_name_is_named(tmp_path: Path) -> None:
+def test_unknown_and_missing_names_raise(tmp_path: Path) -> None:
     model = flax_model(NAME)
     state = model.hub_state_dict() | {"transformer.wte.weigth": np.zeros(3, np.float32)}
     with pytest.raises(
@@ -184,33 +184,9 @@ def test_auto_classes(tmp_path: Path) -> None:
         monoblock.FlaxAutoModel()
 
 
-def test_the_config_counts_at_each_call() -> None:
-    """Its problem_type and pad_token_id, whatever they were when the model was made."""
-    name = "MistralForSequenceClassification"
-    model, theirs = flax_model(name), torch_model(name)
-    labels = np.random.default_rng(0).random((2, theirs.head_spec.labels), np.float32)
-    ids = np.arange(10, 24).reshape(2, 7)
-    found = []
-    kept = model.config.pad_token_id
-    try:
-        for kind in ("regression", "multi_label_classification"):
-            model.config.problem_type = theirs.config.problem_type = kind
-            with torch.no_grad():
-                out = theirs(torch.as_tensor(ids), labels=torch.as_tensor(labels))
-            found.append(model.compute_loss(_output({"logits": out.logits.numpy()}), labels=labels))
-            assert_close(f"flax: {kind}, set later", found[-1], out.loss, 1e-5)  # fp32, losses of about 1
-        assert abs(found[0] - found[1]) > 0.01
-        model.config.pad_token_id = None
-        with pytest.raises(ValueError, match="no padding token is defined"):
-            model(ids)
-    finally:
-        model.config.problem_type = theirs.config.problem_type = None
-        model.config.pad_token_id = kept
-
-
 @pytest.mark.parametrize("name", CLASSES)
 def test_losses_equal_pytorchs(name: str) -> None:
-    """From the same logits, so that nothing is compiled but the losses."""
+    """Computed from PyTorch's logits, so that only the losses are compiled."""
     rng = np.random.default_rng(0)
     model, theirs = flax_model(name), torch_model(name)
     kind = model.row.head
@@ -259,20 +235,13 @@ LABELLED: dict[str, dict[str, Any]] = {
 }
 
 
-def test_foreign_tensors_and_fewer_layers(tmp_path: Path, logs: pytest.LogCaptureFixture) -> None:
-    theirs, cls = torch_model(NAME), monoblock.FlaxGPTNeoForCausalLM
-    theirs.save_pretrained(tmp_path / "saved")
-    whole, short = check_strict(cls, tmp_path / "saved", tmp_path, logs)
-    assert same_bits(bits(whole), bits(theirs))
-    assert bits(short).items() and all(
-        np.array_equal(x, bits(theirs)[name]) for name, x in bits(short).items()
-    )
-    model, params, info = cls.from_pretrained(
-        tmp_path / "headed", strict=False, output_loading_info=True, _do_init=False
+def test_params_of_a_checkpoint_with_extra_tensors(tmp_path: Path) -> None:
+    torch_model(NAME).save_pretrained(tmp_path / "saved")
+    model, params, info = monoblock.FlaxGPTNeoForCausalLM.from_pretrained(
+        with_value_head(tmp_path / "saved", tmp_path / "headed"),
+        strict=False,
+        output_loading_info=True,
+        _do_init=False,
     )
     assert info["unexpected_keys"] == VALUE_HEAD
     assert np.isfinite(model(ids_of(), params=params).logits).all()
-
-
-def test_a_config_that_asks_for_more_than_the_files_hold(tmp_path: Path) -> None:
-    oversized_configs.check(monoblock.FlaxMistralForCausalLM, tmp_path)

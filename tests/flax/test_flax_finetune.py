@@ -1,4 +1,4 @@
-"""The example of fine-tuning: it learns, and training that goes on from a saved state is the same, bit for bit."""
+"""examples/finetune_flax.py: it learns, and training resumed from a checkpoint is bitwise equal."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ OPTIMIZER = finetune.make_optimizer(1e-2, STEPS)
 
 
 def data() -> Any:
-    """Texts whose first token tells the label."""
+    """Sequences whose first token determines the label."""
     generator = np.random.default_rng(0)
     ids = generator.integers(10, VOCAB, (40, 8), np.int32)
     labels = generator.integers(0, 2, 40, np.int32)
@@ -49,8 +49,8 @@ def model() -> Any:
     return tiny("FlaxMptForSequenceClassification", num_labels=2, resid_pdrop=0.2, emb_pdrop=0.2)
 
 
-def begun(made: Any, mesh: Any) -> Any:
-    params = jax.tree.map(jax.numpy.copy, made.params)  # training uses its own up
+def initial_state(made: Any, mesh: Any) -> Any:
+    params = jax.tree.map(jax.numpy.copy, made.params)  # training donates them
     return finetune.make_state(made, params, OPTIMIZER, mesh, seed=3)
 
 
@@ -62,19 +62,19 @@ def trained(made: Any, state: Any, mesh: Any, until: int) -> tuple[Any, list[flo
 
 
 def assert_same(one: Any, other: Any) -> None:
-    """Every number of two states: parameters, moments, counts and key."""
+    """All arrays of two states: parameters, moments, counts and key."""
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b), one, other)
 
 
-def test_a_restored_state_goes_on_bit_for_bit(tmp_path: Path) -> None:
+def test_training_resumed_from_a_checkpoint_is_bitwise_equal(tmp_path: Path) -> None:
     made, mesh = model(), finetune.make_mesh()
-    whole, losses = trained(made, begun(made, mesh), mesh, STEPS)
-    half, first = trained(made, begun(made, mesh), mesh, 2)
+    whole, losses = trained(made, initial_state(made, mesh), mesh, STEPS)
+    half, first = trained(made, initial_state(made, mesh), mesh, 2)
     states = finetune.open_states(tmp_path / "run")
     finetune.save(states, half)
     states.close()
     states = finetune.open_states(tmp_path / "run")
-    again = finetune.restored(states, begun(made, mesh))
+    again = finetune.restored(states, initial_state(made, mesh))
     states.close()
     assert int(again.step) == 2
     assert_same(again, half)
@@ -84,25 +84,25 @@ def test_a_restored_state_goes_on_bit_for_bit(tmp_path: Path) -> None:
     assert_same(ended, whole)
 
 
-def test_without_a_saved_state_training_begins(tmp_path: Path) -> None:
+def test_without_a_checkpoint_training_starts_from_the_given_state(tmp_path: Path) -> None:
     made, mesh = model(), finetune.make_mesh()
-    states, state = finetune.open_states(tmp_path / "run"), begun(made, mesh)
+    states, state = finetune.open_states(tmp_path / "run"), initial_state(made, mesh)
     assert finetune.restored(states, state) is state
     states.close()
 
 
-def test_batches_follow_from_the_seed_and_the_step() -> None:
+def test_batches_are_determined_by_seed_and_step() -> None:
     some, later = finetune.batches(data(), 8, 1), finetune.batches(data(), 8, 1, first=6)
     skipped = [next(some) for _ in range(7)][6]
     np.testing.assert_array_equal(skipped["input_ids"], next(later)["input_ids"])
     epoch = [next(finetune.batches(data(), 8, 1, first=i))["input_ids"] for i in range(5)]
-    assert len(np.unique(np.concatenate(epoch), axis=0)) == 40  # every text once
+    assert len(np.unique(np.concatenate(epoch), axis=0)) == 40  # every sequence once
     with pytest.raises(typer.BadParameter, match="40 examples are fewer than a batch of 64"):
         next(finetune.batches(data(), 64, 1))
 
 
-def test_it_learns_and_saves_what_can_be_loaded(tmp_path: Path) -> None:
-    """The command itself: texts of a file, the embedded model, a few steps."""
+def test_the_command_trains_and_saves_a_checkpoint(tmp_path: Path) -> None:
+    """The command with a JSONL file and the embedded model, for a few steps."""
     words = {"number": ["1", "22", "3.5", "404"], "name": ["alpha", "beta", "value", "result"]}
     lines = [
         json.dumps({"text": f"{left} = {right}", "label": label})
@@ -128,14 +128,14 @@ def test_it_learns_and_saves_what_can_be_loaded(tmp_path: Path) -> None:
     assert sorted(path.name for path in (tmp_path / "run").iterdir() if path.is_dir()) == ["10", "12"]
 
 
-def test_a_line_without_a_label_is_named(tmp_path: Path) -> None:
+def test_a_line_without_a_label_raises(tmp_path: Path) -> None:
     file = tmp_path / "texts.jsonl"
     file.write_text('{"text": "a", "label": "b"}\n{"text": "a"}\n')
     with pytest.raises(typer.BadParameter, match=r"texts.jsonl:2: a line must have a text and a label"):
         finetune.read(file)
 
 
-def test_settings_of_the_config() -> None:
+def test_config_fields_of_the_command_line() -> None:
     assert finetune.fields(["a=0.5", "b=x"], embedded=False) == {"a": 0.5, "b": "x"}
     assert finetune.fields(None, embedded=True) == {"resid_pdrop": 0.1, "emb_pdrop": 0.1}
     with pytest.raises(typer.BadParameter, match="--set takes FIELD=VALUE, got 'a'"):

@@ -1,5 +1,5 @@
-"""Memory beyond weights and cache, as XLA plans it: masks and scores never grow with the longest text that a config
-allows, nor with the square of a text's length."""
+"""Memory bytes_beside weights and cache, from XLA's memory analysis: masks and scores grow neither with
+max_position_embeddings nor with the square of the sequence length."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ NARROW = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, 
 
 @pytest.fixture(autouse=True)
 def optimised() -> Iterator[None]:
-    """Compile as users do: without XLA's optimisers nothing is fused, and each step has an array of its own.
+    """Compile with XLA's optimisations, without which nothing is fused and each operation has a separate buffer.
 
-    xla_test_flags.py's flags concern the code for a plan, not the plan: a gradient's 543 MB differ by 192 bytes.
+    The flags of xla_test_flags.py have no effect here: a gradient's 543 MB differ by 192 bytes.
     """
     before = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", False)
@@ -40,8 +40,8 @@ def tokens(count: int) -> Any:
     return jax.ShapeDtypeStruct((1, count), jnp.int32)
 
 
-def planned(function: Any, *arguments: Any) -> Any:
-    """XLA's plan of the memory of a call, without running it."""
+def memory_analysis(function: Any, *arguments: Any) -> Any:
+    """XLA's memory analysis of a call, without running it."""
     return jax.jit(function).lower(*arguments).compile().memory_analysis()
 
 
@@ -49,8 +49,8 @@ def size(tree: Any) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-def beyond(model: Any) -> int:
-    """What a prompt of 512 tokens takes beside weights and cache, with a cache and a mask for all positions."""
+def bytes_beside(model: Any) -> int:
+    """Bytes beyond weights and cache for a prompt of 512 tokens, with a cache and a mask for all positions."""
 
     def start(params: Any, ids: Any, mask: Any) -> Any:
         cache = model.init_cache(1, model.config.max_position_embeddings)
@@ -58,26 +58,26 @@ def beyond(model: Any) -> int:
         return out.logits, out.past_key_values
 
     arguments = (model.params_shape_tree, tokens(512), tokens(131072))
-    plan = planned(start, *arguments)
+    plan = memory_analysis(start, *arguments)
     _, cache = jax.eval_shape(start, *arguments)
     assert cache.keys[0].shape[2] == (model.config.sliding_window or 131072)
     return plan.temp_size_in_bytes + plan.output_size_in_bytes - size(cache)
 
 
-def test_a_prompt_at_the_default_config() -> None:
-    """In all its widths: nothing is allocated for a plan. Layers take turns in the same memory, so two will do."""
+def test_prompt_with_the_default_config() -> None:
+    """With the full widths, as the analysis allocates nothing. Layers reuse memory, so two suffice."""
     config = monoblock.MistralConfig(num_hidden_layers=2)
     model = monoblock.FlaxMistralForCausalLM(config, _do_init=False)
-    assert beyond(model) < 100 * MB  # measured 92 MB, most of it the activations of the MLP
+    assert bytes_beside(model) < 100 * MB  # measured 92 MB, most of it the activations of the MLP
 
 
 @pytest.mark.parametrize("window", [4096, None])
-def test_a_prompt_takes_no_memory_for_positions_that_are_not_there(window: int | None) -> None:
-    assert beyond(mistral(sliding_window=window)) < 60 * MB  # measured 29 MB
+def test_prompt_takes_no_memory_for_unused_positions(window: int | None) -> None:
+    assert bytes_beside(mistral(sliding_window=window)) < 60 * MB  # measured 29 MB
 
 
-def test_more_tokens_after_those_of_a_long_cache() -> None:
-    """512 queries over 131,072 places of 32 heads would be 8.6 GB of scores; a block of them is bounded."""
+def test_tokens_after_a_long_cache() -> None:
+    """512 queries over 131,072 cached positions of 32 heads would be 8.6 GB of scores; a query block is bounded."""
     model = mistral(sliding_window=None, num_hidden_layers=1)
     cache = jax.eval_shape(lambda: model.init_cache(1, model.config.max_position_embeddings))
 
@@ -85,27 +85,27 @@ def test_more_tokens_after_those_of_a_long_cache() -> None:
         out = model(ids, attention_mask=mask, params=params, past_key_values=cache, logits_to_keep=1)
         return out.logits, out.past_key_values
 
-    plan = planned(more, model.params_shape_tree, tokens(512), tokens(131072), cache)
+    plan = memory_analysis(more, model.params_shape_tree, tokens(512), tokens(131072), cache)
     assert plan.temp_size_in_bytes - size(cache) < 600 * MB
 
 
-def test_a_step_at_the_default_configs_length() -> None:
+def test_decoding_step_with_a_cache_of_all_positions() -> None:
     model = mistral()
     cache = jax.eval_shape(lambda: model.init_cache(1, model.config.max_position_embeddings))
 
     def step(params: Any, cache: Any, token: Any, mask: Any) -> Any:
         return model(token, attention_mask=mask, params=params, past_key_values=cache).logits
 
-    plan = planned(step, model.params_shape_tree, cache, tokens(1), tokens(131072))
+    plan = memory_analysis(step, model.params_shape_tree, cache, tokens(1), tokens(131072))
     assert plan.temp_size_in_bytes < 16 * MB  # measured 4 MB
 
 
 @pytest.mark.parametrize("window", [4096, None])
-def test_long_texts_grow_in_proportion(window: int | None) -> None:
+def test_memory_grows_linearly_with_tokens(window: int | None) -> None:
     """Twice the tokens take at most twice the memory, and never heads x tokens x tokens."""
     model, plans = mistral(sliding_window=window), {}
     for count in (8192, 16384):
-        plan = planned(
+        plan = memory_analysis(
             lambda params, ids: model(ids, params=params, logits_to_keep=1).logits,
             model.params_shape_tree,
             tokens(count),
@@ -117,11 +117,11 @@ def test_long_texts_grow_in_proportion(window: int | None) -> None:
     assert plans[16384] < plans[8192] * (1.3 if window else 2.2)
 
 
-def test_gradients_of_long_texts_keep_no_scores() -> None:
+def test_gradients_of_long_inputs_keep_no_scores() -> None:
     model, count = mistral(), 8192
 
     def loss(params: Any, ids: Any) -> Any:
         return model.compute_loss(model(ids, params=params), labels=ids)
 
-    plan = planned(jax.grad(loss), model.params_shape_tree, tokens(count))
+    plan = memory_analysis(jax.grad(loss), model.params_shape_tree, tokens(count))
     assert plan.temp_size_in_bytes < 32 * count * count * 4 / 8

@@ -1,5 +1,5 @@
-"""Code written for transformers 4's Flax classes runs unchanged but for the import: modules applied directly, decoding
-loops and processors of one's own, rules that pick parameters by name, and a training script."""
+"""Code written for transformers 4's Flax classes runs with only the import changed: `module.apply`, custom decoding
+loops and processors, partition rules by parameter name, and a training script."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ ATOL = 1e-5  # fp32, 2 layers, logits of about 10; measured 4e-6
 
 
 def arguments() -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Ids, mask and positions of a batch that is padded on the left."""
+    """Ids, mask and positions of a left-padded batch."""
     ids = jnp.asarray(ids_of())
     mask = jnp.ones_like(ids).at[0, :3].set(0)
     return ids, mask, jnp.maximum(jnp.cumsum(mask, -1) - 1, 0)
 
 
 @pytest.mark.parametrize("name", [NAME, "MistralModel", "MPNetForMaskedLM"])
-def test_modules_take_the_old_arguments_in_their_order(name: str) -> None:
+def test_modules_take_the_arguments_of_transformers_4_in_order(name: str) -> None:
     model, (ids, mask, positions) = flax_model(name), arguments()
     positions = positions + 2 if name.startswith("MPNet") else positions
     expected = model(ids, mask, positions, output_attentions=True, output_hidden_states=True)
@@ -60,7 +60,7 @@ def test_modules_take_the_old_arguments_in_their_order(name: str) -> None:
     assert_close(f"{name}: apply, tuple", flat[0], out[0], ATOL)
 
 
-def test_modules_make_parameters_and_drop_out() -> None:
+def test_module_init_and_dropout() -> None:
     model = monoblock.FlaxGPTNeoForCausalLM(config_of(NAME, embed_dropout=0.5))
     ids, mask, positions = arguments()
     params = model.module.init(jax.random.key(0), ids, mask, positions, return_dict=False)["params"]
@@ -73,7 +73,7 @@ def test_modules_make_parameters_and_drop_out() -> None:
     assert np.array_equal(logits(1), logits(1)) and not np.allclose(logits(1), logits(2))
 
 
-def test_modules_take_a_cache_and_refuse_the_old_kind() -> None:
+def test_modules_take_a_cache_and_refuse_cache_collections() -> None:
     model, (ids, _, _) = flax_model(NAME), arguments()
     variables, apply = {"params": model.params}, jax.jit(model.module.apply)
     out = apply(variables, ids[:, :-1], past_key_values=model.init_cache(2, 9))
@@ -91,7 +91,7 @@ def test_modules_take_a_cache_and_refuse_the_old_kind() -> None:
 
 
 @pytest.mark.parametrize("name", [NAME, "FuyuForCausalLM"])
-def test_nnx_takes_the_module(name: str) -> None:
+def test_nnx_bridge(name: str) -> None:
     model, (ids, mask, positions) = flax_model(name), arguments()
     made: Any = nnx.bridge.ToNNX(model.module, rngs=nnx.Rngs(0)).lazy_init(ids)
     graph, params, rest = nnx.split(made, nnx.Param, ...)
@@ -106,7 +106,7 @@ def test_nnx_takes_the_module(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [NAME, "MistralForCausalLM", "MptForCausalLM"])
-def test_a_decoding_loop_of_ones_own(name: str) -> None:
+def test_custom_decoding_loop(name: str) -> None:
     model, (ids, mask, _) = flax_model(name), arguments()
     kwargs = model.prepare_inputs_for_generation(ids, 10, attention_mask=mask)
     assert kwargs["attention_mask"].shape == (2, 10) and kwargs["past_key_values"].max_length == 10
@@ -120,18 +120,18 @@ def test_a_decoding_loop_of_ones_own(name: str) -> None:
 
 
 class OnlyEven(monoblock.FlaxLogitsProcessor):
-    """Bans odd tokens, and at one length all but one; notes the lengths."""
+    """Masks odd tokens, and at one length all but one; stores the lengths."""
 
     def __init__(self) -> None:
-        self.seen: list[int] = []
+        self.lengths: list[int] = []
 
     def __call__(self, input_ids: Any, scores: Any, cur_len: int) -> Any:
-        self.seen.append(cur_len)
+        self.lengths.append(cur_len)
         only = jnp.full_like(scores, -jnp.inf).at[:, 20].set(0)
         return jnp.where(cur_len == 8, only, scores.at[:, 1::2].set(-jnp.inf))
 
 
-def test_processors_in_the_old_form() -> None:
+def test_processors_with_cur_len() -> None:
     model, ids = flax_model(NAME), ids_of()
     own, late = OnlyEven(), lambda ids, scores, cur_len: scores
     both = monoblock.FlaxLogitsProcessorList([own, late, lambda ids, scores: scores])
@@ -141,7 +141,7 @@ def test_processors_in_the_old_form() -> None:
         )
         new = np.asarray(new.sequences)[:, 7:]
         assert (new % 2 == 0).all() and (new[:, 1] == 20).all()
-    assert own.seen == [7, 8, 9] * 2
+    assert own.lengths == [7, 8, 9] * 2
     assert float(both(ids, jnp.zeros((2, 89)), 8)[0].argmax()) == 20
     with pytest.raises(NotImplementedError, match="FlaxLogitsProcessor does not say"):
         monoblock.FlaxLogitsProcessor()(ids, jnp.zeros((2, 89)), 7)
@@ -165,13 +165,13 @@ def test_generate_under_jit_pmap_and_vmap() -> None:
     replicated = jax.tree.map(lambda x: jnp.stack([x]), model.params)
     assert np.array_equal(jax.pmap(generate)(replicated, ids[None], mask[None])[0], expected)
     without = jax.jit(lambda p, ids: model.generate(ids, params=p, **TRACED).sequences)
-    assert np.array_equal(without(model.params, ids), expected)  # the pad token tells the padding
+    assert np.array_equal(without(model.params, ids), expected)  # padding is found by the pad token
     compiled = jax.jit(model.generate, static_argnames=("max_new_tokens", "do_sample", "pad_token_id"))
     found = compiled(ids, max_new_tokens=6, do_sample=False, pad_token_id=PAD)
     assert type(found).__name__ == "FlaxGenerateOutput" and found.sequences.shape == (4, 20)
 
 
-def test_sampling_and_ends_under_jit() -> None:
+def test_sampling_and_eos_under_jit() -> None:
     model, (ids, mask) = tiny("FlaxMistralForCausalLM", shallow=True), batch().values()
     sampled = {**TRACED, "do_sample": True, "temperature": 0.7, "top_k": 9, "repetition_penalty": 1.3}
     key = jax.random.key(3)
@@ -181,15 +181,15 @@ def test_sampling_and_ends_under_jit() -> None:
     )
     assert np.array_equal(found, expected)
     greedy = model.generate(ids, attention_mask=mask, **TRACED).sequences
-    asked = {**TRACED, "eos_token_id": int(greedy[0, -4])}
-    short = np.asarray(model.generate(ids, attention_mask=mask, **asked).sequences)
-    long = np.asarray(jax.jit(lambda m: model.generate(ids, attention_mask=m, **asked).sequences)(mask))
+    options = {**TRACED, "eos_token_id": int(greedy[0, -4])}
+    short = np.asarray(model.generate(ids, attention_mask=mask, **options).sequences)
+    long = np.asarray(jax.jit(lambda m: model.generate(ids, attention_mask=m, **options).sequences)(mask))
     assert long.shape == (4, 20) and np.array_equal(long[:, : short.shape[1]], short)
     assert (long[:, short.shape[1] :] == PAD).all() and (long[0, -3:] == PAD).all()
 
 
 @pytest.mark.parametrize(
-    ("more", "sentence"),
+    ("more", "message"),
     [
         ({"num_beams": 2}, "does not support beam search"),
         ({"position_ids": np.zeros((4, 14), int)}, "not position_ids"),
@@ -199,18 +199,18 @@ def test_sampling_and_ends_under_jit() -> None:
         ({"return_dict_in_generate": True}, "leave out return_dict_in_generate"),
     ],
 )
-def test_what_generate_refuses_inside_a_trace(more: dict[str, Any], sentence: str) -> None:
+def test_unsupported_options_inside_a_trace_raise(more: dict[str, Any], message: str) -> None:
     model, ids = tiny("FlaxGPTNeoForCausalLM"), batch(padded=False)["input_ids"]
-    with pytest.raises(ValueError, match=sentence):
+    with pytest.raises(ValueError, match=message):
         jax.jit(lambda ids: model.generate(ids, **{**TRACED, **more}))(ids)
 
 
 # ---------------------------------------------------------------------------- names
 
 
-def test_mappings_of_configs_and_bases_of_classes() -> None:
+def test_model_mappings_and_base_classes() -> None:
     mapping = monoblock.FLAX_MODEL_FOR_CAUSAL_LM_MAPPING
-    kinds = [config.model_type for config in mapping.keys()]  # noqa: SIM118  # as the scripts have it
+    kinds = [config.model_type for config in mapping.keys()]  # noqa: SIM118  # as in the scripts
     assert kinds == ["mpt", "mistral", "fuyu", "openai-gpt", "gpt_neo"] and len(mapping) == 5
     assert mapping[monoblock.GPTNeoConfig] is monoblock.FlaxGPTNeoForCausalLM
     assert mapping[monoblock.OpenAIGPTConfig] is monoblock.FlaxOpenAIGPTLMHeadModel
@@ -227,14 +227,14 @@ def test_mappings_of_configs_and_bases_of_classes() -> None:
         monoblock.FlaxMptPreTrainedModel(config_of("MptModel"))
 
 
-def test_torch_dtype_is_explained() -> None:
+def test_torch_dtype_raises() -> None:
     with pytest.raises(
         TypeError, match="has no argument 'torch_dtype': use dtype=, the dtype of the computation"
     ):
         monoblock.FlaxGPTNeoModel(config_of("GPTNeoModel"), torch_dtype=jnp.float32)
 
 
-# The rules of the guide to GPT Neo on TPUs: windows of regular expressions over the names.
+# The partition rules of a guide to GPT Neo on TPUs: sequences of regular expressions over parameter paths.
 RULES: list[tuple[tuple[str, ...], PartitionSpec | None]] = [
     (("transformer", "wpe", "embedding"), PartitionSpec("mp", None)),
     (("transformer", "wte", "embedding"), PartitionSpec("mp", None)),
@@ -257,7 +257,7 @@ def matches(rule: tuple[str, ...], path: tuple[str, ...]) -> bool:
     return any(all(map(re.fullmatch, rule, window)) for window in windows)
 
 
-def test_partition_rules_of_a_guide_match_every_leaf() -> None:
+def test_partition_rules_match_every_parameter() -> None:
     model = flax_model(NAME)
     found = {
         path: [spec for rule, spec in RULES if matches(rule, path)] for path in flatten_dict(model.params)
@@ -266,11 +266,11 @@ def test_partition_rules_of_a_guide_match_every_leaf() -> None:
     chosen = {path: specs[0] or PartitionSpec() for path, specs in found.items()}
     mesh = Mesh(np.array(jax.devices()[:1]), ("mp",))
     own = flatten_dict(model.partition_specs(mesh, tensor_axis="mp"))
-    # The model's own plan is the same, but for the position table, which it keeps whole.
+    # The model's partition specs are the same, except for the position table, which is replicated.
     assert [path for path in own if own[path] != chosen[path]] == [("transformer", "wpe", "embedding")]
-    places = jax.tree.map(lambda spec: NamedSharding(mesh, spec), unflatten_dict(chosen))
-    placed = jax.device_put(model.params, places)
-    assert_close("placed by rules", model(ids_of(), params=placed).logits, model(ids_of()).logits, ATOL)
+    shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), unflatten_dict(chosen))
+    sharded = jax.device_put(model.params, shardings)
+    assert_close("sharded by rules", model(ids_of(), params=sharded).logits, model(ids_of()).logits, ATOL)
 
 
 # ---------------------------------------------------------------------------- training
@@ -278,7 +278,7 @@ def test_partition_rules_of_a_guide_match_every_leaf() -> None:
 
 @pytest.fixture(scope="module")
 def clm(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What the training script printed, on two virtual devices."""
+    """The output of the training script on two virtual devices."""
     env = os.environ | {
         "PYTHONPATH": os.pathsep.join([str(TESTS), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]),
         "JAX_PLATFORMS": "cpu",
@@ -291,7 +291,7 @@ def clm(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("kind", ["gpt_neo", "mistral"])
-def test_a_training_script(kind: str, clm: dict[str, Any]) -> None:
+def test_training_script(kind: str, clm: dict[str, Any]) -> None:
     found = clm[kind]
     losses = found["losses"]
     assert all(after < before for before, after in itertools.pairwise(losses))
@@ -300,7 +300,7 @@ def test_a_training_script(kind: str, clm: dict[str, Any]) -> None:
     assert abs(found["eval"] - found["saved"]) < 1e-5  # fp32, a mean of two means of losses of about 3
 
 
-def test_the_scripts_decay_mask_spares_norms_and_biases(clm: dict[str, Any]) -> None:
+def test_weight_decay_mask_excludes_norms_and_biases(clm: dict[str, Any]) -> None:
     assert clm["gpt_neo"]["decayed"] == clm["mistral"]["decayed"] == ["embedding", "kernel"]
     names = {"ln_1/scale", "ln_1/bias", "ln_2/scale", "ln_2/bias", "ln_f/scale", "ln_f/bias", "c_fc/bias"}
     assert names <= set(clm["gpt_neo"]["not decayed"])

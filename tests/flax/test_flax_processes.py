@@ -1,4 +1,4 @@
-"""Two processes that share a mesh of 2 x 2 devices load, train, generate and save what one process does."""
+"""Two processes on a mesh of 2 x 2 devices load, train, generate and save as one process does."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from monoblock import FlaxMistralForCausalLM
 from monoblock.backends.flax.loading import flat
 
 NUMBERS = (0, 1)
-SECONDS = 120  # until each process ends by itself; they take 15 where two cores are free
+SECONDS = 120  # timeout of each process; they take 15 where two cores are free
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What each process found, by its number, the folder that they wrote into, and what this process computes alone."""
+    """The results of each process by number, "folder" for their files, and "alone" for those of this process."""
     folder = tmp_path_factory.mktemp("processes")
     model = tiny("FlaxMistralForCausalLM")
     model.save_pretrained(folder / "start")
     with socket.socket() as held:
-        # Held until the coordinator has it too, so that no other program gets it.
+        # Held until the coordinator has bound it too, so that no other program takes the port.
         held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         held.bind(("127.0.0.1", 0))
         processes = [started(number, held.getsockname()[1], folder) for number in NUMBERS]
@@ -51,7 +51,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 def ended(processes: list[subprocess.Popen[bytes]]) -> list[int | None]:
-    """How processes end, None for those that do not in time, or when another one has failed."""
+    """Exit codes; None for processes that still run at the timeout, or when another one has failed."""
     until = time.monotonic() + SECONDS
     while time.monotonic() < until:
         codes = [process.poll() for process in processes]
@@ -75,7 +75,7 @@ def started(number: int, port: int, folder: Path) -> subprocess.Popen[bytes]:
 
 
 def alone(model: Any) -> dict[str, Any]:
-    """The same on one device, and how far sums in another order may be from it, relative to the largest value."""
+    """The same on one device, and "rounding": the relative error of a different order of summation."""
     inputs = batch()
     out = model(**inputs, output_hidden_states=True)
     result: dict[str, Any] = {"logits": out.logits, "rounding": rounding(model.spec, out) / largest(out)}
@@ -89,7 +89,7 @@ def alone(model: Any) -> dict[str, Any]:
     return result
 
 
-def part(arrays: dict[str, Any], prefix: str) -> dict[str, Any]:
+def with_prefix(arrays: dict[str, Any], prefix: str) -> dict[str, Any]:
     return {name.removeprefix(prefix + "/"): x for name, x in arrays.items() if name.startswith(prefix + "/")}
 
 
@@ -98,10 +98,10 @@ def tree(params: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("number", NUMBERS)
-def test_a_process_holds_its_shards_alone(number: int, found: dict[str, Any]) -> None:
-    """The tensor axis goes across: a process has half of every matrix of the layers and of the tables."""
+def test_a_process_holds_only_its_shards(number: int, found: dict[str, Any]) -> None:
+    """The tensor axis spans the processes: each has half of every matrix of the layers and of the embedding tables."""
     whole, halves = found["alone"]["params"], 0
-    for name, shapes in part(found[number], "held").items():
+    for name, shapes in with_prefix(found[number], "held").items():
         sizes = {int(np.prod(shape)) for shape in shapes}
         halved = name.endswith(("kernel", "embedding"))
         assert sizes == {whole[name].size // (2 if halved else 1)}, name
@@ -110,13 +110,13 @@ def test_a_process_holds_its_shards_alone(number: int, found: dict[str, Any]) ->
 
 
 @pytest.mark.parametrize("number", NUMBERS)
-def test_logits_and_a_step_are_those_of_one_process(number: int, found: dict[str, Any]) -> None:
+def test_logits_and_training_step_equal_one_process(number: int, found: dict[str, Any]) -> None:
     ours, theirs = found[number], found["alone"]
     bound = theirs["rounding"] * largest(theirs["logits"])
     assert_close("two processes: loss", ours["loss"], theirs["loss"], bound)
     for name in ("logits", "after"):  # the latter on the mesh that Orbax restored to, with explicit axes
         assert_close(f"two processes: {name}", ours[name], theirs[name], bound)
-    momentum, params = part(ours, "momentum"), part(ours, "params")
+    momentum, params = with_prefix(ours, "momentum"), with_prefix(ours, "params")
     assert momentum.keys() == params.keys() == theirs["params"].keys()
     # The backward pass has two products for each one of the forward pass.
     bound = 3 * theirs["rounding"] * largest(list(theirs["gradients"].values()))
@@ -127,7 +127,7 @@ def test_logits_and_a_step_are_those_of_one_process(number: int, found: dict[str
 
 
 @pytest.mark.parametrize("number", NUMBERS)
-def test_generation_gives_the_tokens_of_one_process(number: int, found: dict[str, Any]) -> None:
+def test_generated_tokens_equal_one_process(number: int, found: dict[str, Any]) -> None:
     ours, theirs = found[number], found["alone"]
     for name, expected in (("greedy", "greedy"), ("stepwise", "greedy"), ("sampled", "sampled")):
         np.testing.assert_array_equal(ours[name], theirs[expected], err_msg=name)
@@ -139,19 +139,19 @@ def test_one_process_saves_and_the_others_wait(found: dict[str, Any]) -> None:
     for number in NUMBERS:
         assert {"config.json", "model.safetensors"} <= set(found[number]["files"].tolist())
     loaded = tree(FlaxMistralForCausalLM.from_pretrained(saved).params)
-    for name, expected in part(found[0], "params").items():
+    for name, expected in with_prefix(found[0], "params").items():
         np.testing.assert_array_equal(loaded[name], expected, err_msg=name)
     assert [path.name for path in saved.parent.glob(".monoblock*")] == []
 
 
-def test_a_save_that_fails_ends_in_every_process(found: dict[str, Any]) -> None:
+def test_a_failed_save_raises_in_every_process(found: dict[str, Any]) -> None:
     assert str(found[0]["failed"]).startswith("ValueError: max_shard_size='large'")
     assert str(found[1]["failed"]).startswith("CheckpointError: process 0 could not save the model")
     assert not (found["folder"] / "failed").exists()
 
 
-def test_processes_without_a_part_are_told(found: dict[str, Any]) -> None:
-    """Parameters on process 0's devices: it can save them by itself, and the other one has none of them."""
+def test_processes_without_shards_raise(found: dict[str, Any]) -> None:
+    """Parameters on process 0's devices: it can save them alone, and the other process raises."""
     assert "local" not in found[0]
     assert (found["folder"] / "local" / "model.safetensors").is_file()
     assert str(found[1]["local"]).startswith(
@@ -159,9 +159,9 @@ def test_processes_without_a_part_are_told(found: dict[str, Any]) -> None:
     )
 
 
-@pytest.mark.parametrize("place", ["same", "other"])
-def test_orbax_gives_back_what_it_saved(place: str, found: dict[str, Any]) -> None:
+@pytest.mark.parametrize("mesh", ["same", "other"])
+def test_orbax_round_trip(mesh: str, found: dict[str, Any]) -> None:
     for number in NUMBERS:
-        restored = part(found[number], place)
-        for name, expected in part(found[number], "params").items():
+        restored = with_prefix(found[number], mesh)
+        for name, expected in with_prefix(found[number], "params").items():
             np.testing.assert_array_equal(restored[name], expected, err_msg=name)

@@ -1,5 +1,5 @@
-"""Eight devices give what one gives, with the parameters really split over them; and meshes that do not fit are
-explained."""
+"""Sharding over eight virtual devices: results equal one device's, shards have the expected shapes, and invalid meshes
+raise."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from jax.sharding import Mesh, PartitionSpec
 
 TESTS = Path(__file__).parents[1]
 FULLY = ("FlaxMistralForCausalLM", "FlaxMptForCausalLM", "FlaxGPTNeoForCausalLM")
-LOGITS, GRADIENTS = 1e-5, 5e-5  # fp32; sums of four parts round otherwise: measured 3e-6 and 4e-7
+LOGITS, GRADIENTS = 1e-5, 5e-5  # fp32; sums of four partial sums: measured 3e-6 and 4e-7
 
 
-# The layers' matrices by the names that families give them, and the tables of tokens.
+# The layers' matrices by their names in the families, and the token embeddings.
 _QKV = ("q_proj", "k_proj", "v_proj", "q", "k", "v", "Wqkv", "query_key_value", "c_attn")
 _UP = ("gate_proj", "up_proj", "c_fc", "dense_h_to_4h", "intermediate.dense")
 _OUT = ("o_proj", "out_proj", "o", "self_attn.dense", "c_proj", "down_proj", "dense_4h_to_h", "output.dense")
@@ -33,7 +33,7 @@ VOCABULARY = tuple(f".{x}.embedding" for x in ("wte", "embed_tokens", "tokens_em
 
 @pytest.fixture(scope="module")
 def outputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What eight virtual devices gave beside one: two processes at once (about 20 s each, all compilation)."""
+    """Comparisons of eight virtual devices with one, by two concurrent scripts (about 20 s each, all compilation)."""
     env = os.environ | {
         "PYTHONPATH": os.pathsep.join([str(TESTS), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]),
         "JAX_PLATFORMS": "cpu",
@@ -61,18 +61,18 @@ def outputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def found(outputs: dict[str, Any]) -> dict[str, Any]:
-    """Each family on a mesh whose axes are explicit."""
+    """Each family on a mesh with explicit axes."""
     return outputs["families"]
 
 
 @pytest.fixture(scope="module")
 def meshes(outputs: dict[str, Any]) -> dict[str, Any]:
-    """Meshes of other kinds."""
+    """Other meshes."""
     return outputs["meshes"]
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_mesh_gives_what_one_device_gives(name: str, found: dict[str, Any]) -> None:
+def test_mesh_equals_one_device(name: str, found: dict[str, Any]) -> None:
     assert found[name]["logits"] <= LOGITS
     assert found[name]["gradients"] <= GRADIENTS
     assert found[name]["rows"][0] == 2  # of 4, over two devices
@@ -84,18 +84,18 @@ def test_generation_under_sharded_parameters(found: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_parameters_and_gradients_are_split(name: str, found: dict[str, Any]) -> None:
-    """Four devices hold a quarter each of every matrix of the layers and of the vocabulary."""
+def test_parameters_and_gradients_are_sharded(name: str, found: dict[str, Any]) -> None:
+    """Each of four devices holds a quarter of every matrix of the layers and of the vocabulary."""
     for shapes in (found[name]["shapes"], found[name]["gradient_shapes"]):
-        for leaf, (whole, part) in shapes.items():
+        for leaf, (whole, shard) in shapes.items():
             if leaf.endswith(WIDENING) or leaf == "lm_head.kernel":
-                assert part[1] * 4 == whole[1], leaf
+                assert shard[1] * 4 == whole[1], leaf
             elif leaf.endswith(NARROWING) or leaf.endswith(VOCABULARY):
-                assert part[0] * 4 == whole[0], leaf
+                assert shard[0] * 4 == whole[0], leaf
             else:
-                assert not re.search(r"\.0\..*kernel$", leaf), leaf  # no matrix of a layer is left
+                assert not re.search(r"\.0\..*kernel$", leaf), leaf  # no matrix of a layer is replicated
             if leaf.endswith(("scale", "weight")):
-                assert part == whole, leaf
+                assert shard == whole, leaf
 
 
 def test_shard_map_over_the_data(found: dict[str, Any]) -> None:
@@ -104,7 +104,7 @@ def test_shard_map_over_the_data(found: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("name", FULLY)
-def test_fully_sharded_training_gives_what_one_device_gives(name: str, meshes: dict[str, Any]) -> None:
+def test_fully_sharded_training_equals_one_device(name: str, meshes: dict[str, Any]) -> None:
     result = meshes[name]
     assert result["logits"] <= LOGITS
     assert result["gradients"] <= GRADIENTS
@@ -112,23 +112,23 @@ def test_fully_sharded_training_gives_what_one_device_gives(name: str, meshes: d
 
 
 @pytest.mark.parametrize("name", FULLY)
-def test_fully_sharded_parameters_and_moments_are_gathered_where_they_are_used(
-    name: str, meshes: dict[str, Any]
-) -> None:
-    """A device has half of every matrix's width, and half of its other axis, which the tensor axis splits; and whole
-    hidden states of one row of four, not a part of them of two rows."""
+def test_fully_sharded_parameters_moments_and_hidden_states(name: str, meshes: dict[str, Any]) -> None:
+    """A device holds half of every matrix along the fsdp axis and half along the tensor axis; and full hidden states of
+    one of four rows, not shards of two rows."""
     result = meshes[name]
     assert result["first_moments"] == result["shapes"]
-    split = {leaf for leaf, (whole, part) in result["shapes"].items() if np.prod(part) * 4 == np.prod(whole)}
+    split = {
+        leaf for leaf, (whole, shard) in result["shapes"].items() if np.prod(shard) * 4 == np.prod(whole)
+    }
     matrices = {leaf for leaf in result["shapes"] if leaf.endswith(("kernel", "embedding"))}
     assert split == {leaf for leaf in matrices if ".wpe." not in leaf}
-    for leaf, (whole, part) in result["shapes"].items():
+    for leaf, (whole, shard) in result["shapes"].items():
         if leaf.endswith(("scale", "weight")) or ".wpe." in leaf:
-            assert part == whole, leaf
+            assert shard == whole, leaf
     assert result["hidden"] == [1, 14, 32]
 
 
-def test_axes_of_several_names(meshes: dict[str, Any]) -> None:
+def test_tuples_of_axes(meshes: dict[str, Any]) -> None:
     result = meshes["several"]
     assert result["logits"] <= LOGITS
     assert result["rows"] == [1, 14]  # of 4, over replica and data
@@ -145,20 +145,20 @@ def test_explicit_axes_of_the_context(meshes: dict[str, Any]) -> None:
     assert "float32[32,48@tensor]" in result["parameter_types"]
 
 
-def test_a_checkpoint_is_read_part_by_part(meshes: dict[str, Any]) -> None:
+def test_checkpoints_are_read_by_shard(meshes: dict[str, Any]) -> None:
     result = meshes["loaded"]
     assert result["equal"] and result["placed"] and result["head"]
     assert set(result["read"]) == {16}  # of 64 numbers, for each device
 
 
-# ---------------------------------------------------------------------------- what one device can tell
+# ---------------------------------------------------------------------------- specs and errors, on one device
 
 
 def mesh(*names: str) -> Mesh:
     return Mesh(np.array(jax.devices()[:1]).reshape((1,) * len(names)), names)
 
 
-def test_specs_are_a_tree_like_the_parameters() -> None:
+def test_partition_specs_have_the_structure_of_params() -> None:
     model = tiny("FlaxMistralForCausalLM")
     specs = model.partition_specs(mesh("data", "tensor"))
     assert jax.tree.structure(specs) == jax.tree.structure(model.params)
@@ -169,7 +169,7 @@ def test_specs_are_a_tree_like_the_parameters() -> None:
     assert layer["input_layernorm"]["weight"] == PartitionSpec()
 
 
-def test_axes_may_have_other_names_or_be_absent() -> None:
+def test_axis_names_are_options() -> None:
     model = tiny("FlaxMistralForCausalLM")
     specs = model.partition_specs(mesh("x", "model"), tensor_axis="model")
     assert specs["model"]["embed_tokens"]["embedding"] == PartitionSpec("model", None)
@@ -178,7 +178,7 @@ def test_axes_may_have_other_names_or_be_absent() -> None:
     assert model.shard_batch(batch(), mesh("rows"), data_axis="rows")["input_ids"].shape == (4, 14)
 
 
-def test_params_of_the_callers_are_laid_out_too() -> None:
+def test_shard_params_of_given_params() -> None:
     model = tiny("FlaxMistralForCausalLM")
     params, model._params = model.params, None
     placed = model.shard_params(mesh("data", "tensor"), params)
@@ -186,14 +186,14 @@ def test_params_of_the_callers_are_laid_out_too() -> None:
     assert placed["model"]["embed_tokens"]["embedding"].sharding.spec == PartitionSpec("tensor", None)
 
 
-def test_shard_lays_the_models_own() -> None:
+def test_shard_moves_params_to_the_mesh() -> None:
     model = tiny("FlaxMistralForCausalLM")
     assert model.shard(mesh("data", "tensor")) is model
     shardings = model.param_shardings(mesh("data", "tensor"))
     assert jax.tree.map(lambda leaf: leaf.sharding, model.params) == shardings
 
 
-def test_a_mesh_without_the_axis_is_explained() -> None:
+def test_meshes_without_the_axis_raise() -> None:
     model = tiny("FlaxMistralForCausalLM")
     with pytest.raises(
         ValueError, match=r"no axis 'tensor' \(it has 'data'\): name one with tensor_axis= or None"
@@ -211,7 +211,7 @@ def test_a_mesh_without_the_axis_is_explained() -> None:
         type(model).from_pretrained("nowhere", tensor_axis="x")
 
 
-def test_an_fsdp_axis_splits_the_width_and_the_rows() -> None:
+def test_fsdp_axis_shards_parameters_and_rows() -> None:
     model = tiny("FlaxGPTNeoForCausalLM")
     specs = model.partition_specs(mesh("fsdp", "tensor"), fsdp_axis="fsdp")["transformer"]
     layer = specs["h"]["0"]
@@ -227,7 +227,7 @@ def test_an_fsdp_axis_splits_the_width_and_the_rows() -> None:
     assert both["input_ids"].sharding.spec == PartitionSpec("data")
 
 
-def test_rows_that_do_not_divide_are_explained() -> None:
+def test_rows_that_do_not_divide_raise() -> None:
     with pytest.raises(
         ValueError, match=r"\['count'\] of shape \(\).* axis 'data': give a multiple of 1 rows"
     ):

@@ -1,5 +1,5 @@
-"""JAX's transformations of every family: compiled gradients row by row, other parameters at once, recomputation,
-forward-mode derivatives, and dropout as a function of its key."""
+"""JAX's transformations in every family: jit, vmap over rows and parameters, grad, checkpointing, forward-mode
+derivatives, pmap, and dropout as a function of its key."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import pytest
 from flax_tiny import MODELS, batch, tiny
 from measure import assert_close
 
-GRADIENTS = 1e-6  # fp32, gradients of order 1; sums in another order: measured 6e-8
+GRADIENTS = 1e-6  # fp32, gradients of about 1, a different order of summation: measured 6e-8
 
-# What drops out, in each family's own words.
+# The dropout fields of each family.
 DROPOUTS: dict[str, dict[str, Any]] = {
     "FlaxMptForCausalLM": {"resid_pdrop": 0.4, "emb_pdrop": 0.4, "attn_config": {"attn_pdrop": 0.4}},
     "FlaxMistralForCausalLM": {"attention_dropout": 0.4},
@@ -26,7 +26,7 @@ DROPOUTS: dict[str, dict[str, Any]] = {
 
 
 def loss(model: Any, params: Any, ids: Any, key: Any = None, **inputs: Any) -> Any:
-    """The loss whose labels are the ids; with a key, as in training."""
+    """The loss with the ids as labels; in training mode if there is a key."""
     out = model(ids, params=params, dropout_rng=key, train=key is not None, **inputs)
     return model.compute_loss(out, labels=ids)
 
@@ -36,7 +36,7 @@ def assert_trees(what: str, ours: Any, theirs: Any, bound: float = GRADIENTS) ->
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_compiled_gradients_row_by_row(name: str) -> None:
+def test_vmap_of_grad_over_rows(name: str) -> None:
     """`jit` of `vmap` of `grad`: the mean over rows of equal length is the gradient of the whole batch."""
     model, ids = tiny(name, shallow=True), batch(padded=False)["input_ids"]
     by_row = jax.jit(jax.vmap(jax.value_and_grad(lambda p, row: loss(model, p, row[None])), (None, 0)))
@@ -49,8 +49,8 @@ def test_compiled_gradients_row_by_row(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_recomputation_gives_the_same_gradients_under_dropout(name: str) -> None:
-    """The backward pass draws the same masks again, for padded texts too."""
+def test_gradient_checkpointing_with_dropout(name: str) -> None:
+    """The backward pass draws the same dropout masks, for padded inputs too."""
     ids, mask = batch().values()
     model, key, found = tiny(name, shallow=True, **DROPOUTS[name]), jax.random.key(3), []
     for _ in range(2):
@@ -73,7 +73,7 @@ def test_checkpoint_around_a_call() -> None:
 
 
 def test_vmap_over_parameters() -> None:
-    """Several models of one shape in one call."""
+    """Several models of the same shapes in one call."""
     models = [tiny("FlaxGPTNeoForCausalLM", seed, shallow=True) for seed in range(3)]
     ids = batch(padded=False)["input_ids"]
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(model.params for model in models))
@@ -94,7 +94,7 @@ def test_forward_mode_agrees_with_reverse_mode() -> None:
 
 
 def test_pmap() -> None:
-    """The old way over devices, which the hub's pages name."""
+    """The older API for several devices, which transformers' documentation names."""
     model, ids = tiny("FlaxMistralForCausalLM", shallow=True), batch(padded=False)["input_ids"]
     one = ids[None, :2]  # (devices, rows, tokens)
     logits = jax.pmap(lambda params, rows: model(rows, params=params).logits, in_axes=(None, 0))(
@@ -117,7 +117,7 @@ def test_dropout_is_a_function_of_its_key(name: str) -> None:
     assert float(jnp.abs(first - model(ids).logits).max()) > 1e-2
 
 
-def test_what_is_kept_of_the_embedding_is_scaled() -> None:
+def test_embedding_dropout_scales_the_kept_entries() -> None:
     """With probability p an entry is 0, else it is 1 / (1 - p) times itself."""
     model, ids = tiny("FlaxGPTNeoForCausalLM", embed_dropout=0.25), batch(padded=False)["input_ids"]
     first = model(ids, output_hidden_states=True).hidden_states[0]
@@ -130,7 +130,7 @@ def test_what_is_kept_of_the_embedding_is_scaled() -> None:
     assert abs(1 - kept.mean() - 0.25) < 0.04
 
 
-def test_attention_weights_drop_out_by_head_and_key() -> None:
+def test_attention_dropout_is_independent_by_row_and_head() -> None:
     model, ids = (
         tiny("FlaxMistralForCausalLM", shallow=True, attention_dropout=0.25),
         batch(padded=False)["input_ids"],
@@ -141,13 +141,13 @@ def test_attention_weights_drop_out_by_head_and_key() -> None:
     )
     kept = dropped != 0
     np.testing.assert_allclose(dropped, np.where(kept, whole / 0.75, 0), rtol=1e-5, atol=1e-7)
-    seen = whole > 0
-    assert abs((seen & ~kept).sum() / seen.sum() - 0.25) < 0.04  # 1,104 of them: a deviation of 0.013
-    assert np.unique(kept.sum((-1, -2))).size > 1  # not one mask for all rows and heads
+    visible = whole > 0
+    assert abs((visible & ~kept).sum() / visible.sum() - 0.25) < 0.04  # 1,104 weights: a deviation of 0.013
+    assert np.unique(kept.sum((-1, -2))).size > 1  # not the same mask for all rows and heads
 
 
-def test_the_mean_over_keys_is_the_output_at_rest() -> None:
-    """Where what follows the dropout is linear."""
+def test_mean_over_dropout_keys_is_the_deterministic_output() -> None:
+    """Where the layers after the dropout are linear."""
     model = tiny("FlaxMptForTokenClassification", num_labels=3, classifier_dropout=0.5)
     ids = batch(padded=False)["input_ids"]
     keys = jax.random.split(jax.random.key(0), 1024)
@@ -158,6 +158,6 @@ def test_the_mean_over_keys_is_the_output_at_rest() -> None:
     assert deviation.min() > 0
 
 
-def test_train_without_dropout_needs_no_key() -> None:
+def test_training_without_dropout_needs_no_key() -> None:
     model, ids = tiny("FlaxMistralForCausalLM", shallow=True), batch(padded=False)["input_ids"]
-    assert_close("train at rest", model(ids, train=True).logits, model(ids).logits, 1e-6)
+    assert_close("train without dropout", model(ids, train=True).logits, model(ids).logits, 1e-6)

@@ -1,4 +1,4 @@
-"""The wrapper around the Linen networks: signatures, parameters, dtypes, caches, errors, and JAX's transformations."""
+"""Flax models: the contract of calls; signatures, parameters, dtypes, outputs, caches, and JAX's transformations."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import inspect
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.core
 import invalid_inputs
@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from contract.calls import CallsContract
 from flax_models import CLASSES, config_of, flax_model, ids_of
 from jax.sharding import Mesh, PartitionSpec
 from measure import assert_close
@@ -54,7 +55,7 @@ def defaults(function: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", CLASSES)
-def test_signatures_are_those_of_the_pages(name: str) -> None:
+def test_documented_signatures(name: str) -> None:
     cls = getattr(monoblock, "Flax" + name)
     _, *made = inspect.signature(cls.__init__).parameters.values()
     assert [(p.name, p.default) for p in made[1:5]] == [
@@ -71,7 +72,7 @@ def test_signatures_are_those_of_the_pages(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CLASSES)
-def test_the_tree_is_the_networks_own(name: str) -> None:
+def test_params_shape_tree_is_that_of_module_init(name: str) -> None:
     model = getattr(monoblock, "Flax" + name)(config_of(name), _do_init=False)
     given = {"input_ids": jnp.zeros((1, 3), jnp.int32)}
     made = jax.eval_shape(
@@ -86,13 +87,13 @@ def test_the_tree_is_the_networks_own(name: str) -> None:
 # ---------------------------------------------------------------------------- parameters
 
 
-def test_random_parameters_are_those_of_the_seed() -> None:
+def test_random_parameters_are_determined_by_the_seed() -> None:
     cls, config = monoblock.FlaxGPTNeoForCausalLM, config_of(NAME)
     one, two, other = cls(config), cls(config, seed=0), cls(config, seed=1)
-    assert one._params is None  # made when first used
+    assert one._params is None  # initialised at first use
     kernel, same, different = (layer(m.params, 1)["mlp"]["c_fc"]["kernel"] for m in (one, two, other))
     assert np.array_equal(kernel, same) and not np.allclose(kernel, different)
-    assert abs(float(kernel.std()) - config.initializer_range) < 2e-3  # of 3,888 draws, 9 standard errors
+    assert abs(float(kernel.std()) - config.initializer_range) < 2e-3  # 3,888 draws, 9 standard errors
     assert not np.allclose(kernel, layer(one.params, 0)["mlp"]["c_fc"]["kernel"])
     leaves = loading.flat(one.params)
     assert {float(x.max()) for p, x in leaves.items() if p[-1] == "bias"} == {0.0}
@@ -100,7 +101,7 @@ def test_random_parameters_are_those_of_the_seed() -> None:
     assert {x.dtype for x in leaves.values()} == {jnp.dtype("float32")}
 
 
-def test_init_weights_under_jit_and_for_what_lacks() -> None:
+def test_init_weights_under_jit_and_for_missing_parameters() -> None:
     model = monoblock.FlaxGPTNeoForTokenClassification(config_of("GPTNeoForTokenClassification"))
     plain = model.init_weights(model.key, (1, 1))
     traced = jax.jit(model.init_weights, static_argnames=["input_shape"])(model.key, (1, 1))
@@ -112,14 +113,14 @@ def test_init_weights_under_jit_and_for_what_lacks() -> None:
     assert np.array_equal(whole["classifier"]["kernel"], plain["classifier"]["kernel"])
 
 
-def test_params_asked_for_first_inside_a_trace_can_be_kept() -> None:
+def test_params_first_used_inside_a_trace() -> None:
     model = monoblock.FlaxGPTNeoModel(config_of("GPTNeoModel"))
     total = jax.jit(lambda: sum(x.sum() for x in jax.tree.leaves(model.params)))()
     assert np.isfinite(float(total))
     assert not isinstance(model.params["wte"]["embedding"], jax.core.Tracer)
 
 
-def test_without_parameters_of_its_own() -> None:
+def test_do_init_false() -> None:
     kept = flax_model(NAME)
     model = monoblock.FlaxGPTNeoForCausalLM(config_of(NAME), _do_init=False)
     for use in (lambda: model.params, lambda: model(ids_of())):
@@ -131,7 +132,7 @@ def test_without_parameters_of_its_own() -> None:
     assert model.init_weights(jax.random.PRNGKey(1)).keys() == kept.params.keys()
 
 
-def test_params_that_do_not_fit_are_named() -> None:
+def test_params_of_another_structure_raise() -> None:
     model = monoblock.FlaxGPTNeoForCausalLM(config_of(NAME))
     tree = flax_model(NAME).params
     model.params = flax.core.freeze(tree)
@@ -152,7 +153,7 @@ def test_params_that_do_not_fit_are_named() -> None:
     )
 
 
-def test_dtype_is_the_computations() -> None:
+def test_dtype_is_that_of_computation() -> None:
     params = flax_model(NAME).params
     for dtype in (jnp.bfloat16, "bfloat16"):
         model = monoblock.FlaxGPTNeoForCausalLM(config_of(NAME), dtype=dtype, _do_init=False)
@@ -163,7 +164,7 @@ def test_dtype_is_the_computations() -> None:
             monoblock.FlaxGPTNeoForCausalLM(config_of(NAME), dtype=wrong)
 
 
-def test_casts() -> None:
+def test_to_bf16_fp16_and_fp32() -> None:
     model = flax_model(NAME)
     for cast, dtype in (
         (model.to_bf16, jnp.bfloat16),
@@ -174,13 +175,15 @@ def test_casts() -> None:
     mask = loading.nested({p: p[-1] != "scale" for p in loading.flat(model.params)})
     cast = loading.flat(model.to_bf16(model.params, mask))
     assert {p[-1] for p, x in cast.items() if x.dtype == jnp.float32} == {"scale"}
-    assert model.params["transformer"]["wte"]["embedding"].dtype == jnp.float32  # the model's own stay
+    assert (
+        model.params["transformer"]["wte"]["embedding"].dtype == jnp.float32
+    )  # the model's parameters are unchanged
 
 
 # ---------------------------------------------------------------------------- calls
 
 
-def test_inputs_of_many_kinds_give_the_same() -> None:
+def test_inputs_of_any_array_type() -> None:
     model, ids = flax_model(NAME), ids_of()
     expected = model(ids).logits
     for given in (ids.tolist(), jnp.asarray(ids), ids.astype(np.int32), ids.astype(np.uint8)):
@@ -197,7 +200,7 @@ def test_outputs_are_pytrees_dicts_and_tuples() -> None:
     model, ids = flax_model(NAME), ids_of()
     out = model(ids, output_hidden_states=True, output_attentions=True)
     assert type(out) is monoblock.FlaxCausalLMOutputWithCrossAttentions
-    assert isinstance(out, monoblock.FlaxMaskedLMOutput)  # what the pages of this family say
+    assert isinstance(out, monoblock.FlaxMaskedLMOutput)  # the class documented for this family
     assert list(out) == ["logits", "hidden_states", "attentions"]
     assert out[0] is out.logits is out["logits"] and "loss" not in out
     assert [x.shape for x in out.hidden_states] == [(2, 7, 36)] * 3
@@ -209,7 +212,7 @@ def test_outputs_are_pytrees_dicts_and_tuples() -> None:
     assert isinstance(flat, tuple) and len(flat) == 3
 
 
-def test_each_class_returns_the_hubs_output() -> None:
+def test_output_classes_are_transformers() -> None:
     kinds = {
         "MistralModel": "FlaxBaseModelOutputWithPast",
         "MistralForCausalLM": "FlaxCausalLMOutputWithCrossAttentions",
@@ -226,15 +229,16 @@ def test_each_class_returns_the_hubs_output() -> None:
         assert jax.tree.leaves(made(**{first: 1})) == [1]
 
 
-def pieces(model: Any, ids: np.ndarray, mask: Any, whole_mask: bool) -> Any:
-    """Logits of a text taken in three pieces with a cache of 10 places."""
+def chunked(model: Any, ids: np.ndarray, mask: Any, whole_mask: bool) -> Any:
+    """Logits of a sequence in three chunks with a cache of 10 slots."""
     past, start, logits = model.init_cache(2, 10), 0, []
     for stop in (4, 5, ids.shape[1]):
-        seen = mask
+        visible = mask
         if mask is not None:
-            seen = mask[:, :stop]
-            seen = np.pad(seen, ((0, 0), (0, 10 - stop)), constant_values=1) if whole_mask else seen
-        out = model(ids[:, start:stop], attention_mask=seen, past_key_values=past)
+            visible = mask[:, :stop]
+            pad = ((0, 0), (0, 10 - stop))
+            visible = np.pad(visible, pad, constant_values=1) if whole_mask else visible
+        out = model(ids[:, start:stop], attention_mask=visible, past_key_values=past)
         assert list(out) == ["logits", "past_key_values"]
         past, start = out.past_key_values, stop
         logits.append(out.logits)
@@ -242,15 +246,15 @@ def pieces(model: Any, ids: np.ndarray, mask: Any, whole_mask: bool) -> Any:
     return jnp.concatenate(logits, axis=1)
 
 
-def test_a_cache_gives_what_the_whole_gives() -> None:
+def test_chunks_with_a_cache_equal_one_pass() -> None:
     model, ids = flax_model(NAME), ids_of(tokens=9)
     mask = np.ones_like(ids)
     mask[0, :3] = 0
-    for seen in (None, mask):
-        expected = np.asarray(model(ids, seen).logits)
-        for whole_mask in (False, True) if seen is not None else (False,):
-            got = pieces(model, ids, seen, whole_mask)
-            assert_close("flax: in pieces", got, expected, ATOL, None if seen is None else mask)
+    for given in (None, mask):
+        expected = np.asarray(model(ids, given).logits)
+        for whole_mask in (False, True) if given is not None else (False,):
+            got = chunked(model, ids, given, whole_mask)
+            assert_close("flax: in chunks", got, expected, ATOL, given)
 
 
 def test_logits_to_keep() -> None:
@@ -259,145 +263,57 @@ def test_logits_to_keep() -> None:
 
 
 IDS = ids_of(2, 6)
-EMBEDS = np.zeros((2, 6, 36), np.float32)
-WRONG: dict[str, tuple[type[Exception], dict[str, Any]]] = {
-    r"input_ids hold the token 99, but the model's vocabulary has the ids 0 to 88": (
-        ValueError,
-        {"input_ids": np.full((1, 2), 99)},
-    ),
-    r"input_ids must be integers \(batch, tokens\), got float32 \(2, 6\)": (
-        ValueError,
-        {"input_ids": IDS.astype(np.float32)},
-    ),
-    r"got int64 \(6,\)": (ValueError, {"input_ids": IDS[0]}),
-    r"input_ids must be an array, or nested lists of equal lengths": (
-        ValueError,
-        {"input_ids": [[1], [1, 2]]},
-    ),
-    r"the input has no tokens": (ValueError, {"input_ids": [[], []]}),
-    r"You have to specify either input_ids or inputs_embeds": (ValueError, {}),
-    r"cannot specify both": (ValueError, {"input_ids": IDS, "inputs_embeds": EMBEDS}),
-    r"inputs_embeds must be \(batch, tokens, 36\), got float32 \(2, 6, 35\)": (
-        ValueError,
-        {"inputs_embeds": EMBEDS[..., 1:]},
-    ),
-    r"attention_mask must be \(batch, tokens\) = \(2, 6\), got \(2, 5\)": (
-        ValueError,
-        {"input_ids": IDS, "attention_mask": np.ones((2, 5))},
-    ),
-    r"position_ids must be integers \(2, 6\), got int64 \(1, 7\)": (
-        ValueError,
-        {"input_ids": IDS, "position_ids": np.arange(7)[None]},
-    ),
-    r"the model has 64 learned positions, but the sequence, cache included, has 65 tokens": (
-        ValueError,
-        {"input_ids": ids_of(1, 65)},
-    ),
-    r"past_key_values must come from init_cache\(batch, max_length\) or an output, got dict": (
-        ValueError,
-        {"input_ids": IDS, "past_key_values": {}},
-    ),
-    r"sequence_id would have no effect": (ValueError, {"input_ids": IDS, "sequence_id": IDS}),
-    r"logits_to_keep must be the number": (ValueError, {"input_ids": IDS, "logits_to_keep": -1}),
-    r"no argument 'labels': model.compute_loss\(outputs, labels=...\) gives the loss": (
-        TypeError,
-        {"input_ids": IDS, "labels": IDS},
-    ),
-    r"no argument 'use_cache': .*init_cache": (TypeError, {"input_ids": IDS, "use_cache": True}),
-    r"no argument 'attn_mask'; the further inputs are: inputs_embeds": (
-        TypeError,
-        {"input_ids": IDS, "attn_mask": IDS},
-    ),
-    r"train=True applies dropout: give dropout_rng": (ValueError, {"input_ids": IDS, "train": True}),
-}
-
-
-@pytest.mark.parametrize("text", WRONG)
-def test_wrong_inputs_get_one_clear_sentence(text: str) -> None:
-    error, given = WRONG[text]
-    model = flax_model(NAME)
-    if given.get("train"):
-        model = monoblock.FlaxGPTNeoForCausalLM(config_of(NAME, embed_dropout=0.1))
-    with pytest.raises(error, match=text) as caught:
-        model(**given)
-    assert "\n" not in str(caught.value)
 
 
 @functools.cache
-def scores_of(name: str) -> Any:
-    """What a call gives, with no call: labels are checked by the shapes of scores."""
-    ours = flax_model(name)
-    ids = invalid_inputs.CHOICES if ours.row.head in ("double", "choice") else invalid_inputs.IDS
-    shapes = jax.eval_shape(lambda: dict(ours(ids, params=ours.params).items()))
-    zeros = {key: jnp.zeros(x.shape) for key, x in shapes.items()}
-    return output_class(ours.row.output)(**zeros)
+def zero_output(model: Any) -> Any:
+    """The output of a model with zeros of the right shapes: a loss reads no more than these to check its labels."""
+    ids = invalid_inputs.CHOICES if model.row.head in ("double", "choice") else invalid_inputs.IDS
+    shapes = jax.eval_shape(lambda: dict(model(ids, params=model.params).items()))
+    return output_class(model.row.output)(**{key: jnp.zeros(x.shape) for key, x in shapes.items()})
 
 
-@pytest.mark.parametrize("case", invalid_inputs.INVALID)
-def test_wrong_values_get_one_clear_sentence(case: str) -> None:
-    name, given = invalid_inputs.arguments(case)
-    ours = flax_model(name)
-    labels = {key: x for key, x in given.items() if key in ELSEWHERE}
-    with pytest.raises(ValueError, match=invalid_inputs.INVALID[case][2]) as caught:
+class TestCalls(CallsContract):
+    prefix = "Flax"
+    invalid: ClassVar = {
+        r"past_key_values must come from init_cache\(batch, max_length\) or an output, got dict": (
+            ValueError,
+            {"input_ids": IDS, "past_key_values": {}},
+        ),
+        r"logits_to_keep must be the number": (ValueError, {"input_ids": IDS, "logits_to_keep": -1}),
+        r"no argument 'labels': model.compute_loss\(outputs, labels=...\) gives the loss": (
+            TypeError,
+            {"input_ids": IDS, "labels": IDS},
+        ),
+        r"no argument 'use_cache': .*init_cache": (TypeError, {"input_ids": IDS, "use_cache": True}),
+    }
+
+    def call(self, model: Any, **given: Any) -> Any:
+        labels = {key: x for key, x in given.items() if key in ELSEWHERE}
         if labels:
-            ours.compute_loss(scores_of(name), **labels)
-        ours(**given)
-    assert "\n" not in str(caught.value)
+            model.compute_loss(zero_output(model), **labels)
+        return model(**given)
 
+    def loss(self, model: Any, given: dict[str, Any], labels: Any) -> Any:
+        return model.compute_loss(model(**given), labels=labels)
 
-@pytest.mark.parametrize("case", invalid_inputs.VALID)
-def test_whole_numbers_of_any_size_are_ids(case: str) -> None:
-    given, ours = invalid_inputs.VALID[case], flax_model(NAME)
-    expected = ours(**{name: x.astype(np.int32) for name, x in given.items()}).logits
-    assert np.array_equal(ours(**given).logits, expected)
+    def test_training_with_dropout_needs_a_key(self) -> None:
+        model = monoblock.FlaxGPTNeoForCausalLM(config_of(NAME, embed_dropout=0.1))
+        with pytest.raises(ValueError, match="train=True applies dropout: give dropout_rng"):
+            model(IDS, train=True)
 
-
-@pytest.mark.parametrize("case", invalid_inputs.REFUSED)
-def test_generate_refuses_at_the_door(case: str) -> None:
-    with pytest.raises(ValueError, match=invalid_inputs.REFUSED[case][1]) as caught:
-        flax_model(NAME).generate(**invalid_inputs.refused(case))
-    assert "\n" not in str(caught.value)
-
-
-def test_seeds_of_64_bits() -> None:
-    ours = flax_model(NAME)
-    draws = [
-        [
-            np.asarray(ours.generate(IDS, max_new_tokens=3, do_sample=True, seed=seed).sequences)
-            for _ in range(2)
-        ]
-        for seed in invalid_inputs.EXTREME_SEEDS
-    ]
-    assert all(np.array_equal(*pair) for pair in draws)
-    with pytest.raises(ValueError, match="seed must be an integer of 64 bits"):
-        _ = monoblock.FlaxGPTNeoForCausalLM(config_of(NAME), seed=10**23).params
+    def test_seeds_of_models_have_64_bits(self) -> None:
+        with pytest.raises(ValueError, match="seed must be"):
+            _ = monoblock.FlaxGPTNeoForCausalLM(config_of(NAME), seed=10**23).params
 
 
 def test_powers_stay_finite() -> None:
-    """In a compiled loop, where the exponent is the device's."""
+    """In a compiled loop, where the exponent is a device array."""
     found = jax.jit(lambda n: scores.power(JaxOps(), 1.9, n))(jnp.int32(2000))
     assert float(found) == pytest.approx(1e30)
 
 
-def test_caches_that_do_not_fit_are_refused() -> None:
-    model = flax_model(NAME)
-    past = model(IDS, past_key_values=model.init_cache(2, 8)).past_key_values
-    with pytest.raises(ValueError, match="the cache has room for 8 tokens: 6 are cached and the input has 6"):
-        model(IDS, past_key_values=past)
-    with pytest.raises(ValueError, match="past_key_values hold 2 rows, and the input has 1"):
-        model(IDS[:1], past_key_values=past)
-    with pytest.raises(ValueError, match=r"\(2, 7\) or \(2, 8\), the cached tokens included, got \(2, 1\)"):
-        model(IDS[:, :1], past_key_values=past, attention_mask=np.ones((2, 1)))
-    with pytest.raises(ValueError, match="past_key_values must hold 2 layers, got 1"):
-        model(IDS[:, :1], past_key_values=past.replace(keys=past.keys[:1]))
-    both_ways = flax_model("MPNetModel")
-    with pytest.raises(ValueError, match="a bidirectional model has no cache"):
-        both_ways(IDS, past_key_values=past)
-    with pytest.raises(ValueError, match="a bidirectional model has no cache"):
-        both_ways.init_cache(2, 8)
-
-
-def test_a_constructor_refuses_what_it_does_not_know() -> None:
+def test_unknown_constructor_arguments_raise() -> None:
     with pytest.raises(ValueError, match="FlaxGPTNeoModel takes a GPTNeoConfig, got MptConfig"):
         monoblock.FlaxGPTNeoModel(config_of("MptModel"))
     with pytest.raises(TypeError, match="FlaxGPTNeoModel has no argument 'dtyp'"):
@@ -430,7 +346,7 @@ def test_under_jit_grad_vmap_checkpoint_and_shard_map() -> None:
     assert np.isfinite(float(value))
 
 
-def test_a_step_with_a_traced_cache() -> None:
+def test_decoding_step_with_a_traced_cache() -> None:
     model, ids = flax_model(NAME), ids_of(tokens=9)
 
     @jax.jit
@@ -448,17 +364,17 @@ def test_a_step_with_a_traced_cache() -> None:
         step(past, ids[:, :1], np.ones((2, 8)))
 
 
-def test_dropout_takes_its_key() -> None:
+def test_dropout_depends_on_its_key() -> None:
     config = config_of(NAME, embed_dropout=0.5, resid_dropout=0.5, attention_dropout=0.5)
     model = monoblock.FlaxGPTNeoForCausalLM(config, seed=3)
     one, two = jax.random.split(jax.random.PRNGKey(0))
     a, b, c = (model(IDS, train=True, dropout_rng=key).logits for key in (one, one, two))
     assert np.array_equal(a, b) and not np.allclose(a, c)
-    rest = model(IDS, dropout_rng=one).logits  # not training: the key changes nothing
+    rest = model(IDS, dropout_rng=one).logits  # without training, the key has no effect
     assert np.array_equal(rest, model(IDS).logits) and not np.allclose(rest, a)
 
 
-def test_gradient_checkpointing_gives_the_same_gradients() -> None:
+def test_gradient_checkpointing_keeps_the_gradients() -> None:
     model = monoblock.FlaxGPTNeoForCausalLM(config_of(NAME), _do_init=False)
     params = flax_model(NAME).params
 

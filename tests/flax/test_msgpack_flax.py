@@ -1,4 +1,4 @@
-"""msgpack files beside Flax's own serialisation: each reads the other's, bit for bit."""
+"""msgpack files against Flax's serialisation: each reads the other's files, bitwise equal."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ DTYPES = [
 
 
 def arrays(dtype: str) -> dict[str, np.ndarray]:
-    """By their paths; sizes that need each form of a length in the files of Flax."""
+    """Arrays by path, with sizes that use every msgpack length encoding."""
     kind = jnp.dtype(dtype)
     shapes = {"wte/embedding": (300, 70), "h/0/fc/kernel": (7, 40), "h/0/fc/bias": (40,), "ln/weight": (3,)}
     values = {name: RNG.integers(0, 2, (*shape, kind.itemsize), np.uint8) for name, shape in shapes.items()}
@@ -52,10 +52,10 @@ def opened(folder: Path) -> dict[str, tuple[Any, ...]]:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("chunk", [2**30, 4096])
-def test_flax_reads_what_is_written_and_the_other_way(
+def test_files_are_read_by_flax_and_back(
     dtype: str, chunk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With arrays in one piece, and in chunks: 4096 bytes stand for the 2^30 that both cut at."""
+    """With whole arrays, and in chunks of 4096 bytes instead of 2^30."""
     monkeypatch.setattr(msgpack_save, "CHUNK", chunk)
     monkeypatch.setattr(serialization, "MAX_CHUNK_SIZE", chunk)
     tensors = arrays(dtype)
@@ -74,7 +74,7 @@ def test_flax_reads_what_is_written_and_the_other_way(
 
 
 @pytest.mark.parametrize("name", FLAX)
-def test_the_old_files_as_flax_reads_them(name: str) -> None:
+def test_files_of_transformers_4(name: str) -> None:
     tree = serialization.msgpack_restore((FOLDER / name / "flax_model.msgpack").read_bytes())
     flat: dict[str, Any] = flatten_dict(tree, sep=".")
     store = open_store(find_weights(FOLDER / name), "np")

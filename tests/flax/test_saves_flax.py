@@ -1,4 +1,4 @@
-"""Saves of Flax models that are cut off anywhere: the whole old model or the whole new one."""
+"""Saves of Flax models, interrupted at file operations: the old checkpoint or the new one is complete."""
 
 from __future__ import annotations
 

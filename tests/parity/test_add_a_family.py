@@ -1,4 +1,4 @@
-"""The seventh family of docs/add-a-family.md: its code, run as the page has it, against transformers."""
+"""The code of docs/add-a-family.md, run as printed: GPT-2 as a seventh family, against transformers."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def blocks() -> list[str]:
 
 @pytest.fixture(scope="module", autouse=True)
 def gpt2() -> Iterator[types.ModuleType]:
-    """The page's file as the module that it would be, for these tests only."""
+    """The page's code as a module, for these tests only."""
     module = types.ModuleType("monoblock.families.gpt2")
     sys.modules[module.__name__] = module
     known = dict(families.FAMILIES)
@@ -63,11 +63,11 @@ def pair(gpt2: Any, name: str, **more: Any) -> tuple[Any, Any]:
 @pytest.mark.parametrize("padding", PADDINGS)
 @pytest.mark.parametrize("name", CLASSES)
 @torch.no_grad()
-def test_it_is_transformers_gpt2(gpt2: Any, name: str, padding: str) -> None:
+def test_hidden_states_and_logits_equal_transformers(gpt2: Any, name: str, padding: str) -> None:
     theirs, ours = pair(gpt2, name)
     ids, mask = batch(padding)
-    places = {} if mask is None else {"position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
-    expected = theirs(ids, attention_mask=mask, output_hidden_states=True, **places)
+    positions = {} if mask is None else {"position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
+    expected = theirs(ids, attention_mask=mask, output_hidden_states=True, **positions)
     found = ours(ids, attention_mask=mask, output_hidden_states=True)
     for a, b in zip(found.hidden_states, expected.hidden_states, strict=True):
         assert_close("GPT-2 of the page", a, b, 2e-5, mask)
@@ -76,18 +76,18 @@ def test_it_is_transformers_gpt2(gpt2: Any, name: str, padding: str) -> None:
         assert_close("GPT-2 of the page, logits", found.logits, expected.logits, 2e-5, at)
 
 
-def test_it_generates_and_saves(gpt2: Any, tmp_path: Path) -> None:
+def test_generation_and_files(gpt2: Any, tmp_path: Path) -> None:
     theirs, ours = pair(gpt2, "GPT2LMHeadModel", bos_token_id=1, eos_token_id=2)
     ids, mask = batch("left")
-    asked = {"attention_mask": mask, "max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False}
-    assert torch.equal(ours.generate(ids, **asked), theirs.generate(ids, **asked))
+    options = {"attention_mask": mask, "max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False}
+    assert torch.equal(ours.generate(ids, **options), theirs.generate(ids, **options))
     ours.save_pretrained(tmp_path)
     again = transformers.GPT2LMHeadModel.from_pretrained(tmp_path)
     for key, tensor in theirs.state_dict().items():
         assert torch.equal(again.state_dict()[key], tensor), key
 
 
-def test_options_act_or_are_refused(gpt2: Any) -> None:
+def test_options_have_an_effect_or_raise(gpt2: Any) -> None:
     theirs, ours = pair(gpt2, "GPT2Model", scale_attn_weights=False)
     ids, _ = batch("none")
     with torch.no_grad():
@@ -101,6 +101,6 @@ def test_options_act_or_are_refused(gpt2: Any) -> None:
             assert getattr(made, field) == getattr(documented, field), field
 
 
-def test_it_takes_about_a_hundred_lines() -> None:
-    """The whole file, blank lines and documentation included."""
+def test_the_family_takes_at_most_140_lines() -> None:
+    """Blank lines and docstrings included."""
     assert sum(code.count("\n") for code in blocks()[:3]) < 140

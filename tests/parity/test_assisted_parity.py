@@ -1,4 +1,4 @@
-"""Speculative decoding here against transformers' greedy decoding, in every family that generates."""
+"""Speculative decoding against transformers' greedy decoding, in every causal family."""
 
 import pytest
 
@@ -18,7 +18,7 @@ NAMES = ("MptForCausalLM", *GENERATING)
     [{}, {"repetition_penalty": 1.3, "no_repeat_ngram_size": 3}, {"bad_words_ids": [[11], [12, 13]]}],
     ids=str,
 )
-def test_guessed_tokens_are_transformers_greedy_tokens(name, fields):
+def test_speculative_tokens_are_transformers_greedy_tokens(name, fields):
     theirs, ours = mpt_pair() if name == "MptForCausalLM" else pair(name)
     theirs.generation_config = transformers.GenerationConfig()
     for seed in range(3):
@@ -38,7 +38,7 @@ def test_guessed_tokens_are_transformers_greedy_tokens(name, fields):
         assert ours.generate(ids, **options, assistant_model=ours).tolist() == expected
 
 
-def test_their_assisted_decoding_gives_the_same():
+def test_prompt_lookup_equals_transformers():
     theirs, ours = pair("MistralForCausalLM")
     theirs.generation_config = transformers.GenerationConfig()
     ids, _ = batch("none", (9,), VOCAB, 7, low=10)

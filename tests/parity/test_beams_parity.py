@@ -1,4 +1,4 @@
-"""Beam search against transformers', token for token, in every family that generates."""
+"""Beam search against transformers, token for token, in every causal family."""
 
 import copy
 
@@ -74,7 +74,7 @@ def prompts(padding, seed=1):
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("fields", CALLS, ids=str)
-def test_the_same_tokens(models, name, fields):
+def test_tokens(models, name, fields):
     for padding, seed in (("none", 1), ("left", 2)):
         theirs, ours = both(models, name, *prompts(padding, seed), **fields)
         assert ours.tolist() == theirs.tolist(), padding
@@ -82,7 +82,7 @@ def test_the_same_tokens(models, name, fields):
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("seed", range(4))
-def test_one_beam_more_each_time(models, name, seed):
+def test_one_to_six_beams(models, name, seed):
     ids, mask = prompts("left", seed + 10)
     for beams in range(1, 7):
         theirs, ours = both(models, name, ids, mask, num_beams=beams, max_new_tokens=6)
@@ -99,7 +99,7 @@ def test_one_beam_more_each_time(models, name, seed):
     ],
     ids=str,
 )
-def test_beam_sampling_draws_the_same(models, fields):
+def test_beam_sampling(models, fields):
     for name in ("MptForCausalLM", "MistralForCausalLM"):
         theirs, ours = both(models, name, *prompts("left"), seed=3, do_sample=True, **fields)
         assert ours.tolist() == theirs.tolist()
@@ -112,7 +112,7 @@ def test_beam_sampling_draws_the_same(models, fields):
         {"num_beams": 4, "early_stopping": True, "num_return_sequences": 4, "eos_token_id": list(range(30))},
     ],
 )
-def test_all_outputs_equal(models, fields):
+def test_scores_logits_attentions_and_hidden_states(models, fields):
     wanted = ("scores", "logits", "attentions", "hidden_states")
     flags = {"return_dict_in_generate": True, **{f"output_{name}": True for name in wanted}}
     for name in ("MptForCausalLM", "FuyuForCausalLM"):
@@ -130,14 +130,14 @@ def test_all_outputs_equal(models, fields):
                     torch.testing.assert_close(layer, their_layer, atol=1e-4, rtol=1e-4)
 
 
-def test_scores_come_only_when_asked_for(models):
+def test_scores_are_returned_only_with_output_scores(models):
     theirs, ours = both(models, "MptForCausalLM", *prompts("none"), num_beams=2, return_dict_in_generate=True)
     assert ours.scores is theirs.scores is None
     assert ours.sequences_scores is theirs.sequences_scores is None
     assert ours.beam_indices.tolist() == theirs.beam_indices.tolist()
 
 
-def test_a_prefix_function_sees_each_beam(models):
+def test_prefix_function_is_called_for_each_beam(models):
     def allowed(prompt, ids):
         return [int(ids[-1] + 1 + prompt) % VOCAB, int(ids[-1] + 7) % VOCAB, 60, 61, 62]
 

@@ -1,4 +1,4 @@
-"""Chat templates against transformers: the text and the ids of conversations, and the schemas of tools."""
+"""Chat templates and JSON schemas of tools against transformers: the rendered strings and the ids of conversations."""
 
 from __future__ import annotations
 
@@ -167,7 +167,7 @@ def test_chat_arguments(chat_pair: tuple[Any, Any]) -> None:
             )
 
 
-def test_one_message_more(chat_pair: tuple[Any, Any]) -> None:
+def test_one_more_message(chat_pair: tuple[Any, Any]) -> None:
     message = {"role": "user", "content": "And tomorrow?"}
     for history in (None, CHATS["reply"]):
         same(

@@ -1,4 +1,4 @@
-"""The families' tokenizers against the references, on 10,000 lines: transformers, SentencePiece, mistral-common."""
+"""The families' tokenizers against transformers, SentencePiece and mistral-common, on 10,000 lines of mixed text."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ LINES = mixed_lines()
 
 def data(name: str) -> Path:
     if not (path := DATA / name).exists():
-        pytest.skip(f"the real tokenizer {name} is not there")
+        pytest.skip(f"the published tokenizer {name} is not available")
     return path
 
 
@@ -69,7 +69,7 @@ def compare(mine: Any, theirs: Any) -> list[list[int]]:
 
 
 def mpnet_vocab(folder: Path) -> Path:
-    """The vocab.txt of the hub, made of the makers' dict.txt."""
+    """The vocab.txt of the hub, derived from the upstream dict.txt."""
     lines = data("mpnet/dict.txt").read_text(encoding="utf-8").removesuffix("\n").split("\n")
     tokens = ["<s>", "<pad>", "</s>", "<unk>", *(line.rpartition(" ")[0] for line in lines), "<mask>"]
     assert len(tokens) == 30_527
@@ -88,7 +88,7 @@ def test_gpt2_is_lossless() -> None:
     assert AutoTokenizer.from_pretrained(folder, tokenizer_type="gpt_neo").vocab_size == 50_257
 
 
-def test_gpt2_with_a_space_and_a_beginning() -> None:
+def test_gpt2_with_prefix_space_and_bos() -> None:
     options = {"add_prefix_space": True, "add_bos_token": True}
     folder = data("gpt2")
     theirs = transformers.GPT2Tokenizer.from_pretrained(folder, **options)
@@ -156,7 +156,7 @@ def test_sentencepiece(name: str) -> None:
     assert_equal(rows, theirs.encode(LINES))
     assert ids(mine, split_special_tokens=True, verbose=False)[5] == [1, *rows[5]]
     if name != "word model":
-        # What SentencePiece decodes, but for what only looks like a special token: its decoder skips nothing here.
+        # The strings that SentencePiece decodes. No text that looks like a special token is skipped.
         assert_equal(mine.batch_decode(rows), theirs.decode(rows))
         lossless = [index for index, line in enumerate(LINES) if "▁" not in line]
         assert len(lossless) > 9_000
@@ -187,10 +187,10 @@ def trained(tmp_path: Path, **options: Any) -> Path:
     [
         ({"model_type": "bpe", "byte_fallback": True, "user_defined_symbols": ["[X]", "</s", "  "]}, 0),
         ({"model_type": "bpe", "add_dummy_prefix": False}, 0),
-        # The backend adds scores in 64 bits, SentencePiece in 32: they break ties ("aa" + "a") differently.
+        # The backend adds scores in float64, SentencePiece in float32, so they break ties ("aa" + "a") differently.
         ({"model_type": "unigram", "byte_fallback": True}, 40),
         ({"model_type": "unigram", "user_defined_symbols": ["[X]", "<tool>"]}, 40),
-        # The backend's table of replacements drops the second of two marks on a letter.
+        # The backend's normalisation table drops the second of two combining marks on a letter.
         ({"model_type": "bpe", "normalization_rule_name": "nmt_nfkc", "remove_extra_whitespaces": True}, 80),
     ],
 )
@@ -232,7 +232,7 @@ def test_tekken_is_lossless(name: str) -> None:
 
 
 def conversation(seed: int, version: int) -> tuple[list[dict[str, Any]], list[Any] | None]:
-    """Some turns: system's texts, several messages in a row, tool calls with results of all kinds."""
+    """A random chat: system prompts, consecutive messages of one role, tool calls with results of all types."""
     import random
 
     rng = random.Random(seed)
@@ -268,36 +268,36 @@ def test_conversations(name: str, version: int) -> None:
 
 
 @pytest.mark.parametrize("version", [1, 2, 3])
-def test_recorded_samples(version: int) -> None:
+def test_published_samples(version: int) -> None:
     mine = LlamaTokenizer.from_pretrained(mistral({1: V1, 2: V2, 3: V3}[version]))
-    seen = 0
+    samples = 0
     for folder in sorted(data("mistral/samples").iterdir()):
         if not (folder / f"text_v{version}.txt").exists():
             continue
         sample = json.loads((folder / "sample.json").read_text(encoding="utf-8"))
         tools = sample["tools"] or None
         text = mine.apply_chat_template(sample["messages"], tools=tools, tokenize=False)
-        recorded = (folder / f"text_v{version}.txt").read_text(encoding="utf-8")
-        assert text == recorded.replace("▁", " ").replace("<0x0A>", "\n")  # as pieces are spelled
-        recorded = json.loads((folder / f"tokens_v{version}.json").read_text(encoding="utf-8"))["tokens"]
-        assert mine.apply_chat_template(sample["messages"], tools=tools)["input_ids"] == recorded
-        seen += 1
-    assert seen == {1: 1, 2: 4, 3: 4}[version]
+        expected = (folder / f"text_v{version}.txt").read_text(encoding="utf-8")
+        assert text == expected.replace("▁", " ").replace("<0x0A>", "\n")  # SentencePiece's spelling
+        expected = json.loads((folder / f"tokens_v{version}.json").read_text(encoding="utf-8"))["tokens"]
+        assert mine.apply_chat_template(sample["messages"], tools=tools)["input_ids"] == expected
+        samples += 1
+    assert samples == {1: 1, 2: 4, 3: 4}[version]
 
 
-def test_a_template_of_ours_in_transformers(tmp_path: Path) -> None:
+def test_our_chat_template_in_transformers(tmp_path: Path) -> None:
     mine = LlamaTokenizer.from_pretrained(mistral(V3))
     mine.save_pretrained(tmp_path)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     sample = json.loads(data("mistral/samples/parallel_calls/sample.json").read_text(encoding="utf-8"))
-    # transformers cannot read JSON in a template; these arguments have the spaces already.
+    # transformers cannot parse JSON in a template; these arguments already have the spaces.
     for tokenizer in (mine, theirs):
         text = tokenizer.apply_chat_template(sample["messages"], tools=sample["tools"], tokenize=False)
         assert '[TOOL_RESULTS] {"content": "Email sent to' in text
     assert text == mine.apply_chat_template(sample["messages"], tools=sample["tools"], tokenize=False)
 
 
-# --- what is saved here, in transformers
+# --- files
 
 
 SAVED: dict[str, Callable[[Path], Any]] = {
@@ -316,7 +316,7 @@ SAVED: dict[str, Callable[[Path], Any]] = {
 @pytest.mark.parametrize(
     ("kind", "with_config"), [*((kind, True) for kind in SAVED), ("mistral", False), ("mpnet", False)]
 )
-def test_saved_and_read_by_both(tmp_path: Path, kind: str, with_config: bool) -> None:
+def test_saved_files_open_in_both_libraries(tmp_path: Path, kind: str, with_config: bool) -> None:
     tokenizer = SAVED[kind](tmp_path)
     folder = tmp_path / "saved"
     tokenizer.save_pretrained(folder)

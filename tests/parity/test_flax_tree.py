@@ -1,5 +1,5 @@
-"""The tree of a Flax model's parameters: that of transformers 4's Flax classes, and for classes that had none the names
-of transformers' PyTorch modules with Flax's names of leaves."""
+"""The parameter tree of Flax models equals that of transformers 4's Flax classes; classes that had no Flax version use
+the names of transformers' PyTorch modules with Flax's names of leaves."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ def shapes(tree: Any) -> Shapes:
 
 
 def recorded(name: str) -> Shapes:
-    """The tree of the old class's file."""
+    """The tree in the file of transformers 4's class."""
     file = v4_checkpoints.FOLDER / name / "flax_model.msgpack"
     return shapes(flax.serialization.msgpack_restore(file.read_bytes()))
 
 
 @pytest.mark.parametrize("name", v4_checkpoints.FLAX)
-def test_the_tree_is_the_old_class_s(name: str) -> None:
+def test_tree_equals_that_of_transformers_4(name: str) -> None:
     model = getattr(monoblock, name).from_pretrained(v4_checkpoints.FOLDER / name)
     assert shapes(model.params) == shapes(model.params_shape_tree) == recorded(name)
 
 
 def leaf(module: nn.Module, name: str, tensor: torch.Tensor) -> tuple[str, tuple[int, ...]]:
-    """What Flax calls a module's parameter, and its shape there."""
+    """Flax's name of a module's parameter, and its shape in Flax."""
     shape = tuple(tensor.shape)
     if name == "bias":
         return name, shape
@@ -47,12 +47,12 @@ def leaf(module: nn.Module, name: str, tensor: torch.Tensor) -> tuple[str, tuple
         return "kernel", shape
     if isinstance(module, nn.Linear):
         return "kernel", shape[::-1]
-    # Norms: the old classes' own RMS norm called its factors `weight`.
+    # The RMS norm of transformers' Flax classes names its factors `weight`.
     return ("scale" if isinstance(module, nn.LayerNorm) else "weight"), shape
 
 
 def expected(name: str) -> Shapes:
-    """transformers' PyTorch modules in Flax's words, each tied tensor once, under its first name."""
+    """transformers' PyTorch modules with Flax's names; a tied tensor once, under its first name."""
     found: Shapes = {}
     model, seen = theirs_of(name), set[int]()
     for path, module in model.named_modules():
@@ -65,15 +65,15 @@ def expected(name: str) -> Shapes:
 
 
 @pytest.mark.parametrize("name", CLASSES)
-def test_the_tree_has_the_names_of_the_pytorch_modules(name: str) -> None:
+def test_tree_has_the_names_of_the_pytorch_modules(name: str) -> None:
     theirs = theirs_of(name)
     model = getattr(monoblock, "Flax" + name)(theirs.config, _do_init=False)
     assert shapes(model.params_shape_tree) == expected(name)
 
 
 @pytest.mark.parametrize("name", v4_checkpoints.FLAX)
-def test_the_old_tree_follows_from_the_rule(name: str) -> None:
-    """The rule for classes that never were gives the trees of those that were."""
+def test_trees_of_transformers_4_follow_the_naming_rule(name: str) -> None:
+    """The rule for classes without a Flax version gives the trees of those that had one."""
     config = transformers.AutoConfig.from_pretrained(v4_checkpoints.FOLDER / name)
     model = getattr(transformers, name.removeprefix("Flax"))(config)
     names = {".".join(path[:-1]) for path in recorded(name)}

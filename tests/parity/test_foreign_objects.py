@@ -1,4 +1,4 @@
-"""transformers' own objects given to our models: generation configs, processors, criteria, streamers, caches."""
+"""transformers' objects passed to our models: generation configs, processors, criteria, streamers, caches."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from monoblock import GenerationConfig
 from monoblock.generation.config import as_own_config
 
 MODELS = ("MistralForCausalLM", "GPTNeoForCausalLM")
-ATOL = 1e-5  # float32, 3 layers, numbers of about 1; as in the parity tests of the families
+ATOL = 1e-5  # float32, 3 layers, values of about 1; as in the parity tests of the families
 
 
 def ids_of(name: str, tokens: int = 23) -> torch.Tensor:
@@ -26,14 +26,14 @@ def ids_of(name: str, tokens: int = 23) -> torch.Tensor:
 # ---------------------------------------------------------------------------- generation configs
 
 
-def test_a_generation_config_is_read_by_its_set_fields() -> None:
+def test_generation_configs_are_converted_by_their_set_fields() -> None:
     theirs = transformers.GenerationConfig(
         max_new_tokens=5, do_sample=True, temperature=0.5, eos_token_id=[7, 8], sequence_bias={(1, 2): 3.0}
     )
     ours = as_own_config(theirs)
     assert isinstance(ours, GenerationConfig)
     assert (ours.max_new_tokens, ours.temperature, ours.eos_token_id) == (5, 0.5, [7, 8])
-    assert ours.own_fields().keys() >= {"max_new_tokens", "do_sample", "temperature"}, "given in Python"
+    assert ours.own_fields().keys() >= {"max_new_tokens", "do_sample", "temperature"}, "set explicitly"
     assert "transformers_version" not in vars(ours)
     assert as_own_config(None) is None and as_own_config(ours) is ours
     for wrong in ({"max_new_tokens": 5}, 3, transformers.MistralConfig()):
@@ -42,7 +42,7 @@ def test_a_generation_config_is_read_by_its_set_fields() -> None:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_generate_takes_a_generation_config(name: str) -> None:
+def test_generate_accepts_a_generation_config(name: str) -> None:
     theirs, ours = pair(name)
     config = transformers.GenerationConfig(
         max_new_tokens=7, repetition_penalty=1.7, no_repeat_ngram_size=2, pad_token_id=0, eos_token_id=88
@@ -54,7 +54,7 @@ def test_generate_takes_a_generation_config(name: str) -> None:
     assert torch.equal(mine.generate(ids_of(name)), wanted)
 
 
-def test_what_a_generation_config_asks_for_in_vain_is_refused() -> None:
+def test_unsupported_fields_of_a_generation_config_raise() -> None:
     _, ours = pair("MistralForCausalLM")
     config = transformers.GenerationConfig(max_new_tokens=2, token_healing=True)
     with pytest.raises(ValueError, match="token_healing=True"):
@@ -123,9 +123,9 @@ def caches(name: str) -> list[Any]:
 
 @pytest.mark.parametrize("kind", [0, 1, 2], ids=["plain", "their config", "our config"])
 @pytest.mark.parametrize("name", MODELS)
-def test_a_cache_is_used_and_filled(name: str, kind: int) -> None:
-    """Three calls with one cache object of transformers', past Mistral's window of 9 tokens: outputs as transformers',
-    and the object holds afterwards what it holds there."""
+def test_caches_are_read_and_updated_in_place(name: str, kind: int) -> None:
+    """Three calls with one cache object of transformers, past Mistral's window of 9 tokens: outputs and the contents of
+    the cache equal those in transformers."""
     theirs, ours = pair(name)
     ids, here, there = ids_of(name), caches(name)[kind], caches(name)[kind]
     for first, last in ((0, 5), (5, 20), (20, 23)):
@@ -137,7 +137,7 @@ def test_a_cache_is_used_and_filled(name: str, kind: int) -> None:
         assert here.get_seq_length() == there.get_seq_length() == last
         for (key, value, *_), (key_there, value_there, *_) in zip(here, there, strict=True):
             assert torch.allclose(key, key_there, atol=ATOL) and torch.allclose(value, value_there, atol=ATOL)
-    with torch.no_grad():  # it works in transformers as if made there
+    with torch.no_grad():  # transformers can continue with it
         more = ids[:, :2]
         assert torch.allclose(
             theirs(more, past_key_values=here).logits, theirs(more, past_key_values=there).logits, atol=ATOL
@@ -158,8 +158,8 @@ def test_generate_continues_a_cache(name: str, kind: int) -> None:
     assert torch.allclose(here.layers[0].keys, there.layers[0].keys, atol=ATOL)
 
 
-def test_a_cache_of_a_prefix_takes_gradients() -> None:
-    """As prefix tuning gives it: keys and values that are trained."""
+def test_gradients_reach_a_given_cache() -> None:
+    """As prefix tuning needs: its keys and values are parameters."""
     theirs, ours = pair("MistralForCausalLM")
     ids = ids_of("MistralForCausalLM", 6)
     grads = []
@@ -176,7 +176,7 @@ def test_a_cache_of_a_prefix_takes_gradients() -> None:
         assert a.abs().max() > 0 and torch.allclose(a, b, atol=ATOL)
 
 
-def test_other_caches_are_refused_in_words() -> None:
+def test_incompatible_caches_raise() -> None:
     theirs, ours = pair("MistralForCausalLM")
     ids = ids_of("MistralForCausalLM")
     static = transformers.StaticCache(config=theirs.config, max_cache_len=40)

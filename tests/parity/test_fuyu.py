@@ -1,4 +1,4 @@
-"""Fuyu: q/k norms, RoPE on a part of each head in every scaling, and image patches by both of their names."""
+"""Fuyu against transformers: q/k norms, partial RoPE with every scaling, and image patches under both names."""
 
 from __future__ import annotations
 
@@ -28,70 +28,72 @@ NAME = "FuyuForCausalLM"
 
 
 @torch.no_grad()
-def test_patches_of_both_names() -> None:
+def test_image_patches_and_pixel_values() -> None:
     theirs, ours = pair(NAME)
-    ids, mask, patches, places = with_images((6, 0, 9))
-    asked = {"attention_mask": mask, "output_hidden_states": True}
-    there = theirs(ids, pixel_values=torch.cat(patches), **asked)
+    ids, mask, patches, indices = with_images((6, 0, 9))
+    options = {"attention_mask": mask, "output_hidden_states": True}
+    there = theirs(ids, pixel_values=torch.cat(patches), **options)
     forms = {
-        "lists": {"image_patches": patches, "image_patches_indices": places},
+        "lists": {"image_patches": patches, "image_patches_indices": indices},
         "lists of the processor": {
             "image_patches": [p[None] for p in patches],
-            "image_patches_indices": places,
+            "image_patches_indices": indices,
         },
-        "by place": {"image_patches": patches},
+        "in order": {"image_patches": patches},
         "new name": {"pixel_values": torch.cat(patches)},
         "new name, rows": {"pixel_values": patches},
     }
     run = expected(ours, ids, mask, patches=torch.nn.utils.rnn.pad_sequence(patches, batch_first=True))
     for what, given in forms.items():
-        found = ours(ids, **asked, **given)
+        found = ours(ids, **options, **given)
         assert_close(f"Fuyu, {what}", found.logits, there.logits, ATOL, mask)
         for a, b, c in zip(found.hidden_states, there.hidden_states, run.hidden_states, strict=True):
             assert_close(f"Fuyu, {what}, states", a, b, ATOL, mask)
-            assert_close(f"Fuyu, {what}, by definition", a, c, ATOL, mask)
+            assert_close(f"Fuyu, {what}, oracle", a, c, ATOL, mask)
     assert (ours(ids, attention_mask=mask).logits - there.logits)[0].abs().max() > 0.1, (
-        "the image must matter"
+        "the image must have an effect"
     )
 
 
 @torch.no_grad()
-def test_equal_counts_as_one_array() -> None:
+def test_stacked_patches() -> None:
     theirs, ours = pair(NAME)
-    ids, mask, patches, places = with_images((6, 6))
+    ids, mask, patches, indices = with_images((6, 6))
     there = theirs(ids, pixel_values=torch.stack(patches), attention_mask=mask).logits
     for given in (
         {"pixel_values": torch.stack(patches)},
-        {"image_patches": torch.stack(patches), "image_patches_indices": places},
+        {"image_patches": torch.stack(patches), "image_patches_indices": indices},
     ):
         assert_close("Fuyu, stacked", ours(ids, attention_mask=mask, **given).logits, there, ATOL, mask)
 
 
 @torch.no_grad()
-def test_indices_choose_the_patches() -> None:
-    """In whatever order, and not all of them: a text that was cut short has fewer places."""
+def test_image_patches_indices() -> None:
+    """In any order, and for a part of the patches: a truncated prompt has fewer image tokens."""
     _, ours = pair(NAME)
-    ids, mask, patches, places = with_images((6, 0, 9))
+    ids, mask, patches, indices = with_images((6, 0, 9))
     order = torch.randperm(6, generator=torch.Generator().manual_seed(1))
     shuffled = [patches[0][order], *patches[1:]]
-    back = places.clone()
-    back[0][places[0] >= 0] = torch.argsort(order)[places[0][places[0] >= 0]]
-    asked = {"attention_mask": mask}
-    plain = ours(ids, image_patches=patches, image_patches_indices=places, **asked).logits
-    found = ours(ids, image_patches=shuffled, image_patches_indices=back, **asked).logits
+    back = indices.clone()
+    back[0][indices[0] >= 0] = torch.argsort(order)[indices[0][indices[0] >= 0]]
+    options = {"attention_mask": mask}
+    plain = ours(ids, image_patches=patches, image_patches_indices=indices, **options).logits
+    found = ours(ids, image_patches=shuffled, image_patches_indices=back, **options).logits
     assert_close("Fuyu, shuffled", found, plain, 1e-6)
     more = [torch.cat((own, torch.ones(2, PATCH_SIZE))) for own in patches]
-    assert torch.equal(ours(ids, image_patches=more, image_patches_indices=places, **asked).logits, plain)
+    assert torch.equal(ours(ids, image_patches=more, image_patches_indices=indices, **options).logits, plain)
 
 
 def test_labels_and_gradients_with_images() -> None:
     theirs, ours = pair(NAME)
-    ids, mask, patches, places = with_images((6, 0, 9))
+    ids, mask, patches, indices = with_images((6, 0, 9))
     labels = ids.masked_fill((mask == 0) | (ids == PATCH) | (mask.roll(1, 1) == 0), -100)
     for module in (theirs, ours):
         module.zero_grad()
     there = theirs(ids, pixel_values=torch.cat(patches), attention_mask=mask, labels=labels)
-    found = ours(ids, image_patches=patches, image_patches_indices=places, attention_mask=mask, labels=labels)
+    found = ours(
+        ids, image_patches=patches, image_patches_indices=indices, attention_mask=mask, labels=labels
+    )
     assert_close("Fuyu, loss with images", found.loss, there.loss, ATOL)
     there.loss.backward()
     found.loss.backward()
@@ -105,22 +107,22 @@ def test_labels_and_gradients_with_images() -> None:
         assert_close("Fuyu, gradients with images", ours.get_parameter(name).grad, grads[name], ATOL)
 
 
-def test_wrong_patches_are_refused() -> None:
+def test_invalid_patches_raise() -> None:
     _, ours = pair(NAME)
-    ids, _, patches, places = with_images((6, 0, 9))
+    ids, _, patches, indices = with_images((6, 0, 9))
     cases: list[tuple[dict[str, Any], str]] = [
         ({"image_patches": patches, "pixel_values": patches}, "two names of the same input: give one"),
-        ({"image_patches_indices": places}, "image_patches_indices need image_patches"),
+        ({"image_patches_indices": indices}, "image_patches_indices need image_patches"),
         (
-            {"image_patches": patches[:2], "image_patches_indices": places},
+            {"image_patches": patches[:2], "image_patches_indices": indices},
             "one set for each of the 3 rows, got 2",
         ),
         (
-            {"image_patches": [patches[0][:4], *patches[1:]], "image_patches_indices": places},
+            {"image_patches": [patches[0][:4], *patches[1:]], "image_patches_indices": indices},
             "row 0 has tokens for 6 image patches, but 4 were given",
         ),
         (
-            {"image_patches": patches, "image_patches_indices": places[:, :-1]},
+            {"image_patches": patches, "image_patches_indices": indices[:, :-1]},
             r"image_patches_indices must be \(batch, tokens\) = \(3, ",
         ),
         ({"pixel_values": torch.cat(patches)[:-1]}, "14 image patches for 15 tokens of the id 7"),
@@ -146,7 +148,7 @@ ROPES: dict[str, dict[str, Any]] = {
 )
 @torch.no_grad()
 def test_partial_rope_and_scaling(case: str, share: float) -> None:
-    """transformers reads the share only where it is nested in the text model's config."""
+    """transformers reads partial_rotary_factor only from a nested text_config."""
     rope = {"rope_type": "default", **ROPES[case], "rope_theta": 300.0, "partial_rotary_factor": share}
     rope["rope_type"] = rope.pop("type", "default")
     flat = {**fields("fuyu"), "hidden_size": 48, "max_position_embeddings": 14 if case == "dynamic" else 64}
@@ -184,7 +186,7 @@ def test_partial_rope_and_scaling(case: str, share: float) -> None:
         if case != "dynamic" or mask is None:
             assert_close(f"Fuyu, {case}", found, theirs(ids, attention_mask=mask).logits, ATOL, mask)
         assert_close(
-            f"Fuyu, {case}, by definition",
+            f"Fuyu, {case}, oracle",
             found,
             expected_logits(ours, expected(ours, ids, mask)),
             ATOL,
@@ -213,8 +215,8 @@ def test_relu_squared() -> None:
     assert_close("Fuyu, relu2", ours(ids).logits, theirs(ids).logits, ATOL)
 
 
-def test_the_text_alone_agrees_for_the_right_reason() -> None:
-    """The comparisons above are of numbers that are there: not all the same, and not without the attention."""
+def test_text_logits_vary_and_depend_on_earlier_tokens() -> None:
+    """The comparisons above are not of constants, and attention has an effect."""
     theirs, ours = pair(NAME)
     ids, mask = model_inputs(NAME, "left")
     logits = ours(ids, attention_mask=mask).logits
@@ -225,7 +227,7 @@ def test_the_text_alone_agrees_for_the_right_reason() -> None:
     assert theirs(ids, attention_mask=mask).logits.data_ptr() != logits.data_ptr()
 
 
-def test_what_cannot_be_built_is_named() -> None:
+def test_inconsistent_fields_raise() -> None:
     with pytest.raises(
         ValueError, match=r"FuyuConfig.hidden_size \(100\) must be a multiple of num_attention_heads"
     ):

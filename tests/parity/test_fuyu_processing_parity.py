@@ -1,7 +1,7 @@
-"""Fuyu's processing beside transformers': the same pixels, patches, ids and files.
+"""Fuyu's processors against transformers: pixels, patches, ids and files.
 
-Without torchvision transformers has its Pillow image processor, whose images its processor cannot cut; `Reference`
-gives them to it as tensors, and changes nothing else.
+Without torchvision, transformers has its Pillow image processor, whose images its processor cannot split into patches;
+`Reference` only converts them to tensors.
 """
 
 from __future__ import annotations
@@ -33,9 +33,8 @@ class Reference(FuyuImageProcessorPil):
         return out
 
     def patchify_image(self, image, patch_size=None):
-        return torch.as_tensor(super().patchify_image(image.numpy(), patch_size))[
-            None
-        ]  # of one image, as torchvision's
+        patches = super().patchify_image(image.numpy(), patch_size)
+        return torch.as_tensor(patches)[None]  # of one image, as with torchvision
 
 
 @pytest.fixture(scope="module")
@@ -58,12 +57,12 @@ def picture(height: int, width: int, seed: int = 0) -> Image.Image:
 def photograph(name: str) -> Image.Image:
     path = PHOTOGRAPHS / name
     if not path.is_file():
-        pytest.skip(f"{name} is not here")
+        pytest.skip(f"{name} is not available")
     return Image.open(path)
 
 
 def same_pixels(image, **settings) -> None:
-    """The same images, sizes and scales; exactly, since both resize with Pillow and count in float32."""
+    """Images, sizes and scales are bitwise equal, since both resize with Pillow and compute in float32."""
     mine = FuyuImageProcessor(**settings).preprocess(image, return_tensors="pt")
     reference = FuyuImageProcessorPil(**settings).preprocess(image, return_tensors="pt")
     assert set(mine) == set(reference)
@@ -117,13 +116,13 @@ def test_arrays_and_tensors() -> None:
         same_pixels(torch.from_numpy(np.ascontiguousarray(array)))
         same_pixels(array, **small)
     same_pixels(pixels / np.float32(255), do_rescale=False)
-    # Resized floats: theirs are cut to 8 bits before and rounded after, ours are not; one step of 255 each
+    # Resized floats: transformers truncates them to 8 bits before and rounds after, each by one step of 1/255.
     mine = FuyuImageProcessor(do_rescale=False, **small).preprocess(pixels / np.float32(255))
     reference = FuyuImageProcessorPil(do_rescale=False, **small).preprocess(pixels / np.float32(255))
     np.testing.assert_allclose(mine["images"][0][0], reference["images"][0][0], atol=2 * 2 / 255)
 
 
-def test_other_tensors_are_read_as_well() -> None:
+def test_tensors_of_any_dtype() -> None:
     pixels = np.asarray(picture(40, 70))
     expected = FuyuImageProcessor().patched(pixels).patches
     chw = torch.from_numpy(pixels.transpose(2, 0, 1).copy())
@@ -167,7 +166,7 @@ def same_inputs(ours: FuyuProcessor, theirs: TheirProcessor, texts: list[str], i
         assert mine[name].tolist() == reference[name].tolist()
     patches = torch.cat([one[0] for one in mine["image_patches"]])
     torch.testing.assert_close(patches, reference["image_patches"], rtol=0, atol=0)
-    # What theirs leaves to the model: the placeholders take the patches in order.
+    # transformers leaves this to the model: the placeholders take the patches in order.
     placeholders = mine["input_ids"] == ours.image_token_id
     assert (mine["image_patches_indices"][placeholders] >= 0).all()
     assert (mine["image_patches_indices"][~placeholders] == -1).all()
@@ -186,7 +185,7 @@ def test_inputs_of_a_batch(ours: FuyuProcessor, theirs: TheirProcessor) -> None:
     same_inputs(ours, theirs, texts, [picture(29, 31), picture(300, 40), picture(1, 1)])
 
 
-def test_the_newer_name_of_the_patches(ours: FuyuProcessor, theirs: TheirProcessor) -> None:
+def test_pixel_values_in_place_of_image_patches(ours: FuyuProcessor, theirs: TheirProcessor) -> None:
     call = {"text": ["a", "the dog"], "images": [picture(29, 31), picture(90, 40)]}
     mine = ours(**call, return_legacy_image_output=False)
     reference = theirs(**call, return_legacy_image_output=False)
@@ -195,11 +194,11 @@ def test_the_newer_name_of_the_patches(ours: FuyuProcessor, theirs: TheirProcess
         torch.testing.assert_close(mine[name], reference[name], rtol=0, atol=0)
 
 
-def test_texts_alone(ours: FuyuProcessor, theirs: TheirProcessor) -> None:
+def test_text_without_images(ours: FuyuProcessor, theirs: TheirProcessor) -> None:
     assert ours(text="the cat is")["input_ids"] == theirs(text="the cat is")["input_ids"]
 
 
-def test_boxes_out_where_theirs_are_right(ours: FuyuProcessor, theirs: TheirProcessor) -> None:
+def test_post_process_box_coordinates(ours: FuyuProcessor, theirs: TheirProcessor) -> None:
     names = [
         "<s>",
         "▁a",
@@ -223,29 +222,29 @@ def test_boxes_out_where_theirs_are_right(ours: FuyuProcessor, theirs: TheirProc
         assert mine.dtype == reference.dtype
         text = ours.decode(mine, skip_special_tokens=True)
         assert text == "a<box>60, 124, 100, 268</box> cat<point>10, 20</point>"
-        # theirs begins the text of a box with a space of the tokenizer
+        # transformers' box begins with a space of the tokenizer
         assert text.replace(" ", "") == theirs.decode(reference, skip_special_tokens=True).replace(" ", "")
 
 
-def test_answers(ours: FuyuProcessor, theirs: TheirProcessor) -> None:
+def test_post_process_image_text_to_text(ours: FuyuProcessor, theirs: TheirProcessor) -> None:
     rows = [["<s>", "▁a", "<0x04>", "▁the", "▁cat", "</s>"], ["<unk>", "<s>", "▁a", "▁a", "<0x04>", "▁dog"]]
     ids = torch.tensor([ours.tokenizer.convert_tokens_to_ids(row) for row in rows])
     assert ours.post_process_image_text_to_text(ids) == theirs.post_process_image_text_to_text(ids)
 
 
-def test_a_batch_moves_with_its_lists(ours: FuyuProcessor) -> None:
+def test_batches_with_lists_move_to_devices_and_dtypes(ours: FuyuProcessor) -> None:
     batch = ours(["a", "the cat"], [picture(29, 31), None])
     assert batch.to("cpu", torch.float16) is batch
     assert [patches.dtype for patches in batch["image_patches"]] == [torch.float16] * 2
     assert batch["input_ids"].dtype == torch.int64
     assert [p.device.type for p in batch.to("meta")["image_patches"]] == ["meta"] * 2
     assert batch.to(torch.bfloat16).image_patches[0].dtype == torch.bfloat16
-    # images of different sizes stay in lists, two deep
+    # images of different sizes stay in nested lists
     images = FuyuImageProcessor(do_pad=False)([picture(30, 30), picture(60, 30)], return_tensors="pt")
     assert [image.dtype for image in images.to(dtype=torch.float64)["images"]] == [torch.float64] * 2
 
 
-def test_rows_of_tensors_stay_tensors(ours: FuyuProcessor) -> None:
+def test_post_process_keeps_tensors(ours: FuyuProcessor) -> None:
     row = torch.tensor(
         ours.tokenizer.convert_tokens_to_ids(["<0x02>", "1", "2", "<0x03>"]), dtype=torch.int32
     )
@@ -253,7 +252,7 @@ def test_rows_of_tensors_stay_tensors(ours: FuyuProcessor) -> None:
     assert (type(out), out.dtype) == (torch.Tensor, torch.int32)
 
 
-def test_files_of_ours_open_in_transformers(ours: FuyuProcessor, tmp_path: Path) -> None:
+def test_our_files_open_in_transformers(ours: FuyuProcessor, tmp_path: Path) -> None:
     FuyuProcessor(FuyuImageProcessor(padding_value=2.0), ours.tokenizer).save_pretrained(tmp_path)
     loaded = TheirAuto.from_pretrained(tmp_path)
     assert isinstance(loaded, TheirProcessor)
@@ -263,7 +262,7 @@ def test_files_of_ours_open_in_transformers(ours: FuyuProcessor, tmp_path: Path)
     assert dict(images.size) == {"height": 1080, "width": 1920}
 
 
-def test_files_of_transformers_open_here(theirs: TheirProcessor, tmp_path: Path) -> None:
+def test_transformers_files_open_here(theirs: TheirProcessor, tmp_path: Path) -> None:
     TheirProcessor(FuyuImageProcessorPil(padding_value=3.0), theirs.tokenizer).save_pretrained(tmp_path)
     assert "image_processor" in json.loads((tmp_path / "processor_config.json").read_text())
     loaded = AutoProcessor.from_pretrained(tmp_path)

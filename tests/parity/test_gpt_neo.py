@@ -1,4 +1,4 @@
-"""GPT Neo: layers by their types, scores that are not divided, and positions that count tokens."""
+"""GPT Neo against transformers: global and local layers, unscaled scores, and learned positions."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TYPES = {
     "pairs": [[["global", "local"], 2]],
     "all local": [[["local"], 3]],
     "all global": [[["global"], 2]],
-    "in turn": [[["global"], 1], [["local", "global"], 1]],
+    "mixed": [[["global"], 1], [["local", "global"], 1]],
 }
 
 
@@ -37,14 +37,14 @@ def test_layers_and_windows(case: str, window: int) -> None:
         for kernel in ("sdpa", "eager"):
             ours.set_attn_implementation(kernel)
             found = ours(ids, attention_mask=mask).logits
-            # With nothing but padding in a local layer's window transformers sees whatever rounding leaves.
+            # Rows whose window holds padding alone are left to rounding in transformers, so padding is not compared.
             assert_close(f"GPT Neo, {case}, window {window}", found, there.logits, bound, mask)
             defined = expected_logits(ours, expected(ours, ids, mask))
-            assert_close("GPT Neo, by definition", found, defined, bound, mask)
+            assert_close("GPT Neo, oracle", found, defined, bound, mask)
 
 
 @torch.no_grad()
-def test_scores_are_not_divided() -> None:
+def test_scores_are_not_scaled() -> None:
     theirs, ours = model_pair(NAME, **fields("gpt_neo"))
     assert ours.spec.attention.scale == 1.0
     ids, _ = model_inputs(NAME, "none")
@@ -52,8 +52,8 @@ def test_scores_are_not_divided() -> None:
 
 
 @torch.no_grad()
-def test_scores_that_half_precision_cannot_hold() -> None:
-    """Scores without a divisor grow large: they are kept in fp32, as by the makers."""
+def test_scores_beyond_float16() -> None:
+    """Unscaled scores grow large: they are computed in fp32, as in the original implementation."""
     _, ours = model_pair(NAME, **fields("gpt_neo"))
     ids, mask = model_inputs(NAME, "left")
     for i in range(ours.spec.layers):
@@ -78,7 +78,7 @@ def test_intermediate_size(inner: int | None) -> None:
     assert_close("intermediate_size", ours(ids).logits, theirs(ids).logits, ATOL)
 
 
-def test_types_and_layers_must_agree() -> None:
+def test_attention_types_must_match_num_layers() -> None:
     with pytest.raises(ValueError, match="names 4 layers, but num_layers is 3: expected one of global and"):
         GPTNeoConfig(**fields("gpt_neo", attention_types=[[["global", "local"], 2]], num_layers=3)).to_spec()
     with pytest.raises(ValueError, match="each global or local"):
@@ -86,7 +86,7 @@ def test_types_and_layers_must_agree() -> None:
 
 
 @torch.no_grad()
-def test_past_the_table_is_a_clear_error() -> None:
+def test_more_tokens_than_positions_raise() -> None:
     _, ours = model_pair(NAME, **fields("gpt_neo"))
     long = torch.randint(10, 80, (1, 65))
     with pytest.raises(
@@ -98,7 +98,7 @@ def test_past_the_table_is_a_clear_error() -> None:
     assert ours(long.masked_fill(mask == 0, PADS["gpt_neo"]), attention_mask=mask).logits.shape == (1, 65, 89)
 
 
-def test_attention_layers_follow_the_types() -> None:
+def test_attention_layers_are_expanded_attention_types() -> None:
     config: Any = GPTNeoConfig()
     assert config.attention_layers == ["global", "local"] * 12
     assert config.to_spec().windows == (None, 256) * 12

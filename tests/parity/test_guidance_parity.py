@@ -1,4 +1,4 @@
-"""Classifier-free guidance and transition scores against transformers'."""
+"""Classifier-free guidance and transition scores against transformers."""
 
 import pytest
 
@@ -20,7 +20,7 @@ def models():
 
 
 def both(models, name, ids, mask, **fields):
-    # transformers' GPT-1 has no cache, and its guidance breaks unless it is told so.
+    # transformers' GPT-1 has no cache, and its guidance fails without use_cache=False.
     fields = {"use_cache": name != "OpenAIGPTLMHeadModel", **fields}
     fields = {"eos_token_id": [2, 17], "pad_token_id": PAD, "max_new_tokens": 9, **fields}
     results = []
@@ -48,7 +48,7 @@ def prompts():
     ids=str,
 )
 @pytest.mark.parametrize("negative", [False, True])
-def test_guided_tokens_equal(models, name, fields, negative):
+def test_guided_tokens(models, name, fields, negative):
     if negative:
         ids, mask = batch("left", (6, 6), VOCAB, 5, low=10)
         fields = {**fields, "negative_prompt_ids": ids, "negative_prompt_attention_mask": mask}
@@ -56,8 +56,8 @@ def test_guided_tokens_equal(models, name, fields, negative):
     assert ours.tolist() == theirs.tolist()
 
 
-def test_a_negative_prompt_may_be_padded(models):
-    """transformers gives its negative prompts no position ids, so that padding is right there for rotary models."""
+def test_padded_negative_prompts(models):
+    """transformers passes no position ids for negative prompts, so padding is correct there for RoPE models only."""
     ids, mask = batch("left", (9, 4), VOCAB, 5, low=10)
     fields = {"negative_prompt_ids": ids, "negative_prompt_attention_mask": mask, "guidance_scale": 1.7}
     theirs, ours = both(models, "MistralForCausalLM", *prompts(), **fields)
@@ -72,8 +72,8 @@ def test_logits_are_unguided_and_scores_guided(models):
             torch.testing.assert_close(mine, expected, atol=1e-4, rtol=1e-5)
 
 
-def test_beams_and_copies_keep_their_own_guidance(models):
-    """transformers does not let the other cache follow its beams: here each text is as if it were guided alone."""
+def test_guidance_follows_its_beam(models):
+    """transformers does not reorder the unconditional cache with the beams; here a beam is as if guided alone."""
     _, model = models["MistralForCausalLM"]
     ids, _ = prompts()
     options = {"guidance_scale": 2.0, "max_new_tokens": 6, "pad_token_id": PAD, "eos_token_id": None}
@@ -83,7 +83,7 @@ def test_beams_and_copies_keep_their_own_guidance(models):
     totals = model.compute_transition_scores(out.sequences, out.scores, out.beam_indices).sum(-1)
     for row, total in zip(out.sequences, totals, strict=True):
         step, score = ids.shape[1], 0.0
-        forced = lambda _, text, row=row: [int(row[len(text)])]  # noqa: E731
+        forced = lambda _, ids, row=row: [int(row[len(ids)])]  # noqa: E731
         alone = model.generate(
             row[None, :step],
             prefix_allowed_tokens_fn=forced,
@@ -95,7 +95,7 @@ def test_beams_and_copies_keep_their_own_guidance(models):
         torch.testing.assert_close(total, score, atol=1e-4, rtol=1e-5)
 
 
-def test_guidance_goes_with_speculation(models):
+def test_guidance_with_speculative_decoding(models):
     _, model = models["MistralForCausalLM"]
     ids = prompts()[0][:1]
     options = {"guidance_scale": 2.0, "max_new_tokens": 20, "pad_token_id": PAD, "eos_token_id": None}
@@ -115,7 +115,7 @@ def test_guidance_goes_with_speculation(models):
     ids=str,
 )
 @pytest.mark.parametrize("normalize", [False, True])
-def test_transition_scores_equal(models, fields, normalize):
+def test_transition_scores(models, fields, normalize):
     wanted = {"return_dict_in_generate": True, "output_scores": True}
     theirs, ours = both(models, "MistralForCausalLM", *prompts(), **wanted, **fields)
     scores = [
@@ -148,12 +148,12 @@ def test_transition_scores_equal(models, fields, normalize):
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_bad_input_is_one_clear_sentence(models, fields, message):
+def test_invalid_guidance_arguments_raise(models, fields, message):
     with pytest.raises(ValueError, match=message):
         models["MistralForCausalLM"][1].generate(prompts()[0], max_new_tokens=2, **fields)
 
 
-def test_transition_scores_without_scores_say_what_to_do(models):
+def test_transition_scores_without_scores_raise(models):
     _, model = models["MistralForCausalLM"]
     with pytest.raises(ValueError, match="output_scores=True"):
         model.compute_transition_scores(torch.ones(1, 3), None)

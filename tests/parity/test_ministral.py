@@ -1,4 +1,4 @@
-"""Ministral: Mistral with a window in some layers only, as `layer_types` says; transformers has a class of its own."""
+"""Ministral, Mistral with a window in some layers (`layer_types`), against transformers' class of that name."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ WINDOW = 9  # of the tiny config
 
 
 def pair(layers: str, ending: str = "ForCausalLM") -> tuple[Any, Any]:
-    """The same random model in transformers' class and in ours."""
+    """The same random model as transformers' class and as ours."""
     given = fields("mistral", layer_types=LAYERS[layers])
     config = transformers.MinistralConfig(**given, attn_implementation="eager")
     theirs = randomised(getattr(transformers, f"Ministral{ending}")(config)).eval()
@@ -47,7 +47,7 @@ def test_logits(layers: str) -> None:
 
 @pytest.mark.parametrize("ending", ["Model", "ForSequenceClassification", "ForTokenClassification"])
 @torch.no_grad()
-def test_the_other_classes(ending: str) -> None:
+def test_other_heads(ending: str) -> None:
     theirs, ours = pair("alternating", ending)
     ids, mask = model_inputs("MistralForCausalLM", "right")
     there = theirs(ids, attention_mask=mask, output_hidden_states=True)
@@ -57,27 +57,27 @@ def test_the_other_classes(ending: str) -> None:
 
 
 @pytest.mark.parametrize("layers", ["alternating", "one in three"])
-def test_the_same_tokens_with_every_cache(layers: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Greedy tokens are transformers', and full layers keep what windowed layers drop."""
+def test_greedy_tokens_with_every_cache(layers: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Greedy tokens are transformers'; full layers keep the keys that windowed layers drop."""
     monkeypatch.setattr(DynamicCache, "SLACK", 4)
     theirs, ours = pair(layers)
     ids, mask = model_inputs("MistralForCausalLM", "left")
-    # A small random model falls into one token's loop, where a wrong cache would go unseen.
-    asked = {"max_new_tokens": 38, "min_new_tokens": 38, "do_sample": False, "no_repeat_ngram_size": 2}
-    expected = theirs.generate(ids, attention_mask=mask, **asked)
+    # Small random models soon repeat one token, which would hide a wrong cache.
+    options = {"max_new_tokens": 38, "min_new_tokens": 38, "do_sample": False, "no_repeat_ngram_size": 2}
+    expected = theirs.generate(ids, attention_mask=mask, **options)
     assert ours.decoding_path().startswith("native step")
-    out = ours.generate(ids, attention_mask=mask, **asked, return_dict_in_generate=True)
+    out = ours.generate(ids, attention_mask=mask, **options, return_dict_in_generate=True)
     assert torch.equal(out.sequences, expected)
     cache = out.past_key_values
     for i, kind in enumerate(LAYERS[layers]):
         assert cache.get_seq_length(i) == expected.shape[1] - 1
         assert (cache.held(i) < cache.get_seq_length(i)) == (kind == SLIDING), f"layer {i}"
     for how in ({"use_cache": False}, {"cache_implementation": "static"}):
-        assert torch.equal(ours.generate(ids, attention_mask=mask, **asked, **how), expected), how
+        assert torch.equal(ours.generate(ids, attention_mask=mask, **options, **how), expected), how
 
 
 @torch.no_grad()
-def test_files_there_and_back(tmp_path: Path) -> None:
+def test_round_trip_through_files(tmp_path: Path) -> None:
     theirs, ours = pair("alternating")
     ids, _ = model_inputs("MistralForCausalLM", "none")
     there = theirs(ids, output_hidden_states=True)
@@ -103,24 +103,24 @@ def test_files_there_and_back(tmp_path: Path) -> None:
     ("layers", "window", "stored"),
     [("all sliding", WINDOW, "Mistral"), ("all full", None, "Mistral"), ("all full", WINDOW, "Ministral")],
 )
-def test_what_mistral_computes_too_keeps_its_name(
+def test_layer_types_that_mistral_has_too_keep_its_model_type(
     layers: str, window: int | None, stored: str, tmp_path: Path
 ) -> None:
-    """transformers' Mistral does not read layer_types: it gives every layer the window, if there is one."""
+    """transformers' Mistral ignores layer_types: every layer has the window, if there is one."""
     given = fields("mistral", layer_types=LAYERS[layers], sliding_window=window)
     monoblock.MistralForCausalLM(monoblock.MistralConfig(**given)).save_pretrained(tmp_path)
     written = json.loads((tmp_path / "config.json").read_text())
     assert (written["model_type"], written["architectures"]) == (stored.lower(), [f"{stored}ForCausalLM"])
 
 
-def test_a_mistral_file_with_layer_types_is_honoured(tmp_path: Path) -> None:
-    """Some Ministral checkpoints say "mistral"; transformers ignores their layer_types with a warning."""
+def test_layer_types_of_a_mistral_config(tmp_path: Path) -> None:
+    """Some Ministral checkpoints have the model_type "mistral"; transformers warns and ignores their layer_types."""
     content = {"model_type": "mistral", **fields("mistral", layer_types=LAYERS["alternating"])}
     (tmp_path / "config.json").write_text(json.dumps(content))
     assert monoblock.AutoConfig.from_pretrained(tmp_path).to_spec().windows == (WINDOW, None, WINDOW)
 
 
-def test_transformers_config_objects_are_taken() -> None:
+def test_transformers_config_objects_are_accepted() -> None:
     config = transformers.MinistralConfig(**fields("mistral", layer_types=LAYERS["alternating"]))
     assert monoblock.MistralForCausalLM(config).spec.windows == (WINDOW, None, WINDOW)
     assert monoblock.AutoModel.from_config(config).spec.windows == (WINDOW, None, WINDOW)
@@ -138,13 +138,13 @@ def test_transformers_config_objects_are_taken() -> None:
         ({"layer_types": SLIDING}, "layer_types must be a list of strings or None, got 'sliding_attention'"),
     ],
 )
-def test_layer_types_that_say_nothing_are_refused(given: dict[str, Any], message: str) -> None:
+def test_invalid_layer_types_raise(given: dict[str, Any], message: str) -> None:
     with pytest.raises(FieldError, match=message):
         monoblock.MistralConfig(**fields("mistral", **given)).to_spec()
 
 
-def test_rope_parameters_by_kind_of_layer() -> None:
-    """One RoPE for all layers may be said twice; two different ones are refused."""
+def test_rope_parameters_by_layer_type() -> None:
+    """Equal parameters for both layer types are one RoPE; different ones raise."""
     rope = {"rope_type": "linear", "factor": 2.0, "rope_theta": 500.0}
     same = monoblock.MistralConfig(rope_parameters={FULL: rope, SLIDING: rope})
     assert same.to_spec() == monoblock.MistralConfig(rope_parameters=rope).to_spec()

@@ -1,4 +1,5 @@
-"""Mistral: windows, grouped heads and every RoPE scaling, in the flat and in the newer spelling."""
+"""Mistral against transformers: sliding windows, grouped heads, and every RoPE scaling as `rope_scaling` and as
+`rope_parameters`."""
 
 from __future__ import annotations
 
@@ -36,7 +37,7 @@ SCALINGS: dict[str, dict[str, Any]] = {
 
 
 def scaled(case: str, spelling: str, **more: Any) -> dict[str, Any]:
-    """A config with that scaling; the trained length (14) is less than a text (23)."""
+    """A config with that scaling; the trained length (14) is less than that of the inputs (23)."""
     rope = {**SCALINGS[case], "rope_theta": 300.0}
     if case == "dynamic":
         more["max_position_embeddings"] = 14
@@ -58,20 +59,22 @@ def test_rope_scaling(case: str, spelling: str) -> None:
         found, bound = out.logits, rounding(ours.spec, out)
         if case != "dynamic" or mask is None:
             assert_close(f"Mistral, {case}", found, theirs(ids, attention_mask=mask).logits, bound, mask)
-        # A row's angles are those of its own length here, of the batch's longest row in transformers.
+        # Dynamic angles follow a row's own length here, and the batch's longest row in transformers.
         defined = expected_logits(ours, expected(ours, ids, mask))
-        assert_close(f"Mistral, {case}, by definition", found, defined, bound, mask)
+        assert_close(f"Mistral, {case}, oracle", found, defined, bound, mask)
     plain = monoblock_model(NAME, theirs, **scaled("none", "new"))
-    assert (case == "none") == torch.equal(plain(ids).logits, ours(ids).logits), "the scaling must bite"
+    assert (case == "none") == torch.equal(plain(ids).logits, ours(ids).logits), (
+        "the scaling must have an effect"
+    )
 
 
-def test_both_spellings_make_one_spec() -> None:
+def test_both_forms_of_the_fields_give_the_same_spec() -> None:
     for case in SCALINGS:
         flat, new = (MistralConfig(**scaled(case, spelling)).to_spec() for spelling in ("flat", "new"))
         assert flat == new
 
 
-WINDOWS = {"none": None, "one": 1, "two": 2, "seven": 7, "as long as the text": 23, "longer": 4096}
+WINDOWS = {"none": None, "one": 1, "two": 2, "seven": 7, "as long as the input": 23, "longer": 4096}
 
 
 @pytest.mark.parametrize("window", WINDOWS)
@@ -106,8 +109,8 @@ def test_heads(shape: dict[str, Any]) -> None:
     )
 
 
-def test_no_groups_unless_said() -> None:
-    """Older configs have None for as many key heads as heads; transformers 5 refuses it."""
+def test_num_key_value_heads_none_is_multi_head() -> None:
+    """Older configs have None for as many key heads as query heads; transformers 5 raises."""
     assert MistralConfig(num_key_value_heads=None).to_spec().attention.kv_heads == 32
 
 
@@ -134,7 +137,7 @@ def test_activations(act: str) -> None:
         ({"rope_scaling": {"type": "yarn", "factor": 2.0, "truncate": False}}, "rope_scaling.truncate=False"),
     ],
 )
-def test_what_is_not_supported_is_named(given: dict[str, Any], message: str) -> None:
+def test_unsupported_fields_raise(given: dict[str, Any], message: str) -> None:
     with pytest.raises(UnsupportedConfig) as error:
         MistralConfig(**given).to_spec()
     assert message in str(error.value)
@@ -152,7 +155,7 @@ def test_what_is_not_supported_is_named(given: dict[str, Any], message: str) -> 
         ({"sliding_window": 0}, "window of layer 0 must be at least 1 key, got 0"),
     ],
 )
-def test_what_cannot_be_built_is_named(given: dict[str, Any], message: str) -> None:
+def test_inconsistent_fields_raise(given: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError) as error:
         MistralConfig(**given).to_spec()
     assert message in str(error.value)

@@ -1,4 +1,4 @@
-"""The module tree is transformers': names, classes, shapes, ties and the order of calls, for all 26 classes."""
+"""The module tree equals transformers': names, classes, shapes, ties and the order of calls, for all 26 classes."""
 
 from __future__ import annotations
 
@@ -64,12 +64,12 @@ assert len(CLASSES) == 26
 def theirs_of(name: str) -> Any:
     torch.manual_seed(0)
     made = getattr(transformers, name)
-    pad = 1 if CLASSES[name] == "mpnet" else 0  # whose position transformers has fixed
+    pad = 1 if CLASSES[name] == "mpnet" else 0  # transformers has MPNet's pad id hard-coded
     return made(made.config_class(vocab_size=40, pad_token_id=pad, **SIZES[CLASSES[name]])).eval()
 
 
 def pair(name: str) -> tuple[Any, Any]:
-    """transformers' model and ours, by its config object and its own state dict."""
+    """transformers' model and ours, from its config object and state dict."""
     theirs = theirs_of(name)
     ours = getattr(monoblock, name)(theirs.config).eval()
     ours.load_state_dict(theirs.state_dict())
@@ -84,7 +84,7 @@ def tied(module: nn.Module) -> set[frozenset[str]]:
 
 
 def shared(name: str, path: str) -> bool:
-    """All blocks of transformers' GPT-1 hold one activation module, which has only the first one's name."""
+    """All blocks of transformers' GPT-1 share one activation module, which is listed in the first block only."""
     return name.startswith("OpenAIGPT") and path.endswith("mlp.act")
 
 
@@ -94,7 +94,7 @@ def batch(name: str) -> torch.Tensor:
 
 
 def calls(module: nn.Module, ids: torch.Tensor) -> tuple[list[str], Any]:
-    """The names of the modules in the order in which their calls end, and the output."""
+    """The names of the modules in the order in which their calls return, and the output."""
     order: list[str] = []
     hooks = [
         part.register_forward_hook(lambda *_, name=name: order.append(name))
@@ -117,13 +117,13 @@ def test_names_classes_shapes_and_ties(name: str) -> None:
     assert kinds[1] == kinds[0]
     states = [[(key, tuple(x.shape)) for key, x in module.state_dict().items()] for module in (theirs, ours)]
     assert states[1] == states[0]
-    # In this order an optimizer's state is stored.
+    # The state of an optimizer is stored in this order.
     assert [n for n, _ in ours.named_parameters()] == [n for n, _ in theirs.named_parameters()]
     assert tied(ours) == tied(theirs)
     assert (ours._tied_weights_keys or {}).keys() == (
         theirs._tied_weights_keys or {}
     ).keys() or name.startswith(
-        "OpenAIGPT"  # of a pair, transformers names the other one
+        "OpenAIGPT"  # transformers lists the other name of the pair
     )
     assert all(torch.equal(x, theirs.state_dict()[key]) for key, x in ours.state_dict().items())
     theirs.load_state_dict(ours.state_dict())
@@ -134,14 +134,14 @@ def test_hooks_are_called_in_the_same_order(name: str) -> None:
     theirs, ours = pair(name)
     ids = batch(name)
     (expected, there), (found, here) = calls(theirs, ids), calls(ours, ids)
-    # Dropout on attention's weights is a part of the fused kernels, here as in transformers' own.
+    # Dropout of attention weights happens inside the fused kernels, as in transformers'.
     skipped = (".attn_dropout", ".attn.dropout", ".attention_dropout")
     wanted = [path for path in expected if not path.endswith(skipped)]
     assert [p for p in found if not shared(name, p)] == [p for p in wanted if not shared(name, p)]
     plain = ours(ids)
     for key, value in there.items():
         if torch.is_tensor(value):
-            # fp32, two layers of 16 channels: a few units in the last place of numbers below 4.
+            # fp32, two layers of 16 channels: a few ulp of values below 4.
             torch.testing.assert_close(here[key], value, atol=2e-6, rtol=1e-5)
             torch.testing.assert_close(plain[key], value, atol=2e-6, rtol=1e-5)
 
@@ -160,8 +160,8 @@ def joint(model: Any, kind: str) -> bool:
 
 
 @pytest.mark.parametrize("kind", GROUPS)
-def test_matrices_lie_side_by_side(kind: str) -> None:
-    """After whatever moves them; each with a storage of its own, so that tools do not take them for one tensor."""
+def test_matrices_are_adjacent_in_memory(kind: str) -> None:
+    """After copies, casts and moves; each with a separate storage, so that tools do not treat them as one tensor."""
     theirs, ours = pair(JOINT[kind])
     assert joint(ours, kind)
     storages = [ours.at(role, 1).weight.untyped_storage().data_ptr() for role in GROUPS[kind][0]]
@@ -178,8 +178,8 @@ def test_matrices_lie_side_by_side(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", GROUPS)
 @torch.no_grad()
-def test_what_is_changed_is_honoured(kind: str) -> None:
-    """A replaced module, a hook, a forward of its own, a parameter in another place: each changes the output."""
+def test_changes_to_modules_take_effect(kind: str) -> None:
+    """A replaced module, a hook, an overridden forward, a reassigned parameter: each changes the output."""
     _, ours = pair(JOINT[kind])
     ids = batch(JOINT[kind])
     before = ours(ids)[0].clone()
@@ -204,7 +204,7 @@ def test_what_is_changed_is_honoured(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", GROUPS)
 def test_gradients_of_joint_products(kind: str) -> None:
-    """Each matrix gets its own gradient, first and second, as where the modules are called one by one."""
+    """First and second derivatives of each matrix equal those of separate products."""
     _, ours = pair(JOINT[kind])
     ours = ours.double()
     ours.set_attn_implementation("eager")  # the fused kernels have no second derivative
@@ -217,17 +217,17 @@ def test_gradients_of_joint_products(kind: str) -> None:
     for model in (ours, other):
         out = model(ids)[0]
         weights = [model.at(role, 1).weight for role in GROUPS[kind][0]]
-        # Not the squares: their sum is the same for all that a norm has made, and its gradient rounding alone.
+        # Cubes: the sum of squares after a norm is constant, so its gradient would be rounding error alone.
         grads = torch.autograd.grad(out.pow(3).sum(), weights, create_graph=True)
         second = torch.autograd.grad(sum(g.square().sum() for g in grads), weights)
         results.append([*grads, *second])
     for one, two in zip(*results, strict=True):
         assert two.abs().max() > 0
-        # float64; sums of at most a few thousand terms, the second ones of first ones.
+        # float64; sums of at most a few thousand terms.
         torch.testing.assert_close(one, two, rtol=1e-9, atol=1e-10 * float(two.detach().abs().max()))
 
 
-def test_tools_take_a_model_for_transformers_own() -> None:
+def test_models_are_instances_of_transformers_classes() -> None:
     _, ours = pair("MistralForCausalLM")
     assert isinstance(ours, transformers.PreTrainedModel)
     assert type(ours) is monoblock.MistralForCausalLM

@@ -1,4 +1,4 @@
-"""MPNet: relative buckets, positions that count what is no padding, and the head that fills in masked tokens."""
+"""MPNet against transformers: relative position buckets, positions that skip padding, and the masked-LM head."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ NAME = "MPNetModel"
 
 
 def test_buckets() -> None:
-    """Every distance within the longest text: as trained checkpoints have them, and by definition."""
+    """Every distance within the longest input, against transformers and the oracle."""
     distance = torch.arange(-600, 601)
     ours = relative_position_bucket(distance, 32, 128)
     assert torch.equal(ours, MPNetEncoder.relative_position_bucket(distance))
@@ -32,7 +32,7 @@ def test_buckets() -> None:
 @pytest.mark.parametrize("buckets", [8, 20, 32, 64])
 @torch.no_grad()
 def test_relative_attention_num_buckets(buckets: int) -> None:
-    """transformers makes a table of that many rows and numbers them as if there were 32."""
+    """transformers allocates that many buckets, and computes bucket indices for 32."""
     long = {"max_position_embeddings": 202}
     ours = monoblock_model(NAME, **fields("mpnet", relative_attention_num_buckets=buckets, **long))
     assert ours.at("rel_bias").weight.shape == (buckets, 6)
@@ -58,17 +58,17 @@ def test_relative_attention_num_buckets(buckets: int) -> None:
 def test_positions_with_padding_anywhere(padding: str) -> None:
     theirs, ours = pair(NAME)
     ids, mask = model_inputs(NAME, padding)
-    ids[:, 4], ids[2, 11], ids[1, 20] = 1, 1, 1  # pad ids within the texts, masked or not
+    ids[:, 4], ids[2, 11], ids[1, 20] = 1, 1, 1  # pad ids within the sequences, masked or not
     for given in ({"attention_mask": mask}, {}, {"attention_mask": (ids != 1).long()}):
         found, there = ours(ids, **given), theirs(ids, **given)
         assert_close("MPNet, pads anywhere", found.last_hidden_state, there.last_hidden_state, ATOL)
         run = expected(ours, ids, given.get("attention_mask"))
-        assert_close("MPNet, by definition", found.last_hidden_state, run.hidden, ATOL)
+        assert_close("MPNet, oracle", found.last_hidden_state, run.hidden, ATOL)
 
 
 @torch.no_grad()
-def test_embeddings_count_the_mask() -> None:
-    """With embeddings as input the attention mask alone tells padding; transformers counts all places."""
+def test_positions_of_embeddings_follow_the_mask() -> None:
+    """With inputs_embeds, only the attention mask marks padding; transformers counts all positions."""
     theirs, ours = pair(NAME)
     ids, mask = model_inputs(NAME, "left")
     embeds = ours.get_input_embeddings()(ids)
@@ -85,7 +85,7 @@ def test_embeddings_count_the_mask() -> None:
 
 @torch.no_grad()
 def test_another_pad_token() -> None:
-    """transformers takes 1 for the padding whatever the config says."""
+    """transformers takes 1 as the pad id whatever the config has."""
     given = fields("mpnet", pad_token_id=5, max_position_embeddings=40)
     ours = monoblock_model(NAME, **given)
     assert ours.spec.positions[0].offset == 6
@@ -96,7 +96,7 @@ def test_another_pad_token() -> None:
 
 
 @torch.no_grad()
-def test_two_places_are_not_for_tokens() -> None:
+def test_two_positions_are_reserved() -> None:
     _, ours = pair(NAME)
     assert ours.config.max_position_embeddings == 66
     assert ours(torch.randint(10, 80, (1, 64))).last_hidden_state.shape[1] == 64
@@ -111,7 +111,7 @@ def test_two_places_are_not_for_tokens() -> None:
 
 
 @torch.no_grad()
-def test_masked_head_by_definition() -> None:
+def test_masked_head_equals_the_oracle() -> None:
     theirs, ours = pair("MPNetForMaskedLM")
     ids, mask = model_inputs("MPNetForMaskedLM", "right")
     params = parameters(ours)
@@ -143,7 +143,7 @@ def test_choices() -> None:
         ({"max_position_embeddings": 2}, "a position table of 2 rows has none left after its offset of 2"),
     ],
 )
-def test_what_cannot_be_built_is_named(given: dict[str, Any], message: str) -> None:
+def test_inconsistent_fields_raise(given: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError) as error:
         MPNetConfig(**given).to_spec()
     assert message in str(error.value)

@@ -1,4 +1,4 @@
-"""config.json: what is written here is what transformers would write and opens there, and back."""
+"""config.json of MPT against transformers: files written by either library open in the other."""
 
 from __future__ import annotations
 
@@ -55,25 +55,25 @@ def read(folder: Path) -> dict[str, Any]:
 
 
 def without_version(data: dict[str, Any]) -> dict[str, Any]:
-    """transformers adds its version, and nothing of ours may differ otherwise."""
+    """The data without transformers' version, the only field that may differ."""
     data = {k: v for k, v in data.items() if k != "transformers_version"}
     data["attn_config"] = {k: v for k, v in data["attn_config"].items() if k != "transformers_version"}
     return data
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_config_saved_here_opens_in_transformers(case: str, tmp_path: Path) -> None:
+def test_our_config_opens_in_transformers(case: str, tmp_path: Path) -> None:
     monoblock.MptConfig(**CASES[case]).save_pretrained(tmp_path)
     theirs = transformers.AutoConfig.from_pretrained(tmp_path)
     opened, made = (without_version(c.to_dict()) for c in (theirs, transformers.MptConfig(**CASES[case])))
-    assert opened.pop("verbose") == 0, "documented, but transformers does not know it any more"
+    assert opened.pop("verbose") == 0, "documented, but no longer in transformers"
     for data in (opened, made):
         del data["_name_or_path"]
     assert opened == made
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_config_saved_there_opens_here(case: str, tmp_path: Path) -> None:
+def test_transformers_config_opens_here(case: str, tmp_path: Path) -> None:
     transformers.MptConfig(**CASES[case]).save_pretrained(tmp_path)
     ours = monoblock.AutoConfig.from_pretrained(tmp_path)
     assert ours.to_spec() == monoblock.MptConfig(**CASES[case]).to_spec()
@@ -83,10 +83,8 @@ def test_a_config_saved_there_opens_here(case: str, tmp_path: Path) -> None:
     ours.save_pretrained(tmp_path / "again")
     written, expected = read(tmp_path / "again"), without_version(read(tmp_path))
     attention = expected.pop("attn_config")
-    absent = {
-        **dict.fromkeys(expected),
-        "tie_word_embeddings": True,
-    }  # the hub's defaults need not be written
+    # transformers' defaults need not be written
+    absent = {**dict.fromkeys(expected), "tie_word_embeddings": True}
     assert {k: written.get(k, absent[k]) for k in expected} == expected
     own = monoblock.MptAttentionConfig.fields
     assert {k: written["attn_config"][k] for k in own if k in attention} == {
@@ -94,7 +92,7 @@ def test_a_config_saved_there_opens_here(case: str, tmp_path: Path) -> None:
     }
 
 
-def test_the_makers_own_fields_open_in_transformers(tmp_path: Path) -> None:
+def test_upstream_fields_open_in_transformers(tmp_path: Path) -> None:
     attn = {"attn_type": "multiquery_attention", "rope": True, "rope_theta": 500, "qk_gn": True}
     monoblock.MptConfig(head_dim=4, ffn_config={"ffn_type": "mptglu"}, attn_config=attn).save_pretrained(
         tmp_path

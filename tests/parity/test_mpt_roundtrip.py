@@ -1,4 +1,4 @@
-"""Folders saved here open in transformers with the same bits, and back: five classes, three dtypes, shards, .bin."""
+"""MPT checkpoints saved by monoblock open in transformers with equal bits, and back: classes, dtypes, shards, .bin."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 SHARDS = {"one file": "50GB", "shards": 9000}
 
 
-def their_model(name: str, seed: int = 0, **fields: Any) -> Any:
+def transformers_model(name: str, seed: int = 0, **fields: Any) -> Any:
     sizes = {
         "d_model": 36,
         "n_heads": 6,
@@ -51,7 +51,7 @@ def assert_same_weights(ours: Any, theirs: Any) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", CLASSES)
 @torch.no_grad()
-def test_saved_here_opens_there(name: str, dtype: str, shards: str, tmp_path: Path) -> None:
+def test_saved_here_opens_in_transformers(name: str, dtype: str, shards: str, tmp_path: Path) -> None:
     ours = model(name, num_labels=3).to(DTYPES[dtype])
     ours.save_pretrained(tmp_path, max_shard_size=SHARDS[shards])
     assert (len(list(tmp_path.glob("*.safetensors"))) > 1) == (shards == "shards")
@@ -72,9 +72,9 @@ def test_saved_here_opens_there(name: str, dtype: str, shards: str, tmp_path: Pa
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", CLASSES)
 @torch.no_grad()
-def test_saved_there_opens_here(name: str, dtype: str, form: str, tmp_path: Path) -> None:
-    theirs = their_model(name).to(DTYPES[dtype])
-    save_theirs(theirs, tmp_path, form)
+def test_saved_by_transformers_opens_here(name: str, dtype: str, form: str, tmp_path: Path) -> None:
+    theirs = transformers_model(name).to(DTYPES[dtype])
+    save_with_transformers(theirs, tmp_path, form)
     ours = getattr(monoblock, name).from_pretrained(tmp_path)
     assert not ours.training
     assert ours.dtype == DTYPES[dtype]
@@ -86,8 +86,8 @@ def test_saved_there_opens_here(name: str, dtype: str, form: str, tmp_path: Path
         assert_close("logits after a round trip", a, b, 1e-5)
 
 
-def save_theirs(theirs: Any, folder: Path, form: str) -> None:
-    """transformers 5 writes safetensors only; older files are .bin, with the tied matrix twice."""
+def save_with_transformers(theirs: Any, folder: Path, form: str) -> None:
+    """transformers 5 writes safetensors only; older versions wrote .bin, with the tied matrix twice."""
     if not form.startswith("bin"):
         theirs.save_pretrained(folder, max_shard_size=SHARDS[form])
         return
@@ -107,8 +107,8 @@ def save_theirs(theirs: Any, folder: Path, form: str) -> None:
     (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
 
 
-def test_there_and_back_is_the_same_file(tmp_path: Path) -> None:
-    theirs = their_model("MptForCausalLM")
+def test_round_trip_keeps_weights_and_ties(tmp_path: Path) -> None:
+    theirs = transformers_model("MptForCausalLM")
     theirs.save_pretrained(tmp_path / "theirs")
     monoblock.MptForCausalLM.from_pretrained(tmp_path / "theirs").save_pretrained(tmp_path / "ours")
     again = transformers.MptForCausalLM.from_pretrained(tmp_path / "ours")
@@ -116,8 +116,8 @@ def test_there_and_back_is_the_same_file(tmp_path: Path) -> None:
     assert_same_weights(theirs, again)
 
 
-def test_untied_weights_travel(tmp_path: Path) -> None:
-    theirs = their_model("MptForCausalLM", tie_word_embeddings=False)
+def test_untied_weights(tmp_path: Path) -> None:
+    theirs = transformers_model("MptForCausalLM", tie_word_embeddings=False)
     theirs.save_pretrained(tmp_path)
     ours = monoblock.MptForCausalLM.from_pretrained(tmp_path)
     assert torch.equal(ours.at("head_out").weight, theirs.lm_head.weight)
@@ -126,8 +126,8 @@ def test_untied_weights_travel(tmp_path: Path) -> None:
     assert_same_weights(ours, transformers.MptForCausalLM.from_pretrained(tmp_path / "again"))
 
 
-def test_a_generation_config_travels(tmp_path: Path) -> None:
-    theirs = their_model("MptForCausalLM")
+def test_generation_config(tmp_path: Path) -> None:
+    theirs = transformers_model("MptForCausalLM")
     theirs.generation_config.update(
         temperature=0.3, top_k=7, do_sample=True, eos_token_id=[0, 5], use_cache=False
     )
@@ -141,8 +141,8 @@ def test_a_generation_config_travels(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in CLASSES if KIND[name]])
-def test_a_bare_checkpoint_of_theirs_in_a_class_with_a_head(name: str, tmp_path: Path) -> None:
-    theirs = their_model("MptModel")
+def test_bare_checkpoint_in_a_class_with_a_head(name: str, tmp_path: Path) -> None:
+    theirs = transformers_model("MptModel")
     theirs.save_pretrained(tmp_path)
     ours = getattr(monoblock, name).from_pretrained(tmp_path)
     assert torch.equal(ours.transformer.wte.weight, theirs.wte.weight)
@@ -152,13 +152,13 @@ def test_a_bare_checkpoint_of_theirs_in_a_class_with_a_head(name: str, tmp_path:
     assert_close("hidden states", a.hidden_states[-1], b.last_hidden_state, 1e-5)
 
 
-def test_hub_named_state_dicts_go_both_ways() -> None:
+def test_state_dicts_load_in_both_libraries() -> None:
     theirs, ours = (
-        their_model("MptForSequenceClassification"),
+        transformers_model("MptForSequenceClassification"),
         model("MptForSequenceClassification", num_labels=3),
     )
     assert not ours.load_state_dict(theirs.state_dict()).missing_keys
     assert_same_weights(ours, theirs)
-    other = their_model("MptForSequenceClassification", seed=5)
+    other = transformers_model("MptForSequenceClassification", seed=5)
     other.load_state_dict(ours.hub_state_dict())
     assert_same_weights(ours, other)

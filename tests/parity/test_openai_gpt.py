@@ -1,4 +1,4 @@
-"""GPT-1: the options of its summary, its activations, and the two heads at once."""
+"""GPT-1 against transformers: summary options, activations, and the double heads."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ def test_summary_options(kind: str, act: str | None, use_proj: bool, to_labels: 
     summary = {"summary_type": kind, "summary_activation": act, "summary_use_proj": use_proj}
     theirs, ours = model_pair(DOUBLE, **fields("openai-gpt", **summary, summary_proj_to_labels=to_labels))
     ids, _ = model_inputs(DOUBLE, "none")
-    places = torch.tensor([[3, 22], [0, 11], [22, 7]])
-    for given in ({}, {"mc_token_ids": places}):
+    positions = torch.tensor([[3, 22], [0, 11], [22, 7]])
+    for given in ({}, {"mc_token_ids": positions}):
         found = ours(ids, **given)
-        # "last" and "first" of texts with choices are of each choice; transformers takes the last or first choice,
-        # or the mean over the choices. By rows it is right.
+        # "last", "first" and "mean" apply to each choice; transformers applies them across the choices, so it gets
+        # the choices as rows.
         by_rows = kind != "cls_index"
         there = theirs(ids.flatten(0, 1)) if by_rows else theirs(ids, **given)
         expected = there.mc_logits.unflatten(0, (3, CHOICES)) if by_rows else there.mc_logits
@@ -41,14 +41,14 @@ def test_summary_options(kind: str, act: str | None, use_proj: bool, to_labels: 
 
 
 def test_summary_activations() -> None:
-    """The page: any name but tanh adds nothing; transformers adds the activation of that name. So: refused."""
+    """The documentation: any value but tanh means none; transformers applies the named activation. So it raises."""
     with pytest.raises(
         UnsupportedConfig, match=r"OpenAIGPTConfig.summary_activation='relu' is not supported"
     ):
         OpenAIGPTDoubleHeadsModel(OpenAIGPTConfig(**fields("openai-gpt", summary_activation="relu")))
 
 
-def test_summary_type_attn_was_never_there() -> None:
+def test_summary_type_attn_raises() -> None:
     with pytest.raises(
         UnsupportedConfig, match=r"OpenAIGPTConfig.summary_type='attn' is not supported: it must be"
     ):
@@ -67,20 +67,20 @@ def test_double_heads_of_plain_rows() -> None:
 
 
 @torch.no_grad()
-def test_places_of_padded_choices() -> None:
-    """transformers crashes on a mask of choices; by rows it takes one."""
+def test_mc_token_ids_of_padded_choices() -> None:
+    """transformers fails on a mask of (batch, choices, tokens), and takes one of rows."""
     theirs, ours = pair(DOUBLE)
     ids, mask = model_inputs(DOUBLE, "right")
-    places = mask.sum(-1) - 1
+    last = mask.sum(-1) - 1
     types = (ids * 5) % 89
     given = theirs_inputs(DOUBLE, ids, mask)
-    there = theirs(**given, mc_token_ids=places, token_type_ids=types)
-    found = ours(ids, attention_mask=mask, mc_token_ids=places, token_type_ids=types)
+    there = theirs(**given, mc_token_ids=last, token_type_ids=types)
+    found = ours(ids, attention_mask=mask, mc_token_ids=last, token_type_ids=types)
     assert_close("choices", found.mc_logits, there.mc_logits, ATOL)
     assert found.mc_logits.shape == (3, CHOICES)
 
 
-def test_both_losses_are_trained_at_once() -> None:
+def test_both_losses_in_one_call() -> None:
     theirs, ours = pair(DOUBLE)
     ids, _ = model_inputs(DOUBLE, "none")
     labels = {"labels": ids, "mc_labels": torch.tensor([1, 0, 1])}
@@ -100,8 +100,8 @@ def test_activations(act: str) -> None:
 
 
 @torch.no_grad()
-def test_gelu_new_is_what_gelu_means_here() -> None:
-    """The page offers "gelu_new"; transformers fails on it. GPT-1's "gelu" is that very function."""
+def test_gelu_is_the_tanh_approximation() -> None:
+    """The documentation offers "gelu_new", which fails in transformers; GPT-1's "gelu" is the same function."""
     theirs, _ = model_pair(LM, **fields("openai-gpt", afn="gelu"))
     ours = monoblock_model(LM, theirs, **fields("openai-gpt", afn="gelu_new"))
     ids, _ = model_inputs(LM, "none")
@@ -111,18 +111,18 @@ def test_gelu_new_is_what_gelu_means_here() -> None:
 
 
 @torch.no_grad()
-def test_padded_texts_by_definition() -> None:
-    """transformers masks the future by -10000 only; with scores as large as that the definition decides."""
+def test_padded_inputs_equal_the_oracle() -> None:
+    """transformers masks future tokens with -10000, which large scores exceed, so the oracle is the reference."""
     _, ours = pair(LM)
     ids, mask = model_inputs(LM, "left")
     run = oracle.run(ours.spec, parameters(ours), ids.numpy(), mask.numpy())
     found = ours(ids, attention_mask=mask, output_hidden_states=True)
     for a, b in zip(found.hidden_states, run.hidden_states, strict=True):
-        assert_close("GPT-1 by definition", a, b, ATOL, mask)
+        assert_close("GPT-1, oracle", a, b, ATOL, mask)
 
 
 @torch.no_grad()
-def test_past_the_table_is_a_clear_error() -> None:
+def test_more_tokens_than_positions_raise() -> None:
     _, ours = pair(LM)
     with pytest.raises(
         ValueError,
@@ -131,15 +131,15 @@ def test_past_the_table_is_a_clear_error() -> None:
         ours(torch.randint(10, 80, (1, 70)))
 
 
-def test_there_is_a_cache() -> None:
-    """transformers swallows use_cache here."""
+def test_key_value_cache() -> None:
+    """transformers ignores use_cache for GPT-1."""
     _, ours = pair(LM)
     ids, _ = model_inputs(LM, "none")
     whole = ours(ids).logits
     past: Any = None
-    pieces = []
-    for piece in ids.split(5, dim=1):
-        out = ours(piece, past_key_values=past, use_cache=True)
+    logits = []
+    for chunk in ids.split(5, dim=1):
+        out = ours(chunk, past_key_values=past, use_cache=True)
         past = out.past_key_values if "past_key_values" in out else past
-        pieces.append(out.logits)
-    assert_close("GPT-1 cached", torch.cat(pieces, 1), whole, ATOL)
+        logits.append(out.logits)
+    assert_close("GPT-1 cached", torch.cat(logits, 1), whole, ATOL)

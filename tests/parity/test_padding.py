@@ -1,5 +1,5 @@
-"""What stands at padding, before and after a text, is transformers' too: a span's loss reads it, and the default of
-GPT-1's second head."""
+"""Logits and hidden states at padding equal transformers': a span's loss includes them, and the second head of GPT-1
+reads them by default."""
 
 from __future__ import annotations
 
@@ -8,9 +8,7 @@ from typing import Any
 import pytest
 import torch
 from measure import assert_close
-from mpt_pairs import pair as mpt_pair
 from tiny_families import (
-    CLASSES,
     KIND,
     PADS,
     fields,
@@ -20,6 +18,9 @@ from tiny_families import (
     pair,
     per_token,
     theirs_inputs,
+)
+from tiny_families import (
+    MODEL_TYPES as CLASSES,
 )
 
 # fp32, 3 layers, states up to 12, the fused kernels: measured 6e-6.
@@ -34,7 +35,7 @@ SPANS = [name for name in CLASSES if KIND[name] == "span"]
 @pytest.mark.parametrize("name", TOKENS)
 @torch.no_grad()
 def test_logits_at_padding(name: str, padding: str, kernel: str) -> None:
-    """Left-padded positions of GPT-1 and GPT Neo are given to transformers, whose tables count the padding."""
+    """transformers gets the positions of GPT-1 and GPT Neo under left padding, as it counts the padding."""
     theirs, ours = pair(name)
     ids, mask = model_inputs(name, padding)
     expected = theirs(**theirs_inputs(name, ids, mask), output_hidden_states=True)
@@ -49,7 +50,7 @@ def test_logits_at_padding(name: str, padding: str, kernel: str) -> None:
 @pytest.mark.parametrize("window", [None, 5])
 @pytest.mark.parametrize("name", SPANS)
 def test_span_losses_of_padded_rows(name: str, window: int | None) -> None:
-    """Right-padded, without positions; and the gradients of every parameter."""
+    """With right padding and no positions; and the gradients of every parameter."""
     model_type = CLASSES[name]
     more: dict[str, Any] = {
         "mistral": {"sliding_window": window},
@@ -61,15 +62,14 @@ def test_span_losses_of_padded_rows(name: str, window: int | None) -> None:
     losses = [model(ids, attention_mask=mask, **spans).loss for model in (ours, theirs)]
     assert_close(f"{name} loss", losses[0], losses[1], 5e-6)
     if window is not None:
-        return  # transformers' masked scores get a gradient, ours get none (docs/numerics.md)
+        return  # masked scores have a gradient in transformers, and none here (docs/numerics.md)
     for loss in losses:
         loss.backward()
     wanted = {key: p.grad for key, p in theirs.named_parameters() if p.grad is not None}
     found = ours_by_name(ours)
     for key, value in wanted.items():
-        if (
-            key == "model.embed_tokens.weight"
-        ):  # transformers never trains the row of the pad id, here it may be eos
+        # transformers never trains the embedding of the pad id; here it may also be the eos.
+        if key == "model.embed_tokens.weight":
             found[key][PADS[model_type]] = 0
         assert_close(f"{name} gradients", found[key], value, 1e-5)  # gradients of a mean loss are below 1
 
@@ -82,8 +82,8 @@ def ours_by_name(model: Any) -> dict[str, torch.Tensor]:
     return model.hub_state_dict()
 
 
-def test_the_padding_s_embedding_is_not_trained() -> None:
-    """MPNet's, by its id, and the position of padding."""
+def test_embedding_and_position_of_padding_are_not_trained() -> None:
+    """Of MPNet."""
     theirs, ours = model_pair("MPNetForQuestionAnswering", **fields("mpnet", num_labels=2))
     ids, mask = model_inputs("MPNetForQuestionAnswering", "right")
     spans = {"start_positions": torch.tensor([3, 1, 4]), "end_positions": torch.tensor([9, 5, 12])}
@@ -96,12 +96,3 @@ def test_the_padding_s_embedding_is_not_trained() -> None:
     ):
         assert not own.grad[PADS["mpnet"]].any()
         assert_close("gradients of a table", own.grad, other.grad, 1e-5)
-
-
-@pytest.mark.parametrize("padding", ["left", "right"])
-@torch.no_grad()
-def test_mpt(padding: str) -> None:
-    theirs, ours = mpt_pair("MptForCausalLM")
-    ids, mask = model_inputs("MistralForCausalLM", padding)
-    expected = theirs(ids, attention_mask=mask).logits
-    assert_close("MPT at padding", ours(ids, attention_mask=mask).logits, expected, ATOL)

@@ -1,4 +1,4 @@
-"""The pipeline of texts about images beside transformers', with the processor that works there without torchvision."""
+"""The image-text-to-text pipeline against transformers, with the processor that works there without torchvision."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def both() -> tuple[Any, Any]:
 
 @pytest.mark.parametrize("size", [(12, 16), (7, 30), (4, 4)], ids=str)
 @pytest.mark.filterwarnings("ignore:To copy construct from a tensor")
-def test_texts_about_images(both: tuple[Any, Any], size: tuple[int, int]) -> None:
+def test_image_text_to_text(both: tuple[Any, Any], size: tuple[int, int]) -> None:
     pixels = np.random.default_rng(1).integers(0, 256, (*size, 3), dtype=np.uint8)
     inputs = {"images": Image.fromarray(pixels), "text": "what is in the box"}
     for options in ({}, {"return_full_text": False}, {"skip_special_tokens": False}):

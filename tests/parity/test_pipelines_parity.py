@@ -1,4 +1,4 @@
-"""Pipelines beside transformers': the same answers from the same folder, offsets of characters included."""
+"""Pipelines against transformers: equal answers from the same checkpoint, character offsets included."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MANY = [TEXT, "the dog", "Who jumps over Köln?"]
 
 
 def same(ours: Any, theirs: Any) -> None:
-    """Equal in shape, names and words; numbers that are not whole to the tolerance."""
+    """Equal structure, keys and strings; floats to the tolerance."""
     if isinstance(theirs, dict):
         assert list(ours) == list(theirs)
         for key in theirs:
@@ -37,7 +37,7 @@ def same(ours: Any, theirs: Any) -> None:
 
 
 class Pair:
-    """The same pipeline of a class's checkpoint, here and there."""
+    """The same pipeline of a class's checkpoint, ours and transformers'."""
 
     def __init__(self, factory: Any) -> None:
         self.factory, self.folders = factory, {}
@@ -46,10 +46,10 @@ class Pair:
         key = (name, str(made))
         if key not in self.folders:
             self.folders[key] = folder(self.factory.mktemp(name), name, **(made or {}))
-        place = str(self.folders[key])
+        path = str(self.folders[key])
         return (
-            pipeline(task, place, device=-1, **options),
-            transformers.pipeline(task, place, device="cpu", **options),
+            pipeline(task, path, device=-1, **options),
+            transformers.pipeline(task, path, device="cpu", **options),
         )
 
 
@@ -81,7 +81,7 @@ def test_text_generation(pair: Pair, name: str) -> None:
 
 
 def test_text_generation_in_batches(pair: Pair) -> None:
-    """Left padding, as there; Mistral's positions are relative, so that transformers' padded rows are right too."""
+    """Left padding, as in transformers, whose padded rows are correct for Mistral's relative positions."""
     both = pair("text-generation", "MistralForCausalLM", do_sample=False, max_new_tokens=6)
     texts = ["the quick", "a dog jumps over", "fox"]
     alone = compare(both, texts)
@@ -97,7 +97,7 @@ def test_chats(pair: Pair) -> None:
     compare(both, chat, return_full_text=False)
 
 
-def test_a_stop_string_ends_the_text(pair: Pair) -> None:
+def test_stop_sequence(pair: Pair) -> None:
     both = pair("text-generation", "MistralForCausalLM", do_sample=False, max_new_tokens=12)
     whole = compare(both, "the quick", return_full_text=False)[0]["generated_text"]
     compare(both, "the quick", return_full_text=False, stop_sequence=whole[3])
@@ -153,7 +153,7 @@ def test_token_classification(pair: Pair, name: str, strategy: str) -> None:
     found = compare(both, "The brownest fox, Köln!")
     assert all("The brownest fox, Köln!"[e["start"] : e["end"]] for e in found)
     compare(both, MANY, ignore_labels=[])
-    compare(both, LONG)  # cut at the limit
+    compare(both, LONG)  # truncated
     compare(both, ["who", "jumps", "over", "Köln"], is_split_into_words=True, ignore_labels=["O", "PER"])
     if strategy != "none":
         whole = compare(both, LONG, stride=5, ignore_labels=[])
@@ -201,10 +201,15 @@ def test_generators_are_streamed(pair: Pair) -> None:
 # ---------------------------------------------------------------------- question-answering
 
 
-def asked(place: str, question: str, context: str, size: int, stride: int, longest: int, top_k: int) -> Any:
-    """What transformers documented of the pipeline that it no longer has, span by span, from its own model."""
-    tokenizer = transformers.AutoTokenizer.from_pretrained(place)
-    model = transformers.AutoModelForQuestionAnswering.from_pretrained(place)
+def reference_answers(
+    path: str, question: str, context: str, size: int, stride: int, longest: int, top_k: int
+) -> Any:
+    """The question-answering pipeline that transformers 5 has removed, span by span as documented, on its own model.
+
+    Returns the top answers as (score, start, end, string), and the score of no answer.
+    """
+    tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+    model = transformers.AutoModelForQuestionAnswering.from_pretrained(path)
     rows = tokenizer(
         question,
         context,
@@ -219,11 +224,12 @@ def asked(place: str, question: str, context: str, size: int, stride: int, longe
         with torch.no_grad():
             out = model(input_ids=torch.tensor([ids]))
         sides = rows.sequence_ids(i)
-        shut = torch.tensor(
+        masked = torch.tensor(
             [side != 1 and id != tokenizer.cls_token_id for side, id in zip(sides, ids, strict=True)]
         )
         start, end = (
-            logits[0].masked_fill(shut, -10000.0).softmax(-1) for logits in (out.start_logits, out.end_logits)
+            logits[0].masked_fill(masked, -10000.0).softmax(-1)
+            for logits in (out.start_logits, out.end_logits)
         )
         least = min(least, float(start[0] * end[0]))
         spans = [
@@ -244,14 +250,14 @@ def asked(place: str, question: str, context: str, size: int, stride: int, longe
 @pytest.mark.parametrize("top_k", [1, 4])
 @pytest.mark.parametrize("name", ["MPNetForQuestionAnswering", "GPTNeoForQuestionAnswering"])
 def test_question_answering(tmp_path: Path, name: str, context: str, top_k: int) -> None:
-    place = str(folder(tmp_path, name, num_labels=2))
+    path = str(folder(tmp_path, name, num_labels=2))
     question = "who jumps?"
     for options, how in (
         ({}, (24, 12, 15)),
         ({"max_seq_len": 16, "doc_stride": 3, "max_answer_len": 2}, (16, 3, 2)),
     ):
-        expected, least = asked(place, question, context, *how, top_k)
-        pipe = pipeline("question-answering", place, device=-1, **options)
+        expected, least = reference_answers(path, question, context, *how, top_k)
+        pipe = pipeline("question-answering", path, device=-1, **options)
         found = pipe(question=question, context=context, top_k=top_k)
         found = [found] if top_k == 1 else found
         keys = ("score", "start", "end", "answer")

@@ -1,4 +1,4 @@
-"""Processors and the loop against transformers': the same scores, the same tokens, for the same model and seed."""
+"""Logits processors and the generation loop against transformers: scores, and tokens for the same model and seed."""
 
 import copy
 from types import SimpleNamespace
@@ -12,7 +12,7 @@ from monoblock.backends.pytorch.arrays import TorchOps  # noqa: E402
 from monoblock.generation import loop, processors  # noqa: E402
 from monoblock.generation.config import GenerationConfig  # noqa: E402
 
-VOCAB = 611  # more than scores.WINDOW, so that top_p's quick way and its long way both run
+VOCAB = 611  # more than scores.WINDOW, so that both paths of top_p run
 PROMPT = 7
 PAD, EOS = 3, [5, 11]
 ATOL = 1e-6  # the same float32 kernels in nearly the same order; scores are of size 5
@@ -26,7 +26,7 @@ def peer():
     )
     model = transformers.MptForCausalLM(config).eval()
     with torch.no_grad():
-        model.transformer.wte.weight.mul_(40)  # sharp enough for greedy ties never to happen
+        model.transformer.wte.weight.mul_(40)  # logits spread so far that greedy ties cannot happen
     model.generation_config = transformers.GenerationConfig()
     return model
 
@@ -124,7 +124,7 @@ ALWAYS = [
 
 @pytest.mark.parametrize("fields", SAMPLED, ids=str)
 @pytest.mark.parametrize("spread", [0.01, 3.0])
-def test_sampling_processors_equal(peer, fields, spread):
+def test_sampling_processors(peer, fields, spread):
     fields = {"do_sample": True, **fields}
     ids, x = token_ids(1, PROMPT), scores(2, spread)
     expected = peers_processors(peer, fields, ids, None)(ids, x.clone())
@@ -134,9 +134,9 @@ def test_sampling_processors_equal(peer, fields, spread):
 
 @pytest.mark.parametrize("fields", ALWAYS, ids=str)
 @pytest.mark.parametrize("new", [0, 1, 2, 3])
-def test_other_processors_equal(peer, fields, new):
+def test_other_processors(peer, fields, new):
     fields = {"eos_token_id": EOS, "pad_token_id": PAD, **fields}
-    ids = token_ids(new, PROMPT + new, vocab=4)  # few different ids, so that n-grams do repeat
+    ids = token_ids(new, PROMPT + new, vocab=4)  # few distinct ids, so that n-grams repeat
     mask = torch.ones_like(ids[:, :PROMPT])
     x = scores(new)
     expected = peers_processors(peer, fields, ids, mask)(ids, x.clone())
@@ -144,7 +144,7 @@ def test_other_processors_equal(peer, fields, new):
     torch.testing.assert_close(got, expected, atol=ATOL, rtol=1e-6)
 
 
-def test_repetition_penalty_leaves_out_left_padding(peer):
+def test_repetition_penalty_ignores_left_padding(peer):
     ids, x = token_ids(1, PROMPT), scores(2)
     mask = torch.tensor([[1] * 7, [0] * 2 + [1] * 5, [0] * 6 + [1]])
     ids[mask == 0] = PAD
@@ -154,7 +154,7 @@ def test_repetition_penalty_leaves_out_left_padding(peer):
     assert (run(our_processors(fields, ids, mask), ids, x)[:, PAD] == x[:, PAD]).all()
 
 
-def test_prefix_function_equals_also_when_nothing_allowed_is_possible(peer):
+def test_prefix_function_whose_tokens_are_all_masked(peer):
     ids, x = token_ids(1, PROMPT), scores(2)
     x[1, [30, 31]] = -torch.inf
 
@@ -166,7 +166,7 @@ def test_prefix_function_equals_also_when_nothing_allowed_is_possible(peer):
     torch.testing.assert_close(run(our_processors({}, ids, None, allowed), ids, x), expected)
 
 
-def test_forced_bos_and_invalid_values_equal(peer):
+def test_forced_bos_and_invalid_values(peer):
     x = scores(3)
     x[0, 1], x[0, 2], x[1, 3] = torch.nan, torch.inf, -torch.inf
     ids = token_ids(1, PROMPT)
@@ -187,16 +187,16 @@ def run(chain, ids, x):
     for processor in chain:
         before = x.clone()
         after = processor(ids, x)
-        torch.testing.assert_close(x, before, equal_nan=True)  # nobody changes what it was given
+        torch.testing.assert_close(x, before, equal_nan=True)  # the input is not modified
         x = after
     return x
 
 
-# ---------------------------------------------------------------------- the whole loop on a transformers model
+# ---------------------------------------------------------------------- the loop on a transformers model
 
 
 class Recomputing:
-    """A decoder that runs a transformers model over everything at each step."""
+    """A decoder that runs a transformers model over the whole sequence at each step."""
 
     past_key_values = None
 
@@ -272,7 +272,7 @@ def test_generate_equals_transformers_token_for_token(peer, arguments, padded):
     assert got.tolist() == expected.tolist()
 
 
-def test_dict_output_equals(peer):
+def test_dict_output(peer):
     ids = token_ids(4, PROMPT, vocab=300)
     arguments = {
         "max_new_tokens": 4,
@@ -302,10 +302,10 @@ def test_dict_output_equals(peer):
                 )  # states are of size 1000
 
 
-# ---------------------------------------------------------------------- the file
+# ---------------------------------------------------------------------- files
 
 
-def test_a_file_saved_here_opens_in_transformers_and_back(tmp_path):
+def test_generation_config_round_trip(tmp_path):
     fields = {
         "max_new_tokens": 9,
         "eos_token_id": [0, 50278],
@@ -326,7 +326,7 @@ def test_a_file_saved_here_opens_in_transformers_and_back(tmp_path):
     }
 
 
-def test_every_field_of_the_hub_is_a_field_here():
+def test_generation_config_has_the_fields_of_transformers():
     theirs = {
         name for name in vars(transformers.GenerationConfig()) if name not in ("transformers_version",)
     } - {"_from_model_config"}

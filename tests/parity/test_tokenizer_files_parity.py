@@ -1,4 +1,4 @@
-"""What tokenizers read and write, against transformers: a folder saved by either opens in the other."""
+"""Tokenizer files against transformers: a folder saved by either library opens in the other."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 from tokenizers_compared import (
+    KINDS,
     LINES,
-    MAKERS,
     TEXT,
     both,
     byte_level,
-    made,
     neox,
     same,
+    saved_tokenizer,
     specials,
     transformers,
 )
@@ -25,12 +25,12 @@ from tokenizers_compared import (
 from monoblock.tokenization import AutoTokenizer, GPTNeoXTokenizerFast, PreTrainedTokenizerFast
 
 
-@pytest.fixture(scope="module", params=MAKERS)
+@pytest.fixture(scope="module", params=KINDS)
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return made(request.param, tmp_path_factory.mktemp(request.param))
+    return saved_tokenizer(request.param, tmp_path_factory.mktemp(request.param))
 
 
-def change_everything(tokenizer: Any) -> None:
+def change_settings(tokenizer: Any) -> None:
     tokenizer.add_special_tokens({"pad_token": "<p>", "additional_special_tokens": ["<x>", "<y>"]})
     tokenizer.add_tokens(["newword"])
     tokenizer.padding_side = "left"
@@ -52,9 +52,9 @@ def answers(tokenizer: Any) -> Any:
 
 
 @pytest.mark.parametrize("prepare", ["plain", "bos and eos"])
-def test_saved_here_opens_there_and_back(folder: Path, tmp_path: Path, prepare: str) -> None:
+def test_round_trip_through_both_libraries(folder: Path, tmp_path: Path, prepare: str) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    change_everything(tokenizer)
+    change_settings(tokenizer)
     if prepare == "bos and eos":
         tokenizer.add_special_tokens({"bos_token": "<b>", "eos_token": "<e>"})
         tokenizer.add_bos_token = tokenizer.add_eos_token = True
@@ -72,8 +72,8 @@ def test_saved_here_opens_there_and_back(folder: Path, tmp_path: Path, prepare: 
     assert again.extra_special_tokens == ["<x>", "<y>"]
 
 
-def test_a_folder_with_a_model_config(folder: Path, tmp_path: Path) -> None:
-    """MPT's folders name GPT-NeoX's class or none; either way the ids are transformers'."""
+def test_folders_with_a_model_config(folder: Path, tmp_path: Path) -> None:
+    """MPT's folders name GPT-NeoX's tokenizer class or none; the ids equal transformers' in both cases."""
     for config in (
         {},
         {"tokenizer_class": "GPTNeoXTokenizerFast"},
@@ -83,14 +83,14 @@ def test_a_folder_with_a_model_config(folder: Path, tmp_path: Path) -> None:
         (tmp_path / "config.json").write_text(json.dumps({"model_type": "mpt", "vocab_size": 500}))
         (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
         if folder.name.startswith("word") and "PreTrained" not in str(config):
-            continue  # transformers would make byte-level BPE out of word pieces
+            continue  # transformers would read WordPiece as byte-level BPE
         pair = both(tmp_path)
         same(pair, lambda t: t(TEXT, return_offsets_mapping=True), str(config))
         same(pair, specials, str(config))
 
 
 @pytest.mark.parametrize("config", [None, {"bos_token": "<s>", "additional_special_tokens": ["<old>"]}])
-def test_files_of_older_formats(tmp_path: Path, config: dict[str, Any] | None) -> None:
+def test_files_in_older_formats(tmp_path: Path, config: dict[str, Any] | None) -> None:
     byte_level(tmp_path)
     marked = {"content": "<m>", "lstrip": True, "rstrip": False, "normalized": False, "single_word": False}
     special = {"eos_token": "<|endoftext|>", "mask_token": marked, "pad_token": "<|padding|>"}
@@ -126,7 +126,7 @@ def test_vocabulary_files_of_gpt_neox(tmp_path: Path) -> None:
 
 
 def test_ten_thousand_lines(tmp_path: Path) -> None:
-    """Ids equal on much mixed text, and decoding gives the normalised text back."""
+    """Ids of 10,000 lines of random characters; decoding returns the normalised strings."""
     config = neox(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     pair = both(tmp_path)

@@ -1,4 +1,4 @@
-"""The tokenizer's calls against transformers' own."""
+"""Calls of tokenizers against transformers."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers_compared import LINES, MAKERS, TEXT, both, made, same, specials
+from tokenizers_compared import KINDS, LINES, TEXT, both, same, saved_tokenizer, specials
 
 
-@pytest.fixture(scope="module", params=MAKERS)
+@pytest.fixture(scope="module", params=KINDS)
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return made(request.param, tmp_path_factory.mktemp(request.param))
+    return saved_tokenizer(request.param, tmp_path_factory.mktemp(request.param))
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def test_every_combination_of_padding_and_truncation(pair: tuple[Any, Any], kind
         (None, "left"),
     ):
         if (side and not padding) or (stride and not truncation):
-            continue  # these have no effect there
+            continue  # arguments without effect in transformers
         options = {
             "padding": padding,
             "truncation": truncation,
@@ -248,9 +248,9 @@ def test_padding_encoded_rows(pair: tuple[Any, Any]) -> None:
         ),
     ):
         if "return_attention_mask" in options and "attention_mask" in str(given):
-            continue  # transformers then returns the mask unpadded; here it is left out
+            continue  # transformers returns the mask unpadded; here it is omitted
         if options == {"padding": False} and "array" in str(given):
-            continue  # transformers then returns an array of arrays; here rows of unequal length are refused
+            continue  # transformers returns an array of arrays; here rows of unequal lengths raise
         same(
             pair,
             lambda t, given=given, options=options: t.pad(_copy(given), verbose=False, **options),
@@ -259,11 +259,11 @@ def test_padding_encoded_rows(pair: tuple[Any, Any]) -> None:
 
 
 def _copy(value: Any) -> Any:
-    """transformers changes the dictionaries that it is given."""
+    """A copy, since transformers modifies its arguments."""
     return dict(value) if isinstance(value, dict) else [dict(row) for row in value]
 
 
-def test_where_tokens_come_from(pair: tuple[Any, Any]) -> None:
+def test_token_word_and_character_mappings(pair: tuple[Any, Any]) -> None:
     mine, theirs = (tokenizer(["the fox jumps", TEXT[2]], [TEXT[0], "x yz"]) for tokenizer in pair)
     assert len(mine) == len(theirs) and list(mine) == list(theirs)
     for row in range(2):

@@ -1,5 +1,5 @@
-"""transformers' tools with our tokenizers: instance checks, collators, Trainer. The same tokenizer as transformers
-reads it is the oracle."""
+"""transformers' tools with our tokenizers: instance checks, data collators, Trainer, pipelines. The reference is the
+same tokenizer loaded by transformers."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ def theirs(ours: Any, tmp_path: Path) -> Any:
 # ---------------------------------------------------------------------------- instance checks
 
 
-def test_it_is_an_instance_of_transformers_classes(ours: Any) -> None:
+def test_instances_of_transformers_classes(ours: Any) -> None:
     assert isinstance(ours, transformers.PreTrainedTokenizerBase)
     assert isinstance(ours, transformers.PreTrainedTokenizerFast)
-    assert not isinstance(ours, transformers.PreTrainedTokenizer), "that is the slow one"
+    assert not isinstance(ours, transformers.PreTrainedTokenizer), "the slow class"
     assert not isinstance(ours, transformers.ProcessorMixin)
     assert isinstance(ours, monoblock.PreTrainedTokenizerFast)
     made = monoblock.MPNetTokenizer(vocab={"<s>": 0, "<pad>": 1, "</s>": 2, "[UNK]": 3, "<mask>": 4, "a": 5})
@@ -49,19 +49,19 @@ def test_it_is_an_instance_of_transformers_classes(ours: Any) -> None:
 
 
 @pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda t: pickle.loads(pickle.dumps(t))])
-def test_copies_have_the_true_class(copied: Any, ours: Any) -> None:
+def test_copies_keep_the_class(copied: Any, ours: Any) -> None:
     again = copied(ours)
     assert type(again) is type(ours)
     assert again(TEXTS).input_ids == ours(TEXTS).input_ids
     assert again.mask_token == "<|mask|>"
 
 
-def test_its_class_makes_true_instances(ours: Any) -> None:
+def test_the_reported_class_creates_instances_of_ours(ours: Any) -> None:
     assert type(ours.__class__.from_pretrained(demo.path())) is type(ours)
     assert type(ours.__class__(tokenizer_object=ours.backend_tokenizer)) is type(ours)
 
 
-def test_without_transformers_there_is_one_class() -> None:
+def test_without_transformers_the_class_is_the_type() -> None:
     code = (
         "import sys; from monoblock import AutoTokenizer, demo; t = AutoTokenizer.from_pretrained(demo.path()); "
         "assert t.__class__ is type(t); assert 'transformers' not in sys.modules"
@@ -103,7 +103,7 @@ def test_language_modeling(mlm: bool, ours: Any, theirs: Any) -> None:
     assert (batch(ours)["labels"] == -100).any()
 
 
-def test_whole_words_tokens_and_pairs(ours: Any, theirs: Any) -> None:
+def test_token_classification_seq2seq_and_multiple_choice_collators(ours: Any, theirs: Any) -> None:
     for kind, labels in (
         (transformers.DataCollatorForTokenClassification, "labels"),
         (transformers.DataCollatorForSeq2Seq, "labels"),
@@ -126,7 +126,7 @@ def test_whole_words_tokens_and_pairs(ours: Any, theirs: Any) -> None:
 
 
 def test_trainer(ours: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`Trainer(processing_class=ours)` pads by itself, trains, and saves what both libraries read."""
+    """`Trainer(processing_class=ours)` pads, trains, and saves files that both libraries read."""
     config = transformers.GPTNeoConfig(
         vocab_size=len(ours), hidden_size=16, num_layers=1, num_heads=2, attention_types=[[["global"], 1]],
         num_labels=3, pad_token_id=ours.pad_token_id,
@@ -149,7 +149,7 @@ def test_trainer(ours: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         assert read(TEXTS).input_ids == ours(TEXTS).input_ids
 
 
-def test_pipelines_of_transformers_take_it(ours: Any) -> None:
+def test_pipelines_of_transformers_accept_it(ours: Any) -> None:
     config = transformers.GPTNeoConfig(
         vocab_size=len(ours), hidden_size=16, num_layers=1, num_heads=2, attention_types=[[["global"], 1]]
     )

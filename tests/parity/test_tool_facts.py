@@ -1,4 +1,4 @@
-"""What tools ask of a config, and transformers' config objects given to our classes; transformers is the oracle."""
+"""Attributes of configs that tools read, and transformers' config objects passed to our classes."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ def ours(model_type: str) -> type[PretrainedConfig]:
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
-def test_plans_are_transformers(model_type: str) -> None:
+def test_parallel_plans_are_transformers(model_type: str) -> None:
     there, here = type(theirs(model_type)), ours(model_type)
     for name in ("base_model_tp_plan", "base_model_pp_plan"):
         assert getattr(here, name) == getattr(there, name), name
-    # the default of transformers' Trainer where a config names none
+    # the default of transformers' Trainer for configs without this attribute
     assert here.keys_to_ignore_at_inference == getattr(
         there, "keys_to_ignore_at_inference", ["past_key_values"]
     )
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
-def test_facts(model_type: str) -> None:
+def test_attributes_of_configs(model_type: str) -> None:
     config = ours(model_type).from_dict({**theirs(model_type).to_dict(), "_name_or_path": "some/name"})
     assert config.get_text_config() is config
     assert config.get_text_config(decoder=True) is config
@@ -59,7 +59,7 @@ def test_facts(model_type: str) -> None:
     assert config.is_encoder_decoder is False and config.use_return_dict is True
 
 
-def test_a_name_is_no_difference_and_uploads_are_refused(tmp_path: Any) -> None:
+def test_names_do_not_affect_equality_and_uploads_raise(tmp_path: Any) -> None:
     assert monoblock.MptConfig(name_or_path="a") == monoblock.MptConfig(name_or_path="b")
     assert "_name_or_path" not in monoblock.MptConfig().to_dict()["attn_config"]
     with pytest.raises(NotImplementedError, match="hf upload me/mine"):
@@ -70,13 +70,13 @@ def test_a_name_is_no_difference_and_uploads_are_refused(tmp_path: Any) -> None:
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
-def test_their_config_object_is_read_as_its_file(
+def test_transformers_config_object_equals_its_file(
     model_type: str, tmp_path: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     config = theirs(model_type, name_or_path="some/name", problem_type="regression")
     with caplog.at_level(logging.WARNING, "monoblock"):
         read = as_own_config(config, ours(model_type))
-    assert not caplog.records, "a field that our config does not know"
+    assert not caplog.records, "an unknown field"
     config.save_pretrained(tmp_path)
     from_file = ours(model_type).from_pretrained(tmp_path)
     assert read == from_file
@@ -89,7 +89,7 @@ AUTO = {"mpnet": "AutoModelForMaskedLM", "fuyu": "AutoModelForImageTextToText"}
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
-def test_from_config_with_their_config(model_type: str) -> None:
+def test_from_config_with_a_transformers_config(model_type: str) -> None:
     config = theirs(model_type)
     auto = getattr(monoblock, AUTO.get(model_type, "AutoModelForCausalLM"))
     made = auto.from_config(config, dtype=torch.bfloat16, attn_implementation="eager", trust_remote_code=True)
@@ -103,19 +103,19 @@ def test_from_config_with_their_config(model_type: str) -> None:
     assert not issubclass(monoblock.MptModel if model_type != "mpt" else monoblock.MistralModel, base)
 
 
-def test_the_dtype_of_from_config() -> None:
+def test_dtype_of_from_config() -> None:
     config = monoblock.MptConfig(**MPT, dtype="float16")
     assert monoblock.AutoModel.from_config(config).dtype == torch.float16
     assert monoblock.AutoModel.from_config(config, torch_dtype="bfloat16").dtype == torch.bfloat16
     assert monoblock.AutoModel.from_config(monoblock.MptConfig(**MPT)).dtype == torch.float32
-    assert config.dtype == "float16", "the caller's config is left as it is"
+    assert config.dtype == "float16", "the given config is not modified"
     with pytest.raises(ValueError, match="two names of one setting"):
         monoblock.AutoModel.from_config(config, dtype="float16", torch_dtype="float32")
     with pytest.raises(ValueError, match="dtype='int8'"):
         monoblock.AutoModel.from_config(config, dtype="int8")
 
 
-def test_from_config_refuses_by_name() -> None:
+def test_from_config_names_unknown_arguments() -> None:
     config = monoblock.MptConfig(**MPT)
     with pytest.raises(
         ValueError, match=r"AutoModel.from_config does not know the argument 'speed'; it takes: dtype"
@@ -131,7 +131,7 @@ def test_from_config_refuses_by_name() -> None:
         monoblock.AutoModel.from_config("mpt")
 
 
-def test_from_pretrained_takes_their_config(tmp_path: Any) -> None:
+def test_from_pretrained_with_a_transformers_config(tmp_path: Any) -> None:
     folder = tmp_path / "model"
     monoblock.AutoModelForCausalLM.from_config(monoblock.MptConfig(**MPT)).save_pretrained(folder)
     config = theirs("mpt", num_labels=3)
@@ -140,7 +140,7 @@ def test_from_pretrained_takes_their_config(tmp_path: Any) -> None:
 
 
 @pytest.mark.parametrize("prefix", ["Flax", "TF"])
-def test_the_other_frameworks_take_their_config(prefix: str, tmp_path: Any) -> None:
+def test_flax_and_tf_classes_with_a_transformers_config(prefix: str, tmp_path: Any) -> None:
     config = theirs("mpt")
     made = getattr(monoblock, prefix + "MptModel")(config)
     assert type(made.config) is monoblock.MptConfig
@@ -152,7 +152,7 @@ def test_the_other_frameworks_take_their_config(prefix: str, tmp_path: Any) -> N
         getattr(monoblock, prefix + "MptModel")(transformers.BertConfig())
 
 
-def test_other_configs_are_refused() -> None:
+def test_configs_of_other_families_raise() -> None:
     for wrong in (transformers.BertConfig(), monoblock.MptConfig(), 3, {"model_type": "mistral"}, None):
         with pytest.raises(
             ValueError, match=f"MistralModel takes a MistralConfig, got {type(wrong).__name__}"
@@ -160,7 +160,7 @@ def test_other_configs_are_refused() -> None:
             as_own_config(wrong, monoblock.MistralConfig, "MistralModel")
 
 
-def test_base_classes_are_no_models() -> None:
+def test_base_classes_cannot_be_instantiated() -> None:
     with pytest.raises(TypeError, match="MptPreTrainedModel is only the base of MptModel, MptForCausalLM"):
         monoblock.MptPreTrainedModel(monoblock.MptConfig(**MPT))
     for model_type, stem in STEMS.items():

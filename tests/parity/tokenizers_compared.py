@@ -1,4 +1,4 @@
-"""What the comparisons with transformers' tokenizers share: the tokenizers, and how two are compared."""
+"""Small trained tokenizers, and comparisons of their calls in monoblock and transformers."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def trained(trainer: Any, model: Any, **parts: Any) -> Tokenizer:
 
 
 def byte_level(folder: Path) -> dict[str, Any]:
-    """As GPT-NeoX: no template, trimmed offsets, a run of spaces as an added token."""
+    """Like GPT-NeoX's: no template, trimmed offsets, runs of spaces as added tokens."""
     trainer = trainers.BpeTrainer(
         vocab_size=400,
         special_tokens=["<|endoftext|>", "<|padding|>"],
@@ -63,7 +63,7 @@ def byte_level(folder: Path) -> dict[str, Any]:
 
 
 def with_template(folder: Path) -> dict[str, Any]:
-    """As Llama's: `<s> A </s>`, and for pairs `<s> A </s> <s> B </s>` with token types 0 and 1."""
+    """Like Llama's: `<s> A </s>`, and for pairs `<s> A </s> <s> B </s>` with token types 0 and 1."""
     config = byte_level(folder)
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     tokenizer.add_special_tokens(["<s>", "</s>"])
@@ -80,8 +80,8 @@ def with_template(folder: Path) -> dict[str, Any]:
     }
 
 
-def word_pieces(folder: Path) -> dict[str, Any]:
-    """As BERT's: lower-case word pieces, whose decoded text is cleaned."""
+def word_piece(folder: Path) -> dict[str, Any]:
+    """Like BERT's: lower-case WordPiece, with clean_up_tokenization_spaces."""
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     tokenizer = trained(
         trainers.WordPieceTrainer(vocab_size=300, special_tokens=special, show_progress=False),
@@ -99,22 +99,22 @@ def word_pieces(folder: Path) -> dict[str, Any]:
 def neox(folder: Path) -> dict[str, Any]:
     source = DATA / "gpt-neox/tokenizer.json"
     if not source.exists():
-        pytest.skip("the tokenizer of GPT-NeoX is not there")
+        pytest.skip("the tokenizer of GPT-NeoX is not available")
     (folder / "tokenizer.json").write_bytes(source.read_bytes())
     return {"tokenizer_class": "GPTNeoXTokenizer", "model_max_length": 2048, "eos_token": "<|endoftext|>"}
 
 
-MAKERS: dict[str, Callable[[Path], dict[str, Any]]] = {
+KINDS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "byte-level": byte_level,
     "template": with_template,
-    "word-pieces": word_pieces,
+    "word-pieces": word_piece,
     "neox": neox,
 }
 
 
-def made(name: str, folder: Path) -> Path:
-    """The folder, with a tokenizer of that kind in it."""
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 40, **MAKERS[name](folder)}
+def saved_tokenizer(name: str, folder: Path) -> Path:
+    """Saves a tokenizer of that kind in the folder; returns the folder."""
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 40, **KINDS[name](folder)}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     return folder
 
@@ -129,7 +129,7 @@ def both(folder: Path, **options: Any) -> tuple[Any, Any]:
 def outcome(
     call: Callable[[], Any], errors: tuple[type[BaseException], ...] = (ValueError, TypeError)
 ) -> Any:
-    """The result as plain values, or that there was one of those errors."""
+    """The result as plain values, or "an error" for one of those exceptions."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -146,7 +146,7 @@ def plain(value: Any) -> Any:
 
 
 def same(pair: tuple[Any, Any], call: Callable[[Any], Any], what: str = "") -> None:
-    """Both give the same, or both an error; transformers' is of any kind, its backend's panics among them."""
+    """Both return the same value, or both raise; transformers may raise anything, its backend's panics included."""
     mine, theirs = outcome(lambda: call(pair[0])), outcome(lambda: call(pair[1]), (BaseException,))
     assert mine == theirs, f"{what}\nmonoblock:    {mine}\ntransformers: {theirs}"
 

@@ -1,4 +1,4 @@
-"""Saves of TensorFlow models that are cut off anywhere: the whole old model or the whole new one."""
+"""Saves of TensorFlow models, interrupted at file operations: the old checkpoint or the new one is complete."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_model(tmp_path: Path, layout: str) -> None:
 
 
 def test_saved_model_is_part_of_the_save(tmp_path: Path) -> None:
-    """Until all of it is written, the folder is as it was."""
+    """The folder is unchanged until all of it is written."""
     folder = tmp_path / "model"
     models = {tag: model(tag) for tag in (1, 2)}
     models[1].save_pretrained(folder)

@@ -1,4 +1,4 @@
-"""Tokenizers and processors with tensors of TensorFlow."""
+"""Tokenizers and processors with return_tensors="tf"."""
 
 from __future__ import annotations
 

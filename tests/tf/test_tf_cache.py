@@ -1,8 +1,7 @@
-"""Caches of TF models: tuples and `Cache`s that grow, static ones with windows that roll, eagerly and compiled."""
+"""Caches of TF models: tuples, growing and static `Cache`s with rolling windows, eagerly and compiled."""
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +9,9 @@ import numpy as np
 import pytest
 import tensorflow as tf
 import torch
+from contract.models import inputs, numpy
 from measure import assert_close
-from tf_pairs import close, inputs, model, numpy, pair, rounding_bound
+from tf_pairs import close, model, pair, rounding_bound
 from tiny_families import GENERATING
 
 from monoblock.backends.tf.cache import Cache, init_cache
@@ -23,7 +23,7 @@ ROOM = 30
 
 @pytest.mark.parametrize("name", CAUSAL)
 @pytest.mark.parametrize("padding", ["none", "left"])
-def test_pieces_give_what_the_whole_gives(name: str, padding: str, tmp_path: Path) -> None:
+def test_chunks_with_a_cache_equal_one_pass(name: str, padding: str, tmp_path: Path) -> None:
     theirs, ours = pair(name, tmp_path)
     given = inputs(name, padding)
     ids, mask = given["input_ids"].numpy(), given.get("attention_mask")
@@ -39,8 +39,8 @@ def test_pieces_give_what_the_whole_gives(name: str, padding: str, tmp_path: Pat
         start, logits = 0, []
         for count in (14, 1, 1, 4, 1, 2):
             stop = start + count
-            seen = None if mask is None else mask[:, :stop].numpy()
-            out = ours(ids[:, start:stop], attention_mask=seen, past_key_values=past, use_cache=True)
+            visible = None if mask is None else mask[:, :stop].numpy()
+            out = ours(ids[:, start:stop], attention_mask=visible, past_key_values=past, use_cache=True)
             past, start = out.past_key_values, stop
             assert isinstance(past, tuple if kind == "tuples" else Cache)
             logits.append(out.logits)
@@ -53,8 +53,8 @@ def test_pieces_give_what_the_whole_gives(name: str, padding: str, tmp_path: Pat
 
 @pytest.mark.parametrize("compiled", [True, False])
 @pytest.mark.parametrize("name", ["MistralForCausalLM", "GPTNeoForCausalLM"])
-def test_a_compiled_loop_over_a_static_cache(name: str, compiled: bool) -> None:
-    """What generation does: a prompt that fills windows over, then one token after the other in a `tf.while_loop`."""
+def test_compiled_loop_with_a_static_cache(name: str, compiled: bool) -> None:
+    """As generation does: a prompt longer than the windows, then one token per step in a `tf.while_loop`."""
     ours = model(name)
     given = numpy(inputs(name, "left"))
     ids, mask = given["input_ids"].astype(np.int32), given["attention_mask"].astype(np.int32)
@@ -85,16 +85,16 @@ def test_a_compiled_loop_over_a_static_cache(name: str, compiled: bool) -> None:
     assert_close(f"{name}, compiled", tf.concat((first, rest), 1), expected[:, prompt - 1 :], 5e-5)
 
 
-def test_rows_of_a_cache() -> None:
+def test_reordered_rows_of_a_cache() -> None:
     ours = model("MistralForCausalLM")
     ids = numpy(inputs("MistralForCausalLM"))["input_ids"]
     cache = ours(ids[:, :20], past_key_values=init_cache(ours.spec, 3, ROOM)).past_key_values
-    turned = cache.reorder(tf.constant([2, 0]))
-    after = ours(ids[[2, 0], 20:], past_key_values=turned).logits
+    reordered = cache.reorder(tf.constant([2, 0]))
+    after = ours(ids[[2, 0], 20:], past_key_values=reordered).logits
     assert_close("reordered", after, ours(ids, use_cache=False).logits.numpy()[[2, 0], 20:], 1e-5)
 
 
-def test_a_cache_goes_into_and_out_of_a_graph() -> None:
+def test_caches_as_arguments_and_results_of_a_graph() -> None:
     ours = model("MistralForCausalLM")
     ids = numpy(inputs("MistralForCausalLM"))["input_ids"]
 
@@ -109,20 +109,6 @@ def test_a_cache_goes_into_and_out_of_a_graph() -> None:
     assert_close("in a graph", last, ours(ids, use_cache=False).logits[:, 20:], 2e-5)
 
 
-def test_what_does_not_fit_is_refused() -> None:
-    ours = model("MistralForCausalLM")
-    ids = np.full((2, 4), 5)
-    full = init_cache(ours.spec, 2, 6)
-    with pytest.raises(ValueError, match="2 rows, and the input has 1"):
-        ours(ids[:1], past_key_values=full)
-    half = ours(ids, past_key_values=full).past_key_values
-    with pytest.raises(ValueError, match="room for 6 tokens: 4 are cached and the input has 4"):
-        ours(ids, past_key_values=half)
-    with pytest.raises(ValueError, match="2 layers, got 1"):
-        ours(ids, past_key_values=replace(full, keys=full.keys[:1], values=full.values[:1]))
-    with pytest.raises(ValueError, match="keys and values"):
-        ours(ids, past_key_values=((ids, ids),) * 2)
-    with pytest.raises(ValueError, match=r"cached tokens included, got \(2, 4\)"):
-        ours(ids, past_key_values=ours(ids).past_key_values, attention_mask=np.ones((2, 4)))
+def test_a_bidirectional_model_has_no_cache() -> None:
     with pytest.raises(ValueError, match="a bidirectional model has no cache"):
-        model("MPNetModel")(ids, use_cache=True)
+        model("MPNetModel")(np.full((2, 4), 5), use_cache=True)

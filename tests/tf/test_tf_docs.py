@@ -1,4 +1,4 @@
-"""The examples of the pages of TensorFlow run on the embedded model, in their order."""
+"""The examples of docs/tensorflow.md and docs/tflite.md, run in order on the embedded model."""
 
 from __future__ import annotations
 

@@ -1,18 +1,16 @@
-"""The TensorFlow examples of the pages of OpenAI GPT and MPNet, as they stand there (https://huggingface.co/docs/transformers,
+"""The TensorFlow examples of transformers' pages of OpenAI GPT and MPNet, word for word (https://huggingface.co/docs/transformers,
 v4.37.2; Apache License 2.0): only the import line and the checkpoint's name differ."""
 
 from __future__ import annotations
 
-import doctest
 import json
-import re
 import string
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import tensorflow as tf
+from page_examples import run
 from tf_pairs import model
 
 import monoblock
@@ -135,35 +133,25 @@ LETTERS = [*string.ascii_lowercase, *string.punctuation]
 
 
 def tokenizer(folder: Path, name: str) -> None:
-    """Of letters: as pairs could be merged, or as pieces of words."""
+    """A tokenizer of letters: BPE with two merges, or WordPiece."""
     if name.startswith("MPNet"):
-        pieces = ["<s>", "<pad>", "</s>", "[UNK]", "<mask>", *LETTERS, *("##" + c for c in LETTERS)]
-        (folder / "vocab.txt").write_text("\n".join(pieces))
+        tokens = ["<s>", "<pad>", "</s>", "[UNK]", "<mask>", *LETTERS, *("##" + c for c in LETTERS)]
+        (folder / "vocab.txt").write_text("\n".join(tokens))
         monoblock.MPNetTokenizer(str(folder / "vocab.txt")).save_pretrained(folder)
         return
     letters = LETTERS[:32]
-    pieces = ["<unk>", *letters, *(letter + "</w>" for letter in letters), "do", "ca"]
-    (folder / "vocab.json").write_text(json.dumps({piece: i for i, piece in enumerate(pieces)}))
+    tokens = ["<unk>", *letters, *(letter + "</w>" for letter in letters), "do", "ca"]
+    (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
     (folder / "merges.txt").write_text("#version: 0.2\nd o\nc a\n")
     files = (str(folder / "vocab.json"), str(folder / "merges.txt"))
     monoblock.OpenAIGPTTokenizer(*files).save_pretrained(folder)
-
-
-def run(code: str, checkpoint: Path) -> dict[str, Any]:
-    """The names that an example has defined in the end."""
-    names: dict[str, Any] = {}
-    for example in doctest.DocTestParser().get_examples(code):
-        line = example.source.replace("from transformers import", "from monoblock import")
-        line = re.sub(r"""from_pretrained\(\s*["'][^"']*["']""", f"from_pretrained({str(checkpoint)!r}", line)
-        exec(line, names)
-    return names
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_example(name: str, tmp_path: Path) -> None:
     model(name, **({"vocab_size": 130} if name.startswith("MPNet") else {})).save_pretrained(tmp_path)
     tokenizer(tmp_path, name)
-    names = run(EXAMPLES[name], tmp_path)
+    names = run(EXAMPLES[name], "monoblock", tmp_path)
     results = [
         names[key] for key in ("last_hidden_states", "logits", "lm_prediction_scores", "loss") if key in names
     ]

@@ -1,5 +1,5 @@
-"""TF models are Keras models: `compile`, `fit`, `evaluate` and `predict` in every input format, callbacks, policies,
-`.keras` files, SavedModels, the functional API and strategies."""
+"""TF models as Keras models: `compile`, `fit`, `evaluate` and `predict` in every input format, callbacks, policies,
+`.keras` files, SavedModels, the functional API and distribution strategies."""
 
 from __future__ import annotations
 
@@ -12,20 +12,21 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from contract.models import fields
 from measure import assert_close
-from tf_pairs import fields, shallow
+from tf_pairs import shallow
 from tiny_families import ONE_LAYER
 
 from monoblock.backends.tf.classes import make_class
 from monoblock.families import family_of
 
 ROWS, TOKENS, LABELS = 64, 8, 3
-AT_REST = {"attention_dropout": 0.0, "embed_dropout": 0.0, "resid_dropout": 0.0}
+NO_DROPOUT = {"attention_dropout": 0.0, "embed_dropout": 0.0, "resid_dropout": 0.0}
 
 
 def toy(kind: str) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """Inputs, and labels that can be read off them: the first id says the row's class, each id its own, and where a
-    span begins is where a certain id stands; text repeats itself."""
+    """Inputs, and labels that are functions of them: the class of a row is in its last id, that of a token in its id, a
+    span begins at a certain id, and sequences are periodic."""
     generator = np.random.default_rng(4)
     ids = generator.integers(10, 80, (ROWS, TOKENS)).astype(np.int32)
     mask = np.ones_like(ids)
@@ -67,7 +68,7 @@ TASKS = {
     "span": "MPNetForQuestionAnswering",
     "causal": "GPTNeoForCausalLM",
 }
-# Each task in formats of its own, and each way of running in one task: together, every one of them.
+# Every format and every mode (compiled, mixed precision) with one of the tasks.
 RUNS: dict[str, tuple[str, str, dict[str, Any], str | None]] = {
     "labels in the dict": ("sequence", "labels in the dict", {"jit_compile": False}, None),
     "list and y": ("token", "list and y", {"jit_compile": False}, None),
@@ -81,7 +82,7 @@ RUNS: dict[str, tuple[str, str, dict[str, Any], str | None]] = {
 
 @pytest.mark.parametrize("run", RUNS)
 def test_fit_learns(run: str) -> None:
-    """The model's own loss falls, and over 95% are right."""
+    """The model's loss falls, and accuracy exceeds 95%."""
     kind, how, options, policy = RUNS[run]
     keras.utils.set_random_seed(0)
     ours = untrained(TASKS[kind], policy)
@@ -98,7 +99,7 @@ def test_fit_learns(run: str) -> None:
 
 
 def untrained(name: str, policy: str | None = None) -> Any:
-    """A tiny model as its config begins it, with weights wide enough to learn soon."""
+    """A tiny model with the config's initialisation, and a range large enough to learn fast."""
     labels = {"num_labels": 2 if "Question" in name else LABELS, "initializer_range": 0.2}
     family = family_of(name)
     given = {**fields(name), **labels, **ONE_LAYER[family.name]}
@@ -107,8 +108,8 @@ def untrained(name: str, policy: str | None = None) -> Any:
     return make_class("TF" + name)(family.config(**given), dtype=policy)
 
 
-def test_losses_and_metrics_of_the_users() -> None:
-    """`compile(optimizer, loss, metrics)`: on the scores that y speaks of, whatever form y has."""
+def test_keras_losses_and_metrics() -> None:
+    """`compile(optimizer, loss, metrics)` applies to the logits that y labels, in every form of y."""
     x, y = toy("sequence")
     ours = untrained("MistralForSequenceClassification")
     own = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
@@ -125,7 +126,7 @@ def test_losses_and_metrics_of_the_users() -> None:
     span.compile("adam", loss=dict.fromkeys(y, own), jit_compile=False)
     by_name = span.evaluate(x, y, verbose=0, return_dict=True)["loss"]
     span.compile("adam", jit_compile=False)
-    # The model's own loss is the mean of both ends, Keras's is their sum.
+    # The model's loss is the mean over start and end, Keras's is their sum.
     assert span.evaluate(x, y, verbose=0, return_dict=True)["loss"] == pytest.approx(by_name / 2, abs=1e-5)
 
 
@@ -150,8 +151,8 @@ def test_sample_weights_and_missing_labels() -> None:
         causal.train_step((x, y["labels"], half))
 
 
-def test_training_goes_on_where_it_was_saved(tmp_path: Path) -> None:
-    """ModelCheckpoint's `.keras` file holds weights, optimizer, compilation and the state of the dropouts."""
+def test_training_continues_from_a_keras_file(tmp_path: Path) -> None:
+    """ModelCheckpoint's `.keras` file holds weights, optimizer, compilation and dropout seeds."""
     x, y = toy("token")
     ours = untrained("MPNetForTokenClassification")
     ours.compile("adam", jit_compile=False)
@@ -173,7 +174,7 @@ def test_training_goes_on_where_it_was_saved(tmp_path: Path) -> None:
 
 
 def test_functional_models(tmp_path: Path) -> None:
-    """As a layer of another model: outputs by name and by index, and saved with it."""
+    """A model as a layer of another: outputs by name and by index, and saved with it."""
     body = shallow("MistralModel")
     ids, mask = (keras.Input((None,), dtype="int32", name=name) for name in ("ids", "mask"))
     out = body({"input_ids": ids, "attention_mask": mask}, use_cache=False)
@@ -227,12 +228,12 @@ def test_exported_signatures(tmp_path: Path) -> None:
 
 
 def test_strategies() -> None:
-    """Two replicas of half a batch each take the step of one with the whole."""
+    """Two replicas with half a batch each take the same step as one with the whole batch."""
     x, y = toy("causal")
     results = []
     for strategy in strategies():
         with strategy.scope():
-            ours = shallow("GPTNeoForCausalLM", **AT_REST)
+            ours = shallow("GPTNeoForCausalLM", **NO_DROPOUT)
             ours.compile(keras.optimizers.SGD(0.1), jit_compile=False)
         ours.fit({**x, **y}, batch_size=32, verbose=0, shuffle=False)
         results.append(ours.variable("transformer.h.0.attn.attention.k_proj.weight").numpy())
@@ -242,19 +243,19 @@ def test_strategies() -> None:
 def strategies() -> list[Any]:
     devices = [f"/cpu:{i}" for i in range(len(tf.config.list_logical_devices("CPU")))]
     assert len(devices) == 2
-    # Without collective operations, whose shapes TensorFlow takes to be the same for all models of a process.
+    # Without collectives, for which TensorFlow assumes equal shapes for all models of a process.
     ops = tf.distribute.ReductionToOneDevice()
     return [tf.distribute.MirroredStrategy(devices, cross_device_ops=ops), tf.distribute.get_strategy()]
 
 
 @pytest.mark.parametrize("inside", [False, True], ids=["alone", "in another model"])
 def test_losses_of_keras_under_strategies(inside: bool) -> None:
-    """A Keras loss and metrics, whose state Keras makes on the mean of the replicas' batches; then `predict`."""
+    """A Keras loss and metrics, whose state Keras builds from the mean of the replicas' batches; then `predict`."""
     x, y = toy("sequence")
     results = []
     for strategy in strategies():
         with strategy.scope():
-            body: Any = shallow("MistralForSequenceClassification", **AT_REST, num_labels=LABELS)
+            body: Any = shallow("MistralForSequenceClassification", **NO_DROPOUT, num_labels=LABELS)
             ours = Wrapped(body) if inside else body
             own = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
             ours.compile(keras.optimizers.SGD(0.1), loss=own, metrics=["accuracy"], jit_compile=False)
@@ -267,7 +268,7 @@ def test_losses_of_keras_under_strategies(inside: bool) -> None:
 
 
 class Wrapped(keras.Model):
-    """A model of the user's around one of ours."""
+    """A Keras model around one of ours."""
 
     def __init__(self, body: Any) -> None:
         super().__init__()
@@ -278,7 +279,7 @@ class Wrapped(keras.Model):
 
 
 def test_predictions_under_strategies() -> None:
-    """Outputs whose fields are tuples, too, in the structure in which one replica gives them."""
+    """Outputs, tuples included, have the structure that one replica returns."""
     x, _ = toy("span")
     strategy = strategies()[0]
     with strategy.scope():

@@ -1,4 +1,4 @@
-"""TFLite: which calls of its converter give the model's numbers, and which do not, as docs/tflite.md says."""
+"""TFLite: converter calls whose outputs equal the model's, and those whose do not, as documented in docs/tflite.md."""
 
 from __future__ import annotations
 
@@ -74,15 +74,15 @@ def test_signatures_and_functions(tmp_path: Path) -> None:
     assert_close("function", found, expected, 2e-5)
     converter.optimizations = [tf.lite.Optimize.DEFAULT]
     (found,) = run(converter.convert(), ids=IDS).values()
-    assert_close("8 bits", found, expected, 0.4)  # of numbers up to 1, random weights; measured 0.2
+    assert_close("8 bits", found, expected, 0.4)  # values up to 1, random weights; measured 0.2
     with pytest.raises(ValueError, match="from_keras_model has no static lengths"):
         tf.lite.TFLiteConverter.from_keras_model(ours).convert()
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_what_is_wrong_with_keras_3(tmp_path: Path) -> None:
-    """A plain Keras model comes out with other numbers where the converter gets the model itself. Once it does not,
-    the page is to say so."""
+def test_known_defect_of_conversion_with_keras_3(tmp_path: Path) -> None:
+    """A plain Keras model gives wrong outputs where the converter gets the model itself. If this test fails, the defect
+    is fixed, and docs/tflite.md is to be updated."""
 
     class Plain(keras.Model):
         def __init__(self) -> None:

@@ -1,10 +1,10 @@
-"""The whole matrix of TF classes equals the PyTorch backend on the same checkpoint: hidden states, attentions, logits,
-losses and the gradients of all weights, padded and not, past the windows."""
+"""The forward pass and gradients of every TF class: the contract; caches as tuples, MPT's options, packed sequences,
+batched images, and attention by blocks of queries."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import mpt_cases
 import numpy as np
@@ -12,129 +12,59 @@ import pytest
 import tensorflow as tf
 import tiny_families
 import torch
+from contract.models import inputs, labels, numpy
+from contract.parity import VARIANTS, ParityContract
 from helpers import chunks
 from measure import assert_close
-from tf_pairs import CLASSES, close, file_gradients, inputs, labels, numpy, pair, rounding_bound, tf_copy
-
-GRADIENT = 5e-5  # of the largest of a parameter's gradients, or of 1
+from tf_pairs import close, file_gradients, pair, rounding_bound, tf_copy
 
 
-def compare(what: str, ours: Any, theirs: Any, mask: torch.Tensor | None, bound: float) -> None:
-    """All outputs, at the tokens that are no padding."""
-    found = {key for key in theirs if key not in ("loss", "mc_loss", "past_key_values")}
-    assert set(ours.keys()) == found, what
-    for key in found - {"hidden_states", "attentions"}:
-        token = theirs[key].shape[: mask.dim()] == mask.shape if mask is not None else False
-        close(f"{what}: {key}", ours[key], theirs[key], bound, mask if token else None)
-    rows = None if mask is None else mask.flatten(0, -2)
-    for key in found & {"hidden_states", "attentions"}:
-        assert len(ours[key]) == len(theirs[key])
-        for a, b in zip(ours[key], theirs[key], strict=True):
-            swapped = (np.swapaxes(a, 1, 2), b.transpose(1, 2)) if key == "attentions" else (a, b)
-            close(f"{what}: {key}", *swapped, bound, rows)
+class TestParity(ParityContract):
+    prefix = "TF"
+    without_cache: ClassVar = {"use_cache": False}
+    head_masks = True
+    all_forms = True
+
+    def loss_and_gradients(self, ours: Any, given: Any, wanted: Any) -> tuple[Any, dict[str, np.ndarray]]:
+        with tf.GradientTape() as tape:
+            out = ours(**given, **wanted)
+            value = tf.reduce_mean(out.loss) + tf.reduce_mean(out.get("mc_loss", 0.0))
+        by_row = ours.row.head in ("sequence", "first", "choice", "span")
+        assert out.loss.shape == ((len(given["input_ids"]),) if by_row else (1,))
+        return value, file_gradients(ours, tape.gradient(value, ours.trainable_variables))
+
+    def torch_gradients(self, theirs: Any) -> dict[str, torch.Tensor]:
+        return {key: p.grad for key, p in theirs.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("name", CLASSES)
-def test_outputs(name: str, tmp_path: Path) -> None:
-    theirs, ours = pair(name, tmp_path)
-    more: dict[str, Any] = {"output_hidden_states": True, "output_attentions": True}
-    if theirs.spec.causal:
-        more["use_cache"] = False
-    for padding in ("none", "right") if name.startswith("MPNet") else ("none", "left", "right"):
-        given = inputs(name, padding)
-        mask = given.get("attention_mask")
-        with torch.no_grad():
-            expected = theirs(**given, **more)
-        bound = rounding_bound(theirs, expected)
-        compare(f"{name}, {padding}", ours(**numpy(given), **more), expected, mask, bound)
-        plain = ours(**numpy(given), use_cache=False)
-        for key in plain:
-            tokens = mask if mask is not None and expected[key].shape[: mask.dim()] == mask.shape else None
-            close(f"{name}, {padding}, fused: {key}", plain[key], expected[key], bound, tokens)
-
-
-@pytest.mark.parametrize("name", [name for name in CLASSES if not name.endswith("Model") or "Double" in name])
-def test_losses_and_gradients(name: str, tmp_path: Path) -> None:
-    theirs, ours = pair(name, tmp_path)
-    given = inputs(name, "right" if name.startswith("MPNet") else "left")
-    wanted = labels(name, given)
-    expected = theirs(**given, **wanted)
-    total = expected.loss + (expected.get("mc_loss") or 0)
-    total.backward()
-    with tf.GradientTape() as tape:
-        out = ours(**numpy(given), **numpy(wanted))
-        value = tf.reduce_mean(out.loss) + tf.reduce_mean(out.get("mc_loss", 0.0))
-    by_row = theirs.row.head in ("sequence", "first", "choice", "span")
-    assert out.loss.shape == ((len(given["input_ids"]),) if by_row else (1,))
-    # A loss is a mean of differences of logits, whose own states may be larger.
-    with torch.no_grad():
-        states = theirs(**given, output_hidden_states=True)
-    assert_close("losses", value, total.detach(), rounding_bound(theirs, states))
-    gradients = file_gradients(ours, tape.gradient(value, ours.trainable_variables))
-    grads = {key: p.grad for key, p in theirs.named_parameters() if p.grad is not None}
-    assert set(gradients) == set(grads)
-    for key, gradient in gradients.items():
-        own = grads[key]
-        assert_close(
-            f"gradients of {name}: {key}", gradient, own, GRADIENT * max(1.0, float(own.abs().max()))
-        )
-    assert any(np.abs(x).max() > 1e-3 for x in gradients.values())
-
-
-YARN = {"rope_type": "yarn", "rope_theta": 500.0, "factor": 3.0, "original_max_position_embeddings": 12}
-DYNAMIC = {"rope_type": "dynamic", "rope_theta": 500.0, "factor": 2.0, "original_max_position_embeddings": 8}
-VARIANTS: dict[str, dict[str, Any]] = {
-    "no window": {"sliding_window": None},
-    "a window in some layers": {
-        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
-        "num_hidden_layers": 3,
-    },
-    "theta, head_dim": {"rope_parameters": {"rope_type": "default", "rope_theta": 77.0}, "head_dim": 14},
-    "yarn": {"rope_parameters": YARN, "sliding_window": None},
-    "dynamic": {"rope_parameters": DYNAMIC, "max_position_embeddings": 8},
-    "three heads, one group": {"num_attention_heads": 3, "num_key_value_heads": 1},
-}
+CHUNKS = (17, 1, 5)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_variants(variant: str, tmp_path: Path) -> None:
-    """The fields that the hub's old TF class ignored, and scaled rotary positions, cached too."""
+def test_chunks_with_a_cache(variant: str, tmp_path: Path) -> None:
+    """Logits of prompts fed in chunks, each with the cache of the last, as tuples."""
     theirs, ours = pair("MistralForCausalLM", tmp_path, **VARIANTS[variant])
     for padding in ("none", "left"):
         given = inputs("MistralForCausalLM", padding)
+        ids, mask = given["input_ids"], given.get("attention_mask", torch.ones_like(given["input_ids"]))
         with torch.no_grad():
-            expected = theirs(**given, output_hidden_states=True, use_cache=False)
-        found = ours(**numpy(given), output_hidden_states=True, use_cache=False)
-        bound = rounding_bound(theirs, expected)
-        compare(f"{variant}, {padding}", found, expected, given.get("attention_mask"), bound)
-        mask = given.get("attention_mask", torch.ones_like(given["input_ids"]))
-        with torch.no_grad():
-            expected = chunks(theirs, given["input_ids"], mask, PIECES)
-        close(
-            f"{variant}, {padding}, cached", pieces_of(ours, given["input_ids"], mask), expected, bound, mask
-        )
-
-
-PIECES = (17, 1, 5)
-
-
-def pieces_of(ours: Any, ids: torch.Tensor, mask: torch.Tensor) -> Any:
-    """Logits of a text given piece by piece, each with the cache of the last, as tuples."""
-    start, past, logits = 0, None, []
-    for size in PIECES:
-        stop = start + size
-        seen = mask[:, :stop].numpy()
-        out = ours(ids[:, start:stop].numpy(), attention_mask=seen, past_key_values=past, use_cache=True)
-        past, start = out.past_key_values, stop
-        assert isinstance(past, tuple)
-        assert past[0][0].shape[2] == stop
-        logits.append(out.logits)
-    return tf.concat(logits, axis=1)
+            bound = rounding_bound(theirs, theirs(**given, output_hidden_states=True))
+            expected = chunks(theirs, ids, mask, CHUNKS)
+        start, past, logits = 0, None, []
+        for size in CHUNKS:
+            stop = start + size
+            call = {"attention_mask": mask[:, :stop].numpy(), "past_key_values": past, "use_cache": True}
+            out = ours(ids[:, start:stop].numpy(), **call)
+            past, start = out.past_key_values, stop
+            assert isinstance(past, tuple)
+            assert past[0][0].shape[2] == stop
+            logits.append(out.logits)
+        close(f"{variant}, {padding}, cached", tf.concat(logits, axis=1), expected, bound, mask)
 
 
 @pytest.mark.parametrize("case", mpt_cases.CASES)
-def test_options(case: str, tmp_path: Path) -> None:
-    """Every option of the block, singly and all at once."""
+def test_mpt_options(case: str, tmp_path: Path) -> None:
+    """Every option of the block, alone and all together."""
     theirs = mpt_cases.mpt_model(case)
     ours = tf_copy(theirs, tmp_path)
     given = inputs("MptForCausalLM", "left")
@@ -146,8 +76,8 @@ def test_options(case: str, tmp_path: Path) -> None:
     )
 
 
-def test_segments(tmp_path: Path) -> None:
-    """Packed rows."""
+def test_packed_documents_by_sequence_id(tmp_path: Path) -> None:
+    """`sequence_id` separates the documents of a packed row."""
     theirs = mpt_cases.model(attn={"attn_uses_sequence_id": True})
     ours = tf_copy(theirs, tmp_path)
     ids = inputs("MptForCausalLM")["input_ids"]
@@ -161,53 +91,21 @@ def test_segments(tmp_path: Path) -> None:
         ours(ids.numpy(), training=True)
 
 
-def test_images(tmp_path: Path) -> None:
-    theirs, ours = pair("FuyuForCausalLM", tmp_path)
-    ids, mask, patches, places = tiny_families.with_images((4, 7, 2))
-    with torch.no_grad():
-        expected = theirs(
-            ids,
-            attention_mask=mask,
-            image_patches=patches,
-            image_patches_indices=places,
-            output_hidden_states=True,
-        )
-    bound = rounding_bound(theirs, expected)
-    own = {"input_ids": ids.numpy(), "attention_mask": mask.numpy()}
-    found = ours(
-        **own, image_patches=[one.numpy() for one in patches], image_patches_indices=places.numpy()
-    ).logits
-    close("images", found, expected.logits, bound, mask)
-    in_order = ours(**own, image_patches=np.concatenate([one.numpy() for one in patches])).logits
-    close("images in order", in_order, expected.logits, bound, mask)
+def test_batched_images(tmp_path: Path) -> None:
+    """`image_patches` as one padded array; too few patches raise."""
+    _, ours = pair("FuyuForCausalLM", tmp_path)
+    ids, mask, patches, indices = tiny_families.with_images((4, 7, 2))
+    given = {"input_ids": ids.numpy(), "attention_mask": mask.numpy()}
     batched = np.zeros((3, 7, tiny_families.PATCH_SIZE), np.float32)
     for row, one in zip(batched, patches, strict=True):
         row[: len(one)] = one
-    again = ours(**own, image_patches=batched, image_patches_indices=places.numpy()).logits
-    close("images in a batch", again, expected.logits, bound, mask)
-    assert np.abs(ours(**own).logits - found).max() > 1e-2
+    expected = ours(
+        **given, image_patches=[one.numpy() for one in patches], image_patches_indices=indices.numpy()
+    ).logits
+    found = ours(**given, image_patches=batched, image_patches_indices=indices.numpy()).logits
+    assert_close("images in a batch", found, expected, 1e-5, mask)  # fp32, logits of 2
     with pytest.raises(ValueError, match="13 tokens of the id"):
-        ours(**own, image_patches=np.zeros((5, tiny_families.PATCH_SIZE), np.float32))
-
-
-@pytest.mark.parametrize("name", ["OpenAIGPTModel", "MPNetModel", "GPTNeoModel", "MistralModel", "MptModel"])
-def test_embeddings_as_inputs(name: str, tmp_path: Path) -> None:
-    """`inputs_embeds` in place of ids, with positions of one's own, head masks, and GPT-1's token types."""
-    theirs, ours = pair(name, tmp_path)
-    embeds = theirs.get_input_embeddings()(inputs(name)["input_ids"]).detach()
-    more: dict[str, torch.Tensor] = {"inputs_embeds": embeds}
-    if name != "MptModel":
-        more["position_ids"] = torch.arange(3, 26)[None]
-    if name == "OpenAIGPTModel":
-        more["token_type_ids"] = torch.arange(69).reshape(3, 23) % 5
-    if name in ("OpenAIGPTModel", "MPNetModel", "GPTNeoModel"):
-        more["head_mask"] = torch.rand(2, 6, generator=torch.Generator().manual_seed(1))
-    with torch.no_grad():
-        expected = theirs(**more, output_attentions=True, output_hidden_states=True)
-    bound = rounding_bound(theirs, expected)
-    found = ours(**numpy(more), output_attentions=True)
-    close(f"{name}, embeddings", found.last_hidden_state, expected.last_hidden_state, bound)
-    close(f"{name}, embeddings", found.attentions[1], expected.attentions[1], bound)
+        ours(**given, image_patches=np.zeros((5, tiny_families.PATCH_SIZE), np.float32))
 
 
 ONE_LAYER: dict[str, dict[str, Any]] = {
@@ -227,13 +125,13 @@ ONE_LAYER: dict[str, dict[str, Any]] = {
 }
 
 
-# Names of matrices to which all of an attention's gradients come.
+# Names of matrices whose gradients depend on all of an attention's.
 WATCHED = (".Wqkv.weight", ".k_proj.weight", ".attn.k.weight", ".c_attn.weight", ".query_key_value.weight")
 
 
 @pytest.mark.parametrize("name", ONE_LAYER)
 def test_blocks_of_queries(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Texts of several blocks, written out and in a loop, known and open lengths, at rest and in training, compiled."""
+    """Sequences of several blocks: unrolled and in a loop, of static and dynamic lengths, in training, compiled."""
     from monoblock.backends.tf import attention
 
     monkeypatch.setattr(attention, "QUERY_BLOCK", 8)
@@ -253,11 +151,11 @@ def test_blocks_of_queries(name: str, tmp_path: Path, monkeypatch: pytest.Monkey
         return out.logits, tape.gradient(out.loss, slot.variable.value)
 
     arrays = (ids.numpy(), mask.numpy(), wanted.numpy())
-    known = tf.function(step, jit_compile=True, autograph=False)
-    open_ = tf.function(step, input_signature=[spec] * 3, autograph=False)
+    static = tf.function(step, jit_compile=True, autograph=False)
+    dynamic = tf.function(step, input_signature=[spec] * 3, autograph=False)
     for unrolled in (16, 0):
         monkeypatch.setattr(attention, "UNROLLED", unrolled)
-        runs = {"eager": step} if unrolled else {"compiled": known, "open": open_}
+        runs = {"eager": step} if unrolled else {"compiled": static, "dynamic": dynamic}
         for what, run in runs.items():
             logits, found = run(*(tf.constant(x) for x in arrays))
             close(f"{name} in blocks, {what}", logits, expected.logits, 5e-5, mask)

@@ -1,5 +1,5 @@
-"""SavedModels: of models, of the user's models around them, with signatures of one's own; and what else transformers'
-TF classes came with (`from_tf`, `KerasMetricCallback`)."""
+"""SavedModels of models and of Keras models around them, custom signatures; `from_tf` and `KerasMetricCallback` as in
+transformers 4."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ class Wrapped(keras.Model):
 
 
 @pytest.mark.parametrize("how", ["saved_model", "export"])
-def test_models_around_ours(how: str, tmp_path: Path) -> None:
-    """Keras traces their calls with float32 ids, which it has no other type for."""
+def test_keras_models_around_ours(how: str, tmp_path: Path) -> None:
+    """Keras traces their calls with float32 ids, as it knows no other dtype for them."""
     whole = Wrapped()
     expected = whole(IDS)
     if how == "export":
@@ -49,7 +49,7 @@ def test_models_around_ours(how: str, tmp_path: Path) -> None:
 
 
 def test_float_ids() -> None:
-    """Keras's inputs are float32 unless they say so: ids may come in them, and only ids."""
+    """Keras inputs are float32 by default: ids may be float32 if they are integers, other inputs may not."""
     body = shallow("MPNetModel")
     ids = keras.Input((None,))
     whole = keras.Model(ids, body(ids)[1])
@@ -60,7 +60,7 @@ def test_float_ids() -> None:
             body(wrong)
 
 
-def test_saved_by_tensorflow(tmp_path: Path) -> None:
+def test_tf_saved_model_save(tmp_path: Path) -> None:
     """`tf.saved_model.save(model)` has the signature that `export` writes."""
     ours = shallow("GPTNeoForCausalLM")
     tf.saved_model.save(ours, str(tmp_path))
@@ -71,7 +71,7 @@ def test_saved_by_tensorflow(tmp_path: Path) -> None:
 
 
 def test_signatures(tmp_path: Path) -> None:
-    """`save_pretrained(saved_model=True)` has a signature for each width of ids, or those that are given."""
+    """`save_pretrained(saved_model=True)` has a signature for int32 and one for int64 ids, or the given ones."""
     ours = shallow("MPNetForTokenClassification")
     expected = ours(IDS, MASK).logits
     ours.save_pretrained(tmp_path, saved_model=True)
@@ -98,7 +98,7 @@ def test_signatures(tmp_path: Path) -> None:
 
 
 def test_from_tf(tmp_path: Path) -> None:
-    """Which of two kinds of files is read."""
+    """Which of two file formats is read."""
     folder = v4_checkpoints.FOLDER / "TFMPNetForMaskedLM"
     for name in ("config.json", "tf_model.h5"):
         (tmp_path / name).write_bytes((folder / name).read_bytes())
@@ -136,12 +136,12 @@ def batches(*, inside: bool) -> tf.data.Dataset:
 
 
 @pytest.mark.parametrize("inside", [True, False], ids=["labels in x", "labels as y"])
-def test_metrics_in_python(inside: bool) -> None:
+def test_metric_callback(inside: bool) -> None:
     ours = shallow("MPNetForTokenClassification")
-    seen = []
+    calls = []
 
     def metric(found: Any) -> dict[str, Any]:
-        seen.append(found)
+        calls.append(found)
         scores, labels = found
         real = labels != -100
         return {"right": (scores.argmax(-1) == labels)[real].mean()}
@@ -150,7 +150,7 @@ def test_metrics_in_python(inside: bool) -> None:
     callback = monoblock.KerasMetricCallback(metric, data)
     ours.compile("sgd", jit_compile=False)
     logs = ours.fit(data, verbose=0, callbacks=[callback]).history
-    scores, labels = seen[0]
+    scores, labels = calls[0]
     assert scores.shape == (3, 3, 4)
     np.testing.assert_array_equal(labels, [[2, 0, 2], [1, 0, 1], [2, 0, -100]])
     np.testing.assert_array_equal(scores[2, 2], [-100] * 4)
@@ -158,13 +158,13 @@ def test_metrics_in_python(inside: bool) -> None:
     assert 0 <= logs["right"][0] <= 1
 
 
-def test_metrics_of_spans_and_of_texts() -> None:
+def test_metric_callback_of_spans_and_generated_tokens() -> None:
     span = shallow("MPNetForQuestionAnswering")
     y = {"start_positions": np.array([0, 1]), "end_positions": np.array([1, 2])}
-    seen: list[Any] = []
+    calls: list[Any] = []
 
     def metric(found: Any) -> dict[str, float]:
-        seen.append(found)
+        calls.append(found)
         return {"one": 1}
 
     own = monoblock.KerasMetricCallback(
@@ -172,8 +172,8 @@ def test_metrics_of_spans_and_of_texts() -> None:
     )
     span.compile("sgd", jit_compile=False)
     assert span.fit({"input_ids": IDS, **y}, verbose=0, callbacks=[own]).history["one"] == [1.0]
-    assert seen[0][0].shape == (2, 4)
-    assert set(seen[0][1]) == set(y)
+    assert calls[0][0].shape == (2, 4)
+    assert set(calls[0][1]) == set(y)
     text = shallow("GPTNeoForCausalLM")
     data = tf.data.Dataset.from_tensor_slices({"input_ids": IDS, "labels": IDS}).batch(2)
     how = {"max_new_tokens": 3, "do_sample": False}
@@ -181,7 +181,7 @@ def test_metrics_of_spans_and_of_texts() -> None:
     own.set_model(text)
     logs: dict[str, float] = {}
     own.on_epoch_end(0, logs)
-    np.testing.assert_array_equal(seen[1][0], text.generate(IDS, **how))
+    np.testing.assert_array_equal(calls[1][0], text.generate(IDS, **how))
     assert logs == {"one": 1.0}
     with pytest.raises(ValueError, match="needs a batch_size"):
         monoblock.KerasMetricCallback(metric, {"input_ids": IDS})

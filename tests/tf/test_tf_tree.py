@@ -1,5 +1,5 @@
-"""The layers of TF models are those of transformers' old TF classes: names, shapes and order of all weights,
-attributes, main layers; and by the rule, where there never was a TF class."""
+"""The layers of TF models equal those of transformers 4's TF classes: names, shapes and order of all weights,
+attributes, main layers. Classes that had no TF version follow the naming rule."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 import tensorflow as tf
 import v4_checkpoints
+from contract.models import CLASSES, fields
 from measure import assert_close
-from tf_pairs import CLASSES, fields, model
+from tf_pairs import model
 
 import monoblock
 from monoblock.backends.tf.classes import make_class
@@ -25,7 +26,7 @@ Weights = list[tuple[str, tuple[int, ...]]]
 
 
 def recorded(name: str) -> Weights:
-    """Names and shapes of a `tf_model.h5`, in the order of the old class; what two of its layers shared stands once."""
+    """Names and shapes of a `tf_model.h5`, in the order of the class that wrote it; shared weights once."""
     found: dict[str, tuple[int, ...]] = {}
     with h5py.File(v4_checkpoints.FOLDER / name / "tf_model.h5") as file:
         for layer in file.attrs["layer_names"]:
@@ -39,25 +40,25 @@ def held(ours: Any) -> Weights:
 
 
 @pytest.mark.parametrize("name", v4_checkpoints.TENSORFLOW)
-def test_weights_are_the_old_ones(name: str) -> None:
+def test_weights_are_those_of_transformers_4(name: str) -> None:
     keras.backend.clear_session()  # so that no number is added to the model's name
     assert held(make_class(name).from_pretrained(v4_checkpoints.FOLDER / name)) == recorded(name)
 
 
-def test_the_old_classes_are_all_there() -> None:
+def test_every_tf_class_of_transformers_4_is_covered() -> None:
     assert len(v4_checkpoints.TENSORFLOW) == 13
 
 
-# Of the classes without an old one: the module names of the PyTorch class, layers numbered as in the old classes of
-# the family or else `h_._0`, and Keras's names of variables; `weight` for RMS norms, as the old ones had.
+# The naming rule: the module names of the PyTorch class, layers numbered as in the family's TF classes, where there
+# were any, or else `h_._0`, and Keras's names of variables; `weight` for RMS norms.
 LEAVES = {"kernel": "weight", "embeddings": "weight", "gamma": "weight", "weight": "weight"}
 LEAVES |= {"bias": "bias", "beta": "bias"}
-# The pooler of the old main layer, which the PyTorch classes with these heads leave out.
+# The pooler of the main layer in transformers 4, which the PyTorch classes with these heads omit.
 POOLER = {"mpnet.pooler.dense.weight", "mpnet.pooler.dense.bias"}
 
 
 @pytest.mark.parametrize("name", CLASSES)
-def test_names_are_those_of_the_pytorch_class(name: str) -> None:
+def test_weight_names_follow_the_pytorch_class(name: str) -> None:
     ours, theirs = model(name), getattr(monoblock, name)(family_of(name).config(**fields(name)))
     prefix = ours.family.prefix
     headed = ours.row.head not in (None, "pooler")
@@ -77,8 +78,8 @@ def test_names_are_those_of_the_pytorch_class(name: str) -> None:
     assert ours.parameter_variables().keys() == found.keys()
 
 
-def test_kinds_of_weights() -> None:
-    """Norms and tables by their kinds, in a family that had no TF classes and one that had."""
+def test_names_of_norm_and_embedding_variables() -> None:
+    """In a family that had no TF classes, and in one that had."""
     mpt = [v.path.partition("/")[2] for v in model("MptForCausalLM").weights]
     assert "transformer/wte/embeddings" in mpt
     assert "transformer/blocks_._0/norm_1/gamma" in mpt
@@ -88,11 +89,13 @@ def test_kinds_of_weights() -> None:
     assert "score/kernel" in mistral
 
 
-def test_attributes_are_the_old_ones() -> None:
+def test_attributes_are_those_of_transformers_4() -> None:
     mpnet = model("MPNetForSequenceClassification")
     layer = mpnet.mpnet.encoder.layer[0]
     assert layer.attention.attn.q.kernel.shape == (36, 36)
-    assert layer.out.dense.name == "dense" and layer.out.name == "output"  # Keras's layers have an `output`
+    assert (
+        layer.out.dense.name == "dense" and layer.out.name == "output"
+    )  # Keras layers have an attribute `output`
     assert mpnet.mpnet.embeddings.weight.shape == (89, 36)
     assert mpnet.classifier.out_proj.bias.shape == (4,)
     assert mpnet.mpnet.embeddings.LayerNorm.beta is mpnet.mpnet.embeddings.LayerNorm.weights[1]
@@ -106,10 +109,10 @@ def test_attributes_are_the_old_ones() -> None:
     assert mistral.lm_head.kernel.shape == (36, 89)
 
 
-def test_class_names_are_the_old_ones() -> None:
+def test_class_names_are_those_of_transformers_4() -> None:
     mpnet = model("MPNetModel").mpnet
-    parts = [mpnet, mpnet.embeddings, mpnet.encoder, mpnet.pooler, mpnet.encoder.layer[0].attention.attn]
-    assert [type(part).__name__ for part in parts] == [
+    layers = [mpnet, mpnet.embeddings, mpnet.encoder, mpnet.pooler, mpnet.encoder.layer[0].attention.attn]
+    assert [type(layer).__name__ for layer in layers] == [
         "TFMPNetMainLayer",
         "TFMPNetEmbeddings",
         "TFMPNetEncoder",
@@ -118,7 +121,7 @@ def test_class_names_are_the_old_ones() -> None:
     ]
 
 
-def test_what_is_replaced_is_honoured() -> None:
+def test_replaced_layers_take_effect() -> None:
     ours = model("MistralModel")
     before = ours(IDS).last_hidden_state
     mlp = ours.model.layers[1].mlp
@@ -130,8 +133,8 @@ def test_what_is_replaced_is_honoured() -> None:
     assert np.abs(ours(IDS).last_hidden_state - before).max() > 1e-3
 
 
-def test_eager_calls_are_kerass() -> None:
-    """Eagerly, plain layers are called past Keras: with the same numbers, and whatever was done to one of them acts."""
+def test_eager_calls_equal_keras_calls() -> None:
+    """Eager calls bypass Keras for plain layers, with the same results; changes to a layer take effect."""
     ours = model("MistralModel")
     expected = tf.function(ours, autograph=False)(tf.constant(IDS)).last_hidden_state
     assert_close("eager", ours(IDS).last_hidden_state, expected, 1e-5)
@@ -158,7 +161,7 @@ def test_eager_calls_are_kerass() -> None:
 
 
 def test_dropouts_are_layers() -> None:
-    """Their rates may be changed where they are."""
+    """Their rates can be changed."""
     ours = model("MPNetForTokenClassification", hidden_dropout_prob=0.4, attention_probs_dropout_prob=0.0)
     wanted = np.ones_like(IDS)
     assert ours(IDS, labels=wanted, training=True).loss[0] != ours(IDS, labels=wanted, training=True).loss[0]
@@ -174,7 +177,7 @@ def test_dropouts_are_layers() -> None:
 
 @pytest.mark.parametrize("name", CLASSES)
 def test_main_layers(name: str) -> None:
-    """What every model holds under the family's prefix is the bare model, called as that."""
+    """The attribute with the family's prefix is the bare model, and is called like it."""
     ours = model(name)
     main = getattr(ours, ours.family.prefix)
     assert main is ours.base_model
@@ -192,8 +195,8 @@ def test_main_layers(name: str) -> None:
         assert_close("main layer", main(IDS).last_hidden_state, whole.last_hidden_state, 0.0)
 
 
-def test_a_main_layer_inside_of_another_model(tmp_path: Path) -> None:
-    """`keras.Model(ids, head(body.layers[0](ids)[1]))`, the form of many notebooks; and by itself."""
+def test_main_layers_inside_other_models(tmp_path: Path) -> None:
+    """`keras.Model(ids, head(body.layers[0](ids)[1]))`, a common form; and a main layer alone."""
     body = model("MPNetModel")
     ids = keras.Input((None,), dtype="int32")
     pooled = body.layers[0](ids)[1]
@@ -211,7 +214,7 @@ def test_a_main_layer_inside_of_another_model(tmp_path: Path) -> None:
     assert np.abs(dropped(IDS, training=True)[0] - dropped(IDS)[0]).max() > 0.1
 
 
-def test_bases_and_unknown_classes_are_refused() -> None:
+def test_base_classes_and_unknown_classes_raise() -> None:
     with pytest.raises(
         TypeError, match="TFMPNetPreTrainedModel is only the base of TFMPNetModel, TFMPNetForMaskedLM"
     ):
@@ -223,8 +226,8 @@ def test_bases_and_unknown_classes_are_refused() -> None:
 # ---------------------------------------------------------------------------- files
 
 
-def test_a_pooler_that_no_output_depends_on(tmp_path: Path, logs: pytest.LogCaptureFixture) -> None:
-    """Read and written where the files have it; else it begins anew, without a warning, and is not written."""
+def test_unused_pooler(tmp_path: Path, logs: pytest.LogCaptureFixture) -> None:
+    """Loaded and saved if the files have it; otherwise it is initialised without a warning, and not saved."""
     load = monoblock.TFMPNetForMaskedLM.from_pretrained
     old = load(v4_checkpoints.FOLDER / "TFMPNetForMaskedLM")
     with h5py.File(v4_checkpoints.FOLDER / "TFMPNetForMaskedLM" / "tf_model.h5") as file:
@@ -244,7 +247,7 @@ def test_a_pooler_that_no_output_depends_on(tmp_path: Path, logs: pytest.LogCapt
     assert "mpnet.pooler.dense.weight" in inside.hub_state_dict()
 
 
-def test_h5_files_of_whole_models(tmp_path: Path) -> None:
+def test_h5_files(tmp_path: Path) -> None:
     """`model.save("x.h5")` and `keras.saving.load_model`; `load_weights` of a `tf_model.h5`."""
     ours = model("MPNetForTokenClassification")
     ours.save(tmp_path / "whole.h5")

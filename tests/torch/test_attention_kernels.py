@@ -1,4 +1,4 @@
-"""The attention kernels by name: flex, flash, and the errors for what is not there."""
+"""Attention implementations by name: flex, flash, and errors for unavailable ones."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from mpt_cases import LENGTHS, mpt_model
 from monoblock import MptForCausalLM, MptModel
 from monoblock.backends.pytorch.kernels import attention
 
-ATOL = 1e-5  # fp32, 2 layers, values of the order of 1 to 10: measured 3e-6
+ATOL = 1e-5  # fp32, 2 layers, values of 1 to 10: measured 3e-6
 
 
-@pytest.mark.skipif(not has_compiler(), reason="flex attention is compiled, and no C++ compiler is here")
+@pytest.mark.skipif(not has_compiler(), reason="flex attention needs a C++ compiler")
 @torch.no_grad()
 def test_flex_attention() -> None:
     attn = {"attn_type": "grouped_query_attention", "kv_n_heads": 2, "sliding_window_size": 9}
@@ -64,13 +64,13 @@ def test_flash_attention_needs_a_gpu_and_its_package(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     with pytest.raises(ImportError, match="pip install flash-attn"):
         module.set_attn_implementation("flash_attention_2")
-    assert module.config._attn_implementation is None, "none was asked for"
+    assert module.config._attn_implementation is None, "unset"
     assert module.at("attention", 0).implementation == "sdpa"
 
 
 def flash_attn_func(q: Any, k: Any, v: Any, **given: Any) -> torch.Tensor:
-    """What the package documents: (batch, tokens, heads, dim), the last query lines up with the last key, ALiBi is
-    `-slope * |distance|`, a window of (left, right) keys, the cap on scaled scores."""
+    """The documented behaviour of flash-attn: (batch, tokens, heads, dim), the last query aligned with
+    the last key, ALiBi is `-slope * |distance|`, a window of (left, right) keys, the cap on scaled scores."""
     flash_attn_func.calls.append(given)
     queries, keys, groups = q.shape[1], k.shape[1], q.shape[2] // k.shape[2]
     k, v = k.repeat_interleave(groups, 2), v.repeat_interleave(groups, 2)
@@ -96,7 +96,7 @@ def flash_attn_func(q: Any, k: Any, v: Any, **given: Any) -> torch.Tensor:
     ["alibi_bias_max", "multiquery", "sliding window", "sliding window, rope", "score cap", "all at once"],
 )
 @torch.no_grad()
-def test_flash_attentions_arguments(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_arguments_of_flash_attention(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     package = types.ModuleType("flash_attn")
     package.__spec__ = importlib.machinery.ModuleSpec("flash_attn", None)
     package.flash_attn_func, flash_attn_func.calls = flash_attn_func, []
@@ -116,11 +116,11 @@ def test_flash_attentions_arguments(case: str, monkeypatch: pytest.MonkeyPatch) 
     count = len(flash_attn_func.calls)
     padded = module(ids, attention_mask=mask).logits
     assert_close("flash, padded", padded, expected_logits(module, expected(module, ids, mask)), ATOL, mask)
-    assert len(flash_attn_func.calls) == count, "padding is for the fused kernel"
+    assert len(flash_attn_func.calls) == count, "padded inputs use the fused kernel"
 
 
-def test_no_scores_array_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Unless attentions are asked for, nothing of heads x queries x keys is materialised."""
+def test_no_score_matrix_is_materialised(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unless attentions are requested, no array of heads x queries x keys is allocated."""
     monkeypatch.setattr(attention, "attend_eager", None)
     monkeypatch.setattr(attention, "_weights", None)
     module = model("MptModel")

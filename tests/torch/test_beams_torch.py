@@ -1,4 +1,4 @@
-"""Beam search on every kind of cache and prompt: the same texts."""
+"""Beam search with every kind of cache and prompt: the same sequences."""
 
 import copy
 
@@ -24,7 +24,7 @@ def made(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_caches_and_embeddings_change_nothing(name):
+def test_caches_and_embeddings(name):
     model = made(name)
     ids, mask = batch("left", (11, 5, 8), 89, 1, low=10)
     expected = model.generate(ids, attention_mask=mask, **OPTIONS).tolist()
@@ -36,7 +36,7 @@ def test_caches_and_embeddings_change_nothing(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_padded_prompts_get_the_beams_that_they_get_alone(name):
+def test_padded_prompts_equal_single_prompts(name):
     model = made(name)
     ids, mask = batch("left", (11, 5, 8), 89, 2, low=10)
     together = model.generate(ids, attention_mask=mask, **OPTIONS).tolist()
@@ -47,7 +47,7 @@ def test_padded_prompts_get_the_beams_that_they_get_alone(name):
             assert set(mine[11 - length :][len(theirs) :]) <= {3}
 
 
-def test_a_prompts_cache_is_its_beginning():
+def test_given_cache_of_a_prefix():
     model = made("MistralForCausalLM")
     ids, _ = batch("none", (12,), 89, 3, low=10)
     first = model.generate(ids[:, :8], max_new_tokens=1, return_dict_in_generate=True)
@@ -56,7 +56,7 @@ def test_a_prompts_cache_is_its_beginning():
     assert got.tolist() == model.generate(ids, **OPTIONS).tolist()
 
 
-def test_beams_go_on_beyond_what_a_windowed_cache_keeps():
+def test_beams_longer_than_a_windowed_cache():
     model = made("MistralForCausalLM")
     ids, _ = batch("none", (12,), 89, 3, low=10)
     options = {**OPTIONS, "max_new_tokens": 170, "eos_token_id": None, "no_repeat_ngram_size": 3}

@@ -1,4 +1,4 @@
-"""How many functions of this library a call of `generate` passes through before numbers are multiplied."""
+"""The number of Python frames of this library between `generate` and a matrix product."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from monoblock import MistralForCausalLM, native
 from monoblock.backends.pytorch.kernels import linear
 
 SOURCE = str(Path(monoblock.__file__).parent)
-# From `generate` to the function that multiplies, both counted. A prompt: generate, the loop, the decoder, the model
+# From `generate` to the matrix product, both counted. A prompt: generate, the loop, the decoder, the model
 # with its head, the bare model, a block, its attention or MLP, a matrix, the product. A token: generate, the loop, two
 # functions of the decoder, the caller of the native library.
 PROMPT, DECODE = 9, 5
@@ -43,11 +43,11 @@ def frames() -> tuple[str, ...]:
     return tuple(reversed(found))
 
 
-class Watched:
-    """The native library, or a module of products, whose functions note who calls them."""
+class Recorded:
+    """The native library, or a module of products, whose functions store their callers."""
 
-    def __init__(self, inner: Any, noted: dict[str, set[tuple[str, ...]]]) -> None:
-        self.inner, self.noted = inner, noted
+    def __init__(self, inner: Any, callers: dict[str, set[tuple[str, ...]]]) -> None:
+        self.inner, self.callers = inner, callers
 
     def __getattr__(self, name: str) -> Any:
         function = getattr(self.inner, name)
@@ -55,20 +55,20 @@ class Watched:
             return function
 
         def called(*given: Any) -> Any:
-            self.noted.setdefault(name, set()).add(frames())
+            self.callers.setdefault(name, set()).add(frames())
             return function(*given)
 
         return called
 
 
 @pytest.fixture
-def noted(monkeypatch: pytest.MonkeyPatch) -> dict[str, set[tuple[str, ...]]]:
-    """Who multiplies: the callers of the library's functions and of PyTorch's products."""
+def callers(monkeypatch: pytest.MonkeyPatch) -> dict[str, set[tuple[str, ...]]]:
+    """The callers of the library's functions and of PyTorch's products."""
     found: dict[str, set[tuple[str, ...]]] = {}
     if native.library() is not None:
         opened = native._opened()
-        monkeypatch.setattr(native, "_opened", lambda: (Watched(opened[0], found), *opened[1:]))
-    monkeypatch.setattr(torch.ops, "mkldnn", Watched(torch.ops.mkldnn, found))
+        monkeypatch.setattr(native, "_opened", lambda: (Recorded(opened[0], found), *opened[1:]))
+    monkeypatch.setattr(torch.ops, "mkldnn", Recorded(torch.ops.mkldnn, found))
     plain = F.linear
 
     def called(*given: Any) -> Any:
@@ -82,12 +82,12 @@ def noted(monkeypatch: pytest.MonkeyPatch) -> dict[str, set[tuple[str, ...]]]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("tokens", [4, 40], ids=["few rows", "many rows"])
 def test_frames_between_generate_and_a_product(
-    tokens: int, dtype: torch.dtype, noted: dict[str, set[tuple[str, ...]]]
+    tokens: int, dtype: torch.dtype, callers: dict[str, set[tuple[str, ...]]]
 ) -> None:
     model = MistralForCausalLM(SMALL).eval().to(dtype)
     model.generate(torch.arange(tokens)[None], max_new_tokens=3, pad_token_id=0)
-    steps = noted.pop("mb_step", set())
-    products = set().union(*noted.values())
+    steps = callers.pop("mb_step", set())
+    products = set().union(*callers.values())
     # q, k and v, and gate and up, in one product each; out and down; the head.
     assert {chain[-2] for chain in products} >= {"fused", "Linear.forward"} or native.library() is None
     assert {chain[0] for chain in products} == {"Generation.generate"}
@@ -98,17 +98,17 @@ def test_frames_between_generate_and_a_product(
 
 
 @pytest.mark.skipif(native.library() is None, reason=f"native kernels: {native.status()}")
-def test_frames_between_generate_and_a_quantised_product(noted: dict[str, set[tuple[str, ...]]]) -> None:
+def test_frames_between_generate_and_a_quantised_product(callers: dict[str, set[tuple[str, ...]]]) -> None:
     model = MistralForCausalLM(SMALL).eval().quantize("int4")
     model.generate(torch.arange(4)[None], max_new_tokens=1, pad_token_id=0)
-    products = noted["mb_linear"]
+    products = callers["mb_linear"]
     assert {chain[-4] for chain in products} == {"fused", "QuantizedLinear.forward"}
     assert max(map(len, products)) <= QUANTIZED, max(products, key=len)
 
 
-def test_the_counter_counts(noted: dict[str, set[tuple[str, ...]]]) -> None:
+def test_frames_of_a_single_layer(callers: dict[str, set[tuple[str, ...]]]) -> None:
     with torch.no_grad():
         linear.Linear(8, 4)(torch.ones(1, 8))
-    chains = set().union(*noted.values())
+    chains = set().union(*callers.values())
     assert {chain[0] for chain in chains} == {"Linear.forward"}
     assert max(map(len, chains)) <= 2

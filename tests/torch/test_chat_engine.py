@@ -1,4 +1,4 @@
-"""The chat's engine with real models: what was computed is used again, and Fuyu sees images."""
+"""The chat engine with real models: reuse of the cache, limits of positions, and images."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from monoblock.cli.options import DownloadOptions, FrameworkModelOptions
 GREEDY = {"do_sample": False, "max_new_tokens": 24}
 
 
-def nowhere(text: str) -> None:
+def discard(text: str) -> None:
     del text
 
 
@@ -30,7 +30,7 @@ def demo() -> engine.Engine:
     return engine.load(FrameworkModelOptions(device="cpu"), DownloadOptions())
 
 
-def talk(
+def converse(
     loaded: engine.Engine, monkeypatch: pytest.MonkeyPatch, *, reuse: bool
 ) -> tuple[list[str], list[int]]:
     conversation, replies, fed = Conversation(), [], []
@@ -45,24 +45,24 @@ def talk(
         conversation.say(text)
         if not reuse:
             loaded.past.cache = None
-        reply = loaded.answer(conversation.messages(), GREEDY, nowhere)
+        reply = loaded.answer(conversation.messages(), GREEDY, discard)
         conversation.answer(reply.text)
         replies.append(reply.text)
     monkeypatch.undo()
     return replies, [count for count in fed if count > 1]
 
 
-def test_greedy_replies_are_the_same_with_and_without_reuse(
+def test_greedy_replies_are_equal_with_and_without_reuse(
     demo: engine.Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plain, whole = talk(demo, monkeypatch, reuse=False)
-    again, parts = talk(demo, monkeypatch, reuse=True)
+    plain, whole = converse(demo, monkeypatch, reuse=False)
+    again, reused = converse(demo, monkeypatch, reuse=True)
     assert again == plain
-    assert parts[0] == whole[0]
-    assert sum(parts) < sum(whole)  # something was used again
+    assert reused[0] == whole[0]
+    assert sum(reused) < sum(whole)  # the cache was reused
 
 
-def test_another_beginning_is_computed_anew(demo: engine.Engine) -> None:
+def test_cache_of_another_prefix_is_discarded(demo: engine.Engine) -> None:
     demo.past.cache, demo.past.ids = object(), [1, 2, 3]
     assert demo.past.take([1, 2, 4, 5]) is None
     demo.past.cache, demo.past.ids = object(), [1, 2, 3]
@@ -76,28 +76,28 @@ def short(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_pipelines.folder(tmp_path_factory.mktemp("short"), "GPTNeoForCausalLM", eos_token_id=None)
 
 
-def test_a_reply_ends_where_the_positions_do(short: Path) -> None:
-    """The number of tokens is the command's own; one that the user asks for is refused, before anything is shown."""
-    loaded, seen = engine.load(FrameworkModelOptions(model=str(short), device="cpu"), DownloadOptions()), []
+def test_replies_end_at_the_last_position(short: Path) -> None:
+    """The default number of tokens is limited; an explicit one that does not fit raises before any output."""
+    loaded, shown = engine.load(FrameworkModelOptions(model=str(short), device="cpu"), DownloadOptions()), []
     greedy = {"do_sample": False}
-    reply = loaded.complete("abcd" * 5, loaded.limits(128) | greedy, seen.append)
+    reply = loaded.complete("abcd" * 5, loaded.limits(128) | greedy, shown.append)
     assert (reply.prompt_tokens, reply.tokens) == (20, 45)
     messages = [{"role": "user", "content": "abcd"}]
-    assert loaded.answer(messages, loaded.limits(512) | greedy, seen.append).tokens > 0
+    assert loaded.answer(messages, loaded.limits(512) | greedy, shown.append).tokens > 0
     assert loaded.model.generation_config.max_new_tokens is None
-    seen.clear()
+    shown.clear()
     with pytest.raises(
         ValueError, match=r"46 new tokens do not fit: .* takes 20 of them, so that at most 45 can follow"
     ):
-        loaded.complete("abcd" * 5, loaded.limits(128) | greedy | {"max_new_tokens": 46}, seen.append)
+        loaded.complete("abcd" * 5, loaded.limits(128) | greedy | {"max_new_tokens": 46}, shown.append)
     with pytest.raises(
         ValueError, match="the prompt has 80 tokens, and the model has 64 learned positions: shorten it"
     ):
-        loaded.complete("abcd" * 20, loaded.limits(128) | greedy, seen.append)
-    assert "".join(seen) == ""
+        loaded.complete("abcd" * 20, loaded.limits(128) | greedy, shown.append)
+    assert "".join(shown) == ""
 
 
-def test_a_pipeline_ends_where_the_positions_do(short: Path) -> None:
+def test_pipelines_end_at_the_last_position(short: Path) -> None:
     pipe = pipeline("text-generation", str(short), device="cpu")
     new = {"return_tensors": True, "do_sample": False}
     [[one], [two]] = pipe(["abcd" * 5, "abcd" * 10], batch_size=2, **new)
@@ -124,7 +124,7 @@ def test_fuyu_answers_about_an_image(tmp_path: Path) -> None:
     conversation = Conversation()
     conversation.say("what is in the box", str(path))
     options = {"do_sample": False, "max_new_tokens": 4}
-    reply = loaded.answer(conversation.messages(), options, nowhere)
+    reply = loaded.answer(conversation.messages(), options, discard)
     inputs = loaded.processor(text=["what is in the box"], images=[str(path)], return_tensors="pt")
     ids = loaded.model.generate(**inputs, **options)[0, inputs["input_ids"].shape[1] :]
     assert reply.tokens == 4

@@ -1,4 +1,4 @@
-"""Conversion between the hub's own folders: types, shards, spellings, pooled heads."""
+"""Conversion of transformers checkpoints: dtypes, shards, naming schemes, mean-pooled key/value heads, memory."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from monoblock.conversion.convert import Options, convert
 # ------------------------------------------------------------------ types
 
 
-def test_bfloat16_of_every_pattern_is_torchs() -> None:
+def test_every_bfloat16_pattern_equals_torch() -> None:
     bits = np.arange(2**16, dtype="<u2")
     array = bits.view(numpy_dtype("BF16"))
     theirs = torch.from_numpy(bits.view("<i2")).view(torch.bfloat16).float().numpy()
@@ -34,7 +34,7 @@ def test_bfloat16_of_every_pattern_is_torchs() -> None:
 
 
 @given(st.lists(st.floats(width=32), min_size=1, max_size=50))
-def test_rounding_to_bfloat16_is_torchs(numbers: list[float]) -> None:
+def test_rounding_to_bfloat16_equals_torch(numbers: list[float]) -> None:
     array = np.array(numbers, np.float32)
     theirs = torch.from_numpy(array).bfloat16().float().numpy()
     if np.isinf(theirs).sum() != np.isinf(array).sum():
@@ -65,7 +65,7 @@ def test_dtype(tmp_path: Path, dtype: str, stored: torch.dtype) -> None:
     )
 
 
-def test_dtype_that_cannot_hold_the_numbers(tmp_path: Path) -> None:
+def test_overflow_of_the_dtype_raises(tmp_path: Path) -> None:
     big = mistral()
     with torch.no_grad():
         big.get_input_embeddings().weight[3, 4] = 7e4
@@ -80,7 +80,7 @@ def test_dtype_that_cannot_hold_the_numbers(tmp_path: Path) -> None:
 # ------------------------------------------------------------------ files and spellings
 
 
-def test_bin_becomes_safetensors_with_its_files(tmp_path: Path) -> None:
+def test_bin_to_safetensors_with_other_files(tmp_path: Path) -> None:
     source = saved(model(), tmp_path / "a")
     state = load_file(source / "model.safetensors")
     state["lm_head.weight"] = state["transformer.wte.weight"]  # .bin files hold tied weights twice
@@ -121,7 +121,7 @@ def test_shards(tmp_path: Path) -> None:
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
-def test_old_spellings_become_todays(tmp_path: Path) -> None:
+def test_old_names_are_converted(tmp_path: Path) -> None:
     config = monoblock.GPTNeoConfig(
         vocab_size=61, hidden_size=24, num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]]
     )
@@ -133,7 +133,7 @@ def test_old_spellings_become_todays(tmp_path: Path) -> None:
     assert load_file(tmp_path / "b" / "model.safetensors").keys() == state.keys()
 
 
-def test_a_head_without_a_place_is_named(tmp_path: Path) -> None:
+def test_unused_head_is_reported(tmp_path: Path) -> None:
     source = saved(mistral(), tmp_path / "a")
     content = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps(content | {"architectures": ["MistralModel"]}))
@@ -142,7 +142,7 @@ def test_a_head_without_a_place_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["MptForTokenClassification", "MptForSequenceClassification", "MptModel"])
-def test_the_class_is_found_by_the_tensors(tmp_path: Path, name: str) -> None:
+def test_class_is_derived_from_the_tensors(tmp_path: Path, name: str) -> None:
     source = saved(model(name), tmp_path / "a")
     content = json.loads((source / "config.json").read_text())
     del content["architectures"]
@@ -174,8 +174,8 @@ def test_pooled_heads_are_means(tmp_path: Path, kv_heads: int) -> None:
     assert result.comparison.logits.difference > 0  # another model
 
 
-def test_pooling_equal_heads_changes_nothing(tmp_path: Path) -> None:
-    """MPT with biases, whose heads of a group are the same: pooled, it must compute what it did."""
+def test_pooling_equal_heads_keeps_the_output(tmp_path: Path) -> None:
+    """MPT with biases, whose heads of a group are the same: pooling must not change the output."""
     twin = model(no_bias=False, n_heads=6)
     with torch.no_grad():
         for i in range(twin.spec.layers):
@@ -201,7 +201,7 @@ def test_pooling_equal_heads_changes_nothing(tmp_path: Path) -> None:
             num_attention_heads=4, intermediate_size=30)), 2, "mpnet"),
     ],
 )  # fmt: skip
-def test_pooling_refused(tmp_path: Path, made_model: Any, kv_heads: int, words: str) -> None:
+def test_invalid_pooling_raises(tmp_path: Path, made_model: Any, kv_heads: int, words: str) -> None:
     source = saved(made_model(), tmp_path / "a")
     with pytest.raises(ValueError, match=words):
         convert(source, tmp_path / "b", Options(kv_heads=kv_heads))
@@ -215,7 +215,7 @@ def test_one_tensor_is_in_memory_at_a_time(tmp_path: Path) -> None:
     many = mistral(hidden_size=96, intermediate_size=192, num_hidden_layers=20)
     source = saved(many, tmp_path / "a")
     size = (source / "model.safetensors").stat().st_size
-    convert(source, tmp_path / "warm", Options(dtype="bfloat16"))  # what is imported is not counted
+    convert(source, tmp_path / "warm", Options(dtype="bfloat16"))  # without the memory of imports
     tracemalloc.start()
     convert(source, tmp_path / "b", Options(dtype="bfloat16", kv_heads=2))
     _, peak = tracemalloc.get_traced_memory()
@@ -227,11 +227,11 @@ def test_one_tensor_is_in_memory_at_a_time(tmp_path: Path) -> None:
 
 
 @given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 3), st.integers(1, 3))
-def test_every_op_moves_each_number_once(heads: int, kv: int, half: int, width: int) -> None:
+def test_every_op_is_a_bijection(heads: int, kv: int, half: int, width: int) -> None:
     """Writing through the views fills the tensor, and every number is read back from where it was written."""
     q, k = 2 * half * heads, 2 * half * kv
-    parts = SplitEach((q, k, k), (Interleaved(heads), Interleaved(kv), Same()))
-    cases = [(parts, q + 2 * k), (Split((q, k, k)), q + 2 * k), (Interleaved(heads), q), (Transposed(), q)]
+    nested = SplitEach((q, k, k), (Interleaved(heads), Interleaved(kv), Same()))
+    cases = [(nested, q + 2 * k), (Split((q, k, k)), q + 2 * k), (Interleaved(heads), q), (Transposed(), q)]
     for op, rows in [*cases, (PerHead(heads), 3 * q)]:
         for shape in ((rows, width), (rows,)):
             target = np.full(shape, -1)

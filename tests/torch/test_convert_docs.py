@@ -1,4 +1,4 @@
-"""The examples of docs/convert.md run on tiny releases of the names that they use."""
+"""The examples of docs/convert.md, run on tiny checkpoints with the names that they use."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def here(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_the_commands(here: Path) -> None:
+def test_commands(here: Path) -> None:
     env = os.environ | {"PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])}
     script = "\n".join(blocks("sh"))
     assert script.count("monoblock convert") > 4
@@ -49,7 +49,7 @@ def test_the_commands(here: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_the_python_example(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_python_example(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (here / "given").rename(here / "release")
     monkeypatch.chdir(here)
     for code in blocks("python"):

@@ -1,4 +1,4 @@
-"""What a conversion refuses and what it leaves behind: nothing; and what it does without PyTorch."""
+"""Conversions that fail raise and leave no files; and conversion without PyTorch."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from monoblock.conversion.convert import FORMATS, Options, convert
 # ------------------------------------------------------------------ whole or not at all
 
 
-def test_interrupted_leaves_nothing(tmp_path: Path) -> None:
+def test_interruption_leaves_no_files(tmp_path: Path) -> None:
     source = saved(mistral(), tmp_path / "a")
 
     def stop(done: int, of: int, what: str) -> None:
@@ -37,7 +37,7 @@ def test_interrupted_leaves_nothing(tmp_path: Path) -> None:
     assert names(tmp_path) == ["a"]
 
 
-def test_failed_check_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_check_leaves_no_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from monoblock.conversion import convert as module
 
     source = saved(mistral(), tmp_path / "a")
@@ -83,7 +83,7 @@ def test_source_is_never_the_target(tmp_path: Path) -> None:
     assert (source / "model.safetensors").exists()
 
 
-def test_leftovers_of_a_killed_process_go(tmp_path: Path) -> None:
+def test_leftovers_of_a_killed_process_are_removed(tmp_path: Path) -> None:
     import socket
 
     source = saved(mistral(), tmp_path / "a")
@@ -135,20 +135,20 @@ def test_damaged_openai_files(tmp_path: Path) -> None:
     folder = upstream_releases.openai_release(
         tmp_path / "a", randomised(monoblock.OpenAIGPTLMHeadModel(config))
     )
-    piece = folder / "params_4.npy"
-    whole = piece.read_bytes()
+    chunk = folder / "params_4.npy"
+    whole = chunk.read_bytes()
     for content, words in (
         (whole[:-40], "params_4"),
         (b"no array", "params_4"),
         (pickle.dumps({"code": print}), "params_4"),
     ):
-        piece.write_bytes(content)
+        chunk.write_bytes(content)
         with pytest.raises(monoblock.CheckpointError, match=words):
             convert(folder, tmp_path / "b")
-    np.save(piece, np.zeros(7, np.float32))
+    np.save(chunk, np.zeros(7, np.float32))
     with pytest.raises(monoblock.CheckpointError, match="values, but"):
         convert(folder, tmp_path / "b")
-    piece.unlink()
+    chunk.unlink()
     with pytest.raises(monoblock.CheckpointError, match="does not exist"):
         convert(folder, tmp_path / "b")
     (folder / "params_shapes.json").write_text("[[1, 2], 3]")
@@ -156,7 +156,7 @@ def test_damaged_openai_files(tmp_path: Path) -> None:
         convert(folder, tmp_path / "b")
 
 
-def test_tensors_that_do_not_fit(tmp_path: Path) -> None:
+def test_missing_and_mismatched_tensors(tmp_path: Path) -> None:
     state = upstream_releases.mistral_state()
     del state["layers.1.attention.wk.weight"]
     with pytest.raises(monoblock.MissingKeys, match=r"layers\.1\.attention"):
@@ -172,13 +172,13 @@ def test_tensors_that_do_not_fit(tmp_path: Path) -> None:
 
 
 class Bomb:
-    """What a malicious pickle holds."""
+    """A malicious pickle."""
 
     def __reduce__(self) -> Any:
         return os.mkdir, ("exploded",)
 
 
-def test_pickled_code_does_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pickled_code_is_not_executed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     folder = upstream_releases.mistral_release(
         tmp_path / "a", {**upstream_releases.mistral_state(), "x": Bomb()}
@@ -193,13 +193,13 @@ def test_pickled_code_does_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 class Evaluated:
-    """Code in a place where the trainer's own objects are."""
+    """Code where a trainer's objects are."""
 
     def __reduce__(self) -> Any:
         return eval, ("__import__('os').mkdir('exploded')",)
 
 
-def test_a_trainers_objects_are_replaced_and_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_objects_of_a_trainer_are_not_unpickled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     config = model().config
     state = {"model": {"model." + name: tensor for name, tensor in model().hub_state_dict().items()}}

@@ -1,4 +1,4 @@
-"""The makers' releases: read as they are laid out by hand, and written back bit by bit."""
+"""Upstream releases: read as laid out by the original code, and written back bitwise equal."""
 
 from __future__ import annotations
 
@@ -51,18 +51,18 @@ def gpt(heads: int = 2, width: int = 128) -> Any:
 def paired_rotation(q: Any, k: Any, cos: Any, sin: Any, *_: Any, **__: Any) -> tuple[Any, Any]:
     """RoPE as Mistral's own code has it: channels 2j and 2j + 1 are one complex number."""
     half = cos.shape[-1] // 2
-    turn = torch.complex(cos[:, None, :, :half], sin[:, None, :, :half])
+    rotation = torch.complex(cos[:, None, :, :half], sin[:, None, :, :half])
 
     def rotated(x: Any) -> Any:
         return torch.view_as_real(
-            torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous()) * turn
+            torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous()) * rotation
         ).flatten(-2)
 
     return rotated(q), rotated(k)
 
 
 def mistral_logits(state: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch) -> torch.Tensor:
-    """transformers' model with the makers' matrices as they are, and their own rotation in place of the hub's."""
+    """transformers' model with the upstream matrices and the original RoPE."""
     from transformers.models.mistral import modeling_mistral
 
     config = transformers.MistralConfig(
@@ -97,7 +97,7 @@ def mistral_logits(state: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPat
         return model(IDS).logits
 
 
-def test_mistral_equals_the_makers_arithmetic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mistral_equals_the_original_implementation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     state = upstream_releases.mistral_state()
     result = convert(upstream_releases.mistral_release(tmp_path / "a", state), tmp_path / "b")
     assert result.source_format == "mistral" and result.architecture == "MistralForCausalLM"
@@ -156,7 +156,7 @@ def test_mistral_shards_of_two_ranks(tmp_path: Path) -> None:
     same_tensors(tmp_path / "b", tmp_path / "c")
 
 
-def test_mistral_files_with_tensors_of_their_own(tmp_path: Path) -> None:
+def test_mistral_tensors_split_over_files(tmp_path: Path) -> None:
     state, folder = upstream_releases.mistral_state(), upstream_releases.mistral_release(tmp_path / "a")
     (folder / "consolidated.00.pth").unlink()
     names = sorted(state)
@@ -167,7 +167,7 @@ def test_mistral_files_with_tensors_of_their_own(tmp_path: Path) -> None:
     same_tensors(tmp_path / "b", tmp_path / "c")
 
 
-def test_mistral_and_back(tmp_path: Path) -> None:
+def test_mistral_round_trip(tmp_path: Path) -> None:
     state = {name: tensor.bfloat16() for name, tensor in upstream_releases.mistral_state().items()}
     convert(upstream_releases.mistral_release(tmp_path / "a", state), tmp_path / "b")
     result = convert(tmp_path / "b", tmp_path / "c", Options(target_format="mistral", check=True))
@@ -179,7 +179,7 @@ def test_mistral_and_back(tmp_path: Path) -> None:
     assert result.comparison.equal == result.comparison.tensors and result.comparison.logits.agreement == 1
 
 
-def test_mistral_windows_in_some_layers_and_back(tmp_path: Path) -> None:
+def test_mistral_windows_in_some_layers_round_trip(tmp_path: Path) -> None:
     """Ministral's params.json holds a list of windows, which is repeated over the layers."""
     convert(upstream_releases.mistral_release(tmp_path / "a", sliding_window=[None, 7]), tmp_path / "b")
     config = monoblock.AutoConfig.from_pretrained(tmp_path / "b")
@@ -200,7 +200,7 @@ def test_mistral_windows_in_some_layers_and_back(tmp_path: Path) -> None:
         ({"use_biases": True}, "use_biases"),
     ],
 )
-def test_mistral_refuses_what_it_cannot_honour(tmp_path: Path, fields: dict[str, Any], words: str) -> None:
+def test_unsupported_mistral_params_raise(tmp_path: Path, fields: dict[str, Any], words: str) -> None:
     with pytest.raises(monoblock.UnsupportedConfig, match=words):
         convert(upstream_releases.mistral_release(tmp_path / "a", **fields), tmp_path / "b")
     assert not (tmp_path / "b").exists()
@@ -209,10 +209,10 @@ def test_mistral_refuses_what_it_cannot_honour(tmp_path: Path, fields: dict[str,
 # ------------------------------------------------------------------ OpenAI
 
 
-@pytest.mark.parametrize("pieces", [10])
-def test_openai_and_back(tmp_path: Path, pieces: int) -> None:
+@pytest.mark.parametrize("files", [10])
+def test_openai_round_trip(tmp_path: Path, files: int) -> None:
     model = gpt()
-    upstream_releases.openai_release(tmp_path / "a", model, pieces)
+    upstream_releases.openai_release(tmp_path / "a", model, files)
     result = convert(tmp_path / "a", tmp_path / "b", Options(check=True))
     assert result.source_format == "openai-gpt" and result.architecture == "OpenAIGPTLMHeadModel"
     with torch.no_grad():
@@ -251,7 +251,7 @@ def test_openai_heads_of_other_sizes_need_a_config(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("form", ["folder", "tar", "file"])
-def test_fuyu_from_the_makers_checkpoint(tmp_path: Path, form: str) -> None:
+def test_fuyu_from_the_upstream_checkpoint(tmp_path: Path, form: str) -> None:
     model = fuyu()
     source = upstream_releases.fuyu_release(tmp_path / "a", model)
     if form == "tar":
@@ -273,7 +273,7 @@ def test_fuyu_from_the_makers_checkpoint(tmp_path: Path, form: str) -> None:
     assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith(".")) == []
 
 
-def test_fuyu_and_back(tmp_path: Path) -> None:
+def test_fuyu_round_trip(tmp_path: Path) -> None:
     source = upstream_releases.fuyu_release(tmp_path / "a", fuyu())
     convert(source, tmp_path / "b", Options(dtype="bfloat16"))
     convert(tmp_path / "b", tmp_path / "c", Options(target_format="fuyu", check=True))

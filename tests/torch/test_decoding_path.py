@@ -1,4 +1,4 @@
-"""Which way tokens are made is said: by `decoding_path()`, and in the log once for each reason."""
+"""The decoding path is reported: by `decoding_path()`, and in the log once per reason."""
 
 from __future__ import annotations
 
@@ -40,39 +40,39 @@ def model() -> Any:
     return MistralForCausalLM(config).eval()
 
 
-def said(caplog: pytest.LogCaptureFixture) -> list[str]:
+def logged(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [record.getMessage() for record in caplog.records if record.levelno == logging.INFO]
 
 
-def test_a_plain_model_takes_the_native_step(model: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_plain_model_uses_the_native_step(model: Any, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "monoblock")
     assert model.decoding_path() == "native step"
     model.generate(IDS, **CALL)
     model.generate(IDS, **CALL)
-    assert said(caplog) == ["MistralForCausalLM: decoding by the native step"]
+    assert logged(caplog) == ["MistralForCausalLM: decoding by the native step"]
 
 
-def test_a_hook_is_named_and_said_once(model: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_hooks_are_named_and_logged_once(model: Any, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "monoblock")
     handle = model.model.layers[1].register_forward_hook(lambda *_: None)
     assert model.decoding_path() == "a forward hook on model.layers.1"
     model.generate(IDS, **CALL)
     model.generate(IDS, **CALL)
     reason = "MistralForCausalLM: decoding module by module, because of: a forward hook on model.layers.1"
-    assert said(caplog) == [reason]
+    assert logged(caplog) == [reason]
     handle.remove()
     assert model.decoding_path() == "native step"
     model.generate(IDS, **CALL)
-    assert said(caplog) == [reason, "MistralForCausalLM: decoding by the native step"]
+    assert logged(caplog) == [reason, "MistralForCausalLM: decoding by the native step"]
 
 
-def test_reasons_of_a_call_are_said(model: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_reasons_of_a_call_are_logged(model: Any, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "monoblock")
     model.generate(IDS, **CALL, use_cache=False)
     model.generate(IDS, **CALL, cache_implementation="quantized")
     model.generate(IDS, **CALL, return_dict_in_generate=True, output_attentions=True)
     model.generate(IDS.expand(17, -1), **CALL)
-    assert [line.partition("because of: ")[2] for line in said(caplog)] == [
+    assert [line.partition("because of: ")[2] for line in logged(caplog)] == [
         "use_cache=False",
         "a cache of the class QuantizedCache",
         "output_attentions=True",
@@ -111,13 +111,13 @@ def test_modules_of_other_packages(model: Any, package: str, reason: str) -> Non
     assert model.decoding_path() == reason
 
 
-def test_a_real_adapter(model: Any) -> None:
+def test_peft_adapter(model: Any) -> None:
     peft = pytest.importorskip("peft")
     wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules=["v_proj"], r=2))
     assert wrapped.decoding_path() == "LoRA adapter (peft) in model.layers.0.self_attn.v_proj"
 
 
-def test_types_and_settings(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dtypes_and_settings(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     assert model.double().decoding_path() == "dtype float64"
     model.float().set_attn_implementation("eager")
     assert model.decoding_path() == "attn_implementation='eager'"
@@ -127,7 +127,7 @@ def test_types_and_settings(model: Any, monkeypatch: pytest.MonkeyPatch) -> None
     assert model.to("meta").decoding_path() == "device meta"
 
 
-def test_a_model_that_predicts_no_token() -> None:
+def test_models_without_a_language_model_head() -> None:
     config = MPNetConfig(
         vocab_size=64,
         hidden_size=32,
@@ -139,7 +139,7 @@ def test_a_model_that_predicts_no_token() -> None:
     assert MPNetForMaskedLM(config).decoding_path() == "MPNetForMaskedLM predicts no next token"
 
 
-def test_graphs(model: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_cuda_graphs(model: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     """Where the device captures graphs; here the CPU, whose graph is the step itself."""
     caplog.set_level(logging.INFO, "monoblock")
     monkeypatch.setitem(cuda_graphs.CAPTURE, "cpu", lambda run, _: run)
@@ -150,7 +150,7 @@ def test_graphs(model: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogC
     assert model.decoding_path() == "a forward hook on model.norm"
     model.generate(IDS, **{**CALL, "max_new_tokens": 20})
     handle.remove()
-    assert [line.removeprefix("MistralForCausalLM: decoding ") for line in said(caplog)] == [
+    assert [line.removeprefix("MistralForCausalLM: decoding ") for line in logged(caplog)] == [
         "by the CUDA graph",
         "module by module, because of: fewer than 16 new tokens",
         "module by module, because of: a forward hook on model.norm",

@@ -1,4 +1,4 @@
-"""The embedded demo: what ships, that it is trained, and that its tokenizer and its chat work."""
+"""The embedded demo model: its files, that it is trained, its tokenizer and chat template."""
 
 import ast
 import json
@@ -76,7 +76,7 @@ def greedy(model, tokenizer, prompt, count):
     return tokenizer.decode(out[0], skip_special_tokens=True)
 
 
-def test_the_folder_is_small_and_holds_what_a_checkpoint_holds():
+def test_files_of_the_checkpoint():
     shipped = [path for path in demo.path().rglob("*") if path.is_file() and "__pycache__" not in path.parts]
     assert {path.name for path in shipped} == {
         "__init__.py",
@@ -89,14 +89,14 @@ def test_the_folder_is_small_and_holds_what_a_checkpoint_holds():
     assert sum(path.stat().st_size for path in shipped) <= SIZE_LIMIT
 
 
-def test_it_is_a_tiny_mpt_in_bfloat16():
+def test_architecture_and_dtype():
     model = MptForCausalLM.from_pretrained(demo.path())
     assert AutoConfig.from_pretrained(demo.path()).model_type == "mpt"
     assert {param.dtype for param in model.parameters()} == {torch.bfloat16}
     assert 4e6 < sum(param.numel() for param in model.parameters()) < 6e6
 
 
-def test_it_has_learned_python(model, tokenizer):
+def test_loss_on_unseen_python(model, tokenizer):
     """The same shape untrained needs log2(4096) bits for a token of some 3.5 bytes: about 3.5 bits a byte."""
     torch.manual_seed(0)
     untrained = bits_per_byte(MptForCausalLM(model.config), tokenizer, UNSEEN)
@@ -104,14 +104,14 @@ def test_it_has_learned_python(model, tokenizer):
     assert bits_per_byte(model, tokenizer, UNSEEN) < 1.5
 
 
-def test_it_knows_code_from_shuffled_code(model, tokenizer):
+def test_loss_is_lower_than_on_reversed_lines(model, tokenizer):
     lines = UNSEEN.splitlines()
     backwards = "\n".join(reversed(lines)) + "\n"
     assert bits_per_byte(model, tokenizer, UNSEEN) < 0.9 * bits_per_byte(model, tokenizer, backwards)
 
 
 @pytest.mark.parametrize("prompt", ["def fibonacci(n):", "class Stack:", "def __init__(self, name):"])
-def test_a_completion_is_python(model, tokenizer, prompt):
+def test_completions_parse(model, tokenizer, prompt):
     """The first line is indented below the prompt, and what is complete of the statement parses."""
     text = greedy(model, tokenizer, prompt, 60)
     assert text.startswith(prompt + "\n    ")
@@ -127,7 +127,7 @@ def parses(text):
     return True
 
 
-def test_longer_than_any_training_window(model, tokenizer):
+def test_sequences_longer_than_in_training(model, tokenizer):
     """Trained on 256 tokens, ALiBi reads on: the end of a long text is no harder than its beginning."""
     text = UNSEEN * 6
     assert len(tokenizer(text)["input_ids"]) > 1000
@@ -135,7 +135,7 @@ def test_longer_than_any_training_window(model, tokenizer):
 
 
 @given(text=st.text())
-def test_the_tokenizer_gives_back_any_text(text):
+def test_tokenizer_is_lossless(text):
     tokenizer = AutoTokenizer.from_pretrained(demo.path())
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
 
@@ -143,26 +143,26 @@ def test_the_tokenizer_gives_back_any_text(text):
 @pytest.mark.parametrize(
     "text", ["\r\n\t x  \n   \n", "\ufeffé 中 🙂", "\x00\x7f", "    pass  \n", " <|end|> don't"]
 )
-def test_the_tokenizer_gives_back_awkward_text(tokenizer, text):
+def test_tokenizer_is_lossless_on_special_characters(tokenizer, text):
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
 
 
-def test_the_tokenizer_is_made_for_code(tokenizer):
-    """A line break with its indentation is one token, digits stand alone, and pad is not eos."""
+def test_tokens_of_code(tokenizer):
+    """A line break with its indentation is one token, digits are single tokens, and pad is not eos."""
     tokens = tokenizer.convert_ids_to_tokens(tokenizer("if x:\n        return 2048\n")["input_ids"])
     assert "Ċ" + 8 * "Ġ" in tokens
     assert tokens[-5:] == ["Ġ2", "0", "4", "8", "Ċ"]
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (0, 0, 1)
 
 
-def test_the_config_and_the_tokenizer_agree(model, tokenizer):
+def test_config_and_tokenizer_agree(model, tokenizer):
     config, defaults = model.config, GenerationConfig.from_pretrained(demo.path())
     assert config.vocab_size == len(tokenizer)
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         assert getattr(config, name) == getattr(defaults, name) == getattr(tokenizer, name)
 
 
-def test_the_chat_is_written_as_it_was_trained(tokenizer):
+def test_chat_template(tokenizer):
     turns = [
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": "Add two numbers."},
@@ -176,7 +176,7 @@ def test_the_chat_is_written_as_it_was_trained(tokenizer):
     )
 
 
-def test_the_chat_refuses_other_roles(tokenizer):
+def test_other_roles_raise(tokenizer):
     with pytest.raises(ValueError, match="got tool"):
         tokenizer.apply_chat_template([{"role": "tool", "content": "x"}], tokenize=False)
 
@@ -197,7 +197,7 @@ def test_chat_replies_are_functions_that_end(model, tokenizer):
     assert ended >= len(REQUESTS) // 2
 
 
-def test_the_page_and_its_picture_tell_of_this_model(model):
+def test_documentation_matches_the_model(model):
     page = (REPOSITORY / "docs" / "demo.md").read_text(encoding="utf-8")
     assert f"| {sum(param.numel() for param in model.parameters()):,} |" in page
     assert "demo-loss.svg" in page
@@ -205,7 +205,7 @@ def test_the_page_and_its_picture_tell_of_this_model(model):
     assert len(picture.findall("{http://www.w3.org/2000/svg}polyline")) == 2
 
 
-def test_the_weights_are_bfloat16_on_disk_under_the_hub_s_names():
+def test_weights_are_bfloat16_with_transformers_names():
     with (demo.path() / "model.safetensors").open("rb") as file:
         header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
     header.pop("__metadata__")

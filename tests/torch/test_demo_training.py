@@ -1,4 +1,4 @@
-"""The demo's trainer: its corpus, its loss, its optimiser, and that an interrupted run goes on as it was."""
+"""Training of the demo: corpus, loss, optimizers, and bitwise resumption."""
 
 import argparse
 import ast
@@ -58,7 +58,7 @@ def library(tmp_path):
     return tmp_path / "lib"
 
 
-def test_the_corpus_takes_code_once_and_leaves_the_rest(library):
+def test_corpus_filters_and_deduplicates(library):
     documents = corpus.collect(library)
     assert [document.name for document in documents] == ["copy.py", "other.py", "test/test_long.py"]
     assert [document.is_test for document in documents] == [False, False, True]
@@ -72,7 +72,7 @@ def test_long_tests_are_cut_between_statements(library):
     ast.parse(text)
 
 
-def test_dialogues_are_docstrings_and_what_they_describe():
+def test_dialogues_are_docstrings_and_their_code():
     document = corpus.Document(name="a.py", text=CODE, is_test=False)
     assert list(corpus.dialogues(document)) == [
         (
@@ -85,13 +85,13 @@ def test_dialogues_are_docstrings_and_what_they_describe():
     ]
 
 
-def test_held_out_is_a_property_of_the_name():
+def test_held_out_depends_on_the_name():
     documents = [corpus.Document(name=f"m{i}.py", text=CODE, is_test=False) for i in range(5000)]
     assert 60 < sum(document.held_out for document in documents) < 140  # 100 expected, deviation 10
     assert corpus.Document(name="ast.py", text="", is_test=True).held_out
 
 
-def test_windows_begin_where_a_line_does():
+def test_windows_begin_at_lines():
     """With its line break and indentation, or at column 0: every prompt begins at column 0."""
     documents = [corpus.Document(name=f"m{i}.py", text=CODE, is_test=False) for i in (0, 1, 3)]
     assert not any(document.held_out for document in documents)
@@ -105,7 +105,7 @@ def test_windows_begin_where_a_line_does():
     assert len(texts) > 20
 
 
-def test_the_order_of_the_text_follows_the_seed():
+def test_order_depends_on_the_seed():
     kinds = np.full(64, 2, dtype=np.int8)  # as if every token were a line: a window may begin anywhere
     segments = [data.Segment(ids=np.arange(i, i + 50, dtype=np.uint16), repeats=1 + i % 2) for i in range(9)]
     one, same, other = (next(data.batches(segments, kinds, seed=s, length=10, batch=8)) for s in (1, 1, 2))
@@ -113,9 +113,9 @@ def test_the_order_of_the_text_follows_the_seed():
     assert not torch.equal(one, other)
 
 
-def test_the_sliced_loss_is_the_cross_entropy():
+def test_sliced_loss_equals_cross_entropy():
     torch.manual_seed(0)
-    count = ROWS + 100  # more than one slice, and a part of one
+    count = ROWS + 100  # more than one slice, and a partial one
     hidden, weight = torch.randn(count, 16, dtype=torch.float64), torch.randn(40, 16, dtype=torch.float64)
     labels = torch.randint(0, 40, (count,))
     grads = []
@@ -133,13 +133,13 @@ def test_the_sliced_loss_is_the_cross_entropy():
 
 
 @pytest.mark.parametrize("shape", [(32, 32), (24, 64), (64, 24), (3, 32, 32)])
-def test_muon_brings_singular_values_near_one(shape):
+def test_muon_singular_values_are_close_to_one(shape):
     torch.manual_seed(0)
     values = torch.linalg.svdvals(optim.orthogonal(torch.randn(shape)))
     assert values.min() > 0.3 and values.max() < 1.3  # five steps leave the smallest ones short of 0.7
 
 
-def test_muon_takes_the_matrices_of_the_blocks_alone():
+def test_muon_optimises_block_matrices_only():
     embedding = torch.nn.Embedding(10, 4)
     model = torch.nn.Sequential(
         embedding, torch.nn.Linear(4, 4, bias=False), torch.nn.LayerNorm(4, bias=False)
@@ -179,7 +179,7 @@ def trainer(tmp_path, monkeypatch):
     return make
 
 
-def test_an_interrupted_run_goes_on_as_it_was(trainer):
+def test_resumed_training_is_bitwise_equal(trainer):
     whole = trainer(8)
     whole.run()
     cut = trainer(8)
@@ -214,7 +214,7 @@ def test_a_short_run_learns(trainer):
     assert run.evaluate() < before - 0.5
 
 
-def test_resuming_without_a_checkpoint_says_so(tmp_path):
+def test_resuming_without_a_checkpoint_raises(tmp_path):
     with pytest.raises(SystemExit, match="no checkpoint"):
         train_demo.read_checkpoint(argparse.Namespace(build=tmp_path))
 

@@ -1,4 +1,4 @@
-"""Native kernels are for plain eager tensors; under transforms, tracers and modes PyTorch's operators run."""
+"""Native kernels run on plain eager tensors only; under transforms, tracers and modes PyTorch's operators run."""
 
 from __future__ import annotations
 
@@ -111,12 +111,12 @@ CHANGES: dict[str, tuple[Callable[[nn.Module], Any], str, bool]] = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_what_is_done_to_a_module_is_named(change: str) -> None:
-    do, said, repeated = CHANGES[change]
+def test_changes_to_modules_are_named(change: str) -> None:
+    do, description, repeated = CHANGES[change]
     module = nn.Linear(2, 2)
     assert dispatch.altered(module) is dispatch.module_obstacle("a.b", module, known=True) is None
     do(module)
-    assert dispatch.altered(module) == said
-    assert dispatch.module_obstacle("a.b", module, known=True) == f"{said} on a.b"
+    assert dispatch.altered(module) == description
+    assert dispatch.module_obstacle("a.b", module, known=True) == f"{description} on a.b"
     assert (dispatch.altered(module, captured=True) is None) == repeated
     assert "Linear in the model" in (dispatch.module_obstacle("", module, known=False) or "")

@@ -1,4 +1,4 @@
-"""Every example of README and docs runs on the embedded model, in the order of its document."""
+"""Every Python and shell example of README and docs, run on the embedded model in document order."""
 
 from __future__ import annotations
 

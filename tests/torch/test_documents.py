@@ -1,4 +1,5 @@
-"""Several documents packed in one row: whatever says where they begin, each has the numbers that it has alone."""
+"""Packed documents: with positions, lengths, segment ids or masks that separate them, each has the logits and gradients
+that it has alone; and 4-D attention masks."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from monoblock.spec import Alibi, Learned
 
-# fp32, 3 layers, logits up to 12: measured 3.7e-6, of sums in another order.
+# fp32, 3 layers, logits up to 12: measured 3.7e-6, from a different order of summation.
 ATOL = 1e-5
 
 NAMES = {
@@ -43,52 +44,52 @@ def documents(x: Tensor) -> tuple[Tensor, ...]:
     return x.split(LENGTHS, dim=1)
 
 
-NUMBERS = torch.cat([torch.full((length,), i) for i, length in enumerate(LENGTHS)])[None]
-PLACES = torch.cat([torch.arange(length) for length in LENGTHS])[None]
+SEGMENTS = torch.cat([torch.full((length,), i) for i, length in enumerate(LENGTHS)])[None]
+POSITIONS = torch.cat([torch.arange(length) for length in LENGTHS])[None]
 ENDS = torch.tensor([0, *LENGTHS]).cumsum(0, dtype=torch.int32)
 
 
 def positions(module: Any) -> dict[str, Tensor]:
-    """Positions that begin anew, as this model's table numbers them."""
+    """Positions that restart in each document, with the offset of the model's table."""
     learned = module.spec.position(Learned)
-    return {"position_ids": PLACES + (learned.offset if learned else 0)}
+    return {"position_ids": POSITIONS + (learned.offset if learned else 0)}
 
 
-def whole(module: Any) -> Tensor:
+def document_mask(module: Any) -> Tensor:
     """(1, 1, q, k), True where a query may attend to a key of its document."""
-    seen = NUMBERS[0, :, None] == NUMBERS[0]
-    return (seen.tril() if module.spec.causal else seen)[None, None]
+    visible = SEGMENTS[0, :, None] == SEGMENTS[0]
+    return (visible.tril() if module.spec.causal else visible)[None, None]
 
 
-def ways(module: Any) -> dict[str, dict[str, Any]]:
-    """All that says where documents begin. Masks know nothing of positions."""
+def separators(module: Any) -> dict[str, dict[str, Any]]:
+    """Every form of arguments that separates documents. Masks leave the positions to `position_ids`."""
     own = {} if module.spec.position(Alibi) else positions(module)
     least = torch.finfo(torch.float32).min
     return {
         "positions": positions(module),
         "lengths": {"cu_seq_lens_q": ENDS, "cu_seq_lens_k": ENDS, "max_length_q": 20, "max_length_k": 20},
         "lengths of queries": {"cu_seq_lens_q": ENDS, **own},
-        "numbers": {"sequence_id": NUMBERS * 7 - 1, **own},
-        "boolean mask": {"attention_mask": whole(module), **own},
-        "added mask": {"attention_mask": torch.zeros(()).where(whole(module), least), **own},
-        "infinite mask": {"attention_mask": torch.zeros(()).where(whole(module), -torch.inf), **own},
+        "segment ids": {"sequence_id": SEGMENTS * 7 - 1, **own},
+        "boolean mask": {"attention_mask": document_mask(module), **own},
+        "additive mask": {"attention_mask": torch.zeros(()).where(document_mask(module), least), **own},
+        "infinite mask": {"attention_mask": torch.zeros(()).where(document_mask(module), -torch.inf), **own},
     }
 
 
-WAYS = tuple(ways(model()))
+SEPARATORS = tuple(separators(model()))
 
 
 def alone(module: Any, ids: Tensor) -> Tensor:
-    return torch.cat([logits_of(module(part)) for part in documents(ids)], dim=1)
+    return torch.cat([logits_of(module(document)) for document in documents(ids)], dim=1)
 
 
 @pytest.mark.parametrize("kernel", ["sdpa", "eager"])
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("separator", SEPARATORS)
 @pytest.mark.parametrize("family", NAMES)
-def test_logits_and_gradients(family: str, way: str, kernel: str) -> None:
+def test_logits_and_gradients(family: str, separator: str, kernel: str) -> None:
     """Without gradients (the native kernel), and with them."""
     module, ids = made(family), ids_of()
-    given = ways(module)[way]
+    given = separators(module)[separator]
     module.set_attn_implementation(kernel)
     with torch.no_grad():
         expected = alone(module, ids)
@@ -112,23 +113,23 @@ def gradients(module: Any, run: Any, weights: Tensor) -> dict[str, Tensor]:
     return found
 
 
-@pytest.mark.skipif(not has_compiler(), reason="flex attention is compiled, and no C++ compiler is here")
-@pytest.mark.parametrize("way", ["positions", "boolean mask"])
+@pytest.mark.skipif(not has_compiler(), reason="flex attention needs a C++ compiler")
+@pytest.mark.parametrize("separator", ["positions", "boolean mask"])
 @torch.no_grad()
-def test_flex_attention(way: str) -> None:
+def test_flex_attention(separator: str) -> None:
     module, ids = (
         monoblock_model("MistralForCausalLM", **fields("mistral", num_hidden_layers=1, head_dim=16)),
         ids_of(),
     )
     expected = alone(module, ids)
     module.set_attn_implementation("flex_attention")
-    assert_close("flex, packed", module(ids, **ways(module)[way]).logits, expected, ATOL)
+    assert_close("flex, packed", module(ids, **separators(module)[separator]).logits, expected, ATOL)
 
 
 @pytest.mark.parametrize("family", NAMES)
 @torch.no_grad()
 def test_rows_and_padding(family: str) -> None:
-    """Each row has its own documents, and one of them padding after, before or between them."""
+    """Rows with different documents, one of them with padding after, before or between them."""
     module, ids = made(family), ids_of(2)
     expected = alone(module, ids)
     shifted = {name: x.repeat(2, 1) for name, x in positions(module).items()}
@@ -146,21 +147,24 @@ def test_rows_and_padding(family: str) -> None:
 
 
 @whole_graph
-@pytest.mark.parametrize("way", ["positions", "lengths", "numbers", "boolean mask"])
+@pytest.mark.parametrize("separator", ["positions", "lengths", "segment ids", "boolean mask"])
 @pytest.mark.parametrize("family", NAMES)
 @torch.no_grad()
-def test_compiled(family: str, way: str) -> None:
+def test_compiled(family: str, separator: str) -> None:
     module, ids = made(family), ids_of()
     torch._dynamo.reset()
     compiled = torch.compile(module, fullgraph=True, backend="eager")
     assert_close(
-        f"{family} packed, compiled", compiled(ids, **ways(module)[way]).logits, alone(module, ids), ATOL
+        f"{family} packed, compiled",
+        compiled(ids, **separators(module)[separator]).logits,
+        alone(module, ids),
+        ATOL,
     )
 
 
 @torch.no_grad()
-def test_positions_that_jump_are_one_document() -> None:
-    """Only positions that begin anew are another document; a cache that is given holds what came before."""
+def test_increasing_positions_are_one_document() -> None:
+    """Only positions that restart begin a document; with a given cache, the tokens continue its sequence."""
     module, ids = made("mistral"), ids_of()
     jumping = torch.arange(ids.shape[1])[None] * 3
     masked = module(ids, position_ids=jumping, sequence_id=torch.zeros_like(ids)).logits
@@ -171,8 +175,8 @@ def test_positions_that_jump_are_one_document() -> None:
 
 
 @torch.no_grad()
-def test_mask_that_looks_ahead() -> None:
-    """A 4-D mask takes the causal mask's place: a prefix sees itself both ways, as in transformers."""
+def test_bidirectional_prefix_mask() -> None:
+    """A 4-D mask replaces the causal mask: attention within a prefix is bidirectional, as in transformers."""
     options = fields("mistral", sliding_window=None)
     theirs = transformers_model("MistralForCausalLM", **options)
     module, ids = monoblock_model("MistralForCausalLM", theirs, **options), ids_of(2)
@@ -180,11 +184,11 @@ def test_mask_that_looks_ahead() -> None:
     mask = torch.ones(count, count, dtype=torch.bool).tril()
     mask[:9, :9] = True
     mask = mask.expand(2, 1, -1, -1).clone()
-    mask[1, :, :, :4] = False  # with rows that see nothing
+    mask[1, :, :, :4] = False  # with fully masked rows
     mask[1, :, :4] = False
-    added = torch.zeros(()).where(mask, torch.finfo(torch.float32).min)
-    expected = theirs(ids, attention_mask=added).logits
-    for given in (mask, added):
+    additive = torch.zeros(()).where(mask, torch.finfo(torch.float32).min)
+    expected = theirs(ids, attention_mask=additive).logits
+    for given in (mask, additive):
         for kernel in ("sdpa", "eager"):
             module.set_attn_implementation(kernel)
             assert_close("4-D mask", module(ids, attention_mask=given).logits, expected, 2 * ATOL)
@@ -195,12 +199,12 @@ def test_mask_that_looks_ahead() -> None:
 
 @pytest.mark.parametrize("name", ["MistralForCausalLM", "GPTNeoForCausalLM"])
 @torch.no_grad()
-def test_transformers_packed_rows(name: str) -> None:
+def test_packed_rows_equal_transformers(name: str) -> None:
     options = fields(CLASSES[name])
     theirs = transformers_model(name, **options)
     module, ids = monoblock_model(name, theirs, **options), ids_of()
-    expected = theirs(ids, position_ids=PLACES, use_cache=False).logits
-    assert_close(f"{name} packed", module(ids, position_ids=PLACES).logits, expected, 2 * ATOL)
+    expected = theirs(ids, position_ids=POSITIONS, use_cache=False).logits
+    assert_close(f"{name} packed", module(ids, position_ids=POSITIONS).logits, expected, 2 * ATOL)
 
 
 @torch.no_grad()
@@ -210,7 +214,7 @@ def test_classifiers_take_4d_masks() -> None:
     assert_close("4-D mask", module(ids, attention_mask=causal).logits, module(ids).logits, ATOL)
 
 
-WRONG: dict[str, dict[str, Any]] = {
+INVALID: dict[str, dict[str, Any]] = {
     r"a 4-D attention_mask must be .* = \(1, 1 or 6, 38, 38\)": {"attention_mask": torch.ones(1, 1, 38, 37)},
     "must be boolean .* or floating-point .* got torch.int64": {
         "attention_mask": torch.ones(1, 1, 38, 38, dtype=torch.int64)
@@ -230,12 +234,12 @@ WRONG: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("message", WRONG)
-def test_what_is_wrong_is_said(message: str) -> None:
+@pytest.mark.parametrize("message", INVALID)
+def test_invalid_separators_raise(message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        made("mistral")(ids_of(), **WRONG[message])
+        made("mistral")(ids_of(), **INVALID[message])
 
 
-def test_flattened_rows_are_one_row() -> None:
+def test_cumulative_lengths_need_one_row() -> None:
     with pytest.raises(ValueError, match=r"input_ids must be \(1, tokens\), got 2 rows and 0 cached"):
         made("mistral")(ids_of(2), cu_seq_lens_q=torch.tensor([0, 38, 76]))

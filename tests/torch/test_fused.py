@@ -1,5 +1,5 @@
-"""The native decode step against the definition in tests/oracle.py and against the modules: every option and family,
-padding, windows, caches, threads, and what makes it stand back."""
+"""The native decode step against tests/oracle.py and the modules: every option and family, padding, windows, caches,
+threads, and when it is not used."""
 
 from __future__ import annotations
 
@@ -28,11 +28,16 @@ from monoblock.native import build
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason=f"no native kernels: {native.status()}")
 
-ATOL = 1e-5  # fp32, up to 3 layers, values of the order of 1 to 10: measured 6e-6
+ATOL = 1e-5  # fp32, up to 3 layers, values of 1 to 10: measured 6e-6
 MPT = "MptForCausalLM"
-LATE = "rope, dynamic"  # its cached keys are turned anew by each length: not for the library
-ASKED: dict[str, Any] = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": None, "pad_token_id": PAD}
-VARIED: dict[str, Any] = {**ASKED, "no_repeat_ngram_size": 2}  # small random models repeat themselves
+DYNAMIC = "rope, dynamic"  # its cached keys depend on the length, which the library does not support
+OPTIONS: dict[str, Any] = {
+    "max_new_tokens": 20,
+    "do_sample": False,
+    "eos_token_id": None,
+    "pad_token_id": PAD,
+}
+VARIED: dict[str, Any] = {**OPTIONS, "no_repeat_ngram_size": 2}  # small random models repeat themselves
 
 
 def family(name: str) -> Any:
@@ -41,23 +46,23 @@ def family(name: str) -> Any:
 
 @pytest.fixture
 def taken(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
-    """(rows, tokens) of every step that the library took."""
-    seen: list[tuple[int, int]] = []
+    """(rows, tokens) of every step that the library ran."""
+    runs: list[tuple[int, int]] = []
     run = native_decoder.Steps.run
 
     def watched(self: native_decoder.Steps, ids_bn: Tensor, **given: Any) -> Tensor | None:
         scores = run(self, ids_bn, **given)
         if scores is not None:
-            seen.append((ids_bn.shape[0], ids_bn.shape[1]))
+            runs.append((ids_bn.shape[0], ids_bn.shape[1]))
         return scores
 
     monkeypatch.setattr(native_decoder.Steps, "run", watched)
-    return seen
+    return runs
 
 
 @pytest.fixture
 def by_modules(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], Any]], Any]:
-    """Does something with the library's steps switched off."""
+    """Runs a function with native steps off."""
 
     def do(what: Callable[[], Any]) -> Any:
         with monkeypatch.context() as patch:
@@ -71,12 +76,11 @@ def by_modules(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], Any]],
 def stepped(
     module: Any, ids: Tensor, mask: Tensor | None, sizes: tuple[int, ...], cache: Any = None
 ) -> Tensor:
-    """Scores (batch, tokens, vocabulary) after every token of the text but its first piece, which the modules take;
-    the library takes the others."""
+    """Scores (batch, tokens, vocabulary) after every token but those of the first chunk, which the modules run."""
     cache = DynamicCache(config=module.spec) if cache is None else cache
     start = sizes[0]
-    seen = None if mask is None else mask[:, :start]
-    module(ids[:, :start], attention_mask=seen, past_key_values=cache, use_cache=True)
+    valid = None if mask is None else mask[:, :start]
+    module(ids[:, :start], attention_mask=valid, past_key_values=cache, use_cache=True)
     steps = native_decoder.of(module, cache)
     assert steps is not None, native_decoder.obstacle(module)
     scores = []
@@ -100,13 +104,13 @@ def check(module: Any, padding: str, sizes: tuple[int, ...], cache: Any = None, 
 # ---------------------------------------------------------------------------- the definition
 
 ONES = (8, *[1] * 15)
-PIECES = (8, 1, 3, 5, 1, 4, 1)
+CHUNKS = (8, 1, 3, 5, 1, 4, 1)
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case != LATE])
+@pytest.mark.parametrize("case", [case for case in CASES if case != DYNAMIC])
 def test_every_option(case: str) -> None:
     module = mpt_model(case)
-    for padding, sizes in (("none", ONES), ("left", PIECES)):
+    for padding, sizes in (("none", ONES), ("left", CHUNKS)):
         check(module, padding, sizes, what=f"fused, {case}")
 
 
@@ -117,13 +121,13 @@ def test_every_family(name: str) -> None:
     ids, mask = model_inputs(name, "left")
     wanted = expected_logits(module, expected(module, ids, mask))[:, 8:]
     assert mask is not None
-    for sizes in (ONES, PIECES):
+    for sizes in (ONES, CHUNKS):
         assert_close(f"fused, {name}", stepped(module, ids, mask, sizes), wanted, ATOL, mask[:, 8:])
 
 
-def test_the_static_cache() -> None:
+def test_static_cache() -> None:
     for case in ("alibi_bias_max", "sliding window, rope"):
-        check(mpt_model(case), "left", PIECES, StaticCache(max_cache_len=23))
+        check(mpt_model(case), "left", CHUNKS, StaticCache(max_cache_len=23))
 
 
 @pytest.mark.parametrize("head_dim", [6, 16, 40, 64, 112])
@@ -131,7 +135,7 @@ def test_heads_of_every_width(head_dim: int) -> None:
     """Narrower than a vector, whole vectors, and with a rest."""
     module = model(MPT, {"rope": True, "alibi": True}, head_dim=head_dim)
     for std in (0.2, 0.05):
-        check(randomised(module, std=std), "left", PIECES)
+        check(randomised(module, std=std), "left", CHUNKS)
 
 
 @pytest.mark.parametrize("level", list(build.LEVELS))
@@ -141,7 +145,7 @@ def test_every_instruction_set(level: str, monkeypatch: pytest.MonkeyPatch) -> N
         pytest.skip(f"this machine has no {level}: {status}")
     monkeypatch.setattr(native, "library", lambda: library)
     for case in ("all at once", "rope", "qk_ln", "activation {'name': 'gelu', 'approximate': 'tanh'}"):
-        check(mpt_model(case), "left", PIECES)
+        check(mpt_model(case), "left", CHUNKS)
 
 
 @pytest.fixture
@@ -161,10 +165,10 @@ def test_several_threads_share_rows_heads_and_keys(count: int) -> None:
     ids = torch.randint(PAD + 1, 89, (1, 420), generator=generator)
     wanted = expected_logits(module, expected(module, ids))[:, 410:]
     assert_close("fused, divided keys", stepped(module, ids, None, (410, 1, 4, 5)), wanted, ATOL)
-    check(mpt_model("grouped"), "left", PIECES)
+    check(mpt_model("grouped"), "left", CHUNKS)
 
 
-def test_bfloat16_is_closer_to_the_definition_than_the_modules() -> None:
+def test_bfloat16_is_closer_to_the_oracle_than_the_modules() -> None:
     """Both get the same rounded weights; the library rounds keys and values alone."""
     for case in ("alibi_bias_max", "rope", "mptglu", "all at once"):
         module = mpt_model(case).bfloat16()
@@ -172,7 +176,7 @@ def test_bfloat16_is_closer_to_the_definition_than_the_modules() -> None:
         wanted = expected_logits(module.float(), expected(module, ids, mask))[:, 8:]
         module.bfloat16()
         late = mask[:, 8:].bool().numpy()
-        ours = stepped(module, ids, mask, PIECES)
+        ours = stepped(module, ids, mask, CHUNKS)
         assert ours.dtype == torch.float32
         with torch.inference_mode():
             plain = module(ids, attention_mask=mask).logits[:, 8:]
@@ -243,13 +247,13 @@ def test_rows_of_q_k_and_v_by_head(case: str, form: str, taken: Any) -> None:
     kept: list[np.ndarray[Any, Any]] = []
     for _ in range(2):
         cache = DynamicCache(config=module.spec)
-        scores = stepped(module, ids, mask, PIECES, cache)
+        scores = stepped(module, ids, mask, CHUNKS, cache)
         found.append((scores, [tensor.clone() for layer in cache for tensor in layer]))
         if not kept:
             steps = native_decoder.of(module, cache)
             assert steps is not None
             kept = other_order(steps.weights.struct)
-    assert len(taken) == 2 * (len(PIECES) - 1)
+    assert len(taken) == 2 * (len(CHUNKS) - 1)
     (scores, cached), (other_scores, other_cached) = found
     assert torch.equal(scores, other_scores)
     assert all(map(torch.equal, cached, other_cached))
@@ -259,7 +263,7 @@ def test_rows_of_q_k_and_v_by_head(case: str, form: str, taken: Any) -> None:
 
 
 @pytest.mark.parametrize("name", [MPT, *GENERATING])
-def test_greedy_tokens_are_the_modules(name: str, taken: Any, by_modules: Any) -> None:
+def test_greedy_tokens_equal_the_modules(name: str, taken: Any, by_modules: Any) -> None:
     module = family(name)
     ids, mask = model_inputs("MistralForCausalLM" if name == MPT else name, "left")
 
@@ -284,12 +288,12 @@ CALLS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize("name", [MPT, "MistralForCausalLM"])
-def test_every_way_to_generate(call: str, name: str, taken: Any, by_modules: Any) -> None:
+def test_generation_strategies(call: str, name: str, taken: Any, by_modules: Any) -> None:
     module = family(name)
     ids = batch("none", (23,))[0].repeat(1, 1 + (call == "lookup"))
 
     def run() -> Any:
-        return module.generate(ids, **{**(ASKED if call == "lookup" else VARIED), **CALLS[call]})
+        return module.generate(ids, **{**(OPTIONS if call == "lookup" else VARIED), **CALLS[call]})
 
     ours, plain = run(), by_modules(run)
     assert taken
@@ -303,12 +307,12 @@ def test_every_way_to_generate(call: str, name: str, taken: Any, by_modules: Any
         assert_close("scores", one.nan_to_num(neginf=0), other.nan_to_num(neginf=0), 2 * ATOL)
 
 
-def test_guesses_of_an_assistant(taken: Any, by_modules: Any) -> None:
+def test_assistant_model(taken: Any, by_modules: Any) -> None:
     module, helper = model(MPT), model(MPT, seed=0, n_layers=1)
     ids = batch("none", (23,))[0]
 
     def run() -> Any:
-        return module.generate(ids, assistant_model=helper, num_assistant_tokens=4, **ASKED)
+        return module.generate(ids, assistant_model=helper, num_assistant_tokens=4, **OPTIONS)
 
     assert torch.equal(run(), by_modules(run))
     assert max(count for _, count in taken) > 1
@@ -320,8 +324,8 @@ def test_a_windowed_layer_drops_keys(taken: Any, monkeypatch: pytest.MonkeyPatch
     ids, mask = model_inputs("MistralForCausalLM", "left")
 
     def run() -> Any:
-        asked = {**VARIED, "max_new_tokens": 41, "return_dict_in_generate": True}
-        return module.generate(ids, attention_mask=mask, **asked)
+        options = {**VARIED, "max_new_tokens": 41, "return_dict_in_generate": True}
+        return module.generate(ids, attention_mask=mask, **options)
 
     ours, plain = run(), by_modules(run)
     assert len(taken) == 40
@@ -332,7 +336,7 @@ def test_a_windowed_layer_drops_keys(taken: Any, monkeypatch: pytest.MonkeyPatch
             assert_close("kept keys and values", a, b, ATOL)
 
 
-def test_a_chat_goes_on_and_takes_back(by_modules: Any) -> None:
+def test_continued_and_cropped_cache(by_modules: Any) -> None:
     """A cache that came back from one call begins the next, cut to a shorter text."""
     module = model(MPT)
     ids = batch("none", (23,))[0]
@@ -367,10 +371,10 @@ def test_given_positions_and_types(taken: Any, by_modules: Any) -> None:
 
 def test_images_in_the_prompt(taken: Any, by_modules: Any) -> None:
     module = family("FuyuForCausalLM")
-    ids, mask, patches, places = with_images((6, 3))
+    ids, mask, patches, indices = with_images((6, 3))
 
     def run() -> Any:
-        images = {"image_patches": patches, "image_patches_indices": places}
+        images = {"image_patches": patches, "image_patches_indices": indices}
         return module.generate(ids, attention_mask=mask, **images, **VARIED)
 
     ours = run()
@@ -379,7 +383,7 @@ def test_images_in_the_prompt(taken: Any, by_modules: Any) -> None:
 
 
 def packed(module: Any, bits: int) -> Any:
-    """All its matrices packed, the embedding among them; returns a plain model of the numbers that they stand for."""
+    """Quantises all matrices; returns a plain model with the dequantised weights."""
     plain = copy.deepcopy(module)
     for name, part in list(module.named_modules()):
         if isinstance(part, nn.Linear | nn.Embedding):
@@ -390,8 +394,8 @@ def packed(module: Any, bits: int) -> Any:
     return plain
 
 
-# Where the processor multiplies whole numbers, inputs are rounded to 8 bits in blocks of 64, each by up to 1/254 of its
-# block's largest: about 0.6% for each matrix, measured 2.7% after 9 of them. Elsewhere only the sums' order differs.
+# Integer dot products round inputs to 8 bits in blocks of 64, each by up to 1/254 of its block's largest: about 0.6%
+# for each matrix, measured 2.7% after 9 of them. Elsewhere only the order of summation differs.
 ROUNDED, EXACT = 5e-2, 1e-5
 
 
@@ -410,7 +414,7 @@ def test_packed_weights(level: str, bits: int, tie: bool, monkeypatch: pytest.Mo
     ids, mask = batch("left", LENGTHS)
     wanted = expected_logits(plain, expected(plain, ids, mask))[:, 8:]
     late = mask[:, 8:].bool().numpy()
-    off = np.square(stepped(module, ids, mask, PIECES).numpy() - wanted)[late].mean()
+    off = np.square(stepped(module, ids, mask, CHUNKS).numpy() - wanted)[late].mean()
     share = np.sqrt(off / np.square(wanted)[late].mean())
     assert share < (ROUNDED if "vnni" in level else EXACT)
 
@@ -469,18 +473,18 @@ OBSTACLES: dict[str, tuple[Callable[[Any], Any], str]] = {
 
 
 @pytest.mark.parametrize("what", OBSTACLES)
-def test_obstacles_are_named_and_the_modules_take_over(what: str, taken: Any) -> None:
+def test_obstacles_are_named(what: str, taken: Any) -> None:
     module = model(MPT)
     assert native_decoder.obstacle(module) is None
-    change, said = OBSTACLES[what]
+    change, reason = OBSTACLES[what]
     with torch.no_grad():
         change(module)
-    assert said in (native_decoder.obstacle(module) or "")
-    module.generate(batch("none")[0], **ASKED)
+    assert reason in (native_decoder.obstacle(module) or "")
+    module.generate(batch("none")[0], **OPTIONS)
     assert not taken
 
 
-def test_mixed_types_stand_in_the_way() -> None:
+def test_mixed_dtypes_are_an_obstacle() -> None:
     module = model(MPT)
     widened(module)
     assert "norm_2.weight is torch.float64 in a model of torch.float32" in (
@@ -488,8 +492,8 @@ def test_mixed_types_stand_in_the_way() -> None:
     )
 
 
-def test_models_and_settings_that_stand_in_the_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "dynamic RoPE scaling" in (native_decoder.obstacle(mpt_model(LATE)) or "")
+def test_models_and_settings_as_obstacles(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "dynamic RoPE scaling" in (native_decoder.obstacle(mpt_model(DYNAMIC)) or "")
     assert "bidirectional" in (
         native_decoder.obstacle(monoblock_model("MPNetForMaskedLM", **fields("mpnet"))) or ""
     )
@@ -505,7 +509,7 @@ def test_models_and_settings_that_stand_in_the_way(monkeypatch: pytest.MonkeyPat
     assert "no native kernels" in (native_decoder.obstacle(module) or "")
 
 
-def test_calls_that_need_the_modules(taken: Any) -> None:
+def test_calls_by_the_modules(taken: Any) -> None:
     module, ids = model(MPT), batch("none")[0]
     for call in (
         {"use_cache": False},
@@ -513,7 +517,7 @@ def test_calls_that_need_the_modules(taken: Any) -> None:
         {"return_dict_in_generate": True, "output_attentions": True},
         {"return_dict_in_generate": True, "output_hidden_states": True},
     ):
-        module.generate(ids, **ASKED, **call)
+        module.generate(ids, **OPTIONS, **call)
         assert not taken, call
 
 
@@ -525,7 +529,7 @@ def test_caches_that_the_library_cannot_write() -> None:
         past = module(ids, use_cache=True).past_key_values
         halves = DynamicCache([(k.half(), v.half()) for k, v in past])
         other_rows = DynamicCache([(k[:2], v[:2]) for k, v in past])
-        turned = DynamicCache([(k.mT.contiguous().mT, v) for k, v in past])
+        transposed = DynamicCache([(k.mT.contiguous().mT, v) for k, v in past])
         shorter = DynamicCache(list(past)[:1])
         for cache in (halves, other_rows, shorter, DynamicCache()):
             steps = native_decoder.of(module, cache)
@@ -534,13 +538,13 @@ def test_caches_that_the_library_cannot_write() -> None:
             assert steps.run(token) is None
             assert cache.get_seq_length() == before
         # Room for a token is made in new buffers, which the library can write.
-        steps = native_decoder.of(module, turned)
+        steps = native_decoder.of(module, transposed)
         assert steps is not None
         wanted = module(token, past_key_values=past, use_cache=True).logits
-        assert_close("a turned cache", steps.run(token), wanted, ATOL)
+        assert_close("a transposed cache", steps.run(token), wanted, ATOL)
 
 
-def test_inputs_of_other_shapes_are_the_modules_to_refuse() -> None:
+def test_invalid_shapes_are_left_to_the_modules() -> None:
     module = model(MPT)
     ids = batch("none")[0]
     with torch.no_grad():
@@ -559,16 +563,16 @@ def test_inputs_of_other_shapes_are_the_modules_to_refuse() -> None:
     assert steps.run(token, valid_bm=torch.ones(3, 24, dtype=torch.bool)) is not None
 
 
-def test_many_tokens_go_through_the_modules(taken: Any) -> None:
+def test_large_batches_run_by_the_modules(taken: Any) -> None:
     module = model(MPT)
     ids = batch("none", (9,) * 17)[0]
-    module.generate(ids[:16], **ASKED)
+    module.generate(ids[:16], **OPTIONS)
     assert taken == [(16, 1)] * 19
-    module.generate(ids, **ASKED)
+    module.generate(ids, **OPTIONS)
     assert len(taken) == 19
 
 
-def test_what_is_outside_a_table_is_refused_as_by_the_modules() -> None:
+def test_indices_outside_a_table() -> None:
     module = family("GPTNeoForCausalLM")
     ids = batch("none", (9,))[0]
     several = ids.repeat(2, 1)
@@ -586,7 +590,7 @@ def test_what_is_outside_a_table_is_refused_as_by_the_modules() -> None:
     with pytest.raises(
         ValueError, match=r"filled with the token 99, but the model.s vocabulary has the ids 0 to 88"
     ):
-        module.generate(several, **{**ASKED, "pad_token_id": 99}, stopping_criteria=[_first_ends()])
+        module.generate(several, **{**OPTIONS, "pad_token_id": 99}, stopping_criteria=[_first_ends()])
 
 
 def _first_ends() -> Any:
@@ -600,14 +604,14 @@ def _first_ends() -> Any:
 # ---------------------------------------------------------------------------- weights that change
 
 
-def test_changed_weights_are_seen(by_modules: Any) -> None:
+def test_changed_weights_take_effect(by_modules: Any) -> None:
     module = model(MPT)
     ids = batch("none")[0]
 
     def run() -> Any:
         return module.generate(ids, **VARIED)
 
-    seen = [run()]
+    outputs = [run()]
     other = model(MPT, seed=1).state_dict()
     changes: list[Callable[[], Any]] = [
         lambda: module.at("up", 0).weight.mul_(-1.5),
@@ -620,14 +624,14 @@ def test_changed_weights_are_seen(by_modules: Any) -> None:
     for change in changes:
         with torch.no_grad():
             change()
-        seen.append(run())
+        outputs.append(run())
         assert native_decoder.obstacle(module) is None
         if module.dtype == torch.float32:
-            assert torch.equal(seen[-1], by_modules(run))
-    assert not any(torch.equal(one, other) for one, other in itertools.pairwise(seen[:4]))
+            assert torch.equal(outputs[-1], by_modules(run))
+    assert not any(torch.equal(one, other) for one, other in itertools.pairwise(outputs[:4]))
 
 
-def test_copies_and_pickles_hold_nothing_of_it() -> None:
+def test_copies_and_pickles_exclude_native_state() -> None:
     module = model(MPT)
     ids = batch("none")[0]
     before = module.state_dict().keys()

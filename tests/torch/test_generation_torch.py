@@ -1,4 +1,4 @@
-"""PyTorch's array operations against NumPy's, one by one; then the whole loop on both."""
+"""PyTorch's array operations, and the generation loop on them, against NumPy's."""
 
 import numpy as np
 import pytest
@@ -20,22 +20,22 @@ def converted(value):
 
 
 @pytest.mark.parametrize("call", CALLS, ids=[call[0] for call in CALLS])
-def test_the_same_as_numpy(call):
+def test_operations_equal_numpys(call):
     name, *arguments = call
     theirs = [converted(argument) for argument in arguments]
     expected, got = getattr(NUMPY, name)(*arguments), getattr(TORCH, name)(*theirs)
     pairs = zip(got, expected, strict=True) if isinstance(expected, tuple) else [(got, expected)]
     for mine, reference in pairs:
         assert str(mine.dtype).removeprefix("torch.") == str(reference.dtype)
-        # float32 sums of 40 terms in another order
+        # float32 sums of 40 terms in a different order
         np.testing.assert_allclose(TORCH.to_numpy(mine), reference, rtol=1e-5, atol=1e-6)
         assert TORCH.to_list(mine) == TORCH.to_numpy(mine).tolist()
     for before, after in zip(arguments, theirs, strict=True):
         if isinstance(before, np.ndarray):
-            assert np.array_equal(before, after.numpy())  # nothing is changed in place
+            assert np.array_equal(before, after.numpy())  # the inputs are not modified
 
 
-def test_sampling_is_torchs_own_and_seeded():
+def test_sampling_is_torch_multinomial():
     scores = torch.randn(4, 50, generator=torch.Generator().manual_seed(1))
     torch.manual_seed(3)
     expected = torch.multinomial(scores.softmax(-1), 1)[:, 0]
@@ -49,7 +49,7 @@ def test_sampling_is_torchs_own_and_seeded():
 
 
 class OnTorch(TableModel):
-    """The fake model with its scores and ids as tensors."""
+    """The fake model with scores and ids as tensors."""
 
     ops = TORCH
 
@@ -82,7 +82,7 @@ class OnTorch(TableModel):
     ],
     ids=str,
 )
-def test_the_loop_gives_the_same_tokens_on_both(fields):
+def test_the_loop_returns_the_same_tokens(fields):
     table = RNG.normal(size=(31, 31))
     prompts = [[30, 30, 5, 8], [1, 2, 3, 4], [30, 7, 7, 7]]
     config = GenerationConfig(max_new_tokens=12, eos_token_id=[9, 10], pad_token_id=30, **fields)
@@ -93,7 +93,7 @@ def test_the_loop_gives_the_same_tokens_on_both(fields):
     assert results[0] == results[1]
 
 
-def test_streamers_get_tensors_on_the_host():
+def test_streamers_get_cpu_tensors():
     got = []
 
     class Streamer:

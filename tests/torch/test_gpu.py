@@ -1,4 +1,4 @@
-"""What only a CUDA GPU can show: recordings, attention kernels, packed matrices. `pytest -m gpu` runs these alone."""
+"""Tests that need a CUDA GPU: captured graphs, attention, quantised matrices. `pytest -m gpu` runs only these."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ pytestmark = [
 ]
 
 NEW = 40
-ATOL = 1e-4  # fp32 on another device: sums in another order, values of the order of 10
+ATOL = 1e-4  # fp32 on another device: a different order of summation, values of about 10
 
 
 @pytest.fixture(autouse=True)
-def _short_recordings(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Texts outgrow their recording; products of float32 are of float32."""
+def _short_graphs(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Sequences outgrow their captured graph; float32 products use float32."""
     monkeypatch.setattr(cuda_graphs, "MIN_LENGTH", 32)
     monkeypatch.setattr(cuda_graphs, "ROOM", 1)
     before = torch.get_float32_matmul_precision()
@@ -47,25 +47,25 @@ def moved(ids: torch.Tensor, mask: Any) -> tuple[torch.Tensor, Any]:
 
 
 def both(module: Any, ids: Any, mask: Any, **given: Any) -> tuple[Any, Any]:
-    """Outputs of `generate` from recordings, and step by step."""
-    asked = {
+    """Outputs of `generate` with captured graphs and without."""
+    options = {
         "max_new_tokens": NEW,
         "eos_token_id": -1,
         "return_dict_in_generate": True,
         "output_logits": True,
     }
-    asked |= given
-    played = module.generate(ids, attention_mask=mask, **asked)
-    assert cuda_graphs._kept[module], "it was recorded"
-    return played, module.generate(ids, attention_mask=mask, cache_implementation="dynamic", **asked)
+    options |= given
+    replayed = module.generate(ids, attention_mask=mask, **options)
+    assert cuda_graphs._kept[module], "a graph was captured"
+    return replayed, module.generate(ids, attention_mask=mask, cache_implementation="dynamic", **options)
 
 
-def compare(played: Any, plain: Any, bound: float = ATOL) -> None:
-    assert_close("recordings", torch.stack(played.logits), torch.stack(plain.logits), bound)
-    assert torch.equal(played.sequences, plain.sequences)
+def compare(replayed: Any, plain: Any, bound: float = ATOL) -> None:
+    assert_close("replayed steps", torch.stack(replayed.logits), torch.stack(plain.logits), bound)
+    assert torch.equal(replayed.sequences, plain.sequences)
 
 
-# ---------------------------------------------------------------------------- recordings
+# ---------------------------------------------------------------------------- captured graphs
 
 
 @pytest.mark.parametrize("padding", ["none", "left"])
@@ -75,9 +75,9 @@ def test_families(name: str, padding: str) -> None:
     ids, mask = model_inputs(name, padding)
     here = module.generate(ids, attention_mask=mask, max_new_tokens=NEW, eos_token_id=-1)
     module.to(DEVICE)
-    played, plain = both(module, *moved(ids, mask))
-    compare(played, plain)
-    assert torch.equal(played.sequences.cpu(), here), "as on the CPU"
+    replayed, plain = both(module, *moved(ids, mask))
+    compare(replayed, plain)
+    assert torch.equal(replayed.sequences.cpu(), here), "as on the CPU"
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case != "rope, dynamic"])
@@ -89,8 +89,8 @@ def test_options(case: str) -> None:
     "given", [{"num_beams": 3}, {"do_sample": True, "seed": 3}, {"guidance_scale": 1.7}], ids=str
 )
 def test_strategies(given: dict[str, Any]) -> None:
-    played, plain = both(model().to(DEVICE), *moved(*batch("left", LENGTHS)), output_logits=False, **given)
-    assert torch.equal(played.sequences, plain.sequences)
+    replayed, plain = both(model().to(DEVICE), *moved(*batch("left", LENGTHS)), output_logits=False, **given)
+    assert torch.equal(replayed.sequences, plain.sequences)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -98,9 +98,9 @@ def test_16_bits(dtype: Any) -> None:
     module = model(attn={"attn_type": "grouped_query_attention", "kv_n_heads": 2}, head_dim=32).to(
         DEVICE, dtype
     )
-    played, plain = both(module, *moved(*batch("left", LENGTHS)))
-    # Before texts may part at a tie: rounding of logits up to 16.
-    assert_close("16 bits", played.logits[1], plain.logits[1], 32 * torch.finfo(dtype).eps)
+    replayed, plain = both(module, *moved(*batch("left", LENGTHS)))
+    # Before sequences may diverge at a tie: rounding of logits up to 16.
+    assert_close("16 bits", replayed.logits[1], plain.logits[1], 32 * torch.finfo(dtype).eps)
 
 
 def test_new_weights() -> None:
@@ -108,14 +108,14 @@ def test_new_weights() -> None:
     first = both(module, ids, mask)[0]
     with torch.no_grad():
         module.at("final_norm").weight.mul_(-1)
-    played, plain = both(module, ids, mask)
-    compare(played, plain)
-    assert not torch.equal(played.sequences, first.sequences)
+    replayed, plain = both(module, ids, mask)
+    compare(replayed, plain)
+    assert not torch.equal(replayed.sequences, first.sequences)
     module.at("final_norm").weight = torch.nn.Parameter(-module.at("final_norm").weight.detach())
     compare(*both(module, ids, mask))
 
 
-def test_memory_goes_with_the_model() -> None:
+def test_memory_is_freed_with_the_model() -> None:
     gc.collect()
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
@@ -124,7 +124,7 @@ def test_memory_goes_with_the_model() -> None:
     del module, ids, mask
     gc.collect()
     torch.cuda.synchronize()
-    # PyTorch's own workspaces for matrix products may stay.
+    # PyTorch's workspaces for matrix products may stay.
     assert torch.cuda.memory_allocated() - before < 64 << 20
 
 
@@ -155,7 +155,7 @@ def scope_of(keys: int, queries: int, **given: Any) -> Scope:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("window", [None, 100])
-def test_one_query_in_pieces(dtype: Any, window: int | None) -> None:
+def test_one_query_with_split_keys(dtype: Any, window: int | None) -> None:
     scope, kernel = scope_of(1024, 1, window=window), Kernel(scale=0.0884)
     q, k, v = heads(1024, 1, dtype)
     assert attention_cuda.kv_splits(4, 1024) == 8
@@ -172,13 +172,13 @@ def test_prompts_through_flash(dtype: Any) -> None:
         out = attention_cuda.attend(q, k, v, scope, kernel)
     assert out is not None
     expected = attend_eager(q.float(), k.float(), v.float(), scope, kernel)[0]
-    seen = ~scope.fully_masked()[:, 0, :, 0]  # pyright: ignore
+    visible = ~scope.fully_masked()[:, 0, :, 0]  # pyright: ignore
     assert_close(
         "flash",
         out.transpose(1, 2),
         expected.transpose(1, 2),
         16 * torch.finfo(dtype).eps,
-        seen.expand(2, 500),
+        visible.expand(2, 500),
     )
 
 
@@ -188,15 +188,15 @@ def test_flex_attention(window: int | None) -> None:
     q, k, v = heads(620, 620, torch.bfloat16)
     out = attention_flex.attend(q, k, v, scope, kernel)
     expected = attend_eager(q.float(), k.float(), v.float(), scope, kernel)[0]
-    seen = ~scope.fully_masked()[:, 0, :, 0]  # pyright: ignore
-    assert_close("flex", out.transpose(1, 2), expected.transpose(1, 2), 0.06, seen.expand(2, 620))
+    visible = ~scope.fully_masked()[:, 0, :, 0]  # pyright: ignore
+    assert_close("flex", out.transpose(1, 2), expected.transpose(1, 2), 0.06, visible.expand(2, 620))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize(("bits", "group"), [(8, 64), (8, 128), (4, 64), (4, 128)])
 @pytest.mark.parametrize("rows", [1, 5, 16, 40])
 @torch.no_grad()
-def test_packed_products(rows: int, bits: int, group: int, dtype: Any) -> None:
+def test_quantised_products(rows: int, bits: int, group: int, dtype: Any) -> None:
     made = formats.pack(torch.randn(300, 1000, device=DEVICE), bits, group)
     x, bias = torch.randn(rows, 1000, device=DEVICE).to(dtype), torch.randn(300, device=DEVICE).to(dtype)
     y = quantized_cuda.multiply(x, made, bias)
@@ -206,7 +206,7 @@ def test_packed_products(rows: int, bits: int, group: int, dtype: Any) -> None:
     assert_close("packed", y, x.double() @ numbers.T + bias.double(), bound)
 
 
-def test_a_checkpoint_lands_on_the_gpu(tmp_path: Any) -> None:
+def test_from_pretrained_to_the_gpu(tmp_path: Any) -> None:
     model().save_pretrained(tmp_path)
     loaded = MptForCausalLM.from_pretrained(tmp_path, device_map=DEVICE, dtype="bfloat16")
     assert {p.device.type for p in loaded.parameters()} == {DEVICE}

@@ -1,4 +1,4 @@
-"""The benchmark for GPUs runs: on tiny models on the CPU, whose figures mean nothing."""
+"""bench/gpu.py runs, on tiny models on the CPU."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_check(gpu: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
 
 
 def test_bytes_of_a_token(gpu: Any) -> None:
-    """A tied embedding is read whole, as the head; another one's row is not counted."""
+    """A tied embedding is read whole, as the head; of an untied one, a row is not counted."""
     for name in gpu.MODELS:
         model = gpu.made(name, gpu.CHECK)
         assert model.dtype == torch.bfloat16

@@ -1,4 +1,4 @@
-"""PyTorch's .bin files that do not hold what they say: refused, and never read as other numbers."""
+"""Malformed .bin files raise, and are never read as other values."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def saved(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         (lambda name, body: (body, zipfile.ZIP_DEFLATED), "compressed or encrypted"),
         (
@@ -52,12 +52,12 @@ def saved(tmp_path: Path) -> Path:
     ],
     ids=["deflated", "cut", "gone"],
 )
-def test_an_archive_that_lacks_numbers_is_refused(saved: Path, change: Change, said: str) -> None:
-    with pytest.raises(CheckpointError, match=said):
+def test_incomplete_archives_raise(saved: Path, change: Change, message: str) -> None:
+    with pytest.raises(CheckpointError, match=message):
         opened(rewritten(saved, change))
 
 
-def test_a_whole_archive_of_parameters_is_read(saved: Path) -> None:
+def test_archive_of_parameters(saved: Path) -> None:
     store = opened(rewritten(saved, lambda name, body: (body, zipfile.ZIP_STORED)))
     assert len(store) == 9
     assert all(
@@ -65,7 +65,7 @@ def test_a_whole_archive_of_parameters_is_read(saved: Path) -> None:
     )
 
 
-def test_one_number_that_stands_for_many_is_refused(tmp_path: Path) -> None:
+def test_expanded_storages_raise(tmp_path: Path) -> None:
     torch.save({"w": torch.zeros(1).expand(2**40)}, tmp_path / "w.bin")
     with pytest.raises(CheckpointError, match="needs more than the 4 bytes"):
         opened(tmp_path / "w.bin")

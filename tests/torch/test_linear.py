@@ -1,4 +1,4 @@
-"""The dense operators against float64, at every level of the native kernels that this machine has, and without them."""
+"""Dense operators against float64, with every level of native kernels and without."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_plain_weights(level: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("group", [64, 128])
 @pytest.mark.parametrize("bits", [8, 4])
 @torch.no_grad()
-def test_packed_weights(level: str, bits: int, group: int) -> None:
+def test_quantised_weights(level: str, bits: int, group: int) -> None:
     for outputs, inputs in SHAPES:
         packed = formats.pack(made(outputs, inputs), bits, group)
         weight = packed.unpack(torch.float64)
@@ -79,7 +79,7 @@ def test_packed_weights(level: str, bits: int, group: int) -> None:
 
 
 def rounding_of_inputs(x: Tensor, weight: Tensor, group: int) -> Tensor:
-    """How far inputs in whole numbers may be off: each by half a step, a step being 1/127 of its group's largest."""
+    """Error bound of inputs rounded to integers: half a step each, 1/127 of the largest in the group."""
     pad = -x.shape[1] % group
     steps = F.pad(x.double(), (0, pad)).unflatten(1, (-1, group)).abs().amax(-1) / 127
     sizes = F.pad(weight.abs(), (0, pad)).unflatten(1, (-1, group)).sum(-1)
@@ -100,7 +100,7 @@ def test_many_inputs(level: str) -> None:
 
 
 @torch.no_grad()
-def test_what_is_not_a_number_stays_so(level: str) -> None:
+def test_nan_is_propagated(level: str) -> None:
     x = made(3, 200)
     x[1, 150] = float("nan")
     packed = formats.pack(made(5, 200), 4, 128)
@@ -130,7 +130,7 @@ def test_threads_do_not_change_the_result(level: str) -> None:
 
 @pytest.mark.skipif(native.library() is None, reason=f"native kernels: {native.status()}")
 @torch.no_grad()
-def test_few_rows_are_the_kernels_work(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_few_rows_use_the_native_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[int, ...]] = []
     whole = linear._native
 
@@ -157,7 +157,7 @@ def test_few_rows_are_the_kernels_work(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("amx", [0, 1])
-def test_matrix_units_are_pytorchs(monkeypatch: pytest.MonkeyPatch, amx: int) -> None:
+def test_bfloat16_products_with_amx_are_pytorchs(monkeypatch: pytest.MonkeyPatch, amx: int) -> None:
     library = SimpleNamespace(mb_amx=lambda: amx)
     monkeypatch.setattr(native, "_opened", lambda: (library, "avx512_vnni_bf16", ""))
     assert native.has_bf16_gemm(8) is not bool(amx) and not native.has_bf16_gemm(7)
@@ -167,7 +167,7 @@ def test_matrix_units_are_pytorchs(monkeypatch: pytest.MonkeyPatch, amx: int) ->
 
 @torch.no_grad()
 def test_many_rows_of_pairs(level: str) -> None:
-    """More inputs than are turned at once, more rows than sums are kept for, outputs that fill no panel."""
+    """More inputs than one transposed block, more rows than accumulators, outputs that fill no panel."""
     dtype = torch.bfloat16
     for rows, outputs, inputs in ((18, 65, 3074), (517, 70, 514), (523, 1, 6200), (40, 200, 9216)):
         x, weight, bias = (
@@ -207,7 +207,7 @@ def test_shapes_and_strides() -> None:
 
 
 @pytest.mark.parametrize("rows", [3, 20])
-def test_gradients_are_those_of_f_linear(rows: int) -> None:
+def test_gradients_equal_f_linear(rows: int) -> None:
     x, weight, bias = (made(*s).requires_grad_() for s in ((2, rows, 10), (7, 10), (7,)))
     upstream = made(2, rows, 7, seed=3)
     found = torch.autograd.grad(dense(x, weight, bias), (x, weight, bias), upstream)
@@ -218,12 +218,12 @@ def test_gradients_are_those_of_f_linear(rows: int) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("trained", [0, 1, 2], ids=["x", "weight", "bias"])
-def test_one_thing_alone_can_be_trained(trained: int, dtype: torch.dtype) -> None:
-    parts = [
+def test_gradient_of_one_argument(trained: int, dtype: torch.dtype) -> None:
+    arguments = [
         made(*s, dtype=dtype).requires_grad_(i == trained) for i, s in enumerate(((2, 10), (7, 10), (7,)))
     ]
-    dense(*parts).sum().backward()
-    assert [part.grad is not None for part in parts] == [i == trained for i in range(3)]
+    dense(*arguments).sum().backward()
+    assert [part.grad is not None for part in arguments] == [i == trained for i in range(3)]
 
 
 def test_gradients_of_gradients() -> None:
@@ -245,7 +245,7 @@ def test_packed_gradients_reach_inputs_and_bias(bits: int) -> None:
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
-def test_the_operators_keep_the_rules_of_operators() -> None:
+def test_opcheck() -> None:
     x, weight, bias = (made(*s).requires_grad_() for s in ((2, 3, 10), (7, 10), (7,)))
     torch.library.opcheck(linear.linear, (x, weight, bias))
     torch.library.opcheck(linear.linear, (x.detach().bfloat16(), weight.detach().bfloat16(), None))
@@ -254,7 +254,7 @@ def test_the_operators_keep_the_rules_of_operators() -> None:
         torch.library.opcheck(linear.quantized_linear, (x, *packed[:3], bias, *packed[3:]))
 
 
-def test_compiled_exported_mapped_and_cast() -> None:
+def test_compile_export_vmap_and_autocast() -> None:
     layer, x = Linear(6, 4), made(3, 6)
     with torch.no_grad():
         expected = F.linear(x, layer.weight, layer.bias)

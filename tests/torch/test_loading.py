@@ -1,4 +1,5 @@
-"""from_pretrained, save_pretrained and the weights' own methods: what fits, what is made anew, what is refused."""
+"""from_pretrained and save_pretrained of MPT: round trips, missing and mismatched tensors, dtypes, device maps, errors,
+and memory."""
 
 from __future__ import annotations
 
@@ -47,7 +48,7 @@ def saved(tmp_path: Path) -> Path:
 
 
 def rewritten(folder: Path, change: Any) -> None:
-    """The folder's tensors after `change`, which works on a dict of them."""
+    """Applies `change` to the dict of a folder's tensors."""
     tensors = {name: tensor.clone() for name, tensor in load_file(folder / WEIGHTS).items()}
     change(tensors)
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
@@ -57,7 +58,7 @@ def rewritten(folder: Path, change: Any) -> None:
 
 
 @pytest.mark.parametrize("name", CLASSES)
-def test_a_model_comes_back(name: str, tmp_path: Path) -> None:
+def test_round_trip(name: str, tmp_path: Path) -> None:
     made = model(name, num_labels=4, attn={"clip_qkv": 0.7})
     made.save_pretrained(tmp_path)
     again = getattr(monoblock, name).from_pretrained(tmp_path)
@@ -70,7 +71,7 @@ def test_a_model_comes_back(name: str, tmp_path: Path) -> None:
 
 
 OPTIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "grouped, apart": (
+    "grouped, unfused": (
         {"attn_type": "grouped_query_attention", "kv_n_heads": 2, "fused_qkv": False},
         {"no_bias": False},
     ),
@@ -81,7 +82,7 @@ OPTIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 @pytest.mark.parametrize("case", OPTIONS)
 @pytest.mark.parametrize("shard", ["50GB", 5000])
-def test_the_makers_options_come_back(case: str, shard: Any, tmp_path: Path) -> None:
+def test_round_trip_of_upstream_options(case: str, shard: Any, tmp_path: Path) -> None:
     attn, fields = OPTIONS[case]
     made = model(attn=attn, **fields)
     made.save_pretrained(tmp_path, max_shard_size=shard)
@@ -103,7 +104,9 @@ def test_auto_classes(saved: Path) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in CLASSES if KIND[name] not in (None, "causal")])
-def test_another_head_is_made_anew_and_told(name: str, saved: Path, logs: pytest.LogCaptureFixture) -> None:
+def test_missing_heads_are_initialised_with_a_warning(
+    name: str, saved: Path, logs: pytest.LogCaptureFixture
+) -> None:
     made = getattr(monoblock, name).from_pretrained(saved, num_labels=3)
     new = {"sequence": "score", "token": "classifier", "span": "qa_outputs"}[KIND[name]] + ".weight"
     warnings = [r.getMessage() for r in logs.records if r.levelname == "WARNING"]
@@ -112,19 +115,19 @@ def test_another_head_is_made_anew_and_told(name: str, saved: Path, logs: pytest
     assert new in warnings[0]
     weight = made.at("head_out").weight
     assert weight.shape[0] == (2 if KIND[name] == "span" else 3)
-    assert 0.005 < weight.std() < 0.06, "the initial deviation is 0.02"
+    assert 0.005 < weight.std() < 0.06, "the initial standard deviation is 0.02"
     assert torch.equal(
         made.get_input_embeddings().weight,
         MptForCausalLM.from_pretrained(saved).get_input_embeddings().weight,
     )
 
 
-def test_the_bare_model_of_a_checkpoint_with_a_head(tmp_path: Path, logs: pytest.LogCaptureFixture) -> None:
+def test_bare_model_of_a_checkpoint_with_a_head(tmp_path: Path, logs: pytest.LogCaptureFixture) -> None:
     made = model("MptForSequenceClassification")
     made.save_pretrained(tmp_path)
     bare = MptModel.from_pretrained(tmp_path)
     assert same(made.bare, bare)
-    assert any("score.weight" in message for message in logs.messages), "said, not warned"
+    assert any("score.weight" in message for message in logs.messages), "logged as info"
     assert not [r for r in logs.records if r.levelname == "WARNING"]
 
 
@@ -146,7 +149,7 @@ def test_num_labels_and_other_fields_override(tmp_path: Path) -> None:
     assert changed.spec.positions[0].bias_max == 16
 
 
-def test_mismatched_sizes_are_made_anew_only_if_asked(saved: Path, logs: pytest.LogCaptureFixture) -> None:
+def test_ignore_mismatched_sizes(saved: Path, logs: pytest.LogCaptureFixture) -> None:
     def widen(tensors: dict[str, torch.Tensor]) -> None:
         tensors["transformer.wte.weight"] = torch.zeros(100, 36)
 
@@ -166,7 +169,7 @@ def test_mismatched_sizes_are_made_anew_only_if_asked(saved: Path, logs: pytest.
 
 @pytest.mark.parametrize("name", ["dtype", "torch_dtype"])
 @pytest.mark.parametrize(
-    ("asked", "expected"),
+    ("given", "expected"),
     [
         ("auto", torch.bfloat16),
         (None, torch.bfloat16),
@@ -177,16 +180,16 @@ def test_mismatched_sizes_are_made_anew_only_if_asked(saved: Path, logs: pytest.
     ],
     ids=str,
 )
-def test_dtypes(name: str, asked: Any, expected: torch.dtype, tmp_path: Path) -> None:
+def test_dtypes(name: str, given: Any, expected: torch.dtype, tmp_path: Path) -> None:
     made = model().to(torch.bfloat16)
     made.save_pretrained(tmp_path)
-    loaded = MptForCausalLM.from_pretrained(tmp_path, **{name: asked})
+    loaded = MptForCausalLM.from_pretrained(tmp_path, **{name: given})
     assert {p.dtype for p in loaded.parameters()} == {expected}
     assert loaded.config.dtype == str(expected).removeprefix("torch.")
     assert torch.equal(loaded.get_input_embeddings().weight, made.get_input_embeddings().weight.to(expected))
 
 
-def test_without_a_dtype_in_the_config_the_files_decide(tmp_path: Path) -> None:
+def test_without_a_dtype_in_the_config_the_files_determine_it(tmp_path: Path) -> None:
     model().half().save_pretrained(tmp_path)
     data = json.loads((tmp_path / "config.json").read_text())
     del data["dtype"]
@@ -194,10 +197,10 @@ def test_without_a_dtype_in_the_config_the_files_decide(tmp_path: Path) -> None:
     assert MptForCausalLM.from_pretrained(tmp_path).dtype == torch.float16
 
 
-@pytest.mark.parametrize("asked", ["float99", "int8", torch.int64, "bf16"])
-def test_unknown_dtypes(asked: Any, saved: Path) -> None:
+@pytest.mark.parametrize("given", ["float99", "int8", torch.int64, "bf16"])
+def test_unknown_dtypes(given: Any, saved: Path) -> None:
     with pytest.raises(ValueError, match="dtype must be"):
-        MptForCausalLM.from_pretrained(saved, dtype=asked)
+        MptForCausalLM.from_pretrained(saved, dtype=given)
 
 
 @pytest.mark.parametrize(
@@ -220,12 +223,12 @@ def test_device_maps(device_map: Any, saved: Path) -> None:
     assert torch.equal(made(ids).logits, MptForCausalLM.from_pretrained(saved)(ids).logits)
 
 
-def test_a_device_map_by_hub_names(tmp_path: Path) -> None:
+def test_device_map_by_parameter_names(tmp_path: Path) -> None:
     made = model("MptForTokenClassification")
     made.save_pretrained(tmp_path)
-    parts = ("transformer.wte", "transformer.blocks", "transformer.norm_f", "classifier")
+    modules = ("transformer.wte", "transformer.blocks", "transformer.norm_f", "classifier")
     loaded = monoblock.MptForTokenClassification.from_pretrained(
-        tmp_path, device_map=dict.fromkeys(parts, "cpu")
+        tmp_path, device_map=dict.fromkeys(modules, "cpu")
     )
     assert same(made, loaded)
     with pytest.raises(ValueError, match=r"gives no device to transformer\.norm_f\.weight; add the key ''"):
@@ -235,7 +238,7 @@ def test_a_device_map_by_hub_names(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("device_map", "text"),
+    ("device_map", "message"),
     [
         ({}, "at least one module"),
         ("quick", "no device; try 'cpu'"),
@@ -244,18 +247,18 @@ def test_a_device_map_by_hub_names(tmp_path: Path) -> None:
         (3.5, "must be 'auto', a device or a dict"),
     ],
 )
-def test_wrong_device_maps(device_map: Any, text: str, saved: Path) -> None:
-    with pytest.raises(ValueError, match=text):
+def test_invalid_device_maps(device_map: Any, message: str, saved: Path) -> None:
+    with pytest.raises(ValueError, match=message):
         MptForCausalLM.from_pretrained(saved, device_map=device_map)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
-def test_a_gpu_that_is_not_there(saved: Path) -> None:
+def test_unavailable_gpu(saved: Path) -> None:
     with pytest.raises(ValueError, match="no CUDA GPU is there"):
         MptForCausalLM.from_pretrained(saved, device_map="cuda:0")
 
 
-def test_a_given_config_is_used_and_not_changed(saved: Path) -> None:
+def test_a_given_config_is_used_and_not_modified(saved: Path) -> None:
     given = MptConfig.from_pretrained(saved, attn_config={"alibi_bias_max": 16})
     before = given.to_dict()
     made = MptForCausalLM.from_pretrained(saved, config=given, use_cache=True, dtype="float16")
@@ -266,24 +269,26 @@ def test_a_given_config_is_used_and_not_changed(saved: Path) -> None:
     assert by_path.spec == MptForCausalLM.from_pretrained(saved).spec
 
 
-def test_attn_implementation_is_chosen_while_loading(saved: Path) -> None:
+def test_attn_implementation_argument(saved: Path) -> None:
     made = MptForCausalLM.from_pretrained(saved, attn_implementation="eager")
     assert made.at("attention", 1).implementation == "eager"
-    assert "eager" not in made.config.to_json_string(), "a choice of the machine, not of the checkpoint"
+    assert "eager" not in made.config.to_json_string(), "not stored in the config"
     with pytest.raises(ValueError, match="attn_implementation must be one of"):
         MptForCausalLM.from_pretrained(saved, attn_implementation="quick")
 
 
 @pytest.mark.parametrize(
-    ("given", "error", "text"),
+    ("given", "error", "message"),
     [
         ({"tp_plan": "auto"}, ValueError, "does not take tp_plan: tensor parallelism"),
         ({"gguf_file": "x.gguf"}, TypeError, "gguf_file= is not supported"),
         ({"no_such_argument": 1}, TypeError, "does not know the argument 'no_such_argument'"),
     ],
 )
-def test_arguments_that_are_not_there(given: dict[str, Any], error: Any, text: str, saved: Path) -> None:
-    with pytest.raises(error, match=text):
+def test_unknown_and_unsupported_arguments(
+    given: dict[str, Any], error: Any, message: str, saved: Path
+) -> None:
+    with pytest.raises(error, match=message):
         MptForCausalLM.from_pretrained(saved, **given)
     with pytest.raises(TypeError, match="takes one positional argument, got 2"):
         MptForCausalLM.from_pretrained(saved, "more")
@@ -326,7 +331,7 @@ def test_missing_unknown_and_unread_tensors(saved: Path) -> None:
     )
 
 
-def test_an_impossible_head_count_in_a_config(saved: Path) -> None:
+def test_inconsistent_config_fields(saved: Path) -> None:
     data = json.loads((saved / "config.json").read_text())
     (saved / "config.json").write_text(json.dumps({**data, "n_heads": 5}))
     with pytest.raises(ValueError, match=r"d_model.*36.*n_heads.*5"):
@@ -336,7 +341,7 @@ def test_an_impossible_head_count_in_a_config(saved: Path) -> None:
         MptForCausalLM.from_pretrained(saved)
 
 
-def test_folders_that_hold_no_model(tmp_path: Path, saved: Path) -> None:
+def test_folders_without_a_model(tmp_path: Path, saved: Path) -> None:
     with pytest.raises(HubError):
         MptForCausalLM.from_pretrained(tmp_path / "nowhere")
     (saved / WEIGHTS).unlink()
@@ -352,22 +357,22 @@ def test_folders_that_hold_no_model(tmp_path: Path, saved: Path) -> None:
 # ---------------------------------------------------------------------------- saving
 
 
-def test_a_failing_save_leaves_the_earlier_one(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_save_keeps_the_earlier_checkpoint(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = {path.name: path.read_bytes() for path in saved.iterdir()}
     other = model(seed=3, attn={"clip_qkv": 2})
 
     def fail(*_: Any, **__: Any) -> None:
         raise OSError("no space left on device")
 
-    for place in ("monoblock.checkpoint.save._write", "monoblock.config.PretrainedConfig.to_json_string"):
+    for function in ("monoblock.checkpoint.save._write", "monoblock.config.PretrainedConfig.to_json_string"):
         with monkeypatch.context() as patch:
-            patch.setattr(place, fail)
+            patch.setattr(function, fail)
             with pytest.raises((OSError, CheckpointError), match="no space left"):
                 other.save_pretrained(saved)
-        assert {path.name: path.read_bytes() for path in saved.iterdir()} == before, place
+        assert {path.name: path.read_bytes() for path in saved.iterdir()} == before, function
 
 
-def test_a_failing_save_leaves_no_half(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_save_leaves_no_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any, **__: Any) -> None:
         raise OSError("no space left on device")
 
@@ -377,7 +382,7 @@ def test_a_failing_save_leaves_no_half(tmp_path: Path, monkeypatch: pytest.Monke
     assert not (tmp_path / "new").exists() or not list((tmp_path / "new").iterdir())
 
 
-def test_saving_is_refused_where_it_cannot_be(tmp_path: Path) -> None:
+def test_invalid_arguments_of_save_pretrained(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="needs a folder"):
         model().save_pretrained(tmp_path / "file")
@@ -391,7 +396,7 @@ def test_saving_is_refused_where_it_cannot_be(tmp_path: Path) -> None:
     assert not (tmp_path / "other").exists()
 
 
-def test_a_given_state_dict_is_saved_instead(saved: Path, tmp_path: Path) -> None:
+def test_save_pretrained_with_a_state_dict(saved: Path, tmp_path: Path) -> None:
     made = MptForCausalLM.from_pretrained(saved)
     state = {name: torch.zeros_like(tensor) for name, tensor in made.hub_state_dict().items()}
     made.save_pretrained(tmp_path / "zeros", state_dict=state)
@@ -425,7 +430,7 @@ print(used("VmHWM") - base, used("RssAnon") - anonymous)
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from Linux's /proc")
-def test_a_model_is_loaded_without_a_second_copy(tmp_path: Path) -> None:
+def test_loading_makes_no_second_copy(tmp_path: Path) -> None:
     sizes = {"d_model": 1024, "n_heads": 8, "n_layers": 3, "vocab_size": 16000}
     big = MptForCausalLM(MptConfig(**sizes))
     megabytes = big.get_memory_footprint() / 2**20
@@ -437,15 +442,15 @@ def test_a_model_is_loaded_without_a_second_copy(tmp_path: Path) -> None:
             [sys.executable, "-c", MEMORY, str(tmp_path), dtype], capture_output=True, text=True, check=True
         )
         peak, anonymous = (float(x) for x in run.stdout.split())
-        # 40 MB: what the first forward pass of PyTorch takes. A conversion holds one tensor (62 MB) twice.
+        # 40 MB for the first forward pass of PyTorch. A dtype conversion holds one tensor (62 MB) twice.
         assert peak < 1.15 * share * megabytes + 40 + (62 if share < 1 else 0), (
             f"{dtype}: {peak:.0f} of {megabytes:.0f} MB"
         )
         if dtype == "float32":
-            assert anonymous < 60, "the weights are the mapped file itself"
+            assert anonymous < 60, "the weights are memory-mapped"
 
 
-def test_loaded_parameters_lie_in_the_mapped_file(saved: Path) -> None:
+def test_loaded_parameters_are_memory_mapped(saved: Path) -> None:
     if not Path("/proc/self/maps").exists():
         pytest.skip("maps are read from Linux's /proc")
     made = MptForCausalLM.from_pretrained(saved)
@@ -459,12 +464,10 @@ def test_loaded_parameters_lie_in_the_mapped_file(saved: Path) -> None:
         assert any(low <= p.data_ptr() < high for low, high in spans), name
     with torch.no_grad():
         made.get_input_embeddings().weight.zero_()
-    assert MptForCausalLM.from_pretrained(saved).get_input_embeddings().weight.any(), (
-        "the file is not written to"
-    )
+    assert MptForCausalLM.from_pretrained(saved).get_input_embeddings().weight.any(), "the mapping is private"
 
 
-def test_a_passed_config_takes_fields_as_a_constructor_does(saved: Path) -> None:
+def test_keyword_arguments_override_a_given_config(saved: Path) -> None:
     config = monoblock.MptConfig.from_pretrained(saved)
     before = config.to_dict()
     made = monoblock.MptForCausalLM.from_pretrained(saved, config=config, attn_config={"clip_qkv": 0.25})
@@ -474,7 +477,7 @@ def test_a_passed_config_takes_fields_as_a_constructor_does(saved: Path) -> None
         monoblock.MptForCausalLM.from_pretrained(saved, config=config, no_such=1)
 
 
-def test_foreign_tensors_and_fewer_layers(tmp_path: Path, logs: pytest.LogCaptureFixture) -> None:
+def test_extra_tensors_and_fewer_layers(tmp_path: Path, logs: pytest.LogCaptureFixture) -> None:
     neo = monoblock_model("GPTNeoForCausalLM", **fields("gpt_neo"))
     neo.save_pretrained(tmp_path / "saved")
     whole, short = check_strict(monoblock.GPTNeoForCausalLM, tmp_path / "saved", tmp_path, logs)
@@ -484,7 +487,7 @@ def test_foreign_tensors_and_fewer_layers(tmp_path: Path, logs: pytest.LogCaptur
     assert len(short.transformer.h) == 1
 
 
-def test_fewer_packed_layers(tmp_path: Path, logs: pytest.LogCaptureFixture) -> None:
+def test_fewer_quantised_layers(tmp_path: Path, logs: pytest.LogCaptureFixture) -> None:
     monoblock_model("GPTNeoForCausalLM", **fields("gpt_neo")).quantize("int8").save_pretrained(tmp_path)
     with pytest.raises(UnreadKeys, match=r"strict=False\) ignores them"):
         monoblock.GPTNeoForCausalLM.from_pretrained(tmp_path, **FEWER)
@@ -497,7 +500,7 @@ def test_fewer_packed_layers(tmp_path: Path, logs: pytest.LogCaptureFixture) -> 
     assert sum("strict=False passes over" in message for message in logs.messages) == 1
 
 
-def test_many_foreign_tensors_make_a_short_warning(saved: Path, logs: pytest.LogCaptureFixture) -> None:
+def test_the_warning_of_many_extra_tensors_is_short(saved: Path, logs: pytest.LogCaptureFixture) -> None:
     rewritten(saved, lambda tensors: tensors.update({f"extra.{i}": torch.ones(1) for i in range(70)}))
     _, info = MptForCausalLM.from_pretrained(saved, strict=False, output_loading_info=True)
     assert len(info["unexpected_keys"]) == 70
@@ -505,8 +508,8 @@ def test_many_foreign_tensors_make_a_short_warning(saved: Path, logs: pytest.Log
     assert warning.endswith(" and 20 more")
 
 
-def test_the_model_cards_lines(saved: Path, logs: pytest.LogCaptureFixture) -> None:
-    """Of the makers' models: a config whose kernel is chosen by an item, and code that is trusted."""
+def test_the_code_of_upstream_model_cards(saved: Path, logs: pytest.LogCaptureFixture) -> None:
+    """`config.attn_config["attn_impl"] = ...` and `trust_remote_code=True`."""
     options.warn_of_remote_code.cache_clear()
     config = AutoConfig.from_pretrained(saved, trust_remote_code=True)
     config.attn_config["attn_impl"] = "triton"
@@ -523,5 +526,5 @@ def test_the_model_cards_lines(saved: Path, logs: pytest.LogCaptureFixture) -> N
     assert sum("trust_remote_code=True has no effect" in message for message in logs.messages) == 1
 
 
-def test_a_config_that_asks_for_more_than_the_files_hold(tmp_path: Path) -> None:
+def test_a_config_larger_than_its_files_raises(tmp_path: Path) -> None:
     oversized_configs.check(monoblock.MistralForCausalLM, tmp_path)

@@ -1,4 +1,4 @@
-"""bfloat16 in 12 bits: the format by hand, products at every level of the native kernels, models, files, refusals."""
+"""Lossless bfloat16 in 12 bits: the format, products at every kernel level, models, files, errors."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ HALF_STEP = 2.0**-8  # one rounding to bfloat16
 
 
 def matrix(outputs: int, inputs: int, seed: int = 0) -> Tensor:
-    """Normal numbers, and all that is unusual: zeros of both signs, the smallest there are, and very large ones."""
+    """Normal values, and special ones: zeros of both signs, denormals, very large."""
     made = torch.randn(outputs, inputs, generator=torch.Generator().manual_seed(seed)).bfloat16()
     made[0, :9] = torch.tensor([0.0, -0.0, 1e-40, -9e-41, 1e-30, -3e-9, 1e20, -1e5, 0.0])
     made[outputs // 2, -3:] = torch.tensor([3e4, 1e-12, -1e-38])
@@ -64,7 +64,7 @@ def by_hand(codes: np.ndarray[Any, Any], inputs: int) -> np.ndarray[Any, Any]:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_the_format_by_hand_and_back(shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_format_and_round_trip(shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     weight = matrix(*shape)
     packed = formats.pack(weight, 12, 128)
     assert {n: tuple(t.shape) for n, t in packed.tensors().items()} == formats.shapes(12, 128, *shape)
@@ -77,20 +77,20 @@ def test_the_format_by_hand_and_back(shape: tuple[int, int], monkeypatch: pytest
     assert torch.equal(formats.pack(weight.float(), 12, 128).codes, packed.codes)
 
 
-def test_how_much_it_saves() -> None:
+def test_size() -> None:
     """At 2,048 inputs a row's 3,072 bytes and its head of 32, of 4,096."""
     packed = formats.pack(torch.randn(4, 2048).bfloat16(), 12, 128)
     assert packed.codes.shape == (4, 3104) and packed.scale is packed.low is None
 
 
-def test_what_saves_nothing_does_not_fit() -> None:
+def test_incompressible_rows_raise() -> None:
     wide = torch.logspace(-30, 30, 512).repeat(3, 1).bfloat16()  # 200 exponents in a row
     for weight in (wide, torch.randn(3, 64).bfloat16()):
         with pytest.raises(formats.DoesNotFit, match="12 bits save nothing"):
             formats.pack(weight, 12, 128)
 
 
-def test_only_bfloat16_numbers_are_packed() -> None:
+def test_only_bfloat16_values_are_packed() -> None:
     with pytest.raises(ValueError, match=r"float32 that bfloat16 cannot represent.*dtype=torch\.bfloat16"):
         formats.pack(torch.randn(3, 512), 12, 128)
 
@@ -100,7 +100,7 @@ def test_only_bfloat16_numbers_are_packed() -> None:
 
 @torch.no_grad()
 def test_products(level: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As with the plain matrix, few rows and many (in pieces), in both types, with and without a bias."""
+    """As with the plain matrix, few rows and many (in blocks), in both types, with and without a bias."""
     torch.manual_seed(0)
     monkeypatch.setattr(linear, "BLOCK", 2500)
     for outputs, inputs in SHAPES:
@@ -176,7 +176,7 @@ def model_of(name: str) -> Any:
 
 @pytest.mark.parametrize("name", SIZES)
 @torch.no_grad()
-def test_models_are_what_they_were(name: str, tmp_path: Path) -> None:
+def test_models_are_bitwise_unchanged(name: str, tmp_path: Path) -> None:
     """The same answers to the bit for more tokens than the kernels take at once; the same weights when unpacked."""
     model = model_of(name)
     plain, state = model(IDS).logits, {k: v.clone() for k, v in model.hub_state_dict().items()}
@@ -228,7 +228,7 @@ def test_matrices_that_do_not_fit_stay_as_they_are(tmp_path: Path) -> None:
 
 
 @torch.no_grad()
-def test_damaged_codes_read_and_write_nothing_beyond(level: str) -> None:
+def test_damaged_codes_stay_in_bounds(level: str) -> None:
     """A file may name any number of weights in any column: what is not there is passed over."""
     weight = (1 + torch.rand(3, 256)).bfloat16()  # one exponent: nothing is in the heads
     packed = formats.pack(weight, 12, 128)
@@ -245,7 +245,7 @@ def test_damaged_codes_read_and_write_nothing_beyond(level: str) -> None:
             torch.testing.assert_close(y, x @ weight.float().T, rtol=1e-2, atol=0.5)
 
 
-def test_refusals(tmp_path: Path) -> None:
+def test_invalid_models_raise(tmp_path: Path) -> None:
     model = model_of("MptForCausalLM").float()
     with torch.no_grad():
         model.at("up", 0).weight.add_(1e-6)

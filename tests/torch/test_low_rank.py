@@ -1,5 +1,5 @@
-"""Low-rank adapters in the native decode step. peft itself is tried in tests/ecosystem/test_lora_decoding.py; here a
-module with the fields of its LoRA layer stands in its place."""
+"""LoRA adapters in the native decode step. tests/ecosystem/test_lora_decoding.py uses peft; here a module with the
+fields of its LoRA layer replaces it."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def test_adapters_over_packed_matrices(how: str) -> None:
     model = mistral().quantize(how)
     adapt(model, ["q_proj", "v_proj", "down_proj"], {"one": 4})
     plain = mistral().quantize(how)
-    # The native step and the modules round a packed product's inputs at different places, without adapters too.
+    # The native step and the modules round the inputs of quantised products at different points, without adapters too.
     handle = plain.register_forward_hook(lambda *_: None)
     modules = scores(plain, IDS)
     handle.remove()
@@ -160,7 +160,7 @@ def test_a_change_of_scale_or_adapter_reaches_the_step() -> None:
     assert len({float(x.sum()) for x in (first, second, third)}) == 3
 
 
-def test_dropout_that_is_left_on_stops_the_step() -> None:
+def test_active_dropout_is_an_obstacle() -> None:
     model = mistral()
     model.model.layers[1].self_attn.train()
     assert model.decoding_path() == "dropout in training mode in model.layers.1.self_attn"

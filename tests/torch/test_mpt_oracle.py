@@ -34,7 +34,7 @@ ATOL = 1e-5  # fp32, 2 layers, values of the order of 1 to 10: measured 7e-6
 
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three blocks of queries where a text would fit in one."""
+    """Three query blocks where one would suffice."""
     monkeypatch.setattr(attention, "QUERY_BLOCK", 8)
 
 
@@ -63,7 +63,7 @@ def test_option(case: str) -> None:
 @pytest.mark.parametrize("case", CASES)
 @torch.no_grad()
 def test_option_cached(case: str) -> None:
-    """Growing = static = no cache, given in pieces and token by token; a row of a batch = the text alone."""
+    """Growing, static and no cache are equal, also in chunks; a row of a batch equals its sequence alone."""
     module = mpt_model(case)
     if case == "rope, dynamic":
         # The angles of a token change as the text grows, so a deeper layer's cached states are those of a shorter
@@ -78,7 +78,7 @@ def test_option_cached(case: str) -> None:
                 if case == "rope, dynamic" and len(sizes) != 3:
                     continue
                 logits = chunks(module, ids, mask, sizes, past)
-                if case == "rope, dynamic":  # earlier pieces were seen by a shorter text's angles
+                if case == "rope, dynamic":  # earlier chunks used the angles of a shorter length
                     assert_close(
                         f"{case}, cached",
                         logits[:, -1],
@@ -94,7 +94,7 @@ def test_option_cached(case: str) -> None:
                 assert_close(f"{case}, alone", whole[row, real], alone, bound)
 
 
-def test_storywriters_clip_bites() -> None:
+def test_storywriters_clip_has_an_effect() -> None:
     module = mpt_model("storywriter")
     ids, _ = batch("none")
     with_clip = expected(module, ids).hidden
@@ -105,7 +105,7 @@ def test_storywriters_clip_bites() -> None:
     assert np.abs(with_clip - without).max() > 0.01
 
 
-def test_a_window_of_the_makers_is_one_key_less() -> None:
+def test_upstream_windows_exclude_the_query() -> None:
     """sliding_window_size=W: W keys before the query, and its own."""
     assert config({"sliding_window_size": 5}).to_spec().windows == (6, 6)
     module = model(attn={"sliding_window_size": 5})
@@ -134,12 +134,12 @@ def test_sequence_id(padding: str, more: dict[str, Any]) -> None:
 
 @torch.no_grad()
 def test_sequence_id_without_the_option() -> None:
-    """It acts where it is given; the option makes training ask for it."""
+    """It takes effect without the option, which only makes it required in training."""
     ids, _ = batch("none")
     segments = (torch.arange(ids.shape[1]) > 9).long().expand(ids.shape)
     found = model()(ids, sequence_id=segments).logits
-    asked = model(attn={"attn_uses_sequence_id": True})(ids, sequence_id=segments).logits
-    assert torch.equal(found, asked)
+    trained_option = model(attn={"attn_uses_sequence_id": True})(ids, sequence_id=segments).logits
+    assert torch.equal(found, trained_option)
     assert (found - model()(ids).logits).abs().max() > 0.01
 
 
@@ -162,21 +162,21 @@ def test_embedding_fraction_scales_the_gradient() -> None:
 
 @pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("kernel", ["sdpa", "eager"])
-@pytest.mark.parametrize("place", ["emb_pdrop", "resid_pdrop", "attn_pdrop"])
-def test_each_dropout_acts_at_its_place(place: str, kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A dropout that multiplies by 1 + p, told from the parameters that would have the same effect."""
+@pytest.mark.parametrize("field", ["emb_pdrop", "resid_pdrop", "attn_pdrop"])
+def test_each_dropout_field(field: str, kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A dropout that multiplies by 1 + p equals scaled parameters."""
     p, factor = 0.25, 1.25
-    attn, fields = ({place: p}, {}) if place == "attn_pdrop" else ({}, {place: p})
+    attn, fields = ({field: p}, {}) if field == "attn_pdrop" else ({}, {field: p})
     module = model("MptModel", attn=attn, **fields)
     module.set_attn_implementation(kernel)
     ids, mask = batch("left")
     params = parameters(module)
     for name, value in params.items():
-        if place == "emb_pdrop" and name == "embed.weight":
+        if field == "emb_pdrop" and name == "embed.weight":
             params[name] = value * factor
-        if place == "attn_pdrop" and name.endswith("attn.out.weight"):
+        if field == "attn_pdrop" and name.endswith("attn.out.weight"):
             params[name] = value * factor
-        if place == "resid_pdrop" and name.endswith(("attn.out.weight", "mlp.down.weight")):
+        if field == "resid_pdrop" and name.endswith(("attn.out.weight", "mlp.down.weight")):
             params[name] = value * factor
     run = oracle.run(module.spec, params, ids.numpy(), mask.numpy())
 
@@ -186,7 +186,7 @@ def test_each_dropout_acts_at_its_place(place: str, kernel: str, monkeypatch: py
         F, "scaled_dot_product_attention", lambda *a, dropout_p=0.0, **k: fused(*a, **k) * (1 + dropout_p)
     )
     assert_close(
-        "no dropout at rest",
+        "no dropout in evaluation",
         module(ids, attention_mask=mask)[0],
         expected(module, ids, mask).hidden,
         ATOL,
@@ -195,18 +195,18 @@ def test_each_dropout_acts_at_its_place(place: str, kernel: str, monkeypatch: py
     module.train()
     out = module(ids, attention_mask=mask, output_hidden_states=True)
     for a, b in zip(out.hidden_states, run.hidden_states, strict=True):
-        assert_close(f"{place}, {kernel}", a, b, 2e-5, mask)  # states are 1.25 times as large here
+        assert_close(f"{field}, {kernel}", a, b, 2e-5, mask)  # states are 1.25 times as large here
 
 
-@pytest.mark.parametrize("place", ["emb_pdrop", "resid_pdrop", "attn_pdrop"])
-def test_dropout_is_random_in_training_only(place: str) -> None:
-    attn, fields = ({place: 0.5}, {}) if place == "attn_pdrop" else ({}, {place: 0.5})
+@pytest.mark.parametrize("field", ["emb_pdrop", "resid_pdrop", "attn_pdrop"])
+def test_dropout_is_random_in_training_only(field: str) -> None:
+    attn, fields = ({field: 0.5}, {}) if field == "attn_pdrop" else ({}, {field: 0.5})
     module = model("MptModel", attn=attn, **fields)
     ids, _ = batch("none")
     assert torch.equal(module(ids)[0], module(ids)[0])
     module.train()
     assert not torch.equal(module(ids)[0], module(ids)[0])
-    if place == "emb_pdrop":
+    if field == "emb_pdrop":
         dropped = module(ids, output_hidden_states=True).hidden_states[0] == 0
         assert 0.4 < dropped.float().mean() < 0.6
 
@@ -214,9 +214,7 @@ def test_dropout_is_random_in_training_only(place: str) -> None:
 @pytest.mark.parametrize(
     "case", ["alibi_bias_max", "grouped", "sliding window, rope", "score cap", "all at once"]
 )
-def test_gradients_in_blocks_are_those_of_the_eager_kernel(
-    case: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_gradients_in_blocks_equal_the_eager_kernel(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks are computed again in the backward pass; so are whole layers under gradient checkpointing."""
     monkeypatch.setattr(attention, "QUERY_BLOCK", 8)
     ids, mask = batch("left")
@@ -254,7 +252,7 @@ def test_lengths_beyond_max_seq_len(attn: dict[str, Any]) -> None:
     )
 
 
-def test_learned_positions_end() -> None:
+def test_more_tokens_than_learned_positions_raise() -> None:
     module = model(attn={"alibi": False}, max_seq_len=16)
     ids, mask = batch("left", (17, 5))
     assert module(ids[:, 1:]).logits.shape[1] == 16
@@ -267,7 +265,7 @@ def test_learned_positions_end() -> None:
 
 
 @torch.no_grad()
-def test_a_long_text_keeps_its_precision() -> None:
+def test_precision_of_long_inputs() -> None:
     """ALiBi's steepest slope reaches 1,000 here, where fp32 has steps of 6e-5. The eager and the block-wise kernel use
     distances and lose nothing; the flash kernel has one bias for all queries, from the middle: measured 7e-5."""
     module = model("MptModel", n_layers=1)
@@ -282,7 +280,7 @@ def test_a_long_text_keeps_its_precision() -> None:
     "case", ["alibi_bias_max", "all at once", "rope, llama3", "sliding window", "score cap"]
 )
 @torch.no_grad()
-def test_bf16_is_near(case: str) -> None:
+def test_bf16_is_close(case: str) -> None:
     """bf16 has 8 bits: 0.4 % of each of some ten sums of values up to 10."""
     module = mpt_model(case)
     ids, mask = batch("left", LENGTHS)

@@ -1,7 +1,4 @@
-"""Inputs that are no numbers, infinite, tiny or huge: they stay in their rows, and nothing overflows on the way.
-
-`make sanitize` runs these with kernels that watch for undefined behaviour.
-"""
+"""NaN, infinite, denormal and huge inputs affect only their rows, and nothing overflows."""
 
 from __future__ import annotations
 
@@ -18,7 +15,7 @@ from monoblock.backends.pytorch.kernels.linear import quantized_dense
 from monoblock.backends.pytorch.quantization import formats
 
 INFINITE = float("inf")
-STRANGE = {
+NON_FINITE = {
     "nan": [float("nan")],
     "inf": [INFINITE],
     "-inf": [-INFINITE],
@@ -47,21 +44,21 @@ def product(x: torch.Tensor, packed: Any) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("bits", [8, 4])
-@pytest.mark.parametrize("kind", STRANGE)
+@pytest.mark.parametrize("kind", NON_FINITE)
 @torch.no_grad()
-def test_strange_inputs_spoil_their_row_alone(level: str, kind: str, bits: int) -> None:
+def test_non_finite_inputs_affect_their_row_only(level: str, kind: str, bits: int) -> None:
     inputs = 200
     packed = formats.pack(made(9, inputs), bits, 64)
     for rows in (1, 3, 20):
         x = made(rows, inputs, seed=1)
         plain = product(x, packed)
-        for place in (0, 70, 199):
-            spoilt = x.clone()
-            spoilt[-1, place] = STRANGE[kind][0]
-            for i, value in enumerate(STRANGE[kind]):
-                spoilt[-1, (place + i) % inputs] = value
-            y = product(spoilt, packed)
-            assert not y[-1].isfinite().any(), (level, rows, place)
+        for index in (0, 70, 199):
+            changed = x.clone()
+            changed[-1, index] = NON_FINITE[kind][0]
+            for i, value in enumerate(NON_FINITE[kind]):
+                changed[-1, (index + i) % inputs] = value
+            y = product(changed, packed)
+            assert not y[-1].isfinite().any(), (level, rows, index)
             assert torch.equal(y[:-1], plain[:-1])
 
 
@@ -77,7 +74,7 @@ def test_tiny_and_huge_inputs(level: str, kind: str, bits: int) -> None:
 
 @pytest.mark.parametrize("bits", [8, 4])
 @torch.no_grad()
-def test_sums_of_the_largest_inputs_overflow_openly(level: str, bits: int) -> None:
+def test_overflow_gives_non_finite_results(level: str, bits: int) -> None:
     """Sums of a group's inputs, and products with codes, pass float32's largest number long before the result does:
     what they give is then not finite, and never another number."""
     for rows in (1, 3, 20):
@@ -100,7 +97,7 @@ def of_size(size: float, rows: int, bits: int) -> tuple[torch.Tensor, torch.Tens
 @pytest.mark.parametrize("name", ["MistralForCausalLM", "GPTNeoForCausalLM", "MptForCausalLM"])
 @pytest.mark.parametrize("value", [float("nan"), INFINITE, -3e38])
 @torch.no_grad()
-def test_models_with_such_weights(level: str, name: str, value: float) -> None:
+def test_models_with_non_finite_weights(level: str, name: str, value: float) -> None:
     """Norms, activations, attention and sampling of a whole model, packed and plain: no fault, and no number lost."""
     import tiny_families
 

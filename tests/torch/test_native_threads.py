@@ -1,4 +1,4 @@
-"""Kernels that were built without OpenMP: PyTorch's own threads do what PyTorch has kernels for."""
+"""Kernels built without OpenMP: PyTorch's kernels are preferred where PyTorch has several threads."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def called(serial: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     torch.set_num_threads(before)
 
 
-def test_it_says_so(serial: Any) -> None:
+def test_status(serial: Any) -> None:
     library, level, status = serial
     assert level == "base" and not native.has_openmp(library)
     assert status == "base; built without OpenMP: single-threaded"
@@ -61,7 +61,7 @@ def test_it_says_so(serial: Any) -> None:
 
 @torch.inference_mode()
 @pytest.mark.parametrize("threads", [1, 2])
-def test_it_is_preferred_to_one_thread_of_pytorch_alone(threads: int, called: list[str]) -> None:
+def test_native_kernels_only_with_one_thread(threads: int, called: list[str]) -> None:
     torch.set_num_threads(threads)
     x, weight = torch.randn(1, 8, 128), torch.randn(16, 128)
     module = model("MptForCausalLM")
@@ -79,7 +79,7 @@ def test_it_is_preferred_to_one_thread_of_pytorch_alone(threads: int, called: li
 
 
 @torch.inference_mode()
-def test_quantised_products_stay_with_it(called: list[str]) -> None:
+def test_quantised_products_stay_native(called: list[str]) -> None:
     """PyTorch would unpack the weights first."""
     torch.set_num_threads(2)
     weight = torch.randn(16, 128)

@@ -1,4 +1,4 @@
-"""Checkpoints of transformers 4's Flax and TensorFlow classes in the PyTorch ones: outputs, tokens, arguments."""
+"""Checkpoints of transformers 4's Flax and TensorFlow classes in the PyTorch classes: outputs, tokens, arguments."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ torch.set_num_threads(1)
 def _h5py(request: pytest.FixtureRequest) -> None:
     name = request.node.callspec.params.get("name", "") if hasattr(request.node, "callspec") else "TF"
     if name.startswith("TF"):
-        pytest.importorskip("h5py", reason="h5py is not installed: no .h5 file can be read")
+        pytest.importorskip("h5py", reason="reading .h5 files needs h5py")
 
 
 def loaded(name: str, **kwargs: Any) -> Any:
@@ -58,7 +58,7 @@ def differences(model: Any, name: str) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_outputs_and_tokens_are_the_old_class_s(name: str) -> None:
+def test_outputs_and_tokens(name: str) -> None:
     model = loaded(name)
     found = differences(model, name)
     assert {"hidden_states", "attentions"} < found.keys()
@@ -69,8 +69,8 @@ def test_outputs_and_tokens_are_the_old_class_s(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in TENSORFLOW if "OpenAIGPT" in name])
-def test_the_old_gelu_explains_the_whole_difference(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """So no weight of these files is in a wrong place by a little."""
+def test_the_old_gelu_explains_the_difference(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any error in the assignment of weights would exceed this."""
     monkeypatch.setitem(openai_gpt.ACTIVATIONS, "gelu", "gelu")
     model = loaded(name)
     found = differences(model, name)
@@ -78,7 +78,7 @@ def test_the_old_gelu_explains_the_whole_difference(name: str, monkeypatch: pyte
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_bare_model_and_one_with_a_head_read_each_other_s_files(name: str) -> None:
+def test_models_with_and_without_a_head_load_each_others_files(name: str) -> None:
     """As with the hub's files: the prefix may be there or not."""
     stem = next(s for s in ("GPTNeo", "Mistral", "MPNet", "OpenAIGPT") if s in name)
     bare = getattr(monoblock, stem + "Model").from_pretrained(FOLDER / name)
@@ -88,12 +88,12 @@ def test_a_bare_model_and_one_with_a_head_read_each_other_s_files(name: str) -> 
     )
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
-    # A Conv1D's lies outputs x inputs.
+    # Conv1D weights are transposed views.
     assert all(value.is_contiguous() or value.t().is_contiguous() for value in ours.values())
 
 
 @pytest.mark.parametrize("name", [FLAX[0], "TFMPNetForMaskedLM"])
-def test_saved_anew_it_is_the_same_model(name: str, tmp_path: Any) -> None:
+def test_saved_again_it_is_the_same_model(name: str, tmp_path: Any) -> None:
     model = loaded(name)
     model.save_pretrained(tmp_path)
     again = type(model).from_pretrained(tmp_path)
@@ -123,13 +123,13 @@ def test_the_arguments_say_which_file_is_read(tmp_path: Any) -> None:
         weight(from_flax=True, from_tf=True)
     (tmp_path / "model.safetensors").unlink()
     (tmp_path / "tf_model.h5").unlink()
-    assert torch.equal(weight(from_tf=True), flax.get_input_embeddings().weight)  # what there is
+    assert torch.equal(weight(from_tf=True), flax.get_input_embeddings().weight)  # the only format left
     with pytest.raises(HubError, match=r"expected model\.safetensors"):
         weight(use_safetensors=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_another_dtype(dtype: torch.dtype) -> None:
+def test_dtype(dtype: torch.dtype) -> None:
     model = loaded(FLAX[0], dtype=dtype)
     assert {p.dtype for p in model.parameters()} == {dtype}
     exact = loaded(FLAX[0])
@@ -138,8 +138,8 @@ def test_another_dtype(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("name", ["FlaxGPTNeoModel", "TFMPNetForMaskedLM", "TFOpenAIGPTDoubleHeadsModel"])
-def test_they_convert_to_the_hub_s_format(name: str, tmp_path: Any) -> None:
-    """The number of tensors and of equal ones, and the logits, are compared by the conversion itself."""
+def test_conversion(name: str, tmp_path: Any) -> None:
+    """The conversion compares the number of tensors, their values, and the logits."""
     convert(FOLDER / name, tmp_path / "hub", Options(check=True))
     old, new = loaded(name), getattr(monoblock, class_name(name)).from_pretrained(tmp_path / "hub")
     state = old.state_dict()

@@ -1,4 +1,4 @@
-"""Model outputs in PyTorch's machinery: trees, export, compilation, gathering, and accelerate's conversions."""
+"""Model outputs as pytrees: export, compilation, gathering, and accelerate's conversions."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ assert monoblock.MptModel  # the backend registers the outputs
 
 
 class Net(nn.Module):
-    """A module that returns an output of ours."""
+    """A module that returns a model output."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -33,7 +33,7 @@ def same(out: Any, wanted: BaseModelOutput) -> bool:
     return type(out) is type(wanted) and list(out) == list(wanted) and all(torch.equal(a, b) for a, b in both)
 
 
-def test_an_output_is_a_node_with_named_children() -> None:
+def test_outputs_are_pytree_nodes_with_named_children() -> None:
     out = Net()(torch.ones(2, 3))
     doubled = pytree.tree_map(lambda t: 2 * t, out)
     assert type(doubled) is BaseModelOutput and torch.equal(doubled.hidden_states[1], torch.full((2, 3), 4.0))
@@ -45,7 +45,7 @@ def test_an_output_is_a_node_with_named_children() -> None:
     ]
 
 
-def test_classes_that_come_later_are_nodes_too() -> None:
+def test_later_subclasses_are_pytree_nodes() -> None:
     @dataclass
     class Late(ModelOutput):
         first: Any = None
@@ -63,7 +63,7 @@ def test_export_keeps_the_output_class() -> None:
     assert same(torch.export.load(buffer).module()(x), net(x))
 
 
-def test_one_graph_makes_and_reads_an_output() -> None:
+def test_outputs_inside_a_full_graph() -> None:
     net, x = Net(), torch.randn(2, 3)
 
     def call(x: Tensor) -> tuple[BaseModelOutput, Tensor]:
@@ -88,9 +88,9 @@ def test_accelerate_converts_outputs() -> None:
 
 
 def test_scattered_outputs_are_gathered_by_name() -> None:
-    """As `nn.DataParallel` does on several devices: `type(out)(pairs)`."""
-    parts = [Net()(torch.ones(1, 3)) for _ in range(2)]
-    joined = type(parts[0])(
-        (name, torch.cat([part[name] for part in parts])) for name in ["last_hidden_state"]
+    """As by `nn.DataParallel`: `type(out)(pairs)`."""
+    outputs = [Net()(torch.ones(1, 3)) for _ in range(2)]
+    gathered = type(outputs[0])(
+        (name, torch.cat([out[name] for out in outputs])) for name in ["last_hidden_state"]
     )
-    assert joined.last_hidden_state.shape == (2, 3)
+    assert gathered.last_hidden_state.shape == (2, 3)

@@ -1,4 +1,4 @@
-"""Models with packed weights: every class, by one argument; saved, loaded, moved, trained on top of, and refused."""
+"""Models with quantised weights: every class; saving, loading, casting, training adapters, and errors."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def same_bits(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> N
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", CLASSES)
-def test_every_class_packs_saves_and_loads(
+def test_every_class_quantises_saves_and_loads(
     name: str, form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = plain(name)
@@ -130,7 +130,7 @@ def half_steps(weight: torch.Tensor, packed: Any) -> float:
 
 
 def native_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Products in PyTorch alone."""
+    """Products by PyTorch only."""
     monkeypatch.setattr(native, "_opened", lambda: (None, None, "off: a test"))
 
 
@@ -140,7 +140,7 @@ def error(one: torch.Tensor, other: torch.Tensor) -> float:
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", CLASSES)
-def test_what_is_packed(name: str, form: str) -> None:
+def test_quantised_modules(name: str, form: str) -> None:
     """Every matrix of the blocks; the token embedding and the projection to the vocabulary in 8 bits; no other."""
     model = plain(name).quantize(FORMS[form])
     bits = {"int8": 8, "int4": 4}[form]
@@ -161,29 +161,29 @@ def test_what_is_packed(name: str, form: str) -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    place = tmp_path_factory.mktemp("mistral")
-    plain(MISTRAL).save_pretrained(place)
-    return place
+    path = tmp_path_factory.mktemp("mistral")
+    plain(MISTRAL).save_pretrained(path)
+    return path
 
 
 @pytest.fixture(scope="module")
 def packed(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    place = tmp_path_factory.mktemp("packed")
-    AutoModelForCausalLM.from_pretrained(folder, quantization_config="int4").save_pretrained(place)
-    return place
+    path = tmp_path_factory.mktemp("packed")
+    AutoModelForCausalLM.from_pretrained(folder, quantization_config="int4").save_pretrained(path)
+    return path
 
 
-def test_names_and_types_in_the_file(packed: Path) -> None:
-    """The hub's names, one for each of its matrices, though they are fused here."""
+def test_names_and_dtypes_in_the_file(packed: Path) -> None:
+    """transformers' names, one per matrix of the file format."""
     tensors = load_file(packed / "model.safetensors")
     width, heads, mlp = 36, 60, 50
     for matrix, rows in (("self_attn.q_proj", heads), ("self_attn.k_proj", 20), ("mlp.up_proj", mlp)):
         name = f"model.layers.1.{matrix}.weight"
         assert name not in tensors
         assert tensors[f"{name}.codes"].shape == (rows, 64) and tensors[f"{name}.codes"].dtype == torch.uint8
-        for part in ("scale", "low"):
-            assert tensors[f"{name}.{part}"].shape == (rows, 1)
-            assert tensors[f"{name}.{part}"].dtype == torch.float16
+        for suffix in ("scale", "low"):
+            assert tensors[f"{name}.{suffix}"].shape == (rows, 1)
+            assert tensors[f"{name}.{suffix}"].dtype == torch.float16
     assert tensors["lm_head.weight.codes"].shape == (tiny_families.VOCAB, 128)  # 8 bits
     assert "lm_head.weight.low" not in tensors
     assert tensors["model.norm.weight"].shape == (width,)
@@ -192,7 +192,7 @@ def test_names_and_types_in_the_file(packed: Path) -> None:
     assert config["quantization_config"] == how
 
 
-def test_what_is_stored_transposed_is_not_when_packed(tmp_path: Path) -> None:
+def test_codes_are_not_transposed(tmp_path: Path) -> None:
     plain("OpenAIGPTLMHeadModel").quantize("int8").save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     assert tensors["transformer.h.0.attn.c_attn.weight.codes"].shape == (3 * 36, 128)
@@ -222,7 +222,7 @@ def test_shards(packed: Path, tmp_path: Path) -> None:
     same_bits(AutoModelForCausalLM.from_pretrained(tmp_path).hub_state_dict(), model.hub_state_dict())
 
 
-def test_codes_are_used_where_they_lie_in_the_file(packed: Path) -> None:
+def test_codes_are_memory_mapped(packed: Path) -> None:
     """What is one matrix here and in the file is not copied."""
     model = AutoModelForCausalLM.from_pretrained(packed)
     codes = model.at("down", 0).codes
@@ -231,25 +231,25 @@ def test_codes_are_used_where_they_lie_in_the_file(packed: Path) -> None:
     assert any(begin <= codes.data_ptr() < end for begin, end in spans)
 
 
-def test_no_plain_matrix_outlives_its_packing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plain_matrices_are_freed_while_quantising(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """While a model is packed, one plain matrix is there at a time."""
-    seen: list[Any] = []
+    storages: list[Any] = []
     original = formats.pack
 
     def pack(weight: torch.Tensor, bits: int, group: int) -> formats.QuantizedTensor:
-        assert not any(reference() is not None for reference in seen)
-        seen.append(weakref.ref(weight.untyped_storage()))
+        assert not any(reference() is not None for reference in storages)
+        storages.append(weakref.ref(weight.untyped_storage()))
         return original(weight, bits, group)
 
     monkeypatch.setattr(formats, "pack", pack)
     AutoModelForCausalLM.from_pretrained(folder, quantization_config="int8")
-    assert len(seen) == 3 * 7 + 2
+    assert len(storages) == 3 * 7 + 2
 
 
-def test_dtypes_of_what_is_not_packed(folder: Path, packed: Path) -> None:
+def test_dtypes_of_other_parameters(folder: Path, packed: Path) -> None:
     ids = torch.arange(5, 25)[None]
-    for place, how in ((folder, {"quantization_config": "int8"}), (packed, {})):
-        model = AutoModelForCausalLM.from_pretrained(place, dtype=torch.bfloat16, **how)
+    for path, how in ((folder, {"quantization_config": "int8"}), (packed, {})):
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16, **how)
         assert model.dtype == model(ids).logits.dtype == torch.bfloat16
         assert {t.dtype for m in model.modules() if isinstance(m, QuantizedMatrix) for t in m.buffers()} <= {
             torch.uint8,
@@ -257,7 +257,7 @@ def test_dtypes_of_what_is_not_packed(folder: Path, packed: Path) -> None:
         }
 
 
-def test_state_dicts_by_the_hubs_names_and_our_own(packed: Path, folder: Path) -> None:
+def test_state_dicts_by_both_names(packed: Path, folder: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(packed)
     other = plain(MISTRAL).quantize("int4")
     with torch.no_grad():
@@ -270,8 +270,8 @@ def test_state_dicts_by_the_hubs_names_and_our_own(packed: Path, folder: Path) -
         other.load_state_dict(AutoModelForCausalLM.from_pretrained(folder).hub_state_dict())
 
 
-def test_another_head_on_a_packed_backbone(packed: Path, logs: pytest.LogCaptureFixture) -> None:
-    """As with plain files: the head that is not there is made anew, plain; the one that is there is not used."""
+def test_another_head_on_a_quantised_backbone(packed: Path, logs: pytest.LogCaptureFixture) -> None:
+    """As with plain files: a missing head is initialised, unquantised; the one of the files is unused."""
     model: Any = MistralForSequenceClassification.from_pretrained(packed, num_labels=3)
     assert model.at("head_out").weight.shape == (3, 36)
     assert "newly initialised" in logs.text and "score.weight" in logs.text
@@ -282,15 +282,15 @@ def test_another_head_on_a_packed_backbone(packed: Path, logs: pytest.LogCapture
 # ---------------------------------------------------------------------------- use
 
 
-def test_words_dicts_and_objects_say_the_same(folder: Path) -> None:
-    ways: list[Any] = [
+def test_forms_of_quantization_config(folder: Path) -> None:
+    forms: list[Any] = [
         "int4",
         {"bits": 4},
         {"method": "monoblock", "bits": 4, "group_size": 128},
         {"quant_method": "monoblock", "bits": 4, "group_size": 128},
         WeightOnlyConfig(bits=4),
     ]
-    models = [AutoModelForCausalLM.from_pretrained(folder, quantization_config=way) for way in ways]
+    models = [AutoModelForCausalLM.from_pretrained(folder, quantization_config=way) for way in forms]
     assert {str(m.quantization_config) for m in models} == {str(WeightOnlyConfig(bits=4))}
 
 
@@ -323,7 +323,7 @@ def test_modules_that_are_not_converted(
 
 
 @pytest.mark.parametrize("name", ["lm_head", "wte"])
-def test_a_tied_matrix_stays_under_either_name(name: str) -> None:
+def test_tied_matrices_are_excluded_by_both_names(name: str) -> None:
     model = plain("MptForCausalLM").quantize(WeightOnlyConfig(modules_to_not_convert=[name]))
     state = model.state_dict(keep_vars=True)
     assert state["lm_head.weight"] is state["transformer.wte.weight"]
@@ -341,7 +341,7 @@ def test_generation_and_caches(packed: Path) -> None:
         assert torch.equal(out, slow)
 
 
-def test_adapters_train_on_packed_weights(packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_adapters_train_on_quantised_weights(packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The gradient of a low-rank adapter is that on the dequantised model; nothing else changes."""
 
     class Adapted(torch.nn.Module):
@@ -370,7 +370,7 @@ def test_adapters_train_on_packed_weights(packed: Path, monkeypatch: pytest.Monk
     )  # fp32; up to 8-bit activations in the forward pass
 
 
-def test_pipelines_take_it() -> None:
+def test_pipeline() -> None:
     made_ = pipeline("text-generation", model=str(demo.path()), model_kwargs={"quantization_config": "int8"})
     assert isinstance(made_.model.at("head_out"), QuantizedLinear)
     assert made_("def add(", max_new_tokens=4)[0]["generated_text"].startswith("def add(")
@@ -384,7 +384,7 @@ def test_footprint_and_device(folder: Path) -> None:
     assert "bits=4, group=128" in repr(model)
 
 
-# ---------------------------------------------------------------------------- refused
+# ---------------------------------------------------------------------------- errors
 
 
 def load(folder: Path, **how: Any) -> Any:
@@ -428,7 +428,7 @@ def copied(source: Path, target: Path, **changes: Any) -> Path:
     return target
 
 
-def test_the_first_spelling_of_the_method(packed: Path, tmp_path: Path) -> None:
+def test_quant_method_of_earlier_files(packed: Path, tmp_path: Path) -> None:
     how = {"quant_method": "monoblock", "bits": 4, "group_size": 128, "modules_to_not_convert": None}
     model = load(copied(packed, tmp_path, quantization_config=how))
     assert model.quantization_config == WeightOnlyConfig(bits=4)
@@ -436,7 +436,7 @@ def test_the_first_spelling_of_the_method(packed: Path, tmp_path: Path) -> None:
     assert all(torch.equal(one, states[1][name]) for name, one in states[0].items())
 
 
-def test_packed_files_that_do_not_fit(packed: Path, tmp_path: Path) -> None:
+def test_mismatched_quantised_files(packed: Path, tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
     (tmp_path / "c").mkdir()
@@ -447,15 +447,15 @@ def test_packed_files_that_do_not_fit(packed: Path, tmp_path: Path) -> None:
         load(copied(packed, tmp_path / "b", quantization_config=how))
     state = load_file(packed / "model.safetensors")
     del state["model.layers.0.self_attn.o_proj.weight.scale"]
-    place = copied(packed, tmp_path / "c")
+    path = copied(packed, tmp_path / "c")
     from safetensors.torch import save_file
 
-    save_file(state, place / "model.safetensors")
+    save_file(state, path / "model.safetensors")
     with pytest.raises(MissingKeys, match=r"o_proj\.weight"):
-        load(place)
+        load(path)
 
 
-def test_packed_twice(packed: Path) -> None:
+def test_quantising_twice_raises(packed: Path) -> None:
     assert load(packed, quantization_config="int4").quantization_config == WeightOnlyConfig(bits=4)
     with pytest.raises(ValueError, match="already quantised"):
         load(packed, quantization_config="int8")
@@ -466,14 +466,14 @@ def test_packed_twice(packed: Path) -> None:
         model.dequantize().dequantize()
 
 
-def test_packed_tables_do_not_resize(packed: Path) -> None:
+def test_quantised_embeddings_do_not_resize(packed: Path) -> None:
     model = load(packed)
     with pytest.raises(ValueError, match="resize first, then quantise"):
         model.resize_token_embeddings(100)
     assert model.dequantize().resize_token_embeddings(100).weight.shape == (100, 36)
 
 
-def test_a_plain_model_of_a_packed_folders_config_says_so(packed: Path, tmp_path: Path) -> None:
+def test_a_plain_model_saves_no_quantization_config(packed: Path, tmp_path: Path) -> None:
     """A config tells how weights are packed only where they are."""
     config = monoblock.AutoConfig.from_pretrained(packed)
     getattr(monoblock, MISTRAL)(config).save_pretrained(tmp_path)

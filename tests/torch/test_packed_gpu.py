@@ -43,7 +43,7 @@ def test_products(shape: tuple[int, ...], bits: int, group: int, monkeypatch: py
     assert_close("unpacked", y, x.double() @ numbers.T + bias, 1e-4)  # sums of 200 numbers of the order of 1
 
 
-def test_few_rows_go_to_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_few_rows_use_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = []
 
     def few_rows(x: torch.Tensor, matrix: formats.QuantizedTensor, _: Any) -> torch.Tensor:
@@ -72,7 +72,7 @@ CASES = [(bits, group, *size) for bits in (8, 4) for group in (64, 128) for size
 # Not bf16, which the interpreter has not: NumPy lacks it.
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @torch.no_grad()
-def test_the_kernel_interpreted(bits: int, group: int, outputs: int, inputs: int, dtype: Any) -> None:
+def test_kernel_in_the_interpreter(bits: int, group: int, outputs: int, inputs: int, dtype: Any) -> None:
     made, numbers = packed(outputs, inputs, bits, group)
     for rows, bias in ((1, None), (3, torch.randn(outputs).to(dtype)), (16, None)):
         x = rows_of(rows, inputs, dtype)

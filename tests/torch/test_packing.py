@@ -1,4 +1,4 @@
-"""Matrices as codes: the formats by hand, how near they come, and the plain product with its gradients."""
+"""Quantised formats: their layout, their error, and the product with its gradients."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from monoblock.backends.pytorch.quantization.formats import QuantizedTensor
 
 torch.set_num_threads(1)
 
-# Rows of whole runs, a run and a piece, less than a group, and one weight.
+# Rows of whole runs, a run and a rest, less than a group, and one weight.
 SHAPES = [(5, 256), (3, 200), (7, 36), (2, 1)]
 FORMS = [(bits, group) for bits in formats.BITS for group in formats.GROUPS]
 
@@ -24,7 +24,7 @@ def matrix(outputs: int, inputs: int, seed: int = 0, std: float = 0.02) -> torch
 
 
 def by_hand(packed: QuantizedTensor) -> np.ndarray:
-    """The weights one by one, as the format says."""
+    """The weights one by one, by the format's definition."""
     _, _, _, bits, group, inputs = packed
     assert packed.scale is not None
     codes, scale = packed.codes.numpy(), packed.scale.float().numpy()
@@ -44,7 +44,7 @@ def by_hand(packed: QuantizedTensor) -> np.ndarray:
 
 @pytest.mark.parametrize(("bits", "group"), FORMS)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_the_format_by_hand(shape: tuple[int, int], bits: int, group: int) -> None:
+def test_format(shape: tuple[int, int], bits: int, group: int) -> None:
     weight = matrix(*shape)
     packed = formats.pack(weight, bits, group)
     assert packed[3:] == (bits, group, shape[1]) and packed.rows == shape[0]
@@ -70,7 +70,7 @@ def error(weight: torch.Tensor, made: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_how_near_the_codes_come(dtype: torch.dtype) -> None:
+def test_quantisation_error(dtype: torch.dtype) -> None:
     """Normal weights: measured 0.0067 and 0.096 (their own type is counted as exact)."""
     weight = matrix(96, 1024).to(dtype)
     errors = {
@@ -96,7 +96,7 @@ def test_four_bits_beat_rounding_to_the_nearest(group: int) -> None:
 
 
 @pytest.mark.parametrize(("bits", "group"), FORMS)
-def test_rows_without_width_are_exact(bits: int, group: int) -> None:
+def test_constant_rows(bits: int, group: int) -> None:
     weight = torch.zeros(4, 192)
     weight[1] = 0.5
     weight[2, 100:] = -0.25
@@ -109,18 +109,18 @@ def test_rows_without_width_are_exact(bits: int, group: int) -> None:
 
 @pytest.mark.parametrize(("bits", "group"), FORMS)
 def test_rows_do_not_depend_on_each_other(bits: int, group: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that fused matrices are joined rows; and it does not matter in which pieces they are packed."""
+    """So that fused matrices are joined rows; and packing by blocks of rows gives the same codes."""
     weight = matrix(9, 200)
     whole = formats.pack(weight, bits, group)
     monkeypatch.setattr(formats, "_CHUNK", 400)
-    parts = [formats.pack(weight[rows], bits, group) for rows in (slice(0, 4), slice(4, 9))]
+    blocks = [formats.pack(weight[rows], bits, group) for rows in (slice(0, 4), slice(4, 9))]
     for name, tensor in whole.tensors().items():
-        assert torch.equal(tensor, torch.cat([getattr(part, name) for part in parts])), name
+        assert torch.equal(tensor, torch.cat([getattr(part, name) for part in blocks])), name
 
 
 @pytest.mark.parametrize(("value", "words"), [(float("nan"), "not finite"), (9e6, "beyond fp16's range")])
 @pytest.mark.parametrize("bits", formats.BITS)
-def test_what_cannot_be_packed_is_refused(bits: int, value: float, words: str) -> None:
+def test_invalid_weights_raise(bits: int, value: float, words: str) -> None:
     weight = matrix(2, 128)
     weight[1, 5] = value
     with pytest.raises(ValueError, match=words):
@@ -128,10 +128,10 @@ def test_what_cannot_be_packed_is_refused(bits: int, value: float, words: str) -
 
 
 @pytest.mark.parametrize(("bits", "group"), FORMS)
-@pytest.mark.parametrize("piece", [1 << 20, 500])
-def test_the_plain_product(bits: int, group: int, piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("block", [1 << 20, 500])
+def test_product_without_kernels(bits: int, group: int, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whole, and a few rows at a time, with gradients of x and the bias."""
-    monkeypatch.setattr(formats, "_CHUNK", piece)
+    monkeypatch.setattr(formats, "_CHUNK", block)
     monkeypatch.setattr(native, "library", lambda: None)
     packed, x = formats.pack(matrix(11, 200), bits, group), matrix(6, 200, seed=1, std=1.0).view(2, 3, 200)
     x, bias = x.requires_grad_(), matrix(1, 11, seed=2)[0].requires_grad_()

@@ -1,4 +1,4 @@
-"""The pipeline of texts about images."""
+"""The image-text-to-text pipeline."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from monoblock import FuyuImageProcessor, FuyuProcessor, PreTrainedTokenizerFast
 
 
 @pytest.fixture(scope="module")
-def seeing() -> Any:
+def vision_pipeline() -> Any:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=fuyu_tokenizer.backend(), **fuyu_tokenizer.SPECIAL)
     images = FuyuImageProcessor(patch_size={"height": 4, "width": 4}, size={"height": 20, "width": 24})
     processor = FuyuProcessor(images, tokenizer)
@@ -30,39 +30,39 @@ def picture(height: int, width: int) -> Image.Image:
     return Image.fromarray(pixels)
 
 
-def test_texts_about_images(seeing: Any) -> None:
-    """What the model says by hand; and the same in a batch with an image of another size, and a text without."""
+def test_image_text_to_text(vision_pipeline: Any) -> None:
+    """Against `generate`; in a batch with an image of another size, and with a text without image."""
     image, text = picture(12, 16), "what is in the box"
-    inputs = seeing.processor(text=[text], images=[image], return_tensors="pt")
-    ids = seeing.model.generate(**inputs, max_new_tokens=4)
-    [said] = seeing.processor.post_process_image_text_to_text(ids)
-    alone = seeing(images=image, text=text)
-    assert alone == [{"input_text": text, "generated_text": text + said}]
-    new = seeing(images=image, text=text, return_full_text=False)
-    assert new == [{"input_text": text, "generated_text": said}]
-    other = seeing({"images": picture(20, 8), "text": "a cat"})
-    batch = seeing(
+    inputs = vision_pipeline.processor(text=[text], images=[image], return_tensors="pt")
+    ids = vision_pipeline.model.generate(**inputs, max_new_tokens=4)
+    [answer] = vision_pipeline.processor.post_process_image_text_to_text(ids)
+    alone = vision_pipeline(images=image, text=text)
+    assert alone == [{"input_text": text, "generated_text": text + answer}]
+    new = vision_pipeline(images=image, text=text, return_full_text=False)
+    assert new == [{"input_text": text, "generated_text": answer}]
+    other = vision_pipeline({"images": picture(20, 8), "text": "a cat"})
+    batch = vision_pipeline(
         [{"images": image, "text": text}, {"images": picture(20, 8), "text": "a cat"}], batch_size=2
     )
     assert batch == [alone, other]
-    assert seeing(images=[image, picture(20, 8)], text=[text, "a cat"]) == [*alone, *other]
-    plain = seeing("the dog")
+    assert vision_pipeline(images=[image, picture(20, 8)], text=[text, "a cat"]) == [*alone, *other]
+    plain = vision_pipeline("the dog")
     assert plain[0]["generated_text"].startswith("the dog")
-    assert seeing([{"images": image, "text": text}, "the dog"], batch_size=2) == [alone, plain]
-    [tensors] = seeing(images=image, text=text, return_tensors=True)
+    assert vision_pipeline([{"images": image, "text": text}, "the dog"], batch_size=2) == [alone, plain]
+    [tensors] = vision_pipeline(images=image, text=text, return_tensors=True)
     assert tensors["generated_token_ids"] == ids[0].tolist()
-    twice = seeing(images=image, text=text, num_beams=2, num_return_sequences=2)
+    twice = vision_pipeline(images=image, text=text, num_beams=2, num_return_sequences=2)
     assert len(twice) == 2
 
 
-def test_images_that_are_refused(seeing: Any) -> None:
+def test_invalid_inputs_raise(vision_pipeline: Any) -> None:
     with pytest.raises(ValueError, match="as many images"):
-        seeing(images=[picture(4, 4)], text=["a", "b"])
+        vision_pipeline(images=[picture(4, 4)], text=["a", "b"])
     with pytest.raises(ValueError, match="text="):
-        seeing(images=picture(4, 4))
+        vision_pipeline(images=picture(4, 4))
     with pytest.raises(TypeError, match="no conversations"):
-        seeing(text=[[{"role": "user", "content": "who?"}]])
+        vision_pipeline(text=[[{"role": "user", "content": "who?"}]])
     with pytest.raises(ValueError, match="given twice"):
-        seeing("a", generate_kwargs={"max_new_tokens": 2})
+        vision_pipeline("a", generate_kwargs={"max_new_tokens": 2})
     with pytest.raises(TypeError, match="does not take"):
-        seeing("a", generate_kwargs={"max_tokens": 2})
+        vision_pipeline("a", generate_kwargs={"max_tokens": 2})

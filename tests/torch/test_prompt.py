@@ -1,4 +1,4 @@
-"""The native kernels of prompts against their formulas, prompts in pieces, and the last block's few tokens."""
+"""Native prompt kernels against their formulas, chunked prompts, and the last block's few tokens."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from monoblock.errors import UnsupportedConfig
 from monoblock.native import build
 from monoblock.spec import ACTIVATIONS
 
-ATOL = 2e-6  # fp32, values of the order of 1: measured 7e-7
+ATOL = 2e-6  # fp32, values of about 1: measured 7e-7
 DTYPES = {"float32": (torch.float32, ATOL), "bfloat16": (torch.bfloat16, 2e-2)}  # bf16 has steps of 4e-3 at 1
 
 native_only = pytest.mark.skipif(native_ops.LIBRARY is None, reason=f"native kernels: {native.status()}")
@@ -35,7 +35,7 @@ native_only = pytest.mark.skipif(native_ops.LIBRARY is None, reason=f"native ker
 
 @pytest.fixture(params=build.LEVELS)
 def level(request: Any, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Each set of instructions that this machine has."""
+    """Each instruction set of this machine."""
     library, found, status = native.choose(request.param)
     if found != request.param:
         pytest.skip(f"no kernels of {request.param} here: {status}")
@@ -51,7 +51,7 @@ def heads(b: int, tokens: int, h: int, g: int, d: int, dtype: torch.dtype) -> tu
 
 
 def formula(q: Any, k: Any, v: Any, scale: float, **given: Any) -> torch.Tensor:
-    """Attention in float64, (b, q, h, d); a query that sees nothing gets equal weights."""
+    """Attention in float64, (b, q, h, d); a fully masked query has equal weights."""
     q, (k, v) = q.double(), (x.double().repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     scores = q @ k.mT * scale
     if cap := given.get("softcap"):
@@ -60,16 +60,16 @@ def formula(q: Any, k: Any, v: Any, scale: float, **given: Any) -> torch.Tensor:
     distance = torch.arange(keys - queries, keys)[:, None] - torch.arange(keys)
     if (slopes := given.get("slopes")) is not None:
         scores = scores - slopes.double()[:, None, None] * distance
-    seen = torch.ones_like(distance, dtype=torch.bool)[None, None]
+    visible = torch.ones_like(distance, dtype=torch.bool)[None, None]
     if given.get("causal", True):
-        seen = seen & (distance >= 0)
+        visible = visible & (distance >= 0)
     if window := given.get("window"):
-        seen = seen & (distance < window)
+        visible = visible & (distance < window)
     if (valid := given.get("valid")) is not None:
-        seen = seen & valid[:, None, None]
+        visible = visible & valid[:, None, None]
     if (segments := given.get("segments")) is not None:
-        seen = seen & (segments[:, None, -queries:, None] == segments[:, None, None])
-    return (scores.masked_fill(~seen, -1e300).softmax(-1) @ v).transpose(1, 2)
+        visible = visible & (segments[:, None, -queries:, None] == segments[:, None, None])
+    return (scores.masked_fill(~visible, -1e300).softmax(-1) @ v).transpose(1, 2)
 
 
 def attention(q: Any, k: Any, v: Any, scale: float, **given: Any) -> torch.Tensor:
@@ -83,7 +83,7 @@ def _valid(share: float, keys: int) -> torch.Tensor:
     return torch.rand(2, keys, generator=torch.Generator().manual_seed(keys)) < share
 
 
-# (queries, keys, heads, groups, head width), what acts besides. Tiles are 24 queries by 256 keys, panels 64 keys.
+# (queries, keys, heads, groups, head width), options. Tiles are 24 queries by 256 keys, panels 64 keys.
 ATTENTION: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
     "one": ((1, 1, 1, 1, 8), {}),
     "tails": ((37, 37, 2, 2, 5), {}),
@@ -117,7 +117,7 @@ def test_attention(level: str, case: str, dtype: str) -> None:
 
 
 @native_only
-def test_alibi_is_exact_far_away() -> None:
+def test_alibi_is_exact_at_large_distances() -> None:
     """PyTorch's kernel adds slope * key, hundreds here, and is 4e-5 off; distances that matter are short."""
     q, k, v = heads(1, 2000, 1, 1, 16, torch.float32)
     slopes = torch.tensor([0.5])
@@ -129,19 +129,19 @@ def test_alibi_is_exact_far_away() -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("keys", [1, 300])
 @pytest.mark.usefixtures("level")
-def test_what_is_no_number_is_not_lost(keys: int, dtype: str) -> None:
-    """NaN in a query, a key or a value makes NaN of what sees it, as in any softmax, and of nothing else."""
+def test_nan_and_infinity_are_propagated(keys: int, dtype: str) -> None:
+    """NaN in a query, key or value gives NaN in the queries that attend to it and nowhere else."""
     kind, bound = DTYPES[dtype]
-    place = keys // 2
-    for spoiled, number in (("q", math.nan), ("k", math.nan), ("v", math.nan), ("k", math.inf)):
+    index = keys // 2
+    for changed, number in (("q", math.nan), ("k", math.nan), ("v", math.nan), ("k", math.inf)):
         given = dict(zip("qkv", (x.clone() for x in heads(1, keys, 2, 1, 16, kind)), strict=True))
-        given["q"][:, :, place] = given["q"][:, :, place].abs()  # what the infinite key gives is largest here
-        given[spoiled][:, :, place, 3] = number
+        given["q"][:, :, index] = given["q"][:, :, index].abs()  # what the infinite key gives is largest here
+        given[changed][:, :, index, 3] = number
         out, expected = attention(**given, scale=0.25), formula(**given, scale=0.25)
-        if spoiled == "v":  # whether 0 * NaN counts, from keys that a query does not see, is nobody's concern
-            out, expected = out[:, place:], expected[:, place:]
+        if changed == "v":  # 0 * NaN of masked keys may be either
+            out, expected = out[:, index:], expected[:, index:]
         assert expected.isnan().any()
-        assert torch.equal(out.isnan(), expected.isnan()), f"{number} in {spoiled}"
+        assert torch.equal(out.isnan(), expected.isnan()), f"{number} in {changed}"
         assert_close(f"attention beside {number}", out.nan_to_num(), expected.nan_to_num(), bound)
 
 
@@ -150,23 +150,23 @@ def test_what_is_no_number_is_not_lost(keys: int, dtype: str) -> None:
 def test_steps_do_not_lose_nan() -> None:
     """One cached key that is NaN, one channel of an activation that would make 0 of it."""
     ids = batch("none")[0]
-    for spoiled in ("key", "relu"):
+    for changed in ("key", "relu"):
         module = mpt_model("activation {'name': 'relu'}")
         cache = DynamicCache(config=module.spec)
         module(ids, past_key_values=cache, use_cache=True)
         steps = native_decoder.of(module, cache)
         assert steps is not None
-        if spoiled == "key":
+        if changed == "key":
             cache.keys[0][:, 0, 2, 1] = math.nan
         else:
             module.at("up", 1).weight[5] = math.nan
         scores = steps.run(ids[:, :1])
         assert scores is not None
-        assert scores.isnan().all(), spoiled
+        assert scores.isnan().all(), changed
 
 
 @native_only
-def test_threads_share_the_work() -> None:
+def test_threads() -> None:
     q, k, v = heads(2, 300, 4, 2, 16, torch.float32)
     alone = attention(q, k, v, 0.25)
     before = torch.get_num_threads()
@@ -177,7 +177,7 @@ def test_threads_share_the_work() -> None:
         torch.set_num_threads(before)
 
 
-def test_an_activation_that_is_none_is_refused() -> None:
+def test_unknown_activations_raise() -> None:
     with pytest.raises(ValueError, match="activation 6"):
         native_ops.activate(torch.ones(2, 8), 6, gated=False)
 
@@ -203,22 +203,22 @@ def test_norms_rotations_and_activations(width: int, dtype: str) -> None:
     assert_close(f"rms norm, {dtype}", native_ops.norm(x, weight, None, 1e-3, rms=True), expected, 4 * bound)
     pair = torch.cat((20 * x, x), dim=-1)
     steep, up = pair.double().chunk(2, dim=-1)
-    for place, name in enumerate(ACTIVATIONS):
-        alone, gated = (native_ops.activate(pair, place, gated) for gated in (False, True))
+    for code, name in enumerate(ACTIVATIONS):
+        alone, gated = (native_ops.activate(pair, code, gated) for gated in (False, True))
         for found, wanted in ((alone, ops.ACT[name](pair.double())), (gated, ops.ACT[name](steep) * up)):
             torch.testing.assert_close(found.double(), wanted, rtol=bound, atol=bound)
     q = heads(2, 9, 3, 1, 2 * width + 3, kind)[0]
     angles = torch.randn(1, 1, 9, width, generator=generator).double()
     cos, sin = (torch.cat((a, a), dim=-1).to(kind) for a in (angles.cos(), angles.sin()))
-    turned = native_ops.apply_rope(q, cos, sin).transpose(1, 2)
-    assert_close(f"rotation, {dtype}", turned, ops.rotate(q.double(), cos.double(), sin.double()), 2 * bound)
+    rotated = native_ops.apply_rope(q, cos, sin).transpose(1, 2)
+    assert_close(f"rotation, {dtype}", rotated, ops.rotate(q.double(), cos.double(), sin.double()), 2 * bound)
 
 
 @native_only
 @pytest.mark.parametrize("case", ["rope", "mptglu", "sliding window", "score cap"])
 @torch.no_grad()
-def test_models_use_them(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A model without gradients calls them, in the same numbers as without; one with gradients does not."""
+def test_models_use_the_kernels(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model without gradients calls them, with equal outputs; one with gradients does not."""
     module = mpt_model(case)
     ids, mask = batch("left", LENGTHS)
     called: list[str] = []
@@ -241,14 +241,14 @@ def test_models_use_them(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
 @native_only
 @torch.no_grad()
 def test_exported_programs_need_no_kernels() -> None:
-    """What is exported may run anywhere: it holds PyTorch's operators alone."""
+    """Exported programs contain PyTorch's operators only."""
     module = model("MptModel", n_layers=1)
     module.config.return_dict = False
     program = torch.export.export(module, (batch("none")[0],), {"use_cache": False})
     assert not [node for node in program.graph.nodes if "monoblock" in str(node.target)]
 
 
-# ---------------------------------------------------------------------------- in pieces
+# ---------------------------------------------------------------------------- chunked prompts
 
 
 CACHES: dict[str, Any] = {
@@ -257,7 +257,7 @@ CACHES: dict[str, Any] = {
     "given": lambda: {"past_key_values": DynamicCache()},
     "given static": lambda: {"past_key_values": StaticCache(max_cache_len=80)},
 }
-ASKED: dict[str, Any] = {
+OPTIONS: dict[str, Any] = {
     "max_new_tokens": 3,
     "do_sample": False,
     "eos_token_id": None,
@@ -267,8 +267,11 @@ ASKED: dict[str, Any] = {
 }
 
 
-def same_in_pieces(monkeypatch: pytest.MonkeyPatch, module: Any, ids: Any, given: Any, pieces: int) -> None:
-    """Generation from a whole prompt and from one in so many pieces of 4 tokens; `given()` makes what else is given."""
+def assert_same_in_chunks(
+    monkeypatch: pytest.MonkeyPatch, module: Any, ids: Any, given: Any, chunks: int
+) -> None:
+    """Generation from a whole prompt equals that from one in `chunks` chunks of 4 tokens; `given()` makes other
+    arguments."""
     outs, calls = {}, []
     arguments = decoder.Decoder._arguments
     monkeypatch.setattr(
@@ -277,22 +280,24 @@ def same_in_pieces(monkeypatch: pytest.MonkeyPatch, module: Any, ids: Any, given
     for size in (1024, 4):
         calls.clear()
         monkeypatch.setattr(decoder, "CHUNK", size)
-        outs[size] = module.generate(ids, **{**ASKED, **given()})
-    assert [call.get("left", 0) > 0 for call in calls].count(True) == pieces - 1
+        outs[size] = module.generate(ids, **{**OPTIONS, **given()})
+    assert [call.get("left", 0) > 0 for call in calls].count(True) == chunks - 1
     assert torch.equal(outs[4].sequences, outs[1024].sequences)
-    assert_close("scores in pieces", torch.stack(outs[4].scores), torch.stack(outs[1024].scores), 2e-5)
+    assert_close("scores in chunks", torch.stack(outs[4].scores), torch.stack(outs[1024].scores), 2e-5)
 
 
 @pytest.mark.parametrize("cache", CACHES)
 @pytest.mark.parametrize("name", [MPT, *GENERATING])
-def test_prompts_in_pieces(name: str, cache: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunked_prompts(name: str, cache: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Padded, in unequal lengths, with windows longer and shorter than what is cached."""
     ids, mask = prompts(name)
-    pieces = -(-ids.shape[1] // 4)
-    same_in_pieces(monkeypatch, small(name), ids, lambda: {"attention_mask": mask, **CACHES[cache]()}, pieces)
+    chunks = -(-ids.shape[1] // 4)
+    assert_same_in_chunks(
+        monkeypatch, small(name), ids, lambda: {"attention_mask": mask, **CACHES[cache]()}, chunks
+    )
 
 
-def test_pieces_of_all_that_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunks_of_other_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Positions, token types, embeddings, and a cache that holds the prompt's beginning."""
     module = small("OpenAIGPTLMHeadModel")
     ids, _ = model_inputs("OpenAIGPTLMHeadModel", "none")
@@ -300,20 +305,20 @@ def test_pieces_of_all_that_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
         "position_ids": torch.arange(ids.shape[1]).flip(0)[None] + 3,
         "token_type_ids": (torch.arange(ids.shape[1])[None] * 7 % 5).expand(len(ids), -1),
     }
-    same_in_pieces(monkeypatch, module, ids, lambda: more, -(-ids.shape[1] // 4))
+    assert_same_in_chunks(monkeypatch, module, ids, lambda: more, -(-ids.shape[1] // 4))
     embeds = module.get_input_embeddings()(ids)
-    same_in_pieces(monkeypatch, module, None, lambda: {"inputs_embeds": embeds}, -(-ids.shape[1] // 4))
+    assert_same_in_chunks(monkeypatch, module, None, lambda: {"inputs_embeds": embeds}, -(-ids.shape[1] // 4))
 
     def begun() -> dict[str, Any]:
         return {"past_key_values": module(ids[:, :5], use_cache=True).past_key_values}
 
-    same_in_pieces(monkeypatch, module, ids, begun, -(-(ids.shape[1] - 5) // 4))
+    assert_same_in_chunks(monkeypatch, module, ids, begun, -(-(ids.shape[1] - 5) // 4))
 
 
-def test_what_stays_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Angles by the text's length, caches that round what they hold, states and attentions, and no cache at all."""
+def test_prompts_that_are_not_chunked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """RoPE that depends on the length, quantised caches, hidden states and attentions, and no cache at all."""
     ids = batch("none")[0]
-    same_in_pieces(monkeypatch, mpt_model("rope, dynamic"), ids, dict, 1)
+    assert_same_in_chunks(monkeypatch, mpt_model("rope, dynamic"), ids, dict, 1)
     module = model()
     for given in (
         {"cache_implementation": "quantized"},
@@ -321,11 +326,11 @@ def test_what_stays_whole(monkeypatch: pytest.MonkeyPatch) -> None:
         {"output_attentions": True},
         {"use_cache": False},
     ):
-        same_in_pieces(monkeypatch, module, ids, given.copy, 1)
+        assert_same_in_chunks(monkeypatch, module, ids, given.copy, 1)
 
 
-def test_chunks_that_the_call_asks_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`prefill_chunk_size` holds on every device and for every cache; what it cannot do is refused."""
+def test_prefill_chunk_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`prefill_chunk_size` holds on every device and for every cache; unsupported combinations raise."""
     ids, mask = prompts("MistralForCausalLM")
     module, counts = small("MistralForCausalLM"), []
     arguments = decoder.Decoder._arguments
@@ -335,7 +340,7 @@ def test_chunks_that_the_call_asks_for(monkeypatch: pytest.MonkeyPatch) -> None:
         return arguments(self, tokens, *more, **named)
 
     monkeypatch.setattr(decoder.Decoder, "_arguments", counted)
-    given = {**ASKED, "attention_mask": mask}
+    given = {**OPTIONS, "attention_mask": mask}
     whole = module.generate(ids, **given)
     counts.clear()
     chunks = module.generate(ids, prefill_chunk_size=5, **given)
@@ -346,10 +351,10 @@ def test_chunks_that_the_call_asks_for(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(
         UnsupportedConfig, match="prefill_chunk_size=5: this model's RoPE scaling depends on the whole"
     ):
-        mpt_model("rope, dynamic").generate(batch("none")[0], prefill_chunk_size=5, **ASKED)
-    for asked in ("output_attentions=True", "use_cache=False"):
-        name, value = asked.split("=")
-        with pytest.raises(ValueError, match=f"prefill_chunk_size=5 cannot be combined with {asked}"):
+        mpt_model("rope, dynamic").generate(batch("none")[0], prefill_chunk_size=5, **OPTIONS)
+    for option in ("output_attentions=True", "use_cache=False"):
+        name, value = option.split("=")
+        with pytest.raises(ValueError, match=f"prefill_chunk_size=5 cannot be combined with {option}"):
             module.generate(ids, prefill_chunk_size=5, **{**given, name: value == "True"})
 
 
@@ -358,39 +363,39 @@ def test_chunks_that_the_call_asks_for(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("name", [MPT, *GENERATING])
 @torch.no_grad()
-def test_the_last_block_computes_what_is_wanted(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_last_block_computes_the_kept_tokens(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     module = small(name)
     ids, mask = prompts(name)
     whole = module(ids, attention_mask=mask, use_cache=True)
-    seen: list[int] = []
+    counts: list[int] = []
     mlp = type(next(m for role in ("mlp", "mlp_add") if (m := module.at(role, 0)) is not None))
     forward = mlp.forward
     monkeypatch.setattr(
-        mlp, "forward", lambda self, x, *more: (seen.append(x.shape[1]), forward(self, x, *more))[1]
+        mlp, "forward", lambda self, x, *more: (counts.append(x.shape[1]), forward(self, x, *more))[1]
     )
     for keep in (1, 4, 99):
-        seen.clear()
+        counts.clear()
         few = module(ids, attention_mask=mask, use_cache=True, logits_to_keep=keep)
         count = min(keep, ids.shape[1])
-        assert seen == [ids.shape[1]] * (module.spec.layers - 1) + [count]
+        assert counts == [ids.shape[1]] * (module.spec.layers - 1) + [count]
         assert_close(
             "logits of the last block's few", few.logits, whole.logits[:, -count:], 2e-5, mask[:, -count:]
         )
         for mine, other in zip(few.past_key_values, whole.past_key_values, strict=True):
             assert all(torch.equal(a, b) for a, b in zip(mine, other, strict=True))
-    seen.clear()
+    counts.clear()
     states = module(ids, attention_mask=mask, logits_to_keep=1, output_hidden_states=True)
-    assert states.hidden_states[-1].shape[1] == ids.shape[1] == seen[-1], "states are of all tokens"
+    assert states.hidden_states[-1].shape[1] == ids.shape[1] == counts[-1], "states are of all tokens"
     handle = module.at("layers")[-1].register_forward_hook(lambda *_: None)
     module(ids, attention_mask=mask, logits_to_keep=1)
-    assert seen[-1] == ids.shape[1], "hooks see all tokens"
+    assert counts[-1] == ids.shape[1], "hooks get all tokens"
     handle.remove()
 
 
 # ---------------------------------------------------------------------------- loading
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="pages of files are laid side by side on Linux only")
+@pytest.mark.skipif(sys.platform != "linux", reason="file pages are mapped side by side on Linux only")
 def test_fused_matrices_are_not_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A file's q, k and v, gate and up become one matrix over its pages."""
     sizes = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 2, "num_hidden_layers": 1}
@@ -400,7 +405,9 @@ def test_fused_matrices_are_not_copied(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(pages, "MIN_BYTES", 0)
     joined: list[Any] = []
     join = pages.map_contiguous
-    monkeypatch.setattr(pages, "map_contiguous", lambda pieces: (joined.append(join(pieces)), joined[-1])[1])
+    monkeypatch.setattr(
+        pages, "map_contiguous", lambda matrices: (joined.append(join(matrices)), joined[-1])[1]
+    )
     read = MistralForCausalLM.from_pretrained(tmp_path)
     fused = {read.at("q", 0).weight.data_ptr(), read.at("gate", 0).weight.data_ptr()}
     assert {ctypes.addressof(buffer) for buffer in joined} == fused

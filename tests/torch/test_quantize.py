@@ -1,4 +1,4 @@
-"""Weights in 4 and 8 bits through bitsandbytes, loaded by the hub's arguments."""
+"""4- and 8-bit weights by bitsandbytes, with transformers' arguments."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ UNKNOWN_DTYPE = {"load_in_4bit": True, "bnb_4bit_compute_dtype": "f"}
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Mistral with a tokenizer and a chat template."""
-    place = tmp_path_factory.mktemp("mistral")
+    path = tmp_path_factory.mktemp("mistral")
     tiny_families.randomised(
         monoblock.MistralForCausalLM(monoblock.MistralConfig(**SIZES, **HEADS))
-    ).save_pretrained(place)
+    ).save_pretrained(path)
     backend = Tokenizer(models.BPE())
     backend.decoder = decoders.ByteLevel()
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     trainer = trainers.BpeTrainer(vocab_size=290, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
     backend.train_from_iterator(["a b c"], trainer)
     template = "{% for message in messages %}[{{ message.role }}] {{ message.content }}\n{% endfor %}"
-    PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=template).save_pretrained(place)
-    return place
+    PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=template).save_pretrained(path)
+    return path
 
 
 def logits(folder: Path, **how: Any) -> torch.Tensor:
@@ -56,13 +56,13 @@ def logits(folder: Path, **how: Any) -> torch.Tensor:
         ({"load_in_4bit": True}, 0.75),
     ],
 )
-def test_quantised_logits_are_near(folder: Path, how: dict[str, Any], bound: float) -> None:
+def test_quantised_logits_are_close(folder: Path, how: dict[str, Any], bound: float) -> None:
     plain, packed = logits(folder), logits(folder, **how)
     alike = torch.nn.functional.cosine_similarity(plain.flatten(), packed.flatten(), dim=0)
     assert bound < alike < 0.9999
 
 
-def test_the_blocks_are_packed_and_nothing_else(folder: Path) -> None:
+def test_quantised_modules(folder: Path) -> None:
     how = BitsAndBytesConfig(
         load_in_4bit=True, llm_int8_skip_modules=["down_proj", "lm_head"], bnb_4bit_compute_dtype="float32"
     )
@@ -82,7 +82,7 @@ def test_8_bit_products_do_not_say_each_time_that_they_take_float16(
     assert not caplog.records
 
 
-def test_the_page_s_example(folder: Path) -> None:
+def test_documented_example(folder: Path) -> None:
     """Mistral's page, with its misprint mended (`quantization_config=True`) and on the device that is here."""
     quantization_config = BitsAndBytesConfig(
         load_in_4bit=True,
@@ -126,12 +126,12 @@ def test_the_page_s_example(folder: Path) -> None:
         ),
     ],
 )
-def test_what_does_not_fit_is_refused(folder: Path, make: Any, words: str) -> None:
+def test_invalid_settings_raise(folder: Path, make: Any, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         make(folder)
 
 
-def test_the_hubs_own_config_object_is_understood(folder: Path) -> None:
+def test_transformers_config_object(folder: Path) -> None:
     transformers = pytest.importorskip("transformers")
     theirs = transformers.BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype="float32"
@@ -143,7 +143,7 @@ def test_the_hubs_own_config_object_is_understood(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("width", [64, 96, 288])
-def test_rows_that_are_no_multiple_of_64_unpack_right(width: int) -> None:
+def test_widths_that_are_no_multiple_of_64(width: int) -> None:
     """On a CPU, bitsandbytes' own default blocks give an error of 0.24 at widths of 96 and 288, and 0.09 at 64."""
     weight = torch.randn(40, width, generator=torch.Generator().manual_seed(0))
     linear = torch.nn.Linear(width, 40, bias=False)
@@ -154,6 +154,6 @@ def test_rows_that_are_no_multiple_of_64_unpack_right(width: int) -> None:
     assert (found - weight).norm() / weight.norm() < 0.12
 
 
-def test_rows_that_do_not_unpack_are_refused() -> None:
+def test_unsupported_widths_raise() -> None:
     with pytest.raises(ValueError, match=r'rows of 36 weights on a CPU .*quantization_config="int4"'):
         layer(torch.nn.Linear(36, 8), BitsAndBytesConfig(load_in_4bit=True))

@@ -15,17 +15,17 @@ IDS = torch.randint(0, 89, (2, 12), generator=torch.Generator().manual_seed(3))
 
 
 def filled(cache: Any, tokens: int, steps: int = 1, layers: int = 2) -> tuple[Any, torch.Tensor]:
-    """The cache with that many tokens in it, given in `steps` pieces; and what it was given, (b, g, n, d)."""
+    """The cache with that many tokens in it, given in `steps` chunks; and what it was given, (b, g, n, d)."""
     x = torch.randn(2, 3, tokens, 16, generator=torch.Generator().manual_seed(0))
-    for piece in x.chunk(steps, dim=2):
+    for chunk in x.chunk(steps, dim=2):
         for layer in range(layers):
-            cache.update(piece, -piece, layer)
+            cache.update(chunk, -chunk, layer)
     return cache, x
 
 
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("group", [4, 16])
-def test_packing_is_off_by_half_a_step_at_most(bits: int, group: int) -> None:
+def test_quantisation_error_is_at_most_half_a_step(bits: int, group: int) -> None:
     x = torch.randn(2, 3, 5, 16) * 7
     packed = QuantizedBlock.of(x, bits, group)
     off = (packed.dequantized(bits, x.dtype) - x).abs().unflatten(-1, (-1, group))
@@ -36,7 +36,7 @@ def test_packing_is_off_by_half_a_step_at_most(bits: int, group: int) -> None:
 
 
 @pytest.mark.parametrize("steps", [1, 4, 40])
-def test_new_tokens_are_exact_and_old_ones_near(steps: int) -> None:
+def test_new_tokens_are_exact_and_old_ones_close(steps: int) -> None:
     cache, x = filled(QuantizedCache(nbits=8, q_group_size=4, residual_length=8), 40, steps)
     keys, values = cache[1]
     assert cache.get_seq_length() == keys.shape[2] == 40
@@ -97,12 +97,12 @@ def test_generation(kind: str) -> None:
         ({"backend": "quanto"}, "cache_config has no 'backend' here; it takes nbits"),
     ],
 )
-def test_settings_are_checked(settings: dict[str, Any], error: str) -> None:
+def test_invalid_settings_raise(settings: dict[str, Any], error: str) -> None:
     with pytest.raises(ValueError, match=error):
         model().generate(IDS, max_new_tokens=2, cache_implementation="quantized", cache_config=settings)
 
 
-def test_it_holds_what_a_growing_cache_holds_while_nothing_is_packed() -> None:
+def test_recent_tokens_are_kept_unquantised() -> None:
     cache, x = filled(QuantizedCache(residual_length=20), 40)
     grown, _ = filled(DynamicCache(), 40)
     assert cache.blocks == [None, None]

@@ -1,4 +1,4 @@
-"""Saves cut off anywhere, by PyTorch's classes and by the commands: the whole old model or the whole new one."""
+"""Saves of PyTorch models and commands, interrupted at file operations: the old or the new one is complete."""
 
 from __future__ import annotations
 
@@ -51,12 +51,12 @@ def test_model(tmp_path: Path, layout: str) -> None:
     )
 
 
-def test_what_belongs_to_a_model(tmp_path: Path) -> None:
+def test_tokenizer_generation_config_and_image_processor(tmp_path: Path) -> None:
     interrupted_saves.check_companions(tmp_path / "model", 3 * POINTS)
 
 
-def test_four_threads(tmp_path: Path) -> None:
-    """As often as the report that this goes back to had mixtures: 25 rounds."""
+def test_concurrent_saves_do_not_mix(tmp_path: Path) -> None:
+    """25 rounds of four threads, in which an earlier version mixed shards."""
     models = {tag: model(tag) for tag in range(1, 5)}
     for round_ in range(25):
         threads = [
@@ -81,7 +81,7 @@ def names(folder: Path) -> set[str]:
 
 @pytest.mark.parametrize("command", ["convert", "quantize"])
 def test_force(tmp_path: Path, command: str) -> None:
-    """The old folder is there until the new one is, in its place."""
+    """The old folder remains until the new one replaces it."""
     models = {tag: model(tag) for tag in (1, 2)}
     source, target = tmp_path / "source", tmp_path / "target"
     models[2].save_pretrained(source)
@@ -118,7 +118,7 @@ def test_force(tmp_path: Path, command: str) -> None:
     assert not target.exists()
 
 
-def test_session_of_a_chat(tmp_path: Path) -> None:
+def test_chat_session(tmp_path: Path) -> None:
     path = tmp_path / "session.json"
     old, new = Conversation(system="old"), Conversation(system="new")
     old.save(path, {"top_k": 1})
@@ -132,7 +132,7 @@ def test_session_of_a_chat(tmp_path: Path) -> None:
 
 
 def test_no_second_copy_of_the_weights(tmp_path: Path) -> None:
-    """A save of 64 MB of weights takes a few, over a folder that has as much."""
+    """Saving 60 MB of weights over an existing checkpoint takes less than a quarter of that."""
     import resource
 
     def peak() -> int:

@@ -80,7 +80,7 @@ IMAGES = replace(BASE, patches=Patches(size=12, token_id=7))
 SCALINGS = ("linear", "dynamic", "yarn", "llama3")
 FACTOR, LENGTH = "positions.0.scaling.factor", "positions.0.scaling.original_length"
 
-# Class and field -> one spec or several, the field's place in it, another value, and what must change then.
+# Class and field -> one spec or several, the field's path in it, another value, and what must change then.
 MUTANTS: dict[str, list[tuple[ArchSpec, str, Any, str]]] = {
     "Norm.kind": [(replace(BASE, norm=replace(LAYER, bias=False)), "norm.kind", "rms", "output")],
     "Norm.eps": [
@@ -206,7 +206,7 @@ def observed(spec: ArchSpec, what: str) -> Any:
     if what == "training":
         torch.manual_seed(0)
         module.train()
-    if what == "unmasked":  # padding told by its id alone
+    if what == "unmasked":  # padding found by its id alone
         given = {}
     if what == "segments" and spec.attention.by_segment:
         given["sequence_id"] = (torch.arange(TOKENS) > 15).long().expand(3, -1)
@@ -236,6 +236,6 @@ def test_a_changed_field_changes_the_model(name: str, row: tuple[ArchSpec, str, 
     [BASE, LEARNED, ROTARY, BUCKETS, QK_NORM],
     ids=["alibi", "learned", "rotary", "buckets", "qk norm"],
 )
-def test_the_same_spec_is_the_same_model(spec: ArchSpec) -> None:
-    """What the mutants are measured against does not move by itself."""
+def test_observations_are_deterministic(spec: ArchSpec) -> None:
+    """Observations are deterministic."""
     assert torch.equal(observed(spec, "output"), observed(replace(spec), "output"))

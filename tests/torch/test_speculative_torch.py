@@ -45,7 +45,7 @@ def test_greedy_tokens_are_those_of_plain_decoding(name):
             assert model.generate(ids, **options, **more).tolist() == plain, (windowed, more)
 
 
-def test_a_static_cache_and_a_padded_prompt_go_back_too():
+def test_static_cache_and_padded_prompt():
     model, helper = pair("MptForCausalLM")
     ids = torch.tensor([[3, 3, 10, 20, 30, 10, 20]])
     mask = (ids != 3).long()
@@ -57,20 +57,23 @@ def test_a_static_cache_and_a_padded_prompt_go_back_too():
             assert got.tolist() == plain
 
 
-def test_the_cache_that_comes_back_holds_what_plain_decoding_leaves():
+def test_returned_cache_equals_plain_decoding():
     model, _ = pair("MptForCausalLM")
     ids = next(iter(prompts(89)))
     options = {"max_new_tokens": 12, "return_dict_in_generate": True, "eos_token_id": None}
     wanted = {**options, "output_hidden_states": True, "output_attentions": True, "output_scores": True}
-    plain, guessed = model.generate(ids, **wanted), model.generate(ids, **wanted, **LOOKUP)
-    assert guessed.past_key_values.get_seq_length() == plain.past_key_values.get_seq_length()
+    plain, speculative = model.generate(ids, **wanted), model.generate(ids, **wanted, **LOOKUP)
+    assert speculative.past_key_values.get_seq_length() == plain.past_key_values.get_seq_length()
     for name in ("hidden_states", "attentions"):
-        for ours, theirs in zip(getattr(guessed, name), getattr(plain, name), strict=True):
+        for ours, theirs in zip(getattr(speculative, name), getattr(plain, name), strict=True):
             for mine, expected in zip(ours, theirs, strict=True):
                 assert mine.shape == expected.shape
                 torch.testing.assert_close(mine, expected, atol=1e-4, rtol=1e-4)  # 30 float32 products apart
     more = model.generate(
-        guessed.sequences, past_key_values=guessed.past_key_values, max_new_tokens=5, eos_token_id=None
+        speculative.sequences,
+        past_key_values=speculative.past_key_values,
+        max_new_tokens=5,
+        eos_token_id=None,
     )
     assert more.tolist() == model.generate(ids, max_new_tokens=17, eos_token_id=None).tolist()
 
@@ -95,7 +98,7 @@ PROMPTS = [
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)
-def test_the_demo_writes_the_same_code(demo_model, prompt):
+def test_demo_model(demo_model, prompt):
     model, tokenizer = demo_model
     ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
     options = {"max_new_tokens": 60, "do_sample": False}
@@ -110,9 +113,9 @@ def test_sampling_with_a_seed_and_a_streamer(demo_model, capsys):
     options = {"max_new_tokens": 25, "do_sample": True, "seed": 1, "temperature": 0.7}
     plain = model.generate(inputs, **options)
     streamer = TextStreamer(tokenizer, skip_prompt=True)
-    guessed = model.generate(inputs, **options, prompt_lookup_num_tokens=6, streamer=streamer)
-    assert guessed.tolist() == plain.tolist()
-    new = guessed[0, inputs["input_ids"].shape[1] :]
+    speculative = model.generate(inputs, **options, prompt_lookup_num_tokens=6, streamer=streamer)
+    assert speculative.tolist() == plain.tolist()
+    new = speculative[0, inputs["input_ids"].shape[1] :]
     assert capsys.readouterr().out.strip() == tokenizer.decode(new).strip()
 
 
@@ -138,23 +141,23 @@ def test_sampling_from_an_assistant_has_the_models_distribution():
     }
     options |= {"assistant_model": helper, **DRAFTED}
     for _ in range(draws):
-        # The prompt's pass gives the first token, a guess the second; the last one is never guessed.
+        # The prompt's pass gives the first token, a guess the second; the last one is never drafted.
         one, two, _ = model.generate(ids, **options)[0, 3:].tolist()
         counts[9 * one + two] += 1
     cells = expected * draws >= 5
-    seen = np.append(counts[cells], counts[~cells].sum())
+    observed = np.append(counts[cells], counts[~cells].sum())
     wanted = np.append(expected[cells], expected[~cells].sum()) * draws
-    free = len(seen) - 1
-    assert ((seen - wanted) ** 2 / wanted).sum() < free + 4 * np.sqrt(2 * free)
+    free = len(observed) - 1
+    assert ((observed - wanted) ** 2 / wanted).sum() < free + 4 * np.sqrt(2 * free)
 
 
-def test_an_assistant_of_another_library_is_refused():
+def test_an_assistant_of_another_library_raises():
     model, _ = pair("MptForCausalLM")
     with pytest.raises(TypeError, match=r"one of monoblock's \.\.\.ForCausalLM models, got Linear"):
         model.generate(torch.tensor([[5]]), assistant_model=torch.nn.Linear(2, 2))
 
 
-def test_long_drafts_are_taken_back_from_windowed_caches():
+def test_long_rejected_drafts_with_windowed_caches():
     """A window of 9: the cache drops what is older than 8 + 64 tokens once it holds twice as many."""
     model, helper = pair("MistralForCausalLM")
     ids = next(iter(prompts(model.spec.vocab)))

@@ -1,4 +1,4 @@
-"""Reading and writing checkpoints with PyTorch: dtypes, memory, ties, .bin files of every age, pickles with code."""
+"""Checkpoint files with PyTorch: dtypes, memory, ties, .bin files of every torch version, and pickles with code."""
 
 import json
 import os
@@ -53,7 +53,7 @@ def opened(folder, framework="pt"):
     return open_store(find_weights(folder), framework)
 
 
-def refusal(call, *words, error=CheckpointError):
+def assert_raises(call, *words, error=CheckpointError):
     with pytest.raises(error) as caught:
         call()
     message = str(caught.value)
@@ -72,7 +72,7 @@ def tensors():
 # --- safetensors -----------------------------------------------------------------------------------------
 
 
-def test_every_dtype_comes_back_bit_for_bit(tmp_path, tensors):
+def test_every_dtype_is_bitwise_equal(tmp_path, tensors):
     save_tensors(tmp_path, tensors, framework="pt")
     store = opened(tmp_path)
     assert set(store) == set(tensors)
@@ -90,7 +90,7 @@ def test_reference_library_reads_and_writes_the_same(tmp_path, tensors):
     assert path.read_bytes() == (tmp_path / "reference").read_bytes()
 
 
-def test_shards_are_the_hubs(tmp_path):
+def test_shards_equal_huggingface_hub(tmp_path):
     tensors = {f"layer.{i}": random((i + 1, 100), torch.float32) for i in range(9)}
     *paths, _ = save_tensors(tmp_path, tensors, framework="pt", max_shard_size="3KB")
     reference = split_torch_state_dict_into_shards(tensors, max_shard_size="3KB")
@@ -113,11 +113,11 @@ def test_tied_weights_of_a_module_are_written_once(tmp_path):
     assert path.stat().st_size < 11 * 8 * 4 + 4 * 8 * 4 + 300  # the tensors and a header
 
 
-def test_views_are_written_as_they_read(tmp_path):
+def test_views(tmp_path):
     base = torch.arange(48.0).reshape(6, 8)
     rotated = torch.complex(base, -base)
     views = {
-        "turned": base.T,
+        "transposed": base.T,
         "step": base[::2, 1::3],
         "wide": base[:1].expand(5, 8),
         "conjugate": rotated.conj(),
@@ -131,7 +131,7 @@ def test_views_are_written_as_they_read(tmp_path):
     assert all(torch.equal(store.tensor(name), view) for name, view in views.items())
 
 
-def test_tensors_lie_over_the_file_and_changes_are_private(tmp_path):
+def test_tensors_are_memory_mapped_privately(tmp_path):
     [path] = save_tensors(tmp_path, {"a": torch.zeros(50_000), "b": torch.zeros(5)}, framework="pt")
     before = path.read_bytes()
     parameter = torch.nn.Parameter(opened(tmp_path).tensor("a"))
@@ -154,8 +154,8 @@ def test_tensors_lie_over_the_file_and_changes_are_private(tmp_path):
         (torch.zeros(2, dtype=torch.complex128), "torch.complex128"),
     ],
 )
-def test_what_cannot_be_saved(tmp_path, value, words):
-    refusal(lambda: save_tensors(tmp_path, {"bad": value}, framework="pt"), "'bad'", words)
+def test_invalid_tensors_raise(tmp_path, value, words):
+    assert_raises(lambda: save_tensors(tmp_path, {"bad": value}, framework="pt"), "'bad'", words)
     assert not list(tmp_path.iterdir())
 
 
@@ -204,14 +204,14 @@ print((peak() - start) / size)
     not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux's peak memory counter"
 )
 def test_memory_beyond_the_model(tmp_path):
-    """Saving takes no tensor, saving values that are made one tensor, loading in place one tensor."""
-    # Without a fixed threshold glibc keeps up to 7 freed tensors of this size; larger ones it returns at once.
+    """Saving allocates no tensor, saving lazy values one tensor, loading in place one tensor."""
+    # Without a fixed threshold, glibc keeps up to 7 freed tensors of this size.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "131072"}
     command = [sys.executable, "-c", MEASURE, str(tmp_path)]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr
     plain, made, loading = map(float, run.stdout.split())
-    # in tensors of 4 MiB; the model has 16. Measured 0.01, 1.04 and 1.08: half a tensor for the rest
+    # In tensors of 4 MiB; the model has 16. Measured 0.01, 1.04 and 1.08.
     assert plain < 0.5
     assert made < 1.5
     assert loading < 1.5
@@ -231,7 +231,7 @@ def weights():
 @pytest.mark.parametrize("zipped", [True, False])
 @pytest.mark.parametrize("framework", ["pt", "np"])
 def test_bin(tmp_path, weights, zipped, framework):
-    """Both the zip kind and the kind that torch wrote before 1.6."""
+    """In the zip format, and in the format before torch 1.6."""
     path = tmp_path / "pytorch_model.bin"
     torch.save(weights, path, _use_new_zipfile_serialization=zipped)
     assert zipfile.is_zipfile(path) == zipped
@@ -257,8 +257,8 @@ def test_bin_in_shards_to_safetensors_in_the_same_folder(tmp_path, weights):
     assert all(bits(opened(tmp_path).tensor(name)) == bits(weights[name]) for name in names)
 
 
-def test_bin_of_a_training_run(tmp_path, weights):
-    """Under "state_dict" the weights; epochs and optimisers beside them are no part of the model."""
+def test_bin_of_a_training_checkpoint(tmp_path, weights):
+    """The weights are under "state_dict"; other entries, such as epochs and optimizers, are ignored."""
     torch.save({"state_dict": weights, "epoch": 3, "optimizer": {"lr": 0.1}}, tmp_path / "pytorch_model.bin")
     assert set(opened(tmp_path)) == set(weights)
 
@@ -274,7 +274,7 @@ class Code:
 
 
 @pytest.mark.parametrize("write", ["zip", "legacy", "pickle"])
-def test_pickle_with_code_is_refused_and_not_run(tmp_path, write):
+def test_pickle_with_code_raises_and_is_not_executed(tmp_path, write):
     path, witness = tmp_path / "pytorch_model.bin", tmp_path / "witness"
     content = {"a": torch.zeros(2), "b": Code(f"touch {witness}")}
     if write == "pickle":
@@ -282,38 +282,38 @@ def test_pickle_with_code_is_refused_and_not_run(tmp_path, write):
     else:
         torch.save(content, path, _use_new_zipfile_serialization=write == "zip")
     system = f"{os.system.__module__}.system"
-    refusal(lambda: opened(tmp_path), str(path), "is refused", "code", system, "safetensors")
+    assert_raises(lambda: opened(tmp_path), str(path), "is refused", "code", system, "safetensors")
     assert not witness.exists()
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
-def test_pickle_of_another_protocol_is_not_run(tmp_path):
+def test_pickle_of_another_protocol_is_not_executed(tmp_path):
     path, witness = tmp_path / "pytorch_model.bin", tmp_path / "witness"
     path.write_bytes(pickle.dumps(Code(f"touch {witness}"), protocol=5))
-    refusal(lambda: opened(tmp_path), str(path), "cannot be read", "Unsupported operand")
+    assert_raises(lambda: opened(tmp_path), str(path), "cannot be read", "Unsupported operand")
     assert not witness.exists()
 
 
-def test_pickled_module_is_refused(tmp_path):
+def test_pickled_module_raises(tmp_path):
     torch.save(torch.nn.Linear(1, 1), tmp_path / "pytorch_model.bin")
-    refusal(lambda: opened(tmp_path), "is refused", "torch.nn.modules.linear.Linear")
+    assert_raises(lambda: opened(tmp_path), "is refused", "torch.nn.modules.linear.Linear")
 
 
 @pytest.mark.parametrize(
     "content", [[torch.zeros(1)], torch.zeros(1), {"a": 3}, {"a": {"b": torch.zeros(1)}}, {1: torch.zeros(1)}]
 )
-def test_bin_that_is_no_dict_of_tensors(tmp_path, content):
+def test_bin_without_a_dict_of_tensors(tmp_path, content):
     torch.save(content, tmp_path / "pytorch_model.bin")
-    refusal(lambda: opened(tmp_path), "pytorch_model.bin", "tensors")
+    assert_raises(lambda: opened(tmp_path), "pytorch_model.bin", "tensors")
 
 
 @pytest.mark.parametrize("zipped", [True, False])
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
-def test_bin_that_is_cut_off(tmp_path, weights, zipped, share):
+def test_truncated_bin(tmp_path, weights, zipped, share):
     path = tmp_path / "pytorch_model.bin"
     torch.save(weights, path, _use_new_zipfile_serialization=zipped)
     path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
-    refusal(lambda: opened(tmp_path), str(path), "fetch it again")
+    assert_raises(lambda: opened(tmp_path), str(path), "fetch it again")
 
 
 @pytest.mark.parametrize(
@@ -325,12 +325,12 @@ def test_bin_that_is_cut_off(tmp_path, weights, zipped, share):
         (np.random.default_rng(0).bytes(1000), "cannot be read"),
     ],
 )
-def test_bin_that_is_something_else(tmp_path, data, words):
+def test_bin_in_another_format(tmp_path, data, words):
     (tmp_path / "pytorch_model.bin").write_bytes(data)
-    message = refusal(lambda: opened(tmp_path), "pytorch_model.bin")
+    message = assert_raises(lambda: opened(tmp_path), "pytorch_model.bin")
     assert words in message or "refused" in message
 
 
 def test_missing_bin(tmp_path):
     files = WeightFiles(kind="bin", paths=(tmp_path / "gone.bin",))
-    refusal(lambda: open_store(files, "pt"), "gone.bin", "does not exist")
+    assert_raises(lambda: open_store(files, "pt"), "gone.bin", "does not exist")

@@ -1,4 +1,4 @@
-"""Structured output: what is generated parses and fits its schema, whatever the model would like to say."""
+"""Structured output: generated strings parse and match the schema."""
 
 import json
 import re
@@ -46,7 +46,7 @@ TYPES = {
 
 
 def fits(value, schema):
-    """Whether a value is valid, for the keywords that are used here; written from the standard alone."""
+    """Whether a value is valid, for the keywords that are used here; written from the standard only."""
     if "enum" in schema or "const" in schema:
         return value in schema.get("enum", [schema.get("const")])
     if "anyOf" in schema:
@@ -111,7 +111,7 @@ def assert_all_fit(generated, schema=SCHEMA):
         assert fits(json.loads(text), schema), text
 
 
-def test_the_test_of_the_schema_sees_what_is_wrong():
+def test_fits_detects_invalid_values():
     good = {"name": "f", "kind": None, "size": 3, "tags": ["a"], "inner": {"ok": True, "at": 7}}
     assert fits(good, SCHEMA)
     assert fits({**good, "ratio": 0.75}, SCHEMA)
@@ -161,7 +161,7 @@ def test_a_regular_expression(demo_model, tokenizer):
             assert re.fullmatch(pattern, text)
 
 
-def test_speculation_beams_and_streams_keep_to_it_too(demo_model, tokenizer):
+def test_speculative_decoding_and_beams(demo_model, tokenizer):
     inputs = tokenizer(PROMPTS[0], return_tensors="pt")
     greedy = {**ENOUGH, "do_sample": False}
     plain = texts(demo_model, tokenizer, inputs, **greedy)
@@ -201,14 +201,14 @@ def test_forms_of_chat_apis(demo_model, tokenizer):
     ],
     ids=str,
 )
-def test_bad_formats_are_one_clear_sentence(demo_model, tokenizer, form, message):
+def test_invalid_formats_raise(demo_model, tokenizer, form, message):
     inputs = tokenizer("x", return_tensors="pt")
     with pytest.raises(ValueError, match=message) as error:
         texts(demo_model, tokenizer, inputs, max_new_tokens=2, response_format=form)
     assert "\n" not in str(error.value)
 
 
-def test_what_is_missing_is_said(demo_model, tokenizer):
+def test_missing_arguments_raise(demo_model, tokenizer):
     ids = torch.tensor([[5, 6]])
     form = {"type": "regex", "pattern": "a+"}
     with pytest.raises(ValueError, match="tokenizer=tokenizer"):
@@ -223,7 +223,7 @@ def test_what_is_missing_is_said(demo_model, tokenizer):
         demo_model.generate(ids, response_format=one, tokenizer=tokenizer, suppress_tokens=[letter])
 
 
-def test_a_missing_library_is_said(demo_model, tokenizer, monkeypatch):
+def test_missing_library_raises(demo_model, tokenizer, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "llguidance", None)
     with pytest.raises(ImportError, match=r'pip install "monoblock\[structured\]"'):
         demo_model.generate(torch.tensor([[5]]), response_format={"type": "json_object"}, tokenizer=tokenizer)

@@ -1,4 +1,4 @@
-"""The generated static view must say what the package does."""
+"""The generated stub matches the package."""
 
 import importlib.util
 from pathlib import Path
@@ -21,7 +21,7 @@ def test_stub_is_up_to_date():
     assert tool.STUB.read_text(encoding="utf-8") == tool.stub(), "run python tools/make_stubs.py"
 
 
-def test_every_public_name_can_be_had():
+def test_every_public_name_resolves():
     for name in sorted(monoblock._NAMES):
         assert getattr(monoblock, name) is not None, name
 

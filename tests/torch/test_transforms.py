@@ -192,24 +192,24 @@ def image_bound(ids: Tensor, mask: Tensor, patches: Any, indices: Tensor | None)
 
 
 @pytest.mark.parametrize("indexed", [True, False], ids=["by index", "in order"])
-@pytest.mark.parametrize("way", ["compile", "export"])
+@pytest.mark.parametrize("mode", ["compile", "export"])
 @torch.no_grad()
-def test_image_patches(way: str, indexed: bool) -> None:
+def test_image_patches(mode: str, indexed: bool) -> None:
     """As a whole graph: nothing is read to see where patches go. One row has none."""
     module = ImageLogits()
     ids, mask, patches, indices = with_images((6, 0, 9))
     given = (ids, mask, patches, indices if indexed else None)
     torch._dynamo.reset()
-    if way == "compile":
+    if mode == "compile":
         program: Any = torch.compile(module, fullgraph=True, backend="aot_eager")
     else:
         program = torch.export.export(module, given).module()
     expected = module(*given)
-    assert_close(f"{way}, images", program(*given), expected, image_bound(*given))
+    assert_close(f"{mode}, images", program(*given), expected, image_bound(*given))
     assert (program(ids, mask, [-own for own in patches], given[3]) - expected).abs().max() > 0.1
     # What has too few or, in order, too many patches fails all the same.
     wrong = [torch.cat((patches[0], patches[0])), *patches[1:]]
-    if way == "compile":
+    if mode == "compile":
         for sets in ([patches[0][:4], *patches[1:]], *([] if indexed else [wrong])):
             with pytest.raises(IndexError, match="out of bounds"):
                 program(ids, mask, sets, given[3])
@@ -244,7 +244,7 @@ def test_options_of_attention(option: str) -> None:
     )
 
 
-def test_dynamic_frequencies_are_those_of_numpy() -> None:
+def test_dynamic_frequencies_equal_numpy() -> None:
     rotary = Rotary(dim=10, theta=500.0, scaling=RopeScaling(kind="dynamic", factor=3.0, original_length=8))
     lengths = [5, 8, 9, 30]
     found = ops._dynamic(torch.tensor([[0, length - 1] for length in lengths]), rotary)
@@ -350,7 +350,7 @@ def test_autocast(family: str, attention: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("family", ["mistral", "mpnet"])
 def test_compiled_under_autocast(family: str) -> None:
-    """With rows that are masked whole, whose gradients an infinite minimum would make NaN."""
+    """With fully masked rows, whose gradients an infinite minimum would make NaN."""
     module = made(family)
     ids, mask = inputs(3, 23)
     mask[0] = 0

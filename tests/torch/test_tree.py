@@ -1,4 +1,4 @@
-"""The parameters of PyTorch models are transformers', and hold the canonical ones."""
+"""Parameter names and shapes of MPT models: transformers' and canonical ones; documented signatures."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def test_names_and_shapes(name: str, case: str) -> None:
     assert list(module.hub_state_dict()) == [n for c in canonical for n in module.keymap().source(c).names]
 
 
-# The two pages' forward signatures, in order; every default is None but that of logits_to_keep. Where the pages
-# differ, the newer one's further arguments come last.
+# The documented forward signatures; every default is None except that of logits_to_keep. Arguments that only the newer
+# page has come last.
 IN = "input_ids past_key_values attention_mask inputs_embeds"
 OUT = "use_cache output_attentions output_hidden_states return_dict"
 DOCUMENTED = {
@@ -66,5 +66,5 @@ def test_documented_signatures(name: str) -> None:
     assert name in made.__doc__
 
 
-def test_documented_classes_are_all_there() -> None:
+def test_every_documented_class() -> None:
     assert {c.name for c in family("mpt").classes} == set(CLASSES) == DOCUMENTED.keys()

@@ -1,4 +1,4 @@
-"""The Triton kernels of one token, where Triton's interpreter can be had; see test_packed_gpu.py for how."""
+"""Triton kernels of the decode step in Triton's interpreter; see test_packed_gpu.py."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def scores(module: Any, device_types: tuple[str, ...], monkeypatch: pytest.Monke
     """Of 8 tokens, one after the other: windows' slots come round, one row has padding before it. The keys before the
     first are zeros, for both."""
     monkeypatch.setattr(static_step, "TRITON", device_types)
-    state = state_of(module, length=64, place=12)
+    state = state_of(module, length=64, position=12)
     assert state.valid_bl is not None
     state.valid_bl[1, :14] = False
     found = []
@@ -42,7 +42,7 @@ def scores(module: Any, device_types: tuple[str, ...], monkeypatch: pytest.Monke
 @pytest.mark.skipif(not (HAS_TRITON and INTERPRETED), reason="needs triton and TRITON_INTERPRET=1")
 @pytest.mark.parametrize("name", MODELS)
 @torch.no_grad()
-def test_a_step_with_the_kernels(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_step_in_the_interpreter(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention_cuda, "FEWEST_KEYS", 16)
     module = mpt_model(name) if name in CASES else monoblock_model(name, **fields(FAMILY_OF[name]))
     plain = scores(module, (), monkeypatch)
@@ -67,7 +67,7 @@ CONSTANTS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
 @pytest.mark.parametrize("kernel", ARGUMENTS)
-def test_the_kernels_compile_for_a_gpu(kernel: str, dtype: str, capability: int) -> None:
+def test_kernels_compile_for_gpus(kernel: str, dtype: str, capability: int) -> None:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource

@@ -1,4 +1,4 @@
-"""The visualizer's masks and biases are those that the PyTorch models used, layer by layer, in all six families."""
+"""Masks and biases of the visualizer equal those of the PyTorch models, layer by layer, in all families."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ SIDES = ("left", "right")
 @pytest.fixture
 def scopes(monkeypatch: pytest.MonkeyPatch) -> list[Scope]:
     """The scope of each layer, as the attention of a forward pass got it."""
-    seen: list[Scope] = []
+    captured: list[Scope] = []
     eager = attention.attend_eager
 
     def recorded(q: Any, k: Any, v: Any, scope: Scope, kernel: Any) -> Any:
-        seen.append(scope)
+        captured.append(scope)
         return eager(q, k, v, scope, kernel)
 
     monkeypatch.setattr(attention, "attend_eager", recorded)
-    return seen
+    return captured
 
 
 def model_of(visualizer: Any, name: str) -> Any:
@@ -63,18 +63,20 @@ def check(visualizer: Any, model: Any, scopes: list[Scope], attentions: Any) -> 
         bias = visualizer.bias(layer, table=table)
         added = scope.bias(0, length, 0, length, torch.float32).detach().numpy()
         np.testing.assert_array_equal(bias, np.broadcast_to(added, bias.shape))
-        # What the model did in the end: a weight where something may be seen, nothing elsewhere.
-        lively = mask.any(-1)[:, None, :, None]  # a query that sees nothing gives all keys the same
+        # What the model did in the end: weights are positive where the mask allows, zero elsewhere.
+        unmasked = mask.any(-1)[:, None, :, None]  # a fully masked query has equal weights
         given = weights.detach().numpy() > 0
-        assert (given == mask[:, None])[np.broadcast_to(lively, given.shape)].all(), layer
+        assert (given == mask[:, None])[np.broadcast_to(unmasked, given.shape)].all(), layer
 
 
 @pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize("family", MODELS)
-def test_masks_and_biases_are_the_model_s(family: str, side: str, scopes: list[Scope]) -> None:
+def test_masks_and_biases_equal_the_models(family: str, side: str, scopes: list[Scope]) -> None:
     visualizer = visualizer_cases.visualizer(family)
     visualizer.read(visualizer_cases.TEXTS, padding_side=side)
-    assert visualizer.tokens.length > 2 * max(w or 0 for w in visualizer.spec.windows)  # windows bite
+    assert visualizer.tokens.length > 2 * max(
+        w or 0 for w in visualizer.spec.windows
+    )  # longer than the windows
     assert not visualizer.tokens.batch.valid_bk.all()
     visualizer.tokenizer.pad_token = visualizer.tokenizer.pad_token or "<unk>"  # Fuyu's tokenizer has none
     model = model_of(visualizer, MODELS[family])
@@ -83,7 +85,7 @@ def test_masks_and_biases_are_the_model_s(family: str, side: str, scopes: list[S
 
 
 @pytest.mark.parametrize("family", MODELS)
-def test_one_text_without_padding(family: str, scopes: list[Scope]) -> None:
+def test_one_sequence_without_padding(family: str, scopes: list[Scope]) -> None:
     visualizer = visualizer_cases.visualizer(family)
     visualizer.read(visualizer_cases.TEXTS[0])
     model = model_of(visualizer, MODELS[family])
@@ -110,7 +112,7 @@ def test_image_patches_and_texts_in_one_batch(side: str, scopes: list[Scope]) ->
     check(visualizer, model, scopes, model(**batch, output_attentions=True).attentions)
 
 
-def test_packed_rows_are_the_model_s(scopes: list[Scope]) -> None:
+def test_masks_of_packed_rows_equal_the_models(scopes: list[Scope]) -> None:
     visualizer = visualizer_cases.visualizer("mpt", attn_config={"attn_uses_sequence_id": True})
     ids = visualizer.tokenizer(visualizer_cases.TEXTS[1])["input_ids"]
     segments = [int(i >= 4) for i in range(len(ids))]
@@ -122,7 +124,7 @@ def test_packed_rows_are_the_model_s(scopes: list[Scope]) -> None:
 
 
 @pytest.mark.parametrize(("count", "distance"), [(32, 128), (12, 128), (6, 20), (64, 1000)])
-def test_buckets_are_the_backend_s_at_every_distance(count: int, distance: int) -> None:
+def test_buckets_equal_the_backends(count: int, distance: int) -> None:
     far = torch.arange(-1500, 1500)
     ours = visibility.relative_position_bucket(far.numpy(), Buckets(count=count, max_distance=distance))
     assert (ours == relative_position_bucket(far, count, distance).numpy()).all()

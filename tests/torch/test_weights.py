@@ -1,4 +1,4 @@
-"""The weights of a model in memory: state dicts by either names, copies, ties, embeddings, sizes."""
+"""The weights of a model in memory: state dicts by both naming schemes, copies, ties, embeddings, sizes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from helpers import batch, model, same
 from monoblock import CheckpointError, MptForCausalLM, ShapeMismatch
 
 
-def test_state_dicts_by_either_name() -> None:
+def test_state_dicts_by_both_names() -> None:
     one, two = model(seed=1), model(seed=2)
     two.load_state_dict(one.hub_state_dict())
     assert same(one, two)
@@ -60,7 +60,7 @@ def test_models_can_be_pickled_and_copied() -> None:
     assert torch.equal(made(ids).logits, expected)
 
 
-def test_a_saved_state_dict_comes_back(tmp_path: Path) -> None:
+def test_saved_state_dict(tmp_path: Path) -> None:
     made, other = model(seed=1), model(seed=2)
     torch.save(made.state_dict(), tmp_path / "state.pt")
     other.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
@@ -87,7 +87,7 @@ def test_ties_and_embeddings() -> None:
         bare.set_output_embeddings(head)
 
 
-def test_hooks_on_the_embedding_act() -> None:
+def test_hooks_on_the_embedding() -> None:
     made = model()
     for p in made.parameters():
         p.requires_grad_(False)
@@ -131,7 +131,7 @@ def test_resizing_the_vocabulary(tied: bool, tmp_path: Path) -> None:
         made.resize_token_embeddings(0)
 
 
-def test_facts_about_a_model() -> None:
+def test_attributes_of_models() -> None:
     made = model()
     assert made.num_parameters() == sum({p: p.numel() for p in made.parameters()}.values())
     assert made.num_parameters() - made.num_parameters(exclude_embeddings=True) == 89 * 36

@@ -1,4 +1,4 @@
-"""What a call can get wrong: each is one clear sentence that says what was expected and what came."""
+"""Invalid inputs of calls and of `generate` raise with a message of one line: the expected and the given value."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import monoblock
 from monoblock.backends.pytorch import inputs
 
 IDS = torch.arange(10, 22).reshape(2, 6)
-WRONG: dict[str, tuple[type[Exception], dict[str, Any]]] = {
+INVALID: dict[str, tuple[type[Exception], dict[str, Any]]] = {
     r"hold the token 89, but the model's vocabulary has the ids 0 to 88": (
         ValueError,
         {"input_ids": IDS + 68},
@@ -95,10 +95,10 @@ WRONG: dict[str, tuple[type[Exception], dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("text", WRONG)
-def test_wrong_inputs_get_one_clear_sentence(text: str) -> None:
-    error, given = WRONG[text]
-    with pytest.raises(error, match=text) as caught:
+@pytest.mark.parametrize("message", INVALID)
+def test_invalid_shapes_and_types_raise(message: str) -> None:
+    error, given = INVALID[message]
+    with pytest.raises(error, match=message) as caught:
         model()(**given)
     assert "\n" not in str(caught.value)
 
@@ -117,26 +117,26 @@ def tensors(given: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("case", invalid_inputs.INVALID)
-def test_wrong_values_get_one_clear_sentence(case: str) -> None:
+def test_invalid_values_raise(case: str) -> None:
     name, given = invalid_inputs.arguments(case)
     with pytest.raises(ValueError, match=invalid_inputs.INVALID[case][2]) as caught:
         made(name)(**tensors(given))
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("packed", ["", "int8", "int4"])
+@pytest.mark.parametrize("scheme", ["", "int8", "int4"])
 @pytest.mark.parametrize("case", invalid_inputs.VALID)
-def test_whole_numbers_of_any_size_are_ids(case: str, packed: str) -> None:
-    """As indices, those of 8 bits would be a mask."""
+def test_integers_of_any_width_are_ids(case: str, scheme: str) -> None:
+    """Used as indices, uint8 would be a mask."""
     ours = monoblock_model("GPTNeoForCausalLM", **fields("gpt_neo"))
-    ours = ours.quantize(packed) if packed else ours
+    ours = ours.quantize(scheme) if scheme else ours
     given = tensors(invalid_inputs.VALID[case])
     expected = ours(**{name: x.long() for name, x in given.items()}).logits
     assert torch.equal(ours(**given).logits, expected)
 
 
-def test_relative_positions_are_any_whole_numbers() -> None:
-    """RoPE has no table: a text's scores do not change with where it begins."""
+def test_rope_positions_may_be_any_integers() -> None:
+    """RoPE has no table: attention does not change with an offset of all positions."""
     ours, ids = made("MistralModel"), torch.as_tensor(invalid_inputs.IDS)
     here = ours(ids).last_hidden_state
     for start in (-5, 1000):
@@ -145,10 +145,10 @@ def test_relative_positions_are_any_whole_numbers() -> None:
 
 
 @pytest.mark.parametrize("case", invalid_inputs.REFUSED)
-def test_generate_refuses_at_the_door(case: str) -> None:
-    """Nothing is computed, and a streamer gets nothing."""
-    ours, seen = made("GPTNeoForCausalLM"), []
-    streamer = SimpleNamespace(put=seen.append, end=lambda: None)
+def test_generate_raises_before_it_computes(case: str) -> None:
+    """And before the streamer is called."""
+    ours, streamed = made("GPTNeoForCausalLM"), []
+    streamer = SimpleNamespace(put=streamed.append, end=lambda: None)
     given = {
         name: torch.as_tensor(x) if isinstance(x, np.ndarray) else x
         for name, x in invalid_inputs.refused(case).items()
@@ -161,10 +161,10 @@ def test_generate_refuses_at_the_door(case: str) -> None:
         if case not in ("a pad token", "beams beyond all bounds", "another tokenizer's prompt"):
             with pytest.raises(ValueError, match=invalid_inputs.REFUSED[case][1]):
                 ours.generate(**one_row, streamer=streamer)
-    assert seen == []
+    assert streamed == []
 
 
-def test_generate_takes_tensors() -> None:
+def test_generate_raises_on_other_arrays() -> None:
     for name in ("position_ids", "inputs_embeds", "token_type_ids"):
         ours = made("GPTNeoForCausalLM" if name != "token_type_ids" else "OpenAIGPTLMHeadModel")
         with pytest.raises(TypeError, match=f"{name} must be a torch.Tensor, got ndarray"):
@@ -174,7 +174,7 @@ def test_generate_takes_tensors() -> None:
 
 
 def test_all_positions_can_be_used() -> None:
-    """In every way of making tokens; the cache is full then, the last token is not in it."""
+    """With every kind of decoding; the cache is full then, without the last token."""
     ours, ids = made("OpenAIGPTLMHeadModel"), torch.as_tensor(invalid_inputs.IDS[:1])
     plain = ours.generate(ids, max_new_tokens=57, eos_token_id=None)
     assert plain.shape == (1, 65)
@@ -195,14 +195,14 @@ def test_seeds_of_64_bits(seed: int) -> None:
     assert torch.equal(one, two)
 
 
-def test_wrong_inputs_by_position() -> None:
+def test_invalid_positional_arguments() -> None:
     with pytest.raises(TypeError, match="takes at most 11 positional arguments, got 12"):
         model()(*[None] * 12)
     with pytest.raises(TypeError, match="got 'input_ids' twice"):
         model()(IDS, input_ids=IDS)
 
 
-def test_a_static_cache_that_is_too_small() -> None:
+def test_full_static_cache() -> None:
     cache = monoblock.StaticCache(max_cache_len=8)
     out = model()(IDS, past_key_values=cache, use_cache=True)
     with pytest.raises(
@@ -213,26 +213,26 @@ def test_a_static_cache_that_is_too_small() -> None:
         monoblock.StaticCache(max_cache_len=0)
 
 
-def test_an_empty_prompt_is_refused() -> None:
+def test_empty_prompts_raise() -> None:
     with pytest.raises(ValueError, match=r"no tokens|empty"):
         model().generate(torch.zeros(1, 0, dtype=torch.long), max_new_tokens=3)
 
 
-def test_a_class_that_predicts_nothing_does_not_generate() -> None:
+def test_generate_of_a_class_without_a_language_model_head() -> None:
     with pytest.raises(TypeError, match=r"generate with a \.\.\.ForCausalLM class"):
         model("MptForTokenClassification").generate(IDS)
 
 
-def test_position_ids_without_positions_are_told_once(logs: pytest.LogCaptureFixture) -> None:
+def test_position_ids_without_effect_warn_once(logs: pytest.LogCaptureFixture) -> None:
     inputs.warn_once.cache_clear()
     for _ in range(2):
         model()(IDS, position_ids=torch.arange(6)[None])
     assert sum("position_ids have no effect" in message for message in logs.messages) == 1
 
 
-def test_packed_training_needs_its_segments() -> None:
+def test_training_with_packed_documents_needs_sequence_id() -> None:
     packed = model(attn={"attn_uses_sequence_id": True})
-    packed(IDS)  # one text a row, as in generation
+    packed(IDS)  # one document per row, as in generation
     packed.train()
     with pytest.raises(ValueError, match="training needs sequence_id"):
         packed(IDS)

@@ -1,5 +1,5 @@
-"""The pages that describe the Flax classes, where they lie beside the repository: every signature, output and example
-on them holds here. What the examples give is tested in test_flax_examples.py; that runs everywhere."""
+"""Signatures, outputs and examples on transformers' pages of the Flax classes, where copies of the pages lie next to
+the repository; test_flax_examples.py runs the examples."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax_tiny import batch, tiny
-from test_flax_examples import EXAMPLES
+from test_flax_examples import BODY, CAUSAL
 
 import monoblock
 
 CLASSES = ("FlaxMistralModel", "FlaxMistralForCausalLM", "FlaxGPTNeoModel", "FlaxGPTNeoForCausalLM")
-# How the pages spell defaults.
+# Spelling of defaults on the pages -> value.
 VALUES = {
     "None": None,
     "False": False,
@@ -27,7 +27,7 @@ VALUES = {
     "(1, 1)": (1, 1),
     "<class 'jax.numpy.float32'>": jnp.float32,
 }
-# What the pages say that the outputs hold, beside what every one of them holds.
+# Class -> the documented output, and its fields beyond those of all outputs.
 OUTPUTS = {
     "FlaxMistralModel": ("FlaxBaseModelOutputWithPast", {"last_hidden_state", "past_key_values"}),
     "FlaxMistralForCausalLM": (
@@ -44,12 +44,12 @@ def pages(pytestconfig: pytest.Config) -> str:
     folder = pytestconfig.rootpath.parent / "shared/seeds"
     files = sorted([*folder.glob("002_*.txt"), *folder.glob("004_*.txt")])
     if not files:
-        pytest.skip("the pages are not beside this repository")
+        pytest.skip("no copies of the pages next to the repository")
     return "\n".join(Path(file).read_text(encoding="utf-8") for file in files)
 
 
 def section(pages: str, name: str) -> str:
-    """What a page says of a class, up to the next one."""
+    """A page's section on a class."""
     start = re.search(rf"class transformers\.{name}\b", pages)
     assert start
     after = re.search(r"class transformers\.", pages[start.end() :])
@@ -57,12 +57,12 @@ def section(pages: str, name: str) -> str:
 
 
 def defaults(text: str, names: list[str]) -> dict[str, str | None]:
-    """The defaults in a page's `( a: T b: T = 0 c = None )`, whose types may hold anything, by these names in order."""
+    """The defaults in a page's `( a: T b: T = 0 c = None )`, with types of any form, by these names in order."""
     following = [*(rf" {name}(?: =|: )" for name in names[1:]), "$"]
     found: dict[str, str | None] = {}
     for name, after in zip(names, following, strict=True):
         part = re.match(rf" ?{name}(.*?)(?={after})", text)
-        assert part, f"{name} is not where it should be in {text}"
+        assert part, f"{name} is missing in {text}"
         text = text[part.end() :]
         default = re.search(r"= (.*)$", part[1])
         found[name] = default[1] if default else None
@@ -71,32 +71,31 @@ def defaults(text: str, names: list[str]) -> dict[str, str | None]:
 
 
 @pytest.mark.parametrize("name", CLASSES)
-def test_the_constructors_signature(name: str, pages: str) -> None:
+def test_signature_of_the_constructor(name: str, pages: str) -> None:
     text = re.search(r"\( (config: .*?) \*\*kwargs \)", section(pages, name))
     assert text
     _, *ours, last = inspect.signature(getattr(monoblock, name).__init__).parameters.values()
     assert last.kind is inspect.Parameter.VAR_KEYWORD
-    stated = defaults(text[1], [argument.name for argument in ours])
-    assert stated.pop("config") is None
-    assert {n: VALUES[text or ""] for n, text in stated.items()} == {x.name: x.default for x in ours[1:]}
+    documented = defaults(text[1], [argument.name for argument in ours])
+    assert documented.pop("config") is None
+    assert {n: VALUES[text or ""] for n, text in documented.items()} == {x.name: x.default for x in ours[1:]}
 
 
 @pytest.mark.parametrize("name", CLASSES)
-def test_the_calls_signature(name: str, pages: str) -> None:
+def test_signature_of_calls(name: str, pages: str) -> None:
     text = re.search(
         r"\( (input_ids attention_mask = None .*?return_dict: .*? = None) \) ", section(pages, name)
     )
     assert text
     ours = list(inspect.signature(getattr(monoblock, name).__call__).parameters.values())[1:11]
-    stated = defaults(text[1], [argument.name for argument in ours])
-    assert stated.pop("input_ids") is None
-    assert {n: VALUES[text or ""] for n, text in stated.items()} == {x.name: x.default for x in ours[1:]}
+    documented = defaults(text[1], [argument.name for argument in ours])
+    assert documented.pop("input_ids") is None
+    assert {n: VALUES[text or ""] for n, text in documented.items()} == {x.name: x.default for x in ours[1:]}
 
 
 @pytest.mark.parametrize("name", CLASSES)
-def test_the_output(name: str, pages: str) -> None:
-    """Of the class and with the fields that the page names, or a tuple; hidden states and attentions of the shapes
-    that it says."""
+def test_output_class_and_fields(name: str, pages: str) -> None:
+    """Also as a tuple; hidden states and attentions have the documented shapes."""
     kind, own = OUTPUTS[name]
     text = section(pages, name)
     assert re.search(rf"modeling_flax_outputs\.{kind}\b", text)
@@ -109,34 +108,33 @@ def test_the_output(name: str, pages: str) -> None:
     assert [x.shape for x in out.attentions] == [(4, 4, 14, 14)] * 2
     plain = model(**inputs, return_dict=False)
     assert isinstance(plain, tuple)
-    # The weights that were asked for come from another kernel: measured 2e-6.
+    # Attention weights come from a different kernel: measured 2e-6.
     np.testing.assert_allclose(plain[0], out[0], atol=1e-5)
 
 
 @pytest.mark.parametrize("name", CLASSES)
-def test_a_cache_as_the_pages_have_it(name: str) -> None:
-    """`past_key_values` from `init_cache`, then from each output; masks and positions given by hand."""
+def test_cache_as_documented(name: str) -> None:
+    """`past_key_values` from `init_cache`, then from each output; with given masks and positions."""
     model, ids = tiny(name), batch(padded=False)["input_ids"]
-    mask, past, parts = np.ones((4, 14), np.int32), model.init_cache(4, 14), []
+    mask, past, chunks = np.ones((4, 14), np.int32), model.init_cache(4, 14), []
     for start, stop in ((0, 9), (9, 10), (10, 14)):
         positions = np.broadcast_to(np.arange(start, stop), (4, stop - start))
         out = model(ids[:, start:stop], attention_mask=mask, position_ids=positions, past_key_values=past)
         past = out.past_key_values
-        parts.append(out[0])
-    # fp32, 2 layers, one piece against three: measured 3e-6
-    np.testing.assert_allclose(np.concatenate(parts, 1), model(ids)[0], atol=1e-5)
+        chunks.append(out[0])
+    # fp32, 2 layers, one pass against three chunks: measured 3e-6
+    np.testing.assert_allclose(np.concatenate(chunks, 1), model(ids)[0], atol=1e-5)
 
 
-def test_what_the_pages_name_of_jax(pages: str) -> None:
-    """Compilation, differentiation, vectorisation, parallelisation: test_flax_transforms.py has them all."""
+def test_transformations_named_on_the_pages(pages: str) -> None:
+    """test_flax_transforms.py tests compilation, differentiation, vectorisation and parallelisation."""
     for term in ("jit", "vmap", "pmap"):
         assert term in pages and callable(getattr(jax, term))
 
 
-def test_no_example_is_left_out(pages: str) -> None:
+def test_every_example_of_the_pages_is_run(pages: str) -> None:
     lines = re.findall(r"^>>> (.*\bFlax\w+\b.*)$", pages, re.MULTILINE)
     assert len(set(lines)) == 8  # an import and a load of each class
-    ours = "\n".join(EXAMPLES.values())
     for line in lines:
-        line = line.replace("from transformers import", "from monoblock import")
-        assert re.sub(r'"[^"]*"', "{name!r}", line) in ours
+        line = re.sub(r'"[^"]*"', '"EleutherAI/gpt-neo-1.3B"', re.sub(r"Flax\w+", "CLASS", line))
+        assert f">>> {line}\n" in BODY + CAUSAL

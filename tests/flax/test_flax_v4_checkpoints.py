@@ -1,4 +1,4 @@
-"""Checkpoints of transformers 4's Flax classes open in the classes of the same name: outputs, tokens, and back."""
+"""Checkpoints of transformers 4's Flax classes in the classes of the same names: outputs, tokens, and saved again."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def test_tokens(name: str) -> None:
 
 @pytest.mark.parametrize("name", FLAX)
 @pytest.mark.parametrize("safe", [True, False])
-def test_written_again(name: str, safe: bool, tmp_path: Path) -> None:
-    """In the new format or the old one, the parameters keep their bits."""
+def test_saved_again(name: str, safe: bool, tmp_path: Path) -> None:
+    """As safetensors or msgpack, the parameters are bitwise equal."""
     model = loaded(name)
     model.save_pretrained(tmp_path / name, safe_serialization=safe)
     assert (tmp_path / name / ("model.safetensors" if safe else "flax_model.msgpack")).is_file()

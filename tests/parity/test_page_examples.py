@@ -1,13 +1,12 @@
-"""The examples of Mistral's, OpenAI GPT's, GPT Neo's and Fuyu's pages, as they stand there, with only the import line
-and the checkpoint's name changed: they run here, and give what they give in transformers.
+"""Runs the PyTorch examples of the pages of MPT, Mistral, OpenAI GPT, GPT Neo and Fuyu (tests/page_examples.py) and
+compares their values with those in transformers; only the import line and the checkpoint differ.
 
-Of the pages' other examples, those of TensorFlow and JAX, the pipeline, 4-bit weights and the mask visualizer are
-tested where those parts are.
+tests/flax and tests/tf run the pages' examples of JAX and TensorFlow; the pipeline, 4-bit weights and the attention
+mask visualizer have test files of their own.
 """
 
 from __future__ import annotations
 
-import doctest
 import functools
 import io
 import json
@@ -23,7 +22,7 @@ import pytest
 import torch
 from helpers import randomised
 from measure import assert_close
-from pages_families import EXAMPLES, FUYU
+from page_examples import EXAMPLES, FUYU, run
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 import monoblock
@@ -32,18 +31,31 @@ from monoblock.families import family_of
 ATOL = 2e-5  # fp32 through the fused kernels
 
 
-# What the tokenizers learn from: the examples' own texts, so that prompts are short enough; but not the question's,
-# in which the answer is to lie where the example says.
+# The tokenizers train on the examples' strings, so that prompts are short; without the question's, whose answer must
+# lie at the tokens that the example names.
 TEXTS = [t for code in EXAMPLES.values() for t in re.findall(r'"([^"]+)"', code) if "Jim" not in t]
+
+
+def gpt_neox(folder: Path) -> None:
+    """Byte-level without merges, as MPT's but small: every byte is a token, so that the answer lies where it should."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {"<|endoftext|>": 0, **{letter: i + 1 for i, letter in enumerate(alphabet)}}
+    backend = byte_level(Tokenizer(models.BPE(vocab, [])))
+    end = "<|endoftext|>"
+    special = {"bos_token": end, "eos_token": end, "unk_token": end}
+    monoblock.GPTNeoXTokenizerFast(tokenizer_object=backend, **special).save_pretrained(folder)
+
+
+def byte_level(backend: Tokenizer) -> Tokenizer:
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return backend
 
 
 def gpt2(folder: Path) -> None:
     """Byte-level BPE."""
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    special = ["<|endoftext|>"]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    backend = byte_level(Tokenizer(models.BPE()))
+    special, alphabet = ["<|endoftext|>"], pre_tokenizers.ByteLevel.alphabet()
     backend.train_from_iterator(
         TEXTS, trainers.BpeTrainer(vocab_size=600, special_tokens=special, initial_alphabet=alphabet)
     )
@@ -51,10 +63,10 @@ def gpt2(folder: Path) -> None:
 
 
 def openai_gpt(folder: Path) -> None:
-    """Letters, each also as the last of its word, and two pairs of them."""
+    """Letters, each also as the last of its word, and two merges."""
     letters = [*string.ascii_lowercase, *string.digits, *string.punctuation]
-    pieces = ["<unk>", "\n</w>", *letters, *(letter + "</w>" for letter in letters), "do", "ca"]
-    (folder / "vocab.json").write_text(json.dumps({piece: i for i, piece in enumerate(pieces)}))
+    tokens = ["<unk>", "\n</w>", *letters, *(letter + "</w>" for letter in letters), "do", "ca"]
+    (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
     (folder / "merges.txt").write_text("#version: 0.2\nd o\nc a\n")
     monoblock.OpenAIGPTTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt")).save_pretrained(
         folder
@@ -73,8 +85,12 @@ def llama(folder: Path) -> None:
     monoblock.LlamaTokenizerFast(vocab=vocab["vocab"], merges=merges).save_pretrained(folder)
 
 
-# model_type -> what makes its tokenizer, the fields of a tiny config.
+# model_type -> the function that saves its tokenizer, the fields of a tiny config.
 TINY: dict[str, tuple[Any, dict[str, Any]]] = {
+    "mpt": (
+        gpt_neox,
+        {"d_model": 36, "n_heads": 6, "n_layers": 2, "vocab_size": 260, "max_seq_len": 96, "eos_token_id": 0},
+    ),
     "mistral": (
         llama,
         {
@@ -118,22 +134,12 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Any:
         family = family_of(name)
         assert family is not None
         tokenizer, fields = TINY[family.name]
-        # Dropouts of the summary and the attention act in no example: loaded models are at rest.
+        # No dropout is active in any example: loaded models are in evaluation mode.
         randomised(getattr(monoblock, name)(family.config(**fields))).save_pretrained(folder)
         tokenizer(folder)
         return folder
 
     return made
-
-
-def run(code: str, library: str, checkpoint: Path | None = None, **more: Any) -> dict[str, Any]:
-    """The names that an example has defined in the end."""
-    names: dict[str, Any] = dict(more)
-    for example in doctest.DocTestParser().get_examples(code):
-        line = example.source.replace("from transformers import", f"from {library} import")
-        line = re.sub(r"""from_pretrained\(\s*["'][^"']*["']""", f"from_pretrained({str(checkpoint)!r}", line)
-        exec(line, names)
-    return names
 
 
 RUN = [t for t in EXAMPLES if not t.endswith("Config") and "FlashAttention" not in t]
@@ -145,8 +151,10 @@ def test_example(title: str, checkpoints: Any) -> None:
     ours, theirs = run(EXAMPLES[title], "monoblock", folder), run(EXAMPLES[title], "transformers", folder)
     assert type(ours["model"]).__module__.startswith("monoblock")
     assert ours.keys() == theirs.keys()
+    if "inputs" in ours:
+        assert ours["inputs"]["input_ids"].tolist() == theirs["inputs"]["input_ids"].tolist()
     compared = 0
-    # transformers draws the rows of new tokens, from very near the mean that they are here.
+    # transformers initialises new rows randomly, very near the mean of the old ones, which they are here.
     bound = 1e-3 if "DoubleHeads" in title else ATOL
     for name in ours.keys() - {"gen_tokens", "gen_text"}:  # those are sampled
         a, b = ours[name], theirs[name]
@@ -166,19 +174,24 @@ def test_example(title: str, checkpoints: Any) -> None:
         assert ours["gen_text"].startswith(ours["prompt"])
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="FlashAttention is there, perhaps")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="FlashAttention may be installed")
 def test_flash_attention_needs_a_gpu(checkpoints: Any) -> None:
-    """The example stops at its first line that needs one, and the error says so."""
+    """The example raises at its first line that needs one."""
     with pytest.raises(ImportError, match="attn_implementation='flash_attention_2' needs a CUDA GPU"):
         run(EXAMPLES["GPTNeoForCausalLM, FlashAttention"], "monoblock", checkpoints("GPTNeoForCausalLM"))
 
 
-WEIGHTS = {"MistralConfig": 7_110_660_096, "OpenAIGPTConfig": 116_534_784, "GPTNeoConfig": 1_315_575_808}
+WEIGHTS = {
+    "MptConfig": 50368 * 2048 + 24 * (12 * 2048**2 + 2 * 2048) + 2048,
+    "MistralConfig": 7_110_660_096,
+    "OpenAIGPTConfig": 116_534_784,
+    "GPTNeoConfig": 1_315_575_808,
+}
 
 
 @pytest.mark.parametrize("title", WEIGHTS)
 def test_example_of_a_config(title: str) -> None:
-    with torch.device("meta"):  # the default configs are of models of up to 7 billion weights
+    with torch.device("meta"):  # the default configs have up to 7 billion weights
         names = run(EXAMPLES[title], "monoblock")
     assert names["configuration"] is names["model"].config
     assert names["model"].num_parameters() == WEIGHTS[title]
@@ -213,7 +226,7 @@ def fuyu(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def web(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """`requests`, whose every page is one photograph."""
+    """A fake `requests` that returns the same photograph for every URL."""
     fake = types.ModuleType("requests")
     response = types.SimpleNamespace(content=photograph(), raw=io.BytesIO(photograph()))
     fake.__dict__["get"] = lambda *_, **__: response
@@ -233,9 +246,9 @@ def test_fuyu_example(fuyu: Path, web: Any, capsys: pytest.CaptureFixture[str]) 
     greedy = prompt
     for _ in range(out.shape[1] - prompt.shape[1]):
         inputs = {**names["inputs"].data, "input_ids": greedy, "attention_mask": torch.ones_like(greedy)}
-        places = inputs["image_patches_indices"]
-        extra = torch.full((1, greedy.shape[1] - places.shape[1]), -1)
-        inputs["image_patches_indices"] = torch.cat((places, extra), 1)
+        indices = inputs["image_patches_indices"]
+        padding = torch.full((1, greedy.shape[1] - indices.shape[1]), -1)
+        inputs["image_patches_indices"] = torch.cat((indices, padding), 1)
         greedy = torch.cat((greedy, names["model"](**inputs).logits[:, -1:].argmax(-1)), 1)
     assert torch.equal(greedy, out)
 
@@ -256,7 +269,7 @@ def test_fuyu_processor_example(fuyu: Path, web: Any) -> None:
 
 
 def test_fuyu_conversion_example(fuyu: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`from_pretrained` of an instance. The default config is of nine billion weights: only its shape is made."""
+    """`from_pretrained` of an instance. The default config has nine billion weights: they stay on the meta device."""
     code = FUYU["FuyuForCausalLM, conversion"]
     first, last = code.strip().rsplit("\n", 1)
     made = run(first, "monoblock")
@@ -270,13 +283,15 @@ def test_fuyu_conversion_example(fuyu: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert tiny.device.type == "cpu"
 
 
-def test_no_example_is_left_out(pytestconfig: pytest.Config) -> None:
-    """The pages themselves, where they lie beside the repository."""
+def test_every_example_of_the_pages_is_here(pytestconfig: pytest.Config) -> None:
+    """Against copies of the pages, where these lie next to the repository."""
     pages = pytestconfig.rootpath.parent / "shared/seeds"
-    later = r"TF[A-Z]|Flax|pipeline|BitsAndBytes|AttentionMaskVisualizer"
-    missing = []
+    have = {code.lstrip("\n") for code in EXAMPLES.values()}
+    for page in sorted(pages.glob("00[01]_*.txt")):  # MPT's
+        text = page.read_text(encoding="utf-8")
+        assert set(re.findall(r"```(?:py|python)\n(>>>.*?)```", text, re.DOTALL)) <= have
+    elsewhere = r"TF[A-Z]|Flax|pipeline|BitsAndBytes|AttentionMaskVisualizer"
     for page in sorted([*pages.glob("002_*.txt"), *pages.glob("004_*.txt")]):
         for line in page.read_text(encoding="utf-8").splitlines():
-            if line.startswith(">>> from transformers") and not re.search(later, line):
-                missing += [] if any(line in code for code in EXAMPLES.values()) else [line]
-    assert not missing
+            if line.startswith(">>> from transformers") and not re.search(elsewhere, line):
+                assert any(line in code for code in have), line

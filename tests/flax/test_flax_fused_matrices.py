@@ -1,4 +1,4 @@
-"""Long loops over tokens multiply with q, k and v (gate and up) as one matrix: the same numbers and tokens."""
+"""Fused q, k, v and gate, up matrices for long generations: logits and tokens are unchanged."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from measure import assert_close
 
 from monoblock.backends.flax import decode, fusing, loading, passes
 
-# Class -> what its layers' paths end with, where matrices are fused. MPNet's have biases.
+# Class -> the path endings of the fused parameters in its layers. MPNet's have biases.
 JOINT = {
     "MistralForCausalLM": {"self_attn/qkv/kernel", "mlp/gate_up/kernel"},
     "GPTNeoForCausalLM": {"attention/qkv/kernel"},
@@ -26,7 +26,7 @@ def logits(network: Any, params: Any) -> Any:
 
 
 @pytest.mark.parametrize("name", JOINT)
-def test_joint_matrices_give_the_same(name: str) -> None:
+def test_logits_with_fused_matrices(name: str) -> None:
     model = flax_model(name)
     network, params = fusing.fuse_projections(model.module, model.params)
     before, after = (loading.flat(tree) for tree in (model.params, params))
@@ -38,24 +38,24 @@ def test_joint_matrices_give_the_same(name: str) -> None:
 
 
 @pytest.mark.parametrize("beams", [1, 2])
-def test_generate_joins_for_long_texts_alone(beams: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_generate_fuses_for_long_outputs_only(beams: int, monkeypatch: pytest.MonkeyPatch) -> None:
     model, fused = flax_model("MistralForCausalLM"), []
-    asked = {"do_sample": False, "eos_token_id": None, "max_new_tokens": 12, "num_beams": beams}
+    options = {"do_sample": False, "eos_token_id": None, "max_new_tokens": 12, "num_beams": beams}
 
     def counted(network: Any, params: Any) -> Any:
         fused.append(network)
         return fusing.fuse_projections(network, params)
 
     monkeypatch.setattr(passes, "fuse_projections", counted)
-    expected = model.generate(ids_of(), **asked).sequences
+    expected = model.generate(ids_of(), **options).sequences
     assert not fused
     monkeypatch.setattr(decode, "FUSE_FROM", 12)
-    assert np.array_equal(model.generate(ids_of(), **asked).sequences, expected)
+    assert np.array_equal(model.generate(ids_of(), **options).sequences, expected)
     assert fused == [model.module]
 
 
-def test_what_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Families whose files have one matrix, traced parameters, and matrices that are large."""
+def test_models_that_are_not_fused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Families with fused matrices in their files, traced parameters, and large matrices."""
     for name in ("MptForCausalLM", "FuyuForCausalLM"):
         model = flax_model(name)
         assert fusing.fuse_projections(model.module, model.params) == (model.module, model.params)
